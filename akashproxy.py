@@ -1,0 +1,3006 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: MIT
+"""akashproxy: Akash Chat, spoken to as if it were OpenAI's API.
+
+One module, the standard library only, Python 3.9 or newer:
+
+    python3 akashproxy.py              # serves on http://127.0.0.1:16571/v1
+    python3 akashproxy.py --demo       # the same without a network
+
+A client speaks OpenAI's API to this file; it speaks the web API of Akash Chat to an upstream. What
+knows an upstream is a *controller*; a *pool* chooses one for each request.
+
+    client                             akashproxy.py                                upstream
+    ------  Handler --> Dialect --> Call --> Pool.answer --> Controller --> Transport  ------
+    socket  Handler <-- Dialect <-- Text, Reasoning, Image, Finish <-- decoder <-- Response  socket
+                            Watchdog: one thread that looks at every open socket
+
+Left of the events nobody knows which upstream answered; right of them nobody knows what the client
+speaks. Between the sockets all is pushed: ``decoder.feed(data)`` gives events, ``dialect.feed(events)``
+gives bytes, and nothing in there reads, waits or knows a socket.
+
+The sections, in an order that can be read from top to bottom (``grep '^# ==' akashproxy.py``):
+names, errors, events, settings, http, transport, controllers, pool, dialects, guards, server, demo,
+main.
+
+Where is ...
+
+    a setting                          Settings
+    an error and its form on the wire  APIError, Dialect.refusal
+    Akash's cookie                     AkashSession
+    Akash's stream, line by line       AkashDecoder
+    what is sent to Akash              akash_request
+    pictures                           AkashController.pictures
+    <think> tags                       Thinking
+    stop sequences and max_tokens      Cutoff
+    failover                           Pool.answer
+    the network's exceptions           upstream_errors
+    strict HTTP                        read_head, Body
+    connections to upstreams           KeepAlive
+    deadlines, and clients that leave  Watch, Watchdog
+    a new endpoint                     ROUTES
+    a new kind of upstream             CONTROLLERS
+    tokens of clients                  Handler.authorize
+    the stand-in of --demo             StandIn
+"""
+
+from __future__ import annotations
+
+# == 1. names =================================================================================
+# What the rest of the file, and whoever imports it, can refer to. Importing starts nothing.
+
+import base64
+import binascii
+import contextlib
+import dataclasses
+import hmac
+import http.client
+import http.server
+import ipaddress
+import json
+import logging
+import math
+import os
+import re
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+from typing import Any, Callable, Dict, Iterable, Iterator, List, NoReturn, Optional, Tuple
+
+__version__ = "1.0.0"
+
+__all__ = [
+    "APIError", "ConfigError", "ClientLeft", "ProtocolError",
+    "Call", "Text", "Reasoning", "ToolCall", "Image", "Progress", "Finish", "Raw", "Answer", "fold",
+    "Settings", "ControllerSettings", "Controller", "AkashController", "AkashSession", "AkashDecoder",
+    "Thinking", "Cutoff", "CONTROLLERS", "Pool",
+    "Dialect", "ChatCompletions", "Completions", "Images", "ROUTES", "Server", "main",
+]
+
+log = logging.getLogger("akashproxy")
+
+Event = Any  # one of the seven classes of section 3
+
+
+def to_json(value: Any) -> bytes:
+    """Compact JSON in UTF-8; what can't be encoded (half a surrogate pair) becomes "?"."""
+    return _encode(value).encode("utf-8", "replace")
+
+
+def from_json(data: bytes) -> Any:
+    """The value of a JSON text in UTF-8, strictly: ValueError for NaN, bad UTF-8 or absurd depth."""
+    try:
+        return _decode(data.decode("utf-8-sig"))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+_decode = json.JSONDecoder(parse_constant=_no_constant).decode
+
+
+# == 2. errors ================================================================================
+# One exception for all that a client is to be told. It knows a status and a sentence, no wire.
+
+ERROR_TYPES = {401: "invalid_request_error", 403: "permission_error", 429: "rate_limit_error"}
+ERROR_CODES = {401: "invalid_api_key", 429: "rate_limit_exceeded", 413: "request_too_large"}
+
+
+class APIError(Exception):
+    """What went wrong, as the client is to read it.
+
+    ``retry_after`` is in seconds. ``retry=False`` tells clients that trying again is useless (they
+    repeat every 5xx otherwise); ``legacy`` replaces the message where akashchat-api-go's users
+    expect a fixed text.
+    """
+
+    def __init__(self, status: int, message: str, *, type: Optional[str] = None, code: Optional[str] = None,
+                 param: Optional[str] = None, retry_after: Optional[float] = None,
+                 retry: Optional[bool] = None, legacy: Optional[str] = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.type = type or ERROR_TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
+        self.code = code or ERROR_CODES.get(status)
+        self.param = param
+        self.retry_after = retry_after
+        self.retry = retry
+        self.legacy = legacy or message
+
+    def headers(self) -> Dict[str, str]:
+        """The header fields that belong to the error, whatever the dialect."""
+        fields = {}
+        if self.retry_after is not None:
+            fields["Retry-After"] = str(max(1, math.ceil(self.retry_after)))
+        if self.retry is not None:
+            fields["x-should-retry"] = "true" if self.retry else "false"
+        if self.status == 401:
+            fields["WWW-Authenticate"] = "Bearer"
+        return fields
+
+
+class ConfigError(Exception):
+    """Settings that can't be used; ``problems`` has a sentence for each."""
+
+    def __init__(self, problems: List[str]) -> None:
+        super().__init__("; ".join(problems))
+        self.problems = problems
+
+
+class ClientLeft(ConnectionError):
+    """The client closed its connection, so nobody waits for the answer any more."""
+
+
+class ProtocolError(ValueError):
+    """A message that is not HTTP/1.1 as it should be; ``status`` is what a client would be told."""
+
+    def __init__(self, message: str, status: int = 400) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+def bad_request(message: str, param: Optional[str] = None, code: Optional[str] = None) -> APIError:
+    """The client's own mistake, with the field that it is in."""
+    return APIError(400, message, param=param, code=code)
+
+
+def unknown_model(model: str, where: str) -> APIError:
+    """No such model at an Akash upstream: 500 "Error Model.", as akashchat-api-go answered."""
+    return APIError(500, f"The model {model!r} does not exist or is not available at {where}.",
+                    type="invalid_request_error", param="model", code="model_not_found", retry=False,
+                    legacy="Error Model.")
+
+
+# == 3. events ================================================================================
+# The vocabulary inside: a Call goes in, events come out. Knows neither HTTP nor any wire format.
+
+
+@dataclass(frozen=True)
+class Text:
+    """A piece of the answer."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Reasoning:
+    """A piece of what the model thought before it answered."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A fragment of a call of a tool; the first one of an index carries id and name."""
+
+    index: int
+    arguments: str = ""
+    id: Optional[str] = None
+    name: Optional[str] = None
+
+
+@dataclass(frozen=True)
+class Image:
+    """A finished picture: the job that made it, its file name, its address at the upstream, its bytes if asked for."""
+
+    job: str
+    prompt: str
+    name: str
+    url: str
+    data: Optional[bytes] = None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A picture is not ready yet: the state of its job and its place in the queue (0: being made)."""
+
+    status: str
+    position: int = 0
+
+
+@dataclass(frozen=True)
+class Finish:
+    """The answer is whole: why it ended (OpenAI's finish_reason), and the tokens if the upstream told them."""
+
+    reason: str
+    usage: Optional[Dict[str, int]] = None
+
+
+@dataclass(frozen=True)
+class Raw:
+    """Bytes in the client's own dialect, passed on as they are."""
+
+    data: bytes
+
+
+class Watch:
+    """A socket that another thread may end: which, until when, and what follows from its end.
+
+    The owner calls hold(), expect() and release(); the watchdog, or whoever cancels, calls end().
+    A blocked recv() then returns, and check() raises the reason in the owner's thread.
+    """
+
+    __slots__ = ("sock", "due", "late", "why", "how")
+    live: set = set()           # all that hold a socket
+
+    def __init__(self) -> None:
+        self.sock: Any = None
+        self.due = math.inf     # by time.monotonic()
+        self.late = ""          # what it means when that moment passes
+        self.why: Optional[Exception] = None
+        self.how = socket.SHUT_RDWR
+
+    def hold(self, sock: Any) -> None:
+        self.sock = sock        # before check(): end() sets why first and looks at sock second
+        Watch.live.add(self)
+        self.check()
+
+    def release(self) -> None:
+        Watch.live.discard(self)
+        self.sock, self.due = None, math.inf
+
+    def expect(self, seconds: float, late: str) -> None:
+        self.late, self.due = late, time.monotonic() + seconds
+
+    def check(self) -> None:
+        if self.why is not None:
+            raise self.why
+
+    def end(self, why: Exception) -> None:
+        if self.why is None:
+            self.why = why
+        self.due, sock = math.inf, self.sock
+        if sock is not None:
+            with contextlib.suppress(OSError):  # it was closed meanwhile: then nobody blocks in it
+                socket.socket.shutdown(sock, self.how)  # on a TLS socket its own shutdown() would not do
+
+
+@dataclass
+class Call:
+    """A request on its way through: what is asked, in OpenAI's chat vocabulary, and what became of it."""
+
+    body: Dict[str, Any]                # a chat-completions body, whatever the client spoke
+    stream: bool = False
+    pictures: int = 0                   # how many are wanted; 0: this is a chat
+    picture_bytes: bool = False         # as bytes rather than as an address
+    ignored: List[str] = field(default_factory=list)  # fields that the controller could not honour
+    route: List[str] = field(default_factory=list)    # who was asked and what came, "akash=429"
+    watch: Watch = field(default_factory=Watch)       # the exchange with the upstream
+    left: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def model(self) -> str:
+        return self.body["model"]
+
+    def cancel(self, why: Optional[Exception] = None) -> None:
+        """End it from outside: the upstream's socket is shut down, pause() returns."""
+        self.watch.end(why or ClientLeft("the client left"))
+        self.left.set()
+
+    def pause(self, seconds: float) -> None:
+        """Sleep, but no longer than somebody waits for the answer."""
+        self.left.wait(seconds)
+        self.watch.check()
+
+
+@dataclass
+class Answer:
+    """A whole answer, for clients that do not stream."""
+
+    text: str = ""
+    reasoning: str = ""
+    tools: List[ToolCall] = field(default_factory=list)
+    images: List[Image] = field(default_factory=list)
+    finish: Optional[Finish] = None
+    raw: bytes = b""
+
+
+def fold(events: Iterable[Event]) -> Answer:
+    """Add the events of one answer up."""
+    answer, text, thought, raw, tools = Answer(), [], [], [], {}
+    for event in events:
+        if isinstance(event, Text):
+            text.append(event.text)
+        elif isinstance(event, Reasoning):
+            thought.append(event.text)
+        elif isinstance(event, ToolCall):
+            known = tools.get(event.index, ToolCall(event.index))
+            tools[event.index] = ToolCall(event.index, known.arguments + event.arguments,
+                                          known.id or event.id, known.name or event.name)
+        elif isinstance(event, Image):
+            answer.images.append(event)
+        elif isinstance(event, Finish):
+            answer.finish = event
+        elif isinstance(event, Raw):
+            raw.append(event.data)
+    answer.text, answer.reasoning, answer.raw = "".join(text), "".join(thought), b"".join(raw)
+    answer.tools = [tools[index] for index in sorted(tools)]
+    return answer
+
+
+class Thinking:
+    """Take ``<think>...</think>`` out of plain text: Text in, Text and Reasoning out.
+
+    The tags may be cut anywhere. An opening tag counts where nothing but blanks came before it, for
+    later on it is more likely a word of the answer. Some models never send it (think-noopen): a
+    closing tag that was never opened makes what came before it a thought, unless it stands in
+    quotes. A stream can't take back what has left, so there only the tag is dropped; with
+    ``hold`` (nobody reads along) the text waits until it is clear. A tag that is never closed
+    (think-unclosed) makes the rest a thought. The line breaks around the tags go.
+    """
+
+    OPEN, CLOSE = "<think>", "</think>"
+
+    def __init__(self, hold: bool = False) -> None:
+        self.hold = hold
+        self.held = ""              # may be the beginning of a tag, or of the line break before one
+        self.last = ""              # the last character that was passed on
+        self.trim = False           # the line breaks after a tag are still to come
+        self.step = self._before
+
+    def feed(self, events: List[Event]) -> List[Event]:
+        out: List[Event] = []
+        for event in events:
+            if isinstance(event, Text):
+                self._text(event.text, out)
+            else:
+                if isinstance(event, Finish):
+                    out += self.close()
+                out.append(event)
+        return out
+
+    def close(self) -> List[Event]:
+        """What was held back is no tag after all."""
+        text, self.held = self.held, ""
+        if not text:
+            return []
+        return [Reasoning(text) if self.step == self._within else Text(text)]
+
+    def _text(self, text: str, out: List[Event]) -> None:
+        text, self.held = self.held + text, ""
+        while text:
+            if self.trim:
+                text = text.lstrip("\n")
+                self.trim = not text
+            text = self.step(text, out)
+
+    def _before(self, text: str, out: List[Event]) -> str:
+        """Nothing has come yet: is this the opening tag?"""
+        lead = text.lstrip()
+        if lead.startswith(self.OPEN):
+            self.step, self.trim = self._within, True
+            return lead[len(self.OPEN):]
+        if self.OPEN.startswith(lead):
+            self.held = text
+            return ""
+        self.step = self._unopened
+        return text
+
+    def _within(self, text: str, out: List[Event]) -> str:
+        thought, tag, rest = text.partition(self.CLOSE)
+        if tag:
+            self.step, self.trim = self._after, True
+            thought = thought.rstrip("\n")
+        else:
+            thought = self._hold_back(text)
+        if thought:
+            out.append(Reasoning(thought))
+        return rest
+
+    def _unopened(self, text: str, out: List[Event]) -> str:
+        """The answer, so far without a tag: was it a thought?"""
+        at = text.find(self.CLOSE)
+        if at >= 0:
+            self.step = self._after
+            if (text[at - 1] if at else self.last) in QUOTES:
+                return text
+            self.trim = True
+            if at:
+                out.append(Text(text[:at]) if self.last else Reasoning(text[:at].rstrip("\n")))
+            return text[at + len(self.CLOSE):]
+        if self.hold:
+            self.held = text
+            return ""
+        text = self._hold_back(text) if "<" in text else text
+        if text:
+            self.last = text[-1]
+            out.append(Text(text))
+        return ""
+
+    def _after(self, text: str, out: List[Event]) -> str:
+        out.append(Text(text))
+        return ""
+
+    def _hold_back(self, text: str) -> str:
+        """Keep the end of the text that may become a closing tag, and the line breaks before it."""
+        for size in range(min(len(self.CLOSE) - 1, len(text)), -1, -1):
+            if text.endswith(self.CLOSE[:size]):
+                break
+        cut = len(text) - size
+        if self.step == self._within:
+            cut = len(text[:cut].rstrip("\n"))
+        self.held = text[cut:]
+        return text[:cut]
+
+
+QUOTES = ("`", "'", '"')
+
+
+class Cutoff:
+    """End an answer at a stop sequence or at a number of tokens, for an upstream that can do neither.
+
+    Stop sequences may be cut anywhere; they are not part of the answer. Tokens are counted by
+    token_tenths(), so that the end comes rather late than early.
+    """
+
+    def __init__(self, stops: List[str], max_tokens: Optional[int]) -> None:
+        self.stops = stops
+        self.longest = max(map(len, stops), default=0)
+        self.budget = math.inf if max_tokens is None else 10 * max_tokens
+        self.needed = bool(stops) or max_tokens is not None
+        self.held = ""
+        self.cut = False            # the answer was ended here
+
+    def feed(self, events: List[Event]) -> List[Event]:
+        out: List[Event] = []
+        for event in events:
+            if self.cut:
+                break
+            if isinstance(event, Text) and self.stops:
+                self._search(event.text, out)
+            elif isinstance(event, (Text, Reasoning)):
+                self._count(event, out)
+            else:
+                if isinstance(event, Finish):
+                    out += self.close()
+                out.append(event)
+        return out
+
+    def close(self) -> List[Event]:
+        text, self.held = self.held, ""
+        return [Text(text)] if text else []
+
+    def _search(self, text: str, out: List[Event]) -> None:
+        text, self.held = self.held + text, ""
+        found = [at for at in (text.find(stop) for stop in self.stops) if at >= 0]
+        if found:
+            self._count(Text(text[:min(found)]), out)
+            if not self.cut:
+                self.cut = True
+                out.append(Finish("stop"))
+            return
+        keep = next((size for size in range(min(self.longest - 1, len(text)), 0, -1)
+                     if any(stop.startswith(text[-size:]) for stop in self.stops)), 0)
+        self.held = text[len(text) - keep:]
+        self._count(Text(text[:len(text) - keep]), out)
+
+    def _count(self, event: Event, out: List[Event]) -> None:
+        if not event.text:
+            return
+        cost = token_tenths(event.text)
+        if cost > self.budget:
+            kept = _head_of(event.text, self.budget)
+            out += [type(event)(kept)] if kept else []
+            out.append(Finish("length"))
+            self.cut = True
+        else:
+            self.budget -= cost
+            out.append(event)
+
+
+def token_tenths(text: str) -> int:
+    """How many tenths of a token a text has at least, roughly: five ASCII characters or two others make one."""
+    plain = len(text.encode("ascii", "ignore"))
+    return plain * 2 + (len(text) - plain) * 5
+
+
+def _head_of(text: str, budget: float) -> str:
+    for size, char in enumerate(text):
+        budget -= token_tenths(char)
+        if budget < 0:
+            return text[:size]
+    return text
+
+
+# == 4. settings ==============================================================================
+# Each setting is declared once; its environment variable, its flag, --help and --check follow from
+# that line. Knows nothing that runs.
+
+
+def setting(default: Any, help: str, check: Optional[Callable[[str], Any]] = None, secret: bool = False) -> Any:
+    """A field of Settings; ``check`` returns the value to use, or raises ValueError with the reason."""
+    return field(default=default, repr=not secret, metadata={"help": help, "check": check, "secret": secret})
+
+
+def address(text: str) -> str:
+    """Check "host:port", ":port" or "[v6]:port"."""
+    split_address(text)
+    return text
+
+
+def split_address(text: str) -> Tuple[str, int]:
+    """The host ("" for all interfaces) and the port of an address; localhost is 127.0.0.1."""
+    host, colon, port = text.rpartition(":")
+    if not colon:
+        raise ValueError(f"{text!r} has no port")
+    if not re.fullmatch("[0-9]{1,5}", port) or int(port) > 65535:
+        raise ValueError(f"{port!r} is no port")
+    if host.startswith("[") and host.endswith("]"):
+        host = str(ipaddress.IPv6Address(host[1:-1]))
+    elif ":" in host:
+        raise ValueError(f"{text!r}: write an IPv6 address as [{host}]:{port}")
+    return ("127.0.0.1" if host == "localhost" else host), int(port)
+
+
+def base_url(text: str) -> str:
+    """Check an http(s) address, and take its trailing slash off."""
+    parts = urllib.parse.urlsplit(text)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"{text!r} is no http:// or https:// address")
+    if parts.query or parts.fragment or parts.username is not None or not re.fullmatch(r"[!-~]+", text):
+        raise ValueError("only scheme, host, port and path are allowed")
+    if parts.port == 0:  # .port itself raises ValueError above 65535
+        raise ValueError("0 is no port")
+    return text.rstrip("/")
+
+
+def header_value(text: str) -> str:
+    """Check that a text can stand in a header field."""
+    if not re.fullmatch(r"[ -~]*", text) or text != text.strip():
+        raise ValueError("only printable ASCII without blanks at the ends is allowed")
+    return text
+
+
+def token(text: str) -> str:
+    """Check one of several: an empty one would match a client that sends none."""
+    if not text:
+        raise ValueError("one of the values is empty")
+    return header_value(text)
+
+
+def log_level(text: str) -> str:
+    if text.lower() not in ("debug", "info", "warning", "error"):
+        raise ValueError(f"{text!r} is none of debug, info, warning, error")
+    return text.lower()
+
+
+@dataclass(frozen=True)
+class ControllerSettings:
+    """One upstream of the pool."""
+
+    name: str = "akash"
+    type: str = "akash"
+    base_url: str = "https://chat.akash.network"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that can be set. A field's environment variable is its name in capitals, its flag its name with dashes."""
+
+    server_address: str = setting("localhost:16571", "where to listen: HOST:PORT, :PORT or [V6]:PORT", address)
+    akash_base_url: str = setting("https://chat.akash.network", "the Akash Chat server", base_url)
+    bearer_token: Tuple[str, ...] = setting((), "tokens that clients must send, separated by commas; none: open to all",
+                                            token, secret=True)
+    akash_access_token: str = setting("", "access token of a protected Akash Chat server", header_value, secret=True)
+    akash_cookie: str = setting("", "a cookie to send to Akash Chat beside the session, NAME=VALUE", header_value,
+                                secret=True)
+    user_agent: str = setting(f"akashproxy/{__version__}", "User-Agent for the upstream", header_value)
+    public_url: str = setting("", "address under which clients see this server; none: as their Host header says",
+                              lambda text: base_url(text) if text else "")
+    cors_origins: Tuple[str, ...] = setting(("*",), "origins whose pages may use this server, separated by commas",
+                                            token)
+    connect_timeout: float = setting(10.0, "seconds for a connection to the upstream")
+    session_timeout: float = setting(15.0, "seconds for the upstream's session, models and picture states")
+    first_byte_timeout: float = setting(300.0, "seconds until the upstream begins its answer")
+    idle_timeout: float = setting(120.0, "seconds of silence within an answer")
+    image_timeout: float = setting(300.0, "seconds for a picture")
+    image_poll: float = setting(0.5, "seconds until a picture is first asked for; later ones take longer")
+    models_ttl: float = setting(600.0, "seconds for which a list of models is kept")
+    head_timeout: float = setting(10.0, "seconds for a client to send a request's head")
+    body_timeout: float = setting(60.0, "seconds for a client to send a request's body")
+    write_timeout: float = setting(60.0, "seconds for a client to take in what it was sent")
+    keepalive_timeout: float = setting(75.0, "seconds for which an idle client connection is kept")
+    max_body: int = setting(32 << 20, "bytes in the largest request")
+    grace: float = setting(10.0, "seconds for running requests to end after SIGTERM")
+    log_level: str = setting("info", "debug, info, warning or error", log_level)
+
+    def __post_init__(self) -> None:
+        problems = []
+        for item in dataclasses.fields(self):
+            try:
+                object.__setattr__(self, item.name, check_setting(item, getattr(self, item.name)))
+            except ValueError as error:
+                problems.append(f"{item.name}: {error}")
+        if problems:
+            raise ConfigError(problems)
+
+    @classmethod
+    def load(cls, environ: Dict[str, str], flags: Optional[Dict[str, str]] = None) -> "Settings":
+        """From the environment and, over it, flags {field name: text}. ConfigError lists all mistakes."""
+        values, problems = {}, []
+        for item in dataclasses.fields(cls):
+            flag = (flags or {}).get(item.name)
+            text = environ.get(item.name.upper()) if flag is None else flag
+            if text is None or (flag is None and text == "" and item.name != "bearer_token"):
+                continue  # an empty variable is an unset one
+            try:
+                values[item.name] = check_setting(item, parse_setting(item, text))
+            except ValueError as error:
+                source = item.name.upper() if flag is None else flag_name(item)
+                problems.append(f"{source}: {error}")
+        if problems:
+            raise ConfigError(problems)
+        return cls(**values)
+
+    def controllers(self) -> List[ControllerSettings]:
+        """The pool's members: one Akash Chat server."""
+        return [ControllerSettings(base_url=self.akash_base_url)]
+
+    def shown(self) -> List[Tuple[str, str]]:
+        """(name, value) of each setting, secrets blacked out."""
+        return [(item.name, "********" if item.metadata["secret"] and value
+                 else ",".join(value) if isinstance(value, tuple) else str(value))
+                for item in dataclasses.fields(self) for value in [getattr(self, item.name)]]
+
+
+def flag_name(item: "dataclasses.Field[Any]") -> str:
+    return "--" + item.name.replace("_", "-")
+
+
+def parse_setting(item: "dataclasses.Field[Any]", text: str) -> Any:
+    """The value of a setting from its text; ValueError says what is wrong with it."""
+    if item.type == "int":
+        if not re.fullmatch("[0-9]+", text):
+            raise ValueError(f"{text!r} is no whole number")
+        return int(text)
+    if item.type == "float":
+        if not re.fullmatch(r"[0-9]+(\.[0-9]+)?", text):
+            raise ValueError(f"{text!r} is no number of seconds")
+        return float(text)
+    return text if item.type == "str" else tuple(part.strip() for part in text.split(",")) if text.strip() else ()
+
+
+def check_setting(item: "dataclasses.Field[Any]", value: Any) -> Any:
+    """The value to use; ValueError says what is wrong with it."""
+    check = item.metadata["check"] or (lambda value: value)
+    return tuple(map(check, value)) if isinstance(value, tuple) else check(value)
+
+
+# == 5. http ==================================================================================
+# A strict HTTP/1.1 codec for both sides (RFC 9112): heads and bodies, no more. It refuses whatever
+# two readers of one message could read differently. Knows neither models nor JSON.
+
+HEAD_LIMIT = 65536
+FIELD_LIMIT = 100
+READ_SIZE = 65536
+
+_TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+_FIELDS = re.compile(rb"(?:" + _TOKEN + rb":[\t -~\x80-\xff]*\r\n)*")
+_BARE_BREAK = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)")
+_LENGTH = re.compile(r"[0-9]{1,18}")
+_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[\t ]*(?:;[\t -~\x80-\xff]*)?")
+_TOKEN_BYTES = frozenset(b"!#$%&'*+-.^_`|~0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz")
+
+
+def read_head(sock: Any, held: bytes, first: Iterable[int] = _TOKEN_BYTES) -> Optional[Tuple[str, Dict[str, str], bytes]]:
+    """Read up to the blank line: (start line, fields by lower-case name, bytes beyond), or None if nothing came.
+
+    Fields of one name are joined by ", ", set-cookie by a line feed. What is hopeless is refused
+    as soon as it is seen, so that nobody waits for its end: ProtocolError.
+    """
+    searched = 0
+    while True:
+        while held.startswith(b"\r\n"):  # RFC 9112, 2.2: blank lines before a message are skipped
+            held, searched = held[2:], 0
+        end = held.find(b"\r\n\r\n", searched)
+        if end >= 0 and end <= HEAD_LIMIT:
+            break
+        if len(held) > HEAD_LIMIT:
+            raise ProtocolError("the head is too large", 431)
+        if held and held != b"\r" and (held[0] not in first or _BARE_BREAK.search(held)):
+            raise ProtocolError("this is not HTTP/1.1")
+        searched = max(0, len(held) - 3)
+        data = sock.recv(READ_SIZE)
+        if not data:
+            if held:
+                raise ProtocolError("the connection ended within a head")
+            return None
+        held += data
+    line, _, block = held[:end + 2].partition(b"\r\n")
+    return line.decode("latin-1"), parse_fields(block), held[end + 4:]
+
+
+def parse_fields(block: bytes) -> Dict[str, str]:
+    """The header fields of a block of lines."""
+    if not _FIELDS.fullmatch(block):
+        raise ProtocolError("a header field is malformed")
+    fields: Dict[str, str] = {}
+    lines = block.decode("latin-1").split("\r\n")
+    lines.pop()
+    if len(lines) > FIELD_LIMIT:
+        raise ProtocolError("there are too many header fields", 431)
+    for line in lines:
+        name, _, value = line.partition(":")
+        name, value = name.lower(), value.strip(" \t")
+        if name in fields:
+            value = fields[name] + ("\n" if name == "set-cookie" else ", ") + value
+        fields[name] = value
+    return fields
+
+
+class Body:
+    """The body of a message, taken out of its framing as the bytes arrive (RFC 9112, section 6).
+
+    feed() gives the payload within the data; ``done`` tells that the end was reached, ``rest`` what
+    came after it; close() says that the connection has ended. ProtocolError for what smuggling is made of.
+    """
+
+    def __init__(self, fields: Dict[str, str], until_close: bool = False) -> None:
+        coding, length = fields.get("transfer-encoding"), fields.get("content-length")
+        self.done, self.rest = False, b""
+        self.left = 0                   # payload still to come, of the body or of the chunk
+        self.held = b""                 # part of a line of the chunked framing
+        self.state = "size"
+        self.until_close = False
+        if coding is not None:
+            if length is not None:
+                raise ProtocolError("both Content-Length and Transfer-Encoding")
+            if coding.lower() != "chunked":
+                raise ProtocolError(f"Transfer-Encoding {coding[:40]!r} is not supported", 501)
+            self.feed = self._chunked
+        elif length is not None:
+            if not _LENGTH.fullmatch(length):
+                raise ProtocolError("Content-Length is no number")
+            self.left = int(length)
+            self.feed = self._counted
+            self.done = self.left == 0
+        else:
+            self.until_close, self.done = until_close, not until_close
+            self.feed = self._open
+
+    def close(self) -> None:
+        if self.until_close:
+            self.done = True
+        elif not self.done:
+            raise ProtocolError("the connection ended within a body")
+
+    def _open(self, data: bytes) -> bytes:
+        return data
+
+    def _counted(self, data: bytes) -> bytes:
+        if len(data) > self.left:
+            data, self.rest = data[:self.left], data[self.left:]
+        self.left -= len(data)
+        self.done = self.left == 0
+        return data
+
+    def _chunked(self, data: bytes) -> bytes:
+        """size [;extension] CR LF data CR LF ... 0 CR LF trailers CR LF"""
+        if self.held:
+            data, self.held = self.held + data, b""
+        parts, at = [], 0
+        while not self.done:
+            if self.left:
+                part = data[at:at + self.left]
+                parts.append(part)
+                at += len(part)
+                self.left -= len(part)
+                if self.left:
+                    break
+                self.state = "end"
+            end = data.find(b"\r\n", at)
+            if end < 0:
+                self._hold(data[at:])
+                break
+            self._line(data[at:end])
+            at = end + 2
+        if self.done:
+            self.rest = data[at:]
+        return b"".join(parts)
+
+    def _hold(self, data: bytes) -> None:
+        if len(data) > 4096 or _BARE_BREAK.search(data) or (self.state == "end" and data not in (b"", b"\r")):
+            raise ProtocolError("the chunked coding is broken")
+        self.held = data
+
+    def _line(self, line: bytes) -> None:
+        if self.state == "size":
+            match = _CHUNK_SIZE.fullmatch(line)
+            if not match:
+                raise ProtocolError("a chunk's size is malformed")
+            self.left = int(match[1], 16)
+            if not self.left:
+                self.state = "trailer"
+                self.trailers = 0
+        elif self.state == "end":
+            if line:
+                raise ProtocolError("a chunk is longer than its size")
+            self.state = "size"
+        elif line:
+            parse_fields(line + b"\r\n")
+            self.trailers += 1
+            if self.trailers > FIELD_LIMIT:
+                raise ProtocolError("there are too many trailers", 431)
+        else:
+            self.done = True
+
+
+# == 6. transport =============================================================================
+# The way to an upstream: urllib.request with connections that are kept. The network's exceptions
+# end here: above this section an OSError can only mean that the client left. Knows no models.
+
+
+class Request(urllib.request.Request):
+    """A request that is watched while it runs."""
+
+    def __init__(self, url: str, method: str, headers: Dict[str, str], data: Optional[bytes], watch: Watch) -> None:
+        super().__init__(url, data, headers, method=method)
+        self.watch = watch
+
+
+class KeepAlive(urllib.request.AbstractHTTPHandler):
+    """urllib's handler of http and https, with the codec of section 5 and connections that are used again.
+
+    A kept connection that has ended is noticed before it is used; where it ends in that very moment
+    (nothing of an answer had come), the request is sent once more on a new one.
+    """
+
+    http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.idle: Dict[Any, List[Tuple[float, Any]]] = {}  # (until when, socket), the youngest last
+        self.lock = threading.Lock()
+
+    def http_open(self, request: Any) -> "Response":
+        key = request.type, request.host, request._tunnel_host
+        while True:
+            sock = self._take(key)
+            kept = sock is not None
+            if not kept:
+                sock = self._connect(request)
+            try:
+                request.watch.hold(sock)
+                with contextlib.suppress(ConnectionError):  # it may have answered before it read all
+                    sock.sendall(_request_bytes(request))
+                data = self._first_bytes(sock, kept)
+                if data:
+                    return self._response(request, sock, data, key)
+            except BaseException:
+                request.watch.release()
+                sock.close()
+                raise
+            request.watch.release()
+            sock.close()
+            request.watch.check()
+            if not kept:
+                raise ConnectionError("it closed the connection without an answer")
+
+    https_open = http_open
+
+    def give_back(self, key: Any, sock: Any, seconds: float) -> None:
+        """Keep a connection for the next request, for so long."""
+        with self.lock:
+            self.idle.setdefault(key, []).append((time.monotonic() + seconds, sock))
+
+    def close(self) -> None:
+        with self.lock:
+            for links in self.idle.values():
+                for _, sock in links:
+                    sock.close()
+            self.idle.clear()
+
+    def _take(self, key: Any) -> Any:
+        now = time.monotonic()
+        while True:
+            with self.lock:
+                links = self.idle.get(key)
+                if not links:
+                    return None
+                until, sock = links.pop()
+                stale = []
+                if links and links[0][0] < now:  # the oldest are never reached from this end
+                    stale = [link for link in links if link[0] < now]
+                    links[:] = [link for link in links if link[0] >= now]
+            for _, old in stale:
+                old.close()
+            if until >= now and not readable(sock):
+                return sock
+            sock.close()
+
+    def _connect(self, request: Any) -> Any:
+        if request.type == "https":
+            link = http.client.HTTPSConnection(request.host, timeout=request.timeout, context=tls_context())
+        else:
+            link = http.client.HTTPConnection(request.host, timeout=request.timeout)
+        if request._tunnel_host:
+            link.set_tunnel(request._tunnel_host)
+        try:
+            link.connect()
+        except BaseException:
+            link.close()
+            raise
+        sock = link.sock
+        sock.settimeout(None)  # from here on the watchdog has the clock
+        return sock
+
+    @staticmethod
+    def _first_bytes(sock: Any, kept: bool) -> bytes:
+        try:
+            return sock.recv(READ_SIZE)
+        except ConnectionError:
+            if kept:
+                return b""
+            raise
+
+    def _response(self, request: Any, sock: Any, data: bytes, key: Any) -> "Response":
+        status = 100
+        while 100 <= status < 200:  # interim answers are skipped
+            head = read_head(sock, data, b"H")
+            if head is None:
+                raise ProtocolError("the connection ended within a head")
+            line, headers, data = head
+            match = re.fullmatch(r"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: .*)?", line)
+            if not match:
+                raise ProtocolError("this is not HTTP/1.1")
+            status = int(match[2])
+        bodiless = request.get_method() == "HEAD" or status in (204, 304)
+        body = Body({} if bodiless else headers, until_close=not bodiless)
+        keep = keeps_alive(match[1], headers) and not body.until_close
+        return Response(status, headers, body, data, sock, request.watch,
+                        (lambda: self.give_back(key, sock, idle_seconds(headers))) if keep else sock.close)
+
+
+def _request_bytes(request: Any) -> bytes:
+    fields = {**request.unredirected_hdrs, **request.headers}
+    lines = [f"{request.get_method()} {request.selector} HTTP/1.1"]
+    lines += [f"{name}: {value}" for name, value in fields.items()]
+    head = "\r\n".join(lines).encode("latin-1")
+    if head.count(b"\n") != len(fields) or head.count(b"\r") != len(fields) or b"\0" in head:
+        raise ProtocolError("a line break in a header field")
+    return head + b"\r\n\r\n" + (request.data or b"")
+
+
+def keeps_alive(minor: str, headers: Dict[str, str]) -> bool:
+    """Does a message leave its connection open? ``minor`` is the digit after "HTTP/1."."""
+    options = [option.strip().lower() for option in headers.get("connection", "").split(",")]
+    return "close" not in options if minor == "1" else "keep-alive" in options
+
+
+def idle_seconds(headers: Dict[str, str]) -> float:
+    """How long a kept connection may be used: a second less than its server said (conn-keepalive: 5 s, closed after 6)."""
+    match = re.search(r"timeout=([0-9]{1,4})", headers.get("keep-alive", ""))
+    return max(0.0, float(match[1]) - 1) if match else 30.0
+
+
+def readable(sock: Any) -> bool:
+    """Has an idle connection something to say? Only its end, or nonsense."""
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    return bool(poll.poll(0)) or bool(getattr(sock, "pending", int)())
+
+
+def tls_context() -> Any:
+    """The one TLS context: the system's authorities, host names checked. Made when first needed."""
+    global _tls
+    if _tls is None:
+        import ssl
+        _tls = ssl.create_default_context()
+    return _tls
+
+
+_tls: Any = None
+
+
+class Response:
+    """An upstream's answer: status, headers by lower-case name, and the body as it arrives."""
+
+    def __init__(self, status: int, headers: Dict[str, str], body: Body, early: bytes, sock: Any, watch: Watch,
+                 let_go: Callable[[], None]) -> None:
+        self.status, self.headers = status, headers
+        self.where, self.idle = "the upstream", math.inf    # set by Transport.open
+        self._body, self._early, self._sock, self._watch, self._let_go = body, early, sock, watch, let_go
+
+    def chunks(self) -> Iterator[bytes]:
+        """The payload of each read; APIError where the upstream breaks off or falls silent."""
+        with upstream_errors(self._watch, self.where):
+            data, body = self._early, self._body
+            while True:
+                payload = body.feed(data) if data else b""
+                if payload:
+                    yield payload
+                if body.done:
+                    break
+                self._watch.expect(self.idle, f"{self.where} sent nothing for {self.idle:g} seconds.")
+                data = self._sock.recv(READ_SIZE)
+                if not data:
+                    self._watch.check()
+                    body.close()
+            self.close()
+
+    def read(self, limit: int = 64 << 20) -> bytes:
+        """The whole body."""
+        parts, size = [], 0
+        try:
+            for part in self.chunks():
+                size += len(part)
+                if size > limit:
+                    raise APIError(502, f"{self.where} sent more than {limit} bytes.", code="upstream_error")
+                parts.append(part)
+        finally:
+            self.close()
+        return b"".join(parts)
+
+    def json(self) -> Any:
+        """The body as JSON; None if it is something else."""
+        try:
+            return from_json(self.read())
+        except ValueError:
+            return None
+
+    def close(self) -> None:
+        """Keep the connection if the answer was read to its end, else close it, so that the upstream stops."""
+        sock, self._sock = self._sock, None
+        if sock is None:
+            return
+        self._watch.release()
+        if self._body.done and not self._body.rest:
+            self._let_go()
+        else:
+            sock.close()
+
+
+class Transport:
+    """Requests to one upstream."""
+
+    def __init__(self, base: str, where: str, headers: Dict[str, str], settings: Settings) -> None:
+        self.base, self.where, self.headers, self.settings = base, where, headers, settings
+        self.kept = KeepAlive()
+        self.opener = urllib.request.OpenerDirector()  # no redirects, no file: or ftp:, no proxies of the environment
+        self.opener.addheaders = []
+        self.opener.add_handler(self.kept)
+
+    def open(self, method: str, path: str, watch: Watch, data: Optional[bytes] = None,
+             headers: Optional[Dict[str, str]] = None, first_byte: Optional[float] = None) -> Response:
+        """Send a request and read the answer's head. APIError 502 or 504 if none comes."""
+        seconds = first_byte or self.settings.first_byte_timeout
+        with upstream_errors(watch, self.where):
+            watch.expect(seconds, f"{self.where} did not answer within {seconds:g} seconds.")
+            request = Request(self.base + path, method, {**self.headers, **(headers or {})}, data, watch)
+            response = self.opener.open(request, timeout=self.settings.connect_timeout)
+        response.where, response.idle = self.where, first_byte or self.settings.idle_timeout
+        return response
+
+
+@contextlib.contextmanager
+def upstream_errors(watch: Watch, where: str) -> Iterator[None]:
+    """Make an APIError of whatever the network does; the reason why a watch was ended goes first."""
+    try:
+        yield
+    except (OSError, ProtocolError, http.client.HTTPException) as error:
+        watch.check()
+        log.info("%s: %s: %s", where, type(error).__name__, error)
+        late = isinstance(error, (socket.timeout, TimeoutError))
+        if isinstance(error, (http.client.HTTPException, ProtocolError)):
+            what = "broke off its answer or sent something that is not HTTP."
+        elif late:
+            what = "could not be reached in time."
+        elif isinstance(error, (ConnectionResetError, BrokenPipeError)) or type(error) is ConnectionError:
+            what = "broke off the connection."
+        else:
+            what = "could not be reached."
+        raise APIError(504 if late else 502, f"{where} {what}", code="upstream_error") from error
+
+
+# == 7. controllers ===========================================================================
+# One class for each kind of upstream: Call -> wire, wire -> events. Knows neither clients nor dialects.
+
+
+class Pipeline:
+    """A decoder and the filters behind it, as one: feed(data) and close() give events.
+
+    ``error`` is what ends the answer, to be raised when the events before it have gone on their
+    way; ``cut`` tells that the answer was ended here, so that the upstream should stop.
+    """
+
+    def __init__(self, decoder: Any, *filters: Any) -> None:
+        self.decoder, self.filters = decoder, filters
+
+    error = property(lambda self: self.decoder.error)
+    cut = property(lambda self: any(getattr(step, "cut", False) for step in self.filters))
+
+    def feed(self, data: bytes) -> List[Event]:
+        events = self.decoder.feed(data)
+        for step in self.filters:
+            events = step.feed(events)
+        return events + self.flush() if self.error else events
+
+    def close(self) -> List[Event]:
+        """The connection has ended properly: what is left."""
+        events = self.decoder.close()
+        for step in self.filters:
+            events = step.feed(events)
+        return events + self.flush()
+
+    def flush(self) -> List[Event]:
+        """What the filters held back."""
+        events: List[Event] = []
+        for step in self.filters:
+            events = step.feed(events) + step.close()
+        return events
+
+
+class Stream:
+    """An answer on its way: iterated, it reads the response and decodes it."""
+
+    DRAIN = 1.0  # seconds for an upstream to end its message once the answer is whole
+
+    def __init__(self, response: Response, decoder: Any) -> None:
+        self.response, self.decoder = response, decoder
+
+    def __iter__(self) -> Iterator[Event]:
+        for events in self.batches():
+            yield from events
+
+    def batches(self) -> Iterator[List[Event]]:
+        """The events of each read, together."""
+        decoder, whole = self.decoder, False
+        try:
+            for data in self.response.chunks():
+                events = [] if whole else decoder.feed(data)
+                if events:
+                    whole = isinstance(events[-1], Finish)
+                    if whole:
+                        self.response.idle = self.DRAIN
+                    yield events
+                if decoder.error and not whole:
+                    raise decoder.error
+                if whole and decoder.cut:
+                    return
+            if not whole:
+                events = decoder.close()
+                if events:
+                    yield events
+                if decoder.error:
+                    raise decoder.error
+        except APIError:
+            if whole:
+                return  # the answer was complete; how the connection ends is of no interest
+            events = decoder.flush()
+            if events:
+                yield events
+            raise
+        finally:
+            self.response.close()
+
+
+class Controller:
+    """An upstream. To be overridden: events(), and what else it can do."""
+
+    def __init__(self, options: ControllerSettings, settings: Settings) -> None:
+        self.options, self.settings, self.name = options, settings, options.name
+
+    def events(self, call: Call) -> Iterable[Event]:
+        """The answer: any iterable of events, or a Stream. APIError if there is none."""
+        raise NotImplementedError
+
+    def models(self) -> List[Dict[str, Any]]:
+        """What it offers, as OpenAI's model objects."""
+        return []
+
+    def image(self, name: str, watch: Watch) -> Response:
+        """A picture's bytes."""
+        raise APIError(404, f"{self.name} has no pictures.")
+
+    def close(self) -> None:
+        """Let go of connections."""
+
+
+class AkashSession:
+    """The one session of an Akash Chat server: its cookie, fetched when first needed.
+
+    The cookie lives for its Max-Age (session-ok), counted from before it was asked for. In the last
+    fifth of that time a thread of its own fetches the next while everybody goes on with the old
+    one. A server without sessions sets none, or a fixed word (noredis-session); that is no error.
+    The request carries no cookie: the 2026 version would extend nothing (session-valid-cookie).
+    """
+
+    PATH = "/api/auth/session/"
+    PAUSE = 10.0  # seconds between two tries to renew
+
+    def __init__(self, transport: Transport, token: str = "", clock: Callable[[], float] = time.monotonic) -> None:
+        self.transport, self.clock = transport, clock
+        self.tokens = [token, _sha256(token)] if token else [""]  # plain in 2026, as a hash in 2025 (at-session-*)
+        self.lock = threading.Lock()            # held while a cookie is fetched that somebody waits for
+        self.cookie: Optional[str] = None       # "session_token=..."; "" where the server sets none
+        self.renew_at = self.ends_at = 0.0
+        self.renewing = False
+
+    def get(self) -> str:
+        """The cookie to send."""
+        now = self.clock()
+        cookie = self.cookie
+        if cookie is None or now >= self.ends_at:
+            return self._fetch_once(cookie)
+        if now >= self.renew_at and not self.renewing:
+            self.renewing, self.renew_at = True, now + self.PAUSE
+            threading.Thread(target=self._renew, name="akash session", daemon=True).start()
+        return cookie
+
+    def replace(self, refused: str) -> str:
+        """The cookie to try after the server refused this one: somebody's newer one, or a new one."""
+        return self._fetch_once(refused)
+
+    def _fetch_once(self, old: Optional[str]) -> str:
+        with self.lock:
+            if self.cookie is None or self.cookie == old:
+                self.cookie = None
+                self._fetch()
+            return self.cookie or ""
+
+    def _renew(self) -> None:
+        try:
+            self._fetch()
+        except APIError as error:
+            log.warning("the session could not be renewed, the old one serves on: %s", error.message)
+        finally:
+            self.renewing = False
+
+    def _fetch(self) -> None:
+        asked_at = self.clock()
+        seconds = self.transport.settings.session_timeout
+        for token in list(self.tokens):
+            headers = {"Authorization": f"Bearer {token}"} if token else {}
+            response = self.transport.open("GET", self.PATH, Watch(), headers=headers, first_byte=seconds)
+            answer = response.json()
+            if response.status == 200:
+                self.tokens = [token]
+                return self._keep(response.headers.get("set-cookie", ""), asked_at)
+            if response.status != 403:
+                break
+        told = str(answer.get("error", "")) if isinstance(answer, dict) else ""
+        if "ccess token" in told:
+            raise APIError(502, f"Akash Chat wants an access token, or another one ({told}): set AKASH_ACCESS_TOKEN.",
+                           code="upstream_auth", retry=False)
+        raise APIError(503, f"Akash Chat gives no session now (status {response.status}).",
+                       code="upstream_session", retry_after=5)
+
+    def _keep(self, set_cookie: str, asked_at: float) -> None:
+        for line in set_cookie.split("\n"):
+            match = re.match(r"(session_token=[^;,\s\"\\]*)(.*)", line)
+            if match and match[1] != "session_token=":
+                life = re.search(r";\s*max-age=([0-9]{1,9})\s*(?:;|$)", match[2], re.I)
+                seconds = float(life[1]) if life else math.inf
+                self.renew_at, self.ends_at = asked_at + seconds * 0.8, asked_at + seconds
+                self.cookie = match[1]
+                return
+        self.cookie, self.renew_at, self.ends_at = "", math.inf, math.inf
+
+
+def _sha256(text: str) -> str:
+    import hashlib
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+# What Akash can't do, and what is wrong with a value that asks for it.
+AKASH_REFUSED: Dict[str, Callable[[Any], bool]] = {
+    "tools": lambda value: value != [],
+    "functions": lambda value: value != [],
+    "tool_choice": lambda value: value not in ("none", "auto"),
+    "function_call": lambda value: value not in ("none", "auto"),
+    "n": lambda value: value != 1,
+    "best_of": lambda value: value != 1,
+    "logprobs": lambda value: value is not False and value != 0,
+    "top_logprobs": lambda value: value != 0,
+    "audio": lambda value: True,
+    "modalities": lambda value: value != ["text"],
+    "response_format": lambda value: value != {"type": "text"},
+    "suffix": lambda value: value != "",
+}
+AKASH_HONOURED = {"model", "messages", "stream", "stream_options", "temperature", "top_p", "topP", "stop",
+                  "max_tokens", "max_completion_tokens"}
+
+# Texts that crash the server's tokenizer (req-special-*), and the same with a mark of no width in it.
+SPECIAL = re.compile(r"<\|(?=(?:endoftext|fim_prefix|fim_middle|fim_suffix|endofprompt)\|>)")
+HARMLESS = "<|\u2060"
+
+
+def akash_request(call: Call) -> Dict[str, Any]:
+    """The body for POST /api/chat/. APIError 400 for what Akash can't do; call.ignored gets what it drops."""
+    body = {name: value for name, value in call.body.items() if value is not None}
+    for name, refused in AKASH_REFUSED.items():
+        if name in body and refused(body[name]):
+            raise bad_request(f"Akash Chat does not support {name!r}"
+                              f"{' of more than 1' if name in ('n', 'best_of') else ''}.", name, "unsupported_parameter")
+    call.ignored += [name for name in body if name not in AKASH_HONOURED and name not in AKASH_REFUSED]
+    system, messages = [], []
+    for at, message in enumerate(body["messages"]):
+        if message.get("role") in ("system", "developer"):
+            system.append(_flatten(message, f"messages[{at}]")[0])
+        else:
+            messages.append(_akash_message(message, f"messages[{at}]"))
+    if not messages:
+        raise bad_request("'messages' needs a message of the user beside the system's.", "messages")
+    return {"id": os.urandom(8).hex(), "messages": messages, "model": call.model,
+            # an empty one would bring in the server's own persona (req-system-empty), a blank does not
+            "system": SPECIAL.sub(HARMLESS, "\n\n".join(filter(None, system))) or " ",
+            # 0 and absence would mean the model's default, or an error in 2026 (text-notemperature)
+            "temperature": number(body, "temperature", 0.85) or 1e-6,
+            "topP": number(body, "topP" if "topP" in body else "top_p", 1.0) or 1e-6,
+            "context": []}
+
+
+def _akash_message(message: Dict[str, Any], place: str) -> Dict[str, Any]:
+    role = message.get("role")
+    if role not in ("user", "assistant"):
+        raise bad_request(f"{place}: Akash Chat has no role {role!r}; use system, developer, user or assistant.",
+                          f"{place}.role")
+    if message.get("tool_calls") or message.get("function_call"):
+        raise bad_request(f"{place}: Akash Chat can't be told about calls of tools.", f"{place}.tool_calls")
+    text, pictures = _flatten(message, place)
+    if pictures and role != "user":
+        raise bad_request(f"{place}: only messages of the user may hold pictures.", f"{place}.content")
+    counted = SPECIAL.sub(HARMLESS, text)
+    result: Dict[str, Any] = {"role": role, "content": counted}
+    if counted != text:  # the model gets the parts, the tokenizer the content (req-parts-with-content)
+        result["parts"] = [{"type": "text", "text": text}]
+    if pictures:
+        result["experimental_attachments"] = pictures
+    return result
+
+
+def _flatten(message: Dict[str, Any], place: str) -> Tuple[str, List[Dict[str, str]]]:
+    """A message's text, and its pictures as Akash's attachments (req-attachment-dataurl)."""
+    content = message.get("content")
+    if content is None and message.get("role") == "assistant":
+        return "", []
+    if isinstance(content, str):
+        return content, []
+    if not isinstance(content, list):
+        raise bad_request(f"{place}.content must be text or a list of parts.", f"{place}.content")
+    texts, pictures = [], []
+    for at, part in enumerate(content):
+        where = f"{place}.content[{at}]"
+        kind = part.get("type") if isinstance(part, dict) else None
+        value = part.get(kind) if isinstance(kind, str) else None
+        if kind in ("text", "refusal", "input_text", "output_text") and isinstance(part.get("text", value), str):
+            texts.append(part.get("text", value))
+        elif kind == "image_url":
+            pictures.append(_attachment(value.get("url") if isinstance(value, dict) else value, where))
+        else:
+            raise bad_request(f"{where}: Akash Chat takes text and pictures, not {kind!r}.", where)
+    return "".join(texts), pictures
+
+
+def _attachment(url: Any, where: str) -> Dict[str, str]:
+    match = re.match(r"data:(image/[a-z0-9.+-]+);base64,|https?://", url, re.I) if isinstance(url, str) else None
+    if not match:
+        raise bad_request(f"{where}: a picture's url must be http(s): or data:image/...;base64,...", where)
+    return {"name": "picture", "contentType": (match[1] or "image/png").lower(), "url": url}
+
+
+def number(body: Dict[str, Any], name: str, default: Any, whole: bool = False, least: float = 0) -> Any:
+    """A number of the request; APIError 400 if it is something else or too small."""
+    value = body.get(name)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or not math.isfinite(value):
+        raise bad_request(f"{name!r} must be a {'whole ' if whole else ''}number.", name)
+    if value < least:
+        raise bad_request(f"{name!r} must be at least {least:g}.", name)
+    return value
+
+
+def stop_sequences(body: Dict[str, Any]) -> List[str]:
+    """OpenAI's ``stop``: a text or up to four."""
+    value = body.get("stop")
+    stops = [value] if isinstance(value, str) else [] if value is None else value
+    if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
+        raise bad_request("'stop' must be a text or a list of texts.", "stop")
+    if len(stops) > 4:
+        raise bad_request("'stop' may hold four texts.", "stop")
+    return [stop for stop in stops if stop]
+
+
+FINISH_REASONS = {"stop": "stop", "length": "length", "content-filter": "content_filter", "tool-calls": "tool_calls"}
+
+# What an error text of the upstream means: a pattern, the status, the code.
+AKASH_ERRORS = [
+    (r"rate limit|too many requests", 429, None),
+    (r"maximum context length|too large|too long", 400, "context_length_exceeded"),
+    (r"invalid prompt|unsupported role|invalid argument|bad request|unprocessable", 400, None),
+    (r"authentication error|api key|unauthorized", 502, "upstream_auth"),
+    (r"timed? ?out|timeout", 504, "upstream_error"),
+    (r"service unavailable|overloaded", 503, "upstream_error"),
+]
+
+
+def akash_error(text: str, model: str) -> APIError:
+    """What an error part of the stream means (model-unknown, err-*). Inner addresses are taken out."""
+    if re.search(r"invalid model name|model .* does not exist", text, re.I):
+        if model == AkashController.GEN:  # all that 2025's version says of a failure (gen-imgbackend-error)
+            return APIError(502, "Akash Chat could not make the picture, or has no AkashGen.", code="image_failed",
+                            retry=False, legacy="Error Model.")
+        return unknown_model(model, "Akash Chat")
+    status, code = next(((status, code) for pattern, status, code in AKASH_ERRORS if re.search(pattern, text, re.I)),
+                        (502, "upstream_error"))
+    told = re.sub(r"^Failed after \d+ attempts\. Last error: ", "", text).split("\n")[0]
+    if told in ("", "[object Object]", "An error occurred."):
+        return APIError(status, "Akash Chat failed without a reason.", code=code)
+    return APIError(status, f"Akash Chat: {without_hosts(told)[:300]}", code=code)
+
+
+def without_hosts(text: str) -> str:
+    """A text without addresses: an upstream's errors may name its inner hosts (err-backend-refused)."""
+    text = re.sub(r"[a-z]+://[^\s'\"]+", "(address)", text, flags=re.I)
+    return re.sub(r"\b(?:\d{1,3}(?:\.\d{1,3}){3}|\[?[0-9a-f:]*::[0-9a-f:.]*\]?|[a-z0-9-]+(?:\.[a-z0-9-]+)+(?=:\d)"
+                  r"|[a-z0-9-]+(?=:\d{2,5}\b))(?::\d{1,5})?", "(address)", text, flags=re.I)
+
+
+class AkashDecoder:
+    r"""Akash's stream, in either framing, told apart line by line.
+
+    AI SDK 4, ``CODE:JSON`` (text-short):        AI SDK 5 to 7, events (sdk5-text):
+
+        f:{"messageId":"msg-1"}                      data: {"type":"start"}
+        0:"Hello"            Text                    data: {"type":"text-delta","delta":"Hello"}
+        g:"Let me"           Reasoning               data: {"type":"reasoning-delta","delta":"Let me"}
+        9:{"toolName":...}   ToolCall                data: {"type":"tool-input-available",...}
+        3:"terminated"       an error                data: {"type":"error","errorText":"..."}
+        e:{...}              a step ends             data: {"type":"finish-step"}
+        d:{"finishReason":"stop",                    data: {"type":"finish","finishReason":"stop"}
+           "usage":{...}}    Finish                  data: [DONE]
+
+    Other codes and types are skipped. All texts of one read become one event. An answer without
+    its Finish is an error, and so is one whose reason is "error", "unknown" or "other": it was cut
+    short (finish-none). Lines end with the byte "\n" only: U+2028 and its kin stand raw inside.
+    A part that is a whole thought (2026: reasoning-content) is told here, where its ends are known.
+    """
+
+    LINE_LIMIT = 8 << 20
+    THOUGHT = "<think>\n", "\n</think>\n\n"
+
+    def __init__(self, model: str = "") -> None:
+        self.model = model
+        self.held = b""                             # a line that has not ended yet
+        self.half = ""                              # the first half of a surrogate pair (text-lonesurrogate)
+        self.tools = 0
+        self.finished = False
+        self.error: Optional[APIError] = None       # to be raised once the events before it are used
+
+    def feed(self, data: bytes) -> List[Event]:
+        if self.held:
+            data = self.held + data
+        lines = data.split(b"\n")
+        self.held = lines.pop()
+        out: List[Event] = []
+        texts: List[bytes] = []
+        for line in lines:
+            if line[:2] == b"0:":
+                texts.append(line[2:])
+            elif line:
+                self._texts(texts, out)
+                texts = []
+                self._line(line, out)
+            if self.finished or self.error:
+                self.held = b""
+                return out
+        self._texts(texts, out)
+        if len(self.held) > self.LINE_LIMIT:
+            self._fail("Akash Chat sent a line without an end.")
+        return out
+
+    def close(self) -> List[Event]:
+        """The message has ended: that must not be news."""
+        if self.held.lstrip()[:1] == b"<":
+            self._line(self.held, [])
+        if not self.finished:
+            self._fail("Akash Chat ended its answer early.")
+        return []
+
+    def _line(self, line: bytes, out: List[Event]) -> None:
+        try:
+            if line[1:2] == b":" and line[:1].isalnum():
+                if line[:1] in b"g39d":
+                    self._part(line[:1], json.loads(line[2:]), out)
+            elif line.startswith(b"data:"):
+                self._data(line[5:].strip(), out)
+            elif not line.startswith((b":", b"event:", b"id:", b"retry:", b"\r")):
+                page = re.match(rb"\s*<(!doctype|html|head|body)\b", line, re.I)
+                self._fail(BLOCKED if page else "Akash Chat sent something that is no stream.",
+                           "upstream_blocked" if page else "upstream_error")
+        except (ValueError, RecursionError):
+            self._fail("Akash Chat sent a broken line.")
+
+    def _part(self, code: bytes, value: Any, out: List[Event]) -> None:
+        if code == b"g" and isinstance(value, str):
+            self._say(Reasoning, value, out)
+        elif code == b"3":
+            self.error = akash_error(str(value), self.model)
+        elif code == b"9" and isinstance(value, dict):
+            self._tool(value, value.get("args"), out)
+        elif code == b"d" and isinstance(value, dict):
+            self._finish(value.get("finishReason"), value.get("usage"), out)
+
+    def _data(self, data: bytes, out: List[Event]) -> None:
+        if data == b"[DONE]":
+            self._fail("Akash Chat ended its answer early.")
+            return
+        event = json.loads(data)
+        kind = event.get("type") if isinstance(event, dict) else None
+        if kind == "text-delta":
+            self._say(Text, str(event.get("delta", "")), out)
+        elif kind == "reasoning-delta":
+            self._say(Reasoning, str(event.get("delta", "")), out)
+        elif kind == "tool-input-available":
+            self._tool(event, event.get("input"), out)
+        elif kind in ("error", "tool-input-error"):
+            self.error = akash_error(str(event.get("errorText", "")), self.model)
+        elif kind == "abort":
+            self._fail("Akash Chat broke off its answer.")
+        elif kind == "finish":
+            told = event.get("messageMetadata")
+            usage = (told.get("totalUsage") or told.get("usage")) if isinstance(told, dict) else None
+            self._finish(event.get("finishReason", "stop"), usage, out)
+
+    def _texts(self, literals: List[bytes], out: List[Event]) -> None:
+        if not literals or self.error:
+            return
+        joined = b",".join(literals)
+        try:
+            texts = json.loads(b"[" + joined + b"]")
+            text = "".join(texts)
+        except (ValueError, TypeError, RecursionError):
+            if len(literals) > 1:  # those before the broken one are good
+                for literal in literals:
+                    self._texts([literal], out)
+            else:
+                self._fail("Akash Chat sent a broken line.")
+            return
+        if b"<think>\\n" in joined:
+            for text in texts:
+                begins, ends = self.THOUGHT
+                if text.startswith(begins) and text.endswith(ends):
+                    self._say(Reasoning, text[len(begins):-len(ends)], out)
+                else:
+                    self._say(Text, text, out)
+        elif b"\\u" in joined or self.half:
+            self._say(Text, text, out)
+        elif text:
+            out.append(Text(text))
+
+    def _say(self, kind: Callable[[str], Event], text: str, out: List[Event]) -> None:
+        """Add a text, its surrogate halves joined; a first half waits for its second."""
+        text, self.half = self.half + text, ""
+        if text[-1:] and "\ud800" <= text[-1] <= "\udbff":
+            text, self.half = text[:-1], text[-1]
+        text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+        if text:
+            out.append(kind(text))
+
+    def _tool(self, call: Dict[str, Any], arguments: Any, out: List[Event]) -> None:
+        out.append(ToolCall(self.tools, _encode(arguments), str(call.get("toolCallId")), str(call.get("toolName"))))
+        self.tools += 1
+
+    def _finish(self, reason: Any, usage: Any, out: List[Event]) -> None:
+        if self.half:
+            self.half = ""
+            out.append(Text("\ufffd"))
+        if reason in FINISH_REASONS:
+            self.finished = True
+            out.append(Finish(FINISH_REASONS[reason], _akash_usage(usage)))
+        elif reason == "error":
+            self._fail("Akash Chat failed within its answer.")
+        else:
+            self._fail("Akash Chat ended its answer early: its model gave no reason to end.")
+
+    def _fail(self, message: str, code: str = "upstream_error") -> None:
+        self.error = self.error or APIError(502, message, code=code)
+
+
+BLOCKED = "Something in front of Akash Chat answered with a web page instead of it."
+
+
+def _akash_usage(usage: Any) -> Optional[Dict[str, int]]:
+    """OpenAI's usage from Akash's; None unless both counts are told (text-short has nulls)."""
+    if not isinstance(usage, dict):
+        return None
+    asked, answered = (next((usage[name] for name in names if type(usage.get(name)) is int), None)
+                       for names in (("promptTokens", "inputTokens"), ("completionTokens", "outputTokens")))
+    if asked is None or answered is None:
+        return None
+    return {"prompt_tokens": asked, "completion_tokens": answered, "total_tokens": asked + answered}
+
+
+# The answer of AkashGen. The line is pasted together, not JSON: only ' in the two texts is escaped.
+PASTED = re.compile(rb"^0:\"<image_generation> jobId='([^'\n]*)' prompt='(.*)'</image_generation>\"\n(?=e:\{|\Z)",
+                    re.S | re.M)
+PICTURE = re.compile(r"<image_generation> jobId='([^'\n]*)' prompt='(.*)'</image_generation>", re.S)
+
+
+def akash_picture(body: bytes) -> Optional[Tuple[str, str]]:
+    """(job, prompt) of an answer of AkashGen, or None if it is something else (gen-ok, gen-all)."""
+    match = PASTED.search(body)
+    if match:
+        job, texts = match[1].decode("utf-8", "replace"), match[2].decode("utf-8", "replace")
+    else:
+        decoder = AkashDecoder()
+        told = PICTURE.fullmatch(fold(decoder.feed(body)).text.strip())
+        if not told:
+            return None
+        job, texts = told[1], told[2]
+    parts = re.split(r"(?<!\\)' negative='", texts)
+    prompt = "' negative='".join(parts[:-1]) if len(parts) > 1 else texts
+    return job, prompt.replace("\\'", "'")
+
+
+class AkashController(Controller):
+    """Akash Chat's web API: text and reasoning streamed, pictures by the model AkashGen."""
+
+    WHERE = "Akash Chat"
+    GEN = "AkashGen"
+
+    def __init__(self, options: ControllerSettings, settings: Settings,
+                 clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__(options, settings)
+        self.transport = Transport(options.base_url, self.WHERE, {
+            "User-Agent": settings.user_agent, "Accept": "*/*", "Accept-Encoding": "identity",
+        }, settings)
+        self.session = AkashSession(self.transport, settings.akash_access_token, clock)
+        self.list = Cached(self._fetch_models, settings.models_ttl, clock)
+
+    def events(self, call: Call) -> Iterable[Event]:
+        data = to_json(akash_request(call))
+        cutoff = Cutoff(stop_sequences(call.body), number(
+            call.body, "max_tokens" if call.body.get("max_completion_tokens") is None else "max_completion_tokens",
+            None, whole=True, least=1))
+        if call.model == self.GEN:
+            return self.pictures(call, data)
+        if call.pictures:
+            raise bad_request(f"Pictures are made by the model {self.GEN}.", "model")
+        hold = not call.stream and not cutoff.needed
+        return Stream(self._chat(call, data), Pipeline(AkashDecoder(call.model), Thinking(hold), cutoff))
+
+    def pictures(self, call: Call, data: bytes) -> Iterator[Event]:
+        """Ask for each picture, then wait for each; text instead of a picture is passed on as text."""
+        jobs = []
+        for _ in range(call.pictures or 1):
+            body = self._chat(call, data).read(limit=4 << 20)
+            job = akash_picture(body)
+            if job is None:
+                yield from self._told_instead(call, body)
+                return
+            if job[0] in ("", "undefined"):
+                raise APIError(502, "Akash Chat could not start the picture.", code="upstream_error")
+            jobs.append(job)
+        for job, prompt in jobs:
+            yield from self._wait_for(call, job, prompt)
+        yield Finish("stop")
+
+    def models(self) -> List[Dict[str, Any]]:
+        return self.list.get()
+
+    def image(self, name: str, watch: Watch) -> Response:
+        path = f"/api/image/{name}" if "." in name else f"/api/image/{name}/"  # image-noext-308
+        response = self.transport.open("GET", path, watch)
+        if response.status == 200 and response.headers.get("content-type", "").startswith("image/"):
+            return response
+        response.close()
+        if response.status in (200, 404):
+            raise APIError(404, f"There is no picture {name!r}.", code="not_found")
+        raise APIError(502, f"{self.WHERE} could not give the picture (status {response.status}).",
+                       code="upstream_error")
+
+    def close(self) -> None:
+        self.transport.kept.close()
+
+    def _with_session(self, method: str, path: str, watch: Watch, data: Optional[bytes] = None,
+                      first_byte: Optional[float] = None, model: str = "") -> Response:
+        """A request with the cookie; if the session is refused, once more with a new one."""
+        cookie, last = self.session.get(), False
+        while True:
+            headers = {"Content-Type": "application/json"} if data else {}
+            cookies = "; ".join(filter(None, (cookie, self.settings.akash_cookie)))
+            if cookies:
+                headers["Cookie"] = cookies
+            response = self.transport.open(method, path, watch, data, headers, first_byte)
+            if response.status != 403:
+                return response
+            told = _as_dict(response.json())
+            if told.get("message") != "Unauthorized: Invalid session" or last:
+                raise self._refused(response, told, model)
+            cookie, last = self.session.replace(cookie), True
+
+    def _chat(self, call: Call, data: bytes) -> Response:
+        """Send a chat; APIError unless a stream comes back."""
+        response = self._with_session("POST", "/api/chat/", call.watch, data, model=call.model)
+        kind = response.headers.get("content-type", "")
+        if response.status == 200 and not kind.startswith("text/html"):
+            return response
+        text = response.read(limit=1 << 20)
+        try:
+            told = _as_dict(from_json(text))
+        except ValueError:
+            told = {}
+        if response.status == 400 and text and not told and not kind.startswith("text/html"):
+            raise akash_error("Bad request: " + text.decode("utf-8", "replace"), call.model)
+        raise self._refused(response, told, call.model)
+
+    def _refused(self, response: Response, told: Dict[str, Any], model: str = "") -> APIError:
+        """What an answer that is no stream means; ``told`` is its JSON."""
+        status, message = response.status, str(told.get("message") or told.get("error") or "")
+        if "cf-mitigated" in response.headers or response.headers.get("content-type", "").startswith("text/html"):
+            return APIError(502, f"{BLOCKED} (status {status})", code="upstream_blocked")
+        if told.get("error") == "Model not available":
+            if told.get("available_models") == []:  # chat-models-backend-500
+                return APIError(503, f"{self.WHERE} has no models at all now.", code="upstream_error", retry_after=30)
+            return unknown_model(model, self.WHERE)
+        if status == 429:
+            return APIError(429, f"{self.WHERE}: {without_hosts(message)[:300] or 'too many requests.'}",
+                            retry_after=reset_seconds(response.headers, told))
+        if status in (401, 403):
+            return APIError(502, f"{self.WHERE} refuses this server ({without_hosts(message)[:200] or status}).",
+                            code="upstream_auth", retry=False)
+        if message:
+            error = akash_error(message, model)
+            return error if error.status != 400 or status == 400 else APIError(502, error.message, code="upstream_error")
+        return APIError(502 if status < 500 or status == 500 else 503, code="upstream_error",
+                        message=f"{self.WHERE} failed without a reason (status {status}).")
+
+    def _told_instead(self, call: Call, body: bytes) -> Iterator[Event]:
+        """The text that came in place of a picture (gen-textanswer)."""
+        pipeline = Pipeline(AkashDecoder(call.model), Thinking(hold=True))
+        events = pipeline.feed(body)
+        events += [] if pipeline.error else pipeline.close()
+        if pipeline.error:
+            raise pipeline.error
+        if call.pictures:
+            raise bad_request(f"{self.WHERE} answered with text instead of a picture: {fold(events).text[:500]}",
+                              "prompt", "no_image")
+        yield from events
+
+    def _wait_for(self, call: Call, job: str, prompt: str) -> Iterator[Event]:
+        """Poll a job: soon at first, then slower, until the picture is there or the time is over."""
+        pause, lost, shown = self.settings.image_poll, 0, None
+        end = time.monotonic() + self.settings.image_timeout
+        while True:
+            call.pause(pause)
+            pause = min(pause * 1.5, self.settings.image_poll * 6)
+            state = self._job_state(call, job)
+            status, result = str(state.get("status", "")), str(state.get("result") or "")
+            if status == "failed" or result.startswith("Failed"):
+                raise APIError(502, f"The picture failed: {without_hosts(result)[:200] or 'no reason given'}.",
+                               code="image_failed", retry=False)
+            if status in ("succeeded", "completed"):
+                yield self._picture(call, job, prompt, result)
+                return
+            lost = 0 if status else lost + 1
+            if lost == 3:  # what the web page takes for lost, too (imgstatus-unknown, imgstatus-404)
+                raise APIError(502, "Akash Chat has lost the picture's job.", code="image_failed")
+            if time.monotonic() > end:
+                raise APIError(504, f"The picture was not ready within {self.settings.image_timeout:g} seconds.",
+                               code="image_failed")
+            place = state.get("queue_position")
+            progress = Progress(status, place if type(place) is int else 0)
+            if status and progress != shown:
+                shown = progress
+                yield progress
+
+    def _job_state(self, call: Call, job: str) -> Dict[str, Any]:
+        """The object that /api/image-status/ gives for a job; {} if it knows none."""
+        path = "/api/image-status/?ids=" + urllib.parse.quote(job, safe="")
+        response = self.transport.open("GET", path, call.watch, first_byte=self.settings.session_timeout)
+        told = response.json()
+        if response.status == 200 and isinstance(told, list) and told:
+            return _as_dict(told[0])
+        if response.status >= 500:
+            log.info("%s: status %d for the job of a picture", self.WHERE, response.status)
+        return {}
+
+    def _picture(self, call: Call, job: str, prompt: str, result: str) -> Image:
+        name = result.rsplit("/", 1)[-1]
+        if not PICTURE_NAME.fullmatch(name):
+            raise APIError(502, "Akash Chat gave the picture a name that can't be used.", code="image_failed")
+        data = self.image(name, call.watch).read() if call.picture_bytes else None
+        return Image(job, prompt, name, f"{self.options.base_url}/api/image/{name}", data)
+
+    def _fetch_models(self) -> List[Dict[str, Any]]:
+        watch, seconds = Watch(), self.settings.session_timeout
+        response = self._with_session("GET", "/api/models/", watch, first_byte=seconds)
+        told = response.json()
+        if response.status != 200:
+            raise self._refused(response, _as_dict(told))
+        names = akash_models(told)
+        if not names:
+            raise APIError(503, f"{self.WHERE} lists no models now.", code="upstream_error", retry_after=30)
+        return [{"id": name, "object": "model", "created": 1626777600, "owned_by": "Akash Network",
+                 "permission": None, "root": name, "parent": None} for name in names]
+
+
+PICTURE_NAME = re.compile(r"(?!\.)[A-Za-z0-9._-]{1,200}")
+
+
+def _as_dict(value: Any) -> Dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def akash_models(told: Any) -> List[str]:
+    """The ids of Akash's model list, in any of its shapes (models-*, 2026: models-all); [] if it is none."""
+    if isinstance(told, dict):
+        told = told.get("models") or told.get("data")
+    names: List[str] = []
+    for entry in told if isinstance(told, list) else []:
+        entry = _as_dict(entry)
+        name = entry.get("model_id") or entry.get("id")  # in models-all the id is a database key
+        if isinstance(name, str) and name not in names and entry.get("available", True):
+            names.append(name)
+    return names
+
+
+def reset_seconds(headers: Dict[str, str], told: Dict[str, Any], now: Callable[[], float] = time.time) -> float:
+    """Seconds until a limit ends: Retry-After, X-TokenLimit-Reset (rl-429) or resetTime; 60 if nothing says so."""
+    wait = headers.get("retry-after", "")
+    if re.fullmatch(r"[0-9]{1,9}(\.[0-9]+)?", wait):
+        return float(wait)
+    reset = headers.get("x-tokenlimit-reset", "")
+    if re.fullmatch(r"[0-9]{1,12}", reset):
+        return max(1.0, int(reset) - now())
+    with contextlib.suppress(ValueError):
+        from datetime import datetime
+        moment = datetime.fromisoformat(str(told.get("resetTime", "")).replace("Z", "+00:00"))
+        return max(1.0, moment.timestamp() - now())
+    return 60.0
+
+
+class Cached:
+    """A value that is fetched anew after a while; if that fails, the last good one serves on."""
+
+    RETRY = 15.0  # seconds until a failed fetch is tried again while there is an old value
+
+    def __init__(self, fetch: Callable[[], Any], ttl: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self.fetch, self.ttl, self.clock = fetch, ttl, clock
+        self.lock = threading.Lock()
+        self.value: Any = None
+        self.until = -math.inf
+
+    def get(self) -> Any:
+        if self.value is not None and self.clock() < self.until:
+            return self.value
+        with self.lock:
+            if self.value is None or self.clock() >= self.until:
+                try:
+                    self.value = self.fetch()
+                    self.until = self.clock() + self.ttl
+                except APIError as error:
+                    if self.value is None:
+                        raise
+                    log.warning("the last known models are served on: %s", error.message)
+                    self.until = self.clock() + self.RETRY
+            return self.value
+
+
+CONTROLLERS: Dict[str, Callable[[ControllerSettings, Settings], Controller]] = {"akash": AkashController}
+
+
+# == 8. pool ==================================================================================
+# Who answers a request. Knows neither sockets nor wires.
+
+
+class Pool:
+    """The controllers, and the choice of one for each request."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.controllers = [CONTROLLERS[options.type](options, settings) for options in settings.controllers()]
+
+    def answer(self, call: Call) -> Iterator[List[Event]]:
+        """The answer's events, as they come together. APIError, at once or later, is its end."""
+        for controller in self.controllers:
+            try:
+                yield from batches(controller.events(call))
+                call.route.append(f"{controller.name}=200")
+                return
+            except APIError as error:
+                call.route.append(f"{controller.name}={error.status}")
+                raise
+
+    def models(self) -> List[Dict[str, Any]]:
+        """All that the controllers offer, each once."""
+        found: Dict[str, Dict[str, Any]] = {}
+        for controller in self.controllers:
+            for model in controller.models():
+                found.setdefault(model["id"], model)
+        return list(found.values())
+
+    def image(self, name: str, watch: Watch) -> Response:
+        """A picture's bytes, from whoever has it."""
+        return self.controllers[0].image(name, watch)
+
+    def status(self) -> List[Dict[str, Any]]:
+        """What /status tells of each controller."""
+        return [{"name": controller.name, "type": controller.options.type} for controller in self.controllers]
+
+    def close(self) -> None:
+        for controller in self.controllers:
+            controller.close()
+
+
+def batches(answer: Iterable[Event]) -> Iterator[List[Event]]:
+    """The events of an answer, as they come together."""
+    if isinstance(answer, Stream):
+        return answer.batches()
+    return ([event] for event in answer)
+
+
+# == 9. dialects ==============================================================================
+# What clients speak: a body becomes a Call, events become bytes. Knows neither upstreams nor sockets.
+
+
+class Dialect:
+    """One request in a client's own format. ``call`` is what is asked; the rest is how it is answered.
+
+    Streamed: begin(), feed() for each batch of events, fail() where it breaks off. Else: whole().
+    ``site`` is the address under which the client sees this server.
+    """
+
+    PREFIX = "chatcmpl-"
+
+    def __init__(self, body: Any, site: str = "") -> None:
+        if not isinstance(body, dict):
+            raise bad_request("The body must be a JSON object.")
+        self.site = site
+        self.id = self.PREFIX + os.urandom(12).hex()
+        self.created = int(time.time())
+        self.call = self.parse(body)
+
+    def parse(self, body: Dict[str, Any]) -> Call:
+        raise NotImplementedError
+
+    def begin(self) -> bytes:
+        """What a stream opens with, before the first event."""
+        return b""
+
+    def feed(self, events: List[Event]) -> bytes:
+        """The frames of some events; those of Finish end the stream."""
+        raise NotImplementedError
+
+    def fail(self, error: APIError) -> bytes:
+        """The end of a stream that breaks off. go-openai wants "error" to be the first key."""
+        return b"data: " + to_json(self.refusal(error)) + b"\n\ndata: [DONE]\n\n"
+
+    def whole(self, answer: Answer) -> Dict[str, Any]:
+        """The body for a client that does not stream."""
+        raise NotImplementedError
+
+    @staticmethod
+    def refusal(error: APIError) -> Dict[str, Any]:
+        """An error's body: OpenAI's, and beside it the one of akashchat-api-go."""
+        return {"error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code},
+                "code": error.status, "data": {"msg": error.legacy}}
+
+    def markdown(self, image: Image) -> str:
+        """A picture for clients that show Markdown."""
+        alt = re.sub(r"[\[\]\\\s]+", " ", image.prompt).strip()
+        return f"![{alt}]({self.link(image)})"
+
+    def link(self, image: Image) -> str:
+        return f"{self.site}/images/{image.name}"
+
+
+def required(body: Dict[str, Any], name: str, kind: type, what: str) -> Any:
+    """A field that must be there, and not empty; APIError 400 else."""
+    value = body.get(name)
+    if value is None:
+        raise bad_request(f"{name!r} is missing.", name)
+    if not isinstance(value, kind):
+        raise bad_request(f"{name!r} must be {what}.", name)
+    if not value:
+        raise bad_request(f"{name!r} must not be empty.", name)
+    return value
+
+
+def flag(body: Dict[str, Any], name: str) -> bool:
+    value = body.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise bad_request(f"{name!r} must be true or false.", name)
+    return bool(value)
+
+
+class ChatCompletions(Dialect):
+    """POST /v1/chat/completions, as openai-openapi pins it."""
+
+    OBJECT = "chat.completion"
+
+    def parse(self, body: Dict[str, Any]) -> Call:
+        required(body, "model", str, "the name of a model")
+        for at, message in enumerate(required(body, "messages", list, "a list of messages")):
+            if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+                raise bad_request(f"messages[{at}] must be an object with a 'role'.", f"messages[{at}]")
+        options = body.get("stream_options")
+        if options is not None and not isinstance(options, dict):
+            raise bad_request("'stream_options' must be an object.", "stream_options")
+        self.usage_asked = bool((options or {}).get("include_usage"))
+        return Call(body, stream=flag(body, "stream"))
+
+    def begin(self) -> bytes:
+        head = {"id": self.id, "object": self.OBJECT + ".chunk", "created": self.created, "model": self.call.model}
+        self.head = b"data: " + to_json(head)[:-1]
+        self.tail = b',"finish_reason":null}]' + (b',"usage":null}\n\n' if self.usage_asked else b"}\n\n")
+        return self.opening()
+
+    def opening(self) -> bytes:
+        return self.frame({"role": "assistant", "content": ""})
+
+    def frame(self, delta: Dict[str, Any]) -> bytes:
+        return self.head + b',"choices":[{"index":0,"delta":' + to_json(delta) + self.tail
+
+    def feed(self, events: List[Event]) -> bytes:
+        return b"".join(map(self.event, events))
+
+    def event(self, event: Event) -> bytes:
+        if isinstance(event, Text):
+            return self.frame({"content": event.text})
+        if isinstance(event, Reasoning):
+            return self.frame({"reasoning_content": event.text})
+        if isinstance(event, Progress):
+            place = f", {event.position} before it" if event.position else ""
+            return self.frame({"reasoning_content": f"The picture is {event.status}{place}.\n"})
+        if isinstance(event, Image):
+            return self.frame({"content": self.markdown(event)})
+        if isinstance(event, ToolCall):
+            return self.frame({"tool_calls": [{"index": event.index, **tool_call(event)}]})
+        if isinstance(event, Finish):
+            return self.ending(event)
+        return event.data if isinstance(event, Raw) else b""
+
+    def ending(self, finish: Finish) -> bytes:
+        null = b',"usage":null}\n\n' if self.usage_asked else b"}\n\n"
+        last = (self.head + b',"choices":[' + self.last_choice() + b',"finish_reason":' + to_json(finish.reason)
+                + b"}]" + null)
+        if self.usage_asked and finish.usage:
+            last += self.head + b',"choices":[],"usage":' + to_json(finish.usage) + b"}\n\n"
+        return last + b"data: [DONE]\n\n"
+
+    def last_choice(self) -> bytes:
+        return b'{"index":0,"delta":{}'
+
+    def whole(self, answer: Answer) -> Dict[str, Any]:
+        text = "\n\n".join(filter(None, [answer.text, *map(self.markdown, answer.images)]))
+        message: Dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if answer.reasoning:
+            message["reasoning_content"] = answer.reasoning
+        if answer.tools:
+            message["content"] = text or None
+            message["tool_calls"] = list(map(tool_call, answer.tools))
+        body = self.body({"index": 0, "message": message, "logprobs": None}, answer)
+        if answer.images:
+            image = answer.images[0]
+            body.update(code=200, data={"model": self.call.model, "jobId": image.job, "prompt": image.prompt,
+                                        "pic": image.url})
+        return body
+
+    def body(self, choice: Dict[str, Any], answer: Answer) -> Dict[str, Any]:
+        finish = answer.finish or Finish("stop")
+        body = {"id": self.id, "object": self.OBJECT, "created": self.created, "model": self.call.model,
+                "choices": [{**choice, "finish_reason": finish.reason}]}
+        if finish.usage:
+            body["usage"] = finish.usage
+        return body
+
+
+def tool_call(event: ToolCall) -> Dict[str, Any]:
+    """A call of a tool, or a fragment of one, in OpenAI's form."""
+    if event.name is None:
+        return {"function": {"arguments": event.arguments}}
+    return {"id": event.id, "type": "function", "function": {"name": event.name, "arguments": event.arguments}}
+
+
+class Completions(ChatCompletions):
+    """POST /v1/completions, the legacy form, over a chat of one message."""
+
+    PREFIX, OBJECT = "cmpl-", "text_completion"
+
+    def parse(self, body: Dict[str, Any]) -> Call:
+        prompt = body.get("prompt")
+        if isinstance(prompt, list) and len(prompt) == 1:
+            prompt = prompt[0]
+        if not isinstance(prompt, str) or not prompt:
+            raise bad_request("'prompt' must be one text that is not empty.", "prompt")
+        self.echo = prompt if flag(body, "echo") else ""
+        chat = {name: value for name, value in body.items() if name not in ("prompt", "echo")}
+        return super().parse({**chat, "messages": [{"role": "user", "content": prompt}]})
+
+    def begin(self) -> bytes:
+        opening = super().begin()
+        self.head = self.head.replace(b".chunk", b"", 1)
+        return opening
+
+    def opening(self) -> bytes:
+        return b""
+
+    def feed(self, events: List[Event]) -> bytes:
+        frames, self.echo = ([self.frame({"content": self.echo})] if self.echo else []), ""
+        return b"".join(frames) + super().feed(events)
+
+    def frame(self, delta: Dict[str, Any]) -> bytes:
+        if not delta.get("content"):
+            return b""  # the form has no place for thoughts and tools
+        return (self.head + b',"choices":[{"text":' + to_json(delta["content"]) + b',"index":0,"logprobs":null'
+                + self.tail)
+
+    def last_choice(self) -> bytes:
+        return b'{"text":"","index":0,"logprobs":null'
+
+    def whole(self, answer: Answer) -> Dict[str, Any]:
+        text = self.echo + answer.text + "\n\n".join(map(self.markdown, answer.images))
+        return self.body({"text": text, "index": 0, "logprobs": None}, answer)
+
+
+class Images(Dialect):
+    """POST /v1/images/generations."""
+
+    def parse(self, body: Dict[str, Any]) -> Call:
+        prompt = required(body, "prompt", str, "a text")
+        count = number(body, "n", 1, whole=True, least=1)
+        if count > 10:
+            raise bad_request("'n' may be 10 at most.", "n")
+        form = body.get("response_format")
+        if form not in (None, "url", "b64_json"):
+            raise bad_request("'response_format' must be 'url' or 'b64_json'.", "response_format")
+        if flag(body, "stream"):
+            raise bad_request("Pictures can't be streamed here; ask for one through chat instead.", "stream")
+        rest = {name: value for name, value in body.items()
+                if name not in ("prompt", "n", "response_format", "stream")}
+        model = AkashController.GEN if body.get("model") is None else required(body, "model", str, "a text")
+        return Call({**rest, "model": model, "messages": [{"role": "user", "content": prompt}]},
+                    pictures=count, picture_bytes=form == "b64_json")
+
+    def whole(self, answer: Answer) -> Dict[str, Any]:
+        return {"created": self.created, "data": [
+            {**({"b64_json": base64.b64encode(image.data).decode()} if image.data is not None
+                else {"url": self.link(image)}), "revised_prompt": image.prompt} for image in answer.images]}
+
+
+# == 10. guards ===============================================================================
+# One thread that looks at every socket, so that no request needs a helper of its own.
+
+
+class Watchdog(threading.Thread):
+    """Ends what is over its time, and the calls whose client has left. Looks four times a second."""
+
+    TICK = 0.25
+
+    def __init__(self) -> None:
+        super().__init__(name="akashproxy watchdog", daemon=True)
+        self.handlers: set = set()      # the server's open connections
+        self.stopped = threading.Event()
+
+    def run(self) -> None:
+        while not self.stopped.wait(self.TICK):
+            try:
+                self.look(time.monotonic())
+            except Exception:
+                log.exception("the watchdog stumbled")
+
+    def look(self, now: float) -> None:
+        for watch in Watch.live.copy():
+            if watch.due < now:
+                watch.end(APIError(504, watch.late, code="timeout"))
+        waiting = {}
+        for handler in self.handlers.copy():
+            if handler.call is not None:
+                waiting[handler.connection.fileno()] = handler
+        for fd in ended(fd for fd in waiting if fd >= 0):
+            call = waiting[fd].call
+            if call is not None:
+                call.cancel()
+
+
+def ended(fds: Iterable[int]) -> List[int]:
+    """Those of the sockets whose other side has closed, or only stopped sending: nginx takes both for leaving."""
+    poll, flags = select.poll(), getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR
+    for fd in fds:
+        poll.register(fd, flags)
+    return [fd for fd, _ in poll.poll(0)]
+
+
+# == 11. server ===============================================================================
+# The clients' side of HTTP: one Handler a connection, one Reply a request. Knows no upstreams.
+
+# path: {method: a dialect, or the name of a method of Handler}. {} stands for the rest of a path.
+ROUTES: Dict[str, Dict[str, Any]] = {
+    "/v1/chat/completions": {"POST": ChatCompletions},
+    "/v1/completions": {"POST": Completions},
+    "/v1/images/generations": {"POST": Images},
+    "/v1/models": {"GET": "get_models"},
+    "/v1/models/{}": {"GET": "get_model"},
+    "/images/{}": {"GET": "get_image"},
+    "/health": {"GET": "get_health"},
+    "/status": {"GET": "get_status"},
+}
+
+SSE_HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache, no-transform",
+               "X-Accel-Buffering": "no"}
+
+
+def find_route(path: str) -> Tuple[Dict[str, Any], str]:
+    """The methods of a path, and what {} stands for; ({}, "") where there is no such path."""
+    if path in ROUTES and "{}" not in path:
+        return ROUTES[path], ""
+    for pattern, methods in ROUTES.items():
+        prefix, braces, _ = pattern.partition("{}")
+        if braces and path.startswith(prefix) and len(path) > len(prefix):
+            return methods, path[len(prefix):]
+    return {}, ""
+
+
+class Outbox:
+    """What BaseHTTPRequestHandler writes its head into, so that head and first bytes leave together."""
+
+    def __init__(self) -> None:
+        self.data = b""
+
+    def write(self, data: bytes) -> None:
+        self.data += data
+
+    def flush(self) -> None:
+        """Nothing to do: the bytes go with the next send."""
+
+    def take(self) -> bytes:
+        data, self.data = self.data, b""
+        return data
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """One client's connection: its requests, one after the other."""
+
+    protocol_version = "HTTP/1.1"
+    server: "Server"
+
+    # -- a connection
+
+    def setup(self) -> None:
+        self.connection = self.request
+        self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.wfile = Outbox()
+        self.settings = self.server.settings
+        self.held = b""                         # read, but not yet used
+        self.watch = Watch()
+        self.watch.hold(self.connection)
+        self.call: Optional[Call] = None        # for the watchdog, while an answer is awaited
+        self.idle = False
+        self.server.watchdog.handlers.add(self)
+
+    def handle(self) -> None:
+        self.close_connection = False
+        while not self.close_connection:
+            self.handle_one_request()
+
+    def finish(self) -> None:
+        try:
+            self.linger()
+        finally:
+            self.watch.release()
+            self.server.watchdog.handlers.discard(self)
+            self.server.left()
+
+    def linger(self) -> None:
+        """Take in what the client still sends, for a moment: closing at once could destroy our last answer."""
+        if not self.unread or self.watch.why is not None:
+            return
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_WR)
+            self.watch.expect(2.0, "lingering")
+            left = 4 << 20
+            while left > 0:
+                data = self.connection.recv(READ_SIZE)
+                if not data:
+                    return
+                left -= len(data)
+
+    # -- a request
+
+    def handle_one_request(self) -> None:
+        self.began = time.monotonic()
+        self.command, self.path, self.query, self.request_version = "-", "-", "", "HTTP/1.1"
+        self.headers: Dict[str, str] = {}
+        self.dialect: Any = Dialect
+        self.body: Optional[Body] = None
+        self.unread = self.sent_head = False
+        self.status, self.sent, self.model, self.route = 0, 0, "", ""
+        self.request_id = "req_" + os.urandom(12).hex()
+        try:
+            if not self.read_request():
+                self.close_connection = True
+                return
+            self.answer()
+        except APIError as error:
+            self.refuse(error)
+        except ProtocolError as error:
+            self.unread = True
+            self.refuse(self.client_error(error))
+        except OSError:
+            self.client_left()
+        except Exception:
+            log.exception("%s: a bug in akashproxy", self.request_id)
+            self.refuse(APIError(500, "Internal error. The log has the details.", retry=False))
+        finally:
+            self.call = None
+        self.log_line()
+
+    def read_request(self) -> bool:
+        """Read and check a request's head; False if the client has no more."""
+        if not self.held:
+            self.idle = True
+            if self.server.draining:
+                return False
+            self.watch.expect(self.settings.keepalive_timeout, "idle")
+            try:
+                self.held = self.connection.recv(READ_SIZE)
+            except OSError:
+                return False
+            self.idle = False
+            if not self.held:
+                return False
+        self.began = time.monotonic()
+        self.watch.how = socket.SHUT_RD     # so that a 408 can still be sent
+        self.watch.expect(self.settings.head_timeout, "The request's head took too long.")
+        head = read_head(self.connection, self.held)
+        if head is None:
+            return False
+        line, self.headers, self.held = head
+        self.parse_line(line)
+        self.body = Body(self.headers)
+        self.unread = not self.body.done
+        self.watch.due = math.inf
+        return True
+
+    def parse_line(self, line: str) -> None:
+        """The request line (RFC 9112, 3), its target decoded once, and what hangs on its version."""
+        match = re.fullmatch(r"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}) ([!-~\x80-\xff]+) HTTP/([0-9])\.([0-9])", line)
+        if not match:
+            raise ProtocolError("the request line is malformed")
+        self.command, target, major, minor = match.groups()
+        if major != "1":
+            raise ProtocolError("this is not HTTP/1.1", 505)
+        self.request_version = "HTTP/1.1" if minor != "0" else "HTTP/1.0"
+        self.close_connection = not keeps_alive("0" if minor == "0" else "1", self.headers)
+        absolute = re.match(r"https?://([^/?#]*)", target, re.I)
+        if absolute:
+            target = target[absolute.end():] or "/"
+        elif not target.startswith("/") and (target, self.command) != ("*", "OPTIONS"):
+            raise ProtocolError("the request's target is malformed")
+        host = self.headers.get("host")
+        if (host is None and minor != "0") or not re.fullmatch(r"[A-Za-z0-9.:_\[\]~%!$&'()*+;=-]*", host or ""):
+            raise ProtocolError("one Host is needed")
+        if "transfer-encoding" in self.headers and minor == "0":
+            raise ProtocolError("Transfer-Encoding in HTTP/1.0")
+        path, _, self.query = target.partition("?")
+        self.path = urllib.parse.unquote(path, errors="replace") if "%" in path else path
+        asked = self.headers.get("x-request-id", "")
+        if re.fullmatch(r"[A-Za-z0-9._:-]{1,128}", asked):
+            self.request_id = asked
+
+    def read_body(self) -> bytes:
+        """The request's body, whole."""
+        body, limit = self.body, self.settings.max_body
+        if body is None or body.done:
+            return b""
+        if body.left > limit:
+            raise APIError(413, f"The body is larger than {limit} bytes.")
+        expectation = self.headers.get("expect", "").lower()
+        if expectation and self.request_version == "HTTP/1.1":
+            if expectation != "100-continue":
+                raise APIError(417, "This expectation can't be met.")
+            if not self.held:
+                self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        self.watch.how = socket.SHUT_RD
+        self.watch.expect(self.settings.body_timeout, "The request's body took too long.")
+        parts, size, data = [], 0, self.held
+        while True:
+            part = body.feed(data)
+            parts.append(part)
+            size += len(part)
+            if size > limit:
+                raise APIError(413, f"The body is larger than {limit} bytes.")
+            if body.done:
+                break
+            data = self.connection.recv(READ_SIZE)
+            if not data:
+                body.close()
+        self.held, self.unread = body.rest, False
+        self.watch.due = math.inf
+        return b"".join(parts)
+
+    def client_error(self, error: ProtocolError) -> APIError:
+        if self.watch.why is not None:
+            return APIError(408, self.watch.late)
+        return APIError(error.status, f"Bad request: {error}.")
+
+    def client_left(self) -> None:
+        self.close_connection = True
+        self.status = self.status or 499  # as nginx logs it
+
+    # -- the way to an answer
+
+    def answer(self) -> None:
+        if self.command == "OPTIONS":
+            return self.preflight()
+        if self.path != "/health":
+            self.authorize()
+        methods, self.rest = find_route(self.path)
+        if not methods:
+            raise APIError(404, f"There is no {self.path[:200]!r} here.", code="not_found")
+        target = methods.get("GET" if self.command == "HEAD" else self.command)
+        if target is None:
+            raise APIError(405, f"{self.command} is not possible here.", code="method_not_allowed")
+        if isinstance(target, str):
+            self.read_body()
+            getattr(self, target)()
+        else:
+            self.dialect = target
+            self.complete(target)
+
+    def authorize(self) -> None:
+        """The one gate: everything but /health and OPTIONS needs a token once one is set."""
+        tokens = self.settings.bearer_token
+        if not tokens:
+            return
+        scheme, _, given = self.headers.get("authorization", "").partition(" ")
+        given = (given if scheme.lower() == "bearer" else self.headers.get("x-api-key", "")).strip()
+        known = [hmac.compare_digest(given.encode("utf-8", "replace"), token.encode()) for token in tokens]
+        if not any(known):
+            raise APIError(401, "The token is wrong." if given else
+                           "A token is needed: send it as 'Authorization: Bearer TOKEN'.")
+
+    def complete(self, dialect_class: Any) -> None:
+        """Answer with what a model says."""
+        try:
+            body = from_json(self.read_body())
+        except ValueError as error:
+            if isinstance(error, ProtocolError):
+                raise
+            raise bad_request(f"The body is not valid JSON: {error}.") from None
+        dialect = dialect_class(body, self.site())
+        call = self.call = dialect.call
+        self.model = call.model
+        answer = self.server.pool.answer(call)
+        try:
+            if call.stream:
+                self.stream(dialect, answer)
+            else:
+                result = dialect.whole(fold(event for events in answer for event in events))
+                self.send_json(200, result, self.call_headers())
+        finally:
+            answer.close()
+
+    def stream(self, dialect: Dialect, answer: Iterator[List[Event]]) -> None:
+        """Relay events as they come. Until the first one is there, an error is a plain status."""
+        events = next(answer)
+        self.start(200, {**SSE_HEADERS, **self.call_headers()})
+        ended = False
+        try:
+            frames = dialect.begin()
+            while True:
+                frames += dialect.feed(events)
+                ended = bool(events) and isinstance(events[-1], Finish)
+                self.write(frames, last=ended)
+                if ended:
+                    break
+                frames, events = b"", next(answer)
+        except APIError as error:
+            log.warning("%s: broken off: %s", self.request_id, error.message)
+            self.write(dialect.fail(error), last=True)
+        self.call = None        # the client has all it wanted; whether it stays is its own affair
+        for events in answer:   # the upstream's connection comes to its proper end
+            pass
+
+    def call_headers(self) -> Dict[str, str]:
+        """What the controllers had to say besides the answer."""
+        names = [name for name in self.call.ignored if re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", name)]
+        return {"X-Akashproxy-Ignored": ", ".join(names[:20])} if names else {}
+
+    def site(self) -> str:
+        """The address under which the client sees this server."""
+        host = self.headers.get("host") or "%s:%d" % self.server.server_address[:2]
+        return self.settings.public_url or f"http://{host}"
+
+    # -- the small answers
+
+    def get_health(self) -> None:
+        if self.server.draining:
+            self.send_json(503, {"status": "draining", "message": "akashproxy is stopping"}, {"Retry-After": "5"})
+        else:
+            self.send_json(200, {"status": "ok", "message": "akashproxy is running"})
+
+    def get_status(self) -> None:
+        state = "draining" if self.server.draining else "ok"
+        self.send_json(200, {"status": state, "message": "akashproxy is running", "version": __version__,
+                             "uptime_seconds": int(time.monotonic() - self.server.began),
+                             "controllers": self.server.pool.status()})
+
+    def get_models(self) -> None:
+        self.send_json(200, {"object": "list", "data": self.server.pool.models()})
+
+    def get_model(self) -> None:
+        for model in self.server.pool.models():
+            if model["id"] == self.rest:
+                return self.send_json(200, model)
+        raise APIError(404, f"The model {self.rest[:200]!r} does not exist.", param="model", code="model_not_found")
+
+    def get_image(self) -> None:
+        """Relay a picture, so that browsers may show it: the upstream forbids pages of other origins."""
+        if not PICTURE_NAME.fullmatch(self.rest):
+            raise APIError(404, "There is no such picture.", code="not_found")
+        self.call = Call({"model": "picture"})
+        response = self.server.pool.image(self.rest, self.call.watch)
+        try:
+            self.start(200, {"Content-Type": response.headers["content-type"],
+                             "Cache-Control": "public, max-age=31536000, immutable",
+                             "Content-Security-Policy": "sandbox; default-src 'none'",
+                             "X-Content-Type-Options": "nosniff", "Cross-Origin-Resource-Policy": "cross-origin"})
+            if self.command == "HEAD":
+                return self.write(b"", last=True)
+            for data in response.chunks():
+                self.write(data)
+            self.write(b"", last=True)
+        except APIError as error:
+            log.warning("%s: a picture broke off: %s", self.request_id, error.message)
+            self.close_connection = True
+        finally:
+            response.close()
+
+    def preflight(self) -> None:
+        """OPTIONS: what may be done here, and for browsers what they asked for."""
+        methods, _ = find_route(self.path)
+        allowed = ", ".join(self.allowed(methods) if methods else ["GET", "HEAD", "POST", "OPTIONS"])
+        headers = {"Allow": allowed}
+        if "access-control-request-method" in self.headers:
+            asked = self.headers.get("access-control-request-headers", "")
+            names = [name for name in re.split(r"[\s,]+", asked) if re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name)]
+            headers.update({"Access-Control-Allow-Methods": allowed, "Access-Control-Max-Age": "86400"})
+            if names:
+                headers["Access-Control-Allow-Headers"] = ", ".join(names)
+        self.start(204, headers, length=0)
+        self.write(b"")
+
+    # -- writing
+
+    @staticmethod
+    def allowed(methods: Dict[str, Any]) -> List[str]:
+        return [*methods, *(["HEAD"] if "GET" in methods else []), "OPTIONS"]
+
+    def refuse(self, error: APIError) -> None:
+        """Answer with an error, in the client's dialect."""
+        if self.sent_head:
+            self.close_connection = True
+            return
+        headers = error.headers()
+        if error.status == 405:
+            headers["Allow"] = ", ".join(self.allowed(find_route(self.path)[0]))
+        if error.status in (408, 413, 417, 431, 501, 505):
+            self.close_connection = True
+        if self.call is not None:
+            headers.update(self.call_headers())
+        try:
+            self.send_json(error.status, self.dialect.refusal(error), headers)
+        except OSError:
+            self.client_left()
+
+    def send_json(self, status: int, value: Any, headers: Optional[Dict[str, str]] = None) -> None:
+        data = to_json(value)
+        self.start(status, {"Content-Type": "application/json", **(headers or {})}, length=len(data))
+        self.write(data)
+
+    def start(self, status: int, headers: Dict[str, str], length: Optional[int] = None) -> None:
+        """Begin an answer; without a length it goes out in chunks, or to the end of the connection."""
+        if self.unread or self.server.draining:
+            self.close_connection = True
+        self.status, self.sent_head = status, True
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.chunked = length is None and self.request_version == "HTTP/1.1"
+        if self.chunked:
+            self.send_header("Transfer-Encoding", "chunked")
+        elif length is None:
+            self.close_connection = True
+        elif status != 204:
+            self.send_header("Content-Length", str(length))
+        if self.close_connection:
+            self.send_header("Connection", "close")
+        elif self.request_version == "HTTP/1.0":
+            self.send_header("Connection", "keep-alive")
+        self.end_headers()
+
+    def write(self, data: bytes, last: bool = False) -> None:
+        """Send a piece of the answer, the head before it."""
+        head = self.wfile.take()
+        self.sent += len(data)
+        if self.command == "HEAD":
+            data = b""
+        elif self.chunked:  # a chunk of length 0 would end the body
+            data = (b"%x\r\n%b\r\n" % (len(data), data) if data else b"") + (b"0\r\n\r\n" if last else b"")
+        self.watch.how = socket.SHUT_RDWR
+        self.watch.expect(self.settings.write_timeout, "The client did not read its answer.")
+        self.connection.sendall(head + data)
+        self.watch.due = math.inf
+
+    def end_headers(self) -> None:
+        """What every answer has: the request's id, and leave for browsers."""
+        self.send_header("x-request-id", self.request_id)
+        origins, origin = self.settings.cors_origins, self.headers.get("origin", "")
+        if "*" in origins:
+            self.send_header("Access-Control-Allow-Origin", "*")
+        elif origins:
+            self.send_header("Vary", "Origin")
+            if origin in origins:
+                self.send_header("Access-Control-Allow-Origin", origin)
+        self.send_header("Access-Control-Expose-Headers",
+                         "x-request-id, retry-after, x-should-retry, x-akashproxy-ignored")
+        super().end_headers()
+
+    def send_header(self, keyword: str, value: str) -> None:
+        """As the library's, but no value can break out of its line."""
+        super().send_header(keyword, re.sub(r"[^\t -~]", "?", value))
+
+    def version_string(self) -> str:
+        return f"akashproxy/{__version__}"
+
+    def date_time_string(self, timestamp: Optional[float] = None) -> str:
+        return self.server.date()
+
+    def log_request(self, code: Any = "-", size: Any = "-") -> None:
+        """The library's line; ours comes at the end of the request."""
+
+    def log_line(self) -> None:
+        if self.status and log.isEnabledFor(logging.INFO):
+            log.info("%s %s %s %d %s %.0fms %dB %s", self.client_address[0], _plain(self.command), _plain(self.path),
+                     self.status, _plain(self.model) or "-", (time.monotonic() - self.began) * 1000, self.sent,
+                     self.request_id)
+
+
+def _plain(text: str) -> str:
+    """A text for a line of the log."""
+    return text if text.isascii() and text.isprintable() else text.encode("unicode_escape").decode("ascii")
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """The server: ``Server(settings).start()`` serves in threads until stop(); also a context manager."""
+
+    daemon_threads = True
+    request_queue_size = 1024
+    SPARE = 32  # idle threads that are kept
+
+    def __init__(self, settings: Optional[Settings] = None) -> None:
+        self.settings = settings or Settings()
+        self.pool = Pool(self.settings)
+        self.watchdog = Watchdog()
+        self.draining = False
+        self.began = time.monotonic()
+        self.quiet = threading.Condition()
+        self.waiting: SimpleQueue = SimpleQueue()       # connections for the idle threads
+        self.spare = 0                                  # how many of those there are
+        self.lock = threading.Lock()
+        self.second, self.dated = 0, ""
+        host, port = split_address(self.settings.server_address)
+        self.address_family, host = _family(host, port)
+        try:
+            super().__init__((host, port), Handler)
+        except OSError as error:
+            raise ConfigError([f"cannot listen on {self.settings.server_address}: {error.strerror or error}"]) from None
+
+    @property
+    def url(self) -> str:
+        """Where it serves, for a client on the same machine."""
+        host, port = self.server_address[:2]
+        host = {"0.0.0.0": "127.0.0.1", "::": "127.0.0.1"}.get(host, host)
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    def server_bind(self) -> None:
+        """Bind as the library does, but look up no host name, and let [::] take IPv4 too."""
+        if self.address_family == socket.AF_INET6:
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.socket.bind(self.server_address)
+        self.server_address = self.socket.getsockname()
+        self.server_name, self.server_port = self.server_address[:2]
+
+    def start(self) -> "Server":
+        """Serve, in threads of its own."""
+        self.watchdog.start()
+        self.thread = threading.Thread(target=self.serve_forever, args=(0.05,), name="akashproxy", daemon=True)
+        self.thread.start()
+        return self
+
+    def stop(self, grace: Optional[float] = None) -> None:
+        """Stop: no new connections, idle ones closed, running answers have ``grace`` seconds to end."""
+        self.draining = True
+        self.shutdown()
+        self.thread.join()
+        self.socket.close()
+        for handler in self.watchdog.handlers.copy():
+            if handler.idle:
+                handler.watch.end(ClientLeft("the server stops"))
+        if not self._wait(self.settings.grace if grace is None else grace):
+            for handler in self.watchdog.handlers.copy():
+                if handler.call is not None:
+                    handler.call.cancel(APIError(503, "The server is stopping.", code="stopping"))
+            if not self._wait(1.0):
+                for handler in self.watchdog.handlers.copy():
+                    handler.watch.end(ClientLeft("the server stops"))
+                self._wait(1.0)
+        for _ in range(self.spare):
+            self.waiting.put(None)
+        self.watchdog.stopped.set()
+        self.pool.close()
+
+    def __enter__(self) -> "Server":
+        return self.start()
+
+    def __exit__(self, *_: Any) -> None:
+        self.stop()
+
+    def _wait(self, seconds: float) -> bool:
+        with self.quiet:
+            return self.quiet.wait_for(lambda: not self.watchdog.handlers, seconds)
+
+    def left(self) -> None:
+        """A connection has ended."""
+        if self.draining:
+            with self.quiet:
+                self.quiet.notify_all()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Give a connection to an idle thread, or to a new one."""
+        with self.lock:
+            found, self.spare = self.spare > 0, max(0, self.spare - 1)
+        self.waiting.put((request, client_address))
+        if not found:
+            threading.Thread(target=self._work, name="akashproxy client", daemon=True).start()
+
+    def _work(self) -> None:
+        while True:
+            item = self.waiting.get()
+            if item is None:
+                return
+            self.process_request_thread(*item)
+            with self.lock:
+                if self.spare >= self.SPARE:
+                    return
+                self.spare += 1
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            log.exception("a connection's thread failed")
+
+    def date(self) -> str:
+        """The time for the Date field, formatted once a second."""
+        now = int(time.time())
+        if now != self.second:
+            self.dated = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(now))
+            self.second = now
+        return self.dated
+
+
+def _family(host: str, port: int) -> Tuple[int, str]:
+    """The address family and the numeric host to bind to; "" is every interface."""
+    if not host:
+        return (socket.AF_INET6, "::") if socket.has_dualstack_ipv6() else (socket.AF_INET, "0.0.0.0")
+    try:
+        family, _, _, _, found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except OSError:
+        raise ConfigError([f"cannot listen on {host}: no such host"]) from None
+    return family, found[0]
+
+
+# == 12. demo =================================================================================
+# A small Akash Chat for --demo: no model, but the real way through, on a loopback port.
+
+
+class StandIn(http.server.BaseHTTPRequestHandler):
+    """Answers as the recordings do: a session, a model list, a word-by-word stream, a picture after a short queue."""
+
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    COOKIE = "session_token=" + "0123456789abcdef" * 4
+    jobs: Dict[str, int] = {}   # how often a picture was asked for
+    pace = 0.03                 # seconds between two words
+
+    @classmethod
+    def start(cls) -> str:
+        """Serve it; its address."""
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), cls)
+        server.handle_error = lambda request, address: log.debug("stand-in: %s", sys.exc_info()[1])
+        threading.Thread(target=server.serve_forever, name="stand-in", daemon=True).start()
+        return f"http://127.0.0.1:{server.server_address[1]}"
+
+    def do_GET(self) -> None:
+        path, _, query = self.path.partition("?")
+        if path == "/api/auth/session/":
+            self._send(200, b'{"success":true}', {"Set-Cookie": f"{self.COOKIE}; Path=/; Max-Age=600; Secure; HttpOnly"})
+        elif path == "/api/models/":
+            self._send(200, to_json([{"id": name, "name": name, "available": True} for name in ("demo", "AkashGen")]))
+        elif path == "/api/image-status/":
+            job = query.partition("=")[2]
+            self.jobs[job] = asked = self.jobs.get(job, 0) + 1
+            state = {"job_id": job, "status": "waiting", "queue_position": 3 - asked, "result": None}
+            if asked == 3:
+                state.update(status="pending", queue_position=0)
+            elif asked > 3:
+                state.update(status="succeeded", queue_position=0, result=f"/api/image/job_{job[:8]}_00001_.png")
+            self._send(200, to_json([state]))
+        elif path.startswith("/api/image/job_"):
+            self._send(200, demo_picture(path), {"Content-Type": "image/png"})
+        else:
+            self._send(404, b"{}")
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path != "/api/chat/" or self.COOKIE not in self.headers.get("Cookie", ""):
+            return self._send(403, b'{"success":false,"message":"Unauthorized: Invalid session"}')
+        asked = body["messages"][-1]["content"]
+        if body["model"] == "AkashGen":
+            prompt = asked.replace("'", "\\'")
+            line = f"0:\"<image_generation> jobId='{os.urandom(8).hex()}' prompt='{prompt}' negative=''</image_generation>\"\n"
+            return self._stream([line.encode()], 0)
+        words = re.findall(r"\S+\s*", f"You asked {body['model']}: \"{asked}\" This is the demo: no model has read it, "
+                                      "but each word of this answer went the real way.")
+        self._stream([b'f:{"messageId":"msg-demo"}\n'] + [b"0:" + to_json(word) + b"\n" for word in words], self.pace)
+
+    def _stream(self, lines: List[bytes], pace: float) -> None:
+        self._head(200, {"Content-Type": "text/plain; charset=utf-8", "X-Vercel-AI-Data-Stream": "v1"})
+        end = b'{"finishReason":"stop","usage":{"promptTokens":null,"completionTokens":null}'
+        for line in lines + [b"e:" + end + b',"isContinued":false}\nd:' + end + b"}\n"]:
+            self.wfile.write(b"%x\r\n%b\r\n" % (len(line), line))
+            time.sleep(pace)
+        self.wfile.write(b"0\r\n\r\n")
+
+    def _send(self, status: int, data: bytes, headers: Optional[Dict[str, str]] = None) -> None:
+        self._head(status, {"Content-Type": "application/json", **(headers or {})})
+        self.wfile.write(b"%x\r\n%b\r\n0\r\n\r\n" % (len(data), data))
+
+    def _head(self, status: int, headers: Dict[str, str]) -> None:
+        self.send_response(status)
+        for name, value in {**headers, "Keep-Alive": "timeout=5", "Transfer-Encoding": "chunked"}.items():
+            self.send_header(name, value)
+        self.end_headers()
+
+    def log_message(self, format: str, *args: Any) -> None:
+        log.debug("stand-in: " + format, *args)
+
+
+def demo_picture(seed: str, size: int = 96) -> bytes:
+    """A little PNG: rings in two colours that depend on the seed."""
+    import struct
+    import zlib
+    tint = binascii.crc32(seed.encode())
+    colours = [bytes((tint >> shift & 255, 90 + shift * 5, 255 - (tint >> shift & 127))) for shift in (0, 16)]
+    rows = [b"\0" + b"".join(colours[int(math.hypot(x - size / 2, y - size / 2)) // 8 % 2] for x in range(size))
+            for y in range(size)]
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", binascii.crc32(kind + data))
+
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", size, size, 8, 2, 0, 0, 0))
+            + chunk(b"IDAT", zlib.compress(b"".join(rows))) + chunk(b"IEND", b""))
+
+
+# == 13. main =================================================================================
+# The command: settings, log, signals, serve.
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    """Run the command; the exit status (2: it was not asked for properly)."""
+    options = argument_parser().parse_args(argv)
+    flags = {item.name: getattr(options, item.name) for item in dataclasses.fields(Settings)
+             if getattr(options, item.name) is not None}
+    try:
+        settings = Settings.load(dict(os.environ), flags)
+        if options.health:
+            return check_health(settings)
+        if options.check:
+            return show(settings)
+        logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
+        if options.demo:
+            settings = dataclasses.replace(settings, akash_base_url=StandIn.start())
+        return serve(Server(settings), "the built-in demo" if options.demo else settings.akash_base_url)
+    except ConfigError as error:
+        for problem in error.problems:
+            print(f"akashproxy: {problem}", file=sys.stderr)
+        return 2
+
+
+def argument_parser() -> Any:
+    """The command line: one flag for each setting, and the few that are no settings."""
+    import argparse
+    parser = argparse.ArgumentParser(
+        prog="akashproxy.py", description="Serve Akash Chat as OpenAI's API.", allow_abbrev=False,
+        epilog="Each setting is also an environment variable: --server-address is SERVER_ADDRESS. A flag wins.")
+    parser.add_argument("--version", action="version", version=f"akashproxy {__version__}")
+    parser.add_argument("--demo", action="store_true", help="serve a built-in stand-in for Akash Chat: no network needed")
+    parser.add_argument("--check", action="store_true", help="show the settings as they would be used, and exit")
+    parser.add_argument("--health", action="store_true", help="ask a running server's /health, and exit with 0 or 1")
+    group = parser.add_argument_group("settings")
+    for item in dataclasses.fields(Settings):
+        default = ",".join(item.default) if isinstance(item.default, tuple) else str(item.default)
+        text = item.metadata["help"] + (f" (default: {default})" if default else "")
+        group.add_argument(flag_name(item), dest=item.name, metavar=item.type.upper().partition("[")[0],
+                           help=text.replace("%", "%%"))
+    return parser
+
+
+def show(settings: Settings) -> int:
+    for name, value in settings.shown():
+        print(f"{name.upper()}={value}")
+    return 0
+
+
+def check_health(settings: Settings) -> int:
+    """Ask the server of these settings how it is, as a container without curl does."""
+    host, port = split_address(settings.server_address)
+    host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    link = http.client.HTTPConnection(host, port, timeout=3)
+    try:
+        link.request("GET", "/health")
+        answer = link.getresponse()
+        print(answer.read().decode("utf-8", "replace"))
+        return 0 if answer.status == 200 else 1
+    except (OSError, http.client.HTTPException) as error:
+        print(f"akashproxy: no answer from {settings.server_address}: {error}", file=sys.stderr)
+        return 1
+    finally:
+        link.close()
+
+
+def serve(server: Server, upstream: str) -> int:
+    """Serve until SIGINT or SIGTERM; a second signal stops at once."""
+    stop = threading.Event()
+
+    def on_signal(number: int, frame: Any) -> None:
+        if stop.is_set():
+            os._exit(0)
+        stop.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+    server.start()
+    print(f"akashproxy {__version__} serves {upstream} on {server.url}/v1", flush=True)
+    stop.wait()
+    server.stop()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1884 @@
+# SPDX-License-Identifier: MIT
+"""The tests of akashproxy, in the module's order: fakes on real sockets, tables, no mocks.
+
+    python3 -m pytest test_akashproxy.py
+
+The bytes of the fakes are recordings of the real server, made small; the names of their tables are
+the names that the recordings have.
+"""
+
+import base64
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import hashlib
+import http.client
+import json
+import os
+import pathlib
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+import akashproxy
+from akashproxy import (AkashDecoder, Answer, APIError, Body, Call, ConfigError, Cutoff, Finish, Image, ProtocolError,
+                        Reasoning, Server, Settings, Text, Thinking, ToolCall, fold)
+
+HERE = pathlib.Path(__file__).resolve().parent
+SOURCE = (HERE / "akashproxy.py").read_text()
+README = (HERE / "README.md").read_text()
+
+
+# == fakes ====================================================================================
+
+Asked = collections.namedtuple("Asked", "method path headers body")
+
+
+class Fake:
+    """A server that plays an upstream: it keeps what it was asked, and takes one fault per request from .faults.
+
+    A fault is a function (socket, request) that answers in the fake's place; if it returns True the
+    connection is kept. answer() does the honest work.
+    """
+
+    def __init__(self):
+        self.requests, self.faults = [], collections.deque()
+        self.connections = 0
+        self.gone = threading.Event()       # a fault's client has closed its connection
+        self.open = set()
+        self.listener = socket.create_server(("127.0.0.1", 0), backlog=512)
+        self.port = self.listener.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self):
+        with contextlib.suppress(OSError):
+            while True:
+                sock, _ = self.listener.accept()
+                self.connections += 1
+                self.open.add(sock)
+                threading.Thread(target=self.serve, args=(sock,), daemon=True).start()
+
+    def serve(self, sock):
+        with contextlib.suppress(OSError, ValueError), sock, sock.makefile("rb") as stream:
+            while True:
+                request = self.read(stream)
+                if request is None:
+                    break
+                self.requests.append(request)
+                fault = self.faults.popleft() if self.faults and self.faulty(request) else None
+                if not (fault(sock, request) if fault else self.answer(sock, request)):
+                    break
+            self.open.discard(sock)
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
+    @staticmethod
+    def read(stream):
+        line = stream.readline()
+        if not line:
+            return None
+        headers = {}
+        while True:
+            name, colon, value = stream.readline().partition(b":")
+            if not colon:
+                break
+            headers[name.decode().lower()] = value.strip().decode()
+        method, path, _ = line.decode().split(" ")
+        return Asked(method, path, headers, stream.read(int(headers.get("content-length", 0))))
+
+    def faulty(self, request):
+        return request.method == "POST"
+
+    def bodies(self):
+        return [json.loads(request.body) for request in self.requests if request.method == "POST"]
+
+    def close(self):
+        self.listener.close()
+        for sock in list(self.open):
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
+
+def reply(status=200, body=b"", kind="application/json", extra=b"", chunked=True):
+    """An answer as the Akash server sends it."""
+    head = (b"HTTP/1.1 %d X\r\ncontent-type: %s\r\n%sConnection: keep-alive\r\nKeep-Alive: timeout=5\r\n"
+            % (status, kind.encode(), extra))
+    if not chunked:
+        return head + b"Content-Length: %d\r\n\r\n" % len(body) + body
+    return head + b"Transfer-Encoding: chunked\r\n\r\n" + chunk(body) + b"0\r\n\r\n"
+
+
+def chunk(data):
+    return b"%x\r\n%b\r\n" % (len(data), data) if data else b""
+
+
+STREAM_HEAD = (b"HTTP/1.1 200 OK\r\ncontent-type: text/plain; charset=utf-8\r\nx-vercel-ai-data-stream: v1\r\n"
+               b"Connection: keep-alive\r\nKeep-Alive: timeout=5\r\nTransfer-Encoding: chunked\r\n\r\n")
+END = (b'e:{"finishReason":"%b","usage":{"promptTokens":null,"completionTokens":null},"isContinued":false}\n'
+       b'd:{"finishReason":"%b","usage":{"promptTokens":null,"completionTokens":null}}\n')
+STOP = END.replace(b"%b", b"stop")
+STEP = b'f:{"messageId":"msg-YIO6swLd0bYjhz8oq6MbzdM8"}\n'
+HELLO = STEP + b'0:"Hello"\n0:" from"\n0:" the"\n0:" mock"\n0:"."\n' + STOP
+PNG = base64.b64decode(b"iVBORw0KGgoAAAANSUhEUgAAAAQAAAAECAIAAAAmkwkpAAAADklEQVR4nGOoRwIMxHEAa3IX0X6tn3UAAAAASUVORK5CYII=")
+BAD_SESSION = b'{"success":false,"message":"Unauthorized: Invalid session"}'
+JOB = "51083a4c-2de0-4dda-a793-3c0ae6cfab17"
+PICTURE_LINE = (b"0:\"<image_generation> jobId='" + JOB.encode() + b"' prompt='A red fox in the snow' "
+                b"negative='blurry'</image_generation>\"\n" + STOP)
+
+
+class FakeAkash(Fake):
+    """Akash Chat on the wire: session, models, chat, the states of a picture, the picture."""
+
+    def __init__(self):
+        super().__init__()
+        self.chat = HELLO                   # what the stream says
+        self.max_age = 600
+        self.cookies = 0
+        self.session = None                 # another answer to the session path
+        self.models = [{"id": "Meta-Llama-3-3-70B-Instruct", "available": True}, {"id": "Qwen/Qwen3", "available": True},
+                       {"id": "off", "available": False}, {"id": "AkashGen"}]
+        self.states = collections.deque()   # of the picture, before it is ready
+        self.name = "job_51083a4c_00001_.png"
+
+    @property
+    def cookie(self):
+        return "session_token=" + hashlib.sha256(str(self.cookies).encode()).hexdigest()
+
+    def answer(self, sock, request):
+        path = request.path.partition("?")[0]
+        if path == "/api/auth/session/":
+            self.cookies += 1
+            sock.sendall(self.session or reply(body=b'{"success":true}', extra=(
+                f"set-cookie: {self.cookie}; Path=/; Expires=Sat, 21 Nov 2026 19:48:03 GMT; Max-Age={self.max_age}; "
+                "Secure; HttpOnly; SameSite=strict; Partitioned\r\n").encode()))
+        elif path == "/api/models/":
+            sock.sendall(reply(body=json.dumps(self.models).encode()))
+        elif path == "/api/image-status/":
+            state = self.states.popleft() if self.states else {"status": "succeeded", "result": f"/api/image/{self.name}"}
+            sock.sendall(reply(body=json.dumps([state] if isinstance(state, dict) else state).encode(), kind="text/plain"))
+        elif path == f"/api/image/{self.name}":
+            sock.sendall(reply(body=PNG, kind="image/png"))
+        elif path == "/api/chat/" and self.session is None and self.cookie not in request.headers.get("cookie", ""):
+            sock.sendall(reply(403, BAD_SESSION))
+        elif path == "/api/chat/":
+            sock.sendall(STREAM_HEAD + b"".join(map(chunk, self.chat.splitlines(True))) + b"0\r\n\r\n")
+        else:
+            sock.sendall(reply(404, b'{"error":"Image not found"}'))
+        return True
+
+    # -- faults
+
+    def stall(self, first=b""):
+        """Send a head and some lines, then nothing more; .gone tells that the client has left."""
+        def fault(sock, request):
+            if first is not None:
+                sock.sendall(STREAM_HEAD + chunk(first))
+            while sock.recv(65536):
+                pass
+            self.gone.set()
+        return fault
+
+    def cut(self, lines=b"", proper=False):
+        """Break off after some lines; ``proper`` ends the HTTP message as it should be."""
+        return lambda sock, request: sock.sendall(STREAM_HEAD + chunk(lines) + (b"0\r\n\r\n" if proper else b""))
+
+    def raw(self, data, keep=False):
+        """Send just these bytes."""
+        return lambda sock, request: sock.sendall(data) or keep
+
+    def refuse(self):
+        return lambda sock, request: None
+
+    def drip(self, body):
+        """The whole answer in single bytes."""
+        def fault(sock, request):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            data = STREAM_HEAD + b"".join(map(chunk, body.splitlines(True))) + b"0\r\n\r\n"
+            for at in range(len(data)):
+                sock.sendall(data[at:at + 1])
+            return True
+        return fault
+
+
+@pytest.fixture
+def akash():
+    fake = FakeAkash()
+    yield fake
+    fake.close()
+
+
+@pytest.fixture
+def serve(akash):
+    """serve(**settings) starts a server in front of the fake."""
+    with contextlib.ExitStack() as stack:
+        def start(**changes):
+            settings = {"server_address": "127.0.0.1:0", "akash_base_url": akash.url, "image_poll": 0.01, **changes}
+            server = Server(Settings(**settings)).start()
+            stack.callback(server.stop, 0)
+            return server
+        yield start
+
+
+# == clients ==================================================================================
+
+Got = collections.namedtuple("Got", "status headers body json")
+
+
+def ask(server, method="GET", path="/health", body=None, headers=None):
+    link = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=20)
+    try:
+        return ask_again(link, method, path, body, headers)
+    finally:
+        link.close()
+
+
+def ask_again(link, method="GET", path="/health", body=None, headers=None):
+    data = body if body is None or isinstance(body, (bytes, str)) else json.dumps(body)
+    link.request(method, path, data, headers or {})
+    answer = link.getresponse()
+    content = answer.read()
+    value = None
+    if answer.getheader("content-type", "").startswith("application/json") and content:
+        value = json.loads(content)
+    return Got(answer.status, {name.lower(): value for name, value in answer.getheaders()}, content, value)
+
+
+def talk(server, data, timeout=20, half_close=False):
+    """Send raw bytes, and all that comes back until the server closes."""
+    with socket.create_connection(("127.0.0.1", server.server_port), timeout=timeout) as sock:
+        sock.sendall(data)
+        if half_close:
+            sock.shutdown(socket.SHUT_WR)
+        got = b""
+        with contextlib.suppress(ConnectionResetError):
+            while True:
+                part = sock.recv(65536)
+                if not part:
+                    return got
+                got += part
+        return got
+
+
+CHAT = {"model": "Meta-Llama-3-3-70B-Instruct", "messages": [{"role": "user", "content": "Hello, how are you?"}]}
+
+
+def chat(server, body=None, headers=None, **fields):
+    return ask(server, "POST", "/v1/chat/completions", {**(body or CHAT), **fields}, headers)
+
+
+def sse(body):
+    """The events of a stream of chat chunks, which must be well formed and complete."""
+    text = body.decode()
+    assert text.endswith("data: [DONE]\n\n"), text[-300:]
+    events = []
+    for block in text.split("\n\n")[:-2]:
+        assert block.startswith("data: {"), block
+        events.append(json.loads(block[6:]))
+    return events
+
+
+def stream(server, body=None, **fields):
+    """(text, reasoning, finish_reason, error) of a streamed chat, the chunks' shape checked."""
+    got = chat(server, body, stream=True, **fields)
+    assert got.status == 200, got.body
+    assert got.headers["content-type"] == "text/event-stream; charset=utf-8"
+    return read_chunks(sse(got.body))
+
+
+def read_chunks(events):
+    text, thought, finish, error = "", "", None, None
+    assert events[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert len({(e["id"], e["created"], e["model"]) for e in events if "error" not in e}) == 1
+    for event in events:
+        if "error" in event:
+            assert list(event)[0] == "error" and event is events[-1] and finish is None
+            error = event["error"]
+            continue
+        assert event["object"] == "chat.completion.chunk"
+        for choice in event["choices"]:
+            assert choice["index"] == 0 and finish is None
+            finish = choice["finish_reason"]
+            text += choice["delta"].get("content") or ""
+            thought += choice["delta"].get("reasoning_content") or ""
+    assert (finish is None) != (error is None)
+    return text, thought, finish, error
+
+
+def table(cases):
+    """Parametrize by a table {a name: values}."""
+    return pytest.mark.parametrize("case", list(cases.values()), ids=list(cases))
+
+
+def merged(events):
+    """Events with neighbours of one kind joined, so that cuts don't show."""
+    out = []
+    for event in events:
+        if out and type(out[-1]) is type(event) and isinstance(event, (Text, Reasoning)):
+            out[-1] = type(event)(out[-1].text + event.text)
+        else:
+            out.append(event)
+    return out
+
+
+def pieces(data):
+    """A text or bytes whole, cut once at every place, and all in single pieces."""
+    yield [data]
+    for at in range(1, len(data)):
+        yield [data[:at], data[at:]]
+    yield [data[at:at + 1] for at in range(len(data))]
+
+
+# == errors and events ========================================================================
+
+
+def test_an_error_has_openais_form_and_the_originals():
+    error = APIError(429, "slow down", retry_after=1.2, retry=False)
+    assert json.dumps(akashproxy.Dialect.refusal(error)) == (
+        '{"error": {"message": "slow down", "type": "rate_limit_error", "param": null, "code": "rate_limit_exceeded"}, '
+        '"code": 429, "data": {"msg": "slow down"}}')
+    assert error.headers() == {"Retry-After": "2", "x-should-retry": "false"}
+
+
+def test_kinds_of_events_differ():
+    assert Text("a") != Reasoning("a") and Text("a") == Text("a")
+
+
+def test_fold_adds_up():
+    answer = fold([Reasoning("h"), Reasoning("m"), Text("a"), ToolCall(1, "", "id1", "g"), ToolCall(0, "{", "id0", "f"),
+                   ToolCall(0, "}"), Text("b"), Finish("stop")])
+    assert answer == Answer("ab", "hm", [ToolCall(0, "{}", "id0", "f"), ToolCall(1, "", "id1", "g")], [], Finish("stop"))
+
+
+R, T = Reasoning, Text
+THINKING = {
+    "no tag": ("Hello <b>you</b>", [T("Hello <b>you</b>")]),
+    "think-inline": ('<think>\nOkay, "user" wants x.\n</think>\n\nFinal answer.', [R('Okay, "user" wants x.'), T("Final answer.")]),
+    "think-split": ("<think>hmm</think>Done.", [R("hmm"), T("Done.")]),
+    "think-unclosed": ("<think>never closed", [R("never closed")]),
+    "blanks before the tag": (" \n<think>a</think>b", [R("a"), T("b")]),
+    "only blanks": (" \n", [T(" \n")]),
+    "an opening tag alone": ("<think>", []),
+    "half a tag": ("<thi", [T("<thi")]),
+    "half a closing tag": ("<think>a</thin", [R("a</thin")]),
+    "tags within the answer are words of it": ("The tag <think> opens.", [T("The tag <think> opens.")]),
+    "a second pair": ("<think>a</think>b<think>c</think>d", [R("a"), T("b<think>c</think>d")]),
+    "a closing tag in quotes": ("Use `</think>` to end.", [T("Use `</think>` to end.")]),
+    "breaks within a thought": ("<think>a\n\nb\n</think>\nc\n", [R("a\n\nb"), T("c\n")]),
+}
+
+
+@table(THINKING)
+@pytest.mark.parametrize("hold", [False, True])
+def test_thinking_cut_anywhere(case, hold):
+    text, expected = case
+    for parts in pieces(text):
+        step = Thinking(hold)
+        events = [event for part in parts for event in step.feed([Text(part)])] + step.feed([Finish("stop")])
+        assert merged(events) == expected + [Finish("stop")], parts
+
+
+def test_a_tag_that_was_never_opened():
+    text = "reasoning first\n</think>\n\nanswer"     # think-noopen
+    for parts in pieces(text):                      # nobody reads along: it is a thought
+        step = Thinking(hold=True)
+        events = [event for part in parts for event in step.feed([Text(part)])] + step.close()
+        assert merged(events) == [R("reasoning first"), T("answer")]
+    whole = Thinking()
+    assert whole.feed([Text(text)]) == [R("reasoning first"), T("answer")]
+    streamed = Thinking()                           # what has left can't be taken back, but no tag shows
+    assert streamed.feed([Text("reasoning first")]) == [T("reasoning first")]
+    assert merged(streamed.feed([Text("\n</thi"), Text("nk>\n\nanswer")])) == [T("\nanswer")]
+
+
+CUTOFF = {
+    "no stop": (["#"], None, "abc", [T("abc"), Finish("stop", None)]),
+    "a stop is not part of the answer": (["##"], None, "ab##cd", [T("ab"), Finish("stop")]),
+    "half a stop": (["##"], None, "ab#", [T("ab#"), Finish("stop")]),
+    "the earliest of several": (["zz", "c"], None, "abczz", [T("ab"), Finish("stop")]),
+    "one begins within another": (["aab"], None, "xaaab", [T("xa"), Finish("stop")]),
+    "a stop at once": (["a"], None, "abc", [Finish("stop")]),
+    "ten characters are two tokens": ([], 2, "0123456789", [T("0123456789"), Finish("stop")]),
+    "the eleventh is too many": ([], 2, "0123456789a", [T("0123456789"), Finish("length")]),
+    "others weigh more": ([], 2, "日本語日本", [T("日本語日"), Finish("length")]),
+    "a stop before the length": (["5"], 2, "0123456789a", [T("01234"), Finish("stop")]),
+    "a length before the stop": (["b"], 2, "0123456789ab", [T("0123456789"), Finish("length")]),
+}
+
+
+@table(CUTOFF)
+def test_cutoff_cut_anywhere(case):
+    stops, most, text, expected = case
+    for parts in pieces(text):
+        step = Cutoff(stops, most)
+        events = [event for part in parts for event in step.feed([Text(part)])]
+        cut = step.cut
+        events += step.feed([Finish("stop")])
+        assert merged(events) == expected, parts
+        assert cut == step.cut, "the end came too late"
+        assert cut == (expected != [T(text), Finish("stop")])
+
+
+# == settings =================================================================================
+
+ADDRESSES = {
+    "localhost:16571": ("127.0.0.1", 16571), ":8080": ("", 8080), "[::1]:8080": ("::1", 8080),
+    "0.0.0.0:8080": ("0.0.0.0", 8080), "[::]:1": ("::", 1), "example.org:65535": ("example.org", 65535),
+    "localhost": "no port", "a:b": "no port", ":99999": "no port", ":": "no port", "::1:80": "write an IPv6 address as",
+    "[zz]:80": "zz", ":+80": "no port", ":٥": "no port", "": "no port",
+}
+
+
+@pytest.mark.parametrize("text", ADDRESSES)
+def test_addresses(text):
+    expected = ADDRESSES[text]
+    if isinstance(expected, tuple):
+        assert akashproxy.split_address(text) == expected
+    else:
+        with pytest.raises(ValueError, match=expected):
+            akashproxy.split_address(text)
+
+
+def test_settings_from_the_environment_and_flags_over_it():
+    environ = {"SERVER_ADDRESS": ":1", "AKASH_BASE_URL": "http://h:1/p/", "BEARER_TOKEN": "a, b", "IDLE_TIMEOUT": "1.5",
+               "USER_AGENT": "", "HOME": "/"}
+    settings = Settings.load(environ, {"server_address": ":2"})
+    assert (settings.server_address, settings.akash_base_url, settings.bearer_token, settings.idle_timeout) == (
+        ":2", "http://h:1/p", ("a", "b"), 1.5)
+    assert settings.user_agent == f"akashproxy/{akashproxy.__version__}"
+
+
+BAD_SETTINGS = {
+    "SERVER_ADDRESS=abc": "SERVER_ADDRESS: 'abc' has no port",
+    "AKASH_BASE_URL=ftp://x": "AKASH_BASE_URL: 'ftp://x' is no http:// or https:// address",
+    "AKASH_BASE_URL=http://x/?q": "only scheme",
+    "AKASH_BASE_URL=http://u:p@x/": "only scheme",
+    "AKASH_BASE_URL=http://x:99999": "AKASH_BASE_URL: ",
+    "AKASH_BASE_URL=http://a b/": "only scheme",
+    "IDLE_TIMEOUT=-1": "IDLE_TIMEOUT: '-1' is no number of seconds",
+    "IDLE_TIMEOUT=nan": "no number",
+    "MAX_BODY=1e9": "MAX_BODY: '1e9' is no whole number",
+    "BEARER_TOKEN=a,,b": "BEARER_TOKEN: one of the values is empty",
+    "BEARER_TOKEN=,": "BEARER_TOKEN: one of the values is empty",
+    "BEARER_TOKEN=a\nb": "BEARER_TOKEN: only printable ASCII",
+    "LOG_LEVEL=loud": "LOG_LEVEL: 'loud' is none of",
+    "AKASH_COOKIE=a=b\r\nX: y": "AKASH_COOKIE: only printable",
+}
+
+
+@pytest.mark.parametrize("line", BAD_SETTINGS)
+def test_bad_settings_name_their_source(line):
+    name, _, value = line.partition("=")
+    with pytest.raises(ConfigError, match=re.escape(BAD_SETTINGS[line])):
+        Settings.load({name: value})
+
+
+def test_all_mistakes_are_told_at_once():
+    with pytest.raises(ConfigError) as caught:
+        Settings.load({"LOG_LEVEL": "x"}, {"max_body": "y"})
+    assert [problem.partition(":")[0] for problem in caught.value.problems] == ["--max-body", "LOG_LEVEL"]
+
+
+def test_secrets_stay_out_of_sight():
+    settings = Settings(bearer_token=("s3cret",), akash_access_token="s3cret", akash_cookie="s3cret")
+    assert "s3cret" not in repr(settings) + str(settings.shown())
+    assert ("bearer_token", "********") in settings.shown()
+
+
+# == http =====================================================================================
+
+
+class Socket:
+    """The recv() of a socket that gives these pieces."""
+
+    def __init__(self, parts):
+        self.parts = list(parts)
+
+    def recv(self, size):
+        return self.parts.pop(0) if self.parts else b""
+
+
+HEADS = {
+    "a request": (b"GET / HTTP/1.1\r\nHost: x\r\nA:b \r\n\r\nrest", ("GET / HTTP/1.1", {"host": "x", "a": "b"}, b"rest")),
+    "blank lines before": (b"\r\n\r\nGET / HTTP/1.1\r\n\r\n", ("GET / HTTP/1.1", {}, b"")),
+    "one name twice": (b"G / H\r\nA: 1\r\na: 2\r\n\r\n", ("G / H", {"a": "1, 2"}, b"")),
+    "cookies stay apart": (b"G / H\r\nSet-Cookie: a=1\r\nset-cookie: b=2\r\n\r\n", ("G / H", {"set-cookie": "a=1\nb=2"}, b"")),
+    "an empty value": (b"G / H\r\nA:\r\n\r\n", ("G / H", {"a": ""}, b"")),
+    "no head at all": (b"", None),
+    "obs-fold": (b"G / H\r\nA: b\r\n c\r\n\r\n", 400),
+    "a blank before the colon": (b"G / H\r\nA : b\r\n\r\n", 400),
+    "no colon": (b"G / H\r\nAb\r\n\r\n", 400),
+    "no name": (b"G / H\r\n: b\r\n\r\n", 400),
+    "NUL": (b"G / H\r\nA: b\0\r\n\r\n", 400),
+    "bare LF": (b"G / H\r\nA: b\nC: d\r\n\r\n", 400),
+    "bare LF only": (b"G / H\nA: b\n\n", 400),
+    "bare CR": (b"G / H\r\nA: b\rC: d\r\n\r\n", 400),
+    "TLS": (b"\x16\x03\x01\x02\0\x01\0", 400),
+    "it ends early": (b"G / H\r\nA: b", 400),
+    "too large": (b"G / H\r\nA: " + b"x" * 70000, 431),
+    "too many fields": (b"G / H\r\n" + b"A: b\r\n" * 101 + b"\r\n", 431),
+}
+
+
+@table(HEADS)
+def test_heads(case):
+    data, expected = case
+    for parts in ([data], [data[:at] for at in [5]] + [data[5:]], [data[at:at + 1] for at in range(min(len(data), 300))] + [data[300:]]):
+        source = Socket([part for part in parts if part])
+        if isinstance(expected, int):
+            with pytest.raises(ProtocolError) as caught:
+                akashproxy.read_head(source, b"")
+            assert caught.value.status == expected
+        else:
+            got = akashproxy.read_head(source, b"")
+            if got:
+                assert got[:2] == expected[:2] and got[2] + b"".join(source.parts) == expected[2]
+            else:
+                assert got is expected
+
+
+LENGTH, CHUNKED = {"content-length": "5"}, {"transfer-encoding": "chunked"}
+BODIES = {
+    "counted": (LENGTH, b"hello", b"hello", b""),
+    "counted, and more": (LENGTH, b"helloGET", b"hello", b"GET"),
+    "empty": ({"content-length": "0"}, b"", b"", b""),
+    "chunked": (CHUNKED, b"5\r\nhello\r\n0\r\n\r\n", b"hello", b""),
+    "two chunks and more": (CHUNKED, b"2\r\nhe\r\n3\r\nllo\r\n0\r\n\r\nGET", b"hello", b"GET"),
+    "extension and trailers": (CHUNKED, b'5 ;a="b"\r\nhello\r\n00;x\r\nA: b\r\nC: d\r\n\r\n', b"hello", b""),
+    "capital digits": (CHUNKED, b"A\r\n0123456789\r\n0\r\n\r\n", b"0123456789", b""),
+    "cut": (LENGTH, b"hell", ProtocolError, 0),
+    "chunks cut": (CHUNKED, b"5\r\nhello\r\n", ProtocolError, 0),
+    "the last chunk cut": (CHUNKED, b"5\r\nhello\r\n0\r\n", ProtocolError, 0),
+    "a chunk too long": (CHUNKED, b"4\r\nhello\r\n0\r\n\r\n", ProtocolError, 0),
+    "no size": (CHUNKED, b"\r\nhello\r\n", ProtocolError, 0),
+    "a signed size": (CHUNKED, b"+5\r\nhello\r\n", ProtocolError, 0),
+    "0x": (CHUNKED, b"0x5\r\nhello\r\n", ProtocolError, 0),
+    "underscore": (CHUNKED, b"1_0\r\nhello\r\n", ProtocolError, 0),
+    "a bare LF after the size": (CHUNKED, b"5\nhello\r\n0\r\n\r\n", ProtocolError, 0),
+    "a bare LF after the data": (CHUNKED, b"5\r\nhello\n0\r\n\r\n", ProtocolError, 0),
+    "an endless extension": (CHUNKED, b"5;" + b"x" * 5000, ProtocolError, 0),
+    "a broken trailer": (CHUNKED, b"0\r\nA : b\r\n\r\n", ProtocolError, 0),
+    "both lengths": ({**LENGTH, **CHUNKED}, b"", ProtocolError, 400),
+    "two lengths": ({"content-length": "5, 5"}, b"", ProtocolError, 400),
+    "a signed length": ({"content-length": "+5"}, b"", ProtocolError, 400),
+    "another digit": ({"content-length": "٥"}, b"", ProtocolError, 400),
+    "an underscore": ({"content-length": "1_0"}, b"", ProtocolError, 400),
+    "gzip": ({"transfer-encoding": "gzip, chunked"}, b"", ProtocolError, 501),
+    "a vertical tab": ({"transfer-encoding": "\x0bchunked"}, b"", ProtocolError, 501),
+}
+
+
+@table(BODIES)
+def test_bodies_cut_anywhere(case):
+    fields, data, expected, rest = case
+    for parts in pieces(data) if len(data) < 100 else [[data]]:
+        def read():
+            body, got = Body(fields), b""
+            while parts and not body.done:
+                got += body.feed(parts.pop(0))
+            if not body.done:
+                body.close()
+            return got, body.rest + b"".join(parts)
+        parts = [part for part in parts if part]
+        if isinstance(expected, bytes):
+            assert read() == (expected, rest)
+        else:
+            with pytest.raises(expected) as caught:
+                read()
+            assert caught.value.status == (rest or 400)
+
+
+def test_a_body_to_the_end_of_the_connection():
+    body = Body({}, until_close=True)
+    assert body.feed(b"abc") == b"abc" and not body.done
+    body.close()
+    assert body.done
+    assert Body({}).done, "a request without a length has no body"
+
+
+# == transport ================================================================================
+
+
+def test_connections_to_the_upstream_are_used_again(akash, serve):
+    server = serve()
+    for _ in range(5):
+        assert chat(server).status == 200
+    assert akash.connections == 1
+
+
+def test_a_stale_connection_costs_no_error(akash, serve):
+    server = serve()
+    assert chat(server).status == 200
+    akash.faults.append(akash.refuse())     # closes the kept connection when the next request comes
+    assert chat(server).status == 200
+    assert akash.connections == 2
+
+
+def test_an_idle_connection_that_ended_is_noticed(akash, serve):
+    server = serve()
+    assert chat(server).status == 200
+    for sock in list(akash.open):
+        sock.shutdown(socket.SHUT_RDWR)
+    wait_for(lambda: not akash.open)
+    assert chat(server).status == 200
+    assert len(akash.requests) == 3         # session, chat, chat: nothing was sent twice
+
+
+def test_a_request_is_not_sent_twice_on_a_new_connection(akash, serve):
+    server = serve()
+    akash.session = reply(body=b"{}", extra=b"Connection: close\r\n")
+    akash.faults += [akash.refuse()] * 2
+    got = chat(server)
+    assert got.status == 502 and got.json["error"]["code"] == "upstream_error"
+    assert len(akash.bodies()) == 1 + (akash.connections == 3)
+
+
+def test_kept_connections_live_as_long_as_their_server_says():
+    assert akashproxy.idle_seconds({"keep-alive": "timeout=5"}) == 4
+    assert akashproxy.idle_seconds({}) == 30
+
+
+def wait_for(condition, seconds=10):
+    """Wait until something that another thread does has happened."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.005)
+
+
+# == controllers: Akash =======================================================================
+
+MULTI = "Привет, 世界！👩‍👩‍👧‍👦 🇺🇦 𝔘."
+SEPARATORS = "LS[\u2028]PS[\u2029]NEL[\x85]BOM[\ufeff]DEL[\x7f]"
+
+
+def sdk5(*events):
+    return b"".join(b"data: " + (event if isinstance(event, bytes) else json.dumps(event).encode()) + b"\n\n"
+                    for event in events)
+
+
+def delta(text, kind="text"):
+    return {"type": kind + "-delta", "id": "0", "delta": text}
+
+
+FINISH5 = {"type": "finish", "finishReason": "stop"}
+USAGE = {"prompt_tokens": 11, "completion_tokens": 7, "total_tokens": 18}
+EARLY, NO_REASON = "ended its answer early", "no reason to end"
+UNKNOWN = b"3:\"{'error': '/chat/completions: Invalid model name passed in model=no-such-model. Call `/v1/models` to view.'}\"\n"
+
+DECODED = {
+    # name: (bytes, events, what the error says)
+    "text-short": (HELLO, [T("Hello from the mock."), Finish("stop")], None),
+    "text-empty": (STEP + STOP, [Finish("stop")], None),
+    "text-multibyte": (b'0:"' + MULTI.encode() + b'"\n' + STOP, [T(MULTI), Finish("stop")], None),
+    "text-separators": (b'0:"' + SEPARATORS.encode() + b'"\n0:"NUL[\\u0000]VT[\\u000b]"\n' + STOP,
+                        [T(SEPARATORS + "NUL[\0]VT[\x0b]"), Finish("stop")], None),
+    "text-quotes": (b'0:"\\"hi\\" \\\\ \\\\n \\n0:\\"no\\"\\r\\n"\n' + STOP, [T('"hi" \\ \\n \n0:"no"\r\n'), Finish("stop")], None),
+    "text-lonesurrogate": (b'0:"\\ud83d"\n0:"\\ude00!"\n' + STOP, [T("😀!"), Finish("stop")], None),
+    "half a pair only": (b'0:"a\\ud83d"\n0:"b"\n0:"\\ude00"\n' + STOP, [T("a\ufffdb\ufffd"), Finish("stop")], None),
+    "half a pair at the end": (b'0:"a\\ud83d"\n' + STOP, [T("a\ufffd"), Finish("stop")], None),
+    "finish-length": (b'0:"cut"\n' + END.replace(b"%b", b"length"), [T("cut"), Finish("length")], None),
+    "finish-contentfilter": (b'0:"I"\n' + END.replace(b"%b", b"content-filter"), [T("I"), Finish("content_filter")], None),
+    "finish-none": (b'0:"part"\n' + END.replace(b"%b", b"unknown"), [T("part")], NO_REASON),
+    "err-html200": (STEP + END.replace(b"%b", b"unknown"), [], NO_REASON),
+    "usage-finalchunk": (b'0:"x"\nd:{"finishReason":"stop","usage":{"promptTokens":11,"completionTokens":7}}\n',
+                         [T("x"), Finish("stop", USAGE)], None),
+    "sdk4-nousage": (b'0:"x"\nd:{"finishReason":"stop"}\n', [T("x"), Finish("stop")], None),
+    "sdk4-data": (b'2:[{"hello":1}]\n8:[{"note":"x"}]\n' + HELLO, [T("Hello from the mock."), Finish("stop")], None),
+    "sdk4-reasoning": (b'g:"Let me"\ng:" think \\"hard\\""\n0:"42"\n' + STOP,
+                       [R('Let me think "hard"'), T("42"), Finish("stop")], None),
+    "sdk4-tool-streaming": (b'b:{"toolCallId":"call_1","toolName":"w"}\nc:{"toolCallId":"call_1","argsTextDelta":"{"}\n'
+                            b'9:{"toolCallId":"call_1","toolName":"w","args":{"city":"Kyiv"}}\n'
+                            b'a:{"toolCallId":"call_1","result":{"t":21}}\n' + END.replace(b"%b", b"tool-calls"),
+                            [ToolCall(0, '{"city":"Kyiv"}', "call_1", "w"), Finish("tool_calls")], None),
+    "reasoning-tag-in-thought": (b'0:"<think>\\nI may write <think> or </think>\\n\\n x\\n</think>\\n\\n"\n0:"A"\n' + STOP,
+                                 [R("I may write <think> or </think>\n\n x"), T("A"), Finish("stop")], None),
+    "reasoning-late": (b'0:"First "\n0:"<think>\\nlate\\n</think>\\n\\n"\n0:"second"\n' + STOP,
+                       [T("First "), R("late"), T("second"), Finish("stop")], None),
+    "abort-midstream": (STEP + b'0:"one "\n0:"two "\n3:"terminated"\n', [T("one two ")], "Akash Chat: terminated"),
+    "app-sigkill-midstream": (STEP + b'0:"one "\n', [T("one ")], EARLY),
+    "the end cut within a line": (STEP + b'0:"one "\n' + STOP[:-5], [T("one ")], EARLY),
+    "err-instream-continues": (b'0:"before "\n3:"[object Object]"\n0:"after"\n' + STOP, [T("before ")], "without a reason"),
+    "err-backend-refused": (b'3:"Failed after 3 attempts. Last error: Cannot connect to API: connect ECONNREFUSED 10.0.0.7:3901"\n',
+                            [], r"Akash Chat: Cannot connect to API: connect ECONNREFUSED \(address\)$"),
+    "model-unknown": (UNKNOWN, [], "The model 'm' does not exist"),
+    "broken JSON": (b'0:"a"\n0:"b\n' + STOP, [T("a")], "broken line"),
+    "no string": (b"0:7\n" + STOP, [], "broken line"),
+    "HTML": (b"<!DOCTYPE html><html>\n<body>busy</body></html>\n", [], "web page"),
+    "HTML in one line": (b"<html>busy</html>", [], "web page"),
+    "bare text": (b"Hello\nthere\n", [], "no stream"),
+    "unknown codes": (b'z:{"a":1}\nh:[]\n' + HELLO, [T("Hello from the mock."), Finish("stop")], None),
+    "sdk5-text": (sdk5({"type": "start"}, {"type": "start-step"}, {"type": "text-start", "id": "0"}, delta("Hel"), delta("lo"),
+                       {"type": "text-end", "id": "0"}, {"type": "finish-step"}, FINISH5, b"[DONE]"),
+                  [T("Hello"), Finish("stop")], None),
+    "sdk5-reasoning": (sdk5(delta("Let", "reasoning"), delta("4"), {"type": "reasoning-end", "id": "0"}, delta("2"), FINISH5),
+                       [R("Let"), T("42"), Finish("stop")], None),
+    "sdk5-usage-metadata": (sdk5(delta("x"), {**FINISH5, "messageMetadata": {"totalUsage": {
+        "inputTokens": 11, "outputTokens": 7, "totalTokens": 18}}}), [T("x"), Finish("stop", USAGE)], None),
+    "sdk5-lonesurrogate": (sdk5(b'{"type":"text-delta","id":"0","delta":"\\ud83d"}', b'{"type":"text-delta","id":"0","delta":"\\ude00!"}',
+                                FINISH5), [T("😀!"), Finish("stop")], None),
+    "sdk5-separators": (sdk5(json.dumps(delta(SEPARATORS), ensure_ascii=False).encode(), FINISH5),
+                        [T(SEPARATORS), Finish("stop")], None),
+    "sdk5-error-instream": (sdk5(delta("before"), {"type": "error", "errorText": "[object Object]"},
+                                 {"type": "finish", "finishReason": "error"}, b"[DONE]"), [T("before")], "without a reason"),
+    "sdk5-tool-executed": (sdk5({"type": "tool-input-start", "toolCallId": "c", "toolName": "w"},
+                                {"type": "tool-input-available", "toolCallId": "c", "toolName": "w", "input": {"city": "K"}},
+                                {"type": "finish", "finishReason": "tool-calls"}),
+                           [ToolCall(0, '{"city":"K"}', "c", "w"), Finish("tool_calls")], None),
+    "sdk5-tool-unknown": (sdk5({"type": "tool-input-error", "toolCallId": "c", "errorText": "Model tried to call unavailable tool 'w'."}),
+                          [], "unavailable tool"),
+    "sdk5-abort": (sdk5(delta("one ")), [T("one ")], EARLY),
+    "sdk5-abort-merge": (sdk5(delta("one "), {"type": "error", "errorText": "Failed to process successful response"}, b"[DONE]"),
+                         [T("one ")], "Failed to process"),
+    "sdk5-finish-none": (sdk5(delta("part"), {"type": "finish", "finishReason": "unknown"}, b"[DONE]"), [T("part")], NO_REASON),
+    "sdk6-finish-none": (sdk5(delta("part"), {"type": "finish", "finishReason": "other"}, b"[DONE]"), [T("part")], NO_REASON),
+    "done without a finish": (sdk5(delta("part"), b"[DONE]"), [T("part")], EARLY),
+    "comments": (b": hi\r\n\r\nevent: x\nid: 1\nretry: 2\n" + sdk5(delta("x"), FINISH5), [T("x"), Finish("stop")], None),
+}
+
+
+@table(DECODED)
+def test_akash_streams_cut_at_every_byte(case):
+    data, expected, error = case
+    for parts in pieces(data):
+        decoder, events = AkashDecoder("m"), []
+        for part in parts:
+            events += decoder.feed(part)
+            if decoder.error or decoder.finished:
+                break
+        else:
+            events += decoder.close()
+        assert merged(events) == expected, parts
+        assert re.search(error, decoder.error.message) if error else decoder.error is None
+
+
+def test_all_text_of_one_read_is_one_event():
+    assert AkashDecoder().feed(HELLO) == [Text("Hello from the mock."), Finish("stop")]
+
+
+def test_a_line_without_an_end_is_bounded():
+    decoder = AkashDecoder()
+    while not decoder.error:
+        decoder.feed(b"0:" + b"x" * (1 << 20))
+        assert len(decoder.held) < 10 << 20
+    assert "without an end" in decoder.error.message
+
+
+def pasted(prompt, negative=""):
+    return (f"0:\"<image_generation> jobId='{JOB}' prompt='{prompt}' negative='{negative}'</image_generation>\"\n").encode() + STOP
+
+
+PICTURES = {
+    "gen-ok": (pasted("A red fox in the snow, detailed", "blurry"), "A red fox in the snow, detailed"),
+    "gen-apos": (pasted("A cat\\'s hat", "it\\'s bad"), "A cat's hat"),
+    "gen-dquote": (pasted('A sign saying "OPEN" at night'), 'A sign saying "OPEN" at night'),
+    "gen-newline": (pasted("line one\nline two"), "line one\nline two"),
+    "gen-backslash": (pasted("back\\slash and \\n text"), "back\\slash and \\n text"),
+    "gen-all": (pasted('A cat\\\'s "portrait", 8k,\nsecond \\ backslash, it\\\'s 🎉 日本 </image_generation>', 'b"a\\\'d'),
+                'A cat\'s "portrait", 8k,\nsecond \\ backslash, it\'s 🎉 日本 </image_generation>'),
+    "a closing line within": (pasted("a'</image_generation>\"\ne"), "a'</image_generation>\"\ne"),
+    "a later framing": (sdk5(delta("<image_generation> jobId='" + JOB + "' prompt='a"), delta("b' negative=''</image_generation>"),
+                             FINISH5), "ab"),
+}
+
+
+@table(PICTURES)
+def test_the_answers_of_akashgen(case):
+    assert akashproxy.akash_picture(case[0]) == (JOB, case[1])
+
+
+def test_text_is_no_picture():
+    assert akashproxy.akash_picture(HELLO) is None
+
+
+def user(content, **more):
+    return {"role": "user", "content": content, **more}
+
+
+DATA_URL = "data:image/png;base64," + base64.b64encode(PNG).decode()
+ZW = "\u2060"
+REQUESTS = {
+    # name: (fields of the client's body, fields of Akash's body)
+    "plain": ({"messages": [user("hi")]}, {"model": "m", "messages": [user("hi")], "system": " ", "temperature": 0.85,
+                                          "topP": 1.0, "context": []}),
+    "system and developer": ({"messages": [{"role": "system", "content": "A"}, user("hi"), {"role": "developer", "content": "B"}]},
+                             {"system": "A\n\nB", "messages": [user("hi")]}),
+    "an empty system": ({"messages": [{"role": "system", "content": ""}, user("hi")]}, {"system": " "}),
+    "topP": ({"messages": [user("hi")], "topP": 0.5, "temperature": 1}, {"topP": 0.5, "temperature": 1}),
+    "top_p": ({"messages": [user("hi")], "top_p": 0.4}, {"topP": 0.4}),
+    "zero stays alive": ({"messages": [user("hi")], "top_p": 0, "temperature": 0.0}, {"topP": 1e-6, "temperature": 1e-6}),
+    "null is absent": ({"messages": [user("hi")], "top_p": None, "tools": None, "n": None}, {"topP": 1.0}),
+    "parts of text": ({"messages": [user([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}])]},
+                      {"messages": [user("ab")]}),
+    "a picture": ({"messages": [user([{"type": "text", "text": "look"}, {"type": "image_url", "image_url": {"url": DATA_URL}}])]},
+                  {"messages": [user("look", experimental_attachments=[
+                      {"name": "picture", "contentType": "image/png", "url": DATA_URL}])]}),
+    "a picture's address": ({"messages": [user([{"type": "image_url", "image_url": "https://h/x.jpg"}])]},
+                            {"messages": [user("", experimental_attachments=[
+                                {"name": "picture", "contentType": "image/png", "url": "https://h/x.jpg"}])]}),
+    "null of the assistant": ({"messages": [user("a"), {"role": "assistant", "content": None}, user("b")]},
+                              {"messages": [user("a"), {"role": "assistant", "content": ""}, user("b")]}),
+    "names and other fields go": ({"messages": [user("a", name="Bob")]}, {"messages": [user("a")]}),
+    "req-special-endoftext": ({"messages": [user("x <|endoftext|> y")]}, {"messages": [user(
+        f"x <|{ZW}endoftext|> y", parts=[{"type": "text", "text": "x <|endoftext|> y"}])]}),
+    "req-special-system": ({"messages": [{"role": "system", "content": "<|fim_prefix|>"}, user("a")]}, {"system": f"<|{ZW}fim_prefix|>"}),
+    "req-special-imstart is harmless": ({"messages": [user("<|im_start|>")]}, {"messages": [user("<|im_start|>")]}),
+    "nothing asked for": ({"messages": [user("a")], "tools": [], "tool_choice": "none", "n": 1, "logprobs": False,
+                           "response_format": {"type": "text"}, "modalities": ["text"]}, {"model": "m"}),
+}
+
+
+@table(REQUESTS)
+def test_requests_to_akash(case):
+    body, expected = case
+    got = akashproxy.akash_request(Call({"model": "m", **body}))
+    assert {name: got[name] for name in expected} == expected
+    assert set(got) == {"id", "model", "messages", "system", "temperature", "topP", "context"}
+
+
+REFUSED = {
+    # a field that Akash can't do: (fields, param, words of the message)
+    "tools": ({"tools": [{"type": "function"}]}, "tools", "does not support"),
+    "functions": ({"functions": [{}]}, "functions", "does not support"),
+    "tool_choice": ({"tool_choice": "required"}, "tool_choice", "does not support"),
+    "n": ({"n": 2}, "n", "of more than 1"),
+    "logprobs": ({"logprobs": True}, "logprobs", "does not support"),
+    "top_logprobs": ({"top_logprobs": 3}, "top_logprobs", "does not support"),
+    "response_format": ({"response_format": {"type": "json_schema"}}, "response_format", "does not support"),
+    "audio": ({"audio": {"voice": "x"}}, "audio", "does not support"),
+    "modalities": ({"modalities": ["text", "audio"]}, "modalities", "does not support"),
+    "temperature": ({"temperature": "hot"}, "temperature", "must be a number"),
+    "a temperature that is true": ({"temperature": True}, "temperature", "must be a number"),
+    "a negative temperature": ({"temperature": -1}, "temperature", "at least 0"),
+    "top_p": ({"top_p": [1]}, "top_p", "must be a number"),
+    "role tool": ({"messages": [user("a"), {"role": "tool", "content": "x"}]}, "messages[1].role", "no role 'tool'"),
+    "role function": ({"messages": [{"role": "function", "content": "x"}]}, "messages[0].role", "no role 'function'"),
+    "tool_calls": ({"messages": [user("a"), {"role": "assistant", "content": None, "tool_calls": [{}]}]},
+                   "messages[1].tool_calls", "calls of tools"),
+    "content missing": ({"messages": [{"role": "user"}]}, "messages[0].content", "must be text"),
+    "content null": ({"messages": [user(None)]}, "messages[0].content", "must be text"),
+    "content a number": ({"messages": [user(7)]}, "messages[0].content", "must be text"),
+    "a part of audio": ({"messages": [user([{"type": "input_audio", "input_audio": {}}])]}, "messages[0].content[0]", "'input_audio'"),
+    "a part of nothing": ({"messages": [user([None])]}, "messages[0].content[0]", "not None"),
+    "a part's type a list": ({"messages": [user([{"type": []}])]}, "messages[0].content[0]", "not"),
+    "a local picture": ({"messages": [user([{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}])]},
+                        "messages[0].content[0]", "must be http"),
+    "a picture of the assistant": ({"messages": [{"role": "assistant", "content": [{"type": "image_url", "image_url": DATA_URL}]}]},
+                                   "messages[0].content", "only messages of the user"),
+    "only a system message": ({"messages": [{"role": "system", "content": "x"}]}, "messages", "message of the user"),
+    "stop": ({"stop": 7}, "stop", "must be a text"),
+    "five stops": ({"stop": list("abcde")}, "stop", "may hold four"),
+    "max_tokens": ({"max_tokens": 0}, "max_tokens", "at least 1"),
+    "max_tokens a fraction": ({"max_tokens": 1.5}, "max_tokens", "whole number"),
+    "max_completion_tokens": ({"max_completion_tokens": "9"}, "max_completion_tokens", "whole number"),
+}
+
+
+@table(REFUSED)
+def test_what_akash_cannot_do_is_refused(case, akash, serve):
+    fields, param, words = case
+    got = chat(serve(), **fields)
+    assert (got.status, got.json["error"]["param"]) == (400, param)
+    assert words in got.json["error"]["message"] and got.json["data"]["msg"] == got.json["error"]["message"]
+    assert not akash.bodies()
+
+
+def test_what_akash_ignores_is_said(serve):
+    fields = {"seed": 1, "user": "u", "presence_penalty": 0.5, "frequency_penalty": None, "evil\r\nX": 1}
+    for streamed in (False, True):
+        assert chat(serve(), stream=streamed, **fields).headers["x-akashproxy-ignored"] == "seed, user, presence_penalty"
+    assert "x-akashproxy-ignored" not in chat(serve()).headers
+
+
+# == controllers: Akash's session =============================================================
+
+
+class Clock:
+    """A clock that goes when told."""
+
+    def __init__(self):
+        self.now = 1000.0
+
+    def __call__(self):
+        return self.now
+
+
+def session_of(akash, clock, token=""):
+    settings = Settings(akash_base_url=akash.url)
+    transport = akashproxy.Transport(akash.url, "Akash Chat", {"User-Agent": "x"}, settings)
+    return akashproxy.AkashSession(transport, token, clock)
+
+
+def test_the_cookie_lives_for_its_max_age(akash):
+    clock = Clock()
+    session = session_of(akash, clock)
+    first = session.get()
+    assert first == akash.cookie
+    clock.now += 0.79 * 600
+    assert session.get() == first and akash.cookies == 1
+    clock.now += 0.02 * 600                 # the last fifth: the old one serves on while one thread renews
+    assert session.get() == first
+    wait_for(lambda: session.get() != first and not session.renewing)
+    assert akash.cookies == 2 and session.get() == akash.cookie
+    clock.now += 10000                      # over: everybody waits for a new one
+    assert session.get() == akash.cookie and akash.cookies == 3
+    assert all("cookie" not in request.headers for request in akash.requests)
+
+
+def test_many_threads_fetch_one_cookie(akash):
+    session = session_of(akash, time.monotonic)
+    with concurrent.futures.ThreadPoolExecutor(16) as threads:
+        assert len(set(threads.map(lambda _: session.get(), range(64)))) == 1
+    assert akash.cookies == 1
+
+
+def test_a_failed_renewal_leaves_the_old_cookie(akash):
+    clock = Clock()
+    session = session_of(akash, clock)
+    first = session.get()
+    akash.session = reply(500)
+    clock.now += 500
+    assert session.get() == first
+    wait_for(lambda: len(akash.requests) == 2 and not session.renewing)
+    assert session.get() == first and len(akash.requests) == 2      # not again at once
+    clock.now += 20
+    assert session.get() == first
+    wait_for(lambda: len(akash.requests) == 3)
+
+
+COOKIES = {
+    "none": ("", ""),
+    "a fixed word": ("session_token=validated; Path=/; Max-Age=86400", "session_token=validated"),
+    "empty": ("session_token=; Max-Age=1", ""),
+    "another cookie first": ("a=b\nsession_token=ff; max-age=9 ;Secure", "session_token=ff"),
+    "no life told": ("session_token=ff", "session_token=ff"),
+    "another name": ("xsession_token=ff", ""),
+}
+
+
+@table(COOKIES)
+def test_any_cookie_is_taken(case, akash):
+    told, expected = case
+    clock = Clock()
+    session = session_of(akash, clock)
+    session._keep(told, clock.now)
+    assert session.get() == expected and not akash.requests
+
+
+def test_a_server_without_sessions_is_no_error(akash, serve):
+    akash.session = reply(body=b'{"success":true}')
+    server = serve(akash_cookie="a=b")
+    assert chat(server).status == chat(server).status == 200
+    assert [request.headers.get("cookie") for request in akash.requests] == [None, "a=b", "a=b"]
+
+
+def test_an_expired_session_is_renewed_once(akash, serve):
+    server = serve(akash_cookie="a=b")
+    assert chat(server).status == 200
+    akash.cookies += 10                     # the server knows our cookie no more
+    assert chat(server).status == 200
+    assert akash.requests[-1].headers["cookie"] == akash.cookie + "; a=b"
+
+
+def test_a_session_that_stays_invalid_is_no_loop(akash, serve):
+    akash.faults += [akash.raw(reply(403, BAD_SESSION), keep=True)] * 9
+    got = chat(serve())
+    assert got.status == 502 and got.json["error"]["code"] == "upstream_auth"
+    assert len(akash.bodies()) == 2 and akash.cookies == 2
+
+
+def test_a_session_server_that_is_down_is_said(akash, serve):
+    akash.session = reply(500, b"", "")
+    got = chat(serve())
+    assert got.status == 503 and "no session" in got.json["error"]["message"] and got.headers["retry-after"] == "5"
+
+
+@pytest.mark.parametrize("accepted", ["plain", "sha256"])
+def test_access_tokens_of_both_versions(akash, serve, accepted):
+    token = "t0ken" if accepted == "plain" else hashlib.sha256(b"t0ken").hexdigest()
+    answer = akash.answer
+
+    def guarded(sock, request):
+        given = request.headers.get("authorization")
+        if "session" in request.path and given != f"Bearer {token}":
+            sock.sendall(reply(403, b'{"error":"Invalid Access token","message":"The provided access token is invalid"}'))
+            return True
+        return answer(sock, request)
+
+    akash.answer = guarded
+    assert chat(serve(akash_access_token="t0ken")).status == 200
+    got = chat(serve(akash_access_token="wrong"))
+    assert got.status == 502 and "AKASH_ACCESS_TOKEN" in got.json["error"]["message"]
+    assert "wrong" not in got.body.decode()
+    assert "authorization" not in akash.requests[-1].headers or "session" in akash.requests[-1].path
+
+
+# == controllers: Akash's models and pictures =================================================
+
+MODEL_LISTS = {
+    "2025": ([{"id": "a", "available": True}, {"id": "b/c", "available": False}, {"id": "AkashGen"}], ["a", "AkashGen"]),
+    "2026": ([{"id": "a", "model_id": "a", "api_id": "x/a", "available": True, "temperature": "0.60"}], ["a"]),
+    "models-all": ({"models": [{"id": "be11f1b5-1886", "model_id": "DeepSeek-V3.1"}], "stats": {}}, ["DeepSeek-V3.1"]),
+    "OpenAI's": ({"object": "list", "data": [{"id": "a"}, {"id": "a"}]}, ["a"]),
+    "empty": ([], []), "null": (None, []), "text": ("x", []), "odd entries": ([None, 7, {"id": 7}, {}], []),
+}
+
+
+@table(MODEL_LISTS)
+def test_every_shape_of_a_model_list(case):
+    assert akashproxy.akash_models(case[0]) == case[1]
+
+
+def test_models(akash, serve):
+    server = serve()
+    got = ask(server, path="/v1/models").json
+    assert [model["id"] for model in got["data"]] == ["Meta-Llama-3-3-70B-Instruct", "Qwen/Qwen3", "AkashGen"]
+    assert got["object"] == "list" and got["data"][1] == {
+        "id": "Qwen/Qwen3", "object": "model", "created": 1626777600, "owned_by": "Akash Network", "permission": None,
+        "root": "Qwen/Qwen3", "parent": None}
+    for path in ("/v1/models/Qwen/Qwen3", "/v1/models/Qwen%2FQwen3"):
+        assert ask(server, path=path).json == got["data"][1]
+    missing = ask(server, path="/v1/models/nope")
+    assert (missing.status, missing.json["error"]["code"]) == (404, "model_not_found")
+    assert sum("models" in request.path for request in akash.requests) == 1, "the list is kept"
+
+
+def test_an_empty_list_is_an_outage_and_the_last_good_one_serves_on(akash):
+    clock = Clock()
+    controller = akashproxy.AkashController(akashproxy.ControllerSettings(base_url=akash.url), Settings(), clock)
+    good, akash.models = akash.models, []
+    with pytest.raises(APIError) as caught:
+        controller.models()
+    assert caught.value.status == 503
+    akash.models = good
+    first = controller.models()
+    assert len(first) == 3
+    akash.models = []
+    clock.now += 601
+    assert controller.models() == first
+    akash.models = [{"id": "new"}]
+    assert controller.models() == first, "it is not asked again at once"
+    clock.now += 16
+    assert [model["id"] for model in controller.models()] == ["new"]
+
+
+def test_a_model_that_is_not_listed_is_tried(akash, serve):
+    assert chat(serve(), model="not-listed").json["model"] == "not-listed"
+    assert akash.bodies()[0]["model"] == "not-listed"
+
+
+GEN = {"model": "AkashGen", "messages": [user("a cute anime girl with blue eyes")]}
+QUEUE = [{"job_id": JOB, "status": "waiting", "queue_position": 1, "result": None},
+         {"job_id": JOB, "status": "waiting", "queue_position": 1, "result": None},
+         {"job_id": JOB, "status": "pending", "queue_position": 0, "result": None}]
+
+
+def test_a_picture_through_chat_as_the_original_gave_it(akash, serve):
+    akash.chat = PICTURE_LINE
+    akash.states.extend(QUEUE)
+    server = serve()
+    got = chat(server, GEN)
+    assert got.status == 200 and got.json["code"] == 200
+    assert got.json["data"] == {"model": "AkashGen", "jobId": JOB, "prompt": "A red fox in the snow",
+                                "pic": f"{akash.url}/api/image/job_51083a4c_00001_.png"}
+    assert got.json["object"] == "chat.completion" and "usage" not in got.json
+    assert got.json["choices"][0]["message"]["content"] == (
+        f"![A red fox in the snow]({server.url}/images/job_51083a4c_00001_.png)")
+
+
+def test_a_picture_streamed_tells_of_its_place_in_the_queue(akash, serve):
+    akash.chat = PICTURE_LINE
+    akash.states.extend(QUEUE)
+    text, thought, finish, _ = stream(serve(), GEN)
+    assert text.startswith("![A red fox in the snow](http://127.0.0.1:") and finish == "stop"
+    assert thought == "The picture is waiting, 1 before it.\nThe picture is pending.\n"
+
+
+def test_images(akash, serve):
+    akash.chat = PICTURE_LINE
+    server = serve(public_url="https://pictures.example/api/")
+    got = ask(server, "POST", "/v1/images/generations", {"prompt": "a fox", "size": "512x512", "n": 2})
+    assert got.status == 200 and got.headers["x-akashproxy-ignored"] == "size"
+    assert got.json["data"] == [{"url": "https://pictures.example/api/images/job_51083a4c_00001_.png",
+                                 "revised_prompt": "A red fox in the snow"}] * 2
+    assert isinstance(got.json["created"], int) and len(akash.bodies()) == 2
+    assert akash.bodies()[0]["messages"] == [user("a fox")]
+    got = ask(server, "POST", "/v1/images/generations", {"prompt": "a fox", "response_format": "b64_json"})
+    assert base64.b64decode(got.json["data"][0]["b64_json"]) == PNG and "url" not in got.json["data"][0]
+
+
+def test_the_relay_of_a_picture(akash, serve):
+    server = serve()
+    got = ask(server, path="/images/job_51083a4c_00001_.png")
+    assert (got.status, got.body, got.headers["content-type"]) == (200, PNG, "image/png")
+    assert got.headers["x-content-type-options"] == "nosniff" and "sandbox" in got.headers["content-security-policy"]
+    assert ask(server, "HEAD", "/images/job_51083a4c_00001_.png").body == b""
+    for name in ("missing.png", "..", "a%2Fb", "a/b", "%2e%2e", "a%0d%0ab", "x" * 300, "%C3%BC.png", ".htaccess"):
+        assert ask(server, path="/images/" + name).status == 404, name
+    assert {request.path for request in akash.requests} == {"/api/image/job_51083a4c_00001_.png", "/api/image/missing.png"}
+    akash.name = "noext"
+    assert ask(server, path="/images/noext").status == 404 and akash.requests[-1].path == "/api/image/noext/"
+
+
+def test_a_web_page_is_never_relayed_as_a_picture(akash, serve):
+    akash.answer = lambda sock, request: sock.sendall(reply(body=b"<script>", kind="text/html")) or True
+    assert ask(serve(), path="/images/x.png").status == 404
+
+
+PICTURE_FAILURES = {
+    "failed": ([{"status": "failed", "result": "Failed: CUDA out of memory at 10.1.2.3:80"}], 502, "CUDA out of memory at (address)"),
+    "an older form": ([{"status": "completed", "result": "Failed to make it"}], 502, "Failed to make it"),
+    "lost": (["Job not found: nope"] * 3, 502, "lost"),
+    "lost, with errors": ([[]] * 3, 502, "lost"),
+    "a bad name": ([{"status": "succeeded", "result": "/api/image/.."}], 502, "name"),
+    "no end": ([{"status": "waiting", "queue_position": 9}] * 10000, 504, "not ready"),
+}
+
+
+@table(PICTURE_FAILURES)
+def test_pictures_that_fail(case, akash, serve):
+    states, status, words = case
+    akash.chat = PICTURE_LINE
+    akash.states.extend(states)
+    server = serve(image_timeout=0.1)
+    for ask_it in (lambda: chat(server, GEN), lambda: ask(server, "POST", "/v1/images/generations", {"prompt": "x"})):
+        if not akash.states:
+            akash.states.extend(states)
+        got = ask_it()
+        assert got.status == status and words in got.json["error"]["message"]
+
+
+def test_a_lost_state_or_two_are_forgiven(akash, serve):
+    akash.chat = PICTURE_LINE
+    akash.states.extend([[], [], QUEUE[0], "Job not found", []])
+    assert chat(serve(), GEN).status == 200
+
+
+def test_text_instead_of_a_picture(akash, serve):
+    akash.chat = b'0:"<think>\\nhm\\n</think>\\n\\n"\n0:"Which fox?"\n' + STOP
+    server = serve()
+    assert chat(server, GEN).json["choices"][0]["message"]["content"] == "Which fox?"
+    got = ask(server, "POST", "/v1/images/generations", {"prompt": "x"})
+    assert got.status == 400 and "Which fox?" in got.json["error"]["message"]
+
+
+def test_a_picture_that_could_not_be_started(akash, serve):
+    server = serve()
+    akash.chat = pasted("x").replace(JOB.encode(), b"undefined")
+    assert "could not start" in chat(server, GEN).json["error"]["message"]
+    akash.chat = UNKNOWN.replace(b"no-such-model", b"AkashGen")     # gen-imgbackend-error
+    got = chat(server, GEN)
+    assert got.status == 502 and got.json["error"]["code"] == "image_failed"
+
+
+# == controllers: Akash's failures ============================================================
+
+RESET = int(time.time()) + 7000
+RATE = (b'{"error":"Rate limit exceeded","message":"You\'ve reached your usage limit.",'
+        b'"resetTime":"2026-11-21T20:30:20.627Z","requiresVerification":false,"tier":"anonymous"}')
+PAGE = b"<!DOCTYPE html><html><title>Just a moment...</title></html>"
+UPSTREAM = {
+    # name: (what the chat path answers, status, code, words, further headers)
+    "rl-429": (reply(429, RATE, extra=b"x-tokenlimit-reset: %d\r\n" % RESET), 429, "rate_limit_exceeded", "usage limit", {"retry-after": "^(699|7000)"}),
+    "a 429 with Retry-After": (reply(429, b"{}", extra=b"Retry-After: 17\r\n"), 429, "rate_limit_exceeded", "", {"retry-after": "^17$"}),
+    "model-unknown-403": (reply(403, b'{"error":"Model not available","message":"x","available_models":[{"id":"a"}]}'),
+                          500, "model_not_found", "does not exist", {"x-should-retry": "false"}),
+    "chat-models-backend-500": (reply(403, b'{"error":"Model not available","available_models":[]}'), 503, "upstream_error", "no models", {}),
+    "model-unknown": (STREAM_HEAD + chunk(UNKNOWN) + b"0\r\n\r\n", 500, "model_not_found", "does not exist", {"x-should-retry": "false"}),
+    "err-429": (STREAM_HEAD + chunk(b'3:"Failed after 3 attempts. Last error: Rate limit exceeded for model. Try again later."\n')
+                + b"0\r\n\r\n", 429, "rate_limit_exceeded", "Rate limit exceeded for model", {}),
+    "err-400": (STREAM_HEAD + chunk(b'3:"This model\'s maximum context length is 8192 tokens."\n') + b"0\r\n\r\n",
+                400, "context_length_exceeded", "8192", {}),
+    "err-500": (STREAM_HEAD + chunk(b'3:"Failed after 3 attempts. Last error: Internal Server Error"\n') + b"0\r\n\r\n", 502, "upstream_error", "Internal", {}),
+    "req-long-system-400": (reply(400, b"[Message too long for this model.]", "text/plain"), 400, "context_length_exceeded", "too long", {}),
+    "req-badjson": (reply(500, b"", ""), 502, "upstream_error", "without a reason", {}),
+    "gen-imgbackend-error-500": (reply(500, b'{"error":"Error generating image","message":"No workers available"}'), 502, "upstream_error", "No workers", {}),
+    "a page with 403": (reply(403, PAGE, "text/html"), 502, "upstream_blocked", "web page", {}),
+    "a page with 503": (reply(503, PAGE, "text/html; charset=utf-8"), 502, "upstream_blocked", "web page", {}),
+    "a page with 200": (reply(200, PAGE, "text/html"), 502, "upstream_blocked", "web page", {}),
+    "a page as text": (reply(200, PAGE, "text/plain"), 502, "upstream_blocked", "web page", {}),
+    "cf-mitigated": (reply(403, b"{}", extra=b"cf-mitigated: challenge\r\n"), 502, "upstream_blocked", "web page", {}),
+    "chat-noslash-308": (reply(308, b"/api/chat/", extra=b"location: /api/chat/\r\n"), 502, "upstream_error", "308", {}),
+    "a redirect elsewhere": (b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:9/\r\nContent-Length: 0\r\n\r\n", 502, "upstream_error", "302", {}),
+    "401": (reply(401, b'{"error":"Unauthorized"}'), 502, "upstream_auth", "refuses", {"x-should-retry": "false"}),
+    "garbage": (b"\x16\x03\x01\x02garbage", 502, "upstream_error", "not HTTP", {}),
+    "SSH": (b"SSH-2.0-OpenSSH\r\n", 502, "upstream_error", "not HTTP", {}),
+    "nothing": (b"", 502, "upstream_error", "broke off", {}),
+    "half a head": (b"HTTP/1.1 200 OK\r\nContent-T", 502, "upstream_error", "broke off", {}),
+    "both lengths": (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n{}", 502, "upstream_error", "", {}),
+    "a broken chunk": (STREAM_HEAD + b"zz\r\n", 502, "upstream_error", "broke off", {}),
+    "a 200 that is empty": (reply(200, b"", "text/plain"), 502, "upstream_error", EARLY, {}),
+}
+
+
+@table(UPSTREAM)
+@pytest.mark.parametrize("streamed", [False, True])
+def test_failures_before_the_first_word_are_statuses(case, streamed, akash, serve):
+    data, status, code, words, headers = case
+    akash.faults.append(akash.raw(data))
+    akash.faults.append(akash.raw(data))
+    got = chat(serve(), stream=streamed)
+    assert (got.status, got.json["error"]["code"]) == (status, code), got.body
+    assert words in got.json["error"]["message"] and list(got.json) == ["error", "code", "data"]
+    assert got.json["code"] == status and "<" not in got.body.decode()
+    for name, pattern in headers.items():
+        assert re.match(pattern, got.headers[name]), got.headers
+    assert got.json["data"]["msg"] == ("Error Model." if code == "model_not_found" else got.json["error"]["message"])
+
+
+BROKEN = {
+    "abort-midstream": (b'0:"one "\n3:"terminated"\n', True, "terminated"),
+    "the message just ends": (b'0:"one "\n', True, EARLY),
+    "the connection just ends": (b'0:"one "\n', False, "broke off"),
+    "finish-none": (b'0:"one "\n' + END.replace(b"%b", b"unknown"), True, NO_REASON),
+    "the backend's own limit": (b'0:"one "\n3:"Rate limit exceeded"\n', True, "Rate limit"),
+}
+
+
+@table(BROKEN)
+def test_failures_within_an_answer(case, akash, serve):
+    lines, proper, words = case
+    akash.faults += [akash.cut(lines, proper)] * 2
+    server = serve()
+    got = chat(server)
+    assert got.status in (429, 502) and words in got.json["error"]["message"]
+    text, _, finish, error = stream(server)
+    assert (text, finish) == ("one ", None) and words in error["message"] and error["type"] and error["param"] is None
+
+
+def test_what_a_filter_held_back_is_not_lost_when_an_answer_breaks_off(akash, serve):
+    akash.faults.append(akash.cut(b'0:"one </thin"\n'))
+    assert stream(serve())[0] == "one </thin"
+
+
+def test_an_upstream_that_is_not_there(serve):
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    got = chat(serve(akash_base_url=f"http://127.0.0.1:{port}"))
+    assert (got.status, got.json["error"]["code"]) == (502, "upstream_error")
+    assert str(port) not in got.body.decode()
+
+
+def test_silence_is_ended(akash, serve):
+    akash.faults += [akash.stall(None), akash.stall(b'0:"one "\n')]
+    server = serve(first_byte_timeout=0.3, idle_timeout=0.3)
+    got = chat(server)
+    assert got.status == 504 and "did not answer within 0.3 seconds" in got.json["error"]["message"]
+    text, _, _, error = stream(server)
+    assert text == "one " and "sent nothing for 0.3 seconds" in error["message"]
+    wait_for(akash.gone.is_set)
+
+
+def test_the_upstream_may_drip(akash, serve):
+    akash.faults.append(akash.drip(HELLO))
+    assert stream(serve())[0] == "Hello from the mock."
+
+
+def test_the_end_of_the_connection_may_end_the_answer(akash, serve):
+    akash.faults.append(akash.raw(b"HTTP/1.0 200 OK\r\nContent-Type: text/plain\r\n\r\n" + HELLO))    # conn-http10-stream
+    assert stream(serve())[0] == "Hello from the mock."
+
+
+@pytest.mark.parametrize("path", ["", "/", "/a/path", "/a/path/"])
+def test_addresses_of_the_upstream(path, akash, serve):
+    answer = akash.answer
+    prefix = path.rstrip("/")
+
+    def strict(sock, request):
+        assert request.path.startswith(prefix + "/api/")
+        return answer(sock, request._replace(path=request.path[len(prefix):]))
+
+    akash.answer = strict
+    assert chat(serve(**dataclasses.asdict(Settings.load({"AKASH_BASE_URL": akash.url + path},
+                                                         {"server_address": "127.0.0.1:0"})))).status == 200
+
+
+def test_what_the_upstream_is_sent(akash, serve):
+    assert chat(serve(user_agent="me/1"), headers={"X-Forwarded-For": "1.2.3.4", "Cookie": "c=d"}).status == 200
+    session, request = akash.requests
+    assert (session.method, session.path, request.path) == ("GET", "/api/auth/session/", "/api/chat/")
+    for asked in (session, request):
+        assert asked.headers["user-agent"] == "me/1" and asked.headers["accept-encoding"] == "identity"
+        assert not {"sec-fetch-site", "x-forwarded-for", "origin"} & set(asked.headers)
+    assert request.headers["cookie"] == akash.cookie and request.headers["content-type"] == "application/json"
+
+
+def test_stop_and_length_end_the_upstream_request(akash, serve):
+    server = serve()
+    for fields, lines, text, finish in (({"stop": ["X", "END"]}, b'0:"abcE"\n0:"NDdef"\n', "abc", "stop"),
+                                        ({"max_tokens": 2}, b'0:"0123456789"\n0:"0123"\n', "0123456789", "length"),
+                                        ({"max_completion_tokens": 1, "max_tokens": 9}, b'0:"0123456789"\n', "01234", "length")):
+        for ask_it in (lambda: stream(server, **fields)[:3:2], lambda: (
+                lambda choice: (choice["message"]["content"], choice["finish_reason"]))(chat(server, **fields).json["choices"][0])):
+            akash.gone.clear()
+            akash.faults.append(akash.stall(lines))
+            assert ask_it() == (text, finish)
+            wait_for(akash.gone.is_set)
+
+
+# == dialects =================================================================================
+
+
+def test_a_chat_as_the_original_gave_it(akash, serve):
+    akash.chat = b'0:"Hello! I\'m doing well."\nd:{"finishReason":"stop","usage":{"promptTokens":11,"completionTokens":7}}\n'
+    before = int(time.time())
+    got = chat(serve(), temperature=0.85, topP=1.0)
+    assert got.status == 200 and got.json.pop("id").startswith("chatcmpl-") and before <= got.json.pop("created") <= time.time()
+    assert got.json == {"object": "chat.completion", "model": CHAT["model"], "choices": [{
+        "index": 0, "message": {"role": "assistant", "content": "Hello! I'm doing well.", "refusal": None},
+        "logprobs": None, "finish_reason": "stop"}], "usage": USAGE}
+    assert {name: akash.bodies()[0][name] for name in ("temperature", "topP")} == {"temperature": 0.85, "topP": 1.0}
+
+
+def test_reasoning_beside_the_answer(akash, serve):
+    akash.chat = b'0:"<think>\\nhm\\n</think>\\n\\n"\n0:"42"\n' + STOP
+    server = serve()
+    message = chat(server).json["choices"][0]["message"]
+    assert (message["content"], message["reasoning_content"]) == ("42", "hm")
+    assert stream(server) == ("42", "hm", "stop", None)
+
+
+def test_the_chunks_of_a_stream(akash, serve):
+    akash.chat = b'0:"a"\nd:{"finishReason":"length","usage":{"promptTokens":11,"completionTokens":7}}\n'
+    server = serve()
+    events = sse(chat(server, stream=True, stream_options={"include_usage": True}).body)
+    assert [event["choices"] for event in events] == [
+        [{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}],
+        [{"index": 0, "delta": {"content": "a"}, "finish_reason": None}],
+        [{"index": 0, "delta": {}, "finish_reason": "length"}], []]
+    assert [event["usage"] for event in events] == [None, None, None, USAGE]
+    for event in sse(chat(server, stream=True).body):
+        assert "usage" not in event and event["choices"]
+    akash.chat = HELLO
+    events = sse(chat(server, stream=True, stream_options={"include_usage": True}).body)
+    assert all(event["choices"] and event["usage"] is None for event in events), "unknown usage is left out"
+
+
+def test_a_token_is_sent_at_once(akash, serve):
+    akash.faults.append(akash.stall(b'0:"one "\n'))
+    server = serve()
+    with socket.create_connection(("127.0.0.1", server.server_port), timeout=10) as sock:
+        sock.sendall(post("/v1/chat/completions", {**CHAT, "stream": True}))
+        got = b""
+        while b'"content":"one "' not in got:
+            got += sock.recv(65536)
+
+
+def test_headers_of_a_stream(serve):
+    headers = chat(serve(), stream=True).headers
+    assert headers["cache-control"] == "no-cache, no-transform" and headers["x-accel-buffering"] == "no"
+    assert headers["transfer-encoding"] == "chunked" and headers["access-control-allow-origin"] == "*"
+
+
+def test_legacy_completions(akash, serve):
+    server = serve()
+    body = {"model": "m", "prompt": "Once", "max_tokens": 50}
+    got = ask(server, "POST", "/v1/completions", body)
+    assert got.json["object"] == "text_completion" and got.json["id"].startswith("cmpl-")
+    assert got.json["choices"] == [{"text": "Hello from the mock.", "index": 0, "logprobs": None, "finish_reason": "stop"}]
+    assert akash.bodies()[0]["messages"] == [user("Once")]
+    events = sse(ask(server, "POST", "/v1/completions", {**body, "stream": True, "echo": True, "prompt": ["Once"]}).body)
+    assert "".join(event["choices"][0]["text"] for event in events) == "OnceHello from the mock."
+    assert events[-1]["choices"][0]["finish_reason"] == "stop" and {event["object"] for event in events} == {"text_completion"}
+    for prompt in (None, "", [], ["a", "b"], [1, 2], 7):
+        assert ask(server, "POST", "/v1/completions", {**body, "prompt": prompt}).json["error"]["param"] == "prompt"
+    for field in ({"suffix": "x"}, {"best_of": 2}, {"logprobs": 1}, {"n": 3}):
+        assert ask(server, "POST", "/v1/completions", {**body, **field}).json["error"]["param"] == list(field)[0]
+
+
+# == server ===================================================================================
+
+
+def post(path, body, *fields):
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return "\r\n".join([f"POST {path} HTTP/1.1", "Host: x", f"Content-Length: {len(data)}", *fields, "", ""]).encode() + data
+
+
+BAD_BODIES = {
+    # name: (path, body, param, words)
+    "no JSON": ("chat/completions", b"{", None, "not valid JSON"),
+    "nothing": ("chat/completions", b"", None, "not valid JSON"),
+    "NaN": ("chat/completions", b'{"model":NaN}', None, "NaN"),
+    "bad UTF-8": ("chat/completions", b'{"model":"\xff"}', None, "not valid JSON"),
+    "another encoding": ("chat/completions", '{"model":"m"}'.encode("utf-16"), None, "not valid JSON"),
+    "deep": ("chat/completions", b'{"model":' + b"[" * 100000, None, "not valid JSON"),
+    "a list": ("chat/completions", b"[]", None, "must be a JSON object"),
+    "no model": ("chat/completions", {"messages": [user("a")]}, "model", "'model' is missing"),
+    "an empty model": ("chat/completions", {**CHAT, "model": ""}, "model", "must not be empty"),
+    "a model that is a number": ("chat/completions", {**CHAT, "model": 7}, "model", "must be the name"),
+    "no messages": ("chat/completions", {"model": "m"}, "messages", "'messages' is missing"),
+    "empty messages": ("chat/completions", {"model": "m", "messages": []}, "messages", "must not be empty"),
+    "messages that are text": ("chat/completions", {"model": "m", "messages": "hi"}, "messages", "must be a list"),
+    "a message that is text": ("chat/completions", {"model": "m", "messages": ["hi"]}, "messages[0]", "must be an object"),
+    "a message without a role": ("chat/completions", {"model": "m", "messages": [{"content": "x"}]}, "messages[0]", "'role'"),
+    "stream": ("chat/completions", {**CHAT, "stream": "yes"}, "stream", "true or false"),
+    "stream_options": ("chat/completions", {**CHAT, "stream_options": 7}, "stream_options", "must be an object"),
+    "no prompt": ("images/generations", {}, "prompt", "'prompt' is missing"),
+    "a prompt that is a list": ("images/generations", {"prompt": ["x"]}, "prompt", "must be a text"),
+    "no pictures": ("images/generations", {"prompt": "x", "n": 0}, "n", "at least 1"),
+    "eleven pictures": ("images/generations", {"prompt": "x", "n": 11}, "n", "10 at most"),
+    "another form": ("images/generations", {"prompt": "x", "response_format": "gif"}, "response_format", "b64_json"),
+    "streamed pictures": ("images/generations", {"prompt": "x", "stream": True}, "stream", "through chat"),
+    "another model's pictures": ("images/generations", {"prompt": "x", "model": "dall-e-3"}, "model", "AkashGen"),
+}
+
+
+@table(BAD_BODIES)
+def test_bad_bodies_leave_the_connection_usable(case, akash, serve):
+    path, body, param, words = case
+    server = serve()
+    link = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)
+    with contextlib.closing(link):
+        got = ask_again(link, "POST", "/v1/" + path, body)
+        assert (got.status, got.json["error"]["param"]) == (400, param), got.body
+        assert words in got.json["error"]["message"]
+        assert list(got.json["error"]) == ["message", "type", "param", "code"] and got.json["code"] == 400
+        assert ask_again(link, "GET", "/health").status == 200
+    assert not akash.bodies()
+
+
+def test_the_ends_of_bodies(serve):
+    server = serve(max_body=100, body_timeout=0.3)
+    large = talk(server, post("/v1/chat/completions", b"x" * 101))
+    assert large.startswith(b"HTTP/1.1 413 ") and b"larger than 100 bytes" in large and b"Connection: close" in large
+    chunked = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    assert talk(server, chunked + chunk(b"x" * 90) * 2).startswith(b"HTTP/1.1 413 ")
+    late = talk(server, post("/v1/chat/completions", b"x" * 50)[:-1])
+    assert late.startswith(b"HTTP/1.1 408 ") and b"took too long" in late
+    cut = talk(server, post("/v1/chat/completions", b"x" * 50)[:-1], half_close=True)
+    assert cut.startswith(b"HTTP/1.1 400 ") and b"ended within a body" in cut
+
+
+def test_a_body_may_come_in_chunks_and_be_announced(serve):
+    data = json.dumps(CHAT).encode()
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+    assert talk(serve(), head + b"Transfer-Encoding: chunked\r\n\r\n" + chunk(data[:9]) + chunk(data[9:]) + b"0\r\n\r\n"
+                ).startswith(b"HTTP/1.1 200 ")
+    server = serve()
+    with socket.create_connection(("127.0.0.1", server.server_port), timeout=10) as sock:
+        sock.sendall(head + b"Expect: 100-continue\r\nContent-Length: %d\r\n\r\n" % len(data))
+        assert sock.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        sock.sendall(data)
+        assert sock.recv(100).startswith(b"HTTP/1.1 200 ")
+
+
+BAD_HEADS = {
+    "garbage": (b"\x16\x03\x01garbage", 400), "HTTP/2": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505), "HTTP/0.9": (b"GET /\r\n\r\n", 400),
+    "no host": (b"GET /health HTTP/1.1\r\n\r\n", 400), "two hosts": (b"GET /health HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n", 400),
+    "both lengths": (b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
+    "gzip": (b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: gzip\r\n\r\n", 501),
+    "too large": (b"GET /health HTTP/1.1\r\nHost: a\r\nX: " + b"x" * 70000, 431),
+    "no slash": (b"GET health HTTP/1.1\r\nHost: a\r\n\r\n", 400),
+    "an expectation": (b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nExpect: tea\r\nContent-Length: 1\r\n\r\n", 417),
+}
+
+
+@table(BAD_HEADS)
+def test_bad_heads_are_refused_as_json_and_the_connection_closed(case, serve):
+    data, status = case
+    got = talk(serve(), data + b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert got.startswith(b"HTTP/1.1 %d " % status) and got.count(b"HTTP/1.1 ") == 1, got
+    assert b"Connection: close" in got and json.loads(got.partition(b"\r\n\r\n")[2])["code"] == status
+
+
+def test_keep_alive_and_pipelines(serve):
+    server = serve()
+    two = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n" * 2 + b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+    assert talk(server, two).count(b"HTTP/1.1 200 OK") == 3
+    assert talk(server, b"GET /health HTTP/1.0\r\n\r\n").count(b"Connection: close") == 1
+    got = talk(server, b"GET /health HTTP/1.0\r\nConnection: keep-alive\r\n\r\nGET /health HTTP/1.0\r\n\r\n")
+    assert got.count(b"200 OK") == 2 and got.count(b"Connection: keep-alive") == 1
+    old = talk(server, post("/v1/chat/completions", {**CHAT, "stream": True}).replace(b"HTTP/1.1", b"HTTP/1.0"))
+    assert b"Transfer-Encoding" not in old and old.endswith(b"data: [DONE]\n\n")
+    assert talk(server, b"GET http://elsewhere:1/health?x=1 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").startswith(b"HTTP/1.1 200 ")
+
+
+ROUTES = {
+    ("GET", "/health"): 200, ("HEAD", "/health"): 200, ("GET", "/status"): 200, ("GET", "/health?a=b"): 200,
+    ("GET", "/heal%74h"): 200, ("GET", "/heal%2574h"): 404, ("GET", "/"): 404, ("GET", "/v1"): 404, ("GET", "/v1/models/"): 404,
+    ("GET", "/v1/chat/completions"): 405, ("DELETE", "/v1/models"): 405, ("POST", "/health"): 405, ("PUT", "/v1/completions"): 405,
+    ("HEAD", "/v1/models"): 200, ("BREW", "/health"): 405, ("GET", "/images/"): 404, ("GET", "/../etc/passwd"): 404,
+}
+
+
+@pytest.mark.parametrize("method, path", ROUTES)
+def test_routes(method, path, serve):
+    got = ask(serve(), method, path)
+    assert got.status == ROUTES[method, path]
+    if method == "HEAD":
+        assert got.body == b"" and int(got.headers["content-length"]) > 0
+    elif got.status == 405:
+        assert got.headers["allow"] == ("POST, OPTIONS" if "completions" in path else "GET, HEAD, OPTIONS")
+    if got.status >= 400:
+        assert got.json["error"]["message"]
+
+
+def test_health_and_status(serve):
+    server = serve()
+    assert ask(server).json == {"status": "ok", "message": "akashproxy is running"}
+    status = ask(server, path="/status").json
+    assert status["status"] == "ok" and status["controllers"][0]["name"] == "akash" and status["version"]
+
+
+def test_tokens(serve):
+    server = serve(bearer_token=("one", "two"))
+    for headers, words in (({}, "is needed"), ({"Authorization": "Bearer three"}, "is wrong"), ({"Authorization": "Basic one"}, "is needed"),
+                           ({"Authorization": "one"}, "is needed"), ({"Authorization": "Bearer "}, "is needed")):
+        for method, path in (("POST", "/v1/chat/completions"), ("GET", "/v1/models"), ("GET", "/status"), ("GET", "/nowhere"),
+                             ("GET", "/images/x.png"), ("DELETE", "/v1/models")):
+            got = ask(server, method, path, CHAT if method == "POST" else None, headers)
+            assert got.status == 401 and words in got.json["error"]["message"] and got.json["error"]["code"] == "invalid_api_key"
+            assert got.json["code"] == 401 and got.json["data"]["msg"] and got.headers["www-authenticate"] == "Bearer"
+    for headers in ({"Authorization": "Bearer one"}, {"Authorization": "bearer two"}, {"x-api-key": "two"}):
+        assert chat(server, headers=headers).status == 200
+    assert ask(server).status == 200 and ask(server, "OPTIONS", "/v1/models").status == 204
+
+
+def test_browsers_may_come_from_anywhere(serve):
+    server = serve()
+    got = ask(server, "OPTIONS", "/v1/chat/completions", headers={
+        "Origin": "https://a.example", "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization, x-stainless-os,b@d"})
+    assert (got.status, got.body, got.headers["access-control-allow-origin"]) == (204, b"", "*")
+    assert got.headers["access-control-allow-headers"] == "authorization, x-stainless-os"
+    assert got.headers["access-control-allow-methods"] == got.headers["allow"] == "POST, OPTIONS"
+    for status, answer in ((404, ask(server, path="/nowhere")), (400, chat(server, model="")), (200, chat(server, stream=True))):
+        assert answer.status == status and answer.headers["access-control-allow-origin"] == "*"
+        assert "x-request-id" in answer.headers["access-control-expose-headers"]
+
+
+def test_browsers_may_be_chosen(serve):
+    server = serve(cors_origins=("https://a.example",))
+    for origin, allowed in (("https://a.example", "https://a.example"), ("https://b.example", None)):
+        got = ask(server, headers={"Origin": origin})
+        assert got.headers.get("access-control-allow-origin") == allowed and got.headers["vary"] == "Origin"
+
+
+def test_request_ids(serve):
+    server = serve()
+    assert ask(server, headers={"x-request-id": "abc-1.2_3"}).headers["x-request-id"] == "abc-1.2_3"
+    for bad in ("a b", "x" * 129, "é", "<x>"):
+        assert ask(server, headers={"x-request-id": bad.encode("latin-1")}).headers["x-request-id"].startswith("req_")
+    assert chat(server, model="").headers["x-request-id"] != chat(server, model="").headers["x-request-id"]
+
+
+def test_a_client_that_leaves_ends_the_upstream_request(akash, serve):
+    server = serve()
+    for fault in (akash.stall(None), akash.stall(b'0:"one "\n')):
+        for streamed in (False, True):
+            akash.gone.clear()
+            akash.faults.append(fault)
+            asked = len(akash.bodies())
+            with socket.create_connection(("127.0.0.1", server.server_port)) as sock:
+                sock.sendall(post("/v1/chat/completions", {**CHAT, "stream": streamed}))
+                wait_for(lambda: len(akash.bodies()) > asked)
+            wait_for(akash.gone.is_set)
+    wait_for(lambda: not server.watchdog.handlers)
+    assert not akashproxy.Watch.live
+
+
+def test_a_client_that_leaves_a_picture_ends_the_polling(akash, serve):
+    akash.chat = PICTURE_LINE
+    akash.states.extend(QUEUE[:1] * 100000)
+    server = serve()
+    with socket.create_connection(("127.0.0.1", server.server_port)) as sock:
+        sock.sendall(post("/v1/images/generations", {"prompt": "x"}))
+        wait_for(lambda: len(akash.requests) > 4)
+    wait_for(lambda: not server.watchdog.handlers)
+
+
+def test_a_bug_is_not_shown(serve, akash, caplog):
+    server = serve()
+    server.pool.answer = lambda call: 1 / 0
+    got = chat(server)
+    assert (got.status, got.headers["x-should-retry"]) == (500, "false")
+    assert "division" not in got.body.decode() and "ZeroDivisionError" in caplog.text
+
+
+def test_a_hundred_streams_at_once(akash, serve):
+    server = serve()
+    with concurrent.futures.ThreadPoolExecutor(100) as threads:
+        answers = list(threads.map(lambda _: stream(server), range(200)))
+    assert set(answers) == {("Hello from the mock.", "", "stop", None)}
+
+
+def test_a_graceful_stop(akash, serve):
+    server = serve()
+    idle = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)
+    assert ask_again(idle).status == 200
+    hold = threading.Event()
+
+    def slow(sock, request):
+        sock.sendall(STREAM_HEAD + chunk(b'0:"one "\n'))
+        hold.wait(10)
+        sock.sendall(chunk(b'0:"two"\n' + STOP) + b"0\r\n\r\n")
+        return True
+
+    akash.faults.append(slow)
+    with concurrent.futures.ThreadPoolExecutor(2) as threads:
+        answer = threads.submit(stream, server)
+        wait_for(lambda: akash.bodies())
+        stopped = threads.submit(server.stop, 10)
+        wait_for(lambda: server.draining and server.socket.fileno() < 0)
+        assert idle.sock.recv(1) == b"", "an idle connection is closed at once"
+        hold.set()
+        assert answer.result() == ("one two", "", "stop", None)
+        stopped.result()
+
+
+def test_a_stop_that_waits_no_longer(akash, serve):
+    akash.faults.append(akash.stall(b'0:"one "\n'))
+    server = serve()
+    with concurrent.futures.ThreadPoolExecutor(1) as threads:
+        answer = threads.submit(stream, server)
+        wait_for(lambda: akash.bodies())
+        time.sleep(0.05)
+        server.stop(0.05)
+        text, _, finish, error = answer.result()
+    assert finish is None and "stopping" in error["message"]
+
+
+# == the command ==============================================================================
+
+
+def command(*flags, **environ):
+    clean = {name: value for name, value in os.environ.items() if name.upper() not in SETTINGS}
+    return dict(args=[sys.executable, "-I", str(HERE / "akashproxy.py"), *flags], env={**clean, **environ},
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+SETTINGS = {item.name.upper(): item for item in dataclasses.fields(Settings)}
+
+
+def run(*flags, **environ):
+    return subprocess.run(**command(*flags, **environ), timeout=30)
+
+
+@contextlib.contextmanager
+def started(*flags, **environ):
+    """The command as a process: (process, its port)."""
+    process = subprocess.Popen(**command("--server-address", "127.0.0.1:0", *flags, **environ))
+    try:
+        line = process.stdout.readline()
+        match = re.search(r" on http://127\.0\.0\.1:(\d+)/v1", line)
+        assert match, line + process.stderr.read()
+        yield process, int(match[1])
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_command_stops_cleanly(number):
+    with started("--demo") as (process, port):
+        process.send_signal(number)
+        assert process.wait(20) == 0
+        assert "Traceback" not in process.stderr.read()
+
+
+def test_the_demo_goes_the_whole_way():
+    with started("--demo", "--image-poll", "0.01") as (process, port):
+        server = type("Server", (), {"server_port": port})
+        assert [model["id"] for model in ask(server, path="/v1/models").json["data"]] == ["demo", "AkashGen"]
+        text, _, finish, _ = stream(server, {"model": "demo", "messages": [user("What is Akash?")]})
+        assert "What is Akash?" in text and finish == "stop"
+        assert "What is Akash?" in chat(server, {"model": "demo", "messages": [user("What is Akash?")]}).json["choices"][0]["message"]["content"]
+        text, thought, _, _ = stream(server, {"model": "AkashGen", "messages": [user("It's a \"fox\"")]})
+        assert "2 before it" in thought and "It's a \"fox\"" in text
+        picture = ask(server, path="/images/" + re.search(r"/images/([^)]+)\)", text)[1])
+        assert picture.headers["content-type"] == "image/png" and picture.body.startswith(b"\x89PNG\r\n\x1a\n")
+        health = run("--health", SERVER_ADDRESS=f"127.0.0.1:{port}")
+        assert health.returncode == 0 and "running" in health.stdout
+
+
+def test_a_port_in_use_is_one_clear_line():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        done = run(SERVER_ADDRESS=f"127.0.0.1:{taken.getsockname()[1]}")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"akashproxy: cannot listen on 127\.0\.0\.1:\d+: Address already in use\n", done.stderr)
+
+
+@pytest.mark.parametrize("flags, environ, words", [
+    (["--server-address", "abc"], {}, "akashproxy: --server-address: 'abc' has no port\n"),
+    ([], {"AKASH_BASE_URL": "x"}, "akashproxy: AKASH_BASE_URL: 'x' is no http:// or https:// address\n"),
+    (["--server-address", "no-such-host.invalid:1"], {}, "akashproxy: cannot listen on no-such-host.invalid: no such host\n"),
+])
+def test_bad_settings_are_one_clear_line(flags, environ, words):
+    done = run(*flags, **environ)
+    assert (done.returncode, done.stderr) == (2, words)
+
+
+def test_an_unknown_flag():
+    assert run("--nonsense").returncode == 2
+
+
+def test_check_shows_the_settings_but_no_secret():
+    done = run("--check", "--log-level", "debug", BEARER_TOKEN="s3cret", AKASH_COOKIE="s3cret")
+    assert done.returncode == 0 and "s3cret" not in done.stdout + done.stderr
+    shown = dict(line.split("=", 1) for line in done.stdout.splitlines())
+    assert set(shown) == set(SETTINGS) and shown["BEARER_TOKEN"] == "********" and shown["LOG_LEVEL"] == "debug"
+
+
+def test_help_and_version():
+    done = run("--help")
+    assert done.returncode == 0
+    for item in SETTINGS.values():
+        assert akashproxy.flag_name(item) in done.stdout
+    assert run("--version").stdout == f"akashproxy {akashproxy.__version__}\n"
+
+
+def test_health_of_no_server():
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    done = run("--health", SERVER_ADDRESS=f":{port}")
+    assert done.returncode == 1 and "no answer" in done.stderr
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no IPv6 here")
+@pytest.mark.parametrize("address", ["[::]:0", ":0"])
+def test_all_interfaces_take_both_families(address, serve):
+    server = serve(server_address=address)
+    for host in ("127.0.0.1", "::1"):
+        socket.create_connection((host, server.server_port), timeout=5).close()
+
+
+def test_localhost_is_ipv4(serve):
+    assert serve(server_address="localhost:0").server_address[0] == "127.0.0.1"
+
+
+def test_importing_starts_nothing():
+    done = subprocess.run([sys.executable, "-c", "import threading, akashproxy; print(threading.active_count())"],
+                          cwd=HERE, capture_output=True, text=True, timeout=30)
+    assert done.stdout == "1\n"
+
+
+# == truth in writing =========================================================================
+
+
+def test_the_index_of_the_docstring_resolves():
+    index = akashproxy.__doc__.partition("Where is ...")[2]
+    names = re.findall(r"^    .+?  +([A-Za-z_.]+(?:, [A-Za-z_.]+)*)$", index, re.M)
+    assert len(names) > 15
+    for name in ", ".join(names).split(", "):
+        value = akashproxy
+        for part in name.split("."):
+            value = getattr(value, part)
+
+
+def test_the_sections_stand_in_the_docstrings_order():
+    told = re.search(r"top to bottom.*?:\n(.*?)\.\n", akashproxy.__doc__, re.S)[1]
+    banners = re.findall(r"^# == \d+\. (\w+) =+$", SOURCE, re.M)
+    assert re.split(r",\s+", told) == banners
+
+
+def test_public_names_exist_and_have_a_docstring():
+    for name in akashproxy.__all__:
+        value = getattr(akashproxy, name)
+        if callable(value):
+            assert value.__doc__, name
+
+
+def blocks(kind):
+    """The README's fenced blocks of a kind."""
+    return re.findall(rf"^```{kind}\n(.*?)^```$", README, re.M | re.S)
+
+
+@pytest.fixture(scope="module")
+def demo():
+    with started("--demo", "--image-poll", "0.01") as (process, port):
+        yield port
+
+
+@pytest.mark.parametrize("block", [block for block in blocks("sh") if "curl" in block], ids=lambda block: block.split("\n")[0][:40])
+def test_the_readmes_curl_lines_work(block, demo):
+    done = subprocess.run(["bash", "-ec", block.replace("127.0.0.1:16571", f"127.0.0.1:{demo}")],
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert done.returncode == 0 and done.stdout and '"error"' not in done.stdout, done
+
+
+@pytest.mark.parametrize("block", [block for block in blocks("python") if "openai" in block])
+def test_the_readmes_sdk_lines_work(block, demo):
+    pytest.importorskip("openai")
+    done = subprocess.run([sys.executable, "-c", block.replace("127.0.0.1:16571", f"127.0.0.1:{demo}")], cwd=HERE,
+                          capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stdout, done
+
+
+@pytest.mark.parametrize("block", [block for block in blocks("python") if "openai" not in block])
+def test_the_readmes_other_python_works(block, akash):
+    environ = {**os.environ, "PYTHONPATH": str(HERE), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run([sys.executable, "-c", block.replace("https://chat.akash.network", akash.url)],
+                          env=environ, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stdout, done
+
+
+def test_the_readmes_first_command_is_the_main_job():
+    first = blocks("sh")[0].split("\n")[0]
+    assert first == "python3 akashproxy.py --demo"
+
+
+def test_every_setting_and_every_route_is_in_the_readme():
+    for name, item in SETTINGS.items():
+        default = ",".join(item.default) if isinstance(item.default, tuple) else str(item.default)
+        assert f"| `{name}` | {f'`{default}`' if default else ''} | {item.metadata['help']} |" in README, name
+    for path in akashproxy.ROUTES:
+        assert f"`{path.replace('{}', '{id}' if 'models' in path else '{name}')}`" in README, path
+
+
+def test_the_dockerfile_fits_the_code():
+    lines = (HERE / "Dockerfile").read_text().splitlines()
+    dockerfile = dict(line.split(" ", 1) for line in lines if line and not line.startswith("#"))
+    assert dockerfile["COPY"] == "akashproxy.py /akashproxy.py"
+    assert dockerfile["ENV"] == "SERVER_ADDRESS=0.0.0.0:16571" and dockerfile["EXPOSE"] == "16571"
+    entry = json.loads(dockerfile["ENTRYPOINT"])
+    health = json.loads(dockerfile["HEALTHCHECK"].partition("CMD ")[2])
+    assert entry == ["/usr/bin/python3", "-I", "/akashproxy.py"] and health == entry + ["--health"]
+    assert dockerfile["USER"] == "65532:65532"
+
+
+# == official clients =========================================================================
+
+
+@pytest.fixture
+def openai_client(akash, serve):
+    openai = pytest.importorskip("openai")
+    with openai.OpenAI(base_url=serve().url + "/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def test_openai_chat(openai_client):
+    answer = openai_client.chat.completions.create(**CHAT)
+    assert answer.choices[0].message.content == "Hello from the mock." and answer.choices[0].finish_reason == "stop"
+
+
+def test_openai_stream(openai_client, akash):
+    chunks = list(openai_client.chat.completions.create(**CHAT, stream=True))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "Hello from the mock."
+    with openai_client.chat.completions.stream(**CHAT) as events:
+        assert events.get_final_completion().choices[0].message.content == "Hello from the mock."
+
+
+def test_openai_models_and_images(openai_client, akash):
+    assert [model.id for model in openai_client.models.list()][1] == "Qwen/Qwen3"
+    assert openai_client.models.retrieve("Qwen/Qwen3").owned_by == "Akash Network"
+    akash.chat = PICTURE_LINE
+    assert openai_client.images.generate(prompt="x").data[0].url.endswith(".png")
+    assert base64.b64decode(openai_client.images.generate(prompt="x", response_format="b64_json").data[0].b64_json) == PNG
+
+
+def test_openai_errors(openai_client, akash):
+    import openai
+    akash.faults.append(akash.raw(UPSTREAM["model-unknown"][0]))
+    with pytest.raises(openai.InternalServerError) as caught:
+        openai_client.with_options(max_retries=2).chat.completions.create(**CHAT)
+    assert caught.value.code == "model_not_found" and len(akash.bodies()) == 1, "x-should-retry is obeyed"
+    akash.faults.append(akash.cut(b'0:"one "\n'))
+    with pytest.raises(openai.APIError, match="broke off"):
+        list(openai_client.chat.completions.create(**CHAT, stream=True))
