@@ -1,5 +1,5 @@
 # One file on distroless Python: no shell, no package manager, not root.
-FROM gcr.io/distroless/python3-debian12:nonroot
+FROM gcr.io/distroless/python3-debian13:nonroot
 COPY akashproxy.py /akashproxy.py
 ENV SERVER_ADDRESS=0.0.0.0:16571
 EXPOSE 16571

@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: MIT
-"""akashproxy: Akash Chat, spoken to as if it were OpenAI's API.
+"""akashproxy: Akash Chat, and any OpenAI-compatible upstreams, as one OpenAI-compatible server.
 
 One module, the standard library only, Python 3.9 or newer:
 
-    python3 akashproxy.py              # serves on http://127.0.0.1:16571/v1
+    python3 akashproxy.py              # serves Akash Chat on http://127.0.0.1:16571/v1
     python3 akashproxy.py --demo       # the same without a network
 
-A client speaks OpenAI's API to this file; it speaks the web API of Akash Chat to an upstream. What
-knows an upstream is a *controller*; a *pool* chooses one for each request.
+A client speaks OpenAI's API to this file; it speaks the web API of Akash Chat, or OpenAI's, to
+upstreams. What knows an upstream is a *controller*; a *pool* chooses one for each request.
 
     client                             akashproxy.py                                upstream
     ------  Handler --> Dialect --> Call --> Pool.answer --> Controller --> Transport  ------
@@ -17,7 +17,8 @@ knows an upstream is a *controller*; a *pool* chooses one for each request.
 
 Left of the events nobody knows which upstream answered; right of them nobody knows what the client
 speaks. Between the sockets all is pushed: ``decoder.feed(data)`` gives events, ``dialect.feed(events)``
-gives bytes, and nothing in there reads, waits or knows a socket.
+gives bytes, and nothing in there reads, waits or knows a socket. Where both sides speak the same
+format, the events are Raw bytes.
 
 The sections, in an order that can be read from top to bottom (``grep '^# ==' akashproxy.py``):
 names, errors, events, settings, http, transport, controllers, pool, dialects, guards, server, demo,
@@ -25,7 +26,8 @@ main.
 
 Where is ...
 
-    a setting                          Settings
+    a setting                          Settings, ControllerSettings
+    the configuration file             ConfigFile, find_config
     an error and its form on the wire  APIError, Dialect.refusal
     Akash's cookie                     AkashSession
     Akash's stream, line by line       AkashDecoder
@@ -33,14 +35,20 @@ Where is ...
     pictures                           AkashController.pictures
     <think> tags                       Thinking
     stop sequences and max_tokens      Cutoff
+    OpenAI's stream                    ChatDecoder
+    relaying unparsed                  RelayDecoder, Relay
     failover                           Pool.answer
+    who rests, and for how long        FAILURES, Member.fare
+    the choice by weight               Pool.balanced
     the network's exceptions           upstream_errors
     strict HTTP                        read_head, Body
     connections to upstreams           KeepAlive
+    proxies on the way                 Proxy
     deadlines, and clients that leave  Watch, Watchdog
     a new endpoint                     ROUTES
     a new kind of upstream             CONTROLLERS
     tokens of clients                  Handler.authorize
+    reloading                          Server.reload
     the stand-in of --demo             StandIn
 """
 
@@ -53,14 +61,18 @@ import base64
 import binascii
 import contextlib
 import dataclasses
+import fnmatch
+import functools
 import hmac
 import http.client
 import http.server
 import ipaddress
+import itertools
 import json
 import logging
 import math
 import os
+import random
 import re
 import select
 import signal
@@ -81,8 +93,8 @@ __all__ = [
     "APIError", "ConfigError", "ClientLeft", "ProtocolError",
     "Call", "Text", "Reasoning", "ToolCall", "Image", "Progress", "Finish", "Raw", "Answer", "fold",
     "Settings", "ControllerSettings", "Controller", "AkashController", "AkashSession", "AkashDecoder",
-    "Thinking", "Cutoff", "CONTROLLERS", "Pool",
-    "Dialect", "ChatCompletions", "Completions", "Images", "ROUTES", "Server", "main",
+    "OpenAIController", "ChatDecoder", "RelayDecoder", "EchoController", "Thinking", "Cutoff", "CONTROLLERS", "Pool",
+    "Dialect", "ChatCompletions", "Completions", "Images", "Relay", "ROUTES", "Server", "main",
 ]
 
 log = logging.getLogger("akashproxy")
@@ -111,10 +123,21 @@ _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 _decode = json.JSONDecoder(parse_constant=_no_constant).decode
 
 
+def as_dict(value: Any) -> Dict[str, Any]:
+    """The value if it is an object, else an empty one: what others send may be anything."""
+    return value if isinstance(value, dict) else {}
+
+
+def as_list(value: Any) -> List[Any]:
+    return value if isinstance(value, list) else []
+
+
 # == 2. errors ================================================================================
 # One exception for all that a client is to be told. It knows a status and a sentence, no wire.
 
 ERROR_TYPES = {401: "invalid_request_error", 403: "permission_error", 429: "rate_limit_error"}
+ERROR_KINDS = {400: "request", 413: "request", 422: "request", 404: "model", 408: "limit", 409: "limit", 425: "limit",
+               429: "limit"}
 ERROR_CODES = {401: "invalid_api_key", 429: "rate_limit_exceeded", 413: "request_too_large"}
 
 
@@ -123,12 +146,12 @@ class APIError(Exception):
 
     ``retry_after`` is in seconds. ``retry=False`` tells clients that trying again is useless (they
     repeat every 5xx otherwise); ``legacy`` replaces the message where akashchat-api-go's users
-    expect a fixed text.
+    expect a fixed text. ``kind`` tells the pool what follows (FAILURES).
     """
 
     def __init__(self, status: int, message: str, *, type: Optional[str] = None, code: Optional[str] = None,
                  param: Optional[str] = None, retry_after: Optional[float] = None,
-                 retry: Optional[bool] = None, legacy: Optional[str] = None) -> None:
+                 retry: Optional[bool] = None, legacy: Optional[str] = None, kind: Optional[str] = None) -> None:
         super().__init__(message)
         self.status = status
         self.message = message
@@ -138,6 +161,7 @@ class APIError(Exception):
         self.retry_after = retry_after
         self.retry = retry
         self.legacy = legacy or message
+        self.kind = kind or ERROR_KINDS.get(status, "server")
 
     def headers(self) -> Dict[str, str]:
         """The header fields that belong to the error, whatever the dialect."""
@@ -180,7 +204,7 @@ def unknown_model(model: str, where: str) -> APIError:
     """No such model at an Akash upstream: 500 "Error Model.", as akashchat-api-go answered."""
     return APIError(500, f"The model {model!r} does not exist or is not available at {where}.",
                     type="invalid_request_error", param="model", code="model_not_found", retry=False,
-                    legacy="Error Model.")
+                    legacy="Error Model.", kind="model")
 
 
 # == 3. events ================================================================================
@@ -287,27 +311,45 @@ class Watch:
                 socket.socket.shutdown(sock, self.how)  # on a TLS socket its own shutdown() would not do
 
 
+CHAT_PATH = "/v1/chat/completions"
+
+
 @dataclass
 class Call:
     """A request on its way through: what is asked, in OpenAI's chat vocabulary, and what became of it."""
 
     body: Dict[str, Any]                # a chat-completions body, whatever the client spoke
+    path: str = CHAT_PATH
     stream: bool = False
+    sent: Optional[Dict[str, Any]] = None       # the client's own body, for an upstream that speaks its format,
+    data: bytes = b""                           # the same as it came,
+    content_type: str = "application/json"      # and what that is
+    relay_only: bool = False            # nothing else can be done with it
     pictures: int = 0                   # how many are wanted; 0: this is a chat
     picture_bytes: bool = False         # as bytes rather than as an address
     ignored: List[str] = field(default_factory=list)  # fields that the controller could not honour
     route: List[str] = field(default_factory=list)    # who was asked and what came, "akash=429"
+    controller: str = ""                # who answered
+    kind: Optional[str] = None          # the content type of an answer that is relayed
     watch: Watch = field(default_factory=Watch)       # the exchange with the upstream
     left: threading.Event = field(default_factory=threading.Event)
+    why: Optional[Exception] = None     # and what ended it
 
     @property
     def model(self) -> str:
-        return self.body["model"]
+        return self.body.get("model", "")
 
     def cancel(self, why: Optional[Exception] = None) -> None:
         """End it from outside: the upstream's socket is shut down, pause() returns."""
-        self.watch.end(why or ClientLeft("the client left"))
-        self.left.set()
+        self.why = why or ClientLeft("the client left")
+        self.left.set()         # before end(): renew() makes the watch first and looks at left second
+        self.watch.end(self.why)
+
+    def renew(self) -> None:
+        """A new watch for the next upstream: the last one may have been ended."""
+        self.watch = Watch()
+        if self.left.is_set():
+            self.watch.end(self.why)
 
     def pause(self, seconds: float) -> None:
         """Sleep, but no longer than somebody waits for the answer."""
@@ -539,9 +581,13 @@ def _head_of(text: str, budget: float) -> str:
 # that line. Knows nothing that runs.
 
 
-def setting(default: Any, help: str, check: Optional[Callable[[str], Any]] = None, secret: bool = False) -> Any:
-    """A field of Settings; ``check`` returns the value to use, or raises ValueError with the reason."""
-    return field(default=default, repr=not secret, metadata={"help": help, "check": check, "secret": secret})
+def setting(default: Any, help: str, check: Optional[Callable[[Any], Any]] = None, secret: bool = False,
+            also: str = "") -> Any:
+    """A setting: ``check`` returns the value to use, or raises ValueError; ``also`` is a second environment variable."""
+    metadata = {"help": help, "check": check, "secret": secret, "also": also}
+    if isinstance(default, dict):
+        return field(default_factory=dict, repr=not secret, metadata=metadata)
+    return field(default=default, repr=not secret, metadata=metadata)
 
 
 def address(text: str) -> str:
@@ -590,26 +636,103 @@ def token(text: str) -> str:
     return header_value(text)
 
 
-def log_level(text: str) -> str:
-    if text.lower() not in ("debug", "info", "warning", "error"):
-        raise ValueError(f"{text!r} is none of debug, info, warning, error")
-    return text.lower()
+def optional_url(text: str) -> str:
+    return base_url(text) if text else ""
+
+
+def readable_file(text: str) -> str:
+    if text and not os.access(text, os.R_OK):
+        raise ValueError(f"{text!r} can't be read")
+    return text
+
+
+def choice(*values: str) -> Callable[[str], str]:
+    """A check that a text is one of some words."""
+    def check(text: str) -> str:
+        if text.lower() not in values:
+            raise ValueError(f"{text!r} is none of {', '.join(values)}")
+        return text.lower()
+    return check
+
+
+def proxy_url(text: str) -> str:
+    """Check "http://[user:password@]host:port"; "" is none."""
+    parts = urllib.parse.urlsplit(text)
+    if text and (parts.scheme != "http" or not parts.hostname or parts.path.strip("/") or not re.fullmatch("[!-~]+", text)):
+        raise ValueError("it must be http://[USER:PASSWORD@]HOST:PORT")
+    return text
+
+
+def controller_name(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9._-]{0,64}", text):
+        raise ValueError("only letters, digits, '.', '_' and '-' are allowed")
+    return text
+
+
+def header_fields(fields: Dict[str, str]) -> Dict[str, str]:
+    for name, value in fields.items():
+        if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name):
+            raise ValueError(f"{name!r} is no name of a header field")
+        header_value(value)
+    return fields
+
+
+class Checked:
+    """A dataclass whose fields' checks run when it is made: ConfigError lists what they find."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        for item in declared(type(self)):
+            try:
+                object.__setattr__(self, item.name, checked(item, getattr(self, item.name)))
+            except ValueError as error:
+                problems.append(f"{item.name}: {error}")
+        if problems:
+            raise ConfigError(problems)
+
+    def shown(self) -> List[Tuple[str, str]]:
+        """(name, value) of each setting, secrets blacked out."""
+        return [(item.name, "********" if item.metadata["secret"] and value
+                 else ",".join(value) if isinstance(value, tuple) else "" if value is None else str(value))
+                for item in declared(type(self)) for value in [getattr(self, item.name)]]
 
 
 @dataclass(frozen=True)
-class ControllerSettings:
-    """One upstream of the pool."""
+class ControllerSettings(Checked):
+    """One upstream of the pool: an object in the configuration's ``controllers``."""
 
-    name: str = "akash"
-    type: str = "akash"
-    base_url: str = "https://chat.akash.network"
+    type: str = setting("openai", "openai, akash or echo")
+    name: str = setting("", "its name in logs, /status and X-Akashproxy-Route; none: its type", controller_name)
+    weight: float = setting(1.0, "its share of the requests, beside the others' weights; 0: off")
+    priority: int = setting(1, "its tier: 2 is used when all of tier 1 rest")
+    base_url: str = setting("", "the upstream's address; none: https://api.openai.com/v1, or AKASH_BASE_URL", optional_url)
+    api_key: str = setting("", "its key; none: OPENAI_API_KEY, or AKASH_ACCESS_TOKEN", header_value, secret=True)
+    proxy: str = setting("", "an http proxy on the way to it, http://[USER:PASSWORD@]HOST:PORT", proxy_url, secret=True)
+    headers: Dict[str, str] = setting({}, "further header fields for it", header_fields, secret=True)
+    models: Tuple[str, ...] = setting((), "names or patterns of the models it is asked for; none: what its /v1/models lists")
+    model_map: Dict[str, str] = setting({}, "our name of a model to its name")
+    drop: Tuple[str, ...] = setting((), "fields of a request that it can't take")
+    paths: Tuple[str, ...] = setting((), "patterns of the paths that are relayed to it as they are; none: all but "
+                                         "/v1/messages and /v1/responses")
+    max_concurrency: int = setting(0, "requests at a time; 0: any number")
+    speed: float = setting(50.0, "words per second of an echo controller; 0: at once")
+    connect_timeout: Optional[float] = setting(None, "as the setting of this name, for this one")
+    first_byte_timeout: Optional[float] = setting(None, "as the setting of this name, for this one")
+    idle_timeout: Optional[float] = setting(None, "as the setting of this name, for this one")
 
 
 @dataclass(frozen=True)
-class Settings:
-    """All that can be set. A field's environment variable is its name in capitals, its flag its name with dashes."""
+class Settings(Checked):
+    """All that can be set. A field's environment variable is its name in capitals, its flag its name with dashes,
+    its key in the configuration file its name."""
 
     server_address: str = setting("localhost:16571", "where to listen: HOST:PORT, :PORT or [V6]:PORT", address)
+    config_file: str = setting("", "a file with settings and controllers; none: it is searched for",
+                               also="CHATGPT_APISERVER_CONFIG_FILE")
+    config_path: str = setting("", "a directory to search first", also="CHATGPT_APISERVER_CONFIG_PATH")
+    pool_type: str = setting("balanced", "how a controller is chosen: balanced, random or least_busy",
+                             choice("balanced", "random", "least_busy"), also="CHATGPT_APISERVER_POOL_TYPE")
+    max_wait: float = setting(3.0, "seconds for which a request waits when all controllers rest or are busy")
     akash_base_url: str = setting("https://chat.akash.network", "the Akash Chat server", base_url)
     bearer_token: Tuple[str, ...] = setting((), "tokens that clients must send, separated by commas; none: open to all",
                                             token, secret=True)
@@ -617,10 +740,10 @@ class Settings:
     akash_cookie: str = setting("", "a cookie to send to Akash Chat beside the session, NAME=VALUE", header_value,
                                 secret=True)
     user_agent: str = setting(f"akashproxy/{__version__}", "User-Agent for the upstream", header_value)
+    ca_file: str = setting("", "a file with further authorities for TLS to upstreams", readable_file)
     public_url: str = setting("", "address under which clients see this server; none: as their Host header says",
-                              lambda text: base_url(text) if text else "")
-    cors_origins: Tuple[str, ...] = setting(("*",), "origins whose pages may use this server, separated by commas",
-                                            token)
+                              optional_url)
+    cors_origins: Tuple[str, ...] = setting(("*",), "origins whose pages may use this server, separated by commas", token)
     connect_timeout: float = setting(10.0, "seconds for a connection to the upstream")
     session_timeout: float = setting(15.0, "seconds for the upstream's session, models and picture states")
     first_byte_timeout: float = setting(300.0, "seconds until the upstream begins its answer")
@@ -633,54 +756,197 @@ class Settings:
     write_timeout: float = setting(60.0, "seconds for a client to take in what it was sent")
     keepalive_timeout: float = setting(75.0, "seconds for which an idle client connection is kept")
     max_body: int = setting(32 << 20, "bytes in the largest request")
-    grace: float = setting(10.0, "seconds for running requests to end after SIGTERM")
-    log_level: str = setting("info", "debug, info, warning or error", log_level)
-
-    def __post_init__(self) -> None:
-        problems = []
-        for item in dataclasses.fields(self):
-            try:
-                object.__setattr__(self, item.name, check_setting(item, getattr(self, item.name)))
-            except ValueError as error:
-                problems.append(f"{item.name}: {error}")
-        if problems:
-            raise ConfigError(problems)
+    grace: float = setting(7.0, "seconds for running requests to end after SIGTERM")
+    log_level: str = setting("info", "debug, info, warning or error", choice("debug", "info", "warning", "error"))
+    controllers: Tuple[ControllerSettings, ...] = ()    # only in a file; none: one Akash Chat server
 
     @classmethod
     def load(cls, environ: Dict[str, str], flags: Optional[Dict[str, str]] = None) -> "Settings":
-        """From the environment and, over it, flags {field name: text}. ConfigError lists all mistakes."""
-        values, problems = {}, []
-        for item in dataclasses.fields(cls):
+        """From the configuration file, over it the environment, over that flags {field name: text}.
+
+        ConfigError lists all mistakes, each with its place.
+        """
+        problems: List[str] = []
+        over: Dict[str, Any] = {}
+        for item in declared(cls):
             flag = (flags or {}).get(item.name)
-            text = environ.get(item.name.upper()) if flag is None else flag
-            if text is None or (flag is None and text == "" and item.name != "bearer_token"):
-                continue  # an empty variable is an unset one
-            try:
-                values[item.name] = check_setting(item, parse_setting(item, text))
-            except ValueError as error:
-                source = item.name.upper() if flag is None else flag_name(item)
-                problems.append(f"{source}: {error}")
+            name = next(filter(environ.get, (item.name.upper(), item.metadata["also"])), "")
+            source = name if flag is None else flag_name(item)
+            if source:
+                with reported(problems, source):
+                    over[item.name] = checked(item, from_text(item, environ[name] if flag is None else flag))
+        if environ.get("CHATGPT_APISERVER_PORT") and "server_address" not in over:
+            with reported(problems, "CHATGPT_APISERVER_PORT"):
+                over["server_address"] = address(":" + environ["CHATGPT_APISERVER_PORT"])
+        values: Dict[str, Any] = {}
+        path = over["config_file"] = find_config(over.get("config_file", ""), over.get("config_path", ""))
+        if path:
+            values = ConfigFile(path, environ, problems).settings()
         if problems:
             raise ConfigError(problems)
-        return cls(**values)
+        return cls(**{**values, **over})
 
-    def controllers(self) -> List[ControllerSettings]:
-        """The pool's members: one Akash Chat server."""
-        return [ControllerSettings(base_url=self.akash_base_url)]
+    def pool(self) -> List[ControllerSettings]:
+        """The controllers, their gaps filled: one Akash Chat server if none are configured."""
+        akash = {"base_url": self.akash_base_url, "api_key": self.akash_access_token}
+        filled, names = [], set()
+        for options in self.controllers or [ControllerSettings(type="akash")]:
+            gaps = akash if options.type == "akash" else {"base_url": "https://api.openai.com/v1"}
+            gaps = {name: value for name, value in gaps.items() if not getattr(options, name)}
+            name, number = options.name or options.type, 1
+            while name in names:
+                number += 1
+                name = f"{options.name or options.type}-{number}"
+            names.add(name)
+            filled.append(dataclasses.replace(options, name=name, **gaps))
+        return filled
 
-    def shown(self) -> List[Tuple[str, str]]:
-        """(name, value) of each setting, secrets blacked out."""
-        return [(item.name, "********" if item.metadata["secret"] and value
-                 else ",".join(value) if isinstance(value, tuple) else str(value))
-                for item in dataclasses.fields(self) for value in [getattr(self, item.name)]]
+
+SEARCHED = [".", ".config", "config", "/etc/akashproxy", "/etc/chatgpt-apiserver"]
+FILE_NAMES = ["akashproxy.json", "chatgpt-apiserver.json"]
 
 
-def flag_name(item: "dataclasses.Field[Any]") -> str:
+def find_config(file: str, directory: str) -> str:
+    """The configuration file to use: the one named, else the first that is found; "" if there is none."""
+    if file:
+        return file
+    paths = [os.path.join(folder, name) for folder in [directory] * bool(directory) + SEARCHED for name in FILE_NAMES]
+    return next(filter(os.path.isfile, paths), "")
+
+
+class ConfigFile:
+    """A configuration file: akashproxy's own, or one of chatgpt-apiserver. Mistakes go to ``problems``, all of them."""
+
+    def __init__(self, path: str, environ: Dict[str, str], problems: List[str]) -> None:
+        self.path, self.environ, self.problems = path, environ, problems
+
+    def settings(self) -> Dict[str, Any]:
+        """The values of Settings that it has."""
+        data = self.read(self.path)
+        if data is None:
+            return {}
+        port, pool, controllers = data.pop("port", None), data.pop("pool", None), data.pop("controllers", None)
+        known = {item.name: item for item in declared(Settings)}
+        values = self.fields(known, data, "", ["port", "pool", "controllers"])
+        if port is not None and "server_address" not in values:
+            with self.reported("port"):
+                values["server_address"] = address(f":{port}")
+        if isinstance(pool, dict):
+            for value in self.fields({"type": known["pool_type"]}, pool, "pool.").values():
+                values["pool_type"] = value
+        elif pool is not None:
+            self.problem("pool", "it must be an object")
+        if isinstance(controllers, list) and controllers:
+            values["controllers"] = tuple(filter(None, map(self.controller, controllers, range(len(controllers)))))
+            names = [options.name for options in values["controllers"] if options.name]
+            for name in {name for name in names if names.count(name) > 1}:
+                self.problem("controllers", f"two are called {name!r}")
+        elif controllers is not None:
+            self.problem("controllers", "it must be a list with at least one controller")
+        return values
+
+    def controller(self, data: Any, at: int) -> Optional[ControllerSettings]:
+        place = f"controllers[{at}]"
+        if not isinstance(data, dict):
+            self.problem(place, "it must be an object")
+            return None
+        data = dict(data)
+        more, file = data.pop("config", {}), data.pop("config_file", None)
+        if isinstance(file, str) and file:  # beside this file, or where the command was started, as it was there
+            beside = os.path.join(os.path.dirname(self.path), file)
+            more = self.read(beside if os.path.exists(beside) or not os.path.exists(file) else file, place + ".config_file")
+        elif file is not None:
+            self.problem(place + ".config_file", "it must be the name of a file")
+        if not isinstance(more, dict):
+            if more is not None:
+                self.problem(place + ".config", "it must be an object")
+            return None
+        before, known = len(self.problems), {item.name: item for item in declared(ControllerSettings)}
+        values = {**self.fields(known, more, place + ".config."),
+                  **self.fields(known, data, place + ".", ["config", "config_file"])}
+        if values.get("type", "openai") not in CONTROLLERS:
+            self.problem(place + ".type", f"{values['type']!r} is none of {', '.join(sorted(CONTROLLERS))}")
+        if len(self.problems) > before:
+            return None
+        options = ControllerSettings(**values)
+        if options.type == "openai" and not options.api_key and self.environ.get("OPENAI_API_KEY"):
+            options = dataclasses.replace(options, api_key=self.environ["OPENAI_API_KEY"])
+        if options.type == "openai" and not options.api_key and not options.base_url:
+            self.problem(place + ".api_key", "it is missing, and OPENAI_API_KEY is not set")
+        return options
+
+    def read(self, path: str, place: str = "") -> Optional[Dict[str, Any]]:
+        """The JSON object in a file, its ${NAME}s filled in; None if there is none."""
+        place = place or "the configuration"
+        try:
+            with open(path, "rb") as file:
+                data = from_json(file.read())
+        except OSError as error:
+            self.problem(place, f"{path}: {error.strerror}")
+        except json.JSONDecodeError as error:
+            self.problem(place, f"{path}: line {error.lineno}, column {error.colno}: {error.msg}")
+        except ValueError as error:
+            self.problem(place, f"{path}: {error}")
+        else:
+            if isinstance(data, dict):
+                return self.filled(data, "")
+            self.problem(place, f"{path}: it must be a JSON object")
+        return None
+
+    def filled(self, value: Any, place: str) -> Any:
+        """The value with the environment's values in place of each ${NAME}."""
+        def replace(match: Any) -> str:
+            if not self.environ.get(match[1]):
+                self.problem(place, f"the environment variable {match[1]} is not set")
+            return self.environ.get(match[1]) or match[0]
+
+        if isinstance(value, dict):
+            return {name: self.filled(item, f"{place}.{name}".lstrip(".")) for name, item in value.items()}
+        if isinstance(value, list):
+            return [self.filled(item, f"{place}[{at}]") for at, item in enumerate(value)]
+        return re.sub(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}", replace, value) if isinstance(value, str) else value
+
+    def fields(self, known: Dict[str, Any], data: Dict[str, Any], place: str,
+               others: Iterable[str] = ()) -> Dict[str, Any]:
+        """The values of the settings that are known; what else there is, is a mistake."""
+        values = {}
+        for name, value in data.items():
+            if name in known:
+                with self.reported(place + name):
+                    values[name] = checked(known[name], typed(known[name], value))
+            else:
+                import difflib
+                near = difflib.get_close_matches(name, [*known, *others], 1)
+                self.problem(place + name, "unknown key" + (f"; did you mean {near[0]!r}?" if near else ""))
+        return values
+
+    def problem(self, place: str, what: str) -> None:
+        self.problems.append(f"{place}: {what}" if place == "the configuration" else f"{self.path}: {place}: {what}")
+
+    def reported(self, place: str) -> Any:
+        return reported(self.problems, f"{self.path}: {place}")
+
+
+@contextlib.contextmanager
+def reported(problems: List[str], place: str) -> Iterator[None]:
+    """Make a problem of a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        problems.append(f"{place}: {error}")
+
+
+def declared(cls: Any) -> List[Any]:
+    """The fields of a class that are settings."""
+    return [item for item in dataclasses.fields(cls) if item.metadata]
+
+
+def flag_name(item: Any) -> str:
     return "--" + item.name.replace("_", "-")
 
 
-def parse_setting(item: "dataclasses.Field[Any]", text: str) -> Any:
-    """The value of a setting from its text; ValueError says what is wrong with it."""
+def from_text(item: Any, text: str) -> Any:
+    """The value of a setting from a flag or the environment; ValueError says what is wrong with it."""
     if item.type == "int":
         if not re.fullmatch("[0-9]+", text):
             raise ValueError(f"{text!r} is no whole number")
@@ -692,7 +958,27 @@ def parse_setting(item: "dataclasses.Field[Any]", text: str) -> Any:
     return text if item.type == "str" else tuple(part.strip() for part in text.split(",")) if text.strip() else ()
 
 
-def check_setting(item: "dataclasses.Field[Any]", value: Any) -> Any:
+def typed(item: Any, value: Any) -> Any:
+    """The value of a setting from JSON; ValueError says what it must be."""
+    if item.type == "str" and isinstance(value, str):
+        return value
+    if item.type == "int" and type(value) is int and value >= 0:
+        return value
+    if item.type.endswith(("float", "float]")) and type(value) in (int, float) and 0 <= value < math.inf:
+        return float(value)
+    if item.type.startswith("Tuple"):
+        value = value.split(",") if isinstance(value, str) else value
+        if isinstance(value, list) and all(isinstance(part, str) for part in value):
+            return tuple(part.strip() for part in value)
+    if item.type.startswith("Dict") and isinstance(value, dict) and all(isinstance(part, str) for part in value.values()):
+        return value
+    kinds = {"str": "a text", "int": "a whole number, not negative", "float": "a number, not negative",
+             "Tuple": "a list of texts", "Dict": "an object with texts"}
+    raise ValueError("it must be " + next(kinds[kind] for kind in ("Tuple", "Dict", "float", "int", "str")
+                                          if kind in item.type))
+
+
+def checked(item: Any, value: Any) -> Any:
     """The value to use; ValueError says what is wrong with it."""
     check = item.metadata["check"] or (lambda value: value)
     return tuple(map(check, value)) if isinstance(value, tuple) else check(value)
@@ -879,18 +1165,20 @@ class KeepAlive(urllib.request.AbstractHTTPHandler):
 
     http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
 
-    def __init__(self) -> None:
+    def __init__(self, ca_file: str = "") -> None:
         super().__init__()
+        self.ca_file = ca_file
         self.idle: Dict[Any, List[Tuple[float, Any]]] = {}  # (until when, socket), the youngest last
         self.lock = threading.Lock()
 
     def http_open(self, request: Any) -> "Response":
         key = request.type, request.host, request._tunnel_host
+        proxy_key = request.unredirected_hdrs.pop("Proxy-authorization", "") if request._tunnel_host else ""
         while True:
             sock = self._take(key)
             kept = sock is not None
             if not kept:
-                sock = self._connect(request)
+                sock = self._connect(request, {"Proxy-Authorization": proxy_key} if proxy_key else {})
             try:
                 request.watch.hold(sock)
                 with contextlib.suppress(ConnectionError):  # it may have answered before it read all
@@ -940,13 +1228,14 @@ class KeepAlive(urllib.request.AbstractHTTPHandler):
                 return sock
             sock.close()
 
-    def _connect(self, request: Any) -> Any:
+    def _connect(self, request: Any, tunnel_headers: Dict[str, str]) -> Any:
         if request.type == "https":
-            link = http.client.HTTPSConnection(request.host, timeout=request.timeout, context=tls_context())
+            link = http.client.HTTPSConnection(request.host, timeout=request.timeout,
+                                               context=tls_context(self.ca_file))
         else:
             link = http.client.HTTPConnection(request.host, timeout=request.timeout)
         if request._tunnel_host:
-            link.set_tunnel(request._tunnel_host)
+            link.set_tunnel(request._tunnel_host, headers=tunnel_headers)
         try:
             link.connect()
         except BaseException:
@@ -1012,16 +1301,36 @@ def readable(sock: Any) -> bool:
     return bool(poll.poll(0)) or bool(getattr(sock, "pending", int)())
 
 
-def tls_context() -> Any:
-    """The one TLS context: the system's authorities, host names checked. Made when first needed."""
-    global _tls
-    if _tls is None:
-        import ssl
-        _tls = ssl.create_default_context()
-    return _tls
+@functools.lru_cache(maxsize=None)
+def tls_context(ca_file: str) -> Any:
+    """The TLS context: host names checked, the system's authorities and those of a file. Made when first needed."""
+    import ssl
+    context = ssl.create_default_context()
+    if ca_file:
+        context.load_verify_locations(ca_file)
+    return context
 
 
-_tls: Any = None
+class Proxy(urllib.request.BaseHandler):
+    """Sends requests by way of an http proxy, the one that is configured and none of the environment's."""
+
+    handler_order = 100  # before KeepAlive makes the Host field
+
+    def __init__(self, url: str) -> None:
+        parts = urllib.parse.urlsplit(url)
+        self.host = parts.netloc.rpartition("@")[2]
+        self.key = ""
+        if parts.username is not None:
+            pair = f"{urllib.parse.unquote(parts.username)}:{urllib.parse.unquote(parts.password or '')}"
+            self.key = "Basic " + base64.b64encode(pair.encode()).decode()
+
+    def http_request(self, request: Any) -> Any:
+        if self.key:
+            request.add_unredirected_header("Proxy-Authorization", self.key)
+        request.set_proxy(self.host, "http")
+        return request
+
+    https_request = http_request
 
 
 class Response:
@@ -1083,24 +1392,30 @@ class Response:
 
 
 class Transport:
-    """Requests to one upstream."""
+    """Requests to one upstream. ``where`` is what errors call it."""
 
-    def __init__(self, base: str, where: str, headers: Dict[str, str], settings: Settings) -> None:
-        self.base, self.where, self.headers, self.settings = base, where, headers, settings
-        self.kept = KeepAlive()
+    def __init__(self, options: ControllerSettings, settings: Settings, base: str, where: str,
+                 headers: Dict[str, str]) -> None:
+        self.base, self.where, self.headers = base, where, headers
+        self.connect_timeout, self.first_byte_timeout, self.idle_timeout = (
+            getattr(settings if getattr(options, name) is None else options, name)
+            for name in ("connect_timeout", "first_byte_timeout", "idle_timeout"))
+        self.kept = KeepAlive(settings.ca_file)
         self.opener = urllib.request.OpenerDirector()  # no redirects, no file: or ftp:, no proxies of the environment
         self.opener.addheaders = []
         self.opener.add_handler(self.kept)
+        if options.proxy:
+            self.opener.add_handler(Proxy(options.proxy))
 
     def open(self, method: str, path: str, watch: Watch, data: Optional[bytes] = None,
              headers: Optional[Dict[str, str]] = None, first_byte: Optional[float] = None) -> Response:
         """Send a request and read the answer's head. APIError 502 or 504 if none comes."""
-        seconds = first_byte or self.settings.first_byte_timeout
+        seconds = first_byte or self.first_byte_timeout
         with upstream_errors(watch, self.where):
             watch.expect(seconds, f"{self.where} did not answer within {seconds:g} seconds.")
             request = Request(self.base + path, method, {**self.headers, **(headers or {})}, data, watch)
-            response = self.opener.open(request, timeout=self.settings.connect_timeout)
-        response.where, response.idle = self.where, first_byte or self.settings.idle_timeout
+            response = self.opener.open(request, timeout=self.connect_timeout)
+        response.where, response.idle = self.where, first_byte or self.idle_timeout
         return response
 
 
@@ -1121,7 +1436,7 @@ def upstream_errors(watch: Watch, where: str) -> Iterator[None]:
             what = "broke off the connection."
         else:
             what = "could not be reached."
-        raise APIError(504 if late else 502, f"{where} {what}", code="upstream_error") from error
+        raise APIError(504 if late else 502, f"{where} {what}", code="upstream_error", kind="network") from error
 
 
 # == 7. controllers ===========================================================================
@@ -1240,8 +1555,9 @@ class AkashSession:
     PATH = "/api/auth/session/"
     PAUSE = 10.0  # seconds between two tries to renew
 
-    def __init__(self, transport: Transport, token: str = "", clock: Callable[[], float] = time.monotonic) -> None:
-        self.transport, self.clock = transport, clock
+    def __init__(self, transport: Transport, token: str = "", seconds: float = 15.0,
+                 clock: Callable[[], float] = time.monotonic) -> None:
+        self.transport, self.seconds, self.clock = transport, seconds, clock
         self.tokens = [token, _sha256(token)] if token else [""]  # plain in 2026, as a hash in 2025 (at-session-*)
         self.lock = threading.Lock()            # held while a cookie is fetched that somebody waits for
         self.cookie: Optional[str] = None       # "session_token=..."; "" where the server sets none
@@ -1280,10 +1596,9 @@ class AkashSession:
 
     def _fetch(self) -> None:
         asked_at = self.clock()
-        seconds = self.transport.settings.session_timeout
         for token in list(self.tokens):
             headers = {"Authorization": f"Bearer {token}"} if token else {}
-            response = self.transport.open("GET", self.PATH, Watch(), headers=headers, first_byte=seconds)
+            response = self.transport.open("GET", self.PATH, Watch(), headers=headers, first_byte=self.seconds)
             answer = response.json()
             if response.status == 200:
                 self.tokens = [token]
@@ -1293,9 +1608,9 @@ class AkashSession:
         told = str(answer.get("error", "")) if isinstance(answer, dict) else ""
         if "ccess token" in told:
             raise APIError(502, f"Akash Chat wants an access token, or another one ({told}): set AKASH_ACCESS_TOKEN.",
-                           code="upstream_auth", retry=False)
+                           code="upstream_auth", retry=False, kind="auth")
         raise APIError(503, f"Akash Chat gives no session now (status {response.status}).",
-                       code="upstream_session", retry_after=5)
+                       code="upstream_session", retry_after=5, kind="network")
 
     def _keep(self, set_cookie: str, asked_at: float) -> None:
         for line in set_cookie.split("\n"):
@@ -1627,7 +1942,7 @@ class AkashDecoder:
             self._fail("Akash Chat ended its answer early: its model gave no reason to end.")
 
     def _fail(self, message: str, code: str = "upstream_error") -> None:
-        self.error = self.error or APIError(502, message, code=code)
+        self.error = self.error or APIError(502, message, code=code, kind="network")
 
 
 BLOCKED = "Something in front of Akash Chat answered with a web page instead of it."
@@ -1675,23 +1990,32 @@ class AkashController(Controller):
     def __init__(self, options: ControllerSettings, settings: Settings,
                  clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__(options, settings)
-        self.transport = Transport(options.base_url, self.WHERE, {
-            "User-Agent": settings.user_agent, "Accept": "*/*", "Accept-Encoding": "identity",
-        }, settings)
-        self.session = AkashSession(self.transport, settings.akash_access_token, clock)
+        headers = {"User-Agent": settings.user_agent, "Accept": "*/*", "Accept-Encoding": "identity", **options.headers}
+        self.transport = Transport(options, settings, options.base_url, self.WHERE, headers)
+        self.session = AkashSession(self.transport, options.api_key, settings.session_timeout, clock)
         self.list = Cached(self._fetch_models, settings.models_ttl, clock)
 
     def events(self, call: Call) -> Iterable[Event]:
-        data = to_json(akash_request(call))
-        cutoff = Cutoff(stop_sequences(call.body), number(
-            call.body, "max_tokens" if call.body.get("max_completion_tokens") is None else "max_completion_tokens",
-            None, whole=True, least=1))
+        data, cutoff = self._prepare(call)
         if call.model == self.GEN:
             return self.pictures(call, data)
         if call.pictures:
-            raise bad_request(f"Pictures are made by the model {self.GEN}.", "model")
+            raise APIError(400, f"Pictures are made by the model {self.GEN}.", param="model", kind="ability")
         hold = not call.stream and not cutoff.needed
         return Stream(self._chat(call, data), Pipeline(AkashDecoder(call.model), Thinking(hold), cutoff))
+
+    def _prepare(self, call: Call) -> Tuple[bytes, Cutoff]:
+        """The request's bytes and the end of its answer. What can't be done here, another controller may do."""
+        try:
+            if call.relay_only:
+                raise APIError(404, f"There is no {call.path[:200]!r} here.", code="not_found")
+            body = akash_request(call)
+            body["model"] = self.options.model_map.get(call.model, call.model)
+            limit = "max_tokens" if call.body.get("max_completion_tokens") is None else "max_completion_tokens"
+            return to_json(body), Cutoff(stop_sequences(call.body), number(call.body, limit, None, whole=True, least=1))
+        except APIError as error:
+            error.kind = "ability"
+            raise
 
     def pictures(self, call: Call, data: bytes) -> Iterator[Event]:
         """Ask for each picture, then wait for each; text instead of a picture is passed on as text."""
@@ -1738,7 +2062,7 @@ class AkashController(Controller):
             response = self.transport.open(method, path, watch, data, headers, first_byte)
             if response.status != 403:
                 return response
-            told = _as_dict(response.json())
+            told = as_dict(response.json())
             if told.get("message") != "Unauthorized: Invalid session" or last:
                 raise self._refused(response, told, model)
             cookie, last = self.session.replace(cookie), True
@@ -1751,7 +2075,7 @@ class AkashController(Controller):
             return response
         text = response.read(limit=1 << 20)
         try:
-            told = _as_dict(from_json(text))
+            told = as_dict(from_json(text))
         except ValueError:
             told = {}
         if response.status == 400 and text and not told and not kind.startswith("text/html"):
@@ -1762,17 +2086,18 @@ class AkashController(Controller):
         """What an answer that is no stream means; ``told`` is its JSON."""
         status, message = response.status, str(told.get("message") or told.get("error") or "")
         if "cf-mitigated" in response.headers or response.headers.get("content-type", "").startswith("text/html"):
-            return APIError(502, f"{BLOCKED} (status {status})", code="upstream_blocked")
+            return APIError(502, f"{BLOCKED} (status {status})", code="upstream_blocked", kind="network")
         if told.get("error") == "Model not available":
             if told.get("available_models") == []:  # chat-models-backend-500
-                return APIError(503, f"{self.WHERE} has no models at all now.", code="upstream_error", retry_after=30)
+                return APIError(503, f"{self.WHERE} has no models at all now.", code="upstream_error", retry_after=30,
+                                kind="network")
             return unknown_model(model, self.WHERE)
         if status == 429:
             return APIError(429, f"{self.WHERE}: {without_hosts(message)[:300] or 'too many requests.'}",
                             retry_after=reset_seconds(response.headers, told))
         if status in (401, 403):
             return APIError(502, f"{self.WHERE} refuses this server ({without_hosts(message)[:200] or status}).",
-                            code="upstream_auth", retry=False)
+                            code="upstream_auth", retry=False, kind="auth")
         if message:
             error = akash_error(message, model)
             return error if error.status != 400 or status == 400 else APIError(502, error.message, code="upstream_error")
@@ -1824,7 +2149,7 @@ class AkashController(Controller):
         response = self.transport.open("GET", path, call.watch, first_byte=self.settings.session_timeout)
         told = response.json()
         if response.status == 200 and isinstance(told, list) and told:
-            return _as_dict(told[0])
+            return as_dict(told[0])
         if response.status >= 500:
             log.info("%s: status %d for the job of a picture", self.WHERE, response.status)
         return {}
@@ -1841,7 +2166,7 @@ class AkashController(Controller):
         response = self._with_session("GET", "/api/models/", watch, first_byte=seconds)
         told = response.json()
         if response.status != 200:
-            raise self._refused(response, _as_dict(told))
+            raise self._refused(response, as_dict(told))
         names = akash_models(told)
         if not names:
             raise APIError(503, f"{self.WHERE} lists no models now.", code="upstream_error", retry_after=30)
@@ -1852,36 +2177,46 @@ class AkashController(Controller):
 PICTURE_NAME = re.compile(r"(?!\.)[A-Za-z0-9._-]{1,200}")
 
 
-def _as_dict(value: Any) -> Dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
 def akash_models(told: Any) -> List[str]:
     """The ids of Akash's model list, in any of its shapes (models-*, 2026: models-all); [] if it is none."""
     if isinstance(told, dict):
         told = told.get("models") or told.get("data")
     names: List[str] = []
     for entry in told if isinstance(told, list) else []:
-        entry = _as_dict(entry)
+        entry = as_dict(entry)
         name = entry.get("model_id") or entry.get("id")  # in models-all the id is a database key
         if isinstance(name, str) and name not in names and entry.get("available", True):
             names.append(name)
     return names
 
 
-def reset_seconds(headers: Dict[str, str], told: Dict[str, Any], now: Callable[[], float] = time.time) -> float:
-    """Seconds until a limit ends: Retry-After, X-TokenLimit-Reset (rl-429) or resetTime; 60 if nothing says so."""
-    wait = headers.get("retry-after", "")
-    if re.fullmatch(r"[0-9]{1,9}(\.[0-9]+)?", wait):
-        return float(wait)
-    reset = headers.get("x-tokenlimit-reset", "")
-    if re.fullmatch(r"[0-9]{1,12}", reset):
-        return max(1.0, int(reset) - now())
+def reset_seconds(headers: Dict[str, str], told: Dict[str, Any], now: Callable[[], float] = time.time) -> Optional[float]:
+    """Seconds until a limit ends, as an upstream tells it in one of many ways; None if it does not."""
+    for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
+        if re.fullmatch(r"[0-9]{1,12}(\.[0-9]+)?", headers.get(name, "")):
+            return float(headers[name]) * unit
+    with contextlib.suppress(KeyError, ValueError, TypeError):
+        from email.utils import parsedate_to_datetime
+        return max(1.0, parsedate_to_datetime(headers["retry-after"]).timestamp() - now())
+    waits = [moment - now() if moment > 1e9 else moment
+             for name, value in headers.items() if re.fullmatch(r"x-(ratelimit|tokenlimit)-reset(-.+)?", name)
+             and headers.get(name.replace("reset", "remaining"), "0") == "0"
+             for moment in [span_seconds(value)] if moment is not None]
+    if waits:
+        return max(1.0, *waits)
     with contextlib.suppress(ValueError):
         from datetime import datetime
         moment = datetime.fromisoformat(str(told.get("resetTime", "")).replace("Z", "+00:00"))
         return max(1.0, moment.timestamp() - now())
-    return 60.0
+    return None
+
+
+def span_seconds(text: str) -> Optional[float]:
+    """The seconds of "17", "1m30.5s", "6h" or "120ms" (OpenAI's x-ratelimit-reset-*)."""
+    units = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "": 1.0}
+    if not re.fullmatch(r"([0-9]{1,12}(\.[0-9]+)?(ms|[smhd]?))+", text):
+        return None
+    return sum(float(count) * units[unit] for count, unit in re.findall(r"([0-9.]+)(ms|[smhd]?)", text))
 
 
 class Cached:
@@ -1911,49 +2246,588 @@ class Cached:
             return self.value
 
 
-CONTROLLERS: Dict[str, Callable[[ControllerSettings, Settings], Controller]] = {"akash": AkashController}
+class ChatDecoder:
+    """The stream of any OpenAI-style upstream.
+
+        : keep-alive                                            skipped, as are event:, id: and retry:
+        data: {"choices":[{"delta":{"content":"Hi"}}]}          Text
+        data: {"choices":[{"delta":{"reasoning_content":"h"}}]} Reasoning ("reasoning" with some servers)
+        data: {"choices":[{"delta":{"tool_calls":[...]}}]}      ToolCall fragments
+        data: {"choices":[{"delta":{},"finish_reason":"stop"}]} the end, held until the usage has come
+        data: {"choices":[],"usage":{...}}                      usage, before or after it
+        data: {"error":{"message":"..."}}                       an error
+        data: [DONE]                                            Finish; some servers never send it
+
+    Lines end with CR LF or LF, and an event may have several data lines. Only the first choice counts.
+    """
+
+    LINE_LIMIT = 16 << 20
+
+    def __init__(self, where: str = "the upstream") -> None:
+        self.where = where
+        self.held = b""
+        self.data: List[bytes] = []             # the data lines of an event that has not ended
+        self.reason: Optional[str] = None
+        self.usage: Optional[Dict[str, int]] = None
+        self.finished = False
+        self.error: Optional[APIError] = None
+
+    def feed(self, data: bytes) -> List[Event]:
+        lines = (self.held + data).split(b"\n")
+        self.held = lines.pop()
+        out: List[Event] = []
+        for line in lines:
+            line = line[:-1] if line.endswith(b"\r") else line
+            if line.startswith(b"data:"):
+                self.data.append(line[5:].lstrip(b" "))
+            elif not line and self.data:
+                self._event(b"\n".join(self.data), out)
+                self.data = []
+            if self.finished or self.error:
+                self.held = b""
+                return out
+        if len(self.held) + sum(map(len, self.data)) > self.LINE_LIMIT:
+            self.error = early(self.where, "sent an event without an end")
+        return out
+
+    def close(self) -> List[Event]:
+        out: List[Event] = []
+        if self.data and not self.held.strip():
+            self._event(b"\n".join(self.data), out)  # the last event's blank line may be missing
+        if not self.finished and not self.error:
+            self._finish(out)
+        return out
+
+    def _event(self, data: bytes, out: List[Event]) -> None:
+        if data.strip() == b"[DONE]":
+            return self._finish(out)
+        try:
+            event = from_json(data)
+        except ValueError:
+            event = None
+        if not isinstance(event, dict):
+            self.error = early(self.where, "sent an event that is not JSON")
+        elif event.get("error"):
+            self.error = told_error(self.where, 502, event)
+        else:
+            self.usage = chat_usage(event.get("usage")) or self.usage
+            for choice in as_list(event.get("choices")):
+                choice = as_dict(choice)
+                if choice.get("index", 0) == 0:
+                    out += chat_events(as_dict(choice.get("delta")) or {"content": choice.get("text")})
+                    self.reason = choice.get("finish_reason") or self.reason
+
+    def _finish(self, out: List[Event]) -> None:
+        if self.reason is None:
+            self.error = early(self.where)
+        else:
+            self.finished = True
+            out.append(Finish(self.reason, self.usage))
+
+
+def chat_events(message: Dict[str, Any]) -> List[Event]:
+    """The events of a delta of a stream, or of a whole message."""
+    events: List[Event] = []
+    thought = message.get("reasoning_content") or message.get("reasoning")
+    if isinstance(thought, str) and thought:
+        events.append(Reasoning(thought))
+    text = message.get("content") or message.get("refusal")
+    if isinstance(text, str) and text:
+        events.append(Text(text))
+    for at, call in enumerate(as_list(message.get("tool_calls"))):
+        call = as_dict(call)
+        function, index = as_dict(call.get("function")), call.get("index")
+        events.append(ToolCall(index if type(index) is int else at, str(function.get("arguments") or ""),
+                               call.get("id"), function.get("name")))
+    return events
+
+
+def chat_usage(usage: Any) -> Optional[Dict[str, int]]:
+    """The usage of an OpenAI-style upstream, if it has whole numbers."""
+    if isinstance(usage, dict) and all(type(usage.get(name)) is int for name in ("prompt_tokens", "completion_tokens")):
+        return {"total_tokens": usage["prompt_tokens"] + usage["completion_tokens"], **usage}
+    return None
+
+
+class RelayDecoder:
+    """A stream in the client's own format, passed on byte for byte; only its first event and its end are looked at.
+
+    Comments before the first event are held back: until then another controller may still answer.
+    ``ends`` is what a complete stream has in it; without it, its HTTP message's end is enough.
+    """
+
+    HOLD = 1 << 20
+
+    def __init__(self, where: str, events: bool = True, ends: Optional[Any] = None) -> None:
+        self.where, self.ends = where, ends
+        self.begun = not events         # other bytes than events are not looked at
+        self.held = b""                 # until the first event is whole; then the end of what has gone
+        self.error: Optional[APIError] = None
+        self.cut = False
+
+    def feed(self, data: bytes) -> List[Event]:
+        if self.begun:
+            if self.ends is not None:
+                seen = self.held + data
+                self.ends = None if self.ends.search(seen) else self.ends
+                self.held = seen[-64:]
+            return [Raw(data)]
+        self.held += data
+        event = re.search(rb"(?:^|\n)data:([^\n]*)\n", self.held)
+        if event is None and len(self.held) < self.HOLD:
+            return []
+        with contextlib.suppress(ValueError):
+            told = from_json(event[1]) if event else None
+            if isinstance(told, dict) and told.get("error") and not told.get("choices"):
+                self.error = told_error(self.where, 502, told)
+                return []
+        self.begun = True
+        data, self.held = self.held, b""
+        return self.feed(data)
+
+    def close(self) -> List[Event]:
+        out: List[Event] = []
+        if not self.begun and self.held:
+            self.begun = True
+            data, self.held = self.held, b""
+            out = self.feed(data)
+        if self.ends is not None:
+            self.error = early(self.where)
+        return out
+
+    def flush(self) -> List[Event]:
+        return []
+
+
+CHAT_ENDS = re.compile(rb'data: ?\[DONE\]|"finish_reason": ?"')
+
+
+def early(where: str, what: str = "ended its answer early") -> APIError:
+    """An answer that is not whole."""
+    return APIError(502, f"{where} {what}.", code="upstream_error", kind="network")
+
+
+def told_error(where: str, status: int, body: Any, secrets: Iterable[str] = ()) -> APIError:
+    """What an OpenAI-style error body says, as the client is to read it: our own keys and 401s stay with us."""
+    body = as_dict(body[0] if isinstance(body, list) and body else body)
+    told = body.get("error") if isinstance(body.get("error"), (dict, str)) else body
+    told = {"message": told} if isinstance(told, str) else as_dict(told)
+    message = str(told.get("message") or told.get("detail") or f"It answered with status {status}.")[:1000]
+    for secret in filter(None, secrets):
+        message = message.replace(secret, "***")
+    code = told.get("code") if isinstance(told.get("code"), str) else None
+    if status in (401, 402, 403) or code in ("insufficient_quota", "invalid_api_key"):
+        return APIError(502, f"{where} refuses this server's key (status {status}).", code="upstream_auth", kind="auth",
+                        retry=False)
+    if status in (400, 413, 422):
+        return APIError(status, message, type=told.get("type") if isinstance(told.get("type"), str) else None, code=code,
+                        param=told.get("param") if isinstance(told.get("param"), str) else None)
+    if status == 404:
+        return APIError(404, f"{where}: {message}", param="model", code=code or "model_not_found")
+    if status in (408, 409, 425, 429):
+        return APIError(status, f"{where}: {message}", code=code)
+    return APIError(503 if status in (503, 529) else 502, f"{where}: {message}", code=code or "upstream_error")
+
+
+class OpenAIController(Controller):
+    """Anything that speaks OpenAI's API: relayed as it is, or translated for clients that speak another."""
+
+    TRANSLATED = ("/v1/messages", "/v1/messages/count_tokens", "/v1/responses")
+
+    def __init__(self, options: ControllerSettings, settings: Settings,
+                 clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__(options, settings)
+        headers = {"User-Agent": settings.user_agent, "Accept-Encoding": "identity", **options.headers}
+        if options.api_key:
+            headers["Authorization"] = f"Bearer {options.api_key}"
+        base = options.base_url if urllib.parse.urlsplit(options.base_url).path else options.base_url + "/v1"
+        self.transport = Transport(options, settings, base, self.name, headers)
+        self.list = Cached(self._fetch_models, settings.models_ttl, clock)
+
+    def native(self, path: str) -> bool:
+        """Does it speak the format of this path itself?"""
+        if self.options.paths:
+            return any(fnmatch.fnmatchcase(path, pattern) for pattern in self.options.paths)
+        return path not in self.TRANSLATED
+
+    def events(self, call: Call) -> Iterable[Event]:
+        native = self.native(call.path)
+        if not native and call.relay_only:
+            raise APIError(404, f"{self.name} does not offer {call.path}.", code="not_found", kind="ability")
+        response = self.transport.open("POST", (call.path if native else CHAT_PATH)[len("/v1"):], call.watch,
+                                       *self._request(call, native))
+        if not 200 <= response.status < 300:
+            raise self._refused(response)
+        kind = response.headers.get("content-type", "")
+        streamed = kind.startswith("text/event-stream")
+        if native and (call.relay_only or streamed == call.stream):
+            return self._relay(call, response, kind, streamed)
+        if streamed:
+            return Stream(response, Pipeline(ChatDecoder(self.name)))
+        return self._completion(response)
+
+    def models(self) -> List[Dict[str, Any]]:
+        return self.list.get()
+
+    def close(self) -> None:
+        self.transport.kept.close()
+
+    def _request(self, call: Call, native: bool) -> Tuple[bytes, Dict[str, str]]:
+        """The request's bytes, unparsed where nothing changes, and its type."""
+        name = self.options.model_map.get(call.model, call.model)
+        dropped = [field for field in self.options.drop if (call.sent or call.body).get(field) is not None]
+        if native and (call.sent is None or name == call.model and not dropped and call.data.count(b'"model"') < 2):
+            return call.data, {"Content-Type": call.content_type}
+        body = dict(call.sent if native and call.sent is not None else call.body)
+        if "model" in body:
+            body["model"] = name
+        if not native and call.stream:
+            body["stream_options"] = {"include_usage": True}
+        for field in dropped:
+            body.pop(field, None)
+        call.ignored += [field for field in dropped if field not in call.ignored]
+        return to_json(body), {"Content-Type": "application/json"}
+
+    def _relay(self, call: Call, response: Response, kind: str, streamed: bool) -> Iterable[Event]:
+        call.kind = kind
+        if streamed:
+            return Stream(response, RelayDecoder(self.name, ends=CHAT_ENDS if "completions" in call.path else None))
+        if not kind.startswith("application/json"):
+            if kind.startswith("text/html"):
+                response.close()
+                raise APIError(502, f"{self.name} answered with a web page.", code="upstream_error")
+            return Stream(response, RelayDecoder(self.name, events=False))
+        data = response.read()
+        if data.strip()[:1] not in (b"{", b"[") or data.strip()[-1:] not in (b"}", b"]"):
+            raise early(self.name, "sent something that is not JSON")
+        return [Raw(data)]
+
+    def _completion(self, response: Response) -> Iterable[Event]:
+        """The events of an answer that is not streamed."""
+        told = as_dict(response.json())
+        choice = as_dict(next(iter(as_list(told.get("choices"))), None))
+        if told.get("error"):
+            raise told_error(self.name, 502, told)
+        if not isinstance(choice.get("finish_reason"), str):
+            raise early(self.name, "sent something that is no completion")
+        return [*chat_events(as_dict(choice.get("message")) or {"content": choice.get("text")}),
+                Finish(choice["finish_reason"], chat_usage(told.get("usage")))]
+
+    def _refused(self, response: Response) -> APIError:
+        told = response.json()
+        error = told_error(self.name, response.status, told, [self.options.api_key])
+        if error.kind == "limit":
+            error.retry_after = reset_seconds(response.headers, as_dict(told))
+        return error
+
+    def _fetch_models(self) -> List[Dict[str, Any]]:
+        response = self.transport.open("GET", "/models", Watch(), first_byte=self.settings.session_timeout)
+        told = response.json()
+        if response.status != 200:
+            raise told_error(self.name, response.status, told, [self.options.api_key])
+        entries = [entry for entry in map(as_dict, as_list(as_dict(told).get("data") if isinstance(told, dict) else told))
+                   if isinstance(entry.get("id"), str)]
+        if not entries:
+            raise APIError(503, f"{self.name} lists no models.", code="upstream_error")
+        return [{"object": "model", "created": 0, "owned_by": self.name, **entry} for entry in entries]
+
+
+class EchoController(Controller):
+    """Answers with what it was asked, at a chosen speed: for trying a client without a network or a bill."""
+
+    def events(self, call: Call) -> Iterator[Event]:
+        if call.relay_only or call.pictures:
+            raise APIError(404, f"{self.name} only chats.", code="not_found", kind="ability")
+        content = as_dict(call.body["messages"][-1]).get("content")
+        parts = content if isinstance(content, list) else [{"text": content}]
+        text = "".join(str(as_dict(part).get("text") or "") for part in parts)
+        words = re.findall(r"\s*\S+", text) or [text]
+        for word in words:
+            if self.options.speed:
+                call.pause(1 / self.options.speed)
+            yield Text(word)
+        yield Finish("stop", {"prompt_tokens": len(words), "completion_tokens": len(words), "total_tokens": 2 * len(words)})
+
+    def models(self) -> List[Dict[str, Any]]:
+        return [{"id": "echo", "object": "model", "created": 0, "owned_by": self.name}]
+
+
+CONTROLLERS: Dict[str, Callable[[ControllerSettings, Settings], Controller]] = {
+    "openai": OpenAIController, "akash": AkashController, "echo": EchoController}
 
 
 # == 8. pool ==================================================================================
-# Who answers a request. Knows neither sockets nor wires.
+# Who answers a request, and who is asked when that one can't. Knows neither sockets nor wires.
+
+# What follows from an error's kind: may another controller answer, and does this one rest?
+#   kind: (the next one is asked, rests after so many failures in a row)
+FAILURES: Dict[str, Tuple[bool, Optional[int]]] = {
+    "request": (False, None),   # every upstream would say so
+    "ability": (True, None),    # it can't do that at all
+    "model": (True, None),      # it does not know the model
+    "limit": (True, 1),         # for as long as it said
+    "auth": (True, 1),          # our key is at fault: long
+    "network": (True, 1),       # refused, silent, cut: growing, always ending
+    "server": (True, 3),        # a 5xx: only if it goes on
+}
+REST_AUTH, REST_FIRST, REST_MOST = 600.0, 1.0, 60.0    # seconds
+
+
+class Member:
+    """A controller's place in the pool, and how it fares. Its numbers change under the pool's lock only."""
+
+    def __init__(self, controller: Controller) -> None:
+        self.controller, self.options, self.name = controller, controller.options, controller.name
+        self.credit = 0.0           # of smooth weighted round robin
+        self.in_flight = self.served = self.failed = 0
+        self.in_a_row = 0           # failures since the last success
+        self.rests_until = 0.0
+        self.limited_until = 0.0    # the same, for limits alone
+        self.last_error = ""
+        self.listed: Optional[frozenset] = None     # what its model list had, once it was read
+
+    def serves(self, model: str) -> Optional[bool]:
+        """Is a model one of its own? None: not that we know, but it may be tried."""
+        if model in self.options.model_map or not model:
+            return True
+        if self.options.models:
+            return any(fnmatch.fnmatchcase(model, pattern) for pattern in self.options.models)
+        return True if self.listed is None or model in self.listed else None
+
+    def free(self) -> bool:
+        return not self.options.max_concurrency or self.in_flight < self.options.max_concurrency
+
+    def fare(self, error: Optional[APIError], now: float) -> None:
+        """Note how a request ended: the later of two rests wins."""
+        if error is None:
+            self.served += 1
+            self.in_a_row = 0
+            return
+        self.last_error = f"{error.status} {error.message}"
+        after = FAILURES[error.kind][1]
+        if after is None:
+            return
+        self.failed += 1
+        self.in_a_row += 1
+        if self.in_a_row >= after:
+            growing = min(REST_FIRST * 2 ** min(self.in_a_row - after, 16), REST_MOST)
+            seconds = {"auth": REST_AUTH, "limit": error.retry_after or growing}.get(error.kind, growing)
+            self.rests_until = max(self.rests_until, now + seconds)
+            if error.kind == "limit":
+                self.limited_until = max(self.limited_until, now + seconds)
+
+    def wakes(self, alone: bool) -> float:
+        """When it may be asked again. One that is alone rests only where it was told to, as with nginx."""
+        return self.limited_until if alone else self.rests_until
+
+    def offered(self) -> Tuple[List[Dict[str, Any]], Optional[frozenset]]:
+        """The models it adds to the list, and the names that its own list has."""
+        found, names = {}, self.listed
+        with contextlib.suppress(APIError):
+            listed = self.controller.models()
+            names = frozenset(model["id"] for model in listed)
+            patterns = self.options.models or ["*"]
+            found = {model["id"]: model for model in listed
+                     if any(fnmatch.fnmatchcase(model["id"], pattern) for pattern in patterns)}
+        named = [name for name in self.options.models if not re.search(r"[*?\[]", name)]
+        for name in [*self.options.model_map, *named]:
+            found.setdefault(name, {"id": name, "object": "model", "created": 0, "owned_by": self.name})
+        return list(found.values()), names
 
 
 class Pool:
-    """The controllers, and the choice of one for each request."""
+    """The controllers, and for each request the choice of one, then of the next."""
 
-    def __init__(self, settings: Settings) -> None:
-        self.controllers = [CONTROLLERS[options.type](options, settings) for options in settings.controllers()]
+    def __init__(self, settings: Settings, before: Optional["Pool"] = None, clock: Callable[[], float] = time.monotonic,
+                 rng: Callable[[], float] = random.random) -> None:
+        self.settings, self.clock, self.rng = settings, clock, rng
+        self.changed = threading.Condition()
+        kept = {member.name: member for member in before.members} if before and before.alike(settings) else {}
+        self.members = [kept[options.name] if options.name in kept and kept[options.name].options == options
+                        else Member(CONTROLLERS[options.type](options, settings)) for options in settings.pool()]
+        self.choose = {"balanced": self.balanced, "random": self.at_random, "least_busy": self.least_busy}[settings.pool_type]
+        self.lists_due = -math.inf
+
+    def alike(self, settings: Settings) -> bool:
+        """Could controllers made with other settings go on with these?"""
+        return dataclasses.replace(settings, controllers=self.settings.controllers) == self.settings
+
+    # -- an answer
 
     def answer(self, call: Call) -> Iterator[List[Event]]:
-        """The answer's events, as they come together. APIError, at once or later, is its end."""
-        for controller in self.controllers:
+        """The answer's events, as they come together. APIError, at once or later, is its end.
+
+        Each controller is asked at most once. When something of a streamed answer has been passed
+        on, or all of another, nobody else can take over.
+        """
+        tried: List[Member] = []
+        errors: List[APIError] = []
+        while True:
+            member = self.take(call, tried, errors)
+            tried.append(member)
+            passed, error = False, None
             try:
-                yield from batches(controller.events(call))
-                call.route.append(f"{controller.name}=200")
+                for events in self.ask(member, call):
+                    if not passed:
+                        call.route.append(f"{member.name}=200")
+                        call.controller = member.name
+                    passed = True
+                    yield events
                 return
-            except APIError as error:
-                call.route.append(f"{controller.name}={error.status}")
-                raise
+            except APIError as failure:
+                error = failure
+                if passed or not FAILURES[error.kind][0]:
+                    call.route += [] if passed else [f"{member.name}={error.status}"]
+                    raise
+                if error.kind != "ability":
+                    call.route.append(f"{member.name}={error.status}")
+                    log.info("%s: %s", member.name, error.message)
+                errors.append(error)
+            finally:
+                self.release(member, error, passed)
+
+    def ask(self, member: Member, call: Call) -> Iterator[List[Event]]:
+        """One controller's answer: as it comes for a streaming client, else when it is whole."""
+        call.renew()
+        call.kind = None
+        events = batches(member.controller.events(call))
+        return events if call.stream else iter([[event for batch in events for event in batch]])
+
+    def take(self, call: Call, tried: List[Member], errors: List[APIError]) -> Member:
+        """The controller to ask next; waits a little if all rest. APIError if there is none."""
+        end = self.clock() + self.settings.max_wait
+        self.read_lists()
+        with self.changed:
+            while True:
+                known = self.able(call.model)
+                able = [member for member in known if member not in tried]
+                if not able:
+                    raise self.summed_up(call, tried, errors)
+                now, alone = self.clock(), len(known) == 1
+                ready = [member for member in able if member.wakes(alone) <= now and member.free()]
+                if ready:
+                    first = min(member.options.priority for member in ready)
+                    member = self.choose([member for member in ready if member.options.priority == first])
+                    member.in_flight += 1
+                    return member
+                wakes = min(max(member.wakes(alone), now) for member in able)
+                if wakes > end or now >= end:
+                    raise self.busy(able, errors, max(wakes - now, 1.0))
+                self.changed.wait(min(max(wakes, now + 0.01), end, now + 0.25) - now)
+                call.watch.check()
+
+    def able(self, model: str) -> List[Member]:
+        """Who may be asked for a model: who is known to have it, else who may be tried."""
+        on = [member for member in self.members if member.options.weight > 0]
+        sure = [member for member in on if member.serves(model)]
+        return sure or [member for member in on if member.serves(model) is None]
+
+    def release(self, member: Member, error: Optional[APIError], passed: bool) -> None:
+        with self.changed:
+            member.in_flight -= 1
+            if error is not None or passed:
+                member.fare(error, self.clock())
+            self.changed.notify_all()
+
+    def summed_up(self, call: Call, tried: List[Member], errors: List[APIError]) -> APIError:
+        """The error when nobody is left: the one that tells most."""
+        if not tried:
+            return APIError(404, f"The model {call.model[:200]!r} does not exist.", param="model", code="model_not_found")
+        ranks = ["ability", "model", "auth", "server", "network", "limit"]
+        error = max(errors, key=lambda error: ranks.index(error.kind))
+        if error.kind == "limit":
+            now = self.clock()
+            error.retry_after = max(1.0, min(member.rests_until for member in self.able(call.model)) - now)
+        return error
+
+    def busy(self, able: List[Member], errors: List[APIError], seconds: float) -> APIError:
+        """The error when all are resting or full, and none will be back soon."""
+        limit = any(error.kind == "limit" for error in errors) or all(
+            member.limited_until > self.clock() for member in able if member.rests_until > self.clock())
+        return APIError(429 if limit else 503, "All controllers for this model are resting or busy.",
+                        code="rate_limit_exceeded" if limit else "upstream_error", retry_after=seconds)
+
+    # -- the choice among those of one tier; called under the lock
+
+    def balanced(self, ready: List[Member]) -> Member:
+        """Smooth weighted round robin: 5:1:1 gives a a b a c a a."""
+        for member in ready:
+            member.credit += member.options.weight
+        best = max(ready, key=lambda member: member.credit)
+        best.credit -= sum(member.options.weight for member in ready)
+        return best
+
+    def at_random(self, ready: List[Member]) -> Member:
+        """By weight, without memory."""
+        point = self.rng() * sum(member.options.weight for member in ready)
+        for member in ready:
+            point -= member.options.weight
+            if point < 0:
+                return member
+        return ready[-1]
+
+    def least_busy(self, ready: List[Member]) -> Member:
+        """Who has the fewest requests in flight for its weight; in turns among equals."""
+        least = min(member.in_flight / member.options.weight for member in ready)
+        return self.balanced([member for member in ready if member.in_flight / member.options.weight == least])
+
+    # -- what all of them offer
+
+    def read_lists(self) -> None:
+        """Learn the model lists in the background, now and then, if there is a choice that they could guide."""
+        if len(self.members) > 1 and self.clock() >= self.lists_due:
+            self.lists_due = self.clock() + self.settings.models_ttl
+            threading.Thread(target=self.models, name="akashproxy models", daemon=True).start()
 
     def models(self) -> List[Dict[str, Any]]:
-        """All that the controllers offer, each once."""
-        found: Dict[str, Dict[str, Any]] = {}
-        for controller in self.controllers:
-            for model in controller.models():
-                found.setdefault(model["id"], model)
-        return list(found.values())
+        """The union of all model lists, each model once; 503 if there is none at all."""
+        members = [member for member in self.members if member.options.weight > 0]
+        found: Dict[str, Any] = {}
+
+        def read(member: Member) -> None:
+            found[member.name] = member.offered()
+
+        threads = [threading.Thread(target=read, args=(member,), daemon=True) for member in members]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        union: Dict[str, Dict[str, Any]] = {}
+        with self.changed:  # all at once, so that meanwhile nobody gets more than its share
+            for member in members:
+                models, member.listed = found[member.name]
+                for model in models:
+                    union.setdefault(model["id"], model)
+        if not union:
+            raise APIError(503, "No controller tells its models now.", code="upstream_error", retry_after=15)
+        return list(union.values())
 
     def image(self, name: str, watch: Watch) -> Response:
         """A picture's bytes, from whoever has it."""
-        return self.controllers[0].image(name, watch)
+        error = APIError(404, f"There is no picture {name!r}.", code="not_found")
+        for member in self.members:
+            try:
+                return member.controller.image(name, watch)
+            except APIError as failure:
+                error = failure if failure.status != 404 else error
+        raise error
+
+    def __str__(self) -> str:
+        return ", ".join(f"{member.name} ({member.options.base_url or member.options.type})" for member in self.members)
 
     def status(self) -> List[Dict[str, Any]]:
         """What /status tells of each controller."""
-        return [{"name": controller.name, "type": controller.options.type} for controller in self.controllers]
+        with self.changed:
+            now = self.clock()
+            return [{"name": member.name, "type": member.options.type, "weight": member.options.weight,
+                     "priority": member.options.priority, "in_flight": member.in_flight, "served": member.served,
+                     "failed": member.failed, "rests_for_seconds": max(0, math.ceil(member.rests_until - now)),
+                     "last_error": member.last_error or None} for member in self.members]
 
-    def close(self) -> None:
-        for controller in self.controllers:
-            controller.close()
+    def close(self, but: Iterable[Member] = ()) -> None:
+        for member in self.members:
+            if member not in but:
+                member.controller.close()
 
 
 def batches(answer: Iterable[Event]) -> Iterator[List[Event]]:
@@ -1983,6 +2857,7 @@ class Dialect:
         self.id = self.PREFIX + os.urandom(12).hex()
         self.created = int(time.time())
         self.call = self.parse(body)
+        self.call.sent = body
 
     def parse(self, body: Dict[str, Any]) -> Call:
         raise NotImplementedError
@@ -2078,11 +2953,13 @@ class ChatCompletions(Dialect):
             return self.frame({"reasoning_content": f"The picture is {event.status}{place}.\n"})
         if isinstance(event, Image):
             return self.frame({"content": self.markdown(event)})
+        if isinstance(event, Raw):
+            return event.data
         if isinstance(event, ToolCall):
             return self.frame({"tool_calls": [{"index": event.index, **tool_call(event)}]})
         if isinstance(event, Finish):
             return self.ending(event)
-        return event.data if isinstance(event, Raw) else b""
+        return b""
 
     def ending(self, finish: Finish) -> bytes:
         null = b',"usage":null}\n\n' if self.usage_asked else b"}\n\n"
@@ -2192,6 +3069,24 @@ class Images(Dialect):
                 else {"url": self.link(image)}), "revised_prompt": image.prompt} for image in answer.images]}
 
 
+class Relay(Dialect):
+    """Any other POST below /v1: passed on to a controller that offers it, its format unknown."""
+
+    PATH = re.compile(r"/v1(/[A-Za-z0-9_-]+)+")
+
+    def __init__(self, data: bytes, content_type: str) -> None:
+        body = {}
+        if content_type.partition(";")[0].strip().lower() == "application/json":
+            with contextlib.suppress(ValueError):
+                body = as_dict(from_json(data))
+        model = body.get("model")
+        self.call = Call({"model": model} if isinstance(model, str) else {}, stream=True, relay_only=True,
+                         content_type=content_type or "application/octet-stream", sent=body or None)
+
+    def feed(self, events: List[Event]) -> bytes:
+        return b"".join(event.data for event in events if isinstance(event, Raw))
+
+
 # == 10. guards ===============================================================================
 # One thread that looks at every socket, so that no request needs a helper of its own.
 
@@ -2216,7 +3111,7 @@ class Watchdog(threading.Thread):
     def look(self, now: float) -> None:
         for watch in Watch.live.copy():
             if watch.due < now:
-                watch.end(APIError(504, watch.late, code="timeout"))
+                watch.end(APIError(504, watch.late, code="timeout", kind="network"))
         waiting = {}
         for handler in self.handlers.copy():
             if handler.call is not None:
@@ -2460,6 +3355,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.path != "/health":
             self.authorize()
         methods, self.rest = find_route(self.path)
+        if not methods and self.command == "POST" and Relay.PATH.fullmatch(self.path):
+            methods = {"POST": Relay}
         if not methods:
             raise APIError(404, f"There is no {self.path[:200]!r} here.", code="not_found")
         target = methods.get("GET" if self.command == "HEAD" else self.command)
@@ -2486,50 +3383,61 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def complete(self, dialect_class: Any) -> None:
         """Answer with what a model says."""
-        try:
-            body = from_json(self.read_body())
-        except ValueError as error:
-            if isinstance(error, ProtocolError):
+        data, content_type = self.read_body(), self.headers.get("content-type", "")
+        if dialect_class is Relay:
+            dialect = Relay(data, content_type)
+        else:
+            try:
+                dialect = dialect_class(from_json(data), self.site())
+            except ProtocolError:
                 raise
-            raise bad_request(f"The body is not valid JSON: {error}.") from None
-        dialect = dialect_class(body, self.site())
+            except ValueError as error:
+                raise bad_request(f"The body is not valid JSON: {error}.") from None
         call = self.call = dialect.call
-        self.model = call.model
+        call.path, call.data, self.model = self.path, data, call.model
         answer = self.server.pool.answer(call)
         try:
             if call.stream:
                 self.stream(dialect, answer)
             else:
-                result = dialect.whole(fold(event for events in answer for event in events))
-                self.send_json(200, result, self.call_headers())
+                self.send_whole(dialect, fold(event for events in answer for event in events))
         finally:
             answer.close()
 
+    def send_whole(self, dialect: Dialect, answer: Answer) -> None:
+        if self.call.kind is None:
+            return self.send_json(200, dialect.whole(answer), self.call_headers())
+        self.start(200, {"Content-Type": self.call.kind, **self.call_headers()}, length=len(answer.raw))
+        self.write(answer.raw)
+
     def stream(self, dialect: Dialect, answer: Iterator[List[Event]]) -> None:
         """Relay events as they come. Until the first one is there, an error is a plain status."""
-        events = next(answer)
-        self.start(200, {**SSE_HEADERS, **self.call_headers()})
-        ended = False
+        first = next(answer)
+        kind = self.call.kind
+        self.start(200, {**SSE_HEADERS, **({"Content-Type": kind} if kind else {}), **self.call_headers()})
+        frames, ended = b"" if kind else dialect.begin(), False
         try:
-            frames = dialect.begin()
-            while True:
+            for events in itertools.chain([first], answer):
                 frames += dialect.feed(events)
-                ended = bool(events) and isinstance(events[-1], Finish)
+                ended = isinstance(events[-1], Finish)
                 self.write(frames, last=ended)
-                if ended:
-                    break
-                frames, events = b"", next(answer)
+                frames = b""
+                if ended:           # the client has all it wanted; the upstream comes to its proper end
+                    self.call = None
+            if not ended:
+                self.write(b"", last=True)
         except APIError as error:
             log.warning("%s: broken off: %s", self.request_id, error.message)
-            self.write(dialect.fail(error), last=True)
-        self.call = None        # the client has all it wanted; whether it stays is its own affair
-        for events in answer:   # the upstream's connection comes to its proper end
-            pass
+            if kind and not kind.startswith("text/event-stream"):
+                self.close_connection = True
+            else:
+                self.write(dialect.fail(error), last=True)
 
     def call_headers(self) -> Dict[str, str]:
         """What the controllers had to say besides the answer."""
+        headers = {"X-Akashproxy-Route": ", ".join(self.call.route)} if self.call.route else {}
         names = [name for name in self.call.ignored if re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", name)]
-        return {"X-Akashproxy-Ignored": ", ".join(names[:20])} if names else {}
+        return {**headers, "X-Akashproxy-Ignored": ", ".join(names[:20])} if names else headers
 
     def site(self) -> str:
         """The address under which the client sees this server."""
@@ -2668,7 +3576,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if origin in origins:
                 self.send_header("Access-Control-Allow-Origin", origin)
         self.send_header("Access-Control-Expose-Headers",
-                         "x-request-id, retry-after, x-should-retry, x-akashproxy-ignored")
+                         "x-request-id, retry-after, x-should-retry, x-akashproxy-ignored, x-akashproxy-route")
         super().end_headers()
 
     def send_header(self, keyword: str, value: str) -> None:
@@ -2766,6 +3674,14 @@ class Server(http.server.ThreadingHTTPServer):
         self.watchdog.stopped.set()
         self.pool.close()
 
+    def reload(self, settings: Settings) -> None:
+        """Go on with other settings; what is running ends with the old ones. The address stays."""
+        if settings.server_address != self.settings.server_address:
+            log.warning("the address stays %s until the next start", self.settings.server_address)
+        before = self.pool
+        self.pool, self.settings = Pool(settings, before), settings
+        before.close(but=self.pool.members)
+
     def __enter__(self) -> "Server":
         return self.start()
 
@@ -2842,6 +3758,7 @@ class StandIn(http.server.BaseHTTPRequestHandler):
     def start(cls) -> str:
         """Serve it; its address."""
         server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), cls)
+        server.socket.listen(1024)
         server.handle_error = lambda request, address: log.debug("stand-in: %s", sys.exc_info()[1])
         threading.Thread(target=server.serve_forever, name="stand-in", daemon=True).start()
         return f"http://127.0.0.1:{server.server_address[1]}"
@@ -2923,9 +3840,10 @@ def demo_picture(seed: str, size: int = 96) -> bytes:
 
 def main(argv: Optional[List[str]] = None) -> int:
     """Run the command; the exit status (2: it was not asked for properly)."""
+    argv = [re.sub(r"^--[a-z_]+", lambda flag: flag[0].replace("_", "-"), word)
+            for word in (sys.argv[1:] if argv is None else argv)]  # --config_file, as chatgpt-apiserver has it
     options = argument_parser().parse_args(argv)
-    flags = {item.name: getattr(options, item.name) for item in dataclasses.fields(Settings)
-             if getattr(options, item.name) is not None}
+    flags = {item.name: value for item in declared(Settings) for value in [getattr(options, item.name)] if value is not None}
     try:
         settings = Settings.load(dict(os.environ), flags)
         if options.health:
@@ -2934,8 +3852,8 @@ def main(argv: Optional[List[str]] = None) -> int:
             return show(settings)
         logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
         if options.demo:
-            settings = dataclasses.replace(settings, akash_base_url=StandIn.start())
-        return serve(Server(settings), "the built-in demo" if options.demo else settings.akash_base_url)
+            settings = dataclasses.replace(settings, akash_base_url=StandIn.start(), controllers=())
+        return serve(Server(settings), lambda: Settings.load(dict(os.environ), flags))
     except ConfigError as error:
         for problem in error.problems:
             print(f"akashproxy: {problem}", file=sys.stderr)
@@ -2946,24 +3864,39 @@ def argument_parser() -> Any:
     """The command line: one flag for each setting, and the few that are no settings."""
     import argparse
     parser = argparse.ArgumentParser(
-        prog="akashproxy.py", description="Serve Akash Chat as OpenAI's API.", allow_abbrev=False,
-        epilog="Each setting is also an environment variable: --server-address is SERVER_ADDRESS. A flag wins.")
+        prog="akashproxy.py", description="Serve Akash Chat, and other upstreams, as OpenAI's API.", allow_abbrev=False,
+        epilog="Each setting is also an environment variable (--server-address is SERVER_ADDRESS) and a key of the "
+               "configuration file (server_address). A flag wins over the environment, and that over the file.")
     parser.add_argument("--version", action="version", version=f"akashproxy {__version__}")
     parser.add_argument("--demo", action="store_true", help="serve a built-in stand-in for Akash Chat: no network needed")
-    parser.add_argument("--check", action="store_true", help="show the settings as they would be used, and exit")
+    parser.add_argument("--check", action="store_true", help="check and show the settings as they would be used, and exit")
     parser.add_argument("--health", action="store_true", help="ask a running server's /health, and exit with 0 or 1")
     group = parser.add_argument_group("settings")
-    for item in dataclasses.fields(Settings):
-        default = ",".join(item.default) if isinstance(item.default, tuple) else str(item.default)
-        text = item.metadata["help"] + (f" (default: {default})" if default else "")
+    for item in declared(Settings):
+        text = item.metadata["help"] + (f" (default: {default})" if (default := default_text(item)) else "")
         group.add_argument(flag_name(item), dest=item.name, metavar=item.type.upper().partition("[")[0],
                            help=text.replace("%", "%%"))
     return parser
 
 
+def default_text(item: Any) -> str:
+    """A setting's default, as it would be written."""
+    default = item.default
+    if default is dataclasses.MISSING or default is None:
+        return ""
+    return ",".join(default) if isinstance(default, tuple) else f"{default:g}" if item.type == "float" else str(default)
+
+
 def show(settings: Settings) -> int:
+    """Print the settings, the file they came from and the controllers, without secrets."""
+    folders = [settings.config_path] * bool(settings.config_path) + SEARCHED
+    print(f"# searched: {', '.join(folders)} for {' and '.join(FILE_NAMES)}")
+    print(f"# file: {settings.config_file or 'none'}")
     for name, value in settings.shown():
         print(f"{name.upper()}={value}")
+    for options in settings.pool():
+        print("\n[" + options.name + "]\n" + "\n".join(
+            f"{name}={value}" for name, value in options.shown() if value and name != "name"))
     return 0
 
 
@@ -2984,20 +3917,26 @@ def check_health(settings: Settings) -> int:
         link.close()
 
 
-def serve(server: Server, upstream: str) -> int:
-    """Serve until SIGINT or SIGTERM; a second signal stops at once."""
-    stop = threading.Event()
+def serve(server: Server, load: Callable[[], Settings]) -> int:
+    """Serve until SIGINT or SIGTERM; a second one stops at once. SIGHUP loads the settings anew."""
+    asked: SimpleQueue = SimpleQueue()
 
     def on_signal(number: int, frame: Any) -> None:
-        if stop.is_set():
+        if server.draining:
             os._exit(0)
-        stop.set()
+        asked.put(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), on_signal)
     server.start()
-    print(f"akashproxy {__version__} serves {upstream} on {server.url}/v1", flush=True)
-    stop.wait()
+    print(f"akashproxy {__version__} serves {server.pool} on {server.url}/v1", flush=True)
+    while asked.get() == getattr(signal, "SIGHUP", None):
+        try:
+            server.reload(load())
+            log.warning("the settings were loaded anew")
+        except ConfigError as error:
+            log.error("the settings stay as they were: %s", error)
     server.stop()
     return 0
 

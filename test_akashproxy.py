@@ -911,9 +911,9 @@ class Clock:
 
 
 def session_of(akash, clock, token=""):
-    settings = Settings(akash_base_url=akash.url)
-    transport = akashproxy.Transport(akash.url, "Akash Chat", {"User-Agent": "x"}, settings)
-    return akashproxy.AkashSession(transport, token, clock)
+    options = akashproxy.ControllerSettings(type="akash", base_url=akash.url)
+    transport = akashproxy.Transport(options, Settings(), akash.url, "Akash Chat", {"User-Agent": "x"})
+    return akashproxy.AkashSession(transport, token, 15.0, clock)
 
 
 def test_the_cookie_lives_for_its_max_age(akash):
@@ -1052,7 +1052,7 @@ def test_models(akash, serve):
 
 def test_an_empty_list_is_an_outage_and_the_last_good_one_serves_on(akash):
     clock = Clock()
-    controller = akashproxy.AkashController(akashproxy.ControllerSettings(base_url=akash.url), Settings(), clock)
+    controller = akashproxy.AkashController(akashproxy.ControllerSettings(type="akash", base_url=akash.url), Settings(), clock)
     good, akash.models = akash.models, []
     with pytest.raises(APIError) as caught:
         controller.models()
@@ -1654,7 +1654,7 @@ def command(*flags, **environ):
                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-SETTINGS = {item.name.upper(): item for item in dataclasses.fields(Settings)}
+SETTINGS = {item.name.upper(): item for item in akashproxy.declared(Settings)}
 
 
 def run(*flags, **environ):
@@ -1722,7 +1722,7 @@ def test_an_unknown_flag():
 def test_check_shows_the_settings_but_no_secret():
     done = run("--check", "--log-level", "debug", BEARER_TOKEN="s3cret", AKASH_COOKIE="s3cret")
     assert done.returncode == 0 and "s3cret" not in done.stdout + done.stderr
-    shown = dict(line.split("=", 1) for line in done.stdout.splitlines())
+    shown = dict(line.split("=", 1) for line in done.stdout.partition("\n\n")[0].splitlines()[2:])
     assert set(shown) == set(SETTINGS) and shown["BEARER_TOKEN"] == "********" and shown["LOG_LEVEL"] == "debug"
 
 
@@ -1757,6 +1757,872 @@ def test_importing_starts_nothing():
     done = subprocess.run([sys.executable, "-c", "import threading, akashproxy; print(threading.active_count())"],
                           cwd=HERE, capture_output=True, text=True, timeout=30)
     assert done.stdout == "1\n"
+
+
+# == the configuration file ===================================================================
+
+
+@pytest.fixture
+def config(tmp_path):
+    """config({...}) or config("text") writes a file; its path."""
+    def write(data, name="akashproxy.json"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(data if isinstance(data, str) else json.dumps(data))
+        return str(path)
+    return write
+
+
+def load(path, **environ):
+    return Settings.load(environ, {"config_file": path})
+
+
+def test_the_originals_example_files_start_as_they_stand(config, tmp_path):
+    config({"api_key": "", "proxy": ""}, "openai.json")
+    first = {"port": "8080", "pool": {"type": "balanced"}, "controllers": [
+        {"type": "openai", "weight": 5, "config": {"api_key": "k1"}}, {"type": "openai", "config_file": "openai.json"}]}
+    settings = load(config(first), OPENAI_API_KEY="k2")
+    assert (settings.server_address, settings.pool_type) == (":8080", "balanced")
+    assert [(c.name, c.weight, c.api_key, c.base_url) for c in settings.pool()] == [
+        ("openai", 5, "k1", "https://api.openai.com/v1"), ("openai-2", 1, "k2", "https://api.openai.com/v1")]
+    (tmp_path / "config").mkdir()
+    config({"api_key": "k3"}, "config/openai.json")
+    second = {"port": "1234", "controllers": [{"type": "openai", "config": {"api_key": "k1"}},
+                                              {"type": "openai", "config_file": "config/openai.json"}]}
+    assert [c.api_key for c in load(config(second)).pool()] == ["k1", "k3"]
+
+
+def test_a_config_file_is_found_beside_its_own_or_where_the_command_was_started(config, tmp_path, monkeypatch):
+    config({"api_key": "beside"}, "config/openai.json")
+    path = config({"controllers": [{"config_file": "config/openai.json"}]}, "config/config.json")
+    monkeypatch.chdir(tmp_path)
+    assert load(path).pool()[0].api_key == "beside"
+
+
+def test_the_search_for_a_file(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert Settings.load({}).config_file == ""
+    for name in ("config/chatgpt-apiserver.json", ".config/chatgpt-apiserver.json", "chatgpt-apiserver.json", "akashproxy.json",
+                 "else/where.json", "else/akashproxy.json"):
+        config({"max_wait": 7, "controllers": [{"type": "echo"}]}, name)
+    found = [str(Settings.load(environ).config_file) for environ in (
+        {"CONFIG_FILE": "else/where.json"}, {"CHATGPT_APISERVER_CONFIG_FILE": "else/where.json"}, {"CONFIG_PATH": "else"},
+        {"CHATGPT_APISERVER_CONFIG_PATH": "else"}, {})]
+    assert found == ["else/where.json", "else/where.json", "else/akashproxy.json", "else/akashproxy.json", "./akashproxy.json"]
+    (tmp_path / "akashproxy.json").unlink()
+    (tmp_path / "chatgpt-apiserver.json").unlink()
+    assert Settings.load({}).config_file == ".config/chatgpt-apiserver.json"
+    for flag in ("--config_file", "--config-file"):
+        assert "MAX_WAIT=7" in run(flag, str(tmp_path / "else/where.json"), "--check").stdout
+
+
+def test_what_wins_over_what(config):
+    path = config({"port": 8080, "max_wait": 1, "pool": {"type": "random"}, "idle_timeout": 2.5, "bearer_token": ["a", "b"]})
+    settings = Settings.load({"MAX_WAIT": "5", "CHATGPT_APISERVER_POOL_TYPE": "balanced", "CHATGPT_APISERVER_PORT": "81"},
+                             {"config_file": path, "max_wait": "6"})
+    assert (settings.server_address, settings.pool_type, settings.max_wait, settings.idle_timeout, settings.bearer_token) == (
+        ":81", "balanced", 6.0, 2.5, ("a", "b"))
+    assert Settings.load({"SERVER_ADDRESS": "localhost:1", "CHATGPT_APISERVER_PORT": "81"}, {"config_file": path}
+                         ).server_address == "localhost:1"
+    assert load(config({"port": 1, "server_address": "h:2"})).server_address == "h:2"
+
+
+def test_no_file_is_one_akash_controller():
+    settings = Settings.load({"AKASH_BASE_URL": "http://a/", "AKASH_ACCESS_TOKEN": "t"})
+    assert [(c.name, c.type, c.base_url, c.api_key) for c in settings.pool()] == [("akash", "akash", "http://a", "t")]
+
+
+def test_the_environment_within_the_file(config):
+    path = config({"bearer_token": "${A}", "controllers": [{"api_key": "x-${A}", "headers": {"x": "${B}"}, "base_url": "http://h:1"}]})
+    settings = load(path, A="1", B="2")
+    assert settings.bearer_token == ("1",) and settings.pool()[0].api_key == "x-1" and settings.pool()[0].headers == {"x": "2"}
+    with pytest.raises(ConfigError) as caught:
+        load(path, A="")
+    assert [problem.split(": ", 1)[1] for problem in caught.value.problems] == [
+        "bearer_token: the environment variable A is not set", "controllers[0].api_key: the environment variable A is not set",
+        "controllers[0].headers.x: the environment variable B is not set"]
+
+
+def test_all_mistakes_of_a_file_with_their_places(config):
+    path = config({"prot": 1, "max_wait": "long", "pool": {"type": "balancd", "x": 1}, "cors_origins": 7, "controllers": [
+        {"type": "openia", "api_key": "k"}, {"weight": -1, "wieght": 2, "api_key": "k"}, 7, {"config": 7},
+        {"api_key": "k", "base_url": "x", "proxy": "socks://x", "models": [1], "model_map": [], "name": "a b", "weight": True,
+         "headers": {"a": "b\n"}, "max_concurrency": 1.5}, {}, {"config_file": "missing.json"},
+        {"name": "a", "type": "echo"}, {"name": "a", "type": "echo"}]})
+    with pytest.raises(ConfigError) as caught:
+        load(path)
+    problems = "\n".join(problem[len(path) + 2:] for problem in caught.value.problems)
+    for line in ("prot: unknown key; did you mean 'port'?", "max_wait: it must be a number", "pool.type: 'balancd' is none of",
+                 "pool.x: unknown key", "cors_origins: it must be a list", "controllers[0].type: 'openia' is none of akash, echo, openai",
+                 "controllers[1].weight: it must be a number, not negative", "controllers[1].wieght: unknown key; did you mean 'weight'?",
+                 "controllers[2]: it must be an object", "controllers[3].config: it must be an object",
+                 "controllers[4].base_url: 'x' is no http", "controllers[4].proxy: it must be http://", "controllers[4].models: it must be a list",
+                 "controllers[4].model_map: it must be an object", "controllers[4].name: only letters", "controllers[4].weight: it must be a number",
+                 "controllers[4].headers: only printable", "controllers[4].max_concurrency: it must be a whole",
+                 "controllers[5].api_key: it is missing, and OPENAI_API_KEY is not set", "missing.json: No such file", "controllers: two are called 'a'"):
+        assert line in problems, line
+
+
+@pytest.mark.parametrize("text, words", [
+    ('{"a": 1,\n "b": }', "line 2, column 7"), ("[]", "must be a JSON object"), ('{"controllers": []}', "at least one controller"),
+    ('{"controllers": 7}', "at least one controller"), ('{"max_wait": NaN}', "NaN is not JSON"), ('{"pool": 1}', "pool: it must be an object"),
+    ('{"port": "x"}', "port: 'x' is no port"), ("\xff", "akashproxy.json"),
+])
+def test_broken_files_and_the_exit_status(config, text, words):
+    path = config("")
+    pathlib.Path(path).write_text(text, encoding="latin-1")
+    done = run("--config_file", path, "--check")
+    assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
+    assert run("--config_file", path + "x").returncode == 2
+
+
+def test_check_shows_the_file_and_the_controllers(config):
+    path = config({"controllers": [{"type": "openai", "api_key": "s3cret", "proxy": "http://u:s3cret@h:1", "headers": {"k": "s3cret"}}]})
+    done = run("--config-file", path, "--check")
+    assert f"# file: {path}\n" in done.stdout and "# searched: ., .config, config, /etc/akashproxy, /etc/chatgpt-apiserver" in done.stdout
+    assert "[openai]\ntype=openai" in done.stdout and "api_key=********" in done.stdout and "s3cret" not in done.stdout + done.stderr
+    assert "s3cret" not in repr(load(path))
+
+
+# == controllers: OpenAI ======================================================================
+
+
+class FakeOpenAI(Fake):
+    """An upstream that speaks OpenAI's API."""
+
+    MODELS = ["gpt-x", "both"]
+
+    def __init__(self, models=MODELS, text="Hi there."):
+        super().__init__()
+        self.models, self.text = models, text
+
+    def answer(self, sock, request):
+        if request.path == "/v1/models":
+            sock.sendall(reply(body=json.dumps({"object": "list", "data": [
+                {"id": name, "object": "model", "created": 7, "owned_by": "fake"} for name in self.models]}).encode()))
+        elif request.path.startswith("/v1/audio/"):
+            sock.sendall(reply(body=b"ID3" + request.body, kind="audio/mpeg"))
+        elif request.path == "/v1/chat/completions" and json.loads(request.body).get("stream"):
+            sock.sendall(self.head() + b"".join(map(chunk, self.events())) + b"0\r\n\r\n")
+        elif request.path in ("/v1/chat/completions", "/v1/embeddings", "/v1/completions"):
+            sock.sendall(reply(body=self.completion(), chunked=False))
+        else:
+            sock.sendall(reply(404, b'{"error":{"message":"no such path","type":"x","param":null,"code":null}}'))
+        return True
+
+    @staticmethod
+    def head(kind="text/event-stream"):
+        return STREAM_HEAD.replace(b"text/plain; charset=utf-8", kind.encode()).replace(b"x-vercel-ai-data-stream: v1\r\n", b"")
+
+    def completion(self):
+        return json.dumps({"id": "c", "object": "chat.completion", "created": 1, "model": "gpt-x", "new": [1.0, None], "choices": [
+            {"index": 0, "message": {"role": "assistant", "content": self.text}, "finish_reason": "stop"}]}).encode()
+
+    def events(self):
+        for word in re.findall(r"\S+\s*", self.text):
+            yield self.event({"content": word})
+        yield self.event({}, "stop")
+        yield b"data: [DONE]\n\n"
+
+    @staticmethod
+    def event(delta, finish=None):
+        return b"data: " + json.dumps({"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "gpt-x", "choices": [
+            {"index": 0, "delta": delta, "finish_reason": finish}]}).encode() + b"\n\n"
+
+    # -- faults
+
+    def status(self, number, body=b'{"error":{"message":"told","type":"t","param":"p","code":"c"}}', extra=b""):
+        return lambda sock, request: sock.sendall(reply(number, body, extra=extra)) or True
+
+    def refuse(self):
+        return lambda sock, request: None
+
+    def garbage(self, data):
+        return lambda sock, request: sock.sendall(data)
+
+    def cut(self, after=1):
+        """Break off: after so many events of a stream, or within the body."""
+        def fault(sock, request):
+            if json.loads(request.body).get("stream"):
+                sock.sendall(self.head() + b"".join(map(chunk, list(self.events())[:after])))
+            else:
+                sock.sendall(reply(body=self.completion(), chunked=False)[:-3])
+        return fault
+
+    def early(self):
+        """An answer that ends properly as HTTP, but without a finish."""
+        def fault(sock, request):
+            events = b"".join(map(chunk, list(self.events())[:1])) if json.loads(request.body).get("stream") else chunk(b'{"choices":')
+            kind = "text/event-stream" if json.loads(request.body).get("stream") else "application/json"
+            sock.sendall(self.head(kind) + events + b"0\r\n\r\n")
+            return True
+        return fault
+
+    def stall(self, after=None):
+        def fault(sock, request):
+            if after is not None:
+                sock.sendall(self.head() + b"".join(map(chunk, list(self.events())[:after])))
+            while sock.recv(65536):
+                pass
+            self.gone.set()
+        return fault
+
+
+@pytest.fixture
+def pool():
+    """pool(fake, (fake, {"weight": 2}), ..., max_wait=0) starts a server in front of some fakes, called a, b, c..."""
+    with contextlib.ExitStack() as stack:
+        def start(*upstreams, **changes):
+            controllers = []
+            for name, upstream in zip("abcdef", upstreams):
+                fake, more = upstream if isinstance(upstream, tuple) else (upstream, {})
+                stack.callback(fake.close)
+                kind = {"type": "akash", "base_url": fake.url} if isinstance(fake, FakeAkash) else {"base_url": fake.url + "/v1"}
+                controllers.append(akashproxy.ControllerSettings(**{"name": name, **kind, **more}))
+            server = Server(Settings(**{"server_address": "127.0.0.1:0", "controllers": tuple(controllers), "max_wait": 0,
+                                        "first_byte_timeout": 0.3, "idle_timeout": 0.3, **changes})).start()
+            stack.callback(server.stop, 0)
+            return server
+        yield start
+
+
+def known(server):
+    """Wait until the model lists have been read."""
+    ask(server, path="/v1/models")
+    return server
+
+
+BOTH = {"model": "both", "messages": [user("hi")]}
+
+
+def test_a_chat_is_relayed_as_it_is(pool):
+    fake = FakeOpenAI()
+    server = pool((fake, {"api_key": "upstream-key", "headers": {"X-Org": "o"}}))
+    body = b'{"model": "both", "messages": [{"role":"user","content":"hi"}], "logprobs": true, "big": 12345678901234567890.10, "n": 2}'
+    got = chat(server, None, {"Authorization": "Bearer client-key", "Content-Type": "application/json"}) and ask(
+        server, "POST", "/v1/chat/completions", body, {"Authorization": "Bearer client-key", "Content-Type": "application/json"})
+    assert got.body == fake.completion() and got.headers["content-type"] == "application/json"
+    request = fake.requests[-1]
+    assert request.body == body and request.headers["authorization"] == "Bearer upstream-key" and request.headers["x-org"] == "o"
+    assert got.headers["x-akashproxy-route"] == "a=200" and not any("client-key" in str(request) for request in fake.requests)
+
+
+def test_a_stream_is_relayed_byte_for_byte(pool):
+    fake = FakeOpenAI()
+    told = b": hello\r\n\r\n" + b"".join(fake.events()).replace(b"\n", b"\r\n").replace(b'"created": 1', b'"odd":{}')
+    fake.faults.append(fake.garbage(FakeOpenAI.head() + b"".join(chunk(told[at:at + 7]) for at in range(0, len(told), 7)) + b"0\r\n\r\n"))
+    got = chat(pool(fake), BOTH, stream=True)
+    assert got.body == told and got.headers["content-type"] == "text/event-stream"
+
+
+def test_names_and_fields_that_change(pool):
+    fake = FakeOpenAI()
+    server = pool((fake, {"model_map": {"ours": "theirs"}, "drop": ["seed"]}))
+    got = chat(server, {"model": "ours", "messages": [user("hi")], "seed": 7, "user": "u"})
+    assert fake.bodies()[0] == {"model": "theirs", "messages": [user("hi")], "user": "u"}
+    assert got.headers["x-akashproxy-ignored"] == "seed"
+    ask(server, "POST", "/v1/chat/completions", b'{"model":"ours","messages":[{"role":"user","content":"x"}],"model":"ours"}')
+    assert fake.bodies()[1]["model"] == "theirs" and fake.requests[-1].body.count(b"model") == 1
+
+
+def test_other_paths_are_relayed_unparsed(pool):
+    fake = FakeOpenAI()
+    server = pool((fake, {"api_key": "k"}))
+    got = ask(server, "POST", "/v1/embeddings", {"model": "both", "input": "x", "encoding_format": "base64"})
+    assert got.body == fake.completion() and fake.bodies()[0]["input"] == "x"
+    form = b'--b\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n\0\xff\r\n--b--\r\n'
+    got = ask(server, "POST", "/v1/audio/transcriptions", form, {"Content-Type": "multipart/form-data; boundary=b"})
+    assert (got.status, got.body, got.headers["content-type"]) == (200, b"ID3" + form, "audio/mpeg")
+    assert fake.requests[-1].headers["content-type"] == "multipart/form-data; boundary=b" and fake.requests[-1].body == form
+    assert ask(server, "POST", "/v1/nothing", {"model": "both"}).status == 404
+    for path in ("/v1/a/../b", "/v1//x", "/v1/%2e%2e/x", "/v1/a.b", "/v2/embeddings", "/v1/"):
+        asked = len(fake.requests)
+        assert ask(server, "POST", path, {}).status == 404 and len(fake.requests) == asked
+
+
+def test_akash_has_no_other_paths(akash, serve):
+    assert ask(serve(), "POST", "/v1/embeddings", {"model": "m", "input": "x"}).json["error"]["code"] == "not_found"
+    assert not akash.bodies()
+
+
+def test_a_relayed_answer_that_breaks_off(pool):
+    fake = FakeOpenAI()
+    server = pool(fake)
+    fake.faults.append(fake.garbage(FakeOpenAI.head("audio/mpeg") + chunk(b"ID3")))
+    with pytest.raises(http.client.IncompleteRead):
+        ask(server, "POST", "/v1/audio/speech", {"model": "both", "input": "x"})
+
+
+def fragments(*more):
+    return [{"index": 0, "id": "call_1", "type": "function", "function": {"name": "f", "arguments": ""}}], *more
+
+
+ERROR_EVENT = b'data: {"error":{"message":"boom","type":"server_error","code":null}}\n\n'
+CHAT_STREAMS = {
+    # name: (bytes, events, what the error says)
+    "plain": (b"".join(FakeOpenAI(text="Hi there.").events()), [T("Hi there."), Finish("stop")], None),
+    "CR LF, comments and other fields": (b": ping\r\n\r\nevent: x\r\nid: 1\r\nretry: 9\r\ndata:{\"choices\":[{\"delta\":{\"content\":\"a\"}}]}\r\n\r\n"
+                                         b"data: {\"choices\":[{\"delta\":{},\"finish_reason\":\"length\"}]}\r\n\r\ndata: [DONE]\r\n\r\n",
+                                         [T("a"), Finish("length")], None),
+    "several data lines": (b'data: {"choices":\ndata: [{"delta":{"content":"a"},"finish_reason":"stop"}]}\n\n', [T("a"), Finish("stop")], None),
+    "no [DONE]": (b"".join(FakeOpenAI(text="Hi").events())[:-len("data: [DONE]\n\n")], [T("Hi"), Finish("stop")], None),
+    "no last blank line": (FakeOpenAI.event({"content": "a"}, "stop")[:-1], [T("a"), Finish("stop")], None),
+    "usage after the end": (FakeOpenAI.event({"content": "a"}, "stop") + b'data: {"choices":[],"usage":{"prompt_tokens":11,"completion_tokens":7}}\n\n'
+                            b"data: [DONE]\n\n", [T("a"), Finish("stop", USAGE)], None),
+    "usage before it": (b'data: {"choices":[],"usage":{"prompt_tokens":11,"completion_tokens":7,"total_tokens":18}}\n\n'
+                        + FakeOpenAI.event({"content": "a"}, "stop"), [T("a"), Finish("stop", USAGE)], None),
+    "null usage": (b'data: {"choices":[{"delta":{"content":"a"},"finish_reason":"stop"}],"usage":{"prompt_tokens":null}}\n\n',
+                   [T("a"), Finish("stop")], None),
+    "reasoning_content": (FakeOpenAI.event({"reasoning_content": "h"}) + FakeOpenAI.event({"content": "a"}, "stop"), [R("h"), T("a"), Finish("stop")], None),
+    "reasoning": (FakeOpenAI.event({"reasoning": "h", "content": None}) + FakeOpenAI.event({"content": "a"}, "stop"), [R("h"), T("a"), Finish("stop")], None),
+    "tool calls": (b"".join(FakeOpenAI.event({"tool_calls": calls}) for calls in (
+        [{"index": 0, "id": "c0", "type": "function", "function": {"name": "f", "arguments": ""}}],
+        [{"index": 0, "function": {"arguments": "{\"a\""}}], [{"index": 1, "id": "c1", "function": {"name": "g", "arguments": ""}}],
+        [{"index": 0, "function": {"arguments": ":1}"}}])) + FakeOpenAI.event({}, "tool_calls"),
+        [ToolCall(0, "", "c0", "f"), ToolCall(0, '{"a"'), ToolCall(1, "", "c1", "g"), ToolCall(0, ":1}"), Finish("tool_calls")], None),
+    "a second choice": (b'data: {"choices":[{"index":1,"delta":{"content":"b"}},{"index":0,"delta":{"content":"a"},"finish_reason":"stop"}]}\n\n',
+                        [T("a"), Finish("stop")], None),
+    "the legacy form": (b'data: {"choices":[{"index":0,"text":"a","finish_reason":"stop"}]}\n\n', [T("a"), Finish("stop")], None),
+    "an error within": (FakeOpenAI.event({"content": "a"}) + ERROR_EVENT, [T("a")], "boom"),
+    "an error as text": (b'data: {"error":"boom"}\n\n', [], "boom"),
+    "it just ends": (FakeOpenAI.event({"content": "a"}), [T("a")], EARLY),
+    "[DONE] without a finish": (FakeOpenAI.event({"content": "a"}) + b"data: [DONE]\n\n", [T("a")], EARLY),
+    "no JSON": (b"data: {oops\n\n", [], "not JSON"),
+    "odd shapes": (b'data: {"choices":[null,{"delta":7},{"delta":{"content":7,"tool_calls":[7]}}]}\n\n' + FakeOpenAI.event({"content": "a"}, "stop"),
+                   [ToolCall(0, ""), T("a"), Finish("stop")], None),
+}
+
+
+@table(CHAT_STREAMS)
+def test_openai_streams_cut_at_every_byte(case):
+    data, expected, error = case
+    for parts in pieces(data):
+        decoder, events = akashproxy.ChatDecoder("b"), []
+        for part in parts:
+            events += decoder.feed(part)
+            if decoder.error or decoder.finished:
+                break
+        else:
+            events += decoder.close()
+        assert merged(events) == expected, parts
+        assert re.search(error, decoder.error.message) if error else decoder.error is None
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_translated_when_the_formats_differ(streamed, pool):
+    fake = FakeOpenAI()
+    server = pool((fake, {"paths": ["/v1/embeddings"]}))
+    assert (stream(server, BOTH)[0] if streamed else chat(server, BOTH).json["choices"][0]["message"]["content"]) == "Hi there."
+    legacy = ask(server, "POST", "/v1/completions", {"model": "both", "prompt": "x", "stream": streamed})
+    text = ("".join(event["choices"][0]["text"] for event in sse(legacy.body)) if streamed else legacy.json["choices"][0]["text"])
+    assert text == "Hi there." and fake.requests[-1].path == "/v1/chat/completions"
+
+
+def test_an_upstream_that_streams_unasked_or_does_not(pool):
+    fake = FakeOpenAI()
+    server = pool(fake)
+    fake.faults.append(fake.garbage(fake.head() + b"".join(map(chunk, fake.events())) + b"0\r\n\r\n"))
+    assert chat(server, BOTH).json["choices"][0]["message"]["content"] == "Hi there."
+    fake.faults.append(fake.garbage(reply(body=fake.completion())))
+    assert stream(server, BOTH)[0] == "Hi there."
+
+
+def test_echo(pool):
+    server = pool()
+    server.reload(Settings(server_address="127.0.0.1:0", controllers=(akashproxy.ControllerSettings(type="echo", speed=0.0),)))
+    assert stream(server, {"model": "echo", "messages": [user("say this back")]})[0] == "say this back"
+    got = chat(server, {"model": "any", "messages": [user([{"type": "text", "text": "and this"}])]})
+    assert got.json["choices"][0]["message"]["content"] == "and this" and got.json["usage"]["total_tokens"] == 4
+    assert ask(server, "POST", "/v1/images/generations", {"prompt": "x"}).status == 404
+
+
+# == pool =====================================================================================
+
+
+def members_of(weights, kind="balanced", **more):
+    options = [akashproxy.ControllerSettings(type="echo", name=name, weight=weight, **more) for name, weight in weights.items()]
+    return akashproxy.Pool(Settings(controllers=tuple(options), pool_type=kind), clock=Clock())
+
+
+def test_balanced_is_smooth():
+    pool = members_of({"a": 5, "b": 1, "c": 1})
+    assert "".join(pool.balanced(pool.members).name for _ in range(14)) == "aabacaa" * 2
+    pool = members_of({"a": 0.5, "b": 0.25})
+    assert "".join(pool.balanced(pool.members).name for _ in range(6)) == "abaaba"
+
+
+def test_ten_thousand_choices_of_many_threads_are_exact():
+    pool = members_of({"a": 5, "b": 3, "c": 2})
+    with concurrent.futures.ThreadPoolExecutor(16) as threads:
+        names = list(threads.map(lambda _: pool.take(Call({"model": "m"}), [], []).name, range(10000)))
+    assert collections.Counter(names) == {"a": 5000, "b": 3000, "c": 2000}
+
+
+def test_random_is_by_weight():
+    pool = members_of({"a": 3, "b": 1}, "random")
+    points = iter([0.0, 0.74, 0.76, 0.999999])
+    pool.rng = lambda: next(points)
+    assert [pool.choose(pool.members).name for _ in range(4)] == ["a", "a", "b", "b"]
+
+
+def test_least_busy_is_by_requests_in_flight():
+    pool = members_of({"a": 2, "b": 1}, "least_busy")
+    assert "".join(pool.take(Call({"model": "m"}), [], []).name for _ in range(6)) in ("abaaba", "ababaa", "abaaab")
+    assert {member.name: member.in_flight for member in pool.members} == {"a": 4, "b": 2}
+    pool.members[0].in_flight = 0
+    assert pool.take(Call({"model": "m"}), [], []).name == "a"
+
+
+def test_a_weight_of_zero_is_off():
+    pool = members_of({"a": 0, "b": 1})
+    assert {pool.take(Call({"model": "m"}), [], []).name for _ in range(5)} == {"b"}
+
+
+def stop_of(number, **more):
+    return APIError(number, "x", **more)
+
+
+RESTS = {
+    # name: (errors one after the other, seconds of rest after each)
+    "a limit rests for as long as it said": ([stop_of(429, retry_after=7200)], [7200]),
+    "the later deadline wins": ([stop_of(429, retry_after=90), stop_of(429, retry_after=5)], [90, 90]),
+    "a limit that says nothing grows": ([stop_of(429), stop_of(429), stop_of(429)], [1, 2, 4]),
+    "a dead key rests long": ([stop_of(502, kind="auth")], [600]),
+    "a blip rests briefly and growing, to an end": ([stop_of(502, kind="network")] * 9, [1, 2, 4, 8, 16, 32, 60, 60, 60]),
+    "a 5xx only if it goes on": ([stop_of(502)] * 5, [0, 0, 1, 2, 4]),
+    "a client's mistake never": ([stop_of(400)] * 5, [0] * 5),
+    "an unknown model never": ([stop_of(404)] * 5, [0] * 5),
+    "success forgives": ([stop_of(502, kind="network"), None, stop_of(502, kind="network")], [1, 1, 1]),
+}
+
+
+@table(RESTS)
+def test_rests(case):
+    errors, rests = case
+    member = members_of({"a": 1}).members[0]
+    got = []
+    for error in errors:
+        member.fare(error, 100.0)
+        got.append(max(0, member.rests_until - 100))
+    assert got == rests
+
+
+LIMIT = b"Retry-After: 7\r\n"
+FAILOVER = {
+    # a row of the design's table: (fault of a, status when alone, code, does b answer, does a rest)
+    "refused": (lambda fake: fake.refuse(), 502, "upstream_error", True, True),
+    "garbage": (lambda fake: fake.garbage(b"\0\1\2"), 502, "upstream_error", True, True),
+    "silence": (lambda fake: fake.stall(), 504, "timeout", True, True),
+    "cut before the first event": (lambda fake: fake.garbage(FakeOpenAI.head()), 502, "upstream_error", True, True),
+    "401": (lambda fake: fake.status(401), 502, "upstream_auth", True, True),
+    "402": (lambda fake: fake.status(402), 502, "upstream_auth", True, True),
+    "403": (lambda fake: fake.status(403), 502, "upstream_auth", True, True),
+    "404": (lambda fake: fake.status(404), 404, "c", True, False),
+    "408": (lambda fake: fake.status(408, extra=LIMIT), 408, "c", True, True),
+    "409": (lambda fake: fake.status(409, extra=LIMIT), 409, "c", True, True),
+    "425": (lambda fake: fake.status(425, extra=LIMIT), 425, "c", True, True),
+    "429": (lambda fake: fake.status(429, extra=LIMIT), 429, "c", True, True),
+    "429 of a spent quota": (lambda fake: fake.status(429, b'{"error":{"message":"m","code":"insufficient_quota"}}'), 502, "upstream_auth", True, True),
+    "400": (lambda fake: fake.status(400), 400, "c", False, False),
+    "413": (lambda fake: fake.status(413), 413, "c", False, False),
+    "422": (lambda fake: fake.status(422), 422, "c", False, False),
+    "500": (lambda fake: fake.status(500), 502, "c", True, False),
+    "503": (lambda fake: fake.status(503, b"<html>busy</html>"), 503, "upstream_error", True, False),
+    "a redirect": (lambda fake: fake.status(302, extra=b"Location: http://127.0.0.1:1/\r\n"), 502, "c", True, False),
+    "an error as the first event": (lambda fake: fake.garbage(FakeOpenAI.head() + chunk(b": hi\n\n" + ERROR_EVENT) + b"0\r\n\r\n"), 502, "upstream_error", True, False),
+    "it ends without a finish": (lambda fake: fake.early(), 502, "upstream_error", "not streamed", True),
+    "cut after the first event": (lambda fake: fake.cut(), 502, "upstream_error", "not streamed", True),
+}
+
+
+@table(FAILOVER)
+@pytest.mark.parametrize("streamed", [False, True])
+def test_failover_and_rest(case, streamed, pool):
+    fault, status, code, next_one, rests = case
+    a, b = FakeOpenAI(text="from a."), FakeOpenAI(text="from b.")
+    server = pool((a, {"weight": 1000}), b)
+    a.faults.append(fault(a))
+    within = next_one == "not streamed" and streamed
+    if within:
+        events = sse(chat(server, BOTH, stream=True).body)
+        assert events[0]["choices"][0]["delta"]["content"] == "from " and "error" in events[-1] and not b.bodies()
+    elif next_one:
+        got = chat(server, BOTH, stream=streamed)
+        text = "".join(event["choices"][0]["delta"].get("content", "") for event in sse(got.body)) if streamed else (
+            got.json["choices"][0]["message"]["content"])
+        assert text == "from b." and len(a.bodies()) == len(b.bodies()) == 1
+        assert got.headers["x-akashproxy-route"] == f"a={502 if next_one == 'not streamed' else status}, b=200"
+    else:
+        got = chat(server, BOTH, stream=streamed)
+        assert (got.status, got.json["error"]) == (status, {"message": "told", "type": "t", "param": "p", "code": "c"})
+        assert not b.bodies() and got.headers["x-akashproxy-route"] == f"a={status}"
+    state = ask(server, path="/status").json["controllers"][0]
+    assert (state["rests_for_seconds"] > 0) == rests and state["in_flight"] == 0
+    if not within:
+        alone = FakeOpenAI()
+        alone.faults.append(fault(alone))
+        got = chat(pool(alone), BOTH, stream=streamed)
+        assert (got.status, got.json["error"]["code"]) == (status, code), got.body
+        if code == "upstream_auth":
+            assert got.headers["x-should-retry"] == "false"
+        if status == 429:
+            assert got.headers["retry-after"] == "7"
+
+
+def test_all_fail_and_each_is_asked_once(pool):
+    fakes = [FakeOpenAI() for _ in range(3)]
+    for fake in fakes:
+        fake.faults.extend([fake.status(500)] * 5)
+    got = chat(pool(*fakes), BOTH)
+    assert got.status == 502 and [len(fake.bodies()) for fake in fakes] == [1, 1, 1]
+    assert got.headers["x-akashproxy-route"] == "a=502, b=502, c=502"
+
+
+def test_when_all_rest_the_soonest_is_told(pool):
+    a, b = FakeOpenAI(), FakeOpenAI()
+    server = pool(a, b)
+    a.faults.append(a.status(429, extra=b"Retry-After: 3600\r\n"))
+    b.faults.append(b.status(429, extra=b"Retry-After: 40\r\n"))
+    for code in ("c", "rate_limit_exceeded"):      # once when they say so, once when they rest
+        got = chat(server, BOTH)
+        assert got.status == 429 and got.json["error"]["code"] == code and 38 <= int(got.headers["retry-after"]) <= 40
+    assert len(a.bodies()) == len(b.bodies()) == 1
+    c, d = FakeOpenAI(), FakeOpenAI()
+    server = pool(c, d)
+    for fake in (c, d):
+        fake.faults.append(fake.garbage(b"\0"))
+    assert chat(server, BOTH).status == 502
+    got = chat(server, BOTH)
+    assert got.status == 503 and got.headers["retry-after"] == "1"
+
+
+def test_a_short_rest_is_waited_for(pool):
+    a, b = FakeOpenAI(), FakeOpenAI()
+    server = pool(a, b, max_wait=5)
+    for fake in (a, b):
+        fake.faults.append(fake.garbage(b"\0"))
+    assert chat(server, BOTH).status == 502         # each is asked at most once in a request
+    assert chat(server, BOTH).status == 200         # waits for the end of a rest of one second
+
+
+def test_one_alone_rests_only_where_it_was_told_to(pool):
+    a = FakeOpenAI()
+    server = pool(a)
+    a.faults.extend([a.garbage(b"\0"), a.status(401), a.garbage(b"\0")])
+    assert [chat(server, BOTH).status for _ in range(4)] == [502, 502, 502, 200]
+    a.faults.append(a.status(429, extra=b"Retry-After: 99\r\n"))
+    assert [chat(server, BOTH).status for _ in range(2)] == [429, 429] and len(a.bodies()) == 5
+
+
+def test_a_storm_of_429_on_one_of_three_keys_costs_no_error(pool):
+    fakes = [FakeOpenAI() for _ in range(3)]
+    server = pool(*fakes)
+    fakes[1].faults.extend([fakes[1].status(429, extra=b"Retry-After: 60\r\n")] * 500)
+    with concurrent.futures.ThreadPoolExecutor(16) as threads:
+        assert set(threads.map(lambda _: chat(server, BOTH).status, range(200))) == {200}
+    assert len(fakes[1].bodies()) < 20
+    state = ask(server, path="/status").json["controllers"]
+    assert sum(one["served"] for one in state) == 200 and state[1]["last_error"].startswith("429 b: told")
+
+
+def test_tiers(pool):
+    a, b, c = FakeOpenAI(), FakeOpenAI(), FakeOpenAI()
+    server = pool((a, {"priority": 2}), (b, {"priority": 1}), (c, {"priority": 1}))
+    assert {chat(server, BOTH).headers["x-akashproxy-route"] for _ in range(4)} == {"b=200", "c=200"}
+    for fake in (b, c):
+        fake.faults.append(fake.status(429, extra=LIMIT))
+    assert chat(server, BOTH).headers["x-akashproxy-route"] in ("b=429, c=429, a=200", "c=429, b=429, a=200")
+    assert chat(server, BOTH).headers["x-akashproxy-route"] == "a=200"
+
+
+def test_requests_at_a_time(pool):
+    a, b = FakeOpenAI(), FakeOpenAI()
+    server = pool((a, {"max_concurrency": 1, "priority": 1}), (b, {"max_concurrency": 1, "priority": 2}), first_byte_timeout=20)
+    for fake in (a, b):
+        fake.faults.append(fake.stall())
+    with contextlib.ExitStack() as stack:
+        socks = [stack.enter_context(socket.create_connection(("127.0.0.1", server.server_port))) for _ in range(2)]
+        for sock, fake in zip(socks, (a, b)):
+            sock.sendall(post("/v1/chat/completions", BOTH))
+            wait_for(lambda: fake.bodies())
+        got = chat(server, BOTH)
+        assert (got.status, got.headers["retry-after"]) == (429, "1")
+        server.pool.settings = dataclasses.replace(server.pool.settings, max_wait=20)
+        with concurrent.futures.ThreadPoolExecutor(1) as threads:
+            answer = threads.submit(chat, server, BOTH)
+            socks[1].close()
+            assert answer.result().headers["x-akashproxy-route"] == "b=200"
+
+
+def test_who_can_serve_a_model(pool):
+    a, b, c = FakeOpenAI(["gpt-x", "both"]), FakeOpenAI(["llama", "both"]), FakeOpenAI(["secret"])
+    server = known(pool(a, b, (c, {"models": ["mini-*", "named"], "model_map": {"alias": "real"}})))
+    routes = {model: chat(server, {**BOTH, "model": model}).headers["x-akashproxy-route"]
+              for model in ("gpt-x", "llama", "mini-1", "named", "alias")}
+    assert routes == {"gpt-x": "a=200", "llama": "b=200", "mini-1": "c=200", "named": "c=200", "alias": "c=200"}
+    assert chat(server, {**BOTH, "model": "unlisted"}).headers["x-akashproxy-route"] in ("a=200", "b=200"), "it is tried"
+    ids = [model["id"] for model in ask(server, path="/v1/models").json["data"]]
+    assert ids == ["gpt-x", "both", "llama", "alias", "named"]
+    assert ask(server, path="/v1/models/llama").json["owned_by"] == "fake"
+
+
+def test_a_model_that_nobody_has(pool):
+    a = FakeOpenAI()
+    got = chat(known(pool((a, {"models": ["only"]}))), BOTH)
+    assert (got.status, got.json["error"]["code"]) == (404, "model_not_found") and not a.bodies()
+
+
+def test_the_last_good_list_is_kept_when_one_is_down(pool):
+    a, b = FakeOpenAI(["one"]), FakeOpenAI(["two"])
+    server = known(pool(a, b, models_ttl=0))
+    b.close()
+    for sock in list(b.open):
+        sock.close()
+    assert [model["id"] for model in ask(server, path="/v1/models").json["data"]] == ["one", "two"]
+
+
+def test_tools_never_go_to_akash_if_another_can_take_them(pool):
+    a, b = FakeAkash(), FakeOpenAI()
+    server = pool((a, {"weight": 1000}), b)
+    tools = {"tools": [{"type": "function", "function": {"name": "f"}}]}
+    for _ in range(3):
+        assert chat(server, BOTH, **tools).headers["x-akashproxy-route"] == "b=200"
+    assert not a.bodies() and b.bodies()[0]["tools"] == tools["tools"]
+    b.faults.append(b.status(429, extra=LIMIT))
+    for _ in range(2):
+        assert chat(server, BOTH, **tools).status == 429, "the 400 of Akash would be a lie"
+    got = chat(pool(FakeAkash()), BOTH, **tools)
+    assert (got.status, got.json["error"]["param"]) == (400, "tools")
+
+
+def test_akash_beside_a_key(pool):
+    a, b = FakeAkash(), FakeOpenAI(["gpt-x"])
+    server = known(pool((a, {"priority": 1}), (b, {"priority": 2, "model_map": {CHAT["model"]: "gpt-x"}})))
+    assert chat(server).json["choices"][0]["message"]["content"] == "Hello from the mock."
+    a.faults.append(a.raw(reply(429, RATE, extra=b"x-tokenlimit-reset: %d\r\n" % RESET), keep=True))
+    got = chat(server)
+    assert got.json["choices"][0]["message"]["content"] == "Hi there." and got.headers["x-akashproxy-route"] == "a=429, b=200"
+    assert ask(server, path="/status").json["controllers"][0]["rests_for_seconds"] > 6900
+    assert ask(server, path="/images/" + a.name).body == PNG
+    assert {"Qwen/Qwen3", "gpt-x"} < {model["id"] for model in ask(server, path="/v1/models").json["data"]}
+
+
+RESETS = {
+    "seconds": ({"retry-after": "17"}, {}, 17), "milliseconds": ({"retry-after-ms": "2500", "retry-after": "3"}, {}, 2.5),
+    "a date": ({"retry-after": "Thu, 01 Jan 1970 00:18:20 GMT"}, {}, 100), "nonsense": ({"retry-after": "soon"}, {}, None),
+    "Akash's": ({"x-tokenlimit-reset": "1000000900"}, {}, 900.0 + 1e9 - 1000), "resetTime": ({}, {"resetTime": "1970-01-01T00:18:20.5Z"}, 100.5),
+    "OpenAI's, the one that is used up": ({"x-ratelimit-reset-requests": "6m0s", "x-ratelimit-remaining-requests": "5",
+                                           "x-ratelimit-reset-tokens": "1m30.5s", "x-ratelimit-remaining-tokens": "0"}, {}, 90.5),
+    "hours": ({"x-ratelimit-reset": "6h"}, {}, 21600), "short ones": ({"x-ratelimit-reset-tokens": "120ms"}, {}, 1.0), "none": ({}, {}, None),
+}
+
+
+@table(RESETS)
+def test_when_a_limit_ends(case):
+    headers, told, seconds = case
+    assert akashproxy.reset_seconds(headers, told, lambda: 1000.0) == seconds
+
+
+def test_secrets_of_upstreams_stay_with_us(pool, caplog):
+    caplog.set_level("DEBUG")
+    fake = FakeOpenAI()
+    server = pool((fake, {"api_key": "s3cret", "headers": {"X-Key": "s3cret2"}}), log_level="debug")
+    for number in (400, 401, 429, 500):
+        fake.faults.append(fake.status(number, b'{"error":{"message":"bad key s3cret","code":"x"}}'))
+        got = chat(server, BOTH)
+        assert b"s3cret" not in got.body and "s3cret" not in str(got.headers)
+    assert "s3cret" not in ask(server, path="/status").body.decode() + caplog.text
+
+
+def test_a_client_that_leaves_while_all_rest(pool):
+    a, b = FakeOpenAI(), FakeOpenAI()
+    server = pool(a, b, max_wait=60)
+    for fake in (a, b):
+        fake.faults.append(fake.status(429, extra=b"Retry-After: 50\r\n"))
+    assert chat(server, BOTH).status == 429
+    with socket.create_connection(("127.0.0.1", server.server_port)) as sock:
+        sock.sendall(post("/v1/chat/completions", BOTH))
+        wait_for(lambda: len(server.watchdog.handlers) == 1 and any(h.call for h in server.watchdog.handlers))
+    wait_for(lambda: not server.watchdog.handlers)
+
+
+# == proxies and TLS ==========================================================================
+
+
+class ForwardProxy(Fake):
+    """A forwarding proxy: absolute-form requests and CONNECT, by way of real sockets."""
+
+    def serve(self, sock):
+        with contextlib.suppress(OSError), sock:
+            head = b""
+            while b"\r\n\r\n" not in head:
+                head += sock.recv(65536)
+            line, _, rest = head.partition(b"\r\n")
+            method, target, _ = line.decode().split(" ")
+            self.requests.append(Asked(method, target, dict(
+                (name.lower(), value.strip()) for name, _, value in (field.partition(":") for field in rest.decode("latin-1").split("\r\n"))), b""))
+            host = target if method == "CONNECT" else target.split("/")[2]
+            with socket.create_connection(host.rsplit(":", 1)) as upstream:
+                if method == "CONNECT":
+                    sock.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+                else:
+                    path = "/" + target.split("/", 3)[3]
+                    upstream.sendall(f"{method} {path} HTTP/1.1\r\n".encode() + rest)
+                back = threading.Thread(target=self.pump, args=(upstream, sock), daemon=True)
+                back.start()
+                self.pump(sock, upstream)
+                back.join(10)
+
+    @staticmethod
+    def pump(source, target):
+        with contextlib.suppress(OSError):
+            while True:
+                data = source.recv(65536)
+                if not data:
+                    break
+                target.sendall(data)
+        with contextlib.suppress(OSError):
+            target.shutdown(socket.SHUT_RDWR)
+
+
+def test_a_proxy_on_the_way_plain(pool, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")      # the environment's are not asked
+    monkeypatch.setenv("no_proxy", "*")
+    proxy, fake = ForwardProxy(), FakeOpenAI()
+    server = pool((fake, {"proxy": f"http://us%40er:p%3Aw@127.0.0.1:{proxy.port}", "api_key": "k"}))
+    assert chat(server, BOTH).status == 200
+    request = proxy.requests[0]
+    assert (request.method, request.path) == ("POST", f"{fake.url}/v1/chat/completions")
+    assert base64.b64decode(request.headers["proxy-authorization"].split()[1]) == b"us@er:p:w"
+    proxy.close()
+
+
+class TLSOpenAI(FakeOpenAI):
+    """The same behind TLS, with a certificate of an authority that only the tests know."""
+
+    def __init__(self, folder):
+        import ssl
+        (folder / "server.pem").write_text(TLS_SERVER)
+        self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self.context.load_cert_chain(folder / "server.pem")
+        super().__init__()
+        self.url = self.url.replace("http:", "https:")
+
+    def serve(self, sock):
+        with contextlib.suppress(OSError):
+            super().serve(self.context.wrap_socket(sock, server_side=True))
+
+
+def test_tls_is_verified_and_a_private_authority_can_be_named(pool, tmp_path):
+    fake = TLSOpenAI(tmp_path)
+    got = chat(pool(fake), BOTH)
+    assert got.status == 502 and "could not be reached" in got.json["error"]["message"] and not fake.requests
+    (tmp_path / "ca.pem").write_text(TLS_AUTHORITY)
+    server = pool(fake, ca_file=str(tmp_path / "ca.pem"))
+    assert chat(server, BOTH).status == 200 and chat(server, BOTH).status == 200
+    assert "".join(event["choices"][0]["delta"].get("content", "") for event in sse(chat(server, BOTH, stream=True).body)) == "Hi there."
+    fake.faults.append(fake.stall(1))
+    with socket.create_connection(("127.0.0.1", server.server_port)) as sock:
+        sock.sendall(post("/v1/chat/completions", {**BOTH, "stream": True}))
+        sock.recv(100)
+    wait_for(fake.gone.is_set)
+    wrong = pool((fake, {"base_url": fake.url.replace("127.0.0.1", "127.0.0.2") + "/v1"}), ca_file=str(tmp_path / "ca.pem"))
+    assert chat(wrong, BOTH).status == 502, "another host's certificate"
+
+
+def test_a_proxy_on_the_way_with_connect(pool, tmp_path):
+    proxy, fake = ForwardProxy(), TLSOpenAI(tmp_path)
+    (tmp_path / "ca.pem").write_text(TLS_AUTHORITY)
+    server = pool((fake, {"proxy": f"http://u:p@127.0.0.1:{proxy.port}"}), ca_file=str(tmp_path / "ca.pem"))
+    assert chat(server, BOTH).status == chat(server, BOTH).status == 200
+    assert [(request.method, request.path) for request in proxy.requests] == [("CONNECT", f"127.0.0.1:{fake.port}")]
+    assert proxy.requests[0].headers["proxy-authorization"].startswith("Basic ")
+    assert not any("proxy-authorization" in request.headers for request in fake.requests)
+    proxy.close()
+
+
+# == reloading ================================================================================
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no SIGHUP here")
+def test_sighup_reloads_and_a_broken_file_changes_nothing(config, pool):
+    a, b = FakeOpenAI(text="from a."), FakeOpenAI(text="from b.")
+    pool(a, b)                          # only so that they are closed
+    path = config({"controllers": [{"name": "a", "base_url": a.url}]})
+    hold = threading.Event()
+
+    def slow(sock, request):
+        parts = list(a.events())
+        sock.sendall(a.head() + chunk(parts[0]))
+        hold.wait(10)
+        sock.sendall(b"".join(map(chunk, parts[1:])) + b"0\r\n\r\n")
+
+    with started("--config-file", path) as (process, port):
+        server = type("Server", (), {"server_port": port})
+        lines = []
+        threading.Thread(target=lambda: lines.extend(process.stderr), daemon=True).start()
+        a.faults.append(slow)
+        with concurrent.futures.ThreadPoolExecutor(1) as threads:
+            running = threads.submit(chat, server, BOTH, stream=True)
+            wait_for(lambda: a.bodies())
+            config({"controllers": [{"name": "b", "base_url": b.url}]})
+            process.send_signal(signal.SIGHUP)
+            wait_for(lambda: chat(server, BOTH).headers["x-akashproxy-route"] == "b=200")
+            config("{")
+            process.send_signal(signal.SIGHUP)
+            wait_for(lambda: any("stay as they were" in line for line in lines))
+            assert chat(server, BOTH).headers["x-akashproxy-route"] == "b=200"
+            hold.set()
+            assert b"[DONE]" in running.result().body, "an open stream goes on"
+
+
+def test_a_reload_keeps_who_did_not_change(pool):
+    a, b = FakeOpenAI(), FakeOpenAI()
+    server = pool(a, b)
+    a.faults.append(a.status(429, extra=b"Retry-After: 99\r\n"))
+    assert chat(server, BOTH).status == 200
+    before = server.pool.members
+    changed = dataclasses.replace(before[1].options, weight=3)
+    server.reload(dataclasses.replace(server.settings, controllers=(before[0].options, changed)))
+    assert server.pool.members[0] is before[0] and server.pool.members[1].options.weight == 3
+    assert ask(server, path="/status").json["controllers"][0]["rests_for_seconds"] > 90
+
+
+# A key and certificates that only this file uses: an authority, and a server of its own on loopback.
+
+TLS_AUTHORITY = """\
+-----BEGIN CERTIFICATE-----
+MIIBrzCCAVWgAwIBAgIUeEs9v++DWzZIJNAgEtW6Z2SWOrgwCgYIKoZIzj0EAwIw
+JDEiMCAGA1UEAwwZYWthc2hwcm94eSB0ZXN0IGF1dGhvcml0eTAgFw0yNjExMjEy
+MjQ1MTJaGA8yMTI2MTAyODIyNDUxMlowJDEiMCAGA1UEAwwZYWthc2hwcm94eSB0
+ZXN0IGF1dGhvcml0eTBZMBMGByqGSM49AgEGCCqGSM49AwEHA0IABJoQVOHc05Vf
+/PO9NQFd7w2RXzwSVdds92N1tHk/W+HtJpnD8riMTQ3Xg/vX0fcUmugDFBm779T1
+d8uxf/CJZxajYzBhMB0GA1UdDgQWBBSXjCjuNC1ZhI/bM3QLyCwy7sSkyzAfBgNV
+HSMEGDAWgBSXjCjuNC1ZhI/bM3QLyCwy7sSkyzAPBgNVHRMBAf8EBTADAQH/MA4G
+A1UdDwEB/wQEAwICBDAKBggqhkjOPQQDAgNIADBFAiBCNEvDy1QYlMCMbVxzydgD
+hOwSTehhObC1aoCR0czzGQIhAOKWp47MbNgaPXzheKSlsFMUNn5CV8hyHRln9f9D
+qDgv
+-----END CERTIFICATE-----
+"""
+TLS_SERVER = """\
+-----BEGIN EC PRIVATE KEY-----
+MHcCAQEEIGEmJe/FhnMyin0o413vPw6OeQgbNKEaXUCei6VLWYw0oAoGCCqGSM49
+AwEHoUQDQgAEToVDgBdPyAN28VlEZwes7KfblxbaA/sagSkxL2g3kCfHys6vbRUp
+8M5in8VoHNWUlQvF87lj0IcYC/PHVHLAMw==
+-----END EC PRIVATE KEY-----
+-----BEGIN CERTIFICATE-----
+MIIByzCCAXKgAwIBAgIUWfZTguolKdQqLU88QJpwfi9dzmMwCgYIKoZIzj0EAwIw
+JDEiMCAGA1UEAwwZYWthc2hwcm94eSB0ZXN0IGF1dGhvcml0eTAgFw0yNjExMjEy
+MjQ1MTJaGA8yMTI2MTAyODIyNDUxMlowFDESMBAGA1UEAwwJbG9jYWxob3N0MFkw
+EwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAEToVDgBdPyAN28VlEZwes7KfblxbaA/sa
+gSkxL2g3kCfHys6vbRUp8M5in8VoHNWUlQvF87lj0IcYC/PHVHLAM6OBjzCBjDAa
+BgNVHREEEzARgglsb2NhbGhvc3SHBH8AAAEwDgYDVR0PAQH/BAQDAgeAMBMGA1Ud
+JQQMMAoGCCsGAQUFBwMBMAkGA1UdEwQCMAAwHwYDVR0jBBgwFoAUl4wo7jQtWYSP
+2zN0C8gsMu7EpMswHQYDVR0OBBYEFDIXr8WOZqN63nGw7SqeLnQ/ib/jMAoGCCqG
+SM49BAMCA0cAMEQCIEIIqQKT58eIka4gYUrY7T/Eyw4ZzoVa8IVZ3SqBsPotAiAJ
+ZNxVwCmKC3KuK9t5ulgM8vS76LCtdFIJaWHvs6GBkQ==
+-----END CERTIFICATE-----
+"""
 
 
 # == truth in writing =========================================================================
@@ -1826,10 +2692,21 @@ def test_the_readmes_first_command_is_the_main_job():
 
 def test_every_setting_and_every_route_is_in_the_readme():
     for name, item in SETTINGS.items():
-        default = ",".join(item.default) if isinstance(item.default, tuple) else str(item.default)
+        default = akashproxy.default_text(item)
         assert f"| `{name}` | {f'`{default}`' if default else ''} | {item.metadata['help']} |" in README, name
+    for item in akashproxy.declared(akashproxy.ControllerSettings):
+        default = akashproxy.default_text(item)
+        assert f"| `{item.name}` | {f'`{default}`' if default else ''} | {item.metadata['help']} |" in README, item.name
     for path in akashproxy.ROUTES:
         assert f"`{path.replace('{}', '{id}' if 'models' in path else '{name}')}`" in README, path
+
+
+def test_the_readmes_configuration_is_one(config):
+    for block in blocks("json"):
+        path = config(block)
+        environ = {name: f"value-of-{name}" for name in re.findall(r"\$\{(\w+)\}", block)}
+        assert len(load(path, **environ).pool()) == 4
+        assert run("--config-file", path, "--check", **environ).returncode == 0
 
 
 def test_the_dockerfile_fits_the_code():
