@@ -376,26 +376,23 @@ THINKING = {
 
 
 @table(THINKING)
-@pytest.mark.parametrize("hold", [False, True])
-def test_thinking_cut_anywhere(case, hold):
+def test_thinking_cut_anywhere(case):
     text, expected = case
     for parts in pieces(text):
-        step = Thinking(hold)
+        step = Thinking()
         events = [event for part in parts for event in step.feed([Text(part)])] + step.feed([Finish("stop")])
         assert merged(events) == expected + [Finish("stop")], parts
 
 
 def test_a_tag_that_was_never_opened():
     text = "reasoning first\n</think>\n\nanswer"     # think-noopen
-    for parts in pieces(text):                      # nobody reads along: it is a thought
-        step = Thinking(hold=True)
+    for parts in pieces(text):
+        step = Thinking()
         events = [event for part in parts for event in step.feed([Text(part)])] + step.close()
-        assert merged(events) == [R("reasoning first"), T("answer")]
-    whole = Thinking()
-    assert whole.feed([Text(text)]) == [R("reasoning first"), T("answer")]
-    streamed = Thinking()                           # what has left can't be taken back, but no tag shows
-    assert streamed.feed([Text("reasoning first")]) == [T("reasoning first")]
-    assert merged(streamed.feed([Text("\n</thi"), Text("nk>\n\nanswer")])) == [T("\nanswer")]
+        answer = fold(events)
+        assert (answer.reasoning, answer.text) == ("reasoning first", "answer"), parts
+        assert "think" not in "".join(event.text for event in events if isinstance(event, Text)), "no tag shows in a stream"
+    assert Thinking().feed([Text(text)]) == [R("reasoning first"), T("answer")], "nothing had left"
 
 
 CUTOFF = {
@@ -405,11 +402,12 @@ CUTOFF = {
     "the earliest of several": (["zz", "c"], None, "abczz", [T("ab"), Finish("stop")]),
     "one begins within another": (["aab"], None, "xaaab", [T("xa"), Finish("stop")]),
     "a stop at once": (["a"], None, "abc", [Finish("stop")]),
-    "ten characters are two tokens": ([], 2, "0123456789", [T("0123456789"), Finish("stop")]),
-    "the eleventh is too many": ([], 2, "0123456789a", [T("0123456789"), Finish("length")]),
-    "others weigh more": ([], 2, "日本語日本", [T("日本語日"), Finish("length")]),
-    "a stop before the length": (["5"], 2, "0123456789a", [T("01234"), Finish("stop")]),
-    "a length before the stop": (["b"], 2, "0123456789ab", [T("0123456789"), Finish("length")]),
+    "sixteen characters are two tokens": ([], 2, "0123456789abcdef", [T("0123456789abcdef"), Finish("stop")]),
+    "the seventeenth is too many": ([], 2, "0123456789abcdefg", [T("0123456789abcdef"), Finish("length")]),
+    "other alphabets weigh more": ([], 1, "привіт!", [T("привіт"), Finish("length")]),
+    "East Asia's most": ([], 2, "日本語日本", [T("日本語日"), Finish("length")]),
+    "a stop before the length": (["5"], 2, "0123456789abcdefg", [T("01234"), Finish("stop")]),
+    "a length before the stop": (["h"], 2, "0123456789abcdefgh", [T("0123456789abcdef"), Finish("length")]),
 }
 
 
@@ -432,7 +430,7 @@ ADDRESSES = {
     "localhost:16571": ("127.0.0.1", 16571), ":8080": ("", 8080), "[::1]:8080": ("::1", 8080),
     "0.0.0.0:8080": ("0.0.0.0", 8080), "[::]:1": ("::", 1), "example.org:65535": ("example.org", 65535),
     "localhost": "no port", "a:b": "no port", ":99999": "no port", ":": "no port", "::1:80": "write an IPv6 address as",
-    "[zz]:80": "zz", ":+80": "no port", ":٥": "no port", "": "no port",
+    "[zz]:80": "zz", "a..b:80": "no host name", "x" * 70 + ":80": "no host name", ":+80": "no port", ":٥": "no port", "": "no port",
 }
 
 
@@ -462,6 +460,10 @@ BAD_SETTINGS = {
     "AKASH_BASE_URL=http://u:p@x/": "only scheme",
     "AKASH_BASE_URL=http://x:99999": "AKASH_BASE_URL: ",
     "AKASH_BASE_URL=http://a b/": "only scheme",
+    "AKASH_BASE_URL=http://a..b/": "no host name",
+    "BEARER_TOKEN= ": "BEARER_TOKEN: one of the values is empty",
+    "IMAGE_POLL=0": "IMAGE_POLL: it must be more than 0",
+    "CONNECT_TIMEOUT=0.0": "CONNECT_TIMEOUT: it must be more than 0",
     "IDLE_TIMEOUT=-1": "IDLE_TIMEOUT: '-1' is no number of seconds",
     "IDLE_TIMEOUT=nan": "no number",
     "MAX_BODY=1e9": "MAX_BODY: '1e9' is no whole number",
@@ -484,6 +486,13 @@ def test_all_mistakes_are_told_at_once():
     with pytest.raises(ConfigError) as caught:
         Settings.load({"LOG_LEVEL": "x"}, {"max_body": "y"})
     assert [problem.partition(":")[0] for problem in caught.value.problems] == ["--max-body", "LOG_LEVEL"]
+
+
+def test_settings_made_in_code_are_checked_too():
+    settings = Settings(bearer_token="one, two", cors_origins="https://a", akash_base_url="http://h/")
+    assert (settings.bearer_token, settings.cors_origins, settings.akash_base_url) == (("one", "two"), ("https://a",), "http://h")
+    with pytest.raises(ConfigError, match="idle_timeout: it must be more than 0"):
+        Settings(idle_timeout=-1)
 
 
 def test_secrets_stay_out_of_sight():
@@ -638,6 +647,35 @@ def test_a_request_is_not_sent_twice_on_a_new_connection(akash, serve):
     got = chat(server)
     assert got.status == 502 and got.json["error"]["code"] == "upstream_error"
     assert len(akash.bodies()) == 1 + (akash.connections == 3)
+
+
+def test_a_request_is_sent_twice_at_most(akash, serve):
+    server = serve()
+    gate = threading.Barrier(6)
+
+    def together(sock, request):
+        gate.wait(10)
+        return akash.answer(sock, request)
+
+    akash.faults.extend([together] * 6)
+    with concurrent.futures.ThreadPoolExecutor(6) as threads:
+        assert {got.status for got in threads.map(lambda _: chat(server), range(6))} == {200}
+    asked = len(akash.bodies())             # six connections are kept now, and the server closes each
+    akash.faults.extend([akash.refuse()] * 6)
+    assert chat(server).status == 502
+    assert len(akash.bodies()) == asked + 2
+
+
+def test_kept_connections_are_closed_in_time(akash, serve):
+    server = serve()
+    assert chat(server).status == 200
+    kept = server.pool.members[0].controller.transport.kept
+    assert sum(map(len, kept.idle.values())) == 1
+    kept.tidy(time.monotonic() + 3)
+    assert sum(map(len, kept.idle.values())) == 1
+    kept.tidy(time.monotonic() + 5)
+    assert not kept.idle
+    wait_for(lambda: not akash.open)
 
 
 def test_kept_connections_live_as_long_as_their_server_says():
@@ -866,13 +904,15 @@ REFUSED = {
     "content null": ({"messages": [user(None)]}, "messages[0].content", "must be text"),
     "content a number": ({"messages": [user(7)]}, "messages[0].content", "must be text"),
     "a part of audio": ({"messages": [user([{"type": "input_audio", "input_audio": {}}])]}, "messages[0].content[0]", "'input_audio'"),
-    "a part of nothing": ({"messages": [user([None])]}, "messages[0].content[0]", "not None"),
+    "a part of nothing": ({"messages": [user([None])]}, "messages[0].content[0]", "not 'None'"),
     "a part's type a list": ({"messages": [user([{"type": []}])]}, "messages[0].content[0]", "not"),
     "a local picture": ({"messages": [user([{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}])]},
                         "messages[0].content[0]", "must be http"),
     "a picture of the assistant": ({"messages": [{"role": "assistant", "content": [{"type": "image_url", "image_url": DATA_URL}]}]},
                                    "messages[0].content", "only messages of the user"),
     "only a system message": ({"messages": [{"role": "system", "content": "x"}]}, "messages", "message of the user"),
+    "an absurd temperature": ({"temperature": 10 ** 400}, "temperature", "must be a number"),
+    "absurd tokens": ({"max_tokens": 10 ** 400}, "max_tokens", "must be a whole number"),
     "stop": ({"stop": 7}, "stop", "must be a text"),
     "five stops": ({"stop": list("abcde")}, "stop", "may hold four"),
     "max_tokens": ({"max_tokens": 0}, "max_tokens", "at least 1"),
@@ -919,38 +959,58 @@ def session_of(akash, clock, token=""):
 def test_the_cookie_lives_for_its_max_age(akash):
     clock = Clock()
     session = session_of(akash, clock)
-    first = session.get()
+    first = session.get(akashproxy.Watch())
     assert first == akash.cookie
     clock.now += 0.79 * 600
-    assert session.get() == first and akash.cookies == 1
+    assert session.get(akashproxy.Watch()) == first and akash.cookies == 1
     clock.now += 0.02 * 600                 # the last fifth: the old one serves on while one thread renews
-    assert session.get() == first
-    wait_for(lambda: session.get() != first and not session.renewing)
-    assert akash.cookies == 2 and session.get() == akash.cookie
+    assert session.get(akashproxy.Watch()) == first
+    wait_for(lambda: session.get(akashproxy.Watch()) != first and not session.renewing)
+    assert akash.cookies == 2 and session.get(akashproxy.Watch()) == akash.cookie
     clock.now += 10000                      # over: everybody waits for a new one
-    assert session.get() == akash.cookie and akash.cookies == 3
-    assert all("cookie" not in request.headers for request in akash.requests)
+    assert session.get(akashproxy.Watch()) == akash.cookie and akash.cookies == 3
+    assert all("cookie" not in request.headers for request in akash.requests), "one would extend nothing in 2026"
 
 
 def test_many_threads_fetch_one_cookie(akash):
     session = session_of(akash, time.monotonic)
     with concurrent.futures.ThreadPoolExecutor(16) as threads:
-        assert len(set(threads.map(lambda _: session.get(), range(64)))) == 1
+        assert len(set(threads.map(lambda _: session.get(akashproxy.Watch()), range(64)))) == 1
     assert akash.cookies == 1
 
 
 def test_a_failed_renewal_leaves_the_old_cookie(akash):
     clock = Clock()
     session = session_of(akash, clock)
-    first = session.get()
+    first = session.get(akashproxy.Watch())
     akash.session = reply(500)
     clock.now += 500
-    assert session.get() == first
+    assert session.get(akashproxy.Watch()) == first
     wait_for(lambda: len(akash.requests) == 2 and not session.renewing)
-    assert session.get() == first and len(akash.requests) == 2      # not again at once
+    assert session.get(akashproxy.Watch()) == first and len(akash.requests) == 2      # not again at once
     clock.now += 20
-    assert session.get() == first
+    assert session.get(akashproxy.Watch()) == first
     wait_for(lambda: len(akash.requests) == 3)
+
+
+def test_a_session_server_that_stalls_costs_all_one_time_out(akash, serve):
+    akash.answer = akash.stall(None)
+    server = serve(session_timeout=0.3)
+    with concurrent.futures.ThreadPoolExecutor(6) as threads:
+        answers = list(threads.map(lambda _: chat(server), range(6)))
+    assert {got.status for got in answers} == {504} and len(akash.requests) < 6
+
+
+def test_a_client_that_leaves_while_others_fetch_the_session(akash, serve):
+    akash.answer = akash.stall(None)
+    server = serve()
+    with contextlib.ExitStack() as stack:
+        socks = [stack.enter_context(socket.create_connection(("127.0.0.1", server.server_port))) for _ in range(3)]
+        for sock in socks:
+            sock.sendall(post("/v1/chat/completions", CHAT))
+        wait_for(lambda: sum(handler.call is not None for handler in server.watchdog.handlers.copy()) == 3)
+    wait_for(lambda: len(server.watchdog.handlers) == 1)    # the one that fetches does so for all
+    akash.close()
 
 
 COOKIES = {
@@ -969,14 +1029,14 @@ def test_any_cookie_is_taken(case, akash):
     clock = Clock()
     session = session_of(akash, clock)
     session._keep(told, clock.now)
-    assert session.get() == expected and not akash.requests
+    assert session.get(akashproxy.Watch()) == expected and not akash.requests
 
 
 def test_a_server_without_sessions_is_no_error(akash, serve):
     akash.session = reply(body=b'{"success":true}')
     server = serve(akash_cookie="a=b")
     assert chat(server).status == chat(server).status == 200
-    assert [request.headers.get("cookie") for request in akash.requests] == [None, "a=b", "a=b"]
+    assert [request.headers.get("cookie") for request in akash.requests] == ["a=b", "a=b", "a=b"]
 
 
 def test_an_expired_session_is_renewed_once(akash, serve):
@@ -1013,7 +1073,11 @@ def test_access_tokens_of_both_versions(akash, serve, accepted):
         return answer(sock, request)
 
     akash.answer = guarded
-    assert chat(serve(akash_access_token="t0ken")).status == 200
+    server = serve(akash_access_token="t0ken")
+    assert chat(server).status == 200
+    token = hashlib.sha256(b"t0ken").hexdigest() if accepted == "plain" else "t0ken"    # the server changes its mind
+    akash.cookies += 10
+    assert chat(server).status == 200
     got = chat(serve(akash_access_token="wrong"))
     assert got.status == 502 and "AKASH_ACCESS_TOKEN" in got.json["error"]["message"]
     assert "wrong" not in got.body.decode()
@@ -1155,6 +1219,13 @@ def test_pictures_that_fail(case, akash, serve):
         assert got.status == status and words in got.json["error"]["message"]
 
 
+def test_hiccups_while_a_picture_is_made_are_forgiven(akash, serve):
+    akash.chat = PICTURE_LINE
+    akash.faulty = lambda request: "image-status" in request.path
+    akash.faults.extend([akash.raw(b"HTTP/1.1 200"), akash.raw(reply(500), keep=True), akash.raw(reply(502), keep=True), akash.raw(b"")])
+    assert chat(serve(), GEN).status == 200
+
+
 def test_a_lost_state_or_two_are_forgiven(akash, serve):
     akash.chat = PICTURE_LINE
     akash.states.extend([[], [], QUEUE[0], "Job not found", []])
@@ -1231,6 +1302,24 @@ def test_failures_before_the_first_word_are_statuses(case, streamed, akash, serv
     for name, pattern in headers.items():
         assert re.match(pattern, got.headers[name]), got.headers
     assert got.json["data"]["msg"] == ("Error Model." if code == "model_not_found" else got.json["error"]["message"])
+
+
+@pytest.mark.parametrize("path", ["/api/auth/session/", "/api/models/"])
+@pytest.mark.parametrize("status", [200, 403, 503])
+def test_a_page_in_front_of_the_session_or_the_models(path, status, akash, serve):
+    answer = akash.answer
+    akash.answer = lambda sock, request: (sock.sendall(reply(status, PAGE, "text/html")) or True if request.path == path
+                                          else answer(sock, request))
+    got = ask(serve(), path="/v1/models")
+    assert got.status == 503 and b"<" not in got.body
+    with pytest.raises(APIError, match="web page"):
+        serve().pool.members[0].controller.models()
+
+
+def test_endless_texts_of_errors_cost_nothing(akash, serve):
+    for text in ("a-" * 200000, "deadbeef" * 100000, "model " * 100000, "1." * 200000, "x" * 500000 + ":80"):
+        assert len(akashproxy.akash_error("Invalid prompt: " + text, "m").message) < 400
+        assert len(akashproxy.without_hosts(text)) < 2000
 
 
 BROKEN = {
@@ -1313,8 +1402,8 @@ def test_what_the_upstream_is_sent(akash, serve):
 def test_stop_and_length_end_the_upstream_request(akash, serve):
     server = serve()
     for fields, lines, text, finish in (({"stop": ["X", "END"]}, b'0:"abcE"\n0:"NDdef"\n', "abc", "stop"),
-                                        ({"max_tokens": 2}, b'0:"0123456789"\n0:"0123"\n', "0123456789", "length"),
-                                        ({"max_completion_tokens": 1, "max_tokens": 9}, b'0:"0123456789"\n', "01234", "length")):
+                                        ({"max_tokens": 2}, b'0:"0123456789"\n0:"0123456789"\n', "0123456789012345", "length"),
+                                        ({"max_completion_tokens": 1, "max_tokens": 9}, b'0:"0123456789"\n', "01234567", "length")):
         for ask_it in (lambda: stream(server, **fields)[:3:2], lambda: (
                 lambda choice: (choice["message"]["content"], choice["finish_reason"]))(chat(server, **fields).json["choices"][0])):
             akash.gone.clear()
@@ -1592,6 +1681,41 @@ def test_a_client_that_leaves_a_picture_ends_the_polling(akash, serve):
         sock.sendall(post("/v1/images/generations", {"prompt": "x"}))
         wait_for(lambda: len(akash.requests) > 4)
     wait_for(lambda: not server.watchdog.handlers)
+
+
+@pytest.mark.parametrize("said", [[Text("HI")], []])
+def test_a_controller_that_forgets_to_finish(said, monkeypatch, serve):
+    class Forgets(akashproxy.Controller):
+        def events(self, call):
+            return iter(said)
+
+    monkeypatch.setitem(akashproxy.CONTROLLERS, "forgets", Forgets)
+    server = serve(controllers=(akashproxy.ControllerSettings(type="forgets"),))
+    got = chat(server)
+    assert got.status == 502 and EARLY in got.json["error"]["message"]
+    if said:
+        assert EARLY in stream(server)[3]["message"]
+
+
+def test_the_address_in_links_without_a_host(akash, serve):
+    akash.chat = PICTURE_LINE
+    server = serve()
+    got = talk(server, post("/v1/images/generations", {"prompt": "x"}).replace(b"HTTP/1.1\r\nHost: x", b"HTTP/1.0"))
+    assert f'"url":"{server.url}/images/'.encode() in got
+
+
+def test_a_stop_leaves_no_thread_and_needs_no_start(serve):
+    def clients():
+        return sum(thread.name == "akashproxy client" for thread in threading.enumerate())
+
+    before = clients()
+    for _ in range(10):
+        server = Server(Settings(server_address="127.0.0.1:0")).start()
+        with concurrent.futures.ThreadPoolExecutor(4) as threads:
+            assert {got.status for got in threads.map(lambda _: ask(server), range(4))} == {200}
+        server.stop(1)
+    wait_for(lambda: clients() <= before)
+    Server(Settings(server_address="127.0.0.1:0")).stop()
 
 
 def test_a_bug_is_not_shown(serve, akash, caplog):
