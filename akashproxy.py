@@ -75,6 +75,7 @@ import os
 import random
 import re
 import select
+import selectors
 import signal
 import socket
 import sys
@@ -785,6 +786,9 @@ class Settings(Checked):
     write_timeout: float = setting(60.0, "seconds for a client to take in what it was sent", positive)
     keepalive_timeout: float = setting(75.0, "seconds for which an idle client connection is kept", positive)
     max_body: int = setting(32 << 20, "bytes in the largest request")
+    max_connections: int = setting(10000, "clients that are connected at a time; more get a 503")
+    heartbeat: float = setting(15.0, "seconds of silence in a stream after which a ping is sent", positive)
+    pings: str = setting("comment", "what a ping is: comment, chunk (an empty one) or off", choice("comment", "chunk", "off"))
     grace: float = setting(7.0, "seconds for running requests to end after SIGTERM")
     log_level: str = setting("info", "debug, info, warning or error", choice("debug", "info", "warning", "error"))
     controllers: Tuple[ControllerSettings, ...] = ()    # only in a file; none: one Akash Chat server
@@ -1029,23 +1033,28 @@ _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[\t ]*(?:;[\t -~\x80-\xff]*)?")
 _TOKEN_BYTES = frozenset(b"!#$%&'*+-.^_`|~0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz")
 
 
+def head_end(held: bytes, searched: int = 0, first: Iterable[int] = _TOKEN_BYTES) -> int:
+    """Where the blank line after a head begins; -1 if it has not come. What is hopeless is refused at once."""
+    end = held.find(b"\r\n\r\n", searched)
+    if end > HEAD_LIMIT or end < 0 and len(held) > HEAD_LIMIT:
+        raise ProtocolError("the head is too large", 431)
+    if end < 0 and held and held != b"\r" and (held[0] not in first or _BARE_BREAK.search(held, searched)):
+        raise ProtocolError("this is not HTTP/1.1")
+    return end
+
+
 def read_head(sock: Any, held: bytes, first: Iterable[int] = _TOKEN_BYTES) -> Optional[Tuple[str, Dict[str, str], bytes]]:
     """Read up to the blank line: (start line, fields by lower-case name, bytes beyond), or None if nothing came.
 
-    Fields of one name are joined by ", ", set-cookie by a line feed. What is hopeless is refused
-    as soon as it is seen, so that nobody waits for its end: ProtocolError.
+    Fields of one name are joined by ", ", set-cookie by a line feed.
     """
     searched = 0
     while True:
         while held.startswith(b"\r\n"):  # RFC 9112, 2.2: blank lines before a message are skipped
             held, searched = held[2:], 0
-        end = held.find(b"\r\n\r\n", searched)
-        if end >= 0 and end <= HEAD_LIMIT:
+        end = head_end(held, searched, first)
+        if end >= 0:
             break
-        if len(held) > HEAD_LIMIT:
-            raise ProtocolError("the head is too large", 431)
-        if held and held != b"\r" and (held[0] not in first or _BARE_BREAK.search(held, searched)):
-            raise ProtocolError("this is not HTTP/1.1")
         searched = max(0, len(held) - 3)
         data = sock.recv(READ_SIZE)
         if not data:
@@ -1328,12 +1337,15 @@ def idle_seconds(headers: Dict[str, str]) -> float:
     return max(0.0, float(match[1]) - 1) if match else 30.0
 
 
+NOW = getattr(socket, "MSG_DONTWAIT", 0)  # do not wait, even if the socket is a blocking one
+
+
 def peek(sock: Any) -> Optional[bytes]:
     """What a socket has to say, left there: None if nothing, b"" if the other side has closed or reset it."""
     try:
-        if not hasattr(socket, "MSG_DONTWAIT") and not select.select([sock], [], [], 0)[0]:  # Windows
+        if not NOW and not select.select([sock], [], [], 0)[0]:  # Windows
             return None
-        return socket.socket.recv(sock, 1, socket.MSG_PEEK | getattr(socket, "MSG_DONTWAIT", 0))
+        return socket.socket.recv(sock, 1, socket.MSG_PEEK | NOW)
     except BlockingIOError:
         return None
     except OSError:
@@ -1379,23 +1391,40 @@ class Response:
                  let_go: Callable[[], None]) -> None:
         self.status, self.headers = status, headers
         self.where, self.idle = "the upstream", math.inf    # set by Transport.open
-        self._body, self._early, self._sock, self._watch, self._let_go = body, early, sock, watch, let_go
+        self.body, self.early, self.sock, self.watch, self.let_go = body, early, sock, watch, let_go
+
+    def receive(self, data: bytes) -> bytes:
+        """The payload within some bytes of the socket (b"": it has ended); ProtocolError where that is too early."""
+        if data:
+            return self.body.feed(data)
+        self.watch.check()
+        self.body.close()
+        return b""
+
+    def expect(self) -> None:
+        """From now on the upstream owes its next bytes."""
+        self.watch.expect(self.idle, f"{self.where} sent nothing for {self.idle:g} seconds.")
+
+    def wait(self) -> bytes:
+        """The next bytes of the socket."""
+        self.expect()
+        data = self.sock.recv(READ_SIZE)
+        self.watch.due = math.inf       # how long they are used is not the upstream's affair
+        return data
 
     def chunks(self) -> Iterator[bytes]:
         """The payload of each read; APIError where the upstream breaks off or falls silent."""
-        with upstream_errors(self._watch, self.where):
-            data, body = self._early, self._body
+        with upstream_errors(self.watch, self.where):
+            data, self.watch.due = self.early, math.inf
             while True:
-                payload = body.feed(data) if data else b""
+                payload = self.receive(data) if data else b""
                 if payload:
                     yield payload
-                if body.done:
+                if self.body.done:
                     break
-                self._watch.expect(self.idle, f"{self.where} sent nothing for {self.idle:g} seconds.")
-                data = self._sock.recv(READ_SIZE)
+                data = self.wait()
                 if not data:
-                    self._watch.check()
-                    body.close()
+                    self.receive(data)
             self.close()
 
     def read(self, limit: int = 64 << 20) -> bytes:
@@ -1420,12 +1449,13 @@ class Response:
 
     def close(self) -> None:
         """Keep the connection if the answer was read to its end, else close it, so that the upstream stops."""
-        sock, self._sock = self._sock, None
+        sock, self.sock = self.sock, None
         if sock is None:
             return
-        self._watch.release()
-        if self._body.done and not self._body.rest:
-            self._let_go()
+        self.watch.release()
+        if self.body.done and not self.body.rest:
+            sock.setblocking(True)
+            self.let_go()
         else:
             sock.close()
 
@@ -1458,24 +1488,32 @@ class Transport:
         return response
 
 
+NETWORK = (OSError, ProtocolError, http.client.HTTPException)
+
+
 @contextlib.contextmanager
 def upstream_errors(watch: Watch, where: str) -> Iterator[None]:
-    """Make an APIError of whatever the network does; the reason why a watch was ended goes first."""
+    """Make an APIError of whatever the network does."""
     try:
         yield
-    except (OSError, ProtocolError, http.client.HTTPException) as error:
-        watch.check()
-        log.info("%s: %s: %s", where, type(error).__name__, error)
-        late = isinstance(error, (socket.timeout, TimeoutError))
-        if isinstance(error, (http.client.HTTPException, ProtocolError)):
-            what = "broke off its answer or sent something that is not HTTP."
-        elif late:
-            what = "could not be reached in time."
-        elif isinstance(error, (ConnectionResetError, BrokenPipeError)) or type(error) is ConnectionError:
-            what = "broke off the connection."
-        else:
-            what = "could not be reached."
-        raise APIError(504 if late else 502, f"{where} {what}", code="upstream_error", kind="network") from error
+    except NETWORK as error:
+        raise upstream_error(error, watch, where) from error
+
+
+def upstream_error(error: Exception, watch: Watch, where: str) -> APIError:
+    """What a failure of the network means; raises the reason why the watch was ended, if it was."""
+    watch.check()
+    log.info("%s: %s: %s", where, type(error).__name__, error)
+    late = isinstance(error, (socket.timeout, TimeoutError))
+    if isinstance(error, (http.client.HTTPException, ProtocolError)):
+        what = "broke off its answer or sent something that is not HTTP."
+    elif late:
+        what = "could not be reached in time."
+    elif isinstance(error, (ConnectionResetError, BrokenPipeError)) or type(error) is ConnectionError:
+        what = "broke off the connection."
+    else:
+        what = "could not be reached."
+    return APIError(504 if late else 502, f"{where} {what}", code="upstream_error", kind="network")
 
 
 # == 7. controllers ===========================================================================
@@ -1517,12 +1555,55 @@ class Pipeline:
 
 
 class Stream:
-    """An answer on its way: iterated, it reads the response and decodes it."""
+    """An answer that comes from a socket, for whoever has the bytes: the request's thread, or the watchdog.
+
+    receive() turns bytes into events; iterated, it reads its socket by itself. ``failure`` is the
+    APIError that ends the answer, once the events before it are used; ``over`` tells that the
+    socket has no more for it.
+    """
 
     DRAIN = 1.0  # seconds for an upstream to end its message once the answer is whole
 
     def __init__(self, response: Response, decoder: Any) -> None:
         self.response, self.decoder = response, decoder
+        self.whole = self.over = False
+        self.failure: Optional[Exception] = None
+
+    def receive(self, data: bytes) -> List[Event]:
+        """What some bytes of the socket mean; b"" is its end."""
+        events: List[Event] = []
+        try:
+            payload = self.response.receive(data) if data or not self.response.body.done else b""
+            if payload and not self.whole:
+                events = self.feed(payload)
+            if self.response.body.done:
+                self.over = True
+                if not self.whole and not self.failure:
+                    events += self.decoder.close()
+                    self.failure = self.decoder.error
+        except (APIError, *NETWORK) as error:
+            events += self.broken(error)
+        return events
+
+    def feed(self, payload: bytes) -> List[Event]:
+        events = self.decoder.feed(payload)
+        self.failure = self.decoder.error
+        if events and isinstance(events[-1], Finish):
+            self.whole, self.failure = True, None
+            self.over = self.decoder.cut    # the upstream should stop; else its message comes to a proper end
+            self.response.idle = self.DRAIN
+        return events
+
+    def broken(self, error: Exception) -> List[Event]:
+        """The network failed; if the answer was whole before, that is of no interest."""
+        self.over = True
+        if self.whole:
+            return []
+        try:
+            self.failure = upstream_error(error, self.response.watch, self.response.where)
+        except (APIError, ClientLeft) as reason:  # why somebody ended it
+            self.failure = reason
+        return self.decoder.flush()
 
     def __iter__(self) -> Iterator[Event]:
         for events in self.batches():
@@ -1530,34 +1611,21 @@ class Stream:
 
     def batches(self) -> Iterator[List[Event]]:
         """The events of each read, together."""
-        decoder, whole = self.decoder, False
-        try:
-            for data in self.response.chunks():
-                events = [] if whole else decoder.feed(data)
-                if events:
-                    whole = isinstance(events[-1], Finish)
-                    if whole:
-                        self.response.idle = self.DRAIN
-                    yield events
-                if decoder.error and not whole:
-                    raise decoder.error
-                if whole and decoder.cut:
-                    return
-            if not whole:
-                events = decoder.close()
-                if events:
-                    yield events
-                if decoder.error:
-                    raise decoder.error
-        except APIError:
-            if whole:
-                return  # the answer was complete; how the connection ends is of no interest
-            events = decoder.flush()
+        events = self.receive(self.response.early) if self.response.early or self.response.body.done else []
+        while True:
             if events:
                 yield events
-            raise
-        finally:
-            self.response.close()
+            if self.failure:
+                raise self.failure
+            if self.over:
+                return
+            try:
+                events = self.receive(self.response.wait())
+            except OSError as error:
+                events = self.broken(error)
+
+    def close(self) -> None:
+        self.response.close()
 
 
 class Controller:
@@ -2448,9 +2516,9 @@ class RelayDecoder:
     def __init__(self, where: str, events: bool = True, ends: Optional[Any] = None) -> None:
         self.where, self.ends = where, ends
         self.begun = not events         # other bytes than events are not looked at
+        self.cut = False
         self.held = b""                 # until the first event is whole; then the end of what has gone
         self.error: Optional[APIError] = None
-        self.cut = False
 
     def feed(self, data: bytes) -> List[Event]:
         if self.begun:
@@ -2732,6 +2800,7 @@ class Pool:
                  rng: Callable[[], float] = random.random) -> None:
         self.settings, self.clock, self.rng = settings, clock, rng
         self.changed = threading.Condition()
+        self.waiting = 0        # requests that wait for a controller
         kept = {member.name: member for member in before.members} if before and before.alike(settings) else {}
         self.members = [kept[options.name] if options.name in kept and kept[options.name].options == options
                         else Member(CONTROLLERS[options.type](options, settings)) for options in settings.pool()]
@@ -2744,44 +2813,34 @@ class Pool:
 
     # -- an answer
 
-    def answer(self, call: Call) -> Iterator[List[Event]]:
-        """The answer's events, as they come together. APIError, at once or later, is its end.
+    def answer(self, call: Call) -> "Running":
+        """The answer, once it has begun (streamed) or is whole. APIError if nobody has one.
 
-        Each controller is asked at most once. When something of a streamed answer has been passed
-        on, or all of another, nobody else can take over.
+        Each controller is asked at most once; what has been passed on can't be taken over by
+        another one.
         """
         tried: List[Member] = []
         errors: List[APIError] = []
         while True:
             member = self.take(call, tried, errors)
             tried.append(member)
-            passed, error = False, None
+            running = Running(self, member, call)
             try:
-                for events in self.ask(member, call):
-                    if not passed:
-                        call.route.append(f"{member.name}=200")
-                        call.controller = member.name
-                    passed = True
-                    yield events
-                return
-            except APIError as failure:
-                error = failure
-                if passed or not FAILURES[error.kind][0]:
-                    call.route += [] if passed else [f"{member.name}={error.status}"]
-                    raise
+                running.begin()
+                call.route.append(f"{member.name}=200")
+                call.controller = member.name
+                return running
+            except APIError as error:
+                running.close(error)
                 if error.kind != "ability":
                     call.route.append(f"{member.name}={error.status}")
                     log.info("%s: %s", member.name, error.message)
+                if not FAILURES[error.kind][0]:
+                    raise
                 errors.append(error)
-            finally:
-                self.release(member, error, passed)
-
-    def ask(self, member: Member, call: Call) -> Iterator[List[Event]]:
-        """One controller's answer: as it comes for a streaming client, else when it is whole."""
-        call.renew()
-        call.kind = None
-        events = complete(batches(member.controller.events(call)), member.name)
-        return events if call.stream else iter([[event for batch in events for event in batch]])
+            except BaseException:
+                running.close(None)
+                raise
 
     def take(self, call: Call, tried: List[Member], errors: List[APIError]) -> Member:
         """The controller to ask next; waits a little if all rest. APIError if there is none."""
@@ -2803,7 +2862,9 @@ class Pool:
                 wakes = min(max(member.wakes(alone), now) for member in able)
                 if wakes > end or now >= end:
                     raise self.busy(able, errors, max(wakes - now, 1.0))
+                self.waiting += 1
                 self.changed.wait(min(max(wakes, now + 0.01), end, now + 0.25) - now)
+                self.waiting -= 1
                 call.watch.check()
 
     def able(self, model: str) -> List[Member]:
@@ -2812,12 +2873,13 @@ class Pool:
         sure = [member for member in on if member.serves(model)]
         return sure or [member for member in on if member.serves(model) is None]
 
-    def release(self, member: Member, error: Optional[APIError], passed: bool) -> None:
+    def release(self, member: Member, error: Optional[APIError], begun: bool) -> None:
         with self.changed:
             member.in_flight -= 1
-            if error is not None or passed:
+            if error is not None or begun:
                 member.fare(error, self.clock())
-            self.changed.notify_all()
+            if self.waiting:
+                self.changed.notify_all()
 
     def summed_up(self, call: Call, tried: List[Member], errors: List[APIError]) -> APIError:
         """The error when nobody is left: the one that tells most."""
@@ -2925,21 +2987,44 @@ class Pool:
                 member.controller.close()
 
 
-def complete(answer: Iterator[List[Event]], name: str) -> Iterator[List[Event]]:
-    """The same, but an end without a Finish is an error: there is no invented "stop"."""
-    last = None
-    for events in answer:
-        last = events[-1]
-        yield events
-    if not isinstance(last, (Finish, Raw)):
-        raise early(name)
+class Running:
+    """A controller's answer to a call: its first events, and where the rest of them comes from.
 
+    For a client that does not stream, the first events are all of them. A ``stream`` may be taken
+    over by whoever can feed it. close() must follow, with the error if there was one.
+    """
 
-def batches(answer: Iterable[Event]) -> Iterator[List[Event]]:
-    """The events of an answer, as they come together."""
-    if isinstance(answer, Stream):
-        return answer.batches()
-    return ([event] for event in answer)
+    def __init__(self, pool: Pool, member: Member, call: Call) -> None:
+        self.pool, self.member, self.call = pool, member, call
+        self.source: Any = None
+        self.stream: Optional[Stream] = None
+        self.first: List[Event] = []
+        self.rest: Iterator[List[Event]] = iter(())
+        self.begun = self.closed = False
+
+    def begin(self) -> None:
+        self.call.renew()
+        self.call.kind = None
+        self.source = self.member.controller.events(self.call)
+        self.stream = self.source if isinstance(self.source, Stream) else None
+        self.rest = self.stream.batches() if self.stream else self.singly()
+        self.first = next(self.rest) if self.call.stream else [event for events in self.rest for event in events]
+        self.begun = True
+
+    def singly(self) -> Iterator[List[Event]]:
+        """The events of a source that is no stream. An end without a Finish is an error: no "stop" is invented."""
+        event = None
+        for event in self.source:
+            yield [event]
+        if not isinstance(event, (Finish, Raw)):
+            raise early(self.member.name)
+
+    def close(self, error: Optional[APIError] = None) -> None:
+        if not self.closed:
+            self.closed = True
+            if hasattr(self.source, "close"):
+                self.source.close()
+            self.pool.release(self.member, error, self.begun)
 
 
 # == 9. dialects ==============================================================================
@@ -2978,6 +3063,10 @@ class Dialect:
     def fail(self, error: APIError) -> bytes:
         """The end of a stream that breaks off. go-openai wants "error" to be the first key."""
         return b"data: " + to_json(self.refusal(error)) + b"\n\ndata: [DONE]\n\n"
+
+    def ping(self, form: str) -> bytes:
+        """What fills silence: a comment, or where clients can't read those an empty event."""
+        return b": keep-alive\n\n" if form == "comment" else b""
 
     def whole(self, answer: Answer) -> Dict[str, Any]:
         """The body for a client that does not stream."""
@@ -3032,6 +3121,9 @@ class ChatCompletions(Dialect):
             raise bad_request("'stream_options' must be an object.", "stream_options")
         self.usage_asked = bool((options or {}).get("include_usage"))
         return Call(body, stream=flag(body, "stream"))
+
+    def ping(self, form: str) -> bytes:
+        return self.begin() if form == "chunk" else super().ping(form)
 
     def begin(self) -> bytes:
         head = {"id": self.id, "object": self.OBJECT + ".chunk", "created": self.created, "model": self.call.model}
@@ -3188,43 +3280,240 @@ class Relay(Dialect):
         self.call = Call({"model": model} if isinstance(model, str) else {}, stream=True, relay_only=True,
                          content_type=content_type or "application/octet-stream", sent=body or None)
 
+    def ping(self, form: str) -> bytes:
+        return b""
+
     def feed(self, events: List[Event]) -> bytes:
         return b"".join(event.data for event in events if isinstance(event, Raw))
 
 
 # == 10. guards ===============================================================================
-# One thread that looks at every socket, so that no request needs a helper of its own.
+# One thread for everything that waits: idle clients, streams that have begun, deadlines, silence.
 
 
 class Watchdog(threading.Thread):
-    """Ends what is over its time, and the calls whose client has left. Looks four times a second."""
+    """Waits on behalf of everybody: a selector's loop, and four times a second a look at all clocks.
+
+    Whoever registers a socket hands it over: from then on only this thread touches it, until the
+    owner's method, which is called when the socket is ready, gives it away again.
+    """
 
     TICK = 0.25
 
-    def __init__(self, pool: Callable[[], Pool]) -> None:
+    def __init__(self, server: "Server") -> None:
         super().__init__(name="akashproxy watchdog", daemon=True)
-        self.pool, self.tidy_at = pool, 0.0
+        self.server = server
+        self.selector = selectors.DefaultSelector()
         self.handlers: set = set()      # the server's open connections
-        self.stopped = threading.Event()
+        self.now = time.monotonic()
+        self.tidy_at = 0.0
+        self.stopped = False
+
+    def watch(self, sock: Any, owner: Callable[[int], None], events: int = selectors.EVENT_READ) -> None:
+        self.selector.register(sock, events, owner)
+
+    def leave(self, sock: Any) -> None:
+        with contextlib.suppress(KeyError, ValueError):  # it is not watched
+            self.selector.unregister(sock)
 
     def run(self) -> None:
-        while not self.stopped.wait(self.TICK):
-            try:
-                self.look(time.monotonic())
-            except Exception:
-                log.exception("the watchdog stumbled")
+        look_at = 0.0
+        while not self.stopped:
+            ready = self.selector.select(self.TICK)
+            self.now = time.monotonic()
+            for key, events in ready:
+                if not self.call(key.data, events):
+                    self.leave(key.fileobj)     # it would be ready again at once
+            if self.now >= look_at:
+                look_at = self.now + self.TICK
+                self.call(self.look, self.now)
+        self.selector.close()
+
+    @staticmethod
+    def call(method: Callable[[Any], None], argument: Any) -> bool:
+        try:
+            method(argument)
+            return True
+        except Exception:  # a bug must not stop everybody
+            log.exception("the watchdog stumbled")
+            return False
 
     def look(self, now: float) -> None:
+        """End what is over its time, notice clients that have left, fill silence."""
         for watch in Watch.live.copy():
             if watch.due < now:
                 watch.end(APIError(504, watch.late, code="timeout", kind="network"))
         for handler in self.handlers.copy():
-            call = handler.call
-            if call is not None and peek(handler.connection) == b"":
-                call.cancel()
+            handler.look(now)
         if now >= self.tidy_at:
             self.tidy_at = now + 1.0
-            self.pool().tidy(now)
+            self.server.pool.tidy(now)
+
+
+class Flow:
+    """A stream that has begun: the watchdog reads the upstream, feeds the pipeline and writes to the client.
+
+    A client that reads slowly pauses its upstream. When the answer is whole the client is free for
+    its next request, while the upstream's message comes to its end. Only one thread at a time is in
+    here: the request's own until start() returns, the watchdog's from then on.
+    """
+
+    def __init__(self, handler: "Handler", dialect: Dialect, running: Running) -> None:
+        self.handler, self.dialect, self.running = handler, dialect, running
+        self.stream: Any = running.stream
+        self.watchdog = handler.server.watchdog
+        self.client, self.upstream = handler.connection, self.stream.response.sock
+        self.watch = self.stream.response.watch
+        self.watched = self.paused = self.free = self.ended = False
+
+    def start(self) -> bool:
+        """Take what is there already, and leave the rest to the watchdog; True if the client is free again."""
+        self.client.setblocking(False)
+        self.upstream.setblocking(False)
+        self.free = self.stream.whole
+        self.stream.response.expect()
+        for _ in range(8):  # not for ever: others wait, too
+            if self.ended or self.paused or not self.step():
+                break
+        while self.pending():
+            self.step()
+        free = self.free
+        if not free:
+            self.handler.flow = self
+        if self.paused:
+            self.watch_client()
+        elif not self.ended:
+            self.watchdog.watch(self.upstream, self.on_upstream)    # the last thing that this thread does here
+        return free
+
+    def pending(self) -> bool:
+        """Has TLS decoded more than was read? No selector tells of that."""
+        return not self.ended and not self.paused and bool(getattr(self.upstream, "pending", int)())
+
+    def watch_client(self) -> None:
+        if not self.free and not self.ended:
+            if self.watched:
+                self.watchdog.leave(self.client)
+            self.watched = True
+            self.watchdog.watch(self.client, self.on_client,
+                                selectors.EVENT_READ | (selectors.EVENT_WRITE if self.paused else 0))
+
+    def on_upstream(self, events: int) -> None:
+        if not self.watched:
+            self.watch_client()
+        self.go_on()
+
+    def go_on(self) -> None:
+        was_free = self.free
+        if not self.ended and self.step():
+            while self.pending():
+                self.step()
+        if self.free and not was_free:
+            self.handler.flow_ended()
+
+    def step(self) -> bool:
+        """One read, one write; False if there was nothing to read."""
+        stream = self.stream
+        try:
+            data = self.upstream.recv(READ_SIZE)
+        except (BlockingIOError, WantRead):
+            return False
+        except OSError as error:
+            events = stream.broken(error)
+        else:
+            events = stream.receive(data)
+        if events:
+            self.send(self.dialect.feed(events), stream.whole)
+        if stream.failure:
+            self.fail(stream.failure)
+        elif stream.over:
+            if not stream.whole:
+                self.send(b"", True)
+            self.end()
+        else:
+            self.watch.due = self.watchdog.now + stream.response.idle
+        return True
+
+    def send(self, frames: bytes, last: bool) -> None:
+        if self.free:
+            return
+        try:
+            sent = self.handler.send_now(frames, last)
+        except OSError:
+            self.handler.client_left()
+            return self.end()
+        if not sent and not self.paused:
+            self.paused = True      # until the client has taken it in
+            self.watchdog.leave(self.upstream)
+            if self.watched:
+                self.watch_client()
+        if last and sent:
+            self.let_go()
+
+    def let_go(self) -> None:
+        """The client is served."""
+        if self.watched:
+            self.watchdog.leave(self.client)
+        self.free, self.handler.flow, self.handler.call = True, None, None
+
+    def on_client(self, events: int) -> None:
+        """It has left, it has sent its next request, or it has room again."""
+        if self.free:
+            return
+        if events & selectors.EVENT_READ:
+            said = peek(self.client)
+            if said == b"":
+                self.handler.client_left()
+                self.end()
+                return self.handler.flow_ended()
+            if said:        # a request that waits its turn: its end would not show any more
+                self.watchdog.leave(self.client)
+                if self.paused:
+                    self.watchdog.watch(self.client, self.on_client, selectors.EVENT_WRITE)
+        if events & selectors.EVENT_WRITE:
+            self.resume()
+
+    def resume(self) -> None:
+        try:
+            if not self.handler.send_now(b""):
+                return
+        except OSError:
+            self.handler.client_left()
+            self.end()
+            return self.handler.flow_ended()
+        self.paused = False
+        if self.stream.whole or self.ended:
+            self.let_go()
+            self.handler.flow_ended()
+        else:
+            self.watch_client()
+        if not self.ended:
+            self.watchdog.watch(self.upstream, self.on_upstream)
+            self.go_on()
+
+    def fail(self, error: Exception) -> None:
+        """The answer broke off: the client is told within the stream, in its dialect."""
+        if isinstance(error, APIError):
+            frames = self.handler.farewell(self.dialect, error)
+            self.send(frames, True)
+            self.end(error)
+        else:
+            self.handler.client_left()
+            self.end()
+
+    def end(self, error: Optional[APIError] = None) -> None:
+        """No more comes from the upstream. What the client has not taken in yet, it still gets."""
+        self.ended = True
+        self.watchdog.leave(self.upstream)
+        self.running.close(error)
+        if not self.free and (not self.paused or self.handler.close_connection):
+            self.let_go()
+
+
+try:
+    from ssl import SSLWantReadError as WantRead
+except ImportError:  # a Python without ssl
+    WantRead = BlockingIOError  # type: ignore[misc,assignment]
 
 
 # == 11. server ===============================================================================
@@ -3241,6 +3530,8 @@ ROUTES: Dict[str, Dict[str, Any]] = {
     "/health": {"GET": "get_health"},
     "/status": {"GET": "get_status"},
 }
+
+MODEM = 4000    # bytes per second that a client's body may take, however long that is
 
 SSE_HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache, no-transform",
                "X-Accel-Buffering": "no"}
@@ -3280,63 +3571,156 @@ class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: "Server"
 
-    # -- a connection
+    # -- a connection: it waits in the watchdog, is answered by a thread, or flows through the watchdog
 
-    def setup(self) -> None:
-        self.connection = self.request
-        self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    def __init__(self, request: Any, client_address: Any, server: "Server") -> None:
+        self.request = self.connection = request
+        self.client_address, self.server = client_address, server
+        request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.wfile = Outbox()
-        self.settings = self.server.settings
         self.held = b""                         # read, but not yet used
+        self.backlog = b""                      # to be sent before anything else
+        self.lock = threading.RLock()           # whoever writes; the watchdog sends pings
         self.watch = Watch()
-        self.watch.hold(self.connection)
-        self.call: Optional[Call] = None        # for the watchdog, while an answer is awaited
-        self.idle = False
-        self.server.watchdog.handlers.add(self)
+        self.watch.hold(request)
+        self.call: Optional[Call] = None        # while an answer is awaited
+        self.flow: Optional[Flow] = None        # while the watchdog relays one
+        self.waits = False
+        self.linger_left = 0
+        self.close_connection = self.unread = False
+        server.watchdog.handlers.add(self)
 
-    def handle(self) -> None:
-        self.close_connection = False
-        while not self.close_connection:
-            self.handle_one_request()
+    def wait(self) -> None:
+        """Leave the connection to the watchdog until a request's head has come."""
+        self.waits, self.settings = True, self.server.settings
+        self.watch.how = socket.SHUT_RD if self.held else socket.SHUT_RDWR
+        self.watch.expect(self.settings.head_timeout if self.held else self.settings.keepalive_timeout,
+                          "The request's head took too long.")
+        if self.server.draining and not self.held:
+            self.watch.due = 0.0
+        self.server.watchdog.watch(self.connection, self.on_readable)   # the last thing that this thread does here
+
+    def on_readable(self, events: int) -> None:
+        """The watchdog has bytes of a client that waits, or its end."""
+        try:
+            data = self.connection.recv(READ_SIZE, NOW)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if self.linger_left:
+            self.linger_left = max(0, self.linger_left - len(data))
+            if not data or not self.linger_left:
+                self.close()
+        elif data or self.held:
+            if not self.held:
+                self.watch.how = socket.SHUT_RD     # so that a 408 can still be sent
+                self.watch.expect(self.settings.head_timeout, "The request's head took too long.")
+            self.held += data
+            if not data or self.head_is_here():
+                self.server.watchdog.leave(self.connection)
+                self.server.give(self)
+        else:
+            self.close()
+
+    def head_is_here(self) -> bool:
+        """Is there work for a thread: a whole head, or something that must be refused?"""
+        try:
+            held = self.held[2:] if self.held.startswith(b"\r\n") else self.held
+            return head_end(held) >= 0 or held.startswith(b"\r\n")
+        except ProtocolError:
+            return True
+
+    def run(self) -> None:
+        """In a thread: answer what has come, then wait again, or leave the stream to the watchdog, or end."""
+        self.waits = False
+        while True:
+            flow = self.handle_one_request()
+            if flow is not None:
+                if not flow.start():
+                    return
+                self.connection.setblocking(True)
+            if not self.next_request():
+                return
+
+    def flow_ended(self) -> None:
+        """In the watchdog: the client has got its stream."""
+        if self.flow is None and self.call is None:
+            self.connection.setblocking(True)
+            if self.next_request():
+                self.server.give(self)
+
+    def next_request(self) -> bool:
+        """The request is over: True if the next one is there already, else the connection waits or ends."""
+        self.log_line()
+        if self.close_connection:
+            self.finish()
+        elif self.held and self.head_is_here():
+            return True
+        else:
+            self.wait()
+        return False
 
     def finish(self) -> None:
-        try:
-            self.linger()
-        finally:
-            self.watch.release()
-            self.server.watchdog.handlers.discard(self)
-            self.server.left()
-
-    def linger(self) -> None:
-        """Take in what the client still sends, for a moment: closing at once could destroy our last answer."""
+        """End the connection; what the client still sends is taken in for a moment, else our answer could be lost."""
         if not self.unread or self.watch.why is not None:
-            return
+            return self.close()
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_WR)
-            self.watch.expect(2.0, "lingering")
-            left = 4 << 20
-            while left > 0:
-                data = self.connection.recv(READ_SIZE)
-                if not data:
-                    return
-                left -= len(data)
+        self.linger_left, self.watch.how = 4 << 20, socket.SHUT_RDWR
+        self.watch.expect(2.0, "lingering")
+        self.server.watchdog.watch(self.connection, self.on_readable)
+
+    def close(self) -> None:
+        self.server.watchdog.leave(self.connection)
+        self.watch.release()
+        self.server.watchdog.handlers.discard(self)
+        self.server.shutdown_request(self.connection)
+        self.server.left()
+
+    def look(self, now: float) -> None:
+        """The watchdog passes by: has the client left, or been told nothing for long?"""
+        call = self.call
+        if self.flow is not None and not self.flow.watched:
+            self.flow.watch_client()
+        elif call is not None and self.flow is None and peek(self.connection) == b"":
+            call.cancel()
+        elif call is not None and call.stream and now - self.spoke > self.settings.heartbeat:
+            self.ping(now)
+
+    def ping(self, now: float) -> None:
+        """Fill the silence of a stream, between two events, so that nobody in between thinks it dead."""
+        self.spoke = now
+        if self.lock.acquire(blocking=False):  # else it is just writing
+            try:
+                frame = self.dialect.ping(self.settings.pings)
+                if frame and not self.backlog and self.last.endswith((b"\n\n", b"\r\n\r\n", b"\n\r\n")):
+                    if not self.sent_head:
+                        self.start(200, SSE_HEADERS)
+                    self.send_now(frame)
+            except OSError:
+                if self.call is not None:
+                    self.call.cancel()
+            finally:
+                self.lock.release()
 
     # -- a request
 
-    def handle_one_request(self) -> None:
-        self.began = time.monotonic()
+    def handle_one_request(self) -> Optional[Flow]:
+        self.began = self.spoke = time.monotonic()
+        self.settings = self.server.settings
         self.command, self.path, self.query, self.request_version = "-", "-", "", "HTTP/1.1"
         self.headers: Dict[str, str] = {}
         self.dialect: Any = Dialect
         self.body: Optional[Body] = None
+        self.close_connection = True
         self.unread = self.sent_head = False
-        self.status, self.sent, self.model = 0, 0, ""
+        self.status, self.sent, self.model, self.last = 0, 0, "", b"\n\n"
         self.request_id = "req_" + os.urandom(12).hex()
+        flow = None
         try:
-            if not self.read_request():
-                self.close_connection = True
-                return
-            self.answer()
+            if self.read_request():
+                flow = self.answer()
         except APIError as error:
             self.refuse(error)
         except ProtocolError as error:
@@ -3347,27 +3731,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except Exception:
             log.exception("%s: a bug in akashproxy", self.request_id)
             self.refuse(APIError(500, "Internal error. The log has the details.", retry=False))
-        finally:
+        if flow is None:
             self.call = None
-        self.log_line()
+        return flow
 
     def read_request(self) -> bool:
         """Read and check a request's head; False if the client has no more."""
-        if not self.held:
-            self.idle = True
-            if self.server.draining:
-                return False
-            self.watch.expect(self.settings.keepalive_timeout, "idle")
-            try:
-                self.held = self.connection.recv(READ_SIZE)
-            except OSError:
-                return False
-            self.idle = False
-            if not self.held:
-                return False
-        self.began = time.monotonic()
-        self.watch.how = socket.SHUT_RD     # so that a 408 can still be sent
-        self.watch.expect(self.settings.head_timeout, "The request's head took too long.")
         head = read_head(self.connection, self.held)
         if head is None:
             return False
@@ -3419,6 +3788,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
         self.watch.how = socket.SHUT_RD
         self.watch.expect(self.settings.body_timeout, "The request's body took too long.")
+        due = self.watch.due
         parts, size, data = [], 0, self.held
         while True:
             part = body.feed(data)
@@ -3428,6 +3798,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 raise APIError(413, f"The body is larger than {limit} bytes.")
             if body.done:
                 break
+            self.watch.due = due + size / MODEM
             data = self.connection.recv(READ_SIZE)
             if not data:
                 body.close()
@@ -3448,9 +3819,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     # -- the way to an answer
 
-    def answer(self) -> None:
+    def answer(self) -> Optional[Flow]:
+        """Answer the request; a stream that has begun is left for the watchdog."""
         if self.command == "OPTIONS":
-            return self.preflight()
+            self.preflight()
+            return None
         if self.path != "/health":
             self.authorize()
         methods, self.rest = find_route(self.path)
@@ -3464,9 +3837,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if isinstance(target, str):
             self.read_body()
             getattr(self, target)()
-        else:
-            self.dialect = target
-            self.complete(target)
+            return None
+        self.dialect = target
+        return self.complete(target)
 
     def authorize(self) -> None:
         """The one gate: everything but /health and OPTIONS needs a token once one is set."""
@@ -3480,7 +3853,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise APIError(401, "The token is wrong." if given else
                            "A token is needed: send it as 'Authorization: Bearer TOKEN'.")
 
-    def complete(self, dialect_class: Any) -> None:
+    def complete(self, dialect_class: Any) -> Optional[Flow]:
         """Answer with what a model says."""
         data, content_type = self.read_body(), self.headers.get("content-type", "")
         if dialect_class is Relay:
@@ -3492,16 +3865,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 raise
             except ValueError as error:
                 raise bad_request(f"The body is not valid JSON: {error}.") from None
-        call = self.call = dialect.call
+        call = dialect.call
         call.path, call.data, self.model = self.path, data, call.model
-        answer = self.server.pool.answer(call)
+        self.dialect, self.call = dialect, call
+        running = self.server.pool.answer(call)
+        if call.stream:
+            return self.stream(dialect, running)
         try:
-            if call.stream:
-                self.stream(dialect, answer)
-            else:
-                self.send_whole(dialect, fold(event for events in answer for event in events))
+            self.send_whole(dialect, fold(running.first))
         finally:
-            answer.close()
+            running.close()
+        return None
 
     def send_whole(self, dialect: Dialect, answer: Answer) -> None:
         if self.call.kind is None:
@@ -3509,28 +3883,43 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.start(200, {"Content-Type": self.call.kind, **self.call_headers()}, length=len(answer.raw))
         self.write(answer.raw)
 
-    def stream(self, dialect: Dialect, answer: Iterator[List[Event]]) -> None:
-        """Relay events as they come. Until the first one is there, an error is a plain status."""
-        first = next(answer)
-        kind = self.call.kind
-        self.start(200, {**SSE_HEADERS, **({"Content-Type": kind} if kind else {}), **self.call_headers()})
-        frames, ended = b"" if kind else dialect.begin(), False
+    def stream(self, dialect: Dialect, running: Running) -> Optional[Flow]:
+        """Begin a stream, and relay it to its end unless the watchdog can do that."""
+        kind, error = self.call.kind, None
         try:
-            for events in itertools.chain([first], answer):
-                frames += dialect.feed(events)
-                ended = isinstance(events[-1], Finish)
-                self.write(frames, last=ended)
-                frames = b""
-                if ended:           # the client has all it wanted; the upstream comes to its proper end
-                    self.call = None
+            with self.lock:
+                if not self.sent_head:
+                    self.start(200, {**SSE_HEADERS, **({"Content-Type": kind} if kind else {}), **self.call_headers()})
+                opening = b"" if kind else dialect.begin()
+            ended = self.write_events(dialect, running.first, opening)
+            if running.stream is not None and not running.stream.over and not running.stream.failure:
+                return Flow(self, dialect, running)
+            for events in running.rest:
+                ended = self.write_events(dialect, events)
             if not ended:
                 self.write(b"", last=True)
-        except APIError as error:
-            log.warning("%s: broken off: %s", self.request_id, error.message)
-            if kind and not kind.startswith("text/event-stream"):
-                self.close_connection = True
-            else:
-                self.write(dialect.fail(error), last=True)
+        except APIError as failure:
+            error = failure
+            self.write(self.farewell(dialect, error), last=True)
+        except BaseException:
+            running.close()
+            raise
+        running.close(error)
+        return None
+
+    def write_events(self, dialect: Dialect, events: List[Event], opening: bytes = b"") -> bool:
+        """Send some events; True if they were the last."""
+        ended = isinstance(events[-1], Finish)
+        self.write(opening + dialect.feed(events), last=ended)
+        return ended
+
+    def farewell(self, dialect: Dialect, error: APIError) -> bytes:
+        """The end of a stream that breaks off; what is no event stream can only be cut."""
+        log.warning("%s: broken off: %s", self.request_id, error.message)
+        if self.call is not None and not (self.call.kind or "text/event-stream").startswith("text/event-stream"):
+            self.close_connection, self.chunked = True, False   # so that the body gets no proper end
+            return b""
+        return dialect.fail(error)
 
     def call_headers(self) -> Dict[str, str]:
         """What the controllers had to say besides the answer."""
@@ -3610,6 +3999,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def refuse(self, error: APIError) -> None:
         """Answer with an error, in the client's dialect."""
+        with self.lock:
+            self.send_refusal(error)
+
+    def send_refusal(self, error: APIError) -> None:
+        if self.sent_head and isinstance(self.dialect, Dialect) and self.call is not None:
+            with contextlib.suppress(OSError):  # pings have gone before it: it can only be told in the stream
+                self.write(self.farewell(self.dialect, error), last=True)
+            return
         if self.sent_head:
             self.close_connection = True
             return
@@ -3651,18 +4048,45 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_header("Connection", "keep-alive")
         self.end_headers()
 
-    def write(self, data: bytes, last: bool = False) -> None:
-        """Send a piece of the answer, the head before it."""
-        head = self.wfile.take()
+    def framed(self, data: bytes, last: bool) -> bytes:
+        """A piece of the answer as it goes on the wire, the head before it."""
+        head = self.wfile.take() if self.wfile.data else b""
         self.sent += len(data)
+        self.last = data or self.last
         if self.command == "HEAD":
             data = b""
         elif self.chunked:  # a chunk of length 0 would end the body
             data = (b"%x\r\n%b\r\n" % (len(data), data) if data else b"") + (b"0\r\n\r\n" if last else b"")
-        self.watch.how = socket.SHUT_RDWR
-        self.watch.expect(self.settings.write_timeout, "The client did not read its answer.")
-        self.connection.sendall(head + data)
-        self.watch.due = math.inf
+        return head + data
+
+    def write(self, data: bytes, last: bool = False) -> None:
+        """Send a piece of the answer; the client has a time to take it in."""
+        with self.lock:
+            data, self.backlog = self.backlog + self.framed(data, last), b""
+            self.watch.how = socket.SHUT_RDWR
+            self.watch.expect(self.settings.write_timeout, "The client did not read its answer.")
+            self.connection.sendall(data)
+            self.watch.due, self.spoke = math.inf, time.monotonic()
+
+    def send_now(self, data: bytes, last: bool = False) -> bool:
+        """Send what the client takes at once, and keep the rest; True if there is none."""
+        data = self.framed(data, last)
+        if self.backlog:
+            data = self.backlog + data
+        try:
+            sent = self.connection.send(data, NOW)
+        except BlockingIOError:
+            sent = 0
+        self.spoke = self.server.watchdog.now
+        if sent == len(data):
+            if self.backlog:
+                self.backlog, self.watch.due = b"", math.inf
+            return True
+        if not self.backlog:
+            self.watch.how = socket.SHUT_RDWR
+            self.watch.expect(self.settings.write_timeout, "The client did not read its answer.")
+        self.backlog = data[sent:]
+        return False
 
     def end_headers(self) -> None:
         """What every answer has: the request's id, and leave for browsers."""
@@ -3703,6 +4127,11 @@ def _plain(text: str) -> str:
     return text if text.isascii() and text.isprintable() else text.encode("unicode_escape").decode("ascii")
 
 
+OVERFULL = (lambda body: b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 5\r\n"
+            b"Connection: close\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))(
+    to_json(Dialect.refusal(APIError(503, "Too many clients are connected.", code="overloaded"))))
+
+
 class Server(http.server.ThreadingHTTPServer):
     """The server: ``Server(settings).start()`` serves in threads until stop(); also a context manager."""
 
@@ -3713,7 +4142,7 @@ class Server(http.server.ThreadingHTTPServer):
     def __init__(self, settings: Optional[Settings] = None) -> None:
         self.settings = settings or Settings()
         self.pool = Pool(self.settings)
-        self.watchdog = Watchdog(lambda: self.pool)
+        self.watchdog = Watchdog(self)
         self.thread: Optional[threading.Thread] = None
         self.draining = False
         self.began = time.monotonic()
@@ -3761,7 +4190,7 @@ class Server(http.server.ThreadingHTTPServer):
             self.thread.join()
         self.socket.close()
         for handler in self.watchdog.handlers.copy():
-            if handler.idle:
+            if handler.waits:
                 handler.watch.end(ClientLeft("the server stops"))
         if not self._wait(self.settings.grace if grace is None else grace):
             for handler in self.watchdog.handlers.copy():
@@ -3774,7 +4203,7 @@ class Server(http.server.ThreadingHTTPServer):
         with self.lock:
             for _ in range(self.spare):
                 self.waiting.put(None)
-        self.watchdog.stopped.set()
+        self.watchdog.stopped = True
         self.pool.close()
 
     def reload(self, settings: Settings) -> None:
@@ -3802,19 +4231,34 @@ class Server(http.server.ThreadingHTTPServer):
                 self.quiet.notify_all()
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Give a connection to an idle thread, or to a new one."""
+        """A new connection: it waits in the watchdog like all others."""
+        if len(self.watchdog.handlers) >= self.settings.max_connections:
+            with contextlib.suppress(OSError):
+                request.send(OVERFULL, NOW)
+                request.shutdown(socket.SHUT_WR)
+            request.close()
+        else:
+            Handler(request, client_address, self).wait()
+
+    def give(self, handler: Handler) -> None:
+        """Give a connection that has a request to an idle thread, or to a new one."""
         with self.lock:
             found, self.spare = self.spare > 0, max(0, self.spare - 1)
-        self.waiting.put((request, client_address))
+        self.waiting.put(handler)
         if not found:
             threading.Thread(target=self._work, name="akashproxy client", daemon=True).start()
 
     def _work(self) -> None:
         while True:
-            item = self.waiting.get()
-            if item is None:
+            handler = self.waiting.get()
+            if handler is None:
                 return
-            self.process_request_thread(*item)
+            try:
+                handler.run()
+            except Exception:
+                log.exception("a connection's thread failed")
+                handler.close()
+            del handler
             with self.lock:
                 if self.draining or self.spare >= self.SPARE:
                     return
