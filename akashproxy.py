@@ -339,7 +339,12 @@ class Call:
     kind: Optional[str] = None          # the content type of an answer that is relayed
     watch: Watch = field(default_factory=Watch)       # the exchange with the upstream
     left: threading.Event = field(default_factory=threading.Event)
-    why: Optional[Exception] = None     # and what ended it
+    why: Any = None                     # and what ended it
+    status: int = 200                   # of an answer that is relayed
+    query: str = ""                     # the request's, for a relay
+    headers: Dict[str, str] = field(default_factory=dict)   # the few that a relay passes on
+    unfit: Optional[APIError] = None    # why it can't be translated, only relayed
+    prepared: Dict[str, Any] = field(default_factory=dict)  # what a controller has made of it, by its name
 
     @property
     def model(self) -> str:
@@ -661,9 +666,13 @@ def optional_url(text: str) -> str:
     return base_url(text) if text else ""
 
 
-def readable_file(text: str) -> str:
-    if text and not os.access(text, os.R_OK):
-        raise ValueError(f"{text!r} can't be read")
+def authorities(text: str) -> str:
+    """Check a file of authorities for TLS."""
+    if text:
+        try:
+            tls_context(text)
+        except OSError as error:
+            raise ValueError(f"{text!r} can't be used: {error.strerror or error}") from None
     return text
 
 
@@ -685,7 +694,8 @@ def choice(*values: str) -> Callable[[str], str]:
 def proxy_url(text: str) -> str:
     """Check "http://[user:password@]host:port"; "" is none."""
     parts = urllib.parse.urlsplit(text)
-    if text and (parts.scheme != "http" or not parts.hostname or parts.path.strip("/") or not re.fullmatch("[!-~]+", text)):
+    if text and (parts.scheme != "http" or not parts.hostname or parts.path.strip("/") or not re.fullmatch("[!-~]+", text)
+                 or parts.port == 0):  # .port itself raises ValueError for what is no port
         raise ValueError("it must be http://[USER:PASSWORD@]HOST:PORT")
     return text
 
@@ -700,6 +710,8 @@ def header_fields(fields: Dict[str, str]) -> Dict[str, str]:
     for name, value in fields.items():
         if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name):
             raise ValueError(f"{name!r} is no name of a header field")
+        if name.lower() in ("content-length", "transfer-encoding", "connection", "host"):
+            raise ValueError(f"{name!r} can't be set")
         header_value(value)
     return fields
 
@@ -770,7 +782,7 @@ class Settings(Checked):
     akash_cookie: str = setting("", "a cookie to send to Akash Chat beside the session, NAME=VALUE", header_value,
                                 secret=True)
     user_agent: str = setting(f"akashproxy/{__version__}", "User-Agent for the upstream", header_value)
-    ca_file: str = setting("", "a file with further authorities for TLS to upstreams", readable_file)
+    ca_file: str = setting("", "a file with further authorities for TLS to upstreams", authorities)
     public_url: str = setting("", "address under which clients see this server; none: as their Host header says",
                               optional_url)
     cors_origins: Tuple[str, ...] = setting(("*",), "origins whose pages may use this server, separated by commas", token)
@@ -858,6 +870,7 @@ class ConfigFile:
         data = self.read(self.path)
         if data is None:
             return {}
+        present = set(data)
         port, pool, controllers = data.pop("port", None), data.pop("pool", None), data.pop("controllers", None)
         known = {item.name: item for item in declared(Settings)}
         values = self.fields(known, data, "", ["port", "pool", "controllers"])
@@ -871,10 +884,12 @@ class ConfigFile:
             self.problem("pool", "it must be an object")
         if isinstance(controllers, list) and controllers:
             values["controllers"] = tuple(filter(None, map(self.controller, controllers, range(len(controllers)))))
+            if values["controllers"] and not any(options.weight for options in values["controllers"]):
+                self.problem("controllers", "all of them are off (weight 0)")
             names = [options.name for options in values["controllers"] if options.name]
             for name in {name for name in names if names.count(name) > 1}:
                 self.problem("controllers", f"two are called {name!r}")
-        elif controllers is not None:
+        elif "controllers" in present:
             self.problem("controllers", "it must be a list with at least one controller")
         return values
 
@@ -884,9 +899,10 @@ class ConfigFile:
             self.problem(place, "it must be an object")
             return None
         data = dict(data)
-        more, file = data.pop("config", {}), data.pop("config_file", None)
+        more, file, within = data.pop("config", None) or {}, data.pop("config_file", None), ".config."
         if isinstance(file, str) and file:  # beside this file, or where the command was started, as it was there
             beside = os.path.join(os.path.dirname(self.path), file)
+            within = f".config_file ({file})."
             more = self.read(beside if os.path.exists(beside) or not os.path.exists(file) else file, place + ".config_file")
         elif file is not None:
             self.problem(place + ".config_file", "it must be the name of a file")
@@ -895,14 +911,15 @@ class ConfigFile:
                 self.problem(place + ".config", "it must be an object")
             return None
         before, known = len(self.problems), {item.name: item for item in declared(ControllerSettings)}
-        values = {**self.fields(known, more, place + ".config."),
+        values = {**self.fields(known, more, place + within),
                   **self.fields(known, data, place + ".", ["config", "config_file"])}
         if values.get("type", "openai") not in CONTROLLERS:
             self.problem(place + ".type", f"{values['type']!r} is none of {', '.join(sorted(CONTROLLERS))}")
         if len(self.problems) > before:
             return None
         options = ControllerSettings(**values)
-        if options.type == "openai" and not options.api_key and self.environ.get("OPENAI_API_KEY"):
+        keyless = "api_key" in values and options.base_url     # "" says so, for a server of one's own
+        if options.type == "openai" and not options.api_key and not keyless and self.environ.get("OPENAI_API_KEY"):
             options = dataclasses.replace(options, api_key=self.environ["OPENAI_API_KEY"])
         if options.type == "openai" and not options.api_key and not options.base_url:
             self.problem(place + ".api_key", "it is missing, and OPENAI_API_KEY is not set")
@@ -922,7 +939,8 @@ class ConfigFile:
             self.problem(place, f"{path}: {error}")
         else:
             if isinstance(data, dict):
-                return self.filled(data, "")
+                with contextlib.suppress(RecursionError):
+                    return self.filled(data, "" if place == "the configuration" else place)
             self.problem(place, f"{path}: it must be a JSON object")
         return None
 
@@ -937,6 +955,8 @@ class ConfigFile:
             return {name: self.filled(item, f"{place}.{name}".lstrip(".")) for name, item in value.items()}
         if isinstance(value, list):
             return [self.filled(item, f"{place}[{at}]") for at, item in enumerate(value)]
+        if isinstance(value, str) and "${" in re.sub(r"\$\{[A-Za-z_][A-Za-z0-9_]*\}", "", value):
+            self.problem(place, "after ${ the name of an environment variable and } must follow")
         return re.sub(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}", replace, value) if isinstance(value, str) else value
 
     def fields(self, known: Dict[str, Any], data: Dict[str, Any], place: str,
@@ -997,7 +1017,7 @@ def typed(item: Any, value: Any) -> Any:
         return value
     if item.type == "int" and type(value) is int and value >= 0:
         return value
-    if item.type.endswith(("float", "float]")) and type(value) in (int, float) and 0 <= value < math.inf:
+    if item.type.endswith(("float", "float]")) and type(value) in (int, float) and 0 <= value < 1e15:
         return float(value)
     if item.type.startswith("Tuple"):
         value = value.split(",") if isinstance(value, str) else value
@@ -1226,9 +1246,11 @@ class KeepAlive(urllib.request.AbstractHTTPHandler):
                 request.watch.release()
                 sock.close()
                 raise
+            due = request.watch.due
             request.watch.release()
             sock.close()
             request.watch.check()
+            request.watch.due = due
             if not kept:
                 break
         raise ConnectionError("it closed the connection without an answer")
@@ -1369,13 +1391,14 @@ class Proxy(urllib.request.BaseHandler):
 
     def __init__(self, url: str) -> None:
         parts = urllib.parse.urlsplit(url)
-        self.host = parts.netloc.rpartition("@")[2]
+        self.host = parts.netloc.rpartition("@")[2] + (":80" if parts.port is None else "")
         self.key = ""
         if parts.username is not None:
             pair = f"{urllib.parse.unquote(parts.username)}:{urllib.parse.unquote(parts.password or '')}"
             self.key = "Basic " + base64.b64encode(pair.encode()).decode()
 
     def http_request(self, request: Any) -> Any:
+        request.add_unredirected_header("Host", request.host)   # the upstream's, also within a tunnel
         if self.key:
             request.add_unredirected_header("Proxy-Authorization", self.key)
         request.set_proxy(self.host, "http")
@@ -1530,6 +1553,7 @@ class Pipeline:
     def __init__(self, decoder: Any, *filters: Any) -> None:
         self.decoder, self.filters = decoder, filters
 
+    whole = False   # that is told by Finish
     error = property(lambda self: self.decoder.error)
     cut = property(lambda self: any(getattr(step, "cut", False) for step in self.filters))
 
@@ -1588,7 +1612,7 @@ class Stream:
     def feed(self, payload: bytes) -> List[Event]:
         events = self.decoder.feed(payload)
         self.failure = self.decoder.error
-        if events and isinstance(events[-1], Finish):
+        if events and isinstance(events[-1], Finish) or self.decoder.whole:
             self.whole, self.failure = True, None
             self.over = self.decoder.cut    # the upstream should stop; else its message comes to a proper end
             self.response.idle = self.DRAIN
@@ -1637,6 +1661,10 @@ class Controller:
     def events(self, call: Call) -> Iterable[Event]:
         """The answer: any iterable of events, or a Stream. APIError if there is none."""
         raise NotImplementedError
+
+    def able(self, call: Call) -> Optional[APIError]:
+        """Why it can't answer such a request at all; None if it can."""
+        return None
 
     def models(self) -> List[Dict[str, Any]]:
         """What it offers, as OpenAI's model objects."""
@@ -1763,14 +1791,14 @@ SPECIAL = re.compile(r"<\|(?=(?:endoftext|fim_prefix|fim_middle|fim_suffix|endof
 HARMLESS = "<|\u2060"
 
 
-def akash_request(call: Call) -> Dict[str, Any]:
-    """The body for POST /api/chat/. APIError 400 for what Akash can't do; call.ignored gets what it drops."""
+def akash_request(call: Call) -> Tuple[Dict[str, Any], List[str]]:
+    """The body for POST /api/chat/, and the fields that it drops. APIError 400 for what Akash can't do."""
     body = {name: value for name, value in call.body.items() if value is not None}
     for name, refused in AKASH_REFUSED.items():
         if name in body and refused(body[name]):
             raise bad_request(f"Akash Chat does not support {name!r}"
                               f"{' of more than 1' if name in ('n', 'best_of') else ''}.", name, "unsupported_parameter")
-    call.ignored += [name for name in body if name not in AKASH_HONOURED and name not in AKASH_REFUSED]
+    ignored = [name for name in body if name not in AKASH_HONOURED and name not in AKASH_REFUSED]
     system, messages = [], []
     for at, message in enumerate(body["messages"]):
         if message.get("role") in ("system", "developer"):
@@ -1785,7 +1813,7 @@ def akash_request(call: Call) -> Dict[str, Any]:
             # 0 and absence would mean the model's default, or an error in 2026 (text-notemperature)
             "temperature": number(body, "temperature", 0.85) or 1e-6,
             "topP": number(body, "topP" if "topP" in body else "top_p", 1.0) or 1e-6,
-            "context": []}
+            "context": []}, ignored
 
 
 def _akash_message(message: Dict[str, Any], place: str) -> Dict[str, Any]:
@@ -1878,7 +1906,7 @@ def akash_error(text: str, model: str) -> APIError:
     """What an error part of the stream means (model-unknown, err-*). Inner addresses are taken out."""
     text = text[:1000]
     if re.search(r"invalid model name|model .* does not exist", text, re.I):
-        if model == AkashController.GEN:  # all that 2025's version says of a failure (gen-imgbackend-error)
+        if model in ("", AkashController.GEN):  # all that 2025's version says of a failure (gen-imgbackend-error)
             return APIError(502, "Akash Chat could not make the picture, or has no AkashGen.", code="image_failed",
                             retry=False, legacy="Error Model.")
         return unknown_model(model, "Akash Chat")
@@ -2119,26 +2147,33 @@ class AkashController(Controller):
         self.session = AkashSession(self.transport, options.api_key, settings.session_timeout, clock)
         self.list = Cached(self._fetch_models, settings.models_ttl, clock)
 
+    def able(self, call: Call) -> Optional[APIError]:
+        try:
+            call.prepared[self.name] = self._prepare(call)
+        except APIError as error:  # what can't be done here, another controller may do
+            error.kind = "ability"
+            return error
+        return None
+
     def events(self, call: Call) -> Iterable[Event]:
-        data, cutoff = self._prepare(call)
-        if call.model == self.GEN:
+        data, cutoff, call.ignored = call.prepared[self.name]
+        if call.pictures or call.model == self.GEN:
             return self.pictures(call, data)
-        if call.pictures:
-            raise APIError(400, f"Pictures are made by the model {self.GEN}.", param="model", kind="ability")
         return Stream(self._chat(call, data), Pipeline(AkashDecoder(call.model), Thinking(), cutoff))
 
-    def _prepare(self, call: Call) -> Tuple[bytes, Cutoff]:
-        """The request's bytes and the end of its answer. What can't be done here, another controller may do."""
-        try:
-            if call.relay_only:
-                raise APIError(404, f"There is no {call.path[:200]!r} here.", code="not_found")
-            body = akash_request(call)
-            body["model"] = self.options.model_map.get(call.model, call.model)
-            limit = "max_tokens" if call.body.get("max_completion_tokens") is None else "max_completion_tokens"
-            return to_json(body), Cutoff(stop_sequences(call.body), number(call.body, limit, None, whole=True, least=1))
-        except APIError as error:
-            error.kind = "ability"
-            raise
+    def _prepare(self, call: Call) -> Tuple[bytes, Cutoff, List[str]]:
+        """The request's bytes, the end of its answer, and what of it is ignored."""
+        if call.relay_only:
+            raise APIError(404, f"There is no {call.path[:200]!r} here.", code="not_found")
+        if call.unfit:
+            raise call.unfit
+        if call.pictures and call.model not in ("", self.GEN):
+            raise bad_request(f"Pictures are made by the model {self.GEN}.", "model")
+        body, ignored = akash_request(call)
+        body["model"] = self.options.model_map.get(call.model, call.model) or self.GEN
+        limit = "max_tokens" if call.body.get("max_completion_tokens") is None else "max_completion_tokens"
+        cutoff = Cutoff(stop_sequences(call.body), number(call.body, limit, None, whole=True, least=1))
+        return to_json(body), cutoff, ignored
 
     def pictures(self, call: Call, data: bytes) -> Iterator[Event]:
         """Ask for each picture, then wait for each; text instead of a picture is passed on as text."""
@@ -2320,29 +2355,37 @@ def akash_models(told: Any) -> List[str]:
 
 def reset_seconds(headers: Dict[str, str], told: Dict[str, Any], now: Callable[[], float] = time.time) -> Optional[float]:
     """Seconds until a limit ends, as an upstream tells it in one of many ways; None if it does not."""
+    def bounded(seconds: float) -> float:
+        return min(max(1.0, seconds), 172800.0)     # everything wakes again within two days
+
+    def wait(value: float) -> float:
+        """The seconds of a span, a moment or a moment in milliseconds."""
+        value = value / 1000 if value > 1e11 else value
+        return bounded(value - now() if value > 1e9 else value)
+
     for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
-        if re.fullmatch(r"[0-9]{1,12}(\.[0-9]+)?", headers.get(name, "")):
-            return float(headers[name]) * unit
+        if re.fullmatch(r"[0-9]{1,14}(\.[0-9]+)?", headers.get(name, "")):
+            return wait(float(headers[name]) * unit)
     with contextlib.suppress(KeyError, ValueError, TypeError):
         from email.utils import parsedate_to_datetime
-        return max(1.0, parsedate_to_datetime(headers["retry-after"]).timestamp() - now())
-    waits = [moment - now() if moment > 1e9 else moment
-             for name, value in headers.items() if re.fullmatch(r"x-(ratelimit|tokenlimit)-reset(-.+)?", name)
+        return bounded(parsedate_to_datetime(headers["retry-after"]).timestamp() - now())
+    waits = [wait(moment) for name, value in headers.items()
+             if re.fullmatch(r"x-(ratelimit|tokenlimit)-reset(-.+)?", name)
              and headers.get(name.replace("reset", "remaining"), "0") == "0"
              for moment in [span_seconds(value)] if moment is not None]
     if waits:
-        return max(1.0, *waits)
+        return max(waits)
     with contextlib.suppress(ValueError):
         from datetime import datetime
         moment = datetime.fromisoformat(str(told.get("resetTime", "")).replace("Z", "+00:00"))
-        return max(1.0, moment.timestamp() - now())
+        return bounded(moment.timestamp() - now())
     return None
 
 
 def span_seconds(text: str) -> Optional[float]:
     """The seconds of "17", "1m30.5s", "6h" or "120ms" (OpenAI's x-ratelimit-reset-*)."""
     units = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "": 1.0}
-    if not re.fullmatch(r"([0-9]{1,12}(\.[0-9]+)?(ms|[smhd]?))+", text):
+    if not re.fullmatch(r"([0-9]{1,14}(\.[0-9]+)?(ms|[smhd]?))+", text):
         return None
     return sum(float(count) * units[unit] for count, unit in re.findall(r"([0-9.]+)(ms|[smhd]?)", text))
 
@@ -2375,15 +2418,18 @@ class Turn:
 class Cached:
     """A value that is fetched anew after a while; meanwhile, and if that fails, the last good one serves on."""
 
-    RETRY = 15.0  # seconds until a failed fetch is tried again while there is an old value
+    RETRY = 15.0  # seconds until a failed fetch is tried again
 
     def __init__(self, fetch: Callable[[], Any], ttl: float, clock: Callable[[], float] = time.monotonic) -> None:
         self.fetch, self.ttl, self.clock = fetch, ttl, clock
         self.turn = Turn()
         self.value: Any = None
+        self.failure: Optional[APIError] = None
         self.until = -math.inf
 
     def get(self) -> Any:
+        if self.value is None and self.failure and self.clock() < self.until:
+            raise self.failure
         if self.value is None or self.clock() >= self.until and not self.turn.lock.locked():
             self.turn.take(self._refresh, Watch())
         return self.value
@@ -2395,10 +2441,10 @@ class Cached:
             self.value = self.fetch()
             self.until = self.clock() + self.ttl
         except APIError as error:
+            self.until, self.failure = self.clock() + self.RETRY, error
             if self.value is None:
                 raise
             log.warning("the last known models serve on: %s", error.message)
-            self.until = self.clock() + self.RETRY
 
 
 class ChatDecoder:
@@ -2418,9 +2464,10 @@ class ChatDecoder:
 
     LINE_LIMIT = 16 << 20
 
-    def __init__(self, where: str = "the upstream") -> None:
-        self.where = where
+    def __init__(self, where: str = "the upstream", secrets: Iterable[str] = ()) -> None:
+        self.where, self.secrets = where, secrets
         self.held = b""
+        self.calls: List[Tuple[int, Any]] = []  # (index, id) of each call of a tool
         self.data: List[bytes] = []             # the data lines of an event that has not ended
         self.reason: Optional[str] = None
         self.usage: Optional[Dict[str, int]] = None
@@ -2463,14 +2510,23 @@ class ChatDecoder:
         if not isinstance(event, dict):
             self.error = early(self.where, "sent an event that is not JSON")
         elif event.get("error"):
-            self.error = told_error(self.where, 502, event)
+            self.error = told_error(self.where, 200, event, self.secrets)
         else:
             self.usage = chat_usage(event.get("usage")) or self.usage
             for choice in as_list(event.get("choices")):
                 choice = as_dict(choice)
-                if choice.get("index", 0) == 0:
-                    out += chat_events(as_dict(choice.get("delta")) or {"content": choice.get("text")})
+                if not choice.get("index"):
+                    out += map(self._call, chat_events(as_dict(choice.get("delta")) or {"content": choice.get("text")}))
                     self.reason = choice.get("finish_reason") or self.reason
+
+    def _call(self, event: Event) -> Event:
+        """Some servers give every call of a tool the index 0: a new id is a new call."""
+        if not isinstance(event, ToolCall):
+            return event
+        if not self.calls or event.id and (event.index, event.id) not in self.calls:
+            self.calls.append((event.index, event.id))
+        at = max(at for at, (index, _) in enumerate(self.calls) if index == event.index or at == 0)
+        return ToolCall(at, event.arguments, event.id, event.name)
 
     def _finish(self, out: List[Event]) -> None:
         if self.reason is None:
@@ -2487,12 +2543,18 @@ def chat_events(message: Dict[str, Any]) -> List[Event]:
     if isinstance(thought, str) and thought:
         events.append(Reasoning(thought))
     text = message.get("content") or message.get("refusal")
+    if isinstance(text, list):
+        text = "".join(str(as_dict(part).get("text") or "") for part in text)
     if isinstance(text, str) and text:
         events.append(Text(text))
-    for at, call in enumerate(as_list(message.get("tool_calls"))):
-        call = as_dict(call)
+    calls = as_list(message.get("tool_calls"))
+    if isinstance(message.get("function_call"), dict):
+        calls = [{"index": 0, "function": message["function_call"]}]
+    for at, call in enumerate(map(as_dict, calls)):
         function, index = as_dict(call.get("function")), call.get("index")
-        events.append(ToolCall(index if type(index) is int else at, str(function.get("arguments") or ""),
+        arguments = function.get("arguments") or ""
+        events.append(ToolCall(index if type(index) is int else at,
+                               arguments if isinstance(arguments, str) else _encode(arguments),
                                call.get("id"), function.get("name")))
     return events
 
@@ -2508,53 +2570,73 @@ class RelayDecoder:
     """A stream in the client's own format, passed on byte for byte; only its first event and its end are looked at.
 
     Comments before the first event are held back: until then another controller may still answer.
-    ``ends`` is what a complete stream has in it; without it, its HTTP message's end is enough.
+    Whole lines are passed on, so that an error can follow where the upstream breaks off. ``ends`` is
+    what a complete stream has in it (CHAT_ENDS); without it its HTTP message's end is enough.
     """
 
-    HOLD = 1 << 20
+    HOLD = 16 << 20
+    cut = False
 
-    def __init__(self, where: str, events: bool = True, ends: Optional[Any] = None) -> None:
-        self.where, self.ends = where, ends
+    def __init__(self, where: str, events: bool = True, ends: Optional[Any] = None, secrets: Iterable[str] = ()) -> None:
+        self.where, self.events, self.ends, self.secrets = where, events, ends, secrets
         self.begun = not events         # other bytes than events are not looked at
-        self.cut = False
-        self.held = b""                 # until the first event is whole; then the end of what has gone
+        self.whole = False              # the stream has said so itself
+        self.held = b""                 # until the first event is whole; then a line that is not
+        self.last = b"\n\n"
         self.error: Optional[APIError] = None
 
     def feed(self, data: bytes) -> List[Event]:
-        if self.begun:
-            if self.ends is not None:
-                seen = self.held + data
-                self.ends = None if self.ends.search(seen) else self.ends
-                self.held = seen[-64:]
+        if not self.events:
             return [Raw(data)]
-        self.held += data
-        event = re.search(rb"(?:^|\n)data:([^\n]*)\n", self.held)
-        if event is None and len(self.held) < self.HOLD:
+        data = self.held + data if self.held else data
+        if not data.endswith(b"\n"):
+            at = data.rfind(b"\n") + 1
+            data, self.held = data[:at], data[at:]
+            if len(self.held) > self.HOLD:
+                self.error = early(self.where, "sent a line without an end")
+        else:
+            self.held = b""
+        if not self.begun:
+            data = self._first(data)
+        if not data:
             return []
+        self.last = data
+        if self.ends is not None and self.ends.search(data):
+            self.ends = None
+        if b"[DONE]" in data and DONE.search(data):
+            self.whole, self.ends = True, None
+        return [Raw(data)]
+
+    def _first(self, data: bytes) -> bytes:
+        """Wait for the first event; if it is an error, the answer has not begun."""
+        event = DATA.search(data)
+        if event is None:
+            self.held = data + self.held
+            return b""
         with contextlib.suppress(ValueError):
-            told = from_json(event[1]) if event else None
-            if isinstance(told, dict) and told.get("error") and not told.get("choices"):
-                self.error = told_error(self.where, 502, told)
-                return []
+            told = as_dict(from_json(event[1]))
+            if told.get("error") and not told.get("choices"):
+                self.error = told_error(self.where, 200, told, self.secrets)
+                return b""
         self.begun = True
-        data, self.held = self.held, b""
-        return self.feed(data)
+        return data
 
     def close(self) -> List[Event]:
-        out: List[Event] = []
-        if not self.begun and self.held:
-            self.begun = True
-            data, self.held = self.held, b""
-            out = self.feed(data)
-        if self.ends is not None:
+        data, self.held = self.held, b""
+        if self.ends is not None and not self.ends.search(data):
             self.error = early(self.where)
-        return out
+            return self.flush()
+        return [Raw(data)] if data else []
 
     def flush(self) -> List[Event]:
-        return []
+        """It broke off: half a line is dropped, and half an event is ended, so that an error can follow."""
+        self.held = b""
+        return [Raw(b"\n")] if self.events and self.begun and not self.last.endswith((b"\n\n", b"\n\r\n")) else []
 
 
-CHAT_ENDS = re.compile(rb'data: ?\[DONE\]|"finish_reason": ?"')
+DATA = re.compile(rb"(?:^|\n)data:([^\n]*)\n")
+DONE = re.compile(rb"(?:^|\n)data: ?\[DONE\]")
+CHAT_ENDS = re.compile(rb'(?:^|\n)data: ?\[DONE\]|"finish_reason" ?: ?"[a-z]')
 
 
 def early(where: str, what: str = "ended its answer early") -> APIError:
@@ -2567,10 +2649,13 @@ def told_error(where: str, status: int, body: Any, secrets: Iterable[str] = ()) 
     body = as_dict(body[0] if isinstance(body, list) and body else body)
     told = body.get("error") if isinstance(body.get("error"), (dict, str)) else body
     told = {"message": told} if isinstance(told, str) else as_dict(told)
+    code = told.get("code")
+    if status == 200:   # an error where an answer should be: some tell the status inside
+        status = code if type(code) is int and 400 <= code < 600 else 502
+    code = code if isinstance(code, str) else None
     message = str(told.get("message") or told.get("detail") or f"It answered with status {status}.")[:1000]
     for secret in filter(None, secrets):
         message = message.replace(secret, "***")
-    code = told.get("code") if isinstance(told.get("code"), str) else None
     if status in (401, 402, 403) or code in ("insufficient_quota", "invalid_api_key"):
         return APIError(502, f"{where} refuses this server's key (status {status}).", code="upstream_auth", kind="auth",
                         retry=False)
@@ -2581,6 +2666,9 @@ def told_error(where: str, status: int, body: Any, secrets: Iterable[str] = ()) 
         return APIError(404, f"{where}: {message}", param="model", code=code or "model_not_found")
     if status in (408, 409, 425, 429):
         return APIError(status, f"{where}: {message}", code=code)
+    if status < 500 or status == 501:   # it can't do that; what it can do, it does as before
+        status = status if status >= 400 else 502
+        return APIError(status, f"{where}: {message}", code=code or "upstream_error", kind="ability")
     return APIError(503 if status in (503, 529) else 502, f"{where}: {message}", code=code or "upstream_error")
 
 
@@ -2595,6 +2683,7 @@ class OpenAIController(Controller):
         headers = {"User-Agent": settings.user_agent, "Accept-Encoding": "identity", **options.headers}
         if options.api_key:
             headers["Authorization"] = f"Bearer {options.api_key}"
+        self.secrets = [options.api_key, *options.headers.values()]
         base = options.base_url if urllib.parse.urlsplit(options.base_url).path else options.base_url + "/v1"
         self.transport = Transport(options, settings, base, self.name, headers)
         self.list = Cached(self._fetch_models, settings.models_ttl, clock)
@@ -2605,12 +2694,18 @@ class OpenAIController(Controller):
             return any(fnmatch.fnmatchcase(path, pattern) for pattern in self.options.paths)
         return path not in self.TRANSLATED
 
+    def able(self, call: Call) -> Optional[APIError]:
+        if self.native(call.path):
+            return None
+        if call.relay_only or call.pictures:
+            return APIError(404, f"{self.name} does not offer {call.path}.", code="not_found", kind="ability")
+        return call.unfit
+
     def events(self, call: Call) -> Iterable[Event]:
         native = self.native(call.path)
-        if not native and call.relay_only:
-            raise APIError(404, f"{self.name} does not offer {call.path}.", code="not_found", kind="ability")
-        response = self.transport.open("POST", (call.path if native else CHAT_PATH)[len("/v1"):], call.watch,
-                                       *self._request(call, native))
+        path = (call.path + call.query if native else CHAT_PATH)[len("/v1"):]
+        data, content_type = self._request(call, native)
+        response = self.transport.open("POST", path, call.watch, data, {**call.headers, "Content-Type": content_type})
         if not 200 <= response.status < 300:
             raise self._refused(response)
         kind = response.headers.get("content-type", "")
@@ -2618,7 +2713,7 @@ class OpenAIController(Controller):
         if native and (call.relay_only or streamed == call.stream):
             return self._relay(call, response, kind, streamed)
         if streamed:
-            return Stream(response, Pipeline(ChatDecoder(self.name)))
+            return Stream(response, Pipeline(ChatDecoder(self.name, self.secrets)))
         return self._completion(response)
 
     def models(self) -> List[Dict[str, Any]]:
@@ -2630,34 +2725,36 @@ class OpenAIController(Controller):
     def close(self) -> None:
         self.transport.kept.close()
 
-    def _request(self, call: Call, native: bool) -> Tuple[bytes, Dict[str, str]]:
+    def _request(self, call: Call, native: bool) -> Tuple[bytes, str]:
         """The request's bytes, unparsed where nothing changes, and its type."""
         name = self.options.model_map.get(call.model, call.model)
-        dropped = [field for field in self.options.drop if (call.sent or call.body).get(field) is not None]
-        if native and (call.sent is None or name == call.model and not dropped and call.data.count(b'"model"') < 2):
-            return call.data, {"Content-Type": call.content_type}
-        body = dict(call.sent if native and call.sent is not None else call.body)
-        if "model" in body:
-            body["model"] = name
+        body = dict((call.sent or {}) if native else call.body)
         if not native and call.stream:
             body["stream_options"] = {"include_usage": True}
-        for field in dropped:
-            body.pop(field, None)
-        call.ignored += [field for field in dropped if field not in call.ignored]
-        return to_json(body), {"Content-Type": "application/json"}
+        dropped = [field for field in self.options.drop if body.pop(field, None) is not None]
+        if native and (not body or name == call.model and not dropped and call.data.count(b'"model"') < 2):
+            return call.data, call.content_type
+        if "model" in body:
+            body["model"] = name
+        call.ignored = dropped
+        return to_json(body), "application/json"
 
     def _relay(self, call: Call, response: Response, kind: str, streamed: bool) -> Iterable[Event]:
-        call.kind = kind
+        call.kind, call.status = kind or "application/octet-stream", response.status
         if streamed:
-            return Stream(response, RelayDecoder(self.name, ends=CHAT_ENDS if "completions" in call.path else None))
-        if not kind.startswith("application/json"):
-            if kind.startswith("text/html"):
-                response.close()
-                raise APIError(502, f"{self.name} answered with a web page.", code="upstream_error")
+            ends = CHAT_ENDS if "completions" in call.path else None
+            return Stream(response, RelayDecoder(self.name, True, ends, self.secrets))
+        if kind.startswith("text/html"):
+            response.close()
+            raise APIError(502, f"{self.name} answered with a web page.", code="upstream_error")
+        if response.body.until_close or not kind.startswith("application/json") and not response.body.done:
             return Stream(response, RelayDecoder(self.name, events=False))
         data = response.read()
-        if data.strip()[:1] not in (b"{", b"[") or data.strip()[-1:] not in (b"}", b"]"):
+        text = data.strip()
+        if kind.startswith("application/json") and text and (text[:1] not in b"{[" or text[-1:] not in b"}]"):
             raise early(self.name, "sent something that is not JSON")
+        if re.match(rb'\{\s*"error"\s*:\s*[{"]', text):
+            raise told_error(self.name, 200, as_dict(from_json(data)), self.secrets)
         return [Raw(data)]
 
     def _completion(self, response: Response) -> Iterable[Event]:
@@ -2665,15 +2762,17 @@ class OpenAIController(Controller):
         told = as_dict(response.json())
         choice = as_dict(next(iter(as_list(told.get("choices"))), None))
         if told.get("error"):
-            raise told_error(self.name, 502, told)
+            raise told_error(self.name, 200, told, self.secrets)
         if not isinstance(choice.get("finish_reason"), str):
             raise early(self.name, "sent something that is no completion")
         return [*chat_events(as_dict(choice.get("message")) or {"content": choice.get("text")}),
                 Finish(choice["finish_reason"], chat_usage(told.get("usage")))]
 
     def _refused(self, response: Response) -> APIError:
-        told = response.json()
-        error = told_error(self.name, response.status, told, [self.options.api_key])
+        told = None
+        with contextlib.suppress(APIError):  # a status counts, even if the words are cut off
+            told = response.json()
+        error = told_error(self.name, response.status, told, self.secrets)
         if error.kind == "limit":
             error.retry_after = reset_seconds(response.headers, as_dict(told))
         return error
@@ -2682,7 +2781,7 @@ class OpenAIController(Controller):
         response = self.transport.open("GET", "/models", Watch(), first_byte=self.settings.session_timeout)
         told = response.json()
         if response.status != 200:
-            raise told_error(self.name, response.status, told, [self.options.api_key])
+            raise told_error(self.name, response.status, told, self.secrets)
         entries = [entry for entry in map(as_dict, as_list(as_dict(told).get("data") if isinstance(told, dict) else told))
                    if isinstance(entry.get("id"), str)]
         if not entries:
@@ -2693,9 +2792,12 @@ class OpenAIController(Controller):
 class EchoController(Controller):
     """Answers with what it was asked, at a chosen speed: for trying a client without a network or a bill."""
 
+    def able(self, call: Call) -> Optional[APIError]:
+        if call.relay_only or call.pictures or call.unfit:
+            return call.unfit or APIError(404, f"{self.name} only chats.", code="not_found", kind="ability")
+        return None
+
     def events(self, call: Call) -> Iterator[Event]:
-        if call.relay_only or call.pictures:
-            raise APIError(404, f"{self.name} only chats.", code="not_found", kind="ability")
         content = as_dict(call.body["messages"][-1]).get("content")
         parts = content if isinstance(content, list) else [{"text": content}]
         text = "".join(str(as_dict(part).get("text") or "") for part in parts)
@@ -2734,15 +2836,19 @@ REST_AUTH, REST_FIRST, REST_MOST = 600.0, 1.0, 60.0    # seconds
 class Member:
     """A controller's place in the pool, and how it fares. Its numbers change under the pool's lock only."""
 
-    def __init__(self, controller: Controller) -> None:
+    def __init__(self, controller: Controller, before: Optional["Member"] = None) -> None:
         self.controller, self.options, self.name = controller, controller.options, controller.name
         self.credit = 0.0           # of smooth weighted round robin
         self.in_flight = self.served = self.failed = 0
         self.in_a_row = 0           # failures since the last success
+        self.failed_at = -math.inf  # when the last one was counted
         self.rests_until = 0.0
         self.limited_until = 0.0    # the same, for limits alone
         self.last_error = ""
         self.listed: Optional[frozenset] = None     # what its model list had, once it was read
+        if before and (before.options.base_url, before.options.api_key) == (self.options.base_url, self.options.api_key):
+            for name in ("served", "failed", "in_a_row", "failed_at", "rests_until", "limited_until", "last_error", "listed"):
+                setattr(self, name, getattr(before, name))
 
     def serves(self, model: str) -> Optional[bool]:
         """Is a model one of its own? None: not that we know, but it may be tried."""
@@ -2755,8 +2861,8 @@ class Member:
     def free(self) -> bool:
         return not self.options.max_concurrency or self.in_flight < self.options.max_concurrency
 
-    def fare(self, error: Optional[APIError], now: float) -> None:
-        """Note how a request ended: the later of two rests wins."""
+    def fare(self, error: Optional[APIError], now: float, started: float) -> None:
+        """Note how a request ended: the later of two rests wins, and what fails together counts once."""
         if error is None:
             self.served += 1
             self.in_a_row = 0
@@ -2766,7 +2872,9 @@ class Member:
         if after is None:
             return
         self.failed += 1
-        self.in_a_row += 1
+        if started >= self.failed_at:
+            self.failed_at = now
+            self.in_a_row += 1
         if self.in_a_row >= after:
             growing = min(REST_FIRST * 2 ** min(self.in_a_row - after, 16), REST_MOST)
             seconds = {"auth": REST_AUTH, "limit": error.retry_after or growing}.get(error.kind, growing)
@@ -2799,17 +2907,18 @@ class Pool:
     def __init__(self, settings: Settings, before: Optional["Pool"] = None, clock: Callable[[], float] = time.monotonic,
                  rng: Callable[[], float] = random.random) -> None:
         self.settings, self.clock, self.rng = settings, clock, rng
-        self.changed = threading.Condition()
+        self.changed = before.changed if before else threading.Condition()
         self.waiting = 0        # requests that wait for a controller
-        kept = {member.name: member for member in before.members} if before and before.alike(settings) else {}
-        self.members = [kept[options.name] if options.name in kept and kept[options.name].options == options
-                        else Member(CONTROLLERS[options.type](options, settings)) for options in settings.pool()]
+        known = {member.name: member for member in before.members} if before else {}
+        alike = before is not None and dataclasses.replace(settings, controllers=before.settings.controllers) == before.settings
+        self.members = []
+        for options in settings.pool():
+            member = known.get(options.name)
+            if member is None or not alike or member.options != options:
+                member = Member(CONTROLLERS[options.type](options, settings), member)
+            self.members.append(member)
         self.choose = {"balanced": self.balanced, "random": self.at_random, "least_busy": self.least_busy}[settings.pool_type]
         self.lists_due = -math.inf
-
-    def alike(self, settings: Settings) -> bool:
-        """Could controllers made with other settings go on with these?"""
-        return dataclasses.replace(settings, controllers=self.settings.controllers) == self.settings
 
     # -- an answer
 
@@ -2819,8 +2928,8 @@ class Pool:
         Each controller is asked at most once; what has been passed on can't be taken over by
         another one.
         """
-        tried: List[Member] = []
-        errors: List[APIError] = []
+        unable = [(member, error) for member in self.members for error in [member.controller.able(call)] if error]
+        tried, errors = [member for member, _ in unable], [error for _, error in unable]
         while True:
             member = self.take(call, tried, errors)
             tried.append(member)
@@ -2832,9 +2941,8 @@ class Pool:
                 return running
             except APIError as error:
                 running.close(error)
-                if error.kind != "ability":
-                    call.route.append(f"{member.name}={error.status}")
-                    log.info("%s: %s", member.name, error.message)
+                call.route.append(f"{member.name}={error.status}")
+                log.info("%s: %s", member.name, error.message)
                 if not FAILURES[error.kind][0]:
                     raise
                 errors.append(error)
@@ -2861,11 +2969,13 @@ class Pool:
                     return member
                 wakes = min(max(member.wakes(alone), now) for member in able)
                 if wakes > end or now >= end:
-                    raise self.busy(able, errors, max(wakes - now, 1.0))
+                    soonest = min(max(member.wakes(alone), now) for member in known)
+                    raise self.busy(able, errors, max(soonest - now, 1.0))
                 self.waiting += 1
                 self.changed.wait(min(max(wakes, now + 0.01), end, now + 0.25) - now)
                 self.waiting -= 1
-                call.watch.check()
+                if call.left.is_set():
+                    raise call.why
 
     def able(self, model: str) -> List[Member]:
         """Who may be asked for a model: who is known to have it, else who may be tried."""
@@ -2873,11 +2983,11 @@ class Pool:
         sure = [member for member in on if member.serves(model)]
         return sure or [member for member in on if member.serves(model) is None]
 
-    def release(self, member: Member, error: Optional[APIError], begun: bool) -> None:
+    def release(self, member: Member, error: Optional[APIError], begun: bool, started: float) -> None:
         with self.changed:
             member.in_flight -= 1
             if error is not None or begun:
-                member.fare(error, self.clock())
+                member.fare(error, self.clock(), started)
             if self.waiting:
                 self.changed.notify_all()
 
@@ -2889,7 +2999,8 @@ class Pool:
         error = max(errors, key=lambda error: ranks.index(error.kind))
         if error.kind == "limit":
             now = self.clock()
-            error.retry_after = max(1.0, min(member.rests_until for member in self.able(call.model)) - now)
+            rests = [member.rests_until for member in self.able(call.model) if member.rests_until > now]
+            error.retry_after = max(1.0, min(rests, default=now) - now)
         return error
 
     def busy(self, able: List[Member], errors: List[APIError], seconds: float) -> APIError:
@@ -2928,8 +3039,17 @@ class Pool:
     def read_lists(self) -> None:
         """Learn the model lists in the background, now and then, if there is a choice that they could guide."""
         if len(self.members) > 1 and self.clock() >= self.lists_due:
-            self.lists_due = self.clock() + self.settings.models_ttl
-            threading.Thread(target=self.models, name="akashproxy models", daemon=True).start()
+            self.lists_due = math.inf
+            threading.Thread(target=self.learn, name="akashproxy models", daemon=True).start()
+
+    def learn(self) -> None:
+        try:
+            self.models()
+        except APIError as error:
+            log.info("the models: %s", error.message)
+        finally:
+            soon = any(member.listed is None for member in self.members)
+            self.lists_due = self.clock() + (Cached.RETRY if soon else self.settings.models_ttl)
 
     def models(self) -> List[Dict[str, Any]]:
         """The union of all model lists, each model once; 503 if there is none at all."""
@@ -2937,6 +3057,7 @@ class Pool:
         found: Dict[str, Any] = {}
 
         def read(member: Member) -> None:
+            found[member.name] = [], member.listed
             found[member.name] = member.offered()
 
         threads = [threading.Thread(target=read, args=(member,), daemon=True) for member in members]
@@ -3001,10 +3122,11 @@ class Running:
         self.first: List[Event] = []
         self.rest: Iterator[List[Event]] = iter(())
         self.begun = self.closed = False
+        self.started = pool.clock()
 
     def begin(self) -> None:
         self.call.renew()
-        self.call.kind = None
+        self.call.kind, self.call.ignored = None, []
         self.source = self.member.controller.events(self.call)
         self.stream = self.source if isinstance(self.source, Stream) else None
         self.rest = self.stream.batches() if self.stream else self.singly()
@@ -3024,7 +3146,7 @@ class Running:
             self.closed = True
             if hasattr(self.source, "close"):
                 self.source.close()
-            self.pool.release(self.member, error, self.begun)
+            self.pool.release(self.member, error, self.begun, self.started)
 
 
 # == 9. dialects ==============================================================================
@@ -3209,11 +3331,16 @@ class Completions(ChatCompletions):
         prompt = body.get("prompt")
         if isinstance(prompt, list) and len(prompt) == 1:
             prompt = prompt[0]
-        if not isinstance(prompt, str) or not prompt:
-            raise bad_request("'prompt' must be one text that is not empty.", "prompt")
-        self.echo = prompt if flag(body, "echo") else ""
+        if prompt is None or prompt in ("", []):
+            raise bad_request("'prompt' is missing or empty.", "prompt")
+        unfit = None
+        if not isinstance(prompt, str):
+            unfit = APIError(400, "'prompt' must be one text here.", param="prompt", kind="ability")
+        self.echo = prompt if flag(body, "echo") and not unfit else ""
         chat = {name: value for name, value in body.items() if name not in ("prompt", "echo")}
-        return super().parse({**chat, "messages": [{"role": "user", "content": prompt}]})
+        call = super().parse({**chat, "messages": [{"role": "user", "content": prompt}]})
+        call.unfit = unfit
+        return call
 
     def begin(self) -> bytes:
         opening = super().begin()
@@ -3246,19 +3373,19 @@ class Images(Dialect):
 
     def parse(self, body: Dict[str, Any]) -> Call:
         prompt = required(body, "prompt", str, "a text")
-        count = number(body, "n", 1, whole=True, least=1)
+        count, form, unfit = number(body, "n", 1, whole=True, least=1), body.get("response_format"), None
+        if body.get("model") is not None:
+            required(body, "model", str, "a text")
         if count > 10:
-            raise bad_request("'n' may be 10 at most.", "n")
-        form = body.get("response_format")
-        if form not in (None, "url", "b64_json"):
-            raise bad_request("'response_format' must be 'url' or 'b64_json'.", "response_format")
-        if flag(body, "stream"):
-            raise bad_request("Pictures can't be streamed here; ask for one through chat instead.", "stream")
+            unfit = bad_request("'n' may be 10 at most.", "n")
+        elif form not in (None, "url", "b64_json"):
+            unfit = bad_request("'response_format' must be 'url' or 'b64_json'.", "response_format")
+        elif flag(body, "stream"):
+            unfit = bad_request("Pictures can't be streamed here; ask for one through chat instead.", "stream")
         rest = {name: value for name, value in body.items()
-                if name not in ("prompt", "n", "response_format", "stream")}
-        model = AkashController.GEN if body.get("model") is None else required(body, "model", str, "a text")
-        return Call({**rest, "model": model, "messages": [{"role": "user", "content": prompt}]},
-                    pictures=count, picture_bytes=form == "b64_json")
+                if value is not None and name not in ("prompt", "n", "response_format", "stream")}
+        return Call({**rest, "messages": [{"role": "user", "content": prompt}]}, stream=flag(body, "stream"),
+                    pictures=count, picture_bytes=form == "b64_json", unfit=unfit)
 
     def whole(self, answer: Answer) -> Dict[str, Any]:
         return {"created": self.created, "data": [
@@ -3431,7 +3558,7 @@ class Flow:
                 self.send(b"", True)
             self.end()
         else:
-            self.watch.due = self.watchdog.now + stream.response.idle
+            self.watch.due = math.inf if self.paused else self.watchdog.now + stream.response.idle
         return True
 
     def send(self, frames: bytes, last: bool) -> None:
@@ -3530,6 +3657,8 @@ ROUTES: Dict[str, Dict[str, Any]] = {
     "/health": {"GET": "get_health"},
     "/status": {"GET": "get_status"},
 }
+
+PASSED_ON = ("accept", "openai-beta", "anthropic-version", "anthropic-beta")    # of a client's header fields
 
 MODEM = 4000    # bytes per second that a client's body may take, however long that is
 
@@ -3867,9 +3996,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 raise bad_request(f"The body is not valid JSON: {error}.") from None
         call = dialect.call
         call.path, call.data, self.model = self.path, data, call.model
+        call.query = "?" + self.query if self.query and call.relay_only else ""
+        call.headers = {name: self.headers[name] for name in PASSED_ON if name in self.headers}
         self.dialect, self.call = dialect, call
         running = self.server.pool.answer(call)
-        if call.stream:
+        if call.stream and (call.kind is None or running.stream is not None):
             return self.stream(dialect, running)
         try:
             self.send_whole(dialect, fold(running.first))
@@ -3880,7 +4011,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def send_whole(self, dialect: Dialect, answer: Answer) -> None:
         if self.call.kind is None:
             return self.send_json(200, dialect.whole(answer), self.call_headers())
-        self.start(200, {"Content-Type": self.call.kind, **self.call_headers()}, length=len(answer.raw))
+        self.start(self.call.status, {"Content-Type": self.call.kind, **self.call_headers()}, length=len(answer.raw))
         self.write(answer.raw)
 
     def stream(self, dialect: Dialect, running: Running) -> Optional[Flow]:
@@ -3889,13 +4020,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         try:
             with self.lock:
                 if not self.sent_head:
-                    self.start(200, {**SSE_HEADERS, **({"Content-Type": kind} if kind else {}), **self.call_headers()})
+                    headers = SSE_HEADERS if (kind or "text/event-stream").startswith("text/event-stream") else {}
+                    self.start(self.call.status, {**headers, **({"Content-Type": kind} if kind else {}), **self.call_headers()})
                 opening = b"" if kind else dialect.begin()
-            ended = self.write_events(dialect, running.first, opening)
+            ended = self.write_events(dialect, running, running.first, opening)
             if running.stream is not None and not running.stream.over and not running.stream.failure:
                 return Flow(self, dialect, running)
             for events in running.rest:
-                ended = self.write_events(dialect, events)
+                ended = self.write_events(dialect, running, events)
             if not ended:
                 self.write(b"", last=True)
         except APIError as failure:
@@ -3907,9 +4039,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         running.close(error)
         return None
 
-    def write_events(self, dialect: Dialect, events: List[Event], opening: bytes = b"") -> bool:
+    def write_events(self, dialect: Dialect, running: Running, events: List[Event], opening: bytes = b"") -> bool:
         """Send some events; True if they were the last."""
-        ended = isinstance(events[-1], Finish)
+        ended = isinstance(events[-1], Finish) or running.stream is not None and running.stream.whole
         self.write(opening + dialect.feed(events), last=ended)
         return ended
 
@@ -4398,9 +4530,14 @@ def main(argv: Optional[List[str]] = None) -> int:
         if options.check:
             return show(settings)
         logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
-        if options.demo:
-            settings = dataclasses.replace(settings, akash_base_url=StandIn.start(), controllers=())
-        return serve(Server(settings), lambda: Settings.load(dict(os.environ), flags))
+        demo = {"akash_base_url": StandIn.start(), "controllers": ()} if options.demo else {}
+        if settings.config_file:
+            flags["config_file"] = settings.config_file     # a reload must not fall back on another one, or on none
+
+        def load() -> Settings:
+            return dataclasses.replace(Settings.load(dict(os.environ), flags), **demo)
+
+        return serve(Server(dataclasses.replace(settings, **demo)), load)
     except ConfigError as error:
         for problem in error.problems:
             print(f"akashproxy: {problem}", file=sys.stderr)
@@ -4483,7 +4620,7 @@ def serve(server: Server, load: Callable[[], Settings]) -> int:
         try:
             server.reload(load())
             log.warning("the settings were loaded anew")
-        except ConfigError as error:
+        except Exception as error:  # whatever it is, what runs goes on
             log.error("the settings stay as they were: %s", error)
     server.stop()
     return 0

@@ -101,6 +101,8 @@ class Fake:
         return [json.loads(request.body) for request in self.requests if request.method == "POST"]
 
     def close(self):
+        with contextlib.suppress(OSError):
+            self.listener.shutdown(socket.SHUT_RDWR)    # wakes accept()
         self.listener.close()
         for sock in list(self.open):
             with contextlib.suppress(OSError):
@@ -876,7 +878,7 @@ REQUESTS = {
 @table(REQUESTS)
 def test_requests_to_akash(case):
     body, expected = case
-    got = akashproxy.akash_request(Call({"model": "m", **body}))
+    got, _ = akashproxy.akash_request(Call({"model": "m", **body}))
     assert {name: got[name] for name in expected} == expected
     assert set(got) == {"id", "model", "messages", "system", "temperature", "topP", "context"}
 
@@ -1122,6 +1124,9 @@ def test_an_empty_list_is_an_outage_and_the_last_good_one_serves_on(akash):
         controller.models()
     assert caught.value.status == 503
     akash.models = good
+    with pytest.raises(APIError):
+        controller.models()         # it is not asked again at once
+    clock.now += 16
     first = controller.models()
     assert len(first) == 3
     akash.models = []
@@ -1257,7 +1262,7 @@ RATE = (b'{"error":"Rate limit exceeded","message":"You\'ve reached your usage l
 PAGE = b"<!DOCTYPE html><html><title>Just a moment...</title></html>"
 UPSTREAM = {
     # name: (what the chat path answers, status, code, words, further headers)
-    "rl-429": (reply(429, RATE, extra=b"x-tokenlimit-reset: %d\r\n" % RESET), 429, "rate_limit_exceeded", "usage limit", {"retry-after": "^(699|7000)"}),
+    "rl-429": (reply(429, RATE, extra=b"x-tokenlimit-reset: %d\r\n" % RESET), 429, "rate_limit_exceeded", "usage limit", {"retry-after": "^69|^7000"}),
     "a 429 with Retry-After": (reply(429, b"{}", extra=b"Retry-After: 17\r\n"), 429, "rate_limit_exceeded", "", {"retry-after": "^17$"}),
     "model-unknown-403": (reply(403, b'{"error":"Model not available","message":"x","available_models":[{"id":"a"}]}'),
                           500, "model_not_found", "does not exist", {"x-should-retry": "false"}),
@@ -1940,6 +1945,11 @@ def test_the_search_for_a_file(config, tmp_path, monkeypatch):
         assert "MAX_WAIT=7" in run(flag, str(tmp_path / "else/where.json"), "--check").stdout
 
 
+def test_no_key_can_be_said(config):
+    path = config({"controllers": [{"base_url": "http://h:1", "api_key": ""}, {"base_url": "http://h:2", "config": None}]})
+    assert [c.api_key for c in load(path, OPENAI_API_KEY="real").pool()] == ["", "real"]
+
+
 def test_what_wins_over_what(config):
     path = config({"port": 8080, "max_wait": 1, "pool": {"type": "random"}, "idle_timeout": 2.5, "bearer_token": ["a", "b"]})
     settings = Settings.load({"MAX_WAIT": "5", "CHATGPT_APISERVER_POOL_TYPE": "balanced", "CHATGPT_APISERVER_PORT": "81"},
@@ -1990,7 +2000,12 @@ def test_all_mistakes_of_a_file_with_their_places(config):
 @pytest.mark.parametrize("text, words", [
     ('{"a": 1,\n "b": }', "line 2, column 7"), ("[]", "must be a JSON object"), ('{"controllers": []}', "at least one controller"),
     ('{"controllers": 7}', "at least one controller"), ('{"max_wait": NaN}', "NaN is not JSON"), ('{"pool": 1}', "pool: it must be an object"),
-    ('{"port": "x"}', "port: 'x' is no port"), ("\xff", "akashproxy.json"),
+    ('{"port": "x"}', "port: 'x' is no port"), ('{"controllers": null}', "at least one controller"),
+    ('{"max_wait": 1' + "0" * 400 + "}", "max_wait: it must be a number"), ('{"log_level": "${MY-KEY}"}', "the name of an environment variable"),
+    ('{"controllers": [{"type": "echo", "weight": 0}]}', "all of them are off"),
+    ('{"controllers": [{"api_key": "k", "proxy": "http://h:99999"}]}', "controllers[0].proxy"),
+    ('{"controllers": [{"api_key": "k", "headers": {"Content-Length": "1"}}]}', "can't be set"), ('{"ca_file": "/"}', "ca_file: '/' can't be used"),
+    ("\xff", "akashproxy.json"),
 ])
 def test_broken_files_and_the_exit_status(config, text, words):
     path = config("")
@@ -2326,7 +2341,7 @@ def test_rests(case):
     member = members_of({"a": 1}).members[0]
     got = []
     for error in errors:
-        member.fare(error, 100.0)
+        member.fare(error, 100.0, 100.0)
         got.append(max(0, member.rests_until - 100))
     assert got == rests
 
@@ -2533,8 +2548,10 @@ def test_akash_beside_a_key(pool):
 
 RESETS = {
     "seconds": ({"retry-after": "17"}, {}, 17), "milliseconds": ({"retry-after-ms": "2500", "retry-after": "3"}, {}, 2.5),
-    "a date": ({"retry-after": "Thu, 01 Jan 1970 00:18:20 GMT"}, {}, 100), "nonsense": ({"retry-after": "soon"}, {}, None),
-    "Akash's": ({"x-tokenlimit-reset": "1000000900"}, {}, 900.0 + 1e9 - 1000), "resetTime": ({}, {"resetTime": "1970-01-01T00:18:20.5Z"}, 100.5),
+    "a date": ({"retry-after": "Sun, 09 Sep 2001 01:48:20 GMT"}, {}, 100), "nonsense": ({"retry-after": "soon"}, {}, None),
+    "Akash's": ({"x-tokenlimit-reset": "1000000900"}, {}, 900.0), "in milliseconds": ({"x-ratelimit-reset": "1000000030000"}, {}, 30.0),
+    "Retry-After with a moment": ({"retry-after": "1000000007"}, {}, 7.0), "a century": ({"retry-after": "3000000000"}, {}, 172800.0),
+    "resetTime": ({}, {"resetTime": "2001-09-09T01:48:20.5Z"}, 100.5),
     "OpenAI's, the one that is used up": ({"x-ratelimit-reset-requests": "6m0s", "x-ratelimit-remaining-requests": "5",
                                            "x-ratelimit-reset-tokens": "1m30.5s", "x-ratelimit-remaining-tokens": "0"}, {}, 90.5),
     "hours": ({"x-ratelimit-reset": "6h"}, {}, 21600), "short ones": ({"x-ratelimit-reset-tokens": "120ms"}, {}, 1.0), "none": ({}, {}, None),
@@ -2544,7 +2561,159 @@ RESETS = {
 @table(RESETS)
 def test_when_a_limit_ends(case):
     headers, told, seconds = case
-    assert akashproxy.reset_seconds(headers, told, lambda: 1000.0) == seconds
+    assert akashproxy.reset_seconds(headers, told, lambda: 1e9) == seconds
+
+
+def test_a_blip_that_hits_many_requests_counts_once():
+    member = members_of({"a": 1}).members[0]
+    for _ in range(10):
+        member.fare(stop_of(502, kind="network"), 100.0, 99.0)      # all of them had begun before it
+    assert member.rests_until == 101.0 and member.failed == 10
+
+
+def test_what_one_cannot_do_costs_it_no_turn(pool):
+    a, b = FakeAkash(), FakeOpenAI([CHAT["model"]])
+    server = known(pool(a, b))
+    tools = {"tools": [{"type": "function", "function": {"name": "f"}}]}
+    for _ in range(10):
+        assert chat(server, **tools).headers["x-akashproxy-route"] == "b=200"
+        chat(server)
+    assert len(a.bodies()) >= 5, "the plain chats are shared"
+
+
+def test_the_soonest_is_of_those_that_rest(pool):
+    a, b = FakeAkash(), FakeOpenAI()
+    server = pool(a, b)
+    b.faults.append(b.status(429, extra=b"Retry-After: 3600\r\n"))
+    got = chat(server, BOTH, tools=[{"type": "function", "function": {"name": "f"}}])
+    assert got.status == 429 and int(got.headers["retry-after"]) > 3000
+
+
+def test_the_next_one_is_waited_for_after_a_silent_one(pool):
+    a, b = FakeOpenAI(), FakeOpenAI(text="from b.")
+    server = pool((a, {"weight": 1000}), b, max_wait=5)
+    b.faults.append(b.garbage(b"\0"))
+    server.pool.members[0].rests_until = time.monotonic() + 60
+    assert chat(server, BOTH).status in (502, 503)      # b rests for a second
+    server.pool.members[0].rests_until = 0
+    a.faults.append(a.stall())
+    assert chat(server, BOTH).json["choices"][0]["message"]["content"] == "from b."
+
+
+def test_a_second_try_has_a_deadline_too(pool):
+    a = FakeOpenAI()
+    server = pool(a)
+    assert chat(server, BOTH).status == 200
+    a.faults.extend([a.refuse(), a.stall()])
+    assert chat(server, BOTH).status == 504
+
+
+def test_an_error_after_half_an_event_is_an_event_of_its_own(pool):
+    a = FakeOpenAI()
+    first, second = list(a.events())[:2]
+    for cut_at in range(0, len(second)):
+        server = pool(a) if not cut_at else server
+        a.faults.append(a.garbage(a.head() + chunk(first) + chunk(second[:cut_at])))
+        events = [event for event in chat(server, BOTH, stream=True).body.split(b"\n\n") if event]
+        assert events[-1] == b"data: [DONE]" and json.loads(events[-2][6:])["error"], cut_at
+        for event in events[:-1]:
+            json.loads(event[6:])
+
+
+@pytest.mark.parametrize("then", ["cut", "open"])
+def test_done_is_the_end_whatever_follows(then, pool):
+    a = FakeOpenAI()
+    server = pool(a, idle_timeout=20)
+    data = a.head() + b"".join(map(chunk, a.events()))
+
+    def fault(sock, request):
+        sock.sendall(data)
+        while then == "open" and sock.recv(65536):
+            pass
+
+    a.faults.append(fault)
+    assert chat(server, BOTH, stream=True).body == b"".join(a.events())
+    assert ask(server, path="/status").json["controllers"][0]["failed"] == 0
+
+
+def lazy_client(server):
+    """A client with a small buffer, so that it is soon full."""
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    sock.settimeout(20)
+    sock.connect(("127.0.0.1", server.server_port))
+    return sock
+
+
+def test_a_slow_client_is_not_the_upstreams_silence(pool):
+    a = FakeOpenAI(text="word " * 60000)
+    a.faults.append(a.garbage(a.head() + b"".join(map(chunk, a.events())) + b"0\r\n\r\n"))
+    server = pool(a, idle_timeout=0.3)
+    with lazy_client(server) as sock:
+        sock.sendall(post("/v1/chat/completions", {**BOTH, "stream": True}))
+        got = sock.recv(1000)
+        wait_for(lambda: any(handler.backlog for handler in server.watchdog.handlers.copy()))
+        time.sleep(0.8)     # longer than the upstream may be silent
+        while not got.endswith(b"0\r\n\r\n"):
+            part = sock.recv(1 << 20)
+            assert part
+            got += part
+    assert got.count(b"word ") == 60000 and got.count(b"[DONE]") == 1 and b"error" not in got
+
+
+@pytest.mark.parametrize("number", [405, 501, 415, 406])
+def test_what_a_path_can_not_do_is_no_illness(number, pool):
+    a = FakeOpenAI()
+    a.faults.extend([a.status(number)] * 5)
+    server = pool(a)
+    assert {ask(server, "POST", "/v1/embeddings", {"model": "both"}).status for _ in range(5)} == {number}
+    assert ask(server, path="/status").json["controllers"][0]["failed"] == 0
+
+
+def test_what_only_the_upstream_understands_is_relayed(pool):
+    a = FakeOpenAI()
+    server = pool(a)
+    for prompt in (["a", "b"], [1, 2, 3], [[1, 2]]):
+        assert ask(server, "POST", "/v1/completions", {"model": "both", "prompt": prompt}).status == 200
+        assert a.bodies()[-1]["prompt"] == prompt
+    for body in ({"prompt": "x", "stream": True}, {"prompt": "x", "n": 11}, {"prompt": "x", "response_format": "webp"}):
+        got = ask(server, "POST", "/v1/images/generations", body)
+        assert got.status == 404 and a.bodies()[-1] == body, "this fake has no such path, but was asked"
+    only_chat = pool((a, {"paths": ["/v1/chat/completions"]}))
+    assert ask(only_chat, "POST", "/v1/images/generations", {"prompt": "x"}).status == 404
+    assert ask(only_chat, "POST", "/v1/completions", {"model": "both", "prompt": ["a", "b"]}).status == 400
+
+
+def test_statuses_queries_and_empty_bodies_of_a_relay(pool):
+    a = FakeOpenAI()
+    server = pool(a, FakeOpenAI())
+    a.faults.extend([a.garbage(b"HTTP/1.1 204 No Content\r\n\r\n"), a.garbage(reply(201, b"{}")),
+                     a.garbage(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")])
+    got = [ask(server, "POST", "/v1/x/cancel?a=b", {"model": "both"}, {"OpenAI-Beta": "z", "X-Other": "y"})
+           for _ in range(6) if len(a.requests) < 3 or a.faults]
+    assert {one.status for one in got} <= {204, 201, 200, 404}
+    request = next(request for request in a.requests if "cancel" in request.path)
+    assert request.path == "/v1/x/cancel?a=b" and request.headers["openai-beta"] == "z" and "x-other" not in request.headers
+
+
+def test_an_error_with_status_200_is_one(pool):
+    a, b = FakeOpenAI(), FakeOpenAI(text="from b.")
+    server = pool((a, {"weight": 1000, "api_key": "s3cret"}), b)
+    a.faults.append(a.garbage(reply(200, b'{"error":{"message":"slow down s3cret","code":429}}')))
+    got = chat(server, BOTH)
+    assert got.headers["x-akashproxy-route"] == "a=429, b=200" and got.json["choices"][0]["message"]["content"] == "from b."
+    assert "s3cret" not in ask(server, path="/status").body.decode() and b"slow down" in ask(server, path="/status").body
+
+
+def test_calls_of_tools_that_all_have_index_0():
+    def call(**more):
+        return FakeOpenAI.event({"tool_calls": [{"index": 0, **more}]})
+
+    decoder = akashproxy.ChatDecoder()
+    events = decoder.feed(call(id="a", function={"name": "f", "arguments": '{"a":1}'})
+                          + call(id="b", function={"name": "g", "arguments": {"b": 2}})
+                          + call(function={"arguments": "x"}) + FakeOpenAI.event({}, "tool_calls") + b"data: [DONE]\n\n")
+    assert fold(events).tools == [ToolCall(0, '{"a":1}', "a", "f"), ToolCall(1, '{"b":2}x', "b", "g")]
 
 
 def test_secrets_of_upstreams_stay_with_us(pool, caplog):
@@ -2661,6 +2830,7 @@ def test_a_proxy_on_the_way_with_connect(pool, tmp_path):
     assert chat(server, BOTH).status == chat(server, BOTH).status == 200
     assert [(request.method, request.path) for request in proxy.requests] == [("CONNECT", f"127.0.0.1:{fake.port}")]
     assert proxy.requests[0].headers["proxy-authorization"].startswith("Basic ")
+    assert {request.headers["host"] for request in fake.requests} == {f"127.0.0.1:{fake.port}"}
     assert not any("proxy-authorization" in request.headers for request in fake.requests)
     proxy.close()
 
@@ -2698,6 +2868,33 @@ def test_sighup_reloads_and_a_broken_file_changes_nothing(config, pool):
             assert chat(server, BOTH).headers["x-akashproxy-route"] == "b=200"
             hold.set()
             assert b"[DONE]" in running.result().body, "an open stream goes on"
+
+
+def test_a_reload_without_its_file_changes_nothing(config, tmp_path):
+    path = config({"bearer_token": "t", "controllers": [{"type": "echo"}]})
+    process = subprocess.Popen(**{**command("--server-address", "127.0.0.1:0"), "cwd": tmp_path})
+    try:
+        port = int(re.search(r":(\d+)/v1", process.stdout.readline())[1])
+        os.unlink(path)
+        process.send_signal(signal.SIGHUP)
+        assert "stay as they were" in process.stderr.readline()
+        server = type("Server", (), {"server_port": port})
+        assert ask(server, path="/status").status == 401
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_reload_reaches_open_connections(pool):
+    server = pool(FakeOpenAI(), bearer_token=("old",))
+    link = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)
+    with contextlib.closing(link):
+        assert ask_again(link, path="/status", headers={"Authorization": "Bearer old"}).status == 200
+        server.pool.members[0].rests_until = time.monotonic() + 99
+        server.reload(dataclasses.replace(server.settings, bearer_token=("new",)))
+        assert ask_again(link, path="/status", headers={"Authorization": "Bearer old"}).status == 401
+        state = ask_again(link, path="/status", headers={"Authorization": "Bearer new"}).json["controllers"][0]
+        assert state["rests_for_seconds"] > 90, "who rests goes on resting"
 
 
 def test_a_reload_keeps_who_did_not_change(pool):
