@@ -802,6 +802,7 @@ class Settings(Checked):
     heartbeat: float = setting(15.0, "seconds of silence in a stream after which a ping is sent", positive)
     pings: str = setting("comment", "what a ping is: comment, chunk (an empty one) or off", choice("comment", "chunk", "off"))
     grace: float = setting(7.0, "seconds for running requests to end after SIGTERM")
+    log_format: str = setting("text", "text or json", choice("text", "json"))
     log_level: str = setting("info", "debug, info, warning or error", choice("debug", "info", "warning", "error"))
     controllers: Tuple[ControllerSettings, ...] = ()    # only in a file; none: one Akash Chat server
 
@@ -3550,6 +3551,8 @@ class Flow:
         else:
             events = stream.receive(data)
         if events:
+            if stream.whole and not self.free:
+                self.handler.usage = getattr(events[-1], "usage", None)
             self.send(self.dialect.feed(events), stream.whole)
         if stream.failure:
             self.fail(stream.failure)
@@ -3844,7 +3847,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.body: Optional[Body] = None
         self.close_connection = True
         self.unread = self.sent_head = False
-        self.status, self.sent, self.model, self.last = 0, 0, "", b"\n\n"
+        self.status, self.sent, self.model, self.controller, self.last = 0, 0, "", "", b"\n\n"
+        self.usage, self.first_at = None, 0.0
         self.request_id = "req_" + os.urandom(12).hex()
         flow = None
         try:
@@ -3923,7 +3927,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             part = body.feed(data)
             parts.append(part)
             size += len(part)
-            if size > limit:
+            if size + body.left > limit:    # of a chunk, what is still to come
                 raise APIError(413, f"The body is larger than {limit} bytes.")
             if body.done:
                 break
@@ -4000,10 +4004,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         call.headers = {name: self.headers[name] for name in PASSED_ON if name in self.headers}
         self.dialect, self.call = dialect, call
         running = self.server.pool.answer(call)
+        self.first_at, self.controller = time.monotonic(), call.controller
         if call.stream and (call.kind is None or running.stream is not None):
             return self.stream(dialect, running)
         try:
-            self.send_whole(dialect, fold(running.first))
+            answer = fold(running.first)
+            self.usage = answer.finish and answer.finish.usage
+            self.send_whole(dialect, answer)
         finally:
             running.close()
         return None
@@ -4041,7 +4048,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def write_events(self, dialect: Dialect, running: Running, events: List[Event], opening: bytes = b"") -> bool:
         """Send some events; True if they were the last."""
-        ended = isinstance(events[-1], Finish) or running.stream is not None and running.stream.whole
+        ended = isinstance(events[-1], Finish)
+        if ended:
+            self.usage = events[-1].usage
+        ended = ended or running.stream is not None and running.stream.whole
         self.write(opening + dialect.feed(events), last=ended)
         return ended
 
@@ -4248,15 +4258,37 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """The library's line; ours comes at the end of the request."""
 
     def log_line(self) -> None:
-        if self.status and log.isEnabledFor(logging.INFO):
-            log.info("%s %s %s %d %s %.0fms %dB %s", self.client_address[0], _plain(self.command), _plain(self.path),
-                     self.status, _plain(self.model) or "-", (time.monotonic() - self.began) * 1000, self.sent,
-                     self.request_id)
+        """One line for the request, at its end."""
+        if not self.status or not log.isEnabledFor(logging.INFO):
+            return
+        now, usage = time.monotonic(), self.usage or {}
+        facts = {"client": self.client_address[0], "method": self.command, "path": self.path, "status": self.status,
+                 "model": self.model, "controller": self.controller, "first_ms": round((self.first_at or now) * 1000)
+                 - round(self.began * 1000), "ms": round((now - self.began) * 1000), "bytes": self.sent,
+                 "tokens_in": usage.get("prompt_tokens"), "tokens_out": usage.get("completion_tokens"),
+                 "id": self.request_id}
+        log.info(" ".join(f"{name}={value}" for name, value in facts.items() if value not in ("", None)),
+                 extra={"facts": facts})
 
 
-def _plain(text: str) -> str:
-    """A text for a line of the log."""
-    return text if text.isascii() and text.isprintable() else text.encode("unicode_escape").decode("ascii")
+class LogFormat(logging.Formatter):
+    """Log lines as text or as JSON; what others put into them can't break out of its line."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(message)s")
+        self.form = form
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        record.message = "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii")
+                                 for char in record.message)
+        return super().formatMessage(record)
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        if self.form == "text":
+            return text
+        facts = getattr(record, "facts", None) or {"message": text.split(" ", 3)[3]}
+        return _encode({"time": self.formatTime(record), "level": record.levelname.lower(), **facts})
 
 
 OVERFULL = (lambda body: b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 5\r\n"
@@ -4529,7 +4561,9 @@ def main(argv: Optional[List[str]] = None) -> int:
             return check_health(settings)
         if options.check:
             return show(settings)
-        logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
+        lines = logging.StreamHandler()
+        lines.setFormatter(LogFormat(settings.log_format))
+        logging.basicConfig(level=settings.log_level.upper(), handlers=[lines])
         demo = {"akash_base_url": StandIn.start(), "controllers": ()} if options.demo else {}
         if settings.config_file:
             flags["config_file"] = settings.config_file     # a reload must not fall back on another one, or on none
@@ -4615,6 +4649,8 @@ def serve(server: Server, load: Callable[[], Settings]) -> int:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), on_signal)
     server.start()
+    if not server.settings.bearer_token and not ipaddress.ip_address(server.server_address[0]).is_loopback:
+        log.warning("whoever can reach %s can use this server, its keys and its allowance: set BEARER_TOKEN", server.url)
     print(f"akashproxy {__version__} serves {server.pool} on {server.url}/v1", flush=True)
     while asked.get() == getattr(signal, "SIGHUP", None):
         try:

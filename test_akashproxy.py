@@ -76,9 +76,8 @@ class Fake:
                 fault = self.faults.popleft() if self.faults and self.faulty(request) else None
                 if not (fault(sock, request) if fault else self.answer(sock, request)):
                     break
-            self.open.discard(sock)
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
+            sock.shutdown(socket.SHUT_RDWR)
+        self.open.discard(sock)
 
     @staticmethod
     def read(stream):
@@ -2946,6 +2945,597 @@ ZNxVwCmKC3KuK9t5ulgM8vS76LCtdFIJaWHvs6GBkQ==
 """
 
 
+# == under fire ===============================================================================
+
+GET, HOST = b"GET /health HTTP/1.1\r\n", b"Host: x\r\n"
+POST = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n"
+CLOSED, OPEN = False, True
+DATA = json.dumps(CHAT).encode()
+SIZED = b"Content-Length: %d\r\n" % len(DATA)
+CHUNKS = b"Transfer-Encoding: chunked\r\n"
+
+
+def get(*fields, line=GET, host=HOST):
+    return line + host + b"".join(field + b"\r\n" for field in fields) + b"\r\n"
+
+
+def in_chunks(body, *fields):
+    return POST + CHUNKS + b"".join(field + b"\r\n" for field in fields) + b"\r\n" + body
+
+
+def target(path):
+    return get(line=b"GET " + path + b" HTTP/1.1\r\n")
+
+
+def spelled(body):
+    return POST + b"Content-Length: %d\r\n\r\n" % len(body) + body
+
+
+ATTACKS = {
+    # name: (bytes, status, is the connection usable afterwards?)
+    "a good request": (get(), 200, OPEN),
+    "a good body": (POST + SIZED + b"\r\n" + DATA, 200, OPEN),
+    "a good body in chunks": (in_chunks(chunk(DATA) + b"0\r\n\r\n"), 200, OPEN),
+    # -- the request line
+    "no version": (b"GET /health\r\n\r\n", 400, CLOSED),
+    "an empty line of blanks": (b"  \r\n\r\n", 400, CLOSED),
+    "HTTP/0.9": (get(line=b"GET /health HTTP/0.9\r\n"), 505, CLOSED),
+    "HTTP/2": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505, CLOSED),
+    "HTTP/1.2 is a 1.1": (get(line=b"GET /health HTTP/1.2\r\n"), 200, OPEN),
+    "HTTP/3.0": (get(line=b"GET /health HTTP/3.0\r\n"), 505, CLOSED),
+    "HTTP/1": (get(line=b"GET /health HTTP/1\r\n"), 400, CLOSED),
+    "HTTP/1.10": (get(line=b"GET /health HTTP/1.10\r\n"), 400, CLOSED),
+    "HTTP/01.1": (get(line=b"GET /health HTTP/01.1\r\n"), 400, CLOSED),
+    "http/1.1": (get(line=b"GET /health http/1.1\r\n"), 400, CLOSED),
+    "HTTP/1.1 and a blank": (get(line=b"GET /health HTTP/1.1 \r\n"), 400, CLOSED),
+    "two blanks": (get(line=b"GET  /health HTTP/1.1\r\n"), 400, CLOSED),
+    "a tab": (get(line=b"GET\t/health HTTP/1.1\r\n"), 400, CLOSED),
+    "a blank first": (get(line=b" GET /health HTTP/1.1\r\n"), 400, CLOSED),
+    "four words": (get(line=b"GET /health x HTTP/1.1\r\n"), 400, CLOSED),
+    "a method with a colon": (get(line=b"GE:T /health HTTP/1.1\r\n"), 400, CLOSED),
+    "a method of 33 letters": (get(line=b"G" * 33 + b" /health HTTP/1.1\r\n"), 400, CLOSED),
+    "an unknown method": (get(line=b"BREW /health HTTP/1.1\r\n"), 405, OPEN),
+    "a method in small letters": (get(line=b"get /health HTTP/1.1\r\n"), 405, OPEN),
+    "CONNECT": (get(line=b"CONNECT x:80 HTTP/1.1\r\n"), 400, CLOSED),
+    "TRACE": (get(line=b"TRACE /health HTTP/1.1\r\n"), 405, OPEN),
+    # -- the target
+    "no slash": (target(b"health"), 400, CLOSED),
+    "a star": (target(b"*"), 400, CLOSED),
+    "OPTIONS and a star": (get(line=b"OPTIONS * HTTP/1.1\r\n"), 204, OPEN),
+    "absolute": (target(b"http://x/health"), 200, OPEN),
+    "absolute, another host": (target(b"http://evil:1/health"), 200, OPEN),
+    "absolute without a path": (target(b"http://x"), 404, OPEN),
+    "another scheme": (target(b"ftp://x/health"), 400, CLOSED),
+    "NUL in the target": (target(b"/hea\0lth"), 400, CLOSED),
+    "a control character in the target": (target(b"/hea\x01lth"), 400, CLOSED),
+    "DEL in the target": (target(b"/hea\x7flth"), 400, CLOSED),
+    "percent once": (target(b"/heal%74h"), 200, OPEN),
+    "percent twice": (target(b"/heal%2574h"), 404, OPEN),
+    "percent NUL": (target(b"/health%00"), 404, OPEN),
+    "percent CR LF": (target(b"/health%0d%0aX: y"), 400, CLOSED),
+    "percent CR LF without a blank": (target(b"/health%0d%0aX:y"), 404, OPEN),
+    "half a percent": (target(b"/health%"), 404, OPEN),
+    "a raw UTF-8 path": (target("/hé".encode()), 404, OPEN),
+    "dots": (target(b"/v1/../health"), 404, OPEN),
+    "two slashes": (target(b"//health"), 404, OPEN),
+    "a fragment": (target(b"/health#x"), 404, OPEN),
+    "a query": (target(b"/health?x=%00&y"), 200, OPEN),
+    "a semicolon": (target(b"/health;x=1"), 404, OPEN),
+    "a host within the path": (target(b"/http://evil/"), 404, OPEN),
+    "a long target": (target(b"/" + b"x" * 60000), 404, OPEN),
+    "too long a target": (target(b"/" + b"x" * 70000), 431, CLOSED),
+    # -- fields
+    "an empty value": (get(b"X:"), 200, OPEN),
+    "blanks around a value": (get(b"X: \t y \t"), 200, OPEN),
+    "no colon": (get(b"X"), 400, CLOSED),
+    "no name": (get(b": y"), 400, CLOSED),
+    "a blank before the colon": (get(b"X : y"), 400, CLOSED),
+    "a tab before the colon": (get(b"X\t: y"), 400, CLOSED),
+    "a name in quotes": (get(b'"X": y'), 400, CLOSED),
+    "a name with a slash": (get(b"X/Y: y"), 400, CLOSED),
+    "a name beyond ASCII": (get("é: y".encode()), 400, CLOSED),
+    "a first line that is folded": (GET + b" Host: x\r\n\r\n", 400, CLOSED),
+    "obs-fold": (get(b"X: y\r\n z"), 400, CLOSED),
+    "obs-fold with a tab": (get(b"X: y\r\n\tz"), 400, CLOSED),
+    "NUL in a value": (get(b"X: y\0z"), 400, CLOSED),
+    "a control character in a value": (get(b"X: \x01"), 400, CLOSED),
+    "DEL in a value": (get(b"X: \x7f"), 400, CLOSED),
+    "UTF-8 in a value": (get("X: é".encode()), 200, OPEN),
+    "bare LF between fields": (GET + b"Host: x\nX: y\r\n\r\n", 400, CLOSED),
+    "bare LF everywhere": (b"GET /health HTTP/1.1\nHost: x\n\n", 400, CLOSED),
+    "bare LF at the end": (GET + HOST + b"\n", 400, CLOSED),
+    "bare CR in a value": (get(b"X: a\rb"), 400, CLOSED),
+    "bare CR between fields": (GET + b"Host: x\rX: y\r\n\r\n", 400, CLOSED),
+    "CR CR LF": (GET + b"Host: x\r\r\n\r\n", 400, CLOSED),
+    "100 fields": (get(*[b"X: y"] * 99), 200, OPEN),
+    "101 fields": (get(*[b"X: y"] * 100), 431, CLOSED),
+    "a value of 60 kB": (get(b"X: " + b"y" * 60000), 200, OPEN),
+    "a value of 70 kB": (get(b"X: " + b"y" * 70000), 431, CLOSED),
+    "a line without an end": (b"G" * 70000, 431, CLOSED),
+    # -- Host
+    "no host": (get(host=b""), 400, CLOSED),
+    "no host in 1.0": (get(line=b"GET /health HTTP/1.0\r\n", host=b""), 200, CLOSED),
+    "two hosts": (get(b"Host: y"), 400, CLOSED),
+    "two equal hosts": (get(b"Host: x"), 400, CLOSED),
+    "an empty host": (get(host=b"Host:\r\n"), 200, OPEN),
+    "a host with a blank": (get(host=b"Host: a b\r\n"), 400, CLOSED),
+    "a host with a path": (get(host=b"Host: a/b\r\n"), 400, CLOSED),
+    "a host with an at": (get(host=b"Host: a@b\r\n"), 400, CLOSED),
+    "a host that is a list": (get(host=b"Host: a, b\r\n"), 400, CLOSED),
+    "a host in brackets": (get(host=b"Host: [::1]:80\r\n"), 200, OPEN),
+    # -- lengths
+    "no length": (POST + b"\r\n", 400, OPEN),
+    "a length of 0": (POST + b"Content-Length: 0\r\n\r\n", 400, OPEN),
+    "a negative length": (POST + b"Content-Length: -1\r\n\r\n", 400, CLOSED),
+    "a signed length": (POST + b"Content-Length: +5\r\n\r\nhello", 400, CLOSED),
+    "a length with an underscore": (POST + b"Content-Length: 1_0\r\n\r\n0123456789", 400, CLOSED),
+    "a hexadecimal length": (POST + b"Content-Length: 0x5\r\n\r\nhello", 400, CLOSED),
+    "a length of words": (POST + b"Content-Length: five\r\n\r\nhello", 400, CLOSED),
+    "an empty length": (POST + b"Content-Length:\r\n\r\n", 400, CLOSED),
+    "a fraction": (POST + b"Content-Length: 5.0\r\n\r\nhello", 400, CLOSED),
+    "Arabic digits": (POST + "Content-Length: ٥\r\n\r\nhello".encode(), 400, CLOSED),
+    "two lengths": (POST + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\nhello", 400, CLOSED),
+    "two equal lengths": (POST + b"Content-Length: 5\r\nContent-Length: 5\r\n\r\nhello", 400, CLOSED),
+    "a list of lengths": (POST + b"Content-Length: 5, 5\r\n\r\nhello", 400, CLOSED),
+    "a length of 19 digits": (POST + b"Content-Length: 9999999999999999999\r\n\r\n", 400, CLOSED),
+    "a length beyond the limit": (POST + b"Content-Length: 999999999\r\n\r\n", 413, CLOSED),
+    "a length on GET": (GET + HOST + b"Content-Length: 5\r\n\r\nhello", 200, OPEN),
+    "a length and less": (POST + SIZED + b"\r\n" + DATA[:-1], 408, CLOSED),
+    "both lengths": (POST + SIZED + CHUNKS + b"\r\n" + chunk(DATA) + b"0\r\n\r\n", 400, CLOSED),
+    "both lengths, the other way": (POST + CHUNKS + SIZED + b"\r\n0\r\n\r\n", 400, CLOSED),
+    # -- codings
+    "gzip": (POST + b"Transfer-Encoding: gzip\r\n\r\n", 501, CLOSED),
+    "gzip, chunked": (POST + b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n", 501, CLOSED),
+    "chunked, chunked": (POST + b"Transfer-Encoding: chunked, chunked\r\n\r\n0\r\n\r\n", 501, CLOSED),
+    "chunked twice": (POST + CHUNKS + CHUNKS + b"\r\n0\r\n\r\n", 501, CLOSED),
+    "identity": (POST + b"Transfer-Encoding: identity\r\n\r\n", 501, CLOSED),
+    "xchunked": (POST + b"Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n", 501, CLOSED),
+    "chunked and a vertical tab": (POST + b"Transfer-Encoding: \x0bchunked\r\n\r\n0\r\n\r\n", 400, CLOSED),
+    "chunked in quotes": (POST + b'Transfer-Encoding: "chunked"\r\n\r\n0\r\n\r\n', 501, CLOSED),
+    "chunked; q=1": (POST + b"Transfer-Encoding: chunked;q=1\r\n\r\n0\r\n\r\n", 501, CLOSED),
+    "an empty coding": (POST + b"Transfer-Encoding:\r\n\r\n", 501, CLOSED),
+    "Chunked": (POST + b"Transfer-Encoding: Chunked\r\n\r\n" + chunk(DATA) + b"0\r\n\r\n", 200, OPEN),
+    "chunked in 1.0": (POST.replace(b"1.1", b"1.0") + CHUNKS + b"\r\n0\r\n\r\n", 400, CLOSED),
+    # -- chunks
+    "no chunk": (in_chunks(b"0\r\n\r\n"), 400, OPEN),
+    "an extension": (in_chunks(b"%x;a=b\r\n%b\r\n0\r\n\r\n" % (len(DATA), DATA)), 200, OPEN),
+    "a quoted extension": (in_chunks(b'%x ; a="b;c"\r\n%b\r\n0\r\n\r\n' % (len(DATA), DATA)), 200, OPEN),
+    "leading zeros": (in_chunks(b"000%x\r\n%b\r\n000\r\n\r\n" % (len(DATA), DATA)), 200, OPEN),
+    "trailers": (in_chunks(chunk(DATA) + b"0\r\nX: y\r\nContent-Length: 99\r\n\r\n"), 200, OPEN),
+    "a broken trailer": (in_chunks(chunk(DATA) + b"0\r\nX y\r\n\r\n"), 400, CLOSED),
+    "101 trailers": (in_chunks(chunk(DATA) + b"0\r\n" + b"X: y\r\n" * 101 + b"\r\n"), 431, CLOSED),
+    "a chunk too short": (in_chunks(b"5\r\nhell\r\n0\r\n\r\n"), 400, CLOSED),
+    "a chunk too long": (in_chunks(b"5\r\nhello!\r\n0\r\n\r\n"), 400, CLOSED),
+    "a negative chunk": (in_chunks(b"-5\r\nhello\r\n0\r\n\r\n"), 400, CLOSED),
+    "a chunk of 0x": (in_chunks(b"0x5\r\nhello\r\n0\r\n\r\n"), 400, CLOSED),
+    "a chunk with an underscore": (in_chunks(b"1_0\r\n0123456789abcdef\r\n0\r\n\r\n"), 400, CLOSED),
+    "a chunk with a blank first": (in_chunks(b" 5\r\nhello\r\n0\r\n\r\n"), 400, CLOSED),
+    "a chunk without a size": (in_chunks(b"\r\nhello\r\n0\r\n\r\n"), 400, CLOSED),
+    "a size of 16 digits": (in_chunks(b"f" * 16 + b"\r\nhello"), 400, CLOSED),
+    "a size beyond the limit": (in_chunks(b"fffffff\r\n"), 413, CLOSED),
+    "a bare LF after a size": (in_chunks(b"5\nhello\r\n0\r\n\r\n"), 400, CLOSED),
+    "a bare LF in an extension": (in_chunks(b"5;a\nb\r\nhello\r\n0\r\n\r\n"), 400, CLOSED),
+    "a bare CR after a size": (in_chunks(b"5\rhello\r\n0\r\n\r\n"), 400, CLOSED),
+    "a bare LF after a chunk": (in_chunks(b"5\r\nhello\n0\r\n\r\n"), 400, CLOSED),
+    "an endless extension": (in_chunks(b"5;" + b"x" * 9000), 400, CLOSED),
+    "no last chunk": (in_chunks(chunk(DATA)), 408, CLOSED),
+    # -- expectations
+    "Expect: 100-continue": (POST + SIZED + b"Expect: 100-Continue\r\n\r\n" + DATA, 200, OPEN),
+    "another expectation": (POST + SIZED + b"Expect: tea\r\n\r\n" + DATA, 417, CLOSED),
+    # -- bodies
+    "no JSON": (spelled(b"{"), 400, OPEN), "NaN": (spelled(b'{"model":NaN}'), 400, OPEN), "Infinity": (spelled(b"[-Infinity]"), 400, OPEN),
+    "nested 100,000 deep": (spelled(b"[" * 100000), 400, OPEN),
+    "objects 100,000 deep": (spelled(b'{"a":' * 100000), 400, OPEN),
+    "nested deep and closed": (spelled(b'{"model":"m","messages":' + b"[" * 50000 + b"]" * 50000 + b"}"), 400, OPEN),
+    "a huge number": (spelled(DATA[:-1] + b',"temperature":1e999}'), 400, OPEN),
+    "a number of 5,000 digits": (spelled(DATA[:-1] + b',"max_tokens":' + b"9" * 5000 + b"}"), 400, OPEN),
+    "bad UTF-8": (spelled(b'{"model":"\xff\xfe"}'), 400, OPEN),
+    "overlong UTF-8": (spelled(b'{"model":"\xc0\xaf"}'), 400, OPEN),
+    "UTF-16": (spelled('{"model":"m"}'.encode("utf-16")), 400, OPEN),
+    "a byte order mark": (spelled(b"\xef\xbb\xbf" + DATA), 200, OPEN),
+    "a lone surrogate": (spelled(DATA.replace(b"Hello", b"\\ud800")), 200, OPEN),
+    "a lone surrogate in the model": (spelled(DATA.replace(b"Meta", b"\\udfff")), 200, OPEN),
+    "duplicate keys": (spelled(b'{"model":"x","model":"y",' + DATA[1:]), 200, OPEN),
+    "NUL in JSON": (spelled(DATA.replace(b"Hello", b"\0")), 400, OPEN),
+    "NUL escaped": (spelled(DATA.replace(b"Hello", b"\\u0000")), 200, OPEN),
+    "JSON and more": (spelled(DATA + b"{}"), 400, OPEN),
+    "CR LF in a field that is named back": (spelled(DATA[:-1] + b',"a\\r\\nX-Evil: 1":1}'), 200, OPEN),
+    # -- garbage
+    "TLS": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 400, CLOSED),
+    "SSLv2": (b"\x80\x2e\x01\x00\x02", 400, CLOSED),
+    "SSH": (b"SSH-2.0-OpenSSH_9\r\n", 400, CLOSED),
+    "SMB": (b"\0\0\0\x85\xffSMBr", 400, CLOSED),
+    "a single NUL": (b"\0", 400, CLOSED),
+    "a single LF": (b"\n", 400, CLOSED),
+    "Redis": (b"*1\r\n$4\r\nPING\r\n", 408, CLOSED),
+    "the answer of a server": (b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", 400, CLOSED),
+    "half a line": (b"GET /hea", 408, CLOSED),
+    "half a head": (GET + HOST, 408, CLOSED),
+    "blank lines before a request": (b"\r\n\r\n\r\n" + get(), 200, OPEN),
+    # -- what hides a second request
+    "a GET within a body that is refused": (POST + b"Content-Length: 60\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + get(), 400, CLOSED),
+    "a GET after a bad chunk": (in_chunks(b"z\r\n\r\n") + get(), 400, CLOSED),
+    "a GET after a 413": (POST + b"Content-Length: 999999999\r\n\r\n" + get(), 413, CLOSED),
+    "a GET after a bad field": (get(b"X : y") + get(), 400, CLOSED),
+    "a GET after a 501": (POST + b"Transfer-Encoding: x\r\n\r\n" + get(), 501, CLOSED),
+    "a GET in the body of a 404": (get(line=b"POST /nowhere HTTP/1.1\r\n").replace(b"\r\n\r\n", b"\r\nContent-Length: 60\r\n\r\n") + get(), 404, CLOSED),
+    "a GET in the body of a 405": (get(line=b"POST /health HTTP/1.1\r\n").replace(b"\r\n\r\n", b"\r\nContent-Length: 60\r\n\r\n") + get(), 405, CLOSED),
+}
+
+
+@pytest.fixture(scope="module")
+def target_server():
+    fake = FakeAkash()
+    server = Server(Settings(server_address="127.0.0.1:0", akash_base_url=fake.url, head_timeout=0.3, body_timeout=0.3)).start()
+    yield server
+    server.stop(0)
+    fake.close()
+
+
+@table(ATTACKS)
+def test_attacks(case, target_server):
+    data, status, stays_open = case
+    marker = b"GET /status HTTP/1.1\r\nHost: x\r\nx-request-id: the-second\r\nConnection: close\r\n\r\n"
+    if status == 408:       # what would come next would complete it
+        got = talk(target_server, data)
+    else:
+        with contextlib.suppress(BrokenPipeError):
+            got = talk(target_server, data + marker)
+    got = got.replace(b"HTTP/1.1 100 Continue\r\n\r\n", b"")
+    answers = re.findall(rb"HTTP/1\.1 (\d{3}) ", got)
+    assert answers[:1] == [str(status).encode()], got[:500]
+    assert (b"the-second" in got) == stays_open and len(answers) == 1 + stays_open, got[:900]
+    assert b"X-Evil" not in got.split(b"\r\n\r\n")[0] and b"Traceback" not in got
+    if not stays_open:
+        assert b"\r\nConnection: close\r\n" in got
+    if status >= 400 and status != 405:
+        assert json.loads(got.split(b"\r\n\r\n")[1].partition(b"HTTP/1.1 ")[0])["code"] == status
+
+
+def test_there_are_enough_attacks():
+    assert len(ATTACKS) >= 120
+
+
+def test_500_slow_clients_change_nothing_for_the_next(akash, serve):
+    server = serve(head_timeout=30)
+    with contextlib.ExitStack() as stack:
+        socks = [stack.enter_context(socket.create_connection(("127.0.0.1", server.server_port))) for _ in range(500)]
+        for at, sock in enumerate(socks):
+            sock.sendall([b"", b"G", b"GET /health HTTP/1.1\r\n", b"\r\n"][at % 4])
+        threads = threading.active_count()
+        assert stream(server)[0] == "Hello from the mock." and ask(server).status == 200
+        for sock in socks[1::4]:
+            sock.sendall(b"E")
+        assert ask(server).status == 200
+        assert threading.active_count() - threads < 5, "who waits has no thread"
+        wait_for(lambda: len(server.watchdog.handlers) == 500)
+    wait_for(lambda: not server.watchdog.handlers)
+
+
+def test_a_body_may_come_as_slowly_as_by_modem(serve):
+    server = serve(body_timeout=0.2)
+    data = json.dumps({**CHAT, "padding": "x" * 8000}).encode()
+    with socket.create_connection(("127.0.0.1", server.server_port), timeout=10) as sock:
+        sock.sendall(POST + b"Content-Length: %d\r\n\r\n" % len(data) + data[:6000])
+        time.sleep(0.6)     # 6,000 bytes may take 1.5 s
+        sock.sendall(data[6000:])
+        assert sock.recv(100).startswith(b"HTTP/1.1 200 ")
+
+
+def test_an_idle_connection_ends(serve):
+    server = serve(keepalive_timeout=0.3)
+    with socket.create_connection(("127.0.0.1", server.server_port), timeout=10) as sock:
+        sock.sendall(get())
+        assert sock.recv(4096).startswith(b"HTTP/1.1 200 ")
+        assert sock.recv(1) == b"", "closed without a word"
+
+
+def test_a_client_that_does_not_read_is_dropped(pool):
+    a = FakeOpenAI(text="word " * 60000)
+    data = a.head() + b"".join(map(chunk, a.events())) + b"0\r\n\r\n"
+    a.faults.append(a.garbage(data))
+    server = pool(a, write_timeout=0.3)
+    with lazy_client(server) as sock:
+        sock.sendall(post("/v1/chat/completions", {**BOTH, "stream": True}))
+        wait_for(lambda: any(handler.backlog for handler in server.watchdog.handlers.copy()))
+        held = max(len(handler.backlog) for handler in server.watchdog.handlers.copy())
+        assert held < 200000 < len(data), "a bounded part of it waits here"
+        assert ask(server).status == 200
+        wait_for(lambda: not server.watchdog.handlers)
+    wait_for(lambda: not a.open)
+    assert ask(server, path="/status").json["controllers"][0]["in_flight"] == 0
+
+
+def test_too_many_connections(serve):
+    server = serve(max_connections=3)
+    with contextlib.ExitStack() as stack:
+        for _ in range(3):
+            stack.enter_context(socket.create_connection(("127.0.0.1", server.server_port)))
+        wait_for(lambda: len(server.watchdog.handlers) == 3)
+        got = talk(server, b"")
+        assert got.startswith(b"HTTP/1.1 503 ") and b"\r\nRetry-After: " in got and json.loads(got.partition(b"\r\n\r\n")[2])["code"] == 503
+    wait_for(lambda: not server.watchdog.handlers)
+    assert ask(server).status == 200
+
+
+def test_a_prompt_of_20_megabytes(akash, serve):
+    server = serve()
+    assert chat(server, messages=[user("x" * (20 << 20))]).status == 200
+    assert len(akash.bodies()[0]["messages"][0]["content"]) == 20 << 20
+
+
+@pytest.mark.parametrize("form, fill", [("comment", b": keep-alive\n\n"), ("chunk", b'"delta":{"role":"assistant","content":""}'), ("off", None)])
+def test_pings_fill_silence(form, fill, akash, serve):
+    hold = threading.Event()
+
+    def slow(sock, request):
+        hold.wait(10)
+        sock.sendall(STREAM_HEAD + chunk(b'0:"one "\n'))
+        return akash.faults.popleft()(sock, request)
+
+    def slower(sock, request):
+        hold.clear()
+        hold.wait(10)
+        sock.sendall(chunk(b'0:"two"\n' + STOP) + b"0\r\n\r\n")
+        return True
+
+    akash.faults.extend([slow, slower])
+    server = serve(heartbeat=0.1, pings=form)
+    with socket.create_connection(("127.0.0.1", server.server_port), timeout=20) as sock:
+        sock.sendall(post("/v1/chat/completions", {**CHAT, "stream": True}))
+        got = b""
+        for wanted in (b"", b'"one "'):
+            while fill and got[got.find(wanted):].count(fill) < 2:
+                got += sock.recv(65536)
+            if not fill:
+                time.sleep(0.5)
+            hold.set()
+            while b'"one "' not in got:
+                got += sock.recv(65536)
+        while not got.endswith(b"0\r\n\r\n"):
+            got += sock.recv(65536)
+    body = unchunked(got.partition(b"\r\n\r\n")[2])
+    assert fill is not None or b": keep" not in body
+    events = [json.loads(event[6:]) for event in body.split(b"\n\n") if event.startswith(b"data: {")]
+    assert "".join(event["choices"][0]["delta"].get("content", "") for event in events) == "one two" and body.endswith(b"data: [DONE]\n\n")
+
+
+def unchunked(data):
+    return Body(CHUNKED).feed(data)
+
+
+def test_an_error_after_pings_is_told_in_the_stream(akash, serve):
+    def late(sock, request):
+        time.sleep(0.5)
+        sock.sendall(reply(500))
+
+    akash.faults.append(late)
+    got = chat(serve(heartbeat=0.1), stream=True)
+    assert got.status == 200 and b": keep-alive\n\n" in got.body and b'data: {"error":{' in got.body and got.body.endswith(b"data: [DONE]\n\n")
+
+
+def test_failover_goes_on_behind_pings(pool):
+    a, b = FakeOpenAI(), FakeOpenAI(text="from b.")
+    a.faults.append(a.stall())
+    got = chat(pool((a, {"weight": 1000}), b, heartbeat=0.05, first_byte_timeout=0.5), BOTH, stream=True)
+    assert got.status == 200 and got.body.startswith(b": keep-alive\n\n") and b"from " in got.body and b"error" not in got.body
+
+
+def test_pings_never_cut_an_event(pool):
+    a = FakeOpenAI()
+    events = list(a.events())
+
+    def halves(sock, request):
+        sock.sendall(a.head() + chunk(events[0]) + chunk(events[1][:20]))
+        time.sleep(0.6)
+        sock.sendall(chunk(events[1][20:] + b"".join(events[2:])) + b"0\r\n\r\n")
+        return True
+
+    a.faults.append(halves)
+    body = chat(pool(a, heartbeat=0.1, idle_timeout=5), BOTH, stream=True).body
+    assert b": keep-alive\n\n" in body and body.replace(b": keep-alive\n\n", b"") == b"".join(events)
+
+
+def test_who_drains_says_so(akash, serve):
+    server = serve()
+    server.draining = True
+    got = ask(server)
+    assert (got.status, got.json["status"]) == (503, "draining") and got.headers["connection"] == "close"
+    server.draining = False
+
+
+def test_a_second_signal_stops_at_once(akash):
+    akash.faults.append(akash.stall(b'0:"one "\n'))
+    with started(AKASH_BASE_URL=akash.url, GRACE="60") as (process, port):
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as sock:
+            sock.sendall(post("/v1/chat/completions", {**CHAT, "stream": True}))
+            sock.recv(100)
+            process.send_signal(signal.SIGTERM)
+            wait_for(lambda: refused(port))
+            assert process.poll() is None, "it waits for the stream"
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(10) == 0
+
+
+def refused(port):
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=1).close()
+        return False
+    except OSError:
+        return True
+
+
+def test_an_open_address_is_warned_of():
+    for address, token, warned in (("0.0.0.0:0", "", True), ("0.0.0.0:0", "t", False), ("127.0.0.1:0", "", False)):
+        process = subprocess.Popen(**command("--server-address", address, BEARER_TOKEN=token))
+        process.stdout.readline()
+        process.terminate()
+        assert ("set BEARER_TOKEN" in process.communicate(timeout=20)[1]) == warned
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_log_lines(form):
+    with started("--demo", "--log-format", form) as (process, port):
+        server = type("Server", (), {"server_port": port})
+        stream(server, {"model": "demo", "messages": [user("secret words")]})
+        ask(server, path="/no%0Awhere%1b[31m", headers={"Authorization": "Bearer s3cret"})
+        process.terminate()
+        lines = process.communicate(timeout=20)[1].splitlines()
+    assert len(lines) == 2 and not any("secret" in line or "s3cret" in line or "\x1b" in line for line in lines)
+    if form == "json":
+        first, second = map(json.loads, lines)
+        assert {"time", "client", "method", "path", "status", "model", "controller", "first_ms", "ms", "bytes", "tokens_in", "tokens_out",
+                "id"} <= set(first)
+        assert (first["status"], first["model"], first["controller"], second["path"]) == (200, "demo", "akash", "/no\nwhere\x1b[31m")
+    else:
+        assert re.search(r" INFO client=127\.0\.0\.1 method=POST path=/v1/chat/completions status=200 model=demo controller=akash "
+                         r"first_ms=\d+ ms=\d+ bytes=\d+ id=req_\w+$", lines[0]) and "path=/no\\nwhere\\x1b[31m status=404" in lines[1]
+
+
+def test_tokens_that_are_known_are_logged(pool, caplog):
+    caplog.set_level("INFO")
+    server = pool()
+    server.reload(Settings(server_address="127.0.0.1:0", controllers=(akashproxy.ControllerSettings(type="echo", speed=0.0),)))
+    chat(server, {"model": "echo", "messages": [user("a b c")]})
+    wait_for(lambda: "tokens_in=3 tokens_out=3" in caplog.text)
+
+
+@pytest.mark.parametrize("kind", ["akash", "openai"])
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("two", [False, True])
+def test_an_upstream_cut_at_any_byte_loses_and_doubles_nothing(kind, streamed, two, pool):
+    text = "one two three four."
+    words = re.findall(r"\S+\s*", text)
+    if kind == "akash":
+        first, model = FakeAkash(), CHAT["model"]
+        data = STREAM_HEAD + b"".join(map(chunk, [STEP, *[b"0:" + json.dumps(word).encode() + b"\n" for word in words], STOP])) + b"0\r\n\r\n"
+    else:
+        first, model = FakeOpenAI(text=text), "both"
+        data = (first.head() + b"".join(map(chunk, first.events())) + b"0\r\n\r\n" if streamed else reply(body=first.completion(), chunked=False))
+    second = FakeOpenAI(text="from b.", models=[model])
+    server = pool((first, {"priority": 1}), *([(second, {"priority": 2})] if two else []))
+    body = {"model": model, "messages": [user("hi")]}
+    whole = 0
+    if kind == "akash":
+        first.chat = unchunked(data.partition(b"\r\n\r\n")[2])      # for a second try on a new connection
+    for cut_at in [*range(0, len(data), 7), len(data)]:
+        first.faults.append(lambda sock, request: sock.sendall(data[:cut_at]))
+        for member in server.pool.members:
+            member.rests_until = 0.0
+        got = chat(server, body, stream=streamed)
+        if not streamed:
+            answer = got.json["choices"][0]["message"]["content"] if got.status == 200 else None
+            assert answer in ((text, "from b.") if two else (text, None)), cut_at
+            whole += answer == text
+        elif got.status == 200:
+            events = sse(got.body) if b"[DONE]" in got.body else []
+            said = "".join(event["choices"][0]["delta"].get("content") or "" for event in events if event.get("choices"))
+            ended = any(event.get("choices") and event["choices"][0]["finish_reason"] for event in events)
+            failed = any("error" in event for event in events)
+            assert said == text and ended or text.startswith(said) and failed or two and said == "from b.", (cut_at, got.body)
+            whole += said == text and not failed
+        else:
+            assert got.status == 502 and not two, cut_at
+    assert whole >= 1
+    wait_for(lambda: all(member.in_flight == 0 for member in server.pool.members))
+
+
+def test_a_thousand_streams_at_once_lose_nothing(pool):
+    a = FakeOpenAI(text="one two three four five.")
+    gate = threading.Barrier(1001)
+
+    def together(sock, request):
+        gate.wait(60)
+        for event in a.events():
+            sock.sendall((a.head() if event is None else b"") + chunk(event))
+        sock.sendall(b"0\r\n\r\n")
+        return True
+
+    def begins(sock, request):
+        sock.sendall(a.head())
+        return together(sock, request)
+
+    a.faults.extend([begins] * 1000)
+    server = pool(a, first_byte_timeout=60, idle_timeout=60)
+    request = post("/v1/chat/completions", {**BOTH, "stream": True}, "Connection: close")
+    with contextlib.ExitStack() as stack:
+        socks = [stack.enter_context(socket.create_connection(("127.0.0.1", server.server_port), timeout=60)) for _ in range(1000)]
+        for sock in socks:
+            sock.sendall(request)
+        gate.wait(60)
+        whole = b"".join(a.events())
+        for sock in socks:
+            got = b""
+            while True:
+                part = sock.recv(65536)
+                if not part:
+                    break
+                got += part
+            assert unchunked(got.partition(b"\r\n\r\n")[2]) == whole
+    wait_for(lambda: not server.watchdog.handlers)
+
+
+def soak(count, log=lambda line: None):
+    """Mixed requests, 1 in 20 of them faulted, against a server in a process of its own; its (memory, threads, files) early and late."""
+    akash, paid = FakeAkash(), FakeOpenAI(models=["gpt-x", CHAT["model"]])
+    akash.requests = paid.requests = collections.deque(maxlen=10)
+    faults = [[akash.cut(b'0:"one "\n'), akash.raw(reply(500)), akash.raw(b"\0"), akash.raw(reply(429, b"{}", extra=b"Retry-After: 1\r\n")),
+               akash.raw(reply(403, BAD_SESSION))], [paid.cut(), paid.status(500), paid.garbage(b"\0"), paid.status(404), paid.early()]]
+    config = {"max_wait": 0, "controllers": [{"type": "akash", "base_url": akash.url}, {"base_url": paid.url + "/v1", "api_key": "k"}]}
+    path = pathlib.Path(os.environ.get("TMPDIR", "/tmp")) / f"akashproxy-soak-{os.getpid()}.json"
+    path.write_text(json.dumps(config))
+
+    def state(process):
+        proc = pathlib.Path(f"/proc/{process.pid}")
+        status = dict(line.split(":", 1) for line in (proc / "status").read_text().splitlines())
+        return int(status["VmRSS"].split()[0]), int(status["Threads"]), len(os.listdir(proc / "fd"))
+
+    def one(server, at):
+        if at % 20 == 0:
+            which = at // 20 % 2
+            (akash, paid)[which].faults.append(faults[which][at // 40 % 5])
+        kind = at % 9
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            if kind == 0:
+                ask(server)
+            elif kind == 1:
+                ask(server, path="/v1/models")
+            elif kind == 2:
+                chat(server, {"model": CHAT["model"]})
+            elif kind == 3:
+                talk(server, list(ATTACKS.values())[at % len(ATTACKS)][0], half_close=True)
+            elif kind == 4:
+                with socket.create_connection(("127.0.0.1", server.server_port)) as sock:
+                    sock.sendall(post("/v1/chat/completions", {**CHAT, "stream": True}))
+            elif kind == 5:
+                ask(server, "POST", "/v1/embeddings", {"model": "gpt-x"})
+            else:
+                chat(server, stream=kind % 2 == 0)
+
+    try:
+        with started("--config-file", str(path), "--log-level", "error") as (process, port):
+            server = type("Server", (), {"server_port": port})
+            early = None
+            with concurrent.futures.ThreadPoolExecutor(8) as threads:
+                for begin in range(0, count, 500):
+                    list(threads.map(lambda at: one(server, at), range(begin, begin + 500)))
+                    if begin + 500 >= count // 3 and early is None:
+                        early = state(process)
+                    log(f"{begin + 500} requests: {state(process)}")
+            wait_for(lambda: ask(server, path="/status").json["controllers"][0]["in_flight"] == 0)
+            return early, state(process)
+    finally:
+        path.unlink()
+        akash.close()
+        paid.close()
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="no /proc here")
+def test_a_short_soak_leaves_nothing_behind():
+    (memory, threads, files), later = soak(3000)
+    assert later[0] < memory * 1.1 + 3000 and later[1] <= threads + 12 and later[2] <= files + 40
+
+
 # == truth in writing =========================================================================
 
 
@@ -3080,3 +3670,10 @@ def test_openai_errors(openai_client, akash):
     akash.faults.append(akash.cut(b'0:"one "\n'))
     with pytest.raises(openai.APIError, match="broke off"):
         list(openai_client.chat.completions.create(**CHAT, stream=True))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["soak"]:
+        print("early and late (kB, threads, files):", *soak(int((sys.argv + ["50000"])[2]), print))
+    else:
+        sys.exit("usage: python3 test_akashproxy.py soak [REQUESTS]; the tests: python3 -m pytest test_akashproxy.py")
