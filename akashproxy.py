@@ -1059,7 +1059,8 @@ def head_end(held: bytes, searched: int = 0, first: Iterable[int] = _TOKEN_BYTES
     end = held.find(b"\r\n\r\n", searched)
     if end > HEAD_LIMIT or end < 0 and len(held) > HEAD_LIMIT:
         raise ProtocolError("the head is too large", 431)
-    if end < 0 and held and held != b"\r" and (held[0] not in first or _BARE_BREAK.search(held, searched)):
+    if end < 0 and held and held != b"\r" and (
+            held[0] not in first or _BARE_BREAK.search(held, searched) or b"HTTP/" not in held and b"\r\n" in held):
         raise ProtocolError("this is not HTTP/1.1")
     return end
 
@@ -3473,6 +3474,7 @@ class Watchdog(threading.Thread):
                 watch.end(APIError(504, watch.late, code="timeout", kind="network"))
         for handler in self.handlers.copy():
             handler.look(now)
+        self.server.look()
         if now >= self.tidy_at:
             self.tidy_at = now + 1.0
             self.server.pool.tidy(now)
@@ -3708,6 +3710,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def __init__(self, request: Any, client_address: Any, server: "Server") -> None:
         self.request = self.connection = request
         self.client_address, self.server = client_address, server
+        request.setblocking(True)
         request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.wfile = Outbox()
         self.held = b""                         # read, but not yet used
@@ -3728,8 +3731,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.watch.how = socket.SHUT_RD if self.held else socket.SHUT_RDWR
         self.watch.expect(self.settings.head_timeout if self.held else self.settings.keepalive_timeout,
                           "The request's head took too long.")
-        if self.server.draining and not self.held:
-            self.watch.due = 0.0
+        if self.server.draining:
+            self.watch.due = time.monotonic() + 0.5
         self.server.watchdog.watch(self.connection, self.on_readable)   # the last thing that this thread does here
 
     def on_readable(self, events: int) -> None:
@@ -4307,8 +4310,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.settings = settings or Settings()
         self.pool = Pool(self.settings)
         self.watchdog = Watchdog(self)
-        self.thread: Optional[threading.Thread] = None
-        self.draining = False
+        self.draining = self.full = False
         self.began = time.monotonic()
         self.quiet = threading.Condition()
         self.waiting: SimpleQueue = SimpleQueue()       # connections for the idle threads
@@ -4340,18 +4342,38 @@ class Server(http.server.ThreadingHTTPServer):
 
     def start(self) -> "Server":
         """Serve, in threads of its own."""
+        self.socket.setblocking(False)
+        self.watchdog.watch(self.socket, self.on_connection)
         self.watchdog.start()
-        self.thread = threading.Thread(target=self.serve_forever, args=(0.05,), name="akashproxy", daemon=True)
-        self.thread.start()
         return self
+
+    def serve_forever(self, poll_interval: float = 0.5) -> None:
+        """The library's way to serve: until another thread calls stop()."""
+        self.start()
+        self.watchdog.join()
+
+    def on_connection(self, events: int) -> None:
+        """The watchdog has new clients."""
+        try:
+            for _ in range(64):
+                self.process_request(*self.get_request())
+        except BlockingIOError:
+            return
+        except OSError as error:    # no more descriptors: those who wait, wait until the next look
+            log.error("cannot accept a connection: %s", error)
+            self.watchdog.leave(self.socket)
+            self.full = True
+
+    def look(self) -> None:
+        if self.full and not self.draining:
+            self.full = False
+            self.watchdog.watch(self.socket, self.on_connection)
 
     def stop(self, grace: Optional[float] = None) -> None:
         """Stop: no new connections, idle ones closed, running answers have ``grace`` seconds to end."""
         with self.lock:
             self.draining = True
-        if self.thread is not None:
-            self.shutdown()
-            self.thread.join()
+        self.watchdog.leave(self.socket)
         self.socket.close()
         for handler in self.watchdog.handlers.copy():
             if handler.waits:
