@@ -45,6 +45,9 @@ Where is ...
     connections to upstreams           KeepAlive
     proxies on the way                 Proxy
     deadlines, and clients that leave  Watch, Watchdog
+    streams that have begun            Flow
+    a client's connection              Handler.wait, Handler.run
+    the log                            LogFormat
     a new endpoint                     ROUTES
     a new kind of upstream             CONTROLLERS
     tokens of clients                  Handler.authorize
@@ -67,7 +70,6 @@ import hmac
 import http.client
 import http.server
 import ipaddress
-import itertools
 import json
 import logging
 import math
@@ -100,7 +102,7 @@ __all__ = [
 
 log = logging.getLogger("akashproxy")
 
-Event = Any  # one of the seven classes of section 3
+Event = Any  # one of the classes at the head of section 3
 
 
 def to_json(value: Any) -> bytes:
@@ -135,6 +137,7 @@ def as_dict(value: Any) -> Dict[str, Any]:
 
 
 def as_list(value: Any) -> List[Any]:
+    """The value if it is a list, else an empty one."""
     return value if isinstance(value, list) else []
 
 
@@ -640,6 +643,7 @@ def split_address(text: str) -> Tuple[str, int]:
 
 
 def check_host(host: str) -> None:
+    """ValueError unless a host name can be looked up (IDNA)."""
     try:
         host.encode("idna")
     except UnicodeError:
@@ -674,6 +678,7 @@ def token(text: str) -> str:
 
 
 def optional_url(text: str) -> str:
+    """Check an http(s) address, or none."""
     return base_url(text) if text else ""
 
 
@@ -688,6 +693,7 @@ def authorities(text: str) -> str:
 
 
 def positive(value: Any) -> Any:
+    """Check a number that must not be 0."""
     if value is not None and not value > 0:
         raise ValueError("it must be more than 0")
     return value
@@ -712,12 +718,14 @@ def proxy_url(text: str) -> str:
 
 
 def controller_name(text: str) -> str:
+    """Check a name that can stand in a header field."""
     if not re.fullmatch(r"[A-Za-z0-9._-]{0,64}", text):
         raise ValueError("only letters, digits, '.', '_' and '-' are allowed")
     return text
 
 
 def header_fields(fields: Dict[str, str]) -> Dict[str, str]:
+    """Check header fields; those that make the framing are not ours to set."""
     for name, value in fields.items():
         if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name):
             raise ValueError(f"{name!r} is no name of a header field")
@@ -1007,6 +1015,7 @@ def declared(cls: Any) -> List[Any]:
 
 
 def flag_name(item: Any) -> str:
+    """The flag of a setting."""
     return "--" + item.name.replace("_", "-")
 
 
@@ -2127,6 +2136,7 @@ def blocked(response: Response) -> bool:
 
 
 def blocked_error(response: Response) -> APIError:
+    """What such a page means for a client: 502, and none of its HTML."""
     return APIError(502, f"{BLOCKED} (status {response.status})", code="upstream_blocked", kind="network")
 
 

@@ -28,7 +28,7 @@ import time
 import pytest
 
 import akashproxy
-from akashproxy import (AkashDecoder, Answer, APIError, Body, Call, ConfigError, Cutoff, Finish, Image, ProtocolError,
+from akashproxy import (AkashDecoder, Answer, APIError, Body, Call, ConfigError, Cutoff, Finish, ProtocolError,
                         Reasoning, Server, Settings, Text, Thinking, ToolCall, fold)
 
 HERE = pathlib.Path(__file__).resolve().parent
