@@ -2019,11 +2019,14 @@ class AkashDecoder:
 
     def close(self) -> List[Event]:
         """The message has ended: that must not be news."""
-        if self.held.lstrip()[:1] == b"<":
-            self._line(self.held, [])
+        out: List[Event] = []
+        if self.held.strip():  # a last line may lack its end, but not more
+            self._line(self.held, out)
+            if self.error and self.error.message == BROKEN:
+                self.error = None
         if not self.finished:
             self._fail("Akash Chat ended its answer early.")
-        return []
+        return out
 
     def _line(self, line: bytes, out: List[Event]) -> None:
         try:
@@ -2037,7 +2040,7 @@ class AkashDecoder:
                 self._fail(BLOCKED if page else "Akash Chat sent something that is no stream.",
                            "upstream_blocked" if page else "upstream_error")
         except (ValueError, RecursionError):
-            self._fail("Akash Chat sent a broken line.")
+            self._fail(BROKEN)
 
     def _part(self, code: bytes, value: Any, out: List[Event]) -> None:
         if code == b"g" and isinstance(value, str):
@@ -2099,7 +2102,7 @@ class AkashDecoder:
                     break
                 self._say(Text, value, out)
                 text = text[end:].lstrip(",")
-        self._fail("Akash Chat sent a broken line.")
+        self._fail(BROKEN)
 
     def _say(self, kind: Callable[[str], Event], text: str, out: List[Event]) -> None:
         """Add a text, its surrogate halves joined; a first half waits for its second."""
@@ -2140,6 +2143,7 @@ def blocked_error(response: Response) -> APIError:
     return APIError(502, f"{BLOCKED} (status {response.status})", code="upstream_blocked", kind="network")
 
 
+BROKEN = "Akash Chat sent a broken line."
 BLOCKED = "Something in front of Akash Chat answered with a web page instead of it."
 
 
@@ -2931,19 +2935,21 @@ class Member:
         """When it may be asked again. One that is alone rests only where it was told to, as with nginx."""
         return self.limited_until if alone else self.rests_until
 
-    def offered(self) -> Tuple[List[Dict[str, Any]], Optional[frozenset]]:
-        """The models it adds to the list, and the names that its own list has."""
-        found, names = {}, self.listed
-        with contextlib.suppress(APIError):
+    def offered(self) -> Tuple[List[Dict[str, Any]], Optional[frozenset], Optional[APIError]]:
+        """The models it adds to the list, the names that its own list has, and the error if it tells none."""
+        found, names, error = {}, self.listed, None
+        try:
             listed = self.controller.models()
             names = frozenset(model["id"] for model in listed)
             patterns = self.options.models or ["*"]
             found = {model["id"]: model for model in listed
                      if any(fnmatch.fnmatchcase(model["id"], pattern) for pattern in patterns)}
+        except APIError as failure:
+            error = failure
         named = [name for name in self.options.models if not re.search(r"[*?\[]", name)]
         for name in [*self.options.model_map, *named]:
             found.setdefault(name, {"id": name, "object": "model", "created": 0, "owned_by": self.name})
-        return list(found.values()), names
+        return list(found.values()), names, error
 
 
 class Pool:
@@ -3102,7 +3108,7 @@ class Pool:
         found: Dict[str, Any] = {}
 
         def read(member: Member) -> None:
-            found[member.name] = [], member.listed
+            found[member.name] = [], member.listed, None
             found[member.name] = member.offered()
 
         threads = [threading.Thread(target=read, args=(member,), daemon=True) for member in members]
@@ -3113,11 +3119,13 @@ class Pool:
         union: Dict[str, Dict[str, Any]] = {}
         with self.changed:  # all at once, so that meanwhile nobody gets more than its share
             for member in members:
-                models, member.listed = found[member.name]
+                models, member.listed, _ = found[member.name]
                 for model in models:
                     union.setdefault(model["id"], model)
         if not union:
-            raise APIError(503, "No controller tells its models now.", code="upstream_error", retry_after=15)
+            errors = [error for _, _, error in found.values() if error]
+            raise errors[0] if len(errors) == 1 else APIError(
+                503, "No controller tells its models now.", code="upstream_error", retry_after=Cached.RETRY)
         return list(union.values())
 
     def image(self, name: str, watch: Watch) -> Response:
