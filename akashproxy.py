@@ -1065,6 +1065,7 @@ def checked(item: Any, value: Any) -> Any:
 HEAD_LIMIT = 65536
 FIELD_LIMIT = 100
 READ_SIZE = 65536
+BODY_LIMIT = 64 << 20   # bytes of an upstream's answer that is kept whole
 
 _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _FIELDS = re.compile(rb"(?:" + _TOKEN + rb":[\t -~\x80-\xff]*\r\n)*")
@@ -1178,15 +1179,11 @@ class Body:
 
     def _chunked(self, data: bytes) -> bytes:
         """size [;extension] CR LF data CR LF ... 0 CR LF trailers CR LF"""
-        if self.state == "size" and not self.held and data.endswith(b"\r\n"):
-            parts = data.split(b"\r\n")   # the usual: whole chunks, plainly written, without a line break within
-            sizes, chunks = parts[:-1:2], parts[1::2]
-            if len(parts) % 2 and sizes == [b"%x" % len(part) for part in chunks] and b"0" not in sizes[:-1]:
-                self.done = sizes[-1] == b"0"
-                return b"".join(chunks)
         if self.held:
             data, self.held = self.held + data, b""
         parts, at = [], 0
+        if self.state == "size" and not self.left:
+            parts, data = self._plain_chunks(data)
         while not self.done:
             if self.left:
                 part = data[at:at + self.left]
@@ -1205,6 +1202,17 @@ class Body:
         if self.done:
             self.rest = data[at:]
         return b"".join(parts)
+
+    def _plain_chunks(self, data: bytes) -> Tuple[List[bytes], bytes]:
+        """The usual, taken apart at once: whole chunks, plainly written, without a line break within; and what follows."""
+        parts = data.split(b"\r\n")
+        end = (len(parts) - 1) // 2 * 2
+        sizes, chunks = [size.lstrip(b"0") for size in parts[:end:2]], parts[1:end:2]
+        if (not end or sizes != [b"%x" % len(part) if part else b"" for part in chunks]
+                or b"" in sizes[:-1] or not parts[end - 2]):
+            return [], data
+        self.done = not chunks[-1]
+        return chunks, b"\r\n".join(parts[end:])
 
     def _hold(self, data: bytes) -> None:
         if len(data) > 4096 or _BARE_BREAK.search(data) or (self.state == "end" and data not in (b"", b"\r")):
@@ -1408,6 +1416,14 @@ def peek(sock: Any) -> Optional[bytes]:
         return b""
 
 
+def has_left(sock: Any) -> bool:
+    """Has the other side closed, even if it has said something before that?"""
+    said = peek(sock)
+    if said and hasattr(socket, "TCP_INFO"):
+        return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1) != b"\x01"  # Linux: no more ESTABLISHED
+    return said == b""
+
+
 @functools.lru_cache(maxsize=None)
 def tls_context(ca_file: str) -> Any:
     """The TLS context: host names checked, the system's authorities and those of a file. Made when first needed."""
@@ -1484,7 +1500,7 @@ class Response:
                     self.receive(data)
             self.close()
 
-    def read(self, limit: int = 64 << 20) -> bytes:
+    def read(self, limit: int = BODY_LIMIT) -> bytes:
         """The whole body."""
         parts, size = [], 0
         try:
@@ -1626,12 +1642,16 @@ class Stream:
         self.response, self.decoder = response, decoder
         self.whole = self.over = False
         self.failure: Optional[Exception] = None
+        self.left = math.inf        # bytes that it may still have
 
     def receive(self, data: bytes) -> List[Event]:
         """What some bytes of the socket mean; b"" is its end."""
         events: List[Event] = []
         try:
             payload = self.response.receive(data) if data or not self.response.body.done else b""
+            self.left -= len(payload)
+            if self.left < 0:
+                raise early(self.response.where, "sent more than can be kept")
             if payload and not self.whole:
                 events = self.feed(payload)
             if self.response.body.done:
@@ -1658,6 +1678,8 @@ class Stream:
         if self.whole:
             return []
         try:
+            if isinstance(error, APIError):
+                raise error
             self.failure = upstream_error(error, self.response.watch, self.response.where)
         except (APIError, ClientLeft) as reason:  # why somebody ended it
             self.failure = reason
@@ -2649,8 +2671,8 @@ class RelayDecoder:
             data = self._first(data)
         if not data:
             return []
-        self.last = data
-        if self.ends is not None and self.ends.search(data):
+        self.last = data if len(data) > 3 else (self.last + data)[-4:]
+        if self.ends is not None and any(mark in data for mark in END_MARKS) and self.ends.search(data):
             self.ends = None
         if b"[DONE]" in data and DONE.search(data):
             self.whole, self.ends = True, None
@@ -2685,6 +2707,7 @@ class RelayDecoder:
 
 DATA = re.compile(rb"(?:^|\n)data:([^\n]*)\n")
 DONE = re.compile(rb"(?:^|\n)data: ?\[DONE\]")
+END_MARKS = b"[DONE]", b'"finish_reason":"', b'"finish_reason": "', b'"finish_reason" : "'  # found faster than the next
 CHAT_ENDS = re.compile(rb'(?:^|\n)data: ?\[DONE\]|"finish_reason" ?: ?"[a-z]')
 
 
@@ -3182,6 +3205,8 @@ class Running:
         self.call.kind, self.call.ignored = None, []
         self.source = self.member.controller.events(self.call)
         self.stream = self.source if isinstance(self.source, Stream) else None
+        if self.stream and not self.call.stream:
+            self.stream.left = BODY_LIMIT
         self.rest = self.stream.batches() if self.stream else self.singly()
         self.first = next(self.rest) if self.call.stream else [event for events in self.rest for event in events]
         self.begun = True
@@ -3508,7 +3533,7 @@ class Watchdog(threading.Thread):
             ready = self.selector.select(self.TICK)
             self.now = time.monotonic()
             for key, events in ready:
-                if not self.call(key.data, events):
+                if not self.call(key.data, events) and key.fileobj is not self.server.socket:
                     self.leave(key.fileobj)     # it would be ready again at once
             if self.now >= look_at:
                 look_at = self.now + self.TICK
@@ -3522,6 +3547,8 @@ class Watchdog(threading.Thread):
             return True
         except Exception:  # a bug must not stop everybody
             log.exception("the watchdog stumbled")
+            with contextlib.suppress(Exception):  # whatever is left of it is closed
+                getattr(getattr(method, "__self__", None), "abandon", bool)()
             return False
 
     def look(self, now: float) -> None:
@@ -3551,7 +3578,9 @@ class Flow:
         self.watchdog = handler.server.watchdog
         self.client, self.upstream = handler.connection, self.stream.response.sock
         self.watch = self.stream.response.watch
-        self.watched = self.paused = self.free = self.ended = False
+        self.started = self.watched = self.paused = self.free = self.ended = False
+        self.gone = False       # the client has left
+        self.deaf = False       # it has sent its next request, so that its end would not show
 
     def start(self) -> bool:
         """Take what is there already, and leave the rest to the watchdog; True if the client is free again."""
@@ -3564,21 +3593,24 @@ class Flow:
                 break
         while self.pending():
             self.step()
-        free = self.free
-        if not free:
-            self.handler.flow = self
+        if self.free:
+            if not self.ended:
+                self.watchdog.watch(self.upstream, self.on_upstream)
+            return True
+        self.handler.flow = self
         if self.paused:
             self.watch_client()
-        elif not self.ended:
-            self.watchdog.watch(self.upstream, self.on_upstream)    # the last thing that this thread does here
-        return free
+        else:
+            self.watchdog.watch(self.upstream, self.on_upstream)
+        self.started = True     # the last thing that this thread does here: now the watchdog may look
+        return False
 
     def pending(self) -> bool:
         """Has TLS decoded more than was read? No selector tells of that."""
         return not self.ended and not self.paused and bool(getattr(self.upstream, "pending", int)())
 
     def watch_client(self) -> None:
-        if not self.free and not self.ended:
+        if not self.free and (self.paused or not self.ended):
             if self.watched:
                 self.watchdog.leave(self.client)
             self.watched = True
@@ -3629,15 +3661,31 @@ class Flow:
         try:
             sent = self.handler.send_now(frames, last)
         except OSError:
-            self.handler.client_left()
-            return self.end()
-        if not sent and not self.paused:
-            self.paused = True      # until the client has taken it in
+            return self.lose()
+        if not sent:
+            self.pause()
+        elif last:
+            self.let_go()
+
+    def pause(self) -> None:
+        """Read no more until the client has taken in what there is."""
+        if not self.paused:
+            self.paused = True
             self.watchdog.leave(self.upstream)
             if self.watched:
                 self.watch_client()
-        if last and sent:
-            self.let_go()
+
+    def lose(self) -> None:
+        """The client has left."""
+        self.gone = True
+        self.handler.client_left()
+        self.end()
+
+    def abandon(self) -> None:
+        """A bug has struck: both connections are closed."""
+        self.lose()
+        self.let_go()
+        self.handler.close()
 
     def let_go(self) -> None:
         """The client is served."""
@@ -3652,24 +3700,25 @@ class Flow:
         if events & selectors.EVENT_READ:
             said = peek(self.client)
             if said == b"":
-                self.handler.client_left()
-                self.end()
-                return self.handler.flow_ended()
-            if said:        # a request that waits its turn: its end would not show any more
+                return self.hang_up()
+            if said:
+                self.deaf = True
                 self.watchdog.leave(self.client)
                 if self.paused:
                     self.watchdog.watch(self.client, self.on_client, selectors.EVENT_WRITE)
         if events & selectors.EVENT_WRITE:
             self.resume()
 
+    def hang_up(self) -> None:
+        self.lose()
+        self.handler.flow_ended()
+
     def resume(self) -> None:
         try:
             if not self.handler.send_now(b""):
                 return
         except OSError:
-            self.handler.client_left()
-            self.end()
-            return self.handler.flow_ended()
+            return self.hang_up()
         self.paused = False
         if self.stream.whole or self.ended:
             self.let_go()
@@ -3677,6 +3726,7 @@ class Flow:
         else:
             self.watch_client()
         if not self.ended:
+            self.stream.response.expect()
             self.watchdog.watch(self.upstream, self.on_upstream)
             self.go_on()
 
@@ -3687,15 +3737,16 @@ class Flow:
             self.send(frames, True)
             self.end(error)
         else:
-            self.handler.client_left()
-            self.end()
+            self.lose()
 
     def end(self, error: Optional[APIError] = None) -> None:
         """No more comes from the upstream. What the client has not taken in yet, it still gets."""
+        if self.ended:
+            return
         self.ended = True
         self.watchdog.leave(self.upstream)
         self.running.close(error)
-        if not self.free and (not self.paused or self.handler.close_connection):
+        if not self.free and (not self.paused or self.gone):
             self.let_go()
 
 
@@ -3799,6 +3850,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.watch.expect(self.settings.head_timeout, "The request's head took too long.")
             self.held += data
             if not data or self.head_is_here():
+                self.waits = False
                 self.server.watchdog.leave(self.connection)
                 self.server.give(self)
         else:
@@ -3818,7 +3870,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         while True:
             flow = self.handle_one_request()
             if flow is not None:
-                if not flow.start():
+                try:
+                    free = flow.start()
+                except Exception:
+                    log.exception("%s: a bug in akashproxy", self.request_id)
+                    return flow.abandon()
+                if not free:
                     return
                 self.connection.setblocking(True)
             if not self.next_request(here=True):
@@ -3865,6 +3922,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.watch.expect(2.0, "lingering")
         self.server.watchdog.watch(self.connection, self.on_readable)
 
+    def abandon(self) -> None:
+        self.close()
+
     def close(self) -> None:
         self.server.watchdog.leave(self.connection)
         self.watch.release()
@@ -3875,9 +3935,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def look(self, now: float) -> None:
         """The watchdog passes by: has the client left, or been told nothing for long?"""
         call = self.call
-        if self.flow is not None and not self.flow.watched:
-            self.flow.watch_client()
-        elif call is not None and self.flow is None and peek(self.connection) == b"":
+        flow = self.flow
+        if flow is not None and not flow.started:
+            return
+        if flow is not None and not flow.watched:
+            flow.watch_client()
+        elif flow is not None and flow.deaf and has_left(self.connection):
+            flow.hang_up()
+        elif call is not None and flow is None and has_left(self.connection):
             call.cancel()
         elif call is not None and call.stream and now - self.spoke > self.settings.heartbeat:
             self.ping(now)
@@ -3891,7 +3956,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 if frame and not self.backlog and self.last.endswith((b"\n\n", b"\r\n\r\n", b"\n\r\n")):
                     if not self.sent_head:
                         self.start(200, SSE_HEADERS)
-                    self.send_now(frame)
+                    if not self.send_now(frame) and self.flow is not None:
+                        self.flow.pause()
             except OSError:
                 if self.call is not None:
                     self.call.cancel()
@@ -4069,12 +4135,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.first_at, self.controller = time.monotonic(), call.controller
         if call.stream and (call.kind is None or running.stream is not None):
             return self.stream(dialect, running)
-        try:
-            answer = fold(running.first)
-            self.usage = answer.finish and answer.finish.usage
-            self.send_whole(dialect, answer)
-        finally:
-            running.close()
+        answer = fold(running.first)
+        running.close()     # the upstream's connection is free before the client can ask again
+        self.usage = answer.finish and answer.finish.usage
+        self.send_whole(dialect, answer)
         return None
 
     def send_whole(self, dialect: Dialect, answer: Answer) -> None:
@@ -4270,7 +4334,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """A piece of the answer as it goes on the wire, the head before it."""
         head, self.head = self.head, b""
         self.sent += len(data)
-        self.last = data or self.last
+        if data:
+            self.last = data if len(data) > 3 else (self.last + data)[-4:]
         if self.command == "HEAD":
             data = b""
         elif self.chunked:  # a chunk of length 0 would end the body
@@ -4282,8 +4347,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         with self.lock:
             data, self.backlog = self.backlog + self.framed(data, last), b""
             self.watch.how = socket.SHUT_RDWR
-            self.watch.expect(self.settings.write_timeout, "The client did not read its answer.")
-            self.connection.sendall(data)
+            for at in range(0, len(data), 1 << 18):     # each piece has its time
+                self.watch.expect(self.settings.write_timeout, "The client did not read its answer.")
+                self.connection.sendall(data[at:at + (1 << 18)] if len(data) > 1 << 18 else data)
             self.watch.due, self.spoke = math.inf, time.monotonic()
 
     def send_now(self, data: bytes, last: bool = False) -> bool:
@@ -4300,7 +4366,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if self.backlog:
                 self.backlog, self.watch.due = b"", math.inf
             return True
-        if not self.backlog:
+        if sent or not self.backlog:
             self.watch.how = socket.SHUT_RDWR
             self.watch.expect(self.settings.write_timeout, "The client did not read its answer.")
         self.backlog = data[sent:]
@@ -4402,7 +4468,12 @@ class Server(http.server.ThreadingHTTPServer):
         """The watchdog has new clients."""
         try:
             for _ in range(64):
-                self.process_request(*self.get_request())
+                request, address = self.get_request()
+                try:
+                    self.process_request(request, address)
+                except Exception:
+                    log.exception("a connection could not be taken")
+                    request.close()
         except BlockingIOError:
             return
         except OSError as error:    # no more descriptors: those who wait, wait until the next look
@@ -4464,21 +4535,30 @@ class Server(http.server.ThreadingHTTPServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """A new connection: it waits in the watchdog like all others."""
-        if len(self.watchdog.handlers) >= self.settings.max_connections:
-            with contextlib.suppress(OSError):
-                request.send(OVERFULL, NOW)
-                request.shutdown(socket.SHUT_WR)
-            request.close()
+        handler = Handler(request, client_address, self)
+        if len(self.watchdog.handlers) > self.settings.max_connections:
+            self.turn_away(handler)
         else:
-            Handler(request, client_address, self).wait()
+            handler.wait()
 
     def give(self, handler: Handler) -> None:
         """Give a connection that has a request to an idle thread, or to a new one."""
         with self.lock:
             found, self.spare = self.spare > 0, max(0, self.spare - 1)
-        self.waiting.put(handler)
         if not found:
-            threading.Thread(target=self._work, name="akashproxy client", daemon=True).start()
+            try:
+                threading.Thread(target=self._work, name="akashproxy client", daemon=True).start()
+            except RuntimeError as error:  # no more threads
+                log.error("a request could not be taken: %s", error)
+                return self.turn_away(handler)
+        self.waiting.put(handler)
+
+    def turn_away(self, handler: Handler) -> None:
+        """There is no room for a client: tell it, and take in for a moment what it sends."""
+        with contextlib.suppress(OSError):
+            handler.connection.send(OVERFULL, NOW)
+        handler.unread = True
+        handler.finish()
 
     def _work(self) -> None:
         while True:
@@ -4708,9 +4788,13 @@ def serve(server: Server, load: Callable[[], Settings]) -> int:
     """Serve until SIGINT or SIGTERM; a second one stops at once. SIGHUP loads the settings anew."""
     asked: SimpleQueue = SimpleQueue()
 
+    stopping: List[int] = []
+
     def on_signal(number: int, frame: Any) -> None:
-        if server.draining:
-            os._exit(0)
+        if number != getattr(signal, "SIGHUP", None):
+            stopping.append(number)
+            if len(stopping) > 1:
+                os._exit(0)
         asked.put(number)
 
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):

@@ -568,6 +568,10 @@ BODIES = {
     "the last chunk cut": (CHUNKED, b"5\r\nhello\r\n0\r\n", ProtocolError, 0),
     "a chunk too long": (CHUNKED, b"4\r\nhello\r\n0\r\n\r\n", ProtocolError, 0),
     "no size": (CHUNKED, b"\r\nhello\r\n", ProtocolError, 0),
+    "no size and no data": (CHUNKED, b"\r\n\r\n", ProtocolError, 0),
+    "leading zeros": (CHUNKED, b"0002\r\nhe\r\n003\r\nllo\r\n000\r\n\r\n", b"hello", b""),
+    "a line break within": (CHUNKED, b"7\r\nhel\r\nlo\r\n0\r\n\r\n", b"hel\r\nlo", b""),
+    "an empty chunk in the middle": (CHUNKED, b"5\r\nhello\r\n0\r\n\r\n5\r\nworld\r\n0\r\n\r\n", b"hello", b"5\r\nworld\r\n0\r\n\r\n"),
     "a signed size": (CHUNKED, b"+5\r\nhello\r\n", ProtocolError, 0),
     "0x": (CHUNKED, b"0x5\r\nhello\r\n", ProtocolError, 0),
     "underscore": (CHUNKED, b"1_0\r\nhello\r\n", ProtocolError, 0),
@@ -603,6 +607,19 @@ def test_bodies_cut_anywhere(case):
             with pytest.raises(expected) as caught:
                 read()
             assert caught.value.status == (rest or 400)
+
+
+FRAMES = [b"0\r\n\r\n", b"5\r\nhello\r\n0\r\n\r\nGET / HTTP/1.1\r\n\r\n", b"\r\n\r\n", b"1\r\n\r\n\r\n", b"3\r\nabc\r\n"]
+
+
+@pytest.mark.parametrize("payload", FRAMES)
+def test_a_payload_that_looks_like_framing_is_payload(payload):
+    data = chunk(b"a") + chunk(payload) + chunk(b"b") + b"0\r\n\r\n"
+    for first in range(len(data)):
+        for second in range(first, len(data)):
+            body = Body(CHUNKED)
+            got = b"".join(body.feed(part) for part in (data[:first], data[first:second], data[second:]) if part)
+            assert (got, body.done, body.rest) == (b"a" + payload + b"b", True, b"")
 
 
 def test_a_body_to_the_end_of_the_connection():
@@ -671,7 +688,7 @@ def test_kept_connections_are_closed_in_time(akash, serve):
     server = serve()
     assert chat(server).status == 200
     kept = server.pool.members[0].controller.transport.kept
-    assert sum(map(len, kept.idle.values())) == 1
+    wait_for(lambda: sum(map(len, kept.idle.values())) == 1)
     kept.tidy(time.monotonic() + 3)
     assert sum(map(len, kept.idle.values())) == 1
     kept.tidy(time.monotonic() + 5)
@@ -3254,6 +3271,111 @@ def test_a_client_that_does_not_read_is_dropped(pool):
         wait_for(lambda: not server.watchdog.handlers)
     wait_for(lambda: not a.open)
     assert ask(server, path="/status").json["controllers"][0]["in_flight"] == 0
+
+
+@pytest.mark.parametrize("field", ["Connection: keep-alive", "Connection: close"])
+def test_a_slow_client_gets_the_end_of_its_stream(field, pool):
+    a = FakeOpenAI(text="word " * 30000)
+    data = a.head() + b"".join(map(chunk, a.events())) + b"0\r\n\r\n"
+    a.faults.append(a.garbage(data))
+    server = pool(a)
+    with lazy_client(server) as sock:
+        sock.sendall(post("/v1/chat/completions", {**BOTH, "stream": True}, field))
+        wait_for(lambda: any(handler.backlog for handler in server.watchdog.handlers.copy()))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
+        got = b""
+        while not got.endswith(b"0\r\n\r\n"):
+            part = sock.recv(1 << 20)
+            assert part, got[-200:]
+            got += part
+    assert got.count(b"word ") == 30000 and got.count(b"data: [DONE]") == 1
+    wait_for(lambda: not server.watchdog.handlers and server.pool.members[0].in_flight == 0)
+
+
+def test_an_end_that_waits_for_its_client_waits_no_longer_than_that(pool):
+    a = FakeOpenAI(text="word " * 30000)
+    rest = b"".join(map(chunk, a.events())) + b"0\r\n\r\n"
+    a.faults.append(a.garbage(a.head() + rest))
+    server = pool(a, write_timeout=0.5)
+    with lazy_client(server) as sock:
+        sock.sendall(post("/v1/chat/completions", {**BOTH, "stream": True}))
+        wait_for(lambda: any(handler.backlog for handler in server.watchdog.handlers.copy()))
+    wait_for(lambda: not server.watchdog.handlers and server.pool.members[0].in_flight == 0)
+
+
+def test_silence_after_a_pause_is_ended_too(pool):
+    a = FakeOpenAI(text="word " * 30000)
+    most = b"".join(map(chunk, list(a.events())[:-2]))
+
+    def fault(sock, request):
+        sock.sendall(a.head() + most)
+        while sock.recv(65536):
+            pass
+
+    a.faults.append(fault)
+    server = pool(a, idle_timeout=1.0)
+    with lazy_client(server) as sock:
+        sock.sendall(post("/v1/chat/completions", {**BOTH, "stream": True}))
+        wait_for(lambda: any(handler.backlog for handler in server.watchdog.handlers.copy()))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
+        got = b""
+        while not got.endswith(b"0\r\n\r\n"):
+            got += sock.recv(1 << 20)
+    assert b"sent nothing for 1 seconds" in got
+
+
+def test_a_bug_within_a_stream_closes_both_ends(pool, caplog):
+    a = FakeOpenAI()
+    a.faults.append(a.stall(1))
+    server = pool(a, idle_timeout=20)
+    with socket.create_connection(("127.0.0.1", server.server_port), timeout=10) as sock:
+        sock.sendall(post("/v1/chat/completions", {**BOTH, "stream": True}))
+        wait_for(lambda: any(handler.flow and handler.flow.started for handler in server.watchdog.handlers.copy()))
+        flow = next(handler.flow for handler in server.watchdog.handlers.copy())
+        flow.dialect.feed = lambda events: 1 / 0
+        flow.stream.decoder.feed = lambda data: 1 / 0
+        for link in list(a.open):
+            link.sendall(chunk(a.event({"content": "x"})))
+        while sock.recv(65536):
+            pass
+    wait_for(lambda: not server.watchdog.handlers and server.pool.members[0].in_flight == 0)
+    assert "ZeroDivisionError" in caplog.text and ask(server).status == 200
+
+
+def test_an_endless_answer_is_not_kept(akash, serve, monkeypatch):
+    monkeypatch.setattr(akashproxy, "BODY_LIMIT", 1 << 20)
+
+    def endless(sock, request):
+        sock.sendall(STREAM_HEAD)
+        while True:
+            sock.sendall(chunk(b'0:"' + b"x" * 60000 + b'"\n'))
+
+    akash.faults.append(endless)
+    got = chat(serve())
+    assert got.status == 502 and "more than can be kept" in got.json["error"]["message"]
+
+
+@pytest.mark.parametrize("first", [None, b'0:"one "\n'])
+def test_a_client_that_asks_again_and_leaves_is_noticed(first, akash, serve):
+    akash.faults.append(akash.stall(first))
+    server = serve()
+    with socket.create_connection(("127.0.0.1", server.server_port)) as sock:
+        sock.sendall(post("/v1/chat/completions", {**CHAT, "stream": True}))
+        wait_for(lambda: akash.bodies())
+        sock.sendall(get())
+        time.sleep(0.3)
+    wait_for(akash.gone.is_set)
+    wait_for(lambda: not server.watchdog.handlers)
+
+
+def test_no_more_threads(serve, monkeypatch):
+    server = serve()
+    start = threading.Thread.start
+    monkeypatch.setattr(threading.Thread, "start", lambda thread: (_ for _ in ()).throw(RuntimeError("can't start new thread"))
+                        if thread.name == "akashproxy client" else start(thread))
+    assert ask(server).status == 503
+    monkeypatch.undo()
+    assert ask(server).status == 200 and server.spare <= 1
 
 
 def test_too_many_connections(serve):
