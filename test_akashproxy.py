@@ -20,6 +20,7 @@ import pathlib
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -3570,6 +3571,62 @@ def test_an_upstream_cut_at_any_byte_loses_and_doubles_nothing(kind, streamed, t
             assert got.status == 502 and not two, cut_at
     assert whole >= 1
     wait_for(lambda: all(member.in_flight == 0 for member in server.pool.members))
+
+
+def reset(sock):
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    sock.close()
+
+
+def stalled(sock):
+    with contextlib.suppress(OSError):
+        while sock.recv(65536):
+            pass
+
+
+FAULTS = {"cut": lambda sock: None, "reset": reset, "silence": stalled, "nonsense": lambda sock: sock.sendall(b"\xff\0zz")}
+
+
+@pytest.mark.parametrize("kind", ["akash", "openai"])
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("streamed", [False, True])
+def test_every_fault_at_every_place(kind, fault, streamed, pool):
+    text = "one two three four."
+    words = re.findall(r"\S+\s*", text)
+    if kind == "akash":
+        first, model = FakeAkash(), CHAT["model"]
+        head, tail = STREAM_HEAD, b"".join(map(chunk, [*[b"0:" + json.dumps(word).encode() + b"\n" for word in words], STOP])) + b"0\r\n\r\n"
+    else:
+        first, model = FakeOpenAI(text=text), "both"
+        head, tail = ((first.head(), b"".join(map(chunk, first.events())) + b"0\r\n\r\n") if streamed
+                      else reply(body=first.completion(), chunked=False).split(b"\r\n\r\n"))
+        head, tail = (head, tail) if streamed else (head + b"\r\n\r\n", tail)
+    second = FakeOpenAI(text="from b.", models=[model])
+    servers = {False: pool(first, idle_timeout=0.1, first_byte_timeout=0.1),
+               True: pool((first, {"priority": 1}), (second, {"priority": 2}), idle_timeout=0.1, first_byte_timeout=0.1)}
+    places = [0, len(head) // 2, len(head), len(head) + len(tail) // 2, len(head) + len(tail) - 7]
+
+    def trouble(sock, request):
+        sock.sendall((head + tail)[:place])
+        FAULTS[fault](sock)
+
+    for two, server in servers.items():
+        for place in places:
+            first.faults.clear()
+            first.faults.extend([trouble, trouble])     # a kept connection may be tried once more
+            for member in server.pool.members:
+                member.rests_until = 0.0
+            got = chat(server, {"model": model, "messages": [user("hi")]}, stream=streamed)
+            if not streamed or got.status != 200:
+                said = got.json["choices"][0]["message"]["content"] if got.status == 200 else None
+                assert said in ((text, "from b.") if two else (text, None)) and got.status in (200, 502, 504), (two, place, got)
+                continue
+            body = got.body if kind == "akash" or b"[DONE]" in got.body else b""
+            events = sse(body)
+            said = "".join(event["choices"][0]["delta"].get("content") or "" for event in events if event.get("choices"))
+            failed = "error" in events[-1]
+            assert (said == text and not failed) or (text.startswith(said) and failed) or (two and said == "from b." and not failed), (two, place, said)
+        wait_for(lambda: all(member.in_flight == 0 for member in server.pool.members))
 
 
 def test_a_thousand_streams_at_once_lose_nothing(pool):
