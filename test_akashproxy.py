@@ -2567,7 +2567,7 @@ RESETS = {
     "a date": ({"retry-after": "Sun, 09 Sep 2001 01:48:20 GMT"}, {}, 100), "nonsense": ({"retry-after": "soon"}, {}, None),
     "Akash's": ({"x-tokenlimit-reset": "1000000900"}, {}, 900.0), "in milliseconds": ({"x-ratelimit-reset": "1000000030000"}, {}, 30.0),
     "Retry-After with a moment": ({"retry-after": "1000000007"}, {}, 7.0), "a century": ({"retry-after": "3000000000"}, {}, 172800.0),
-    "resetTime": ({}, {"resetTime": "2001-09-09T01:48:20.5Z"}, 100.5),
+    "resetTime": ({}, {"resetTime": "2001-09-09T01:48:20.500Z"}, 100.5),
     "OpenAI's, the one that is used up": ({"x-ratelimit-reset-requests": "6m0s", "x-ratelimit-remaining-requests": "5",
                                            "x-ratelimit-reset-tokens": "1m30.5s", "x-ratelimit-remaining-tokens": "0"}, {}, 90.5),
     "hours": ({"x-ratelimit-reset": "6h"}, {}, 21600), "short ones": ({"x-ratelimit-reset-tokens": "120ms"}, {}, 1.0), "none": ({}, {}, None),
