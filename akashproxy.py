@@ -87,7 +87,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from dataclasses import dataclass, field
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any, Callable, Dict, Iterable, Iterator, List, NoReturn, Optional, Tuple
 
 __version__ = "1.0.0"
@@ -4784,6 +4784,13 @@ def check_health(settings: Settings) -> int:
         link.close()
 
 
+def next_signal(asked: SimpleQueue) -> int:
+    """The next signal. The wait is cut short each second, for one that comes just before a wait may not end it."""
+    while True:
+        with contextlib.suppress(Empty):
+            return asked.get(timeout=1.0)
+
+
 def serve(server: Server, load: Callable[[], Settings]) -> int:
     """Serve until SIGINT or SIGTERM; a second one stops at once. SIGHUP loads the settings anew."""
     asked: SimpleQueue = SimpleQueue()
@@ -4804,7 +4811,7 @@ def serve(server: Server, load: Callable[[], Settings]) -> int:
     if not server.settings.bearer_token and not ipaddress.ip_address(server.server_address[0]).is_loopback:
         log.warning("whoever can reach %s can use this server, its keys and its allowance: set BEARER_TOKEN", server.url)
     print(f"akashproxy {__version__} serves {server.pool} on {server.url}/v1", flush=True)
-    while asked.get() == getattr(signal, "SIGHUP", None):
+    while next_signal(asked) == getattr(signal, "SIGHUP", None):
         try:
             server.reload(load())
             log.warning("the settings were loaded anew")
