@@ -702,7 +702,7 @@ def test_kept_connections_live_as_long_as_their_server_says():
     assert akashproxy.idle_seconds({}) == 30
 
 
-def wait_for(condition, seconds=10):
+def wait_for(condition, seconds=30):
     """Wait until something that another thread does has happened."""
     end = time.monotonic() + seconds
     while not condition():
@@ -1762,7 +1762,7 @@ def test_a_graceful_stop(akash, serve):
 
     def slow(sock, request):
         sock.sendall(STREAM_HEAD + chunk(b'0:"one "\n'))
-        hold.wait(10)
+        hold.wait(60)
         sock.sendall(chunk(b'0:"two"\n' + STOP) + b"0\r\n\r\n")
         return True
 
@@ -2865,7 +2865,7 @@ def test_sighup_reloads_and_a_broken_file_changes_nothing(config, pool):
     def slow(sock, request):
         parts = list(a.events())
         sock.sendall(a.head() + chunk(parts[0]))
-        hold.wait(10)
+        hold.wait(60)
         sock.sendall(b"".join(map(chunk, parts[1:])) + b"0\r\n\r\n")
 
     with started("--config-file", path) as (process, port):
@@ -3402,13 +3402,13 @@ def test_pings_fill_silence(form, fill, akash, serve):
     hold = threading.Event()
 
     def slow(sock, request):
-        hold.wait(10)
+        hold.wait(60)
         sock.sendall(STREAM_HEAD + chunk(b'0:"one "\n'))
         return akash.faults.popleft()(sock, request)
 
     def slower(sock, request):
         hold.clear()
-        hold.wait(10)
+        hold.wait(60)
         sock.sendall(chunk(b'0:"two"\n' + STOP) + b"0\r\n\r\n")
         return True
 
