@@ -1488,16 +1488,14 @@ class Response:
     def chunks(self) -> Iterator[bytes]:
         """The payload of each read; APIError where the upstream breaks off or falls silent."""
         with upstream_errors(self.watch, self.where):
-            data, self.watch.due = self.early, math.inf
+            self.watch.due = math.inf
+            payload = self.receive(self.early) if self.early else b""
             while True:
-                payload = self.receive(data) if data else b""
                 if payload:
                     yield payload
                 if self.body.done:
                     break
-                data = self.wait()
-                if not data:
-                    self.receive(data)
+                payload = self.receive(self.wait())
             self.close()
 
     def read(self, limit: int = BODY_LIMIT) -> bytes:
@@ -3300,6 +3298,7 @@ def required(body: Dict[str, Any], name: str, kind: type, what: str) -> Any:
 
 
 def flag(body: Dict[str, Any], name: str) -> bool:
+    """A field that is true or false, and false where it is missing; APIError 400 for anything else."""
     value = body.get(name)
     if value is not None and not isinstance(value, bool):
         raise bad_request(f"{name!r} must be true or false.", name)
