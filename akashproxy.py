@@ -37,10 +37,10 @@ Where is ...
     stop sequences and max_tokens      Cutoff
     OpenAI's stream                    ChatDecoder
     relaying unparsed                  RelayDecoder, Relay
-    failover                           Pool.answer
+    failover                           Running
     who rests, and for how long        FAILURES, Member.fare
     the choice by weight               Pool.balanced
-    the network's exceptions           upstream_errors
+    the network's exceptions           upstream_error, Response.failure
     strict HTTP                        read_head, Body
     connections to upstreams           KeepAlive
     proxies on the way                 Proxy
@@ -113,7 +113,7 @@ def to_json(value: Any) -> bytes:
 def from_json(data: bytes) -> Any:
     """The value of a JSON text in UTF-8, strictly: ValueError for NaN, bad UTF-8 or absurd depth."""
     try:
-        return _decode(data.decode("utf-8-sig"))
+        return _decode(data[3:].decode() if data[:3] == b"\xef\xbb\xbf" else data.decode())
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 
@@ -129,6 +129,14 @@ _decode = json.JSONDecoder(parse_constant=_no_constant).decode
 def new_id() -> str:
     """24 random hexadecimal digits, to tell things apart."""
     return "%024x" % random.getrandbits(96)
+
+
+def json_or_none(data: bytes) -> Any:
+    """The value of a JSON text; None if it is something else."""
+    try:
+        return from_json(data)
+    except ValueError:
+        return None
 
 
 def as_dict(value: Any) -> Dict[str, Any]:
@@ -194,6 +202,10 @@ class ConfigError(Exception):
 
 class ClientLeft(ConnectionError):
     """The client closed its connection, so nobody waits for the answer any more."""
+
+
+class Blocked(Exception):
+    """Something would have to be waited for, which only a thread of the request's own may do."""
 
 
 class ProtocolError(ValueError):
@@ -346,8 +358,10 @@ class Call:
     controller: str = ""                # who answered
     kind: Optional[str] = None          # the content type of an answer that is relayed
     watch: Watch = field(default_factory=Watch)       # the exchange with the upstream
-    left: threading.Event = field(default_factory=threading.Event)
-    why: Any = None                     # and what ended it
+    why: Optional[Exception] = None     # what ended it from outside
+    bell: Optional[threading.Event] = None            # wakes who pauses
+    hurry: bool = False                 # nobody may wait now: Blocked is raised instead
+    again: bool = False                 # the same controller is asked once more: a session or a kept connection had ended
     status: int = 200                   # of an answer that is relayed
     query: str = ""                     # the request's, for a relay
     headers: Dict[str, str] = field(default_factory=dict)   # the few that a relay passes on
@@ -360,19 +374,22 @@ class Call:
 
     def cancel(self, why: Optional[Exception] = None) -> None:
         """End it from outside: the upstream's socket is shut down, pause() returns."""
-        self.why = why or ClientLeft("the client left")
-        self.left.set()         # before end(): renew() makes the watch first and looks at left second
+        self.why = why or ClientLeft("the client left")     # first: renew() and pause() look at it last
         self.watch.end(self.why)
+        if self.bell:
+            self.bell.set()
 
     def renew(self) -> None:
         """A new watch for the next upstream: the last one may have been ended."""
         self.watch = Watch()
-        if self.left.is_set():
+        if self.why:
             self.watch.end(self.why)
 
     def pause(self, seconds: float) -> None:
         """Sleep, but no longer than somebody waits for the answer."""
-        self.left.wait(seconds)
+        self.bell = self.bell or threading.Event()
+        if not self.why:
+            self.bell.wait(seconds)
         self.watch.check()
 
 
@@ -1076,6 +1093,7 @@ _HOST = re.compile(r"[A-Za-z0-9.:_\[\]~%!$&'()*+;=-]*")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _LENGTH = re.compile(r"[0-9]{1,18}")
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[\t ]*(?:;[\t -~\x80-\xff]*)?")
+_SIZES = [b"%x" % size for size in range(4096)]     # of chunks
 _TOKEN_BYTES = frozenset(b"!#$%&'*+-.^_`|~0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz")
 
 
@@ -1090,18 +1108,15 @@ def head_end(held: bytes, searched: int = 0, first: Iterable[int] = _TOKEN_BYTES
     return end
 
 
-def read_head(sock: Any, held: bytes, first: Iterable[int] = _TOKEN_BYTES) -> Optional[Tuple[str, Dict[str, str], bytes]]:
-    """Read up to the blank line: (start line, fields by lower-case name, bytes beyond), or None if nothing came.
-
-    Fields of one name are joined by ", ", set-cookie by a line feed.
-    """
+def read_head(sock: Any, held: bytes) -> Optional[Tuple[str, Dict[str, str], bytes]]:
+    """Read up to the blank line: (start line, fields by lower-case name, bytes beyond), or None if nothing came."""
     searched = 0
     while True:
         while held.startswith(b"\r\n"):  # RFC 9112, 2.2: blank lines before a message are skipped
             held, searched = held[2:], 0
-        end = head_end(held, searched, first)
+        end = head_end(held, searched)
         if end >= 0:
-            break
+            return split_head(held, end)
         searched = max(0, len(held) - 3)
         data = sock.recv(READ_SIZE)
         if not data:
@@ -1109,6 +1124,13 @@ def read_head(sock: Any, held: bytes, first: Iterable[int] = _TOKEN_BYTES) -> Op
                 raise ProtocolError("the connection ended within a head")
             return None
         held += data
+
+
+def split_head(held: bytes, end: int) -> Tuple[str, Dict[str, str], bytes]:
+    """A whole head taken apart: the start line, the fields by lower-case name, the bytes beyond.
+
+    Fields of one name are joined by ", ", set-cookie by a line feed.
+    """
     line, _, block = held[:end + 2].partition(b"\r\n")
     return line.decode("latin-1"), parse_fields(block), held[end + 4:]
 
@@ -1181,9 +1203,7 @@ class Body:
         """size [;extension] CR LF data CR LF ... 0 CR LF trailers CR LF"""
         if self.held:
             data, self.held = self.held + data, b""
-        parts, at = [], 0
-        if self.state == "size" and not self.left:
-            parts, data = self._plain_chunks(data)
+        parts, at, untried = [], 0, True
         while not self.done:
             if self.left:
                 part = data[at:at + self.left]
@@ -1193,6 +1213,12 @@ class Body:
                 if self.left:
                     break
                 self.state = "end"
+            elif untried and self.state == "size":
+                untried = False
+                chunks, data, at = self._plain_chunks(data[at:] if at else data)
+                parts += chunks
+                if self.done:
+                    break
             end = data.find(b"\r\n", at)
             if end < 0:
                 self._hold(data[at:])
@@ -1201,18 +1227,25 @@ class Body:
             at = end + 2
         if self.done:
             self.rest = data[at:]
-        return b"".join(parts)
+        return b"".join(parts) if len(parts) != 1 else parts[0]
 
-    def _plain_chunks(self, data: bytes) -> Tuple[List[bytes], bytes]:
-        """The usual, taken apart at once: whole chunks, plainly written, without a line break within; and what follows."""
+    def _plain_chunks(self, data: bytes) -> Tuple[List[bytes], bytes, int]:
+        """The usual, taken apart at once: whole chunks, plainly written, without a line break within.
+
+        They, the data, and where in it they end.
+        """
         parts = data.split(b"\r\n")
-        end = (len(parts) - 1) // 2 * 2
-        sizes, chunks = [size.lstrip(b"0") for size in parts[:end:2]], parts[1:end:2]
-        if (not end or sizes != [b"%x" % len(part) if part else b"" for part in chunks]
-                or b"" in sizes[:-1] or not parts[end - 2]):
-            return [], data
+        sizes, chunks = parts[:-1:2], parts[1:-1:2]
+        try:
+            plain = list(map(_SIZES.__getitem__, map(len, chunks)))
+        except IndexError:
+            return [], data, 0
+        del sizes[len(chunks):]
+        if not chunks or sizes != plain and list(map(bytes.lower, sizes)) != plain or b"" in chunks[:-1]:
+            return [], data, 0
         self.done = not chunks[-1]
-        return chunks, b"\r\n".join(parts[end:])
+        rest = parts[2 * len(chunks):]
+        return chunks, data, len(data) - sum(map(len, rest)) - 2 * (len(rest) - 1)
 
     def _hold(self, data: bytes) -> None:
         if len(data) > 4096 or _BARE_BREAK.search(data) or (self.state == "end" and data not in (b"", b"\r")):
@@ -1247,58 +1280,75 @@ class Body:
 
 
 class Request(urllib.request.Request):
-    """A request that is watched while it runs."""
+    """A request to an upstream. Its URL is taken apart once: each exchange has a copy of its own."""
 
-    def __init__(self, url: str, method: str, headers: Dict[str, str], data: Optional[bytes], watch: Watch) -> None:
-        super().__init__(url, data, headers, method=method)
-        self.watch = watch
+    def copy(self, method: str, data: Optional[bytes], fields: Dict[str, str], watch: Watch, hurry: bool,
+             again: bool) -> "Request":
+        request = Request.__new__(Request)
+        request.__dict__.update(self.__dict__, unredirected_hdrs={}, method=method, body=data, fields=fields, watch=watch,
+                                hurry=hurry, again=again)
+        return request
+
+    def to_bytes(self) -> bytes:
+        """The request as it goes on the wire."""
+        fields = {"Host": self.host, **self.unredirected_hdrs, **self.fields}
+        if self.body is not None:
+            fields["Content-Length"] = str(len(self.body))
+        lines = [f"{self.method} {self.selector} HTTP/1.1", *[f"{name}: {value}" for name, value in fields.items()]]
+        head = "\r\n".join(lines).encode("latin-1")
+        if head.count(b"\n") != len(fields) or head.count(b"\r") != len(fields) or b"\0" in head:
+            raise ProtocolError("a line break in a header field")
+        return head + b"\r\n\r\n" + (self.body or b"")
 
 
-class KeepAlive(urllib.request.AbstractHTTPHandler):
+class KeepAlive(urllib.request.BaseHandler):
     """urllib's handler of http and https, with the codec of section 5 and connections that are used again.
 
-    A kept connection that has ended is noticed before it is used; where it ends in that very moment
-    (nothing of an answer had come), the request is sent once more on a new one.
+    It sends; who asked receives. Kept connections do not block, and one that has ended is noticed
+    before it is used; where it ends in that very moment, the answer's failure is of the kind "again".
     """
 
-    http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
-
     def __init__(self, ca_file: str = "") -> None:
-        super().__init__()
         self.ca_file = ca_file
         self.idle: Dict[Any, List[Tuple[float, Any]]] = {}  # (until when, socket), the youngest last
         self.closed = False
         self.lock = threading.Lock()
 
     def http_open(self, request: Any) -> "Response":
+        """Send a request. In a hurry that is done at once on a kept connection, or Blocked."""
         key = request.type, request.host, request._tunnel_host
         proxy_key = request.unredirected_hdrs.pop("Proxy-authorization", "") if request._tunnel_host else ""
-        for kept in (self._take(key), None):
-            sock = kept or self._connect(request, {"Proxy-Authorization": proxy_key} if proxy_key else {})
-            try:
-                request.watch.hold(sock)
-                with contextlib.suppress(OSError if kept else ConnectionError):  # it may have answered before it read all
-                    sock.sendall(_request_bytes(request))
-                data = self._first_bytes(sock, kept)
-                if data:
-                    return self._response(request, sock, data, key)
-            except BaseException:
-                request.watch.release()
-                sock.close()
-                raise
-            due = request.watch.due
+        sock = None if request.again else self._take(key)
+        kept = sock is not None
+        if sock is None:
+            if request.hurry:
+                raise Blocked
+            sock = self._connect(request, {"Proxy-Authorization": proxy_key} if proxy_key else {})
+        try:
+            request.watch.hold(sock)
+            if not request.hurry:
+                sock.setblocking(True)
+            with contextlib.suppress(OSError if kept else ConnectionError):  # it may have answered before it read all
+                self._send(sock, request.to_bytes(), request.hurry)
+            return Response(sock, request.watch, request.method == "HEAD", kept, functools.partial(self.give_back, key))
+        except BaseException:
             request.watch.release()
             sock.close()
-            request.watch.check()
-            request.watch.due = due
-            if not kept:
-                break
-        raise ConnectionError("it closed the connection without an answer")
+            raise
 
     https_open = http_open
 
+    @staticmethod
+    def _send(sock: Any, data: bytes, hurry: bool) -> None:
+        if not hurry:
+            sock.sendall(data)
+        elif sock.send(data) < len(data):
+            raise Blocked   # a connection without room for a request is closed, and a thread takes the next
+
     def give_back(self, key: Any, sock: Any, seconds: float) -> None:
         """Keep a connection for the next request, for so long."""
+        if sock.gettimeout() != 0:
+            sock.setblocking(False)
         with self.lock:
             if not self.closed:
                 self.idle.setdefault(key, []).append((time.monotonic() + seconds, sock))
@@ -1346,45 +1396,7 @@ class KeepAlive(urllib.request.AbstractHTTPHandler):
         except BaseException:
             link.close()
             raise
-        sock = link.sock
-        sock.settimeout(None)  # from here on the watchdog has the clock
-        return sock
-
-    @staticmethod
-    def _first_bytes(sock: Any, kept: Any) -> bytes:
-        try:
-            return sock.recv(READ_SIZE)
-        except OSError:
-            if kept:
-                return b""
-            raise
-
-    def _response(self, request: Any, sock: Any, data: bytes, key: Any) -> "Response":
-        status = 100
-        while 100 <= status < 200:  # interim answers are skipped
-            head = read_head(sock, data, b"H")
-            if head is None:
-                raise ProtocolError("the connection ended within a head")
-            line, headers, data = head
-            match = _STATUS_LINE.fullmatch(line)
-            if not match:
-                raise ProtocolError("this is not HTTP/1.1")
-            status = int(match[2])
-        bodiless = request.get_method() == "HEAD" or status in (204, 304)
-        body = Body({} if bodiless else headers, until_close=not bodiless)
-        keep = keeps_alive(match[1], headers) and not body.until_close
-        return Response(status, headers, body, data, sock, request.watch,
-                        (lambda: self.give_back(key, sock, idle_seconds(headers))) if keep else sock.close)
-
-
-def _request_bytes(request: Any) -> bytes:
-    fields = {**request.unredirected_hdrs, **request.headers}
-    lines = [f"{request.get_method()} {request.selector} HTTP/1.1"]
-    lines += [f"{name}: {value}" for name, value in fields.items()]
-    head = "\r\n".join(lines).encode("latin-1")
-    if head.count(b"\n") != len(fields) or head.count(b"\r") != len(fields) or b"\0" in head:
-        raise ProtocolError("a line break in a header field")
-    return head + b"\r\n\r\n" + (request.data or b"")
+        return link.sock
 
 
 def keeps_alive(minor: str, headers: Dict[str, str]) -> bool:
@@ -1458,21 +1470,68 @@ class Proxy(urllib.request.BaseHandler):
 
 
 class Response:
-    """An upstream's answer: status, headers by lower-case name, and the body as it arrives."""
+    """An upstream's answer, for whoever has its bytes: the head first, then the payload of the body.
 
-    def __init__(self, status: int, headers: Dict[str, str], body: Body, early: bytes, sock: Any, watch: Watch,
-                 let_go: Callable[[], None]) -> None:
-        self.status, self.headers = status, headers
-        self.where, self.idle = "the upstream", math.inf    # set by Transport.open
-        self.body, self.early, self.sock, self.watch, self.let_go = body, early, sock, watch, let_go
+    ``status`` is 0 until the head has come; ``kept``: the connection was not new.
+    """
+
+    def __init__(self, sock: Any, watch: Watch, bodiless: bool, kept: bool, give_back: Callable[[Any, float], None]) -> None:
+        self.sock, self.watch, self.bodiless, self.kept, self.give_back = sock, watch, bodiless, kept, give_back
+        self.where, self.idle = "the upstream", math.inf    # set by Transport.send
+        self.status, self.headers, self.persists = 0, {}, False
+        self.body = Body({})
+        self.held = b""                 # of a head that is not whole
+        self.early = b""                # payload that came with the head
 
     def receive(self, data: bytes) -> bytes:
         """The payload within some bytes of the socket (b"": it has ended); ProtocolError where that is too early."""
         if data:
-            return self.body.feed(data)
+            if not self.status:
+                data = self._head(data)
+            return self.body.feed(data) if data else b""
         self.watch.check()
+        if not self.status:
+            raise ConnectionError("it closed the connection without an answer")
         self.body.close()
         return b""
+
+    def _head(self, data: bytes) -> bytes:
+        """Look for the end of the head; what is beyond it."""
+        searched = max(0, len(self.held) - 3)
+        self.held = held = self.held + data
+        while not self.status:
+            end = head_end(held, searched, b"H")
+            if end < 0:
+                self.held = held
+                return b""
+            line, self.headers, held = split_head(held, end)
+            match = _STATUS_LINE.fullmatch(line)
+            if not match:
+                raise ProtocolError("this is not HTTP/1.1")
+            status, searched = int(match[2]), 0
+            self.status = status if status >= 200 else 0    # interim answers are skipped
+        bodiless = self.bodiless or status in (204, 304)
+        self.body = Body({} if bodiless else self.headers, until_close=not bodiless)
+        self.persists = keeps_alive(match[1], self.headers) and not self.body.until_close
+        return held
+
+    def begin(self) -> None:
+        """Wait for the head."""
+        try:
+            while not self.status:
+                self.early = self.receive(self.sock.recv(READ_SIZE))
+        except (APIError, ClientLeft):
+            self.close()
+            raise
+        except NETWORK as error:
+            self.close()
+            raise self.failure(error) from error
+
+    def failure(self, error: Exception) -> APIError:
+        """What a failure of the network means here; raises the reason why the watch was ended, if it was."""
+        if self.kept and not self.status and not self.held and self.watch.why is None:
+            return APIError(502, f"{self.where} broke off the connection.", code="upstream_error", kind="again")
+        return upstream_error(error, self.watch, self.where)
 
     def expect(self) -> None:
         """From now on the upstream owes its next bytes."""
@@ -1480,23 +1539,26 @@ class Response:
 
     def wait(self) -> bytes:
         """The next bytes of the socket."""
-        self.expect()
+        if self.status:
+            self.expect()
         data = self.sock.recv(READ_SIZE)
         self.watch.due = math.inf       # how long they are used is not the upstream's affair
         return data
 
     def chunks(self) -> Iterator[bytes]:
         """The payload of each read; APIError where the upstream breaks off or falls silent."""
-        with upstream_errors(self.watch, self.where):
-            self.watch.due = math.inf
-            payload = self.receive(self.early) if self.early else b""
-            while True:
-                if payload:
-                    yield payload
-                if self.body.done:
-                    break
+        self.watch.due = math.inf
+        payload, self.early = self.early, b""
+        while True:
+            if payload:
+                yield payload
+            if self.body.done:
+                break
+            try:
                 payload = self.receive(self.wait())
-            self.close()
+            except NETWORK as error:
+                raise self.failure(error) from error
+        self.close()
 
     def read(self, limit: int = BODY_LIMIT) -> bytes:
         """The whole body."""
@@ -1513,10 +1575,7 @@ class Response:
 
     def json(self) -> Any:
         """The body as JSON; None if it is something else."""
-        try:
-            return from_json(self.read())
-        except ValueError:
-            return None
+        return json_or_none(self.read())
 
     def close(self) -> None:
         """Keep the connection if the answer was read to its end, else close it, so that the upstream stops."""
@@ -1524,9 +1583,8 @@ class Response:
         if sock is None:
             return
         self.watch.release()
-        if self.body.done and not self.body.rest:
-            sock.setblocking(True)
-            self.let_go()
+        if self.persists and self.body.done and not self.body.rest:
+            self.give_back(sock, idle_seconds(self.headers))
         else:
             sock.close()
 
@@ -1536,7 +1594,8 @@ class Transport:
 
     def __init__(self, options: ControllerSettings, settings: Settings, base: str, where: str,
                  headers: Dict[str, str]) -> None:
-        self.base, self.where, self.headers = base, where, headers
+        self.base, self.where = base, where
+        self.headers = {name.title(): value for name, value in headers.items()}
         self.connect_timeout, self.first_byte_timeout, self.idle_timeout = (
             getattr(settings if getattr(options, name) is None else options, name)
             for name in ("connect_timeout", "first_byte_timeout", "idle_timeout"))
@@ -1546,29 +1605,41 @@ class Transport:
         self.opener.add_handler(self.kept)
         if options.proxy:
             self.opener.add_handler(Proxy(options.proxy))
+        self.request = functools.lru_cache(maxsize=64)(lambda path: Request(base + path))
+
+    def send(self, method: str, path: str, watch: Watch, data: Optional[bytes] = None,
+             headers: Optional[Dict[str, str]] = None, first_byte: Optional[float] = None,
+             hurry: bool = False, again: bool = False) -> Response:
+        """Send a request, whose answer is still to come. APIError 502 or 504 if that fails.
+
+        ``hurry``: Blocked rather than wait for anything; ``again``: on a new connection.
+        """
+        seconds = first_byte or self.first_byte_timeout
+        watch.expect(seconds, f"{self.where} did not answer within {seconds:g} seconds.")
+        fields = {**self.headers, **headers} if headers else self.headers
+        try:
+            request = self.request(path).copy(method, data, fields, watch, hurry, again)
+            response = self.opener.open(request, timeout=self.connect_timeout)
+        except NETWORK as error:
+            raise upstream_error(error, watch, self.where) from error
+        response.where, response.idle = self.where, first_byte or self.idle_timeout
+        return response
 
     def open(self, method: str, path: str, watch: Watch, data: Optional[bytes] = None,
              headers: Optional[Dict[str, str]] = None, first_byte: Optional[float] = None) -> Response:
-        """Send a request and read the answer's head. APIError 502 or 504 if none comes."""
-        seconds = first_byte or self.first_byte_timeout
-        with upstream_errors(watch, self.where):
-            watch.expect(seconds, f"{self.where} did not answer within {seconds:g} seconds.")
-            request = Request(self.base + path, method, {**self.headers, **(headers or {})}, data, watch)
-            response = self.opener.open(request, timeout=self.connect_timeout)
-        response.where, response.idle = self.where, first_byte or self.idle_timeout
+        """Send a request and wait for the answer's head. APIError 502 or 504 if none comes."""
+        for again in (False, True):
+            response = self.send(method, path, watch, data, headers, first_byte, again=again)
+            try:
+                response.begin()
+                break
+            except APIError as error:
+                if error.kind != "again":
+                    raise
         return response
 
 
 NETWORK = (OSError, ProtocolError, http.client.HTTPException)
-
-
-@contextlib.contextmanager
-def upstream_errors(watch: Watch, where: str) -> Iterator[None]:
-    """Make an APIError of whatever the network does."""
-    try:
-        yield
-    except NETWORK as error:
-        raise upstream_error(error, watch, where) from error
 
 
 def upstream_error(error: Exception, watch: Watch, where: str) -> APIError:
@@ -1626,18 +1697,52 @@ class Pipeline:
         return events
 
 
-class Stream:
-    """An answer that comes from a socket, for whoever has the bytes: the request's thread, or the watchdog.
+class Collected:
+    """A body that is only understood whole: ``told(data)`` gives its events, or raises the APIError that it means.
 
-    receive() turns bytes into events; iterated, it reads its socket by itself. ``failure`` is the
-    APIError that ends the answer, once the events before it are used; ``over`` tells that the
-    socket has no more for it.
+    With ``refusal`` that counts even if the body breaks off: a status says enough.
+    """
+
+    cut = whole = False
+
+    def __init__(self, told: Callable[[bytes], List[Event]], limit: int = BODY_LIMIT, refusal: bool = False) -> None:
+        self.told, self.left, self.refusal = told, limit, refusal
+        self.parts: List[bytes] = []
+        self.error: Optional[APIError] = None
+
+    def feed(self, data: bytes) -> List[Event]:
+        self.left -= len(data)
+        if self.left < 0:
+            self.error = early("The upstream", "sent more than can be kept")
+        self.parts.append(data)
+        return []
+
+    def close(self) -> List[Event]:
+        try:
+            return self.told(b"".join(self.parts))
+        except APIError as error:
+            self.error = error
+            return []
+
+    def flush(self) -> List[Event]:
+        if self.refusal and not self.error:
+            self.close()
+        return []
+
+
+class Stream:
+    """An answer that comes from a socket, for whoever has the bytes: the watchdog, or the thread that iterates it.
+
+    ``opened`` is called once the head is here: it gives the decoder of the body, or raises the
+    APIError that the head means. receive() turns bytes into events. ``failure`` is what ends the
+    answer, once the events before it are used; ``over`` tells that the socket has no more for it.
     """
 
     DRAIN = 1.0  # seconds for an upstream to end its message once the answer is whole
 
-    def __init__(self, response: Response, decoder: Any) -> None:
-        self.response, self.decoder = response, decoder
+    def __init__(self, response: Response, opened: Callable[[Response], Any]) -> None:
+        self.response, self.opened = response, opened
+        self.decoder: Any = None
         self.whole = self.over = False
         self.failure: Optional[Exception] = None
         self.left = math.inf        # bytes that it may still have
@@ -1645,18 +1750,25 @@ class Stream:
     def receive(self, data: bytes) -> List[Event]:
         """What some bytes of the socket mean; b"" is its end."""
         events: List[Event] = []
+        response = self.response
         try:
-            payload = self.response.receive(data) if data or not self.response.body.done else b""
+            payload = response.receive(data) if data or not response.body.done or not response.status else b""
+            if self.decoder is None:
+                if not response.status:
+                    return events
+                self.decoder = self.opened(response)
+                response.expect()
             self.left -= len(payload)
             if self.left < 0:
-                raise early(self.response.where, "sent more than can be kept")
+                raise early(response.where, "sent more than can be kept")
             if payload and not self.whole:
                 events = self.feed(payload)
-            if self.response.body.done:
+            if response.body.done:
                 self.over = True
                 if not self.whole and not self.failure:
                     events += self.decoder.close()
                     self.failure = self.decoder.error
+                    self.whole = bool(events) and isinstance(events[-1], Finish)
         except (APIError, *NETWORK) as error:
             events += self.broken(error)
         return events
@@ -1676,31 +1788,26 @@ class Stream:
         if self.whole:
             return []
         try:
-            if isinstance(error, APIError):
-                raise error
-            self.failure = upstream_error(error, self.response.watch, self.response.where)
+            self.failure = error if isinstance(error, APIError) else self.response.failure(error)
         except (APIError, ClientLeft) as reason:  # why somebody ended it
             self.failure = reason
-        return self.decoder.flush()
+        events = self.decoder.flush() if self.decoder else []
+        if getattr(self.decoder, "refusal", False):
+            self.failure = self.decoder.error
+        return events
 
     def __iter__(self) -> Iterator[Event]:
-        for events in self.batches():
-            yield from events
-
-    def batches(self) -> Iterator[List[Event]]:
-        """The events of each read, together."""
-        events = self.receive(self.response.early) if self.response.early or self.response.body.done else []
+        """Its events, read by the thread that iterates."""
         while True:
-            if events:
-                yield events
-            if self.failure:
-                raise self.failure
-            if self.over:
-                return
             try:
                 events = self.receive(self.response.wait())
             except OSError as error:
                 events = self.broken(error)
+            yield from events
+            if self.failure:
+                raise self.failure
+            if self.over:
+                return
 
     def close(self) -> None:
         self.response.close()
@@ -1713,7 +1820,11 @@ class Controller:
         self.options, self.settings, self.name = options, settings, options.name
 
     def events(self, call: Call) -> Iterable[Event]:
-        """The answer: any iterable of events, or a Stream. APIError if there is none."""
+        """The answer: any iterable of events, or a Stream. APIError if there is none.
+
+        It has a thread of its own and may wait, unless it is marked with ``never_waits``: then it gives
+        Streams where nothing must be waited for, and raises Blocked elsewhere if ``call.hurry`` says so.
+        """
         raise NotImplementedError
 
     def able(self, call: Call) -> Optional[APIError]:
@@ -1756,11 +1867,13 @@ class AkashSession:
         self.renew_at = self.ends_at = 0.0
         self.renewing = False
 
-    def get(self, watch: Watch) -> str:
-        """The cookie to send."""
+    def get(self, watch: Watch, hurry: bool = False) -> str:
+        """The cookie to send; in a hurry only one that is there."""
         now = self.clock()
         cookie = self.cookie
         if cookie is None or now >= self.ends_at:
+            if hurry:
+                raise Blocked
             return self.replace(cookie, watch)
         if now >= self.renew_at and not self.renewing:
             self.renewing, self.renew_at = True, now + self.PAUSE
@@ -1776,6 +1889,11 @@ class AkashSession:
 
         self.turn.take(fetch, watch)
         return self.cookie or ""
+
+    def forget(self, cookie: str) -> None:
+        """The server has refused it: who asks next fetches a new one."""
+        if self.cookie == cookie:
+            self.cookie = None
 
     def _renew(self) -> None:
         try:
@@ -2205,6 +2323,7 @@ class AkashController(Controller):
 
     WHERE = "Akash Chat"
     GEN = "AkashGen"
+    CHAT = "/api/chat/"
 
     def __init__(self, options: ControllerSettings, settings: Settings,
                  clock: Callable[[], float] = time.monotonic) -> None:
@@ -2226,9 +2345,15 @@ class AkashController(Controller):
     def events(self, call: Call) -> Iterable[Event]:
         data, cutoff, call.ignored = call.prepared[self.name]
         if call.pictures or call.model == self.GEN:
+            if call.hurry:
+                raise Blocked
             return self.pictures(call, data)
-        filters = [Thinking(), cutoff] if cutoff.needed else [Thinking()]
-        return Stream(self._chat(call, data), Pipeline(AkashDecoder(call.model), *filters))
+        cookie = self.session.get(call.watch, call.hurry)
+        response = self.transport.send("POST", self.CHAT, call.watch, data, self._fields(data, cookie), hurry=call.hurry,
+                                       again=call.again)
+        return Stream(response, lambda response: self._decoder(call, response, cutoff, cookie))
+
+    events.never_waits = True   # type: ignore[attr-defined]
 
     def _prepare(self, call: Call) -> Tuple[bytes, Cutoff, List[str]]:
         """The request's bytes, the end of its answer, and what of it is ignored."""
@@ -2248,7 +2373,7 @@ class AkashController(Controller):
         """Ask for each picture, then wait for each; text instead of a picture is passed on as text."""
         jobs = []
         for _ in range(call.pictures or 1):
-            body = self._chat(call, data).read(limit=4 << 20)
+            body = self._with_session("POST", self.CHAT, call.watch, data, model=call.model).read(limit=4 << 20)
             job = akash_picture(body)
             if job is None:
                 yield from self._told_instead(call, body)
@@ -2280,38 +2405,49 @@ class AkashController(Controller):
     def close(self) -> None:
         self.transport.kept.close()
 
+    def _fields(self, data: Optional[bytes], cookie: str) -> Dict[str, str]:
+        """The header fields that a request adds."""
+        fields = {"Content-Type": "application/json"} if data else {}
+        if cookie:
+            fields["Cookie"] = "; ".join(filter(None, (cookie, self.settings.akash_cookie)))
+        return fields
+
+    def _decoder(self, call: Call, response: Response, cutoff: Cutoff, cookie: str) -> Any:
+        """What understands the body of an answer: a stream, or a refusal."""
+        if response.status == 200 and not blocked(response):
+            return Pipeline(AkashDecoder(call.model), Thinking(), *[cutoff] * cutoff.needed)
+
+        def refused(data: bytes) -> List[Event]:
+            raise self._refusal(response, data, call.model, cookie, call.again)
+
+        return Collected(refused, 1 << 20, refusal=True)
+
     def _with_session(self, method: str, path: str, watch: Watch, data: Optional[bytes] = None,
                       first_byte: Optional[float] = None, model: str = "") -> Response:
         """A request with the cookie; if the session is refused, once more with a new one."""
-        cookie, last = self.session.get(watch), False
+        again = False
         while True:
-            headers = {"Content-Type": "application/json"} if data else {}
-            if cookie:
-                headers["Cookie"] = "; ".join(filter(None, (cookie, self.settings.akash_cookie)))
-            response = self.transport.open(method, path, watch, data, headers, first_byte)
-            if response.status != 403:
+            cookie = self.session.get(watch)
+            response = self.transport.open(method, path, watch, data, self._fields(data, cookie), first_byte)
+            if response.status == 200 and not blocked(response):
                 return response
-            told = as_dict(response.json())
-            if told.get("message") != "Unauthorized: Invalid session" or last:
-                raise self._refused(response, told, model)
-            cookie, last = self.session.replace(cookie, watch), True
+            error = self._refusal(response, response.read(limit=1 << 20), model, cookie, again)
+            if error.kind != "again":
+                raise error
+            again = True
 
-    def _chat(self, call: Call, data: bytes) -> Response:
-        """Send a chat; APIError unless a stream comes back."""
-        response = self._with_session("POST", "/api/chat/", call.watch, data, model=call.model)
-        if response.status == 200 and not blocked(response):
-            return response
-        text = response.read(limit=1 << 20)
-        try:
-            told = as_dict(from_json(text))
-        except ValueError:
-            told = {}
-        if response.status == 400 and text and not told and not blocked(response):
-            raise akash_error("Bad request: " + text.decode("utf-8", "replace"), call.model)
-        raise self._refused(response, told, call.model)
+    def _refusal(self, response: Response, data: bytes, model: str, cookie: str, again: bool) -> APIError:
+        """What an answer that is no stream means; the first time that the session is refused, it is tried again."""
+        told = as_dict(json_or_none(data))
+        if response.status == 403 and told.get("message") == "Unauthorized: Invalid session" and not again:
+            self.session.forget(cookie)
+            return APIError(502, f"{self.WHERE} refused the session.", code="upstream_auth", kind="again")
+        if response.status == 400 and data and not told and not blocked(response):
+            return akash_error("Bad request: " + data.decode("utf-8", "replace"), model)
+        return self._refused(response, told, model)
 
     def _refused(self, response: Response, told: Dict[str, Any], model: str = "") -> APIError:
-        """What an answer that is no stream means; ``told`` is its JSON."""
+        """What another status than 200, or a web page, means; ``told`` is its JSON."""
         status, message = response.status, str(told.get("message") or told.get("error") or "")
         if blocked(response):
             return blocked_error(response)
@@ -2396,10 +2532,7 @@ class AkashController(Controller):
     def _fetch_models(self) -> List[Dict[str, Any]]:
         watch, seconds = Watch(), self.settings.session_timeout
         response = self._with_session("GET", "/api/models/", watch, first_byte=seconds)
-        told = response.json()
-        if response.status != 200 or blocked(response):
-            raise self._refused(response, as_dict(told))
-        names = akash_models(told)
+        names = akash_models(response.json())
         if not names:
             raise APIError(503, f"{self.WHERE} lists no models now.", code="upstream_error", retry_after=30)
         return [{"id": name, "object": "model", "created": 1626777600, "owned_by": "Akash Network",
@@ -2670,9 +2803,9 @@ class RelayDecoder:
         if not data:
             return []
         self.last = data if len(data) > 3 else (self.last + data)[-4:]
-        if self.ends is not None and any(mark in data for mark in END_MARKS) and self.ends.search(data):
+        if self.ends is not None and any(data.rfind(mark) >= 0 for mark in END_MARKS) and self.ends.search(data):
             self.ends = None
-        if b"[DONE]" in data and DONE.search(data):
+        if data.rfind(b"[DONE]") >= 0 and DONE.search(data):
             self.whole, self.ends = True, None
         return [Raw(data)]
 
@@ -2705,7 +2838,7 @@ class RelayDecoder:
 
 DATA = re.compile(rb"(?:^|\n)data:([^\n]*)\n")
 DONE = re.compile(rb"(?:^|\n)data: ?\[DONE\]")
-END_MARKS = b"[DONE]", b'"finish_reason":"', b'"finish_reason": "', b'"finish_reason" : "'  # found faster than the next
+END_MARKS = b"[DONE]", b'"finish_reason":"', b'"finish_reason": "', b'"finish_reason" : "'  # found faster, backwards
 CHAT_ENDS = re.compile(rb'(?:^|\n)data: ?\[DONE\]|"finish_reason" ?: ?"[a-z]')
 
 
@@ -2775,16 +2908,11 @@ class OpenAIController(Controller):
         native = self.native(call.path)
         path = (call.path + call.query if native else CHAT_PATH)[len("/v1"):]
         data, content_type = self._request(call, native)
-        response = self.transport.open("POST", path, call.watch, data, {**call.headers, "Content-Type": content_type})
-        if not 200 <= response.status < 300:
-            raise self._refused(response)
-        kind = response.headers.get("content-type", "")
-        streamed = kind.startswith("text/event-stream")
-        if native and (call.relay_only or streamed == call.stream):
-            return self._relay(call, response, kind, streamed)
-        if streamed:
-            return Stream(response, Pipeline(ChatDecoder(self.name, self.secrets)))
-        return self._completion(response)
+        response = self.transport.send("POST", path, call.watch, data, {**call.headers, "Content-Type": content_type},
+                                       hurry=call.hurry, again=call.again)
+        return Stream(response, lambda response: self._decoder(call, response, native))
+
+    events.never_waits = True   # type: ignore[attr-defined]
 
     def models(self) -> List[Dict[str, Any]]:
         return self.list.get()
@@ -2809,27 +2937,39 @@ class OpenAIController(Controller):
         call.ignored = dropped
         return to_json(body), "application/json"
 
-    def _relay(self, call: Call, response: Response, kind: str, streamed: bool) -> Iterable[Event]:
+    def _decoder(self, call: Call, response: Response, native: bool) -> Any:
+        """What understands the body of an answer."""
+        if not 200 <= response.status < 300:
+            return Collected(lambda data: self._refused(response, data), refusal=True)
+        kind = response.headers.get("content-type", "")
+        streamed = kind.startswith("text/event-stream")
+        if native and (call.relay_only or streamed == call.stream):
+            return self._relay(call, response, kind, streamed)
+        return Pipeline(ChatDecoder(self.name, self.secrets)) if streamed else Collected(self._completion)
+
+    def _relay(self, call: Call, response: Response, kind: str, streamed: bool) -> Any:
         call.kind, call.status = kind or "application/octet-stream", response.status
         if streamed:
             ends = CHAT_ENDS if "completions" in call.path else None
-            return Stream(response, RelayDecoder(self.name, True, ends, self.secrets))
+            return RelayDecoder(self.name, True, ends, self.secrets)
         if kind.startswith("text/html"):
-            response.close()
             raise APIError(502, f"{self.name} answered with a web page.", code="upstream_error")
         if response.body.until_close or not kind.startswith("application/json") and not response.body.done:
-            return Stream(response, RelayDecoder(self.name, events=False))
-        data = response.read()
-        text = data.strip()
-        if kind.startswith("application/json") and text and (text[:1] not in b"{[" or text[-1:] not in b"}]"):
+            return RelayDecoder(self.name, events=False)
+        return Collected(functools.partial(self._document, kind))
+
+    def _document(self, kind: str, data: bytes) -> List[Event]:
+        """A whole body that is relayed; as JSON it must look like that, and not be an error."""
+        text = data.strip() if kind.startswith("application/json") else b""
+        if text and (text[:1] not in b"{[" or text[-1:] not in b"}]"):
             raise early(self.name, "sent something that is not JSON")
         if re.match(rb'\{\s*"error"\s*:\s*[{"]', text):
             raise told_error(self.name, 200, as_dict(from_json(data)), self.secrets)
         return [Raw(data)]
 
-    def _completion(self, response: Response) -> Iterable[Event]:
+    def _completion(self, data: bytes) -> List[Event]:
         """The events of an answer that is not streamed."""
-        told = as_dict(response.json())
+        told = as_dict(json_or_none(data))
         choice = as_dict(next(iter(as_list(told.get("choices"))), None))
         if told.get("error"):
             raise told_error(self.name, 200, told, self.secrets)
@@ -2838,14 +2978,12 @@ class OpenAIController(Controller):
         return [*chat_events(as_dict(choice.get("message")) or {"content": choice.get("text")}),
                 Finish(choice["finish_reason"], chat_usage(told.get("usage")))]
 
-    def _refused(self, response: Response) -> APIError:
-        told = None
-        with contextlib.suppress(APIError):  # a status counts, even if the words are cut off
-            told = response.json()
+    def _refused(self, response: Response, data: bytes) -> NoReturn:
+        told = json_or_none(data)
         error = told_error(self.name, response.status, told, self.secrets)
         if error.kind == "limit":
             error.retry_after = reset_seconds(response.headers, as_dict(told))
-        return error
+        raise error
 
     def _fetch_models(self) -> List[Dict[str, Any]]:
         response = self.transport.open("GET", "/models", Watch(), first_byte=self.settings.session_timeout)
@@ -2898,6 +3036,7 @@ FAILURES: Dict[str, Tuple[bool, Optional[int]]] = {
     "limit": (True, 1),         # for as long as it said
     "auth": (True, 1),          # our key is at fault: long
     "network": (True, 1),       # refused, silent, cut: growing, always ending
+    "again": (True, None),      # it is asked once more itself: a session or a kept connection had ended
     "server": (True, 3),        # a 5xx: only if it goes on
 }
 REST_AUTH, REST_FIRST, REST_MOST = 600.0, 1.0, 60.0    # seconds
@@ -2991,62 +3130,39 @@ class Pool:
             self.members.append(member)
         self.choose = {"balanced": self.balanced, "random": self.at_random, "least_busy": self.least_busy}[settings.pool_type]
         self.lists_due = -math.inf
+        self.never_waits = all(getattr(member.controller.events, "never_waits", False) for member in self.members)
 
-    # -- an answer
-
-    def answer(self, call: Call) -> "Running":
-        """The answer, once it has begun (streamed) or is whole. APIError if nobody has one.
-
-        Each controller is asked at most once; what has been passed on can't be taken over by
-        another one.
-        """
-        unable = [(member, error) for member in self.members for error in [member.controller.able(call)] if error]
-        tried, errors = [member for member, _ in unable], [error for _, error in unable]
-        while True:
-            member = self.take(call, tried, errors)
-            tried.append(member)
-            running = Running(self, member, call)
-            try:
-                running.begin()
-                call.route.append(f"{member.name}=200")
-                call.controller = member.name
-                return running
-            except APIError as error:
-                running.close(error)
-                call.route.append(f"{member.name}={error.status}")
-                log.info("%s: %s", member.name, error.message)
-                if not FAILURES[error.kind][0]:
-                    raise
-                errors.append(error)
-            except BaseException:
-                running.close(None)
-                raise
+    # -- who is asked
 
     def take(self, call: Call, tried: List[Member], errors: List[APIError]) -> Member:
         """The controller to ask next; waits a little if all rest. APIError if there is none."""
-        end = self.clock() + self.settings.max_wait
+        if call.hurry and not self.never_waits:
+            raise Blocked
         self.read_lists()
+        end = math.inf
         with self.changed:
             while True:
                 known = self.able(call.model)
-                able = [member for member in known if member not in tried]
+                able = [member for member in known if member not in tried] if tried else known
                 if not able:
                     raise self.summed_up(call, tried, errors)
                 now, alone = self.clock(), len(known) == 1
                 ready = [member for member in able if member.wakes(alone) <= now and member.free()]
                 if ready:
-                    first = min(member.options.priority for member in ready)
-                    member = self.choose([member for member in ready if member.options.priority == first])
+                    member = self.choose(self.first_tier(ready)) if len(ready) > 1 else ready[0]
                     member.in_flight += 1
                     return member
+                end = min(end, now + self.settings.max_wait)
                 wakes = min(max(member.wakes(alone), now) for member in able)
                 if wakes > end or now >= end:
                     soonest = min(max(member.wakes(alone), now) for member in known)
                     raise self.busy(able, errors, max(soonest - now, 1.0))
+                if call.hurry:
+                    raise Blocked
                 self.waiting += 1
                 self.changed.wait(min(max(wakes, now + 0.01), end, now + 0.25) - now)
                 self.waiting -= 1
-                if call.left.is_set():
+                if call.why:
                     raise call.why
 
     def able(self, model: str) -> List[Member]:
@@ -3083,6 +3199,11 @@ class Pool:
                         code="rate_limit_exceeded" if limit else "upstream_error", retry_after=seconds)
 
     # -- the choice among those of one tier; called under the lock
+
+    @staticmethod
+    def first_tier(ready: List[Member]) -> List[Member]:
+        first = min(member.options.priority for member in ready)
+        return [member for member in ready if member.options.priority == first]
 
     def balanced(self, ready: List[Member]) -> Member:
         """Smooth weighted round robin: 5:1:1 gives a a b a c a a."""
@@ -3183,46 +3304,85 @@ class Pool:
 
 
 class Running:
-    """A controller's answer to a call: its first events, and where the rest of them comes from.
+    """A call on its way through the pool: who was asked, who is being asked, and what came of it.
 
-    For a client that does not stream, the first events are all of them. A ``stream`` may be taken
-    over by whoever can feed it. close() must follow, with the error if there was one.
+    ask() sends it to a controller; ``stream`` is then the answer for whoever can feed it, or
+    batches() gives it piece by piece. Where a controller fails before anything of its answer has
+    been passed on, failed() makes way for the next one. Each is asked at most once. close() must follow.
     """
 
-    def __init__(self, pool: Pool, member: Member, call: Call) -> None:
-        self.pool, self.member, self.call = pool, member, call
+    def __init__(self, pool: Pool, call: Call) -> None:
+        self.pool, self.call = pool, call
+        self.member: Any = None
         self.source: Any = None
-        self.stream: Optional[Stream] = None
-        self.first: List[Event] = []
-        self.rest: Iterator[List[Event]] = iter(())
-        self.begun = self.closed = False
-        self.started = pool.clock()
+        self.tried: List[Member] = []
+        self.errors: List[APIError] = []
+        self.begun, self.started = False, 0.0
+        for member in pool.members:
+            error = member.controller.able(call)
+            if error:
+                self.tried.append(member)
+                self.errors.append(error)
 
-    def begin(self) -> None:
-        self.call.renew()
-        self.call.kind, self.call.ignored = None, []
-        self.source = self.member.controller.events(self.call)
-        self.stream = self.source if isinstance(self.source, Stream) else None
-        if self.stream and not self.call.stream:
-            self.stream.left = BODY_LIMIT
-        self.rest = self.stream.batches() if self.stream else self.singly()
-        self.first = next(self.rest) if self.call.stream else [event for events in self.rest for event in events]
-        self.begun = True
+    @property
+    def stream(self) -> Optional[Stream]:
+        return self.source if isinstance(self.source, Stream) else None
 
-    def singly(self) -> Iterator[List[Event]]:
-        """The events of a source that is no stream. An end without a Finish is an error: no "stop" is invented."""
+    def ask(self) -> None:
+        """Ask the next controller, or the last one again. APIError if nobody is left; Blocked: to be called by a thread."""
+        while self.source is None:
+            if self.member is None:
+                self.member = self.pool.take(self.call, self.tried, self.errors)
+                self.started = self.pool.clock()
+                self.tried.append(self.member)
+                self.call.again = False
+            self.call.renew()
+            self.call.kind, self.call.ignored = None, []
+            try:
+                self.source = self.member.controller.events(self.call)
+            except APIError as error:
+                self.failed(error)
+        if self.call.hurry and not self.stream:
+            raise Blocked
+
+    def batches(self) -> Iterator[List[Event]]:
+        """The events of a source, in the thread that asks. An end without a Finish is an error: no "stop" is invented."""
         event = None
         for event in self.source:
             yield [event]
         if not isinstance(event, (Finish, Raw)):
             raise early(self.member.name)
 
+    def began(self) -> None:
+        """The answer has begun: from now on nobody else can give it."""
+        self.begun, self.call.controller = True, self.member.name
+        self.call.route.append(f"{self.member.name}=200")
+
+    def failed(self, error: APIError) -> None:
+        """The controller gave no answer; APIError if no other one may give it either."""
+        member, again = self.member, error.kind == "again"
+        if again:
+            self.call.again = True
+            self.end()
+            return
+        self.close(error)
+        self.call.route.append(f"{member.name}={error.status}")
+        log.info("%s: %s", member.name, error.message)
+        if not FAILURES[error.kind][0] or self.call.why:
+            raise error
+        self.errors.append(error)
+
+    def end(self) -> None:
+        source, self.source = self.source, None
+        if hasattr(source, "close"):
+            source.close()
+
     def close(self, error: Optional[APIError] = None) -> None:
-        if not self.closed:
-            self.closed = True
-            if hasattr(self.source, "close"):
-                self.source.close()
-            self.pool.release(self.member, error, self.begun, self.started)
+        """Let the controller go, with the error that ended its answer, if one did."""
+        self.end()
+        member, self.member = self.member, None
+        if member:
+            self.pool.release(member, error, self.begun, self.started)
 
 
 # == 9. dialects ==============================================================================
@@ -3515,19 +3675,34 @@ class Watchdog(threading.Thread):
         self.server = server
         self.selector = selectors.DefaultSelector()
         self.handlers: set = set()      # the server's open connections
+        self.tasks: SimpleQueue = SimpleQueue()         # of other threads
+        self.bell, self.ear = socket.socketpair()       # wakes it for them
         self.now = time.monotonic()
         self.tidy_at = 0.0
         self.stopped = False
 
     def watch(self, sock: Any, owner: Callable[[int], None], events: int = selectors.EVENT_READ) -> None:
-        self.selector.register(sock, events, owner)
+        try:
+            self.selector.register(sock, events, owner)
+        except KeyError:
+            self.selector.modify(sock, events, owner)
 
     def leave(self, sock: Any) -> None:
         with contextlib.suppress(KeyError, ValueError):  # it is not watched
             self.selector.unregister(sock)
 
+    def soon(self, task: Callable[[], None]) -> None:
+        """From another thread: have this one do something."""
+        self.tasks.put(task)
+        self.bell.send(b"\0")
+
+    def on_bell(self, events: int) -> None:
+        for _ in self.ear.recv(4096):
+            self.call(self.tasks.get())
+
     def run(self) -> None:
         look_at = 0.0
+        self.watch(self.ear, self.on_bell)
         while not self.stopped:
             ready = self.selector.select(self.TICK)
             self.now = time.monotonic()
@@ -3538,11 +3713,13 @@ class Watchdog(threading.Thread):
                 look_at = self.now + self.TICK
                 self.call(self.look, self.now)
         self.selector.close()
+        self.ear.close()
+        self.bell.close()
 
     @staticmethod
-    def call(method: Callable[[Any], None], argument: Any) -> bool:
+    def call(method: Callable[..., None], *arguments: Any) -> bool:
         try:
-            method(argument)
+            method(*arguments)
             return True
         except Exception:  # a bug must not stop everybody
             log.exception("the watchdog stumbled")
@@ -3564,70 +3741,52 @@ class Watchdog(threading.Thread):
 
 
 class Flow:
-    """A stream that has begun: the watchdog reads the upstream, feeds the pipeline and writes to the client.
+    """An answer on its way: the watchdog reads the upstream, feeds the pipeline and writes to the client.
 
-    A client that reads slowly pauses its upstream. When the answer is whole the client is free for
-    its next request, while the upstream's message comes to its end. Only one thread at a time is in
-    here: the request's own until start() returns, the watchdog's from then on.
+    It begins when the request has been sent. A client that reads slowly pauses its upstream. When
+    the answer is whole the client is free for its next request, while the upstream's message comes
+    to its end. All of it happens in the watchdog's thread.
     """
 
-    def __init__(self, handler: "Handler", dialect: Dialect, running: Running) -> None:
-        self.handler, self.dialect, self.running = handler, dialect, running
+    def __init__(self, handler: "Handler", running: Running) -> None:
+        self.handler, self.running, self.dialect = handler, running, handler.dialect
         self.stream: Any = running.stream
         self.watchdog = handler.server.watchdog
         self.client, self.upstream = handler.connection, self.stream.response.sock
         self.watch = self.stream.response.watch
-        self.started = self.watched = self.paused = self.free = self.ended = False
+        self.begun = self.paused = self.free = self.ended = False
         self.gone = False       # the client has left
         self.deaf = False       # it has sent its next request, so that its end would not show
+        self.gathered: List[Event] = []     # of an answer that is sent whole
+        if not handler.call.stream:
+            self.stream.left = BODY_LIMIT
 
-    def start(self) -> bool:
-        """Take what is there already, and leave the rest to the watchdog; True if the client is free again."""
-        self.client.setblocking(False)
-        self.upstream.setblocking(False)
-        self.free = self.stream.whole
-        self.stream.response.expect()
-        for _ in range(8):  # not for ever: others wait, too
-            if self.ended or self.paused or not self.step():
-                break
-        while self.pending():
-            self.step()
-        if self.free:
-            if not self.ended:
-                self.watchdog.watch(self.upstream, self.on_upstream)
-            return True
-        self.handler.flow = self
-        if self.paused:
-            self.watch_client()
-        else:
-            self.watchdog.watch(self.upstream, self.on_upstream)
-        self.started = True     # the last thing that this thread does here: now the watchdog may look
-        return False
+    def start(self) -> None:
+        """Leave both sockets to the watchdog."""
+        self.handler.here = True
+        if self.upstream.gettimeout() != 0:
+            self.upstream.setblocking(False)
+        self.watchdog.watch(self.upstream, self.on_upstream)
+        self.listen()
+        if self.pending():
+            self.on_upstream(selectors.EVENT_READ)
 
     def pending(self) -> bool:
         """Has TLS decoded more than was read? No selector tells of that."""
         return not self.ended and not self.paused and bool(getattr(self.upstream, "pending", int)())
 
-    def watch_client(self) -> None:
-        if not self.free and (self.paused or not self.ended):
-            if self.watched:
-                self.watchdog.leave(self.client)
-            self.watched = True
-            self.watchdog.watch(self.client, self.on_client,
-                                selectors.EVENT_READ | (selectors.EVENT_WRITE if self.paused else 0))
+    def listen(self) -> None:
+        """Look at the client as far as it can have news."""
+        self.handler.listen((0 if self.deaf else selectors.EVENT_READ) | (selectors.EVENT_WRITE if self.paused else 0))
 
     def on_upstream(self, events: int) -> None:
-        if not self.watched:
-            self.watch_client()
-        self.go_on()
-
-    def go_on(self) -> None:
+        """The upstream has sent something, or has ended."""
         was_free = self.free
         if not self.ended and self.step():
             while self.pending():
                 self.step()
         if self.free and not was_free:
-            self.handler.flow_ended()
+            self.handler.run_on()
 
     def step(self) -> bool:
         """One read, one write; False if there was nothing to read."""
@@ -3640,19 +3799,38 @@ class Flow:
             events = stream.broken(error)
         else:
             events = stream.receive(data)
-        if events:
-            if stream.whole and not self.free:
-                self.handler.usage = getattr(events[-1], "usage", None)
-            self.send(self.dialect.feed(events), stream.whole)
+        if events and not self.free:
+            self.take(events)
         if stream.failure:
             self.fail(stream.failure)
         elif stream.over:
-            if not stream.whole:
-                self.send(b"", True)
-            self.end()
-        else:
+            self.finish()
+        elif stream.decoder is not None:
             self.watch.due = math.inf if self.paused else self.watchdog.now + stream.response.idle
         return True
+
+    def take(self, events: List[Event]) -> None:
+        """Pass some events on, or keep them until the answer can be sent whole."""
+        call = self.handler.call
+        if not call.stream or call.kind is not None and isinstance(self.stream.decoder, Collected):
+            self.gathered += events
+            return
+        opening = self.handler.begin_stream() if not self.begun else b""
+        self.begun = True
+        if self.stream.whole:
+            self.handler.usage = getattr(events[-1], "usage", None)
+        self.send(opening + self.dialect.feed(events), self.stream.whole)
+
+    def finish(self) -> None:
+        """The upstream's message has come to its end."""
+        if self.gathered:
+            answer = fold(self.gathered)
+            self.running.began()
+            self.release()      # the upstream's connection is free before the client can ask again
+            self.send(self.handler.whole(answer), True)
+        elif not self.stream.whole:
+            self.send(b"" if self.begun else self.handler.begin_stream(), True)
+        self.end()
 
     def send(self, frames: bytes, last: bool) -> None:
         if self.free:
@@ -3671,8 +3849,7 @@ class Flow:
         if not self.paused:
             self.paused = True
             self.watchdog.leave(self.upstream)
-            if self.watched:
-                self.watch_client()
+            self.listen()
 
     def lose(self) -> None:
         """The client has left."""
@@ -3688,29 +3865,23 @@ class Flow:
 
     def let_go(self) -> None:
         """The client is served."""
-        if self.watched:
-            self.watchdog.leave(self.client)
-        self.free, self.handler.flow, self.handler.call = True, None, None
+        self.free, self.handler.flow, self.handler.running = True, None, None
 
     def on_client(self, events: int) -> None:
         """It has left, it has sent its next request, or it has room again."""
-        if self.free:
-            return
         if events & selectors.EVENT_READ:
             said = peek(self.client)
             if said == b"":
                 return self.hang_up()
             if said:
                 self.deaf = True
-                self.watchdog.leave(self.client)
-                if self.paused:
-                    self.watchdog.watch(self.client, self.on_client, selectors.EVENT_WRITE)
+                self.listen()
         if events & selectors.EVENT_WRITE:
             self.resume()
 
     def hang_up(self) -> None:
         self.lose()
-        self.handler.flow_ended()
+        self.handler.run_on()
 
     def resume(self) -> None:
         try:
@@ -3721,30 +3892,37 @@ class Flow:
         self.paused = False
         if self.stream.whole or self.ended:
             self.let_go()
-            self.handler.flow_ended()
+            self.handler.run_on()
         else:
-            self.watch_client()
+            self.listen()
         if not self.ended:
             self.stream.response.expect()
             self.watchdog.watch(self.upstream, self.on_upstream)
-            self.go_on()
+            self.on_upstream(selectors.EVENT_READ)
 
     def fail(self, error: Exception) -> None:
-        """The answer broke off: the client is told within the stream, in its dialect."""
-        if isinstance(error, APIError):
+        """No answer, or not all of it: another controller is asked, or the client is told within the stream."""
+        if not isinstance(error, APIError):
+            self.lose()
+        elif self.begun:
             frames = self.handler.farewell(self.dialect, error)
             self.send(frames, True)
             self.end(error)
         else:
-            self.lose()
+            self.ended, self.handler.flow = True, None
+            self.watchdog.leave(self.upstream)
+            self.handler.run(functools.partial(self.handler.ask_another, error))
+
+    def release(self, error: Optional[APIError] = None) -> None:
+        """No more comes from the upstream."""
+        if not self.ended:
+            self.ended = True
+            self.watchdog.leave(self.upstream)
+            self.running.close(error)
 
     def end(self, error: Optional[APIError] = None) -> None:
-        """No more comes from the upstream. What the client has not taken in yet, it still gets."""
-        if self.ended:
-            return
-        self.ended = True
-        self.watchdog.leave(self.upstream)
-        self.running.close(error)
+        """The end; what the client has not taken in yet, it still gets."""
+        self.release(error)
         if not self.free and (not self.paused or self.gone):
             self.let_go()
 
@@ -3776,7 +3954,9 @@ _UNPRINTABLE = re.compile(r"[^\n\t -~]")     # what must not stand in a head
 
 PASSED_ON = ("accept", "openai-beta", "anthropic-version", "anthropic-beta")    # of a client's header fields
 
-SOON = 20       # milliseconds for which a thread stays with a client that may ask again
+AT_ONCE = ("get_health", "get_status")  # methods that never wait
+
+SHORT = 1 << 16     # bytes of a body that the watchdog's thread may read: a longer one would keep others waiting
 
 MODEM = 4000    # bytes per second that a client's body may take, however long that is
 
@@ -3801,12 +3981,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: "Server"
 
-    # -- a connection: it waits in the watchdog, is answered by a thread, or flows through the watchdog
+    # -- a connection: it belongs to the watchdog, and to a thread while something must be waited for
 
     def __init__(self, request: Any, client_address: Any, server: "Server") -> None:
         self.request = self.connection = request
         self.client_address, self.server = client_address, server
-        request.setblocking(True)
         request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.head = b""                         # of an answer, to leave with its first bytes
         self.held = b""                         # read, but not yet used
@@ -3814,12 +3993,25 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.lock = threading.RLock()           # whoever writes; the watchdog sends pings
         self.watch = Watch()
         self.watch.hold(request)
+        self.here = True                        # in the watchdog's thread
+        self.interest = 0                       # the events that the watchdog looks for
+        self.step: Any = None                   # of the request, to be taken next
         self.call: Optional[Call] = None        # while an answer is awaited
+        self.running: Optional[Running] = None  # the same
         self.flow: Optional[Flow] = None        # while the watchdog relays one
         self.waits = False
         self.linger_left = 0
         self.close_connection = self.unread = False
         server.watchdog.handlers.add(self)
+
+    def listen(self, events: int) -> None:
+        """Have the watchdog look for events, or for none."""
+        if events != self.interest:
+            self.interest = events
+            if events:
+                self.server.watchdog.watch(self.connection, self.on_ready, events)
+            else:
+                self.server.watchdog.leave(self.connection)
 
     def wait(self) -> None:
         """Leave the connection to the watchdog until a request's head has come."""
@@ -3829,10 +4021,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
                           "The request's head took too long.")
         if self.server.draining:
             self.watch.due = time.monotonic() + 0.5
-        self.server.watchdog.watch(self.connection, self.on_readable)   # the last thing that this thread does here
+        self.listen(selectors.EVENT_READ)       # the last thing that a thread does here
 
-    def on_readable(self, events: int) -> None:
-        """The watchdog has bytes of a client that waits, or its end."""
+    def on_ready(self, events: int) -> None:
+        """The watchdog has bytes of a client, its end, or room for more."""
+        if self.flow is not None:
+            return self.flow.on_client(events)
         try:
             data = self.connection.recv(READ_SIZE, NOW)
         except BlockingIOError:
@@ -3849,67 +4043,75 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.watch.expect(self.settings.head_timeout, "The request's head took too long.")
             self.held += data
             if not data or self.head_is_here():
-                self.waits = False
-                self.server.watchdog.leave(self.connection)
-                self.server.give(self)
+                self.here, self.waits = True, False
+                self.run(self.begin)
         else:
             self.close()
 
     def head_is_here(self) -> bool:
-        """Is there work for a thread: a whole head, or something that must be refused?"""
+        """Is there work to do: a whole head, or something that must be refused?"""
         try:
             held = self.held[2:] if self.held.startswith(b"\r\n") else self.held
             return head_end(held) >= 0 or held.startswith(b"\r\n")
         except ProtocolError:
             return True
 
-    def run(self) -> None:
-        """In a thread: answer what has come, then wait again, or leave the stream to the watchdog, or end."""
-        self.waits = False
-        while True:
-            flow = self.handle_one_request()
-            if flow is not None:
-                try:
-                    free = flow.start()
-                except Exception:
-                    log.exception("%s: a bug in akashproxy", self.request_id)
-                    return flow.abandon()
-                if not free:
-                    return
-                self.connection.setblocking(True)
-            if not self.next_request(here=True):
-                return
+    # -- a request is a chain of steps; one that has to wait for something is left to a thread
 
-    def flow_ended(self) -> None:
-        """In the watchdog: the client has got its stream."""
-        if self.flow is None and self.call is None:
-            self.connection.setblocking(True)
-            if self.next_request(here=False):
-                self.server.give(self)
+    def run(self, step: Any = None) -> None:
+        """Take the steps of a request, then those of the next one, as far as this thread gets."""
+        step = step or self.step
+        while self.take_steps(step) and self.over():
+            step = self.begin
 
-    def next_request(self, here: bool) -> bool:
-        """The request is over: True if the next one is there already, else the connection waits or ends.
+    def run_on(self) -> None:
+        """The watchdog has answered a request: go on with the next one."""
+        if self.over():
+            self.run(self.begin)
 
-        ``here``: in a request's thread, which may wait for a moment.
-        """
+    def take_steps(self, step: Any) -> bool:
+        """True if the request is over; False if it goes on elsewhere."""
+        try:
+            while step:
+                self.step = step
+                step = step()
+            return step is None
+        except Blocked:
+            self.server.give(self)
+            return False
+        except APIError as error:
+            self.refuse(error)
+        except ProtocolError as error:
+            self.unread = True
+            self.refuse(self.client_error(error))
+        except OSError:
+            self.client_left()
+        except Exception:
+            log.exception("%s: a bug in akashproxy", self.request_id)
+            self.refuse(APIError(500, "Internal error. The log has the details.", retry=False))
+        return True
+
+    def over(self) -> bool:
+        """The request has its answer: True if the next one is here already, else the connection waits or ends."""
+        if self.running is not None:
+            self.running.close()
+        self.running = self.call = None
+        if self.backlog and self.here:
+            self.step = self.flush
+            self.server.give(self)
+            return False
         self.log_line()
         if self.close_connection:
             self.finish()
-        elif self.held and self.head_is_here() or here and self.soon():
+        elif self.held and self.head_is_here():
             return True
         else:
             self.wait()
         return False
 
-    def soon(self) -> bool:
-        """Most clients with more to ask do so at once: wait for a moment, which is cheaper than to wait in the watchdog."""
-        if NOW and not self.server.draining:
-            poll = select.poll()
-            poll.register(self.connection, select.POLLIN)
-            if poll.poll(SOON):
-                with contextlib.suppress(OSError):
-                    self.held += self.connection.recv(READ_SIZE, NOW)
-        return bool(self.held) and self.head_is_here()
+    def flush(self) -> None:
+        """Send what the client did not take at once."""
+        self.write(b"")
 
     def finish(self) -> None:
         """End the connection; what the client still sends is taken in for a moment, else our answer could be lost."""
@@ -3919,13 +4121,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.connection.shutdown(socket.SHUT_WR)
         self.linger_left, self.watch.how = 4 << 20, socket.SHUT_RDWR
         self.watch.expect(2.0, "lingering")
-        self.server.watchdog.watch(self.connection, self.on_readable)
+        self.listen(selectors.EVENT_READ)
 
     def abandon(self) -> None:
-        self.close()
+        """A bug has struck."""
+        if self.flow is not None:
+            self.flow.abandon()
+        else:
+            self.close()
 
     def close(self) -> None:
-        self.server.watchdog.leave(self.connection)
+        self.listen(0)
+        if self.running is not None:
+            self.running.close()
         self.watch.release()
         self.server.watchdog.handlers.discard(self)
         self.server.shutdown_request(self.connection)
@@ -3933,13 +4141,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def look(self, now: float) -> None:
         """The watchdog passes by: has the client left, or been told nothing for long?"""
-        call = self.call
-        flow = self.flow
-        if flow is not None and not flow.started:
-            return
-        if flow is not None and not flow.watched:
-            flow.watch_client()
-        elif flow is not None and flow.deaf and has_left(self.connection):
+        call, flow = self.call, self.flow
+        if flow is not None and flow.deaf and has_left(self.connection):
             flow.hang_up()
         elif call is not None and flow is None and has_left(self.connection):
             call.cancel()
@@ -3965,47 +4168,29 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     # -- a request
 
-    def handle_one_request(self) -> Optional[Flow]:
+    def begin(self) -> Any:
+        """Read and check a request's head."""
         self.began = self.spoke = time.monotonic()
         self.settings = self.server.settings
         self.command, self.path, self.query, self.request_version = "-", "-", "", "HTTP/1.1"
         self.headers: Dict[str, str] = {}
         self.dialect: Any = Dialect
-        self.body: Optional[Body] = None
         self.close_connection = True
         self.unread = self.sent_head = False
         self.status, self.sent, self.model, self.controller, self.last = 0, 0, "", "", b"\n\n"
         self.usage, self.first_at = None, 0.0
         self.request_id = "req_" + new_id()
-        flow = None
-        try:
-            if self.read_request():
-                flow = self.answer()
-        except APIError as error:
-            self.refuse(error)
-        except ProtocolError as error:
-            self.unread = True
-            self.refuse(self.client_error(error))
-        except OSError:
-            self.client_left()
-        except Exception:
-            log.exception("%s: a bug in akashproxy", self.request_id)
-            self.refuse(APIError(500, "Internal error. The log has the details.", retry=False))
-        if flow is None:
-            self.call = None
-        return flow
-
-    def read_request(self) -> bool:
-        """Read and check a request's head; False if the client has no more."""
+        if self.here and head_end(self.held) < 0:
+            raise Blocked
         head = read_head(self.connection, self.held)
         if head is None:
-            return False
+            return None
         line, self.headers, self.held = head
         self.parse_line(line)
         self.body = Body(self.headers)
         self.unread = not self.body.done
         self.watch.due = math.inf
-        return True
+        return self.answer
 
     def parse_line(self, line: str) -> None:
         """The request line (RFC 9112, 3), its target decoded once, and what hangs on its version."""
@@ -4036,7 +4221,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def read_body(self) -> bytes:
         """The request's body, whole."""
         body, limit = self.body, self.settings.max_body
-        if body is None or body.done:
+        if body.done:
             return b""
         if body.left > limit:
             raise APIError(413, f"The body is larger than {limit} bytes.")
@@ -4044,8 +4229,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if expectation and self.request_version == "HTTP/1.1":
             if expectation != "100-continue":
                 raise APIError(417, "This expectation can't be met.")
-            if not self.held:
+            if not self.held and not self.here:
                 self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if self.here and not 0 < body.left <= min(len(self.held), SHORT):
+            raise Blocked
         self.watch.how = socket.SHUT_RD
         self.watch.expect(self.settings.body_timeout, "The request's body took too long.")
         due = self.watch.due
@@ -4079,11 +4266,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     # -- the way to an answer
 
-    def answer(self) -> Optional[Flow]:
-        """Answer the request; a stream that has begun is left for the watchdog."""
+    def answer(self) -> Any:
+        """Check who asks, and for what; small answers are given at once."""
         if self.command == "OPTIONS":
-            self.preflight()
-            return None
+            return self.preflight()
         if self.path != "/health":
             self.authorize()
         methods, self.rest = find_route(self.path)
@@ -4094,12 +4280,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         target = methods.get("GET" if self.command == "HEAD" else self.command)
         if target is None:
             raise APIError(405, f"{self.command} is not possible here.", code="method_not_allowed")
-        if isinstance(target, str):
-            self.read_body()
-            getattr(self, target)()
-            return None
-        self.dialect = target
-        return self.complete(target)
+        if not isinstance(target, str):
+            return self.understand(target)
+        if self.here and target not in AT_ONCE:
+            raise Blocked
+        self.read_body()
+        return getattr(self, target)()
 
     def authorize(self) -> None:
         """The one gate: everything but /health and OPTIONS needs a token once one is set."""
@@ -4113,72 +4299,94 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise APIError(401, "The token is wrong." if given else
                            "A token is needed: send it as 'Authorization: Bearer TOKEN'.")
 
-    def complete(self, dialect_class: Any) -> Optional[Flow]:
-        """Answer with what a model says."""
+    def understand(self, dialect_class: Any) -> Any:
+        """Make a call of the body."""
+        self.dialect = dialect_class
         data, content_type = self.read_body(), self.headers.get("content-type", "")
         if dialect_class is Relay:
             dialect = Relay(data, content_type)
         else:
             try:
                 dialect = dialect_class(from_json(data), self.site())
-            except ProtocolError:
-                raise
             except ValueError as error:
                 raise bad_request(f"The body is not valid JSON: {error}.") from None
         call = dialect.call
         call.path, call.data, self.model = self.path, data, call.model
         call.query = "?" + self.query if self.query and call.relay_only else ""
-        call.headers = {name: self.headers[name] for name in PASSED_ON if name in self.headers}
+        call.headers = {name.title(): self.headers[name] for name in PASSED_ON if name in self.headers}
         self.dialect, self.call = dialect, call
-        running = self.server.pool.answer(call)
-        self.first_at, self.controller = time.monotonic(), call.controller
-        if call.stream and (call.kind is None or running.stream is not None):
-            return self.stream(dialect, running)
-        answer = fold(running.first)
-        running.close()     # the upstream's connection is free before the client can ask again
-        self.usage = answer.finish and answer.finish.usage
-        self.send_whole(dialect, answer)
-        return None
+        self.running = Running(self.server.pool, call)
+        return self.ask
 
-    def send_whole(self, dialect: Dialect, answer: Answer) -> None:
-        if self.call.kind is None:
-            return self.send_json(200, dialect.whole(answer), self.call_headers())
-        self.start(self.call.status, {"Content-Type": self.call.kind, **self.call_headers()}, length=len(answer.raw))
-        self.write(answer.raw)
+    def ask(self) -> Any:
+        """Ask a controller. The watchdog does the rest, or this thread if the answer is no stream."""
+        self.call.hurry = self.here
+        self.running.ask()
+        if not self.running.stream:
+            return self.relay
+        self.flow = Flow(self, self.running)
+        if self.here:
+            self.flow.start()
+        else:
+            self.server.watchdog.soon(self.flow.start)  # the last thing that this thread does here
+        return False
 
-    def stream(self, dialect: Dialect, running: Running) -> Optional[Flow]:
-        """Begin a stream, and relay it to its end unless the watchdog can do that."""
-        kind, error = self.call.kind, None
+    def ask_another(self, error: APIError) -> Any:
+        """The controller has failed."""
+        self.running.failed(error)
+        return self.ask
+
+    def relay(self) -> Any:
+        """Answer with the events of a source that is no stream."""
+        running, batches = self.running, self.running.batches()
         try:
-            with self.lock:
-                if not self.sent_head:
-                    headers = SSE_HEADERS if (kind or "text/event-stream").startswith("text/event-stream") else {}
-                    self.start(self.call.status, {**headers, **({"Content-Type": kind} if kind else {}), **self.call_headers()})
-                opening = b"" if kind else dialect.begin()
-            ended = self.write_events(dialect, running, running.first, opening)
-            if running.stream is not None and not running.stream.over and not running.stream.failure:
-                return Flow(self, dialect, running)
-            for events in running.rest:
-                ended = self.write_events(dialect, running, events)
-            if not ended:
-                self.write(b"", last=True)
-        except APIError as failure:
-            error = failure
-            self.write(self.farewell(dialect, error), last=True)
-        except BaseException:
+            first = next(batches) if self.call.stream else [event for events in batches for event in events]
+        except APIError as error:
+            running.failed(error)
+            return self.ask
+        if not self.call.stream:
+            answer = fold(first)
+            running.began()
             running.close()
-            raise
-        running.close(error)
+            return self.write(self.whole(answer), last=True)
+        try:
+            self.write_events(first, self.begin_stream())
+            for events in batches:
+                self.write_events(events)
+        except APIError as error:
+            self.write(self.farewell(self.dialect, error), last=True)
+            running.close(error)
         return None
 
-    def write_events(self, dialect: Dialect, running: Running, events: List[Event], opening: bytes = b"") -> bool:
-        """Send some events; True if they were the last."""
+    def write_events(self, events: List[Event], opening: bytes = b"") -> None:
         ended = isinstance(events[-1], Finish)
         if ended:
             self.usage = events[-1].usage
-        ended = ended or running.stream is not None and running.stream.whole
-        self.write(opening + dialect.feed(events), last=ended)
-        return ended
+        self.write(opening + self.dialect.feed(events), last=ended)
+
+    def whole(self, answer: Answer) -> bytes:
+        """Begin an answer that is sent whole; its body."""
+        self.note_answer()
+        self.usage = answer.finish and answer.finish.usage
+        kind, data = self.call.kind, answer.raw
+        if kind is None:
+            kind, data = "application/json", to_json(self.dialect.whole(answer))
+        self.start(self.call.status, {"Content-Type": kind, **self.call_headers()}, length=len(data))
+        return data
+
+    def begin_stream(self) -> bytes:
+        """Begin an answer that is streamed; what it opens with."""
+        self.running.began()
+        self.note_answer()
+        kind = self.call.kind
+        with self.lock:
+            if not self.sent_head:
+                headers = SSE_HEADERS if (kind or "text/event-stream").startswith("text/event-stream") else {}
+                self.start(self.call.status, {**headers, **({"Content-Type": kind} if kind else {}), **self.call_headers()})
+            return b"" if kind else self.dialect.begin()
+
+    def note_answer(self) -> None:
+        self.first_at, self.controller = time.monotonic(), self.call.controller
 
     def farewell(self, dialect: Dialect, error: APIError) -> bytes:
         """The end of a stream that breaks off; what is no event stream can only be cut."""
@@ -4343,6 +4551,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def write(self, data: bytes, last: bool = False) -> None:
         """Send a piece of the answer; the client has a time to take it in."""
+        if self.here:
+            self.send_now(data, last)
+            return
         with self.lock:
             data, self.backlog = self.backlog + self.framed(data, last), b""
             self.watch.how = socket.SHUT_RDWR
@@ -4542,6 +4753,8 @@ class Server(http.server.ThreadingHTTPServer):
 
     def give(self, handler: Handler) -> None:
         """Give a connection that has a request to an idle thread, or to a new one."""
+        handler.here = False
+        handler.listen(0)
         with self.lock:
             found, self.spare = self.spare > 0, max(0, self.spare - 1)
         if not found:
