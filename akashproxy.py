@@ -70,6 +70,7 @@ import hmac
 import http.client
 import http.server
 import ipaddress
+import itertools
 import json
 import logging
 import math
@@ -1093,7 +1094,7 @@ _HOST = re.compile(r"[A-Za-z0-9.:_\[\]~%!$&'()*+;=-]*")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _LENGTH = re.compile(r"[0-9]{1,18}")
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[\t ]*(?:;[\t -~\x80-\xff]*)?")
-_SIZES = [b"%x" % size for size in range(4096)]     # of chunks
+_HEX = re.compile(rb"[0-9A-Fa-f]+")
 _TOKEN_BYTES = frozenset(b"!#$%&'*+-.^_`|~0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz")
 
 
@@ -1230,18 +1231,15 @@ class Body:
         return b"".join(parts) if len(parts) != 1 else parts[0]
 
     def _plain_chunks(self, data: bytes) -> Tuple[List[bytes], bytes, int]:
-        """The usual, taken apart at once: whole chunks, plainly written, without a line break within.
+        """The usual, taken apart at once: whole chunks without extensions, and without a line break within.
 
         They, the data, and where in it they end.
         """
         parts = data.split(b"\r\n")
-        sizes, chunks = parts[:-1:2], parts[1:-1:2]
-        try:
-            plain = list(map(_SIZES.__getitem__, map(len, chunks)))
-        except IndexError:
-            return [], data, 0
-        del sizes[len(chunks):]
-        if not chunks or sizes != plain and list(map(bytes.lower, sizes)) != plain or b"" in chunks[:-1]:
+        chunks = parts[1:-1:2]
+        sizes = parts[:2 * len(chunks):2]
+        if not _HEX.fullmatch(b"".join(sizes)) or b"" in sizes or b"" in chunks[:-1] or (
+                list(map(len, chunks)) != list(map(int, sizes, itertools.repeat(16)))):
             return [], data, 0
         self.done = not chunks[-1]
         rest = parts[2 * len(chunks):]
@@ -2803,9 +2801,12 @@ class RelayDecoder:
         if not data:
             return []
         self.last = data if len(data) > 3 else (self.last + data)[-4:]
-        if self.ends is not None and any(data.rfind(mark) >= 0 for mark in END_MARKS) and self.ends.search(data):
-            self.ends = None
-        if data.rfind(b"[DONE]") >= 0 and DONE.search(data):
+        if self.ends is not None:
+            at = max(map(data.rfind, END_MARKS))
+            if at >= 0 and (self.ends.search(data, max(0, at - 8)) or self.ends.search(data)):
+                self.ends = None
+        at = data.rfind(b"[DONE]")
+        if at >= 0 and DONE.search(data, max(0, at - 8)):
             self.whole, self.ends = True, None
         return [Raw(data)]
 
@@ -3950,7 +3951,8 @@ ROUTES: Dict[str, Dict[str, Any]] = {
 
 SERVER_NAME = f"akashproxy/{__version__}"
 EXPOSED = "x-request-id, retry-after, x-should-retry, x-akashproxy-ignored, x-akashproxy-route"
-_UNPRINTABLE = re.compile(r"[^\n\t -~]")     # what must not stand in a head
+_UNPRINTABLE = re.compile(r"[^ -~]")         # what must not stand in a head
+_PHRASES = {status: phrase for status, (phrase, _) in http.server.BaseHTTPRequestHandler.responses.items()}
 
 PASSED_ON = ("accept", "openai-beta", "anthropic-version", "anthropic-beta")    # of a client's header fields
 
@@ -4231,8 +4233,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 raise APIError(417, "This expectation can't be met.")
             if not self.held and not self.here:
                 self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-        if self.here and not 0 < body.left <= min(len(self.held), SHORT):
-            raise Blocked
+        if self.here:
+            if not 0 < body.left <= min(len(self.held), SHORT):
+                raise Blocked
+            data = body.feed(self.held)
+            self.held, self.unread = body.rest, False
+            return data
         self.watch.how = socket.SHUT_RD
         self.watch.expect(self.settings.body_timeout, "The request's body took too long.")
         due = self.watch.due
@@ -4508,34 +4514,33 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
         self.status, self.sent_head = status, True
         self.chunked = length is None and self.request_version == "HTTP/1.1"
-        fields = {"Server": SERVER_NAME, "Date": self.server.date(), **headers}
+        values = "".join(headers.values())
+        if not values.isprintable() or not values.isascii():
+            headers = {name: _UNPRINTABLE.sub("?", value) for name, value in headers.items()}
+        lines = [f"HTTP/1.1 {status} {_PHRASES.get(status, '')}", self.server.stamp(),
+                 *[f"{name}: {value}" for name, value in headers.items()]]
         if self.chunked:
-            fields["Transfer-Encoding"] = "chunked"
+            lines.append("Transfer-Encoding: chunked")
         elif length is None:
             self.close_connection = True
         elif status != 204:
-            fields["Content-Length"] = str(length)
+            lines.append(f"Content-Length: {length}")
         if self.close_connection:
-            fields["Connection"] = "close"
+            lines.append("Connection: close")
         elif self.request_version == "HTTP/1.0":
-            fields["Connection"] = "keep-alive"
-        fields["x-request-id"] = self.request_id
-        fields.update(self.leave_for_browsers())
-        lines = [f"HTTP/1.1 {status} {self.responses.get(status, ('',))[0]}"]
-        lines += [f"{name}: {value}" for name, value in fields.items()]
-        text = "\n".join(lines)
-        if not text.isascii() or text.count("\n") != len(fields) or _UNPRINTABLE.search(text):
-            text = "\n".join(_UNPRINTABLE.sub("?", line.replace("\n", "?")) for line in lines)
-        self.head = text.replace("\n", "\r\n").encode("ascii") + b"\r\n\r\n"
+            lines.append("Connection: keep-alive")
+        lines += [f"x-request-id: {self.request_id}", *self.leave_for_browsers(), "\r\n"]
+        self.head = "\r\n".join(lines).encode("ascii")
 
-    def leave_for_browsers(self) -> Dict[str, str]:
+    def leave_for_browsers(self) -> List[str]:
         """CORS: which pages may read the answer."""
-        origins, origin = self.settings.cors_origins, self.headers.get("origin", "")
+        origins = self.settings.cors_origins
         if "*" in origins:
-            return {"Access-Control-Allow-Origin": "*", "Access-Control-Expose-Headers": EXPOSED}
+            return [f"Access-Control-Allow-Origin: *\r\nAccess-Control-Expose-Headers: {EXPOSED}"]
+        origin = self.headers.get("origin", "")
         if origin in origins:
-            return {"Vary": "Origin", "Access-Control-Allow-Origin": origin, "Access-Control-Expose-Headers": EXPOSED}
-        return {"Vary": "Origin"}
+            return ["Vary: Origin", f"Access-Control-Allow-Origin: {origin}", f"Access-Control-Expose-Headers: {EXPOSED}"]
+        return ["Vary: Origin"]
 
     def framed(self, data: bytes, last: bool) -> bytes:
         """A piece of the answer as it goes on the wire, the head before it."""
@@ -4638,7 +4643,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.waiting: SimpleQueue = SimpleQueue()       # connections for the idle threads
         self.spare = 0                                  # how many of those there are
         self.lock = threading.Lock()
-        self.second, self.dated = 0, ""
+        self.second, self.stamped = 0, ""
         host, port = split_address(self.settings.server_address)
         self.address_family, host = _family(host, port)
         try:
@@ -4792,13 +4797,13 @@ class Server(http.server.ThreadingHTTPServer):
         if not isinstance(sys.exc_info()[1], OSError):
             log.exception("a connection's thread failed")
 
-    def date(self) -> str:
-        """The time for the Date field, formatted once a second."""
+    def stamp(self) -> str:
+        """The fields Server and Date, made once a second."""
         now = int(time.time())
         if now != self.second:
-            self.dated = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(now))
-            self.second = now
-        return self.dated
+            date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(now))
+            self.second, self.stamped = now, f"Server: {SERVER_NAME}\r\nDate: {date}"
+        return self.stamped
 
 
 def _family(host: str, port: int) -> Tuple[int, str]:
