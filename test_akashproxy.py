@@ -7,22 +7,30 @@ The bytes of the fakes are recordings of the real server, made small; the names 
 the names that the recordings have.
 """
 
+import asyncio
 import base64
 import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import http.client
+import itertools
 import json
+import logging
+import math
+import multiprocessing
 import os
 import pathlib
 import re
+import shutil
 import signal
 import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 
@@ -3742,6 +3750,255 @@ def test_a_short_soak_leaves_nothing_behind():
     assert later[0] < memory * 1.1 + 3000 and later[1] <= threads + 12 and later[2] <= files + 40
 
 
+# == the bench ================================================================================
+# What the server costs, beside the same load sent straight to its upstream: python3 test_akashproxy.py bench
+
+SENT = b"T" * 20    # in a prepared token, the place for the nanosecond at which it is sent
+STAMP = re.compile(rb"n(\d{5})t(\d{20})")
+ASKED = re.compile(rb"(\d+) tokens, (\d+) ms apart")
+PATHS = {"Akash": "/api/chat/", "OpenAI": akashproxy.CHAT_PATH}
+PAUSE = 50          # milliseconds between two tokens that do not come in a burst
+COLUMNS = {"load": 20, "upstream": 8, "by way of": 10, "requests/s": 10, "tokens/s": 8, "first token, ms": 15, "token, ms": 15,
+           "CPU s/1k req.": 13, "CPU s/1M tok.": 13, "MB": 4, "lost": 4}
+
+
+@functools.lru_cache(maxsize=None)
+def prepared(path, streamed, count, pause):
+    """The parts of an answer that are sent at a time: tokens that have their number, and a place for the clock."""
+    tokens = [b"n%05dt%b " % (number, SENT) for number in range(count)]
+    if path == PATHS["Akash"]:
+        head, parts, end = STREAM_HEAD + chunk(STEP), [b'0:"' + token + b'"\n' for token in tokens], STOP
+    elif streamed:
+        head, parts = FakeOpenAI.head(), [FakeOpenAI.event({"content": token.decode()}) for token in tokens]
+        end = FakeOpenAI.event({}, "stop") + b"data: [DONE]\n\n"
+    else:
+        return [reply(body=FakeOpenAI.completion(type("Said", (), {"text": b"".join(tokens).decode()})), chunked=False)]
+    parts = [head, *map(chunk, parts), chunk(end) + b"0\r\n\r\n"]
+    return [parts[0] + parts[1], *parts[2:-2], parts[-2] + parts[-1]] if pause else [b"".join(parts)]
+
+
+class BenchUpstream(asyncio.Protocol):
+    """Akash Chat and OpenAI in one loop; an answer is as long and as slow as its question says."""
+
+    def connection_made(self, transport):
+        self.transport, self.held, self.loop = transport, b"", asyncio.get_running_loop()
+
+    def data_received(self, data):
+        self.held += data
+        head, blank, body = self.held.partition(b"\r\n\r\n")
+        length = re.search(rb"(?i)\ncontent-length: *(\d+)", head)
+        if blank and len(body) >= int(length[1] if length else 0):
+            self.held = b""
+            self.answer(head.split(b" ")[1].decode(), body)
+
+    def answer(self, path, body):
+        asked = ASKED.search(body)
+        if asked is None:
+            return self.transport.write(reply(body=b"{}", extra=b"set-cookie: session_token=x\r\n"))
+        count, pause = int(asked[1]), int(asked[2]) / 1000
+        self.due = self.loop.time()
+        self.send(prepared(path, re.search(rb'"stream": ?true', body) is not None, count, pause), pause)
+
+    def send(self, parts, pause):
+        self.transport.write(parts[0].replace(SENT, b"%020d" % time.monotonic_ns()))
+        if len(parts) > 1 and not self.transport.is_closing():
+            self.due += pause
+            self.loop.call_at(self.due, self.send, parts[1:], pause)
+
+
+def bench_upstream(listener):
+    """The process of the upstream; it ends with the one that started it."""
+    async def run():
+        await (await asyncio.get_running_loop().create_server(BenchUpstream, sock=listener, backlog=1024)).serve_forever()
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(0)), daemon=True).start()
+    asyncio.run(run())
+
+
+class BenchClient(asyncio.Protocol):
+    """One client of a load: it asks until the time is over, and notes of each token when it was sent and when it came."""
+
+    def __init__(self, load):
+        self.load, self.over = load, asyncio.get_running_loop().create_future()
+        self.begin()
+
+    def begin(self):
+        self.began, self.next, self.body, self.held = time.monotonic_ns(), 0, None, b""
+
+    def connection_made(self, transport):
+        self.transport = transport
+        transport.write(self.load.request)
+
+    def data_received(self, data):
+        now = time.monotonic_ns()
+        if self.body is None:
+            head, blank, data = (self.held + data).partition(b"\r\n\r\n")
+            if not blank:
+                self.held = head
+                return
+            self.body, self.held = Body(akashproxy.parse_fields(head.partition(b"\r\n")[2] + b"\r\n")), b""
+        said, at = self.held + self.body.feed(data), 0
+        for stamp in STAMP.finditer(said):
+            at, number = stamp.end(), int(stamp[1])
+            if not number:
+                self.load.firsts.append(now - self.began)
+            self.load.ways.append(now - int(stamp[2]))
+            self.load.lost += abs(number - self.next)
+            self.next = number + 1
+        self.held = said[max(at, len(said) - 40):]      # the beginning of a token, or the end of the answer
+        if self.body.done:
+            self.end()
+
+    def end(self):
+        self.load.answers += 1
+        self.load.lost += abs(self.load.count - self.next) + (not self.held.rstrip().endswith(self.load.ending))
+        if time.monotonic() < self.load.until:
+            self.begin()
+            self.transport.write(self.load.request)
+        else:
+            self.over.set_result(None)
+            self.transport.close()
+
+    def connection_lost(self, error):
+        if not self.over.done():
+            self.load.lost += max(1, self.load.count - self.next)
+            self.over.set_result(None)
+
+
+class Load:
+    """So many clients at a port for some seconds, and what came of it: nanoseconds to first tokens, and of each token's way."""
+
+    def __init__(self, port, path, streamed, count, pause, clients, seconds):
+        self.port, self.count, self.clients, self.seconds = port, count, clients, seconds
+        self.request = post(path, {"model": "bench", "stream": streamed, "messages": [user(f"{count} tokens, {pause} ms apart")]})
+        self.ending = b"[DONE]" if streamed and path == PATHS["OpenAI"] else b"}"
+        self.until = time.monotonic() + (0 if pause else seconds)       # of spaced tokens each client has one answer
+        self.ramp = seconds / 3 / clients if pause else 0               # seconds between two clients that come
+        self.firsts, self.ways, self.answers, self.lost, self.memory = [], [], 0, 0, math.nan
+
+    def run(self, server, upstream):
+        """Run it; both are ids of processes, the server's is None if it has no part in this."""
+        began, before, own = time.monotonic(), (usage(server)[0], usage(upstream)[0]), time.process_time()
+        asyncio.run(self.all(server))
+        self.elapsed = time.monotonic() - began
+        self.cpu = usage(server)[0] - before[0]
+        self.busy = (time.process_time() - own) / self.elapsed, (usage(upstream)[0] - before[1]) / self.elapsed
+        return self
+
+    async def all(self, server):
+        def look():
+            self.memory = usage(server)[1]
+
+        asyncio.get_running_loop().call_later(self.seconds * 0.6, look)
+        _, late = await asyncio.wait([asyncio.ensure_future(self.one(at)) for at in range(self.clients)], timeout=self.seconds + 15)
+        self.lost += len(late) * self.count
+
+    async def one(self, at):
+        await asyncio.sleep(self.ramp * at)
+        client = BenchClient(self)
+        try:
+            await asyncio.get_running_loop().create_connection(lambda: client, "127.0.0.1", self.port)
+            await client.over
+        except OSError:
+            self.lost += self.count
+
+    def cells(self):
+        """The figures for the table."""
+        def times(values):
+            values = sorted(values) or [math.nan]
+            return " / ".join(shown(values[int(len(values) * share)] / 1e6, 2) for share in (0.5, 0.99))
+
+        mark = "*" if max(self.busy) > 0.9 else ""
+        return [shown(self.answers / self.elapsed) + mark, shown(len(self.ways) / self.elapsed) + mark, times(self.firsts), times(self.ways),
+                shown(self.cpu / max(1, self.answers) * 1e3, 2), shown(self.cpu / max(1, len(self.ways)) * 1e6, 1),
+                shown(self.memory), str(self.lost)]
+
+
+def shown(value, digits=0):
+    return "-" if math.isnan(value) else f"{value:.{digits}f}"
+
+
+def usage(pid):
+    """(seconds of CPU, MB of memory) of a process so far; NaN where neither /proc nor ps tells."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        if pid is not None and os.path.exists("/proc/self/stat"):
+            fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK"), int(fields[21]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+        if pid is not None:
+            told = subprocess.run(["ps", "-o", "time=,rss=", "-p", str(pid)], stdout=subprocess.PIPE, text=True).stdout.split()
+            return sum(float(part) * 60 ** at for at, part in enumerate(reversed(told[0].split(":")))), int(told[1]) / 1e3
+    return math.nan, math.nan
+
+
+def most_streams(wanted):
+    """As many streams as the limit of open files allows; the server has two for each."""
+    try:
+        import resource
+    except ImportError:     # Windows
+        return wanted
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    need = 2 * wanted + 100
+    if soft != resource.RLIM_INFINITY and soft < need:
+        soft = need if hard == resource.RLIM_INFINITY else min(need, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    if soft == resource.RLIM_INFINITY or soft >= need:
+        return wanted
+    most = max(1, (soft - 100) // 2)
+    print(f"{most} streams instead of {wanted}: a process may have no more than {soft} open files here.")
+    return most
+
+
+def progress(text):
+    """What runs now, on stderr: on a terminal one line that changes."""
+    if sys.stderr.isatty():
+        print("\r\033[K" + text, end="", file=sys.stderr, flush=True)
+    elif text:
+        print(text, file=sys.stderr, flush=True)
+
+
+def stop_bench(number, frame):
+    """A signal: the other processes are ended, too."""
+    signal.signal(number, signal.SIG_IGN)
+    logging.getLogger("asyncio").disabled = True    # it would tell what was broken off
+    progress("")
+    sys.exit(128 + number)
+
+
+def bench(seconds=3.0, most=1000):
+    """Run every load, straight to the upstream and by way of the server, and print a line of the table for each."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop_bench)
+    most, count = most_streams(most), max(2, int(seconds * 2000 / 3 / PAUSE))
+    loads = [("whole, 16 clients", False, 50, 0, 16), ("bursts, 16 streams", True, 200, 0, 16),
+             *((f"spaced, {clients} streams", True, count, PAUSE, clients) for clients in (max(1, most // 10), most))]
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=1024))
+        port = listener.getsockname()[1]
+        upstream = multiprocessing.Process(target=bench_upstream, args=(listener,), daemon=True)
+        upstream.start()
+        stack.callback(lambda: (upstream.kill(), upstream.join()))
+        folder, servers = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory())), {}
+        for kind, options in {"Akash": {"type": "akash"}, "OpenAI": {"api_key": "k"}}.items():
+            options["base_url"] = f"http://127.0.0.1:{port}" + "/v1" * (kind == "OpenAI")
+            (folder / kind).write_text(json.dumps({"controllers": [options]}))
+            process, at = stack.enter_context(started("--config-file", str(folder / kind), "--log-level", "error"))
+            servers[kind] = at, akashproxy.CHAT_PATH, process.pid
+            Load(at, akashproxy.CHAT_PATH, True, 2, 0, 1, 0).run(None, None)      # it has a session from now on
+        print(*(name.ljust(width) for name, width in COLUMNS.items()), sep=" | ", flush=True)
+        print(*("-" * width for width in COLUMNS.values()), sep=" | ")
+        busy = [(0.0, 0.0)]
+        for (name, *load), kind, way in itertools.product(loads, PATHS, ("direct", "akashproxy")):
+            progress(f"{name}, {kind}, {way} ...")
+            at, path, pid = servers[kind] if way == "akashproxy" else (port, PATHS[kind], None)
+            done = Load(at, path, *load, seconds).run(pid, upstream.pid)
+            busy.append(done.busy)
+            progress("")
+            print(*(cell.ljust(width) for cell, width in zip([name, kind, way, *done.cells()], COLUMNS.values())), sep=" | ", flush=True)
+        print("\nOf a core the load generator took {:.0%} at most, the upstream {:.0%}; where one of them took over 90 % (*), the "
+              "server may be capable of more.".format(*map(max, zip(*busy))))
+
+
 # == truth in writing =========================================================================
 
 
@@ -3850,6 +4107,81 @@ def test_the_dockerfile_fits_the_code():
     assert dockerfile["USER"] == "65532:65532"
 
 
+@pytest.mark.parametrize("number", [None, signal.SIGINT, signal.SIGTERM])
+def test_the_bench(number, tmp_path):
+    command = next(block for block in blocks("sh") if "bench" in block).split()[1:]
+    process = subprocess.Popen([sys.executable, *command, "0.02" if number is None else "60", "20"], cwd=HERE, text=True, start_new_session=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "TMPDIR": str(tmp_path)})
+    if number is not None:
+        assert process.stderr.readline() == "whole, 16 clients, Akash, direct ...\n"
+        process.send_signal(number)
+    out, errors = process.communicate(timeout=60)
+    assert process.returncode == (128 + number if number else 0) and "Traceback" not in errors, errors
+    head, _, *rows = [[cell.strip() for cell in line.split("|")] for line in out.splitlines() if "|" in line]
+    assert head == list(COLUMNS)
+    if number is None:
+        assert [tuple(row[:3]) for row in rows] == list(itertools.product(
+            ("whole, 16 clients", "bursts, 16 streams", "spaced, 2 streams", "spaced, 20 streams"), PATHS, ("direct", "akashproxy")))
+        for row in rows:
+            numbers = [float(part) for cell in row[3:7] for part in cell.strip("*").split(" / ")]
+            assert len(row) == len(COLUMNS) and len(numbers) == 6 and min(numbers) > 0 and row[-1] == "0", row
+            assert numbers[2] <= numbers[3] and numbers[4] <= numbers[5] and (row[2] == "direct") == (row[7:10] == ["-"] * 3), row
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ProcessLookupError):     # of its session nobody is left
+        os.killpg(process.pid, 0)
+
+
+LOSSES = {
+    # name: (what is sent of the parts of an answer of four tokens, how much is lost)
+    "nothing": (lambda parts: [b"".join(parts)], 0),
+    "nothing, in single bytes": (lambda parts: re.findall(b"(?s).", b"".join(parts)), 0),
+    "a token": (lambda parts: [parts[0], *parts[2:]], 1),
+    "one is doubled": (lambda parts: [*parts[:2], *parts[1:]], 1),
+    "two are swapped": (lambda parts: [parts[0], parts[2], parts[1], parts[3]], 4),
+    "the rest": (lambda parts: parts[:2], 2),
+    "only the end": (lambda parts: [*parts[:3], parts[3].replace(b"[DONE]", b"[GONE]")], 1),
+    "only the end of the message": (lambda parts: [*parts[:3], parts[3][:-5]], 1),
+    "all": (lambda parts: [], 4),
+    "an error": (lambda parts: [reply(500, b"{}")], 5),
+}
+
+
+@table(LOSSES)
+def test_the_bench_finds_what_is_lost(case):
+    sent, lost = case
+    fake = FakeOpenAI()
+    parts = [part.replace(SENT, b"%020d" % time.monotonic_ns()) for part in prepared(akashproxy.CHAT_PATH, True, 4, PAUSE)]
+    fake.faults.append(lambda sock, request: [sock.sendall(data) for data in sent(parts)] and None)
+    load = Load(fake.port, akashproxy.CHAT_PATH, True, 4, PAUSE, 1, 0.0).run(None, None)
+    fake.close()
+    assert load.lost == lost and all(0 < way < 60e9 for way in load.ways)
+
+
+def test_what_a_process_uses_is_told_or_unknown(monkeypatch):
+    known = usage(os.getpid())
+    for path, where in ((os.environ["PATH"], "ps"), ("", None)):
+        with monkeypatch.context() as patch:
+            patch.setattr(os.path, "exists", lambda path: False)    # there is no /proc
+            patch.setenv("PATH", path)
+            seconds, memory = usage(os.getpid())
+        if where and shutil.which(where):
+            assert seconds >= 0 and memory > 10 and (math.isnan(known[1]) or memory < known[1] * 2)
+        else:
+            assert shown(seconds) == shown(memory) == "-"
+    assert shown(usage(None)[0]) == "-"
+
+
+def test_the_limit_of_open_files_limits_the_streams(monkeypatch, capsys):
+    resource, limits = pytest.importorskip("resource"), []
+    monkeypatch.setattr(resource, "getrlimit", lambda which: limits[-1])
+    monkeypatch.setattr(resource, "setrlimit", lambda which, limit: limits.append(limit))
+    for given, streams, after in (((256, 4096), 1000, (2100, 4096)), ((256, resource.RLIM_INFINITY), 1000, (2100, resource.RLIM_INFINITY)),
+                                  ((4096, 4096), 1000, (4096, 4096)), ((256, 500), 200, (500, 500)), ((64, 64), 1, (64, 64))):
+        limits.append(given)
+        assert (most_streams(1000), limits[-1]) == (streams, after)
+        assert (f"{streams} streams instead of 1000" in capsys.readouterr().out) == (streams < 1000)
+
+
 # == official clients =========================================================================
 
 
@@ -3894,5 +4226,8 @@ def test_openai_errors(openai_client, akash):
 if __name__ == "__main__":
     if sys.argv[1:2] == ["soak"]:
         print("early and late (kB, threads, files):", *soak(int((sys.argv + ["50000"])[2]), print))
+    elif sys.argv[1:2] == ["bench"]:
+        bench(*(kind(word) for kind, word in zip((float, int), sys.argv[2:])))
     else:
-        sys.exit("usage: python3 test_akashproxy.py soak [REQUESTS]; the tests: python3 -m pytest test_akashproxy.py")
+        sys.exit("usage: python3 test_akashproxy.py bench [SECONDS [STREAMS]], or soak [REQUESTS]; the tests: "
+                 "python3 -m pytest test_akashproxy.py")
