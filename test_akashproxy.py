@@ -2,6 +2,7 @@
 """The tests of akashproxy, in the module's order: fakes on real sockets, tables, no mocks.
 
     python3 -m pytest test_akashproxy.py
+    python3 test_akashproxy.py bench            # what the server costs, in a minute
 
 The bytes of the fakes are recordings of the real server, made small; the names of their tables are
 the names that the recordings have.
@@ -18,7 +19,6 @@ import hashlib
 import http.client
 import itertools
 import json
-import logging
 import math
 import multiprocessing
 import os
@@ -3437,7 +3437,7 @@ def test_pings_fill_silence(form, fill, akash, serve):
         return True
 
     akash.faults.extend([slow, slower])
-    server = serve(heartbeat=0.1, pings=form)
+    server = serve(heartbeat=0.05, pings=form)
     with socket.create_connection(("127.0.0.1", server.server_port), timeout=20) as sock:
         sock.sendall(post("/v1/chat/completions", {**CHAT, "stream": True}))
         got = b""
@@ -3445,7 +3445,7 @@ def test_pings_fill_silence(form, fill, akash, serve):
             while fill and got[got.find(wanted):].count(fill) < 2:
                 got += sock.recv(65536)
             if not fill:
-                time.sleep(0.3)
+                time.sleep(0.2)
             hold.set()
             while b'"one "' not in got:
                 got += sock.recv(65536)
@@ -3615,7 +3615,7 @@ FAULTS = {"cut": lambda sock: None, "reset": reset, "silence": stalled, "nonsens
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("streamed", [False, True])
 def test_every_fault_at_every_place(kind, fault, streamed, pool, monkeypatch):
-    monkeypatch.setattr(akashproxy.Stream, "DRAIN", 0.1)
+    monkeypatch.setattr(akashproxy.Stream, "DRAIN", 0.05)
     text = "one two three four."
     words = re.findall(r"\S+\s*", text)
     if kind == "akash":
@@ -3627,7 +3627,7 @@ def test_every_fault_at_every_place(kind, fault, streamed, pool, monkeypatch):
                       else reply(body=first.completion(), chunked=False).split(b"\r\n\r\n"))
         head, tail = (head, tail) if streamed else (head + b"\r\n\r\n", tail)
     second = FakeOpenAI(text="from b.", models=[model])
-    patience = dict.fromkeys(["idle_timeout", "first_byte_timeout"], 0.1 if fault == "silence" else 20)
+    patience = dict.fromkeys(["idle_timeout", "first_byte_timeout"], 0.05 if fault == "silence" else 20)
     servers = {False: pool((first, patience)), True: pool((first, {"priority": 1, **patience}), (second, {"priority": 2}))}
     places = [0, len(head) // 2, len(head), len(head) + len(tail) // 2, len(head) + len(tail) - 7]
 
@@ -3877,21 +3877,23 @@ class Load:
         self.ramp = seconds / 3 / clients if pause else 0               # seconds between two clients that come
         self.firsts, self.ways, self.answers, self.lost, self.memory = [], [], 0, 0, math.nan
 
-    def run(self, server, upstream):
-        """Run it; both are ids of processes, the server's is None if it has no part in this."""
+    def run(self, server=None, upstream=None, stopped=()):
+        """Run it until its end or a signal is in ``stopped``; the others are ids of processes."""
         began, before, own = time.monotonic(), (usage(server)[0], usage(upstream)[0]), time.process_time()
-        asyncio.run(self.all(server))
+        asyncio.run(self.all(server, stopped))
         self.elapsed = time.monotonic() - began
         self.cpu = usage(server)[0] - before[0]
         self.busy = (time.process_time() - own) / self.elapsed, (usage(upstream)[0] - before[1]) / self.elapsed
         return self
 
-    async def all(self, server):
+    async def all(self, server, stopped):
         def look():
             self.memory = usage(server)[1]
 
         asyncio.get_running_loop().call_later(self.seconds * 0.6, look)
-        _, late = await asyncio.wait([asyncio.ensure_future(self.one(at)) for at in range(self.clients)], timeout=self.seconds + 15)
+        late, end = [asyncio.ensure_future(self.one(at)) for at in range(self.clients)], time.monotonic() + self.seconds + 15
+        while late and time.monotonic() < end and not stopped:
+            _, late = await asyncio.wait(late, timeout=0.2)
         self.lost += len(late) * self.count
 
     async def one(self, at):
@@ -3957,46 +3959,52 @@ def progress(text):
         print(text, file=sys.stderr, flush=True)
 
 
-def stop_bench(number, frame):
-    """A signal: the other processes are ended, too."""
-    signal.signal(number, signal.SIG_IGN)
-    logging.getLogger("asyncio").disabled = True    # it would tell what was broken off
-    progress("")
-    sys.exit(128 + number)
+def bench_processes(stack):
+    """Start the upstream, and a server for each kind of it: (the upstream's pid, {(kind, way): (port, path, the server's pid)})."""
+    listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=1024))
+    upstream = multiprocessing.Process(target=bench_upstream, args=(listener,), daemon=True)
+    upstream.start()
+    stack.callback(lambda: (upstream.kill(), upstream.join()))
+    folder, ways, port = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory())), {}, listener.getsockname()[1]
+    for kind, path in PATHS.items():
+        options = {"type": kind.lower(), "api_key": "k", "base_url": f"http://127.0.0.1:{port}" + "/v1" * (kind == "OpenAI")}
+        (folder / kind).write_text(json.dumps({"controllers": [options]}))
+        server, at = stack.enter_context(started("--config-file", str(folder / kind), "--log-level", "error"))
+        Load(at, akashproxy.CHAT_PATH, True, 2, 0, 1, 0).run()      # it has a session from now on
+        ways[kind, "direct"], ways[kind, "akashproxy"] = (port, path, None), (at, akashproxy.CHAT_PATH, server.pid)
+    return upstream.pid, ways
 
 
 def bench(seconds=3.0, most=1000):
-    """Run every load, straight to the upstream and by way of the server, and print a line of the table for each."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop_bench)
-    most, count = most_streams(most), max(2, int(seconds * 2000 / 3 / PAUSE))
+    """Run every load, straight to the upstream and by way of the server, and print a line of the table for each; the exit status."""
+    stopped, busy, most = [], [], most_streams(most)
+    count = max(2, int(seconds * 2000 / 3 / PAUSE))     # the last stream begins after a third of the time
     loads = [("whole, 16 clients", False, 50, 0, 16), ("bursts, 16 streams", True, 200, 0, 16),
              *((f"spaced, {clients} streams", True, count, PAUSE, clients) for clients in (max(1, most // 10), most))]
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: stopped.append(number))
     with contextlib.ExitStack() as stack:
-        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=1024))
-        port = listener.getsockname()[1]
-        upstream = multiprocessing.Process(target=bench_upstream, args=(listener,), daemon=True)
-        upstream.start()
-        stack.callback(lambda: (upstream.kill(), upstream.join()))
-        folder, servers = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory())), {}
-        for kind, options in {"Akash": {"type": "akash"}, "OpenAI": {"api_key": "k"}}.items():
-            options["base_url"] = f"http://127.0.0.1:{port}" + "/v1" * (kind == "OpenAI")
-            (folder / kind).write_text(json.dumps({"controllers": [options]}))
-            process, at = stack.enter_context(started("--config-file", str(folder / kind), "--log-level", "error"))
-            servers[kind] = at, akashproxy.CHAT_PATH, process.pid
-            Load(at, akashproxy.CHAT_PATH, True, 2, 0, 1, 0).run(None, None)      # it has a session from now on
+        try:
+            upstream, ways = bench_processes(stack)
+        except AssertionError:
+            if not stopped:     # else it was told to stop, too
+                raise
         print(*(name.ljust(width) for name, width in COLUMNS.items()), sep=" | ", flush=True)
         print(*("-" * width for width in COLUMNS.values()), sep=" | ")
-        busy = [(0.0, 0.0)]
-        for (name, *load), kind, way in itertools.product(loads, PATHS, ("direct", "akashproxy")):
+        for (name, *load), (kind, way) in itertools.product(loads, () if stopped else ways):
             progress(f"{name}, {kind}, {way} ...")
-            at, path, pid = servers[kind] if way == "akashproxy" else (port, PATHS[kind], None)
-            done = Load(at, path, *load, seconds).run(pid, upstream.pid)
-            busy.append(done.busy)
+            port, path, server = ways[kind, way]
+            done = Load(port, path, *load, seconds).run(server, upstream, stopped)
             progress("")
+            if stopped:
+                break
+            busy.append(done.busy)
             print(*(cell.ljust(width) for cell, width in zip([name, kind, way, *done.cells()], COLUMNS.values())), sep=" | ", flush=True)
-        print("\nOf a core the load generator took {:.0%} at most, the upstream {:.0%}; where one of them took over 90 % (*), the "
-              "server may be capable of more.".format(*map(max, zip(*busy))))
+    if stopped:
+        return 128 + stopped[0]
+    print("\nOf a core the load generator took {:.0%} at most, the upstream {:.0%}; where one of them took over 90 % (*), the server "
+          "may be capable of more.".format(*map(max, zip(*busy))))
+    return 0
 
 
 # == truth in writing =========================================================================
@@ -4152,7 +4160,7 @@ def test_the_bench_finds_what_is_lost(case):
     fake = FakeOpenAI()
     parts = [part.replace(SENT, b"%020d" % time.monotonic_ns()) for part in prepared(akashproxy.CHAT_PATH, True, 4, PAUSE)]
     fake.faults.append(lambda sock, request: [sock.sendall(data) for data in sent(parts)] and None)
-    load = Load(fake.port, akashproxy.CHAT_PATH, True, 4, PAUSE, 1, 0.0).run(None, None)
+    load = Load(fake.port, akashproxy.CHAT_PATH, True, 4, PAUSE, 1, 0.0).run()
     fake.close()
     assert load.lost == lost and all(0 < way < 60e9 for way in load.ways)
 
@@ -4227,7 +4235,7 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["soak"]:
         print("early and late (kB, threads, files):", *soak(int((sys.argv + ["50000"])[2]), print))
     elif sys.argv[1:2] == ["bench"]:
-        bench(*(kind(word) for kind, word in zip((float, int), sys.argv[2:])))
+        sys.exit(bench(*(kind(word) for kind, word in zip((float, int), sys.argv[2:]))))
     else:
         sys.exit("usage: python3 test_akashproxy.py bench [SECONDS [STREAMS]], or soak [REQUESTS]; the tests: "
                  "python3 -m pytest test_akashproxy.py")
