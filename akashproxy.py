@@ -369,9 +369,8 @@ class Call:
     unfit: Optional[APIError] = None    # why it can't be translated, only relayed
     prepared: Dict[str, Any] = field(default_factory=dict)  # what a controller has made of it, by its name
 
-    @property
-    def model(self) -> str:
-        return self.body.get("model", "")
+    def __post_init__(self) -> None:
+        self.model: str = self.body.get("model", "")
 
     def cancel(self, why: Optional[Exception] = None) -> None:
         """End it from outside: the upstream's socket is shut down, pause() returns."""
@@ -1202,6 +1201,10 @@ class Body:
 
     def _chunked(self, data: bytes) -> bytes:
         """size [;extension] CR LF data CR LF ... 0 CR LF trailers CR LF"""
+        if self.state == "size" and not self.left and not self.held and data.endswith(b"\r\n"):
+            size, _, chunk = data.partition(b"\r\n")
+            if _HEX.fullmatch(size) and len(chunk) - 2 == int(size, 16) > 0:
+                return chunk[:-2]       # the usual where tokens come one by one
         if self.held:
             data, self.held = self.held + data, b""
         parts, at, untried = [], 0, True
@@ -1272,6 +1275,9 @@ class Body:
             self.done = True
 
 
+NO_BODY = Body({})
+
+
 # == 6. transport =============================================================================
 # The way to an upstream: urllib.request with connections that are kept. The network's exceptions
 # end here: above this section an OSError can only mean that the client left. Knows no models.
@@ -1326,8 +1332,7 @@ class KeepAlive(urllib.request.BaseHandler):
             request.watch.hold(sock)
             if not request.hurry:
                 sock.setblocking(True)
-            with contextlib.suppress(OSError if kept else ConnectionError):  # it may have answered before it read all
-                self._send(sock, request.to_bytes(), request.hurry)
+            self._send(sock, request.to_bytes(), request.hurry, OSError if kept else ConnectionError)
             return Response(sock, request.watch, request.method == "HEAD", kept, functools.partial(self.give_back, key))
         except BaseException:
             request.watch.release()
@@ -1337,11 +1342,14 @@ class KeepAlive(urllib.request.BaseHandler):
     https_open = http_open
 
     @staticmethod
-    def _send(sock: Any, data: bytes, hurry: bool) -> None:
-        if not hurry:
-            sock.sendall(data)
-        elif sock.send(data) < len(data):
-            raise Blocked   # a connection without room for a request is closed, and a thread takes the next
+    def _send(sock: Any, data: bytes, hurry: bool, unimportant: Any) -> None:
+        try:
+            if not hurry:
+                sock.sendall(data)
+            elif sock.send(data) < len(data):
+                raise Blocked   # a connection without room for a request is closed, and a thread takes the next
+        except unimportant:     # it may have answered before it read all, and else its end is still to be read
+            return
 
     def give_back(self, key: Any, sock: Any, seconds: float) -> None:
         """Keep a connection for the next request, for so long."""
@@ -1477,7 +1485,7 @@ class Response:
         self.sock, self.watch, self.bodiless, self.kept, self.give_back = sock, watch, bodiless, kept, give_back
         self.where, self.idle = "the upstream", math.inf    # set by Transport.send
         self.status, self.headers, self.persists = 0, {}, False
-        self.body = Body({})
+        self.body = NO_BODY
         self.held = b""                 # of a head that is not whole
         self.early = b""                # payload that came with the head
 
@@ -2801,6 +2809,11 @@ class RelayDecoder:
         if not data:
             return []
         self.last = data if len(data) > 3 else (self.last + data)[-4:]
+        if not data.endswith(GOES_ON):
+            self._look_for_the_end(data)
+        return [Raw(data)]
+
+    def _look_for_the_end(self, data: bytes) -> None:
         if self.ends is not None:
             at = max(map(data.rfind, END_MARKS))
             if at >= 0 and (self.ends.search(data, max(0, at - 8)) or self.ends.search(data)):
@@ -2808,7 +2821,6 @@ class RelayDecoder:
         at = data.rfind(b"[DONE]")
         if at >= 0 and DONE.search(data, max(0, at - 8)):
             self.whole, self.ends = True, None
-        return [Raw(data)]
 
     def _first(self, data: bytes) -> bytes:
         """Wait for the first event; if it is an error, the answer has not begun."""
@@ -2840,6 +2852,7 @@ class RelayDecoder:
 DATA = re.compile(rb"(?:^|\n)data:([^\n]*)\n")
 DONE = re.compile(rb"(?:^|\n)data: ?\[DONE\]")
 END_MARKS = b"[DONE]", b'"finish_reason":"', b'"finish_reason": "', b'"finish_reason" : "'  # found faster, backwards
+GOES_ON = b'"finish_reason":null}]}\n\n', b'"finish_reason": null}]}\n\n', b'"finish_reason":null}],"usage":null}\n\n'
 CHAT_ENDS = re.compile(rb'(?:^|\n)data: ?\[DONE\]|"finish_reason" ?: ?"[a-z]')
 
 
@@ -3318,16 +3331,13 @@ class Running:
         self.source: Any = None
         self.tried: List[Member] = []
         self.errors: List[APIError] = []
+        self.stream: Optional[Stream] = None    # the source, if it is one
         self.begun, self.started = False, 0.0
         for member in pool.members:
             error = member.controller.able(call)
             if error:
                 self.tried.append(member)
                 self.errors.append(error)
-
-    @property
-    def stream(self) -> Optional[Stream]:
-        return self.source if isinstance(self.source, Stream) else None
 
     def ask(self) -> None:
         """Ask the next controller, or the last one again. APIError if nobody is left; Blocked: to be called by a thread."""
@@ -3343,6 +3353,7 @@ class Running:
                 self.source = self.member.controller.events(self.call)
             except APIError as error:
                 self.failed(error)
+        self.stream = self.source if isinstance(self.source, Stream) else None
         if self.call.hurry and not self.stream:
             raise Blocked
 
@@ -3708,8 +3719,12 @@ class Watchdog(threading.Thread):
             ready = self.selector.select(self.TICK)
             self.now = time.monotonic()
             for key, events in ready:
-                if not self.call(key.data, events) and key.fileobj is not self.server.socket:
-                    self.leave(key.fileobj)     # it would be ready again at once
+                try:
+                    key.data(events)
+                except Exception:   # a bug must not stop everybody
+                    self.stumbled(key.data)
+                    if key.fileobj is not self.server.socket:
+                        self.leave(key.fileobj)     # it would be ready again at once
             if self.now >= look_at:
                 look_at = self.now + self.TICK
                 self.call(self.look, self.now)
@@ -3717,16 +3732,18 @@ class Watchdog(threading.Thread):
         self.ear.close()
         self.bell.close()
 
-    @staticmethod
-    def call(method: Callable[..., None], *arguments: Any) -> bool:
+    def call(self, method: Callable[..., None], *arguments: Any) -> None:
         try:
             method(*arguments)
-            return True
-        except Exception:  # a bug must not stop everybody
-            log.exception("the watchdog stumbled")
-            with contextlib.suppress(Exception):  # whatever is left of it is closed
-                getattr(getattr(method, "__self__", None), "abandon", bool)()
-            return False
+        except Exception:
+            self.stumbled(method)
+
+    @staticmethod
+    def stumbled(method: Any) -> None:
+        """A bug has struck: what is left of its connection is closed."""
+        log.exception("the watchdog stumbled")
+        with contextlib.suppress(Exception):
+            getattr(getattr(method, "__self__", None), "abandon", bool)()
 
     def look(self, now: float) -> None:
         """End what is over its time, notice clients that have left, fill silence."""
@@ -3759,6 +3776,7 @@ class Flow:
         self.gone = False       # the client has left
         self.deaf = False       # it has sent its next request, so that its end would not show
         self.gathered: List[Event] = []     # of an answer that is sent whole
+        self.has_more = getattr(self.upstream, "pending", None)     # TLS may have decoded more than was read
         if not handler.call.stream:
             self.stream.left = BODY_LIMIT
 
@@ -3769,12 +3787,8 @@ class Flow:
             self.upstream.setblocking(False)
         self.watchdog.watch(self.upstream, self.on_upstream)
         self.listen()
-        if self.pending():
+        if self.has_more and self.has_more():
             self.on_upstream(selectors.EVENT_READ)
-
-    def pending(self) -> bool:
-        """Has TLS decoded more than was read? No selector tells of that."""
-        return not self.ended and not self.paused and bool(getattr(self.upstream, "pending", int)())
 
     def listen(self) -> None:
         """Look at the client as far as it can have news."""
@@ -3783,19 +3797,20 @@ class Flow:
     def on_upstream(self, events: int) -> None:
         """The upstream has sent something, or has ended."""
         was_free = self.free
-        if not self.ended and self.step():
-            while self.pending():
-                self.step()
+        if not self.ended:
+            self.step()
+            while self.has_more and not self.ended and not self.paused and self.has_more():
+                self.step()     # no selector tells of that
         if self.free and not was_free:
             self.handler.run_on()
 
-    def step(self) -> bool:
-        """One read, one write; False if there was nothing to read."""
+    def step(self) -> None:
+        """One read, one write."""
         stream = self.stream
         try:
             data = self.upstream.recv(READ_SIZE)
         except (BlockingIOError, WantRead):
-            return False
+            return
         except OSError as error:
             events = stream.broken(error)
         else:
@@ -3808,19 +3823,23 @@ class Flow:
             self.finish()
         elif stream.decoder is not None:
             self.watch.due = math.inf if self.paused else self.watchdog.now + stream.response.idle
-        return True
 
     def take(self, events: List[Event]) -> None:
         """Pass some events on, or keep them until the answer can be sent whole."""
-        call = self.handler.call
-        if not call.stream or call.kind is not None and isinstance(self.stream.decoder, Collected):
+        if self.begun:
+            opening = b""
+        elif self.gathers():
             self.gathered += events
             return
-        opening = self.handler.begin_stream() if not self.begun else b""
-        self.begun = True
+        else:
+            opening, self.begun = self.handler.begin_stream(), True
         if self.stream.whole:
             self.handler.usage = getattr(events[-1], "usage", None)
         self.send(opening + self.dialect.feed(events), self.stream.whole)
+
+    def gathers(self) -> bool:
+        call = self.handler.call
+        return not call.stream or call.kind is not None and isinstance(self.stream.decoder, Collected)
 
     def finish(self) -> None:
         """The upstream's message has come to its end."""
@@ -4182,7 +4201,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.status, self.sent, self.model, self.controller, self.last = 0, 0, "", "", b"\n\n"
         self.usage, self.first_at = None, 0.0
         self.request_id = "req_" + new_id()
-        if self.here and head_end(self.held) < 0:
+        if self.here and b"\r\n\r\n" not in self.held:
             raise Blocked
         head = read_head(self.connection, self.held)
         if head is None:
@@ -4544,15 +4563,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def framed(self, data: bytes, last: bool) -> bytes:
         """A piece of the answer as it goes on the wire, the head before it."""
-        head, self.head = self.head, b""
         self.sent += len(data)
         if data:
             self.last = data if len(data) > 3 else (self.last + data)[-4:]
         if self.command == "HEAD":
             data = b""
         elif self.chunked:  # a chunk of length 0 would end the body
-            data = (b"%x\r\n%b\r\n" % (len(data), data) if data else b"") + (b"0\r\n\r\n" if last else b"")
-        return head + data
+            if data:
+                data = b"%x\r\n%b\r\n0\r\n\r\n" % (len(data), data) if last else b"%x\r\n%b\r\n" % (len(data), data)
+            elif last:
+                data = b"0\r\n\r\n"
+        if self.head:
+            data, self.head = self.head + data, b""
+        return data
 
     def write(self, data: bytes, last: bool = False) -> None:
         """Send a piece of the answer; the client has a time to take it in."""
