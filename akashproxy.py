@@ -125,6 +125,7 @@ def _no_constant(name: str) -> NoReturn:
 
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 _decode = json.JSONDecoder(parse_constant=_no_constant).decode
+_decode_any = json.JSONDecoder().decode
 
 
 def new_id() -> str:
@@ -1305,6 +1306,9 @@ class Request(urllib.request.Request):
         return head + b"\r\n\r\n" + (self.body or b"")
 
 
+JUST_NOW = 0.1  # seconds for which a kept connection is taken to be good
+
+
 class KeepAlive(urllib.request.BaseHandler):
     """urllib's handler of http and https, with the codec of section 5 and connections that are used again.
 
@@ -1314,7 +1318,7 @@ class KeepAlive(urllib.request.BaseHandler):
 
     def __init__(self, ca_file: str = "") -> None:
         self.ca_file = ca_file
-        self.idle: Dict[Any, List[Tuple[float, Any]]] = {}  # (until when, socket), the youngest last
+        self.idle: Dict[Any, List[Tuple[float, float, Any]]] = {}   # (until when, since when, socket), the youngest last
         self.closed = False
         self.lock = threading.Lock()
 
@@ -1357,14 +1361,15 @@ class KeepAlive(urllib.request.BaseHandler):
             sock.setblocking(False)
         with self.lock:
             if not self.closed:
-                self.idle.setdefault(key, []).append((time.monotonic() + seconds, sock))
+                now = time.monotonic()
+                self.idle.setdefault(key, []).append((now + seconds, now, sock))
                 return
         sock.close()
 
     def tidy(self, now: float) -> None:
         """Close the connections that were kept until now."""
         with self.lock:
-            old = [sock for links in self.idle.values() for until, sock in links if until < now]
+            old = [sock for links in self.idle.values() for until, _, sock in links if until < now]
             for key, links in list(self.idle.items()):
                 self.idle[key] = [link for link in links if link[0] >= now]
                 if not self.idle[key]:
@@ -1384,8 +1389,9 @@ class KeepAlive(urllib.request.BaseHandler):
                 links = self.idle.get(key)
                 if not links:
                     return None
-                until, sock = links.pop()
-            if until >= time.monotonic() and peek(sock) is None:
+                until, since, sock = links.pop()
+            now = time.monotonic()
+            if until >= now and (now - since < JUST_NOW or peek(sock) is None):
                 return sock
             sock.close()
 
@@ -2220,7 +2226,7 @@ class AkashDecoder:
     def _texts(self, joined: bytes, out: List[Event]) -> None:
         """Some JSON texts, with commas between them."""
         try:
-            texts = json.loads(b"[" + joined + b"]")
+            texts = _decode_any((b"[%b]" % joined).decode("utf-8", "surrogatepass"))
             text = "".join(texts)
         except (ValueError, TypeError, RecursionError):
             return self._broken(joined, out)
@@ -3512,7 +3518,10 @@ class ChatCompletions(Dialect):
         return b'%b,"choices":[{"index":0,"delta":{"content":%b}%b' % (self.head, to_json(text), self.tail)
 
     def feed(self, events: List[Event]) -> bytes:
-        return self.event(events[0]) if len(events) == 1 else b"".join(map(self.event, events))
+        if len(events) == 1:
+            event = events[0]
+            return self.text_frame(event.text) if type(event) is Text else self.event(event)
+        return b"".join(map(self.event, events))
 
     def event(self, event: Event) -> bytes:
         if isinstance(event, Text):
