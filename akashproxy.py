@@ -1497,9 +1497,10 @@ class Response:
 
     def receive(self, data: bytes) -> bytes:
         """The payload within some bytes of the socket (b"": it has ended); ProtocolError where that is too early."""
+        if data and self.status:
+            return self.body.feed(data)
         if data:
-            if not self.status:
-                data = self._head(data)
+            data = self._head(data)
             return self.body.feed(data) if data else b""
         self.watch.check()
         if not self.status:
@@ -1652,6 +1653,7 @@ class Transport:
 
 
 NETWORK = (OSError, ProtocolError, http.client.HTTPException)
+FAILED = (APIError, *NETWORK)
 
 
 def upstream_error(error: Exception, watch: Watch, where: str) -> APIError:
@@ -1683,15 +1685,16 @@ class Pipeline:
 
     def __init__(self, decoder: Any, *filters: Any) -> None:
         self.decoder, self.filters = decoder, filters
+        self.error: Optional[APIError] = None
 
     whole = False   # that is told by Finish
-    error = property(lambda self: self.decoder.error)
     cut = property(lambda self: any(getattr(step, "cut", False) for step in self.filters))
 
     def feed(self, data: bytes) -> List[Event]:
         events = self.decoder.feed(data)
         for step in self.filters:
             events = step.feed(events)
+        self.error = self.decoder.error
         return events + self.flush() if self.error else events
 
     def close(self) -> List[Event]:
@@ -1699,6 +1702,7 @@ class Pipeline:
         events = self.decoder.close()
         for step in self.filters:
             events = step.feed(events)
+        self.error = self.decoder.error
         return events + self.flush()
 
     def flush(self) -> List[Event]:
@@ -1774,25 +1778,24 @@ class Stream:
             if self.left < 0:
                 raise early(response.where, "sent more than can be kept")
             if payload and not self.whole:
-                events = self.feed(payload)
+                events = self.decoder.feed(payload)
+                self.failure = self.decoder.error
+                if self.decoder.whole or events and type(events[-1]) is Finish:
+                    self.is_whole()
             if response.body.done:
                 self.over = True
                 if not self.whole and not self.failure:
                     events += self.decoder.close()
                     self.failure = self.decoder.error
                     self.whole = bool(events) and isinstance(events[-1], Finish)
-        except (APIError, *NETWORK) as error:
+        except FAILED as error:
             events += self.broken(error)
         return events
 
-    def feed(self, payload: bytes) -> List[Event]:
-        events = self.decoder.feed(payload)
-        self.failure = self.decoder.error
-        if events and isinstance(events[-1], Finish) or self.decoder.whole:
-            self.whole, self.failure = True, None
-            self.over = self.decoder.cut    # the upstream should stop; else its message comes to a proper end
-            self.response.idle = self.DRAIN
-        return events
+    def is_whole(self) -> None:
+        """All of the answer is here. If we ended it the upstream should stop, else its message comes to a proper end."""
+        self.whole, self.failure, self.over = True, None, self.decoder.cut
+        self.response.idle = self.DRAIN
 
     def broken(self, error: Exception) -> List[Event]:
         """The network failed; if the answer was whole before, that is of no interest."""
@@ -2110,6 +2113,9 @@ def without_hosts(text: str) -> str:
                   r"|[a-z0-9-]+(?=:\d{2,5}\b))(?::\d{1,5})?", "(address)", text, flags=re.I)
 
 
+_LONE_TEXT = re.compile(rb'0:"([ !#-;=-\[\]-\x7e]+)"\n')     # nothing escaped, nothing that could be a tag
+
+
 class AkashDecoder:
     r"""Akash's stream, in either framing, told apart line by line.
 
@@ -2142,6 +2148,9 @@ class AkashDecoder:
         self.error: Optional[APIError] = None       # to be raised once the events before it are used
 
     def feed(self, data: bytes) -> List[Event]:
+        match = None if self.held or self.half else _LONE_TEXT.fullmatch(data)
+        if match:       # the usual where tokens come one by one
+            return [Text(match[1].decode())]
         if self.held:
             data = self.held + data
         end = data.rfind(b"\n") + 1
@@ -3805,11 +3814,12 @@ class Flow:
 
     def on_upstream(self, events: int) -> None:
         """The upstream has sent something, or has ended."""
+        if self.ended:
+            return
         was_free = self.free
-        if not self.ended:
-            self.step()
-            while self.has_more and not self.ended and not self.paused and self.has_more():
-                self.step()     # no selector tells of that
+        self.step()
+        while self.has_more and not self.ended and not self.paused and self.has_more():
+            self.step()     # no selector tells of that
         if self.free and not was_free:
             self.handler.run_on()
 
@@ -3817,15 +3827,16 @@ class Flow:
         """One read, one write."""
         stream = self.stream
         try:
-            data = self.upstream.recv(READ_SIZE)
+            events = stream.receive(self.upstream.recv(READ_SIZE))
         except (BlockingIOError, WantRead):
             return
         except OSError as error:
             events = stream.broken(error)
-        else:
-            events = stream.receive(data)
         if events and not self.free:
-            self.take(events)
+            if self.begun and not stream.whole:     # the usual
+                self.send(self.dialect.feed(events))
+            else:
+                self.take(events)
         if stream.failure:
             self.fail(stream.failure)
         elif stream.over:
@@ -3834,13 +3845,12 @@ class Flow:
             self.watch.due = math.inf if self.paused else self.watchdog.now + stream.response.idle
 
     def take(self, events: List[Event]) -> None:
-        """Pass some events on, or keep them until the answer can be sent whole."""
-        if self.begun:
-            opening = b""
-        elif self.gathers():
-            self.gathered += events
-            return
-        else:
+        """Pass the first events on, or the last ones, or keep them until the answer can be sent whole."""
+        opening = b""
+        if not self.begun:
+            if self.gathers():
+                self.gathered += events
+                return
             opening, self.begun = self.handler.begin_stream(), True
         if self.stream.whole:
             self.handler.usage = getattr(events[-1], "usage", None)
@@ -3861,7 +3871,7 @@ class Flow:
             self.send(b"" if self.begun else self.handler.begin_stream(), True)
         self.end()
 
-    def send(self, frames: bytes, last: bool) -> None:
+    def send(self, frames: bytes, last: bool = False) -> None:
         if self.free:
             return
         try:
