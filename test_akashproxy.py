@@ -12,6 +12,7 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import http.client
 import json
@@ -399,16 +400,16 @@ def test_a_tag_that_was_never_opened():
 
 CUTOFF = {
     "no stop": (["#"], None, "abc", [T("abc"), Finish("stop", None)]),
-    "a stop is not part of the answer": (["##"], None, "ab##cd", [T("ab"), Finish("stop")]),
+    "a stop is not part of the answer": (["##"], None, "ab##cd", [T("ab"), Finish("stop", stop="##")]),
     "half a stop": (["##"], None, "ab#", [T("ab#"), Finish("stop")]),
-    "the earliest of several": (["zz", "c"], None, "abczz", [T("ab"), Finish("stop")]),
-    "one begins within another": (["aab"], None, "xaaab", [T("xa"), Finish("stop")]),
-    "a stop at once": (["a"], None, "abc", [Finish("stop")]),
+    "the earliest of several": (["zz", "c"], None, "abczz", [T("ab"), Finish("stop", stop="c")]),
+    "one begins within another": (["aab"], None, "xaaab", [T("xa"), Finish("stop", stop="aab")]),
+    "a stop at once": (["a"], None, "abc", [Finish("stop", stop="a")]),
     "sixteen characters are two tokens": ([], 2, "0123456789abcdef", [T("0123456789abcdef"), Finish("stop")]),
     "the seventeenth is too many": ([], 2, "0123456789abcdefg", [T("0123456789abcdef"), Finish("length")]),
     "other alphabets weigh more": ([], 1, "привіт!", [T("привіт"), Finish("length")]),
     "East Asia's most": ([], 2, "日本語日本", [T("日本語日"), Finish("length")]),
-    "a stop before the length": (["5"], 2, "0123456789abcdefg", [T("01234"), Finish("stop")]),
+    "a stop before the length": (["5"], 2, "0123456789abcdefg", [T("01234"), Finish("stop", stop="5")]),
     "a length before the stop": (["h"], 2, "0123456789abcdefgh", [T("0123456789abcdef"), Finish("length")]),
 }
 
@@ -2756,6 +2757,273 @@ def test_a_client_that_leaves_while_all_rest(pool):
     wait_for(lambda: not server.watchdog.handlers)
 
 
+# == dialects: Messages and Responses =========================================================
+
+
+def system(text):
+    return {"role": "system", "content": text}
+
+
+def tool(name="f", **schema):
+    return {"type": "function", "function": {"name": name, "parameters": schema or {"type": "object", "properties": {}}}}
+
+
+def called(*calls):
+    return {"role": "assistant", "content": None, "tool_calls": [
+        {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}} for id, name, arguments in calls]}
+
+
+def picture(url):
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+ASKED = {"model": "both", "max_tokens": 64, "messages": [user("hi")]}
+PNG_SOURCE = {"type": "base64", "media_type": "image/png", "data": "iVBO"}
+TOOL_USE = {"type": "tool_use", "id": "t1", "name": "f", "input": {"a": [1]}}
+MESSAGES = {
+    # name: (fields of a body, what a chat says beside its usual, what is ignored)
+    "system as text": ({"system": "be brief"}, {"messages": [system("be brief"), user("hi")]}, None),
+    "system as blocks, and within": ({"system": [{"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}}, {"type": "text", "text": "b"}],
+                                      "messages": [{"role": "system", "content": "c"}, user("hi")]}, {"messages": [system("a\n\nb\n\nc"), user("hi")]}, None),
+    "an empty system": ({"system": []}, {}, None),
+    "blocks of text": ({"messages": [user([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}])]}, {"messages": [user("a\n\nb")]}, None),
+    "pictures": ({"messages": [user([{"type": "text", "text": "a"}, {"type": "image", "source": PNG_SOURCE},
+                                     {"type": "image", "source": {"type": "url", "url": "https://x/y.png"}}])]},
+                 {"messages": [user([{"type": "text", "text": "a"}, picture("data:image/png;base64,iVBO"), picture("https://x/y.png")])]}, None),
+    "a document of text": ({"messages": [user([{"type": "document", "source": {"type": "text", "media_type": "text/plain", "data": "d"}},
+                                              {"type": "document", "source": {"type": "content", "content": [{"type": "text", "text": "e"}]}}])]},
+                           {"messages": [user("d\n\ne")]}, None),
+    "tools called and their results": (
+        {"messages": [user("go"), {"role": "assistant", "content": [{"type": "thinking", "thinking": "h", "signature": "s"}, {"type": "text", "text": "ok"},
+                                                                    TOOL_USE, {**TOOL_USE, "id": "t2", "input": {}}]},
+                      user([{"type": "tool_result", "tool_use_id": "t1", "content": "1"}, {"type": "text", "text": "and?"},
+                            {"type": "tool_result", "tool_use_id": "t2", "is_error": True, "content": [
+                                {"type": "text", "text": "2"}, {"type": "image", "source": PNG_SOURCE}, {"type": "tool_reference", "tool_name": "g"},
+                                {"type": "document", "source": {"type": "content", "content": [{"type": "image", "source": PNG_SOURCE}]}}]}])]},
+        {"messages": [user("go"), {**called(("t1", "f", '{"a":[1]}'), ("t2", "f", "{}")), "content": "ok"},
+                      {"role": "tool", "tool_call_id": "t1", "content": "1"},
+                      {"role": "tool", "tool_call_id": "t2", "content": '2\n\n{"type":"tool_reference","tool_name":"g"}'},
+                      user([{"type": "text", "text": "and?"}] + [picture("data:image/png;base64,iVBO")] * 2)]}, None),
+    "a result of nothing": ({"messages": [{"role": "assistant", "content": [TOOL_USE]}, user([{"type": "tool_result", "tool_use_id": "t1"}])]},
+                            {"messages": [called(("t1", "f", '{"a":[1]}')), {"role": "tool", "tool_call_id": "t1", "content": ""}]}, None),
+    "what a server's tool did": ({"messages": [user("a"), {"role": "assistant", "content": [{"type": "server_tool_use"}, {"type": "text", "text": "b"}]}]},
+                                 {"messages": [user("a"), {"role": "assistant", "content": "b"}]}, "server_tool_use"),
+    "tools": ({"tools": [{"name": "f", "description": "d", "input_schema": {"type": "object"}}, {"type": "web_search_20250305", "name": "web_search"},
+                         {"type": "custom", "name": "g", "strict": True}], "tool_choice": {"type": "any", "disable_parallel_tool_use": True}},
+              {"tools": [{"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}},
+                         {"type": "function", "function": {"name": "g", "strict": True, "parameters": {"type": "object", "properties": {}}}}],
+               "tool_choice": "required", "parallel_tool_calls": False}, "web_search_20250305"),
+    "one tool": ({"tools": [{"name": "f"}], "tool_choice": {"type": "tool", "name": "f"}},
+                 {"tools": [tool()], "tool_choice": {"type": "function", "function": {"name": "f"}}}, None),
+    "no tool that is left": ({"tools": [{"type": "bash_20250124", "name": "bash"}], "tool_choice": {"type": "auto"}}, {}, "bash_20250124"),
+    "how to think": ({"thinking": {"type": "enabled", "budget_tokens": 5000}}, {"reasoning_effort": "medium"}, None),
+    "a form": ({"output_config": {"effort": "high", "format": {"type": "json_schema", "schema": {"type": "object"}}}},
+               {"response_format": {"type": "json_schema", "json_schema": {"name": "answer", "schema": {"type": "object"}, "strict": True}}}, "output_config.effort"),
+    "other fields": ({"temperature": 0, "top_p": 0.5, "top_k": 5, "stop_sequences": ["x"], "metadata": {"user_id": "u"}, "service_tier": "auto",
+                      "context_management": {}}, {"temperature": 0, "top_p": 0.5, "stop": ["x"], "user": "u"}, "top_k, service_tier, context_management"),
+}
+
+
+@table(MESSAGES)
+def test_messages_become_a_chat(case, pool):
+    fields, chat_fields, ignored = case
+    fake = FakeOpenAI()
+    got = ask(pool(fake), "POST", "/v1/messages?beta=true", {**ASKED, **fields}, {"anthropic-version": "2023-06-01", "x-api-key": "k"})
+    assert got.status == 200, got.body
+    assert fake.bodies()[0] == {"model": "both", "stream": False, "max_tokens": 64, "messages": [user("hi")], **chat_fields}
+    assert got.headers.get("x-akashproxy-ignored") == ignored
+
+
+MESSAGES_REFUSED = {
+    # name: (fields of a body, words)
+    "a role": ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0]: there is no role 'tool'"),
+    "a message that is text": ({"messages": ["x"]}, "messages[0]: there is no role"),
+    "a document as PDF": ({"messages": [user([{"type": "document", "source": {**PNG_SOURCE, "media_type": "application/pdf"}}])]}, "messages[0].content[0]: what is 'document'"),
+    "a file that is stored": ({"messages": [user([{"type": "image", "source": {"type": "file", "file_id": "f"}}])]}, "'image'"),
+    "content of nothing": ({"messages": [user(None)]}, "'None'"),
+    "an unknown block": ({"messages": [user([{"type": "hologram"}])]}, "'hologram'"),
+    "tools that are no list": ({"tools": {}}, "'tools' must be a list"),
+    "a tool without a name": ({"tools": [{}]}, "'name' is missing"),
+    "a choice": ({"tools": [{"name": "f"}], "tool_choice": {"type": "most"}}, "'tool_choice' must be"),
+    "no messages": ({"messages": None}, "'messages' is missing"),
+    "a model that is a number": ({"model": 7}, "'model' must be"),
+}
+
+
+@table(MESSAGES_REFUSED)
+def test_what_a_chat_can_not_say_is_named(case, pool):
+    fields, words = case
+    server = pool(FakeOpenAI())
+    got = ask(server, "POST", "/v1/messages", {**ASKED, **fields})
+    assert got.status == 400 and got.json["type"] == "error" and got.json["error"]["type"] == "invalid_request_error"
+    assert words in got.json["error"]["message"]
+    assert ask(server, "POST", "/v1/messages", ASKED).status == 200
+
+
+def test_a_message_that_is_nested_too_deeply():
+    deep = functools.reduce(lambda block, _: [{"type": "document", "source": {"type": "content", "content": block}}], range(2000), "x")
+    with pytest.raises(APIError, match="nested too deeply"):
+        akashproxy.Messages({**ASKED, "messages": [user(deep)]})
+
+
+def named_events(body):
+    """The events of a stream whose names are their types."""
+    events = []
+    for block in body.decode().split("\n\n")[:-1]:
+        name, data = block.split("\ndata: ")
+        events.append(json.loads(data))
+        assert name == "event: " + events[-1]["type"]
+    return events
+
+
+def answered(*deltas, finish="stop", usage=None):
+    """A fault: a stream with these deltas."""
+    told = b"" if usage is None else b'data: {"choices":[],"usage":%b}\n\n' % json.dumps(usage).encode()
+    frames = [*map(FakeOpenAI.event, deltas), FakeOpenAI.event({}, finish), told, b"data: [DONE]\n\n"]
+    return lambda sock, request: sock.sendall(FakeOpenAI.head() + b"".join(map(chunk, frames)) + b"0\r\n\r\n") or True
+
+
+def test_the_events_of_a_message(pool):
+    fake = FakeOpenAI()
+    fake.faults.append(answered({"reasoning_content": "hm"}, {"content": "Hi"}, {"content": " you"}, *(
+        {"tool_calls": calls} for calls in fragments([{"index": 0, "function": {"arguments": '{"a":1}'}}])), finish="tool_calls",
+        usage={"prompt_tokens": 11, "completion_tokens": 7, "prompt_tokens_details": {"cached_tokens": 4}}))
+    events = named_events(ask(pool(fake), "POST", "/v1/messages", {**ASKED, "stream": True, "thinking": {"type": "adaptive"}}).body)
+    first = events[0]["message"]
+    assert first.pop("id").startswith("msg_") and first.pop("usage") == {"input_tokens": 5, "output_tokens": 0}
+    assert first == {"type": "message", "role": "assistant", "model": "both", "content": [], "stop_reason": None, "stop_sequence": None}
+
+    def block(at, start, delta, *pieces):
+        kind, name = delta
+        return [{"type": "content_block_start", "index": at, "content_block": start},
+                *({"type": "content_block_delta", "index": at, "delta": {"type": kind, name: piece}} for piece in pieces),
+                {"type": "content_block_stop", "index": at}]
+
+    assert events[1:] == [
+        *block(0, {"type": "thinking", "thinking": "", "signature": ""}, ("thinking_delta", "thinking"), "hm"),
+        *block(1, {"type": "text", "text": ""}, ("text_delta", "text"), "Hi", " you"),
+        *block(2, {"type": "tool_use", "id": "call_1", "name": "f", "input": {}}, ("input_json_delta", "partial_json"), '{"a":1}'),
+        {"type": "message_delta", "delta": {"stop_reason": "tool_use", "stop_sequence": None},
+         "usage": {"input_tokens": 7, "cache_read_input_tokens": 4, "output_tokens": 7}}, {"type": "message_stop"}]
+
+
+def test_thoughts_are_for_who_asks_for_them(pool):
+    fake = FakeOpenAI()
+    server = pool(fake)
+    for thinking, shown in ((None, False), ({"type": "disabled"}, False), ({"type": "adaptive", "display": "omitted"}, False),
+                            ({"type": "enabled", "budget_tokens": 1024}, True)):
+        for streamed in (False, True):
+            fake.faults.append(answered({"reasoning_content": "hm"}, {"content": "Hi"}))
+            got = ask(server, "POST", "/v1/messages", {**ASKED, "stream": streamed, "thinking": thinking})
+            assert (b'"hm"' in got.body) == shown and b'"Hi"' in got.body
+
+
+def test_the_end_of_a_message(akash, serve):
+    server = serve()
+    for fields, chat_stream, stop in (({}, HELLO, ("end_turn", None)), ({"stop_sequences": ["the"]}, HELLO, ("stop_sequence", "the")),
+                                      ({"max_tokens": 1}, HELLO, ("max_tokens", None)), ({}, HELLO.replace(b'"stop"', b'"content-filter"'), ("refusal", None))):
+        akash.chat = chat_stream
+        whole = ask(server, "POST", "/v1/messages", {**ASKED, **fields}).json
+        last = named_events(ask(server, "POST", "/v1/messages", {**ASKED, **fields, "stream": True}).body)[-2]
+        assert stop == (whole["stop_reason"], whole["stop_sequence"]) == (last["delta"]["stop_reason"], last["delta"]["stop_sequence"])
+        assert whole["usage"]["input_tokens"] == 5 and whole["usage"]["output_tokens"] > 0 and last["usage"] == whole["usage"]
+
+
+ANTHROPIC_ERRORS = {
+    # name: (method, path, body, header fields, status, type)
+    "no token": ("POST", "/v1/messages", ASKED, {}, 401, "authentication_error"),
+    "no token, for the models": ("GET", "/v1/models", None, {"anthropic-version": "2023-06-01"}, 401, "authentication_error"),
+    "no JSON": ("POST", "/v1/messages", b"{", {"x-api-key": "k"}, 400, "invalid_request_error"),
+    "a list": ("POST", "/v1/messages/count_tokens", b"[]", {"x-api-key": "k"}, 400, "invalid_request_error"),
+    "too large": ("POST", "/v1/messages", b"x" * 2000, {"x-api-key": "k"}, 413, "request_too_large"),
+    "a wrong method": ("DELETE", "/v1/messages", None, {"x-api-key": "k"}, 405, "invalid_request_error"),
+    "an unknown model": ("POST", "/v1/messages", {**ASKED, "model": "none"}, {"Authorization": "Bearer k"}, 404, "not_found_error"),
+    "an unknown model, by name": ("GET", "/v1/models/none", None, {"x-api-key": "k", "anthropic-version": "2023-06-01"}, 404, "not_found_error"),
+    "tools at Akash": ("POST", "/v1/messages", {**ASKED, "tools": [{"name": "f"}]}, {"x-api-key": "k"}, 400, "invalid_request_error"),
+    "a limit": ("POST", "/v1/messages", ASKED, {"x-api-key": "k"}, 429, "rate_limit_error"),
+    "no room": ("POST", "/v1/messages", ASKED, {"x-api-key": "k"}, 529, "overloaded_error"),
+    "a failure": ("POST", "/v1/messages", ASKED, {"x-api-key": "k"}, 502, "api_error"),
+}
+
+
+@table(ANTHROPIC_ERRORS)
+def test_errors_in_anthropics_form(case, akash, serve):
+    method, path, body, headers, status, kind = case
+    answers = {404: UPSTREAM["model-unknown"][0], 429: reply(429, RATE), 502: reply(500), 529: reply(503)}
+    if status in answers:
+        akash.faults.append(akash.raw(answers[status]))
+    server = serve(bearer_token=("k",), max_body=1000)
+    got = ask(server, method, path, body, headers)
+    assert (got.status, got.json["type"], got.json["error"]["type"]) == (status, "error", kind) and got.json["error"]["message"]
+    assert set(got.json) == {"type", "error"} and set(got.json["error"]) == {"type", "message"}
+
+
+def test_counting_tokens_never_fails(akash, serve):
+    server = serve()
+
+    def count(**fields):
+        got = ask(server, "POST", "/v1/messages/count_tokens?beta=true", fields)
+        assert got.status == 200 and list(got.json) == ["input_tokens"], got.body
+        return got.json["input_tokens"]
+
+    text = "The quick brown fox jumps over the lazy dog. " * 100     # 1,001 tokens with o200k
+    plain = count(model="m", messages=[user(text)])
+    assert 900 < plain < 1300 and not akash.bodies()
+    assert plain < count(model="m", messages=[user(text)], system="x" * 40, tools=[{"name": "f", "input_schema": {"type": "object"}}])
+    assert 1600 < count(model="m", messages=[user([{"type": "tool_result", "content": [{"type": "image", "source": {**PNG_SOURCE, "data": "A" * 99999}}]}])]) < 1700
+    for odd in (None, 7, [[[[]]]], {"a": {"b": [None, True, 1.5, {"type": "base64"}]}}, [user([{"type": "tool_result", "content": [[{"x": ["y"]}]]}])]):
+        assert count(model=odd, messages=odd, system=odd) > 0
+    deep = functools.reduce(lambda inner, _: [inner], range(400), "x")
+    assert count(messages=deep) > 0
+
+
+def test_models_in_anthropics_shape(akash, serve):
+    server = serve(model_aliases={"claude-*": "Qwen/Qwen3"})
+    version = {"anthropic-version": "2023-06-01"}
+    listed = ask(server, path="/v1/models", headers=version).json
+    assert (listed["first_id"], listed["last_id"], listed["has_more"]) == ("Meta-Llama-3-3-70B-Instruct", "AkashGen", False)
+    assert listed["data"][1] == {"type": "model", "id": "Qwen/Qwen3", "display_name": "Qwen/Qwen3", "created_at": "2021-07-20T10:40:00Z", "lifecycle": "active"}
+    assert ask(server, path="/v1/models/claude-x", headers=version).json["id"] == "claude-x"
+    assert ask(server, path="/v1/models/Qwen--Qwen3").json["object"] == "model"
+
+
+NAMES = {"claude-haiku-9": "small", "claude-9": "big/one", "big--one": "big/one", "as--is": "as--is", "no--such": "no--such", "both": "both"}
+
+
+@pytest.mark.parametrize("asked", NAMES)
+def test_other_names_of_models(asked, pool):
+    fake = FakeOpenAI(["big/one", "as--is", "as/is", "small", "both"])
+    server = pool(fake, model_aliases={"*haiku*": "small", "claude-*": "big/one"})
+    got = chat(server, {**BOTH, "model": asked, "new": 1})
+    assert got.status == 200 and fake.bodies()[-1] == {**BOTH, "model": NAMES[asked], "new": 1}
+    got = ask(server, "POST", "/v1/messages", {**ASKED, "model": asked})
+    assert fake.bodies()[-1]["model"] == NAMES[asked] and got.json["model"] == asked, "a client reads the name that it asked for"
+
+
+def test_aliases_are_a_setting(config):
+    path = config({"model_aliases": {"a": "b"}})
+    assert load(path).model_aliases == {"a": "b"} and load(path, MODEL_ALIASES="c-*=d, e=f=g").model_aliases == {"c-*": "d", "e": "f=g"}
+    assert "MODEL_ALIASES=c-*=d,e=f" in run("--check", MODEL_ALIASES="c-*=d,e=f").stdout
+    with pytest.raises(ConfigError, match="MODEL_ALIASES: 'a' is not NAME=VALUE"):
+        Settings.load({"MODEL_ALIASES": "a"})
+
+
+def test_anthropics_own_format_is_relayed_to_who_speaks_it(pool):
+    a, b = FakeOpenAI(), FakeOpenAI()
+    told = b'event: message_start\ndata: {"type":"message_start","message":{}}\n\nevent: message_stop\ndata: {"type":"message_stop"}\n\n'
+    server = pool(a, (b, {"paths": ["/v1/messages*"], "models": ["claude"]}))
+    odd = {"model": "claude", "messages": [user([{"type": "hologram"}])], "stream": True}
+    b.faults.extend([b.garbage(b.head() + chunk(told) + b"0\r\n\r\n"), b.garbage(b.head() + chunk(told[:70]) + b"0\r\n\r\n"),
+                     b.garbage(reply(body=b'{"input_tokens":70}')), b.status(500)])
+    got = ask(server, "POST", "/v1/messages?beta=true", odd, {"anthropic-beta": "x"})
+    request = next(request for request in b.requests if request.method == "POST")
+    assert got.body == told and b.bodies()[0] == odd and request.path == "/v1/messages?beta=true" and request.headers["anthropic-beta"] == "x"
+    got = ask(server, "POST", "/v1/messages", odd)
+    assert got.body.endswith(b'event: error\ndata: {"type":"error","error":{"message":"b ended its answer early.","type":"api_error"}}\n\n')
+    assert [ask(server, "POST", "/v1/messages/count_tokens", {**odd, "stream": False}).json for _ in "ab"] == [{"input_tokens": 70}, {"input_tokens": 7}]
+    assert not a.bodies()
+
+
 # == proxies and TLS ==========================================================================
 
 
@@ -3798,7 +4066,7 @@ def test_every_setting_and_every_route_is_in_the_readme():
         default = akashproxy.default_text(item)
         assert f"| `{item.name}` | {f'`{default}`' if default else ''} | {item.metadata['help']} |" in README, item.name
     for path in akashproxy.ROUTES:
-        assert f"`{path.replace('{}', '{id}' if 'models' in path else '{name}')}`" in README, path
+        assert f"`{path.replace('{}', '{id}' if path.startswith('/v1') else '{name}')}`" in README, path
 
 
 def test_the_readmes_configuration_is_one(config):
