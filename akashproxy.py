@@ -37,7 +37,8 @@ Where is ...
     stop sequences and max_tokens      Cutoff
     OpenAI's stream                    ChatDecoder
     Anthropic's stream                 Messages
-    a request as a chat                Messages.chat, Blocks.part
+    OpenAI's newer stream              Responses
+    their requests as a chat           Messages.chat, Responses.chat, Blocks.part
     tokens that nobody has told        token_estimate
     relaying unparsed                  RelayDecoder, Relay
     failover                           Pool.answer
@@ -101,7 +102,8 @@ __all__ = [
     "Call", "Text", "Reasoning", "Recast", "ToolCall", "Image", "Progress", "Finish", "Raw", "Answer", "fold",
     "Settings", "ControllerSettings", "Controller", "AkashController", "AkashSession", "AkashDecoder",
     "OpenAIController", "ChatDecoder", "RelayDecoder", "EchoController", "Thinking", "Cutoff", "CONTROLLERS", "Pool",
-    "Dialect", "ChatCompletions", "Completions", "Images", "Messages", "CountTokens", "Relay", "ROUTES", "Server", "main",
+    "Dialect", "ChatCompletions", "Completions", "Images", "Messages", "CountTokens", "Responses",
+    "Relay", "ROUTES", "Server", "main",
 ]
 
 log = logging.getLogger("akashproxy")
@@ -2635,10 +2637,10 @@ class ChatDecoder:
                     self.reason = choice.get("finish_reason") or self.reason
 
     def _call(self, event: Event) -> Event:
-        """Some servers give every call of a tool the index 0: a new id is a new call."""
+        """Some servers give every call of a tool the index 0: a new id is a new call. Others give no id."""
         if not isinstance(event, ToolCall):
             return event
-        if not self.calls or event.id and (event.index, event.id) not in self.calls:
+        if event.index not in dict(self.calls) or event.id and (event.index, event.id) not in self.calls:
             self.calls.append((event.index, event.id))
         at = max(at for at, (index, _) in enumerate(self.calls) if index == event.index or at == 0)
         return ToolCall(at, event.arguments, event.id, event.name)
@@ -3603,6 +3605,8 @@ class Blocks(Dialect):
         try:
             chat = {**call.body, "stream": call.stream, **same, **self.chat(body)}
             call.body = {name: value for name, value in chat.items() if value is not None}
+            if not chat["messages"]:
+                raise bad_request("No message has any content.")
         except RecursionError:
             raise bad_request("The body is nested too deeply.") from None
         except APIError as error:       # a controller that speaks this format itself may still take it
@@ -3876,7 +3880,7 @@ class Messages(Blocks):
                 + event_frame("message_stop", {}))
 
     def fail(self, error: APIError) -> bytes:
-        return event_frame("error", self.refusal(error))
+        return self.release() + event_frame("error", self.refusal(error))
 
     def ping(self, form: str) -> bytes:
         return b"" if form == "off" else event_frame("ping", {})
@@ -3957,6 +3961,204 @@ class CountTokens(Messages):
 
     def alone(self) -> Optional[Dict[str, Any]]:
         return {"input_tokens": self.estimate()}
+
+
+class Responses(Blocks):
+    """POST /v1/responses, without a memory. Each line is an event, its name and what its data holds beside that as type:
+
+        response.created              {"sequence_number":0,"response":{"id":"resp_1","status":"in_progress","output":[],...}}
+        response.in_progress          the same
+        response.output_item.added    {"output_index":0,"item":{"id":"msg_1","type":"message","content":[],...}}        Text
+        response.content_part.added   {"item_id":"msg_1","output_index":0,"content_index":0,"part":{"text":"",...}}
+        response.output_text.delta    {..., "delta":"Hi"}
+        response.output_text.done     {..., "text":"Hi"}
+        response.content_part.done    {..., "part":{"text":"Hi",...}}
+        response.output_item.done     {"output_index":0,"item":{...}}
+        response.completed            {"response":{...}}    or response.incomplete                                    Finish
+        error                         {"code":"upstream_error","message":"...",...}, then response.failed
+
+    Reasoning is an item with a summary, response.reasoning_summary_part.* and response.reasoning_summary_text.*; a
+    call of a tool an item function_call, response.function_call_arguments.*. Every event has its sequence_number.
+    """
+
+    PREFIX = "resp_"
+    SAME = {"max_output_tokens": "max_tokens", "temperature": "temperature", "top_p": "top_p", "user": "user"}
+    ECHOED = {"instructions": None, "max_output_tokens": None, "metadata": {}, "parallel_tool_calls": True, "reasoning": None,
+              "temperature": None, "text": {"format": {"type": "text"}}, "tool_choice": "auto", "tools": [], "top_p": None}
+    STATEFUL = ("previous_response_id", "conversation", "prompt", "background")
+    OWN = (*ECHOED, *STATEFUL, "model", "input", "stream", "store")
+    FUNCTION, SCHEMA = ("function",), "parameters"
+    WIRE: Dict[Any, Any] = {    # an item's prefix, the names of its events, their index, and what else those of its text hold
+        Text: ("msg_", "response.output_text", "response.content_part", {"content_index": 0}, {"logprobs": []}),
+        Reasoning: ("rs_", "response.reasoning_summary_text", "response.reasoning_summary_part", {"summary_index": 0}, {}),
+        ToolCall: ("fc_", "response.function_call_arguments", "", {}, {})}
+
+    def __init__(self, body: Any, site: str = "") -> None:
+        self.number = 0         # of the next event
+        self.output: List[Dict[str, Any]] = []
+        self.begun = False
+        super().__init__(body, site)
+
+    # -- the request
+
+    def chat(self, body: Dict[str, Any]) -> Dict[str, Any]:
+        for name in self.STATEFUL:
+            if body.get(name):
+                raise not_stored(name, name)
+        text, reasoning, messages = as_dict(body.get("text")), as_dict(body.get("reasoning")), []
+        self.say(messages, "system", self.content(body.get("instructions") or [], "instructions"))
+        if isinstance(body.get("input"), str):
+            self.say(messages, "user", self.content(body["input"], "input"))
+        else:
+            self.items(messages, required(body, "input", list, "a text or a list of items"))
+        form = as_dict(text.get("format"))
+        schema = {name: form[name] for name in ("name", "description", "schema", "strict") if form.get(name) is not None}
+        self.skipped += [f"text.{name}" for name in text if name != "format"] + ["store"] * (body.get("store") is True)
+        tools = self.functions(body.get("tools"))
+        chat = {"messages": messages, "reasoning_effort": reasoning.get("effort"), "tools": tools,
+                "response_format": None if form.get("type") in (None, "text") else
+                {"type": form["type"], **({"json_schema": schema} if schema else {})}}
+        if tools:
+            chat["tool_choice"], chat["parallel_tool_calls"] = self.choice(body.get("tool_choice")), body.get("parallel_tool_calls")
+        return chat
+
+    def items(self, messages: List[Dict[str, Any]], items: List[Any]) -> None:
+        """The items of an input as messages of a chat; pictures that tools gave follow the last result."""
+        pictures: List[Dict[str, Any]] = []
+        for at, item in enumerate(map(as_dict, items)):
+            place, kind = f"input[{at}]", item.get("type", "message")
+            if kind == "function_call_output":
+                pictures += self.result(messages, item.get("call_id"), item.get("output"), f"{place}.output")
+                continue
+            self.say(messages, "user", pictures)
+            pictures = []
+            if kind == "message":
+                role = "system" if item.get("role") == "developer" else item.get("role")
+                if role not in ("user", "assistant", "system"):
+                    raise bad_request(f"{place}: there is no role {str(role)[:80]!r}.", f"{place}.role")
+                self.say(messages, role, self.content(item.get("content"), f"{place}.content"))
+            elif kind == "function_call":
+                if not messages or messages[-1]["role"] != "assistant":
+                    messages.append({"role": "assistant", "content": None})
+                messages[-1].setdefault("tool_calls", []).append(tool_call(ToolCall(
+                    0, str(item.get("arguments") or "{}"), item.get("call_id"), str(item.get("name")))))
+            elif kind == "item_reference":
+                raise not_stored("An item_reference", place)
+            elif kind != "reasoning":
+                self.skipped.append(str(kind))
+        self.say(messages, "user", pictures)
+
+    def choice(self, choice: Any) -> Any:
+        """A chat's tool_choice."""
+        told = as_dict(choice)
+        if told.get("type") == "function":
+            return {"type": "function", "function": {"name": told.get("name")}}
+        if told.get("type") == "allowed_tools":
+            self.skipped.append("tool_choice.tools")
+            return told.get("mode")
+        self.skipped += ["tool_choice"] * bool(told)
+        return None if told else choice
+
+    # -- the answer
+
+    def begin(self) -> bytes:
+        self.begun, response = True, {"response": self.response()}
+        return self.frame("response.created", response) + self.frame("response.in_progress", response)
+
+    def event(self, event: Event) -> bytes:
+        self.begun = True       # or relayed
+        return super().event(event)
+
+    def frame(self, kind: str, fields: Dict[str, Any]) -> bytes:
+        self.number += 1
+        return event_frame(kind, {"sequence_number": self.number - 1, **fields})
+
+    def open(self, event: Event) -> bytes:
+        prefix, name, part, index, more = self.WIRE[type(event)]
+        self.item_id = prefix + new_id()
+        self.opened, self.at = event, {"item_id": self.item_id, "output_index": self.blocks, **index}
+        delta = (name + ".delta").encode()
+        frames = self.frame("response.output_item.added", {"output_index": self.blocks, "item": self.item(event, self.item_id, [])})
+        if part:
+            frames += self.frame(part + ".added", {**self.at, "part": self.part_of(event)})
+        self.head = b'event: %b\ndata: {"type":"%b",%b,"sequence_number":' % (delta, delta, to_json({**self.at, **more})[1:-1])
+        return frames
+
+    def piece(self, text: str) -> bytes:
+        self.number += 1
+        return b'%b%d,"delta":%b}\n\n' % (self.head, self.number - 1, to_json(text))
+
+    def shut(self, text: str) -> bytes:
+        _, name, part, _, more = self.WIRE[type(self.opened)]
+        if isinstance(self.opened, ToolCall):
+            text = text or "{}"
+            event, key = dataclasses.replace(self.opened, arguments=text), "arguments"
+        else:
+            event, key = type(self.opened)(text), "text"
+        self.output.append(self.item(event, self.item_id, [self.part_of(event)]))
+        frames = self.frame(name + ".done", {**self.at, **more, key: text})
+        if part:
+            frames += self.frame(part + ".done", {**self.at, "part": self.part_of(event)})
+        return frames + self.frame("response.output_item.done", {"output_index": self.blocks, "item": self.output[-1]})
+
+    def ending(self, finish: Finish) -> bytes:
+        response = self.response(finish)
+        return self.frame(f"response.{response['status']}", {"response": response})
+
+    def fail(self, error: APIError) -> bytes:
+        opening = self.release() if self.begun else self.begin()
+        told = self.refusal(error)["error"]
+        response = {**self.response(), "status": "failed", "error": {"code": error.code or "server_error", "message": error.message}}
+        return opening + self.frame("error", {**told, "type": "error", "error": told}) + self.frame("response.failed", {"response": response})
+
+    def whole(self, answer: Answer) -> Dict[str, Any]:
+        self.output = [self.item(event, self.WIRE[type(event)][0] + new_id(), [self.part_of(event)]) for event in self.row(answer)]
+        return self.response(answer.finish)
+
+    def response(self, finish: Optional[Finish] = None) -> Dict[str, Any]:
+        """The response as it is by now."""
+        sent, usage = self.call.sent or {}, finish and finish.usage
+        reason = {"length": "max_output_tokens", "content_filter": "content_filter"}.get(finish.reason) if finish else None
+        echoed = {name: default if sent.get(name) is None else sent[name] for name, default in self.ECHOED.items()}
+        return {"id": self.id, "object": "response", "created_at": self.created, "model": self.model, "output": self.output,
+                "status": "incomplete" if reason else "completed" if finish else "in_progress", "error": None,
+                "incomplete_details": {"reason": reason} if reason else None, **echoed, "previous_response_id": None,
+                "store": False, "truncation": "disabled", "usage": response_usage(usage) if usage else None}
+
+    @staticmethod
+    def part_of(event: Event) -> Dict[str, Any]:
+        """What an item holds."""
+        if isinstance(event, Reasoning):
+            return {"type": "summary_text", "text": event.text}
+        return {"type": "output_text", "text": getattr(event, "text", ""), "annotations": [], "logprobs": []}
+
+    @staticmethod
+    def item(event: Event, item_id: str, parts: List[Dict[str, Any]]) -> Dict[str, Any]:
+        """An item of the output: one that is opened has no parts."""
+        status = "completed" if parts else "in_progress"
+        if isinstance(event, ToolCall):
+            return {"id": item_id, "type": "function_call", "status": status, "call_id": event.id, "name": event.name,
+                    "arguments": event.arguments or "{}" if parts else ""}
+        if isinstance(event, Reasoning):
+            return {"id": item_id, "type": "reasoning", "status": status, "summary": parts}
+        return {"id": item_id, "type": "message", "status": status, "role": "assistant", "content": parts}
+
+
+def response_usage(usage: Dict[str, Any]) -> Dict[str, Any]:
+    """OpenAI's usage of a chat in the words of a response."""
+    def detail(where: str, name: str) -> int:
+        value = as_dict(usage.get(where)).get(name)
+        return value if type(value) is int else 0
+
+    return {"input_tokens": usage["prompt_tokens"], "output_tokens": usage["completion_tokens"], "total_tokens": usage["total_tokens"],
+            "input_tokens_details": {"cached_tokens": detail("prompt_tokens_details", "cached_tokens"), "cache_write_tokens": 0},
+            "output_tokens_details": {"reasoning_tokens": detail("completion_tokens_details", "reasoning_tokens")}}
+
+
+def not_stored(what: str, place: str) -> APIError:
+    """What refers to an earlier response can't be honoured."""
+    return bad_request(f"{what!r} can't be used: nothing is stored here. Send the whole conversation as 'input' "
+                       "(with \"store\": false many clients do).", place)
 
 
 class Relay(Dialect):
@@ -4248,6 +4450,8 @@ ROUTES: Dict[str, Dict[str, Any]] = {
     "/v1/images/generations": {"POST": Images},
     "/v1/messages": {"POST": Messages},
     "/v1/messages/count_tokens": {"POST": CountTokens},
+    "/v1/responses": {"POST": Responses},
+    "/v1/responses/{}": {"GET": "get_response", "DELETE": "get_response"},
     "/v1/models": {"GET": "get_models"},
     "/v1/models/{}": {"GET": "get_model"},
     "/images/{}": {"GET": "get_image"},
@@ -4574,7 +4778,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                             Messages if "anthropic-version" in self.headers else Dialect)  # also of what is refused
         if self.path != "/health":
             self.authorize()
-        if not methods and self.command == "POST" and Relay.PATH.fullmatch(self.path):
+        if (not methods or self.rest and "POST" not in methods) and self.command == "POST" and Relay.PATH.fullmatch(self.path):
             methods = {"POST": Relay}
         if not methods:
             raise APIError(404, f"There is no {self.path[:200]!r} here.", code="not_found")
@@ -4714,6 +4918,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if model["id"] == name:
                 return self.send_json(200, self.dialect.listed({**model, "id": self.rest}))
         raise APIError(404, f"The model {self.rest[:200]!r} does not exist.", param="model", code="model_not_found")
+
+    def get_response(self) -> None:
+        raise APIError(404, "Responses are not stored here, so there are none to be had later.", code="not_found")
 
     def get_image(self) -> None:
         """Relay a picture, so that browsers may show it: the upstream forbids pages of other origins."""

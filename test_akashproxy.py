@@ -3024,6 +3024,187 @@ def test_anthropics_own_format_is_relayed_to_who_speaks_it(pool):
     assert not a.bodies()
 
 
+WANTED = {"model": "both", "input": "hi"}
+CALLED = {"type": "function_call", "call_id": "c1", "name": "f", "arguments": '{"a":[1]}', "id": "fc_1", "status": "completed"}
+RESPONSES = {
+    # name: (fields of a body, what a chat says beside its usual, what is ignored)
+    "instructions, and developers": ({"instructions": "a", "input": [{"role": "developer", "content": "b"}, {"type": "message", "role": "user", "content": "hi"}]},
+                                     {"messages": [system("a\n\nb"), user("hi")]}, None),
+    "parts": ({"input": [user([{"type": "input_text", "text": "a"}, {"type": "input_image", "image_url": "https://x/y.png", "detail": "auto"}]),
+                         {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "b", "annotations": []}, {"type": "refusal", "refusal": "c"}]}]},
+              {"messages": [user([{"type": "text", "text": "a"}, picture("https://x/y.png")]), {"role": "assistant", "content": "b\n\nc"}]}, None),
+    "calls and their outputs": (
+        {"input": [user("go"), {"type": "reasoning", "id": "rs", "summary": []}, {"role": "assistant", "content": "ok"}, CALLED, {**CALLED, "call_id": "c2", "arguments": ""},
+                   {"type": "function_call_output", "call_id": "c1", "output": [{"type": "input_text", "text": "1"}, {"type": "input_image", "image_url": "data:x"}]},
+                   {"type": "function_call_output", "call_id": "c2", "output": "2"}, {"type": "web_search_call", "id": "ws"}]},
+        {"messages": [user("go"), {**called(("c1", "f", '{"a":[1]}'), ("c2", "f", "{}")), "content": "ok"}, {"role": "tool", "tool_call_id": "c1", "content": "1"},
+                      {"role": "tool", "tool_call_id": "c2", "content": "2"}, user([picture("data:x")])]}, "web_search_call"),
+    "a call at once": ({"input": [CALLED]}, {"messages": [called(("c1", "f", '{"a":[1]}'))]}, None),
+    "tools": ({"tools": [{"type": "function", "name": "f", "description": "d", "parameters": {"type": "object"}, "strict": False}, {"type": "namespace", "name": "n"},
+                         {"type": "web_search"}, {"type": "custom", "name": "c"}], "tool_choice": "auto", "parallel_tool_calls": True},
+              {"tools": [{"type": "function", "function": {"name": "f", "description": "d", "strict": False, "parameters": {"type": "object"}}}],
+               "tool_choice": "auto", "parallel_tool_calls": True}, "namespace, web_search, custom"),
+    "one tool": ({"tools": [{"type": "function", "name": "f"}], "tool_choice": {"type": "function", "name": "f"}},
+                 {"tools": [tool()], "tool_choice": {"type": "function", "function": {"name": "f"}}}, None),
+    "some tools": ({"tools": [{"type": "function", "name": "f"}], "tool_choice": {"type": "allowed_tools", "mode": "required", "tools": []}},
+                   {"tools": [tool()], "tool_choice": "required"}, "tool_choice.tools"),
+    "no tool that is left": ({"tools": [{"type": "web_search"}], "tool_choice": {"type": "web_search"}, "parallel_tool_calls": False}, {}, "web_search"),
+    "a form": ({"text": {"format": {"type": "json_schema", "name": "n", "schema": {"type": "object"}, "strict": True}, "verbosity": "low"}},
+               {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "object"}, "strict": True}}}, "text.verbosity"),
+    "JSON, no matter which": ({"text": {"format": {"type": "json_object"}}}, {"response_format": {"type": "json_object"}}, None),
+    "other fields": ({"max_output_tokens": 9, "temperature": 0, "top_p": 0.5, "user": "u", "reasoning": {"effort": "low", "summary": "auto"}, "store": True,
+                      "metadata": {"a": "b"}, "include": [], "text": {"format": {"type": "text"}}},
+                     {"max_tokens": 9, "temperature": 0, "top_p": 0.5, "user": "u", "reasoning_effort": "low"}, "include, store"),
+}
+
+
+@table(RESPONSES)
+def test_responses_become_a_chat(case, pool):
+    fields, chat_fields, ignored = case
+    fake = FakeOpenAI()
+    got = ask(pool(fake), "POST", "/v1/responses", {**WANTED, **fields})
+    assert got.status == 200, got.body
+    assert fake.bodies()[0] == {"model": "both", "stream": False, "messages": [user("hi")], **chat_fields}
+    assert got.headers.get("x-akashproxy-ignored") == ignored
+    assert got.json["output"][0]["content"][0]["text"] == "Hi there." and got.json["store"] is False
+    assert all(got.json[name] == fields[name] for name in ("tools", "metadata", "temperature") if name in fields)
+
+
+RESPONSES_REFUSED = {
+    # name: (fields of a body, words)
+    "an earlier response": ({"previous_response_id": "resp_1"}, "'previous_response_id' can't be used: nothing is stored here"),
+    "a conversation": ({"conversation": "c"}, "'conversation' can't be used"),
+    "in the background": ({"background": True}, "'background' can't be used"),
+    "a reference": ({"input": [{"type": "item_reference", "id": "msg_1"}]}, '"store": false'),
+    "a file": ({"input": [user([{"type": "input_file", "file_id": "f"}])]}, "input[0].content[0]: what is 'input_file'"),
+    "a role": ({"input": [{"role": "tool", "content": "x"}]}, "input[0]: there is no role 'tool'"),
+    "items that are none": ({"input": [7]}, "input[0]: there is no role 'None'"),
+    "no input": ({"input": None}, "'input' is missing"),
+    "tools that are no list": ({"tools": "x"}, "'tools' must be a list"),
+}
+
+
+@table(RESPONSES_REFUSED)
+def test_what_a_response_can_not_be_is_named(case, pool):
+    fields, words = case
+    a, b = FakeOpenAI(), FakeOpenAI()
+    got = ask(pool(a), "POST", "/v1/responses", {**WANTED, **fields})
+    assert got.status == 400 and words in got.json["error"]["message"] and not a.bodies()
+    b.faults.append(b.garbage(reply(body=b'{"id":"resp_2"}')))
+    server = pool(FakeOpenAI(), (b, {"paths": ["/v1/responses*"]}))
+    assert ask(server, "POST", "/v1/responses", {**WANTED, **fields}).json == {"id": "resp_2"} and b.bodies() == [{**WANTED, **fields}]
+
+
+def test_the_events_of_a_response(pool):
+    fake = FakeOpenAI()
+    fake.faults.append(answered({"reasoning_content": "hm"}, {"content": "Hi"}, {"content": " you"}, *(
+        {"tool_calls": calls} for calls in fragments([{"index": 0, "function": {"arguments": '{"a":1}'}}])), finish="tool_calls",
+        usage={"prompt_tokens": 11, "completion_tokens": 7, "prompt_tokens_details": {"cached_tokens": 4}}))
+    server = pool(fake)
+    body = ask(server, "POST", "/v1/responses", {**WANTED, "stream": True}).body
+    events = named_events(body)
+    assert [event.pop("sequence_number") for event in events] == list(range(len(events)))
+    kinds = [event["type"].replace("response.", "") for event in events]
+    assert kinds == ["created", "in_progress", "output_item.added", "reasoning_summary_part.added", "reasoning_summary_text.delta", "reasoning_summary_text.done",
+                     "reasoning_summary_part.done", "output_item.done", "output_item.added", "content_part.added", "output_text.delta", "output_text.delta",
+                     "output_text.done", "content_part.done", "output_item.done", "output_item.added", "function_call_arguments.delta",
+                     "function_call_arguments.done", "output_item.done", "completed"]
+    response = events[-1]["response"]
+    assert response["id"] == events[0]["response"]["id"] and response["status"] == "completed"
+    assert response["output"] == [event["item"] for event in events if event["type"] == "response.output_item.done"]
+    assert response["usage"] == {"input_tokens": 11, "output_tokens": 7, "total_tokens": 18, "input_tokens_details": {
+        "cached_tokens": 4, "cache_write_tokens": 0}, "output_tokens_details": {"reasoning_tokens": 0}}
+    message = response["output"][1]
+    assert events[8]["item"] == {**message, "status": "in_progress", "content": []} and events[8]["output_index"] == 1
+    place = {"item_id": message["id"], "output_index": 1, "content_index": 0}
+    assert events[9:14] == [
+        {"type": "response.content_part.added", **place, "part": {**message["content"][0], "text": ""}},
+        *({"type": "response.output_text.delta", **place, "delta": text, "logprobs": []} for text in ("Hi", " you")),
+        {"type": "response.output_text.done", **place, "text": "Hi you", "logprobs": []},
+        {"type": "response.content_part.done", **place, "part": {"type": "output_text", "text": "Hi you", "annotations": [], "logprobs": []}}]
+    call = response["output"][2]
+    assert call == {"id": call["id"], "type": "function_call", "status": "completed", "call_id": "call_1", "name": "f", "arguments": '{"a":1}'}
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/responses"])
+def test_blocks_never_interleave_though_calls_do(path, pool):
+    def calls(index, arguments, id=None, name=None):
+        return {"tool_calls": [{"index": index, "function": {"arguments": arguments, **({"name": name} if name else {})}, **({"id": id} if id else {})}]}
+
+    fake = FakeOpenAI()
+    fake.faults.append(answered(calls(0, "", "a", "f"), calls(0, '{"x"'), calls(1, "", "b", "g"), calls(0, ":1}"), calls(1, '{"y":'), {"content": "so"}, calls(2, "", None, "h"),
+                                calls(1, "2}"), calls(0, " "), finish="tool_calls"))
+    body = {**(ASKED if "messages" in path else WANTED), "stream": True}
+    events = named_events(ask(pool(fake), "POST", path, body).body)
+    added = [event for event in events if event["type"] in ("content_block_start", "response.output_item.added")]
+    blocks = [event.get("content_block") or event.get("item") for event in added]
+    assert [block.get("call_id", block.get("id")) for block in blocks][:2] == ["a", "b"] and [block.get("name") for block in blocks] == ["f", "g", None, "h"]
+    assert re.match("call_.", blocks[3].get("call_id", blocks[3]["id"])), "it needs one, even if the upstream gave none"
+    pieces_of = collections.defaultdict(str)
+    for event in events:
+        delta = event.get("delta")
+        if event["type"].endswith("delta") and "stop_reason" not in delta:
+            pieces_of[event.get("index", event.get("output_index"))] += delta if isinstance(delta, str) else delta.get("partial_json", delta.get("text"))
+    assert pieces_of == {0: '{"x":1} ', 1: '{"y":2}', 2: "so"}
+    opened = None
+    for event in events:
+        index = event.get("index", event.get("output_index"))
+        assert index is None or opened in (None, index)
+        opened = None if event["type"] in ("content_block_stop", "response.output_item.done") else index
+
+
+def test_a_response_that_fails_within(pool):
+    a = FakeOpenAI()
+    server = pool(a)
+    a.faults.append(a.cut(1))
+    events = named_events(ask(server, "POST", "/v1/responses", {**WANTED, "stream": True}).body)
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    assert events[-2]["type"] == "error" and events[-2]["message"] == events[-2]["error"]["message"] == events[-1]["response"]["error"]["message"]
+    assert events[-1]["type"] == "response.failed" and events[-1]["response"]["status"] == "failed"
+    own = pool((a, {"paths": ["/v1/responses"]}))
+    for told, failed in ((b'data: {"type":"response.created"}\n\n', True), (b'data: {"type":"response.completed"}\n\n', False)):
+        a.faults.append(a.garbage(a.head() + chunk(told) + b"0\r\n\r\n"))
+        body = ask(own, "POST", "/v1/responses", {**WANTED, "stream": True}).body
+        assert body.startswith(told) and (b"response.failed" in body) == failed and b"event: response.created" not in body
+
+
+def test_responses_are_not_stored(pool):
+    a = FakeOpenAI()
+    server = pool(a)
+    for method in ("GET", "DELETE"):
+        got = ask(server, method, "/v1/responses/resp_1")
+        assert got.status == 404 and "not stored" in got.json["error"]["message"]
+    assert ask(server, "POST", "/v1/responses/compact", {"model": "both"}).status == 404 and a.requests[-1].path == "/v1/responses/compact"
+    asked = len(a.requests)
+    assert ask(server, "POST", "/v1/responses/../x", {"model": "both"}).status == 405 and len(a.requests) == asked
+
+
+ODD = [None, True, 0, -1.5, "", "x", [], {}, [None], ["x"], [7], [[]], [{}], {"type": 7}, {"type": "function"}, {"type": ["x"]}, [{"type": "text", "text": 7}],
+       [{"type": "image", "source": 7}], [{"type": "image_url", "image_url": 7}], [{"type": "tool_result", "content": {}}], [{"type": "tool_use"}],
+       [{"role": "user", "content": {}}], [{"role": "assistant", "content": [{"type": "hologram"}], "tool_calls": 7}], [{"role": "user", "content": [{"type": {}}]}],
+       [{"role": "tool", "content": 7}], [{"type": "function_call"}], [{"type": "function_call_output"}], [{"role": ["user"], "content": "x"}]]
+
+
+def test_odd_values_are_answered_or_named_never_a_bug():
+    seen = collections.Counter()
+    controllers = [akashproxy.CONTROLLERS[kind](akashproxy.ControllerSettings(type=kind, speed=0.0), Settings()) for kind in ("akash", "echo")]
+    for dialect, body in ((akashproxy.ChatCompletions, CHAT), (akashproxy.Messages, ASKED), (akashproxy.Responses, WANTED)):
+        names = [*body, "system", "instructions", "tools", "tool_choice", "thinking", "reasoning", "text", "metadata", "output_config", "stop", "stop_sequences", "max_tokens", "temperature"]
+        nested = [("messages", [{"role": role, "content": odd}]) for role in ("user", "assistant", "system") for odd in ODD]
+        for name, odd in [(name, odd) for name in names for odd in ODD] + nested:
+            for controller in controllers:
+                try:
+                    spoken = dialect({**body, name: odd})
+                    error = controller.able(spoken.call)
+                    if error is None and controller is controllers[1]:
+                        spoken.begin() + spoken.feed(list(controller.events(spoken.call))) + akashproxy.to_json(spoken.whole(fold([Text("x"), Finish("stop")])))
+                except APIError as refused:
+                    error = refused
+                seen[error and error.status] += 1
+                assert error is None or error.status in (400, 404) and error.message, (name, odd)
+    assert seen[None] > 500 and seen[400] > 500
+
+
 # == proxies and TLS ==========================================================================
 
 
