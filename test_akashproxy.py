@@ -3205,6 +3205,117 @@ def test_odd_values_are_answered_or_named_never_a_bug():
     assert seen[None] > 500 and seen[400] > 500
 
 
+# == the matrix: every controller, every dialect ==============================================
+
+
+def read_chat(told):
+    """The events of a chat's body, or of its chunks; what is no event is the words of an error."""
+    for event in told if isinstance(told, list) else [told]:
+        if "error" in event:
+            yield event["error"]["message"]
+        for choice in event.get("choices", []):
+            said = choice.get("message") or choice.get("delta") or {"content": choice.get("text")}
+            yield from [R(said["reasoning_content"])] if said.get("reasoning_content") else []
+            yield from [T(said["content"])] if said.get("content") else []
+            for at, call in enumerate(said.get("tool_calls", [])):
+                yield ToolCall(call.get("index", at), call["function"]["arguments"], call.get("id"), call["function"].get("name"))
+            yield from [Finish(choice["finish_reason"])] if choice["finish_reason"] else []
+
+
+def read_messages(told):
+    blocks, stops = [], {"end_turn": "stop", "max_tokens": "length", "tool_use": "tool_calls"}
+    for event in told if isinstance(told, list) else []:
+        if event["type"] == "error":
+            yield event["error"]["message"]
+        elif event["type"] == "content_block_start":
+            assert event["index"] == len(blocks)
+            blocks.append(event["content_block"])
+        elif event["type"] == "content_block_delta":
+            name, piece = list(event["delta"].items())[1]
+            blocks[event["index"]][name] = blocks[event["index"]].get(name, "") + piece
+        elif event["type"] == "message_delta":
+            told = {**event["delta"], "content": blocks}
+    for at, block in enumerate(blocks if isinstance(told, list) else told["content"]):
+        if block["type"] == "tool_use":
+            yield ToolCall(at, block.get("partial_json") or json.dumps(block["input"], separators=(",", ":")), block["id"], block["name"])
+        else:
+            yield T(block["text"]) if block["type"] == "text" else R(block["thinking"])
+    yield from [] if isinstance(told, list) else [Finish(stops[told["stop_reason"]])]
+
+
+def read_responses(told):
+    items = [event["item"] for event in told if event["type"] == "response.output_item.done"] if isinstance(told, list) else told["output"]
+    for at, item in enumerate(items):
+        if item["type"] == "function_call":
+            yield ToolCall(at, item["arguments"], item["call_id"], item["name"])
+        else:
+            yield T(item["content"][0]["text"]) if item["type"] == "message" else R(item["summary"][0]["text"])
+    if isinstance(told, list) and told[-1]["type"] == "response.failed":
+        yield from (T(event["delta"]) for event in told if event["type"] == "response.output_text.delta")
+        yield told[-1]["response"]["error"]["message"]
+    else:
+        response = told[-1]["response"] if isinstance(told, list) else told
+        assert response["output"] == items
+        reason = (response["incomplete_details"] or {"reason": "tool_calls" if items[-1]["type"] == "function_call" else "stop"})["reason"]
+        yield Finish(reason.replace("max_output_tokens", "length"))
+
+
+DIALECTS = {
+    # name: (path, body, its reader, how a stream is taken apart, what it has no place for)
+    "chat": ("/v1/chat/completions", {"messages": [user("hi")]}, read_chat, sse, ()),
+    "completions": ("/v1/completions", {"prompt": "hi"}, read_chat, sse, (Reasoning, ToolCall)),
+    "messages": ("/v1/messages", {**ASKED, "thinking": {"type": "adaptive"}}, read_messages, named_events, ()),
+    "responses": ("/v1/responses", {"input": "hi"}, read_responses, named_events, ()),
+}
+ONE = FakeOpenAI.event({"content": "one "})
+MATRIX = {
+    # name: (what Akash does, what an OpenAI does, the events, words of the error)
+    "text": (lambda fake: fake.cut(HELLO, True), lambda fake: answered({"content": "Hello"}, {"content": " from the mock."}),
+             [T("Hello from the mock."), Finish("stop")], None),
+    "reasoning": (lambda fake: fake.cut(b'g:"h"\ng:"m"\n0:"42"\n' + STOP, True), lambda fake: answered({"reasoning_content": "hm"}, {"content": "42"}),
+                  [R("hm"), T("42"), Finish("stop")], None),
+    "calls of tools": (lambda fake: fake.cut(b'9:{"toolCallId":"call_1","toolName":"f","args":{"a":1}}\n9:{"toolCallId":"c2","toolName":"g","args":{}}\n'
+                                             + END.replace(b"%b", b"tool-calls"), True),
+                       lambda fake: answered(*({"tool_calls": calls} for calls in (
+                           *fragments([{"index": 0, "function": {"arguments": '{"a":1'}}]), [{"index": 1, "id": "c2", "function": {"name": "g", "arguments": "{}"}}],
+                           [{"index": 0, "function": {"arguments": "}"}}])), finish="tool_calls"),
+                       [ToolCall(0, '{"a":1}', "call_1", "f"), ToolCall(1, "{}", "c2", "g"), Finish("tool_calls")], None),
+    "a picture": (lambda fake: fake.cut(PICTURE_LINE, True), None, [T("![A red fox in the snow](SITE/images/job_51083a4c_00001_.png)"), Finish("stop")], None),
+    "length": (lambda fake: fake.cut(b'0:"one "\n' + END.replace(b"%b", b"length"), True), lambda fake: answered({"content": "one "}, finish="length"),
+               [T("one "), Finish("length")], None),
+    "an error before": (lambda fake: fake.raw(reply(500), True), lambda fake: fake.status(500), [], "without a reason|told"),
+    "an error within": (lambda fake: fake.cut(b'0:"one "\n3:"boom"\n', True), lambda fake: fake.garbage(fake.head() + chunk(ONE) + chunk(ERROR_EVENT)),
+                        [T("one ")], "boom"),
+    "cut": (lambda fake: fake.cut(b'0:"one "\n'), lambda fake: fake.garbage(fake.head() + chunk(ONE)), [T("one ")], "broke off"),
+    "echoed": (None, None, [T("hi"), Finish("stop")], None),
+}
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("kind, name", [(kind, name) for name, row in MATRIX.items() for kind, has in zip(("akash", "openai", "echo"), (*row[:2], name == "echoed")) if has])
+def test_the_matrix(kind, name, dialect, streamed, pool):
+    path, body, reader, taken_apart, missing = DIALECTS[dialect]
+    *faults, events, words = MATRIX[name]
+    fake = FakeAkash() if kind == "akash" else FakeOpenAI()
+    server = pool((fake, {"akash": {}, "openai": {"paths": ["/none"]}, "echo": {"type": "echo", "speed": 0.0}}[kind]))
+    if kind != "echo":
+        fake.faults.append(faults[kind == "openai"](fake))
+    got = ask(server, "POST", path, {**body, "model": "AkashGen" if name == "a picture" else "both", "stream": streamed})
+    if words and (not streamed or not events):
+        assert got.status == 502 and re.search(words, got.json["error"]["message"])
+        return
+    assert got.status == 200, got.body
+    told = list(reader(taken_apart(got.body) if streamed else got.json))
+    error = next((event for event in told if isinstance(event, str)), None)
+    assert error is None if words is None else re.search(words, error)
+    expected = [T(event.text.replace("SITE", server.url)) if isinstance(event, Text) else event for event in events if not isinstance(event, missing)]
+    answer, wanted = fold(told), fold(expected)
+    for side in (answer, wanted):   # they may be counted otherwise, but not stand in another order
+        side.tools = [dataclasses.replace(call, index=at) for at, call in enumerate(side.tools)]
+    assert answer == wanted
+
+
 # == proxies and TLS ==========================================================================
 
 
