@@ -7,6 +7,7 @@ The bytes of the fakes are recordings of the real server, made small; the names 
 the names that the recordings have.
 """
 
+import asyncio
 import base64
 import collections
 import concurrent.futures
@@ -3132,20 +3133,20 @@ def test_blocks_never_interleave_though_calls_do(path, pool):
         return {"tool_calls": [{"index": index, "function": {"arguments": arguments, **({"name": name} if name else {})}, **({"id": id} if id else {})}]}
 
     fake = FakeOpenAI()
-    fake.faults.append(answered(calls(0, "", "a", "f"), calls(0, '{"x"'), calls(1, "", "b", "g"), calls(0, ":1}"), calls(1, '{"y":'), {"content": "so"}, calls(2, "", None, "h"),
-                                calls(1, "2}"), calls(0, " "), finish="tool_calls"))
+    fake.faults.append(answered(calls(0, "{}", "z", "e"), calls(1, "", "a", "f"), calls(0, " "), calls(1, '{"x"'), calls(2, "", "b", "g"), calls(1, ":1}"), calls(2, '{"y":'),
+                                {"content": "so"}, calls(3, "", None, "h"), calls(2, "2}"), calls(1, " "), finish="tool_calls"))
     body = {**(ASKED if "messages" in path else WANTED), "stream": True}
     events = named_events(ask(pool(fake), "POST", path, body).body)
     added = [event for event in events if event["type"] in ("content_block_start", "response.output_item.added")]
     blocks = [event.get("content_block") or event.get("item") for event in added]
-    assert [block.get("call_id", block.get("id")) for block in blocks][:2] == ["a", "b"] and [block.get("name") for block in blocks] == ["f", "g", None, "h"]
-    assert re.match("call_.", blocks[3].get("call_id", blocks[3]["id"])), "it needs one, even if the upstream gave none"
+    assert [block.get("call_id", block.get("id")) for block in blocks][:3] == ["z", "a", "b"] and [block.get("name") for block in blocks] == ["e", "f", "g", None, "h"]
+    assert re.match("call_.", blocks[4].get("call_id", blocks[4]["id"])), "it needs one, even if the upstream gave none"
     pieces_of = collections.defaultdict(str)
     for event in events:
         delta = event.get("delta")
         if event["type"].endswith("delta") and "stop_reason" not in delta:
             pieces_of[event.get("index", event.get("output_index"))] += delta if isinstance(delta, str) else delta.get("partial_json", delta.get("text"))
-    assert pieces_of == {0: '{"x":1} ', 1: '{"y":2}', 2: "so"}
+    assert pieces_of == {0: "{}", 1: '{"x":1} ', 2: '{"y":2}', 3: "so"}
     opened = None
     for event in events:
         index = event.get("index", event.get("output_index"))
@@ -3298,7 +3299,7 @@ def test_the_matrix(kind, name, dialect, streamed, pool):
     path, body, reader, taken_apart, missing = DIALECTS[dialect]
     *faults, events, words = MATRIX[name]
     fake = FakeAkash() if kind == "akash" else FakeOpenAI()
-    server = pool((fake, {"akash": {}, "openai": {"paths": ["/none"]}, "echo": {"type": "echo", "speed": 0.0}}[kind]))
+    server = pool((fake, {"akash": {}, "openai": {"paths": ["/none"]}, "echo": {"type": "echo", "speed": 0.0}}[kind]), image_poll=0.01)
     if kind != "echo":
         fake.faults.append(faults[kind == "openai"](fake))
     got = ask(server, "POST", path, {**body, "model": "AkashGen" if name == "a picture" else "both", "stream": streamed})
@@ -4419,6 +4420,136 @@ def test_openai_errors(openai_client, akash):
     akash.faults.append(akash.cut(b'0:"one "\n'))
     with pytest.raises(openai.APIError, match="broke off"):
         list(openai_client.chat.completions.create(**CHAT, stream=True))
+
+
+CALL = [*({"tool_calls": calls} for calls in fragments([{"index": 0, "function": {"arguments": '{"city":"Oslo"}'}}])),
+        {"tool_calls": [{"index": 1, "id": "call_2", "type": "function", "function": {"name": "g", "arguments": ""}}]}]
+
+
+def test_openai_async_and_retries(pool):
+    openai = pytest.importorskip("openai")
+    a = FakeOpenAI()
+    server = pool((a, {"paths": ["/none"]}))
+
+    async def talk():
+        async with openai.AsyncOpenAI(base_url=server.url + "/v1", api_key="none", max_retries=1) as client:
+            a.faults.append(a.status(500))      # the client asks once more
+            chunks = [chunk async for chunk in await client.chat.completions.create(**BOTH, stream=True)]
+            async with client.responses.stream(model="both", input="hi") as events:
+                await events.until_done()
+                return chunks, await events.get_final_response()
+
+    chunks, response = asyncio.run(talk())
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == response.output_text == "Hi there." and len(a.bodies()) == 3
+
+
+def test_openai_tools_and_forms(pool):
+    openai = pytest.importorskip("openai")
+    import pydantic
+    a = FakeOpenAI(text='{"city": "Oslo"}')
+    server = pool((a, {"paths": ["/none"]}))
+    with openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) as client:
+        form = pydantic.create_model("Place", city=(str, ...))
+        assert client.responses.parse(model="both", input="hi", text_format=form).output_parsed.city == "Oslo"
+        assert client.chat.completions.parse(**BOTH, response_format=form).choices[0].message.parsed.city == "Oslo"
+        schemas = [body["response_format"]["json_schema"] for body in a.bodies()]
+        assert schemas[0]["schema"] == schemas[1]["schema"] and schemas[0]["name"] == "Place" and schemas[0]["strict"] is True
+        a.faults.extend([answered({"reasoning_content": "hm"}, {"content": "wait"}, *CALL, finish="tool_calls")] * 3)
+        tools = [{"type": "function", "name": "f", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}]
+        with client.responses.stream(model="both", input=[user("hi")], tools=tools) as events:
+            kinds = [event.type for event in events]
+            response = events.get_final_response()
+        assert "response.function_call_arguments.delta" in kinds and "response.reasoning_summary_text.delta" in kinds
+        whole = client.responses.create(model="both", input=[user("hi")], tools=tools)
+        for told in (response, whole):
+            assert [item.type for item in told.output] == ["reasoning", "message", "function_call", "function_call"]
+            assert [(item.call_id, item.name, item.arguments) for item in told.output[2:]] == [("call_1", "f", '{"city":"Oslo"}'), ("call_2", "g", "{}")]
+        with client.chat.completions.stream(**BOTH, tools=[tool()]) as events:
+            assert events.get_final_completion().choices[0].message.tool_calls[0].function.arguments == '{"city":"Oslo"}'
+        client.responses.create(model="both", tools=tools, input=[user("hi"), *whole.output, *(
+            {"type": "function_call_output", "call_id": item.call_id, "output": "rain"} for item in whole.output[2:])])
+        assert a.bodies()[-1]["messages"] == [user("hi"), {**called(("call_1", "f", '{"city":"Oslo"}'), ("call_2", "g", "{}")), "content": "wait"}, *(
+            {"role": "tool", "tool_call_id": id, "content": "rain"} for id in ("call_1", "call_2"))]
+
+
+def test_openai_responses_that_fail(pool):
+    openai = pytest.importorskip("openai")
+    a = FakeOpenAI()
+    with openai.OpenAI(base_url=pool(a).url + "/v1", api_key="none", max_retries=0) as client:
+        with pytest.raises(openai.BadRequestError, match="nothing is stored"):
+            client.responses.create(model="both", input="hi", previous_response_id="resp_1")
+        with pytest.raises(openai.NotFoundError, match="not stored"):
+            client.responses.retrieve("resp_1")
+        a.faults.append(a.cut(1))
+        with pytest.raises(openai.APIError, match="broke off"):
+            list(client.responses.create(model="both", input="hi", stream=True))
+        a.faults.append(answered({"content": "Hi"}, finish="length"))
+        assert client.responses.create(model="both", input="hi").incomplete_details.reason == "max_output_tokens"
+
+
+@pytest.fixture
+def claude(pool):
+    """(the official client, the upstream behind the server that it speaks to)"""
+    anthropic = pytest.importorskip("anthropic")
+    fake = FakeOpenAI()
+    server = pool(fake, model_aliases={"claude-*": "both"}, bearer_token=("token",))
+    with anthropic.Anthropic(base_url=server.url, api_key="token", max_retries=0) as client:
+        yield client, fake
+
+
+CLAUDE = {**ASKED, "model": "claude-some-9"}
+
+
+def test_anthropic_messages(claude):
+    client, fake = claude
+    message = client.messages.create(**CLAUDE, system="brief", stop_sequences=["x"], metadata={"user_id": "u"})
+    assert (message.content[0].text, message.stop_reason, message.model, message.role) == ("Hi there.", "end_turn", "claude-some-9", "assistant")
+    assert fake.bodies()[0]["model"] == "both" and message.usage.input_tokens > 0
+    with client.messages.stream(**CLAUDE) as stream:
+        assert "".join(stream.text_stream) == "Hi there." and stream.get_final_message().usage.output_tokens == 3
+    assert client.messages.count_tokens(model="claude-some-9", messages=[user([{"type": "text", "text": "hi"}])]).input_tokens > 0
+    assert [model.id for model in client.models.list()] == ["gpt-x", "both"] and client.models.retrieve("claude-some-9").type == "model"
+
+
+def test_anthropic_tools(claude):
+    client, fake = claude
+    tools = [{"name": "f", "description": "d", "input_schema": {"type": "object", "properties": {"city": {"type": "string"}}}}, {"name": "g", "input_schema": {"type": "object"}}]
+    fake.faults.extend([answered({"reasoning_content": "hm"}, {"content": "wait"}, *CALL, finish="tool_calls")] * 2)
+    asked = {**CLAUDE, "max_tokens": 4096, "tools": tools, "tool_choice": {"type": "any"}, "thinking": {"type": "enabled", "budget_tokens": 1024}}
+    with client.messages.stream(**asked) as stream:
+        assert [event.partial_json for event in stream if event.type == "input_json"] == ['{"city":"Oslo"}']
+        streamed = stream.get_final_message()
+    for message in (streamed, client.messages.create(**asked)):
+        assert message.stop_reason == "tool_use" and [block.type for block in message.content] == ["thinking", "text", "tool_use", "tool_use"]
+        assert [(block.id, block.name, block.input) for block in message.content[2:]] == [("call_1", "f", {"city": "Oslo"}), ("call_2", "g", {})]
+    results = [{"type": "tool_result", "tool_use_id": block.id, "content": [{"type": "text", "text": "rain"}]} for block in streamed.content[2:]]
+    client.messages.create(**{**CLAUDE, "messages": [user("hi"), {"role": "assistant", "content": streamed.content}, user(results)]})
+    assert [message["role"] for message in fake.bodies()[-1]["messages"]] == ["user", "assistant", "tool", "tool"]
+    assert fake.bodies()[-1]["messages"][1] == {**called(("call_1", "f", '{"city":"Oslo"}'), ("call_2", "g", "{}")), "content": "wait"}
+
+
+def test_anthropic_errors(claude):
+    import anthropic
+    client, fake = claude
+    for status, error in ((400, anthropic.BadRequestError), (500, anthropic.InternalServerError)):
+        fake.faults.append(fake.status(status))
+        with pytest.raises(error, match="told") as caught:
+            client.messages.create(**CLAUDE)
+        assert caught.value.body["type"] == "error"
+    with pytest.raises(anthropic.AuthenticationError):
+        client.with_options(api_key="wrong").messages.create(**CLAUDE)
+    fake.faults.append(fake.cut(1))
+    with pytest.raises(anthropic.APIStatusError, match="broke off"), client.messages.stream(**CLAUDE) as stream:
+        stream.get_final_message()
+
+    async def talk():
+        async with anthropic.AsyncAnthropic(base_url=client.base_url, auth_token="token", max_retries=0) as other:
+            return await other.beta.messages.create(**CLAUDE)
+
+    assert asyncio.run(talk()).content[0].text == "Hi there."
+    fake.faults.append(fake.status(429))
+    with pytest.raises(anthropic.RateLimitError, match="told"):
+        client.messages.create(**CLAUDE)
 
 
 if __name__ == "__main__":
