@@ -3812,14 +3812,12 @@ class Messages(Blocks):
         for at, message in enumerate(required(body, "messages", list, "a list of messages")):
             self.turn(messages, as_dict(message), f"messages[{at}]")
         chat = {"messages": messages, "user": as_dict(body.get("metadata")).get("user_id")}
-        if type(thinking.get("budget_tokens")) is int:
-            chat["reasoning_effort"] = next(name for name, least in (("high", 16384), ("medium", 4096), ("low", -math.inf))
-                                            if thinking["budget_tokens"] >= least)
         form = as_dict(config.get("format") or body.get("output_format"))
         if form.get("type") == "json_schema":
             chat["response_format"] = {"type": "json_schema", "json_schema": {
                 "name": "answer", "schema": form.get("schema"), "strict": True}}
         self.skipped += [f"output_config.{name}" for name in config if name != "format"]
+        self.skipped += ["thinking.budget_tokens"] * ("budget_tokens" in thinking)  # as an effort it would be refused by many
         chat["tools"] = self.functions(body.get("tools"))
         if chat["tools"]:
             choice = as_dict(body.get("tool_choice"))
@@ -4042,7 +4040,7 @@ class Responses(Blocks):
                     messages.append({"role": "assistant", "content": None})
                 messages[-1].setdefault("tool_calls", []).append(tool_call(ToolCall(
                     0, str(item.get("arguments") or "{}"), item.get("call_id"), str(item.get("name")))))
-            elif kind == "item_reference":
+            elif kind == "item_reference" and not str(item.get("id")).startswith("rs_"):   # as WIRE names reasoning
                 raise not_stored("An item_reference", place)
             elif kind != "reasoning":
                 self.skipped.append(str(kind))

@@ -20,6 +20,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import socket
 import struct
@@ -2817,7 +2818,7 @@ MESSAGES = {
     "one tool": ({"tools": [{"name": "f"}], "tool_choice": {"type": "tool", "name": "f"}},
                  {"tools": [tool()], "tool_choice": {"type": "function", "function": {"name": "f"}}}, None),
     "no tool that is left": ({"tools": [{"type": "bash_20250124", "name": "bash"}], "tool_choice": {"type": "auto"}}, {}, "bash_20250124"),
-    "how to think": ({"thinking": {"type": "enabled", "budget_tokens": 5000}}, {"reasoning_effort": "medium"}, None),
+    "how to think": ({"thinking": {"type": "enabled", "budget_tokens": 5000}}, {}, "thinking.budget_tokens"),
     "a form": ({"output_config": {"effort": "high", "format": {"type": "json_schema", "schema": {"type": "object"}}}},
                {"response_format": {"type": "json_schema", "json_schema": {"name": "answer", "schema": {"type": "object"}, "strict": True}}}, "output_config.effort"),
     "other fields": ({"temperature": 0, "top_p": 0.5, "top_k": 5, "stop_sequences": ["x"], "metadata": {"user_id": "u"}, "service_tier": "auto",
@@ -3035,11 +3036,11 @@ RESPONSES = {
                          {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "b", "annotations": []}, {"type": "refusal", "refusal": "c"}]}]},
               {"messages": [user([{"type": "text", "text": "a"}, picture("https://x/y.png")]), {"role": "assistant", "content": "b\n\nc"}]}, None),
     "calls and their outputs": (
-        {"input": [user("go"), {"type": "reasoning", "id": "rs", "summary": []}, {"role": "assistant", "content": "ok"}, CALLED, {**CALLED, "call_id": "c2", "arguments": ""},
+        {"input": [user("go"), {"type": "reasoning", "id": "rs_1", "summary": []}, {"type": "item_reference", "id": "rs_1"}, {"role": "assistant", "content": "ok"}, CALLED, {**CALLED, "call_id": "c2", "arguments": ""},
                    {"type": "function_call_output", "call_id": "c1", "output": [{"type": "input_text", "text": "1"}, {"type": "input_image", "image_url": "data:x"}]},
                    {"type": "function_call_output", "call_id": "c2", "output": "2"}, {"type": "web_search_call", "id": "ws"}]},
         {"messages": [user("go"), {**called(("c1", "f", '{"a":[1]}'), ("c2", "f", "{}")), "content": "ok"}, {"role": "tool", "tool_call_id": "c1", "content": "1"},
-                      {"role": "tool", "tool_call_id": "c2", "content": "2"}, user([picture("data:x")])]}, "web_search_call"),
+                      {"role": "tool", "tool_call_id": "c2", "content": "2"}, user([picture("data:x")])]}, "item_reference, web_search_call"),
     "a call at once": ({"input": [CALLED]}, {"messages": [called(("c1", "f", '{"a":[1]}'))]}, None),
     "tools": ({"tools": [{"type": "function", "name": "f", "description": "d", "parameters": {"type": "object"}, "strict": False}, {"type": "namespace", "name": "n"},
                          {"type": "web_search"}, {"type": "custom", "name": "c"}], "tool_choice": "auto", "parallel_tool_calls": True},
@@ -4330,15 +4331,30 @@ def test_the_readmes_curl_lines_work(block, demo):
     assert done.returncode == 0 and done.stdout and '"error"' not in done.stdout, done
 
 
-@pytest.mark.parametrize("block", [block for block in blocks("python") if "openai" in block])
+def official(block):
+    return re.match("import (openai|anthropic)$", block, re.M)
+
+
+@pytest.mark.parametrize("block", filter(official, blocks("python")))
 def test_the_readmes_sdk_lines_work(block, demo):
-    pytest.importorskip("openai")
+    pytest.importorskip(official(block)[1])
     done = subprocess.run([sys.executable, "-c", block.replace("127.0.0.1:16571", f"127.0.0.1:{demo}")], cwd=HERE,
                           capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and done.stdout, done
 
 
-@pytest.mark.parametrize("block", [block for block in blocks("python") if "openai" not in block])
+@pytest.mark.parametrize("block", [block for block in blocks("sh") if re.search("^(.*claude|codex) ", block)])
+def test_the_readmes_lines_for_agents_work(block, pool, tmp_path):
+    program = re.search(r"\b(claude|codex)\b", block)[1]
+    if not shutil.which(program):
+        pytest.skip(f"{program} is not installed")
+    server = pool(FakeOpenAI(["llama3.2"]), model_aliases={"claude-*": "llama3.2"}, idle_timeout=20, first_byte_timeout=20)
+    done = subprocess.run(["bash", "-ec", block.replace("127.0.0.1:16571", f"127.0.0.1:{server.server_port}")], cwd=tmp_path, stdin=subprocess.DEVNULL,
+                          env={"PATH": os.environ["PATH"], "HOME": str(tmp_path), "DISABLE_TELEMETRY": "1"}, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "Hi there." in done.stdout, done
+
+
+@pytest.mark.parametrize("block", [block for block in blocks("python") if not official(block)])
 def test_the_readmes_other_python_works(block, akash):
     environ = {**os.environ, "PYTHONPATH": str(HERE), "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run([sys.executable, "-c", block.replace("https://chat.akash.network", akash.url)],
