@@ -3577,8 +3577,10 @@ class Images(Dialect):
 class Blocks(Dialect):
     """What Messages and Responses share: a request as a chat, an answer as a row of blocks that never interleave.
 
-    To be overridden: chat(); begin(), open(), piece(), shut() and ending() for a stream. Fragments of
-    calls of tools may come interleaved: what comes while a call is not whole waits until the end.
+    Fragments of calls of tools may come interleaved: what comes while a call is not whole waits until the
+    end. To be given: chat(), the request in a chat's terms, without what is the SAME there (APIError 400
+    for what a chat can't say); open(event), piece(text), shut(text) and ending(finish), the frames that
+    open a block, whose event has no text yet, fill and close it, and end the stream.
     """
 
     SAME: Dict[str, str] = {}           # fields that a chat has too, and their names there
@@ -3614,17 +3616,15 @@ class Blocks(Dialect):
         call.skipped = self.skipped
         return call
 
-    def chat(self, body: Dict[str, Any]) -> Dict[str, Any]:
-        """The request in a chat's terms, without what is the SAME there; APIError 400 for what a chat can't say."""
-        raise NotImplementedError
-
     @staticmethod
     def say(messages: List[Dict[str, Any]], role: str, parts: List[Dict[str, Any]], calls: Any = ()) -> None:
         """Add a message; one of the system to the one before it, as many models take but one, at the beginning."""
-        content = parts if any(part["type"] != "text" for part in parts) else "\n\n".join(part["text"] for part in parts)
-        if messages and role == "system" and messages[-1]["role"] == role and type(content) is type(messages[-1]["content"]):
-            content = messages.pop()["content"] + ("\n\n" + content if isinstance(content, str) else content)
-        if content or calls:
+        texts = [part["text"] for part in parts if part["type"] == "text"]
+        content = "\n\n".join(texts) if len(texts) == len(parts) else parts
+        last = messages[-1] if messages else {}
+        if content and role == "system" == last.get("role") and type(content) is type(last["content"]) is str:
+            last["content"] += "\n\n" + content
+        elif content or calls:
             messages.append({"role": role, "content": content or None, **({"tool_calls": calls} if calls else {})})
 
     def result(self, messages: List[Dict[str, Any]], call: Any, content: Any, place: str) -> List[Dict[str, Any]]:
@@ -3660,7 +3660,7 @@ class Blocks(Dialect):
             return self.content(source.get("data") or source.get("content"), place, lenient)
         if lenient:
             return [{"type": "text", "text": _encode(block)}] if block is not None else []
-        raise bad_request(f"{place}: what is {str(kind or block)[:80]!r} here can't be told to a model that only chats.", place)
+        raise bad_request(f"{place}: {str(kind or block)[:80]!r} can't be told to a model that only chats.", place)
 
     def functions(self, tools: Any) -> Optional[List[Dict[str, Any]]]:
         """The tools that are functions, as a chat has them; None if there are none."""
@@ -3672,9 +3672,9 @@ class Blocks(Dialect):
                 self.skipped.append(str(tool.get("type")))
                 continue
             name = required(tool, "name", str, f"a text in tools[{at}]")
-            function = {"name": name, "description": tool.get("description"), "strict": tool.get("strict"),
-                        "parameters": tool.get(self.SCHEMA) or {"type": "object", "properties": {}}}
-            found.append({"type": "function", "function": {key: value for key, value in function.items() if value is not None}})
+            more = {key: tool[key] for key in ("description", "strict") if tool.get(key) is not None}
+            schema = tool.get(self.SCHEMA) or {"type": "object", "properties": {}}
+            found.append({"type": "function", "function": {"name": name, **more, "parameters": schema}})
         return found or None
 
     # -- the answer
@@ -3683,6 +3683,8 @@ class Blocks(Dialect):
         return b"".join(map(self.event, events))
 
     def event(self, event: Event) -> bytes:
+        if isinstance(event, Text):
+            return self.add(event)
         if isinstance(event, Progress):
             event = Reasoning(self.queued(event))
         elif isinstance(event, Image):
@@ -3705,8 +3707,7 @@ class Blocks(Dialect):
             self.block = block
             if isinstance(event, ToolCall):
                 self.calls.append(block)
-            frames += self.open(ToolCall(event.index, "", event.id or "call_" + new_id(), event.name or "")
-                                if isinstance(event, ToolCall) else type(event)(""))
+            frames += self.open(identified(event, "") if isinstance(event, ToolCall) else type(event)(""))
         text = event.arguments if isinstance(event, ToolCall) else event.text
         if not text:
             return frames
@@ -3732,7 +3733,8 @@ class Blocks(Dialect):
         """The blocks that wait, each in one piece."""
         waiting, self.waiting = self.waiting, []
         order = list(dict.fromkeys(map(self.place, waiting)))
-        return b"".join(self.add(event, False) for event in sorted(waiting, key=lambda event: order.index(self.place(event))))
+        waiting.sort(key=lambda event: order.index(self.place(event)))
+        return b"".join(self.add(event, waits=False) for event in waiting)
 
     def close(self) -> bytes:
         """The end of the open block, if there is one."""
@@ -3742,31 +3744,20 @@ class Blocks(Dialect):
         self.block, self.parts, self.blocks = None, [], self.blocks + 1
         return frames
 
-    def open(self, event: Event) -> bytes:
-        """The frames that open a block; its event has no text yet."""
-        raise NotImplementedError
-
-    def piece(self, text: str) -> bytes:
-        """The frame of a piece of the open block."""
-        raise NotImplementedError
-
-    def shut(self, text: str) -> bytes:
-        """The frames that close the open block, which holds a text."""
-        raise NotImplementedError
-
-    def ending(self, finish: Finish) -> bytes:
-        """The frames that end the stream."""
-        raise NotImplementedError
-
     def row(self, answer: Answer) -> List[Event]:
         """A whole answer as an event for each block."""
         thought, text = answer.reasoning if self.thoughts else "", self.text(answer)
         return [*([Reasoning(thought)] if thought else []), *([Text(text)] if text else []),
-                *(ToolCall(call.index, call.arguments, call.id or "call_" + new_id(), call.name or "") for call in answer.tools)]
+                *(identified(call, call.arguments) for call in answer.tools)]
 
     @staticmethod
     def status(error: APIError) -> int:
         return 404 if error.kind == "model" else error.status
+
+
+def identified(call: ToolCall, arguments: str) -> ToolCall:
+    """A call of a tool with other arguments, and with an id and a name even if the upstream gave none."""
+    return ToolCall(call.index, arguments, call.id or "call_" + new_id(), call.name or "")
 
 
 def event_frame(kind: str, fields: Dict[str, Any]) -> bytes:
@@ -3775,16 +3766,16 @@ def event_frame(kind: str, fields: Dict[str, Any]) -> bytes:
 
 
 class Messages(Blocks):
-    """POST /v1/messages, Anthropic's API. Each line is an event, its name and what its data holds beside that as type:
+    """POST /v1/messages, Anthropic's API. A line is an event, its name and what its data holds beside that as type:
 
-        message_start        {"message":{"id":"msg_1","role":"assistant","content":[],"usage":{"input_tokens":9,...},...}}
-        content_block_start  {"index":0,"content_block":{"type":"text","text":""}}     Text; also thinking and tool_use
-        content_block_delta  {"index":0,"delta":{"type":"text_delta","text":"Hi"}}     thinking_delta, input_json_delta
+        message_start        {"message":{"id":"msg_1","content":[],"usage":{"input_tokens":9,...},...}}
+        content_block_start  {"index":0,"content_block":{"type":"text","text":""}}   Text; also thinking, tool_use
+        content_block_delta  {"index":0,"delta":{"type":"text_delta","text":"Hi"}}   thinking_delta, input_json_delta
         content_block_stop   {"index":0}
-        message_delta        {"delta":{"stop_reason":"end_turn","stop_sequence":null},"usage":{...}}         Finish
+        message_delta        {"delta":{"stop_reason":"end_turn",...},"usage":{...}}  Finish
         message_stop         {}
-        error                {"error":{"type":"api_error","message":"..."}}     in place of all that was to come
-        ping                 {}                                                 anywhere
+        error                {"error":{"type":"api_error","message":"..."}}          in place of what was to come
+        ping                 {}                                                      anywhere
 
     Tokens that the upstream does not tell are estimated, as clients need them. Thoughts are shown to who asks for
     them by ``thinking``; those that come back in a history are left out.
@@ -3817,7 +3808,7 @@ class Messages(Blocks):
             chat["response_format"] = {"type": "json_schema", "json_schema": {
                 "name": "answer", "schema": form.get("schema"), "strict": True}}
         self.skipped += [f"output_config.{name}" for name in config if name != "format"]
-        self.skipped += ["thinking.budget_tokens"] * ("budget_tokens" in thinking)  # as an effort it would be refused by many
+        self.skipped += ["thinking.budget_tokens"] * ("budget_tokens" in thinking)  # many would refuse an effort
         chat["tools"] = self.functions(body.get("tools"))
         if chat["tools"]:
             choice = as_dict(body.get("tool_choice"))
@@ -3836,7 +3827,8 @@ class Messages(Blocks):
             told, where = as_dict(block), f"{place}.content[{at}]"
             kind = told.get("type")
             if kind == "tool_use":
-                calls.append(tool_call(ToolCall(0, _encode(as_dict(told.get("input"))), told.get("id"), str(told.get("name")))))
+                arguments = _encode(as_dict(told.get("input")))
+                calls.append(tool_call(ToolCall(0, arguments, told.get("id"), str(told.get("name")))))
             elif kind == "tool_result":
                 parts += self.result(messages, told.get("tool_use_id"), told.get("content"), where)
             elif role == "assistant" and kind not in ("text", None):
@@ -3874,8 +3866,8 @@ class Messages(Blocks):
         return event_frame("content_block_stop", {"index": self.blocks})
 
     def ending(self, finish: Finish) -> bytes:
-        return (event_frame("message_delta", {"delta": self.stop(finish, bool(self.calls)), "usage": self.usage(finish)})
-                + event_frame("message_stop", {}))
+        told = {"delta": self.stop(finish, bool(self.calls)), "usage": self.usage(finish)}
+        return event_frame("message_delta", told) + event_frame("message_stop", {})
 
     def fail(self, error: APIError) -> bytes:
         return self.release() + event_frame("error", self.refusal(error))
@@ -3910,8 +3902,9 @@ class Messages(Blocks):
         """The tokens that were told, those from a cache apart; else an estimate."""
         if not finish.usage:
             return {"input_tokens": self.estimate(), "output_tokens": self.said}
-        asked, told = finish.usage["prompt_tokens"], as_dict(finish.usage.get("prompt_tokens_details")).get("cached_tokens")
-        cached = told if type(told) is int and 0 < told < asked else 0
+        asked, details = finish.usage["prompt_tokens"], as_dict(finish.usage.get("prompt_tokens_details"))
+        cached = details.get("cached_tokens")
+        cached = cached if type(cached) is int and 0 < cached < asked else 0
         return {"input_tokens": asked - cached, "cache_read_input_tokens": cached,
                 "output_tokens": finish.usage["completion_tokens"]}
 
@@ -3962,18 +3955,18 @@ class CountTokens(Messages):
 
 
 class Responses(Blocks):
-    """POST /v1/responses, without a memory. Each line is an event, its name and what its data holds beside that as type:
+    """POST /v1/responses, without a memory. A line is an event, its name and what its data holds beside that as type:
 
-        response.created              {"sequence_number":0,"response":{"id":"resp_1","status":"in_progress","output":[],...}}
-        response.in_progress          the same
-        response.output_item.added    {"output_index":0,"item":{"id":"msg_1","type":"message","content":[],...}}        Text
-        response.content_part.added   {"item_id":"msg_1","output_index":0,"content_index":0,"part":{"text":"",...}}
-        response.output_text.delta    {..., "delta":"Hi"}
-        response.output_text.done     {..., "text":"Hi"}
-        response.content_part.done    {..., "part":{"text":"Hi",...}}
-        response.output_item.done     {"output_index":0,"item":{...}}
-        response.completed            {"response":{...}}    or response.incomplete                                    Finish
-        error                         {"code":"upstream_error","message":"...",...}, then response.failed
+        response.created             {"sequence_number":0,"response":{"id":"resp_1","output":[],...}}
+        response.in_progress         the same
+        response.output_item.added   {"output_index":0,"item":{"id":"msg_1","type":"message","content":[],...}}  Text
+        response.content_part.added  {"item_id":"msg_1","output_index":0,"content_index":0,"part":{"text":"",...}}
+        response.output_text.delta   {..., "delta":"Hi"}
+        response.output_text.done    {..., "text":"Hi"}
+        response.content_part.done   {..., "part":{"text":"Hi",...}}
+        response.output_item.done    {"output_index":0,"item":{...}}
+        response.completed           {"response":{...}}                   Finish; also response.incomplete
+        error                        {"code":"upstream_error","message":"...",...}, then response.failed
 
     Reasoning is an item with a summary, response.reasoning_summary_part.* and response.reasoning_summary_text.*; a
     call of a tool an item function_call, response.function_call_arguments.*. Every event has its sequence_number.
@@ -3981,14 +3974,16 @@ class Responses(Blocks):
 
     PREFIX = "resp_"
     SAME = {"max_output_tokens": "max_tokens", "temperature": "temperature", "top_p": "top_p", "user": "user"}
-    ECHOED = {"instructions": None, "max_output_tokens": None, "metadata": {}, "parallel_tool_calls": True, "reasoning": None,
-              "temperature": None, "text": {"format": {"type": "text"}}, "tool_choice": "auto", "tools": [], "top_p": None}
+    ECHOED = {"instructions": None, "max_output_tokens": None, "metadata": {}, "parallel_tool_calls": True,
+              "reasoning": None, "temperature": None, "text": {"format": {"type": "text"}}, "tool_choice": "auto",
+              "tools": [], "top_p": None}
     STATEFUL = ("previous_response_id", "conversation", "prompt", "background")
     OWN = (*ECHOED, *STATEFUL, "model", "input", "stream", "store")
     FUNCTION, SCHEMA = ("function",), "parameters"
-    WIRE: Dict[Any, Any] = {    # an item's prefix, the names of its events, their index, and what else those of its text hold
+    WIRE: Dict[Any, Any] = {    # prefix of an item's id, its events, their index, what else those of its text hold
         Text: ("msg_", "response.output_text", "response.content_part", {"content_index": 0}, {"logprobs": []}),
-        Reasoning: ("rs_", "response.reasoning_summary_text", "response.reasoning_summary_part", {"summary_index": 0}, {}),
+        Reasoning: ("rs_", "response.reasoning_summary_text", "response.reasoning_summary_part",
+                    {"summary_index": 0}, {}),
         ToolCall: ("fc_", "response.function_call_arguments", "", {}, {})}
 
     def __init__(self, body: Any, site: str = "") -> None:
@@ -4009,16 +4004,21 @@ class Responses(Blocks):
             self.say(messages, "user", self.content(body["input"], "input"))
         else:
             self.items(messages, required(body, "input", list, "a text or a list of items"))
-        form = as_dict(text.get("format"))
-        schema = {name: form[name] for name in ("name", "description", "schema", "strict") if form.get(name) is not None}
         self.skipped += [f"text.{name}" for name in text if name != "format"] + ["store"] * (body.get("store") is True)
-        tools = self.functions(body.get("tools"))
-        chat = {"messages": messages, "reasoning_effort": reasoning.get("effort"), "tools": tools,
-                "response_format": None if form.get("type") in (None, "text") else
-                {"type": form["type"], **({"json_schema": schema} if schema else {})}}
-        if tools:
-            chat["tool_choice"], chat["parallel_tool_calls"] = self.choice(body.get("tool_choice")), body.get("parallel_tool_calls")
+        chat = {"messages": messages, "reasoning_effort": reasoning.get("effort"),
+                "response_format": self.form(as_dict(text.get("format"))), "tools": self.functions(body.get("tools"))}
+        if chat["tools"]:
+            chat["tool_choice"] = self.choice(body.get("tool_choice"))
+            chat["parallel_tool_calls"] = body.get("parallel_tool_calls")
         return chat
+
+    @staticmethod
+    def form(form: Dict[str, Any]) -> Optional[Dict[str, Any]]:
+        """A chat's response_format."""
+        schema = {name: value for name, value in form.items() if name != "type" and value is not None}
+        if form.get("type") in (None, "text"):
+            return None
+        return {"type": form["type"], **({"json_schema": schema} if schema else {})}
 
     def items(self, messages: List[Dict[str, Any]], items: List[Any]) -> None:
         """The items of an input as messages of a chat; pictures that tools gave follow the last result."""
@@ -4076,10 +4076,12 @@ class Responses(Blocks):
         self.item_id = prefix + new_id()
         self.opened, self.at = event, {"item_id": self.item_id, "output_index": self.blocks, **index}
         delta = (name + ".delta").encode()
-        frames = self.frame("response.output_item.added", {"output_index": self.blocks, "item": self.item(event, self.item_id, [])})
+        frames = self.frame("response.output_item.added", {
+            "output_index": self.blocks, "item": self.item(event, self.item_id, [])})
         if part:
             frames += self.frame(part + ".added", {**self.at, "part": self.part_of(event)})
-        self.head = b'event: %b\ndata: {"type":"%b",%b,"sequence_number":' % (delta, delta, to_json({**self.at, **more})[1:-1])
+        place = to_json({**self.at, **more})[1:-1]
+        self.head = b'event: %b\ndata: {"type":"%b",%b,"sequence_number":' % (delta, delta, place)
         return frames
 
     def piece(self, text: str) -> bytes:
@@ -4106,22 +4108,25 @@ class Responses(Blocks):
     def fail(self, error: APIError) -> bytes:
         opening = self.release() if self.begun else self.begin()
         told = self.refusal(error)["error"]
-        response = {**self.response(), "status": "failed", "error": {"code": error.code or "server_error", "message": error.message}}
-        return opening + self.frame("error", {**told, "type": "error", "error": told}) + self.frame("response.failed", {"response": response})
+        failed = {"status": "failed", "error": {"code": error.code or "server_error", "message": error.message}}
+        return (opening + self.frame("error", {**told, "type": "error", "error": told})
+                + self.frame("response.failed", {"response": {**self.response(), **failed}}))
 
     def whole(self, answer: Answer) -> Dict[str, Any]:
-        self.output = [self.item(event, self.WIRE[type(event)][0] + new_id(), [self.part_of(event)]) for event in self.row(answer)]
+        self.output = [self.item(event, self.WIRE[type(event)][0] + new_id(), [self.part_of(event)])
+                       for event in self.row(answer)]
         return self.response(answer.finish)
 
     def response(self, finish: Optional[Finish] = None) -> Dict[str, Any]:
         """The response as it is by now."""
         sent, usage = self.call.sent or {}, finish and finish.usage
-        reason = {"length": "max_output_tokens", "content_filter": "content_filter"}.get(finish.reason) if finish else None
+        reason = finish and {"length": "max_output_tokens", "content_filter": "content_filter"}.get(finish.reason)
         echoed = {name: default if sent.get(name) is None else sent[name] for name, default in self.ECHOED.items()}
-        return {"id": self.id, "object": "response", "created_at": self.created, "model": self.model, "output": self.output,
-                "status": "incomplete" if reason else "completed" if finish else "in_progress", "error": None,
-                "incomplete_details": {"reason": reason} if reason else None, **echoed, "previous_response_id": None,
-                "store": False, "truncation": "disabled", "usage": response_usage(usage) if usage else None}
+        return {"id": self.id, "object": "response", "created_at": self.created, "model": self.model,
+                "output": self.output, "status": "incomplete" if reason else "completed" if finish else "in_progress",
+                "error": None, "incomplete_details": {"reason": reason} if reason else None, **echoed,
+                "previous_response_id": None, "store": False, "truncation": "disabled",
+                "usage": response_usage(usage) if usage else None}
 
     @staticmethod
     def part_of(event: Event) -> Dict[str, Any]:
@@ -4148,9 +4153,11 @@ def response_usage(usage: Dict[str, Any]) -> Dict[str, Any]:
         value = as_dict(usage.get(where)).get(name)
         return value if type(value) is int else 0
 
-    return {"input_tokens": usage["prompt_tokens"], "output_tokens": usage["completion_tokens"], "total_tokens": usage["total_tokens"],
-            "input_tokens_details": {"cached_tokens": detail("prompt_tokens_details", "cached_tokens"), "cache_write_tokens": 0},
-            "output_tokens_details": {"reasoning_tokens": detail("completion_tokens_details", "reasoning_tokens")}}
+    cached = detail("prompt_tokens_details", "cached_tokens")
+    reasoned = detail("completion_tokens_details", "reasoning_tokens")
+    return {"input_tokens": usage["prompt_tokens"], "output_tokens": usage["completion_tokens"],
+            "total_tokens": usage["total_tokens"], "output_tokens_details": {"reasoning_tokens": reasoned},
+            "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0}}
 
 
 def not_stored(what: str, place: str) -> APIError:

@@ -2840,7 +2840,7 @@ MESSAGES_REFUSED = {
     # name: (fields of a body, words)
     "a role": ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0]: there is no role 'tool'"),
     "a message that is text": ({"messages": ["x"]}, "messages[0]: there is no role"),
-    "a document as PDF": ({"messages": [user([{"type": "document", "source": {**PNG_SOURCE, "media_type": "application/pdf"}}])]}, "messages[0].content[0]: what is 'document'"),
+    "a document as PDF": ({"messages": [user([{"type": "document", "source": {**PNG_SOURCE, "media_type": "application/pdf"}}])]}, "messages[0].content[0]: 'document'"),
     "a file that is stored": ({"messages": [user([{"type": "image", "source": {"type": "file", "file_id": "f"}}])]}, "'image'"),
     "content of nothing": ({"messages": [user(None)]}, "'None'"),
     "an unknown block": ({"messages": [user([{"type": "hologram"}])]}, "'hologram'"),
@@ -3078,7 +3078,7 @@ RESPONSES_REFUSED = {
     "a conversation": ({"conversation": "c"}, "'conversation' can't be used"),
     "in the background": ({"background": True}, "'background' can't be used"),
     "a reference": ({"input": [{"type": "item_reference", "id": "msg_1"}]}, '"store": false'),
-    "a file": ({"input": [user([{"type": "input_file", "file_id": "f"}])]}, "input[0].content[0]: what is 'input_file'"),
+    "a file": ({"input": [user([{"type": "input_file", "file_id": "f"}])]}, "input[0].content[0]: 'input_file'"),
     "a role": ({"input": [{"role": "tool", "content": "x"}]}, "input[0]: there is no role 'tool'"),
     "items that are none": ({"input": [7]}, "input[0]: there is no role 'None'"),
     "no input": ({"input": None}, "'input' is missing"),
@@ -3182,7 +3182,7 @@ def test_responses_are_not_stored(pool):
 
 
 ODD = [None, True, 0, -1.5, "", "x", [], {}, [None], ["x"], [7], [[]], [{}], {"type": 7}, {"type": "function"}, {"type": ["x"]}, [{"type": "text", "text": 7}],
-       [{"type": "image", "source": 7}], [{"type": "image_url", "image_url": 7}], [{"type": "tool_result", "content": {}}], [{"type": "tool_use"}],
+       [{"type": "image", "source": 7}], [{"type": "image", "source": PNG_SOURCE}], [{"type": "image_url", "image_url": 7}], [{"type": "tool_result", "content": {}}], [{"type": "tool_use"}],
        [{"role": "user", "content": {}}], [{"role": "assistant", "content": [{"type": "hologram"}], "tool_calls": 7}], [{"role": "user", "content": [{"type": {}}]}],
        [{"role": "tool", "content": 7}], [{"type": "function_call"}], [{"type": "function_call_output"}], [{"role": ["user"], "content": "x"}]]
 
@@ -3192,7 +3192,7 @@ def test_odd_values_are_answered_or_named_never_a_bug():
     controllers = [akashproxy.CONTROLLERS[kind](akashproxy.ControllerSettings(type=kind, speed=0.0), Settings()) for kind in ("akash", "echo")]
     for dialect, body in ((akashproxy.ChatCompletions, CHAT), (akashproxy.Messages, ASKED), (akashproxy.Responses, WANTED)):
         names = [*body, "system", "instructions", "tools", "tool_choice", "thinking", "reasoning", "text", "metadata", "output_config", "stop", "stop_sequences", "max_tokens", "temperature"]
-        nested = [("messages", [{"role": role, "content": odd}]) for role in ("user", "assistant", "system") for odd in ODD]
+        nested = [("messages", [{"role": role, "content": odd}] * 2) for role in ("user", "assistant", "system") for odd in ODD]
         for name, odd in [(name, odd) for name in names for odd in ODD] + nested:
             for controller in controllers:
                 try:
