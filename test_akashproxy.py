@@ -3170,6 +3170,25 @@ def test_a_response_that_fails_within(pool):
         assert body.startswith(told) and (b"response.failed" in body) == failed and b"event: response.created" not in body
 
 
+def test_pings_and_failures_before_the_first_event():
+    message, response = akashproxy.Messages(ASKED), akashproxy.Responses(WANTED)
+    assert {form: message.ping(form) for form in ("comment", "chunk", "off")} == {
+        "comment": b'event: ping\ndata: {"type":"ping"}\n\n', "chunk": b'event: ping\ndata: {"type":"ping"}\n\n', "off": b""}
+    assert (response.ping("comment"), response.ping("off")) == (b": keep-alive\n\n", b"")
+    error = APIError(502, "no", code="upstream_error")
+    assert [event["type"] for event in named_events(message.fail(error))] == ["error"]
+    assert [event["type"] for event in named_events(response.fail(error))] == ["response.created", "response.in_progress", "error", "response.failed"]
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/responses"])
+def test_a_call_that_waits_is_not_lost_when_the_stream_breaks_off(path, pool):
+    fake = FakeOpenAI()
+    frames = [fake.event({"tool_calls": [{"index": at, "id": f"c{at}", "function": {"name": "f", "arguments": '{"a":'}}]}) for at in (0, 1)]
+    fake.faults.append(fake.garbage(fake.head() + b"".join(map(chunk, frames))))
+    body = ask(pool(fake), "POST", path, {**(ASKED if "messages" in path else WANTED), "stream": True}).body
+    assert b'"c0"' in body and b'"c1"' in body and b"broke off" in body
+
+
 def test_responses_are_not_stored(pool):
     a = FakeOpenAI()
     server = pool(a)
