@@ -4354,7 +4354,7 @@ def official(block):
     return re.match("import (openai|anthropic)$", block, re.M)
 
 
-@pytest.mark.parametrize("block", filter(official, blocks("python")))
+@pytest.mark.parametrize("block", list(filter(official, blocks("python"))))
 def test_the_readmes_sdk_lines_work(block, demo):
     pytest.importorskip(official(block)[1])
     done = subprocess.run([sys.executable, "-c", block.replace("127.0.0.1:16571", f"127.0.0.1:{demo}")], cwd=HERE,
