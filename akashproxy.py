@@ -7,8 +7,8 @@ One module, the standard library only, Python 3.9 or newer:
     python3 akashproxy.py              # serves Akash Chat on http://127.0.0.1:16571/v1
     python3 akashproxy.py --demo       # the same without a network
 
-A client speaks OpenAI's API to this file; it speaks the web API of Akash Chat, or OpenAI's, to
-upstreams. What knows an upstream is a *controller*; a *pool* chooses one for each request.
+A client speaks OpenAI's API or Anthropic's to this file; it speaks the web API of Akash Chat, or
+OpenAI's, to upstreams. What knows an upstream is a *controller*; a *pool* chooses one for each request.
 
     client                             akashproxy.py                                upstream
     ------  Handler --> Dialect --> Call --> Pool.answer --> Controller --> Transport  ------
@@ -36,10 +36,15 @@ Where is ...
     <think> tags                       Thinking
     stop sequences and max_tokens      Cutoff
     OpenAI's stream                    ChatDecoder
+    Anthropic's stream                 Messages
+    OpenAI's newer stream              Responses
+    their requests as a chat           Messages.chat, Responses.chat, Blocks.part
+    tokens that nobody has told        token_estimate
     relaying unparsed                  RelayDecoder, Relay
     failover                           Running
     who rests, and for how long        FAILURES, Member.fare
     the choice by weight               Pool.balanced
+    other names of models              Pool.named
     the network's exceptions           upstream_error, Response.failure
     strict HTTP                        read_head, Body
     connections to upstreams           KeepAlive
@@ -98,7 +103,8 @@ __all__ = [
     "Call", "Text", "Reasoning", "Recast", "ToolCall", "Image", "Progress", "Finish", "Raw", "Answer", "fold",
     "Settings", "ControllerSettings", "Controller", "AkashController", "AkashSession", "AkashDecoder",
     "OpenAIController", "ChatDecoder", "RelayDecoder", "EchoController", "Thinking", "Cutoff", "CONTROLLERS", "Pool",
-    "Dialect", "ChatCompletions", "Completions", "Images", "Relay", "ROUTES", "Server", "main",
+    "Dialect", "ChatCompletions", "Completions", "Images", "Messages", "CountTokens", "Responses",
+    "Relay", "ROUTES", "Server", "main",
 ]
 
 log = logging.getLogger("akashproxy")
@@ -284,10 +290,12 @@ class Progress:
 
 @dataclass(frozen=True)
 class Finish:
-    """The answer is whole: why it ended (OpenAI's finish_reason), and the tokens if the upstream told them."""
+    """The answer is whole: why it ended (OpenAI's finish_reason), the tokens if the upstream told them, and the
+    stop sequence that ended it, if that is known."""
 
     reason: str
     usage: Optional[Dict[str, int]] = None
+    stop: Optional[str] = None
 
 
 @dataclass(frozen=True)
@@ -356,6 +364,7 @@ class Call:
     pictures: int = 0                   # how many are wanted; 0: this is a chat
     picture_bytes: bool = False         # as bytes rather than as an address
     ignored: List[str] = field(default_factory=list)  # fields that the controller could not honour
+    skipped: List[str] = field(default_factory=list)  # what a chat has no place for, if the client spoke something else
     route: List[str] = field(default_factory=list)    # who was asked and what came, "akash=429"
     controller: str = ""                # who answered
     kind: Optional[str] = None          # the content type of an answer that is relayed
@@ -578,12 +587,13 @@ class Cutoff:
 
     def _search(self, text: str, out: List[Event]) -> None:
         text, self.held = self.held + text, ""
-        found = [at for at in (text.find(stop) for stop in self.stops) if at >= 0]
+        found = [(at, stop) for stop in self.stops for at in [text.find(stop)] if at >= 0]
         if found:
-            self._count(Text(text[:min(found)]), out)
+            at, stop = min(found)
+            self._count(Text(text[:at]), out)
             if not self.cut:
                 self.cut = True
-                out.append(Finish("stop"))
+                out.append(Finish("stop", stop=stop))
             return
         keep = next((size for size in range(min(self.longest - 1, len(text)), 0, -1)
                      if any(stop.startswith(text[-size:]) for stop in self.stops)), 0)
@@ -615,6 +625,28 @@ def token_parts(text: str) -> int:
     plain = len(text.encode("ascii", "ignore"))
     wide = 0 if plain == len(text) else len(re.findall("[\u2e80-\U0010ffff]", text))
     return plain * 3 + (len(text) - plain - wide) * 4 + wide * 12
+
+
+PICTURE_TOKENS = 1600   # what Anthropic counts for a large one
+
+
+def token_estimate(value: Any) -> int:
+    """About how many tokens the texts within any JSON value are: twice the least, and PICTURE_TOKENS for each file in it."""
+    texts, files, left = [], 0, [value]
+    while left:
+        item = left.pop()
+        if isinstance(item, dict):
+            texts += item
+            if item.get("type") == "base64":
+                files, item = files + 1, {**item, "data": None}
+            left += item.values()
+        elif isinstance(item, list):
+            left += item
+        elif isinstance(item, str) and item.startswith("data:"):
+            files += 1
+        elif item is not None:
+            texts.append(str(item))
+    return token_parts("".join(texts)) * 2 // TOKEN + PICTURE_TOKENS * files + 1
 
 
 def _head_of(text: str, budget: float) -> str:
@@ -771,8 +803,7 @@ class Checked:
 
     def shown(self) -> List[Tuple[str, str]]:
         """(name, value) of each setting, secrets blacked out."""
-        return [(item.name, "********" if item.metadata["secret"] and value
-                 else ",".join(value) if isinstance(value, tuple) else "" if value is None else str(value))
+        return [(item.name, "********" if item.metadata["secret"] and value else as_text(value))
                 for item in declared(type(self)) for value in [getattr(self, item.name)]]
 
 
@@ -812,6 +843,8 @@ class Settings(Checked):
     pool_type: str = setting("balanced", "how a controller is chosen: balanced, random or least_busy",
                              choice("balanced", "random", "least_busy"), also="CHATGPT_APISERVER_POOL_TYPE")
     max_wait: float = setting(3.0, "seconds for which a request waits when all controllers rest or are busy")
+    model_aliases: Dict[str, str] = setting({}, "NAME=VALUE,NAME=VALUE: other names of models, or patterns of such, and "
+                                                "the model that is meant")
     akash_base_url: str = setting("https://chat.akash.network", "the Akash Chat server", base_url)
     bearer_token: Tuple[str, ...] = setting((), "tokens that clients must send, separated by commas; none: open to all",
                                             token, secret=True)
@@ -1047,7 +1080,22 @@ def from_text(item: Any, text: str) -> Any:
         if not re.fullmatch(r"[0-9]+(\.[0-9]+)?", text):
             raise ValueError(f"{text!r} is no number of seconds")
         return float(text)
-    return text if item.type == "str" else tuple(part.strip() for part in text.split(",")) if text else ()
+    if item.type == "str":
+        return text
+    parts = [part.strip() for part in text.split(",")] if text else []
+    if not item.type.startswith("Dict"):
+        return tuple(parts)
+    pairs = [[half.strip() for half in part.partition("=")[::2]] for part in parts]
+    if not all(name and value for name, value in pairs):
+        raise ValueError(f"{text!r} is not NAME=VALUE,NAME=VALUE")
+    return dict(pairs)
+
+
+def as_text(value: Any) -> str:
+    """A setting's value as from_text() reads it."""
+    if isinstance(value, dict):
+        value = [f"{name}={other}" for name, other in value.items()]
+    return ",".join(value) if isinstance(value, (list, tuple)) else "" if value is None else str(value)
 
 
 def typed(item: Any, value: Any) -> Any:
@@ -2743,10 +2791,10 @@ class ChatDecoder:
                     self.reason = choice.get("finish_reason") or self.reason
 
     def _call(self, event: Event) -> Event:
-        """Some servers give every call of a tool the index 0: a new id is a new call."""
+        """Some servers give every call of a tool the index 0: a new id is a new call. Others give no id."""
         if not isinstance(event, ToolCall):
             return event
-        if not self.calls or event.id and (event.index, event.id) not in self.calls:
+        if event.index not in dict(self.calls) or event.id and (event.index, event.id) not in self.calls:
             self.calls.append((event.index, event.id))
         at = max(at for at, (index, _) in enumerate(self.calls) if index == event.index or at == 0)
         return ToolCall(at, event.arguments, event.id, event.name)
@@ -2794,7 +2842,7 @@ class RelayDecoder:
 
     Comments before the first event are held back: until then another controller may still answer.
     Whole lines are passed on, so that an error can follow where the upstream breaks off. ``ends`` is
-    what a complete stream has in it (CHAT_ENDS); without it its HTTP message's end is enough.
+    what a complete stream has in it (ENDS); without it its HTTP message's end is enough.
     """
 
     HOLD = 16 << 20
@@ -2866,9 +2914,12 @@ class RelayDecoder:
 
 DATA = re.compile(rb"(?:^|\n)data:([^\n]*)\n")
 DONE = re.compile(rb"(?:^|\n)data: ?\[DONE\]")
-END_MARKS = b"[DONE]", b'"finish_reason":"', b'"finish_reason": "', b'"finish_reason" : "'  # found faster, backwards
+END_MARKS = (b"[DONE]", b'"finish_reason":"', b'"finish_reason": "', b'"finish_reason" : "',  # found faster, backwards
+             b"message_stop", b"event: error", b"response.")
 GOES_ON = b'"finish_reason":null}]}\n\n', b'"finish_reason": null}]}\n\n', b'"finish_reason":null}],"usage":null}\n\n'
 CHAT_ENDS = re.compile(rb'(?:^|\n)data: ?\[DONE\]|"finish_reason" ?: ?"[a-z]')
+ENDS = {CHAT_PATH: CHAT_ENDS, "/v1/completions": CHAT_ENDS, "/v1/messages": re.compile(rb'"type" ?: ?"(?:message_stop|error)"'),
+        "/v1/responses": re.compile(rb'"type" ?: ?"response\.(?:completed|incomplete|failed)"')}
 
 
 def early(where: str, what: str = "ended its answer early") -> APIError:
@@ -2979,8 +3030,7 @@ class OpenAIController(Controller):
     def _relay(self, call: Call, response: Response, kind: str, streamed: bool) -> Any:
         call.kind, call.status = kind or "application/octet-stream", response.status
         if streamed:
-            ends = CHAT_ENDS if "completions" in call.path else None
-            return RelayDecoder(self.name, True, ends, self.secrets)
+            return RelayDecoder(self.name, True, ENDS.get(call.path), self.secrets)
         if kind.startswith("text/html"):
             raise APIError(502, f"{self.name} answered with a web page.", code="upstream_error")
         if response.body.until_close or not kind.startswith("application/json") and not response.body.done:
@@ -3162,6 +3212,27 @@ class Pool:
         self.never_waits = all(getattr(member.controller.events, "never_waits", False) for member in self.members)
 
     # -- who is asked
+
+    def rename(self, call: Call) -> None:
+        """Put the name that is meant in place of another one."""
+        name = self.named(call.model, call.hurry)
+        if name != call.model:
+            call.model, call.body = name, {**call.body, "model": name}
+            call.sent = call.sent and {**call.sent, "model": name}
+            call.data = to_json(call.sent)
+
+    def named(self, model: str, hurry: bool = False) -> str:
+        """The model that a name means: by an alias, or with "--" for "/" if there is such a model only."""
+        for pattern, meant in self.settings.model_aliases.items():
+            if model and fnmatch.fnmatchcase(model, pattern):
+                return meant
+        if "--" in model:
+            if hurry:
+                raise Blocked
+            with contextlib.suppress(APIError):     # without a list it is taken as it is
+                known, meant = {entry["id"] for entry in self.models()}, model.replace("--", "/")
+                return meant if meant in known and model not in known else model
+        return model
 
     def take(self, call: Call, tried: List[Member], errors: List[APIError]) -> Member:
         """The controller to ask next; waits a little if all rest. APIError if there is none."""
@@ -3347,15 +3418,12 @@ class Running:
         self.tried: List[Member] = []
         self.errors: List[APIError] = []
         self.stream: Optional[Stream] = None    # the source, if it is one
-        self.begun, self.started = False, 0.0
-        for member in pool.members:
-            error = member.controller.able(call)
-            if error:
-                self.tried.append(member)
-                self.errors.append(error)
+        self.prepared, self.begun, self.started = False, False, 0.0
 
     def ask(self) -> None:
         """Ask the next controller, or the last one again. APIError if nobody is left; Blocked: to be called by a thread."""
+        if not self.prepared:
+            self._prepare()
         while self.source is None:
             if self.member is None:
                 self.member = self.pool.take(self.call, self.tried, self.errors)
@@ -3371,6 +3439,16 @@ class Running:
         self.stream = self.source if isinstance(self.source, Stream) else None
         if self.call.hurry and not self.stream:
             raise Blocked
+
+    def _prepare(self) -> None:
+        """Find out who is meant, and who can't do it."""
+        self.pool.rename(self.call)
+        self.prepared = True
+        for member in self.pool.members:
+            error = member.controller.able(self.call)
+            if error:
+                self.tried.append(member)
+                self.errors.append(error)
 
     def batches(self) -> Iterator[List[Event]]:
         """The events of a source, in the thread that asks. An end without a Finish is an error: no "stop" is invented."""
@@ -3433,6 +3511,7 @@ class Dialect:
         self.created = int(time.time())
         self.call = self.parse(body)
         self.call.sent = body
+        self.model = self.call.model    # as the client calls it
 
     def parse(self, body: Dict[str, Any]) -> Call:
         raise NotImplementedError
@@ -3457,11 +3536,39 @@ class Dialect:
         """The body for a client that does not stream."""
         raise NotImplementedError
 
+    def alone(self) -> Optional[Dict[str, Any]]:
+        """The body for which no controller is needed; None if there is none."""
+        return None
+
     @staticmethod
     def refusal(error: APIError) -> Dict[str, Any]:
         """An error's body: OpenAI's, and beside it the one of akashchat-api-go."""
         return {"error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code},
                 "code": error.status, "data": {"msg": error.legacy}}
+
+    @staticmethod
+    def status(error: APIError) -> int:
+        """An error's status."""
+        return error.status
+
+    @staticmethod
+    def listed(model: Dict[str, Any]) -> Dict[str, Any]:
+        """One model, from OpenAI's object."""
+        return model
+
+    @staticmethod
+    def listing(models: List[Dict[str, Any]]) -> Dict[str, Any]:
+        """The list of models."""
+        return {"object": "list", "data": models}
+
+    def text(self, answer: Answer) -> str:
+        """An answer's text, its pictures after it."""
+        return "\n\n".join(filter(None, [answer.text, *map(self.markdown, answer.images)]))
+
+    @staticmethod
+    def queued(progress: Progress) -> str:
+        """A line on a picture that is not ready."""
+        return f"The picture is {progress.status}{f', {progress.position} before it' if progress.position else ''}.\n"
 
     def markdown(self, image: Image) -> str:
         """A picture for clients that show Markdown."""
@@ -3512,7 +3619,7 @@ class ChatCompletions(Dialect):
         return self.begin() if form == "chunk" else super().ping(form)
 
     def begin(self) -> bytes:
-        head = {"id": self.id, "object": self.OBJECT + ".chunk", "created": self.created, "model": self.call.model}
+        head = {"id": self.id, "object": self.OBJECT + ".chunk", "created": self.created, "model": self.model}
         self.head = b"data: " + to_json(head)[:-1]
         self.tail = b',"finish_reason":null}]' + (b',"usage":null}\n\n' if self.usage_asked else b"}\n\n")
         return self.opening()
@@ -3538,8 +3645,7 @@ class ChatCompletions(Dialect):
         if isinstance(event, Reasoning):
             return self.frame({"reasoning_content": event.text})
         if isinstance(event, Progress):
-            place = f", {event.position} before it" if event.position else ""
-            return self.frame({"reasoning_content": f"The picture is {event.status}{place}.\n"})
+            return self.frame({"reasoning_content": self.queued(event)})
         if isinstance(event, Image):
             return self.frame({"content": self.markdown(event)})
         if isinstance(event, Raw):
@@ -3562,7 +3668,7 @@ class ChatCompletions(Dialect):
         return b'{"index":0,"delta":{}'
 
     def whole(self, answer: Answer) -> Dict[str, Any]:
-        text = "\n\n".join(filter(None, [answer.text, *map(self.markdown, answer.images)]))
+        text = self.text(answer)
         message: Dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
         if answer.reasoning:
             message["reasoning_content"] = answer.reasoning
@@ -3572,13 +3678,13 @@ class ChatCompletions(Dialect):
         body = self.body({"index": 0, "message": message, "logprobs": None}, answer)
         if answer.images:
             image = answer.images[0]
-            body.update(code=200, data={"model": self.call.model, "jobId": image.job, "prompt": image.prompt,
+            body.update(code=200, data={"model": self.model, "jobId": image.job, "prompt": image.prompt,
                                         "pic": image.url})
         return body
 
     def body(self, choice: Dict[str, Any], answer: Answer) -> Dict[str, Any]:
         finish = answer.finish
-        body = {"id": self.id, "object": self.OBJECT, "created": self.created, "model": self.call.model,
+        body = {"id": self.id, "object": self.OBJECT, "created": self.created, "model": self.model,
                 "choices": [{**choice, "finish_reason": finish.reason}]}
         if finish.usage:
             body["usage"] = finish.usage
@@ -3664,6 +3770,598 @@ class Images(Dialect):
         return {"created": self.created, "data": [
             {**({"b64_json": base64.b64encode(image.data).decode()} if image.data is not None
                 else {"url": self.link(image)}), "revised_prompt": image.prompt} for image in answer.images]}
+
+
+class Blocks(Dialect):
+    """What Messages and Responses share: a request as a chat, an answer as a row of blocks that never interleave.
+
+    Fragments of calls of tools may come interleaved: what comes while a call is not whole waits until the
+    end. To be given: chat(), the request in a chat's terms, without what is the SAME there (APIError 400
+    for what a chat can't say); open(event), piece(text), shut(text) and ending(finish), the frames that
+    open a block, whose event has no text yet, fill and close it, and end the stream.
+    """
+
+    SAME: Dict[str, str] = {}           # fields that a chat has too, and their names there
+    OWN: Tuple[str, ...] = ()           # fields that chat() knows; others are told to be ignored
+    FUNCTION: Tuple[Any, ...] = ()      # the types of tools that are functions,
+    SCHEMA = ""                         # and where they tell their parameters
+
+    def __init__(self, body: Any, site: str = "") -> None:
+        self.skipped: List[str] = []
+        self.thoughts = True            # does the client want to see them?
+        self.block: Any = None          # which one is open: its events' class, and the index of a call
+        self.parts: List[str] = []      # what it holds
+        self.blocks = 0                 # how many were opened
+        self.calls: List[Any] = []      # those of tools
+        self.waiting: List[Event] = []
+        super().__init__(body, site)
+
+    # -- the request
+
+    def parse(self, body: Dict[str, Any]) -> Call:
+        call = Call({"model": required(body, "model", str, "the name of a model")}, stream=flag(body, "stream"))
+        self.skipped += [name for name in body if name not in self.SAME and name not in self.OWN]
+        same = {theirs: body[name] for name, theirs in self.SAME.items() if name in body}
+        try:
+            chat = {**call.body, "stream": call.stream, **same, **self.chat(body)}
+            call.body = {name: value for name, value in chat.items() if value is not None}
+            if not chat["messages"]:
+                raise bad_request("No message has any content.")
+        except RecursionError:
+            raise bad_request("The body is nested too deeply.") from None
+        except APIError as error:       # a controller that speaks this format itself may still take it
+            error.kind, call.unfit = "ability", error
+        call.skipped = self.skipped
+        return call
+
+    @staticmethod
+    def say(messages: List[Dict[str, Any]], role: str, parts: List[Dict[str, Any]], calls: Any = ()) -> None:
+        """Add a message; one of the system to the one before it, as many models take but one, at the beginning."""
+        texts = [part["text"] for part in parts if part["type"] == "text"]
+        content = "\n\n".join(texts) if len(texts) == len(parts) else parts
+        last = messages[-1] if messages else {}
+        if content and role == "system" == last.get("role") and type(content) is type(last["content"]) is str:
+            last["content"] += "\n\n" + content
+        elif content or calls:
+            messages.append({"role": role, "content": content or None, **({"tool_calls": calls} if calls else {})})
+
+    def result(self, messages: List[Dict[str, Any]], call: Any, content: Any, place: str) -> List[Dict[str, Any]]:
+        """Add what a tool gave, as text; its pictures are returned, for a message of the user."""
+        parts = self.content(content, place, lenient=True)
+        text = "\n\n".join(part["text"] for part in parts if part["type"] == "text")
+        messages.append({"role": "tool", "tool_call_id": call, "content": text})
+        return [part for part in parts if part["type"] != "text"]
+
+    def content(self, content: Any, place: str, lenient: bool = False) -> List[Dict[str, Any]]:
+        """The parts of a chat's message from text, a block or a list of them."""
+        if not isinstance(content, list):
+            return self.part(content, place, lenient)
+        return [part for at, block in enumerate(content) for part in self.part(block, f"{place}[{at}]", lenient)]
+
+    def part(self, block: Any, place: str, lenient: bool = False) -> List[Dict[str, Any]]:
+        """A block of either format as parts of a chat. What is unknown is refused, or ``lenient`` told as its JSON."""
+        if isinstance(block, str):
+            return [{"type": "text", "text": block}]
+        told = as_dict(block)
+        kind, source = told.get("type"), as_dict(told.get("source"))
+        if kind in ("text", "input_text", "output_text", "refusal"):
+            text = told.get("refusal" if kind == "refusal" else "text")
+            if isinstance(text, str):
+                return [{"type": "text", "text": text}]
+        if kind in ("image", "input_image"):
+            url = told.get("image_url") or source.get("url")
+            if source.get("type") == "base64":
+                url = f"data:{source.get('media_type')};base64,{source.get('data')}"
+            if isinstance(url, str):
+                return [{"type": "image_url", "image_url": {"url": url}}]
+        if kind == "document" and source.get("type") in ("text", "content"):
+            return self.content(source.get("data") or source.get("content"), place, lenient)
+        if lenient:
+            return [{"type": "text", "text": _encode(block)}] if block is not None else []
+        raise bad_request(f"{place}: {str(kind or block)[:80]!r} can't be told to a model that only chats.", place)
+
+    def functions(self, tools: Any) -> Optional[List[Dict[str, Any]]]:
+        """The tools that are functions, as a chat has them; None if there are none."""
+        found = []
+        if tools is not None and not isinstance(tools, list):
+            raise bad_request("'tools' must be a list.", "tools")
+        for at, tool in enumerate(map(as_dict, tools or [])):
+            if tool.get("type") not in self.FUNCTION:
+                self.skipped.append(str(tool.get("type")))
+                continue
+            name = required(tool, "name", str, f"a text in tools[{at}]")
+            more = {key: tool[key] for key in ("description", "strict") if tool.get(key) is not None}
+            schema = tool.get(self.SCHEMA) or {"type": "object", "properties": {}}
+            found.append({"type": "function", "function": {"name": name, **more, "parameters": schema}})
+        return found or None
+
+    # -- the answer
+
+    def feed(self, events: List[Event]) -> bytes:
+        return b"".join(map(self.event, events))
+
+    def event(self, event: Event) -> bytes:
+        if isinstance(event, Text):
+            return self.add(event)
+        if isinstance(event, Progress):
+            event = Reasoning(self.queued(event))
+        elif isinstance(event, Image):
+            event = Text(self.markdown(event))
+        if isinstance(event, Finish):
+            return self.release() + self.close() + self.ending(event)
+        if isinstance(event, (Text, ToolCall)) or isinstance(event, Reasoning) and self.thoughts:
+            return self.add(event)
+        return event.data if isinstance(event, Raw) else b""
+
+    def add(self, event: Event, waits: bool = True) -> bytes:
+        frames, block = b"", self.place(event)
+        if block != self.block:
+            if waits and (self.waiting or self.unfinished()):
+                self.waiting.append(event)
+                return b""
+            if block in self.calls:     # blanks after the end of it
+                return b""
+            frames = self.close()
+            self.block = block
+            if isinstance(event, ToolCall):
+                self.calls.append(block)
+            frames += self.open(identified(event, "") if isinstance(event, ToolCall) else type(event)(""))
+        text = event.arguments if isinstance(event, ToolCall) else event.text
+        if not text:
+            return frames
+        self.parts.append(text)
+        return frames + self.piece(text)
+
+    @staticmethod
+    def place(event: Event) -> Any:
+        """The block that an event belongs to."""
+        return type(event), getattr(event, "index", None)
+
+    def unfinished(self) -> bool:
+        """Is a call of a tool open whose arguments are not whole?"""
+        if self.block not in self.calls:
+            return False
+        try:
+            json.loads("".join(self.parts))
+        except (ValueError, RecursionError):
+            return True
+        return False
+
+    def release(self) -> bytes:
+        """The blocks that wait, each in one piece."""
+        waiting, self.waiting = self.waiting, []
+        order = list(dict.fromkeys(map(self.place, waiting)))
+        waiting.sort(key=lambda event: order.index(self.place(event)))
+        return b"".join(self.add(event, waits=False) for event in waiting)
+
+    def close(self) -> bytes:
+        """The end of the open block, if there is one."""
+        if self.block is None:
+            return b""
+        frames = self.shut("".join(self.parts))
+        self.block, self.parts, self.blocks = None, [], self.blocks + 1
+        return frames
+
+    def row(self, answer: Answer) -> List[Event]:
+        """A whole answer as an event for each block."""
+        thought, text = answer.reasoning if self.thoughts else "", self.text(answer)
+        return [*([Reasoning(thought)] if thought else []), *([Text(text)] if text else []),
+                *(identified(call, call.arguments) for call in answer.tools)]
+
+    @staticmethod
+    def status(error: APIError) -> int:
+        return 404 if error.kind == "model" else error.status
+
+
+def identified(call: ToolCall, arguments: str) -> ToolCall:
+    """A call of a tool with other arguments, and with an id and a name even if the upstream gave none."""
+    return ToolCall(call.index, arguments, call.id or "call_" + new_id(), call.name or "")
+
+
+def event_frame(kind: str, fields: Dict[str, Any]) -> bytes:
+    """An event of a stream whose name is also its type."""
+    return b"event: %b\ndata: %b\n\n" % (kind.encode(), to_json({"type": kind, **fields}))
+
+
+class Messages(Blocks):
+    """POST /v1/messages, Anthropic's API. A line is an event, its name and what its data holds beside that as type:
+
+        message_start        {"message":{"id":"msg_1","content":[],"usage":{"input_tokens":9,...},...}}
+        content_block_start  {"index":0,"content_block":{"type":"text","text":""}}   Text; also thinking, tool_use
+        content_block_delta  {"index":0,"delta":{"type":"text_delta","text":"Hi"}}   thinking_delta, input_json_delta
+        content_block_stop   {"index":0}
+        message_delta        {"delta":{"stop_reason":"end_turn",...},"usage":{...}}  Finish
+        message_stop         {}
+        error                {"error":{"type":"api_error","message":"..."}}          in place of what was to come
+        ping                 {}                                                      anywhere
+
+    Tokens that the upstream does not tell are estimated, as clients need them. Thoughts are shown to who asks for
+    them by ``thinking``; those that come back in a history are left out.
+    """
+
+    PREFIX = "msg_"
+    SAME = {"max_tokens": "max_tokens", "temperature": "temperature", "top_p": "top_p", "stop_sequences": "stop"}
+    OWN = ("model", "messages", "system", "stream", "tools", "tool_choice", "thinking", "metadata", "output_config",
+           "output_format")
+    FUNCTION, SCHEMA = (None, "custom"), "input_schema"
+    DELTAS = {Text: (b"text_delta", b"text"), Reasoning: (b"thinking_delta", b"thinking"),
+              ToolCall: (b"input_json_delta", b"partial_json")}
+    STOPS = {"length": "max_tokens", "tool_calls": "tool_use", "function_call": "tool_use", "content_filter": "refusal"}
+    ERRORS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "request_too_large",
+              429: "rate_limit_error", 504: "timeout_error", 529: "overloaded_error"}
+    said = 0            # tokens of the blocks that are closed, estimated
+
+    # -- the request
+
+    def chat(self, body: Dict[str, Any]) -> Dict[str, Any]:
+        thinking, config = as_dict(body.get("thinking")), as_dict(body.get("output_config"))
+        self.thoughts = thinking.get("type") not in (None, "disabled") and thinking.get("display") != "omitted"
+        messages: List[Dict[str, Any]] = []
+        self.say(messages, "system", self.content(body.get("system") or [], "system"))
+        for at, message in enumerate(required(body, "messages", list, "a list of messages")):
+            self.turn(messages, as_dict(message), f"messages[{at}]")
+        chat = {"messages": messages, "user": as_dict(body.get("metadata")).get("user_id")}
+        form = as_dict(config.get("format") or body.get("output_format"))
+        if form.get("type") == "json_schema":
+            chat["response_format"] = {"type": "json_schema", "json_schema": {
+                "name": "answer", "schema": form.get("schema"), "strict": True}}
+        self.skipped += [f"output_config.{name}" for name in config if name != "format"]
+        self.skipped += ["thinking.budget_tokens"] * ("budget_tokens" in thinking)  # many would refuse an effort
+        chat["tools"] = self.functions(body.get("tools"))
+        if chat["tools"]:
+            choice = as_dict(body.get("tool_choice"))
+            chat["tool_choice"] = self.choice(choice)
+            chat["parallel_tool_calls"] = False if choice.get("disable_parallel_tool_use") is True else None
+        return chat
+
+    def turn(self, messages: List[Dict[str, Any]], message: Dict[str, Any], place: str) -> None:
+        """One message as those of a chat: the results of tools come first, as they follow their calls."""
+        role, content = message.get("role"), message.get("content")
+        if role not in ("user", "assistant", "system"):
+            raise bad_request(f"{place}: there is no role {str(role)[:80]!r}; use user or assistant.", f"{place}.role")
+        parts: List[Dict[str, Any]] = []
+        calls: List[Dict[str, Any]] = []
+        for at, block in enumerate(content if isinstance(content, list) else [content]):
+            told, where = as_dict(block), f"{place}.content[{at}]"
+            kind = told.get("type")
+            if kind == "tool_use":
+                arguments = _encode(as_dict(told.get("input")))
+                calls.append(tool_call(ToolCall(0, arguments, told.get("id"), str(told.get("name")))))
+            elif kind == "tool_result":
+                parts += self.result(messages, told.get("tool_use_id"), told.get("content"), where)
+            elif role == "assistant" and kind not in ("text", None):
+                self.skipped += [str(kind)] * ("thinking" not in str(kind))
+            else:
+                parts += self.part(block, where)
+        self.say(messages, role, parts, calls)
+
+    @staticmethod
+    def choice(choice: Dict[str, Any]) -> Any:
+        """A chat's tool_choice."""
+        kind = choice.get("type")
+        if kind == "tool":
+            return {"type": "function", "function": {"name": choice.get("name")}}
+        if kind not in (None, "auto", "any", "none"):
+            raise bad_request("'tool_choice' must be of the type auto, any, none or tool.", "tool_choice")
+        return "required" if kind == "any" else kind
+
+    # -- the answer
+
+    def begin(self) -> bytes:
+        return event_frame("message_start", {"message": {**self.message([]), "usage": {
+            "input_tokens": self.estimate(), "output_tokens": 0}}})
+
+    def open(self, event: Event) -> bytes:
+        self.head = (b'event: content_block_delta\ndata: {"type":"content_block_delta","index":%d,'
+                     b'"delta":{"type":"%b","%b":' % (self.blocks, *self.DELTAS[type(event)]))
+        return event_frame("content_block_start", {"index": self.blocks, "content_block": self.content_block(event)})
+
+    def piece(self, text: str) -> bytes:
+        return self.head + to_json(text) + b"}}\n\n"
+
+    def shut(self, text: str) -> bytes:
+        self.said += token_estimate(text)
+        return event_frame("content_block_stop", {"index": self.blocks})
+
+    def ending(self, finish: Finish) -> bytes:
+        told = {"delta": self.stop(finish, bool(self.calls)), "usage": self.usage(finish)}
+        return event_frame("message_delta", told) + event_frame("message_stop", {})
+
+    def fail(self, error: APIError) -> bytes:
+        return self.release() + event_frame("error", self.refusal(error))
+
+    def ping(self, form: str) -> bytes:
+        return b"" if form == "off" else event_frame("ping", {})
+
+    def whole(self, answer: Answer) -> Dict[str, Any]:
+        self.said = token_estimate([answer.reasoning, answer.text, [call.arguments for call in answer.tools]])
+        return {**self.message(list(map(self.content_block, self.row(answer)))),
+                **self.stop(answer.finish, bool(answer.tools)), "usage": self.usage(answer.finish)}
+
+    def message(self, content: List[Dict[str, Any]]) -> Dict[str, Any]:
+        return {"id": self.id, "type": "message", "role": "assistant", "model": self.model, "content": content,
+                "stop_reason": None, "stop_sequence": None}
+
+    @staticmethod
+    def content_block(event: Event) -> Dict[str, Any]:
+        if isinstance(event, ToolCall):
+            return {"type": "tool_use", "id": event.id, "name": event.name, "input": call_input(event.arguments)}
+        if isinstance(event, Reasoning):
+            return {"type": "thinking", "thinking": event.text, "signature": ""}
+        return {"type": "text", "text": event.text}
+
+    def stop(self, finish: Finish, called: bool) -> Dict[str, Any]:
+        """Why it ended, in Anthropic's words. Some upstreams say "stop" after calls of tools."""
+        reason = "tool_calls" if called and finish.reason == "stop" else finish.reason
+        return {"stop_reason": "stop_sequence" if finish.stop else self.STOPS.get(reason, "end_turn"),
+                "stop_sequence": finish.stop}
+
+    def usage(self, finish: Finish) -> Dict[str, int]:
+        """The tokens that were told, those from a cache apart; else an estimate."""
+        if not finish.usage:
+            return {"input_tokens": self.estimate(), "output_tokens": self.said}
+        asked, details = finish.usage["prompt_tokens"], as_dict(finish.usage.get("prompt_tokens_details"))
+        cached = details.get("cached_tokens")
+        cached = cached if type(cached) is int and 0 < cached < asked else 0
+        return {"input_tokens": asked - cached, "cache_read_input_tokens": cached,
+                "output_tokens": finish.usage["completion_tokens"]}
+
+    def estimate(self) -> int:
+        """About how many tokens the request has."""
+        return token_estimate([self.call.sent.get(name) for name in ("system", "messages", "tools")])
+
+    @staticmethod
+    def status(error: APIError) -> int:
+        return 529 if error.status == 503 else Blocks.status(error)
+
+    @staticmethod
+    def refusal(error: APIError) -> Dict[str, Any]:
+        status = Messages.status(error)
+        return {"type": "error", "error": {"message": error.message, "type": Messages.ERRORS.get(
+            status, "api_error" if status >= 500 else "invalid_request_error")}}
+
+    @staticmethod
+    def listed(model: Dict[str, Any]) -> Dict[str, Any]:
+        created = model.get("created") if type(model.get("created")) is int else 0
+        return {"type": "model", "id": model["id"], "display_name": model["id"], "lifecycle": "active",
+                "created_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(min(max(created, 0), 1 << 33)))}
+
+    @staticmethod
+    def listing(models: List[Dict[str, Any]]) -> Dict[str, Any]:
+        data = list(map(Messages.listed, models))
+        return {"data": data, "has_more": False, "first_id": data[0]["id"], "last_id": data[-1]["id"]}
+
+
+def call_input(arguments: str) -> Dict[str, Any]:
+    """The arguments of a call of a tool as an object; what is none is told as a text in one."""
+    try:
+        value = json.loads(arguments.strip() or "{}")
+    except (ValueError, RecursionError):
+        value = None
+    return value if isinstance(value, dict) else {"arguments": arguments}
+
+
+class CountTokens(Messages):
+    """POST /v1/messages/count_tokens: of a controller that counts them itself, else estimated."""
+
+    def parse(self, body: Dict[str, Any]) -> Call:
+        model = body.get("model")
+        return Call({"model": model} if isinstance(model, str) else {}, relay_only=True)
+
+    def alone(self) -> Optional[Dict[str, Any]]:
+        return {"input_tokens": self.estimate()}
+
+
+class Responses(Blocks):
+    """POST /v1/responses, without a memory. A line is an event, its name and what its data holds beside that as type:
+
+        response.created             {"sequence_number":0,"response":{"id":"resp_1","output":[],...}}
+        response.in_progress         the same
+        response.output_item.added   {"output_index":0,"item":{"id":"msg_1","type":"message","content":[],...}}  Text
+        response.content_part.added  {"item_id":"msg_1","output_index":0,"content_index":0,"part":{"text":"",...}}
+        response.output_text.delta   {..., "delta":"Hi"}
+        response.output_text.done    {..., "text":"Hi"}
+        response.content_part.done   {..., "part":{"text":"Hi",...}}
+        response.output_item.done    {"output_index":0,"item":{...}}
+        response.completed           {"response":{...}}                   Finish; also response.incomplete
+        error                        {"code":"upstream_error","message":"...",...}, then response.failed
+
+    Reasoning is an item with a summary, response.reasoning_summary_part.* and response.reasoning_summary_text.*; a
+    call of a tool an item function_call, response.function_call_arguments.*. Every event has its sequence_number.
+    """
+
+    PREFIX = "resp_"
+    SAME = {"max_output_tokens": "max_tokens", "temperature": "temperature", "top_p": "top_p", "user": "user"}
+    ECHOED = {"instructions": None, "max_output_tokens": None, "metadata": {}, "parallel_tool_calls": True,
+              "reasoning": None, "temperature": None, "text": {"format": {"type": "text"}}, "tool_choice": "auto",
+              "tools": [], "top_p": None}
+    STATEFUL = ("previous_response_id", "conversation", "prompt", "background")
+    OWN = (*ECHOED, *STATEFUL, "model", "input", "stream", "store")
+    FUNCTION, SCHEMA = ("function",), "parameters"
+    WIRE: Dict[Any, Any] = {    # prefix of an item's id, its events, their index, what else those of its text hold
+        Text: ("msg_", "response.output_text", "response.content_part", {"content_index": 0}, {"logprobs": []}),
+        Reasoning: ("rs_", "response.reasoning_summary_text", "response.reasoning_summary_part",
+                    {"summary_index": 0}, {}),
+        ToolCall: ("fc_", "response.function_call_arguments", "", {}, {})}
+
+    def __init__(self, body: Any, site: str = "") -> None:
+        self.number = 0         # of the next event
+        self.output: List[Dict[str, Any]] = []
+        self.begun = False
+        super().__init__(body, site)
+
+    # -- the request
+
+    def chat(self, body: Dict[str, Any]) -> Dict[str, Any]:
+        for name in self.STATEFUL:
+            if body.get(name):
+                raise not_stored(name, name)
+        text, reasoning, messages = as_dict(body.get("text")), as_dict(body.get("reasoning")), []
+        self.say(messages, "system", self.content(body.get("instructions") or [], "instructions"))
+        if isinstance(body.get("input"), str):
+            self.say(messages, "user", self.content(body["input"], "input"))
+        else:
+            self.items(messages, required(body, "input", list, "a text or a list of items"))
+        self.skipped += [f"text.{name}" for name in text if name != "format"] + ["store"] * (body.get("store") is True)
+        chat = {"messages": messages, "reasoning_effort": reasoning.get("effort"),
+                "response_format": self.form(as_dict(text.get("format"))), "tools": self.functions(body.get("tools"))}
+        if chat["tools"]:
+            chat["tool_choice"] = self.choice(body.get("tool_choice"))
+            chat["parallel_tool_calls"] = body.get("parallel_tool_calls")
+        return chat
+
+    @staticmethod
+    def form(form: Dict[str, Any]) -> Optional[Dict[str, Any]]:
+        """A chat's response_format."""
+        schema = {name: value for name, value in form.items() if name != "type" and value is not None}
+        if form.get("type") in (None, "text"):
+            return None
+        return {"type": form["type"], **({"json_schema": schema} if schema else {})}
+
+    def items(self, messages: List[Dict[str, Any]], items: List[Any]) -> None:
+        """The items of an input as messages of a chat; pictures that tools gave follow the last result."""
+        pictures: List[Dict[str, Any]] = []
+        for at, item in enumerate(map(as_dict, items)):
+            place, kind = f"input[{at}]", item.get("type", "message")
+            if kind == "function_call_output":
+                pictures += self.result(messages, item.get("call_id"), item.get("output"), f"{place}.output")
+                continue
+            self.say(messages, "user", pictures)
+            pictures = []
+            if kind == "message":
+                role = "system" if item.get("role") == "developer" else item.get("role")
+                if role not in ("user", "assistant", "system"):
+                    raise bad_request(f"{place}: there is no role {str(role)[:80]!r}.", f"{place}.role")
+                self.say(messages, role, self.content(item.get("content"), f"{place}.content"))
+            elif kind == "function_call":
+                if not messages or messages[-1]["role"] != "assistant":
+                    messages.append({"role": "assistant", "content": None})
+                messages[-1].setdefault("tool_calls", []).append(tool_call(ToolCall(
+                    0, str(item.get("arguments") or "{}"), item.get("call_id"), str(item.get("name")))))
+            elif kind == "item_reference" and not str(item.get("id")).startswith("rs_"):   # as WIRE names reasoning
+                raise not_stored("An item_reference", place)
+            elif kind != "reasoning":
+                self.skipped.append(str(kind))
+        self.say(messages, "user", pictures)
+
+    def choice(self, choice: Any) -> Any:
+        """A chat's tool_choice."""
+        told = as_dict(choice)
+        if told.get("type") == "function":
+            return {"type": "function", "function": {"name": told.get("name")}}
+        if told.get("type") == "allowed_tools":
+            self.skipped.append("tool_choice.tools")
+            return told.get("mode")
+        self.skipped += ["tool_choice"] * bool(told)
+        return None if told else choice
+
+    # -- the answer
+
+    def begin(self) -> bytes:
+        self.begun, response = True, {"response": self.response()}
+        return self.frame("response.created", response) + self.frame("response.in_progress", response)
+
+    def event(self, event: Event) -> bytes:
+        self.begun = True       # or relayed
+        return super().event(event)
+
+    def frame(self, kind: str, fields: Dict[str, Any]) -> bytes:
+        self.number += 1
+        return event_frame(kind, {"sequence_number": self.number - 1, **fields})
+
+    def open(self, event: Event) -> bytes:
+        prefix, name, part, index, more = self.WIRE[type(event)]
+        self.item_id = prefix + new_id()
+        self.opened, self.at = event, {"item_id": self.item_id, "output_index": self.blocks, **index}
+        delta = (name + ".delta").encode()
+        frames = self.frame("response.output_item.added", {
+            "output_index": self.blocks, "item": self.item(event, self.item_id, [])})
+        if part:
+            frames += self.frame(part + ".added", {**self.at, "part": self.part_of(event)})
+        place = to_json({**self.at, **more})[1:-1]
+        self.head = b'event: %b\ndata: {"type":"%b",%b,"sequence_number":' % (delta, delta, place)
+        return frames
+
+    def piece(self, text: str) -> bytes:
+        self.number += 1
+        return b'%b%d,"delta":%b}\n\n' % (self.head, self.number - 1, to_json(text))
+
+    def shut(self, text: str) -> bytes:
+        _, name, part, _, more = self.WIRE[type(self.opened)]
+        if isinstance(self.opened, ToolCall):
+            text = text or "{}"
+            event, key = dataclasses.replace(self.opened, arguments=text), "arguments"
+        else:
+            event, key = type(self.opened)(text), "text"
+        self.output.append(self.item(event, self.item_id, [self.part_of(event)]))
+        frames = self.frame(name + ".done", {**self.at, **more, key: text})
+        if part:
+            frames += self.frame(part + ".done", {**self.at, "part": self.part_of(event)})
+        return frames + self.frame("response.output_item.done", {"output_index": self.blocks, "item": self.output[-1]})
+
+    def ending(self, finish: Finish) -> bytes:
+        response = self.response(finish)
+        return self.frame(f"response.{response['status']}", {"response": response})
+
+    def fail(self, error: APIError) -> bytes:
+        opening = self.release() if self.begun else self.begin()
+        told = self.refusal(error)["error"]
+        failed = {"status": "failed", "error": {"code": error.code or "server_error", "message": error.message}}
+        return (opening + self.frame("error", {**told, "type": "error", "error": told})
+                + self.frame("response.failed", {"response": {**self.response(), **failed}}))
+
+    def whole(self, answer: Answer) -> Dict[str, Any]:
+        self.output = [self.item(event, self.WIRE[type(event)][0] + new_id(), [self.part_of(event)])
+                       for event in self.row(answer)]
+        return self.response(answer.finish)
+
+    def response(self, finish: Optional[Finish] = None) -> Dict[str, Any]:
+        """The response as it is by now."""
+        sent, usage = self.call.sent or {}, finish and finish.usage
+        reason = finish and {"length": "max_output_tokens", "content_filter": "content_filter"}.get(finish.reason)
+        echoed = {name: default if sent.get(name) is None else sent[name] for name, default in self.ECHOED.items()}
+        return {"id": self.id, "object": "response", "created_at": self.created, "model": self.model,
+                "output": self.output, "status": "incomplete" if reason else "completed" if finish else "in_progress",
+                "error": None, "incomplete_details": {"reason": reason} if reason else None, **echoed,
+                "previous_response_id": None, "store": False, "truncation": "disabled",
+                "usage": response_usage(usage) if usage else None}
+
+    @staticmethod
+    def part_of(event: Event) -> Dict[str, Any]:
+        """What an item holds."""
+        if isinstance(event, Reasoning):
+            return {"type": "summary_text", "text": event.text}
+        return {"type": "output_text", "text": getattr(event, "text", ""), "annotations": [], "logprobs": []}
+
+    @staticmethod
+    def item(event: Event, item_id: str, parts: List[Dict[str, Any]]) -> Dict[str, Any]:
+        """An item of the output: one that is opened has no parts."""
+        status = "completed" if parts else "in_progress"
+        if isinstance(event, ToolCall):
+            return {"id": item_id, "type": "function_call", "status": status, "call_id": event.id, "name": event.name,
+                    "arguments": event.arguments or "{}" if parts else ""}
+        if isinstance(event, Reasoning):
+            return {"id": item_id, "type": "reasoning", "status": status, "summary": parts}
+        return {"id": item_id, "type": "message", "status": status, "role": "assistant", "content": parts}
+
+
+def response_usage(usage: Dict[str, Any]) -> Dict[str, Any]:
+    """OpenAI's usage of a chat in the words of a response."""
+    def detail(where: str, name: str) -> int:
+        value = as_dict(usage.get(where)).get(name)
+        return value if type(value) is int else 0
+
+    cached = detail("prompt_tokens_details", "cached_tokens")
+    reasoned = detail("completion_tokens_details", "reasoning_tokens")
+    return {"input_tokens": usage["prompt_tokens"], "output_tokens": usage["completion_tokens"],
+            "total_tokens": usage["total_tokens"], "output_tokens_details": {"reasoning_tokens": reasoned},
+            "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0}}
+
+
+def not_stored(what: str, place: str) -> APIError:
+    """What refers to an earlier response can't be honoured."""
+    return bad_request(f"{what!r} can't be used: nothing is stored here. Send the whole conversation as 'input' "
+                       "(with \"store\": false many clients do).", place)
 
 
 class Relay(Dialect):
@@ -3980,6 +4678,10 @@ ROUTES: Dict[str, Dict[str, Any]] = {
     "/v1/chat/completions": {"POST": ChatCompletions},
     "/v1/completions": {"POST": Completions},
     "/v1/images/generations": {"POST": Images},
+    "/v1/messages": {"POST": Messages},
+    "/v1/messages/count_tokens": {"POST": CountTokens},
+    "/v1/responses": {"POST": Responses},
+    "/v1/responses/{}": {"GET": "get_response", "DELETE": "get_response"},
     "/v1/models": {"GET": "get_models"},
     "/v1/models/{}": {"GET": "get_model"},
     "/images/{}": {"GET": "get_image"},
@@ -4314,10 +5016,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Check who asks, and for what; small answers are given at once."""
         if self.command == "OPTIONS":
             return self.preflight()
+        methods, self.rest = find_route(self.path)
+        dialect = methods.get("POST")           # also of what is refused
+        self.dialect = dialect if isinstance(dialect, type) else Messages if "anthropic-version" in self.headers else Dialect
         if self.path != "/health":
             self.authorize()
-        methods, self.rest = find_route(self.path)
-        if not methods and self.command == "POST" and Relay.PATH.fullmatch(self.path):
+        if (not methods or self.rest and "POST" not in methods) and self.command == "POST" and Relay.PATH.fullmatch(self.path):
             methods = {"POST": Relay}
         if not methods:
             raise APIError(404, f"There is no {self.path[:200]!r} here.", code="not_found")
@@ -4345,7 +5049,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def understand(self, dialect_class: Any) -> Any:
         """Make a call of the body."""
-        self.dialect = dialect_class
         data, content_type = self.read_body(), self.headers.get("content-type", "")
         if dialect_class is Relay:
             dialect = Relay(data, content_type)
@@ -4356,7 +5059,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 raise bad_request(f"The body is not valid JSON: {error}.") from None
         call = dialect.call
         call.path, call.data, self.model = self.path, data, call.model
-        call.query = "?" + self.query if self.query and call.relay_only else ""
+        call.query = "?" + self.query if self.query else ""
         call.headers = {name.title(): self.headers[name] for name in PASSED_ON if name in self.headers}
         self.dialect, self.call = dialect, call
         self.running = Running(self.server.pool, call)
@@ -4443,7 +5146,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def call_headers(self) -> Dict[str, str]:
         """What the controllers had to say besides the answer."""
         headers = {"X-Akashproxy-Route": ", ".join(self.call.route)} if self.call.route else {}
-        names = [name for name in self.call.ignored if re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", name)]
+        ignored = self.call.ignored + self.call.skipped * (self.call.kind is None)
+        names = [name for name in dict.fromkeys(ignored) if re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", name)]
         return {**headers, "X-Akashproxy-Ignored": ", ".join(names[:20])} if names else headers
 
     def site(self) -> str:
@@ -4466,13 +5170,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
                              "controllers": self.server.pool.status()})
 
     def get_models(self) -> None:
-        self.send_json(200, {"object": "list", "data": self.server.pool.models()})
+        self.send_json(200, self.dialect.listing(self.server.pool.models()))
 
     def get_model(self) -> None:
+        name = self.server.pool.named(self.rest)
         for model in self.server.pool.models():
-            if model["id"] == self.rest:
-                return self.send_json(200, model)
+            if model["id"] == name:
+                return self.send_json(200, self.dialect.listed({**model, "id": self.rest}))
         raise APIError(404, f"The model {self.rest[:200]!r} does not exist.", param="model", code="model_not_found")
+
+    def get_response(self) -> None:
+        raise APIError(404, "Responses are not stored here, so there are none to be had later.", code="not_found")
 
     def get_image(self) -> None:
         """Relay a picture, so that browsers may show it: the upstream forbids pages of other origins."""
@@ -4529,6 +5237,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.sent_head:
             self.close_connection = True
             return
+        if isinstance(self.dialect, Dialect) and self.dialect.alone() is not None:
+            return self.send_json(200, self.dialect.alone())
         headers = error.headers()
         if error.status == 405:
             headers["Allow"] = ", ".join(self.allowed(find_route(self.path)[0]))
@@ -4537,7 +5247,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.call is not None:
             headers.update(self.call_headers())
         try:
-            self.send_json(error.status, self.dialect.refusal(error), headers)
+            self.send_json(self.dialect.status(error), self.dialect.refusal(error), headers)
         except OSError:
             self.client_left()
 

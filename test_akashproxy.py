@@ -409,16 +409,16 @@ def test_a_tag_that_was_never_opened():
 
 CUTOFF = {
     "no stop": (["#"], None, "abc", [T("abc"), Finish("stop", None)]),
-    "a stop is not part of the answer": (["##"], None, "ab##cd", [T("ab"), Finish("stop")]),
+    "a stop is not part of the answer": (["##"], None, "ab##cd", [T("ab"), Finish("stop", stop="##")]),
     "half a stop": (["##"], None, "ab#", [T("ab#"), Finish("stop")]),
-    "the earliest of several": (["zz", "c"], None, "abczz", [T("ab"), Finish("stop")]),
-    "one begins within another": (["aab"], None, "xaaab", [T("xa"), Finish("stop")]),
-    "a stop at once": (["a"], None, "abc", [Finish("stop")]),
+    "the earliest of several": (["zz", "c"], None, "abczz", [T("ab"), Finish("stop", stop="c")]),
+    "one begins within another": (["aab"], None, "xaaab", [T("xa"), Finish("stop", stop="aab")]),
+    "a stop at once": (["a"], None, "abc", [Finish("stop", stop="a")]),
     "sixteen characters are two tokens": ([], 2, "0123456789abcdef", [T("0123456789abcdef"), Finish("stop")]),
     "the seventeenth is too many": ([], 2, "0123456789abcdefg", [T("0123456789abcdef"), Finish("length")]),
     "other alphabets weigh more": ([], 1, "привіт!", [T("привіт"), Finish("length")]),
     "East Asia's most": ([], 2, "日本語日本", [T("日本語日"), Finish("length")]),
-    "a stop before the length": (["5"], 2, "0123456789abcdefg", [T("01234"), Finish("stop")]),
+    "a stop before the length": (["5"], 2, "0123456789abcdefg", [T("01234"), Finish("stop", stop="5")]),
     "a length before the stop": (["h"], 2, "0123456789abcdefgh", [T("0123456789abcdef"), Finish("length")]),
 }
 
@@ -2780,6 +2780,584 @@ def test_a_client_that_leaves_while_all_rest(pool):
     wait_for(lambda: not server.watchdog.handlers)
 
 
+# == dialects: Messages and Responses =========================================================
+
+
+def system(text):
+    return {"role": "system", "content": text}
+
+
+def tool(name="f", **schema):
+    return {"type": "function", "function": {"name": name, "parameters": schema or {"type": "object", "properties": {}}}}
+
+
+def called(*calls):
+    return {"role": "assistant", "content": None, "tool_calls": [
+        {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}} for id, name, arguments in calls]}
+
+
+def picture(url):
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+ASKED = {"model": "both", "max_tokens": 64, "messages": [user("hi")]}
+PNG_SOURCE = {"type": "base64", "media_type": "image/png", "data": "iVBO"}
+TOOL_USE = {"type": "tool_use", "id": "t1", "name": "f", "input": {"a": [1]}}
+MESSAGES = {
+    # name: (fields of a body, what a chat says beside its usual, what is ignored)
+    "system as text": ({"system": "be brief"}, {"messages": [system("be brief"), user("hi")]}, None),
+    "system as blocks, and within": ({"system": [{"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}}, {"type": "text", "text": "b"}],
+                                      "messages": [{"role": "system", "content": "c"}, user("hi")]}, {"messages": [system("a\n\nb\n\nc"), user("hi")]}, None),
+    "an empty system": ({"system": []}, {}, None),
+    "blocks of text": ({"messages": [user([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}])]}, {"messages": [user("a\n\nb")]}, None),
+    "pictures": ({"messages": [user([{"type": "text", "text": "a"}, {"type": "image", "source": PNG_SOURCE},
+                                     {"type": "image", "source": {"type": "url", "url": "https://x/y.png"}}])]},
+                 {"messages": [user([{"type": "text", "text": "a"}, picture("data:image/png;base64,iVBO"), picture("https://x/y.png")])]}, None),
+    "a document of text": ({"messages": [user([{"type": "document", "source": {"type": "text", "media_type": "text/plain", "data": "d"}},
+                                              {"type": "document", "source": {"type": "content", "content": [{"type": "text", "text": "e"}]}}])]},
+                           {"messages": [user("d\n\ne")]}, None),
+    "tools called and their results": (
+        {"messages": [user("go"), {"role": "assistant", "content": [{"type": "thinking", "thinking": "h", "signature": "s"}, {"type": "text", "text": "ok"},
+                                                                    TOOL_USE, {**TOOL_USE, "id": "t2", "input": {}}]},
+                      user([{"type": "tool_result", "tool_use_id": "t1", "content": "1"}, {"type": "text", "text": "and?"},
+                            {"type": "tool_result", "tool_use_id": "t2", "is_error": True, "content": [
+                                {"type": "text", "text": "2"}, {"type": "image", "source": PNG_SOURCE}, {"type": "tool_reference", "tool_name": "g"},
+                                {"type": "document", "source": {"type": "content", "content": [{"type": "image", "source": PNG_SOURCE}]}}]}])]},
+        {"messages": [user("go"), {**called(("t1", "f", '{"a":[1]}'), ("t2", "f", "{}")), "content": "ok"},
+                      {"role": "tool", "tool_call_id": "t1", "content": "1"},
+                      {"role": "tool", "tool_call_id": "t2", "content": '2\n\n{"type":"tool_reference","tool_name":"g"}'},
+                      user([{"type": "text", "text": "and?"}] + [picture("data:image/png;base64,iVBO")] * 2)]}, None),
+    "a result of nothing": ({"messages": [{"role": "assistant", "content": [TOOL_USE]}, user([{"type": "tool_result", "tool_use_id": "t1"}])]},
+                            {"messages": [called(("t1", "f", '{"a":[1]}')), {"role": "tool", "tool_call_id": "t1", "content": ""}]}, None),
+    "what a server's tool did": ({"messages": [user("a"), {"role": "assistant", "content": [{"type": "server_tool_use"}, {"type": "text", "text": "b"}]}]},
+                                 {"messages": [user("a"), {"role": "assistant", "content": "b"}]}, "server_tool_use"),
+    "tools": ({"tools": [{"name": "f", "description": "d", "input_schema": {"type": "object"}}, {"type": "web_search_20250305", "name": "web_search"},
+                         {"type": "custom", "name": "g", "strict": True}], "tool_choice": {"type": "any", "disable_parallel_tool_use": True}},
+              {"tools": [{"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}},
+                         {"type": "function", "function": {"name": "g", "strict": True, "parameters": {"type": "object", "properties": {}}}}],
+               "tool_choice": "required", "parallel_tool_calls": False}, "web_search_20250305"),
+    "one tool": ({"tools": [{"name": "f"}], "tool_choice": {"type": "tool", "name": "f"}},
+                 {"tools": [tool()], "tool_choice": {"type": "function", "function": {"name": "f"}}}, None),
+    "no tool that is left": ({"tools": [{"type": "bash_20250124", "name": "bash"}], "tool_choice": {"type": "auto"}}, {}, "bash_20250124"),
+    "how to think": ({"thinking": {"type": "enabled", "budget_tokens": 5000}}, {}, "thinking.budget_tokens"),
+    "a form": ({"output_config": {"effort": "high", "format": {"type": "json_schema", "schema": {"type": "object"}}}},
+               {"response_format": {"type": "json_schema", "json_schema": {"name": "answer", "schema": {"type": "object"}, "strict": True}}}, "output_config.effort"),
+    "other fields": ({"temperature": 0, "top_p": 0.5, "top_k": 5, "stop_sequences": ["x"], "metadata": {"user_id": "u"}, "service_tier": "auto",
+                      "context_management": {}}, {"temperature": 0, "top_p": 0.5, "stop": ["x"], "user": "u"}, "top_k, service_tier, context_management"),
+}
+
+
+@table(MESSAGES)
+def test_messages_become_a_chat(case, pool):
+    fields, chat_fields, ignored = case
+    fake = FakeOpenAI()
+    got = ask(pool(fake), "POST", "/v1/messages?beta=true", {**ASKED, **fields}, {"anthropic-version": "2023-06-01", "x-api-key": "k"})
+    assert got.status == 200, got.body
+    assert fake.bodies()[0] == {"model": "both", "stream": False, "max_tokens": 64, "messages": [user("hi")], **chat_fields}
+    assert got.headers.get("x-akashproxy-ignored") == ignored
+
+
+MESSAGES_REFUSED = {
+    # name: (fields of a body, words)
+    "a role": ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0]: there is no role 'tool'"),
+    "a message that is text": ({"messages": ["x"]}, "messages[0]: there is no role"),
+    "a document as PDF": ({"messages": [user([{"type": "document", "source": {**PNG_SOURCE, "media_type": "application/pdf"}}])]}, "messages[0].content[0]: 'document'"),
+    "a file that is stored": ({"messages": [user([{"type": "image", "source": {"type": "file", "file_id": "f"}}])]}, "'image'"),
+    "content of nothing": ({"messages": [user(None)]}, "'None'"),
+    "an unknown block": ({"messages": [user([{"type": "hologram"}])]}, "'hologram'"),
+    "tools that are no list": ({"tools": {}}, "'tools' must be a list"),
+    "a tool without a name": ({"tools": [{}]}, "'name' is missing"),
+    "a choice": ({"tools": [{"name": "f"}], "tool_choice": {"type": "most"}}, "'tool_choice' must be"),
+    "no messages": ({"messages": None}, "'messages' is missing"),
+    "a model that is a number": ({"model": 7}, "'model' must be"),
+}
+
+
+@table(MESSAGES_REFUSED)
+def test_what_a_chat_can_not_say_is_named(case, pool):
+    fields, words = case
+    server = pool(FakeOpenAI())
+    got = ask(server, "POST", "/v1/messages", {**ASKED, **fields})
+    assert got.status == 400 and got.json["type"] == "error" and got.json["error"]["type"] == "invalid_request_error"
+    assert words in got.json["error"]["message"]
+    assert ask(server, "POST", "/v1/messages", ASKED).status == 200
+
+
+def test_a_message_that_is_nested_too_deeply():
+    deep = functools.reduce(lambda block, _: [{"type": "document", "source": {"type": "content", "content": block}}], range(2000), "x")
+    with pytest.raises(APIError, match="nested too deeply"):
+        akashproxy.Messages({**ASKED, "messages": [user(deep)]})
+
+
+def named_events(body):
+    """The events of a stream whose names are their types."""
+    events = []
+    for block in body.decode().split("\n\n")[:-1]:
+        name, data = block.split("\ndata: ")
+        events.append(json.loads(data))
+        assert name == "event: " + events[-1]["type"]
+    return events
+
+
+def answered(*deltas, finish="stop", usage=None):
+    """A fault: a stream with these deltas."""
+    told = b"" if usage is None else b'data: {"choices":[],"usage":%b}\n\n' % json.dumps(usage).encode()
+    frames = [*map(FakeOpenAI.event, deltas), FakeOpenAI.event({}, finish), told, b"data: [DONE]\n\n"]
+    return lambda sock, request: sock.sendall(FakeOpenAI.head() + b"".join(map(chunk, frames)) + b"0\r\n\r\n") or True
+
+
+def test_the_events_of_a_message(pool):
+    fake = FakeOpenAI()
+    fake.faults.append(answered({"reasoning_content": "hm"}, {"content": "Hi"}, {"content": " you"}, *(
+        {"tool_calls": calls} for calls in fragments([{"index": 0, "function": {"arguments": '{"a":1}'}}])), finish="tool_calls",
+        usage={"prompt_tokens": 11, "completion_tokens": 7, "prompt_tokens_details": {"cached_tokens": 4}}))
+    events = named_events(ask(pool(fake), "POST", "/v1/messages", {**ASKED, "stream": True, "thinking": {"type": "adaptive"}}).body)
+    first = events[0]["message"]
+    assert first.pop("id").startswith("msg_") and first.pop("usage") == {"input_tokens": 5, "output_tokens": 0}
+    assert first == {"type": "message", "role": "assistant", "model": "both", "content": [], "stop_reason": None, "stop_sequence": None}
+
+    def block(at, start, delta, *pieces):
+        kind, name = delta
+        return [{"type": "content_block_start", "index": at, "content_block": start},
+                *({"type": "content_block_delta", "index": at, "delta": {"type": kind, name: piece}} for piece in pieces),
+                {"type": "content_block_stop", "index": at}]
+
+    assert events[1:] == [
+        *block(0, {"type": "thinking", "thinking": "", "signature": ""}, ("thinking_delta", "thinking"), "hm"),
+        *block(1, {"type": "text", "text": ""}, ("text_delta", "text"), "Hi", " you"),
+        *block(2, {"type": "tool_use", "id": "call_1", "name": "f", "input": {}}, ("input_json_delta", "partial_json"), '{"a":1}'),
+        {"type": "message_delta", "delta": {"stop_reason": "tool_use", "stop_sequence": None},
+         "usage": {"input_tokens": 7, "cache_read_input_tokens": 4, "output_tokens": 7}}, {"type": "message_stop"}]
+
+
+def test_thoughts_are_for_who_asks_for_them(pool):
+    fake = FakeOpenAI()
+    server = pool(fake)
+    for thinking, shown in ((None, False), ({"type": "disabled"}, False), ({"type": "adaptive", "display": "omitted"}, False),
+                            ({"type": "enabled", "budget_tokens": 1024}, True)):
+        for streamed in (False, True):
+            fake.faults.append(answered({"reasoning_content": "hm"}, {"content": "Hi"}))
+            got = ask(server, "POST", "/v1/messages", {**ASKED, "stream": streamed, "thinking": thinking})
+            assert (b'"hm"' in got.body) == shown and b'"Hi"' in got.body
+
+
+def test_the_end_of_a_message(akash, serve):
+    server = serve()
+    for fields, chat_stream, stop in (({}, HELLO, ("end_turn", None)), ({"stop_sequences": ["the"]}, HELLO, ("stop_sequence", "the")),
+                                      ({"max_tokens": 1}, HELLO, ("max_tokens", None)), ({}, HELLO.replace(b'"stop"', b'"content-filter"'), ("refusal", None))):
+        akash.chat = chat_stream
+        whole = ask(server, "POST", "/v1/messages", {**ASKED, **fields}).json
+        last = named_events(ask(server, "POST", "/v1/messages", {**ASKED, **fields, "stream": True}).body)[-2]
+        assert stop == (whole["stop_reason"], whole["stop_sequence"]) == (last["delta"]["stop_reason"], last["delta"]["stop_sequence"])
+        assert whole["usage"]["input_tokens"] == 5 and whole["usage"]["output_tokens"] > 0 and last["usage"] == whole["usage"]
+
+
+ANTHROPIC_ERRORS = {
+    # name: (method, path, body, header fields, status, type)
+    "no token": ("POST", "/v1/messages", ASKED, {}, 401, "authentication_error"),
+    "no token, for the models": ("GET", "/v1/models", None, {"anthropic-version": "2023-06-01"}, 401, "authentication_error"),
+    "no JSON": ("POST", "/v1/messages", b"{", {"x-api-key": "k"}, 400, "invalid_request_error"),
+    "a list": ("POST", "/v1/messages/count_tokens", b"[]", {"x-api-key": "k"}, 400, "invalid_request_error"),
+    "too large": ("POST", "/v1/messages", b"x" * 2000, {"x-api-key": "k"}, 413, "request_too_large"),
+    "a wrong method": ("DELETE", "/v1/messages", None, {"x-api-key": "k"}, 405, "invalid_request_error"),
+    "an unknown model": ("POST", "/v1/messages", {**ASKED, "model": "none"}, {"Authorization": "Bearer k"}, 404, "not_found_error"),
+    "an unknown model, by name": ("GET", "/v1/models/none", None, {"x-api-key": "k", "anthropic-version": "2023-06-01"}, 404, "not_found_error"),
+    "tools at Akash": ("POST", "/v1/messages", {**ASKED, "tools": [{"name": "f"}]}, {"x-api-key": "k"}, 400, "invalid_request_error"),
+    "a limit": ("POST", "/v1/messages", ASKED, {"x-api-key": "k"}, 429, "rate_limit_error"),
+    "no room": ("POST", "/v1/messages", ASKED, {"x-api-key": "k"}, 529, "overloaded_error"),
+    "a failure": ("POST", "/v1/messages", ASKED, {"x-api-key": "k"}, 502, "api_error"),
+}
+
+
+@table(ANTHROPIC_ERRORS)
+def test_errors_in_anthropics_form(case, akash, serve):
+    method, path, body, headers, status, kind = case
+    answers = {404: UPSTREAM["model-unknown"][0], 429: reply(429, RATE), 502: reply(500), 529: reply(503)}
+    if status in answers:
+        akash.faults.append(akash.raw(answers[status]))
+    server = serve(bearer_token=("k",), max_body=1000)
+    got = ask(server, method, path, body, headers)
+    assert (got.status, got.json["type"], got.json["error"]["type"]) == (status, "error", kind) and got.json["error"]["message"]
+    assert set(got.json) == {"type", "error"} and set(got.json["error"]) == {"type", "message"}
+
+
+def test_counting_tokens_never_fails(akash, serve):
+    server = serve()
+
+    def count(**fields):
+        got = ask(server, "POST", "/v1/messages/count_tokens?beta=true", fields)
+        assert got.status == 200 and list(got.json) == ["input_tokens"], got.body
+        return got.json["input_tokens"]
+
+    text = "The quick brown fox jumps over the lazy dog. " * 100     # 1,001 tokens with o200k
+    plain = count(model="m", messages=[user(text)])
+    assert 900 < plain < 1300 and not akash.bodies()
+    assert plain < count(model="m", messages=[user(text)], system="x" * 40, tools=[{"name": "f", "input_schema": {"type": "object"}}])
+    assert 1600 < count(model="m", messages=[user([{"type": "tool_result", "content": [{"type": "image", "source": {**PNG_SOURCE, "data": "A" * 99999}}]}])]) < 1700
+    for odd in (None, 7, [[[[]]]], {"a": {"b": [None, True, 1.5, {"type": "base64"}]}}, [user([{"type": "tool_result", "content": [[{"x": ["y"]}]]}])]):
+        assert count(model=odd, messages=odd, system=odd) > 0
+    deep = functools.reduce(lambda inner, _: [inner], range(400), "x")
+    assert count(messages=deep) > 0
+
+
+def test_models_in_anthropics_shape(akash, serve):
+    server = serve(model_aliases={"claude-*": "Qwen/Qwen3"})
+    version = {"anthropic-version": "2023-06-01"}
+    listed = ask(server, path="/v1/models", headers=version).json
+    assert (listed["first_id"], listed["last_id"], listed["has_more"]) == ("Meta-Llama-3-3-70B-Instruct", "AkashGen", False)
+    assert listed["data"][1] == {"type": "model", "id": "Qwen/Qwen3", "display_name": "Qwen/Qwen3", "created_at": "2021-07-20T10:40:00Z", "lifecycle": "active"}
+    assert ask(server, path="/v1/models/claude-x", headers=version).json["id"] == "claude-x"
+    assert ask(server, path="/v1/models/Qwen--Qwen3").json["object"] == "model"
+
+
+NAMES = {"claude-haiku-9": "small", "claude-9": "big/one", "big--one": "big/one", "as--is": "as--is", "no--such": "no--such", "both": "both"}
+
+
+@pytest.mark.parametrize("asked", NAMES)
+def test_other_names_of_models(asked, pool):
+    fake = FakeOpenAI(["big/one", "as--is", "as/is", "small", "both"])
+    server = pool(fake, model_aliases={"*haiku*": "small", "claude-*": "big/one"})
+    got = chat(server, {**BOTH, "model": asked, "new": 1})
+    assert got.status == 200 and fake.bodies()[-1] == {**BOTH, "model": NAMES[asked], "new": 1}
+    got = ask(server, "POST", "/v1/messages", {**ASKED, "model": asked})
+    assert fake.bodies()[-1]["model"] == NAMES[asked] and got.json["model"] == asked, "a client reads the name that it asked for"
+
+
+def test_aliases_are_a_setting(config):
+    path = config({"model_aliases": {"a": "b"}})
+    assert load(path).model_aliases == {"a": "b"} and load(path, MODEL_ALIASES="c-*=d, e=f=g").model_aliases == {"c-*": "d", "e": "f=g"}
+    assert "MODEL_ALIASES=c-*=d,e=f" in run("--check", MODEL_ALIASES="c-*=d,e=f").stdout
+    with pytest.raises(ConfigError, match="MODEL_ALIASES: 'a' is not NAME=VALUE"):
+        Settings.load({"MODEL_ALIASES": "a"})
+
+
+def test_anthropics_own_format_is_relayed_to_who_speaks_it(pool):
+    a, b = FakeOpenAI(), FakeOpenAI()
+    told = b'event: message_start\ndata: {"type":"message_start","message":{}}\n\nevent: message_stop\ndata: {"type":"message_stop"}\n\n'
+    server = pool(a, (b, {"paths": ["/v1/messages*"], "models": ["claude"]}))
+    odd = {"model": "claude", "messages": [user([{"type": "hologram"}])], "stream": True}
+    b.faults.extend([b.garbage(b.head() + chunk(told) + b"0\r\n\r\n"), b.garbage(b.head() + chunk(told[:70]) + b"0\r\n\r\n"),
+                     b.garbage(reply(body=b'{"input_tokens":70}')), b.status(500)])
+    got = ask(server, "POST", "/v1/messages?beta=true", odd, {"anthropic-beta": "x"})
+    request = next(request for request in b.requests if request.method == "POST")
+    assert got.body == told and b.bodies()[0] == odd and request.path == "/v1/messages?beta=true" and request.headers["anthropic-beta"] == "x"
+    got = ask(server, "POST", "/v1/messages", odd)
+    assert got.body.endswith(b'event: error\ndata: {"type":"error","error":{"message":"b ended its answer early.","type":"api_error"}}\n\n')
+    assert [ask(server, "POST", "/v1/messages/count_tokens", {**odd, "stream": False}).json for _ in "ab"] == [{"input_tokens": 70}, {"input_tokens": 7}]
+    assert not a.bodies()
+
+
+WANTED = {"model": "both", "input": "hi"}
+CALLED = {"type": "function_call", "call_id": "c1", "name": "f", "arguments": '{"a":[1]}', "id": "fc_1", "status": "completed"}
+RESPONSES = {
+    # name: (fields of a body, what a chat says beside its usual, what is ignored)
+    "instructions, and developers": ({"instructions": "a", "input": [{"role": "developer", "content": "b"}, {"type": "message", "role": "user", "content": "hi"}]},
+                                     {"messages": [system("a\n\nb"), user("hi")]}, None),
+    "parts": ({"input": [user([{"type": "input_text", "text": "a"}, {"type": "input_image", "image_url": "https://x/y.png", "detail": "auto"}]),
+                         {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "b", "annotations": []}, {"type": "refusal", "refusal": "c"}]}]},
+              {"messages": [user([{"type": "text", "text": "a"}, picture("https://x/y.png")]), {"role": "assistant", "content": "b\n\nc"}]}, None),
+    "calls and their outputs": (
+        {"input": [user("go"), {"type": "reasoning", "id": "rs_1", "summary": []}, {"type": "item_reference", "id": "rs_1"}, {"role": "assistant", "content": "ok"}, CALLED, {**CALLED, "call_id": "c2", "arguments": ""},
+                   {"type": "function_call_output", "call_id": "c1", "output": [{"type": "input_text", "text": "1"}, {"type": "input_image", "image_url": "data:x"}]},
+                   {"type": "function_call_output", "call_id": "c2", "output": "2"}, {"type": "web_search_call", "id": "ws"}]},
+        {"messages": [user("go"), {**called(("c1", "f", '{"a":[1]}'), ("c2", "f", "{}")), "content": "ok"}, {"role": "tool", "tool_call_id": "c1", "content": "1"},
+                      {"role": "tool", "tool_call_id": "c2", "content": "2"}, user([picture("data:x")])]}, "item_reference, web_search_call"),
+    "a call at once": ({"input": [CALLED]}, {"messages": [called(("c1", "f", '{"a":[1]}'))]}, None),
+    "tools": ({"tools": [{"type": "function", "name": "f", "description": "d", "parameters": {"type": "object"}, "strict": False}, {"type": "namespace", "name": "n"},
+                         {"type": "web_search"}, {"type": "custom", "name": "c"}], "tool_choice": "auto", "parallel_tool_calls": True},
+              {"tools": [{"type": "function", "function": {"name": "f", "description": "d", "strict": False, "parameters": {"type": "object"}}}],
+               "tool_choice": "auto", "parallel_tool_calls": True}, "namespace, web_search, custom"),
+    "one tool": ({"tools": [{"type": "function", "name": "f"}], "tool_choice": {"type": "function", "name": "f"}},
+                 {"tools": [tool()], "tool_choice": {"type": "function", "function": {"name": "f"}}}, None),
+    "some tools": ({"tools": [{"type": "function", "name": "f"}], "tool_choice": {"type": "allowed_tools", "mode": "required", "tools": []}},
+                   {"tools": [tool()], "tool_choice": "required"}, "tool_choice.tools"),
+    "no tool that is left": ({"tools": [{"type": "web_search"}], "tool_choice": {"type": "web_search"}, "parallel_tool_calls": False}, {}, "web_search"),
+    "a form": ({"text": {"format": {"type": "json_schema", "name": "n", "schema": {"type": "object"}, "strict": True}, "verbosity": "low"}},
+               {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "object"}, "strict": True}}}, "text.verbosity"),
+    "JSON, no matter which": ({"text": {"format": {"type": "json_object"}}}, {"response_format": {"type": "json_object"}}, None),
+    "other fields": ({"max_output_tokens": 9, "temperature": 0, "top_p": 0.5, "user": "u", "reasoning": {"effort": "low", "summary": "auto"}, "store": True,
+                      "metadata": {"a": "b"}, "include": [], "text": {"format": {"type": "text"}}},
+                     {"max_tokens": 9, "temperature": 0, "top_p": 0.5, "user": "u", "reasoning_effort": "low"}, "include, store"),
+}
+
+
+@table(RESPONSES)
+def test_responses_become_a_chat(case, pool):
+    fields, chat_fields, ignored = case
+    fake = FakeOpenAI()
+    got = ask(pool(fake), "POST", "/v1/responses", {**WANTED, **fields})
+    assert got.status == 200, got.body
+    assert fake.bodies()[0] == {"model": "both", "stream": False, "messages": [user("hi")], **chat_fields}
+    assert got.headers.get("x-akashproxy-ignored") == ignored
+    assert got.json["output"][0]["content"][0]["text"] == "Hi there." and got.json["store"] is False
+    assert all(got.json[name] == fields[name] for name in ("tools", "metadata", "temperature") if name in fields)
+
+
+RESPONSES_REFUSED = {
+    # name: (fields of a body, words)
+    "an earlier response": ({"previous_response_id": "resp_1"}, "'previous_response_id' can't be used: nothing is stored here"),
+    "a conversation": ({"conversation": "c"}, "'conversation' can't be used"),
+    "in the background": ({"background": True}, "'background' can't be used"),
+    "a reference": ({"input": [{"type": "item_reference", "id": "msg_1"}]}, '"store": false'),
+    "a file": ({"input": [user([{"type": "input_file", "file_id": "f"}])]}, "input[0].content[0]: 'input_file'"),
+    "a role": ({"input": [{"role": "tool", "content": "x"}]}, "input[0]: there is no role 'tool'"),
+    "items that are none": ({"input": [7]}, "input[0]: there is no role 'None'"),
+    "no input": ({"input": None}, "'input' is missing"),
+    "tools that are no list": ({"tools": "x"}, "'tools' must be a list"),
+}
+
+
+@table(RESPONSES_REFUSED)
+def test_what_a_response_can_not_be_is_named(case, pool):
+    fields, words = case
+    a, b = FakeOpenAI(), FakeOpenAI()
+    got = ask(pool(a), "POST", "/v1/responses", {**WANTED, **fields})
+    assert got.status == 400 and words in got.json["error"]["message"] and not a.bodies()
+    b.faults.append(b.garbage(reply(body=b'{"id":"resp_2"}')))
+    server = pool(FakeOpenAI(), (b, {"paths": ["/v1/responses*"]}))
+    assert ask(server, "POST", "/v1/responses", {**WANTED, **fields}).json == {"id": "resp_2"} and b.bodies() == [{**WANTED, **fields}]
+
+
+def test_the_events_of_a_response(pool):
+    fake = FakeOpenAI()
+    fake.faults.append(answered({"reasoning_content": "hm"}, {"content": "Hi"}, {"content": " you"}, *(
+        {"tool_calls": calls} for calls in fragments([{"index": 0, "function": {"arguments": '{"a":1}'}}])), finish="tool_calls",
+        usage={"prompt_tokens": 11, "completion_tokens": 7, "prompt_tokens_details": {"cached_tokens": 4}}))
+    server = pool(fake)
+    body = ask(server, "POST", "/v1/responses", {**WANTED, "stream": True}).body
+    events = named_events(body)
+    assert [event.pop("sequence_number") for event in events] == list(range(len(events)))
+    kinds = [event["type"].replace("response.", "") for event in events]
+    assert kinds == ["created", "in_progress", "output_item.added", "reasoning_summary_part.added", "reasoning_summary_text.delta", "reasoning_summary_text.done",
+                     "reasoning_summary_part.done", "output_item.done", "output_item.added", "content_part.added", "output_text.delta", "output_text.delta",
+                     "output_text.done", "content_part.done", "output_item.done", "output_item.added", "function_call_arguments.delta",
+                     "function_call_arguments.done", "output_item.done", "completed"]
+    response = events[-1]["response"]
+    assert response["id"] == events[0]["response"]["id"] and response["status"] == "completed"
+    assert response["output"] == [event["item"] for event in events if event["type"] == "response.output_item.done"]
+    assert response["usage"] == {"input_tokens": 11, "output_tokens": 7, "total_tokens": 18, "input_tokens_details": {
+        "cached_tokens": 4, "cache_write_tokens": 0}, "output_tokens_details": {"reasoning_tokens": 0}}
+    message = response["output"][1]
+    assert events[8]["item"] == {**message, "status": "in_progress", "content": []} and events[8]["output_index"] == 1
+    place = {"item_id": message["id"], "output_index": 1, "content_index": 0}
+    assert events[9:14] == [
+        {"type": "response.content_part.added", **place, "part": {**message["content"][0], "text": ""}},
+        *({"type": "response.output_text.delta", **place, "delta": text, "logprobs": []} for text in ("Hi", " you")),
+        {"type": "response.output_text.done", **place, "text": "Hi you", "logprobs": []},
+        {"type": "response.content_part.done", **place, "part": {"type": "output_text", "text": "Hi you", "annotations": [], "logprobs": []}}]
+    call = response["output"][2]
+    assert call == {"id": call["id"], "type": "function_call", "status": "completed", "call_id": "call_1", "name": "f", "arguments": '{"a":1}'}
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/responses"])
+def test_blocks_never_interleave_though_calls_do(path, pool):
+    def calls(index, arguments, id=None, name=None):
+        return {"tool_calls": [{"index": index, "function": {"arguments": arguments, **({"name": name} if name else {})}, **({"id": id} if id else {})}]}
+
+    fake = FakeOpenAI()
+    fake.faults.append(answered(calls(0, "{}", "z", "e"), calls(1, "", "a", "f"), calls(0, " "), calls(1, '{"x"'), calls(2, "", "b", "g"), calls(1, ":1}"), calls(2, '{"y":'),
+                                {"content": "so"}, calls(3, "", None, "h"), calls(2, "2}"), calls(1, " "), finish="tool_calls"))
+    body = {**(ASKED if "messages" in path else WANTED), "stream": True}
+    events = named_events(ask(pool(fake), "POST", path, body).body)
+    added = [event for event in events if event["type"] in ("content_block_start", "response.output_item.added")]
+    blocks = [event.get("content_block") or event.get("item") for event in added]
+    assert [block.get("call_id", block.get("id")) for block in blocks][:3] == ["z", "a", "b"] and [block.get("name") for block in blocks] == ["e", "f", "g", None, "h"]
+    assert re.match("call_.", blocks[4].get("call_id", blocks[4]["id"])), "it needs one, even if the upstream gave none"
+    pieces_of = collections.defaultdict(str)
+    for event in events:
+        delta = event.get("delta")
+        if event["type"].endswith("delta") and "stop_reason" not in delta:
+            pieces_of[event.get("index", event.get("output_index"))] += delta if isinstance(delta, str) else delta.get("partial_json", delta.get("text"))
+    assert pieces_of == {0: "{}", 1: '{"x":1} ', 2: '{"y":2}', 3: "so"}
+    opened = None
+    for event in events:
+        index = event.get("index", event.get("output_index"))
+        assert index is None or opened in (None, index)
+        opened = None if event["type"] in ("content_block_stop", "response.output_item.done") else index
+
+
+def test_a_response_that_fails_within(pool):
+    a = FakeOpenAI()
+    server = pool(a)
+    a.faults.append(a.cut(1))
+    events = named_events(ask(server, "POST", "/v1/responses", {**WANTED, "stream": True}).body)
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    assert events[-2]["type"] == "error" and events[-2]["message"] == events[-2]["error"]["message"] == events[-1]["response"]["error"]["message"]
+    assert events[-1]["type"] == "response.failed" and events[-1]["response"]["status"] == "failed"
+    own = pool((a, {"paths": ["/v1/responses"]}))
+    for told, failed in ((b'data: {"type":"response.created"}\n\n', True), (b'data: {"type":"response.completed"}\n\n', False)):
+        a.faults.append(a.garbage(a.head() + chunk(told) + b"0\r\n\r\n"))
+        body = ask(own, "POST", "/v1/responses", {**WANTED, "stream": True}).body
+        assert body.startswith(told) and (b"response.failed" in body) == failed and b"event: response.created" not in body
+
+
+def test_pings_and_failures_before_the_first_event():
+    message, response = akashproxy.Messages(ASKED), akashproxy.Responses(WANTED)
+    assert {form: message.ping(form) for form in ("comment", "chunk", "off")} == {
+        "comment": b'event: ping\ndata: {"type":"ping"}\n\n', "chunk": b'event: ping\ndata: {"type":"ping"}\n\n', "off": b""}
+    assert (response.ping("comment"), response.ping("off")) == (b": keep-alive\n\n", b"")
+    error = APIError(502, "no", code="upstream_error")
+    assert [event["type"] for event in named_events(message.fail(error))] == ["error"]
+    assert [event["type"] for event in named_events(response.fail(error))] == ["response.created", "response.in_progress", "error", "response.failed"]
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/responses"])
+def test_a_call_that_waits_is_not_lost_when_the_stream_breaks_off(path, pool):
+    fake = FakeOpenAI()
+    frames = [fake.event({"tool_calls": [{"index": at, "id": f"c{at}", "function": {"name": "f", "arguments": '{"a":'}}]}) for at in (0, 1)]
+    fake.faults.append(fake.garbage(fake.head() + b"".join(map(chunk, frames))))
+    body = ask(pool(fake), "POST", path, {**(ASKED if "messages" in path else WANTED), "stream": True}).body
+    assert b'"c0"' in body and b'"c1"' in body and b"broke off" in body
+
+
+def test_responses_are_not_stored(pool):
+    a = FakeOpenAI()
+    server = pool(a)
+    for method in ("GET", "DELETE"):
+        got = ask(server, method, "/v1/responses/resp_1")
+        assert got.status == 404 and "not stored" in got.json["error"]["message"]
+    assert ask(server, "POST", "/v1/responses/compact", {"model": "both"}).status == 404 and a.requests[-1].path == "/v1/responses/compact"
+    asked = len(a.requests)
+    assert ask(server, "POST", "/v1/responses/../x", {"model": "both"}).status == 405 and len(a.requests) == asked
+
+
+ODD = [None, True, 0, -1.5, "", "x", [], {}, [None], ["x"], [7], [[]], [{}], {"type": 7}, {"type": "function"}, {"type": ["x"]}, [{"type": "text", "text": 7}],
+       [{"type": "image", "source": 7}], [{"type": "image", "source": PNG_SOURCE}], [{"type": "image_url", "image_url": 7}], [{"type": "tool_result", "content": {}}], [{"type": "tool_use"}],
+       [{"role": "user", "content": {}}], [{"role": "assistant", "content": [{"type": "hologram"}], "tool_calls": 7}], [{"role": "user", "content": [{"type": {}}]}],
+       [{"role": "tool", "content": 7}], [{"type": "function_call"}], [{"type": "function_call_output"}], [{"role": ["user"], "content": "x"}]]
+
+
+def test_odd_values_are_answered_or_named_never_a_bug():
+    seen = collections.Counter()
+    controllers = [akashproxy.CONTROLLERS[kind](akashproxy.ControllerSettings(type=kind, speed=0.0), Settings()) for kind in ("akash", "echo")]
+    for dialect, body in ((akashproxy.ChatCompletions, CHAT), (akashproxy.Messages, ASKED), (akashproxy.Responses, WANTED)):
+        names = [*body, "system", "instructions", "tools", "tool_choice", "thinking", "reasoning", "text", "metadata", "output_config", "stop", "stop_sequences", "max_tokens", "temperature"]
+        nested = [("messages", [{"role": role, "content": odd}] * 2) for role in ("user", "assistant", "system") for odd in ODD]
+        for name, odd in [(name, odd) for name in names for odd in ODD] + nested:
+            for controller in controllers:
+                try:
+                    spoken = dialect({**body, name: odd})
+                    error = controller.able(spoken.call)
+                    if error is None and controller is controllers[1]:
+                        spoken.begin() + spoken.feed(list(controller.events(spoken.call))) + akashproxy.to_json(spoken.whole(fold([Text("x"), Finish("stop")])))
+                except APIError as refused:
+                    error = refused
+                seen[error and error.status] += 1
+                assert error is None or error.status in (400, 404) and error.message, (name, odd)
+    assert seen[None] > 500 and seen[400] > 500
+
+
+# == the matrix: every controller, every dialect ==============================================
+
+
+def read_chat(told):
+    """The events of a chat's body, or of its chunks; what is no event is the words of an error."""
+    for event in told if isinstance(told, list) else [told]:
+        if "error" in event:
+            yield event["error"]["message"]
+        for choice in event.get("choices", []):
+            said = choice.get("message") or choice.get("delta") or {"content": choice.get("text")}
+            yield from [R(said["reasoning_content"])] if said.get("reasoning_content") else []
+            yield from [T(said["content"])] if said.get("content") else []
+            for at, call in enumerate(said.get("tool_calls", [])):
+                yield ToolCall(call.get("index", at), call["function"]["arguments"], call.get("id"), call["function"].get("name"))
+            yield from [Finish(choice["finish_reason"])] if choice["finish_reason"] else []
+
+
+def read_messages(told):
+    blocks, stops = [], {"end_turn": "stop", "max_tokens": "length", "tool_use": "tool_calls"}
+    for event in told if isinstance(told, list) else []:
+        if event["type"] == "error":
+            yield event["error"]["message"]
+        elif event["type"] == "content_block_start":
+            assert event["index"] == len(blocks)
+            blocks.append(event["content_block"])
+        elif event["type"] == "content_block_delta":
+            name, piece = list(event["delta"].items())[1]
+            blocks[event["index"]][name] = blocks[event["index"]].get(name, "") + piece
+        elif event["type"] == "message_delta":
+            told = {**event["delta"], "content": blocks}
+    for at, block in enumerate(blocks if isinstance(told, list) else told["content"]):
+        if block["type"] == "tool_use":
+            yield ToolCall(at, block.get("partial_json") or json.dumps(block["input"], separators=(",", ":")), block["id"], block["name"])
+        else:
+            yield T(block["text"]) if block["type"] == "text" else R(block["thinking"])
+    yield from [] if isinstance(told, list) else [Finish(stops[told["stop_reason"]])]
+
+
+def read_responses(told):
+    items = [event["item"] for event in told if event["type"] == "response.output_item.done"] if isinstance(told, list) else told["output"]
+    for at, item in enumerate(items):
+        if item["type"] == "function_call":
+            yield ToolCall(at, item["arguments"], item["call_id"], item["name"])
+        else:
+            yield T(item["content"][0]["text"]) if item["type"] == "message" else R(item["summary"][0]["text"])
+    if isinstance(told, list) and told[-1]["type"] == "response.failed":
+        yield from (T(event["delta"]) for event in told if event["type"] == "response.output_text.delta")
+        yield told[-1]["response"]["error"]["message"]
+    else:
+        response = told[-1]["response"] if isinstance(told, list) else told
+        assert response["output"] == items
+        reason = (response["incomplete_details"] or {"reason": "tool_calls" if items[-1]["type"] == "function_call" else "stop"})["reason"]
+        yield Finish(reason.replace("max_output_tokens", "length"))
+
+
+DIALECTS = {
+    # name: (path, body, its reader, how a stream is taken apart, what it has no place for)
+    "chat": ("/v1/chat/completions", {"messages": [user("hi")]}, read_chat, sse, ()),
+    "completions": ("/v1/completions", {"prompt": "hi"}, read_chat, sse, (Reasoning, ToolCall)),
+    "messages": ("/v1/messages", {**ASKED, "thinking": {"type": "adaptive"}}, read_messages, named_events, ()),
+    "responses": ("/v1/responses", {"input": "hi"}, read_responses, named_events, ()),
+}
+ONE = FakeOpenAI.event({"content": "one "})
+MATRIX = {
+    # name: (what Akash does, what an OpenAI does, the events, words of the error)
+    "text": (lambda fake: fake.cut(HELLO, True), lambda fake: answered({"content": "Hello"}, {"content": " from the mock."}),
+             [T("Hello from the mock."), Finish("stop")], None),
+    "reasoning": (lambda fake: fake.cut(b'g:"h"\ng:"m"\n0:"42"\n' + STOP, True), lambda fake: answered({"reasoning_content": "hm"}, {"content": "42"}),
+                  [R("hm"), T("42"), Finish("stop")], None),
+    "calls of tools": (lambda fake: fake.cut(b'9:{"toolCallId":"call_1","toolName":"f","args":{"a":1}}\n9:{"toolCallId":"c2","toolName":"g","args":{}}\n'
+                                             + END.replace(b"%b", b"tool-calls"), True),
+                       lambda fake: answered(*({"tool_calls": calls} for calls in (
+                           *fragments([{"index": 0, "function": {"arguments": '{"a":1'}}]), [{"index": 1, "id": "c2", "function": {"name": "g", "arguments": "{}"}}],
+                           [{"index": 0, "function": {"arguments": "}"}}])), finish="tool_calls"),
+                       [ToolCall(0, '{"a":1}', "call_1", "f"), ToolCall(1, "{}", "c2", "g"), Finish("tool_calls")], None),
+    "a picture": (lambda fake: fake.cut(PICTURE_LINE, True), None, [T("![A red fox in the snow](SITE/images/job_51083a4c_00001_.png)"), Finish("stop")], None),
+    "length": (lambda fake: fake.cut(b'0:"one "\n' + END.replace(b"%b", b"length"), True), lambda fake: answered({"content": "one "}, finish="length"),
+               [T("one "), Finish("length")], None),
+    "an error before": (lambda fake: fake.raw(reply(500), True), lambda fake: fake.status(500), [], "without a reason|told"),
+    "an error within": (lambda fake: fake.cut(b'0:"one "\n3:"boom"\n', True), lambda fake: fake.garbage(fake.head() + chunk(ONE) + chunk(ERROR_EVENT)),
+                        [T("one ")], "boom"),
+    "cut": (lambda fake: fake.cut(b'0:"one "\n'), lambda fake: fake.garbage(fake.head() + chunk(ONE)), [T("one ")], "broke off"),
+    "echoed": (None, None, [T("hi"), Finish("stop")], None),
+}
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("kind, name", [(kind, name) for name, row in MATRIX.items() for kind, has in zip(("akash", "openai", "echo"), (*row[:2], name == "echoed")) if has])
+def test_the_matrix(kind, name, dialect, streamed, pool):
+    path, body, reader, taken_apart, missing = DIALECTS[dialect]
+    *faults, events, words = MATRIX[name]
+    fake = FakeAkash() if kind == "akash" else FakeOpenAI()
+    server = pool((fake, {"akash": {}, "openai": {"paths": ["/none"]}, "echo": {"type": "echo", "speed": 0.0}}[kind]), image_poll=0.01)
+    if kind != "echo":
+        fake.faults.append(faults[kind == "openai"](fake))
+    got = ask(server, "POST", path, {**body, "model": "AkashGen" if name == "a picture" else "both", "stream": streamed})
+    if words and (not streamed or not events):
+        assert got.status == 502 and re.search(words, got.json["error"]["message"])
+        return
+    assert got.status == 200, got.body
+    told = list(reader(taken_apart(got.body) if streamed else got.json))
+    error = next((event for event in told if isinstance(event, str)), None)
+    assert error is None if words is None else re.search(words, error)
+    expected = [T(event.text.replace("SITE", server.url)) if isinstance(event, Text) else event for event in events if not isinstance(event, missing)]
+    answer, wanted = fold(told), fold(expected)
+    for side in (answer, wanted):   # they may be counted otherwise, but not stand in another order
+        side.tools = [dataclasses.replace(call, index=at) for at, call in enumerate(side.tools)]
+    assert answer == wanted
+
+
 # == proxies and TLS ==========================================================================
 
 
@@ -3759,7 +4337,7 @@ def test_a_short_soak_leaves_nothing_behind():
 
 SENT = b"T" * 20    # in a prepared token, the place for the nanosecond at which it is sent
 STAMP = re.compile(rb"n(\d{5})t(\d{20})")
-ASKED = re.compile(rb"(\d+) tokens, (\d+) ms apart")
+PACE = re.compile(rb"(\d+) tokens, (\d+) ms apart")
 PATHS = {"Akash": "/api/chat/", "OpenAI": akashproxy.CHAT_PATH}
 PAUSE = 50          # milliseconds between two tokens that do not come in a burst
 COLUMNS = {"load": 20, "upstream": 8, "by way of": 10, "requests/s": 10, "tokens/s": 8, "first token, ms": 15, "token, ms": 15,
@@ -3796,7 +4374,7 @@ class BenchUpstream(asyncio.Protocol):
             self.answer(head.split(b" ")[1].decode(), body)
 
     def answer(self, path, body):
-        asked = ASKED.search(body)
+        asked = PACE.search(body)
         if asked is None:
             return self.transport.write(reply(body=b"{}", extra=b"set-cookie: session_token=x\r\n"))
         count, pause = int(asked[1]), int(asked[2]) / 1000
@@ -4068,15 +4646,30 @@ def test_the_readmes_curl_lines_work(block, curls):
     assert curls[block].returncode == 0 and out and '"error"' not in out, (out, errors)
 
 
-@pytest.mark.parametrize("block", [block for block in blocks("python") if "openai" in block])
+def official(block):
+    return re.match("import (openai|anthropic)$", block, re.M)
+
+
+@pytest.mark.parametrize("block", list(filter(official, blocks("python"))))
 def test_the_readmes_sdk_lines_work(block, demo):
-    pytest.importorskip("openai")
+    pytest.importorskip(official(block)[1])
     done = subprocess.run([sys.executable, "-c", block.replace("127.0.0.1:16571", f"127.0.0.1:{demo}")], cwd=HERE,
                           capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and done.stdout, done
 
 
-@pytest.mark.parametrize("block", [block for block in blocks("python") if "openai" not in block])
+@pytest.mark.parametrize("block", [block for block in blocks("sh") if re.search("^(.*claude|codex) ", block)])
+def test_the_readmes_lines_for_agents_work(block, pool, tmp_path):
+    program = re.search(r"\b(claude|codex)\b", block)[1]
+    if not shutil.which(program):
+        pytest.skip(f"{program} is not installed")
+    server = pool(FakeOpenAI(["llama3.2"]), model_aliases={"claude-*": "llama3.2"}, idle_timeout=20, first_byte_timeout=20)
+    done = subprocess.run(["bash", "-ec", block.replace("127.0.0.1:16571", f"127.0.0.1:{server.server_port}")], cwd=tmp_path, stdin=subprocess.DEVNULL,
+                          env={"PATH": os.environ["PATH"], "HOME": str(tmp_path), "DISABLE_TELEMETRY": "1"}, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "Hi there." in done.stdout, done
+
+
+@pytest.mark.parametrize("block", [block for block in blocks("python") if not official(block)])
 def test_the_readmes_other_python_works(block, akash):
     environ = {**os.environ, "PYTHONPATH": str(HERE), "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run([sys.executable, "-c", block.replace("https://chat.akash.network", akash.url)],
@@ -4097,7 +4690,7 @@ def test_every_setting_and_every_route_is_in_the_readme():
         default = akashproxy.default_text(item)
         assert f"| `{item.name}` | {f'`{default}`' if default else ''} | {item.metadata['help']} |" in README, item.name
     for path in akashproxy.ROUTES:
-        assert f"`{path.replace('{}', '{id}' if 'models' in path else '{name}')}`" in README, path
+        assert f"`{path.replace('{}', '{id}' if path.startswith('/v1') else '{name}')}`" in README, path
 
 
 def test_the_readmes_configuration_is_one(config):
@@ -4233,6 +4826,136 @@ def test_openai_errors(openai_client, akash):
     akash.faults.append(akash.cut(b'0:"one "\n'))
     with pytest.raises(openai.APIError, match="broke off"):
         list(openai_client.chat.completions.create(**CHAT, stream=True))
+
+
+CALL = [*({"tool_calls": calls} for calls in fragments([{"index": 0, "function": {"arguments": '{"city":"Oslo"}'}}])),
+        {"tool_calls": [{"index": 1, "id": "call_2", "type": "function", "function": {"name": "g", "arguments": ""}}]}]
+
+
+def test_openai_async_and_retries(pool):
+    openai = pytest.importorskip("openai")
+    a = FakeOpenAI()
+    server = pool((a, {"paths": ["/none"]}))
+
+    async def talk():
+        async with openai.AsyncOpenAI(base_url=server.url + "/v1", api_key="none", max_retries=1) as client:
+            a.faults.append(a.status(500))      # the client asks once more
+            chunks = [chunk async for chunk in await client.chat.completions.create(**BOTH, stream=True)]
+            async with client.responses.stream(model="both", input="hi") as events:
+                await events.until_done()
+                return chunks, await events.get_final_response()
+
+    chunks, response = asyncio.run(talk())
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == response.output_text == "Hi there." and len(a.bodies()) == 3
+
+
+def test_openai_tools_and_forms(pool):
+    openai = pytest.importorskip("openai")
+    import pydantic
+    a = FakeOpenAI(text='{"city": "Oslo"}')
+    server = pool((a, {"paths": ["/none"]}))
+    with openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) as client:
+        form = pydantic.create_model("Place", city=(str, ...))
+        assert client.responses.parse(model="both", input="hi", text_format=form).output_parsed.city == "Oslo"
+        assert client.chat.completions.parse(**BOTH, response_format=form).choices[0].message.parsed.city == "Oslo"
+        schemas = [body["response_format"]["json_schema"] for body in a.bodies()]
+        assert schemas[0]["schema"] == schemas[1]["schema"] and schemas[0]["name"] == "Place" and schemas[0]["strict"] is True
+        a.faults.extend([answered({"reasoning_content": "hm"}, {"content": "wait"}, *CALL, finish="tool_calls")] * 3)
+        tools = [{"type": "function", "name": "f", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}]
+        with client.responses.stream(model="both", input=[user("hi")], tools=tools) as events:
+            kinds = [event.type for event in events]
+            response = events.get_final_response()
+        assert "response.function_call_arguments.delta" in kinds and "response.reasoning_summary_text.delta" in kinds
+        whole = client.responses.create(model="both", input=[user("hi")], tools=tools)
+        for told in (response, whole):
+            assert [item.type for item in told.output] == ["reasoning", "message", "function_call", "function_call"]
+            assert [(item.call_id, item.name, item.arguments) for item in told.output[2:]] == [("call_1", "f", '{"city":"Oslo"}'), ("call_2", "g", "{}")]
+        with client.chat.completions.stream(**BOTH, tools=[tool()]) as events:
+            assert events.get_final_completion().choices[0].message.tool_calls[0].function.arguments == '{"city":"Oslo"}'
+        client.responses.create(model="both", tools=tools, input=[user("hi"), *whole.output, *(
+            {"type": "function_call_output", "call_id": item.call_id, "output": "rain"} for item in whole.output[2:])])
+        assert a.bodies()[-1]["messages"] == [user("hi"), {**called(("call_1", "f", '{"city":"Oslo"}'), ("call_2", "g", "{}")), "content": "wait"}, *(
+            {"role": "tool", "tool_call_id": id, "content": "rain"} for id in ("call_1", "call_2"))]
+
+
+def test_openai_responses_that_fail(pool):
+    openai = pytest.importorskip("openai")
+    a = FakeOpenAI()
+    with openai.OpenAI(base_url=pool(a).url + "/v1", api_key="none", max_retries=0) as client:
+        with pytest.raises(openai.BadRequestError, match="nothing is stored"):
+            client.responses.create(model="both", input="hi", previous_response_id="resp_1")
+        with pytest.raises(openai.NotFoundError, match="not stored"):
+            client.responses.retrieve("resp_1")
+        a.faults.append(a.cut(1))
+        with pytest.raises(openai.APIError, match="broke off"):
+            list(client.responses.create(model="both", input="hi", stream=True))
+        a.faults.append(answered({"content": "Hi"}, finish="length"))
+        assert client.responses.create(model="both", input="hi").incomplete_details.reason == "max_output_tokens"
+
+
+@pytest.fixture
+def claude(pool):
+    """(the official client, the upstream behind the server that it speaks to)"""
+    anthropic = pytest.importorskip("anthropic")
+    fake = FakeOpenAI()
+    server = pool(fake, model_aliases={"claude-*": "both"}, bearer_token=("token",))
+    with anthropic.Anthropic(base_url=server.url, api_key="token", max_retries=0) as client:
+        yield client, fake
+
+
+CLAUDE = {**ASKED, "model": "claude-some-9"}
+
+
+def test_anthropic_messages(claude):
+    client, fake = claude
+    message = client.messages.create(**CLAUDE, system="brief", stop_sequences=["x"], metadata={"user_id": "u"})
+    assert (message.content[0].text, message.stop_reason, message.model, message.role) == ("Hi there.", "end_turn", "claude-some-9", "assistant")
+    assert fake.bodies()[0]["model"] == "both" and message.usage.input_tokens > 0
+    with client.messages.stream(**CLAUDE) as stream:
+        assert "".join(stream.text_stream) == "Hi there." and stream.get_final_message().usage.output_tokens == 3
+    assert client.messages.count_tokens(model="claude-some-9", messages=[user([{"type": "text", "text": "hi"}])]).input_tokens > 0
+    assert [model.id for model in client.models.list()] == ["gpt-x", "both"] and client.models.retrieve("claude-some-9").type == "model"
+
+
+def test_anthropic_tools(claude):
+    client, fake = claude
+    tools = [{"name": "f", "description": "d", "input_schema": {"type": "object", "properties": {"city": {"type": "string"}}}}, {"name": "g", "input_schema": {"type": "object"}}]
+    fake.faults.extend([answered({"reasoning_content": "hm"}, {"content": "wait"}, *CALL, finish="tool_calls")] * 2)
+    asked = {**CLAUDE, "max_tokens": 4096, "tools": tools, "tool_choice": {"type": "any"}, "thinking": {"type": "enabled", "budget_tokens": 1024}}
+    with client.messages.stream(**asked) as stream:
+        assert [event.partial_json for event in stream if event.type == "input_json"] == ['{"city":"Oslo"}']
+        streamed = stream.get_final_message()
+    for message in (streamed, client.messages.create(**asked)):
+        assert message.stop_reason == "tool_use" and [block.type for block in message.content] == ["thinking", "text", "tool_use", "tool_use"]
+        assert [(block.id, block.name, block.input) for block in message.content[2:]] == [("call_1", "f", {"city": "Oslo"}), ("call_2", "g", {})]
+    results = [{"type": "tool_result", "tool_use_id": block.id, "content": [{"type": "text", "text": "rain"}]} for block in streamed.content[2:]]
+    client.messages.create(**{**CLAUDE, "messages": [user("hi"), {"role": "assistant", "content": streamed.content}, user(results)]})
+    assert [message["role"] for message in fake.bodies()[-1]["messages"]] == ["user", "assistant", "tool", "tool"]
+    assert fake.bodies()[-1]["messages"][1] == {**called(("call_1", "f", '{"city":"Oslo"}'), ("call_2", "g", "{}")), "content": "wait"}
+
+
+def test_anthropic_errors(claude):
+    import anthropic
+    client, fake = claude
+    for status, error in ((400, anthropic.BadRequestError), (500, anthropic.InternalServerError)):
+        fake.faults.append(fake.status(status))
+        with pytest.raises(error, match="told") as caught:
+            client.messages.create(**CLAUDE)
+        assert caught.value.body["type"] == "error"
+    with pytest.raises(anthropic.AuthenticationError):
+        client.with_options(api_key="wrong").messages.create(**CLAUDE)
+    fake.faults.append(fake.cut(1))
+    with pytest.raises(anthropic.APIStatusError, match="broke off"), client.messages.stream(**CLAUDE) as stream:
+        stream.get_final_message()
+
+    async def talk():
+        async with anthropic.AsyncAnthropic(base_url=client.base_url, auth_token="token", max_retries=0) as other:
+            return await other.beta.messages.create(**CLAUDE)
+
+    assert asyncio.run(talk()).content[0].text == "Hi there."
+    fake.faults.append(fake.status(429))
+    with pytest.raises(anthropic.RateLimitError, match="told"):
+        client.messages.create(**CLAUDE)
 
 
 if __name__ == "__main__":
