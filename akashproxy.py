@@ -80,12 +80,14 @@ import select
 import selectors
 import signal
 import socket
+import struct
 import sys
 import threading
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from array import array
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import Any, Callable, Dict, Iterable, Iterator, List, NoReturn, Optional, Tuple
@@ -3776,6 +3778,8 @@ _UNPRINTABLE = re.compile(r"[^\n\t -~]")     # what must not stand in a head
 
 PASSED_ON = ("accept", "openai-beta", "anthropic-version", "anthropic-beta")    # of a client's header fields
 
+LAME = 1.0      # seconds until a server that stops closes an idle connection: a request may be on its way
+
 SOON = 20       # milliseconds for which a thread stays with a client that may ask again
 
 MODEM = 4000    # bytes per second that a client's body may take, however long that is
@@ -3827,8 +3831,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.watch.how = socket.SHUT_RD if self.held else socket.SHUT_RDWR
         self.watch.expect(self.settings.head_timeout if self.held else self.settings.keepalive_timeout,
                           "The request's head took too long.")
-        if self.server.draining:
-            self.watch.due = time.monotonic() + 0.5
         self.server.watchdog.watch(self.connection, self.on_readable)   # the last thing that this thread does here
 
     def on_readable(self, events: int) -> None:
@@ -3933,6 +3935,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def look(self, now: float) -> None:
         """The watchdog passes by: has the client left, or been told nothing for long?"""
+        if self.waits and self.server.draining and not self.held:
+            self.watch.due = min(self.watch.due, now + LAME)
         call = self.call
         flow = self.flow
         if flow is not None and not flow.started:
@@ -4410,6 +4414,15 @@ OVERFULL = (lambda body: b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: app
     to_json(Dialect.refusal(APIError(503, "Too many clients are connected.", code="overloaded"))))
 
 
+ROUND_TRIP = 0.05       # seconds in which a handshake that has begun comes to its end
+SO_ATTACH_FILTER = 26   # Linux: a program for a socket's packet filter (linux/filter.h)
+NO_SYN = array("B", b"".join(struct.pack("HBBI", *step) for step in (
+    (0x30, 0, 0, 13),           # take the byte of TCP's flags:
+    (0x45, 0, 1, 0x10),         # has it ACK?
+    (0x06, 0, 0, 0xffffffff),   # then keep the packet,
+    (0x06, 0, 0, 0))))          # else drop it, for it would open a connection
+
+
 class Server(http.server.ThreadingHTTPServer):
     """The server: ``Server(settings).start()`` serves in threads until stop(); also a context manager."""
 
@@ -4422,6 +4435,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.pool = Pool(self.settings)
         self.watchdog = Watchdog(self)
         self.draining = self.full = False
+        self.door = threading.Lock()                    # whoever lets clients in
         self.began = time.monotonic()
         self.quiet = threading.Condition()
         self.waiting: SimpleQueue = SimpleQueue()       # connections for the idle threads
@@ -4447,13 +4461,13 @@ class Server(http.server.ThreadingHTTPServer):
         if self.address_family == socket.AF_INET6:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.socket.setblocking(False)
         self.socket.bind(self.server_address)
         self.server_address = self.socket.getsockname()
         self.server_name, self.server_port = self.server_address[:2]
 
     def start(self) -> "Server":
         """Serve, in threads of its own."""
-        self.socket.setblocking(False)
         self.watchdog.watch(self.socket, self.on_connection)
         self.watchdog.start()
         return self
@@ -4466,19 +4480,23 @@ class Server(http.server.ThreadingHTTPServer):
     def on_connection(self, events: int) -> None:
         """The watchdog has new clients."""
         try:
-            for _ in range(64):
+            with self.door:
+                if self.socket.fileno() >= 0:   # else it was closed meanwhile
+                    self.let_in(64)             # not all: others wait, too
+        except OSError as error:    # no more descriptors: those who wait, wait until the next look
+            log.error("cannot accept a connection: %s", error)
+            self.watchdog.leave(self.socket)
+            self.full = True
+
+    def let_in(self, most: int) -> None:
+        with contextlib.suppress(BlockingIOError):
+            for _ in range(most):
                 request, address = self.get_request()
                 try:
                     self.process_request(request, address)
                 except Exception:
                     log.exception("a connection could not be taken")
                     request.close()
-        except BlockingIOError:
-            return
-        except OSError as error:    # no more descriptors: those who wait, wait until the next look
-            log.error("cannot accept a connection: %s", error)
-            self.watchdog.leave(self.socket)
-            self.full = True
 
     def look(self) -> None:
         if self.full and not self.draining:
@@ -4486,18 +4504,17 @@ class Server(http.server.ThreadingHTTPServer):
             self.watchdog.watch(self.socket, self.on_connection)
 
     def stop(self, grace: Optional[float] = None) -> None:
-        """Stop: no new connections, idle ones closed, running answers have ``grace`` seconds to end."""
+        """Stop: no new connections, idle ones closed after a moment, running answers have ``grace`` seconds to end."""
+        grace = self.settings.grace if grace is None else grace
         with self.lock:
             self.draining = True
-        self.watchdog.leave(self.socket)
-        self.socket.close()
-        for handler in self.watchdog.handlers.copy():
-            if handler.waits:
-                handler.watch.end(ClientLeft("the server stops"))
-        if not self._wait(self.settings.grace if grace is None else grace):
+        self.shut_door(min(grace, ROUND_TRIP))
+        if not self._wait(grace):
             for handler in self.watchdog.handlers.copy():
                 if handler.call is not None:
                     handler.call.cancel(APIError(503, "The server is stopping.", code="stopping"))
+                elif handler.waits:
+                    handler.watch.end(ClientLeft("the server stops"))
             if not self._wait(1.0):
                 for handler in self.watchdog.handlers.copy():
                     handler.watch.end(ClientLeft("the server stops"))
@@ -4507,6 +4524,17 @@ class Server(http.server.ThreadingHTTPServer):
                 self.waiting.put(None)
         self.watchdog.stopped = True
         self.pool.close()
+
+    def shut_door(self, seconds: float) -> None:
+        """Let in who has connected, and nobody after them: to close alone would reset whom the kernel has queued."""
+        self.watchdog.leave(self.socket)
+        if sys.platform == "linux":
+            with contextlib.suppress(OSError):      # where it is forbidden, the gap is only small
+                self.socket.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("HP", 4, NO_SYN.buffer_info()[0]))
+            time.sleep(seconds)
+        with self.door, contextlib.suppress(OSError):
+            self.let_in(self.request_queue_size)
+        self.socket.close()
 
     def reload(self, settings: Settings) -> None:
         """Go on with other settings; what is running ends with the old ones. The address stays."""
@@ -4678,7 +4706,6 @@ class StandIn(http.server.BaseHTTPRequestHandler):
 
 def demo_picture(seed: str, size: int = 96) -> bytes:
     """A little PNG: rings in two colours that depend on the seed."""
-    import struct
     import zlib
     tint = binascii.crc32(seed.encode())
     colours = [bytes((tint >> shift & 255, 90 + shift * 5, 255 - (tint >> shift & 127))) for shift in (0, 16)]
