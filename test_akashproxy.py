@@ -4004,6 +4004,27 @@ def test_two_replicas_behind_nginx(config, tmp_path):
         assert (got.status, got.json["error"]["code"]) == (502, "replica_down")
 
 
+def rows(heading):
+    """The first cells of the table under a heading of the README."""
+    section = re.search(rf"^### {heading}\n(.*?)^##", README, re.M | re.S)[1]
+    return [line.split("|")[1].strip() for line in section.splitlines() if line.startswith("|")][2:]
+
+
+def test_every_field_of_the_log_is_in_the_readme(caplog, serve):
+    caplog.set_level("INFO")
+    ask(serve())
+    wait_for(lambda: any(hasattr(record, "facts") for record in caplog.records))
+    facts, = [record.facts for record in caplog.records if hasattr(record, "facts")]
+    assert rows("The log") == [f"`{name}`" for name in facts]
+
+
+def test_what_the_readme_says_to_be_woken_by_is_logged():
+    for row in rows("What to be woken by"):
+        level, words = (re.findall(r"an? (warning|error) `(.*)`", row) or [("", "")])[0]
+        calls = "error|exception" if level == "error" else "warning"
+        assert not level or re.search(rf'log\.({calls})\(.*{re.escape(words)}', SOURCE), row
+
+
 # == truth in writing =========================================================================
 
 
