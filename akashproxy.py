@@ -4414,7 +4414,7 @@ OVERFULL = (lambda body: b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: app
     to_json(Dialect.refusal(APIError(503, "Too many clients are connected.", code="overloaded"))))
 
 
-ROUND_TRIP = 0.05       # seconds in which a handshake that has begun comes to its end
+ROUND_TRIP = 0.005      # seconds in which a handshake that has begun ends; who begins one then tries again a second later
 SO_ATTACH_FILTER = 26   # Linux: a program for a socket's packet filter (linux/filter.h)
 NO_SYN = array("B", b"".join(struct.pack("HBBI", *step) for step in (
     (0x30, 0, 0, 13),           # take the byte of TCP's flags:
