@@ -4700,6 +4700,8 @@ AT_ONCE = ("get_health", "get_status")  # methods that never wait
 
 SHORT = 1 << 16     # bytes of a body that the watchdog's thread may read: a longer one would keep others waiting
 
+LAME = 1.0      # seconds until a server that stops closes an idle connection: a request may be on its way
+
 MODEM = 4000    # bytes per second that a client's body may take, however long that is
 
 SSE_HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache, no-transform",
@@ -4761,8 +4763,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.watch.how = socket.SHUT_RD if self.held else socket.SHUT_RDWR
         self.watch.expect(self.settings.head_timeout if self.held else self.settings.keepalive_timeout,
                           "The request's head took too long.")
-        if self.server.draining:
-            self.watch.due = time.monotonic() + 0.5
         self.listen(selectors.EVENT_READ)       # the last thing that a thread does here
 
     def on_ready(self, events: int) -> None:
@@ -4883,6 +4883,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def look(self, now: float) -> None:
         """The watchdog passes by: has the client left, or been told nothing for long?"""
+        if self.waits and self.server.draining and not self.held:
+            self.watch.due = min(self.watch.due, now + LAME)
         call, flow = self.call, self.flow
         if flow is not None and flow.deaf and has_left(self.connection):
             flow.hang_up()
@@ -5390,6 +5392,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.pool = Pool(self.settings)
         self.watchdog = Watchdog(self)
         self.draining = self.full = False
+        self.shut = threading.Event()                   # nobody else is let in
         self.began = time.monotonic()
         self.quiet = threading.Condition()
         self.waiting: SimpleQueue = SimpleQueue()       # connections for the idle threads
@@ -5415,13 +5418,13 @@ class Server(http.server.ThreadingHTTPServer):
         if self.address_family == socket.AF_INET6:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.socket.setblocking(False)
         self.socket.bind(self.server_address)
         self.server_address = self.socket.getsockname()
         self.server_name, self.server_port = self.server_address[:2]
 
     def start(self) -> "Server":
         """Serve, in threads of its own."""
-        self.socket.setblocking(False)
         self.watchdog.watch(self.socket, self.on_connection)
         self.watchdog.start()
         return self
@@ -5434,19 +5437,29 @@ class Server(http.server.ThreadingHTTPServer):
     def on_connection(self, events: int) -> None:
         """The watchdog has new clients."""
         try:
-            for _ in range(64):
+            self.let_in(64)         # not all: others wait, too
+        except OSError as error:    # no more descriptors: those who wait, wait until the next look
+            log.error("cannot accept a connection: %s", error)
+            self.watchdog.leave(self.socket)
+            self.full = True
+
+    def let_in(self, most: int) -> None:
+        with contextlib.suppress(BlockingIOError):
+            for _ in range(most):
                 request, address = self.get_request()
                 try:
                     self.process_request(request, address)
                 except Exception:
                     log.exception("a connection could not be taken")
                     request.close()
-        except BlockingIOError:
-            return
-        except OSError as error:    # no more descriptors: those who wait, wait until the next look
-            log.error("cannot accept a connection: %s", error)
-            self.watchdog.leave(self.socket)
-            self.full = True
+
+    def shut_door(self) -> None:
+        """Let in who has connected, and nobody after them: to close alone would reset whom the kernel has queued."""
+        self.watchdog.leave(self.socket)
+        with contextlib.suppress(OSError):
+            self.let_in(self.request_queue_size)
+        self.socket.close()
+        self.shut.set()
 
     def look(self) -> None:
         if self.full and not self.draining:
@@ -5454,18 +5467,21 @@ class Server(http.server.ThreadingHTTPServer):
             self.watchdog.watch(self.socket, self.on_connection)
 
     def stop(self, grace: Optional[float] = None) -> None:
-        """Stop: no new connections, idle ones closed, running answers have ``grace`` seconds to end."""
+        """Stop: no new connections, idle ones closed after a moment, running answers have ``grace`` seconds to end."""
+        grace = self.settings.grace if grace is None else grace
         with self.lock:
             self.draining = True
-        self.watchdog.leave(self.socket)
-        self.socket.close()
-        for handler in self.watchdog.handlers.copy():
-            if handler.waits:
-                handler.watch.end(ClientLeft("the server stops"))
-        if not self._wait(self.settings.grace if grace is None else grace):
+        if self.watchdog.is_alive():
+            self.watchdog.soon(self.shut_door)
+            self.shut.wait()
+        else:
+            self.shut_door()
+        if not self._wait(grace):
             for handler in self.watchdog.handlers.copy():
                 if handler.call is not None:
                     handler.call.cancel(APIError(503, "The server is stopping.", code="stopping"))
+                elif handler.waits:
+                    handler.watch.end(ClientLeft("the server stops"))
             if not self._wait(1.0):
                 for handler in self.watchdog.handlers.copy():
                     handler.watch.end(ClientLeft("the server stops"))

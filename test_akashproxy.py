@@ -12,6 +12,7 @@ import asyncio
 import base64
 import collections
 import concurrent.futures
+import configparser
 import contextlib
 import dataclasses
 import functools
@@ -1765,7 +1766,8 @@ def test_a_hundred_streams_at_once(akash, serve):
     assert set(answers) == {("Hello from the mock.", "", "stop", None)}
 
 
-def test_a_graceful_stop(akash, serve):
+def test_a_graceful_stop(akash, serve, monkeypatch):
+    monkeypatch.setattr(akashproxy, "LAME", 0)
     server = serve()
     idle = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)
     assert ask_again(idle).status == 200
@@ -1783,7 +1785,7 @@ def test_a_graceful_stop(akash, serve):
         wait_for(lambda: akash.bodies())
         stopped = threads.submit(server.stop, 10)
         wait_for(lambda: server.draining and server.socket.fileno() < 0)
-        assert idle.sock.recv(1) == b"", "an idle connection is closed at once"
+        assert idle.sock.recv(1) == b"", "an idle connection is closed soon"
         hold.set()
         assert answer.result() == ("one two", "", "stop", None)
         stopped.result()
@@ -4587,6 +4589,293 @@ def bench(seconds=3.0, most=1000):
     print("\nOf a core the load generator took {:.0%} at most, the upstream {:.0%}; where one of them took over 90 % (*), the server "
           "may be capable of more.".format(*map(max, zip(*busy))))
     return 0
+
+
+# == more than one machine ====================================================================
+
+
+def test_what_comes_on_an_idle_connection_of_a_server_that_stops_is_answered(akash, serve, monkeypatch):
+    monkeypatch.setattr(akashproxy, "LAME", 60)
+    server = serve()
+    used, idle = (http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10) for _ in range(2))
+    with contextlib.closing(used), contextlib.closing(idle), concurrent.futures.ThreadPoolExecutor(1) as threads:
+        assert ask_again(used).status == ask_again(idle).status == 200
+        stopped = threads.submit(server.stop, 30)
+        wait_for(lambda: server.socket.fileno() < 0)
+        got = ask_again(used, "POST", "/v1/chat/completions", CHAT)
+        assert (got.status, got.headers["connection"]) == (200, "close")
+        monkeypatch.setattr(akashproxy, "LAME", 0)
+        assert idle.sock.recv(1) == b"" and stopped.result() is None
+
+
+def test_who_has_connected_to_a_server_that_stops_is_let_in(akash, serve):
+    server, gate = serve(), threading.Event()
+    server.watchdog.soon(lambda: gate.wait(10))         # it is slow
+    with concurrent.futures.ThreadPoolExecutor(1) as threads, socket.create_connection(
+            ("127.0.0.1", server.server_port), timeout=10) as sock:
+        sock.sendall(post("/v1/chat/completions", CHAT))
+        stopped = threads.submit(server.stop, 30)
+        wait_for(lambda: server.draining)
+        gate.set()
+        answer = b"".join(iter(lambda: sock.recv(65536), b""))
+        assert answer.startswith(b"HTTP/1.1 200 ") and b"\r\nConnection: close\r\n" in answer
+        stopped.result()
+
+
+def saved(name):
+    """The block of the README that is to be saved as a file of this name."""
+    return re.search(rf"`{re.escape(name)}`(?:(?!```).)*?\n\n```\w+\n(.*?)^```$", README, re.M | re.S)[1]
+
+
+def told(environ):
+    """The settings that a block's variables make; each of them must be one."""
+    assert set(environ) <= set(SETTINGS), environ
+    return Settings.load({name: re.sub(r"\$\{\w+:\?.*\}", "t", value) for name, value in environ.items()})
+
+
+FAREWELL = 2    # seconds that a stop may take beyond its grace
+PORT = akashproxy.split_address(Settings().server_address)[1]
+DEFAULTS = Settings()
+DOCKERFILE = (HERE / "Dockerfile").read_text()
+
+
+def test_the_composition_fits_the_code():
+    services = pytest.importorskip("yaml").safe_load(saved("compose.yaml"))["services"]
+    nginx = services.pop("nginx")
+    for service in services.values():
+        settings = told(service["environment"])
+        assert settings.bearer_token and settings.server_address == DEFAULTS.server_address, "the Dockerfile says where to listen"
+        assert settings.grace + FAREWELL < float(service["stop_grace_period"].rstrip("s"))
+        assert service["ulimits"]["nofile"] > 2 * DEFAULTS.max_connections
+        assert service["build"] == "." and service["read_only"] and not {"ports", "user", "healthcheck", "command"} & set(service)
+    conf = saved("nginx.conf")
+    assert re.findall(r"server ([\w-]+):(\d+) ", conf) == [(name, str(PORT)) for name in services]
+    assert nginx["depends_on"] == list(services) and nginx["volumes"] == ["./nginx.conf:/etc/nginx/nginx.conf:ro"]
+    assert nginx["ports"] == [f"{PORT}:{re.search(r'listen (.+);', conf)[1]}"]
+
+
+def test_the_nginx_conf_fits_the_code():
+    conf = dict(re.findall(r"^ *(\w+) (.+?);", saved("nginx.conf"), re.M))
+    hours = max(DEFAULTS.first_byte_timeout, DEFAULTS.image_timeout, DEFAULTS.idle_timeout, DEFAULTS.heartbeat) / 3600
+    assert float(conf["proxy_read_timeout"].rstrip("h")) > hours and float(conf["proxy_send_timeout"].rstrip("h")) > hours
+    assert conf["keepalive_timeout"] == "500ms" and akashproxy.LAME >= 1 and DEFAULTS.keepalive_timeout >= 1
+    assert conf["client_max_body_size"] == f"{DEFAULTS.max_body >> 20}m"
+    passed_on = re.findall(r"location (?:= )?(\S+) \{[^}]*?proxy_next_upstream (.+?);", saved("nginx.conf"))
+    assert passed_on == [("/", "error timeout"), ("/health", "error timeout http_503")], "a POST that was sent must not be repeated"
+    assert "/health" in akashproxy.ROUTES
+    assert (conf["proxy_buffering"], conf["proxy_http_version"]) == ("off", "1.1")
+    down = json.loads(re.search(r"'(\{.*\})'", saved("nginx.conf"))[1])
+    assert list(down["error"]) == list(akashproxy.Dialect.refusal(APIError(502, "x"))["error"])
+
+
+def test_the_kubernetes_manifests_fit_the_code():
+    yaml = pytest.importorskip("yaml")
+    deployment, service, scaler = yaml.safe_load_all(saved("kubernetes.yaml"))
+    template = deployment["spec"]["template"]
+    pod, container = template["spec"], template["spec"]["containers"][0]
+    assert deployment["spec"]["selector"]["matchLabels"] == template["metadata"]["labels"] == service["spec"]["selector"]
+    user = f"{pod['securityContext']['runAsUser']}:{pod['securityContext']['runAsGroup']}"
+    assert f"USER {user}\n" in DOCKERFILE and container["securityContext"]["readOnlyRootFilesystem"]
+    assert container["ports"] == [{"name": "http", "containerPort": PORT}]
+    assert service["spec"]["ports"] == [{"name": "http", "port": 80, "targetPort": "http"}]
+    secret = container["env"][1]["valueFrom"]["secretKeyRef"]
+    assert f"the Secret `{secret['name']}` has the token as `{secret['key']}`" in README
+    settings = told({item["name"]: item.get("value", "t") for item in container["env"]})
+    stopping = settings.grace + FAREWELL
+    assert container["lifecycle"]["preStop"]["sleep"]["seconds"] + stopping < pod["terminationGracePeriodSeconds"]
+    for probe in container["readinessProbe"], container["livenessProbe"]:
+        assert probe["httpGet"]["port"] == "http" and "GET" in akashproxy.ROUTES[probe["httpGet"]["path"]]
+    alive = container["livenessProbe"]
+    assert alive["periodSeconds"] * (alive["failureThreshold"] - 1) > stopping, "it must not kill one that stops"
+    target = scaler["spec"]["scaleTargetRef"]
+    assert all(target[name] == deployment[name] for name in ("apiVersion", "kind")) and target["name"] == deployment["metadata"]["name"]
+    assert "replicas" not in deployment["spec"] and scaler["spec"]["minReplicas"] > 1
+    assert "cpu" in container["resources"]["requests"], "the scaler counts in it"
+
+
+def test_the_akash_deployment_fits_the_code():
+    sdl = pytest.importorskip("yaml").safe_load(saved("deploy.yaml"))
+    assert sdl["version"] == "2.0" and set(sdl) == {"version", "services", "profiles", "deployment"}
+    for name, places in sdl["deployment"].items():
+        for place, group in places.items():     # as Akash's own parser looks the names up
+            assert group["profile"] in sdl["profiles"]["compute"] and group["count"] > 1
+            assert group["profile"] in sdl["profiles"]["placement"][place]["pricing"]
+        service, = [sdl["services"][name]]
+        assert told(dict(line.split("=", 1) for line in service["env"])).bearer_token
+        expose, = service["expose"]
+        assert (expose["port"], expose["as"], expose["to"]) == (PORT, 80, [{"global": True}])
+        options = expose["http_options"]
+        assert 1000 * DEFAULTS.heartbeat < options["read_timeout"] <= 60000, "a ping must come first; no provider waits longer"
+        assert options["max_body_size"] == DEFAULTS.max_body <= 104857600 and options["next_cases"] == ["error", "timeout"]
+    kubernetes = next(pytest.importorskip("yaml").safe_load_all(saved("kubernetes.yaml")))
+    assert service["image"] == kubernetes["spec"]["template"]["spec"]["containers"][0]["image"]
+
+
+def test_the_systemd_unit_fits_the_code(tmp_path):
+    unit = configparser.ConfigParser(strict=False, interpolation=None)
+    unit.optionxform = str
+    name = "/etc/systemd/system/akashproxy@.service"
+    unit.read_string(saved(name))
+    service = unit["Service"]
+    settings = told(dict(word.split("=", 1) for word in service["Environment"].replace("%i", str(PORT)).split()))
+    assert settings.server_address == f"127.0.0.1:{PORT}" and f"`server 127.0.0.1:{PORT}`" in README
+    assert settings.grace + FAREWELL < float(service["TimeoutStopSec"])
+    assert int(service["LimitNOFILE"]) > 2 * DEFAULTS.max_connections
+    assert (service["ExecReload"], service["KillSignal"], service["DynamicUser"]) == ("/bin/kill -HUP $MAINPID", "SIGTERM", "yes")
+    command = service["ExecStart"].split()
+    assert command[1:] == ["-I", "/opt/akashproxy/akashproxy.py"] and "/etc/akashproxy" in akashproxy.SEARCHED
+    failed = run("--server-address", "nowhere")
+    assert failed.returncode == int(service["RestartPreventExitStatus"])
+    if shutil.which("systemd-analyze"):
+        text = saved(name).replace(command[0], sys.executable).replace(command[2], str(HERE / "akashproxy.py"))
+        (tmp_path / "akashproxy@.service").write_text(text)
+        done = subprocess.run(["systemd-analyze", "verify", f"./akashproxy@{PORT}.service"], cwd=tmp_path, capture_output=True, text=True)
+        assert (done.returncode, [line for line in done.stderr.splitlines() if "akashproxy" in line]) == (0, [])
+
+
+@contextlib.contextmanager
+def nginx(folder, *replicas):
+    """The README's nginx in front of replicas on these ports: its own port."""
+    program = shutil.which("nginx", path=os.environ.get("PATH", "") + ":/usr/sbin")
+    if program is None and not os.environ.get("CI"):
+        pytest.skip("no nginx here")
+    port = free_port()
+    conf = saved("nginx.conf").replace("listen 80;", f"listen 127.0.0.1:{port};")
+    for name, replica in zip(("akashproxy-1", "akashproxy-2"), replicas):
+        conf = conf.replace(f"server {name}:{PORT} ", f"server 127.0.0.1:{replica} ")
+    folders = "".join(f"{kind}_temp_path {kind}; " for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
+    (folder / "nginx.conf").write_text(conf.replace("http {", "http { " + folders))
+    directives = f"daemon off; pid {folder}/nginx.pid; error_log stderr;" + " user root;" * (os.geteuid() == 0)
+    process = subprocess.Popen([program, "-p", str(folder), "-c", str(folder / "nginx.conf"), "-g", directives],
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        wait_for(lambda: process.poll() is not None or not refused(port))
+        assert process.poll() is None, "nginx does not take the README's conf"
+        yield port
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        return sock.getsockname()[1]
+
+
+class Replicas:
+    """Two replicas, each with an upstream of its own, behind the README's nginx at ``server_port``."""
+
+    def __init__(self, stack, config, folder):
+        self.stack, self.config = stack, config
+        self.fakes = [FakeOpenAI(text=text) for text in ("From the first.", "From the second.")]
+        self.texts = [fake.text for fake in self.fakes]
+        self.hold = threading.Event()
+        for fake in self.fakes:
+            stack.callback(fake.close)
+        self.running = [self.start(0), self.start(1)]
+        self.server_port = stack.enter_context(nginx(folder, *(port for _, port in self.running)))
+
+    def start(self, at, port=0):
+        path = self.config({"controllers": [{"base_url": self.fakes[at].url + "/v1", "api_key": "k", "models": ["both"]}]})
+        return self.stack.enter_context(started("--config-file", path, "--server-address", f"127.0.0.1:{port}",
+                                                GRACE="30", LOG_LEVEL="warning"))
+
+    def restart(self, at):
+        self.running[at] = self.start(at, self.running[at][1])
+        wait_for(lambda: self.say() == self.texts[at])
+
+    def kill(self, at):
+        self.running[at][0].kill()
+        self.running[at][0].wait(20)
+
+    def say(self):
+        """What is answered: it tells by whom."""
+        got = chat(self, BOTH)
+        assert got.status == 200, got.body
+        return got.json["choices"][0]["message"]["content"]
+
+    def begin_stream(self):
+        """A stream whose upstream keeps all but its first event until .hold is set: the answer, and who has it."""
+        self.hold.clear()
+        for fake in self.fakes:
+            fake.faults.append(self.slow)
+        link = self.stack.enter_context(contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.server_port, timeout=20)))
+        link.request("POST", "/v1/chat/completions", json.dumps({**BOTH, "stream": True}))
+        answer = link.getresponse()
+        assert b"From " in answer.read1(65536)
+        idle, = [at for at, fake in enumerate(self.fakes) if fake.faults]
+        self.fakes[idle].faults.clear()
+        return answer, 1 - idle
+
+    def slow(self, sock, request):
+        first, *rest = self.fakes[0].events()
+        sock.sendall(FakeOpenAI.head() + chunk(first))
+        self.hold.wait(60)
+        sock.sendall(b"".join(map(chunk, rest)) + b"0\r\n\r\n")
+
+    def keep_asking(self, stop, progress):
+        while not stop.is_set():
+            assert self.say() in self.texts and ask(self).status == 200
+            assert sse(chat(self, BOTH, stream=True).body)
+            progress.release()
+
+
+def test_two_replicas_behind_nginx(config, tmp_path):
+    """Streams come unbuffered; a killed replica costs only what it was doing, one that stops costs nothing."""
+    with contextlib.ExitStack() as stack:
+        replicas = Replicas(stack, config, tmp_path)
+        answer, _ = replicas.begin_stream()
+        replicas.hold.set()
+        assert answer.read().endswith(b"data: [DONE]\n\n")
+
+        answer, killed = replicas.begin_stream()
+        replicas.kill(killed)
+        with pytest.raises(http.client.IncompleteRead):
+            answer.read()
+        replicas.hold.set()
+        assert {replicas.say() for _ in range(4)} == {replicas.texts[1 - killed]}
+        replicas.restart(killed)
+
+        answer, stopped = replicas.begin_stream()
+        stop, progress = threading.Event(), threading.Semaphore(0)
+        with concurrent.futures.ThreadPoolExecutor(6) as threads, contextlib.ExitStack() as at_last:
+            at_last.callback(stop.set)
+            clients = [threads.submit(replicas.keep_asking, stop, progress) for _ in range(6)]
+            for number in range(40):
+                assert progress.acquire(timeout=20)
+                if number == 20:
+                    replicas.running[stopped][0].terminate()
+            replicas.hold.set()
+            assert answer.read().endswith(b"data: [DONE]\n\n") and replicas.running[stopped][0].wait(20) == 0
+            replicas.restart(stopped)
+            stop.set()
+            assert [client.result() for client in clients] == [None] * 6, "not one request was lost"
+
+        replicas.kill(0)
+        replicas.kill(1)
+        got = chat(replicas, BOTH)
+        assert (got.status, got.json["error"]["code"]) == (502, "replica_down")
+
+
+def rows(heading):
+    """The first cells of the table under a heading of the README."""
+    section = re.search(rf"^### {heading}\n(.*?)^##", README, re.M | re.S)[1]
+    return [line.split("|")[1].strip() for line in section.splitlines() if line.startswith("|")][2:]
+
+
+def test_every_field_of_the_log_is_in_the_readme(caplog, serve):
+    caplog.set_level("INFO")
+    ask(serve())
+    wait_for(lambda: any(hasattr(record, "facts") for record in caplog.records))
+    facts, = [record.facts for record in caplog.records if hasattr(record, "facts")]
+    assert rows("The log") == [f"`{name}`" for name in facts]
+
+
+def test_what_the_readme_says_to_be_woken_by_is_logged():
+    for row in rows("What to be woken by"):
+        level, words = (re.findall(r"an? (warning|error) `(.*)`", row) or [("", "")])[0]
+        calls = "error|exception" if level == "error" else "warning"
+        assert not level or re.search(rf'log\.({calls})\(.*{re.escape(words)}', SOURCE), row
 
 
 # == truth in writing =========================================================================
