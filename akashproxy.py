@@ -22,7 +22,7 @@ format, the events are Raw bytes.
 
 The sections, in an order that can be read from top to bottom (``grep '^# ==' akashproxy.py``):
 names, errors, events, settings, http, transport, controllers, pool, dialects, guards, server, demo,
-main.
+page, main.
 
 Where is ...
 
@@ -58,6 +58,7 @@ Where is ...
     tokens of clients                  Handler.authorize
     reloading                          Server.reload
     the stand-in of --demo             StandIn
+    the page at /                      PAGE, page
 """
 
 from __future__ import annotations
@@ -855,6 +856,7 @@ class Settings(Checked):
     ca_file: str = setting("", "a file with further authorities for TLS to upstreams", authorities)
     public_url: str = setting("", "address under which clients see this server; none: as their Host header says",
                               optional_url)
+    page: str = setting("on", "on or off: the page to chat with, at /", choice("on", "off"))
     cors_origins: Tuple[str, ...] = setting(("*",), "origins whose pages may use this server, separated by commas", token)
     connect_timeout: float = setting(10.0, "seconds for a connection to the upstream", positive)
     session_timeout: float = setting(15.0, "seconds for the upstream's session, models and picture states", positive)
@@ -4685,9 +4687,14 @@ ROUTES: Dict[str, Dict[str, Any]] = {
     "/v1/models": {"GET": "get_models"},
     "/v1/models/{}": {"GET": "get_model"},
     "/images/{}": {"GET": "get_image"},
+    "/": {"GET": "get_page"},
     "/health": {"GET": "get_health"},
     "/status": {"GET": "get_status"},
 }
+
+# What needs no token. A browser has none to send with an address that was typed in; the page holds no secrets, and all
+# that it asks for needs one.
+OPEN = ("/", "/health")
 
 SERVER_NAME = f"akashproxy/{__version__}"
 EXPOSED = "x-request-id, retry-after, x-should-retry, x-akashproxy-ignored, x-akashproxy-route"
@@ -4696,7 +4703,7 @@ _PHRASES = {status: phrase for status, (phrase, _) in http.server.BaseHTTPReques
 
 PASSED_ON = ("accept", "openai-beta", "anthropic-version", "anthropic-beta")    # of a client's header fields
 
-AT_ONCE = ("get_health", "get_status")  # methods that never wait
+AT_ONCE = ("get_page", "get_health", "get_status")  # methods that never wait
 
 SHORT = 1 << 16     # bytes of a body that the watchdog's thread may read: a longer one would keep others waiting
 
@@ -5021,7 +5028,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         methods, self.rest = find_route(self.path)
         dialect = methods.get("POST")           # also of what is refused
         self.dialect = dialect if isinstance(dialect, type) else Messages if "anthropic-version" in self.headers else Dialect
-        if self.path != "/health":
+        if self.path not in OPEN:
             self.authorize()
         if (not methods or self.rest and "POST" not in methods) and self.command == "POST" and Relay.PATH.fullmatch(self.path):
             methods = {"POST": Relay}
@@ -5038,7 +5045,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return getattr(self, target)()
 
     def authorize(self) -> None:
-        """The one gate: everything but /health and OPTIONS needs a token once one is set."""
+        """The one gate: everything but OPEN and OPTIONS needs a token once one is set."""
         tokens = self.settings.bearer_token
         if not tokens:
             return
@@ -5158,6 +5165,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return self.settings.public_url or (f"http://{host}" if host else self.server.url)
 
     # -- the small answers
+
+    def get_page(self) -> None:
+        if self.settings.page == "off":
+            raise APIError(404, "There is no page here.", code="not_found")
+        data, headers = page()
+        self.start(200, headers, length=len(data))
+        self.write(data)
 
     def get_health(self) -> None:
         if self.server.draining:
@@ -5678,7 +5692,327 @@ def demo_picture(seed: str, size: int = 96) -> bytes:
             + chunk(b"IDAT", zlib.compress(b"".join(rows))) + chunk(b"IEND", b""))
 
 
-# == 13. main =================================================================================
+# == 13. page =================================================================================
+# A page to chat with, which asks the API as any client does. Knows nothing of the rest of this file.
+
+PAGE = r"""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>akashproxy</title>
+<link rel="icon" href="data:,">
+<style>
+:root { color-scheme: light dark; --paper: light-dark(#fff, #17181b); --soft: light-dark(#f3f4f6, #24262b);
+  --line: light-dark(#dcdfe4, #3a3d44); --ink: light-dark(#1c1d20, #e6e7e9); --faint: light-dark(#5f646d, #9ba1ab);
+  --accent: light-dark(#0a62b8, #82bbff); --bad: light-dark(#b3261e, #ffa198); }
+* { box-sizing: border-box; }
+[hidden] { display: none !important; }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
+body { display: flex; flex-direction: column; height: 100dvh; margin: 0; background: var(--paper); color: var(--ink);
+  font: 16px/1.6 system-ui, sans-serif; }
+header, form, #key, #note, main > * { width: 100%; max-width: 48rem; margin: 0 auto; padding: 0 1.25rem; }
+header, form { display: flex; flex-wrap: wrap; align-items: center; gap: .75rem 1rem; padding-block: .75rem; }
+header { min-height: 4.25rem; }
+header a { padding: .25rem 0; border-bottom: 2px solid transparent; color: var(--faint); text-decoration: none; }
+header a[aria-current] { border-color: var(--accent); color: var(--ink); }
+button, select, input, textarea { min-width: 0; padding: .5rem .9rem; border: 1px solid var(--line); border-radius: .5rem;
+  background: var(--paper); color: inherit; font: inherit; }
+main { flex: 1; overflow: hidden auto; scrollbar-gutter: stable both-edges; padding-block: 1.5rem; overflow-wrap: anywhere;
+  border-block: 1px solid var(--line); }
+main, pre { scrollbar-width: thin; }
+#log { display: flex; flex-direction: column-reverse; }     /* so that its end stays in sight while it grows */
+#turns { margin-bottom: auto; }
+#turns:empty::before { content: "Enter sends, Shift+Enter breaks the line, Escape stops."; color: var(--faint); }
+#again { margin-left: auto; }
+#key, #note:not(:empty) { padding-bottom: .75rem; }
+#token { margin-left: .75rem; }
+#model { flex: 0 1 11rem; text-overflow: ellipsis; }
+#field { flex: 1 1 13rem; max-height: 40vh; field-sizing: content; resize: none; }
+#send { border-color: var(--accent); background: var(--accent); color: var(--paper); }
+.question { width: fit-content; max-width: 85%; margin-left: auto; padding: .6rem 1rem; border-radius: 1rem;
+  background: var(--soft); }
+.question, .text p, .thoughts { white-space: pre-wrap; }
+.answer { margin-block: 1.25rem 2.5rem; }
+.answer[aria-busy=true] .text:empty::before { content: "\2026"; }
+.text > *, .bad, details { margin: 0 0 .75rem; }
+.bad { color: var(--bad); }
+.faint, summary, .thoughts { color: var(--faint); font-size: .875rem; }
+summary { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; cursor: pointer; }
+.thoughts { margin-top: .5rem; padding-left: 1rem; border-left: 2px solid var(--line); }
+h1, h2, h3, h4, h5, h6 { font-size: 1.15rem; }
+ol { padding-left: 1.5rem; }
+a { color: var(--accent); }
+img { display: block; max-width: 100%; border-radius: .5rem; }
+code { padding: .1em .3em; border-radius: .25rem; background: var(--soft); font: .875em ui-monospace, monospace; }
+figure { margin: .75rem 0; border: 1px solid var(--line); border-radius: .5rem; }
+figcaption { display: flex; justify-content: space-between; align-items: center; padding-left: 1rem; }
+figcaption button { border: 0; }
+pre { margin: 0; padding: 0 1rem .75rem; overflow-x: auto; font: .875rem/1.5 ui-monospace, monospace; }
+pre code { padding: 0; background: none; font: inherit; }
+#status section { padding-block: 1rem; border-bottom: 1px solid var(--line); font-variant-numeric: tabular-nums; }
+section p { margin: 0; }
+</style>
+<header>
+  <a href="#chat">Chat</a> <a href="#status">Controllers</a> <button id="again" type="button">New chat</button>
+</header>
+<div id="key" hidden><label for="token">Token</label> <input id="token" type="password" autocomplete="off"></div>
+<div id="note" class="bad" role="alert"></div>
+<main id="log" role="log" aria-label="Conversation" tabindex="0"><div id="turns"></div></main>
+<main id="status" aria-label="Controllers" tabindex="0" hidden></main>
+<form id="form">
+  <select id="model" aria-label="Model"></select>
+  <textarea id="field" rows="1" aria-label="Message" placeholder="Message"></textarea>
+  <button id="send">Send</button>
+</form>
+<script type="module">
+const {again, key, token, note, log, turns, status, form, model, field, send} =
+  Object.fromEntries([...document.querySelectorAll("[id]")].map((element) => [element.id, element]));
+const messages = [];    // the conversation so far
+let stop = null;        // the AbortController of the answer that is coming
+
+function make(tag, properties, ...children) {   // all that is shown is made here, as elements and text, never from HTML
+  const element = Object.assign(document.createElement(tag), properties);
+  element.append(...children);
+  return element;
+}
+
+// -- the server, asked as any client asks it
+
+async function api(path, options) {
+  const secret = (sessionStorage.token ?? "").replace(/[^ -~]/g, "").trim();
+  const headers = {"Content-Type": "application/json", ...(secret && {Authorization: `Bearer ${secret}`})};
+  const response = await fetch(path, {...options, headers}).catch(() => {
+    throw Error("The server does not answer. Is it still running?");
+  });
+  if (response.ok) return response;
+  if (response.status === 401) {
+    key.hidden = false;     // it is, as long as the server wants another one
+    token.focus();
+    throw Error(secret ? "The token is wrong. Type the right one." : "This server needs a token. Type it above.");
+  }
+  const told = (await response.json().catch(() => null))?.error ?? {message: `The server answered with ${response.status}.`};
+  throw Error(advised(told, response.headers.get("Retry-After")));
+}
+
+function advised({message, code}, seconds) {    // an error, and what to do
+  if (code === "model_not_found") return `${message} Choose another model.`;
+  return `${message} Try again${seconds ? ` in ${span(seconds)}` : " or choose another model"}.`;
+}
+
+const span = (seconds) => seconds < 120 ? `${seconds} s` : `${Math.round(seconds / 60)} min`;
+
+async function* events(stream) {    // the data of the events of a text/event-stream; comments and other fields are skipped
+  const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
+  let held = "", data = [];
+  for (let part; !(part = await reader.read()).done;) {
+    const lines = (held + part.value).split(/\r\n|\n|\r(?!$)/);
+    held = lines.pop();
+    for (const line of lines) {
+      const [, name, value = ""] = line.match(/^([^:]*)(?:: ?(.*))?$/s);
+      if (name === "data") data.push(value);
+      if (!line && data.length) yield data.splice(0).join("\n");
+    }
+  }
+}
+
+// -- Markdown, as much of it as models use
+
+const either = (...parts) => new RegExp(parts.map((part) => part.source).join("|"), "gm");
+const BLOCK = either(
+  /^(?<indent>[ \t]*)(?<fence>```+|~~~+)(?<name>.*)(?:\n(?<code>[^]*?)(?:^[ \t]*\k<fence>[ \t]*$|(?![^])))?/,
+  /^(?<level>#{1,6}) +(?<title>.+)/,
+  /(?<list>(?:^[ \t]*(?:[-*+]|\d{1,9}[.)]) .*(?:\n(?![ \t]*(?:$|```|~~~|#+ |[-*+] |\d+[.)] )).+)*\n*)+)/,
+  /(?<text>^.*\S.*(?:\n(?![ \t]*(?:$|```|~~~|#+ |[-*+] |\d+[.)] )).+)*)/);
+const INLINE = either(
+  /(?<ticks>`+)(?<code>.+?)(?<!`)\k<ticks>(?!`)/,
+  /(?<image>!?)\[(?<label>[^[\]]*)\]\((?<link>https?:\/\/(?:[^\s()]|\([^\s()]*\))+)\)/,
+  /\*\*(?=\S)(?<strong>[^]+?)\*\*(?!\*)/, /(?<![\w*])\*(?=\S)(?<em>[^*\n]+)\*(?!\*)/, /(?<!\w)_(?=\S)(?<em2>[^_\n]+)_(?!\w)/,
+  /(?<bare>https?:\/\/[^\s<>()*`"']*[^\s<>()*`"'.,;:!?])/);
+
+function draw(place, text) {    // only blocks that changed are made anew
+  const found = [...text.matchAll(BLOCK)];
+  found.forEach(({0: source, groups}, at) => {
+    const old = place.children[at];
+    if (old?.source !== source) place.replaceChild(Object.assign(block(groups), {source}), old ?? place.appendChild(make("p")));
+  });
+  while (place.children.length > found.length) place.lastChild.remove();
+}
+
+function block({fence, indent, name, code = "", level, title, list, text}) {
+  if (fence) return listing(code.replace(RegExp(`^${indent}`, "gm"), "").replace(/\n$/, ""), name.trim());
+  if (level) return make(`h${level.length}`, {}, ...inline(title));
+  if (text) return make("p", {}, ...inline(text));
+  return make("ol", {}, ...list.trimEnd().split(/\n+(?=[ \t]*(?:[-*+]|\d{1,9}[.)]) )/).map((line) => {
+    const [, blanks, mark, words] = line.match(/^([ \t]*)(\S+) ([^]*)/), item = make("li", {}, ...inline(words));
+    if (/\d/.test(mark)) item.value = parseInt(mark);
+    else item.style.listStyle = "disc";
+    item.style.marginLeft = `${blanks.length / 2}em`;   // how deep it is
+    return item;
+  }));
+}
+
+function inline(text) {     // the nodes of a text
+  let at = 0;
+  const nodes = [...text.matchAll(INLINE)].flatMap(({0: whole, index, groups}) => {
+    const {code, image, label, link, strong, em, em2, bare} = groups, before = text.slice(at, index), href = link ?? bare;
+    at = index + whole.length;
+    return [before, code ? make("code", {}, code) : image && own(link) ? picture(own(link), label)
+      : href ? make("a", {href, target: "_blank", rel: "noopener"}, ...(label ? inline(label) : [href]))
+      : make(strong ? "strong" : "em", {}, ...inline(strong ?? em ?? em2))];
+  });
+  return [...nodes, text.slice(at)];
+}
+
+function own(link) {    // the name of a picture of this server, else nothing
+  const [before, name] = link.split(location.host + new URL("images/", location).pathname);
+  return /^https?:\/\/$/.test(before) && /^\w[\w.-]*$/.test(name) ? name : "";
+}
+
+function picture(name, alt) {   // fetched, for an <img> can't send a token
+  const image = make("img", {alt});
+  api(`images/${name}`).then((response) => response.blob()).then((blob) => {
+    if (!/^image\/(png|jpeg|gif|webp|avif)$/.test(blob.type)) throw Error("This picture can't be shown.");
+    image.src = URL.createObjectURL(blob);
+  }).catch((error) => image.replaceWith(make("span", {className: "bad"}, error.message)));
+  return image;
+}
+
+function listing(text, name) {
+  const code = make("code", {}, text), copy = make("button", {type: "button"}, "Copy");
+  copy.onclick = async () => {
+    try { await navigator.clipboard.writeText(text); copy.textContent = "Copied"; }
+    catch { getSelection().selectAllChildren(code); copy.textContent = "Selected"; }    // plain HTTP has no clipboard
+  };
+  return make("figure", {}, make("figcaption", {className: "faint"}, name, copy), make("pre", {tabIndex: 0}, code));
+}
+
+// -- the chat
+
+async function ask(question) {
+  const body = JSON.stringify({model: model.value, messages: [...messages, {role: "user", content: question}], stream: true});
+  const summary = make("summary"), thoughts = make("div", {className: "thoughts"}), text = make("div", {className: "text"});
+  const thinking = make("details", {hidden: true}, summary, thoughts);
+  const article = make("article", {className: "answer", ariaBusy: "true"}, thinking, text);
+  let answer = "", thought = "", finish = "", frame = 0, route = model.value;
+
+  function show() {
+    frame = 0;
+    thinking.hidden = !thought;
+    thoughts.textContent = thought;
+    summary.textContent = answer ? "Thoughts" : thought.trim().split("\n").pop();
+    draw(text, answer);
+  }
+  turns.append(make("div", {className: "question"}, question), article);
+  log.scrollTop = 0;      // the end
+  try {
+    const response = await api("v1/chat/completions", {method: "POST", body, signal: stop.signal});
+    route += `, ${response.headers.get("X-Akashproxy-Route")}`;
+    for await (const data of events(response.body)) {
+      const {error, choices} = data === "[DONE]" ? {} : JSON.parse(data), {delta, finish_reason} = choices?.[0] ?? {};
+      if (error) throw Error(advised(error));
+      answer += delta?.content ?? "";
+      thought += delta?.reasoning_content ?? "";
+      finish = finish_reason ?? finish;
+      frame ||= requestAnimationFrame(show);
+    }
+    if (finish !== "stop") throw Error(finish ? `The answer ended early: ${finish}.` : "The answer broke off. Try again.");
+  } catch (error) {
+    article.append(make("p", {className: "bad"}, stop.signal.aborted ? "Stopped." : error.message));
+  }
+  cancelAnimationFrame(frame);
+  show();
+  article.append(make("details", {}, make("summary", {}, `${route}: as curl and Python`), ...examples(body)));
+  article.ariaBusy = "false";
+  if (answer) messages.push({role: "user", content: question}, {role: "assistant", content: answer});
+  else field.value ||= question;      // nothing has come: it can be sent again
+}
+
+function examples(body) {   // what was asked, for a shell and for Python; the token stays out
+  const {model, messages} = JSON.parse(body), base = new URL("v1", location).href;
+  const secret = sessionStorage.token ? ' -H "Authorization: Bearer $TOKEN"' : "";
+  return [listing(`curl -N ${base}/chat/completions${secret} -H 'Content-Type: application/json' \\
+  -d '${body.replaceAll("'", "'\\''")}'`, "curl"), listing(`import os, openai
+
+client = openai.OpenAI(base_url="${base}", api_key=os.environ.get("TOKEN", "none"))
+stream = client.chat.completions.create(model=${JSON.stringify(model)}, stream=True, messages=${JSON.stringify(messages)})
+for chunk in stream:
+    print(chunk.choices[0].delta.content or "", end="")`, "Python")];
+}
+
+form.onsubmit = async (event) => {
+  event.preventDefault();
+  const question = field.value.trim();
+  if (stop) return stop.abort();
+  if (!question || !model.value) return;
+  [field.value, send.textContent, stop] = ["", "Stop", new AbortController()];
+  await ask(question);
+  [send.textContent, stop] = ["Send", null];
+};
+field.onkeydown = (event) => {
+  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+  event.preventDefault();
+  if (!stop) form.requestSubmit();
+};
+onkeydown = (event) => { if (event.key === "Escape") stop?.abort(); };
+again.onclick = () => location.reload();
+
+// -- the token, the models, the controllers
+
+async function attempt(work) {      // what goes wrong is said at the top
+  try { await work(); note.textContent = ""; } catch (error) { note.textContent = error.message; }
+}
+
+async function list() {
+  const {data} = await (await api("v1/models")).json();
+  model.replaceChildren(...data.map(({id}) => make("option", {value: id, selected: id === sessionStorage.model}, id)));
+  field.focus();
+}
+
+const watch = () => document.hidden || status.hidden || !key.hidden || attempt(async () => {
+  const {version, uptime_seconds, controllers} = await (await api("status")).json();
+  status.replaceChildren(make("p", {className: "faint"}, `akashproxy ${version}, up for ${span(uptime_seconds)}`),
+    ...controllers.map(({name, in_flight, served, failed, rests_for_seconds: rest, last_error}) => make("section", {},
+      make("b", {}, name), make("p", {},
+        `${in_flight} in flight, ${served} served, ${failed} failed, ${rest ? `rests for ${span(rest)}` : "ready"}`),
+      make("p", {className: "bad"}, last_error ? `Last error: ${last_error}` : ""))));
+});
+
+function view() {
+  status.hidden = location.hash !== "#status";
+  log.hidden = form.hidden = again.hidden = !status.hidden;
+  document.querySelectorAll("header a").forEach((link, at) => { link.ariaCurrent = at === +!status.hidden ? "page" : null; });
+  watch();
+}
+
+token.onchange = () => {
+  sessionStorage.token = token.value;
+  key.hidden = true;
+  attempt(list).then(watch);
+};
+model.onchange = () => { sessionStorage.model = model.value; };
+onhashchange = document.onvisibilitychange = view;
+setInterval(watch, 2000);
+view();
+attempt(list);
+</script>
+"""
+
+
+@functools.lru_cache(maxsize=None)
+def page() -> Tuple[bytes, Dict[str, str]]:
+    """The page, and its header fields: nothing runs in it but its own script, and it loads nothing from elsewhere."""
+    import hashlib
+    hashes = {tag: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+              for tag, text in re.findall(r"<(style|script)[^>]*>(.*?)</\1>", PAGE, re.S)}
+    policy = (f"default-src 'none'; script-src 'sha256-{hashes['script']}'; style-src 'sha256-{hashes['style']}'; "
+              "connect-src 'self'; img-src data: blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+              "require-trusted-types-for 'script'; trusted-types 'none'")
+    return PAGE.encode(), {"Content-Type": "text/html; charset=utf-8", "Cache-Control": "no-cache",
+                           "Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff",
+                           "Referrer-Policy": "no-referrer"}
+
+
+# == 14. main =================================================================================
 # The command: settings, log, signals, serve.
 
 

@@ -8,6 +8,7 @@ The bytes of the fakes are recordings of the real server, made small; the names 
 the names that the recordings have.
 """
 
+import ast
 import asyncio
 import base64
 import collections
@@ -1624,7 +1625,7 @@ def test_keep_alive_and_pipelines(serve):
 
 ROUTES = {
     ("GET", "/health"): 200, ("HEAD", "/health"): 200, ("GET", "/status"): 200, ("GET", "/health?a=b"): 200,
-    ("GET", "/heal%74h"): 200, ("GET", "/heal%2574h"): 404, ("GET", "/"): 404, ("GET", "/v1"): 404, ("GET", "/v1/models/"): 404,
+    ("GET", "/heal%74h"): 200, ("GET", "/heal%2574h"): 404, ("GET", "/"): 200, ("HEAD", "/"): 200, ("POST", "/"): 405, ("GET", "/v1"): 404, ("GET", "/v1/models/"): 404,
     ("GET", "/v1/chat/completions"): 405, ("DELETE", "/v1/models"): 405, ("POST", "/health"): 405, ("PUT", "/v1/completions"): 405,
     ("HEAD", "/v1/models"): 200, ("BREW", "/health"): 405, ("GET", "/images/"): 404, ("GET", "/../etc/passwd"): 404,
 }
@@ -3626,7 +3627,7 @@ ATTACKS = {
     "OPTIONS and a star": (get(line=b"OPTIONS * HTTP/1.1\r\n"), 204, OPEN),
     "absolute": (target(b"http://x/health"), 200, OPEN),
     "absolute, another host": (target(b"http://evil:1/health"), 200, OPEN),
-    "absolute without a path": (target(b"http://x"), 404, OPEN),
+    "absolute without a path": (target(b"http://x"), 200, OPEN),
     "another scheme": (target(b"ftp://x/health"), 400, CLOSED),
     "NUL in the target": (target(b"/hea\0lth"), 400, CLOSED),
     "a control character in the target": (target(b"/hea\x01lth"), 400, CLOSED),
@@ -4876,6 +4877,360 @@ def test_what_the_readme_says_to_be_woken_by_is_logged():
         level, words = (re.findall(r"an? (warning|error) `(.*)`", row) or [("", "")])[0]
         calls = "error|exception" if level == "error" else "warning"
         assert not level or re.search(rf'log\.({calls})\(.*{re.escape(words)}', SOURCE), row
+
+
+# == page =====================================================================================
+
+
+class Browser:
+    """Chromium without a window; a socket that is its descriptors 3 and 4 carries JSON, each message ended by NUL."""
+
+    PROGRAM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+             "--disable-component-update", "--disable-sync", "--remote-debugging-pipe", "about:blank"]
+    KEYS = {"Enter": 13, "Escape": 27}
+
+    def __init__(self, profile):
+        self.sock, end = socket.socketpair()
+        with end:
+            self.process = subprocess.Popen(
+                ["bash", "-c", f'exec "$@" 3<&{end.fileno()} 4>&{end.fileno()}', "bash", self.PROGRAM, *self.FLAGS,
+                 f"--user-data-dir={profile}"], pass_fds=[end.fileno()], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self.held, self.number = b"", 0
+
+    def call(self, method, **params):
+        """Send a command; its result."""
+        self.number, self.end = self.number + 1, time.monotonic() + 20
+        self.sock.sendall(json.dumps({"id": self.number, "method": method, "params": params, **self.session}).encode() + b"\0")
+        while True:
+            told = self.receive()
+            if told.get("id") == self.number:
+                assert "error" not in told, told
+                return told["result"]
+
+    def receive(self):
+        while b"\0" not in self.held:
+            self.sock.settimeout(max(0.01, self.end - time.monotonic()))
+            data = self.sock.recv(1 << 20)
+            assert data, "the browser has ended"
+            self.held += data
+        message, _, self.held = self.held.partition(b"\0")
+        self.events.append(json.loads(message))
+        return self.events[-1]
+
+    def open(self, url):
+        """Load a page in a new tab."""
+        self.url = url.partition("#")[0]
+        target = self.call("Target.createTarget", url="about:blank", **self.context)["targetId"]
+        self.session = {"sessionId": self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self.call(f"{domain}.enable")
+        self.call("Page.navigate", url=url)
+        while self.receive().get("method") != "Page.loadEventFired":
+            pass
+
+    def run(self, script):
+        """The value of an expression in the page."""
+        got = self.call("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
+        assert "exceptionDetails" not in got, got
+        return got["result"].get("value")
+
+    def until(self, script):
+        """Wait until an expression is true; its value."""
+        return self.run(f"new Promise((done) => (function look() {{ const it = {script}; it ? done(it) : setTimeout(look, 5); }})())")
+
+    def press(self, key, modifiers=0):
+        code = {"key": key, "code": key, "windowsVirtualKeyCode": self.KEYS[key], "modifiers": modifiers}
+        self.call("Input.dispatchKeyEvent", type="keyDown", **code, **({"text": "\r"} if key == "Enter" else {}))
+        self.call("Input.dispatchKeyEvent", type="keyUp", **code)
+
+    def type(self, text):
+        """Type a text where the focus is, and Enter."""
+        self.call("Input.insertText", text=text)
+        self.press("Enter")
+
+    def ask(self, text):
+        """Send a message; the answer's element, once it has ended, is ``answer`` in the page."""
+        self.until("document.querySelector('option')")
+        self.run("window.before = document.querySelectorAll('.answer').length, document.getElementById('field').focus()")
+        self.type(text)
+        self.until("window.answer = document.querySelectorAll('.answer[aria-busy=false]')[before]")
+
+    def text(self, selector):
+        return self.run(f"document.querySelector({json.dumps(selector)}).innerText")
+
+    def complaints(self):
+        """What the page should not have done: errors, violations of its policy, dialogs, requests to others."""
+        for event in self.events:
+            method, params = event.get("method"), event.get("params", {})
+            entry = params.get("entry", {})
+            if (method in ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Page.javascriptDialogOpening")
+                    or entry.get("level") in ("warning", "error") and "Failed to load resource" not in entry["text"]
+                    or method == "Network.requestWillBeSent"
+                    and not params["request"]["url"].startswith((self.url, "data:", f"blob:{self.url}"))):
+                yield event
+
+    def close(self):
+        with self.sock, self.process:
+            self.process.terminate()
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory):
+    if not Browser.PROGRAM and not os.environ.get("CI"):
+        pytest.skip("no Chromium here")
+    browser = Browser(tmp_path_factory.mktemp("profile"))
+    yield browser
+    browser.close()
+
+
+@pytest.fixture
+def browser(serve, pool, chromium):     # in this order, for the tab must be gone when its server stops
+    chromium.session, chromium.events = {}, []
+    chromium.context = chromium.call("Target.createBrowserContext")     # shares nothing with the others
+    yield chromium
+    chromium.session = {}
+    chromium.call("Target.disposeBrowserContext", **chromium.context)
+    assert not list(chromium.complaints())
+
+
+def test_the_page_is_served_to_all_and_runs_only_its_own_script(serve):
+    server = serve(bearer_token="secret")
+    got = ask(server, path="/")
+    assert (got.status, got.headers["content-type"], got.headers["cache-control"]) == (200, "text/html; charset=utf-8", "no-cache")
+    policy = dict(part.split(" ", 1) for part in got.headers["content-security-policy"].split("; "))
+    for tag in ("script", "style"):
+        (text,) = re.findall(rf"<{tag}[^>]*>(.*?)</{tag}>", got.body.decode(), re.S)
+        assert policy[f"{tag}-src"] == f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+    assert policy["default-src"] == policy["frame-ancestors"] == "'none'" and policy["connect-src"] == "'self'"
+    assert "unsafe" not in str(policy) and not re.search(rb"https?://\w|innerHTML|localStorage", got.body)
+    head = ask(server, "HEAD", "/")
+    assert (head.status, head.body, head.headers["content-length"]) == (200, b"", str(len(got.body)))
+    assert ask(server, "POST", "/").status == 405
+
+
+def test_the_page_can_be_left_out(serve):
+    server = serve(page="off", bearer_token="secret")
+    assert ask(server, path="/").status == 404 and ask(server, path="/status").status == 401
+    with pytest.raises(ConfigError, match="'maybe' is none of on, off"):
+        Settings(page="maybe")
+
+
+def test_a_chat_on_the_page(browser, akash, serve):
+    akash.chat = b'g:"Hm, a\\n"\ng:"greeting."\n' + HELLO
+    browser.open(serve().url)
+    browser.until("document.querySelector('option')")
+    assert browser.run("[...document.querySelectorAll('option')].map((option) => option.value)") == [
+        "Meta-Llama-3-3-70B-Instruct", "Qwen/Qwen3", "AkashGen"]
+    browser.call("Input.insertText", text="Hello,")
+    browser.press("Enter", modifiers=8)     # Shift
+    browser.ask("how are you?")
+    assert browser.text(".question") == "Hello,\nhow are you?" and browser.text(".answer .text") == "Hello from the mock."
+    assert browser.run("[answer.querySelector('details').open, answer.querySelector('.thoughts').textContent]") == [
+        False, "Hm, a\ngreeting."]
+    browser.run("document.querySelector('select').value = 'Qwen/Qwen3'")
+    browser.ask("And now?")
+    first, second = akash.bodies()
+    assert (first["model"], second["model"]) == ("Meta-Llama-3-3-70B-Instruct", "Qwen/Qwen3")
+    assert [(message["role"], message["content"]) for message in second["messages"]] == [
+        ("user", "Hello,\nhow are you?"), ("assistant", "Hello from the mock."), ("user", "And now?")]
+
+
+MARKDOWN = {
+    "a **b *c*** `d**`": "<p>a <strong>b <em>c</em></strong> <code>d**</code></p>",
+    "a\nb\n\nc": "<p>a\nb</p><p>c</p>",
+    "snake_case_name 2*3*4 __init__": "<p>snake_case_name 2*3*4 __init__</p>",
+    "# A\n## B _c_\ntext": "<h1>A</h1><h2>B <em>c</em></h2><p>text</p>",
+    "1. a\n   more\n2. b\n\n3. c": '<ol><li value="1">a\n   more</li><li value="2">b</li><li value="3">c</li></ol>',
+    "- a\n  - b\nc": '<ol><li style="list-style: disc; margin-left: 0em;">a</li>'
+        '<li style="list-style: disc; margin-left: 1em;">b\nc</li></ol>',
+    "[a `b`](https://x.example/c_(d)) or http://y.example/z.": '<p><a href="https://x.example/c_(d)" target="_blank" rel="noopener">'
+        'a <code>b</code></a> or <a href="http://y.example/z" target="_blank" rel="noopener">http://y.example/z</a>.</p>',
+    "[a](javascript:alert(1)) [b](data:text/html,x) [c](//x)": "<p>[a](javascript:alert(1)) [b](data:text/html,x) [c](//x)</p>",
+    "![a](http://x.example/images/b.png)": '<p><a href="http://x.example/images/b.png" target="_blank" rel="noopener">a</a></p>',
+}
+LISTING = ('<figure><figcaption class="faint">%s<button type="button">Copy</button></figcaption>'
+           '<pre tabindex="0"><code>%s</code></pre></figure>')
+MARKDOWN.update({
+    "a\n```py\nif a:\n\n    # b\n```\nc": "<p>a</p>" + LISTING % ("py", "if a:\n\n    # b") + "<p>c</p>",
+    "```\n<b>": LISTING % ("", "&lt;b&gt;"),
+    "- a\n  ~~~sh\n  b\n  ```\n  ~~~": '<ol><li style="list-style: disc; margin-left: 0em;">a</li></ol>' + LISTING % ("sh", "b\n```"),
+})
+
+
+def test_markdown_on_the_page(browser, pool):
+    fake = FakeOpenAI()
+    browser.open(pool(fake).url)
+    for fake.text, expected in MARKDOWN.items():
+        browser.ask("?")
+        made = browser.run("answer.querySelector('.text').innerHTML")
+        assert re.sub(r' style="margin-left: 0em;"', "", made) == expected, fake.text
+
+
+@pytest.mark.parametrize("by", ["key", "button"])
+def test_an_answer_that_is_stopped_half_way(by, browser, akash, serve):
+    server = serve()
+    akash.faults.append(akash.stall(b'0:"Once upon"\n'))
+    browser.open(server.url)
+    browser.until("document.querySelector('option')")
+    browser.type("Tell me a tale")
+    browser.until("document.querySelector('.text')?.innerText === 'Once upon'")
+    browser.press("Enter")      # nothing more is sent meanwhile
+    if by == "key":
+        browser.press("Escape")
+    else:
+        browser.run("document.getElementById('send').click()")
+    browser.until("document.querySelector('.answer[aria-busy=false]')")
+    wait_for(akash.gone.is_set)
+    assert browser.text(".answer .bad") == "Stopped." and browser.text("#send") == "Send" and len(akash.bodies()) == 1
+    browser.ask("Go on")
+    assert [message["content"] for message in akash.bodies()[-1]["messages"]] == ["Tell me a tale", "Once upon", "Go on"]
+
+
+def test_a_picture_on_the_page(browser, akash, serve):
+    akash.chat = PICTURE_LINE
+    akash.states.extend([{**QUEUE[0], "queue_position": 2}] * 100000)
+    server = serve(bearer_token="secret")
+    browser.open(server.url)
+    browser.until("document.activeElement.id === 'token'")
+    browser.type("secret")
+    browser.until("document.querySelector('option')")
+    browser.run("document.querySelector('select').value = 'AkashGen'")
+    browser.type("a red fox in the snow")
+    browser.until("document.querySelector('.answer summary')?.innerText === 'The picture is waiting, 2 before it.'")
+    akash.states.clear()
+    browser.until("document.querySelector('img')?.naturalWidth === 4")
+    assert browser.run("document.querySelector('img').alt") == "A red fox in the snow"
+    assert browser.run("document.querySelector('img').src").startswith(f"blob:{server.url}/")
+
+
+def test_a_picture_that_is_not_one(browser, akash, serve):
+    akash.chat = PICTURE_LINE
+    real = akash.answer
+    akash.answer = lambda sock, request: (sock.sendall(reply(body=b"<svg xmlns='http://www.w3.org/2000/svg'/>", kind="image/svg+xml"))
+                                          or True) if request.path.startswith("/api/image/") else real(sock, request)
+    browser.open(serve().url)
+    browser.until("document.querySelector('option')")
+    browser.run("document.querySelector('select').value = 'AkashGen'")
+    browser.ask("a fox")
+    browser.until("document.querySelector('.text .bad')?.innerText === 'This picture can\\'t be shown.'")
+
+
+def test_a_wrong_token_then_the_right_one(browser, akash, serve):
+    browser.open(serve(bearer_token="r1ght").url)
+    browser.until("document.activeElement.id === 'token'")
+    assert browser.text("#note") == "This server needs a token. Type it above."
+    browser.type("wr0ng")
+    browser.until("document.getElementById('note').innerText.includes('is wrong')")
+    assert browser.run("document.activeElement.id") == "token"
+    browser.run("document.getElementById('token').select()")
+    browser.type("r1ght")
+    browser.until("document.activeElement.id === 'field'")
+    browser.ask("Hello")
+    assert browser.text("#note") == "" and browser.text(".answer .text") == "Hello from the mock."
+    assert browser.run("[JSON.stringify(localStorage), document.cookie, location.href.includes('r1ght')]") == ["{}", "", False]
+    listings = browser.run("[...answer.querySelectorAll('pre')].map((each) => each.textContent)")
+    assert len(listings) == 2 and "r1ght" not in str(listings)
+    done = subprocess.run(["bash", "-c", listings[0]], env={**os.environ, "TOKEN": "r1ght"}, capture_output=True, timeout=20)
+    assert read_chunks(sse(done.stdout))[0] == "Hello from the mock."
+    assert akash.bodies()[0]["messages"] == akash.bodies()[1]["messages"]
+
+
+def test_the_python_that_can_be_copied_works(browser, akash, serve):
+    pytest.importorskip("openai")
+    browser.open(serve().url)
+    browser.ask("it's \"so\"")
+    done = subprocess.run([sys.executable, "-c", browser.run("[...answer.querySelectorAll('pre')].pop().textContent")],
+                          capture_output=True, timeout=60)
+    assert done.stdout == b"Hello from the mock." and akash.bodies()[0]["messages"] == akash.bodies()[1]["messages"]
+
+
+def test_what_can_be_copied_is_quoted(browser, akash, serve):
+    browser.open(serve().url)
+    words = "it's $HOME `id` \"x\" \\ \u2028 é"
+    browser.ask(words)
+    curl, python = browser.run("[...answer.querySelectorAll('pre')].map((each) => each.textContent)")
+    assert "Authorization" not in curl
+    subprocess.run(["bash", "-c", curl], capture_output=True, timeout=20)
+    assert [body["messages"][-1]["content"] for body in akash.bodies()] == [words, words]
+    assert words in [node.value for node in ast.walk(ast.parse(python)) if isinstance(node, ast.Constant)]
+    browser.run("answer.querySelector('figure button').click()")
+    browser.until("answer.querySelector('figure button').innerText !== 'Copy'")
+
+
+HOSTILE = "<img src=x onerror=alert(1)><script>alert(2)</script>"
+
+
+def test_html_in_names_prompts_and_answers_does_not_run(browser, pool):
+    fake = FakeOpenAI([f"<b>m</b>{HOSTILE}"], f"{HOSTILE}\n\n# {HOSTILE}\n\n- {HOSTILE}\n\n```{HOSTILE}\n{HOSTILE}\n```\n\n"
+                      f"[x](javascript:alert(3)) [{HOSTILE}](https://x.example/\"onclick=\"alert(4)) <javascript:alert(5)>")
+    server = pool(fake)
+    browser.open(server.url)
+    browser.ask(HOSTILE)
+    assert browser.text("option") == f"<b>m</b>{HOSTILE}" and browser.text(".question") == HOSTILE
+    assert browser.text(".text p") == browser.text(".text h1") == browser.text(".text li") == browser.text(".text code") == HOSTILE
+    assert browser.run("document.querySelectorAll('main img, main script, main b, [onclick], [href^=javascript]').length") == 0
+    fake.faults.append(fake.status(400, json.dumps({"error": {"message": HOSTILE}}).encode()))
+    browser.ask("again")
+    assert HOSTILE in browser.text(".answer > .bad")
+    browser.run("location.hash = '#status'")
+    assert browser.until("document.querySelector('section .bad')?.innerText").endswith(HOSTILE)
+
+
+def test_errors_on_the_page_say_what_to_do(browser, pool):
+    fake = FakeOpenAI()
+    server = pool(fake)
+    browser.open(server.url)
+    unknown = json.dumps({"error": {"message": "No such model.", "code": "model_not_found"}}).encode()
+    for fault, words in ((fake.status(429, extra=b"Retry-After: 40\r\n"), "Try again in 40 s."),
+                         (fake.status(404, unknown), "Choose another model."),
+                         (fake.status(500), "Try again or choose another model."),
+                         (fake.cut(1), "Try again or choose another model.")):
+        server.pool.members[0].rests_until = server.pool.members[0].limited_until = 0
+        fake.faults.append(fault)
+        browser.run("document.getElementById('field').value = ''")
+        browser.ask("Hello")
+        assert browser.run("answer.querySelector('.bad').innerText").endswith(words)
+    assert browser.run("[answer.querySelector('.text').innerText, document.getElementById('field').value]") == ["Hi ", ""]
+    server.stop(0)
+    browser.ask("Anyone?")
+    assert browser.run("answer.querySelector('.bad').innerText") == "The server does not answer. Is it still running?"
+    assert browser.run("document.getElementById('field').value") == "Anyone?", "it can be sent again"
+
+
+def test_the_page_reads_events_by_the_standard(browser, pool):
+    fake = FakeOpenAI()
+    two_lines = fake.event({"content": "a"})[6:-2].replace(b', "model"', b',\r\ndata: "model"')
+    events = (b": hello\r\n\r\nid: 1\r\nevent: message\r\ndata:" + two_lines + b"\r\n\r\n: ping\n\n"
+              + fake.event({"content": "\u00e9\u65e5"}) + fake.event({}, "stop") + b"data: [DONE]\n\n")
+    for size in (1, 7, len(events)):
+        parts = [chunk(events[at:at + size]) for at in range(0, len(events), size)]
+        fake.faults.append(fake.garbage(fake.head() + b"".join(parts) + b"0\r\n\r\n"))
+    browser.open(pool(fake).url)
+    for _ in range(3):
+        browser.ask("Hello")
+        assert browser.run("answer.querySelector('.text').innerText") == "a\u00e9\u65e5"
+
+
+def test_the_controllers_on_the_page(browser, pool):
+    one, two = FakeOpenAI(), FakeOpenAI(["other"])
+    server = known(pool(one, two))
+    browser.open(server.url + "#status")
+    browser.until("document.querySelector('section:nth-of-type(2)')?.innerText.includes('0 served')")
+    two.faults.append(two.status(429, extra=b"Retry-After: 40\r\n"))
+    chat(server, {**BOTH, "model": "other"})
+    browser.until("/\\b0 in flight, 0 served, 1 failed, rests for \\d+ s\\s+Last error: 429 b: told/"
+                  ".test(document.querySelector('section:nth-of-type(2)').innerText)")
+    browser.run("location.hash = '#chat'")
+    browser.until("document.querySelector('form').checkVisibility() && !document.querySelector('section')?.checkVisibility()")
+
+
+def test_the_page_fits_a_phone(browser, pool):
+    fake = FakeOpenAI(["a-model-with-a-" + "very-" * 20 + "long-name"], "x" * 300 + "\n```\n" + "y" * 300 + "\n```")
+    browser.open(pool(fake).url)
+    browser.call("Emulation.setDeviceMetricsOverride", width=340, height=600, deviceScaleFactor=1, mobile=True)
+    browser.ask("z" * 300)
+    assert browser.run("[innerWidth, document.documentElement.scrollWidth, document.getElementById('log').scrollWidth]") == [340] * 3
 
 
 # == truth in writing =========================================================================
