@@ -50,6 +50,7 @@ Where is ...
     connections to upstreams           KeepAlive
     proxies on the way                 Proxy
     deadlines, and clients that leave  Watch, Watchdog
+    several processes                  supervise, Board
     streams that have begun            Flow
     a client's connection              Handler.wait, Handler.run
     the log                            LogFormat
@@ -80,6 +81,7 @@ import itertools
 import json
 import logging
 import math
+import mmap
 import os
 import random
 import re
@@ -750,6 +752,13 @@ def positive(value: Any) -> Any:
     return value
 
 
+def worker_count(value: int) -> int:
+    """Check a number of processes: more than one need fork()."""
+    if value != 1 and not hasattr(os, "fork"):
+        raise ValueError("more than 1 is not possible on this system")
+    return value or os.cpu_count() or 1
+
+
 def choice(*values: str) -> Callable[[str], str]:
     """A check that a text is one of some words."""
     def check(text: str) -> str:
@@ -873,6 +882,8 @@ class Settings(Checked):
     max_connections: int = setting(10000, "clients that are connected at a time; more get a 503")
     heartbeat: float = setting(15.0, "seconds of silence in a stream after which a ping is sent", positive)
     pings: str = setting("comment", "what a ping is: comment, chunk (an empty one) or off", choice("comment", "chunk", "off"))
+    workers: int = setting(1, "processes that share the work, each of which keeps one core busy; 0: one for each core",
+                           worker_count)
     grace: float = setting(7.0, "seconds for running requests to end after SIGTERM")
     log_format: str = setting("text", "text or json", choice("text", "json"))
     log_level: str = setting("info", "debug, info, warning or error", choice("debug", "info", "warning", "error"))
@@ -3394,6 +3405,18 @@ class Pool:
                      "failed": member.failed, "rests_for_seconds": max(0, math.ceil(member.rests_until - now)),
                      "last_error": member.last_error or None} for member in self.members]
 
+    def rests(self) -> Dict[str, List[float]]:
+        """Until when each controller rests, for other workers: the clock is the machine's."""
+        return {member.name: [member.rests_until, member.limited_until] for member in self.members}
+
+    def heed(self, rests: Dict[str, List[float]]) -> None:
+        """Let a controller rest as long as another worker has found out that it must."""
+        with self.changed:
+            for member in self.members:
+                rest, limit = rests.get(member.name, (0.0, 0.0))
+                member.rests_until = max(member.rests_until, rest)
+                member.limited_until = max(member.limited_until, limit)
+
     def tidy(self, now: float) -> None:
         """Let go of what has been idle for too long."""
         for member in self.members:
@@ -4446,6 +4469,9 @@ class Watchdog(threading.Thread):
             if self.now >= look_at:
                 look_at = self.now + self.TICK
                 self.call(self.look, self.now)
+        self.close()
+
+    def close(self) -> None:
         self.selector.close()
         self.ear.close()
         self.bell.close()
@@ -4474,6 +4500,38 @@ class Watchdog(threading.Thread):
         if now >= self.tidy_at:
             self.tidy_at = now + 1.0
             self.server.pool.tidy(now)
+
+
+class Board:
+    """What the workers of one server tell each other: a page of shared memory each, which its owner writes and all read.
+
+    A page holds the length and the check sum of a notice in JSON, and the notice. One that is just
+    being written is passed over.
+    """
+
+    PAGE = 1 << 17
+    HEAD = 16       # digits before a notice, 8 of its length and 8 of its CRC
+
+    def __init__(self, pages: int) -> None:
+        self.pages, self.mine = pages, 0
+        self.memory = mmap.mmap(-1, pages * self.PAGE)
+
+    def post(self, notice: Dict[str, Any]) -> None:
+        data = to_json(notice)
+        if len(data) <= self.PAGE - self.HEAD:
+            at = self.mine * self.PAGE
+            self.memory[at:at + self.HEAD + len(data)] = b"%08x%08x%b" % (len(data), binascii.crc32(data), data)
+
+    def others(self) -> List[Dict[str, Any]]:
+        """The notices of the others."""
+        return [notice for page in range(self.pages) if page != self.mine for notice in self._read(page * self.PAGE)]
+
+    def _read(self, at: int) -> Iterator[Dict[str, Any]]:
+        head = self.memory[at:at + self.HEAD]
+        if head.strip(b"\0"):
+            data = self.memory[at + self.HEAD:at + self.HEAD + int(head[:8], 16)]
+            if binascii.crc32(data) == int(head[8:], 16):
+                yield from_json(data)
 
 
 class Flow:
@@ -5183,7 +5241,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         state = "draining" if self.server.draining else "ok"
         self.send_json(200, {"status": state, "message": "akashproxy is running", "version": __version__,
                              "uptime_seconds": int(time.monotonic() - self.server.began),
-                             "controllers": self.server.pool.status()})
+                             "workers": self.settings.workers, "controllers": self.server.status()})
 
     def get_models(self) -> None:
         self.send_json(200, self.dialect.listing(self.server.pool.models()))
@@ -5401,8 +5459,10 @@ class Server(http.server.ThreadingHTTPServer):
     request_queue_size = 1024
     SPARE = 32  # idle threads that are kept
 
-    def __init__(self, settings: Optional[Settings] = None) -> None:
+    def __init__(self, settings: Optional[Settings] = None, listener: Optional[socket.socket] = None,
+                 board: Optional[Board] = None) -> None:
         self.settings = settings or Settings()
+        self.listener, self.board = listener, board     # shared with other workers
         self.pool = Pool(self.settings)
         self.watchdog = Watchdog(self)
         self.draining = self.full = False
@@ -5429,6 +5489,11 @@ class Server(http.server.ThreadingHTTPServer):
 
     def server_bind(self) -> None:
         """Bind as the library does, but look up no host name, and let [::] take IPv4 too."""
+        if self.listener is not None:
+            self.socket.close()
+            self.socket = self.listener
+            self.server_address = self.socket.getsockname()
+            return
         if self.address_family == socket.AF_INET6:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -5451,7 +5516,7 @@ class Server(http.server.ThreadingHTTPServer):
     def on_connection(self, events: int) -> None:
         """The watchdog has new clients."""
         try:
-            self.let_in(64)         # not all: others wait, too
+            self.let_in(1 if self.board else 64)    # not all: others wait, too, or want some
         except OSError as error:    # no more descriptors: those who wait, wait until the next look
             log.error("cannot accept a connection: %s", error)
             self.watchdog.leave(self.socket)
@@ -5479,6 +5544,19 @@ class Server(http.server.ThreadingHTTPServer):
         if self.full and not self.draining:
             self.full = False
             self.watchdog.watch(self.socket, self.on_connection)
+        if self.board:
+            self.board.post({"controllers": self.pool.status(), "rests": self.pool.rests()})
+            for notice in self.board.others():
+                self.pool.heed(notice["rests"])
+
+    def status(self) -> List[Dict[str, Any]]:
+        """How each controller fares, in all workers."""
+        controllers = {told["name"]: told for told in self.pool.status()}
+        for notice in self.board.others() if self.board else []:
+            for told in notice["controllers"]:
+                mine = controllers.get(told["name"], {})
+                mine.update({name: mine[name] + told[name] for name in ("in_flight", "served", "failed") if mine})
+        return list(controllers.values())
 
     def stop(self, grace: Optional[float] = None) -> None:
         """Stop: no new connections, idle ones closed after a moment, running answers have ``grace`` seconds to end."""
@@ -6031,14 +6109,14 @@ def main(argv: Optional[List[str]] = None) -> int:
         lines = logging.StreamHandler()
         lines.setFormatter(LogFormat(settings.log_format))
         logging.basicConfig(level=settings.log_level.upper(), handlers=[lines])
-        demo = {"akash_base_url": StandIn.start(), "controllers": ()} if options.demo else {}
+        demo = {"akash_base_url": StandIn.start(), "controllers": (), "workers": 1} if options.demo else {}
         if settings.config_file:
             flags["config_file"] = settings.config_file     # a reload must not fall back on another one, or on none
 
         def load() -> Settings:
             return dataclasses.replace(Settings.load(dict(os.environ), flags), **demo)
 
-        return serve(Server(dataclasses.replace(settings, **demo)), load)
+        return start(Server(dataclasses.replace(settings, **demo)), load)
     except ConfigError as error:
         for problem in error.problems:
             print(f"akashproxy: {problem}", file=sys.stderr)
@@ -6103,41 +6181,139 @@ def check_health(settings: Settings) -> int:
         link.close()
 
 
-def next_signal(asked: SimpleQueue) -> int:
-    """The next signal. The wait is cut short each second, for one that comes just before a wait may not end it."""
-    while True:
-        with contextlib.suppress(Empty):
-            return asked.get(timeout=1.0)
-
-
-def serve(server: Server, load: Callable[[], Settings]) -> int:
-    """Serve until SIGINT or SIGTERM; a second one stops at once. SIGHUP loads the settings anew."""
-    asked: SimpleQueue = SimpleQueue()
-
-    stopping: List[int] = []
-
-    def on_signal(number: int, frame: Any) -> None:
-        if number != getattr(signal, "SIGHUP", None):
-            stopping.append(number)
-            if len(stopping) > 1:
-                os._exit(0)
-        asked.put(number)
-
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), on_signal)
-    server.start()
+def start(server: Server, load: Callable[[], Settings]) -> int:
+    """Say where it serves, and serve in this process or in several; the exit status."""
+    raise_limit()
     if not server.settings.bearer_token and not ipaddress.ip_address(server.server_address[0]).is_loopback:
         log.warning("whoever can reach %s can use this server, its keys and its allowance: set BEARER_TOKEN", server.url)
-    print(f"akashproxy {__version__} serves {server.pool} on {server.url}/v1", flush=True)
-    while next_signal(asked) == getattr(signal, "SIGHUP", None):
-        try:
-            server.reload(load())
-            log.warning("the settings were loaded anew")
-        except Exception as error:  # whatever it is, what runs goes on
-            log.error("the settings stay as they were: %s", error)
-    server.stop()
+    several = server.settings.workers > 1
+    signals = Signals("SIGINT", "SIGTERM", "SIGHUP")
+    line = f"akashproxy {__version__} serves {server.pool} on {server.url}/v1"
+    if several:
+        line += f", with {server.settings.workers} workers"
+    else:
+        server.start()
+    print(line, flush=True)
+    return supervise(server, load, signals) if several else serve(server, load, signals)
+
+
+def raise_limit() -> None:
+    """Allow as many descriptors as the system lets us: each stream takes two."""
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+SIGHUP = getattr(signal, "SIGHUP", None)
+
+
+def hold_signals(how: str) -> None:
+    """Hold signals back, or let them come again, where the system can do that: a new process must not miss one."""
+    if SIGHUP is not None:
+        signal.pthread_sigmask(getattr(signal, how), {signal.SIGTERM, SIGHUP})
+
+
+class Signals:
+    """The signals that have come. The second one that means to stop calls ``at_once``, and ends the process."""
+
+    def __init__(self, *names: str) -> None:
+        self.asked: SimpleQueue = SimpleQueue()
+        self.stops = 0
+        self.at_once: Callable[[], Any] = bool
+        for name in names:
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), self.on_signal)
+        hold_signals("SIG_UNBLOCK")
+
+    def on_signal(self, number: int, frame: Any) -> None:
+        if number != SIGHUP:
+            self.stops += 1
+            if self.stops > 1:
+                self.at_once()
+                os._exit(0)
+        self.asked.put(number)
+
+    def next(self, seconds: float = 1.0) -> Optional[int]:
+        """The next signal, or None after a while: one that comes just before a wait may not end it."""
+        with contextlib.suppress(Empty):
+            return self.asked.get(timeout=seconds)
+        return None
+
+
+def serve(server: Server, load: Callable[[], Settings], signals: Signals) -> int:
+    """Serve until SIGINT or SIGTERM; a second one stops at once. SIGHUP loads the settings anew."""
+    parent = os.getppid()
+    while True:
+        number = signals.next()
+        if number == SIGHUP and number is not None:
+            reload(server, load)
+        elif number is not None or server.board and os.getppid() != parent:    # nobody looks after it any more
+            server.stop()
+            return 0
+
+
+def reload(server: Server, load: Callable[[], Settings]) -> bool:
+    """Load the settings anew; what is running goes on, whatever comes of that."""
+    try:
+        server.reload(load())
+        log.warning("the settings were loaded anew")
+        return True
+    except Exception as error:
+        log.error("the settings stay as they were: %s", error)
+        return False
+
+
+def supervise(server: Server, load: Callable[[], Settings], signals: Signals) -> int:
+    """Have several processes serve on one listening socket. Those that die are started anew, signals are passed on."""
+    board, stopping = Board(server.settings.workers), False
+    born: Dict[int, Tuple[int, float]] = {}     # process id: page, since when
+    signals.at_once = lambda: send_all(list(born), signal.SIGKILL)
+    for page in range(board.pages):
+        born[spawn(server, load, board, page)] = page, time.monotonic()
+    while born:
+        number = signals.next(0.2)
+        if number == SIGHUP and number is not None:
+            send_all(born, SIGHUP if reload(server, load) else 0)
+        elif number is not None:
+            stopping = True
+            server.socket.close()
+            send_all(born, signal.SIGTERM)
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid in born:
+            page, since = born.pop(pid)
+            if not stopping:
+                log.error("worker %d has died (%d), another one takes its place", pid, status)
+                time.sleep(1.0 if time.monotonic() - since < 1 else 0.0)    # it may die again at once
+                born[spawn(server, load, board, page)] = page, time.monotonic()
     return 0
+
+
+def send_all(pids: Iterable[int], number: Any) -> None:
+    """Send a signal to processes, if they are still there; 0 is none."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+def spawn(parent: Server, load: Callable[[], Settings], board: Board, page: int) -> int:
+    """Start a worker; its process id."""
+    hold_signals("SIG_BLOCK")
+    pid = os.fork()
+    if pid:
+        hold_signals("SIG_UNBLOCK")
+        return pid
+    status = 1
+    try:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)    # Ctrl-C goes to all of them, and the parent passes it on
+        parent.watchdog.close()
+        board.mine = page
+        server = Server(parent.settings, parent.socket, board)
+        status = serve(server.start(), load, Signals("SIGTERM", "SIGHUP"))
+    except BaseException:
+        log.exception("a worker failed")
+    finally:
+        os._exit(status)
 
 
 if __name__ == "__main__":

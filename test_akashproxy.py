@@ -4099,6 +4099,36 @@ def test_a_second_signal_stops_at_once(akash):
             assert process.wait(10) == 0
 
 
+def children(process):
+    return set(map(int, pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_several_workers_are_one_server(config):
+    fakes = [FakeOpenAI(models=["m"]) for _ in range(2)]
+    chosen = {"max_wait": 0, "workers": 2, "controllers": [{"name": "a", "base_url": fakes[0].url + "/v1", "api_key": ""}]}
+    path = config(chosen)
+    with started("--config-file", path, "--log-level", "error") as (process, port):
+        server = type("Server", (), {"server_port": port})
+        wait_for(lambda: len(children(process)) == 2)
+        first = children(process)
+        with concurrent.futures.ThreadPoolExecutor(8) as threads:
+            assert {got.status for got in threads.map(lambda _: chat(server, {**CHAT, "model": "m"}), range(64))} == {200}
+        wait_for(lambda: ask(server, path="/status").json["controllers"][0]["served"] == 64)      # of both together
+        fakes[0].faults.append(fakes[0].status(429, extra=b"Retry-After: 60\r\n"))
+        assert chat(server, {**CHAT, "model": "m"}).status == 429
+        wait_for(lambda: {chat(server, {**CHAT, "model": "m"}).status for _ in range(8)} == {429})   # all know that it rests
+        os.kill(min(first), signal.SIGKILL)
+        wait_for(lambda: len(children(process)) == 2 and min(first) not in children(process))
+        chosen["controllers"][0].update(name="b", base_url=fakes[1].url + "/v1")
+        config(chosen)
+        process.send_signal(signal.SIGHUP)
+        wait_for(lambda: {ask(server, path="/status").json["controllers"][0]["name"] for _ in range(8)} == {"b"})
+        last = children(process)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0 and not any(pathlib.Path(f"/proc/{pid}").exists() for pid in last)
+
+
 def refused(port):
     try:
         socket.create_connection(("127.0.0.1", port), timeout=1).close()
