@@ -73,7 +73,7 @@ import contextlib
 import dataclasses
 import fnmatch
 import functools
-import hmac
+import gc
 import http.client
 import http.server
 import ipaddress
@@ -5109,7 +5109,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         scheme, _, given = self.headers.get("authorization", "").partition(" ")
         given = (given if scheme.lower() == "bearer" else self.headers.get("x-api-key", "")).strip()
-        known = [hmac.compare_digest(given.encode("utf-8", "replace"), token.encode()) for token in tokens]
+        from hmac import compare_digest     # it brings in OpenSSL's hashes, which who needs no token needs not
+        known = [compare_digest(given.encode("utf-8", "replace"), token.encode()) for token in tokens]
         if not any(known):
             raise APIError(401, "The token is wrong." if given else
                            "A token is needed: send it as 'Authorization: Bearer TOKEN'.")
@@ -6184,6 +6185,7 @@ def check_health(settings: Settings) -> int:
 def start(server: Server, load: Callable[[], Settings]) -> int:
     """Say where it serves, and serve in this process or in several; the exit status."""
     raise_limit()
+    gc.freeze()     # what is there by now stays: collections need not look at it, and workers share it
     if not server.settings.bearer_token and not ipaddress.ip_address(server.server_address[0]).is_loopback:
         log.warning("whoever can reach %s can use this server, its keys and its allowance: set BEARER_TOKEN", server.url)
     several = server.settings.workers > 1
