@@ -1651,13 +1651,17 @@ class Response:
         """The body as JSON; None if it is something else."""
         return json_or_none(self.read())
 
+    def reusable(self) -> bool:
+        """Can the connection take another request?"""
+        return self.persists and self.body.done and not self.body.rest
+
     def close(self) -> None:
         """Keep the connection if the answer was read to its end, else close it, so that the upstream stops."""
         sock, self.sock = self.sock, None
         if sock is None:
             return
         self.watch.release()
-        if self.persists and self.body.done and not self.body.rest:
+        if self.reusable():
             self.give_back(sock, idle_seconds(self.headers))
         else:
             sock.close()
@@ -4414,11 +4418,21 @@ class Relay(Dialect):
 # One thread for everything that waits: idle clients, streams that have begun, deadlines, silence.
 
 
+class Place:
+    """A socket in the watchdog's list: what is looked for, and who is called then."""
+
+    __slots__ = ("sock", "owner", "events")
+
+    def __init__(self, sock: Any, owner: Callable[[int], None], events: int) -> None:
+        self.sock, self.owner, self.events = sock, owner, events
+
+
 class Watchdog(threading.Thread):
     """Waits on behalf of everybody: a selector's loop, and four times a second a look at all clocks.
 
     Whoever registers a socket hands it over: from then on only this thread touches it, until the
-    owner's method, which is called when the socket is ready, gives it away again.
+    owner's method, which is called when the socket is ready, gives it away again. To register and
+    unregister is dear, so a connection that is kept stays registered, without an owner.
     """
 
     TICK = 0.25
@@ -4427,6 +4441,7 @@ class Watchdog(threading.Thread):
         super().__init__(name="akashproxy watchdog", daemon=True)
         self.server = server
         self.selector = selectors.DefaultSelector()
+        self.places: Dict[int, Place] = {}      # of the sockets that are registered, by their descriptors
         self.handlers: set = set()      # the server's open connections
         self.tasks: SimpleQueue = SimpleQueue()         # of other threads
         self.bell, self.ear = socket.socketpair()       # wakes it for them
@@ -4435,12 +4450,30 @@ class Watchdog(threading.Thread):
         self.stopped = False
 
     def watch(self, sock: Any, owner: Callable[[int], None], events: int = selectors.EVENT_READ) -> None:
-        try:
-            self.selector.register(sock, events, owner)
-        except KeyError:
-            self.selector.modify(sock, events, owner)
+        number = sock.fileno()
+        place = self.places.get(number)
+        if place is None or place.sock is not sock:
+            if place is not None:   # that one was closed meanwhile
+                with contextlib.suppress(KeyError, ValueError):
+                    self.selector.unregister(place.sock)
+            self.places[number] = place = Place(sock, owner, events)
+            self.selector.register(sock, events, place)
+        elif place.events != events:
+            place.events = events
+            self.selector.modify(sock, events, place)
+        place.owner = owner
+
+    def park(self, sock: Any) -> None:
+        """Leave a socket registered that nobody waits for: if it has something to say after all, it is left then."""
+        place = self.places.get(sock.fileno())
+        if place is not None:
+            place.owner = functools.partial(self._surprised, sock)
+
+    def _surprised(self, sock: Any, events: int) -> None:
+        self.leave(sock)
 
     def leave(self, sock: Any) -> None:
+        self.places.pop(sock.fileno(), None)
         with contextlib.suppress(KeyError, ValueError):  # it is not watched
             self.selector.unregister(sock)
 
@@ -4461,9 +4494,9 @@ class Watchdog(threading.Thread):
             self.now = time.monotonic()
             for key, events in ready:
                 try:
-                    key.data(events)
+                    key.data.owner(events)
                 except Exception:   # a bug must not stop everybody
-                    self.stumbled(key.data)
+                    self.stumbled(key.data.owner)
                     if key.fileobj is not self.server.socket:
                         self.leave(key.fileobj)     # it would be ready again at once
             if self.now >= look_at:
@@ -4714,7 +4747,7 @@ class Flow:
         """No more comes from the upstream."""
         if not self.ended:
             self.ended = True
-            self.watchdog.leave(self.upstream)
+            (self.watchdog.park if self.stream.response.reusable() else self.watchdog.leave)(self.upstream)
             self.running.close(error)
 
     def end(self, error: Optional[APIError] = None) -> None:
