@@ -906,11 +906,11 @@ class Settings(Checked):
 
     def pool(self) -> List[ControllerSettings]:
         """The controllers, their gaps filled: one Akash Chat server if none are configured."""
-        akash = {"base_url": self.akash_base_url, "api_key": self.akash_access_token}
+        defaults = {"akash": {"base_url": self.akash_base_url, "api_key": self.akash_access_token},
+                    "openai": {"base_url": "https://api.openai.com/v1"}}
         filled, names = [], set()
         for options in self.controllers or [ControllerSettings(type="akash")]:
-            gaps = akash if options.type == "akash" else {"base_url": "https://api.openai.com/v1"}
-            gaps = {name: value for name, value in gaps.items() if not getattr(options, name)}
+            gaps = {name: value for name, value in defaults.get(options.type, {}).items() if not getattr(options, name)}
             name, number = options.name or options.type, 1
             while name in names:
                 number += 1
@@ -6136,6 +6136,9 @@ def serve(server: Server, load: Callable[[], Settings]) -> int:
             log.warning("the settings were loaded anew")
         except Exception as error:  # whatever it is, what runs goes on
             log.error("the settings stay as they were: %s", error)
+    running = sum(handler.call is not None for handler in server.watchdog.handlers.copy())
+    if running:
+        log.info("stopping: %d running answers have %g seconds to end", running, server.settings.grace)
     server.stop()
     return 0
 

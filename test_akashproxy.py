@@ -714,6 +714,47 @@ def test_kept_connections_live_as_long_as_their_server_says():
     assert akashproxy.idle_seconds({}) == 30
 
 
+@pytest.mark.parametrize("text", ["a\nB: c", "a\rb", "a\r\nB: c", "a\0b"])
+def test_no_line_break_gets_into_the_head_of_a_request(text):
+    for fields in {"A": text}, {text: "a"}:
+        request = akashproxy.Request("http://x/").copy("GET", None, fields, akashproxy.Watch(), False, False)
+        with pytest.raises(ProtocolError, match="line break"):
+            request.to_bytes()
+
+
+INTERIM = b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n"
+SAID = reply(body=b"ID3", kind="audio/mpeg")
+HEADS_OF_ANSWERS = {
+    # name: (bytes, status for the client, connections for this answer and the next)
+    "interim answers": (INTERIM + SAID, 200, 1),
+    "204 ends with its head": (b"HTTP/1.1 204 No Content\r\n\r\n", 204, 1),
+    "204 has no body, whatever it says": (b"HTTP/1.1 204 No Content\r\nContent-Length: 5\r\n\r\n", 204, 1),
+    "an answer to nobody behind it": (SAID + reply(body=b"evil", kind="audio/mpeg"), 200, 2),
+    "it closes": (SAID.replace(b"keep-alive", b"close"), 200, 2),
+    "HTTP/1.0": (b"HTTP/1.0 200 OK\r\nContent-Length: 3\r\n\r\nID3", 200, 2),
+    "HTTP/1.2": (SAID.replace(b"1.1", b"1.2"), 502, 2),
+    "HTTP/2.0": (SAID.replace(b"1.1", b"2.0"), 502, 2),
+    "a status of two digits": (SAID.replace(b"200", b"20"), 502, 2),
+    "a status of four digits": (SAID.replace(b"200", b"2000"), 502, 2),
+    "a status that begins with 0": (SAID.replace(b"200", b"020"), 502, 2),
+    "two blanks before the status": (SAID.replace(b" 200", b"  200"), 502, 2),
+    "both lengths": (SAID.replace(b"Connection", b"Content-Length: 3\r\nConnection"), 502, 2),
+}
+
+
+@table(HEADS_OF_ANSWERS)
+def test_the_head_of_an_upstreams_answer(case, pool):
+    data, status, connections = case
+    fake = FakeOpenAI()
+    server = known(pool(fake))
+    before = fake.connections - 1               # a kept one is used
+    fake.faults.append(lambda sock, request: sock.sendall(data) or True)
+    got = ask(server, "POST", "/v1/audio/speech", {"model": "both"})
+    assert (got.status, got.body) == (status, {200: b"ID3", 204: b""}.get(status, got.body))
+    got = ask(server, "POST", "/v1/audio/speech", {"model": "both"})
+    assert (got.status, got.body[:3]) == (200, b"ID3") and fake.connections == before + connections
+
+
 def wait_for(condition, seconds=30):
     """Wait until something that another thread does has happened."""
     end = time.monotonic() + seconds
@@ -1443,7 +1484,7 @@ def test_stop_and_length_end_the_upstream_request(akash, serve):
             akash.gone.clear()
             akash.faults.append(akash.stall(lines))
             assert ask_it() == (text, finish)
-            wait_for(akash.gone.is_set)
+            wait_for(akash.gone.is_set, 3)      # a kept one would be closed after 4
 
 
 # == dialects =================================================================================
@@ -2308,6 +2349,7 @@ def test_an_upstream_that_streams_unasked_or_does_not(pool):
 def test_echo(pool):
     server = pool()
     server.reload(Settings(server_address="127.0.0.1:0", controllers=(akashproxy.ControllerSettings(type="echo", speed=0.0),)))
+    assert str(server.pool) == "echo (echo)"    # it has no address
     assert stream(server, {"model": "echo", "messages": [user("say this back")]})[0] == "say this back"
     got = chat(server, {"model": "any", "messages": [user([{"type": "text", "text": "and this"}])]})
     assert got.json["choices"][0]["message"]["content"] == "and this" and got.json["usage"]["total_tokens"] == 4
@@ -3400,9 +3442,15 @@ class ForwardProxy(Fake):
             target.shutdown(socket.SHUT_RDWR)
 
 
+def test_the_environments_proxies_are_not_asked(pool, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    assert chat(pool(FakeOpenAI()), BOTH).status == 200
+
+
 def test_a_proxy_on_the_way_plain(pool, monkeypatch):
-    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")      # the environment's are not asked
-    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setenv("no_proxy", "*")     # the environment has no say in that, either
     proxy, fake = ForwardProxy(), FakeOpenAI()
     server = pool((fake, {"proxy": f"http://us%40er:p%3Aw@127.0.0.1:{proxy.port}", "api_key": "k"}))
     assert chat(server, BOTH).status == 200
@@ -3667,6 +3715,7 @@ ATTACKS = {
     "bare LF between fields": (GET + b"Host: x\nX: y\r\n\r\n", 400, CLOSED),
     "bare LF everywhere": (b"GET /health HTTP/1.1\nHost: x\n\n", 400, CLOSED),
     "bare LF at the end": (GET + HOST + b"\n", 400, CLOSED),
+    "bare CR everywhere": (b"GET /health HTTP/1.1\rHost: x\r\r", 400, CLOSED),
     "bare CR in a value": (get(b"X: a\rb"), 400, CLOSED),
     "bare CR between fields": (GET + b"Host: x\rX: y\r\n\r\n", 400, CLOSED),
     "CR CR LF": (GET + b"Host: x\r\r\n\r\n", 400, CLOSED),
@@ -3740,6 +3789,8 @@ ATTACKS = {
     "a bare LF in an extension": (in_chunks(b"5;a\nb\r\nhello\r\n0\r\n\r\n"), 400, CLOSED),
     "a bare CR after a size": (in_chunks(b"5\rhello\r\n0\r\n\r\n"), 400, CLOSED),
     "a bare LF after a chunk": (in_chunks(b"5\r\nhello\n0\r\n\r\n"), 400, CLOSED),
+    "bare LF for all of the framing": (in_chunks(b"5\nhello\n0\n\n"), 400, CLOSED),
+    "a chunk that goes on without an end": (in_chunks(b"5\r\nhello!"), 400, CLOSED),
     "an endless extension": (in_chunks(b"5;" + b"x" * 9000), 400, CLOSED),
     "no last chunk": (in_chunks(chunk(DATA)), 408, CLOSED),
     # -- expectations
@@ -4097,6 +4148,7 @@ def test_a_second_signal_stops_at_once(akash):
             assert process.poll() is None, "it waits for the stream"
             process.send_signal(signal.SIGTERM)
             assert process.wait(10) == 0
+            assert "stopping: 1 running answers have 60 seconds to end" in process.stderr.read()
 
 
 def refused(port):
