@@ -671,6 +671,19 @@ def test_an_idle_connection_that_ended_is_noticed(akash, serve):
     assert len(akash.requests) == 3         # session, chat, chat: nothing was sent twice
 
 
+def test_a_connection_on_which_the_upstream_spoke_unasked_is_not_used_again(akash, serve, monkeypatch):
+    monkeypatch.setattr(akashproxy, "JUST_NOW", 0)
+    server = serve()
+    assert chat(server).status == 200
+    kept = server.pool.members[0].controller.transport.kept
+    wait_for(lambda: kept.idle)
+    (((_, _, sock),),) = kept.idle.values()
+    for other in list(akash.open):
+        other.sendall(reply(408, b"{}"))
+    wait_for(lambda: akashproxy.peek(sock))
+    assert chat(server).status == 200 and akash.connections == 2
+
+
 def test_a_request_is_not_sent_twice_on_a_new_connection(akash, serve):
     server = serve()
     akash.session = reply(body=b"{}", extra=b"Connection: close\r\n")
@@ -3734,6 +3747,9 @@ ATTACKS = {
     "a host with a path": (get(host=b"Host: a/b\r\n"), 400, CLOSED),
     "a host with an at": (get(host=b"Host: a@b\r\n"), 400, CLOSED),
     "a host that is a list": (get(host=b"Host: a, b\r\n"), 400, CLOSED),
+    "a host that is a list without blanks": (get(host=b"Host: a,b\r\n"), 400, CLOSED),
+    "a host in angle brackets": (get(host=b"Host: <b>x\r\n"), 400, CLOSED),
+    "a host with a quote": (get(host=b'Host: x"\r\n'), 400, CLOSED),
     "a host in brackets": (get(host=b"Host: [::1]:80\r\n"), 200, OPEN),
     # -- lengths
     "no length": (POST + b"\r\n", 400, OPEN),
