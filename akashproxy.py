@@ -5258,8 +5258,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         headers = error.headers()
         if error.status == 405:
             headers["Allow"] = ", ".join(self.allowed(find_route(self.path)[0]))
-        if error.status in (408, 413, 417, 431, 501, 505):
-            self.close_connection = True
         if self.call is not None:
             headers.update(self.call_headers())
         try:

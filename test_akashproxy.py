@@ -2795,6 +2795,17 @@ def test_statuses_queries_and_empty_bodies_of_a_relay(pool):
     assert request.path == "/v1/x/cancel?a=b" and request.headers["openai-beta"] == "z" and "x-other" not in request.headers
 
 
+def test_a_status_of_an_upstream_costs_the_client_no_connection(pool):
+    fake = FakeOpenAI()
+    server = pool(fake)
+    link = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)
+    with contextlib.closing(link):
+        fake.faults.append(fake.status(413))
+        assert ask_again(link, "POST", "/v1/chat/completions", BOTH).status == 413
+        first = link.sock
+        assert first and ask_again(link, "POST", "/v1/chat/completions", BOTH).status == 200 and link.sock is first
+
+
 def test_an_error_with_status_200_is_one(pool):
     a, b = FakeOpenAI(), FakeOpenAI(text="from b.")
     server = pool((a, {"weight": 1000, "api_key": "s3cret"}), b)
