@@ -3823,7 +3823,9 @@ ATTACKS = {
     # -- expectations
     "Expect: 100-continue": (POST + SIZED + b"Expect: 100-Continue\r\n\r\n" + DATA, 200, OPEN),
     "an announced body that is too large": (POST + b"Content-Length: 999999999\r\nExpect: 100-continue\r\n\r\n", 413, CLOSED),
+    "100-continue when the chunks are here": (in_chunks(chunk(DATA) + b"0\r\n\r\n", b"Expect: 100-continue"), 200, OPEN),
     "another expectation": (POST + SIZED + b"Expect: tea\r\n\r\n" + DATA, 417, CLOSED),
+    "an expectation in 1.0": (POST.replace(b"1.1", b"1.0") + SIZED + b"Expect: tea\r\n\r\n" + DATA, 200, CLOSED),
     # -- bodies
     "no JSON": (spelled(b"{"), 400, OPEN), "NaN": (spelled(DATA[:-1] + b',"seed":NaN}'), 400, OPEN), "Infinity": (spelled(b"[-Infinity]"), 400, OPEN),
     "nested 100,000 deep": (spelled(b"[" * 100000), 400, OPEN),
@@ -3900,11 +3902,20 @@ def test_attacks(case, target_servers):
         assert json.loads(got.split(b"\r\n\r\n")[1].partition(b"HTTP/1.1 ")[0])["code"] == status
 
 
-def test_an_upstreams_words_cannot_break_a_head(pool):
+def test_a_refusal_reaches_a_client_that_goes_on_sending(serve):
+    with socket.create_connection(("127.0.0.1", serve().server_port), timeout=10) as sock:
+        sock.sendall(POST + b"Content-Length: 999999999\r\n\r\n")
+        for _ in range(32):
+            sock.sendall(b"x" * 65536)
+        assert sock.recv(100).startswith(b"HTTP/1.1 413 ")
+
+
+@pytest.mark.parametrize("said, told", [(b"\xe9\x85\tb", "???b"), (b"\xe9", "?"), (b"b\tb", "b?b")])
+def test_an_upstreams_words_cannot_break_a_head(said, told, pool):
     a = FakeOpenAI()
-    a.faults.append(a.garbage(reply(200, b"x", "audio/mp3; a=").replace(b"a=", b"a=\xe9\x85\t")))
+    a.faults.append(a.garbage(reply(200, b"x", "audio/mp3; a=").replace(b"a=", b"a=" + said)))
     got = ask(pool(a), "POST", "/v1/audio/speech", {"model": "both"})
-    assert got.headers["content-type"] == "audio/mp3; a=??"
+    assert got.headers["content-type"] == "audio/mp3; a=" + told
 
 
 def test_there_are_enough_attacks():
