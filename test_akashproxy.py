@@ -3751,6 +3751,7 @@ ATTACKS = {
     # -- Host
     "no host": (get(host=b""), 400, CLOSED),
     "no host in 1.0": (get(line=b"GET /health HTTP/1.0\r\n", host=b""), 200, CLOSED),
+    "another option in 1.0": (get(b"Connection: te", line=b"GET /health HTTP/1.0\r\n"), 200, CLOSED),
     "two hosts": (get(b"Host: y"), 400, CLOSED),
     "two equal hosts": (get(b"Host: x"), 400, CLOSED),
     "an empty host": (get(host=b"Host:\r\n"), 200, OPEN),
@@ -3970,6 +3971,17 @@ def test_a_client_that_does_not_read_is_dropped(pool):
         wait_for(lambda: not server.watchdog.handlers)
     wait_for(lambda: not a.open)
     assert ask(server, path="/status").json["controllers"][0]["in_flight"] == 0
+
+
+def test_a_client_that_does_not_read_its_picture_is_dropped(akash, serve):
+    server, honest = serve(write_timeout=0.5), akash.answer
+    akash.answer = lambda sock, request: (
+        sock.sendall(reply(body=b"x" * (8 << 20), kind="image/png")) if "/image/" in request.path else honest(sock, request)) or True
+    with lazy_client(server) as sock:
+        sock.sendall(b"GET /images/x.png HTTP/1.1\r\nHost: x\r\n\r\n")
+        wait_for(lambda: any(handler.call for handler in server.watchdog.handlers.copy()))
+        wait_for(lambda: not server.watchdog.handlers)
+    wait_for(lambda: not akash.open)
 
 
 @pytest.mark.parametrize("field", ["Connection: keep-alive", "Connection: close"])
