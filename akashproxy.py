@@ -917,11 +917,11 @@ class Settings(Checked):
 
     def pool(self) -> List[ControllerSettings]:
         """The controllers, their gaps filled: one Akash Chat server if none are configured."""
-        akash = {"base_url": self.akash_base_url, "api_key": self.akash_access_token}
+        defaults = {"akash": {"base_url": self.akash_base_url, "api_key": self.akash_access_token},
+                    "openai": {"base_url": "https://api.openai.com/v1"}}
         filled, names = [], set()
         for options in self.controllers or [ControllerSettings(type="akash")]:
-            gaps = akash if options.type == "akash" else {"base_url": "https://api.openai.com/v1"}
-            gaps = {name: value for name, value in gaps.items() if not getattr(options, name)}
+            gaps = {name: value for name, value in defaults.get(options.type, {}).items() if not getattr(options, name)}
             name, number = options.name or options.type, 1
             while name in names:
                 number += 1
@@ -5350,8 +5350,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         headers = error.headers()
         if error.status == 405:
             headers["Allow"] = ", ".join(self.allowed(find_route(self.path)[0]))
-        if error.status in (408, 413, 417, 431, 501, 505):
-            self.close_connection = True
         if self.call is not None:
             headers.update(self.call_headers())
         try:
@@ -6284,6 +6282,9 @@ def serve(server: Server, load: Callable[[], Settings], signals: Signals) -> int
         if number == SIGHUP and number is not None:
             reload(server, load)
         elif number is not None or server.board and os.getppid() != parent:    # nobody looks after it any more
+            running = sum(handler.call is not None for handler in server.watchdog.handlers.copy())
+            if running:
+                log.info("stopping: %d running answers have %g seconds to end", running, server.settings.grace)
             server.stop()
             return 0
 

@@ -671,6 +671,19 @@ def test_an_idle_connection_that_ended_is_noticed(akash, serve):
     assert len(akash.requests) == 3         # session, chat, chat: nothing was sent twice
 
 
+def test_a_connection_on_which_the_upstream_spoke_unasked_is_not_used_again(akash, serve, monkeypatch):
+    monkeypatch.setattr(akashproxy, "JUST_NOW", 0)
+    server = serve()
+    assert chat(server).status == 200
+    kept = server.pool.members[0].controller.transport.kept
+    wait_for(lambda: kept.idle)
+    (((_, _, sock),),) = kept.idle.values()
+    for other in list(akash.open):
+        other.sendall(reply(408, b"{}"))
+    wait_for(lambda: akashproxy.peek(sock))
+    assert chat(server).status == 200 and akash.connections == 2
+
+
 def test_a_request_is_not_sent_twice_on_a_new_connection(akash, serve):
     server = serve()
     akash.session = reply(body=b"{}", extra=b"Connection: close\r\n")
@@ -712,6 +725,47 @@ def test_kept_connections_are_closed_in_time(akash, serve):
 def test_kept_connections_live_as_long_as_their_server_says():
     assert akashproxy.idle_seconds({"keep-alive": "timeout=5"}) == 4
     assert akashproxy.idle_seconds({}) == 30
+
+
+@pytest.mark.parametrize("text", ["a\nB: c", "a\rb", "a\r\nB: c", "a\0b"])
+def test_no_line_break_gets_into_the_head_of_a_request(text):
+    for fields in {"A": text}, {text: "a"}:
+        request = akashproxy.Request("http://x/").copy("GET", None, fields, akashproxy.Watch(), False, False)
+        with pytest.raises(ProtocolError, match="line break"):
+            request.to_bytes()
+
+
+INTERIM = b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n"
+SAID = reply(body=b"ID3", kind="audio/mpeg")
+HEADS_OF_ANSWERS = {
+    # name: (bytes, status for the client, connections for this answer and the next)
+    "interim answers": (INTERIM + SAID, 200, 1),
+    "204 ends with its head": (b"HTTP/1.1 204 No Content\r\n\r\n", 204, 1),
+    "204 has no body, whatever it says": (b"HTTP/1.1 204 No Content\r\nContent-Length: 5\r\n\r\n", 204, 1),
+    "an answer to nobody behind it": (SAID + reply(body=b"evil", kind="audio/mpeg"), 200, 2),
+    "it closes": (SAID.replace(b"keep-alive", b"close"), 200, 2),
+    "HTTP/1.0": (b"HTTP/1.0 200 OK\r\nContent-Length: 3\r\n\r\nID3", 200, 2),
+    "HTTP/1.2": (SAID.replace(b"1.1", b"1.2"), 502, 2),
+    "HTTP/2.0": (SAID.replace(b"1.1", b"2.0"), 502, 2),
+    "a status of two digits": (SAID.replace(b"200", b"20"), 502, 2),
+    "a status of four digits": (SAID.replace(b"200", b"2000"), 502, 2),
+    "a status that begins with 0": (SAID.replace(b"200", b"020"), 502, 2),
+    "two blanks before the status": (SAID.replace(b" 200", b"  200"), 502, 2),
+    "both lengths": (SAID.replace(b"Connection", b"Content-Length: 3\r\nConnection"), 502, 2),
+}
+
+
+@table(HEADS_OF_ANSWERS)
+def test_the_head_of_an_upstreams_answer(case, pool):
+    data, status, connections = case
+    fake = FakeOpenAI()
+    server = known(pool(fake))
+    before = fake.connections - 1               # a kept one is used
+    fake.faults.append(lambda sock, request: sock.sendall(data) or True)
+    got = ask(server, "POST", "/v1/audio/speech", {"model": "both"})
+    assert (got.status, got.body) == (status, {200: b"ID3", 204: b""}.get(status, got.body))
+    got = ask(server, "POST", "/v1/audio/speech", {"model": "both"})
+    assert (got.status, got.body[:3]) == (200, b"ID3") and fake.connections == before + connections
 
 
 def wait_for(condition, seconds=30):
@@ -1443,7 +1497,7 @@ def test_stop_and_length_end_the_upstream_request(akash, serve):
             akash.gone.clear()
             akash.faults.append(akash.stall(lines))
             assert ask_it() == (text, finish)
-            wait_for(akash.gone.is_set)
+            wait_for(akash.gone.is_set, 3)      # a kept one would be closed after 4
 
 
 # == dialects =================================================================================
@@ -1670,7 +1724,7 @@ def test_browsers_may_come_from_anywhere(serve):
         "Origin": "https://a.example", "Access-Control-Request-Method": "POST",
         "Access-Control-Request-Headers": "authorization, x-stainless-os,b@d"})
     assert (got.status, got.body, got.headers["access-control-allow-origin"]) == (204, b"", "*")
-    assert got.headers["access-control-allow-headers"] == "authorization, x-stainless-os"
+    assert got.headers["access-control-allow-headers"] == "authorization, x-stainless-os" and "content-length" not in got.headers
     assert got.headers["access-control-allow-methods"] == got.headers["allow"] == "POST, OPTIONS"
     for status, answer in ((404, ask(server, path="/nowhere")), (400, chat(server, model="")), (200, chat(server, stream=True))):
         assert answer.status == status and answer.headers["access-control-allow-origin"] == "*"
@@ -2308,6 +2362,7 @@ def test_an_upstream_that_streams_unasked_or_does_not(pool):
 def test_echo(pool):
     server = pool()
     server.reload(Settings(server_address="127.0.0.1:0", controllers=(akashproxy.ControllerSettings(type="echo", speed=0.0),)))
+    assert str(server.pool) == "echo (echo)"    # it has no address
     assert stream(server, {"model": "echo", "messages": [user("say this back")]})[0] == "say this back"
     got = chat(server, {"model": "any", "messages": [user([{"type": "text", "text": "and this"}])]})
     assert got.json["choices"][0]["message"]["content"] == "and this" and got.json["usage"]["total_tokens"] == 4
@@ -2740,6 +2795,17 @@ def test_statuses_queries_and_empty_bodies_of_a_relay(pool):
     assert request.path == "/v1/x/cancel?a=b" and request.headers["openai-beta"] == "z" and "x-other" not in request.headers
 
 
+def test_a_status_of_an_upstream_costs_the_client_no_connection(pool):
+    fake = FakeOpenAI()
+    server = pool(fake)
+    link = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)
+    with contextlib.closing(link):
+        fake.faults.append(fake.status(413))
+        assert ask_again(link, "POST", "/v1/chat/completions", BOTH).status == 413
+        first = link.sock
+        assert first and ask_again(link, "POST", "/v1/chat/completions", BOTH).status == 200 and link.sock is first
+
+
 def test_an_error_with_status_200_is_one(pool):
     a, b = FakeOpenAI(), FakeOpenAI(text="from b.")
     server = pool((a, {"weight": 1000, "api_key": "s3cret"}), b)
@@ -3037,7 +3103,7 @@ def test_aliases_are_a_setting(config):
 def test_anthropics_own_format_is_relayed_to_who_speaks_it(pool):
     a, b = FakeOpenAI(), FakeOpenAI()
     told = b'event: message_start\ndata: {"type":"message_start","message":{}}\n\nevent: message_stop\ndata: {"type":"message_stop"}\n\n'
-    server = pool(a, (b, {"paths": ["/v1/messages*"], "models": ["claude"]}))
+    server = known(pool(a, (b, {"paths": ["/v1/messages*"], "models": ["claude"]})))     # so that b is alone, and does not rest
     odd = {"model": "claude", "messages": [user([{"type": "hologram"}])], "stream": True}
     b.faults.extend([b.garbage(b.head() + chunk(told) + b"0\r\n\r\n"), b.garbage(b.head() + chunk(told[:70]) + b"0\r\n\r\n"),
                      b.garbage(reply(body=b'{"input_tokens":70}')), b.status(500)])
@@ -3400,9 +3466,15 @@ class ForwardProxy(Fake):
             target.shutdown(socket.SHUT_RDWR)
 
 
+def test_the_environments_proxies_are_not_asked(pool, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    assert chat(pool(FakeOpenAI()), BOTH).status == 200
+
+
 def test_a_proxy_on_the_way_plain(pool, monkeypatch):
-    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")      # the environment's are not asked
-    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setenv("no_proxy", "*")     # the environment has no say in that, either
     proxy, fake = ForwardProxy(), FakeOpenAI()
     server = pool((fake, {"proxy": f"http://us%40er:p%3Aw@127.0.0.1:{proxy.port}", "api_key": "k"}))
     assert chat(server, BOTH).status == 200
@@ -3667,6 +3739,7 @@ ATTACKS = {
     "bare LF between fields": (GET + b"Host: x\nX: y\r\n\r\n", 400, CLOSED),
     "bare LF everywhere": (b"GET /health HTTP/1.1\nHost: x\n\n", 400, CLOSED),
     "bare LF at the end": (GET + HOST + b"\n", 400, CLOSED),
+    "bare CR everywhere": (b"GET /health HTTP/1.1\rHost: x\r\r", 400, CLOSED),
     "bare CR in a value": (get(b"X: a\rb"), 400, CLOSED),
     "bare CR between fields": (GET + b"Host: x\rX: y\r\n\r\n", 400, CLOSED),
     "CR CR LF": (GET + b"Host: x\r\r\n\r\n", 400, CLOSED),
@@ -3678,6 +3751,7 @@ ATTACKS = {
     # -- Host
     "no host": (get(host=b""), 400, CLOSED),
     "no host in 1.0": (get(line=b"GET /health HTTP/1.0\r\n", host=b""), 200, CLOSED),
+    "another option in 1.0": (get(b"Connection: te", line=b"GET /health HTTP/1.0\r\n"), 200, CLOSED),
     "two hosts": (get(b"Host: y"), 400, CLOSED),
     "two equal hosts": (get(b"Host: x"), 400, CLOSED),
     "an empty host": (get(host=b"Host:\r\n"), 200, OPEN),
@@ -3685,6 +3759,9 @@ ATTACKS = {
     "a host with a path": (get(host=b"Host: a/b\r\n"), 400, CLOSED),
     "a host with an at": (get(host=b"Host: a@b\r\n"), 400, CLOSED),
     "a host that is a list": (get(host=b"Host: a, b\r\n"), 400, CLOSED),
+    "a host that is a list without blanks": (get(host=b"Host: a,b\r\n"), 400, CLOSED),
+    "a host in angle brackets": (get(host=b"Host: <b>x\r\n"), 400, CLOSED),
+    "a host with a quote": (get(host=b'Host: x"\r\n'), 400, CLOSED),
     "a host in brackets": (get(host=b"Host: [::1]:80\r\n"), 200, OPEN),
     # -- lengths
     "no length": (POST + b"\r\n", 400, OPEN),
@@ -3740,12 +3817,16 @@ ATTACKS = {
     "a bare LF in an extension": (in_chunks(b"5;a\nb\r\nhello\r\n0\r\n\r\n"), 400, CLOSED),
     "a bare CR after a size": (in_chunks(b"5\rhello\r\n0\r\n\r\n"), 400, CLOSED),
     "a bare LF after a chunk": (in_chunks(b"5\r\nhello\n0\r\n\r\n"), 400, CLOSED),
+    "bare LF for all of the framing": (in_chunks(b"5\nhello\n0\n\n"), 400, CLOSED),
+    "a chunk that goes on without an end": (in_chunks(b"5\r\nhello!"), 400, CLOSED),
     "an endless extension": (in_chunks(b"5;" + b"x" * 9000), 400, CLOSED),
     "no last chunk": (in_chunks(chunk(DATA)), 408, CLOSED),
     # -- expectations
     "Expect: 100-continue": (POST + SIZED + b"Expect: 100-Continue\r\n\r\n" + DATA, 200, OPEN),
     "an announced body that is too large": (POST + b"Content-Length: 999999999\r\nExpect: 100-continue\r\n\r\n", 413, CLOSED),
+    "100-continue when the chunks are here": (in_chunks(chunk(DATA) + b"0\r\n\r\n", b"Expect: 100-continue"), 200, OPEN),
     "another expectation": (POST + SIZED + b"Expect: tea\r\n\r\n" + DATA, 417, CLOSED),
+    "an expectation in 1.0": (POST.replace(b"1.1", b"1.0") + SIZED + b"Expect: tea\r\n\r\n" + DATA, 200, CLOSED),
     # -- bodies
     "no JSON": (spelled(b"{"), 400, OPEN), "NaN": (spelled(DATA[:-1] + b',"seed":NaN}'), 400, OPEN), "Infinity": (spelled(b"[-Infinity]"), 400, OPEN),
     "nested 100,000 deep": (spelled(b"[" * 100000), 400, OPEN),
@@ -3822,11 +3903,20 @@ def test_attacks(case, target_servers):
         assert json.loads(got.split(b"\r\n\r\n")[1].partition(b"HTTP/1.1 ")[0])["code"] == status
 
 
-def test_an_upstreams_words_cannot_break_a_head(pool):
+def test_a_refusal_reaches_a_client_that_goes_on_sending(serve):
+    with socket.create_connection(("127.0.0.1", serve().server_port), timeout=10) as sock:
+        sock.sendall(POST + b"Content-Length: 999999999\r\n\r\n")
+        for _ in range(32):
+            sock.sendall(b"x" * 65536)
+        assert sock.recv(100).startswith(b"HTTP/1.1 413 ")
+
+
+@pytest.mark.parametrize("said, told", [(b"\xe9\x85\tb", "???b"), (b"\xe9", "?"), (b"b\tb", "b?b")])
+def test_an_upstreams_words_cannot_break_a_head(said, told, pool):
     a = FakeOpenAI()
-    a.faults.append(a.garbage(reply(200, b"x", "audio/mp3; a=").replace(b"a=", b"a=\xe9\x85\t")))
+    a.faults.append(a.garbage(reply(200, b"x", "audio/mp3; a=").replace(b"a=", b"a=" + said)))
     got = ask(pool(a), "POST", "/v1/audio/speech", {"model": "both"})
-    assert got.headers["content-type"] == "audio/mp3; a=??"
+    assert got.headers["content-type"] == "audio/mp3; a=" + told
 
 
 def test_there_are_enough_attacks():
@@ -3881,6 +3971,17 @@ def test_a_client_that_does_not_read_is_dropped(pool):
         wait_for(lambda: not server.watchdog.handlers)
     wait_for(lambda: not a.open)
     assert ask(server, path="/status").json["controllers"][0]["in_flight"] == 0
+
+
+def test_a_client_that_does_not_read_its_picture_is_dropped(akash, serve):
+    server, honest = serve(write_timeout=0.5), akash.answer
+    akash.answer = lambda sock, request: (
+        sock.sendall(reply(body=b"x" * (8 << 20), kind="image/png")) if "/image/" in request.path else honest(sock, request)) or True
+    with lazy_client(server) as sock:
+        sock.sendall(b"GET /images/x.png HTTP/1.1\r\nHost: x\r\n\r\n")
+        wait_for(lambda: any(handler.call for handler in server.watchdog.handlers.copy()))
+        wait_for(lambda: not server.watchdog.handlers)
+    wait_for(lambda: not akash.open)
 
 
 @pytest.mark.parametrize("field", ["Connection: keep-alive", "Connection: close"])
@@ -4097,6 +4198,7 @@ def test_a_second_signal_stops_at_once(akash):
             assert process.poll() is None, "it waits for the stream"
             process.send_signal(signal.SIGTERM)
             assert process.wait(10) == 0
+            assert "stopping: 1 running answers have 60 seconds to end" in process.stderr.read()
 
 
 def children(process):
