@@ -375,7 +375,7 @@ class Call:
     why: Optional[Exception] = None     # what ended it from outside
     bell: Optional[threading.Event] = None            # wakes who pauses
     hurry: bool = False                 # nobody may wait now: Blocked is raised instead
-    again: bool = False                 # the same controller is asked once more: a session or a kept connection had ended
+    again: str = ""                     # why the same controller is asked once more: "session" or "connection" has ended
     status: int = 200                   # of an answer that is relayed
     query: str = ""                     # the request's, for a relay
     headers: Dict[str, str] = field(default_factory=dict)   # the few that a relay passes on
@@ -1252,6 +1252,8 @@ class Body:
             raise ProtocolError("the connection ended within a body")
 
     def _open(self, data: bytes) -> bytes:
+        if not self.until_close:
+            data, self.rest = b"", data
         return data
 
     def _counted(self, data: bytes) -> bytes:
@@ -1349,7 +1351,7 @@ class Request(urllib.request.Request):
     """A request to an upstream. Its URL is taken apart once: each exchange has a copy of its own."""
 
     def copy(self, method: str, data: Optional[bytes], fields: Dict[str, str], watch: Watch, hurry: bool,
-             again: bool) -> "Request":
+             again: Any) -> "Request":
         request = Request.__new__(Request)
         request.__dict__.update(self.__dict__, unredirected_hdrs={}, method=method, body=data, fields=fields, watch=watch,
                                 hurry=hurry, again=again)
@@ -1367,9 +1369,6 @@ class Request(urllib.request.Request):
         return head + b"\r\n\r\n" + (self.body or b"")
 
 
-JUST_NOW = 0.1  # seconds for which a kept connection is taken to be good
-
-
 class KeepAlive(urllib.request.BaseHandler):
     """urllib's handler of http and https, with the codec of section 5 and connections that are used again.
 
@@ -1379,7 +1378,7 @@ class KeepAlive(urllib.request.BaseHandler):
 
     def __init__(self, ca_file: str = "") -> None:
         self.ca_file = ca_file
-        self.idle: Dict[Any, List[Tuple[float, float, Any]]] = {}   # (until when, since when, socket), the youngest last
+        self.idle: Dict[Any, List[Tuple[float, Any]]] = {}   # (until when, socket), the youngest last
         self.closed = False
         self.lock = threading.Lock()
 
@@ -1413,6 +1412,8 @@ class KeepAlive(urllib.request.BaseHandler):
                 sock.sendall(data)
             elif sock.send(data) < len(data):
                 raise Blocked   # a connection without room for a request is closed, and a thread takes the next
+        except (BlockingIOError, WantWrite):
+            raise Blocked from None
         except unimportant:     # it may have answered before it read all, and else its end is still to be read
             return
 
@@ -1422,15 +1423,14 @@ class KeepAlive(urllib.request.BaseHandler):
             sock.setblocking(False)
         with self.lock:
             if not self.closed:
-                now = time.monotonic()
-                self.idle.setdefault(key, []).append((now + seconds, now, sock))
+                self.idle.setdefault(key, []).append((time.monotonic() + seconds, sock))
                 return
         sock.close()
 
     def tidy(self, now: float) -> None:
         """Close the connections that were kept until now."""
         with self.lock:
-            old = [sock for links in self.idle.values() for until, _, sock in links if until < now]
+            old = [sock for links in self.idle.values() for until, sock in links if until < now]
             for key, links in list(self.idle.items()):
                 self.idle[key] = [link for link in links if link[0] >= now]
                 if not self.idle[key]:
@@ -1450,9 +1450,8 @@ class KeepAlive(urllib.request.BaseHandler):
                 links = self.idle.get(key)
                 if not links:
                     return None
-                until, since, sock = links.pop()
-            now = time.monotonic()
-            if until >= now and (now - since < JUST_NOW or peek(sock) is None):
+                until, sock = links.pop()
+            if until >= time.monotonic() and peek(sock) is None:
                 return sock
             sock.close()
 
@@ -1487,6 +1486,11 @@ def idle_seconds(headers: Dict[str, str]) -> float:
 
 
 NOW = getattr(socket, "MSG_DONTWAIT", 0)  # do not wait, even if the socket is a blocking one
+
+try:
+    from ssl import SSLWantReadError as WantRead, SSLWantWriteError as WantWrite
+except ImportError:  # a Python without ssl
+    WantRead = WantWrite = BlockingIOError  # type: ignore[misc,assignment]
 
 
 def peek(sock: Any) -> Optional[bytes]:
@@ -1604,7 +1608,7 @@ class Response:
     def failure(self, error: Exception) -> APIError:
         """What a failure of the network means here; raises the reason why the watch was ended, if it was."""
         if self.kept and not self.status and not self.held and self.watch.why is None:
-            return APIError(502, f"{self.where} broke off the connection.", code="upstream_error", kind="again")
+            return APIError(502, f"{self.where} broke off the connection.", code="connection", kind="again")
         return upstream_error(error, self.watch, self.where)
 
     def expect(self) -> None:
@@ -1687,7 +1691,7 @@ class Transport:
 
     def send(self, method: str, path: str, watch: Watch, data: Optional[bytes] = None,
              headers: Optional[Dict[str, str]] = None, first_byte: Optional[float] = None,
-             hurry: bool = False, again: bool = False) -> Response:
+             hurry: bool = False, again: Any = False) -> Response:
         """Send a request, whose answer is still to come. APIError 502 or 504 if that fails.
 
         ``hurry``: Blocked rather than wait for anything; ``again``: on a new connection.
@@ -2423,8 +2427,7 @@ class AkashController(Controller):
     def able(self, call: Call) -> Optional[APIError]:
         try:
             call.prepared[self.name] = self._prepare(call)
-        except APIError as error:  # what can't be done here, another controller may do
-            error.kind = "ability"
+        except APIError as error:
             return error
         return None
 
@@ -2504,7 +2507,7 @@ class AkashController(Controller):
             return Pipeline(AkashDecoder(call.model), Thinking(), *[cutoff] * cutoff.needed)
 
         def refused(data: bytes) -> List[Event]:
-            raise self._refusal(response, data, call.model, cookie, call.again)
+            raise self._refusal(response, data, call.model, cookie, call.again == "session")
 
         return Collected(refused, 1 << 20, refusal=True)
 
@@ -2527,7 +2530,7 @@ class AkashController(Controller):
         told = as_dict(json_or_none(data))
         if response.status == 403 and told.get("message") == "Unauthorized: Invalid session" and not again:
             self.session.forget(cookie)
-            return APIError(502, f"{self.WHERE} refused the session.", code="upstream_auth", kind="again")
+            return APIError(502, f"{self.WHERE} refused the session.", code="session", kind="again")
         if response.status == 400 and data and not told and not blocked(response):
             return akash_error("Bad request: " + data.decode("utf-8", "replace"), model)
         return self._refused(response, told, model)
@@ -2880,12 +2883,12 @@ class RelayDecoder:
         if not data.endswith(b"\n"):
             at = data.rfind(b"\n") + 1
             data, self.held = data[:at], data[at:]
-            if len(self.held) > self.HOLD:
-                self.error = early(self.where, "sent a line without an end")
         else:
             self.held = b""
         if not self.begun:
             data = self._first(data)
+        if len(self.held) > self.HOLD:
+            self.error = early(self.where, "sent a line without an end, or comments alone")
         if not data:
             return []
         self.last = data if len(data) > 3 else (self.last + data)[-4:]
@@ -3458,7 +3461,7 @@ class Running:
                 self.member = self.pool.take(self.call, self.tried, self.errors)
                 self.started = self.pool.clock()
                 self.tried.append(self.member)
-                self.call.again = False
+                self.call.again = ""
             self.call.renew()
             self.call.kind, self.call.ignored = None, []
             try:
@@ -3476,6 +3479,7 @@ class Running:
         for member in self.pool.members:
             error = member.controller.able(self.call)
             if error:
+                error.kind = "ability"      # what can't be done here, another controller may do
                 self.tried.append(member)
                 self.errors.append(error)
 
@@ -3494,9 +3498,9 @@ class Running:
 
     def failed(self, error: APIError) -> None:
         """The controller gave no answer; APIError if no other one may give it either."""
-        member, again = self.member, error.kind == "again"
-        if again:
-            self.call.again = True
+        member = self.member
+        if error.kind == "again":
+            self.call.again = error.code or ""
             self.end()
             return
         self.close(error)
@@ -4594,6 +4598,8 @@ class Flow:
         self.handler.here = True
         if self.upstream.gettimeout() != 0:
             self.upstream.setblocking(False)
+        if self.paused:     # by a ping that the client did not take
+            return
         self.watchdog.watch(self.upstream, self.on_upstream)
         self.listen()
         if self.has_more and self.has_more():
@@ -4633,7 +4639,8 @@ class Flow:
         elif stream.over:
             self.finish()
         elif stream.decoder is not None:
-            self.watch.due = math.inf if self.paused else self.watchdog.now + stream.response.idle
+            due = self.watchdog.now + stream.response.idle
+            self.watch.due = math.inf if self.paused else min(due, self.watch.due) if stream.whole else due
 
     def take(self, events: List[Event]) -> None:
         """Pass the first events on, or the last ones, or keep them until the answer can be sent whole."""
@@ -4757,12 +4764,6 @@ class Flow:
             self.let_go()
 
 
-try:
-    from ssl import SSLWantReadError as WantRead
-except ImportError:  # a Python without ssl
-    WantRead = BlockingIOError  # type: ignore[misc,assignment]
-
-
 # == 11. server ===============================================================================
 # The clients' side of HTTP: one Handler a connection, one Reply a request. Knows no upstreams.
 
@@ -4829,6 +4830,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.request = self.connection = request
         self.client_address, self.server = client_address, server
         request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        request.setblocking(True)               # macOS: it is as the listening socket was
         self.head = b""                         # of an answer, to leave with its first bytes
         self.held = b""                         # read, but not yet used
         self.backlog = b""                      # to be sent before anything else
@@ -4865,6 +4867,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def on_ready(self, events: int) -> None:
         """The watchdog has bytes of a client, its end, or room for more."""
+        if not self.interest:       # what was found ready with it has closed it, or given it to a thread
+            return
         if self.flow is not None:
             return self.flow.on_client(events)
         try:
@@ -4993,10 +4997,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def ping(self, now: float) -> None:
         """Fill the silence of a stream, between two events, so that nobody in between thinks it dead."""
-        self.spoke = now
         if self.lock.acquire(blocking=False):  # else it is just writing
             try:
-                frame = self.dialect.ping(self.settings.pings)
+                silent, self.spoke = now - self.spoke > self.settings.heartbeat, now    # it may just have written the end
+                frame = self.dialect.ping(self.settings.pings) if silent else b""
                 if frame and not self.backlog and self.last.endswith((b"\n\n", b"\r\n\r\n", b"\n\r\n")):
                     if not self.sent_head:
                         self.start(200, SSE_HEADERS)
@@ -5659,7 +5663,7 @@ class Server(http.server.ThreadingHTTPServer):
                 threading.Thread(target=self._work, name="akashproxy client", daemon=True).start()
             except RuntimeError as error:  # no more threads
                 log.error("a request could not be taken: %s", error)
-                return self.turn_away(handler)
+                return handler.close() if handler.sent_head else self.turn_away(handler)
         self.waiting.put(handler)
 
     def turn_away(self, handler: Handler) -> None:

@@ -4467,6 +4467,240 @@ def test_a_short_soak_leaves_nothing_behind():
     assert later[0] < memory * 1.1 + 3000 and later[1] <= threads + 12 and later[2] <= files + 40
 
 
+def in_one_look(server, *happenings):
+    """Have the watchdog find all of this at once, in this order."""
+    held, free = threading.Event(), threading.Event()
+    server.watchdog.soon(lambda: (held.set(), free.wait(10)))
+    held.wait(10)
+    for happening in happenings:
+        happening()
+        time.sleep(0.02)    # on its way through the kernel
+    free.set()
+
+
+def test_what_has_left_the_watchdog_is_not_read_by_it(pool, caplog):
+    a = FakeOpenAI()
+    a.faults.append(lambda sock, request: stalled(sock))
+    server = known(pool(a))
+    request = post("/v1/chat/completions", {**BOTH, "stream": True})
+    with socket.create_connection(("127.0.0.1", server.server_port), timeout=10) as sock:
+        sock.sendall(request)
+        wait_for(lambda: any(handler.flow for handler in server.watchdog.handlers.copy()))
+        in_one_look(server, lambda: [link.shutdown(socket.SHUT_RDWR) for link in list(a.open)],     # so a thread asks again
+                    lambda: sock.sendall(get()))
+        got = b""
+        while got.count(b"HTTP/1.1 200 ") < 2 or not got.endswith(b"}"):
+            part = sock.recv(65536)
+            assert part, got
+            got += part
+    assert got.index(b"[DONE]") < got.index(b'"status":"ok"') and len(a.bodies()) == 2
+    assert not caplog.records
+
+
+def test_nothing_is_asked_for_a_client_that_was_found_gone(pool, caplog):
+    a = FakeOpenAI()
+    gate = threading.Event()
+
+    def fault(sock, request):
+        sock.sendall(a.head() + chunk(a.event({"content": "x"})))
+        gate.wait(10)
+        sock.sendall(chunk(a.event({"content": "y"})))
+        stalled(sock)
+
+    a.faults.append(fault)
+    server = pool(a)
+    request = post("/v1/chat/completions", {**BOTH, "stream": True})
+    sock = socket.create_connection(("127.0.0.1", server.server_port), timeout=10)
+    sock.sendall(request * 2)
+    sock.recv(10)
+    in_one_look(server, gate.set, lambda: reset(sock))
+    wait_for(lambda: not server.watchdog.handlers and server.pool.members[0].in_flight == 0)
+    assert ask(server).status == 200 and len(a.bodies()) == 1 and not caplog.records
+
+
+@pytest.mark.parametrize("secure", [False, True])
+def test_a_kept_connection_that_takes_a_part_of_a_request(secure, pool, tmp_path):
+    fake = TLSOpenAI(tmp_path) if secure else FakeOpenAI()
+    (tmp_path / "ca.pem").write_text(TLS_AUTHORITY)
+    server = pool(fake, ca_file=str(tmp_path / "ca.pem"), first_byte_timeout=5)
+    assert chat(server, BOTH).status == 200
+    for _, sock in next(iter(server.pool.members[0].controller.transport.kept.idle.values())):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    request = post("/v1/chat/completions", {"model": "both", "messages": [user("x" * 60000)]}, "Connection: close")
+    assert talk(server, request).startswith(b"HTTP/1.1 200 ")
+    assert fake.connections == 2
+
+
+def test_a_session_and_a_connection_may_end_together(akash, serve):
+    server = serve()
+    assert chat(server).status == 200
+    akash.faults.append(akash.refuse())
+    akash.cookies += 1      # as after a restart
+    assert chat(server).status == 200
+
+
+def test_bytes_beyond_an_answer_without_a_body(pool):
+    a = FakeOpenAI()
+    a.faults.append(a.garbage(b"HTTP/1.1 204 No Content\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil") )
+    a.faults[0] = (lambda fault: lambda sock, request: fault(sock, request) or True)(a.faults[0])
+    server = pool(a)
+    got = ask(server, "POST", "/v1/embeddings", {"model": "both"})
+    assert (got.status, got.body) == (204, b"")
+    assert chat(server, BOTH).body == a.completion() and a.connections == 2
+
+
+def test_an_answer_that_nobody_asked_for_goes_to_nobody(pool):
+    a = FakeOpenAI()
+    told = threading.Event()
+
+    def twice(sock, request):
+        sock.sendall(reply(body=a.completion(), chunked=False))
+        time.sleep(0.02)
+        sock.sendall(reply(body=b'{"evil":1}', chunked=False))
+        told.set()
+        return True
+
+    a.faults.append(twice)
+    server = pool(a)
+    assert chat(server, BOTH).status == 200
+    told.wait(10)
+    assert chat(server, BOTH).body == a.completion()
+
+
+def test_no_ping_follows_the_end_of_an_answer(pool, monkeypatch):
+    server = pool(heartbeat=0.05)
+    seen, ended, done = threading.Event(), threading.Event(), threading.Event()
+    ping = akashproxy.Handler.ping
+
+    def late(handler, now):
+        seen.set()
+        ended.wait(10)
+        ping(handler, now)
+        done.set()
+
+    class Slow(akashproxy.EchoController):
+        def events(self, call):
+            seen.wait(10)
+            yield from [Text("x"), Finish("stop")]
+
+    monkeypatch.setitem(akashproxy.CONTROLLERS, "slow", Slow)
+    monkeypatch.setattr(akashproxy.Handler, "ping", late)
+    monkeypatch.setattr(akashproxy.Handler, "over", (lambda over: lambda handler: (ended.set(), done.wait(10)) and over(handler))(akashproxy.Handler.over))
+    server.reload(Settings(server_address="127.0.0.1:0", heartbeat=0.05, controllers=(akashproxy.ControllerSettings(type="slow"),)))
+    with socket.create_connection(("127.0.0.1", server.server_port), timeout=10) as sock:
+        sock.sendall(post("/v1/chat/completions", {**BOTH, "stream": True}))
+        got = b""
+        while b"0\r\n\r\n" not in got:
+            got += sock.recv(65536)
+        done.wait(10)
+        sock.sendall(get())
+        got += sock.recv(65536)
+    assert b"\r\n0\r\n\r\nHTTP/1.1 200 OK" in got, got
+
+
+def test_an_upstream_that_goes_on_after_the_end_is_left(pool, monkeypatch):
+    monkeypatch.setattr(akashproxy.Stream, "DRAIN", 0.2)
+    a = FakeOpenAI()
+    left = threading.Event()
+
+    def endless(sock, request):
+        sock.sendall(a.head() + b"".join(map(chunk, a.events())))
+        try:
+            while True:
+                time.sleep(0.02)
+                sock.sendall(chunk(b": more\n\n"))
+        except OSError:
+            left.set()
+
+    a.faults.append(endless)
+    server = pool(a)
+    with socket.create_connection(("127.0.0.1", server.server_port), timeout=10) as sock:
+        sock.sendall(post("/v1/chat/completions", {**BOTH, "stream": True}))
+        wait_for(left.is_set, 3)
+    wait_for(lambda: server.pool.members[0].in_flight == 0)
+
+
+def test_comments_without_an_end_are_not_kept(pool, monkeypatch):
+    monkeypatch.setattr(akashproxy.RelayDecoder, "HOLD", 1 << 18)
+    a = FakeOpenAI()
+
+    def endless(sock, request):
+        sock.sendall(a.head())
+        while True:
+            sock.sendall(chunk(b": waiting\n\n" * 1000))
+
+    a.faults.append(endless)
+    got = chat(pool(a), BOTH, stream=True)
+    assert got.status == 502
+
+
+def test_what_echo_cannot_draw_is_refused(pool):
+    server = pool()
+    server.reload(Settings(server_address="127.0.0.1:0", controllers=(akashproxy.ControllerSettings(type="echo"),)))
+    assert ask(server, "POST", "/v1/images/generations", {"prompt": "x", "n": 20}).status == 400
+
+
+def test_no_more_threads_for_who_got_pings(pool, monkeypatch):
+    a = FakeOpenAI()
+    a.faults.append(lambda sock, request: stalled(sock))
+    server = pool(a, heartbeat=0.05)
+    with socket.create_connection(("127.0.0.1", server.server_port), timeout=10) as sock:
+        sock.sendall(post("/v1/chat/completions", {**BOTH, "stream": True}))
+        got = sock.recv(65536)
+        monkeypatch.setattr(threading.Thread, "start", lambda thread: (_ for _ in ()).throw(RuntimeError("can't start new thread")))
+        monkeypatch.setattr(server, "spare", 0)
+        next(handler.running for handler in server.watchdog.handlers.copy()).failed = lambda error: (_ for _ in ()).throw(akashproxy.Blocked)
+        for link in list(a.open):
+            link.shutdown(socket.SHUT_RDWR)
+        for part in iter(lambda: sock.recv(65536), b""):
+            got += part
+    assert b": keep-alive" in got and b"Too many clients" not in got
+    wait_for(lambda: not server.watchdog.handlers and not server.pool.members[0].in_flight)
+
+
+def test_a_client_that_takes_no_ping_pauses_what_has_not_begun(pool, monkeypatch):
+    a = FakeOpenAI()
+    a.faults.append(a.stall(1))
+    server, flows = pool(a), []
+
+    def late(watchdog, task):
+        def paused():
+            if task.__name__ == "start":    # as a look just before it would do
+                flows.append(task.__self__)
+                task.__self__.handler.start(200, akashproxy.SSE_HEADERS)
+                task.__self__.handler.send_now(b"x" * (8 << 20))
+                task.__self__.pause()
+            task()
+        soon(watchdog, paused)
+
+    soon = akashproxy.Watchdog.soon
+    monkeypatch.setattr(akashproxy.Watchdog, "soon", late)
+    with lazy_client(server) as sock:
+        sock.sendall(post("/v1/chat/completions", {**BOTH, "stream": True}))
+        wait_for(lambda: flows and flows[0].handler.here)
+        assert flows[0].upstream.fileno() not in server.watchdog.selector.get_map()
+    wait_for(lambda: not server.watchdog.handlers and not server.pool.members[0].in_flight)
+
+
+def test_a_socket_that_was_born_non_blocking(akash, serve, monkeypatch):
+    """As those of macOS, whose listening socket does not block either."""
+    server = serve()
+    accept = server.get_request
+
+    def inherited():
+        request, address = accept()
+        os.set_blocking(request.fileno(), False)
+        return request, address
+
+    monkeypatch.setattr(server, "get_request", inherited)
+    with socket.create_connection(("127.0.0.1", server.server_port), timeout=10) as sock:
+        sock.sendall(POST + SIZED + b"\r\n")
+        wait_for(lambda: any(not handler.here for handler in server.watchdog.handlers.copy()))
+        time.sleep(0.05)
+        sock.sendall(DATA)
+        assert sock.recv(65536).startswith(b"HTTP/1.1 200 ")
+
+
 # == the bench ================================================================================
 # What the server costs, beside the same load sent straight to its upstream: python3 test_akashproxy.py bench
 
