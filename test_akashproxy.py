@@ -671,13 +671,12 @@ def test_an_idle_connection_that_ended_is_noticed(akash, serve):
     assert len(akash.requests) == 3         # session, chat, chat: nothing was sent twice
 
 
-def test_a_connection_on_which_the_upstream_spoke_unasked_is_not_used_again(akash, serve, monkeypatch):
-    monkeypatch.setattr(akashproxy, "JUST_NOW", 0)
+def test_a_connection_on_which_the_upstream_spoke_unasked_is_not_used_again(akash, serve):
     server = serve()
     assert chat(server).status == 200
     kept = server.pool.members[0].controller.transport.kept
     wait_for(lambda: kept.idle)
-    (((_, _, sock),),) = kept.idle.values()
+    (((_, sock),),) = kept.idle.values()
     for other in list(akash.open):
         other.sendall(reply(408, b"{}"))
     wait_for(lambda: akashproxy.peek(sock))
