@@ -4598,8 +4598,6 @@ class Flow:
         self.handler.here = True
         if self.upstream.gettimeout() != 0:
             self.upstream.setblocking(False)
-        if self.paused:     # by a ping that the client did not take
-            return
         self.watchdog.watch(self.upstream, self.on_upstream)
         self.listen()
         if self.has_more and self.has_more():
@@ -4988,6 +4986,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.waits and self.server.draining and not self.held:
             self.watch.due = min(self.watch.due, now + LAME)
         call, flow = self.call, self.flow
+        if flow is not None and not self.here:  # a thread is just handing it over
+            return
         if flow is not None and flow.deaf and has_left(self.connection):
             flow.hang_up()
         elif call is not None and flow is None and has_left(self.connection):

@@ -4657,28 +4657,23 @@ def test_no_more_threads_for_who_got_pings(pool, monkeypatch):
     wait_for(lambda: not server.watchdog.handlers and not server.pool.members[0].in_flight)
 
 
-def test_a_client_that_takes_no_ping_pauses_what_has_not_begun(pool, monkeypatch):
+def test_what_a_thread_hands_over_is_not_looked_at(pool, monkeypatch):
     a = FakeOpenAI()
     a.faults.append(a.stall(1))
-    server, flows = pool(a), []
+    server, seen = pool(a), []
 
     def late(watchdog, task):
-        def paused():
-            if task.__name__ == "start":    # as a look just before it would do
-                flows.append(task.__self__)
-                task.__self__.handler.start(200, akashproxy.SSE_HEADERS)
-                task.__self__.handler.send_now(b"x" * (8 << 20))
-                task.__self__.pause()
-            task()
-        soon(watchdog, paused)
+        if task.__name__ != "start":
+            return soon(watchdog, task)
+        handler = task.__self__.handler
+        soon(watchdog, lambda: (handler.look(time.monotonic() + 1000), seen.append(handler.sent_head), task()))
 
     soon = akashproxy.Watchdog.soon
     monkeypatch.setattr(akashproxy.Watchdog, "soon", late)
-    with lazy_client(server) as sock:
+    with socket.create_connection(("127.0.0.1", server.server_port)) as sock:
         sock.sendall(post("/v1/chat/completions", {**BOTH, "stream": True}))
-        wait_for(lambda: flows and flows[0].handler.here)
-        assert flows[0].upstream.fileno() not in server.watchdog.selector.get_map()
-    wait_for(lambda: not server.watchdog.handlers and not server.pool.members[0].in_flight)
+        assert sock.recv(65536).startswith(b"HTTP/1.1 200 ")
+    assert seen == [False], "a ping that finds no room would pause a stream that has not begun"
 
 
 def test_a_socket_that_was_born_non_blocking(akash, serve, monkeypatch):
