@@ -1588,6 +1588,7 @@ class Response:
                 raise ProtocolError("this is not HTTP/1.1")
             status, searched = int(match[2]), 0
             self.status = status if status >= 200 else 0    # interim answers are skipped
+        self.held = b""
         bodiless = self.bodiless or status in (204, 304)
         self.body = Body({} if bodiless else self.headers, until_close=not bodiless)
         self.persists = keeps_alive(match[1], self.headers) and not self.body.until_close
@@ -4532,7 +4533,7 @@ class Watchdog(threading.Thread):
             if watch.due < now:
                 watch.end(APIError(504, watch.late, code="timeout", kind="network"))
         for handler in self.handlers.copy():
-            handler.look(now)
+            self.call(handler.look, now)
         self.server.look()
         if now >= self.tidy_at:
             self.tidy_at = now + 1.0
@@ -4693,7 +4694,9 @@ class Flow:
         self.end()
 
     def abandon(self) -> None:
-        """A bug has struck: both connections are closed."""
+        """A bug has struck: both connections are closed, if the client has not gone on to its next request."""
+        if self.free:
+            return self.release()
         self.lose()
         self.let_go()
         self.handler.close()
@@ -4731,7 +4734,8 @@ class Flow:
         else:
             self.listen()
         if not self.ended:
-            self.stream.response.expect()
+            if self.stream.decoder is not None:     # else it still owes its first byte
+                self.stream.response.expect()
             self.watchdog.watch(self.upstream, self.on_upstream)
             self.on_upstream(selectors.EVENT_READ)
 
@@ -4763,7 +4767,7 @@ class Flow:
 
 
 # == 11. server ===============================================================================
-# The clients' side of HTTP: one Handler a connection, one Reply a request. Knows no upstreams.
+# The clients' side of HTTP: one Handler a connection, its requests as chains of steps. Knows no upstreams.
 
 # path: {method: a dialect, or the name of a method of Handler}. {} stands for the rest of a path.
 ROUTES: Dict[str, Dict[str, Any]] = {
@@ -4966,10 +4970,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.listen(selectors.EVENT_READ)
 
     def abandon(self) -> None:
-        """A bug has struck."""
+        """A bug has struck in the watchdog's thread."""
         if self.flow is not None:
             self.flow.abandon()
-        else:
+        elif self.here:
             self.close()
 
     def close(self) -> None:
@@ -5688,10 +5692,6 @@ class Server(http.server.ThreadingHTTPServer):
                 if self.draining or self.spare >= self.SPARE:
                     return
                 self.spare += 1
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        if not isinstance(sys.exc_info()[1], OSError):
-            log.exception("a connection's thread failed")
 
     def stamp(self) -> str:
         """The fields Server and Date, made once a second."""
