@@ -1698,6 +1698,7 @@ def test_routes(method, path, serve):
 
 def test_health_and_status(serve):
     server = serve()
+    assert talk(server, b"HEAD /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").endswith(b"\r\n\r\n")
     assert ask(server).json == {"status": "ok", "message": "akashproxy is running"}
     status = ask(server, path="/status").json
     assert status["status"] == "ok" and status["controllers"][0]["name"] == "akash" and status["version"]
@@ -4063,6 +4064,12 @@ def test_an_endless_answer_is_not_kept(akash, serve, monkeypatch):
     akash.faults.append(endless)
     got = chat(serve())
     assert got.status == 502 and "more than can be kept" in got.json["error"]["message"]
+
+
+def test_an_endless_answer_of_akashgen_is_not_kept(akash, serve):
+    akash.faults.append(akash.raw(reply(body=b"x" * (5 << 20))))
+    got = chat(serve(), model="AkashGen")
+    assert got.status == 502 and "sent more than 4194304 bytes" in got.json["error"]["message"]
 
 
 @pytest.mark.parametrize("first", [None, b'0:"one "\n'])
