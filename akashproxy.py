@@ -52,6 +52,7 @@ Where is ...
     deadlines, and clients that leave  Watch, Watchdog
     several processes                  supervise, Board
     streams that have begun            Flow
+    figures for Prometheus             SERIES, Metrics, exposition
     a client's connection              Handler.wait, Handler.run
     the log                            LogFormat
     a new endpoint                     ROUTES
@@ -69,6 +70,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import bisect
 import contextlib
 import dataclasses
 import fnmatch
@@ -95,6 +97,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections import defaultdict
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import Any, Callable, Dict, Iterable, Iterator, List, NoReturn, Optional, Tuple
@@ -866,6 +869,8 @@ class Settings(Checked):
     public_url: str = setting("", "address under which clients see this server; none: as their Host header says",
                               optional_url)
     page: str = setting("on", "on or off: the page to chat with, at /", choice("on", "off"))
+    metrics: str = setting("on", "on, public (no token is needed) or off: figures for Prometheus, at /metrics",
+                           choice("on", "public", "off"))
     cors_origins: Tuple[str, ...] = setting(("*",), "origins whose pages may use this server, separated by commas", token)
     connect_timeout: float = setting(10.0, "seconds for a connection to the upstream", positive)
     session_timeout: float = setting(15.0, "seconds for the upstream's session, models and picture states", positive)
@@ -1924,6 +1929,10 @@ class Controller:
         """A picture's bytes."""
         raise APIError(404, f"{self.name} has no pictures.")
 
+    def figures(self) -> Dict[str, float]:
+        """What it counts itself, {a name in SERIES: number}."""
+        return {}
+
     def tidy(self, now: float) -> None:
         """Close connections that have been idle for too long."""
 
@@ -1951,6 +1960,7 @@ class AkashSession:
         self.cookie: Optional[str] = None       # "session_token=..."; "" where the server sets none
         self.renew_at = self.ends_at = 0.0
         self.renewing = False
+        self.fetched = 0
 
     def get(self, watch: Watch, hurry: bool = False) -> str:
         """The cookie to send; in a hurry only one that is there."""
@@ -2009,6 +2019,7 @@ class AkashSession:
                        code="upstream_session", retry_after=5, kind="network")
 
     def _keep(self, set_cookie: str, asked_at: float) -> None:
+        self.fetched += 1
         for line in set_cookie.split("\n"):
             match = re.match(r"(session_token=[^;,\s\"\\]*)(.*)", line)
             if match and match[1] != "session_token=":
@@ -2477,6 +2488,9 @@ class AkashController(Controller):
 
     def models(self) -> List[Dict[str, Any]]:
         return self.list.get()
+
+    def figures(self) -> Dict[str, float]:
+        return {"akashproxy_session_renewals_total": self.session.fetched}
 
     def image(self, name: str, watch: Watch) -> Response:
         path = f"/api/image/{name}" if "." in name else f"/api/image/{name}/"  # image-noext-308
@@ -3148,7 +3162,7 @@ class Member:
     def __init__(self, controller: Controller, before: Optional["Member"] = None) -> None:
         self.controller, self.options, self.name = controller, controller.options, controller.name
         self.credit = 0.0           # of smooth weighted round robin
-        self.in_flight = self.served = self.failed = 0
+        self.in_flight = self.served = self.failed = self.rests = 0
         self.in_a_row = 0           # failures since the last success
         self.failed_at = -math.inf  # when the last one was counted
         self.rests_until = 0.0
@@ -3156,7 +3170,8 @@ class Member:
         self.last_error = ""
         self.listed: Optional[frozenset] = None     # what its model list had, once it was read
         if before and (before.options.base_url, before.options.api_key) == (self.options.base_url, self.options.api_key):
-            for name in ("served", "failed", "in_a_row", "failed_at", "rests_until", "limited_until", "last_error", "listed"):
+            for name in ("served", "failed", "rests", "in_a_row", "failed_at", "rests_until", "limited_until", "last_error",
+                         "listed"):
                 setattr(self, name, getattr(before, name))
 
     def serves(self, model: str) -> Optional[bool]:
@@ -3187,6 +3202,7 @@ class Member:
         if self.in_a_row >= after:
             growing = min(REST_FIRST * 2 ** min(self.in_a_row - after, 16), REST_MOST)
             seconds = {"auth": REST_AUTH, "limit": error.retry_after or growing}.get(error.kind, growing)
+            self.rests += self.rests_until <= now
             self.rests_until = max(self.rests_until, now + seconds)
             if error.kind == "limit":
                 self.limited_until = max(self.limited_until, now + seconds)
@@ -4420,7 +4436,7 @@ class Relay(Dialect):
 
 
 # == 10. guards ===============================================================================
-# One thread for everything that waits: idle clients, streams that have begun, deadlines, silence.
+# One thread for everything that waits: idle clients, streams that have begun, deadlines, silence. And what is counted.
 
 
 class Place:
@@ -4766,6 +4782,110 @@ class Flow:
             self.let_go()
 
 
+# What /metrics tells: {name: (type, help, labels)}. Their values come from ROUTES and the settings, none from a request.
+SERIES: Dict[str, Tuple[str, str, Tuple[str, ...]]] = {
+    "akashproxy_requests_total": ("counter", "Requests that are over.", ("route", "status", "controller")),
+    "akashproxy_requests_in_flight": ("gauge", "Calls of models, and pictures, that are being answered.", ()),
+    "akashproxy_request_duration_seconds": (
+        "histogram", "Time from a call's first byte to the end of its answer.", ("controller",)),
+    "akashproxy_time_to_first_token_seconds": (
+        "histogram", "Time from a call's first byte to the first event of its stream.", ("controller",)),
+    "akashproxy_prompt_tokens_total": ("counter", "Tokens of prompts, as far as upstreams told.", ("controller",)),
+    "akashproxy_completion_tokens_total": ("counter", "Tokens of answers, as far as upstreams told.", ("controller",)),
+    "akashproxy_failovers_total": ("counter", "Times that a call went on to another controller.", ()),
+    "akashproxy_controller_rests_total": ("counter", "Times that a controller began to rest.", ("controller",)),
+    "akashproxy_controller_resting": ("gauge", "1 while a controller rests.", ("controller",)),
+    "akashproxy_session_renewals_total": ("counter", "Sessions fetched from Akash Chat.", ("controller",)),
+    "akashproxy_sent_bytes_total": ("counter", "Bytes in the bodies of answers.", ()),
+    "akashproxy_open_connections": ("gauge", "Clients that are connected.", ()),
+    "akashproxy_build_info": ("gauge", "Always 1.", ("version", "python")),
+    "process_cpu_seconds_total": ("counter", "CPU time, user and system.", ()),
+    "process_start_time_seconds": ("gauge", "When it started, in seconds since 1970.", ()),
+}
+SAME = ("akashproxy_build_info", "process_start_time_seconds")     # of all processes: not added up, the least is told
+BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320)     # seconds; then infinity
+
+
+class Metrics:
+    """What is counted for /metrics: a few numbers for each request, at its end. Any thread may add one."""
+
+    def __init__(self, server: "Server") -> None:
+        self.server, self.began, self.lock = server, time.time(), threading.Lock()
+        self.counts: Dict[Tuple[Any, ...], float] = defaultdict(int)    # {(name, label, ...): number}
+
+    def add(self, request: "Handler", now: float) -> None:
+        """A request is over."""
+        who, usage, call = request.controller, request.usage or {}, getattr(request.dialect, "call", None)
+        with self.lock:
+            self.counts["akashproxy_requests_total", request.route, request.status, who] += 1
+            self.counts["akashproxy_sent_bytes_total",] += request.sent
+            if call is None:
+                return
+            self.observe("akashproxy_request_duration_seconds", who, now - request.began)
+            self.counts["akashproxy_failovers_total",] += max(0, len(call.route) - 1)
+            if who and call.stream and streams(call.kind):
+                self.observe("akashproxy_time_to_first_token_seconds", who, request.first_at - request.began)
+            for kind in ("prompt_tokens", "completion_tokens") if usage else ():
+                self.counts[f"akashproxy_{kind}_total", who] += max(0, usage.get(kind) or 0)
+
+    def observe(self, name: str, who: str, seconds: float) -> None:
+        """Put a time into a histogram; called under the lock."""
+        self.counts[name, who, bisect.bisect_left(BUCKETS, seconds)] += 1
+        self.counts[name, who, "sum"] += seconds
+
+    def state(self) -> Dict[str, float]:
+        """All figures of this process, {"name|label|label": number}, which can be added to those of others."""
+        server, handlers = self.server, self.server.watchdog.handlers.copy()
+        with self.lock:
+            figures = dict(self.counts)
+        figures["akashproxy_requests_in_flight",] = sum(handler.call is not None for handler in handlers)
+        figures["akashproxy_open_connections",] = len(handlers)
+        for member in server.pool.members:
+            figures["akashproxy_controller_rests_total", member.name] = member.rests
+            figures["akashproxy_controller_resting", member.name] = int(member.rests_until > server.pool.clock())
+            figures.update({(name, member.name): value for name, value in member.controller.figures().items()})
+        figures["akashproxy_build_info", __version__, "%d.%d.%d" % sys.version_info[:3]] = 1
+        figures["process_cpu_seconds_total",] = time.process_time()
+        figures["process_start_time_seconds",] = self.began
+        return {"|".join(map(str, key)): value for key, value in figures.items()}
+
+
+def exposition(states: Iterable[Dict[str, float]]) -> bytes:
+    """The figures of some processes, added up, in Prometheus' text format (0.0.4)."""
+    total: Dict[str, Dict[Tuple[str, ...], float]] = {name: {} for name in SERIES}
+    for key, value in itertools.chain.from_iterable(state.items() for state in states):
+        name, *labels = key.split("|")
+        rows, row = total[name], tuple(labels)
+        rows[row] = min(rows.get(row, value), value) if name in SAME else rows.get(row, 0) + value
+    lines = []
+    for name, (kind, help, names) in SERIES.items():
+        lines += [f"# HELP {name} {help}", f"# TYPE {name} {kind}"]
+        if kind == "histogram":
+            for who in sorted({row[:-1] for row in total[name]}):
+                lines += histogram(name, list(zip(names, who)), {row[-1]: value for row, value in total[name].items()
+                                                                 if row[:-1] == who})
+        else:
+            lines += [sample(name, zip(names, row), value) for row, value in sorted(total[name].items())]
+    return "\n".join([*lines, ""]).encode()
+
+
+def histogram(name: str, labels: List[Tuple[str, str]], row: Dict[str, float]) -> Iterator[str]:
+    """The lines of a histogram; each bucket has those before it in it."""
+    count: float = 0
+    for at, bucket in enumerate([*map(str, BUCKETS), "+Inf"]):
+        count += row.get(str(at), 0)
+        yield sample(f"{name}_bucket", [*labels, ("le", bucket)], count)
+    yield sample(f"{name}_sum", labels, row["sum"])
+    yield sample(f"{name}_count", labels, count)
+
+
+def sample(name: str, labels: Iterable[Tuple[str, str]], value: float) -> str:
+    """One line: a series and its value."""
+    escaped = {label: text.replace("\\", r"\\").replace('"', r'\"').replace("\n", r"\n") for label, text in labels}
+    text = ",".join(f'{label}="{text}"' for label, text in escaped.items())
+    return f"{name}{{{text}}} {value}" if text else f"{name} {value}"
+
+
 # == 11. server ===============================================================================
 # The clients' side of HTTP: one Handler a connection, its requests as chains of steps. Knows no upstreams.
 
@@ -4784,6 +4904,7 @@ ROUTES: Dict[str, Dict[str, Any]] = {
     "/": {"GET": "get_page"},
     "/health": {"GET": "get_health"},
     "/status": {"GET": "get_status"},
+    "/metrics": {"GET": "get_metrics"},
 }
 
 # What needs no token. A browser has none to send with an address that was typed in; the page holds no secrets, and all
@@ -4797,7 +4918,7 @@ _PHRASES = {status: phrase for status, (phrase, _) in http.server.BaseHTTPReques
 
 PASSED_ON = ("accept", "openai-beta", "anthropic-version", "anthropic-beta")    # of a client's header fields
 
-AT_ONCE = ("get_page", "get_health", "get_status")  # methods that never wait
+AT_ONCE = ("get_page", "get_health", "get_status", "get_metrics")  # methods that never wait
 
 SHORT = 1 << 16     # bytes of a body that the watchdog's thread may read: a longer one would keep others waiting
 
@@ -4807,6 +4928,11 @@ MODEM = 4000    # bytes per second that a client's body may take, however long t
 
 SSE_HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache, no-transform",
                "X-Accel-Buffering": "no"}
+
+
+def streams(kind: Optional[str]) -> bool:
+    """Is an answer of this content type a stream of events? None: it is made here."""
+    return kind is None or kind.startswith("text/event-stream")
 
 
 def find_route(path: str) -> Tuple[Dict[str, Any], str]:
@@ -4846,7 +4972,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.running: Optional[Running] = None  # the same
         self.flow: Optional[Flow] = None        # while the watchdog relays one
         self.waits = False
-        self.linger_left = 0
+        self.linger_left = self.status = 0
         self.close_connection = self.unread = False
         server.watchdog.handlers.add(self)
 
@@ -4946,7 +5072,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.step = self.flush
             self.server.give(self)
             return False
-        self.log_line()
+        self.note()
         if self.close_connection:
             self.finish()
         elif self.held and self.head_is_here():
@@ -4984,6 +5110,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.server.watchdog.handlers.discard(self)
         self.server.shutdown_request(self.connection)
         self.server.left()
+        self.note()     # of a request that a bug has cut short
 
     def look(self, now: float) -> None:
         """The watchdog passes by: has the client left, or been told nothing for long?"""
@@ -5025,6 +5152,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.command, self.path, self.query, self.request_version = "-", "-", "", "HTTP/1.1"
         self.headers: Dict[str, str] = {}
         self.dialect: Any = Dialect
+        self.route = "other"                    # for the metrics
         self.close_connection = True
         self.unread = self.sent_head = False
         self.status, self.sent, self.model, self.controller, self.last = 0, 0, "", "", b"\n\n"
@@ -5122,15 +5250,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def answer(self) -> Any:
         """Check who asks, and for what; small answers are given at once."""
+        methods, self.rest = find_route(self.path)
+        if methods:
+            self.route = self.path[:-len(self.rest)] + "{}" if self.rest else self.path
         if self.command == "OPTIONS":
             return self.preflight()
-        methods, self.rest = find_route(self.path)
         dialect = methods.get("POST")           # also of what is refused
         self.dialect = dialect if isinstance(dialect, type) else Messages if "anthropic-version" in self.headers else Dialect
-        if self.path not in OPEN:
+        if self.path not in OPEN and (self.path, self.settings.metrics) != ("/metrics", "public"):
             self.authorize()
         if (not methods or self.rest and "POST" not in methods) and self.command == "POST" and Relay.PATH.fullmatch(self.path):
-            methods = {"POST": Relay}
+            methods, self.route = {"POST": Relay}, "relayed"
         if not methods:
             raise APIError(404, f"There is no {self.path[:200]!r} here.", code="not_found")
         target = methods.get("GET" if self.command == "HEAD" else self.command)
@@ -5237,7 +5367,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         kind = self.call.kind
         with self.lock:
             if not self.sent_head:
-                headers = SSE_HEADERS if (kind or "text/event-stream").startswith("text/event-stream") else {}
+                headers = SSE_HEADERS if streams(kind) else {}
                 self.start(self.call.status, {**headers, **({"Content-Type": kind} if kind else {}), **self.call_headers()})
             return b"" if kind else self.dialect.begin()
 
@@ -5247,7 +5377,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def farewell(self, dialect: Dialect, error: APIError) -> bytes:
         """The end of a stream that breaks off; what is no event stream can only be cut."""
         log.warning("%s: broken off: %s", self.request_id, error.message)
-        if self.call is not None and not (self.call.kind or "text/event-stream").startswith("text/event-stream"):
+        if self.call is not None and not streams(self.call.kind):
             self.close_connection, self.chunked = True, False   # so that the body gets no proper end
             return b""
         return dialect.fail(error)
@@ -5284,6 +5414,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_json(200, {"status": state, "message": "akashproxy is running", "version": __version__,
                              "uptime_seconds": int(time.monotonic() - self.server.began),
                              "workers": self.settings.workers, "controllers": self.server.status()})
+
+    def get_metrics(self) -> None:
+        if self.settings.metrics == "off":
+            raise APIError(404, "There are no metrics here.", code="not_found")
+        data = exposition(self.server.states())
+        self.start(200, {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}, length=len(data))
+        self.write(data)
 
     def get_models(self) -> None:
         self.send_json(200, self.dialect.listing(self.server.pool.models()))
@@ -5453,11 +5590,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.backlog = data[sent:]
         return False
 
-    def log_line(self) -> None:
-        """One line for the request, at its end."""
-        if not self.status or not log.isEnabledFor(logging.INFO):
-            return
-        now, usage = time.monotonic(), self.usage or {}
+    def note(self) -> None:
+        """Count the request, and log it, once, at its end."""
+        if self.status:
+            now = time.monotonic()
+            self.server.metrics.add(self, now)
+            if log.isEnabledFor(logging.INFO):
+                self.log_line(now)
+            self.status = 0
+
+    def log_line(self, now: float) -> None:
+        """One line for the request."""
+        usage = self.usage or {}
         facts = {"client": self.client_address[0], "method": self.command, "path": self.path, "status": self.status,
                  "model": self.model, "controller": self.controller, "first_ms": round((self.first_at or now) * 1000)
                  - round(self.began * 1000), "ms": round((now - self.began) * 1000), "bytes": self.sent,
@@ -5505,6 +5649,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.listener, self.board = listener, board     # shared with other workers
         self.pool = Pool(self.settings)
         self.watchdog = Watchdog(self)
+        self.metrics = Metrics(self)
         self.draining = self.full = False
         self.shut = threading.Event()                   # nobody else is let in
         self.began = time.monotonic()
@@ -5585,7 +5730,7 @@ class Server(http.server.ThreadingHTTPServer):
             self.full = False
             self.watchdog.watch(self.socket, self.on_connection)
         if self.board:
-            self.board.post({"controllers": self.pool.status(), "rests": self.pool.rests()})
+            self.board.post({"controllers": self.pool.status(), "rests": self.pool.rests(), "figures": self.metrics.state()})
             for notice in self.board.others():
                 self.pool.heed(notice["rests"])
 
@@ -5631,6 +5776,10 @@ class Server(http.server.ThreadingHTTPServer):
         before = self.pool
         self.pool, self.settings = Pool(settings, before), settings
         before.close(but=self.pool.members)
+
+    def states(self) -> List[Dict[str, float]]:
+        """The figures of each process, for /metrics."""
+        return [self.metrics.state(), *(notice["figures"] for notice in (self.board.others() if self.board else []))]
 
     def __enter__(self) -> "Server":
         return self.start()

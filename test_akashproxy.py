@@ -4051,6 +4051,7 @@ def test_a_bug_within_a_stream_closes_both_ends(pool, caplog):
             pass
     wait_for(lambda: not server.watchdog.handlers and server.pool.members[0].in_flight == 0)
     assert "ZeroDivisionError" in caplog.text and ask(server).status == 200
+    wait_for(lambda: samples(server).get(("akashproxy_requests_total", "/v1/chat/completions", "200", "a")) == 1)
 
 
 def test_an_endless_answer_is_not_kept(akash, serve, monkeypatch):
@@ -4223,6 +4224,8 @@ def test_several_workers_are_one_server(config):
         with concurrent.futures.ThreadPoolExecutor(8) as threads:
             assert {got.status for got in threads.map(lambda _: chat(server, {**CHAT, "model": "m"}), range(64))} == {200}
         wait_for(lambda: ask(server, path="/status").json["controllers"][0]["served"] == 64)      # of both together
+        served = b'akashproxy_requests_total{route="/v1/chat/completions",status="200",controller="a"} 64\n'
+        wait_for(lambda: served in ask(server, path="/metrics").body)
         fakes[0].faults.append(fakes[0].status(429, extra=b"Retry-After: 60\r\n"))
         assert chat(server, {**CHAT, "model": "m"}).status == 429
         wait_for(lambda: {chat(server, {**CHAT, "model": "m"}).status for _ in range(8)} == {429})   # all know that it rests
@@ -4957,6 +4960,158 @@ def bench(seconds=3.0, most=1000):
     print("\nOf a core the load generator took {:.0%} at most, the upstream {:.0%}; where one of them took over 90 % (*), the server "
           "may be capable of more.".format(*map(max, zip(*busy))))
     return 0
+
+
+# == metrics ==================================================================================
+
+
+def samples(server, headers=None):
+    """What /metrics tells: {(name, label values): number}."""
+    got = ask(server, path="/metrics", headers=headers)
+    assert got.status == 200 and got.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8", got
+    return read_samples(got.body.decode())
+
+
+def read_samples(text):
+    found = {}
+    for line in text.splitlines():
+        if not line.startswith("#"):
+            name, labels, value = re.fullmatch(r'(\w+)(?:\{((?:\w+="(?:[^"\\]|\\.)*",?)+)\})? (\S+)', line).groups()
+            found[(name, *re.findall(r'="((?:[^"\\]|\\.)*)"', labels or ""))] = float(value)
+    return found
+
+
+def test_metrics_of_each_way_a_request_can_end(akash, serve):
+    server = serve()
+    akash.faults.extend([akash.raw(reply(400, b'{"error":"x"}')), akash.cut(b'0:"one "\n')])
+    assert chat(server).status == 502
+    assert stream(server)[3], "broken off"
+    assert stream(server)[0] == "Hello from the mock."
+    chat(server)
+    chat(server, model="")
+    for path in ("/health", "/v1/models", "/v1/models/Qwen/Qwen3", "/images/x.png", "/a", "/b?c=/health", "/v1/models/{}", "/{}"):
+        ask(server, path=path)
+    ask(server, "POST", "/v1/embeddings", {"model": "x"})
+    ask(server, "OPTIONS", "/v1/completions")
+    talk(server, b"nonsense\r\n\r\n")
+    akash.faults.append(akash.stall(None))
+    with socket.create_connection(("127.0.0.1", server.server_port)) as sock:
+        sock.sendall(post("/v1/chat/completions", CHAT))
+        wait_for(lambda: samples(server)["akashproxy_requests_in_flight",] == 1)
+    expected = {("/v1/chat/completions", "200", "akash"): 3, ("/v1/chat/completions", "502", ""): 1, ("/v1/chat/completions", "400", ""): 1, ("/v1/chat/completions", "499", ""): 1,
+                ("/health", "200", ""): 1, ("/v1/models", "200", ""): 1, ("/v1/models/{}", "200", ""): 1, ("/v1/models/{}", "404", ""): 1,
+                ("/images/{}", "404", ""): 1, ("other", "404", ""): 3, ("relayed", "404", ""): 1, ("/v1/completions", "204", ""): 1,
+                ("other", "400", ""): 1}
+
+    def requests():
+        return {key[1:]: value for key, value in samples(server).items() if key[0] == "akashproxy_requests_total" and key[1] != "/metrics"}
+
+    wait_for(lambda: sum(requests().values()) == sum(expected.values()))    # some are counted just after their answer
+    assert requests() == expected
+    found = samples(server)
+    assert found["akashproxy_time_to_first_token_seconds_count", "akash"] == 2, "streams only"
+    assert found["akashproxy_request_duration_seconds_count", "akash"] == 3
+    assert found["akashproxy_requests_in_flight",] == 0 and found["akashproxy_session_renewals_total", "akash"] == 1
+    assert found["akashproxy_open_connections",] >= 1 and found["akashproxy_sent_bytes_total",] > 1000
+    assert abs(found["process_start_time_seconds",] - time.time()) < 60 and found["process_cpu_seconds_total",] > 0
+    assert found["akashproxy_build_info", akashproxy.__version__, "%d.%d.%d" % sys.version_info[:3]] == 1
+
+
+def test_metrics_of_failovers_rests_and_tokens(pool, akash):
+    a = FakeOpenAI()
+    a.faults.extend([a.status(429, extra=b"Retry-After: 99\r\n")])
+    akash.chat = HELLO.replace(b'"promptTokens":null,"completionTokens":null', b'"promptTokens":11,"completionTokens":5')
+    server = pool(a, (akash, {"priority": 2}))
+    for streamed in (False, True):
+        assert chat(server, CHAT, stream=streamed).headers["x-akashproxy-route"].endswith("b=200")
+    wait_for(lambda: samples(server)["akashproxy_request_duration_seconds_count", "b"] == 2)
+    found = samples(server)
+    assert (found["akashproxy_failovers_total",], found["akashproxy_controller_rests_total", "a"]) == (1, 1)
+    assert (found["akashproxy_controller_resting", "a"], found["akashproxy_controller_resting", "b"]) == (1, 0)
+    assert (found["akashproxy_prompt_tokens_total", "b"], found["akashproxy_completion_tokens_total", "b"]) == (22, 10)
+    before = server.pool.members[0]
+    server.reload(dataclasses.replace(server.settings, max_wait=1))
+    assert server.pool.members[0] is not before and samples(server)["akashproxy_controller_rests_total", "a"] == 1
+
+
+def test_a_rest_that_is_made_longer_is_one_rest():
+    member = members_of({"a": 1}).members[0]
+    for now in (0.0, 0.5, 200.0):
+        member.fare(APIError(429, "x", retry_after=100), now, now)
+    assert member.rests == 2
+
+
+@pytest.mark.parametrize("state, without, given", [("on", 401, 200), ("public", 200, 200), ("off", 401, 404)])
+def test_who_may_see_the_metrics(state, without, given, serve):
+    server = serve(metrics=state, bearer_token=("t",))
+    assert ask(server, path="/metrics").status == without
+    assert ask(server, path="/metrics", headers={"Authorization": "Bearer t"}).status == given
+    assert ask(server, "HEAD", "/metrics", headers={"Authorization": "Bearer t"}).status == given
+    assert ask(server, path="/status").status == 401
+
+
+def test_figures_of_processes_are_added_up():
+    ours = {"akashproxy_requests_total|/v1/models|200|": 2, "akashproxy_controller_resting|a": 1, "process_start_time_seconds": 7.5,
+            "akashproxy_build_info|1|3": 1, "akashproxy_time_to_first_token_seconds|a|0": 2,
+            "akashproxy_time_to_first_token_seconds|a|13": 1, "akashproxy_time_to_first_token_seconds|a|sum": 400.5}
+    theirs = {**ours, "process_start_time_seconds": 5.5, "akashproxy_time_to_first_token_seconds|b|3": 1,
+              "akashproxy_time_to_first_token_seconds|b|sum": 0.75}
+    metrics = akashproxy.Metrics(None)
+    metrics.observe("akashproxy_time_to_first_token_seconds", "b", 0.5)
+    assert list(metrics.counts)[0][-1] == 3, "a bucket's upper end is in it"
+    found = read_samples(akashproxy.exposition([ours, theirs]).decode())
+    assert found["akashproxy_requests_total", "/v1/models", "200", ""] == 4 and found["akashproxy_controller_resting", "a"] == 2
+    assert found["process_start_time_seconds",] == 5.5 and found["akashproxy_build_info", "1", "3"] == 1
+    name = "akashproxy_time_to_first_token_seconds"
+    assert [found[f"{name}_bucket", "a", at] for at in ("0.05", "320", "+Inf")] == [4, 4, 6]
+    assert [found[f"{name}_bucket", "b", at] for at in ("0.25", "0.5", "+Inf")] == [0, 1, 1]
+    assert (found[f"{name}_count", "a"], found[f"{name}_sum", "a"], found[f"{name}_count", "b"]) == (6, 801, 1)
+
+
+def test_values_of_labels_are_escaped():
+    assert akashproxy.sample("n", [("a", 'x"\\\n'), ("b", "")], 1) == r'n{a="x\"\\\n",b=""} 1'
+
+
+def test_prometheus_reads_the_metrics(pool):
+    parser = pytest.importorskip("prometheus_client.parser")
+    server = pool(FakeOpenAI(), (FakeAkash(), {"priority": 2}))
+    for streamed in (False, True):
+        chat(server, BOTH, stream=streamed)
+    wait_for(lambda: samples(server).get(("akashproxy_request_duration_seconds_count", "a")) == 2)
+    families = {family.name: family for family in parser.text_string_to_metric_families(ask(server, path="/metrics").body.decode())}
+    assert set(families) == {name[:-6] if name.endswith("_total") else name for name in akashproxy.SERIES}
+    for name, (kind, help, labels) in akashproxy.SERIES.items():
+        family = families[name[:-6] if name.endswith("_total") else name]
+        assert (family.type, family.documentation) == (kind, help)
+        assert all(set(each.labels) - {"le"} == set(labels) for each in family.samples)
+    buckets = [each.value for each in families["akashproxy_request_duration_seconds"].samples if each.name.endswith("_bucket")]
+    assert buckets == sorted(buckets) and buckets[-1] > 0
+
+
+def test_the_figures_of_a_dozen_controllers_are_few(pool):
+    server = pool()
+    server.reload(Settings(server_address="127.0.0.1:0", controllers=tuple(
+        akashproxy.ControllerSettings(type="akash", name=f"a-name-of-some-length-{number}") for number in range(12))))
+    request = type("Request", (), {"usage": {"prompt_tokens": 10 ** 9, "completion_tokens": 10 ** 9}, "sent": 10 ** 9, "began": 0.0,
+                                   "dialect": type("Dialect", (), {"call": Call({}, stream=True, route=["a=429", "b=200"])})})
+    for member in server.pool.members:
+        for route in [*akashproxy.ROUTES, "relayed"]:
+            for seconds in (*akashproxy.BUCKETS, 999):
+                request.route, request.status, request.controller, request.first_at = route, 200, member.name, seconds + 0.0001
+                server.metrics.add(request, seconds + 0.0001)
+    for number in range(400, 600, 10):
+        for route in [*akashproxy.ROUTES, "relayed", "other"]:
+            request.route, request.status, request.controller = route, number, ""
+            server.metrics.add(request, 1.0)
+    assert len(json.dumps(server.metrics.state())) < 64 << 10
+
+
+def test_every_series_is_in_the_readme():
+    assert rows("Metrics")[:len(akashproxy.SERIES)] == [f"`{name}`" for name in akashproxy.SERIES]
+    for name, (_, _, labels) in akashproxy.SERIES.items():
+        assert f"| `{name}` | {', '.join(labels)} |" in README
+    alarms = re.search("^### Metrics\n.*?^##", README, re.M | re.S)[0].partition("| alarm |")[2]
+    assert set(re.findall(r"(?:akashproxy|process)_\w+?(?=_bucket|\b)", alarms)) <= set(akashproxy.SERIES)
 
 
 # == more than one machine ====================================================================
