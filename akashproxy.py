@@ -58,6 +58,7 @@ Where is ...
     a new endpoint                     ROUTES
     a new kind of upstream             CONTROLLERS
     tokens of clients                  Handler.authorize
+    keys of several people             KeySettings, Limits
     reloading                          Server.reload
     the stand-in of --demo             StandIn
     the page at /                      PAGE, page
@@ -107,7 +108,7 @@ __version__ = "1.0.0"
 __all__ = [
     "APIError", "ConfigError", "ClientLeft", "ProtocolError",
     "Call", "Text", "Reasoning", "Recast", "ToolCall", "Image", "Progress", "Finish", "Raw", "Answer", "fold",
-    "Settings", "ControllerSettings", "Controller", "AkashController", "AkashSession", "AkashDecoder",
+    "Settings", "ControllerSettings", "KeySettings", "Controller", "AkashController", "AkashSession", "AkashDecoder",
     "OpenAIController", "ChatDecoder", "RelayDecoder", "EchoController", "Thinking", "Cutoff", "CONTROLLERS", "Pool",
     "Dialect", "ChatCompletions", "Completions", "Images", "Messages", "CountTokens", "Responses",
     "Relay", "ROUTES", "Server", "main",
@@ -233,6 +234,12 @@ class ProtocolError(ValueError):
 def bad_request(message: str, param: Optional[str] = None, code: Optional[str] = None) -> APIError:
     """The client's own mistake, with the field that it is in."""
     return APIError(400, message, param=param, code=code)
+
+
+def no_model(model: str) -> APIError:
+    """No such model here, or not for this client."""
+    what = f"The model {model[:200]!r} does not exist." if model else "A model must be named."
+    return APIError(404, what, param="model", code="model_not_found")
 
 
 def unknown_model(model: str, where: str) -> APIError:
@@ -383,6 +390,7 @@ class Call:
     query: str = ""                     # the request's, for a relay
     headers: Dict[str, str] = field(default_factory=dict)   # the few that a relay passes on
     unfit: Optional[APIError] = None    # why it can't be translated, only relayed
+    only: Tuple[str, ...] = ()          # patterns of the models that it may be answered by; (): all
     prepared: Dict[str, Any] = field(default_factory=dict)  # what a controller has made of it, by its name
 
     def __post_init__(self) -> None:
@@ -787,6 +795,13 @@ def controller_name(text: str) -> str:
     return text
 
 
+def key_name(text: str) -> str:
+    """Check the name of a key, which must be there."""
+    if not text:
+        raise ValueError("it must not be empty")
+    return controller_name(text)
+
+
 def header_fields(fields: Dict[str, str]) -> Dict[str, str]:
     """Check header fields; those that make the framing are not ours to set."""
     for name, value in fields.items():
@@ -845,6 +860,17 @@ class ControllerSettings(Checked):
 
 
 @dataclass(frozen=True)
+class KeySettings(Checked):
+    """Somebody who may use the server: an object in the configuration's ``keys``."""
+
+    name: str = setting("", "whose it is, in the log, /status and /metrics", key_name)
+    key: str = setting("", "what the client sends as its token", token, secret=True)
+    models: Tuple[str, ...] = setting((), "names or patterns of the models it is for; none: all")
+    requests_per_minute: int = setting(0, "calls of models in a minute; 0: any number")
+    max_concurrency: int = setting(0, "calls of models at a time; 0: any number")
+
+
+@dataclass(frozen=True)
 class Settings(Checked):
     """All that can be set. A field's environment variable is its name in capitals, its flag its name with dashes,
     its key in the configuration file its name."""
@@ -893,6 +919,7 @@ class Settings(Checked):
     log_format: str = setting("text", "text or json", choice("text", "json"))
     log_level: str = setting("info", "debug, info, warning or error", choice("debug", "info", "warning", "error"))
     controllers: Tuple[ControllerSettings, ...] = ()    # only in a file; none: one Akash Chat server
+    keys: Tuple[KeySettings, ...] = ()                  # only in a file; beside bearer_token
 
     @classmethod
     def load(cls, environ: Dict[str, str], flags: Optional[Dict[str, str]] = None) -> "Settings":
@@ -960,9 +987,9 @@ class ConfigFile:
         if data is None:
             return {}
         present = set(data)
-        port, pool, controllers = data.pop("port", None), data.pop("pool", None), data.pop("controllers", None)
+        port, pool, controllers, keys = (data.pop(name, None) for name in ("port", "pool", "controllers", "keys"))
         known = {item.name: item for item in declared(Settings)}
-        values = self.fields(known, data, "", ["port", "pool", "controllers"])
+        values = self.fields(known, data, "", ["port", "pool", "controllers", "keys"])
         if port is not None and "server_address" not in values:
             with self.reported("port"):
                 values["server_address"] = address(f":{port}")
@@ -975,12 +1002,33 @@ class ConfigFile:
             values["controllers"] = tuple(filter(None, map(self.controller, controllers, range(len(controllers)))))
             if values["controllers"] and not any(options.weight for options in values["controllers"]):
                 self.problem("controllers", "all of them are off (weight 0)")
-            names = [options.name for options in values["controllers"] if options.name]
-            for name in {name for name in names if names.count(name) > 1}:
-                self.problem("controllers", f"two are called {name!r}")
+            self.names_differ("controllers", values["controllers"])
         elif "controllers" in present:
             self.problem("controllers", "it must be a list with at least one controller")
+        if isinstance(keys, list):
+            values["keys"] = tuple(filter(None, map(self.key, keys, range(len(keys)))))
+            self.names_differ("keys", values["keys"])
+            if len({options.key for options in values["keys"]}) < len(values["keys"]):
+                self.problem("keys", "two have the same key")
+        elif "keys" in present:
+            self.problem("keys", "it must be a list")
         return values
+
+    def names_differ(self, place: str, listed: Iterable[Any]) -> None:
+        names = [options.name for options in listed if options.name]
+        for name in {name for name in names if names.count(name) > 1}:
+            self.problem(place, f"two are called {name!r}")
+
+    def key(self, data: Any, at: int) -> Optional[KeySettings]:
+        place, before = f"keys[{at}]", len(self.problems)
+        if not isinstance(data, dict):
+            self.problem(place, "it must be an object")
+            return None
+        values = self.fields({item.name: item for item in declared(KeySettings)}, data, place + ".")
+        for name in ("name", "key"):
+            if name not in data:
+                self.problem(f"{place}.{name}", "it is missing")
+        return KeySettings(**values) if len(self.problems) == before else None
 
     def controller(self, data: Any, at: int) -> Optional[ControllerSettings]:
         place = f"controllers[{at}]"
@@ -3228,6 +3276,11 @@ class Member:
         return list(found.values()), names, error
 
 
+def allowed(patterns: Tuple[str, ...], model: str) -> bool:
+    """May a model be used where only those of some patterns may? One that is not named could be any."""
+    return not patterns or model != "" and any(fnmatch.fnmatchcase(model, pattern) for pattern in patterns)
+
+
 class Pool:
     """The controllers, and for each request the choice of one, then of the next."""
 
@@ -3237,7 +3290,8 @@ class Pool:
         self.changed = before.changed if before else threading.Condition()
         self.waiting = 0        # requests that wait for a controller
         known = {member.name: member for member in before.members} if before else {}
-        alike = before is not None and dataclasses.replace(settings, controllers=before.settings.controllers) == before.settings
+        alike = before is not None and dataclasses.replace(
+            settings, controllers=before.settings.controllers, keys=before.settings.keys) == before.settings
         self.members = []
         for options in settings.pool():
             member = known.get(options.name)
@@ -3319,7 +3373,7 @@ class Pool:
     def summed_up(self, call: Call, tried: List[Member], errors: List[APIError]) -> APIError:
         """The error when nobody is left: the one that tells most."""
         if not tried:
-            return APIError(404, f"The model {call.model[:200]!r} does not exist.", param="model", code="model_not_found")
+            return no_model(call.model)
         ranks = ["ability", "model", "auth", "server", "network", "limit"]
         error = max(errors, key=lambda error: ranks.index(error.kind))
         if error.kind == "limit":
@@ -3491,7 +3545,10 @@ class Running:
 
     def _prepare(self) -> None:
         """Find out who is meant, and who can't do it."""
+        asked = self.call.model
         self.pool.rename(self.call)
+        if not allowed(self.call.only, self.call.model):
+            raise no_model(asked)
         self.prepared = True
         for member in self.pool.members:
             error = member.controller.able(self.call)
@@ -4782,6 +4839,42 @@ class Flow:
             self.let_go()
 
 
+class Limits:
+    """What a key may do, and how far it has done it. Any thread may ask; whoever was let in with enter() must leave()."""
+
+    def __init__(self, options: KeySettings, clock: Callable[[], float] = time.monotonic) -> None:
+        self.options, self.name, self.clock = options, options.name, clock
+        self.lock = threading.Lock()
+        self.in_flight = self.requests = self.refused = 0
+        self.spent_until = 0.0      # a call takes 60 / requests_per_minute seconds, a minute of which may be spent ahead
+
+    def enter(self) -> None:
+        """Let a call in; APIError 429 if it is one too many."""
+        options = self.options
+        with self.lock:
+            now = self.clock()
+            spent = max(self.spent_until, now) + (60 / options.requests_per_minute if options.requests_per_minute else 0)
+            if options.max_concurrency and self.in_flight >= options.max_concurrency:
+                raise self.too_many(f"{options.max_concurrency} at a time", 1.0)
+            if options.requests_per_minute and spent - now > 60.001:
+                raise self.too_many(f"{options.requests_per_minute} per minute", spent - now - 60)
+            self.spent_until = spent
+            self.in_flight += 1
+            self.requests += 1
+
+    def too_many(self, limit: str, seconds: float) -> APIError:
+        self.refused += 1
+        return APIError(429, f"Too many requests: the limit of the key {self.name!r} is {limit}.", retry_after=seconds)
+
+    def leave(self) -> None:
+        with self.lock:
+            self.in_flight -= 1
+
+    def status(self) -> Dict[str, Any]:
+        """What /status tells of it."""
+        return {"name": self.name, "in_flight": self.in_flight, "requests": self.requests, "refused": self.refused}
+
+
 # What /metrics tells: {name: (type, help, labels)}. Their values come from ROUTES and the settings, none from a request.
 SERIES: Dict[str, Tuple[str, str, Tuple[str, ...]]] = {
     "akashproxy_requests_total": ("counter", "Requests that are over.", ("route", "status", "controller")),
@@ -4796,6 +4889,9 @@ SERIES: Dict[str, Tuple[str, str, Tuple[str, ...]]] = {
     "akashproxy_controller_rests_total": ("counter", "Times that a controller began to rest.", ("controller",)),
     "akashproxy_controller_resting": ("gauge", "1 while a controller rests.", ("controller",)),
     "akashproxy_session_renewals_total": ("counter", "Sessions fetched from Akash Chat.", ("controller",)),
+    "akashproxy_key_requests_total": ("counter", "Calls of models by who has a key.", ("key",)),
+    "akashproxy_key_refused_total": ("counter", "Calls that were too many for a key.", ("key",)),
+    "akashproxy_key_in_flight": ("gauge", "Calls of a key that are being answered.", ("key",)),
     "akashproxy_sent_bytes_total": ("counter", "Bytes in the bodies of answers.", ()),
     "akashproxy_open_connections": ("gauge", "Clients that are connected.", ()),
     "akashproxy_build_info": ("gauge", "Always 1.", ("version", "python")),
@@ -4811,7 +4907,8 @@ class Metrics:
 
     def __init__(self, server: "Server") -> None:
         self.server, self.began, self.lock = server, time.time(), threading.Lock()
-        self.counts: Dict[Tuple[Any, ...], float] = defaultdict(int)    # {(name, label, ...): number}
+        self.counts: Dict[Tuple[Any, ...], float] = defaultdict(    # {(name, label, ...): number}
+            int, {(name,): 0 for name, (_, _, labels) in SERIES.items() if not labels})
 
     def add(self, request: "Handler", now: float) -> None:
         """A request is over."""
@@ -4844,6 +4941,10 @@ class Metrics:
             figures["akashproxy_controller_rests_total", member.name] = member.rests
             figures["akashproxy_controller_resting", member.name] = int(member.rests_until > server.pool.clock())
             figures.update({(name, member.name): value for name, value in member.controller.figures().items()})
+        for key in server.keys:
+            figures["akashproxy_key_requests_total", key.name] = key.requests
+            figures["akashproxy_key_refused_total", key.name] = key.refused
+            figures["akashproxy_key_in_flight", key.name] = key.in_flight
         figures["akashproxy_build_info", __version__, "%d.%d.%d" % sys.version_info[:3]] = 1
         figures["process_cpu_seconds_total",] = time.process_time()
         figures["process_start_time_seconds",] = self.began
@@ -4971,6 +5072,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.call: Optional[Call] = None        # while an answer is awaited
         self.running: Optional[Running] = None  # the same
         self.flow: Optional[Flow] = None        # while the watchdog relays one
+        self.inside: Optional[Limits] = None    # while the call counts against these
         self.waits = False
         self.linger_left = self.status = 0
         self.close_connection = self.unread = False
@@ -5065,6 +5167,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def over(self) -> bool:
         """The request has its answer: True if the next one is here already, else the connection waits or ends."""
+        self.leave()
         if self.running is not None:
             self.running.close()
         self.running = self.call = None
@@ -5104,6 +5207,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def close(self) -> None:
         self.listen(0)
+        self.leave()
         if self.running is not None:
             self.running.close()
         self.watch.release()
@@ -5153,6 +5257,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.headers: Dict[str, str] = {}
         self.dialect: Any = Dialect
         self.route = "other"                    # for the metrics
+        self.key: Optional[Limits] = None       # who asks, if that has a name
         self.close_connection = True
         self.unread = self.sent_head = False
         self.status, self.sent, self.model, self.controller, self.last = 0, 0, "", "", b"\n\n"
@@ -5276,13 +5381,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def authorize(self) -> None:
         """The one gate: everything but OPEN and OPTIONS needs a token once one is set."""
         tokens = self.settings.bearer_token
-        if not tokens:
+        if not tokens and not self.settings.keys:
             return
         scheme, _, given = self.headers.get("authorization", "").partition(" ")
         given = (given if scheme.lower() == "bearer" else self.headers.get("x-api-key", "")).strip()
         from hmac import compare_digest     # it brings in OpenSSL's hashes, which who needs no token needs not
-        known = [compare_digest(given.encode("utf-8", "replace"), token.encode()) for token in tokens]
-        if not any(known):
+        data = given.encode("utf-8", "replace")
+        known = [key for key in self.server.keys if compare_digest(data, key.options.key.encode())]
+        unnamed = [token for token in tokens if compare_digest(data, token.encode())]   # all are compared, always
+        self.key = known[0] if known else None
+        if not known and not unnamed:
             raise APIError(401, "The token is wrong." if given else
                            "A token is needed: send it as 'Authorization: Bearer TOKEN'.")
 
@@ -5300,9 +5408,24 @@ class Handler(http.server.BaseHTTPRequestHandler):
         call.path, call.data, self.model = self.path, data, call.model
         call.query = "?" + self.query if self.query else ""
         call.headers = {name.title(): self.headers[name] for name in PASSED_ON if name in self.headers}
+        if self.key is not None:
+            self.enter(self.key, call)
         self.dialect, self.call = dialect, call
         self.running = Running(self.server.pool, call)
         return self.ask
+
+    def enter(self, key: Limits, call: Call) -> None:
+        """A call counts against the limits of a key until leave()."""
+        key.enter()
+        self.inside, call.only = key, key.options.models
+        if call.only and call.sent:     # what was read is what is sent: of two "model" an upstream could take the other one
+            call.data = to_json(call.sent)
+
+    def leave(self) -> None:
+        """The call is over, or about to be: before the client can know it, so that its next one is not one too many."""
+        if self.inside is not None:
+            self.inside.leave()
+            self.inside = None
 
     def ask(self) -> Any:
         """Ask a controller. The watchdog does the rest, or this thread if the answer is no stream."""
@@ -5413,7 +5536,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         state = "draining" if self.server.draining else "ok"
         self.send_json(200, {"status": state, "message": "akashproxy is running", "version": __version__,
                              "uptime_seconds": int(time.monotonic() - self.server.began),
-                             "workers": self.settings.workers, "controllers": self.server.status()})
+                             "workers": self.settings.workers, **self.server.status()})
 
     def get_metrics(self) -> None:
         if self.settings.metrics == "off":
@@ -5423,14 +5546,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.write(data)
 
     def get_models(self) -> None:
-        self.send_json(200, self.dialect.listing(self.server.pool.models()))
+        self.send_json(200, self.dialect.listing(self.models()))
+
+    def models(self) -> List[Dict[str, Any]]:
+        """The models that are for who asks."""
+        only = self.key.options.models if self.key is not None else ()
+        return [model for model in self.server.pool.models() if allowed(only, model["id"])]
 
     def get_model(self) -> None:
         name = self.server.pool.named(self.rest)
-        for model in self.server.pool.models():
+        for model in self.models():
             if model["id"] == name:
                 return self.send_json(200, self.dialect.listed({**model, "id": self.rest}))
-        raise APIError(404, f"The model {self.rest[:200]!r} does not exist.", param="model", code="model_not_found")
+        raise no_model(self.rest)
 
     def get_response(self) -> None:
         raise APIError(404, "Responses are not stored here, so there are none to be had later.", code="not_found")
@@ -5479,6 +5607,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def refuse(self, error: APIError) -> None:
         """Answer with an error, in the client's dialect."""
+        self.leave()
         with self.lock:
             self.send_refusal(error)
 
@@ -5544,6 +5673,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def framed(self, data: bytes, last: bool) -> bytes:
         """A piece of the answer as it goes on the wire, the head before it."""
         self.sent += len(data)
+        if last:
+            self.leave()
         if data:
             self.last = data if len(data) > 3 else (self.last + data)[-4:]
         if self.command == "HEAD":
@@ -5602,8 +5733,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def log_line(self, now: float) -> None:
         """One line for the request."""
         usage = self.usage or {}
-        facts = {"client": self.client_address[0], "method": self.command, "path": self.path, "status": self.status,
-                 "model": self.model, "controller": self.controller, "first_ms": round((self.first_at or now) * 1000)
+        facts = {"client": self.client_address[0], "key": self.key.name if self.key else "", "method": self.command,
+                 "path": self.path, "status": self.status, "model": self.model, "controller": self.controller, "first_ms": round((self.first_at or now) * 1000)
                  - round(self.began * 1000), "ms": round((now - self.began) * 1000), "bytes": self.sent,
                  "tokens_in": usage.get("prompt_tokens"), "tokens_out": usage.get("completion_tokens"),
                  "id": self.request_id}
@@ -5636,6 +5767,9 @@ OVERFULL = (lambda body: b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: app
     to_json(Dialect.refusal(APIError(503, "Too many clients are connected.", code="overloaded"))))
 
 
+SUMS = "in_flight", "served", "failed", "requests", "refused"     # what the workers count of controllers and keys
+
+
 class Server(http.server.ThreadingHTTPServer):
     """The server: ``Server(settings).start()`` serves in threads until stop(); also a context manager."""
 
@@ -5650,6 +5784,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.pool = Pool(self.settings)
         self.watchdog = Watchdog(self)
         self.metrics = Metrics(self)
+        self.keys = list(map(Limits, self.settings.keys))
         self.draining = self.full = False
         self.shut = threading.Event()                   # nobody else is let in
         self.began = time.monotonic()
@@ -5730,18 +5865,24 @@ class Server(http.server.ThreadingHTTPServer):
             self.full = False
             self.watchdog.watch(self.socket, self.on_connection)
         if self.board:
-            self.board.post({"controllers": self.pool.status(), "rests": self.pool.rests(), "figures": self.metrics.state()})
+            self.board.post({**self.fares(), "rests": self.pool.rests(), "figures": self.metrics.state()})
             for notice in self.board.others():
                 self.pool.heed(notice["rests"])
 
-    def status(self) -> List[Dict[str, Any]]:
-        """How each controller fares, in all workers."""
-        controllers = {told["name"]: told for told in self.pool.status()}
+    def fares(self) -> Dict[str, List[Dict[str, Any]]]:
+        """How controllers and keys fare, in this process."""
+        return {"controllers": self.pool.status(), "keys": [key.status() for key in self.keys]}
+
+    def status(self) -> Dict[str, List[Dict[str, Any]]]:
+        """The same, in all workers."""
+        told = self.fares()
         for notice in self.board.others() if self.board else []:
-            for told in notice["controllers"]:
-                mine = controllers.get(told["name"], {})
-                mine.update({name: mine[name] + told[name] for name in ("in_flight", "served", "failed") if mine})
-        return list(controllers.values())
+            for kind, mine in told.items():
+                theirs = {entry["name"]: entry for entry in notice[kind]}
+                for entry in mine:
+                    other = theirs.get(entry["name"], {})
+                    entry.update({name: entry[name] + other[name] for name in SUMS if name in entry and name in other})
+        return told
 
     def stop(self, grace: Optional[float] = None) -> None:
         """Stop: no new connections, idle ones closed after a moment, running answers have ``grace`` seconds to end."""
@@ -5774,8 +5915,16 @@ class Server(http.server.ThreadingHTTPServer):
         if settings.server_address != self.settings.server_address:
             log.warning("the address stays %s until the next start", self.settings.server_address)
         before = self.pool
-        self.pool, self.settings = Pool(settings, before), settings
+        self.pool, self.keys, self.settings = Pool(settings, before), self.limits(settings), settings
         before.close(but=self.pool.members)
+
+    def limits(self, settings: Settings) -> List[Limits]:
+        """The limits of other settings; who keeps a name keeps the counts."""
+        known = {key.name: key for key in self.keys}
+        keys = [known.get(options.name) or Limits(options) for options in settings.keys]
+        for key, options in zip(keys, settings.keys):
+            key.options = options
+        return keys
 
     def states(self) -> List[Dict[str, float]]:
         """The figures of each process, for /metrics."""
@@ -6343,8 +6492,8 @@ def show(settings: Settings) -> int:
     print(f"# file: {settings.config_file or 'none'}")
     for name, value in settings.shown():
         print(f"{name.upper()}={value}")
-    for options in settings.pool():
-        print("\n[" + options.name + "]\n" + "\n".join(
+    for options in [*settings.pool(), *settings.keys]:
+        print("\n[" + "key " * isinstance(options, KeySettings) + options.name + "]\n" + "\n".join(
             f"{name}={value}" for name, value in options.shown() if value and name != "name"))
     return 0
 
@@ -6370,7 +6519,8 @@ def start(server: Server, load: Callable[[], Settings]) -> int:
     """Say where it serves, and serve in this process or in several; the exit status."""
     raise_limit()
     gc.freeze()     # what is there by now stays: collections need not look at it, and workers share it
-    if not server.settings.bearer_token and not ipaddress.ip_address(server.server_address[0]).is_loopback:
+    locked = server.settings.bearer_token or server.settings.keys
+    if not locked and not ipaddress.ip_address(server.server_address[0]).is_loopback:
         log.warning("whoever can reach %s can use this server, its keys and its allowance: set BEARER_TOKEN", server.url)
     several = server.settings.workers > 1
     signals = Signals("SIGINT", "SIGTERM", "SIGHUP")

@@ -4248,9 +4248,11 @@ def refused(port):
         return True
 
 
-def test_an_open_address_is_warned_of():
-    for address, token, warned in (("0.0.0.0:0", "", True), ("0.0.0.0:0", "t", False), ("127.0.0.1:0", "", False)):
-        process = subprocess.Popen(**command("--server-address", address, BEARER_TOKEN=token))
+def test_an_open_address_is_warned_of(config):
+    with_keys = config({"keys": [{"name": "alice", "key": "k"}]})
+    for address, token, file, warned in (("0.0.0.0:0", "", "", True), ("0.0.0.0:0", "t", "", False), ("127.0.0.1:0", "", "", False),
+                                         ("0.0.0.0:0", "", with_keys, False)):
+        process = subprocess.Popen(**command("--server-address", address, BEARER_TOKEN=token, CONFIG_FILE=file))
         process.stdout.readline()
         process.terminate()
         assert ("set BEARER_TOKEN" in process.communicate(timeout=20)[1]) == warned
@@ -5058,7 +5060,7 @@ def test_figures_of_processes_are_added_up():
               "akashproxy_time_to_first_token_seconds|b|sum": 0.75}
     metrics = akashproxy.Metrics(None)
     metrics.observe("akashproxy_time_to_first_token_seconds", "b", 0.5)
-    assert list(metrics.counts)[0][-1] == 3, "a bucket's upper end is in it"
+    assert metrics.counts["akashproxy_time_to_first_token_seconds", "b", 3] == 1, "a bucket's upper end is in it"
     found = read_samples(akashproxy.exposition([ours, theirs]).decode())
     assert found["akashproxy_requests_total", "/v1/models", "200", ""] == 4 and found["akashproxy_controller_resting", "a"] == 2
     assert found["process_start_time_seconds",] == 5.5 and found["akashproxy_build_info", "1", "3"] == 1
@@ -5112,6 +5114,297 @@ def test_every_series_is_in_the_readme():
         assert f"| `{name}` | {', '.join(labels)} |" in README
     alarms = re.search("^### Metrics\n.*?^##", README, re.M | re.S)[0].partition("| alarm |")[2]
     assert set(re.findall(r"(?:akashproxy|process)_\w+?(?=_bucket|\b)", alarms)) <= set(akashproxy.SERIES)
+
+
+# == keys =====================================================================================
+
+
+def keys(*names, **limits):
+    """Settings for some keys, each "NAME-key"."""
+    return tuple(akashproxy.KeySettings(name=name, key=f"{name}-key", **limits) for name in names)
+
+
+def bearer(name):
+    return {"Authorization": f"Bearer {name}-key"}
+
+
+def counts(server, name="alice"):
+    """(in flight, requests, refused) of a key."""
+    key, = [key for key in server.keys if key.name == name]
+    return key.in_flight, key.requests, key.refused
+
+
+def test_keys_in_a_file(config):
+    path = config({"keys": [{"name": "alice", "key": "${A}", "models": ["gpt-*"], "requests_per_minute": 60, "max_concurrency": 4},
+                            {"name": "bob", "key": "b"}]})
+    settings = load(path, A="s3cret")
+    assert [dataclasses.astuple(key) for key in settings.keys] == [("alice", "s3cret", ("gpt-*",), 60, 4), ("bob", "b", (), 0, 0)]
+    assert "s3cret" not in repr(settings)
+    shown = run("--config-file", path, "--check", A="s3cret").stdout
+    assert "[key alice]\nkey=********\nmodels=gpt-*\nrequests_per_minute=60\nmax_concurrency=4" in shown and "s3cret" not in shown
+
+
+@table({
+    "an object": ({"keys": {}}, "keys: it must be a list"), "null": ({"keys": None}, "keys: it must be a list"),
+    "a text": ({"keys": ["k"]}, "keys[0]: it must be an object"),
+    "misspelt": ({"kes": []}, "kes: unknown key; did you mean 'keys'?"),
+    "misspelt within": ({"keys": [{"name": "a", "key": "k", "request_per_minute": 1}]},
+                        "keys[0].request_per_minute: unknown key; did you mean 'requests_per_minute'?"),
+    "no name": ({"keys": [{"key": "k"}]}, "keys[0].name: it is missing"), "no key": ({"keys": [{"name": "a"}]}, "keys[0].key: it is missing"),
+    "an empty name": ({"keys": [{"name": "", "key": "k"}]}, "keys[0].name: it must not be empty"),
+    "an empty key": ({"keys": [{"name": "a", "key": ""}]}, "keys[0].key: one of the values is empty"),
+    "a key that can't be sent": ({"keys": [{"name": "a", "key": "k "}]}, "keys[0].key: only printable ASCII"),
+    "a name that can't be shown": ({"keys": [{"name": "a|b", "key": "k"}]}, "keys[0].name: only letters"),
+    "two names": ({"keys": [{"name": "a", "key": "k"}, {"name": "a", "key": "l"}]}, "keys: two are called 'a'"),
+    "two keys": ({"keys": [{"name": "a", "key": "s3cret"}, {"name": "b", "key": "s3cret"}]}, "keys: two have the same key"),
+    "a rate that is none": ({"keys": [{"name": "a", "key": "k", "requests_per_minute": 0.5}]}, "keys[0].requests_per_minute: it must be a whole"),
+    "not in the environment": ({"keys": [{"name": "a", "key": "${NONE}"}]}, "keys[0].key: the environment variable NONE is not set"),
+})
+def test_keys_that_can_not_be(case, config):
+    data, problem = case
+    with pytest.raises(ConfigError) as caught:
+        load(config(data))
+    assert len(caught.value.problems) == 1 and problem in caught.value.problems[0] and "s3cret" not in str(caught.value)
+
+
+@table({    # limits: (seconds, what is done, the seconds to wait or None if it is let in)
+    "none": ({}, [(0, "enter", None)] * 100),
+    "three a minute": ({"requests_per_minute": 3}, [
+        (0, "enter", None), (0, "enter", None), (0, "enter", None), (0, "enter", 20), (19, "enter", 1), (20, "enter", None), (20, "enter", 20),
+        (1000, "enter", None), (1000, "enter", None), (1000, "enter", None), (1000, "enter", 20)]),
+    "seven a minute": ({"requests_per_minute": 7}, [(5, "enter", None)] * 7 + [(5, "enter", 60 / 7)]),
+    "one at a time": ({"max_concurrency": 1}, [
+        (0, "enter", None), (0, "enter", 1), (5, "enter", 1), (5, "leave", None), (5, "enter", None), (5, "enter", 1)]),
+    "what is refused costs nothing": ({"max_concurrency": 1, "requests_per_minute": 2}, [
+        (0, "enter", None), (0, "enter", 1), (0, "enter", 1), (0, "leave", None), (0, "enter", None), (0, "leave", None), (0, "enter", 30)]),
+})
+def test_limits(case):
+    clock = Clock()
+    began = clock()
+    limits = akashproxy.Limits(akashproxy.KeySettings(name="alice", key="k", **case[0]), clock)
+    for at, what, wait in case[1]:
+        clock.now = began + at
+        if wait is None:
+            getattr(limits, what)()
+            continue
+        with pytest.raises(APIError) as caught:
+            limits.enter()
+        assert (caught.value.status, caught.value.code) == (429, "rate_limit_exceeded")
+        assert caught.value.retry_after == pytest.approx(wait) and "'alice'" in caught.value.message
+    done = [wait for _, what, wait in case[1] if what == "enter"]
+    assert limits.status() == {"name": "alice", "in_flight": done.count(None) - sum(what == "leave" for _, what, _ in case[1]),
+                               "requests": done.count(None), "refused": len(done) - done.count(None)}
+
+
+def test_many_threads_are_let_in_exactly_as_often_as_they_may():
+    limits = akashproxy.Limits(*keys("alice", requests_per_minute=1000, max_concurrency=1000), Clock())
+
+    def enter(_):
+        with contextlib.suppress(APIError):
+            limits.enter()
+            limits.leave()
+
+    with concurrent.futures.ThreadPoolExecutor(16) as threads:
+        list(threads.map(enter, range(3000)))
+    assert (limits.in_flight, limits.requests, limits.refused) == (0, 1000, 2000)
+
+
+def test_who_asks_is_known_by_the_key(serve, caplog):
+    caplog.set_level("INFO")
+    server = serve(keys=keys("alice", "bob"), bearer_token=("t",))
+    for headers in ({}, bearer("carol"), {"Authorization": "Bearer alice"}, {"x-api-key": "alice-ke"}):
+        assert chat(server, headers=headers).status == 401
+    for headers in (bearer("alice"), {"x-api-key": "alice-key"}, bearer("bob"), {"Authorization": "Bearer t"}):
+        assert chat(server, headers=headers).status == 200
+    for path in ("/v1/models", "/status", "/metrics", "/health"):
+        assert ask(server, path=path, headers=bearer("alice")).status == 200
+    status = ask(server, path="/status", headers=bearer("bob"))
+    assert status.json["keys"] == [{"name": "alice", "in_flight": 0, "requests": 2, "refused": 0},
+                                   {"name": "bob", "in_flight": 0, "requests": 1, "refused": 0}]
+    found = samples(server, bearer("alice"))
+    assert found["akashproxy_key_requests_total", "alice"] == 2 and found["akashproxy_key_refused_total", "bob"] == 0
+    assert " key=alice method=POST" in caplog.text
+    assert "-key" not in caplog.text + status.body.decode()
+
+
+def test_keys_alone_close_the_server(serve):
+    server = serve(keys=keys("alice"))
+    assert ask(server, path="/v1/models").status == ask(server, path="/metrics").status == 401 and ask(server).status == 200
+
+
+def test_a_rate_on_the_wire(serve):
+    server = serve(keys=keys("alice", requests_per_minute=2) + keys("bob"))
+    server.keys[0].clock = Clock()
+    for path, status in (("/v1/chat/completions", 200), ("/v1/embeddings", 404)):      # what came of it does not matter
+        assert ask(server, "POST", path, CHAT, bearer("alice")).status == status
+    for path in ("/v1/chat/completions", "/v1/embeddings", "/v1/messages/count_tokens"):
+        got = ask(server, "POST", path, CHAT, bearer("alice"))
+        assert (got.status, got.headers["retry-after"]) == (429, "30") and "'alice' is 2 per minute" in got.json["error"]["message"]
+    assert got.json["error"]["type"] == "rate_limit_error" and got.json["type"] == "error", "in the client's own dialect"
+    for path in ("/v1/models", "/status", "/metrics", "/health"):
+        assert ask(server, path=path, headers=bearer("alice")).status == 200
+    assert chat(server, headers=bearer("bob")).status == 200
+    assert ask(server, "POST", "/v1/chat/completions", b"{", bearer("alice")).status == 400, "what is no call does not count"
+    assert counts(server) == (0, 2, 3)
+    server.keys[0].clock.now += 30
+    assert chat(server, headers=bearer("alice")).status == 200
+
+
+@table({    # a name: (a fault, the client's body, does the client leave?)
+    "a whole answer": (None, {}, False), "a stream": (None, {"stream": True}, False),
+    "an error": (lambda a: a.status(400), {}, False), "an error of a stream": (lambda a: a.status(500), {"stream": True}, False),
+    "a stream that is cut": (lambda a: a.cut(1), {"stream": True}, False), "an answer that is cut": (lambda a: a.cut(), {}, False),
+    "an upstream that hangs up": (lambda a: a.refuse(), {}, False), "garbage": (lambda a: a.garbage(b"\0"), {"stream": True}, False),
+    "a client that leaves": (lambda a: a.stall(), {}, True), "a client that leaves a stream": (lambda a: a.stall(1), {"stream": True}, True),
+    "an unknown model": (None, {"model": ""}, False), "a mistake": (None, {"messages": 7}, False),
+})
+def test_a_call_is_in_flight_until_it_is_over(case, pool):
+    fault, fields, leaves = case
+    a = FakeOpenAI()
+    server = pool(a, keys=keys("alice", max_concurrency=1))
+    for asked in range(2):
+        server.pool.members[0].rests_until = 0.0
+        if fault:
+            a.faults.append(fault(a))
+        if leaves:
+            a.gone.clear()
+            with socket.create_connection(("127.0.0.1", server.server_port)) as sock:
+                sock.sendall(post("/v1/chat/completions", {**BOTH, **fields}, "Authorization: Bearer alice-key"))
+                wait_for(lambda: len(a.bodies()) > asked)
+                assert counts(server)[0] == 1
+                got = chat(server, BOTH, bearer("alice"))
+                assert (got.status, got.headers["retry-after"]) == (429, "1") and "1 at a time" in got.json["error"]["message"]
+            wait_for(a.gone.is_set)
+        else:
+            with contextlib.suppress(http.client.IncompleteRead):
+                assert chat(server, BOTH, bearer("alice"), **fields).status != 429
+        wait_for(lambda: counts(server)[0] == 0)
+    assert chat(server, BOTH, bearer("alice")).status != 429
+
+
+def test_the_next_call_can_be_made_as_soon_as_the_last_one_is_answered(pool, monkeypatch):
+    """However long the thread that answered takes for the rest: who has its answer is no longer in flight."""
+    over, go = akashproxy.Handler.over, threading.Event()
+    monkeypatch.setattr(akashproxy.Handler, "over", lambda handler: (handler.here or go.wait(20)) and over(handler))
+    echo = akashproxy.ControllerSettings(type="echo", speed=0.0)
+    server = pool()
+    server.reload(Settings(server_address="127.0.0.1:0", controllers=(echo,), keys=keys("alice", max_concurrency=1)))
+    try:
+        for fields, status in (({}, 200), ({"stream": True}, 200), ({"messages": 7}, 400)):
+            got = chat(server, {"model": "echo", "messages": [user("a b")], **fields}, bearer("alice"))
+            assert got.status == status, got
+        for _ in range(2):
+            assert ask(server, "POST", "/v1/images/generations", {"prompt": "x"}, bearer("alice")).status == 404
+    finally:
+        go.set()
+
+
+def test_a_stop_and_a_bug_end_a_call_once(pool):
+    a = FakeOpenAI()
+    server = pool(a, keys=keys("alice", max_concurrency=2))
+    key = server.keys[0]
+    server.pool.take, take = lambda *_: 1 / 0, server.pool.take
+    assert chat(server, BOTH, bearer("alice")).status == 500 and key.in_flight == 0
+    server.pool.take = take
+    a.faults.extend([a.stall(1), a.stall()])
+    with concurrent.futures.ThreadPoolExecutor(2) as threads:
+        calls = [threads.submit(chat, server, BOTH, bearer("alice"), stream=streamed) for streamed in (True, False)]
+        wait_for(lambda: len(a.bodies()) == 2)
+        assert key.in_flight == 2
+        server.stop(0)
+        for call in calls:
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                call.result()
+    assert key.in_flight == 0
+
+
+def test_a_bug_within_a_stream_leaves_nothing_in_flight(pool):
+    a = FakeOpenAI()
+    a.faults.append(a.stall(1))
+    server = pool(a, keys=keys("alice"))
+    with socket.create_connection(("127.0.0.1", server.server_port), timeout=10) as sock:
+        sock.sendall(post("/v1/chat/completions", {**BOTH, "stream": True}, "Authorization: Bearer alice-key"))
+        wait_for(lambda: any(handler.flow and handler.flow.begun for handler in server.watchdog.handlers.copy()))
+        flow = next(handler.flow for handler in server.watchdog.handlers.copy())
+        flow.step = lambda: 1 / 0
+        assert counts(server) == (1, 1, 0)
+        for link in list(a.open):
+            link.sendall(chunk(a.event({"content": "x"})))
+        while sock.recv(65536):
+            pass
+    wait_for(lambda: counts(server) == (0, 1, 0))
+
+
+def test_a_slow_client_is_in_flight_until_its_answer_is_here(pool):
+    a = FakeOpenAI(text="word " * 30000)
+    a.faults.append(a.garbage(a.head() + b"".join(map(chunk, a.events())) + b"0\r\n\r\n"))
+    server = pool(a, keys=keys("alice"), write_timeout=0.5)
+    with lazy_client(server) as sock:
+        sock.sendall(post("/v1/chat/completions", {**BOTH, "stream": True}, "Authorization: Bearer alice-key"))
+        wait_for(lambda: any(handler.backlog for handler in server.watchdog.handlers.copy()))
+        assert counts(server) == (1, 1, 0)
+        wait_for(lambda: counts(server) == (0, 1, 0))       # it is dropped
+    wait_for(lambda: not server.watchdog.handlers)
+
+
+def test_models_of_a_key(pool):
+    a = FakeOpenAI(models=["gpt-x", "both", "org/name"])
+    server = pool(a, keys=keys("alice", models=("gpt-*", "org/name")) + keys("bob"), model_aliases={"claude-*": "gpt-x", "gpt-b": "both"})
+    assert [model["id"] for model in ask(server, path="/v1/models", headers=bearer("alice")).json["data"]] == ["gpt-x", "org/name"]
+    assert len(ask(server, path="/v1/models", headers=bearer("bob")).json["data"]) == 3
+    for name, status in {"gpt-x": 200, "claude-3": 200, "org--name": 200, "org/name": 200, "both": 404, "gpt-b": 404, "nothing": 404}.items():
+        assert chat(server, BOTH, bearer("alice"), model=name).status == status, name
+        assert ask(server, path=f"/v1/models/{name}", headers=bearer("alice")).status == status, name
+    assert chat(server, BOTH, bearer("bob"), model="gpt-b").status == 200
+    unknown = chat(server, BOTH, bearer("bob"), model="nothing")
+    assert unknown.status == 200, "it may be tried"
+    asked = len(a.bodies())
+    for path, body in (("/v1/chat/completions", {**BOTH, "model": "both"}), ("/v1/embeddings", {"model": "both", "input": "x"}),
+                       ("/v1/completions", {"model": "both", "prompt": "x"}), ("/v1/responses", {"model": "both", "input": "x"}),
+                       ("/v1/embeddings", {"input": "x"}), ("/v1/images/generations", {"prompt": "x"}), ("/v1/audio/speech", b"model=gpt-x")):
+        got = ask(server, "POST", path, body, bearer("alice"))
+        assert (got.status, got.json["error"]["code"]) == (404, "model_not_found"), path
+    refused = chat(server, BOTH, bearer("alice"), model="gpt-b").json["error"]
+    assert refused["message"] == "The model 'gpt-b' does not exist.", "nothing is told of what it stands for"
+    assert ask(server, "POST", "/v1/messages", {**BOTH, "max_tokens": 9}, bearer("alice")).json["error"]["type"] == "not_found_error"
+    assert len(a.bodies()) == asked
+
+
+def test_two_models_in_one_body_are_no_way_around(pool):
+    a = FakeOpenAI()
+    server = pool(a, keys=keys("alice", models=("gpt-x",)))
+    body = b'{"mod\\u0065l":"both","x":1,"model":"gpt-x","messages":[{"role":"user","content":"hi"}]}'
+    for path in ("/v1/chat/completions", "/v1/embeddings"):
+        assert ask(server, "POST", path, body, {**bearer("alice"), "Content-Type": "application/json"}).status == 200
+        assert b"both" not in a.requests[-1].body and json.loads(a.requests[-1].body)["x"] == 1
+
+
+def test_a_reload_keeps_the_counts_of_keys_that_stay(pool):
+    a = FakeOpenAI()
+    server = pool(a, keys=keys("alice", "bob", max_concurrency=1))
+    member = server.pool.members[0]
+    a.faults.append(a.stall(1))
+    with socket.create_connection(("127.0.0.1", server.server_port), timeout=10) as sock:
+        sock.sendall(post("/v1/chat/completions", {**BOTH, "stream": True}, "Authorization: Bearer alice-key"))
+        wait_for(a.bodies)
+        changed = akashproxy.KeySettings(name="alice", key="new-key", max_concurrency=1)
+        server.reload(dataclasses.replace(server.settings, keys=(changed, *keys("carol"))))
+        assert server.pool.members[0] is member, "the controllers go on as they are"
+        assert chat(server, BOTH, bearer("alice")).status == chat(server, BOTH, bearer("bob")).status == 401
+        assert chat(server, BOTH, bearer("new")).status == 429 and chat(server, BOTH, bearer("carol")).status == 200
+        assert (counts(server), counts(server, "carol")) == ((1, 1, 1), (0, 1, 0))
+    wait_for(lambda: counts(server) == (0, 1, 1))
+    assert chat(server, BOTH, bearer("new")).status == 200
+
+
+def test_a_request_that_a_reload_overtakes_is_not_let_in_by_it(pool):
+    server = pool(FakeOpenAI(), keys=keys("alice"))
+    request = akashproxy.Handler.__new__(akashproxy.Handler)
+    request.server, request.settings, request.headers = server, server.settings, {}     # as begin() leaves it
+    server.reload(dataclasses.replace(server.settings, keys=(), bearer_token=("t",)))
+    for request.headers in ({}, {"x-api-key": "alice-key"}):
+        with pytest.raises(APIError, match="token"):
+            request.authorize()
 
 
 # == more than one machine ====================================================================
@@ -5852,7 +6145,7 @@ def test_every_setting_and_every_route_is_in_the_readme():
     for name, item in SETTINGS.items():
         default = akashproxy.default_text(item)
         assert f"| `{name}` | {f'`{default}`' if default else ''} | {item.metadata['help']} |" in README, name
-    for item in akashproxy.declared(akashproxy.ControllerSettings):
+    for item in akashproxy.declared(akashproxy.ControllerSettings) + akashproxy.declared(akashproxy.KeySettings):
         default = akashproxy.default_text(item)
         assert f"| `{item.name}` | {f'`{default}`' if default else ''} | {item.metadata['help']} |" in README, item.name
     for path in akashproxy.ROUTES:
@@ -5863,7 +6156,8 @@ def test_the_readmes_configuration_is_one(config):
     for block in blocks("json"):
         path = config(block)
         environ = {name: f"value-of-{name}" for name in re.findall(r"\$\{(\w+)\}", block)}
-        assert len(load(path, **environ).pool()) == 4
+        settings = load(path, **environ)
+        assert (len(settings.pool()), len(settings.keys)) == ((3, 2) if "keys" in json.loads(block) else (4, 0))
         assert run("--config-file", path, "--check", **environ).returncode == 0
 
 
