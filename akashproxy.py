@@ -474,7 +474,8 @@ class Thinking:
         self.step = self._before
 
     def feed(self, events: List[Event]) -> List[Event]:
-        if self.last and not self.trim and not self.held and len(events) == 1 and type(events[0]) is Text and "<" not in events[0].text:
+        if (self.last and not self.trim and not self.held and len(events) == 1 and type(events[0]) is Text
+                and "<" not in events[0].text):
             self.last = events[0].text[-1]      # the usual: an answer that goes on
             return events
         out: List[Event] = []
@@ -3001,7 +3002,8 @@ END_MARKS = (b"[DONE]", b'"finish_reason":"', b'"finish_reason": "', b'"finish_r
              b"message_stop", b"event: error", b"response.")
 GOES_ON = b'"finish_reason":null}]}\n\n', b'"finish_reason": null}]}\n\n', b'"finish_reason":null}],"usage":null}\n\n'
 CHAT_ENDS = re.compile(rb'(?:^|\n)data: ?\[DONE\]|"finish_reason" ?: ?"[a-z]')
-ENDS = {CHAT_PATH: CHAT_ENDS, "/v1/completions": CHAT_ENDS, "/v1/messages": re.compile(rb'"type" ?: ?"(?:message_stop|error)"'),
+ENDS = {CHAT_PATH: CHAT_ENDS, "/v1/completions": CHAT_ENDS,
+        "/v1/messages": re.compile(rb'"type" ?: ?"(?:message_stop|error)"'),
         "/v1/responses": re.compile(rb'"type" ?: ?"response\.(?:completed|incomplete|failed)"')}
 
 
@@ -5364,7 +5366,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.dialect = dialect if isinstance(dialect, type) else Messages if "anthropic-version" in self.headers else Dialect
         if self.path not in OPEN and (self.path, self.settings.metrics) != ("/metrics", "public"):
             self.authorize()
-        if (not methods or self.rest and "POST" not in methods) and self.command == "POST" and Relay.PATH.fullmatch(self.path):
+        known = bool(methods) and ("POST" in methods or not self.rest)
+        if not known and self.command == "POST" and Relay.PATH.fullmatch(self.path):
             methods, self.route = {"POST": Relay}, "relayed"
         if not methods:
             raise APIError(404, f"There is no {self.path[:200]!r} here.", code="not_found")
@@ -5734,10 +5737,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """One line for the request."""
         usage = self.usage or {}
         facts = {"client": self.client_address[0], "key": self.key.name if self.key else "", "method": self.command,
-                 "path": self.path, "status": self.status, "model": self.model, "controller": self.controller, "first_ms": round((self.first_at or now) * 1000)
-                 - round(self.began * 1000), "ms": round((now - self.began) * 1000), "bytes": self.sent,
-                 "tokens_in": usage.get("prompt_tokens"), "tokens_out": usage.get("completion_tokens"),
-                 "id": self.request_id}
+                 "path": self.path, "status": self.status, "model": self.model, "controller": self.controller,
+                 "first_ms": round((self.first_at or now) * 1000) - round(self.began * 1000),
+                 "ms": round((now - self.began) * 1000), "bytes": self.sent, "tokens_in": usage.get("prompt_tokens"),
+                 "tokens_out": usage.get("completion_tokens"), "id": self.request_id}
         log.info(" ".join(f"{name}={value}" for name, value in facts.items() if value not in ("", None)),
                  extra={"facts": facts})
 
