@@ -11,14 +11,19 @@ A client speaks OpenAI's API or Anthropic's to this file; it speaks the web API 
 OpenAI's, to upstreams. What knows an upstream is a *controller*; a *pool* chooses one for each request.
 
     client                             akashproxy.py                                upstream
-    ------  Handler --> Dialect --> Call --> Pool.answer --> Controller --> Transport  ------
+    ------  Handler --> Dialect --> Call --> Running --> Controller --> Transport      ------
     socket  Handler <-- Dialect <-- Text, Reasoning, Image, Finish <-- decoder <-- Response  socket
-                            Watchdog: one thread that looks at every open socket
+                            Flow: one answer on its way back, from socket to socket
+                            Watchdog: the thread that has all open sockets
 
 Left of the events nobody knows which upstream answered; right of them nobody knows what the client
 speaks. Between the sockets all is pushed: ``decoder.feed(data)`` gives events, ``dialect.feed(events)``
 gives bytes, and nothing in there reads, waits or knows a socket. Where both sides speak the same
 format, the events are Raw bytes.
+
+A request is a chain of steps. The watchdog's thread takes those that wait for nothing; where
+something must be waited for, a connection or a session say, the step raises Blocked and is taken
+again by a thread of its own, which then leaves the rest to the watchdog.
 
 The sections, in an order that can be read from top to bottom (``grep '^# ==' akashproxy.py``):
 names, errors, events, settings, http, transport, controllers, pool, dialects, guards, server, demo,
