@@ -3332,8 +3332,11 @@ class Pool:
                 return meant if meant in known and model not in known else model
         return model
 
-    def take(self, call: Call, tried: List[Member], errors: List[APIError]) -> Member:
-        """The controller to ask next; waits a little if all rest. APIError if there is none."""
+    def take(self, call: Call, tried: List[Member], errors: List[APIError], unable: int = 0) -> Member:
+        """The controller to ask next; waits a little if all rest. APIError if there is none.
+
+        The first so many of those that are not asked any more can't do it at all.
+        """
         if call.hurry and not self.never_waits:
             raise Blocked
         self.read_lists()
@@ -3341,6 +3344,8 @@ class Pool:
         with self.changed:
             while True:
                 known = self.able(call.model)
+                if unable:
+                    known = [member for member in known if member not in tried[:unable]]
                 able = [member for member in known if member not in tried] if tried else known
                 if not able:
                     raise self.summed_up(call, tried, errors)
@@ -3529,6 +3534,7 @@ class Running:
         self.errors: List[APIError] = []
         self.stream: Optional[Stream] = None    # the source, if it is one
         self.prepared, self.begun, self.started = False, False, 0.0
+        self.unable = 0         # how many of those tried can't do it at all
 
     def ask(self) -> None:
         """Ask the next controller, or the last one again. APIError if nobody is left; Blocked: to be called by a thread."""
@@ -3536,7 +3542,7 @@ class Running:
             self._prepare()
         while self.source is None:
             if self.member is None:
-                self.member = self.pool.take(self.call, self.tried, self.errors)
+                self.member = self.pool.take(self.call, self.tried, self.errors, self.unable)
                 self.started = self.pool.clock()
                 self.tried.append(self.member)
                 self.call.again = ""
@@ -3563,6 +3569,7 @@ class Running:
                 error.kind = "ability"      # what can't be done here, another controller may do
                 self.tried.append(member)
                 self.errors.append(error)
+        self.unable = len(self.tried)
 
     def batches(self) -> Iterator[List[Event]]:
         """The events of a source, in the thread that asks. An end without a Finish is an error: no "stop" is invented."""

@@ -2631,6 +2631,14 @@ def test_tools_never_go_to_akash_if_another_can_take_them(pool):
     assert (got.status, got.json["error"]["param"]) == (400, "tools")
 
 
+def test_who_alone_can_do_it_rests_only_where_it_was_told_to(pool):
+    a, b = FakeAkash(), FakeOpenAI()
+    server = pool((a, {"models": ["both"]}), b, max_wait=0)
+    tools = {"tools": [{"type": "function", "function": {"name": "f"}}]}
+    b.faults.append(b.garbage(b"\0"))
+    assert [chat(server, BOTH, **tools).status for _ in range(2)] == [502, 200]
+
+
 def test_akash_beside_a_key(pool):
     a, b = FakeAkash(), FakeOpenAI(["gpt-x"])
     server = known(pool((a, {"priority": 1}), (b, {"priority": 2, "model_map": {CHAT["model"]: "gpt-x"}})))
