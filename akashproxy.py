@@ -2948,6 +2948,9 @@ class RelayDecoder:
     def feed(self, data: bytes) -> List[Event]:
         if not self.events:
             return [Raw(data)]
+        if self.begun and not self.held and data.endswith(GOES_ON):     # the usual
+            self.last = data
+            return [Raw(data)]
         data = self.held + data if self.held else data
         if not data.endswith(b"\n"):
             at = data.rfind(b"\n") + 1
@@ -2961,8 +2964,7 @@ class RelayDecoder:
         if not data:
             return []
         self.last = data if len(data) > 3 else (self.last + data)[-4:]
-        if not data.endswith(GOES_ON):
-            self._look_for_the_end(data)
+        self._look_for_the_end(data)
         return [Raw(data)]
 
     def _look_for_the_end(self, data: bytes) -> None:
@@ -3755,9 +3757,10 @@ class ChatCompletions(Dialect):
         return b'%b,"choices":[{"index":0,"delta":{"content":%b}%b' % (self.head, to_json(text), self.tail)
 
     def feed(self, events: List[Event]) -> bytes:
-        if len(events) == 1:
+        if len(events) == 1:        # the usual
             event = events[0]
-            return self.text_frame(event.text) if type(event) is Text else self.event(event)
+            kind = type(event)
+            return self.text_frame(event.text) if kind is Text else event.data if kind is Raw else self.event(event)
         return b"".join(map(self.event, events))
 
     def event(self, event: Event) -> bytes:
@@ -4759,13 +4762,12 @@ class Flow:
         if self.free:
             return
         try:
-            sent = self.handler.send_now(frames, last)
+            if not self.handler.send_now(frames, last):
+                self.pause()
+            elif last:
+                self.let_go()
         except OSError:
-            return self.lose()
-        if not sent:
-            self.pause()
-        elif last:
-            self.let_go()
+            self.lose()
 
     def pause(self) -> None:
         """Read no more until the client has taken in what there is."""
