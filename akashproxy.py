@@ -6134,57 +6134,46 @@ PAGE = r"""<!doctype html>
 :root { color-scheme: light dark; --paper: light-dark(#fff, #17181b); --soft: light-dark(#f3f4f6, #24262b);
   --line: light-dark(#dcdfe4, #3a3d44); --ink: light-dark(#1c1d20, #e6e7e9); --faint: light-dark(#5f646d, #9ba1ab);
   --accent: light-dark(#0a62b8, #82bbff); --bad: light-dark(#b3261e, #ffa198); }
-* { box-sizing: border-box; }
-[hidden] { display: none !important; }
+* { box-sizing: border-box; } [hidden] { display: none !important; }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
 body { display: flex; flex-direction: column; height: 100dvh; margin: 0; background: var(--paper); color: var(--ink);
   font: 16px/1.6 system-ui, sans-serif; }
-header, form, #key, #note, main > * { width: 100%; max-width: 48rem; margin: 0 auto; padding: 0 1.25rem; }
-header, form { display: flex; flex-wrap: wrap; align-items: center; gap: .75rem 1rem; padding-block: .75rem; }
-header { min-height: 4.25rem; }
+header, form, label, #note, main > * { width: min(45.5rem, 100% - 2.5rem); margin: 0 auto; }
+header, form, label { display: flex; flex-wrap: wrap; align-items: center; gap: .75rem 1rem; padding: .75rem 0; }
+a { color: var(--accent); } .bad { color: var(--bad); }
 header a { padding: .25rem 0; border-bottom: 2px solid transparent; color: var(--faint); text-decoration: none; }
-header a[aria-current] { border-color: var(--accent); color: var(--ink); }
-button, select, input, textarea { min-width: 0; padding: .5rem .9rem; border: 1px solid var(--line); border-radius: .5rem;
-  background: var(--paper); color: inherit; font: inherit; }
-main { flex: 1; overflow: hidden auto; scrollbar-gutter: stable both-edges; padding-block: 1.5rem; overflow-wrap: anywhere;
-  border-block: 1px solid var(--line); }
-main, pre { scrollbar-width: thin; }
-#log { display: flex; flex-direction: column-reverse; }     /* so that its end stays in sight while it grows */
-#turns { margin-bottom: auto; }
-#turns:empty::before { content: "Enter sends, Shift+Enter breaks the line, Escape stops."; color: var(--faint); }
-#again { margin-left: auto; }
-#key, #note:not(:empty) { padding-bottom: .75rem; }
-#token { margin-left: .75rem; }
+header a[aria-current=true] { border-color: var(--accent); color: var(--ink); }
+header a:last-child { margin-left: auto; }
+button, select, input, textarea { min-width: 0; padding: .5rem .9rem; background: none; color: inherit; font: inherit; }
+button, select, input, textarea, figure, section { border: 1px solid var(--line); }
+button, select, input, textarea, figure, section, img, .question { border-radius: .5rem; }
 #model { flex: 0 1 11rem; text-overflow: ellipsis; }
 #field { flex: 1 1 13rem; max-height: 40vh; field-sizing: content; resize: none; }
 #send { border-color: var(--accent); background: var(--accent); color: var(--paper); }
-.question { width: fit-content; max-width: 85%; margin-left: auto; padding: .6rem 1rem; border-radius: 1rem;
-  background: var(--soft); }
-.question, .text p, .thoughts { white-space: pre-wrap; }
-.answer { margin-block: 1.25rem 2.5rem; }
-.answer[aria-busy=true] .text:empty::before { content: "\2026"; }
-.text > *, .bad, details { margin: 0 0 .75rem; }
-.bad { color: var(--bad); }
-.faint, summary, .thoughts { color: var(--faint); font-size: .875rem; }
+main { flex: 1; overflow: auto; scrollbar-gutter: stable both-edges; padding: 1.5rem 0; overflow-wrap: anywhere;
+  border-block: 1px solid var(--line); }
+#log { display: flex; flex-direction: column-reverse; }     /* so that its end stays in sight while it grows */
+#turns { margin-bottom: auto; }
+#turns:empty::before { content: "Enter sends, Shift+Enter breaks the line, Escape stops."; color: var(--faint); }
+.question, p, .thoughts { white-space: pre-wrap; }
+.question { width: fit-content; max-width: 85%; margin-left: auto; padding: .6rem 1rem; background: var(--soft); }
+.answer { margin: 1.25rem 0 2.5rem; } .answer[aria-busy=true] .text:empty::before { content: "\2026"; }
+.text > *, .answer > *, section p { margin: 0 0 .75rem; } details > :not(summary) { margin: .75rem 0 0; }
+:is(h1, h2, h3, h4, h5, h6) { font-size: 1.15rem; }
+summary, .thoughts, figcaption { color: var(--faint); font-size: .875rem; }
 summary { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; cursor: pointer; }
-.thoughts { margin-top: .5rem; padding-left: 1rem; border-left: 2px solid var(--line); }
-h1, h2, h3, h4, h5, h6 { font-size: 1.15rem; }
-ol { padding-left: 1.5rem; }
-a { color: var(--accent); }
-img { display: block; max-width: 100%; border-radius: .5rem; }
-code { padding: .1em .3em; border-radius: .25rem; background: var(--soft); font: .875em ui-monospace, monospace; }
-figure { margin: .75rem 0; border: 1px solid var(--line); border-radius: .5rem; }
-figcaption { display: flex; justify-content: space-between; align-items: center; padding-left: 1rem; }
-figcaption button { border: 0; }
-pre { margin: 0; padding: 0 1rem .75rem; overflow-x: auto; font: .875rem/1.5 ui-monospace, monospace; }
-pre code { padding: 0; background: none; font: inherit; }
-#status section { padding-block: 1rem; border-bottom: 1px solid var(--line); font-variant-numeric: tabular-nums; }
-section p { margin: 0; }
+.thoughts { padding-left: 1rem; border-left: 2px solid var(--line); }
+ol { padding-left: 1.5rem; } li:not([value]) { list-style: disc; } .deep { margin-left: 1.5rem; }
+img { display: block; max-width: 100%; }
+pre, code { font: .875rem/1.5 ui-monospace, monospace; }
+:not(pre) > code { padding: .1em .3em; border-radius: .25rem; background: var(--soft); }
+pre { margin: 0; padding: 0 1rem .75rem; overflow-x: auto; scrollbar-width: thin; }
+figcaption { display: grid; grid: auto / 1fr auto; align-items: center; min-height: 2.5rem; padding-left: 1rem; }
+figcaption button { border: 0; background: none; }
+section { margin-bottom: 1rem; padding: .75rem 1rem 0; }
 </style>
-<header>
-  <a href="#chat">Chat</a> <a href="#status">Controllers</a> <button id="again" type="button">New chat</button>
-</header>
-<div id="key" hidden><label for="token">Token</label> <input id="token" type="password" autocomplete="off"></div>
+<header><a href="#chat">Chat</a> <a href="#status">Controllers</a> <a href=".">New chat</a></header>
+<label id="key" hidden>Token <input id="token" type="password" autocomplete="off"></label>
 <div id="note" class="bad" role="alert"></div>
 <main id="log" role="log" aria-label="Conversation" tabindex="0"><div id="turns"></div></main>
 <main id="status" aria-label="Controllers" tabindex="0" hidden></main>
@@ -6194,136 +6183,107 @@ section p { margin: 0; }
   <button id="send">Send</button>
 </form>
 <script type="module">
-const {again, key, token, note, log, turns, status, form, model, field, send} =
-  Object.fromEntries([...document.querySelectorAll("[id]")].map((element) => [element.id, element]));
+const {key, token, note, log, turns, status, form, model, field, send} =
+  Object.fromEntries(Array.from(document.querySelectorAll("[id]"), (element) => [element.id, element]));
 const messages = [];    // the conversation so far
 let stop = null;        // the AbortController of the answer that is coming
 
 function make(tag, properties, ...children) {   // all that is shown is made here, as elements and text, never from HTML
   const element = Object.assign(document.createElement(tag), properties);
-  element.append(...children);
+  for (const child of children.flat()) element.append(child);
   return element;
 }
 
-// -- the server, asked as any client asks it
-
 async function api(path, options) {
-  const secret = (sessionStorage.token ?? "").replace(/[^ -~]/g, "").trim();
+  const secret = sessionStorage.token;
   const headers = {"Content-Type": "application/json", ...(secret && {Authorization: `Bearer ${secret}`})};
-  const response = await fetch(path, {...options, headers}).catch(() => {
-    throw Error("The server does not answer. Is it still running?");
-  });
-  if (response.ok) return response;
+  const response = await fetch(path, {...options, headers}).catch(() => null);
+  if (response?.ok) return response;
+  if (!response) throw Error("The server does not answer. Is it still running?");
   if (response.status === 401) {
-    key.hidden = false;     // it is, as long as the server wants another one
+    key.hidden = false;
     token.focus();
     throw Error(secret ? "The token is wrong. Type the right one." : "This server needs a token. Type it above.");
   }
-  const told = (await response.json().catch(() => null))?.error ?? {message: `The server answered with ${response.status}.`};
-  throw Error(advised(told, response.headers.get("Retry-After")));
+  const unread = {error: {message: `The server answered with ${response.status}.`}};
+  throw failure((await response.json().catch(() => unread)).error, response.headers.get("Retry-After"));
 }
 
-function advised({message, code}, seconds) {    // an error, and what to do
-  if (code === "model_not_found") return `${message} Choose another model.`;
-  return `${message} Try again${seconds ? ` in ${span(seconds)}` : " or choose another model"}.`;
+function failure({message, code}, seconds) {    // what went wrong, and what to do
+  const otherwise = code === "model_not_found" ? "Choose another model" : "Try again or choose another model";
+  return Error(`${message} ${seconds ? `Try again in ${seconds} s` : otherwise}.`);
 }
 
-const span = (seconds) => seconds < 120 ? `${seconds} s` : `${Math.round(seconds / 60)} min`;
-
-async function* events(stream) {    // the data of the events of a text/event-stream; comments and other fields are skipped
+async function* events(stream) {    // what each event of a text/event-stream says, as JSON
   const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
-  let held = "", data = [];
-  for (let part; !(part = await reader.read()).done;) {
-    const lines = (held + part.value).split(/\r\n|\n|\r(?!$)/);
-    held = lines.pop();
-    for (const line of lines) {
-      const [, name, value = ""] = line.match(/^([^:]*)(?:: ?(.*))?$/s);
-      if (name === "data") data.push(value);
-      if (!line && data.length) yield data.splice(0).join("\n");
-    }
+  for (let held = "", part; !(part = await reader.read()).done;) {
+    const whole = (held + part.value).split(/(?:\r\n|\n|\r(?!\n|$)){2}/);
+    held = whole.pop();
+    const data = (event) => event.match(/(?<![^\r\n])data:[^\r\n]*/g)?.map((line) => line.slice(5)).join("\n");
+    yield* whole.map(data).filter((text) => text && text.trim() !== "[DONE]").map((text) => JSON.parse(text));
   }
 }
 
-// -- Markdown, as much of it as models use
-
-const either = (...parts) => new RegExp(parts.map((part) => part.source).join("|"), "gm");
-const BLOCK = either(
-  /^(?<indent>[ \t]*)(?<fence>```+|~~~+)(?<name>.*)(?:\n(?<code>[^]*?)(?:^[ \t]*\k<fence>[ \t]*$|(?![^])))?/,
-  /^(?<level>#{1,6}) +(?<title>.+)/,
-  /(?<list>(?:^[ \t]*(?:[-*+]|\d{1,9}[.)]) .*(?:\n(?![ \t]*(?:$|```|~~~|#+ |[-*+] |\d+[.)] )).+)*\n*)+)/,
-  /(?<text>^.*\S.*(?:\n(?![ \t]*(?:$|```|~~~|#+ |[-*+] |\d+[.)] )).+)*)/);
-const INLINE = either(
-  /(?<ticks>`+)(?<code>.+?)(?<!`)\k<ticks>(?!`)/,
-  /(?<image>!?)\[(?<label>[^[\]]*)\]\((?<link>https?:\/\/(?:[^\s()]|\([^\s()]*\))+)\)/,
-  /\*\*(?=\S)(?<strong>[^]+?)\*\*(?!\*)/, /(?<![\w*])\*(?=\S)(?<em>[^*\n]+)\*(?!\*)/, /(?<!\w)_(?=\S)(?<em2>[^_\n]+)_(?!\w)/,
-  /(?<bare>https?:\/\/[^\s<>()*`"']*[^\s<>()*`"'.,;:!?])/);
+// Markdown, as much of it as models use. The patterns take a time in proportion to the text, whatever it is.
+const MORE = /(?:\n(?![ \t]*(?:$|```|~~~|#+ |[-*+] |\d+[.)] )).+)*/.source;     // a paragraph's further lines
+const ITEM = /^([ \t]*)([-*+]|\d{1,9}[.)]) (.*MORE)/.source.replace("MORE", MORE);
+const BLOCK = RegExp([
+  /^(?<indent>[ \t]*)(?<fence>```+|~~~+)(?<name>.*)(?:\n(?<code>[^]*?)(?:^[ \t]*\k<fence>[ \t]*$|(?![^])))?/.source,
+  /^(?<level>#{1,6}) +(?<title>.+)/.source, `(?<list>(?:${ITEM}\\n*)+)`, `(?<text>^.*\\S.*${MORE})`].join("|"), "gm");
+const INLINE = RegExp(`(${[/``.+?``(?!`)|`[^`\n]+`/, /\*\*(?=\S)[^*]+(?:\*[^*]+\*[^*]*){0,3}\*\*/,
+  /(?<![\w*])\*(?=\S)[^*\n]+\*(?![\w*])/, /(?<!\w)_(?=\S)[^_\n]+_(?!\w)/,
+  /!?\[[^[\]]*\]\(https?:\/\/(?:[^\s()]|\([^\s()]*\))+\)/, /https?:\/\/[^\s<>()*`"']*[^\s<>()*`"'.,;:!?]/,
+].map(({source}) => source).join("|")})`);
 
 function draw(place, text) {    // only blocks that changed are made anew
-  const found = [...text.matchAll(BLOCK)];
-  found.forEach(({0: source, groups}, at) => {
-    const old = place.children[at];
-    if (old?.source !== source) place.replaceChild(Object.assign(block(groups), {source}), old ?? place.appendChild(make("p")));
+  [...text.matchAll(BLOCK)].forEach(({0: source, groups}, at) => {
+    if (place.children[at]?.source === source) return;
+    while (place.children[at]) place.lastChild.remove();
+    place.append(Object.assign(block(groups), {source}));
   });
-  while (place.children.length > found.length) place.lastChild.remove();
 }
 
 function block({fence, indent, name, code = "", level, title, list, text}) {
   if (fence) return listing(code.replace(RegExp(`^${indent}`, "gm"), "").replace(/\n$/, ""), name.trim());
-  if (level) return make(`h${level.length}`, {}, ...inline(title));
-  if (text) return make("p", {}, ...inline(text));
-  return make("ol", {}, ...list.trimEnd().split(/\n+(?=[ \t]*(?:[-*+]|\d{1,9}[.)]) )/).map((line) => {
-    const [, blanks, mark, words] = line.match(/^([ \t]*)(\S+) ([^]*)/), item = make("li", {}, ...inline(words));
-    if (/\d/.test(mark)) item.value = parseInt(mark);
-    else item.style.listStyle = "disc";
-    item.style.marginLeft = `${blanks.length / 2}em`;   // how deep it is
-    return item;
-  }));
+  if (level) return make(`h${level.length}`, {}, inline(title));
+  if (text) return make("p", {}, inline(text));
+  return make("ol", {}, Array.from(list.matchAll(RegExp(ITEM, "gm")), ([, blanks, mark, words]) =>
+    make("li", {className: blanks && "deep", ...(/\d/.test(mark) && {value: parseInt(mark)})}, inline(words))));
 }
 
-function inline(text) {     // the nodes of a text
-  let at = 0;
-  const nodes = [...text.matchAll(INLINE)].flatMap(({0: whole, index, groups}) => {
-    const {code, image, label, link, strong, em, em2, bare} = groups, before = text.slice(at, index), href = link ?? bare;
-    at = index + whole.length;
-    return [before, code ? make("code", {}, code) : image && own(link) ? picture(own(link), label)
-      : href ? make("a", {href, target: "_blank", rel: "noopener"}, ...(label ? inline(label) : [href]))
-      : make(strong ? "strong" : "em", {}, ...inline(strong ?? em ?? em2))];
-  });
-  return [...nodes, text.slice(at)];
-}
+const inline = (text) => text.split(INLINE).map((part, at) => {     // every other part is one to be marked up
+  if (at % 2 === 0) return part;
+  if (part.startsWith("`")) return make("code", {}, part.replace(/^(``?)(.*)\1$/, "$2"));
+  if (part.startsWith("**")) return make("strong", {}, inline(part.slice(2, -2)));
+  if (/^[*_]/.test(part)) return make("em", {}, inline(part.slice(1, -1)));
+  const [, image, label, href] = part.match(/^(!?)\[(.*)\]\((.*)\)$/s) ?? [, "", "", part];
+  const [, own = ""] = image ? href.split(`//${location.host}${location.pathname}images/`) : "";
+  if (/^\w[\w.-]*$/.test(own)) return picture(own, label);
+  return make("a", {href, target: "_blank", rel: "noopener"}, label ? inline(label) : href);
+});
 
-function own(link) {    // the name of a picture of this server, else nothing
-  const [before, name] = link.split(location.host + new URL("images/", location).pathname);
-  return /^https?:\/\/$/.test(before) && /^\w[\w.-]*$/.test(name) ? name : "";
-}
-
-function picture(name, alt) {   // fetched, for an <img> can't send a token
+function picture(name, alt) {   // fetched, for an <img> can't send a token; never read as SVG, which can hold a script
   const image = make("img", {alt});
+  image.onerror = () => image.replaceWith(make("span", {className: "bad"}, "This picture can't be shown."));
   api(`images/${name}`).then((response) => response.blob()).then((blob) => {
-    if (!/^image\/(png|jpeg|gif|webp|avif)$/.test(blob.type)) throw Error("This picture can't be shown.");
-    image.src = URL.createObjectURL(blob);
-  }).catch((error) => image.replaceWith(make("span", {className: "bad"}, error.message)));
+    image.src = URL.createObjectURL(blob.slice(0, blob.size, "image/png"));
+  }).catch(image.onerror);
   return image;
 }
 
 function listing(text, name) {
-  const code = make("code", {}, text), copy = make("button", {type: "button"}, "Copy");
-  copy.onclick = async () => {
-    try { await navigator.clipboard.writeText(text); copy.textContent = "Copied"; }
-    catch { getSelection().selectAllChildren(code); copy.textContent = "Selected"; }    // plain HTTP has no clipboard
-  };
-  return make("figure", {}, make("figcaption", {className: "faint"}, name, copy), make("pre", {tabIndex: 0}, code));
+  const copy = make("button", {type: "button", hidden: !navigator.clipboard}, "Copy");  // plain HTTP has no clipboard
+  copy.onclick = () => navigator.clipboard.writeText(text).then(() => { copy.textContent = "Copied"; });
+  return make("figure", {}, make("figcaption", {}, name, copy), make("pre", {tabIndex: 0}, make("code", {}, text)));
 }
 
-// -- the chat
-
 async function ask(question) {
-  const body = JSON.stringify({model: model.value, messages: [...messages, {role: "user", content: question}], stream: true});
-  const summary = make("summary"), thoughts = make("div", {className: "thoughts"}), text = make("div", {className: "text"});
-  const thinking = make("details", {hidden: true}, summary, thoughts);
+  const chat = {model: model.value, messages: [...messages, {role: "user", content: question}]};
+  const body = JSON.stringify({...chat, stream: true});
+  const summary = make("summary"), thoughts = make("div", {className: "thoughts"});
+  const thinking = make("details", {hidden: true}, summary, thoughts), text = make("div", {className: "text"});
   const article = make("article", {className: "answer", ariaBusy: "true"}, thinking, text);
-  let answer = "", thought = "", finish = "", frame = 0, route = model.value;
-
+  let answer = "", thought = "", finish = "", frame = 0;
   function show() {
     frame = 0;
     thinking.hidden = !thought;
@@ -6335,37 +6295,51 @@ async function ask(question) {
   log.scrollTop = 0;      // the end
   try {
     const response = await api("v1/chat/completions", {method: "POST", body, signal: stop.signal});
-    route += `, ${response.headers.get("X-Akashproxy-Route")}`;
-    for await (const data of events(response.body)) {
-      const {error, choices} = data === "[DONE]" ? {} : JSON.parse(data), {delta, finish_reason} = choices?.[0] ?? {};
-      if (error) throw Error(advised(error));
-      answer += delta?.content ?? "";
-      thought += delta?.reasoning_content ?? "";
+    for await (const {error, choices: [{delta = {}, finish_reason} = {}] = []} of events(response.body)) {
+      if (error) throw failure(error);
+      answer += delta.content ?? "";
+      thought += delta.reasoning_content ?? "";
       finish = finish_reason ?? finish;
       frame ||= requestAnimationFrame(show);
     }
-    if (finish !== "stop") throw Error(finish ? `The answer ended early: ${finish}.` : "The answer broke off. Try again.");
+    if (finish !== "stop") throw Error(`The answer ended early: ${finish || "the connection broke off"}.`);
   } catch (error) {
     article.append(make("p", {className: "bad"}, stop.signal.aborted ? "Stopped." : error.message));
   }
-  cancelAnimationFrame(frame);
   show();
-  article.append(make("details", {}, make("summary", {}, `${route}: as curl and Python`), ...examples(body)));
+  article.append(make("details", {}, make("summary", {}, "As curl and Python"), examples(chat)));
   article.ariaBusy = "false";
-  if (answer) messages.push({role: "user", content: question}, {role: "assistant", content: answer});
+  if (answer) messages.push(chat.messages.pop(), {role: "assistant", content: answer});
   else field.value ||= question;      // nothing has come: it can be sent again
 }
 
-function examples(body) {   // what was asked, for a shell and for Python; the token stays out
-  const {model, messages} = JSON.parse(body), base = new URL("v1", location).href;
-  const secret = sessionStorage.token ? ' -H "Authorization: Bearer $TOKEN"' : "";
+function examples(chat) {   // what was asked, for a shell and for Python; the token stays out
+  const base = new URL("v1", location).href, secret = sessionStorage.token ? ' -H "Authorization: Bearer $TOKEN"' : "";
   return [listing(`curl -N ${base}/chat/completions${secret} -H 'Content-Type: application/json' \\
-  -d '${body.replaceAll("'", "'\\''")}'`, "curl"), listing(`import os, openai
+  -d '${JSON.stringify({...chat, stream: true}).replaceAll("'", "'\\''")}'`, "curl"), listing(`import os, openai
 
 client = openai.OpenAI(base_url="${base}", api_key=os.environ.get("TOKEN", "none"))
-stream = client.chat.completions.create(model=${JSON.stringify(model)}, stream=True, messages=${JSON.stringify(messages)})
-for chunk in stream:
+for chunk in client.chat.completions.create(stream=True, **${JSON.stringify(chat)}):
     print(chunk.choices[0].delta.content or "", end="")`, "Python")];
+}
+
+async function refresh() {      // the models, once, and the controllers while they are in sight
+  if (document.hidden || !key.hidden) return;
+  try {
+    if (!model.length) {
+      const {data} = await (await api("v1/models")).json();
+      model.replaceChildren(...data.map(({id}) => make("option", {value: id}, id)));
+      field.focus();
+    }
+    if (!status.hidden) {
+      const {controllers} = await (await api("status")).json();
+      status.replaceChildren(...controllers.map((each) => make("section", {}, make("b", {}, each.name),
+        make("p", {}, `${each.in_flight} in flight, ${each.served} served, ${each.failed} failed, `,
+          each.rests_for_seconds ? `rests for ${each.rests_for_seconds} s` : "ready"),
+        each.last_error ? make("p", {className: "bad"}, `Last error: ${each.last_error}`) : "")));
+    }
+    note.textContent = "";
+  } catch (error) { note.textContent = error.message; }
 }
 
 form.onsubmit = async (event) => {
@@ -6377,52 +6351,26 @@ form.onsubmit = async (event) => {
   await ask(question);
   [send.textContent, stop] = ["Send", null];
 };
-field.onkeydown = (event) => {
-  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+onkeydown = (event) => {
+  if (event.key === "Escape") stop?.abort();
+  if (event.target !== field || event.key !== "Enter" || event.shiftKey || event.isComposing) return;
   event.preventDefault();
   if (!stop) form.requestSubmit();
 };
-onkeydown = (event) => { if (event.key === "Escape") stop?.abort(); };
-again.onclick = () => location.reload();
-
-// -- the token, the models, the controllers
-
-async function attempt(work) {      // what goes wrong is said at the top
-  try { await work(); note.textContent = ""; } catch (error) { note.textContent = error.message; }
-}
-
-async function list() {
-  const {data} = await (await api("v1/models")).json();
-  model.replaceChildren(...data.map(({id}) => make("option", {value: id, selected: id === sessionStorage.model}, id)));
-  field.focus();
-}
-
-const watch = () => document.hidden || status.hidden || !key.hidden || attempt(async () => {
-  const {version, uptime_seconds, controllers} = await (await api("status")).json();
-  status.replaceChildren(make("p", {className: "faint"}, `akashproxy ${version}, up for ${span(uptime_seconds)}`),
-    ...controllers.map(({name, in_flight, served, failed, rests_for_seconds: rest, last_error}) => make("section", {},
-      make("b", {}, name), make("p", {},
-        `${in_flight} in flight, ${served} served, ${failed} failed, ${rest ? `rests for ${span(rest)}` : "ready"}`),
-      make("p", {className: "bad"}, last_error ? `Last error: ${last_error}` : ""))));
-});
-
-function view() {
-  status.hidden = location.hash !== "#status";
-  log.hidden = form.hidden = again.hidden = !status.hidden;
-  document.querySelectorAll("header a").forEach((link, at) => { link.ariaCurrent = at === +!status.hidden ? "page" : null; });
-  watch();
-}
-
 token.onchange = () => {
-  sessionStorage.token = token.value;
+  sessionStorage.token = token.value.replace(/[^!-~]/g, "");
   key.hidden = true;
-  attempt(list).then(watch);
+  refresh();
 };
-model.onchange = () => { sessionStorage.model = model.value; };
-onhashchange = document.onvisibilitychange = view;
-setInterval(watch, 2000);
-view();
-attempt(list);
+onhashchange = () => {
+  status.hidden = location.hash !== "#status";
+  log.hidden = form.hidden = !status.hidden;
+  document.querySelector("[href='#chat']").ariaCurrent = !log.hidden;
+  document.querySelector("[href='#status']").ariaCurrent = !status.hidden;
+  refresh();
+};
+onhashchange();
+setInterval(refresh, 2000);
 </script>
 """
 
