@@ -6145,8 +6145,7 @@ header a { padding: .25rem 0; border-bottom: 2px solid transparent; color: var(-
 header a[aria-current=true] { border-color: var(--accent); color: var(--ink); }
 header a:last-child { margin-left: auto; }
 button, select, input, textarea { min-width: 0; padding: .5rem .9rem; background: none; color: inherit; font: inherit; }
-button, select, input, textarea, figure, section { border: 1px solid var(--line); }
-button, select, input, textarea, figure, section, img, .question { border-radius: .5rem; }
+button, select, input, textarea, figure, section, .question { border: 1px solid var(--line); border-radius: .5rem; }
 #model { flex: 0 1 11rem; text-overflow: ellipsis; }
 #field { flex: 1 1 13rem; max-height: 40vh; field-sizing: content; resize: none; }
 #send { border-color: var(--accent); background: var(--accent); color: var(--paper); }
@@ -6161,6 +6160,7 @@ main { flex: 1; overflow: auto; scrollbar-gutter: stable both-edges; padding: 1.
 .text > *, .answer > *, section p { margin: 0 0 .75rem; } details > :not(summary) { margin: .75rem 0 0; }
 :is(h1, h2, h3, h4, h5, h6) { font-size: 1.15rem; }
 summary, .thoughts, figcaption { color: var(--faint); font-size: .875rem; }
+details:has(> .thoughts:empty) { display: none; }
 summary { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; cursor: pointer; }
 .thoughts { padding-left: 1rem; border-left: 2px solid var(--line); }
 ol { padding-left: 1.5rem; } li:not([value]) { list-style: disc; } .deep { margin-left: 1.5rem; }
@@ -6179,8 +6179,7 @@ section { margin-bottom: 1rem; padding: .75rem 1rem 0; }
 <main id="status" aria-label="Controllers" tabindex="0" hidden></main>
 <form id="form">
   <select id="model" aria-label="Model"></select>
-  <textarea id="field" rows="1" aria-label="Message" placeholder="Message"></textarea>
-  <button id="send">Send</button>
+  <textarea id="field" rows="1" aria-label="Message" placeholder="Message"></textarea> <button id="send">Send</button>
 </form>
 <script type="module">
 const {key, token, note, log, turns, status, form, model, field, send} =
@@ -6194,6 +6193,7 @@ function make(tag, properties, ...children) {   // all that is shown is made her
   return element;
 }
 
+// -- the server, asked as any client asks it
 async function api(path, options) {
   const secret = sessionStorage.token;
   const headers = {"Content-Type": "application/json", ...(secret && {Authorization: `Bearer ${secret}`})};
@@ -6208,12 +6208,10 @@ async function api(path, options) {
   const unread = {error: {message: `The server answered with ${response.status}.`}};
   throw failure((await response.json().catch(() => unread)).error, response.headers.get("Retry-After"));
 }
-
 function failure({message, code}, seconds) {    // what went wrong, and what to do
   const otherwise = code === "model_not_found" ? "Choose another model" : "Try again or choose another model";
   return Error(`${message} ${seconds ? `Try again in ${seconds} s` : otherwise}.`);
 }
-
 async function* events(stream) {    // what each event of a text/event-stream says, as JSON
   const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
   for (let held = "", part; !(part = await reader.read()).done;) {
@@ -6224,7 +6222,7 @@ async function* events(stream) {    // what each event of a text/event-stream sa
   }
 }
 
-// Markdown, as much of it as models use. The patterns take a time in proportion to the text, whatever it is.
+// -- Markdown, as much of it as models use; the patterns take a time in proportion to the text, whatever it is.
 const MORE = /(?:\n(?![ \t]*(?:$|```|~~~|#+ |[-*+] |\d+[.)] )).+)*/.source;     // a paragraph's further lines
 const ITEM = /^([ \t]*)([-*+]|\d{1,9}[.)]) (.*MORE)/.source.replace("MORE", MORE);
 const BLOCK = RegExp([
@@ -6234,7 +6232,6 @@ const INLINE = RegExp(`(${[/``.+?``(?!`)|`[^`\n]+`/, /\*\*(?=\S)[^*]+(?:\*[^*]+\
   /(?<![\w*])\*(?=\S)[^*\n]+\*(?![\w*])/, /(?<!\w)_(?=\S)[^_\n]+_(?!\w)/,
   /!?\[[^[\]]*\]\(https?:\/\/(?:[^\s()]|\([^\s()]*\))+\)/, /https?:\/\/[^\s<>()*`"']*[^\s<>()*`"'.,;:!?]/,
 ].map(({source}) => source).join("|")})`);
-
 function draw(place, text) {    // only blocks that changed are made anew
   [...text.matchAll(BLOCK)].forEach(({0: source, groups}, at) => {
     if (place.children[at]?.source === source) return;
@@ -6242,7 +6239,6 @@ function draw(place, text) {    // only blocks that changed are made anew
     place.append(Object.assign(block(groups), {source}));
   });
 }
-
 function block({fence, indent, name, code = "", level, title, list, text}) {
   if (fence) return listing(code.replace(RegExp(`^${indent}`, "gm"), "").replace(/\n$/, ""), name.trim());
   if (level) return make(`h${level.length}`, {}, inline(title));
@@ -6250,7 +6246,6 @@ function block({fence, indent, name, code = "", level, title, list, text}) {
   return make("ol", {}, Array.from(list.matchAll(RegExp(ITEM, "gm")), ([, blanks, mark, words]) =>
     make("li", {className: blanks && "deep", ...(/\d/.test(mark) && {value: parseInt(mark)})}, inline(words))));
 }
-
 const inline = (text) => text.split(INLINE).map((part, at) => {     // every other part is one to be marked up
   if (at % 2 === 0) return part;
   if (part.startsWith("`")) return make("code", {}, part.replace(/^(``?)(.*)\1$/, "$2"));
@@ -6261,7 +6256,6 @@ const inline = (text) => text.split(INLINE).map((part, at) => {     // every oth
   if (/^\w[\w.-]*$/.test(own)) return picture(own, label);
   return make("a", {href, target: "_blank", rel: "noopener"}, label ? inline(label) : href);
 });
-
 function picture(name, alt) {   // fetched, for an <img> can't send a token; never read as SVG, which can hold a script
   const image = make("img", {alt});
   image.onerror = () => image.replaceWith(make("span", {className: "bad"}, "This picture can't be shown."));
@@ -6270,25 +6264,23 @@ function picture(name, alt) {   // fetched, for an <img> can't send a token; nev
   }).catch(image.onerror);
   return image;
 }
-
 function listing(text, name) {
   const copy = make("button", {type: "button", hidden: !navigator.clipboard}, "Copy");  // plain HTTP has no clipboard
   copy.onclick = () => navigator.clipboard.writeText(text).then(() => { copy.textContent = "Copied"; });
   return make("figure", {}, make("figcaption", {}, name, copy), make("pre", {tabIndex: 0}, make("code", {}, text)));
 }
 
+// -- the chat
 async function ask(question) {
   const chat = {model: model.value, messages: [...messages, {role: "user", content: question}]};
   const body = JSON.stringify({...chat, stream: true});
-  const summary = make("summary"), thoughts = make("div", {className: "thoughts"});
-  const thinking = make("details", {hidden: true}, summary, thoughts), text = make("div", {className: "text"});
+  const [thoughts, text] = ["thoughts", "text"].map((className) => make("div", {className}));
+  const summary = make("summary"), thinking = make("details", {}, summary, thoughts);
   const article = make("article", {className: "answer", ariaBusy: "true"}, thinking, text);
-  let answer = "", thought = "", finish = "", frame = 0;
+  let answer = "", finish = "", frame = 0;
   function show() {
     frame = 0;
-    thinking.hidden = !thought;
-    thoughts.textContent = thought;
-    summary.textContent = answer ? "Thoughts" : thought.trim().split("\n").pop();
+    summary.textContent = answer ? "Thoughts" : thoughts.textContent.trim().split("\n").pop();
     draw(text, answer);
   }
   turns.append(make("div", {className: "question"}, question), article);
@@ -6298,7 +6290,7 @@ async function ask(question) {
     for await (const {error, choices: [{delta = {}, finish_reason} = {}] = []} of events(response.body)) {
       if (error) throw failure(error);
       answer += delta.content ?? "";
-      thought += delta.reasoning_content ?? "";
+      if (delta.reasoning_content) thoughts.append(delta.reasoning_content);
       finish = finish_reason ?? finish;
       frame ||= requestAnimationFrame(show);
     }
@@ -6312,7 +6304,6 @@ async function ask(question) {
   if (answer) messages.push(chat.messages.pop(), {role: "assistant", content: answer});
   else field.value ||= question;      // nothing has come: it can be sent again
 }
-
 function examples(chat) {   // what was asked, for a shell and for Python; the token stays out
   const base = new URL("v1", location).href, secret = sessionStorage.token ? ' -H "Authorization: Bearer $TOKEN"' : "";
   return [listing(`curl -N ${base}/chat/completions${secret} -H 'Content-Type: application/json' \\
@@ -6323,6 +6314,7 @@ for chunk in client.chat.completions.create(stream=True, **${JSON.stringify(chat
     print(chunk.choices[0].delta.content or "", end="")`, "Python")];
 }
 
+// -- what happens, and when
 async function refresh() {      // the models, once, and the controllers while they are in sight
   if (document.hidden || !key.hidden) return;
   try {
@@ -6341,7 +6333,6 @@ async function refresh() {      // the models, once, and the controllers while t
     note.textContent = "";
   } catch (error) { note.textContent = error.message; }
 }
-
 form.onsubmit = async (event) => {
   event.preventDefault();
   const question = field.value.trim();

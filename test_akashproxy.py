@@ -5861,6 +5861,7 @@ def test_a_chat_on_the_page(browser, akash, serve):
 
 MARKDOWN = {
     "a **b *c*** `d**`": "<p>a <strong>b <em>c</em></strong> <code>d**</code></p>",
+    "``a ` b`` `c **d *e f": "<p><code>a ` b</code> `c **d *e f</p>",
     "a\nb\n\nc": "<p>a\nb</p><p>c</p>",
     "snake_case_name 2*3*4 __init__": "<p>snake_case_name 2*3*4 __init__</p>",
     "# A\n## B _c_\ntext": "<h1>A</h1><h2>B <em>c</em></h2><p>text</p>",
