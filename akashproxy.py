@@ -6321,7 +6321,7 @@ async function refresh() {      // the models, once, and the controllers while t
     if (!model.length) {
       const {data} = await (await api("v1/models")).json();
       model.replaceChildren(...data.map(({id}) => make("option", {value: id}, id)));
-      field.focus();
+      if (data.length) field.focus();
     }
     if (!status.hidden) {
       const {controllers} = await (await api("status")).json();
@@ -6331,7 +6331,9 @@ async function refresh() {      // the models, once, and the controllers while t
         each.last_error ? make("p", {className: "bad"}, `Last error: ${each.last_error}`) : "")));
     }
     note.textContent = "";
-  } catch (error) { note.textContent = error.message; }
+  } catch ({message}) {
+    if (note.textContent !== message) note.textContent = message;     // a reader says it once
+  }
 }
 form.onsubmit = async (event) => {
   event.preventDefault();
