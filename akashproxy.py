@@ -4567,6 +4567,14 @@ class Watchdog(threading.Thread):
     def _surprised(self, sock: Any, events: int) -> None:
         self.leave(sock)
 
+    def forget_closed(self) -> None:
+        """Kept connections are closed by whoever finds that they are too old."""
+        for number, place in list(self.places.items()):
+            if place.sock.fileno() < 0:
+                self.places.pop(number, None)
+                with contextlib.suppress(KeyError, ValueError):
+                    self.selector.unregister(place.sock)
+
     def leave(self, sock: Any) -> None:
         self.places.pop(sock.fileno(), None)
         with contextlib.suppress(KeyError, ValueError):  # it is not watched
@@ -4585,7 +4593,11 @@ class Watchdog(threading.Thread):
         look_at = 0.0
         self.watch(self.ear, self.on_bell)
         while not self.stopped:
-            ready = self.selector.select(self.TICK)
+            try:
+                ready = self.selector.select(self.TICK)
+            except OSError:         # Windows minds closed ones
+                ready = []
+                self.forget_closed()
             self.now = time.monotonic()
             for key, events in ready:
                 try:
@@ -4628,6 +4640,7 @@ class Watchdog(threading.Thread):
         if now >= self.tidy_at:
             self.tidy_at = now + 1.0
             self.server.pool.tidy(now)
+            self.forget_closed()
 
 
 class Board:

@@ -721,6 +721,16 @@ def test_kept_connections_are_closed_in_time(akash, serve):
     wait_for(lambda: not akash.open)
 
 
+def test_a_kept_connection_that_was_closed_is_not_watched_any_more(akash, serve):
+    server = serve()
+    assert chat(server).status == 200
+    kept = server.pool.members[0].controller.transport.kept
+    wait_for(lambda: kept.idle)
+    kept.tidy(math.inf)
+    wait_for(lambda: all(place.sock.fileno() >= 0 for place in list(server.watchdog.places.values())))
+    assert set(server.watchdog.selector.get_map()) == set(server.watchdog.places)
+
+
 def test_kept_connections_live_as_long_as_their_server_says():
     assert akashproxy.idle_seconds({"keep-alive": "timeout=5"}) == 4
     assert akashproxy.idle_seconds({}) == 30
