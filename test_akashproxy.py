@@ -4556,7 +4556,10 @@ def test_a_kept_connection_that_takes_a_part_of_a_request(secure, pool, tmp_path
     for _, sock in next(iter(server.pool.members[0].controller.transport.kept.idle.values())):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
     request = post("/v1/chat/completions", {"model": "both", "messages": [user("x" * 60000)]}, "Connection: close")
-    assert talk(server, request).startswith(b"HTTP/1.1 200 ")
+    for _ in range(50):     # now and then the upstream is so quick that all of it fits
+        assert talk(server, request).startswith(b"HTTP/1.1 200 ")
+        if fake.connections == 2:
+            break
     assert fake.connections == 2
 
 
