@@ -5292,7 +5292,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.status, self.sent, self.model, self.controller, self.last = 0, 0, "", "", b"\n\n"
         self.usage, self.first_at = None, 0.0
         self.request_id = "req_" + new_id()
-        if self.here and b"\r\n\r\n" not in self.held:
+        while self.held.startswith(b"\r\n"):     # read_head() skips them, too, and would then wait for what follows
+            self.held = self.held[2:]
+        if self.here and head_end(self.held) < 0:
             raise Blocked
         head = read_head(self.connection, self.held)
         if head is None:

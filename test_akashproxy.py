@@ -3957,6 +3957,16 @@ def test_500_slow_clients_change_nothing_for_the_next(akash, serve):
     wait_for(lambda: not server.watchdog.handlers)
 
 
+@pytest.mark.parametrize("begun", [b"\r\n\r\nGET / HT", b"\r\n\r\n\r\n", b"\r\n\r\n\r\n\r\nGET /health HTTP/1.1\r\n"])
+def test_blank_lines_before_half_a_head_keep_nobody_waiting(begun, serve):
+    server = serve()
+    with socket.create_connection(("127.0.0.1", server.server_port)) as sock:
+        sock.sendall(begun)
+        wait_for(lambda: any(handler.held or not handler.waits for handler in server.watchdog.handlers.copy()))
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=5)) as link:
+            assert ask_again(link).status == 200
+
+
 def test_a_body_may_come_as_slowly_as_by_modem(serve):
     server = serve(body_timeout=0.2)
     data = json.dumps({**CHAT, "padding": "x" * 8000}).encode()
