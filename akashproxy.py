@@ -3073,7 +3073,7 @@ class OpenAIController(Controller):
         if self.native(call.path):
             return None
         if call.relay_only or call.pictures:
-            return APIError(404, f"{self.name} does not offer {call.path}.", code="not_found", kind="ability")
+            return APIError(404, f"{self.name} does not offer {call.path}.", code="not_found")
         return call.unfit
 
     def events(self, call: Call) -> Iterable[Event]:
@@ -3173,7 +3173,7 @@ class EchoController(Controller):
 
     def able(self, call: Call) -> Optional[APIError]:
         if call.relay_only or call.pictures or call.unfit:
-            return call.unfit or APIError(404, f"{self.name} only chats.", code="not_found", kind="ability")
+            return call.unfit or APIError(404, f"{self.name} only chats.", code="not_found")
         return None
 
     def events(self, call: Call) -> Iterator[Event]:
@@ -3835,7 +3835,7 @@ class Completions(ChatCompletions):
             raise bad_request("'prompt' is missing or empty.", "prompt")
         unfit = None
         if not isinstance(prompt, str):
-            unfit = APIError(400, "'prompt' must be one text here.", param="prompt", kind="ability")
+            unfit = bad_request("'prompt' must be one text here.", "prompt")
         self.echo = prompt if flag(body, "echo") and not unfit else ""
         chat = {name: value for name, value in body.items() if name not in ("prompt", "echo")}
         call = super().parse({**chat, "messages": [{"role": "user", "content": prompt}]})
@@ -3934,7 +3934,7 @@ class Blocks(Dialect):
         except RecursionError:
             raise bad_request("The body is nested too deeply.") from None
         except APIError as error:       # a controller that speaks this format itself may still take it
-            error.kind, call.unfit = "ability", error
+            call.unfit = error
         call.skipped = self.skipped
         return call
 
@@ -4858,7 +4858,10 @@ class Flow:
         """No more comes from the upstream."""
         if not self.ended:
             self.ended = True
-            (self.watchdog.park if self.stream.response.reusable() else self.watchdog.leave)(self.upstream)
+            if self.stream.response.reusable():
+                self.watchdog.park(self.upstream)
+            else:
+                self.watchdog.leave(self.upstream)
             self.running.close(error)
 
     def end(self, error: Optional[APIError] = None) -> None:
@@ -6514,12 +6517,12 @@ def raise_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-SIGHUP = getattr(signal, "SIGHUP", None)
+SIGHUP = getattr(signal, "SIGHUP", 0)   # 0: this system has none
 
 
 def hold_signals(how: str) -> None:
     """Hold signals back, or let them come again, where the system can do that: a new process must not miss one."""
-    if SIGHUP is not None:
+    if SIGHUP:
         signal.pthread_sigmask(getattr(signal, how), {signal.SIGTERM, SIGHUP})
 
 
@@ -6555,7 +6558,7 @@ def serve(server: Server, load: Callable[[], Settings], signals: Signals) -> int
     parent = os.getppid()
     while True:
         number = signals.next()
-        if number == SIGHUP and number is not None:
+        if number == SIGHUP:
             reload(server, load)
         elif number is not None or server.board and os.getppid() != parent:    # nobody looks after it any more
             running = sum(handler.call is not None for handler in server.watchdog.handlers.copy())
@@ -6585,8 +6588,9 @@ def supervise(server: Server, load: Callable[[], Settings], signals: Signals) ->
         born[spawn(server, load, board, page)] = page, time.monotonic()
     while born:
         number = signals.next(0.2)
-        if number == SIGHUP and number is not None:
-            send_all(born, SIGHUP if reload(server, load) else 0)
+        if number == SIGHUP:
+            if reload(server, load):
+                send_all(born, SIGHUP)
         elif number is not None:
             stopping = True
             server.socket.close()
@@ -6602,7 +6606,7 @@ def supervise(server: Server, load: Callable[[], Settings], signals: Signals) ->
 
 
 def send_all(pids: Iterable[int], number: Any) -> None:
-    """Send a signal to processes, if they are still there; 0 is none."""
+    """Send a signal to processes, if they are still there."""
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
