@@ -5923,12 +5923,12 @@ class Server(http.server.ThreadingHTTPServer):
         """Stop: no new connections, idle ones closed after a moment, running answers have ``grace`` seconds to end."""
         grace = self.settings.grace if grace is None else grace
         with self.lock:
-            self.draining = True
-        if self.watchdog.is_alive():
+            first, self.draining = not self.draining, True
+        if not self.watchdog.is_alive():
+            self.shut_door()
+        elif first:     # else another stop() has asked for it, and its watchdog may be gone any moment
             self.watchdog.soon(self.shut_door)
             self.shut.wait()
-        else:
-            self.shut_door()
         if not self._wait(grace):
             for handler in self.watchdog.handlers.copy():
                 if handler.call is not None:

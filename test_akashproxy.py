@@ -1816,6 +1816,14 @@ def test_a_stop_leaves_no_thread_and_needs_no_start(serve):
     Server(Settings(server_address="127.0.0.1:0")).stop()
 
 
+def test_a_stop_may_come_twice():
+    server = Server(Settings(server_address="127.0.0.1:0")).start()
+    server.stop(0)
+    server.watchdog.join(10)
+    server.watchdog.is_alive = lambda: True     # it is about to end, and has closed all that it had
+    server.stop(0)
+
+
 def test_a_bug_is_not_shown(serve, akash, caplog):
     server = serve()
     server.pool.take = lambda *_: 1 / 0
