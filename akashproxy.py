@@ -51,7 +51,7 @@ Where is ...
     the choice by weight               Pool.balanced
     other names of models              Pool.named
     the network's exceptions           upstream_error, Response.failure
-    strict HTTP                        read_head, Body
+    strict HTTP                        head_end, split_head, Body
     connections to upstreams           KeepAlive
     proxies on the way                 Proxy
     deadlines, and clients that leave  Watch, Watchdog
@@ -1205,11 +1205,10 @@ FIELD_LIMIT = 100
 READ_SIZE = 65536
 BODY_LIMIT = 64 << 20   # bytes of an upstream's answer that is kept whole
 
-_TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-_FIELDS = re.compile(rb"(?:" + _TOKEN + rb":[\t -~\x80-\xff]*\r\n)*")
+_FIELD = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t -~\x80-\xff]*)")
 _BARE_BREAK = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)")
 _REQUEST_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}) ([!-~\x80-\xff]+) HTTP/([0-9])\.([0-9])")
-_STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: .*)?")
+_STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: [\t -~\x80-\xff]*)?")
 _HOST = re.compile(r"[A-Za-z0-9.:_\[\]~%!$&'()*+;=-]*")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _LENGTH = re.compile(r"[0-9]{1,18}")
@@ -1229,22 +1228,10 @@ def head_end(held: bytes, searched: int = 0, first: Iterable[int] = _TOKEN_BYTES
     return end
 
 
-def read_head(sock: Any, held: bytes) -> Optional[Tuple[str, Dict[str, str], bytes]]:
-    """Read up to the blank line: (start line, fields by lower-case name, bytes beyond), or None if nothing came."""
-    searched = 0
-    while True:
-        while held.startswith(b"\r\n"):  # RFC 9112, 2.2: blank lines before a message are skipped
-            held, searched = held[2:], 0
-        end = head_end(held, searched)
-        if end >= 0:
-            return split_head(held, end)
-        searched = max(0, len(held) - 3)
-        data = sock.recv(READ_SIZE)
-        if not data:
-            if held:
-                raise ProtocolError("the connection ended within a head")
-            return None
-        held += data
+def remembered(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Remember what short texts were taken apart to, the last 1,024: one head is much like the other."""
+    known = functools.lru_cache(maxsize=1024)(parse)
+    return functools.wraps(parse)(lambda text: known(text) if len(text) <= 256 else parse(text))
 
 
 def split_head(held: bytes, end: int) -> Tuple[str, Dict[str, str], bytes]:
@@ -1252,26 +1239,51 @@ def split_head(held: bytes, end: int) -> Tuple[str, Dict[str, str], bytes]:
 
     Fields of one name are joined by ", ", set-cookie by a line feed.
     """
-    line, _, block = held[:end + 2].partition(b"\r\n")
-    return line.decode("latin-1"), parse_fields(block), held[end + 4:]
-
-
-def parse_fields(block: bytes) -> Dict[str, str]:
-    """The header fields of a block of lines."""
-    if not _FIELDS.fullmatch(block):
-        raise ProtocolError("a header field is malformed")
-    fields: Dict[str, str] = {}
-    lines = block.decode("latin-1").split("\r\n")
-    lines.pop()
+    line, *lines = held[:end].decode("latin-1").split("\r\n")
     if len(lines) > FIELD_LIMIT:
         raise ProtocolError("there are too many header fields", 431)
-    for line in lines:
-        name, _, value = line.partition(":")
-        name, value = name.lower(), value.strip(" \t")
+    fields: Dict[str, str] = {}
+    for name, value in map(parse_field, lines):
         if name in fields:
             value = fields[name] + ("\n" if name == "set-cookie" else ", ") + value
         fields[name] = value
-    return fields
+    return line, fields, held[end + 4:]
+
+
+@remembered
+def parse_field(line: str) -> Tuple[str, str]:
+    """A header field's name, in lower case, and its value."""
+    match = _FIELD.fullmatch(line)
+    if not match:
+        raise ProtocolError("a header field is malformed")
+    return match[1].lower(), match[2].strip(" \t")
+
+
+@remembered
+def parse_request_line(line: str) -> Tuple[str, str, str, str]:
+    """Method, path (decoded once), query and minor version of a request line (RFC 9112, 3)."""
+    match = _REQUEST_LINE.fullmatch(line)
+    if not match:
+        raise ProtocolError("the request line is malformed")
+    method, target, major, minor = match.groups()
+    if major != "1":
+        raise ProtocolError("this is not HTTP/1.1", 505)
+    absolute = None if target.startswith("/") else re.match(r"https?://([^/?#]*)", target, re.I)
+    if absolute:
+        target = target[absolute.end():] or "/"
+    elif not target.startswith("/") and (target, method) != ("*", "OPTIONS"):
+        raise ProtocolError("the request's target is malformed")
+    path, _, query = target.partition("?")
+    return method, urllib.parse.unquote(path, errors="replace"), query, "0" if minor == "0" else "1"
+
+
+@remembered
+def parse_status_line(line: str) -> Tuple[str, int]:
+    """Minor version and status of a status line (RFC 9112, 4)."""
+    match = _STATUS_LINE.fullmatch(line)
+    if not match:
+        raise ProtocolError("this is not HTTP/1.1")
+    return match[1], int(match[2])
 
 
 class Body:
@@ -1390,7 +1402,7 @@ class Body:
                 raise ProtocolError("a chunk is longer than its size")
             self.state = "size"
         elif line:
-            parse_fields(line + b"\r\n")
+            parse_field(line.decode("latin-1"))
             self.trailers += 1
             if self.trailers > FIELD_LIMIT:
                 raise ProtocolError("there are too many trailers", 431)
@@ -1419,13 +1431,20 @@ class Request(urllib.request.Request):
     def to_bytes(self) -> bytes:
         """The request as it goes on the wire."""
         fields = {"Host": self.host, **self.unredirected_hdrs, **self.fields}
-        if self.body is not None:
-            fields["Content-Length"] = str(len(self.body))
-        lines = [f"{self.method} {self.selector} HTTP/1.1", *[f"{name}: {value}" for name, value in fields.items()]]
-        head = "\r\n".join(lines).encode("latin-1")
-        if head.count(b"\n") != len(fields) or head.count(b"\r") != len(fields) or b"\0" in head:
-            raise ProtocolError("a line break in a header field")
-        return head + b"\r\n\r\n" + (self.body or b"")
+        head = request_head(f"{self.method} {self.selector} HTTP/1.1", *fields.items())
+        if self.body is None:
+            return head + b"\r\n"
+        return b"%bContent-Length: %d\r\n\r\n%b" % (head, len(self.body), self.body)
+
+
+@functools.lru_cache(maxsize=64)
+def request_head(line: str, *fields: Tuple[str, str]) -> bytes:
+    """A request's head but for its length and its end. Those of one upstream are much alike, so they are remembered."""
+    lines = [line, *[f"{name}: {value}" for name, value in fields], ""]
+    head = "\r\n".join(lines).encode("latin-1")
+    if head.count(b"\n") != len(fields) + 1 or head.count(b"\r") != len(fields) + 1 or b"\0" in head:
+        raise ProtocolError("a line break in a header field")
+    return head
 
 
 class KeepAlive(urllib.request.BaseHandler):
@@ -1444,19 +1463,18 @@ class KeepAlive(urllib.request.BaseHandler):
     def http_open(self, request: Any) -> "Response":
         """Send a request. In a hurry that is done at once on a kept connection, or Blocked."""
         key = request.type, request.host, request._tunnel_host
-        proxy_key = request.unredirected_hdrs.pop("Proxy-authorization", "") if request._tunnel_host else ""
         sock = None if request.again else self._take(key)
         kept = sock is not None
         if sock is None:
             if request.hurry:
                 raise Blocked
-            sock = self._connect(request, {"Proxy-Authorization": proxy_key} if proxy_key else {})
+            sock = self._connect(request)
         try:
             request.watch.hold(sock)
             if not request.hurry:
                 sock.setblocking(True)
             self._send(sock, request.to_bytes(), request.hurry, OSError if kept else ConnectionError)
-            return Response(sock, request.watch, request.method == "HEAD", kept, functools.partial(self.give_back, key))
+            return Response(sock, request, kept, self, key)
         except BaseException:
             request.watch.release()
             sock.close()
@@ -1514,14 +1532,14 @@ class KeepAlive(urllib.request.BaseHandler):
                 return sock
             sock.close()
 
-    def _connect(self, request: Any, tunnel_headers: Dict[str, str]) -> Any:
+    def _connect(self, request: Any) -> Any:
         if request.type == "https":
             link = http.client.HTTPSConnection(request.host, timeout=request.timeout,
                                                context=tls_context(self.ca_file))
         else:
             link = http.client.HTTPConnection(request.host, timeout=request.timeout)
         if request._tunnel_host:
-            link.set_tunnel(request._tunnel_host, headers=tunnel_headers)
+            link.set_tunnel(request._tunnel_host, headers=request.tunnel_headers)
         try:
             link.connect()
         except BaseException:
@@ -1540,11 +1558,13 @@ def keeps_alive(minor: str, headers: Dict[str, str]) -> bool:
 
 def idle_seconds(headers: Dict[str, str]) -> float:
     """How long a kept connection may be used: a second less than its server said (conn-keepalive: 5 s, closed after 6)."""
-    match = re.search(r"timeout=([0-9]{1,4})", headers.get("keep-alive", ""))
+    told = headers.get("keep-alive")
+    match = re.search(r"timeout=([0-9]{1,4})", told) if told else None
     return max(0.0, float(match[1]) - 1) if match else 30.0
 
 
-NOW = getattr(socket, "MSG_DONTWAIT", 0)  # do not wait, even if the socket is a blocking one
+NOW = int(getattr(socket, "MSG_DONTWAIT", 0))   # do not wait, even if the socket is a blocking one
+LOOK = socket.MSG_PEEK | NOW                    # and leave what is there
 
 try:
     from ssl import SSLWantReadError as WantRead, SSLWantWriteError as WantWrite
@@ -1557,7 +1577,7 @@ def peek(sock: Any) -> Optional[bytes]:
     try:
         if not NOW and not select.select([sock], [], [], 0)[0]:  # Windows
             return None
-        return socket.socket.recv(sock, 1, socket.MSG_PEEK | NOW)
+        return socket.socket.recv(sock, 1, LOOK)
     except BlockingIOError:
         return None
     except OSError:
@@ -1590,16 +1610,17 @@ class Proxy(urllib.request.BaseHandler):
     def __init__(self, url: str) -> None:
         parts = urllib.parse.urlsplit(url)
         self.host = parts.netloc.rpartition("@")[2] + (":80" if parts.port is None else "")
-        self.key = ""
+        self.fields = {}
         if parts.username is not None:
             pair = f"{urllib.parse.unquote(parts.username)}:{urllib.parse.unquote(parts.password or '')}"
-            self.key = "Basic " + base64.b64encode(pair.encode()).decode()
+            self.fields = {"Proxy-Authorization": "Basic " + base64.b64encode(pair.encode()).decode()}
 
     def http_request(self, request: Any) -> Any:
-        request.add_unredirected_header("Host", request.host)   # the upstream's, also within a tunnel
-        if self.key:
-            request.add_unredirected_header("Proxy-Authorization", self.key)
+        request.unredirected_hdrs["Host"] = request.host    # the upstream's, also within a tunnel
         request.set_proxy(self.host, "http")
+        request.tunnel_headers = self.fields
+        if not request._tunnel_host:
+            request.unredirected_hdrs.update(self.fields)
         return request
 
     https_request = http_request
@@ -1608,16 +1629,19 @@ class Proxy(urllib.request.BaseHandler):
 class Response:
     """An upstream's answer, for whoever has its bytes: the head first, then the payload of the body.
 
-    ``status`` is 0 until the head has come; ``kept``: the connection was not new.
+    ``status`` is 0 until the head has come; ``kept``: the connection was not new; ``patience`` is set by Transport.send.
     """
 
-    def __init__(self, sock: Any, watch: Watch, bodiless: bool, kept: bool, give_back: Callable[[Any, float], None]) -> None:
-        self.sock, self.watch, self.bodiless, self.kept, self.give_back = sock, watch, bodiless, kept, give_back
-        self.where, self.idle = "the upstream", math.inf    # set by Transport.send
-        self.status, self.headers, self.persists = 0, {}, False
-        self.body = NO_BODY
-        self.held = b""                 # of a head that is not whole
-        self.early = b""                # payload that came with the head
+    patience: "Patience"
+    status, persists = 0, False
+    headers: Dict[str, str] = {}
+    body = NO_BODY
+    held = b""                          # of a head that is not whole
+    early = b""                         # payload that came with the head
+
+    def __init__(self, sock: Any, request: Request, kept: bool, keeper: KeepAlive, key: Any) -> None:
+        self.sock, self.watch, self.bodiless = sock, request.watch, request.method == "HEAD"
+        self.kept, self.keeper, self.key = kept, keeper, key
 
     def receive(self, data: bytes) -> bytes:
         """The payload within some bytes of the socket (b"": it has ended); ProtocolError where that is too early."""
@@ -1642,15 +1666,12 @@ class Response:
                 self.held = held
                 return b""
             line, self.headers, held = split_head(held, end)
-            match = _STATUS_LINE.fullmatch(line)
-            if not match:
-                raise ProtocolError("this is not HTTP/1.1")
-            status, searched = int(match[2]), 0
+            (minor, status), searched = parse_status_line(line), 0
             self.status = status if status >= 200 else 0    # interim answers are skipped
         self.held = b""
         bodiless = self.bodiless or status in (204, 304)
         self.body = Body({} if bodiless else self.headers, until_close=not bodiless)
-        self.persists = keeps_alive(match[1], self.headers) and not self.body.until_close
+        self.persists = keeps_alive(minor, self.headers) and not self.body.until_close
         return held
 
     def begin(self) -> None:
@@ -1667,13 +1688,14 @@ class Response:
 
     def failure(self, error: Exception) -> APIError:
         """What a failure of the network means here; raises the reason why the watch was ended, if it was."""
+        where = self.patience.where
         if self.kept and not self.status and not self.held and self.watch.why is None:
-            return APIError(502, f"{self.where} broke off the connection.", code="connection", kind="again")
-        return upstream_error(error, self.watch, self.where)
+            return APIError(502, f"{where} broke off the connection.", code="connection", kind="again")
+        return upstream_error(error, self.watch, where)
 
     def expect(self) -> None:
         """From now on the upstream owes its next bytes."""
-        self.watch.expect(self.idle, f"{self.where} sent nothing for {self.idle:g} seconds.")
+        self.watch.expect(self.patience.idle, self.patience.silent)
 
     def wait(self) -> bytes:
         """The next bytes of the socket."""
@@ -1705,7 +1727,7 @@ class Response:
             for part in self.chunks():
                 size += len(part)
                 if size > limit:
-                    raise APIError(502, f"{self.where} sent more than {limit} bytes.", code="upstream_error")
+                    raise APIError(502, f"{self.patience.where} sent more than {limit} bytes.", code="upstream_error")
                 parts.append(part)
         finally:
             self.close()
@@ -1726,9 +1748,21 @@ class Response:
             return
         self.watch.release()
         if self.reusable():
-            self.give_back(sock, idle_seconds(self.headers))
+            self.keeper.give_back(self.key, sock, idle_seconds(self.headers))
         else:
             sock.close()
+
+
+class Patience:
+    """How long an upstream is waited for, in seconds, and what is said of it when that is over."""
+
+    def __init__(self, where: str, first: float, idle: float) -> None:
+        self.where, self.first, self.idle = where, first, idle
+        self.late = f"{where} did not answer within {first:g} seconds."
+        self.silent = f"{where} sent nothing for {idle:g} seconds."
+
+
+patience = functools.lru_cache(maxsize=256)(Patience)
 
 
 class Transport:
@@ -1756,15 +1790,15 @@ class Transport:
 
         ``hurry``: Blocked rather than wait for anything; ``again``: on a new connection.
         """
-        seconds = first_byte or self.first_byte_timeout
-        watch.expect(seconds, f"{self.where} did not answer within {seconds:g} seconds.")
+        known = patience(self.where, first_byte or self.first_byte_timeout, first_byte or self.idle_timeout)
+        watch.expect(known.first, known.late)
         fields = {**self.headers, **headers} if headers else self.headers
         try:
             request = self.request(path).copy(method, data, fields, watch, hurry, again)
             response = self.opener.open(request, timeout=self.connect_timeout)
         except NETWORK as error:
             raise upstream_error(error, watch, self.where) from error
-        response.where, response.idle = self.where, first_byte or self.idle_timeout
+        response.patience = known
         return response
 
     def open(self, method: str, path: str, watch: Watch, data: Optional[bytes] = None,
@@ -1905,7 +1939,7 @@ class Stream:
                 response.expect()
             self.left -= len(payload)
             if self.left < 0:
-                raise early(response.where, "sent more than can be kept")
+                raise early(response.patience.where, "sent more than can be kept")
             if payload and not self.whole:
                 events = self.decoder.feed(payload)
                 self.failure = self.decoder.error
@@ -1924,7 +1958,7 @@ class Stream:
     def is_whole(self) -> None:
         """All of the answer is here. If we ended it the upstream should stop, else its message comes to a proper end."""
         self.whole, self.failure, self.over = True, None, self.decoder.cut
-        self.response.idle = self.DRAIN
+        self.response.patience = patience(self.response.patience.where, self.DRAIN, self.DRAIN)
 
     def broken(self, error: Exception) -> List[Event]:
         """The network failed; if the answer was whole before, that is of no interest."""
@@ -4741,7 +4775,7 @@ class Flow:
         elif stream.over:
             self.finish()
         elif stream.decoder is not None:
-            due = self.watchdog.now + stream.response.idle
+            due = self.watchdog.now + stream.response.patience.idle
             self.watch.due = math.inf if self.paused else min(due, self.watch.due) if stream.whole else due
 
     def take(self, events: List[Event]) -> None:
@@ -5144,7 +5178,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if not data or not self.linger_left:
                 self.close()
         elif data or self.held:
-            if not self.held:
+            if self.watch.how != socket.SHUT_RD:
                 self.watch.how = socket.SHUT_RD     # so that a 408 can still be sent
                 self.watch.expect(self.settings.head_timeout, "The request's head took too long.")
             self.held += data
@@ -5156,9 +5190,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def head_is_here(self) -> bool:
         """Is there work to do: a whole head, or something that must be refused?"""
+        while self.held.startswith(b"\r\n"):   # RFC 9112, 2.2: blank lines before a request are skipped
+            self.held = self.held[2:]
         try:
-            held = self.held[2:] if self.held.startswith(b"\r\n") else self.held
-            return head_end(held) >= 0 or held.startswith(b"\r\n")
+            return head_end(self.held) >= 0
         except ProtocolError:
             return True
 
@@ -5282,7 +5317,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     # -- a request
 
     def begin(self) -> Any:
-        """Read and check a request's head."""
+        """Check a request's head."""
         self.began = self.spoke = time.monotonic()
         self.settings = self.server.settings
         self.command, self.path, self.query, self.request_version = "-", "-", "", "HTTP/1.1"
@@ -5295,42 +5330,26 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.status, self.sent, self.model, self.controller, self.last = 0, 0, "", "", b"\n\n"
         self.usage, self.first_at = None, 0.0
         self.request_id = "req_" + new_id()
-        while self.held.startswith(b"\r\n"):     # read_head() skips them, too, and would then wait for what follows
-            self.held = self.held[2:]
-        if self.here and head_end(self.held) < 0:
-            raise Blocked
-        head = read_head(self.connection, self.held)
-        if head is None:
-            return None
-        line, self.headers, self.held = head
-        self.parse_line(line)
+        end = head_end(self.held)
+        if end < 0:
+            raise ProtocolError("the connection ended within a head")
+        line, self.headers, self.held = split_head(self.held, end)
+        self.command, self.path, self.query, minor = parse_request_line(line)
+        self.check_head(minor)
         self.body = Body(self.headers)
         self.unread = not self.body.done
         self.watch.due = math.inf
         return self.answer
 
-    def parse_line(self, line: str) -> None:
-        """The request line (RFC 9112, 3), its target decoded once, and what hangs on its version."""
-        match = _REQUEST_LINE.fullmatch(line)
-        if not match:
-            raise ProtocolError("the request line is malformed")
-        self.command, target, major, minor = match.groups()
-        if major != "1":
-            raise ProtocolError("this is not HTTP/1.1", 505)
-        self.request_version = "HTTP/1.1" if minor != "0" else "HTTP/1.0"
-        self.close_connection = not keeps_alive("0" if minor == "0" else "1", self.headers)
-        absolute = None if target.startswith("/") else re.match(r"https?://([^/?#]*)", target, re.I)
-        if absolute:
-            target = target[absolute.end():] or "/"
-        elif not target.startswith("/") and (target, self.command) != ("*", "OPTIONS"):
-            raise ProtocolError("the request's target is malformed")
+    def check_head(self, minor: str) -> None:
+        """What hangs on a request's version, and on its Host."""
+        self.request_version = "HTTP/1.1" if minor == "1" else "HTTP/1.0"
+        self.close_connection = not keeps_alive(minor, self.headers)
         host = self.headers.get("host")
-        if (host is None and minor != "0") or not _HOST.fullmatch(host or ""):
+        if (host is None and minor == "1") or not _HOST.fullmatch(host or ""):
             raise ProtocolError("one Host is needed")
         if "transfer-encoding" in self.headers and minor == "0":
             raise ProtocolError("Transfer-Encoding in HTTP/1.0")
-        path, _, self.query = target.partition("?")
-        self.path = urllib.parse.unquote(path, errors="replace") if "%" in path else path
         asked = self.headers.get("x-request-id", "")
         if asked and _REQUEST_ID.fullmatch(asked):
             self.request_id = asked
