@@ -330,15 +330,12 @@ class Watch:
     A blocked recv() then returns, and check() raises the reason in the owner's thread.
     """
 
-    __slots__ = ("sock", "due", "late", "why", "how")
     live: set = set()           # all that hold a socket
-
-    def __init__(self) -> None:
-        self.sock: Any = None
-        self.due = math.inf     # by time.monotonic()
-        self.late = ""          # what it means when that moment passes
-        self.why: Optional[Exception] = None
-        self.how = socket.SHUT_RDWR
+    sock: Any = None
+    due = math.inf              # by time.monotonic()
+    late = ""                   # what it means when that moment passes
+    why: Optional[Exception] = None
+    how = socket.SHUT_RDWR
 
     def hold(self, sock: Any) -> None:
         self.sock = sock        # before check(): end() sets why first and looks at sock second
@@ -368,38 +365,38 @@ class Watch:
 CHAT_PATH = "/v1/chat/completions"
 
 
-@dataclass
 class Call:
     """A request on its way through: what is asked, in OpenAI's chat vocabulary, and what became of it."""
 
-    body: Dict[str, Any]                # a chat-completions body, whatever the client spoke
-    path: str = CHAT_PATH
-    stream: bool = False
+    path = CHAT_PATH
+    query = ""                          # the request's, for a relay
+    headers: Dict[str, str] = {}        # the few of the client's that a relay passes on
     sent: Optional[Dict[str, Any]] = None       # the client's own body, for an upstream that speaks its format,
-    data: bytes = b""                           # the same as it came,
-    content_type: str = "application/json"      # and what that is
-    relay_only: bool = False            # nothing else can be done with it
-    pictures: int = 0                   # how many are wanted; 0: this is a chat
-    picture_bytes: bool = False         # as bytes rather than as an address
-    ignored: List[str] = field(default_factory=list)  # fields that the controller could not honour
-    skipped: List[str] = field(default_factory=list)  # what a chat has no place for, if the client spoke something else
-    route: List[str] = field(default_factory=list)    # who was asked and what came, "akash=429"
-    controller: str = ""                # who answered
-    kind: Optional[str] = None          # the content type of an answer that is relayed
-    watch: Watch = field(default_factory=Watch)       # the exchange with the upstream
-    why: Optional[Exception] = None     # what ended it from outside
-    bell: Optional[threading.Event] = None            # wakes who pauses
-    hurry: bool = False                 # nobody may wait now: Blocked is raised instead
-    again: str = ""                     # why the same controller is asked once more: "session" or "connection" has ended
-    status: int = 200                   # of an answer that is relayed
-    query: str = ""                     # the request's, for a relay
-    headers: Dict[str, str] = field(default_factory=dict)   # the few that a relay passes on
-    unfit: Optional[APIError] = None    # why it can't be translated, only relayed
+    data = b""                                  # the same as it came,
+    content_type = "application/json"           # and what that is
     only: Tuple[str, ...] = ()          # patterns of the models that it may be answered by; (): all
-    prepared: Dict[str, Any] = field(default_factory=dict)  # what a controller has made of it, by its name
+    skipped: List[str] = []             # what a chat has no place for, if the client spoke something else
+    ignored: List[str] = []             # fields that the controller could not honour
+    route: Tuple[str, ...] = ()         # who was asked and what came, "akash=429"
+    controller = ""                     # who answered
+    kind: Optional[str] = None          # the content type of an answer that is relayed,
+    status = 200                        # and its status
+    why: Optional[Exception] = None     # what ended it from outside
+    bell: Optional[threading.Event] = None      # wakes who pauses
+    hurry = False                       # nobody may wait now: Blocked is raised instead
+    again = ""                          # why the same controller is asked once more: "session" or "connection" has ended
+    prepared: Any = None                # what a controller has made of it, {its name: anything}
 
-    def __post_init__(self) -> None:
-        self.model: str = self.body.get("model", "")
+    def __init__(self, body: Dict[str, Any], stream: bool = False, relay_only: bool = False, pictures: int = 0,
+                 picture_bytes: bool = False, unfit: Optional[APIError] = None) -> None:
+        self.body = body                # a chat-completions body, whatever the client spoke
+        self.model: str = body.get("model", "")
+        self.stream = stream
+        self.relay_only = relay_only    # nothing else can be done with it
+        self.pictures = pictures        # how many are wanted; 0: this is a chat
+        self.picture_bytes = picture_bytes      # as bytes rather than as an address
+        self.unfit = unfit              # why it can't be translated, only relayed
+        self.watch = Watch()            # the exchange with the upstream
 
     def cancel(self, why: Optional[Exception] = None) -> None:
         """End it from outside: the upstream's socket is shut down, pause() returns."""
@@ -1228,26 +1225,28 @@ def head_end(held: bytes, searched: int = 0, first: Iterable[int] = _TOKEN_BYTES
     return end
 
 
-def remembered(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Remember what short texts were taken apart to, the last 1,024: one head is much like the other."""
-    known = functools.lru_cache(maxsize=1024)(parse)
-    return functools.wraps(parse)(lambda text: known(text) if len(text) <= 256 else parse(text))
+# One head is much like the other: what lines were taken apart to is remembered, unless they are long.
+remembered = functools.lru_cache(maxsize=1024)
+LONG = 4096
 
 
-def split_head(held: bytes, end: int) -> Tuple[str, Dict[str, str], bytes]:
-    """A whole head taken apart: the start line, the fields by lower-case name, the bytes beyond.
+def split_head(held: bytes, end: int, parse_line: Any) -> Tuple[Any, Dict[str, str], bytes]:
+    """A whole head taken apart: what its first line says, its fields by lower-case name, the bytes beyond.
 
     Fields of one name are joined by ", ", set-cookie by a line feed.
     """
     line, *lines = held[:end].decode("latin-1").split("\r\n")
     if len(lines) > FIELD_LIMIT:
         raise ProtocolError("there are too many header fields", 431)
-    fields: Dict[str, str] = {}
-    for name, value in map(parse_field, lines):
-        if name in fields:
-            value = fields[name] + ("\n" if name == "set-cookie" else ", ") + value
-        fields[name] = value
-    return line, fields, held[end + 4:]
+    if end <= LONG:
+        said, pairs = parse_line(line), list(map(parse_field, lines))
+    else:
+        said, pairs = parse_line.__wrapped__(line), list(map(parse_field.__wrapped__, lines))
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        fields = {each: ("\n" if each == "set-cookie" else ", ").join(value for name, value in pairs if name == each)
+                  for each in fields}
+    return said, fields, held[end + 4:]
 
 
 @remembered
@@ -1293,46 +1292,44 @@ class Body:
     came after it; close() says that the connection has ended. ProtocolError for what smuggling is made of.
     """
 
+    done, rest = False, b""
+    left = 0                    # payload still to come, of the body or of the chunk
+    chunked, until_close = False, False
+    state = "size"              # of the chunked framing: what comes next,
+    held = b""                  # and the part of a line that is here
+
     def __init__(self, fields: Dict[str, str], until_close: bool = False) -> None:
         coding, length = fields.get("transfer-encoding"), fields.get("content-length")
-        self.done, self.rest = False, b""
-        self.left = 0                   # payload still to come, of the body or of the chunk
-        self.held = b""                 # part of a line of the chunked framing
-        self.state = "size"
-        self.until_close = False
         if coding is not None:
             if length is not None:
                 raise ProtocolError("both Content-Length and Transfer-Encoding")
             if coding.lower() != "chunked":
                 raise ProtocolError(f"Transfer-Encoding {coding[:40]!r} is not supported", 501)
-            self.feed = self._chunked
+            self.chunked = True
         elif length is not None:
             if not _LENGTH.fullmatch(length):
                 raise ProtocolError("Content-Length is no number")
             self.left = int(length)
-            self.feed = self._counted
-            self.done = self.left == 0
+            self.done = not self.left
         else:
             self.until_close, self.done = until_close, not until_close
-            self.feed = self._open
+
+    def feed(self, data: bytes) -> bytes:
+        if self.chunked:
+            return self._chunked(data)
+        if self.until_close:
+            return data
+        if len(data) > self.left:
+            data, self.rest = data[:self.left], data[self.left:]
+        self.left -= len(data)
+        self.done = not self.left
+        return data
 
     def close(self) -> None:
         if self.until_close:
             self.done = True
         elif not self.done:
             raise ProtocolError("the connection ended within a body")
-
-    def _open(self, data: bytes) -> bytes:
-        if not self.until_close:
-            data, self.rest = b"", data
-        return data
-
-    def _counted(self, data: bytes) -> bytes:
-        if len(data) > self.left:
-            data, self.rest = data[:self.left], data[self.left:]
-        self.left -= len(data)
-        self.done = self.left == 0
-        return data
 
     def _chunked(self, data: bytes) -> bytes:
         """size [;extension] CR LF data CR LF ... 0 CR LF trailers CR LF"""
@@ -1665,8 +1662,8 @@ class Response:
             if end < 0:
                 self.held = held
                 return b""
-            line, self.headers, held = split_head(held, end)
-            (minor, status), searched = parse_status_line(line), 0
+            (minor, status), self.headers, held = split_head(held, end, parse_status_line)
+            searched = 0
             self.status = status if status >= 200 else 0    # interim answers are skipped
         self.held = b""
         bodiless = self.bodiless or status in (204, 304)
@@ -1919,12 +1916,13 @@ class Stream:
 
     DRAIN = 1.0  # seconds for an upstream to end its message once the answer is whole
 
+    decoder: Any = None
+    whole = over = False
+    failure: Optional[Exception] = None
+    left = math.inf         # bytes that it may still have
+
     def __init__(self, response: Response, opened: Callable[[Response], Any]) -> None:
         self.response, self.opened = response, opened
-        self.decoder: Any = None
-        self.whole = self.over = False
-        self.failure: Optional[Exception] = None
-        self.left = math.inf        # bytes that it may still have
 
     def receive(self, data: bytes) -> List[Event]:
         """What some bytes of the socket mean; b"" is its end."""
@@ -1936,7 +1934,7 @@ class Stream:
                 if not response.status:
                     return events
                 self.decoder = self.opened(response)
-                response.expect()
+                response.watch.late = response.patience.silent
             self.left -= len(payload)
             if self.left < 0:
                 raise early(response.patience.where, "sent more than can be kept")
@@ -2526,7 +2524,7 @@ class AkashController(Controller):
 
     def able(self, call: Call) -> Optional[APIError]:
         try:
-            call.prepared[self.name] = self._prepare(call)
+            call.prepared = {**(call.prepared or {}), self.name: self._prepare(call)}
         except APIError as error:
             return error
         return None
@@ -3048,6 +3046,9 @@ ENDS = {CHAT_PATH: CHAT_ENDS, "/v1/completions": CHAT_ENDS,
         "/v1/responses": re.compile(rb'"type" ?: ?"response\.(?:completed|incomplete|failed)"')}
 
 
+_TELLS_ERROR = re.compile(rb'\{\s*"error"\s*:\s*[{"]')
+
+
 def early(where: str, what: str = "ended its answer early") -> APIError:
     """An answer that is not whole."""
     return APIError(502, f"{where} {what}.", code="upstream_error", kind="network")
@@ -3131,13 +3132,13 @@ class OpenAIController(Controller):
 
     def _request(self, call: Call, native: bool) -> Tuple[bytes, str]:
         """The request's bytes, unparsed where nothing changes, and its type."""
-        name = self.options.model_map.get(call.model, call.model)
-        body = dict((call.sent or {}) if native else call.body)
-        if not native and call.stream:
-            body["stream_options"] = {"include_usage": True}
-        dropped = [field for field in self.options.drop if body.pop(field, None) is not None]
+        name, body = self.options.model_map.get(call.model, call.model), call.sent if native else call.body
+        dropped = [field for field in self.options.drop if body and body.get(field) is not None]
         if native and (not body or name == call.model and not dropped and call.data.count(b'"model"') < 2):
             return call.data, call.content_type
+        body = {field: value for field, value in body.items() if field not in self.options.drop}
+        if not native and call.stream:
+            body["stream_options"] = {"include_usage": True}
         if "model" in body:
             body["model"] = name
         call.ignored = dropped
@@ -3168,7 +3169,7 @@ class OpenAIController(Controller):
         text = data.strip() if kind.startswith("application/json") else b""
         if text and (text[:1] not in b"{[" or text[-1:] not in b"}]"):
             raise early(self.name, "sent something that is not JSON")
-        if re.match(rb'\{\s*"error"\s*:\s*[{"]', text):
+        if _TELLS_ERROR.match(text):
             raise told_error(self.name, 200, as_dict(from_json(data)), self.secrets)
         return [Raw(data)]
 
@@ -3330,7 +3331,8 @@ class Pool:
     def __init__(self, settings: Settings, before: Optional["Pool"] = None, clock: Callable[[], float] = time.monotonic,
                  rng: Callable[[], float] = random.random) -> None:
         self.settings, self.clock, self.rng = settings, clock, rng
-        self.changed = before.changed if before else threading.Condition()
+        self.lock = before.lock if before else threading.Lock()
+        self.changed = before.changed if before else threading.Condition(self.lock)
         self.waiting = 0        # requests that wait for a controller
         known = {member.name: member for member in before.members} if before else {}
         alike = before is not None and dataclasses.replace(
@@ -3343,6 +3345,7 @@ class Pool:
             self.members.append(member)
         self.choose = {"balanced": self.balanced, "random": self.at_random, "least_busy": self.least_busy}[settings.pool_type]
         self.lists_due = -math.inf
+        self.able = functools.lru_cache(maxsize=256)(self.who_is_able)      # until a list changes
         self.never_waits = all(getattr(member.controller.events, "never_waits", False) for member in self.members)
 
     # -- who is asked
@@ -3377,7 +3380,7 @@ class Pool:
             raise Blocked
         self.read_lists()
         end = math.inf
-        with self.changed:
+        with self.lock:
             while True:
                 known = self.able(call.model)
                 if unable:
@@ -3404,14 +3407,14 @@ class Pool:
                 if call.why:
                     raise call.why
 
-    def able(self, model: str) -> List[Member]:
+    def who_is_able(self, model: str) -> List[Member]:
         """Who may be asked for a model: who is known to have it, else who may be tried."""
         on = [member for member in self.members if member.options.weight > 0]
         sure = [member for member in on if member.serves(model)]
         return sure or [member for member in on if member.serves(model) is None]
 
     def release(self, member: Member, error: Optional[APIError], begun: bool, started: float) -> None:
-        with self.changed:
+        with self.lock:
             member.in_flight -= 1
             if error is not None or begun:
                 member.fare(error, self.clock(), started)
@@ -3498,11 +3501,12 @@ class Pool:
         for thread in threads:
             thread.join()
         union: Dict[str, Dict[str, Any]] = {}
-        with self.changed:  # all at once, so that meanwhile nobody gets more than its share
+        with self.lock:  # all at once, so that meanwhile nobody gets more than its share
             for member in members:
                 models, member.listed, _ = found[member.name]
                 for model in models:
                     union.setdefault(model["id"], model)
+            self.able.cache_clear()
         if not union:
             errors = [error for _, _, error in found.values() if error]
             raise errors[0] if len(errors) == 1 else APIError(
@@ -3524,7 +3528,7 @@ class Pool:
 
     def status(self) -> List[Dict[str, Any]]:
         """What /status tells of each controller."""
-        with self.changed:
+        with self.lock:
             now = self.clock()
             return [{"name": member.name, "type": member.options.type, "weight": member.options.weight,
                      "priority": member.options.priority, "in_flight": member.in_flight, "served": member.served,
@@ -3537,7 +3541,7 @@ class Pool:
 
     def heed(self, rests: Dict[str, List[float]]) -> None:
         """Let a controller rest as long as another worker has found out that it must."""
-        with self.changed:
+        with self.lock:
             for member in self.members:
                 rest, limit = rests.get(member.name, (0.0, 0.0))
                 member.rests_until = max(member.rests_until, rest)
@@ -3562,15 +3566,16 @@ class Running:
     been passed on, failed() makes way for the next one. Each is asked at most once. close() must follow.
     """
 
+    member: Any = None
+    source: Any = None
+    stream: Optional[Stream] = None     # the source, if it is one
+    prepared, begun, started = False, False, 0.0
+    unable = 0                          # how many of those tried can't do it at all
+
     def __init__(self, pool: Pool, call: Call) -> None:
         self.pool, self.call = pool, call
-        self.member: Any = None
-        self.source: Any = None
         self.tried: List[Member] = []
         self.errors: List[APIError] = []
-        self.stream: Optional[Stream] = None    # the source, if it is one
-        self.prepared, self.begun, self.started = False, False, 0.0
-        self.unable = 0         # how many of those tried can't do it at all
 
     def ask(self) -> None:
         """Ask the next controller, or the last one again. APIError if nobody is left; Blocked: to be called by a thread."""
@@ -3618,7 +3623,7 @@ class Running:
     def began(self) -> None:
         """The answer has begun: from now on nobody else can give it."""
         self.begun, self.call.controller = True, self.member.name
-        self.call.route.append(f"{self.member.name}=200")
+        self.call.route += (f"{self.member.name}=200",)
 
     def failed(self, error: APIError) -> None:
         """The controller gave no answer; APIError if no other one may give it either."""
@@ -3628,7 +3633,7 @@ class Running:
             self.end()
             return
         self.close(error)
-        self.call.route.append(f"{member.name}={error.status}")
+        self.call.route += (f"{member.name}={error.status}",)
         log.info("%s: %s", member.name, error.message)
         if not FAILURES[error.kind][0] or self.call.why:
             raise error
@@ -4533,8 +4538,8 @@ class Relay(Dialect):
             with contextlib.suppress(ValueError):
                 body = as_dict(from_json(data))
         model = body.get("model")
-        self.call = Call({"model": model} if isinstance(model, str) else {}, stream=True, relay_only=True,
-                         content_type=content_type or "application/octet-stream", sent=body or None)
+        self.call = Call({"model": model} if isinstance(model, str) else {}, stream=True, relay_only=True)
+        self.call.sent, self.call.content_type = body or None, content_type or "application/octet-stream"
 
     def ping(self, form: str) -> bytes:
         return b""
@@ -4717,15 +4722,16 @@ class Flow:
     to its end. All of it happens in the watchdog's thread.
     """
 
+    begun = paused = free = ended = False
+    gone = False            # the client has left
+    deaf = False            # it has sent its next request, so that its end would not show
+
     def __init__(self, handler: "Handler", running: Running) -> None:
         self.handler, self.running, self.dialect = handler, running, handler.dialect
         self.stream: Any = running.stream
         self.watchdog = handler.server.watchdog
         self.client, self.upstream = handler.connection, self.stream.response.sock
         self.watch = self.stream.response.watch
-        self.begun = self.paused = self.free = self.ended = False
-        self.gone = False       # the client has left
-        self.deaf = False       # it has sent its next request, so that its end would not show
         self.gathered: List[Event] = []     # of an answer that is sent whole
         self.has_more = getattr(self.upstream, "pending", None)     # TLS may have decoded more than was read
         if not handler.call.stream:
@@ -4797,10 +4803,9 @@ class Flow:
     def finish(self) -> None:
         """The upstream's message has come to its end."""
         if self.gathered:
-            answer = fold(self.gathered)
             self.running.began()
             self.release()      # the upstream's connection is free before the client can ask again
-            self.send(self.handler.whole(answer), True)
+            self.send(self.handler.whole(self.gathered), True)
         elif not self.stream.whole:
             self.send(b"" if self.begun else self.handler.begin_stream(), True)
         self.end()
@@ -5079,11 +5084,13 @@ ROUTES: Dict[str, Dict[str, Any]] = {
 OPEN = ("/", "/health")
 
 SERVER_NAME = f"akashproxy/{__version__}"
-EXPOSED = "x-request-id, retry-after, x-should-retry, x-akashproxy-ignored, x-akashproxy-route"
+EVERYBODY = ("Access-Control-Allow-Origin: *\r\nAccess-Control-Expose-Headers: "
+             "x-request-id, retry-after, x-should-retry, x-akashproxy-ignored, x-akashproxy-route\r\n")
 _UNPRINTABLE = re.compile(r"[^ -~]")         # what must not stand in a head
-_PHRASES = {status: phrase for status, (phrase, _) in http.server.BaseHTTPRequestHandler.responses.items()}
+_STATUS_LINES = {int(status): f"HTTP/1.1 {status:d} {phrase}"
+                 for status, (phrase, _) in http.server.BaseHTTPRequestHandler.responses.items()}
 
-PASSED_ON = ("accept", "openai-beta", "anthropic-version", "anthropic-beta")    # of a client's header fields
+PASSED_ON = frozenset(("accept", "openai-beta", "anthropic-version", "anthropic-beta"))    # of a client's header fields
 
 AT_ONCE = ("get_page", "get_health", "get_status", "get_metrics")  # methods that never wait
 
@@ -5095,6 +5102,14 @@ MODEM = 4000    # bytes per second that a client's body may take, however long t
 
 SSE_HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache, no-transform",
                "X-Accel-Buffering": "no"}
+
+
+# What a connection's request begins with.
+FRESH = {"command": "-", "path": "-", "query": "", "request_version": "HTTP/1.1", "headers": {}, "dialect": Dialect,
+         "route": "other",      # for the metrics
+         "key": None,           # who asks, if that has a name
+         "close_connection": True, "unread": False, "sent_head": False, "status": 0, "sent": 0, "model": "",
+         "controller": "", "last": b"\n\n", "usage": None, "first_at": 0.0}
 
 
 def streams(kind: Optional[str]) -> bool:
@@ -5178,13 +5193,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if not data or not self.linger_left:
                 self.close()
         elif data or self.held:
-            if self.watch.how != socket.SHUT_RD:
-                self.watch.how = socket.SHUT_RD     # so that a 408 can still be sent
-                self.watch.expect(self.settings.head_timeout, "The request's head took too long.")
             self.held += data
             if not data or self.head_is_here():
                 self.here, self.waits = True, False
                 self.run(self.begin)
+            elif self.watch.how != socket.SHUT_RD:
+                self.watch.how = socket.SHUT_RD     # so that a 408 can still be sent
+                self.watch.expect(self.settings.head_timeout, "The request's head took too long.")
         else:
             self.close()
 
@@ -5318,23 +5333,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def begin(self) -> Any:
         """Check a request's head."""
+        vars(self).update(FRESH)
         self.began = self.spoke = time.monotonic()
         self.settings = self.server.settings
-        self.command, self.path, self.query, self.request_version = "-", "-", "", "HTTP/1.1"
-        self.headers: Dict[str, str] = {}
-        self.dialect: Any = Dialect
-        self.route = "other"                    # for the metrics
-        self.key: Optional[Limits] = None       # who asks, if that has a name
-        self.close_connection = True
-        self.unread = self.sent_head = False
-        self.status, self.sent, self.model, self.controller, self.last = 0, 0, "", "", b"\n\n"
-        self.usage, self.first_at = None, 0.0
         self.request_id = "req_" + new_id()
         end = head_end(self.held)
         if end < 0:
             raise ProtocolError("the connection ended within a head")
-        line, self.headers, self.held = split_head(self.held, end)
-        self.command, self.path, self.query, minor = parse_request_line(line)
+        said, self.headers, self.held = split_head(self.held, end, parse_request_line)
+        self.command, self.path, self.query, minor = said
         self.check_head(minor)
         self.body = Body(self.headers)
         self.unread = not self.body.done
@@ -5460,8 +5467,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 raise bad_request(f"The body is not valid JSON: {error}.") from None
         call = dialect.call
         call.path, call.data, self.model = self.path, data, call.model
-        call.query = "?" + self.query if self.query else ""
-        call.headers = {name.title(): self.headers[name] for name in PASSED_ON if name in self.headers}
+        if self.query:
+            call.query = "?" + self.query
+        passed_on = PASSED_ON.intersection(self.headers)
+        if passed_on:
+            call.headers = {name.title(): self.headers[name] for name in passed_on}
         if self.key is not None:
             self.enter(self.key, call)
         self.dialect, self.call = dialect, call
@@ -5508,10 +5518,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             running.failed(error)
             return self.ask
         if not self.call.stream:
-            answer = fold(first)
             running.began()
             running.close()
-            return self.write(self.whole(answer), last=True)
+            return self.write(self.whole(first), last=True)
         try:
             self.write_events(first, self.begin_stream())
             for events in batches:
@@ -5527,13 +5536,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.usage = events[-1].usage
         self.write(opening + self.dialect.feed(events), last=ended)
 
-    def whole(self, answer: Answer) -> bytes:
+    def whole(self, events: List[Event]) -> bytes:
         """Begin an answer that is sent whole; its body."""
         self.note_answer()
-        self.usage = answer.finish and answer.finish.usage
-        kind, data = self.call.kind, answer.raw
+        kind = self.call.kind
         if kind is None:
+            answer = fold(events)
+            self.usage = answer.finish.usage
             kind, data = "application/json", to_json(self.dialect.whole(answer))
+        else:
+            data = b"".join([event.data for event in events])
         self.start(self.call.status, {"Content-Type": kind, **self.call_headers()}, length=len(data))
         return data
 
@@ -5699,30 +5711,26 @@ class Handler(http.server.BaseHTTPRequestHandler):
         values = "".join(headers.values())
         if not values.isprintable() or not values.isascii():
             headers = {name: _UNPRINTABLE.sub("?", value) for name, value in headers.items()}
-        lines = [f"HTTP/1.1 {status} {_PHRASES.get(status, '')}", self.server.stamp(),
-                 *[f"{name}: {value}" for name, value in headers.items()]]
-        if self.chunked:
-            lines.append("Transfer-Encoding: chunked")
-        elif length is None:
+        fields = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
+        framing = "Transfer-Encoding: chunked\r\n" if self.chunked else ""
+        if length is not None and status != 204:
+            framing = f"Content-Length: {length}\r\n"
+        elif length is None and not self.chunked:
             self.close_connection = True
-        elif status != 204:
-            lines.append(f"Content-Length: {length}")
         if self.close_connection:
-            lines.append("Connection: close")
+            framing += "Connection: close\r\n"
         elif self.request_version == "HTTP/1.0":
-            lines.append("Connection: keep-alive")
-        lines += [f"x-request-id: {self.request_id}", *self.leave_for_browsers(), "\r\n"]
-        self.head = "\r\n".join(lines).encode("ascii")
+            framing += "Connection: keep-alive\r\n"
+        self.head = (f"{_STATUS_LINES.get(status) or f'HTTP/1.1 {status} '}\r\n{self.server.stamp()}{fields}{framing}"
+                     f"x-request-id: {self.request_id}\r\n{self.for_browsers()}\r\n").encode("ascii")
 
-    def leave_for_browsers(self) -> List[str]:
+    def for_browsers(self) -> str:
         """CORS: which pages may read the answer."""
         origins = self.settings.cors_origins
         if "*" in origins:
-            return [f"Access-Control-Allow-Origin: *\r\nAccess-Control-Expose-Headers: {EXPOSED}"]
+            return EVERYBODY
         origin = self.headers.get("origin", "")
-        if origin in origins:
-            return ["Vary: Origin", f"Access-Control-Allow-Origin: {origin}", f"Access-Control-Expose-Headers: {EXPOSED}"]
-        return ["Vary: Origin"]
+        return f"Vary: Origin\r\n{EVERYBODY.replace('*', origin)}" if origin in origins else "Vary: Origin\r\n"
 
     def framed(self, data: bytes, last: bool) -> bytes:
         """A piece of the answer as it goes on the wire, the head before it."""
@@ -6050,7 +6058,7 @@ class Server(http.server.ThreadingHTTPServer):
         now = int(time.time())
         if now != self.second:
             date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(now))
-            self.second, self.stamped = now, f"Server: {SERVER_NAME}\r\nDate: {date}"
+            self.second, self.stamped = now, f"Server: {SERVER_NAME}\r\nDate: {date}\r\n"
         return self.stamped
 
 

@@ -524,7 +524,7 @@ HEADS = {
     "cookies stay apart": (b"G / HTTP/1.1\r\nSet-Cookie: a=1\r\nset-cookie: b=2\r\n\r\n", ("G / HTTP/1.1", {"set-cookie": "a=1\nb=2"}, b"")),
     "an empty value": (b"G / HTTP/1.1\r\nA:\r\n\r\n", ("G / HTTP/1.1", {"a": ""}, b"")),
     "no head at all": (b"", None),
-    "a value of 300 bytes": (b"G / HTTP/1.1\r\nA: " + b"x" * 300 + b"\r\n\r\n", ("G / HTTP/1.1", {"a": "x" * 300}, b"")),
+    "a long value": (b"G / HTTP/1.1\r\nA: " + b"x" * 5000 + b"\r\n\r\n", ("G / HTTP/1.1", {"a": "x" * 5000}, b"")),
     "obs-fold": (b"G / HTTP/1.1\r\nA: b\r\n c\r\n\r\n", 400),
     "a blank before the colon": (b"G / HTTP/1.1\r\nA : b\r\n\r\n", 400),
     "no colon": (b"G / HTTP/1.1\r\nAb\r\n\r\n", 400),
@@ -549,7 +549,7 @@ def test_heads(case):
             for held in [data[:cut] for cut in cuts] + [data]:
                 end = end if end >= 0 else akashproxy.head_end(held, searched)
                 searched = max(0, len(held) - 3)
-            got = akashproxy.split_head(data, end) if end >= 0 else None
+            got = akashproxy.split_head(data, end, functools.lru_cache(str)) if end >= 0 else None
         assert caught.value.status == expected if caught else got == expected
 
 
@@ -4833,7 +4833,7 @@ class BenchClient(asyncio.Protocol):
             if not blank:
                 self.held = head
                 return
-            self.body, self.held = Body(akashproxy.split_head(head, len(head))[1]), b""
+            self.body, self.held = Body(akashproxy.split_head(head, len(head), akashproxy.parse_status_line)[1]), b""
         said, at = self.held + self.body.feed(data), 0
         for stamp in STAMP.finditer(said):
             at, number = stamp.end(), int(stamp[1])
@@ -5134,7 +5134,7 @@ def test_the_figures_of_a_dozen_controllers_are_few(pool):
     server.reload(Settings(server_address="127.0.0.1:0", controllers=tuple(
         akashproxy.ControllerSettings(type="akash", name=f"a-name-of-some-length-{number}") for number in range(12))))
     request = type("Request", (), {"usage": {"prompt_tokens": 10 ** 9, "completion_tokens": 10 ** 9}, "sent": 10 ** 9, "began": 0.0,
-                                   "dialect": type("Dialect", (), {"call": Call({}, stream=True, route=["a=429", "b=200"])})})
+                                   "dialect": type("Dialect", (), {"call": type("Call", (Call,), {"route": ("a=429", "b=200")})({}, stream=True)})})
     for member in server.pool.members:
         for route in [*akashproxy.ROUTES, "relayed"]:
             for seconds in (*akashproxy.BUCKETS, 999):
