@@ -476,9 +476,7 @@ class Thinking:
         self.step = self._before
 
     def feed(self, events: List[Event]) -> List[Event]:
-        if (self.last and not self.trim and not self.held and len(events) == 1 and type(events[0]) is Text
-                and "<" not in events[0].text):
-            self.last = events[0].text[-1]      # the usual: an answer that goes on
+        if len(events) == 1 and type(events[0]) is Text and self.passes(events[0].text):
             return events
         out: List[Event] = []
         for event in events:
@@ -489,6 +487,13 @@ class Thinking:
                     out += self.close()
                 out.append(event)
         return out
+
+    def passes(self, text: str) -> bool:
+        """Does a text go through as it is? Most do, once an answer has begun."""
+        if self.last and not self.trim and not self.held and "<" not in text:
+            self.last = text[-1]
+            return True
+        return False
 
     def close(self) -> List[Event]:
         """What was held back is no tag after all."""
@@ -582,6 +587,9 @@ class Cutoff:
         self.needed = bool(stops) or max_tokens is not None
         self.held = ""
         self.cut = False            # the answer was ended here
+
+    def passes(self, text: str) -> bool:
+        return False
 
     def feed(self, events: List[Event]) -> List[Event]:
         out: List[Event] = []
@@ -1333,10 +1341,9 @@ class Body:
 
     def _chunked(self, data: bytes) -> bytes:
         """size [;extension] CR LF data CR LF ... 0 CR LF trailers CR LF"""
-        if self.state == "size" and not self.left and not self.held and data.endswith(b"\r\n"):
-            size, _, chunk = data.partition(b"\r\n")
-            if _HEX.fullmatch(size) and len(chunk) - 2 == int(size, 16) > 0:
-                return chunk[:-2]       # the usual where tokens come one by one
+        chunk = self.lone(data)
+        if chunk:
+            return chunk
         if self.held:
             data, self.held = self.held + data, b""
         parts, at, untried = [], 0, True
@@ -1364,6 +1371,14 @@ class Body:
         if self.done:
             self.rest = data[at:]
         return b"".join(parts) if len(parts) != 1 else parts[0]
+
+    def lone(self, data: bytes) -> bytes:
+        """The payload, if the data is one whole chunk, as where tokens come one by one; else b""."""
+        if not self.left and not self.held and self.state == "size" and data.endswith(b"\r\n"):
+            size, _, chunk = data.partition(b"\r\n")
+            if _HEX.fullmatch(size) and len(chunk) - 2 == int(size, 16):
+                return chunk[:-2]
+        return b""
 
     def _plain_chunks(self, data: bytes) -> Tuple[List[bytes], bytes, int]:
         """The usual, taken apart at once: whole chunks without extensions, and without a line break within.
@@ -1857,6 +1872,14 @@ class Pipeline:
         self.error = self.decoder.error
         return events + self.flush() if self.error else events
 
+    def usual(self, data: bytes) -> bytes:
+        """The JSON of its text, if the data is one piece of text that goes through as it is; else b""."""
+        told = self.decoder.lone(data)
+        for step in self.filters:
+            if not told or not step.passes(told[1:-1].decode()):
+                return b""
+        return told
+
     def close(self) -> List[Event]:
         """The connection has ended properly: what is left."""
         events = self.decoder.close()
@@ -2280,7 +2303,7 @@ def without_hosts(text: str) -> str:
                   r"|[a-z0-9-]+(?=:\d{2,5}\b))(?::\d{1,5})?", "(address)", text, flags=re.I)
 
 
-_LONE_TEXT = re.compile(rb'0:"([ !#-;=-\[\]-\x7e]+)"\n')     # nothing escaped, nothing that could be a tag
+_LONE_TEXT = re.compile(rb'0:("[ !#-\[\]-~]+")\n')     # nothing escaped
 
 
 class AkashDecoder:
@@ -2315,9 +2338,9 @@ class AkashDecoder:
         self.error: Optional[APIError] = None       # to be raised once the events before it are used
 
     def feed(self, data: bytes) -> List[Event]:
-        match = None if self.held or self.half else _LONE_TEXT.fullmatch(data)
-        if match:       # the usual where tokens come one by one
-            return [Text(match[1].decode())]
+        lone = self.lone(data)
+        if lone:
+            return [Text(lone[1:-1].decode())]
         if self.held:
             data = self.held + data
         end = data.rfind(b"\n") + 1
@@ -2342,6 +2365,11 @@ class AkashDecoder:
         elif len(self.held) > self.LINE_LIMIT:
             self._fail("Akash Chat sent a line without an end.")
         return out
+
+    def lone(self, data: bytes) -> bytes:
+        """The JSON of a text that comes alone, as where tokens come one by one; else b""."""
+        match = None if self.held or self.half or self.finished or self.error else _LONE_TEXT.fullmatch(data)
+        return match[1] if match else b""
 
     def close(self) -> List[Event]:
         """The message has ended: that must not be news."""
@@ -2980,8 +3008,7 @@ class RelayDecoder:
     def feed(self, data: bytes) -> List[Event]:
         if not self.events:
             return [Raw(data)]
-        if self.begun and not self.held and data.endswith(GOES_ON):     # the usual
-            self.last = data
+        if self.usual(data):
             return [Raw(data)]
         data = self.held + data if self.held else data
         if not data.endswith(b"\n"):
@@ -2998,6 +3025,13 @@ class RelayDecoder:
         self.last = data if len(data) > 3 else (self.last + data)[-4:]
         self._look_for_the_end(data)
         return [Raw(data)]
+
+    def usual(self, data: bytes) -> bytes:
+        """The data, if it ends with an event from the middle of a chat; else b""."""
+        if self.begun and not self.held and data.endswith(GOES_ON):
+            self.last = data
+            return data
+        return b""
 
     def _look_for_the_end(self, data: bytes) -> None:
         if self.ends is not None:
@@ -3664,6 +3698,7 @@ class Dialect:
     """
 
     PREFIX = "chatcmpl-"
+    splice: Any = None      # splice(JSON of a text): its frame, where that can be made without taking the JSON apart
 
     def __init__(self, body: Any, site: str = "") -> None:
         if not isinstance(body, dict):
@@ -3793,7 +3828,10 @@ class ChatCompletions(Dialect):
         return self.head + b',"choices":[{"index":0,"delta":' + to_json(delta) + self.tail
 
     def text_frame(self, text: str) -> bytes:
-        return b'%b,"choices":[{"index":0,"delta":{"content":%b}%b' % (self.head, to_json(text), self.tail)
+        return self.splice(to_json(text))
+
+    def splice(self, text: bytes) -> bytes:
+        return b'%b,"choices":[{"index":0,"delta":{"content":%b}%b' % (self.head, text, self.tail)
 
     def feed(self, events: List[Event]) -> bytes:
         if len(events) == 1:        # the usual
@@ -3865,6 +3903,7 @@ class Completions(ChatCompletions):
     """POST /v1/completions, the legacy form, over a chat of one message."""
 
     PREFIX, OBJECT = "cmpl-", "text_completion"
+    splice = None
 
     def parse(self, body: Dict[str, Any]) -> Call:
         prompt = body.get("prompt")
@@ -4723,6 +4762,7 @@ class Flow:
     """
 
     begun = paused = free = ended = False
+    splice: Any = None      # of the dialect, or what passes relayed bytes on; None where there is no short way
     gone = False            # the client has left
     deaf = False            # it has sent its next request, so that its end would not show
 
@@ -4766,7 +4806,10 @@ class Flow:
         """One read, one write."""
         stream = self.stream
         try:
-            events = stream.receive(self.upstream.recv(READ_SIZE))
+            data = self.upstream.recv(READ_SIZE)
+            if self.splice is not None and self.short_way(data):
+                return
+            events = stream.receive(data)
         except (BlockingIOError, WantRead):
             return
         except OSError as error:
@@ -4784,6 +4827,26 @@ class Flow:
             due = self.watchdog.now + stream.response.patience.idle
             self.watch.due = math.inf if self.paused else min(due, self.watch.due) if stream.whole else due
 
+    def short_way(self, data: bytes) -> bool:
+        """Send one chunk with one event from the middle of a stream on, if that is what came: nearly always, token by token."""
+        stream = self.stream
+        payload = stream.response.body.lone(data)
+        told = payload and stream.decoder.usual(payload)
+        if not told:
+            return False
+        self.watch.due = self.watchdog.now + stream.response.patience.idle
+        try:
+            if not self.handler.send_chunk(self.splice(told)):
+                self.pause()
+        except OSError:
+            self.lose()
+        return True
+
+    def short_cut(self) -> None:
+        """Is there a short way for this answer?"""
+        if self.handler.chunked and self.stream.response.body.chunked and hasattr(self.stream.decoder, "usual"):
+            self.splice = self.dialect.splice if self.handler.call.kind is None else bytes
+
     def take(self, events: List[Event]) -> None:
         """Pass the first events on, or the last ones, or keep them until the answer can be sent whole."""
         opening = b""
@@ -4792,8 +4855,9 @@ class Flow:
                 self.gathered += events
                 return
             opening, self.begun = self.handler.begin_stream(), True
+            self.short_cut()
         if self.stream.whole:
-            self.handler.usage = getattr(events[-1], "usage", None)
+            self.handler.usage, self.splice = getattr(events[-1], "usage", None), None
         self.send(opening + self.dialect.feed(events), self.stream.whole)
 
     def gathers(self) -> bool:
@@ -5777,11 +5841,29 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if self.backlog:
                 self.backlog, self.watch.due = b"", math.inf
             return True
+        self.keep(data, sent)
+        return False
+
+    def send_chunk(self, frame: bytes) -> bool:
+        """The same for whole events of a stream that has begun, and none that is kept."""
+        data = b"%x\r\n%b\r\n" % (len(frame), frame)
+        try:
+            sent = self.connection.send(data, NOW)
+        except BlockingIOError:
+            sent = 0
+        self.sent += len(frame)
+        self.last, self.spoke = frame, self.server.watchdog.now
+        if sent == len(data):
+            return True
+        self.keep(data, sent)
+        return False
+
+    def keep(self, data: bytes, sent: int) -> None:
+        """Keep what the client did not take."""
         if sent or not self.backlog:
             self.watch.how = socket.SHUT_RDWR
             self.watch.expect(self.settings.write_timeout, "The client did not read its answer.")
         self.backlog = data[sent:]
-        return False
 
     def note(self) -> None:
         """Count the request, and log it, once, at its end."""

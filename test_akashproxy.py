@@ -639,6 +639,26 @@ def test_connections_to_the_upstream_are_used_again(akash, serve):
     assert akash.connections == 1
 
 
+@pytest.mark.parametrize("before", [b"", b'0:"a"\n', b'0:"a', b'0:"a\\ud83d"\n', b'0:"<think>"\n', b'0:"<think>"\n0:"a</think>"\n',
+                                    b'0:"a"\n0:"`<"\n', b'0:"a"\n0:"`"\n', b'0:"a"\n' + STOP])
+@pytest.mark.parametrize("piece", [b'0:"b c"\n', b'0:"b', b'0:"b"', b'0:""\n', b'0:"\xc3\xa9"\n', b'0:"\\n"\n', b'0:"a<b"\n', b'0:"</think>"\n',
+                                   b'0:"b"\n0:"c"\n', b'g:"b"\n', b"0:5\n", b'0:"b""\n', b"\n", STOP])
+def test_the_short_way_leads_where_the_long_one_does(before, piece):
+    def answer(short):
+        dialect, pipeline = akashproxy.ChatCompletions(CHAT), akashproxy.Pipeline(akashproxy.AkashDecoder(), Thinking())
+        dialect.id, dialect.created, taken = "x", 1, b""
+        sent = dialect.begin() + dialect.feed(pipeline.feed(before))
+        for data in [piece, b'0:"</think> d"\n', STOP]:
+            told = short and pipeline.usual(data)
+            taken = told or taken
+            sent += dialect.splice(told) if told else dialect.feed(pipeline.feed(data))
+        return sent, pipeline.error and pipeline.error.message, taken
+
+    (long, error, _), (short, its_error, taken) = answer(False), answer(True)
+    assert (short, its_error) == (long, error)
+    assert (taken == b'"b c"') == (piece == b'0:"b c"\n' and before.endswith((b'0:"a"\n', b'"`"\n')))
+
+
 def test_a_stale_connection_costs_no_error(akash, serve):
     server = serve()
     assert chat(server).status == 200
@@ -4080,7 +4100,7 @@ def test_a_bug_within_a_stream_closes_both_ends(pool, caplog):
         wait_for(lambda: any(handler.flow and handler.flow.begun for handler in server.watchdog.handlers.copy()))
         flow = next(handler.flow for handler in server.watchdog.handlers.copy())
         flow.dialect.feed = lambda events: 1 / 0
-        flow.stream.decoder.feed = lambda data: 1 / 0
+        flow.stream.decoder.feed = flow.stream.decoder.usual = lambda data: 1 / 0
         for link in list(a.open):
             link.sendall(chunk(a.event({"content": "x"})))
         while sock.recv(65536):
