@@ -4600,6 +4600,12 @@ class Place:
         self.sock, self.owner, self.events = sock, owner, events
 
 
+NOBODY = Place(None, bool, 0)   # for news of what was closed here, but not in another process
+
+# What epoll tells, as the library's selectors have it: errors are news for who reads and for who writes.
+BOTH = {bits: bool(bits & ~4) * selectors.EVENT_READ | bool(bits & ~1) * selectors.EVENT_WRITE for bits in range(2, 32)}
+
+
 class Watchdog(threading.Thread):
     """Waits on behalf of everybody: a selector's loop, and four times a second a look at all clocks.
 
@@ -4614,6 +4620,9 @@ class Watchdog(threading.Thread):
         super().__init__(name="akashproxy watchdog", daemon=True)
         self.server = server
         self.selector = selectors.DefaultSelector()
+        self.epoll = None               # its own, where it is one: select() does more for each event than is needed here
+        if hasattr(select, "epoll"):
+            self.epoll = select.epoll.fromfd(os.dup(self.selector.fileno()))
         self.places: Dict[int, Place] = {}      # of the sockets that are registered, by their descriptors
         self.handlers: set = set()      # the server's open connections
         self.tasks: SimpleQueue = SimpleQueue()         # of other threads
@@ -4671,25 +4680,33 @@ class Watchdog(threading.Thread):
         look_at = 0.0
         self.watch(self.ear, self.on_bell)
         while not self.stopped:
-            try:
-                ready = self.selector.select(self.TICK)
-            except OSError:         # Windows minds closed ones
-                ready = []
-                self.forget_closed()
+            ready = self.ready()
             self.now = time.monotonic()
-            for key, events in ready:
+            for place, events in ready:
                 try:
-                    key.data.owner(events)
+                    place.owner(events)
                 except Exception:   # a bug must not stop everybody
-                    self.stumbled(key.data.owner)
-                    if key.fileobj is not self.server.socket:
-                        self.leave(key.fileobj)     # it would be ready again at once
+                    self.stumbled(place.owner)
+                    if place.sock is not self.server.socket:
+                        self.leave(place.sock)      # it would be ready again at once
             if self.now >= look_at:
                 look_at = self.now + self.TICK
                 self.call(self.look, self.now)
         self.close()
 
+    def ready(self) -> List[Tuple[Place, int]]:
+        """Who has news, and which."""
+        if self.epoll:
+            return [(self.places.get(number, NOBODY), BOTH.get(events, events)) for number, events in self.epoll.poll(self.TICK)]
+        try:
+            return [(key.data, events) for key, events in self.selector.select(self.TICK)]
+        except OSError:         # Windows minds closed ones
+            self.forget_closed()
+            return []
+
     def close(self) -> None:
+        if self.epoll:
+            self.epoll.close()
         self.selector.close()
         self.ear.close()
         self.bell.close()
