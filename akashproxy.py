@@ -1218,7 +1218,7 @@ _HOST = re.compile(r"[A-Za-z0-9.:_\[\]~%!$&'()*+;=-]*")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _LENGTH = re.compile(r"[0-9]{1,18}")
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[\t ]*(?:;[\t -~\x80-\xff]*)?")
-_HEX = re.compile(rb"[0-9A-Fa-f]+")
+_HEX = re.compile(rb"[0-9A-Fa-f]{1,15}")
 _TOKEN_BYTES = frozenset(b"!#$%&'*+-.^_`|~0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz")
 
 
@@ -1291,6 +1291,12 @@ def parse_status_line(line: str) -> Tuple[str, int]:
     if not match:
         raise ProtocolError("this is not HTTP/1.1")
     return match[1], int(match[2])
+
+
+@functools.lru_cache(maxsize=1024)
+def chunk_size(text: bytes) -> int:
+    """The size of a chunk if its line has nothing else; -1 if it does."""
+    return int(text, 16) if _HEX.fullmatch(text) else -1
 
 
 class Body:
@@ -1376,7 +1382,7 @@ class Body:
         """The payload, if the data is one whole chunk, as where tokens come one by one; else b""."""
         if not self.left and not self.held and self.state == "size" and data.endswith(b"\r\n"):
             size, _, chunk = data.partition(b"\r\n")
-            if _HEX.fullmatch(size) and len(chunk) - 2 == int(size, 16):
+            if len(chunk) - 2 == chunk_size(size):
                 return chunk[:-2]
         return b""
 
@@ -1388,8 +1394,7 @@ class Body:
         parts = data.split(b"\r\n")
         chunks = parts[1:-1:2]
         sizes = parts[:2 * len(chunks):2]
-        if not _HEX.fullmatch(b"".join(sizes)) or b"" in sizes or b"" in chunks[:-1] or (
-                list(map(len, chunks)) != list(map(int, sizes, itertools.repeat(16)))):
+        if not chunks or b"" in chunks[:-1] or list(map(len, chunks)) != list(map(chunk_size, sizes)):
             return [], data, 0
         self.done = not chunks[-1]
         rest = parts[2 * len(chunks):]
@@ -2171,11 +2176,11 @@ HARMLESS = "<|\u2060"
 def akash_request(call: Call) -> Tuple[Dict[str, Any], List[str]]:
     """The body for POST /api/chat/, and the fields that it drops. APIError 400 for what Akash can't do."""
     body = {name: value for name, value in call.body.items() if value is not None}
-    for name, refused in AKASH_REFUSED.items():
-        if name in body and refused(body[name]):
+    others = [name for name in body if name not in AKASH_HONOURED]
+    for name in others:
+        if name in AKASH_REFUSED and AKASH_REFUSED[name](body[name]):
             raise bad_request(f"Akash Chat does not support {name!r}"
                               f"{' of more than 1' if name in ('n', 'best_of') else ''}.", name, "unsupported_parameter")
-    ignored = [name for name in body if name not in AKASH_HONOURED and name not in AKASH_REFUSED]
     system, messages = [], []
     for at, message in enumerate(body["messages"]):
         if message.get("role") in ("system", "developer"):
@@ -2190,7 +2195,7 @@ def akash_request(call: Call) -> Tuple[Dict[str, Any], List[str]]:
             # 0 and absence would mean the model's default, or an error in 2026 (text-notemperature)
             "temperature": number(body, "temperature", 0.85) or 1e-6,
             "topP": number(body, "topP" if "topP" in body else "top_p", 1.0) or 1e-6,
-            "context": []}, ignored
+            "context": []}, [name for name in others if name not in AKASH_REFUSED]
 
 
 def _akash_message(message: Dict[str, Any], place: str) -> Dict[str, Any]:
@@ -2386,7 +2391,7 @@ class AkashDecoder:
         try:
             if line[1:2] == b":" and line[:1].isalnum():
                 if line[:1] in b"g39d":
-                    self._part(line[:1], json.loads(line[2:]), out)
+                    self._part(line[:1], _decode_any(line[2:].decode("utf-8", "surrogatepass")), out)
             elif line.startswith(b"data:"):
                 self._data(line[5:].strip(), out)
             elif not line.startswith((b":", b"event:", b"id:", b"retry:", b"\r")):
@@ -2410,7 +2415,7 @@ class AkashDecoder:
         if data == b"[DONE]":
             self._fail("Akash Chat ended its answer early.")
             return
-        event = json.loads(data)
+        event = _decode_any(data.decode("utf-8", "surrogatepass"))
         kind = event.get("type") if isinstance(event, dict) else None
         if kind == "text-delta":
             self._say(Text, str(event.get("delta", "")), out)
@@ -4682,9 +4687,10 @@ class Watchdog(threading.Thread):
         while not self.stopped:
             ready = self.ready()
             self.now = time.monotonic()
-            for place, events in ready:
+            for number, events in ready:
+                place = self.places.get(number, NOBODY)
                 try:
-                    place.owner(events)
+                    place.owner(BOTH.get(events, events))
                 except Exception:   # a bug must not stop everybody
                     self.stumbled(place.owner)
                     if place.sock is not self.server.socket:
@@ -4694,12 +4700,12 @@ class Watchdog(threading.Thread):
                 self.call(self.look, self.now)
         self.close()
 
-    def ready(self) -> List[Tuple[Place, int]]:
+    def ready(self) -> List[Tuple[int, int]]:
         """Who has news, and which."""
         if self.epoll:
-            return [(self.places.get(number, NOBODY), BOTH.get(events, events)) for number, events in self.epoll.poll(self.TICK)]
+            return self.epoll.poll(self.TICK)
         try:
-            return [(key.data, events) for key, events in self.selector.select(self.TICK)]
+            return [(key.fd, events) for key, events in self.selector.select(self.TICK)]
         except OSError:         # Windows minds closed ones
             self.forget_closed()
             return []
@@ -4846,12 +4852,11 @@ class Flow:
 
     def short_way(self, data: bytes) -> bool:
         """Send one chunk with one event from the middle of a stream on, if that is what came: nearly always, token by token."""
-        stream = self.stream
-        payload = stream.response.body.lone(data)
-        told = payload and stream.decoder.usual(payload)
+        payload = self.unframed(data)
+        told = payload and self.usual(payload)
         if not told:
             return False
-        self.watch.due = self.watchdog.now + stream.response.patience.idle
+        self.watch.due = self.watchdog.now + self.idle
         try:
             if not self.handler.send_chunk(self.splice(told)):
                 self.pause()
@@ -4860,8 +4865,10 @@ class Flow:
         return True
 
     def short_cut(self) -> None:
-        """Is there a short way for this answer?"""
-        if self.handler.chunked and self.stream.response.body.chunked and hasattr(self.stream.decoder, "usual"):
+        """Find out if this answer has a short way."""
+        response, decoder = self.stream.response, self.stream.decoder
+        if self.handler.chunked and response.body.chunked and hasattr(decoder, "usual"):
+            self.unframed, self.usual, self.idle = response.body.lone, decoder.usual, response.patience.idle
             self.splice = self.dialect.splice if self.handler.call.kind is None else bytes
 
     def take(self, events: List[Event]) -> None:
@@ -5064,18 +5071,20 @@ class Metrics:
 
     def add(self, request: "Handler", now: float) -> None:
         """A request is over."""
-        who, usage, call = request.controller, request.usage or {}, getattr(request.dialect, "call", None)
+        who, usage, call, counts = request.controller, request.usage, getattr(request.dialect, "call", None), self.counts
         with self.lock:
-            self.counts["akashproxy_requests_total", request.route, request.status, who] += 1
-            self.counts["akashproxy_sent_bytes_total",] += request.sent
+            counts["akashproxy_requests_total", request.route, request.status, who] += 1
+            counts["akashproxy_sent_bytes_total",] += request.sent
             if call is None:
                 return
             self.observe("akashproxy_request_duration_seconds", who, now - request.began)
-            self.counts["akashproxy_failovers_total",] += max(0, len(call.route) - 1)
-            if who and call.stream and streams(call.kind):
+            if len(call.route) > 1:
+                counts["akashproxy_failovers_total",] += len(call.route) - 1
+            if call.stream and who and streams(call.kind):
                 self.observe("akashproxy_time_to_first_token_seconds", who, request.first_at - request.began)
-            for kind in ("prompt_tokens", "completion_tokens") if usage else ():
-                self.counts[f"akashproxy_{kind}_total", who] += max(0, usage.get(kind) or 0)
+            if usage:
+                counts["akashproxy_prompt_tokens_total", who] += max(0, usage.get("prompt_tokens") or 0)
+                counts["akashproxy_completion_tokens_total", who] += max(0, usage.get("completion_tokens") or 0)
 
     def observe(self, name: str, who: str, seconds: float) -> None:
         """Put a time into a histogram; called under the lock."""
@@ -5172,6 +5181,8 @@ _STATUS_LINES = {int(status): f"HTTP/1.1 {status:d} {phrase}"
                  for status, (phrase, _) in http.server.BaseHTTPRequestHandler.responses.items()}
 
 PASSED_ON = frozenset(("accept", "openai-beta", "anthropic-version", "anthropic-beta"))    # of a client's header fields
+
+HEALTHY = to_json({"status": "ok", "message": "akashproxy is running"})
 
 AT_ONCE = ("get_page", "get_health", "get_status", "get_metrics")  # methods that never wait
 
@@ -5669,15 +5680,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def get_page(self) -> None:
         if self.settings.page == "off":
             raise APIError(404, "There is no page here.", code="not_found")
-        data, headers = page()
-        self.start(200, headers, length=len(data))
-        self.write(data)
+        self.send(200, *page())
 
     def get_health(self) -> None:
         if self.server.draining:
             self.send_json(503, {"status": "draining", "message": "akashproxy is stopping"}, {"Retry-After": "5"})
         else:
-            self.send_json(200, {"status": "ok", "message": "akashproxy is running"})
+            self.send(200, HEALTHY, {"Content-Type": "application/json"})
 
     def get_status(self) -> None:
         state = "draining" if self.server.draining else "ok"
@@ -5688,9 +5697,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def get_metrics(self) -> None:
         if self.settings.metrics == "off":
             raise APIError(404, "There are no metrics here.", code="not_found")
-        data = exposition(self.server.states())
-        self.start(200, {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}, length=len(data))
-        self.write(data)
+        self.send(200, exposition(self.server.states()), {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
     def get_models(self) -> None:
         self.send_json(200, self.dialect.listing(self.models()))
@@ -5743,8 +5750,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             headers.update({"Access-Control-Allow-Methods": allowed, "Access-Control-Max-Age": "86400"})
             if names:
                 headers["Access-Control-Allow-Headers"] = ", ".join(names)
-        self.start(204, headers, length=0)
-        self.write(b"")
+        self.send(204, b"", headers)
 
     # -- writing
 
@@ -5779,8 +5785,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.client_left()
 
     def send_json(self, status: int, value: Any, headers: Optional[Dict[str, str]] = None) -> None:
-        data = to_json(value)
-        self.start(status, {"Content-Type": "application/json", **(headers or {})}, length=len(data))
+        self.send(status, to_json(value), {"Content-Type": "application/json", **(headers or {})})
+
+    def send(self, status: int, data: bytes, headers: Dict[str, str]) -> None:
+        self.start(status, headers, length=len(data))
         self.write(data)
 
     def start(self, status: int, headers: Dict[str, str], length: Optional[int] = None) -> None:
