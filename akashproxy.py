@@ -1293,10 +1293,17 @@ def parse_status_line(line: str) -> Tuple[str, int]:
     return match[1], int(match[2])
 
 
-@functools.lru_cache(maxsize=1024)
-def chunk_size(text: bytes) -> int:
-    """The size of a chunk if its line has nothing else; -1 if it does."""
-    return int(text, 16) if _HEX.fullmatch(text) else -1
+class ChunkSizes(dict):
+    """The size of a chunk by its line, -1 if that has more in it. The first thousands of them are remembered."""
+
+    def __missing__(self, line: bytes) -> int:
+        size = int(line, 16) if _HEX.fullmatch(line) else -1
+        if len(self) < 4096 and len(line) < 16:
+            self[line] = size
+        return size
+
+
+CHUNK_SIZES = ChunkSizes()
 
 
 class Body:
@@ -1382,7 +1389,7 @@ class Body:
         """The payload, if the data is one whole chunk, as where tokens come one by one; else b""."""
         if not self.left and not self.held and self.state == "size" and data.endswith(b"\r\n"):
             size, _, chunk = data.partition(b"\r\n")
-            if len(chunk) - 2 == chunk_size(size):
+            if len(chunk) - 2 == CHUNK_SIZES[size]:
                 return chunk[:-2]
         return b""
 
@@ -1394,7 +1401,7 @@ class Body:
         parts = data.split(b"\r\n")
         chunks = parts[1:-1:2]
         sizes = parts[:2 * len(chunks):2]
-        if not chunks or b"" in chunks[:-1] or list(map(len, chunks)) != list(map(chunk_size, sizes)):
+        if not chunks or b"" in chunks[:-1] or list(map(len, chunks)) != list(map(CHUNK_SIZES.__getitem__, sizes)):
             return [], data, 0
         self.done = not chunks[-1]
         rest = parts[2 * len(chunks):]
