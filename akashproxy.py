@@ -330,12 +330,15 @@ class Watch:
     A blocked recv() then returns, and check() raises the reason in the owner's thread.
     """
 
+    __slots__ = ("sock", "due", "late", "why", "how")
     live: set = set()           # all that hold a socket
-    sock: Any = None
-    due = math.inf              # by time.monotonic()
-    late = ""                   # what it means when that moment passes
-    why: Optional[Exception] = None
-    how = socket.SHUT_RDWR
+
+    def __init__(self) -> None:
+        self.sock: Any = None
+        self.due = math.inf     # by time.monotonic()
+        self.late = ""          # what it means when that moment passes
+        self.why: Optional[Exception] = None
+        self.how = socket.SHUT_RDWR
 
     def hold(self, sock: Any) -> None:
         self.sock = sock        # before check(): end() sets why first and looks at sock second
@@ -368,25 +371,6 @@ CHAT_PATH = "/v1/chat/completions"
 class Call:
     """A request on its way through: what is asked, in OpenAI's chat vocabulary, and what became of it."""
 
-    path = CHAT_PATH
-    query = ""                          # the request's, for a relay
-    headers: Dict[str, str] = {}        # the few of the client's that a relay passes on
-    sent: Optional[Dict[str, Any]] = None       # the client's own body, for an upstream that speaks its format,
-    data = b""                                  # the same as it came,
-    content_type = "application/json"           # and what that is
-    only: Tuple[str, ...] = ()          # patterns of the models that it may be answered by; (): all
-    skipped: List[str] = []             # what a chat has no place for, if the client spoke something else
-    ignored: List[str] = []             # fields that the controller could not honour
-    route: Tuple[str, ...] = ()         # who was asked and what came, "akash=429"
-    controller = ""                     # who answered
-    kind: Optional[str] = None          # the content type of an answer that is relayed,
-    status = 200                        # and its status
-    why: Optional[Exception] = None     # what ended it from outside
-    bell: Optional[threading.Event] = None      # wakes who pauses
-    hurry = False                       # nobody may wait now: Blocked is raised instead
-    again = ""                          # why the same controller is asked once more: "session" or "connection" has ended
-    prepared: Any = None                # what a controller has made of it, {its name: anything}
-
     def __init__(self, body: Dict[str, Any], stream: bool = False, relay_only: bool = False, pictures: int = 0,
                  picture_bytes: bool = False, unfit: Optional[APIError] = None) -> None:
         self.body = body                # a chat-completions body, whatever the client spoke
@@ -396,7 +380,25 @@ class Call:
         self.pictures = pictures        # how many are wanted; 0: this is a chat
         self.picture_bytes = picture_bytes      # as bytes rather than as an address
         self.unfit = unfit              # why it can't be translated, only relayed
+        self.path = CHAT_PATH
+        self.query = ""                 # the request's, for a relay
+        self.headers: Dict[str, str] = {}       # the few of the client's that a relay passes on
+        self.sent: Optional[Dict[str, Any]] = None      # the client's own body, for an upstream that speaks its format,
+        self.data = b""                                 # the same as it came,
+        self.content_type = "application/json"          # and what that is
+        self.only: Tuple[str, ...] = ()         # patterns of the models that it may be answered by; (): all
+        self.skipped: List[str] = []    # what a chat has no place for, if the client spoke something else
+        self.ignored: List[str] = []    # fields that the controller could not honour
+        self.route: Tuple[str, ...] = ()        # who was asked and what came, "akash=429"
+        self.controller = ""            # who answered
+        self.kind: Optional[str] = None         # the content type of an answer that is relayed,
+        self.status = 200               # and its status
         self.watch = Watch()            # the exchange with the upstream
+        self.why: Optional[Exception] = None    # what ended it from outside
+        self.bell: Optional[threading.Event] = None     # wakes who pauses
+        self.hurry = False              # nobody may wait now: Blocked is raised instead
+        self.again = ""                 # why the same controller is asked once more: "session" or "connection" has ended
+        self.prepared: Dict[str, Any] = {}      # what a controller has made of it, by its name
 
     def cancel(self, why: Optional[Exception] = None) -> None:
         """End it from outside: the upstream's socket is shut down, pause() returns."""
@@ -1313,13 +1315,11 @@ class Body:
     came after it; close() says that the connection has ended. ProtocolError for what smuggling is made of.
     """
 
-    done, rest = False, b""
-    left = 0                    # payload still to come, of the body or of the chunk
-    chunked, until_close = False, False
-    state = "size"              # of the chunked framing: what comes next,
-    held = b""                  # and the part of a line that is here
-
     def __init__(self, fields: Dict[str, str], until_close: bool = False) -> None:
+        self.done, self.rest = False, b""
+        self.left = 0                   # payload still to come, of the body or of the chunk
+        self.chunked = self.until_close = False
+        self.state, self.held = "size", b""     # of the chunked framing: what comes next, and the part of a line that is here
         coding, length = fields.get("transfer-encoding"), fields.get("content-length")
         if coding is not None:
             if length is not None:
@@ -1657,15 +1657,14 @@ class Response:
     """
 
     patience: "Patience"
-    status, persists = 0, False
-    headers: Dict[str, str] = {}
-    body = NO_BODY
-    held = b""                          # of a head that is not whole
-    early = b""                         # payload that came with the head
 
     def __init__(self, sock: Any, request: Request, kept: bool, keeper: KeepAlive, key: Any) -> None:
         self.sock, self.watch, self.bodiless = sock, request.watch, request.method == "HEAD"
         self.kept, self.keeper, self.key = kept, keeper, key
+        self.status, self.headers, self.persists = 0, {}, False
+        self.body = NO_BODY
+        self.held = b""                 # of a head that is not whole
+        self.early = b""                # payload that came with the head
 
     def receive(self, data: bytes) -> bytes:
         """The payload within some bytes of the socket (b"": it has ended); ProtocolError where that is too early."""
@@ -1951,13 +1950,12 @@ class Stream:
 
     DRAIN = 1.0  # seconds for an upstream to end its message once the answer is whole
 
-    decoder: Any = None
-    whole = over = False
-    failure: Optional[Exception] = None
-    left = math.inf         # bytes that it may still have
-
     def __init__(self, response: Response, opened: Callable[[Response], Any]) -> None:
         self.response, self.opened = response, opened
+        self.decoder: Any = None
+        self.whole = self.over = False
+        self.failure: Optional[Exception] = None
+        self.left = math.inf        # bytes that it may still have
 
     def receive(self, data: bytes) -> List[Event]:
         """What some bytes of the socket mean; b"" is its end."""
@@ -2564,7 +2562,7 @@ class AkashController(Controller):
 
     def able(self, call: Call) -> Optional[APIError]:
         try:
-            call.prepared = {**(call.prepared or {}), self.name: self._prepare(call)}
+            call.prepared[self.name] = self._prepare(call)
         except APIError as error:
             return error
         return None
@@ -3612,16 +3610,15 @@ class Running:
     been passed on, failed() makes way for the next one. Each is asked at most once. close() must follow.
     """
 
-    member: Any = None
-    source: Any = None
-    stream: Optional[Stream] = None     # the source, if it is one
-    prepared, begun, started = False, False, 0.0
-    unable = 0                          # how many of those tried can't do it at all
-
     def __init__(self, pool: Pool, call: Call) -> None:
         self.pool, self.call = pool, call
+        self.member: Any = None
+        self.source: Any = None
+        self.stream: Optional[Stream] = None    # the source, if it is one
         self.tried: List[Member] = []
         self.errors: List[APIError] = []
+        self.prepared, self.begun, self.started = False, False, 0.0
+        self.unable = 0         # how many of those tried can't do it at all
 
     def ask(self) -> None:
         """Ask the next controller, or the last one again. APIError if nobody is left; Blocked: to be called by a thread."""
@@ -4696,10 +4693,11 @@ class Watchdog(threading.Thread):
             self.now = time.monotonic()
             for number, events in ready:
                 place = self.places.get(number, NOBODY)
+                owner = place.owner
                 try:
-                    place.owner(BOTH.get(events, events))
+                    owner(BOTH.get(events, events))
                 except Exception:   # a bug must not stop everybody
-                    self.stumbled(place.owner)
+                    self.stumbled(owner)
                     if place.sock is not self.server.socket:
                         self.leave(place.sock)      # it would be ready again at once
             if self.now >= look_at:
@@ -4791,17 +4789,16 @@ class Flow:
     to its end. All of it happens in the watchdog's thread.
     """
 
-    begun = paused = free = ended = False
-    splice: Any = None      # of the dialect, or what passes relayed bytes on; None where there is no short way
-    gone = False            # the client has left
-    deaf = False            # it has sent its next request, so that its end would not show
-
     def __init__(self, handler: "Handler", running: Running) -> None:
         self.handler, self.running, self.dialect = handler, running, handler.dialect
         self.stream: Any = running.stream
         self.watchdog = handler.server.watchdog
         self.client, self.upstream = handler.connection, self.stream.response.sock
         self.watch = self.stream.response.watch
+        self.begun = self.paused = self.free = self.ended = False
+        self.gone = False           # the client has left
+        self.deaf = False           # it has sent its next request, so that its end would not show
+        self.short: Any = None      # steps of the short way, if there is one: data -> payload -> what it tells -> frame
         self.gathered: List[Event] = []     # of an answer that is sent whole
         self.has_more = getattr(self.upstream, "pending", None)     # TLS may have decoded more than was read
         if not handler.call.stream:
@@ -4837,7 +4834,7 @@ class Flow:
         stream = self.stream
         try:
             data = self.upstream.recv(READ_SIZE)
-            if self.splice is not None and self.short_way(data):
+            if self.short and self.short_way(data):
                 return
             events = stream.receive(data)
         except (BlockingIOError, WantRead):
@@ -4859,13 +4856,15 @@ class Flow:
 
     def short_way(self, data: bytes) -> bool:
         """Send one chunk with one event from the middle of a stream on, if that is what came: nearly always, token by token."""
-        payload = self.unframed(data)
-        told = payload and self.usual(payload)
+        unframed, usual, splice = self.short
+        payload = unframed(data)
+        told = payload and usual(payload)
         if not told:
             return False
-        self.watch.due = self.watchdog.now + self.idle
+        now = self.watchdog.now
+        self.watch.due = now + self.idle
         try:
-            if not self.handler.send_chunk(self.splice(told)):
+            if not self.handler.send_chunk(splice(told), now):
                 self.pause()
         except OSError:
             self.lose()
@@ -4875,8 +4874,8 @@ class Flow:
         """Find out if this answer has a short way."""
         response, decoder = self.stream.response, self.stream.decoder
         if self.handler.chunked and response.body.chunked and hasattr(decoder, "usual"):
-            self.unframed, self.usual, self.idle = response.body.lone, decoder.usual, response.patience.idle
-            self.splice = self.dialect.splice if self.handler.call.kind is None else bytes
+            splice = self.dialect.splice if self.handler.call.kind is None else bytes
+            self.short, self.idle = splice and (response.body.lone, decoder.usual, splice), response.patience.idle
 
     def take(self, events: List[Event]) -> None:
         """Pass the first events on, or the last ones, or keep them until the answer can be sent whole."""
@@ -4888,7 +4887,7 @@ class Flow:
             opening, self.begun = self.handler.begin_stream(), True
             self.short_cut()
         if self.stream.whole:
-            self.handler.usage, self.splice = getattr(events[-1], "usage", None), None
+            self.handler.usage, self.short = getattr(events[-1], "usage", None), None
         self.send(opening + self.dialect.feed(events), self.stream.whole)
 
     def gathers(self) -> bool:
@@ -5876,15 +5875,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.keep(data, sent)
         return False
 
-    def send_chunk(self, frame: bytes) -> bool:
-        """The same for whole events of a stream that has begun, and none that is kept."""
+    def send_chunk(self, frame: bytes, now: float) -> bool:
+        """The same for whole events of a stream that has begun, where nothing is kept."""
         data = b"%x\r\n%b\r\n" % (len(frame), frame)
         try:
             sent = self.connection.send(data, NOW)
         except BlockingIOError:
             sent = 0
         self.sent += len(frame)
-        self.last, self.spoke = frame, self.server.watchdog.now
+        self.last, self.spoke = frame, now
         if sent == len(data):
             return True
         self.keep(data, sent)
