@@ -4605,15 +4605,11 @@ class Place:
 
     __slots__ = ("sock", "owner", "events")
 
-    def __init__(self, sock: Any, owner: Callable[[int], None], events: int) -> None:
+    def __init__(self, sock: Any, owner: Callable[[], None], events: int) -> None:
         self.sock, self.owner, self.events = sock, owner, events
 
 
 NOBODY = Place(None, bool, 0)   # for news of what was closed here, but not in another process
-
-# What epoll tells, as the library's selectors have it: errors are news for who reads and for who writes.
-BOTH = {bits: bool(bits & ~4) * selectors.EVENT_READ | bool(bits & ~1) * selectors.EVENT_WRITE for bits in range(2, 32)}
-
 
 class Watchdog(threading.Thread):
     """Waits on behalf of everybody: a selector's loop, and four times a second a look at all clocks.
@@ -4629,7 +4625,7 @@ class Watchdog(threading.Thread):
         super().__init__(name="akashproxy watchdog", daemon=True)
         self.server = server
         self.selector = selectors.DefaultSelector()
-        self.epoll = None               # its own, where it is one: select() does more for each event than is needed here
+        self.epoll = None       # the selector itself, where it is one: its select() does more for each event than is needed
         if hasattr(select, "epoll"):
             self.epoll = select.epoll.fromfd(os.dup(self.selector.fileno()))
         self.places: Dict[int, Place] = {}      # of the sockets that are registered, by their descriptors
@@ -4640,7 +4636,7 @@ class Watchdog(threading.Thread):
         self.tidy_at = 0.0
         self.stopped = False
 
-    def watch(self, sock: Any, owner: Callable[[int], None], events: int = selectors.EVENT_READ) -> None:
+    def watch(self, sock: Any, owner: Callable[[], None], events: int = selectors.EVENT_READ) -> None:
         number = sock.fileno()
         place = self.places.get(number)
         if place is None or place.sock is not sock:
@@ -4660,7 +4656,7 @@ class Watchdog(threading.Thread):
         if place is not None:
             place.owner = functools.partial(self._surprised, sock)
 
-    def _surprised(self, sock: Any, events: int) -> None:
+    def _surprised(self, sock: Any) -> None:
         self.leave(sock)
 
     def forget_closed(self) -> None:
@@ -4681,21 +4677,22 @@ class Watchdog(threading.Thread):
         self.tasks.put(task)
         self.bell.send(b"\0")
 
-    def on_bell(self, events: int) -> None:
+    def on_bell(self) -> None:
         for _ in self.ear.recv(4096):
             self.call(self.tasks.get())
 
     def run(self) -> None:
         look_at = 0.0
         self.watch(self.ear, self.on_bell)
+        ready_ones = self.epoll.poll if self.epoll else self.select
         while not self.stopped:
-            ready = self.ready()
+            ready = ready_ones(self.TICK)
             self.now = time.monotonic()
-            for number, events in ready:
+            for number, _ in ready:
                 place = self.places.get(number, NOBODY)
                 owner = place.owner
                 try:
-                    owner(BOTH.get(events, events))
+                    owner()
                 except Exception:   # a bug must not stop everybody
                     self.stumbled(owner)
                     if place.sock is not self.server.socket:
@@ -4705,12 +4702,10 @@ class Watchdog(threading.Thread):
                 self.call(self.look, self.now)
         self.close()
 
-    def ready(self) -> List[Tuple[int, int]]:
-        """Who has news, and which."""
-        if self.epoll:
-            return self.epoll.poll(self.TICK)
+    def select(self, seconds: float) -> List[Tuple[int, int]]:
+        """Who has news; its owner finds out what it is."""
         try:
-            return [(key.fd, events) for key, events in self.selector.select(self.TICK)]
+            return [(key.fd, events) for key, events in self.selector.select(seconds)]
         except OSError:         # Windows minds closed ones
             self.forget_closed()
             return []
@@ -4812,13 +4807,13 @@ class Flow:
         self.watchdog.watch(self.upstream, self.on_upstream)
         self.listen()
         if self.has_more and self.has_more():
-            self.on_upstream(selectors.EVENT_READ)
+            self.on_upstream()
 
     def listen(self) -> None:
         """Look at the client as far as it can have news."""
         self.handler.listen((0 if self.deaf else selectors.EVENT_READ) | (selectors.EVENT_WRITE if self.paused else 0))
 
-    def on_upstream(self, events: int) -> None:
+    def on_upstream(self) -> None:
         """The upstream has sent something, or has ended."""
         if self.ended:
             return
@@ -4940,16 +4935,15 @@ class Flow:
         """The client is served."""
         self.free, self.handler.flow, self.handler.running = True, None, None
 
-    def on_client(self, events: int) -> None:
+    def on_client(self) -> None:
         """It has left, it has sent its next request, or it has room again."""
-        if events & selectors.EVENT_READ:
-            said = peek(self.client)
-            if said == b"":
-                return self.hang_up()
-            if said:
-                self.deaf = True
-                self.listen()
-        if events & selectors.EVENT_WRITE:
+        said = peek(self.client)
+        if said == b"":
+            return self.hang_up()
+        if said:
+            self.deaf = True
+            self.listen()
+        if self.paused:
             self.resume()
 
     def hang_up(self) -> None:
@@ -4972,7 +4966,7 @@ class Flow:
             if self.stream.decoder is not None:     # else it still owes its first byte
                 self.stream.response.expect()
             self.watchdog.watch(self.upstream, self.on_upstream)
-            self.on_upstream(selectors.EVENT_READ)
+            self.on_upstream()
 
     def fail(self, error: Exception) -> None:
         """No answer, or not all of it: another controller is asked, or the client is told within the stream."""
@@ -5274,12 +5268,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
                           "The request's head took too long.")
         self.listen(selectors.EVENT_READ)       # the last thing that a thread does here
 
-    def on_ready(self, events: int) -> None:
+    def on_ready(self) -> None:
         """The watchdog has bytes of a client, its end, or room for more."""
         if not self.interest:       # what was found ready with it has closed it, or given it to a thread
             return
         if self.flow is not None:
-            return self.flow.on_client(events)
+            return self.flow.on_client()
         try:
             data = self.connection.recv(READ_SIZE, NOW)
         except BlockingIOError:
@@ -6008,7 +6002,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.start()
         self.watchdog.join()
 
-    def on_connection(self, events: int) -> None:
+    def on_connection(self) -> None:
         """The watchdog has new clients."""
         try:
             self.let_in(1 if self.board else 64)    # not all: others wait, too, or want some
