@@ -1237,7 +1237,7 @@ def head_end(held: bytes, searched: int = 0, first: Iterable[int] = _TOKEN_BYTES
 
 # One head is much like the other: what lines were taken apart to is remembered, unless they are long.
 remembered = functools.lru_cache(maxsize=1024)
-LONG = 4096
+LONG = 2048
 
 
 def split_head(held: bytes, end: int, parse_line: Any) -> Tuple[Any, Dict[str, str], bytes]:
