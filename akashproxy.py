@@ -429,7 +429,7 @@ class Answer:
     reasoning: str = ""
     tools: List[ToolCall] = field(default_factory=list)
     images: List[Image] = field(default_factory=list)
-    finish: Any = None
+    finish: Optional[Finish] = None
     raw: bytes = b""
 
 
@@ -470,6 +470,7 @@ class Thinking:
     """
 
     OPEN, CLOSE = "<think>", "</think>"
+    QUOTES = ("`", "'", '"')
 
     def __init__(self) -> None:
         self.held = ""              # may be the beginning of a tag, or of the line break before one
@@ -500,9 +501,8 @@ class Thinking:
     def close(self) -> List[Event]:
         """What was held back is no tag after all."""
         text, self.held = self.held, ""
-        if not text:
-            return []
-        return [Reasoning(text) if self.step == self._within else Text(text)]
+        kind = Reasoning if self.step == self._within else Text
+        return [kind(text)] if text else []
 
     def _text(self, text: str, out: List[Event]) -> None:
         text, self.held = self.held + text, ""
@@ -527,7 +527,7 @@ class Thinking:
     def _within(self, text: str, out: List[Event]) -> str:
         thought, tag, rest = text.partition(self.CLOSE)
         if tag:
-            self.step, self.trim = self._after, True
+            self.step, self.trim = self._pass_on, True
             thought = thought.rstrip("\n")
         else:
             thought = self._hold_back(text)
@@ -539,22 +539,18 @@ class Thinking:
         """The answer, so far without a tag: was it a thought?"""
         at = text.find(self.CLOSE)
         if at >= 0:
-            self.step = self._after
-            if (text[at - 1] if at else self.last) in QUOTES:
+            self.step = self._pass_on
+            if (text[at - 1] if at else self.last) in self.QUOTES:
                 return text
-            self.trim = True
+            self.trim, before = True, text[:at]
             if self.last:
-                out += [Text(text[:at])] * bool(at) + [Recast()]
-            elif at:
-                out.append(Reasoning(text[:at].rstrip("\n")))
+                out += [Text(before), Recast()] if before else [Recast()]
+            elif before:
+                out.append(Reasoning(before.rstrip("\n")))
             return text[at + len(self.CLOSE):]
-        text = self._hold_back(text) if "<" in text else text
-        if text:
-            self.last = text[-1]
-            out.append(Text(text))
-        return ""
+        return self._pass_on(self._hold_back(text), out)
 
-    def _after(self, text: str, out: List[Event]) -> str:
+    def _pass_on(self, text: str, out: List[Event]) -> str:
         if text:
             self.last = text[-1]
             out.append(Text(text))
@@ -562,17 +558,22 @@ class Thinking:
 
     def _hold_back(self, text: str) -> str:
         """Keep the end of the text that may become a closing tag, and the line breaks before it."""
-        for size in range(min(len(self.CLOSE) - 1, len(text)), -1, -1):
-            if text.endswith(self.CLOSE[:size]):
-                break
-        cut = len(text) - size
+        cut = len(text) - (begun(text, [self.CLOSE]) if "<" in text else 0)
         if self.step == self._within:
             cut = len(text[:cut].rstrip("\n"))
         self.held = text[cut:]
         return text[:cut]
 
 
-QUOTES = ("`", "'", '"')
+def begun(text: str, words: List[str]) -> int:
+    """How many characters at the end of a text may be the beginning of one of the words."""
+    longest = max(map(len, words)) - 1
+    for size in range(min(longest, len(text)), 0, -1):
+        end = text[-size:]
+        for word in words:
+            if word.startswith(end):
+                return size
+    return 0
 
 
 class Cutoff:
@@ -584,7 +585,6 @@ class Cutoff:
 
     def __init__(self, stops: List[str], max_tokens: Optional[int]) -> None:
         self.stops = stops
-        self.longest = max(map(len, stops), default=0)
         self.budget = math.inf if max_tokens is None else TOKEN * max_tokens
         self.needed = bool(stops) or max_tokens is not None
         self.held = ""
@@ -614,18 +614,14 @@ class Cutoff:
 
     def _search(self, text: str, out: List[Event]) -> None:
         text, self.held = self.held + text, ""
-        found = [(at, stop) for stop in self.stops for at in [text.find(stop)] if at >= 0]
-        if found:
-            at, stop = min(found)
-            self._count(Text(text[:at]), out)
-            if not self.cut:
-                self.cut = True
-                out.append(Finish("stop", stop=stop))
-            return
-        keep = next((size for size in range(min(self.longest - 1, len(text)), 0, -1)
-                     if any(stop.startswith(text[-size:]) for stop in self.stops)), 0)
-        self.held = text[len(text) - keep:]
-        self._count(Text(text[:len(text) - keep]), out)
+        found = [(text.find(stop), stop) for stop in self.stops if stop in text]
+        at, stop = min(found) if found else (len(text) - begun(text, self.stops), None)
+        self._count(Text(text[:at]), out)
+        if stop is None:
+            self.held = text[at:]
+        elif not self.cut:
+            self.cut = True
+            out.append(Finish("stop", stop=stop))
 
     def _count(self, event: Event, out: List[Event]) -> None:
         if not event.text:
@@ -633,7 +629,8 @@ class Cutoff:
         cost = token_parts(event.text)
         if cost > self.budget:
             kept = _head_of(event.text, self.budget)
-            out += [type(event)(kept)] if kept else []
+            if kept:
+                out.append(type(event)(kept))
             out.append(Finish("length"))
             self.cut = True
         else:
