@@ -686,13 +686,11 @@ def _head_of(text: str, budget: float) -> str:
 # that line. Knows nothing that runs.
 
 
-def setting(default: Any, help: str, check: Optional[Callable[[Any], Any]] = None, secret: bool = False,
+def setting(default: Any, help: str, check: Callable[[Any], Any] = lambda value: value, secret: bool = False,
             also: str = "") -> Any:
     """A setting: ``check`` returns the value to use, or raises ValueError; ``also`` is a second environment variable."""
-    metadata = {"help": help, "check": check, "secret": secret, "also": also}
-    if isinstance(default, dict):
-        return field(default_factory=dict, repr=not secret, metadata=metadata)
-    return field(default=default, repr=not secret, metadata=metadata)
+    start: Any = {"default_factory": dict} if default == {} else {"default": default}
+    return field(**start, repr=not secret, metadata={"help": help, "check": check, "secret": secret, "also": also})
 
 
 def address(text: str) -> str:
@@ -949,10 +947,8 @@ class Settings(Checked):
         if environ.get("CHATGPT_APISERVER_PORT") and "server_address" not in over:
             with reported(problems, "CHATGPT_APISERVER_PORT"):
                 over["server_address"] = address(":" + environ["CHATGPT_APISERVER_PORT"])
-        values: Dict[str, Any] = {}
         path = over["config_file"] = find_config(over.get("config_file", ""), over.get("config_path", ""))
-        if path:
-            values = ConfigFile(path, environ, problems).settings()
+        values = ConfigFile(path, environ, problems).settings() if path else {}
         if problems:
             raise ConfigError(problems)
         return cls(**{**values, **over})
@@ -981,12 +977,14 @@ def find_config(file: str, directory: str) -> str:
     """The configuration file to use: the one named, else the first that is found; "" if there is none."""
     if file:
         return file
-    paths = [os.path.join(folder, name) for folder in [directory] * bool(directory) + SEARCHED for name in FILE_NAMES]
+    paths = [os.path.join(folder, name) for folder in filter(None, [directory, *SEARCHED]) for name in FILE_NAMES]
     return next(filter(os.path.isfile, paths), "")
 
 
 class ConfigFile:
     """A configuration file: akashproxy's own, or one of chatgpt-apiserver. Mistakes go to ``problems``, all of them."""
+
+    VARIABLE = r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}"
 
     def __init__(self, path: str, environ: Dict[str, str], problems: List[str]) -> None:
         self.path, self.environ, self.problems = path, environ, problems
@@ -1009,43 +1007,41 @@ class ConfigFile:
         elif pool is not None:
             self.problem("pool", "it must be an object")
         if isinstance(controllers, list) and controllers:
-            values["controllers"] = tuple(filter(None, map(self.controller, controllers, range(len(controllers)))))
+            values["controllers"] = self.made("controllers", controllers, self.controller)
             if values["controllers"] and not any(options.weight for options in values["controllers"]):
                 self.problem("controllers", "all of them are off (weight 0)")
-            self.names_differ("controllers", values["controllers"])
         elif "controllers" in present:
             self.problem("controllers", "it must be a list with at least one controller")
         if isinstance(keys, list):
-            values["keys"] = tuple(filter(None, map(self.key, keys, range(len(keys)))))
-            self.names_differ("keys", values["keys"])
+            values["keys"] = self.made("keys", keys, self.key)
             if len({options.key for options in values["keys"]}) < len(values["keys"]):
                 self.problem("keys", "two have the same key")
         elif "keys" in present:
             self.problem("keys", "it must be a list")
         return values
 
-    def names_differ(self, place: str, listed: Iterable[Any]) -> None:
-        names = [options.name for options in listed if options.name]
+    def made(self, place: str, items: List[Any], make: Callable[[Dict[str, Any], str], Any]) -> Tuple[Any, ...]:
+        """What ``make(object, its place)`` makes of the objects in a list; their names must differ."""
+        made = []
+        for at, item in enumerate(items):
+            if isinstance(item, dict):
+                made.append(make(item, f"{place}[{at}]"))
+            else:
+                self.problem(f"{place}[{at}]", "it must be an object")
+        names = [options.name for options in filter(None, made) if options.name]
         for name in {name for name in names if names.count(name) > 1}:
             self.problem(place, f"two are called {name!r}")
+        return tuple(filter(None, made))
 
-    def key(self, data: Any, at: int) -> Optional[KeySettings]:
-        place, before = f"keys[{at}]", len(self.problems)
-        if not isinstance(data, dict):
-            self.problem(place, "it must be an object")
-            return None
+    def key(self, data: Dict[str, Any], place: str) -> Optional[KeySettings]:
+        before = len(self.problems)
         values = self.fields({item.name: item for item in declared(KeySettings)}, data, place + ".")
         for name in ("name", "key"):
             if name not in data:
                 self.problem(f"{place}.{name}", "it is missing")
         return KeySettings(**values) if len(self.problems) == before else None
 
-    def controller(self, data: Any, at: int) -> Optional[ControllerSettings]:
-        place = f"controllers[{at}]"
-        if not isinstance(data, dict):
-            self.problem(place, "it must be an object")
-            return None
-        data = dict(data)
+    def controller(self, data: Dict[str, Any], place: str) -> Optional[ControllerSettings]:
         more, file, within = data.pop("config", None) or {}, data.pop("config_file", None), ".config."
         if isinstance(file, str) and file:  # beside this file, or where the command was started, as it was there
             beside = os.path.join(os.path.dirname(self.path), file)
@@ -1064,47 +1060,50 @@ class ConfigFile:
             self.problem(place + ".type", f"{values['type']!r} is none of {', '.join(sorted(CONTROLLERS))}")
         if len(self.problems) > before:
             return None
-        options = ControllerSettings(**values)
-        keyless = "api_key" in values and options.base_url     # "" says so, for a server of one's own
-        if options.type == "openai" and not options.api_key and not keyless and self.environ.get("OPENAI_API_KEY"):
-            options = dataclasses.replace(options, api_key=self.environ["OPENAI_API_KEY"])
-        if options.type == "openai" and not options.api_key and not options.base_url:
-            self.problem(place + ".api_key", "it is missing, and OPENAI_API_KEY is not set")
-        return options
+        if values.get("type", "openai") == "openai" and not values.get("api_key"):
+            own = values.get("base_url")
+            if not own or "api_key" not in values:      # "" says that a server of one's own wants none
+                values["api_key"] = self.environ.get("OPENAI_API_KEY", "")
+            if not own and not values["api_key"]:
+                self.problem(place + ".api_key", "it is missing, and OPENAI_API_KEY is not set")
+        return ControllerSettings(**values)
 
     def read(self, path: str, place: str = "") -> Optional[Dict[str, Any]]:
         """The JSON object in a file, its ${NAME}s filled in; None if there is none."""
-        place = place or "the configuration"
         try:
             with open(path, "rb") as file:
                 data = from_json(file.read())
         except OSError as error:
-            self.problem(place, f"{path}: {error.strerror}")
+            what = error.strerror
         except json.JSONDecodeError as error:
-            self.problem(place, f"{path}: line {error.lineno}, column {error.colno}: {error.msg}")
+            what = f"line {error.lineno}, column {error.colno}: {error.msg}"
         except ValueError as error:
-            self.problem(place, f"{path}: {error}")
+            what = str(error)
         else:
             if isinstance(data, dict):
                 with contextlib.suppress(RecursionError):
-                    return self.filled(data, "" if place == "the configuration" else place)
-            self.problem(place, f"{path}: it must be a JSON object")
+                    return self.filled(data, place)
+            what = "it must be a JSON object"
+        self.problems.append(f"{self.path}: {place}: {path}: {what}" if place else f"the configuration: {path}: {what}")
         return None
 
     def filled(self, value: Any, place: str) -> Any:
         """The value with the environment's values in place of each ${NAME}."""
+        if isinstance(value, dict):
+            return {name: self.filled(item, f"{place}.{name}".lstrip(".")) for name, item in value.items()}
+        if isinstance(value, list):
+            return [self.filled(item, f"{place}[{at}]") for at, item in enumerate(value)]
+        if not isinstance(value, str):
+            return value
+
         def replace(match: Any) -> str:
             if not self.environ.get(match[1]):
                 self.problem(place, f"the environment variable {match[1]} is not set")
             return self.environ.get(match[1]) or match[0]
 
-        if isinstance(value, dict):
-            return {name: self.filled(item, f"{place}.{name}".lstrip(".")) for name, item in value.items()}
-        if isinstance(value, list):
-            return [self.filled(item, f"{place}[{at}]") for at, item in enumerate(value)]
-        if isinstance(value, str) and "${" in re.sub(r"\$\{[A-Za-z_][A-Za-z0-9_]*\}", "", value):
+        if "${" in re.sub(self.VARIABLE, "", value):
             self.problem(place, "after ${ the name of an environment variable and } must follow")
-        return re.sub(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}", replace, value) if isinstance(value, str) else value
+        return re.sub(self.VARIABLE, replace, value)
 
     def fields(self, known: Dict[str, Any], data: Dict[str, Any], place: str,
                others: Iterable[str] = ()) -> Dict[str, Any]:
@@ -1121,7 +1120,7 @@ class ConfigFile:
         return values
 
     def problem(self, place: str, what: str) -> None:
-        self.problems.append(f"{place}: {what}" if place == "the configuration" else f"{self.path}: {place}: {what}")
+        self.problems.append(f"{self.path}: {place}: {what}")
 
     def reported(self, place: str) -> Any:
         return reported(self.problems, f"{self.path}: {place}")
@@ -1188,15 +1187,14 @@ def typed(item: Any, value: Any) -> Any:
             return tuple(part.strip() for part in value)
     if item.type.startswith("Dict") and isinstance(value, dict) and all(isinstance(part, str) for part in value.values()):
         return value
-    kinds = {"str": "a text", "int": "a whole number, not negative", "float": "a number, not negative",
-             "Tuple": "a list of texts", "Dict": "an object with texts"}
-    raise ValueError("it must be " + next(kinds[kind] for kind in ("Tuple", "Dict", "float", "int", "str")
-                                          if kind in item.type))
+    kinds = {"Tuple": "a list of texts", "Dict": "an object with texts", "float": "a number, not negative",
+             "int": "a whole number, not negative", "str": "a text"}
+    raise ValueError("it must be " + next(what for kind, what in kinds.items() if kind in item.type))
 
 
 def checked(item: Any, value: Any) -> Any:
     """The value to use; ValueError says what is wrong with it."""
-    check = item.metadata["check"] or (lambda value: value)
+    check = item.metadata["check"]
     return tuple(map(check, value)) if isinstance(value, tuple) else check(value)
 
 
