@@ -6200,20 +6200,19 @@ class StandIn(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path, _, query = self.path.partition("?")
         if path == "/api/auth/session/":
-            self._send(200, b'{"success":true}', {"Set-Cookie": f"{self.COOKIE}; Path=/; Max-Age=600; Secure; HttpOnly"})
+            cookie = f"{self.COOKIE}; Path=/; Max-Age=600; Secure; HttpOnly"
+            self._send(200, b'{"success":true}', headers={"Set-Cookie": cookie})
         elif path == "/api/models/":
             self._send(200, to_json([{"id": name, "name": name, "available": True} for name in ("demo", "AkashGen")]))
         elif path == "/api/image-status/":
             job = query.partition("=")[2]
             self.jobs[job] = asked = self.jobs.get(job, 0) + 1
-            state = {"job_id": job, "status": "waiting", "queue_position": 3 - asked, "result": None}
-            if asked == 3:
-                state.update(status="pending", queue_position=0)
-            elif asked > 3:
-                state.update(status="succeeded", queue_position=0, result=f"/api/image/job_{job[:8]}_00001_.png")
-            self._send(200, to_json([state]))
+            status = "waiting" if asked < 3 else "pending" if asked == 3 else "succeeded"
+            result = f"/api/image/job_{job[:8]}_00001_.png" if asked > 3 else None
+            self._send(200, to_json([{"job_id": job, "status": status, "queue_position": max(0, 3 - asked),
+                                      "result": result}]))
         elif path.startswith("/api/image/job_"):
-            self._send(200, demo_picture(path), {"Content-Type": "image/png"})
+            self._send(200, demo_picture(path), headers={"Content-Type": "image/png"})
         else:
             self._send(404, b"{}")
 
@@ -6231,31 +6230,30 @@ class StandIn(http.server.BaseHTTPRequestHandler):
         self._stream([b'f:{"messageId":"msg-demo"}\n'] + [b"0:" + to_json(word) + b"\n" for word in words], self.pace)
 
     def _stream(self, lines: List[bytes], pace: float) -> None:
-        self._head(200, {"Content-Type": "text/plain; charset=utf-8", "X-Vercel-AI-Data-Stream": "v1"})
         end = b'{"finishReason":"stop","usage":{"promptTokens":null,"completionTokens":null}'
-        for line in lines + [b"e:" + end + b',"isContinued":false}\nd:' + end + b"}\n"]:
-            self.wfile.write(b"%x\r\n%b\r\n" % (len(line), line))
-            time.sleep(pace)
-        self.wfile.write(b"0\r\n\r\n")
+        self._send(200, *lines, b"e:" + end + b',"isContinued":false}\nd:' + end + b"}\n", pace=pace,
+                   headers={"Content-Type": "text/plain; charset=utf-8", "X-Vercel-AI-Data-Stream": "v1"})
 
-    def _send(self, status: int, data: bytes, headers: Optional[Dict[str, str]] = None) -> None:
-        self._head(status, {"Content-Type": "application/json", **(headers or {})})
-        self.wfile.write(b"%x\r\n%b\r\n0\r\n\r\n" % (len(data), data))
-
-    def _head(self, status: int, headers: Dict[str, str]) -> None:
+    def _send(self, status: int, *parts: bytes, headers: Optional[Dict[str, str]] = None, pace: float = 0.0) -> None:
         self.send_response(status)
-        for name, value in {**headers, "Keep-Alive": "timeout=5", "Transfer-Encoding": "chunked"}.items():
+        for name, value in {"Content-Type": "application/json", **(headers or {}), "Keep-Alive": "timeout=5",
+                            "Transfer-Encoding": "chunked"}.items():
             self.send_header(name, value)
         self.end_headers()
+        for part in parts:
+            self.wfile.write(b"%x\r\n%b\r\n" % (len(part), part))
+            time.sleep(pace)
+        self.wfile.write(b"0\r\n\r\n")
 
     def log_message(self, format: str, *args: Any) -> None:
         log.debug("stand-in: " + format, *args)
 
 
-def demo_picture(seed: str, size: int = 96) -> bytes:
+def demo_picture(seed: str) -> bytes:
     """A little PNG: rings in two colours that depend on the seed."""
     import struct
     import zlib
+    size = 96
     tint = binascii.crc32(seed.encode())
     colours = [bytes((tint >> shift & 255, 90 + shift * 5, 255 - (tint >> shift & 127))) for shift in (0, 16)]
     rows = [b"\0" + b"".join(colours[int(math.hypot(x - size / 2, y - size / 2)) // 8 % 2] for x in range(size))
@@ -6538,7 +6536,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     argv = [re.sub(r"^--[a-z_]+", lambda flag: flag[0].replace("_", "-"), word)
             for word in (sys.argv[1:] if argv is None else argv)]  # --config_file, as chatgpt-apiserver has it
     options = argument_parser().parse_args(argv)
-    flags = {item.name: value for item in declared(Settings) for value in [getattr(options, item.name)] if value is not None}
+    flags = {name: value for name, value in vars(options).items() if isinstance(value, str)}
     try:
         settings = Settings.load(dict(os.environ), flags)
         if options.health:
@@ -6577,29 +6575,27 @@ def argument_parser() -> Any:
     for item in declared(Settings):
         text = item.metadata["help"] + (f" (default: {default})" if (default := default_text(item)) else "")
         metavar = {"str": "TEXT", "int": "NUMBER", "float": "SECONDS"}.get(item.type, "LIST")
-        group.add_argument(flag_name(item), dest=item.name, metavar=metavar,
-                           help=text.replace("%", "%%"))
+        group.add_argument(flag_name(item), dest=item.name, metavar=metavar, help=text.replace("%", "%%"))
     return parser
 
 
 def default_text(item: Any) -> str:
     """A setting's default, as it would be written."""
-    default = item.default
-    if default is dataclasses.MISSING or default is None:
+    if item.default is dataclasses.MISSING:
         return ""
-    return ",".join(default) if isinstance(default, tuple) else f"{default:g}" if item.type == "float" else str(default)
+    return f"{item.default:g}" if item.type == "float" else as_text(item.default)
 
 
 def show(settings: Settings) -> int:
     """Print the settings, the file they came from and the controllers, without secrets."""
-    folders = [settings.config_path] * bool(settings.config_path) + SEARCHED
-    print(f"# searched: {', '.join(folders)} for {' and '.join(FILE_NAMES)}")
+    print(f"# searched: {', '.join(filter(None, [settings.config_path, *SEARCHED]))} for {' and '.join(FILE_NAMES)}")
     print(f"# file: {settings.config_file or 'none'}")
     for name, value in settings.shown():
         print(f"{name.upper()}={value}")
     for options in [*settings.pool(), *settings.keys]:
-        print("\n[" + "key " * isinstance(options, KeySettings) + options.name + "]\n" + "\n".join(
-            f"{name}={value}" for name, value in options.shown() if value and name != "name"))
+        kind = "key " if isinstance(options, KeySettings) else ""
+        lines = [f"{name}={value}" for name, value in options.shown() if value and name != "name"]
+        print(f"\n[{kind}{options.name}]", *lines, sep="\n")
     return 0
 
 
@@ -6627,15 +6623,14 @@ def start(server: Server, load: Callable[[], Settings]) -> int:
     locked = server.settings.bearer_token or server.settings.keys
     if not locked and not ipaddress.ip_address(server.server_address[0]).is_loopback:
         log.warning("whoever can reach %s can use this server, its keys and its allowance: set BEARER_TOKEN", server.url)
-    several = server.settings.workers > 1
-    signals = Signals("SIGINT", "SIGTERM", "SIGHUP")
+    signals = Signals(signal.SIGINT, signal.SIGTERM, SIGHUP)
     line = f"akashproxy {__version__} serves {server.pool} on {server.url}/v1"
-    if several:
-        line += f", with {server.settings.workers} workers"
-    else:
-        server.start()
+    if server.settings.workers > 1:
+        print(f"{line}, with {server.settings.workers} workers", flush=True)
+        return supervise(server, load, signals)
+    server.start()
     print(line, flush=True)
-    return supervise(server, load, signals) if several else serve(server, load, signals)
+    return serve(server, load, signals)
 
 
 def raise_limit() -> None:
@@ -6658,13 +6653,12 @@ def hold_signals(how: str) -> None:
 class Signals:
     """The signals that have come. The second one that means to stop calls ``at_once``, and ends the process."""
 
-    def __init__(self, *names: str) -> None:
+    def __init__(self, *numbers: int) -> None:
         self.asked: SimpleQueue = SimpleQueue()
         self.stops = 0
         self.at_once: Callable[[], Any] = bool
-        for name in names:
-            if hasattr(signal, name):
-                signal.signal(getattr(signal, name), self.on_signal)
+        for number in filter(None, numbers):
+            signal.signal(number, self.on_signal)
         hold_signals("SIG_UNBLOCK")
 
     def on_signal(self, number: int, frame: Any) -> None:
@@ -6754,7 +6748,7 @@ def spawn(parent: Server, load: Callable[[], Settings], board: Board, page: int)
         parent.watchdog.close()
         board.mine = page
         server = Server(parent.settings, parent.socket, board)
-        status = serve(server.start(), load, Signals("SIGTERM", "SIGHUP"))
+        status = serve(server.start(), load, Signals(signal.SIGTERM, SIGHUP))
     except BaseException:
         log.exception("a worker failed")
     finally:
