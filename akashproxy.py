@@ -3723,7 +3723,16 @@ class Dialect:
 
     def feed(self, events: List[Event]) -> bytes:
         """The frames of some events; those of Finish end the stream."""
-        raise NotImplementedError
+        return b"".join(map(self.event, events))
+
+    def event(self, event: Event) -> bytes:
+        """The frames of one event. Progress is told as a thought, an Image as a text; what is unknown is left out."""
+        if isinstance(event, Progress):
+            before = f", {event.position} before it" if event.position else ""
+            return self.event(Reasoning(f"The picture is {event.status}{before}.\n"))
+        if isinstance(event, Image):
+            return self.event(Text(self.markdown(event)))
+        return event.data if isinstance(event, Raw) else b""
 
     def fail(self, error: APIError) -> bytes:
         """The end of a stream that breaks off. go-openai wants "error" to be the first key."""
@@ -3766,11 +3775,6 @@ class Dialect:
         """An answer's text, its pictures after it."""
         return "\n\n".join(filter(None, [answer.text, *map(self.markdown, answer.images)]))
 
-    @staticmethod
-    def queued(progress: Progress) -> str:
-        """A line on a picture that is not ready."""
-        return f"The picture is {progress.status}{f', {progress.position} before it' if progress.position else ''}.\n"
-
     def markdown(self, image: Image) -> str:
         """A picture for clients that show Markdown."""
         alt = re.sub(r"[\[\]\\\s]+", " ", image.prompt).strip()
@@ -3803,7 +3807,8 @@ def flag(body: Dict[str, Any], name: str) -> bool:
 class ChatCompletions(Dialect):
     """POST /v1/chat/completions, as openai-openapi pins it."""
 
-    OBJECT = "chat.completion"
+    OBJECT, CHUNK = "chat.completion", "chat.completion.chunk"
+    LAST = b'{"index":0,"delta":{}'     # a choice with no more to say, without its end
 
     def parse(self, body: Dict[str, Any]) -> Call:
         required(body, "model", str, "the name of a model")
@@ -3820,57 +3825,43 @@ class ChatCompletions(Dialect):
         return self.begin() if form == "chunk" else super().ping(form)
 
     def begin(self) -> bytes:
-        head = {"id": self.id, "object": self.OBJECT + ".chunk", "created": self.created, "model": self.model}
-        self.head = b"data: " + to_json(head)[:-1]
-        self.tail = b',"finish_reason":null}]' + (b',"usage":null}\n\n' if self.usage_asked else b"}\n\n")
-        return self.opening()
-
-    def opening(self) -> bytes:
+        head = {"id": self.id, "object": self.CHUNK, "created": self.created, "model": self.model}
+        self.head = b'data: %b,"choices":[' % to_json(head)[:-1]
+        self.tail = self.tail_of(None)
         return self.frame({"role": "assistant", "content": ""})
 
-    def frame(self, delta: Dict[str, Any]) -> bytes:
-        return self.head + b',"choices":[{"index":0,"delta":' + to_json(delta) + self.tail
+    def tail_of(self, reason: Optional[str]) -> bytes:
+        """The end of a choice and of its frame."""
+        return b',"finish_reason":' + to_json(reason) + (b'}],"usage":null}\n\n' if self.usage_asked else b"}]}\n\n")
 
-    def text_frame(self, text: str) -> bytes:
-        return self.splice(to_json(text))
+    def frame(self, delta: Dict[str, Any]) -> bytes:
+        return self.head + b'{"index":0,"delta":' + to_json(delta) + self.tail
 
     def splice(self, text: bytes) -> bytes:
-        return b'%b,"choices":[{"index":0,"delta":{"content":%b}%b' % (self.head, text, self.tail)
+        return b'%b{"index":0,"delta":{"content":%b}%b' % (self.head, text, self.tail)
 
     def feed(self, events: List[Event]) -> bytes:
         if len(events) == 1:        # the usual
             event = events[0]
             kind = type(event)
-            return self.text_frame(event.text) if kind is Text else event.data if kind is Raw else self.event(event)
-        return b"".join(map(self.event, events))
+            return (self.splice(to_json(event.text)) if kind is Text else event.data if kind is Raw
+                    else self.event(event))
+        return super().feed(events)
 
     def event(self, event: Event) -> bytes:
         if isinstance(event, Text):
-            return self.text_frame(event.text)
+            return self.splice(to_json(event.text))
         if isinstance(event, Reasoning):
             return self.frame({"reasoning_content": event.text})
-        if isinstance(event, Progress):
-            return self.frame({"reasoning_content": self.queued(event)})
-        if isinstance(event, Image):
-            return self.frame({"content": self.markdown(event)})
-        if isinstance(event, Raw):
-            return event.data
         if isinstance(event, ToolCall):
             return self.frame({"tool_calls": [{"index": event.index, **tool_call(event)}]})
-        if isinstance(event, Finish):
-            return self.ending(event)
-        return b""
+        return self.ending(event) if isinstance(event, Finish) else super().event(event)
 
     def ending(self, finish: Finish) -> bytes:
-        null = b',"usage":null}\n\n' if self.usage_asked else b"}\n\n"
-        last = (self.head + b',"choices":[' + self.last_choice() + b',"finish_reason":' + to_json(finish.reason)
-                + b"}]" + null)
+        last = self.head + self.LAST + self.tail_of(finish.reason)
         if self.usage_asked and finish.usage:
-            last += self.head + b',"choices":[],"usage":' + to_json(finish.usage) + b"}\n\n"
+            last += self.head + b'],"usage":' + to_json(finish.usage) + b"}\n\n"
         return last + b"data: [DONE]\n\n"
-
-    def last_choice(self) -> bytes:
-        return b'{"index":0,"delta":{}'
 
     def whole(self, answer: Answer) -> Dict[str, Any]:
         text = self.text(answer)
@@ -3906,47 +3897,33 @@ def tool_call(event: ToolCall) -> Dict[str, Any]:
 class Completions(ChatCompletions):
     """POST /v1/completions, the legacy form, over a chat of one message."""
 
-    PREFIX, OBJECT = "cmpl-", "text_completion"
-    splice = None
+    PREFIX = "cmpl-"
+    OBJECT = CHUNK = "text_completion"
+    LAST = b'{"text":"","index":0,"logprobs":null'
 
     def parse(self, body: Dict[str, Any]) -> Call:
         prompt = body.get("prompt")
         if isinstance(prompt, list) and len(prompt) == 1:
             prompt = prompt[0]
-        if prompt is None or prompt in ("", []):
+        if prompt in (None, "", []):
             raise bad_request("'prompt' is missing or empty.", "prompt")
-        unfit = None
-        if not isinstance(prompt, str):
-            unfit = bad_request("'prompt' must be one text here.", "prompt")
+        unfit = None if isinstance(prompt, str) else bad_request("'prompt' must be one text here.", "prompt")
         self.echo = prompt if flag(body, "echo") and not unfit else ""
         chat = {name: value for name, value in body.items() if name not in ("prompt", "echo")}
         call = super().parse({**chat, "messages": [{"role": "user", "content": prompt}]})
         call.unfit = unfit
         return call
 
-    def begin(self) -> bytes:
-        opening = super().begin()
-        self.head = self.head.replace(b".chunk", b"", 1)
-        return opening
-
-    def opening(self) -> bytes:
-        return b""
-
     def feed(self, events: List[Event]) -> bytes:
-        frames, self.echo = ([self.frame({"content": self.echo})] if self.echo else []), ""
-        return b"".join(frames) + super().feed(events)
+        echo, self.echo = self.echo, ""
+        return self.frame({"content": echo}) + super().feed(events)
 
     def frame(self, delta: Dict[str, Any]) -> bytes:
-        return self.text_frame(delta.get("content"))
+        text = delta.get("content")     # the form has no place for thoughts and tools
+        return self.splice(to_json(text)) if text else b""
 
-    def text_frame(self, text: Optional[str]) -> bytes:
-        if not text:
-            return b""  # the form has no place for thoughts and tools
-        return (self.head + b',"choices":[{"text":' + to_json(text) + b',"index":0,"logprobs":null'
-                + self.tail)
-
-    def last_choice(self) -> bytes:
-        return b'{"text":"","index":0,"logprobs":null'
+    def splice(self, text: bytes) -> bytes:
+        return b'%b{"text":%b,"index":0,"logprobs":null%b' % (self.head, text, self.tail)
 
     def whole(self, answer: Answer) -> Dict[str, Any]:
         text = self.echo + answer.text + "\n\n".join(map(self.markdown, answer.images))
@@ -3958,18 +3935,19 @@ class Images(Dialect):
 
     def parse(self, body: Dict[str, Any]) -> Call:
         prompt = required(body, "prompt", str, "a text")
-        count, form, unfit = number(body, "n", 1, whole=True, least=1), body.get("response_format"), None
+        count = number(body, "n", 1, whole=True, least=1)
         if body.get("model") is not None:
             required(body, "model", str, "a text")
+        form, stream, unfit = body.get("response_format"), flag(body, "stream"), None
         if count > 10:
             unfit = bad_request("'n' may be 10 at most.", "n")
         elif form not in (None, "url", "b64_json"):
             unfit = bad_request("'response_format' must be 'url' or 'b64_json'.", "response_format")
-        elif flag(body, "stream"):
+        elif stream:
             unfit = bad_request("Pictures can't be streamed here; ask for one through chat instead.", "stream")
         rest = {name: value for name, value in body.items()
                 if value is not None and name not in ("prompt", "n", "response_format", "stream")}
-        return Call({**rest, "messages": [{"role": "user", "content": prompt}]}, stream=flag(body, "stream"),
+        return Call({**rest, "messages": [{"role": "user", "content": prompt}]}, stream=stream,
                     pictures=count, picture_bytes=form == "b64_json", unfit=unfit)
 
     def whole(self, answer: Answer) -> Dict[str, Any]:
@@ -4083,21 +4061,12 @@ class Blocks(Dialect):
 
     # -- the answer
 
-    def feed(self, events: List[Event]) -> bytes:
-        return b"".join(map(self.event, events))
-
     def event(self, event: Event) -> bytes:
-        if isinstance(event, Text):
-            return self.add(event)
-        if isinstance(event, Progress):
-            event = Reasoning(self.queued(event))
-        elif isinstance(event, Image):
-            event = Text(self.markdown(event))
-        if isinstance(event, Finish):
-            return self.release() + self.close() + self.ending(event)
         if isinstance(event, (Text, ToolCall)) or isinstance(event, Reasoning) and self.thoughts:
             return self.add(event)
-        return event.data if isinstance(event, Raw) else b""
+        if isinstance(event, Finish):
+            return self.release() + self.close() + self.ending(event)
+        return super().event(event)
 
     def add(self, event: Event, waits: bool = True) -> bytes:
         frames, block = b"", self.place(event)
@@ -4576,19 +4545,14 @@ class Relay(Dialect):
     PATH = re.compile(r"/v1(/[A-Za-z0-9_-]+)+")
 
     def __init__(self, data: bytes, content_type: str) -> None:
-        body = {}
-        if content_type.partition(";")[0].strip().lower() == "application/json":
-            with contextlib.suppress(ValueError):
-                body = as_dict(from_json(data))
+        is_json = content_type.partition(";")[0].strip().lower() == "application/json"
+        body = as_dict(json_or_none(data)) if is_json else {}
         model = body.get("model")
         self.call = Call({"model": model} if isinstance(model, str) else {}, stream=True, relay_only=True)
         self.call.sent, self.call.content_type = body or None, content_type or "application/octet-stream"
 
     def ping(self, form: str) -> bytes:
         return b""
-
-    def feed(self, events: List[Event]) -> bytes:
-        return b"".join(event.data for event in events if isinstance(event, Raw))
 
 
 # == 10. guards ===============================================================================
