@@ -3846,7 +3846,7 @@ class ChatCompletions(Dialect):
             kind = type(event)
             return (self.splice(to_json(event.text)) if kind is Text else event.data if kind is Raw
                     else self.event(event))
-        return super().feed(events)
+        return b"".join(map(self.event, events))
 
     def event(self, event: Event) -> bytes:
         if isinstance(event, Text):
@@ -4119,9 +4119,9 @@ class Blocks(Dialect):
 
     def row(self, answer: Answer) -> List[Event]:
         """A whole answer as an event for each block."""
-        thought, text = answer.reasoning if self.thoughts else "", self.text(answer)
-        return [*([Reasoning(thought)] if thought else []), *([Text(text)] if text else []),
-                *(identified(call, call.arguments) for call in answer.tools)]
+        said = [Reasoning(answer.reasoning)] * self.thoughts + [Text(self.text(answer))]
+        calls = [identified(call, call.arguments or "{}") for call in answer.tools]
+        return [event for event in said if event.text] + calls
 
     @staticmethod
     def status(error: APIError) -> int:
@@ -4275,9 +4275,8 @@ class Messages(Blocks):
         """The tokens that were told, those from a cache apart; else an estimate."""
         if not finish.usage:
             return {"input_tokens": self.estimate(), "output_tokens": self.said}
-        asked, details = finish.usage["prompt_tokens"], as_dict(finish.usage.get("prompt_tokens_details"))
-        cached = details.get("cached_tokens")
-        cached = cached if type(cached) is int and 0 < cached < asked else 0
+        asked, cached = finish.usage["prompt_tokens"], usage_detail(finish.usage, "prompt", "cached_tokens")
+        cached = cached if 0 < cached < asked else 0
         return {"input_tokens": asked - cached, "cache_read_input_tokens": cached,
                 "output_tokens": finish.usage["completion_tokens"]}
 
@@ -4314,6 +4313,12 @@ def call_input(arguments: str) -> Dict[str, Any]:
     except (ValueError, RecursionError):
         value = None
     return value if isinstance(value, dict) else {"arguments": arguments}
+
+
+def usage_detail(usage: Dict[str, Any], of: str, name: str) -> int:
+    """One of the details of OpenAI's usage of the prompt or the completion; 0 if it is not told."""
+    value = as_dict(usage.get(of + "_tokens_details")).get(name)
+    return value if type(value) is int else 0
 
 
 class CountTokens(Messages):
@@ -4359,11 +4364,9 @@ class Responses(Blocks):
                     {"summary_index": 0}, {}),
         ToolCall: ("fc_", "response.function_call_arguments", "", {}, {})}
 
-    def __init__(self, body: Any, site: str = "") -> None:
-        self.number = 0         # of the next event
-        self.output: List[Dict[str, Any]] = []
-        self.begun = False
-        super().__init__(body, site)
+    number = 0          # of the next event
+    output: Any = ()    # the items that are whole
+    begun = False
 
     # -- the request
 
@@ -4446,15 +4449,13 @@ class Responses(Blocks):
 
     def open(self, event: Event) -> bytes:
         prefix, name, part, index, more = self.WIRE[type(event)]
-        self.item_id = prefix + new_id()
-        self.opened, self.at = event, {"item_id": self.item_id, "output_index": self.blocks, **index}
-        delta = (name + ".delta").encode()
-        frames = self.frame("response.output_item.added", {
-            "output_index": self.blocks, "item": self.item(event, self.item_id, [])})
+        item = self.item(event, prefix + new_id(), "in_progress")
+        self.opened, self.at = event, {"item_id": item["id"], "output_index": self.blocks, **index}
+        delta, place = (name + ".delta").encode(), to_json({**self.at, **more})[1:-1]
+        self.head = b'event: %b\ndata: {"type":"%b",%b,"sequence_number":' % (delta, delta, place)
+        frames = self.frame("response.output_item.added", {"output_index": self.blocks, "item": item})
         if part:
             frames += self.frame(part + ".added", {**self.at, "part": self.part_of(event)})
-        place = to_json({**self.at, **more})[1:-1]
-        self.head = b'event: %b\ndata: {"type":"%b",%b,"sequence_number":' % (delta, delta, place)
         return frames
 
     def piece(self, text: str) -> bytes:
@@ -4465,10 +4466,10 @@ class Responses(Blocks):
         _, name, part, _, more = self.WIRE[type(self.opened)]
         if isinstance(self.opened, ToolCall):
             text = text or "{}"
-            event, key = dataclasses.replace(self.opened, arguments=text), "arguments"
+            event, key = identified(self.opened, text), "arguments"
         else:
             event, key = type(self.opened)(text), "text"
-        self.output.append(self.item(event, self.item_id, [self.part_of(event)]))
+        self.output = [*self.output, self.item(event, self.at["item_id"])]
         frames = self.frame(name + ".done", {**self.at, **more, key: text})
         if part:
             frames += self.frame(part + ".done", {**self.at, "part": self.part_of(event)})
@@ -4486,13 +4487,12 @@ class Responses(Blocks):
                 + self.frame("response.failed", {"response": {**self.response(), **failed}}))
 
     def whole(self, answer: Answer) -> Dict[str, Any]:
-        self.output = [self.item(event, self.WIRE[type(event)][0] + new_id(), [self.part_of(event)])
-                       for event in self.row(answer)]
+        self.output = [self.item(event, self.WIRE[type(event)][0] + new_id()) for event in self.row(answer)]
         return self.response(answer.finish)
 
     def response(self, finish: Optional[Finish] = None) -> Dict[str, Any]:
         """The response as it is by now."""
-        sent, usage = self.call.sent or {}, finish and finish.usage
+        sent, usage = self.call.sent, finish and finish.usage
         reason = finish and {"length": "max_output_tokens", "content_filter": "content_filter"}.get(finish.reason)
         echoed = {name: default if sent.get(name) is None else sent[name] for name, default in self.ECHOED.items()}
         return {"id": self.id, "object": "response", "created_at": self.created, "model": self.model,
@@ -4506,15 +4506,14 @@ class Responses(Blocks):
         """What an item holds."""
         if isinstance(event, Reasoning):
             return {"type": "summary_text", "text": event.text}
-        return {"type": "output_text", "text": getattr(event, "text", ""), "annotations": [], "logprobs": []}
+        return {"type": "output_text", "text": event.text, "annotations": [], "logprobs": []}
 
-    @staticmethod
-    def item(event: Event, item_id: str, parts: List[Dict[str, Any]]) -> Dict[str, Any]:
+    def item(self, event: Event, item_id: str, status: str = "completed") -> Dict[str, Any]:
         """An item of the output: one that is opened has no parts."""
-        status = "completed" if parts else "in_progress"
         if isinstance(event, ToolCall):
             return {"id": item_id, "type": "function_call", "status": status, "call_id": event.id, "name": event.name,
-                    "arguments": event.arguments or "{}" if parts else ""}
+                    "arguments": event.arguments}
+        parts = [self.part_of(event)] if status == "completed" else []
         if isinstance(event, Reasoning):
             return {"id": item_id, "type": "reasoning", "status": status, "summary": parts}
         return {"id": item_id, "type": "message", "status": status, "role": "assistant", "content": parts}
@@ -4522,12 +4521,8 @@ class Responses(Blocks):
 
 def response_usage(usage: Dict[str, Any]) -> Dict[str, Any]:
     """OpenAI's usage of a chat in the words of a response."""
-    def detail(where: str, name: str) -> int:
-        value = as_dict(usage.get(where)).get(name)
-        return value if type(value) is int else 0
-
-    cached = detail("prompt_tokens_details", "cached_tokens")
-    reasoned = detail("completion_tokens_details", "reasoning_tokens")
+    cached = usage_detail(usage, "prompt", "cached_tokens")
+    reasoned = usage_detail(usage, "completion", "reasoning_tokens")
     return {"input_tokens": usage["prompt_tokens"], "output_tokens": usage["completion_tokens"],
             "total_tokens": usage["total_tokens"], "output_tokens_details": {"reasoning_tokens": reasoned},
             "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0}}
