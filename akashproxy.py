@@ -3723,7 +3723,10 @@ class Dialect:
 
     def feed(self, events: List[Event]) -> bytes:
         """The frames of some events; those of Finish end the stream."""
-        return b"".join(map(self.event, events))
+        if len(events) != 1:
+            return b"".join(map(self.event, events))
+        event = events[0]           # the usual
+        return event.data if type(event) is Raw else self.event(event)
 
     def event(self, event: Event) -> bytes:
         """The frames of one event. Progress is told as a thought, an Image as a text; what is unknown is left out."""
@@ -3818,7 +3821,7 @@ class ChatCompletions(Dialect):
         options = body.get("stream_options")
         if options is not None and not isinstance(options, dict):
             raise bad_request("'stream_options' must be an object.", "stream_options")
-        self.usage_asked = bool((options or {}).get("include_usage"))
+        self.usage_asked = bool(as_dict(options).get("include_usage"))
         return Call(body, stream=flag(body, "stream"))
 
     def ping(self, form: str) -> bytes:
@@ -3839,14 +3842,6 @@ class ChatCompletions(Dialect):
 
     def splice(self, text: bytes) -> bytes:
         return b'%b{"index":0,"delta":{"content":%b}%b' % (self.head, text, self.tail)
-
-    def feed(self, events: List[Event]) -> bytes:
-        if len(events) == 1:        # the usual
-            event = events[0]
-            kind = type(event)
-            return (self.splice(to_json(event.text)) if kind is Text else event.data if kind is Raw
-                    else self.event(event))
-        return b"".join(map(self.event, events))
 
     def event(self, event: Event) -> bytes:
         if isinstance(event, Text):
@@ -4439,9 +4434,9 @@ class Responses(Blocks):
         self.begun, response = True, {"response": self.response()}
         return self.frame("response.created", response) + self.frame("response.in_progress", response)
 
-    def event(self, event: Event) -> bytes:
+    def feed(self, events: List[Event]) -> bytes:
         self.begun = True       # or relayed
-        return super().event(event)
+        return super().feed(events)
 
     def frame(self, kind: str, fields: Dict[str, Any]) -> bytes:
         self.number += 1
