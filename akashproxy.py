@@ -3910,8 +3910,8 @@ class Completions(ChatCompletions):
         return call
 
     def feed(self, events: List[Event]) -> bytes:
-        echo, self.echo = self.echo, ""
-        return self.frame({"content": echo}) + super().feed(events)
+        echo, self.echo = self.echo, ""     # what is relayed has its own
+        return (self.frame({"content": echo}) if self.call.kind is None else b"") + super().feed(events)
 
     def frame(self, delta: Dict[str, Any]) -> bytes:
         text = delta.get("content")     # the form has no place for thoughts and tools
@@ -4297,8 +4297,8 @@ class Messages(Blocks):
 
     @staticmethod
     def listing(models: List[Dict[str, Any]]) -> Dict[str, Any]:
-        data = list(map(Messages.listed, models))
-        return {"data": data, "has_more": False, "first_id": data[0]["id"], "last_id": data[-1]["id"]}
+        ids = [model["id"] for model in models] or [None]
+        return {"data": list(map(Messages.listed, models)), "has_more": False, "first_id": ids[0], "last_id": ids[-1]}
 
 
 def call_input(arguments: str) -> Dict[str, Any]:

@@ -1585,6 +1585,16 @@ def test_legacy_completions(akash, serve):
         assert ask(server, "POST", "/v1/completions", {**body, **field}).json["error"]["param"] == list(field)[0]
 
 
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/images/generations"])
+def test_streams_of_other_endpoints_are_relayed(path, pool):
+    fake = FakeOpenAI()
+    told = [b'data: {"choices":[{"text":"Once upon","index":0,"finish_reason":null}]}\n\n',
+            b'data: {"choices":[{"text":"","index":0,"finish_reason":"stop"}]}\n\n', b"data: [DONE]\n\n"]
+    fake.faults.append(fake.garbage(fake.head() + b"".join(map(chunk, told)) + b"0\r\n\r\n"))
+    got = ask(pool(fake), "POST", path, {"model": "both", "prompt": "Once", "echo": True, "stream": True})
+    assert got.status == 200 and got.body == b"".join(told)
+
+
 # == server ===================================================================================
 
 
@@ -3109,6 +3119,12 @@ def test_models_in_anthropics_shape(akash, serve):
     assert listed["data"][1] == {"type": "model", "id": "Qwen/Qwen3", "display_name": "Qwen/Qwen3", "created_at": "2021-07-20T10:40:00Z", "lifecycle": "active"}
     assert ask(server, path="/v1/models/claude-x", headers=version).json["id"] == "claude-x"
     assert ask(server, path="/v1/models/Qwen--Qwen3").json["object"] == "model"
+
+
+def test_no_models_in_anthropics_shape(pool):
+    server = pool(FakeOpenAI(), keys=(akashproxy.KeySettings(name="a", key="k", models=("none*",)),))
+    listed = ask(server, path="/v1/models", headers={"anthropic-version": "2023-06-01", "x-api-key": "k"})
+    assert listed.status == 200 and listed.json == {"data": [], "has_more": False, "first_id": None, "last_id": None}
 
 
 NAMES = {"claude-haiku-9": "small", "claude-9": "big/one", "big--one": "big/one", "as--is": "as--is", "no--such": "no--such", "both": "both"}
