@@ -3970,7 +3970,7 @@ class Blocks(Dialect):
         self.thoughts = True            # does the client want to see them?
         self.block: Any = None          # which one is open: its events' class, and the index of a call
         self.parts: List[str] = []      # what it holds
-        self.blocks = 0                 # how many were opened
+        self.blocks = 0                 # how many are closed: the index of the open one
         self.calls: List[Any] = []      # those of tools
         self.waiting: List[Event] = []
         super().__init__(body, site)
