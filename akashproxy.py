@@ -493,7 +493,7 @@ class Thinking:
 
     def passes(self, text: str) -> bool:
         """Does a text go through as it is? Most do, once an answer has begun."""
-        if self.last and not self.trim and not self.held and "<" not in text:
+        if text and self.last and not self.trim and not self.held and "<" not in text:
             self.last = text[-1]
             return True
         return False
@@ -543,10 +543,11 @@ class Thinking:
             if (text[at - 1] if at else self.last) in self.QUOTES:
                 return text
             self.trim, before = True, text[:at]
+            thought = before.rstrip("\n")
             if self.last:
                 out += [Text(before), Recast()] if before else [Recast()]
-            elif before:
-                out.append(Reasoning(before.rstrip("\n")))
+            elif thought:
+                out.append(Reasoning(thought))
             return text[at + len(self.CLOSE):]
         return self._pass_on(self._hold_back(text), out)
 
@@ -1063,10 +1064,11 @@ class ConfigFile:
         if values.get("type", "openai") == "openai" and not values.get("api_key"):
             own = values.get("base_url")
             if not own or "api_key" not in values:      # "" says that a server of one's own wants none
-                values["api_key"] = self.environ.get("OPENAI_API_KEY", "")
-            if not own and not values["api_key"]:
+                with reported(self.problems, "OPENAI_API_KEY"):
+                    values["api_key"] = header_value(self.environ.get("OPENAI_API_KEY", ""))
+            if not own and not self.environ.get("OPENAI_API_KEY"):
                 self.problem(place + ".api_key", "it is missing, and OPENAI_API_KEY is not set")
-        return ControllerSettings(**values)
+        return ControllerSettings(**values) if len(self.problems) == before else None
 
     def read(self, path: str, place: str = "") -> Optional[Dict[str, Any]]:
         """The JSON object in a file, its ${NAME}s filled in; None if there is none."""

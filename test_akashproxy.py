@@ -407,6 +407,12 @@ def test_a_tag_that_was_never_opened():
         assert (answer.reasoning, answer.text) == ("reasoning first", "answer"), parts
         assert "think" not in "".join(event.text for event in events if isinstance(event, Text)), "no tag shows in a stream"
     assert Thinking().feed([Text(text)]) == [R("reasoning first"), T("answer")], "nothing had left"
+    assert Thinking().feed([Text("\n</think>x")]) == [T("x")], "nobody thought anything"
+
+
+def test_an_empty_text_is_nothing():
+    step = Thinking()
+    assert step.feed([Text("a")]) + step.feed([Text("")]) + step.feed([Text("b")]) == [T("a"), T("b")]
 
 
 CUTOFF = {
@@ -2069,6 +2075,13 @@ def test_the_search_for_a_file(config, tmp_path, monkeypatch):
 def test_no_key_can_be_said(config):
     path = config({"controllers": [{"base_url": "http://h:1", "api_key": ""}, {"base_url": "http://h:2", "config": None}]})
     assert [c.api_key for c in load(path, OPENAI_API_KEY="real").pool()] == ["", "real"]
+
+
+def test_a_bad_key_of_the_environment_is_one_mistake_of_several(config):
+    with pytest.raises(ConfigError) as caught:
+        load(config({"max_wait": "x", "controllers": [{"type": "openai"}]}), OPENAI_API_KEY="\u00e9")
+    assert len(caught.value.problems) == 2
+    assert "OPENAI_API_KEY: only printable ASCII" in str(caught.value) and "max_wait" in str(caught.value)
 
 
 def test_what_wins_over_what(config):
