@@ -1874,10 +1874,7 @@ class Pipeline:
     cut = property(lambda self: any(getattr(step, "cut", False) for step in self.filters))
 
     def feed(self, data: bytes) -> List[Event]:
-        events = self.decoder.feed(data)
-        for step in self.filters:
-            events = step.feed(events)
-        self.error = self.decoder.error
+        events = self._filtered(self.decoder.feed(data))
         return events + self.flush() if self.error else events
 
     def usual(self, data: bytes) -> bytes:
@@ -1890,11 +1887,13 @@ class Pipeline:
 
     def close(self) -> List[Event]:
         """The connection has ended properly: what is left."""
-        events = self.decoder.close()
+        return self._filtered(self.decoder.close()) + self.flush()
+
+    def _filtered(self, events: List[Event]) -> List[Event]:
         for step in self.filters:
             events = step.feed(events)
         self.error = self.decoder.error
-        return events + self.flush()
+        return events
 
     def flush(self) -> List[Event]:
         """What the filters held back."""
@@ -2085,26 +2084,23 @@ class AkashSession:
         if cookie is None or now >= self.ends_at:
             if hurry:
                 raise Blocked
-            return self.replace(cookie, watch)
+            self.turn.take(lambda: self._replace(cookie), watch)
+            return self.cookie or ""
         if now >= self.renew_at and not self.renewing:
             self.renewing, self.renew_at = True, now + self.PAUSE
             threading.Thread(target=self._renew, name="akash session", daemon=True).start()
         return cookie
 
-    def replace(self, old: Optional[str], watch: Watch) -> str:
-        """The cookie to try in place of one that is over or was refused: somebody's newer one, or a new one."""
-        def fetch() -> None:
-            if self.cookie is None or self.cookie == old:
-                self.cookie = None
-                self._fetch()
-
-        self.turn.take(fetch, watch)
-        return self.cookie or ""
-
     def forget(self, cookie: str) -> None:
         """The server has refused it: who asks next fetches a new one."""
         if self.cookie == cookie:
             self.cookie = None
+
+    def _replace(self, old: Optional[str]) -> None:
+        """Fetch a new cookie, unless somebody else has done so meanwhile."""
+        if self.cookie in (None, old):
+            self.cookie = None
+            self._fetch()
 
     def _renew(self) -> None:
         try:
@@ -2120,14 +2116,14 @@ class AkashSession:
             headers = {"Authorization": f"Bearer {token}"} if token else {}
             response = self.transport.open("GET", self.PATH, Watch(), headers=headers, first_byte=self.seconds)
             answer = response.json()
-            if response.status == 200 and not blocked(response):
+            if blocked(response):
+                raise blocked_error(response)
+            if response.status == 200:
                 self.tokens.sort(key=lambda other: other != token)  # the server may change its mind
                 return self._keep(response.headers.get("set-cookie", ""), asked_at)
-            if response.status != 403 or blocked(response):
+            if response.status != 403:
                 break
-        if blocked(response):
-            raise blocked_error(response)
-        told = str(answer.get("error", "")) if isinstance(answer, dict) else ""
+        told = str(as_dict(answer).get("error", ""))
         if "ccess token" in told:
             raise APIError(502, f"Akash Chat wants an access token, or another one ({told}): set AKASH_ACCESS_TOKEN.",
                            code="upstream_auth", retry=False, kind="auth")
@@ -2152,20 +2148,20 @@ def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-# What Akash can't do, and what is wrong with a value that asks for it.
-AKASH_REFUSED: Dict[str, Callable[[Any], bool]] = {
-    "tools": lambda value: value != [],
-    "functions": lambda value: value != [],
-    "tool_choice": lambda value: value not in ("none", "auto"),
-    "function_call": lambda value: value not in ("none", "auto"),
-    "n": lambda value: value != 1,
-    "best_of": lambda value: value != 1,
-    "logprobs": lambda value: value is not False and value != 0,
-    "top_logprobs": lambda value: value != 0,
-    "audio": lambda value: True,
-    "modalities": lambda value: value != ["text"],
-    "response_format": lambda value: value != {"type": "text"},
-    "suffix": lambda value: value != "",
+# The fields that ask for what Akash can't do, and the values that do not ask for it.
+AKASH_REFUSED: Dict[str, List[Any]] = {
+    "tools": [[]],
+    "functions": [[]],
+    "tool_choice": ["none", "auto"],
+    "function_call": ["none", "auto"],
+    "n": [1],
+    "best_of": [1],
+    "logprobs": [False, 0],
+    "top_logprobs": [0],
+    "audio": [],
+    "modalities": [["text"]],
+    "response_format": [{"type": "text"}],
+    "suffix": [""],
 }
 AKASH_HONOURED = {"model", "messages", "stream", "stream_options", "temperature", "top_p", "topP", "stop",
                   "max_tokens", "max_completion_tokens"}
@@ -2180,7 +2176,7 @@ def akash_request(call: Call) -> Tuple[Dict[str, Any], List[str]]:
     body = {name: value for name, value in call.body.items() if value is not None}
     others = [name for name in body if name not in AKASH_HONOURED]
     for name in others:
-        if name in AKASH_REFUSED and AKASH_REFUSED[name](body[name]):
+        if name in AKASH_REFUSED and body[name] not in AKASH_REFUSED[name]:
             raise bad_request(f"Akash Chat does not support {name!r}"
                               f"{' of more than 1' if name in ('n', 'best_of') else ''}.", name, "unsupported_parameter")
     system, messages = [], []
@@ -2229,12 +2225,12 @@ def _flatten(message: Dict[str, Any], place: str) -> Tuple[str, List[Dict[str, s
     if not isinstance(content, list):
         raise bad_request(f"{place}.content must be text or a list of parts.", f"{place}.content")
     texts, pictures = [], []
-    for at, part in enumerate(content):
-        where = f"{place}.content[{at}]"
-        kind = part.get("type") if isinstance(part, dict) else None
-        value = part.get(kind) if isinstance(kind, str) else None
-        if kind in ("text", "refusal", "input_text", "output_text") and isinstance(part.get("text", value), str):
-            texts.append(part.get("text", value))
+    for at, part in enumerate(map(as_dict, content)):
+        where, kind = f"{place}.content[{at}]", part.get("type")
+        value = part.get(str(kind))
+        text = part.get("text", value)
+        if kind in ("text", "refusal", "input_text", "output_text") and isinstance(text, str):
+            texts.append(text)
         elif kind == "image_url":
             pictures.append(_attachment(value.get("url") if isinstance(value, dict) else value, where))
         else:
@@ -2283,6 +2279,7 @@ AKASH_ERRORS = [
     (r"authentication error|api key|unauthorized", 502, "upstream_auth"),
     (r"timed? ?out|timeout", 504, "upstream_error"),
     (r"service unavailable|overloaded", 503, "upstream_error"),
+    (r"", 502, "upstream_error"),
 ]
 
 
@@ -2294,8 +2291,7 @@ def akash_error(text: str, model: str) -> APIError:
             return APIError(502, "Akash Chat could not make the picture, or has no AkashGen.", code="image_failed",
                             retry=False, legacy="Error Model.")
         return unknown_model(model, "Akash Chat")
-    status, code = next(((status, code) for pattern, status, code in AKASH_ERRORS if re.search(pattern, text, re.I)),
-                        (502, "upstream_error"))
+    status, code = next((status, code) for pattern, status, code in AKASH_ERRORS if re.search(pattern, text, re.I))
     told = re.sub(r"^Failed after \d+ attempts\. Last error: ", "", text).split("\n")[0]
     if told in ("", "[object Object]", "An error occurred."):
         return APIError(status, "Akash Chat failed without a reason.", code=code)
@@ -2359,8 +2355,7 @@ class AkashDecoder:
                 last, _, rest = texts[-1].partition(b"\n")
                 joined = b",".join([*texts[:-1], last])
                 if b"\n" in joined:                     # something else stands between
-                    last, _, rest = block[2:].partition(b"\n")
-                    joined = last
+                    joined, _, rest = block[2:].partition(b"\n")
                 self._texts(joined, out)
                 block = rest
             else:
@@ -2417,8 +2412,8 @@ class AkashDecoder:
         if data == b"[DONE]":
             self._fail("Akash Chat ended its answer early.")
             return
-        event = _decode_any(data.decode("utf-8", "surrogatepass"))
-        kind = event.get("type") if isinstance(event, dict) else None
+        event = as_dict(_decode_any(data.decode("utf-8", "surrogatepass")))
+        kind = event.get("type")
         if kind == "text-delta":
             self._say(Text, str(event.get("delta", "")), out)
         elif kind == "reasoning-delta":
@@ -2430,9 +2425,8 @@ class AkashDecoder:
         elif kind == "abort":
             self._fail("Akash Chat broke off its answer.")
         elif kind == "finish":
-            told = event.get("messageMetadata")
-            usage = (told.get("totalUsage") or told.get("usage")) if isinstance(told, dict) else None
-            self._finish(event.get("finishReason", "stop"), usage, out)
+            told = as_dict(event.get("messageMetadata"))
+            self._finish(event.get("finishReason", "stop"), told.get("totalUsage") or told.get("usage"), out)
 
     def _texts(self, joined: bytes, out: List[Event]) -> None:
         """Some JSON texts, with commas between them."""
@@ -2510,8 +2504,7 @@ BLOCKED = "Something in front of Akash Chat answered with a web page instead of 
 
 def _akash_usage(usage: Any) -> Optional[Dict[str, int]]:
     """OpenAI's usage from Akash's; None unless both counts are told (text-short has nulls)."""
-    if not isinstance(usage, dict):
-        return None
+    usage = as_dict(usage)
     asked, answered = (next((usage[name] for name in names if type(usage.get(name)) is int), None)
                        for names in (("promptTokens", "inputTokens"), ("completionTokens", "outputTokens")))
     if asked is None or answered is None:
@@ -2520,22 +2513,17 @@ def _akash_usage(usage: Any) -> Optional[Dict[str, int]]:
 
 
 # The answer of AkashGen. The line is pasted together, not JSON: only ' in the two texts is escaped.
-PASTED = re.compile(rb"^0:\"<image_generation> jobId='([^'\n]*)' prompt='(.*)'</image_generation>\"\n(?=e:\{|\Z)",
-                    re.S | re.M)
 PICTURE = re.compile(r"<image_generation> jobId='([^'\n]*)' prompt='(.*)'</image_generation>", re.S)
+PASTED = re.compile(rf'^0:"{PICTURE.pattern}"\n(?=e:{{|\Z)', re.S | re.M)
 
 
 def akash_picture(body: bytes) -> Optional[Tuple[str, str]]:
     """(job, prompt) of an answer of AkashGen, or None if it is something else (gen-ok, gen-all)."""
-    match = PASTED.search(body)
-    if match:
-        job, texts = match[1].decode("utf-8", "replace"), match[2].decode("utf-8", "replace")
-    else:
-        decoder = AkashDecoder()
-        told = PICTURE.fullmatch(fold(decoder.feed(body)).text.strip())
-        if not told:
-            return None
-        job, texts = told[1], told[2]
+    match = (PASTED.search(body.decode("utf-8", "replace"))
+             or PICTURE.fullmatch(fold(AkashDecoder().feed(body)).text.strip()))
+    if not match:
+        return None
+    job, texts = match.groups()
     parts = re.split(r"(?<!\\)' negative='", texts)
     prompt = "' negative='".join(parts[:-1]) if len(parts) > 1 else texts
     return job, prompt.replace("\\'", "'")
