@@ -2021,6 +2021,8 @@ class Stream:
 class Controller:
     """An upstream. To be overridden: events(), and what else it can do."""
 
+    transport: Optional[Transport] = None
+
     def __init__(self, options: ControllerSettings, settings: Settings) -> None:
         self.options, self.settings, self.name = options, settings, options.name
 
@@ -2050,9 +2052,13 @@ class Controller:
 
     def tidy(self, now: float) -> None:
         """Close connections that have been idle for too long."""
+        if self.transport:
+            self.transport.kept.tidy(now)
 
     def close(self) -> None:
         """Close all idle connections."""
+        if self.transport:
+            self.transport.kept.close()
 
 
 class AkashSession:
@@ -2532,7 +2538,6 @@ def akash_picture(body: bytes) -> Optional[Tuple[str, str]]:
 class AkashController(Controller):
     """Akash Chat's web API: text and reasoning streamed, pictures by the model AkashGen."""
 
-    WHERE = "Akash Chat"
     GEN = "AkashGen"
     CHAT = "/api/chat/"
 
@@ -2541,7 +2546,7 @@ class AkashController(Controller):
         super().__init__(options, settings)
         headers = {"User-Agent": settings.user_agent, "Accept": "*/*", "Accept-Encoding": "identity", **options.headers,
                    **({"Cookie": settings.akash_cookie} if settings.akash_cookie else {})}
-        self.transport = Transport(options, settings, options.base_url, self.WHERE, headers)
+        self.transport = Transport(options, settings, options.base_url, "Akash Chat", headers)
         self.session = AkashSession(self.transport, options.api_key, settings.session_timeout, clock)
         self.list = Cached(self._fetch_models, settings.models_ttl, clock)
 
@@ -2609,14 +2614,8 @@ class AkashController(Controller):
         response.close()
         if response.status in (200, 404):
             raise APIError(404, f"There is no picture {name!r}.", code="not_found")
-        raise APIError(502, f"{self.WHERE} could not give the picture (status {response.status}).",
+        raise APIError(502, f"Akash Chat could not give the picture (status {response.status}).",
                        code="upstream_error")
-
-    def tidy(self, now: float) -> None:
-        self.transport.kept.tidy(now)
-
-    def close(self) -> None:
-        self.transport.kept.close()
 
     def _fields(self, data: Optional[bytes], cookie: str) -> Dict[str, str]:
         """The header fields that a request adds."""
@@ -2654,42 +2653,41 @@ class AkashController(Controller):
         told = as_dict(json_or_none(data))
         if response.status == 403 and told.get("message") == "Unauthorized: Invalid session" and not again:
             self.session.forget(cookie)
-            return APIError(502, f"{self.WHERE} refused the session.", code="session", kind="again")
+            return APIError(502, "Akash Chat refused the session.", code="session", kind="again")
         if response.status == 400 and data and not told and not blocked(response):
             return akash_error("Bad request: " + data.decode("utf-8", "replace"), model)
         return self._refused(response, told, model)
 
-    def _refused(self, response: Response, told: Dict[str, Any], model: str = "") -> APIError:
+    def _refused(self, response: Response, told: Dict[str, Any], model: str) -> APIError:
         """What another status than 200, or a web page, means; ``told`` is its JSON."""
         status, message = response.status, str(told.get("message") or told.get("error") or "")
         if blocked(response):
             return blocked_error(response)
         if told.get("error") == "Model not available":
             if told.get("available_models") == []:  # chat-models-backend-500
-                return APIError(503, f"{self.WHERE} has no models at all now.", code="upstream_error", retry_after=30,
+                return APIError(503, "Akash Chat has no models at all now.", code="upstream_error", retry_after=30,
                                 kind="network")
-            return unknown_model(model, self.WHERE)
+            return unknown_model(model, "Akash Chat")
         if status == 429:
-            return APIError(429, f"{self.WHERE}: {without_hosts(message)[:300] or 'too many requests.'}",
+            return APIError(429, f"Akash Chat: {without_hosts(message)[:300] or 'too many requests.'}",
                             retry_after=reset_seconds(response.headers, told))
         if status in (401, 403):
-            return APIError(502, f"{self.WHERE} refuses this server ({without_hosts(message)[:200] or status}).",
+            return APIError(502, f"Akash Chat refuses this server ({without_hosts(message)[:200] or status}).",
                             code="upstream_auth", retry=False, kind="auth")
         if message:
             error = akash_error(message, model)
             return error if error.status != 400 or status == 400 else APIError(502, error.message, code="upstream_error")
-        return APIError(502 if status < 500 or status == 500 else 503, code="upstream_error",
-                        message=f"{self.WHERE} failed without a reason (status {status}).")
+        return APIError(502 if status <= 500 else 503, code="upstream_error",
+                        message=f"Akash Chat failed without a reason (status {status}).")
 
     def _told_instead(self, call: Call, body: bytes) -> Iterator[Event]:
         """The text that came in place of a picture (gen-textanswer)."""
         pipeline = Pipeline(AkashDecoder(call.model), Thinking())
-        events = pipeline.feed(body)
-        events += [] if pipeline.error else pipeline.close()
+        events = pipeline.feed(body) + pipeline.close()
         if pipeline.error:
             raise pipeline.error
         if call.pictures:
-            raise bad_request(f"{self.WHERE} answered with text instead of a picture: {fold(events).text[:500]}",
+            raise bad_request(f"Akash Chat answered with text instead of a picture: {fold(events).text[:500]}",
                               "prompt", "no_image")
         yield from events
 
@@ -2743,11 +2741,10 @@ class AkashController(Controller):
         return Image(job, prompt, name, f"{self.options.base_url}/api/image/{name}", data)
 
     def _fetch_models(self) -> List[Dict[str, Any]]:
-        watch, seconds = Watch(), self.settings.session_timeout
-        response = self._with_session("GET", "/api/models/", watch, first_byte=seconds)
+        response = self._with_session("GET", "/api/models/", Watch(), first_byte=self.settings.session_timeout)
         names = akash_models(response.json())
         if not names:
-            raise APIError(503, f"{self.WHERE} lists no models now.", code="upstream_error", retry_after=30)
+            raise APIError(503, "Akash Chat lists no models now.", code="upstream_error", retry_after=30)
         return [{"id": name, "object": "model", "created": 1626777600, "owned_by": "Akash Network",
                  "permission": None, "root": name, "parent": None} for name in names]
 
@@ -2760,8 +2757,7 @@ def akash_models(told: Any) -> List[str]:
     if isinstance(told, dict):
         told = told.get("models") or told.get("data")
     names: List[str] = []
-    for entry in told if isinstance(told, list) else []:
-        entry = as_dict(entry)
+    for entry in map(as_dict, as_list(told)):
         name = entry.get("model_id") or entry.get("id")  # in models-all the id is a database key
         if isinstance(name, str) and name not in names and entry.get("available", True):
             names.append(name)
@@ -2918,10 +2914,7 @@ class ChatDecoder:
     def _event(self, data: bytes, out: List[Event]) -> None:
         if data.strip() == b"[DONE]":
             return self._finish(out)
-        try:
-            event = from_json(data)
-        except ValueError:
-            event = None
+        event = json_or_none(data)
         if not isinstance(event, dict):
             self.error = early(self.where, "sent an event that is not JSON")
         elif event.get("error"):
@@ -3001,16 +2994,11 @@ class RelayDecoder:
         self.error: Optional[APIError] = None
 
     def feed(self, data: bytes) -> List[Event]:
-        if not self.events:
+        if not self.events or self.usual(data):
             return [Raw(data)]
-        if self.usual(data):
-            return [Raw(data)]
-        data = self.held + data if self.held else data
-        if not data.endswith(b"\n"):
-            at = data.rfind(b"\n") + 1
-            data, self.held = data[:at], data[at:]
-        else:
-            self.held = b""
+        data = self.held + data
+        end = data.rfind(b"\n") + 1
+        data, self.held = data[:end], data[end:]
         if not self.begun:
             data = self._first(data)
         if len(self.held) > self.HOLD:
@@ -3073,8 +3061,6 @@ CHAT_ENDS = re.compile(rb'(?:^|\n)data: ?\[DONE\]|"finish_reason" ?: ?"[a-z]')
 ENDS = {CHAT_PATH: CHAT_ENDS, "/v1/completions": CHAT_ENDS,
         "/v1/messages": re.compile(rb'"type" ?: ?"(?:message_stop|error)"'),
         "/v1/responses": re.compile(rb'"type" ?: ?"response\.(?:completed|incomplete|failed)"')}
-
-
 _TELLS_ERROR = re.compile(rb'\{\s*"error"\s*:\s*[{"]')
 
 
@@ -3091,7 +3077,8 @@ def told_error(where: str, status: int, body: Any, secrets: Iterable[str] = ()) 
     code = told.get("code")
     if status == 200:   # an error where an answer should be: some tell the status inside
         status = code if type(code) is int and 400 <= code < 600 else 502
-    code = code if isinstance(code, str) else None
+    named = {name: told[name] for name in ("type", "code", "param") if isinstance(told.get(name), str)}
+    code = named.get("code")
     message = str(told.get("message") or told.get("detail") or f"It answered with status {status}.")[:1000]
     for secret in filter(None, secrets):
         message = message.replace(secret, "***")
@@ -3099,8 +3086,7 @@ def told_error(where: str, status: int, body: Any, secrets: Iterable[str] = ()) 
         return APIError(502, f"{where} refuses this server's key (status {status}).", code="upstream_auth", kind="auth",
                         retry=False)
     if status in (400, 413, 422):
-        return APIError(status, message, type=told.get("type") if isinstance(told.get("type"), str) else None, code=code,
-                        param=told.get("param") if isinstance(told.get("param"), str) else None)
+        return APIError(status, message, **named)
     if status == 404:
         return APIError(404, f"{where}: {message}", param="model", code=code or "model_not_found")
     if status in (408, 409, 425, 429):
@@ -3116,8 +3102,7 @@ class OpenAIController(Controller):
 
     TRANSLATED = ("/v1/messages", "/v1/messages/count_tokens", "/v1/responses")
 
-    def __init__(self, options: ControllerSettings, settings: Settings,
-                 clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, options: ControllerSettings, settings: Settings) -> None:
         super().__init__(options, settings)
         headers = {"User-Agent": settings.user_agent, "Accept-Encoding": "identity", **options.headers}
         if options.api_key:
@@ -3125,7 +3110,7 @@ class OpenAIController(Controller):
         self.secrets = [options.api_key, *options.headers.values()]
         base = options.base_url if urllib.parse.urlsplit(options.base_url).path else options.base_url + "/v1"
         self.transport = Transport(options, settings, base, self.name, headers)
-        self.list = Cached(self._fetch_models, settings.models_ttl, clock)
+        self.list = Cached(self._fetch_models, settings.models_ttl)
 
     def native(self, path: str) -> bool:
         """Does it speak the format of this path itself?"""
@@ -3152,12 +3137,6 @@ class OpenAIController(Controller):
 
     def models(self) -> List[Dict[str, Any]]:
         return self.list.get()
-
-    def tidy(self, now: float) -> None:
-        self.transport.kept.tidy(now)
-
-    def close(self) -> None:
-        self.transport.kept.close()
 
     def _request(self, call: Call, native: bool) -> Tuple[bytes, str]:
         """The request's bytes, unparsed where nothing changes, and its type."""
@@ -3199,7 +3178,7 @@ class OpenAIController(Controller):
         if text and (text[:1] not in b"{[" or text[-1:] not in b"}]"):
             raise early(self.name, "sent something that is not JSON")
         if _TELLS_ERROR.match(text):
-            raise told_error(self.name, 200, as_dict(from_json(data)), self.secrets)
+            raise told_error(self.name, 200, from_json(data), self.secrets)
         return [Raw(data)]
 
     def _completion(self, data: bytes) -> List[Event]:
@@ -3225,8 +3204,8 @@ class OpenAIController(Controller):
         told = response.json()
         if response.status != 200:
             raise told_error(self.name, response.status, told, self.secrets)
-        entries = [entry for entry in map(as_dict, as_list(as_dict(told).get("data") if isinstance(told, dict) else told))
-                   if isinstance(entry.get("id"), str)]
+        listed = told.get("data") if isinstance(told, dict) else told
+        entries = [entry for entry in map(as_dict, as_list(listed)) if isinstance(entry.get("id"), str)]
         if not entries:
             raise APIError(503, f"{self.name} lists no models.", code="upstream_error")
         return [{"object": "model", "created": 0, "owned_by": self.name, **entry} for entry in entries]
