@@ -2021,7 +2021,7 @@ class Stream:
 class Controller:
     """An upstream. To be overridden: events(), and what else it can do."""
 
-    transport: Optional[Transport] = None
+    transport: Any = None       # a Transport, where it has one
 
     def __init__(self, options: ControllerSettings, settings: Settings) -> None:
         self.options, self.settings, self.name = options, settings, options.name
@@ -2240,8 +2240,8 @@ def _flatten(message: Dict[str, Any], place: str) -> Tuple[str, List[Dict[str, s
         elif kind == "image_url":
             pictures.append(_attachment(value.get("url") if isinstance(value, dict) else value, where))
         else:
-            raise bad_request(f"{where}: Akash Chat takes text and pictures, not {str(part if kind == 'text' else kind)[:80]!r}.",
-                              where)
+            told = str(part if kind == "text" else kind)[:80]
+            raise bad_request(f"{where}: Akash Chat takes text and pictures, not {told!r}.", where)
     return "".join(texts), pictures
 
 
@@ -2637,16 +2637,15 @@ class AkashController(Controller):
     def _with_session(self, method: str, path: str, watch: Watch, data: Optional[bytes] = None,
                       first_byte: Optional[float] = None, model: str = "") -> Response:
         """A request with the cookie; if the session is refused, once more with a new one."""
-        again = False
-        while True:
+        for again in (False, True):
             cookie = self.session.get(watch)
             response = self.transport.open(method, path, watch, data, self._fields(data, cookie), first_byte)
             if response.status == 200 and not blocked(response):
                 return response
             error = self._refusal(response, response.read(limit=1 << 20), model, cookie, again)
             if error.kind != "again":
-                raise error
-            again = True
+                break
+        raise error
 
     def _refusal(self, response: Response, data: bytes, model: str, cookie: str, again: bool) -> APIError:
         """What an answer that is no stream means; the first time that the session is refused, it is tried again."""
