@@ -1874,7 +1874,10 @@ class Pipeline:
     cut = property(lambda self: any(getattr(step, "cut", False) for step in self.filters))
 
     def feed(self, data: bytes) -> List[Event]:
-        events = self._filtered(self.decoder.feed(data))
+        events = self.decoder.feed(data)
+        for step in self.filters:
+            events = step.feed(events)
+        self.error = self.decoder.error
         return events + self.flush() if self.error else events
 
     def usual(self, data: bytes) -> bytes:
@@ -1887,17 +1890,13 @@ class Pipeline:
 
     def close(self) -> List[Event]:
         """The connection has ended properly: what is left."""
-        return self._filtered(self.decoder.close()) + self.flush()
-
-    def _filtered(self, events: List[Event]) -> List[Event]:
-        for step in self.filters:
-            events = step.feed(events)
+        events = self.flush(self.decoder.close())
         self.error = self.decoder.error
         return events
 
-    def flush(self) -> List[Event]:
-        """What the filters held back."""
-        events: List[Event] = []
+    def flush(self, last: Iterable[Event] = ()) -> List[Event]:
+        """The last events, and what the filters held back."""
+        events = list(last)
         for step in self.filters:
             events = step.feed(events) + step.close()
         return events
@@ -2995,9 +2994,11 @@ class RelayDecoder:
     def feed(self, data: bytes) -> List[Event]:
         if not self.events or self.usual(data):
             return [Raw(data)]
-        data = self.held + data
-        end = data.rfind(b"\n") + 1
-        data, self.held = data[:end], data[end:]
+        if self.held:
+            data, self.held = self.held + data, b""
+        if not data.endswith(b"\n"):
+            end = data.rfind(b"\n") + 1
+            data, self.held = data[:end], data[end:]
         if not self.begun:
             data = self._first(data)
         if len(self.held) > self.HOLD:
