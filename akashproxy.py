@@ -1880,7 +1880,12 @@ class Pipeline:
         self.error = self.decoder.error
         return events + self.flush() if self.error else events
 
-    def usual(self, data: bytes) -> bytes:
+    @property
+    def usual(self) -> Optional[Callable[[bytes], bytes]]:
+        """The short way, for what can be understood without taking its JSON apart."""
+        return self._usual if hasattr(self.decoder, "lone") else None
+
+    def _usual(self, data: bytes) -> bytes:
         """The JSON of its text, if the data is one piece of text that goes through as it is; else b""."""
         told = self.decoder.lone(data)
         for step in self.filters:
@@ -2187,7 +2192,10 @@ def akash_request(call: Call) -> Tuple[Dict[str, Any], List[str]]:
     system, messages = [], []
     for at, message in enumerate(body["messages"]):
         if message.get("role") in ("system", "developer"):
-            system.append(_flatten(message, f"messages[{at}]")[0])
+            text, pictures = _flatten(message, f"messages[{at}]")
+            if pictures:
+                raise only_of_users(f"messages[{at}]")
+            system.append(text)
         else:
             messages.append(_akash_message(message, f"messages[{at}]"))
     if not messages:
@@ -2201,6 +2209,10 @@ def akash_request(call: Call) -> Tuple[Dict[str, Any], List[str]]:
             "context": []}, [name for name in others if name not in AKASH_REFUSED]
 
 
+def only_of_users(place: str) -> APIError:
+    return bad_request(f"{place}: only messages of the user may hold pictures.", f"{place}.content")
+
+
 def _akash_message(message: Dict[str, Any], place: str) -> Dict[str, Any]:
     role = message.get("role")
     if role not in ("user", "assistant"):
@@ -2210,7 +2222,7 @@ def _akash_message(message: Dict[str, Any], place: str) -> Dict[str, Any]:
         raise bad_request(f"{place}: Akash Chat can't be told about calls of tools.", f"{place}.tool_calls")
     text, pictures = _flatten(message, place)
     if pictures and role != "user":
-        raise bad_request(f"{place}: only messages of the user may hold pictures.", f"{place}.content")
+        raise only_of_users(place)
     counted = SPECIAL.sub(HARMLESS, text)
     result: Dict[str, Any] = {"role": role, "content": counted}
     if counted != text:  # the model gets the parts, the tokenizer the content (req-parts-with-content)
@@ -2380,11 +2392,9 @@ class AkashDecoder:
 
     def close(self) -> List[Event]:
         """The message has ended: that must not be news."""
-        out: List[Event] = []
-        if self.held.strip():  # a last line may lack its end, but not more
-            self._line(self.held, out)
-            if self.error and self.error.message == BROKEN:
-                self.error = None
+        out = self.feed(b"\n") if self.held.strip() else []   # a last line may lack its end, but not more
+        if self.error and self.error.message == BROKEN:
+            self.error = None
         if not self.finished:
             self._fail("Akash Chat ended its answer early.")
         return out
@@ -2923,7 +2933,8 @@ class ChatDecoder:
                 choice = as_dict(choice)
                 if not choice.get("index"):
                     out += map(self._call, chat_events(as_dict(choice.get("delta")) or {"content": choice.get("text")}))
-                    self.reason = choice.get("finish_reason") or self.reason
+                    reason = choice.get("finish_reason")
+                    self.reason = reason if reason and isinstance(reason, str) else self.reason
 
     def _call(self, event: Event) -> Event:
         """Some servers give every call of a tool the index 0: a new id is a new call. Others give no id."""
@@ -3178,7 +3189,7 @@ class OpenAIController(Controller):
         if text and (text[:1] not in b"{[" or text[-1:] not in b"}]"):
             raise early(self.name, "sent something that is not JSON")
         if _TELLS_ERROR.match(text):
-            raise told_error(self.name, 200, from_json(data), self.secrets)
+            raise told_error(self.name, 200, json_or_none(data), self.secrets)
         return [Raw(data)]
 
     def _completion(self, data: bytes) -> List[Event]:
@@ -4786,9 +4797,10 @@ class Flow:
     def short_cut(self) -> None:
         """Find out if this answer has a short way."""
         response, decoder = self.stream.response, self.stream.decoder
-        if self.handler.chunked and response.body.chunked and hasattr(decoder, "usual"):
-            splice = self.dialect.splice if self.handler.call.kind is None else bytes
-            self.short, self.idle = splice and (response.body.lone, decoder.usual, splice), response.patience.idle
+        usual = getattr(decoder, "usual", None)
+        splice = self.dialect.splice if self.handler.call.kind is None else bytes
+        if usual and splice and self.handler.chunked and response.body.chunked:
+            self.short, self.idle = (response.body.lone, usual, splice), response.patience.idle
 
     def take(self, events: List[Event]) -> None:
         """Pass the first events on, or the last ones, or keep them until the answer can be sent whole."""

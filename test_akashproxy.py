@@ -695,6 +695,20 @@ def test_a_connection_on_which_the_upstream_spoke_unasked_is_not_used_again(akas
     assert chat(server).status == 200 and akash.connections == 2
 
 
+@pytest.mark.parametrize("body", [b'{"error":{"message":NaN}}', b'{"error":{oops}', b'{"error":"\xff"}'])
+def test_an_error_that_is_no_json_is_one_all_the_same(pool, body):
+    fake = FakeOpenAI()
+    fake.faults.append(fake.garbage(reply(200, body)))
+    assert chat(pool(fake), BOTH).status == 502
+
+
+@pytest.mark.parametrize("path, asked", [("/v1/messages", "ASKED"), ("/v1/responses", "WANTED")])
+def test_a_reason_to_end_that_is_no_text_is_none(pool, path, asked):
+    fake = FakeOpenAI()
+    fake.faults.append(fake.garbage(fake.head() + chunk(fake.event({"content": "a"}, ["stop"])) + chunk(b"data: [DONE]\n\n") + b"0\r\n\r\n"))
+    assert b"ended its answer early" in ask(pool(fake), "POST", path, {**globals()[asked], "stream": True}).body
+
+
 def test_a_request_is_not_sent_twice_on_a_new_connection(akash, serve):
     server = serve()
     akash.session = reply(body=b"{}", extra=b"Connection: close\r\n")
@@ -849,6 +863,7 @@ DECODED = {
     "abort-midstream": (STEP + b'0:"one "\n0:"two "\n3:"terminated"\n', [T("one two ")], "Akash Chat: terminated"),
     "app-sigkill-midstream": (STEP + b'0:"one "\n', [T("one ")], EARLY),
     "the last line without its end": (b'0:"one"\n' + STOP[:-1], [T("one"), Finish("stop")], None),
+    "a text without the end of its line": (b'0:"one "\n0:"two"', [T("one two")], EARLY),
     "the end cut within a line": (STEP + b'0:"one "\n' + STOP[:-5], [T("one ")], EARLY),
     "err-instream-continues": (b'0:"before "\n3:"[object Object]"\n0:"after"\n' + STOP, [T("before ")], "without a reason"),
     "err-backend-refused": (b'3:"Failed after 3 attempts. Last error: Cannot connect to API: connect ECONNREFUSED 10.0.0.7:3901"\n',
@@ -1017,6 +1032,8 @@ REFUSED = {
                         "messages[0].content[0]", "must be http"),
     "a picture of the assistant": ({"messages": [{"role": "assistant", "content": [{"type": "image_url", "image_url": DATA_URL}]}]},
                                    "messages[0].content", "only messages of the user"),
+    "a picture of the system": ({"messages": [{"role": "system", "content": [{"type": "image_url", "image_url": DATA_URL}]}, user("hi")]},
+                                "messages[0].content", "only messages of the user"),
     "only a system message": ({"messages": [{"role": "system", "content": "x"}]}, "messages", "message of the user"),
     "an absurd temperature": ({"temperature": 10 ** 400}, "temperature", "must be a number"),
     "absurd tokens": ({"max_tokens": 10 ** 400}, "max_tokens", "must be a whole number"),
@@ -3463,7 +3480,28 @@ MATRIX = {
 }
 
 
-@pytest.mark.parametrize("streamed", [False, True], ids=["whole", "streamed"])
+class Paced:
+    """A fake's socket that sends one chunk after the other, each when the server has read the last one."""
+
+    def __init__(self, sock, server):
+        self.sock, self.server = sock, server
+
+    def __getattr__(self, name):
+        return getattr(self.sock, name)
+
+    def sendall(self, data):
+        while data:
+            line, _, rest = data.partition(b"\r\n")
+            size = int(line, 16) + len(line) + 4 if re.fullmatch(b"[0-9a-f]+", line) else data.find(b"\r\n\r\n") + 4
+            self.sock.sendall(data[:max(size, 1)])
+            data = data[max(size, 1):]
+            for _ in range(2):      # once it may have been asking already what there is to read
+                done = threading.Event()
+                self.server.watchdog.soon(done.set)
+                done.wait(10)
+
+
+@pytest.mark.parametrize("streamed", [0, 1, 2], ids=["whole", "streamed", "token by token"])
 @pytest.mark.parametrize("dialect", DIALECTS)
 @pytest.mark.parametrize("kind, name", [(kind, name) for name, row in MATRIX.items() for kind, has in zip(("akash", "openai", "echo"), (*row[:2], name == "echoed")) if has])
 def test_the_matrix(kind, name, dialect, streamed, pool):
@@ -3472,8 +3510,9 @@ def test_the_matrix(kind, name, dialect, streamed, pool):
     fake = FakeAkash() if kind == "akash" else FakeOpenAI()
     server = pool((fake, {"akash": {}, "openai": {"paths": ["/none"]}, "echo": {"type": "echo", "speed": 0.0}}[kind]), image_poll=0.01)
     if kind != "echo":
-        fake.faults.append(faults[kind == "openai"](fake))
-    got = ask(server, "POST", path, {**body, "model": "AkashGen" if name == "a picture" else "both", "stream": streamed})
+        does = faults[kind == "openai"](fake)
+        fake.faults.append(does if streamed < 2 else lambda sock, request: does(Paced(sock, server), request))
+    got = ask(server, "POST", path, {**body, "model": "AkashGen" if name == "a picture" else "both", "stream": bool(streamed)})
     if words and (not streamed or not events):
         assert got.status == 502 and re.search(words, got.json["error"]["message"])
         return
