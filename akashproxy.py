@@ -4570,8 +4570,7 @@ class Watchdog(threading.Thread):
         place = self.places.get(number)
         if place is None or place.sock is not sock:
             if place is not None:   # that one was closed meanwhile
-                with contextlib.suppress(KeyError, ValueError):
-                    self.selector.unregister(place.sock)
+                self.leave(place.sock)
             self.places[number] = place = Place(sock, owner, events)
             self.selector.register(sock, events, place)
         elif place.events != events:
@@ -4583,18 +4582,14 @@ class Watchdog(threading.Thread):
         """Leave a socket registered that nobody waits for: if it has something to say after all, it is left then."""
         place = self.places.get(sock.fileno())
         if place is not None:
-            place.owner = functools.partial(self._surprised, sock)
-
-    def _surprised(self, sock: Any) -> None:
-        self.leave(sock)
+            place.owner = functools.partial(self.leave, sock)
 
     def forget_closed(self) -> None:
         """Kept connections are closed by whoever finds that they are too old."""
         for number, place in list(self.places.items()):
             if place.sock.fileno() < 0:
                 self.places.pop(number, None)
-                with contextlib.suppress(KeyError, ValueError):
-                    self.selector.unregister(place.sock)
+                self.leave(place.sock)
 
     def leave(self, sock: Any) -> None:
         self.places.pop(sock.fileno(), None)
@@ -4693,16 +4688,15 @@ class Board:
             at = self.mine * self.PAGE
             self.memory[at:at + self.HEAD + len(data)] = b"%08x%08x%b" % (len(data), binascii.crc32(data), data)
 
-    def others(self) -> List[Dict[str, Any]]:
+    def others(self) -> Iterator[Dict[str, Any]]:
         """The notices of the others."""
-        return [notice for page in range(self.pages) if page != self.mine for notice in self._read(page * self.PAGE)]
-
-    def _read(self, at: int) -> Iterator[Dict[str, Any]]:
-        head = self.memory[at:at + self.HEAD]
-        if head.strip(b"\0"):
-            data = self.memory[at + self.HEAD:at + self.HEAD + int(head[:8], 16)]
-            if binascii.crc32(data) == int(head[8:], 16):
-                yield from_json(data)
+        for page in range(self.pages):
+            at = page * self.PAGE + self.HEAD
+            head = self.memory[at - self.HEAD:at]
+            if page != self.mine and head.strip(b"\0"):
+                data = self.memory[at:at + int(head[:8], 16)]
+                if binascii.crc32(data) == int(head[8:], 16):
+                    yield from_json(data)
 
 
 class Flow:
@@ -4720,7 +4714,6 @@ class Flow:
         self.client, self.upstream = handler.connection, self.stream.response.sock
         self.watch = self.stream.response.watch
         self.begun = self.paused = self.free = self.ended = False
-        self.gone = False           # the client has left
         self.deaf = False           # it has sent its next request, so that its end would not show
         self.short: Any = None      # steps of the short way, if there is one: data -> payload -> what it tells -> frame
         self.gathered: List[Event] = []     # of an answer that is sent whole
@@ -4794,13 +4787,15 @@ class Flow:
             self.lose()
         return True
 
-    def short_cut(self) -> None:
-        """Find out if this answer has a short way."""
+    def begin(self) -> bytes:
+        """Begin the client's answer, and find out if it has a short way; what it opens with."""
+        opening, self.begun = self.handler.begin_stream(), True
         response, decoder = self.stream.response, self.stream.decoder
         usual = getattr(decoder, "usual", None)
         splice = self.dialect.splice if self.handler.call.kind is None else bytes
         if usual and splice and self.handler.chunked and response.body.chunked:
             self.short, self.idle = (response.body.lone, usual, splice), response.patience.idle
+        return opening
 
     def take(self, events: List[Event]) -> None:
         """Pass the first events on, or the last ones, or keep them until the answer can be sent whole."""
@@ -4809,8 +4804,7 @@ class Flow:
             if self.gathers():
                 self.gathered += events
                 return
-            opening, self.begun = self.handler.begin_stream(), True
-            self.short_cut()
+            opening = self.begin()
         if self.stream.whole:
             self.handler.usage, self.short = getattr(events[-1], "usage", None), None
         self.send(opening + self.dialect.feed(events), self.stream.whole)
@@ -4822,12 +4816,12 @@ class Flow:
     def finish(self) -> None:
         """The upstream's message has come to its end."""
         if self.gathered:
-            self.running.began()
+            answer = self.handler.whole(self.gathered)
             self.release()      # the upstream's connection is free before the client can ask again
-            self.send(self.handler.whole(self.gathered), True)
+            self.send(answer, True)
         elif not self.stream.whole:
-            self.send(b"" if self.begun else self.handler.begin_stream(), True)
-        self.end()
+            self.send(b"" if self.begun else self.begin(), True)
+        self.release()
 
     def send(self, frames: bytes, last: bool = False) -> None:
         if self.free:
@@ -4849,16 +4843,15 @@ class Flow:
 
     def lose(self) -> None:
         """The client has left."""
-        self.gone = True
         self.handler.client_left()
-        self.end()
+        self.release()
+        self.let_go()
 
     def abandon(self) -> None:
         """A bug has struck: both connections are closed, if the client has not gone on to its next request."""
         if self.free:
             return self.release()
         self.lose()
-        self.let_go()
         self.handler.close()
 
     def let_go(self) -> None:
@@ -4903,16 +4896,15 @@ class Flow:
         if not isinstance(error, APIError):
             self.lose()
         elif self.begun:
-            frames = self.handler.farewell(self.dialect, error)
-            self.send(frames, True)
-            self.end(error)
+            self.send(self.handler.farewell(error), True)
+            self.release(error)
         else:
             self.ended, self.handler.flow = True, None
             self.watchdog.leave(self.upstream)
             self.handler.run(functools.partial(self.handler.ask_another, error))
 
     def release(self, error: Optional[APIError] = None) -> None:
-        """No more comes from the upstream."""
+        """No more comes from the upstream; what the client has not taken in yet, it still gets."""
         if not self.ended:
             self.ended = True
             if self.stream.response.reusable():
@@ -4920,12 +4912,6 @@ class Flow:
             else:
                 self.watchdog.leave(self.upstream)
             self.running.close(error)
-
-    def end(self, error: Optional[APIError] = None) -> None:
-        """The end; what the client has not taken in yet, it still gets."""
-        self.release(error)
-        if not self.free and (not self.paused or self.gone):
-            self.let_go()
 
 
 class Limits:
@@ -5540,15 +5526,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
             running.failed(error)
             return self.ask
         if not self.call.stream:
-            running.began()
+            answer = self.whole(first)
             running.close()
-            return self.write(self.whole(first), last=True)
+            return self.write(answer, last=True)
         try:
             self.write_events(first, self.begin_stream())
             for events in batches:
                 self.write_events(events)
         except APIError as error:
-            self.write(self.farewell(self.dialect, error), last=True)
+            self.write(self.farewell(error), last=True)
             running.close(error)
         return None
 
@@ -5573,7 +5559,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def begin_stream(self) -> bytes:
         """Begin an answer that is streamed; what it opens with."""
-        self.running.began()
         self.note_answer()
         kind = self.call.kind
         with self.lock:
@@ -5583,15 +5568,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return b"" if kind else self.dialect.begin()
 
     def note_answer(self) -> None:
+        self.running.began()
         self.first_at, self.controller = time.monotonic(), self.call.controller
 
-    def farewell(self, dialect: Dialect, error: APIError) -> bytes:
+    def farewell(self, error: APIError) -> bytes:
         """The end of a stream that breaks off; what is no event stream can only be cut."""
         log.warning("%s: broken off: %s", self.request_id, error.message)
-        if self.call is not None and not streams(self.call.kind):
+        if not streams(self.call.kind):
             self.close_connection, self.chunked = True, False   # so that the body gets no proper end
             return b""
-        return dialect.fail(error)
+        return self.dialect.fail(error)
 
     def call_headers(self) -> Dict[str, str]:
         """What the controllers had to say besides the answer."""
@@ -5695,9 +5681,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_refusal(error)
 
     def send_refusal(self, error: APIError) -> None:
-        if self.sent_head and isinstance(self.dialect, Dialect) and self.call is not None:
+        if self.sent_head and isinstance(self.dialect, Dialect):
             with contextlib.suppress(OSError):  # pings have gone before it: it can only be told in the stream
-                self.write(self.farewell(self.dialect, error), last=True)
+                self.write(self.farewell(error), last=True)
             return
         if self.sent_head:
             self.close_connection = True
