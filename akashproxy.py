@@ -3290,7 +3290,7 @@ class Member:
         if model in self.options.model_map or not model:
             return True
         if self.options.models:
-            return any(fnmatch.fnmatchcase(model, pattern) for pattern in self.options.models)
+            return allowed(self.options.models, model)
         return True if self.listed is None or model in self.listed else None
 
     def free(self) -> bool:
@@ -3352,7 +3352,6 @@ class Pool:
         self.settings, self.clock, self.rng = settings, clock, rng
         self.lock = before.lock if before else threading.Lock()
         self.changed = before.changed if before else threading.Condition(self.lock)
-        self.waiting = 0        # requests that wait for a controller
         known = {member.name: member for member in before.members} if before else {}
         alike = before is not None and dataclasses.replace(
             settings, controllers=before.settings.controllers, keys=before.settings.keys) == before.settings
@@ -3420,9 +3419,7 @@ class Pool:
                     raise self.busy(able, errors, max(soonest - now, 1.0))
                 if call.hurry:
                     raise Blocked
-                self.waiting += 1
                 self.changed.wait(min(max(wakes, now + 0.01), end, now + 0.25) - now)
-                self.waiting -= 1
                 if call.why:
                     raise call.why
 
@@ -3437,8 +3434,7 @@ class Pool:
             member.in_flight -= 1
             if error is not None or begun:
                 member.fare(error, self.clock(), started)
-            if self.waiting:
-                self.changed.notify_all()
+            self.changed.notify_all()
 
     def summed_up(self, call: Call, tried: List[Member], errors: List[APIError]) -> APIError:
         """The error when nobody is left: the one that tells most."""
@@ -3580,23 +3576,25 @@ class Pool:
 class Running:
     """A call on its way through the pool: who was asked, who is being asked, and what came of it.
 
-    ask() sends it to a controller; ``stream`` is then the answer for whoever can feed it, or
-    batches() gives it piece by piece. Where a controller fails before anything of its answer has
-    been passed on, failed() makes way for the next one. Each is asked at most once. close() must follow.
+    ask() sends it to a controller; ``source`` is then its answer: a Stream for whoever can feed it, else for
+    events(). Where a controller fails before anything of its answer has been passed on, failed() makes way
+    for the next one. Each is asked at most once. close() must follow.
     """
 
     def __init__(self, pool: Pool, call: Call) -> None:
         self.pool, self.call = pool, call
         self.member: Any = None
         self.source: Any = None
-        self.stream: Optional[Stream] = None    # the source, if it is one
         self.tried: List[Member] = []
         self.errors: List[APIError] = []
         self.prepared, self.begun, self.started = False, False, 0.0
         self.unable = 0         # how many of those tried can't do it at all
 
-    def ask(self) -> None:
-        """Ask the next controller, or the last one again. APIError if nobody is left; Blocked: to be called by a thread."""
+    def ask(self) -> bool:
+        """Ask the next controller, or the last one again; is the answer a Stream?
+
+        APIError if nobody is left; Blocked: to be called by a thread.
+        """
         if not self.prepared:
             self._prepare()
         while self.source is None:
@@ -3611,9 +3609,10 @@ class Running:
                 self.source = self.member.controller.events(self.call)
             except APIError as error:
                 self.failed(error)
-        self.stream = self.source if isinstance(self.source, Stream) else None
-        if self.call.hurry and not self.stream:
+        streamed = isinstance(self.source, Stream)
+        if self.call.hurry and not streamed:
             raise Blocked
+        return streamed
 
     def _prepare(self) -> None:
         """Find out who is meant, and who can't do it."""
@@ -3630,11 +3629,11 @@ class Running:
                 self.errors.append(error)
         self.unable = len(self.tried)
 
-    def batches(self) -> Iterator[List[Event]]:
+    def events(self) -> Iterator[Event]:
         """The events of a source, in the thread that asks. An end without a Finish is an error: no "stop" is invented."""
         event = None
         for event in self.source:
-            yield [event]
+            yield event
         if not isinstance(event, (Finish, Raw)):
             raise early(self.member.name)
 
@@ -4709,7 +4708,7 @@ class Flow:
 
     def __init__(self, handler: "Handler", running: Running) -> None:
         self.handler, self.running, self.dialect = handler, running, handler.dialect
-        self.stream: Any = running.stream
+        self.stream: Stream = running.source
         self.watchdog = handler.server.watchdog
         self.client, self.upstream = handler.connection, self.stream.response.sock
         self.watch = self.stream.response.watch
@@ -4744,7 +4743,7 @@ class Flow:
         while self.has_more and not self.ended and not self.paused and self.has_more():
             self.step()     # no selector tells of that
         if self.free and not was_free:
-            self.handler.run_on()
+            self.handler.run()
 
     def step(self) -> None:
         """One read, one write."""
@@ -4871,7 +4870,7 @@ class Flow:
 
     def hang_up(self) -> None:
         self.lose()
-        self.handler.run_on()
+        self.handler.run()
 
     def resume(self) -> None:
         try:
@@ -4882,7 +4881,7 @@ class Flow:
         self.paused = False
         if self.stream.whole or self.ended:
             self.let_go()
-            self.handler.run_on()
+            self.handler.run()
         else:
             self.listen()
         if not self.ended:
@@ -5223,15 +5222,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
     # -- a request is a chain of steps; one that has to wait for something is left to a thread
 
     def run(self, step: Any = None) -> None:
-        """Take the steps of a request, then those of the next one, as far as this thread gets."""
-        step = step or self.step
+        """Take the steps of a request, none if it is answered, then those of the next one, as far as this thread gets."""
         while self.take_steps(step) and self.over():
             step = self.begin
-
-    def run_on(self) -> None:
-        """The watchdog has answered a request: go on with the next one."""
-        if self.over():
-            self.run(self.begin)
 
     def take_steps(self, step: Any) -> bool:
         """True if the request is over; False if it goes on elsewhere."""
@@ -5427,7 +5420,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if methods:
             self.route = self.path[:-len(self.rest)] + "{}" if self.rest else self.path
         if self.command == "OPTIONS":
-            return self.preflight()
+            return self.preflight(methods)
         dialect = methods.get("POST")           # also of what is refused
         self.dialect = dialect if isinstance(dialect, type) else Messages if "anthropic-version" in self.headers else Dialect
         if self.path not in OPEN and (self.path, self.settings.metrics) != ("/metrics", "public"):
@@ -5502,8 +5495,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def ask(self) -> Any:
         """Ask a controller. The watchdog does the rest, or this thread if the answer is no stream."""
         self.call.hurry = self.here
-        self.running.ask()
-        if not self.running.stream:
+        if not self.running.ask():
             return self.relay
         self.flow = Flow(self, self.running)
         if self.here:
@@ -5519,30 +5511,27 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def relay(self) -> Any:
         """Answer with the events of a source that is no stream."""
-        running, batches = self.running, self.running.batches()
+        running, events = self.running, self.running.events()
         try:
-            first = next(batches) if self.call.stream else [event for events in batches for event in events]
+            first = [next(events)] if self.call.stream else list(events)
         except APIError as error:
-            running.failed(error)
-            return self.ask
+            return self.ask_another(error)
         if not self.call.stream:
             answer = self.whole(first)
             running.close()
             return self.write(answer, last=True)
         try:
-            self.write_events(first, self.begin_stream())
-            for events in batches:
-                self.write_events(events)
+            opening = self.begin_stream()
+            for event in itertools.chain(first, events):
+                ended = isinstance(event, Finish)
+                if ended:
+                    self.usage = event.usage
+                self.write(opening + self.dialect.feed([event]), last=ended)
+                opening = b""
         except APIError as error:
             self.write(self.farewell(error), last=True)
             running.close(error)
         return None
-
-    def write_events(self, events: List[Event], opening: bytes = b"") -> None:
-        ended = isinstance(events[-1], Finish)
-        if ended:
-            self.usage = events[-1].usage
-        self.write(opening + self.dialect.feed(events), last=ended)
 
     def whole(self, events: List[Event]) -> bytes:
         """Begin an answer that is sent whole; its body."""
@@ -5655,9 +5644,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         finally:
             response.close()
 
-    def preflight(self) -> None:
+    def preflight(self, methods: Dict[str, Any]) -> None:
         """OPTIONS: what may be done here, and for browsers what they asked for."""
-        methods, _ = find_route(self.path)
         allowed = ", ".join(self.allowed(methods) if methods else ["GET", "HEAD", "POST", "OPTIONS"])
         headers = {"Allow": allowed}
         if "access-control-request-method" in self.headers:
@@ -5765,7 +5753,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.watch.how = socket.SHUT_RDWR
             for at in range(0, len(data), 1 << 18):     # each piece has its time
                 self.watch.expect(self.settings.write_timeout, "The client did not read its answer.")
-                self.connection.sendall(data[at:at + (1 << 18)] if len(data) > 1 << 18 else data)
+                self.connection.sendall(data[at:at + (1 << 18)])
             self.watch.due, self.spoke = math.inf, time.monotonic()
 
     def send_now(self, data: bytes, last: bool = False) -> bool:
@@ -5847,9 +5835,9 @@ class LogFormat(logging.Formatter):
         return _encode({"time": self.formatTime(record), "level": record.levelname.lower(), **facts})
 
 
-OVERFULL = (lambda body: b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 5\r\n"
-            b"Connection: close\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))(
-    to_json(Dialect.refusal(APIError(503, "Too many clients are connected.", code="overloaded"))))
+_FULL = to_json(Dialect.refusal(APIError(503, "Too many clients are connected.", code="overloaded")))
+OVERFULL = (b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 5\r\n"
+            b"Connection: close\r\nContent-Length: %d\r\n\r\n%b" % (len(_FULL), _FULL))
 
 
 SUMS = "in_flight", "served", "failed", "requests", "refused"     # what the workers count of controllers and keys
@@ -5858,7 +5846,6 @@ SUMS = "in_flight", "served", "failed", "requests", "refused"     # what the wor
 class Server(http.server.ThreadingHTTPServer):
     """The server: ``Server(settings).start()`` serves in threads until stop(); also a context manager."""
 
-    daemon_threads = True
     request_queue_size = 1024
     SPARE = 32  # idle threads that are kept
 
@@ -5897,13 +5884,12 @@ class Server(http.server.ThreadingHTTPServer):
         if self.listener is not None:
             self.socket.close()
             self.socket = self.listener
-            self.server_address = self.socket.getsockname()
-            return
-        if self.address_family == socket.AF_INET6:
-            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self.socket.setblocking(False)
-        self.socket.bind(self.server_address)
+        else:
+            if self.address_family == socket.AF_INET6:
+                self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            self.socket.setblocking(False)
+            self.socket.bind(self.server_address)
         self.server_address = self.socket.getsockname()
         self.server_name, self.server_port = self.server_address[:2]
 
@@ -6066,7 +6052,7 @@ class Server(http.server.ThreadingHTTPServer):
             if handler is None:
                 return
             try:
-                handler.run()
+                handler.run(handler.step)
             except Exception:
                 log.exception("a connection's thread failed")
                 handler.close()
