@@ -4539,6 +4539,7 @@ class Place:
 
 NOBODY = Place(None, bool, 0)   # for news of what was closed here, but not in another process
 
+
 class Watchdog(threading.Thread):
     """Waits on behalf of everybody: a selector's loop, and four times a second a look at all clocks.
 
@@ -5092,8 +5093,7 @@ SERVER_NAME = f"akashproxy/{__version__}"
 EVERYBODY = ("Access-Control-Allow-Origin: *\r\nAccess-Control-Expose-Headers: "
              "x-request-id, retry-after, x-should-retry, x-akashproxy-ignored, x-akashproxy-route\r\n")
 _UNPRINTABLE = re.compile(r"[^ -~]")         # what must not stand in a head
-_STATUS_LINES = {int(status): f"HTTP/1.1 {status:d} {phrase}"
-                 for status, (phrase, _) in http.server.BaseHTTPRequestHandler.responses.items()}
+_STATUS_LINES = {int(status): f"HTTP/1.1 {status:d} {status.phrase}" for status in http.HTTPStatus}
 
 PASSED_ON = frozenset(("accept", "openai-beta", "anthropic-version", "anthropic-beta"))    # of a client's header fields
 
@@ -5112,7 +5112,7 @@ SSE_HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Contro
 
 
 # What a connection's request begins with.
-FRESH = {"command": "-", "path": "-", "query": "", "request_version": "HTTP/1.1", "headers": {}, "dialect": Dialect,
+FRESH = {"command": "-", "path": "-", "query": "", "minor": "1", "headers": {}, "dialect": Dialect,
          "route": "other",      # for the metrics
          "key": None,           # who asks, if that has a name
          "close_connection": True, "unread": False, "sent_head": False, "status": 0, "sent": 0, "model": "",
@@ -5135,17 +5135,13 @@ def find_route(path: str) -> Tuple[Dict[str, Any], str]:
     return {}, ""
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
+class Handler:
     """One client's connection: its requests, one after the other."""
-
-    protocol_version = "HTTP/1.1"
-    server: "Server"
 
     # -- a connection: it belongs to the watchdog, and to a thread while something must be waited for
 
     def __init__(self, request: Any, client_address: Any, server: "Server") -> None:
-        self.request = self.connection = request
-        self.client_address, self.server = client_address, server
+        self.connection, self.client_address, self.server = request, client_address, server
         request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         request.setblocking(True)               # macOS: it is as the listening socket was
         self.head = b""                         # of an answer, to leave with its first bytes
@@ -5162,8 +5158,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.flow: Optional[Flow] = None        # while the watchdog relays one
         self.inside: Optional[Limits] = None    # while the call counts against these
         self.waits = False
-        self.linger_left = self.status = 0
-        self.close_connection = self.unread = False
+        self.unread, self.linger_left, self.status = False, 0, 0
         server.watchdog.handlers.add(self)
 
     def listen(self, events: int) -> None:
@@ -5255,7 +5250,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.running.close()
         self.running = self.call = None
         if self.backlog and self.here:
-            self.step = self.flush
+            self.step = functools.partial(self.write, b"")      # what the client did not take at once
             self.server.give(self)
             return False
         self.note()
@@ -5266,10 +5261,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         else:
             self.wait()
         return False
-
-    def flush(self) -> None:
-        """Send what the client did not take at once."""
-        self.write(b"")
 
     def finish(self) -> None:
         """End the connection; what the client still sends is taken in for a moment, else our answer could be lost."""
@@ -5342,21 +5333,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if end < 0:
             raise ProtocolError("the connection ended within a head")
         said, self.headers, self.held = split_head(self.held, end, parse_request_line)
-        self.command, self.path, self.query, minor = said
-        self.check_head(minor)
+        self.command, self.path, self.query, self.minor = said
+        self.check_head()
         self.body = Body(self.headers)
         self.unread = not self.body.done
         self.watch.due = math.inf
         return self.answer
 
-    def check_head(self, minor: str) -> None:
+    def check_head(self) -> None:
         """What hangs on a request's version, and on its Host."""
-        self.request_version = "HTTP/1.1" if minor == "1" else "HTTP/1.0"
-        self.close_connection = not keeps_alive(minor, self.headers)
+        self.close_connection = not keeps_alive(self.minor, self.headers)
         host = self.headers.get("host")
-        if (host is None and minor == "1") or not _HOST.fullmatch(host or ""):
+        if (host is None and self.minor == "1") or not _HOST.fullmatch(host or ""):
             raise ProtocolError("one Host is needed")
-        if "transfer-encoding" in self.headers and minor == "0":
+        if "transfer-encoding" in self.headers and self.minor == "0":
             raise ProtocolError("Transfer-Encoding in HTTP/1.0")
         asked = self.headers.get("x-request-id", "")
         if asked and _REQUEST_ID.fullmatch(asked):
@@ -5370,7 +5360,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if body.left > limit:
             raise APIError(413, f"The body is larger than {limit} bytes.")
         expectation = self.headers.get("expect", "").lower()
-        if expectation and self.request_version == "HTTP/1.1":
+        if expectation and self.minor == "1":
             if expectation != "100-continue":
                 raise APIError(417, "This expectation can't be met.")
             if not self.held and not self.here:
@@ -5664,43 +5654,40 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def refuse(self, error: APIError) -> None:
         """Answer with an error, in the client's dialect."""
-        self.leave()
+        understood = isinstance(self.dialect, Dialect)
         with self.lock:
-            self.send_refusal(error)
-
-    def send_refusal(self, error: APIError) -> None:
-        if self.sent_head and isinstance(self.dialect, Dialect):
-            with contextlib.suppress(OSError):  # pings have gone before it: it can only be told in the stream
-                self.write(self.farewell(error), last=True)
-            return
-        if self.sent_head:
-            self.close_connection = True
-            return
-        if isinstance(self.dialect, Dialect) and self.dialect.alone() is not None:
-            return self.send_json(200, self.dialect.alone())
-        headers = error.headers()
-        if error.status == 405:
-            headers["Allow"] = ", ".join(self.allowed(find_route(self.path)[0]))
-        if self.call is not None:
-            headers.update(self.call_headers())
-        try:
-            self.send_json(self.dialect.status(error), self.dialect.refusal(error), headers)
-        except OSError:
-            self.client_left()
+            if self.sent_head and understood:
+                with contextlib.suppress(OSError):  # pings have gone before it: it can only be told in the stream
+                    self.write(self.farewell(error), last=True)
+                return
+            if self.sent_head:
+                self.close_connection = True
+                return
+            if understood and self.dialect.alone() is not None:
+                return self.send_json(200, self.dialect.alone())
+            headers = error.headers()
+            if error.status == 405:
+                headers["Allow"] = ", ".join(self.allowed(find_route(self.path)[0]))
+            if self.call is not None:
+                headers.update(self.call_headers())
+            try:
+                self.send_json(self.dialect.status(error), self.dialect.refusal(error), headers)
+            except OSError:
+                self.client_left()
 
     def send_json(self, status: int, value: Any, headers: Optional[Dict[str, str]] = None) -> None:
         self.send(status, to_json(value), {"Content-Type": "application/json", **(headers or {})})
 
     def send(self, status: int, data: bytes, headers: Dict[str, str]) -> None:
         self.start(status, headers, length=len(data))
-        self.write(data)
+        self.write(data, last=True)
 
     def start(self, status: int, headers: Dict[str, str], length: Optional[int] = None) -> None:
         """Begin an answer; without a length it goes out in chunks, or to the end of the connection."""
         if self.unread or self.server.draining:
             self.close_connection = True
         self.status, self.sent_head = status, True
-        self.chunked = length is None and self.request_version == "HTTP/1.1"
+        self.chunked = length is None and self.minor == "1"
         values = "".join(headers.values())
         if not values.isprintable() or not values.isascii():
             headers = {name: _UNPRINTABLE.sub("?", value) for name, value in headers.items()}
@@ -5712,7 +5699,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
         if self.close_connection:
             framing += "Connection: close\r\n"
-        elif self.request_version == "HTTP/1.0":
+        elif self.minor == "0":
             framing += "Connection: keep-alive\r\n"
         self.head = (f"{_STATUS_LINES.get(status) or f'HTTP/1.1 {status} '}\r\n{self.server.stamp()}{fields}{framing}"
                      f"x-request-id: {self.request_id}\r\n{self.for_browsers()}\r\n").encode("ascii")
@@ -5868,7 +5855,7 @@ class Server(http.server.ThreadingHTTPServer):
         host, port = split_address(self.settings.server_address)
         self.address_family, host = _family(host, port)
         try:
-            super().__init__((host, port), Handler)
+            super().__init__((host, port), Handler)     # type: ignore[arg-type]
         except OSError as error:
             raise ConfigError([f"cannot listen on {self.settings.server_address}: {error.strerror or error}"]) from None
 
