@@ -5217,7 +5217,7 @@ class Handler:
     # -- a request is a chain of steps; one that has to wait for something is left to a thread
 
     def run(self, step: Any = None) -> None:
-        """Take the steps of a request, none if it is answered, then those of the next one, as far as this thread gets."""
+        """Take the steps of a request, unless it is answered, then those of the next one, as far as this thread can."""
         while self.take_steps(step) and self.over():
             step = self.begin
 
@@ -5508,7 +5508,7 @@ class Handler:
             return self.ask_another(error)
         if not self.call.stream:
             answer = self.whole(first)
-            running.close()
+            running.close()     # as in Flow.finish
             return self.write(answer, last=True)
         try:
             opening = self.begin_stream()
@@ -5646,11 +5646,11 @@ class Handler:
                 headers["Access-Control-Allow-Headers"] = ", ".join(names)
         self.send(204, b"", headers)
 
-    # -- writing
-
     @staticmethod
     def allowed(methods: Dict[str, Any]) -> List[str]:
         return [*methods, *(["HEAD"] if "GET" in methods else []), "OPTIONS"]
+
+    # -- writing
 
     def refuse(self, error: APIError) -> None:
         """Answer with an error, in the client's dialect."""
