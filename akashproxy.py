@@ -4852,6 +4852,7 @@ class Flow:
         if self.free:
             return self.release()
         self.lose()
+        self.running.close()    # even where the next controller was being asked
         self.handler.close()
 
     def let_go(self) -> None:
@@ -5135,13 +5136,16 @@ def find_route(path: str) -> Tuple[Dict[str, Any], str]:
     return {}, ""
 
 
-class Handler:
+class Handler(http.server.BaseHTTPRequestHandler):
     """One client's connection: its requests, one after the other."""
+
+    server: "Server"
 
     # -- a connection: it belongs to the watchdog, and to a thread while something must be waited for
 
     def __init__(self, request: Any, client_address: Any, server: "Server") -> None:
-        self.connection, self.client_address, self.server = request, client_address, server
+        self.request = self.connection = request
+        self.client_address, self.server = client_address, server
         request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         request.setblocking(True)               # macOS: it is as the listening socket was
         self.head = b""                         # of an answer, to leave with its first bytes
@@ -5518,6 +5522,8 @@ class Handler:
                     self.usage = event.usage
                 self.write(opening + self.dialect.feed([event]), last=ended)
                 opening = b""
+            if not ended:       # but with Raw
+                self.write(b"", last=True)
         except APIError as error:
             self.write(self.farewell(error), last=True)
             running.close(error)
@@ -5663,14 +5669,14 @@ class Handler:
             if self.sent_head:
                 self.close_connection = True
                 return
-            if understood and self.dialect.alone() is not None:
-                return self.send_json(200, self.dialect.alone())
             headers = error.headers()
             if error.status == 405:
                 headers["Allow"] = ", ".join(self.allowed(find_route(self.path)[0]))
             if self.call is not None:
                 headers.update(self.call_headers())
             try:
+                if understood and self.dialect.alone() is not None:
+                    return self.send_json(200, self.dialect.alone())
                 self.send_json(self.dialect.status(error), self.dialect.refusal(error), headers)
             except OSError:
                 self.client_left()
@@ -5855,7 +5861,7 @@ class Server(http.server.ThreadingHTTPServer):
         host, port = split_address(self.settings.server_address)
         self.address_family, host = _family(host, port)
         try:
-            super().__init__((host, port), Handler)     # type: ignore[arg-type]
+            super().__init__((host, port), Handler)
         except OSError as error:
             raise ConfigError([f"cannot listen on {self.settings.server_address}: {error.strerror or error}"]) from None
 

@@ -709,6 +709,46 @@ def test_a_reason_to_end_that_is_no_text_is_none(pool, path, asked):
     assert b"ended its answer early" in ask(pool(fake), "POST", path, {**globals()[asked], "stream": True}).body
 
 
+def test_a_controller_may_go_through_the_events_of_another_one(pool, monkeypatch):
+    class Loud(akashproxy.OpenAIController):
+        def events(self, call):
+            for event in super().events(call):
+                yield Text(event.text.upper()) if isinstance(event, Text) else event
+
+    monkeypatch.setitem(akashproxy.CONTROLLERS, "loud", Loud)
+    a = FakeOpenAI(text="one two")
+    server = pool((a, {"type": "loud", "paths": ("/none",), "api_key": "k"}))
+    for streamed in range(2):
+        assert (stream(server, BOTH)[0] if streamed else chat(server, BOTH).json["choices"][0]["message"]["content"]) == "ONE TWO"
+    a.faults += [a.refuse(), a.early(), a.status(500)]      # the first is a kept connection's end, and asked again
+    assert [chat(server, BOTH).status for _ in range(2)] == [502, 502] and not a.faults
+
+
+def test_a_controller_of_ones_own_may_stream_raw_bytes(serve, monkeypatch):
+    class Own(akashproxy.Controller):
+        def events(self, call):
+            yield from map(akashproxy.Raw, [b"data: {}\n\n", b"data: [DONE]\n\n"])
+
+    monkeypatch.setitem(akashproxy.CONTROLLERS, "own", Own)
+    server = serve(controllers=(akashproxy.ControllerSettings(type="own"),))
+    assert chat(server, stream=True).body.endswith(b"\n\ndata: {}\n\ndata: [DONE]\n\n")
+
+
+def test_a_client_that_leaves_before_a_count_of_tokens_is_no_bug(pool, caplog):
+    server = pool(FakeOpenAI())
+    sock = socket.create_connection(("127.0.0.1", server.server_port))
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+    def take(*_):
+        sock.close()
+        raise APIError(503, "nobody is there")
+
+    server.pool.take = take
+    sock.sendall(post("/v1/messages/count_tokens", {**ASKED, "model": "both"}))
+    wait_for(lambda: not server.watchdog.handlers)
+    assert "bug" not in caplog.text and "stumbled" not in caplog.text
+
+
 def test_a_request_is_not_sent_twice_on_a_new_connection(akash, serve):
     server = serve()
     akash.session = reply(body=b"{}", extra=b"Connection: close\r\n")
