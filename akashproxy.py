@@ -2007,16 +2007,15 @@ class Stream:
 
     def __iter__(self) -> Iterator[Event]:
         """Its events, read by the thread that iterates."""
-        while True:
-            try:
-                events = self.receive(self.response.wait())
-            except OSError as error:
-                events = self.broken(error)
-            yield from events
+        with contextlib.closing(self):
+            while not self.over and not self.failure:
+                try:
+                    events = self.receive(self.response.wait())
+                except OSError as error:
+                    events = self.broken(error)
+                yield from events
             if self.failure:
                 raise self.failure
-            if self.over:
-                return
 
     def close(self) -> None:
         self.response.close()

@@ -722,6 +722,7 @@ def test_a_controller_may_go_through_the_events_of_another_one(pool, monkeypatch
         assert (stream(server, BOTH)[0] if streamed else chat(server, BOTH).json["choices"][0]["message"]["content"]) == "ONE TWO"
     a.faults += [a.refuse(), a.early(), a.status(500)]      # the first is a kept connection's end, and asked again
     assert [chat(server, BOTH).status for _ in range(2)] == [502, 502] and not a.faults
+    assert not [watch for watch in akashproxy.Watch.live if watch.sock and watch.sock.getpeername()[1] == a.port]
 
 
 def test_a_controller_of_ones_own_may_stream_raw_bytes(serve, monkeypatch):
