@@ -4766,9 +4766,9 @@ class Flow:
             self.fail(stream.failure)
         elif stream.over:
             self.finish()
-        elif stream.decoder is not None:
+        elif stream.decoder is not None and not self.paused:
             due = self.watchdog.now + stream.response.patience.idle
-            self.watch.due = math.inf if self.paused else min(due, self.watch.due) if stream.whole else due
+            self.watch.due = min(due, self.watch.due) if stream.whole else due
 
     def short_way(self, data: bytes) -> bool:
         """Send one chunk with one event from the middle of a stream on, if that is what came: nearly always, token by token."""
@@ -4837,6 +4837,8 @@ class Flow:
         """Read no more until the client has taken in what there is."""
         if not self.paused:
             self.paused = True
+            if self.stream.decoder is not None:     # else it still owes its first byte
+                self.watch.due = math.inf
             self.watchdog.leave(self.upstream)
             self.listen()
 
@@ -4886,7 +4888,7 @@ class Flow:
         else:
             self.listen()
         if not self.ended:
-            if self.stream.decoder is not None:     # else it still owes its first byte
+            if self.stream.decoder is not None:
                 self.stream.response.expect()
             self.watchdog.watch(self.upstream, self.on_upstream)
             self.on_upstream()

@@ -2856,6 +2856,21 @@ def lazy_client(server):
     return sock
 
 
+def test_a_client_that_is_slow_token_by_token_is_not_the_upstreams_silence(pool):
+    a = FakeOpenAI(text=("word" * 7000 + " ") * 400)    # each fits a read, all of them not into the buffers on the way
+    server = pool(a, idle_timeout=0.3)
+    a.faults.append(lambda sock, request: Paced(sock, server).sendall(a.head() + b"".join(map(chunk, a.events())) + b"0\r\n\r\n"))
+    with lazy_client(server) as sock:
+        sock.sendall(post("/v1/chat/completions", {**BOTH, "stream": True}, "Connection: close"))
+        wait_for(lambda: any(handler.backlog for handler in server.watchdog.handlers.copy()))
+        due = [handler.flow.watch.due for handler in server.watchdog.handlers.copy()]
+        got = b""
+        while part := sock.recv(1 << 20):
+            got += part
+    assert due == [math.inf]
+    assert got.count(b"word" * 7000) == 400 and b"[DONE]" in got and b'"error"' not in got
+
+
 def test_a_slow_client_is_not_the_upstreams_silence(pool):
     a = FakeOpenAI(text="word " * 60000)
     a.faults.append(a.garbage(a.head() + b"".join(map(chunk, a.events())) + b"0\r\n\r\n"))
