@@ -1213,6 +1213,7 @@ _FIELD = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t -~\x80-\xff]*)")
 _BARE_BREAK = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)")
 _REQUEST_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}) ([!-~\x80-\xff]+) HTTP/([0-9])\.([0-9])")
 _STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: [\t -~\x80-\xff]*)?")
+_BLANK_LINES = re.compile(rb"(?:\r\n)*")
 _HOST = re.compile(r"[A-Za-z0-9.:_\[\]~%!$&'()*+;=-]*")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _LENGTH = re.compile(r"[0-9]{1,18}")
@@ -1423,7 +1424,7 @@ class Body:
                 raise ProtocolError("a chunk is longer than its size")
             self.state = "size"
         elif line:
-            parse_field(line.decode("latin-1"))
+            parse_field.__wrapped__(line.decode("latin-1"))
             self.trailers += 1
             if self.trailers > FIELD_LIMIT:
                 raise ProtocolError("there are too many trailers", 431)
@@ -3362,7 +3363,7 @@ class Pool:
             self.members.append(member)
         self.choose = {"balanced": self.balanced, "random": self.at_random, "least_busy": self.least_busy}[settings.pool_type]
         self.lists_due = -math.inf
-        self.able = functools.lru_cache(maxsize=256)(self.who_is_able)      # until a list changes
+        self.known = functools.lru_cache(maxsize=256)(self.who_has)     # by the name of a model, until a list changes
         self.never_waits = all(getattr(member.controller.events, "never_waits", False) for member in self.members)
 
     # -- who is asked
@@ -3422,7 +3423,11 @@ class Pool:
                 if call.why:
                     raise call.why
 
-    def who_is_able(self, model: str) -> List[Member]:
+    def able(self, model: str) -> List[Member]:
+        """Who may be asked for a model; names that are longer than any are not remembered."""
+        return self.known(model) if len(model) <= 256 else self.who_has(model)
+
+    def who_has(self, model: str) -> List[Member]:
         """Who may be asked for a model: who is known to have it, else who may be tried."""
         on = [member for member in self.members if member.options.weight > 0]
         sure = [member for member in on if member.serves(model)]
@@ -3520,7 +3525,7 @@ class Pool:
                 models, member.listed, _ = found[member.name]
                 for model in models:
                     union.setdefault(model["id"], model)
-            self.able.cache_clear()
+            self.known.cache_clear()
         if not union:
             errors = [error for _, _, error in found.values() if error]
             raise errors[0] if len(errors) == 1 else APIError(
@@ -4569,7 +4574,7 @@ class Watchdog(threading.Thread):
         place = self.places.get(number)
         if place is None or place.sock is not sock:
             if place is not None:   # that one was closed meanwhile
-                self.leave(place.sock)
+                self.unregister(number)
             self.places[number] = place = Place(sock, owner, events)
             self.selector.register(sock, events, place)
         elif place.events != events:
@@ -4587,13 +4592,16 @@ class Watchdog(threading.Thread):
         """Kept connections are closed by whoever finds that they are too old."""
         for number, place in list(self.places.items()):
             if place.sock.fileno() < 0:
-                self.places.pop(number, None)
-                self.leave(place.sock)
+                self.unregister(number)
 
     def leave(self, sock: Any) -> None:
-        self.places.pop(sock.fileno(), None)
-        with contextlib.suppress(KeyError, ValueError):  # it is not watched
-            self.selector.unregister(sock)
+        self.unregister(sock.fileno())
+
+    def unregister(self, number: int) -> None:
+        """By its number: for a closed socket the selector would have to look through all it has."""
+        self.places.pop(number, None)
+        with contextlib.suppress(KeyError, ValueError):     # it is not watched, or closed
+            self.selector.unregister(number)
 
     def soon(self, task: Callable[[], None]) -> None:
         """From another thread: have this one do something."""
@@ -5212,8 +5220,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def head_is_here(self) -> bool:
         """Is there work to do: a whole head, or something that must be refused?"""
-        while self.held.startswith(b"\r\n"):   # RFC 9112, 2.2: blank lines before a request are skipped
-            self.held = self.held[2:]
+        if self.held.startswith(b"\r\n"):      # RFC 9112, 2.2: blank lines before a request are skipped
+            self.held = self.held[_BLANK_LINES.match(self.held).end():]
         try:
             return head_end(self.held) >= 0
         except ProtocolError:
@@ -5539,7 +5547,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.usage = answer.finish.usage
             kind, data = "application/json", to_json(self.dialect.whole(answer))
         else:
-            data = b"".join([event.data for event in events])
+            data = b"".join([event.data for event in events if isinstance(event, Raw)])
         self.start(self.call.status, {"Content-Type": kind, **self.call_headers()}, length=len(data))
         return data
 
@@ -5956,9 +5964,9 @@ class Server(http.server.ThreadingHTTPServer):
             first, self.draining = not self.draining, True
         if not self.watchdog.is_alive():
             self.shut_door()
-        elif first:     # else another stop() has asked for it, and its watchdog may be gone any moment
+        elif first:
             self.watchdog.soon(self.shut_door)
-            self.shut.wait()
+        self.shut.wait()    # also if another stop() has asked for it: the watchdog must not end before it has done so
         if not self._wait(grace):
             for handler in self.watchdog.handlers.copy():
                 if handler.call is not None:
@@ -6014,10 +6022,14 @@ class Server(http.server.ThreadingHTTPServer):
     def process_request(self, request: Any, client_address: Any) -> None:
         """A new connection: it waits in the watchdog like all others."""
         handler = Handler(request, client_address, self)
-        if len(self.watchdog.handlers) > self.settings.max_connections:
-            self.turn_away(handler)
-        else:
-            handler.wait()
+        try:
+            if len(self.watchdog.handlers) > self.settings.max_connections:
+                self.turn_away(handler)
+            else:
+                handler.wait()
+        except Exception:
+            handler.close()
+            raise
 
     def give(self, handler: Handler) -> None:
         """Give a connection that has a request to an idle thread, or to a new one."""

@@ -1904,6 +1904,30 @@ def test_a_stop_may_come_twice():
     server.stop(0)
 
 
+def test_two_stops_may_come_at_once():
+    server, others = Server(Settings(server_address="127.0.0.1:0")).start(), threading.Event()
+    soon = server.watchdog.soon
+    server.watchdog.soon = lambda task: (others.wait(0.3), soon(task))
+    with concurrent.futures.ThreadPoolExecutor(2) as threads:
+        first = threads.submit(server.stop, 0)
+        wait_for(lambda: server.draining)
+        second = threads.submit(lambda: (server.stop(0), server.watchdog.join(10), others.set()))
+        first.result(), second.result()
+    assert server.socket.fileno() < 0
+
+
+def test_only_what_is_short_is_remembered(pool):
+    known = pool(FakeOpenAI(), FakeOpenAI()).pool
+    head = b"GET /%b HTTP/1.1\r\nX-Long: %b" % (b"a" * 5000, b"b" * 5000)
+    for parse in (akashproxy.parse_field, akashproxy.parse_request_line):
+        parse.cache_clear()
+    assert akashproxy.split_head(head, len(head), akashproxy.parse_request_line)[1] == {"x-long": "b" * 5000}
+    assert Body(CHUNKED).feed(b"0\r\nX-Trailer: " + b"c" * 5000 + b"\r\n\r\n") == b""
+    assert known.able("m" * 5000) == known.members
+    remembered = akashproxy.parse_field, akashproxy.parse_request_line, known.known
+    assert [each.cache_info().currsize for each in remembered] == [0, 0, 0]
+
+
 def test_a_bug_is_not_shown(serve, akash, caplog):
     server = serve()
     server.pool.take = lambda *_: 1 / 0
@@ -4012,6 +4036,7 @@ ATTACKS = {
     "the answer of a server": (b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", 400, CLOSED),
     "half a line": (b"GET /hea", 408, CLOSED),
     "half a head": (GET + HOST, 408, CLOSED),
+    "many blank lines before a request": (b"\r\n" * 40000 + get(), 200, OPEN),
     "blank lines before a request": (b"\r\n\r\n\r\n" + get(), 200, OPEN),
     # -- what hides a second request
     "a GET within a body that is refused": (POST + b"Content-Length: 60\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + get(), 400, CLOSED),
