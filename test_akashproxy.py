@@ -736,16 +736,18 @@ def test_a_controller_of_ones_own_may_stream_raw_bytes(serve, monkeypatch):
 
 
 def test_a_client_that_leaves_before_a_count_of_tokens_is_no_bug(pool, caplog):
-    server = pool(FakeOpenAI())
+    server, asked = pool(FakeOpenAI()), threading.Event()
     sock = socket.create_connection(("127.0.0.1", server.server_port))
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
     def take(*_):
         sock.close()
+        asked.set()
         raise APIError(503, "nobody is there")
 
     server.pool.take = take
     sock.sendall(post("/v1/messages/count_tokens", {**ASKED, "model": "both"}))
+    assert asked.wait(10)
     wait_for(lambda: not server.watchdog.handlers)
     assert "bug" not in caplog.text and "stumbled" not in caplog.text
 
@@ -1902,6 +1904,14 @@ def test_a_stop_may_come_twice():
     server.watchdog.join(10)
     server.watchdog.is_alive = lambda: True     # it is about to end, and has closed all that it had
     server.stop(0)
+
+
+def test_a_connection_that_can_not_be_watched_is_let_go(serve, monkeypatch):
+    server = serve()
+    monkeypatch.setattr(akashproxy.Handler, "wait", lambda handler: 1 / 0)
+    with contextlib.suppress(ConnectionError):
+        assert talk(server, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n") == b""
+    wait_for(lambda: not server.watchdog.handlers)
 
 
 def test_two_stops_may_come_at_once():
