@@ -4591,7 +4591,7 @@ class Watchdog(threading.Thread):
     def forget_closed(self) -> None:
         """Kept connections are closed by whoever finds that they are too old."""
         for number, place in list(self.places.items()):
-            if place.sock.fileno() < 0:
+            if place.sock.fileno() < 0 and self.places.get(number) is place:    # a thread may just have put another one there
                 self.unregister(number)
 
     def leave(self, sock: Any) -> None:
