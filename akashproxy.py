@@ -247,9 +247,9 @@ def no_model(model: str) -> APIError:
     return APIError(404, what, param="model", code="model_not_found")
 
 
-def unknown_model(model: str, where: str) -> APIError:
-    """No such model at an Akash upstream: 500 "Error Model.", as akashchat-api-go answered."""
-    return APIError(500, f"The model {model!r} does not exist or is not available at {where}.",
+def unknown_model(model: str) -> APIError:
+    """No such model at Akash Chat: 500 "Error Model.", as akashchat-api-go answered."""
+    return APIError(500, f"The model {model!r} does not exist or is not available at Akash Chat.",
                     type="invalid_request_error", param="model", code="model_not_found", retry=False,
                     legacy="Error Model.", kind="model")
 
@@ -2192,10 +2192,7 @@ def akash_request(call: Call) -> Tuple[Dict[str, Any], List[str]]:
     system, messages = [], []
     for at, message in enumerate(body["messages"]):
         if message.get("role") in ("system", "developer"):
-            text, pictures = _flatten(message, f"messages[{at}]")
-            if pictures:
-                raise only_of_users(f"messages[{at}]")
-            system.append(text)
+            system.append(_flatten(message, f"messages[{at}]")[0])
         else:
             messages.append(_akash_message(message, f"messages[{at}]"))
     if not messages:
@@ -2209,10 +2206,6 @@ def akash_request(call: Call) -> Tuple[Dict[str, Any], List[str]]:
             "context": []}, [name for name in others if name not in AKASH_REFUSED]
 
 
-def only_of_users(place: str) -> APIError:
-    return bad_request(f"{place}: only messages of the user may hold pictures.", f"{place}.content")
-
-
 def _akash_message(message: Dict[str, Any], place: str) -> Dict[str, Any]:
     role = message.get("role")
     if role not in ("user", "assistant"):
@@ -2221,8 +2214,6 @@ def _akash_message(message: Dict[str, Any], place: str) -> Dict[str, Any]:
     if message.get("tool_calls") or message.get("function_call"):
         raise bad_request(f"{place}: Akash Chat can't be told about calls of tools.", f"{place}.tool_calls")
     text, pictures = _flatten(message, place)
-    if pictures and role != "user":
-        raise only_of_users(place)
     counted = SPECIAL.sub(HARMLESS, text)
     result: Dict[str, Any] = {"role": role, "content": counted}
     if counted != text:  # the model gets the parts, the tokenizer the content (req-parts-with-content)
@@ -2253,6 +2244,8 @@ def _flatten(message: Dict[str, Any], place: str) -> Tuple[str, List[Dict[str, s
         else:
             told = str(part if kind == "text" else kind)[:80]
             raise bad_request(f"{where}: Akash Chat takes text and pictures, not {told!r}.", where)
+    if pictures and message.get("role") != "user":
+        raise bad_request(f"{place}: only messages of the user may hold pictures.", f"{place}.content")
     return "".join(texts), pictures
 
 
@@ -2307,7 +2300,7 @@ def akash_error(text: str, model: str) -> APIError:
         if model in ("", AkashController.GEN):  # all that 2025's version says of a failure (gen-imgbackend-error)
             return APIError(502, "Akash Chat could not make the picture, or has no AkashGen.", code="image_failed",
                             retry=False, legacy="Error Model.")
-        return unknown_model(model, "Akash Chat")
+        return unknown_model(model)
     status, code = next((status, code) for pattern, status, code in AKASH_ERRORS if re.search(pattern, text, re.I))
     told = re.sub(r"^Failed after \d+ attempts\. Last error: ", "", text).split("\n")[0]
     if told in ("", "[object Object]", "An error occurred."):
@@ -2675,7 +2668,7 @@ class AkashController(Controller):
             if told.get("available_models") == []:  # chat-models-backend-500
                 return APIError(503, "Akash Chat has no models at all now.", code="upstream_error", retry_after=30,
                                 kind="network")
-            return unknown_model(model, "Akash Chat")
+            return unknown_model(model)
         if status == 429:
             return APIError(429, f"Akash Chat: {without_hosts(message)[:300] or 'too many requests.'}",
                             retry_after=reset_seconds(response.headers, told))
@@ -4785,10 +4778,9 @@ class Flow:
         told = payload and usual(payload)
         if not told:
             return False
-        now = self.watchdog.now
-        self.watch.due = now + self.idle
+        self.watch.due = self.watchdog.now + self.idle
         try:
-            if not self.handler.send_chunk(splice(told), now):
+            if not self.handler.send_chunk(splice(told)):
                 self.pause()
         except OSError:
             self.lose()
@@ -5761,8 +5753,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def send_now(self, data: bytes, last: bool = False) -> bool:
         """Send what the client takes at once, and keep the rest; True if there is none."""
         data = self.framed(data, last)
-        if self.backlog:
-            data = self.backlog + data
+        return self.put(self.backlog + data if self.backlog else data)
+
+    def send_chunk(self, frame: bytes) -> bool:
+        """The same for whole events of a stream that has begun, where nothing is kept."""
+        self.sent += len(frame)
+        self.last = frame
+        return self.put(b"%x\r\n%b\r\n" % (len(frame), frame))
+
+    def put(self, data: bytes) -> bool:
+        """Send what the client takes of all that there is for it, and keep the rest; True if there is none."""
         try:
             sent = self.connection.send(data, NOW)
         except BlockingIOError:
@@ -5772,29 +5772,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if self.backlog:
                 self.backlog, self.watch.due = b"", math.inf
             return True
-        self.keep(data, sent)
-        return False
-
-    def send_chunk(self, frame: bytes, now: float) -> bool:
-        """The same for whole events of a stream that has begun, where nothing is kept."""
-        data = b"%x\r\n%b\r\n" % (len(frame), frame)
-        try:
-            sent = self.connection.send(data, NOW)
-        except BlockingIOError:
-            sent = 0
-        self.sent += len(frame)
-        self.last, self.spoke = frame, now
-        if sent == len(data):
-            return True
-        self.keep(data, sent)
-        return False
-
-    def keep(self, data: bytes, sent: int) -> None:
-        """Keep what the client did not take."""
         if sent or not self.backlog:
             self.watch.how = socket.SHUT_RDWR
             self.watch.expect(self.settings.write_timeout, "The client did not read its answer.")
         self.backlog = data[sent:]
+        return False
 
     def note(self) -> None:
         """Count the request, and log it, once, at its end."""
