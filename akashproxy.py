@@ -84,6 +84,7 @@ import functools
 import gc
 import http.client
 import http.server
+import io
 import ipaddress
 import itertools
 import json
@@ -877,6 +878,7 @@ class KeySettings(Checked):
     models: Tuple[str, ...] = setting((), "names or patterns of the models it is for; none: all")
     requests_per_minute: int = setting(0, "calls of models in a minute; 0: any number")
     max_concurrency: int = setting(0, "calls of models at a time; 0: any number")
+    refuse_fields: Tuple[str, ...] = setting((), "fields of a request's body that this key must not send")
 
 
 @dataclass(frozen=True)
@@ -906,7 +908,8 @@ class Settings(Checked):
     page: str = setting("on", "on or off: the page to chat with, at /", choice("on", "off"))
     metrics: str = setting("on", "on, public (no token is needed) or off: figures for Prometheus, at /metrics",
                            choice("on", "public", "off"))
-    cors_origins: Tuple[str, ...] = setting(("*",), "origins whose pages may use this server, separated by commas", token)
+    cors_origins: Tuple[str, ...] = setting((), "origins whose pages may use this server, separated by commas, * for all; "
+                                                "none: all if a token is needed, else local ones", token)
     connect_timeout: float = setting(10.0, "seconds for a connection to the upstream", positive)
     session_timeout: float = setting(15.0, "seconds for the upstream's session, models and picture states", positive)
     first_byte_timeout: float = setting(300.0, "seconds until the upstream begins its answer", positive)
@@ -919,6 +922,7 @@ class Settings(Checked):
     write_timeout: float = setting(60.0, "seconds for a client to take in what it was sent", positive)
     keepalive_timeout: float = setting(75.0, "seconds for which an idle client connection is kept", positive)
     max_body: int = setting(32 << 20, "bytes in the largest request")
+    max_body_total: int = setting(256 << 20, "bytes of all request bodies that are being received; above it a 503", positive)
     max_connections: int = setting(10000, "clients that are connected at a time; more get a 503")
     heartbeat: float = setting(15.0, "seconds of silence in a stream after which a ping is sent", positive)
     pings: str = setting("comment", "what a ping is: comment, chunk (an empty one) or off", choice("comment", "chunk", "off"))
@@ -968,6 +972,11 @@ class Settings(Checked):
             names.add(name)
             filled.append(dataclasses.replace(options, name=name, **gaps))
         return filled
+
+    def host_names(self) -> List[str]:
+        """The names that these settings give the server, in lower case."""
+        names = [split_address(self.server_address)[0], urllib.parse.urlsplit(self.public_url).hostname]
+        return [name.lower() for name in names if name]
 
 
 SEARCHED = [".", ".config", "config", "/etc/akashproxy", "/etc/chatgpt-apiserver"]
@@ -4511,14 +4520,174 @@ class Relay(Dialect):
     PATH = re.compile(r"/v1(/[A-Za-z0-9_-]+)+")
 
     def __init__(self, data: bytes, content_type: str) -> None:
-        is_json = content_type.partition(";")[0].strip().lower() == "application/json"
-        body = as_dict(json_or_none(data)) if is_json else {}
+        body = as_dict(json_or_none(data)) if is_json(content_type, data) else {}
         model = body.get("model")
         self.call = Call({"model": model} if isinstance(model, str) else {}, stream=True, relay_only=True)
-        self.call.sent, self.call.content_type = body or None, content_type or "application/octet-stream"
+        self.call.sent = body or None
+        # What was read as UTF-8 is sent as that: another charset would let the upstream read another model.
+        self.call.content_type = "application/json" if body else content_type or "application/octet-stream"
 
     def ping(self, form: str) -> bytes:
         return b""
+
+
+def is_json(content_type: str, data: bytes) -> bool:
+    """Whether a relayed body is JSON. curl labels any body as a form unless told otherwise."""
+    media_type = content_type.partition(";")[0].strip(" \t").lower()
+    return media_type == "application/json" or media_type == URLENCODED and data[:64].lstrip().startswith(b"{")
+
+
+# -- the model that a body names, for keys that are limited to some: no upstream may be able to read another one
+
+URLENCODED = "application/x-www-form-urlencoded"
+MAX_FORM_PARTS = 1000
+MAX_PART_HEAD = 4096
+MAX_MODEL_NAME = 256    # bytes, in a form
+MODEL_IN_PATH = frozenset(("deployments", "engines", "models"))     # segments after which some upstreams read a model
+_MULTIPART = re.compile(r"multipart/form-data *; *boundary=(\"?)([0-9A-Za-z'()+_,./:=?-]{1,70})\1", re.I)
+_DISPOSITION = re.compile(r'form-data; *name=(?:"([^"\\%]*)"|([A-Za-z0-9_.-]+))'
+                          r'(; *filename=(?:"[^"\\]*"|[^;"\\ ]+))?(; *filename\*=[^;" ]+)?', re.I)
+
+
+def means_model(name: str) -> bool:
+    """Whether some upstream takes a field's name for "model": Go ignores case, PHP what follows a bracket."""
+    return name.partition("[")[0].partition("\0")[0].strip().casefold() == "model"
+
+
+def without_model(query: str) -> str:
+    """A query without a model: the body's has been checked, but LiteLLM would prefer the query's."""
+    parts = re.split("[&;]", query)
+    kept = [part for part in parts if not means_model(urllib.parse.unquote_plus(part.partition("=")[0]))]
+    return query if len(kept) == len(parts) else "&".join(kept)
+
+
+def has_escaped_letters(data: bytes) -> bool:
+    """Whether JSON may hold a second "model" that a search for these bytes misses, such as "mod\\u0065l"."""
+    return b"\\u006" in data or b"\\u004" in data
+
+
+def check_names(names: Iterable[str], refused: Iterable[str] = ()) -> None:
+    """Check the names of a body's fields: APIError 400 for one that is refused, or that is "model" to some upstreams only."""
+    for name in names:
+        if "model" in name.lower() and name != "model" and means_model(name):
+            raise bad_request(f"The field {name[:40]!r} must be written 'model'.", "model")
+    refused = {name.casefold() for name in refused}
+    for name in names if refused else ():
+        if name.casefold() in refused:
+            raise bad_request(f"The field {name[:40]!r} is not allowed for this key.", name[:40])
+
+
+def check_charset(content_type: str) -> None:
+    """Check that a body's charset is ours: APIError 415 where an upstream would read other letters."""
+    for parameter in content_type.lower().split(";")[1:]:
+        name, _, value = parameter.partition("=")
+        if name.strip() == "charset" and value.strip(' \t"') not in ("utf-8", "utf8"):
+            raise APIError(415, "The charset of the body must be UTF-8.")
+
+
+def hold_to_key(call: Call, options: KeySettings, headers: Dict[str, str]) -> None:
+    """Limit a call to its key's models and fields; APIError if an upstream could read the body in another way."""
+    call.only = options.models
+    if not options.models and not options.refuse_fields:
+        return
+    if headers.get("content-encoding", "identity").lower() != "identity":
+        raise APIError(415, "The body must be sent without Content-Encoding.")
+    if call.relay_only:
+        check_charset(headers.get("content-type", ""))
+    form = None if call.sent else form_fields(call.data, call.content_type)
+    check_names(call.sent or [name for name, _ in form or ()], options.refuse_fields)
+    if options.models and MODEL_IN_PATH.intersection(call.path.split("/")):
+        raise no_model("")
+    if call.sent:   # what was read is what is sent: of two "model" an upstream could take the other one
+        call.data = to_json(call.sent)
+    elif form is not None:
+        check_form_model(form, options.models)
+        call.only = ()
+    elif not options.models:
+        raise APIError(415, "This key can send JSON and forms only.")
+
+
+def check_form_model(form: List[Tuple[str, str]], models: Tuple[str, ...]) -> None:
+    """Check the one model that a form names against the patterns of a key."""
+    names = [value for name, value in form if name == "model"]
+    if len(names) > 1 or any(name == "_charset_" for name, _ in form):
+        raise bad_request("The form must have one field 'model', in UTF-8.", "model")
+    if not allowed(models, "".join(names)):
+        raise no_model("".join(names))
+
+
+def form_fields(data: bytes, content_type: str) -> Optional[List[Tuple[str, str]]]:
+    """Names and values of a form's fields, None if it is no form. Of a multipart form only the model's value is read."""
+    media_type = content_type.partition(";")[0].strip(" \t").lower()
+    if media_type == URLENCODED:
+        return urlencoded_fields(data)
+    return multipart_fields(data, content_type) if media_type == "multipart/form-data" else None
+
+
+def urlencoded_fields(data: bytes) -> List[Tuple[str, str]]:
+    """Names and values of the fields of application/x-www-form-urlencoded; APIError 400 if it is malformed."""
+    if data.count(b"&") + data.count(b";") >= MAX_FORM_PARTS:
+        raise bad_request("The form has too many fields.")
+    fields = []
+    try:
+        for part in re.split(b"[&;]", data):
+            name, _, value = part.partition(b"=")
+            fields.append((percent_decoded(name), ""))
+            if means_model(fields[-1][0]):
+                fields[-1] = fields[-1][0], percent_decoded(value)
+    except ValueError:
+        raise bad_request("The form is malformed.") from None
+    return fields
+
+
+def percent_decoded(text: bytes) -> str:
+    """A name or a short value of a form; ValueError if it is too long, or not UTF-8."""
+    if len(text) > MAX_PART_HEAD:
+        raise ValueError("too long")
+    return urllib.parse.unquote_plus(text.decode("ascii"), errors="strict")
+
+
+def multipart_fields(data: bytes, content_type: str) -> List[Tuple[str, str]]:
+    """Names and values of the parts of a form (RFC 7578); APIError 400 if it is malformed.
+
+    Wherever the boundary occurs a part must begin: else a lenient reader could find parts that we don't see.
+    """
+    match = _MULTIPART.fullmatch(content_type)
+    if not match:
+        raise bad_request("The boundary of the form is malformed.")
+    delimiter, fields, at = b"--" + match[2].encode(), [], 0
+    while data.startswith(delimiter + b"\r\n", at) and len(fields) < MAX_FORM_PARTS:
+        start = at + len(delimiter) + 2
+        end = data.find(b"\r\n\r\n", start, start + MAX_PART_HEAD)
+        at = data.find(delimiter, start)
+        if end < 0 or at < end + 6 or data[at - 2:at] != b"\r\n":
+            raise bad_request("A part of the form is malformed.")
+        fields.append(part_field(data[start:end], data[end + 4:min(at - 2, end + 5 + MAX_MODEL_NAME)]))
+    if not fields or data[at:at + len(delimiter) + 5] not in (delimiter + b"--\r\n", delimiter + b"--"):
+        raise bad_request("The form has no proper end, or too many parts.")
+    return fields
+
+
+def part_field(head: bytes, value: bytes) -> Tuple[str, str]:
+    """Name and value of a part of a form; the value is "" unless it is the model. APIError 400 if it is malformed."""
+    try:
+        pairs = [parse_field.__wrapped__(line) for line in head.decode("latin-1").split("\r\n")]
+        headers = dict(pairs)
+        match = _DISPOSITION.fullmatch(headers.get("content-disposition", "").encode("latin-1").decode("utf-8"))
+    except ValueError:
+        match = None
+    if not match or len(headers) < len(pairs):
+        raise bad_request("The head of a part of the form is malformed.")
+    name = match[1] if match[2] is None else match[2]
+    if not means_model(name):
+        return name, ""
+    check_charset(headers.get("content-type", ""))
+    text = value.decode("utf-8", "replace")
+    is_plain = headers.get("content-type", "text/plain").partition(";")[0].strip().lower() == "text/plain"
+    if match[3] or match[4] or not is_plain or set(headers) - {"content-disposition", "content-type"} or (
+            len(value) > MAX_MODEL_NAME or not text.isprintable()):
+        raise bad_request("The model must be a plain text field of the form.", "model")
+    return name, text
 
 
 # == 10. guards ===============================================================================
@@ -4952,6 +5121,29 @@ class Limits:
         return {"name": self.name, "in_flight": self.in_flight, "requests": self.requests, "refused": self.refused}
 
 
+class ByteBudget:
+    """Bytes that all bodies in transit may take together. Any thread."""
+
+    def __init__(self, limit: Callable[[], int]) -> None:
+        self.limit, self.used = limit, 0
+        self.lock = threading.Lock()
+
+    def check(self, size: int) -> None:
+        """APIError 503 if there is no room for so many bytes now."""
+        if self.used + size > self.limit():
+            raise APIError(503, "Too many bytes of other requests are being received.", code="overloaded", retry_after=1)
+
+    def reserve(self, size: int) -> None:
+        """Count bytes that are here; APIError 503 if there is no room for them."""
+        with self.lock:
+            self.check(size)
+            self.used += size
+
+    def release(self, size: int) -> None:
+        with self.lock:
+            self.used -= size
+
+
 # What /metrics tells: {name: (type, help, labels)}. Their values come from ROUTES and the settings, none from a request.
 SERIES: Dict[str, Tuple[str, str, Tuple[str, ...]]] = {
     "akashproxy_requests_total": ("counter", "Requests that are over.", ("route", "status", "controller")),
@@ -5107,7 +5299,7 @@ SHORT = 1 << 16     # bytes of a body that the watchdog's thread may read: a lon
 
 LAME = 1.0      # seconds until a server that stops closes an idle connection: a request may be on its way
 
-MODEM = 4000    # bytes per second that a client's body may take, however long that is
+MODEM = 4000    # bytes per second that a client must send of its body in any span of BODY_TIMEOUT seconds
 
 SSE_HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache, no-transform",
                "X-Accel-Buffering": "no"}
@@ -5117,8 +5309,64 @@ SSE_HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Contro
 FRESH = {"command": "-", "path": "-", "query": "", "minor": "1", "headers": {}, "dialect": Dialect,
          "route": "other",      # for the metrics
          "key": None,           # who asks, if that has a name
+         "data": b"",           # the body, once it is whole
+         "received": None,      # its part that is here until then
          "close_connection": True, "unread": False, "sent_head": False, "status": 0, "sent": 0, "model": "",
          "controller": "", "last": b"\n\n", "usage": None, "first_at": 0.0}
+
+
+_AUTHORITY = re.compile(r"[a-z0-9._:\[\]-]+")
+
+
+def host_of(authority: str) -> str:
+    """The host of "host:port" or "host", in lower case; an IPv6 address keeps its brackets."""
+    host, colon, port = authority.lower().rpartition(":")
+    return host if colon and port.isdigit() else authority.lower()
+
+
+def is_local(authority: str) -> bool:
+    """Whether a host is this machine by its name alone: localhost, anything below it, or a loopback address."""
+    host = host_of(authority)
+    if host in ("localhost", "127.0.0.1", "[::1]"):     # the usual, without the work below
+        return True
+    if not _AUTHORITY.fullmatch(host):
+        return False
+    if host.rstrip(".") == "localhost" or host.rstrip(".").endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def host_allowed(authority: str, own: Iterable[str]) -> bool:
+    """Whether a server on a loopback address serves a Host that is not local. ``own`` are its names in the settings.
+
+    Any other is that of a page whose domain was made to resolve to this machine (DNS rebinding). No
+    domain is without a dot, so such a name comes from this machine or its network.
+    """
+    host = host_of(authority)
+    return "." not in host and ":" not in host or host in own
+
+
+def origin_allowed(origin: str, host: str, public_url: str, listed: Tuple[str, ...], needs_token: bool) -> bool:
+    """Whether pages of an origin may use the server: its own page, and those that CORS_ORIGINS lists.
+
+    Without a list it is all of them if they need a token, else those of this machine.
+    """
+    scheme, _, authority = origin.lower().partition("://")
+    is_web = scheme in ("http", "https")
+    if is_web and host and authority == host.lower() or public_url and origin.lower() == origin_of(public_url):
+        return True
+    if listed:
+        return "*" in listed or origin in listed
+    return needs_token or is_web and is_local(authority)
+
+
+def origin_of(url: str) -> str:
+    """The origin of an http(s) address."""
+    parts = urllib.parse.urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc}".lower()
 
 
 def streams(kind: Optional[str]) -> bool:
@@ -5163,6 +5411,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.flow: Optional[Flow] = None        # while the watchdog relays one
         self.inside: Optional[Limits] = None    # while the call counts against these
         self.waits = False
+        self.reserved = 0                       # bytes of a body that count against MAX_BODY_TOTAL
+        self.received: Optional[io.BytesIO] = None
         self.unread, self.linger_left, self.status = False, 0, 0
         server.watchdog.handlers.add(self)
 
@@ -5199,6 +5449,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.linger_left = max(0, self.linger_left - len(data))
             if not data or not self.linger_left:
                 self.close()
+        elif self.received is not None:
+            self.here, self.held = True, data
+            self.run(self.receive if data and self.watch.why is None else self.body_ended)
         elif data or self.held:
             self.held += data
             if not data or self.head_is_here():
@@ -5254,6 +5507,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.running is not None:
             self.running.close()
         self.running = self.call = None
+        self.release_body()
         if self.backlog and self.here:
             self.step = functools.partial(self.write, b"")      # what the client did not take at once
             self.server.give(self)
@@ -5289,6 +5543,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.leave()
         if self.running is not None:
             self.running.close()
+        self.release_body()
         self.watch.release()
         self.server.watchdog.handlers.discard(self)
         self.server.shutdown_request(self.connection)
@@ -5357,44 +5612,69 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if asked and _REQUEST_ID.fullmatch(asked):
             self.request_id = asked
 
-    def read_body(self) -> bytes:
-        """The request's body, whole."""
-        body, limit = self.body, self.settings.max_body
-        if body.done:
-            return b""
-        if body.left > limit:
+    # -- a request's body: it is read by the watchdog's thread, once the head has passed the gate
+
+    def skip_body(self) -> None:
+        """Discard the body of a request that needs none; if it has not all come, the connection ends with the answer."""
+        self.body.feed(self.held)
+        self.held, self.unread = self.body.rest, not self.body.done
+
+    def check_body(self) -> None:
+        """Refuse a body by the request's head, before any of it is kept."""
+        self.check_size(self.body.left)
+        expected = self.headers.get("expect", "").lower()
+        if self.unread and self.minor == "1" and expected not in ("", "100-continue"):
+            raise APIError(417, "This expectation can't be met.")
+
+    def check_size(self, size: int) -> None:
+        limit = min(self.settings.max_body, self.settings.max_body_total)
+        if size > limit:
             raise APIError(413, f"The body is larger than {limit} bytes.")
-        expectation = self.headers.get("expect", "").lower()
-        if expectation and self.minor == "1":
-            if expectation != "100-continue":
-                raise APIError(417, "This expectation can't be met.")
-            if not self.held and not self.here:
-                self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-        if self.here:
-            if not 0 < body.left <= min(len(self.held), SHORT):
-                raise Blocked
-            data = body.feed(self.held)
-            self.held, self.unread = body.rest, False
-            return data
-        self.watch.how = socket.SHUT_RD
+
+    def receive_body(self) -> Any:
+        """Take a body that is here already, as most are; else begin to wait for it."""
+        if self.body.left <= len(self.held) and not self.body.chunked:
+            self.data = self.body.feed(self.held)
+            self.held, self.unread = self.body.rest, False
+            return self.understand
+        # Only what is here is counted: lengths that are declared would let a few idle clients lock out all others.
+        self.server.bodies.check(self.body.left)
+        if "expect" in self.headers and self.minor == "1" and not self.held:
+            self.put(b"HTTP/1.1 100 Continue\r\n\r\n")
+        self.received = io.BytesIO()    # one buffer: neither an object for each byte, nor a second copy at the end
+        self.watch.how = socket.SHUT_RD     # so that a 408 can still be sent
         self.watch.expect(self.settings.body_timeout, "The request's body took too long.")
-        due = self.watch.due
-        parts, size, data = [], 0, self.held
-        while True:
-            part = body.feed(data)
-            parts.append(part)
-            size += len(part)
-            if size + body.left > limit:    # of a chunk, what is still to come
-                raise APIError(413, f"The body is larger than {limit} bytes.")
-            if body.done:
-                break
-            self.watch.due = due + size / MODEM
-            data = self.connection.recv(READ_SIZE)
-            if not data:
-                body.close()
-        self.held, self.unread = body.rest, False
-        self.watch.due = math.inf
-        return b"".join(parts)
+        return self.receive
+
+    def receive(self) -> Any:
+        """Keep a piece of the body, and wait for the next one if there is more to come."""
+        data = self.body.feed(self.held)
+        self.held = self.body.rest
+        self.check_size(self.received.tell() + len(data) + self.body.left)      # of a chunk, what is still to come counts
+        self.server.bodies.reserve(len(data))
+        self.reserved += len(data)
+        self.received.write(data)
+        if self.body.done:
+            self.data, self.unread = self.received.getvalue(), False
+            self.release_body()
+            self.watch.due = math.inf
+            return self.understand
+        # Each byte buys time at the least pace, but never more than BODY_TIMEOUT ahead: a client that sent
+        # much at once and then falls silent would else be waited for as long as that much may take.
+        self.watch.due = min(self.watch.due + len(data) / MODEM, time.monotonic() + self.settings.body_timeout)
+        self.listen(selectors.EVENT_READ)       # the last thing that a thread does here
+        return False
+
+    def body_ended(self) -> None:
+        """The client has closed, or its time is over."""
+        self.body.close()
+
+    def release_body(self) -> None:
+        """The body is whole, or will never be: it counts no longer among those in transit."""
+        self.received = None
+        if self.reserved:
+            self.server.bodies.release(self.reserved)
+            self.reserved = 0
 
     def client_error(self, error: ProtocolError) -> APIError:
         if isinstance(self.watch.why, ClientLeft):
@@ -5414,10 +5694,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         methods, self.rest = find_route(self.path)
         if methods:
             self.route = self.path[:-len(self.rest)] + "{}" if self.rest else self.path
-        if self.command == "OPTIONS":
-            return self.preflight(methods)
         dialect = methods.get("POST")           # also of what is refused
         self.dialect = dialect if isinstance(dialect, type) else Messages if "anthropic-version" in self.headers else Dialect
+        self.check_page()
+        if self.command == "OPTIONS":
+            self.skip_body()
+            return self.preflight(methods)
         if self.path not in OPEN and (self.path, self.settings.metrics) != ("/metrics", "public"):
             self.authorize()
         known = bool(methods) and ("POST" in methods or not self.rest)
@@ -5429,31 +5711,54 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if target is None:
             raise APIError(405, f"{self.command} is not possible here.", code="method_not_allowed")
         if not isinstance(target, str):
-            return self.understand(target)
+            self.dialect_class = target
+            self.check_body()
+            return self.receive_body
         if self.here and target not in AT_ONCE:
             raise Blocked
-        self.read_body()
+        self.skip_body()
         return getattr(self, target)()
+
+    def needs_token(self) -> bool:
+        return bool(self.settings.bearer_token or self.settings.keys)
+
+    def check_page(self) -> None:
+        """Keep pages of other sites from using the server with the browser of somebody who may: APIError 403.
+
+        A token is proof enough. Where none is needed only an Origin and a Host tell such a page from any other client.
+        """
+        settings, host, origin = self.settings, self.headers.get("host", ""), self.headers.get("origin")
+        if origin and not origin_allowed(origin, host, settings.public_url, settings.cors_origins, self.needs_token()):
+            raise APIError(403, f"Pages of the origin {origin[:200]!r} may not use this server. CORS_ORIGINS lists those "
+                                "that may.", code="origin_not_allowed", retry=False)
+        if self.server.is_loopback and not self.needs_token() and not (
+                is_local(host) or host_allowed(host, settings.host_names())):
+            raise APIError(403, f"This server is not called {host[:200]!r}. PUBLIC_URL gives it a name; with a BEARER_TOKEN it "
+                                "answers to any.", code="host_not_allowed", retry=False)
 
     def authorize(self) -> None:
         """The one gate: everything but OPEN and OPTIONS needs a token once one is set."""
         tokens = self.settings.bearer_token
-        if not tokens and not self.settings.keys:
+        if not self.needs_token():
             return
-        scheme, _, given = self.headers.get("authorization", "").partition(" ")
-        given = (given if scheme.lower() == "bearer" else self.headers.get("x-api-key", "")).strip()
+        scheme, *credentials = self.headers.get("authorization", "").split(None, 1) or [""]
+        bearer = credentials if scheme.lower() == "bearer" else []
+        given = list(filter(None, [*bearer, self.headers.get("x-api-key", ""), self.headers.get("api-key", "")]))
         from hmac import compare_digest     # it brings in OpenSSL's hashes, which who needs no token needs not
-        data = given.encode("utf-8", "replace")
-        known = [key for key in self.server.keys if compare_digest(data, key.options.key.encode())]
-        unnamed = [token for token in tokens if compare_digest(data, token.encode())]   # all are compared, always
+        sent = [text.encode("utf-8", "replace") for text in given]      # any of them opens; all are compared, always
+        known = [key for data in sent for key in self.server.keys if compare_digest(data, key.options.key.encode())]
+        unnamed = [token for data in sent for token in tokens if compare_digest(data, token.encode())]
         self.key = known[0] if known else None
         if not known and not unnamed:
             raise APIError(401, "The token is wrong." if given else
                            "A token is needed: send it as 'Authorization: Bearer TOKEN'.")
 
-    def understand(self, dialect_class: Any) -> Any:
+    def understand(self) -> Any:
         """Make a call of the body."""
-        data, content_type = self.read_body(), self.headers.get("content-type", "")
+        if self.here and len(self.data) > SHORT:
+            raise Blocked
+        data, content_type = self.data, self.headers.get("content-type", "")
+        dialect_class, self.data = self.dialect_class, b""
         if dialect_class is Relay:
             dialect = Relay(data, content_type)
         else:
@@ -5463,11 +5768,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 raise bad_request(f"The body is not valid JSON: {error}.") from None
         call = dialect.call
         call.path, call.data, self.model = self.path, data, call.model
-        if self.query:
-            call.query = "?" + self.query
+        query = without_model(self.query) if self.query else ""
+        if query:
+            call.query = "?" + query
         passed_on = PASSED_ON.intersection(self.headers)
         if passed_on:
             call.headers = {name.title(): self.headers[name] for name in passed_on}
+        if call.sent:
+            check_names(call.sent)
+            if has_escaped_letters(data):
+                call.data = to_json(call.sent)
         if self.key is not None:
             self.enter(self.key, call)
         self.dialect, self.call = dialect, call
@@ -5477,9 +5787,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def enter(self, key: Limits, call: Call) -> None:
         """A call counts against the limits of a key until leave()."""
         key.enter()
-        self.inside, call.only = key, key.options.models
-        if call.only and call.sent:     # what was read is what is sent: of two "model" an upstream could take the other one
-            call.data = to_json(call.sent)
+        self.inside = key
+        hold_to_key(call, key.options, self.headers)
 
     def leave(self) -> None:
         """The call is over, or about to be: before the client can know it, so that its next one is not one too many."""
@@ -5627,7 +5936,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         response = self.server.pool.image(self.rest, self.call.watch)
         try:
             self.start(200, {"Content-Type": response.headers["content-type"],
-                             "Cache-Control": "public, max-age=31536000, immutable",
+                             # a shared cache would hand it out without a token
+                             "Cache-Control": f"{'private' if self.needs_token() else 'public'}, max-age=31536000, immutable",
                              "Content-Security-Policy": "sandbox; default-src 'none'",
                              "X-Content-Type-Options": "nosniff", "Cross-Origin-Resource-Policy": "cross-origin"})
             if self.command == "HEAD":
@@ -5713,11 +6023,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def for_browsers(self) -> str:
         """CORS: which pages may read the answer."""
-        origins = self.settings.cors_origins
-        if "*" in origins:
+        settings, origin = self.settings, self.headers.get("origin", "")
+        if "*" in settings.cors_origins or not settings.cors_origins and self.needs_token():
             return EVERYBODY
-        origin = self.headers.get("origin", "")
-        return f"Vary: Origin\r\n{EVERYBODY.replace('*', origin)}" if origin in origins else "Vary: Origin\r\n"
+        may = origin and origin_allowed(origin, self.headers.get("host", ""), settings.public_url, settings.cors_origins, False)
+        return f"Vary: Origin\r\n{EVERYBODY.replace('*', origin)}" if may else "Vary: Origin\r\n"
 
     def framed(self, data: bytes, last: bool) -> bytes:
         """A piece of the answer as it goes on the wire, the head before it."""
@@ -5841,6 +6151,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.watchdog = Watchdog(self)
         self.metrics = Metrics(self)
         self.keys = list(map(Limits, self.settings.keys))
+        self.bodies = ByteBudget(lambda: self.settings.max_body_total)
         self.draining = self.full = False
         self.shut = threading.Event()                   # nobody else is let in
         self.began = time.monotonic()
@@ -5876,6 +6187,7 @@ class Server(http.server.ThreadingHTTPServer):
             self.socket.bind(self.server_address)
         self.server_address = self.socket.getsockname()
         self.server_name, self.server_port = self.server_address[:2]
+        self.is_loopback = ipaddress.ip_address(self.server_name).is_loopback
 
     def start(self) -> "Server":
         """Serve, in threads of its own."""

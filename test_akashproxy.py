@@ -35,6 +35,7 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.parse
 
 import pytest
 
@@ -1630,7 +1631,7 @@ def test_a_token_is_sent_at_once(akash, serve):
 
 
 def test_headers_of_a_stream(serve):
-    headers = chat(serve(), stream=True).headers
+    headers = chat(serve(bearer_token=("k",)), headers={"x-api-key": "k"}, stream=True).headers
     assert headers["cache-control"] == "no-cache, no-transform" and headers["x-accel-buffering"] == "no"
     assert headers["transfer-encoding"] == "chunked" and headers["access-control-allow-origin"] == "*"
 
@@ -1811,7 +1812,7 @@ def test_tokens(serve):
 
 
 def test_browsers_may_come_from_anywhere(serve):
-    server = serve()
+    server = serve(cors_origins=("*",))
     got = ask(server, "OPTIONS", "/v1/chat/completions", headers={
         "Origin": "https://a.example", "Access-Control-Request-Method": "POST",
         "Access-Control-Request-Headers": "authorization, x-stainless-os,b@d"})
@@ -4155,12 +4156,13 @@ def test_blank_lines_alone_take_no_thread_and_buy_no_time(serve):
 
 
 def test_a_body_may_come_as_slowly_as_by_modem(serve):
-    server = serve(body_timeout=0.2)
-    data = json.dumps({**CHAT, "padding": "x" * 8000}).encode()
+    server = serve(body_timeout=0.6)
+    data = json.dumps({**CHAT, "padding": "x" * 18000}).encode()
     with socket.create_connection(("127.0.0.1", server.server_port), timeout=10) as sock:
-        sock.sendall(POST + b"Content-Length: %d\r\n\r\n" % len(data) + data[:6000])
-        time.sleep(0.4)     # 6,000 bytes may take 1.5 s
-        sock.sendall(data[6000:])
+        sock.sendall(POST + b"Content-Length: %d\r\n\r\n" % len(data))
+        for at in range(0, len(data), 1500):    # 15,000 bytes per second
+            time.sleep(0.1)
+            sock.sendall(data[at:at + 1500])
         assert sock.recv(100).startswith(b"HTTP/1.1 200 ")
 
 
@@ -4919,9 +4921,8 @@ def test_a_socket_that_was_born_non_blocking(akash, serve, monkeypatch):
 
     monkeypatch.setattr(server, "get_request", inherited)
     with socket.create_connection(("127.0.0.1", server.server_port), timeout=10) as sock:
-        sock.sendall(POST + SIZED + b"\r\n")
-        wait_for(lambda: any(not handler.here for handler in server.watchdog.handlers.copy()))
-        time.sleep(0.05)
+        sock.sendall(POST + SIZED + b"Expect: 100-continue\r\n\r\n")
+        assert b"100 Continue" in sock.recv(65536)
         sock.sendall(DATA)
         assert sock.recv(65536).startswith(b"HTTP/1.1 200 ")
 
@@ -5358,7 +5359,7 @@ def test_keys_in_a_file(config):
     path = config({"keys": [{"name": "alice", "key": "${A}", "models": ["gpt-*"], "requests_per_minute": 60, "max_concurrency": 4},
                             {"name": "bob", "key": "b"}]})
     settings = load(path, A="s3cret")
-    assert [dataclasses.astuple(key) for key in settings.keys] == [("alice", "s3cret", ("gpt-*",), 60, 4), ("bob", "b", (), 0, 0)]
+    assert [dataclasses.astuple(key) for key in settings.keys] == [("alice", "s3cret", ("gpt-*",), 60, 4, ()), ("bob", "b", (), 0, 0, ())]
     assert "s3cret" not in repr(settings)
     shown = run("--config-file", path, "--check", A="s3cret").stdout
     assert "[key alice]\nkey=********\nmodels=gpt-*\nrequests_per_minute=60\nmax_concurrency=4" in shown and "s3cret" not in shown
@@ -5625,6 +5626,464 @@ def test_a_request_that_a_reload_overtakes_is_not_let_in_by_it(pool):
     for request.headers in ({}, {"x-api-key": "alice-key"}):
         with pytest.raises(APIError, match="token"):
             request.authorize()
+
+
+# == the gate =================================================================================
+# What a client may do before anything is kept or asked for it: bodies, pages of other sites, limits of keys.
+
+
+def connect(server, data=b"", timeout=20):
+    sock = socket.create_connection(("127.0.0.1", getattr(server, "server_port", server)), timeout=timeout)
+    sock.sendall(data)
+    return sock
+
+
+def head_of(method, path, *fields):
+    return "\r\n".join([f"{method} {path} HTTP/1.1", "Host: localhost", *fields, "", ""]).encode()
+
+
+def status_of(sock):
+    """The status of an answer, 0 if the connection was closed without one."""
+    got = b""
+    with contextlib.suppress(ConnectionResetError):
+        while b"\r\n\r\n" not in got:
+            part = sock.recv(65536)
+            if not part:
+                break
+            got += part
+    return int(got[9:12] or b"0")
+
+
+def memory(pid):
+    """(resident KiB, threads) of a process."""
+    text = pathlib.Path(f"/proc/{pid}/status").read_text()
+    return tuple(int(re.search(rf"{name}:\s+(\d+)", text)[1]) for name in ("VmRSS", "Threads"))
+
+
+needs_proc = pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="no /proc here")
+
+
+@pytest.mark.parametrize("framing", ["Content-Length: 33554432", "Content-Length: 5", "Transfer-Encoding: chunked"])
+@pytest.mark.parametrize("method, path", [("GET", "/health"), ("HEAD", "/"), ("GET", "/v1/models"), ("OPTIONS", "/v1/models"),
+                                          ("GET", "/images/x.png"), ("DELETE", "/v1/responses/x"), ("GET", "/status")])
+def test_a_body_that_is_not_needed_is_not_waited_for(method, path, framing, serve):
+    with connect(serve(), head_of(method, path, framing) + b"5") as sock:
+        got = b""
+        while b"\r\n\r\n" not in got:
+            got += sock.recv(65536)
+        assert b"\r\nConnection: close\r\n" in got and b"100 Continue" not in got
+        sock.shutdown(socket.SHUT_WR)
+        while sock.recv(65536):
+            pass
+
+
+@pytest.mark.parametrize("framed", [b"Content-Length: 5\r\n\r\nhello", b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n"])
+def test_a_body_that_is_not_needed_but_here_is_skipped(framed, serve):
+    one = b"GET /health HTTP/1.1\r\nHost: localhost\r\n" + framed
+    assert talk(serve(), one + head_of("GET", "/v1/models", "Connection: close")).count(b"HTTP/1.1 200 ") == 2
+
+
+GATE = {    # name: (method, path, header fields, status)
+    "no token": ("POST", "/v1/chat/completions", ["Content-Length: 1000"], 401),
+    "a wrong token": ("POST", "/v1/embeddings", ["Authorization: Bearer x", "Content-Length: 1000"], 401),
+    "no such path": ("POST", "/nowhere", ["x-api-key: k", "Content-Length: 1000"], 404),
+    "a wrong method": ("PUT", "/v1/chat/completions", ["x-api-key: k", "Content-Length: 1000"], 405),
+    "a large body": ("POST", "/v1/chat/completions", ["x-api-key: k", "Content-Length: 33554433"], 413),
+    "another site's page": ("POST", "/v1/chat/completions", ["x-api-key: k", "Origin: https://b.example", "Content-Length: 1000"], 403),
+    "a chunked body without a token": ("POST", "/v1/responses", ["Transfer-Encoding: chunked"], 401),
+}
+
+
+@table(GATE)
+def test_what_a_head_says_is_refused_before_the_body(case, serve):
+    method, path, fields, status = case
+    server = serve(bearer_token=("k",), cors_origins=("https://a.example",))
+    with connect(server, head_of(method, path, *fields, "Expect: 100-continue")) as sock:
+        assert status_of(sock) == status
+
+
+@needs_proc
+def test_slow_bodies_have_no_threads(akash):
+    with started(AKASH_BASE_URL=akash.url) as (process, port), contextlib.ExitStack() as stack:
+        for at in range(300):
+            sock = stack.enter_context(connect(port, head_of("POST", "/v1/chat/completions", "Content-Length: 1000000") + b"{"))
+            if at % 2:
+                sock.sendall(b'"')
+        with connect(port, head_of("GET", "/health")) as sock:
+            assert status_of(sock) == 200
+        assert memory(process.pid)[1] < 12
+
+
+@needs_proc
+@pytest.mark.parametrize("method, path, status", [("GET", "/health", 200), ("POST", "/v1/chat/completions", 401), ("POST", "/", 405)])
+def test_nothing_is_kept_of_bodies_without_a_token(method, path, status, akash):
+    with started(AKASH_BASE_URL=akash.url, BEARER_TOKEN="k") as (process, port), contextlib.ExitStack() as stack:
+        before = memory(process.pid)[0]
+        for _ in range(20):
+            sock = stack.enter_context(connect(port, head_of(method, path, "Content-Length: 33554432")))
+            assert status_of(sock) == status
+            with contextlib.suppress(OSError):
+                for _ in range(31):
+                    sock.sendall(bytes(1 << 20))
+        assert memory(process.pid)[0] - before < 16 << 10
+
+
+def test_much_at_once_buys_no_time(serve):
+    server = serve(body_timeout=1)
+    with connect(server, head_of("POST", "/v1/chat/completions", "Content-Length: 33554432") + bytes(31 << 20)) as sock:
+        start = time.monotonic()
+        assert status_of(sock) == 408
+        assert time.monotonic() - start < 5, "at the least pace it could have taken two hours"
+
+
+def test_a_trickle_is_ended(serve):
+    with connect(serve(body_timeout=0.3), head_of("POST", "/v1/chat/completions", "Content-Length: 33554432"), 0.01) as sock:
+        end, got = time.monotonic() + 10, b""
+        while not got and time.monotonic() < end:
+            with contextlib.suppress(socket.timeout):
+                sock.sendall(b"x")
+                got = sock.recv(100)
+        assert got.startswith(b"HTTP/1.1 408 ")
+
+
+@pytest.mark.parametrize("framing", ["sized", "chunked"])
+def test_a_body_byte_by_byte(framing, akash, serve):
+    data = json.dumps(CHAT).encode()
+    fields = {"sized": f"Content-Length: {len(data)}", "chunked": "Transfer-Encoding: chunked"}
+    body = data if framing == "sized" else b"".join(chunk(data[at:at + 1]) for at in range(len(data))) + b"0\r\n\r\n"
+    with connect(serve(), head_of("POST", "/v1/chat/completions", fields[framing])) as sock:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for at in range(len(body)):
+            sock.sendall(body[at:at + 1])
+        assert status_of(sock) == 200
+        sock.sendall(head_of("GET", "/health"))
+        assert b"200 OK" in sock.recv(65536)
+    assert akash.bodies()[0]["messages"] == CHAT["messages"]
+
+
+def test_a_slow_body_may_follow_an_answer_that_a_thread_gave(akash, serve):
+    large, small = (json.dumps({**CHAT, "padding": "x" * size}).encode() for size in (200000, 1000))
+    with connect(serve()) as sock:
+        for _ in range(3):
+            sock.sendall(post("/v1/chat/completions", large, "Connection: keep-alive") + post("/v1/chat/completions", small)[:-500])
+            assert status_of(sock) == 200
+            sock.sendall(small[-500:])
+            assert status_of(sock) == 200
+    assert len(akash.bodies()) == 6
+
+
+def test_all_bodies_together_have_a_bound(akash, serve):
+    server = serve(max_body_total=100000, body_timeout=20)
+    path, data = "/v1/chat/completions", json.dumps({**CHAT, "padding": "x" * 70000}).encode()
+    begun = head_of("POST", path, "Content-Length: 50000") + b"x" * 45000
+    with connect(server, begun), connect(server, begun):
+        wait_for(lambda: ask(server, "POST", path, data).status == 503)
+        refused = ask(server, "POST", path, data)
+        assert (refused.status, refused.headers["retry-after"], refused.json["error"]["code"]) == (503, "1", "overloaded")
+        assert ask(server, "POST", "/v1/messages", data).status == 529
+        with connect(server, head_of("POST", path, "Transfer-Encoding: chunked") + chunk(b"x" * 20000)) as sock:
+            assert status_of(sock) == 503
+        assert chat(server).status == 200, "a body that comes with its head is never kept"
+        assert ask(server, path="/v1/models").status == 200
+    wait_for(lambda: ask(server, "POST", path, data).status == 200)
+
+
+@pytest.mark.parametrize("ends", ["whole", "left", "reset", "late", "large", "malformed", "declared only"])
+def test_what_a_body_took_is_given_back_however_it_ends(ends, akash, serve):
+    server = serve(max_body=90000, max_body_total=100000, body_timeout=0.5 if ends == "late" else 20)
+    path, data = "/v1/chat/completions", json.dumps({**CHAT, "padding": "x" * 80000}).encode()
+    sized, chunked = (head_of("POST", path, field) for field in (f"Content-Length: {len(data)}", "Transfer-Encoding: chunked"))
+    for _ in range(3):
+        if ends == "declared only":     # a length that is only declared takes nothing
+            with connect(server, sized), connect(server, sized):
+                assert ask(server, "POST", path, data).status == 200
+            continue
+        with connect(server, (chunked + chunk(b"x" * 60000) if ends in ("large", "malformed") else sized + data[:60000])) as sock:
+            if ends == "whole":
+                sock.sendall(data[60000:])
+                assert status_of(sock) == 200
+            elif ends == "large":
+                sock.sendall(chunk(b"x" * 60000))
+                assert status_of(sock) == 413
+            elif ends == "malformed":
+                sock.sendall(b"z\r\n")
+                assert status_of(sock) == 400
+            elif ends == "late":
+                assert status_of(sock) == 408
+            elif ends == "reset":
+                reset(sock)
+        wait_for(lambda: ask(server, "POST", path, data).status == 200)
+
+
+# -- pages of other sites
+
+OWN = "http://127.0.0.1:{port}"
+LOCAL_ORIGINS = ["http://localhost:3000", "https://localhost", "http://127.0.0.1:8080", "http://127.9.9.9", "http://[::1]:5173",
+                 "http://app.localhost:3000"]
+FOREIGN_ORIGINS = ["https://b.example", "null", "http://localhost.b.example", "http://127.0.0.1.b.example", "http://b.example:16571",
+                   "chrome-extension://abcdef", "vscode-webview://x", "app://obsidian.md", "file://", "ftp://localhost",
+                   "http://localhost@b.example", "http://b.example/.localhost", "http://localhost:b.example", "http://192.168.1.2",
+                   "https://a.example.b.example", "http://a.example", "https://a.example, https://b.example", "http://evillocalhost"]
+CALLS = {"chat": ("POST", "/v1/chat/completions", "application/json"), "simple": ("POST", "/v1/chat/completions", "text/plain"),
+         "embeddings": ("POST", "/v1/embeddings", "text/plain"), "models": ("GET", "/v1/models", ""), "status": ("GET", "/status", ""),
+         "metrics": ("GET", "/metrics", ""), "head": ("HEAD", "/v1/models", ""), "preflight": ("OPTIONS", "/v1/chat/completions", ""),
+         "anthropic": ("POST", "/v1/messages", "text/plain")}
+
+
+@pytest.mark.parametrize("listed", ["default", "a list", "everybody"])
+@pytest.mark.parametrize("token", [False, True])
+def test_pages_of_other_sites(token, listed, pool):
+    fake = FakeOpenAI()
+    cors = {"default": (), "a list": ("https://a.example", "app://mine"), "everybody": ("*",)}[listed]
+    server = pool(fake, cors_origins=cors, bearer_token=("k",) if token else ())
+    known(server)
+    rules = {OWN.format(port=server.server_port): True, "https://a.example": listed != "default" or token,
+             "app://mine": listed != "default" or token, **dict.fromkeys(LOCAL_ORIGINS, listed != "a list"),
+             **dict.fromkeys(FOREIGN_ORIGINS, listed == "everybody" or listed == "default" and token)}
+    rules[""] = True
+    link = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=20)
+    with contextlib.closing(link):
+        for origin, allowed in rules.items():
+            for name, (method, path, kind) in CALLS.items():
+                asked = len(fake.requests)
+                headers = {"Content-Type": kind, **({"Origin": origin} if origin else {}), **({"x-api-key": "k"} if token else {})}
+                got = ask_again(link, method, path, {**BOTH, "max_tokens": 9} if method == "POST" else None, headers)
+                assert (got.status != 403) == allowed, (origin, name, got)
+                told = got.headers.get("access-control-allow-origin")
+                if not allowed:
+                    assert len(fake.requests) == asked and told is None and got.headers["x-should-retry"] == "false"
+                    assert method in ("HEAD",) or "CORS_ORIGINS" in got.json["error"]["message"]
+                    assert path != "/v1/messages" or got.json["type"] == "error"
+                elif origin:
+                    assert told == ("*" if listed == "everybody" or listed == "default" and token else origin), (origin, name)
+                if told != "*":
+                    assert got.headers["vary"] == "Origin"
+
+
+def test_the_page_of_a_server_with_another_name_is_its_own(serve):
+    server = serve(public_url="https://chat.example/ai")
+    for host, origin, status in (("chat.example", "https://chat.example", 200), ("localhost:1", "https://chat.example", 200),
+                                 ("chat.example", "http://chat.example", 200), ("localhost", "https://chat.example:8443", 403),
+                                 ("localhost", "https://other.example", 403), ("chat.example", "https://other.example", 403)):
+        assert ask(server, path="/v1/models", headers={"Host": host, "Origin": origin}).status == status, (host, origin)
+
+
+HOSTS = {   # a Host: is it served by a server on a loopback address that needs no token?
+    "localhost": True, "localhost:16571": True, "LOCALHOST:1": True, "a.localhost": True, "localhost.": True, "127.0.0.1": True,
+    "127.1.2.3:80": True, "[::1]": True, "[::1]:16571": True, "": True, "chat.example": True, "chat.example:8443": True, "akashproxy": True,
+    "b.example": False, "b.example:16571": False, "localhost.b.example": False, "127.0.0.1.b.example": False, "rebind.localhost.b.example": False,
+    "192.168.1.2": False, "192.168.1.2:16571": False, "0.0.0.0": False, "[::2]:1": False, "[fe80::1]": False, "xlocalhost.": False,
+    "localhost.b.example:localhost": False, "b.example:127.0.0.1": False, "a.chat.example": False, "chat.example.b.example": False,
+    "127.0.0.256": False, "b.example.": False,
+}
+
+
+def test_hosts_of_a_loopback_server(serve):
+    server = serve(public_url="https://chat.example:8443")
+    for token, changed in ((False, server), (True, serve(bearer_token=("k",)))):
+        for host, served in HOSTS.items():
+            for method, path in (("GET", "/v1/models"), ("POST", "/v1/chat/completions"), ("GET", "/"), ("OPTIONS", "/status")):
+                got = talk(changed, f"{method} {path} HTTP/1.1\r\nHost: {host}\r\nx-api-key: k\r\nContent-Length: 0\r\n"
+                                    "Connection: close\r\n\r\n".encode())
+                assert (b" 403 " not in got.split(b"\r\n")[0]) == (served or token), (host, got)
+                assert served or token or b"PUBLIC_URL" in got and b"x-should-retry: false" in got
+
+
+def test_a_server_on_all_interfaces_answers_to_any_name(serve):
+    server = serve(server_address="0.0.0.0:0")
+    assert ask(server, path="/v1/models", headers={"Host": "b.example"}).status == 200
+    assert ask(server, path="/v1/models", headers={"Origin": "https://b.example"}).status == 403
+
+
+@pytest.mark.parametrize("settings, kind", [({}, "public"), ({"bearer_token": ("k",)}, "private"),
+                                            ({"keys": (akashproxy.KeySettings(name="a", key="k"),)}, "private")])
+def test_what_needs_a_token_is_not_for_shared_caches(settings, kind, akash, serve):
+    server = serve(**settings)
+    got = ask(server, path=f"/images/{akash.name}", headers={"x-api-key": "k"})
+    assert (got.status, got.headers["cache-control"].split(",")[0]) == (200, kind)
+    for path in ("/v1/models", "/status", "/metrics", "/", "/health"):
+        assert "public" not in ask(server, path=path, headers={"x-api-key": "k"}).headers.get("cache-control", "")
+
+
+CREDENTIALS = {     # header fields: is one of them the token?
+    "Bearer": ({"Authorization": "Bearer k"}, True), "a tab": ({"Authorization": "Bearer\tk"}, True),
+    "blanks": ({"Authorization": "bearer   k"}, True), "x-api-key": ({"x-api-key": "k"}, True), "Azure": ({"api-key": "k"}, True),
+    "an empty Bearer": ({"Authorization": "Bearer ", "x-api-key": "k"}, True), "nothing": ({"Authorization": "", "x-api-key": "k"}, True),
+    "another scheme": ({"Authorization": "Basic azo=", "x-api-key": "k"}, True), "a wrong Bearer": ({"Authorization": "Bearer x", "x-api-key": "k"}, True),
+    "a wrong key": ({"Authorization": "Bearer k", "x-api-key": "x"}, True), "three": ({"Authorization": "Bearer x", "x-api-key": "y", "api-key": "k"}, True),
+    "all wrong": ({"Authorization": "Bearer x", "x-api-key": "y", "api-key": "z"}, False), "no scheme": ({"Authorization": "k"}, False),
+    "Basic": ({"Authorization": "Basic k"}, False), "a part": ({"x-api-key": ""}, False), "more": ({"Authorization": "Bearer k k"}, False),
+    "doubled": ({"Authorization": "Bearer Bearer k"}, False), "not ASCII": ({"x-api-key": "\xe9"}, False),
+}
+
+
+@table(CREDENTIALS)
+def test_any_of_several_credentials_opens(case, serve):
+    headers, opens = case
+    for settings in ({"bearer_token": ("k",)}, {"keys": (akashproxy.KeySettings(name="a", key="k"),)}):
+        assert ask(serve(**settings), path="/v1/models", headers=headers).status == (200 if opens else 401)
+
+
+# -- limits of keys
+
+
+def read_models(request):
+    """All models that some upstream could read in a request: in its query, its JSON without regard to case, its form."""
+    found = [value for part in re.split("[&;]", request.path.partition("?")[2]) for name, _, value in [part.partition("=")]
+             if "model" in urllib.parse.unquote(name).lower()]
+    kind, text = request.headers.get("content-type", ""), request.body.decode("utf-8", "replace")
+    charset = re.search(r"charset=\"?([\w-]+)", kind)
+    for text in [text, request.body.decode(charset[1], "replace")] if charset else [text]:
+        with contextlib.suppress(ValueError):
+            json.loads(text, object_pairs_hook=lambda pairs: found.extend(
+                value for name, value in pairs if name.casefold() == "model" and isinstance(value, str)))
+    found += re.findall(r"""name\*?=["']?\s*model[^\n]*\n(?:[^\n]+\n)*\r?\n([^\r\n]*)""", text, re.I)
+    return found
+
+
+def multipart(*parts, end=b"--b--\r\n", before=b""):
+    """A form of parts (head, value)."""
+    return before + b"".join(b"--b\r\n" + head + b"\r\n\r\n" + value + b"\r\n" for head, value in parts) + end
+
+
+FILE = (b'Content-Disposition: form-data; name="file"; filename="a.wav"\r\nContent-Type: audio/wav', b"RIFF\0\xff\r\n\r\nx")
+MODEL = b'Content-Disposition: form-data; name="model"'
+JSON, FORM, URLENCODED = "application/json", "multipart/form-data; boundary=b", "application/x-www-form-urlencoded"
+PROMPT = b'"messages":[{"role":"user","content":"hi"}],"input":"x"'
+
+
+def calls_of(*bodies):
+    return [b"{%b,%b}" % (body, PROMPT) for body in bodies]
+
+
+AROUND = {  # (path, content type, further fields, bodies): all are refused, or the model `dear` is read by no upstream
+    "case": ("/v1/chat/completions", JSON, {}, calls_of(
+        b'"model":"cheap","Model":"dear"', b'"MODEL":"dear","model":"cheap"', b'"model":"cheap","mOdEl":"dear"', b'"model":"cheap","\\u004dodel":"dear"',
+        b'"model":"cheap"," model":"dear"', b'"model":"cheap","model[]":"dear"', b'"model":"cheap","model\\u0000":"dear"')),
+    "case, relayed": ("/v1/embeddings", JSON, {}, calls_of(b'"model":"cheap","Model":"dear"', b'"Model":"dear"', b'"model":"cheap","mode\\u004c":"dear"')),
+    "twice": ("/v1/chat/completions", JSON, {}, calls_of(b'"model":"dear","model":"cheap"', b'"mod\\u0065l":"dear","model":"cheap"')),
+    "query": ("/v1/chat/completions?model=dear&x=1", JSON, {}, calls_of(b'"model":"cheap"')),
+    "query, encoded": ("/v1/completions?x=1&%6dodel=dear&MODEL=dear;model=dear&model[]=dear&model%5B%5D=dear&+model=dear", JSON, {},
+                       [b'{"model":"cheap","prompt":"x"}']),
+    "query, relayed": ("/v1/embeddings?model=dear&model=dear", JSON, {}, calls_of(b'"model":"cheap"')),
+    "charset": ("/v1/embeddings", JSON + "; charset=utf-7", {}, calls_of(b'"model":"cheap","+AG0AbwBkAGUAbA-":"dear"')),
+    "escapes": ("/v1/embeddings", JSON + ';charset="unicode_escape"', {}, calls_of(b'"model":"cheap","\\\\u006dodel":"dear"')),
+    "charset of a chat": ("/v1/chat/completions", JSON + "; charset=utf-7", {}, calls_of(b'"model":"cheap","+AG0AbwBkAGUAbA-":"dear"')),
+    "compressed": ("/v1/embeddings", JSON, {"Content-Encoding": "gzip"}, calls_of(b'"model":"cheap"')),
+    "another type": ("/v1/embeddings", "text/plain", {}, calls_of(b'"model":"dear"')),
+    "no type": ("/v1/embeddings", "", {}, calls_of(b'"model":"dear"')),
+    "a form's type": ("/v1/embeddings", URLENCODED, {}, calls_of(b'"model":"dear"', b'"model":"dear","model":"cheap"')),
+    "a path": ("/v1/engines/dear/embeddings", JSON, {}, calls_of(b'"model":"cheap"')),
+    "multipart": ("/v1/audio/transcriptions", FORM, {}, [
+        multipart(FILE, (MODEL, b"dear")), multipart((MODEL, b"cheap"), FILE, (MODEL, b"dear")), multipart((MODEL, b"dear"), (MODEL, b"cheap")),
+        multipart((MODEL, b"cheap"), (MODEL.replace(b"model", b"Model"), b"dear")), multipart((MODEL, b"cheap"), (MODEL.replace(b'"', b""), b"dear")),
+        multipart((MODEL + b'; filename="m"', b"dear")), multipart((MODEL + b'\r\nContent-Type: text/plain; charset=utf-7', b"dear")),
+        multipart((MODEL + b'\r\nContent-Transfer-Encoding: base64', b"ZGVhcg==")), multipart((MODEL, b"cheap"), before=b"--b\n" + MODEL + b"\n\ndear\n"),
+        multipart((MODEL, b"cheap"), end=b"--b--\r\n--b\r\n" + MODEL + b"\r\n\r\ndear\r\n--b--\r\n"), multipart((MODEL, b"cheap"), end=b""),
+        multipart((b'Content-Disposition: form-data; name="x"', b"\n--b\n" + MODEL + b"\n\ndear"), (MODEL, b"cheap")),
+        multipart((b'Content-Disposition: form-data; name="x"; name="model"', b"dear"), (MODEL, b"cheap")),
+        multipart((b'Content-Disposition: form-data; name="x"\r\n' + MODEL, b"dear"), (MODEL, b"cheap")),
+        multipart((b'Content-Disposition: form-data; name="x"; filename="y"; name="model"', b"dear"), (MODEL, b"cheap")),
+        multipart((b"Content-Disposition: form-data;\r\n name=\"model\"", b"dear"), (MODEL, b"cheap")),
+        multipart((b'Content-Disposition: form-data; name="_charset_"', b"utf-7"), (MODEL, b"cheap")),
+        multipart((MODEL, b"dear"), before=b"preamble\r\n"), multipart((MODEL, b"cheap\r\ndear")), multipart((MODEL, b"cheap" + b" " * 999 + b"dear")),
+        multipart(*[(MODEL.replace(b"model", b"x"), b"")] * 1000, (MODEL, b"dear")), multipart((MODEL + b"\r\nX: " + b"x" * 5000, b"dear")),
+        multipart(FILE), b"", b"--b--\r\n", b"--b"]),
+    "multipart, two boundaries": ("/v1/audio/transcriptions", FORM + "; boundary=c", {}, [multipart((MODEL, b"cheap"))]),
+    "multipart, no boundary": ("/v1/audio/transcriptions", "multipart/form-data", {}, [multipart((MODEL, b"cheap"))]),
+    "multipart, another kind": ("/v1/audio/transcriptions", "multipart/mixed; boundary=b", {}, [multipart((MODEL, b"dear"))]),
+    "a form": ("/v1/audio/speech", URLENCODED, {}, [b"model=dear", b"model=cheap&model=dear", b"model=cheap&Model=dear", b"x=1;model=dear", b"%6Dodel=dear",
+                                                  b"model[]=dear", b"model=%ff", b"model=\xff", b"x=1", b"model=cheap&_charset_=utf-7",
+                                                  b"model=cheap" + b"&x=" * 1000, b"model=" + b"c" * 9999, b"x" * 9999 + b"=&model=dear"]),
+}
+
+
+@table(AROUND)
+def test_no_way_around_the_models_of_a_key(case, pool):
+    path, kind, more, bodies = case
+    fake = FakeOpenAI(models=["cheap", "dear"])
+    server = known(pool(fake, keys=keys("alice", models=("cheap",)) + keys("bob")))
+    asked = len(fake.requests)
+    for body in bodies:
+        headers = {**bearer("alice"), **more, **({"Content-Type": kind} if kind else {})}
+        got = ask(server, "POST", path, body, headers)
+        assert got.status in (200, 400, 404, 415), body
+        read = [model for request in fake.requests[asked:] for model in read_models(request)]
+        assert set(read) <= {"cheap"} and (got.status == 200 or "?" in path) == (asked < len(fake.requests)), (body, read)
+        asked = len(fake.requests)
+    assert ask(server, "POST", "/v1/embeddings", {"model": "dear", "input": "x"}, {**bearer("bob"), "Content-Type": JSON}).status == 200
+
+
+def test_forms_of_a_key_with_models(pool):
+    fake = FakeOpenAI(models=["cheap", "dear"])
+    server = known(pool(fake, keys=keys("alice", models=("ch*",))))
+    path = "/v1/audio/transcriptions"
+    for kind, body in ((FORM, multipart(FILE, (MODEL, b"cheap"))), (FORM, multipart((MODEL, b"cheap"), FILE, end=b"--b--")),
+                       ('multipart/form-data; boundary="b"', multipart((MODEL.replace(b'"', b""), b"cheap"), FILE)),
+                       (FORM, multipart((MODEL + b"\r\nContent-Type: text/plain; charset=utf-8", b"cheap"), FILE)),
+                       (FORM, multipart(FILE, (MODEL, b"cheap"), (MODEL.replace(b"model", b"language"), b"de"))),
+                       (URLENCODED, b"model=cheap&input=a+b"), (URLENCODED, b"input=%C3%A9&model=ch%65ap")):
+        got = ask(server, "POST", path, body, {**bearer("alice"), "Content-Type": kind})
+        assert got.status == 200 and fake.requests[-1].body == body and fake.requests[-1].headers["content-type"] == kind
+    large = multipart((FILE[0], bytes(8 << 20)), (MODEL, b"cheap"))
+    assert ask(server, "POST", path, large, {**bearer("alice"), "Content-Type": FORM}).status == 200
+    refused = ask(server, "POST", path, multipart(FILE, (MODEL, b"dear")), {**bearer("alice"), "Content-Type": FORM})
+    assert (refused.status, refused.json["error"]["code"]) == (404, "model_not_found")
+
+
+def test_no_way_around_the_models_of_a_controller(pool):
+    fake = FakeOpenAI(models=["cheap", "dear"])
+    server = pool((fake, {"models": ["cheap", "ours"], "model_map": {"ours": "cheap"}}))
+    for name in ("case", "case, relayed", "twice", "query", "query, encoded", "query, relayed", "charset", "escapes", "charset of a chat"):
+        path, kind, more, bodies = AROUND[name]
+        for body in bodies + [body.replace(b"cheap", b"ours") for body in bodies]:
+            ask(server, "POST", path, body, {"Content-Type": kind, **more})
+    assert {model for request in fake.requests for model in read_models(request)} == {"cheap"}
+
+
+def test_json_with_a_forms_type_is_json(pool):
+    fake = FakeOpenAI()
+    server = pool((fake, {"model_map": {"ours": "theirs"}}))
+    ask(server, "POST", "/v1/embeddings", b' {"model":"ours","input":"x"}', {"Content-Type": URLENCODED})
+    assert fake.bodies()[0]["model"] == "theirs" and fake.requests[-1].headers["content-type"] == JSON
+
+
+@table({    # refuse_fields: (path, content type, body, status)
+    "a fallback": ("/v1/chat/completions", JSON, calls_of(b'"model":"both","fallbacks":[{"model":"dear"}]')[0], 400),
+    "another case": ("/v1/chat/completions", JSON, calls_of(b'"model":"both","Fallbacks":["dear"]')[0], 400),
+    "escaped": ("/v1/embeddings", JSON, calls_of(b'"model":"both","f\\u0061llbacks":["dear"]')[0], 400),
+    "translated": ("/v1/messages", JSON, calls_of(b'"model":"both","max_tokens":9,"models":["dear"]')[0], 400),
+    "relayed": ("/v1/embeddings", JSON, calls_of(b'"model":"both","models":["dear"]')[0], 400),
+    "in a form": ("/v1/audio/transcriptions", FORM, multipart(FILE, (MODEL.replace(b"model", b"models"), b"dear")), 400),
+    "in a short form": ("/v1/audio/speech", URLENCODED, b"model=both&f%61llbacks=dear", 400),
+    "in text": ("/v1/embeddings", "text/plain", calls_of(b'"model":"both","models":["dear"]')[0], 415),
+    "in another charset": ("/v1/embeddings", JSON + "; charset=utf-7", calls_of(b'"model":"both"')[0], 415),
+    "none": ("/v1/chat/completions", JSON, calls_of(b'"model":"both","n":2')[0], 200),
+    "within another": ("/v1/embeddings", JSON, calls_of(b'"model":"both","metadata":{"models":1}')[0], 200),
+    "a form without": ("/v1/audio/transcriptions", FORM, multipart(FILE, (MODEL, b"both")), 200),
+})
+def test_fields_that_a_key_must_not_send(case, pool):
+    path, kind, body, status = case
+    fake = FakeOpenAI()
+    server = pool(fake, keys=keys("alice", refuse_fields=("fallbacks", "models")) + keys("bob"))
+    got = ask(server, "POST", path, body, {**bearer("alice"), "Content-Type": kind})
+    assert got.status == status and len(fake.bodies() if kind == JSON else fake.requests) == (status == 200), got.body
+    assert ask(server, "POST", path, body, {**bearer("bob"), "Content-Type": kind}).status == 200
+
+
+@table({"as it is": ("a=1&b=%20", "a=1&b=%20"), "alone": ("model=x", ""), "first": ("model=x&a=1", "a=1"), "last": ("a=1&model=x", "a=1"),
+        "twice": ("model=x&a=1&MODEL=y", "a=1"), "encoded": ("%6d%4fdel=x&a=%26model=1", "a=%26model=1"), "semicolon": ("a=1;model=x", "a=1"),
+        "no value": ("model&a", "a"), "others": ("models=1&model_id=2&xmodel=3", "models=1&model_id=2&xmodel=3"), "none": ("", "")})
+def test_queries_without_a_model(case):
+    query, left = case
+    assert akashproxy.without_model(query) == left
+
+
+def test_names_that_mean_the_model():
+    for name in ("model", "Model", "MODEL", " model", "model ", "model[]", "model[0][x]", "model\0x", "mOdEl"):
+        assert akashproxy.means_model(name), name
+    for name in ("models", "model_id", "", "modell", "amodel", "[model]", "response_model"):
+        assert not akashproxy.means_model(name), name
 
 
 # == more than one machine ====================================================================
