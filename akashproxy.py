@@ -4544,7 +4544,8 @@ MAX_FORM_PARTS = 1000
 MAX_PART_HEAD = 4096
 MAX_MODEL_NAME = 256    # bytes, in a form
 MODEL_IN_PATH = frozenset(("deployments", "engines", "models"))     # segments after which some upstreams read a model
-_MULTIPART = re.compile(r"multipart/form-data *; *boundary=(\"?)([0-9A-Za-z'()+_,./:=?-]{1,70})\1", re.I)
+_UTF_8 = r'(?: *; *charset="?utf-8"?)?'
+_MULTIPART = re.compile(rf"multipart/form-data{_UTF_8} *; *boundary=(\"?)([0-9A-Za-z'()+_,./:=?-]{{1,70}})\1{_UTF_8}", re.I)
 _DISPOSITION = re.compile(r'form-data; *name=(?:"([^"\\%]*)"|([A-Za-z0-9_.-]+))'
                           r'(; *filename=(?:"[^"\\]*"|[^;"\\ ]+))?(; *filename\*=[^;" ]+)?', re.I)
 

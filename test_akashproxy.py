@@ -5790,7 +5790,7 @@ def test_all_bodies_together_have_a_bound(akash, serve):
 
 @pytest.mark.parametrize("ends", ["whole", "left", "reset", "late", "large", "malformed", "declared only"])
 def test_what_a_body_took_is_given_back_however_it_ends(ends, akash, serve):
-    server = serve(max_body=90000, max_body_total=100000, body_timeout=0.5 if ends == "late" else 20)
+    server = serve(max_body=90000, max_body_total=100000, body_timeout=0.2 if ends == "late" else 20)
     path, data = "/v1/chat/completions", json.dumps({**CHAT, "padding": "x" * 80000}).encode()
     sized, chunked = (head_of("POST", path, field) for field in (f"Content-Length: {len(data)}", "Transfer-Encoding: chunked"))
     for _ in range(3):
@@ -6021,6 +6021,7 @@ def test_forms_of_a_key_with_models(pool):
     for kind, body in ((FORM, multipart(FILE, (MODEL, b"cheap"))), (FORM, multipart((MODEL, b"cheap"), FILE, end=b"--b--")),
                        ('multipart/form-data; boundary="b"', multipart((MODEL.replace(b'"', b""), b"cheap"), FILE)),
                        (FORM, multipart((MODEL + b"\r\nContent-Type: text/plain; charset=utf-8", b"cheap"), FILE)),
+                       ("multipart/form-data;charset=UTF-8;boundary=b", multipart(FILE, (MODEL, b"cheap"))),
                        (FORM, multipart(FILE, (MODEL, b"cheap"), (MODEL.replace(b"model", b"language"), b"de"))),
                        (URLENCODED, b"model=cheap&input=a+b"), (URLENCODED, b"input=%C3%A9&model=ch%65ap")):
         got = ask(server, "POST", path, body, {**bearer("alice"), "Content-Type": kind})
@@ -6084,6 +6085,57 @@ def test_names_that_mean_the_model():
         assert akashproxy.means_model(name), name
     for name in ("models", "model_id", "", "modell", "amodel", "[model]", "response_model"):
         assert not akashproxy.means_model(name), name
+
+
+@pytest.mark.parametrize("host, local", [
+    ("localhost", True), ("localhost:1", True), ("LocalHost.", True), ("a.b.localhost:80", True), ("127.0.0.1", True), ("127.255.0.9:1", True),
+    ("[::1]", True), ("[::1]:1", True), ("", False), (":1", False), ("localhost:x", False), ("x", False), ("127.1", False), ("127.0.0.1.x", False),
+    ("localhost.x", False), ("xlocalhost", False), ("x/.localhost", False), ("x@localhost", False), ("x#.localhost", False), ("[::2]", False),
+    ("::1", False), ("0.0.0.0", False), ("10.0.0.1", False), ("127.0.0.1:1:1", False), ("x\\.localhost", False), ("localhost,x.localhost", False)])
+def test_names_of_this_machine(host, local):
+    assert akashproxy.is_local(host) == local
+
+
+@pytest.mark.parametrize("host, served", [("x", True), ("x:1", True), ("mine.example", True), ("MINE.example:9", True), ("", True), ("x.y", False),
+                                          ("x.", False), ("[fe80::1]", False), ("[::2]:1", False), ("mine.example.x", False)])
+def test_names_that_a_loopback_server_answers_to(host, served):
+    settings = Settings(server_address="127.0.0.1:0", public_url="https://Mine.example:9/x")
+    assert akashproxy.host_allowed(host, settings.host_names()) == served
+
+
+@table({    # (origin, Host, public_url, listed, needs_token): may its pages use the server?
+    "local": (("http://localhost:1", "h", "", (), False), True), "foreign": (("http://x.y", "h", "", (), False), False),
+    "foreign with a token": (("http://x.y", "h", "", (), True), True), "listed": (("http://x.y", "h", "", ("http://x.y",), False), True),
+    "not listed": (("http://x.y", "h", "", ("http://z",), True), False), "local, not listed": (("http://localhost", "h", "", ("http://z",), True), False),
+    "its own": (("http://h.i:1", "h.i:1", "", ("http://z",), False), True), "its own by TLS": (("https://h.i", "h.i", "", (), False), True),
+    "another port": (("http://h.i:2", "h.i:1", "", (), False), False), "another scheme": (("ftp://h.i", "h.i", "", (), False), False),
+    "no Host": (("http://", "", "", (), False), False), "its public name": (("https://p.q", "h", "https://P.q/path", (), False), True),
+    "everybody": (("null", "h", "", ("*",), False), True), "null": (("null", "h", "", (), False), False), "blank": ((" ", "h", "", (), False), False),
+})
+def test_origins(case):
+    arguments, allowed = case
+    assert akashproxy.origin_allowed(*arguments) == allowed
+
+
+def test_a_form_that_is_cut_or_has_one_more_byte_is_refused():
+    whole = multipart((MODEL, b"cheap"), FILE, end=b"--b--")
+    assert akashproxy.multipart_fields(whole, FORM) == akashproxy.multipart_fields(whole + b"\r\n", FORM) == [("model", "cheap"), ("file", "")]
+    for at in range(len(whole)):
+        with pytest.raises(APIError):
+            akashproxy.multipart_fields(whole[:at], FORM)
+    for more in (b"\n", b"\r", b"x", b"\r\n\r\n", b"\r\nx", b"\r\n--b\r\n"):
+        with pytest.raises(APIError):
+            akashproxy.multipart_fields(whole + more, FORM)
+
+
+def test_a_form_costs_no_more_than_its_size():
+    for unit in (b"--", b"\r\n--", b"\r\n--b", b"--b\r\n", b"\r\n\r\n", b"%41", b"&", b"=;", MODEL + b"\r\n"):
+        for data in (unit * 200000, multipart((MODEL, unit * 200000), (MODEL, b"x")), multipart((unit * 200000, b""))):
+            for fields in (akashproxy.urlencoded_fields, lambda data: akashproxy.multipart_fields(data, FORM)):
+                start = time.thread_time()
+                with contextlib.suppress(APIError):
+                    fields(data)
+                assert time.thread_time() - start < 2, unit
 
 
 # == more than one machine ====================================================================
