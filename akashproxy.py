@@ -3620,10 +3620,9 @@ class Pool:
             if not able:
                 raise self.summed_up(call, known, errors, ignored)
             now = self.clock()
-            member = self._pick(able, call.model, ignored, now)
-            if member is not None and self.queue.lines:     # those who wait for it go first
+            if self.queue.lines and any(member.free() for member in able):      # those who wait go first
                 self._serve(now)
-                member = self._pick(able, call.model, ignored, now)
+            member = self._pick(able, call.model, ignored, now)
             if member is None:
                 deadline = now + self.settings.max_wait if waiter is None else waiter.deadline
                 member = self._wait(Waiter(self.queue, call, able, ignored, deadline), known, errors, now)
@@ -5788,7 +5787,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def enter(self, key: Limits, call: Call) -> None:
         """A call counts against the limits of a key until leave(), one that makes images as many times as it makes."""
-        key.enter(call.pictures or 1)
+        n = (call.sent or {}).get("n") if call.path.startswith("/v1/images/") else None
+        key.enter(call.pictures or (n if type(n) is int and n > 0 else 1))
         self.inside, call.only = key, key.options.models
         call.image_by_image = key.options.max_concurrency > 0
         if call.only and call.sent:     # what was read is what is sent: of two "model" an upstream could take the other one
