@@ -6353,7 +6353,8 @@ class Server(http.server.ThreadingHTTPServer):
             try:
                 threading.Thread(target=self._work, name="akashproxy client", daemon=True).start()
             except RuntimeError as error:  # no more threads
-                log.error("a request could not be taken: %s", error)
+                if report_exhaustion():
+                    log.error("a request could not be taken: %s", error)
                 return handler.close() if handler.sent_head else self.turn_away(handler)
         self.waiting.put(handler)
 

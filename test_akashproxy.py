@@ -3106,6 +3106,18 @@ def test_who_has_waited_long_enough_gets_an_error():
         assert (caught.value.status, caught.value.retry_after) == (429, 1)
 
 
+def test_those_who_wait_go_on_after_a_reload():
+    before = members_of({"a": 1}, max_concurrency=1)
+    running = before.take(Call({"model": "m"}), [], [])
+    calls, woken = waiting(before, 3)
+    options = dataclasses.replace(before.members[0].options, api_key="new")
+    after = akashproxy.Pool(dataclasses.replace(before.settings, controllers=(options,)), before, clock=before.clock)
+    before.release(running, None, True, 0)
+    assert woken == calls[:1] and before.take(calls[0], [], []) is running is not after.members[0]
+    after.clock.now += 4
+    assert not after.wake_waiters(32) and woken == calls
+
+
 def test_a_cool_down_that_ends_wakes_whom_it_can():
     pool = members_of({"a": 1}, max_concurrency=2)
     attempt(pool, stop_of(429, retry_after=2))
