@@ -418,7 +418,7 @@ class Call:
         self.status = 200               # and its status
         self.watch = Watch()            # the exchange with the upstream
         self.why: Optional[Exception] = None    # what ended it from outside
-        self.bell: Any = None           # an Event that wakes whoever pauses, or the Waiter
+        self.bell: Any = None           # an Event that ends a pause, or the Waiter
         self.waiter: Any = None         # its place in the pool's queue
         self.wake: Callable[[], None] = lambda: None    # goes on with it after Queued; any thread
         self.has_left: Callable[[], bool] = lambda: False   # whether the client has closed its connection
@@ -2664,7 +2664,7 @@ class AkashController(Controller):
         jobs: List[Tuple[str, str]] = []
         one_by_one = call.image_by_image or self.options.max_concurrency > 0
         for _ in range(call.pictures or 1):
-            call.check()        # the upstream finishes a job even if nobody waits for it any more
+            call.check()        # the upstream finishes a job even if its client has left
             body = self._with_session("POST", self.CHAT, call.watch, data, model=call.model).read(limit=4 << 20)
             job = akash_picture(body)
             if job is None:
@@ -3408,7 +3408,7 @@ class Member:
         """Record the result of an attempt, which began at ``started``.
 
         A success ends the cool-downs that were there when its attempt began. A refused key is cooled
-        down at once only if it has not served anybody for KEY_TRUST seconds, else when a second
+        down at once only if it has served no request for KEY_TRUST seconds, else when a second
         attempt in a row is refused: one client's request could have been the reason.
         """
         if error is None:
@@ -3650,7 +3650,7 @@ class Pool:
         """Put a call into the queue, or raise why that is useless.
 
         Before a call fails because all cool down, those whose key was refused are tried: either they
-        serve it, so that one client's request has stopped nobody, or the error tells what is wrong.
+        serve it, so that no client's request has stopped the others, or the error tells what is wrong.
         """
         call = waiter.call
         available_at = waiter.available_at(now)
@@ -3662,7 +3662,7 @@ class Pool:
             raise self.busy(waiter.able, call.model, errors, max(soonest - now, 1.0))
         call.waiter = call.bell = waiter
         self.queue.add(waiter)
-        if call.why and self.queue.remove(waiter):      # cancelled before it had a bell, so nobody else wakes it
+        if call.why and self.queue.remove(waiter):      # cancelled before it had a bell: no other thread wakes it
             raise call.why
         raise Queued
 
