@@ -79,6 +79,7 @@ import binascii
 import bisect
 import contextlib
 import dataclasses
+import errno
 import fnmatch
 import functools
 import gc
@@ -104,7 +105,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import Any, Callable, Dict, Iterable, Iterator, List, NoReturn, Optional, Tuple
@@ -152,6 +153,21 @@ def new_id() -> str:
     return "%024x" % random.getrandbits(96)
 
 
+def start_thread(target: Callable[[], None], name: str) -> bool:
+    """Start a daemon thread; False if the machine has no room for one more."""
+    try:
+        threading.Thread(target=target, name=name, daemon=True).start()
+    except RuntimeError as error:
+        log.error("no thread for %s: %s", name, error)
+        return False
+    return True
+
+
+def utc(moment: float) -> str:
+    """A time by time.time() as RFC 3339 writes it."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(moment))
+
+
 def json_or_none(data: bytes) -> Any:
     """The value of a JSON text; None if it is something else."""
     try:
@@ -184,12 +200,14 @@ class APIError(Exception):
 
     ``retry_after`` is in seconds. ``retry=False`` tells clients that trying again is useless (they
     repeat every 5xx otherwise); ``legacy`` replaces the message where akashchat-api-go's users
-    expect a fixed text. ``kind`` tells the pool what follows (FAILURES).
+    expect a fixed text. ``kind`` tells the pool what follows (FAILURES); ``scope`` is what a
+    cool-down that follows applies to: the whole "controller", or the "model" of the request.
     """
 
     def __init__(self, status: int, message: str, *, type: Optional[str] = None, code: Optional[str] = None,
                  param: Optional[str] = None, retry_after: Optional[float] = None,
-                 retry: Optional[bool] = None, legacy: Optional[str] = None, kind: Optional[str] = None) -> None:
+                 retry: Optional[bool] = None, legacy: Optional[str] = None, kind: Optional[str] = None,
+                 scope: str = "controller") -> None:
         super().__init__(message)
         self.status = status
         self.message = message
@@ -200,6 +218,7 @@ class APIError(Exception):
         self.retry = retry
         self.legacy = legacy or message
         self.kind = kind or ERROR_KINDS.get(status, "server")
+        self.scope = scope
 
     def headers(self) -> Dict[str, str]:
         """The header fields that belong to the error, whatever the dialect."""
@@ -227,6 +246,10 @@ class ClientLeft(ConnectionError):
 
 class Blocked(Exception):
     """Something would have to be waited for, which only a thread of the request's own may do."""
+
+
+class Queued(Blocked):
+    """The call waits in the pool's queue, without a thread; ``call.wake`` is called when it can go on."""
 
 
 class ProtocolError(ValueError):
@@ -396,7 +419,11 @@ class Call:
         self.status = 200               # and its status
         self.watch = Watch()            # the exchange with the upstream
         self.why: Optional[Exception] = None    # what ended it from outside
-        self.bell: Optional[threading.Event] = None     # wakes who pauses
+        self.bell: Any = None           # an Event that ends a pause, or the Waiter
+        self.waiter: Any = None         # its place in the pool's queue
+        self.wake: Callable[[], None] = lambda: None    # goes on with it after Queued; any thread
+        self.has_left: Callable[[], bool] = lambda: False   # whether the client has closed its connection
+        self.image_by_image = False     # at most one job at a time, for a limit that counts requests
         self.hurry = False              # nobody may wait now: Blocked is raised instead
         self.again = ""                 # why the same controller is asked once more: "session" or "connection" has ended
         self.prepared: Dict[str, Any] = {}      # what a controller has made of it, by its name
@@ -413,6 +440,12 @@ class Call:
         self.watch = Watch()
         if self.why:
             self.watch.end(self.why)
+
+    def check(self) -> None:
+        """Raise the reason why it was cancelled. Looks at the client at once: the watchdog does so only now and then."""
+        if not self.why and self.has_left():
+            self.cancel()
+        self.watch.check()
 
     def pause(self, seconds: float) -> None:
         """Sleep, but no longer than somebody waits for the answer."""
@@ -1849,9 +1882,45 @@ NETWORK = (OSError, ProtocolError, http.client.HTTPException)
 FAILED = (APIError, *NETWORK)
 
 
+# What the machine says when it has no descriptors, buffers or memory left for a socket.
+EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+
+
+def is_exhausted(error: Exception) -> bool:
+    """Whether this machine, not the upstream, has caused a failure of the network."""
+    if isinstance(error, socket.gaierror):      # a resolver without a descriptor finds no host, and doesn't say why
+        try:
+            socket.socket().close()
+        except OSError as cause:
+            return cause.errno in EXHAUSTED
+        return False
+    return isinstance(error, OSError) and error.errno in EXHAUSTED
+
+
+class Throttle:
+    """True at most once in some seconds: for log lines that would repeat with each request. Any thread."""
+
+    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self.seconds, self.clock, self.next = seconds, clock, -math.inf
+
+    def __call__(self) -> bool:
+        now = self.clock()
+        if now < self.next:
+            return False
+        self.next = now + self.seconds
+        return True
+
+
+report_exhaustion = Throttle(10.0)
+
+
 def upstream_error(error: Exception, watch: Watch, where: str) -> APIError:
     """What a failure of the network means; raises the reason why the watch was ended, if it was."""
     watch.check()
+    if is_exhausted(error):
+        if report_exhaustion():
+            log.error("this server has no descriptors or memory left for connections to upstreams: %s", error)
+        return APIError(503, "This server is out of resources for more requests.", code="overloaded", retry_after=1, kind="local")
     log.info("%s: %s: %s", where, type(error).__name__, error)
     late = isinstance(error, (socket.timeout, TimeoutError))
     if isinstance(error, (http.client.HTTPException, ProtocolError)):
@@ -2107,7 +2176,8 @@ class AkashSession:
             return self.cookie or ""
         if now >= self.renew_at and not self.renewing:
             self.renewing, self.renew_at = True, now + self.PAUSE
-            threading.Thread(target=self._renew, name="akash session", daemon=True).start()
+            if not start_thread(self._renew, "akash session"):
+                self.renewing = False
         return cookie
 
     def forget(self, cookie: str) -> None:
@@ -2596,9 +2666,14 @@ class AkashController(Controller):
         return to_json(body), cutoff, ignored
 
     def pictures(self, call: Call, data: bytes) -> Iterator[Event]:
-        """Ask for each picture, then wait for each; text instead of a picture is passed on as text."""
-        jobs = []
+        """Ask for each picture, then wait for each; text instead of a picture is passed on as text.
+
+        Where a limit counts requests, each picture is waited for before the next is asked for.
+        """
+        jobs: List[Tuple[str, str]] = []
+        one_by_one = call.image_by_image or self.options.max_concurrency > 0
         for _ in range(call.pictures or 1):
+            call.check()        # the upstream finishes a job even if its client has left
             body = self._with_session("POST", self.CHAT, call.watch, data, model=call.model).read(limit=4 << 20)
             job = akash_picture(body)
             if job is None:
@@ -2606,7 +2681,10 @@ class AkashController(Controller):
                 return
             if job[0] in ("", "undefined"):
                 raise APIError(502, "Akash Chat could not start the picture.", code="upstream_error")
-            jobs.append(job)
+            if one_by_one:
+                yield from self._wait_for(call, *job)
+            else:
+                jobs.append(job)
         for job, prompt in jobs:
             yield from self._wait_for(call, job, prompt)
         yield Finish("stop")
@@ -3265,8 +3343,38 @@ FAILURES: Dict[str, Tuple[bool, Optional[int]]] = {
     "network": (True, 1),       # refused, silent, cut: growing, always ending
     "again": (True, None),      # it is asked once more itself: a session or a kept connection had ended
     "server": (True, 3),        # a 5xx: only if it goes on
+    "refused": (True, None),    # it refuses this request, not our key
+    "local": (False, None),     # this machine is out of descriptors, memory or threads
 }
 REST_AUTH, REST_FIRST, REST_MOST = 600.0, 1.0, 60.0    # seconds
+BACK_OFF = ("auth", "network", "server")    # kinds of failure that are answered by a guess, not by a time that the upstream told
+RANKS = ("ability", "model", "auth", "refused", "server", "network", "limit")   # of several errors the last one says most
+KEY_TRUST = 300.0       # seconds for which a success shows that a key is good, whatever one refusal says
+RECHECK = 600.0         # seconds of a cool-down after which one request finds out whether it has ended early
+MAX_MODELS, MAX_MODEL_NAME = 256, 256   # cool-downs of single models at a controller, and characters of their names
+
+# What /status says of a failure, by its code or its kind: never an upstream's words, which may quote another client's.
+REASONS = {"timeout": "no answer in time", "limit": "rate limit", "auth": "the upstream refuses the key",
+           "network": "connection failed or broke off", "server": "server error", "image_failed": "the image failed"}
+
+
+class CoolDown:
+    """Consecutive failures of one kind, and the time until which they keep a controller from being used."""
+
+    def __init__(self, until: float = 0.0, learned: bool = False) -> None:
+        self.until, self.learned = until, learned       # learned: from another worker
+        self.failures, self.failed_at = 0, -math.inf
+        self.recheck_at = math.inf
+
+    def fail(self, now: float, started: float, after: int, seconds: Optional[float]) -> None:
+        """Count a failure. Concurrent ones count once; a cool-down is only ever extended, and its back-off doubles."""
+        if started >= self.failed_at:
+            self.failed_at = now
+            self.failures += 1
+        if self.failures >= after:
+            back_off = min(REST_FIRST * 2 ** min(self.failures - after, 16), REST_MOST)
+            self.until, self.learned = max(self.until, now + (seconds or back_off)), False
+            self.recheck_at = now + RECHECK
 
 
 class Member:
@@ -3276,16 +3384,23 @@ class Member:
         self.controller, self.options, self.name = controller, controller.options, controller.name
         self.credit = 0.0           # of smooth weighted round robin
         self.in_flight = self.served = self.failed = self.rests = 0
-        self.in_a_row = 0           # failures since the last success
-        self.failed_at = -math.inf  # when the last one was counted
-        self.rests_until = 0.0
-        self.limited_until = 0.0    # the same, for limits alone
-        self.last_error = ""
+        self.cooldowns: Dict[Tuple[str, Optional[str]], CoolDown] = {}  # by (kind, model); None: the whole controller
+        self.served_at = -math.inf  # the last success
+        self.last_error, self.last_error_at = "", 0.0       # the latter by time.time()
         self.listed: Optional[frozenset] = None     # what its model list had, once it was read
-        if before and (before.options.base_url, before.options.api_key) == (self.options.base_url, self.options.api_key):
-            for name in ("served", "failed", "rests", "in_a_row", "failed_at", "rests_until", "limited_until", "last_error",
-                         "listed"):
-                setattr(self, name, getattr(before, name))
+        self.way = self._way()
+        kept = ["served", "failed", "rests", "listed"] if before and before.way[:3] == self.way[:3] else []
+        if before and before.way == self.way:
+            kept += ["cooldowns", "served_at", "last_error", "last_error_at"]
+        for name in kept:
+            setattr(self, name, getattr(before, name))
+
+    def _way(self) -> Tuple[Any, ...]:
+        """How it reaches its upstream, and as whom. Cool-downs say nothing of another way."""
+        options, settings = self.options, self.controller.settings
+        cookie = settings.akash_cookie if options.type == "akash" else ""
+        return (options.type, options.base_url, options.api_key, options.proxy, tuple(sorted(options.headers.items())), cookie,
+                settings.user_agent, settings.ca_file)
 
     def serves(self, model: str) -> Optional[bool]:
         """Is a model one of its own? None: not that we know, but it may be tried."""
@@ -3298,31 +3413,76 @@ class Member:
     def free(self) -> bool:
         return not self.options.max_concurrency or self.in_flight < self.options.max_concurrency
 
-    def fare(self, error: Optional[APIError], now: float, started: float) -> None:
-        """Note how a request ended: the later of two rests wins, and what fails together counts once."""
+    def fare(self, error: Optional[APIError], now: float, started: float, model: str = "") -> None:
+        """Record the result of an attempt, which began at ``started``.
+
+        A success ends the cool-downs that were there when its attempt began. A refused key is cooled
+        down at once only if it has served no request for KEY_TRUST seconds, else when a second
+        attempt in a row is refused: one client's request could have been the reason.
+        """
         if error is None:
             self.served += 1
-            self.in_a_row = 0
+            self.served_at = now
+            self._recover(model, started)
             return
-        self.last_error = f"{error.status} {error.message}"
-        after = FAILURES[error.kind][1]
+        kind = "limit" if error.kind == "server" and error.retry_after else error.kind
+        after = FAILURES.get(kind, FAILURES["server"])[1]
         if after is None:
             return
         self.failed += 1
-        if started >= self.failed_at:
-            self.failed_at = now
-            self.in_a_row += 1
-        if self.in_a_row >= after:
-            growing = min(REST_FIRST * 2 ** min(self.in_a_row - after, 16), REST_MOST)
-            seconds = {"auth": REST_AUTH, "limit": error.retry_after or growing}.get(error.kind, growing)
-            self.rests += self.rests_until <= now
-            self.rests_until = max(self.rests_until, now + seconds)
-            if error.kind == "limit":
-                self.limited_until = max(self.limited_until, now + seconds)
+        self.last_error_at = time.time()
+        self.last_error = f"{error.status} {REASONS.get(error.code or '') or REASONS.get(kind, kind)}"
+        if kind == "auth" and now - self.served_at < KEY_TRUST:
+            after = 2
+        rested = self.rests_until > now
+        seconds = {"auth": REST_AUTH, "limit": error.retry_after}.get(kind)
+        self._cooldown(kind, model if error.scope == "model" else None).fail(now, started, after, seconds)
+        self.rests += not rested and self.rests_until > now
 
-    def wakes(self, alone: bool) -> float:
-        """When it may be asked again. One that is alone rests only where it was told to, as with nginx."""
-        return self.limited_until if alone else self.rests_until
+    def _recover(self, model: str, started: float) -> None:
+        for kind, scope in list(self.cooldowns):
+            if scope in (None, self._model(model)) and self.cooldowns[kind, scope].failed_at <= started:
+                del self.cooldowns[kind, scope]
+
+    def _cooldown(self, kind: str, model: Optional[str]) -> CoolDown:
+        """The one of a kind and of a model, or of all (None). The number of models is bounded: clients name them."""
+        key = kind, None if model is None else self._model(model)
+        if key not in self.cooldowns:
+            of_models = [key for key in self.cooldowns if key[1] is not None]
+            if key[1] is not None and len(of_models) >= MAX_MODELS:
+                del self.cooldowns[min(of_models, key=lambda other: self.cooldowns[other].until)]
+            self.cooldowns[key] = CoolDown()
+        return self.cooldowns[key]
+
+    def _model(self, model: str) -> str:
+        """The upstream's name of a model, cut to what is remembered."""
+        return self.options.model_map.get(model, model)[:MAX_MODEL_NAME]
+
+    @property
+    def rests_until(self) -> float:
+        """When the cool-downs of the whole controller are over."""
+        return max((cooldown.until for (_, model), cooldown in self.cooldowns.items() if model is None), default=0.0)
+
+    def available_at(self, model: str, ignored: Tuple[str, ...] = ()) -> float:
+        """When it can be used for a model, as far as cool-downs go; those of some kinds may be ignored."""
+        if not self.cooldowns:
+            return 0.0
+        scopes = (None, self._model(model))
+        return max((cooldown.until for (kind, scope), cooldown in self.cooldowns.items()
+                    if scope in scopes and kind not in ignored), default=0.0)
+
+    def recheck(self, model: str, ignored: Tuple[str, ...], now: float) -> bool:
+        """Whether to find out if a long cool-down has ended early; True once in RECHECK seconds.
+
+        A limit could be that of one request only, or an account was topped up.
+        """
+        pending = [cooldown for (kind, scope), cooldown in self.cooldowns.items()
+                   if scope in (None, self._model(model)) and kind not in ignored and cooldown.until > now]
+        if not pending or any(cooldown.recheck_at > now for cooldown in pending):
+            return False
+        for cooldown in pending:
+            cooldown.recheck_at = now + RECHECK
+        return True
 
     def offered(self) -> Tuple[List[Dict[str, Any]], Optional[frozenset], Optional[APIError]]:
         """The models it adds to the list, the names that its own list has, and the error if it tells none."""
@@ -3346,6 +3506,65 @@ def allowed(patterns: Tuple[str, ...], model: str) -> bool:
     return not patterns or model != "" and any(fnmatch.fnmatchcase(model, pattern) for pattern in patterns)
 
 
+class Waiter:
+    """A call in the queue: the controllers that it can use, and until when it waits. The pool's lock guards it."""
+
+    __slots__ = ("queue", "call", "able", "ignored", "deadline", "number", "line", "member")
+
+    def __init__(self, queue: "Queue", call: Call, able: List[Member], ignored: Tuple[str, ...], deadline: float) -> None:
+        self.queue, self.call, self.able, self.ignored, self.deadline = queue, call, able, ignored, deadline
+        self.number = next(queue.numbers)
+        self.member: Optional[Member] = None    # the controller that it has been given
+        by_model = any(model is not None for member in able for _, model in member.cooldowns)
+        self.line = (call.model if by_model else None, ignored, *map(id, able))  # of those that can go on when it can
+
+    def available_at(self, now: float) -> float:
+        return min(max(member.available_at(self.call.model, self.ignored), now) for member in self.able)
+
+    def set(self) -> None:
+        """The call was cancelled (this is its ``bell``)."""
+        with self.queue.lock:
+            self.queue.wake(self)
+
+
+class Queue:
+    """Calls that wait for a controller, first come, first served, without a thread. Called under the pool's lock.
+
+    There is a line for each set of controllers (and model, if it matters), so that only the first of each is
+    looked at: to wake all, or to look through all, would cost the square of their number.
+    """
+
+    def __init__(self, lock: Any) -> None:
+        self.lock = lock
+        self.numbers = itertools.count()
+        self.lines: Dict[Tuple[Any, ...], OrderedDict] = {}
+
+    def add(self, waiter: Waiter) -> None:
+        self.lines.setdefault(waiter.line, OrderedDict())[waiter] = None
+
+    def remove(self, waiter: Waiter) -> bool:
+        """False if it has left the queue already."""
+        line = self.lines.get(waiter.line, {})
+        if waiter not in line:
+            return False
+        del line[waiter]
+        if not line:
+            del self.lines[waiter.line]
+        return True
+
+    def wake(self, waiter: Waiter, member: Optional[Member] = None) -> None:
+        """Let a call go on, with a controller if there is one for it; only once."""
+        if self.remove(waiter):
+            waiter.member = member
+            if member is not None:
+                member.in_flight += 1
+            waiter.call.wake()
+
+    def in_order(self) -> List[OrderedDict]:
+        """The lines, that of the call which has waited longest first."""
+        return sorted(self.lines.values(), key=lambda line: next(iter(line)).number)
+
+
 class Pool:
     """The controllers, and for each request the choice of one, then of the next."""
 
@@ -3353,7 +3572,7 @@ class Pool:
                  rng: Callable[[], float] = random.random) -> None:
         self.settings, self.clock, self.rng = settings, clock, rng
         self.lock = before.lock if before else threading.Lock()
-        self.changed = before.changed if before else threading.Condition(self.lock)
+        self.queue = before.queue if before else Queue(self.lock)
         known = {member.name: member for member in before.members} if before else {}
         alike = before is not None and dataclasses.replace(
             settings, controllers=before.settings.controllers, keys=before.settings.keys) == before.settings
@@ -3392,38 +3611,100 @@ class Pool:
         return model
 
     def take(self, call: Call, tried: List[Member], errors: List[APIError], unable: int = 0) -> Member:
-        """The controller to ask next; waits a little if all rest. APIError if there is none.
+        """The controller to ask next. APIError if there is none; Queued if the call has to wait for one.
 
         The first so many of those that are not asked any more can't do it at all.
         """
-        if call.hurry and not self.never_waits:
-            raise Blocked
         self.read_lists()
-        end = math.inf
         with self.lock:
-            while True:
-                known = self.able(call.model)
-                if unable:
-                    known = [member for member in known if member not in tried[:unable]]
-                able = [member for member in known if member not in tried] if tried else known
-                if not able:
-                    raise self.summed_up(call, tried, errors)
-                now, alone = self.clock(), len(known) == 1
-                ready = [member for member in able if member.wakes(alone) <= now and member.free()]
-                if ready:
-                    member = self.choose(self.first_tier(ready)) if len(ready) > 1 else ready[0]
-                    member.in_flight += 1
-                    return member
-                end = min(end, now + self.settings.max_wait)
-                wakes = min(max(member.wakes(alone), now) for member in able)
-                if wakes > end or now >= end:
-                    soonest = min(max(member.wakes(alone), now) for member in known)
-                    raise self.busy(able, errors, max(soonest - now, 1.0))
-                if call.hurry:
-                    raise Blocked
-                self.changed.wait(min(max(wakes, now + 0.01), end, now + 0.25) - now)
-                if call.why:
-                    raise call.why
+            waiter = self._come_back(call)
+            if waiter is not None and waiter.member is not None:
+                return waiter.member
+            known = self.able(call.model)
+            if unable:
+                known = [member for member in known if member not in tried[:unable]]
+            able = [member for member in known if member not in tried] if tried else known
+            # An only candidate skips back-off and obeys rate limits only, as in nginx.
+            ignored = BACK_OFF if len(known) == 1 else ()
+            if not able:
+                raise self.summed_up(call, known, errors, ignored)
+            now = self.clock()
+            if self.queue.lines and any(member.free() for member in able):      # those who wait go first
+                self._serve(now)
+            member = self._pick(able, call.model, ignored, now)
+            if member is None:
+                deadline = now + self.settings.max_wait if waiter is None else waiter.deadline
+                member = self._wait(Waiter(self.queue, call, able, ignored, deadline), known, errors, now)
+            member.in_flight += 1
+            return member
+
+    def _come_back(self, call: Call) -> Optional[Waiter]:
+        """What became of a call that has waited, if it has; raises why it was cancelled, if it was."""
+        waiter = call.waiter
+        if waiter is not None:
+            if call.why:
+                raise call.why      # close() gives back what the call was given
+            call.waiter = call.bell = None
+        return waiter
+
+    def _pick(self, able: List[Member], model: str, ignored: Tuple[str, ...], now: float) -> Optional[Member]:
+        """The one to use now: available and with room, or with a cool-down so long that it is time to check it."""
+        free = [member for member in able if member.free()]
+        ready = [member for member in free if member.available_at(model, ignored) <= now]
+        if not ready:
+            return next((member for member in free if member.recheck(model, ignored, now)), None)
+        return self.choose(self.first_tier(ready)) if len(ready) > 1 else ready[0]
+
+    def _wait(self, waiter: Waiter, known: List[Member], errors: List[APIError], now: float) -> Member:
+        """Put a call into the queue, or raise why that is useless.
+
+        Before a call fails because all cool down, those whose key was refused are tried: either they
+        serve it, so that no client's request has stopped the others, or the error tells what is wrong.
+        """
+        call = waiter.call
+        available_at = waiter.available_at(now)
+        if available_at > waiter.deadline or now >= waiter.deadline:
+            member = self._pick(waiter.able, call.model, (*waiter.ignored, "auth"), now)
+            if member is not None:
+                return member
+            soonest = min(max(member.available_at(call.model, waiter.ignored), now) for member in known)
+            raise self.busy(waiter.able, call.model, errors, max(soonest - now, 1.0))
+        call.waiter = call.bell = waiter
+        self.queue.add(waiter)
+        if call.why and self.queue.remove(waiter):      # cancelled before it had a bell: no other thread wakes it
+            raise call.why
+        raise Queued
+
+    def _serve(self, now: float, released: Optional[Member] = None, most: float = math.inf) -> float:
+        """Wake the calls that can go on, in their order, and only those; how many more might be woken.
+
+        ``released``: only this controller may have become free, and no time has passed.
+        """
+        for line in self.queue.in_order():
+            while line and most:
+                waiter = next(iter(line))
+                able = waiter.able if released is None else [released] if released in waiter.able else []
+                member = self._pick(able, waiter.call.model, waiter.ignored, now)
+                if member is None and (released or now < waiter.deadline >= waiter.available_at(now)):
+                    break
+                self.queue.wake(waiter, member)
+                most -= 1
+            if released is not None and not released.free():
+                break
+        return most
+
+    def wake_waiters(self, most: int) -> bool:
+        """Wake so many of the calls that can go on, or have waited long enough; True if there may be more."""
+        with self.lock:
+            return bool(self.queue.lines) and not self._serve(self.clock(), most=most)
+
+    def leave_queue(self, call: Call) -> None:
+        """The call is over, whether it still waits or has been given a controller meanwhile."""
+        with self.lock:
+            waiter, call.waiter, call.bell = call.waiter, None, None
+            if waiter is not None and not self.queue.remove(waiter) and waiter.member is not None:
+                waiter.member.in_flight -= 1
+                self._serve(self.clock(), waiter.member)
 
     def able(self, model: str) -> List[Member]:
         """Who may be asked for a model; names that are longer than any are not remembered."""
@@ -3435,30 +3716,31 @@ class Pool:
         sure = [member for member in on if member.serves(model)]
         return sure or [member for member in on if member.serves(model) is None]
 
-    def release(self, member: Member, error: Optional[APIError], begun: bool, started: float) -> None:
+    def release(self, member: Member, error: Optional[APIError], begun: bool, started: float, model: str = "") -> None:
         with self.lock:
+            now = self.clock()
             member.in_flight -= 1
             if error is not None or begun:
-                member.fare(error, self.clock(), started)
-            self.changed.notify_all()
+                member.fare(error, now, started, model)
+            if self.queue.lines:
+                self._serve(now, member)
 
-    def summed_up(self, call: Call, tried: List[Member], errors: List[APIError]) -> APIError:
+    def summed_up(self, call: Call, known: List[Member], errors: List[APIError], ignored: Tuple[str, ...]) -> APIError:
         """The error when nobody is left: the one that tells most."""
-        if not tried:
+        if not errors:
             return no_model(call.model)
-        ranks = ["ability", "model", "auth", "server", "network", "limit"]
-        error = max(errors, key=lambda error: ranks.index(error.kind))
+        error = max(errors, key=lambda error: RANKS.index(error.kind) if error.kind in RANKS else RANKS.index("server"))
         if error.kind == "limit":
             now = self.clock()
-            rests = [member.rests_until for member in self.able(call.model) if member.rests_until > now]
-            error.retry_after = max(1.0, min(rests, default=now) - now)
+            waits = [member.available_at(call.model, ignored) - now for member in known]
+            error.retry_after = max(1.0, min((seconds for seconds in waits if seconds > 0), default=1.0))
         return error
 
-    def busy(self, able: List[Member], errors: List[APIError], seconds: float) -> APIError:
-        """The error when all are resting or full, and none will be back soon."""
+    def busy(self, able: List[Member], model: str, errors: List[APIError], seconds: float) -> APIError:
+        """The error when all are cooling down or full, and none will be back soon."""
         limit = any(error.kind == "limit" for error in errors) or all(
-            member.limited_until > self.clock() for member in able if member.rests_until > self.clock())
-        return APIError(429 if limit else 503, "All controllers for this model are resting or busy.",
+            member.available_at(model, BACK_OFF) > self.clock() for member in able if member.available_at(model) > self.clock())
+        return APIError(429 if limit else 503, "All controllers for this model are cooling down or busy.",
                         code="rate_limit_exceeded" if limit else "upstream_error", retry_after=seconds)
 
     # -- the choice among those of one tier; called under the lock
@@ -3496,7 +3778,8 @@ class Pool:
         """Learn the model lists in the background, now and then, if there is a choice that they could guide."""
         if len(self.members) > 1 and self.clock() >= self.lists_due:
             self.lists_due = math.inf
-            threading.Thread(target=self.learn, name="akashproxy models", daemon=True).start()
+            if not start_thread(self.learn, "akashproxy models"):
+                self.lists_due = self.clock() + Cached.RETRY
 
     def learn(self) -> None:
         try:
@@ -3518,9 +3801,13 @@ class Pool:
 
         threads = [threading.Thread(target=read, args=(member,), daemon=True) for member in members]
         for thread in threads:
-            thread.start()
+            try:
+                thread.start()
+            except RuntimeError:    # no room for one more
+                thread.run()
         for thread in threads:
-            thread.join()
+            if thread.ident:
+                thread.join()
         union: Dict[str, Dict[str, Any]] = {}
         with self.lock:  # all at once, so that meanwhile nobody gets more than its share
             for member in members:
@@ -3554,19 +3841,27 @@ class Pool:
             return [{"name": member.name, "type": member.options.type, "weight": member.options.weight,
                      "priority": member.options.priority, "in_flight": member.in_flight, "served": member.served,
                      "failed": member.failed, "rests_for_seconds": max(0, math.ceil(member.rests_until - now)),
-                     "last_error": member.last_error or None} for member in self.members]
+                     "models_cooling_down": sum(cooldown.until > now for (_, model), cooldown in member.cooldowns.items()
+                                                if model is not None),
+                     "last_error": member.last_error or None,
+                     "last_error_at": utc(member.last_error_at) if member.last_error else None} for member in self.members]
 
-    def rests(self) -> Dict[str, List[float]]:
-        """Until when each controller rests, for other workers: the clock is the machine's."""
-        return {member.name: [member.rests_until, member.limited_until] for member in self.members}
+    def rests(self) -> Dict[str, Dict[str, float]]:
+        """Until when each controller cools down, for other workers: the clock is the machine's."""
+        with self.lock:
+            return {member.name: {kind: cooldown.until for (kind, model), cooldown in member.cooldowns.items()
+                                  if model is None and not cooldown.learned} for member in self.members}
 
-    def heed(self, rests: Dict[str, List[float]]) -> None:
-        """Let a controller rest as long as another worker has found out that it must."""
+    def heed(self, rests: Dict[str, Dict[str, float]]) -> None:
+        """Let a controller cool down as long as another worker has found out that it must."""
         with self.lock:
             for member in self.members:
-                rest, limit = rests.get(member.name, (0.0, 0.0))
-                member.rests_until = max(member.rests_until, rest)
-                member.limited_until = max(member.limited_until, limit)
+                for kind, until in rests.get(member.name, {}).items():
+                    known = member.cooldowns.get((kind, None))
+                    if known is None:
+                        member.cooldowns[kind, None] = CoolDown(until, learned=True)
+                    elif until > known.until:
+                        known.until, known.learned = until, True
 
     def tidy(self, now: float) -> None:
         """Let go of what has been idle for too long."""
@@ -3584,7 +3879,8 @@ class Running:
 
     ask() sends it to a controller; ``source`` is then its answer: a Stream for whoever can feed it, else for
     events(). Where a controller fails before anything of its answer has been passed on, failed() makes way
-    for the next one. Each is asked at most once. close() must follow.
+    for the next one. Each is asked at most once. After Queued, ask() is to be called again once ``call.wake``
+    was. close() must follow.
     """
 
     def __init__(self, pool: Pool, call: Call) -> None:
@@ -3599,7 +3895,7 @@ class Running:
     def ask(self) -> bool:
         """Ask the next controller, or the last one again; is the answer a Stream?
 
-        APIError if nobody is left; Blocked: to be called by a thread.
+        APIError if nobody is left; Blocked: to be called by a thread; Queued: to be called again later.
         """
         if not self.prepared:
             self._prepare()
@@ -3609,6 +3905,8 @@ class Running:
                 self.started = self.pool.clock()
                 self.tried.append(self.member)
                 self.call.again = ""
+            if self.call.hurry and not self.pool.never_waits:
+                raise Blocked
             self.call.renew()
             self.call.kind, self.call.ignored = None, []
             try:
@@ -3658,7 +3956,7 @@ class Running:
         self.close(error)
         self.call.route += (f"{member.name}={error.status}",)
         log.info("%s: %s", member.name, error.message)
-        if not FAILURES[error.kind][0] or self.call.why:
+        if not FAILURES.get(error.kind, FAILURES["server"])[0] or self.call.why:
             raise error
         self.errors.append(error)
 
@@ -3670,9 +3968,11 @@ class Running:
     def close(self, error: Optional[APIError] = None) -> None:
         """Let the controller go, with the error that ended its answer, if one did."""
         self.end()
+        if self.call.waiter is not None:
+            self.pool.leave_queue(self.call)
         member, self.member = self.member, None
         if member:
-            self.pool.release(member, error, self.begun, self.started)
+            self.pool.release(member, error, self.begun, self.started, self.call.model)
 
 
 # == 9. dialects ==============================================================================
@@ -4728,6 +5028,7 @@ class Watchdog(threading.Thread):
         self.handlers: set = set()      # the server's open connections
         self.tasks: SimpleQueue = SimpleQueue()         # of other threads
         self.bell, self.ear = socket.socketpair()       # wakes it for them
+        self.rung = False               # it has not yet looked at the tasks that this was for
         self.now = time.monotonic()
         self.tidy_at = 0.0
         self.stopped = False
@@ -4767,12 +5068,16 @@ class Watchdog(threading.Thread):
             self.selector.unregister(number)
 
     def soon(self, task: Callable[[], None]) -> None:
-        """From another thread: have this one do something."""
+        """From any thread: have this one do something."""
         self.tasks.put(task)
-        self.bell.send(b"\0")
+        if not self.rung:       # once is enough, and this thread itself must not wait for room in the socket
+            self.rung = True
+            self.bell.send(b"\0")
 
     def on_bell(self) -> None:
-        for _ in self.ear.recv(4096):
+        self.ear.recv(4096)
+        self.rung = False       # before the tasks are counted: one that is put later rings again
+        for _ in range(self.tasks.qsize()):
             self.call(self.tasks.get())
 
     def run(self) -> None:
@@ -5095,19 +5400,23 @@ class Limits:
         self.in_flight = self.requests = self.refused = 0
         self.spent_until = 0.0      # a call takes 60 / requests_per_minute seconds, a minute of which may be spent ahead
 
-    def enter(self) -> None:
-        """Let a call in; APIError 429 if it is one too many."""
+    def enter(self, count: int = 1) -> None:
+        """Let a call in, which counts so many times; APIError 429 if it is one too many, 400 if it always will be."""
         options = self.options
+        if count > options.requests_per_minute > 0:
+            raise bad_request(f"'n' may be {options.requests_per_minute} at most: the limit of the key {self.name!r} is "
+                              f"{options.requests_per_minute} per minute.", "n")
         with self.lock:
             now = self.clock()
-            spent = max(self.spent_until, now) + (60 / options.requests_per_minute if options.requests_per_minute else 0)
+            spent = max(self.spent_until, now)
+            spent += 60 * count / options.requests_per_minute if options.requests_per_minute else 0
             if options.max_concurrency and self.in_flight >= options.max_concurrency:
                 raise self.too_many(f"{options.max_concurrency} at a time", 1.0)
             if options.requests_per_minute and spent - now > 60.001:
                 raise self.too_many(f"{options.requests_per_minute} per minute", spent - now - 60)
             self.spent_until = spent
             self.in_flight += 1
-            self.requests += 1
+            self.requests += count
 
     def too_many(self, limit: str, seconds: float) -> APIError:
         self.refused += 1
@@ -5781,14 +6090,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 call.data = to_json(call.sent)
         if self.key is not None:
             self.enter(self.key, call)
+        call.has_left = functools.partial(has_left, self.connection)
+        call.wake = functools.partial(self.server.watchdog.soon, self.resume)
         self.dialect, self.call = dialect, call
         self.running = Running(self.server.pool, call)
         return self.ask
 
     def enter(self, key: Limits, call: Call) -> None:
-        """A call counts against the limits of a key until leave()."""
-        key.enter()
+        """A call counts against the limits of a key until leave(), one that makes images as many times as it makes."""
+        n = (call.sent or {}).get("n") if call.path.startswith("/v1/images/") else None
+        key.enter(call.pictures or (n if type(n) is int and n > 0 else 1))
         self.inside = key
+        call.image_by_image = key.options.max_concurrency > 0
         hold_to_key(call, key.options, self.headers)
 
     def leave(self) -> None:
@@ -5799,15 +6112,26 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def ask(self) -> Any:
         """Ask a controller. The watchdog does the rest, or this thread if the answer is no stream."""
-        self.call.hurry = self.here
-        if not self.running.ask():
-            return self.relay
+        here = self.call.hurry = self.here
+        try:
+            if not self.running.ask():
+                return self.relay
+        except Queued:
+            if here:                # not self.here: from a thread it may go on elsewhere already
+                self.listen(0)
+            return False
         self.flow = Flow(self, self.running)
         if self.here:
             self.flow.start()
         else:
             self.server.watchdog.soon(self.flow.start)  # the last thing that this thread does here
         return False
+
+    def resume(self) -> None:
+        """The call has left the pool's queue: with a controller, with none in time, or because it was cancelled."""
+        if self.running is not None:
+            self.here = True
+            self.run(self.ask)
 
     def ask_another(self, error: APIError) -> Any:
         """The controller has failed."""
@@ -6232,10 +6556,16 @@ class Server(http.server.ThreadingHTTPServer):
         if self.full and not self.draining:
             self.full = False
             self.watchdog.watch(self.socket, self.on_connection)
+        self.wake_waiters()
         if self.board:
             self.board.post({**self.fares(), "rests": self.pool.rests(), "figures": self.metrics.state()})
             for notice in self.board.others():
                 self.pool.heed(notice["rests"])
+
+    def wake_waiters(self) -> None:
+        """Go on with calls that wait for a controller, some at a time: an error for 1,500 must not hold all others up."""
+        if self.pool.wake_waiters(32):
+            self.watchdog.soon(self.wake_waiters)
 
     def fares(self) -> Dict[str, List[Dict[str, Any]]]:
         """How controllers and keys fare, in this process."""
@@ -6336,7 +6666,8 @@ class Server(http.server.ThreadingHTTPServer):
             try:
                 threading.Thread(target=self._work, name="akashproxy client", daemon=True).start()
             except RuntimeError as error:  # no more threads
-                log.error("a request could not be taken: %s", error)
+                if report_exhaustion():
+                    log.error("a request could not be taken: %s", error)
                 return handler.close() if handler.sent_head else self.turn_away(handler)
         self.waiting.put(handler)
 

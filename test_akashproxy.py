@@ -16,6 +16,8 @@ import concurrent.futures
 import configparser
 import contextlib
 import dataclasses
+import datetime
+import errno
 import functools
 import hashlib
 import http.client
@@ -26,6 +28,7 @@ import multiprocessing
 import os
 import pathlib
 import re
+import select
 import shutil
 import signal
 import socket
@@ -1507,7 +1510,7 @@ def test_failures_within_an_answer(case, akash, serve):
     server = serve()
     got = chat(server)
     assert got.status in (429, 502) and words in got.json["error"]["message"]
-    server.pool.members[0].limited_until = 0.0      # else the next request waits for the end of its rest
+    server.pool.members[0].cooldowns.clear()        # else the next request waits for the end of its rest
     text, _, finish, error = stream(server)
     assert (text, finish) == ("one ", None) and words in error["message"] and error["type"] and error["param"] is None
 
@@ -2565,7 +2568,7 @@ RESTS = {
     "a 5xx only if it goes on": ([stop_of(502)] * 5, [0, 0, 1, 2, 4]),
     "a client's mistake never": ([stop_of(400)] * 5, [0] * 5),
     "an unknown model never": ([stop_of(404)] * 5, [0] * 5),
-    "success forgives": ([stop_of(502, kind="network"), None, stop_of(502, kind="network")], [1, 1, 1]),
+    "a success ends it": ([stop_of(502, kind="network"), None, stop_of(502, kind="network")], [1, 0, 1]),
 }
 
 
@@ -2698,7 +2701,7 @@ def test_a_storm_of_429_on_one_of_three_keys_costs_no_error(pool):
         assert set(threads.map(lambda _: chat(server, BOTH).status, range(200))) == {200}
     assert len(fakes[1].bodies()) < 20
     state = ask(server, path="/status").json["controllers"]
-    assert sum(one["served"] for one in state) == 200 and state[1]["last_error"].startswith("429 b: told")
+    assert sum(one["served"] for one in state) == 200 and state[1]["last_error"] == "429 rate limit"
 
 
 def test_tiers(pool):
@@ -2816,6 +2819,387 @@ def test_a_blip_that_hits_many_requests_counts_once():
     assert member.rests_until == 101.0 and member.failed == 10
 
 
+# What one client's request causes at an upstream stops no other request.
+
+
+def attempt(pool, *errors, model="m"):
+    """Requests one after the other, each with the error that its controller gives (None: a success); the errors of the pool."""
+    for error in errors:
+        member = pool.take(Call({"model": model}), [], [])
+        pool.release(member, error, error is None, pool.clock(), model)
+
+
+def outcome(pool, model="m", tried=(), errors=()):
+    """What a request meets now: a controller's name, "wait", or the error's status and Retry-After."""
+    call = Call({"model": model})
+    try:
+        member = pool.take(call, list(tried), list(errors))
+    except akashproxy.Queued:
+        pool.leave_queue(call)
+        return "wait"
+    except APIError as error:
+        return error.status, error.retry_after
+    pool.release(member, None, False, 0)
+    return member.name
+
+
+NETWORK, AUTH, SERVER, LIMIT_2 = (stop_of(502, kind="network"), stop_of(502, kind="auth"), stop_of(502), stop_of(429, retry_after=2))
+
+
+@table({
+    # name: (errors before, is there a success after them, does the lone controller's limit of 2 s end in 2 s)
+    "a refused key": ([AUTH], True), "a refused key, no success": ([AUTH], False), "a spent quota, twice": ([AUTH, AUTH], True),
+    "seven 5xx": ([SERVER] * 7, True), "seven 5xx, no success": ([SERVER] * 7, False), "blips": ([NETWORK] * 9, True),
+    "blips, no success": ([NETWORK] * 9, False), "all of them": ([NETWORK, AUTH, SERVER] * 3, False),
+    "a client's own mistakes": ([stop_of(400), stop_of(404), stop_of(413), stop_of(403, kind="refused")] * 5, False),
+})
+def test_a_limit_ends_when_it_says_whatever_failed_before(case):
+    before, success = case
+    pool = members_of({"a": 1})
+    pool.settings = dataclasses.replace(pool.settings, max_wait=0)
+    attempt(pool, *before, *[None] * success)
+    if success:
+        assert pool.status()[0]["rests_for_seconds"] == 0
+    call, error = Call({"model": "m"}), stop_of(429, retry_after=2)
+    member = pool.take(call, [], [])
+    pool.release(member, error, False, pool.clock(), "m")
+    assert outcome(pool, tried=[member], errors=[error]) == (429, 2) == outcome(pool)
+    pool.clock.now += 2
+    assert outcome(pool) == "a"
+
+
+@table({
+    # name: (errors that came before, error, seconds that it then cools down)
+    "a limit after blips": ([NETWORK] * 7, stop_of(429), 1), "a blip after limits": ([stop_of(429)] * 7, NETWORK, 1),
+    "a 5xx after blips": ([NETWORK] * 7, SERVER, 0), "a limit after clients' mistakes": ([stop_of(400)] * 7, stop_of(429), 1),
+    "a limit after a success": ([stop_of(429)] * 3 + [None], stop_of(429), 1), "a third limit": ([stop_of(429)] * 2, stop_of(429), 4),
+    "a 5xx that says when": ([], stop_of(503, retry_after=30), 30), "our own lack": ([], stop_of(503, kind="local"), 0),
+    "a kind that nobody knows": ([], stop_of(502, kind="new"), 0),
+})
+def test_back_off_doubles_on_its_own_kind(case):
+    before, error, seconds = case
+    member, now = members_of({"a": 1}).members[0], 100.0
+    for each in [*before, error]:
+        now += 200      # after all that came before
+        member.fare(each, now, now)
+    assert max(0, member.rests_until - now) == seconds
+
+
+def test_a_success_says_nothing_of_what_failed_after_it_began():
+    member = members_of({"a": 1}).members[0]
+    member.fare(stop_of(429, retry_after=60), 100.0, 90.0)
+    member.fare(None, 101.0, 95.0)      # a stream that had begun before the limit
+    assert member.rests_until == 160.0
+    member.fare(None, 102.0, 101.0)
+    assert member.rests_until == 0.0
+
+
+@table({
+    # name: (what happened, and when; is the key left out)
+    "a new key": ([(0, AUTH)], True), "it served just now": ([(0, None), (1, AUTH)], False),
+    "it served long ago": ([(0, None), (400, AUTH)], True), "twice in a row": ([(0, None), (1, AUTH), (2, AUTH)], True),
+    "two at once": ([(0, None), (1, AUTH), (1, AUTH, 0.5)], False), "a success between": ([(0, None), (1, AUTH), (2, None), (3, AUTH)], False),
+})
+def test_a_key_that_serves_is_not_dead_by_one_refusal(case):
+    happened, left_out = case
+    member = members_of({"a": 1}).members[0]
+    for at, error, *started in happened:
+        member.fare(error, 1000.0 + at, 1000.0 + (started[0] if started else at))
+    assert (member.available_at("m") > 1000.0 + at) == left_out
+
+
+@pytest.mark.parametrize("number", [401, 402, 403])
+def test_one_refusal_of_each_key_stops_nobody(number, pool):
+    fakes = [FakeOpenAI() for _ in range(3)]
+    server = pool(*fakes)
+    refusal = b'{"error":{"message":"it is not allowed"}}'
+    for fake in fakes:
+        fake.faults.append(fake.status(number, refusal))
+    assert chat(server, BOTH).status >= 400
+    assert [chat(server, BOTH).status for _ in range(3)] == [200] * 3
+    assert sum(each["rests_for_seconds"] == 0 for each in ask(server, path="/status").json["controllers"]) >= 1
+
+
+def test_when_all_refuse_the_key_the_error_says_so_each_time(pool):
+    fakes = [FakeOpenAI() for _ in range(2)]
+    server = pool(*fakes)
+    for fake in fakes:
+        fake.faults.extend([fake.status(401)] * 9)
+    for _ in range(4):
+        got = chat(server, BOTH)
+        assert got.json["error"]["code"] == "upstream_auth" and "key" in got.json["error"]["message"] and "busy" not in got.body.decode()
+
+
+def test_a_limit_of_one_model_cools_that_model_only():
+    pool = members_of({"a": 1, "b": 1})
+    pool.settings = dataclasses.replace(pool.settings, max_wait=0)
+    limit = stop_of(429, retry_after=50, scope="model")
+    attempt(pool, limit, limit, model="x")
+    assert outcome(pool, "x") == (429, 50) and outcome(pool, "y") in ("a", "b") and outcome(pool, "X") in ("a", "b")
+    state = pool.status()[0]
+    assert (state["rests_for_seconds"], state["models_cooling_down"]) == (0, 1)
+    pool.clock.now += 50
+    assert outcome(pool, "x") in ("a", "b")
+    attempt(pool, None, None, model="x")
+    attempt(pool, stop_of(429, scope="model"), model="x")
+    assert sum(len(member.cooldowns) for member in pool.members) == 1, "and the success has ended the one before"
+
+
+def test_names_of_models_are_remembered_within_bounds():
+    pool = members_of({"a": 1})
+    for number in range(2000):
+        attempt(pool, stop_of(429, retry_after=50, scope="model"), model=f"{number:04}" * 500)
+    assert len(pool.members[0].cooldowns) == 256
+    assert max(len(model) for _, model in pool.members[0].cooldowns) == 256
+    assert "0001" not in json.dumps(pool.status())
+
+
+def test_a_long_limit_is_checked_now_and_then_by_one_request():
+    pool = members_of({"a": 1})
+    pool.settings = dataclasses.replace(pool.settings, max_wait=0)
+    attempt(pool, stop_of(429, retry_after=172800))
+    pool.clock.now += 599
+    assert outcome(pool) == (429, 172800 - 599)
+    pool.clock.now += 1
+    assert outcome(pool) == "a" and outcome(pool) == (429, 172800 - 600)
+    pool.clock.now += 600
+    attempt(pool, None)
+    assert outcome(pool) == "a" and pool.status()[0]["rests_for_seconds"] == 0
+
+
+@table({
+    "a limit": (429, b"429 rate limit"), "a 5xx": (500, b"502 server error"), "a refused key": (401, b"the upstream refuses the key"),
+    "a mistake": (400, b'"last_error":null'), "an unknown model": (404, b'"last_error":null'), "too large": (413, b'"last_error":null'),
+})
+def test_status_shows_no_words_of_clients(case, pool):
+    number, words = case
+    a = FakeOpenAI()
+    server = pool(a, keys=keys("alice", "bob"))
+    secret = "The password of alice is hunter2"
+    a.faults.append(a.status(number, json.dumps({"error": {"message": f"bad prompt: {secret}", "code": "hunter2", "type": "hunter2"}}).encode()))
+    before = time.time()
+    assert chat(server, BOTH, bearer("alice"), messages=[user(secret)]).status >= 400
+    state = ask(server, path="/status", headers=bearer("bob"))
+    assert b"hunter2" not in state.body and words in state.body
+    one = state.json["controllers"][0]
+    assert one["failed"] == (b"null" not in words) and (one["last_error"] is None) == (one["last_error_at"] is None)
+    if one["last_error_at"]:
+        moment = datetime.datetime.strptime(one["last_error_at"], "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=datetime.timezone.utc)
+        assert before - 2 < moment.timestamp() < time.time() + 2
+
+
+def test_after_any_failure_a_lone_controller_serves_and_shows_that(pool):
+    a = FakeOpenAI()
+    server = pool(a)
+    for fault in (a.status(401), a.status(402), a.garbage(b"\0"), *[a.status(500)] * 7):
+        a.faults.append(fault)
+        assert chat(server, BOTH).status >= 500
+    assert chat(server, BOTH).status == 200
+    assert ask(server, path="/status").json["controllers"][0]["rests_for_seconds"] == 0
+    assert b'akashproxy_controller_resting{controller="a"} 0' in ask(server, path="/metrics").body
+    a.faults.append(a.status(429, extra=b"Retry-After: 2\r\n"))
+    got = chat(server, BOTH)
+    assert (got.status, got.headers["retry-after"]) == (429, "2")
+
+
+@pytest.mark.parametrize("number", ["EMFILE", "ENFILE", "ENOBUFS", "ENOMEM"])
+def test_our_own_lack_of_resources_is_not_the_upstreams_failure(number, caplog):
+    akashproxy.report_exhaustion.next = 0
+    errors = [akashproxy.upstream_error(OSError(getattr(errno, number), "x"), akashproxy.Watch(), "b") for _ in range(50)]
+    assert {(error.status, error.kind, error.headers()["Retry-After"]) for error in errors} == {(503, "local", "1")}
+    assert len([record for record in caplog.records if record.levelname == "ERROR"]) == 1
+    assert akashproxy.upstream_error(OSError(errno.ECONNREFUSED, "x"), akashproxy.Watch(), "b").kind == "network"
+    assert akashproxy.upstream_error(socket.gaierror(-2, "x"), akashproxy.Watch(), "b").kind == "network"
+
+
+def test_a_process_without_descriptors_blames_no_upstream(config, pool):
+    resource = pytest.importorskip("resource")
+    a, b = FakeOpenAI(), FakeOpenAI()
+    pool(a, b)
+    for fake in (a, b):
+        fake.faults.extend([fake.stall()] * 50)
+    path = config({"controllers": [{"name": name, "base_url": fake.url} for name, fake in (("a", a), ("b", b))], "max_wait": 0})
+    limits = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))}
+    process = subprocess.Popen(**{**command("--server-address", "127.0.0.1:0", "--config-file", path), **limits})
+    with contextlib.ExitStack() as stack:
+        stack.callback(process.communicate)
+        stack.callback(process.kill)
+        server = type("Server", (), {"server_port": int(re.findall(r":(\d+)/v1", process.stdout.readline())[-1])})
+        status = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=20)
+        stack.callback(status.close)
+        assert ask_again(status).status == 200      # a connection that is there already
+        socks = [stack.enter_context(socket.create_connection(("127.0.0.1", server.server_port), timeout=20)) for _ in range(20)]
+        assert ask_again(status).status == 200      # they have been let in
+        for sock in socks:
+            sock.sendall(post("/v1/chat/completions", BOTH))
+        wait_for(lambda: len(select.select(socks, [], [], 1)[0]) > 3)
+        for sock in select.select(socks, [], [], 0)[0]:
+            got = sock.recv(65536)
+            assert got.startswith(b"HTTP/1.1 503") and b"Retry-After: 1\r\n" in got and b"out of resources" in got
+        for state in ask_again(status, path="/status").json["controllers"]:
+            assert (state["failed"], state["rests_for_seconds"], state["last_error"]) == (0, 0, None)
+
+
+# -- waiting for a controller that is full
+
+
+def waiting(pool, count, model="m"):
+    """Calls that wait, and a list to which each is added when it is woken."""
+    woken, calls = [], []
+    for _ in range(count):
+        call = Call({"model": model})
+        call.wake = functools.partial(woken.append, call)
+        with pytest.raises(akashproxy.Queued):
+            pool.take(call, [], [])
+        calls.append(call)
+    return calls, woken
+
+
+def test_the_queue_is_first_come_first_served():
+    pool = members_of({"a": 1}, max_concurrency=2)
+    running = [pool.take(Call({"model": "m"}), [], []) for _ in range(2)]
+    calls, woken = waiting(pool, 5)
+    pool.release(running[0], None, True, 0)
+    assert woken == calls[:1], "only as many as can go"
+    assert outcome(pool) == "wait", "and nobody overtakes it"
+    member = pool.take(calls[0], [], [])
+    pool.release(member, None, True, 0)
+    pool.release(running[1], None, True, 0)
+    assert woken == calls[:3] and member.in_flight == 2
+    for call in calls[1:3]:
+        pool.release(pool.take(call, [], []), None, True, 0)
+    assert woken == calls and member.in_flight == 2
+
+
+def test_a_call_that_is_cancelled_leaves_the_queue():
+    pool = members_of({"a": 1}, max_concurrency=1)
+    running = pool.take(Call({"model": "m"}), [], [])
+    calls, woken = waiting(pool, 4)
+    calls[0].cancel()       # still waiting
+    assert woken == calls[:1]
+    pool.release(running, None, True, 0)
+    calls[1].cancel()       # it has just been given the controller
+    assert woken == calls[:2]
+    for call in calls[:2]:
+        with pytest.raises(akashproxy.ClientLeft):
+            pool.take(call, [], [])
+        pool.leave_queue(call)
+    assert woken == calls[:3] and running.in_flight == 1
+    for call in calls[2:]:
+        pool.leave_queue(call)
+    assert running.in_flight == 0 and not pool.queue.lines
+
+
+def test_who_has_waited_long_enough_gets_an_error():
+    pool = members_of({"a": 1}, max_concurrency=1)
+    pool.take(Call({"model": "m"}), [], [])
+    calls, woken = waiting(pool, 100)
+    pool.clock.now += 2.9
+    assert not pool.wake_waiters(32) and not woken
+    pool.clock.now += 0.2
+    assert pool.wake_waiters(32) and woken == calls[:32]
+    while pool.wake_waiters(32):
+        pass
+    assert woken == calls
+    for call in calls:
+        with pytest.raises(APIError) as caught:
+            pool.take(call, [], [])
+        assert (caught.value.status, caught.value.retry_after) == (429, 1)
+
+
+def test_those_who_wait_go_on_after_a_reload():
+    before = members_of({"a": 1}, max_concurrency=1)
+    running = before.take(Call({"model": "m"}), [], [])
+    calls, woken = waiting(before, 3)
+    options = dataclasses.replace(before.members[0].options, api_key="new")
+    after = akashproxy.Pool(dataclasses.replace(before.settings, controllers=(options,)), before, clock=before.clock)
+    before.release(running, None, True, 0)
+    assert woken == calls[:1] and before.take(calls[0], [], []) is running is not after.members[0]
+    after.clock.now += 4
+    assert not after.wake_waiters(32) and woken == calls
+
+
+def test_a_cool_down_that_ends_wakes_whom_it_can():
+    pool = members_of({"a": 1}, max_concurrency=2)
+    attempt(pool, stop_of(429, retry_after=2))
+    calls, woken = waiting(pool, 3)
+    pool.clock.now += 2
+    assert not pool.wake_waiters(32) and woken == calls[:2]
+
+
+def crowd(server, count):
+    """Connections with a request each."""
+    socks = []
+    for _ in range(count):
+        socks.append(socket.create_connection(("127.0.0.1", server.server_port), timeout=30))
+        socks[-1].sendall(post("/v1/chat/completions", BOTH))
+    return socks
+
+
+def test_a_crowd_at_a_full_controller_costs_in_proportion_and_no_threads(pool):
+    a = FakeOpenAI()
+    server = pool((a, {"max_concurrency": 1}), max_wait=0.5, first_byte_timeout=60)
+    a.faults.append(a.stall())
+    with contextlib.ExitStack() as stack:
+        first = crowd(server, 1)[0]
+        stack.callback(first.close)
+        wait_for(a.bodies)
+        spent = {}
+        for count in (100, 400):
+            threads, began = threading.active_count(), time.process_time()
+            socks = crowd(server, count)
+            for sock in socks:
+                stack.callback(sock.close)
+            assert ask(server).status == 200 and threading.active_count() < threads + 10
+            assert {sock.recv(65536)[:12] for sock in socks} == {b"HTTP/1.1 429"}
+            spent[count] = time.process_time() - began
+        assert spent[400] < 10 * spent[100] + 0.2, spent
+
+
+def test_those_who_wait_are_served_in_turn_and_those_who_leave_are_skipped(pool):
+    a, go = FakeOpenAI(), threading.Event()
+    server = pool((a, {"max_concurrency": 1}), max_wait=30, first_byte_timeout=60)
+    a.faults.append(lambda sock, request: go.wait(30) and a.answer(sock, request))
+    with contextlib.ExitStack() as stack:
+        socks = crowd(server, 40)
+        for sock in socks:
+            stack.callback(sock.close)
+        wait_for(a.bodies)
+        for sock in socks[20:]:
+            sock.close()
+        wait_for(lambda: samples(server)["akashproxy_open_connections",] == 21)     # with that which asks
+        go.set()
+        assert {sock.recv(65536)[:12] for sock in socks[:20]} == {b"HTTP/1.1 200"}
+    assert len(a.bodies()) == 20 and ask(server, path="/status").json["controllers"][0]["in_flight"] == 0
+
+
+def test_a_controller_of_ones_own_is_waited_for_without_a_thread(pool):
+    server = pool()
+    echo = akashproxy.ControllerSettings(type="echo", speed=4.0, max_concurrency=1)
+    server.reload(Settings(server_address="127.0.0.1:0", controllers=(echo,), max_wait=20))
+    threads = threading.active_count()
+    with contextlib.ExitStack() as stack:
+        socks = crowd(server, 6)
+        for sock in socks:
+            stack.callback(sock.close)
+        wait_for(lambda: samples(server)["akashproxy_requests_in_flight",] == 6)
+        assert threading.active_count() <= threads + 2
+        assert {sock.recv(65536)[:12] for sock in socks} == {b"HTTP/1.1 200"}
+
+
+def test_a_server_that_stops_lets_go_of_those_who_wait(pool):
+    a = FakeOpenAI()
+    server = pool((a, {"max_concurrency": 1}), max_wait=60, first_byte_timeout=60)
+    a.faults.append(a.stall())
+    with contextlib.ExitStack() as stack:
+        socks = crowd(server, 10)
+        for sock in socks:
+            stack.callback(sock.close)
+        wait_for(a.bodies)
+        server.stop(0)
+        assert all(sock.recv(65536)[:12] == b"HTTP/1.1 503" for sock in socks)
+
+
 def test_what_one_cannot_do_costs_it_no_turn(pool):
     a, b = FakeAkash(), FakeOpenAI([CHAT["model"]])
     server = known(pool(a, b))
@@ -2839,9 +3223,9 @@ def test_the_next_one_is_waited_for_after_a_silent_one(pool, monkeypatch):
     a, b = FakeOpenAI(), FakeOpenAI(text="from b.")
     server = pool((a, {"weight": 1000, "first_byte_timeout": 0.1}), b, max_wait=5)
     b.faults.append(b.garbage(b"\0"))
-    server.pool.members[0].rests_until = time.monotonic() + 60
+    server.pool.members[0].cooldowns["network", None] = akashproxy.CoolDown(time.monotonic() + 60)
     assert chat(server, BOTH).status in (502, 503)      # b rests for a while
-    server.pool.members[0].rests_until = 0
+    server.pool.members[0].cooldowns.clear()
     a.faults.append(a.stall())
     assert chat(server, BOTH).json["choices"][0]["message"]["content"] == "from b."
 
@@ -2975,7 +3359,8 @@ def test_an_error_with_status_200_is_one(pool):
     a.faults.append(a.garbage(reply(200, b'{"error":{"message":"slow down s3cret","code":429}}')))
     got = chat(server, BOTH)
     assert got.headers["x-akashproxy-route"] == "a=429, b=200" and got.json["choices"][0]["message"]["content"] == "from b."
-    assert "s3cret" not in ask(server, path="/status").body.decode() and b"slow down" in ask(server, path="/status").body
+    state = ask(server, path="/status")
+    assert "s3cret" not in state.body.decode() and state.json["controllers"][0]["last_error"] == "429 rate limit"
 
 
 def test_calls_of_tools_that_all_have_index_0():
@@ -3775,7 +4160,7 @@ def test_a_reload_reaches_open_connections(pool):
     link = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)
     with contextlib.closing(link):
         assert ask_again(link, path="/status", headers={"Authorization": "Bearer old"}).status == 200
-        server.pool.members[0].rests_until = time.monotonic() + 99
+        server.pool.members[0].cooldowns["limit", None] = akashproxy.CoolDown(time.monotonic() + 99)
         server.reload(dataclasses.replace(server.settings, bearer_token=("new",)))
         assert ask_again(link, path="/status", headers={"Authorization": "Bearer old"}).status == 401
         state = ask_again(link, path="/status", headers={"Authorization": "Bearer new"}).json["controllers"][0]
@@ -3792,6 +4177,26 @@ def test_a_reload_keeps_who_did_not_change(pool):
     server.reload(dataclasses.replace(server.settings, controllers=(before[0].options, changed)))
     assert server.pool.members[0] is before[0] and server.pool.members[1].options.weight == 3
     assert ask(server, path="/status").json["controllers"][0]["rests_for_seconds"] > 90
+
+
+@table({
+    # name: (settings that change, settings of the controller that change, is the cool-down forgotten)
+    "nothing": ({}, {}, False), "a setting of the server": ({"max_wait": 1.0}, {}, False), "a weight": ({}, {"weight": 2.0}, False),
+    "a list of models": ({}, {"models": ("both",)}, False), "an akash cookie": ({"akash_cookie": "a=b"}, {}, "akash"),
+    "an address": ({}, {"base_url": "http://127.0.0.1:2"}, True), "a key": ({}, {"api_key": "new"}, True),
+    "a proxy": ({}, {"proxy": "http://127.0.0.1:3"}, True), "header fields": ({}, {"headers": {"X-Org": "b"}}, True),
+    "the user agent": ({"user_agent": "other"}, {}, True),
+})
+@pytest.mark.parametrize("kind", ["akash", "openai"])
+def test_a_reload_that_changes_the_way_forgets_cool_downs(case, kind):
+    changes, of_controller, forgotten = case
+    options = akashproxy.ControllerSettings(type=kind, name="a", base_url="http://127.0.0.1:1", api_key="old")
+    settings = Settings(controllers=(options,), max_wait=0.0)
+    before = akashproxy.Pool(settings, clock=Clock())
+    attempt(before, stop_of(429, retry_after=14400))
+    after = akashproxy.Pool(dataclasses.replace(settings, controllers=(dataclasses.replace(options, **of_controller),), **changes),
+                            before, clock=before.clock)
+    assert (after.status()[0]["rests_for_seconds"] == 0) == (forgotten is True or forgotten == kind)
 
 
 # A key and certificates that only this file uses: an authority, and a server of its own on loopback.
@@ -4524,7 +4929,7 @@ def test_an_upstream_cut_at_any_byte_loses_and_doubles_nothing(kind, streamed, t
     for cut_at in [*range(0, len(data), 7), len(data)]:
         first.faults.append(lambda sock, request: sock.sendall(data[:cut_at]))
         for member in server.pool.members:
-            member.rests_until = 0.0
+            member.cooldowns.clear()
         got = chat(server, body, stream=streamed)
         if not streamed:
             answer = got.json["choices"][0]["message"]["content"] if got.status == 200 else None
@@ -4586,7 +4991,7 @@ def test_every_fault_at_every_place(kind, fault, streamed, pool, monkeypatch):
             first.faults.clear()
             first.faults.extend([trouble, trouble])     # a kept connection may be tried once more
             for member in server.pool.members:
-                member.rests_until = 0.0
+                member.cooldowns.clear()
             got = chat(server, {"model": model, "messages": [user("hi")]}, stream=streamed)
             if not streamed or got.status != 200:
                 said = got.json["choices"][0]["message"]["content"] if got.status == 200 else None
@@ -5417,6 +5822,77 @@ def test_limits(case):
                                "requests": done.count(None), "refused": len(done) - done.count(None)}
 
 
+def test_a_request_for_images_counts_as_many_times_as_it_makes():
+    limits = akashproxy.Limits(*keys("alice", requests_per_minute=12, max_concurrency=1), Clock())
+    limits.enter(10)
+    limits.leave()
+    for count, wait in ((3, 5), (10, 40)):
+        with pytest.raises(APIError) as caught:
+            limits.enter(count)
+        assert (caught.value.status, caught.value.retry_after) == (429, pytest.approx(wait))
+    limits.enter(2)
+    assert (limits.in_flight, limits.requests) == (1, 12)
+    with pytest.raises(APIError, match="12 at most") as caught:     # more than it could ever have
+        limits.enter(13)
+    assert caught.value.status == 400
+
+
+def test_relayed_requests_for_images_count_as_well(pool):
+    server = pool(FakeOpenAI(), keys=keys("alice", requests_per_minute=5))
+    for path, n, refused in (("/v1/images/generations", 2, 0), ("/v1/images/edits", 3, 0), ("/v1/images/generations", 1, 1)):
+        got = ask(server, "POST", path, {"model": "both", "prompt": "x", "n": n}, {**bearer("alice"), "Content-Type": "application/json"})
+        assert got.status == (429 if refused else 404) and counts(server) == (0, 5 if path.endswith("edits") or refused else 2, refused)
+
+
+def image_jobs(akash):
+    return sum(request.method == "POST" for request in akash.requests)
+
+
+@pytest.mark.parametrize("where", ["key", "controller"])
+def test_images_are_made_one_after_the_other_where_requests_are_limited(where, akash, serve):
+    akash.chat = PICTURE_LINE
+    limits = {"max_concurrency": 1}
+    server = serve(keys=keys("alice", **(limits if where == "key" else {})), controllers=(
+        akashproxy.ControllerSettings(type="akash", base_url=akash.url, **(limits if where == "controller" else {})),))
+    got = ask(server, "POST", "/v1/images/generations", {"prompt": "x", "n": 3}, bearer("alice"))
+    assert len(got.json["data"]) == 3
+    order = [request.method for request in akash.requests if "chat" in request.path or "image-status" in request.path]
+    assert order == ["POST", "GET"] * 3
+
+
+def test_images_end_with_their_client(akash, serve):
+    akash.chat = PICTURE_LINE
+    akash.states.extend([{"status": "waiting", "queue_position": 1}] * 100000)
+    server = serve(keys=keys("alice", max_concurrency=1))
+    for _ in range(12):
+        with socket.create_connection(("127.0.0.1", server.server_port)) as sock:
+            begun = image_jobs(akash)
+            sock.sendall(post("/v1/images/generations", {"prompt": "x", "n": 10}, "Authorization: Bearer alice-key"))
+            wait_for(lambda: image_jobs(akash) > begun)
+        wait_for(lambda: counts(server)[0] == 0)
+    assert image_jobs(akash) == 12 and counts(server) == (0, 120, 0)
+    asked = len(akash.requests)
+    wait_for(lambda: samples(server, bearer("alice"))["akashproxy_open_connections",] == 1)
+    assert len(akash.requests) == asked, "nor are they asked for any more"
+
+
+def test_no_image_is_begun_for_a_client_that_has_left(akash, serve):
+    server, left = serve(), threading.Event()
+    sock = socket.create_connection(("127.0.0.1", server.server_port))
+
+    def leave(upstream, request):       # after the first of ten
+        if not left.is_set():
+            sock.close()
+            left.set()
+        upstream.sendall(STREAM_HEAD + chunk(PICTURE_LINE) + b"0\r\n\r\n")
+        return True
+
+    akash.faults.extend([leave] * 10)
+    sock.sendall(post("/v1/images/generations", {"prompt": "x", "n": 10}))
+    wait_for(lambda: left.is_set() and samples(server)["akashproxy_open_connections",] == 1)
+    assert image_jobs(akash) <= 2       # the end of the connection may be on its way for a moment
+
+
 def test_many_threads_are_let_in_exactly_as_often_as_they_may():
     limits = akashproxy.Limits(*keys("alice", requests_per_minute=1000, max_concurrency=1000), Clock())
 
@@ -5484,7 +5960,7 @@ def test_a_call_is_in_flight_until_it_is_over(case, pool):
     a = FakeOpenAI()
     server = pool(a, keys=keys("alice", max_concurrency=1))
     for asked in range(2):
-        server.pool.members[0].rests_until = 0.0
+        server.pool.members[0].cooldowns.clear()
         if fault:
             a.faults.append(fault(a))
         if leaves:
@@ -6730,7 +7206,8 @@ def test_html_in_names_prompts_and_answers_does_not_run(browser, pool):
     browser.ask("again")
     assert HOSTILE in browser.text(".answer > .bad")
     browser.run("location.hash = '#status'")
-    assert browser.until("document.querySelector('section .bad')?.innerText").endswith(HOSTILE)
+    browser.until("document.querySelector('section')?.innerText.includes('0 failed')")
+    assert not browser.run("document.querySelector('section .bad')"), "one client's words are not shown to others"
 
 
 def test_errors_on_the_page_say_what_to_do(browser, pool):
@@ -6742,7 +7219,7 @@ def test_errors_on_the_page_say_what_to_do(browser, pool):
                          (fake.status(404, unknown), "Choose another model."),
                          (fake.status(500), "Try again or choose another model."),
                          (fake.cut(1), "Try again or choose another model.")):
-        server.pool.members[0].rests_until = server.pool.members[0].limited_until = 0
+        server.pool.members[0].cooldowns.clear()
         fake.faults.append(fault)
         browser.run("document.getElementById('field').value = ''")
         browser.ask("Hello")
@@ -6775,7 +7252,7 @@ def test_the_controllers_on_the_page(browser, pool):
     browser.until("document.querySelector('section:nth-of-type(2)')?.innerText.includes('0 served')")
     two.faults.append(two.status(429, extra=b"Retry-After: 40\r\n"))
     chat(server, {**BOTH, "model": "other"})
-    browser.until("/\\b0 in flight, 0 served, 1 failed, rests for \\d+ s\\s+Last error: 429 b: told/"
+    browser.until("/\\b0 in flight, 0 served, 1 failed, rests for \\d+ s\\s+Last error: 429 rate limit/"
                   ".test(document.querySelector('section:nth-of-type(2)').innerText)")
     browser.run("location.hash = '#chat'")
     browser.until("document.querySelector('form').checkVisibility() && !document.querySelector('section')?.checkVisibility()")
