@@ -147,10 +147,99 @@ def from_json(data: bytes, max_values: int = MAX_JSON_VALUES) -> Any:
 
 
 def _parse(data: bytes) -> Any:
+    data = data[3:] if data[:3] == b"\xef\xbb\xbf" else data
     try:
-        return _decode(data[3:].decode() if data[:3] == b"\xef\xbb\xbf" else data.decode())
+        return _decode(data.decode()) if len(data) < LARGE_JSON or data.isascii() else _parse_apart(data)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+# A character beyond ASCII makes all of its string take two or four bytes a character: ten times the size of a text that
+# is decoded whole, parsed and encoded again. So long strings are taken out and read and written in slices.
+
+LARGE_JSON = 1 << 20        # bytes of a text with which that is done; it takes more time
+LONG_STRING = 256           # bytes or characters; of MAX_JSON_VALUES shorter ones no large text can be made
+STRING_SLICE = 1 << 16
+
+
+def _parse_apart(data: bytes) -> Any:
+    """The value of a large JSON text."""
+    strings, parts, at, nonce = {}, [], 0, os.urandom(12).hex()
+    for number, cuts in enumerate(_long_strings(data)):
+        text = bytearray()
+        for begin, end in zip(cuts, cuts[1:]):
+            text += _decode('"%s"' % data[begin:end].decode()).encode("utf-8", "surrogatepass")
+        mark = f"{nonce}{number};"
+        strings[mark] = text.decode("utf-8", "surrogatepass")
+        parts += data[at:cuts[0]], mark.encode()
+        at = cuts[-1]
+    value = _decode(b"".join([*parts, data[at:]]).decode())
+    for container, key, text in _strings_in(value):
+        if text in strings:
+            container[key] = strings[text]
+    return value
+
+
+def _long_strings(data: bytes) -> List[List[int]]:
+    """Where the long strings of a JSON text begin, may be cut, and end. Names of fields are left out."""
+    if b"\\" in data:    # so that quotes are ends of strings and backslashes begin escapes; nothing moves
+        data = data.replace(b"\\\\", b"\\_").replace(b'\\"', b"\\_")
+    spans = [found.span(1) for found in re.finditer(rb'"([^"]*)"(\s*:)?', data)
+             if found.end() - found.start() > LONG_STRING and found[2] is None]
+    return [_cuts(data, begin, end) for begin, end in spans]
+
+
+def _cuts(data: bytes, begin: int, end: int) -> List[int]:
+    """Places between the characters of a string: no character, escape or pair of escapes is cut."""
+    cuts = [begin]
+    while end - cuts[-1] > STRING_SLICE:
+        at = cuts[-1] + STRING_SLICE
+        while data[at] & 0xC0 == 0x80 and at > cuts[-1] + STRING_SLICE - 4:     # more of them are an error wherever they are cut
+            at -= 1
+        escape = data.rfind(b"\\", at - 5, at)
+        at = escape if escape >= 0 else at
+        cuts.append(at - 6 if _PAIR.match(data, at - 6) else at)
+    return [*cuts, end]
+
+
+_PAIR = re.compile(rb"\\u[dD][89abAB]..\\u[dD][c-fC-F]")
+
+
+def _strings_in(value: Any) -> Iterator[Tuple[Any, Any, str]]:
+    """(container, key, text) of each string within a value."""
+    left = [value]
+    while left:
+        item = left.pop()
+        for key, inner in item.items() if isinstance(item, dict) else enumerate(item) if isinstance(item, list) else ():
+            if isinstance(inner, str):
+                yield item, key, inner
+            else:
+                left.append(inner)
+
+
+def request_json(value: Any, size: int) -> bytes:
+    """What to_json() gives, for the body of a request that was so large; no other thread may use the value meanwhile."""
+    places = [place for place in _strings_in(value if size > LARGE_JSON else None)
+              if len(place[2]) > LONG_STRING and not place[2].isascii()]
+    if not places:
+        return to_json(value)
+    nonce = os.urandom(12).hex()
+    try:
+        for number, (container, key, _) in enumerate(places):
+            container[key] = f"{nonce}{number};"
+        data = to_json(value)
+    finally:
+        for container, key, text in places:
+            container[key] = text
+    whole, at = bytearray(), 0
+    for mark in re.finditer(b"%b([0-9]+);" % nonce.encode(), data):
+        text = places[int(mark[1])][2]
+        whole += data[at:mark.start()]
+        for cut in range(0, len(text), STRING_SLICE):
+            whole += to_json(text[cut:cut + STRING_SLICE])[1:-1]
+        at = mark.end()
+    whole += data[at:]
+    return bytes(whole)
 
 
 def check_json(data: bytes, max_values: int) -> None:
@@ -2679,7 +2768,7 @@ class AkashController(Controller):
         body["model"] = self.options.model_map.get(call.model, call.model) or self.GEN
         limit = "max_tokens" if call.body.get("max_completion_tokens") is None else "max_completion_tokens"
         cutoff = Cutoff(stop_sequences(call.body), number(call.body, limit, None, whole=True, least=1))
-        return to_json(body), cutoff, ignored
+        return request_json(body, len(call.data)), cutoff, ignored
 
     def pictures(self, call: Call, data: bytes) -> Iterator[Event]:
         """Ask for each picture, then wait for each; text instead of a picture is passed on as text."""
@@ -3269,7 +3358,7 @@ class OpenAIController(Controller):
         if "model" in body:
             body["model"] = name
         call.ignored = dropped
-        return to_json(body), "application/json"
+        return request_json(body, len(call.data)), "application/json"
 
     def _decoder(self, call: Call, response: Response, native: bool) -> Any:
         """What understands the body of an answer."""
@@ -3345,9 +3434,9 @@ class EchoController(Controller):
         content = as_dict(call.body["messages"][-1]).get("content")
         parts = content if isinstance(content, list) else [{"text": content}]
         text = "".join(str(as_dict(part).get("text") or "") for part in parts)
-        ends = [word.end() for word in itertools.islice(re.finditer(r"\s*\S+", text), self.WORDS)] or [0]
-        if ends[-1:] == [0] or len(ends) == self.WORDS:
-            ends[-1] = len(text)
+        ends = [word.end() for word in itertools.islice(re.finditer(r"\s*\S+", text), self.WORDS)]
+        if len(ends) in (0, self.WORDS):
+            ends[-1:] = [len(text)]
         for begin, end in zip([0, *ends], ends):
             if self.options.speed:
                 call.pause(1 / self.options.speed)
@@ -3488,7 +3577,7 @@ class Pool:
         if name != call.model:
             call.model, call.body = name, {**call.body, "model": name}
             call.sent = call.sent and {**call.sent, "model": name}
-            call.data = to_json(call.sent)
+            call.data = request_json(call.sent, len(call.data))
 
     def named(self, model: str, hurry: bool = False) -> str:
         """The model that a name means: by an alias, or with "--" for "/" if there is such a model only."""
@@ -5637,7 +5726,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         key.enter()
         self.inside, call.only = key, key.options.models
         if call.only and call.sent:     # what was read is what is sent: of two "model" an upstream could take the other one
-            call.data = to_json(call.sent)
+            call.data = request_json(call.sent, len(call.data))
 
     def leave(self) -> None:
         """The call is over, or about to be: before the client can know it, so that its next one is not one too many."""
