@@ -126,26 +126,199 @@ log = logging.getLogger("akashproxy")
 Event = Any  # one of the classes at the head of section 3
 
 
+MAX_JSON_VALUES = 100_000       # of one text; each may take several hundred bytes of memory, however short it is
+MAX_RELAYED_VALUES = 1_000_000  # of one that is only relayed, such as embeddings of token ids
+MAX_JSON_DEPTH = 500            # levels of nesting: below where any Python's recursion ends, reading or writing
+
+
 def to_json(value: Any) -> bytes:
-    """Compact JSON in UTF-8; what can't be encoded (half a surrogate pair) becomes "?"."""
-    return _encode(value).encode("utf-8", "replace")
+    """Compact JSON in UTF-8, with Unicode's line breaks escaped; what can't be encoded (half a surrogate pair) becomes "?".
+
+    Several clients split a stream where str.splitlines() does, so a raw U+2028, U+2029 or U+0085 would end an event's line.
+    """
+    text = _encode(value)
+    if not text.isascii() and ("\u2028" in text or "\u2029" in text or "\x85" in text):
+        text = text.replace("\u2028", r"\u2028").replace("\u2029", r"\u2029").replace("\x85", r"\u0085")
+    return text.encode("utf-8", "replace")
 
 
-def from_json(data: bytes) -> Any:
-    """The value of a JSON text in UTF-8, strictly: ValueError for NaN, bad UTF-8 or absurd depth."""
+def from_json(data: bytes, max_values: int = MAX_JSON_VALUES) -> Any:
+    """The value of a JSON text in UTF-8. ValueError for NaN, infinite numbers, bad UTF-8, too many values or levels."""
+    check_json(data, max_values)
+    return _parse(data)
+
+
+def _parse(data: bytes) -> Any:
+    data = data[3:] if data[:3] == b"\xef\xbb\xbf" else data
     try:
-        return _decode(data[3:].decode() if data[:3] == b"\xef\xbb\xbf" else data.decode())
+        return _decode(data.decode()) if len(data) < LARGE_JSON or data.isascii() else _parse_apart(data)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+# A character beyond ASCII makes all of its string take two or four bytes a character: ten times the size of a text that
+# is decoded whole, parsed and encoded again. So long strings are taken out and read and written in slices.
+
+LARGE_JSON = 1 << 20        # bytes of a text with which that is done; it takes more time
+LONG_STRING = 256           # bytes or characters; of MAX_JSON_VALUES shorter ones no large text can be made
+STRING_SLICE = 1 << 16
+
+
+def _parse_apart(data: bytes) -> Any:
+    """The value of a large JSON text."""
+    strings, parts, at, nonce = {}, [], 0, os.urandom(12).hex()
+    for number, cuts in enumerate(_long_strings(data)):
+        text = bytearray()
+        for begin, end in zip(cuts, cuts[1:]):
+            text += _decode('"%s"' % data[begin:end].decode()).encode("utf-8", "surrogatepass")
+        mark = f"{nonce}{number};"
+        strings[mark] = text.decode("utf-8", "surrogatepass")
+        parts += data[at:cuts[0]], mark.encode()
+        at = cuts[-1]
+    value = _decode(b"".join([*parts, data[at:]]).decode())
+    for container, key, text in _strings_in(value):
+        if text in strings:
+            container[key] = strings[text]
+    return value
+
+
+def _long_strings(data: bytes) -> List[List[int]]:
+    """Where the long strings of a JSON text begin, may be cut, and end. Names of fields are left out."""
+    if b"\\" in data:    # so that quotes are ends of strings and backslashes begin escapes; nothing moves
+        data = data.replace(b"\\\\", b"\\_").replace(b'\\"', b"\\_")
+    spans = [found.span(1) for found in re.finditer(rb'"([^"]*)"(\s*:)?', data)
+             if found.end() - found.start() > LONG_STRING and found[2] is None]
+    return [_cuts(data, begin, end) for begin, end in spans]
+
+
+def _cuts(data: bytes, begin: int, end: int) -> List[int]:
+    """Places between the characters of a string: no character, escape or pair of escapes is cut."""
+    cuts = [begin]
+    while end - cuts[-1] > STRING_SLICE:
+        at = cuts[-1] + STRING_SLICE
+        while data[at] & 0xC0 == 0x80 and at > cuts[-1] + STRING_SLICE - 4:     # more of them are an error wherever they are cut
+            at -= 1
+        escape = data.rfind(b"\\", at - 5, at)
+        at = escape if escape >= 0 else at
+        cuts.append(at - 6 if _PAIR.match(data, at - 6) else at)
+    return [*cuts, end]
+
+
+_PAIR = re.compile(rb"\\u[dD][89abAB]..\\u[dD][c-fC-F]")
+
+
+def _strings_in(value: Any) -> Iterator[Tuple[Any, Any, str]]:
+    """(container, key, text) of each string within a value."""
+    left = [value]
+    while left:
+        item = left.pop()
+        for key, inner in item.items() if isinstance(item, dict) else enumerate(item) if isinstance(item, list) else ():
+            if isinstance(inner, str):
+                yield item, key, inner
+            else:
+                left.append(inner)
+
+
+def request_json(value: Any, size: int) -> bytes:
+    """What to_json() gives, for the body of a request that was so large; no other thread may use the value meanwhile."""
+    places = [place for place in _strings_in(value if size > LARGE_JSON else None)
+              if len(place[2]) > LONG_STRING and not place[2].isascii()]
+    if not places:
+        return to_json(value)
+    nonce = os.urandom(12).hex()
+    try:
+        for number, (container, key, _) in enumerate(places):
+            container[key] = f"{nonce}{number};"
+        data = to_json(value)
+    finally:
+        for container, key, text in places:
+            container[key] = text
+    whole, at = bytearray(), 0
+    for mark in re.finditer(b"%b([0-9]+);" % nonce.encode(), data):
+        text = places[int(mark[1])][2]
+        whole += data[at:mark.start()]
+        for cut in range(0, len(text), STRING_SLICE):
+            whole += to_json(text[cut:cut + STRING_SLICE])[1:-1]
+        at = mark.end()
+    whole += data[at:]
+    return bytes(whole)
+
+
+def check_json(data: bytes, max_values: int) -> None:
+    """ValueError if a JSON text has too many values or levels, found without parsing it.
+
+    Each value follows an opening bracket or a comma, so their number bounds the number of values. Those within
+    strings are counted as well if even that stays below the limits; else the strings are taken out first.
+    """
+    if len(data) <= 2 * MAX_JSON_DEPTH:     # it has too few brackets
+        return
+    openings = data.count(b"[") + data.count(b"{")
+    if openings <= MAX_JSON_DEPTH and openings + data.count(b",") < max_values:
+        return
+    if b"\\" in data:
+        data = data.replace(b"\\\\", b"").replace(b'\\"', b"")     # what is left of quotes begins or ends a string
+    marks = data.translate(None, _NO_MARKS)
+    many = marks.count(b'"') > 4 * max_values   # a value has at most two strings, its name and itself
+    marks = b"" if many else _outside_strings(marks.replace(b'""', b""))
+    if many or len(marks) - marks.count(b"]") - marks.count(b"}") >= max_values:
+        raise ValueError(f"it has more than {max_values} values, which is the limit")
+    levels = itertools.accumulate(memoryview(marks.translate(_STEPS, b",")).cast("b"))
+    if max(levels, default=0) > MAX_JSON_DEPTH:
+        raise ValueError("it is nested too deeply")
+
+
+def _outside_strings(marks: bytes) -> bytes:
+    """What is not between quotes; in steps, as a part of a split takes a hundred bytes of memory."""
+    found = bytearray()
+    while marks:
+        parts = marks.split(b'"', 100_000)
+        marks = parts.pop() if len(parts) > 100_000 else b""
+        found += b"".join(parts[::2])
+    return bytes(found)
+
+
+_NO_MARKS = bytes(set(range(256)) - set(b'"[]{},'))
+_STEPS = bytes.maketrans(b"[{]}", b"\1\1\xff\xff")     # up and, as signed bytes, down a level
 
 
 def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
-_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
-_decode = json.JSONDecoder(parse_constant=_no_constant).decode
-_decode_any = json.JSONDecoder().decode
+def _finite(digits: str) -> float:
+    """A number with a fraction or an exponent. Beyond a float's range it would be Infinity, which is not JSON."""
+    value = float(digits)
+    if math.isinf(value):
+        raise ValueError(f"the number {shorten(digits, 40)} is too large")
+    return value
+
+
+def _finite_or_none(digits: str) -> Optional[float]:
+    value = float(digits)
+    return None if math.isinf(value) else value
+
+
+def _integer(digits: str) -> int:
+    """An integer, on a Python that does not itself limit their length: converting takes the square of it."""
+    if len(digits) > 4300:
+        raise ValueError("it has an integer of more than 4300 digits")
+    return int(digits)
+
+
+_parse_int: Any = int if hasattr(sys, "get_int_max_str_digits") else _integer
+_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
+_decode = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite, parse_int=_parse_int).decode
+_decode_any = json.JSONDecoder(parse_constant=lambda name: None, parse_float=_finite_or_none, parse_int=_parse_int).decode
+
+
+def shorten(text: str, limit: int = 200) -> str:
+    """A text that others chose, for a log line or a message: cut, as it may be of any length."""
+    return text if len(text) <= limit else text[:limit - 3] + "..."
+
+
+def count_or_none(value: Any) -> Optional[int]:
+    """A number of an upstream if it can be a count (0 <= n < 2^53, so that every client can read it), else None."""
+    return value if type(value) is int and 0 <= value < 1 << 53 else None
 
 
 def new_id() -> str:
@@ -208,9 +381,9 @@ class APIError(Exception):
                  param: Optional[str] = None, retry_after: Optional[float] = None,
                  retry: Optional[bool] = None, legacy: Optional[str] = None, kind: Optional[str] = None,
                  scope: str = "controller") -> None:
+        self.message = message = shorten(message, 1500)     # it goes to logs and /status, and quotes what others sent
         super().__init__(message)
         self.status = status
-        self.message = message
         self.type = type or ERROR_TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
         self.code = code or ERROR_CODES.get(status)
         self.param = param
@@ -267,13 +440,13 @@ def bad_request(message: str, param: Optional[str] = None, code: Optional[str] =
 
 def no_model(model: str) -> APIError:
     """No such model here, or not for this client."""
-    what = f"The model {model[:200]!r} does not exist." if model else "A model must be named."
+    what = f"The model {shorten(model)!r} does not exist." if model else "A model must be named."
     return APIError(404, what, param="model", code="model_not_found")
 
 
 def unknown_model(model: str) -> APIError:
     """No such model at Akash Chat: 500 "Error Model.", as akashchat-api-go answered."""
-    return APIError(500, f"The model {model!r} does not exist or is not available at Akash Chat.",
+    return APIError(500, f"The model {shorten(model)!r} does not exist or is not available at Akash Chat.",
                     type="invalid_request_error", param="model", code="model_not_found", retry=False,
                     legacy="Error Model.", kind="model")
 
@@ -390,6 +563,7 @@ class Watch:
 
 
 CHAT_PATH = "/v1/chat/completions"
+MAX_NAME = 256      # characters of a model's name: it stands in every event of a stream, in logs and in lists
 
 
 class Call:
@@ -399,6 +573,8 @@ class Call:
                  picture_bytes: bool = False, unfit: Optional[APIError] = None) -> None:
         self.body = body                # a chat-completions body, whatever the client spoke
         self.model: str = body.get("model", "")
+        if len(self.model) > MAX_NAME:
+            raise no_model(self.model)
         self.stream = stream
         self.relay_only = relay_only    # nothing else can be done with it
         self.pictures = pictures        # how many are wanted; 0: this is a chat
@@ -674,6 +850,8 @@ class Cutoff:
 
 
 TOKEN = 24
+SLICE = 1 << 16     # characters that are counted at a time: that bounds the memory, and other threads run in between
+_WIDE = re.compile("[\u2e80-\U0010ffff]+")
 
 
 def token_parts(text: str) -> int:
@@ -681,8 +859,12 @@ def token_parts(text: str) -> int:
 
     Measured with the tokenizers cl100k and o200k, from which prose has 4 to 7, 2 to 5 and 1 to 1.5.
     """
+    if text.isascii():
+        return len(text) * 3
+    if len(text) > SLICE:
+        return sum(token_parts(text[at:at + SLICE]) for at in range(0, len(text), SLICE))
     plain = len(text.encode("ascii", "ignore"))
-    wide = 0 if plain == len(text) else len(re.findall("[\u2e80-\U0010ffff]", text))
+    wide = len(text) - len(_WIDE.sub("", text))
     return plain * 3 + (len(text) - plain - wide) * 4 + wide * 12
 
 
@@ -691,11 +873,11 @@ PICTURE_TOKENS = 1600   # what Anthropic counts for a large one
 
 def token_estimate(value: Any) -> int:
     """About how many tokens the texts within any JSON value are: twice the least, and PICTURE_TOKENS for each file in it."""
-    texts, files, left = [], 0, [value]
+    parts, files, left = 0, 0, [value]
     while left:
         item = left.pop()
         if isinstance(item, dict):
-            texts += item
+            parts += sum(map(token_parts, item))
             if item.get("type") == "base64":
                 files, item = files + 1, {**item, "data": None}
             left += item.values()
@@ -704,8 +886,8 @@ def token_estimate(value: Any) -> int:
         elif isinstance(item, str) and item.startswith("data:"):
             files += 1
         elif item is not None:
-            texts.append(str(item))
-    return token_parts("".join(texts)) * 2 // TOKEN + PICTURE_TOKENS * files + 1
+            parts += token_parts(str(item))
+    return parts * 2 // TOKEN + PICTURE_TOKENS * files + 1
 
 
 def _head_of(text: str, budget: float) -> str:
@@ -1277,6 +1459,7 @@ def head_end(held: bytes, searched: int = 0, first: Iterable[int] = _TOKEN_BYTES
 
 # One head is much like the other: what lines were taken apart to is remembered, unless they are long.
 remembered = functools.lru_cache(maxsize=1024)
+LONG_PATH = 8192    # a longer one is none of ours however it is decoded, which would cost the more
 LONG = 2048
 
 
@@ -1323,7 +1506,8 @@ def parse_request_line(line: str) -> Tuple[str, str, str, str]:
     elif not target.startswith("/") and (target, method) != ("*", "OPTIONS"):
         raise ProtocolError("the request's target is malformed")
     path, _, query = target.partition("?")
-    return method, urllib.parse.unquote(path, errors="replace"), query, "0" if minor == "0" else "1"
+    path = path if len(path) > LONG_PATH else urllib.parse.unquote(path, errors="replace")
+    return method, path, query, "0" if minor == "0" else "1"
 
 
 @remembered
@@ -2288,7 +2472,7 @@ def akash_request(call: Call) -> Tuple[Dict[str, Any], List[str]]:
 def _akash_message(message: Dict[str, Any], place: str) -> Dict[str, Any]:
     role = message.get("role")
     if role not in ("user", "assistant"):
-        raise bad_request(f"{place}: Akash Chat has no role {role!r}; use system, developer, user or assistant.",
+        raise bad_request(f"{place}: Akash Chat has no role {str(role)[:80]!r}; use system, developer, user or assistant.",
                           f"{place}.role")
     if message.get("tool_calls") or message.get("function_call"):
         raise bad_request(f"{place}: Akash Chat can't be told about calls of tools.", f"{place}.tool_calls")
@@ -2592,7 +2776,7 @@ BLOCKED = "Something in front of Akash Chat answered with a web page instead of 
 def _akash_usage(usage: Any) -> Optional[Dict[str, int]]:
     """OpenAI's usage from Akash's; None unless both counts are told (text-short has nulls)."""
     usage = as_dict(usage)
-    asked, answered = (next((usage[name] for name in names if type(usage.get(name)) is int), None)
+    asked, answered = (next((usage[name] for name in names if count_or_none(usage.get(name)) is not None), None)
                        for names in (("promptTokens", "inputTokens"), ("completionTokens", "outputTokens")))
     if asked is None or answered is None:
         return None
@@ -2663,7 +2847,7 @@ class AkashController(Controller):
         body["model"] = self.options.model_map.get(call.model, call.model) or self.GEN
         limit = "max_tokens" if call.body.get("max_completion_tokens") is None else "max_completion_tokens"
         cutoff = Cutoff(stop_sequences(call.body), number(call.body, limit, None, whole=True, least=1))
-        return to_json(body), cutoff, ignored
+        return request_json(body, len(call.data)), cutoff, ignored
 
     def pictures(self, call: Call, data: bytes) -> Iterator[Event]:
         """Ask for each picture, then wait for each; text instead of a picture is passed on as text.
@@ -2801,8 +2985,7 @@ class AkashController(Controller):
             if time.monotonic() > end:
                 raise APIError(504, f"The picture was not ready within {self.settings.image_timeout:g} seconds.",
                                code="image_failed")
-            place = told.get("queue_position")
-            progress = Progress(status, place if type(place) is int else 0)
+            progress = Progress(status, count_or_none(told.get("queue_position")) or 0)
             if status and progress != shown:
                 shown = progress
                 yield progress
@@ -2830,7 +3013,7 @@ class AkashController(Controller):
 
     def _fetch_models(self) -> List[Dict[str, Any]]:
         response = self._with_session("GET", "/api/models/", Watch(), first_byte=self.settings.session_timeout)
-        names = akash_models(response.json())
+        names = akash_models(json_or_none(response.read(limit=MAX_LIST_BYTES)))
         if not names:
             raise APIError(503, "Akash Chat lists no models now.", code="upstream_error", retry_after=30)
         return [{"id": name, "object": "model", "created": 1626777600, "owned_by": "Akash Network",
@@ -2844,12 +3027,25 @@ def akash_models(told: Any) -> List[str]:
     """The ids of Akash's model list, in any of its shapes (models-*, 2026: models-all); [] if it is none."""
     if isinstance(told, dict):
         told = told.get("models") or told.get("data")
-    names: List[str] = []
-    for entry in map(as_dict, as_list(told)):
-        name = entry.get("model_id") or entry.get("id")  # in models-all the id is a database key
-        if isinstance(name, str) and name not in names and entry.get("available", True):
-            names.append(name)
-    return names
+    entries = [entry for entry in map(as_dict, as_list(told)) if entry.get("available", True)]
+    # in models-all the id is a database key
+    return list(listed_models("Akash Chat", ((entry.get("model_id") or entry.get("id"), entry) for entry in entries)))
+
+
+MAX_LIST_BYTES, MAX_MODELS = 4 << 20, 10_000    # of an upstream's list of models
+
+
+def listed_models(where: str, entries: Iterable[Tuple[Any, Dict[str, Any]]]) -> Dict[str, Dict[str, Any]]:
+    """The entries of an upstream's list by usable names, each once. A list that is too long is cut, and that is logged."""
+    found: Dict[str, Dict[str, Any]] = {}
+    for name, entry in entries:
+        if isinstance(name, str) and 0 < len(name) <= MAX_NAME:
+            found.setdefault(name, entry)
+        if len(found) > MAX_MODELS:
+            found.popitem()
+            log.warning("%s lists more than %d models; the others are left out", where, MAX_MODELS)
+            break
+    return found
 
 
 def reset_seconds(headers: Dict[str, str], told: Dict[str, Any], now: Callable[[], float] = time.time) -> Optional[float]:
@@ -3050,17 +3246,25 @@ def chat_events(message: Dict[str, Any]) -> List[Event]:
     for at, call in enumerate(map(as_dict, calls)):
         function, index = as_dict(call.get("function")), call.get("index")
         arguments = function.get("arguments") or ""
-        events.append(ToolCall(index if type(index) is int else at,
+        events.append(ToolCall(at if count_or_none(index) is None else index,
                                arguments if isinstance(arguments, str) else _encode(arguments),
                                call.get("id"), function.get("name")))
     return events
 
 
-def chat_usage(usage: Any) -> Optional[Dict[str, int]]:
-    """The usage of an OpenAI-style upstream, if it has whole numbers."""
-    if isinstance(usage, dict) and all(type(usage.get(name)) is int for name in ("prompt_tokens", "completion_tokens")):
-        return {"total_tokens": usage["prompt_tokens"] + usage["completion_tokens"], **usage}
-    return None
+def chat_usage(usage: Any) -> Optional[Dict[str, Any]]:
+    """The usage of an OpenAI-style upstream, if it has both counts; what else it tells stays, except for impossible counts."""
+    usage = {name: counts(value) if isinstance(value, dict) else value for name, value in counts(as_dict(usage)).items()}
+    asked, answered = (count_or_none(usage.get(name)) for name in ("prompt_tokens", "completion_tokens"))
+    if asked is None or answered is None:
+        return None
+    total = count_or_none(usage.get("total_tokens"))
+    return {**usage, "total_tokens": asked + answered if total is None else total}
+
+
+def counts(usage: Dict[str, Any]) -> Dict[str, Any]:
+    """An object without the integers that can't be counts."""
+    return {name: value for name, value in usage.items() if type(value) is not int or 0 <= value < 1 << 53}
 
 
 class RelayDecoder:
@@ -3241,7 +3445,7 @@ class OpenAIController(Controller):
         if "model" in body:
             body["model"] = name
         call.ignored = dropped
-        return to_json(body), "application/json"
+        return request_json(body, len(call.data)), "application/json"
 
     def _decoder(self, call: Call, response: Response, native: bool) -> Any:
         """What understands the body of an answer."""
@@ -3292,18 +3496,21 @@ class OpenAIController(Controller):
 
     def _fetch_models(self) -> List[Dict[str, Any]]:
         response = self.transport.open("GET", "/models", Watch(), first_byte=self.settings.session_timeout)
-        told = response.json()
+        told = json_or_none(response.read(limit=MAX_LIST_BYTES))
         if response.status != 200:
             raise told_error(self.name, response.status, told, self.secrets)
-        listed = told.get("data") if isinstance(told, dict) else told
-        entries = [entry for entry in map(as_dict, as_list(listed)) if isinstance(entry.get("id"), str)]
+        listed = as_list(told.get("data") if isinstance(told, dict) else told)
+        entries = listed_models(self.name, ((entry.get("id"), entry) for entry in map(as_dict, listed))).values()
         if not entries:
             raise APIError(503, f"{self.name} lists no models.", code="upstream_error")
-        return [{"object": "model", "created": 0, "owned_by": self.name, **entry} for entry in entries]
+        return [{"object": "model", "owned_by": self.name, **entry, "created": count_or_none(entry.get("created")) or 0}
+                for entry in entries]
 
 
 class EchoController(Controller):
     """Answers with what it was asked, at a chosen speed: for trying a client without a network or a bill."""
+
+    WORDS = 10_000      # that come one by one; the last one holds all that is left
 
     def able(self, call: Call) -> Optional[APIError]:
         if call.relay_only or call.pictures or call.unfit:
@@ -3314,12 +3521,14 @@ class EchoController(Controller):
         content = as_dict(call.body["messages"][-1]).get("content")
         parts = content if isinstance(content, list) else [{"text": content}]
         text = "".join(str(as_dict(part).get("text") or "") for part in parts)
-        words = re.findall(r"\s*\S+", text) or [text]
-        for word in words:
+        ends = [word.end() for word in itertools.islice(re.finditer(r"\s*\S+", text), self.WORDS)]
+        if len(ends) in (0, self.WORDS):
+            ends[-1:] = [len(text)]
+        for begin, end in zip([0, *ends], ends):
             if self.options.speed:
                 call.pause(1 / self.options.speed)
-            yield Text(word)
-        yield Finish("stop", {"prompt_tokens": len(words), "completion_tokens": len(words), "total_tokens": 2 * len(words)})
+            yield Text(text[begin:end])
+        yield Finish("stop", {"prompt_tokens": len(ends), "completion_tokens": len(ends), "total_tokens": 2 * len(ends)})
 
     def models(self) -> List[Dict[str, Any]]:
         return [{"id": "echo", "object": "model", "created": 0, "owned_by": self.name}]
@@ -3351,7 +3560,7 @@ BACK_OFF = ("auth", "network", "server")    # kinds of failure that are answered
 RANKS = ("ability", "model", "auth", "refused", "server", "network", "limit")   # of several errors the last one says most
 KEY_TRUST = 300.0       # seconds for which a success shows that a key is good, whatever one refusal says
 RECHECK = 600.0         # seconds of a cool-down after which one request finds out whether it has ended early
-MAX_MODELS, MAX_MODEL_NAME = 256, 256   # cool-downs of single models at a controller, and characters of their names
+MAX_MODEL_COOLDOWNS = 256       # of single models at a controller
 
 # What /status says of a failure, by its code or its kind: never an upstream's words, which may quote another client's.
 REASONS = {"timeout": "no answer in time", "limit": "rate limit", "auth": "the upstream refuses the key",
@@ -3449,14 +3658,14 @@ class Member:
         key = kind, None if model is None else self._model(model)
         if key not in self.cooldowns:
             of_models = [key for key in self.cooldowns if key[1] is not None]
-            if key[1] is not None and len(of_models) >= MAX_MODELS:
+            if key[1] is not None and len(of_models) >= MAX_MODEL_COOLDOWNS:
                 del self.cooldowns[min(of_models, key=lambda other: self.cooldowns[other].until)]
             self.cooldowns[key] = CoolDown()
         return self.cooldowns[key]
 
     def _model(self, model: str) -> str:
         """The upstream's name of a model, cut to what is remembered."""
-        return self.options.model_map.get(model, model)[:MAX_MODEL_NAME]
+        return self.options.model_map.get(model, model)[:MAX_NAME]
 
     @property
     def rests_until(self) -> float:
@@ -3583,7 +3792,8 @@ class Pool:
                 member = Member(CONTROLLERS[options.type](options, settings), member)
             self.members.append(member)
         self.choose = {"balanced": self.balanced, "random": self.at_random, "least_busy": self.least_busy}[settings.pool_type]
-        self.lists_due = -math.inf
+        self.lists_due = self.names_due = -math.inf
+        self.names: frozenset = frozenset()     # of the union of all lists, until names_due
         self.known = functools.lru_cache(maxsize=256)(self.who_has)     # by the name of a model, until a list changes
         self.never_waits = all(getattr(member.controller.events, "never_waits", False) for member in self.members)
 
@@ -3595,7 +3805,7 @@ class Pool:
         if name != call.model:
             call.model, call.body = name, {**call.body, "model": name}
             call.sent = call.sent and {**call.sent, "model": name}
-            call.data = to_json(call.sent)
+            call.data = request_json(call.sent, len(call.data))
 
     def named(self, model: str, hurry: bool = False) -> str:
         """The model that a name means: by an alias, or with "--" for "/" if there is such a model only."""
@@ -3603,11 +3813,13 @@ class Pool:
             if model and fnmatch.fnmatchcase(model, pattern):
                 return meant
         if "--" in model:
-            if hurry:
-                raise Blocked
-            with contextlib.suppress(APIError):     # without a list it is taken as it is
-                known, meant = {entry["id"] for entry in self.models()}, model.replace("--", "/")
-                return meant if meant in known and model not in known else model
+            if self.clock() >= self.names_due:
+                if hurry:
+                    raise Blocked
+                with contextlib.suppress(APIError):     # without a list it is taken as it is
+                    self.models()
+            meant = model.replace("--", "/")
+            return meant if meant in self.names and model not in self.names else model
         return model
 
     def take(self, call: Call, tried: List[Member], errors: List[APIError], unable: int = 0) -> Member:
@@ -3815,6 +4027,8 @@ class Pool:
                 for model in models:
                     union.setdefault(model["id"], model)
             self.known.cache_clear()
+        self.names = frozenset(union)
+        self.names_due = self.clock() + min(Cached.RETRY, self.settings.models_ttl)
         if not union:
             errors = [error for _, _, error in found.values() if error]
             raise errors[0] if len(errors) == 1 else APIError(
@@ -4001,6 +4215,9 @@ class Dialect:
 
     def parse(self, body: Dict[str, Any]) -> Call:
         raise NotImplementedError
+
+    def prepare(self) -> None:
+        """Do in advance what takes long with a large body. Worker thread."""
 
     def begin(self) -> bytes:
         """What a stream opens with, before the first event."""
@@ -4445,6 +4662,7 @@ class Messages(Blocks):
     ERRORS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "request_too_large",
               429: "rate_limit_error", 504: "timeout_error", 529: "overloaded_error"}
     said = 0            # tokens of the blocks that are closed, estimated
+    estimated: Optional[int] = None     # tokens of the request, once they are counted
 
     # -- the request
 
@@ -4562,7 +4780,12 @@ class Messages(Blocks):
 
     def estimate(self) -> int:
         """About how many tokens the request has."""
-        return token_estimate([self.call.sent.get(name) for name in ("system", "messages", "tools")])
+        if self.estimated is None:
+            self.estimated = token_estimate([self.call.sent.get(name) for name in ("system", "messages", "tools")])
+        return self.estimated
+
+    def prepare(self) -> None:
+        self.estimate()
 
     @staticmethod
     def status(error: APIError) -> int:
@@ -4589,16 +4812,15 @@ class Messages(Blocks):
 def call_input(arguments: str) -> Dict[str, Any]:
     """The arguments of a call of a tool as an object; what is none is told as a text in one."""
     try:
-        value = json.loads(arguments.strip() or "{}")
-    except (ValueError, RecursionError):
+        value = from_json(arguments.strip().encode("utf-8", "replace") or b"{}")
+    except ValueError:
         value = None
     return value if isinstance(value, dict) else {"arguments": arguments}
 
 
 def usage_detail(usage: Dict[str, Any], of: str, name: str) -> int:
     """One of the details of OpenAI's usage of the prompt or the completion; 0 if it is not told."""
-    value = as_dict(usage.get(of + "_tokens_details")).get(name)
-    return value if type(value) is int else 0
+    return count_or_none(as_dict(usage.get(of + "_tokens_details")).get(name)) or 0
 
 
 class CountTokens(Messages):
@@ -4636,6 +4858,7 @@ class Responses(Blocks):
               "reasoning": None, "temperature": None, "text": {"format": {"type": "text"}}, "tool_choice": "auto",
               "tools": [], "top_p": None}
     STATEFUL = ("previous_response_id", "conversation", "prompt", "background")
+    ECHO_LIMIT = 1 << 16    # bytes of a field that is repeated; a larger one is left out, as a stream has all of them twice or more
     OWN = (*ECHOED, *STATEFUL, "model", "input", "stream", "store")
     FUNCTION, SCHEMA = ("function",), "parameters"
     WIRE: Dict[Any, Any] = {    # prefix of an item's id, its events, their index, what else those of its text hold
@@ -4647,6 +4870,7 @@ class Responses(Blocks):
     number = 0          # of the next event
     output: Any = ()    # the items that are whole
     begun = False
+    echoed: Optional[Dict[str, Any]] = None
 
     # -- the request
 
@@ -4772,14 +4996,29 @@ class Responses(Blocks):
 
     def response(self, finish: Optional[Finish] = None) -> Dict[str, Any]:
         """The response as it is by now."""
-        sent, usage = self.call.sent, finish and finish.usage
+        usage = finish and finish.usage
         reason = finish and {"length": "max_output_tokens", "content_filter": "content_filter"}.get(finish.reason)
-        echoed = {name: default if sent.get(name) is None else sent[name] for name, default in self.ECHOED.items()}
         return {"id": self.id, "object": "response", "created_at": self.created, "model": self.model,
                 "output": self.output, "status": "incomplete" if reason else "completed" if finish else "in_progress",
-                "error": None, "incomplete_details": {"reason": reason} if reason else None, **echoed,
+                "error": None, "incomplete_details": {"reason": reason} if reason else None, **self.echo(),
                 "previous_response_id": None, "store": False, "truncation": "disabled",
                 "usage": response_usage(usage) if usage else None}
+
+    def echo(self) -> Dict[str, Any]:
+        """The fields of the request that a response repeats; one above ECHO_LIMIT as if it had not been sent."""
+        if self.echoed is None:
+            sent = {name: self.call.sent[name] for name in self.ECHOED if self.call.sent.get(name) is not None}
+            small = {name: value for name, value in sent.items() if self.is_small(value)}
+            self.echoed = {**self.ECHOED, **small}
+        return self.echoed
+
+    @classmethod
+    def is_small(cls, value: Any) -> bool:
+        size = len(value) if isinstance(value, str) else 0 if isinstance(value, (int, float)) else len(_encode(value))
+        return size <= cls.ECHO_LIMIT
+
+    def prepare(self) -> None:
+        self.echo()
 
     @staticmethod
     def part_of(event: Event) -> Dict[str, Any]:
@@ -4820,12 +5059,21 @@ class Relay(Dialect):
     PATH = re.compile(r"/v1(/[A-Za-z0-9_-]+)+")
 
     def __init__(self, data: bytes, content_type: str) -> None:
-        body = as_dict(json_or_none(data)) if is_json(content_type, data) else {}
+        body = self.document(data) if is_json(content_type, data) else {}
         model = body.get("model")
         self.call = Call({"model": model} if isinstance(model, str) else {}, stream=True, relay_only=True)
         self.call.sent = body or None
         # What was read as UTF-8 is sent as that: another charset would let the upstream read another model.
         self.call.content_type = "application/json" if body else content_type or "application/octet-stream"
+
+    @staticmethod
+    def document(data: bytes) -> Dict[str, Any]:
+        """The body's object; {} if it is something else, as the upstream may know what that is."""
+        check_json(data, MAX_RELAYED_VALUES)
+        try:
+            return as_dict(_parse(data))
+        except ValueError:
+            return {}
 
     def ping(self, form: str) -> bytes:
         return b""
@@ -4842,7 +5090,6 @@ def is_json(content_type: str, data: bytes) -> bool:
 URLENCODED = "application/x-www-form-urlencoded"
 MAX_FORM_PARTS = 1000
 MAX_PART_HEAD = 4096
-MAX_MODEL_NAME = 256    # bytes, in a form
 MODEL_IN_PATH = frozenset(("deployments", "engines", "models"))     # segments after which some upstreams read a model
 _UTF_8 = r'(?: *; *charset="?utf-8"?)?'
 _MULTIPART = re.compile(rf"multipart/form-data{_UTF_8} *; *boundary=(\"?)([0-9A-Za-z'()+_,./:=?-]{{1,70}})\1{_UTF_8}", re.I)
@@ -4900,7 +5147,7 @@ def hold_to_key(call: Call, options: KeySettings, headers: Dict[str, str]) -> No
     if options.models and MODEL_IN_PATH.intersection(call.path.split("/")):
         raise no_model("")
     if call.sent:   # what was read is what is sent: of two "model" an upstream could take the other one
-        call.data = to_json(call.sent)
+        call.data = request_json(call.sent, len(call.data))
     elif form is not None:
         check_form_model(form, options.models)
         call.only = ()
@@ -4963,7 +5210,7 @@ def multipart_fields(data: bytes, content_type: str) -> List[Tuple[str, str]]:
         at = data.find(delimiter, start)
         if end < 0 or at < end + 6 or data[at - 2:at] != b"\r\n":
             raise bad_request("A part of the form is malformed.")
-        fields.append(part_field(data[start:end], data[end + 4:min(at - 2, end + 5 + MAX_MODEL_NAME)]))
+        fields.append(part_field(data[start:end], data[end + 4:min(at - 2, end + 5 + MAX_NAME)]))
     if not fields or data[at:at + len(delimiter) + 5] not in (delimiter + b"--\r\n", delimiter + b"--"):
         raise bad_request("The form has no proper end, or too many parts.")
     return fields
@@ -4986,7 +5233,7 @@ def part_field(head: bytes, value: bytes) -> Tuple[str, str]:
     text = value.decode("utf-8", "replace")
     is_plain = headers.get("content-type", "text/plain").partition(";")[0].strip().lower() == "text/plain"
     if match[3] or match[4] or not is_plain or set(headers) - {"content-disposition", "content-type"} or (
-            len(value) > MAX_MODEL_NAME or not text.isprintable()):
+            len(value) > MAX_NAME or not text.isprintable()):
         raise bad_request("The model must be a plain text field of the form.", "model")
     return name, text
 
@@ -6069,13 +6316,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise Blocked
         data, content_type = self.data, self.headers.get("content-type", "")
         dialect_class, self.data = self.dialect_class, b""
-        if dialect_class is Relay:
-            dialect = Relay(data, content_type)
-        else:
-            try:
-                dialect = dialect_class(from_json(data), self.site())
-            except ValueError as error:
-                raise bad_request(f"The body is not valid JSON: {error}.") from None
+        try:
+            dialect = Relay(data, content_type) if dialect_class is Relay else dialect_class(from_json(data), self.site())
+        except ValueError as error:
+            raise bad_request(f"The body is not valid JSON: {error}.") from None
+        if not self.here:
+            dialect.prepare()
         call = dialect.call
         call.path, call.data, self.model = self.path, data, call.model
         query = without_model(self.query) if self.query else ""
@@ -6087,7 +6333,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if call.sent:
             check_names(call.sent)
             if has_escaped_letters(data):
-                call.data = to_json(call.sent)
+                call.data = request_json(call.sent, len(data))
         if self.key is not None:
             self.enter(self.key, call)
         call.has_left = functools.partial(has_left, self.connection)
@@ -6203,7 +6449,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """What the controllers had to say besides the answer."""
         headers = {"X-Akashproxy-Route": ", ".join(self.call.route)} if self.call.route else {}
         ignored = self.call.ignored + self.call.skipped * (self.call.kind is None)
-        names = [name for name in dict.fromkeys(ignored) if re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", name)]
+        names = [name for name in dict.fromkeys(ignored[:100]) if re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", name)]
         return {**headers, "X-Akashproxy-Ignored": ", ".join(names[:20])} if names else headers
 
     def site(self) -> str:
@@ -6426,12 +6672,22 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """One line for the request."""
         usage = self.usage or {}
         facts = {"client": self.client_address[0], "key": self.key.name if self.key else "", "method": self.command,
-                 "path": self.path, "status": self.status, "model": self.model, "controller": self.controller,
+                 "path": shorten(self.path), "status": self.status, "model": shorten(self.model), "controller": self.controller,
                  "first_ms": round((self.first_at or now) * 1000) - round(self.began * 1000),
                  "ms": round((now - self.began) * 1000), "bytes": self.sent, "tokens_in": usage.get("prompt_tokens"),
                  "tokens_out": usage.get("completion_tokens"), "id": self.request_id}
         log.info(" ".join(f"{name}={value}" for name, value in facts.items() if value not in ("", None)),
                  extra={"facts": facts})
+
+
+_NOT_ASCII = re.compile("[^ -~]+")
+
+
+def escaped(match: "re.Match[str]") -> str:
+    """Some characters as they may stand in a log: those that can't be printed as escapes."""
+    text = match[0]
+    return text if text.isprintable() else "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
 
 
 class LogFormat(logging.Formatter):
@@ -6442,8 +6698,7 @@ class LogFormat(logging.Formatter):
         self.form = form
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        record.message = "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii")
-                                 for char in record.message)
+        record.message = _NOT_ASCII.sub(escaped, shorten(record.message, 4000))
         return super().formatMessage(record)
 
     def format(self, record: logging.LogRecord) -> str:

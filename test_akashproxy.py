@@ -27,6 +27,7 @@ import math
 import multiprocessing
 import os
 import pathlib
+import random
 import re
 import select
 import shutil
@@ -2948,7 +2949,7 @@ def test_a_limit_of_one_model_cools_that_model_only():
 def test_names_of_models_are_remembered_within_bounds():
     pool = members_of({"a": 1})
     for number in range(2000):
-        attempt(pool, stop_of(429, retry_after=50, scope="model"), model=f"{number:04}" * 500)
+        attempt(pool, stop_of(429, retry_after=50, scope="model"), model=f"{number:04}" * 64)
     assert len(pool.members[0].cooldowns) == 256
     assert max(len(model) for _, model in pool.members[0].cooldowns) == 256
     assert "0001" not in json.dumps(pool.status())
@@ -5587,6 +5588,373 @@ def bench(seconds=3.0, most=1000):
     print("\nOf a core the load generator took {:.0%} at most, the upstream {:.0%}; where one of them took over 90 % (*), the server "
           "may be capable of more.".format(*map(max, zip(*busy))))
     return 0
+
+
+# == bounds ===================================================================================
+
+MOST_VALUES = akashproxy.MAX_JSON_VALUES
+PROSE = b"Hello, world: [this] is {prose}, "
+JSON_LIMITS = {
+    # name: (text, is it accepted?)
+    "prose full of marks": (b'"' + PROSE * 20000 + b'"', True),
+    "escaped quotes": (b'["' + rb'\",' * MOST_VALUES + b'"]', True), "escaped backslashes": (b'["' + rb'\\' * MOST_VALUES + b'","' + b"," * MOST_VALUES + b'"]', True),
+    "a backslash before a quote": (b'["' + rb'\\\"' * 9 + b"," * MOST_VALUES + b'"]', True),
+    "brackets in strings": (b'{"[[[":"' + b"[" * MOST_VALUES + b'","{":"}"}', True),
+    "as many as may be": (b"[" + b"0," * (MOST_VALUES - 2) + b"0]", True), "one too many": (b"[" + b"0," * (MOST_VALUES - 1) + b"0]", False),
+    "empty objects": (b"[" + b"{}," * MOST_VALUES + b"0]", False), "empty lists": (b"[" + b"[]," * MOST_VALUES + b"0]", False),
+    "strings": (b"[" + b'"a",' * MOST_VALUES + b"0]", False), "empty strings": (b"[" + b'"",' * MOST_VALUES + b"0]", False),
+    "strings of a comma": (b"[" + b'",",' * MOST_VALUES + b"0]", False), "keys": (b"{" + b'"a":0,' * MOST_VALUES + b'"b":1}', False),
+    "blanks between": (b"[" + b"0 , " * MOST_VALUES + b"0]", False), "after an escaped quote": (rb'["\"",' + b"0," * MOST_VALUES + b"0]", False),
+    "deep": (b'{"a":[' * 200 + b"0" + b"]}" * 200, True), "too deep": (b'{"a":[' * 251 + b"0" + b"]}" * 251, False),
+    "too deep lists": (b"[" * 501 + b" " * 500 + b"]" * 501, False), "too deep behind a string": (b'["]]]]]]",' + b"[" * 501 + b"]" * 502, False),
+    "wide but not deep": (b"[" + b'[{"a":[]}],' * 9000 + b"0]", True),
+    "a huge integer": (b"9" * 5000, False), "a huge fraction": (b"-1.5e999", False), "a long fraction": (b"0." + b"9" * 5000, True), "NaN": (b"[NaN]", False),
+    "a large text that is no UTF-8": (b'"' + b"\x80" * 1_200_000 + b'"', False), "another one": (b'"' + b"\xff" * 1_200_000 + b'"', False),
+    "a large text with an open string": ('"\u4e2d'.encode() + b"x" * 1_200_000, False), "one with a break": ('"\u4e2d'.encode() + b"x" * 1_200_000 + b'\n"', False),
+}
+
+
+@table(JSON_LIMITS)
+def test_json_is_bounded_before_it_is_parsed(case):
+    text, accepted = case
+    if accepted:
+        assert akashproxy.from_json(text) == json.loads(text)
+    else:
+        with pytest.raises(ValueError):
+            akashproxy.from_json(text)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_large_json_is_read_and_written_as_small_json_is(seed):
+    """Its long strings go a way of their own, in slices: wherever those are cut, nothing changes, and what is no JSON is an error."""
+    rng = random.Random(seed)
+    atoms = ["a", "Hello ", "\u00e9", "\u4e2d", "\U0001f600", '"', "\\", "\n", "\u2028", "\ud83d", "\ude00", "[", ",", "\x01", '\\"', "u", "_", ":"]
+
+    def text(size):
+        return "".join(rng.choices(atoms, k=size))
+
+    value = {"a": text(200_000), "b": [text(70_000), 1, None, {"c": text(9), "d": text(300)}, *[text(257) for _ in range(300)]], text(300): text(99_000), "": ""}
+    escaped = seed % 2
+    data = json.dumps(value, ensure_ascii=bool(escaped)).encode("utf-8", "replace")[:-1] + ',"\u00e9":"'.encode() + b" " * 1_000_000 + b'"}'
+    want = json.loads(data.decode())
+    assert len(data) > akashproxy.LARGE_JSON and akashproxy.from_json(data) == want and akashproxy.from_json(b"\xef\xbb\xbf" + data) == want
+    before = json.dumps(want)
+    assert akashproxy.request_json(want, len(data)) == akashproxy.to_json(want) and json.dumps(want) == before
+    for _ in range(6):
+        at = rng.randrange(600_000)
+        broken = data[:at] + bytes([rng.randrange(256)]) + data[at + rng.randrange(2):]
+        try:
+            value = json.loads(broken.decode())
+        except ValueError:
+            with pytest.raises(ValueError):
+                akashproxy.from_json(broken)
+        else:
+            assert akashproxy.from_json(broken) == value
+
+
+def test_embeddings_of_many_token_ids_are_relayed(pool):
+    fake = FakeOpenAI()
+    server = pool(fake)
+    assert ask(server, "POST", "/v1/embeddings", {"model": "gpt-x", "input": [[12345] * 1000] * 300},
+               {"Content-Type": "application/json"}).status == 200
+    got = ask(server, "POST", "/v1/embeddings", b'{"model":"gpt-x","input":[' + b"0," * akashproxy.MAX_RELAYED_VALUES + b"0]}",
+              {"Content-Type": "application/json"})
+    assert got.status == 400 and "1000000 values" in got.json["error"]["message"] and len(fake.bodies()) == 1
+
+
+SPOKEN = {"/v1/chat/completions": "messages", "/v1/completions": "prompt", "/v1/messages": "messages", "/v1/responses": "input",
+          "/v1/images/generations": "prompt", "/v1/messages/count_tokens": "messages", "/v1/embeddings": "input"}
+ODD_JSON = {"infinite": (b"1e999", "1e999"), "infinite below": (b"-1e9999", "-1e9999"), "a long infinite": (b"9" * 400 + b".0", "999..."),
+            "NaN": (b"NaN", "NaN"), "a huge integer": (b"7" * 5000, "4300"),
+            **{f"{depth} deep": (b"[" * depth + b"]" * depth, "nested too deeply") for depth in (520, 900, 970, 980, 981, 985, 989, 995, 1200, 5000)}}
+
+
+@pytest.mark.parametrize("kind", [FakeOpenAI, FakeAkash])
+def test_odd_json_of_a_client_is_its_mistake(pool, kind):
+    fake = kind()
+    server = pool(fake)
+    for (path, field), (name, (odd, words)), streamed in itertools.product(SPOKEN.items(), ODD_JSON.items(), (b"true", b"false")):
+        if path == "/v1/embeddings" and "deep" not in name:
+            continue        # it is relayed as it came
+        body = b'{"model":"both","stream":%b,"max_tokens":9,"metadata":{"x":%b},"%b":"hi","tools":%b}' % (streamed, odd, field.encode(), odd)
+        got = ask(server, "POST", path, body, {"Content-Type": "application/json"})
+        assert got.status == 400 and words in got.json["error"]["message"], (path, name, got)
+        assert len(got.body) < 500
+    assert not fake.bodies()
+
+
+ODD_COUNTS = [-1, -5, 1 << 53, int("9" * 4200), True, 1.5, "7", None, [], {}]
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/v1/responses"])
+def test_only_counts_are_taken_as_counts(path, pool):
+    fake, akash = FakeOpenAI(), FakeAkash()
+    servers = [(pool((fake, {"paths": ("/none",)}), metrics="public"), fake), (pool(akash, metrics="public"), akash)]
+    for (server, upstream), odd, streamed in itertools.product(servers, ODD_COUNTS, (True, False)):
+        usage = {"prompt_tokens": odd, "completion_tokens": odd, "total_tokens": odd, "promptTokens": odd, "completionTokens": odd}
+        fine = {"prompt_tokens": 5, "completion_tokens": 6, "total_tokens": odd, "promptTokens": 5, "completionTokens": 6,
+                "prompt_tokens_details": {"cached_tokens": odd}, "completion_tokens_details": {"reasoning_tokens": odd}}
+        for told, known in ((usage, False), (fine, True)):
+            if upstream is fake:
+                events = [fake.event({"content": "x"}), fake.event({}, "stop"), b"data: " + json.dumps({"choices": [], "usage": told}).encode() + b"\n\n",
+                          b"data: [DONE]\n\n"]
+                whole = reply(body=json.dumps({"choices": [{"message": {"content": "x"}, "finish_reason": "stop"}], "usage": told}).encode())
+                answer = fake.head() + b"".join(map(chunk, events)) + b"0\r\n\r\n" if streamed else whole
+            else:
+                answer = STREAM_HEAD + chunk(b'0:"x"\nd:' + json.dumps({"finishReason": "stop", "usage": told}).encode() + b"\n") + b"0\r\n\r\n"
+            upstream.faults.append(lambda sock, request, answer=answer: sock.sendall(answer) or True)
+            got = ask(server, "POST", path, {**ASKED, "input": "hi", "stream": streamed, "stream_options": {"include_usage": True}})
+            assert got.status == 200, got
+            numbers = [int(number) for number in re.findall(rb'_tokens":(-?\d+)', got.body)]
+            assert all(0 <= number < 1 << 53 for number in numbers) and b"error" not in got.body.replace(b'"error":null', b""), (odd, got.body)
+            if known and (streamed or path != "/v1/chat/completions"):
+                assert {5, 6} <= {*numbers}, (odd, got.body)
+    for server, _ in servers:
+        counts = re.findall(rb'tokens_total\{[^}]*\} (\S+)', ask(server, path="/metrics").body)
+        assert counts and all(float(count).is_integer() and 0 < float(count) < 1 << 53 for count in counts)
+
+
+def test_a_list_of_models_has_counts_too(pool):
+    fake = FakeOpenAI()
+    fake.answer = lambda sock, request: sock.sendall(reply(body=json.dumps({"data": [
+        {"id": f"m{at}", "created": odd} for at, odd in enumerate([*ODD_COUNTS, 1700000000])]}).encode())) or True
+    server = pool(fake)
+    assert [model["created"] for model in ask(server, path="/v1/models").json["data"]] == [0] * len(ODD_COUNTS) + [1700000000]
+    assert ask(server, path="/v1/models", headers={"anthropic-version": "x"}).status == 200
+
+
+def test_numbers_that_are_no_json_are_not_passed_on(pool):
+    """Of an upstream: arguments of a tool in either format, and an event with one."""
+    def strict(body):
+        return json.loads(body, parse_constant=lambda name: pytest.fail(name))
+
+    fake, akash = FakeOpenAI(), FakeAkash()
+    for arguments in ('{"a":1e999}', '{"a":NaN}', "[" * 700 + "]" * 700, '{"a":' * 5000 + "1" + "}" * 5000, "9" * 5000):
+        call = {"index": 0, "id": "i", "type": "function", "function": {"name": "f", "arguments": arguments}}
+        whole = reply(body=json.dumps({"choices": [{"message": {"tool_calls": [call]}, "finish_reason": "tool_calls"}]}).encode())
+        fake.faults.append(lambda sock, request, whole=whole: sock.sendall(whole) or True)
+        got = ask(pool((fake, {"paths": ("/none",)})), "POST", "/v1/messages", ASKED)
+        assert got.status == 200 and strict(got.body)["content"][0]["input"] == {"arguments": arguments}
+    akash.faults.append(lambda sock, request: sock.sendall(STREAM_HEAD + chunk(
+        b'9:{"toolCallId":"c","toolName":"f","args":{"a":1e999,"b":-Infinity,"c":NaN,"d":1.5}}\nd:{"finishReason":"tool-calls","usage":{"promptTokens":1e999}}\n')
+        + b"0\r\n\r\n") or True)
+    got = ask(pool(akash), "POST", "/v1/messages", ASKED)
+    assert strict(got.body)["content"][0]["input"] == {"a": None, "b": None, "c": None, "d": 1.5}
+    fake.faults.append(lambda sock, request: sock.sendall(
+        fake.head() + chunk(b'data: {"choices":[{"delta":{"content":"x"},"logprobs":-1e999}]}\n\n') + b"0\r\n\r\n") or True)
+    assert ask(pool((fake, {"paths": ("/none",)})), "POST", "/v1/messages", {**ASKED, "stream": True}).status == 502
+
+
+LONG_NAMES = {"letters": "x" * 100_000, "controls": "\x01" * 30_000, "tags": "\U000e0001" * 20_000, "words": "ab -- / " * 10_000}
+NAMED = {
+    # name: request(long name) -> (method, path, body)
+    "a model of a chat": lambda name: ("POST", "/v1/chat/completions", {**BOTH, "model": name}),
+    "a model of a stream": lambda name: ("POST", "/v1/chat/completions", {**BOTH, "model": name, "stream": True}),
+    "a model of a message": lambda name: ("POST", "/v1/messages", {**ASKED, "model": name}),
+    "a model of a response": lambda name: ("POST", "/v1/responses", {"input": "hi", "model": name}),
+    "a model of a picture": lambda name: ("POST", "/v1/images/generations", {"prompt": "x", "model": name}),
+    "a model of an embedding": lambda name: ("POST", "/v1/embeddings", {"input": "x", "model": name}),
+    "a model that is looked up": lambda name: ("GET", "/v1/models/" + akashproxy.urllib.parse.quote(name)[:60000], None),
+    "a path": lambda name: ("GET", "/" + akashproxy.urllib.parse.quote(name)[:60000], None),
+    "a path that is relayed": lambda name: ("POST", "/v1/" + re.sub("[^a-z]", "x", name)[:60000], {"model": "both"}),
+    "a query": lambda name: ("GET", "/v1/none?" + akashproxy.urllib.parse.quote(name)[:60000], None),
+    "a picture's name": lambda name: ("GET", "/images/" + akashproxy.urllib.parse.quote(name)[:60000], None),
+    "a response's name": lambda name: ("GET", "/v1/responses/" + akashproxy.urllib.parse.quote(name)[:60000], None),
+    "a role": lambda name: ("POST", "/v1/chat/completions", {**BOTH, "messages": [{"role": name, "content": "x"}]}),
+    "a role in a message": lambda name: ("POST", "/v1/messages", {**ASKED, "messages": [{"role": name, "content": "x"}]}),
+    "a type of content": lambda name: ("POST", "/v1/messages", {**ASKED, "messages": [user([{"type": name}])]}),
+    "a part of a chat": lambda name: ("POST", "/v1/chat/completions", {**BOTH, "messages": [user([{"type": name}])]}),
+    "a field": lambda name: ("POST", "/v1/messages", {**ASKED, name: 1}),
+    "a type of tool": lambda name: ("POST", "/v1/messages", {**ASKED, "tools": [{"type": name, "name": name}]}),
+    "an item": lambda name: ("POST", "/v1/responses", {"model": "both", "input": [{"type": name}, {"role": "user", "content": "x"}]}),
+    "a choice of tool": lambda name: ("POST", "/v1/messages", {**ASKED, "tools": [{"name": "f"}], "tool_choice": {"type": name}}),
+    "an earlier response": lambda name: ("POST", "/v1/responses", {"model": "both", "input": "x", "previous_response_id": name}),
+}
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+@pytest.mark.parametrize("name", LONG_NAMES)
+def test_what_is_quoted_is_cut(name, form, pool, caplog):
+    caplog.set_level("INFO", "akashproxy")
+    akash = FakeAkash()
+    servers = [pool(akash), pool(FakeOpenAI(), akash)]
+    formatter = akashproxy.LogFormat(form)
+    for what, make in NAMED.items():
+        method, path, body = make(LONG_NAMES[name])
+        for server in servers:
+            got = ask(server, method, path, body, {"Content-Type": "application/json"})
+            assert len(got.body) + len(str(got.headers)) < 5000, (what, len(got.body))
+    for words in ("invalid model name", "x" * 50_000, "\x01" * 50_000):     # and what an upstream says
+        akash.faults.append(lambda sock, request, words=words: sock.sendall(reply(500, json.dumps({"message": words}).encode())) or True)
+        assert len(chat(servers[0]).body) < 5000
+    for server in servers:
+        assert len(ask(server, path="/status").body) < 10_000
+        assert len(ask(server, path="/metrics").body) < 50_000
+    wait_for(lambda: sum(hasattr(record, "facts") for record in caplog.records) >= 2 * len(NAMED))
+    assert max(len(formatter.format(record).encode()) for record in caplog.records if record.levelname == "INFO") < 5000
+
+
+def test_a_log_line_costs_by_its_length_at_most():
+    """However long and odd its message is, a line is cut before its characters are looked at."""
+    formatter = akashproxy.LogFormat("text")
+
+    def cost(message):
+        record = akashproxy.logging.makeLogRecord({"msg": message, "levelname": "INFO"})
+        before = time.process_time()
+        lines = [formatter.format(record) for _ in range(20)]
+        return time.process_time() - before, len(lines[0])
+
+    long, size = cost("\x01" * 4000)
+    longer, same = cost("\x01" * 4_000_000)
+    assert size < 20_000 and same < 20_000 and longer < 5 * long + 0.1
+    assert formatter.format(akashproxy.logging.makeLogRecord({"msg": "a\tb\u2028\u00e9\U000e0001\n", "levelname": "INFO"})).endswith(
+        "INFO a\\tb\\u2028\u00e9\\U000e0001\\n")
+
+
+BREAKS = "one\u2028data: [DONE]\u2028\u2028two\u2029three\x85\u4e2d four\x0b"
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/responses"])
+@pytest.mark.parametrize("kind", [FakeOpenAI, FakeAkash])
+def test_line_breaks_of_unicode_break_no_event(kind, path, pool):
+    fake = kind()
+    raw = json.dumps(BREAKS, ensure_ascii=False).encode()
+    if kind is FakeAkash:
+        answer = STREAM_HEAD + chunk(b"0:" + raw + b"\ng:" + raw + b"\n" + END % (b"stop", b"stop")) + b"0\r\n\r\n"
+    else:
+        answer = fake.head() + chunk(b'data: {"choices":[{"delta":{"content":%b,"reasoning_content":%b}}]}\n\n' % (raw, raw)
+                                     + fake.event({}, "stop") + b"data: [DONE]\n\n") + b"0\r\n\r\n"
+    fake.faults.append(lambda sock, request: sock.sendall(answer) or True)
+    server = pool((fake, {} if kind is FakeAkash else {"paths": ("/v1/chat/completions",)}))
+    body = {**ASKED, SPOKEN[path]: ASKED["messages"] if SPOKEN[path] == "messages" else "hi", "stream": True, "thinking": {"type": "enabled"}}
+    if (kind, path) == (FakeOpenAI, "/v1/completions"):
+        return      # not translated by this controller
+    got = ask(server, "POST", path, body)
+    assert got.status == 200, got
+    if (kind, path) == (FakeOpenAI, "/v1/chat/completions"):
+        assert raw in got.body      # relayed byte for byte
+        return
+    assert got.body.decode().splitlines() == got.body.decode().split("\n")[:-1]
+    values = [json.loads(line[6:]) for line in got.body.decode().split("\n") if line.startswith("data: {")]
+    assert BREAKS in json.dumps(values, ensure_ascii=False).replace(json.dumps(BREAKS, ensure_ascii=False)[1:-1], BREAKS)
+
+
+def test_a_list_of_models_is_bounded(pool, caplog):
+    names = [f"m{at}" for at in range(11_000)] + ["both"]
+    fake, akash = FakeOpenAI(["x" * 257, "m1", 7, "", *names]), FakeAkash()
+    server = pool((fake, {"priority": 1}))
+    listed = [model["id"] for model in ask(server, path="/v1/models").json["data"]]
+    assert listed == names[1:2] + names[:1] + names[2:10_000] and "lists more than 10000 models" in caplog.text
+    akash.models = [{"id": name, "available": True} for name in ["x" * 257, *names]]
+    for told in ([{"id": name, "name": name, "available": True} for name in names], {"models": [{"id": name} for name in names]}):
+        assert akashproxy.akash_models(told) == names[:10_000]
+    long = FakeOpenAI([f"a model with a long name {at}" for at in range(60_000)])
+    got = ask(pool(long), path="/v1/models")
+    assert got.status == 502 and "4194304 bytes" in got.json["error"]["message"]
+    assert chat(pool(long), {"model": "any", "messages": [user("hi")]}).status == 200
+
+
+def test_a_name_with_two_dashes_reads_no_list_anew(monkeypatch):
+    class Listed(akashproxy.Controller):
+        reads = 0
+
+        def models(self):
+            Listed.reads += 1
+            return [{"id": "a/b"}]
+
+    monkeypatch.setitem(akashproxy.CONTROLLERS, "echo", Listed)
+    clock = Clock()
+    made = akashproxy.Pool(Settings(controllers=(akashproxy.ControllerSettings(type="echo", name="one"),)), clock=clock)
+    assert [made.named(name) for name in ("a--b", "a--b", "c--d", "a/b")] == ["a/b", "a/b", "c--d", "a/b"] and Listed.reads == 1
+    clock.now += 60
+    assert made.named("a--b") == "a/b" and Listed.reads == 2
+
+
+def test_the_estimate_of_tokens_is_that_of_its_parts():
+    whole = "The quick brown fox, \u043f\u0440\u0438\u0432\u0435\u0442 \u4e2d\u6587 \U0001f600\u2019 \ud800 " * 9000     # longer than a step
+    assert akashproxy.token_parts(whole) == sum(map(akashproxy.token_parts, whole))
+    assert akashproxy.token_parts("a" * 8) == akashproxy.token_parts("\u0436" * 6) == akashproxy.token_parts("\u4e2d\u2e80") == akashproxy.TOKEN
+    assert akashproxy.token_estimate([whole, {"a": whole, "b": [7, None]}]) == (2 * akashproxy.token_parts(whole) + 12 - 6) * 2 // 24 + 1
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_a_response_repeats_no_large_field(streamed, pool):
+    fake = FakeOpenAI()
+    server = pool(fake)
+    small = {"instructions": "Be brief.", "metadata": {"a": "b"}, "tools": [{"type": "function", "name": "f", "parameters": {}}]}
+    large = {"instructions": "x" * 300_000, "metadata": {"a": "x" * 300_000}, "tools": [{**small["tools"][0], "description": "x" * 300_000}]}
+    for sent in (small, large):
+        got = ask(server, "POST", "/v1/responses", {"model": "both", "input": "hi", "stream": streamed, **sent})
+        values = [json.loads(line[6:])["response"] for line in got.body.decode().split("\n") if line.startswith("data: ") and '"response":' in line]
+        for value in values if streamed else [got.json]:
+            want = sent if sent is small else {"instructions": None, "metadata": {}, "tools": []}
+            assert {name: value[name] for name in want} == want
+        assert len(got.body) < 20_000
+    assert len(json.dumps(fake.bodies()[-1])) > 600_000      # the upstream gets it all
+
+
+def test_an_echo_of_many_words_has_few_events():
+    server = Server(Settings(server_address="127.0.0.1:0", controllers=(akashproxy.ControllerSettings(type="echo", speed=0),))).start()
+    try:
+        for prompt in ("a b  c \n", "   ", "x " * 30_000):
+            got = chat(server, {"model": "echo", "messages": [user(prompt)]}).json
+            assert got["choices"][0]["message"]["content"] == (prompt if prompt[-1] != "\n" else prompt.rstrip()), prompt[:9]
+            assert got["usage"]["completion_tokens"] <= 10_000
+    finally:
+        server.stop(0)
+
+
+def prompt_of(content):
+    return b'{"model":"both","stream":true,"max_tokens":9,"messages":[{"role":"user","content":%b}]}' % content
+
+
+LARGE = 4 << 20
+LARGE_BODIES = {
+    # name: (path, body)
+    "prose": ("/v1/chat/completions", lambda: prompt_of(b'"' + PROSE * (LARGE // 34) + b'"')),
+    "prose for messages": ("/v1/messages", lambda: prompt_of(b'"' + PROSE * (LARGE // 34) + b'"')),
+    "objects": ("/v1/chat/completions", lambda: b"[" + b"{}," * (LARGE // 3) + b"{}]"),
+    "lists": ("/v1/messages", lambda: b"[" + b"[]," * (LARGE // 3) + b"[]]"),
+    "keys": ("/v1/responses", lambda: b"{" + b",".join(b'"%d":0' % at for at in range(LARGE // 10)) + b"}"),
+    "strings as content": ("/v1/messages", lambda: prompt_of(b"[" + b'"a",' * (LARGE // 4) + b'"a"]')),
+    "empty texts as content": ("/v1/messages", lambda: prompt_of(b"[" + b'{"type":"text","text":""},' * (LARGE // 26) + b'"a"]')),
+    "prose and an emoji": ("/v1/chat/completions", lambda: prompt_of(b'"' + "\U0001f600".encode() + PROSE * (LARGE // 34) + b'"')),
+    "prose and emoji for messages": ("/v1/messages", lambda: prompt_of(b'"' + (PROSE * 9 + "\U0001f600".encode()) * (3 * LARGE // 320) + b'"')),
+    "Chinese": ("/v1/messages", lambda: prompt_of(b'"' + "\u4e2d\u6587".encode() * (LARGE // 6) + b'"')),
+    "Chinese and ASCII, counted": ("/v1/messages/count_tokens", lambda: prompt_of(b'"' + "\u4e2da".encode() * (LARGE // 4) + b'"')),
+    "escaped Chinese": ("/v1/messages", lambda: prompt_of(b'"' + rb"\u4e2d" * (LARGE // 6) + b'"')),
+    "zeros, counted": ("/v1/messages/count_tokens", lambda: b'{"model":"both","messages":[' + b"0," * (LARGE // 2) + b"0]}"),
+    "instructions": ("/v1/responses", lambda: b'{"model":"both","input":"hi","stream":true,"instructions":"' + PROSE * (LARGE // 34) + b'"}'),
+    "tools": ("/v1/responses", lambda: b'{"model":"both","input":"hi","stream":true,"tools":[{"type":"function","name":"f","description":"'
+              + PROSE * (LARGE // 34) + b'"}]}'),
+    "a model's name": ("/v1/chat/completions", lambda: b'{"messages":[{"role":"user","content":"x"}],"model":"' + b"m" * LARGE + b'"}'),
+}
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="no /proc here")
+@table(LARGE_BODIES)
+def test_a_request_takes_at_most_eight_times_its_size(case, tmp_path):
+    path, make = case
+    fake, body = FakeOpenAI(), make()
+    config = tmp_path / "akashproxy.json"
+    config.write_text(json.dumps({"controllers": [{"base_url": fake.url + "/v1", "api_key": "k"}]}))
+
+    def memory(process, name):
+        return int(re.search(rf"{name}:\s+(\d+)", pathlib.Path(f"/proc/{process.pid}/status").read_text())[1]) << 10
+
+    with started("--config-file", str(config), "--log-level", "error") as (process, port), concurrent.futures.ThreadPoolExecutor(1) as threads:
+        server = type("Server", (), {"server_port": port})
+        assert ask(server, "POST", "/v1/messages", ASKED).status == 200     # what a first request loads
+        before, slowest = memory(process, "VmRSS"), 0.0
+        asked = threads.submit(ask, server, "POST", path, body, {"Content-Type": "application/json"})
+        while not asked.done():
+            begun = time.monotonic()
+            assert ask(server).status == 200
+            slowest = max(slowest, time.monotonic() - begun)
+        got, taken = asked.result(), memory(process, "VmHWM") - before
+    fake.close()
+    assert got.status in (200, 400, 404) and len(got.body) < 20_000
+    assert taken < 8 * len(body) and slowest < 2, (taken / len(body), slowest)      # seconds: the machine may be busy
 
 
 # == metrics ==================================================================================
