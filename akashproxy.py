@@ -199,6 +199,7 @@ class APIError(Exception):
         self.retry = retry
         self.legacy = legacy or message
         self.kind = kind or ERROR_KINDS.get(status, "server")
+        self.bug: Optional[Exception] = None    # the exception behind it that was not foreseen
 
     def headers(self) -> Dict[str, str]:
         """The header fields that belong to the error, whatever the dialect."""
@@ -321,6 +322,9 @@ class Raw:
     """Bytes in the client's own dialect, passed on as they are."""
 
     data: bytes
+
+
+EVENTS = Text, Reasoning, Recast, ToolCall, Image, Progress, Finish, Raw
 
 
 class Watch:
@@ -909,8 +913,8 @@ class Settings(Checked):
     cors_origins: Tuple[str, ...] = setting(("*",), "origins whose pages may use this server, separated by commas", token)
     connect_timeout: float = setting(10.0, "seconds for a connection to the upstream", positive)
     session_timeout: float = setting(15.0, "seconds for the upstream's session, models and picture states", positive)
-    first_byte_timeout: float = setting(300.0, "seconds until the upstream begins its answer", positive)
-    idle_timeout: float = setting(120.0, "seconds of silence within an answer", positive)
+    first_byte_timeout: float = setting(300.0, "seconds until the answer's first text, reasoning or tool call", positive)
+    idle_timeout: float = setting(120.0, "seconds of silence after that", positive)
     image_timeout: float = setting(300.0, "seconds for a picture", positive)
     image_poll: float = setting(0.5, "seconds until a picture is first asked for; later ones take longer", positive)
     models_ttl: float = setting(600.0, "seconds for which a list of models is kept")
@@ -1589,9 +1593,9 @@ NOW = int(getattr(socket, "MSG_DONTWAIT", 0))   # do not wait, even if the socke
 LOOK = socket.MSG_PEEK | NOW                    # and leave what is there
 
 try:
-    from ssl import SSLWantReadError as WantRead, SSLWantWriteError as WantWrite
+    from ssl import SSLEOFError as RaggedEnd, SSLWantReadError as WantRead, SSLWantWriteError as WantWrite
 except ImportError:  # a Python without ssl
-    WantRead = WantWrite = BlockingIOError  # type: ignore[misc,assignment]
+    RaggedEnd = WantRead = WantWrite = BlockingIOError  # type: ignore[misc,assignment]
 
 
 def peek(sock: Any) -> Optional[bytes]:
@@ -1621,6 +1625,8 @@ def tls_context(ca_file: str) -> Any:
     context = ssl.create_default_context()
     if ca_file:
         context.load_verify_locations(ca_file)
+    # A connection that ends without close_notify was cut; by default Python reports that as a proper end.
+    context.wrap_socket = functools.partial(context.wrap_socket, suppress_ragged_eofs=False)  # type: ignore[method-assign]
     return context
 
 
@@ -1663,6 +1669,7 @@ class Response:
         self.body = NO_BODY
         self.held = b""                 # of a head that is not whole
         self.early = b""                # payload that came with the head
+        self.first_due = math.inf       # deadline of the answer's first content
 
     def receive(self, data: bytes) -> bytes:
         """The payload within some bytes of the socket (b"": it has ended); ProtocolError where that is too early."""
@@ -1714,14 +1721,16 @@ class Response:
             return APIError(502, f"{where} broke off the connection.", code="connection", kind="again")
         return upstream_error(error, self.watch, where)
 
-    def expect(self) -> None:
-        """From now on the upstream owes its next bytes."""
-        self.watch.expect(self.patience.idle, self.patience.silent)
+    def expect(self, started: bool = True) -> None:
+        """Set the deadline of the next bytes: until an answer has started, that of its first content."""
+        if started:
+            self.watch.expect(self.patience.idle, self.patience.silent)
+        else:
+            self.watch.due, self.watch.late = self.first_due, self.patience.late
 
-    def wait(self) -> bytes:
+    def wait(self, started: bool = True) -> bytes:
         """The next bytes of the socket."""
-        if self.status:
-            self.expect()
+        self.expect(started)
         data = self.sock.recv(READ_SIZE)
         self.watch.due = math.inf       # how long they are used is not the upstream's affair
         return data
@@ -1819,7 +1828,7 @@ class Transport:
             response = self.opener.open(request, timeout=self.connect_timeout)
         except NETWORK as error:
             raise upstream_error(error, watch, self.where) from error
-        response.patience = known
+        response.patience, response.first_due = known, watch.due
         return response
 
     def open(self, method: str, path: str, watch: Watch, data: Optional[bytes] = None,
@@ -1837,23 +1846,42 @@ class Transport:
 
 
 NETWORK = (OSError, ProtocolError, http.client.HTTPException)
-FAILED = (APIError, *NETWORK)
 
 
 def upstream_error(error: Exception, watch: Watch, where: str) -> APIError:
     """What a failure of the network means; raises the reason why the watch was ended, if it was."""
     watch.check()
+    if not isinstance(error, NETWORK):
+        return unexpected_error(error, where)
     log.info("%s: %s: %s", where, type(error).__name__, error)
     late = isinstance(error, (socket.timeout, TimeoutError))
     if isinstance(error, (http.client.HTTPException, ProtocolError)):
         what = "broke off its answer or sent something that is not HTTP."
     elif late:
         what = "could not be reached in time."
-    elif isinstance(error, (ConnectionResetError, BrokenPipeError)) or type(error) is ConnectionError:
+    elif isinstance(error, (ConnectionResetError, BrokenPipeError, RaggedEnd)) or type(error) is ConnectionError:
         what = "broke off the connection."
     else:
         what = "could not be reached."
     return APIError(504 if late else 502, f"{where} {what}", code="upstream_error", kind="network")
+
+
+def unexpected_error(error: Exception, where: str) -> APIError:
+    """502 for an exception that a decoder or a controller raised; Member.report logs it."""
+    failure = APIError(502, f"{where} failed in an unexpected way.", code="upstream_error", kind="network")
+    failure.bug = error
+    return failure
+
+
+@contextlib.contextmanager
+def controller_errors(name: str) -> Iterator[None]:
+    """Turn whatever a controller raises into an APIError of its own, so that the next one can be asked."""
+    try:
+        yield
+    except (APIError, ClientLeft, Blocked):
+        raise
+    except Exception as error:
+        raise unexpected_error(error, name) from error
 
 
 # == 7. controllers ===========================================================================
@@ -1872,12 +1900,14 @@ class Pipeline:
         self.error: Optional[APIError] = None
 
     whole = False   # that is told by Finish
+    started = False     # text, reasoning, a tool call or the end has come
     cut = property(lambda self: any(getattr(step, "cut", False) for step in self.filters))
 
     def feed(self, data: bytes) -> List[Event]:
         events = self.decoder.feed(data)
         for step in self.filters:
             events = step.feed(events)
+        self.started = self.started or bool(events)
         self.error = self.decoder.error
         return events + self.flush() if self.error else events
 
@@ -1915,6 +1945,7 @@ class Collected:
     """
 
     cut = whole = False
+    started = True      # the first byte is content
 
     def __init__(self, told: Callable[[bytes], List[Event]], limit: int = BODY_LIMIT, refusal: bool = False) -> None:
         self.told, self.left, self.refusal = told, limit, refusal
@@ -1954,6 +1985,7 @@ class Stream:
     def __init__(self, response: Response, opened: Callable[[Response], Any]) -> None:
         self.response, self.opened = response, opened
         self.decoder: Any = None
+        self.started = False        # its first content has come: from now on the idle limit counts
         self.whole = self.over = False
         self.failure: Optional[Exception] = None
         self.left = math.inf        # bytes that it may still have
@@ -1968,13 +2000,14 @@ class Stream:
                 if not response.status:
                     return events
                 self.decoder = self.opened(response)
-                response.watch.late = response.patience.silent
             self.left -= len(payload)
             if self.left < 0:
                 raise early(response.patience.where, "sent more than can be kept")
             if payload and not self.whole:
                 events = self.decoder.feed(payload)
                 self.failure = self.decoder.error
+                if not self.started and self.decoder.started:
+                    self.started, response.watch.late = True, response.patience.silent
                 if self.decoder.whole or events and type(events[-1]) is Finish:
                     self.is_whole()
             if response.body.done:
@@ -1983,17 +2016,17 @@ class Stream:
                     events += self.decoder.close()
                     self.failure = self.decoder.error
                     self.whole = bool(events) and isinstance(events[-1], Finish)
-        except FAILED as error:
+        except Exception as error:  # whatever a decoder raises is this upstream's failure
             events += self.broken(error)
         return events
 
     def is_whole(self) -> None:
         """All of the answer is here. If we ended it the upstream should stop, else its message comes to a proper end."""
-        self.whole, self.failure, self.over = True, None, self.decoder.cut
+        self.started, self.whole, self.failure, self.over = True, True, None, self.decoder.cut
         self.response.patience = patience(self.response.patience.where, self.DRAIN, self.DRAIN)
 
     def broken(self, error: Exception) -> List[Event]:
-        """The network failed; if the answer was whole before, that is of no interest."""
+        """The network or the decoder failed; if the answer was whole before, that is of no interest."""
         self.over = True
         if self.whole:
             return []
@@ -2001,9 +2034,13 @@ class Stream:
             self.failure = error if isinstance(error, APIError) else self.response.failure(error)
         except (APIError, ClientLeft) as reason:  # why somebody ended it
             self.failure = reason
-        events = self.decoder.flush() if self.decoder else []
+        events: List[Event] = []
+        try:
+            events = self.decoder.flush() if self.decoder else []
+        except Exception as another:    # a decoder with a bug may fail at this, too
+            log.info("%s: %s: %s", self.response.patience.where, type(another).__name__, another)
         if getattr(self.decoder, "refusal", False):
-            self.failure = self.decoder.error
+            self.failure = self.decoder.error or self.failure
         return events
 
     def __iter__(self) -> Iterator[Event]:
@@ -2011,7 +2048,7 @@ class Stream:
         with contextlib.closing(self):
             while not self.over and not self.failure:
                 try:
-                    events = self.receive(self.response.wait())
+                    events = self.receive(self.response.wait(self.started))
                 except OSError as error:
                     events = self.broken(error)
                 yield from events
@@ -2316,6 +2353,7 @@ def without_hosts(text: str) -> str:
                   r"|[a-z0-9-]+(?=:\d{2,5}\b))(?::\d{1,5})?", "(address)", text, flags=re.I)
 
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _LONE_TEXT = re.compile(rb'0:("[ !#-\[\]-~]+")\n')     # nothing escaped
 
 
@@ -2362,11 +2400,11 @@ class AkashDecoder:
         while block and not self.finished and not self.error:
             if block.startswith(b"0:"):
                 texts = block[2:].split(b"\n0:")        # as long as texts follow one another
-                last, _, rest = texts[-1].partition(b"\n")
-                joined = b",".join([*texts[:-1], last])
-                if b"\n" in joined:                     # something else stands between
-                    joined, _, rest = block[2:].partition(b"\n")
-                self._texts(joined, out)
+                texts[-1], _, rest = texts[-1].partition(b"\n")
+                if any(b"\n" in text for text in texts):     # something else stands between
+                    first, _, rest = block[2:].partition(b"\n")
+                    texts = [first]
+                self._texts(texts, out)
                 block = rest
             else:
                 line, _, block = block.partition(b"\n")
@@ -2436,35 +2474,36 @@ class AkashDecoder:
             told = as_dict(event.get("messageMetadata"))
             self._finish(event.get("finishReason", "stop"), told.get("totalUsage") or told.get("usage"), out)
 
-    def _texts(self, joined: bytes, out: List[Event]) -> None:
-        """Some JSON texts, with commas between them."""
-        try:
-            texts = _decode_any((b"[%b]" % joined).decode("utf-8", "surrogatepass"))
+    def _texts(self, lines: List[bytes], out: List[Event]) -> None:
+        """Some JSON texts, each of one line."""
+        try:    # a line break can't stand in a JSON text, so that none of them can reach into the next
+            texts = _decode_any((b"[%b]" % b",\n".join(lines)).decode("utf-8", "surrogatepass"))
             text = "".join(texts)
         except (ValueError, TypeError, RecursionError):
-            return self._broken(joined, out)
-        if b"<think>\\n" in joined:
+            return self._broken(lines, out)
+        if "<think>\n" in text:
             for text in texts:
                 begins, ends = self.THOUGHT
                 if text.startswith(begins) and text.endswith(ends):
                     self._say(Reasoning, text[len(begins):-len(ends)], out)
                 else:
                     self._say(Text, text, out)
-        elif b"\\u" in joined or self.half:
+        elif self.half or not text.isascii() and _SURROGATE.search(text):
             self._say(Text, text, out)
         elif text:
             out.append(Text(text))
 
-    def _broken(self, joined: bytes, out: List[Event]) -> None:
+    def _broken(self, lines: List[bytes], out: List[Event]) -> None:
         """One of the texts is broken; those before it are good."""
-        scan, text = json.JSONDecoder().raw_decode, joined.decode("utf-8", "replace")
+        if len(lines) > 1:
+            for line in lines:
+                if not self.error:
+                    self._texts([line], out)
+            return
         with contextlib.suppress(ValueError, RecursionError):
-            while text:
-                value, end = scan(text)
-                if not isinstance(value, str):
-                    break
+            value, _ = json.JSONDecoder().raw_decode(lines[0].decode("utf-8", "replace"))
+            if isinstance(value, str):
                 self._say(Text, value, out)
-                text = text[end:].lstrip(",")
         self._fail(BROKEN)
 
     def _say(self, kind: Callable[[str], Event], text: str, out: List[Event]) -> None:
@@ -2484,7 +2523,7 @@ class AkashDecoder:
         if self.half:
             self.half = ""
             out.append(Text("\ufffd"))
-        if reason in FINISH_REASONS:
+        if isinstance(reason, str) and reason in FINISH_REASONS:
             self.finished = True
             out.append(Finish(FINISH_REASONS[reason], _akash_usage(usage)))
         elif reason == "error":
@@ -2965,7 +3004,7 @@ def chat_events(message: Dict[str, Any]) -> List[Event]:
         arguments = function.get("arguments") or ""
         events.append(ToolCall(index if type(index) is int else at,
                                arguments if isinstance(arguments, str) else _encode(arguments),
-                               call.get("id"), function.get("name")))
+                               *(name if isinstance(name, str) else None for name in (call.get("id"), function.get("name")))))
     return events
 
 
@@ -2989,7 +3028,7 @@ class RelayDecoder:
 
     def __init__(self, where: str, events: bool = True, ends: Optional[Any] = None, secrets: Iterable[str] = ()) -> None:
         self.where, self.events, self.ends, self.secrets = where, events, ends, secrets
-        self.begun = not events         # other bytes than events are not looked at
+        self.begun = self.started = not events  # other bytes than events are not looked at
         self.whole = False              # the stream has said so itself
         self.held = b""                 # until the first event is whole; then a line that is not
         self.last = b"\n\n"
@@ -3009,25 +3048,29 @@ class RelayDecoder:
             self.error = early(self.where, "sent a line without an end, or comments alone")
         if not data:
             return []
+        data = self._look_for_the_end(data)
+        self.started = self.started or self.whole or any(map(has_content, DATA_LINE.findall(data)))
         self.last = data if len(data) > 3 else (self.last + data)[-4:]
-        self._look_for_the_end(data)
         return [Raw(data)]
 
     def usual(self, data: bytes) -> bytes:
-        """The data, if it ends with an event from the middle of a chat; else b""."""
-        if self.begun and not self.held and data.endswith(GOES_ON):
+        """The data, if it is one event of one line from the middle of a chat; else b""."""
+        if self.started and not self.held and data.endswith(GOES_ON) and data.find(b"\n") == len(data) - 2:
             self.last = data
             return data
         return b""
 
-    def _look_for_the_end(self, data: bytes) -> None:
+    def _look_for_the_end(self, data: bytes) -> bytes:
+        """The data, up to the end of the stream if that is in it."""
         if self.ends is not None:
             at = max(map(data.rfind, END_MARKS))
             if at >= 0 and (self.ends.search(data, max(0, at - 8)) or self.ends.search(data)):
                 self.ends = None
-        at = data.rfind(b"[DONE]")
-        if at >= 0 and DONE.search(data, max(0, at - 8)):
-            self.whole, self.ends = True, None
+        done = DONE.search(data) if b"[DONE]" in data else None
+        if done is None or self.whole:
+            return data
+        self.whole, self.ends = True, None
+        return data[:done.end()] + (b"\r\n" if done[0].endswith(b"\r\n") else b"\n")     # its blank line may come later
 
     def _first(self, data: bytes) -> bytes:
         """Wait for the first event; if it is an error, the answer has not begun."""
@@ -3057,15 +3100,32 @@ class RelayDecoder:
 
 
 DATA = re.compile(rb"(?:^|\n)data:([^\n]*)\n")
-DONE = re.compile(rb"(?:^|\n)data: ?\[DONE\]")
+DATA_LINE = re.compile(rb"^data:([^\n]*)\n", re.M)
+DONE = re.compile(rb"^data: ?\[DONE\][ \r]*\n", re.M)
+OPENING = re.compile(r"ping|message_start|content_block_start|response\.(created|queued|in_progress|\w+\.added)")
 END_MARKS = (b"[DONE]", b'"finish_reason":"', b'"finish_reason": "', b'"finish_reason" : "',  # found faster, backwards
              b"message_stop", b"event: error", b"response.")
 GOES_ON = b'"finish_reason":null}]}\n\n', b'"finish_reason": null}]}\n\n', b'"finish_reason":null}],"usage":null}\n\n'
-CHAT_ENDS = re.compile(rb'(?:^|\n)data: ?\[DONE\]|"finish_reason" ?: ?"[a-z]')
+CHAT_ENDS = re.compile(rb'^data: ?\[DONE\][ \r]*$|"finish_reason" ?: ?"[a-z]', re.M)
 ENDS = {CHAT_PATH: CHAT_ENDS, "/v1/completions": CHAT_ENDS,
         "/v1/messages": re.compile(rb'"type" ?: ?"(?:message_stop|error)"'),
         "/v1/responses": re.compile(rb'"type" ?: ?"response\.(?:completed|incomplete|failed)"')}
 _TELLS_ERROR = re.compile(rb'\{\s*"error"\s*:\s*[{"]')
+
+
+def has_content(data: bytes) -> bool:
+    """Whether an event of a stream has more than its opening: text, reasoning, a call of a tool, an error, an end."""
+    event = json_or_none(data)
+    if not isinstance(event, dict):
+        return bool(data.strip())
+    if isinstance(event.get("type"), str):
+        return not OPENING.fullmatch(event["type"])
+    choices = event.get("choices")
+    if event.get("error") or not isinstance(choices, list):
+        return True
+    parts = [{**choice, **as_dict(choice.get("delta")), "delta": None, "role": None, "index": None}
+             for choice in map(as_dict, choices)]
+    return any(any(part.values()) for part in parts)
 
 
 def early(where: str, what: str = "ended its answer early") -> APIError:
@@ -3172,13 +3232,18 @@ class OpenAIController(Controller):
             return RelayDecoder(self.name, True, ENDS.get(call.path), self.secrets)
         if kind.startswith("text/html"):
             raise APIError(502, f"{self.name} answered with a web page.", code="upstream_error")
-        if response.body.until_close or not kind.startswith("application/json") and not response.body.done:
+        if not kind.startswith("application/json") and (response.body.until_close or not response.body.done):
             return RelayDecoder(self.name, events=False)
-        return Collected(functools.partial(self._document, kind))
+        return Collected(functools.partial(self._document, kind, response.body.until_close))
 
-    def _document(self, kind: str, data: bytes) -> List[Event]:
-        """A whole body that is relayed; as JSON it must look like that, and not be an error."""
+    def _document(self, kind: str, until_close: bool, data: bytes) -> List[Event]:
+        """A whole body that is relayed; as JSON it must look like that, and not be an error.
+
+        Where the end of the connection is the end of the body, only its JSON shows that nothing is missing.
+        """
         text = data.strip() if kind.startswith("application/json") else b""
+        if until_close and json_or_none(text) is None:
+            raise early(self.name)
         if text and (text[:1] not in b"{[" or text[-1:] not in b"}]"):
             raise early(self.name, "sent something that is not JSON")
         if _TELLS_ERROR.match(text):
@@ -3272,6 +3337,7 @@ class Member:
         self.rests_until = 0.0
         self.limited_until = 0.0    # the same, for limits alone
         self.last_error = ""
+        self.reported: set = set()  # (type, file, line) of the exceptions whose traceback is in the log
         self.listed: Optional[frozenset] = None     # what its model list had, once it was read
         if before and (before.options.base_url, before.options.api_key) == (self.options.base_url, self.options.api_key):
             for name in ("served", "failed", "rests", "in_a_row", "failed_at", "rests_until", "limited_until", "last_error",
@@ -3311,6 +3377,18 @@ class Member:
             if error.kind == "limit":
                 self.limited_until = max(self.limited_until, now + seconds)
 
+    def report(self, error: APIError) -> None:
+        """Log the exception behind an error; its traceback only for the first one of a place in the code."""
+        if error.bug is None:
+            return
+        trace: Any = error.bug.__traceback__
+        while trace.tb_next:
+            trace = trace.tb_next
+        place = type(error.bug), trace.tb_frame.f_code.co_filename, trace.tb_lineno
+        log.error("%s: unexpected error: %s: %s", self.name, type(error.bug).__name__, str(error.bug)[:200],
+                  exc_info=None if place in self.reported else error.bug)
+        self.reported.add(place)
+
     def wakes(self, alone: bool) -> float:
         """When it may be asked again. One that is alone rests only where it was told to, as with nginx."""
         return self.limited_until if alone else self.rests_until
@@ -3319,13 +3397,15 @@ class Member:
         """The models it adds to the list, the names that its own list has, and the error if it tells none."""
         found, names, error = {}, self.listed, None
         try:
-            listed = self.controller.models()
-            names = frozenset(model["id"] for model in listed)
-            patterns = self.options.models or ["*"]
-            found = {model["id"]: model for model in listed
-                     if any(fnmatch.fnmatchcase(model["id"], pattern) for pattern in patterns)}
+            with controller_errors(self.name):
+                listed = self.controller.models()
+                names = frozenset(model["id"] for model in listed)
+                patterns = self.options.models or ["*"]
+                found = {model["id"]: model for model in listed
+                         if any(fnmatch.fnmatchcase(model["id"], pattern) for pattern in patterns)}
         except APIError as failure:
             error = failure
+            self.report(failure)
         named = [name for name in self.options.models if not re.search(r"[*?\[]", name)]
         for name in [*self.options.model_map, *named]:
             found.setdefault(name, {"id": name, "object": "model", "created": 0, "owned_by": self.name})
@@ -3425,6 +3505,20 @@ class Pool:
         on = [member for member in self.members if member.options.weight > 0]
         sure = [member for member in on if member.serves(model)]
         return sure or [member for member in on if member.serves(model) is None]
+
+    def inability(self, member: Member, call: Call) -> Optional[APIError]:
+        """Why a controller can't answer a request; None if it can."""
+        try:
+            with controller_errors(member.name):
+                error = member.controller.able(call)
+                if error:
+                    error.kind = "ability"      # what can't be done here, another controller may do
+                return error
+        except APIError as failure:
+            member.report(failure)
+            with self.lock:
+                member.fare(failure, self.clock(), self.clock())
+            return failure
 
     def release(self, member: Member, error: Optional[APIError], begun: bool, started: float) -> None:
         with self.lock:
@@ -3530,8 +3624,10 @@ class Pool:
         error = APIError(404, f"There is no picture {name!r}.", code="not_found")
         for member in self.members:
             try:
-                return member.controller.image(name, watch)
+                with controller_errors(member.name):
+                    return member.controller.image(name, watch)
             except APIError as failure:
+                member.report(failure)
                 error = failure if failure.status != 404 else error
         raise error
 
@@ -3603,7 +3699,8 @@ class Running:
             self.call.renew()
             self.call.kind, self.call.ignored = None, []
             try:
-                self.source = self.member.controller.events(self.call)
+                with controller_errors(self.member.name):
+                    self.source = self.member.controller.events(self.call)
             except APIError as error:
                 self.failed(error)
         streamed = isinstance(self.source, Stream)
@@ -3619,9 +3716,8 @@ class Running:
             raise no_model(asked)
         self.prepared = True
         for member in self.pool.members:
-            error = member.controller.able(self.call)
+            error = self.pool.inability(member, self.call)
             if error:
-                error.kind = "ability"      # what can't be done here, another controller may do
                 self.tried.append(member)
                 self.errors.append(error)
         self.unable = len(self.tried)
@@ -3629,8 +3725,11 @@ class Running:
     def events(self) -> Iterator[Event]:
         """The events of a source, in the thread that asks. An end without a Finish is an error: no "stop" is invented."""
         event = None
-        for event in self.source:
-            yield event
+        with controller_errors(self.member.name):
+            for event in self.source:
+                if not isinstance(event, EVENTS):
+                    raise TypeError(f"{type(event).__name__} is not an event")
+                yield event
         if not isinstance(event, (Finish, Raw)):
             raise early(self.member.name)
 
@@ -3655,14 +3754,17 @@ class Running:
 
     def end(self) -> None:
         source, self.source = self.source, None
-        if hasattr(source, "close"):
-            source.close()
+        with contextlib.suppress(APIError), controller_errors(self.member.name if self.member else ""):
+            if hasattr(source, "close"):
+                source.close()
 
     def close(self, error: Optional[APIError] = None) -> None:
         """Let the controller go, with the error that ended its answer, if one did."""
         self.end()
         member, self.member = self.member, None
         if member:
+            if error is not None:
+                member.report(error)
             self.pool.release(member, error, self.begun, self.started)
 
 
@@ -4767,7 +4869,7 @@ class Flow:
             self.fail(stream.failure)
         elif stream.over:
             self.finish()
-        elif stream.decoder is not None and not self.paused:
+        elif stream.started and not self.paused:
             due = self.watchdog.now + stream.response.patience.idle
             self.watch.due = min(due, self.watch.due) if stream.whole else due
 
@@ -4889,7 +4991,7 @@ class Flow:
             self.listen()
         if not self.ended:
             if self.stream.decoder is not None:
-                self.stream.response.expect()
+                self.stream.response.expect(self.stream.started)
             self.watchdog.watch(self.upstream, self.on_upstream)
             self.on_upstream()
 

@@ -25,6 +25,7 @@ import math
 import multiprocessing
 import os
 import pathlib
+import random
 import re
 import shutil
 import signal
@@ -4259,7 +4260,6 @@ def test_a_bug_within_a_stream_closes_both_ends(pool, caplog):
         wait_for(lambda: any(handler.flow and handler.flow.begun for handler in server.watchdog.handlers.copy()))
         flow = next(handler.flow for handler in server.watchdog.handlers.copy())
         flow.dialect.feed = lambda events: 1 / 0
-        flow.stream.decoder.feed = lambda data: 1 / 0
         flow.short = None
         for link in list(a.open):
             link.sendall(chunk(a.event({"content": "x"})))
@@ -5181,6 +5181,425 @@ def bench(seconds=3.0, most=1000):
     print("\nOf a core the load generator took {:.0%} at most, the upstream {:.0%}; where one of them took over 90 % (*), the server "
           "may be capable of more.".format(*map(max, zip(*busy))))
     return 0
+
+
+# == the seam between upstreams and the server ================================================
+
+FUZZ = int(os.environ.get("FUZZ", "1"))     # FUZZ=100 looks a hundred times as long
+
+
+def fuzzed(examples):
+    """Run a test with sources of chance: hypothesis' where it is installed, which then finds the smallest case."""
+    def decorate(test):
+        try:
+            import hypothesis.strategies
+        except ImportError:
+            @functools.wraps(test)
+            def run_all():
+                for seed in range(examples * FUZZ):
+                    test(random.Random(seed))
+            del run_all.__wrapped__     # pytest would take its argument for a fixture
+            return run_all
+        given = hypothesis.given(hypothesis.strategies.randoms(use_true_random=False))
+        return hypothesis.settings(max_examples=examples * FUZZ, deadline=None, database=None, derandomize=FUZZ == 1,
+                                   suppress_health_check=list(hypothesis.HealthCheck))(given(test))
+    return decorate
+
+
+ODD = [None, True, False, 0, -1, 1.5, 10 ** 30, "", "x", "stop", "error", "\ud83d", [], ["stop"], {}, {"a": [1]}, [[]], [{}], {"type": []}]
+
+
+def odd(rng, value, chance=0.25):
+    """A JSON value with odd ones in some places."""
+    if rng.random() < chance / 2:
+        return rng.choice(ODD)
+    if isinstance(value, dict):
+        return {name: odd(rng, part, chance) for name, part in value.items() if rng.random() > chance / 4}
+    return [odd(rng, part, chance) for part in value] if isinstance(value, list) else value
+
+
+CALL = {"index": 0, "id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+USED = {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3, "prompt_tokens_details": {"cached_tokens": 1}}
+AKASH_PARTS = {"f": {"messageId": "m"}, "0": "Hel", "g": "hm", "9": {"toolCallId": "c", "toolName": "f", "args": {}}, "3": "terminated",
+               "e": {"finishReason": "stop"}, "d": {"finishReason": "stop", "usage": {"promptTokens": 1, "completionTokens": 2}}}
+AKASH_EVENTS = [{"type": "start"}, {"type": "text-delta", "delta": "Hi"}, {"type": "reasoning-delta", "delta": "hm"},
+                {"type": "tool-input-available", "toolCallId": "c", "toolName": "f", "input": {}}, {"type": "error", "errorText": "x"},
+                {"type": "finish", "finishReason": "stop", "messageMetadata": {"usage": {"inputTokens": 1, "outputTokens": 2}}}]
+CHUNKS = [{"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}]},
+          {"choices": [{"index": 0, "delta": {"content": "Hi"}, "finish_reason": None}]},
+          {"choices": [{"index": 0, "delta": {"reasoning_content": "hm"}}]}, {"choices": [{"index": 0, "delta": {"tool_calls": [CALL]}}]},
+          {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}, {"choices": [], "usage": USED},
+          {"error": {"message": "m", "type": "t", "param": "p", "code": "c"}}]
+COMPLETION = {"choices": [{"index": 0, "message": {"role": "assistant", "content": "Hi", "reasoning_content": "hm", "tool_calls": [CALL]},
+                           "finish_reason": "stop"}], "usage": USED}
+ERROR = {"error": {"message": "m", "type": "t", "param": "p", "code": "c"}, "message": "m", "resetTime": "2030-01-01T00:00:00Z"}
+
+
+def odd_lines(rng, kind):
+    """A stream of some kind, with odd values in it."""
+    def line():
+        if kind == "akash v4":
+            code = rng.choice(list(AKASH_PARTS))
+            return f"{code}:{json.dumps(odd(rng, AKASH_PARTS[code]))}\n"
+        if kind == "akash v5":
+            return f"data: {json.dumps(odd(rng, rng.choice(AKASH_EVENTS)))}\n\n"
+        return f"data: {json.dumps(odd(rng, rng.choice(CHUNKS)))}\n\n"
+
+    return "".join(line() for _ in range(rng.randint(1, 6))).encode() + rng.choice([b"", b"data: [DONE]\n\n"])
+
+
+DECODERS = {"akash v4": lambda: akashproxy.Pipeline(AkashDecoder("m"), Thinking()), "chat": lambda: akashproxy.Pipeline(akashproxy.ChatDecoder()),
+            "akash v5": lambda: akashproxy.Pipeline(AkashDecoder("m"), Thinking()),
+            "relay": lambda: akashproxy.RelayDecoder("a", ends=akashproxy.ENDS["/v1/chat/completions"])}
+
+
+def decoded(decoder, parts):
+    """(events, error) of a stream that comes in some parts."""
+    events = []
+    for part in parts:
+        events += decoder.feed(part)
+        if decoder.error or decoder.whole or events and isinstance(events[-1], Finish):
+            break
+    else:
+        events += decoder.close()
+    return events, decoder.error and (decoder.error.status, decoder.error.message)
+
+
+def cut_up(rng, data):
+    at = sorted(rng.randint(0, len(data)) for _ in range(rng.randint(1, 6)))
+    return [part for part in (data[start:end] for start, end in zip([0, *at], [*at, len(data)])) if part]
+
+
+@fuzzed(150)
+def test_odd_values_of_a_stream_are_events_or_an_error(rng):
+    kind = rng.choice(list(DECODERS))
+    events, error = decoded(DECODERS[kind](), [odd_lines(rng, kind)])
+    assert all(isinstance(event, akashproxy.EVENTS) for event in events) and (error is None or 400 <= error[0] < 600)
+    for dialect in ([akashproxy.ChatCompletions(CHAT)] if kind == "relay" else
+                    [akashproxy.ChatCompletions(CHAT), akashproxy.Messages(ASKED), akashproxy.Responses(WANTED)]):
+        frames = (dialect.begin() + dialect.feed(events)).decode()
+        for text in re.findall("^data: (.*)$", frames, re.M):
+            assert kind == "relay" or text == "[DONE]" or isinstance(json.loads(text), dict)
+
+
+SCRAPS = {
+    "akash v4": [b'0:"a"\n', b'0:"\xed\xa0\xbd"\n', b'0:"\xed\xb8\x80b"\n', b'0:"\\ud83d"\n', b'0:"\\ude00"\r\n', b'g:"h"\n', b'0:"<think>\\n"\n',
+                 b'0:"<think>\\nx\\n</think>\\n\\n"\n', b'0:"\\u003cthink>\\ny\\n</think>\\n\\n"\n', b"\n", b"\r\n", b": x\n", b'0:"a\n', b'0:b"\n',
+                 b"0:\n", b'0:["a"\n', b'0:"b"]\n', b'0:"c","d"\n', b'0:"\xff"\n', b'0:"e"x\n', b"0:7\n", b'0:"\xf0\x9f\x98\x80\xea\xb0\x80\xed\x95\x9c"\n', b'f:{}\n',
+                 b'3:"x"\n', b'd:{"finishReason":"stop"}\n', b'd:{"finishReason":"stop"}', b'0:"z"'],
+    "akash v5": [b'data: {"type":"text-delta","delta":"a"}\n\n', b'data: {"type":"text-delta","delta":"\xed\xa0\xbd"}\r\n\r\n', b": x\n\n", b"event: y\n",
+                 b'data: {"type":"text-delta","delta":"\xed\xb8\x80"}\n\n', b'data: {"type":"finish"}\n\n', b"data: [DONE]\n\n", b"data: {\n\n",
+                 b'data:{"type":"reasoning-delta","delta":"<think>"}\n\n', b'data: {"type":"text-delta","delta":"<think>q</think>"}\n\n'],
+    "chat": [b": x\n\n", b"\n", b"\r\n", b"id: 1\n", b'data: {"choices":[{"delta":{"content":"a"},"finish_reason":null}]}\n\n', b"data: [DONE]\n\n",
+             b'data: {"choices":[{"delta":{"content":"\xed\xa0\xbd"}}]}\r\n\r\n', b'data: {"choices":\ndata: [{"delta":{"content":"b"}}]}\n\n',
+             b'data: {"choices":[{"delta":{"content":"[DONE]"},"finish_reason":null}]}\n\n', b"data: [DONE]\r\n\r\n", b"data: [DONE]\n",
+             b'data: {"choices":[{"delta":{},"finish_reason":"stop"}]}\n\n', b'data: {"error":{"message":"no"}}\n\n', b"data: x\n\n", b"data: [DONE]",
+             b'data: {"choices":[{"delta":{"role":"assistant","content":""},"finish_reason":null}]}\n\n', b"x: [DONE]\n"],
+}
+SCRAPS["relay"] = SCRAPS["chat"]
+
+
+@fuzzed(300)
+def test_where_a_stream_is_cut_changes_nothing(rng):
+    kind = rng.choice(list(SCRAPS))
+    data = b"".join(rng.choice(SCRAPS[kind]) for _ in range(rng.randint(1, 8)))
+    whole, *others = [decoded(DECODERS[kind](), parts) for parts in (
+        [data], [data[at:at + 1] for at in range(len(data))], cut_up(rng, data), re.findall(rb"[^\n]*\n|[^\n]+", data),
+        re.findall(rb"(?s).+?(?:\n\r?\n|\Z)", data))]
+    for other in others:
+        if kind == "relay":
+            assert b"".join(event.data for event in whole[0]) == b"".join(event.data for event in other[0]), data
+        else:
+            assert fold(whole[0]) == fold(other[0]), data
+        assert whole[1] == other[1], data
+    for event in whole[0]:
+        assert not isinstance(event, Text) or kind == "chat" or not re.search("[\ud800-\udfff]", event.text)
+
+
+@fuzzed(100)
+def test_where_a_filter_is_cut_changes_nothing(rng):
+    text = "".join(rng.choice(["a", "b", " ", "\n", "##", "#", "<think>", "</think>", "<th", "<think>\n"]) for _ in range(rng.randint(1, 12)))
+    for make in (Thinking, lambda: Cutoff(["##b"], None)):
+        answers = []
+        for parts in ([text], list(text), cut_up(rng, text)):
+            step = make()
+            answers.append(fold([event for part in parts for event in step.feed([Text(part)])] + step.feed([Finish("stop")])))
+        assert answers[0] == answers[1] == answers[2], text
+
+
+@fuzzed(100)
+def test_where_a_framing_is_cut_changes_nothing(rng):
+    payloads = [bytes(rng.choice(b"a\r\n0") for _ in range(rng.randint(1, 5))) for _ in range(rng.randint(0, 4))]
+    spelled = [rng.choice([b"%x\r\n%b\r\n", b"0%X\r\n%b\r\n", b"%x;ext=1\r\n%b\r\n"]) % (len(data), data) for data in payloads]
+    data = b"".join(spelled) + rng.choice([b"0\r\n\r\n", b"00\r\nx: y\r\n\r\n", b"", b"zz\r\n"]) + rng.choice([b"", b"next"])
+    ends = []
+    for parts in ([data], [data[at:at + 1] for at in range(len(data))], cut_up(rng, data)):
+        body, got, rest = Body({"transfer-encoding": "chunked"}), b"", b""
+        try:
+            for part in parts:
+                if body.done:
+                    rest += part
+                else:
+                    got += body.feed(part)
+                    rest += body.rest
+            ends.append((got, body.done, rest))
+        except ProtocolError as error:
+            ends.append(str(error))
+    assert ends[0] == ends[1] == ends[2], data
+
+
+@pytest.mark.parametrize("path, asked", [("/v1/chat/completions", "BOTH"), ("/v1/messages", "ASKED"), ("/v1/responses", "WANTED")])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_whatever_an_upstream_sends_the_client_gets_an_answer_or_an_error(path, asked, streamed, pool):
+    rng, upstream = random.Random(f"{path} {streamed}"), FakeOpenAI()
+    akash = FakeAkash()
+    fields = [b"Retry-After: Mon, 01 Jan 2024 00:00:00 +99999999999999999999\r\n", b"x-ratelimit-reset: 1.51.5\r\n", b"Retry-After: -1\r\n", b"",
+              b"x-ratelimit-reset-tokens: 1e9s\r\n", b"Retry-After: \xb2\r\n", b"Content-Type: application/json\r\n", b"Keep-Alive: timeout=x\r\n"]
+
+    def fault(kinds, completion):
+        def send(sock, request):
+            status, extra = rng.choice([200, 200, 200, 400, 403, 429, 500]), rng.choice(fields)
+            if status == 200 and (rng.random() < 0.7 or completion is None):
+                kind = "text/event-stream" if completion else "text/plain"
+                sock.sendall(reply(body=odd_lines(rng, rng.choice(kinds)), kind=kind, extra=extra))
+            else:
+                sock.sendall(reply(status, json.dumps(odd(rng, completion if status == 200 else ERROR)).encode(), extra=extra))
+            return True
+        return send
+
+    server = pool(upstream, akash)
+    for _ in range(40 * FUZZ):
+        for member in server.pool.members:
+            member.rests_until = member.limited_until = 0.0
+        upstream.faults = collections.deque([fault(["chat"], COMPLETION)] * 2)
+        akash.faults = collections.deque([fault(["akash v4", "akash v5"], None)] * 2)
+        got = ask(server, "POST", path, {**globals()[asked], "stream": streamed})
+        if got.headers["content-type"].startswith("text/event-stream"):
+            frames = re.findall(rb"^data: (.*)$", got.body, re.M)
+            assert frames
+            for frame in frames:
+                frame == b"[DONE]" or json.loads(frame)
+        else:
+            assert got.status == 200 and got.body or got.json["error"]["message"], got.body
+
+
+class Broken(akashproxy.Controller):
+    """A controller with a bug in one place: before its answer, within it, or where it says what it can do."""
+
+    place = ""
+
+    def raise_in(self, place):
+        if place == self.place:
+            raise {"os": ConnectionRefusedError}.get(self.options.api_key, KeyError)("a bug")
+
+    def events(self, call):
+        self.raise_in("events")
+        return self.answer()
+
+    def answer(self):
+        self.raise_in("first")
+        yield Text("half")
+        self.raise_in("second")
+        if self.place == "odd":
+            yield "not an event"
+        yield Finish("stop")
+
+    def able(self, call):
+        self.raise_in("able")
+
+    def models(self):
+        self.raise_in("models")
+        return [{"id": "both"}, {}] if self.place == "list" else [{"id": "both"}]
+
+    def image(self, name, watch):
+        self.raise_in("image")
+        return super().image(name, watch)
+
+
+@pytest.mark.parametrize("kind", ["own", "os"])
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("place", ["events", "first", "second", "odd", "able"])
+def test_a_bug_of_a_controller_is_that_controllers_failure(place, streamed, kind, pool, monkeypatch, caplog):
+    monkeypatch.setitem(akashproxy.CONTROLLERS, "own", type("Own", (Broken,), {"place": place}))
+    name = f"own-{place}-{streamed}-{kind}"
+    server = pool((FakeOpenAI(), {"type": "own", "name": name, "api_key": kind}), (FakeOpenAI(), {"priority": 2}))
+    for tracebacks in ([True], [True, False]):
+        got = chat(server, BOTH, stream=streamed)
+        if streamed and place in ("second", "odd"):
+            text, _, _, error = read_chunks(sse(got.body))
+            assert text == "half" and error["code"] == "upstream_error"
+        else:
+            assert got.status == 200 and b"there." in got.body and got.headers["x-akashproxy-route"].endswith("b=200")
+        wait_for(lambda: ask(server, path="/status").json["controllers"][0]["failed"] == len(tracebacks))
+        reports = [record for record in caplog.records if record.getMessage().startswith(name + ": unexpected error")]
+        assert [bool(record.exc_info) for record in reports] == tracebacks
+        assert ask(server, path="/status").json["controllers"][0]["rests_for_seconds"] > 0
+        server.pool.members[0].rests_until = 0.0
+
+
+@pytest.mark.parametrize("place", ["models", "list", "image"])
+def test_a_bug_in_a_list_or_a_picture_harms_no_other_controller(place, pool, monkeypatch):
+    monkeypatch.setitem(akashproxy.CONTROLLERS, "own", type("Own", (Broken,), {"place": place}))
+    server = pool((FakeOpenAI(), {"type": "own", "api_key": "own"}), FakeAkash())
+    assert "Qwen/Qwen3" in {model["id"] for model in ask(server, path="/v1/models").json["data"]}
+    assert ask(server, path="/images/job_51083a4c_00001_.png").body == PNG
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("when", ["head", "first", "later", "end"])
+def test_a_bug_of_a_decoder_is_that_controllers_failure(when, streamed, pool, monkeypatch, caplog):
+    seen = collections.Counter()
+
+    def feed(self, data):
+        seen["feed"] += 1
+        if when == "first" or when == "later" and seen["feed"] > 1:
+            raise IndexError("a bug")
+        return original(self, data)
+
+    original, opened = AkashDecoder.feed, akashproxy.AkashController._decoder
+    monkeypatch.setattr(AkashDecoder, "feed", feed)
+    if when == "end":
+        monkeypatch.setattr(AkashDecoder, "close", lambda self: {}["a bug"])
+    if when == "head":
+        monkeypatch.setattr(akashproxy.AkashController, "_decoder", lambda *_: opened(*_) and 1 / 0)
+    akash, b = FakeAkash(), FakeOpenAI()
+
+    def fault(sock, request):
+        sock.sendall(STREAM_HEAD + chunk(b'0:"half"\n'))
+        if when == "later":
+            wait_for(lambda: seen["feed"])
+        sock.sendall((chunk(STOP) if when != "end" else b"") + b"0\r\n\r\n")
+
+    akash.faults.append(fault)
+    name = f"akash-{when}-{streamed}"
+    server = pool((akash, {"name": name}), (b, {"priority": 2}))
+    got = chat(server, BOTH, stream=streamed)
+    wait_for(lambda: ask(server, path="/status").json["controllers"][0]["failed"] == 1)
+    if streamed and when in ("later", "end"):
+        assert read_chunks(sse(got.body))[3]["code"] == "upstream_error"
+    else:
+        assert got.status == 200 and got.headers["x-akashproxy-route"] == f"{name}=502, b=200"
+    reports = [record for record in caplog.records if "unexpected error" in record.getMessage()]
+    assert [bool(record.exc_info) for record in reports] == [True]
+
+
+ROLE = FakeOpenAI.event({"role": "assistant", "content": ""})
+OPENINGS = {
+    "Akash's first line": ("akash", "/v1/chat/completions", STEP),
+    "a role": ("openai", "/v1/chat/completions", ROLE),
+    "a role without content": ("openai", "/v1/chat/completions", FakeOpenAI.event({"role": "assistant", "content": None})),
+    "comments": ("openai", "/v1/chat/completions", b": processing\n\n: processing\n\n"),
+    "comments after a role": ("openai", "/v1/chat/completions", ROLE + b": processing\n\n"),
+    "no choice yet": ("openai", "/v1/chat/completions", b'data: {"choices":[],"prompt_filter_results":[]}\n\n'),
+    "a role that is translated": ("openai", "/v1/messages", ROLE + b": x\n\n"),
+    "a message's start": ("anthropic", "/v1/messages", b'event: message_start\ndata: {"type":"message_start","message":{}}\n\n'
+                          b'event: ping\ndata: {"type":"ping"}\n\ndata: {"type":"content_block_start","index":0}\n\n'),
+    "a response's start": ("anthropic", "/v1/responses", b'data: {"type":"response.created"}\n\ndata: {"type":"response.output_item.added"}\n\n'),
+}
+BEGUN = {
+    "Akash's text": ("akash", "/v1/chat/completions", STEP + b'0:"a"\n'), "Akash's thought": ("akash", "/v1/chat/completions", b'g:"a"\n'),
+    "text": ("openai", "/v1/chat/completions", FakeOpenAI.event({"role": "assistant", "content": "a"})),
+    "a thought": ("openai", "/v1/chat/completions", FakeOpenAI.event({"content": None, "reasoning_content": "a"})),
+    "a call": ("openai", "/v1/chat/completions", FakeOpenAI.event({"role": "assistant", "content": None, "tool_calls": [CALL]})),
+    "sound": ("openai", "/v1/chat/completions", FakeOpenAI.event({"audio": {"data": "AA"}})),
+    "translated": ("openai", "/v1/responses", ROLE + FakeOpenAI.event({"content": "a"})),
+    "a message's text": ("anthropic", "/v1/messages", b'data: {"type":"content_block_delta","delta":{"text":"a"}}\n\n'),
+}
+
+
+def silent_after(case, pool, threaded, monkeypatch, **limits):
+    """What a client gets of an upstream that falls silent after some bytes."""
+    kind, path, opening = case
+    fake = FakeAkash() if kind == "akash" else FakeOpenAI()
+    fake.faults.append(fake.stall(opening) if kind == "akash" else lambda sock, request: [
+        sock.sendall(fake.head() + chunk(opening)), sock.recv(1)])
+    if threaded:    # as a controller of one's own that passes the events of another one on
+        base = akashproxy.CONTROLLERS["akash" if kind == "akash" else "openai"]
+        monkeypatch.setitem(akashproxy.CONTROLLERS, "threaded", type("Threaded", (base,), {"events": lambda self, call: iter(base.events(self, call))}))
+    more = {"type": "threaded", "base_url": fake.url} if threaded else {}
+    server = pool((fake, {**({"paths": (path,)} if kind == "anthropic" else {}), **more, **limits}))
+    asked = {"/v1/messages": ASKED, "/v1/responses": WANTED}.get(path, BOTH)
+    return ask(server, "POST", path, {**asked, "stream": True}).body
+
+
+def both_ways(cases):
+    """A table, and some of it by way of a thread that iterates the events."""
+    return pytest.mark.parametrize("case, threaded", [
+        *[pytest.param(case, False, id=name) for name, case in cases.items()],
+        *[pytest.param(case, True, id=f"{name}, by a thread") for name, case in list(cases.items())[:3]]])
+
+
+@both_ways(OPENINGS)
+def test_the_first_byte_limit_rules_until_the_first_content(case, threaded, pool, monkeypatch):
+    got = silent_after(case, pool, threaded, monkeypatch, first_byte_timeout=0.3, idle_timeout=0.05)
+    assert b"did not answer within 0.3 seconds" in got and b"sent nothing" not in got
+
+
+@both_ways(BEGUN)
+def test_the_idle_limit_rules_after_the_first_content(case, threaded, pool, monkeypatch):
+    assert b"sent nothing for 0.05 seconds" in silent_after(case, pool, threaded, monkeypatch, idle_timeout=0.05, first_byte_timeout=20)
+
+
+def test_comments_do_not_put_the_first_byte_limit_off(pool):
+    fake, b = FakeOpenAI(), FakeOpenAI()
+
+    def comments(sock, request):
+        sock.sendall(fake.head())
+        while not fake.gone.wait(0.05):
+            sock.sendall(chunk(b": processing\n\n"))
+
+    fake.faults.append(comments)
+    server = pool((fake, {"first_byte_timeout": 0.4}), (b, {"priority": 2}))
+    got = chat(server, BOTH, stream=True)
+    fake.gone.set()
+    assert got.headers["x-akashproxy-route"] == "a=504, b=200"
+
+
+CUT_JSON = {
+    "half": (b'{"data":[{"embedding":[1,2', 502), "ends in a bracket": (b'{"data":[{"embedding":[1,2]}', 502), "nothing": (b"", 502),
+    "an error": (b'{"error":{"message":"no","type":"x"}}', 502), "whole": (b'{"data":[{"embedding":[1,2]}]}\n', 200), "a list": (b"[1]", 200),
+}
+
+
+@pytest.mark.parametrize("head", [b"HTTP/1.0 200 OK\r\n", b"HTTP/1.1 200 OK\r\nConnection: close\r\n", b"HTTP/1.1 200 OK\r\n"])
+@table(CUT_JSON)
+def test_json_to_the_end_of_the_connection_is_looked_at(case, head, pool):
+    body, status = case
+    a, b = FakeOpenAI(), FakeOpenAI()
+    a.faults.append(a.garbage(head + b"Content-Type: application/json\r\n\r\n" + body))
+    server = pool((a, {"priority": 1}), (b, {"priority": 2}))
+    got = ask(server, "POST", "/v1/embeddings", {"model": "both", "input": "x"})
+    assert got.status == 200 and got.headers["x-akashproxy-route"] == ("a=200" if status == 200 else "a=502, b=200")
+    assert (got.body == body) == (status == 200)
+
+
+@pytest.mark.parametrize("clean", [False, True])
+@pytest.mark.parametrize("framed", ["length", "chunked", "close"])
+@pytest.mark.parametrize("kind", ["application/octet-stream", "text/event-stream", "application/json"])
+def test_a_tls_upstream_that_is_cut_is_not_whole(kind, framed, clean, pool, tmp_path):
+    fake, body = TLSOpenAI(tmp_path), {"text/event-stream": b'data: {"a":1}\n\n', "application/json": b'{"a":1}'}.get(kind, b"some bytes")
+    (tmp_path / "ca.pem").write_text(TLS_AUTHORITY)
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: %s\r\n" % kind.encode()
+
+    def fault(sock, request):
+        sock.sendall(head + {"length": b"Content-Length: %d\r\n\r\n%b" % (len(body), body), "close": b"\r\n" + body,
+                             "chunked": b"Transfer-Encoding: chunked\r\n\r\n" + chunk(body) + b"0\r\n\r\n"}[framed])
+        with contextlib.suppress(OSError):
+            sock.unwrap() if clean else socket.socket.shutdown(sock, socket.SHUT_WR)
+
+    fake.faults.append(fault)
+    server = pool(fake, ca_file=str(tmp_path / "ca.pem"))
+    request = post("/v1/other", {"model": "both", "stream": kind == "text/event-stream"}, "Connection: close")
+    got = talk(server, request)
+    whole = framed != "close" or clean
+    assert (b" 200 OK" in got and body in got and (got.endswith(b"0\r\n\r\n") or got.endswith(body)) and b"broke off" not in got) == whole, got
+
+
+def test_odd_reasons_to_end_are_unknown_ones():
+    for reason in ODD:
+        for data in (f"d:{json.dumps({'finishReason': reason})}\n", f"data: {json.dumps({'type': 'finish', 'finishReason': reason})}\n\n"):
+            events, error = decoded(DECODERS["akash v4"](), [data.encode()])
+            assert (events == [Finish("stop")]) == (reason == "stop") and (error is None) == (reason == "stop")
 
 
 # == metrics ==================================================================================
