@@ -59,7 +59,7 @@ Where is ...
     streams that have begun            Flow
     figures for Prometheus             SERIES, Metrics, exposition
     a client's connection              Handler.wait, Handler.run
-    the log                            LogFormat
+    the log                            LogFormat, LogWriter
     a new endpoint                     ROUTES
     a new kind of upstream             CONTROLLERS
     tokens of clients                  Handler.authorize
@@ -70,6 +70,11 @@ Where is ...
 """
 
 from __future__ import annotations
+
+import signal
+
+if __name__ == "__main__" and hasattr(signal, "pthread_sigmask"):   # first of all: without a handler they end the process
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
 
 # == 1. names =================================================================================
 # What the rest of the file, and whoever imports it, can refer to. Importing starts nothing.
@@ -95,7 +100,6 @@ import random
 import re
 import select
 import selectors
-import signal
 import socket
 import sys
 import threading
@@ -105,7 +109,7 @@ import urllib.parse
 import urllib.request
 from collections import defaultdict
 from dataclasses import dataclass, field
-from queue import Empty, SimpleQueue
+from queue import Empty, Full, Queue, SimpleQueue
 from typing import Any, Callable, Dict, Iterable, Iterator, List, NoReturn, Optional, Tuple
 
 __version__ = "1.0.0"
@@ -857,7 +861,8 @@ class ControllerSettings(Checked):
     weight: float = setting(1.0, "its share of the requests, beside the others' weights; 0: off")
     priority: int = setting(1, "its tier: 2 is used when all of tier 1 rest")
     base_url: str = setting("", "the upstream's address; none: https://api.openai.com/v1, or AKASH_BASE_URL", optional_url)
-    api_key: str = setting("", "its key; none: OPENAI_API_KEY, or AKASH_ACCESS_TOKEN", header_value, secret=True)
+    api_key: str = setting("", "its key; none: OPENAI_API_KEY at OpenAI's own host, AKASH_ACCESS_TOKEN at AKASH_BASE_URL's",
+                           header_value, secret=True)
     proxy: str = setting("", "an http proxy on the way to it, http://[USER:PASSWORD@]HOST:PORT", proxy_url, secret=True)
     headers: Dict[str, str] = setting({}, "further header fields for it", header_fields, secret=True)
     models: Tuple[str, ...] = setting((), "names or patterns of the models it is asked for; none: what its /v1/models lists")
@@ -870,6 +875,7 @@ class ControllerSettings(Checked):
     connect_timeout: Optional[float] = setting(None, "as the setting of this name, for this one", positive)
     first_byte_timeout: Optional[float] = setting(None, "as the setting of this name, for this one", positive)
     idle_timeout: Optional[float] = setting(None, "as the setting of this name, for this one", positive)
+    key_source: str = field(default="", compare=False)  # where api_key comes from, for --check
 
 
 @dataclass(frozen=True)
@@ -891,7 +897,7 @@ class Settings(Checked):
     server_address: str = setting("localhost:16571", "where to listen: HOST:PORT, :PORT or [V6]:PORT", address)
     config_file: str = setting("", "a file with settings and controllers; none: it is searched for",
                                also="CHATGPT_APISERVER_CONFIG_FILE")
-    config_path: str = setting("", "a directory to search first", also="CHATGPT_APISERVER_CONFIG_PATH")
+    config_path: str = setting("", "the directory to search, instead of the usual ones", also="CHATGPT_APISERVER_CONFIG_PATH")
     pool_type: str = setting("balanced", "how a controller is chosen: balanced, random or least_busy",
                              choice("balanced", "random", "least_busy"), also="CHATGPT_APISERVER_POOL_TYPE")
     max_wait: float = setting(3.0, "seconds for which a request waits when all controllers rest or are busy")
@@ -952,16 +958,18 @@ class Settings(Checked):
         if environ.get("CHATGPT_APISERVER_PORT") and "server_address" not in over:
             with reported(problems, "CHATGPT_APISERVER_PORT"):
                 over["server_address"] = address(":" + environ["CHATGPT_APISERVER_PORT"])
-        path = over["config_file"] = find_config(over.get("config_file", ""), over.get("config_path", ""))
+        path = over["config_file"] = find_config(over.get("config_file", ""), over.get("config_path", ""), problems)
         values = ConfigFile(path, environ, problems).settings() if path else {}
+        if environ.get("DEFAULT_SERVER_ADDRESS") and "server_address" not in values:
+            with reported(problems, "DEFAULT_SERVER_ADDRESS"):
+                values["server_address"] = address(environ["DEFAULT_SERVER_ADDRESS"])
         if problems:
             raise ConfigError(problems)
         return cls(**{**values, **over})
 
     def pool(self) -> List[ControllerSettings]:
         """The controllers, their gaps filled: one Akash Chat server if none are configured."""
-        defaults = {"akash": {"base_url": self.akash_base_url, "api_key": self.akash_access_token},
-                    "openai": {"base_url": "https://api.openai.com/v1"}}
+        defaults = {"akash": {"base_url": self.akash_base_url}, "openai": {"base_url": OPENAI_URL}}
         filled, names = [], set()
         for options in self.controllers or [ControllerSettings(type="akash")]:
             gaps = {name: value for name, value in defaults.get(options.type, {}).items() if not getattr(options, name)}
@@ -970,20 +978,55 @@ class Settings(Checked):
                 number += 1
                 name = f"{options.name or options.type}-{number}"
             names.add(name)
+            if options.type == "akash" and self.akash_access_token and not options.api_key and self.is_akash_server(options.base_url):
+                gaps.update(api_key=self.akash_access_token, key_source="AKASH_ACCESS_TOKEN")
             filled.append(dataclasses.replace(options, name=name, **gaps))
         return filled
 
 
+    def is_akash_server(self, url: str) -> bool:
+        """Whether AKASH_ACCESS_TOKEN and AKASH_COOKIE may be sent to an address: none, or one of AKASH_BASE_URL's server."""
+        return not url or url_origin(url) == url_origin(self.akash_base_url)
+
+
+OPENAI_URL = "https://api.openai.com/v1"
+
+
+def is_openai_server(url: str) -> bool:
+    """Whether OPENAI_API_KEY may be sent to an address: none, or one of OpenAI's own."""
+    host = urllib.parse.urlsplit(url).hostname or ""
+    return not url or host == "api.openai.com" or host.endswith(".api.openai.com")
+
+
+def url_origin(url: str) -> Tuple[str, Optional[str], int]:
+    """Scheme, host and port of an http(s) address."""
+    parts = urllib.parse.urlsplit(url)
+    return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}[parts.scheme]
+
+
 SEARCHED = [".", ".config", "config", "/etc/akashproxy", "/etc/chatgpt-apiserver"]
 FILE_NAMES = ["akashproxy.json", "chatgpt-apiserver.json"]
+OTHER_FORMATS = ["yaml", "yml", "toml", "ini", "hcl", "properties"]     # that chatgpt-apiserver could read
+NOT_JSON = "only JSON can be read; please convert it"
 
 
-def find_config(file: str, directory: str) -> str:
-    """The configuration file to use: the one named, else the first that is found; "" if there is none."""
+def find_config(file: str, directory: str, problems: List[str]) -> str:
+    """The configuration file to use: the one named, else the first that is found; "" if there is none.
+
+    It is a mistake if a directory was named that has none, or if there are only files in another format.
+    """
     if file:
         return file
-    paths = [os.path.join(folder, name) for folder in filter(None, [directory, *SEARCHED]) for name in FILE_NAMES]
-    return next(filter(os.path.isfile, paths), "")
+    folders = [directory] if directory else SEARCHED
+    paths = [os.path.join(folder, name) for folder in folders for name in FILE_NAMES]
+    found = next(filter(os.path.isfile, paths), "")
+    others = [path for path in (f"{path[:-len('json')]}{ending}" for path in paths for ending in OTHER_FORMATS)
+              if not found and os.path.isfile(path)]
+    if others:
+        problems.append(f"the configuration: {others[0]}: {NOT_JSON}")
+    elif directory and not found:
+        problems.append(f"the configuration: there is no {' or '.join(FILE_NAMES)} in {directory}")
+    return found
 
 
 class ConfigFile:
@@ -1003,6 +1046,8 @@ class ConfigFile:
         port, pool, controllers, keys = (data.pop(name, None) for name in ("port", "pool", "controllers", "keys"))
         known = {item.name: item for item in declared(Settings)}
         values = self.fields(known, data, "", ["port", "pool", "controllers", "keys"])
+        if port is None and self.is_chatgpt_apiserver(controllers):
+            port = 8080     # as chatgpt-apiserver has it
         if port is not None and "server_address" not in values:
             with self.reported("port"):
                 values["server_address"] = address(f":{port}")
@@ -1024,6 +1069,11 @@ class ConfigFile:
         elif "keys" in present:
             self.problem("keys", "it must be a list")
         return values
+
+    def is_chatgpt_apiserver(self, controllers: Any) -> bool:
+        """Whether the file is one of chatgpt-apiserver: by its name, or by ``config`` in a controller."""
+        return os.path.basename(self.path) == FILE_NAMES[1] or any(
+            name in as_dict(item) for item in as_list(controllers) for name in ("config", "config_file"))
 
     def made(self, place: str, items: List[Any], make: Callable[[Dict[str, Any], str], Any]) -> Tuple[Any, ...]:
         """What ``make(object, its place)`` makes of the objects in a list; their names must differ."""
@@ -1052,7 +1102,7 @@ class ConfigFile:
             beside = os.path.join(os.path.dirname(self.path), file)
             within = f".config_file ({file})."
             more = self.read(beside if os.path.exists(beside) or not os.path.exists(file) else file, place + ".config_file")
-        elif file is not None:
+        elif file not in (None, ""):
             self.problem(place + ".config_file", "it must be the name of a file")
         if not isinstance(more, dict):
             if more is not None:
@@ -1065,14 +1115,14 @@ class ConfigFile:
             self.problem(place + ".type", f"{values['type']!r} is none of {', '.join(sorted(CONTROLLERS))}")
         if len(self.problems) > before:
             return None
-        if values.get("type", "openai") == "openai" and not values.get("api_key"):
-            own = values.get("base_url")
-            if not own or "api_key" not in values:      # "" says that a server of one's own wants none
-                with reported(self.problems, "OPENAI_API_KEY"):
-                    values["api_key"] = header_value(self.environ.get("OPENAI_API_KEY", ""))
-            if not own and not self.environ.get("OPENAI_API_KEY"):
+        source = (self.path if data.get("api_key") or not file else file) if values.get("api_key") else ""
+        if values.get("type", "openai") == "openai" and not source and is_openai_server(values.get("base_url", "")):
+            source = "OPENAI_API_KEY"
+            with reported(self.problems, source):
+                values["api_key"] = header_value(self.environ.get(source, ""))
+            if not self.environ.get(source):
                 self.problem(place + ".api_key", "it is missing, and OPENAI_API_KEY is not set")
-        return ControllerSettings(**values) if len(self.problems) == before else None
+        return ControllerSettings(**values, key_source=source) if len(self.problems) == before else None
 
     def read(self, path: str, place: str = "") -> Optional[Dict[str, Any]]:
         """The JSON object in a file, its ${NAME}s filled in; None if there is none."""
@@ -1083,6 +1133,8 @@ class ConfigFile:
             what = error.strerror
         except json.JSONDecodeError as error:
             what = f"line {error.lineno}, column {error.colno}: {error.msg}"
+            if path.rpartition(".")[2].lower() in OTHER_FORMATS:
+                what = NOT_JSON
         except ValueError as error:
             what = str(error)
         else:
@@ -2585,8 +2637,9 @@ class AkashController(Controller):
     def __init__(self, options: ControllerSettings, settings: Settings,
                  clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__(options, settings)
+        self.cookie = settings.akash_cookie if settings.is_akash_server(options.base_url) else ""
         headers = {"User-Agent": settings.user_agent, "Accept": "*/*", "Accept-Encoding": "identity", **options.headers,
-                   **({"Cookie": settings.akash_cookie} if settings.akash_cookie else {})}
+                   **({"Cookie": self.cookie} if self.cookie else {})}
         self.transport = Transport(options, settings, options.base_url, "Akash Chat", headers)
         self.session = AkashSession(self.transport, options.api_key, settings.session_timeout, clock)
         self.list = Cached(self._fetch_models, settings.models_ttl, clock)
@@ -2662,7 +2715,7 @@ class AkashController(Controller):
         """The header fields that a request adds."""
         fields = {"Content-Type": "application/json"} if data else {}
         if cookie:
-            fields["Cookie"] = "; ".join(filter(None, (cookie, self.settings.akash_cookie)))
+            fields["Cookie"] = "; ".join(filter(None, (cookie, self.cookie)))
         return fields
 
     def _decoder(self, call: Call, response: Response, cutoff: Cutoff, cookie: str) -> Any:
@@ -6530,37 +6583,156 @@ def page() -> Tuple[bytes, Dict[str, str]]:
 
 def main(argv: Optional[List[str]] = None) -> int:
     """Run the command; the exit status (2: it was not asked for properly)."""
-    argv = [re.sub(r"^--[a-z_]+", lambda flag: flag[0].replace("_", "-"), word)
-            for word in (sys.argv[1:] if argv is None else argv)]  # --config_file, as chatgpt-apiserver has it
-    options = argument_parser().parse_args(argv)
-    flags = {name: value for name, value in vars(options).items() if isinstance(value, str)}
+    hold_signals("SIG_BLOCK")   # until there is a handler: before that SIGHUP would end the process
     try:
-        settings = Settings.load(dict(os.environ), flags)
-        if options.health:
-            return check_health(settings)
-        if options.check:
-            return show(settings)
-        lines = logging.StreamHandler()
-        lines.setFormatter(LogFormat(settings.log_format))
-        logging.basicConfig(level=settings.log_level.upper(), handlers=[lines])
-        demo = {"akash_base_url": StandIn.start(), "controllers": (), "workers": 1} if options.demo else {}
-        if settings.config_file:
-            flags["config_file"] = settings.config_file     # a reload must not fall back on another one, or on none
-
-        def load() -> Settings:
-            return dataclasses.replace(Settings.load(dict(os.environ), flags), **demo)
-
-        return start(Server(dataclasses.replace(settings, **demo)), load)
+        return command(sys.argv[1:] if argv is None else argv)
     except ConfigError as error:
         for problem in error.problems:
-            print(f"akashproxy: {problem}", file=sys.stderr)
+            say(f"akashproxy: {problem}", sys.stderr)
         return 2
+    finally:
+        give_up_output()
+        hold_signals("SIG_UNBLOCK")
+
+
+def command(argv: List[str]) -> int:
+    """What main() does; ConfigError where the settings can't be used."""
+    options = parse_flags(argv)
+    flags = {name: value for name, value in vars(options).items() if isinstance(value, str)}
+    settings = Settings.load(dict(os.environ), flags)
+    if options.health or options.check:
+        hold_signals("SIG_UNBLOCK")
+        return check_health(settings) if options.health else show(settings)
+    lines = LogWriter(sys.stderr.fileno()) if sys.stderr else logging.NullHandler()
+    lines.setFormatter(LogFormat(settings.log_format))
+    logging.basicConfig(level=settings.log_level.upper(), handlers=[lines])
+    demo = {"akash_base_url": StandIn.start(), "controllers": (), "workers": 1} if options.demo else {}
+    if settings.config_file:
+        flags["config_file"] = settings.config_file     # a reload must not fall back on another one, or on none
+
+    def load() -> Settings:
+        return dataclasses.replace(Settings.load(dict(os.environ), flags), **demo)
+
+    return start(Server(dataclasses.replace(settings, **demo)), load)
+
+
+def say(text: str, file: Any = None) -> None:
+    """Print a line, as far as it can be written: the disk may be full, or the reader gone."""
+    with contextlib.suppress(OSError):
+        print(text, file=file, flush=True)
+
+
+def give_up_output() -> None:
+    """Flush stdout and stderr. What can't be written would be tried once more at the exit, which then has status 120."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+class LogWriter(logging.Handler):
+    """Writes log lines in a thread of its own, so that a reader that hangs costs lines and not the server.
+
+    The lines wait in a queue. Those for which it has no room, or which can't be written, are counted,
+    and their number is a line of its own as soon as the log can be written again.
+    """
+
+    SIZE = 10000    # lines that may wait
+    LAST = 1.0      # seconds for them at the exit
+
+    def __init__(self, descriptor: int) -> None:
+        super().__init__()
+        self.descriptor = descriptor
+        self.begin()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self.begin)
+
+    def begin(self) -> None:
+        """Begin with an empty queue: in a forked process the lines of its parent are the parent's."""
+        self.lines: Queue = Queue(self.SIZE)
+        self.lost, self.count_lock = 0, threading.Lock()
+        self.thread: Optional[threading.Thread] = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self.thread is None:     # not earlier: a thread does not survive a fork
+            self.thread = threading.Thread(target=self.write_all, args=(self.lines,), name="akashproxy log", daemon=True)
+            self.thread.start()
+        try:
+            self.lines.put_nowait((self.format(record) + "\n").encode("utf-8", "backslashreplace"))
+        except Full:
+            self.lose(1)
+        except Exception:
+            self.handleError(record)
+
+    def lose(self, count: int) -> None:
+        with self.count_lock:
+            self.lost += count
+
+    def write_all(self, lines: Queue) -> None:
+        while True:
+            line = lines.get()
+            if isinstance(line, threading.Event):
+                line.set()
+            elif not self.write(line):
+                self.lose(1)
+            elif self.lost:
+                self.tell_lost()
+
+    def tell_lost(self) -> None:
+        with self.count_lock:
+            count, self.lost = self.lost, 0
+        record = log.makeRecord(log.name, logging.WARNING, "", 0, "%d log lines were lost", (count,), None)
+        if not self.write((self.format(record) + "\n").encode()):
+            self.lose(count)
+
+    def write(self, line: bytes) -> bool:
+        """Write a line to its end, however long that takes; False if it can't be written."""
+        while line:
+            try:
+                line = line[os.write(self.descriptor, line):]
+            except BlockingIOError:     # another process has made it a non-blocking descriptor
+                select.select([], [self.descriptor], [])
+            except OSError:
+                return False
+        return True
+
+    def flush(self) -> None:
+        """Wait until all lines are written, for a moment at most."""
+        written = threading.Event()
+        with contextlib.suppress(Full):
+            if self.thread is not None:
+                self.lines.put(written, timeout=self.LAST)
+                written.wait(self.LAST)
+
+
+def parse_flags(argv: List[str]) -> Any:
+    """The command line's options. Flags may be written as in Go, too: -config_file, --config_file."""
+    argv = [re.sub(r"^--?([a-z][a-z_-]+)", lambda flag: "--" + flag[1].replace("_", "-"), word) for word in argv]
+    parser = argument_parser()
+    try:
+        options, unknown = parser.parse_known_args(argv)
+    except OSError:     # --help could not be written
+        raise SystemExit(1) from None
+    if unknown:
+        import difflib
+        name = unknown[0].partition("=")[0]
+        near = difflib.get_close_matches(name, re.findall("--[a-z-]+", parser.format_usage()), 1)
+        parser.error(f"unknown {'flag' if name.startswith('-') else 'argument'} {name[:100]}"
+                     + (f"; did you mean {near[0]}?" if near else "; --help lists the flags"))
+    return options
 
 
 def argument_parser() -> Any:
     """The command line: one flag for each setting, and the few that are no settings."""
     import argparse
-    parser = argparse.ArgumentParser(
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise ConfigError([message])    # without the usage, which is longer than a screen
+
+    parser = Parser(
         prog="akashproxy.py", description="Serve Akash Chat, and other upstreams, as OpenAI's API.", allow_abbrev=False,
         epilog="Each setting is also an environment variable (--server-address is SERVER_ADDRESS) and a key of the "
                "configuration file (server_address). A flag wins over the environment, and that over the file.")
@@ -6585,14 +6757,15 @@ def default_text(item: Any) -> str:
 
 def show(settings: Settings) -> int:
     """Print the settings, the file they came from and the controllers, without secrets."""
-    print(f"# searched: {', '.join(filter(None, [settings.config_path, *SEARCHED]))} for {' and '.join(FILE_NAMES)}")
-    print(f"# file: {settings.config_file or 'none'}")
+    say(f"# searched: {', '.join([settings.config_path] if settings.config_path else SEARCHED)} for {' and '.join(FILE_NAMES)}")
+    say(f"# file: {settings.config_file or 'none'}")
     for name, value in settings.shown():
-        print(f"{name.upper()}={value}")
+        say(f"{name.upper()}={value}")
     for options in [*settings.pool(), *settings.keys]:
         kind = "key " if isinstance(options, KeySettings) else ""
-        lines = [f"{name}={value}" for name, value in options.shown() if value and name != "name"]
-        print(f"\n[{kind}{options.name}]", *lines, sep="\n")
+        sources = {"api_key": f" ({options.key_source})"} if getattr(options, "key_source", "") else {}
+        lines = [f"{name}={value}{sources.get(name, '')}" for name, value in options.shown() if value and name != "name"]
+        say("\n".join([f"\n[{kind}{options.name}]", *lines]))
     return 0
 
 
@@ -6604,10 +6777,10 @@ def check_health(settings: Settings) -> int:
     try:
         link.request("GET", "/health")
         answer = link.getresponse()
-        print(answer.read().decode("utf-8", "replace"))
+        say(answer.read().decode("utf-8", "replace"))
         return 0 if answer.status == 200 else 1
     except (OSError, http.client.HTTPException) as error:
-        print(f"akashproxy: no answer from {settings.server_address}: {error}", file=sys.stderr)
+        say(f"akashproxy: no answer from {settings.server_address}: {error}", sys.stderr)
         return 1
     finally:
         link.close()
@@ -6623,10 +6796,10 @@ def start(server: Server, load: Callable[[], Settings]) -> int:
     signals = Signals(signal.SIGINT, signal.SIGTERM, SIGHUP)
     line = f"akashproxy {__version__} serves {server.pool} on {server.url}/v1"
     if server.settings.workers > 1:
-        print(f"{line}, with {server.settings.workers} workers", flush=True)
+        say(f"{line}, with {server.settings.workers} workers")
         return supervise(server, load, signals)
     server.start()
-    print(line, flush=True)
+    say(line)
     return serve(server, load, signals)
 
 
@@ -6644,7 +6817,7 @@ SIGHUP = getattr(signal, "SIGHUP", 0)   # 0: this system has none
 def hold_signals(how: str) -> None:
     """Hold signals back, or let them come again, where the system can do that: a new process must not miss one."""
     if SIGHUP:
-        signal.pthread_sigmask(getattr(signal, how), {signal.SIGTERM, SIGHUP})
+        signal.pthread_sigmask(getattr(signal, how), {signal.SIGINT, signal.SIGTERM, SIGHUP})
 
 
 class Signals:
@@ -6749,6 +6922,7 @@ def spawn(parent: Server, load: Callable[[], Settings], board: Board, page: int)
     except BaseException:
         log.exception("a worker failed")
     finally:
+        logging.shutdown()
         os._exit(status)
 
 

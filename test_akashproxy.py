@@ -2064,8 +2064,138 @@ def test_bad_settings_are_one_clear_line(flags, environ, words):
     assert (done.returncode, done.stderr) == (2, words)
 
 
-def test_an_unknown_flag():
-    assert run("--nonsense").returncode == 2
+@pytest.mark.parametrize("flags, words", [
+    (["--nonsense"], "unknown flag --nonsense; --help lists the flags"),
+    (["--confg-file", "x"], "unknown flag --confg-file; did you mean --config-file?"),
+    (["--sever-address=:1"], "unknown flag --sever-address; did you mean --server-address?"),
+    (["-config_fle=x"], "unknown flag --config-fle; did you mean --config-file?"),
+    (["serve"], "unknown argument serve; --help lists the flags"),
+    (["--config-file"], "argument --config-file: expected one argument"),
+])
+def test_a_wrong_flag_is_one_line(flags, words, capsys):
+    assert akashproxy.main(flags) == 2
+    assert capsys.readouterr() == ("", f"akashproxy: {words}\n")
+
+
+@pytest.mark.parametrize("flags", [["-config_file", "FILE"], ["-config_file=FILE"], ["--config_file", "FILE"], ["-config-file", "FILE"],
+                                   ["-config_path", "DIR"], ["-config_path=DIR"]])
+def test_flags_as_in_go(flags, config, tmp_path, capsys):
+    path = config({"max_wait": 7})
+    assert akashproxy.main([*[flag.replace("FILE", path).replace("DIR", str(tmp_path)) for flag in flags], "-check"]) == 0
+    assert "MAX_WAIT=7" in capsys.readouterr().out
+
+
+def hung_pipe():
+    """Both ends of a pipe that is full, so that writing to it blocks."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, b"x" * 65536)
+    os.set_blocking(writer, True)
+    return reader, writer
+
+
+def test_a_log_that_nobody_reads_costs_lines_only(akash):
+    reader, writer = hung_pipe()
+    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import akashproxy; akashproxy.LogWriter.SIZE = 20; sys.exit(akashproxy.main())"
+    process = subprocess.Popen(**{**command(SERVER_ADDRESS="127.0.0.1:0", AKASH_BASE_URL=akash.url), "stderr": writer,
+                                  "args": [sys.executable, "-c", code]})
+    os.close(writer)
+    try:
+        server = type("Server", (), {"server_port": int(re.search(r":(\d+)/v1", process.stdout.readline())[1])})
+        for _ in range(50):
+            assert ask(server, path="/nowhere").status == 404
+        said = b""
+        while b" log lines were lost\n" not in said:
+            said += os.read(reader, 65536)
+        assert ask(server, path="/nowhere").status == 404
+        process.send_signal(signal.SIGTERM)
+        said += b"".join(iter(lambda: os.read(reader, 65536), b""))
+        assert process.wait(20) == 0
+        lost = sum(map(int, re.findall(rb"WARNING (\d+) log lines were lost\n", said)))
+        assert lost > 20 and said.count(b" status=404 ") + lost == 51
+    finally:
+        process.kill()
+        process.communicate()
+        os.close(reader)
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_sigterm_works_while_nobody_reads_the_log(workers, akash):
+    reader, writer = hung_pipe()
+    process = subprocess.Popen(**{**command(SERVER_ADDRESS="127.0.0.1:0", AKASH_BASE_URL=akash.url, WORKERS=workers), "stderr": writer})
+    try:
+        port = int(re.search(r":(\d+)/v1", process.stdout.readline())[1])
+        server = type("Server", (), {"server_port": port})
+        for _ in range(20):
+            assert ask(server, path="/nowhere").status == 404
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+        process.communicate()
+        os.close(reader), os.close(writer)
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_the_last_lines_of_the_log_are_written(workers):
+    with started("--demo" if workers == "1" else "--grace=1", WORKERS=workers) as (process, port):
+        server = type("Server", (), {"server_port": port})
+        for _ in range(20):
+            ask(server, path="/nowhere")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+        assert process.stderr.read().count(" status=404 ") == 20
+
+
+def full_disk():
+    return os.open("/dev/full", os.O_WRONLY)
+
+
+def closed_pipe():
+    reader, writer = os.pipe()
+    os.close(reader)
+    return writer
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+@pytest.mark.parametrize("flags, status, output", [
+    (["--check"], 0, full_disk), (["--help"], None, closed_pipe), (["--nonsense"], 2, full_disk), ([], 0, full_disk), ([], 0, closed_pipe)])
+def test_output_that_can_not_be_written_is_no_traceback(flags, status, output, akash):
+    for name in ("stdout", "stderr"):
+        port, closed = free_port(), output()
+        process = subprocess.Popen(**{**command("--server-address", f"127.0.0.1:{port}", "--akash-base-url", akash.url, *flags), name: closed})
+        os.close(closed)
+        if not flags:
+            server = type("Server", (), {"server_port": port})
+            wait_for(lambda: not refused(port) or process.poll() is not None)
+            assert ask(server).status == 200
+            process.send_signal(signal.SIGTERM)
+        said = "".join(filter(None, process.communicate(timeout=20)))
+        assert "Traceback" not in said and "Exception" not in said
+        assert process.returncode in ((0, 1) if status is None else (status,))
+
+
+@pytest.mark.parametrize("number, ends", [(signal.SIGHUP, False), (signal.SIGTERM, True), (signal.SIGINT, True)])
+def test_a_signal_while_it_starts_is_heeded(number, ends, tmp_path):
+    fifo = tmp_path / "akashproxy.json"     # the command waits for its configuration until somebody writes it
+    os.mkfifo(fifo)
+    process = subprocess.Popen(**command("--server-address", "127.0.0.1:0", "--config-file", str(fifo)))
+    try:
+        with open(fifo, "w") as file:
+            process.send_signal(number)
+            file.write('{"controllers": [{"type": "echo"}]}')
+        os.unlink(fifo)
+        fifo.write_text('{"controllers": [{"type": "echo"}]}')
+        assert " serves " in process.stdout.readline()
+        if not ends:
+            assert "loaded anew" in process.stderr.readline()
+            process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0 and "Traceback" not in process.stderr.read()
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def test_check_shows_the_settings_but_no_secret():
@@ -2165,9 +2295,89 @@ def test_the_search_for_a_file(config, tmp_path, monkeypatch):
         assert "MAX_WAIT=7" in run(flag, str(tmp_path / "else/where.json"), "--check").stdout
 
 
+@pytest.mark.parametrize("files, environ, words", [
+    ({}, {"CONFIG_PATH": "else"}, "there is no akashproxy.json or chatgpt-apiserver.json in else"),
+    ({"else/other.json": "{}", "akashproxy.json": "{}"}, {"CONFIG_PATH": "else"}, "there is no akashproxy.json"),
+    ({"else/chatgpt-apiserver.yaml": "port: 1"}, {"CHATGPT_APISERVER_CONFIG_PATH": "else"}, "else/chatgpt-apiserver.yaml: only JSON"),
+    ({}, {"CONFIG_FILE": "none.json"}, "none.json: No such file"), ({"d/x": ""}, {"CONFIG_FILE": "d"}, "d: Is a directory"),
+    ({"c.yaml": "port: 1"}, {"CONFIG_FILE": "c.yaml"}, "c.yaml: only JSON can be read"),
+    *[({name: "x"}, {}, f"{name}: only JSON can be read") for name in (
+        "chatgpt-apiserver.yaml", "config/chatgpt-apiserver.yml", "chatgpt-apiserver.toml", ".config/akashproxy.yaml", "akashproxy.ini")],
+    ({"a.json": '{"controllers": [{"config_file": "o.yaml"}]}', "o.yaml": "api_key: x"}, {"CONFIG_FILE": "a.json"}, "o.yaml: only JSON can be read"),
+])
+def test_a_configuration_that_can_not_be_used_is_a_mistake(files, environ, words, config, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, text in files.items():
+        config(text, name)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    assert akashproxy.main([]) == 2
+    said = capsys.readouterr()
+    assert not said.out and words in said.err and said.err.count("\n") == 1
+
+
+def test_json_is_preferred_to_what_can_not_be_read(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config("x", "chatgpt-apiserver.yaml")
+    config({"max_wait": 7}, "config/akashproxy.json")
+    assert Settings.load({}).max_wait == 7
+
+
+@pytest.mark.parametrize("name, data, listens", [
+    ("chatgpt-apiserver.json", {}, ":8080"), ("chatgpt-apiserver.json", {"port": "1"}, ":1"), ("chatgpt-apiserver.json", {"server_address": ":2"}, ":2"),
+    ("other.json", {"controllers": [{"type": "echo", "config": {}}]}, ":8080"), ("other.json", {"controllers": [{"type": "echo"}]}, "localhost:16571"),
+    ("other.json", {"controllers": [{"type": "echo", "config_file": ""}]}, ":8080"), ("akashproxy.json", {}, "localhost:16571"),
+])
+def test_where_a_file_without_a_port_listens(name, data, listens, config):
+    assert load(config(data, name)).server_address == listens
+
+
+def test_an_empty_config_file_beside_config_is_none(config):
+    assert load(config({"controllers": [{"config_file": "", "config": {"api_key": "k"}}]})).pool()[0].api_key == "k"
+
+
+@pytest.mark.parametrize("base_url, sent", [
+    (None, True), ("https://api.openai.com/v1", True), ("https://API.openai.com", True), ("https://eu.api.openai.com/v1", True), ("http://h:1", False),
+    ("https://api.openai.com.evil.example/v1", False), ("https://evilapi.openai.com.example", False), ("https://openai.com", False),
+])
+def test_the_key_for_openai_goes_to_openai_only(base_url, sent, config, monkeypatch, capsys):
+    controller = {"base_url": base_url} if base_url else {}
+    path = config({"controllers": [{**controller, "api_key": ""} if sent else controller]})
+    options = load(path, OPENAI_API_KEY="s3cret").pool()[0]
+    assert (options.api_key == "s3cret") == sent
+    monkeypatch.setenv("OPENAI_API_KEY", "s3cret")
+    assert akashproxy.main(["--check", "--config-file", path]) == 0
+    shown = capsys.readouterr().out
+    assert ("api_key=******** (OPENAI_API_KEY)\n" in shown) == sent and "s3cret" not in shown
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_akashs_secrets_go_to_akashs_own_server_only(named, akash, serve):
+    other = FakeAkash()
+    settings = {"akash_access_token": "s3cret", "akash_cookie": "c=s3cret", "controllers": (
+        akashproxy.ControllerSettings(type="akash", base_url=akash.url + "/p" if named else ""),
+        akashproxy.ControllerSettings(type="akash", base_url=other.url, priority=2))}
+    akash.session = other.session = reply(404)
+    akash.faults.append(akash.refuse())
+    server = serve(**settings)
+    ask(server, path="/v1/models"), chat(server)
+    assert akash.requests and other.requests
+    assert all("s3cret" in str(request.headers) for request in akash.requests)
+    assert not any("s3cret" in str(request) for request in other.requests)
+    other.close()
+
+
+def test_check_says_where_a_key_comes_from(config):
+    config({"api_key": "k"}, "more.json")
+    path = config({"controllers": [{"api_key": "${MINE}"}, {"config_file": "more.json"}, {"config": {"api_key": "k"}}, {}, {"type": "akash"},
+                                   {"base_url": "http://h:1"}]})
+    shown = run("--check", "--config-file", path, MINE="k", OPENAI_API_KEY="k", AKASH_ACCESS_TOKEN="k").stdout
+    assert re.findall(r"api_key=\*{8} \((.*)\)", shown) == [path, "more.json", path, "OPENAI_API_KEY", "AKASH_ACCESS_TOKEN"]
+
+
 def test_no_key_can_be_said(config):
     path = config({"controllers": [{"base_url": "http://h:1", "api_key": ""}, {"base_url": "http://h:2", "config": None}]})
-    assert [c.api_key for c in load(path, OPENAI_API_KEY="real").pool()] == ["", "real"]
+    assert [c.api_key for c in load(path).pool()] == ["", ""]
 
 
 def test_a_bad_key_of_the_environment_is_one_mistake_of_several(config):
@@ -6814,11 +7024,36 @@ def test_the_dockerfile_fits_the_code():
     lines = (HERE / "Dockerfile").read_text().splitlines()
     dockerfile = dict(line.split(" ", 1) for line in lines if line and not line.startswith("#"))
     assert dockerfile["COPY"] == "akashproxy.py /akashproxy.py"
-    assert dockerfile["ENV"] == "SERVER_ADDRESS=0.0.0.0:16571" and dockerfile["EXPOSE"] == "16571"
+    assert dockerfile["ENV"] == "DEFAULT_SERVER_ADDRESS=0.0.0.0:16571" and dockerfile["EXPOSE"] == "16571"
     entry = json.loads(dockerfile["ENTRYPOINT"])
     health = json.loads(dockerfile["HEALTHCHECK"].partition("CMD ")[2])
     assert entry == ["/usr/bin/python3", "-I", "/akashproxy.py"] and health == entry + ["--health"]
     assert dockerfile["USER"] == "65532:65532"
+
+
+@pytest.mark.parametrize("name, data, environ, listens", [
+    ("akashproxy.json", None, {}, "0.0.0.0:16571"),
+    ("akashproxy.json", {"max_wait": 1}, {}, "0.0.0.0:16571"),
+    ("akashproxy.json", {"port": 9000}, {}, ":9000"),
+    ("akashproxy.json", {"server_address": "[::]:7"}, {}, "[::]:7"),
+    ("chatgpt-apiserver.json", {"port": "9000", "controllers": [{"type": "openai", "config": {"api_key": "k"}}]}, {}, ":9000"),
+    ("chatgpt-apiserver.json", {"controllers": [{"type": "openai", "config": {"api_key": "k"}}]}, {}, ":8080"),
+    ("akashproxy.json", {"port": 9000}, {"SERVER_ADDRESS": "0.0.0.0:5"}, "0.0.0.0:5"),
+    ("akashproxy.json", {"port": 9000}, {"CHATGPT_APISERVER_PORT": "6"}, ":6"),
+    ("akashproxy.json", None, {"CHATGPT_APISERVER_PORT": "6"}, ":6"),
+])
+def test_in_the_image_the_port_of_a_mounted_file_is_heard(name, data, environ, listens, config, tmp_path, monkeypatch):
+    image = dict([re.search(r"^ENV (\S+)=(\S+)$", (HERE / "Dockerfile").read_text(), re.M).groups()])
+    monkeypatch.chdir(tmp_path)
+    if data is not None:
+        config(data, name)
+    assert Settings.load({**image, **environ}).server_address == listens
+
+
+def test_the_readmes_docker_lines_mount_files_where_they_are_found():
+    mounted = re.findall(r"docker run .* -v \"\$PWD/([^:]+):([^:]+):ro\" akashproxy", README)
+    assert [file for file, _ in mounted] == akashproxy.FILE_NAMES
+    assert all(os.path.dirname(path) in akashproxy.SEARCHED and os.path.basename(path) == file for file, path in mounted)
 
 
 @pytest.mark.parametrize("number", [None, signal.SIGINT, signal.SIGTERM])
