@@ -3107,8 +3107,10 @@ class RelayDecoder:
         return [Raw(data)]
 
     def usual(self, data: bytes) -> bytes:
-        """The data, if it is one event of one line from the middle of a chat; else b""."""
-        if self.started and not self.held and data.endswith(GOES_ON) and data.find(b"\n") == len(data) - 2:
+        """The data, if it is nothing but events of one line from the middle of a chat; else b""."""
+        if self.started and not self.held and data.endswith(GOES_ON) and (
+                data.find(b"\n") == len(data) - 2
+                or any(data.count(b"\n") == 2 * data.count(end) for end in GOES_ON)):  # each line break is of such an end
             self.last = data
             return data
         return b""
