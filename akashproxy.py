@@ -920,7 +920,7 @@ class Settings(Checked):
     connect_timeout: float = setting(10.0, "seconds for a connection to the upstream", positive)
     session_timeout: float = setting(15.0, "seconds for the upstream's session, models and picture states", positive)
     first_byte_timeout: float = setting(300.0, "seconds until the answer's first text, reasoning or tool call", positive)
-    idle_timeout: float = setting(120.0, "seconds of silence after that", positive)
+    idle_timeout: float = setting(120.0, "seconds of silence within an answer", positive)
     image_timeout: float = setting(300.0, "seconds for a picture", positive)
     image_poll: float = setting(0.5, "seconds until a picture is first asked for; later ones take longer", positive)
     models_ttl: float = setting(600.0, "seconds for which a list of models is kept")
@@ -1677,7 +1677,9 @@ def tls_context(ca_file: str) -> Any:
     context = ssl.create_default_context()
     if ca_file:
         context.load_verify_locations(ca_file)
-    # A connection that ends without close_notify was cut; by default Python reports that as a proper end.
+    # A connection that ends without close_notify was cut; by default Python reports that as a proper end, and so
+    # does OpenSSL 3 if Python asks it to (0x80: the option's value, for a Python that has no name for it).
+    context.options &= ~getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0x80)
     context.wrap_socket = functools.partial(context.wrap_socket, suppress_ragged_eofs=False)  # type: ignore[method-assign]
     return context
 
@@ -1911,7 +1913,8 @@ def upstream_error(error: Exception, watch: Watch, where: str) -> APIError:
         what = "broke off its answer or sent something that is not HTTP."
     elif late:
         what = "could not be reached in time."
-    elif isinstance(error, (ConnectionResetError, BrokenPipeError, RaggedEnd)) or type(error) is ConnectionError:
+    elif (isinstance(error, (ConnectionResetError, BrokenPipeError, RaggedEnd)) or type(error) is ConnectionError
+          or getattr(error, "reason", "") == "UNEXPECTED_EOF_WHILE_READING"):   # RaggedEnd in Python 3.9
         what = "broke off the connection."
     else:
         what = "could not be reached."
