@@ -59,7 +59,7 @@ Where is ...
     streams that have begun            Flow
     figures for Prometheus             SERIES, Metrics, exposition
     a client's connection              Handler.wait, Handler.run
-    the log                            LogFormat
+    the log                            LogFormat, LogWriter
     a new endpoint                     ROUTES
     a new kind of upstream             CONTROLLERS
     tokens of clients                  Handler.authorize
@@ -70,6 +70,11 @@ Where is ...
 """
 
 from __future__ import annotations
+
+import signal
+
+if __name__ == "__main__" and hasattr(signal, "pthread_sigmask"):   # first of all: without a handler they end the process
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
 
 # == 1. names =================================================================================
 # What the rest of the file, and whoever imports it, can refer to. Importing starts nothing.
@@ -97,7 +102,6 @@ import random
 import re
 import select
 import selectors
-import signal
 import socket
 import sys
 import threading
@@ -107,7 +111,7 @@ import urllib.parse
 import urllib.request
 from collections import OrderedDict, defaultdict
 from dataclasses import dataclass, field
-from queue import Empty, SimpleQueue
+from queue import Empty, Full, Queue, SimpleQueue
 from typing import Any, Callable, Dict, Iterable, Iterator, List, NoReturn, Optional, Tuple
 
 __version__ = "1.0.0"
@@ -392,6 +396,7 @@ class APIError(Exception):
         self.legacy = legacy or message
         self.kind = kind or ERROR_KINDS.get(status, "server")
         self.scope = scope
+        self.bug: Optional[Exception] = None    # the exception behind it that was not foreseen
 
     def headers(self) -> Dict[str, str]:
         """The header fields that belong to the error, whatever the dialect."""
@@ -518,6 +523,9 @@ class Raw:
     """Bytes in the client's own dialect, passed on as they are."""
 
     data: bytes
+
+
+EVENTS = Text, Reasoning, Recast, ToolCall, Image, Progress, Finish, Raw
 
 
 class Watch:
@@ -1069,7 +1077,8 @@ class ControllerSettings(Checked):
     weight: float = setting(1.0, "its share of the requests, beside the others' weights; 0: off")
     priority: int = setting(1, "its tier: 2 is used when all of tier 1 rest")
     base_url: str = setting("", "the upstream's address; none: https://api.openai.com/v1, or AKASH_BASE_URL", optional_url)
-    api_key: str = setting("", "its key; none: OPENAI_API_KEY, or AKASH_ACCESS_TOKEN", header_value, secret=True)
+    api_key: str = setting("", "its key; none: OPENAI_API_KEY at OpenAI's own host, AKASH_ACCESS_TOKEN at AKASH_BASE_URL's",
+                           header_value, secret=True)
     proxy: str = setting("", "an http proxy on the way to it, http://[USER:PASSWORD@]HOST:PORT", proxy_url, secret=True)
     headers: Dict[str, str] = setting({}, "further header fields for it", header_fields, secret=True)
     models: Tuple[str, ...] = setting((), "names or patterns of the models it is asked for; none: what its /v1/models lists")
@@ -1082,6 +1091,7 @@ class ControllerSettings(Checked):
     connect_timeout: Optional[float] = setting(None, "as the setting of this name, for this one", positive)
     first_byte_timeout: Optional[float] = setting(None, "as the setting of this name, for this one", positive)
     idle_timeout: Optional[float] = setting(None, "as the setting of this name, for this one", positive)
+    key_source: str = field(default="", compare=False)  # where api_key comes from, for --check
 
 
 @dataclass(frozen=True)
@@ -1104,7 +1114,7 @@ class Settings(Checked):
     server_address: str = setting("localhost:16571", "where to listen: HOST:PORT, :PORT or [V6]:PORT", address)
     config_file: str = setting("", "a file with settings and controllers; none: it is searched for",
                                also="CHATGPT_APISERVER_CONFIG_FILE")
-    config_path: str = setting("", "a directory to search first", also="CHATGPT_APISERVER_CONFIG_PATH")
+    config_path: str = setting("", "the directory to search, instead of the usual ones", also="CHATGPT_APISERVER_CONFIG_PATH")
     pool_type: str = setting("balanced", "how a controller is chosen: balanced, random or least_busy",
                              choice("balanced", "random", "least_busy"), also="CHATGPT_APISERVER_POOL_TYPE")
     max_wait: float = setting(3.0, "seconds for which a request waits when all controllers rest or are busy")
@@ -1127,7 +1137,7 @@ class Settings(Checked):
                                                 "none: all if a token is needed, else local ones", token)
     connect_timeout: float = setting(10.0, "seconds for a connection to the upstream", positive)
     session_timeout: float = setting(15.0, "seconds for the upstream's session, models and picture states", positive)
-    first_byte_timeout: float = setting(300.0, "seconds until the upstream begins its answer", positive)
+    first_byte_timeout: float = setting(300.0, "seconds until the answer's first text, reasoning or tool call", positive)
     idle_timeout: float = setting(120.0, "seconds of silence within an answer", positive)
     image_timeout: float = setting(300.0, "seconds for a picture", positive)
     image_poll: float = setting(0.5, "seconds until a picture is first asked for; later ones take longer", positive)
@@ -1167,16 +1177,18 @@ class Settings(Checked):
         if environ.get("CHATGPT_APISERVER_PORT") and "server_address" not in over:
             with reported(problems, "CHATGPT_APISERVER_PORT"):
                 over["server_address"] = address(":" + environ["CHATGPT_APISERVER_PORT"])
-        path = over["config_file"] = find_config(over.get("config_file", ""), over.get("config_path", ""))
+        path = over["config_file"] = find_config(over.get("config_file", ""), over.get("config_path", ""), problems)
         values = ConfigFile(path, environ, problems).settings() if path else {}
+        if environ.get("DEFAULT_SERVER_ADDRESS") and "server_address" not in values:
+            with reported(problems, "DEFAULT_SERVER_ADDRESS"):
+                values["server_address"] = address(environ["DEFAULT_SERVER_ADDRESS"])
         if problems:
             raise ConfigError(problems)
         return cls(**{**values, **over})
 
     def pool(self) -> List[ControllerSettings]:
         """The controllers, their gaps filled: one Akash Chat server if none are configured."""
-        defaults = {"akash": {"base_url": self.akash_base_url, "api_key": self.akash_access_token},
-                    "openai": {"base_url": "https://api.openai.com/v1"}}
+        defaults = {"akash": {"base_url": self.akash_base_url}, "openai": {"base_url": OPENAI_URL}}
         filled, names = [], set()
         for options in self.controllers or [ControllerSettings(type="akash")]:
             gaps = {name: value for name, value in defaults.get(options.type, {}).items() if not getattr(options, name)}
@@ -1185,6 +1197,8 @@ class Settings(Checked):
                 number += 1
                 name = f"{options.name or options.type}-{number}"
             names.add(name)
+            if options.type == "akash" and self.akash_access_token and not options.api_key and self.is_akash_server(options.base_url):
+                gaps.update(api_key=self.akash_access_token, key_source="AKASH_ACCESS_TOKEN")
             filled.append(dataclasses.replace(options, name=name, **gaps))
         return filled
 
@@ -1194,16 +1208,49 @@ class Settings(Checked):
         return [name.lower() for name in names if name]
 
 
+    def is_akash_server(self, url: str) -> bool:
+        """Whether AKASH_ACCESS_TOKEN and AKASH_COOKIE may be sent to an address: none, or one of AKASH_BASE_URL's server."""
+        return not url or url_origin(url) == url_origin(self.akash_base_url)
+
+
+OPENAI_URL = "https://api.openai.com/v1"
+
+
+def is_openai_server(url: str) -> bool:
+    """Whether OPENAI_API_KEY may be sent to an address: none, or one of OpenAI's own."""
+    host = urllib.parse.urlsplit(url).hostname or ""
+    return not url or host == "api.openai.com" or host.endswith(".api.openai.com")
+
+
+def url_origin(url: str) -> Tuple[str, Optional[str], int]:
+    """Scheme, host and port of an http(s) address."""
+    parts = urllib.parse.urlsplit(url)
+    return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}[parts.scheme]
+
+
 SEARCHED = [".", ".config", "config", "/etc/akashproxy", "/etc/chatgpt-apiserver"]
 FILE_NAMES = ["akashproxy.json", "chatgpt-apiserver.json"]
+OTHER_FORMATS = ["yaml", "yml", "toml", "ini", "hcl", "properties"]     # that chatgpt-apiserver could read
+NOT_JSON = "only JSON can be read; please convert it"
 
 
-def find_config(file: str, directory: str) -> str:
-    """The configuration file to use: the one named, else the first that is found; "" if there is none."""
+def find_config(file: str, directory: str, problems: List[str]) -> str:
+    """The configuration file to use: the one named, else the first that is found; "" if there is none.
+
+    It is a mistake if a directory was named that has none, or if there are only files in another format.
+    """
     if file:
         return file
-    paths = [os.path.join(folder, name) for folder in filter(None, [directory, *SEARCHED]) for name in FILE_NAMES]
-    return next(filter(os.path.isfile, paths), "")
+    folders = [directory] if directory else SEARCHED
+    paths = [os.path.join(folder, name) for folder in folders for name in FILE_NAMES]
+    found = next(filter(os.path.isfile, paths), "")
+    others = [path for path in (f"{path[:-len('json')]}{ending}" for path in paths for ending in OTHER_FORMATS)
+              if not found and os.path.isfile(path)]
+    if others:
+        problems.append(f"the configuration: {others[0]}: {NOT_JSON}")
+    elif directory and not found:
+        problems.append(f"the configuration: there is no {' or '.join(FILE_NAMES)} in {directory}")
+    return found
 
 
 class ConfigFile:
@@ -1223,6 +1270,8 @@ class ConfigFile:
         port, pool, controllers, keys = (data.pop(name, None) for name in ("port", "pool", "controllers", "keys"))
         known = {item.name: item for item in declared(Settings)}
         values = self.fields(known, data, "", ["port", "pool", "controllers", "keys"])
+        if port is None and self.is_chatgpt_apiserver(controllers):
+            port = 8080     # as chatgpt-apiserver has it
         if port is not None and "server_address" not in values:
             with self.reported("port"):
                 values["server_address"] = address(f":{port}")
@@ -1244,6 +1293,11 @@ class ConfigFile:
         elif "keys" in present:
             self.problem("keys", "it must be a list")
         return values
+
+    def is_chatgpt_apiserver(self, controllers: Any) -> bool:
+        """Whether the file is one of chatgpt-apiserver: by its name, or by ``config`` in a controller."""
+        return os.path.basename(self.path) == FILE_NAMES[1] or any(
+            name in as_dict(item) for item in as_list(controllers) for name in ("config", "config_file"))
 
     def made(self, place: str, items: List[Any], make: Callable[[Dict[str, Any], str], Any]) -> Tuple[Any, ...]:
         """What ``make(object, its place)`` makes of the objects in a list; their names must differ."""
@@ -1272,7 +1326,7 @@ class ConfigFile:
             beside = os.path.join(os.path.dirname(self.path), file)
             within = f".config_file ({file})."
             more = self.read(beside if os.path.exists(beside) or not os.path.exists(file) else file, place + ".config_file")
-        elif file is not None:
+        elif file not in (None, ""):
             self.problem(place + ".config_file", "it must be the name of a file")
         if not isinstance(more, dict):
             if more is not None:
@@ -1285,14 +1339,14 @@ class ConfigFile:
             self.problem(place + ".type", f"{values['type']!r} is none of {', '.join(sorted(CONTROLLERS))}")
         if len(self.problems) > before:
             return None
-        if values.get("type", "openai") == "openai" and not values.get("api_key"):
-            own = values.get("base_url")
-            if not own or "api_key" not in values:      # "" says that a server of one's own wants none
-                with reported(self.problems, "OPENAI_API_KEY"):
-                    values["api_key"] = header_value(self.environ.get("OPENAI_API_KEY", ""))
-            if not own and not self.environ.get("OPENAI_API_KEY"):
+        source = (self.path if data.get("api_key") or not file else file) if values.get("api_key") else ""
+        if values.get("type", "openai") == "openai" and not source and is_openai_server(values.get("base_url", "")):
+            source = "OPENAI_API_KEY"
+            with reported(self.problems, source):
+                values["api_key"] = header_value(self.environ.get(source, ""))
+            if not self.environ.get(source):
                 self.problem(place + ".api_key", "it is missing, and OPENAI_API_KEY is not set")
-        return ControllerSettings(**values) if len(self.problems) == before else None
+        return ControllerSettings(**values, key_source=source) if len(self.problems) == before else None
 
     def read(self, path: str, place: str = "") -> Optional[Dict[str, Any]]:
         """The JSON object in a file, its ${NAME}s filled in; None if there is none."""
@@ -1303,6 +1357,8 @@ class ConfigFile:
             what = error.strerror
         except json.JSONDecodeError as error:
             what = f"line {error.lineno}, column {error.colno}: {error.msg}"
+            if path.rpartition(".")[2].lower() in OTHER_FORMATS:
+                what = NOT_JSON
         except ValueError as error:
             what = str(error)
         else:
@@ -1815,9 +1871,9 @@ NOW = int(getattr(socket, "MSG_DONTWAIT", 0))   # do not wait, even if the socke
 LOOK = socket.MSG_PEEK | NOW                    # and leave what is there
 
 try:
-    from ssl import SSLWantReadError as WantRead, SSLWantWriteError as WantWrite
+    from ssl import SSLEOFError as RaggedEnd, SSLWantReadError as WantRead, SSLWantWriteError as WantWrite
 except ImportError:  # a Python without ssl
-    WantRead = WantWrite = BlockingIOError  # type: ignore[misc,assignment]
+    RaggedEnd = WantRead = WantWrite = BlockingIOError  # type: ignore[misc,assignment]
 
 
 def peek(sock: Any) -> Optional[bytes]:
@@ -1847,6 +1903,10 @@ def tls_context(ca_file: str) -> Any:
     context = ssl.create_default_context()
     if ca_file:
         context.load_verify_locations(ca_file)
+    # A connection that ends without close_notify was cut; by default Python reports that as a proper end, and so
+    # does OpenSSL 3 if Python asks it to (0x80: the option's value, for a Python that has no name for it).
+    context.options &= ~getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0x80)
+    context.wrap_socket = functools.partial(context.wrap_socket, suppress_ragged_eofs=False)  # type: ignore[method-assign]
     return context
 
 
@@ -1889,6 +1949,7 @@ class Response:
         self.body = NO_BODY
         self.held = b""                 # of a head that is not whole
         self.early = b""                # payload that came with the head
+        self.first_due = math.inf       # deadline of the answer's first content
 
     def receive(self, data: bytes) -> bytes:
         """The payload within some bytes of the socket (b"": it has ended); ProtocolError where that is too early."""
@@ -1940,14 +2001,16 @@ class Response:
             return APIError(502, f"{where} broke off the connection.", code="connection", kind="again")
         return upstream_error(error, self.watch, where)
 
-    def expect(self) -> None:
-        """From now on the upstream owes its next bytes."""
-        self.watch.expect(self.patience.idle, self.patience.silent)
+    def expect(self, started: bool = True) -> None:
+        """Set the deadline of the next bytes: until an answer has started, that of its first content."""
+        if started:
+            self.watch.expect(self.patience.idle, self.patience.silent)
+        else:
+            self.watch.due, self.watch.late = self.first_due, self.patience.late
 
-    def wait(self) -> bytes:
+    def wait(self, started: bool = True) -> bytes:
         """The next bytes of the socket."""
-        if self.status:
-            self.expect()
+        self.expect(started)
         data = self.sock.recv(READ_SIZE)
         self.watch.due = math.inf       # how long they are used is not the upstream's affair
         return data
@@ -2045,7 +2108,7 @@ class Transport:
             response = self.opener.open(request, timeout=self.connect_timeout)
         except NETWORK as error:
             raise upstream_error(error, watch, self.where) from error
-        response.patience = known
+        response.patience, response.first_due = known, watch.due
         return response
 
     def open(self, method: str, path: str, watch: Watch, data: Optional[bytes] = None,
@@ -2063,7 +2126,6 @@ class Transport:
 
 
 NETWORK = (OSError, ProtocolError, http.client.HTTPException)
-FAILED = (APIError, *NETWORK)
 
 
 # What the machine says when it has no descriptors, buffers or memory left for a socket.
@@ -2105,17 +2167,38 @@ def upstream_error(error: Exception, watch: Watch, where: str) -> APIError:
         if report_exhaustion():
             log.error("this server has no descriptors or memory left for connections to upstreams: %s", error)
         return APIError(503, "This server is out of resources for more requests.", code="overloaded", retry_after=1, kind="local")
+    if not isinstance(error, NETWORK):
+        return unexpected_error(error, where)
     log.info("%s: %s: %s", where, type(error).__name__, error)
     late = isinstance(error, (socket.timeout, TimeoutError))
     if isinstance(error, (http.client.HTTPException, ProtocolError)):
         what = "broke off its answer or sent something that is not HTTP."
     elif late:
         what = "could not be reached in time."
-    elif isinstance(error, (ConnectionResetError, BrokenPipeError)) or type(error) is ConnectionError:
+    elif (isinstance(error, (ConnectionResetError, BrokenPipeError, RaggedEnd)) or type(error) is ConnectionError
+          or getattr(error, "reason", "") == "UNEXPECTED_EOF_WHILE_READING"):   # RaggedEnd in Python 3.9
         what = "broke off the connection."
     else:
         what = "could not be reached."
     return APIError(504 if late else 502, f"{where} {what}", code="upstream_error", kind="network")
+
+
+def unexpected_error(error: Exception, where: str) -> APIError:
+    """502 for an exception that a decoder or a controller raised; Member.report logs it."""
+    failure = APIError(502, f"{where} failed in an unexpected way.", code="upstream_error", kind="network")
+    failure.bug = error
+    return failure
+
+
+@contextlib.contextmanager
+def controller_errors(name: str) -> Iterator[None]:
+    """Turn whatever a controller raises into an APIError of its own, so that the next one can be asked."""
+    try:
+        yield
+    except (APIError, ClientLeft, Blocked):
+        raise
+    except Exception as error:
+        raise unexpected_error(error, name) from error
 
 
 # == 7. controllers ===========================================================================
@@ -2134,12 +2217,14 @@ class Pipeline:
         self.error: Optional[APIError] = None
 
     whole = False   # that is told by Finish
+    started = False     # text, reasoning, a tool call or the end has come
     cut = property(lambda self: any(getattr(step, "cut", False) for step in self.filters))
 
     def feed(self, data: bytes) -> List[Event]:
         events = self.decoder.feed(data)
         for step in self.filters:
             events = step.feed(events)
+        self.started = self.started or bool(events)
         self.error = self.decoder.error
         return events + self.flush() if self.error else events
 
@@ -2177,6 +2262,7 @@ class Collected:
     """
 
     cut = whole = False
+    started = True      # the first byte is content
 
     def __init__(self, told: Callable[[bytes], List[Event]], limit: int = BODY_LIMIT, refusal: bool = False) -> None:
         self.told, self.left, self.refusal = told, limit, refusal
@@ -2216,6 +2302,7 @@ class Stream:
     def __init__(self, response: Response, opened: Callable[[Response], Any]) -> None:
         self.response, self.opened = response, opened
         self.decoder: Any = None
+        self.started = False        # its first content has come: from now on the idle limit counts
         self.whole = self.over = False
         self.failure: Optional[Exception] = None
         self.left = math.inf        # bytes that it may still have
@@ -2230,13 +2317,14 @@ class Stream:
                 if not response.status:
                     return events
                 self.decoder = self.opened(response)
-                response.watch.late = response.patience.silent
             self.left -= len(payload)
             if self.left < 0:
                 raise early(response.patience.where, "sent more than can be kept")
             if payload and not self.whole:
                 events = self.decoder.feed(payload)
                 self.failure = self.decoder.error
+                if not self.started and self.decoder.started:
+                    self.started, response.watch.late = True, response.patience.silent
                 if self.decoder.whole or events and type(events[-1]) is Finish:
                     self.is_whole()
             if response.body.done:
@@ -2245,17 +2333,17 @@ class Stream:
                     events += self.decoder.close()
                     self.failure = self.decoder.error
                     self.whole = bool(events) and isinstance(events[-1], Finish)
-        except FAILED as error:
+        except Exception as error:  # whatever a decoder raises is this upstream's failure
             events += self.broken(error)
         return events
 
     def is_whole(self) -> None:
         """All of the answer is here. If we ended it the upstream should stop, else its message comes to a proper end."""
-        self.whole, self.failure, self.over = True, None, self.decoder.cut
+        self.started, self.whole, self.failure, self.over = True, True, None, self.decoder.cut
         self.response.patience = patience(self.response.patience.where, self.DRAIN, self.DRAIN)
 
     def broken(self, error: Exception) -> List[Event]:
-        """The network failed; if the answer was whole before, that is of no interest."""
+        """The network or the decoder failed; if the answer was whole before, that is of no interest."""
         self.over = True
         if self.whole:
             return []
@@ -2263,9 +2351,13 @@ class Stream:
             self.failure = error if isinstance(error, APIError) else self.response.failure(error)
         except (APIError, ClientLeft) as reason:  # why somebody ended it
             self.failure = reason
-        events = self.decoder.flush() if self.decoder else []
+        events: List[Event] = []
+        try:
+            events = self.decoder.flush() if self.decoder else []
+        except Exception as another:    # a decoder with a bug may fail at this, too
+            log.info("%s: %s: %s", self.response.patience.where, type(another).__name__, another)
         if getattr(self.decoder, "refusal", False):
-            self.failure = self.decoder.error
+            self.failure = self.decoder.error or self.failure
         return events
 
     def __iter__(self) -> Iterator[Event]:
@@ -2273,7 +2365,7 @@ class Stream:
         with contextlib.closing(self):
             while not self.over and not self.failure:
                 try:
-                    events = self.receive(self.response.wait())
+                    events = self.receive(self.response.wait(self.started))
                 except OSError as error:
                     events = self.broken(error)
                 yield from events
@@ -2579,6 +2671,7 @@ def without_hosts(text: str) -> str:
                   r"|[a-z0-9-]+(?=:\d{2,5}\b))(?::\d{1,5})?", "(address)", text, flags=re.I)
 
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _LONE_TEXT = re.compile(rb'0:("[ !#-\[\]-~]+")\n')     # nothing escaped
 
 
@@ -2625,11 +2718,11 @@ class AkashDecoder:
         while block and not self.finished and not self.error:
             if block.startswith(b"0:"):
                 texts = block[2:].split(b"\n0:")        # as long as texts follow one another
-                last, _, rest = texts[-1].partition(b"\n")
-                joined = b",".join([*texts[:-1], last])
-                if b"\n" in joined:                     # something else stands between
-                    joined, _, rest = block[2:].partition(b"\n")
-                self._texts(joined, out)
+                texts[-1], _, rest = texts[-1].partition(b"\n")
+                if any(b"\n" in text for text in texts):     # something else stands between
+                    first, _, rest = block[2:].partition(b"\n")
+                    texts = [first]
+                self._texts(texts, out)
                 block = rest
             else:
                 line, _, block = block.partition(b"\n")
@@ -2699,35 +2792,36 @@ class AkashDecoder:
             told = as_dict(event.get("messageMetadata"))
             self._finish(event.get("finishReason", "stop"), told.get("totalUsage") or told.get("usage"), out)
 
-    def _texts(self, joined: bytes, out: List[Event]) -> None:
-        """Some JSON texts, with commas between them."""
-        try:
-            texts = _decode_any((b"[%b]" % joined).decode("utf-8", "surrogatepass"))
+    def _texts(self, lines: List[bytes], out: List[Event]) -> None:
+        """Some JSON texts, each of one line."""
+        try:    # a line break can't stand in a JSON text, so that none of them can reach into the next
+            texts = _decode_any((b"[%b]" % b",\n".join(lines)).decode("utf-8", "surrogatepass"))
             text = "".join(texts)
         except (ValueError, TypeError, RecursionError):
-            return self._broken(joined, out)
-        if b"<think>\\n" in joined:
+            return self._broken(lines, out)
+        if "<think>\n" in text:
             for text in texts:
                 begins, ends = self.THOUGHT
                 if text.startswith(begins) and text.endswith(ends):
                     self._say(Reasoning, text[len(begins):-len(ends)], out)
                 else:
                     self._say(Text, text, out)
-        elif b"\\u" in joined or self.half:
+        elif self.half or not text.isascii() and _SURROGATE.search(text):
             self._say(Text, text, out)
         elif text:
             out.append(Text(text))
 
-    def _broken(self, joined: bytes, out: List[Event]) -> None:
+    def _broken(self, lines: List[bytes], out: List[Event]) -> None:
         """One of the texts is broken; those before it are good."""
-        scan, text = json.JSONDecoder().raw_decode, joined.decode("utf-8", "replace")
+        if len(lines) > 1:
+            for line in lines:
+                if not self.error:
+                    self._texts([line], out)
+            return
         with contextlib.suppress(ValueError, RecursionError):
-            while text:
-                value, end = scan(text)
-                if not isinstance(value, str):
-                    break
+            value, _ = json.JSONDecoder().raw_decode(lines[0].decode("utf-8", "replace"))
+            if isinstance(value, str):
                 self._say(Text, value, out)
-                text = text[end:].lstrip(",")
         self._fail(BROKEN)
 
     def _say(self, kind: Callable[[str], Event], text: str, out: List[Event]) -> None:
@@ -2747,7 +2841,7 @@ class AkashDecoder:
         if self.half:
             self.half = ""
             out.append(Text("\ufffd"))
-        if reason in FINISH_REASONS:
+        if isinstance(reason, str) and reason in FINISH_REASONS:
             self.finished = True
             out.append(Finish(FINISH_REASONS[reason], _akash_usage(usage)))
         elif reason == "error":
@@ -2809,8 +2903,9 @@ class AkashController(Controller):
     def __init__(self, options: ControllerSettings, settings: Settings,
                  clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__(options, settings)
+        self.cookie = settings.akash_cookie if settings.is_akash_server(options.base_url) else ""
         headers = {"User-Agent": settings.user_agent, "Accept": "*/*", "Accept-Encoding": "identity", **options.headers,
-                   **({"Cookie": settings.akash_cookie} if settings.akash_cookie else {})}
+                   **({"Cookie": self.cookie} if self.cookie else {})}
         self.transport = Transport(options, settings, options.base_url, "Akash Chat", headers)
         self.session = AkashSession(self.transport, options.api_key, settings.session_timeout, clock)
         self.list = Cached(self._fetch_models, settings.models_ttl, clock)
@@ -2894,7 +2989,7 @@ class AkashController(Controller):
         """The header fields that a request adds."""
         fields = {"Content-Type": "application/json"} if data else {}
         if cookie:
-            fields["Cookie"] = "; ".join(filter(None, (cookie, self.settings.akash_cookie)))
+            fields["Cookie"] = "; ".join(filter(None, (cookie, self.cookie)))
         return fields
 
     def _decoder(self, call: Call, response: Response, cutoff: Cutoff, cookie: str) -> Any:
@@ -3248,7 +3343,7 @@ def chat_events(message: Dict[str, Any]) -> List[Event]:
         arguments = function.get("arguments") or ""
         events.append(ToolCall(at if count_or_none(index) is None else index,
                                arguments if isinstance(arguments, str) else _encode(arguments),
-                               call.get("id"), function.get("name")))
+                               *(name if isinstance(name, str) else None for name in (call.get("id"), function.get("name")))))
     return events
 
 
@@ -3280,7 +3375,7 @@ class RelayDecoder:
 
     def __init__(self, where: str, events: bool = True, ends: Optional[Any] = None, secrets: Iterable[str] = ()) -> None:
         self.where, self.events, self.ends, self.secrets = where, events, ends, secrets
-        self.begun = not events         # other bytes than events are not looked at
+        self.begun = self.started = not events  # other bytes than events are not looked at
         self.whole = False              # the stream has said so itself
         self.held = b""                 # until the first event is whole; then a line that is not
         self.last = b"\n\n"
@@ -3300,25 +3395,31 @@ class RelayDecoder:
             self.error = early(self.where, "sent a line without an end, or comments alone")
         if not data:
             return []
+        data = self._look_for_the_end(data)
+        self.started = self.started or self.whole or any(map(has_content, DATA_LINE.findall(data)))
         self.last = data if len(data) > 3 else (self.last + data)[-4:]
-        self._look_for_the_end(data)
         return [Raw(data)]
 
     def usual(self, data: bytes) -> bytes:
-        """The data, if it ends with an event from the middle of a chat; else b""."""
-        if self.begun and not self.held and data.endswith(GOES_ON):
+        """The data, if it is nothing but events of one line from the middle of a chat; else b""."""
+        if self.started and not self.held and data.endswith(GOES_ON) and (
+                data.find(b"\n") == len(data) - 2
+                or any(data.count(b"\n") == 2 * data.count(end) for end in GOES_ON)):  # each line break is of such an end
             self.last = data
             return data
         return b""
 
-    def _look_for_the_end(self, data: bytes) -> None:
+    def _look_for_the_end(self, data: bytes) -> bytes:
+        """The data, up to the end of the stream if that is in it."""
         if self.ends is not None:
             at = max(map(data.rfind, END_MARKS))
             if at >= 0 and (self.ends.search(data, max(0, at - 8)) or self.ends.search(data)):
                 self.ends = None
-        at = data.rfind(b"[DONE]")
-        if at >= 0 and DONE.search(data, max(0, at - 8)):
-            self.whole, self.ends = True, None
+        done = DONE.search(data) if b"[DONE]" in data else None
+        if done is None or self.whole:
+            return data
+        self.whole, self.ends = True, None
+        return data[:done.end()] + (b"\r\n" if done[0].endswith(b"\r\n") else b"\n")     # its blank line may come later
 
     def _first(self, data: bytes) -> bytes:
         """Wait for the first event; if it is an error, the answer has not begun."""
@@ -3348,15 +3449,32 @@ class RelayDecoder:
 
 
 DATA = re.compile(rb"(?:^|\n)data:([^\n]*)\n")
-DONE = re.compile(rb"(?:^|\n)data: ?\[DONE\]")
+DATA_LINE = re.compile(rb"^data:([^\n]*)\n", re.M)
+DONE = re.compile(rb"^data: ?\[DONE\][ \r]*\n", re.M)
+OPENING = re.compile(r"ping|message_start|content_block_start|response\.(created|queued|in_progress|\w+\.added)")
 END_MARKS = (b"[DONE]", b'"finish_reason":"', b'"finish_reason": "', b'"finish_reason" : "',  # found faster, backwards
              b"message_stop", b"event: error", b"response.")
 GOES_ON = b'"finish_reason":null}]}\n\n', b'"finish_reason": null}]}\n\n', b'"finish_reason":null}],"usage":null}\n\n'
-CHAT_ENDS = re.compile(rb'(?:^|\n)data: ?\[DONE\]|"finish_reason" ?: ?"[a-z]')
+CHAT_ENDS = re.compile(rb'^data: ?\[DONE\][ \r]*$|"finish_reason" ?: ?"[a-z]', re.M)
 ENDS = {CHAT_PATH: CHAT_ENDS, "/v1/completions": CHAT_ENDS,
         "/v1/messages": re.compile(rb'"type" ?: ?"(?:message_stop|error)"'),
         "/v1/responses": re.compile(rb'"type" ?: ?"response\.(?:completed|incomplete|failed)"')}
 _TELLS_ERROR = re.compile(rb'\{\s*"error"\s*:\s*[{"]')
+
+
+def has_content(data: bytes) -> bool:
+    """Whether an event of a stream has more than its opening: text, reasoning, a call of a tool, an error, an end."""
+    event = json_or_none(data)
+    if not isinstance(event, dict):
+        return bool(data.strip())
+    if isinstance(event.get("type"), str):
+        return not OPENING.fullmatch(event["type"])
+    choices = event.get("choices")
+    if event.get("error") or not isinstance(choices, list):
+        return True
+    parts = [{**choice, **as_dict(choice.get("delta")), "delta": None, "role": None, "index": None}
+             for choice in map(as_dict, choices)]
+    return any(any(part.values()) for part in parts)
 
 
 def early(where: str, what: str = "ended its answer early") -> APIError:
@@ -3463,13 +3581,18 @@ class OpenAIController(Controller):
             return RelayDecoder(self.name, True, ENDS.get(call.path), self.secrets)
         if kind.startswith("text/html"):
             raise APIError(502, f"{self.name} answered with a web page.", code="upstream_error")
-        if response.body.until_close or not kind.startswith("application/json") and not response.body.done:
+        if not kind.startswith("application/json") and (response.body.until_close or not response.body.done):
             return RelayDecoder(self.name, events=False)
-        return Collected(functools.partial(self._document, kind))
+        return Collected(functools.partial(self._document, kind, response.body.until_close))
 
-    def _document(self, kind: str, data: bytes) -> List[Event]:
-        """A whole body that is relayed; as JSON it must look like that, and not be an error."""
+    def _document(self, kind: str, until_close: bool, data: bytes) -> List[Event]:
+        """A whole body that is relayed; as JSON it must look like that, and not be an error.
+
+        Where the end of the connection is the end of the body, only its JSON shows that nothing is missing.
+        """
         text = data.strip() if kind.startswith("application/json") else b""
+        if until_close and json_or_none(text) is None:
+            raise early(self.name)
         if text and (text[:1] not in b"{[" or text[-1:] not in b"}]"):
             raise early(self.name, "sent something that is not JSON")
         if _TELLS_ERROR.match(text):
@@ -3596,6 +3719,7 @@ class Member:
         self.cooldowns: Dict[Tuple[str, Optional[str]], CoolDown] = {}  # by (kind, model); None: the whole controller
         self.served_at = -math.inf  # the last success
         self.last_error, self.last_error_at = "", 0.0       # the latter by time.time()
+        self.reported: set = set()  # (type, file, line) of the exceptions whose traceback is in the log
         self.listed: Optional[frozenset] = None     # what its model list had, once it was read
         self.way = self._way()
         kept = ["served", "failed", "rests", "listed"] if before and before.way[:3] == self.way[:3] else []
@@ -3693,17 +3817,31 @@ class Member:
             cooldown.recheck_at = now + RECHECK
         return True
 
+    def report(self, error: APIError) -> None:
+        """Log the exception behind an error; its traceback only for the first one of a place in the code."""
+        if error.bug is None:
+            return
+        trace: Any = error.bug.__traceback__
+        while trace.tb_next:
+            trace = trace.tb_next
+        place = type(error.bug), trace.tb_frame.f_code.co_filename, trace.tb_lineno
+        log.error("%s: unexpected error: %s: %s", self.name, type(error.bug).__name__, str(error.bug)[:200],
+                  exc_info=None if place in self.reported else error.bug)
+        self.reported.add(place)
+
     def offered(self) -> Tuple[List[Dict[str, Any]], Optional[frozenset], Optional[APIError]]:
         """The models it adds to the list, the names that its own list has, and the error if it tells none."""
         found, names, error = {}, self.listed, None
         try:
-            listed = self.controller.models()
-            names = frozenset(model["id"] for model in listed)
-            patterns = self.options.models or ["*"]
-            found = {model["id"]: model for model in listed
-                     if any(fnmatch.fnmatchcase(model["id"], pattern) for pattern in patterns)}
+            with controller_errors(self.name):
+                listed = self.controller.models()
+                names = frozenset(model["id"] for model in listed)
+                patterns = self.options.models or ["*"]
+                found = {model["id"]: model for model in listed
+                         if any(fnmatch.fnmatchcase(model["id"], pattern) for pattern in patterns)}
         except APIError as failure:
             error = failure
+            self.report(failure)
         named = [name for name in self.options.models if not re.search(r"[*?\[]", name)]
         for name in [*self.options.model_map, *named]:
             found.setdefault(name, {"id": name, "object": "model", "created": 0, "owned_by": self.name})
@@ -3720,7 +3858,7 @@ class Waiter:
 
     __slots__ = ("queue", "call", "able", "ignored", "deadline", "number", "line", "member")
 
-    def __init__(self, queue: "Queue", call: Call, able: List[Member], ignored: Tuple[str, ...], deadline: float) -> None:
+    def __init__(self, queue: "CallQueue", call: Call, able: List[Member], ignored: Tuple[str, ...], deadline: float) -> None:
         self.queue, self.call, self.able, self.ignored, self.deadline = queue, call, able, ignored, deadline
         self.number = next(queue.numbers)
         self.member: Optional[Member] = None    # the controller that it has been given
@@ -3736,7 +3874,7 @@ class Waiter:
             self.queue.wake(self)
 
 
-class Queue:
+class CallQueue:
     """Calls that wait for a controller, first come, first served, without a thread. Called under the pool's lock.
 
     There is a line for each set of controllers (and model, if it matters), so that only the first of each is
@@ -3781,7 +3919,7 @@ class Pool:
                  rng: Callable[[], float] = random.random) -> None:
         self.settings, self.clock, self.rng = settings, clock, rng
         self.lock = before.lock if before else threading.Lock()
-        self.queue = before.queue if before else Queue(self.lock)
+        self.queue = before.queue if before else CallQueue(self.lock)
         known = {member.name: member for member in before.members} if before else {}
         alike = before is not None and dataclasses.replace(
             settings, controllers=before.settings.controllers, keys=before.settings.keys) == before.settings
@@ -3928,6 +4066,20 @@ class Pool:
         sure = [member for member in on if member.serves(model)]
         return sure or [member for member in on if member.serves(model) is None]
 
+    def inability(self, member: Member, call: Call) -> Optional[APIError]:
+        """Why a controller can't answer a request; None if it can."""
+        try:
+            with controller_errors(member.name):
+                error = member.controller.able(call)
+                if error:
+                    error.kind = "ability"      # what can't be done here, another controller may do
+                return error
+        except APIError as failure:
+            member.report(failure)
+            with self.lock:
+                member.fare(failure, self.clock(), self.clock())
+            return failure
+
     def release(self, member: Member, error: Optional[APIError], begun: bool, started: float, model: str = "") -> None:
         with self.lock:
             now = self.clock()
@@ -4040,8 +4192,10 @@ class Pool:
         error = APIError(404, f"There is no picture {name!r}.", code="not_found")
         for member in self.members:
             try:
-                return member.controller.image(name, watch)
+                with controller_errors(member.name):
+                    return member.controller.image(name, watch)
             except APIError as failure:
+                member.report(failure)
                 error = failure if failure.status != 404 else error
         raise error
 
@@ -4124,7 +4278,8 @@ class Running:
             self.call.renew()
             self.call.kind, self.call.ignored = None, []
             try:
-                self.source = self.member.controller.events(self.call)
+                with controller_errors(self.member.name):
+                    self.source = self.member.controller.events(self.call)
             except APIError as error:
                 self.failed(error)
         streamed = isinstance(self.source, Stream)
@@ -4140,9 +4295,8 @@ class Running:
             raise no_model(asked)
         self.prepared = True
         for member in self.pool.members:
-            error = member.controller.able(self.call)
+            error = self.pool.inability(member, self.call)
             if error:
-                error.kind = "ability"      # what can't be done here, another controller may do
                 self.tried.append(member)
                 self.errors.append(error)
         self.unable = len(self.tried)
@@ -4150,8 +4304,11 @@ class Running:
     def events(self) -> Iterator[Event]:
         """The events of a source, in the thread that asks. An end without a Finish is an error: no "stop" is invented."""
         event = None
-        for event in self.source:
-            yield event
+        with controller_errors(self.member.name):
+            for event in self.source:
+                if not isinstance(event, EVENTS):
+                    raise TypeError(f"{type(event).__name__} is not an event")
+                yield event
         if not isinstance(event, (Finish, Raw)):
             raise early(self.member.name)
 
@@ -4176,8 +4333,9 @@ class Running:
 
     def end(self) -> None:
         source, self.source = self.source, None
-        if hasattr(source, "close"):
-            source.close()
+        with contextlib.suppress(APIError), controller_errors(self.member.name if self.member else ""):
+            if hasattr(source, "close"):
+                source.close()
 
     def close(self, error: Optional[APIError] = None) -> None:
         """Let the controller go, with the error that ended its answer, if one did."""
@@ -4186,6 +4344,8 @@ class Running:
             self.pool.leave_queue(self.call)
         member, self.member = self.member, None
         if member:
+            if error is not None:
+                member.report(error)
             self.pool.release(member, error, self.begun, self.started, self.call.model)
 
 
@@ -5489,7 +5649,7 @@ class Flow:
             self.fail(stream.failure)
         elif stream.over:
             self.finish()
-        elif stream.decoder is not None and not self.paused:
+        elif stream.started and not self.paused:
             due = self.watchdog.now + stream.response.patience.idle
             self.watch.due = min(due, self.watch.due) if stream.whole else due
 
@@ -5611,7 +5771,7 @@ class Flow:
             self.listen()
         if not self.ended:
             if self.stream.decoder is not None:
-                self.stream.response.expect()
+                self.stream.response.expect(self.stream.started)
             self.watchdog.watch(self.upstream, self.on_upstream)
             self.on_upstream()
 
@@ -7327,37 +7487,156 @@ def page() -> Tuple[bytes, Dict[str, str]]:
 
 def main(argv: Optional[List[str]] = None) -> int:
     """Run the command; the exit status (2: it was not asked for properly)."""
-    argv = [re.sub(r"^--[a-z_]+", lambda flag: flag[0].replace("_", "-"), word)
-            for word in (sys.argv[1:] if argv is None else argv)]  # --config_file, as chatgpt-apiserver has it
-    options = argument_parser().parse_args(argv)
-    flags = {name: value for name, value in vars(options).items() if isinstance(value, str)}
+    hold_signals("SIG_BLOCK")   # until there is a handler: before that SIGHUP would end the process
     try:
-        settings = Settings.load(dict(os.environ), flags)
-        if options.health:
-            return check_health(settings)
-        if options.check:
-            return show(settings)
-        lines = logging.StreamHandler()
-        lines.setFormatter(LogFormat(settings.log_format))
-        logging.basicConfig(level=settings.log_level.upper(), handlers=[lines])
-        demo = {"akash_base_url": StandIn.start(), "controllers": (), "workers": 1} if options.demo else {}
-        if settings.config_file:
-            flags["config_file"] = settings.config_file     # a reload must not fall back on another one, or on none
-
-        def load() -> Settings:
-            return dataclasses.replace(Settings.load(dict(os.environ), flags), **demo)
-
-        return start(Server(dataclasses.replace(settings, **demo)), load)
+        return command(sys.argv[1:] if argv is None else argv)
     except ConfigError as error:
         for problem in error.problems:
-            print(f"akashproxy: {problem}", file=sys.stderr)
+            say(f"akashproxy: {problem}", sys.stderr)
         return 2
+    finally:
+        give_up_output()
+        hold_signals("SIG_UNBLOCK")
+
+
+def command(argv: List[str]) -> int:
+    """What main() does; ConfigError where the settings can't be used."""
+    options = parse_flags(argv)
+    flags = {name: value for name, value in vars(options).items() if isinstance(value, str)}
+    settings = Settings.load(dict(os.environ), flags)
+    if options.health or options.check:
+        hold_signals("SIG_UNBLOCK")
+        return check_health(settings) if options.health else show(settings)
+    lines = LogWriter(sys.stderr.fileno()) if sys.stderr else logging.NullHandler()
+    lines.setFormatter(LogFormat(settings.log_format))
+    logging.basicConfig(level=settings.log_level.upper(), handlers=[lines])
+    demo = {"akash_base_url": StandIn.start(), "controllers": (), "workers": 1} if options.demo else {}
+    if settings.config_file:
+        flags["config_file"] = settings.config_file     # a reload must not fall back on another one, or on none
+
+    def load() -> Settings:
+        return dataclasses.replace(Settings.load(dict(os.environ), flags), **demo)
+
+    return start(Server(dataclasses.replace(settings, **demo)), load)
+
+
+def say(text: str, file: Any = None) -> None:
+    """Print a line, as far as it can be written: the disk may be full, or the reader gone."""
+    with contextlib.suppress(OSError):
+        print(text, file=file, flush=True)
+
+
+def give_up_output() -> None:
+    """Flush stdout and stderr. What can't be written would be tried once more at the exit, which then has status 120."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+class LogWriter(logging.Handler):
+    """Writes log lines in a thread of its own, so that a reader that hangs costs lines and not the server.
+
+    The lines wait in a queue. Those for which it has no room, or which can't be written, are counted,
+    and their number is a line of its own as soon as the log can be written again.
+    """
+
+    SIZE = 10000    # lines that may wait
+    LAST = 1.0      # seconds for them at the exit
+
+    def __init__(self, descriptor: int) -> None:
+        super().__init__()
+        self.descriptor = descriptor
+        self.begin()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self.begin)
+
+    def begin(self) -> None:
+        """Begin with an empty queue: in a forked process the lines of its parent are the parent's."""
+        self.lines: Queue = Queue(self.SIZE)
+        self.lost, self.count_lock = 0, threading.Lock()
+        self.thread: Optional[threading.Thread] = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self.thread is None:     # not earlier: a thread does not survive a fork
+            self.thread = threading.Thread(target=self.write_all, args=(self.lines,), name="akashproxy log", daemon=True)
+            self.thread.start()
+        try:
+            self.lines.put_nowait((self.format(record) + "\n").encode("utf-8", "backslashreplace"))
+        except Full:
+            self.lose(1)
+        except Exception:
+            self.handleError(record)
+
+    def lose(self, count: int) -> None:
+        with self.count_lock:
+            self.lost += count
+
+    def write_all(self, lines: Queue) -> None:
+        while True:
+            line = lines.get()
+            if isinstance(line, threading.Event):
+                line.set()
+            elif not self.write(line):
+                self.lose(1)
+            elif self.lost:
+                self.tell_lost()
+
+    def tell_lost(self) -> None:
+        with self.count_lock:
+            count, self.lost = self.lost, 0
+        record = log.makeRecord(log.name, logging.WARNING, "", 0, "%d log lines were lost", (count,), None)
+        if not self.write((self.format(record) + "\n").encode()):
+            self.lose(count)
+
+    def write(self, line: bytes) -> bool:
+        """Write a line to its end, however long that takes; False if it can't be written."""
+        while line:
+            try:
+                line = line[os.write(self.descriptor, line):]
+            except BlockingIOError:     # another process has made it a non-blocking descriptor
+                select.select([], [self.descriptor], [])
+            except OSError:
+                return False
+        return True
+
+    def flush(self) -> None:
+        """Wait until all lines are written, for a moment at most."""
+        written = threading.Event()
+        with contextlib.suppress(Full):
+            if self.thread is not None:
+                self.lines.put(written, timeout=self.LAST)
+                written.wait(self.LAST)
+
+
+def parse_flags(argv: List[str]) -> Any:
+    """The command line's options. Flags may be written as in Go, too: -config_file, --config_file."""
+    argv = [re.sub(r"^--?([a-z][a-z_-]+)", lambda flag: "--" + flag[1].replace("_", "-"), word) for word in argv]
+    parser = argument_parser()
+    try:
+        options, unknown = parser.parse_known_args(argv)
+    except OSError:     # --help could not be written
+        raise SystemExit(1) from None
+    if unknown:
+        import difflib
+        name = unknown[0].partition("=")[0]
+        near = difflib.get_close_matches(name, re.findall("--[a-z-]+", parser.format_usage()), 1)
+        parser.error(f"unknown {'flag' if name.startswith('-') else 'argument'} {name[:100]}"
+                     + (f"; did you mean {near[0]}?" if near else "; --help lists the flags"))
+    return options
 
 
 def argument_parser() -> Any:
     """The command line: one flag for each setting, and the few that are no settings."""
     import argparse
-    parser = argparse.ArgumentParser(
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise ConfigError([message])    # without the usage, which is longer than a screen
+
+    parser = Parser(
         prog="akashproxy.py", description="Serve Akash Chat, and other upstreams, as OpenAI's API.", allow_abbrev=False,
         epilog="Each setting is also an environment variable (--server-address is SERVER_ADDRESS) and a key of the "
                "configuration file (server_address). A flag wins over the environment, and that over the file.")
@@ -7382,14 +7661,15 @@ def default_text(item: Any) -> str:
 
 def show(settings: Settings) -> int:
     """Print the settings, the file they came from and the controllers, without secrets."""
-    print(f"# searched: {', '.join(filter(None, [settings.config_path, *SEARCHED]))} for {' and '.join(FILE_NAMES)}")
-    print(f"# file: {settings.config_file or 'none'}")
+    say(f"# searched: {', '.join([settings.config_path] if settings.config_path else SEARCHED)} for {' and '.join(FILE_NAMES)}")
+    say(f"# file: {settings.config_file or 'none'}")
     for name, value in settings.shown():
-        print(f"{name.upper()}={value}")
+        say(f"{name.upper()}={value}")
     for options in [*settings.pool(), *settings.keys]:
         kind = "key " if isinstance(options, KeySettings) else ""
-        lines = [f"{name}={value}" for name, value in options.shown() if value and name != "name"]
-        print(f"\n[{kind}{options.name}]", *lines, sep="\n")
+        sources = {"api_key": f" ({options.key_source})"} if getattr(options, "key_source", "") else {}
+        lines = [f"{name}={value}{sources.get(name, '')}" for name, value in options.shown() if value and name != "name"]
+        say("\n".join([f"\n[{kind}{options.name}]", *lines]))
     return 0
 
 
@@ -7401,10 +7681,10 @@ def check_health(settings: Settings) -> int:
     try:
         link.request("GET", "/health")
         answer = link.getresponse()
-        print(answer.read().decode("utf-8", "replace"))
+        say(answer.read().decode("utf-8", "replace"))
         return 0 if answer.status == 200 else 1
     except (OSError, http.client.HTTPException) as error:
-        print(f"akashproxy: no answer from {settings.server_address}: {error}", file=sys.stderr)
+        say(f"akashproxy: no answer from {settings.server_address}: {error}", sys.stderr)
         return 1
     finally:
         link.close()
@@ -7420,10 +7700,10 @@ def start(server: Server, load: Callable[[], Settings]) -> int:
     signals = Signals(signal.SIGINT, signal.SIGTERM, SIGHUP)
     line = f"akashproxy {__version__} serves {server.pool} on {server.url}/v1"
     if server.settings.workers > 1:
-        print(f"{line}, with {server.settings.workers} workers", flush=True)
+        say(f"{line}, with {server.settings.workers} workers")
         return supervise(server, load, signals)
     server.start()
-    print(line, flush=True)
+    say(line)
     return serve(server, load, signals)
 
 
@@ -7441,7 +7721,7 @@ SIGHUP = getattr(signal, "SIGHUP", 0)   # 0: this system has none
 def hold_signals(how: str) -> None:
     """Hold signals back, or let them come again, where the system can do that: a new process must not miss one."""
     if SIGHUP:
-        signal.pthread_sigmask(getattr(signal, how), {signal.SIGTERM, SIGHUP})
+        signal.pthread_sigmask(getattr(signal, how), {signal.SIGINT, signal.SIGTERM, SIGHUP})
 
 
 class Signals:
@@ -7546,6 +7826,7 @@ def spawn(parent: Server, load: Callable[[], Settings], board: Board, page: int)
     except BaseException:
         log.exception("a worker failed")
     finally:
+        logging.shutdown()
         os._exit(status)
 
 

@@ -2068,8 +2068,138 @@ def test_bad_settings_are_one_clear_line(flags, environ, words):
     assert (done.returncode, done.stderr) == (2, words)
 
 
-def test_an_unknown_flag():
-    assert run("--nonsense").returncode == 2
+@pytest.mark.parametrize("flags, words", [
+    (["--nonsense"], "unknown flag --nonsense; --help lists the flags"),
+    (["--confg-file", "x"], "unknown flag --confg-file; did you mean --config-file?"),
+    (["--sever-address=:1"], "unknown flag --sever-address; did you mean --server-address?"),
+    (["-config_fle=x"], "unknown flag --config-fle; did you mean --config-file?"),
+    (["serve"], "unknown argument serve; --help lists the flags"),
+    (["--config-file"], "argument --config-file: expected one argument"),
+])
+def test_a_wrong_flag_is_one_line(flags, words, capsys):
+    assert akashproxy.main(flags) == 2
+    assert capsys.readouterr() == ("", f"akashproxy: {words}\n")
+
+
+@pytest.mark.parametrize("flags", [["-config_file", "FILE"], ["-config_file=FILE"], ["--config_file", "FILE"], ["-config-file", "FILE"],
+                                   ["-config_path", "DIR"], ["-config_path=DIR"]])
+def test_flags_as_in_go(flags, config, tmp_path, capsys):
+    path = config({"max_wait": 7})
+    assert akashproxy.main([*[flag.replace("FILE", path).replace("DIR", str(tmp_path)) for flag in flags], "-check"]) == 0
+    assert "MAX_WAIT=7" in capsys.readouterr().out
+
+
+def hung_pipe():
+    """Both ends of a pipe that is full, so that writing to it blocks."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, b"x" * 65536)
+    os.set_blocking(writer, True)
+    return reader, writer
+
+
+def test_a_log_that_nobody_reads_costs_lines_only(akash):
+    reader, writer = hung_pipe()
+    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import akashproxy; akashproxy.LogWriter.SIZE = 20; sys.exit(akashproxy.main())"
+    process = subprocess.Popen(**{**command(SERVER_ADDRESS="127.0.0.1:0", AKASH_BASE_URL=akash.url), "stderr": writer,
+                                  "args": [sys.executable, "-c", code]})
+    os.close(writer)
+    try:
+        server = type("Server", (), {"server_port": int(re.search(r":(\d+)/v1", process.stdout.readline())[1])})
+        for _ in range(50):
+            assert ask(server, path="/nowhere").status == 404
+        said = b""
+        while b" log lines were lost\n" not in said:
+            said += os.read(reader, 65536)
+        assert ask(server, path="/nowhere").status == 404
+        process.send_signal(signal.SIGTERM)
+        said += b"".join(iter(lambda: os.read(reader, 65536), b""))
+        assert process.wait(20) == 0
+        lost = sum(map(int, re.findall(rb"WARNING (\d+) log lines were lost\n", said)))
+        assert lost > 20 and said.count(b" status=404 ") + lost == 51
+    finally:
+        process.kill()
+        process.communicate()
+        os.close(reader)
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_sigterm_works_while_nobody_reads_the_log(workers, akash):
+    reader, writer = hung_pipe()
+    process = subprocess.Popen(**{**command(SERVER_ADDRESS="127.0.0.1:0", AKASH_BASE_URL=akash.url, WORKERS=workers), "stderr": writer})
+    try:
+        port = int(re.search(r":(\d+)/v1", process.stdout.readline())[1])
+        server = type("Server", (), {"server_port": port})
+        for _ in range(20):
+            assert ask(server, path="/nowhere").status == 404
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+        process.communicate()
+        os.close(reader), os.close(writer)
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_the_last_lines_of_the_log_are_written(workers):
+    with started("--demo" if workers == "1" else "--grace=1", WORKERS=workers) as (process, port):
+        server = type("Server", (), {"server_port": port})
+        for _ in range(20):
+            ask(server, path="/nowhere")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+        assert process.stderr.read().count(" status=404 ") == 20
+
+
+def full_disk():
+    return os.open("/dev/full", os.O_WRONLY)
+
+
+def closed_pipe():
+    reader, writer = os.pipe()
+    os.close(reader)
+    return writer
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+@pytest.mark.parametrize("flags, status, output", [
+    (["--check"], 0, full_disk), (["--help"], None, closed_pipe), (["--nonsense"], 2, full_disk), ([], 0, full_disk), ([], 0, closed_pipe)])
+def test_output_that_can_not_be_written_is_no_traceback(flags, status, output, akash):
+    for name in ("stdout", "stderr"):
+        port, closed = free_port(), output()
+        process = subprocess.Popen(**{**command("--server-address", f"127.0.0.1:{port}", "--akash-base-url", akash.url, *flags), name: closed})
+        os.close(closed)
+        if not flags:
+            server = type("Server", (), {"server_port": port})
+            wait_for(lambda: not refused(port) or process.poll() is not None)
+            assert ask(server).status == 200
+            process.send_signal(signal.SIGTERM)
+        said = "".join(filter(None, process.communicate(timeout=20)))
+        assert "Traceback" not in said and "Exception" not in said
+        assert process.returncode in ((0, 1) if status is None else (status,))
+
+
+@pytest.mark.parametrize("number, ends", [(signal.SIGHUP, False), (signal.SIGTERM, True), (signal.SIGINT, True)])
+def test_a_signal_while_it_starts_is_heeded(number, ends, tmp_path):
+    fifo = tmp_path / "akashproxy.json"     # the command waits for its configuration until somebody writes it
+    os.mkfifo(fifo)
+    process = subprocess.Popen(**command("--server-address", "127.0.0.1:0", "--config-file", str(fifo)))
+    try:
+        with open(fifo, "w") as file:
+            process.send_signal(number)
+            file.write('{"controllers": [{"type": "echo"}]}')
+        os.unlink(fifo)
+        fifo.write_text('{"controllers": [{"type": "echo"}]}')
+        assert " serves " in process.stdout.readline()
+        if not ends:
+            assert "loaded anew" in process.stderr.readline()
+            process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0 and "Traceback" not in process.stderr.read()
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def test_check_shows_the_settings_but_no_secret():
@@ -2169,9 +2299,89 @@ def test_the_search_for_a_file(config, tmp_path, monkeypatch):
         assert "MAX_WAIT=7" in run(flag, str(tmp_path / "else/where.json"), "--check").stdout
 
 
+@pytest.mark.parametrize("files, environ, words", [
+    ({}, {"CONFIG_PATH": "else"}, "there is no akashproxy.json or chatgpt-apiserver.json in else"),
+    ({"else/other.json": "{}", "akashproxy.json": "{}"}, {"CONFIG_PATH": "else"}, "there is no akashproxy.json"),
+    ({"else/chatgpt-apiserver.yaml": "port: 1"}, {"CHATGPT_APISERVER_CONFIG_PATH": "else"}, "else/chatgpt-apiserver.yaml: only JSON"),
+    ({}, {"CONFIG_FILE": "none.json"}, "none.json: No such file"), ({"d/x": ""}, {"CONFIG_FILE": "d"}, "d: Is a directory"),
+    ({"c.yaml": "port: 1"}, {"CONFIG_FILE": "c.yaml"}, "c.yaml: only JSON can be read"),
+    *[({name: "x"}, {}, f"{name}: only JSON can be read") for name in (
+        "chatgpt-apiserver.yaml", "config/chatgpt-apiserver.yml", "chatgpt-apiserver.toml", ".config/akashproxy.yaml", "akashproxy.ini")],
+    ({"a.json": '{"controllers": [{"config_file": "o.yaml"}]}', "o.yaml": "api_key: x"}, {"CONFIG_FILE": "a.json"}, "o.yaml: only JSON can be read"),
+])
+def test_a_configuration_that_can_not_be_used_is_a_mistake(files, environ, words, config, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, text in files.items():
+        config(text, name)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    assert akashproxy.main([]) == 2
+    said = capsys.readouterr()
+    assert not said.out and words in said.err and said.err.count("\n") == 1
+
+
+def test_json_is_preferred_to_what_can_not_be_read(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config("x", "chatgpt-apiserver.yaml")
+    config({"max_wait": 7}, "config/akashproxy.json")
+    assert Settings.load({}).max_wait == 7
+
+
+@pytest.mark.parametrize("name, data, listens", [
+    ("chatgpt-apiserver.json", {}, ":8080"), ("chatgpt-apiserver.json", {"port": "1"}, ":1"), ("chatgpt-apiserver.json", {"server_address": ":2"}, ":2"),
+    ("other.json", {"controllers": [{"type": "echo", "config": {}}]}, ":8080"), ("other.json", {"controllers": [{"type": "echo"}]}, "localhost:16571"),
+    ("other.json", {"controllers": [{"type": "echo", "config_file": ""}]}, ":8080"), ("akashproxy.json", {}, "localhost:16571"),
+])
+def test_where_a_file_without_a_port_listens(name, data, listens, config):
+    assert load(config(data, name)).server_address == listens
+
+
+def test_an_empty_config_file_beside_config_is_none(config):
+    assert load(config({"controllers": [{"config_file": "", "config": {"api_key": "k"}}]})).pool()[0].api_key == "k"
+
+
+@pytest.mark.parametrize("base_url, sent", [
+    (None, True), ("https://api.openai.com/v1", True), ("https://API.openai.com", True), ("https://eu.api.openai.com/v1", True), ("http://h:1", False),
+    ("https://api.openai.com.evil.example/v1", False), ("https://evilapi.openai.com.example", False), ("https://openai.com", False),
+])
+def test_the_key_for_openai_goes_to_openai_only(base_url, sent, config, monkeypatch, capsys):
+    controller = {"base_url": base_url} if base_url else {}
+    path = config({"controllers": [{**controller, "api_key": ""} if sent else controller]})
+    options = load(path, OPENAI_API_KEY="s3cret").pool()[0]
+    assert (options.api_key == "s3cret") == sent
+    monkeypatch.setenv("OPENAI_API_KEY", "s3cret")
+    assert akashproxy.main(["--check", "--config-file", path]) == 0
+    shown = capsys.readouterr().out
+    assert ("api_key=******** (OPENAI_API_KEY)\n" in shown) == sent and "s3cret" not in shown
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_akashs_secrets_go_to_akashs_own_server_only(named, akash, serve):
+    other = FakeAkash()
+    settings = {"akash_access_token": "s3cret", "akash_cookie": "c=s3cret", "controllers": (
+        akashproxy.ControllerSettings(type="akash", base_url=akash.url + "/p" if named else ""),
+        akashproxy.ControllerSettings(type="akash", base_url=other.url, priority=2))}
+    akash.session = other.session = reply(404)
+    akash.faults.append(akash.refuse())
+    server = serve(**settings)
+    ask(server, path="/v1/models"), chat(server)
+    assert akash.requests and other.requests
+    assert all("s3cret" in str(request.headers) for request in akash.requests)
+    assert not any("s3cret" in str(request) for request in other.requests)
+    other.close()
+
+
+def test_check_says_where_a_key_comes_from(config):
+    config({"api_key": "k"}, "more.json")
+    path = config({"controllers": [{"api_key": "${MINE}"}, {"config_file": "more.json"}, {"config": {"api_key": "k"}}, {}, {"type": "akash"},
+                                   {"base_url": "http://h:1"}]})
+    shown = run("--check", "--config-file", path, MINE="k", OPENAI_API_KEY="k", AKASH_ACCESS_TOKEN="k").stdout
+    assert re.findall(r"api_key=\*{8} \((.*)\)", shown) == [path, "more.json", path, "OPENAI_API_KEY", "AKASH_ACCESS_TOKEN"]
+
+
 def test_no_key_can_be_said(config):
     path = config({"controllers": [{"base_url": "http://h:1", "api_key": ""}, {"base_url": "http://h:2", "config": None}]})
-    assert [c.api_key for c in load(path, OPENAI_API_KEY="real").pool()] == ["", "real"]
+    assert [c.api_key for c in load(path).pool()] == ["", ""]
 
 
 def test_a_bad_key_of_the_environment_is_one_mistake_of_several(config):
@@ -4667,7 +4877,6 @@ def test_a_bug_within_a_stream_closes_both_ends(pool, caplog):
         wait_for(lambda: any(handler.flow and handler.flow.begun for handler in server.watchdog.handlers.copy()))
         flow = next(handler.flow for handler in server.watchdog.handlers.copy())
         flow.dialect.feed = lambda events: 1 / 0
-        flow.stream.decoder.feed = lambda data: 1 / 0
         flow.short = None
         for link in list(a.open):
             link.sendall(chunk(a.event({"content": "x"})))
@@ -5955,6 +6164,425 @@ def test_a_request_takes_at_most_eight_times_its_size(case, tmp_path):
     fake.close()
     assert got.status in (200, 400, 404) and len(got.body) < 20_000
     assert taken < 8 * len(body) and slowest < 2, (taken / len(body), slowest)      # seconds: the machine may be busy
+
+
+# == the seam between upstreams and the server ================================================
+
+FUZZ = int(os.environ.get("FUZZ", "1"))     # FUZZ=100 looks a hundred times as long
+
+
+def fuzzed(examples):
+    """Run a test with sources of chance: hypothesis' where it is installed, which then finds the smallest case."""
+    def decorate(test):
+        try:
+            import hypothesis.strategies
+        except ImportError:
+            @functools.wraps(test)
+            def run_all():
+                for seed in range(examples * FUZZ):
+                    test(random.Random(seed))
+            del run_all.__wrapped__     # pytest would take its argument for a fixture
+            return run_all
+        given = hypothesis.given(hypothesis.strategies.randoms(use_true_random=False))
+        return hypothesis.settings(max_examples=examples * FUZZ, deadline=None, database=None, derandomize=FUZZ == 1,
+                                   suppress_health_check=list(hypothesis.HealthCheck))(given(test))
+    return decorate
+
+
+ODD = [None, True, False, 0, -1, 1.5, 10 ** 30, "", "x", "stop", "error", "\ud83d", [], ["stop"], {}, {"a": [1]}, [[]], [{}], {"type": []}]
+
+
+def odd(rng, value, chance=0.25):
+    """A JSON value with odd ones in some places."""
+    if rng.random() < chance / 2:
+        return rng.choice(ODD)
+    if isinstance(value, dict):
+        return {name: odd(rng, part, chance) for name, part in value.items() if rng.random() > chance / 4}
+    return [odd(rng, part, chance) for part in value] if isinstance(value, list) else value
+
+
+CALL = {"index": 0, "id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+USED = {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3, "prompt_tokens_details": {"cached_tokens": 1}}
+AKASH_PARTS = {"f": {"messageId": "m"}, "0": "Hel", "g": "hm", "9": {"toolCallId": "c", "toolName": "f", "args": {}}, "3": "terminated",
+               "e": {"finishReason": "stop"}, "d": {"finishReason": "stop", "usage": {"promptTokens": 1, "completionTokens": 2}}}
+AKASH_EVENTS = [{"type": "start"}, {"type": "text-delta", "delta": "Hi"}, {"type": "reasoning-delta", "delta": "hm"},
+                {"type": "tool-input-available", "toolCallId": "c", "toolName": "f", "input": {}}, {"type": "error", "errorText": "x"},
+                {"type": "finish", "finishReason": "stop", "messageMetadata": {"usage": {"inputTokens": 1, "outputTokens": 2}}}]
+CHUNKS = [{"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}]},
+          {"choices": [{"index": 0, "delta": {"content": "Hi"}, "finish_reason": None}]},
+          {"choices": [{"index": 0, "delta": {"reasoning_content": "hm"}}]}, {"choices": [{"index": 0, "delta": {"tool_calls": [CALL]}}]},
+          {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}, {"choices": [], "usage": USED},
+          {"error": {"message": "m", "type": "t", "param": "p", "code": "c"}}]
+COMPLETION = {"choices": [{"index": 0, "message": {"role": "assistant", "content": "Hi", "reasoning_content": "hm", "tool_calls": [CALL]},
+                           "finish_reason": "stop"}], "usage": USED}
+ERROR = {"error": {"message": "m", "type": "t", "param": "p", "code": "c"}, "message": "m", "resetTime": "2030-01-01T00:00:00Z"}
+
+
+def odd_lines(rng, kind):
+    """A stream of some kind, with odd values in it."""
+    def line():
+        if kind == "akash v4":
+            code = rng.choice(list(AKASH_PARTS))
+            return f"{code}:{json.dumps(odd(rng, AKASH_PARTS[code]))}\n"
+        if kind == "akash v5":
+            return f"data: {json.dumps(odd(rng, rng.choice(AKASH_EVENTS)))}\n\n"
+        return f"data: {json.dumps(odd(rng, rng.choice(CHUNKS)))}\n\n"
+
+    return "".join(line() for _ in range(rng.randint(1, 6))).encode() + rng.choice([b"", b"data: [DONE]\n\n"])
+
+
+DECODERS = {"akash v4": lambda: akashproxy.Pipeline(AkashDecoder("m"), Thinking()), "chat": lambda: akashproxy.Pipeline(akashproxy.ChatDecoder()),
+            "akash v5": lambda: akashproxy.Pipeline(AkashDecoder("m"), Thinking()),
+            "relay": lambda: akashproxy.RelayDecoder("a", ends=akashproxy.ENDS["/v1/chat/completions"])}
+
+
+def decoded(decoder, parts):
+    """(events, error) of a stream that comes in some parts."""
+    events = []
+    for part in parts:
+        events += decoder.feed(part)
+        if decoder.error or decoder.whole or events and isinstance(events[-1], Finish):
+            break
+    else:
+        events += decoder.close()
+    return events, decoder.error and (decoder.error.status, decoder.error.message)
+
+
+def cut_up(rng, data):
+    at = sorted(rng.randint(0, len(data)) for _ in range(rng.randint(1, 6)))
+    return [part for part in (data[start:end] for start, end in zip([0, *at], [*at, len(data)])) if part]
+
+
+@fuzzed(150)
+def test_odd_values_of_a_stream_are_events_or_an_error(rng):
+    kind = rng.choice(list(DECODERS))
+    events, error = decoded(DECODERS[kind](), [odd_lines(rng, kind)])
+    assert all(isinstance(event, akashproxy.EVENTS) for event in events) and (error is None or 400 <= error[0] < 600)
+    for dialect in ([akashproxy.ChatCompletions(CHAT)] if kind == "relay" else
+                    [akashproxy.ChatCompletions(CHAT), akashproxy.Messages(ASKED), akashproxy.Responses(WANTED)]):
+        frames = (dialect.begin() + dialect.feed(events)).decode()
+        for text in re.findall("^data: (.*)$", frames, re.M):
+            assert kind == "relay" or text == "[DONE]" or isinstance(json.loads(text), dict)
+
+
+SCRAPS = {
+    "akash v4": [b'0:"a"\n', b'0:"\xed\xa0\xbd"\n', b'0:"\xed\xb8\x80b"\n', b'0:"\\ud83d"\n', b'0:"\\ude00"\r\n', b'g:"h"\n', b'0:"<think>\\n"\n',
+                 b'0:"<think>\\nx\\n</think>\\n\\n"\n', b'0:"\\u003cthink>\\ny\\n</think>\\n\\n"\n', b"\n", b"\r\n", b": x\n", b'0:"a\n', b'0:b"\n',
+                 b"0:\n", b'0:["a"\n', b'0:"b"]\n', b'0:"c","d"\n', b'0:"\xff"\n', b'0:"e"x\n', b"0:7\n", b'0:"\xf0\x9f\x98\x80\xea\xb0\x80\xed\x95\x9c"\n', b'f:{}\n',
+                 b'3:"x"\n', b'd:{"finishReason":"stop"}\n', b'd:{"finishReason":"stop"}', b'0:"z"'],
+    "akash v5": [b'data: {"type":"text-delta","delta":"a"}\n\n', b'data: {"type":"text-delta","delta":"\xed\xa0\xbd"}\r\n\r\n', b": x\n\n", b"event: y\n",
+                 b'data: {"type":"text-delta","delta":"\xed\xb8\x80"}\n\n', b'data: {"type":"finish"}\n\n', b"data: [DONE]\n\n", b"data: {\n\n",
+                 b'data:{"type":"reasoning-delta","delta":"<think>"}\n\n', b'data: {"type":"text-delta","delta":"<think>q</think>"}\n\n'],
+    "chat": [b": x\n\n", b"\n", b"\r\n", b"id: 1\n", b'data: {"choices":[{"delta":{"content":"a"},"finish_reason":null}]}\n\n', b"data: [DONE]\n\n",
+             b'data: {"choices":[{"delta":{"content":"\xed\xa0\xbd"}}]}\r\n\r\n', b'data: {"choices":\ndata: [{"delta":{"content":"b"}}]}\n\n',
+             b'data: {"choices":[{"delta":{"content":"[DONE]"},"finish_reason":null}]}\n\n', b"data: [DONE]\r\n\r\n", b"data: [DONE]\n",
+             b'data: {"choices":[{"delta":{},"finish_reason":"stop"}]}\n\n', b'data: {"error":{"message":"no"}}\n\n', b"data: x\n\n", b"data: [DONE]",
+             b'data: {"choices":[{"delta":{"role":"assistant","content":""},"finish_reason":null}]}\n\n', b"x: [DONE]\n"],
+}
+SCRAPS["relay"] = SCRAPS["chat"]
+
+
+@fuzzed(300)
+def test_where_a_stream_is_cut_changes_nothing(rng):
+    kind = rng.choice(list(SCRAPS))
+    data = b"".join(rng.choice(SCRAPS[kind]) for _ in range(rng.randint(1, 8)))
+    whole, *others = [decoded(DECODERS[kind](), parts) for parts in (
+        [data], [data[at:at + 1] for at in range(len(data))], cut_up(rng, data), re.findall(rb"[^\n]*\n|[^\n]+", data),
+        re.findall(rb"(?s).+?(?:\n\r?\n|\Z)", data))]
+    for other in others:
+        if kind == "relay":
+            assert b"".join(event.data for event in whole[0]) == b"".join(event.data for event in other[0]), data
+        else:
+            assert fold(whole[0]) == fold(other[0]), data
+        assert whole[1] == other[1], data
+    for event in whole[0]:
+        assert not isinstance(event, Text) or kind == "chat" or not re.search("[\ud800-\udfff]", event.text)
+
+
+@fuzzed(100)
+def test_where_a_filter_is_cut_changes_nothing(rng):
+    text = "".join(rng.choice(["a", "b", " ", "\n", "##", "#", "<think>", "</think>", "<th", "<think>\n"]) for _ in range(rng.randint(1, 12)))
+    for make in (Thinking, lambda: Cutoff(["##b"], None)):
+        answers = []
+        for parts in ([text], list(text), cut_up(rng, text)):
+            step = make()
+            answers.append(fold([event for part in parts for event in step.feed([Text(part)])] + step.feed([Finish("stop")])))
+        assert answers[0] == answers[1] == answers[2], text
+
+
+@fuzzed(100)
+def test_where_a_framing_is_cut_changes_nothing(rng):
+    payloads = [bytes(rng.choice(b"a\r\n0") for _ in range(rng.randint(1, 5))) for _ in range(rng.randint(0, 4))]
+    spelled = [rng.choice([b"%x\r\n%b\r\n", b"0%X\r\n%b\r\n", b"%x;ext=1\r\n%b\r\n"]) % (len(data), data) for data in payloads]
+    data = b"".join(spelled) + rng.choice([b"0\r\n\r\n", b"00\r\nx: y\r\n\r\n", b"", b"zz\r\n"]) + rng.choice([b"", b"next"])
+    ends = []
+    for parts in ([data], [data[at:at + 1] for at in range(len(data))], cut_up(rng, data)):
+        body, got, rest = Body({"transfer-encoding": "chunked"}), b"", b""
+        try:
+            for part in parts:
+                if body.done:
+                    rest += part
+                else:
+                    got += body.feed(part)
+                    rest += body.rest
+            ends.append((got, body.done, rest))
+        except ProtocolError as error:
+            ends.append(str(error))
+    assert ends[0] == ends[1] == ends[2], data
+
+
+@pytest.mark.parametrize("path, asked", [("/v1/chat/completions", "BOTH"), ("/v1/messages", "ASKED"), ("/v1/responses", "WANTED")])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_whatever_an_upstream_sends_the_client_gets_an_answer_or_an_error(path, asked, streamed, pool):
+    rng, upstream = random.Random(f"{path} {streamed}"), FakeOpenAI()
+    akash = FakeAkash()
+    fields = [b"Retry-After: Mon, 01 Jan 2024 00:00:00 +99999999999999999999\r\n", b"x-ratelimit-reset: 1.51.5\r\n", b"Retry-After: -1\r\n", b"",
+              b"x-ratelimit-reset-tokens: 1e9s\r\n", b"Retry-After: \xb2\r\n", b"Content-Type: application/json\r\n", b"Keep-Alive: timeout=x\r\n"]
+
+    def fault(kinds, completion):
+        def send(sock, request):
+            status, extra = rng.choice([200, 200, 200, 400, 403, 429, 500]), rng.choice(fields)
+            if status == 200 and (rng.random() < 0.7 or completion is None):
+                kind = "text/event-stream" if completion else "text/plain"
+                sock.sendall(reply(body=odd_lines(rng, rng.choice(kinds)), kind=kind, extra=extra))
+            else:
+                sock.sendall(reply(status, json.dumps(odd(rng, completion if status == 200 else ERROR)).encode(), extra=extra))
+            return True
+        return send
+
+    server = pool(upstream, akash)
+    for _ in range(40 * FUZZ):
+        for member in server.pool.members:
+            member.cooldowns.clear()
+        upstream.faults = collections.deque([fault(["chat"], COMPLETION)] * 2)
+        akash.faults = collections.deque([fault(["akash v4", "akash v5"], None)] * 2)
+        got = ask(server, "POST", path, {**globals()[asked], "stream": streamed})
+        if got.headers["content-type"].startswith("text/event-stream"):
+            frames = re.findall(rb"^data: (.*)$", got.body, re.M)
+            assert frames
+            for frame in frames:
+                frame == b"[DONE]" or json.loads(frame)
+        else:
+            assert got.status == 200 and got.body or got.json["error"]["message"], got.body
+
+
+class Broken(akashproxy.Controller):
+    """A controller with a bug in one place: before its answer, within it, or where it says what it can do."""
+
+    place = ""
+
+    def raise_in(self, place):
+        if place == self.place:
+            raise {"os": ConnectionRefusedError}.get(self.options.api_key, KeyError)("a bug")
+
+    def events(self, call):
+        self.raise_in("events")
+        return self.answer()
+
+    def answer(self):
+        self.raise_in("first")
+        yield Text("half")
+        self.raise_in("second")
+        if self.place == "odd":
+            yield "not an event"
+        yield Finish("stop")
+
+    def able(self, call):
+        self.raise_in("able")
+
+    def models(self):
+        self.raise_in("models")
+        return [{"id": "both"}, {}] if self.place == "list" else [{"id": "both"}]
+
+    def image(self, name, watch):
+        self.raise_in("image")
+        return super().image(name, watch)
+
+
+@pytest.mark.parametrize("kind", ["own", "os"])
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("place", ["events", "first", "second", "odd", "able"])
+def test_a_bug_of_a_controller_is_that_controllers_failure(place, streamed, kind, pool, monkeypatch, caplog):
+    monkeypatch.setitem(akashproxy.CONTROLLERS, "own", type("Own", (Broken,), {"place": place}))
+    name = f"own-{place}-{streamed}-{kind}"
+    server = pool((FakeOpenAI(), {"type": "own", "name": name, "api_key": kind}), (FakeOpenAI(), {"priority": 2}))
+    for tracebacks in ([True], [True, False]):
+        got = chat(server, BOTH, stream=streamed)
+        if streamed and place in ("second", "odd"):
+            text, _, _, error = read_chunks(sse(got.body))
+            assert text == "half" and error["code"] == "upstream_error"
+        else:
+            assert got.status == 200 and b"there." in got.body and got.headers["x-akashproxy-route"].endswith("b=200")
+        wait_for(lambda: ask(server, path="/status").json["controllers"][0]["failed"] == len(tracebacks))
+        reports = [record for record in caplog.records if record.getMessage().startswith(name + ": unexpected error")]
+        assert [bool(record.exc_info) for record in reports] == tracebacks
+        assert ask(server, path="/status").json["controllers"][0]["rests_for_seconds"] > 0
+        server.pool.members[0].cooldowns.clear()
+
+
+@pytest.mark.parametrize("place", ["models", "list", "image"])
+def test_a_bug_in_a_list_or_a_picture_harms_no_other_controller(place, pool, monkeypatch):
+    monkeypatch.setitem(akashproxy.CONTROLLERS, "own", type("Own", (Broken,), {"place": place}))
+    server = pool((FakeOpenAI(), {"type": "own", "api_key": "own"}), FakeAkash())
+    assert "Qwen/Qwen3" in {model["id"] for model in ask(server, path="/v1/models").json["data"]}
+    assert ask(server, path="/images/job_51083a4c_00001_.png").body == PNG
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("when", ["head", "first", "later", "end"])
+def test_a_bug_of_a_decoder_is_that_controllers_failure(when, streamed, pool, monkeypatch, caplog):
+    seen = collections.Counter()
+
+    def feed(self, data):
+        seen["feed"] += 1
+        if when == "first" or when == "later" and seen["feed"] > 1:
+            raise IndexError("a bug")
+        return original(self, data)
+
+    original, opened = AkashDecoder.feed, akashproxy.AkashController._decoder
+    monkeypatch.setattr(AkashDecoder, "feed", feed)
+    if when == "end":
+        monkeypatch.setattr(AkashDecoder, "close", lambda self: {}["a bug"])
+    if when == "head":
+        monkeypatch.setattr(akashproxy.AkashController, "_decoder", lambda *_: opened(*_) and 1 / 0)
+    akash, b = FakeAkash(), FakeOpenAI()
+
+    def fault(sock, request):
+        sock.sendall(STREAM_HEAD + chunk(b'0:"half"\n'))
+        if when == "later":
+            wait_for(lambda: seen["feed"])
+        sock.sendall((chunk(STOP) if when != "end" else b"") + b"0\r\n\r\n")
+
+    akash.faults.append(fault)
+    name = f"akash-{when}-{streamed}"
+    server = pool((akash, {"name": name}), (b, {"priority": 2}))
+    got = chat(server, BOTH, stream=streamed)
+    wait_for(lambda: ask(server, path="/status").json["controllers"][0]["failed"] == 1)
+    if streamed and when in ("later", "end"):
+        assert read_chunks(sse(got.body))[3]["code"] == "upstream_error"
+    else:
+        assert got.status == 200 and got.headers["x-akashproxy-route"] == f"{name}=502, b=200"
+    reports = [record for record in caplog.records if "unexpected error" in record.getMessage()]
+    assert [bool(record.exc_info) for record in reports] == [True]
+
+
+ROLE = FakeOpenAI.event({"role": "assistant", "content": ""})
+OPENINGS = {
+    "Akash's first line": ("akash", "/v1/chat/completions", STEP),
+    "a role": ("openai", "/v1/chat/completions", ROLE),
+    "a role without content": ("openai", "/v1/chat/completions", FakeOpenAI.event({"role": "assistant", "content": None})),
+    "comments": ("openai", "/v1/chat/completions", b": processing\n\n: processing\n\n"),
+    "comments after a role": ("openai", "/v1/chat/completions", ROLE + b": processing\n\n"),
+    "no choice yet": ("openai", "/v1/chat/completions", b'data: {"choices":[],"prompt_filter_results":[]}\n\n'),
+    "a role that is translated": ("openai", "/v1/messages", ROLE + b": x\n\n"),
+    "a message's start": ("anthropic", "/v1/messages", b'event: message_start\ndata: {"type":"message_start","message":{}}\n\n'
+                          b'event: ping\ndata: {"type":"ping"}\n\ndata: {"type":"content_block_start","index":0}\n\n'),
+    "a response's start": ("anthropic", "/v1/responses", b'data: {"type":"response.created"}\n\ndata: {"type":"response.output_item.added"}\n\n'),
+}
+BEGUN = {
+    "Akash's text": ("akash", "/v1/chat/completions", STEP + b'0:"a"\n'), "Akash's thought": ("akash", "/v1/chat/completions", b'g:"a"\n'),
+    "text": ("openai", "/v1/chat/completions", FakeOpenAI.event({"role": "assistant", "content": "a"})),
+    "a thought": ("openai", "/v1/chat/completions", FakeOpenAI.event({"content": None, "reasoning_content": "a"})),
+    "a call": ("openai", "/v1/chat/completions", FakeOpenAI.event({"role": "assistant", "content": None, "tool_calls": [CALL]})),
+    "sound": ("openai", "/v1/chat/completions", FakeOpenAI.event({"audio": {"data": "AA"}})),
+    "translated": ("openai", "/v1/responses", ROLE + FakeOpenAI.event({"content": "a"})),
+    "a message's text": ("anthropic", "/v1/messages", b'data: {"type":"content_block_delta","delta":{"text":"a"}}\n\n'),
+}
+
+
+def silent_after(case, pool, threaded, monkeypatch, **limits):
+    """What a client gets of an upstream that falls silent after some bytes."""
+    kind, path, opening = case
+    fake = FakeAkash() if kind == "akash" else FakeOpenAI()
+    fake.faults.append(fake.stall(opening) if kind == "akash" else lambda sock, request: [
+        sock.sendall(fake.head() + chunk(opening)), sock.recv(1)])
+    if threaded:    # as a controller of one's own that passes the events of another one on
+        base = akashproxy.CONTROLLERS["akash" if kind == "akash" else "openai"]
+        monkeypatch.setitem(akashproxy.CONTROLLERS, "threaded", type("Threaded", (base,), {"events": lambda self, call: iter(base.events(self, call))}))
+    more = {"type": "threaded", "base_url": fake.url} if threaded else {}
+    server = pool((fake, {**({"paths": (path,)} if kind == "anthropic" else {}), **more, **limits}))
+    asked = {"/v1/messages": ASKED, "/v1/responses": WANTED}.get(path, BOTH)
+    return ask(server, "POST", path, {**asked, "stream": True}).body
+
+
+def both_ways(cases):
+    """A table, and some of it by way of a thread that iterates the events."""
+    return pytest.mark.parametrize("case, threaded", [
+        *[pytest.param(case, False, id=name) for name, case in cases.items()],
+        *[pytest.param(case, True, id=f"{name}, by a thread") for name, case in list(cases.items())[:3]]])
+
+
+@both_ways(OPENINGS)
+def test_the_first_byte_limit_rules_until_the_first_content(case, threaded, pool, monkeypatch):
+    got = silent_after(case, pool, threaded, monkeypatch, first_byte_timeout=0.3, idle_timeout=0.05)
+    assert b"did not answer within 0.3 seconds" in got and b"sent nothing" not in got
+
+
+@both_ways(BEGUN)
+def test_the_idle_limit_rules_after_the_first_content(case, threaded, pool, monkeypatch):
+    assert b"sent nothing for 0.05 seconds" in silent_after(case, pool, threaded, monkeypatch, idle_timeout=0.05, first_byte_timeout=20)
+
+
+def test_comments_do_not_put_the_first_byte_limit_off(pool):
+    fake, b = FakeOpenAI(), FakeOpenAI()
+
+    def comments(sock, request):
+        sock.sendall(fake.head())
+        while not fake.gone.wait(0.05):
+            sock.sendall(chunk(b": processing\n\n"))
+
+    fake.faults.append(comments)
+    server = pool((fake, {"first_byte_timeout": 0.4}), (b, {"priority": 2}))
+    got = chat(server, BOTH, stream=True)
+    fake.gone.set()
+    assert got.headers["x-akashproxy-route"] == "a=504, b=200"
+
+
+CUT_JSON = {
+    "half": (b'{"data":[{"embedding":[1,2', 502), "ends in a bracket": (b'{"data":[{"embedding":[1,2]}', 502), "nothing": (b"", 502),
+    "an error": (b'{"error":{"message":"no","type":"x"}}', 502), "whole": (b'{"data":[{"embedding":[1,2]}]}\n', 200), "a list": (b"[1]", 200),
+}
+
+
+@pytest.mark.parametrize("head", [b"HTTP/1.0 200 OK\r\n", b"HTTP/1.1 200 OK\r\nConnection: close\r\n", b"HTTP/1.1 200 OK\r\n"])
+@table(CUT_JSON)
+def test_json_to_the_end_of_the_connection_is_looked_at(case, head, pool):
+    body, status = case
+    a, b = FakeOpenAI(), FakeOpenAI()
+    a.faults.append(a.garbage(head + b"Content-Type: application/json\r\n\r\n" + body))
+    server = pool((a, {"priority": 1}), (b, {"priority": 2}))
+    got = ask(server, "POST", "/v1/embeddings", {"model": "both", "input": "x"})
+    assert got.status == 200 and got.headers["x-akashproxy-route"] == ("a=200" if status == 200 else "a=502, b=200")
+    assert (got.body == body) == (status == 200)
+
+
+@pytest.mark.parametrize("clean", [False, True])
+@pytest.mark.parametrize("framed", ["length", "chunked", "close"])
+@pytest.mark.parametrize("kind", ["application/octet-stream", "text/event-stream", "application/json"])
+def test_a_tls_upstream_that_is_cut_is_not_whole(kind, framed, clean, pool, tmp_path):
+    fake, body = TLSOpenAI(tmp_path), {"text/event-stream": b'data: {"a":1}\n\n', "application/json": b'{"a":1}'}.get(kind, b"some bytes")
+    (tmp_path / "ca.pem").write_text(TLS_AUTHORITY)
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: %s\r\n" % kind.encode()
+
+    def fault(sock, request):
+        sock.sendall(head + {"length": b"Content-Length: %d\r\n\r\n%b" % (len(body), body), "close": b"\r\n" + body,
+                             "chunked": b"Transfer-Encoding: chunked\r\n\r\n" + chunk(body) + b"0\r\n\r\n"}[framed])
+        with contextlib.suppress(OSError):
+            sock.unwrap() if clean else socket.socket.shutdown(sock, socket.SHUT_WR)
+
+    fake.faults.append(fault)
+    server = pool(fake, ca_file=str(tmp_path / "ca.pem"))
+    request = post("/v1/other", {"model": "both", "stream": kind == "text/event-stream"}, "Connection: close")
+    got = talk(server, request)
+    whole = framed != "close" or clean
+    assert (b" 200 OK" in got and body in got and (got.endswith(b"0\r\n\r\n") or got.endswith(body)) and b"broke off" not in got) == whole, got
+
+
+def test_odd_reasons_to_end_are_unknown_ones():
+    for reason in ODD:
+        for data in (f"d:{json.dumps({'finishReason': reason})}\n", f"data: {json.dumps({'type': 'finish', 'finishReason': reason})}\n\n"):
+            events, error = decoded(DECODERS["akash v4"](), [data.encode()])
+            assert (events == [Finish("stop")]) == (reason == "stop") and (error is None) == (reason == "stop")
 
 
 # == metrics ==================================================================================
@@ -7751,11 +8379,36 @@ def test_the_dockerfile_fits_the_code():
     lines = (HERE / "Dockerfile").read_text().splitlines()
     dockerfile = dict(line.split(" ", 1) for line in lines if line and not line.startswith("#"))
     assert dockerfile["COPY"] == "akashproxy.py /akashproxy.py"
-    assert dockerfile["ENV"] == "SERVER_ADDRESS=0.0.0.0:16571" and dockerfile["EXPOSE"] == "16571"
+    assert dockerfile["ENV"] == "DEFAULT_SERVER_ADDRESS=0.0.0.0:16571" and dockerfile["EXPOSE"] == "16571"
     entry = json.loads(dockerfile["ENTRYPOINT"])
     health = json.loads(dockerfile["HEALTHCHECK"].partition("CMD ")[2])
     assert entry == ["/usr/bin/python3", "-I", "/akashproxy.py"] and health == entry + ["--health"]
     assert dockerfile["USER"] == "65532:65532"
+
+
+@pytest.mark.parametrize("name, data, environ, listens", [
+    ("akashproxy.json", None, {}, "0.0.0.0:16571"),
+    ("akashproxy.json", {"max_wait": 1}, {}, "0.0.0.0:16571"),
+    ("akashproxy.json", {"port": 9000}, {}, ":9000"),
+    ("akashproxy.json", {"server_address": "[::]:7"}, {}, "[::]:7"),
+    ("chatgpt-apiserver.json", {"port": "9000", "controllers": [{"type": "openai", "config": {"api_key": "k"}}]}, {}, ":9000"),
+    ("chatgpt-apiserver.json", {"controllers": [{"type": "openai", "config": {"api_key": "k"}}]}, {}, ":8080"),
+    ("akashproxy.json", {"port": 9000}, {"SERVER_ADDRESS": "0.0.0.0:5"}, "0.0.0.0:5"),
+    ("akashproxy.json", {"port": 9000}, {"CHATGPT_APISERVER_PORT": "6"}, ":6"),
+    ("akashproxy.json", None, {"CHATGPT_APISERVER_PORT": "6"}, ":6"),
+])
+def test_in_the_image_the_port_of_a_mounted_file_is_heard(name, data, environ, listens, config, tmp_path, monkeypatch):
+    image = dict([re.search(r"^ENV (\S+)=(\S+)$", (HERE / "Dockerfile").read_text(), re.M).groups()])
+    monkeypatch.chdir(tmp_path)
+    if data is not None:
+        config(data, name)
+    assert Settings.load({**image, **environ}).server_address == listens
+
+
+def test_the_readmes_docker_lines_mount_files_where_they_are_found():
+    mounted = re.findall(r"docker run .* -v \"\$PWD/([^:]+):([^:]+):ro\" akashproxy", README)
+    assert [file for file, _ in mounted] == akashproxy.FILE_NAMES
+    assert all(os.path.dirname(path) in akashproxy.SEARCHED and os.path.basename(path) == file for file, path in mounted)
 
 
 @pytest.mark.parametrize("number", [None, signal.SIGINT, signal.SIGTERM])
