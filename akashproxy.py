@@ -1850,7 +1850,8 @@ FAILED = (APIError, *NETWORK)
 def upstream_error(error: Exception, watch: Watch, where: str) -> APIError:
     """What a failure of the network means; raises the reason why the watch was ended, if it was."""
     watch.check()
-    log.info("%s: %s: %s", where, type(error).__name__, error)
+    words = str(error).partition(" '")[0] if isinstance(error, ProtocolError) else error   # what it quotes is the upstream's
+    log.info("%s: %s: %s", where, type(error).__name__, words)
     late = isinstance(error, (socket.timeout, TimeoutError))
     if isinstance(error, (http.client.HTTPException, ProtocolError)):
         begun = re.search("body|chunk|trailer", str(error))
@@ -2238,7 +2239,7 @@ _DETAILS = re.compile(r"\.? ?(?:Received Model Group=|Available Model Group|No f
 
 def inner_message(text: str) -> str:
     """The words of an error without what LiteLLM and the AI SDK put around them."""
-    text = re.sub(r"^Failed after \d{1,4} attempts[^:]{0,40}: ", "", text)
+    text = re.sub(r"^Failed after \d{1,4} attempts[^:]{0,40}: ", "", text[:8000])
     if "litellm." in text or "Exception - " in text:
         for _ in range(3):      # one within the other, as JSON or as Python writes it
             inner = _INNER.search(text)
@@ -2382,6 +2383,10 @@ def redact(text: str, secrets: Iterable[str]) -> str:
     """
     if "***" in text or "..." in text:
         text = _MASKED_KEY.sub("***", text)
+    return _without_secrets(text, secrets)
+
+
+def _without_secrets(text: str, secrets: Iterable[str]) -> str:
     for secret in secret_forms(tuple(secrets)):
         if len(secret) < 8:
             text = re.sub(rf"(?<!\w){re.escape(secret)}(?!\w)", "***", text) if secret in text else text
@@ -2391,8 +2396,8 @@ def redact(text: str, secrets: Iterable[str]) -> str:
 
 
 def redact_bytes(data: bytes, secrets: Iterable[str]) -> bytes:
-    """The same for bytes that are passed on; what is no UTF-8 stays as it is."""
-    return redact(data.decode("utf-8", "surrogateescape"), secrets).encode("utf-8", "surrogateescape")
+    """Bytes that are passed on without the secrets in them; all else stays as it is."""
+    return _without_secrets(data.decode("utf-8", "surrogateescape"), secrets).encode("utf-8", "surrogateescape")
 
 
 @functools.lru_cache(maxsize=256)
@@ -2421,9 +2426,11 @@ def _without_pieces(text: str, secret: str) -> str:
             if found - begin == at or end - begin >= 16:
                 spans.append((begin, end))
             found = text.find(secret[at:at + 8], end)
-    for begin, end in sorted(spans, reverse=True):
-        text = text[:begin] + "***" + text[end:] if not text.startswith("***", begin) else text
-    return text
+    parts, done = [], 0
+    for begin, end in sorted(spans):
+        parts += [text[done:begin], "***"] if begin >= done else []
+        done = max(done, end)
+    return "".join([*parts, text[done:]])
 
 
 class AkashSession:
@@ -3200,7 +3207,7 @@ def _moment(text: str) -> Optional[float]:
     """A date of HTTP or of ISO 8601 as seconds since 1970; None for what is none, however absurd."""
     from datetime import datetime, timezone
     from email.utils import parsedate_to_datetime
-    iso = re.sub(r"(\.[0-9]{6})[0-9]{1,20}", r"\1", text.replace("Z", "+00:00"))
+    iso = re.sub(r"\.([0-9]{1,6})[0-9]{0,20}", lambda match: "." + match[1].ljust(6, "0"), text.replace("Z", "+00:00"))
     for parse, value in ((parsedate_to_datetime, text), (datetime.fromisoformat, iso)):
         try:
             moment = parse(value)
@@ -3391,7 +3398,7 @@ class ChatDecoder:
         event = json_or_none(data)
         if not isinstance(event, dict):
             self.error = early(self.where, "sent an event that is not JSON")
-        elif tells_error(event):
+        elif event.get("error") or tells_error(event):
             self.error = told_error(self.where, 200, event, self.secrets)
         else:
             self.usage = chat_usage(event.get("usage")) or self.usage
@@ -3478,7 +3485,7 @@ class RelayDecoder:
             data, self.held = data[:end], data[end:]
         if not self.begun:
             data = self._first(data)
-        if b'"error' in data:
+        if b'"error"' in data or b'"errors"' in data:
             data = redact_bytes(data, self.secrets)
         if len(self.held) > self.HOLD:
             self.error = early(self.where, "sent a line without an end, or comments alone")
@@ -3634,7 +3641,7 @@ class OpenAIController(Controller):
         text = data.strip() if kind.startswith("application/json") else b""
         if text and (text[:1] not in b"{[" or text[-1:] not in b"}]"):
             raise early(self.name, "sent something that is not JSON")
-        if b'"error' in text or b'"choices"' not in text and b'"data"' not in text:
+        if b'"error"' in text or b'"errors"' in text or b'"choices"' not in text and b'"data"' not in text:
             told = json_or_none(data)
             if tells_error(told) or told is None and text[1:].lstrip().startswith(b'"error"'):
                 raise told_error(self.name, 200, data if told is None else told, self.secrets)
@@ -3644,9 +3651,9 @@ class OpenAIController(Controller):
     def _completion(self, data: bytes) -> List[Event]:
         """The events of an answer that is not streamed."""
         body = json_or_none(data)
-        if tells_error(body):
-            raise told_error(self.name, 200, body, self.secrets)
         told = as_dict(body)
+        if told.get("error") or tells_error(body):
+            raise told_error(self.name, 200, body, self.secrets)
         choice = as_dict(next(iter(as_list(told.get("choices"))), None))
         if not isinstance(choice.get("finish_reason"), str):
             raise early(self.name, "sent something that is no completion")
@@ -4104,8 +4111,7 @@ class Running:
             return
         self.close(error)
         self.call.route += (f"{member.name}={error.upstream_status or error.status}",)
-        log.info("%s: %s", member.name, error.message[len(member.name) + 2:] if error.message.startswith(f"{member.name}: ")
-                 else error.message)
+        log.info("%s: %s", member.name, error.message.removeprefix(f"{member.name}: "))
         if not FAILURES[error.kind][0] or self.call.why:
             raise error
         self.errors.append(error)
