@@ -46,6 +46,8 @@ Where is ...
     their requests as a chat           Messages.chat, Responses.chat, Blocks.part
     tokens that nobody has told        token_estimate
     relaying unparsed                  RelayDecoder, Relay
+    what an upstream's error means     UPSTREAM_ERRORS, told_error, reset_seconds
+    secrets in an upstream's error     redact
     failover                           Running
     who rests, and for how long        FAILURES, Member.fare
     the choice by weight               Pool.balanced
@@ -112,7 +114,7 @@ import urllib.request
 from collections import OrderedDict, defaultdict
 from dataclasses import dataclass, field
 from queue import Empty, Full, Queue, SimpleQueue
-from typing import Any, Callable, Dict, Iterable, Iterator, List, NoReturn, Optional, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, NoReturn, Optional, Tuple
 
 __version__ = "1.0.0"
 
@@ -379,12 +381,13 @@ class APIError(Exception):
     repeat every 5xx otherwise); ``legacy`` replaces the message where akashchat-api-go's users
     expect a fixed text. ``kind`` tells the pool what follows (FAILURES); ``scope`` is what a
     cool-down that follows applies to: the whole "controller", or the "model" of the request.
+    ``upstream_status`` is the status that the upstream itself sent, if it sent one.
     """
 
     def __init__(self, status: int, message: str, *, type: Optional[str] = None, code: Optional[str] = None,
                  param: Optional[str] = None, retry_after: Optional[float] = None,
                  retry: Optional[bool] = None, legacy: Optional[str] = None, kind: Optional[str] = None,
-                 scope: str = "controller") -> None:
+                 scope: str = "controller", upstream_status: Optional[int] = None) -> None:
         self.message = message = shorten(message, 1500)     # it goes to logs and /status, and quotes what others sent
         super().__init__(message)
         self.status = status
@@ -397,13 +400,14 @@ class APIError(Exception):
         self.kind = kind or ERROR_KINDS.get(status, "server")
         self.scope = scope
         self.bug: Optional[Exception] = None    # the exception behind it that was not foreseen
+        self.upstream_status = upstream_status
 
     def headers(self) -> Dict[str, str]:
         """The header fields that belong to the error, whatever the dialect."""
         fields = {}
         if self.retry_after is not None:
             fields["Retry-After"] = str(max(1, math.ceil(self.retry_after)))
-        if self.retry is not None:
+        if self.retry is not None or self.status in (401, 403):     # Claude Code repeats even these for minutes
             fields["x-should-retry"] = "true" if self.retry else "false"
         if self.status == 401:
             fields["WWW-Authenticate"] = "Bearer"
@@ -2169,18 +2173,20 @@ def upstream_error(error: Exception, watch: Watch, where: str) -> APIError:
         return APIError(503, "This server is out of resources for more requests.", code="overloaded", retry_after=1, kind="local")
     if not isinstance(error, NETWORK):
         return unexpected_error(error, where)
-    log.info("%s: %s: %s", where, type(error).__name__, error)
+    words = str(error).partition(" '")[0] if isinstance(error, ProtocolError) else error   # what it quotes is the upstream's
+    log.info("%s: %s: %s", where, type(error).__name__, words)
     late = isinstance(error, (socket.timeout, TimeoutError))
     if isinstance(error, (http.client.HTTPException, ProtocolError)):
-        what = "broke off its answer or sent something that is not HTTP."
+        begun = re.search("body|chunk|trailer", str(error))
+        what = ": connection lost: it broke off its answer." if begun else ": it sent something that is not HTTP."
     elif late:
-        what = "could not be reached in time."
+        what = " could not be reached in time."
     elif (isinstance(error, (ConnectionResetError, BrokenPipeError, RaggedEnd)) or type(error) is ConnectionError
           or getattr(error, "reason", "") == "UNEXPECTED_EOF_WHILE_READING"):   # RaggedEnd in Python 3.9
-        what = "broke off the connection."
+        what = ": connection lost: it broke off the connection."
     else:
-        what = "could not be reached."
-    return APIError(504 if late else 502, f"{where} {what}", code="upstream_error", kind="network")
+        what = " could not be reached."
+    return APIError(504 if late else 502, where + what, code="upstream_error", kind="network")
 
 
 def unexpected_error(error: Exception, where: str) -> APIError:
@@ -2419,6 +2425,365 @@ class Controller:
             self.transport.kept.close()
 
 
+# What an upstream's error means. The first row that fits decides: its status is one of ``statuses`` (none: any), and
+# ``codes`` is found in its code, type and status name, or ``words`` in its message. Where a status says little and a message
+# may quote the client, words are anchored: else a request could have a key declared dead by naming its model "invalid key".
+
+
+class Meaning(NamedTuple):
+    """A row of UPSTREAM_ERRORS: what such an error means for the pool and for the client."""
+
+    statuses: Tuple[int, ...]
+    codes: str
+    words: str
+    kind: str           # of FAILURES
+    status: int = 0     # for the client; 0: the upstream's own
+    reason: str = ""    # for "auth": what is wrong with what is ours
+
+    def fits(self, status: int, codes: str, words: str) -> bool:
+        return (not self.statuses or status in self.statuses) and bool(
+            not self.codes and not self.words or self.codes and re.search(self.codes, codes)
+            or self.words and re.search(self.words, words))
+
+
+_KEY = "the upstream refuses this server's key"
+_QUOTA = "the quota of this server's key is spent"
+_PLACE = "the upstream refuses this server"
+_MODEL_CODES = (r"model_?not_?(?:found|available|supported)|model_access_denied|(?:unknown|invalid)_model"
+                r"|deploymentnotfound|\b1211\b")
+_NO_MODEL = (r"\bmodels?\b.{0,200}(?:\bnot (?:exist|found)|does ?n[o']t exist|unknown|is not a valid model)|模型不存在"
+             r"|^(?:unknown|invalid|no such|unsupported) model\b|invalid model name|is not a valid model")
+_MODEL_ACCESS = _NO_MODEL + (
+    r"|\bmodels?\b.{0,200}(?:\bnot |denied|unavailable|unsupported|restricted|only available|requires)"
+    r"|(?:access|permi|allowed|authori[sz]ed|entitled|eligible|verified|unknown|invalid|unsupported|no such|available|support"
+    r"|subscribe|upgrade|\buse\b).{0,120}\bmodels?\b")
+_FLAGGED = (r"flagged|moderation|content.?(?:policy|filter|management|violation|safety|exists risk)|guardrail|unsafe|harmful"
+            r"|sensitive|prohibited|usage polic|safety|inappropriate")
+_DEAD_KEY = (
+    r"(?:invalid|incorrect|wrong|missing|expired|revoked|bad|no)\b[\w -]{0,20}(?:key\b|token\b|credential|authentication)"
+    r"|(?:key|token|credential|account|organi[sz]ation|project|workspace|team)s?\b.{0,60}"
+    r"(?:invalid|incorrect|not valid|expired|revoked|leaked|disabled|deactivated|suspended|terminated|banned)"
+    r"|missing scopes|access.{0,20}terminated")
+_SPENT = (r"quota|billing|credit|balance|payment|insufficient funds|spending|arrears|budget|(?:key|usage|monthly) limit"
+          r"|余额|欠费")
+
+UPSTREAM_ERRORS = [
+    # this request asks for more than is left, or for more than one may ask for at once
+    Meaning((400, 402, 403), "", r"fewer max_tokens|can only afford|prompt tokens limit exceeded", "refused"),
+    Meaning((429,), "", r"^request too large|input or output tokens must be reduced", "refused"),
+    Meaning((413,), "rate_limit_exceeded", "tokens per minute", "refused"),
+    Meaning((402, 403, 451), "web_page", "", "refused"),        # of a firewall: its pattern is in the request
+    # our key, beyond doubt
+    Meaning((), r"invalid_api_key|api_key_invalid|wrong_api_key|token_not_found_in_db|expired_key|account_deactivated"
+            r"|organization_restricted", r"^(?:incorrect api key|api[ _]key (?:not valid|not found|expired)|invalid x-api-key)",
+            "auth", reason=_KEY),
+    Meaning((), r"insufficient_?(?:quota|balance|credit)|exceeded_current_quota|billing_(?:error|hard_limit|not_active)"
+            r"|budget_?exceeded|payment_required|creditserror|\b1113\b",
+            r"^(?:your credit balance is too low|insufficient (?:balance|credit|funds)|budget has been exceeded|余额不足"
+            r"|您的账户已欠费)", "auth", reason=_QUOTA),
+    Meaning((401, 403), "unsupported_country|ip_not_authorized", r"country, region|\bip address\b|virtual network",
+            "auth", reason=_PLACE),
+    Meaning((400,), "", "^user location is not supported", "auth", reason=_PLACE),
+    # this request: its model, or what it says
+    Meaning((400, 401, 500, 503), _MODEL_CODES, "", "model", 404),
+    Meaning((402, 403), _MODEL_CODES, "", "refused"),
+    Meaning((401, 403), "service_disabled", _DEAD_KEY, "auth", reason=_KEY),
+    Meaning((400,), "", _NO_MODEL, "model", 404),
+    Meaning((401,), "", _MODEL_ACCESS, "model", 404),
+    Meaning((402, 403), "", _MODEL_ACCESS, "refused"),
+    Meaning((401,), "moderat|flagged|content_policy|content_filter", _FLAGGED, "refused", 403),
+    Meaning((402, 403), "moderat|flagged|content_policy|content_filter", _FLAGGED, "refused"),
+    # our key, as far as one can tell
+    Meaning((401, 402, 403, 412), _SPENT, _SPENT, "auth", reason=_QUOTA),
+    Meaning((403,), "unauthenticated", r"api[ _-]?key|credential|unauthori[sz]ed|authentication|unregistered callers"
+            r"|has not been used in project", "auth", reason=_KEY),
+    Meaning((401,), "", "", "auth", reason=_KEY),
+    Meaning((402,), "", "", "auth", reason=_QUOTA),
+    # everything else, by its status
+    Meaning((403, 451), "", "", "refused"),
+    Meaning((404,), "", "", "model"),
+    Meaning((408, 409, 425, 429), "", "", "limit"),
+    Meaning((498,), "", "", "limit", 429),      # Groq: "capacity exceeded"
+    Meaning((400, 413, 422), "", "", "request"),
+    Meaning((501,), "", "", "ability"),
+    Meaning((503, 529), "", "", "server", 503),
+    Meaning(tuple(range(500, 600)), "", "", "server", 502),
+    Meaning((), "", "", "ability"),
+]
+
+# The statuses of errors that come without one: within a stream, or in the words of LiteLLM. Names as in "rate_limit_error",
+# "RateLimitError" and "RESOURCE_EXHAUSTED", in small letters, without "_" and without "error" at their end.
+NAMED_STATUS = {name: status for status, names in {
+    400: "badrequest invalidrequest invalidargument failedprecondition contextwindowexceeded contextlengthexceeded"
+         " contentpolicyviolation unsupportedparams rejectedrequest",
+    401: "authentication unauthenticated unauthorized invalidapikey",
+    402: "billing insufficientquota insufficientcredits paymentrequired budgetexceeded",
+    403: "permission permissiondenied forbidden",
+    404: "notfound modelnotfound",
+    413: "requesttoolarge",
+    422: "unprocessableentity",
+    429: "ratelimit ratelimitexceeded ratelimited toomanyrequests resourceexhausted routerratelimit routerratelimiterrorbasic",
+    500: "api internal internalserver server apiconnection apiresponsevalidation jsonschemavalidation",
+    503: "serviceunavailable unavailable midstreamfallback",
+    504: "timeout deadlineexceeded",
+    529: "overloaded"}.items() for name in names.split()}
+_LITELLM = re.compile(r"litellm\.(?:[a-z_]{1,20}\.){0,3}([A-Z]\w{2,60})")
+
+
+def named_status(*names: Any) -> Optional[int]:
+    """The status that the first known name of an error stands for."""
+    keys = (re.sub(r"_|error$", "", name.lower()) for name in names if isinstance(name, str))
+    return next((NAMED_STATUS[key] for key in keys if key in NAMED_STATUS), None)
+
+
+def litellm_status(text: str) -> Optional[int]:
+    """The status of an error that LiteLLM has put into words, "litellm.RateLimitError: ..."; None if it is none."""
+    status = named_status(*_LITELLM.findall(text[:4000]))
+    inner = re.search(r"""["']code["']: ?["']?(4[0-9][0-9])\b""", text[:4000]) if status and status >= 500 else None
+    return int(inner[1]) if inner else status
+
+
+def error_fields(body: Any, depth: int = 6) -> Dict[str, Any]:
+    """The error object within a body in any of the usual shapes; the text of one that is no JSON as "message".
+
+    {"error": {...}}, {"error": "..."}, {"errors": [...]}, {"detail": ...}, {"object": "error", ...}, or a list of those.
+    """
+    if isinstance(body, list):
+        body = body[0] if body else None
+    if isinstance(body, str):
+        inner = json_or_none(body.encode("utf-8", "replace")) if depth and body.lstrip()[:1] in ("{", "[") else None
+        return error_fields(inner, depth - 1) if isinstance(inner, (dict, list)) else {"message": body}
+    body = as_dict(body)
+    told = body.get("error") or body.get("errors")
+    if isinstance(told, str) and isinstance(body.get("message"), str):
+        return body     # {"statusCode": 401, "error": "Unauthorized", "message": "..."}
+    if isinstance(told, (dict, str, list)) and told and depth:
+        return {**{name: body[name] for name in ("code", "type", "status") if name in body}, **error_fields(told, depth - 1)}
+    message = body.get("message")
+    if isinstance(message, str) and message.lstrip()[:1] == "{" and depth:
+        return {**body, **error_fields(message, depth - 1)}     # a provider's own body, as a text
+    return body
+
+
+def error_words(value: Any, depth: int = 4) -> str:
+    """A message as a sentence: a text, or FastAPI's list of what is wrong where."""
+    if isinstance(value, str) or not depth:
+        return value if isinstance(value, str) else ""
+    if isinstance(value, list):
+        return "; ".join(filter(None, (error_words(item, depth - 1) for item in value[:8])))
+    value = as_dict(value)
+    place = ".".join(str(step) for step in as_list(value.get("loc"))[:8] if step != "body")
+    names = ("message", "msg", "detail", "error", "title", "error_msg", "errorMessage")
+    words = next(filter(None, (error_words(value.get(name), depth - 1) for name in names)), "")
+    raw = as_dict(value.get("metadata")).get("raw")     # OpenRouter: what the provider itself said
+    if isinstance(raw, str) and words == "Provider returned error":
+        words += ": " + inner_message(error_words(error_fields(raw), depth - 1))
+    return f"{place}: {words}" if place else words
+
+
+_INNER = re.compile(r"""["']message["']: ?(?:"((?:[^"\\]|\\.){1,4000})"|'((?:[^'\\]|\\.){1,4000})')""", re.S)
+_WRAPPED = re.compile(r"(?:(?:litellm\.)?(?:[a-z_]{1,20}\.){0,3}[A-Z]\w{2,60}: ?|\w{1,60}Exception - "
+                      r"|Error code: [0-9]{3} - ){1,8}")
+_DETAILS = re.compile(r"\.? ?(?:Received Model Group=|Available Model Group|No fallback model group|LiteLLM Retried:"
+                      r"|Deployments=|Passed model=|model=\S{1,200} content_policy_fallback|Error doing the fallback)")
+
+
+def inner_message(text: str) -> str:
+    """The words of an error without what LiteLLM and the AI SDK put around them."""
+    text = re.sub(r"^Failed after \d{1,4} attempts[^:]{0,40}: ", "", text[:8000])
+    if "litellm." in text or "Exception - " in text:
+        for _ in range(3):      # one within the other, as JSON or as Python writes it
+            inner = _INNER.search(text)
+            if not inner:
+                break
+            text = re.sub(r"\\([\"'\\/])", r"\1", inner[1] or inner[2])
+        wrapped = _WRAPPED.match(text)
+        text = text[wrapped.end():] if wrapped else text
+        details = _DETAILS.search(text)
+        text = text[:details.start()] + "." if details and details.start() > 1 else text
+    return text.strip()
+
+
+def page_or_text(data: bytes) -> Any:
+    """An error's body that is no JSON: its text, or what a web page is called."""
+    text = data[:4000].decode("utf-8", "replace").strip()
+    if not re.match(r"<(?:!doctype|html|head|body|\?xml)\b", text, re.I):
+        return text
+    title = re.search(r"<title[^>]{0,80}>([^<]{1,200})", text, re.I)
+    return {"type": "web_page", "message": "It answered with a web page" + (f": {title[1].strip()}." if title else ".")}
+
+
+def told_error(where: str, status: int, body: Any, secrets: Iterable[str] = (), headers: Optional[Dict[str, str]] = None,
+               models: Iterable[str] = ()) -> APIError:
+    """What an upstream's error body says, as the client is to read it. Status 200: an error where an answer should be.
+
+    ``body`` is a value of JSON, or the bytes of something else; ``models``: the names of the model that was asked for.
+    """
+    if isinstance(body, bytes):
+        body = page_or_text(body)
+    told, http = error_fields(body), status
+    words = error_words(told)
+    status = error_status(status, told, words)
+    shown = inner_message(words) or (to_json(body).decode()[:300] if body else f"It answered with status {status}.")
+    message = redact(shown[:4000], secrets)[:1000]
+    named = {name: redact(told[name][:1000], secrets)[:200] for name in ("type", "code", "param")
+             if isinstance(told.get(name), str)}
+    codes = error_codes(told)
+    if re.fullmatch("[0-9]{3}", named.get("code", "")):
+        del named["code"]       # LiteLLM: the status
+    row = next(row for row in UPSTREAM_ERRORS if row.fits(status, codes, _own_words(shown, models)))
+    wait = reset_seconds(headers or {}, as_dict(body[0] if isinstance(body, list) and body else body), message=words,
+                         limit=row.kind == "limit")
+    error = _told_as(row, where, status, message, named, wait)
+    error.upstream_status = status if http == 200 else http
+    if names_model(body, words, models) if error.kind == "limit" else "litellm.Auth" in words:
+        error.scope = "model"   # LiteLLM: the key of one of its models is bad, ours is not
+    return error
+
+
+def _own_words(text: str, models: Iterable[str]) -> str:
+    """A message without what it quotes: a client must not be able to put words into it by its model's name."""
+    for name in filter(None, models):
+        text = text.replace(name, "*")
+    return re.sub(r"`[^`\n]{0,200}`|\"[^\"\n]{0,200}\"", "*", text[:4000]).replace("\n", " ").lower()
+
+
+def _told_as(row: Meaning, where: str, status: int, message: str, named: Dict[str, str], wait: Optional[float]) -> APIError:
+    """The error of a row: its status, its words, and whose they are."""
+    code, seen = named.get("code"), row.status or status
+    if row.kind == "auth":
+        shown = f" ({status})" if row.reason != _QUOTA else ""      # LiteLLM takes any "429" for a limit, and repeats it
+        return key_error(f"{where}: {row.reason}{shown}: {message}", status)
+    if row.kind in ("request", "refused"):
+        if named.get("type") == "web_page":
+            named = {"code": "upstream_blocked"} if row.kind == "refused" else {}
+            message = f"{where}: {message}"
+        return APIError(seen, message, kind=row.kind, retry=False if row.kind == "refused" else None, **named)
+    message = f"{where}: {message}"
+    if row.kind == "model":
+        return APIError(seen, message, param="model", code=code or "model_not_found", kind="model")
+    if row.kind == "limit":
+        return APIError(seen, message, code=code, kind="limit", retry_after=wait)
+    if row.kind == "ability":   # it can't do that; what it can do, it does as before
+        return APIError(seen if 400 <= seen < 600 else 502, message, code=code or "upstream_error", kind="ability")
+    return APIError(seen, message, code=code or "upstream_error", kind="limit" if wait else "server", retry_after=wait)
+
+
+def key_error(message: str, status: int) -> APIError:
+    """The upstream refuses what is ours: a status that no client repeats, and none that speaks of the client's own token."""
+    return APIError(424, message, type="invalid_request_error", code="upstream_auth", kind="auth", retry=False,
+                    upstream_status=status)
+
+
+def error_status(status: int, told: Dict[str, Any], words: str) -> int:
+    """The status that an error has, or should have."""
+    if status >= 500:
+        return litellm_status(words) or status
+    if status != 200:
+        return status
+    for value in (told.get("code"), told.get("status"), told.get("raw_status_code"), told.get("http_code")):
+        if type(value) in (int, str) and re.fullmatch("[45][0-9]{2}", str(value)):
+            return int(value)
+    return named_status(told.get("code"), told.get("type"), told.get("status")) or litellm_status(words) or 502
+
+
+def error_codes(told: Dict[str, Any]) -> str:
+    """All of an error that is a name rather than a sentence, in one line."""
+    metadata = as_dict(told.get("metadata"))
+    reasons = ["moderation"] if as_list(metadata.get("reasons")) else []     # OpenRouter
+    details = [as_dict(item).get("reason") for item in as_list(told.get("details"))[:8]]    # Google
+    names = [told.get("code"), told.get("type"), told.get("status"), metadata.get("error_type"), *reasons, *details]
+    return " ".join(str(name)[:200] for name in names if isinstance(name, (str, int))).lower()
+
+
+def names_model(body: Any, words: str, models: Iterable[str]) -> bool:
+    """Does a limit concern one model only?"""
+    text = f"{words[:2000]} {_encode(body)[:8000]}".lower()
+    return bool(re.search(r"\bmodel ?[:=`'\"\\]|this model|permodel|rate limit reached for (?!org|team|user|proj|key|api"
+                          r"|your|acc|def|req|tok|in |on )\w", text)
+                or any(len(name) > 2 and re.search(rf"(?<!\w){re.escape(name.lower()[:256])}(?!\w)", text) for name in models))
+
+
+# Header fields of a controller that hold no secret.
+PUBLIC_HEADERS = {"accept", "accept-language", "anthropic-beta", "anthropic-version", "content-type", "http-referer",
+                  "openai-beta", "origin", "referer", "user-agent", "x-title"}
+_MASKED_KEY = re.compile(r"[\w-]{0,80}\*{3,}[\w*-]{0,80}|\bsk-[\w-]{0,40}\.{3}[\w-]{1,40}")
+
+
+def option_secrets(options: ControllerSettings) -> List[str]:
+    """What a controller's header fields and its proxy have to hide."""
+    found = []
+    for name, value in options.headers.items():
+        if name.lower() == "cookie":
+            found += cookie_values(value)
+        elif name.lower() not in PUBLIC_HEADERS:
+            found.append(re.sub(r"^(?:(?:bearer|basic|token) |https?://)", "", value, flags=re.I))
+    proxy = urllib.parse.urlsplit(options.proxy)
+    return [*found, *filter(None, (proxy.password, urllib.parse.unquote(proxy.password or "")))]
+
+
+def cookie_values(text: str) -> List[str]:
+    """The values of some cookies: their names are no secrets."""
+    return [value.strip() for value in (pair.partition("=")[2] or pair for pair in text.split(";")) if value.strip()]
+
+
+def redact(text: str, secrets: Iterable[str]) -> str:
+    """A text of an upstream with "***" for each secret in it: whole, cut or encoded, or masked by the upstream itself.
+
+    A secret of less than 8 characters counts only as a word of its own, and of less than 4 not at all.
+    """
+    if "***" in text or "..." in text:
+        text = _MASKED_KEY.sub("***", text)
+    return _without_secrets(text, secrets)
+
+
+def _without_secrets(text: str, secrets: Iterable[str]) -> str:
+    for secret in secret_forms(tuple(secrets)):
+        if len(secret) < 8:
+            text = re.sub(rf"(?<!\w){re.escape(secret)}(?!\w)", "***", text) if secret in text else text
+        else:
+            text = _without_pieces(text, secret)
+    return text
+
+
+def redact_bytes(data: bytes, secrets: Iterable[str]) -> bytes:
+    """Bytes that are passed on without the secrets in them; all else stays as it is."""
+    return _without_secrets(data.decode("utf-8", "surrogateescape"), secrets).encode("utf-8", "surrogateescape")
+
+
+@functools.lru_cache(maxsize=256)
+def secret_forms(secrets: Tuple[str, ...]) -> List[str]:
+    """Some secrets in all forms in which an error may quote them, the longest first."""
+    forms = set()
+    for secret in secrets:
+        data = secret.encode("utf-8", "replace")
+        forms |= {secret, urllib.parse.quote(secret, safe=""), to_json(secret)[1:-1].decode()}
+        if len(secret) >= 8:
+            forms |= {base64.b64encode(data).decode().rstrip("="), _sha256(secret)}
+    return sorted((form for form in forms if len(form) >= 4), key=len, reverse=True)
+
+
+def _without_pieces(text: str, secret: str) -> str:
+    """A text without the pieces of a long secret: 8 characters of its beginning, or 16 from anywhere."""
+    spans = []
+    for at in range(0, len(secret) - 7, 8):     # each piece of 16 has one of these blocks of 8 in it
+        found = text.find(secret[at:at + 8])
+        while found >= 0:
+            begin, end = found, found + 8
+            while begin and at - (found - begin) and text[begin - 1] == secret[at - (found - begin) - 1]:
+                begin -= 1
+            while end < len(text) and at + end - found < len(secret) and text[end] == secret[at + end - found]:
+                end += 1
+            if found - begin == at or end - begin >= 16:
+                spans.append((begin, end))
+            found = text.find(secret[at:at + 8], end)
+    parts, done = [], 0
+    for begin, end in sorted(spans):
+        parts += [text[done:begin], "***"] if begin >= done else []
+        done = max(done, end)
+    return "".join([*parts, text[done:]])
+
+
 class AkashSession:
     """The one session of an Akash Chat server: its cookie, fetched when first needed.
 
@@ -2432,9 +2797,10 @@ class AkashSession:
     PAUSE = 10.0  # seconds between two tries to renew
 
     def __init__(self, transport: Transport, token: str = "", seconds: float = 15.0,
-                 clock: Callable[[], float] = time.monotonic) -> None:
+                 clock: Callable[[], float] = time.monotonic, secrets: Iterable[str] = ()) -> None:
         self.transport, self.seconds, self.clock = transport, seconds, clock
         self.tokens = [token, _sha256(token)] if token else [""]  # plain in 2026, as a hash in 2025 (at-session-*)
+        self.secrets = [*self.tokens, *secrets]
         self.turn = Turn()
         self.cookie: Optional[str] = None       # "session_token=..."; "" where the server sets none
         self.renew_at = self.ends_at = 0.0
@@ -2488,12 +2854,12 @@ class AkashSession:
                 return self._keep(response.headers.get("set-cookie", ""), asked_at)
             if response.status != 403:
                 break
-        told = str(as_dict(answer).get("error", ""))
+        told = redact(str(as_dict(answer).get("error", ""))[:4000], self.secrets)[:200]
         if "ccess token" in told:
-            raise APIError(502, f"Akash Chat wants an access token, or another one ({told}): set AKASH_ACCESS_TOKEN.",
-                           code="upstream_auth", retry=False, kind="auth")
-        raise APIError(503, f"Akash Chat gives no session now (status {response.status}).",
-                       code="upstream_session", retry_after=5, kind="network")
+            raise key_error(f"Akash Chat wants an access token, or another one ({told}): set AKASH_ACCESS_TOKEN.",
+                            response.status)
+        raise APIError(503, f"Akash Chat gives no session now (status {response.status}).", code="upstream_session",
+                       retry_after=5, kind="network", upstream_status=response.status)
 
     def _keep(self, set_cookie: str, asked_at: float) -> None:
         self.fetched += 1
@@ -2636,31 +3002,44 @@ def stop_sequences(body: Dict[str, Any]) -> List[str]:
 
 FINISH_REASONS = {"stop": "stop", "length": "length", "content-filter": "content_filter", "tool-calls": "tool_calls"}
 
-# What an error text of the upstream means: a pattern, the status, the code.
+# What an error text of the upstream means, where LiteLLM's class does not tell: a pattern, the status, the code.
 AKASH_ERRORS = [
-    (r"rate limit|too many requests", 429, None),
-    (r"maximum context length|too large|too long", 400, "context_length_exceeded"),
-    (r"invalid prompt|unsupported role|invalid argument|bad request|unprocessable", 400, None),
-    (r"authentication error|api key|unauthorized", 502, "upstream_auth"),
+    (r"rate limit|too many requests|no deployments available|max parallel request", 429, None),
+    (r"contentpolicyviolation", 400, "content_policy_violation"),
+    (r"maximum context length|contextwindowexceeded|too large|too long", 400, "context_length_exceeded"),
+    (r"invalid prompt|unsupported role|invalid argument|bad request|unprocessable|invalid data content", 400, None),
+    (r"authentication error|api key|unauthorized", 401, "upstream_auth"),
     (r"timed? ?out|timeout", 504, "upstream_error"),
     (r"service unavailable|overloaded", 503, "upstream_error"),
     (r"", 502, "upstream_error"),
 ]
 
 
-def akash_error(text: str, model: str) -> APIError:
-    """What an error part of the stream means (model-unknown, err-*). Inner addresses are taken out."""
-    text = text[:1000]
-    if re.search(r"invalid model name|model .* does not exist", text, re.I):
+def akash_error(text: str, model: str, secrets: Iterable[str] = ()) -> APIError:
+    """What an error part of the stream means (model-unknown, err-*). Inner addresses are taken out.
+
+    It comes from what is behind Akash Chat, mostly LiteLLM, so a limit is one of the model.
+    """
+    text = text[:4000]
+    status, code = litellm_status(text), None
+    if status == 404 or re.search(r"invalid model name|model .{0,1000}does not exist", text, re.I):
         if model in ("", AkashController.GEN):  # all that 2025's version says of a failure (gen-imgbackend-error)
             return APIError(502, "Akash Chat could not make the picture, or has no AkashGen.", code="image_failed",
                             retry=False, legacy="Error Model.")
         return unknown_model(model)
-    status, code = next((status, code) for pattern, status, code in AKASH_ERRORS if re.search(pattern, text, re.I))
-    told = re.sub(r"^Failed after \d+ attempts\. Last error: ", "", text).split("\n")[0]
-    if told in ("", "[object Object]", "An error occurred."):
-        return APIError(status, "Akash Chat failed without a reason.", code=code)
-    return APIError(status, f"Akash Chat: {without_hosts(told)[:300]}", code=code)
+    by_words = next((status, code) for pattern, status, code in AKASH_ERRORS if re.search(pattern, text, re.I))
+    status = status or by_words[0]
+    if status == by_words[0] or status >= 500:
+        code = by_words[1] or ("upstream_error" if status >= 500 else None)
+    told = redact(inner_message(text).split("\n")[0], secrets)
+    told = "" if told in ("[object Object]", "An error occurred.") else without_hosts(told)[:300]
+    message = f"Akash Chat: {told}" if told else "Akash Chat failed without a reason."
+    if status in (401, 402, 403):   # a key of the server behind Akash Chat: this model's affair, not our session's
+        return APIError(424, message, code="upstream_auth", kind="refused", retry=False, scope="model")
+    status, wait = {500: 502, 529: 503}.get(status, status), reset_seconds({}, {}, message=text)
+    if status == 429 or status >= 500 and wait:
+        return APIError(status, message, code=code, kind="limit", scope="model", retry_after=wait)
+    return APIError(status, message, code=code)
 
 
 def without_hosts(text: str) -> str:
@@ -2698,8 +3077,8 @@ class AkashDecoder:
     LINE_LIMIT = 8 << 20
     THOUGHT = "<think>\n", "\n</think>\n\n"
 
-    def __init__(self, model: str = "") -> None:
-        self.model = model
+    def __init__(self, model: str = "", secrets: Iterable[str] = ()) -> None:
+        self.model, self.secrets = model, secrets
         self.held = b""                             # a line that has not ended yet
         self.half = ""                              # the first half of a surrogate pair (text-lonesurrogate)
         self.tools = 0
@@ -2766,7 +3145,7 @@ class AkashDecoder:
         if code == b"g" and isinstance(value, str):
             self._say(Reasoning, value, out)
         elif code == b"3":
-            self.error = akash_error(str(value), self.model)
+            self.error = akash_error(str(value), self.model, self.secrets)
         elif code == b"9" and isinstance(value, dict):
             self._tool(value, value.get("args"), out)
         elif code == b"d" and isinstance(value, dict):
@@ -2785,7 +3164,7 @@ class AkashDecoder:
         elif kind == "tool-input-available":
             self._tool(event, event.get("input"), out)
         elif kind in ("error", "tool-input-error"):
-            self.error = akash_error(str(event.get("errorText", "")), self.model)
+            self.error = akash_error(str(event.get("errorText", "")), self.model, self.secrets)
         elif kind == "abort":
             self._fail("Akash Chat broke off its answer.")
         elif kind == "finish":
@@ -2860,7 +3239,8 @@ def blocked(response: Response) -> bool:
 
 def blocked_error(response: Response) -> APIError:
     """What such a page means for a client: 502, and none of its HTML."""
-    return APIError(502, f"{BLOCKED} (status {response.status})", code="upstream_blocked", kind="network")
+    return APIError(502, f"{BLOCKED} (status {response.status})", code="upstream_blocked", kind="network",
+                    upstream_status=response.status)
 
 
 BROKEN = "Akash Chat sent a broken line."
@@ -2899,6 +3279,7 @@ class AkashController(Controller):
 
     GEN = "AkashGen"
     CHAT = "/api/chat/"
+    LARGEST = 10_000_000    # bytes: the 2026 version reads no more of a body, and then fails without a word
 
     def __init__(self, options: ControllerSettings, settings: Settings,
                  clock: Callable[[], float] = time.monotonic) -> None:
@@ -2907,7 +3288,8 @@ class AkashController(Controller):
         headers = {"User-Agent": settings.user_agent, "Accept": "*/*", "Accept-Encoding": "identity", **options.headers,
                    **({"Cookie": self.cookie} if self.cookie else {})}
         self.transport = Transport(options, settings, options.base_url, "Akash Chat", headers)
-        self.session = AkashSession(self.transport, options.api_key, settings.session_timeout, clock)
+        self.session = AkashSession(self.transport, options.api_key, settings.session_timeout, clock,
+                                    [*cookie_values(settings.akash_cookie), *option_secrets(options)])
         self.list = Cached(self._fetch_models, settings.models_ttl, clock)
 
     def able(self, call: Call) -> Optional[APIError]:
@@ -2968,6 +3350,10 @@ class AkashController(Controller):
             yield from self._wait_for(call, job, prompt)
         yield Finish("stop")
 
+    def secrets(self, cookie: Optional[str] = None) -> List[str]:
+        """What its errors must not show: keys, header values, and the cookies of a request."""
+        return [*self.session.secrets, *cookie_values(self.session.cookie or ""), *cookie_values(cookie or "")]
+
     def models(self) -> List[Dict[str, Any]]:
         return self.list.get()
 
@@ -2983,7 +3369,7 @@ class AkashController(Controller):
         if response.status in (200, 404):
             raise APIError(404, f"There is no picture {name!r}.", code="not_found")
         raise APIError(502, f"Akash Chat could not give the picture (status {response.status}).",
-                       code="upstream_error")
+                       code="upstream_error", upstream_status=response.status)
 
     def _fields(self, data: Optional[bytes], cookie: str) -> Dict[str, str]:
         """The header fields that a request adds."""
@@ -2995,10 +3381,11 @@ class AkashController(Controller):
     def _decoder(self, call: Call, response: Response, cutoff: Cutoff, cookie: str) -> Any:
         """What understands the body of an answer: a stream, or a refusal."""
         if response.status == 200 and not blocked(response):
-            return Pipeline(AkashDecoder(call.model), Thinking(), *[cutoff] * cutoff.needed)
+            return Pipeline(AkashDecoder(call.model, self.secrets(cookie)), Thinking(), *[cutoff] * cutoff.needed)
 
         def refused(data: bytes) -> List[Event]:
-            raise self._refusal(response, data, call.model, cookie, call.again == "session")
+            raise self._refusal(response, data, call.model, cookie, call.again == "session",
+                                len(call.prepared[self.name][0]))
 
         return Collected(refused, 1 << 20, refusal=True)
 
@@ -3010,24 +3397,29 @@ class AkashController(Controller):
             response = self.transport.open(method, path, watch, data, self._fields(data, cookie), first_byte)
             if response.status == 200 and not blocked(response):
                 return response
-            error = self._refusal(response, response.read(limit=1 << 20), model, cookie, again)
+            error = self._refusal(response, response.read(limit=1 << 20), model, cookie, again, len(data or b""))
             if error.kind != "again":
                 break
         raise error
 
-    def _refusal(self, response: Response, data: bytes, model: str, cookie: str, again: bool) -> APIError:
+    def _refusal(self, response: Response, data: bytes, model: str, cookie: str, again: bool, sent: int) -> APIError:
         """What an answer that is no stream means; the first time that the session is refused, it is tried again."""
         told = as_dict(json_or_none(data))
         if response.status == 403 and told.get("message") == "Unauthorized: Invalid session" and not again:
             self.session.forget(cookie)
             return APIError(502, "Akash Chat refused the session.", code="session", kind="again")
+        secrets = self.secrets(cookie)
         if response.status == 400 and data and not told and not blocked(response):
-            return akash_error("Bad request: " + data.decode("utf-8", "replace"), model)
-        return self._refused(response, told, model)
+            error = akash_error("Bad request: " + data.decode("utf-8", "replace"), model, secrets)
+        else:
+            words = redact(str(told.get("message") or told.get("error") or "")[:4000], secrets)
+            error = self._refused(response, told, words, model, sent)
+        error.upstream_status = response.status
+        return error
 
-    def _refused(self, response: Response, told: Dict[str, Any], model: str) -> APIError:
+    def _refused(self, response: Response, told: Dict[str, Any], message: str, model: str, sent: int) -> APIError:
         """What another status than 200, or a web page, means; ``told`` is its JSON."""
-        status, message = response.status, str(told.get("message") or told.get("error") or "")
+        status = response.status
         if blocked(response):
             return blocked_error(response)
         if told.get("error") == "Model not available":
@@ -3037,19 +3429,29 @@ class AkashController(Controller):
             return unknown_model(model)
         if status == 429:
             return APIError(429, f"Akash Chat: {without_hosts(message)[:300] or 'too many requests.'}",
-                            retry_after=reset_seconds(response.headers, told))
+                            retry_after=reset_seconds(response.headers, told, message=message))
         if status in (401, 403):
-            return APIError(502, f"Akash Chat refuses this server ({without_hosts(message)[:200] or status}).",
-                            code="upstream_auth", retry=False, kind="auth")
+            return key_error(f"Akash Chat refuses this server ({without_hosts(message)[:200] or status}).", status)
+        if status == 413 or status == 500 and not message and sent > self.LARGEST:
+            return APIError(413, "The request is too large for Akash Chat, which takes 10 MB.", kind="refused", retry=False)
+        return self._failed(response, told, message, model)
+
+    def _failed(self, response: Response, told: Dict[str, Any], message: str, model: str) -> APIError:
+        """The failure of the server, or of what is behind it."""
+        status, wait = response.status, reset_seconds(response.headers, told, message=message, limit=False)
         if message:
             error = akash_error(message, model)
-            return error if error.status != 400 or status == 400 else APIError(502, error.message, code="upstream_error")
-        return APIError(502 if status <= 500 else 503, code="upstream_error",
-                        message=f"Akash Chat failed without a reason (status {status}).")
+            error = error if error.status != 400 or status == 400 else APIError(502, error.message, code="upstream_error")
+        else:
+            error = APIError(502 if status <= 500 else 503, code="upstream_error",
+                             message=f"Akash Chat failed without a reason (status {status}).")
+        if wait and error.kind == "server":
+            error.kind, error.retry_after = "limit", wait
+        return error
 
     def _told_instead(self, call: Call, body: bytes) -> Iterator[Event]:
         """The text that came in place of a picture (gen-textanswer)."""
-        pipeline = Pipeline(AkashDecoder(call.model), Thinking())
+        pipeline = Pipeline(AkashDecoder(call.model, self.secrets()), Thinking())
         events = pipeline.feed(body) + pipeline.close()
         if pipeline.error:
             raise pipeline.error
@@ -3069,7 +3471,8 @@ class AkashController(Controller):
             told = state or {}
             status, result = str(told.get("status") or ""), str(told.get("result") or "")
             if status == "failed" or result.startswith("Failed"):
-                raise APIError(502, f"The picture failed: {without_hosts(result)[:200] or 'no reason given'}.",
+                result = without_hosts(redact(result[:4000], self.secrets()))
+                raise APIError(502, f"The picture failed: {result[:200] or 'no reason given'}.",
                                code="image_failed", retry=False)
             if status in ("succeeded", "completed"):
                 yield self._picture(call, job, prompt, result)
@@ -3143,33 +3546,107 @@ def listed_models(where: str, entries: Iterable[Tuple[Any, Dict[str, Any]]]) -> 
     return found
 
 
-def reset_seconds(headers: Dict[str, str], told: Dict[str, Any], now: Callable[[], float] = time.time) -> Optional[float]:
-    """Seconds until a limit ends, as an upstream tells it in one of many ways; None if it does not."""
-    def bounded(seconds: float) -> float:
-        return min(max(1.0, seconds), 172800.0)     # everything wakes again within two days
+LONGEST_WAIT = 172800.0     # every limit is tried again within two days
 
-    def wait(value: float) -> float:
-        """The seconds of a span, a moment or a moment in milliseconds."""
-        value = value / 1000 if value > 1e11 else value
-        return bounded(value - now() if value > 1e9 else value)
 
-    for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
-        if re.fullmatch(r"[0-9]{1,14}(\.[0-9]+)?", headers.get(name, "")):
-            return wait(float(headers[name]) * unit)
-    with contextlib.suppress(KeyError, ValueError, TypeError):
-        from email.utils import parsedate_to_datetime
-        return bounded(parsedate_to_datetime(headers["retry-after"]).timestamp() - now())
-    waits = [wait(moment) for name, value in headers.items()
-             if re.fullmatch(r"x-(ratelimit|tokenlimit)-reset(-.+)?", name)
-             and headers.get(name.replace("reset", "remaining"), "0") == "0"
-             for moment in [span_seconds(value)] if moment is not None]
-    if waits:
-        return max(waits)
-    with contextlib.suppress(ValueError):
-        from datetime import datetime
-        moment = datetime.fromisoformat(str(told.get("resetTime", "")).replace("Z", "+00:00"))
-        return bounded(moment.timestamp() - now())
+def reset_seconds(headers: Dict[str, str], told: Dict[str, Any], now: Callable[[], float] = time.time, message: str = "",
+                  limit: bool = True) -> Optional[float]:
+    """Seconds until a limit ends, between 1 and two days: by a header field, a field of the body or the message.
+
+    ``limit``: also by the fields that come with every answer of some upstreams. None if it is not said, or not understood.
+    """
+    waits = [_wait(headers.get(name, ""), unit, now) for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0))]
+    if limit:
+        waits.append(_reset_header(headers, now))
+    waits += [_body_wait(told, now), _spoken_wait(message)]
+    return next((min(max(1.0, seconds), LONGEST_WAIT) for seconds in waits if seconds is not None), None)
+
+
+def _wait(value: Any, unit: float, now: Callable[[], float]) -> Optional[float]:
+    """The seconds of a span, a moment, a moment in milliseconds, or a date in either of the two usual forms."""
+    text = str(value).strip()[:200] if isinstance(value, (str, int, float)) and not isinstance(value, bool) else ""
+    for part in (text, text.partition(",")[0].strip()):     # equal fields may have been joined: "30, 30"
+        if re.fullmatch(r"[0-9]{1,14}(?:\.[0-9]{1,20})?", part):
+            seconds = float(part) * unit
+            seconds = seconds / 1000 if seconds > 1e11 else seconds
+            return seconds - now() if seconds > 1e9 else seconds
+        if re.fullmatch(r"(?:[0-9]{1,14}(?:\.[0-9]{1,20})?(?:ms|[smhd])){1,8}", part):
+            return span_seconds(part)
+        moment = _moment(part)
+        if moment is not None:
+            return moment - now()
     return None
+
+
+def _moment(text: str) -> Optional[float]:
+    """A date of HTTP or of ISO 8601 as seconds since 1970; None for what is none, however absurd."""
+    from datetime import datetime, timezone
+    from email.utils import parsedate_to_datetime
+    iso = re.sub(r"\.([0-9]{1,6})[0-9]{0,20}", lambda match: "." + match[1].ljust(6, "0"), text.replace("Z", "+00:00"))
+    for parse, value in ((parsedate_to_datetime, text), (datetime.fromisoformat, iso)):
+        try:
+            moment = parse(value)
+            return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
+        except (ValueError, TypeError, OverflowError, IndexError, AttributeError, OSError):
+            continue
+    return None
+
+
+def _reset_header(headers: Dict[str, str], now: Callable[[], float]) -> Optional[float]:
+    """The longest wait of the fields that tell when a limit which is used up begins anew."""
+    waits = []
+    for name, value in headers.items():
+        if name in ("ratelimit", "x-ratelimit"):    # "default";r=0;t=60, or limit=9, remaining=0, reset=60
+            left, wait = (re.search(rf"\b{word}=([0-9]{{1,9}})\b", value[:1000]) for word in ("(?:r|remaining)", "(?:t|reset)"))
+            waits += [float(wait[1])] if wait and (not left or left[1] == "0") else []
+        elif "reset" in name.split("-") and re.search(r"rate-?limit|tokenlimit", name):
+            left = headers.get(name.replace("reset", "remaining"), "0").strip()
+            waits += [_wait(value, 1.0, now)] if re.fullmatch(r"0(?:\.0{1,9})?|", left) else []
+    return max((seconds for seconds in waits if seconds is not None), default=None)
+
+
+# Fields of error bodies, in small letters and without "_", and what one of their units is in seconds.
+WAITS = {"retrydelay": 1.0, "retryafter": 1.0, "retryafterseconds": 1.0, "retryafterms": 0.001, "resettime": 1.0,
+         "resetat": 1.0, "resetsat": 1.0, "resetsinseconds": 1.0}
+
+
+def _body_wait(value: Any, now: Callable[[], float], depth: int = 5) -> Optional[float]:
+    """The wait that a body tells in one of WAITS, or in header fields that it quotes."""
+    if not depth or not isinstance(value, (dict, list)):
+        return None
+    if isinstance(value, list):
+        return next(filter(None, (_body_wait(item, now, depth - 1) for item in value[:16])), None)
+    for name, inner in itertools.islice(value.items(), 64):
+        unit = WAITS.get(name.replace("_", "").lower())
+        if name == "headers" and isinstance(inner, dict):
+            seconds = reset_seconds({key.lower(): str(item) for key, item in itertools.islice(inner.items(), 64)}, {}, now)
+        else:
+            seconds = _wait(inner, unit, now) if unit else _body_wait(inner, now, depth - 1)
+        if seconds is not None:
+            return seconds
+    return None
+
+
+_SPOKEN = re.compile(r"(?:(?:try|retry|again)[a-z ]{0,30} (?:in|after)|wait(?: for)?|resets? in) (?:about )?"
+                     r"((?:[0-9]{1,9}(?:\.[0-9]{1,20})? ?(?:[a-z]{1,12})?(?:,? and |, | )?){1,4})", re.I)
+
+
+def _spoken_wait(message: str) -> Optional[float]:
+    """The seconds of "try again in 7m30.5s" or "Please retry after 2 minutes"."""
+    spoken = _SPOKEN.search(message[:4000])
+    if not spoken:
+        return None
+    total = 0.0
+    for count, unit in re.findall(r"([0-9]{1,9}(?:\.[0-9]{1,20})?) ?([a-z]{0,12})", spoken[1].lower()):
+        factor = next((seconds for names, seconds in SPANS if re.fullmatch(names, unit)), None)
+        if factor is None:
+            break
+        total += float(count) * factor
+    return total or None
+
+
+SPANS = (("|s|secs?|seconds?", 1.0), ("ms|millis|milliseconds?", 0.001), ("m|mins?|minutes?", 60.0), ("h|hrs?|hours?", 3600.0),
+         ("d|days?", 86400.0))
 
 
 def span_seconds(text: str) -> Optional[float]:
@@ -3296,7 +3773,7 @@ class ChatDecoder:
         event = json_or_none(data)
         if not isinstance(event, dict):
             self.error = early(self.where, "sent an event that is not JSON")
-        elif event.get("error"):
+        elif event.get("error") or tells_error(event):
             self.error = told_error(self.where, 200, event, self.secrets)
         else:
             self.usage = chat_usage(event.get("usage")) or self.usage
@@ -3391,6 +3868,8 @@ class RelayDecoder:
             data, self.held = data[:end], data[end:]
         if not self.begun:
             data = self._first(data)
+        if b'"error"' in data or b'"errors"' in data:
+            data = redact_bytes(data, self.secrets)
         if len(self.held) > self.HOLD:
             self.error = early(self.where, "sent a line without an end, or comments alone")
         if not data:
@@ -3402,7 +3881,7 @@ class RelayDecoder:
 
     def usual(self, data: bytes) -> bytes:
         """The data, if it is nothing but events of one line from the middle of a chat; else b""."""
-        if self.started and not self.held and data.endswith(GOES_ON) and (
+        if self.started and not self.held and data.endswith(GOES_ON) and b'"error' not in data and (
                 data.find(b"\n") == len(data) - 2
                 or any(data.count(b"\n") == 2 * data.count(end) for end in GOES_ON)):  # each line break is of such an end
             self.last = data
@@ -3429,7 +3908,7 @@ class RelayDecoder:
             return b""
         with contextlib.suppress(ValueError):
             told = as_dict(from_json(event[1]))
-            if told.get("error") and not told.get("choices"):
+            if tells_error(told):
                 self.error = told_error(self.where, 200, told, self.secrets)
                 return b""
         self.begun = True
@@ -3459,7 +3938,6 @@ CHAT_ENDS = re.compile(rb'^data: ?\[DONE\][ \r]*$|"finish_reason" ?: ?"[a-z]', r
 ENDS = {CHAT_PATH: CHAT_ENDS, "/v1/completions": CHAT_ENDS,
         "/v1/messages": re.compile(rb'"type" ?: ?"(?:message_stop|error)"'),
         "/v1/responses": re.compile(rb'"type" ?: ?"response\.(?:completed|incomplete|failed)"')}
-_TELLS_ERROR = re.compile(rb'\{\s*"error"\s*:\s*[{"]')
 
 
 def has_content(data: bytes) -> bool:
@@ -3482,32 +3960,11 @@ def early(where: str, what: str = "ended its answer early") -> APIError:
     return APIError(502, f"{where} {what}.", code="upstream_error", kind="network")
 
 
-def told_error(where: str, status: int, body: Any, secrets: Iterable[str] = ()) -> APIError:
-    """What an OpenAI-style error body says, as the client is to read it: our own keys and 401s stay with us."""
+def tells_error(body: Any) -> bool:
+    """Is a body that came with status 200 an error, and no answer?"""
     body = as_dict(body[0] if isinstance(body, list) and body else body)
-    told = body.get("error") if isinstance(body.get("error"), (dict, str)) else body
-    told = {"message": told} if isinstance(told, str) else as_dict(told)
-    code = told.get("code")
-    if status == 200:   # an error where an answer should be: some tell the status inside
-        status = code if type(code) is int and 400 <= code < 600 else 502
-    named = {name: told[name] for name in ("type", "code", "param") if isinstance(told.get(name), str)}
-    code = named.get("code")
-    message = str(told.get("message") or told.get("detail") or f"It answered with status {status}.")[:1000]
-    for secret in filter(None, secrets):
-        message = message.replace(secret, "***")
-    if status in (401, 402, 403) or code in ("insufficient_quota", "invalid_api_key"):
-        return APIError(502, f"{where} refuses this server's key (status {status}).", code="upstream_auth", kind="auth",
-                        retry=False)
-    if status in (400, 413, 422):
-        return APIError(status, message, **named)
-    if status == 404:
-        return APIError(404, f"{where}: {message}", param="model", code=code or "model_not_found")
-    if status in (408, 409, 425, 429):
-        return APIError(status, f"{where}: {message}", code=code)
-    if status < 500 or status == 501:   # it can't do that; what it can do, it does as before
-        status = status if status >= 400 else 502
-        return APIError(status, f"{where}: {message}", code=code or "upstream_error", kind="ability")
-    return APIError(503 if status in (503, 529) else 502, f"{where}: {message}", code=code or "upstream_error")
+    return bool(body.get("error") or body.get("errors") or "error" in (body.get("object"), body.get("type"))) and not (
+        body.get("object") == "response" or any(body.get(name) for name in ("choices", "data", "output", "content")))
 
 
 class OpenAIController(Controller):
@@ -3520,7 +3977,7 @@ class OpenAIController(Controller):
         headers = {"User-Agent": settings.user_agent, "Accept-Encoding": "identity", **options.headers}
         if options.api_key:
             headers["Authorization"] = f"Bearer {options.api_key}"
-        self.secrets = [options.api_key, *options.headers.values()]
+        self.secrets = [options.api_key, *option_secrets(options)]
         base = options.base_url if urllib.parse.urlsplit(options.base_url).path else options.base_url + "/v1"
         self.transport = Transport(options, settings, base, self.name, headers)
         self.list = Cached(self._fetch_models, settings.models_ttl)
@@ -3568,7 +4025,7 @@ class OpenAIController(Controller):
     def _decoder(self, call: Call, response: Response, native: bool) -> Any:
         """What understands the body of an answer."""
         if not 200 <= response.status < 300:
-            return Collected(lambda data: self._refused(response, data), refusal=True)
+            return Collected(lambda data: self._refused(response, data, call.model), refusal=True)
         kind = response.headers.get("content-type", "")
         streamed = kind.startswith("text/event-stream")
         if native and (call.relay_only or streamed == call.stream):
@@ -3576,7 +4033,7 @@ class OpenAIController(Controller):
         return Pipeline(ChatDecoder(self.name, self.secrets)) if streamed else Collected(self._completion)
 
     def _relay(self, call: Call, response: Response, kind: str, streamed: bool) -> Any:
-        call.kind, call.status = kind or "application/octet-stream", response.status
+        call.kind, call.status = redact(kind, self.secrets) or "application/octet-stream", response.status
         if streamed:
             return RelayDecoder(self.name, True, ENDS.get(call.path), self.secrets)
         if kind.startswith("text/html"):
@@ -3595,33 +4052,35 @@ class OpenAIController(Controller):
             raise early(self.name)
         if text and (text[:1] not in b"{[" or text[-1:] not in b"}]"):
             raise early(self.name, "sent something that is not JSON")
-        if _TELLS_ERROR.match(text):
-            raise told_error(self.name, 200, json_or_none(data), self.secrets)
+        if b'"error"' in text or b'"errors"' in text or b'"choices"' not in text and b'"data"' not in text:
+            told = json_or_none(data)
+            if tells_error(told) or told is None and text[1:].lstrip().startswith(b'"error"'):
+                raise told_error(self.name, 200, data if told is None else told, self.secrets)
+            data = redact_bytes(data, self.secrets)
         return [Raw(data)]
 
     def _completion(self, data: bytes) -> List[Event]:
         """The events of an answer that is not streamed."""
-        told = as_dict(json_or_none(data))
+        body = json_or_none(data)
+        told = as_dict(body)
+        if told.get("error") or tells_error(body):
+            raise told_error(self.name, 200, body, self.secrets)
         choice = as_dict(next(iter(as_list(told.get("choices"))), None))
-        if told.get("error"):
-            raise told_error(self.name, 200, told, self.secrets)
         if not isinstance(choice.get("finish_reason"), str):
             raise early(self.name, "sent something that is no completion")
         return [*chat_events(as_dict(choice.get("message")) or {"content": choice.get("text")}),
                 Finish(choice["finish_reason"], chat_usage(told.get("usage")))]
 
-    def _refused(self, response: Response, data: bytes) -> NoReturn:
+    def _refused(self, response: Response, data: bytes, model: str) -> NoReturn:
         told = json_or_none(data)
-        error = told_error(self.name, response.status, told, self.secrets)
-        if error.kind == "limit":
-            error.retry_after = reset_seconds(response.headers, as_dict(told))
-        raise error
+        raise told_error(self.name, response.status, data if told is None else told, self.secrets, response.headers,
+                         (model, self.options.model_map.get(model, model)))
 
     def _fetch_models(self) -> List[Dict[str, Any]]:
         response = self.transport.open("GET", "/models", Watch(), first_byte=self.settings.session_timeout)
         told = json_or_none(response.read(limit=MAX_LIST_BYTES))
         if response.status != 200:
-            raise told_error(self.name, response.status, told, self.secrets)
+            raise told_error(self.name, response.status, told, self.secrets, response.headers)
         listed = as_list(told.get("data") if isinstance(told, dict) else told)
         entries = listed_models(self.name, ((entry.get("id"), entry) for entry in map(as_dict, listed))).values()
         if not entries:
@@ -3670,12 +4129,12 @@ FAILURES: Dict[str, Tuple[bool, Optional[int]]] = {
     "request": (False, None),   # every upstream would say so
     "ability": (True, None),    # it can't do that at all
     "model": (True, None),      # it does not know the model
+    "refused": (True, None),    # it does not do this request: its model, its words, its size; others are served on
     "limit": (True, 1),         # for as long as it said
     "auth": (True, 1),          # our key is at fault: long
     "network": (True, 1),       # refused, silent, cut: growing, always ending
     "again": (True, None),      # it is asked once more itself: a session or a kept connection had ended
     "server": (True, 3),        # a 5xx: only if it goes on
-    "refused": (True, None),    # it refuses this request, not our key
     "local": (False, None),     # this machine is out of descriptors, memory or threads
 }
 REST_AUTH, REST_FIRST, REST_MOST = 600.0, 1.0, 60.0    # seconds
@@ -4325,8 +4784,8 @@ class Running:
             self.end()
             return
         self.close(error)
-        self.call.route += (f"{member.name}={error.status}",)
-        log.info("%s: %s", member.name, error.message)
+        self.call.route += (f"{member.name}={error.upstream_status or error.status}",)
+        log.info("%s: %s", member.name, error.message.removeprefix(f"{member.name}: "))
         if not FAILURES.get(error.kind, FAILURES["server"])[0] or self.call.why:
             raise error
         self.errors.append(error)
@@ -6467,7 +6926,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         unnamed = [token for data in sent for token in tokens if compare_digest(data, token.encode())]
         self.key = known[0] if known else None
         if not known and not unnamed:
-            raise APIError(401, "The token is wrong." if given else
+            raise APIError(401, "Incorrect API key provided: this server does not know the token." if given else
                            "A token is needed: send it as 'Authorization: Bearer TOKEN'.")
 
     def understand(self) -> Any:

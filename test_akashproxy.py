@@ -1222,7 +1222,7 @@ def test_an_expired_session_is_renewed_once(akash, serve):
 def test_a_session_that_stays_invalid_is_no_loop(akash, serve):
     akash.faults += [akash.raw(reply(403, BAD_SESSION), keep=True)] * 9
     got = chat(serve())
-    assert got.status == 502 and got.json["error"]["code"] == "upstream_auth"
+    assert got.status == 424 and got.json["error"]["code"] == "upstream_auth"
     assert len(akash.bodies()) == 2 and akash.cookies == 2
 
 
@@ -1251,7 +1251,7 @@ def test_access_tokens_of_both_versions(akash, serve, accepted):
     akash.cookies += 10
     assert chat(server).status == 200
     got = chat(serve(akash_access_token="wrong"))
-    assert got.status == 502 and "AKASH_ACCESS_TOKEN" in got.json["error"]["message"]
+    assert got.status == 424 and "AKASH_ACCESS_TOKEN" in got.json["error"]["message"]
     assert "wrong" not in got.body.decode()
     assert "authorization" not in akash.requests[-1].headers or "session" in akash.requests[-1].path
 
@@ -1453,7 +1453,7 @@ UPSTREAM = {
     "cf-mitigated": (reply(403, b"{}", extra=b"cf-mitigated: challenge\r\n"), 502, "upstream_blocked", "web page", {}),
     "chat-noslash-308": (reply(308, b"/api/chat/", extra=b"location: /api/chat/\r\n"), 502, "upstream_error", "308", {}),
     "a redirect elsewhere": (b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:9/\r\nContent-Length: 0\r\n\r\n", 502, "upstream_error", "302", {}),
-    "401": (reply(401, b'{"error":"Unauthorized"}'), 502, "upstream_auth", "refuses", {"x-should-retry": "false"}),
+    "401": (reply(401, b'{"error":"Unauthorized"}'), 424, "upstream_auth", "refuses", {"x-should-retry": "false"}),
     "garbage": (b"\x16\x03\x01\x02garbage", 502, "upstream_error", "not HTTP", {}),
     "SSH": (b"SSH-2.0-OpenSSH\r\n", 502, "upstream_error", "not HTTP", {}),
     "nothing": (b"", 502, "upstream_error", "broke off", {}),
@@ -1803,13 +1803,14 @@ def test_health_and_status(serve):
 
 def test_tokens(serve):
     server = serve(bearer_token=("one", "two"))
-    for headers, words in (({}, "is needed"), ({"Authorization": "Bearer three"}, "is wrong"), ({"Authorization": "Basic one"}, "is needed"),
+    for headers, words in (({}, "is needed"), ({"Authorization": "Bearer three"}, "Incorrect API key provided"), ({"Authorization": "Basic one"}, "is needed"),
                            ({"Authorization": "one"}, "is needed"), ({"Authorization": "Bearer "}, "is needed")):
         for method, path in (("POST", "/v1/chat/completions"), ("GET", "/v1/models"), ("GET", "/status"), ("GET", "/nowhere"),
                              ("GET", "/images/x.png"), ("DELETE", "/v1/models")):
             got = ask(server, method, path, CHAT if method == "POST" else None, headers)
             assert got.status == 401 and words in got.json["error"]["message"] and got.json["error"]["code"] == "invalid_api_key"
             assert got.json["code"] == 401 and got.json["data"]["msg"] and got.headers["www-authenticate"] == "Bearer"
+            assert got.headers["x-should-retry"] == "false" and b"three" not in got.body
     for headers in ({"Authorization": "Bearer one"}, {"Authorization": "bearer two"}, {"x-api-key": "two"}):
         assert chat(server, headers=headers).status == 200
     assert ask(server).status == 200 and ask(server, "OPTIONS", "/v1/models").status == 204
@@ -2801,20 +2802,23 @@ FAILOVER = {
     "garbage": (lambda fake: fake.garbage(b"\0\1\2"), 502, "upstream_error", True, True),
     "silence": (lambda fake: fake.stall(), 504, "timeout", True, True),
     "cut before the first event": (lambda fake: fake.garbage(FakeOpenAI.head()), 502, "upstream_error", True, True),
-    "401": (lambda fake: fake.status(401), 502, "upstream_auth", True, True),
-    "402": (lambda fake: fake.status(402), 502, "upstream_auth", True, True),
-    "403": (lambda fake: fake.status(403), 502, "upstream_auth", True, True),
+    "401": (lambda fake: fake.status(401), 424, "upstream_auth", True, True),
+    "402": (lambda fake: fake.status(402), 424, "upstream_auth", True, True),
+    "403 of a key": (lambda fake: fake.status(403, b'{"error":{"message":"API key not valid."}}'), 424, "upstream_auth", True, True),
+    "403 of a request": (lambda fake: fake.status(403), 403, "c", True, False),
     "404": (lambda fake: fake.status(404), 404, "c", True, False),
     "408": (lambda fake: fake.status(408, extra=LIMIT), 408, "c", True, True),
     "409": (lambda fake: fake.status(409, extra=LIMIT), 409, "c", True, True),
     "425": (lambda fake: fake.status(425, extra=LIMIT), 425, "c", True, True),
     "429": (lambda fake: fake.status(429, extra=LIMIT), 429, "c", True, True),
-    "429 of a spent quota": (lambda fake: fake.status(429, b'{"error":{"message":"m","code":"insufficient_quota"}}'), 502, "upstream_auth", True, True),
+    "429 of a spent quota": (lambda fake: fake.status(429, b'{"error":{"message":"m","code":"insufficient_quota"}}'), 424, "upstream_auth", True, True),
     "400": (lambda fake: fake.status(400), 400, "c", False, False),
     "413": (lambda fake: fake.status(413), 413, "c", False, False),
     "422": (lambda fake: fake.status(422), 422, "c", False, False),
     "500": (lambda fake: fake.status(500), 502, "c", True, False),
     "503": (lambda fake: fake.status(503, b"<html>busy</html>"), 503, "upstream_error", True, False),
+    "503 with a time": (lambda fake: fake.status(503, extra=LIMIT), 503, "c", True, True),
+    "529 with a time": (lambda fake: fake.status(529, extra=LIMIT), 503, "c", True, True),
     "a redirect": (lambda fake: fake.status(302, extra=b"Location: http://127.0.0.1:1/\r\n"), 502, "c", True, False),
     "an error as the first event": (lambda fake: fake.garbage(FakeOpenAI.head() + chunk(b": hi\n\n" + ERROR_EVENT) + b"0\r\n\r\n"), 502, "upstream_error", True, False),
     "it ends without a finish": (lambda fake: fake.early(), 502, "upstream_error", "not streamed", True),
@@ -2840,7 +2844,9 @@ def test_failover_and_rest(case, streamed, pool):
             got.json["choices"][0]["message"]["content"])
         asked = (1, 2) if case == FAILOVER["refused"] else (1,)
         assert text == "from b." and len(b.bodies()) == 1 and len(a.bodies()) in asked
-        assert got.headers["x-akashproxy-route"] == f"a={502 if next_one == 'not streamed' else status}, b=200"
+        own = re.match(r"[45]\d\d|a redirect", next(name for name, row in FAILOVER.items() if row is case))
+        own = {"a redirect": 302}.get(own[0], own[0]) if own else 500 if case is FAILOVER["an error as the first event"] else status
+        assert got.headers["x-akashproxy-route"] == f"a={own}, b=200"
     else:
         got = chat(server, BOTH, stream=streamed)
         assert (got.status, got.json["error"]) == (status, {"message": "told", "type": "t", "param": "p", "code": "c"})
@@ -2854,7 +2860,7 @@ def test_failover_and_rest(case, streamed, pool):
         assert (got.status, got.json["error"]["code"]) == (status, code), got.body
         if code == "upstream_auth":
             assert got.headers["x-should-retry"] == "false"
-        if status == 429:
+        if status in (408, 409, 425, 429) or code == "c" and status == 503:
             assert got.headers["retry-after"] == "7"
 
 
@@ -2864,7 +2870,7 @@ def test_all_fail_and_each_is_asked_once(pool):
         fake.faults.extend([fake.status(500)] * 5)
     got = chat(pool(*fakes), BOTH)
     assert got.status == 502 and [len(fake.bodies()) for fake in fakes] == [1, 1, 1]
-    assert got.headers["x-akashproxy-route"] == "a=502, b=502, c=502"
+    assert got.headers["x-akashproxy-route"] == "a=500, b=500, c=500"
 
 
 def test_when_all_rest_the_soonest_is_told(pool):
@@ -2899,7 +2905,7 @@ def test_one_alone_rests_only_where_it_was_told_to(pool):
     a = FakeOpenAI()
     server = pool(a)
     a.faults.extend([a.garbage(b"\0"), a.status(401), a.garbage(b"\0")])
-    assert [chat(server, BOTH).status for _ in range(4)] == [502, 502, 502, 200]
+    assert [chat(server, BOTH).status for _ in range(4)] == [502, 424, 502, 200]
     a.faults.append(a.status(429, extra=b"Retry-After: 99\r\n"))
     assert [chat(server, BOTH).status for _ in range(2)] == [429, 429] and len(a.bodies()) == 5
 
@@ -3204,7 +3210,7 @@ def test_after_any_failure_a_lone_controller_serves_and_shows_that(pool):
     server = pool(a)
     for fault in (a.status(401), a.status(402), a.garbage(b"\0"), *[a.status(500)] * 7):
         a.faults.append(fault)
-        assert chat(server, BOTH).status >= 500
+        assert chat(server, BOTH).status >= 424
     assert chat(server, BOTH).status == 200
     assert ask(server, path="/status").json["controllers"][0]["rests_for_seconds"] == 0
     assert b'akashproxy_controller_resting{controller="a"} 0' in ask(server, path="/metrics").body
@@ -3606,6 +3612,452 @@ def test_a_client_that_leaves_while_all_rest(pool):
         sock.sendall(post("/v1/chat/completions", BOTH))
         wait_for(lambda: len(server.watchdog.handlers) == 1 and any(h.call for h in server.watchdog.handlers))
     wait_for(lambda: not server.watchdog.handlers)
+
+
+# == controllers: what upstreams' errors mean =================================================
+
+
+def err(message, **more):
+    return {"error": {"message": message, **more}}
+
+
+def google(code, status, message, *details):
+    return [{"error": {"code": code, "message": message, "status": status, "details": list(details)}}]
+
+
+INCORRECT = "Incorrect API key provided: sk-proj-********MxYA. You can find your API key at https://platform.openai.com."
+QUOTA = "You exceeded your current quota, please check your plan and billing details."
+NO_ACCESS = "Project `proj_x` does not have access to model `both`"
+AFFORD = "This request requires more credits, or fewer max_tokens. You requested up to 64000 tokens, but can only afford 512."
+LEFT = "Rate limit reached for model `both` in organization `org_x` on tokens per minute (TPM): Limit 6000, Used 5034. Please try again in 7.66s."
+BIG = "Request too large for model `both` on tokens per minute (TPM): Limit 6000, Requested 14368, please reduce your message size."
+VLLM = "at most 0 image(s) may be provided: both is not a multimodal model"
+CAPS = 'litellm.BadRequestError: Hosted_vllmException - {"error":{"message":"%s","type":"BadRequestError","code":400}}. Received Model Group=both' % VLLM
+RETRY = {"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": "34s"}
+BAD_KEY = {"@type": "type.googleapis.com/google.rpc.ErrorInfo", "reason": "API_KEY_INVALID", "domain": "googleapis.com"}
+PER_MODEL = {"@type": "type.googleapis.com/google.rpc.QuotaFailure", "violations": [{"quotaDimensions": {"model": "both"}}]}
+CF_PAGE = b"<!DOCTYPE html><html><head><title>Attention Required! | Cloudflare</title></head><body>Sorry, you have been blocked</body></html>"
+SOON = time.time() + 1000
+MEANINGS = {
+    # name: (status, body, headers) -> (kind, status, code, retry_after, words, scope)
+    # -- our key is bad, or its quota is spent
+    "OpenAI's wrong key": ((401, err(INCORRECT, type="invalid_request_error", code="invalid_api_key")), ("auth", 424, "upstream_auth", None, "(401): Incorrect API key")),
+    "OpenAI's restricted key": ((401, err("You have insufficient permissions for this operation. Missing scopes: model.request.")), ("auth", 424, "upstream_auth", None, "scopes")),
+    "OpenAI's spent quota": ((429, err(QUOTA, type="insufficient_quota", code="insufficient_quota")), ("auth", 424, "upstream_auth", None, "quota of this server's key is spent: You")),
+    "OpenAI's hard limit": ((400, err("Billing hard limit has been reached.", code="billing_hard_limit_reached")), ("auth", 424, "upstream_auth", None, "spent")),
+    "OpenAI's closed account": ((403, err("Your account is not active.", code="account_deactivated")), ("auth", 424, "upstream_auth", None, "not active")),
+    "OpenAI's countries": ((403, err("Country, region, or territory not supported", code="unsupported_country_region_territory", type="request_forbidden")), ("auth", 424, "upstream_auth", None, "refuses this server (403)")),
+    "Google's wrong key": ((400, google(400, "INVALID_ARGUMENT", "API key not valid. Please pass a valid API key.", BAD_KEY)), ("auth", 424, "upstream_auth", None, "API key not valid")),
+    "Google's wrong key, not in a list": ((400, google(400, "INVALID_ARGUMENT", "Request refused.", BAD_KEY)[0]), ("auth", 424, "upstream_auth", None, "Request refused")),
+    "Google's key in a text": ((400, err(json.dumps(google(400, "INVALID_ARGUMENT", "API key not valid.", BAD_KEY)[0]), code=400, status="Bad Request")), ("auth", 424, "upstream_auth", None, ": API key not valid.")),
+    "Google's leaked key": ((403, google(403, "PERMISSION_DENIED", "Your API key was reported as leaked. Please use another API key.")), ("auth", 424, "upstream_auth", None, "leaked")),
+    "Google without a key": ((403, google(403, "PERMISSION_DENIED", "Method doesn't allow unregistered callers.")), ("auth", 424, "upstream_auth", None, "callers")),
+    "Google's places": ((400, google(400, "FAILED_PRECONDITION", "User location is not supported for the API use.")), ("auth", 424, "upstream_auth", None, "location")),
+    "OpenRouter's wrong key": ((401, err("No auth credentials found", code=401)), ("auth", 424, "upstream_auth", None, "credentials")),
+    "OpenRouter without credits": ((402, err("Insufficient credits. Add more using https://openrouter.ai/credits", code=402)), ("auth", 424, "upstream_auth", None, "spent")),
+    "OpenRouter's limit of a key": ((403, err("Key limit exceeded (total limit).", code=403)), ("auth", 424, "upstream_auth", None, "spent")),
+    "Anthropic's wrong key": ((401, {"type": "error", "error": {"type": "authentication_error", "message": "invalid x-api-key"}}), ("auth", 424, "upstream_auth", None, "invalid x-api-key")),
+    "Anthropic's balance": ((400, {"type": "error", "error": {"type": "invalid_request_error", "message": "Your credit balance is too low to access the Anthropic API."}}), ("auth", 424, "upstream_auth", None, "spent")),
+    "Anthropic's billing": ((402, {"type": "error", "error": {"type": "billing_error", "message": "There is an issue with your payment information."}}), ("auth", 424, "upstream_auth", None, "spent")),
+    "DeepSeek's balance": ((402, err("Insufficient Balance", type="unknown_error", code="invalid_request_error")), ("auth", 424, "upstream_auth", None, "spent: Insufficient")),
+    "DeepSeek's wrong key": ((401, err("Authentication Fails, Your api key: ****f19c is invalid", type="authentication_error")), ("auth", 424, "upstream_auth", None, "key: *** is")),
+    "Groq's wrong key": ((401, err("Invalid API Key", type="invalid_request_error", code="invalid_api_key")), ("auth", 424, "upstream_auth", None, "Invalid API Key")),
+    "Groq's restricted organization": ((400, err("Organization has been restricted.", code="organization_restricted")), ("auth", 424, "upstream_auth", None, "restricted")),
+    "Mistral's wrong key": ((401, {"message": "Unauthorized", "request_id": "9"}), ("auth", 424, "upstream_auth", None, "(401): Unauthorized")),
+    "Mistral's other one": ((401, {"detail": "Unauthorized"}), ("auth", 424, "upstream_auth", None, "(401): Unauthorized")),
+    "xAI's wrong key": ((400, {"code": "Client specified an invalid argument", "error": "Incorrect API key provided: xa***ab."}), ("auth", 424, "upstream_auth", None, "provided: ***")),
+    "xAI's credits": ((403, {"code": "x", "error": "Your team has either used all available credits or reached its monthly spending limit."}), ("auth", 424, "upstream_auth", None, "spent")),
+    "Together's wrong key": ((401, err("Invalid API key provided. You can find your API key at https://api.together.xyz.", code="invalid_api_key")), ("auth", 424, "upstream_auth", None, "Invalid")),
+    "Fireworks' suspension": ((412, err("Account x is suspended, possibly due to reaching the monthly spending limit")), ("auth", 424, "upstream_auth", None, "suspended")),
+    "Azure's wrong key": ((401, err("Access denied due to invalid subscription key or wrong API endpoint.", code="401")), ("auth", 424, "upstream_auth", None, "subscription key")),
+    "Cerebras' wrong key": ((401, {"message": "Wrong API Key", "type": "invalid_request_error", "param": "api_key", "code": "wrong_api_key"}), ("auth", 424, "upstream_auth", None, "Wrong")),
+    "Zhipu's balance": ((429, err("余额不足或无可用资源包,请充值。", code="1113")), ("auth", 424, "upstream_auth", None, "spent: 余额不足")),
+    "MiniMax' balance": ((429, err("insufficient balance (1008)", type="insufficient_balance_error", http_code="429")), ("auth", 424, "upstream_auth", None, "spent")),
+    "LiteLLM's unknown key": ((401, err("Authentication Error, Invalid proxy server token passed. Received API Key = sk-...8aSP", type="token_not_found_in_db", param="key", code="401")), ("auth", 424, "upstream_auth", None, "Key = ***")),
+    "LiteLLM's budget": ((400, err("Budget has been exceeded! Current cost: 76.16, Max budget: 10.0", type="budget_exceeded", code="400")), ("auth", 424, "upstream_auth", None, "spent")),
+    "LiteLLM's own wrong key": ((401, err("litellm.AuthenticationError: AuthenticationError: OpenAIException - " + INCORRECT, code="401")), ("auth", 424, "upstream_auth", None, "(401): Incorrect API key provided: ***", "model")),
+    "a plain 401": ((401, b"Unauthorized"), ("auth", 424, "upstream_auth", None, "(401): Unauthorized")),
+    # -- this request is refused, others are not
+    "OpenRouter's tokens": ((402, err(AFFORD, code=402)), ("refused", 402, None, None, AFFORD)),
+    "OpenRouter's moderation": ((403, err("This model requires moderation on x. Your input was flagged", code=403, metadata={"reasons": ["violence"], "flagged_input": "..."})), ("refused", 403, None, None, "flagged")),
+    "OpenAI's project": ((403, err(NO_ACCESS, type="invalid_request_error", code="model_not_found")), ("refused", 403, "model_not_found", None, NO_ACCESS)),
+    "OpenAI's verification": ((403, err("Your organization must be verified to use the model `both`.", code=None)), ("refused", 403, None, None, "verified")),
+    "OpenAI's large request": ((429, err("Request too large for gpt-4o on tokens per min (TPM): Limit 30000, Requested 342389.", type="tokens", code="rate_limit_exceeded")), ("refused", 429, "rate_limit_exceeded", None, "too large")),
+    "Groq's large request": ((413, err(BIG, type="tokens", code="rate_limit_exceeded")), ("refused", 413, "rate_limit_exceeded", None, "too large")),
+    "Anthropic's permission": ((403, {"type": "error", "error": {"type": "permission_error", "message": "Your account does not have access to this beta."}}), ("refused", 403, None, None, "beta")),
+    "a firewall's page": ((403, CF_PAGE), ("refused", 403, "upstream_blocked", None, "up: It answered with a web page: Attention Required! | Cloudflare.")),
+    "LiteLLM's models of a key": ((403, err("key not allowed to access model. This key can only access models=['a']. Tried to access both", type="key_model_access_denied", param="model", code="403")), ("refused", 403, None, None, "not allowed")),
+    "a bare 403": ((403, b""), ("refused", 403, None, None, "status 403")),
+    "401 for a flagged prompt": ((401, err("The prompt was flagged by our safety system.")), ("refused", 403, None, None, "flagged")),
+    # -- an unknown model
+    "401 for a model": ((401, err("Model both is not supported")), ("model", 404, "model_not_found", None, "up: Model both is not")),
+    "401 of LiteLLM for a model": ((401, err("key not allowed to access model.", type="key_model_access_denied", code="401")), ("model", 404, "model_not_found", None, "not allowed")),
+    "OpenAI's unknown model": ((404, err("The model `both` does not exist or you do not have access to it.", code="model_not_found")), ("model", 404, "model_not_found", None, "does not exist")),
+    "DeepSeek's unknown model": ((400, err("Model Not Exist", type="invalid_request_error", code="invalid_request_error")), ("model", 404, "invalid_request_error", None, "Not Exist")),
+    "OpenRouter's unknown model": ((400, err("both is not a valid model ID", code=400)), ("model", 404, "model_not_found", None, "valid")),
+    "Azure's unknown deployment": ((404, err("The API deployment for this resource does not exist.", code="DeploymentNotFound")), ("model", 404, "DeploymentNotFound", None, "deployment")),
+    "Zhipu's unknown model": ((400, err("模型不存在，请检查模型代码。", code="1211")), ("model", 404, "1211", None, "模型不存在")),
+    "LiteLLM's unknown model": ((400, err("/chat/completions: Invalid model name passed in model=both. Call `/v1/models` to view available models", code="400")), ("model", 404, "model_not_found", None, "Invalid model")),
+    "new-api's unknown model": ((503, err("No available channel for model both", code="model_not_found")), ("model", 404, "model_not_found", None, "channel")),
+    "Go's unknown path": ((404, b"404 page not found"), ("model", 404, "model_not_found", None, "up: 404 page not found")),
+    # -- a limit
+    "OpenAI's limit": ((429, err("Rate limit reached for gpt-4o in organization org-x. Please try again in 20s.", code="rate_limit_exceeded")), ("limit", 429, "rate_limit_exceeded", 20.0, "up: Rate limit", "model")),
+    "OpenAI's limit of an organization": ((429, err("Rate limit reached for organization org-x.", code="rate_limit_exceeded"), {"retry-after-ms": "2500"}), ("limit", 429, "rate_limit_exceeded", 2.5, "up: Rate limit")),
+    "Groq's limit": ((429, err(LEFT, type="tokens", code="rate_limit_exceeded")), ("limit", 429, "rate_limit_exceeded", 7.66, "TPM", "model")),
+    "Groq's capacity": ((498, err("Flex tier capacity exceeded", code="capacity_exceeded")), ("limit", 429, "capacity_exceeded", None, "capacity")),
+    "Google's limit": ((429, google(429, "RESOURCE_EXHAUSTED", QUOTA, PER_MODEL, RETRY)), ("limit", 429, "rate_limit_exceeded", 34.0, "exceeded", "model")),
+    "Google's limit of a project": ((429, google(429, "RESOURCE_EXHAUSTED", "Resource has been exhausted (e.g. check quota).", {**RETRY, "retryDelay": "45.8379s"})[0]), ("limit", 429, "rate_limit_exceeded", 45.8379, "exhausted")),
+    "OpenRouter's limit": ((429, err("Rate limit exceeded: free-models-per-day. Add 10 credits to unlock 1000 free model requests per day", code=429, metadata={"headers": {"X-RateLimit-Limit": "50", "X-RateLimit-Remaining": "0", "X-RateLimit-Reset": str(int(SOON * 1000))}})), ("limit", 429, "rate_limit_exceeded", 1000.0, "free-models")),
+    "OpenRouter's provider": ((429, err("Provider returned error", code=429, metadata={"raw": "both is temporarily rate-limited upstream. Please retry shortly", "retry_after_seconds": 12})), ("limit", 429, "rate_limit_exceeded", 12.0, "error: both is temporarily", "model")),
+    "Anthropic's limit": ((429, {"type": "error", "error": {"type": "rate_limit_error", "message": "This request would exceed your rate limit."}}, {"anthropic-ratelimit-requests-remaining": "0", "anthropic-ratelimit-requests-reset": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(SOON)), "anthropic-ratelimit-tokens-remaining": "9", "anthropic-ratelimit-tokens-reset": "2999-09-09T05:47:30Z"}), ("limit", 429, "rate_limit_exceeded", 1000.0, "exceed")),
+    "Mistral's limit": ((429, {"message": "Requests rate limit exceeded"}), ("limit", 429, "rate_limit_exceeded", None, "up: Requests")),
+    "Mistral's tier": ((429, {"object": "error", "message": "Service tier capacity exceeded for this model.", "type": "invalid_request_error", "param": None, "code": "3505"}), ("limit", 429, "3505", None, "tier", "model")),
+    "Azure's limit": ((429, err("Requests have exceeded call rate limit. Please retry after 20 seconds.", code="429")), ("limit", 429, "rate_limit_exceeded", 20.0, "retry after")),
+    "Cerebras' limit": ((429, {"message": "Tokens per day limit exceeded", "type": "too_many_tokens_error", "param": "quota", "code": "token_quota_exceeded"}, {"x-ratelimit-reset-tokens-day": "33011.38", "x-ratelimit-remaining-tokens-day": "0"}), ("limit", 429, "token_quota_exceeded", 33011.38, "per day")),
+    "xAI's limit": ((429, b"Too many tokens for team x and model both. Your team's rate limit is 65605/16000."), ("limit", 429, "rate_limit_exceeded", None, "Too many", "model")),
+    "NIM's limit": ((429, {"status": 429, "title": "Too Many Requests"}), ("limit", 429, "rate_limit_exceeded", None, "up: Too Many Requests")),
+    "LiteLLM's limit": ((429, err("litellm.RateLimitError: No deployments available for selected model, Try again in 60 seconds. Passed model=both. Deployments={'a91f829622': {}}", code="429")), ("limit", 429, "rate_limit_exceeded", 60.0, "up: No deployments available for selected model, Try again in 60 seconds.", "model")),
+    "LiteLLM's limit as a 500": ((500, err("litellm.RateLimitError: RateLimitError: GroqException - " + json.dumps(err(LEFT)), code="500")), ("limit", 429, "rate_limit_exceeded", 7.66, "up: Rate limit reached", "model")),
+    "503 with a time": ((503, err("busy"), {"retry-after": "30"}), ("limit", 503, "upstream_error", 30.0, "busy")),
+    "529 with a time": ((529, {"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}}, {"retry-after": "30"}), ("limit", 503, "upstream_error", 30.0, "Overloaded")),
+    # -- the client's own mistake
+    "too long": ((400, err("This model's maximum context length is 8192 tokens.", type="invalid_request_error", param="messages", code="context_length_exceeded")), ("request", 400, "context_length_exceeded", None, "This model's")),
+    "OpenAI's content policy": ((400, err("Your request was rejected by our safety system.", code="content_policy_violation")), ("request", 400, "content_policy_violation", None, "Your request")),
+    "FastAPI's list": ((422, {"detail": [{"type": "missing", "loc": ["body", "messages", 0, "role"], "msg": "Field required"}, {"loc": ["body"], "msg": "bad"}]}), ("request", 422, None, None, "messages.0.role: Field required; bad")),
+    "Mistral's list": ((422, {"object": "error", "message": {"detail": [{"loc": ["body", "n"], "msg": "too small"}]}, "type": "invalid_request_error"}), ("request", 422, None, None, "n: too small")),
+    "a list of errors": ((400, {"errors": [{"message": "one"}, "two"]}), ("request", 400, None, None, "one")),
+    "a plain text": ((400, b"model runner: bad grammar\n"), ("request", 400, None, None, "model runner: bad grammar")),
+    "another object": ((400, {"reason": "odd"}), ("request", 400, None, None, '{"reason":"odd"}')),
+    "LiteLLM's wrapping": ((400, err(CAPS, code="400")), ("request", 400, None, None, VLLM)),
+    "LiteLLM's wrapping as a 500": ((500, err(CAPS)), ("request", 400, None, None, VLLM)),
+    "a client's model named as a bad key": ((400, err("Invalid value `incorrect api key provided`: 'both'")), ("request", 400, None, None, "Invalid value")),
+    # -- the server's failure
+    "Google's overload": ((503, google(503, "UNAVAILABLE", "The model is overloaded. Please try again later.")), ("server", 503, "upstream_error", None, "overloaded")),
+    "an overload": ((529, {"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}}), ("server", 503, "upstream_error", None, "Overloaded")),
+    "500": ((500, b"Internal Server Error", {"x-ratelimit-reset-requests": "8.64s"}), ("server", 502, "upstream_error", None, "up: Internal Server Error")),
+    "Envoy's 503": ((503, b"upstream connect error or disconnect/reset before headers"), ("server", 503, "upstream_error", None, "upstream connect error")),
+    "a page with 502": ((502, b"<html><title>502 Bad Gateway</title></html>"), ("server", 502, "upstream_error", None, "web page: 502 Bad Gateway.")),
+    # -- an error where an answer should be
+    "200, a limit by its number": ((200, err("slow down", code=429)), ("limit", 429, "rate_limit_exceeded", None, "slow down")),
+    "200, a limit by its name": ((200, {"type": "error", "error": {"type": "rate_limit_error", "message": "slow down"}}), ("limit", 429, "rate_limit_exceeded", None, "slow down")),
+    "200, overloaded": ((200, {"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}}), ("server", 503, "upstream_error", None, "Overloaded")),
+    "200, in LiteLLM's words": ((200, err("litellm.ServiceUnavailableError: VertexException - The service is down", code=None)), ("server", 503, "upstream_error", None, "up: The service is down")),
+    "200, of no known kind": ((200, err("boom", type="odd")), ("server", 502, "upstream_error", None, "boom")),
+}
+
+
+@table(MEANINGS)
+def test_what_the_errors_of_upstreams_mean(case):
+    (status, body, *headers), (kind, seen, code, wait, words, *scope) = case
+    error = akashproxy.told_error("up", status, body, ["sk-secret-key"], *headers, models=["both"])
+    assert (error.kind, error.status, error.code) == (kind, seen, code), error.message
+    assert error.retry_after == (wait and pytest.approx(wait, abs=300 if wait == 1000 else 0.01))
+    assert words in error.message and "\\" not in error.message and error.scope == (scope or ["controller"])[0], error.message
+    assert error.upstream_status == status or status == 200
+    assert error.type != "server_error" or seen >= 500
+    assert error.headers().get("x-should-retry") == ("false" if kind in ("auth", "refused") else None)
+
+
+def asked_model(server, model):
+    return chat(server, {**BOTH, "model": model})
+
+
+BLAMED = {
+    # one client's request: (status, body) -> the statuses that it may have
+    "a model that is not there": ((401, err("Model typo is not supported")), (403, 404)),
+    "a project without the model": ((403, err("Project `p` does not have access to model `typo`", code="model_not_found")), (403, 404)),
+    "a flagged prompt": ((403, err("Your input was flagged", code=403, metadata={"reasons": ["violence"]})), (403,)),
+    "too many tokens": ((402, err(AFFORD, code=402)), (402,)),
+    "a firewall": ((403, CF_PAGE), (403,)),
+    "a large request": ((429, err("Request too large for typo"), b"Retry-After: 172800\r\n"), (429,)),
+}
+
+
+@table(BLAMED)
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages"])
+def test_a_refused_request_stops_nobody_else(case, path, pool):
+    (status, body, *extra), statuses = case
+    fakes = [FakeOpenAI(), FakeOpenAI()]
+    server = pool(*fakes)
+    for fake in fakes:
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        kind = "text/html" if isinstance(body, bytes) else "application/json"
+        fake.faults.append(fake.garbage(reply(status, data, kind, *[b"" for _ in ()], **({"extra": extra[0]} if extra else {}))))
+    got = ask(server, "POST", path, {**ASKED, "model": "typo"} if "messages" in path else {**BOTH, "model": "typo"})
+    assert got.status in statuses and got.headers["x-should-retry"] == "false" if got.status != 404 else True
+    assert got.headers["x-akashproxy-route"] == f"a={status}, b={status}" and [len(fake.bodies()) for fake in fakes] == [1, 1]
+    words = akashproxy.error_words(akashproxy.error_fields(body)) if isinstance(body, dict) else "Attention Required"
+    assert words in got.json["error"]["message"]
+    states = ask(server, path="/status").json["controllers"]
+    assert [(state["failed"], state["rests_for_seconds"]) for state in states] == [(0, 0), (0, 0)]
+    assert chat(server, BOTH).status == 200
+
+
+def test_a_refused_key_is_told_with_its_reason(pool):
+    for status, body, words in ((401, err(INCORRECT, code="invalid_api_key"), "a: the upstream refuses this server's key (401): Incorrect"),
+                                (429, err(QUOTA, code="insufficient_quota"), "a: the quota of this server's key is spent: You")):
+        fake = FakeOpenAI()
+        fake.faults.append(fake.status(status, json.dumps(body).encode()))
+        got = chat(pool(fake), BOTH)
+        assert (got.status, got.headers["x-should-retry"], got.headers["x-akashproxy-route"]) == (424, "false", f"a={status}")
+        assert got.json["error"]["message"].startswith(words) and got.json["error"]["type"] != "server_error"
+        assert "429" not in got.json["error"]["message"]
+
+
+RESET_AT = 1e9 + 60
+WAITS = {
+    # name: (headers, body, message, seconds)
+    "equal fields that were joined": ({"retry-after": "30, 30"}, {}, "", 30), "with its unit": ({"retry-after": "30s"}, {}, "", 30),
+    "a fraction": ({"retry-after": "2.5"}, {}, "", 2.5), "an absurd date": ({"retry-after": "Mon, 01 Jan 2024 00:00:00 +99999999999999999999"}, {}, "", None),
+    "a date long ago": ({"retry-after": "Mon, 01 Jan 0000 00:00:00 GMT"}, {}, "", 1), "an ISO date": ({"retry-after": "2001-09-09T01:47:40.123456789Z"}, {}, "", 60.123456),
+    "RFC RateLimit": ({"ratelimit": '"default";r=0;t=60'}, {}, "", 60), "with some left": ({"ratelimit": '"default";r=3;t=60'}, {}, "", None),
+    "the draft's RateLimit": ({"ratelimit": "limit=100, remaining=0, reset=50"}, {}, "", 50), "RateLimit-Reset": ({"ratelimit-reset": "60"}, {}, "", 60),
+    "not used up": ({"ratelimit-reset": "60", "ratelimit-remaining": "3"}, {}, "", None), "X-Rate-Limit-Reset": ({"x-rate-limit-reset": "1000000060"}, {}, "", 60),
+    "Anthropic's": ({"anthropic-ratelimit-tokens-reset": "2001-09-09T01:47:40Z", "anthropic-ratelimit-tokens-remaining": "0"}, {}, "", 60),
+    "Google's": ({}, {"error": {"details": [{"a": 1}, {"retryDelay": "45.8379s"}]}}, "", 45.8379),
+    "OpenRouter's": ({}, {"error": {"metadata": {"headers": {"X-RateLimit-Reset": str(int(RESET_AT * 1000))}}}}, "", 60),
+    "OpenRouter's other": ({}, {"error": {"metadata": {"retry_after_seconds": 7}}}, "", 7), "milliseconds": ({}, {"error": {"retry_after_ms": 7500}}, "", 7.5),
+    "camel case": ({}, {"retryAfter": "20"}, "", 20), "Codex'": ({}, {"error": {"resets_in_seconds": 3600}}, "", 3600),
+    "seconds in words": ({}, {}, "Please try again in 20s. Contact us", 20), "minutes and seconds": ({}, {}, "Please try again in 7m30.5s.", 450.5),
+    "a tenth in ISO": ({"retry-after": "2001-09-09T01:47:40.5Z"}, {}, "", 60.5), "whole words": ({}, {}, "Please retry after 2 minutes and 3 seconds.", 123), "short": ({}, {}, "Try again in 350ms", 1),
+    "Azure's words": ({}, {}, "Please retry after 20 seconds.", 20), "LiteLLM's words": ({}, {}, "model, Try again in 60 seconds. Passed model=x", 60),
+    "without a unit": ({}, {}, "Try again in 15", 15), "too soon": ({"retry-after": "0"}, {}, "", 1), "two days at most": ({}, {}, "try again in 99 days", 172800),
+    "later": ({}, {}, "Please try again later.", None), "in a model": ({}, {}, "try again in gpt-4o", None),
+    "a header before a message": ({"retry-after": "5"}, {}, "try again in 20s", 5), "true is no number": ({}, {"retry_after": True}, "", None),
+    "negative": ({"retry-after": "-5"}, {}, "", None), "infinite": ({"retry-after": "inf"}, {"retry_after": math.inf}, "", None), "not a number": ({}, {"retry_after": math.nan}, "", None),
+}
+
+
+@table(WAITS)
+def test_how_long_an_upstream_asks_to_wait(case):
+    headers, body, message, seconds = case
+    got = akashproxy.reset_seconds(headers, body, lambda: 1e9, message)
+    assert got == (seconds if seconds is None else pytest.approx(seconds, abs=1e-3))
+
+
+def test_no_header_or_body_of_an_error_does_harm():
+    """Whatever an upstream says, its error is one, and its wait is within bounds."""
+    random = __import__("random").Random(7)
+    pieces = ["retry-after", "1", "9" * 14, ".5", "-", "s", "ms", "m", " GMT", "Mon, 01 Jan ", "2024", "T00:00:00", "Z", "+99:99", ":", ",", "r=0", ";t=",
+              "reset", "try again in ", "inf", "nan", "٥", "\ud800", "\0", "{", '"', "'", "\\", "litellm.", "RateLimitError: ", "message", "***", "sk-..."]
+    names = ["retry-after", "retry-after-ms", "ratelimit", "x-ratelimit-reset", "anthropic-ratelimit-a-reset", "x-rate-limit-reset", "ratelimit-remaining"]
+    keys = ["error", "errors", "message", "detail", "details", "metadata", "headers", "raw", "code", "type", "status", "loc", "msg", "retryDelay", "reset_at"]
+
+    def text():
+        return "".join(random.choices(pieces, k=random.randrange(6)))
+
+    def value(depth=4):
+        made = [text, lambda: random.choice([None, True, -1, 0, 429, 1 << 70, 1e308])]
+        made += [lambda: [value(depth - 1) for _ in range(random.randrange(3))],
+                 lambda: {random.choice(keys): value(depth - 1) for _ in range(random.randrange(4))}] if depth else []
+        return random.choice(made)()
+
+    for _ in range(4000):
+        headers = {random.choice(names): text() for _ in range(3)}
+        body = value() if random.random() < 0.8 else text().encode("utf-8", "replace")
+        error = akashproxy.told_error("up", random.choice([200, 301, 400, 401, 403, 418, 429, 500, 503, 599]), body, ["sk-secret-key"], headers, ["m"])
+        assert 400 <= error.status < 600 and error.kind in akashproxy.FAILURES and len(error.message) < 1300
+        assert error.retry_after is None or 1 <= error.retry_after <= 172800
+        akashproxy.Dialect.refusal(error), error.headers()
+        akashproxy.akash_error(text() * 3, "m", ["sk-secret-key"])
+
+
+AKASH_SAYS = {
+    # what comes as an error part of the stream: (status, code, words, retry_after)
+    CAPS: (400, None, "Akash Chat: " + VLLM, None),
+    "Failed after 3 attempts. Last error: " + CAPS: (400, None, "Akash Chat: " + VLLM, None),
+    "litellm.BadRequestError: Hosted_vllmException - {'error': {'message': 'Conversation roles must alternate', 'code': 400}}": (400, None, "Akash Chat: Conversation roles must alternate", None),
+    "Failed after 3 attempts. Last error: litellm.RateLimitError: No deployments available for selected model. Passed model=x. Deployments={'a9': 1}": (429, "rate_limit_exceeded", "Akash Chat: No deployments available for selected model.", None),
+    "No deployments available for selected model, Try again in 60 seconds. Passed model=x. pre-call-checks=False": (429, "rate_limit_exceeded", "Akash Chat: No deployments", 60),
+    "litellm.RateLimitError: RateLimitError: Hosted_vllmException - Max parallel request limit reached": (429, "rate_limit_exceeded", "Akash Chat: Max parallel request limit reached", None),
+    "litellm.ContentPolicyViolationError: The prompt is not allowed": (400, "content_policy_violation", "Akash Chat: The prompt is not allowed", None),
+    "litellm.ContextWindowExceededError: ContextWindowExceededError: 9000 > 8192": (400, "context_length_exceeded", "Akash Chat: 9000 > 8192", None),
+    "litellm.ServiceUnavailableError: Hosted_vllmException - down": (503, "upstream_error", "Akash Chat: down", None),
+    "litellm.Timeout: APITimeoutError - Request timed out": (504, "upstream_error", "timed out", None),
+    "litellm.InternalServerError: InternalServerError: x": (502, "upstream_error", "Akash Chat: x", None),
+    "litellm.APIConnectionError: Hosted_vllmException - Connection error.": (502, "upstream_error", "Connection error", None),
+    "litellm.AuthenticationError: OpenAIException - Incorrect API key provided": (424, "upstream_auth", "Incorrect", None),
+    "litellm.PermissionDeniedError: no": (424, "upstream_auth", "Akash Chat: no", None),
+    "litellm.BudgetExceededError: Budget has been exceeded!": (424, "upstream_auth", "Budget", None),
+    "litellm.UnsupportedParamsError: x does not support parameters: ['y']": (400, None, "does not support", None),
+    "litellm.NotFoundError: NotFoundError: Hosted_vllmException - gone": (500, "model_not_found", "does not exist", None),
+    "Invalid data content. Content string is not a base64-encoded media.": (400, None, "base64", None),
+    "terminated": (502, "upstream_error", "Akash Chat: terminated", None),
+}
+
+
+@pytest.mark.parametrize("text", AKASH_SAYS)
+@pytest.mark.parametrize("form", ["part", "event", "json"])
+def test_what_is_behind_akash_is_heard(text, form, akash, serve):
+    status, code, words, wait = AKASH_SAYS[text]
+    said = json.dumps(text).encode()
+    akash.faults.append(akash.raw({
+        "part": STREAM_HEAD + chunk(b"3:" + said + b"\n") + b"0\r\n\r\n",
+        "event": STREAM_HEAD + chunk(b'data: {"type":"error","errorText":' + said + b"}\n\n") + b"0\r\n\r\n",
+        "json": reply(400 if status == 400 else 500, b'{"error":"Error","message":' + said + b"}")}[form]))
+    got = chat(serve(), stream=form != "json")
+    assert (got.status, got.json["error"]["code"]) == (status, code) and words in got.json["error"]["message"], got.body
+    assert "litellm" not in got.body.decode() and "Deployments" not in got.body.decode()
+    assert got.headers.get("retry-after") == (str(wait) if wait else None) or status == 429
+
+
+def test_a_limit_that_akash_tells_in_a_stream_is_one_of_the_model():
+    decoder = AkashDecoder("m")
+    decoder.feed(b'3:"litellm.RateLimitError: slow down, try again in 2 minutes"\n')
+    assert (decoder.error.scope, decoder.error.retry_after, decoder.error.kind) == ("model", 120, "limit")
+
+
+@pytest.mark.parametrize("size, status", [(11_000_000, 413), (1000, 502)])
+def test_what_is_too_large_for_akash_is_said(size, status, akash, serve):
+    akash.faults.append(akash.raw(reply(500, b"", "")))
+    picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * size}}
+    got = chat(serve(), messages=[user([{"type": "text", "text": "hi"}, picture])])
+    assert got.status == status and ("too large" in got.json["error"]["message"]) == (status == 413)
+    assert got.headers.get("x-should-retry") == ("false" if status == 413 else None)
+
+
+def test_a_cut_stream_is_told_in_words_that_clients_know(pool):
+    fake = FakeOpenAI()
+    fake.faults.append(fake.cut())
+    events = sse(chat(pool(fake), BOTH, stream=True).body)
+    assert events[-1]["error"]["message"] == "a: connection lost: it broke off its answer."
+
+
+# == secrets ==================================================================================
+
+KEY, HEADER, COOKIE = "sk-proj-Zq81mWv0QpLr7TtYcX5kAa", 'Bearer hdr"Wq93\\nVbXeRtY77', "appSession=cKw5Jx3PzQ88LmN1; theme=1"
+SECRETS = {
+    "whole": "key {0} refused", "in a text": "x{0}y", "twice": "{0} and {0}", "cut": "your key {0:.15} is bad", "its end is gone": "... key={0:.10}",
+    "in quotes": "'{0}'", "across the end of what is kept": "x" * 990 + "{0}", "far behind": "x" * 3990 + "{0}",
+}
+
+
+def leaks(text, *secrets):
+    """The pieces of secrets in a text: eight characters from their beginning, or any twelve."""
+    text = text if isinstance(text, str) else text.decode("utf-8", "replace")
+    return [secret for secret in secrets if secret[:8] in text or any(secret[at:at + 16] in text for at in range(len(secret) - 15))]
+
+
+PLACES = {
+    "message": lambda said: {"error": {"message": said}}, "code": lambda said: {"error": {"message": "m", "code": said}},
+    "type": lambda said: {"error": {"message": "m", "type": said}}, "param": lambda said: {"error": {"message": "m", "param": said}},
+    "not the first key": lambda said: {"id": "x", "error": {"message": said}}, "a list": lambda said: [{"error": {"message": said}}],
+    "errors": lambda said: {"errors": [{"message": said}]}, "detail": lambda said: {"detail": [{"loc": [said], "msg": said}]},
+    "an object in a text": lambda said: {"error": {"message": json.dumps({"error": {"message": said}})}},
+    "LiteLLM's words": lambda said: {"error": {"message": "litellm.AuthenticationError: XException - " + repr({"error": {"message": said}})}},
+    "text alone": lambda said: {"error": said}, "another object": lambda said: {"why": said},
+    "OpenRouter's raw": lambda said: {"error": {"message": "Provider returned error", "metadata": {"raw": said}}},
+    "plain text": lambda said: said.encode(), "a page": lambda said: f"<html><title>{said}</title></html>".encode(),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("form", SECRETS)
+def test_no_error_shows_a_secret(place, form):
+    secrets = (KEY, HEADER[len("Bearer "):])
+    for secret in secrets:
+        for status in (200, 302, 400, 401, 402, 403, 404, 413, 418, 422, 429, 500, 503):
+            error = akashproxy.told_error("up", status, PLACES[place](SECRETS[form].format(secret)), secrets)
+            shown = json.dumps([error.message, error.code, error.type, error.param, error.legacy, str(error)], ensure_ascii=False)
+            assert not leaks(shown, *secrets), shown
+            assert not leaks(json.loads(shown)[0], *secrets)
+
+
+@pytest.mark.parametrize("place", [place for place in PLACES if place not in ("plain text", "a page")])
+@pytest.mark.parametrize("kind", ["openai", "akash"])
+def test_no_answer_log_or_status_shows_a_secret(place, kind, pool, caplog):
+    caplog.set_level("DEBUG")
+    fake = FakeOpenAI() if kind == "openai" else FakeAkash()
+    if kind == "akash":
+        fake.session = reply(body=b'{"success":true}', extra=b"set-cookie: session_token=sess10nVq83kLpZ0; Max-Age=600\r\n")
+    more = {"api_key": KEY, "headers": {"X-Key": HEADER}, **({} if kind == "openai" else {"models": ["both"]})}
+    server = pool((fake, more), akash_cookie=COOKIE, log_level="debug")
+    secrets = [KEY, HEADER] if kind == "openai" else [KEY, HEADER, "cKw5Jx3PzQ88LmN1", "sess10nVq83kLpZ0"]
+    for secret in secrets:
+        body = PLACES[place](SECRETS["whole"].format(secret))
+        body = body if isinstance(body, bytes) else json.dumps(body).encode()
+        page = json.dumps(json.dumps(json.loads(body))).encode()
+        faults = [reply(status, body) for status in (200, 400, 401, 403, 404, 413, 418, 429, 500, 503)]
+        if kind == "openai" and place not in ("detail", "another object"):      # in a stream those are no errors
+            faults += [fake.head() + chunk(b"data: " + body + b"\n\n") + b"0\r\n\r\n",
+                       fake.head() + chunk(fake.event({"content": "a"}) + b"data: " + body + b"\n\n" + fake.event({"content": "b"})) + b"0\r\n\r\n",
+                       reply(200, body, f"application/json; x={secret}" if '"' not in secret else "application/json")]
+        elif kind == "akash":
+            faults += [STREAM_HEAD + chunk(b"3:" + page + b"\n") + b"0\r\n\r\n", STREAM_HEAD + chunk(b'0:"a"\n3:' + page + b"\n") + b"0\r\n\r\n",
+                       STREAM_HEAD + chunk(b'data: {"type":"error","errorText":' + page + b"}\n\n") + b"0\r\n\r\n"]
+        for fault in faults:
+            for path, asked in (("/v1/chat/completions", BOTH), ("/v1/messages", ASKED)):
+                for streamed in (False, True):
+                    fake.faults.extend([fake.garbage(fault) if kind == "openai" else fake.raw(fault)] * 2)
+                    for member in server.pool.members:
+                        member.cooldowns.clear()
+                    got = ask(server, "POST", path, {**asked, "stream": streamed})
+                    fake.faults.clear()
+                    known = (KEY, HEADER[len("Bearer "):], "cKw5Jx3PzQ88LmN1", "sess10nVq83kLpZ0")
+                    assert not leaks(got.body, *known, json.dumps(HEADER)[15:-1]) and not leaks(str(got.headers), *known), (fault, got.body)
+    assert not leaks(ask(server, path="/status").body, *known, json.dumps(HEADER)[15:-1]) and not leaks(caplog.text, *known)
+
+
+REDACTED = {
+    # (secrets, text): what is left of it
+    "a word of its own": (["s3cret"], "bad s3cret!", "bad ***!"), "not within words": (["none"], "nonesuch, none", "nonesuch, ***"),
+    "three letters": (["key"], "the key", "the key"), "none": (["", " "], "the key", "the key"), "two of them": (["sk-12345678", "sk-12345678-b"], "sk-12345678-b", "***"),
+    "in a URL": (["a b/c&d=e+f"], "?key=a%20b%2Fc%26d%3De%2Bf", "?key=***"), "in JSON": (['say "hello" \\'], '{"a": "say \\"hello\\" \\\\"}', '{"a": "***"}'),
+    "in base 64": (["sk-12345678"], "Basic c2stMTIzNDU2Nzg=", "Basic ***="), "as a hash": (["sk-12345678"], hashlib.sha256(b"sk-12345678").hexdigest(), "***"),
+    "masked by the upstream": (["x"], "provided: sk-proj-****MxYA. See", "provided: ***. See"), "LiteLLM's mask": (["x"], "Key = sk-...8aSP,", "Key = ***,"),
+    "its middle": (["0123456789abcdefghijklmnopqrstuvwxyz"], "x456789abcdefghijklmny", "x***y"), "a few letters alike": (["abcdefghijklmnop"], "fghijklm", "fghijklm"),
+    "overlapping pieces": (["abcdefgh12345678" * 2 + "z"], "abcdefgh12345678" * 3 + " kept", "*** kept"),
+    "the same letter again": (["a" * 40], "a" * 100 + " kept", "*** kept"), "what is no secret": (["sk-12345678"], "max_tokens must be less than 8192", "max_tokens must be less than 8192"),
+}
+
+
+def test_a_head_that_is_no_http_shows_no_secret_in_the_log(pool, caplog):
+    caplog.set_level("DEBUG")
+    fake = FakeOpenAI()
+    server = pool((fake, {"api_key": KEY}), log_level="debug")
+    for line in (f"Transfer-Encoding: {KEY}", f"Content-Length: {KEY}", f"{KEY} : x", f"X: a\r{KEY}"):
+        fake.faults.append(fake.garbage(f"HTTP/1.1 200 {KEY}\r\n{line}\r\n\r\n".encode()))
+        got = chat(server, BOTH)
+        assert got.status == 502 and not leaks(got.body, KEY)
+    fake.faults.append(fake.garbage(f"{KEY} 200 OK\r\n\r\n".encode()))
+    assert chat(server, BOTH).status == 502 and not leaks(caplog.text, KEY)
+
+
+def test_an_error_in_the_middle_of_a_relayed_stream_shows_no_secret(pool):
+    """Also where it comes in one read with an event that is passed on unread."""
+    error, events = b'data: {"error":{"message":"key %b"}}\n\n' % KEY.encode(), [FakeOpenAI.event({"content": word}) for word in "ab"]
+    events = [event.replace(b'"finish_reason": null}]}\n\n', b'"finish_reason":null}]}\n\n') for event in events]
+    decoder = akashproxy.RelayDecoder("up", secrets=[KEY])
+    sent = b"".join(event.data for data in (events[0], events[1], error + events[1], error) for event in decoder.feed(data))
+    assert sent == b"".join((*events, error, events[1], error)).replace(KEY.encode(), b"***")
+    said = FakeOpenAI.event({"content": '***{"error"}*** sk-...abcd'}) + error.replace(KEY.encode(), b"x***y")
+    assert b"".join(event.data for event in decoder.feed(said)) == said, "what is no secret is passed on as it is"
+
+
+def test_a_content_type_shows_no_secret(pool):
+    fake = FakeOpenAI()
+    fake.faults.append(fake.garbage(reply(200, b"ID3", f"audio/mpeg; x={KEY}")))
+    got = ask(pool((fake, {"api_key": KEY})), "POST", "/v1/audio/speech", {"model": "both", "input": "hi"})
+    assert (got.status, got.headers["content-type"], got.body) == (200, "audio/mpeg; x=***", b"ID3")
+
+
+@pytest.mark.parametrize("model", ["invalid-key", "incorrect api key", "key expired", "billing quota"])
+def test_a_name_of_a_model_condemns_no_key(model):
+    for status, message in ((401, "Model {} is not supported"), (403, "Project `p` does not have access to model `{}`"),
+                            (403, 'No access to "{}" for this model.'), (400, "{} is not a valid model ID"), (404, "Model {} not found")):
+        assert akashproxy.told_error("up", status, err(message.format(model)), models=[model]).kind in ("model", "refused")
+
+
+@table(REDACTED)
+def test_redaction(case):
+    secrets, text, left = case
+    assert re.sub(r"(\*{3})+a{0,7}", "***", akashproxy.redact(text, secrets)) == left
+
+
+def test_fields_that_hide_nothing_are_not_blacked_out():
+    options = akashproxy.ControllerSettings(headers={"Accept": "application/json", "anthropic-version": "2023-06-01", "X-Key": "https://abc.example",
+                                                     "Authorization": "Bearer abcdefgh", "Cookie": "a=12345; b=67890"}, proxy="http://u:p%40ss@127.0.0.1:1")
+    assert akashproxy.option_secrets(options) == ["abc.example", "abcdefgh", "12345", "67890", "p%40ss", "p@ss"]
 
 
 # == dialects: Messages and Responses =========================================================
