@@ -2434,9 +2434,9 @@ class AkashDecoder:
             return [Text(lone[1:-1].decode())]
         out: List[Event] = []
         others, *texts = (b"\n" + whole_lines(self.held, data)).split(b"\n0:")
-        for joined, others in [(b"", others), *self._runs(texts)]:
+        for joined, texts, others in [(b"", [], others), *self._runs(texts)]:
             if joined and not self.finished and not self.error:
-                self._texts(joined, out)
+                self._texts(joined, texts, out)
             for line in others.split(b"\n"):
                 if line and not self.finished and not self.error:
                     self._line(line, out)
@@ -2447,25 +2447,27 @@ class AkashDecoder:
         return out
 
     @staticmethod
-    def _runs(lines: List[bytes]) -> List[Tuple[bytes, bytes]]:
-        """Texts that follow one another, with commas between them, and the other lines after those.
+    def _runs(lines: List[bytes]) -> List[Tuple[bytes, List[bytes], bytes]]:
+        """Texts that follow one another, joined by commas and as they are, and the other lines after those.
 
         Each of ``lines`` is a text, with the other lines after it.
         """
         if not lines:
             return []
         last, _, others = lines.pop().partition(b"\n")
-        joined = b",".join([*lines, last])
+        lines.append(last)
+        joined = b",".join(lines)
         if b"\n" not in joined:         # the usual
-            return [(joined, others)]
-        runs, texts = [], []
+            return [(joined, lines, others)]
+        runs: List[Tuple[bytes, List[bytes], bytes]] = []
+        texts: List[bytes] = []
         for line in lines:
             text, broken, between = line.partition(b"\n")
             texts.append(text)
             if broken:
-                runs.append((b",".join(texts), between))
+                runs.append((b",".join(texts), texts, between))
                 texts = []
-        return [*runs, (b",".join([*texts, last]), others)]
+        return [*runs, (b",".join(texts), texts, others)]
 
     def lone(self, data: bytes) -> bytes:
         """The JSON of a text that comes alone, as where tokens come one by one; else b""."""
@@ -2525,13 +2527,15 @@ class AkashDecoder:
             told = as_dict(event.get("messageMetadata"))
             self._finish(event.get("finishReason", "stop"), told.get("totalUsage") or told.get("usage"), out)
 
-    def _texts(self, joined: bytes, out: List[Event]) -> None:
-        """Some JSON texts, with commas between them."""
+    def _texts(self, joined: bytes, lines: List[bytes], out: List[Event]) -> None:
+        """The JSON texts of some lines, which are read at once if each is one text, else line by line."""
         try:
             texts = _decode_any((b"[%b]" % joined).decode("utf-8", "surrogatepass"))
             text = "".join(texts)
+            if len(texts) != len(lines) > 1:
+                raise ValueError("the lines are not what they are together")
         except (ValueError, TypeError, RecursionError):
-            return self._broken(joined, out)
+            return self._one_by_one(lines, out)
         if b"<think>\\n" in joined:
             for text in texts:
                 begins, ends = self.THOUGHT
@@ -2544,9 +2548,16 @@ class AkashDecoder:
         elif text:
             out.append(Text(text))
 
-    def _broken(self, joined: bytes, out: List[Event]) -> None:
-        """One of the texts is broken; those before it are good."""
-        scan, text, at = json.JSONDecoder().raw_decode, joined.decode("utf-8", "replace"), 0
+    def _one_by_one(self, lines: List[bytes], out: List[Event]) -> None:
+        if len(lines) == 1:
+            return self._broken(lines[0], out)
+        for line in lines:
+            if line and not self.error:
+                self._texts(line, [line], out)
+
+    def _broken(self, line: bytes, out: List[Event]) -> None:
+        """The texts of a line are broken; those before the mistake are good."""
+        scan, text, at = json.JSONDecoder().raw_decode, line.decode("utf-8", "replace"), 0
         with contextlib.suppress(ValueError, RecursionError):
             while at < len(text):
                 value, at = scan(text, at)

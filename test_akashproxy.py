@@ -6578,7 +6578,7 @@ def split(data, size):
 def growth(work, sizes):
     """How much more four times as much costs, at best of a few, in CPU time of this thread; ``sizes(n)`` gives the items."""
     least = {1: math.inf, 4: math.inf}
-    for _ in range(4):
+    for _ in range(10):
         for many in least:
             items = sizes(many)
             began = time.thread_time()
