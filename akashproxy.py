@@ -111,7 +111,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict, defaultdict, deque
 from dataclasses import dataclass, field
 from queue import Empty, Full, Queue, SimpleQueue
 from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, NoReturn, Optional, Tuple
@@ -667,9 +667,8 @@ def fold(events: Iterable[Event]) -> Answer:
             thought.append("".join(text).rstrip("\n"))
             text.clear()
         elif isinstance(event, ToolCall):
-            known = tools.get(event.index, ToolCall(event.index))
-            tools[event.index] = ToolCall(event.index, known.arguments + event.arguments,
-                                          known.id or event.id, known.name or event.name)
+            # by its text: an upstream can choose integers that share one hash
+            tools.setdefault("%x" % event.index, []).append(event)
         elif isinstance(event, Image):
             answer.images.append(event)
         elif isinstance(event, Finish):
@@ -677,8 +676,15 @@ def fold(events: Iterable[Event]) -> Answer:
         elif isinstance(event, Raw):
             raw.append(event.data)
     answer.text, answer.reasoning, answer.raw = "".join(text), "".join(thought), b"".join(raw)
-    answer.tools = [tools[index] for index in sorted(tools)]
+    answer.tools = sorted(map(joined_call, tools.values()), key=lambda call: call.index)
     return answer
+
+
+def joined_call(fragments: List[ToolCall]) -> ToolCall:
+    """A call of a tool from its fragments."""
+    return ToolCall(fragments[0].index, "".join(each.arguments for each in fragments),
+                    next((each.id for each in fragments if each.id), None),
+                    next((each.name for each in fragments if each.name), None))
 
 
 class Thinking:
@@ -693,6 +699,7 @@ class Thinking:
 
     OPEN, CLOSE = "<think>", "</think>"
     QUOTES = ("`", "'", '"')
+    BLANKS = 256    # so many at most belong to a tag: what is held back is copied with each piece
 
     def __init__(self) -> None:
         self.held = ""              # may be the beginning of a tag, or of the line break before one
@@ -737,10 +744,10 @@ class Thinking:
     def _before(self, text: str, out: List[Event]) -> str:
         """Nothing has come yet: is this the opening tag?"""
         lead = text.lstrip()
-        if lead.startswith(self.OPEN):
+        if lead.startswith(self.OPEN) and len(text) - len(lead) <= self.BLANKS:
             self.step, self.trim = self._within, True
             return lead[len(self.OPEN):]
-        if self.OPEN.startswith(lead):
+        if self.OPEN.startswith(lead) and len(text) - len(lead) <= self.BLANKS:
             self.held = text
             return ""
         self.step = self._unopened
@@ -750,7 +757,7 @@ class Thinking:
         thought, tag, rest = text.partition(self.CLOSE)
         if tag:
             self.step, self.trim = self._pass_on, True
-            thought = thought.rstrip("\n")
+            thought = self._without_breaks(thought)
         else:
             thought = self._hold_back(text)
         if thought:
@@ -781,36 +788,70 @@ class Thinking:
 
     def _hold_back(self, text: str) -> str:
         """Keep the end of the text that may become a closing tag, and the line breaks before it."""
-        cut = len(text) - (begun(text, [self.CLOSE]) if "<" in text else 0)
+        cut = len(text) - (begun(text, self.CLOSE) if "<" in text else 0)
         if self.step == self._within:
-            cut = len(text[:cut].rstrip("\n"))
+            cut = len(self._without_breaks(text[:cut]))
         self.held = text[cut:]
         return text[:cut]
 
+    def _without_breaks(self, thought: str) -> str:
+        """A thought without the line breaks at its end."""
+        return thought[:max(len(thought.rstrip("\n")), len(thought) - self.BLANKS)]
 
-def begun(text: str, words: List[str]) -> int:
-    """How many characters at the end of a text may be the beginning of one of the words."""
-    longest = max(map(len, words)) - 1
-    for size in range(min(longest, len(text)), 0, -1):
-        end = text[-size:]
-        for word in words:
-            if word.startswith(end):
-                return size
-    return 0
+
+def begun(text: str, word: str) -> int:
+    """How many characters at the end of a text may be the beginning of a word, which is a short one."""
+    return next((size for size in range(min(len(word) - 1, len(text)), 0, -1) if text.endswith(word[:size])), 0)
+
+
+class Search:
+    """Look for a word in a text that comes in pieces, in a time in proportion to the text (Knuth, Morris and Pratt)."""
+
+    def __init__(self, word: str) -> None:
+        self.word = word
+        self.size = 0               # so much of its beginning stands at the end of the text
+        self.borders = [0]          # by size: the longest beginning of the word that also stands at the end of that part
+        for char in word[1:]:
+            self.borders.append(self._grown(self.borders[-1], char))
+
+    def feed(self, text: str) -> int:
+        """Where in the text the word first ends; -1 if it does not."""
+        at, last = 0, len(text) - len(self.word) + 1    # what begins before that is whole, or not the word
+        while at < len(text):
+            if not self.size:
+                if at < last:
+                    found = text.find(self.word, at)
+                    if found >= 0:
+                        return found + len(self.word)
+                at = text.find(self.word[0], max(at, last))
+                if at < 0:
+                    break
+            self.size = self._grown(self.size, text[at])
+            at += 1
+            if self.size == len(self.word):
+                return at
+        return -1
+
+    def _grown(self, size: int, char: str) -> int:
+        """How much of the word's beginning stands at the end, after so much of it and one more character."""
+        while size and self.word[size] != char:
+            size = self.borders[size - 1]
+        return size + (self.word[size] == char)
 
 
 class Cutoff:
     """End an answer at a stop sequence or at a number of tokens, for an upstream that can do neither.
 
-    Stop sequences may be cut anywhere; they are not part of the answer. Tokens are counted by
-    token_parts(), so that the end comes rather late than early.
+    Stop sequences may be cut anywhere; they are not part of the answer. The one that ends first counts,
+    the longest of those that end together. Tokens are counted by token_parts(), so that the end comes
+    rather late than early.
     """
 
     def __init__(self, stops: List[str], max_tokens: Optional[int]) -> None:
-        self.stops = stops
+        self.stops = list(map(Search, stops))
+        self.held = "", 0           # a stop sequence, and how much of its beginning is held back
         self.budget = math.inf if max_tokens is None else TOKEN * max_tokens
         self.needed = bool(stops) or max_tokens is not None
-        self.held = ""
         self.cut = False            # the answer was ended here
 
     def passes(self, text: str) -> bool:
@@ -832,17 +873,21 @@ class Cutoff:
         return out
 
     def close(self) -> List[Event]:
-        text, self.held = self.held, ""
-        return [Text(text)] if text else []
+        (stop, size), self.held = self.held, ("", 0)
+        for search in self.stops:
+            search.size = 0
+        return [Text(stop[:size])] if size else []
 
     def _search(self, text: str, out: List[Event]) -> None:
-        text, self.held = self.held + text, ""
-        found = [(text.find(stop), stop) for stop in self.stops if stop in text]
-        at, stop = min(found) if found else (len(text) - begun(text, self.stops), None)
-        self._count(Text(text[:at]), out)
-        if stop is None:
-            self.held = text[at:]
-        elif not self.cut:
+        (held, size), self.held = self.held, ("", 0)
+        ends = [(search.feed(text), search.word) for search in self.stops]
+        end, length, stop = min(((end, -len(word), word) for end, word in ends if end >= 0), default=(len(text), 0, ""))
+        if not stop:
+            longest = max(self.stops, key=lambda search: search.size)
+            self.held, length = (longest.word, longest.size), -longest.size
+        kept = size + end + length      # of what was held back, and of the text after it
+        self._count(Text(held[:min(size, kept)] + text[:max(0, kept - size)]), out)
+        if stop and not self.cut:
             self.cut = True
             out.append(Finish("stop", stop=stop))
 
@@ -1490,6 +1535,7 @@ def checked(item: Any, value: Any) -> Any:
 
 HEAD_LIMIT = 65536
 FIELD_LIMIT = 100
+INTERIM_LIMIT = 100     # 1xx answers before the final one
 READ_SIZE = 65536
 BODY_LIMIT = 64 << 20   # bytes of an upstream's answer that is kept whole
 
@@ -1512,7 +1558,8 @@ def head_end(held: bytes, searched: int = 0, first: Iterable[int] = _TOKEN_BYTES
     if end > HEAD_LIMIT or end < 0 and len(held) > HEAD_LIMIT:
         raise ProtocolError("the head is too large", 431)
     if end < 0 and held and held != b"\r" and (
-            held[0] not in first or _BARE_BREAK.search(held, searched) or b"HTTP/" not in held and b"\r\n" in held):
+            held[0] not in first or _BARE_BREAK.search(held, searched)
+            or held.find(b"\r\n", searched) >= 0 and b"HTTP/" not in held):
         raise ProtocolError("this is not HTTP/1.1")
     return end
 
@@ -1641,7 +1688,8 @@ class Body:
         chunk = self.lone(data)
         if chunk:
             return chunk
-        if self.held:
+        searched = len(self.held)
+        if searched:
             data, self.held = self.held + data, b""
         parts, at, untried = [], 0, True
         while not self.done:
@@ -1661,7 +1709,7 @@ class Body:
                     break
             end = data.find(b"\r\n", at)
             if end < 0:
-                self._hold(data[at:])
+                self._hold(data[at:], max(0, searched - 1 - at))
                 break
             self._line(data[at:end])
             at = end + 2
@@ -1691,8 +1739,8 @@ class Body:
         rest = parts[2 * len(chunks):]
         return chunks, data, len(data) - sum(map(len, rest)) - 2 * (len(rest) - 1)
 
-    def _hold(self, data: bytes) -> None:
-        if len(data) > 4096 or _BARE_BREAK.search(data) or (self.state == "end" and data not in (b"", b"\r")):
+    def _hold(self, data: bytes, searched: int) -> None:
+        if len(data) > 4096 or _BARE_BREAK.search(data, searched) or (self.state == "end" and data not in (b"", b"\r")):
             raise ProtocolError("the chunked coding is broken")
         self.held = data
 
@@ -1951,7 +1999,8 @@ class Response:
         self.kept, self.keeper, self.key = kept, keeper, key
         self.status, self.headers, self.persists = 0, {}, False
         self.body = NO_BODY
-        self.held = b""                 # of a head that is not whole
+        self.held = bytearray()         # of a head that is not whole
+        self.interim = 0                # interim answers so far
         self.early = b""                # payload that came with the head
         self.first_due = math.inf       # deadline of the answer's first content
 
@@ -1971,7 +2020,8 @@ class Response:
     def _head(self, data: bytes) -> bytes:
         """Look for the end of the head; what is beyond it."""
         searched = max(0, len(self.held) - 3)
-        self.held = held = self.held + data
+        self.held += data
+        held: Any = self.held
         while not self.status:
             end = head_end(held, searched, b"H")
             if end < 0:
@@ -1980,11 +2030,14 @@ class Response:
             (minor, status), self.headers, held = split_head(held, end, parse_status_line)
             searched = 0
             self.status = status if status >= 200 else 0    # interim answers are skipped
-        self.held = b""
+            self.interim += not self.status
+            if self.interim > INTERIM_LIMIT:
+                raise ProtocolError("there are too many interim answers")
+        self.held = bytearray()
         bodiless = self.bodiless or status in (204, 304)
         self.body = Body({} if bodiless else self.headers, until_close=not bodiless)
         self.persists = keeps_alive(minor, self.headers) and not self.body.until_close
-        return held
+        return bytes(held)
 
     def begin(self) -> None:
         """Wait for the head."""
@@ -2036,16 +2089,15 @@ class Response:
 
     def read(self, limit: int = BODY_LIMIT) -> bytes:
         """The whole body."""
-        parts, size = [], 0
+        data = bytearray()
         try:
             for part in self.chunks():
-                size += len(part)
-                if size > limit:
+                data += part
+                if len(data) > limit:
                     raise APIError(502, f"{self.patience.where} sent more than {limit} bytes.", code="upstream_error")
-                parts.append(part)
         finally:
             self.close()
-        return b"".join(parts)
+        return bytes(data)
 
     def json(self) -> Any:
         """The body as JSON; None if it is something else."""
@@ -2272,19 +2324,19 @@ class Collected:
 
     def __init__(self, told: Callable[[bytes], List[Event]], limit: int = BODY_LIMIT, refusal: bool = False) -> None:
         self.told, self.left, self.refusal = told, limit, refusal
-        self.parts: List[bytes] = []
+        self.data = bytearray()     # a list of its pieces would need many times their size where they are small
         self.error: Optional[APIError] = None
 
     def feed(self, data: bytes) -> List[Event]:
         self.left -= len(data)
         if self.left < 0:
             self.error = early("The upstream", "sent more than can be kept")
-        self.parts.append(data)
+        self.data += data
         return []
 
     def close(self) -> List[Event]:
         try:
-            return self.told(b"".join(self.parts))
+            return self.told(bytes(self.data))
         except APIError as error:
             self.error = error
             return []
@@ -2293,6 +2345,25 @@ class Collected:
         if self.refusal and not self.error:
             self.close()
         return []
+
+
+CALL_LIMIT = 10000      # calls of tools in an answer
+
+
+def whole_lines(held: bytearray, data: bytes) -> bytes:
+    """The whole lines of ``held`` and some more bytes; the beginning of a line is held. No byte is looked at twice."""
+    end = data.rfind(b"\n") + 1
+    if not end:
+        held += data
+        return b""
+    lines = bytes(held) + data[:end] if held else data[:end]
+    held[:] = data[end:]
+    return lines
+
+
+def too_many_calls(where: str) -> APIError:
+    """Error for an answer with more calls of tools than CALL_LIMIT."""
+    return early(where, f"sent more than {CALL_LIMIT} calls of tools")
 
 
 class Stream:
@@ -2989,6 +3060,9 @@ def number(body: Dict[str, Any], name: str, default: Any, whole: bool = False, l
     return value
 
 
+STOP_LIMIT = 1000       # characters of one stop sequence
+
+
 def stop_sequences(body: Dict[str, Any]) -> List[str]:
     """OpenAI's ``stop``: a text or up to four."""
     value = body.get("stop")
@@ -2997,6 +3071,9 @@ def stop_sequences(body: Dict[str, Any]) -> List[str]:
         raise bad_request("'stop' must be a text or a list of texts.", "stop")
     if len(stops) > 4:
         raise bad_request("'stop' may hold four texts.", "stop")
+    if any(len(stop) > STOP_LIMIT for stop in stops):
+        raise bad_request(f"Invalid 'stop': string too long. Expected strings with maximum length {STOP_LIMIT}.", "stop",
+                          "string_above_max_length")
     return [stop for stop in stops if stop]
 
 
@@ -3022,7 +3099,7 @@ def akash_error(text: str, model: str, secrets: Iterable[str] = ()) -> APIError:
     """
     text = text[:4000]
     status, code = litellm_status(text), None
-    if status == 404 or re.search(r"invalid model name|model .{0,1000}does not exist", text, re.I):
+    if status == 404 or re.search(r"invalid model name|model \S{1,200} does not exist", text, re.I):
         if model in ("", AkashController.GEN):  # all that 2025's version says of a failure (gen-imgbackend-error)
             return APIError(502, "Akash Chat could not make the picture, or has no AkashGen.", code="image_failed",
                             retry=False, legacy="Error Model.")
@@ -3045,9 +3122,10 @@ def akash_error(text: str, model: str, secrets: Iterable[str] = ()) -> APIError:
 def without_hosts(text: str) -> str:
     """A text without addresses: an upstream's errors may name its inner hosts (err-backend-refused)."""
     text = text[:1000]  # it may be anything, of any length
-    text = re.sub(r"[a-z]+://[^\s'\"]+", "(address)", text, flags=re.I)
-    return re.sub(r"\b(?:\d{1,3}(?:\.\d{1,3}){3}|\[?[0-9a-f:]*::[0-9a-f:.]*\]?|[a-z0-9-]+(?:\.[a-z0-9-]+)+(?=:\d)"
-                  r"|[a-z0-9-]+(?=:\d{2,5}\b))(?::\d{1,5})?", "(address)", text, flags=re.I)
+    text = re.sub(r"(?<![a-z])[a-z]+://[^\s'\"]+", "(address)", text, flags=re.I)
+    return re.sub(r"(?:\b\d{1,3}(?:\.\d{1,3}){3}|(?<![0-9a-z:])\[?[0-9a-f:]*::[0-9a-f:.]*\]?"
+                  r"|(?<![a-z0-9.-])[a-z0-9-]+(?:\.[a-z0-9-]+)+(?=:\d)|(?<![a-z0-9-])[a-z0-9-]+(?=:\d{2,5}\b))(?::\d{1,5})?",
+                  "(address)", text, flags=re.I)
 
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -3079,7 +3157,7 @@ class AkashDecoder:
 
     def __init__(self, model: str = "", secrets: Iterable[str] = ()) -> None:
         self.model, self.secrets = model, secrets
-        self.held = b""                             # a line that has not ended yet
+        self.held = bytearray()                     # a line that has not ended yet
         self.half = ""                              # the first half of a surrogate pair (text-lonesurrogate)
         self.tools = 0
         self.finished = False
@@ -3089,29 +3167,42 @@ class AkashDecoder:
         lone = self.lone(data)
         if lone:
             return [Text(lone[1:-1].decode())]
-        if self.held:
-            data = self.held + data
-        end = data.rfind(b"\n") + 1
-        block, self.held = data[:end], data[end:]
         out: List[Event] = []
-        while block and not self.finished and not self.error:
-            if block.startswith(b"0:"):
-                texts = block[2:].split(b"\n0:")        # as long as texts follow one another
-                texts[-1], _, rest = texts[-1].partition(b"\n")
-                if any(b"\n" in text for text in texts):     # something else stands between
-                    first, _, rest = block[2:].partition(b"\n")
-                    texts = [first]
-                self._texts(texts, out)
-                block = rest
-            else:
-                line, _, block = block.partition(b"\n")
-                if line:
+        others, *texts = (b"\n" + whole_lines(self.held, data)).split(b"\n0:")
+        for joined, texts, others in [(b"", [], others), *self._runs(texts)]:
+            if joined and not self.finished and not self.error:
+                self._texts(joined, texts, out)
+            for line in others.split(b"\n"):
+                if line and not self.finished and not self.error:
                     self._line(line, out)
         if self.finished or self.error:
-            self.held = b""
+            self.held.clear()
         elif len(self.held) > self.LINE_LIMIT:
             self._fail("Akash Chat sent a line without an end.")
         return out
+
+    @staticmethod
+    def _runs(lines: List[bytes]) -> List[Tuple[bytes, List[bytes], bytes]]:
+        """Texts that follow one another, joined by commas and as they are, and the other lines after those.
+
+        Each of ``lines`` is a text, with the other lines after it.
+        """
+        if not lines:
+            return []
+        last, _, others = lines.pop().partition(b"\n")
+        lines.append(last)
+        joined = b",\n".join(lines)     # JSON allows no line break in a string, so that no line can reach into the next
+        if joined.count(b"\n") < len(lines):    # the usual
+            return [(joined, lines, others)]
+        runs: List[Tuple[bytes, List[bytes], bytes]] = []
+        texts: List[bytes] = []
+        for line in lines:
+            text, broken, between = line.partition(b"\n")
+            texts.append(text)
+            if broken:
+                runs.append((b",\n".join(texts), texts, between))
+                texts = []
+        return [*runs, (b",\n".join(texts), texts, others)]
 
     def lone(self, data: bytes) -> bytes:
         """The JSON of a text that comes alone, as where tokens come one by one; else b""."""
@@ -3171,13 +3262,15 @@ class AkashDecoder:
             told = as_dict(event.get("messageMetadata"))
             self._finish(event.get("finishReason", "stop"), told.get("totalUsage") or told.get("usage"), out)
 
-    def _texts(self, lines: List[bytes], out: List[Event]) -> None:
-        """Some JSON texts, each of one line."""
-        try:    # a line break can't stand in a JSON text, so that none of them can reach into the next
-            texts = _decode_any((b"[%b]" % b",\n".join(lines)).decode("utf-8", "surrogatepass"))
+    def _texts(self, joined: bytes, lines: List[bytes], out: List[Event]) -> None:
+        """The JSON texts of some lines, which are read at once if each is one text, else line by line."""
+        try:
+            texts = _decode_any((b"[%b]" % joined).decode("utf-8", "surrogatepass"))
             text = "".join(texts)
+            if len(texts) != len(lines) > 1:
+                raise ValueError("the lines are not what they are together")
         except (ValueError, TypeError, RecursionError):
-            return self._broken(lines, out)
+            return self._one_by_one(lines, out)
         if "<think>\n" in text:
             for text in texts:
                 begins, ends = self.THOUGHT
@@ -3190,17 +3283,23 @@ class AkashDecoder:
         elif text:
             out.append(Text(text))
 
-    def _broken(self, lines: List[bytes], out: List[Event]) -> None:
-        """One of the texts is broken; those before it are good."""
-        if len(lines) > 1:
-            for line in lines:
-                if not self.error:
-                    self._texts([line], out)
-            return
+    def _one_by_one(self, lines: List[bytes], out: List[Event]) -> None:
+        if len(lines) == 1:
+            return self._broken(lines[0], out)
+        for line in lines:
+            if line and not self.error:
+                self._texts(line, [line], out)
+
+    def _broken(self, line: bytes, out: List[Event]) -> None:
+        """The texts of a line are broken; those before the mistake are good."""
+        scan, text, at = json.JSONDecoder().raw_decode, line.decode("utf-8", "replace"), 0
         with contextlib.suppress(ValueError, RecursionError):
-            value, _ = json.JSONDecoder().raw_decode(lines[0].decode("utf-8", "replace"))
-            if isinstance(value, str):
+            while at < len(text):
+                value, at = scan(text, at)
+                if not isinstance(value, str):
+                    break
                 self._say(Text, value, out)
+                at += text.startswith(",", at)
         self._fail(BROKEN)
 
     def _say(self, kind: Callable[[str], Event], text: str, out: List[Event]) -> None:
@@ -3213,6 +3312,9 @@ class AkashDecoder:
             out.append(kind(text))
 
     def _tool(self, call: Dict[str, Any], arguments: Any, out: List[Event]) -> None:
+        if self.tools == CALL_LIMIT:
+            self.error = too_many_calls("Akash Chat")
+            return
         out.append(ToolCall(self.tools, _encode(arguments), str(call.get("toolCallId")), str(call.get("toolName"))))
         self.tools += 1
 
@@ -3259,16 +3361,22 @@ def _akash_usage(usage: Any) -> Optional[Dict[str, int]]:
 
 # The answer of AkashGen. The line is pasted together, not JSON: only ' in the two texts is escaped.
 PICTURE = re.compile(r"<image_generation> jobId='([^'\n]*)' prompt='(.*)'</image_generation>", re.S)
-PASTED = re.compile(rf'^0:"{PICTURE.pattern}"\n(?=e:{{|\Z)', re.S | re.M)
+PASTED = re.compile(r"""^0:"<image_generation> jobId='([^'\n]*)' prompt='""", re.M)
+PASTED_END = re.compile(r"""'</image_generation>"\n(?=e:\{|\Z)""")
 
 
 def akash_picture(body: bytes) -> Optional[Tuple[str, str]]:
     """(job, prompt) of an answer of AkashGen, or None if it is something else (gen-ok, gen-all)."""
-    match = (PASTED.search(body.decode("utf-8", "replace"))
-             or PICTURE.fullmatch(fold(AkashDecoder().feed(body)).text.strip()))
-    if not match:
-        return None
-    job, texts = match.groups()
+    text = body.decode("utf-8", "replace")
+    start = PASTED.search(text)
+    ends = deque(PASTED_END.finditer(text, start.end()), maxlen=1) if start else ()     # the last: the prompt may hold one
+    if start and ends:
+        job, texts = start[1], text[start.end():ends[0].start()]
+    else:
+        match = PICTURE.fullmatch(fold(AkashDecoder().feed(body)).text.strip())
+        if not match:
+            return None
+        job, texts = match.groups()
     parts = re.split(r"(?<!\\)' negative='", texts)
     prompt = "' negative='".join(parts[:-1]) if len(parts) > 1 else texts
     return job, prompt.replace("\\'", "'")
@@ -3652,8 +3760,8 @@ SPANS = (("|s|secs?|seconds?", 1.0), ("ms|millis|milliseconds?", 0.001), ("m|min
 def span_seconds(text: str) -> Optional[float]:
     """The seconds of "17", "1m30.5s", "6h" or "120ms" (OpenAI's x-ratelimit-reset-*)."""
     units = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "": 1.0}
-    if not re.fullmatch(r"([0-9]{1,14}(\.[0-9]+)?(ms|[smhd]?))+", text):
-        return None
+    if not re.fullmatch(r"(?:[0-9]{1,14}(?:\.[0-9]+)?(?:ms|[smhd]|\Z))+", text):     # only the last may lack its unit:
+        return None     # if any could, a row of digits could be split in 2 to the power of its length ways
     return sum(float(count) * units[unit] for count, unit in re.findall(r"([0-9.]+)(ms|[smhd]?)", text))
 
 
@@ -3733,29 +3841,37 @@ class ChatDecoder:
 
     def __init__(self, where: str = "the upstream", secrets: Iterable[str] = ()) -> None:
         self.where, self.secrets = where, secrets
-        self.held = b""
-        self.calls: List[Tuple[int, Any]] = []  # (index, id) of each call of a tool
-        self.data: List[bytes] = []             # the data lines of an event that has not ended
+        self.held = bytearray()                 # a line that has not ended
+        self.calls: set = set()                 # (index, id) of each call of a tool
+        self.latest: Dict[int, int] = {}        # by that index: which of the calls was the last to come with it
+        self.data: List[bytes] = []             # the data lines of an event that has not ended,
+        self.size = 0                           # and what they take in memory
         self.reason: Optional[str] = None
         self.usage: Optional[Dict[str, int]] = None
         self.finished = False
         self.error: Optional[APIError] = None
 
     def feed(self, data: bytes) -> List[Event]:
-        lines = (self.held + data).split(b"\n")
-        self.held = lines.pop()
+        if self.held:
+            data = whole_lines(self.held, data)
+        lines = data.split(b"\n")
+        rest = lines.pop()
+        if rest:
+            self.held += rest
+        if b"\r" in data:
+            lines = [line[:-1] if line.endswith(b"\r") else line for line in lines]
         out: List[Event] = []
         for line in lines:
-            line = line[:-1] if line.endswith(b"\r") else line
             if line.startswith(b"data:"):
                 self.data.append(line[5:].lstrip(b" "))
+                self.size += len(line) + 64
             elif not line and self.data:
                 self._event(b"\n".join(self.data), out)
-                self.data = []
+                self.data, self.size = [], 0
             if self.finished or self.error:
-                self.held = b""
+                self.held.clear()
                 return out
-        if len(self.held) + sum(map(len, self.data)) > self.LINE_LIMIT:
+        if (self.data or self.held) and self.size + len(self.held) > self.LINE_LIMIT:
             self.error = early(self.where, "sent an event without an end")
         return out
 
@@ -3788,10 +3904,13 @@ class ChatDecoder:
         """Some servers give every call of a tool the index 0: a new id is a new call. Others give no id."""
         if not isinstance(event, ToolCall):
             return event
-        if event.index not in dict(self.calls) or event.id and (event.index, event.id) not in self.calls:
-            self.calls.append((event.index, event.id))
-        at = max(at for at, (index, _) in enumerate(self.calls) if index == event.index or at == 0)
-        return ToolCall(at, event.arguments, event.id, event.name)
+        if event.index not in self.latest or event.id and (event.index, event.id) not in self.calls:
+            if len(self.calls) == CALL_LIMIT:
+                self.error = too_many_calls(self.where)
+                return event
+            self.latest[event.index] = len(self.calls)
+            self.calls.add((event.index, event.id))
+        return ToolCall(self.latest[event.index], event.arguments, event.id, event.name)
 
     def _finish(self, out: List[Event]) -> None:
         if self.reason is None:
@@ -3818,10 +3937,15 @@ def chat_events(message: Dict[str, Any]) -> List[Event]:
     for at, call in enumerate(map(as_dict, calls)):
         function, index = as_dict(call.get("function")), call.get("index")
         arguments = function.get("arguments") or ""
-        events.append(ToolCall(at if count_or_none(index) is None else index,
+        events.append(ToolCall(at if count_or_none(index) is None or index >= 1 << 31 else index,
                                arguments if isinstance(arguments, str) else _encode(arguments),
-                               *(name if isinstance(name, str) else None for name in (call.get("id"), function.get("name")))))
+                               name_or_none(call.get("id")), name_or_none(function.get("name"))))
     return events
+
+
+def name_or_none(value: Any) -> Optional[str]:
+    """A string as it is, a number as a string, and None for anything else."""
+    return value if isinstance(value, str) else str(value) if type(value) is int else None
 
 
 def chat_usage(usage: Any) -> Optional[Dict[str, Any]]:
@@ -3854,23 +3978,21 @@ class RelayDecoder:
         self.where, self.events, self.ends, self.secrets = where, events, ends, secrets
         self.begun = self.started = not events  # other bytes than events are not looked at
         self.whole = False              # the stream has said so itself
-        self.held = b""                 # until the first event is whole; then a line that is not
+        self.held = bytearray()         # a line that is not whole
+        self.comments = bytearray()     # those before the first event
         self.last = b"\n\n"
         self.error: Optional[APIError] = None
 
     def feed(self, data: bytes) -> List[Event]:
         if not self.events or self.usual(data):
             return [Raw(data)]
-        if self.held:
-            data, self.held = self.held + data, b""
-        if not data.endswith(b"\n"):
-            end = data.rfind(b"\n") + 1
-            data, self.held = data[:end], data[end:]
+        if self.held or not data.endswith(b"\n"):
+            data = whole_lines(self.held, data)
         if not self.begun:
             data = self._first(data)
         if b'"error"' in data or b'"errors"' in data:
             data = redact_bytes(data, self.secrets)
-        if len(self.held) > self.HOLD:
+        if len(self.held) + len(self.comments) > self.HOLD:
             self.error = early(self.where, "sent a line without an end, or comments alone")
         if not data:
             return []
@@ -3902,9 +4024,9 @@ class RelayDecoder:
 
     def _first(self, data: bytes) -> bytes:
         """Wait for the first event; if it is an error, the answer has not begun."""
-        event = DATA.search(data)
+        event = DATA.search(data)       # the lines before these had none
         if event is None:
-            self.held = data + self.held
+            self.comments += data
             return b""
         with contextlib.suppress(ValueError):
             told = as_dict(from_json(event[1]))
@@ -3912,10 +4034,11 @@ class RelayDecoder:
                 self.error = told_error(self.where, 200, told, self.secrets)
                 return b""
         self.begun = True
-        return data
+        comments, self.comments = bytes(self.comments), bytearray()
+        return comments + data
 
     def close(self) -> List[Event]:
-        data, self.held = self.held, b""
+        data, self.held, self.comments = bytes(self.comments + self.held), bytearray(), bytearray()
         if self.ends is not None and not self.ends.search(data):
             self.error = early(self.where)
             return self.flush()
@@ -3923,7 +4046,7 @@ class RelayDecoder:
 
     def flush(self) -> List[Event]:
         """It broke off: half a line is dropped, and half an event is ended, so that an error can follow."""
-        self.held = b""
+        self.held.clear()
         return [Raw(b"\n")] if self.events and self.begun and not self.last.endswith((b"\n\n", b"\n\r\n")) else []
 
 
@@ -4103,7 +4226,7 @@ class EchoController(Controller):
         content = as_dict(call.body["messages"][-1]).get("content")
         parts = content if isinstance(content, list) else [{"text": content}]
         text = "".join(str(as_dict(part).get("text") or "") for part in parts)
-        ends = [word.end() for word in itertools.islice(re.finditer(r"\s*\S+", text), self.WORDS)]
+        ends = [word.end() for word in itertools.islice(re.finditer(r"(?<!\s)\s*\S+", text), self.WORDS)]
         if len(ends) in (0, self.WORDS):
             ends[-1:] = [len(text)]
         for begin, end in zip([0, *ends], ends):
@@ -5092,7 +5215,7 @@ class Blocks(Dialect):
         self.block: Any = None          # which one is open: its events' class, and the index of a call
         self.parts: List[str] = []      # what it holds
         self.blocks = 0                 # how many are closed: the index of the open one
-        self.calls: List[Any] = []      # those of tools
+        self.calls: set = set()         # those of tools
         self.waiting: List[Event] = []
         super().__init__(body, site)
 
@@ -5104,6 +5227,7 @@ class Blocks(Dialect):
         same = {theirs: body[name] for name, theirs in self.SAME.items() if name in body}
         try:
             chat = {**call.body, "stream": call.stream, **same, **self.chat(body)}
+            chat["messages"] = joined_systems(chat["messages"])
             call.body = {name: value for name, value in chat.items() if value is not None}
             if not chat["messages"]:
                 raise bad_request("No message has any content.")
@@ -5116,13 +5240,10 @@ class Blocks(Dialect):
 
     @staticmethod
     def say(messages: List[Dict[str, Any]], role: str, parts: List[Dict[str, Any]], calls: Any = ()) -> None:
-        """Add a message; one of the system to the one before it, as many models take but one, at the beginning."""
+        """Add a message, unless it is empty."""
         texts = [part["text"] for part in parts if part["type"] == "text"]
         content = "\n\n".join(texts) if len(texts) == len(parts) else parts
-        last = messages[-1] if messages else {}
-        if content and role == "system" == last.get("role") and type(content) is type(last["content"]) is str:
-            last["content"] += "\n\n" + content
-        elif content or calls:
+        if content or calls:
             messages.append({"role": role, "content": content or None, **({"tool_calls": calls} if calls else {})})
 
     def result(self, messages: List[Dict[str, Any]], call: Any, content: Any, place: str) -> List[Dict[str, Any]]:
@@ -5187,15 +5308,15 @@ class Blocks(Dialect):
     def add(self, event: Event, waits: bool = True) -> bytes:
         frames, block = b"", self.place(event)
         if block != self.block:
+            if block in self.calls:     # blanks after the end of it
+                return b""
             if waits and (self.waiting or self.unfinished()):
                 self.waiting.append(event)
-                return b""
-            if block in self.calls:     # blanks after the end of it
                 return b""
             frames = self.close()
             self.block = block
             if isinstance(event, ToolCall):
-                self.calls.append(block)
+                self.calls.add(block)
             frames += self.open(identified(event, "") if isinstance(event, ToolCall) else type(event)(""))
         text = event.arguments if isinstance(event, ToolCall) else event.text
         if not text:
@@ -5221,8 +5342,8 @@ class Blocks(Dialect):
     def release(self) -> bytes:
         """The blocks that wait, each in one piece."""
         waiting, self.waiting = self.waiting, []
-        order = list(dict.fromkeys(map(self.place, waiting)))
-        waiting.sort(key=lambda event: order.index(self.place(event)))
+        order = {place: at for at, place in enumerate(dict.fromkeys(map(self.place, waiting)))}
+        waiting.sort(key=lambda event: order[self.place(event)])
         return b"".join(self.add(event, waits=False) for event in waiting)
 
     def close(self) -> bytes:
@@ -5242,6 +5363,17 @@ class Blocks(Dialect):
     @staticmethod
     def status(error: APIError) -> int:
         return 404 if error.kind == "model" else error.status
+
+
+def joined_systems(messages: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
+    """Those of the system that follow one another as one message, as many models take but one, at the beginning."""
+    def is_text(message: Dict[str, Any]) -> bool:
+        return message["role"] == "system" and isinstance(message["content"], str) and "tool_calls" not in message
+
+    joined: List[Dict[str, Any]] = []
+    for texts, group in itertools.groupby(messages, key=is_text):
+        joined += [{"role": "system", "content": "\n\n".join(each["content"] for each in group)}] if texts else group
+    return joined
 
 
 def identified(call: ToolCall, arguments: str) -> ToolCall:
@@ -5487,9 +5619,12 @@ class Responses(Blocks):
         ToolCall: ("fc_", "response.function_call_arguments", "", {}, {})}
 
     number = 0          # of the next event
-    output: Any = ()    # the items that are whole
     begun = False
     echoed: Optional[Dict[str, Any]] = None
+
+    def __init__(self, body: Any, site: str = "") -> None:
+        self.output: List[Dict[str, Any]] = []      # the items that are whole
+        super().__init__(body, site)
 
     # -- the request
 
@@ -5592,7 +5727,7 @@ class Responses(Blocks):
             event, key = identified(self.opened, text), "arguments"
         else:
             event, key = type(self.opened)(text), "text"
-        self.output = [*self.output, self.item(event, self.at["item_id"])]
+        self.output.append(self.item(event, self.at["item_id"]))
         frames = self.frame(name + ".done", {**self.at, **more, key: text})
         if part:
             frames += self.frame(part + ".done", {**self.at, "part": self.part_of(event)})
@@ -6590,6 +6725,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.reserved = 0                       # bytes of a body that count against MAX_BODY_TOTAL
         self.received: Optional[io.BytesIO] = None
         self.unread, self.linger_left, self.status = False, 0, 0
+        self.searched = 0                       # so much of what is held has no end of a head in it
         server.watchdog.handlers.add(self)
 
     def listen(self, events: int) -> None:
@@ -6642,9 +6778,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def head_is_here(self) -> bool:
         """Is there work to do: a whole head, or something that must be refused?"""
         if self.held.startswith(b"\r\n"):      # RFC 9112, 2.2: blank lines before a request are skipped
-            self.held = self.held[_BLANK_LINES.match(self.held).end():]
+            self.held, self.searched = self.held[_BLANK_LINES.match(self.held).end():], 0
+        searched, self.searched = self.searched, max(0, len(self.held) - 3)     # by begin() it is 0 again
         try:
-            return head_end(self.held) >= 0
+            return head_end(self.held, searched) >= 0
         except ProtocolError:
             return True
 
@@ -6762,6 +6899,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def begin(self) -> Any:
         """Check a request's head."""
         vars(self).update(FRESH)
+        self.searched = 0
         self.began = self.spoke = time.monotonic()
         self.settings = self.server.settings
         self.request_id = "req_" + new_id()
@@ -7809,7 +7947,7 @@ const inline = (text) => text.split(INLINE).map((part, at) => {     // every oth
   if (part.startsWith("`")) return make("code", {}, part.replace(/^(``?)(.*)\1$/, "$2"));
   if (part.startsWith("**")) return make("strong", {}, inline(part.slice(2, -2)));
   if (/^[*_]/.test(part)) return make("em", {}, inline(part.slice(1, -1)));
-  const [, image, label, href] = part.match(/^(!?)\[(.*)\]\((.*)\)$/s) ?? [, "", "", part];
+  const [, image, label, href] = part.match(/^(!?)\[([^[\]]*)\]\((.*)\)$/s) ?? [, "", "", part];
   const [, own = ""] = image ? href.split(`//${location.host}${location.pathname}images/`) : "";
   if (/^\w[\w.-]*$/.test(own)) return picture(own, label);
   return make("a", {href, target: "_blank", rel: "noopener"}, label ? inline(label) : href);
@@ -7930,8 +8068,8 @@ setInterval(refresh, 2000);
 def page() -> Tuple[bytes, Dict[str, str]]:
     """The page, and its header fields: nothing runs in it but its own script, and it loads nothing from elsewhere."""
     import hashlib
-    hashes = {tag: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-              for tag, text in re.findall(r"<(style|script)[^>]*>(.*?)</\1>", PAGE, re.S)}
+    texts = {tag: PAGE.partition("<" + tag)[2].partition(">")[2].partition("</" + tag)[0] for tag in ("style", "script")}
+    hashes = {tag: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for tag, text in texts.items()}
     policy = (f"default-src 'none'; script-src 'sha256-{hashes['script']}'; style-src 'sha256-{hashes['style']}'; "
               "connect-src 'self'; img-src data: blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
               "require-trusted-types-for 'script'; trusted-types 'none'")

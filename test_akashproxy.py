@@ -40,6 +40,8 @@ import tempfile
 import threading
 import time
 import urllib.parse
+import tracemalloc
+import types
 
 import pytest
 
@@ -823,6 +825,7 @@ SAID = reply(body=b"ID3", kind="audio/mpeg")
 HEADS_OF_ANSWERS = {
     # name: (bytes, status for the client, connections for this answer and the next)
     "interim answers": (INTERIM + SAID, 200, 1),
+    "interim answers without an end": (INTERIM * 51 + SAID, 502, 2),
     "204 ends with its head": (b"HTTP/1.1 204 No Content\r\n\r\n", 204, 1),
     "204 has no body, whatever it says": (b"HTTP/1.1 204 No Content\r\nContent-Length: 5\r\n\r\n", 204, 1),
     "an answer to nobody behind it": (SAID + reply(body=b"evil", kind="audio/mpeg"), 200, 2),
@@ -1087,6 +1090,7 @@ REFUSED = {
     "absurd tokens": ({"max_tokens": 10 ** 400}, "max_tokens", "must be a whole number"),
     "stop": ({"stop": 7}, "stop", "must be a text"),
     "five stops": ({"stop": list("abcde")}, "stop", "may hold four"),
+    "a stop of 1,001 characters": ({"stop": ["a", "x" * 1001]}, "stop", "maximum length 1000"),
     "max_tokens": ({"max_tokens": 0}, "max_tokens", "at least 1"),
     "max_tokens a fraction": ({"max_tokens": 1.5}, "max_tokens", "whole number"),
     "max_completion_tokens": ({"max_completion_tokens": "9"}, "max_completion_tokens", "whole number"),
@@ -8712,6 +8716,477 @@ def test_the_page_fits_a_phone(browser, pool):
     browser.call("Emulation.setDeviceMetricsOverride", width=340, height=600, deviceScaleFactor=1, mobile=True)
     browser.ask("z" * 300)
     assert browser.run("[innerWidth, document.documentElement.scrollWidth, document.getElementById('log').scrollWidth]") == [340] * 3
+
+
+# == cost: everything takes a time in proportion to what it is given ==========================
+
+
+PATTERN_METHODS = {"match", "fullmatch", "search", "findall", "finditer", "sub", "subn", "split"}
+try:
+    import re._parser as pattern_parser
+except ImportError:             # before Python 3.11
+    import sre_parse as pattern_parser
+
+
+def item_samples(item):
+    """Some short strings that an item of a parsed pattern matches."""
+    kind, value = str(item[0]), item[1]
+    if kind == "LITERAL":
+        return [chr(value)]
+    if kind == "IN":
+        return class_samples(value)
+    if kind == "BRANCH":
+        return [sample(branch) for branch in value[1]]
+    if kind in ("SUBPATTERN", "ATOMIC_GROUP"):
+        return [sample(value[3] if kind == "SUBPATTERN" else value)]
+    if kind.endswith("REPEAT"):
+        return [sample(value[2]) * max(1, value[0])]
+    return ["a" if value != ord("a") else "b"] if kind in ("ANY", "NOT_LITERAL") else [""]
+
+
+def sample(items):
+    """A short string that a sequence of items matches."""
+    return "".join(item_samples(item)[0] for item in items)
+
+
+def class_samples(items):
+    """Some characters of a class."""
+    kinds = [(str(kind), value) for kind, value in items]
+    named = {"LITERAL": lambda value: [chr(value)], "RANGE": lambda ends: list(map(chr, ends)),
+             "CATEGORY": lambda name: [{"SPACE": " ", "DIGIT": "1"}.get(str(name).rpartition("_")[2], "a")]}
+    found = list(dict.fromkeys(char for kind, value in kinds if kind in named for char in named[kind](value)))
+    if kinds[0][0] == "NEGATE":
+        return [next(char for char in 'a1 -."<' if char not in found)]
+    return [found[0], *found[1:][-2:]]
+
+
+def within(item):
+    """The sequences within an item."""
+    kind, value = str(item[0]), item[1]
+    if kind == "BRANCH":
+        return value[1]
+    if kind == "SUBPATTERN":
+        return [value[3]]
+    if kind.startswith("ASSERT"):
+        return [value[1]]
+    return [value[2]] if kind.endswith("REPEAT") else [value] if kind == "ATOMIC_GROUP" else []
+
+
+def parts_of(items, before=""):
+    """(what leads to it, what may be repeated) for the items of a pattern, and for neighbours together."""
+    literal = [str(kind) == "LITERAL" for kind, _ in items]
+    edges = [at for at in range(len(items)) if not (at and literal[at] and literal[at - 1])] + [len(items)]
+    for at, begin in enumerate(edges[:-1]):
+        lead = before + sample(items[:begin])
+        for unit in item_samples(items[begin]):
+            yield lead, unit
+        for end in {*edges[at + 1:at + 4], edges[-1]}:
+            yield lead, sample(items[begin:end])
+        for inner in within(items[begin]):
+            yield from parts_of(inner, lead)
+
+
+def pumps(pattern, flags):
+    """(prefix, unit, suffix) from a pattern's own parts: prefix + many units + suffix may cost it more than their length."""
+    parts = [(lead, unit) for lead, unit in dict.fromkeys(parts_of(pattern_parser.parse(pattern, flags))) if unit]
+    units = sorted({unit for _, unit in parts}, key=lambda unit: (len(unit), unit))
+    few = units[:6]
+    pairs = [one + other for one in few for other in few if one != other] + [unit + "\n" for unit in units[-8:]]
+    for lead, unit in dict.fromkeys([*parts, *[("", unit) for unit in (*units, *pairs)]]):
+        for suffix in ("", "\0"):
+            yield lead, unit, suffix
+
+
+def costly(pattern, flags, method):
+    """What makes a pattern cost more than in proportion to the text; None if nothing was found."""
+    regex = re.compile(pattern, flags)
+    call = getattr(regex, method) if method not in ("sub", "subn") else functools.partial(regex.sub, "")
+    source = pattern if isinstance(pattern, str) else pattern.decode("latin-1")
+
+    def seconds(text):
+        text = text if isinstance(pattern, str) else text.encode("latin-1", "replace")
+        began = time.thread_time()
+        result = call(text)
+        if method == "finditer":
+            collections.deque(result, maxlen=0)
+        return time.thread_time() - began
+
+    for lead, unit, suffix in pumps(source, flags):
+        def pumped(size):
+            return lead + unit * max(1, size // len(unit)) + suffix
+        for times in range(12, 33, 4):      # an exponential one is noticed before it takes for ever
+            if seconds(lead + unit * times + suffix) > 0.02 < seconds(lead + unit * times + suffix):
+                return lead, unit, suffix, times
+        taken = seconds(pumped(5000))
+        if taken > 0.0004 and taken > 6 * seconds(pumped(1250)):
+            size = 1000 if taken > 0.01 else 5000
+            few, many = (min(seconds(pumped(size)) for _ in range(3)) for size in (size, 4 * size))
+            if many > 8 * few:
+                return lead, unit, suffix, many / few
+    return None
+
+
+def module_patterns(source, names):
+    """(line, pattern, flags, method) of each pattern in a module's source: re.method(pattern ...), and compiled ones as used."""
+    tree = ast.parse(source)
+    parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
+    used = collections.defaultdict(set)     # by the name of a compiled one
+    for call in calls:
+        if call.func.attr in PATTERN_METHODS:
+            used[getattr(call.func.value, "attr", getattr(call.func.value, "id", ""))].add(call.func.attr)
+    for call in calls:
+        if ast.unparse(call.func.value) == "re" and call.func.attr != "escape":
+            flags = [word.value for word in call.keywords if word.arg == "flags"]
+            flags += [argument for argument in call.args if ast.unparse(argument).startswith("re.")]
+            methods = [call.func.attr]
+            if methods == ["compile"]:
+                owner = call
+                while not isinstance(owner, (ast.Assign, ast.AnnAssign)):
+                    owner = parents[owner]
+                target = owner.targets[0] if isinstance(owner, ast.Assign) else owner.target
+                methods = sorted(used.get(getattr(target, "id", getattr(target, "attr", "")), {"search"}))
+            for pattern in argument_values(call, parents, names):
+                for method in methods:
+                    yield call.lineno, pattern, int(eval(ast.unparse(flags[0]))) if flags else 0, method
+
+
+def argument_values(call, parents, names):
+    """The values that a call's first argument can have: a literal's, a constant's, or those of a table that is gone through."""
+    node = scope = call.args[0]
+    if isinstance(node, (ast.Constant, ast.JoinedStr)):
+        return [eval(ast.unparse(node), names)]
+    while scope in parents:
+        scope = parents[scope]
+        if isinstance(node, ast.Attribute) and isinstance(scope, ast.ClassDef):
+            return [getattr(names[scope.name], node.attr)]
+        for loop in [*getattr(scope, "generators", []), *[scope] * isinstance(scope, ast.For)]:
+            if ast.unparse(node) in ast.unparse(loop.target):
+                return eval(f"[{node.id} for {ast.unparse(loop.target)} in {ast.unparse(loop.iter)}]", names)
+    return [names[node.id]]         # KeyError: say here where such a pattern comes from
+
+
+def script_patterns(script):
+    """(line, pattern, flags, method) of the expressions in JavaScript, in Python's spelling."""
+    literals = re.findall(r"(?<=[(\[,=] )/((?:[^/\\\n\[]|\\.|\[(?:[^\]\\\n]|\\.)*\])+)/([a-z]*)|"
+                          r"(?<=[(\[])/((?:[^/\\\n\[]|\\.|\[(?:[^\]\\\n]|\\.)*\])+)/([a-z]*)", script)
+    found = [(one + two, flags + others) for one, flags, two, others in literals]
+    if shutil.which("node"):        # those that are put together from others, too
+        parts = re.search(r"^const MORE = .*?^function", script, re.S | re.M)[0].removesuffix("function")
+        told = subprocess.run(["node", "-e", parts + "console.log(JSON.stringify([BLOCK.source, INLINE.source, ITEM]))"],
+                              capture_output=True, check=True, timeout=60).stdout
+        found += [(source, "gm") for source in json.loads(told)]
+    for source, flags in found:
+        pattern = (source.replace("(?<name", "(?P<name").replace("[^]", r"[\s\S]").replace(r"\/", "/"))
+        pattern = re.sub(r"\(\?<(?=\w)", "(?P<", re.sub(r"\\k<(\w+)>", r"(?P=\1)", pattern))
+        yield source, pattern, re.M * ("m" in flags) | re.S * ("s" in flags), "findall"
+
+
+@pytest.fixture
+def abort():
+    """Ends what takes more than a minute of CPU: re looks for signals while it searches."""
+    def stop(*_):
+        raise AssertionError("it takes for ever")
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, 60)
+    yield
+    signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+    signal.signal(signal.SIGVTALRM, before)
+
+
+def test_every_pattern_of_the_module_is_linear(abort):
+    found = list(dict.fromkeys(module_patterns(SOURCE, vars(akashproxy))))
+    assert len(found) > 50
+    for line, pattern, flags, method in found:
+        assert not (cause := costly(pattern, flags, method)), (line, pattern, method, cause)
+
+
+def test_every_pattern_of_the_page_is_linear(abort):
+    found = list(script_patterns(akashproxy.PAGE.partition("<script")[2]))
+    assert len(found) > 12
+    for line, pattern, flags, method in found:
+        assert not (cause := costly(pattern, flags, method)), (line, cause)
+
+
+@pytest.mark.parametrize("call", [
+    're.match("(a?b+)+x", text)', 're.fullmatch(r"([0-9]{1,14}(\\.[0-9]+)?(ms|[smhd]?))+", text)', 're.match("(a|a|ab)*c", text)',
+    're.findall(r"\\s*\\S+", text)', 're.search(rf"{WORD}:", text)', 're.search("model .* does not exist", text)',
+    '[re.search(word, text) for word, _ in WORDS]',
+    'LINE = re.compile(r"^<a b=\'(.*)\'>$", re.S | re.M); LINE.search(text)',
+])
+def test_a_pattern_that_is_not_linear_is_found(call, abort):
+    names = {"WORD": "[a-z]+", "WORDS": [("a", 1), ("[a-z]+://", 2)]}
+    assert any(costly(pattern, flags, method) for _, pattern, flags, method in module_patterns(call, names))
+
+
+def feeding(make):
+    """A component with feed(): the work of some items."""
+    def work(items):
+        component = make()
+        for item in items:
+            component.feed(item)
+    return work
+
+
+def texts(make):
+    """The same, where texts are fed."""
+    def work(items):
+        step = make()
+        for item in items:
+            step.feed([Text(item)])
+    return work
+
+
+def received(items):
+    """An upstream's head."""
+    request = types.SimpleNamespace(watch=akashproxy.Watch(), method="POST")
+    response = akashproxy.Response(None, request, False, None, None)
+    for item in items:
+        if not response.status:
+            response.receive(item)
+
+
+def said(dialect, body):
+    """A stream of events in a client's format."""
+    def work(events):
+        answer = dialect({"model": "m", "stream": True, **body})
+        answer.begin()
+        for event in events:
+            answer.feed([event])
+        answer.feed([Finish("stop")])
+    return work
+
+
+CHAT_BODY = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 9}
+chunked_body = functools.partial(Body, {"transfer-encoding": "chunked"})
+relay_decoder = functools.partial(akashproxy.RelayDecoder, "b", True, akashproxy.CHAT_ENDS)
+stops_filter = functools.partial(Cutoff, ["x" * 499 + "y", "ab" * 250 + "c", "x" * 20], None)
+
+
+def chat_line(delta):
+    return b"data: %b\n\n" % json.dumps({"choices": [{"delta": delta}]}).encode()
+
+
+# name: (work, head, unit, tail): the work of head + many units + tail, at once, in single pieces and in many of them
+REPEATED = {
+    "Akash: texts": (feeding(AkashDecoder), b"", b'0:"a"\n', b""),
+    "Akash: texts and thoughts in turn": (feeding(AkashDecoder), b"", b'0:"a"\ng:"b"\n', b""),
+    "Akash: texts and blank lines in turn": (feeding(AkashDecoder), b"", b'0:"a"\n\n', b""),
+    "Akash: a broken text at the end": (feeding(AkashDecoder), b"", b'0:"a"\n', b'0:"b\n'),
+    "Akash: calls of tools": (feeding(AkashDecoder), b"", b"9:{}\n", b""),
+    "Akash: a line without an end": (feeding(AkashDecoder), b'0:"', b"xyzxyzxyz", b""),
+    "Akash: events": (feeding(AkashDecoder), b"", b'data: {"type":"text-delta","delta":"a"}\n\n', b""),
+    "Akash: comments": (feeding(AkashDecoder), b"", b": hi\n", b""),
+    "Akash: halves of a pair": (feeding(AkashDecoder), b"", b'0:"\\ud83d"\n', b""),
+    "Chat: texts": (feeding(akashproxy.ChatDecoder), b"", chat_line({"content": "a"}), b""),
+    "Chat: data lines alone": (feeding(akashproxy.ChatDecoder), b"", b"data:\n", b""),
+    "Chat: data lines with CR": (feeding(akashproxy.ChatDecoder), b"", b"data: x\r\n", b""),
+    "Chat: comments": (feeding(akashproxy.ChatDecoder), b"", b": hi\n\n", b""),
+    "Chat: a line without an end": (feeding(akashproxy.ChatDecoder), b"data: ", b"xyzxyzxyz", b""),
+    "Chat: one call of a tool in fragments": (feeding(akashproxy.ChatDecoder), b"", chat_line({"tool_calls": [{"index": 0}]}), b""),
+    "Relay: comments before an event": (feeding(relay_decoder), b"", b": hi\n", b""),
+    "Relay: blank lines before an event": (feeding(relay_decoder), b"", b"\n", b""),
+    "Relay: a line without an end": (feeding(relay_decoder), b"data: ", b"xyzxyzxyz", b""),
+    "Relay: events": (feeding(relay_decoder), b"", chat_line({"content": "a"}), b""),
+    "Relay: half an event, comments after it": (feeding(relay_decoder), b"data: {}\n", b": finish_reason\n", b""),
+    "Relay: words of an end": (feeding(relay_decoder), chat_line({}), b'data: "finish_reason":"[DONE] response.\n', b""),
+    "Body: small chunks": (feeding(chunked_body), b"", b"1\r\na\r\n", b""),
+    "Body: chunks with extensions": (feeding(chunked_body), b"", b"1;a\r\na\r\n", b""),
+    "Body: chunks with line breaks in them": (feeding(chunked_body), b"", b"2\r\n\r\n\r\n", b""),
+    "Body: half a chunk": (feeding(chunked_body), b"fffff\r\n", b"xyz", b""),
+    "Thinking: line breaks in a thought": (texts(Thinking), "<think>a", "\n", "b"),
+    "Thinking: a thought": (texts(Thinking), "<think>", "word <b> \n", ""),
+    "Thinking: blanks before the answer": (texts(Thinking), "", " ", ""),
+    "Thinking: beginnings of a tag": (texts(Thinking), "a", "</think", ""),
+    "Thinking: tags": (texts(Thinking), "<think>", "</think>", ""),
+    "Cutoff: beginnings of a stop": (texts(stops_filter), "", "xxxxxxxxxxxxxxxxxx\0", ""),
+    "Cutoff: a long stop that nearly comes": (texts(stops_filter), "", "ababab", ""),
+    "Cutoff: a text without a stop": (texts(stops_filter), "", "some words\n", ""),
+    "Cutoff: a stop as long as the text": (texts(lambda: Cutoff(["x" * 100000], None)), "", "x", ""),
+    "Collected": (feeding(lambda: akashproxy.Collected(lambda data: [])), b"", b"ab", b""),
+}
+
+
+def split(data, size):
+    return [data[at:at + size] for at in range(0, len(data), size)]
+
+
+def growth(work, sizes):
+    """How much more four times as much costs, at best of a few, in CPU time of this thread; ``sizes(n)`` gives the items."""
+    least = {1: math.inf, 4: math.inf}
+    for _ in range(10):
+        for many in least:
+            items = sizes(many)
+            began = time.thread_time()
+            work(items)
+            least[many] = min(least[many], time.thread_time() - began)
+        if least[4] < 6 * max(least[1], 1e-3):      # linear is 4
+            break
+    return least[4] / max(least[1], 1e-3)
+
+
+def growths(case):
+    work, head, unit, tail = case
+    size = len(unit)
+    yield "whole", growth(work, lambda many: [head + unit * (many * 40000 // size) + tail])
+    yield "in single pieces", growth(work, lambda many: split(head + unit * (many * 10000 // size) + tail, 1))
+    yield "in units", growth(work, lambda many: [head, *[unit] * (many * 2000), tail])
+
+
+@table(REPEATED)
+def test_a_decoder_takes_a_time_in_proportion_to_its_input(case):
+    for form, times in growths(case):
+        assert times < 8, f"{form}: four times as much costs {times:.1f} times as much"
+
+
+def call_of(index, arguments="{}"):
+    return ToolCall(index, arguments, f"id{index}", "f")
+
+
+# name: (work, n -> items)
+ROWS = {
+    "fold: fragments of one call": (fold, lambda n: [call_of(0, "x" * 40)] * n),
+    "fold: calls whose numbers have one hash": (fold, lambda n: [call_of(at * (2**61 - 1)) for at in range(n)]),
+    "fold: texts": (fold, lambda n: [Text("a"), Reasoning("b")] * n),
+    **{f"{dialect.__name__}: {name}": (said(dialect, body), make)
+       for dialect, body in ((akashproxy.Messages, CHAT_BODY), (akashproxy.Responses, {"input": "hi"}),
+                             (akashproxy.ChatCompletions, CHAT_BODY))
+       for name, make in {
+           "calls of tools": lambda n: list(map(call_of, range(n))),
+           "calls that wait": lambda n: [call_of(0, "{"), *map(call_of, range(1, n))],
+           "fragments in turn": lambda n: [call_of(at % 50, "x") for at in range(n)],
+           "blanks after a call": lambda n: [call_of(0), call_of(1, json.dumps("x" * n)), *[ToolCall(0, " ")] * n],
+           "texts and calls in turn": lambda n: [event for at in range(n // 2) for event in (Text("a"), call_of(at))],
+           "texts and thoughts in turn": lambda n: [Text("a"), Reasoning("b")] * (n // 2),
+       }.items()},
+    "Chat: calls in one event": (feeding(akashproxy.ChatDecoder), lambda n: [chat_line({"tool_calls": [
+        {"index": at} for at in range(n)]})]),
+    "Chat: calls with ids in one event": (feeding(akashproxy.ChatDecoder), lambda n: [chat_line({"tool_calls": [
+        {"index": 0, "id": f"call{at}"} for at in range(n)]})]),
+    "Chat: calls one by one": (feeding(akashproxy.ChatDecoder), lambda n: [
+        chat_line({"tool_calls": [{"index": at}]}) for at in range(n)]),
+    "Chat: calls whose numbers have one hash": (feeding(akashproxy.ChatDecoder), lambda n: [
+        chat_line({"tool_calls": [{"index": at * (2**61 - 1)}]}) for at in range(n)]),
+    "Chat: choices": (feeding(akashproxy.ChatDecoder), lambda n: [b'data: {"choices":[%b{}]}\n\n' % (b"{}," * n)]),
+    "Messages: messages of the system": (lambda messages: akashproxy.Messages({"model": "m", "max_tokens": 1, "messages": messages}),
+                                         lambda n: [{"role": "system", "content": "a" * 90}] * n),
+    "Responses: messages of the system": (lambda items: akashproxy.Responses({"model": "m", "input": items}),
+                                          lambda n: [{"role": "developer", "content": "a" * 90}] * n),
+    "Akash: a request of many messages": (lambda messages: akashproxy.akash_request(Call({"model": "m", "messages": messages})),
+                                          lambda n: [{"role": "user", "content": "a"}] * n),
+    "Akash: models": (akashproxy.akash_models, lambda n: [{"id": f"model{at}"} for at in range(n)]),
+    "Akash: lines like a picture's": (lambda lines: akashproxy.akash_picture(b"".join(lines)), lambda n: [
+        b"0:\"<image_generation> jobId='' prompt='\n"] * n),
+    "Akash: ends like a picture's": (lambda lines: akashproxy.akash_picture(b"".join(lines)), lambda n: [
+        b"0:\"<image_generation> jobId='' prompt='\n", *[b"'</image_generation>\"\n"] * n]),
+    "a head with a long line, byte by byte": (received, lambda n: [b"HTTP/1.1 200 OK\r\nx: ", *[b"x"] * (n * 15 // 2)]),
+    "a head with many lines, byte by byte": (received, lambda n: [b"HTTP/1.1 200 OK\r\n", *[b"x", b":", b"\r", b"\n"] * (n * 15 // 8)]),
+    "Akash: blanks in an error": (lambda parts: akashproxy.akash_error("".join(parts), "m"), lambda n: ["model a "] * n),
+    "the span of a limit": (lambda parts: akashproxy.span_seconds("".join(parts)), lambda n: ["1m30.5s"] * n),
+}
+
+
+@table(ROWS)
+def test_many_items_take_a_time_in_proportion_to_their_number(case):
+    work, make = case
+    times = growth(work, lambda many: make(many * 2000))
+    assert times < 8, f"four times as many cost {times:.1f} times as much"
+
+
+class Rejoining:
+    """A component as it must not be: what it holds is gone through again with each piece."""
+
+    def __init__(self):
+        self.held = b""
+
+    def feed(self, data):
+        self.held = (self.held + data).rpartition(b"\n")[2]
+
+
+def test_a_cost_that_is_not_in_proportion_is_found():
+    assert max(times for _, times in growths((feeding(Rejoining), b"", b"xyz", b""))) > 8
+    assert growth(lambda items: [items.index(item) for item in items], lambda many: list(range(many * 1000))) > 8
+
+
+def test_what_an_upstream_sends_without_an_end_is_bounded():
+    for decoder, unit, limit in ((akashproxy.ChatDecoder("b"), b"data:\n", 20 << 20), (akashproxy.ChatDecoder("b"), b"x", 20 << 20),
+                                 (relay_decoder(), b": hi\n", 20 << 20), (relay_decoder(), b"x", 20 << 20), (AkashDecoder(), b"x", 20 << 20)):
+        data, fed = unit * (100000 // len(unit)), 0
+        tracemalloc.start()
+        while not decoder.error:
+            decoder.feed(data)
+            fed += len(data)
+            assert fed < limit
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert decoder.error.status == 502 and peak < 50 << 20, (type(decoder), unit)
+
+
+def test_calls_of_tools_are_bounded():
+    akash, chat = AkashDecoder(), akashproxy.ChatDecoder("b")
+    events = akash.feed(b"9:{}\n" * (akashproxy.CALL_LIMIT + 1))
+    assert len(events) == akashproxy.CALL_LIMIT and "calls of tools" in akash.error.message
+    calls = [{"index": at, "function": {"name": "f"}} for at in range(akashproxy.CALL_LIMIT)]
+    assert len(chat.feed(chat_line({"tool_calls": calls}))) == akashproxy.CALL_LIMIT and not chat.error
+    chat.feed(chat_line({"tool_calls": [{"index": akashproxy.CALL_LIMIT}]}))
+    assert chat.error.status == 502 and "calls of tools" in chat.error.message
+
+
+def test_odd_numbers_and_ids_of_calls_are_read():
+    decoder = akashproxy.ChatDecoder("b")
+    for index, id, expected in ((-1, "a", 0), (2**61, "b", 1), (None, {}, 1), (0, 7, 2), (0, [], 2)):
+        event, = decoder.feed(chat_line({"tool_calls": [{"index": index, "id": id, "function": {"arguments": "x"}}]}))
+        assert event.index == expected and event.id in (None, "a", "b", "7")
+
+
+STOPS_CUT = {
+    "one within another": (["aaba", "ab"], "aabaab"),
+    "one ends within another": (["abc", "bcd"], "xabcd"),
+    "both end together": (["ab", "aab"], "xaab"),
+    "the beginning of a longer one": (["abab", "b"], "aabab"),
+    "a border": (["aabaaab"], "aabaabaaab"),
+    "none": (["aaab", "aac"], "aabaaaaab"[:-2]),
+}
+
+
+@table(STOPS_CUT)
+def test_stops_end_an_answer_at_one_place_wherever_it_is_cut(case):
+    stops, text = case
+    found = []
+    for parts in pieces(text):
+        step = Cutoff(stops, None)
+        events = [event for part in parts for event in step.feed([Text(part)])] + step.feed([Finish("length")])
+        found.append(merged(events))
+    assert all(each == found[0] for each in found), found
+    ends = sorted((text.find(stop) + len(stop), -len(stop)) for stop in stops if stop in text)
+    assert fold(found[0]).text == (text[:sum(ends[0])] if ends else text)
+
+
+@pytest.mark.parametrize("text, seconds", [
+    ("17", 17), ("1m30.5s", 90.5), ("6h", 21600), ("120ms", 0.12), ("1d", 86400), ("1m30", 90), ("1.51.5", None), ("1m5.", None),
+    ("", None), ("1" * 40 + "x", None), ("1" * 60000, None), ("1m" * 30000 + "x", None), ("5x", None), ("-1", None),
+])
+def test_a_span_is_read_or_it_is_none(text, seconds):
+    assert akashproxy.span_seconds(text) == (None if seconds is None else pytest.approx(seconds))
+
+
+def test_bytes_of_a_head_cost_no_more_the_longer_it_is(serve):
+    server = serve()
+
+    def cost(size):
+        with contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(socket.create_connection(server.server_address, 30)) for _ in range(40)]
+            took = []
+            for data in (b"GET /" + b"x" * size, *[b"x"] * 8):
+                began = time.process_time()
+                for client in clients:
+                    client.sendall(data)
+                assert ask(server, "GET", "/health").status == 200      # by then they have been read
+                took.append(time.process_time() - began)
+            return sum(took[1:])
+
+    short, long = cost(10), cost(60000)
+    assert long < 4 * short + 0.05, (short, long)
 
 
 # == truth in writing =========================================================================
