@@ -11,6 +11,7 @@ the names that the recordings have.
 import ast
 import asyncio
 import base64
+import builtins
 import collections
 import concurrent.futures
 import configparser
@@ -3462,8 +3463,8 @@ def test_a_second_try_has_a_deadline_too(pool):
 def test_an_error_after_half_an_event_is_an_event_of_its_own(pool):
     a = FakeOpenAI()
     first, second = list(a.events())[:2]
+    server = pool(a)
     for cut_at in range(0, len(second)):
-        server = pool(a) if not cut_at else server
         a.faults.append(a.garbage(a.head() + chunk(first) + chunk(second[:cut_at])))
         events = [event for event in chat(server, BOTH, stream=True).body.split(b"\n\n") if event]
         assert events[-1] == b"data: [DONE]" and json.loads(events[-2][6:])["error"], cut_at
@@ -8851,15 +8852,30 @@ def module_patterns(source, names):
                     yield call.lineno, pattern, int(eval(ast.unparse(flags[0]))) if flags else 0, method
 
 
+class SampleLocals(dict):
+    """A word for each local variable that a pattern is made with."""
+
+    def __init__(self, names):
+        super().__init__()
+        self.names = names
+
+    def __missing__(self, name):
+        if name in self.names or hasattr(builtins, name):
+            raise KeyError(name)
+        return "sample"
+
+
 def argument_values(call, parents, names):
     """The values that a call's first argument can have: a literal's, a constant's, or those of a table that is gone through."""
     node = scope = call.args[0]
-    if isinstance(node, (ast.Constant, ast.JoinedStr)):
-        return [eval(ast.unparse(node), names)]
+    if isinstance(node, (ast.Constant, ast.JoinedStr, ast.BinOp)):
+        return [eval(ast.unparse(node), names, SampleLocals(names))]
     while scope in parents:
         scope = parents[scope]
         if isinstance(node, ast.Attribute) and isinstance(scope, ast.ClassDef):
-            return [getattr(names[scope.name], node.attr)]
+            owner = names[scope.name]
+            rows = [row for table in names.values() if isinstance(table, (list, tuple)) for row in table if isinstance(row, owner)]
+            return [value for row in rows or [owner] for value in [getattr(row, node.attr)] if value]
         for loop in [*getattr(scope, "generators", []), *[scope] * isinstance(scope, ast.For)]:
             if ast.unparse(node) in ast.unparse(loop.target):
                 return eval(f"[{node.id} for {ast.unparse(loop.target)} in {ast.unparse(loop.iter)}]", names)
