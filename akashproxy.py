@@ -3997,7 +3997,7 @@ class RelayDecoder:
         if not data:
             return []
         data = self._look_for_the_end(data)
-        self.started = self.started or self.whole or any(map(has_content, DATA_LINE.findall(data)))
+        self.started = self.started or self.whole or any(has_content(line[1]) for line in DATA_LINE.finditer(data))
         self.last = data if len(data) > 3 else (self.last + data)[-4:]
         return [Raw(data)]
 
@@ -4016,7 +4016,8 @@ class RelayDecoder:
             at = max(map(data.rfind, END_MARKS))
             if at >= 0 and (self.ends.search(data, max(0, at - 8)) or self.ends.search(data)):
                 self.ends = None
-        done = DONE.search(data) if b"[DONE]" in data else None
+        at = data.find(b"[DONE]")
+        done = DONE.search(data, max(0, at - 8)) if at >= 0 else None
         if done is None or self.whole:
             return data
         self.whole, self.ends = True, None
