@@ -8,64 +8,73 @@ One module, the standard library only, Python 3.9 or newer:
     python3 akashproxy.py --demo       # the same without a network
 
 A client speaks OpenAI's API or Anthropic's to this file; it speaks the web API of Akash Chat, or
-OpenAI's, to upstreams. What knows an upstream is a *controller*; a *pool* chooses one for each request.
+OpenAI's, to upstreams. A *controller* knows one upstream; a *pool* chooses one for each request.
 
-    client                             akashproxy.py                                upstream
-    ------  Handler --> Dialect --> Call --> Running --> Controller --> Transport      ------
-    socket  Handler <-- Dialect <-- Text, Reasoning, Image, Finish <-- decoder <-- Response  socket
-                            Flow: one answer on its way back, from socket to socket
-                            Watchdog: the thread that has all open sockets
+    client                              akashproxy.py                                 upstream
+    ------  Handler --> Dialect.parse --> Call --> Running --> Controller --> Transport  ------
+    socket                                                                               socket
+            StreamRelay <-- Dialect.feed <-- Text, Reasoning, Image, Finish <-- decoder <-- bytes
+            EventLoop: one thread that owns every client socket, and the upstream sockets it relays
 
-Left of the events nobody knows which upstream answered; right of them nobody knows what the client
-speaks. Between the sockets all is pushed: ``decoder.feed(data)`` gives events, ``dialect.feed(events)``
-gives bytes, and nothing in there reads, waits or knows a socket. Where both sides speak the same
-format, the events are Raw bytes.
+Left of the events nothing knows which upstream answered; right of them nothing knows what the client
+speaks. Between the sockets everything is pushed: ``decoder.feed(data)`` returns events,
+``dialect.feed(events)`` returns bytes, and nothing in there reads, waits or knows a socket. Where both
+sides speak the same format, the events are Raw bytes.
 
-A request is a chain of steps. The watchdog's thread takes those that wait for nothing; where
-something must be waited for, a connection or a session say, the step raises Blocked and is taken
-again by a thread of its own, which then leaves the rest to the watchdog.
+There are two kinds of threads. The *loop* reads requests whole, writes responses and relays streams; it
+never blocks. *Workers* get one whole request each: they parse it, choose a controller and send the
+request to the upstream, and may block in that. A streamed chat:
 
-The sections, in an order that can be read from top to bottom (``grep '^# ==' akashproxy.py``):
-names, errors, events, settings, http, transport, controllers, pool, dialects, guards, server, demo,
-page, main.
+    1 loop    accept: Connection(IDLE). Head and body complete: DISPATCHED, submit()
+    2 worker  Handler.parse_request, do_POST: the body becomes a Call
+    3 worker  CallResponder.attempt: Running chooses a controller, which sends the request
+    4 worker  call_soon_threadsafe(StreamRelay.start); the worker is free
+    5 loop    bytes of the upstream become events; with the first one the response begins (STREAMING)
+    6 loop    back-pressure, pings, disconnects, deadlines
+    7 loop    a failure before 5: submit(fail_over), back to 3; afterwards: an error frame
+    8 loop    the end: access log, metrics, Connection(IDLE)
+
+The sections, from top to bottom (``grep '^# ==' akashproxy.py``):
+names, errors, events, settings, http, transport, controllers, pool, dialects, loop, relay, limits, server, demo, page, main.
 
 Where is ...
 
     a setting                          Settings, ControllerSettings
     the configuration file             ConfigFile, find_config
     an error and its form on the wire  APIError, Dialect.refusal
+    what an upstream's error means     UPSTREAM_ERRORS, told_error, akash_error
+    what hides secrets                 redact
     Akash's cookie                     AkashSession
     Akash's stream, line by line       AkashDecoder
     what is sent to Akash              akash_request
-    pictures                           AkashController.pictures
+    images                             AkashController.pictures
     <think> tags                       Thinking
     stop sequences and max_tokens      Cutoff
     OpenAI's stream                    ChatDecoder
     Anthropic's stream                 Messages
     OpenAI's newer stream              Responses
     their requests as a chat           Messages.chat, Responses.chat, Blocks.part
-    tokens that nobody has told        token_estimate
+    estimates of tokens                token_estimate
     relaying unparsed                  RelayDecoder, Relay
-    what an upstream's error means     UPSTREAM_ERRORS, told_error, reset_seconds
-    secrets in an upstream's error     redact
     failover                           Running
-    who rests, and for how long        FAILURES, Member.fare
+    cool-downs                         FAILURES, CoolDown, Member.fare
+    waiting for a controller           CallQueue
     the choice by weight               Pool.balanced
-    other names of models              Pool.named
+    aliases of models                  Pool.named
     the network's exceptions           upstream_error, Response.failure
-    strict HTTP                        head_end, split_head, Body
+    strict HTTP                        head_end, parse_head, Body
     connections to upstreams           KeepAlive
     proxies on the way                 Proxy
-    deadlines, and clients that leave  Watch, Watchdog
-    several processes                  supervise, Board
-    streams that have begun            Flow
-    figures for Prometheus             SERIES, Metrics, exposition
-    a client's connection              Handler.wait, Handler.run
-    the log                            LogFormat, LogWriter
+    deadlines                          Watch, Connection.on_tick
+    request bodies                     BodyReader, ByteBudget
+    the gate                           Server.check_head
+    figures for Prometheus             SERIES, Metrics, prometheus_text
+    a client's connection              Connection
+    the log                            log_access, LogFormat, LogWriter
     a new endpoint                     ROUTES
     a new kind of upstream             CONTROLLERS
-    tokens of clients                  Handler.authorize
-    keys of several people             KeySettings, Limits
+    tokens of clients                  Server.authorize
+    keys of several people             KeySettings, KeyLimiter
     reloading                          Server.reload
     the stand-in of --demo             StandIn
     the page at /                      PAGE, page
@@ -84,8 +93,10 @@ if __name__ == "__main__" and hasattr(signal, "pthread_sigmask"):   # first of a
 import base64
 import binascii
 import bisect
+import collections
 import contextlib
 import dataclasses
+import enum
 import errno
 import fnmatch
 import functools
@@ -98,7 +109,6 @@ import itertools
 import json
 import logging
 import math
-import mmap
 import os
 import random
 import re
@@ -114,7 +124,7 @@ import urllib.request
 from collections import OrderedDict, defaultdict, deque
 from dataclasses import dataclass, field
 from queue import Empty, Full, Queue, SimpleQueue
-from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, NoReturn, Optional, Tuple
+from typing import (Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedTuple, NoReturn, Optional, Set, Tuple)
 
 __version__ = "1.0.0"
 
@@ -426,12 +436,8 @@ class ClientLeft(ConnectionError):
     """The client closed its connection, so nobody waits for the answer any more."""
 
 
-class Blocked(Exception):
-    """Something would have to be waited for, which only a thread of the request's own may do."""
-
-
-class Queued(Blocked):
-    """The call waits in the pool's queue, without a thread; ``call.wake`` is called when it can go on."""
+class Queued(Exception):
+    """The call waits in the pool's queue; it goes on when ``call.wake`` is called."""
 
 
 class ProtocolError(ValueError):
@@ -610,9 +616,7 @@ class Call:
         self.bell: Any = None           # an Event that ends a pause, or the Waiter
         self.waiter: Any = None         # its place in the pool's queue
         self.wake: Callable[[], None] = lambda: None    # goes on with it after Queued; any thread
-        self.has_left: Callable[[], bool] = lambda: False   # whether the client has closed its connection
         self.image_by_image = False     # at most one job at a time, for a limit that counts requests
-        self.hurry = False              # nobody may wait now: Blocked is raised instead
         self.again = ""                 # why the same controller is asked once more: "session" or "connection" has ended
         self.prepared: Dict[str, Any] = {}      # what a controller has made of it, by its name
 
@@ -630,9 +634,7 @@ class Call:
             self.watch.end(self.why)
 
     def check(self) -> None:
-        """Raise the reason why it was cancelled. Looks at the client at once: the watchdog does so only now and then."""
-        if not self.why and self.has_left():
-            self.cancel()
+        """Raise the reason why it was cancelled."""
         self.watch.check()
 
     def pause(self, seconds: float) -> None:
@@ -1045,11 +1047,12 @@ def positive(value: Any) -> Any:
     return value
 
 
-def worker_count(value: int) -> int:
-    """Check a number of processes: more than one need fork()."""
-    if value != 1 and not hasattr(os, "fork"):
-        raise ValueError("more than 1 is not possible on this system")
-    return value or os.cpu_count() or 1
+def one_process(value: int) -> int:
+    """Check the number of processes: a supervisor starts more of them, not this file."""
+    if value != 1:
+        raise ValueError("must be 1: run several processes behind one address as the README's section "
+                         "\"Several processes\" shows")
+    return value
 
 
 def choice(*values: str) -> Callable[[str], str]:
@@ -1200,8 +1203,7 @@ class Settings(Checked):
     max_connections: int = setting(10000, "clients that are connected at a time; more get a 503")
     heartbeat: float = setting(15.0, "seconds of silence in a stream after which a ping is sent", positive)
     pings: str = setting("comment", "what a ping is: comment, chunk (an empty one) or off", choice("comment", "chunk", "off"))
-    workers: int = setting(1, "processes that share the work, each of which keeps one core busy; 0: one for each core",
-                           worker_count)
+    workers: int = setting(1, "1: run more processes behind nginx, see the README's section Several processes", one_process)
     grace: float = setting(7.0, "seconds for running requests to end after SIGTERM")
     log_format: str = setting("text", "text or json", choice("text", "json"))
     log_level: str = setting("info", "debug, info, warning or error", choice("debug", "info", "warning", "error"))
@@ -1250,6 +1252,10 @@ class Settings(Checked):
                 gaps.update(api_key=self.akash_access_token, key_source="AKASH_ACCESS_TOKEN")
             filled.append(dataclasses.replace(options, name=name, **gaps))
         return filled
+
+    def needs_token(self) -> bool:
+        """Whether clients must send a token."""
+        return bool(self.bearer_token or self.keys)
 
     def host_names(self) -> List[str]:
         """The names that these settings give the server, in lower case."""
@@ -1570,23 +1576,36 @@ LONG_PATH = 8192    # a longer one is none of ours however it is decoded, which 
 LONG = 2048
 
 
-def split_head(held: bytes, end: int, parse_line: Any) -> Tuple[Any, Dict[str, str], bytes]:
-    """A whole head taken apart: what its first line says, its fields by lower-case name, the bytes beyond.
+class Headers(Dict[str, str]):
+    """The fields of a message by lower-case name; lookups by any case, as with the library's headers."""
 
-    Fields of one name are joined by ", ", set-cookie by a line feed.
-    """
-    line, *lines = held[:end].decode("latin-1").split("\r\n")
+    def __missing__(self, name: str) -> str:
+        lower = name.lower()
+        if lower == name:
+            raise KeyError(name)
+        return self[lower]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return super().get(name.lower(), default)
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(str(name).lower())
+
+
+def parse_head(head: bytes, parse_line: Any) -> Tuple[Any, Headers]:
+    """What a head's first line says, and its fields; those of one name joined by ", ", set-cookie by a line feed."""
+    line, *lines = head.decode("latin-1").split("\r\n")
     if len(lines) > FIELD_LIMIT:
         raise ProtocolError("there are too many header fields", 431)
-    if end <= LONG:
-        said, pairs = parse_line(line), list(map(parse_field, lines))
+    if len(head) <= LONG:
+        start_line, pairs = parse_line(line), list(map(parse_field, lines))
     else:
-        said, pairs = parse_line.__wrapped__(line), list(map(parse_field.__wrapped__, lines))
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        fields = {each: ("\n" if each == "set-cookie" else ", ").join(value for name, value in pairs if name == each)
-                  for each in fields}
-    return said, fields, held[end + 4:]
+        start_line, pairs = parse_line.__wrapped__(line), list(map(parse_field.__wrapped__, lines))
+    headers = Headers(pairs)
+    if len(headers) < len(pairs):
+        headers = Headers({each: ("\n" if each == "set-cookie" else ", ").join(
+            value for name, value in pairs if name == each) for each in headers})
+    return start_line, headers
 
 
 @remembered
@@ -1774,14 +1793,14 @@ NO_BODY = Body({})
 # end here: above this section an OSError can only mean that the client left. Knows no models.
 
 
-class Request(urllib.request.Request):
+class UpstreamRequest(urllib.request.Request):
     """A request to an upstream. Its URL is taken apart once: each exchange has a copy of its own."""
 
-    def copy(self, method: str, data: Optional[bytes], fields: Dict[str, str], watch: Watch, hurry: bool,
-             again: Any) -> "Request":
-        request = Request.__new__(Request)
+    def copy(self, method: str, data: Optional[bytes], fields: Dict[str, str], watch: Watch,
+             again: Any) -> "UpstreamRequest":
+        request = UpstreamRequest.__new__(UpstreamRequest)
         request.__dict__.update(self.__dict__, unredirected_hdrs={}, method=method, body=data, fields=fields, watch=watch,
-                                hurry=hurry, again=again)
+                                again=again)
         return request
 
     def to_bytes(self) -> bytes:
@@ -1817,19 +1836,16 @@ class KeepAlive(urllib.request.BaseHandler):
         self.lock = threading.Lock()
 
     def http_open(self, request: Any) -> "Response":
-        """Send a request. In a hurry that is done at once on a kept connection, or Blocked."""
+        """Send a request."""
         key = request.type, request.host, request._tunnel_host
         sock = None if request.again else self._take(key)
         kept = sock is not None
         if sock is None:
-            if request.hurry:
-                raise Blocked
             sock = self._connect(request)
         try:
             request.watch.hold(sock)
-            if not request.hurry:
-                sock.setblocking(True)
-            self._send(sock, request.to_bytes(), request.hurry, OSError if kept else ConnectionError)
+            with contextlib.suppress(OSError if kept else ConnectionError):
+                self._send(sock, request.to_bytes())    # it may have answered before it read all; else its end is still to be read
             return Response(sock, request, kept, self, key)
         except BaseException:
             request.watch.release()
@@ -1839,16 +1855,15 @@ class KeepAlive(urllib.request.BaseHandler):
     https_open = http_open
 
     @staticmethod
-    def _send(sock: Any, data: bytes, hurry: bool, unimportant: Any) -> None:
+    def _send(sock: Any, data: bytes) -> None:
+        """Send all of a request; a kept connection does not block, and most often takes all of it at once."""
         try:
-            if not hurry:
-                sock.sendall(data)
-            elif sock.send(data) < len(data):
-                raise Blocked   # a connection without room for a request is closed, and a thread takes the next
+            sent = sock.send(data)
         except (BlockingIOError, WantWrite):
-            raise Blocked from None
-        except unimportant:     # it may have answered before it read all, and else its end is still to be read
-            return
+            sent = 0
+        if sent < len(data):
+            sock.setblocking(True)
+            sock.sendall(data[sent:])
 
     def give_back(self, key: Any, sock: Any, seconds: float) -> None:
         """Keep a connection for the next request, for so long."""
@@ -1994,7 +2009,7 @@ class Response:
 
     patience: "Patience"
 
-    def __init__(self, sock: Any, request: Request, kept: bool, keeper: KeepAlive, key: Any) -> None:
+    def __init__(self, sock: Any, request: UpstreamRequest, kept: bool, keeper: KeepAlive, key: Any) -> None:
         self.sock, self.watch, self.bodiless = sock, request.watch, request.method == "HEAD"
         self.kept, self.keeper, self.key = kept, keeper, key
         self.status, self.headers, self.persists = 0, {}, False
@@ -2027,7 +2042,8 @@ class Response:
             if end < 0:
                 self.held = held
                 return b""
-            (minor, status), self.headers, held = split_head(held, end, parse_status_line)
+            (minor, status), self.headers = parse_head(held[:end], parse_status_line)
+            held = held[end + 4:]
             searched = 0
             self.status = status if status >= 200 else 0    # interim answers are skipped
             self.interim += not self.status
@@ -2042,6 +2058,7 @@ class Response:
     def begin(self) -> None:
         """Wait for the head."""
         try:
+            self.sock.setblocking(True)
             while not self.status:
                 self.early = self.receive(self.sock.recv(READ_SIZE))
         except (APIError, ClientLeft):
@@ -2147,20 +2164,20 @@ class Transport:
         self.opener.add_handler(self.kept)
         if options.proxy:
             self.opener.add_handler(Proxy(options.proxy))
-        self.request = functools.lru_cache(maxsize=64)(lambda path: Request(base + path))
+        self.request = functools.lru_cache(maxsize=64)(lambda path: UpstreamRequest(base + path))
 
     def send(self, method: str, path: str, watch: Watch, data: Optional[bytes] = None,
              headers: Optional[Dict[str, str]] = None, first_byte: Optional[float] = None,
-             hurry: bool = False, again: Any = False) -> Response:
+             again: Any = False) -> Response:
         """Send a request, whose answer is still to come. APIError 502 or 504 if that fails.
 
-        ``hurry``: Blocked rather than wait for anything; ``again``: on a new connection.
+        ``again``: on a new connection.
         """
         known = patience(self.where, first_byte or self.first_byte_timeout, first_byte or self.idle_timeout)
         watch.expect(known.first, known.late)
         fields = {**self.headers, **headers} if headers else self.headers
         try:
-            request = self.request(path).copy(method, data, fields, watch, hurry, again)
+            request = self.request(path).copy(method, data, fields, watch, again)
             response = self.opener.open(request, timeout=self.connect_timeout)
         except NETWORK as error:
             raise upstream_error(error, watch, self.where) from error
@@ -2253,7 +2270,7 @@ def controller_errors(name: str) -> Iterator[None]:
     """Turn whatever a controller raises into an APIError of its own, so that the next one can be asked."""
     try:
         yield
-    except (APIError, ClientLeft, Blocked):
+    except (APIError, ClientLeft, Queued):
         raise
     except Exception as error:
         raise unexpected_error(error, name) from error
@@ -2440,6 +2457,7 @@ class Stream:
     def __iter__(self) -> Iterator[Event]:
         """Its events, read by the thread that iterates."""
         with contextlib.closing(self):
+            self.response.sock.setblocking(True)
             while not self.over and not self.failure:
                 try:
                     events = self.receive(self.response.wait(self.started))
@@ -2464,8 +2482,7 @@ class Controller:
     def events(self, call: Call) -> Iterable[Event]:
         """The answer: any iterable of events, or a Stream. APIError if there is none.
 
-        It has a thread of its own and may wait, unless it is marked with ``never_waits``: then it gives
-        Streams where nothing must be waited for, and raises Blocked elsewhere if ``call.hurry`` says so.
+        It runs in a worker thread and may block.
         """
         raise NotImplementedError
 
@@ -2878,13 +2895,11 @@ class AkashSession:
         self.renewing = False
         self.fetched = 0
 
-    def get(self, watch: Watch, hurry: bool = False) -> str:
-        """The cookie to send; in a hurry only one that is there."""
+    def get(self, watch: Watch) -> str:
+        """The cookie to send."""
         now = self.clock()
         cookie = self.cookie
         if cookie is None or now >= self.ends_at:
-            if hurry:
-                raise Blocked
             self.turn.take(lambda: self._replace(cookie), watch)
             return self.cookie or ""
         if now >= self.renew_at and not self.renewing:
@@ -3410,15 +3425,11 @@ class AkashController(Controller):
     def events(self, call: Call) -> Iterable[Event]:
         data, cutoff, call.ignored = call.prepared[self.name]
         if call.pictures or call.model == self.GEN:
-            if call.hurry:
-                raise Blocked
             return self.pictures(call, data)
-        cookie = self.session.get(call.watch, call.hurry)
-        response = self.transport.send("POST", self.CHAT, call.watch, data, self._fields(data, cookie), hurry=call.hurry,
+        cookie = self.session.get(call.watch)
+        response = self.transport.send("POST", self.CHAT, call.watch, data, self._fields(data, cookie),
                                        again=call.again)
         return Stream(response, lambda response: self._decoder(call, response, cutoff, cookie))
-
-    events.never_waits = True   # type: ignore[attr-defined]
 
     def _prepare(self, call: Call) -> Tuple[bytes, Cutoff, List[str]]:
         """The request's bytes, the end of its answer, and what of it is ignored."""
@@ -4124,10 +4135,8 @@ class OpenAIController(Controller):
         path = (call.path + call.query if native else CHAT_PATH)[len("/v1"):]
         data, content_type = self._request(call, native)
         response = self.transport.send("POST", path, call.watch, data, {**call.headers, "Content-Type": content_type},
-                                       hurry=call.hurry, again=call.again)
+                                       again=call.again)
         return Stream(response, lambda response: self._decoder(call, response, native))
-
-    events.never_waits = True   # type: ignore[attr-defined]
 
     def models(self) -> List[Dict[str, Any]]:
         return self.list.get()
@@ -4276,8 +4285,8 @@ REASONS = {"timeout": "no answer in time", "limit": "rate limit", "auth": "the u
 class CoolDown:
     """Consecutive failures of one kind, and the time until which they keep a controller from being used."""
 
-    def __init__(self, until: float = 0.0, learned: bool = False) -> None:
-        self.until, self.learned = until, learned       # learned: from another worker
+    def __init__(self, until: float = 0.0) -> None:
+        self.until = until
         self.failures, self.failed_at = 0, -math.inf
         self.recheck_at = math.inf
 
@@ -4288,7 +4297,7 @@ class CoolDown:
             self.failures += 1
         if self.failures >= after:
             back_off = min(REST_FIRST * 2 ** min(self.failures - after, 16), REST_MOST)
-            self.until, self.learned = max(self.until, now + (seconds or back_off)), False
+            self.until = max(self.until, now + (seconds or back_off))
             self.recheck_at = now + RECHECK
 
 
@@ -4516,27 +4525,24 @@ class Pool:
         self.lists_due = self.names_due = -math.inf
         self.names: frozenset = frozenset()     # of the union of all lists, until names_due
         self.known = functools.lru_cache(maxsize=256)(self.who_has)     # by the name of a model, until a list changes
-        self.never_waits = all(getattr(member.controller.events, "never_waits", False) for member in self.members)
 
     # -- who is asked
 
     def rename(self, call: Call) -> None:
         """Put the name that is meant in place of another one."""
-        name = self.named(call.model, call.hurry)
+        name = self.named(call.model)
         if name != call.model:
             call.model, call.body = name, {**call.body, "model": name}
             call.sent = call.sent and {**call.sent, "model": name}
             call.data = request_json(call.sent, len(call.data))
 
-    def named(self, model: str, hurry: bool = False) -> str:
+    def named(self, model: str) -> str:
         """The model that a name means: by an alias, or with "--" for "/" if there is such a model only."""
         for pattern, meant in self.settings.model_aliases.items():
             if model and fnmatch.fnmatchcase(model, pattern):
                 return meant
         if "--" in model:
             if self.clock() >= self.names_due:
-                if hurry:
-                    raise Blocked
                 with contextlib.suppress(APIError):     # without a list it is taken as it is
                     self.models()
             meant = model.replace("--", "/")
@@ -4797,23 +4803,6 @@ class Pool:
                      "last_error": member.last_error or None,
                      "last_error_at": utc(member.last_error_at) if member.last_error else None} for member in self.members]
 
-    def rests(self) -> Dict[str, Dict[str, float]]:
-        """Until when each controller cools down, for other workers: the clock is the machine's."""
-        with self.lock:
-            return {member.name: {kind: cooldown.until for (kind, model), cooldown in member.cooldowns.items()
-                                  if model is None and not cooldown.learned} for member in self.members}
-
-    def heed(self, rests: Dict[str, Dict[str, float]]) -> None:
-        """Let a controller cool down as long as another worker has found out that it must."""
-        with self.lock:
-            for member in self.members:
-                for kind, until in rests.get(member.name, {}).items():
-                    known = member.cooldowns.get((kind, None))
-                    if known is None:
-                        member.cooldowns[kind, None] = CoolDown(until, learned=True)
-                    elif until > known.until:
-                        known.until, known.learned = until, True
-
     def tidy(self, now: float) -> None:
         """Let go of what has been idle for too long."""
         for member in self.members:
@@ -4846,7 +4835,7 @@ class Running:
     def ask(self) -> bool:
         """Ask the next controller, or the last one again; is the answer a Stream?
 
-        APIError if nobody is left; Blocked: to be called by a thread; Queued: to be called again later.
+        APIError if none is left; Queued: to be called again once ``call.wake`` was. Worker thread.
         """
         if not self.prepared:
             self._prepare()
@@ -4856,8 +4845,6 @@ class Running:
                 self.started = self.pool.clock()
                 self.tried.append(self.member)
                 self.call.again = ""
-            if self.call.hurry and not self.pool.never_waits:
-                raise Blocked
             self.call.renew()
             self.call.kind, self.call.ignored = None, []
             try:
@@ -4865,10 +4852,7 @@ class Running:
                     self.source = self.member.controller.events(self.call)
             except APIError as error:
                 self.failed(error)
-        streamed = isinstance(self.source, Stream)
-        if self.call.hurry and not streamed:
-            raise Blocked
-        return streamed
+        return isinstance(self.source, Stream)
 
     def _prepare(self) -> None:
         """Find out who is meant, and who can't do it."""
@@ -5993,407 +5977,911 @@ def part_field(head: bytes, value: bytes) -> Tuple[str, str]:
     return name, text
 
 
-# == 10. guards ===============================================================================
-# One thread for everything that waits: idle clients, streams that have begun, deadlines, silence. And what is counted.
+# == 10. loop =================================================================================
+# One thread that owns every client socket, and every upstream socket that only waits. Knows no
+# more of HTTP than where a request ends.
 
 
-class Place:
-    """A socket in the watchdog's list: what is looked for, and who is called then."""
+class Registration(NamedTuple):
+    """What the loop calls for a registered socket."""
 
-    __slots__ = ("sock", "owner", "events")
-
-    def __init__(self, sock: Any, owner: Callable[[], None], events: int) -> None:
-        self.sock, self.owner, self.events = sock, owner, events
+    callback: Callable[[], None]    # the socket is ready
+    abort: Callable[[], None]       # the callback has raised an exception
 
 
-NOBODY = Place(None, bool, 0)   # for news of what was closed here, but not in another process
+class EventLoop(threading.Thread):
+    """Waits for sockets and time on behalf of all connections; knows nothing of HTTP.
 
-
-class Watchdog(threading.Thread):
-    """Waits on behalf of everybody: a selector's loop, and four times a second a look at all clocks.
-
-    Whoever registers a socket hands it over: from then on only this thread touches it, until the
-    owner's method, which is called when the socket is ready, gives it away again. To register and
-    unregister is dear, so a connection that is kept stays registered, without an owner.
+    add(), modify() and remove() are for the loop thread, call_soon_threadsafe() for any thread.
+    Callbacks must not block. An exception in one is logged and costs its own connection only.
     """
 
-    TICK = 0.25
+    TICK = 0.25             # seconds between two calls of on_tick
+    MAX_SELECT = 500        # sockets that select() takes on Windows, some in reserve; elsewhere descriptors below 1,024
 
-    def __init__(self, server: "Server") -> None:
-        super().__init__(name="akashproxy watchdog", daemon=True)
-        self.server = server
-        self.selector = selectors.DefaultSelector()
-        self.epoll = None       # the selector itself, where it is one: its select() does more for each event than is needed
-        if hasattr(select, "epoll"):
-            self.epoll = select.epoll.fromfd(os.dup(self.selector.fileno()))
-        self.places: Dict[int, Place] = {}      # of the sockets that are registered, by their descriptors
-        self.handlers: set = set()      # the server's open connections
-        self.tasks: SimpleQueue = SimpleQueue()         # of other threads
-        self.bell, self.ear = socket.socketpair()       # wakes it for them
-        self.rung = False               # it has not yet looked at the tasks that this was for
-        self.now = time.monotonic()
-        self.tidy_at = 0.0
+    def __init__(self, on_tick: Callable[[float], None], selector: Optional[selectors.BaseSelector] = None) -> None:
+        super().__init__(name="akashproxy loop", daemon=True)
+        self.on_tick = on_tick
+        self.selector = selector or selectors.DefaultSelector()
+        self.scheduled: Deque[Callable[[], None]] = collections.deque()
+        self.woken = False          # a byte is on its way through the wakeup socket
         self.stopped = False
+        self.now = time.monotonic()
+        self.wakeup_r, self.wakeup_w = socket.socketpair()
+        self.wakeup_r.setblocking(False)
+        self.wakeup_w.setblocking(False)
+        self.add(self.wakeup_r, self._on_wakeup, self._on_wakeup)
 
-    def watch(self, sock: Any, owner: Callable[[], None], events: int = selectors.EVENT_READ) -> None:
-        number = sock.fileno()
-        place = self.places.get(number)
-        if place is None or place.sock is not sock:
-            if place is not None:   # that one was closed meanwhile
-                self.unregister(number)
-            self.places[number] = place = Place(sock, owner, events)
-            self.selector.register(sock, events, place)
-        elif place.events != events:
-            place.events = events
-            self.selector.modify(sock, events, place)
-        place.owner = owner
+    def add(self, sock: Any, callback: Callable[[], None], abort: Callable[[], None],
+            events: int = selectors.EVENT_READ) -> None:
+        """Register a socket; OSError if the selector can't take one more."""
+        if isinstance(self.selector, selectors.SelectSelector):
+            if sock.fileno() >= 1024 or os.name == "nt" and len(self.selector.get_map()) >= self.MAX_SELECT:
+                raise OSError(errno.EMFILE, "select() can't watch more sockets")
+        self.selector.register(sock, events, Registration(callback, abort))
 
-    def park(self, sock: Any) -> None:
-        """Leave a socket registered that nobody waits for: if it has something to say after all, it is left then."""
-        place = self.places.get(sock.fileno())
-        if place is not None:
-            place.owner = functools.partial(self.leave, sock)
+    def modify(self, sock: Any, events: int) -> None:
+        """Wait for other events of a registered socket."""
+        self.selector.modify(sock, events, self.selector.get_key(sock).data)
 
-    def forget_closed(self) -> None:
-        """Kept connections are closed by whoever finds that they are too old."""
-        for number, place in list(self.places.items()):
-            if place.sock.fileno() < 0 and self.places.get(number) is place:    # a thread may just have put another one there
-                self.unregister(number)
+    def remove(self, sock: Any) -> None:
+        """Forget a socket, before it is closed or given to a worker; nothing if it isn't registered."""
+        with contextlib.suppress(KeyError, ValueError):
+            self.selector.unregister(sock)
 
-    def leave(self, sock: Any) -> None:
-        self.unregister(sock.fileno())
+    def call_soon_threadsafe(self, callback: Callable[[], None]) -> None:
+        """Have the loop thread call something. Any thread."""
+        self.scheduled.append(callback)
+        if not self.woken:      # two threads may both see False: then two bytes are sent, which does no harm
+            self.woken = True
+            with contextlib.suppress(OSError):      # the pipe is full, so the loop will wake up; or the loop has ended
+                self.wakeup_w.send(b"\0")
 
-    def unregister(self, number: int) -> None:
-        """By its number: for a closed socket the selector would have to look through all it has."""
-        self.places.pop(number, None)
-        with contextlib.suppress(KeyError, ValueError):     # it is not watched, or closed
-            self.selector.unregister(number)
-
-    def soon(self, task: Callable[[], None]) -> None:
-        """From any thread: have this one do something."""
-        self.tasks.put(task)
-        if not self.rung:       # once is enough, and this thread itself must not wait for room in the socket
-            self.rung = True
-            self.bell.send(b"\0")
-
-    def on_bell(self) -> None:
-        self.ear.recv(4096)
-        self.rung = False       # before the tasks are counted: one that is put later rings again
-        for _ in range(self.tasks.qsize()):
-            self.call(self.tasks.get())
+    def stop(self) -> None:
+        """End the loop soon. Any thread."""
+        self.stopped = True
+        self.call_soon_threadsafe(bool)
 
     def run(self) -> None:
-        look_at = 0.0
-        self.watch(self.ear, self.on_bell)
-        ready_ones = self.epoll.poll if self.epoll else self.select
+        next_tick = 0.0
         while not self.stopped:
-            ready = ready_ones(self.TICK)
+            ready = self._select()
             self.now = time.monotonic()
-            for number, _ in ready:
-                place = self.places.get(number, NOBODY)
-                owner = place.owner
+            for registration in ready:
                 try:
-                    owner()
-                except Exception:   # a bug must not stop everybody
-                    self.stumbled(owner)
-                    if place.sock is not self.server.socket:
-                        self.leave(place.sock)      # it would be ready again at once
-            if self.now >= look_at:
-                look_at = self.now + self.TICK
-                self.call(self.look, self.now)
+                    registration.callback()
+                except Exception:
+                    self._abort(registration)
+            if self.now >= next_tick:
+                next_tick = self.now + self.TICK
+                self._call(functools.partial(self.on_tick, self.now))
         self.close()
 
-    def select(self, seconds: float) -> List[Tuple[int, int]]:
-        """Who has news; its owner finds out what it is."""
+    def close(self) -> None:
+        """Release the descriptors of a loop that has ended, or was never started."""
+        self.selector.close()
+        self.wakeup_r.close()
+        self.wakeup_w.close()
+
+    def _select(self) -> List[Registration]:
         try:
-            return [(key.fd, events) for key, events in self.selector.select(seconds)]
-        except OSError:         # Windows minds closed ones
-            self.forget_closed()
+            return [key.data for key, _ in self.selector.select(self.TICK)]
+        except (OSError, ValueError):       # select() refuses all of them for the sake of one
+            log.exception("the selector refused its sockets")
+            self._remove_invalid()
             return []
 
-    def close(self) -> None:
-        if self.epoll:
-            self.epoll.close()
-        self.selector.close()
-        self.ear.close()
-        self.bell.close()
+    def _remove_invalid(self) -> None:
+        """Find the sockets that a selector refuses, and abort them."""
+        for key in list(self.selector.get_map().values()):
+            try:
+                select.select([key.fd], [], [], 0)
+            except (OSError, ValueError):
+                self.selector.unregister(key.fd)
+                self._abort(key.data)
 
-    def call(self, method: Callable[..., None], *arguments: Any) -> None:
-        try:
-            method(*arguments)
-        except Exception:
-            self.stumbled(method)
+    def _on_wakeup(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            self.wakeup_r.recv(4096)
+        self.woken = False      # before the queue is read: what is appended later sends a byte of its own
+        for _ in range(len(self.scheduled)):
+            self._call(self.scheduled.popleft())
 
     @staticmethod
-    def stumbled(method: Any) -> None:
-        """A bug has struck: what is left of its connection is closed."""
-        log.exception("the watchdog stumbled")
-        with contextlib.suppress(Exception):
-            getattr(getattr(method, "__self__", None), "abandon", bool)()
+    def _call(callback: Callable[[], None]) -> None:
+        try:
+            callback()
+        except Exception:
+            log.exception("a bug in akashproxy, on the loop thread")
 
-    def look(self, now: float) -> None:
-        """End what is over its time, notice clients that have left, fill silence."""
-        for watch in Watch.live.copy():
-            if watch.due < now:
-                watch.end(APIError(504, watch.late, code="timeout", kind="network"))
-        for handler in self.handlers.copy():
-            self.call(handler.look, now)
-        self.server.look()
-        if now >= self.tidy_at:
-            self.tidy_at = now + 1.0
-            self.server.pool.tidy(now)
-            self.forget_closed()
+    @staticmethod
+    def _abort(registration: Registration) -> None:
+        log.exception("a bug in akashproxy, on the loop thread")
+        try:
+            registration.abort()
+        except Exception:
+            log.exception("the connection could not be closed properly")
 
 
-class Board:
-    """What the workers of one server tell each other: a page of shared memory each, which its owner writes and all read.
+class State(enum.Enum):
+    """What a client's connection is doing. Loop thread.
 
-    A page holds the length and the check sum of a notice in JSON, and the notice. One that is just
-    being written is passed over.
+    ::
+
+        IDLE ──► READING         the first bytes of a request have come
+        READING ──► DISPATCHED   the request is whole, or must be refused: a worker has it
+        DISPATCHED ──► STREAMING the loop relays an upstream's response
+        STREAMING ──► DISPATCHED the upstream failed before its first event: a worker asks the next one
+        DISPATCHED, STREAMING ──► IDLE, READING    the response is sent
+        DISPATCHED, STREAMING ──► LINGERING        the response is sent, input is still discarded
+        any ──► CLOSED
     """
 
-    PAGE = 1 << 17
-    HEAD = 16       # digits before a notice, 8 of its length and 8 of its CRC
-
-    def __init__(self, pages: int) -> None:
-        self.pages, self.mine = pages, 0
-        self.memory = mmap.mmap(-1, pages * self.PAGE)
-
-    def post(self, notice: Dict[str, Any]) -> None:
-        data = to_json(notice)
-        if len(data) <= self.PAGE - self.HEAD:
-            at = self.mine * self.PAGE
-            self.memory[at:at + self.HEAD + len(data)] = b"%08x%08x%b" % (len(data), binascii.crc32(data), data)
-
-    def others(self) -> Iterator[Dict[str, Any]]:
-        """The notices of the others."""
-        for page in range(self.pages):
-            at = page * self.PAGE + self.HEAD
-            head = self.memory[at - self.HEAD:at]
-            if page != self.mine and head.strip(b"\0"):
-                data = self.memory[at:at + int(head[:8], 16)]
-                if binascii.crc32(data) == int(head[8:], 16):
-                    yield from_json(data)
+    IDLE = enum.auto()
+    READING = enum.auto()
+    DISPATCHED = enum.auto()
+    STREAMING = enum.auto()
+    LINGERING = enum.auto()
+    CLOSED = enum.auto()
 
 
-class Flow:
-    """An answer on its way: the watchdog reads the upstream, feeds the pipeline and writes to the client.
+ANSWERING = (State.DISPATCHED, State.STREAMING)
 
-    It begins when the request has been sent. A client that reads slowly pauses its upstream. When
-    the answer is whole the client is free for its next request, while the upstream's message comes
-    to its end. All of it happens in the watchdog's thread.
+
+class Head(NamedTuple):
+    """The head of a request, parsed."""
+
+    method: str = "-"
+    path: str = "-"             # decoded once
+    query: str = ""
+    http_minor: str = "1"
+    headers: Dict[str, str] = {}    # by lower-case name
+
+
+class Route(NamedTuple):
+    """A path of ours: its label in the metrics, and what answers each method."""
+
+    label: str = "other"
+    targets: Dict[str, Any] = {}        # {method: a dialect, or a function of the handler}
+    rest: str = ""                      # what {} stands for
+
+    def target(self, method: str) -> Any:
+        """What answers a method; None if it isn't allowed."""
+        return self.targets.get("GET" if method == "HEAD" else method)
+
+    def allow(self) -> str:
+        """The methods of the route, for the Allow field."""
+        methods = [*self.targets, *(["HEAD"] if "GET" in self.targets else []), "OPTIONS"]
+        return ", ".join(methods if self.targets else ["GET", "HEAD", "POST", "OPTIONS"])
+
+
+class Request:
+    """One request of a client. The loop's until it is whole, then its worker's; STREAMING, the loop's again."""
+
+    def __init__(self, connection: "Connection") -> None:
+        self.connection, self.server = connection, connection.server
+        self.settings = connection.server.settings      # a reload must not change them midway
+        self.id = "req_" + new_id()
+        self.head = Head()
+        self.body = b""
+        self.body_unread = False
+        self.keep_alive = False
+        self.error: Optional[Exception] = None          # why it must be refused
+        self.started_at = time.monotonic()
+        self.route = Route()
+        self.key: Optional["KeyLimiter"] = None         # whose request it is, if that key has a name
+        self.counted = False                            # against the limits of the key
+        self.call: Optional[Call] = None                # while a model's answer is awaited
+        self.exchange: Optional[Running] = None         # the same
+        self.relay: Optional["StreamRelay"] = None      # while STREAMING
+        self.record = AccessRecord()
+        self.writer = ResponseWriter(self)
+
+    def parse_head(self, head: bytes) -> None:
+        """Take a head apart and check it; ProtocolError if it isn't HTTP/1.1 as it should be."""
+        line, headers = parse_head(head, parse_request_line)
+        self.head = Head(*line, headers)
+        self.keep_alive = keeps_alive(self.head.http_minor, headers)
+        host = headers.get("host")
+        if (host is None and self.head.http_minor == "1") or not _HOST.fullmatch(host or ""):
+            raise ProtocolError("one Host is needed")
+        if "transfer-encoding" in headers and self.head.http_minor == "0":
+            raise ProtocolError("Transfer-Encoding in HTTP/1.0")
+        asked = headers.get("x-request-id", "")
+        if asked and _REQUEST_ID.fullmatch(asked):
+            self.id = asked
+
+    def begin_call(self, call: Call) -> None:
+        """From now on cancel() has something to cancel; ClientDisconnected if the client has left before that."""
+        self.call = call        # first: the loop closes the connection first, and looks for a call then
+        if self.connection.state is State.CLOSED:
+            raise ClientLeft("the client left")
+
+    def cancel(self, reason: Optional[Exception] = None) -> None:
+        """End the exchange with the upstream, if there is one; whatever blocks in it raises the reason."""
+        if self.call is not None:
+            self.call.cancel(reason)
+
+
+class AccessRecord:
+    """What the access log and the metrics say of a request, besides its head and its response."""
+
+    __slots__ = ("model", "controller", "usage", "first_token_at")
+
+    def __init__(self) -> None:
+        self.model = self.controller = ""
+        self.usage: Optional[Dict[str, int]] = None
+        self.first_token_at = 0.0
+
+
+class ByteBudget:
+    """Bytes that all bodies in transit may take together. Any thread."""
+
+    def __init__(self, limit: Callable[[], int]) -> None:
+        self.limit, self.used = limit, 0
+        self.lock = threading.Lock()
+
+    def check(self, size: int) -> None:
+        """APIError 503 if there is no room for so many bytes now."""
+        if self.used + size > self.limit():
+            raise APIError(503, "Too many bytes of other requests are being received.", code="overloaded", retry_after=1)
+
+    def reserve(self, size: int) -> None:
+        """Count bytes that are here; APIError 503 if there is no room for them."""
+        with self.lock:
+            self.check(size)
+            self.used += size
+
+    def release(self, size: int) -> None:
+        with self.lock:
+            self.used -= size
+
+
+def check_body_size(size: int, settings: Settings) -> None:
+    """Check the size of a request's body, as far as it is known; APIError 413."""
+    limit = min(settings.max_body, settings.max_body_total)
+    if size > limit:
+        raise APIError(413, f"The body is larger than {limit} bytes.")
+
+
+class BodyReader:
+    """Collects the body of a connection's request, within the bounds of size, memory and pace. Loop thread.
+
+    Each byte moves the deadline at MIN_UPLOAD_RATE, but never more than BODY_TIMEOUT ahead: a client that sent
+    much at once and then falls silent would else be waited for as long as that much may take.
     """
 
-    def __init__(self, handler: "Handler", running: Running) -> None:
-        self.handler, self.running, self.dialect = handler, running, handler.dialect
-        self.stream: Stream = running.source
-        self.watchdog = handler.server.watchdog
-        self.client, self.upstream = handler.connection, self.stream.response.sock
-        self.watch = self.stream.response.watch
-        self.begun = self.paused = self.free = self.ended = False
-        self.deaf = False           # it has sent its next request, so that its end would not show
-        self.short: Any = None      # steps of the short way, if there is one: data -> payload -> what it tells -> frame
-        self.gathered: List[Event] = []     # of an answer that is sent whole
-        self.has_more = getattr(self.upstream, "pending", None)     # TLS may have decoded more than was read
-        if not handler.call.stream:
+    MIN_UPLOAD_RATE = 4000      # bytes per second
+
+    def __init__(self) -> None:
+        self.decoder, self.data = NO_BODY, bytearray()
+        self.reserved = 0           # bytes that count against MAX_BODY_TOTAL
+        self.deadline = math.inf
+        self.server: Any = None
+
+    def start(self, decoder: Body, server: "Server", now: float) -> None:
+        """Expect a body."""
+        self.decoder, self.server = decoder, server
+        self.deadline = now + server.settings.body_timeout
+
+    def feed(self, data: bytes, now: float) -> None:
+        """Take bytes of the connection; APIError 413 or 503 if they are too many."""
+        payload = self.decoder.feed(data)
+        check_body_size(len(self.data) + len(payload) + self.decoder.left, self.server.settings)    # of a chunk, the rest counts
+        if not self.decoder.done or self.data:      # a body that came with its head is not in transit
+            self.server.bodies.reserve(len(payload))
+            self.reserved += len(payload)
+        self.data += payload
+        self.deadline = min(self.deadline + len(data) / self.MIN_UPLOAD_RATE, now + self.server.settings.body_timeout)
+
+    def finish(self) -> Tuple[bytes, bytes]:
+        """The body, and the bytes that came after it."""
+        body, rest = bytes(self.data), self.decoder.rest
+        self.abandon()
+        return body, rest
+
+    def abandon(self) -> None:
+        """Release what has been collected."""
+        self.decoder, self.data = NO_BODY, bytearray()
+        if self.reserved:
+            self.server.bodies.release(self.reserved)
+            self.reserved = 0
+
+
+class Connection:
+    """A client's socket with its buffers, deadline and state. Loop thread, except enqueue() and wait_for_room().
+
+    A request is read whole and handed to a worker; the next one is read when its response is sent.
+    """
+
+    HIGH_WATER = 1 << 18        # bytes of output above which whoever writes must wait
+    LINGER_SECONDS = 2.0
+    LINGER_BYTES = 4 << 20
+
+    def __init__(self, sock: socket.socket, client_address: Any, server: "Server") -> None:
+        self.sock, self.client_address, self.server, self.loop = sock, client_address, server, server.loop
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setblocking(False)                 # no client can stop the loop by not reading
+        self.state = State.IDLE
+        self.input = bytearray()                # read, not yet used
+        self.output = bytearray()               # to be sent
+        self.room = threading.Condition()       # guards output; notified when it has fallen below HIGH_WATER
+        self.scan_from = 0                      # where the search for the head's end goes on
+        self.body = BodyReader()
+        self.request: Optional[Request] = None  # being read or answered
+        self.on_drained: Optional[Callable[[], None]] = None    # called once all output is sent
+        self.pipelined = False                  # its next request is here: readability no longer reveals its end
+        self.events = 0                         # that the loop waits for
+        self.linger_budget = 0
+        self.deadline, self.timeout_message = math.inf, ""
+        self._wait_for_events()
+
+    # -- reading
+
+    def on_ready(self) -> None:
+        """The socket is readable or writable."""
+        if self.state is State.CLOSED:      # by a callback before this one
+            return
+        if self.output:
+            self.flush()
+        if self.state in ANSWERING:
+            self._look_for_disconnect()
+        elif self.state is not State.CLOSED:
+            self._receive()
+
+    def _receive(self) -> None:
+        try:
+            data = self.sock.recv(READ_SIZE)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if self.state is State.LINGERING:
+            self.linger_budget -= len(data)
+            if not data or self.linger_budget <= 0:
+                self.close()
+        elif data:
+            if self.state is State.IDLE:
+                self.state = State.READING
+                self.set_deadline(self.server.settings.head_timeout, "The request's head took too long.")
+            self.input += data
+            self._advance()
+        elif self.input or self.request is not None:
+            self._dispatch(ProtocolError(f"the connection ended within a {'head' if self.request is None else 'body'}"))
+        else:
+            self.close()
+
+    def _advance(self) -> None:
+        """Go on with the bytes that are here: head, gate, body; a whole request goes to a worker."""
+        try:
+            if (self.request is not None or self._read_head()) and self._read_body():
+                self._dispatch()
+        except (ProtocolError, APIError) as error:
+            self._dispatch(error)
+
+    def _read_head(self) -> bool:
+        """Whether the head is complete; it is parsed, and passed the gate, then."""
+        if self.input.startswith(b"\r\n"):      # RFC 9112, 2.2: blank lines before a request are skipped
+            del self.input[:_BLANK_LINES.match(self.input).end()]
+        end = head_end(self.input, self.scan_from) if self.input else -1
+        if end < 0:
+            self.scan_from = max(0, len(self.input) - 3)
+            return False
+        self.scan_from = 0
+        self.request = request = Request(self)
+        head = bytes(self.input[:end])
+        del self.input[:end + 4]
+        request.parse_head(head)
+        decoder = Body(request.head.headers)
+        request.body_unread = not decoder.done
+        self.server.check_head(request, decoder)
+        self.body.start(decoder, self.server, self.loop.now)
+        if request.head.headers.get("expect") and not decoder.done and not self.input:
+            self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        self.deadline = math.inf
+        return True
+
+    def _read_body(self) -> bool:
+        """Whether the body is complete."""
+        request, reader = self.request, self.body
+        if not request.body_unread:
+            return True
+        if self.input:
+            data, self.input = bytes(self.input), bytearray()
+            reader.feed(data, self.loop.now)
+        if not reader.decoder.done:
+            if request.head.method in BODILESS_METHODS:
+                return True         # the connection ends with the response
+            self.deadline, self.timeout_message = reader.deadline, "The request's body took too long."
+            return False
+        request.body, rest = reader.finish()
+        self.input = bytearray(rest)
+        request.body_unread = False
+        return True
+
+    def _dispatch(self, error: Optional[Exception] = None) -> None:
+        """Hand the request to a worker, with the reason if it must be refused."""
+        if self.request is None:
+            self.request = Request(self)
+        if error is not None and (isinstance(error, ProtocolError) or not self.request.head.headers):
+            self.request.body_unread = True     # no next request can be found in what follows
+        self.body.abandon()
+        self.request.error = error
+        self.state, self.deadline = State.DISPATCHED, math.inf
+        self.submit(functools.partial(self.server.serve_request, self.request))
+
+    def submit(self, task: Callable[[], None]) -> None:
+        """Hand a step of the request to a worker; without one the client is turned away."""
+        try:
+            self.server.submit(task)
+        except RuntimeError as error:       # no more threads
+            if report_exhaustion():
+                log.error("a request could not be handled: %s", error)
+            if self.request.writer.status:
+                self.disconnect()
+            else:
+                self.server.reject(self)
+            self.end_request()
+
+    def _look_for_disconnect(self) -> None:
+        """While a response is awaited: the client has left, or has sent its next request."""
+        seen = peek(self.sock)
+        if seen == b"" and self.request.error is None:      # one that is refused may have ended its side before
+            self.disconnect()
+        elif seen is not None:
+            self.pipelined = True
+            self._wait_for_events()
+
+    # -- writing
+
+    def send(self, data: bytes, last: bool = False) -> bool:
+        """Send what the socket takes and buffer the rest; True if nothing is left. Loop thread."""
+        if self.output:
+            with self.room:
+                self.output += data
+            return self.flush()
+        try:
+            sent = self.sock.send(data)
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            self.disconnect()
+            return False
+        if sent == len(data):
+            return True
+        with self.room:
+            self.output += data[sent:]
+        self._expect_reading()
+        return False
+
+    def enqueue(self, data: bytes, last: bool = False) -> None:
+        """Buffer output for the loop to send; ClientDisconnected if the connection is closed. Any thread.
+
+        The last output of a request is sent by end_request(), so that the loop is woken up once.
+        """
+        with self.room:
+            if self.state is State.CLOSED:
+                raise ClientLeft("the client left")
+            first = not self.output
+            self.output += data
+        if first and not last:
+            self.loop.call_soon_threadsafe(self.flush)
+
+    def wait_for_room(self) -> None:
+        """Wait until the client has read most of the output; ClientDisconnected if it leaves. Worker thread."""
+        with self.room:
+            self.room.wait_for(lambda: len(self.output) < self.HIGH_WATER or self.state is State.CLOSED)
+            if self.state is State.CLOSED:
+                raise ClientLeft("the client left")
+
+    def flush(self) -> bool:
+        """Send more of the output; True if all of it is sent. Loop thread."""
+        if self.state is State.CLOSED:
+            return False
+        try:
+            with self.room:
+                del self.output[:self.sock.send(self.output)]
+                self.room.notify_all()
+        except BlockingIOError:
+            pass
+        except OSError:
+            self.disconnect()
+            return False
+        if self.output:
+            self._expect_reading()
+            return False
+        self.deadline = math.inf
+        self._wait_for_events()
+        if self.on_drained is not None:
+            callback, self.on_drained = self.on_drained, None
+            callback()
+        return True
+
+    def _expect_reading(self) -> None:
+        """Each part that the client takes gives it more time for the next one."""
+        self.set_deadline(self.server.settings.write_timeout, "The client did not read its response.")
+        self._wait_for_events()
+
+    # -- the end of a request, and of the connection
+
+    def end_request(self) -> None:
+        """The response is complete: log it, then read the next request, or close. Loop thread."""
+        request = self.request
+        if request is None:
+            return
+        if self.output and self.state is not State.CLOSED:
+            self.on_drained = self.end_request
+            self.flush()
+            return
+        self.request = None
+        if request.exchange is not None:
+            request.exchange.close()
+        self.server.on_request_end(request)
+        if self.state is State.CLOSED:
+            self.server.on_connection_closed(self)
+        elif self.state is State.LINGERING:
+            return
+        elif request.keep_alive and not request.body_unread:
+            self._next_request()
+        elif request.body_unread:
+            self._linger()
+        else:
+            self.close()
+
+    def _next_request(self) -> None:
+        self.pipelined = False
+        if self.input:
+            self.state = State.READING
+            self.set_deadline(self.server.settings.head_timeout, "The request's head took too long.")
+            self._advance()
+        else:
+            self.state = State.IDLE
+            self.set_deadline(self.server.settings.keepalive_timeout, "")
+        self._wait_for_events()
+
+    def _linger(self) -> None:
+        """Lingering close (RFC 9112, 9.6): half-close, then discard input; a reset would destroy the response."""
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_WR)
+        self.state, self.pipelined, self.linger_budget = State.LINGERING, False, self.LINGER_BYTES
+        self.set_deadline(self.LINGER_SECONDS, "")
+        self._wait_for_events()
+
+    def disconnect(self) -> None:
+        """The client has left: close, and cancel what is under way for it."""
+        request, answering, drained = self.request, self.state in ANSWERING, self.on_drained
+        self.close()
+        if request is None or not answering:
+            return
+        if request.relay is not None:
+            request.relay.on_client_disconnect()
+        elif drained is not None:       # the response was complete, but for the client
+            self.end_request()
+        request.cancel()
+
+    def abort(self) -> None:
+        """A bug has ended a callback of this connection: close it, and what belongs to it."""
+        self.disconnect()
+
+    def close(self) -> None:
+        """Close the socket. A request that a worker still has is logged when that ends."""
+        if self.state is State.CLOSED:
+            return
+        was_reading = self.state in (State.IDLE, State.READING)
+        self.body.abandon()
+        with self.room:
+            self.state = State.CLOSED
+            self.output.clear()
+            self.room.notify_all()
+        self.deadline, self.on_drained = math.inf, None
+        self.loop.remove(self.sock)
+        self.server.shutdown_request(self.sock)
+        if was_reading:
+            self.request = None
+        if self.request is None:
+            self.server.on_connection_closed(self)
+
+    # -- time
+
+    def set_deadline(self, seconds: float, message: str) -> None:
+        """What is expected of the client now must happen within so many seconds."""
+        self.deadline, self.timeout_message = self.loop.now + seconds, message
+
+    def on_tick(self, now: float) -> None:
+        """Deadlines, clients that have left, pings."""
+        if self.state is State.IDLE and self.server.draining:
+            self.deadline = min(self.deadline, now + LAME)
+        if now >= self.deadline:
+            self._on_deadline()
+        elif self.state in ANSWERING:
+            if self.pipelined and self.request.error is None and has_left(self.sock):
+                self.disconnect()
+            else:
+                self.request.writer.on_tick(now)
+
+    def _on_deadline(self) -> None:
+        if self.state is State.READING and (self.input or self.request is not None):
+            self._dispatch(APIError(408, self.timeout_message))
+        elif self.state in ANSWERING:
+            self.disconnect()
+        else:
+            self.close()
+
+    def _wait_for_events(self) -> None:
+        """Have the loop wait for what can happen now; a selector can't wait for nothing."""
+        events = (0 if self.pipelined else selectors.EVENT_READ) | (selectors.EVENT_WRITE if self.output else 0)
+        if events == self.events or self.state is State.CLOSED:
+            return
+        if not self.events:
+            self.loop.add(self.sock, self.on_ready, self.abort, events)
+        elif events:
+            self.loop.modify(self.sock, events)
+        else:
+            self.loop.remove(self.sock)
+        self.events = events
+
+
+# == 11. relay ================================================================================
+# The way of a response to its client. Knows no upstreams' formats.
+
+
+class ResponseWriter:
+    """Writes one response: status line, header fields, framing. Any thread: its worker's, while STREAMING the loop's.
+
+    start() buffers the head, which leaves with the first bytes of the body. The lock keeps the pings
+    of the loop thread from what a worker is just writing.
+    """
+
+    def __init__(self, request: "Request") -> None:
+        self.request, self.connection = request, request.connection
+        self.lock = threading.RLock()
+        self.send: Callable[..., Any] = self.connection.enqueue     # Connection.send once the loop relays
+        self.status = 0                 # 0: not started
+        self.finished = self.chunked = False
+        self.head = b""
+        self.bytes_sent = 0             # of the body
+        self.tail = b"\n\n"             # its last bytes
+        self.last_write = request.started_at
+        self.ping_frame: Optional[Callable[[str], bytes]] = None    # of a stream that may get pings
+
+    def start(self, status: int, headers: Dict[str, str], length: Optional[int] = None) -> None:
+        """Begin the response; without a length its body is chunked, or extends to the end of the connection."""
+        request, server = self.request, self.request.server
+        if request.body_unread or server.draining:
+            request.keep_alive = False
+        self.status = status
+        self.chunked = length is None and request.head.http_minor == "1"
+        values = "".join(headers.values())
+        if not values.isprintable() or not values.isascii():
+            headers = {name: _UNPRINTABLE.sub("?", value) for name, value in headers.items()}
+        fields = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
+        framing = "Transfer-Encoding: chunked\r\n" if self.chunked else ""
+        if length is not None and status != 204:
+            framing = f"Content-Length: {length}\r\n"
+        elif length is None and not self.chunked:
+            request.keep_alive = False
+        if not request.keep_alive:
+            framing += "Connection: close\r\n"
+        elif request.head.http_minor == "0":
+            framing += "Connection: keep-alive\r\n"
+        self.head = (f"{_STATUS_LINES.get(status) or f'HTTP/1.1 {status} '}\r\n{server.date_header()}{fields}{framing}"
+                     f"x-request-id: {request.id}\r\n{server.cors_headers(request)}\r\n").encode("ascii")
+
+    def write(self, data: bytes) -> Any:
+        """Send a part of the body; what Connection.send() or enqueue() returns. ClientDisconnected if that fails."""
+        with self.lock:
+            self.last_write = self.connection.loop.now
+            return self.send(self._frame(data))
+
+    def finish(self, data: bytes = b"") -> Any:
+        """Send the last part of the body; the key's slot is free before the client can know that it is complete."""
+        with self.lock:
+            self.request.server.release_key(self.request)
+            self.ping_frame, self.finished = None, True
+            end = b"0\r\n\r\n" if self.chunked and self.request.head.method != "HEAD" else b""
+            return self.send(self._frame(data) + end, last=True)
+
+    def respond(self, status: int, data: bytes, headers: Dict[str, str]) -> None:
+        """A whole response."""
+        with self.lock:
+            self.start(status, headers, length=len(data))
+            self.finish(data)
+
+    def cut(self) -> None:
+        """End a body that can't carry an error: without its proper end the client sees that it is incomplete."""
+        self.request.keep_alive, self.chunked = False, False
+        self.finish()
+
+    def on_tick(self, now: float) -> None:
+        """Fill the silence of a stream with a ping, so that no proxy takes the connection for dead. Loop thread."""
+        heartbeat = self.request.settings.heartbeat
+        if self.ping_frame is None or now - self.last_write <= heartbeat or not self.lock.acquire(blocking=False):
+            return              # a worker that has the lock is just writing
+        try:
+            if self.ping_frame is None or now - self.last_write <= heartbeat:
+                return          # it has written since
+            self.last_write = now
+            frame = self.ping_frame(self.request.settings.pings)
+            if frame and not self.connection.output and self.tail.endswith((b"\n\n", b"\r\n\r\n", b"\n\r\n")):
+                if not self.status:
+                    self.start(200, SSE_HEADERS)
+                self.send(self._frame(frame))
+        except ClientLeft:
+            self.request.cancel()
+        finally:
+            self.lock.release()
+
+    def _frame(self, data: bytes) -> bytes:
+        """A part of the body as it goes on the wire, the head before the first one."""
+        if data:
+            self.bytes_sent += len(data)
+            self.tail = data if len(data) > 3 else (self.tail + data)[-4:]
+            if self.request.head.method == "HEAD":
+                data = b""
+            elif self.chunked:      # a chunk of length 0 would end the body
+                data = b"%x\r\n%b\r\n" % (len(data), data)
+        if self.head:
+            data, self.head = self.head + data, b""
+        return data
+
+
+class StreamRelay:
+    """Relays one response on the loop thread: upstream -> decoder -> dialect -> client, with back-pressure.
+
+    It begins when the request has been sent. A client that reads slowly pauses its upstream. Once the
+    response is complete the client may send its next request, while the upstream's message is read to
+    its end, so that the connection can be used again.
+    """
+
+    def __init__(self, handler: "Handler") -> None:
+        self.handler, self.request, self.exchange = handler, handler.request, handler.request.exchange
+        self.dialect, self.writer, self.connection = handler.dialect, handler.request.writer, handler.request.connection
+        self.loop = self.connection.loop
+        self.stream: Stream = self.exchange.source
+        self.upstream, self.scope = self.stream.response.sock, self.stream.response.watch
+        self.tls_pending = getattr(self.upstream, "pending", None)      # TLS may have decoded more than was read
+        self.paused = self.client_done = self.upstream_done = False
+        self.buffered: List[Event] = []     # of a response that is sent whole
+        if not self.request.call.stream:
             self.stream.left = BODY_LIMIT
 
     def start(self) -> None:
-        """Leave both sockets to the watchdog."""
-        self.handler.here = True
+        """Take over from the worker that has sent the request."""
         if self.upstream.gettimeout() != 0:
             self.upstream.setblocking(False)
-        self.watchdog.watch(self.upstream, self.on_upstream)
-        self.listen()
-        if self.has_more and self.has_more():
-            self.on_upstream()
-
-    def listen(self) -> None:
-        """Look at the client as far as it can have news."""
-        self.handler.listen((0 if self.deaf else selectors.EVENT_READ) | (selectors.EVENT_WRITE if self.paused else 0))
+        if self.connection.state is State.CLOSED:
+            return self.on_client_disconnect()
+        self.connection.state, self.request.relay = State.STREAMING, self
+        self.writer.send = self.connection.send
+        self._add_upstream()
 
     def on_upstream(self) -> None:
         """The upstream has sent something, or has ended."""
-        if self.ended:
-            return
-        was_free = self.free
-        self.step()
-        while self.has_more and not self.ended and not self.paused and self.has_more():
-            self.step()     # no selector tells of that
-        if self.free and not was_free:
-            self.handler.run()
+        self._step()
+        while self.tls_pending and not self.upstream_done and not self.paused and self.tls_pending():
+            self._step()        # no selector knows of that
 
-    def step(self) -> None:
+    def on_client_disconnect(self) -> None:
+        """The client has left: so may the upstream."""
+        self.client_done = True
+        self._release()
+        self.loop.call_soon_threadsafe(self.connection.end_request)
+
+    def abort(self) -> None:
+        """A bug has struck: close the upstream, and the client if it still waits for this response."""
+        waiting = not self.client_done
+        self.client_done = True
+        self._release()
+        if waiting:
+            self.connection.disconnect()
+            self.connection.end_request()
+
+    def _step(self) -> None:
         """One read, one write."""
         stream = self.stream
         try:
-            data = self.upstream.recv(READ_SIZE)
-            if self.short and self.short_way(data):
-                return
-            events = stream.receive(data)
+            events = stream.receive(self.upstream.recv(READ_SIZE))
         except (BlockingIOError, WantRead):
             return
         except OSError as error:
             events = stream.broken(error)
-        if events and not self.free:
-            if self.begun and not stream.whole:     # the usual
-                self.send(self.dialect.feed(events))
-            else:
-                self.take(events)
+        if events and not self.client_done:
+            self._deliver(events)
         if stream.failure:
-            self.fail(stream.failure)
+            self._fail(stream.failure)
         elif stream.over:
-            self.finish()
+            self._finish()
         elif stream.started and not self.paused:
-            due = self.watchdog.now + stream.response.patience.idle
-            self.watch.due = min(due, self.watch.due) if stream.whole else due
+            due = self.loop.now + stream.response.patience.idle
+            self.scope.due = min(due, self.scope.due) if stream.whole else due
 
-    def short_way(self, data: bytes) -> bool:
-        """Send one chunk with one event from the middle of a stream on, if that is what came: nearly always, token by token."""
-        unframed, usual, splice = self.short
-        payload = unframed(data)
-        told = payload and usual(payload)
-        if not told:
-            return False
-        self.watch.due = self.watchdog.now + self.idle
-        try:
-            if not self.handler.send_chunk(splice(told)):
-                self.pause()
-        except OSError:
-            self.lose()
-        return True
+    def _deliver(self, events: List[Event]) -> None:
+        """Pass events on, or keep them until the response can be sent whole."""
+        if self.exchange.begun:
+            frames = self.dialect.feed(events)
+        elif self._is_buffered():
+            self.buffered += events
+            return
+        else:
+            frames = self.handler.start_stream() + self.dialect.feed(events)
+        if not self.stream.whole:
+            if not self.writer.write(frames):
+                self._pause()
+        else:
+            self.request.record.usage = getattr(events[-1], "usage", None)
+            self._end_response(frames)
 
-    def begin(self) -> bytes:
-        """Begin the client's answer, and find out if it has a short way; what it opens with."""
-        opening, self.begun = self.handler.begin_stream(), True
-        response, decoder = self.stream.response, self.stream.decoder
-        usual = getattr(decoder, "usual", None)
-        splice = self.dialect.splice if self.handler.call.kind is None else bytes
-        if usual and splice and self.handler.chunked and response.body.chunked:
-            self.short, self.idle = (response.body.lone, usual, splice), response.patience.idle
-        return opening
-
-    def take(self, events: List[Event]) -> None:
-        """Pass the first events on, or the last ones, or keep them until the answer can be sent whole."""
-        opening = b""
-        if not self.begun:
-            if self.gathers():
-                self.gathered += events
-                return
-            opening = self.begin()
-        if self.stream.whole:
-            self.handler.usage, self.short = getattr(events[-1], "usage", None), None
-        self.send(opening + self.dialect.feed(events), self.stream.whole)
-
-    def gathers(self) -> bool:
-        call = self.handler.call
+    def _is_buffered(self) -> bool:
+        call = self.request.call
         return not call.stream or call.kind is not None and isinstance(self.stream.decoder, Collected)
 
-    def finish(self) -> None:
-        """The upstream's message has come to its end."""
-        if self.gathered:
-            answer = self.handler.whole(self.gathered)
-            self.release()      # the upstream's connection is free before the client can ask again
-            self.send(answer, True)
-        elif not self.stream.whole:
-            self.send(b"" if self.begun else self.begin(), True)
-        self.release()
+    def _end_response(self, frames: bytes) -> None:
+        """Send the last frames; the connection goes on with its next request when they are sent."""
+        self.client_done = True
+        self.writer.finish(frames)
+        self.request.relay = self.request.exchange = None
+        self.connection.end_request()
 
-    def send(self, frames: bytes, last: bool = False) -> None:
-        if self.free:
-            return
-        try:
-            if not self.handler.send_now(frames, last):
-                self.pause()
-            elif last:
-                self.let_go()
-        except OSError:
-            self.lose()
+    def _finish(self) -> None:
+        """The upstream's message is complete."""
+        frames = b""
+        if self.buffered:
+            frames = self.handler.start_whole(self.buffered)
+        elif not self.exchange.begun:
+            frames = self.handler.start_stream()
+        self._release()         # the upstream's connection is free before the client can ask again
+        if not self.client_done:
+            self._end_response(frames)
 
-    def pause(self) -> None:
-        """Read no more until the client has taken in what there is."""
-        if not self.paused:
-            self.paused = True
-            if self.stream.decoder is not None:     # else it still owes its first byte
-                self.watch.due = math.inf
-            self.watchdog.leave(self.upstream)
-            self.listen()
-
-    def lose(self) -> None:
-        """The client has left."""
-        self.handler.client_left()
-        self.release()
-        self.let_go()
-
-    def abandon(self) -> None:
-        """A bug has struck: both connections are closed, if the client has not gone on to its next request."""
-        if self.free:
-            return self.release()
-        self.lose()
-        self.running.close()    # even where the next controller was being asked
-        self.handler.close()
-
-    def let_go(self) -> None:
-        """The client is served."""
-        self.free, self.handler.flow, self.handler.running = True, None, None
-
-    def on_client(self) -> None:
-        """It has left, it has sent its next request, or it has room again."""
-        said = peek(self.client)
-        if said == b"":
-            return self.hang_up()
-        if said:
-            self.deaf = True
-            self.listen()
-        if self.paused:
-            self.resume()
-
-    def hang_up(self) -> None:
-        self.lose()
-        self.handler.run()
-
-    def resume(self) -> None:
-        try:
-            if not self.handler.send_now(b""):
-                return
-        except OSError:
-            return self.hang_up()
-        self.paused = False
-        if self.stream.whole or self.ended:
-            self.let_go()
-            self.handler.run()
+    def _fail(self, error: Exception) -> None:
+        """No response, or not all of it: a worker asks the next controller, or the client gets an error frame."""
+        if self.client_done or not isinstance(error, APIError):
+            self._release()
+            if not self.client_done:
+                self.connection.disconnect()
+        elif self.exchange.begun:
+            frames = self.handler.error_trailer(error)
+            self._release(error)
+            self._end_response(frames)
         else:
-            self.listen()
-        if not self.ended:
-            if self.stream.decoder is not None:
-                self.stream.response.expect(self.stream.started)
-            self.watchdog.watch(self.upstream, self.on_upstream)
+            self.upstream_done = True
+            self.loop.remove(self.upstream)
+            self.request.relay, self.connection.state = None, State.DISPATCHED
+            self.writer.send = self.connection.enqueue
+            self.connection.submit(functools.partial(self.handler.fail_over, error))
+
+    def _pause(self) -> None:
+        """Read no more until the client has read what there is."""
+        if not self.paused and not self.client_done:
+            self.paused = True
+            self.scope.due = math.inf
+            self.loop.remove(self.upstream)
+            self.connection.on_drained = self._resume
+
+    def _resume(self) -> None:
+        self.paused = False
+        if not self.upstream_done:
+            self.stream.response.expect(self.stream.started)
+            self._add_upstream()
+
+    def _add_upstream(self) -> None:
+        self.loop.add(self.upstream, self.on_upstream, self.abort)
+        if self.tls_pending and self.tls_pending():
             self.on_upstream()
 
-    def fail(self, error: Exception) -> None:
-        """No answer, or not all of it: another controller is asked, or the client is told within the stream."""
-        if not isinstance(error, APIError):
-            self.lose()
-        elif self.begun:
-            self.send(self.handler.farewell(error), True)
-            self.release(error)
-        else:
-            self.ended, self.handler.flow = True, None
-            self.watchdog.leave(self.upstream)
-            self.handler.run(functools.partial(self.handler.ask_another, error))
-
-    def release(self, error: Optional[APIError] = None) -> None:
-        """No more comes from the upstream; what the client has not taken in yet, it still gets."""
-        if not self.ended:
-            self.ended = True
-            if self.stream.response.reusable():
-                self.watchdog.park(self.upstream)
-            else:
-                self.watchdog.leave(self.upstream)
-            self.running.close(error)
+    def _release(self, error: Optional[APIError] = None) -> None:
+        """No more comes from the upstream: its connection is kept or closed, and its result recorded."""
+        if not self.upstream_done:
+            self.upstream_done = True
+            self.loop.remove(self.upstream)
+            self.exchange.close(error)
 
 
-class Limits:
+# == 12. limits ==============================================================================
+# What a key may do, and the figures for Prometheus.
+
+
+class KeyLimiter:
     """What a key may do, and how far it has done it. Any thread may ask; whoever was let in with enter() must leave()."""
 
     def __init__(self, options: KeySettings, clock: Callable[[], float] = time.monotonic) -> None:
@@ -6433,29 +6921,6 @@ class Limits:
         return {"name": self.name, "in_flight": self.in_flight, "requests": self.requests, "refused": self.refused}
 
 
-class ByteBudget:
-    """Bytes that all bodies in transit may take together. Any thread."""
-
-    def __init__(self, limit: Callable[[], int]) -> None:
-        self.limit, self.used = limit, 0
-        self.lock = threading.Lock()
-
-    def check(self, size: int) -> None:
-        """APIError 503 if there is no room for so many bytes now."""
-        if self.used + size > self.limit():
-            raise APIError(503, "Too many bytes of other requests are being received.", code="overloaded", retry_after=1)
-
-    def reserve(self, size: int) -> None:
-        """Count bytes that are here; APIError 503 if there is no room for them."""
-        with self.lock:
-            self.check(size)
-            self.used += size
-
-    def release(self, size: int) -> None:
-        with self.lock:
-            self.used -= size
-
-
 # What /metrics tells: {name: (type, help, labels)}. Their values come from ROUTES and the settings, none from a request.
 SERIES: Dict[str, Tuple[str, str, Tuple[str, ...]]] = {
     "akashproxy_requests_total": ("counter", "Requests that are over.", ("route", "status", "controller")),
@@ -6479,7 +6944,6 @@ SERIES: Dict[str, Tuple[str, str, Tuple[str, ...]]] = {
     "process_cpu_seconds_total": ("counter", "CPU time, user and system.", ()),
     "process_start_time_seconds": ("gauge", "When it started, in seconds since 1970.", ()),
 }
-SAME = ("akashproxy_build_info", "process_start_time_seconds")     # of all processes: not added up, the least is told
 BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320)     # seconds; then infinity
 
 
@@ -6491,19 +6955,20 @@ class Metrics:
         self.counts: Dict[Tuple[Any, ...], float] = defaultdict(    # {(name, label, ...): number}
             int, {(name,): 0 for name, (_, _, labels) in SERIES.items() if not labels})
 
-    def add(self, request: "Handler", now: float) -> None:
-        """A request is over."""
-        who, usage, call, counts = request.controller, request.usage, getattr(request.dialect, "call", None), self.counts
+    def add(self, request: "Request", now: float) -> None:
+        """Count a request that is over."""
+        record, call, writer, counts = request.record, request.call, request.writer, self.counts
+        who, usage = record.controller, record.usage
         with self.lock:
-            counts["akashproxy_requests_total", request.route, request.status, who] += 1
-            counts["akashproxy_sent_bytes_total",] += request.sent
+            counts["akashproxy_requests_total", request.route.label, writer.status or 499, who] += 1
+            counts["akashproxy_sent_bytes_total",] += writer.bytes_sent
             if call is None:
                 return
-            self.observe("akashproxy_request_duration_seconds", who, now - request.began)
+            self.observe("akashproxy_request_duration_seconds", who, now - request.started_at)
             if len(call.route) > 1:
                 counts["akashproxy_failovers_total",] += len(call.route) - 1
-            if call.stream and who and streams(call.kind):
-                self.observe("akashproxy_time_to_first_token_seconds", who, request.first_at - request.began)
+            if call.stream and who and is_event_stream(call.kind):
+                self.observe("akashproxy_time_to_first_token_seconds", who, record.first_token_at - request.started_at)
             if usage:
                 counts["akashproxy_prompt_tokens_total", who] += max(0, usage.get("prompt_tokens") or 0)
                 counts["akashproxy_completion_tokens_total", who] += max(0, usage.get("completion_tokens") or 0)
@@ -6513,13 +6978,13 @@ class Metrics:
         self.counts[name, who, bisect.bisect_left(BUCKETS, seconds)] += 1
         self.counts[name, who, "sum"] += seconds
 
-    def state(self) -> Dict[str, float]:
-        """All figures of this process, {"name|label|label": number}, which can be added to those of others."""
-        server, handlers = self.server, self.server.watchdog.handlers.copy()
+    def snapshot(self) -> Dict[Tuple[Any, ...], float]:
+        """All figures, {(name, label, ...): number}."""
+        server, connections = self.server, self.server.connections.copy()
         with self.lock:
             figures = dict(self.counts)
-        figures["akashproxy_requests_in_flight",] = sum(handler.call is not None for handler in handlers)
-        figures["akashproxy_open_connections",] = len(handlers)
+        figures["akashproxy_requests_in_flight",] = server.running_calls()
+        figures["akashproxy_open_connections",] = len(connections)
         for member in server.pool.members:
             figures["akashproxy_controller_rests_total", member.name] = member.rests
             figures["akashproxy_controller_resting", member.name] = int(member.rests_until > server.pool.clock())
@@ -6531,25 +6996,23 @@ class Metrics:
         figures["akashproxy_build_info", __version__, "%d.%d.%d" % sys.version_info[:3]] = 1
         figures["process_cpu_seconds_total",] = time.process_time()
         figures["process_start_time_seconds",] = self.began
-        return {"|".join(map(str, key)): value for key, value in figures.items()}
+        return figures
 
 
-def exposition(states: Iterable[Dict[str, float]]) -> bytes:
-    """The figures of some processes, added up, in Prometheus' text format (0.0.4)."""
-    total: Dict[str, Dict[Tuple[str, ...], float]] = {name: {} for name in SERIES}
-    for key, value in itertools.chain.from_iterable(state.items() for state in states):
-        name, *labels = key.split("|")
-        rows, row = total[name], tuple(labels)
-        rows[row] = min(rows.get(row, value), value) if name in SAME else rows.get(row, 0) + value
+def prometheus_text(figures: Dict[Tuple[Any, ...], float]) -> bytes:
+    """Figures in Prometheus' text format (0.0.4)."""
+    series: Dict[str, Dict[Tuple[str, ...], float]] = {name: {} for name in SERIES}
+    for (name, *labels), value in figures.items():
+        series[name][tuple(map(str, labels))] = value
     lines = []
     for name, (kind, help, names) in SERIES.items():
         lines += [f"# HELP {name} {help}", f"# TYPE {name} {kind}"]
         if kind == "histogram":
-            for who in sorted({row[:-1] for row in total[name]}):
-                lines += histogram(name, list(zip(names, who)), {row[-1]: value for row, value in total[name].items()
+            for who in sorted({row[:-1] for row in series[name]}):
+                lines += histogram(name, list(zip(names, who)), {row[-1]: value for row, value in series[name].items()
                                                                  if row[:-1] == who})
         else:
-            lines += [sample(name, zip(names, row), value) for row, value in sorted(total[name].items())]
+            lines += [sample(name, zip(names, row), value) for row, value in sorted(series[name].items())]
     return "\n".join([*lines, ""]).encode()
 
 
@@ -6570,62 +7033,41 @@ def sample(name: str, labels: Iterable[Tuple[str, str]], value: float) -> str:
     return f"{name}{{{text}}} {value}" if text else f"{name} {value}"
 
 
-# == 11. server ===============================================================================
-# The clients' side of HTTP: one Handler a connection, its requests as chains of steps. Knows no upstreams.
+# == 13. server ===============================================================================
+# http.server's classes, on the event loop. Knows no upstreams.
 
-# path: {method: a dialect, or the name of a method of Handler}. {} stands for the rest of a path.
-ROUTES: Dict[str, Dict[str, Any]] = {
-    "/v1/chat/completions": {"POST": ChatCompletions},
-    "/v1/completions": {"POST": Completions},
-    "/v1/images/generations": {"POST": Images},
-    "/v1/messages": {"POST": Messages},
-    "/v1/messages/count_tokens": {"POST": CountTokens},
-    "/v1/responses": {"POST": Responses},
-    "/v1/responses/{}": {"GET": "get_response", "DELETE": "get_response"},
-    "/v1/models": {"GET": "get_models"},
-    "/v1/models/{}": {"GET": "get_model"},
-    "/images/{}": {"GET": "get_image"},
-    "/": {"GET": "get_page"},
-    "/health": {"GET": "get_health"},
-    "/status": {"GET": "get_status"},
-    "/metrics": {"GET": "get_metrics"},
-}
+# Paths that need no token. A browser has none to send with an address that was typed in; the page holds no secrets, and
+# all that it asks for needs one.
+PUBLIC_PATHS = ("/", "/health")
 
-# What needs no token. A browser has none to send with an address that was typed in; the page holds no secrets, and all
-# that it asks for needs one.
-OPEN = ("/", "/health")
+BODILESS_METHODS = ("GET", "HEAD", "OPTIONS", "DELETE")     # a body that they declare is not read
 
 SERVER_NAME = f"akashproxy/{__version__}"
-EVERYBODY = ("Access-Control-Allow-Origin: *\r\nAccess-Control-Expose-Headers: "
-             "x-request-id, retry-after, x-should-retry, x-akashproxy-ignored, x-akashproxy-route\r\n")
+CORS_ANY = ("Access-Control-Allow-Origin: *\r\nAccess-Control-Expose-Headers: "
+            "x-request-id, retry-after, x-should-retry, x-akashproxy-ignored, x-akashproxy-route\r\n")
 _UNPRINTABLE = re.compile(r"[^ -~]")         # what must not stand in a head
 _STATUS_LINES = {int(status): f"HTTP/1.1 {status:d} {status.phrase}" for status in http.HTTPStatus}
 
-PASSED_ON = frozenset(("accept", "openai-beta", "anthropic-version", "anthropic-beta"))    # of a client's header fields
+FORWARDED_HEADERS = frozenset(("accept", "openai-beta", "anthropic-version", "anthropic-beta"))    # of a client's request
 
-HEALTHY = to_json({"status": "ok", "message": "akashproxy is running"})
-
-AT_ONCE = ("get_page", "get_health", "get_status", "get_metrics")  # methods that never wait
-
-SHORT = 1 << 16     # bytes of a body that the watchdog's thread may read: a longer one would keep others waiting
-
-LAME = 1.0      # seconds until a server that stops closes an idle connection: a request may be on its way
-
-MODEM = 4000    # bytes per second that a client must send of its body in any span of BODY_TIMEOUT seconds
+LAME = 1.0      # seconds until a server that stops closes an idle connection: a request may be in transit
 
 SSE_HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache, no-transform",
                "X-Accel-Buffering": "no"}
 
 
-# What a connection's request begins with.
-FRESH = {"command": "-", "path": "-", "query": "", "minor": "1", "headers": {}, "dialect": Dialect,
-         "route": "other",      # for the metrics
-         "key": None,           # who asks, if that has a name
-         "data": b"",           # the body, once it is whole
-         "received": None,      # its part that is here until then
-         "close_connection": True, "unread": False, "sent_head": False, "status": 0, "sent": 0, "model": "",
-         "controller": "", "last": b"\n\n", "usage": None, "first_at": 0.0}
+def is_event_stream(content_type: Optional[str]) -> bool:
+    """Whether a response of this content type is a stream of events; None is one that is made here."""
+    return content_type is None or content_type.startswith("text/event-stream")
 
+
+@functools.lru_cache(maxsize=2)
+def date_header(second: int) -> str:
+    """The Server and Date fields of a second since 1970."""
+    return f"Server: {SERVER_NAME}\r\nDate: {time.strftime('%a, %d %b %Y %H:%M:%S GMT', time.gmtime(second))}\r\n"
+
+
+# -- which pages and hosts may use the server
 
 _AUTHORITY = re.compile(r"[a-z0-9._:\[\]-]+")
 
@@ -6681,761 +7123,431 @@ def origin_of(url: str) -> str:
     return f"{parts.scheme}://{parts.netloc}".lower()
 
 
-def streams(kind: Optional[str]) -> bool:
-    """Is an answer of this content type a stream of events? None: it is made here."""
-    return kind is None or kind.startswith("text/event-stream")
+class ResponseFile(io.RawIOBase):
+    """The ``wfile`` of a handler: each write() is a part of the response's body. Worker thread."""
+
+    def __init__(self, writer: ResponseWriter) -> None:
+        super().__init__()
+        self.writer = writer
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self.writer.write(bytes(data))
+        self.writer.connection.wait_for_room()
+        return len(data)
 
 
-def find_route(path: str) -> Tuple[Dict[str, Any], str]:
-    """The methods of a path, and what {} stands for; ({}, "") where there is no such path."""
-    if path in ROUTES and "{}" not in path:
-        return ROUTES[path], ""
-    for pattern, methods in ROUTES.items():
-        prefix, braces, _ = pattern.partition("{}")
-        if braces and path.startswith(prefix) and len(path) > len(prefix):
-            return methods, path[len(prefix):]
-    return {}, ""
+class CallResponder:
+    """Answers a model call: asks controllers until one answers, and writes its events in the client's dialect.
+
+    The worker's; while a StreamRelay has the response, the loop's.
+    """
+
+    def __init__(self, request: Request, dialect: Any, run: Callable[[Callable[[], Any]], None]) -> None:
+        self.request, self.dialect, self.run = request, dialect, run
+        self.writer, self.call = request.writer, request.call
+        self.call.wake = functools.partial(self.request.connection.loop.call_soon_threadsafe, self._wake)
+        if self.call.stream:
+            self.writer.ping_frame = dialect.ping
+
+    def attempt(self) -> bool:
+        """Ask a controller; True if the loop relays its answer, False if all of it is sent. Worker thread."""
+        exchange = self.request.exchange
+        try:
+            relayed = exchange.ask()
+        except Queued:
+            return True         # _wake() goes on
+        if relayed:
+            relay = StreamRelay(self)
+            relay.loop.call_soon_threadsafe(relay.start)    # the last thing that this worker does with the request
+            return True
+        try:
+            self._drain(exchange.events())
+        except APIError as error:
+            if not exchange.begun:
+                exchange.failed(error)
+                return self.attempt()
+            self.writer.finish(self.error_trailer(error))
+            exchange.close(error)
+        return False
+
+    def fail_over(self, error: APIError) -> None:
+        """The controller has failed before its first event: ask the next one. Worker thread."""
+        def step() -> bool:
+            self.request.exchange.failed(error)
+            return self.attempt()
+
+        self.run(step)
+
+    def _wake(self) -> None:
+        """The call has left the pool's queue: with a controller, or because its time is over. Loop thread."""
+        self.request.connection.submit(functools.partial(self.run, self.attempt))
+
+    def start_stream(self) -> bytes:
+        """Begin a streamed response; its opening frames."""
+        self._commit()
+        kind = self.call.kind
+        with self.writer.lock:
+            if not self.writer.status:
+                headers = SSE_HEADERS if is_event_stream(kind) else {}
+                self.writer.start(self.call.status, {**headers, **({"Content-Type": kind} if kind else {}),
+                                                     **call_headers(self.call)})
+        return b"" if kind else self.dialect.begin()
+
+    def start_whole(self, events: List[Event]) -> bytes:
+        """Begin a response that is sent whole; its body."""
+        self._commit()
+        kind = self.call.kind
+        if kind is None:
+            answer = fold(events)
+            self.request.record.usage = answer.finish.usage
+            kind, data = "application/json", to_json(self.dialect.whole(answer))
+        else:
+            data = b"".join([event.data for event in events if isinstance(event, Raw)])
+        self.writer.start(self.call.status, {"Content-Type": kind, **call_headers(self.call)}, length=len(data))
+        return data
+
+    def error_trailer(self, error: APIError) -> bytes:
+        """The end of a response that has begun; what is not an event stream can only be cut."""
+        log.warning("%s: broken off: %s", self.request.id, error.message)
+        if is_event_stream(self.call.kind):
+            return self.dialect.fail(error)
+        self.request.keep_alive, self.writer.chunked = False, False     # so that the body gets no proper end
+        return b""
+
+    def _drain(self, events: Iterator[Event]) -> None:
+        """Write the events of a generator, which blocks in this worker."""
+        if not self.call.stream:
+            body = self.start_whole(list(events))
+            self.request.exchange.close()
+            return self.writer.finish(body)
+        first = next(events)
+        frames = self.start_stream()
+        for event in itertools.chain([first], events):
+            frames += self.dialect.feed([event])
+            if isinstance(event, Finish):
+                self.request.record.usage = event.usage
+                break
+            self.writer.write(frames)
+            self.writer.connection.wait_for_room()
+            frames = b""
+        self.writer.finish(frames)
+
+    def _commit(self) -> None:
+        self.request.exchange.began()
+        record = self.request.record
+        record.first_token_at, record.controller = time.monotonic(), self.call.controller
+
+
+def call_headers(call: Call) -> Dict[str, str]:
+    """What the controllers had to say besides the answer."""
+    headers = {"X-Akashproxy-Route": ", ".join(call.route)} if call.route else {}
+    ignored = call.ignored + call.skipped * (call.kind is None)
+    names = [name for name in dict.fromkeys(ignored[:100]) if re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", name)]
+    return {**headers, "X-Akashproxy-Ignored": ", ".join(names[:20])} if names else headers
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """One client's connection: its requests, one after the other."""
+    """Answers one request, as http.server's handlers do. Worker thread.
+
+    A subclass may define do_GET and its like, and use send_response(), send_header(), end_headers(),
+    send_error(), rfile and wfile. What differs from the library: the request is whole before a handler
+    is made, ``headers`` is a Headers, the body is framed here, and a do_ method that returns True has
+    left the rest of its response to the loop.
+    """
 
     server: "Server"
+    server_version = SERVER_NAME
+    protocol_version = "HTTP/1.1"
 
-    # -- a connection: it belongs to the watchdog, and to a thread while something must be waited for
+    def setup(self) -> None:
+        self.connection = self.request.connection
+        self.dialect: Any = Dialect         # its class, until the body is understood
 
-    def __init__(self, request: Any, client_address: Any, server: "Server") -> None:
-        self.request = self.connection = request
-        self.client_address, self.server = client_address, server
-        request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        request.setblocking(True)               # macOS: it is as the listening socket was
-        self.head = b""                         # of an answer, to leave with its first bytes
-        self.held = b""                         # read, but not yet used
-        self.backlog = b""                      # to be sent before anything else
-        self.lock = threading.RLock()           # whoever writes; the watchdog sends pings
-        self.watch = Watch()
-        self.watch.hold(request)
-        self.here = True                        # in the watchdog's thread
-        self.interest = 0                       # the events that the watchdog looks for
-        self.step: Any = None                   # of the request, to be taken next
-        self.call: Optional[Call] = None        # while an answer is awaited
-        self.running: Optional[Running] = None  # the same
-        self.flow: Optional[Flow] = None        # while the watchdog relays one
-        self.inside: Optional[Limits] = None    # while the call counts against these
-        self.waits = False
-        self.reserved = 0                       # bytes of a body that count against MAX_BODY_TOTAL
-        self.received: Optional[io.BytesIO] = None
-        self.unread, self.linger_left, self.status = False, 0, 0
-        self.searched = 0                       # so much of what is held has no end of a head in it
-        server.watchdog.handlers.add(self)
-
-    def listen(self, events: int) -> None:
-        """Have the watchdog look for events, or for none."""
-        if events != self.interest:
-            self.interest = events
-            if events:
-                self.server.watchdog.watch(self.connection, self.on_ready, events)
-            else:
-                self.server.watchdog.leave(self.connection)
-
-    def wait(self) -> None:
-        """Leave the connection to the watchdog until a request's head has come."""
-        self.waits, self.settings = True, self.server.settings
-        self.watch.how = socket.SHUT_RD if self.held else socket.SHUT_RDWR
-        self.watch.expect(self.settings.head_timeout if self.held else self.settings.keepalive_timeout,
-                          "The request's head took too long.")
-        self.listen(selectors.EVENT_READ)       # the last thing that a thread does here
-
-    def on_ready(self) -> None:
-        """The watchdog has bytes of a client, its end, or room for more."""
-        if not self.interest:       # what was found ready with it has closed it, or given it to a thread
-            return
-        if self.flow is not None:
-            return self.flow.on_client()
-        try:
-            data = self.connection.recv(READ_SIZE, NOW)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
-        if self.linger_left:
-            self.linger_left = max(0, self.linger_left - len(data))
-            if not data or not self.linger_left:
-                self.close()
-        elif self.received is not None:
-            self.here, self.held = True, data
-            self.run(self.receive if data and self.watch.why is None else self.body_ended)
-        elif data or self.held:
-            self.held += data
-            if not data or self.head_is_here():
-                self.here, self.waits = True, False
-                self.run(self.begin)
-            elif self.watch.how != socket.SHUT_RD:
-                self.watch.how = socket.SHUT_RD     # so that a 408 can still be sent
-                self.watch.expect(self.settings.head_timeout, "The request's head took too long.")
-        else:
-            self.close()
-
-    def head_is_here(self) -> bool:
-        """Is there work to do: a whole head, or something that must be refused?"""
-        if self.held.startswith(b"\r\n"):      # RFC 9112, 2.2: blank lines before a request are skipped
-            self.held, self.searched = self.held[_BLANK_LINES.match(self.held).end():], 0
-        searched, self.searched = self.searched, max(0, len(self.held) - 3)     # by begin() it is 0 again
-        try:
-            return head_end(self.held, searched) >= 0
-        except ProtocolError:
-            return True
-
-    # -- a request is a chain of steps; one that has to wait for something is left to a thread
-
-    def run(self, step: Any = None) -> None:
-        """Take the steps of a request, unless it is answered, then those of the next one, as far as this thread can."""
-        while self.take_steps(step) and self.over():
-            step = self.begin
-
-    def take_steps(self, step: Any) -> bool:
-        """True if the request is over; False if it goes on elsewhere."""
-        try:
-            while step:
-                self.step = step
-                step = step()
-            return step is None
-        except Blocked:
-            self.server.give(self)
-            return False
-        except APIError as error:
-            self.refuse(error)
-        except ProtocolError as error:
-            self.unread = True
-            self.refuse(self.client_error(error))
-        except OSError:
-            self.client_left()
-        except Exception:
-            log.exception("%s: a bug in akashproxy", self.request_id)
-            self.refuse(APIError(500, "Internal error. The log has the details.", retry=False))
-        return True
-
-    def over(self) -> bool:
-        """The request has its answer: True if the next one is here already, else the connection waits or ends."""
-        self.leave()
-        if self.running is not None:
-            self.running.close()
-        self.running = self.call = None
-        self.release_body()
-        if self.backlog and self.here:
-            self.step = functools.partial(self.write, b"")      # what the client did not take at once
-            self.server.give(self)
-            return False
-        self.note()
-        if self.close_connection:
-            self.finish()
-        elif self.held and self.head_is_here():
-            return True
-        else:
-            self.wait()
-        return False
+    def handle(self) -> None:
+        self.run(self.handle_one_request)
 
     def finish(self) -> None:
-        """End the connection; what the client still sends is taken in for a moment, else our answer could be lost."""
-        if not self.unread or self.watch.why is not None:
-            return self.close()
-        with contextlib.suppress(OSError):
-            self.connection.shutdown(socket.SHUT_WR)
-        self.linger_left, self.watch.how = 4 << 20, socket.SHUT_RDWR
-        self.watch.expect(2.0, "lingering")
-        self.listen(selectors.EVENT_READ)
+        """Nothing is left to flush: the loop sends what has been written."""
 
-    def abandon(self) -> None:
-        """A bug has struck in the watchdog's thread."""
-        if self.flow is not None:
-            self.flow.abandon()
-        elif self.here:
-            self.close()
+    @functools.cached_property
+    def rfile(self) -> Any:
+        """The request's body as a file."""
+        return io.BytesIO(self.request.body)
 
-    def close(self) -> None:
-        self.listen(0)
-        self.leave()
-        if self.running is not None:
-            self.running.close()
-        self.release_body()
-        self.watch.release()
-        self.server.watchdog.handlers.discard(self)
-        self.server.shutdown_request(self.connection)
-        self.server.left()
-        self.note()     # of a request that a bug has cut short
+    @functools.cached_property
+    def wfile(self) -> Any:
+        """The response's body as a file."""
+        return ResponseFile(self.request.writer)
 
-    def look(self, now: float) -> None:
-        """The watchdog passes by: has the client left, or been told nothing for long?"""
-        if self.waits and self.server.draining and not self.held:
-            self.watch.due = min(self.watch.due, now + LAME)
-        call, flow = self.call, self.flow
-        if flow is not None and not self.here:  # a thread is just handing it over
-            return
-        if flow is not None and flow.deaf and has_left(self.connection):
-            flow.hang_up()
-        elif call is not None and flow is None and has_left(self.connection):
-            call.cancel()
-        elif call is not None and call.stream and now - self.spoke > self.settings.heartbeat:
-            self.ping(now)
+    @functools.cached_property
+    def headers(self) -> Any:
+        """The request's fields by name, in any case."""
+        return Headers(self.request.head.headers)
 
-    def ping(self, now: float) -> None:
-        """Fill the silence of a stream, between two events, so that nobody in between thinks it dead."""
-        if self.lock.acquire(blocking=False):  # else it is just writing
-            try:
-                silent, self.spoke = now - self.spoke > self.settings.heartbeat, now    # it may just have written the end
-                frame = self.dialect.ping(self.settings.pings) if silent else b""
-                if frame and not self.backlog and self.last.endswith((b"\n\n", b"\r\n\r\n", b"\n\r\n")):
-                    if not self.sent_head:
-                        self.start(200, SSE_HEADERS)
-                    if not self.send_now(frame) and self.flow is not None:
-                        self.flow.pause()
-            except OSError:
-                if self.call is not None:
-                    self.call.cancel()
-            finally:
-                self.lock.release()
-
-    # -- a request
-
-    def begin(self) -> Any:
-        """Check a request's head."""
-        vars(self).update(FRESH)
-        self.searched = 0
-        self.began = self.spoke = time.monotonic()
-        self.settings = self.server.settings
-        self.request_id = "req_" + new_id()
-        end = head_end(self.held)
-        if end < 0:
-            raise ProtocolError("the connection ended within a head")
-        said, self.headers, self.held = split_head(self.held, end, parse_request_line)
-        self.command, self.path, self.query, self.minor = said
-        self.check_head()
-        self.body = Body(self.headers)
-        self.unread = not self.body.done
-        self.watch.due = math.inf
-        return self.answer
-
-    def check_head(self) -> None:
-        """What hangs on a request's version, and on its Host."""
-        self.close_connection = not keeps_alive(self.minor, self.headers)
-        host = self.headers.get("host")
-        if (host is None and self.minor == "1") or not _HOST.fullmatch(host or ""):
-            raise ProtocolError("one Host is needed")
-        if "transfer-encoding" in self.headers and self.minor == "0":
-            raise ProtocolError("Transfer-Encoding in HTTP/1.0")
-        asked = self.headers.get("x-request-id", "")
-        if asked and _REQUEST_ID.fullmatch(asked):
-            self.request_id = asked
-
-    # -- a request's body: it is read by the watchdog's thread, once the head has passed the gate
-
-    def skip_body(self) -> None:
-        """Discard the body of a request that needs none; if it has not all come, the connection ends with the answer."""
-        self.body.feed(self.held)
-        self.held, self.unread = self.body.rest, not self.body.done
-
-    def check_body(self) -> None:
-        """Refuse a body by the request's head, before any of it is kept."""
-        self.check_size(self.body.left)
-        expected = self.headers.get("expect", "").lower()
-        if self.unread and self.minor == "1" and expected not in ("", "100-continue"):
-            raise APIError(417, "This expectation can't be met.")
-
-    def check_size(self, size: int) -> None:
-        limit = min(self.settings.max_body, self.settings.max_body_total)
-        if size > limit:
-            raise APIError(413, f"The body is larger than {limit} bytes.")
-
-    def receive_body(self) -> Any:
-        """Take a body that is here already, as most are; else begin to wait for it."""
-        if self.body.left <= len(self.held) and not self.body.chunked:
-            self.data = self.body.feed(self.held)
-            self.held, self.unread = self.body.rest, False
-            return self.understand
-        # Only what is here is counted: lengths that are declared would let a few idle clients lock out all others.
-        self.server.bodies.check(self.body.left)
-        if "expect" in self.headers and self.minor == "1" and not self.held:
-            self.put(b"HTTP/1.1 100 Continue\r\n\r\n")
-        self.received = io.BytesIO()    # one buffer: neither an object for each byte, nor a second copy at the end
-        self.watch.how = socket.SHUT_RD     # so that a 408 can still be sent
-        self.watch.expect(self.settings.body_timeout, "The request's body took too long.")
-        return self.receive
-
-    def receive(self) -> Any:
-        """Keep a piece of the body, and wait for the next one if there is more to come."""
-        data = self.body.feed(self.held)
-        self.held = self.body.rest
-        self.check_size(self.received.tell() + len(data) + self.body.left)      # of a chunk, what is still to come counts
-        self.server.bodies.reserve(len(data))
-        self.reserved += len(data)
-        self.received.write(data)
-        if self.body.done:
-            self.data, self.unread = self.received.getvalue(), False
-            self.release_body()
-            self.watch.due = math.inf
-            return self.understand
-        # Each byte buys time at the least pace, but never more than BODY_TIMEOUT ahead: a client that sent
-        # much at once and then falls silent would else be waited for as long as that much may take.
-        self.watch.due = min(self.watch.due + len(data) / MODEM, time.monotonic() + self.settings.body_timeout)
-        self.listen(selectors.EVENT_READ)       # the last thing that a thread does here
-        return False
-
-    def body_ended(self) -> None:
-        """The client has closed, or its time is over."""
-        self.body.close()
-
-    def release_body(self) -> None:
-        """The body is whole, or will never be: it counts no longer among those in transit."""
-        self.received = None
-        if self.reserved:
-            self.server.bodies.release(self.reserved)
-            self.reserved = 0
-
-    def client_error(self, error: ProtocolError) -> APIError:
-        if isinstance(self.watch.why, ClientLeft):
-            return APIError(503, "The server is stopping.", code="stopping")
-        if self.watch.why is not None:
-            return APIError(408, self.watch.late)
-        return APIError(error.status, f"Bad request: {error}.")
-
-    def client_left(self) -> None:
-        self.close_connection = True
-        self.status = self.status or 499  # as nginx logs it
-
-    # -- the way to an answer
-
-    def answer(self) -> Any:
-        """Check who asks, and for what; small answers are given at once."""
-        methods, self.rest = find_route(self.path)
-        if methods:
-            self.route = self.path[:-len(self.rest)] + "{}" if self.rest else self.path
-        dialect = methods.get("POST")           # also of what is refused
-        self.dialect = dialect if isinstance(dialect, type) else Messages if "anthropic-version" in self.headers else Dialect
-        self.check_page()
-        if self.command == "OPTIONS":
-            self.skip_body()
-            return self.preflight(methods)
-        if self.path not in OPEN and (self.path, self.settings.metrics) != ("/metrics", "public"):
-            self.authorize()
-        known = bool(methods) and ("POST" in methods or not self.rest)
-        if not known and self.command == "POST" and Relay.PATH.fullmatch(self.path):
-            methods, self.route = {"POST": Relay}, "relayed"
-        if not methods:
-            raise APIError(404, f"There is no {self.path[:200]!r} here.", code="not_found")
-        target = methods.get("GET" if self.command == "HEAD" else self.command)
-        if target is None:
-            raise APIError(405, f"{self.command} is not possible here.", code="method_not_allowed")
-        if not isinstance(target, str):
-            self.dialect_class = target
-            self.check_body()
-            return self.receive_body
-        if self.here and target not in AT_ONCE:
-            raise Blocked
-        self.skip_body()
-        return getattr(self, target)()
-
-    def needs_token(self) -> bool:
-        return bool(self.settings.bearer_token or self.settings.keys)
-
-    def check_page(self) -> None:
-        """Keep pages of other sites from using the server with the browser of somebody who may: APIError 403.
-
-        A token is proof enough. Where none is needed only an Origin and a Host tell such a page from any other client.
-        """
-        settings, host, origin = self.settings, self.headers.get("host", ""), self.headers.get("origin")
-        if origin and not origin_allowed(origin, host, settings.public_url, settings.cors_origins, self.needs_token()):
-            raise APIError(403, f"Pages of the origin {origin[:200]!r} may not use this server. CORS_ORIGINS lists those "
-                                "that may.", code="origin_not_allowed", retry=False)
-        if self.server.is_loopback and not self.needs_token() and not (
-                is_local(host) or host_allowed(host, settings.host_names())):
-            raise APIError(403, f"This server is not called {host[:200]!r}. PUBLIC_URL gives it a name; with a BEARER_TOKEN it "
-                                "answers to any.", code="host_not_allowed", retry=False)
-
-    def authorize(self) -> None:
-        """The one gate: everything but OPEN and OPTIONS needs a token once one is set."""
-        tokens = self.settings.bearer_token
-        if not self.needs_token():
-            return
-        scheme, *credentials = self.headers.get("authorization", "").split(None, 1) or [""]
-        bearer = credentials if scheme.lower() == "bearer" else []
-        given = list(filter(None, [*bearer, self.headers.get("x-api-key", ""), self.headers.get("api-key", "")]))
-        from hmac import compare_digest     # it brings in OpenSSL's hashes, which who needs no token needs not
-        sent = [text.encode("utf-8", "replace") for text in given]      # any of them opens; all are compared, always
-        known = [key for data in sent for key in self.server.keys if compare_digest(data, key.options.key.encode())]
-        unnamed = [token for data in sent for token in tokens if compare_digest(data, token.encode())]
-        self.key = known[0] if known else None
-        if not known and not unnamed:
-            raise APIError(401, "Incorrect API key provided: this server does not know the token." if given else
-                           "A token is needed: send it as 'Authorization: Bearer TOKEN'.")
-
-    def understand(self) -> Any:
-        """Make a call of the body."""
-        if self.here and len(self.data) > SHORT:
-            raise Blocked
-        data, content_type = self.data, self.headers.get("content-type", "")
-        dialect_class, self.data = self.dialect_class, b""
+    def run(self, step: Callable[[], Any]) -> None:
+        """Take a step of the request, and send the error that it raises; then it is over, unless the loop relays."""
+        relayed = False
         try:
-            dialect = Relay(data, content_type) if dialect_class is Relay else dialect_class(from_json(data), self.site())
+            relayed = bool(step())
+        except APIError as error:
+            self.send_api_error(error)
+        except ClientLeft:
+            pass        # the access log says 499
+        except Exception:
+            self.server.handle_error(self.request, self.client_address)
+            self.send_api_error(APIError(500, "Internal error. The log has the details.", retry=False))
+        if not relayed:
+            self.server.loop.call_soon_threadsafe(self.request.connection.end_request)
+
+    def handle_one_request(self) -> Any:
+        self.parse_request()
+        method = getattr(self, "do_" + self.command, None)
+        result = method() if method else self.dispatch()
+        if not result and not self.request.writer.status:
+            raise APIError(500, f"{type(self).__name__}.do_{self.command} sent no response.")
+        if not result and not self.request.writer.finished:
+            self.request.writer.finish()
+        return result
+
+    def parse_request(self) -> bool:
+        """Take over what the loop has parsed; APIError if the request was refused."""
+        request = self.request
+        self.command, self.path, self.query, minor, headers = request.head
+        self.request_version = f"HTTP/1.{minor}"
+        self.requestline = f"{self.command} {self.path} {self.request_version}"
+        dialect = request.route.targets.get("POST")         # also of what is refused
+        self.dialect = dialect if isinstance(dialect, type) else Messages if "anthropic-version" in headers else Dialect
+        if isinstance(request.error, ProtocolError):
+            raise APIError(request.error.status, f"Bad request: {request.error}.")
+        if request.error is not None:
+            raise request.error
+        return True
+
+    def do_GET(self) -> Any:
+        return self.dispatch()
+
+    do_HEAD = do_POST = do_DELETE = do_GET
+
+    def do_OPTIONS(self) -> None:
+        """CORS preflight: what may be done here, and for browsers what they asked for."""
+        allow = self.request.route.allow()
+        headers = {"Allow": allow}
+        if "access-control-request-method" in self.headers:
+            asked = self.headers.get("access-control-request-headers", "")
+            names = [name for name in re.split(r"[\s,]+", asked) if re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name)]
+            headers.update({"Access-Control-Allow-Methods": allow, "Access-Control-Max-Age": "86400"})
+            if names:
+                headers["Access-Control-Allow-Headers"] = ", ".join(names)
+        self.request.writer.respond(204, b"", headers)
+
+    def dispatch(self) -> Any:
+        """Answer by the route's function, or by a model."""
+        target = self.request.route.target(self.command)
+        if not isinstance(target, type):
+            return target(self)
+        dialect, request = self.parse_call(target), self.request
+        request.record.model = dialect.call.model
+        request.begin_call(dialect.call)
+        self.server.acquire_key(request)
+        self.dialect = dialect
+        request.exchange = Running(self.server.pool, request.call)
+        return CallResponder(request, dialect, self.run).attempt()
+
+    def parse_call(self, dialect_class: Any) -> Any:
+        """The dialect that understands the body; APIError 400 if none does."""
+        headers = self.request.head.headers
+        data, content_type = self.request.body, headers.get("content-type", "")
+        try:
+            dialect = Relay(data, content_type) if dialect_class is Relay else dialect_class(from_json(data), self.base_url())
         except ValueError as error:
             raise bad_request(f"The body is not valid JSON: {error}.") from None
-        if not self.here:
-            dialect.prepare()
+        dialect.prepare()
         call = dialect.call
-        call.path, call.data, self.model = self.path, data, call.model
+        call.path, call.data = self.path, data
         query = without_model(self.query) if self.query else ""
         if query:
             call.query = "?" + query
-        passed_on = PASSED_ON.intersection(self.headers)
-        if passed_on:
-            call.headers = {name.title(): self.headers[name] for name in passed_on}
+        call.headers = {name.title(): headers[name] for name in FORWARDED_HEADERS.intersection(headers)}
         if call.sent:
             check_names(call.sent)
             if has_escaped_letters(data):
                 call.data = request_json(call.sent, len(data))
-        if self.key is not None:
-            self.enter(self.key, call)
-        call.has_left = functools.partial(has_left, self.connection)
-        call.wake = functools.partial(self.server.watchdog.soon, self.resume)
-        self.dialect, self.call = dialect, call
-        self.running = Running(self.server.pool, call)
-        return self.ask
+        return dialect
 
-    def enter(self, key: Limits, call: Call) -> None:
-        """A call counts against the limits of a key until leave(), one that makes images as many times as it makes."""
-        n = (call.sent or {}).get("n") if call.path.startswith("/v1/images/") else None
-        key.enter(call.pictures or (n if type(n) is int and n > 0 else 1))
-        self.inside = key
-        call.image_by_image = key.options.max_concurrency > 0
-        hold_to_key(call, key.options, self.headers)
-
-    def leave(self) -> None:
-        """The call is over, or about to be: before the client can know it, so that its next one is not one too many."""
-        if self.inside is not None:
-            self.inside.leave()
-            self.inside = None
-
-    def ask(self) -> Any:
-        """Ask a controller. The watchdog does the rest, or this thread if the answer is no stream."""
-        here = self.call.hurry = self.here
-        try:
-            if not self.running.ask():
-                return self.relay
-        except Queued:
-            if here:                # not self.here: from a thread it may go on elsewhere already
-                self.listen(0)
-            return False
-        self.flow = Flow(self, self.running)
-        if self.here:
-            self.flow.start()
-        else:
-            self.server.watchdog.soon(self.flow.start)  # the last thing that this thread does here
-        return False
-
-    def resume(self) -> None:
-        """The call has left the pool's queue: with a controller, with none in time, or because it was cancelled."""
-        if self.running is not None:
-            self.here = True
-            self.run(self.ask)
-
-    def ask_another(self, error: APIError) -> Any:
-        """The controller has failed."""
-        self.running.failed(error)
-        return self.ask
-
-    def relay(self) -> Any:
-        """Answer with the events of a source that is no stream."""
-        running, events = self.running, self.running.events()
-        try:
-            first = [next(events)] if self.call.stream else list(events)
-        except APIError as error:
-            return self.ask_another(error)
-        if not self.call.stream:
-            answer = self.whole(first)
-            running.close()     # as in Flow.finish
-            return self.write(answer, last=True)
-        try:
-            opening = self.begin_stream()
-            for event in itertools.chain(first, events):
-                ended = isinstance(event, Finish)
-                if ended:
-                    self.usage = event.usage
-                self.write(opening + self.dialect.feed([event]), last=ended)
-                opening = b""
-            if not ended:       # but with Raw
-                self.write(b"", last=True)
-        except APIError as error:
-            self.write(self.farewell(error), last=True)
-            running.close(error)
-        return None
-
-    def whole(self, events: List[Event]) -> bytes:
-        """Begin an answer that is sent whole; its body."""
-        self.note_answer()
-        kind = self.call.kind
-        if kind is None:
-            answer = fold(events)
-            self.usage = answer.finish.usage
-            kind, data = "application/json", to_json(self.dialect.whole(answer))
-        else:
-            data = b"".join([event.data for event in events if isinstance(event, Raw)])
-        self.start(self.call.status, {"Content-Type": kind, **self.call_headers()}, length=len(data))
-        return data
-
-    def begin_stream(self) -> bytes:
-        """Begin an answer that is streamed; what it opens with."""
-        self.note_answer()
-        kind = self.call.kind
-        with self.lock:
-            if not self.sent_head:
-                headers = SSE_HEADERS if streams(kind) else {}
-                self.start(self.call.status, {**headers, **({"Content-Type": kind} if kind else {}), **self.call_headers()})
-            return b"" if kind else self.dialect.begin()
-
-    def note_answer(self) -> None:
-        self.running.began()
-        self.first_at, self.controller = time.monotonic(), self.call.controller
-
-    def farewell(self, error: APIError) -> bytes:
-        """The end of a stream that breaks off; what is no event stream can only be cut."""
-        log.warning("%s: broken off: %s", self.request_id, error.message)
-        if not streams(self.call.kind):
-            self.close_connection, self.chunked = True, False   # so that the body gets no proper end
-            return b""
-        return self.dialect.fail(error)
-
-    def call_headers(self) -> Dict[str, str]:
-        """What the controllers had to say besides the answer."""
-        headers = {"X-Akashproxy-Route": ", ".join(self.call.route)} if self.call.route else {}
-        ignored = self.call.ignored + self.call.skipped * (self.call.kind is None)
-        names = [name for name in dict.fromkeys(ignored[:100]) if re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", name)]
-        return {**headers, "X-Akashproxy-Ignored": ", ".join(names[:20])} if names else headers
-
-    def site(self) -> str:
+    def base_url(self) -> str:
         """The address under which the client sees this server."""
-        host = self.headers.get("host")
-        return self.settings.public_url or (f"http://{host}" if host else self.server.url)
+        host = self.request.head.headers.get("host")
+        return self.request.settings.public_url or (f"http://{host}" if host else self.server.url)
 
-    # -- the small answers
+    # -- responses
 
-    def get_page(self) -> None:
-        if self.settings.page == "off":
-            raise APIError(404, "There is no page here.", code="not_found")
-        self.send(200, *page())
+    def send_response(self, code: int, message: Optional[str] = None) -> None:
+        """As the library's; the phrase is the standard one."""
+        self.response: Tuple[int, List[Tuple[str, str]]] = int(code), []
 
-    def get_health(self) -> None:
-        if self.server.draining:
-            self.send_json(503, {"status": "draining", "message": "akashproxy is stopping"}, {"Retry-After": "5"})
-        else:
-            self.send(200, HEALTHY, {"Content-Type": "application/json"})
+    def send_header(self, keyword: str, value: Any) -> None:
+        """As the library's, but a line break in a value is a ValueError."""
+        if re.search("[\r\n\0]", f"{keyword}{value}"):
+            raise ValueError("a header field can't hold a line break")
+        self.response[1].append((keyword, str(value)))
 
-    def get_status(self) -> None:
-        state = "draining" if self.server.draining else "ok"
-        self.send_json(200, {"status": state, "message": "akashproxy is running", "version": __version__,
-                             "uptime_seconds": int(time.monotonic() - self.server.began),
-                             "workers": self.settings.workers, **self.server.status()})
+    def end_headers(self) -> None:
+        """As the library's; without a Content-Length the body is chunked."""
+        status, fields = self.response
+        lengths = [int(value) for name, value in fields if name.lower() == "content-length"]
+        headers = {name: value for name, value in fields if name.lower() not in ("content-length", "connection")}
+        no_body = status in (204, 304) or status < 200
+        self.request.writer.start(status, headers, length=lengths[0] if lengths else 0 if no_body else None)
 
-    def get_metrics(self) -> None:
-        if self.settings.metrics == "off":
-            raise APIError(404, "There are no metrics here.", code="not_found")
-        self.send(200, exposition(self.server.states()), {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
-
-    def get_models(self) -> None:
-        self.send_json(200, self.dialect.listing(self.models()))
-
-    def models(self) -> List[Dict[str, Any]]:
-        """The models that are for who asks."""
-        only = self.key.options.models if self.key is not None else ()
-        return [model for model in self.server.pool.models() if allowed(only, model["id"])]
-
-    def get_model(self) -> None:
-        name = self.server.pool.named(self.rest)
-        for model in self.models():
-            if model["id"] == name:
-                return self.send_json(200, self.dialect.listed({**model, "id": self.rest}))
-        raise no_model(self.rest)
-
-    def get_response(self) -> None:
-        raise APIError(404, "Responses are not stored here, so there are none to be had later.", code="not_found")
-
-    def get_image(self) -> None:
-        """Relay a picture, so that browsers may show it: the upstream forbids pages of other origins."""
-        if not PICTURE_NAME.fullmatch(self.rest):
-            raise APIError(404, "There is no such picture.", code="not_found")
-        self.call = Call({"model": "picture"})
-        response = self.server.pool.image(self.rest, self.call.watch)
-        try:
-            self.start(200, {"Content-Type": response.headers["content-type"],
-                             # a shared cache would hand it out without a token
-                             "Cache-Control": f"{'private' if self.needs_token() else 'public'}, max-age=31536000, immutable",
-                             "Content-Security-Policy": "sandbox; default-src 'none'",
-                             "X-Content-Type-Options": "nosniff", "Cross-Origin-Resource-Policy": "cross-origin"})
-            if self.command == "HEAD":
-                return self.write(b"", last=True)
-            for data in response.chunks():
-                self.write(data)
-            self.write(b"", last=True)
-        except APIError as error:
-            log.warning("%s: a picture broke off: %s", self.request_id, error.message)
-            self.close_connection = True
-        finally:
-            response.close()
-
-    def preflight(self, methods: Dict[str, Any]) -> None:
-        """OPTIONS: what may be done here, and for browsers what they asked for."""
-        allowed = ", ".join(self.allowed(methods) if methods else ["GET", "HEAD", "POST", "OPTIONS"])
-        headers = {"Allow": allowed}
-        if "access-control-request-method" in self.headers:
-            asked = self.headers.get("access-control-request-headers", "")
-            names = [name for name in re.split(r"[\s,]+", asked) if re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name)]
-            headers.update({"Access-Control-Allow-Methods": allowed, "Access-Control-Max-Age": "86400"})
-            if names:
-                headers["Access-Control-Allow-Headers"] = ", ".join(names)
-        self.send(204, b"", headers)
-
-    @staticmethod
-    def allowed(methods: Dict[str, Any]) -> List[str]:
-        return [*methods, *(["HEAD"] if "GET" in methods else []), "OPTIONS"]
-
-    # -- writing
-
-    def refuse(self, error: APIError) -> None:
-        """Answer with an error, in the client's dialect."""
-        understood = isinstance(self.dialect, Dialect)
-        with self.lock:
-            if self.sent_head and understood:
-                with contextlib.suppress(OSError):  # pings have gone before it: it can only be told in the stream
-                    self.write(self.farewell(error), last=True)
-                return
-            if self.sent_head:
-                self.close_connection = True
-                return
-            headers = error.headers()
-            if error.status == 405:
-                headers["Allow"] = ", ".join(self.allowed(find_route(self.path)[0]))
-            if self.call is not None:
-                headers.update(self.call_headers())
-            try:
-                if understood and self.dialect.alone() is not None:
-                    return self.send_json(200, self.dialect.alone())
-                self.send_json(self.dialect.status(error), self.dialect.refusal(error), headers)
-            except OSError:
-                self.client_left()
+    def send_error(self, code: int, message: Optional[str] = None, explain: Optional[str] = None) -> None:
+        """As the library's, but in the client's dialect."""
+        text = message or http.HTTPStatus(code).phrase
+        self.send_api_error(APIError(code, f"{text}: {explain}" if explain else text))
 
     def send_json(self, status: int, value: Any, headers: Optional[Dict[str, str]] = None) -> None:
-        self.send(status, to_json(value), {"Content-Type": "application/json", **(headers or {})})
+        self.request.writer.respond(status, to_json(value), {"Content-Type": "application/json", **(headers or {})})
 
-    def send(self, status: int, data: bytes, headers: Dict[str, str]) -> None:
-        self.start(status, headers, length=len(data))
-        self.write(data, last=True)
+    def send_api_error(self, error: APIError) -> None:
+        """Send an error in the client's dialect; after pings have been sent, as the end of the stream."""
+        writer, call = self.request.writer, self.request.call
+        understood = isinstance(self.dialect, Dialect)
+        with writer.lock, contextlib.suppress(ClientLeft):
+            if writer.status and understood:
+                return writer.finish(self.dialect.fail(error))
+            if writer.status:
+                return writer.cut()
+            headers = error.headers()
+            if error.status == 405:
+                headers["Allow"] = self.request.route.allow()
+            if call is not None:
+                headers.update(call_headers(call))
+            if understood and self.dialect.alone() is not None:
+                return self.send_json(200, self.dialect.alone())
+            self.send_json(self.dialect.status(error), self.dialect.refusal(error), headers)
 
-    def start(self, status: int, headers: Dict[str, str], length: Optional[int] = None) -> None:
-        """Begin an answer; without a length it goes out in chunks, or to the end of the connection."""
-        if self.unread or self.server.draining:
-            self.close_connection = True
-        self.status, self.sent_head = status, True
-        self.chunked = length is None and self.minor == "1"
-        values = "".join(headers.values())
-        if not values.isprintable() or not values.isascii():
-            headers = {name: _UNPRINTABLE.sub("?", value) for name, value in headers.items()}
-        fields = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
-        framing = "Transfer-Encoding: chunked\r\n" if self.chunked else ""
-        if length is not None and status != 204:
-            framing = f"Content-Length: {length}\r\n"
-        elif length is None and not self.chunked:
-            self.close_connection = True
-        if self.close_connection:
-            framing += "Connection: close\r\n"
-        elif self.minor == "0":
-            framing += "Connection: keep-alive\r\n"
-        self.head = (f"{_STATUS_LINES.get(status) or f'HTTP/1.1 {status} '}\r\n{self.server.stamp()}{fields}{framing}"
-                     f"x-request-id: {self.request_id}\r\n{self.for_browsers()}\r\n").encode("ascii")
+    def log_message(self, format: str, *args: Any) -> None:
+        log.info(format, *args)
 
-    def for_browsers(self) -> str:
-        """CORS: which pages may read the answer."""
-        settings, origin = self.settings, self.headers.get("origin", "")
-        if "*" in settings.cors_origins or not settings.cors_origins and self.needs_token():
-            return EVERYBODY
-        may = origin and origin_allowed(origin, self.headers.get("host", ""), settings.public_url, settings.cors_origins, False)
-        return f"Vary: Origin\r\n{EVERYBODY.replace('*', origin)}" if may else "Vary: Origin\r\n"
 
-    def framed(self, data: bytes, last: bool) -> bytes:
-        """A piece of the answer as it goes on the wire, the head before it."""
-        self.sent += len(data)
-        if last:
-            self.leave()
-        if data:
-            self.last = data if len(data) > 3 else (self.last + data)[-4:]
-        if self.command == "HEAD":
-            data = b""
-        elif self.chunked:  # a chunk of length 0 would end the body
-            if data:
-                data = b"%x\r\n%b\r\n0\r\n\r\n" % (len(data), data) if last else b"%x\r\n%b\r\n" % (len(data), data)
-            elif last:
-                data = b"0\r\n\r\n"
-        if self.head:
-            data, self.head = self.head + data, b""
-        return data
+# -- the small answers
 
-    def write(self, data: bytes, last: bool = False) -> None:
-        """Send a piece of the answer; the client has a time to take it in."""
-        if self.here:
-            self.send_now(data, last)
-            return
-        with self.lock:
-            data, self.backlog = self.backlog + self.framed(data, last), b""
-            self.watch.how = socket.SHUT_RDWR
-            for at in range(0, len(data), 1 << 18):     # each piece has its time
-                self.watch.expect(self.settings.write_timeout, "The client did not read its answer.")
-                self.connection.sendall(data[at:at + (1 << 18)])
-            self.watch.due, self.spoke = math.inf, time.monotonic()
 
-    def send_now(self, data: bytes, last: bool = False) -> bool:
-        """Send what the client takes at once, and keep the rest; True if there is none."""
-        data = self.framed(data, last)
-        return self.put(self.backlog + data if self.backlog else data)
+def get_page(handler: Handler) -> None:
+    """The page to chat with."""
+    if handler.request.settings.page == "off":
+        raise APIError(404, "There is no page here.", code="not_found")
+    handler.request.writer.respond(200, *page())
 
-    def send_chunk(self, frame: bytes) -> bool:
-        """The same for whole events of a stream that has begun, where nothing is kept."""
-        self.sent += len(frame)
-        self.last = frame
-        return self.put(b"%x\r\n%b\r\n" % (len(frame), frame))
 
-    def put(self, data: bytes) -> bool:
-        """Send what the client takes of all that there is for it, and keep the rest; True if there is none."""
-        try:
-            sent = self.connection.send(data, NOW)
-        except BlockingIOError:
-            sent = 0
-        self.spoke = self.server.watchdog.now
-        if sent == len(data):
-            if self.backlog:
-                self.backlog, self.watch.due = b"", math.inf
-            return True
-        if sent or not self.backlog:
-            self.watch.how = socket.SHUT_RDWR
-            self.watch.expect(self.settings.write_timeout, "The client did not read its answer.")
-        self.backlog = data[sent:]
-        return False
+HEALTHY = to_json({"status": "ok", "message": "akashproxy is running"})
 
-    def note(self) -> None:
-        """Count the request, and log it, once, at its end."""
-        if self.status:
-            now = time.monotonic()
-            self.server.metrics.add(self, now)
-            if log.isEnabledFor(logging.INFO):
-                self.log_line(now)
-            self.status = 0
 
-    def log_line(self, now: float) -> None:
-        """One line for the request."""
-        usage = self.usage or {}
-        facts = {"client": self.client_address[0], "key": self.key.name if self.key else "", "method": self.command,
-                 "path": shorten(self.path), "status": self.status, "model": shorten(self.model), "controller": self.controller,
-                 "first_ms": round((self.first_at or now) * 1000) - round(self.began * 1000),
-                 "ms": round((now - self.began) * 1000), "bytes": self.sent, "tokens_in": usage.get("prompt_tokens"),
-                 "tokens_out": usage.get("completion_tokens"), "id": self.request_id}
-        log.info(" ".join(f"{name}={value}" for name, value in facts.items() if value not in ("", None)),
-                 extra={"facts": facts})
+def get_health(handler: Handler) -> None:
+    """Whether it serves, for load balancers."""
+    if handler.server.draining:
+        handler.send_json(503, {"status": "draining", "message": "akashproxy is stopping"}, {"Retry-After": "5"})
+    else:
+        handler.request.writer.respond(200, HEALTHY, {"Content-Type": "application/json"})
+
+
+def get_status(handler: Handler) -> None:
+    """The state of controllers and keys, for people."""
+    server = handler.server
+    handler.send_json(200, {"status": "draining" if server.draining else "ok", "message": "akashproxy is running",
+                            "version": __version__, "uptime_seconds": int(time.monotonic() - server.started_at),
+                            "controllers": server.pool.status(), "keys": [key.status() for key in server.keys]})
+
+
+def get_metrics(handler: Handler) -> None:
+    """The figures for Prometheus."""
+    if handler.request.settings.metrics == "off":
+        raise APIError(404, "There are no metrics here.", code="not_found")
+    handler.request.writer.respond(200, prometheus_text(handler.server.metrics.snapshot()),
+                                   {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
+
+
+def models_of_key(handler: Handler) -> List[Dict[str, Any]]:
+    """The models that the client's key may use."""
+    only = handler.request.key.options.models if handler.request.key is not None else ()
+    return [model for model in handler.server.pool.models() if allowed(only, model["id"])]
+
+
+def get_models(handler: Handler) -> None:
+    """The list of models."""
+    handler.send_json(200, handler.dialect.listing(models_of_key(handler)))
+
+
+def get_model(handler: Handler) -> None:
+    """One model of the list."""
+    name = handler.server.pool.named(handler.request.route.rest)
+    for model in models_of_key(handler):
+        if model["id"] == name:
+            return handler.send_json(200, handler.dialect.listed({**model, "id": handler.request.route.rest}))
+    raise no_model(handler.request.route.rest)
+
+
+def get_response(handler: Handler) -> None:
+    """A response of OpenAI's Responses API: none is stored."""
+    raise APIError(404, "Responses are not stored here.", code="not_found")
+
+
+def get_image(handler: Handler) -> None:
+    """Relay an image, so that browsers may show it: the upstream forbids pages of other origins."""
+    if not PICTURE_NAME.fullmatch(handler.request.route.rest):
+        raise APIError(404, "There is no such image.", code="not_found")
+    request, writer = handler.request, handler.request.writer
+    request.begin_call(Call({"model": "picture"}))
+    response = handler.server.pool.image(handler.request.route.rest, request.call.watch)
+    try:
+        writer.start(200, {"Content-Type": response.headers["content-type"],
+                           # a shared cache would serve it without a token
+                           "Cache-Control": f"{'private' if request.settings.needs_token() else 'public'}, max-age=31536000, immutable",
+                           "Content-Security-Policy": "sandbox; default-src 'none'",
+                           "X-Content-Type-Options": "nosniff", "Cross-Origin-Resource-Policy": "cross-origin"})
+        for data in response.chunks() if handler.command == "GET" else ():
+            handler.wfile.write(data)
+        writer.finish()
+    except APIError as error:
+        log.warning("%s: an image broke off: %s", request.id, error.message)
+        writer.cut()
+    finally:
+        response.close()
+
+
+# path: {method: a dialect, or a function of the handler}. {} stands for the rest of a path.
+ROUTES: Dict[str, Dict[str, Any]] = {
+    "/v1/chat/completions": {"POST": ChatCompletions},
+    "/v1/completions": {"POST": Completions},
+    "/v1/images/generations": {"POST": Images},
+    "/v1/messages": {"POST": Messages},
+    "/v1/messages/count_tokens": {"POST": CountTokens},
+    "/v1/responses": {"POST": Responses},
+    "/v1/responses/{}": {"GET": get_response, "DELETE": get_response},
+    "/v1/models": {"GET": get_models},
+    "/v1/models/{}": {"GET": get_model},
+    "/images/{}": {"GET": get_image},
+    "/": {"GET": get_page},
+    "/health": {"GET": get_health},
+    "/status": {"GET": get_status},
+    "/metrics": {"GET": get_metrics},
+}
+
+
+def find_route(method: str, path: str) -> Route:
+    """The route of a request; one without targets where there is no such path."""
+    targets = ROUTES.get(path)
+    if targets and "{}" not in path:
+        return Route(path, targets)
+    if method == "POST" and Relay.PATH.fullmatch(path):
+        return Route("relayed", {"POST": Relay})
+    for pattern, targets in ROUTES.items():
+        prefix, braces, _ = pattern.partition("{}")
+        if braces and path.startswith(prefix) and len(path) > len(prefix):
+            return Route(pattern, targets, path[len(prefix):])
+    return Route()
 
 
 _NOT_ASCII = re.compile("[^ -~]+")
@@ -7468,40 +7580,82 @@ class LogFormat(logging.Formatter):
 
 
 _FULL = to_json(Dialect.refusal(APIError(503, "Too many clients are connected.", code="overloaded")))
-OVERFULL = (b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 5\r\n"
-            b"Connection: close\r\nContent-Length: %d\r\n\r\n%b" % (len(_FULL), _FULL))
+TOO_MANY_CLIENTS = (b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 5\r\n"
+                    b"Connection: close\r\nContent-Length: %d\r\n\r\n%b" % (len(_FULL), _FULL))
 
 
-SUMS = "in_flight", "served", "failed", "requests", "refused"     # what the workers count of controllers and keys
+class WorkerPool:
+    """Threads that run tasks: an idle one, or a new one. Some idle ones are kept. Any thread."""
+
+    MAX_IDLE = 32
+
+    def __init__(self) -> None:
+        self.queue: SimpleQueue = SimpleQueue()
+        self.idle = 0           # threads that wait for a task, less the tasks that wait for a thread
+        self.stopped = False
+        self.lock = threading.Lock()
+
+    def submit(self, task: Callable[[], None]) -> None:
+        """Run a task in a thread; RuntimeError if there can't be one more."""
+        with self.lock:
+            found, self.idle = self.idle > 0, max(0, self.idle - 1)
+        if not found:
+            threading.Thread(target=self._run, name="akashproxy worker", daemon=True).start()
+        self.queue.put(task)
+
+    def stop(self) -> None:
+        """End the idle threads; busy ones end after their task."""
+        with self.lock:
+            self.stopped = True
+            for _ in range(self.idle):
+                self.queue.put(None)
+
+    def _run(self) -> None:
+        while True:
+            task = self.queue.get()
+            if task is None:
+                return
+            try:
+                task()
+            except Exception:
+                log.exception("a bug in akashproxy, on a worker thread")
+            del task
+            with self.lock:
+                if self.stopped or self.idle >= self.MAX_IDLE:
+                    return
+                self.idle += 1
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """The server: ``Server(settings).start()`` serves in threads until stop(); also a context manager."""
+    """The server: ``Server(settings).start()`` serves in threads until stop(); also a context manager.
+
+    As with http.server, ``Server((host, port), MyHandler).serve_forever()`` blocks until shutdown(), and
+    finish_request(), verify_request() and handle_error() may be overridden. What differs: process_request()
+    makes a Connection instead of a thread, and a handler answers one request, not one connection.
+    """
 
     request_queue_size = 1024
-    SPARE = 32  # idle threads that are kept
 
-    def __init__(self, settings: Optional[Settings] = None, listener: Optional[socket.socket] = None,
-                 board: Optional[Board] = None) -> None:
-        self.settings = settings or Settings()
-        self.listener, self.board = listener, board     # shared with other workers
+    def __init__(self, settings: Any = None, RequestHandlerClass: Any = Handler, bind_and_activate: bool = True) -> None:
+        if isinstance(settings, tuple):
+            settings = Settings(server_address=join_address(*settings[:2]))
+        self.settings: Settings = settings or Settings()
         self.pool = Pool(self.settings)
-        self.watchdog = Watchdog(self)
+        self.loop = EventLoop(self.on_tick)
+        self.workers = WorkerPool()
         self.metrics = Metrics(self)
-        self.keys = list(map(Limits, self.settings.keys))
+        self.keys = list(map(KeyLimiter, self.settings.keys))
         self.bodies = ByteBudget(lambda: self.settings.max_body_total)
-        self.draining = self.full = False
-        self.shut = threading.Event()                   # nobody else is let in
-        self.began = time.monotonic()
-        self.quiet = threading.Condition()
-        self.waiting: SimpleQueue = SimpleQueue()       # connections for the idle threads
-        self.spare = 0                                  # how many of those there are
+        self.connections: Set[Connection] = set()       # changed by the loop thread only
+        self.all_closed = threading.Condition()
+        self.draining = self.accept_paused = False
+        self.accepting_stopped = threading.Event()
+        self.started_at = time.monotonic()
         self.lock = threading.Lock()
-        self.second, self.stamped = 0, ""
         host, port = split_address(self.settings.server_address)
         self.address_family, host = _family(host, port)
         try:
-            super().__init__((host, port), Handler)
+            super().__init__((host, port), RequestHandlerClass, bind_and_activate)
         except OSError as error:
             raise ConfigError([f"cannot listen on {self.settings.server_address}: {error.strerror or error}"]) from None
 
@@ -7510,136 +7664,96 @@ class Server(http.server.ThreadingHTTPServer):
         """Where it serves, for a client on the same machine."""
         host, port = self.server_address[:2]
         host = {"0.0.0.0": "127.0.0.1", "::": "127.0.0.1"}.get(host, host)
-        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        return "http://" + join_address(host, port)
+
+    # -- the library's methods
 
     def server_bind(self) -> None:
         """Bind as the library does, but look up no host name, and let [::] take IPv4 too."""
-        if self.listener is not None:
-            self.socket.close()
-            self.socket = self.listener
-        else:
-            if self.address_family == socket.AF_INET6:
-                self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            self.socket.setblocking(False)
-            self.socket.bind(self.server_address)
+        if self.address_family == socket.AF_INET6:
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.socket.setblocking(False)
+        self.socket.bind(self.server_address)
         self.server_address = self.socket.getsockname()
         self.server_name, self.server_port = self.server_address[:2]
         self.is_loopback = ipaddress.ip_address(self.server_name).is_loopback
 
+    def serve_forever(self, poll_interval: float = 0.5) -> None:
+        """Serve until shutdown(), which another thread must call."""
+        self.start()
+        self.loop.join()
+
+    def shutdown(self) -> None:
+        """Stop serve_forever(); running requests have ``grace`` seconds to end."""
+        self.stop()
+
+    def server_close(self) -> None:
+        """Close the listening socket and all kept connections to upstreams."""
+        self.socket.close()
+        self.pool.close()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """A new connection. Loop thread."""
+        connection = Connection(request, client_address, self)
+        self.connections.add(connection)
+        connection.set_deadline(self.settings.keepalive_timeout, "")
+        if len(self.connections) > self.settings.max_connections:
+            self.reject(connection)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Log the traceback of a bug in a handler."""
+        log.exception("%s: a bug in akashproxy", getattr(request, "id", client_address))
+
+    # -- running
+
     def start(self) -> "Server":
         """Serve, in threads of its own."""
-        self.watchdog.watch(self.socket, self.on_connection)
-        self.watchdog.start()
+        self.loop.add(self.socket, self.on_connection, self.on_connection)
+        self.loop.start()
         return self
 
-    def serve_forever(self, poll_interval: float = 0.5) -> None:
-        """The library's way to serve: until another thread calls stop()."""
-        self.start()
-        self.watchdog.join()
-
-    def on_connection(self) -> None:
-        """The watchdog has new clients."""
-        try:
-            self.let_in(1 if self.board else 64)    # not all: others wait, too, or want some
-        except OSError as error:    # no more descriptors: those who wait, wait until the next look
-            log.error("cannot accept a connection: %s", error)
-            self.watchdog.leave(self.socket)
-            self.full = True
-
-    def let_in(self, most: int) -> None:
-        with contextlib.suppress(BlockingIOError):
-            for _ in range(most):
-                request, address = self.get_request()
-                try:
-                    self.process_request(request, address)
-                except Exception:
-                    log.exception("a connection could not be taken")
-                    request.close()
-
-    def shut_door(self) -> None:
-        """Let in who has connected, and nobody after them: to close alone would reset whom the kernel has queued."""
-        self.watchdog.leave(self.socket)
-        with contextlib.suppress(OSError):
-            self.let_in(self.request_queue_size)
-        self.socket.close()
-        self.shut.set()
-
-    def look(self) -> None:
-        if self.full and not self.draining:
-            self.full = False
-            self.watchdog.watch(self.socket, self.on_connection)
-        self.wake_waiters()
-        if self.board:
-            self.board.post({**self.fares(), "rests": self.pool.rests(), "figures": self.metrics.state()})
-            for notice in self.board.others():
-                self.pool.heed(notice["rests"])
-
-    def wake_waiters(self) -> None:
-        """Go on with calls that wait for a controller, some at a time: an error for 1,500 must not hold all others up."""
-        if self.pool.wake_waiters(32):
-            self.watchdog.soon(self.wake_waiters)
-
-    def fares(self) -> Dict[str, List[Dict[str, Any]]]:
-        """How controllers and keys fare, in this process."""
-        return {"controllers": self.pool.status(), "keys": [key.status() for key in self.keys]}
-
-    def status(self) -> Dict[str, List[Dict[str, Any]]]:
-        """The same, in all workers."""
-        told = self.fares()
-        for notice in self.board.others() if self.board else []:
-            for kind, mine in told.items():
-                theirs = {entry["name"]: entry for entry in notice[kind]}
-                for entry in mine:
-                    other = theirs.get(entry["name"], {})
-                    entry.update({name: entry[name] + other[name] for name in SUMS if name in entry and name in other})
-        return told
-
     def stop(self, grace: Optional[float] = None) -> None:
-        """Stop: no new connections, idle ones closed after a moment, running answers have ``grace`` seconds to end."""
+        """Stop: no new connections, idle ones closed after a moment, running requests have ``grace`` seconds to end."""
         grace = self.settings.grace if grace is None else grace
         with self.lock:
             first, self.draining = not self.draining, True
-        if not self.watchdog.is_alive():
-            self.shut_door()
+        if not self.loop.is_alive():
+            self.stop_accepting()
         elif first:
-            self.watchdog.soon(self.shut_door)
-        self.shut.wait()    # also if another stop() has asked for it: the watchdog must not end before it has done so
-        if not self._wait(grace):
-            for handler in self.watchdog.handlers.copy():
-                if handler.call is not None:
-                    handler.call.cancel(APIError(503, "The server is stopping.", code="stopping"))
-                elif handler.waits:
-                    handler.watch.end(ClientLeft("the server stops"))
-            if not self._wait(1.0):
-                for handler in self.watchdog.handlers.copy():
-                    handler.watch.end(ClientLeft("the server stops"))
-                self._wait(1.0)
-        with self.lock:
-            for _ in range(self.spare):
-                self.waiting.put(None)
-        self.watchdog.stopped = True
+            self.loop.call_soon_threadsafe(self.stop_accepting)
+        self.accepting_stopped.wait()   # also if another stop() has asked for it: the loop must not end before that
+        if not self.idle(grace):
+            self.loop.call_soon_threadsafe(self._cancel_requests)
+            if not self.idle(1.0):
+                self.loop.call_soon_threadsafe(self._close_connections)
+                self.idle(1.0)
+        self.workers.stop()
+        self.loop.stop()
         self.pool.close()
 
+    def idle(self, seconds: float) -> bool:
+        """Wait until no client is connected; whether that is so within so many seconds. Any thread."""
+        with self.all_closed:
+            return self.all_closed.wait_for(lambda: not self.connections, seconds)
+
+    @property
+    def open_connections(self) -> int:
+        """How many clients are connected."""
+        return len(self.connections)
+
+    def running_calls(self) -> int:
+        """How many model calls, and images, are being answered. Any thread."""
+        requests = [connection.request for connection in self.connections.copy()]
+        return sum(request is not None and request.call is not None for request in requests)
+
     def reload(self, settings: Settings) -> None:
-        """Go on with other settings; what is running ends with the old ones. The address stays."""
+        """Go on with other settings; running requests keep the old ones. The address stays."""
         if settings.server_address != self.settings.server_address:
             log.warning("the address stays %s until the next start", self.settings.server_address)
-        before = self.pool
-        self.pool, self.keys, self.settings = Pool(settings, before), self.limits(settings), settings
-        before.close(but=self.pool.members)
-
-    def limits(self, settings: Settings) -> List[Limits]:
-        """The limits of other settings; who keeps a name keeps the counts."""
-        known = {key.name: key for key in self.keys}
-        keys = [known.get(options.name) or Limits(options) for options in settings.keys]
-        for key, options in zip(keys, settings.keys):
-            key.options = options
-        return keys
-
-    def states(self) -> List[Dict[str, float]]:
-        """The figures of each process, for /metrics."""
-        return [self.metrics.state(), *(notice["figures"] for notice in (self.board.others() if self.board else []))]
+        previous = self.pool
+        self.pool, self.keys, self.settings = Pool(settings, previous), self._key_limiters(settings), settings
+        previous.close(but=self.pool.members)
 
     def __enter__(self) -> "Server":
         return self.start()
@@ -7647,73 +7761,215 @@ class Server(http.server.ThreadingHTTPServer):
     def __exit__(self, *_: Any) -> None:
         self.stop()
 
-    def _wait(self, seconds: float) -> bool:
-        with self.quiet:
-            return self.quiet.wait_for(lambda: not self.watchdog.handlers, seconds)
+    def _key_limiters(self, settings: Settings) -> List["KeyLimiter"]:
+        """The limiters of other settings; a key that keeps its name keeps its counts."""
+        known = {key.name: key for key in self.keys}
+        keys = [known.get(options.name) or KeyLimiter(options) for options in settings.keys]
+        for key, options in zip(keys, settings.keys):
+            key.options = options
+        return keys
 
-    def left(self) -> None:
-        """A connection has ended."""
-        if self.draining:
-            with self.quiet:
-                self.quiet.notify_all()
+    def _cancel_requests(self) -> None:
+        for connection in self.connections.copy():
+            if connection.request is not None:
+                connection.request.cancel(APIError(503, "The server is stopping.", code="stopping"))
+            if connection.state is State.READING:
+                connection._dispatch(APIError(503, "The server is stopping.", code="stopping"))
+            elif connection.state is State.IDLE:
+                connection.close()
 
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """A new connection: it waits in the watchdog like all others."""
-        handler = Handler(request, client_address, self)
+    def _close_connections(self) -> None:
+        for connection in self.connections.copy():
+            connection.disconnect()
+
+    # -- the loop thread's part
+
+    def on_connection(self) -> None:
+        """New clients wait to be accepted."""
         try:
-            if len(self.watchdog.handlers) > self.settings.max_connections:
-                self.turn_away(handler)
-            else:
-                handler.wait()
-        except Exception:
-            handler.close()
-            raise
+            self.accept_ready(64)       # not all: other connections wait, too
+        except OSError as error:        # no more descriptors: the clients wait until the next tick
+            log.error("cannot accept a connection: %s", error)
+            self.loop.remove(self.socket)
+            self.accept_paused = True
 
-    def give(self, handler: Handler) -> None:
-        """Give a connection that has a request to an idle thread, or to a new one."""
-        handler.here = False
-        handler.listen(0)
-        with self.lock:
-            found, self.spare = self.spare > 0, max(0, self.spare - 1)
-        if not found:
-            try:
-                threading.Thread(target=self._work, name="akashproxy client", daemon=True).start()
-            except RuntimeError as error:  # no more threads
-                if report_exhaustion():
-                    log.error("a request could not be taken: %s", error)
-                return handler.close() if handler.sent_head else self.turn_away(handler)
-        self.waiting.put(handler)
+    def accept_ready(self, most: int) -> None:
+        """Accept the clients that wait, at most so many."""
+        with contextlib.suppress(BlockingIOError):
+            for _ in range(most):
+                request, address = self.get_request()
+                try:
+                    if self.verify_request(request, address):
+                        self.process_request(request, address)
+                    else:
+                        self.shutdown_request(request)
+                except Exception:
+                    log.exception("a connection could not be accepted")
+                    request.close()
 
-    def turn_away(self, handler: Handler) -> None:
-        """There is no room for a client: tell it, and take in for a moment what it sends."""
+    def stop_accepting(self) -> None:
+        """Accept who has connected, and close the listening socket: to close alone would reset whom the kernel has queued."""
+        self.loop.remove(self.socket)
         with contextlib.suppress(OSError):
-            handler.connection.send(OVERFULL, NOW)
-        handler.unread = True
-        handler.finish()
+            self.accept_ready(self.request_queue_size)
+        self.socket.close()
+        self.accepting_stopped.set()
 
-    def _work(self) -> None:
-        while True:
-            handler = self.waiting.get()
-            if handler is None:
-                return
+    def reject(self, connection: Connection) -> None:
+        """There is no room for a client: say so, and discard what it sends for a moment."""
+        if connection.send(TOO_MANY_CLIENTS):
+            connection._linger()
+
+    def submit(self, task: Callable[[], None]) -> None:
+        """Run a task on a worker thread. Any thread."""
+        self.workers.submit(task)
+
+    def serve_request(self, request: Request) -> None:
+        """Make a handler, which answers the request. Worker thread."""
+        try:
+            self.finish_request(request, request.connection.client_address)
+        except Exception:
+            self.handle_error(request, request.connection.client_address)
+            self.loop.call_soon_threadsafe(request.connection.abort)
+
+    def check_head(self, request: Request, decoder: Body) -> None:
+        """The gate: APIError if a request must be refused, before a byte of its body is kept. Loop thread."""
+        head = request.head
+        request.route = route = find_route(head.method, head.path)
+        self.check_page(request)
+        if head.method == "OPTIONS":
+            return
+        if head.path not in PUBLIC_PATHS and (head.path, self.settings.metrics) != ("/metrics", "public"):
+            self.authorize(request)
+        if not route.targets:
+            raise APIError(404, f"There is no {head.path[:200]!r} here.", code="not_found")
+        if route.target(head.method) is None:
+            raise APIError(405, f"{head.method} is not allowed here.", code="method_not_allowed")
+        if head.method in BODILESS_METHODS:
+            return
+        check_body_size(decoder.left, self.settings)
+        if request.body_unread and head.http_minor == "1" and head.headers.get("expect", "100-continue").lower() != "100-continue":
+            raise APIError(417, "Only 'Expect: 100-continue' is supported.")
+        if decoder.left > len(request.connection.input):    # lengths alone don't count: idle clients could lock out all others
+            self.bodies.check(decoder.left)
+
+    def check_page(self, request: Request) -> None:
+        """Keep pages of other sites from using the server by the browser of somebody who may: APIError 403.
+
+        A token is proof enough. Without one, only Origin and Host tell such a page from any other client.
+        """
+        settings, headers = self.settings, request.head.headers
+        host, origin = headers.get("host", ""), headers.get("origin")
+        if origin and not origin_allowed(origin, host, settings.public_url, settings.cors_origins, settings.needs_token()):
+            raise APIError(403, f"Pages of the origin {origin[:200]!r} may not use this server. CORS_ORIGINS lists those "
+                                "that may.", code="origin_not_allowed", retry=False)
+        if self.is_loopback and not settings.needs_token() and not (
+                is_local(host) or host_allowed(host, settings.host_names())):
+            raise APIError(403, f"This server is not called {host[:200]!r}. PUBLIC_URL gives it a name; with a BEARER_TOKEN it "
+                                "answers to any.", code="host_not_allowed", retry=False)
+
+    def authorize(self, request: Request) -> None:
+        """Everything but PUBLIC_PATHS and OPTIONS needs a token once one is set; APIError 401."""
+        if not self.settings.needs_token():
+            return
+        headers, tokens = request.head.headers, self.settings.bearer_token
+        scheme, *credentials = headers.get("authorization", "").split(None, 1) or [""]
+        bearer = credentials if scheme.lower() == "bearer" else []
+        given = list(filter(None, [*bearer, headers.get("x-api-key", ""), headers.get("api-key", "")]))
+        from hmac import compare_digest     # it loads OpenSSL's hashes, which a server without tokens does not need
+        sent = [text.encode("utf-8", "replace") for text in given]      # any of them opens; all are compared, always
+        named = [key for data in sent for key in self.keys if compare_digest(data, key.options.key.encode())]
+        unnamed = [token for data in sent for token in tokens if compare_digest(data, token.encode())]
+        request.key = named[0] if named else None
+        if not named and not unnamed:
+            raise APIError(401, "Incorrect API key provided: this server does not know the token." if given else
+                           "A token is needed: send it as 'Authorization: Bearer TOKEN'.")
+
+    def acquire_key(self, request: Request) -> None:
+        """Count a call against the limits of its key, until release_key(); APIError 429 if it is one too many."""
+        key, call = request.key, request.call
+        if key is None:
+            return
+        n = (call.sent or {}).get("n") if call.path.startswith("/v1/images/") else None
+        key.enter(call.pictures or (n if type(n) is int and n > 0 else 1))
+        request.counted = True
+        call.image_by_image = key.options.max_concurrency > 0
+        hold_to_key(call, key.options, request.head.headers)
+
+    def release_key(self, request: Request) -> None:
+        """The call is over, or about to be: before the client can know it, so that its next one is not one too many."""
+        if request.counted:
+            request.counted = False
+            request.key.leave()
+
+    def cors_headers(self, request: Request) -> str:
+        """Which pages may read the response."""
+        settings, headers = request.settings, request.head.headers
+        if "*" in settings.cors_origins or not settings.cors_origins and settings.needs_token():
+            return CORS_ANY
+        origin = headers.get("origin", "")
+        may = origin and origin_allowed(origin, headers.get("host", ""), settings.public_url, settings.cors_origins, False)
+        return f"Vary: Origin\r\n{CORS_ANY.replace('*', origin)}" if may else "Vary: Origin\r\n"
+
+    def date_header(self) -> str:
+        """The fields Server and Date."""
+        return date_header(int(time.time()))
+
+    def on_request_end(self, request: Request) -> None:
+        """Count and log a request, once, at its end. Loop thread."""
+        self.release_key(request)
+        now = time.monotonic()
+        self.metrics.add(request, now)
+        if log.isEnabledFor(logging.INFO):
+            log_access(request, now)
+
+    def on_connection_closed(self, connection: Connection) -> None:
+        """A connection and its last request have ended. Loop thread."""
+        self.connections.discard(connection)
+        if self.draining:
+            with self.all_closed:
+                self.all_closed.notify_all()
+
+    def on_tick(self, now: float) -> None:
+        """Enforce deadlines. Loop thread."""
+        for scope in Watch.live.copy():
+            if scope.due < now:
+                scope.end(APIError(504, scope.late, code="timeout", kind="network"))
+        for connection in self.connections.copy():
             try:
-                handler.run(handler.step)
+                connection.on_tick(now)
             except Exception:
-                log.exception("a connection's thread failed")
-                handler.close()
-            del handler
-            with self.lock:
-                if self.draining or self.spare >= self.SPARE:
-                    return
-                self.spare += 1
+                log.exception("a bug in akashproxy, on the loop thread")
+                connection.abort()
+        if self.accept_paused and not self.draining:
+            self.accept_paused = False
+            self.loop.add(self.socket, self.on_connection, self.on_connection)
+        self.pool.tidy(now)
+        self.wake_waiters()
 
-    def stamp(self) -> str:
-        """The fields Server and Date, made once a second."""
-        now = int(time.time())
-        if now != self.second:
-            date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(now))
-            self.second, self.stamped = now, f"Server: {SERVER_NAME}\r\nDate: {date}\r\n"
-        return self.stamped
+    def wake_waiters(self) -> None:
+        """Go on with calls that wait for a controller, some at a time: 1,500 errors must not hold up everything else."""
+        if self.pool.wake_waiters(32):
+            self.loop.call_soon_threadsafe(self.wake_waiters)
+
+
+def log_access(request: Request, now: float) -> None:
+    """Log one line for a request."""
+    record, usage, writer = request.record, request.record.usage or {}, request.writer
+    began = request.started_at
+    facts = {"client": request.connection.client_address[0], "key": request.key.name if request.key else "",
+             "method": request.head.method, "path": shorten(request.head.path), "status": writer.status or 499,
+             "model": shorten(record.model), "controller": record.controller,
+             "first_ms": round((record.first_token_at or now) * 1000) - round(began * 1000),
+             "ms": round((now - began) * 1000), "bytes": writer.bytes_sent, "tokens_in": usage.get("prompt_tokens"),
+             "tokens_out": usage.get("completion_tokens"), "id": request.id}
+    log.info(" ".join(f"{name}={value}" for name, value in facts.items() if value not in ("", None)),
+             extra={"facts": facts})
+
+
+def join_address(host: str, port: int) -> str:
+    """HOST:PORT, an IPv6 address in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _family(host: str, port: int) -> Tuple[int, str]:
@@ -7727,7 +7983,7 @@ def _family(host: str, port: int) -> Tuple[int, str]:
     return family, found[0]
 
 
-# == 12. demo =================================================================================
+# == 14. demo =================================================================================
 # A small Akash Chat for --demo: no model, but the real way through, on a loopback port.
 
 
@@ -7818,7 +8074,7 @@ def demo_picture(seed: str) -> bytes:
             + chunk(b"IDAT", zlib.compress(b"".join(rows))) + chunk(b"IEND", b""))
 
 
-# == 13. page =================================================================================
+# == 15. page =================================================================================
 # A page to chat with, which asks the API as any client does. Knows nothing of the rest of this file.
 
 PAGE = r"""<!doctype html>
@@ -8079,7 +8335,7 @@ def page() -> Tuple[bytes, Dict[str, str]]:
                            "Referrer-Policy": "no-referrer"}
 
 
-# == 14. main =================================================================================
+# == 16. main =================================================================================
 # The command: settings, log, signals, serve.
 
 
@@ -8108,7 +8364,7 @@ def command(argv: List[str]) -> int:
     lines = LogWriter(sys.stderr.fileno()) if sys.stderr else logging.NullHandler()
     lines.setFormatter(LogFormat(settings.log_format))
     logging.basicConfig(level=settings.log_level.upper(), handlers=[lines])
-    demo = {"akash_base_url": StandIn.start(), "controllers": (), "workers": 1} if options.demo else {}
+    demo = {"akash_base_url": StandIn.start(), "controllers": ()} if options.demo else {}
     if settings.config_file:
         flags["config_file"] = settings.config_file     # a reload must not fall back on another one, or on none
 
@@ -8147,18 +8403,12 @@ class LogWriter(logging.Handler):
     def __init__(self, descriptor: int) -> None:
         super().__init__()
         self.descriptor = descriptor
-        self.begin()
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=self.begin)
-
-    def begin(self) -> None:
-        """Begin with an empty queue: in a forked process the lines of its parent are the parent's."""
         self.lines: Queue = Queue(self.SIZE)
         self.lost, self.count_lock = 0, threading.Lock()
         self.thread: Optional[threading.Thread] = None
 
     def emit(self, record: logging.LogRecord) -> None:
-        if self.thread is None:     # not earlier: a thread does not survive a fork
+        if self.thread is None:
             self.thread = threading.Thread(target=self.write_all, args=(self.lines,), name="akashproxy log", daemon=True)
             self.thread.start()
         try:
@@ -8291,15 +8541,12 @@ def check_health(settings: Settings) -> int:
 def start(server: Server, load: Callable[[], Settings]) -> int:
     """Say where it serves, and serve in this process or in several; the exit status."""
     raise_limit()
-    gc.freeze()     # what is there by now stays: collections need not look at it, and workers share it
+    gc.freeze()     # what is there by now stays: collections need not look at it
     locked = server.settings.bearer_token or server.settings.keys
     if not locked and not ipaddress.ip_address(server.server_address[0]).is_loopback:
         log.warning("whoever can reach %s can use this server, its keys and its allowance: set BEARER_TOKEN", server.url)
     signals = Signals(signal.SIGINT, signal.SIGTERM, SIGHUP)
     line = f"akashproxy {__version__} serves {server.pool} on {server.url}/v1"
-    if server.settings.workers > 1:
-        say(f"{line}, with {server.settings.workers} workers")
-        return supervise(server, load, signals)
     server.start()
     say(line)
     return serve(server, load, signals)
@@ -8322,13 +8569,18 @@ def hold_signals(how: str) -> None:
         signal.pthread_sigmask(getattr(signal, how), {signal.SIGINT, signal.SIGTERM, SIGHUP})
 
 
+def flush_logs() -> None:
+    """Write the log lines that wait."""
+    for handler in logging.root.handlers:
+        handler.flush()
+
+
 class Signals:
-    """The signals that have come. The second one that means to stop calls ``at_once``, and ends the process."""
+    """The signals that have come. The second one that means to stop ends the process."""
 
     def __init__(self, *numbers: int) -> None:
         self.asked: SimpleQueue = SimpleQueue()
         self.stops = 0
-        self.at_once: Callable[[], Any] = bool
         for number in filter(None, numbers):
             signal.signal(number, self.on_signal)
         hold_signals("SIG_UNBLOCK")
@@ -8337,7 +8589,9 @@ class Signals:
         if number != SIGHUP:
             self.stops += 1
             if self.stops > 1:
-                self.at_once()
+                flushing = threading.Thread(target=flush_logs, daemon=True)     # this thread may hold the queue's lock
+                flushing.start()
+                flushing.join(1.0)
                 os._exit(0)
         self.asked.put(number)
 
@@ -8350,13 +8604,12 @@ class Signals:
 
 def serve(server: Server, load: Callable[[], Settings], signals: Signals) -> int:
     """Serve until SIGINT or SIGTERM; a second one stops at once. SIGHUP loads the settings anew."""
-    parent = os.getppid()
     while True:
         number = signals.next()
         if number == SIGHUP:
             reload(server, load)
-        elif number is not None or server.board and os.getppid() != parent:    # nobody looks after it any more
-            running = sum(handler.call is not None for handler in server.watchdog.handlers.copy())
+        elif number is not None:
+            running = server.running_calls()
             if running:
                 log.info("stopping: %d running answers have %g seconds to end", running, server.settings.grace)
             server.stop()
@@ -8372,60 +8625,6 @@ def reload(server: Server, load: Callable[[], Settings]) -> bool:
     except Exception as error:
         log.error("the settings stay as they were: %s", error)
         return False
-
-
-def supervise(server: Server, load: Callable[[], Settings], signals: Signals) -> int:
-    """Have several processes serve on one listening socket. Those that die are started anew, signals are passed on."""
-    board, stopping = Board(server.settings.workers), False
-    born: Dict[int, Tuple[int, float]] = {}     # process id: page, since when
-    signals.at_once = lambda: send_all(list(born), signal.SIGKILL)
-    for page in range(board.pages):
-        born[spawn(server, load, board, page)] = page, time.monotonic()
-    while born:
-        number = signals.next(0.2)
-        if number == SIGHUP:
-            if reload(server, load):
-                send_all(born, SIGHUP)
-        elif number is not None:
-            stopping = True
-            server.socket.close()
-            send_all(born, signal.SIGTERM)
-        pid, status = os.waitpid(-1, os.WNOHANG)
-        if pid in born:
-            page, since = born.pop(pid)
-            if not stopping:
-                log.error("worker %d has died (%d), another one takes its place", pid, status)
-                time.sleep(1.0 if time.monotonic() - since < 1 else 0.0)    # it may die again at once
-                born[spawn(server, load, board, page)] = page, time.monotonic()
-    return 0
-
-
-def send_all(pids: Iterable[int], number: Any) -> None:
-    """Send a signal to processes, if they are still there."""
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, number)
-
-
-def spawn(parent: Server, load: Callable[[], Settings], board: Board, page: int) -> int:
-    """Start a worker; its process id."""
-    hold_signals("SIG_BLOCK")
-    pid = os.fork()
-    if pid:
-        hold_signals("SIG_UNBLOCK")
-        return pid
-    status = 1
-    try:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)    # Ctrl-C goes to all of them, and the parent passes it on
-        parent.watchdog.close()
-        board.mine = page
-        server = Server(parent.settings, parent.socket, board)
-        status = serve(server.start(), load, Signals(signal.SIGTERM, SIGHUP))
-    except BaseException:
-        log.exception("a worker failed")
-    finally:
-        logging.shutdown()
-        os._exit(status)
 
 
 if __name__ == "__main__":
