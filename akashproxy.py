@@ -4033,12 +4033,12 @@ class RelayDecoder:
 
     def _look_for_the_end(self, data: bytes) -> bytes:
         """The data, up to the end of the stream if that is in it."""
+        last = data.rfind(b"[DONE]")
         if self.ends is not None:
-            at = max(map(data.rfind, END_MARKS))
+            at = max(last, *map(data.rfind, END_HINTS[self.ends]))
             if at >= 0 and (self.ends.search(data, max(0, at - 8)) or self.ends.search(data)):
                 self.ends = None
-        at = data.find(b"[DONE]")
-        done = DONE.search(data, max(0, at - 8)) if at >= 0 else None
+        done = DONE.search(data, max(0, data.find(b"[DONE]") - 8)) if last >= 0 else None
         if done is None or self.whole:
             return data
         self.whole, self.ends = True, None
@@ -4076,13 +4076,13 @@ DATA = re.compile(rb"(?:^|\n)data:([^\n]*)\n")
 DATA_LINE = re.compile(rb"^data:([^\n]*)\n", re.M)
 DONE = re.compile(rb"^data: ?\[DONE\][ \r]*\n", re.M)
 OPENING = re.compile(r"ping|message_start|content_block_start|response\.(created|queued|in_progress|\w+\.added)")
-END_MARKS = (b"[DONE]", b'"finish_reason":"', b'"finish_reason": "', b'"finish_reason" : "',  # found faster, backwards
-             b"message_stop", b"event: error", b"response.")
 GOES_ON = b'"finish_reason":null}]}\n\n', b'"finish_reason": null}]}\n\n', b'"finish_reason":null}],"usage":null}\n\n'
 CHAT_ENDS = re.compile(rb'^data: ?\[DONE\][ \r]*$|"finish_reason" ?: ?"[a-z]', re.M)
 ENDS = {CHAT_PATH: CHAT_ENDS, "/v1/completions": CHAT_ENDS,
         "/v1/messages": re.compile(rb'"type" ?: ?"(?:message_stop|error)"'),
         "/v1/responses": re.compile(rb'"type" ?: ?"response\.(?:completed|incomplete|failed)"')}
+END_HINTS = {CHAT_ENDS: (b'"finish_reason":"', b'"finish_reason": "', b'"finish_reason" :'), ENDS["/v1/messages"]: (b"message_stop", b"error"),      # found faster, backwards
+             ENDS["/v1/responses"]: (b"response.completed", b"response.incomplete", b"response.failed")}
 
 
 def has_content(data: bytes) -> bool:
