@@ -7408,6 +7408,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def dispatch(self) -> Any:
         """Answer by the route's function, or by a model."""
         target = self.request.route.target(self.command)
+        if target is None:      # a subclass has let it pass
+            raise APIError(404, f"There is no {self.path[:200]!r} here.", code="not_found")
         if not isinstance(target, type):
             return target(self)
         dialect, request = self.parse_call(target), self.request
@@ -7865,8 +7867,8 @@ class Server(http.server.ThreadingHTTPServer):
                         self.process_request(request, address)
                     else:
                         self.shutdown_request(request)
-                except Exception:
-                    log.exception("a connection could not be accepted")
+                except Exception as error:
+                    log.error("a connection could not be accepted: %s", error, exc_info=not isinstance(error, OSError))
                     request.close()
 
     def stop_accepting(self) -> None:
@@ -7903,6 +7905,8 @@ class Server(http.server.ThreadingHTTPServer):
             return
         if head.path not in PUBLIC_PATHS and (head.path, self.settings.metrics) != ("/metrics", "public"):
             self.authorize(request)
+        if self._is_overridden(head.method):
+            return
         if not route.targets:
             raise APIError(404, f"There is no {head.path[:200]!r} here.", code="not_found")
         if route.target(head.method) is None:
@@ -7914,6 +7918,11 @@ class Server(http.server.ThreadingHTTPServer):
             raise APIError(417, "Only 'Expect: 100-continue' is supported.")
         if decoder.left > len(request.connection.input):    # lengths alone don't count: idle clients could lock out all others
             self.bodies.check(decoder.left)
+
+    def _is_overridden(self, method: str) -> bool:
+        """Whether the handler's class answers a method itself: then it decides what there is at which path."""
+        own = getattr(self.RequestHandlerClass, "do_" + method, None)
+        return own is not None and own is not getattr(Handler, "do_" + method, None)
 
     def check_page(self, request: Request) -> None:
         """Keep pages of other sites from using the server by the browser of somebody who may: APIError 403.

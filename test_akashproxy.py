@@ -31,6 +31,7 @@ import pathlib
 import random
 import re
 import select
+import selectors
 import shutil
 import signal
 import socket
@@ -9096,6 +9097,139 @@ def test_bytes_of_a_head_cost_no_more_the_longer_it_is(serve):
 
     short, long = cost(10), cost(60000)
     assert long < 4 * short + 0.05, (short, long)
+
+
+# == http.server as its users know it =========================================================
+
+
+class OwnHandler(akashproxy.Handler):
+    """A handler as one would write it for http.server."""
+
+    def do_GET(self):
+        if self.path == "/mine":
+            data = f"{self.command} {self.headers['User-Agent']} {self.headers.get('x-NONE', 'none')} {self.client_address[0]}".encode()
+            self.send_response(203)
+            self.send_header("Content-Type", "text/plain")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+        elif self.path == "/parts":
+            self.send_response(200)
+            self.end_headers()
+            for part in (b"one ", b"two"):
+                self.wfile.write(part)
+        elif self.path == "/error":
+            self.send_error(418, "I am a teapot", "tea only")
+        elif self.path == "/split":
+            self.send_response(200)
+            self.send_header("X-Evil", "a\r\nB: c")
+        elif self.path == "/nothing":
+            return None
+        elif self.path == "/bug":
+            raise KeyError("a bug")
+        else:
+            return super().do_GET()
+
+    do_HEAD = do_GET
+
+    def do_POST(self):
+        if self.path != "/upper":
+            return super().do_POST()
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(self.rfile.read().upper())
+
+
+OWN_ANSWERS = {
+    "a length": ("GET", "/mine", None, 203, b"GET tests none 127.0.0.1"),
+    "only the head": ("HEAD", "/mine", None, 203, b""),
+    "chunks": ("GET", "/parts", None, 200, b"one two"),
+    "a body": ("POST", "/upper", b"abc", 200, b"ABC"),
+    "the module's own": ("GET", "/health", None, 200, None),
+    "the module's own 404": ("GET", "/elsewhere", None, 404, None),
+    "send_error": ("GET", "/error", None, 418, None),
+    "a line break in a header": ("GET", "/split", None, 500, None),
+    "no response": ("GET", "/nothing", None, 500, None),
+    "a bug": ("GET", "/bug", None, 500, None),
+}
+
+
+@table(OWN_ANSWERS)
+def test_a_handler_as_of_http_server(case, akash):
+    method, path, body, status, expected = case
+    server = Server(Settings(server_address="127.0.0.1:0", akash_base_url=akash.url), OwnHandler)
+    reported = []
+    server.handle_error = lambda request, client_address: reported.append((client_address[0], sys.exc_info()[0]))
+    with server, contextlib.closing(http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)) as link:
+        for _ in range(2):      # the connection goes on
+            got = ask_again(link, method, path, body, {"User-Agent": "tests"})
+            assert got.status == status and (expected is None or got.body == expected), got
+            assert "x-evil" not in got.headers and "b" not in got.headers
+        if path == "/error":
+            assert got.json["error"]["message"] == "I am a teapot: tea only"
+    assert reported == {"/bug": [("127.0.0.1", KeyError)] * 2, "/split": [("127.0.0.1", ValueError)] * 2}.get(path, [])
+
+
+def test_serve_forever_ends_with_shutdown():
+    server = Server(("127.0.0.1", 0), OwnHandler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    assert ask(server, path="/parts").body == b"one two"
+    server.shutdown()
+    thread.join(10)
+    assert not thread.is_alive() and refused(server.server_port)
+    server.server_close()
+
+
+def test_a_client_that_is_not_verified_is_closed():
+    server = Server(Settings(server_address="127.0.0.1:0"))
+    server.verify_request = lambda request, client_address: False
+    with server, pytest.raises((ConnectionError, http.client.HTTPException)):
+        ask(server)
+
+
+def with_select(server):
+    """Give a server the selector that Windows has."""
+    server.loop.close()
+    server.loop = akashproxy.EventLoop(server.on_tick, selectors.SelectSelector())
+    return server
+
+
+def test_select_is_as_prompt_as_epoll(akash):
+    server = with_select(Server(Settings(server_address="127.0.0.1:0", akash_base_url=akash.url)))
+    server.loop.TICK = 0.5
+    with server, contextlib.closing(http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)) as link:
+        began = time.monotonic()
+        for _ in range(20):
+            assert ask_again(link, "POST", "/v1/chat/completions", CHAT).status == 200
+            assert ask_again(link).status == 200
+        assert time.monotonic() - began < 5, "each hand-over would wait for a tick"
+
+
+def test_more_sockets_than_select_takes_are_refused(akash, caplog):
+    resource = pytest.importorskip("resource")
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit[1] < 1200:
+        pytest.skip("too few descriptors")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(limit[0], 1200), limit[1]))
+    server = with_select(Server(Settings(server_address="127.0.0.1:0", akash_base_url=akash.url)))
+    taken = []
+    try:
+        with server, contextlib.closing(http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)) as link:
+            assert ask_again(link).status == 200
+            while not taken or taken[-1] < 1024:
+                taken.append(os.dup(0))
+            with socket.create_connection(("127.0.0.1", server.server_port), timeout=10) as sock:
+                assert sock.recv(10) == b"", "refused"
+            assert ask_again(link).status == 200, "the others are served on"
+            for descriptor in taken:
+                os.close(descriptor)
+            taken.clear()
+            assert ask(server).status == 200
+    finally:
+        for descriptor in taken:
+            os.close(descriptor)
+    assert "could not be accepted" in caplog.text
 
 
 # == truth in writing =========================================================================
