@@ -10,16 +10,16 @@ One module, the standard library only, Python 3.9 or newer:
 A client speaks OpenAI's API or Anthropic's to this file; it speaks the web API of Akash Chat, or
 OpenAI's, to upstreams. A *controller* knows one upstream; a *pool* chooses one for each request.
 
-    client                              akashproxy.py                                 upstream
-    ------  Handler --> Dialect.parse --> Call --> Running --> Controller --> Transport  ------
-    socket                                                                               socket
-            StreamRelay <-- Dialect.feed <-- Text, Reasoning, Image, Finish <-- decoder <-- bytes
-            EventLoop: one thread that owns every client socket, and the upstream sockets it relays
+    client                               akashproxy.py                              upstream
+    ------  Handler -> Dialect.parse -> Call -> Exchange -> Controller -> Transport  ------
+    socket                                                                           socket
+            StreamRelay <- Dialect.encode <- Text, Reasoning, Image, Finish <- decoder
+            EventLoop: the thread that owns every client socket, and each relayed upstream
 
 Left of the events nothing knows which upstream answered; right of them nothing knows what the client
 speaks. Between the sockets everything is pushed: ``decoder.feed(data)`` returns events,
-``dialect.feed(events)`` returns bytes, and nothing in there reads, waits or knows a socket. Where both
-sides speak the same format, the events are Raw bytes.
+``dialect.encode(events)`` returns bytes, and nothing in there reads, waits or knows a socket.
+Where both sides speak the same format, the events are RawBytes.
 
 There are two kinds of threads. The *loop* reads requests whole, writes responses and relays streams; it
 never blocks. *Workers* get one whole request each: they parse it, choose a controller and send the
@@ -27,7 +27,7 @@ request to the upstream, and may block in that. A streamed chat:
 
     1 loop    accept: Connection(IDLE). Head and body complete: DISPATCHED, submit()
     2 worker  Handler.parse_request, do_POST: the body becomes a Call
-    3 worker  CallResponder.attempt: Running chooses a controller, which sends the request
+    3 worker  CallResponder.attempt: Exchange chooses a controller, which sends the request
     4 worker  call_soon_threadsafe(StreamRelay.start); the worker is free
     5 loop    bytes of the upstream become events; with the first one the response begins (STREAMING)
     6 loop    back-pressure, pings, disconnects, deadlines
@@ -35,48 +35,49 @@ request to the upstream, and may block in that. A streamed chat:
     8 loop    the end: access log, metrics, Connection(IDLE)
 
 The sections, from top to bottom (``grep '^# ==' akashproxy.py``):
-names, errors, events, settings, http, transport, controllers, pool, dialects, loop, relay, limits, server, demo, page, main.
+names, errors, events, settings, http, transport, controllers, pool, dialects, loop, relay, limits,
+server, demo, page, main.
 
 Where is ...
 
     a setting                          Settings, ControllerSettings
     the configuration file             ConfigFile, find_config
-    an error and its form on the wire  APIError, Dialect.refusal
-    what an upstream's error means     UPSTREAM_ERRORS, told_error, akash_error
+    an error and its form on the wire  APIError, Dialect.error_body
+    what an upstream's error means     UPSTREAM_ERRORS, error_from_body, akash_error
     what hides secrets                 redact
     Akash's cookie                     AkashSession
     Akash's stream, line by line       AkashDecoder
     what is sent to Akash              akash_request
-    images                             AkashController.pictures
-    <think> tags                       Thinking
-    stop sequences and max_tokens      Cutoff
+    images                             AkashController.image_events
+    <think> tags                       ThinkTagFilter
+    stop sequences and max_tokens      StopFilter
     OpenAI's stream                    ChatDecoder
     Anthropic's stream                 Messages
     OpenAI's newer stream              Responses
-    their requests as a chat           Messages.chat, Responses.chat, Blocks.part
-    estimates of tokens                token_estimate
-    relaying unparsed                  RelayDecoder, Relay
-    failover                           Running
-    cool-downs                         FAILURES, CoolDown, Member.fare
+    their requests as a chat           Messages.to_chat, Responses.to_chat, BlockDialect.convert_part
+    estimates of tokens                estimate_tokens
+    relaying unparsed                  PassthroughDecoder, Passthrough
+    failover                           Exchange
+    cool-downs                         FAILURE_POLICY, CoolDown, Upstream.record_result
     waiting for a controller           CallQueue
-    the choice by weight               Pool.balanced
-    aliases of models                  Pool.named
-    the network's exceptions           upstream_error, Response.failure
-    strict HTTP                        head_end, parse_head, Body
-    connections to upstreams           KeepAlive
+    the choice by weight               Pool.weighted_round_robin
+    aliases of models                  Pool.resolve_alias
+    the network's exceptions           upstream_error, UpstreamResponse.to_api_error
+    strict HTTP                        find_head_end, parse_head, BodyDecoder
+    connections to upstreams           ConnectionPool
     proxies on the way                 Proxy
-    deadlines                          Watch, Connection.on_tick
+    deadlines                          CancelScope, Connection.on_tick
     request bodies                     BodyReader, ByteBudget
     the gate                           Server.check_head
-    figures for Prometheus             SERIES, Metrics, prometheus_text
+    figures for Prometheus             METRICS, Metrics, prometheus_text
     a client's connection              Connection
     the log                            log_access, LogFormat, LogWriter
     a new endpoint                     ROUTES
     a new kind of upstream             CONTROLLERS
     tokens of clients                  Server.authorize
-    keys of several people             KeySettings, KeyLimiter
+    keys of several people             ClientKeySettings, KeyLimiter
     reloading                          Server.reload
-    the stand-in of --demo             StandIn
+    the stand-in of --demo             DemoAkash
     the page at /                      PAGE, page
 """
 
@@ -84,7 +85,8 @@ from __future__ import annotations
 
 import signal
 
-if __name__ == "__main__" and hasattr(signal, "pthread_sigmask"):   # first of all: without a handler they end the process
+if __name__ == "__main__" and hasattr(signal, "pthread_sigmask"):
+    # Before anything else: a signal that comes while the file is still loading would end the process.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
 
 # == 1. names =================================================================================
@@ -124,17 +126,65 @@ import urllib.request
 from collections import OrderedDict, defaultdict, deque
 from dataclasses import dataclass, field
 from queue import Empty, Full, Queue, SimpleQueue
-from typing import (Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedTuple, NoReturn, Optional, Set, Tuple)
+from typing import (
+    Any,
+    Callable,
+    Deque,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    NamedTuple,
+    NoReturn,
+    Optional,
+    Set,
+    Tuple,
+)
 
 __version__ = "1.0.0"
 
 __all__ = [
-    "APIError", "ConfigError", "ClientLeft", "ProtocolError",
-    "Call", "Text", "Reasoning", "Recast", "ToolCall", "Image", "Progress", "Finish", "Raw", "Answer", "fold",
-    "Settings", "ControllerSettings", "KeySettings", "Controller", "AkashController", "AkashSession", "AkashDecoder",
-    "OpenAIController", "ChatDecoder", "RelayDecoder", "EchoController", "Thinking", "Cutoff", "CONTROLLERS", "Pool",
-    "Dialect", "ChatCompletions", "Completions", "Images", "Messages", "CountTokens", "Responses",
-    "Relay", "ROUTES", "Server", "main",
+    "APIError",
+    "ConfigError",
+    "ClientDisconnected",
+    "ProtocolError",
+    "Call",
+    "Text",
+    "Reasoning",
+    "TextWasReasoning",
+    "ToolCall",
+    "Image",
+    "ImageProgress",
+    "Finish",
+    "RawBytes",
+    "Answer",
+    "fold",
+    "Settings",
+    "ControllerSettings",
+    "ClientKeySettings",
+    "Controller",
+    "AkashController",
+    "AkashSession",
+    "AkashDecoder",
+    "OpenAIController",
+    "ChatDecoder",
+    "PassthroughDecoder",
+    "EchoController",
+    "ThinkTagFilter",
+    "StopFilter",
+    "CONTROLLERS",
+    "Pool",
+    "Dialect",
+    "ChatCompletions",
+    "Completions",
+    "Images",
+    "Messages",
+    "CountTokens",
+    "Responses",
+    "Passthrough",
+    "ROUTES",
+    "Server",
+    "main",
 ]
 
 log = logging.getLogger("akashproxy")
@@ -142,9 +192,13 @@ log = logging.getLogger("akashproxy")
 Event = Any  # one of the classes at the head of section 3
 
 
-MAX_JSON_VALUES = 100_000       # of one text; each may take several hundred bytes of memory, however short it is
+MAX_JSON_VALUES = (
+    100_000  # of one text; each may take several hundred bytes of memory, however short it is
+)
 MAX_RELAYED_VALUES = 1_000_000  # of one that is only relayed, such as embeddings of token ids
-MAX_JSON_DEPTH = 500            # levels of nesting: below where any Python's recursion ends, reading or writing
+MAX_JSON_DEPTH = (
+    500  # levels of nesting: below where any Python's recursion ends, reading or writing
+)
 
 
 def to_json(value: Any) -> bytes:
@@ -154,7 +208,11 @@ def to_json(value: Any) -> bytes:
     """
     text = _encode(value)
     if not text.isascii() and ("\u2028" in text or "\u2029" in text or "\x85" in text):
-        text = text.replace("\u2028", r"\u2028").replace("\u2029", r"\u2029").replace("\x85", r"\u0085")
+        text = (
+            text.replace("\u2028", r"\u2028")
+            .replace("\u2029", r"\u2029")
+            .replace("\x85", r"\u0085")
+        )
     return text.encode("utf-8", "replace")
 
 
@@ -167,7 +225,11 @@ def from_json(data: bytes, max_values: int = MAX_JSON_VALUES) -> Any:
 def _parse(data: bytes) -> Any:
     data = data[3:] if data[:3] == b"\xef\xbb\xbf" else data
     try:
-        return _decode(data.decode()) if len(data) < LARGE_JSON or data.isascii() else _parse_apart(data)
+        return (
+            _decode(data.decode())
+            if len(data) < LARGE_JSON or data.isascii()
+            else _parse_apart(data)
+        )
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 
@@ -175,8 +237,8 @@ def _parse(data: bytes) -> Any:
 # A character beyond ASCII makes all of its string take two or four bytes a character: ten times the size of a text that
 # is decoded whole, parsed and encoded again. So long strings are taken out and read and written in slices.
 
-LARGE_JSON = 1 << 20        # bytes of a text with which that is done; it takes more time
-LONG_STRING = 256           # bytes or characters; of MAX_JSON_VALUES shorter ones no large text can be made
+LARGE_JSON = 1 << 20  # bytes of a text with which that is done; it takes more time
+LONG_STRING = 256  # bytes or characters; of MAX_JSON_VALUES shorter ones no large text can be made
 STRING_SLICE = 1 << 16
 
 
@@ -189,7 +251,7 @@ def _parse_apart(data: bytes) -> Any:
             text += _decode('"%s"' % data[begin:end].decode()).encode("utf-8", "surrogatepass")
         mark = f"{nonce}{number};"
         strings[mark] = text.decode("utf-8", "surrogatepass")
-        parts += data[at:cuts[0]], mark.encode()
+        parts += data[at : cuts[0]], mark.encode()
         at = cuts[-1]
     value = _decode(b"".join([*parts, data[at:]]).decode())
     for container, key, text in _strings_in(value):
@@ -200,10 +262,15 @@ def _parse_apart(data: bytes) -> Any:
 
 def _long_strings(data: bytes) -> List[List[int]]:
     """Where the long strings of a JSON text begin, may be cut, and end. Names of fields are left out."""
-    if b"\\" in data:    # so that quotes are ends of strings and backslashes begin escapes; nothing moves
+    if (
+        b"\\" in data
+    ):  # so that quotes are ends of strings and backslashes begin escapes; nothing moves
         data = data.replace(b"\\\\", b"\\_").replace(b'\\"', b"\\_")
-    spans = [found.span(1) for found in re.finditer(rb'"([^"]*)"(\s*:)?', data)
-             if found.end() - found.start() > LONG_STRING and found[2] is None]
+    spans = [
+        found.span(1)
+        for found in re.finditer(rb'"([^"]*)"(\s*:)?', data)
+        if found.end() - found.start() > LONG_STRING and found[2] is None
+    ]
     return [_cuts(data, begin, end) for begin, end in spans]
 
 
@@ -212,7 +279,9 @@ def _cuts(data: bytes, begin: int, end: int) -> List[int]:
     cuts = [begin]
     while end - cuts[-1] > STRING_SLICE:
         at = cuts[-1] + STRING_SLICE
-        while data[at] & 0xC0 == 0x80 and at > cuts[-1] + STRING_SLICE - 4:     # more of them are an error wherever they are cut
+        while (
+            data[at] & 0xC0 == 0x80 and at > cuts[-1] + STRING_SLICE - 4
+        ):  # more of them are an error wherever they are cut
             at -= 1
         escape = data.rfind(b"\\", at - 5, at)
         at = escape if escape >= 0 else at
@@ -228,7 +297,13 @@ def _strings_in(value: Any) -> Iterator[Tuple[Any, Any, str]]:
     left = [value]
     while left:
         item = left.pop()
-        for key, inner in item.items() if isinstance(item, dict) else enumerate(item) if isinstance(item, list) else ():
+        for key, inner in (
+            item.items()
+            if isinstance(item, dict)
+            else enumerate(item)
+            if isinstance(item, list)
+            else ()
+        ):
             if isinstance(inner, str):
                 yield item, key, inner
             else:
@@ -237,27 +312,30 @@ def _strings_in(value: Any) -> Iterator[Tuple[Any, Any, str]]:
 
 def request_json(value: Any, size: int) -> bytes:
     """What to_json() gives, for the body of a request that was so large; no other thread may use the value meanwhile."""
-    places = [place for place in _strings_in(value if size > LARGE_JSON else None)
-              if len(place[2]) > LONG_STRING and not place[2].isascii()]
-    if not places:
+    targets = [
+        target
+        for target in _strings_in(value if size > LARGE_JSON else None)
+        if len(target[2]) > LONG_STRING and not target[2].isascii()
+    ]
+    if not targets:
         return to_json(value)
     nonce = os.urandom(12).hex()
     try:
-        for number, (container, key, _) in enumerate(places):
+        for number, (container, key, _) in enumerate(targets):
             container[key] = f"{nonce}{number};"
         data = to_json(value)
     finally:
-        for container, key, text in places:
+        for container, key, text in targets:
             container[key] = text
-    whole, at = bytearray(), 0
+    output, at = bytearray(), 0
     for mark in re.finditer(b"%b([0-9]+);" % nonce.encode(), data):
-        text = places[int(mark[1])][2]
-        whole += data[at:mark.start()]
+        text = targets[int(mark[1])][2]
+        output += data[at : mark.start()]
         for cut in range(0, len(text), STRING_SLICE):
-            whole += to_json(text[cut:cut + STRING_SLICE])[1:-1]
+            output += to_json(text[cut : cut + STRING_SLICE])[1:-1]
         at = mark.end()
-    whole += data[at:]
-    return bytes(whole)
+    output += data[at:]
+    return bytes(output)
 
 
 def check_json(data: bytes, max_values: int) -> None:
@@ -266,15 +344,19 @@ def check_json(data: bytes, max_values: int) -> None:
     Each value follows an opening bracket or a comma, so their number bounds the number of values. Those within
     strings are counted as well if even that stays below the limits; else the strings are taken out first.
     """
-    if len(data) <= 2 * MAX_JSON_DEPTH:     # it has too few brackets
+    if len(data) <= 2 * MAX_JSON_DEPTH:  # it has too few brackets
         return
     openings = data.count(b"[") + data.count(b"{")
     if openings <= MAX_JSON_DEPTH and openings + data.count(b",") < max_values:
         return
     if b"\\" in data:
-        data = data.replace(b"\\\\", b"").replace(b'\\"', b"")     # what is left of quotes begins or ends a string
+        data = data.replace(b"\\\\", b"").replace(
+            b'\\"', b""
+        )  # what is left of quotes begins or ends a string
     marks = data.translate(None, _NO_MARKS)
-    many = marks.count(b'"') > 4 * max_values   # a value has at most two strings, its name and itself
+    many = (
+        marks.count(b'"') > 4 * max_values
+    )  # a value has at most two strings, its name and itself
     marks = b"" if many else _outside_strings(marks.replace(b'""', b""))
     if many or len(marks) - marks.count(b"]") - marks.count(b"}") >= max_values:
         raise ValueError(f"it has more than {max_values} values, which is the limit")
@@ -294,7 +376,7 @@ def _outside_strings(marks: bytes) -> bytes:
 
 
 _NO_MARKS = bytes(set(range(256)) - set(b'"[]{},'))
-_STEPS = bytes.maketrans(b"[{]}", b"\1\1\xff\xff")     # up and, as signed bytes, down a level
+_STEPS = bytes.maketrans(b"[{]}", b"\1\1\xff\xff")  # up and, as signed bytes, down a level
 
 
 def _no_constant(name: str) -> NoReturn:
@@ -323,13 +405,17 @@ def _integer(digits: str) -> int:
 
 _parse_int: Any = int if hasattr(sys, "get_int_max_str_digits") else _integer
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
-_decode = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite, parse_int=_parse_int).decode
-_decode_any = json.JSONDecoder(parse_constant=lambda name: None, parse_float=_finite_or_none, parse_int=_parse_int).decode
+_decode = json.JSONDecoder(
+    parse_constant=_no_constant, parse_float=_finite, parse_int=_parse_int
+).decode
+_decode_any = json.JSONDecoder(
+    parse_constant=lambda name: None, parse_float=_finite_or_none, parse_int=_parse_int
+).decode
 
 
 def shorten(text: str, limit: int = 200) -> str:
     """A text that others chose, for a log line or a message: cut, as it may be of any length."""
-    return text if len(text) <= limit else text[:limit - 3] + "..."
+    return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 def count_or_none(value: Any) -> Optional[int]:
@@ -379,8 +465,16 @@ def as_list(value: Any) -> List[Any]:
 # One exception for all that a client is to be told. It knows a status and a sentence, no wire.
 
 ERROR_TYPES = {401: "invalid_request_error", 403: "permission_error", 429: "rate_limit_error"}
-ERROR_KINDS = {400: "request", 413: "request", 422: "request", 404: "model", 408: "limit", 409: "limit", 425: "limit",
-               429: "limit"}
+CATEGORY_BY_STATUS = {
+    400: "request",
+    413: "request",
+    422: "request",
+    404: "model",
+    408: "limit",
+    409: "limit",
+    425: "limit",
+    429: "limit",
+}
 ERROR_CODES = {401: "invalid_api_key", 429: "rate_limit_exceeded", 413: "request_too_large"}
 
 
@@ -388,28 +482,43 @@ class APIError(Exception):
     """What went wrong, as the client is to read it.
 
     ``retry_after`` is in seconds. ``retry=False`` tells clients that trying again is useless (they
-    repeat every 5xx otherwise); ``legacy`` replaces the message where akashchat-api-go's users
-    expect a fixed text. ``kind`` tells the pool what follows (FAILURES); ``scope`` is what a
+    repeat every 5xx otherwise); ``legacy_message`` replaces the message where akashchat-api-go's users
+    expect a fixed text. ``category`` tells the pool what follows (FAILURE_POLICY); ``cooldown_scope`` is what a
     cool-down that follows applies to: the whole "controller", or the "model" of the request.
     ``upstream_status`` is the status that the upstream itself sent, if it sent one.
     """
 
-    def __init__(self, status: int, message: str, *, type: Optional[str] = None, code: Optional[str] = None,
-                 param: Optional[str] = None, retry_after: Optional[float] = None,
-                 retry: Optional[bool] = None, legacy: Optional[str] = None, kind: Optional[str] = None,
-                 scope: str = "controller", upstream_status: Optional[int] = None) -> None:
-        self.message = message = shorten(message, 1500)     # it goes to logs and /status, and quotes what others sent
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        type: Optional[str] = None,
+        code: Optional[str] = None,
+        param: Optional[str] = None,
+        retry_after: Optional[float] = None,
+        retry: Optional[bool] = None,
+        legacy_message: Optional[str] = None,
+        category: Optional[str] = None,
+        cooldown_scope: str = "controller",
+        upstream_status: Optional[int] = None,
+    ) -> None:
+        self.message = message = shorten(
+            message, 1500
+        )  # it goes to logs and /status, and quotes what others sent
         super().__init__(message)
         self.status = status
-        self.type = type or ERROR_TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
+        self.type = type or ERROR_TYPES.get(
+            status, "server_error" if status >= 500 else "invalid_request_error"
+        )
         self.code = code or ERROR_CODES.get(status)
         self.param = param
         self.retry_after = retry_after
         self.retry = retry
-        self.legacy = legacy or message
-        self.kind = kind or ERROR_KINDS.get(status, "server")
-        self.scope = scope
-        self.bug: Optional[Exception] = None    # the exception behind it that was not foreseen
+        self.legacy_message = legacy_message or message
+        self.category = category or CATEGORY_BY_STATUS.get(status, "server")
+        self.cooldown_scope = cooldown_scope
+        self.bug: Optional[Exception] = None  # the exception behind it that was not foreseen
         self.upstream_status = upstream_status
 
     def headers(self) -> Dict[str, str]:
@@ -417,7 +526,10 @@ class APIError(Exception):
         fields = {}
         if self.retry_after is not None:
             fields["Retry-After"] = str(max(1, math.ceil(self.retry_after)))
-        if self.retry is not None or self.status in (401, 403):     # Claude Code repeats even these for minutes
+        if self.retry is not None or self.status in (
+            401,
+            403,
+        ):  # Claude Code repeats even these for minutes
             fields["x-should-retry"] = "true" if self.retry else "false"
         if self.status == 401:
             fields["WWW-Authenticate"] = "Bearer"
@@ -432,7 +544,7 @@ class ConfigError(Exception):
         self.problems = problems
 
 
-class ClientLeft(ConnectionError):
+class ClientDisconnected(ConnectionError):
     """The client closed its connection, so nobody waits for the answer any more."""
 
 
@@ -453,17 +565,24 @@ def bad_request(message: str, param: Optional[str] = None, code: Optional[str] =
     return APIError(400, message, param=param, code=code)
 
 
-def no_model(model: str) -> APIError:
+def model_not_found(model: str) -> APIError:
     """No such model here, or not for this client."""
-    what = f"The model {shorten(model)!r} does not exist." if model else "A model must be named."
-    return APIError(404, what, param="model", code="model_not_found")
+    message = f"The model {shorten(model)!r} does not exist." if model else "A model must be named."
+    return APIError(404, message, param="model", code="model_not_found")
 
 
-def unknown_model(model: str) -> APIError:
+def akash_model_not_found(model: str) -> APIError:
     """No such model at Akash Chat: 500 "Error Model.", as akashchat-api-go answered."""
-    return APIError(500, f"The model {shorten(model)!r} does not exist or is not available at Akash Chat.",
-                    type="invalid_request_error", param="model", code="model_not_found", retry=False,
-                    legacy="Error Model.", kind="model")
+    return APIError(
+        500,
+        f"The model {shorten(model)!r} does not exist or is not available at Akash Chat.",
+        type="invalid_request_error",
+        param="model",
+        code="model_not_found",
+        retry=False,
+        legacy_message="Error Model.",
+        category="model",
+    )
 
 
 # == 3. events ================================================================================
@@ -485,7 +604,7 @@ class Reasoning:
 
 
 @dataclass(frozen=True)
-class Recast:
+class TextWasReasoning:
     """All Text so far was Reasoning after all. A stream can't take it back; who waits for the whole can."""
 
 
@@ -511,7 +630,7 @@ class Image:
 
 
 @dataclass(frozen=True)
-class Progress:
+class ImageProgress:
     """A picture is not ready yet: the state of its job and its place in the queue (0: being made)."""
 
     status: str
@@ -525,127 +644,156 @@ class Finish:
 
     reason: str
     usage: Optional[Dict[str, int]] = None
-    stop: Optional[str] = None
+    stop_sequence: Optional[str] = None
 
 
 @dataclass(frozen=True)
-class Raw:
+class RawBytes:
     """Bytes in the client's own dialect, passed on as they are."""
 
     data: bytes
 
 
-EVENTS = Text, Reasoning, Recast, ToolCall, Image, Progress, Finish, Raw
+EVENTS = Text, Reasoning, TextWasReasoning, ToolCall, Image, ImageProgress, Finish, RawBytes
 
 
-class Watch:
+class CancelScope:
     """A socket that another thread may end: which, until when, and what follows from its end.
 
-    The owner calls hold(), expect() and release(); the watchdog, or whoever cancels, calls end().
-    A blocked recv() then returns, and check() raises the reason in the owner's thread.
+    The owner calls attach(), set_deadline() and detach(); the watchdog, or whoever cancels, calls cancel().
+    A blocked recv() then returns, and raise_if_cancelled() raises the reason in the owner's thread.
     """
 
-    __slots__ = ("sock", "due", "late", "why", "how")
-    live: set = set()           # all that hold a socket
+    __slots__ = ("sock", "deadline", "timeout_message", "reason", "shutdown_how")
+    active: set = set()  # all that hold a socket
 
     def __init__(self) -> None:
         self.sock: Any = None
-        self.due = math.inf     # by time.monotonic()
-        self.late = ""          # what it means when that moment passes
-        self.why: Optional[Exception] = None
-        self.how = socket.SHUT_RDWR
+        self.deadline = math.inf  # by time.monotonic()
+        self.timeout_message = ""  # what it means when that moment passes
+        self.reason: Optional[Exception] = None
+        self.shutdown_how = socket.SHUT_RDWR
 
-    def hold(self, sock: Any) -> None:
-        self.sock = sock        # before check(): end() sets why first and looks at sock second
-        Watch.live.add(self)
-        self.check()
+    def attach(self, sock: Any) -> None:
+        self.sock = (
+            sock  # before raise_if_cancelled(): cancel() sets why first and looks at sock second
+        )
+        CancelScope.active.add(self)
+        self.raise_if_cancelled()
 
-    def release(self) -> None:
-        Watch.live.discard(self)
-        self.sock, self.due = None, math.inf
+    def detach(self) -> None:
+        CancelScope.active.discard(self)
+        self.sock, self.deadline = None, math.inf
 
-    def expect(self, seconds: float, late: str) -> None:
-        self.late, self.due = late, time.monotonic() + seconds
+    def set_deadline(self, seconds: float, timeout_message: str) -> None:
+        self.timeout_message, self.deadline = timeout_message, time.monotonic() + seconds
 
-    def check(self) -> None:
-        if self.why is not None:
-            raise self.why
+    def raise_if_cancelled(self) -> None:
+        if self.reason is not None:
+            raise self.reason
 
-    def end(self, why: Exception) -> None:
-        if self.why is None:
-            self.why = why
-        self.due, sock = math.inf, self.sock
+    def cancel(self, reason: Exception) -> None:
+        if self.reason is None:
+            self.reason = reason
+        self.deadline, sock = math.inf, self.sock
         if sock is not None:
             with contextlib.suppress(OSError):  # it was closed meanwhile: then nobody blocks in it
-                socket.socket.shutdown(sock, self.how)  # on a TLS socket its own shutdown() would not do
+                socket.socket.shutdown(
+                    sock, self.shutdown_how
+                )  # on a TLS socket its own shutdown() would not do
 
 
 CHAT_PATH = "/v1/chat/completions"
-MAX_NAME = 256      # characters of a model's name: it stands in every event of a stream, in logs and in lists
+MAX_NAME = (
+    256  # characters of a model's name: it stands in every event of a stream, in logs and in lists
+)
 
 
 class Call:
     """A request on its way through: what is asked, in OpenAI's chat vocabulary, and what became of it."""
 
-    def __init__(self, body: Dict[str, Any], stream: bool = False, relay_only: bool = False, pictures: int = 0,
-                 picture_bytes: bool = False, unfit: Optional[APIError] = None) -> None:
-        self.body = body                # a chat-completions body, whatever the client spoke
+    def __init__(
+        self,
+        body: Dict[str, Any],
+        stream: bool = False,
+        relay_only: bool = False,
+        image_count: int = 0,
+        images_as_bytes: bool = False,
+        translation_error: Optional[APIError] = None,
+    ) -> None:
+        self.body = body  # a chat-completions body, whatever the client spoke
         self.model: str = body.get("model", "")
         if len(self.model) > MAX_NAME:
-            raise no_model(self.model)
+            raise model_not_found(self.model)
         self.stream = stream
-        self.relay_only = relay_only    # nothing else can be done with it
-        self.pictures = pictures        # how many are wanted; 0: this is a chat
-        self.picture_bytes = picture_bytes      # as bytes rather than as an address
-        self.unfit = unfit              # why it can't be translated, only relayed
+        self.relay_only = relay_only  # nothing else can be done with it
+        self.image_count = image_count  # how many are wanted; 0: this is a chat
+        self.images_as_bytes = images_as_bytes  # as bytes rather than as an address
+        self.translation_error = translation_error  # why it can't be translated, only relayed
         self.path = CHAT_PATH
-        self.query = ""                 # the request's, for a relay
-        self.headers: Dict[str, str] = {}       # the few of the client's that a relay passes on
-        self.sent: Optional[Dict[str, Any]] = None      # the client's own body, for an upstream that speaks its format,
-        self.data = b""                                 # the same as it came,
-        self.content_type = "application/json"          # and what that is
-        self.only: Tuple[str, ...] = ()         # patterns of the models that it may be answered by; (): all
-        self.skipped: List[str] = []    # what a chat has no place for, if the client spoke something else
-        self.ignored: List[str] = []    # fields that the controller could not honour
-        self.route: Tuple[str, ...] = ()        # who was asked and what came, "akash=429"
-        self.controller = ""            # who answered
-        self.kind: Optional[str] = None         # the content type of an answer that is relayed,
-        self.status = 200               # and its status
-        self.watch = Watch()            # the exchange with the upstream
-        self.why: Optional[Exception] = None    # what ended it from outside
-        self.bell: Any = None           # an Event that ends a pause, or the Waiter
-        self.waiter: Any = None         # its place in the pool's queue
-        self.wake: Callable[[], None] = lambda: None    # goes on with it after Queued; any thread
-        self.has_left: Callable[[], bool] = lambda: False   # whether the client has closed its connection
-        self.image_by_image = False     # at most one job at a time, for a limit that counts requests
-        self.again = ""                 # why the same controller is asked once more: "session" or "connection" has ended
-        self.prepared: Dict[str, Any] = {}      # what a controller has made of it, by its name
+        self.query = ""  # the request's, for a relay
+        self.headers: Dict[str, str] = {}  # the few of the client's that a relay passes on
+        self.original_body: Optional[Dict[str, Any]] = (
+            None  # the client's own body, for an upstream that speaks its format,
+        )
+        self.raw_body = b""  # the same as it came,
+        self.content_type = "application/json"  # and what that is
+        self.allowed_models: Tuple[
+            str, ...
+        ] = ()  # patterns of the models that it may be answered by; (): all
+        self.untranslated: List[
+            str
+        ] = []  # what a chat has no place for, if the client spoke something else
+        self.ignored_params: List[str] = []  # fields that the controller could not honour
+        self.attempts: Tuple[str, ...] = ()  # who was asked and what came, "akash=429"
+        self.answered_by = ""  # who answered
+        self.relay_content_type: Optional[str] = (
+            None  # the content type of an answer that is relayed,
+        )
+        self.relay_status = 200  # and its status
+        self.scope = CancelScope()  # the exchange with the upstream
+        self.cancel_reason: Optional[Exception] = None  # what ended it from outside
+        self.wakeup: Any = None  # an Event that ends a pause, or the Waiter
+        self.waiter: Any = None  # its place in the pool's queue
+        self.wake: Callable[[], None] = lambda: None  # goes on with it after Queued; any thread
+        self.client_has_left: Callable[[], bool] = lambda: (
+            False
+        )  # whether the client has closed its connection
+        self.one_image_at_a_time = (
+            False  # at most one job at a time, for a limit that counts requests
+        )
+        self.retry_reason = (
+            ""  # why the same controller is asked once more: "session" or "connection" has ended
+        )
+        self.prepared_requests: Dict[str, Any] = {}  # what a controller has made of it, by its name
 
-    def cancel(self, why: Optional[Exception] = None) -> None:
-        """End it from outside: the upstream's socket is shut down, pause() returns."""
-        self.why = why or ClientLeft("the client left")     # first: renew() and pause() look at it last
-        self.watch.end(self.why)
-        if self.bell:
-            self.bell.set()
+    def cancel(self, reason: Optional[Exception] = None) -> None:
+        """End it from outside: the upstream's socket is shut down, sleep() returns."""
+        self.cancel_reason = reason or ClientDisconnected(
+            "the client left"
+        )  # first: new_scope() and sleep() look at it last
+        self.scope.cancel(self.cancel_reason)
+        if self.wakeup:
+            self.wakeup.set()
 
-    def renew(self) -> None:
+    def new_scope(self) -> None:
         """A new watch for the next upstream: the last one may have been ended."""
-        self.watch = Watch()
-        if self.why:
-            self.watch.end(self.why)
+        self.scope = CancelScope()
+        if self.cancel_reason:
+            self.scope.cancel(self.cancel_reason)
 
-    def check(self) -> None:
+    def raise_if_cancelled(self) -> None:
         """Raise the reason why it was cancelled. Peeks at the client itself: the loop may not have had the time to."""
-        if not self.why and self.has_left():
+        if not self.cancel_reason and self.client_has_left():
             self.cancel()
-        self.watch.check()
+        self.scope.raise_if_cancelled()
 
-    def pause(self, seconds: float) -> None:
+    def sleep(self, seconds: float) -> None:
         """Sleep, but no longer than somebody waits for the answer."""
-        self.bell = self.bell or threading.Event()
-        if not self.why:
-            self.bell.wait(seconds)
-        self.watch.check()
+        self.wakeup = self.wakeup or threading.Event()
+        if not self.cancel_reason:
+            self.wakeup.wait(seconds)
+        self.scope.raise_if_cancelled()
 
 
 @dataclass
@@ -662,14 +810,14 @@ class Answer:
 
 def fold(events: Iterable[Event]) -> Answer:
     """Add the events of one answer up."""
-    answer, text, thought, raw, tools = Answer(), [], [], [], {}
+    answer, text, reasoning, raw, tools = Answer(), [], [], [], {}
     for event in events:
         if isinstance(event, Text):
             text.append(event.text)
         elif isinstance(event, Reasoning):
-            thought.append(event.text)
-        elif isinstance(event, Recast):
-            thought.append("".join(text).rstrip("\n"))
+            reasoning.append(event.text)
+        elif isinstance(event, TextWasReasoning):
+            reasoning.append("".join(text).rstrip("\n"))
             text.clear()
         elif isinstance(event, ToolCall):
             # by its text: an upstream can choose integers that share one hash
@@ -678,42 +826,45 @@ def fold(events: Iterable[Event]) -> Answer:
             answer.images.append(event)
         elif isinstance(event, Finish):
             answer.finish = event
-        elif isinstance(event, Raw):
+        elif isinstance(event, RawBytes):
             raw.append(event.data)
-    answer.text, answer.reasoning, answer.raw = "".join(text), "".join(thought), b"".join(raw)
-    answer.tools = sorted(map(joined_call, tools.values()), key=lambda call: call.index)
+    answer.text, answer.reasoning, answer.raw = "".join(text), "".join(reasoning), b"".join(raw)
+    answer.tools = sorted(map(join_tool_call, tools.values()), key=lambda call: call.index)
     return answer
 
 
-def joined_call(fragments: List[ToolCall]) -> ToolCall:
+def join_tool_call(fragments: List[ToolCall]) -> ToolCall:
     """A call of a tool from its fragments."""
-    return ToolCall(fragments[0].index, "".join(each.arguments for each in fragments),
-                    next((each.id for each in fragments if each.id), None),
-                    next((each.name for each in fragments if each.name), None))
+    return ToolCall(
+        fragments[0].index,
+        "".join(each.arguments for each in fragments),
+        next((each.id for each in fragments if each.id), None),
+        next((each.name for each in fragments if each.name), None),
+    )
 
 
-class Thinking:
+class ThinkTagFilter:
     """Take ``<think>...</think>`` out of plain text: Text in, Text and Reasoning out.
 
     The tags may be cut anywhere. An opening tag counts where nothing but blanks came before it, for
     later on it is more likely a word of the answer. Some models never send it (think-noopen): a
     closing tag that was never opened makes what came before it a thought, unless it stands in
-    quotes. What has left by then is told to be one by Recast. A tag that is never closed
+    quotes. What has left by then is told to be one by TextWasReasoning. A tag that is never closed
     (think-unclosed) makes the rest a thought. The line breaks around the tags go.
     """
 
-    OPEN, CLOSE = "<think>", "</think>"
+    OPEN_TAG, CLOSE_TAG = "<think>", "</think>"
     QUOTES = ("`", "'", '"')
-    BLANKS = 256    # so many at most belong to a tag: what is held back is copied with each piece
+    MAX_BLANKS = 256  # so many at most belong to a tag: what is held back is copied with each piece
 
     def __init__(self) -> None:
-        self.held = ""              # may be the beginning of a tag, or of the line break before one
-        self.last = ""              # the last character that was passed on
-        self.trim = False           # the line breaks after a tag are still to come
-        self.step = self._before
+        self.pending = ""  # may be the beginning of a tag, or of the line break before one
+        self.last_char = ""  # the last character that was passed on
+        self.strip_newlines = False  # the line breaks after a tag are still to come
+        self.state = self._at_start
 
     def feed(self, events: List[Event]) -> List[Event]:
-        if len(events) == 1 and type(events[0]) is Text and self.passes(events[0].text):
+        if len(events) == 1 and type(events[0]) is Text and self.is_passthrough(events[0].text):
             return events
         out: List[Event] = []
         for event in events:
@@ -725,88 +876,101 @@ class Thinking:
                 out.append(event)
         return out
 
-    def passes(self, text: str) -> bool:
+    def is_passthrough(self, text: str) -> bool:
         """Does a text go through as it is? Most do, once an answer has begun."""
-        if text and self.last and not self.trim and not self.held and "<" not in text:
-            self.last = text[-1]
+        if (
+            text
+            and self.last_char
+            and not self.strip_newlines
+            and not self.pending
+            and "<" not in text
+        ):
+            self.last_char = text[-1]
             return True
         return False
 
     def close(self) -> List[Event]:
         """What was held back is no tag after all."""
-        text, self.held = self.held, ""
-        kind = Reasoning if self.step == self._within else Text
+        text, self.pending = self.pending, ""
+        kind = Reasoning if self.state == self._in_reasoning else Text
         return [kind(text)] if text else []
 
     def _text(self, text: str, out: List[Event]) -> None:
-        text, self.held = self.held + text, ""
+        text, self.pending = self.pending + text, ""
         while text:
-            if self.trim:
+            if self.strip_newlines:
                 text = text.lstrip("\n")
-                self.trim = not text
-            text = self.step(text, out)
+                self.strip_newlines = not text
+            text = self.state(text, out)
 
-    def _before(self, text: str, out: List[Event]) -> str:
+    def _at_start(self, text: str, out: List[Event]) -> str:
         """Nothing has come yet: is this the opening tag?"""
         lead = text.lstrip()
-        if lead.startswith(self.OPEN) and len(text) - len(lead) <= self.BLANKS:
-            self.step, self.trim = self._within, True
-            return lead[len(self.OPEN):]
-        if self.OPEN.startswith(lead) and len(text) - len(lead) <= self.BLANKS:
-            self.held = text
+        if lead.startswith(self.OPEN_TAG) and len(text) - len(lead) <= self.MAX_BLANKS:
+            self.state, self.strip_newlines = self._in_reasoning, True
+            return lead[len(self.OPEN_TAG) :]
+        if self.OPEN_TAG.startswith(lead) and len(text) - len(lead) <= self.MAX_BLANKS:
+            self.pending = text
             return ""
-        self.step = self._unopened
+        self.state = self._in_answer
         return text
 
-    def _within(self, text: str, out: List[Event]) -> str:
-        thought, tag, rest = text.partition(self.CLOSE)
+    def _in_reasoning(self, text: str, out: List[Event]) -> str:
+        reasoning, tag, rest = text.partition(self.CLOSE_TAG)
         if tag:
-            self.step, self.trim = self._pass_on, True
-            thought = self._without_breaks(thought)
+            self.state, self.strip_newlines = self._emit, True
+            reasoning = self._strip_line_breaks(reasoning)
         else:
-            thought = self._hold_back(text)
-        if thought:
-            out.append(Reasoning(thought))
+            reasoning = self._split_partial_tag(text)
+        if reasoning:
+            out.append(Reasoning(reasoning))
         return rest
 
-    def _unopened(self, text: str, out: List[Event]) -> str:
+    def _in_answer(self, text: str, out: List[Event]) -> str:
         """The answer, so far without a tag: was it a thought?"""
-        at = text.find(self.CLOSE)
+        at = text.find(self.CLOSE_TAG)
         if at >= 0:
-            self.step = self._pass_on
-            if (text[at - 1] if at else self.last) in self.QUOTES:
+            self.state = self._emit
+            if (text[at - 1] if at else self.last_char) in self.QUOTES:
                 return text
-            self.trim, before = True, text[:at]
-            thought = before.rstrip("\n")
-            if self.last:
-                out += [Text(before), Recast()] if before else [Recast()]
-            elif thought:
-                out.append(Reasoning(thought))
-            return text[at + len(self.CLOSE):]
-        return self._pass_on(self._hold_back(text), out)
+            self.strip_newlines, before = True, text[:at]
+            reasoning = before.rstrip("\n")
+            if self.last_char:
+                out += [Text(before), TextWasReasoning()] if before else [TextWasReasoning()]
+            elif reasoning:
+                out.append(Reasoning(reasoning))
+            return text[at + len(self.CLOSE_TAG) :]
+        return self._emit(self._split_partial_tag(text), out)
 
-    def _pass_on(self, text: str, out: List[Event]) -> str:
+    def _emit(self, text: str, out: List[Event]) -> str:
         if text:
-            self.last = text[-1]
+            self.last_char = text[-1]
             out.append(Text(text))
         return ""
 
-    def _hold_back(self, text: str) -> str:
+    def _split_partial_tag(self, text: str) -> str:
         """Keep the end of the text that may become a closing tag, and the line breaks before it."""
-        cut = len(text) - (begun(text, self.CLOSE) if "<" in text else 0)
-        if self.step == self._within:
-            cut = len(self._without_breaks(text[:cut]))
-        self.held = text[cut:]
+        cut = len(text) - (partial_match_length(text, self.CLOSE_TAG) if "<" in text else 0)
+        if self.state == self._in_reasoning:
+            cut = len(self._strip_line_breaks(text[:cut]))
+        self.pending = text[cut:]
         return text[:cut]
 
-    def _without_breaks(self, thought: str) -> str:
+    def _strip_line_breaks(self, reasoning: str) -> str:
         """A thought without the line breaks at its end."""
-        return thought[:max(len(thought.rstrip("\n")), len(thought) - self.BLANKS)]
+        return reasoning[: max(len(reasoning.rstrip("\n")), len(reasoning) - self.MAX_BLANKS)]
 
 
-def begun(text: str, word: str) -> int:
+def partial_match_length(text: str, word: str) -> int:
     """How many characters at the end of a text may be the beginning of a word, which is a short one."""
-    return next((size for size in range(min(len(word) - 1, len(text)), 0, -1) if text.endswith(word[:size])), 0)
+    return next(
+        (
+            size
+            for size in range(min(len(word) - 1, len(text)), 0, -1)
+            if text.endswith(word[:size])
+        ),
+        0,
+    )
 
 
 class Search:
@@ -814,14 +978,19 @@ class Search:
 
     def __init__(self, word: str) -> None:
         self.word = word
-        self.size = 0               # so much of its beginning stands at the end of the text
-        self.borders = [0]          # by size: the longest beginning of the word that also stands at the end of that part
+        self.size = 0  # so much of its beginning stands at the end of the text
+        self.borders = [
+            0
+        ]  # by size: the longest beginning of the word that also stands at the end of that part
         for char in word[1:]:
             self.borders.append(self._grown(self.borders[-1], char))
 
     def feed(self, text: str) -> int:
         """Where in the text the word first ends; -1 if it does not."""
-        at, last = 0, len(text) - len(self.word) + 1    # what begins before that is whole, or not the word
+        at, last = (
+            0,
+            len(text) - len(self.word) + 1,
+        )  # what begins before that is whole, or not the word
         while at < len(text):
             if not self.size:
                 if at < last:
@@ -844,79 +1013,83 @@ class Search:
         return size + (self.word[size] == char)
 
 
-class Cutoff:
+class StopFilter:
     """End an answer at a stop sequence or at a number of tokens, for an upstream that can do neither.
 
     Stop sequences may be cut anywhere; they are not part of the answer. The one that ends first counts,
-    the longest of those that end together. Tokens are counted by token_parts(), so that the end comes
+    the longest of those that end together. Tokens are counted by token_units(), so that the end comes
     rather late than early.
     """
 
     def __init__(self, stops: List[str], max_tokens: Optional[int]) -> None:
         self.stops = list(map(Search, stops))
-        self.held = "", 0           # a stop sequence, and how much of its beginning is held back
-        self.budget = math.inf if max_tokens is None else TOKEN * max_tokens
+        self.pending = "", 0  # a stop sequence, and how much of its beginning is held back
+        self.budget = math.inf if max_tokens is None else UNITS_PER_TOKEN * max_tokens
         self.needed = bool(stops) or max_tokens is not None
-        self.cut = False            # the answer was ended here
+        self.stopped = False  # the answer was ended here
 
-    def passes(self, text: str) -> bool:
+    def is_passthrough(self, text: str) -> bool:
         return False
 
     def feed(self, events: List[Event]) -> List[Event]:
         out: List[Event] = []
         for event in events:
-            if self.cut:
+            if self.stopped:
                 break
             if isinstance(event, Text) and self.stops:
                 self._search(event.text, out)
             elif isinstance(event, (Text, Reasoning)):
                 self._count(event, out)
             else:
-                if isinstance(event, (Finish, Recast)):
+                if isinstance(event, (Finish, TextWasReasoning)):
                     out += self.close()
                 out.append(event)
         return out
 
     def close(self) -> List[Event]:
-        (stop, size), self.held = self.held, ("", 0)
+        (stop, size), self.pending = self.pending, ("", 0)
         for search in self.stops:
             search.size = 0
         return [Text(stop[:size])] if size else []
 
     def _search(self, text: str, out: List[Event]) -> None:
-        (held, size), self.held = self.held, ("", 0)
+        (pending, size), self.pending = self.pending, ("", 0)
         ends = [(search.feed(text), search.word) for search in self.stops]
-        end, length, stop = min(((end, -len(word), word) for end, word in ends if end >= 0), default=(len(text), 0, ""))
+        end, length, stop = min(
+            ((end, -len(word), word) for end, word in ends if end >= 0), default=(len(text), 0, "")
+        )
         if not stop:
             longest = max(self.stops, key=lambda search: search.size)
-            self.held, length = (longest.word, longest.size), -longest.size
-        kept = size + end + length      # of what was held back, and of the text after it
-        self._count(Text(held[:min(size, kept)] + text[:max(0, kept - size)]), out)
-        if stop and not self.cut:
-            self.cut = True
-            out.append(Finish("stop", stop=stop))
+            self.pending, length = (longest.word, longest.size), -longest.size
+        emitted = size + end + length  # of what was held back, and of the text after it
+        self._count(Text(pending[: min(size, emitted)] + text[: max(0, emitted - size)]), out)
+        if stop and not self.stopped:
+            self.stopped = True
+            out.append(Finish("stop", stop_sequence=stop))
 
     def _count(self, event: Event, out: List[Event]) -> None:
         if not event.text:
             return
-        cost = token_parts(event.text)
+        cost = token_units(event.text)
         if cost > self.budget:
-            kept = _head_of(event.text, self.budget)
-            if kept:
-                out.append(type(event)(kept))
+            head = truncate_to(event.text, self.budget)
+            if head:
+                out.append(type(event)(head))
             out.append(Finish("length"))
-            self.cut = True
+            self.stopped = True
         else:
             self.budget -= cost
             out.append(event)
 
 
-TOKEN = 24
-SLICE = 1 << 16     # characters that are counted at a time: that bounds the memory, and other threads run in between
+UNITS_PER_TOKEN = 24
+SLICE = (
+    1 << 16
+)  # characters that are counted at a time: that bounds the memory, and other threads run in between
 _WIDE = re.compile("[\u2e80-\U0010ffff]+")
 
 
-def token_parts(text: str) -> int:
+def token_units(text: str) -> int:
     """How many 24ths of a token a text has at least: 8 ASCII characters, 6 of other alphabets or 2 of East Asia make one.
 
     Measured with the tokenizers cl100k and o200k, from which prose has 4 to 7, 2 to 5 and 1 to 1.5.
@@ -924,22 +1097,22 @@ def token_parts(text: str) -> int:
     if text.isascii():
         return len(text) * 3
     if len(text) > SLICE:
-        return sum(token_parts(text[at:at + SLICE]) for at in range(0, len(text), SLICE))
+        return sum(token_units(text[at : at + SLICE]) for at in range(0, len(text), SLICE))
     plain = len(text.encode("ascii", "ignore"))
     wide = len(text) - len(_WIDE.sub("", text))
     return plain * 3 + (len(text) - plain - wide) * 4 + wide * 12
 
 
-PICTURE_TOKENS = 1600   # what Anthropic counts for a large one
+IMAGE_TOKENS = 1600  # what Anthropic counts for a large one
 
 
-def token_estimate(value: Any) -> int:
-    """About how many tokens the texts within any JSON value are: twice the least, and PICTURE_TOKENS for each file in it."""
+def estimate_tokens(value: Any) -> int:
+    """About how many tokens the texts within any JSON value are: twice the least, and IMAGE_TOKENS for each file in it."""
     parts, files, left = 0, 0, [value]
     while left:
         item = left.pop()
         if isinstance(item, dict):
-            parts += sum(map(token_parts, item))
+            parts += sum(map(token_units, item))
             if item.get("type") == "base64":
                 files, item = files + 1, {**item, "data": None}
             left += item.values()
@@ -948,13 +1121,13 @@ def token_estimate(value: Any) -> int:
         elif isinstance(item, str) and item.startswith("data:"):
             files += 1
         elif item is not None:
-            parts += token_parts(str(item))
-    return parts * 2 // TOKEN + PICTURE_TOKENS * files + 1
+            parts += token_units(str(item))
+    return parts * 2 // UNITS_PER_TOKEN + IMAGE_TOKENS * files + 1
 
 
-def _head_of(text: str, budget: float) -> str:
+def truncate_to(text: str, budget: float) -> str:
     for size, char in enumerate(text):
-        budget -= token_parts(char)
+        budget -= token_units(char)
         if budget < 0:
             return text[:size]
     return text
@@ -965,11 +1138,20 @@ def _head_of(text: str, budget: float) -> str:
 # that line. Knows nothing that runs.
 
 
-def setting(default: Any, help: str, check: Callable[[Any], Any] = lambda value: value, secret: bool = False,
-            also: str = "") -> Any:
+def setting(
+    default: Any,
+    help: str,
+    check: Callable[[Any], Any] = lambda value: value,
+    secret: bool = False,
+    also: str = "",
+) -> Any:
     """A setting: ``check`` returns the value to use, or raises ValueError; ``also`` is a second environment variable."""
     start: Any = {"default_factory": dict} if default == {} else {"default": default}
-    return field(**start, repr=not secret, metadata={"help": help, "check": check, "secret": secret, "also": also})
+    return field(
+        **start,
+        repr=not secret,
+        metadata={"help": help, "check": check, "secret": secret, "also": also},
+    )
 
 
 def address(text: str) -> str:
@@ -1006,7 +1188,12 @@ def base_url(text: str) -> str:
     parts = urllib.parse.urlsplit(text)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError(f"{text!r} is no http:// or https:// address")
-    if parts.query or parts.fragment or parts.username is not None or not re.fullmatch(r"[!-~]+", text):
+    if (
+        parts.query
+        or parts.fragment
+        or parts.username is not None
+        or not re.fullmatch(r"[!-~]+", text)
+    ):
         raise ValueError("only scheme, host, port and path are allowed")
     check_host(parts.hostname)
     if parts.port == 0:  # .port itself raises ValueError above 65535
@@ -1021,7 +1208,7 @@ def header_value(text: str) -> str:
     return text
 
 
-def token(text: str) -> str:
+def nonempty_header_value(text: str) -> str:
     """Check one of several: an empty one would match a client that sends none."""
     if not text:
         raise ValueError("one of the values is empty")
@@ -1033,7 +1220,7 @@ def optional_url(text: str) -> str:
     return base_url(text) if text else ""
 
 
-def authorities(text: str) -> str:
+def ca_bundle(text: str) -> str:
     """Check a file of authorities for TLS."""
     if text:
         try:
@@ -1053,25 +1240,34 @@ def positive(value: Any) -> Any:
 def one_process(value: int) -> int:
     """Check the number of processes: a supervisor starts more of them, not this file."""
     if value != 1:
-        raise ValueError("must be 1: run several processes behind one address as the README's section "
-                         "\"Several processes\" shows")
+        raise ValueError(
+            "must be 1: run several processes behind one address as the README's section "
+            '"Several processes" shows'
+        )
     return value
 
 
-def choice(*values: str) -> Callable[[str], str]:
+def one_of(*values: str) -> Callable[[str], str]:
     """A check that a text is one of some words."""
+
     def check(text: str) -> str:
         if text.lower() not in values:
             raise ValueError(f"{text!r} is none of {', '.join(values)}")
         return text.lower()
+
     return check
 
 
 def proxy_url(text: str) -> str:
     """Check "http://[user:password@]host:port"; "" is none."""
     parts = urllib.parse.urlsplit(text)
-    if text and (parts.scheme != "http" or not parts.hostname or parts.path.strip("/") or not re.fullmatch("[!-~]+", text)
-                 or parts.port == 0):  # .port itself raises ValueError for what is no port
+    if text and (
+        parts.scheme != "http"
+        or not parts.hostname
+        or parts.path.strip("/")
+        or not re.fullmatch("[!-~]+", text)
+        or parts.port == 0
+    ):  # .port itself raises ValueError for what is no port
         raise ValueError("it must be http://[USER:PASSWORD@]HOST:PORT")
     return text
 
@@ -1101,117 +1297,214 @@ def header_fields(fields: Dict[str, str]) -> Dict[str, str]:
     return fields
 
 
-class Checked:
+class ValidatedSettings:
     """A dataclass whose fields' checks run when it is made: ConfigError lists what they find."""
 
     def __post_init__(self) -> None:
         problems = []
-        for item in declared(type(self)):
+        for item in setting_fields(type(self)):
             try:
                 value = getattr(self, item.name)
                 if item.type.startswith("Tuple") and isinstance(value, str):
                     value = from_text(item, value)
-                object.__setattr__(self, item.name, checked(item, value))
+                object.__setattr__(self, item.name, validate(item, value))
             except ValueError as error:
                 problems.append(f"{item.name}: {error}")
         if problems:
             raise ConfigError(problems)
 
-    def shown(self) -> List[Tuple[str, str]]:
+    def redacted_items(self) -> List[Tuple[str, str]]:
         """(name, value) of each setting, secrets blacked out."""
-        return [(item.name, "********" if item.metadata["secret"] and value else as_text(value))
-                for item in declared(type(self)) for value in [getattr(self, item.name)]]
+        return [
+            (item.name, "********" if item.metadata["secret"] and value else format_value(value))
+            for item in setting_fields(type(self))
+            for value in [getattr(self, item.name)]
+        ]
 
 
 @dataclass(frozen=True)
-class ControllerSettings(Checked):
+class ControllerSettings(ValidatedSettings):
     """One upstream of the pool: an object in the configuration's ``controllers``."""
 
     type: str = setting("openai", "openai, akash or echo")
-    name: str = setting("", "its name in logs, /status and X-Akashproxy-Route; none: its type", controller_name)
+    name: str = setting(
+        "", "its name in logs, /status and X-Akashproxy-Route; none: its type", controller_name
+    )
     weight: float = setting(1.0, "its share of the requests, beside the others' weights; 0: off")
     priority: int = setting(1, "its tier: 2 is used when all of tier 1 rest")
-    base_url: str = setting("", "the upstream's address; none: https://api.openai.com/v1, or AKASH_BASE_URL", optional_url)
-    api_key: str = setting("", "its key; none: OPENAI_API_KEY at OpenAI's own host, AKASH_ACCESS_TOKEN at AKASH_BASE_URL's",
-                           header_value, secret=True)
-    proxy: str = setting("", "an http proxy on the way to it, http://[USER:PASSWORD@]HOST:PORT", proxy_url, secret=True)
-    headers: Dict[str, str] = setting({}, "further header fields for it", header_fields, secret=True)
-    models: Tuple[str, ...] = setting((), "names or patterns of the models it is asked for; none: what its /v1/models lists")
+    base_url: str = setting(
+        "",
+        "the upstream's address; none: https://api.openai.com/v1, or AKASH_BASE_URL",
+        optional_url,
+    )
+    api_key: str = setting(
+        "",
+        "its key; none: OPENAI_API_KEY at OpenAI's own host, AKASH_ACCESS_TOKEN at AKASH_BASE_URL's",
+        header_value,
+        secret=True,
+    )
+    proxy: str = setting(
+        "",
+        "an http proxy on the way to it, http://[USER:PASSWORD@]HOST:PORT",
+        proxy_url,
+        secret=True,
+    )
+    headers: Dict[str, str] = setting(
+        {}, "further header fields for it", header_fields, secret=True
+    )
+    models: Tuple[str, ...] = setting(
+        (), "names or patterns of the models it is asked for; none: what its /v1/models lists"
+    )
     model_map: Dict[str, str] = setting({}, "our name of a model to its name")
     drop: Tuple[str, ...] = setting((), "fields of a request that it can't take")
-    paths: Tuple[str, ...] = setting((), "patterns of the paths that are relayed to it as they are; none: all but "
-                                         "/v1/messages and /v1/responses")
+    paths: Tuple[str, ...] = setting(
+        (),
+        "patterns of the paths that are relayed to it as they are; none: all but "
+        "/v1/messages and /v1/responses",
+    )
     max_concurrency: int = setting(0, "requests at a time; 0: any number")
     speed: float = setting(50.0, "words per second of an echo controller; 0: at once")
-    connect_timeout: Optional[float] = setting(None, "as the setting of this name, for this one", positive)
-    first_byte_timeout: Optional[float] = setting(None, "as the setting of this name, for this one", positive)
-    idle_timeout: Optional[float] = setting(None, "as the setting of this name, for this one", positive)
+    connect_timeout: Optional[float] = setting(
+        None, "as the setting of this name, for this one", positive
+    )
+    first_byte_timeout: Optional[float] = setting(
+        None, "as the setting of this name, for this one", positive
+    )
+    idle_timeout: Optional[float] = setting(
+        None, "as the setting of this name, for this one", positive
+    )
     key_source: str = field(default="", compare=False)  # where api_key comes from, for --check
 
 
 @dataclass(frozen=True)
-class KeySettings(Checked):
+class ClientKeySettings(ValidatedSettings):
     """Somebody who may use the server: an object in the configuration's ``keys``."""
 
     name: str = setting("", "whose it is, in the log, /status and /metrics", key_name)
-    key: str = setting("", "what the client sends as its token", token, secret=True)
+    key: str = setting("", "what the client sends as its token", nonempty_header_value, secret=True)
     models: Tuple[str, ...] = setting((), "names or patterns of the models it is for; none: all")
     requests_per_minute: int = setting(0, "calls of models in a minute; 0: any number")
     max_concurrency: int = setting(0, "calls of models at a time; 0: any number")
-    refuse_fields: Tuple[str, ...] = setting((), "fields of a request's body that this key must not send")
+    refuse_fields: Tuple[str, ...] = setting(
+        (), "fields of a request's body that this key must not send"
+    )
 
 
 @dataclass(frozen=True)
-class Settings(Checked):
+class Settings(ValidatedSettings):
     """All that can be set. A field's environment variable is its name in capitals, its flag its name with dashes,
     its key in the configuration file its name."""
 
-    server_address: str = setting("localhost:16571", "where to listen: HOST:PORT, :PORT or [V6]:PORT", address)
-    config_file: str = setting("", "a file with settings and controllers; none: it is searched for",
-                               also="CHATGPT_APISERVER_CONFIG_FILE")
-    config_path: str = setting("", "the directory to search, instead of the usual ones", also="CHATGPT_APISERVER_CONFIG_PATH")
-    pool_type: str = setting("balanced", "how a controller is chosen: balanced, random or least_busy",
-                             choice("balanced", "random", "least_busy"), also="CHATGPT_APISERVER_POOL_TYPE")
-    max_wait: float = setting(3.0, "seconds for which a request waits when all controllers rest or are busy")
-    model_aliases: Dict[str, str] = setting({}, "NAME=VALUE,NAME=VALUE: other names of models, or patterns of such, and "
-                                                "the model that is meant")
+    server_address: str = setting(
+        "localhost:16571", "where to listen: HOST:PORT, :PORT or [V6]:PORT", address
+    )
+    config_file: str = setting(
+        "",
+        "a file with settings and controllers; none: it is searched for",
+        also="CHATGPT_APISERVER_CONFIG_FILE",
+    )
+    config_path: str = setting(
+        "",
+        "the directory to search, instead of the usual ones",
+        also="CHATGPT_APISERVER_CONFIG_PATH",
+    )
+    pool_type: str = setting(
+        "balanced",
+        "how a controller is chosen: balanced, random or least_busy",
+        one_of("balanced", "random", "least_busy"),
+        also="CHATGPT_APISERVER_POOL_TYPE",
+    )
+    max_wait: float = setting(
+        3.0, "seconds for which a request waits when all controllers rest or are busy"
+    )
+    model_aliases: Dict[str, str] = setting(
+        {},
+        "NAME=VALUE,NAME=VALUE: other names of models, or patterns of such, and "
+        "the model that is meant",
+    )
     akash_base_url: str = setting("https://chat.akash.network", "the Akash Chat server", base_url)
-    bearer_token: Tuple[str, ...] = setting((), "tokens that clients must send, separated by commas; none: open to all",
-                                            token, secret=True)
-    akash_access_token: str = setting("", "access token of a protected Akash Chat server", header_value, secret=True)
-    akash_cookie: str = setting("", "a cookie to send to Akash Chat beside the session, NAME=VALUE", header_value,
-                                secret=True)
-    user_agent: str = setting(f"akashproxy/{__version__}", "User-Agent for the upstream", header_value)
-    ca_file: str = setting("", "a file with further authorities for TLS to upstreams", authorities)
-    public_url: str = setting("", "address under which clients see this server; none: as their Host header says",
-                              optional_url)
-    page: str = setting("on", "on or off: the page to chat with, at /", choice("on", "off"))
-    metrics: str = setting("on", "on, public (no token is needed) or off: figures for Prometheus, at /metrics",
-                           choice("on", "public", "off"))
-    cors_origins: Tuple[str, ...] = setting((), "origins whose pages may use this server, separated by commas, * for all; "
-                                                "none: all if a token is needed, else local ones", token)
+    bearer_token: Tuple[str, ...] = setting(
+        (),
+        "tokens that clients must send, separated by commas; none: open to all",
+        nonempty_header_value,
+        secret=True,
+    )
+    akash_access_token: str = setting(
+        "", "access token of a protected Akash Chat server", header_value, secret=True
+    )
+    akash_cookie: str = setting(
+        "",
+        "a cookie to send to Akash Chat beside the session, NAME=VALUE",
+        header_value,
+        secret=True,
+    )
+    user_agent: str = setting(
+        f"akashproxy/{__version__}", "User-Agent for the upstream", header_value
+    )
+    ca_file: str = setting("", "a file with further authorities for TLS to upstreams", ca_bundle)
+    public_url: str = setting(
+        "",
+        "address under which clients see this server; none: as their Host header says",
+        optional_url,
+    )
+    page: str = setting("on", "on or off: the page to chat with, at /", one_of("on", "off"))
+    metrics: str = setting(
+        "on",
+        "on, public (no token is needed) or off: figures for Prometheus, at /metrics",
+        one_of("on", "public", "off"),
+    )
+    cors_origins: Tuple[str, ...] = setting(
+        (),
+        "origins whose pages may use this server, separated by commas, * for all; "
+        "none: all if a token is needed, else local ones",
+        nonempty_header_value,
+    )
     connect_timeout: float = setting(10.0, "seconds for a connection to the upstream", positive)
-    session_timeout: float = setting(15.0, "seconds for the upstream's session, models and picture states", positive)
-    first_byte_timeout: float = setting(300.0, "seconds until the answer's first text, reasoning or tool call", positive)
+    session_timeout: float = setting(
+        15.0, "seconds for the upstream's session, models and picture states", positive
+    )
+    first_byte_timeout: float = setting(
+        300.0, "seconds until the answer's first text, reasoning or tool call", positive
+    )
     idle_timeout: float = setting(120.0, "seconds of silence within an answer", positive)
     image_timeout: float = setting(300.0, "seconds for a picture", positive)
-    image_poll: float = setting(0.5, "seconds until a picture is first asked for; later ones take longer", positive)
+    image_poll: float = setting(
+        0.5, "seconds until a picture is first asked for; later ones take longer", positive
+    )
     models_ttl: float = setting(600.0, "seconds for which a list of models is kept")
     head_timeout: float = setting(10.0, "seconds for a client to send a request's head", positive)
     body_timeout: float = setting(60.0, "seconds for a client to send a request's body", positive)
-    write_timeout: float = setting(60.0, "seconds for a client to take in what it was sent", positive)
-    keepalive_timeout: float = setting(75.0, "seconds for which an idle client connection is kept", positive)
+    write_timeout: float = setting(
+        60.0, "seconds for a client to take in what it was sent", positive
+    )
+    keepalive_timeout: float = setting(
+        75.0, "seconds for which an idle client connection is kept", positive
+    )
     max_body: int = setting(32 << 20, "bytes in the largest request")
-    max_body_total: int = setting(256 << 20, "bytes of all request bodies that are being received; above it a 503", positive)
+    max_body_total: int = setting(
+        256 << 20, "bytes of all request bodies that are being received; above it a 503", positive
+    )
     max_connections: int = setting(10000, "clients that are connected at a time; more get a 503")
-    heartbeat: float = setting(15.0, "seconds of silence in a stream after which a ping is sent", positive)
-    pings: str = setting("comment", "what a ping is: comment, chunk (an empty one) or off", choice("comment", "chunk", "off"))
-    workers: int = setting(1, "1: run more processes behind nginx, see the README's section Several processes", one_process)
+    heartbeat: float = setting(
+        15.0, "seconds of silence in a stream after which a ping is sent", positive
+    )
+    pings: str = setting(
+        "comment",
+        "what a ping is: comment, chunk (an empty one) or off",
+        one_of("comment", "chunk", "off"),
+    )
+    workers: int = setting(
+        1,
+        "1: run more processes behind nginx, see the README's section Several processes",
+        one_process,
+    )
     grace: float = setting(7.0, "seconds for running requests to end after SIGTERM")
-    log_format: str = setting("text", "text or json", choice("text", "json"))
-    log_level: str = setting("info", "debug, info, warning or error", choice("debug", "info", "warning", "error"))
-    controllers: Tuple[ControllerSettings, ...] = ()    # only in a file; none: one Akash Chat server
-    keys: Tuple[KeySettings, ...] = ()                  # only in a file; beside bearer_token
+    log_format: str = setting("text", "text or json", one_of("text", "json"))
+    log_level: str = setting(
+        "info", "debug, info, warning or error", one_of("debug", "info", "warning", "error")
+    )
+    controllers: Tuple[ControllerSettings, ...] = ()  # only in a file; none: one Akash Chat server
+    keys: Tuple[ClientKeySettings, ...] = ()  # only in a file; beside bearer_token
 
     @classmethod
     def load(cls, environ: Dict[str, str], flags: Optional[Dict[str, str]] = None) -> "Settings":
@@ -1220,41 +1513,54 @@ class Settings(Checked):
         ConfigError lists all mistakes, each with its place.
         """
         problems: List[str] = []
-        over: Dict[str, Any] = {}
-        for item in declared(cls):
+        overrides: Dict[str, Any] = {}
+        for item in setting_fields(cls):
             flag = (flags or {}).get(item.name)
             name = next(filter(environ.get, (item.name.upper(), item.metadata["also"])), "")
             source = name if flag is None else flag_name(item)
             if source:
-                with reported(problems, source):
-                    over[item.name] = checked(item, from_text(item, environ[name] if flag is None else flag))
-        if environ.get("CHATGPT_APISERVER_PORT") and "server_address" not in over:
-            with reported(problems, "CHATGPT_APISERVER_PORT"):
-                over["server_address"] = address(":" + environ["CHATGPT_APISERVER_PORT"])
-        path = over["config_file"] = find_config(over.get("config_file", ""), over.get("config_path", ""), problems)
+                with collecting_errors(problems, source):
+                    overrides[item.name] = validate(
+                        item, from_text(item, environ[name] if flag is None else flag)
+                    )
+        if environ.get("CHATGPT_APISERVER_PORT") and "server_address" not in overrides:
+            with collecting_errors(problems, "CHATGPT_APISERVER_PORT"):
+                overrides["server_address"] = address(":" + environ["CHATGPT_APISERVER_PORT"])
+        path = overrides["config_file"] = find_config(
+            overrides.get("config_file", ""), overrides.get("config_path", ""), problems
+        )
         values = ConfigFile(path, environ, problems).settings() if path else {}
         if environ.get("DEFAULT_SERVER_ADDRESS") and "server_address" not in values:
-            with reported(problems, "DEFAULT_SERVER_ADDRESS"):
+            with collecting_errors(problems, "DEFAULT_SERVER_ADDRESS"):
                 values["server_address"] = address(environ["DEFAULT_SERVER_ADDRESS"])
         if problems:
             raise ConfigError(problems)
-        return cls(**{**values, **over})
+        return cls(**{**values, **overrides})
 
     def pool(self) -> List[ControllerSettings]:
         """The controllers, their gaps filled: one Akash Chat server if none are configured."""
         defaults = {"akash": {"base_url": self.akash_base_url}, "openai": {"base_url": OPENAI_URL}}
-        filled, names = [], set()
+        completed, names = [], set()
         for options in self.controllers or [ControllerSettings(type="akash")]:
-            gaps = {name: value for name, value in defaults.get(options.type, {}).items() if not getattr(options, name)}
+            missing = {
+                name: value
+                for name, value in defaults.get(options.type, {}).items()
+                if not getattr(options, name)
+            }
             name, number = options.name or options.type, 1
             while name in names:
                 number += 1
                 name = f"{options.name or options.type}-{number}"
             names.add(name)
-            if options.type == "akash" and self.akash_access_token and not options.api_key and self.is_akash_server(options.base_url):
-                gaps.update(api_key=self.akash_access_token, key_source="AKASH_ACCESS_TOKEN")
-            filled.append(dataclasses.replace(options, name=name, **gaps))
-        return filled
+            if (
+                options.type == "akash"
+                and self.akash_access_token
+                and not options.api_key
+                and self.is_akash_server(options.base_url)
+            ):
+                missing.update(api_key=self.akash_access_token, key_source="AKASH_ACCESS_TOKEN")
+            completed.append(dataclasses.replace(options, name=name, **missing))
+        return completed
 
     def needs_token(self) -> bool:
         """Whether clients must send a token."""
@@ -1262,9 +1568,11 @@ class Settings(Checked):
 
     def host_names(self) -> List[str]:
         """The names that these settings give the server, in lower case."""
-        names = [split_address(self.server_address)[0], urllib.parse.urlsplit(self.public_url).hostname]
+        names = [
+            split_address(self.server_address)[0],
+            urllib.parse.urlsplit(self.public_url).hostname,
+        ]
         return [name.lower() for name in names if name]
-
 
     def is_akash_server(self, url: str) -> bool:
         """Whether AKASH_ACCESS_TOKEN and AKASH_COOKIE may be sent to an address: none, or one of AKASH_BASE_URL's server."""
@@ -1286,9 +1594,16 @@ def url_origin(url: str) -> Tuple[str, Optional[str], int]:
     return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}[parts.scheme]
 
 
-SEARCHED = [".", ".config", "config", "/etc/akashproxy", "/etc/chatgpt-apiserver"]
+CONFIG_DIRECTORIES = [".", ".config", "config", "/etc/akashproxy", "/etc/chatgpt-apiserver"]
 FILE_NAMES = ["akashproxy.json", "chatgpt-apiserver.json"]
-OTHER_FORMATS = ["yaml", "yml", "toml", "ini", "hcl", "properties"]     # that chatgpt-apiserver could read
+OTHER_FORMATS = [
+    "yaml",
+    "yml",
+    "toml",
+    "ini",
+    "hcl",
+    "properties",
+]  # that chatgpt-apiserver could read
 NOT_JSON = "only JSON can be read; please convert it"
 
 
@@ -1299,11 +1614,16 @@ def find_config(file: str, directory: str, problems: List[str]) -> str:
     """
     if file:
         return file
-    folders = [directory] if directory else SEARCHED
+    folders = [directory] if directory else CONFIG_DIRECTORIES
     paths = [os.path.join(folder, name) for folder in folders for name in FILE_NAMES]
     found = next(filter(os.path.isfile, paths), "")
-    others = [path for path in (f"{path[:-len('json')]}{ending}" for path in paths for ending in OTHER_FORMATS)
-              if not found and os.path.isfile(path)]
+    others = [
+        path
+        for path in (
+            f"{path[: -len('json')]}{ending}" for path in paths for ending in OTHER_FORMATS
+        )
+        if not found and os.path.isfile(path)
+    ]
     if others:
         problems.append(f"the configuration: {others[0]}: {NOT_JSON}")
     elif directory and not found:
@@ -1325,13 +1645,15 @@ class ConfigFile:
         if data is None:
             return {}
         present = set(data)
-        port, pool, controllers, keys = (data.pop(name, None) for name in ("port", "pool", "controllers", "keys"))
-        known = {item.name: item for item in declared(Settings)}
+        port, pool, controllers, keys = (
+            data.pop(name, None) for name in ("port", "pool", "controllers", "keys")
+        )
+        known = {item.name: item for item in setting_fields(Settings)}
         values = self.fields(known, data, "", ["port", "pool", "controllers", "keys"])
         if port is None and self.is_chatgpt_apiserver(controllers):
-            port = 8080     # as chatgpt-apiserver has it
+            port = 8080  # as chatgpt-apiserver has it
         if port is not None and "server_address" not in values:
-            with self.reported("port"):
+            with self.collecting_errors("port"):
                 values["server_address"] = address(f":{port}")
         if isinstance(pool, dict):
             for value in self.fields({"type": known["pool_type"]}, pool, "pool.").values():
@@ -1339,13 +1661,15 @@ class ConfigFile:
         elif pool is not None:
             self.problem("pool", "it must be an object")
         if isinstance(controllers, list) and controllers:
-            values["controllers"] = self.made("controllers", controllers, self.controller)
-            if values["controllers"] and not any(options.weight for options in values["controllers"]):
+            values["controllers"] = self.build_list("controllers", controllers, self.controller)
+            if values["controllers"] and not any(
+                options.weight for options in values["controllers"]
+            ):
                 self.problem("controllers", "all of them are off (weight 0)")
         elif "controllers" in present:
             self.problem("controllers", "it must be a list with at least one controller")
         if isinstance(keys, list):
-            values["keys"] = self.made("keys", keys, self.key)
+            values["keys"] = self.build_list("keys", keys, self.key)
             if len({options.key for options in values["keys"]}) < len(values["keys"]):
                 self.problem("keys", "two have the same key")
         elif "keys" in present:
@@ -1355,58 +1679,94 @@ class ConfigFile:
     def is_chatgpt_apiserver(self, controllers: Any) -> bool:
         """Whether the file is one of chatgpt-apiserver: by its name, or by ``config`` in a controller."""
         return os.path.basename(self.path) == FILE_NAMES[1] or any(
-            name in as_dict(item) for item in as_list(controllers) for name in ("config", "config_file"))
+            name in as_dict(item)
+            for item in as_list(controllers)
+            for name in ("config", "config_file")
+        )
 
-    def made(self, place: str, items: List[Any], make: Callable[[Dict[str, Any], str], Any]) -> Tuple[Any, ...]:
+    def build_list(
+        self, key_path: str, items: List[Any], make: Callable[[Dict[str, Any], str], Any]
+    ) -> Tuple[Any, ...]:
         """What ``make(object, its place)`` makes of the objects in a list; their names must differ."""
-        made = []
+        built = []
         for at, item in enumerate(items):
             if isinstance(item, dict):
-                made.append(make(item, f"{place}[{at}]"))
+                built.append(make(item, f"{key_path}[{at}]"))
             else:
-                self.problem(f"{place}[{at}]", "it must be an object")
-        names = [options.name for options in filter(None, made) if options.name]
+                self.problem(f"{key_path}[{at}]", "it must be an object")
+        names = [options.name for options in filter(None, built) if options.name]
         for name in {name for name in names if names.count(name) > 1}:
-            self.problem(place, f"two are called {name!r}")
-        return tuple(filter(None, made))
+            self.problem(key_path, f"two are called {name!r}")
+        return tuple(filter(None, built))
 
-    def key(self, data: Dict[str, Any], place: str) -> Optional[KeySettings]:
+    def key(self, data: Dict[str, Any], key_path: str) -> Optional[ClientKeySettings]:
         before = len(self.problems)
-        values = self.fields({item.name: item for item in declared(KeySettings)}, data, place + ".")
+        values = self.fields(
+            {item.name: item for item in setting_fields(ClientKeySettings)}, data, key_path + "."
+        )
         for name in ("name", "key"):
             if name not in data:
-                self.problem(f"{place}.{name}", "it is missing")
-        return KeySettings(**values) if len(self.problems) == before else None
+                self.problem(f"{key_path}.{name}", "it is missing")
+        return ClientKeySettings(**values) if len(self.problems) == before else None
 
-    def controller(self, data: Dict[str, Any], place: str) -> Optional[ControllerSettings]:
-        more, file, within = data.pop("config", None) or {}, data.pop("config_file", None), ".config."
-        if isinstance(file, str) and file:  # beside this file, or where the command was started, as it was there
+    def controller(self, data: Dict[str, Any], key_path: str) -> Optional[ControllerSettings]:
+        more, file, within = (
+            data.pop("config", None) or {},
+            data.pop("config_file", None),
+            ".config.",
+        )
+        if (
+            isinstance(file, str) and file
+        ):  # beside this file, or where the command was started, as it was there
             beside = os.path.join(os.path.dirname(self.path), file)
             within = f".config_file ({file})."
-            more = self.read(beside if os.path.exists(beside) or not os.path.exists(file) else file, place + ".config_file")
+            more = self.read(
+                beside if os.path.exists(beside) or not os.path.exists(file) else file,
+                key_path + ".config_file",
+            )
         elif file not in (None, ""):
-            self.problem(place + ".config_file", "it must be the name of a file")
+            self.problem(key_path + ".config_file", "it must be the name of a file")
         if not isinstance(more, dict):
             if more is not None:
-                self.problem(place + ".config", "it must be an object")
+                self.problem(key_path + ".config", "it must be an object")
             return None
-        before, known = len(self.problems), {item.name: item for item in declared(ControllerSettings)}
-        values = {**self.fields(known, more, place + within),
-                  **self.fields(known, data, place + ".", ["config", "config_file"])}
+        before, known = (
+            len(self.problems),
+            {item.name: item for item in setting_fields(ControllerSettings)},
+        )
+        values = {
+            **self.fields(known, more, key_path + within),
+            **self.fields(known, data, key_path + ".", ["config", "config_file"]),
+        }
         if values.get("type", "openai") not in CONTROLLERS:
-            self.problem(place + ".type", f"{values['type']!r} is none of {', '.join(sorted(CONTROLLERS))}")
+            self.problem(
+                key_path + ".type",
+                f"{values['type']!r} is none of {', '.join(sorted(CONTROLLERS))}",
+            )
         if len(self.problems) > before:
             return None
-        source = (self.path if data.get("api_key") or not file else file) if values.get("api_key") else ""
-        if values.get("type", "openai") == "openai" and not source and is_openai_server(values.get("base_url", "")):
+        source = (
+            (self.path if data.get("api_key") or not file else file)
+            if values.get("api_key")
+            else ""
+        )
+        if (
+            values.get("type", "openai") == "openai"
+            and not source
+            and is_openai_server(values.get("base_url", ""))
+        ):
             source = "OPENAI_API_KEY"
-            with reported(self.problems, source):
+            with collecting_errors(self.problems, source):
                 values["api_key"] = header_value(self.environ.get(source, ""))
             if not self.environ.get(source):
-                self.problem(place + ".api_key", "it is missing, and OPENAI_API_KEY is not set")
-        return ControllerSettings(**values, key_source=source) if len(self.problems) == before else None
+                self.problem(key_path + ".api_key", "it is missing, and OPENAI_API_KEY is not set")
+        return (
+            ControllerSettings(**values, key_source=source)
+            if len(self.problems) == before
+            else None
+        )
 
-    def read(self, path: str, place: str = "") -> Optional[Dict[str, Any]]:
+    def read(self, path: str, key_path: str = "") -> Optional[Dict[str, Any]]:
         """The JSON object in a file, its ${NAME}s filled in; None if there is none."""
         try:
             with open(path, "rb") as file:
@@ -1422,60 +1782,72 @@ class ConfigFile:
         else:
             if isinstance(data, dict):
                 with contextlib.suppress(RecursionError):
-                    return self.filled(data, place)
+                    return self.expand_env(data, key_path)
             what = "it must be a JSON object"
-        self.problems.append(f"{self.path}: {place}: {path}: {what}" if place else f"the configuration: {path}: {what}")
+        self.problems.append(
+            f"{self.path}: {key_path}: {path}: {what}"
+            if key_path
+            else f"the configuration: {path}: {what}"
+        )
         return None
 
-    def filled(self, value: Any, place: str) -> Any:
+    def expand_env(self, value: Any, key_path: str) -> Any:
         """The value with the environment's values in place of each ${NAME}."""
         if isinstance(value, dict):
-            return {name: self.filled(item, f"{place}.{name}".lstrip(".")) for name, item in value.items()}
+            return {
+                name: self.expand_env(item, f"{key_path}.{name}".lstrip("."))
+                for name, item in value.items()
+            }
         if isinstance(value, list):
-            return [self.filled(item, f"{place}[{at}]") for at, item in enumerate(value)]
+            return [self.expand_env(item, f"{key_path}[{at}]") for at, item in enumerate(value)]
         if not isinstance(value, str):
             return value
 
         def replace(match: Any) -> str:
             if not self.environ.get(match[1]):
-                self.problem(place, f"the environment variable {match[1]} is not set")
+                self.problem(key_path, f"the environment variable {match[1]} is not set")
             return self.environ.get(match[1]) or match[0]
 
         if "${" in re.sub(self.VARIABLE, "", value):
-            self.problem(place, "after ${ the name of an environment variable and } must follow")
+            self.problem(key_path, "after ${ the name of an environment variable and } must follow")
         return re.sub(self.VARIABLE, replace, value)
 
-    def fields(self, known: Dict[str, Any], data: Dict[str, Any], place: str,
-               others: Iterable[str] = ()) -> Dict[str, Any]:
+    def fields(
+        self, known: Dict[str, Any], data: Dict[str, Any], key_path: str, others: Iterable[str] = ()
+    ) -> Dict[str, Any]:
         """The values of the settings that are known; what else there is, is a mistake."""
         values = {}
         for name, value in data.items():
             if name in known:
-                with self.reported(place + name):
-                    values[name] = checked(known[name], typed(known[name], value))
+                with self.collecting_errors(key_path + name):
+                    values[name] = validate(known[name], from_json_value(known[name], value))
             else:
                 import difflib
+
                 near = difflib.get_close_matches(name, [*known, *others], 1)
-                self.problem(place + name, "unknown key" + (f"; did you mean {near[0]!r}?" if near else ""))
+                self.problem(
+                    key_path + name,
+                    "unknown key" + (f"; did you mean {near[0]!r}?" if near else ""),
+                )
         return values
 
-    def problem(self, place: str, what: str) -> None:
-        self.problems.append(f"{self.path}: {place}: {what}")
+    def problem(self, key_path: str, what: str) -> None:
+        self.problems.append(f"{self.path}: {key_path}: {what}")
 
-    def reported(self, place: str) -> Any:
-        return reported(self.problems, f"{self.path}: {place}")
+    def collecting_errors(self, key_path: str) -> Any:
+        return collecting_errors(self.problems, f"{self.path}: {key_path}")
 
 
 @contextlib.contextmanager
-def reported(problems: List[str], place: str) -> Iterator[None]:
+def collecting_errors(problems: List[str], key_path: str) -> Iterator[None]:
     """Make a problem of a ValueError."""
     try:
         yield
     except ValueError as error:
-        problems.append(f"{place}: {error}")
+        problems.append(f"{key_path}: {error}")
 
 
-def declared(cls: Any) -> List[Any]:
+def setting_fields(cls: Any) -> List[Any]:
     """The fields of a class that are settings."""
     return [item for item in dataclasses.fields(cls) if item.metadata]
 
@@ -1500,39 +1872,56 @@ def from_text(item: Any, text: str) -> Any:
     parts = [part.strip() for part in text.split(",")] if text else []
     if not item.type.startswith("Dict"):
         return tuple(parts)
-    pairs = [[half.strip() for half in part.partition("=")[::2]] for part in parts]
+    pairs = [[side.strip() for side in part.partition("=")[::2]] for part in parts]
     if not all(name and value for name, value in pairs):
         raise ValueError(f"{text!r} is not NAME=VALUE,NAME=VALUE")
     return dict(pairs)
 
 
-def as_text(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A setting's value as from_text() reads it."""
     if isinstance(value, dict):
         value = [f"{name}={other}" for name, other in value.items()]
-    return ",".join(value) if isinstance(value, (list, tuple)) else "" if value is None else str(value)
+    return (
+        ",".join(value) if isinstance(value, (list, tuple)) else "" if value is None else str(value)
+    )
 
 
-def typed(item: Any, value: Any) -> Any:
+def from_json_value(item: Any, value: Any) -> Any:
     """The value of a setting from JSON; ValueError says what it must be."""
     if item.type == "str" and isinstance(value, str):
         return value
     if item.type == "int" and type(value) is int and value >= 0:
         return value
-    if item.type.endswith(("float", "float]")) and type(value) in (int, float) and 0 <= value < 1e15:
+    if (
+        item.type.endswith(("float", "float]"))
+        and type(value) in (int, float)
+        and 0 <= value < 1e15
+    ):
         return float(value)
     if item.type.startswith("Tuple"):
         value = value.split(",") if isinstance(value, str) else value
         if isinstance(value, list) and all(isinstance(part, str) for part in value):
             return tuple(part.strip() for part in value)
-    if item.type.startswith("Dict") and isinstance(value, dict) and all(isinstance(part, str) for part in value.values()):
+    if (
+        item.type.startswith("Dict")
+        and isinstance(value, dict)
+        and all(isinstance(part, str) for part in value.values())
+    ):
         return value
-    kinds = {"Tuple": "a list of texts", "Dict": "an object with texts", "float": "a number, not negative",
-             "int": "a whole number, not negative", "str": "a text"}
-    raise ValueError("it must be " + next(what for kind, what in kinds.items() if kind in item.type))
+    kinds = {
+        "Tuple": "a list of texts",
+        "Dict": "an object with texts",
+        "float": "a number, not negative",
+        "int": "a whole number, not negative",
+        "str": "a text",
+    }
+    raise ValueError(
+        "it must be " + next(what for kind, what in kinds.items() if kind in item.type)
+    )
 
 
-def checked(item: Any, value: Any) -> Any:
+def validate(item: Any, value: Any) -> Any:
     """The value to use; ValueError says what is wrong with it."""
     check = item.metadata["check"]
     return tuple(map(check, value)) if isinstance(value, tuple) else check(value)
@@ -1542,15 +1931,17 @@ def checked(item: Any, value: Any) -> Any:
 # A strict HTTP/1.1 codec for both sides (RFC 9112): heads and bodies, no more. It refuses whatever
 # two readers of one message could read differently. Knows neither models nor JSON.
 
-HEAD_LIMIT = 65536
-FIELD_LIMIT = 100
-INTERIM_LIMIT = 100     # 1xx answers before the final one
-READ_SIZE = 65536
-BODY_LIMIT = 64 << 20   # bytes of an upstream's answer that is kept whole
+MAX_HEAD_BYTES = 65536
+MAX_HEADERS = 100
+MAX_INTERIM_RESPONSES = 100  # 1xx answers before the final one
+RECV_SIZE = 65536
+MAX_BUFFERED_BODY = 64 << 20  # bytes of an upstream's answer that is kept whole
 
 _FIELD = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t -~\x80-\xff]*)")
 _BARE_BREAK = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)")
-_REQUEST_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}) ([!-~\x80-\xff]+) HTTP/([0-9])\.([0-9])")
+_REQUEST_LINE = re.compile(
+    r"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}) ([!-~\x80-\xff]+) HTTP/([0-9])\.([0-9])"
+)
 _STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: [\t -~\x80-\xff]*)?")
 _BLANK_LINES = re.compile(rb"(?:\r\n)*")
 _HOST = re.compile(r"[A-Za-z0-9.:_\[\]~%!$&'()*+;=-]*")
@@ -1558,25 +1949,35 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _LENGTH = re.compile(r"[0-9]{1,18}")
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[\t ]*(?:;[\t -~\x80-\xff]*)?")
 _HEX = re.compile(rb"[0-9A-Fa-f]{1,15}")
-_TOKEN_BYTES = frozenset(b"!#$%&'*+-.^_`|~0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz")
+_TOKEN_BYTES = frozenset(
+    b"!#$%&'*+-.^_`|~0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+)
 
 
-def head_end(held: bytes, searched: int = 0, first: Iterable[int] = _TOKEN_BYTES) -> int:
+def find_head_end(buffer: bytes, scan_from: int = 0, first: Iterable[int] = _TOKEN_BYTES) -> int:
     """Where the blank line after a head begins; -1 if it has not come. What is hopeless is refused at once."""
-    end = held.find(b"\r\n\r\n", searched)
-    if end > HEAD_LIMIT or end < 0 and len(held) > HEAD_LIMIT:
+    end = buffer.find(b"\r\n\r\n", scan_from)
+    if end > MAX_HEAD_BYTES or end < 0 and len(buffer) > MAX_HEAD_BYTES:
         raise ProtocolError("the head is too large", 431)
-    if end < 0 and held and held != b"\r" and (
-            held[0] not in first or _BARE_BREAK.search(held, searched)
-            or held.find(b"\r\n", searched) >= 0 and b"HTTP/" not in held):
+    if (
+        end < 0
+        and buffer
+        and buffer != b"\r"
+        and (
+            buffer[0] not in first
+            or _BARE_BREAK.search(buffer, scan_from)
+            or buffer.find(b"\r\n", scan_from) >= 0
+            and b"HTTP/" not in buffer
+        )
+    ):
         raise ProtocolError("this is not HTTP/1.1")
     return end
 
 
 # One head is much like the other: what lines were taken apart to is remembered, unless they are long.
-remembered = functools.lru_cache(maxsize=1024)
-LONG_PATH = 8192    # a longer one is none of ours however it is decoded, which would cost the more
-LONG = 2048
+cached = functools.lru_cache(maxsize=1024)
+LONG_PATH = 8192  # a longer one is none of ours however it is decoded, which would cost the more
+CACHE_MAX_LINE = 2048
 
 
 class Headers(Dict[str, str]):
@@ -1598,20 +1999,24 @@ class Headers(Dict[str, str]):
 def parse_head(head: bytes, parse_line: Any) -> Tuple[Any, Dict[str, str]]:
     """What a head's first line says, and its fields; those of one name joined by ", ", set-cookie by a line feed."""
     line, *lines = head.decode("latin-1").split("\r\n")
-    if len(lines) > FIELD_LIMIT:
+    if len(lines) > MAX_HEADERS:
         raise ProtocolError("there are too many header fields", 431)
-    if len(head) <= LONG:
+    if len(head) <= CACHE_MAX_LINE:
         start_line, pairs = parse_line(line), list(map(parse_field, lines))
     else:
         start_line, pairs = parse_line.__wrapped__(line), list(map(parse_field.__wrapped__, lines))
     headers = dict(pairs)
     if len(headers) < len(pairs):
-        headers = {each: ("\n" if each == "set-cookie" else ", ").join(
-            value for name, value in pairs if name == each) for each in headers}
+        headers = {
+            each: ("\n" if each == "set-cookie" else ", ").join(
+                value for name, value in pairs if name == each
+            )
+            for each in headers
+        }
     return start_line, headers
 
 
-@remembered
+@cached
 def parse_field(line: str) -> Tuple[str, str]:
     """A header field's name, in lower case, and its value."""
     match = _FIELD.fullmatch(line)
@@ -1620,26 +2025,26 @@ def parse_field(line: str) -> Tuple[str, str]:
     return match[1].lower(), match[2].strip(" \t")
 
 
-@remembered
+@cached
 def parse_request_line(line: str) -> Tuple[str, str, str, str]:
     """Method, path (decoded once), query and minor version of a request line (RFC 9112, 3)."""
     match = _REQUEST_LINE.fullmatch(line)
     if not match:
         raise ProtocolError("the request line is malformed")
-    method, target, major, minor = match.groups()
+    method, target, major, http_minor = match.groups()
     if major != "1":
         raise ProtocolError("this is not HTTP/1.1", 505)
     absolute = None if target.startswith("/") else re.match(r"https?://([^/?#]*)", target, re.I)
     if absolute:
-        target = target[absolute.end():] or "/"
+        target = target[absolute.end() :] or "/"
     elif not target.startswith("/") and (target, method) != ("*", "OPTIONS"):
         raise ProtocolError("the request's target is malformed")
     path, _, query = target.partition("?")
     path = path if len(path) > LONG_PATH else urllib.parse.unquote(path, errors="replace")
-    return method, path, query, "0" if minor == "0" else "1"
+    return method, path, query, "0" if http_minor == "0" else "1"
 
 
-@remembered
+@cached
 def parse_status_line(line: str) -> Tuple[str, int]:
     """Minor version and status of a status line (RFC 9112, 4)."""
     match = _STATUS_LINE.fullmatch(line)
@@ -1661,18 +2066,21 @@ class ChunkSizes(dict):
 CHUNK_SIZES = ChunkSizes()
 
 
-class Body:
+class BodyDecoder:
     """The body of a message, taken out of its framing as the bytes arrive (RFC 9112, section 6).
 
-    feed() gives the payload within the data; ``done`` tells that the end was reached, ``rest`` what
+    feed() gives the payload within the data; ``done`` tells that the end was reached, ``trailing_data`` what
     came after it; close() says that the connection has ended. ProtocolError for what smuggling is made of.
     """
 
     def __init__(self, fields: Dict[str, str], until_close: bool = False) -> None:
-        self.done, self.rest = False, b""
-        self.left = 0                   # payload still to come, of the body or of the chunk
+        self.done, self.trailing_data = False, b""
+        self.remaining = 0  # payload still to come, of the body or of the chunk
         self.chunked = self.until_close = False
-        self.state, self.held = "size", b""     # of the chunked framing: what comes next, and the part of a line that is here
+        self.state, self.buffer = (
+            "size",
+            b"",
+        )  # of the chunked framing: what comes next, and the part of a line that is here
         coding, length = fields.get("transfer-encoding"), fields.get("content-length")
         if coding is not None:
             if length is not None:
@@ -1683,8 +2091,8 @@ class Body:
         elif length is not None:
             if not _LENGTH.fullmatch(length):
                 raise ProtocolError("Content-Length is no number")
-            self.left = int(length)
-            self.done = not self.left
+            self.remaining = int(length)
+            self.done = not self.remaining
         else:
             self.until_close, self.done = until_close, not until_close
 
@@ -1693,10 +2101,10 @@ class Body:
             return self._chunked(data)
         if self.until_close:
             return data
-        if len(data) > self.left:
-            data, self.rest = data[:self.left], data[self.left:]
-        self.left -= len(data)
-        self.done = not self.left
+        if len(data) > self.remaining:
+            data, self.trailing_data = data[: self.remaining], data[self.remaining :]
+        self.remaining -= len(data)
+        self.done = not self.remaining
         return data
 
     def close(self) -> None:
@@ -1707,72 +2115,85 @@ class Body:
 
     def _chunked(self, data: bytes) -> bytes:
         """size [;extension] CR LF data CR LF ... 0 CR LF trailers CR LF"""
-        chunk = self.lone(data)
+        chunk = self.single_chunk(data)
         if chunk:
             return chunk
-        searched = len(self.held)
-        if searched:
-            data, self.held = self.held + data, b""
+        scan_from = len(self.buffer)
+        if scan_from:
+            data, self.buffer = self.buffer + data, b""
         parts, at, untried = [], 0, True
         while not self.done:
-            if self.left:
-                part = data[at:at + self.left]
+            if self.remaining:
+                part = data[at : at + self.remaining]
                 parts.append(part)
                 at += len(part)
-                self.left -= len(part)
-                if self.left:
+                self.remaining -= len(part)
+                if self.remaining:
                     break
                 self.state = "end"
             elif untried and self.state == "size":
                 untried = False
-                chunks, data, at = self._plain_chunks(data[at:] if at else data)
+                chunks, data, at = self._split_simple_chunks(data[at:] if at else data)
                 parts += chunks
                 if self.done:
                     break
             end = data.find(b"\r\n", at)
             if end < 0:
-                self._hold(data[at:], max(0, searched - 1 - at))
+                self._save_partial(data[at:], max(0, scan_from - 1 - at))
                 break
-            self._line(data[at:end])
+            self._handle_framing_line(data[at:end])
             at = end + 2
         if self.done:
-            self.rest = data[at:]
+            self.trailing_data = data[at:]
         return b"".join(parts) if len(parts) != 1 else parts[0]
 
-    def lone(self, data: bytes) -> bytes:
+    def single_chunk(self, data: bytes) -> bytes:
         """The payload, if the data is one whole chunk, as where tokens come one by one; else b""."""
-        if not self.left and not self.held and self.state == "size" and data.endswith(b"\r\n"):
+        if (
+            not self.remaining
+            and not self.buffer
+            and self.state == "size"
+            and data.endswith(b"\r\n")
+        ):
             size, _, chunk = data.partition(b"\r\n")
             if len(chunk) - 2 == CHUNK_SIZES[size]:
                 return chunk[:-2]
         return b""
 
-    def _plain_chunks(self, data: bytes) -> Tuple[List[bytes], bytes, int]:
+    def _split_simple_chunks(self, data: bytes) -> Tuple[List[bytes], bytes, int]:
         """The usual, taken apart at once: whole chunks without extensions, and without a line break within.
 
         They, the data, and where in it they end.
         """
         parts = data.split(b"\r\n")
         chunks = parts[1:-1:2]
-        sizes = parts[:2 * len(chunks):2]
-        if not chunks or b"" in chunks[:-1] or list(map(len, chunks)) != list(map(CHUNK_SIZES.__getitem__, sizes)):
+        sizes = parts[: 2 * len(chunks) : 2]
+        if (
+            not chunks
+            or b"" in chunks[:-1]
+            or list(map(len, chunks)) != list(map(CHUNK_SIZES.__getitem__, sizes))
+        ):
             return [], data, 0
         self.done = not chunks[-1]
-        rest = parts[2 * len(chunks):]
+        rest = parts[2 * len(chunks) :]
         return chunks, data, len(data) - sum(map(len, rest)) - 2 * (len(rest) - 1)
 
-    def _hold(self, data: bytes, searched: int) -> None:
-        if len(data) > 4096 or _BARE_BREAK.search(data, searched) or (self.state == "end" and data not in (b"", b"\r")):
+    def _save_partial(self, data: bytes, scan_from: int) -> None:
+        if (
+            len(data) > 4096
+            or _BARE_BREAK.search(data, scan_from)
+            or (self.state == "end" and data not in (b"", b"\r"))
+        ):
             raise ProtocolError("the chunked coding is broken")
-        self.held = data
+        self.buffer = data
 
-    def _line(self, line: bytes) -> None:
+    def _handle_framing_line(self, line: bytes) -> None:
         if self.state == "size":
             match = _CHUNK_SIZE.fullmatch(line)
             if not match:
                 raise ProtocolError("a chunk's size is malformed")
-            self.left = int(match[1], 16)
-            if not self.left:
+            self.remaining = int(match[1], 16)
+            if not self.remaining:
                 self.state = "trailer"
                 self.trailers = 0
         elif self.state == "end":
@@ -1782,13 +2203,13 @@ class Body:
         elif line:
             parse_field.__wrapped__(line.decode("latin-1"))
             self.trailers += 1
-            if self.trailers > FIELD_LIMIT:
+            if self.trailers > MAX_HEADERS:
                 raise ProtocolError("there are too many trailers", 431)
         else:
             self.done = True
 
 
-NO_BODY = Body({})
+NO_BODY = BodyDecoder({})
 
 
 # == 6. transport =============================================================================
@@ -1799,11 +2220,24 @@ NO_BODY = Body({})
 class UpstreamRequest(urllib.request.Request):
     """A request to an upstream. Its URL is taken apart once: each exchange has a copy of its own."""
 
-    def copy(self, method: str, data: Optional[bytes], fields: Dict[str, str], watch: Watch,
-             again: Any) -> "UpstreamRequest":
+    def copy(
+        self,
+        method: str,
+        data: Optional[bytes],
+        fields: Dict[str, str],
+        scope: CancelScope,
+        force_new_connection: Any,
+    ) -> "UpstreamRequest":
         request = UpstreamRequest.__new__(UpstreamRequest)
-        request.__dict__.update(self.__dict__, unredirected_hdrs={}, method=method, body=data, fields=fields, watch=watch,
-                                again=again)
+        request.__dict__.update(
+            self.__dict__,
+            unredirected_hdrs={},
+            method=method,
+            body=data,
+            fields=fields,
+            scope=scope,
+            force_new_connection=force_new_connection,
+        )
         return request
 
     def to_bytes(self) -> bytes:
@@ -1820,12 +2254,16 @@ def request_head(line: str, *fields: Tuple[str, str]) -> bytes:
     """A request's head but for its length and its end. Those of one upstream are much alike, so they are remembered."""
     lines = [line, *[f"{name}: {value}" for name, value in fields], ""]
     head = "\r\n".join(lines).encode("latin-1")
-    if head.count(b"\n") != len(fields) + 1 or head.count(b"\r") != len(fields) + 1 or b"\0" in head:
+    if (
+        head.count(b"\n") != len(fields) + 1
+        or head.count(b"\r") != len(fields) + 1
+        or b"\0" in head
+    ):
         raise ProtocolError("a line break in a header field")
     return head
 
 
-class KeepAlive(urllib.request.BaseHandler):
+class ConnectionPool(urllib.request.BaseHandler):
     """urllib's handler of http and https, with the codec of section 5 and connections that are used again.
 
     It sends; who asked receives. Kept connections do not block, and one that has ended is noticed
@@ -1834,26 +2272,30 @@ class KeepAlive(urllib.request.BaseHandler):
 
     def __init__(self, ca_file: str = "") -> None:
         self.ca_file = ca_file
-        self.idle: Dict[Any, List[Tuple[float, Any]]] = {}   # (until when, socket), the youngest last
+        self.idle: Dict[
+            Any, List[Tuple[float, Any]]
+        ] = {}  # (until when, socket), the youngest last
         self.closed = False
         self.lock = threading.Lock()
 
-    def http_open(self, request: Any) -> "Response":
+    def http_open(self, request: Any) -> "UpstreamResponse":
         """Send a request."""
         key = request.type, request.host, request._tunnel_host
-        sock = None if request.again else self._take(key)
-        kept = sock is not None
+        sock = None if request.force_new_connection else self._acquire(key)
+        reused = sock is not None
         if sock is None:
             sock = self._connect(request)
         try:
-            request.watch.hold(sock)
+            request.scope.attach(sock)
             try:
                 self._send(sock, request.to_bytes())
-            except (OSError if kept else ConnectionError):
-                log.debug("%s: it closed the connection while a request was sent", request.host)     # it may have answered before
-            return Response(sock, request, kept, self, key)
+            except OSError if reused else ConnectionError:
+                log.debug(
+                    "%s: it closed the connection while a request was sent", request.host
+                )  # it may have answered before
+            return UpstreamResponse(sock, request, reused, self, key)
         except BaseException:
-            request.watch.release()
+            request.scope.detach()
             sock.close()
             raise
 
@@ -1870,7 +2312,7 @@ class KeepAlive(urllib.request.BaseHandler):
             sock.setblocking(True)
             sock.sendall(data[sent:])
 
-    def give_back(self, key: Any, sock: Any, seconds: float) -> None:
+    def release(self, key: Any, sock: Any, seconds: float) -> None:
         """Keep a connection for the next request, for so long."""
         if sock.gettimeout() != 0:
             sock.setblocking(False)
@@ -1880,12 +2322,17 @@ class KeepAlive(urllib.request.BaseHandler):
                 return
         sock.close()
 
-    def tidy(self, now: float) -> None:
+    def close_expired(self, now: float) -> None:
         """Close the connections that were kept until now."""
         with self.lock:
-            old = [sock for links in self.idle.values() for until, sock in links if until < now]
-            for key, links in list(self.idle.items()):
-                self.idle[key] = [link for link in links if link[0] >= now]
+            old = [
+                sock
+                for connections in self.idle.values()
+                for until, sock in connections
+                if until < now
+            ]
+            for key, connections in list(self.idle.items()):
+                self.idle[key] = [link for link in connections if link[0] >= now]
                 if not self.idle[key]:
                     del self.idle[key]
         for sock in old:
@@ -1894,56 +2341,63 @@ class KeepAlive(urllib.request.BaseHandler):
     def close(self) -> None:
         with self.lock:
             self.closed = True
-        self.tidy(math.inf)
+        self.close_expired(math.inf)
 
-    def _take(self, key: Any) -> Any:
+    def _acquire(self, key: Any) -> Any:
         """A kept connection that is still good, or None."""
         while True:
             with self.lock:
-                links = self.idle.get(key)
-                if not links:
+                connections = self.idle.get(key)
+                if not connections:
                     return None
-                until, sock = links.pop()
+                until, sock = connections.pop()
             if until >= time.monotonic() and peek(sock) is None:
                 return sock
             sock.close()
 
     def _connect(self, request: Any) -> Any:
         if request.type == "https":
-            link = http.client.HTTPSConnection(request.host, timeout=request.timeout,
-                                               context=tls_context(self.ca_file))
+            connection = http.client.HTTPSConnection(
+                request.host, timeout=request.timeout, context=tls_context(self.ca_file)
+            )
         else:
-            link = http.client.HTTPConnection(request.host, timeout=request.timeout)
+            connection = http.client.HTTPConnection(request.host, timeout=request.timeout)
         if request._tunnel_host:
-            link.set_tunnel(request._tunnel_host, headers=request.tunnel_headers)
+            connection.set_tunnel(request._tunnel_host, headers=request.tunnel_headers)
         try:
-            link.connect()
+            connection.connect()
         except BaseException:
-            link.close()
+            connection.close()
             raise
-        return link.sock
+        return connection.sock
 
 
-def keeps_alive(minor: str, headers: Dict[str, str]) -> bool:
-    """Does a message leave its connection open? ``minor`` is the digit after "HTTP/1."."""
+def is_persistent(http_minor: str, headers: Dict[str, str]) -> bool:
+    """Does a message leave its connection open? ``http_minor`` is the digit after "HTTP/1."."""
     if "connection" not in headers:
-        return minor == "1"
+        return http_minor == "1"
     options = [option.strip().lower() for option in headers.get("connection", "").split(",")]
-    return "close" not in options if minor == "1" else "keep-alive" in options
+    return "close" not in options if http_minor == "1" else "keep-alive" in options
 
 
-def idle_seconds(headers: Dict[str, str]) -> float:
+def keepalive_seconds(headers: Dict[str, str]) -> float:
     """How long a kept connection may be used: a second less than its server said (conn-keepalive: 5 s, closed after 6)."""
-    told = headers.get("keep-alive")
-    match = re.search(r"timeout=([0-9]{1,4})", told) if told else None
+    keep_alive = headers.get("keep-alive")
+    match = re.search(r"timeout=([0-9]{1,4})", keep_alive) if keep_alive else None
     return max(0.0, float(match[1]) - 1) if match else 30.0
 
 
-NOW = int(getattr(socket, "MSG_DONTWAIT", 0))   # do not wait, even if the socket is a blocking one
-LOOK = socket.MSG_PEEK | NOW                    # and leave what is there
+DONTWAIT = int(
+    getattr(socket, "MSG_DONTWAIT", 0)
+)  # do not wait, even if the socket is a blocking one
+PEEK = socket.MSG_PEEK | DONTWAIT  # and leave what is there
 
 try:
-    from ssl import SSLEOFError as RaggedEnd, SSLWantReadError as WantRead, SSLWantWriteError as WantWrite
+    from ssl import (
+        SSLEOFError as RaggedEnd,
+        SSLWantReadError as WantRead,
+        SSLWantWriteError as WantWrite,
+    )
 except ImportError:  # a Python without ssl
     RaggedEnd = WantRead = WantWrite = BlockingIOError  # type: ignore[misc,assignment]
 
@@ -1951,27 +2405,30 @@ except ImportError:  # a Python without ssl
 def peek(sock: Any) -> Optional[bytes]:
     """What a socket has to say, left there: None if nothing, b"" if the other side has closed or reset it."""
     try:
-        if not NOW and not select.select([sock], [], [], 0)[0]:  # Windows
+        if not DONTWAIT and not select.select([sock], [], [], 0)[0]:  # Windows
             return None
-        return socket.socket.recv(sock, 1, LOOK)
+        return socket.socket.recv(sock, 1, PEEK)
     except BlockingIOError:
         return None
     except OSError:
         return b""
 
 
-def has_left(sock: Any) -> bool:
+def peer_has_closed(sock: Any) -> bool:
     """Has the other side closed, even if it has said something before that?"""
-    said = peek(sock)
-    if said and hasattr(socket, "TCP_INFO"):
-        return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1) != b"\x01"  # Linux: no more ESTABLISHED
-    return said == b""
+    peeked = peek(sock)
+    if peeked and hasattr(socket, "TCP_INFO"):
+        return (
+            sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1) != b"\x01"
+        )  # Linux: no more ESTABLISHED
+    return peeked == b""
 
 
 @functools.lru_cache(maxsize=None)
 def tls_context(ca_file: str) -> Any:
     """The TLS context: host names checked, the system's authorities and those of a file. Made when first needed."""
     import ssl
+
     context = ssl.create_default_context()
     if ca_file:
         context.load_verify_locations(ca_file)
@@ -1985,7 +2442,7 @@ def tls_context(ca_file: str) -> Any:
 class Proxy(urllib.request.BaseHandler):
     """Sends requests by way of an http proxy, the one that is configured and none of the environment's."""
 
-    handler_order = 100  # before KeepAlive makes the Host field
+    handler_order = 100  # before ConnectionPool makes the Host field
 
     def __init__(self, url: str) -> None:
         parts = urllib.parse.urlsplit(url)
@@ -1993,10 +2450,12 @@ class Proxy(urllib.request.BaseHandler):
         self.fields = {}
         if parts.username is not None:
             pair = f"{urllib.parse.unquote(parts.username)}:{urllib.parse.unquote(parts.password or '')}"
-            self.fields = {"Proxy-Authorization": "Basic " + base64.b64encode(pair.encode()).decode()}
+            self.fields = {
+                "Proxy-Authorization": "Basic " + base64.b64encode(pair.encode()).decode()
+            }
 
     def http_request(self, request: Any) -> Any:
-        request.unredirected_hdrs["Host"] = request.host    # the upstream's, also within a tunnel
+        request.unredirected_hdrs["Host"] = request.host  # the upstream's, also within a tunnel
         request.set_proxy(self.host, "http")
         request.tunnel_headers = self.fields
         if not request._tunnel_host:
@@ -2006,23 +2465,25 @@ class Proxy(urllib.request.BaseHandler):
     https_request = http_request
 
 
-class Response:
+class UpstreamResponse:
     """An upstream's answer, for whoever has its bytes: the head first, then the payload of the body.
 
-    ``status`` is 0 until the head has come; ``kept``: the connection was not new; ``patience`` is set by Transport.send.
+    ``status`` is 0 until the head has come; ``reused``: the connection was not new; ``timeouts`` is set by Transport.start_request.
     """
 
-    patience: "Patience"
+    timeouts: "Timeouts"
 
-    def __init__(self, sock: Any, request: UpstreamRequest, kept: bool, keeper: KeepAlive, key: Any) -> None:
-        self.sock, self.watch, self.bodiless = sock, request.watch, request.method == "HEAD"
-        self.kept, self.keeper, self.key = kept, keeper, key
-        self.status, self.headers, self.persists = 0, {}, False
+    def __init__(
+        self, sock: Any, request: UpstreamRequest, reused: bool, pool: ConnectionPool, key: Any
+    ) -> None:
+        self.sock, self.scope, self.no_body = sock, request.scope, request.method == "HEAD"
+        self.reused, self.pool, self.key = reused, pool, key
+        self.status, self.headers, self.keep_alive = 0, {}, False
         self.body = NO_BODY
-        self.held = bytearray()         # of a head that is not whole
-        self.interim = 0                # interim answers so far
-        self.early = b""                # payload that came with the head
-        self.first_due = math.inf       # deadline of the answer's first content
+        self.head_buffer = bytearray()  # of a head that is not whole
+        self.interim = 0  # interim answers so far
+        self.first_payload = b""  # payload that came with the head
+        self.first_byte_deadline = math.inf  # deadline of the answer's first content
 
     def receive(self, data: bytes) -> bytes:
         """The payload within some bytes of the socket (b"": it has ended); ProtocolError where that is too early."""
@@ -2031,7 +2492,7 @@ class Response:
         if data:
             data = self._head(data)
             return self.body.feed(data) if data else b""
-        self.watch.check()
+        self.scope.raise_if_cancelled()
         if not self.status:
             raise ConnectionError("it closed the connection without an answer")
         self.body.close()
@@ -2039,84 +2500,96 @@ class Response:
 
     def _head(self, data: bytes) -> bytes:
         """Look for the end of the head; what is beyond it."""
-        searched = max(0, len(self.held) - 3)
-        self.held += data
-        held: Any = self.held
+        scan_from = max(0, len(self.head_buffer) - 3)
+        self.head_buffer += data
+        buffer: Any = self.head_buffer
         while not self.status:
-            end = head_end(held, searched, b"H")
+            end = find_head_end(buffer, scan_from, b"H")
             if end < 0:
-                self.held = held
+                self.head_buffer = buffer
                 return b""
-            (minor, status), self.headers = parse_head(held[:end], parse_status_line)
-            held = held[end + 4:]
-            searched = 0
-            self.status = status if status >= 200 else 0    # interim answers are skipped
+            (http_minor, status), self.headers = parse_head(buffer[:end], parse_status_line)
+            buffer = buffer[end + 4 :]
+            scan_from = 0
+            self.status = status if status >= 200 else 0  # interim answers are skipped
             self.interim += not self.status
-            if self.interim > INTERIM_LIMIT:
+            if self.interim > MAX_INTERIM_RESPONSES:
                 raise ProtocolError("there are too many interim answers")
-        self.held = bytearray()
-        bodiless = self.bodiless or status in (204, 304)
-        self.body = Body({} if bodiless else self.headers, until_close=not bodiless)
-        self.persists = keeps_alive(minor, self.headers) and not self.body.until_close
-        return bytes(held)
+        self.head_buffer = bytearray()
+        no_body = self.no_body or status in (204, 304)
+        self.body = BodyDecoder({} if no_body else self.headers, until_close=not no_body)
+        self.keep_alive = is_persistent(http_minor, self.headers) and not self.body.until_close
+        return bytes(buffer)
 
-    def begin(self) -> None:
+    def read_head(self) -> None:
         """Wait for the head."""
         try:
             self.sock.setblocking(True)
             while not self.status:
-                self.early = self.receive(self.sock.recv(READ_SIZE))
-        except (APIError, ClientLeft):
+                self.first_payload = self.receive(self.sock.recv(RECV_SIZE))
+        except (APIError, ClientDisconnected):
             self.close()
             raise
-        except NETWORK as error:
+        except NETWORK_ERRORS as error:
             self.close()
-            raise self.failure(error) from error
+            raise self.to_api_error(error) from error
 
-    def failure(self, error: Exception) -> APIError:
+    def to_api_error(self, error: Exception) -> APIError:
         """What a failure of the network means here; raises the reason why the watch was ended, if it was."""
-        where = self.patience.where
-        if self.kept and not self.status and not self.held and self.watch.why is None:
-            return APIError(502, f"{where} broke off the connection.", code="connection", kind="again")
-        return upstream_error(error, self.watch, where)
+        upstream_name = self.timeouts.upstream_name
+        if self.reused and not self.status and not self.head_buffer and self.scope.reason is None:
+            return APIError(
+                502,
+                f"{upstream_name} broke off the connection.",
+                code="connection",
+                category="again",
+            )
+        return upstream_error(error, self.scope, upstream_name)
 
-    def expect(self, started: bool = True) -> None:
+    def reset_idle_deadline(self, started: bool = True) -> None:
         """Set the deadline of the next bytes: until an answer has started, that of its first content."""
         if started:
-            self.watch.expect(self.patience.idle, self.patience.silent)
+            self.scope.set_deadline(self.timeouts.idle, self.timeouts.idle_message)
         else:
-            self.watch.due, self.watch.late = self.first_due, self.patience.late
+            self.scope.deadline, self.scope.timeout_message = (
+                self.first_byte_deadline,
+                self.timeouts.first_byte_message,
+            )
 
-    def wait(self, started: bool = True) -> bytes:
+    def recv(self, started: bool = True) -> bytes:
         """The next bytes of the socket."""
-        self.expect(started)
-        data = self.sock.recv(READ_SIZE)
-        self.watch.due = math.inf       # how long they are used is not the upstream's affair
+        self.reset_idle_deadline(started)
+        data = self.sock.recv(RECV_SIZE)
+        self.scope.deadline = math.inf  # how long they are used is not the upstream's affair
         return data
 
-    def chunks(self) -> Iterator[bytes]:
+    def iter_bytes(self) -> Iterator[bytes]:
         """The payload of each read; APIError where the upstream breaks off or falls silent."""
-        self.watch.due = math.inf
-        payload, self.early = self.early, b""
+        self.scope.deadline = math.inf
+        payload, self.first_payload = self.first_payload, b""
         while True:
             if payload:
                 yield payload
             if self.body.done:
                 break
             try:
-                payload = self.receive(self.wait())
-            except NETWORK as error:
-                raise self.failure(error) from error
+                payload = self.receive(self.recv())
+            except NETWORK_ERRORS as error:
+                raise self.to_api_error(error) from error
         self.close()
 
-    def read(self, limit: int = BODY_LIMIT) -> bytes:
+    def read(self, limit: int = MAX_BUFFERED_BODY) -> bytes:
         """The whole body."""
         data = bytearray()
         try:
-            for part in self.chunks():
+            for part in self.iter_bytes():
                 data += part
                 if len(data) > limit:
-                    raise APIError(502, f"{self.patience.where} sent more than {limit} bytes.", code="upstream_error")
+                    raise APIError(
+                        502,
+                        f"{self.timeouts.upstream_name} sent more than {limit} bytes.",
+                        code="upstream_error",
+                    )
         finally:
             self.close()
         return bytes(data)
@@ -2127,83 +2600,120 @@ class Response:
 
     def reusable(self) -> bool:
         """Can the connection take another request?"""
-        return self.persists and self.body.done and not self.body.rest
+        return self.keep_alive and self.body.done and not self.body.trailing_data
 
     def close(self) -> None:
         """Keep the connection if the answer was read to its end, else close it, so that the upstream stops."""
         sock, self.sock = self.sock, None
         if sock is None:
             return
-        self.watch.release()
+        self.scope.detach()
         if self.reusable():
-            self.keeper.give_back(self.key, sock, idle_seconds(self.headers))
+            self.pool.release(self.key, sock, keepalive_seconds(self.headers))
         else:
             sock.close()
 
 
-class Patience:
+class Timeouts:
     """How long an upstream is waited for, in seconds, and what is said of it when that is over."""
 
-    def __init__(self, where: str, first: float, idle: float) -> None:
-        self.where, self.first, self.idle = where, first, idle
-        self.late = f"{where} did not answer within {first:g} seconds."
-        self.silent = f"{where} sent nothing for {idle:g} seconds."
+    def __init__(self, upstream_name: str, first: float, idle: float) -> None:
+        self.upstream_name, self.first, self.idle = upstream_name, first, idle
+        self.first_byte_message = f"{upstream_name} did not answer within {first:g} seconds."
+        self.idle_message = f"{upstream_name} sent nothing for {idle:g} seconds."
 
 
-patience = functools.lru_cache(maxsize=256)(Patience)
+cached_timeouts = functools.lru_cache(maxsize=256)(Timeouts)
 
 
 class Transport:
-    """Requests to one upstream. ``where`` is what errors call it."""
+    """Requests to one upstream. ``upstream_name`` is what errors call it."""
 
-    def __init__(self, options: ControllerSettings, settings: Settings, base: str, where: str,
-                 headers: Dict[str, str]) -> None:
-        self.base, self.where = base, where
+    def __init__(
+        self,
+        options: ControllerSettings,
+        settings: Settings,
+        base: str,
+        upstream_name: str,
+        headers: Dict[str, str],
+    ) -> None:
+        self.base, self.upstream_name = base, upstream_name
         self.headers = {name.title(): value for name, value in headers.items()}
         self.connect_timeout, self.first_byte_timeout, self.idle_timeout = (
             getattr(settings if getattr(options, name) is None else options, name)
-            for name in ("connect_timeout", "first_byte_timeout", "idle_timeout"))
-        self.kept = KeepAlive(settings.ca_file)
-        self.opener = urllib.request.OpenerDirector()  # no redirects, no file: or ftp:, no proxies of the environment
+            for name in ("connect_timeout", "first_byte_timeout", "idle_timeout")
+        )
+        self.connections = ConnectionPool(settings.ca_file)
+        self.opener = (
+            urllib.request.OpenerDirector()
+        )  # no redirects, no file: or ftp:, no proxies of the environment
         self.opener.addheaders = []
-        self.opener.add_handler(self.kept)
+        self.opener.add_handler(self.connections)
         if options.proxy:
             self.opener.add_handler(Proxy(options.proxy))
-        self.request = functools.lru_cache(maxsize=64)(lambda path: UpstreamRequest(base + path))
+        self.new_request = functools.lru_cache(maxsize=64)(
+            lambda path: UpstreamRequest(base + path)
+        )
 
-    def send(self, method: str, path: str, watch: Watch, data: Optional[bytes] = None,
-             headers: Optional[Dict[str, str]] = None, first_byte: Optional[float] = None,
-             again: Any = False) -> Response:
+    def start_request(
+        self,
+        method: str,
+        path: str,
+        scope: CancelScope,
+        data: Optional[bytes] = None,
+        headers: Optional[Dict[str, str]] = None,
+        first_byte: Optional[float] = None,
+        force_new_connection: Any = False,
+    ) -> UpstreamResponse:
         """Send a request, whose answer is still to come. APIError 502 or 504 if that fails.
 
-        ``again``: on a new connection.
+        ``force_new_connection``: on a new connection.
         """
-        known = patience(self.where, first_byte or self.first_byte_timeout, first_byte or self.idle_timeout)
-        watch.expect(known.first, known.late)
+        timeouts = cached_timeouts(
+            self.upstream_name,
+            first_byte or self.first_byte_timeout,
+            first_byte or self.idle_timeout,
+        )
+        scope.set_deadline(timeouts.first, timeouts.first_byte_message)
         fields = {**self.headers, **headers} if headers else self.headers
         try:
-            request = self.request(path).copy(method, data, fields, watch, again)
+            request = self.new_request(path).copy(method, data, fields, scope, force_new_connection)
             response = self.opener.open(request, timeout=self.connect_timeout)
-        except NETWORK as error:
-            raise upstream_error(error, watch, self.where) from error
-        response.patience, response.first_due = known, watch.due
+        except NETWORK_ERRORS as error:
+            raise upstream_error(error, scope, self.upstream_name) from error
+        response.timeouts, response.first_byte_deadline = timeouts, scope.deadline
         return response
 
-    def open(self, method: str, path: str, watch: Watch, data: Optional[bytes] = None,
-             headers: Optional[Dict[str, str]] = None, first_byte: Optional[float] = None) -> Response:
+    def fetch(
+        self,
+        method: str,
+        path: str,
+        scope: CancelScope,
+        data: Optional[bytes] = None,
+        headers: Optional[Dict[str, str]] = None,
+        first_byte: Optional[float] = None,
+    ) -> UpstreamResponse:
         """Send a request and wait for the answer's head. APIError 502 or 504 if none comes."""
-        for again in (False, True):
-            response = self.send(method, path, watch, data, headers, first_byte, again=again)
+        for force_new_connection in (False, True):
+            response = self.start_request(
+                method,
+                path,
+                scope,
+                data,
+                headers,
+                first_byte,
+                force_new_connection=force_new_connection,
+            )
             try:
-                response.begin()
+                response.read_head()
                 break
             except APIError as error:
-                if error.kind != "again":
+                if error.category != "again":
                     raise
         return response
 
 
-NETWORK = (OSError, ProtocolError, http.client.HTTPException)
+NETWORK_ERRORS = (OSError, ProtocolError, http.client.HTTPException)
 
 
 # What the machine says when it has no descriptors, buffers or memory left for a socket.
@@ -2212,7 +2722,9 @@ EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 def is_exhausted(error: Exception) -> bool:
     """Whether this machine, not the upstream, has caused a failure of the network."""
-    if isinstance(error, socket.gaierror):      # a resolver without a descriptor finds no host, and doesn't say why
+    if isinstance(
+        error, socket.gaierror
+    ):  # a resolver without a descriptor finds no host, and doesn't say why
         try:
             socket.socket().close()
         except OSError as cause:
@@ -2238,34 +2750,62 @@ class Throttle:
 report_exhaustion = Throttle(10.0)
 
 
-def upstream_error(error: Exception, watch: Watch, where: str) -> APIError:
+def upstream_error(error: Exception, scope: CancelScope, upstream_name: str) -> APIError:
     """What a failure of the network means; raises the reason why the watch was ended, if it was."""
-    watch.check()
+    scope.raise_if_cancelled()
     if is_exhausted(error):
         if report_exhaustion():
-            log.error("this server has no descriptors or memory left for connections to upstreams: %s", error)
-        return APIError(503, "This server is out of resources for more requests.", code="overloaded", retry_after=1, kind="local")
-    if not isinstance(error, NETWORK):
-        return unexpected_error(error, where)
-    words = str(error).partition(" '")[0] if isinstance(error, ProtocolError) else error   # what it quotes is the upstream's
-    log.info("%s: %s: %s", where, type(error).__name__, words)
-    late = isinstance(error, (socket.timeout, TimeoutError))
+            log.error(
+                "this server has no descriptors or memory left for connections to upstreams: %s",
+                error,
+            )
+        return APIError(
+            503,
+            "This server is out of resources for more requests.",
+            code="overloaded",
+            retry_after=1,
+            category="local",
+        )
+    if not isinstance(error, NETWORK_ERRORS):
+        return unexpected_error(error, upstream_name)
+    words = (
+        str(error).partition(" '")[0] if isinstance(error, ProtocolError) else error
+    )  # what it quotes is the upstream's
+    log.info("%s: %s: %s", upstream_name, type(error).__name__, words)
+    timed_out = isinstance(error, (socket.timeout, TimeoutError))
     if isinstance(error, (http.client.HTTPException, ProtocolError)):
-        begun = re.search("body|chunk|trailer", str(error))
-        what = ": connection lost: it broke off its answer." if begun else ": it sent something that is not HTTP."
-    elif late:
-        what = " could not be reached in time."
-    elif (isinstance(error, (ConnectionResetError, BrokenPipeError, RaggedEnd)) or type(error) is ConnectionError
-          or getattr(error, "reason", "") == "UNEXPECTED_EOF_WHILE_READING"):   # RaggedEnd in Python 3.9
-        what = ": connection lost: it broke off the connection."
+        in_body = re.search("body|chunk|trailer", str(error))
+        problem = (
+            ": connection lost: it broke off its answer."
+            if in_body
+            else ": it sent something that is not HTTP."
+        )
+    elif timed_out:
+        problem = " could not be reached in time."
+    elif (
+        isinstance(error, (ConnectionResetError, BrokenPipeError, RaggedEnd))
+        or type(error) is ConnectionError
+        or getattr(error, "reason", "") == "UNEXPECTED_EOF_WHILE_READING"
+    ):  # RaggedEnd in Python 3.9
+        problem = ": connection lost: it broke off the connection."
     else:
-        what = " could not be reached."
-    return APIError(504 if late else 502, where + what, code="upstream_error", kind="network")
+        problem = " could not be reached."
+    return APIError(
+        504 if timed_out else 502,
+        upstream_name + problem,
+        code="upstream_error",
+        category="network",
+    )
 
 
-def unexpected_error(error: Exception, where: str) -> APIError:
-    """502 for an exception that a decoder or a controller raised; Member.report logs it."""
-    failure = APIError(502, f"{where} failed in an unexpected way.", code="upstream_error", kind="network")
+def unexpected_error(error: Exception, upstream_name: str) -> APIError:
+    """502 for an exception that a decoder or a controller raised; Upstream.log_exception logs it."""
+    failure = APIError(
+        502,
+        f"{upstream_name} failed in an unexpected way.",
+        code="upstream_error",
+        category="network",
+    )
     failure.bug = error
     return failure
 
@@ -2282,7 +2822,9 @@ class controller_errors:
         return None
 
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
-        if isinstance(error, Exception) and not isinstance(error, (APIError, ClientLeft, Queued)):
+        if isinstance(error, Exception) and not isinstance(
+            error, (APIError, ClientDisconnected, Queued)
+        ):
             raise unexpected_error(error, self.name) from error
 
 
@@ -2290,20 +2832,20 @@ class controller_errors:
 # One class for each kind of upstream: Call -> wire, wire -> events. Knows neither clients nor dialects.
 
 
-class Pipeline:
+class DecoderChain:
     """A decoder and the filters behind it, as one: feed(data) and close() give events.
 
     ``error`` is what ends the answer, to be raised when the events before it have gone on their
-    way; ``cut`` tells that the answer was ended here, so that the upstream should stop.
+    way; ``stopped`` tells that the answer was ended here, so that the upstream should stop.
     """
 
     def __init__(self, decoder: Any, *filters: Any) -> None:
         self.decoder, self.filters = decoder, filters
         self.error: Optional[APIError] = None
 
-    whole = False   # that is told by Finish
-    started = False     # text, reasoning, a tool call or the end has come
-    cut = property(lambda self: any(getattr(step, "cut", False) for step in self.filters))
+    complete = False  # that is told by Finish
+    started = False  # text, reasoning, a tool call or the end has come
+    stopped = property(lambda self: any(getattr(step, "stopped", False) for step in self.filters))
 
     def feed(self, data: bytes) -> List[Event]:
         events = self.decoder.feed(data)
@@ -2314,17 +2856,17 @@ class Pipeline:
         return events + self.flush() if self.error else events
 
     @property
-    def usual(self) -> Optional[Callable[[bytes], bytes]]:
+    def fast_path(self) -> Optional[Callable[[bytes], bytes]]:
         """The short way, for what can be understood without taking its JSON apart."""
-        return self._usual if hasattr(self.decoder, "lone") else None
+        return self._fast_path if hasattr(self.decoder, "single_text") else None
 
-    def _usual(self, data: bytes) -> bytes:
+    def _fast_path(self, data: bytes) -> bytes:
         """The JSON of its text, if the data is one piece of text that goes through as it is; else b""."""
-        told = self.decoder.lone(data)
+        encoded = self.decoder.single_text(data)
         for step in self.filters:
-            if not told or not step.passes(told[1:-1].decode()):
+            if not encoded or not step.is_passthrough(encoded[1:-1].decode()):
                 return b""
-        return told
+        return encoded
 
     def close(self) -> List[Event]:
         """The connection has ended properly: what is left."""
@@ -2340,142 +2882,167 @@ class Pipeline:
         return events
 
 
-class Collected:
-    """A body that is only understood whole: ``told(data)`` gives its events, or raises the APIError that it means.
+class BufferedBody:
+    """A body that is only understood whole: ``parse(data)`` gives its events, or raises the APIError that it means.
 
-    With ``refusal`` that counts even if the body breaks off: a status says enough.
+    With ``is_error_body`` that counts even if the body breaks off: a status says enough.
     """
 
-    cut = whole = False
-    started = True      # the first byte is content
+    stopped = complete = False
+    started = True  # the first byte is content
 
-    def __init__(self, told: Callable[[bytes], List[Event]], limit: int = BODY_LIMIT, refusal: bool = False) -> None:
-        self.told, self.left, self.refusal = told, limit, refusal
-        self.data = bytearray()     # a list of its pieces would need many times their size where they are small
+    def __init__(
+        self,
+        parse: Callable[[bytes], List[Event]],
+        limit: int = MAX_BUFFERED_BODY,
+        is_error_body: bool = False,
+    ) -> None:
+        self.parse, self.byte_budget, self.is_error_body = parse, limit, is_error_body
+        self.data = (
+            bytearray()
+        )  # a list of its pieces would need many times their size where they are small
         self.error: Optional[APIError] = None
 
     def feed(self, data: bytes) -> List[Event]:
-        self.left -= len(data)
-        if self.left < 0:
-            self.error = early("The upstream", "sent more than can be kept")
+        self.byte_budget -= len(data)
+        if self.byte_budget < 0:
+            self.error = truncated("The upstream", "sent more than can be kept")
         self.data += data
         return []
 
     def close(self) -> List[Event]:
         try:
-            return self.told(bytes(self.data))
+            return self.parse(bytes(self.data))
         except APIError as error:
             self.error = error
             return []
 
     def flush(self) -> List[Event]:
-        if self.refusal and not self.error:
+        if self.is_error_body and not self.error:
             self.close()
         return []
 
 
-CALL_LIMIT = 10000      # calls of tools in an answer
+MAX_TOOL_CALLS = 10000  # calls of tools in an answer
 
 
-def whole_lines(held: bytearray, data: bytes) -> bytes:
-    """The whole lines of ``held`` and some more bytes; the beginning of a line is held. No byte is looked at twice."""
+def take_complete_lines(buffer: bytearray, data: bytes) -> bytes:
+    """The whole lines of ``buffer`` and some more bytes; the beginning of a line is held. No byte is looked at twice."""
     end = data.rfind(b"\n") + 1
     if not end:
-        held += data
+        buffer += data
         return b""
-    lines = bytes(held) + data[:end] if held else data[:end]
-    held[:] = data[end:]
+    lines = bytes(buffer) + data[:end] if buffer else data[:end]
+    buffer[:] = data[end:]
     return lines
 
 
-def too_many_calls(where: str) -> APIError:
-    """Error for an answer with more calls of tools than CALL_LIMIT."""
-    return early(where, f"sent more than {CALL_LIMIT} calls of tools")
+def too_many_calls(upstream_name: str) -> APIError:
+    """Error for an answer with more calls of tools than MAX_TOOL_CALLS."""
+    return truncated(upstream_name, f"sent more than {MAX_TOOL_CALLS} calls of tools")
 
 
-class Stream:
+class EventStream:
     """An answer that comes from a socket, for whoever has the bytes: the watchdog, or the thread that iterates it.
 
-    ``opened`` is called once the head is here: it gives the decoder of the body, or raises the
-    APIError that the head means. receive() turns bytes into events. ``failure`` is what ends the
-    answer, once the events before it are used; ``over`` tells that the socket has no more for it.
+    ``make_decoder`` is called once the head is here: it gives the decoder of the body, or raises the
+    APIError that the head means. receive() turns bytes into events. ``error`` is what ends the
+    answer, once the events before it are used; ``at_eof`` tells that the socket has no more for it.
     """
 
-    DRAIN = 1.0  # seconds for an upstream to end its message once the answer is whole
+    DRAIN_TIMEOUT = 1.0  # seconds for an upstream to end its message once the answer is whole
 
-    def __init__(self, response: Response, opened: Callable[[Response], Any]) -> None:
-        self.response, self.opened = response, opened
+    def __init__(
+        self, response: UpstreamResponse, make_decoder: Callable[[UpstreamResponse], Any]
+    ) -> None:
+        self.response, self.make_decoder = response, make_decoder
         self.decoder: Any = None
-        self.started = False        # its first content has come: from now on the idle limit counts
-        self.whole = self.over = False
-        self.failure: Optional[Exception] = None
-        self.left = math.inf        # bytes that it may still have
+        self.started = False  # its first content has come: from now on the idle limit counts
+        self.complete = self.at_eof = False
+        self.error: Optional[Exception] = None
+        self.byte_budget = math.inf  # bytes that it may still have
 
     def receive(self, data: bytes) -> List[Event]:
         """What some bytes of the socket mean; b"" is its end."""
         events: List[Event] = []
         response = self.response
         try:
-            payload = response.receive(data) if data or not response.body.done or not response.status else b""
+            payload = (
+                response.receive(data)
+                if data or not response.body.done or not response.status
+                else b""
+            )
             if self.decoder is None:
                 if not response.status:
                     return events
-                self.decoder = self.opened(response)
-            self.left -= len(payload)
-            if self.left < 0:
-                raise early(response.patience.where, "sent more than can be kept")
-            if payload and not self.whole:
+                self.decoder = self.make_decoder(response)
+            self.byte_budget -= len(payload)
+            if self.byte_budget < 0:
+                raise truncated(response.timeouts.upstream_name, "sent more than can be kept")
+            if payload and not self.complete:
                 events = self.decoder.feed(payload)
-                self.failure = self.decoder.error
+                self.error = self.decoder.error
                 if not self.started and self.decoder.started:
-                    self.started, response.watch.late = True, response.patience.silent
-                if self.decoder.whole or events and type(events[-1]) is Finish:
-                    self.is_whole()
+                    self.started, response.scope.timeout_message = (
+                        True,
+                        response.timeouts.idle_message,
+                    )
+                if self.decoder.complete or events and type(events[-1]) is Finish:
+                    self.mark_complete()
             if response.body.done:
-                self.over = True
-                if not self.whole and not self.failure:
+                self.at_eof = True
+                if not self.complete and not self.error:
                     events += self.decoder.close()
-                    self.failure = self.decoder.error
-                    self.whole = bool(events) and isinstance(events[-1], Finish)
+                    self.error = self.decoder.error
+                    self.complete = bool(events) and isinstance(events[-1], Finish)
         except Exception as error:  # whatever a decoder raises is this upstream's failure
-            events += self.broken(error)
+            events += self.on_network_error(error)
         return events
 
-    def is_whole(self) -> None:
+    def mark_complete(self) -> None:
         """All of the answer is here. If we ended it the upstream should stop, else its message comes to a proper end."""
-        self.started, self.whole, self.failure, self.over = True, True, None, self.decoder.cut
-        self.response.patience = patience(self.response.patience.where, self.DRAIN, self.DRAIN)
+        self.started, self.complete, self.error, self.at_eof = (
+            True,
+            True,
+            None,
+            self.decoder.stopped,
+        )
+        self.response.timeouts = cached_timeouts(
+            self.response.timeouts.upstream_name, self.DRAIN_TIMEOUT, self.DRAIN_TIMEOUT
+        )
 
-    def broken(self, error: Exception) -> List[Event]:
+    def on_network_error(self, error: Exception) -> List[Event]:
         """The network or the decoder failed; if the answer was whole before, that is of no interest."""
-        self.over = True
-        if self.whole:
+        self.at_eof = True
+        if self.complete:
             return []
         try:
-            self.failure = error if isinstance(error, APIError) else self.response.failure(error)
-        except (APIError, ClientLeft) as reason:  # why somebody ended it
-            self.failure = reason
+            self.error = error if isinstance(error, APIError) else self.response.to_api_error(error)
+        except (APIError, ClientDisconnected) as reason:  # why somebody ended it
+            self.error = reason
         events: List[Event] = []
         try:
             events = self.decoder.flush() if self.decoder else []
-        except Exception as another:    # a decoder with a bug may fail at this, too
-            log.info("%s: %s: %s", self.response.patience.where, type(another).__name__, another)
-        if getattr(self.decoder, "refusal", False):
-            self.failure = self.decoder.error or self.failure
+        except Exception as another:  # a decoder with a bug may fail at this, too
+            log.info(
+                "%s: %s: %s", self.response.timeouts.upstream_name, type(another).__name__, another
+            )
+        if getattr(self.decoder, "is_error_body", False):
+            self.error = self.decoder.error or self.error
         return events
 
     def __iter__(self) -> Iterator[Event]:
         """Its events, read by the thread that iterates."""
         with contextlib.closing(self):
             self.response.sock.setblocking(True)
-            while not self.over and not self.failure:
+            while not self.at_eof and not self.error:
                 try:
-                    events = self.receive(self.response.wait(self.started))
+                    events = self.receive(self.response.recv(self.started))
                 except OSError as error:
-                    events = self.broken(error)
+                    events = self.on_network_error(error)
                 yield from events
-            if self.failure:
-                raise self.failure
+            if self.error:
+                raise self.error
 
     def close(self) -> None:
         self.response.close()
@@ -2484,19 +3051,19 @@ class Stream:
 class Controller:
     """An upstream. To be overridden: events(), and what else it can do."""
 
-    transport: Any = None       # a Transport, where it has one
+    transport: Any = None  # a Transport, where it has one
 
     def __init__(self, options: ControllerSettings, settings: Settings) -> None:
         self.options, self.settings, self.name = options, settings, options.name
 
     def events(self, call: Call) -> Iterable[Event]:
-        """The answer: any iterable of events, or a Stream. APIError if there is none.
+        """The answer: any iterable of events, or an EventStream. APIError if there is none.
 
         It runs in a worker thread and may block.
         """
         raise NotImplementedError
 
-    def able(self, call: Call) -> Optional[APIError]:
+    def check_support(self, call: Call) -> Optional[APIError]:
         """Why it can't answer such a request at all; None if it can."""
         return None
 
@@ -2504,23 +3071,23 @@ class Controller:
         """What it offers, as OpenAI's model objects."""
         return []
 
-    def image(self, name: str, watch: Watch) -> Response:
+    def image(self, name: str, scope: CancelScope) -> UpstreamResponse:
         """A picture's bytes."""
         raise APIError(404, f"{self.name} has no pictures.")
 
-    def figures(self) -> Dict[str, float]:
-        """What it counts itself, {a name in SERIES: number}."""
+    def metrics(self) -> Dict[str, float]:
+        """What it counts itself, {a name in METRICS: number}."""
         return {}
 
-    def tidy(self, now: float) -> None:
+    def close_expired(self, now: float) -> None:
         """Close connections that have been idle for too long."""
         if self.transport:
-            self.transport.kept.tidy(now)
+            self.transport.connections.close_expired(now)
 
     def close(self) -> None:
         """Close all idle connections."""
         if self.transport:
-            self.transport.kept.close()
+            self.transport.connections.close()
 
 
 # What an upstream's error means. The first row that fits decides: its status is one of ``statuses`` (none: any), and
@@ -2528,103 +3095,151 @@ class Controller:
 # may quote the client, words are anchored: else a request could have a key declared dead by naming its model "invalid key".
 
 
-class Meaning(NamedTuple):
+class ErrorRule(NamedTuple):
     """A row of UPSTREAM_ERRORS: what such an error means for the pool and for the client."""
 
     statuses: Tuple[int, ...]
     codes: str
     words: str
-    kind: str           # of FAILURES
-    status: int = 0     # for the client; 0: the upstream's own
-    reason: str = ""    # for "auth": what is wrong with what is ours
+    category: str  # of FAILURE_POLICY
+    status: int = 0  # for the client; 0: the upstream's own
+    reason: str = ""  # for "auth": what is wrong with what is ours
 
-    def fits(self, status: int, codes: str, words: str) -> bool:
+    def matches(self, status: int, codes: str, words: str) -> bool:
         return (not self.statuses or status in self.statuses) and bool(
-            not self.codes and not self.words or self.codes and re.search(self.codes, codes)
-            or self.words and re.search(self.words, words))
+            not self.codes
+            and not self.words
+            or self.codes
+            and re.search(self.codes, codes)
+            or self.words
+            and re.search(self.words, words)
+        )
 
 
 _KEY = "the upstream refuses this server's key"
 _QUOTA = "the quota of this server's key is spent"
 _PLACE = "the upstream refuses this server"
-_MODEL_CODES = (r"model_?not_?(?:found|available|supported)|model_access_denied|(?:unknown|invalid)_model"
-                r"|deploymentnotfound|\b1211\b")
-_NO_MODEL = (r"\bmodels?\b.{0,200}(?:\bnot (?:exist|found)|does ?n[o']t exist|unknown|is not a valid model)|模型不存在"
-             r"|^(?:unknown|invalid|no such|unsupported) model\b|invalid model name|is not a valid model")
+_MODEL_CODES = (
+    r"model_?not_?(?:found|available|supported)|model_access_denied|(?:unknown|invalid)_model"
+    r"|deploymentnotfound|\b1211\b"
+)
+_NO_MODEL = (
+    r"\bmodels?\b.{0,200}(?:\bnot (?:exist|found)|does ?n[o']t exist|unknown|is not a valid model)|模型不存在"
+    r"|^(?:unknown|invalid|no such|unsupported) model\b|invalid model name|is not a valid model"
+)
 _MODEL_ACCESS = _NO_MODEL + (
     r"|\bmodels?\b.{0,200}(?:\bnot |denied|unavailable|unsupported|restricted|only available|requires)"
     r"|(?:access|permi|allowed|authori[sz]ed|entitled|eligible|verified|unknown|invalid|unsupported|no such|available|support"
-    r"|subscribe|upgrade|\buse\b).{0,120}\bmodels?\b")
-_FLAGGED = (r"flagged|moderation|content.?(?:policy|filter|management|violation|safety|exists risk)|guardrail|unsafe|harmful"
-            r"|sensitive|prohibited|usage polic|safety|inappropriate")
+    r"|subscribe|upgrade|\buse\b).{0,120}\bmodels?\b"
+)
+_FLAGGED = (
+    r"flagged|moderation|content.?(?:policy|filter|management|violation|safety|exists risk)|guardrail|unsafe|harmful"
+    r"|sensitive|prohibited|usage polic|safety|inappropriate"
+)
 _DEAD_KEY = (
     r"(?:invalid|incorrect|wrong|missing|expired|revoked|bad|no)\b[\w -]{0,20}(?:key\b|token\b|credential|authentication)"
     r"|(?:key|token|credential|account|organi[sz]ation|project|workspace|team)s?\b.{0,60}"
     r"(?:invalid|incorrect|not valid|expired|revoked|leaked|disabled|deactivated|suspended|terminated|banned)"
-    r"|missing scopes|access.{0,20}terminated")
-_SPENT = (r"quota|billing|credit|balance|payment|insufficient funds|spending|arrears|budget|(?:key|usage|monthly) limit"
-          r"|余额|欠费")
+    r"|missing scopes|access.{0,20}terminated"
+)
+_SPENT = (
+    r"quota|billing|credit|balance|payment|insufficient funds|spending|arrears|budget|(?:key|usage|monthly) limit"
+    r"|余额|欠费"
+)
 
 UPSTREAM_ERRORS = [
     # this request asks for more than is left, or for more than one may ask for at once
-    Meaning((400, 402, 403), "", r"fewer max_tokens|can only afford|prompt tokens limit exceeded", "refused"),
-    Meaning((429,), "", r"^request too large|input or output tokens must be reduced", "refused"),
-    Meaning((413,), "rate_limit_exceeded", "tokens per minute", "refused"),
-    Meaning((402, 403, 451), "web_page", "", "refused"),        # of a firewall: its pattern is in the request
+    ErrorRule(
+        (400, 402, 403),
+        "",
+        r"fewer max_tokens|can only afford|prompt tokens limit exceeded",
+        "refused",
+    ),
+    ErrorRule((429,), "", r"^request too large|input or output tokens must be reduced", "refused"),
+    ErrorRule((413,), "rate_limit_exceeded", "tokens per minute", "refused"),
+    ErrorRule(
+        (402, 403, 451), "web_page", "", "refused"
+    ),  # of a firewall: its pattern is in the request
     # our key, beyond doubt
-    Meaning((), r"invalid_api_key|api_key_invalid|wrong_api_key|token_not_found_in_db|expired_key|account_deactivated"
-            r"|organization_restricted", r"^(?:incorrect api key|api[ _]key (?:not valid|not found|expired)|invalid x-api-key)",
-            "auth", reason=_KEY),
-    Meaning((), r"insufficient_?(?:quota|balance|credit)|exceeded_current_quota|billing_(?:error|hard_limit|not_active)"
-            r"|budget_?exceeded|payment_required|creditserror|\b1113\b",
-            r"^(?:your credit balance is too low|insufficient (?:balance|credit|funds)|budget has been exceeded|余额不足"
-            r"|您的账户已欠费)", "auth", reason=_QUOTA),
-    Meaning((401, 403), "unsupported_country|ip_not_authorized", r"country, region|\bip address\b|virtual network",
-            "auth", reason=_PLACE),
-    Meaning((400,), "", "^user location is not supported", "auth", reason=_PLACE),
+    ErrorRule(
+        (),
+        r"invalid_api_key|api_key_invalid|wrong_api_key|token_not_found_in_db|expired_key|account_deactivated"
+        r"|organization_restricted",
+        r"^(?:incorrect api key|api[ _]key (?:not valid|not found|expired)|invalid x-api-key)",
+        "auth",
+        reason=_KEY,
+    ),
+    ErrorRule(
+        (),
+        r"insufficient_?(?:quota|balance|credit)|exceeded_current_quota|billing_(?:error|hard_limit|not_active)"
+        r"|budget_?exceeded|payment_required|creditserror|\b1113\b",
+        r"^(?:your credit balance is too low|insufficient (?:balance|credit|funds)|budget has been exceeded|余额不足"
+        r"|您的账户已欠费)",
+        "auth",
+        reason=_QUOTA,
+    ),
+    ErrorRule(
+        (401, 403),
+        "unsupported_country|ip_not_authorized",
+        r"country, region|\bip address\b|virtual network",
+        "auth",
+        reason=_PLACE,
+    ),
+    ErrorRule((400,), "", "^user location is not supported", "auth", reason=_PLACE),
     # this request: its model, or what it says
-    Meaning((400, 401, 500, 503), _MODEL_CODES, "", "model", 404),
-    Meaning((402, 403), _MODEL_CODES, "", "refused"),
-    Meaning((401, 403), "service_disabled", _DEAD_KEY, "auth", reason=_KEY),
-    Meaning((400,), "", _NO_MODEL, "model", 404),
-    Meaning((401,), "", _MODEL_ACCESS, "model", 404),
-    Meaning((402, 403), "", _MODEL_ACCESS, "refused"),
-    Meaning((401,), "moderat|flagged|content_policy|content_filter", _FLAGGED, "refused", 403),
-    Meaning((402, 403), "moderat|flagged|content_policy|content_filter", _FLAGGED, "refused"),
+    ErrorRule((400, 401, 500, 503), _MODEL_CODES, "", "model", 404),
+    ErrorRule((402, 403), _MODEL_CODES, "", "refused"),
+    ErrorRule((401, 403), "service_disabled", _DEAD_KEY, "auth", reason=_KEY),
+    ErrorRule((400,), "", _NO_MODEL, "model", 404),
+    ErrorRule((401,), "", _MODEL_ACCESS, "model", 404),
+    ErrorRule((402, 403), "", _MODEL_ACCESS, "refused"),
+    ErrorRule((401,), "moderat|flagged|content_policy|content_filter", _FLAGGED, "refused", 403),
+    ErrorRule((402, 403), "moderat|flagged|content_policy|content_filter", _FLAGGED, "refused"),
     # our key, as far as one can tell
-    Meaning((401, 402, 403, 412), _SPENT, _SPENT, "auth", reason=_QUOTA),
-    Meaning((403,), "unauthenticated", r"api[ _-]?key|credential|unauthori[sz]ed|authentication|unregistered callers"
-            r"|has not been used in project", "auth", reason=_KEY),
-    Meaning((401,), "", "", "auth", reason=_KEY),
-    Meaning((402,), "", "", "auth", reason=_QUOTA),
+    ErrorRule((401, 402, 403, 412), _SPENT, _SPENT, "auth", reason=_QUOTA),
+    ErrorRule(
+        (403,),
+        "unauthenticated",
+        r"api[ _-]?key|credential|unauthori[sz]ed|authentication|unregistered callers"
+        r"|has not been used in project",
+        "auth",
+        reason=_KEY,
+    ),
+    ErrorRule((401,), "", "", "auth", reason=_KEY),
+    ErrorRule((402,), "", "", "auth", reason=_QUOTA),
     # everything else, by its status
-    Meaning((403, 451), "", "", "refused"),
-    Meaning((404,), "", "", "model"),
-    Meaning((408, 409, 425, 429), "", "", "limit"),
-    Meaning((498,), "", "", "limit", 429),      # Groq: "capacity exceeded"
-    Meaning((400, 413, 422), "", "", "request"),
-    Meaning((501,), "", "", "ability"),
-    Meaning((503, 529), "", "", "server", 503),
-    Meaning(tuple(range(500, 600)), "", "", "server", 502),
-    Meaning((), "", "", "ability"),
+    ErrorRule((403, 451), "", "", "refused"),
+    ErrorRule((404,), "", "", "model"),
+    ErrorRule((408, 409, 425, 429), "", "", "limit"),
+    ErrorRule((498,), "", "", "limit", 429),  # Groq: "capacity exceeded"
+    ErrorRule((400, 413, 422), "", "", "request"),
+    ErrorRule((501,), "", "", "ability"),
+    ErrorRule((503, 529), "", "", "server", 503),
+    ErrorRule(tuple(range(500, 600)), "", "", "server", 502),
+    ErrorRule((), "", "", "ability"),
 ]
 
 # The statuses of errors that come without one: within a stream, or in the words of LiteLLM. Names as in "rate_limit_error",
 # "RateLimitError" and "RESOURCE_EXHAUSTED", in small letters, without "_" and without "error" at their end.
-NAMED_STATUS = {name: status for status, names in {
-    400: "badrequest invalidrequest invalidargument failedprecondition contextwindowexceeded contextlengthexceeded"
-         " contentpolicyviolation unsupportedparams rejectedrequest",
-    401: "authentication unauthenticated unauthorized invalidapikey",
-    402: "billing insufficientquota insufficientcredits paymentrequired budgetexceeded",
-    403: "permission permissiondenied forbidden",
-    404: "notfound modelnotfound",
-    413: "requesttoolarge",
-    422: "unprocessableentity",
-    429: "ratelimit ratelimitexceeded ratelimited toomanyrequests resourceexhausted routerratelimit routerratelimiterrorbasic",
-    500: "api internal internalserver server apiconnection apiresponsevalidation jsonschemavalidation",
-    503: "serviceunavailable unavailable midstreamfallback",
-    504: "timeout deadlineexceeded",
-    529: "overloaded"}.items() for name in names.split()}
+NAMED_STATUS = {
+    name: status
+    for status, names in {
+        400: "badrequest invalidrequest invalidargument failedprecondition contextwindowexceeded contextlengthexceeded"
+        " contentpolicyviolation unsupportedparams rejectedrequest",
+        401: "authentication unauthenticated unauthorized invalidapikey",
+        402: "billing insufficientquota insufficientcredits paymentrequired budgetexceeded",
+        403: "permission permissiondenied forbidden",
+        404: "notfound modelnotfound",
+        413: "requesttoolarge",
+        422: "unprocessableentity",
+        429: "ratelimit ratelimitexceeded ratelimited toomanyrequests resourceexhausted routerratelimit routerratelimiterrorbasic",
+        500: "api internal internalserver server apiconnection apiresponsevalidation jsonschemavalidation",
+        503: "serviceunavailable unavailable midstreamfallback",
+        504: "timeout deadlineexceeded",
+        529: "overloaded",
+    }.items()
+    for name in names.split()
+}
 _LITELLM = re.compile(r"litellm\.(?:[a-z_]{1,20}\.){0,3}([A-Z]\w{2,60})")
 
 
@@ -2637,7 +3252,11 @@ def named_status(*names: Any) -> Optional[int]:
 def litellm_status(text: str) -> Optional[int]:
     """The status of an error that LiteLLM has put into words, "litellm.RateLimitError: ..."; None if it is none."""
     status = named_status(*_LITELLM.findall(text[:4000]))
-    inner = re.search(r"""["']code["']: ?["']?(4[0-9][0-9])\b""", text[:4000]) if status and status >= 500 else None
+    inner = (
+        re.search(r"""["']code["']: ?["']?(4[0-9][0-9])\b""", text[:4000])
+        if status and status >= 500
+        else None
+    )
     return int(inner[1]) if inner else status
 
 
@@ -2649,17 +3268,26 @@ def error_fields(body: Any, depth: int = 6) -> Dict[str, Any]:
     if isinstance(body, list):
         body = body[0] if body else None
     if isinstance(body, str):
-        inner = json_or_none(body.encode("utf-8", "replace")) if depth and body.lstrip()[:1] in ("{", "[") else None
-        return error_fields(inner, depth - 1) if isinstance(inner, (dict, list)) else {"message": body}
+        inner = (
+            json_or_none(body.encode("utf-8", "replace"))
+            if depth and body.lstrip()[:1] in ("{", "[")
+            else None
+        )
+        return (
+            error_fields(inner, depth - 1) if isinstance(inner, (dict, list)) else {"message": body}
+        )
     body = as_dict(body)
-    told = body.get("error") or body.get("errors")
-    if isinstance(told, str) and isinstance(body.get("message"), str):
-        return body     # {"statusCode": 401, "error": "Unauthorized", "message": "..."}
-    if isinstance(told, (dict, str, list)) and told and depth:
-        return {**{name: body[name] for name in ("code", "type", "status") if name in body}, **error_fields(told, depth - 1)}
+    error = body.get("error") or body.get("errors")
+    if isinstance(error, str) and isinstance(body.get("message"), str):
+        return body  # {"statusCode": 401, "error": "Unauthorized", "message": "..."}
+    if isinstance(error, (dict, str, list)) and error and depth:
+        return {
+            **{name: body[name] for name in ("code", "type", "status") if name in body},
+            **error_fields(error, depth - 1),
+        }
     message = body.get("message")
     if isinstance(message, str) and message.lstrip()[:1] == "{" and depth:
-        return {**body, **error_fields(message, depth - 1)}     # a provider's own body, as a text
+        return {**body, **error_fields(message, depth - 1)}  # a provider's own body, as a text
     return body
 
 
@@ -2670,35 +3298,41 @@ def error_words(value: Any, depth: int = 4) -> str:
     if isinstance(value, list):
         return "; ".join(filter(None, (error_words(item, depth - 1) for item in value[:8])))
     value = as_dict(value)
-    place = ".".join(str(step) for step in as_list(value.get("loc"))[:8] if step != "body")
+    location = ".".join(str(step) for step in as_list(value.get("loc"))[:8] if step != "body")
     names = ("message", "msg", "detail", "error", "title", "error_msg", "errorMessage")
     words = next(filter(None, (error_words(value.get(name), depth - 1) for name in names)), "")
-    raw = as_dict(value.get("metadata")).get("raw")     # OpenRouter: what the provider itself said
+    raw = as_dict(value.get("metadata")).get("raw")  # OpenRouter: what the provider itself said
     if isinstance(raw, str) and words == "Provider returned error":
         words += ": " + inner_message(error_words(error_fields(raw), depth - 1))
-    return f"{place}: {words}" if place else words
+    return f"{location}: {words}" if location else words
 
 
-_INNER = re.compile(r"""["']message["']: ?(?:"((?:[^"\\]|\\.){1,4000})"|'((?:[^'\\]|\\.){1,4000})')""", re.S)
-_WRAPPED = re.compile(r"(?:(?:litellm\.)?(?:[a-z_]{1,20}\.){0,3}[A-Z]\w{2,60}: ?|\w{1,60}Exception - "
-                      r"|Error code: [0-9]{3} - ){1,8}")
-_DETAILS = re.compile(r"\.? ?(?:Received Model Group=|Available Model Group|No fallback model group|LiteLLM Retried:"
-                      r"|Deployments=|Passed model=|model=\S{1,200} content_policy_fallback|Error doing the fallback)")
+_INNER = re.compile(
+    r"""["']message["']: ?(?:"((?:[^"\\]|\\.){1,4000})"|'((?:[^'\\]|\\.){1,4000})')""", re.S
+)
+_WRAPPED = re.compile(
+    r"(?:(?:litellm\.)?(?:[a-z_]{1,20}\.){0,3}[A-Z]\w{2,60}: ?|\w{1,60}Exception - "
+    r"|Error code: [0-9]{3} - ){1,8}"
+)
+_DETAILS = re.compile(
+    r"\.? ?(?:Received Model Group=|Available Model Group|No fallback model group|LiteLLM Retried:"
+    r"|Deployments=|Passed model=|model=\S{1,200} content_policy_fallback|Error doing the fallback)"
+)
 
 
 def inner_message(text: str) -> str:
     """The words of an error without what LiteLLM and the AI SDK put around them."""
     text = re.sub(r"^Failed after \d{1,4} attempts[^:]{0,40}: ", "", text[:8000])
     if "litellm." in text or "Exception - " in text:
-        for _ in range(3):      # one within the other, as JSON or as Python writes it
+        for _ in range(3):  # one within the other, as JSON or as Python writes it
             inner = _INNER.search(text)
             if not inner:
                 break
             text = re.sub(r"\\([\"'\\/])", r"\1", inner[1] or inner[2])
         wrapped = _WRAPPED.match(text)
-        text = text[wrapped.end():] if wrapped else text
+        text = text[wrapped.end() :] if wrapped else text
         details = _DETAILS.search(text)
-        text = text[:details.start()] + "." if details and details.start() > 1 else text
+        text = text[: details.start()] + "." if details and details.start() > 1 else text
     return text.strip()
 
 
@@ -2708,34 +3342,54 @@ def page_or_text(data: bytes) -> Any:
     if not re.match(r"<(?:!doctype|html|head|body|\?xml)\b", text, re.I):
         return text
     title = re.search(r"<title[^>]{0,80}>([^<]{1,200})", text, re.I)
-    return {"type": "web_page", "message": "It answered with a web page" + (f": {title[1].strip()}." if title else ".")}
+    return {
+        "type": "web_page",
+        "message": "It answered with a web page" + (f": {title[1].strip()}." if title else "."),
+    }
 
 
-def told_error(where: str, status: int, body: Any, secrets: Iterable[str] = (), headers: Optional[Dict[str, str]] = None,
-               models: Iterable[str] = ()) -> APIError:
+def error_from_body(
+    upstream_name: str,
+    status: int,
+    body: Any,
+    secrets: Iterable[str] = (),
+    headers: Optional[Dict[str, str]] = None,
+    models: Iterable[str] = (),
+) -> APIError:
     """What an upstream's error body says, as the client is to read it. Status 200: an error where an answer should be.
 
     ``body`` is a value of JSON, or the bytes of something else; ``models``: the names of the model that was asked for.
     """
     if isinstance(body, bytes):
         body = page_or_text(body)
-    told, http = error_fields(body), status
-    words = error_words(told)
-    status = error_status(status, told, words)
-    shown = inner_message(words) or (to_json(body).decode()[:300] if body else f"It answered with status {status}.")
-    message = redact(shown[:4000], secrets)[:1000]
-    named = {name: redact(told[name][:1000], secrets)[:200] for name in ("type", "code", "param")
-             if isinstance(told.get(name), str)}
-    codes = error_codes(told)
+    fields, http = error_fields(body), status
+    words = error_words(fields)
+    status = error_status(status, fields, words)
+    text = inner_message(words) or (
+        to_json(body).decode()[:300] if body else f"It answered with status {status}."
+    )
+    message = redact(text[:4000], secrets)[:1000]
+    named = {
+        name: redact(fields[name][:1000], secrets)[:200]
+        for name in ("type", "code", "param")
+        if isinstance(fields.get(name), str)
+    }
+    codes = error_codes(fields)
     if re.fullmatch("[0-9]{3}", named.get("code", "")):
-        del named["code"]       # LiteLLM: the status
-    row = next(row for row in UPSTREAM_ERRORS if row.fits(status, codes, _own_words(shown, models)))
-    wait = reset_seconds(headers or {}, as_dict(body[0] if isinstance(body, list) and body else body), message=words,
-                         limit=row.kind == "limit")
-    error = _told_as(row, where, status, message, named, wait)
+        del named["code"]  # LiteLLM: the status
+    rule = next(
+        rule for rule in UPSTREAM_ERRORS if rule.matches(status, codes, _own_words(text, models))
+    )
+    wait = retry_after_seconds(
+        headers or {},
+        as_dict(body[0] if isinstance(body, list) and body else body),
+        message=words,
+        limit=rule.category == "limit",
+    )
+    error = _error_from_rule(rule, upstream_name, status, message, named, wait)
     error.upstream_status = status if http == 200 else http
-    if names_model(body, words, models) if error.kind == "limit" else "litellm.Auth" in words:
-        error.scope = "model"   # LiteLLM: the key of one of its models is bad, ours is not
+    if names_model(body, words, models) if error.category == "limit" else "litellm.Auth" in words:
+        error.cooldown_scope = "model"  # LiteLLM: the key of one of its models is bad, ours is not
     return error
 
 
@@ -2743,68 +3397,140 @@ def _own_words(text: str, models: Iterable[str]) -> str:
     """A message without what it quotes: a client must not be able to put words into it by its model's name."""
     for name in filter(None, models):
         text = text.replace(name, "*")
-    return re.sub(r"`[^`\n]{0,200}`|\"[^\"\n]{0,200}\"", "*", text[:4000]).replace("\n", " ").lower()
+    return (
+        re.sub(r"`[^`\n]{0,200}`|\"[^\"\n]{0,200}\"", "*", text[:4000]).replace("\n", " ").lower()
+    )
 
 
-def _told_as(row: Meaning, where: str, status: int, message: str, named: Dict[str, str], wait: Optional[float]) -> APIError:
+def _error_from_rule(
+    rule: ErrorRule,
+    upstream_name: str,
+    status: int,
+    message: str,
+    named: Dict[str, str],
+    wait: Optional[float],
+) -> APIError:
     """The error of a row: its status, its words, and whose they are."""
-    code, seen = named.get("code"), row.status or status
-    if row.kind == "auth":
-        shown = f" ({status})" if row.reason != _QUOTA else ""      # LiteLLM takes any "429" for a limit, and repeats it
-        return key_error(f"{where}: {row.reason}{shown}: {message}", status)
-    if row.kind in ("request", "refused"):
+    code, seen = named.get("code"), rule.status or status
+    if rule.category == "auth":
+        status_note = (
+            f" ({status})" if rule.reason != _QUOTA else ""
+        )  # LiteLLM takes any "429" for a limit, and repeats it
+        return auth_error(f"{upstream_name}: {rule.reason}{status_note}: {message}", status)
+    if rule.category in ("request", "refused"):
         if named.get("type") == "web_page":
-            named = {"code": "upstream_blocked"} if row.kind == "refused" else {}
-            message = f"{where}: {message}"
-        return APIError(seen, message, kind=row.kind, retry=False if row.kind == "refused" else None, **named)
-    message = f"{where}: {message}"
-    if row.kind == "model":
-        return APIError(seen, message, param="model", code=code or "model_not_found", kind="model")
-    if row.kind == "limit":
-        return APIError(seen, message, code=code, kind="limit", retry_after=wait)
-    if row.kind == "ability":   # it can't do that; what it can do, it does as before
-        return APIError(seen if 400 <= seen < 600 else 502, message, code=code or "upstream_error", kind="ability")
-    return APIError(seen, message, code=code or "upstream_error", kind="limit" if wait else "server", retry_after=wait)
+            named = {"code": "upstream_blocked"} if rule.category == "refused" else {}
+            message = f"{upstream_name}: {message}"
+        return APIError(
+            seen,
+            message,
+            category=rule.category,
+            retry=False if rule.category == "refused" else None,
+            **named,
+        )
+    message = f"{upstream_name}: {message}"
+    if rule.category == "model":
+        return APIError(
+            seen, message, param="model", code=code or "model_not_found", category="model"
+        )
+    if rule.category == "limit":
+        return APIError(seen, message, code=code, category="limit", retry_after=wait)
+    if rule.category == "ability":  # it can't do that; what it can do, it does as before
+        return APIError(
+            seen if 400 <= seen < 600 else 502,
+            message,
+            code=code or "upstream_error",
+            category="ability",
+        )
+    return APIError(
+        seen,
+        message,
+        code=code or "upstream_error",
+        category="limit" if wait else "server",
+        retry_after=wait,
+    )
 
 
-def key_error(message: str, status: int) -> APIError:
+def auth_error(message: str, status: int) -> APIError:
     """The upstream refuses what is ours: a status that no client repeats, and none that speaks of the client's own token."""
-    return APIError(424, message, type="invalid_request_error", code="upstream_auth", kind="auth", retry=False,
-                    upstream_status=status)
+    return APIError(
+        424,
+        message,
+        type="invalid_request_error",
+        code="upstream_auth",
+        category="auth",
+        retry=False,
+        upstream_status=status,
+    )
 
 
-def error_status(status: int, told: Dict[str, Any], words: str) -> int:
+def error_status(status: int, fields: Dict[str, Any], words: str) -> int:
     """The status that an error has, or should have."""
     if status >= 500:
         return litellm_status(words) or status
     if status != 200:
         return status
-    for value in (told.get("code"), told.get("status"), told.get("raw_status_code"), told.get("http_code")):
+    for value in (
+        fields.get("code"),
+        fields.get("status"),
+        fields.get("raw_status_code"),
+        fields.get("http_code"),
+    ):
         if type(value) in (int, str) and re.fullmatch("[45][0-9]{2}", str(value)):
             return int(value)
-    return named_status(told.get("code"), told.get("type"), told.get("status")) or litellm_status(words) or 502
+    return (
+        named_status(fields.get("code"), fields.get("type"), fields.get("status"))
+        or litellm_status(words)
+        or 502
+    )
 
 
-def error_codes(told: Dict[str, Any]) -> str:
+def error_codes(fields: Dict[str, Any]) -> str:
     """All of an error that is a name rather than a sentence, in one line."""
-    metadata = as_dict(told.get("metadata"))
-    reasons = ["moderation"] if as_list(metadata.get("reasons")) else []     # OpenRouter
-    details = [as_dict(item).get("reason") for item in as_list(told.get("details"))[:8]]    # Google
-    names = [told.get("code"), told.get("type"), told.get("status"), metadata.get("error_type"), *reasons, *details]
+    metadata = as_dict(fields.get("metadata"))
+    reasons = ["moderation"] if as_list(metadata.get("reasons")) else []  # OpenRouter
+    details = [as_dict(item).get("reason") for item in as_list(fields.get("details"))[:8]]  # Google
+    names = [
+        fields.get("code"),
+        fields.get("type"),
+        fields.get("status"),
+        metadata.get("error_type"),
+        *reasons,
+        *details,
+    ]
     return " ".join(str(name)[:200] for name in names if isinstance(name, (str, int))).lower()
 
 
 def names_model(body: Any, words: str, models: Iterable[str]) -> bool:
     """Does a limit concern one model only?"""
     text = f"{words[:2000]} {_encode(body)[:8000]}".lower()
-    return bool(re.search(r"\bmodel ?[:=`'\"\\]|this model|permodel|rate limit reached for (?!org|team|user|proj|key|api"
-                          r"|your|acc|def|req|tok|in |on )\w", text)
-                or any(len(name) > 2 and re.search(rf"(?<!\w){re.escape(name.lower()[:256])}(?!\w)", text) for name in models))
+    return bool(
+        re.search(
+            r"\bmodel ?[:=`'\"\\]|this model|permodel|rate limit reached for (?!org|team|user|proj|key|api"
+            r"|your|acc|def|req|tok|in |on )\w",
+            text,
+        )
+        or any(
+            len(name) > 2 and re.search(rf"(?<!\w){re.escape(name.lower()[:256])}(?!\w)", text)
+            for name in models
+        )
+    )
 
 
 # Header fields of a controller that hold no secret.
-PUBLIC_HEADERS = {"accept", "accept-language", "anthropic-beta", "anthropic-version", "content-type", "http-referer",
-                  "openai-beta", "origin", "referer", "user-agent", "x-title"}
+PUBLIC_HEADERS = {
+    "accept",
+    "accept-language",
+    "anthropic-beta",
+    "anthropic-version",
+    "content-type",
+    "http-referer",
+    "openai-beta",
+    "origin",
+    "referer",
+    "user-agent",
+    "x-title",
+}
 _MASKED_KEY = re.compile(r"[\w-]{0,80}\*{3,}[\w*-]{0,80}|\bsk-[\w-]{0,40}\.{3}[\w-]{1,40}")
 
 
@@ -2822,7 +3548,11 @@ def option_secrets(options: ControllerSettings) -> List[str]:
 
 def cookie_values(text: str) -> List[str]:
     """The values of some cookies: their names are no secrets."""
-    return [value.strip() for value in (pair.partition("=")[2] or pair for pair in text.split(";")) if value.strip()]
+    return [
+        value.strip()
+        for value in (pair.partition("=")[2] or pair for pair in text.split(";"))
+        if value.strip()
+    ]
 
 
 def redact(text: str, secrets: Iterable[str]) -> str:
@@ -2838,7 +3568,11 @@ def redact(text: str, secrets: Iterable[str]) -> str:
 def _without_secrets(text: str, secrets: Iterable[str]) -> str:
     for secret in secret_forms(tuple(secrets)):
         if len(secret) < 8:
-            text = re.sub(rf"(?<!\w){re.escape(secret)}(?!\w)", "***", text) if secret in text else text
+            text = (
+                re.sub(rf"(?<!\w){re.escape(secret)}(?!\w)", "***", text)
+                if secret in text
+                else text
+            )
         else:
             text = _without_pieces(text, secret)
     return text
@@ -2846,7 +3580,9 @@ def _without_secrets(text: str, secrets: Iterable[str]) -> str:
 
 def redact_bytes(data: bytes, secrets: Iterable[str]) -> bytes:
     """Bytes that are passed on without the secrets in them; all else stays as it is."""
-    return _without_secrets(data.decode("utf-8", "surrogateescape"), secrets).encode("utf-8", "surrogateescape")
+    return _without_secrets(data.decode("utf-8", "surrogateescape"), secrets).encode(
+        "utf-8", "surrogateescape"
+    )
 
 
 @functools.lru_cache(maxsize=256)
@@ -2864,17 +3600,25 @@ def secret_forms(secrets: Tuple[str, ...]) -> List[str]:
 def _without_pieces(text: str, secret: str) -> str:
     """A text without the pieces of a long secret: 8 characters of its beginning, or 16 from anywhere."""
     spans = []
-    for at in range(0, len(secret) - 7, 8):     # each piece of 16 has one of these blocks of 8 in it
-        found = text.find(secret[at:at + 8])
+    for at in range(0, len(secret) - 7, 8):  # each piece of 16 has one of these blocks of 8 in it
+        found = text.find(secret[at : at + 8])
         while found >= 0:
             begin, end = found, found + 8
-            while begin and at - (found - begin) and text[begin - 1] == secret[at - (found - begin) - 1]:
+            while (
+                begin
+                and at - (found - begin)
+                and text[begin - 1] == secret[at - (found - begin) - 1]
+            ):
                 begin -= 1
-            while end < len(text) and at + end - found < len(secret) and text[end] == secret[at + end - found]:
+            while (
+                end < len(text)
+                and at + end - found < len(secret)
+                and text[end] == secret[at + end - found]
+            ):
                 end += 1
             if found - begin == at or end - begin >= 16:
                 spans.append((begin, end))
-            found = text.find(secret[at:at + 8], end)
+            found = text.find(secret[at : at + 8], end)
     parts, done = [], 0
     for begin, end in sorted(spans):
         parts += [text[done:begin], "***"] if begin >= done else []
@@ -2892,33 +3636,41 @@ class AkashSession:
     """
 
     PATH = "/api/auth/session/"
-    PAUSE = 10.0  # seconds between two tries to renew
+    REFRESH_RETRY = 10.0  # seconds between two tries to renew
 
-    def __init__(self, transport: Transport, token: str = "", seconds: float = 15.0,
-                 clock: Callable[[], float] = time.monotonic, secrets: Iterable[str] = ()) -> None:
+    def __init__(
+        self,
+        transport: Transport,
+        token: str = "",
+        seconds: float = 15.0,
+        clock: Callable[[], float] = time.monotonic,
+        secrets: Iterable[str] = (),
+    ) -> None:
         self.transport, self.seconds, self.clock = transport, seconds, clock
-        self.tokens = [token, _sha256(token)] if token else [""]  # plain in 2026, as a hash in 2025 (at-session-*)
+        self.tokens = (
+            [token, _sha256(token)] if token else [""]
+        )  # plain in 2026, as a hash in 2025 (at-session-*)
         self.secrets = [*self.tokens, *secrets]
-        self.turn = Turn()
-        self.cookie: Optional[str] = None       # "session_token=..."; "" where the server sets none
-        self.renew_at = self.ends_at = 0.0
-        self.renewing = False
-        self.fetched = 0
+        self.single_flight = SingleFlight()
+        self.cookie: Optional[str] = None  # "session_token=..."; "" where the server sets none
+        self.refresh_at = self.expires_at = 0.0
+        self.refreshing = False
+        self.refresh_count = 0
 
-    def get(self, watch: Watch) -> str:
+    def get(self, scope: CancelScope) -> str:
         """The cookie to send."""
         now = self.clock()
         cookie = self.cookie
-        if cookie is None or now >= self.ends_at:
-            self.turn.take(lambda: self._replace(cookie), watch)
+        if cookie is None or now >= self.expires_at:
+            self.single_flight.run(lambda: self._replace(cookie), scope)
             return self.cookie or ""
-        if now >= self.renew_at and not self.renewing:
-            self.renewing, self.renew_at = True, now + self.PAUSE
-            if not start_thread(self._renew, "akash session"):
-                self.renewing = False
+        if now >= self.refresh_at and not self.refreshing:
+            self.refreshing, self.refresh_at = True, now + self.REFRESH_RETRY
+            if not start_thread(self._refresh, "akash session"):
+                self.refreshing = False
         return cookie
 
-    def forget(self, cookie: str) -> None:
+    def invalidate(self, cookie: str) -> None:
         """The server has refused it: who asks next fetches a new one."""
         if self.cookie == cookie:
             self.cookie = None
@@ -2929,54 +3681,67 @@ class AkashSession:
             self.cookie = None
             self._fetch()
 
-    def _renew(self) -> None:
+    def _refresh(self) -> None:
         try:
             self._fetch()
         except APIError as error:
-            log.warning("the session could not be renewed, the old one serves on: %s", error.message)
+            log.warning(
+                "the session could not be renewed, the old one serves on: %s", error.message
+            )
         finally:
-            self.renewing = False
+            self.refreshing = False
 
     def _fetch(self) -> None:
         asked_at = self.clock()
         for token in list(self.tokens):
             headers = {"Authorization": f"Bearer {token}"} if token else {}
-            response = self.transport.open("GET", self.PATH, Watch(), headers=headers, first_byte=self.seconds)
+            response = self.transport.fetch(
+                "GET", self.PATH, CancelScope(), headers=headers, first_byte=self.seconds
+            )
             answer = response.json()
-            if blocked(response):
-                raise blocked_error(response)
+            if is_challenge_page(response):
+                raise challenge_page_error(response)
             if response.status == 200:
                 self.tokens.sort(key=lambda other: other != token)  # the server may change its mind
-                return self._keep(response.headers.get("set-cookie", ""), asked_at)
+                return self._store_cookie(response.headers.get("set-cookie", ""), asked_at)
             if response.status != 403:
                 break
-        told = redact(str(as_dict(answer).get("error", ""))[:4000], self.secrets)[:200]
-        if "ccess token" in told:
-            raise key_error(f"Akash Chat wants an access token, or another one ({told}): set AKASH_ACCESS_TOKEN.",
-                            response.status)
-        raise APIError(503, f"Akash Chat gives no session now (status {response.status}).", code="upstream_session",
-                       retry_after=5, kind="network", upstream_status=response.status)
+        reason = redact(str(as_dict(answer).get("error", ""))[:4000], self.secrets)[:200]
+        if "ccess token" in reason:
+            raise auth_error(
+                f"Akash Chat wants an access token, or another one ({reason}): set AKASH_ACCESS_TOKEN.",
+                response.status,
+            )
+        raise APIError(
+            503,
+            f"Akash Chat gives no session now (status {response.status}).",
+            code="upstream_session",
+            retry_after=5,
+            category="network",
+            upstream_status=response.status,
+        )
 
-    def _keep(self, set_cookie: str, asked_at: float) -> None:
-        self.fetched += 1
+    def _store_cookie(self, set_cookie: str, asked_at: float) -> None:
+        self.refresh_count += 1
         for line in set_cookie.split("\n"):
             match = re.match(r"(session_token=[^;,\s\"\\]*)(.*)", line)
             if match and match[1] != "session_token=":
                 life = re.search(r";\s*max-age=([0-9]{1,9})\s*(?:;|$)", match[2], re.I)
                 seconds = float(life[1]) if life else math.inf
-                self.renew_at, self.ends_at = asked_at + seconds * 0.8, asked_at + seconds
+                self.refresh_at, self.expires_at = asked_at + seconds * 0.8, asked_at + seconds
                 self.cookie = match[1]
                 return
-        self.cookie, self.renew_at, self.ends_at = "", math.inf, math.inf
+        self.cookie, self.refresh_at, self.expires_at = "", math.inf, math.inf
 
 
 def _sha256(text: str) -> str:
     import hashlib
+
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 # The fields that ask for what Akash can't do, and the values that do not ask for it.
-AKASH_REFUSED: Dict[str, List[Any]] = {
+AKASH_UNSUPPORTED: Dict[str, List[Any]] = {
     "tools": [[]],
     "functions": [[]],
     "tool_choice": ["none", "auto"],
@@ -2990,57 +3755,81 @@ AKASH_REFUSED: Dict[str, List[Any]] = {
     "response_format": [{"type": "text"}],
     "suffix": [""],
 }
-AKASH_HONOURED = {"model", "messages", "stream", "stream_options", "temperature", "top_p", "topP", "stop",
-                  "max_tokens", "max_completion_tokens"}
+AKASH_SUPPORTED = {
+    "model",
+    "messages",
+    "stream",
+    "stream_options",
+    "temperature",
+    "top_p",
+    "topP",
+    "stop",
+    "max_tokens",
+    "max_completion_tokens",
+}
 
 # Texts that crash the server's tokenizer (req-special-*), and the same with a mark of no width in it.
-SPECIAL = re.compile(r"<\|(?=(?:endoftext|fim_prefix|fim_middle|fim_suffix|endofprompt)\|>)")
-HARMLESS = "<|\u2060"
+SPECIAL_TOKENS = re.compile(r"<\|(?=(?:endoftext|fim_prefix|fim_middle|fim_suffix|endofprompt)\|>)")
+ESCAPED = "<|\u2060"
 
 
 def akash_request(call: Call) -> Tuple[Dict[str, Any], List[str]]:
     """The body for POST /api/chat/, and the fields that it drops. APIError 400 for what Akash can't do."""
     body = {name: value for name, value in call.body.items() if value is not None}
-    others = [name for name in body if name not in AKASH_HONOURED]
+    others = [name for name in body if name not in AKASH_SUPPORTED]
     for name in others:
-        if name in AKASH_REFUSED and body[name] not in AKASH_REFUSED[name]:
-            raise bad_request(f"Akash Chat does not support {name!r}"
-                              f"{' of more than 1' if name in ('n', 'best_of') else ''}.", name, "unsupported_parameter")
+        if name in AKASH_UNSUPPORTED and body[name] not in AKASH_UNSUPPORTED[name]:
+            raise bad_request(
+                f"Akash Chat does not support {name!r}"
+                f"{' of more than 1' if name in ('n', 'best_of') else ''}.",
+                name,
+                "unsupported_parameter",
+            )
     system, messages = [], []
     for at, message in enumerate(body["messages"]):
         if message.get("role") in ("system", "developer"):
-            system.append(_flatten(message, f"messages[{at}]")[0])
+            system.append(_text_and_images(message, f"messages[{at}]")[0])
         else:
             messages.append(_akash_message(message, f"messages[{at}]"))
     if not messages:
         raise bad_request("'messages' needs a message of the user beside the system's.", "messages")
-    return {"id": new_id()[:16], "messages": messages, "model": call.model,
-            # an empty one would bring in the server's own persona (req-system-empty), a blank does not
-            "system": SPECIAL.sub(HARMLESS, "\n\n".join(filter(None, system))) or " ",
-            # 0 and absence would mean the model's default, or an error in 2026 (text-notemperature)
-            "temperature": number(body, "temperature", 0.85) or 1e-6,
-            "topP": number(body, "topP" if "topP" in body else "top_p", 1.0) or 1e-6,
-            "context": []}, [name for name in others if name not in AKASH_REFUSED]
+    return {
+        "id": new_id()[:16],
+        "messages": messages,
+        "model": call.model,
+        # an empty one would bring in the server's own persona (req-system-empty), a blank does not
+        "system": SPECIAL_TOKENS.sub(ESCAPED, "\n\n".join(filter(None, system))) or " ",
+        # 0 and absence would mean the model's default, or an error in 2026 (text-notemperature)
+        "temperature": number_field(body, "temperature", 0.85) or 1e-6,
+        "topP": number_field(body, "topP" if "topP" in body else "top_p", 1.0) or 1e-6,
+        "context": [],
+    }, [name for name in others if name not in AKASH_UNSUPPORTED]
 
 
-def _akash_message(message: Dict[str, Any], place: str) -> Dict[str, Any]:
+def _akash_message(message: Dict[str, Any], param: str) -> Dict[str, Any]:
     role = message.get("role")
     if role not in ("user", "assistant"):
-        raise bad_request(f"{place}: Akash Chat has no role {str(role)[:80]!r}; use system, developer, user or assistant.",
-                          f"{place}.role")
+        raise bad_request(
+            f"{param}: Akash Chat has no role {str(role)[:80]!r}; use system, developer, user or assistant.",
+            f"{param}.role",
+        )
     if message.get("tool_calls") or message.get("function_call"):
-        raise bad_request(f"{place}: Akash Chat can't be told about calls of tools.", f"{place}.tool_calls")
-    text, pictures = _flatten(message, place)
-    counted = SPECIAL.sub(HARMLESS, text)
+        raise bad_request(
+            f"{param}: Akash Chat can't be told about calls of tools.", f"{param}.tool_calls"
+        )
+    text, images = _text_and_images(message, param)
+    counted = SPECIAL_TOKENS.sub(ESCAPED, text)
     result: Dict[str, Any] = {"role": role, "content": counted}
-    if counted != text:  # the model gets the parts, the tokenizer the content (req-parts-with-content)
+    if (
+        counted != text
+    ):  # the model gets the parts, the tokenizer the content (req-parts-with-content)
         result["parts"] = [{"type": "text", "text": text}]
-    if pictures:
-        result["experimental_attachments"] = pictures
+    if images:
+        result["experimental_attachments"] = images
     return result
 
 
-def _flatten(message: Dict[str, Any], place: str) -> Tuple[str, List[Dict[str, str]]]:
+def _text_and_images(message: Dict[str, Any], param: str) -> Tuple[str, List[Dict[str, str]]]:
     """A message's text, and its pictures as Akash's attachments (req-attachment-dataurl)."""
     content = message.get("content")
     if content is None and message.get("role") == "assistant":
@@ -3048,44 +3837,63 @@ def _flatten(message: Dict[str, Any], place: str) -> Tuple[str, List[Dict[str, s
     if isinstance(content, str):
         return content, []
     if not isinstance(content, list):
-        raise bad_request(f"{place}.content must be text or a list of parts.", f"{place}.content")
-    texts, pictures = [], []
+        raise bad_request(f"{param}.content must be text or a list of parts.", f"{param}.content")
+    texts, images = [], []
     for at, part in enumerate(map(as_dict, content)):
-        where, kind = f"{place}.content[{at}]", part.get("type")
+        part_param, kind = f"{param}.content[{at}]", part.get("type")
         value = part.get(str(kind))
         text = part.get("text", value)
         if kind in ("text", "refusal", "input_text", "output_text") and isinstance(text, str):
             texts.append(text)
         elif kind == "image_url":
-            pictures.append(_attachment(value.get("url") if isinstance(value, dict) else value, where))
+            images.append(
+                _attachment(value.get("url") if isinstance(value, dict) else value, part_param)
+            )
         else:
-            told = str(part if kind == "text" else kind)[:80]
-            raise bad_request(f"{where}: Akash Chat takes text and pictures, not {told!r}.", where)
-    if pictures and message.get("role") != "user":
-        raise bad_request(f"{place}: only messages of the user may hold pictures.", f"{place}.content")
-    return "".join(texts), pictures
+            unsupported = str(part if kind == "text" else kind)[:80]
+            raise bad_request(
+                f"{part_param}: Akash Chat takes text and pictures, not {unsupported!r}.",
+                part_param,
+            )
+    if images and message.get("role") != "user":
+        raise bad_request(
+            f"{param}: only messages of the user may hold pictures.", f"{param}.content"
+        )
+    return "".join(texts), images
 
 
-def _attachment(url: Any, where: str) -> Dict[str, str]:
-    match = re.match(r"data:(image/[a-z0-9.+-]+);base64,|https?://", url, re.I) if isinstance(url, str) else None
+def _attachment(url: Any, param: str) -> Dict[str, str]:
+    match = (
+        re.match(r"data:(image/[a-z0-9.+-]+);base64,|https?://", url, re.I)
+        if isinstance(url, str)
+        else None
+    )
     if not match:
-        raise bad_request(f"{where}: a picture's url must be http(s): or data:image/...;base64,...", where)
+        raise bad_request(
+            f"{param}: a picture's url must be http(s): or data:image/...;base64,...", param
+        )
     return {"name": "picture", "contentType": (match[1] or "image/png").lower(), "url": url}
 
 
-def number(body: Dict[str, Any], name: str, default: Any, whole: bool = False, least: float = 0) -> Any:
+def number_field(
+    body: Dict[str, Any], name: str, default: Any, integer: bool = False, minimum: float = 0
+) -> Any:
     """A number of the request; APIError 400 if it is something else or too small."""
     value = body.get(name)
     if value is None:
         return default
-    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or not abs(value) < 1e15:
-        raise bad_request(f"{name!r} must be a {'whole ' if whole else ''}number.", name)
-    if value < least:
-        raise bad_request(f"{name!r} must be at least {least:g}.", name)
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int if integer else (int, float))
+        or not abs(value) < 1e15
+    ):
+        raise bad_request(f"{name!r} must be a {'whole ' if integer else ''}number.", name)
+    if value < minimum:
+        raise bad_request(f"{name!r} must be at least {minimum:g}.", name)
     return value
 
 
-STOP_LIMIT = 1000       # characters of one stop sequence
+MAX_STOP_LENGTH = 1000  # characters of one stop sequence
 
 
 def stop_sequences(body: Dict[str, Any]) -> List[str]:
@@ -3096,20 +3904,36 @@ def stop_sequences(body: Dict[str, Any]) -> List[str]:
         raise bad_request("'stop' must be a text or a list of texts.", "stop")
     if len(stops) > 4:
         raise bad_request("'stop' may hold four texts.", "stop")
-    if any(len(stop) > STOP_LIMIT for stop in stops):
-        raise bad_request(f"Invalid 'stop': string too long. Expected strings with maximum length {STOP_LIMIT}.", "stop",
-                          "string_above_max_length")
+    if any(len(stop) > MAX_STOP_LENGTH for stop in stops):
+        raise bad_request(
+            f"Invalid 'stop': string too long. Expected strings with maximum length {MAX_STOP_LENGTH}.",
+            "stop",
+            "string_above_max_length",
+        )
     return [stop for stop in stops if stop]
 
 
-FINISH_REASONS = {"stop": "stop", "length": "length", "content-filter": "content_filter", "tool-calls": "tool_calls"}
+FINISH_REASONS = {
+    "stop": "stop",
+    "length": "length",
+    "content-filter": "content_filter",
+    "tool-calls": "tool_calls",
+}
 
 # What an error text of the upstream means, where LiteLLM's class does not tell: a pattern, the status, the code.
 AKASH_ERRORS = [
     (r"rate limit|too many requests|no deployments available|max parallel request", 429, None),
     (r"contentpolicyviolation", 400, "content_policy_violation"),
-    (r"maximum context length|contextwindowexceeded|too large|too long", 400, "context_length_exceeded"),
-    (r"invalid prompt|unsupported role|invalid argument|bad request|unprocessable|invalid data content", 400, None),
+    (
+        r"maximum context length|contextwindowexceeded|too large|too long",
+        400,
+        "context_length_exceeded",
+    ),
+    (
+        r"invalid prompt|unsupported role|invalid argument|bad request|unprocessable|invalid data content",
+        400,
+        None,
+    ),
     (r"authentication error|api key|unauthorized", 401, "upstream_auth"),
     (r"timed? ?out|timeout", 504, "upstream_error"),
     (r"service unavailable|overloaded", 503, "upstream_error"),
@@ -3125,36 +3949,68 @@ def akash_error(text: str, model: str, secrets: Iterable[str] = ()) -> APIError:
     text = text[:4000]
     status, code = litellm_status(text), None
     if status == 404 or re.search(r"invalid model name|model \S{1,200} does not exist", text, re.I):
-        if model in ("", AkashController.GEN):  # all that 2025's version says of a failure (gen-imgbackend-error)
-            return APIError(502, "Akash Chat could not make the picture, or has no AkashGen.", code="image_failed",
-                            retry=False, legacy="Error Model.")
-        return unknown_model(model)
-    by_words = next((status, code) for pattern, status, code in AKASH_ERRORS if re.search(pattern, text, re.I))
+        if model in (
+            "",
+            AkashController.IMAGE_MODEL,
+        ):  # all that 2025's version says of a failure (gen-imgbackend-error)
+            return APIError(
+                502,
+                "Akash Chat could not make the picture, or has no AkashGen.",
+                code="image_failed",
+                retry=False,
+                legacy_message="Error Model.",
+            )
+        return akash_model_not_found(model)
+    by_words = next(
+        (status, code) for pattern, status, code in AKASH_ERRORS if re.search(pattern, text, re.I)
+    )
     status = status or by_words[0]
     if status == by_words[0] or status >= 500:
         code = by_words[1] or ("upstream_error" if status >= 500 else None)
-    told = redact(inner_message(text).split("\n")[0], secrets)
-    told = "" if told in ("[object Object]", "An error occurred.") else without_hosts(told)[:300]
-    message = f"Akash Chat: {told}" if told else "Akash Chat failed without a reason."
-    if status in (401, 402, 403):   # a key of the server behind Akash Chat: this model's affair, not our session's
-        return APIError(424, message, code="upstream_auth", kind="refused", retry=False, scope="model")
-    status, wait = {500: 502, 529: 503}.get(status, status), reset_seconds({}, {}, message=text)
+    reason = redact(inner_message(text).split("\n")[0], secrets)
+    reason = (
+        "" if reason in ("[object Object]", "An error occurred.") else redact_hosts(reason)[:300]
+    )
+    message = f"Akash Chat: {reason}" if reason else "Akash Chat failed without a reason."
+    if status in (
+        401,
+        402,
+        403,
+    ):  # a key of the server behind Akash Chat: this model's affair, not our session's
+        return APIError(
+            424,
+            message,
+            code="upstream_auth",
+            category="refused",
+            retry=False,
+            cooldown_scope="model",
+        )
+    status, wait = (
+        {500: 502, 529: 503}.get(status, status),
+        retry_after_seconds({}, {}, message=text),
+    )
     if status == 429 or status >= 500 and wait:
-        return APIError(status, message, code=code, kind="limit", scope="model", retry_after=wait)
+        return APIError(
+            status, message, code=code, category="limit", cooldown_scope="model", retry_after=wait
+        )
     return APIError(status, message, code=code)
 
 
-def without_hosts(text: str) -> str:
+def redact_hosts(text: str) -> str:
     """A text without addresses: an upstream's errors may name its inner hosts (err-backend-refused)."""
     text = text[:1000]  # it may be anything, of any length
     text = re.sub(r"(?<![a-z])[a-z]+://[^\s'\"]+", "(address)", text, flags=re.I)
-    return re.sub(r"(?:\b\d{1,3}(?:\.\d{1,3}){3}|(?<![0-9a-z:])\[?[0-9a-f:]*::[0-9a-f:.]*\]?"
-                  r"|(?<![a-z0-9.-])[a-z0-9-]+(?:\.[a-z0-9-]+)+(?=:\d)|(?<![a-z0-9-])[a-z0-9-]+(?=:\d{2,5}\b))(?::\d{1,5})?",
-                  "(address)", text, flags=re.I)
+    return re.sub(
+        r"(?:\b\d{1,3}(?:\.\d{1,3}){3}|(?<![0-9a-z:])\[?[0-9a-f:]*::[0-9a-f:.]*\]?"
+        r"|(?<![a-z0-9.-])[a-z0-9-]+(?:\.[a-z0-9-]+)+(?=:\d)|(?<![a-z0-9-])[a-z0-9-]+(?=:\d{2,5}\b))(?::\d{1,5})?",
+        "(address)",
+        text,
+        flags=re.I,
+    )
 
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_LONE_TEXT = re.compile(rb'0:("[ !#-\[\]-~]+")\n')     # nothing escaped
+_LONE_TEXT = re.compile(rb'0:("[ !#-\[\]-~]+")\n')  # nothing escaped
 
 
 class AkashDecoder:
@@ -3182,18 +4038,18 @@ class AkashDecoder:
 
     def __init__(self, model: str = "", secrets: Iterable[str] = ()) -> None:
         self.model, self.secrets = model, secrets
-        self.held = bytearray()                     # a line that has not ended yet
-        self.half = ""                              # the first half of a surrogate pair (text-lonesurrogate)
+        self.buffer = bytearray()  # a line that has not ended yet
+        self.pending_surrogate = ""  # the first half of a surrogate pair (text-lonesurrogate)
         self.tools = 0
         self.finished = False
-        self.error: Optional[APIError] = None       # to be raised once the events before it are used
+        self.error: Optional[APIError] = None  # to be raised once the events before it are used
 
     def feed(self, data: bytes) -> List[Event]:
-        lone = self.lone(data)
-        if lone:
-            return [Text(lone[1:-1].decode())]
+        single = self.single_text(data)
+        if single:
+            return [Text(single[1:-1].decode())]
         out: List[Event] = []
-        others, *texts = (b"\n" + whole_lines(self.held, data)).split(b"\n0:")
+        others, *texts = (b"\n" + take_complete_lines(self.buffer, data)).split(b"\n0:")
         for joined, texts, others in [(b"", [], others), *self._runs(texts)]:
             if joined and not self.finished and not self.error:
                 self._texts(joined, texts, out)
@@ -3201,8 +4057,8 @@ class AkashDecoder:
                 if line and not self.finished and not self.error:
                     self._line(line, out)
         if self.finished or self.error:
-            self.held.clear()
-        elif len(self.held) > self.LINE_LIMIT:
+            self.buffer.clear()
+        elif len(self.buffer) > self.LINE_LIMIT:
             self._fail("Akash Chat sent a line without an end.")
         return out
 
@@ -3216,28 +4072,36 @@ class AkashDecoder:
             return []
         last, _, others = lines.pop().partition(b"\n")
         lines.append(last)
-        joined = b",\n".join(lines)     # JSON allows no line break in a string, so that no line can reach into the next
-        if joined.count(b"\n") < len(lines):    # the usual
+        joined = b",\n".join(
+            lines
+        )  # JSON allows no line break in a string, so that no line can reach into the next
+        if joined.count(b"\n") < len(lines):  # the usual
             return [(joined, lines, others)]
         runs: List[Tuple[bytes, List[bytes], bytes]] = []
         texts: List[bytes] = []
         for line in lines:
-            text, broken, between = line.partition(b"\n")
+            text, malformed, between = line.partition(b"\n")
             texts.append(text)
-            if broken:
+            if malformed:
                 runs.append((b",\n".join(texts), texts, between))
                 texts = []
         return [*runs, (b",\n".join(texts), texts, others)]
 
-    def lone(self, data: bytes) -> bytes:
+    def single_text(self, data: bytes) -> bytes:
         """The JSON of a text that comes alone, as where tokens come one by one; else b""."""
-        match = None if self.held or self.half or self.finished or self.error else _LONE_TEXT.fullmatch(data)
+        match = (
+            None
+            if self.buffer or self.pending_surrogate or self.finished or self.error
+            else _LONE_TEXT.fullmatch(data)
+        )
         return match[1] if match else b""
 
     def close(self) -> List[Event]:
         """The message has ended: that must not be news."""
-        out = self.feed(b"\n") if self.held.strip() else []   # a last line may lack its end, but not more
-        if self.error and self.error.message == BROKEN:
+        out = (
+            self.feed(b"\n") if self.buffer.strip() else []
+        )  # a last line may lack its end, but not more
+        if self.error and self.error.message == MALFORMED_LINE:
             self.error = None
         if not self.finished:
             self._fail("Akash Chat ended its answer early.")
@@ -3247,19 +4111,23 @@ class AkashDecoder:
         try:
             if line[1:2] == b":" and line[:1].isalnum():
                 if line[:1] in b"g39d":
-                    self._part(line[:1], _decode_any(line[2:].decode("utf-8", "surrogatepass")), out)
+                    self._on_v4_part(
+                        line[:1], _decode_any(line[2:].decode("utf-8", "surrogatepass")), out
+                    )
             elif line.startswith(b"data:"):
-                self._data(line[5:].strip(), out)
+                self._on_v5_event(line[5:].strip(), out)
             elif not line.startswith((b":", b"event:", b"id:", b"retry:", b"\r")):
                 page = re.match(rb"\s*<(!doctype|html|head|body)\b", line, re.I)
-                self._fail(BLOCKED if page else "Akash Chat sent something that is no stream.",
-                           "upstream_blocked" if page else "upstream_error")
+                self._fail(
+                    CHALLENGE_PAGE if page else "Akash Chat sent something that is no stream.",
+                    "upstream_blocked" if page else "upstream_error",
+                )
         except (ValueError, RecursionError):
-            self._fail(BROKEN)
+            self._fail(MALFORMED_LINE)
 
-    def _part(self, code: bytes, value: Any, out: List[Event]) -> None:
+    def _on_v4_part(self, code: bytes, value: Any, out: List[Event]) -> None:
         if code == b"g" and isinstance(value, str):
-            self._say(Reasoning, value, out)
+            self._emit(Reasoning, value, out)
         elif code == b"3":
             self.error = akash_error(str(value), self.model, self.secrets)
         elif code == b"9" and isinstance(value, dict):
@@ -3267,16 +4135,16 @@ class AkashDecoder:
         elif code == b"d" and isinstance(value, dict):
             self._finish(value.get("finishReason"), value.get("usage"), out)
 
-    def _data(self, data: bytes, out: List[Event]) -> None:
+    def _on_v5_event(self, data: bytes, out: List[Event]) -> None:
         if data == b"[DONE]":
             self._fail("Akash Chat ended its answer early.")
             return
         event = as_dict(_decode_any(data.decode("utf-8", "surrogatepass")))
         kind = event.get("type")
         if kind == "text-delta":
-            self._say(Text, str(event.get("delta", "")), out)
+            self._emit(Text, str(event.get("delta", "")), out)
         elif kind == "reasoning-delta":
-            self._say(Reasoning, str(event.get("delta", "")), out)
+            self._emit(Reasoning, str(event.get("delta", "")), out)
         elif kind == "tool-input-available":
             self._tool(event, event.get("input"), out)
         elif kind in ("error", "tool-input-error"):
@@ -3284,8 +4152,12 @@ class AkashDecoder:
         elif kind == "abort":
             self._fail("Akash Chat broke off its answer.")
         elif kind == "finish":
-            told = as_dict(event.get("messageMetadata"))
-            self._finish(event.get("finishReason", "stop"), told.get("totalUsage") or told.get("usage"), out)
+            metadata = as_dict(event.get("messageMetadata"))
+            self._finish(
+                event.get("finishReason", "stop"),
+                metadata.get("totalUsage") or metadata.get("usage"),
+                out,
+            )
 
     def _texts(self, joined: bytes, lines: List[bytes], out: List[Event]) -> None:
         """The JSON texts of some lines, which are read at once if each is one text, else line by line."""
@@ -3300,22 +4172,22 @@ class AkashDecoder:
             for text in texts:
                 begins, ends = self.THOUGHT
                 if text.startswith(begins) and text.endswith(ends):
-                    self._say(Reasoning, text[len(begins):-len(ends)], out)
+                    self._emit(Reasoning, text[len(begins) : -len(ends)], out)
                 else:
-                    self._say(Text, text, out)
-        elif self.half or not text.isascii() and _SURROGATE.search(text):
-            self._say(Text, text, out)
+                    self._emit(Text, text, out)
+        elif self.pending_surrogate or not text.isascii() and _SURROGATE.search(text):
+            self._emit(Text, text, out)
         elif text:
             out.append(Text(text))
 
     def _one_by_one(self, lines: List[bytes], out: List[Event]) -> None:
         if len(lines) == 1:
-            return self._broken(lines[0], out)
+            return self._salvage(lines[0], out)
         for line in lines:
             if line and not self.error:
                 self._texts(line, [line], out)
 
-    def _broken(self, line: bytes, out: List[Event]) -> None:
+    def _salvage(self, line: bytes, out: List[Event]) -> None:
         """The texts of a line are broken; those before the mistake are good."""
         scan, text, at = json.JSONDecoder().raw_decode, line.decode("utf-8", "replace"), 0
         with contextlib.suppress(ValueError, RecursionError):
@@ -3323,29 +4195,36 @@ class AkashDecoder:
                 value, at = scan(text, at)
                 if not isinstance(value, str):
                     break
-                self._say(Text, value, out)
+                self._emit(Text, value, out)
                 at += text.startswith(",", at)
-        self._fail(BROKEN)
+        self._fail(MALFORMED_LINE)
 
-    def _say(self, kind: Callable[[str], Event], text: str, out: List[Event]) -> None:
+    def _emit(self, kind: Callable[[str], Event], text: str, out: List[Event]) -> None:
         """Add a text, its surrogate halves joined; a first half waits for its second."""
-        text, self.half = self.half + text, ""
+        text, self.pending_surrogate = self.pending_surrogate + text, ""
         if text[-1:] and "\ud800" <= text[-1] <= "\udbff":
-            text, self.half = text[:-1], text[-1]
+            text, self.pending_surrogate = text[:-1], text[-1]
         text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
         if text:
             out.append(kind(text))
 
     def _tool(self, call: Dict[str, Any], arguments: Any, out: List[Event]) -> None:
-        if self.tools == CALL_LIMIT:
+        if self.tools == MAX_TOOL_CALLS:
             self.error = too_many_calls("Akash Chat")
             return
-        out.append(ToolCall(self.tools, _encode(arguments), str(call.get("toolCallId")), str(call.get("toolName"))))
+        out.append(
+            ToolCall(
+                self.tools,
+                _encode(arguments),
+                str(call.get("toolCallId")),
+                str(call.get("toolName")),
+            )
+        )
         self.tools += 1
 
     def _finish(self, reason: Any, usage: Any, out: List[Event]) -> None:
-        if self.half:
-            self.half = ""
+        if self.pending_surrogate:
+            self.pending_surrogate = ""
             out.append(Text("\ufffd"))
         if isinstance(reason, str) and reason in FINISH_REASONS:
             self.finished = True
@@ -3356,49 +4235,66 @@ class AkashDecoder:
             self._fail("Akash Chat ended its answer early: its model gave no reason to end.")
 
     def _fail(self, message: str, code: str = "upstream_error") -> None:
-        self.error = self.error or APIError(502, message, code=code, kind="network")
+        self.error = self.error or APIError(502, message, code=code, category="network")
 
 
-def blocked(response: Response) -> bool:
+def is_challenge_page(response: UpstreamResponse) -> bool:
     """Is this a page of something in front of the server, such as a challenge?"""
-    return "cf-mitigated" in response.headers or response.headers.get("content-type", "").startswith("text/html")
+    return "cf-mitigated" in response.headers or response.headers.get(
+        "content-type", ""
+    ).startswith("text/html")
 
 
-def blocked_error(response: Response) -> APIError:
+def challenge_page_error(response: UpstreamResponse) -> APIError:
     """What such a page means for a client: 502, and none of its HTML."""
-    return APIError(502, f"{BLOCKED} (status {response.status})", code="upstream_blocked", kind="network",
-                    upstream_status=response.status)
+    return APIError(
+        502,
+        f"{CHALLENGE_PAGE} (status {response.status})",
+        code="upstream_blocked",
+        category="network",
+        upstream_status=response.status,
+    )
 
 
-BROKEN = "Akash Chat sent a broken line."
-BLOCKED = "Something in front of Akash Chat answered with a web page instead of it."
+MALFORMED_LINE = "Akash Chat sent a broken line."
+CHALLENGE_PAGE = "Something in front of Akash Chat answered with a web page instead of it."
 
 
 def _akash_usage(usage: Any) -> Optional[Dict[str, int]]:
     """OpenAI's usage from Akash's; None unless both counts are told (text-short has nulls)."""
     usage = as_dict(usage)
-    asked, answered = (next((usage[name] for name in names if count_or_none(usage.get(name)) is not None), None)
-                       for names in (("promptTokens", "inputTokens"), ("completionTokens", "outputTokens")))
-    if asked is None or answered is None:
+    prompt, completion = (
+        next((usage[name] for name in names if count_or_none(usage.get(name)) is not None), None)
+        for names in (("promptTokens", "inputTokens"), ("completionTokens", "outputTokens"))
+    )
+    if prompt is None or completion is None:
         return None
-    return {"prompt_tokens": asked, "completion_tokens": answered, "total_tokens": asked + answered}
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+    }
 
 
 # The answer of AkashGen. The line is pasted together, not JSON: only ' in the two texts is escaped.
-PICTURE = re.compile(r"<image_generation> jobId='([^'\n]*)' prompt='(.*)'</image_generation>", re.S)
-PASTED = re.compile(r"""^0:"<image_generation> jobId='([^'\n]*)' prompt='""", re.M)
-PASTED_END = re.compile(r"""'</image_generation>"\n(?=e:\{|\Z)""")
+IMAGE_JOB = re.compile(
+    r"<image_generation> jobId='([^'\n]*)' prompt='(.*)'</image_generation>", re.S
+)
+PASTED_IMAGE_JOB = re.compile(r"""^0:"<image_generation> jobId='([^'\n]*)' prompt='""", re.M)
+PASTED_IMAGE_JOB_END = re.compile(r"""'</image_generation>"\n(?=e:\{|\Z)""")
 
 
-def akash_picture(body: bytes) -> Optional[Tuple[str, str]]:
+def parse_image_job(body: bytes) -> Optional[Tuple[str, str]]:
     """(job, prompt) of an answer of AkashGen, or None if it is something else (gen-ok, gen-all)."""
     text = body.decode("utf-8", "replace")
-    start = PASTED.search(text)
-    ends = deque(PASTED_END.finditer(text, start.end()), maxlen=1) if start else ()     # the last: the prompt may hold one
+    start = PASTED_IMAGE_JOB.search(text)
+    ends = (
+        deque(PASTED_IMAGE_JOB_END.finditer(text, start.end()), maxlen=1) if start else ()
+    )  # the last: the prompt may hold one
     if start and ends:
-        job, texts = start[1], text[start.end():ends[0].start()]
+        job, texts = start[1], text[start.end() : ends[0].start()]
     else:
-        match = PICTURE.fullmatch(fold(AkashDecoder().feed(body)).text.strip())
+        match = IMAGE_JOB.fullmatch(fold(AkashDecoder().feed(body)).text.strip())
         if not match:
             return None
         job, texts = match.groups()
@@ -3410,95 +4306,135 @@ def akash_picture(body: bytes) -> Optional[Tuple[str, str]]:
 class AkashController(Controller):
     """Akash Chat's web API: text and reasoning streamed, pictures by the model AkashGen."""
 
-    GEN = "AkashGen"
-    CHAT = "/api/chat/"
-    LARGEST = 10_000_000    # bytes: the 2026 version reads no more of a body, and then fails without a word
+    IMAGE_MODEL = "AkashGen"
+    CHAT_PATH = "/api/chat/"
+    MAX_BODY_BYTES = (
+        10_000_000  # bytes: the 2026 version reads no more of a body, and then fails without a word
+    )
 
-    def __init__(self, options: ControllerSettings, settings: Settings,
-                 clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        options: ControllerSettings,
+        settings: Settings,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         super().__init__(options, settings)
         self.cookie = settings.akash_cookie if settings.is_akash_server(options.base_url) else ""
-        headers = {"User-Agent": settings.user_agent, "Accept": "*/*", "Accept-Encoding": "identity", **options.headers,
-                   **({"Cookie": self.cookie} if self.cookie else {})}
+        headers = {
+            "User-Agent": settings.user_agent,
+            "Accept": "*/*",
+            "Accept-Encoding": "identity",
+            **options.headers,
+            **({"Cookie": self.cookie} if self.cookie else {}),
+        }
         self.transport = Transport(options, settings, options.base_url, "Akash Chat", headers)
-        self.session = AkashSession(self.transport, options.api_key, settings.session_timeout, clock,
-                                    [*cookie_values(settings.akash_cookie), *option_secrets(options)])
-        self.list = Cached(self._fetch_models, settings.models_ttl, clock)
+        self.session = AkashSession(
+            self.transport,
+            options.api_key,
+            settings.session_timeout,
+            clock,
+            [*cookie_values(settings.akash_cookie), *option_secrets(options)],
+        )
+        self.model_cache = StaleOnErrorCache(self._fetch_models, settings.models_ttl, clock)
 
-    def able(self, call: Call) -> Optional[APIError]:
+    def check_support(self, call: Call) -> Optional[APIError]:
         try:
-            call.prepared[self.name] = self._prepare(call)
+            call.prepared_requests[self.name] = self._prepare(call)
         except APIError as error:
             return error
         return None
 
     def events(self, call: Call) -> Iterable[Event]:
-        data, cutoff, call.ignored = call.prepared[self.name]
-        if call.pictures or call.model == self.GEN:
-            return self.pictures(call, data)
-        cookie = self.session.get(call.watch)
-        response = self.transport.send("POST", self.CHAT, call.watch, data, self._fields(data, cookie),
-                                       again=call.again)
-        return Stream(response, lambda response: self._decoder(call, response, cutoff, cookie))
+        data, cutoff, call.ignored_params = call.prepared_requests[self.name]
+        if call.image_count or call.model == self.IMAGE_MODEL:
+            return self.image_events(call, data)
+        cookie = self.session.get(call.scope)
+        response = self.transport.start_request(
+            "POST",
+            self.CHAT_PATH,
+            call.scope,
+            data,
+            self._fields(data, cookie),
+            force_new_connection=call.retry_reason,
+        )
+        return EventStream(response, lambda response: self._decoder(call, response, cutoff, cookie))
 
-    def _prepare(self, call: Call) -> Tuple[bytes, Cutoff, List[str]]:
+    def _prepare(self, call: Call) -> Tuple[bytes, StopFilter, List[str]]:
         """The request's bytes, the end of its answer, and what of it is ignored."""
         if call.relay_only:
             raise APIError(404, f"There is no {call.path[:200]!r} here.", code="not_found")
-        if call.unfit:
-            raise call.unfit
-        if call.pictures and call.model not in ("", self.GEN):
-            raise bad_request(f"Pictures are made by the model {self.GEN}.", "model")
+        if call.translation_error:
+            raise call.translation_error
+        if call.image_count and call.model not in ("", self.IMAGE_MODEL):
+            raise bad_request(f"Pictures are made by the model {self.IMAGE_MODEL}.", "model")
         body, ignored = akash_request(call)
-        body["model"] = self.options.model_map.get(call.model, call.model) or self.GEN
-        limit = "max_tokens" if call.body.get("max_completion_tokens") is None else "max_completion_tokens"
-        cutoff = Cutoff(stop_sequences(call.body), number(call.body, limit, None, whole=True, least=1))
-        return request_json(body, len(call.data)), cutoff, ignored
+        body["model"] = self.options.model_map.get(call.model, call.model) or self.IMAGE_MODEL
+        limit = (
+            "max_tokens"
+            if call.body.get("max_completion_tokens") is None
+            else "max_completion_tokens"
+        )
+        cutoff = StopFilter(
+            stop_sequences(call.body), number_field(call.body, limit, None, integer=True, minimum=1)
+        )
+        return request_json(body, len(call.raw_body)), cutoff, ignored
 
-    def pictures(self, call: Call, data: bytes) -> Iterator[Event]:
+    def image_events(self, call: Call, data: bytes) -> Iterator[Event]:
         """Ask for each picture, then wait for each; text instead of a picture is passed on as text.
 
         Where a limit counts requests, each picture is waited for before the next is asked for.
         """
         jobs: List[Tuple[str, str]] = []
-        one_by_one = call.image_by_image or self.options.max_concurrency > 0
-        for _ in range(call.pictures or 1):
-            call.check()        # the upstream finishes a job even if its client has left
-            body = self._with_session("POST", self.CHAT, call.watch, data, model=call.model).read(limit=4 << 20)
-            job = akash_picture(body)
+        one_by_one = call.one_image_at_a_time or self.options.max_concurrency > 0
+        for _ in range(call.image_count or 1):
+            call.raise_if_cancelled()  # the upstream finishes a job even if its client has left
+            body = self._with_session(
+                "POST", self.CHAT_PATH, call.scope, data, model=call.model
+            ).read(limit=4 << 20)
+            job = parse_image_job(body)
             if job is None:
-                yield from self._told_instead(call, body)
+                yield from self._text_instead(call, body)
                 return
             if job[0] in ("", "undefined"):
-                raise APIError(502, "Akash Chat could not start the picture.", code="upstream_error")
+                raise APIError(
+                    502, "Akash Chat could not start the picture.", code="upstream_error"
+                )
             if one_by_one:
-                yield from self._wait_for(call, *job)
+                yield from self._poll_image(call, *job)
             else:
                 jobs.append(job)
         for job, prompt in jobs:
-            yield from self._wait_for(call, job, prompt)
+            yield from self._poll_image(call, job, prompt)
         yield Finish("stop")
 
     def secrets(self, cookie: Optional[str] = None) -> List[str]:
         """What its errors must not show: keys, header values, and the cookies of a request."""
-        return [*self.session.secrets, *cookie_values(self.session.cookie or ""), *cookie_values(cookie or "")]
+        return [
+            *self.session.secrets,
+            *cookie_values(self.session.cookie or ""),
+            *cookie_values(cookie or ""),
+        ]
 
     def models(self) -> List[Dict[str, Any]]:
-        return self.list.get()
+        return self.model_cache.get()
 
-    def figures(self) -> Dict[str, float]:
-        return {"akashproxy_session_renewals_total": self.session.fetched}
+    def metrics(self) -> Dict[str, float]:
+        return {"akashproxy_session_renewals_total": self.session.refresh_count}
 
-    def image(self, name: str, watch: Watch) -> Response:
+    def image(self, name: str, scope: CancelScope) -> UpstreamResponse:
         path = f"/api/image/{name}" if "." in name else f"/api/image/{name}/"  # image-noext-308
-        response = self.transport.open("GET", path, watch)
+        response = self.transport.fetch("GET", path, scope)
         if response.status == 200 and response.headers.get("content-type", "").startswith("image/"):
             return response
         response.close()
         if response.status in (200, 404):
             raise APIError(404, f"There is no picture {name!r}.", code="not_found")
-        raise APIError(502, f"Akash Chat could not give the picture (status {response.status}).",
-                       code="upstream_error", upstream_status=response.status)
+        raise APIError(
+            502,
+            f"Akash Chat could not give the picture (status {response.status}).",
+            code="upstream_error",
+            upstream_status=response.status,
+        )
 
     def _fields(self, data: Optional[bytes], cookie: str) -> Dict[str, str]:
         """The header fields that a request adds."""
@@ -3507,162 +4443,271 @@ class AkashController(Controller):
             fields["Cookie"] = "; ".join(filter(None, (cookie, self.cookie)))
         return fields
 
-    def _decoder(self, call: Call, response: Response, cutoff: Cutoff, cookie: str) -> Any:
+    def _decoder(
+        self, call: Call, response: UpstreamResponse, cutoff: StopFilter, cookie: str
+    ) -> Any:
         """What understands the body of an answer: a stream, or a refusal."""
-        if response.status == 200 and not blocked(response):
-            return Pipeline(AkashDecoder(call.model, self.secrets(cookie)), Thinking(), *[cutoff] * cutoff.needed)
+        if response.status == 200 and not is_challenge_page(response):
+            return DecoderChain(
+                AkashDecoder(call.model, self.secrets(cookie)),
+                ThinkTagFilter(),
+                *[cutoff] * cutoff.needed,
+            )
 
         def refused(data: bytes) -> List[Event]:
-            raise self._refusal(response, data, call.model, cookie, call.again == "session",
-                                len(call.prepared[self.name][0]))
+            raise self._session_error(
+                response,
+                data,
+                call.model,
+                cookie,
+                call.retry_reason == "session",
+                len(call.prepared_requests[self.name][0]),
+            )
 
-        return Collected(refused, 1 << 20, refusal=True)
+        return BufferedBody(refused, 1 << 20, is_error_body=True)
 
-    def _with_session(self, method: str, path: str, watch: Watch, data: Optional[bytes] = None,
-                      first_byte: Optional[float] = None, model: str = "") -> Response:
+    def _with_session(
+        self,
+        method: str,
+        path: str,
+        scope: CancelScope,
+        data: Optional[bytes] = None,
+        first_byte: Optional[float] = None,
+        model: str = "",
+    ) -> UpstreamResponse:
         """A request with the cookie; if the session is refused, once more with a new one."""
-        for again in (False, True):
-            cookie = self.session.get(watch)
-            response = self.transport.open(method, path, watch, data, self._fields(data, cookie), first_byte)
-            if response.status == 200 and not blocked(response):
+        for is_retry in (False, True):
+            cookie = self.session.get(scope)
+            response = self.transport.fetch(
+                method, path, scope, data, self._fields(data, cookie), first_byte
+            )
+            if response.status == 200 and not is_challenge_page(response):
                 return response
-            error = self._refusal(response, response.read(limit=1 << 20), model, cookie, again, len(data or b""))
-            if error.kind != "again":
+            error = self._session_error(
+                response, response.read(limit=1 << 20), model, cookie, is_retry, len(data or b"")
+            )
+            if error.category != "again":
                 break
         raise error
 
-    def _refusal(self, response: Response, data: bytes, model: str, cookie: str, again: bool, sent: int) -> APIError:
+    def _session_error(
+        self,
+        response: UpstreamResponse,
+        data: bytes,
+        model: str,
+        cookie: str,
+        is_retry: bool,
+        sent: int,
+    ) -> APIError:
         """What an answer that is no stream means; the first time that the session is refused, it is tried again."""
-        told = as_dict(json_or_none(data))
-        if response.status == 403 and told.get("message") == "Unauthorized: Invalid session" and not again:
-            self.session.forget(cookie)
-            return APIError(502, "Akash Chat refused the session.", code="session", kind="again")
+        fields = as_dict(json_or_none(data))
+        if (
+            response.status == 403
+            and fields.get("message") == "Unauthorized: Invalid session"
+            and not is_retry
+        ):
+            self.session.invalidate(cookie)
+            return APIError(
+                502, "Akash Chat refused the session.", code="session", category="again"
+            )
         secrets = self.secrets(cookie)
-        if response.status == 400 and data and not told and not blocked(response):
+        if response.status == 400 and data and not fields and not is_challenge_page(response):
             error = akash_error("Bad request: " + data.decode("utf-8", "replace"), model, secrets)
         else:
-            words = redact(str(told.get("message") or told.get("error") or "")[:4000], secrets)
-            error = self._refused(response, told, words, model, sent)
+            words = redact(str(fields.get("message") or fields.get("error") or "")[:4000], secrets)
+            error = self._status_error(response, fields, words, model, sent)
         error.upstream_status = response.status
         return error
 
-    def _refused(self, response: Response, told: Dict[str, Any], message: str, model: str, sent: int) -> APIError:
-        """What another status than 200, or a web page, means; ``told`` is its JSON."""
+    def _status_error(
+        self,
+        response: UpstreamResponse,
+        fields: Dict[str, Any],
+        message: str,
+        model: str,
+        sent: int,
+    ) -> APIError:
+        """What another status than 200, or a web page, means; ``fields`` is its JSON."""
         status = response.status
-        if blocked(response):
-            return blocked_error(response)
-        if told.get("error") == "Model not available":
-            if told.get("available_models") == []:  # chat-models-backend-500
-                return APIError(503, "Akash Chat has no models at all now.", code="upstream_error", retry_after=30,
-                                kind="network")
-            return unknown_model(model)
+        if is_challenge_page(response):
+            return challenge_page_error(response)
+        if fields.get("error") == "Model not available":
+            if fields.get("available_models") == []:  # chat-models-backend-500
+                return APIError(
+                    503,
+                    "Akash Chat has no models at all now.",
+                    code="upstream_error",
+                    retry_after=30,
+                    category="network",
+                )
+            return akash_model_not_found(model)
         if status == 429:
-            return APIError(429, f"Akash Chat: {without_hosts(message)[:300] or 'too many requests.'}",
-                            retry_after=reset_seconds(response.headers, told, message=message))
+            return APIError(
+                429,
+                f"Akash Chat: {redact_hosts(message)[:300] or 'too many requests.'}",
+                retry_after=retry_after_seconds(response.headers, fields, message=message),
+            )
         if status in (401, 403):
-            return key_error(f"Akash Chat refuses this server ({without_hosts(message)[:200] or status}).", status)
-        if status == 413 or status == 500 and not message and sent > self.LARGEST:
-            return APIError(413, "The request is too large for Akash Chat, which takes 10 MB.", kind="refused", retry=False)
-        return self._failed(response, told, message, model)
+            return auth_error(
+                f"Akash Chat refuses this server ({redact_hosts(message)[:200] or status}).", status
+            )
+        if status == 413 or status == 500 and not message and sent > self.MAX_BODY_BYTES:
+            return APIError(
+                413,
+                "The request is too large for Akash Chat, which takes 10 MB.",
+                category="refused",
+                retry=False,
+            )
+        return self._backend_error(response, fields, message, model)
 
-    def _failed(self, response: Response, told: Dict[str, Any], message: str, model: str) -> APIError:
+    def _backend_error(
+        self, response: UpstreamResponse, fields: Dict[str, Any], message: str, model: str
+    ) -> APIError:
         """The failure of the server, or of what is behind it."""
-        status, wait = response.status, reset_seconds(response.headers, told, message=message, limit=False)
+        status, retry_after = (
+            response.status,
+            retry_after_seconds(response.headers, fields, message=message, limit=False),
+        )
         if message:
             error = akash_error(message, model)
-            error = error if error.status != 400 or status == 400 else APIError(502, error.message, code="upstream_error")
+            error = (
+                error
+                if error.status != 400 or status == 400
+                else APIError(502, error.message, code="upstream_error")
+            )
         else:
-            error = APIError(502 if status <= 500 else 503, code="upstream_error",
-                             message=f"Akash Chat failed without a reason (status {status}).")
-        if wait and error.kind == "server":
-            error.kind, error.retry_after = "limit", wait
+            error = APIError(
+                502 if status <= 500 else 503,
+                code="upstream_error",
+                message=f"Akash Chat failed without a reason (status {status}).",
+            )
+        if retry_after and error.category == "server":
+            error.category, error.retry_after = "limit", retry_after
         return error
 
-    def _told_instead(self, call: Call, body: bytes) -> Iterator[Event]:
+    def _text_instead(self, call: Call, body: bytes) -> Iterator[Event]:
         """The text that came in place of a picture (gen-textanswer)."""
-        pipeline = Pipeline(AkashDecoder(call.model, self.secrets()), Thinking())
+        pipeline = DecoderChain(AkashDecoder(call.model, self.secrets()), ThinkTagFilter())
         events = pipeline.feed(body) + pipeline.close()
         if pipeline.error:
             raise pipeline.error
-        if call.pictures:
-            raise bad_request(f"Akash Chat answered with text instead of a picture: {fold(events).text[:500]}",
-                              "prompt", "no_image")
+        if call.image_count:
+            raise bad_request(
+                f"Akash Chat answered with text instead of a picture: {fold(events).text[:500]}",
+                "prompt",
+                "no_image",
+            )
         yield from events
 
-    def _wait_for(self, call: Call, job: str, prompt: str) -> Iterator[Event]:
+    def _poll_image(self, call: Call, job: str, prompt: str) -> Iterator[Event]:
         """Poll a job: soon at first, then slower, until the picture is there or the time is over."""
-        pause, lost, shown = self.settings.image_poll, 0, None
+        pause, misses, last_progress = self.settings.image_poll, 0, None
         end = time.monotonic() + self.settings.image_timeout
         while True:
-            call.pause(pause)
+            call.sleep(pause)
             pause = min(pause * 1.5, self.settings.image_poll * 6)
             state = self._job_state(call, job)
-            told = state or {}
-            status, result = str(told.get("status") or ""), str(told.get("result") or "")
+            fields = state or {}
+            status, result = str(fields.get("status") or ""), str(fields.get("result") or "")
             if status == "failed" or result.startswith("Failed"):
-                result = without_hosts(redact(result[:4000], self.secrets()))
-                raise APIError(502, f"The picture failed: {result[:200] or 'no reason given'}.",
-                               code="image_failed", retry=False)
+                result = redact_hosts(redact(result[:4000], self.secrets()))
+                raise APIError(
+                    502,
+                    f"The picture failed: {result[:200] or 'no reason given'}.",
+                    code="image_failed",
+                    retry=False,
+                )
             if status in ("succeeded", "completed"):
-                yield self._picture(call, job, prompt, result)
+                yield self._fetch_image(call, job, prompt, result)
                 return
-            lost = 0 if status else lost + (1 if state is None else 4)
-            if lost >= 12:  # three times unknown is what the web page takes for lost (imgstatus-unknown, imgstatus-404)
+            misses = 0 if status else misses + (1 if state is None else 4)
+            if (
+                misses >= 12
+            ):  # three times unknown is what the web page takes for lost (imgstatus-unknown, imgstatus-404)
                 raise APIError(502, "Akash Chat has lost the picture's job.", code="image_failed")
             if time.monotonic() > end:
-                raise APIError(504, f"The picture was not ready within {self.settings.image_timeout:g} seconds.",
-                               code="image_failed")
-            progress = Progress(status, count_or_none(told.get("queue_position")) or 0)
-            if status and progress != shown:
-                shown = progress
+                raise APIError(
+                    504,
+                    f"The picture was not ready within {self.settings.image_timeout:g} seconds.",
+                    code="image_failed",
+                )
+            progress = ImageProgress(status, count_or_none(fields.get("queue_position")) or 0)
+            if status and progress != last_progress:
+                last_progress = progress
                 yield progress
 
     def _job_state(self, call: Call, job: str) -> Optional[Dict[str, Any]]:
         """What /api/image-status/ tells of a job; {} if it knows none, None if it can't say now."""
         path = "/api/image-status/?ids=" + urllib.parse.quote(job, safe="")
         try:
-            response = self.transport.open("GET", path, call.watch, first_byte=self.settings.session_timeout)
-            told = response.json()
+            response = self.transport.fetch(
+                "GET", path, call.scope, first_byte=self.settings.session_timeout
+            )
+            jobs = response.json()
         except APIError as error:
             log.info("a picture's state: %s", error.message)
-            call.renew()
+            call.new_scope()
             return None
         if response.status >= 500:
             return None
-        return as_dict(told[0]) if response.status == 200 and isinstance(told, list) and told else {}
+        return (
+            as_dict(jobs[0]) if response.status == 200 and isinstance(jobs, list) and jobs else {}
+        )
 
-    def _picture(self, call: Call, job: str, prompt: str, result: str) -> Image:
+    def _fetch_image(self, call: Call, job: str, prompt: str, result: str) -> Image:
         name = result.rsplit("/", 1)[-1]
-        if not PICTURE_NAME.fullmatch(name):
-            raise APIError(502, "Akash Chat gave the picture a name that can't be used.", code="image_failed")
-        data = self.image(name, call.watch).read() if call.picture_bytes else None
+        if not IMAGE_NAME.fullmatch(name):
+            raise APIError(
+                502, "Akash Chat gave the picture a name that can't be used.", code="image_failed"
+            )
+        data = self.image(name, call.scope).read() if call.images_as_bytes else None
         return Image(job, prompt, name, f"{self.options.base_url}/api/image/{name}", data)
 
     def _fetch_models(self) -> List[Dict[str, Any]]:
-        response = self._with_session("GET", "/api/models/", Watch(), first_byte=self.settings.session_timeout)
+        response = self._with_session(
+            "GET", "/api/models/", CancelScope(), first_byte=self.settings.session_timeout
+        )
         names = akash_models(json_or_none(response.read(limit=MAX_LIST_BYTES)))
         if not names:
-            raise APIError(503, "Akash Chat lists no models now.", code="upstream_error", retry_after=30)
-        return [{"id": name, "object": "model", "created": 1626777600, "owned_by": "Akash Network",
-                 "permission": None, "root": name, "parent": None} for name in names]
+            raise APIError(
+                503, "Akash Chat lists no models now.", code="upstream_error", retry_after=30
+            )
+        return [
+            {
+                "id": name,
+                "object": "model",
+                "created": 1626777600,
+                "owned_by": "Akash Network",
+                "permission": None,
+                "root": name,
+                "parent": None,
+            }
+            for name in names
+        ]
 
 
-PICTURE_NAME = re.compile(r"(?!\.)[A-Za-z0-9._-]{1,200}")
+IMAGE_NAME = re.compile(r"(?!\.)[A-Za-z0-9._-]{1,200}")
 
 
-def akash_models(told: Any) -> List[str]:
+def akash_models(listing: Any) -> List[str]:
     """The ids of Akash's model list, in any of its shapes (models-*, 2026: models-all); [] if it is none."""
-    if isinstance(told, dict):
-        told = told.get("models") or told.get("data")
-    entries = [entry for entry in map(as_dict, as_list(told)) if entry.get("available", True)]
+    if isinstance(listing, dict):
+        listing = listing.get("models") or listing.get("data")
+    entries = [entry for entry in map(as_dict, as_list(listing)) if entry.get("available", True)]
     # in models-all the id is a database key
-    return list(listed_models("Akash Chat", ((entry.get("model_id") or entry.get("id"), entry) for entry in entries)))
+    return list(
+        bounded_model_list(
+            "Akash Chat", ((entry.get("model_id") or entry.get("id"), entry) for entry in entries)
+        )
+    )
 
 
-MAX_LIST_BYTES, MAX_MODELS = 4 << 20, 10_000    # of an upstream's list of models
+MAX_LIST_BYTES, MAX_MODELS = 4 << 20, 10_000  # of an upstream's list of models
 
 
-def listed_models(where: str, entries: Iterable[Tuple[Any, Dict[str, Any]]]) -> Dict[str, Dict[str, Any]]:
+def bounded_model_list(
+    upstream_name: str, entries: Iterable[Tuple[Any, Dict[str, Any]]]
+) -> Dict[str, Dict[str, Any]]:
     """The entries of an upstream's list by usable names, each once. A list that is too long is cut, and that is logged."""
     found: Dict[str, Dict[str, Any]] = {}
     for name, entry in entries:
@@ -3670,48 +4715,72 @@ def listed_models(where: str, entries: Iterable[Tuple[Any, Dict[str, Any]]]) -> 
             found.setdefault(name, entry)
         if len(found) > MAX_MODELS:
             found.popitem()
-            log.warning("%s lists more than %d models; the others are left out", where, MAX_MODELS)
+            log.warning(
+                "%s lists more than %d models; the others are left out", upstream_name, MAX_MODELS
+            )
             break
     return found
 
 
-LONGEST_WAIT = 172800.0     # every limit is tried again within two days
+MAX_RETRY_AFTER = 172800.0  # every limit is tried again within two days
 
 
-def reset_seconds(headers: Dict[str, str], told: Dict[str, Any], now: Callable[[], float] = time.time, message: str = "",
-                  limit: bool = True) -> Optional[float]:
+def retry_after_seconds(
+    headers: Dict[str, str],
+    body: Dict[str, Any],
+    now: Callable[[], float] = time.time,
+    message: str = "",
+    limit: bool = True,
+) -> Optional[float]:
     """Seconds until a limit ends, between 1 and two days: by a header field, a field of the body or the message.
 
     ``limit``: also by the fields that come with every answer of some upstreams. None if it is not said, or not understood.
     """
-    waits = [_wait(headers.get(name, ""), unit, now) for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0))]
+    delays = [
+        _wait(headers.get(name, ""), unit, now)
+        for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0))
+    ]
     if limit:
-        waits.append(_reset_header(headers, now))
-    waits += [_body_wait(told, now), _spoken_wait(message)]
-    return next((min(max(1.0, seconds), LONGEST_WAIT) for seconds in waits if seconds is not None), None)
+        delays.append(_wait_from_headers(headers, now))
+    delays += [_wait_from_body(body, now), _wait_in_words(message)]
+    return next(
+        (min(max(1.0, seconds), MAX_RETRY_AFTER) for seconds in delays if seconds is not None), None
+    )
 
 
 def _wait(value: Any, unit: float, now: Callable[[], float]) -> Optional[float]:
     """The seconds of a span, a moment, a moment in milliseconds, or a date in either of the two usual forms."""
-    text = str(value).strip()[:200] if isinstance(value, (str, int, float)) and not isinstance(value, bool) else ""
-    for part in (text, text.partition(",")[0].strip()):     # equal fields may have been joined: "30, 30"
+    text = (
+        str(value).strip()[:200]
+        if isinstance(value, (str, int, float)) and not isinstance(value, bool)
+        else ""
+    )
+    for part in (
+        text,
+        text.partition(",")[0].strip(),
+    ):  # equal fields may have been joined: "30, 30"
         if re.fullmatch(r"[0-9]{1,14}(?:\.[0-9]{1,20})?", part):
             seconds = float(part) * unit
             seconds = seconds / 1000 if seconds > 1e11 else seconds
             return seconds - now() if seconds > 1e9 else seconds
         if re.fullmatch(r"(?:[0-9]{1,14}(?:\.[0-9]{1,20})?(?:ms|[smhd])){1,8}", part):
-            return span_seconds(part)
-        moment = _moment(part)
+            return parse_duration(part)
+        moment = _timestamp(part)
         if moment is not None:
             return moment - now()
     return None
 
 
-def _moment(text: str) -> Optional[float]:
+def _timestamp(text: str) -> Optional[float]:
     """A date of HTTP or of ISO 8601 as seconds since 1970; None for what is none, however absurd."""
     from datetime import datetime, timezone
     from email.utils import parsedate_to_datetime
-    iso = re.sub(r"\.([0-9]{1,6})[0-9]{0,20}", lambda match: "." + match[1].ljust(6, "0"), text.replace("Z", "+00:00"))
+
+    iso = re.sub(
+        r"\.([0-9]{1,6})[0-9]{0,20}",
+        lambda match: "." + match[1].ljust(6, "0"),
+        text.replace("Z", "+00:00"),
+    )
     for parse, value in ((parsedate_to_datetime, text), (datetime.fromisoformat, iso)):
         try:
             moment = parse(value)
@@ -3721,72 +4790,110 @@ def _moment(text: str) -> Optional[float]:
     return None
 
 
-def _reset_header(headers: Dict[str, str], now: Callable[[], float]) -> Optional[float]:
+def _wait_from_headers(headers: Dict[str, str], now: Callable[[], float]) -> Optional[float]:
     """The longest wait of the fields that tell when a limit which is used up begins anew."""
-    waits = []
+    delays = []
     for name, value in headers.items():
-        if name in ("ratelimit", "x-ratelimit"):    # "default";r=0;t=60, or limit=9, remaining=0, reset=60
-            left, wait = (re.search(rf"\b{word}=([0-9]{{1,9}})\b", value[:1000]) for word in ("(?:r|remaining)", "(?:t|reset)"))
-            waits += [float(wait[1])] if wait and (not left or left[1] == "0") else []
+        if name in (
+            "ratelimit",
+            "x-ratelimit",
+        ):  # "default";r=0;t=60, or limit=9, remaining=0, reset=60
+            remaining, wait = (
+                re.search(rf"\b{word}=([0-9]{{1,9}})\b", value[:1000])
+                for word in ("(?:r|remaining)", "(?:t|reset)")
+            )
+            delays += [float(wait[1])] if wait and (not remaining or remaining[1] == "0") else []
         elif "reset" in name.split("-") and re.search(r"rate-?limit|tokenlimit", name):
-            left = headers.get(name.replace("reset", "remaining"), "0").strip()
-            waits += [_wait(value, 1.0, now)] if re.fullmatch(r"0(?:\.0{1,9})?|", left) else []
-    return max((seconds for seconds in waits if seconds is not None), default=None)
+            remaining = headers.get(name.replace("reset", "remaining"), "0").strip()
+            delays += (
+                [_wait(value, 1.0, now)] if re.fullmatch(r"0(?:\.0{1,9})?|", remaining) else []
+            )
+    return max((seconds for seconds in delays if seconds is not None), default=None)
 
 
 # Fields of error bodies, in small letters and without "_", and what one of their units is in seconds.
-WAITS = {"retrydelay": 1.0, "retryafter": 1.0, "retryafterseconds": 1.0, "retryafterms": 0.001, "resettime": 1.0,
-         "resetat": 1.0, "resetsat": 1.0, "resetsinseconds": 1.0}
+WAIT_FIELDS = {
+    "retrydelay": 1.0,
+    "retryafter": 1.0,
+    "retryafterseconds": 1.0,
+    "retryafterms": 0.001,
+    "resettime": 1.0,
+    "resetat": 1.0,
+    "resetsat": 1.0,
+    "resetsinseconds": 1.0,
+}
 
 
-def _body_wait(value: Any, now: Callable[[], float], depth: int = 5) -> Optional[float]:
-    """The wait that a body tells in one of WAITS, or in header fields that it quotes."""
+def _wait_from_body(value: Any, now: Callable[[], float], depth: int = 5) -> Optional[float]:
+    """The wait that a body tells in one of WAIT_FIELDS, or in header fields that it quotes."""
     if not depth or not isinstance(value, (dict, list)):
         return None
     if isinstance(value, list):
-        return next(filter(None, (_body_wait(item, now, depth - 1) for item in value[:16])), None)
+        return next(
+            filter(None, (_wait_from_body(item, now, depth - 1) for item in value[:16])), None
+        )
     for name, inner in itertools.islice(value.items(), 64):
-        unit = WAITS.get(name.replace("_", "").lower())
+        unit = WAIT_FIELDS.get(name.replace("_", "").lower())
         if name == "headers" and isinstance(inner, dict):
-            seconds = reset_seconds({key.lower(): str(item) for key, item in itertools.islice(inner.items(), 64)}, {}, now)
+            seconds = retry_after_seconds(
+                {key.lower(): str(item) for key, item in itertools.islice(inner.items(), 64)},
+                {},
+                now,
+            )
         else:
-            seconds = _wait(inner, unit, now) if unit else _body_wait(inner, now, depth - 1)
+            seconds = _wait(inner, unit, now) if unit else _wait_from_body(inner, now, depth - 1)
         if seconds is not None:
             return seconds
     return None
 
 
-_SPOKEN = re.compile(r"(?:(?:try|retry|again)[a-z ]{0,30} (?:in|after)|wait(?: for)?|resets? in) (?:about )?"
-                     r"((?:[0-9]{1,9}(?:\.[0-9]{1,20})? ?(?:[a-z]{1,12})?(?:,? and |, | )?){1,4})", re.I)
+_WAIT_IN_WORDS = re.compile(
+    r"(?:(?:try|retry|again)[a-z ]{0,30} (?:in|after)|wait(?: for)?|resets? in) (?:about )?"
+    r"((?:[0-9]{1,9}(?:\.[0-9]{1,20})? ?(?:[a-z]{1,12})?(?:,? and |, | )?){1,4})",
+    re.I,
+)
 
 
-def _spoken_wait(message: str) -> Optional[float]:
+def _wait_in_words(message: str) -> Optional[float]:
     """The seconds of "try again in 7m30.5s" or "Please retry after 2 minutes"."""
-    spoken = _SPOKEN.search(message[:4000])
+    spoken = _WAIT_IN_WORDS.search(message[:4000])
     if not spoken:
         return None
     total = 0.0
-    for count, unit in re.findall(r"([0-9]{1,9}(?:\.[0-9]{1,20})?) ?([a-z]{0,12})", spoken[1].lower()):
-        factor = next((seconds for names, seconds in SPANS if re.fullmatch(names, unit)), None)
+    for count, unit in re.findall(
+        r"([0-9]{1,9}(?:\.[0-9]{1,20})?) ?([a-z]{0,12})", spoken[1].lower()
+    ):
+        factor = next(
+            (seconds for names, seconds in DURATION_UNITS if re.fullmatch(names, unit)), None
+        )
         if factor is None:
             break
         total += float(count) * factor
     return total or None
 
 
-SPANS = (("|s|secs?|seconds?", 1.0), ("ms|millis|milliseconds?", 0.001), ("m|mins?|minutes?", 60.0), ("h|hrs?|hours?", 3600.0),
-         ("d|days?", 86400.0))
+DURATION_UNITS = (
+    ("|s|secs?|seconds?", 1.0),
+    ("ms|millis|milliseconds?", 0.001),
+    ("m|mins?|minutes?", 60.0),
+    ("h|hrs?|hours?", 3600.0),
+    ("d|days?", 86400.0),
+)
 
 
-def span_seconds(text: str) -> Optional[float]:
+def parse_duration(text: str) -> Optional[float]:
     """The seconds of "17", "1m30.5s", "6h" or "120ms" (OpenAI's x-ratelimit-reset-*)."""
     units = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "": 1.0}
-    if not re.fullmatch(r"(?:[0-9]{1,14}(?:\.[0-9]+)?(?:ms|[smhd]|\Z))+", text):     # only the last may lack its unit:
-        return None     # if any could, a row of digits could be split in 2 to the power of its length ways
-    return sum(float(count) * units[unit] for count, unit in re.findall(r"([0-9.]+)(ms|[smhd]?)", text))
+    if not re.fullmatch(
+        r"(?:[0-9]{1,14}(?:\.[0-9]+)?(?:ms|[smhd]|\Z))+", text
+    ):  # only the last may lack its unit:
+        return None  # if any could, a row of digits could be split in 2 to the power of its length ways
+    return sum(
+        float(count) * units[unit] for count, unit in re.findall(r"([0-9.]+)(ms|[smhd]?)", text)
+    )
 
 
-class Turn:
+class SingleFlight:
     """One does the work while the others wait for it, and all of them share how it ended."""
 
     def __init__(self) -> None:
@@ -3794,13 +4901,13 @@ class Turn:
         self.failure: Optional[APIError] = None
         self.failed_at = -math.inf
 
-    def take(self, work: Callable[[], None], watch: Watch) -> None:
+    def run(self, work: Callable[[], None], scope: CancelScope) -> None:
         """Do the work; who came while somebody else failed at it gets that failure. Ends early with the watch."""
-        came = time.monotonic()
+        arrived_at = time.monotonic()
         while not self.lock.acquire(timeout=0.25):
-            watch.check()
+            scope.raise_if_cancelled()
         try:
-            if self.failure is not None and self.failed_at >= came:
+            if self.failure is not None and self.failed_at >= arrived_at:
                 raise self.failure
             work()
         except APIError as error:
@@ -3811,33 +4918,39 @@ class Turn:
             self.lock.release()
 
 
-class Cached:
+class StaleOnErrorCache:
     """A value that is fetched anew after a while; meanwhile, and if that fails, the last good one serves on."""
 
     RETRY = 15.0  # seconds until a failed fetch is tried again
 
-    def __init__(self, fetch: Callable[[], Any], ttl: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, fetch: Callable[[], Any], ttl: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.fetch, self.ttl, self.clock = fetch, ttl, clock
-        self.turn = Turn()
+        self.single_flight = SingleFlight()
         self.value: Any = None
         self.failure: Optional[APIError] = None
-        self.until = -math.inf
+        self.expires_at = -math.inf
 
     def get(self) -> Any:
-        if self.value is None and self.failure and self.clock() < self.until:
+        if self.value is None and self.failure and self.clock() < self.expires_at:
             raise self.failure
-        if self.value is None or self.clock() >= self.until and not self.turn.lock.locked():
-            self.turn.take(self._refresh, Watch())
+        if (
+            self.value is None
+            or self.clock() >= self.expires_at
+            and not self.single_flight.lock.locked()
+        ):
+            self.single_flight.run(self._refresh, CancelScope())
         return self.value
 
     def _refresh(self) -> None:
-        if self.value is not None and self.clock() < self.until:
+        if self.value is not None and self.clock() < self.expires_at:
             return
         try:
             self.value = self.fetch()
-            self.until = self.clock() + self.ttl
+            self.expires_at = self.clock() + self.ttl
         except APIError as error:
-            self.until, self.failure = self.clock() + self.RETRY, error
+            self.expires_at, self.failure = self.clock() + self.RETRY, error
             if self.value is None:
                 raise
             log.warning("the last known models serve on: %s", error.message)
@@ -3860,25 +4973,27 @@ class ChatDecoder:
 
     LINE_LIMIT = 16 << 20
 
-    def __init__(self, where: str = "the upstream", secrets: Iterable[str] = ()) -> None:
-        self.where, self.secrets = where, secrets
-        self.held = bytearray()                 # a line that has not ended
-        self.calls: set = set()                 # (index, id) of each call of a tool
-        self.latest: Dict[int, int] = {}        # by that index: which of the calls was the last to come with it
-        self.data: List[bytes] = []             # the data lines of an event that has not ended,
-        self.size = 0                           # and what they take in memory
+    def __init__(self, upstream_name: str = "the upstream", secrets: Iterable[str] = ()) -> None:
+        self.upstream_name, self.secrets = upstream_name, secrets
+        self.buffer = bytearray()  # a line that has not ended
+        self.calls: set = set()  # (index, id) of each call of a tool
+        self.latest: Dict[
+            int, int
+        ] = {}  # by that index: which of the calls was the last to come with it
+        self.data: List[bytes] = []  # the data lines of an event that has not ended,
+        self.size = 0  # and what they take in memory
         self.reason: Optional[str] = None
         self.usage: Optional[Dict[str, int]] = None
         self.finished = False
         self.error: Optional[APIError] = None
 
     def feed(self, data: bytes) -> List[Event]:
-        if self.held:
-            data = whole_lines(self.held, data)
+        if self.buffer:
+            data = take_complete_lines(self.buffer, data)
         lines = data.split(b"\n")
         rest = lines.pop()
         if rest:
-            self.held += rest
+            self.buffer += rest
         if b"\r" in data:
             lines = [line[:-1] if line.endswith(b"\r") else line for line in lines]
         out: List[Event] = []
@@ -3890,15 +5005,15 @@ class ChatDecoder:
                 self._event(b"\n".join(self.data), out)
                 self.data, self.size = [], 0
             if self.finished or self.error:
-                self.held.clear()
+                self.buffer.clear()
                 return out
-        if (self.data or self.held) and self.size + len(self.held) > self.LINE_LIMIT:
-            self.error = early(self.where, "sent an event without an end")
+        if (self.data or self.buffer) and self.size + len(self.buffer) > self.LINE_LIMIT:
+            self.error = truncated(self.upstream_name, "sent an event without an end")
         return out
 
     def close(self) -> List[Event]:
         out: List[Event] = []
-        if self.data and not self.held.strip():
+        if self.data and not self.buffer.strip():
             self._event(b"\n".join(self.data), out)  # the last event's blank line may be missing
         if not self.finished and not self.error:
             self._finish(out)
@@ -3909,25 +5024,30 @@ class ChatDecoder:
             return self._finish(out)
         event = json_or_none(data)
         if not isinstance(event, dict):
-            self.error = early(self.where, "sent an event that is not JSON")
-        elif event.get("error") or tells_error(event):
-            self.error = told_error(self.where, 200, event, self.secrets)
+            self.error = truncated(self.upstream_name, "sent an event that is not JSON")
+        elif event.get("error") or is_error(event):
+            self.error = error_from_body(self.upstream_name, 200, event, self.secrets)
         else:
             self.usage = chat_usage(event.get("usage")) or self.usage
             for choice in as_list(event.get("choices")):
                 choice = as_dict(choice)
                 if not choice.get("index"):
-                    out += map(self._call, chat_events(as_dict(choice.get("delta")) or {"content": choice.get("text")}))
+                    out += map(
+                        self._renumber_tool_call,
+                        message_events(
+                            as_dict(choice.get("delta")) or {"content": choice.get("text")}
+                        ),
+                    )
                     reason = choice.get("finish_reason")
                     self.reason = reason if reason and isinstance(reason, str) else self.reason
 
-    def _call(self, event: Event) -> Event:
+    def _renumber_tool_call(self, event: Event) -> Event:
         """Some servers give every call of a tool the index 0: a new id is a new call. Others give no id."""
         if not isinstance(event, ToolCall):
             return event
         if event.index not in self.latest or event.id and (event.index, event.id) not in self.calls:
-            if len(self.calls) == CALL_LIMIT:
-                self.error = too_many_calls(self.where)
+            if len(self.calls) == MAX_TOOL_CALLS:
+                self.error = too_many_calls(self.upstream_name)
                 return event
             self.latest[event.index] = len(self.calls)
             self.calls.add((event.index, event.id))
@@ -3935,13 +5055,13 @@ class ChatDecoder:
 
     def _finish(self, out: List[Event]) -> None:
         if self.reason is None:
-            self.error = early(self.where)
+            self.error = truncated(self.upstream_name)
         else:
             self.finished = True
             out.append(Finish(self.reason, self.usage))
 
 
-def chat_events(message: Dict[str, Any]) -> List[Event]:
+def message_events(message: Dict[str, Any]) -> List[Event]:
     """The events of a delta of a stream, or of a whole message."""
     events: List[Event] = []
     thought = message.get("reasoning_content") or message.get("reasoning")
@@ -3958,9 +5078,14 @@ def chat_events(message: Dict[str, Any]) -> List[Event]:
     for at, call in enumerate(map(as_dict, calls)):
         function, index = as_dict(call.get("function")), call.get("index")
         arguments = function.get("arguments") or ""
-        events.append(ToolCall(at if count_or_none(index) is None or index >= 1 << 31 else index,
-                               arguments if isinstance(arguments, str) else _encode(arguments),
-                               name_or_none(call.get("id")), name_or_none(function.get("name"))))
+        events.append(
+            ToolCall(
+                at if count_or_none(index) is None or index >= 1 << 31 else index,
+                arguments if isinstance(arguments, str) else _encode(arguments),
+                name_or_none(call.get("id")),
+                name_or_none(function.get("name")),
+            )
+        )
     return events
 
 
@@ -3971,118 +5096,183 @@ def name_or_none(value: Any) -> Optional[str]:
 
 def chat_usage(usage: Any) -> Optional[Dict[str, Any]]:
     """The usage of an OpenAI-style upstream, if it has both counts; what else it tells stays, except for impossible counts."""
-    usage = {name: counts(value) if isinstance(value, dict) else value for name, value in counts(as_dict(usage)).items()}
-    asked, answered = (count_or_none(usage.get(name)) for name in ("prompt_tokens", "completion_tokens"))
-    if asked is None or answered is None:
+    usage = {
+        name: counts(value) if isinstance(value, dict) else value
+        for name, value in counts(as_dict(usage)).items()
+    }
+    prompt, completion = (
+        count_or_none(usage.get(name)) for name in ("prompt_tokens", "completion_tokens")
+    )
+    if prompt is None or completion is None:
         return None
     total = count_or_none(usage.get("total_tokens"))
-    return {**usage, "total_tokens": asked + answered if total is None else total}
+    return {**usage, "total_tokens": prompt + completion if total is None else total}
 
 
 def counts(usage: Dict[str, Any]) -> Dict[str, Any]:
     """An object without the integers that can't be counts."""
-    return {name: value for name, value in usage.items() if type(value) is not int or 0 <= value < 1 << 53}
+    return {
+        name: value
+        for name, value in usage.items()
+        if type(value) is not int or 0 <= value < 1 << 53
+    }
 
 
-class RelayDecoder:
+class PassthroughDecoder:
     """A stream in the client's own format, passed on byte for byte; only its first event and its end are looked at.
 
     Comments before the first event are held back: until then another controller may still answer.
-    Whole lines are passed on, so that an error can follow where the upstream breaks off. ``ends`` is
-    what a complete stream has in it (ENDS); without it its HTTP message's end is enough.
+    Whole lines are passed on, so that an error can follow where the upstream breaks off. ``end_pattern`` is
+    what a complete stream has in it (END_PATTERNS); without it its HTTP message's end is enough.
     """
 
-    HOLD = 16 << 20
-    cut = False
+    MAX_HELD = 16 << 20
+    stopped = False
 
-    def __init__(self, where: str, events: bool = True, ends: Optional[Any] = None, secrets: Iterable[str] = ()) -> None:
-        self.where, self.events, self.ends, self.secrets = where, events, ends, secrets
-        self.begun = self.started = not events  # other bytes than events are not looked at
-        self.whole = False              # the stream has said so itself
-        self.held = bytearray()         # a line that is not whole
-        self.comments = bytearray()     # those before the first event
-        self.last = b"\n\n"
+    def __init__(
+        self,
+        upstream_name: str,
+        is_sse: bool = True,
+        end_pattern: Optional[Any] = None,
+        secrets: Iterable[str] = (),
+    ) -> None:
+        self.upstream_name, self.is_sse, self.end_pattern, self.secrets = (
+            upstream_name,
+            is_sse,
+            end_pattern,
+            secrets,
+        )
+        self.first_event_seen = (
+            self.started
+        ) = not is_sse  # other bytes than events are not looked at
+        self.complete = False  # the stream has said so itself
+        self.buffer = bytearray()  # a line that is not whole
+        self.comments = bytearray()  # those before the first event
+        self.tail = b"\n\n"
         self.error: Optional[APIError] = None
 
     def feed(self, data: bytes) -> List[Event]:
-        if not self.events or self.usual(data):
-            return [Raw(data)]
-        if self.held or not data.endswith(b"\n"):
-            data = whole_lines(self.held, data)
-        if not self.begun:
+        if not self.is_sse or self.fast_path(data):
+            return [RawBytes(data)]
+        if self.buffer or not data.endswith(b"\n"):
+            data = take_complete_lines(self.buffer, data)
+        if not self.first_event_seen:
             data = self._first(data)
         if b'"error' in data:
             data = redact_bytes(data, self.secrets)
-        if len(self.held) + len(self.comments) > self.HOLD:
-            self.error = early(self.where, "sent a line without an end, or comments alone")
+        if len(self.buffer) + len(self.comments) > self.MAX_HELD:
+            self.error = truncated(
+                self.upstream_name, "sent a line without an end, or comments alone"
+            )
         if not data:
             return []
-        data = self._look_for_the_end(data)
-        self.started = self.started or self.whole or any(has_content(line[1]) for line in DATA_LINE.finditer(data))
-        self.last = data if len(data) > 3 else (self.last + data)[-4:]
-        return [Raw(data)]
+        data = self._find_end(data)
+        self.started = (
+            self.started
+            or self.complete
+            or any(has_content(line[1]) for line in DATA_LINE.finditer(data))
+        )
+        self.tail = data if len(data) > 3 else (self.tail + data)[-4:]
+        return [RawBytes(data)]
 
-    def usual(self, data: bytes) -> bytes:
+    def fast_path(self, data: bytes) -> bytes:
         """The data, if it is nothing but events of one line from the middle of a chat; else b""."""
-        if self.started and not self.held and data.endswith(GOES_ON) and b'"error' not in data and (
+        if (
+            self.started
+            and not self.buffer
+            and data.endswith(MID_STREAM_SUFFIXES)
+            and b'"error' not in data
+            and (
                 data.find(b"\n") == len(data) - 2
-                or any(data.count(b"\n") == 2 * data.count(end) for end in GOES_ON)):  # each line break is of such an end
-            self.last = data
+                or any(data.count(b"\n") == 2 * data.count(end) for end in MID_STREAM_SUFFIXES)
+            )
+        ):  # each line break is of such an end
+            self.tail = data
             return data
         return b""
 
-    def _look_for_the_end(self, data: bytes) -> bytes:
+    def _find_end(self, data: bytes) -> bytes:
         """The data, up to the end of the stream if that is in it."""
         last = data.rfind(b"[DONE]")
-        if self.ends is not None:
-            at = max(last, *map(data.rfind, END_HINTS[self.ends]))
-            if at >= 0 and (self.ends.search(data, max(0, at - 8)) or self.ends.search(data)):
-                self.ends = None
+        if self.end_pattern is not None:
+            at = max(last, *map(data.rfind, END_HINTS[self.end_pattern]))
+            if at >= 0 and (
+                self.end_pattern.search(data, max(0, at - 8)) or self.end_pattern.search(data)
+            ):
+                self.end_pattern = None
         done = DONE.search(data, max(0, data.find(b"[DONE]") - 8)) if last >= 0 else None
-        if done is None or self.whole:
+        if done is None or self.complete:
             return data
-        self.whole, self.ends = True, None
-        return data[:done.end()] + (b"\r\n" if done[0].endswith(b"\r\n") else b"\n")     # its blank line may come later
+        self.complete, self.end_pattern = True, None
+        return data[: done.end()] + (
+            b"\r\n" if done[0].endswith(b"\r\n") else b"\n"
+        )  # its blank line may come later
 
     def _first(self, data: bytes) -> bytes:
         """Wait for the first event; if it is an error, the answer has not begun."""
-        event = DATA.search(data)       # the lines before these had none
+        event = DATA.search(data)  # the lines before these had none
         if event is None:
             self.comments += data
             return b""
         with contextlib.suppress(ValueError):
-            told = as_dict(from_json(event[1]))
-            if tells_error(told):
-                self.error = told_error(self.where, 200, told, self.secrets)
+            fields = as_dict(from_json(event[1]))
+            if is_error(fields):
+                self.error = error_from_body(self.upstream_name, 200, fields, self.secrets)
                 return b""
-        self.begun = True
+        self.first_event_seen = True
         comments, self.comments = bytes(self.comments), bytearray()
         return comments + data
 
     def close(self) -> List[Event]:
-        data, self.held, self.comments = bytes(self.comments + self.held), bytearray(), bytearray()
-        if self.ends is not None and not self.ends.search(data):
-            self.error = early(self.where)
+        data, self.buffer, self.comments = (
+            bytes(self.comments + self.buffer),
+            bytearray(),
+            bytearray(),
+        )
+        if self.end_pattern is not None and not self.end_pattern.search(data):
+            self.error = truncated(self.upstream_name)
             return self.flush()
-        return [Raw(data)] if data else []
+        return [RawBytes(data)] if data else []
 
     def flush(self) -> List[Event]:
         """It broke off: half a line is dropped, and half an event is ended, so that an error can follow."""
-        self.held.clear()
-        return [Raw(b"\n")] if self.events and self.begun and not self.last.endswith((b"\n\n", b"\n\r\n")) else []
+        self.buffer.clear()
+        return (
+            [RawBytes(b"\n")]
+            if self.is_sse
+            and self.first_event_seen
+            and not self.tail.endswith((b"\n\n", b"\n\r\n"))
+            else []
+        )
 
 
 DATA = re.compile(rb"(?:^|\n)data:([^\n]*)\n")
 DATA_LINE = re.compile(rb"^data:([^\n]*)\n", re.M)
 DONE = re.compile(rb"^data: ?\[DONE\][ \r]*\n", re.M)
-OPENING = re.compile(r"ping|message_start|content_block_start|response\.(created|queued|in_progress|\w+\.added)")
-GOES_ON = b'"finish_reason":null}]}\n\n', b'"finish_reason": null}]}\n\n', b'"finish_reason":null}],"usage":null}\n\n'
+OPENING = re.compile(
+    r"ping|message_start|content_block_start|response\.(created|queued|in_progress|\w+\.added)"
+)
+MID_STREAM_SUFFIXES = (
+    b'"finish_reason":null}]}\n\n',
+    b'"finish_reason": null}]}\n\n',
+    b'"finish_reason":null}],"usage":null}\n\n',
+)
 CHAT_ENDS = re.compile(rb'^data: ?\[DONE\][ \r]*$|"finish_reason" ?: ?"[a-z]', re.M)
-ENDS = {CHAT_PATH: CHAT_ENDS, "/v1/completions": CHAT_ENDS,
-        "/v1/messages": re.compile(rb'"type" ?: ?"(?:message_stop|error)"'),
-        "/v1/responses": re.compile(rb'"type" ?: ?"response\.(?:completed|incomplete|failed)"')}
-END_HINTS = {CHAT_ENDS: (b'"finish_reason":"', b'"finish_reason": "', b'"finish_reason" :'), ENDS["/v1/messages"]: (b"message_stop", b"error"),      # found faster, backwards
-             ENDS["/v1/responses"]: (b"response.completed", b"response.incomplete", b"response.failed")}
+END_PATTERNS = {
+    CHAT_PATH: CHAT_ENDS,
+    "/v1/completions": CHAT_ENDS,
+    "/v1/messages": re.compile(rb'"type" ?: ?"(?:message_stop|error)"'),
+    "/v1/responses": re.compile(rb'"type" ?: ?"response\.(?:completed|incomplete|failed)"'),
+}
+END_HINTS = {
+    CHAT_ENDS: (b'"finish_reason":"', b'"finish_reason": "', b'"finish_reason" :'),
+    END_PATTERNS["/v1/messages"]: (b"message_stop", b"error"),  # found faster, backwards
+    END_PATTERNS["/v1/responses"]: (
+        b"response.completed",
+        b"response.incomplete",
+        b"response.failed",
+    ),
+}
 
 
 def has_content(data: bytes) -> bool:
@@ -4095,172 +5285,250 @@ def has_content(data: bytes) -> bool:
     choices = event.get("choices")
     if event.get("error") or not isinstance(choices, list):
         return True
-    parts = [{**choice, **as_dict(choice.get("delta")), "delta": None, "role": None, "index": None}
-             for choice in map(as_dict, choices)]
+    parts = [
+        {**choice, **as_dict(choice.get("delta")), "delta": None, "role": None, "index": None}
+        for choice in map(as_dict, choices)
+    ]
     return any(any(part.values()) for part in parts)
 
 
-def early(where: str, what: str = "ended its answer early") -> APIError:
+def truncated(upstream_name: str, problem: str = "ended its answer early") -> APIError:
     """An answer that is not whole."""
-    return APIError(502, f"{where} {what}.", code="upstream_error", kind="network")
+    return APIError(502, f"{upstream_name} {problem}.", code="upstream_error", category="network")
 
 
-def tells_error(body: Any) -> bool:
+def is_error(body: Any) -> bool:
     """Is a body that came with status 200 an error, and no answer?"""
     body = as_dict(body[0] if isinstance(body, list) and body else body)
-    return bool(body.get("error") or body.get("errors") or "error" in (body.get("object"), body.get("type"))) and not (
-        body.get("object") == "response" or any(body.get(name) for name in ("choices", "data", "output", "content")))
+    return bool(
+        body.get("error") or body.get("errors") or "error" in (body.get("object"), body.get("type"))
+    ) and not (
+        body.get("object") == "response"
+        or any(body.get(name) for name in ("choices", "data", "output", "content"))
+    )
 
 
 class OpenAIController(Controller):
     """Anything that speaks OpenAI's API: relayed as it is, or translated for clients that speak another."""
 
-    TRANSLATED = ("/v1/messages", "/v1/messages/count_tokens", "/v1/responses")
+    NOT_NATIVE_BY_DEFAULT = ("/v1/messages", "/v1/messages/count_tokens", "/v1/responses")
 
     def __init__(self, options: ControllerSettings, settings: Settings) -> None:
         super().__init__(options, settings)
-        headers = {"User-Agent": settings.user_agent, "Accept-Encoding": "identity", **options.headers}
+        headers = {
+            "User-Agent": settings.user_agent,
+            "Accept-Encoding": "identity",
+            **options.headers,
+        }
         if options.api_key:
             headers["Authorization"] = f"Bearer {options.api_key}"
         self.secrets = [options.api_key, *option_secrets(options)]
-        base = options.base_url if urllib.parse.urlsplit(options.base_url).path else options.base_url + "/v1"
+        base = (
+            options.base_url
+            if urllib.parse.urlsplit(options.base_url).path
+            else options.base_url + "/v1"
+        )
         self.transport = Transport(options, settings, base, self.name, headers)
-        self.list = Cached(self._fetch_models, settings.models_ttl)
+        self.model_cache = StaleOnErrorCache(self._fetch_models, settings.models_ttl)
 
-    def native(self, path: str) -> bool:
+    def speaks(self, path: str) -> bool:
         """Does it speak the format of this path itself?"""
         if self.options.paths:
             return any(fnmatch.fnmatchcase(path, pattern) for pattern in self.options.paths)
-        return path not in self.TRANSLATED
+        return path not in self.NOT_NATIVE_BY_DEFAULT
 
-    def able(self, call: Call) -> Optional[APIError]:
-        if self.native(call.path):
+    def check_support(self, call: Call) -> Optional[APIError]:
+        if self.speaks(call.path):
             return None
-        if call.relay_only or call.pictures:
+        if call.relay_only or call.image_count:
             return APIError(404, f"{self.name} does not offer {call.path}.", code="not_found")
-        return call.unfit
+        return call.translation_error
 
     def events(self, call: Call) -> Iterable[Event]:
-        native = self.native(call.path)
-        path = (call.path + call.query if native else CHAT_PATH)[len("/v1"):]
-        data, content_type = self._request(call, native)
-        response = self.transport.send("POST", path, call.watch, data, {**call.headers, "Content-Type": content_type},
-                                       again=call.again)
-        return Stream(response, lambda response: self._decoder(call, response, native))
+        is_native = self.speaks(call.path)
+        path = (call.path + call.query if is_native else CHAT_PATH)[len("/v1") :]
+        data, content_type = self._request(call, is_native)
+        response = self.transport.start_request(
+            "POST",
+            path,
+            call.scope,
+            data,
+            {**call.headers, "Content-Type": content_type},
+            force_new_connection=call.retry_reason,
+        )
+        return EventStream(response, lambda response: self._decoder(call, response, is_native))
 
     def models(self) -> List[Dict[str, Any]]:
-        return self.list.get()
+        return self.model_cache.get()
 
-    def _request(self, call: Call, native: bool) -> Tuple[bytes, str]:
+    def _request(self, call: Call, is_native: bool) -> Tuple[bytes, str]:
         """The request's bytes, unparsed where nothing changes, and its type."""
-        name, body = self.options.model_map.get(call.model, call.model), call.sent if native else call.body
+        name, body = (
+            self.options.model_map.get(call.model, call.model),
+            call.original_body if is_native else call.body,
+        )
         dropped = [field for field in self.options.drop if body and body.get(field) is not None]
-        if native and (not body or name == call.model and not dropped and call.data.count(b'"model"') < 2):
-            return call.data, call.content_type
+        if is_native and (
+            not body or name == call.model and not dropped and call.raw_body.count(b'"model"') < 2
+        ):
+            return call.raw_body, call.content_type
         body = {field: value for field, value in body.items() if field not in self.options.drop}
-        if not native and call.stream:
+        if not is_native and call.stream:
             body["stream_options"] = {"include_usage": True}
         if "model" in body:
             body["model"] = name
-        call.ignored = dropped
-        return request_json(body, len(call.data)), "application/json"
+        call.ignored_params = dropped
+        return request_json(body, len(call.raw_body)), "application/json"
 
-    def _decoder(self, call: Call, response: Response, native: bool) -> Any:
+    def _decoder(self, call: Call, response: UpstreamResponse, is_native: bool) -> Any:
         """What understands the body of an answer."""
         if not 200 <= response.status < 300:
-            return Collected(lambda data: self._refused(response, data, call.model), refusal=True)
-        kind = response.headers.get("content-type", "")
-        streamed = kind.startswith("text/event-stream")
-        if native and (call.relay_only or streamed == call.stream):
-            return self._relay(call, response, kind, streamed)
-        return Pipeline(ChatDecoder(self.name, self.secrets)) if streamed else Collected(self._completion)
+            return BufferedBody(
+                lambda data: self._status_error(response, data, call.model), is_error_body=True
+            )
+        content_type = response.headers.get("content-type", "")
+        streamed = content_type.startswith("text/event-stream")
+        if is_native and (call.relay_only or streamed == call.stream):
+            return self._relay(call, response, content_type, streamed)
+        return (
+            DecoderChain(ChatDecoder(self.name, self.secrets))
+            if streamed
+            else BufferedBody(self._completion)
+        )
 
-    def _relay(self, call: Call, response: Response, kind: str, streamed: bool) -> Any:
-        call.kind, call.status = redact(kind, self.secrets) or "application/octet-stream", response.status
+    def _relay(
+        self, call: Call, response: UpstreamResponse, content_type: str, streamed: bool
+    ) -> Any:
+        call.relay_content_type, call.relay_status = (
+            redact(content_type, self.secrets) or "application/octet-stream",
+            response.status,
+        )
         if streamed:
-            return RelayDecoder(self.name, True, ENDS.get(call.path), self.secrets)
-        if kind.startswith("text/html"):
+            return PassthroughDecoder(self.name, True, END_PATTERNS.get(call.path), self.secrets)
+        if content_type.startswith("text/html"):
             raise APIError(502, f"{self.name} answered with a web page.", code="upstream_error")
-        if not kind.startswith("application/json") and (response.body.until_close or not response.body.done):
-            return RelayDecoder(self.name, events=False)
-        return Collected(functools.partial(self._document, kind, response.body.until_close))
+        if not content_type.startswith("application/json") and (
+            response.body.until_close or not response.body.done
+        ):
+            return PassthroughDecoder(self.name, is_sse=False)
+        return BufferedBody(
+            functools.partial(self._document, content_type, response.body.until_close)
+        )
 
-    def _document(self, kind: str, until_close: bool, data: bytes) -> List[Event]:
+    def _document(self, content_type: str, until_close: bool, data: bytes) -> List[Event]:
         """A whole body that is relayed; as JSON it must look like that, and not be an error.
 
         Where the end of the connection is the end of the body, only its JSON shows that nothing is missing.
         """
-        text = data.strip() if kind.startswith("application/json") else b""
+        text = data.strip() if content_type.startswith("application/json") else b""
         if until_close and json_or_none(text) is None:
-            raise early(self.name)
+            raise truncated(self.name)
         if text and (text[:1] not in b"{[" or text[-1:] not in b"}]"):
-            raise early(self.name, "sent something that is not JSON")
-        if b'"error"' in text or b'"errors"' in text or b'"choices"' not in text and b'"data"' not in text:
-            told = json_or_none(data)
-            if tells_error(told) or told is None and text[1:].lstrip().startswith(b'"error"'):
-                raise told_error(self.name, 200, data if told is None else told, self.secrets)
+            raise truncated(self.name, "sent something that is not JSON")
+        if (
+            b'"error"' in text
+            or b'"errors"' in text
+            or b'"choices"' not in text
+            and b'"data"' not in text
+        ):
+            body = json_or_none(data)
+            if is_error(body) or body is None and text[1:].lstrip().startswith(b'"error"'):
+                raise error_from_body(self.name, 200, data if body is None else body, self.secrets)
             data = redact_bytes(data, self.secrets)
-        return [Raw(data)]
+        return [RawBytes(data)]
 
     def _completion(self, data: bytes) -> List[Event]:
         """The events of an answer that is not streamed."""
         body = json_or_none(data)
-        told = as_dict(body)
-        if told.get("error") or tells_error(body):
-            raise told_error(self.name, 200, body, self.secrets)
-        choice = as_dict(next(iter(as_list(told.get("choices"))), None))
+        fields = as_dict(body)
+        if fields.get("error") or is_error(body):
+            raise error_from_body(self.name, 200, body, self.secrets)
+        choice = as_dict(next(iter(as_list(fields.get("choices"))), None))
         if not isinstance(choice.get("finish_reason"), str):
-            raise early(self.name, "sent something that is no completion")
-        return [*chat_events(as_dict(choice.get("message")) or {"content": choice.get("text")}),
-                Finish(choice["finish_reason"], chat_usage(told.get("usage")))]
+            raise truncated(self.name, "sent something that is no completion")
+        return [
+            *message_events(as_dict(choice.get("message")) or {"content": choice.get("text")}),
+            Finish(choice["finish_reason"], chat_usage(fields.get("usage"))),
+        ]
 
-    def _refused(self, response: Response, data: bytes, model: str) -> NoReturn:
-        told = json_or_none(data)
-        raise told_error(self.name, response.status, data if told is None else told, self.secrets, response.headers,
-                         (model, self.options.model_map.get(model, model)))
+    def _status_error(self, response: UpstreamResponse, data: bytes, model: str) -> NoReturn:
+        body = json_or_none(data)
+        raise error_from_body(
+            self.name,
+            response.status,
+            data if body is None else body,
+            self.secrets,
+            response.headers,
+            (model, self.options.model_map.get(model, model)),
+        )
 
     def _fetch_models(self) -> List[Dict[str, Any]]:
-        response = self.transport.open("GET", "/models", Watch(), first_byte=self.settings.session_timeout)
-        told = json_or_none(response.read(limit=MAX_LIST_BYTES))
+        response = self.transport.fetch(
+            "GET", "/models", CancelScope(), first_byte=self.settings.session_timeout
+        )
+        body = json_or_none(response.read(limit=MAX_LIST_BYTES))
         if response.status != 200:
-            raise told_error(self.name, response.status, told, self.secrets, response.headers)
-        listed = as_list(told.get("data") if isinstance(told, dict) else told)
-        entries = listed_models(self.name, ((entry.get("id"), entry) for entry in map(as_dict, listed))).values()
+            raise error_from_body(self.name, response.status, body, self.secrets, response.headers)
+        models = as_list(body.get("data") if isinstance(body, dict) else body)
+        entries = bounded_model_list(
+            self.name, ((entry.get("id"), entry) for entry in map(as_dict, models))
+        ).values()
         if not entries:
             raise APIError(503, f"{self.name} lists no models.", code="upstream_error")
-        return [{"object": "model", "owned_by": self.name, **entry, "created": count_or_none(entry.get("created")) or 0}
-                for entry in entries]
+        return [
+            {
+                "object": "model",
+                "owned_by": self.name,
+                **entry,
+                "created": count_or_none(entry.get("created")) or 0,
+            }
+            for entry in entries
+        ]
 
 
 class EchoController(Controller):
     """Answers with what it was asked, at a chosen speed: for trying a client without a network or a bill."""
 
-    WORDS = 10_000      # that come one by one; the last one holds all that is left
+    WORDS = 10_000  # that come one by one; the last one holds all that is left
 
-    def able(self, call: Call) -> Optional[APIError]:
-        if call.relay_only or call.pictures or call.unfit:
-            return call.unfit or APIError(404, f"{self.name} only chats.", code="not_found")
+    def check_support(self, call: Call) -> Optional[APIError]:
+        if call.relay_only or call.image_count or call.translation_error:
+            return call.translation_error or APIError(
+                404, f"{self.name} only chats.", code="not_found"
+            )
         return None
 
     def events(self, call: Call) -> Iterator[Event]:
         content = as_dict(call.body["messages"][-1]).get("content")
         parts = content if isinstance(content, list) else [{"text": content}]
         text = "".join(str(as_dict(part).get("text") or "") for part in parts)
-        ends = [word.end() for word in itertools.islice(re.finditer(r"(?<!\s)\s*\S+", text), self.WORDS)]
+        ends = [
+            word.end() for word in itertools.islice(re.finditer(r"(?<!\s)\s*\S+", text), self.WORDS)
+        ]
         if len(ends) in (0, self.WORDS):
             ends[-1:] = [len(text)]
         for begin, end in zip([0, *ends], ends):
             if self.options.speed:
-                call.pause(1 / self.options.speed)
+                call.sleep(1 / self.options.speed)
             yield Text(text[begin:end])
-        yield Finish("stop", {"prompt_tokens": len(ends), "completion_tokens": len(ends), "total_tokens": 2 * len(ends)})
+        yield Finish(
+            "stop",
+            {
+                "prompt_tokens": len(ends),
+                "completion_tokens": len(ends),
+                "total_tokens": 2 * len(ends),
+            },
+        )
 
     def models(self) -> List[Dict[str, Any]]:
         return [{"id": "echo", "object": "model", "created": 0, "owned_by": self.name}]
 
 
 CONTROLLERS: Dict[str, Callable[[ControllerSettings, Settings], Controller]] = {
-    "openai": OpenAIController, "akash": AkashController, "echo": EchoController}
+    "openai": OpenAIController,
+    "akash": AkashController,
+    "echo": EchoController,
+}
 
 
 # == 8. pool ==================================================================================
@@ -4268,28 +5536,51 @@ CONTROLLERS: Dict[str, Callable[[ControllerSettings, Settings], Controller]] = {
 
 # What follows from an error's kind: may another controller answer, and does this one rest?
 #   kind: (the next one is asked, rests after so many failures in a row)
-FAILURES: Dict[str, Tuple[bool, Optional[int]]] = {
-    "request": (False, None),   # every upstream would say so
-    "ability": (True, None),    # it can't do that at all
-    "model": (True, None),      # it does not know the model
-    "refused": (True, None),    # it does not do this request: its model, its words, its size; others are served on
-    "limit": (True, 1),         # for as long as it said
-    "auth": (True, 1),          # our key is at fault: long
-    "network": (True, 1),       # refused, silent, cut: growing, always ending
-    "again": (True, None),      # it is asked once more itself: a session or a kept connection had ended
-    "server": (True, 3),        # a 5xx: only if it goes on
-    "local": (False, None),     # this machine is out of descriptors, memory or threads
+FAILURE_POLICY: Dict[str, Tuple[bool, Optional[int]]] = {
+    "request": (False, None),  # every upstream would say so
+    "ability": (True, None),  # it can't do that at all
+    "model": (True, None),  # it does not know the model
+    "refused": (
+        True,
+        None,
+    ),  # it does not do this request: its model, its words, its size; others are served on
+    "limit": (True, 1),  # for as long as it said
+    "auth": (True, 1),  # our key is at fault: long
+    "network": (True, 1),  # refused, silent, cut: growing, always ending
+    "again": (True, None),  # it is asked once more itself: a session or a kept connection had ended
+    "server": (True, 3),  # a 5xx: only if it goes on
+    "local": (False, None),  # this machine is out of descriptors, memory or threads
 }
-REST_AUTH, REST_FIRST, REST_MOST = 600.0, 1.0, 60.0    # seconds
-BACK_OFF = ("auth", "network", "server")    # kinds of failure that are answered by a guess, not by a time that the upstream told
-RANKS = ("ability", "model", "auth", "refused", "server", "network", "limit")   # of several errors the last one says most
-KEY_TRUST = 300.0       # seconds for which a success shows that a key is good, whatever one refusal says
-RECHECK = 600.0         # seconds of a cool-down after which one request finds out whether it has ended early
-MAX_MODEL_COOLDOWNS = 256       # of single models at a controller
+AUTH_COOLDOWN, BACKOFF_BASE, BACKOFF_MAX = 600.0, 1.0, 60.0  # seconds
+BACKOFF_CATEGORIES = (
+    "auth",
+    "network",
+    "server",
+)  # kinds of failure that are answered by a guess, not by a time that the upstream told
+CATEGORY_RANK = (
+    "ability",
+    "model",
+    "auth",
+    "refused",
+    "server",
+    "network",
+    "limit",
+)  # of several errors the last one says most
+KEY_TRUST = 300.0  # seconds for which a success shows that a key is good, whatever one refusal says
+RECHECK = (
+    600.0  # seconds of a cool-down after which one request finds out whether it has ended early
+)
+MAX_MODEL_COOLDOWNS = 256  # of single models at a controller
 
 # What /status says of a failure, by its code or its kind: never an upstream's words, which may quote another client's.
-REASONS = {"timeout": "no answer in time", "limit": "rate limit", "auth": "the upstream refuses the key",
-           "network": "connection failed or broke off", "server": "server error", "image_failed": "the image failed"}
+REASONS = {
+    "timeout": "no answer in time",
+    "limit": "rate limit",
+    "auth": "the upstream refuses the key",
+    "network": "connection failed or broke off",
+    "server": "server error",
+    "image_failed": "the image failed",
+}
 
 
 class CoolDown:
@@ -4300,55 +5591,75 @@ class CoolDown:
         self.failures, self.failed_at = 0, -math.inf
         self.recheck_at = math.inf
 
-    def fail(self, now: float, started: float, after: int, seconds: Optional[float]) -> None:
+    def record_failure(
+        self, now: float, started: float, after: int, seconds: Optional[float]
+    ) -> None:
         """Count a failure. Concurrent ones count once; a cool-down is only ever extended, and its back-off doubles."""
         if started >= self.failed_at:
             self.failed_at = now
             self.failures += 1
         if self.failures >= after:
-            back_off = min(REST_FIRST * 2 ** min(self.failures - after, 16), REST_MOST)
+            back_off = min(BACKOFF_BASE * 2 ** min(self.failures - after, 16), BACKOFF_MAX)
             self.until = max(self.until, now + (seconds or back_off))
             self.recheck_at = now + RECHECK
 
 
-class Member:
+class Upstream:
     """A controller's place in the pool, and how it fares. Its numbers change under the pool's lock only."""
 
-    def __init__(self, controller: Controller, before: Optional["Member"] = None) -> None:
+    def __init__(self, controller: Controller, previous: Optional["Upstream"] = None) -> None:
         self.controller, self.options, self.name = controller, controller.options, controller.name
-        self.credit = 0.0           # of smooth weighted round robin
-        self.in_flight = self.served = self.failed = self.rests = 0
-        self.cooldowns: Dict[Tuple[str, Optional[str]], CoolDown] = {}  # by (kind, model); None: the whole controller
+        self.current_weight = 0.0  # of smooth weighted round robin
+        self.in_flight = self.served = self.failed = self.cooldown_count = 0
+        self.cooldowns: Dict[
+            Tuple[str, Optional[str]], CoolDown
+        ] = {}  # by (kind, model); None: the whole controller
         self.served_at = -math.inf  # the last success
-        self.last_error, self.last_error_at = "", 0.0       # the latter by time.time()
-        self.reported: set = set()  # (type, file, line) of the exceptions whose traceback is in the log
-        self.listed: Optional[frozenset] = None     # what its model list had, once it was read
-        self.way = self._way()
-        kept = ["served", "failed", "rests", "listed"] if before and before.way[:3] == self.way[:3] else []
-        if before and before.way == self.way:
-            kept += ["cooldowns", "served_at", "last_error", "last_error_at"]
-        for name in kept:
-            setattr(self, name, getattr(before, name))
+        self.last_error, self.last_error_at = "", 0.0  # the latter by time.time()
+        self.logged_exceptions: set = (
+            set()
+        )  # (type, file, line) of the exceptions whose traceback is in the log
+        self.known_models: Optional[frozenset] = None  # what its model list had, once it was read
+        self.identity = self._identity()
+        inherited = (
+            ["served", "failed", "cooldown_count", "known_models"]
+            if previous and previous.identity[:3] == self.identity[:3]
+            else []
+        )
+        if previous and previous.identity == self.identity:
+            inherited += ["cooldowns", "served_at", "last_error", "last_error_at"]
+        for name in inherited:
+            setattr(self, name, getattr(previous, name))
 
-    def _way(self) -> Tuple[Any, ...]:
+    def _identity(self) -> Tuple[Any, ...]:
         """How it reaches its upstream, and as whom. Cool-downs say nothing of another way."""
         options, settings = self.options, self.controller.settings
         cookie = settings.akash_cookie if options.type == "akash" else ""
-        return (options.type, options.base_url, options.api_key, options.proxy, tuple(sorted(options.headers.items())), cookie,
-                settings.user_agent, settings.ca_file)
+        return (
+            options.type,
+            options.base_url,
+            options.api_key,
+            options.proxy,
+            tuple(sorted(options.headers.items())),
+            cookie,
+            settings.user_agent,
+            settings.ca_file,
+        )
 
     def serves(self, model: str) -> Optional[bool]:
         """Is a model one of its own? None: not that we know, but it may be tried."""
         if model in self.options.model_map or not model:
             return True
         if self.options.models:
-            return allowed(self.options.models, model)
-        return True if self.listed is None or model in self.listed else None
+            return model_allowed(self.options.models, model)
+        return True if self.known_models is None or model in self.known_models else None
 
-    def free(self) -> bool:
+    def has_capacity(self) -> bool:
         return not self.options.max_concurrency or self.in_flight < self.options.max_concurrency
 
-    def fare(self, error: Optional[APIError], now: float, started: float, model: str = "") -> None:
+    def record_result(
+        self, error: Optional[APIError], now: float, started: float, model: str = ""
+    ) -> None:
         """Record the result of an attempt, which began at ``started``.
 
         A success ends the cool-downs that were there when its attempt began. A refused key is cooled
@@ -4360,28 +5671,35 @@ class Member:
             self.served_at = now
             self._recover(model, started)
             return
-        kind = "limit" if error.kind == "server" and error.retry_after else error.kind
-        after = FAILURES.get(kind, FAILURES["server"])[1]
+        category = "limit" if error.category == "server" and error.retry_after else error.category
+        after = FAILURE_POLICY.get(category, FAILURE_POLICY["server"])[1]
         if after is None:
             return
         self.failed += 1
         self.last_error_at = time.time()
-        self.last_error = f"{error.status} {REASONS.get(error.code or '') or REASONS.get(kind, kind)}"
-        if kind == "auth" and now - self.served_at < KEY_TRUST:
+        self.last_error = (
+            f"{error.status} {REASONS.get(error.code or '') or REASONS.get(category, category)}"
+        )
+        if category == "auth" and now - self.served_at < KEY_TRUST:
             after = 2
-        rested = self.rests_until > now
-        seconds = {"auth": REST_AUTH, "limit": error.retry_after}.get(kind)
-        self._cooldown(kind, model if error.scope == "model" else None).fail(now, started, after, seconds)
-        self.rests += not rested and self.rests_until > now
+        was_cooling_down = self.cooldown_until > now
+        seconds = {"auth": AUTH_COOLDOWN, "limit": error.retry_after}.get(category)
+        self._cooldown(category, model if error.cooldown_scope == "model" else None).record_failure(
+            now, started, after, seconds
+        )
+        self.cooldown_count += not was_cooling_down and self.cooldown_until > now
 
     def _recover(self, model: str, started: float) -> None:
-        for kind, scope in list(self.cooldowns):
-            if scope in (None, self._model(model)) and self.cooldowns[kind, scope].failed_at <= started:
-                del self.cooldowns[kind, scope]
+        for category, scope in list(self.cooldowns):
+            if (
+                scope in (None, self._model(model))
+                and self.cooldowns[category, scope].failed_at <= started
+            ):
+                del self.cooldowns[category, scope]
 
-    def _cooldown(self, kind: str, model: Optional[str]) -> CoolDown:
+    def _cooldown(self, category: str, model: Optional[str]) -> CoolDown:
         """The one of a kind and of a model, or of all (None). The number of models is bounded: clients name them."""
-        key = kind, None if model is None else self._model(model)
+        key = category, None if model is None else self._model(model)
         if key not in self.cooldowns:
             of_models = [key for key in self.cooldowns if key[1] is not None]
             if key[1] is not None and len(of_models) >= MAX_MODEL_COOLDOWNS:
@@ -4394,81 +5712,131 @@ class Member:
         return self.options.model_map.get(model, model)[:MAX_NAME]
 
     @property
-    def rests_until(self) -> float:
+    def cooldown_until(self) -> float:
         """When the cool-downs of the whole controller are over."""
-        return max((cooldown.until for (_, model), cooldown in self.cooldowns.items() if model is None), default=0.0)
+        return max(
+            (cooldown.until for (_, model), cooldown in self.cooldowns.items() if model is None),
+            default=0.0,
+        )
 
     def available_at(self, model: str, ignored: Tuple[str, ...] = ()) -> float:
         """When it can be used for a model, as far as cool-downs go; those of some kinds may be ignored."""
         if not self.cooldowns:
             return 0.0
         scopes = (None, self._model(model))
-        return max((cooldown.until for (kind, scope), cooldown in self.cooldowns.items()
-                    if scope in scopes and kind not in ignored), default=0.0)
+        return max(
+            (
+                cooldown.until
+                for (category, scope), cooldown in self.cooldowns.items()
+                if scope in scopes and category not in ignored
+            ),
+            default=0.0,
+        )
 
     def recheck(self, model: str, ignored: Tuple[str, ...], now: float) -> bool:
         """Whether to find out if a long cool-down has ended early; True once in RECHECK seconds.
 
         A limit could be that of one request only, or an account was topped up.
         """
-        pending = [cooldown for (kind, scope), cooldown in self.cooldowns.items()
-                   if scope in (None, self._model(model)) and kind not in ignored and cooldown.until > now]
+        pending = [
+            cooldown
+            for (category, scope), cooldown in self.cooldowns.items()
+            if scope in (None, self._model(model))
+            and category not in ignored
+            and cooldown.until > now
+        ]
         if not pending or any(cooldown.recheck_at > now for cooldown in pending):
             return False
         for cooldown in pending:
             cooldown.recheck_at = now + RECHECK
         return True
 
-    def report(self, error: APIError) -> None:
+    def log_exception(self, error: APIError) -> None:
         """Log the exception behind an error; its traceback only for the first one of a place in the code."""
         if error.bug is None:
             return
         trace: Any = error.bug.__traceback__
         while trace.tb_next:
             trace = trace.tb_next
-        place = type(error.bug), trace.tb_frame.f_code.co_filename, trace.tb_lineno
-        log.error("%s: unexpected error: %s: %s", self.name, type(error.bug).__name__, str(error.bug)[:200],
-                  exc_info=None if place in self.reported else error.bug)
-        self.reported.add(place)
+        location = type(error.bug), trace.tb_frame.f_code.co_filename, trace.tb_lineno
+        log.error(
+            "%s: unexpected error: %s: %s",
+            self.name,
+            type(error.bug).__name__,
+            str(error.bug)[:200],
+            exc_info=None if location in self.logged_exceptions else error.bug,
+        )
+        self.logged_exceptions.add(location)
 
-    def offered(self) -> Tuple[List[Dict[str, Any]], Optional[frozenset], Optional[APIError]]:
+    def list_models(self) -> Tuple[List[Dict[str, Any]], Optional[frozenset], Optional[APIError]]:
         """The models it adds to the list, the names that its own list has, and the error if it tells none."""
-        found, names, error = {}, self.listed, None
+        found, names, error = {}, self.known_models, None
         try:
             with controller_errors(self.name):
-                listed = self.controller.models()
-                names = frozenset(model["id"] for model in listed)
+                models = self.controller.models()
+                names = frozenset(model["id"] for model in models)
                 patterns = self.options.models or ["*"]
-                found = {model["id"]: model for model in listed
-                         if any(fnmatch.fnmatchcase(model["id"], pattern) for pattern in patterns)}
+                found = {
+                    model["id"]: model
+                    for model in models
+                    if any(fnmatch.fnmatchcase(model["id"], pattern) for pattern in patterns)
+                }
         except APIError as failure:
             error = failure
-            self.report(failure)
+            self.log_exception(failure)
         named = [name for name in self.options.models if not re.search(r"[*?\[]", name)]
         for name in [*self.options.model_map, *named]:
-            found.setdefault(name, {"id": name, "object": "model", "created": 0, "owned_by": self.name})
+            found.setdefault(
+                name, {"id": name, "object": "model", "created": 0, "owned_by": self.name}
+            )
         return list(found.values()), names, error
 
 
-def allowed(patterns: Tuple[str, ...], model: str) -> bool:
+def model_allowed(patterns: Tuple[str, ...], model: str) -> bool:
     """May a model be used where only those of some patterns may? One that is not named could be any."""
-    return not patterns or model != "" and any(fnmatch.fnmatchcase(model, pattern) for pattern in patterns)
+    return (
+        not patterns
+        or model != ""
+        and any(fnmatch.fnmatchcase(model, pattern) for pattern in patterns)
+    )
 
 
 class Waiter:
     """A call in the queue: the controllers that it can use, and until when it waits. The pool's lock guards it."""
 
-    __slots__ = ("queue", "call", "able", "ignored", "deadline", "number", "line", "member")
+    __slots__ = ("queue", "call", "candidates", "ignored", "deadline", "number", "line", "upstream")
 
-    def __init__(self, queue: "CallQueue", call: Call, able: List[Member], ignored: Tuple[str, ...], deadline: float) -> None:
-        self.queue, self.call, self.able, self.ignored, self.deadline = queue, call, able, ignored, deadline
+    def __init__(
+        self,
+        queue: "CallQueue",
+        call: Call,
+        candidates: List[Upstream],
+        ignored: Tuple[str, ...],
+        deadline: float,
+    ) -> None:
+        self.queue, self.call, self.candidates, self.ignored, self.deadline = (
+            queue,
+            call,
+            candidates,
+            ignored,
+            deadline,
+        )
         self.number = next(queue.numbers)
-        self.member: Optional[Member] = None    # the controller that it has been given
-        by_model = any(model is not None for member in able for _, model in member.cooldowns)
-        self.line = (call.model if by_model else None, ignored, *map(id, able))  # of those that can go on when it can
+        self.upstream: Optional[Upstream] = None  # the controller that it has been given
+        by_model = any(
+            model is not None for upstream in candidates for _, model in upstream.cooldowns
+        )
+        self.line = (
+            call.model if by_model else None,
+            ignored,
+            *map(id, candidates),
+        )  # of those that can go on when it can
 
     def available_at(self, now: float) -> float:
-        return min(max(member.available_at(self.call.model, self.ignored), now) for member in self.able)
+        return min(
+            max(upstream.available_at(self.call.model, self.ignored), now)
+            for upstream in self.candidates
+        )
 
     def set(self) -> None:
         """The call was cancelled (this is its ``bell``)."""
@@ -4501,12 +5869,12 @@ class CallQueue:
             del self.lines[waiter.line]
         return True
 
-    def wake(self, waiter: Waiter, member: Optional[Member] = None) -> None:
+    def wake(self, waiter: Waiter, upstream: Optional[Upstream] = None) -> None:
         """Let a call go on, with a controller if there is one for it; only once."""
         if self.remove(waiter):
-            waiter.member = member
-            if member is not None:
-                member.in_flight += 1
+            waiter.upstream = upstream
+            if upstream is not None:
+                upstream.in_flight += 1
             waiter.call.wake()
 
     def in_order(self) -> List[OrderedDict]:
@@ -4517,94 +5885,129 @@ class CallQueue:
 class Pool:
     """The controllers, and for each request the choice of one, then of the next."""
 
-    def __init__(self, settings: Settings, before: Optional["Pool"] = None, clock: Callable[[], float] = time.monotonic,
-                 rng: Callable[[], float] = random.random) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        previous: Optional["Pool"] = None,
+        clock: Callable[[], float] = time.monotonic,
+        rng: Callable[[], float] = random.random,
+    ) -> None:
         self.settings, self.clock, self.rng = settings, clock, rng
-        self.lock = before.lock if before else threading.Lock()
-        self.queue = before.queue if before else CallQueue(self.lock)
-        known = {member.name: member for member in before.members} if before else {}
-        alike = before is not None and dataclasses.replace(
-            settings, controllers=before.settings.controllers, keys=before.settings.keys) == before.settings
-        self.members = []
+        self.lock = previous.lock if previous else threading.Lock()
+        self.queue = previous.queue if previous else CallQueue(self.lock)
+        known = {upstream.name: upstream for upstream in previous.upstreams} if previous else {}
+        alike = (
+            previous is not None
+            and dataclasses.replace(
+                settings, controllers=previous.settings.controllers, keys=previous.settings.keys
+            )
+            == previous.settings
+        )
+        self.upstreams = []
         for options in settings.pool():
-            member = known.get(options.name)
-            if member is None or not alike or member.options != options:
-                member = Member(CONTROLLERS[options.type](options, settings), member)
-            self.members.append(member)
-        self.choose = {"balanced": self.balanced, "random": self.at_random, "least_busy": self.least_busy}[settings.pool_type]
-        self.lists_due = self.names_due = -math.inf
-        self.names: frozenset = frozenset()     # of the union of all lists, until names_due
-        self.known = functools.lru_cache(maxsize=256)(self.who_has)     # by the name of a model, until a list changes
+            upstream = known.get(options.name)
+            if upstream is None or not alike or upstream.options != options:
+                upstream = Upstream(CONTROLLERS[options.type](options, settings), upstream)
+            self.upstreams.append(upstream)
+        self.choose = {
+            "balanced": self.weighted_round_robin,
+            "random": self.weighted_random,
+            "least_busy": self.least_connections,
+        }[settings.pool_type]
+        self.refresh_at = self.model_names_refresh_at = -math.inf
+        self.model_names: frozenset = (
+            frozenset()
+        )  # of the union of all lists, until model_names_refresh_at
+        self._cached_candidates = functools.lru_cache(maxsize=256)(
+            self._candidates
+        )  # by the name of a model, until a list changes
 
     # -- who is asked
 
-    def rename(self, call: Call) -> None:
+    def apply_alias(self, call: Call) -> None:
         """Put the name that is meant in place of another one."""
-        name = self.named(call.model)
+        name = self.resolve_alias(call.model)
         if name != call.model:
             call.model, call.body = name, {**call.body, "model": name}
-            call.sent = call.sent and {**call.sent, "model": name}
-            call.data = request_json(call.sent, len(call.data))
+            call.original_body = call.original_body and {**call.original_body, "model": name}
+            call.raw_body = request_json(call.original_body, len(call.raw_body))
 
-    def named(self, model: str) -> str:
+    def resolve_alias(self, model: str) -> str:
         """The model that a name means: by an alias, or with "--" for "/" if there is such a model only."""
         for pattern, meant in self.settings.model_aliases.items():
             if model and fnmatch.fnmatchcase(model, pattern):
                 return meant
         if "--" in model:
-            if self.clock() >= self.names_due:
-                with contextlib.suppress(APIError):     # without a list it is taken as it is
+            if self.clock() >= self.model_names_refresh_at:
+                with contextlib.suppress(APIError):  # without a list it is taken as it is
                     self.models()
             meant = model.replace("--", "/")
-            return meant if meant in self.names and model not in self.names else model
+            return meant if meant in self.model_names and model not in self.model_names else model
         return model
 
-    def take(self, call: Call, tried: List[Member], errors: List[APIError], unable: int = 0) -> Member:
+    def acquire(
+        self, call: Call, tried: List[Upstream], errors: List[APIError], unsupported: int = 0
+    ) -> Upstream:
         """The controller to ask next. APIError if there is none; Queued if the call has to wait for one.
 
         The first so many of those that are not asked any more can't do it at all.
         """
-        self.read_lists()
+        self.refresh_models_async()
         with self.lock:
-            waiter = self._come_back(call)
-            if waiter is not None and waiter.member is not None:
-                return waiter.member
-            known = self.able(call.model)
-            if unable:
-                known = [member for member in known if member not in tried[:unable]]
-            able = [member for member in known if member not in tried] if tried else known
+            waiter = self._resume(call)
+            if waiter is not None and waiter.upstream is not None:
+                return waiter.upstream
+            known = self.candidates(call.model)
+            if unsupported:
+                known = [upstream for upstream in known if upstream not in tried[:unsupported]]
+            candidates = (
+                [upstream for upstream in known if upstream not in tried] if tried else known
+            )
             # An only candidate skips back-off and obeys rate limits only, as in nginx.
-            ignored = BACK_OFF if len(known) == 1 else ()
-            if not able:
-                raise self.summed_up(call, known, errors, ignored)
+            ignored = BACKOFF_CATEGORIES if len(known) == 1 else ()
+            if not candidates:
+                raise self.best_error(call, known, errors, ignored)
             now = self.clock()
-            if self.queue.lines and any(member.free() for member in able):      # those who wait go first
-                self._serve(now)
-            member = self._pick(able, call.model, ignored, now)
-            if member is None:
+            if self.queue.lines and any(
+                upstream.has_capacity() for upstream in candidates
+            ):  # those who wait go first
+                self._wake_ready(now)
+            upstream = self._pick(candidates, call.model, ignored, now)
+            if upstream is None:
                 deadline = now + self.settings.max_wait if waiter is None else waiter.deadline
-                member = self._wait(Waiter(self.queue, call, able, ignored, deadline), known, errors, now)
-            member.in_flight += 1
-            return member
+                upstream = self._wait(
+                    Waiter(self.queue, call, candidates, ignored, deadline), known, errors, now
+                )
+            upstream.in_flight += 1
+            return upstream
 
-    def _come_back(self, call: Call) -> Optional[Waiter]:
+    def _resume(self, call: Call) -> Optional[Waiter]:
         """What became of a call that has waited, if it has; raises why it was cancelled, if it was."""
         waiter = call.waiter
         if waiter is not None:
-            if call.why:
-                raise call.why      # close() gives back what the call was given
-            call.waiter = call.bell = None
+            if call.cancel_reason:
+                raise call.cancel_reason  # close() gives back what the call was given
+            call.waiter = call.wakeup = None
         return waiter
 
-    def _pick(self, able: List[Member], model: str, ignored: Tuple[str, ...], now: float) -> Optional[Member]:
+    def _pick(
+        self, candidates: List[Upstream], model: str, ignored: Tuple[str, ...], now: float
+    ) -> Optional[Upstream]:
         """The one to use now: available and with room, or with a cool-down so long that it is time to check it."""
-        free = [member for member in able if member.free()]
-        ready = [member for member in free if member.available_at(model, ignored) <= now]
+        with_capacity = [upstream for upstream in candidates if upstream.has_capacity()]
+        ready = [
+            upstream for upstream in with_capacity if upstream.available_at(model, ignored) <= now
+        ]
         if not ready:
-            return next((member for member in free if member.recheck(model, ignored, now)), None)
-        return self.choose(self.first_tier(ready)) if len(ready) > 1 else ready[0]
+            return next(
+                (upstream for upstream in with_capacity if upstream.recheck(model, ignored, now)),
+                None,
+            )
+        return self.choose(self.top_priority(ready)) if len(ready) > 1 else ready[0]
 
-    def _wait(self, waiter: Waiter, known: List[Member], errors: List[APIError], now: float) -> Member:
+    def _wait(
+        self, waiter: Waiter, known: List[Upstream], errors: List[APIError], now: float
+    ) -> Upstream:
         """Put a call into the queue, or raise why that is useless.
 
         Before a call fails because all cool down, those whose key was refused are tried: either they
@@ -4613,18 +6016,26 @@ class Pool:
         call = waiter.call
         available_at = waiter.available_at(now)
         if available_at > waiter.deadline or now >= waiter.deadline:
-            member = self._pick(waiter.able, call.model, (*waiter.ignored, "auth"), now)
-            if member is not None:
-                return member
-            soonest = min(max(member.available_at(call.model, waiter.ignored), now) for member in known)
-            raise self.busy(waiter.able, call.model, errors, max(soonest - now, 1.0))
-        call.waiter = call.bell = waiter
+            upstream = self._pick(waiter.candidates, call.model, (*waiter.ignored, "auth"), now)
+            if upstream is not None:
+                return upstream
+            earliest = min(
+                max(upstream.available_at(call.model, waiter.ignored), now) for upstream in known
+            )
+            raise self.unavailable_error(
+                waiter.candidates, call.model, errors, max(earliest - now, 1.0)
+            )
+        call.waiter = call.wakeup = waiter
         self.queue.add(waiter)
-        if call.why and self.queue.remove(waiter):      # cancelled before it had a bell: no other thread wakes it
-            raise call.why
+        if call.cancel_reason and self.queue.remove(
+            waiter
+        ):  # cancelled before it had a bell: no other thread wakes it
+            raise call.cancel_reason
         raise Queued
 
-    def _serve(self, now: float, released: Optional[Member] = None, most: float = math.inf) -> float:
+    def _wake_ready(
+        self, now: float, released: Optional[Upstream] = None, most: float = math.inf
+    ) -> float:
         """Wake the calls that can go on, in their order, and only those; how many more might be woken.
 
         ``released``: only this controller may have become free, and no time has passed.
@@ -4632,298 +6043,377 @@ class Pool:
         for line in self.queue.in_order():
             while line and most:
                 waiter = next(iter(line))
-                able = waiter.able if released is None else [released] if released in waiter.able else []
-                member = self._pick(able, waiter.call.model, waiter.ignored, now)
-                if member is None and (released or now < waiter.deadline >= waiter.available_at(now)):
+                candidates = (
+                    waiter.candidates
+                    if released is None
+                    else [released]
+                    if released in waiter.candidates
+                    else []
+                )
+                upstream = self._pick(candidates, waiter.call.model, waiter.ignored, now)
+                if upstream is None and (
+                    released or now < waiter.deadline >= waiter.available_at(now)
+                ):
                     break
-                self.queue.wake(waiter, member)
+                self.queue.wake(waiter, upstream)
                 most -= 1
-            if released is not None and not released.free():
+            if released is not None and not released.has_capacity():
                 break
         return most
 
     def wake_waiters(self, most: int) -> bool:
         """Wake so many of the calls that can go on, or have waited long enough; True if there may be more."""
         with self.lock:
-            return bool(self.queue.lines) and not self._serve(self.clock(), most=most)
+            return bool(self.queue.lines) and not self._wake_ready(self.clock(), most=most)
 
     def leave_queue(self, call: Call) -> None:
         """The call is over, whether it still waits or has been given a controller meanwhile."""
         with self.lock:
-            waiter, call.waiter, call.bell = call.waiter, None, None
-            if waiter is not None and not self.queue.remove(waiter) and waiter.member is not None:
-                waiter.member.in_flight -= 1
-                self._serve(self.clock(), waiter.member)
+            waiter, call.waiter, call.wakeup = call.waiter, None, None
+            if waiter is not None and not self.queue.remove(waiter) and waiter.upstream is not None:
+                waiter.upstream.in_flight -= 1
+                self._wake_ready(self.clock(), waiter.upstream)
 
-    def able(self, model: str) -> List[Member]:
+    def candidates(self, model: str) -> List[Upstream]:
         """Who may be asked for a model; names that are longer than any are not remembered."""
-        return self.known(model) if len(model) <= 256 else self.who_has(model)
+        return self._cached_candidates(model) if len(model) <= 256 else self._candidates(model)
 
-    def who_has(self, model: str) -> List[Member]:
+    def _candidates(self, model: str) -> List[Upstream]:
         """Who may be asked for a model: who is known to have it, else who may be tried."""
-        on = [member for member in self.members if member.options.weight > 0]
-        sure = [member for member in on if member.serves(model)]
-        return sure or [member for member in on if member.serves(model) is None]
+        on = [upstream for upstream in self.upstreams if upstream.options.weight > 0]
+        sure = [upstream for upstream in on if upstream.serves(model)]
+        return sure or [upstream for upstream in on if upstream.serves(model) is None]
 
-    def inability(self, member: Member, call: Call) -> Optional[APIError]:
+    def inability(self, upstream: Upstream, call: Call) -> Optional[APIError]:
         """Why a controller can't answer a request; None if it can."""
         try:
-            with controller_errors(member.name):
-                error = member.controller.able(call)
+            with controller_errors(upstream.name):
+                error = upstream.controller.check_support(call)
                 if error:
-                    error.kind = "ability"      # what can't be done here, another controller may do
+                    error.category = "ability"  # what can't be done here, another controller may do
                 return error
         except APIError as failure:
-            member.report(failure)
+            upstream.log_exception(failure)
             with self.lock:
-                member.fare(failure, self.clock(), self.clock())
+                upstream.record_result(failure, self.clock(), self.clock())
             return failure
 
-    def release(self, member: Member, error: Optional[APIError], begun: bool, started: float, model: str = "") -> None:
+    def release(
+        self,
+        upstream: Upstream,
+        error: Optional[APIError],
+        committed: bool,
+        started: float,
+        model: str = "",
+    ) -> None:
         with self.lock:
             now = self.clock()
-            member.in_flight -= 1
-            if error is not None or begun:
-                member.fare(error, now, started, model)
+            upstream.in_flight -= 1
+            if error is not None or committed:
+                upstream.record_result(error, now, started, model)
             if self.queue.lines:
-                self._serve(now, member)
+                self._wake_ready(now, upstream)
 
-    def summed_up(self, call: Call, known: List[Member], errors: List[APIError], ignored: Tuple[str, ...]) -> APIError:
+    def best_error(
+        self, call: Call, known: List[Upstream], errors: List[APIError], ignored: Tuple[str, ...]
+    ) -> APIError:
         """The error when nobody is left: the one that tells most."""
         if not errors:
-            return no_model(call.model)
-        error = max(errors, key=lambda error: RANKS.index(error.kind) if error.kind in RANKS else RANKS.index("server"))
-        if error.kind == "limit":
+            return model_not_found(call.model)
+        error = max(
+            errors,
+            key=lambda error: (
+                CATEGORY_RANK.index(error.category)
+                if error.category in CATEGORY_RANK
+                else CATEGORY_RANK.index("server")
+            ),
+        )
+        if error.category == "limit":
             now = self.clock()
-            waits = [member.available_at(call.model, ignored) - now for member in known]
-            error.retry_after = max(1.0, min((seconds for seconds in waits if seconds > 0), default=1.0))
+            delays = [upstream.available_at(call.model, ignored) - now for upstream in known]
+            error.retry_after = max(
+                1.0, min((seconds for seconds in delays if seconds > 0), default=1.0)
+            )
         return error
 
-    def busy(self, able: List[Member], model: str, errors: List[APIError], seconds: float) -> APIError:
+    def unavailable_error(
+        self, candidates: List[Upstream], model: str, errors: List[APIError], seconds: float
+    ) -> APIError:
         """The error when all are cooling down or full, and none will be back soon."""
-        limit = any(error.kind == "limit" for error in errors) or all(
-            member.available_at(model, BACK_OFF) > self.clock() for member in able if member.available_at(model) > self.clock())
-        return APIError(429 if limit else 503, "All controllers for this model are cooling down or busy.",
-                        code="rate_limit_exceeded" if limit else "upstream_error", retry_after=seconds)
+        limit = any(error.category == "limit" for error in errors) or all(
+            upstream.available_at(model, BACKOFF_CATEGORIES) > self.clock()
+            for upstream in candidates
+            if upstream.available_at(model) > self.clock()
+        )
+        return APIError(
+            429 if limit else 503,
+            "All controllers for this model are cooling down or busy.",
+            code="rate_limit_exceeded" if limit else "upstream_error",
+            retry_after=seconds,
+        )
 
     # -- the choice among those of one tier; called under the lock
 
     @staticmethod
-    def first_tier(ready: List[Member]) -> List[Member]:
-        first = min(member.options.priority for member in ready)
-        return [member for member in ready if member.options.priority == first]
+    def top_priority(ready: List[Upstream]) -> List[Upstream]:
+        first = min(upstream.options.priority for upstream in ready)
+        return [upstream for upstream in ready if upstream.options.priority == first]
 
-    def balanced(self, ready: List[Member]) -> Member:
+    def weighted_round_robin(self, ready: List[Upstream]) -> Upstream:
         """Smooth weighted round robin: 5:1:1 gives a a b a c a a."""
-        for member in ready:
-            member.credit += member.options.weight
-        best = max(ready, key=lambda member: member.credit)
-        best.credit -= sum(member.options.weight for member in ready)
+        for upstream in ready:
+            upstream.current_weight += upstream.options.weight
+        best = max(ready, key=lambda upstream: upstream.current_weight)
+        best.current_weight -= sum(upstream.options.weight for upstream in ready)
         return best
 
-    def at_random(self, ready: List[Member]) -> Member:
+    def weighted_random(self, ready: List[Upstream]) -> Upstream:
         """By weight, without memory."""
-        point = self.rng() * sum(member.options.weight for member in ready)
-        for member in ready:
-            point -= member.options.weight
+        point = self.rng() * sum(upstream.options.weight for upstream in ready)
+        for upstream in ready:
+            point -= upstream.options.weight
             if point < 0:
-                return member
+                return upstream
         return ready[-1]
 
-    def least_busy(self, ready: List[Member]) -> Member:
+    def least_connections(self, ready: List[Upstream]) -> Upstream:
         """Who has the fewest requests in flight for its weight; in turns among equals."""
-        least = min(member.in_flight / member.options.weight for member in ready)
-        return self.balanced([member for member in ready if member.in_flight / member.options.weight == least])
+        least = min(upstream.in_flight / upstream.options.weight for upstream in ready)
+        return self.weighted_round_robin(
+            [
+                upstream
+                for upstream in ready
+                if upstream.in_flight / upstream.options.weight == least
+            ]
+        )
 
     # -- what all of them offer
 
-    def read_lists(self) -> None:
+    def refresh_models_async(self) -> None:
         """Learn the model lists in the background, now and then, if there is a choice that they could guide."""
-        if len(self.members) > 1 and self.clock() >= self.lists_due:
-            self.lists_due = math.inf
-            if not start_thread(self.learn, "akashproxy models"):
-                self.lists_due = self.clock() + Cached.RETRY
+        if len(self.upstreams) > 1 and self.clock() >= self.refresh_at:
+            self.refresh_at = math.inf
+            if not start_thread(self._refresh_models, "akashproxy models"):
+                self.refresh_at = self.clock() + StaleOnErrorCache.RETRY
 
-    def learn(self) -> None:
+    def _refresh_models(self) -> None:
         try:
             self.models()
         except APIError as error:
             log.info("the models: %s", error.message)
         finally:
-            soon = any(member.listed is None for member in self.members)
-            self.lists_due = self.clock() + (Cached.RETRY if soon else self.settings.models_ttl)
+            incomplete = any(upstream.known_models is None for upstream in self.upstreams)
+            self.refresh_at = self.clock() + (
+                StaleOnErrorCache.RETRY if incomplete else self.settings.models_ttl
+            )
 
     def models(self) -> List[Dict[str, Any]]:
         """The union of all model lists, each model once; 503 if there is none at all."""
-        members = [member for member in self.members if member.options.weight > 0]
+        upstreams = [upstream for upstream in self.upstreams if upstream.options.weight > 0]
         found: Dict[str, Any] = {}
 
-        def read(member: Member) -> None:
-            found[member.name] = [], member.listed, None
-            found[member.name] = member.offered()
+        def read(upstream: Upstream) -> None:
+            found[upstream.name] = [], upstream.known_models, None
+            found[upstream.name] = upstream.list_models()
 
-        threads = [threading.Thread(target=read, args=(member,), daemon=True) for member in members]
+        threads = [
+            threading.Thread(target=read, args=(upstream,), daemon=True) for upstream in upstreams
+        ]
         for thread in threads:
             try:
                 thread.start()
-            except RuntimeError:    # no room for one more
+            except RuntimeError:  # no room for one more
                 thread.run()
         for thread in threads:
             if thread.ident:
                 thread.join()
         union: Dict[str, Dict[str, Any]] = {}
         with self.lock:  # all at once, so that meanwhile nobody gets more than its share
-            for member in members:
-                models, member.listed, _ = found[member.name]
+            for upstream in upstreams:
+                models, upstream.known_models, _ = found[upstream.name]
                 for model in models:
                     union.setdefault(model["id"], model)
-            self.known.cache_clear()
-        self.names = frozenset(union)
-        self.names_due = self.clock() + min(Cached.RETRY, self.settings.models_ttl)
+            self._cached_candidates.cache_clear()
+        self.model_names = frozenset(union)
+        self.model_names_refresh_at = self.clock() + min(
+            StaleOnErrorCache.RETRY, self.settings.models_ttl
+        )
         if not union:
             errors = [error for _, _, error in found.values() if error]
-            raise errors[0] if len(errors) == 1 else APIError(
-                503, "No controller tells its models now.", code="upstream_error", retry_after=Cached.RETRY)
+            raise (
+                errors[0]
+                if len(errors) == 1
+                else APIError(
+                    503,
+                    "No controller tells its models now.",
+                    code="upstream_error",
+                    retry_after=StaleOnErrorCache.RETRY,
+                )
+            )
         return list(union.values())
 
-    def image(self, name: str, watch: Watch) -> Response:
+    def image(self, name: str, scope: CancelScope) -> UpstreamResponse:
         """A picture's bytes, from whoever has it."""
         error = APIError(404, f"There is no picture {name!r}.", code="not_found")
-        for member in self.members:
+        for upstream in self.upstreams:
             try:
-                with controller_errors(member.name):
-                    return member.controller.image(name, watch)
+                with controller_errors(upstream.name):
+                    return upstream.controller.image(name, scope)
             except APIError as failure:
-                member.report(failure)
+                upstream.log_exception(failure)
                 error = failure if failure.status != 404 else error
         raise error
 
     def __str__(self) -> str:
-        return ", ".join(f"{member.name} ({member.options.base_url or member.options.type})" for member in self.members)
+        return ", ".join(
+            f"{upstream.name} ({upstream.options.base_url or upstream.options.type})"
+            for upstream in self.upstreams
+        )
 
     def status(self) -> List[Dict[str, Any]]:
         """What /status tells of each controller."""
         with self.lock:
             now = self.clock()
-            return [{"name": member.name, "type": member.options.type, "weight": member.options.weight,
-                     "priority": member.options.priority, "in_flight": member.in_flight, "served": member.served,
-                     "failed": member.failed, "rests_for_seconds": max(0, math.ceil(member.rests_until - now)),
-                     "models_cooling_down": sum(cooldown.until > now for (_, model), cooldown in member.cooldowns.items()
-                                                if model is not None),
-                     "last_error": member.last_error or None,
-                     "last_error_at": utc(member.last_error_at) if member.last_error else None} for member in self.members]
+            return [
+                {
+                    "name": upstream.name,
+                    "type": upstream.options.type,
+                    "weight": upstream.options.weight,
+                    "priority": upstream.options.priority,
+                    "in_flight": upstream.in_flight,
+                    "served": upstream.served,
+                    "failed": upstream.failed,
+                    "rests_for_seconds": max(0, math.ceil(upstream.cooldown_until - now)),
+                    "models_cooling_down": sum(
+                        cooldown.until > now
+                        for (_, model), cooldown in upstream.cooldowns.items()
+                        if model is not None
+                    ),
+                    "last_error": upstream.last_error or None,
+                    "last_error_at": utc(upstream.last_error_at) if upstream.last_error else None,
+                }
+                for upstream in self.upstreams
+            ]
 
-    def tidy(self, now: float) -> None:
+    def close_expired(self, now: float) -> None:
         """Let go of what has been idle for too long."""
-        for member in self.members:
-            member.controller.tidy(now)
+        for upstream in self.upstreams:
+            upstream.controller.close_expired(now)
 
-    def close(self, but: Iterable[Member] = ()) -> None:
-        for member in self.members:
-            if member not in but:
-                member.controller.close()
+    def close(self, keep: Iterable[Upstream] = ()) -> None:
+        for upstream in self.upstreams:
+            if upstream not in keep:
+                upstream.controller.close()
 
 
-class Running:
+class Exchange:
     """A call on its way through the pool: who was asked, who is being asked, and what came of it.
 
-    ask() sends it to a controller; ``source`` is then its answer: a Stream for whoever can feed it, else for
-    events(). Where a controller fails before anything of its answer has been passed on, failed() makes way
-    for the next one. Each is asked at most once. After Queued, ask() is to be called again once ``call.wake``
+    attempt() sends it to a controller; ``response`` is then its answer: an EventStream for whoever can feed it, else for
+    events(). Where a controller fails before anything of its answer has been passed on, fail_over() makes way
+    for the next one. Each is asked at most once. After Queued, attempt() is to be called again once ``call.wake``
     was. close() must follow.
     """
 
     def __init__(self, pool: Pool, call: Call) -> None:
         self.pool, self.call = pool, call
-        self.member: Any = None
-        self.source: Any = None
-        self.tried: List[Member] = []
+        self.upstream: Any = None
+        self.response: Any = None
+        self.tried: List[Upstream] = []
         self.errors: List[APIError] = []
-        self.prepared, self.begun, self.started = False, False, 0.0
-        self.unable = 0         # how many of those tried can't do it at all
+        self.prepared, self.committed, self.started = False, False, 0.0
+        self.unsupported = 0  # how many of those tried can't do it at all
 
-    def ask(self) -> bool:
-        """Ask the next controller, or the last one again; is the answer a Stream?
+    def attempt(self) -> bool:
+        """Ask the next controller, or the last one again; is the answer an EventStream?
 
         APIError if none is left; Queued: to be called again once ``call.wake`` was. Worker thread.
         """
         if not self.prepared:
             self._prepare()
-        while self.source is None:
-            if self.member is None:
-                self.member = self.pool.take(self.call, self.tried, self.errors, self.unable)
+        while self.response is None:
+            if self.upstream is None:
+                self.upstream = self.pool.acquire(
+                    self.call, self.tried, self.errors, self.unsupported
+                )
                 self.started = self.pool.clock()
-                self.tried.append(self.member)
-                self.call.again = ""
-            self.call.renew()
-            self.call.kind, self.call.ignored = None, []
+                self.tried.append(self.upstream)
+                self.call.retry_reason = ""
+            self.call.new_scope()
+            self.call.relay_content_type, self.call.ignored_params = None, []
             try:
-                with controller_errors(self.member.name):
-                    self.source = self.member.controller.events(self.call)
+                with controller_errors(self.upstream.name):
+                    self.response = self.upstream.controller.events(self.call)
             except APIError as error:
-                self.failed(error)
-        return isinstance(self.source, Stream)
+                self.fail_over(error)
+        return isinstance(self.response, EventStream)
 
     def _prepare(self) -> None:
         """Find out who is meant, and who can't do it."""
-        asked = self.call.model
-        self.pool.rename(self.call)
-        if not allowed(self.call.only, self.call.model):
-            raise no_model(asked)
+        requested = self.call.model
+        self.pool.apply_alias(self.call)
+        if not model_allowed(self.call.allowed_models, self.call.model):
+            raise model_not_found(requested)
         self.prepared = True
-        for member in self.pool.members:
-            error = self.pool.inability(member, self.call)
+        for upstream in self.pool.upstreams:
+            error = self.pool.inability(upstream, self.call)
             if error:
-                self.tried.append(member)
+                self.tried.append(upstream)
                 self.errors.append(error)
-        self.unable = len(self.tried)
+        self.unsupported = len(self.tried)
 
     def events(self) -> Iterator[Event]:
         """The events of a source, in the thread that asks. An end without a Finish is an error: no "stop" is invented."""
         event = None
-        with controller_errors(self.member.name):
-            for event in self.source:
+        with controller_errors(self.upstream.name):
+            for event in self.response:
                 if not isinstance(event, EVENTS):
                     raise TypeError(f"{type(event).__name__} is not an event")
                 yield event
-        if not isinstance(event, (Finish, Raw)):
-            raise early(self.member.name)
+        if not isinstance(event, (Finish, RawBytes)):
+            raise truncated(self.upstream.name)
 
-    def began(self) -> None:
+    def commit(self) -> None:
         """The answer has begun: from now on nobody else can give it."""
-        self.begun, self.call.controller = True, self.member.name
-        self.call.route += (f"{self.member.name}=200",)
+        self.committed, self.call.answered_by = True, self.upstream.name
+        self.call.attempts += (f"{self.upstream.name}=200",)
 
-    def failed(self, error: APIError) -> None:
+    def fail_over(self, error: APIError) -> None:
         """The controller gave no answer; APIError if no other one may give it either."""
-        member = self.member
-        if error.kind == "again":
-            self.call.again = error.code or ""
+        upstream = self.upstream
+        if error.category == "again":
+            self.call.retry_reason = error.code or ""
             self.end()
             return
         self.close(error)
-        self.call.route += (f"{member.name}={error.upstream_status or error.status}",)
-        log.info("%s: %s", member.name, error.message.removeprefix(f"{member.name}: "))
-        if not FAILURES.get(error.kind, FAILURES["server"])[0] or self.call.why:
+        self.call.attempts += (f"{upstream.name}={error.upstream_status or error.status}",)
+        log.info("%s: %s", upstream.name, error.message.removeprefix(f"{upstream.name}: "))
+        if (
+            not FAILURE_POLICY.get(error.category, FAILURE_POLICY["server"])[0]
+            or self.call.cancel_reason
+        ):
             raise error
         self.errors.append(error)
 
     def end(self) -> None:
-        source, self.source = self.source, None
-        with contextlib.suppress(APIError), controller_errors(self.member.name if self.member else ""):
-            if hasattr(source, "close"):
-                source.close()
+        response, self.response = self.response, None
+        with (
+            contextlib.suppress(APIError),
+            controller_errors(self.upstream.name if self.upstream else ""),
+        ):
+            if hasattr(response, "close"):
+                response.close()
 
     def close(self, error: Optional[APIError] = None) -> None:
         """Let the controller go, with the error that ended its answer, if one did."""
         self.end()
         if self.call.waiter is not None:
             self.pool.leave_queue(self.call)
-        member, self.member = self.member, None
-        if member:
+        upstream, self.upstream = self.upstream, None
+        if upstream:
             if error is not None:
-                member.report(error)
-            self.pool.release(member, error, self.begun, self.started, self.call.model)
+                upstream.log_exception(error)
+            self.pool.release(upstream, error, self.committed, self.started, self.call.model)
 
 
 # == 9. dialects ==============================================================================
@@ -4933,22 +6423,22 @@ class Running:
 class Dialect:
     """One request in a client's own format. ``call`` is what is asked; the rest is how it is answered.
 
-    Streamed: begin(), feed() for each batch of events, fail() where it breaks off. Else: whole().
-    ``site`` is the address under which the client sees this server.
+    Streamed: opening_frames(), encode() for each batch of events, error_frames() where it breaks off. Else: response_body().
+    ``base_url`` is the address under which the client sees this server.
     """
 
     PREFIX = "chatcmpl-"
-    splice: Any = None      # splice(JSON of a text): its frame, where that can be made without taking the JSON apart
+    text_frame: Any = None  # text_frame(JSON of a text): its frame, where that can be made without taking the JSON apart
 
-    def __init__(self, body: Any, site: str = "") -> None:
+    def __init__(self, body: Any, base_url: str = "") -> None:
         if not isinstance(body, dict):
             raise bad_request("The body must be a JSON object.")
-        self.site = site
+        self.base_url = base_url
         self.id = self.PREFIX + new_id()
         self.created = int(time.time())
         self.call = self.parse(body)
-        self.call.sent = body
-        self.model = self.call.model    # as the client calls it
+        self.call.original_body = body
+        self.model = self.call.model  # as the client calls it
 
     def parse(self, body: Dict[str, Any]) -> Call:
         raise NotImplementedError
@@ -4956,47 +6446,55 @@ class Dialect:
     def prepare(self) -> None:
         """Do in advance what takes long with a large body. Worker thread."""
 
-    def begin(self) -> bytes:
+    def opening_frames(self) -> bytes:
         """What a stream opens with, before the first event."""
         return b""
 
-    def feed(self, events: List[Event]) -> bytes:
+    def encode(self, events: List[Event]) -> bytes:
         """The frames of some events; those of Finish end the stream."""
         if len(events) != 1:
-            return b"".join(map(self.event, events))
-        event = events[0]           # the usual
-        return event.data if type(event) is Raw else self.event(event)
+            return b"".join(map(self.encode_event, events))
+        event = events[0]  # the usual
+        return event.data if type(event) is RawBytes else self.encode_event(event)
 
-    def event(self, event: Event) -> bytes:
+    def encode_event(self, event: Event) -> bytes:
         """The frames of one event. Progress is told as a thought, an Image as a text; what is unknown is left out."""
-        if isinstance(event, Progress):
+        if isinstance(event, ImageProgress):
             before = f", {event.position} before it" if event.position else ""
-            return self.event(Reasoning(f"The picture is {event.status}{before}.\n"))
+            return self.encode_event(Reasoning(f"The picture is {event.status}{before}.\n"))
         if isinstance(event, Image):
-            return self.event(Text(self.markdown(event)))
-        return event.data if isinstance(event, Raw) else b""
+            return self.encode_event(Text(self.markdown(event)))
+        return event.data if isinstance(event, RawBytes) else b""
 
-    def fail(self, error: APIError) -> bytes:
+    def error_frames(self, error: APIError) -> bytes:
         """The end of a stream that breaks off. go-openai wants "error" to be the first key."""
-        return b"data: " + to_json(self.refusal(error)) + b"\n\ndata: [DONE]\n\n"
+        return b"data: " + to_json(self.error_body(error)) + b"\n\ndata: [DONE]\n\n"
 
-    def ping(self, form: str) -> bytes:
+    def ping_frame(self, style: str) -> bytes:
         """What fills silence: a comment, or where clients can't read those an empty event."""
-        return b": keep-alive\n\n" if form == "comment" else b""
+        return b": keep-alive\n\n" if style == "comment" else b""
 
-    def whole(self, answer: Answer) -> Dict[str, Any]:
+    def response_body(self, answer: Answer) -> Dict[str, Any]:
         """The body for a client that does not stream."""
         raise NotImplementedError
 
-    def alone(self) -> Optional[Dict[str, Any]]:
+    def local_response(self) -> Optional[Dict[str, Any]]:
         """The body for which no controller is needed; None if there is none."""
         return None
 
     @staticmethod
-    def refusal(error: APIError) -> Dict[str, Any]:
+    def error_body(error: APIError) -> Dict[str, Any]:
         """An error's body: OpenAI's, and beside it the one of akashchat-api-go."""
-        return {"error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code},
-                "code": error.status, "data": {"msg": error.legacy}}
+        return {
+            "error": {
+                "message": error.message,
+                "type": error.type,
+                "param": error.param,
+                "code": error.code,
+            },
+            "code": error.status,
+            "data": {"msg": error.legacy_message},
+        }
 
     @staticmethod
     def status(error: APIError) -> int:
@@ -5004,12 +6502,12 @@ class Dialect:
         return error.status
 
     @staticmethod
-    def listed(model: Dict[str, Any]) -> Dict[str, Any]:
+    def model_object(model: Dict[str, Any]) -> Dict[str, Any]:
         """One model, from OpenAI's object."""
         return model
 
     @staticmethod
-    def listing(models: List[Dict[str, Any]]) -> Dict[str, Any]:
+    def model_list(models: List[Dict[str, Any]]) -> Dict[str, Any]:
         """The list of models."""
         return {"object": "list", "data": models}
 
@@ -5023,22 +6521,22 @@ class Dialect:
         return f"![{alt}]({self.link(image)})"
 
     def link(self, image: Image) -> str:
-        return f"{self.site}/images/{image.name}"
+        return f"{self.base_url}/images/{image.name}"
 
 
-def required(body: Dict[str, Any], name: str, kind: type, what: str) -> Any:
+def required_field(body: Dict[str, Any], name: str, kind: type, description: str) -> Any:
     """A field that must be there, and not empty; APIError 400 else."""
     value = body.get(name)
     if value is None:
         raise bad_request(f"{name!r} is missing.", name)
     if not isinstance(value, kind):
-        raise bad_request(f"{name!r} must be {what}.", name)
+        raise bad_request(f"{name!r} must be {description}.", name)
     if not value:
         raise bad_request(f"{name!r} must not be empty.", name)
     return value
 
 
-def flag(body: Dict[str, Any], name: str) -> bool:
+def boolean_field(body: Dict[str, Any], name: str) -> bool:
     """A field that is true or false, and false where it is missing; APIError 400 for anything else."""
     value = body.get(name)
     if value is not None and not isinstance(value, bool):
@@ -5050,54 +6548,62 @@ class ChatCompletions(Dialect):
     """POST /v1/chat/completions, as openai-openapi pins it."""
 
     OBJECT, CHUNK = "chat.completion", "chat.completion.chunk"
-    LAST = b'{"index":0,"delta":{}'     # a choice with no more to say, without its end
+    LAST_CHOICE = b'{"index":0,"delta":{}'  # a choice with no more to say, without its end
 
     def parse(self, body: Dict[str, Any]) -> Call:
-        required(body, "model", str, "the name of a model")
-        for at, message in enumerate(required(body, "messages", list, "a list of messages")):
+        required_field(body, "model", str, "the name of a model")
+        for at, message in enumerate(required_field(body, "messages", list, "a list of messages")):
             if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-                raise bad_request(f"messages[{at}] must be an object with a 'role'.", f"messages[{at}]")
+                raise bad_request(
+                    f"messages[{at}] must be an object with a 'role'.", f"messages[{at}]"
+                )
         options = body.get("stream_options")
         if options is not None and not isinstance(options, dict):
             raise bad_request("'stream_options' must be an object.", "stream_options")
         self.usage_asked = bool(as_dict(options).get("include_usage"))
-        return Call(body, stream=flag(body, "stream"))
+        return Call(body, stream=boolean_field(body, "stream"))
 
-    def ping(self, form: str) -> bytes:
-        return self.begin() if form == "chunk" else super().ping(form)
+    def ping_frame(self, style: str) -> bytes:
+        return self.opening_frames() if style == "chunk" else super().ping_frame(style)
 
-    def begin(self) -> bytes:
+    def opening_frames(self) -> bytes:
         head = {"id": self.id, "object": self.CHUNK, "created": self.created, "model": self.model}
         self.head = b'data: %b,"choices":[' % to_json(head)[:-1]
-        self.tail = self.tail_of(None)
+        self.tail = self.chunk_tail(None)
         return self.frame({"role": "assistant", "content": ""})
 
-    def tail_of(self, reason: Optional[str]) -> bytes:
+    def chunk_tail(self, reason: Optional[str]) -> bytes:
         """The end of a choice and of its frame."""
-        return b',"finish_reason":' + to_json(reason) + (b'}],"usage":null}\n\n' if self.usage_asked else b"}]}\n\n")
+        return (
+            b',"finish_reason":'
+            + to_json(reason)
+            + (b'}],"usage":null}\n\n' if self.usage_asked else b"}]}\n\n")
+        )
 
     def frame(self, delta: Dict[str, Any]) -> bytes:
         return self.head + b'{"index":0,"delta":' + to_json(delta) + self.tail
 
-    def splice(self, text: bytes) -> bytes:
+    def text_frame(self, text: bytes) -> bytes:
         return b'%b{"index":0,"delta":{"content":%b}%b' % (self.head, text, self.tail)
 
-    def event(self, event: Event) -> bytes:
+    def encode_event(self, event: Event) -> bytes:
         if isinstance(event, Text):
-            return self.splice(to_json(event.text))
+            return self.text_frame(to_json(event.text))
         if isinstance(event, Reasoning):
             return self.frame({"reasoning_content": event.text})
         if isinstance(event, ToolCall):
             return self.frame({"tool_calls": [{"index": event.index, **tool_call(event)}]})
-        return self.ending(event) if isinstance(event, Finish) else super().event(event)
+        return (
+            self.finish_frames(event) if isinstance(event, Finish) else super().encode_event(event)
+        )
 
-    def ending(self, finish: Finish) -> bytes:
-        last = self.head + self.LAST + self.tail_of(finish.reason)
+    def finish_frames(self, finish: Finish) -> bytes:
+        last = self.head + self.LAST_CHOICE + self.chunk_tail(finish.reason)
         if self.usage_asked and finish.usage:
             last += self.head + b'],"usage":' + to_json(finish.usage) + b"}\n\n"
         return last + b"data: [DONE]\n\n"
 
-    def whole(self, answer: Answer) -> Dict[str, Any]:
+    def response_body(self, answer: Answer) -> Dict[str, Any]:
         text = self.text(answer)
         message: Dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
         if answer.reasoning:
@@ -5108,14 +6614,26 @@ class ChatCompletions(Dialect):
         body = self.body({"index": 0, "message": message, "logprobs": None}, answer)
         if answer.images:
             image = answer.images[0]
-            body.update(code=200, data={"model": self.model, "jobId": image.job, "prompt": image.prompt,
-                                        "pic": image.url})
+            body.update(
+                code=200,
+                data={
+                    "model": self.model,
+                    "jobId": image.job,
+                    "prompt": image.prompt,
+                    "pic": image.url,
+                },
+            )
         return body
 
     def body(self, choice: Dict[str, Any], answer: Answer) -> Dict[str, Any]:
         finish = answer.finish
-        body = {"id": self.id, "object": self.OBJECT, "created": self.created, "model": self.model,
-                "choices": [{**choice, "finish_reason": finish.reason}]}
+        body = {
+            "id": self.id,
+            "object": self.OBJECT,
+            "created": self.created,
+            "model": self.model,
+            "choices": [{**choice, "finish_reason": finish.reason}],
+        }
         if finish.usage:
             body["usage"] = finish.usage
         return body
@@ -5125,7 +6643,11 @@ def tool_call(event: ToolCall) -> Dict[str, Any]:
     """A call of a tool, or a fragment of one, in OpenAI's form."""
     if event.name is None:
         return {"function": {"arguments": event.arguments}}
-    return {"id": event.id, "type": "function", "function": {"name": event.name, "arguments": event.arguments}}
+    return {
+        "id": event.id,
+        "type": "function",
+        "function": {"name": event.name, "arguments": event.arguments},
+    }
 
 
 class Completions(ChatCompletions):
@@ -5133,7 +6655,7 @@ class Completions(ChatCompletions):
 
     PREFIX = "cmpl-"
     OBJECT = CHUNK = "text_completion"
-    LAST = b'{"text":"","index":0,"logprobs":null'
+    LAST_CHOICE = b'{"text":"","index":0,"logprobs":null'
 
     def parse(self, body: Dict[str, Any]) -> Call:
         prompt = body.get("prompt")
@@ -5141,25 +6663,31 @@ class Completions(ChatCompletions):
             prompt = prompt[0]
         if prompt in (None, "", []):
             raise bad_request("'prompt' is missing or empty.", "prompt")
-        unfit = None if isinstance(prompt, str) else bad_request("'prompt' must be one text here.", "prompt")
-        self.echo = prompt if flag(body, "echo") and not unfit else ""
+        translation_error = (
+            None
+            if isinstance(prompt, str)
+            else bad_request("'prompt' must be one text here.", "prompt")
+        )
+        self.echo = prompt if boolean_field(body, "echo") and not translation_error else ""
         chat = {name: value for name, value in body.items() if name not in ("prompt", "echo")}
         call = super().parse({**chat, "messages": [{"role": "user", "content": prompt}]})
-        call.unfit = unfit
+        call.translation_error = translation_error
         return call
 
-    def feed(self, events: List[Event]) -> bytes:
-        echo, self.echo = self.echo, ""     # what is relayed has its own
-        return (self.frame({"content": echo}) if self.call.kind is None else b"") + super().feed(events)
+    def encode(self, events: List[Event]) -> bytes:
+        echo, self.echo = self.echo, ""  # what is relayed has its own
+        return (
+            self.frame({"content": echo}) if self.call.relay_content_type is None else b""
+        ) + super().encode(events)
 
     def frame(self, delta: Dict[str, Any]) -> bytes:
-        text = delta.get("content")     # the form has no place for thoughts and tools
-        return self.splice(to_json(text)) if text else b""
+        text = delta.get("content")  # the form has no place for thoughts and tools
+        return self.text_frame(to_json(text)) if text else b""
 
-    def splice(self, text: bytes) -> bytes:
+    def text_frame(self, text: bytes) -> bytes:
         return b'%b{"text":%b,"index":0,"logprobs":null%b' % (self.head, text, self.tail)
 
-    def whole(self, answer: Answer) -> Dict[str, Any]:
+    def response_body(self, answer: Answer) -> Dict[str, Any]:
         text = self.echo + answer.text + "\n\n".join(map(self.markdown, answer.images))
         return self.body({"text": text, "index": 0, "logprobs": None}, answer)
 
@@ -5168,210 +6696,281 @@ class Images(Dialect):
     """POST /v1/images/generations."""
 
     def parse(self, body: Dict[str, Any]) -> Call:
-        prompt = required(body, "prompt", str, "a text")
-        count = number(body, "n", 1, whole=True, least=1)
+        prompt = required_field(body, "prompt", str, "a text")
+        count = number_field(body, "n", 1, integer=True, minimum=1)
         if body.get("model") is not None:
-            required(body, "model", str, "a text")
-        form, stream, unfit = body.get("response_format"), flag(body, "stream"), None
+            required_field(body, "model", str, "a text")
+        response_format, stream, translation_error = (
+            body.get("response_format"),
+            boolean_field(body, "stream"),
+            None,
+        )
         if count > 10:
-            unfit = bad_request("'n' may be 10 at most.", "n")
-        elif form not in (None, "url", "b64_json"):
-            unfit = bad_request("'response_format' must be 'url' or 'b64_json'.", "response_format")
+            translation_error = bad_request("'n' may be 10 at most.", "n")
+        elif response_format not in (None, "url", "b64_json"):
+            translation_error = bad_request(
+                "'response_format' must be 'url' or 'b64_json'.", "response_format"
+            )
         elif stream:
-            unfit = bad_request("Pictures can't be streamed here; ask for one through chat instead.", "stream")
-        rest = {name: value for name, value in body.items()
-                if value is not None and name not in ("prompt", "n", "response_format", "stream")}
-        return Call({**rest, "messages": [{"role": "user", "content": prompt}]}, stream=stream,
-                    pictures=count, picture_bytes=form == "b64_json", unfit=unfit)
+            translation_error = bad_request(
+                "Pictures can't be streamed here; ask for one through chat instead.", "stream"
+            )
+        rest = {
+            name: value
+            for name, value in body.items()
+            if value is not None and name not in ("prompt", "n", "response_format", "stream")
+        }
+        return Call(
+            {**rest, "messages": [{"role": "user", "content": prompt}]},
+            stream=stream,
+            image_count=count,
+            images_as_bytes=response_format == "b64_json",
+            translation_error=translation_error,
+        )
 
-    def whole(self, answer: Answer) -> Dict[str, Any]:
-        return {"created": self.created, "data": [
-            {**({"b64_json": base64.b64encode(image.data).decode()} if image.data is not None
-                else {"url": self.link(image)}), "revised_prompt": image.prompt} for image in answer.images]}
+    def response_body(self, answer: Answer) -> Dict[str, Any]:
+        return {
+            "created": self.created,
+            "data": [
+                {
+                    **(
+                        {"b64_json": base64.b64encode(image.data).decode()}
+                        if image.data is not None
+                        else {"url": self.link(image)}
+                    ),
+                    "revised_prompt": image.prompt,
+                }
+                for image in answer.images
+            ],
+        }
 
 
-class Blocks(Dialect):
+class BlockDialect(Dialect):
     """What Messages and Responses share: a request as a chat, an answer as a row of blocks that never interleave.
 
     Fragments of calls of tools may come interleaved: what comes while a call is not whole waits until the
-    end. To be given: chat(), the request in a chat's terms, without what is the SAME there (APIError 400
-    for what a chat can't say); open(event), piece(text), shut(text) and ending(finish), the frames that
+    end. To be given: to_chat(), the request in a chat's terms, without what is the SAME there (APIError 400
+    for what a chat can't say); start_block(event), delta(text), stop_block(text) and finish_frames(finish), the frames that
     open a block, whose event has no text yet, fill and close it, and end the stream.
     """
 
-    SAME: Dict[str, str] = {}           # fields that a chat has too, and their names there
-    OWN: Tuple[str, ...] = ()           # fields that chat() knows; others are told to be ignored
-    FUNCTION: Tuple[Any, ...] = ()      # the types of tools that are functions,
-    SCHEMA = ""                         # and where they tell their parameters
+    RENAMED_PARAMS: Dict[str, str] = {}  # fields that a chat has too, and their names there
+    KNOWN_PARAMS: Tuple[str, ...] = ()  # fields that to_chat() knows; others are told to be ignored
+    FUNCTION_TYPES: Tuple[Any, ...] = ()  # the types of tools that are functions,
+    SCHEMA_KEY = ""  # and where they tell their parameters
 
-    def __init__(self, body: Any, site: str = "") -> None:
-        self.skipped: List[str] = []
-        self.thoughts = True            # does the client want to see them?
-        self.block: Any = None          # which one is open: its events' class, and the index of a call
-        self.parts: List[str] = []      # what it holds
-        self.blocks = 0                 # how many are closed: the index of the open one
-        self.calls: set = set()         # those of tools
-        self.waiting: List[Event] = []
-        super().__init__(body, site)
+    def __init__(self, body: Any, base_url: str = "") -> None:
+        self.untranslated: List[str] = []
+        self.show_reasoning = True  # does the client want to see them?
+        self.open_block: Any = None  # which one is open: its events' class, and the index of a call
+        self.open_text: List[str] = []  # what it holds
+        self.block_index = 0  # how many are closed: the index of the open one
+        self.tool_blocks: set = set()  # those of tools
+        self.deferred: List[Event] = []
+        super().__init__(body, base_url)
 
     # -- the request
 
     def parse(self, body: Dict[str, Any]) -> Call:
-        call = Call({"model": required(body, "model", str, "the name of a model")}, stream=flag(body, "stream"))
-        self.skipped += [name for name in body if name not in self.SAME and name not in self.OWN]
-        same = {theirs: body[name] for name, theirs in self.SAME.items() if name in body}
+        call = Call(
+            {"model": required_field(body, "model", str, "the name of a model")},
+            stream=boolean_field(body, "stream"),
+        )
+        self.untranslated += [
+            name
+            for name in body
+            if name not in self.RENAMED_PARAMS and name not in self.KNOWN_PARAMS
+        ]
+        same = {theirs: body[name] for name, theirs in self.RENAMED_PARAMS.items() if name in body}
         try:
-            chat = {**call.body, "stream": call.stream, **same, **self.chat(body)}
-            chat["messages"] = joined_systems(chat["messages"])
+            chat = {**call.body, "stream": call.stream, **same, **self.to_chat(body)}
+            chat["messages"] = merge_system_messages(chat["messages"])
             call.body = {name: value for name, value in chat.items() if value is not None}
             if not chat["messages"]:
                 raise bad_request("No message has any content.")
         except RecursionError:
             raise bad_request("The body is nested too deeply.") from None
-        except APIError as error:       # a controller that speaks this format itself may still take it
-            call.unfit = error
-        call.skipped = self.skipped
+        except APIError as error:  # a controller that speaks this format itself may still take it
+            call.translation_error = error
+        call.untranslated = self.untranslated
         return call
 
     @staticmethod
-    def say(messages: List[Dict[str, Any]], role: str, parts: List[Dict[str, Any]], calls: Any = ()) -> None:
+    def append_message(
+        messages: List[Dict[str, Any]], role: str, parts: List[Dict[str, Any]], calls: Any = ()
+    ) -> None:
         """Add a message, unless it is empty."""
         texts = [part["text"] for part in parts if part["type"] == "text"]
         content = "\n\n".join(texts) if len(texts) == len(parts) else parts
         if content or calls:
-            messages.append({"role": role, "content": content or None, **({"tool_calls": calls} if calls else {})})
+            messages.append(
+                {
+                    "role": role,
+                    "content": content or None,
+                    **({"tool_calls": calls} if calls else {}),
+                }
+            )
 
-    def result(self, messages: List[Dict[str, Any]], call: Any, content: Any, place: str) -> List[Dict[str, Any]]:
+    def append_tool_result(
+        self, messages: List[Dict[str, Any]], call: Any, content: Any, param: str
+    ) -> List[Dict[str, Any]]:
         """Add what a tool gave, as text; its pictures are returned, for a message of the user."""
-        parts = self.content(content, place, lenient=True)
+        parts = self.convert_content(content, param, lenient=True)
         text = "\n\n".join(part["text"] for part in parts if part["type"] == "text")
         messages.append({"role": "tool", "tool_call_id": call, "content": text})
         return [part for part in parts if part["type"] != "text"]
 
-    def content(self, content: Any, place: str, lenient: bool = False) -> List[Dict[str, Any]]:
+    def convert_content(
+        self, content: Any, param: str, lenient: bool = False
+    ) -> List[Dict[str, Any]]:
         """The parts of a chat's message from text, a block or a list of them."""
         if not isinstance(content, list):
-            return self.part(content, place, lenient)
-        return [part for at, block in enumerate(content) for part in self.part(block, f"{place}[{at}]", lenient)]
+            return self.convert_part(content, param, lenient)
+        return [
+            part
+            for at, block in enumerate(content)
+            for part in self.convert_part(block, f"{param}[{at}]", lenient)
+        ]
 
-    def part(self, block: Any, place: str, lenient: bool = False) -> List[Dict[str, Any]]:
+    def convert_part(self, block: Any, param: str, lenient: bool = False) -> List[Dict[str, Any]]:
         """A block of either format as parts of a chat. What is unknown is refused, or ``lenient`` told as its JSON."""
         if isinstance(block, str):
             return [{"type": "text", "text": block}]
-        told = as_dict(block)
-        kind, source = told.get("type"), as_dict(told.get("source"))
+        fields = as_dict(block)
+        kind, source = fields.get("type"), as_dict(fields.get("source"))
         if kind in ("text", "input_text", "output_text", "refusal"):
-            text = told.get("refusal" if kind == "refusal" else "text")
+            text = fields.get("refusal" if kind == "refusal" else "text")
             if isinstance(text, str):
                 return [{"type": "text", "text": text}]
         if kind in ("image", "input_image"):
-            url = told.get("image_url") or source.get("url")
+            url = fields.get("image_url") or source.get("url")
             if source.get("type") == "base64":
                 url = f"data:{source.get('media_type')};base64,{source.get('data')}"
             if isinstance(url, str):
                 return [{"type": "image_url", "image_url": {"url": url}}]
         if kind == "document" and source.get("type") in ("text", "content"):
-            return self.content(source.get("data") or source.get("content"), place, lenient)
+            return self.convert_content(source.get("data") or source.get("content"), param, lenient)
         if lenient:
             return [{"type": "text", "text": _encode(block)}] if block is not None else []
-        raise bad_request(f"{place}: {str(kind or block)[:80]!r} can't be told to a model that only chats.", place)
+        raise bad_request(
+            f"{param}: {str(kind or block)[:80]!r} can't be told to a model that only chats.", param
+        )
 
-    def functions(self, tools: Any) -> Optional[List[Dict[str, Any]]]:
+    def convert_tools(self, tools: Any) -> Optional[List[Dict[str, Any]]]:
         """The tools that are functions, as a chat has them; None if there are none."""
         found = []
         if tools is not None and not isinstance(tools, list):
             raise bad_request("'tools' must be a list.", "tools")
         for at, tool in enumerate(map(as_dict, tools or [])):
-            if tool.get("type") not in self.FUNCTION:
-                self.skipped.append(str(tool.get("type")))
+            if tool.get("type") not in self.FUNCTION_TYPES:
+                self.untranslated.append(str(tool.get("type")))
                 continue
-            name = required(tool, "name", str, f"a text in tools[{at}]")
-            more = {key: tool[key] for key in ("description", "strict") if tool.get(key) is not None}
-            schema = tool.get(self.SCHEMA) or {"type": "object", "properties": {}}
-            found.append({"type": "function", "function": {"name": name, **more, "parameters": schema}})
+            name = required_field(tool, "name", str, f"a text in tools[{at}]")
+            more = {
+                key: tool[key] for key in ("description", "strict") if tool.get(key) is not None
+            }
+            schema = tool.get(self.SCHEMA_KEY) or {"type": "object", "properties": {}}
+            found.append(
+                {"type": "function", "function": {"name": name, **more, "parameters": schema}}
+            )
         return found or None
 
     # -- the answer
 
-    def event(self, event: Event) -> bytes:
-        if isinstance(event, (Text, ToolCall)) or isinstance(event, Reasoning) and self.thoughts:
-            return self.add(event)
+    def encode_event(self, event: Event) -> bytes:
+        if (
+            isinstance(event, (Text, ToolCall))
+            or isinstance(event, Reasoning)
+            and self.show_reasoning
+        ):
+            return self.encode_block(event)
         if isinstance(event, Finish):
-            return self.release() + self.close() + self.ending(event)
-        return super().event(event)
+            return self.flush_deferred() + self.close() + self.finish_frames(event)
+        return super().encode_event(event)
 
-    def add(self, event: Event, waits: bool = True) -> bytes:
-        frames, block = b"", self.place(event)
-        if block != self.block:
-            if block in self.calls:     # blanks after the end of it
+    def encode_block(self, event: Event, may_defer: bool = True) -> bytes:
+        frames, block = b"", self.block_key(event)
+        if block != self.open_block:
+            if block in self.tool_blocks:  # blanks after the end of it
                 return b""
-            if waits and (self.waiting or self.unfinished()):
-                self.waiting.append(event)
+            if may_defer and (self.deferred or self.has_partial_arguments()):
+                self.deferred.append(event)
                 return b""
             frames = self.close()
-            self.block = block
+            self.open_block = block
             if isinstance(event, ToolCall):
-                self.calls.add(block)
-            frames += self.open(identified(event, "") if isinstance(event, ToolCall) else type(event)(""))
+                self.tool_blocks.add(block)
+            frames += self.start_block(
+                with_id(event, "") if isinstance(event, ToolCall) else type(event)("")
+            )
         text = event.arguments if isinstance(event, ToolCall) else event.text
         if not text:
             return frames
-        self.parts.append(text)
-        return frames + self.piece(text)
+        self.open_text.append(text)
+        return frames + self.delta(text)
 
     @staticmethod
-    def place(event: Event) -> Any:
+    def block_key(event: Event) -> Any:
         """The block that an event belongs to."""
         return type(event), getattr(event, "index", None)
 
-    def unfinished(self) -> bool:
+    def has_partial_arguments(self) -> bool:
         """Is a call of a tool open whose arguments are not whole?"""
-        if self.block not in self.calls:
+        if self.open_block not in self.tool_blocks:
             return False
         try:
-            json.loads("".join(self.parts))
+            json.loads("".join(self.open_text))
         except (ValueError, RecursionError):
             return True
         return False
 
-    def release(self) -> bytes:
+    def flush_deferred(self) -> bytes:
         """The blocks that wait, each in one piece."""
-        waiting, self.waiting = self.waiting, []
-        order = {place: at for at, place in enumerate(dict.fromkeys(map(self.place, waiting)))}
-        waiting.sort(key=lambda event: order[self.place(event)])
-        return b"".join(self.add(event, waits=False) for event in waiting)
+        deferred, self.deferred = self.deferred, []
+        order = {key: at for at, key in enumerate(dict.fromkeys(map(self.block_key, deferred)))}
+        deferred.sort(key=lambda event: order[self.block_key(event)])
+        return b"".join(self.encode_block(event, may_defer=False) for event in deferred)
 
     def close(self) -> bytes:
         """The end of the open block, if there is one."""
-        if self.block is None:
+        if self.open_block is None:
             return b""
-        frames = self.shut("".join(self.parts))
-        self.block, self.parts, self.blocks = None, [], self.blocks + 1
+        frames = self.stop_block("".join(self.open_text))
+        self.open_block, self.open_text, self.block_index = None, [], self.block_index + 1
         return frames
 
-    def row(self, answer: Answer) -> List[Event]:
+    def answer_blocks(self, answer: Answer) -> List[Event]:
         """A whole answer as an event for each block."""
-        said = [Reasoning(answer.reasoning)] * self.thoughts + [Text(self.text(answer))]
-        calls = [identified(call, call.arguments or "{}") for call in answer.tools]
-        return [event for event in said if event.text] + calls
+        blocks = [Reasoning(answer.reasoning)] * self.show_reasoning + [Text(self.text(answer))]
+        calls = [with_id(call, call.arguments or "{}") for call in answer.tools]
+        return [event for event in blocks if event.text] + calls
 
     @staticmethod
     def status(error: APIError) -> int:
-        return 404 if error.kind == "model" else error.status
+        return 404 if error.category == "model" else error.status
 
 
-def joined_systems(messages: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
+def merge_system_messages(messages: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
     """Those of the system that follow one another as one message, as many models take but one, at the beginning."""
+
     def is_text(message: Dict[str, Any]) -> bool:
-        return message["role"] == "system" and isinstance(message["content"], str) and "tool_calls" not in message
+        return (
+            message["role"] == "system"
+            and isinstance(message["content"], str)
+            and "tool_calls" not in message
+        )
 
     joined: List[Dict[str, Any]] = []
     for texts, group in itertools.groupby(messages, key=is_text):
-        joined += [{"role": "system", "content": "\n\n".join(each["content"] for each in group)}] if texts else group
+        joined += (
+            [{"role": "system", "content": "\n\n".join(each["content"] for each in group)}]
+            if texts
+            else group
+        )
     return joined
 
 
-def identified(call: ToolCall, arguments: str) -> ToolCall:
+def with_id(call: ToolCall, arguments: str) -> ToolCall:
     """A call of a tool with other arguments, and with an id and a name even if the upstream gave none."""
     return ToolCall(call.index, arguments, call.id or "call_" + new_id(), call.name or "")
 
@@ -5381,7 +6980,7 @@ def event_frame(kind: str, fields: Dict[str, Any]) -> bytes:
     return b"event: %b\ndata: %b\n\n" % (kind.encode(), to_json({"type": kind, **fields}))
 
 
-class Messages(Blocks):
+class Messages(BlockDialect):
     """POST /v1/messages, Anthropic's API. A line is an event, its name and what its data holds beside that as type:
 
         message_start        {"message":{"id":"msg_1","content":[],"usage":{"input_tokens":9,...},...}}
@@ -5398,161 +6997,282 @@ class Messages(Blocks):
     """
 
     PREFIX = "msg_"
-    SAME = {"max_tokens": "max_tokens", "temperature": "temperature", "top_p": "top_p", "stop_sequences": "stop"}
-    OWN = ("model", "messages", "system", "stream", "tools", "tool_choice", "thinking", "metadata", "output_config",
-           "output_format")
-    FUNCTION, SCHEMA = (None, "custom"), "input_schema"
-    DELTAS = {Text: (b"text_delta", b"text"), Reasoning: (b"thinking_delta", b"thinking"),
-              ToolCall: (b"input_json_delta", b"partial_json")}
-    STOPS = {"length": "max_tokens", "tool_calls": "tool_use", "function_call": "tool_use", "content_filter": "refusal"}
-    ERRORS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "request_too_large",
-              429: "rate_limit_error", 504: "timeout_error", 529: "overloaded_error"}
-    said = 0            # tokens of the blocks that are closed, estimated
-    estimated: Optional[int] = None     # tokens of the request, once they are counted
+    RENAMED_PARAMS = {
+        "max_tokens": "max_tokens",
+        "temperature": "temperature",
+        "top_p": "top_p",
+        "stop_sequences": "stop",
+    }
+    KNOWN_PARAMS = (
+        "model",
+        "messages",
+        "system",
+        "stream",
+        "tools",
+        "tool_choice",
+        "thinking",
+        "metadata",
+        "output_config",
+        "output_format",
+    )
+    FUNCTION_TYPES, SCHEMA_KEY = (None, "custom"), "input_schema"
+    DELTAS = {
+        Text: (b"text_delta", b"text"),
+        Reasoning: (b"thinking_delta", b"thinking"),
+        ToolCall: (b"input_json_delta", b"partial_json"),
+    }
+    STOPS = {
+        "length": "max_tokens",
+        "tool_calls": "tool_use",
+        "function_call": "tool_use",
+        "content_filter": "refusal",
+    }
+    ERRORS = {
+        401: "authentication_error",
+        403: "permission_error",
+        404: "not_found_error",
+        413: "request_too_large",
+        429: "rate_limit_error",
+        504: "timeout_error",
+        529: "overloaded_error",
+    }
+    output_estimate = 0  # tokens of the blocks that are closed, estimated
+    estimated: Optional[int] = None  # tokens of the request, once they are counted
 
     # -- the request
 
-    def chat(self, body: Dict[str, Any]) -> Dict[str, Any]:
+    def to_chat(self, body: Dict[str, Any]) -> Dict[str, Any]:
         thinking, config = as_dict(body.get("thinking")), as_dict(body.get("output_config"))
-        self.thoughts = thinking.get("type") not in (None, "disabled") and thinking.get("display") != "omitted"
+        self.show_reasoning = (
+            thinking.get("type") not in (None, "disabled") and thinking.get("display") != "omitted"
+        )
         messages: List[Dict[str, Any]] = []
-        self.say(messages, "system", self.content(body.get("system") or [], "system"))
-        for at, message in enumerate(required(body, "messages", list, "a list of messages")):
-            self.turn(messages, as_dict(message), f"messages[{at}]")
+        self.append_message(
+            messages, "system", self.convert_content(body.get("system") or [], "system")
+        )
+        for at, message in enumerate(required_field(body, "messages", list, "a list of messages")):
+            self.convert_message(messages, as_dict(message), f"messages[{at}]")
         chat = {"messages": messages, "user": as_dict(body.get("metadata")).get("user_id")}
-        form = as_dict(config.get("format") or body.get("output_format"))
-        if form.get("type") == "json_schema":
-            chat["response_format"] = {"type": "json_schema", "json_schema": {
-                "name": "answer", "schema": form.get("schema"), "strict": True}}
-        self.skipped += [f"output_config.{name}" for name in config if name != "format"]
-        self.skipped += ["thinking.budget_tokens"] * ("budget_tokens" in thinking)  # many would refuse an effort
-        chat["tools"] = self.functions(body.get("tools"))
+        response_format = as_dict(config.get("format") or body.get("output_format"))
+        if response_format.get("type") == "json_schema":
+            chat["response_format"] = {
+                "type": "json_schema",
+                "json_schema": {
+                    "name": "answer",
+                    "schema": response_format.get("schema"),
+                    "strict": True,
+                },
+            }
+        self.untranslated += [f"output_config.{name}" for name in config if name != "format"]
+        self.untranslated += ["thinking.budget_tokens"] * (
+            "budget_tokens" in thinking
+        )  # many would refuse an effort
+        chat["tools"] = self.convert_tools(body.get("tools"))
         if chat["tools"]:
             choice = as_dict(body.get("tool_choice"))
-            chat["tool_choice"] = self.choice(choice)
-            chat["parallel_tool_calls"] = False if choice.get("disable_parallel_tool_use") is True else None
+            chat["tool_choice"] = self.convert_tool_choice(choice)
+            chat["parallel_tool_calls"] = (
+                False if choice.get("disable_parallel_tool_use") is True else None
+            )
         return chat
 
-    def turn(self, messages: List[Dict[str, Any]], message: Dict[str, Any], place: str) -> None:
+    def convert_message(
+        self, messages: List[Dict[str, Any]], message: Dict[str, Any], param: str
+    ) -> None:
         """One message as those of a chat: the results of tools come first, as they follow their calls."""
         role, content = message.get("role"), message.get("content")
         if role not in ("user", "assistant", "system"):
-            raise bad_request(f"{place}: there is no role {str(role)[:80]!r}; use user or assistant.", f"{place}.role")
+            raise bad_request(
+                f"{param}: there is no role {str(role)[:80]!r}; use user or assistant.",
+                f"{param}.role",
+            )
         parts: List[Dict[str, Any]] = []
         calls: List[Dict[str, Any]] = []
         for at, block in enumerate(content if isinstance(content, list) else [content]):
-            told, where = as_dict(block), f"{place}.content[{at}]"
-            kind = told.get("type")
+            fields, block_param = as_dict(block), f"{param}.content[{at}]"
+            kind = fields.get("type")
             if kind == "tool_use":
-                arguments = _encode(as_dict(told.get("input")))
-                calls.append(tool_call(ToolCall(0, arguments, told.get("id"), str(told.get("name")))))
+                arguments = _encode(as_dict(fields.get("input")))
+                calls.append(
+                    tool_call(ToolCall(0, arguments, fields.get("id"), str(fields.get("name"))))
+                )
             elif kind == "tool_result":
-                parts += self.result(messages, told.get("tool_use_id"), told.get("content"), where)
+                parts += self.append_tool_result(
+                    messages, fields.get("tool_use_id"), fields.get("content"), block_param
+                )
             elif role == "assistant" and kind not in ("text", None):
-                self.skipped += [str(kind)] * ("thinking" not in str(kind))
+                self.untranslated += [str(kind)] * ("thinking" not in str(kind))
             else:
-                parts += self.part(block, where)
-        self.say(messages, role, parts, calls)
+                parts += self.convert_part(block, block_param)
+        self.append_message(messages, role, parts, calls)
 
     @staticmethod
-    def choice(choice: Dict[str, Any]) -> Any:
+    def convert_tool_choice(choice: Dict[str, Any]) -> Any:
         """A chat's tool_choice."""
         kind = choice.get("type")
         if kind == "tool":
             return {"type": "function", "function": {"name": choice.get("name")}}
         if kind not in (None, "auto", "any", "none"):
-            raise bad_request("'tool_choice' must be of the type auto, any, none or tool.", "tool_choice")
+            raise bad_request(
+                "'tool_choice' must be of the type auto, any, none or tool.", "tool_choice"
+            )
         return "required" if kind == "any" else kind
 
     # -- the answer
 
-    def begin(self) -> bytes:
-        return event_frame("message_start", {"message": {**self.message([]), "usage": {
-            "input_tokens": self.estimate(), "output_tokens": 0}}})
+    def opening_frames(self) -> bytes:
+        return event_frame(
+            "message_start",
+            {
+                "message": {
+                    **self.message_object([]),
+                    "usage": {"input_tokens": self.estimate_input_tokens(), "output_tokens": 0},
+                }
+            },
+        )
 
-    def open(self, event: Event) -> bytes:
-        self.head = (b'event: content_block_delta\ndata: {"type":"content_block_delta","index":%d,'
-                     b'"delta":{"type":"%b","%b":' % (self.blocks, *self.DELTAS[type(event)]))
-        return event_frame("content_block_start", {"index": self.blocks, "content_block": self.content_block(event)})
+    def start_block(self, event: Event) -> bytes:
+        self.head = (
+            b'event: content_block_delta\ndata: {"type":"content_block_delta","index":%d,'
+            b'"delta":{"type":"%b","%b":' % (self.block_index, *self.DELTAS[type(event)])
+        )
+        return event_frame(
+            "content_block_start",
+            {"index": self.block_index, "content_block": self.content_block(event)},
+        )
 
-    def piece(self, text: str) -> bytes:
+    def delta(self, text: str) -> bytes:
         return self.head + to_json(text) + b"}}\n\n"
 
-    def shut(self, text: str) -> bytes:
-        self.said += token_estimate(text)
-        return event_frame("content_block_stop", {"index": self.blocks})
+    def stop_block(self, text: str) -> bytes:
+        self.output_estimate += estimate_tokens(text)
+        return event_frame("content_block_stop", {"index": self.block_index})
 
-    def ending(self, finish: Finish) -> bytes:
-        told = {"delta": self.stop(finish, bool(self.calls)), "usage": self.usage(finish)}
-        return event_frame("message_delta", told) + event_frame("message_stop", {})
+    def finish_frames(self, finish: Finish) -> bytes:
+        payload = {
+            "delta": self.stop_fields(finish, bool(self.tool_blocks)),
+            "usage": self.usage_object(finish),
+        }
+        return event_frame("message_delta", payload) + event_frame("message_stop", {})
 
-    def fail(self, error: APIError) -> bytes:
-        return self.release() + event_frame("error", self.refusal(error))
+    def error_frames(self, error: APIError) -> bytes:
+        return self.flush_deferred() + event_frame("error", self.error_body(error))
 
-    def ping(self, form: str) -> bytes:
-        return b"" if form == "off" else event_frame("ping", {})
+    def ping_frame(self, style: str) -> bytes:
+        return b"" if style == "off" else event_frame("ping", {})
 
-    def whole(self, answer: Answer) -> Dict[str, Any]:
-        self.said = token_estimate([answer.reasoning, answer.text, [call.arguments for call in answer.tools]])
-        return {**self.message(list(map(self.content_block, self.row(answer)))),
-                **self.stop(answer.finish, bool(answer.tools)), "usage": self.usage(answer.finish)}
+    def response_body(self, answer: Answer) -> Dict[str, Any]:
+        self.output_estimate = estimate_tokens(
+            [answer.reasoning, answer.text, [call.arguments for call in answer.tools]]
+        )
+        return {
+            **self.message_object(list(map(self.content_block, self.answer_blocks(answer)))),
+            **self.stop_fields(answer.finish, bool(answer.tools)),
+            "usage": self.usage_object(answer.finish),
+        }
 
-    def message(self, content: List[Dict[str, Any]]) -> Dict[str, Any]:
-        return {"id": self.id, "type": "message", "role": "assistant", "model": self.model, "content": content,
-                "stop_reason": None, "stop_sequence": None}
+    def message_object(self, content: List[Dict[str, Any]]) -> Dict[str, Any]:
+        return {
+            "id": self.id,
+            "type": "message",
+            "role": "assistant",
+            "model": self.model,
+            "content": content,
+            "stop_reason": None,
+            "stop_sequence": None,
+        }
 
     @staticmethod
     def content_block(event: Event) -> Dict[str, Any]:
         if isinstance(event, ToolCall):
-            return {"type": "tool_use", "id": event.id, "name": event.name, "input": call_input(event.arguments)}
+            return {
+                "type": "tool_use",
+                "id": event.id,
+                "name": event.name,
+                "input": call_input(event.arguments),
+            }
         if isinstance(event, Reasoning):
             return {"type": "thinking", "thinking": event.text, "signature": ""}
         return {"type": "text", "text": event.text}
 
-    def stop(self, finish: Finish, called: bool) -> Dict[str, Any]:
+    def stop_fields(self, finish: Finish, called: bool) -> Dict[str, Any]:
         """Why it ended, in Anthropic's words. Some upstreams say "stop" after calls of tools."""
         reason = "tool_calls" if called and finish.reason == "stop" else finish.reason
-        return {"stop_reason": "stop_sequence" if finish.stop else self.STOPS.get(reason, "end_turn"),
-                "stop_sequence": finish.stop}
+        return {
+            "stop_reason": "stop_sequence"
+            if finish.stop_sequence
+            else self.STOPS.get(reason, "end_turn"),
+            "stop_sequence": finish.stop_sequence,
+        }
 
-    def usage(self, finish: Finish) -> Dict[str, int]:
+    def usage_object(self, finish: Finish) -> Dict[str, int]:
         """The tokens that were told, those from a cache apart; else an estimate."""
         if not finish.usage:
-            return {"input_tokens": self.estimate(), "output_tokens": self.said}
-        asked, cached = finish.usage["prompt_tokens"], usage_detail(finish.usage, "prompt", "cached_tokens")
-        cached = cached if 0 < cached < asked else 0
-        return {"input_tokens": asked - cached, "cache_read_input_tokens": cached,
-                "output_tokens": finish.usage["completion_tokens"]}
+            return {
+                "input_tokens": self.estimate_input_tokens(),
+                "output_tokens": self.output_estimate,
+            }
+        prompt, cached = (
+            finish.usage["prompt_tokens"],
+            usage_detail(finish.usage, "prompt", "cached_tokens"),
+        )
+        cached = cached if 0 < cached < prompt else 0
+        return {
+            "input_tokens": prompt - cached,
+            "cache_read_input_tokens": cached,
+            "output_tokens": finish.usage["completion_tokens"],
+        }
 
-    def estimate(self) -> int:
+    def estimate_input_tokens(self) -> int:
         """About how many tokens the request has."""
         if self.estimated is None:
-            self.estimated = token_estimate([self.call.sent.get(name) for name in ("system", "messages", "tools")])
+            self.estimated = estimate_tokens(
+                [self.call.original_body.get(name) for name in ("system", "messages", "tools")]
+            )
         return self.estimated
 
     def prepare(self) -> None:
-        self.estimate()
+        self.estimate_input_tokens()
 
     @staticmethod
     def status(error: APIError) -> int:
-        return 529 if error.status == 503 else Blocks.status(error)
+        return 529 if error.status == 503 else BlockDialect.status(error)
 
     @staticmethod
-    def refusal(error: APIError) -> Dict[str, Any]:
+    def error_body(error: APIError) -> Dict[str, Any]:
         status = Messages.status(error)
-        return {"type": "error", "error": {"message": error.message, "type": Messages.ERRORS.get(
-            status, "api_error" if status >= 500 else "invalid_request_error")}}
+        return {
+            "type": "error",
+            "error": {
+                "message": error.message,
+                "type": Messages.ERRORS.get(
+                    status, "api_error" if status >= 500 else "invalid_request_error"
+                ),
+            },
+        }
 
     @staticmethod
-    def listed(model: Dict[str, Any]) -> Dict[str, Any]:
+    def model_object(model: Dict[str, Any]) -> Dict[str, Any]:
         created = model.get("created") if type(model.get("created")) is int else 0
-        return {"type": "model", "id": model["id"], "display_name": model["id"], "lifecycle": "active",
-                "created_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(min(max(created, 0), 1 << 33)))}
+        return {
+            "type": "model",
+            "id": model["id"],
+            "display_name": model["id"],
+            "lifecycle": "active",
+            "created_at": time.strftime(
+                "%Y-%m-%dT%H:%M:%SZ", time.gmtime(min(max(created, 0), 1 << 33))
+            ),
+        }
 
     @staticmethod
-    def listing(models: List[Dict[str, Any]]) -> Dict[str, Any]:
+    def model_list(models: List[Dict[str, Any]]) -> Dict[str, Any]:
         ids = [model["id"] for model in models] or [None]
-        return {"data": list(map(Messages.listed, models)), "has_more": False, "first_id": ids[0], "last_id": ids[-1]}
+        return {
+            "data": list(map(Messages.model_object, models)),
+            "has_more": False,
+            "first_id": ids[0],
+            "last_id": ids[-1],
+        }
 
 
 def call_input(arguments: str) -> Dict[str, Any]:
@@ -5576,11 +7296,11 @@ class CountTokens(Messages):
         model = body.get("model")
         return Call({"model": model} if isinstance(model, str) else {}, relay_only=True)
 
-    def alone(self) -> Optional[Dict[str, Any]]:
-        return {"input_tokens": self.estimate()}
+    def local_response(self) -> Optional[Dict[str, Any]]:
+        return {"input_tokens": self.estimate_input_tokens()}
 
 
-class Responses(Blocks):
+class Responses(BlockDialect):
     """POST /v1/responses, without a memory. A line is an event, its name and what its data holds beside that as type:
 
         response.created             {"sequence_number":0,"response":{"id":"resp_1","output":[],...}}
@@ -5599,210 +7319,331 @@ class Responses(Blocks):
     """
 
     PREFIX = "resp_"
-    SAME = {"max_output_tokens": "max_tokens", "temperature": "temperature", "top_p": "top_p", "user": "user"}
-    ECHOED = {"instructions": None, "max_output_tokens": None, "metadata": {}, "parallel_tool_calls": True,
-              "reasoning": None, "temperature": None, "text": {"format": {"type": "text"}}, "tool_choice": "auto",
-              "tools": [], "top_p": None}
+    RENAMED_PARAMS = {
+        "max_output_tokens": "max_tokens",
+        "temperature": "temperature",
+        "top_p": "top_p",
+        "user": "user",
+    }
+    ECHOED = {
+        "instructions": None,
+        "max_output_tokens": None,
+        "metadata": {},
+        "parallel_tool_calls": True,
+        "reasoning": None,
+        "temperature": None,
+        "text": {"format": {"type": "text"}},
+        "tool_choice": "auto",
+        "tools": [],
+        "top_p": None,
+    }
     STATEFUL = ("previous_response_id", "conversation", "prompt", "background")
-    ECHO_LIMIT = 1 << 16    # bytes of a field that is repeated; a larger one is left out, as a stream has all of them twice or more
-    OWN = (*ECHOED, *STATEFUL, "model", "input", "stream", "store")
-    FUNCTION, SCHEMA = ("function",), "parameters"
-    WIRE: Dict[Any, Any] = {    # prefix of an item's id, its events, their index, what else those of its text hold
-        Text: ("msg_", "response.output_text", "response.content_part", {"content_index": 0}, {"logprobs": []}),
-        Reasoning: ("rs_", "response.reasoning_summary_text", "response.reasoning_summary_part",
-                    {"summary_index": 0}, {}),
-        ToolCall: ("fc_", "response.function_call_arguments", "", {}, {})}
+    ECHO_LIMIT = (
+        1 << 16
+    )  # bytes of a field that is repeated; a larger one is left out, as a stream has all of them twice or more
+    KNOWN_PARAMS = (*ECHOED, *STATEFUL, "model", "input", "stream", "store")
+    FUNCTION_TYPES, SCHEMA_KEY = ("function",), "parameters"
+    ITEM_WIRE: Dict[
+        Any, Any
+    ] = {  # prefix of an item's id, its events, their index, what else those of its text hold
+        Text: (
+            "msg_",
+            "response.output_text",
+            "response.content_part",
+            {"content_index": 0},
+            {"logprobs": []},
+        ),
+        Reasoning: (
+            "rs_",
+            "response.reasoning_summary_text",
+            "response.reasoning_summary_part",
+            {"summary_index": 0},
+            {},
+        ),
+        ToolCall: ("fc_", "response.function_call_arguments", "", {}, {}),
+    }
 
-    number = 0          # of the next event
-    begun = False
+    sequence_number = 0  # of the next event
+    stream_started = False
     echoed: Optional[Dict[str, Any]] = None
 
-    def __init__(self, body: Any, site: str = "") -> None:
-        self.output: List[Dict[str, Any]] = []      # the items that are whole
-        super().__init__(body, site)
+    def __init__(self, body: Any, base_url: str = "") -> None:
+        self.output: List[Dict[str, Any]] = []  # the items that are whole
+        super().__init__(body, base_url)
 
     # -- the request
 
-    def chat(self, body: Dict[str, Any]) -> Dict[str, Any]:
+    def to_chat(self, body: Dict[str, Any]) -> Dict[str, Any]:
         for name in self.STATEFUL:
             if body.get(name):
                 raise not_stored(name, name)
         text, reasoning, messages = as_dict(body.get("text")), as_dict(body.get("reasoning")), []
-        self.say(messages, "system", self.content(body.get("instructions") or [], "instructions"))
+        self.append_message(
+            messages, "system", self.convert_content(body.get("instructions") or [], "instructions")
+        )
         if isinstance(body.get("input"), str):
-            self.say(messages, "user", self.content(body["input"], "input"))
+            self.append_message(messages, "user", self.convert_content(body["input"], "input"))
         else:
-            self.items(messages, required(body, "input", list, "a text or a list of items"))
-        self.skipped += [f"text.{name}" for name in text if name != "format"] + ["store"] * (body.get("store") is True)
-        chat = {"messages": messages, "reasoning_effort": reasoning.get("effort"),
-                "response_format": self.form(as_dict(text.get("format"))), "tools": self.functions(body.get("tools"))}
+            self.convert_items(
+                messages, required_field(body, "input", list, "a text or a list of items")
+            )
+        self.untranslated += [f"text.{name}" for name in text if name != "format"] + ["store"] * (
+            body.get("store") is True
+        )
+        chat = {
+            "messages": messages,
+            "reasoning_effort": reasoning.get("effort"),
+            "response_format": self.response_format(as_dict(text.get("format"))),
+            "tools": self.convert_tools(body.get("tools")),
+        }
         if chat["tools"]:
-            chat["tool_choice"] = self.choice(body.get("tool_choice"))
+            chat["tool_choice"] = self.convert_tool_choice(body.get("tool_choice"))
             chat["parallel_tool_calls"] = body.get("parallel_tool_calls")
         return chat
 
     @staticmethod
-    def form(form: Dict[str, Any]) -> Optional[Dict[str, Any]]:
+    def response_format(format_spec: Dict[str, Any]) -> Optional[Dict[str, Any]]:
         """A chat's response_format."""
-        schema = {name: value for name, value in form.items() if name != "type" and value is not None}
-        if form.get("type") in (None, "text"):
+        schema = {
+            name: value
+            for name, value in format_spec.items()
+            if name != "type" and value is not None
+        }
+        if format_spec.get("type") in (None, "text"):
             return None
-        return {"type": form["type"], **({"json_schema": schema} if schema else {})}
+        return {"type": format_spec["type"], **({"json_schema": schema} if schema else {})}
 
-    def items(self, messages: List[Dict[str, Any]], items: List[Any]) -> None:
+    def convert_items(self, messages: List[Dict[str, Any]], items: List[Any]) -> None:
         """The items of an input as messages of a chat; pictures that tools gave follow the last result."""
-        pictures: List[Dict[str, Any]] = []
+        images: List[Dict[str, Any]] = []
         for at, item in enumerate(map(as_dict, items)):
-            place, kind = f"input[{at}]", item.get("type", "message")
+            param, kind = f"input[{at}]", item.get("type", "message")
             if kind == "function_call_output":
-                pictures += self.result(messages, item.get("call_id"), item.get("output"), f"{place}.output")
+                images += self.append_tool_result(
+                    messages, item.get("call_id"), item.get("output"), f"{param}.output"
+                )
                 continue
-            self.say(messages, "user", pictures)
-            pictures = []
+            self.append_message(messages, "user", images)
+            images = []
             if kind == "message":
                 role = "system" if item.get("role") == "developer" else item.get("role")
                 if role not in ("user", "assistant", "system"):
-                    raise bad_request(f"{place}: there is no role {str(role)[:80]!r}.", f"{place}.role")
-                self.say(messages, role, self.content(item.get("content"), f"{place}.content"))
+                    raise bad_request(
+                        f"{param}: there is no role {str(role)[:80]!r}.", f"{param}.role"
+                    )
+                self.append_message(
+                    messages, role, self.convert_content(item.get("content"), f"{param}.content")
+                )
             elif kind == "function_call":
                 if not messages or messages[-1]["role"] != "assistant":
                     messages.append({"role": "assistant", "content": None})
-                messages[-1].setdefault("tool_calls", []).append(tool_call(ToolCall(
-                    0, str(item.get("arguments") or "{}"), item.get("call_id"), str(item.get("name")))))
-            elif kind == "item_reference" and not str(item.get("id")).startswith("rs_"):   # as WIRE names reasoning
-                raise not_stored("An item_reference", place)
+                messages[-1].setdefault("tool_calls", []).append(
+                    tool_call(
+                        ToolCall(
+                            0,
+                            str(item.get("arguments") or "{}"),
+                            item.get("call_id"),
+                            str(item.get("name")),
+                        )
+                    )
+                )
+            elif kind == "item_reference" and not str(item.get("id")).startswith(
+                "rs_"
+            ):  # as WIRE names reasoning
+                raise not_stored("An item_reference", param)
             elif kind != "reasoning":
-                self.skipped.append(str(kind))
-        self.say(messages, "user", pictures)
+                self.untranslated.append(str(kind))
+        self.append_message(messages, "user", images)
 
-    def choice(self, choice: Any) -> Any:
+    def convert_tool_choice(self, choice: Any) -> Any:
         """A chat's tool_choice."""
-        told = as_dict(choice)
-        if told.get("type") == "function":
-            return {"type": "function", "function": {"name": told.get("name")}}
-        if told.get("type") == "allowed_tools":
-            self.skipped.append("tool_choice.tools")
-            return told.get("mode")
-        self.skipped += ["tool_choice"] * bool(told)
-        return None if told else choice
+        fields = as_dict(choice)
+        if fields.get("type") == "function":
+            return {"type": "function", "function": {"name": fields.get("name")}}
+        if fields.get("type") == "allowed_tools":
+            self.untranslated.append("tool_choice.tools")
+            return fields.get("mode")
+        self.untranslated += ["tool_choice"] * bool(fields)
+        return None if fields else choice
 
     # -- the answer
 
-    def begin(self) -> bytes:
-        self.begun, response = True, {"response": self.response()}
-        return self.frame("response.created", response) + self.frame("response.in_progress", response)
+    def opening_frames(self) -> bytes:
+        self.stream_started, response = True, {"response": self.response_object()}
+        return self.frame("response.created", response) + self.frame(
+            "response.in_progress", response
+        )
 
-    def feed(self, events: List[Event]) -> bytes:
-        self.begun = True       # or relayed
-        return super().feed(events)
+    def encode(self, events: List[Event]) -> bytes:
+        self.stream_started = True  # or relayed
+        return super().encode(events)
 
     def frame(self, kind: str, fields: Dict[str, Any]) -> bytes:
-        self.number += 1
-        return event_frame(kind, {"sequence_number": self.number - 1, **fields})
+        self.sequence_number += 1
+        return event_frame(kind, {"sequence_number": self.sequence_number - 1, **fields})
 
-    def open(self, event: Event) -> bytes:
-        prefix, name, part, index, more = self.WIRE[type(event)]
-        item = self.item(event, prefix + new_id(), "in_progress")
-        self.opened, self.at = event, {"item_id": item["id"], "output_index": self.blocks, **index}
-        delta, place = (name + ".delta").encode(), to_json({**self.at, **more})[1:-1]
-        self.head = b'event: %b\ndata: {"type":"%b",%b,"sequence_number":' % (delta, delta, place)
-        frames = self.frame("response.output_item.added", {"output_index": self.blocks, "item": item})
+    def start_block(self, event: Event) -> bytes:
+        prefix, name, part, index, more = self.ITEM_WIRE[type(event)]
+        item = self.output_item(event, prefix + new_id(), "in_progress")
+        self.open_item, self.item_ref = (
+            event,
+            {"item_id": item["id"], "output_index": self.block_index, **index},
+        )
+        delta, ref = (name + ".delta").encode(), to_json({**self.item_ref, **more})[1:-1]
+        self.head = b'event: %b\ndata: {"type":"%b",%b,"sequence_number":' % (delta, delta, ref)
+        frames = self.frame(
+            "response.output_item.added", {"output_index": self.block_index, "item": item}
+        )
         if part:
-            frames += self.frame(part + ".added", {**self.at, "part": self.part_of(event)})
+            frames += self.frame(
+                part + ".added", {**self.item_ref, "part": self.part_object(event)}
+            )
         return frames
 
-    def piece(self, text: str) -> bytes:
-        self.number += 1
-        return b'%b%d,"delta":%b}\n\n' % (self.head, self.number - 1, to_json(text))
+    def delta(self, text: str) -> bytes:
+        self.sequence_number += 1
+        return b'%b%d,"delta":%b}\n\n' % (self.head, self.sequence_number - 1, to_json(text))
 
-    def shut(self, text: str) -> bytes:
-        _, name, part, _, more = self.WIRE[type(self.opened)]
-        if isinstance(self.opened, ToolCall):
+    def stop_block(self, text: str) -> bytes:
+        _, name, part, _, more = self.ITEM_WIRE[type(self.open_item)]
+        if isinstance(self.open_item, ToolCall):
             text = text or "{}"
-            event, key = identified(self.opened, text), "arguments"
+            event, key = with_id(self.open_item, text), "arguments"
         else:
-            event, key = type(self.opened)(text), "text"
-        self.output.append(self.item(event, self.at["item_id"]))
-        frames = self.frame(name + ".done", {**self.at, **more, key: text})
+            event, key = type(self.open_item)(text), "text"
+        self.output.append(self.output_item(event, self.item_ref["item_id"]))
+        frames = self.frame(name + ".done", {**self.item_ref, **more, key: text})
         if part:
-            frames += self.frame(part + ".done", {**self.at, "part": self.part_of(event)})
-        return frames + self.frame("response.output_item.done", {"output_index": self.blocks, "item": self.output[-1]})
+            frames += self.frame(part + ".done", {**self.item_ref, "part": self.part_object(event)})
+        return frames + self.frame(
+            "response.output_item.done", {"output_index": self.block_index, "item": self.output[-1]}
+        )
 
-    def ending(self, finish: Finish) -> bytes:
-        response = self.response(finish)
+    def finish_frames(self, finish: Finish) -> bytes:
+        response = self.response_object(finish)
         return self.frame(f"response.{response['status']}", {"response": response})
 
-    def fail(self, error: APIError) -> bytes:
-        opening = self.release() if self.begun else self.begin()
-        told = self.refusal(error)["error"]
-        failed = {"status": "failed", "error": {"code": error.code or "server_error", "message": error.message}}
-        return (opening + self.frame("error", {**told, "type": "error", "error": told})
-                + self.frame("response.failed", {"response": {**self.response(), **failed}}))
+    def error_frames(self, error: APIError) -> bytes:
+        opening = self.flush_deferred() if self.stream_started else self.opening_frames()
+        details = self.error_body(error)["error"]
+        failed = {
+            "status": "failed",
+            "error": {"code": error.code or "server_error", "message": error.message},
+        }
+        return (
+            opening
+            + self.frame("error", {**details, "type": "error", "error": details})
+            + self.frame("response.failed", {"response": {**self.response_object(), **failed}})
+        )
 
-    def whole(self, answer: Answer) -> Dict[str, Any]:
-        self.output = [self.item(event, self.WIRE[type(event)][0] + new_id()) for event in self.row(answer)]
-        return self.response(answer.finish)
+    def response_body(self, answer: Answer) -> Dict[str, Any]:
+        self.output = [
+            self.output_item(event, self.ITEM_WIRE[type(event)][0] + new_id())
+            for event in self.answer_blocks(answer)
+        ]
+        return self.response_object(answer.finish)
 
-    def response(self, finish: Optional[Finish] = None) -> Dict[str, Any]:
+    def response_object(self, finish: Optional[Finish] = None) -> Dict[str, Any]:
         """The response as it is by now."""
         usage = finish and finish.usage
-        reason = finish and {"length": "max_output_tokens", "content_filter": "content_filter"}.get(finish.reason)
-        return {"id": self.id, "object": "response", "created_at": self.created, "model": self.model,
-                "output": self.output, "status": "incomplete" if reason else "completed" if finish else "in_progress",
-                "error": None, "incomplete_details": {"reason": reason} if reason else None, **self.echo(),
-                "previous_response_id": None, "store": False, "truncation": "disabled",
-                "usage": response_usage(usage) if usage else None}
+        reason = finish and {"length": "max_output_tokens", "content_filter": "content_filter"}.get(
+            finish.reason
+        )
+        return {
+            "id": self.id,
+            "object": "response",
+            "created_at": self.created,
+            "model": self.model,
+            "output": self.output,
+            "status": "incomplete" if reason else "completed" if finish else "in_progress",
+            "error": None,
+            "incomplete_details": {"reason": reason} if reason else None,
+            **self.echoed_params(),
+            "previous_response_id": None,
+            "store": False,
+            "truncation": "disabled",
+            "usage": response_usage(usage) if usage else None,
+        }
 
-    def echo(self) -> Dict[str, Any]:
+    def echoed_params(self) -> Dict[str, Any]:
         """The fields of the request that a response repeats; one above ECHO_LIMIT as if it had not been sent."""
         if self.echoed is None:
-            sent = {name: self.call.sent[name] for name in self.ECHOED if self.call.sent.get(name) is not None}
+            sent = {
+                name: self.call.original_body[name]
+                for name in self.ECHOED
+                if self.call.original_body.get(name) is not None
+            }
             small = {name: value for name, value in sent.items() if self.is_small(value)}
             self.echoed = {**self.ECHOED, **small}
         return self.echoed
 
     @classmethod
     def is_small(cls, value: Any) -> bool:
-        size = len(value) if isinstance(value, str) else 0 if isinstance(value, (int, float)) else len(_encode(value))
+        size = (
+            len(value)
+            if isinstance(value, str)
+            else 0
+            if isinstance(value, (int, float))
+            else len(_encode(value))
+        )
         return size <= cls.ECHO_LIMIT
 
     def prepare(self) -> None:
-        self.echo()
+        self.echoed_params()
 
     @staticmethod
-    def part_of(event: Event) -> Dict[str, Any]:
+    def part_object(event: Event) -> Dict[str, Any]:
         """What an item holds."""
         if isinstance(event, Reasoning):
             return {"type": "summary_text", "text": event.text}
         return {"type": "output_text", "text": event.text, "annotations": [], "logprobs": []}
 
-    def item(self, event: Event, item_id: str, status: str = "completed") -> Dict[str, Any]:
+    def output_item(self, event: Event, item_id: str, status: str = "completed") -> Dict[str, Any]:
         """An item of the output: one that is opened has no parts."""
         if isinstance(event, ToolCall):
-            return {"id": item_id, "type": "function_call", "status": status, "call_id": event.id, "name": event.name,
-                    "arguments": event.arguments}
-        parts = [self.part_of(event)] if status == "completed" else []
+            return {
+                "id": item_id,
+                "type": "function_call",
+                "status": status,
+                "call_id": event.id,
+                "name": event.name,
+                "arguments": event.arguments,
+            }
+        parts = [self.part_object(event)] if status == "completed" else []
         if isinstance(event, Reasoning):
             return {"id": item_id, "type": "reasoning", "status": status, "summary": parts}
-        return {"id": item_id, "type": "message", "status": status, "role": "assistant", "content": parts}
+        return {
+            "id": item_id,
+            "type": "message",
+            "status": status,
+            "role": "assistant",
+            "content": parts,
+        }
 
 
 def response_usage(usage: Dict[str, Any]) -> Dict[str, Any]:
     """OpenAI's usage of a chat in the words of a response."""
     cached = usage_detail(usage, "prompt", "cached_tokens")
     reasoned = usage_detail(usage, "completion", "reasoning_tokens")
-    return {"input_tokens": usage["prompt_tokens"], "output_tokens": usage["completion_tokens"],
-            "total_tokens": usage["total_tokens"], "output_tokens_details": {"reasoning_tokens": reasoned},
-            "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0}}
+    return {
+        "input_tokens": usage["prompt_tokens"],
+        "output_tokens": usage["completion_tokens"],
+        "total_tokens": usage["total_tokens"],
+        "output_tokens_details": {"reasoning_tokens": reasoned},
+        "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
+    }
 
 
-def not_stored(what: str, place: str) -> APIError:
+def not_stored(name: str, param: str) -> APIError:
     """What refers to an earlier response can't be honoured."""
-    return bad_request(f"{what!r} can't be used: nothing is stored here. Send the whole conversation as 'input' "
-                       "(with \"store\": false many clients do).", place)
+    return bad_request(
+        f"{name!r} can't be used: nothing is stored here. Send the whole conversation as 'input' "
+        '(with "store": false many clients do).',
+        param,
+    )
 
 
-class Relay(Dialect):
+class Passthrough(Dialect):
     """Any other POST below /v1: passed on to a controller that offers it, its format unknown."""
 
     PATH = re.compile(r"/v1(/[A-Za-z0-9_-]+)+")
@@ -5810,10 +7651,14 @@ class Relay(Dialect):
     def __init__(self, data: bytes, content_type: str) -> None:
         body = self.document(data) if is_json(content_type, data) else {}
         model = body.get("model")
-        self.call = Call({"model": model} if isinstance(model, str) else {}, stream=True, relay_only=True)
-        self.call.sent = body or None
+        self.call = Call(
+            {"model": model} if isinstance(model, str) else {}, stream=True, relay_only=True
+        )
+        self.call.original_body = body or None
         # What was read as UTF-8 is sent as that: another charset would let the upstream read another model.
-        self.call.content_type = "application/json" if body else content_type or "application/octet-stream"
+        self.call.content_type = (
+            "application/json" if body else content_type or "application/octet-stream"
+        )
 
     @staticmethod
     def document(data: bytes) -> Dict[str, Any]:
@@ -5824,14 +7669,18 @@ class Relay(Dialect):
         except ValueError:
             return {}
 
-    def ping(self, form: str) -> bytes:
+    def ping_frame(self, style: str) -> bytes:
         return b""
 
 
 def is_json(content_type: str, data: bytes) -> bool:
     """Whether a relayed body is JSON. curl labels any body as a form unless told otherwise."""
     media_type = content_type.partition(";")[0].strip(" \t").lower()
-    return media_type == "application/json" or media_type == URLENCODED and data[:64].lstrip().startswith(b"{")
+    return (
+        media_type == "application/json"
+        or media_type == URLENCODED
+        and data[:64].lstrip().startswith(b"{")
+    )
 
 
 # -- the model that a body names, for keys that are limited to some: no upstream may be able to read another one
@@ -5839,23 +7688,35 @@ def is_json(content_type: str, data: bytes) -> bool:
 URLENCODED = "application/x-www-form-urlencoded"
 MAX_FORM_PARTS = 1000
 MAX_PART_HEAD = 4096
-MODEL_IN_PATH = frozenset(("deployments", "engines", "models"))     # segments after which some upstreams read a model
+MODEL_IN_PATH = frozenset(
+    ("deployments", "engines", "models")
+)  # segments after which some upstreams read a model
 _UTF_8 = r'(?: *; *charset="?utf-8"?)?'
-_MULTIPART = re.compile(rf"multipart/form-data{_UTF_8} *; *boundary=(\"?)([0-9A-Za-z'()+_,./:=?-]{{1,70}})\1{_UTF_8}", re.I)
-_DISPOSITION = re.compile(r'form-data; *name=(?:"([^"\\%]*)"|([A-Za-z0-9_.-]+))'
-                          r'(; *filename=(?:"[^"\\]*"|[^;"\\ ]+))?(; *filename\*=[^;" ]+)?', re.I)
+_MULTIPART = re.compile(
+    rf"multipart/form-data{_UTF_8} *; *boundary=(\"?)([0-9A-Za-z'()+_,./:=?-]{{1,70}})\1{_UTF_8}",
+    re.I,
+)
+_DISPOSITION = re.compile(
+    r'form-data; *name=(?:"([^"\\%]*)"|([A-Za-z0-9_.-]+))'
+    r'(; *filename=(?:"[^"\\]*"|[^;"\\ ]+))?(; *filename\*=[^;" ]+)?',
+    re.I,
+)
 
 
-def means_model(name: str) -> bool:
+def is_model_field(name: str) -> bool:
     """Whether some upstream takes a field's name for "model": Go ignores case, PHP what follows a bracket."""
     return name.partition("[")[0].partition("\0")[0].strip().casefold() == "model"
 
 
-def without_model(query: str) -> str:
+def remove_model_params(query: str) -> str:
     """A query without a model: the body's has been checked, but LiteLLM would prefer the query's."""
     parts = re.split("[&;]", query)
-    kept = [part for part in parts if not means_model(urllib.parse.unquote_plus(part.partition("=")[0]))]
-    return query if len(kept) == len(parts) else "&".join(kept)
+    remaining = [
+        part
+        for part in parts
+        if not is_model_field(urllib.parse.unquote_plus(part.partition("=")[0]))
+    ]
+    return query if len(remaining) == len(parts) else "&".join(remaining)
 
 
 def has_escaped_letters(data: bytes) -> bool:
@@ -5866,7 +7727,7 @@ def has_escaped_letters(data: bytes) -> bool:
 def check_names(names: Iterable[str], refused: Iterable[str] = ()) -> None:
     """Check the names of a body's fields: APIError 400 for one that is refused, or that is "model" to some upstreams only."""
     for name in names:
-        if "model" in name.lower() and name != "model" and means_model(name):
+        if "model" in name.lower() and name != "model" and is_model_field(name):
             raise bad_request(f"The field {name[:40]!r} must be written 'model'.", "model")
     refused = {name.casefold() for name in refused}
     for name in names if refused else ():
@@ -5882,24 +7743,26 @@ def check_charset(content_type: str) -> None:
             raise APIError(415, "The charset of the body must be UTF-8.")
 
 
-def hold_to_key(call: Call, options: KeySettings, headers: Dict[str, str]) -> None:
+def apply_key_limits(call: Call, options: ClientKeySettings, headers: Dict[str, str]) -> None:
     """Limit a call to its key's models and fields; APIError if an upstream could read the body in another way."""
-    call.only = options.models
+    call.allowed_models = options.models
     if not options.models and not options.refuse_fields:
         return
     if headers.get("content-encoding", "identity").lower() != "identity":
         raise APIError(415, "The body must be sent without Content-Encoding.")
     if call.relay_only:
         check_charset(headers.get("content-type", ""))
-    form = None if call.sent else form_fields(call.data, call.content_type)
-    check_names(call.sent or [name for name, _ in form or ()], options.refuse_fields)
+    form = None if call.original_body else form_fields(call.raw_body, call.content_type)
+    check_names(call.original_body or [name for name, _ in form or ()], options.refuse_fields)
     if options.models and MODEL_IN_PATH.intersection(call.path.split("/")):
-        raise no_model("")
-    if call.sent:   # what was read is what is sent: of two "model" an upstream could take the other one
-        call.data = request_json(call.sent, len(call.data))
+        raise model_not_found("")
+    if (
+        call.original_body
+    ):  # what was read is what is sent: of two "model" an upstream could take the other one
+        call.raw_body = request_json(call.original_body, len(call.raw_body))
     elif form is not None:
         check_form_model(form, options.models)
-        call.only = ()
+        call.allowed_models = ()
     elif not options.models:
         raise APIError(415, "This key can send JSON and forms only.")
 
@@ -5909,8 +7772,8 @@ def check_form_model(form: List[Tuple[str, str]], models: Tuple[str, ...]) -> No
     names = [value for name, value in form if name == "model"]
     if len(names) > 1 or any(name == "_charset_" for name, _ in form):
         raise bad_request("The form must have one field 'model', in UTF-8.", "model")
-    if not allowed(models, "".join(names)):
-        raise no_model("".join(names))
+    if not model_allowed(models, "".join(names)):
+        raise model_not_found("".join(names))
 
 
 def form_fields(data: bytes, content_type: str) -> Optional[List[Tuple[str, str]]]:
@@ -5930,7 +7793,7 @@ def urlencoded_fields(data: bytes) -> List[Tuple[str, str]]:
         for part in re.split(b"[&;]", data):
             name, _, value = part.partition(b"=")
             fields.append((percent_decoded(name), ""))
-            if means_model(fields[-1][0]):
+            if is_model_field(fields[-1][0]):
                 fields[-1] = fields[-1][0], percent_decoded(value)
     except ValueError:
         raise bad_request("The form is malformed.") from None
@@ -5957,10 +7820,13 @@ def multipart_fields(data: bytes, content_type: str) -> List[Tuple[str, str]]:
         start = at + len(delimiter) + 2
         end = data.find(b"\r\n\r\n", start, start + MAX_PART_HEAD)
         at = data.find(delimiter, start)
-        if end < 0 or at < end + 6 or data[at - 2:at] != b"\r\n":
+        if end < 0 or at < end + 6 or data[at - 2 : at] != b"\r\n":
             raise bad_request("A part of the form is malformed.")
-        fields.append(part_field(data[start:end], data[end + 4:min(at - 2, end + 5 + MAX_NAME)]))
-    if not fields or data[at:at + len(delimiter) + 5] not in (delimiter + b"--\r\n", delimiter + b"--"):
+        fields.append(part_field(data[start:end], data[end + 4 : min(at - 2, end + 5 + MAX_NAME)]))
+    if not fields or data[at : at + len(delimiter) + 5] not in (
+        delimiter + b"--\r\n",
+        delimiter + b"--",
+    ):
         raise bad_request("The form has no proper end, or too many parts.")
     return fields
 
@@ -5970,19 +7836,28 @@ def part_field(head: bytes, value: bytes) -> Tuple[str, str]:
     try:
         pairs = [parse_field.__wrapped__(line) for line in head.decode("latin-1").split("\r\n")]
         headers = dict(pairs)
-        match = _DISPOSITION.fullmatch(headers.get("content-disposition", "").encode("latin-1").decode("utf-8"))
+        match = _DISPOSITION.fullmatch(
+            headers.get("content-disposition", "").encode("latin-1").decode("utf-8")
+        )
     except ValueError:
         match = None
     if not match or len(headers) < len(pairs):
         raise bad_request("The head of a part of the form is malformed.")
     name = match[1] if match[2] is None else match[2]
-    if not means_model(name):
+    if not is_model_field(name):
         return name, ""
     check_charset(headers.get("content-type", ""))
     text = value.decode("utf-8", "replace")
-    is_plain = headers.get("content-type", "text/plain").partition(";")[0].strip().lower() == "text/plain"
-    if match[3] or match[4] or not is_plain or set(headers) - {"content-disposition", "content-type"} or (
-            len(value) > MAX_NAME or not text.isprintable()):
+    is_plain = (
+        headers.get("content-type", "text/plain").partition(";")[0].strip().lower() == "text/plain"
+    )
+    if (
+        match[3]
+        or match[4]
+        or not is_plain
+        or set(headers) - {"content-disposition", "content-type"}
+        or (len(value) > MAX_NAME or not text.isprintable())
+    ):
         raise bad_request("The model must be a plain text field of the form.", "model")
     return name, text
 
@@ -5995,8 +7870,8 @@ def part_field(head: bytes, value: bytes) -> Tuple[str, str]:
 class Registration(NamedTuple):
     """What the loop calls for a registered socket."""
 
-    callback: Callable[[], None]    # the socket is ready
-    abort: Callable[[], None]       # the callback has raised an exception
+    callback: Callable[[], None]  # the socket is ready
+    abort: Callable[[], None]  # the callback has raised an exception
 
 
 class EventLoop(threading.Thread):
@@ -6006,19 +7881,21 @@ class EventLoop(threading.Thread):
     Callbacks must not block. An exception in one is logged and costs its own connection only.
     """
 
-    TICK = 0.25             # seconds between two calls of on_tick
-    MAX_SELECT = 500        # sockets that select() takes on Windows, some in reserve; elsewhere descriptors below 1,024
+    TICK = 0.25  # seconds between two calls of on_tick
+    MAX_SELECT = 500  # sockets that select() takes on Windows, some in reserve; elsewhere descriptors below 1,024
 
-    def __init__(self, on_tick: Callable[[float], None], selector: Optional[selectors.BaseSelector] = None) -> None:
+    def __init__(
+        self, on_tick: Callable[[float], None], selector: Optional[selectors.BaseSelector] = None
+    ) -> None:
         super().__init__(name="akashproxy loop", daemon=True)
         self.on_tick = on_tick
         self.selector = selector or selectors.DefaultSelector()
-        self.epoll: Any = None      # the selector itself, where it is one
+        self.epoll: Any = None  # the selector itself, where it is one
         if hasattr(select, "epoll") and isinstance(self.selector, selectors.EpollSelector):
             self.epoll = select.epoll.fromfd(os.dup(self.selector.fileno()))
-        self.registrations: Dict[int, Registration] = {}    # by descriptor
+        self.registrations: Dict[int, Registration] = {}  # by descriptor
         self.scheduled: Deque[Callable[[], None]] = collections.deque()
-        self.awake = False          # it will look at ``scheduled`` before it waits again
+        self.awake = False  # it will look at ``scheduled`` before it waits again
         self.stopped = False
         self.now = time.monotonic()
         self.wakeup_r, self.wakeup_w = socket.socketpair()
@@ -6026,11 +7903,20 @@ class EventLoop(threading.Thread):
         self.wakeup_w.setblocking(False)
         self.add(self.wakeup_r, self._on_wakeup, self._on_wakeup)
 
-    def add(self, sock: Any, callback: Callable[[], None], abort: Callable[[], None],
-            events: int = selectors.EVENT_READ) -> None:
+    def add(
+        self,
+        sock: Any,
+        callback: Callable[[], None],
+        abort: Callable[[], None],
+        events: int = selectors.EVENT_READ,
+    ) -> None:
         """Register a socket; OSError if the selector can't take one more."""
         if isinstance(self.selector, selectors.SelectSelector):
-            if sock.fileno() >= 1024 or os.name == "nt" and len(self.selector.get_map()) >= self.MAX_SELECT:
+            if (
+                sock.fileno() >= 1024
+                or os.name == "nt"
+                and len(self.selector.get_map()) >= self.MAX_SELECT
+            ):
                 raise OSError(errno.EMFILE, "select() can't watch more sockets")
         self.selector.register(sock, events)
         self.registrations[sock.fileno()] = Registration(callback, abort)
@@ -6047,9 +7933,13 @@ class EventLoop(threading.Thread):
     def call_soon_threadsafe(self, callback: Callable[[], None]) -> None:
         """Have the loop thread call something soon. Any thread."""
         self.scheduled.append(callback)
-        if not self.awake:      # two threads may both see False: then two bytes are sent, which does no harm
+        if (
+            not self.awake
+        ):  # two threads may both see False: then two bytes are sent, which does no harm
             self.awake = True
-            with contextlib.suppress(OSError):      # the pipe is full, so the loop will wake up; or the loop has ended
+            with contextlib.suppress(
+                OSError
+            ):  # the pipe is full, so the loop will wake up; or the loop has ended
                 self.wakeup_w.send(b"\0")
 
     def stop(self) -> None:
@@ -6060,7 +7950,7 @@ class EventLoop(threading.Thread):
     def run(self) -> None:
         next_tick = 0.0
         while not self.stopped:
-            self.awake = False      # first: what another thread schedules from here on sends a byte
+            self.awake = False  # first: what another thread schedules from here on sends a byte
             ready = self._select(0 if self.scheduled else self.TICK)
             self.awake = True
             self.now = time.monotonic()
@@ -6088,9 +7978,11 @@ class EventLoop(threading.Thread):
         """The registrations whose sockets are ready. select() of the selector would cost 4 % of the CPU time of a token."""
         try:
             if self.epoll is not None:
-                return [self.registrations[descriptor] for descriptor, _ in self.epoll.poll(seconds)]
+                return [
+                    self.registrations[descriptor] for descriptor, _ in self.epoll.poll(seconds)
+                ]
             return [self.registrations[key.fd] for key, _ in self.selector.select(seconds)]
-        except (OSError, ValueError):       # select() refuses all of them for the sake of one
+        except (OSError, ValueError):  # select() refuses all of them for the sake of one
             log.exception("the selector refused its sockets")
             self._remove_invalid()
             return []
@@ -6156,18 +8048,18 @@ class Head(NamedTuple):
     """The head of a request, parsed."""
 
     method: str = "-"
-    path: str = "-"             # decoded once
+    path: str = "-"  # decoded once
     query: str = ""
     http_minor: str = "1"
-    headers: Dict[str, str] = {}    # by lower-case name
+    headers: Dict[str, str] = {}  # by lower-case name
 
 
 class Route(NamedTuple):
     """A path of ours: its label in the metrics, and what answers each method."""
 
     label: str = "other"
-    targets: Dict[str, Any] = {}        # {method: a dialect, or a function of the handler}
-    rest: str = ""                      # what {} stands for
+    targets: Dict[str, Any] = {}  # {method: a dialect, or a function of the handler}
+    remainder: str = ""  # what {} stands for
 
     def target(self, method: str) -> Any:
         """What answers a method; None if it isn't allowed."""
@@ -6184,21 +8076,21 @@ class Request:
 
     def __init__(self, connection: "Connection") -> None:
         self.connection, self.server = connection, connection.server
-        self.settings = connection.server.settings      # a reload must not change them midway
+        self.settings = connection.server.settings  # a reload must not change them midway
         self.id = "req_" + new_id()
         self.head = Head()
         self.body = b""
         self.body_unread = False
         self.keep_alive = False
-        self.error: Optional[Exception] = None          # why it must be refused
+        self.error: Optional[Exception] = None  # why it must be refused
         self.started_at = time.monotonic()
         self.route = Route()
-        self.key: Optional["KeyLimiter"] = None         # whose request it is, if that key has a name
+        self.key: Optional["KeyLimiter"] = None  # whose request it is, if that key has a name
         self.cancel_reason: Optional[Exception] = None
-        self.counted = False                            # against the limits of the key
-        self.call: Optional[Call] = None                # while a model's answer is awaited
-        self.exchange: Optional[Running] = None         # the same
-        self.relay: Optional["StreamRelay"] = None      # while STREAMING
+        self.counted = False  # against the limits of the key
+        self.call: Optional[Call] = None  # while a model's answer is awaited
+        self.exchange: Optional[Exchange] = None  # the same
+        self.relay: Optional["StreamRelay"] = None  # while STREAMING
         self.record = AccessRecord()
         self.writer = ResponseWriter(self)
 
@@ -6206,7 +8098,7 @@ class Request:
         """Take a head apart and check it; ProtocolError if it isn't HTTP/1.1 as it should be."""
         line, headers = parse_head(head, parse_request_line)
         self.head = Head(*line, headers)
-        self.keep_alive = keeps_alive(self.head.http_minor, headers)
+        self.keep_alive = is_persistent(self.head.http_minor, headers)
         host = headers.get("host")
         if (host is None and self.head.http_minor == "1") or not _HOST.fullmatch(host or ""):
             raise ProtocolError("one Host is needed")
@@ -6218,13 +8110,13 @@ class Request:
 
     def begin_call(self, call: Call) -> None:
         """From now on cancel() ends this call; raises the reason if it was cancelled before."""
-        self.call = call            # first: cancel() sets the reason first, and looks for a call then
+        self.call = call  # first: cancel() sets the reason first, and looks for a call then
         if self.cancel_reason is not None:
             raise self.cancel_reason
 
     def cancel(self, reason: Optional[Exception] = None) -> None:
         """End the exchange with the upstream; whatever blocks in it raises the reason. Any thread."""
-        self.cancel_reason = reason or ClientLeft("the client left")
+        self.cancel_reason = reason or ClientDisconnected("the client left")
         if self.call is not None:
             self.call.cancel(self.cancel_reason)
 
@@ -6250,7 +8142,12 @@ class ByteBudget:
     def check(self, size: int) -> None:
         """APIError 503 if there is no room for so many bytes now."""
         if self.used + size > self.limit():
-            raise APIError(503, "Too many bytes of other requests are being received.", code="overloaded", retry_after=1)
+            raise APIError(
+                503,
+                "Too many bytes of other requests are being received.",
+                code="overloaded",
+                retry_after=1,
+            )
 
     def reserve(self, size: int) -> None:
         """Count bytes that are here; APIError 503 if there is no room for them."""
@@ -6277,15 +8174,15 @@ class BodyReader:
     much at once and then falls silent would else be waited for as long as that much may take.
     """
 
-    MIN_UPLOAD_RATE = 4000      # bytes per second
+    MIN_UPLOAD_RATE = 4000  # bytes per second
 
     def __init__(self) -> None:
         self.decoder, self.data = NO_BODY, bytearray()
-        self.reserved = 0           # bytes that count against MAX_BODY_TOTAL
+        self.reserved = 0  # bytes that count against MAX_BODY_TOTAL
         self.deadline = math.inf
         self.server: Any = None
 
-    def start(self, decoder: Body, server: "Server", now: float) -> None:
+    def start(self, decoder: BodyDecoder, server: "Server", now: float) -> None:
         """Expect a body."""
         self.decoder, self.server = decoder, server
         self.deadline = now + server.settings.body_timeout
@@ -6293,20 +8190,25 @@ class BodyReader:
     def feed(self, data: bytes, now: float) -> None:
         """Take bytes of the connection; APIError 413 or 503 if they are too many."""
         payload = self.decoder.feed(data)
-        check_body_size(len(self.data) + len(payload) + self.decoder.left, self.server.settings)    # of a chunk, the rest counts
-        if not self.decoder.done or self.data:      # a body that came with its head is not in transit
+        check_body_size(
+            len(self.data) + len(payload) + self.decoder.remaining, self.server.settings
+        )  # of a chunk, the rest counts
+        if not self.decoder.done or self.data:  # a body that came with its head is not in transit
             self.server.bodies.reserve(len(payload))
             self.reserved += len(payload)
         self.data += payload
-        self.deadline = min(self.deadline + len(data) / self.MIN_UPLOAD_RATE, now + self.server.settings.body_timeout)
+        self.deadline = min(
+            self.deadline + len(data) / self.MIN_UPLOAD_RATE,
+            now + self.server.settings.body_timeout,
+        )
 
     def finish(self) -> Tuple[bytes, bytes]:
         """The body, and the bytes that came after it."""
-        body, rest = bytes(self.data), self.decoder.rest
-        self.abandon()
+        body, rest = bytes(self.data), self.decoder.trailing_data
+        self.discard()
         return body, rest
 
-    def abandon(self) -> None:
+    def discard(self) -> None:
         """Release what has been collected."""
         self.decoder, self.data = NO_BODY, bytearray()
         if self.reserved:
@@ -6320,24 +8222,31 @@ class Connection:
     A request is read whole and handed to a worker; the next one is read when its response is sent.
     """
 
-    HIGH_WATER = 1 << 18        # bytes of output above which whoever writes must wait
+    HIGH_WATER = 1 << 18  # bytes of output above which whoever writes must wait
     LINGER_SECONDS = 2.0
     LINGER_BYTES = 4 << 20
 
     def __init__(self, sock: socket.socket, client_address: Any, server: "Server") -> None:
-        self.sock, self.client_address, self.server, self.loop = sock, client_address, server, server.loop
+        self.sock, self.client_address, self.server, self.loop = (
+            sock,
+            client_address,
+            server,
+            server.loop,
+        )
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.setblocking(False)                 # no client can stop the loop by not reading
+        sock.setblocking(False)  # no client can stop the loop by not reading
         self.state = State.IDLE
-        self.input = bytearray()                # read, not yet used
-        self.output = bytearray()               # to be sent
-        self.room = threading.Condition()       # guards output; notified when it has fallen below HIGH_WATER
-        self.scan_from = 0                      # where the search for the head's end goes on
+        self.input = bytearray()  # read, not yet used
+        self.output = bytearray()  # to be sent
+        self.room = (
+            threading.Condition()
+        )  # guards output; notified when it has fallen below HIGH_WATER
+        self.scan_from = 0  # where the search for the head's end goes on
         self.body = BodyReader()
         self.request: Optional[Request] = None  # being read or answered
-        self.on_drained: Optional[Callable[[], None]] = None    # called once all output is sent
-        self.pipelined = False                  # its next request is here: readability no longer reveals its end
-        self.events = 0                         # that the loop waits for
+        self.on_drained: Optional[Callable[[], None]] = None  # called once all output is sent
+        self.pipelined = False  # its next request is here: readability no longer reveals its end
+        self.events = 0  # that the loop waits for
         self.linger_budget = 0
         self.deadline, self.timeout_message = math.inf, ""
         self._wait_for_events()
@@ -6346,7 +8255,7 @@ class Connection:
 
     def on_ready(self) -> None:
         """The socket is readable or writable."""
-        if self.state is State.CLOSED:      # by a callback before this one
+        if self.state is State.CLOSED:  # by a callback before this one
             return
         if self.output:
             self.flush()
@@ -6357,7 +8266,7 @@ class Connection:
 
     def _receive(self) -> None:
         try:
-            data = self.sock.recv(READ_SIZE)
+            data = self.sock.recv(RECV_SIZE)
         except BlockingIOError:
             return
         except OSError:
@@ -6369,11 +8278,17 @@ class Connection:
         elif data:
             if self.state is State.IDLE:
                 self.state = State.READING
-                self.set_deadline(self.server.settings.head_timeout, "The request's head took too long.")
+                self.set_deadline(
+                    self.server.settings.head_timeout, "The request's head took too long."
+                )
             self.input += data
             self._advance()
         elif self.input or self.request is not None:
-            self._dispatch(ProtocolError(f"the connection ended within a {'head' if self.request is None else 'body'}"))
+            self._dispatch(
+                ProtocolError(
+                    f"the connection ended within a {'head' if self.request is None else 'body'}"
+                )
+            )
         else:
             self.close()
 
@@ -6387,18 +8302,20 @@ class Connection:
 
     def _read_head(self) -> bool:
         """Whether the head is complete; it is parsed, and passed the gate, then."""
-        if self.input.startswith(b"\r\n"):      # RFC 9112, 2.2: blank lines before a request are skipped
-            del self.input[:_BLANK_LINES.match(self.input).end()]
-        end = head_end(self.input, self.scan_from) if self.input else -1
+        if self.input.startswith(
+            b"\r\n"
+        ):  # RFC 9112, 2.2: blank lines before a request are skipped
+            del self.input[: _BLANK_LINES.match(self.input).end()]
+        end = find_head_end(self.input, self.scan_from) if self.input else -1
         if end < 0:
             self.scan_from = max(0, len(self.input) - 3)
             return False
         self.scan_from = 0
         self.request = request = Request(self)
         head = bytes(self.input[:end])
-        del self.input[:end + 4]
+        del self.input[: end + 4]
         request.parse_head(head)
-        decoder = Body(request.head.headers)
+        decoder = BodyDecoder(request.head.headers)
         request.body_unread = not decoder.done
         self.server.check_head(request, decoder)
         self.body.start(decoder, self.server, self.loop.now)
@@ -6417,8 +8334,11 @@ class Connection:
             reader.feed(data, self.loop.now)
         if not reader.decoder.done:
             if request.head.method in BODILESS_METHODS:
-                return True         # the connection ends with the response
-            self.deadline, self.timeout_message = reader.deadline, "The request's body took too long."
+                return True  # the connection ends with the response
+            self.deadline, self.timeout_message = (
+                reader.deadline,
+                "The request's body took too long.",
+            )
             return False
         request.body, rest = reader.finish()
         self.input = bytearray(rest)
@@ -6429,10 +8349,12 @@ class Connection:
         """Hand the request to a worker, with the reason if it must be refused."""
         if self.request is None:
             self.request = Request(self)
-        if error is not None and (isinstance(error, ProtocolError) or not self.request.head.headers):
-            self.request.body_unread = True     # no next request can be found in what follows
+        if error is not None and (
+            isinstance(error, ProtocolError) or not self.request.head.headers
+        ):
+            self.request.body_unread = True  # no next request can be found in what follows
         if error is not None:
-            self.body.abandon()
+            self.body.discard()
         self.request.error = error
         self.state, self.deadline = State.DISPATCHED, math.inf
         self.submit(functools.partial(self.server.serve_request, self.request))
@@ -6441,7 +8363,7 @@ class Connection:
         """Hand a step of the request to a worker; without one the client is turned away."""
         try:
             self.server.submit(task)
-        except RuntimeError as error:       # no more threads
+        except RuntimeError as error:  # no more threads
             if report_exhaustion():
                 log.error("a request could not be handled: %s", error)
             if self.request.writer.status:
@@ -6453,7 +8375,9 @@ class Connection:
     def _look_for_disconnect(self) -> None:
         """While a response is awaited: the client has left, or has sent its next request."""
         seen = peek(self.sock)
-        if seen == b"" and self.request.error is None:      # one that is refused may have ended its side before
+        if (
+            seen == b"" and self.request.error is None
+        ):  # one that is refused may have ended its side before
             self.disconnect()
         elif seen is not None:
             self.pipelined = True
@@ -6488,7 +8412,7 @@ class Connection:
         """
         with self.room:
             if self.state is State.CLOSED:
-                raise ClientLeft("the client left")
+                raise ClientDisconnected("the client left")
             first = not self.output
             self.output += data
         if first and not last:
@@ -6497,9 +8421,11 @@ class Connection:
     def wait_for_room(self) -> None:
         """Wait until the client has read most of the output; ClientDisconnected if it leaves. Worker thread."""
         with self.room:
-            self.room.wait_for(lambda: len(self.output) < self.HIGH_WATER or self.state is State.CLOSED)
+            self.room.wait_for(
+                lambda: len(self.output) < self.HIGH_WATER or self.state is State.CLOSED
+            )
             if self.state is State.CLOSED:
-                raise ClientLeft("the client left")
+                raise ClientDisconnected("the client left")
 
     def flush(self) -> bool:
         """Send more of the output; True if all of it is sent. Loop thread."""
@@ -6507,7 +8433,7 @@ class Connection:
             return False
         try:
             with self.room:
-                del self.output[:self.sock.send(self.output)]
+                del self.output[: self.sock.send(self.output)]
                 self.room.notify_all()
         except BlockingIOError:
             pass
@@ -6527,7 +8453,9 @@ class Connection:
 
     def _expect_reading(self) -> None:
         """Each part that the client takes gives it more time for the next one."""
-        self.set_deadline(self.server.settings.write_timeout, "The client did not read its response.")
+        self.set_deadline(
+            self.server.settings.write_timeout, "The client did not read its response."
+        )
         self._wait_for_events()
 
     # -- the end of a request, and of the connection
@@ -6559,7 +8487,9 @@ class Connection:
         self.pipelined = False
         if self.input:
             self.state = State.READING
-            self.set_deadline(self.server.settings.head_timeout, "The request's head took too long.")
+            self.set_deadline(
+                self.server.settings.head_timeout, "The request's head took too long."
+            )
             self._advance()
         else:
             self.state = State.IDLE
@@ -6582,7 +8512,7 @@ class Connection:
             return
         if request.relay is not None:
             request.relay.on_client_disconnect()
-        elif drained is not None:       # the response was complete, but for the client
+        elif drained is not None:  # the response was complete, but for the client
             self.end_request()
         request.cancel()
 
@@ -6595,7 +8525,7 @@ class Connection:
         if self.state is State.CLOSED:
             return
         was_reading = self.state in (State.IDLE, State.READING)
-        self.body.abandon()
+        self.body.discard()
         with self.room:
             self.state = State.CLOSED
             self.output.clear()
@@ -6617,11 +8547,11 @@ class Connection:
     def on_tick(self, now: float) -> None:
         """Deadlines, clients that have left, pings."""
         if self.state is State.IDLE and self.server.draining:
-            self.deadline = min(self.deadline, now + LAME)
+            self.deadline = min(self.deadline, now + LAME_DUCK_SECONDS)
         if now >= self.deadline:
             self._on_deadline()
         elif self.state in ANSWERING:
-            if self.pipelined and self.request.error is None and has_left(self.sock):
+            if self.pipelined and self.request.error is None and peer_has_closed(self.sock):
                 self.disconnect()
             else:
                 self.request.writer.on_tick(now)
@@ -6636,7 +8566,9 @@ class Connection:
 
     def _wait_for_events(self) -> None:
         """Have the loop wait for what can happen now; a selector can't wait for nothing."""
-        events = (0 if self.pipelined else selectors.EVENT_READ) | (selectors.EVENT_WRITE if self.output else 0)
+        events = (0 if self.pipelined else selectors.EVENT_READ) | (
+            selectors.EVENT_WRITE if self.output else 0
+        )
         if events == self.events or self.state is State.CLOSED:
             return
         if not self.events:
@@ -6662,14 +8594,16 @@ class ResponseWriter:
     def __init__(self, request: "Request") -> None:
         self.request, self.connection = request, request.connection
         self.lock = threading.RLock()
-        self.send: Callable[..., Any] = self.connection.enqueue     # Connection.send once the loop relays
-        self.status = 0                 # 0: not started
+        self.send: Callable[..., Any] = (
+            self.connection.enqueue
+        )  # Connection.send once the loop relays
+        self.status = 0  # 0: not started
         self.finished = self.chunked = False
         self.head = b""
-        self.bytes_sent = 0             # of the body
-        self.tail = b"\n\n"             # its last bytes
+        self.bytes_sent = 0  # of the body
+        self.tail = b"\n\n"  # its last bytes
         self.last_write = request.started_at
-        self.ping_frame: Optional[Callable[[str], bytes]] = None    # of a stream that may get pings
+        self.ping_frame: Optional[Callable[[str], bytes]] = None  # of a stream that may get pings
 
     def start(self, status: int, headers: Dict[str, str], length: Optional[int] = None) -> None:
         """Begin the response; without a length its body is chunked, or extends to the end of the connection."""
@@ -6691,8 +8625,10 @@ class ResponseWriter:
             framing += "Connection: close\r\n"
         elif request.head.http_minor == "0":
             framing += "Connection: keep-alive\r\n"
-        self.head = (f"{_STATUS_LINES.get(status) or f'HTTP/1.1 {status} '}\r\n{server.date_header()}{fields}{framing}"
-                     f"x-request-id: {request.id}\r\n{server.cors_headers(request)}\r\n").encode("ascii")
+        self.head = (
+            f"{_STATUS_LINES.get(status) or f'HTTP/1.1 {status} '}\r\n{server.date_header()}{fields}{framing}"
+            f"x-request-id: {request.id}\r\n{server.cors_headers(request)}\r\n"
+        ).encode("ascii")
 
     def write(self, data: bytes) -> Any:
         """Send a part of the body; what Connection.send() or enqueue() returns. ClientDisconnected if that fails."""
@@ -6720,7 +8656,7 @@ class ResponseWriter:
             self.start(status, headers, length=len(data))
             self.finish(data)
 
-    def cut(self) -> None:
+    def break_off(self) -> None:
         """End a body that can't carry an error: without its proper end the client sees that it is incomplete."""
         self.request.keep_alive, self.chunked = False, False
         self.finish()
@@ -6728,18 +8664,26 @@ class ResponseWriter:
     def on_tick(self, now: float) -> None:
         """Fill the silence of a stream with a ping, so that no proxy takes the connection for dead. Loop thread."""
         heartbeat = self.request.settings.heartbeat
-        if self.ping_frame is None or now - self.last_write <= heartbeat or not self.lock.acquire(blocking=False):
-            return              # a worker that has the lock is just writing
+        if (
+            self.ping_frame is None
+            or now - self.last_write <= heartbeat
+            or not self.lock.acquire(blocking=False)
+        ):
+            return  # a worker that has the lock is just writing
         try:
             if self.ping_frame is None or now - self.last_write <= heartbeat:
-                return          # it has written since
+                return  # it has written since
             self.last_write = now
             frame = self.ping_frame(self.request.settings.pings)
-            if frame and not self.connection.output and self.tail.endswith((b"\n\n", b"\r\n\r\n", b"\n\r\n")):
+            if (
+                frame
+                and not self.connection.output
+                and self.tail.endswith((b"\n\n", b"\r\n\r\n", b"\n\r\n"))
+            ):
                 if not self.status:
                     self.start(200, SSE_HEADERS)
                 self.send(self._frame(frame))
-        except ClientLeft:
+        except ClientDisconnected:
             self.request.cancel()
         finally:
             self.lock.release()
@@ -6751,7 +8695,7 @@ class ResponseWriter:
             self.tail = data if len(data) > 3 else (self.tail + data)[-4:]
             if self.request.head.method == "HEAD":
                 data = b""
-            elif self.chunked:      # a chunk of length 0 would end the body
+            elif self.chunked:  # a chunk of length 0 would end the body
                 data = b"%x\r\n%b\r\n" % (len(data), data)
         if self.head:
             data, self.head = self.head + data, b""
@@ -6767,17 +8711,29 @@ class StreamRelay:
     """
 
     def __init__(self, handler: "Handler") -> None:
-        self.handler, self.request, self.exchange = handler, handler.request, handler.request.exchange
-        self.dialect, self.writer, self.connection = handler.dialect, handler.request.writer, handler.request.connection
+        self.handler, self.request, self.exchange = (
+            handler,
+            handler.request,
+            handler.request.exchange,
+        )
+        self.dialect, self.writer, self.connection = (
+            handler.dialect,
+            handler.request.writer,
+            handler.request.connection,
+        )
         self.loop = self.connection.loop
-        self.stream: Stream = self.exchange.source
-        self.upstream, self.scope = self.stream.response.sock, self.stream.response.watch
-        self.tls_pending = getattr(self.upstream, "pending", None)      # TLS may have decoded more than was read
+        self.stream: EventStream = self.exchange.response
+        self.upstream, self.scope = self.stream.response.sock, self.stream.response.scope
+        self.tls_pending = getattr(
+            self.upstream, "pending", None
+        )  # TLS may have decoded more than was read
         self.paused = self.client_done = self.upstream_done = False
-        self.fast_path: Any = None          # unframe, parse and encode a lone token; () if that isn't possible
-        self.buffered: List[Event] = []     # of a response that is sent whole
+        self.fast_path: Any = (
+            None  # unframe, parse and encode a lone token; () if that isn't possible
+        )
+        self.buffered: List[Event] = []  # of a response that is sent whole
         if not self.request.call.stream:
-            self.stream.left = BODY_LIMIT
+            self.stream.byte_budget = MAX_BUFFERED_BODY
 
     def start(self) -> None:
         """Take over from the worker that has sent the request."""
@@ -6792,8 +8748,10 @@ class StreamRelay:
     def on_upstream(self) -> None:
         """The upstream has sent something, or has ended."""
         self._step()
-        while self.tls_pending and not self.upstream_done and not self.paused and self.tls_pending():
-            self._step()        # no selector knows of that
+        while (
+            self.tls_pending and not self.upstream_done and not self.paused and self.tls_pending()
+        ):
+            self._step()  # no selector knows of that
 
     def on_client_disconnect(self) -> None:
         """The client has left: so may the upstream."""
@@ -6803,10 +8761,10 @@ class StreamRelay:
 
     def abort(self) -> None:
         """A bug has struck: close the upstream, and the client if it still waits for this response."""
-        waiting = not self.client_done
+        client_waiting = not self.client_done
         self.client_done = True
         self._release()
-        if waiting:
+        if client_waiting:
             self.connection.disconnect()
             self.connection.end_request()
 
@@ -6814,23 +8772,23 @@ class StreamRelay:
         """One read, one write."""
         stream = self.stream
         try:
-            data = self.upstream.recv(READ_SIZE)
+            data = self.upstream.recv(RECV_SIZE)
             if self.fast_path and self._relay_token(data):
                 return
             events = stream.receive(data)
         except (BlockingIOError, WantRead):
             return
         except OSError as error:
-            events = stream.broken(error)
+            events = stream.on_network_error(error)
         if events and not self.client_done:
             self._deliver(events)
-        if stream.failure:
-            self._fail(stream.failure)
-        elif stream.over:
+        if stream.error:
+            self._fail(stream.error)
+        elif stream.at_eof:
             self._finish()
         elif stream.started and not self.paused:
-            due = self.loop.now + stream.response.patience.idle
-            self.scope.due = min(due, self.scope.due) if stream.whole else due
+            due = self.loop.now + stream.response.timeouts.idle
+            self.scope.deadline = min(due, self.scope.deadline) if stream.complete else due
 
     def _relay_token(self, data: bytes) -> bool:
         """Relay one chunk with one token from the middle of a stream, without making events of it; False if it isn't that.
@@ -6842,28 +8800,28 @@ class StreamRelay:
         token = payload and parse(payload)
         if not token:
             return False
-        self.scope.due = self.loop.now + self.stream.response.patience.idle
+        self.scope.deadline = self.loop.now + self.stream.response.timeouts.idle
         if not self.writer.write_chunk(encode(token)):
             self._pause()
         return True
 
     def _choose_fast_path(self) -> None:
         body, decoder = self.stream.response.body, self.stream.decoder
-        parse = getattr(decoder, "usual", None)
-        encode = self.dialect.splice if self.request.call.kind is None else bytes
+        parse = getattr(decoder, "fast_path", None)
+        encode = self.dialect.text_frame if self.request.call.relay_content_type is None else bytes
         usable = parse and encode and body.chunked and self.writer.chunked
-        self.fast_path = (body.lone, parse, encode) if usable else ()
+        self.fast_path = (body.single_chunk, parse, encode) if usable else ()
 
     def _deliver(self, events: List[Event]) -> None:
         """Pass events on, or keep them until the response can be sent whole."""
-        if self.exchange.begun:
-            frames = self.dialect.feed(events)
+        if self.exchange.committed:
+            frames = self.dialect.encode(events)
         elif self._is_buffered():
             self.buffered += events
             return
         else:
-            frames = self.handler.start_stream() + self.dialect.feed(events)
-        if not self.stream.whole:
+            frames = self.handler.start_stream() + self.dialect.encode(events)
+        if not self.stream.complete:
             if not self.writer.write(frames):
                 self._pause()
             if self.fast_path is None and self.stream.started:
@@ -6874,7 +8832,11 @@ class StreamRelay:
 
     def _is_buffered(self) -> bool:
         call = self.request.call
-        return not call.stream or call.kind is not None and isinstance(self.stream.decoder, Collected)
+        return (
+            not call.stream
+            or call.relay_content_type is not None
+            and isinstance(self.stream.decoder, BufferedBody)
+        )
 
     def _end_response(self, frames: bytes) -> None:
         """Send the last frames; the connection goes on with its next request when they are sent."""
@@ -6887,10 +8849,10 @@ class StreamRelay:
         """The upstream's message is complete."""
         frames = b""
         if self.buffered:
-            frames = self.handler.start_whole(self.buffered)
-        elif not self.exchange.begun:
+            frames = self.handler.start_buffered(self.buffered)
+        elif not self.exchange.committed:
             frames = self.handler.start_stream()
-        self._release()         # the upstream's connection is free before the client can ask again
+        self._release()  # the upstream's connection is free before the client can ask again
         if not self.client_done:
             self._end_response(frames)
 
@@ -6900,7 +8862,7 @@ class StreamRelay:
             self._release()
             if not self.client_done:
                 self.connection.disconnect()
-        elif self.exchange.begun:
+        elif self.exchange.committed:
             frames = self.handler.error_trailer(error)
             self._release(error)
             self._end_response(frames)
@@ -6915,14 +8877,14 @@ class StreamRelay:
         """Read no more until the client has read what there is."""
         if not self.paused and not self.client_done:
             self.paused = True
-            self.scope.due = math.inf
+            self.scope.deadline = math.inf
             self.loop.remove(self.upstream)
             self.connection.on_drained = self._resume
 
     def _resume(self) -> None:
         self.paused = False
         if not self.upstream_done:
-            self.stream.response.expect(self.stream.started)
+            self.stream.response.reset_idle_deadline(self.stream.started)
             self._add_upstream()
 
     def _add_upstream(self) -> None:
@@ -6943,59 +8905,107 @@ class StreamRelay:
 
 
 class KeyLimiter:
-    """What a key may do, and how far it has done it. Any thread may ask; whoever was let in with enter() must leave()."""
+    """What a key may do, and how far it has done it. Any thread may ask; whoever was let in with acquire() must release()."""
 
-    def __init__(self, options: KeySettings, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, options: ClientKeySettings, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.options, self.name, self.clock = options, options.name, clock
         self.lock = threading.Lock()
-        self.in_flight = self.requests = self.refused = 0
-        self.spent_until = 0.0      # a call takes 60 / requests_per_minute seconds, a minute of which may be spent ahead
+        self.in_flight = self.requests = self.rejected = 0
+        self.next_free = 0.0  # a call takes 60 / requests_per_minute seconds, a minute of which may be spent ahead
 
-    def enter(self, count: int = 1) -> None:
+    def acquire(self, count: int = 1) -> None:
         """Let a call in, which counts so many times; APIError 429 if it is one too many, 400 if it always will be."""
         options = self.options
         if count > options.requests_per_minute > 0:
-            raise bad_request(f"'n' may be {options.requests_per_minute} at most: the limit of the key {self.name!r} is "
-                              f"{options.requests_per_minute} per minute.", "n")
+            raise bad_request(
+                f"'n' may be {options.requests_per_minute} at most: the limit of the key {self.name!r} is "
+                f"{options.requests_per_minute} per minute.",
+                "n",
+            )
         with self.lock:
             now = self.clock()
-            spent = max(self.spent_until, now)
+            spent = max(self.next_free, now)
             spent += 60 * count / options.requests_per_minute if options.requests_per_minute else 0
             if options.max_concurrency and self.in_flight >= options.max_concurrency:
                 raise self.too_many(f"{options.max_concurrency} at a time", 1.0)
             if options.requests_per_minute and spent - now > 60.001:
                 raise self.too_many(f"{options.requests_per_minute} per minute", spent - now - 60)
-            self.spent_until = spent
+            self.next_free = spent
             self.in_flight += 1
             self.requests += count
 
     def too_many(self, limit: str, seconds: float) -> APIError:
-        self.refused += 1
-        return APIError(429, f"Too many requests: the limit of the key {self.name!r} is {limit}.", retry_after=seconds)
+        self.rejected += 1
+        return APIError(
+            429,
+            f"Too many requests: the limit of the key {self.name!r} is {limit}.",
+            retry_after=seconds,
+        )
 
-    def leave(self) -> None:
+    def release(self) -> None:
         with self.lock:
             self.in_flight -= 1
 
     def status(self) -> Dict[str, Any]:
         """What /status tells of it."""
-        return {"name": self.name, "in_flight": self.in_flight, "requests": self.requests, "refused": self.refused}
+        return {
+            "name": self.name,
+            "in_flight": self.in_flight,
+            "requests": self.requests,
+            "refused": self.rejected,
+        }
 
 
 # What /metrics tells: {name: (type, help, labels)}. Their values come from ROUTES and the settings, none from a request.
-SERIES: Dict[str, Tuple[str, str, Tuple[str, ...]]] = {
-    "akashproxy_requests_total": ("counter", "Requests that are over.", ("route", "status", "controller")),
-    "akashproxy_requests_in_flight": ("gauge", "Calls of models, and pictures, that are being answered.", ()),
+METRICS: Dict[str, Tuple[str, str, Tuple[str, ...]]] = {
+    "akashproxy_requests_total": (
+        "counter",
+        "Requests that are over.",
+        ("route", "status", "controller"),
+    ),
+    "akashproxy_requests_in_flight": (
+        "gauge",
+        "Calls of models, and pictures, that are being answered.",
+        (),
+    ),
     "akashproxy_request_duration_seconds": (
-        "histogram", "Time from a call's first byte to the end of its answer.", ("controller",)),
+        "histogram",
+        "Time from a call's first byte to the end of its answer.",
+        ("controller",),
+    ),
     "akashproxy_time_to_first_token_seconds": (
-        "histogram", "Time from a call's first byte to the first event of its stream.", ("controller",)),
-    "akashproxy_prompt_tokens_total": ("counter", "Tokens of prompts, as far as upstreams told.", ("controller",)),
-    "akashproxy_completion_tokens_total": ("counter", "Tokens of answers, as far as upstreams told.", ("controller",)),
-    "akashproxy_failovers_total": ("counter", "Times that a call went on to another controller.", ()),
-    "akashproxy_controller_rests_total": ("counter", "Times that a controller began to rest.", ("controller",)),
+        "histogram",
+        "Time from a call's first byte to the first event of its stream.",
+        ("controller",),
+    ),
+    "akashproxy_prompt_tokens_total": (
+        "counter",
+        "Tokens of prompts, as far as upstreams told.",
+        ("controller",),
+    ),
+    "akashproxy_completion_tokens_total": (
+        "counter",
+        "Tokens of answers, as far as upstreams told.",
+        ("controller",),
+    ),
+    "akashproxy_failovers_total": (
+        "counter",
+        "Times that a call went on to another controller.",
+        (),
+    ),
+    "akashproxy_controller_rests_total": (
+        "counter",
+        "Times that a controller began to rest.",
+        ("controller",),
+    ),
     "akashproxy_controller_resting": ("gauge", "1 while a controller rests.", ("controller",)),
-    "akashproxy_session_renewals_total": ("counter", "Sessions fetched from Akash Chat.", ("controller",)),
+    "akashproxy_session_renewals_total": (
+        "counter",
+        "Sessions fetched from Akash Chat.",
+        ("controller",),
+    ),
     "akashproxy_key_requests_total": ("counter", "Calls of models by who has a key.", ("key",)),
     "akashproxy_key_refused_total": ("counter", "Calls that were too many for a key.", ("key",)),
     "akashproxy_key_in_flight": ("gauge", "Calls of a key that are being answered.", ("key",)),
@@ -7005,91 +9015,123 @@ SERIES: Dict[str, Tuple[str, str, Tuple[str, ...]]] = {
     "process_cpu_seconds_total": ("counter", "CPU time, user and system.", ()),
     "process_start_time_seconds": ("gauge", "When it started, in seconds since 1970.", ()),
 }
-BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320)     # seconds; then infinity
+BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320)  # seconds; then infinity
 
 
 class Metrics:
     """What is counted for /metrics: a few numbers for each request, at its end. Any thread may add one."""
 
     def __init__(self, server: "Server") -> None:
-        self.server, self.began, self.lock = server, time.time(), threading.Lock()
-        self.counts: Dict[Tuple[Any, ...], float] = defaultdict(    # {(name, label, ...): number}
-            int, {(name,): 0 for name, (_, _, labels) in SERIES.items() if not labels})
+        self.server, self.started_at, self.lock = server, time.time(), threading.Lock()
+        self.counts: Dict[Tuple[Any, ...], float] = defaultdict(  # {(name, label, ...): number}
+            int, {(name,): 0 for name, (_, _, labels) in METRICS.items() if not labels}
+        )
 
     def add(self, request: "Request", now: float) -> None:
         """Count a request that is over."""
         record, call, writer, counts = request.record, request.call, request.writer, self.counts
-        who, usage = record.controller, record.usage
+        controller, usage = record.controller, record.usage
         with self.lock:
-            counts["akashproxy_requests_total", request.route.label, writer.status or 499, who] += 1
+            counts[
+                "akashproxy_requests_total", request.route.label, writer.status or 499, controller
+            ] += 1
             counts["akashproxy_sent_bytes_total",] += writer.bytes_sent
             if call is None:
                 return
-            self.observe("akashproxy_request_duration_seconds", who, now - request.started_at)
-            if len(call.route) > 1:
-                counts["akashproxy_failovers_total",] += len(call.route) - 1
-            if call.stream and who and is_event_stream(call.kind):
-                self.observe("akashproxy_time_to_first_token_seconds", who, record.first_token_at - request.started_at)
+            self.observe(
+                "akashproxy_request_duration_seconds", controller, now - request.started_at
+            )
+            if len(call.attempts) > 1:
+                counts["akashproxy_failovers_total",] += len(call.attempts) - 1
+            if call.stream and controller and is_event_stream(call.relay_content_type):
+                self.observe(
+                    "akashproxy_time_to_first_token_seconds",
+                    controller,
+                    record.first_token_at - request.started_at,
+                )
             if usage:
-                counts["akashproxy_prompt_tokens_total", who] += max(0, usage.get("prompt_tokens") or 0)
-                counts["akashproxy_completion_tokens_total", who] += max(0, usage.get("completion_tokens") or 0)
+                counts["akashproxy_prompt_tokens_total", controller] += max(
+                    0, usage.get("prompt_tokens") or 0
+                )
+                counts["akashproxy_completion_tokens_total", controller] += max(
+                    0, usage.get("completion_tokens") or 0
+                )
 
-    def observe(self, name: str, who: str, seconds: float) -> None:
+    def observe(self, name: str, controller: str, seconds: float) -> None:
         """Put a time into a histogram; called under the lock."""
-        self.counts[name, who, bisect.bisect_left(BUCKETS, seconds)] += 1
-        self.counts[name, who, "sum"] += seconds
+        self.counts[name, controller, bisect.bisect_left(BUCKETS, seconds)] += 1
+        self.counts[name, controller, "sum"] += seconds
 
     def snapshot(self) -> Dict[Tuple[Any, ...], float]:
         """All figures, {(name, label, ...): number}."""
         server, connections = self.server, self.server.connections.copy()
         with self.lock:
-            figures = dict(self.counts)
-        figures["akashproxy_requests_in_flight",] = server.running_calls()
-        figures["akashproxy_open_connections",] = len(connections)
-        for member in server.pool.members:
-            figures["akashproxy_controller_rests_total", member.name] = member.rests
-            figures["akashproxy_controller_resting", member.name] = int(member.rests_until > server.pool.clock())
-            figures.update({(name, member.name): value for name, value in member.controller.figures().items()})
+            metrics = dict(self.counts)
+        metrics["akashproxy_requests_in_flight",] = server.running_calls()
+        metrics["akashproxy_open_connections",] = len(connections)
+        for upstream in server.pool.upstreams:
+            metrics["akashproxy_controller_rests_total", upstream.name] = upstream.cooldown_count
+            metrics["akashproxy_controller_resting", upstream.name] = int(
+                upstream.cooldown_until > server.pool.clock()
+            )
+            metrics.update(
+                {
+                    (name, upstream.name): value
+                    for name, value in upstream.controller.metrics().items()
+                }
+            )
         for key in server.keys:
-            figures["akashproxy_key_requests_total", key.name] = key.requests
-            figures["akashproxy_key_refused_total", key.name] = key.refused
-            figures["akashproxy_key_in_flight", key.name] = key.in_flight
-        figures["akashproxy_build_info", __version__, "%d.%d.%d" % sys.version_info[:3]] = 1
-        figures["process_cpu_seconds_total",] = time.process_time()
-        figures["process_start_time_seconds",] = self.began
-        return figures
+            metrics["akashproxy_key_requests_total", key.name] = key.requests
+            metrics["akashproxy_key_refused_total", key.name] = key.rejected
+            metrics["akashproxy_key_in_flight", key.name] = key.in_flight
+        metrics["akashproxy_build_info", __version__, "%d.%d.%d" % sys.version_info[:3]] = 1
+        metrics["process_cpu_seconds_total",] = time.process_time()
+        metrics["process_start_time_seconds",] = self.started_at
+        return metrics
 
 
-def prometheus_text(figures: Dict[Tuple[Any, ...], float]) -> bytes:
+def prometheus_text(metrics: Dict[Tuple[Any, ...], float]) -> bytes:
     """Figures in Prometheus' text format (0.0.4)."""
-    series: Dict[str, Dict[Tuple[str, ...], float]] = {name: {} for name in SERIES}
-    for (name, *labels), value in figures.items():
+    series: Dict[str, Dict[Tuple[str, ...], float]] = {name: {} for name in METRICS}
+    for (name, *labels), value in metrics.items():
         series[name][tuple(map(str, labels))] = value
     lines = []
-    for name, (kind, help, names) in SERIES.items():
+    for name, (kind, help, names) in METRICS.items():
         lines += [f"# HELP {name} {help}", f"# TYPE {name} {kind}"]
         if kind == "histogram":
-            for who in sorted({row[:-1] for row in series[name]}):
-                lines += histogram(name, list(zip(names, who)), {row[-1]: value for row, value in series[name].items()
-                                                                 if row[:-1] == who})
+            for label_values in sorted({key[:-1] for key in series[name]}):
+                lines += histogram(
+                    name,
+                    list(zip(names, label_values)),
+                    {
+                        key[-1]: value
+                        for key, value in series[name].items()
+                        if key[:-1] == label_values
+                    },
+                )
         else:
-            lines += [sample(name, zip(names, row), value) for row, value in sorted(series[name].items())]
+            lines += [
+                sample(name, zip(names, key), value) for key, value in sorted(series[name].items())
+            ]
     return "\n".join([*lines, ""]).encode()
 
 
-def histogram(name: str, labels: List[Tuple[str, str]], row: Dict[str, float]) -> Iterator[str]:
+def histogram(name: str, labels: List[Tuple[str, str]], buckets: Dict[str, float]) -> Iterator[str]:
     """The lines of a histogram; each bucket has those before it in it."""
     count: float = 0
     for at, bucket in enumerate([*map(str, BUCKETS), "+Inf"]):
-        count += row.get(str(at), 0)
+        count += buckets.get(str(at), 0)
         yield sample(f"{name}_bucket", [*labels, ("le", bucket)], count)
-    yield sample(f"{name}_sum", labels, row["sum"])
+    yield sample(f"{name}_sum", labels, buckets["sum"])
     yield sample(f"{name}_count", labels, count)
 
 
 def sample(name: str, labels: Iterable[Tuple[str, str]], value: float) -> str:
     """One line: a series and its value."""
-    escaped = {label: text.replace("\\", r"\\").replace('"', r'\"').replace("\n", r"\n") for label, text in labels}
+    escaped = {
+        label: text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+        for label, text in labels
+    }
     text = ",".join(f'{label}="{text}"' for label, text in escaped.items())
     return f"{name}{{{text}}} {value}" if text else f"{name} {value}"
 
@@ -7101,20 +9143,29 @@ def sample(name: str, labels: Iterable[Tuple[str, str]], value: float) -> str:
 # all that it asks for needs one.
 PUBLIC_PATHS = ("/", "/health")
 
-BODILESS_METHODS = ("GET", "HEAD", "OPTIONS", "DELETE")     # a body that they declare is not read
+BODILESS_METHODS = ("GET", "HEAD", "OPTIONS", "DELETE")  # a body that they declare is not read
 
 SERVER_NAME = f"akashproxy/{__version__}"
-CORS_ANY = ("Access-Control-Allow-Origin: *\r\nAccess-Control-Expose-Headers: "
-            "x-request-id, retry-after, x-should-retry, x-akashproxy-ignored, x-akashproxy-route\r\n")
-_UNPRINTABLE = re.compile(r"[^ -~]")         # what must not stand in a head
+CORS_ANY = (
+    "Access-Control-Allow-Origin: *\r\nAccess-Control-Expose-Headers: "
+    "x-request-id, retry-after, x-should-retry, x-akashproxy-ignored, x-akashproxy-route\r\n"
+)
+_UNPRINTABLE = re.compile(r"[^ -~]")  # what must not stand in a head
 _STATUS_LINES = {int(status): f"HTTP/1.1 {status:d} {status.phrase}" for status in http.HTTPStatus}
 
-FORWARDED_HEADERS = frozenset(("accept", "openai-beta", "anthropic-version", "anthropic-beta"))    # of a client's request
+FORWARDED_HEADERS = frozenset(
+    ("accept", "openai-beta", "anthropic-version", "anthropic-beta")
+)  # of a client's request
 
-LAME = 1.0      # seconds until a server that stops closes an idle connection: a request may be in transit
+LAME_DUCK_SECONDS = (
+    1.0  # seconds until a server that stops closes an idle connection: a request may be in transit
+)
 
-SSE_HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache, no-transform",
-               "X-Accel-Buffering": "no"}
+SSE_HEADERS = {
+    "Content-Type": "text/event-stream; charset=utf-8",
+    "Cache-Control": "no-cache, no-transform",
+    "X-Accel-Buffering": "no",
+}
 
 
 def is_event_stream(content_type: Optional[str]) -> bool:
@@ -7142,7 +9193,7 @@ def host_of(authority: str) -> str:
 def is_local(authority: str) -> bool:
     """Whether a host is this machine by its name alone: localhost, anything below it, or a loopback address."""
     host = host_of(authority)
-    if host in ("localhost", "127.0.0.1", "[::1]"):     # the usual, without the work below
+    if host in ("localhost", "127.0.0.1", "[::1]"):  # the usual, without the work below
         return True
     if not _AUTHORITY.fullmatch(host):
         return False
@@ -7164,17 +9215,25 @@ def host_allowed(authority: str, own: Iterable[str]) -> bool:
     return "." not in host and ":" not in host or host in own
 
 
-def origin_allowed(origin: str, host: str, public_url: str, listed: Tuple[str, ...], needs_token: bool) -> bool:
+def origin_allowed(
+    origin: str, host: str, public_url: str, allowed_origins: Tuple[str, ...], needs_token: bool
+) -> bool:
     """Whether pages of an origin may use the server: its own page, and those that CORS_ORIGINS lists.
 
     Without a list it is all of them if they need a token, else those of this machine.
     """
     scheme, _, authority = origin.lower().partition("://")
     is_web = scheme in ("http", "https")
-    if is_web and host and authority == host.lower() or public_url and origin.lower() == origin_of(public_url):
+    if (
+        is_web
+        and host
+        and authority == host.lower()
+        or public_url
+        and origin.lower() == origin_of(public_url)
+    ):
         return True
-    if listed:
-        return "*" in listed or origin in listed
+    if allowed_origins:
+        return "*" in allowed_origins or origin in allowed_origins
     return needs_token or is_web and is_local(authority)
 
 
@@ -7206,30 +9265,36 @@ class CallResponder:
     The worker's; while a StreamRelay has the response, the loop's.
     """
 
-    def __init__(self, request: Request, dialect: Any, run: Callable[[Callable[[], Any]], None]) -> None:
+    def __init__(
+        self, request: Request, dialect: Any, run: Callable[[Callable[[], Any]], None]
+    ) -> None:
         self.request, self.dialect, self.run = request, dialect, run
         self.writer, self.call = request.writer, request.call
-        self.call.wake = functools.partial(self.request.connection.loop.call_soon_threadsafe, self._wake)
-        self.call.has_left = functools.partial(has_left, self.request.connection.sock)
+        self.call.wake = functools.partial(
+            self.request.connection.loop.call_soon_threadsafe, self._wake
+        )
+        self.call.client_has_left = functools.partial(peer_has_closed, self.request.connection.sock)
         if self.call.stream:
-            self.writer.ping_frame = dialect.ping
+            self.writer.ping_frame = dialect.ping_frame
 
     def attempt(self) -> bool:
         """Ask a controller; True if the loop relays its answer, False if all of it is sent. Worker thread."""
         exchange = self.request.exchange
         try:
-            relayed = exchange.ask()
+            relayed = exchange.attempt()
         except Queued:
-            return True         # _wake() goes on
+            return True  # _wake() goes on
         if relayed:
             relay = StreamRelay(self)
-            relay.loop.call_soon_threadsafe(relay.start)    # the last thing that this worker does with the request
+            relay.loop.call_soon_threadsafe(
+                relay.start
+            )  # the last thing that this worker does with the request
             return True
         try:
             self._drain(exchange.events())
         except APIError as error:
-            if not exchange.begun:
-                exchange.failed(error)
+            if not exchange.committed:
+                exchange.fail_over(error)
                 return self.attempt()
             self.writer.finish(self.error_trailer(error))
             exchange.close(error)
@@ -7237,8 +9302,9 @@ class CallResponder:
 
     def fail_over(self, error: APIError) -> None:
         """The controller has failed before its first event: ask the next one. Worker thread."""
+
         def step() -> bool:
-            self.request.exchange.failed(error)
+            self.request.exchange.fail_over(error)
             return self.attempt()
 
         self.run(step)
@@ -7250,45 +9316,58 @@ class CallResponder:
     def start_stream(self) -> bytes:
         """Begin a streamed response; its opening frames."""
         self._commit()
-        kind = self.call.kind
+        content_type = self.call.relay_content_type
         with self.writer.lock:
             if not self.writer.status:
-                headers = SSE_HEADERS if is_event_stream(kind) else {}
-                self.writer.start(self.call.status, {**headers, **({"Content-Type": kind} if kind else {}),
-                                                     **call_headers(self.call)})
-        return b"" if kind else self.dialect.begin()
+                headers = SSE_HEADERS if is_event_stream(content_type) else {}
+                self.writer.start(
+                    self.call.relay_status,
+                    {
+                        **headers,
+                        **({"Content-Type": content_type} if content_type else {}),
+                        **call_headers(self.call),
+                    },
+                )
+        return b"" if content_type else self.dialect.opening_frames()
 
-    def start_whole(self, events: List[Event]) -> bytes:
+    def start_buffered(self, events: List[Event]) -> bytes:
         """Begin a response that is sent whole; its body."""
         self._commit()
-        kind = self.call.kind
-        if kind is None:
+        content_type = self.call.relay_content_type
+        if content_type is None:
             answer = fold(events)
             self.request.record.usage = answer.finish.usage
-            kind, data = "application/json", to_json(self.dialect.whole(answer))
+            content_type, data = "application/json", to_json(self.dialect.response_body(answer))
         else:
-            data = b"".join([event.data for event in events if isinstance(event, Raw)])
-        self.writer.start(self.call.status, {"Content-Type": kind, **call_headers(self.call)}, length=len(data))
+            data = b"".join([event.data for event in events if isinstance(event, RawBytes)])
+        self.writer.start(
+            self.call.relay_status,
+            {"Content-Type": content_type, **call_headers(self.call)},
+            length=len(data),
+        )
         return data
 
     def error_trailer(self, error: APIError) -> bytes:
         """The end of a response that has begun; what is not an event stream can only be cut."""
         log.warning("%s: broken off: %s", self.request.id, error.message)
-        if is_event_stream(self.call.kind):
-            return self.dialect.fail(error)
-        self.request.keep_alive, self.writer.chunked = False, False     # so that the body gets no proper end
+        if is_event_stream(self.call.relay_content_type):
+            return self.dialect.error_frames(error)
+        self.request.keep_alive, self.writer.chunked = (
+            False,
+            False,
+        )  # so that the body gets no proper end
         return b""
 
     def _drain(self, events: Iterator[Event]) -> None:
         """Write the events of a generator, which blocks in this worker."""
         if not self.call.stream:
-            body = self.start_whole(list(events))
+            body = self.start_buffered(list(events))
             self.request.exchange.close()
             return self.writer.finish(body)
         first = next(events)
         frames = self.start_stream()
         for event in itertools.chain([first], events):
-            frames += self.dialect.feed([event])
+            frames += self.dialect.encode([event])
             if isinstance(event, Finish):
                 self.request.record.usage = event.usage
                 break
@@ -7298,16 +9377,18 @@ class CallResponder:
         self.writer.finish(frames)
 
     def _commit(self) -> None:
-        self.request.exchange.began()
+        self.request.exchange.commit()
         record = self.request.record
-        record.first_token_at, record.controller = time.monotonic(), self.call.controller
+        record.first_token_at, record.controller = time.monotonic(), self.call.answered_by
 
 
 def call_headers(call: Call) -> Dict[str, str]:
     """What the controllers had to say besides the answer."""
-    headers = {"X-Akashproxy-Route": ", ".join(call.route)} if call.route else {}
-    ignored = call.ignored + call.skipped * (call.kind is None)
-    names = [name for name in dict.fromkeys(ignored[:100]) if re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", name)]
+    headers = {"X-Akashproxy-Route": ", ".join(call.attempts)} if call.attempts else {}
+    ignored = call.ignored_params + call.untranslated * (call.relay_content_type is None)
+    names = [
+        name for name in dict.fromkeys(ignored[:100]) if re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", name)
+    ]
     return {**headers, "X-Akashproxy-Ignored": ", ".join(names[:20])} if names else headers
 
 
@@ -7326,7 +9407,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def setup(self) -> None:
         self.connection = self.request.connection
-        self.dialect: Any = Dialect         # its class, until the body is understood
+        self.dialect: Any = Dialect  # its class, until the body is understood
 
     def handle(self) -> None:
         self.run(self.handle_one_request)
@@ -7356,11 +9437,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
             relayed = bool(step())
         except APIError as error:
             self.send_api_error(error)
-        except ClientLeft:
-            pass        # the access log says 499
+        except ClientDisconnected:
+            pass  # the access log says 499
         except Exception:
             self.server.handle_error(self.request, self.client_address)
-            self.send_api_error(APIError(500, "Internal error. The log has the details.", retry=False))
+            self.send_api_error(
+                APIError(500, "Internal error. The log has the details.", retry=False)
+            )
         if not relayed:
             self.server.loop.call_soon_threadsafe(self.request.connection.end_request)
 
@@ -7377,11 +9460,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def parse_request(self) -> bool:
         """Take over what the loop has parsed; APIError if the request was refused."""
         request = self.request
-        self.command, self.path, self.query, minor, headers = request.head
-        self.request_version = f"HTTP/1.{minor}"
+        self.command, self.path, self.query, http_minor, headers = request.head
+        self.request_version = f"HTTP/1.{http_minor}"
         self.requestline = f"{self.command} {self.path} {self.request_version}"
-        dialect = request.route.targets.get("POST")         # also of what is refused
-        self.dialect = dialect if isinstance(dialect, type) else Messages if "anthropic-version" in headers else Dialect
+        dialect = request.route.targets.get("POST")  # also of what is refused
+        self.dialect = (
+            dialect
+            if isinstance(dialect, type)
+            else Messages
+            if "anthropic-version" in headers
+            else Dialect
+        )
         if isinstance(request.error, ProtocolError):
             raise APIError(request.error.status, f"Bad request: {request.error}.")
         if request.error is not None:
@@ -7399,8 +9488,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         headers = {"Allow": allow}
         if "access-control-request-method" in self.headers:
             asked = self.headers.get("access-control-request-headers", "")
-            names = [name for name in re.split(r"[\s,]+", asked) if re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name)]
-            headers.update({"Access-Control-Allow-Methods": allow, "Access-Control-Max-Age": "86400"})
+            names = [
+                name
+                for name in re.split(r"[\s,]+", asked)
+                if re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name)
+            ]
+            headers.update(
+                {"Access-Control-Allow-Methods": allow, "Access-Control-Max-Age": "86400"}
+            )
             if names:
                 headers["Access-Control-Allow-Headers"] = ", ".join(names)
         self.request.writer.respond(204, b"", headers)
@@ -7408,7 +9503,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def dispatch(self) -> Any:
         """Answer by the route's function, or by a model."""
         target = self.request.route.target(self.command)
-        if target is None:      # a subclass has let it pass
+        if target is None:  # a subclass has let it pass
             raise APIError(404, f"There is no {self.path[:200]!r} here.", code="not_found")
         if not isinstance(target, type):
             return target(self)
@@ -7417,7 +9512,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         request.begin_call(dialect.call)
         self.server.acquire_key(request)
         self.dialect = dialect
-        request.exchange = Running(self.server.pool, request.call)
+        request.exchange = Exchange(self.server.pool, request.call)
         return CallResponder(request, dialect, self.run).attempt()
 
     def parse_call(self, dialect_class: Any) -> Any:
@@ -7425,20 +9520,26 @@ class Handler(http.server.BaseHTTPRequestHandler):
         headers = self.request.head.headers
         data, content_type = self.request.body, headers.get("content-type", "")
         try:
-            dialect = Relay(data, content_type) if dialect_class is Relay else dialect_class(from_json(data), self.base_url())
+            dialect = (
+                Passthrough(data, content_type)
+                if dialect_class is Passthrough
+                else dialect_class(from_json(data), self.base_url())
+            )
         except ValueError as error:
             raise bad_request(f"The body is not valid JSON: {error}.") from None
         dialect.prepare()
         call = dialect.call
-        call.path, call.data = self.path, data
-        query = without_model(self.query) if self.query else ""
+        call.path, call.raw_body = self.path, data
+        query = remove_model_params(self.query) if self.query else ""
         if query:
             call.query = "?" + query
-        call.headers = {name.title(): headers[name] for name in FORWARDED_HEADERS.intersection(headers)}
-        if call.sent:
-            check_names(call.sent)
+        call.headers = {
+            name.title(): headers[name] for name in FORWARDED_HEADERS.intersection(headers)
+        }
+        if call.original_body:
+            check_names(call.original_body)
             if has_escaped_letters(data):
-                call.data = request_json(call.sent, len(data))
+                call.raw_body = request_json(call.original_body, len(data))
         return dialect
 
     def base_url(self) -> str:
@@ -7462,35 +9563,45 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """As the library's; without a Content-Length the body is chunked."""
         status, fields = self.response
         lengths = [int(value) for name, value in fields if name.lower() == "content-length"]
-        headers = {name: value for name, value in fields if name.lower() not in ("content-length", "connection")}
+        headers = {
+            name: value
+            for name, value in fields
+            if name.lower() not in ("content-length", "connection")
+        }
         no_body = status in (204, 304) or status < 200
-        self.request.writer.start(status, headers, length=lengths[0] if lengths else 0 if no_body else None)
+        self.request.writer.start(
+            status, headers, length=lengths[0] if lengths else 0 if no_body else None
+        )
 
-    def send_error(self, code: int, message: Optional[str] = None, explain: Optional[str] = None) -> None:
+    def send_error(
+        self, code: int, message: Optional[str] = None, explain: Optional[str] = None
+    ) -> None:
         """As the library's, but in the client's dialect."""
         text = message or http.HTTPStatus(code).phrase
         self.send_api_error(APIError(code, f"{text}: {explain}" if explain else text))
 
     def send_json(self, status: int, value: Any, headers: Optional[Dict[str, str]] = None) -> None:
-        self.request.writer.respond(status, to_json(value), {"Content-Type": "application/json", **(headers or {})})
+        self.request.writer.respond(
+            status, to_json(value), {"Content-Type": "application/json", **(headers or {})}
+        )
 
     def send_api_error(self, error: APIError) -> None:
         """Send an error in the client's dialect; after pings have been sent, as the end of the stream."""
         writer, call = self.request.writer, self.request.call
         understood = isinstance(self.dialect, Dialect)
-        with writer.lock, contextlib.suppress(ClientLeft):
+        with writer.lock, contextlib.suppress(ClientDisconnected):
             if writer.status and understood:
-                return writer.finish(self.dialect.fail(error))
+                return writer.finish(self.dialect.error_frames(error))
             if writer.status:
-                return writer.cut()
+                return writer.break_off()
             headers = error.headers()
             if error.status == 405:
                 headers["Allow"] = self.request.route.allow()
             if call is not None:
                 headers.update(call_headers(call))
-            if understood and self.dialect.alone() is not None:
-                return self.send_json(200, self.dialect.alone())
-            self.send_json(self.dialect.status(error), self.dialect.refusal(error), headers)
+            if understood and self.dialect.local_response() is not None:
+                return self.send_json(200, self.dialect.local_response())
+            self.send_json(self.dialect.status(error), self.dialect.error_body(error), headers)
 
     def log_message(self, format: str, *args: Any) -> None:
         log.info(format, *args)
@@ -7512,7 +9623,9 @@ HEALTHY = to_json({"status": "ok", "message": "akashproxy is running"})
 def get_health(handler: Handler) -> None:
     """Whether it serves, for load balancers."""
     if handler.server.draining:
-        handler.send_json(503, {"status": "draining", "message": "akashproxy is stopping"}, {"Retry-After": "5"})
+        handler.send_json(
+            503, {"status": "draining", "message": "akashproxy is stopping"}, {"Retry-After": "5"}
+        )
     else:
         handler.request.writer.respond(200, HEALTHY, {"Content-Type": "application/json"})
 
@@ -7520,37 +9633,50 @@ def get_health(handler: Handler) -> None:
 def get_status(handler: Handler) -> None:
     """The state of controllers and keys, for people."""
     server = handler.server
-    handler.send_json(200, {"status": "draining" if server.draining else "ok", "message": "akashproxy is running",
-                            "version": __version__, "uptime_seconds": int(time.monotonic() - server.started_at),
-                            "controllers": server.pool.status(), "keys": [key.status() for key in server.keys]})
+    handler.send_json(
+        200,
+        {
+            "status": "draining" if server.draining else "ok",
+            "message": "akashproxy is running",
+            "version": __version__,
+            "uptime_seconds": int(time.monotonic() - server.started_at),
+            "controllers": server.pool.status(),
+            "keys": [key.status() for key in server.keys],
+        },
+    )
 
 
 def get_metrics(handler: Handler) -> None:
     """The figures for Prometheus."""
     if handler.request.settings.metrics == "off":
         raise APIError(404, "There are no metrics here.", code="not_found")
-    handler.request.writer.respond(200, prometheus_text(handler.server.metrics.snapshot()),
-                                   {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
+    handler.request.writer.respond(
+        200,
+        prometheus_text(handler.server.metrics.snapshot()),
+        {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"},
+    )
 
 
 def models_of_key(handler: Handler) -> List[Dict[str, Any]]:
     """The models that the client's key may use."""
-    only = handler.request.key.options.models if handler.request.key is not None else ()
-    return [model for model in handler.server.pool.models() if allowed(only, model["id"])]
+    patterns = handler.request.key.options.models if handler.request.key is not None else ()
+    return [model for model in handler.server.pool.models() if model_allowed(patterns, model["id"])]
 
 
 def get_models(handler: Handler) -> None:
     """The list of models."""
-    handler.send_json(200, handler.dialect.listing(models_of_key(handler)))
+    handler.send_json(200, handler.dialect.model_list(models_of_key(handler)))
 
 
 def get_model(handler: Handler) -> None:
     """One model of the list."""
-    name = handler.server.pool.named(handler.request.route.rest)
+    name = handler.server.pool.resolve_alias(handler.request.route.remainder)
     for model in models_of_key(handler):
         if model["id"] == name:
-            return handler.send_json(200, handler.dialect.listed({**model, "id": handler.request.route.rest}))
-    raise no_model(handler.request.route.rest)
+            return handler.send_json(
+                200, handler.dialect.model_object({**model, "id": handler.request.route.remainder})
+            )
+    raise model_not_found(handler.request.route.remainder)
 
 
 def get_response(handler: Handler) -> None:
@@ -7560,23 +9686,29 @@ def get_response(handler: Handler) -> None:
 
 def get_image(handler: Handler) -> None:
     """Relay an image, so that browsers may show it: the upstream forbids pages of other origins."""
-    if not PICTURE_NAME.fullmatch(handler.request.route.rest):
+    if not IMAGE_NAME.fullmatch(handler.request.route.remainder):
         raise APIError(404, "There is no such image.", code="not_found")
     request, writer = handler.request, handler.request.writer
     request.begin_call(Call({"model": "picture"}))
-    response = handler.server.pool.image(handler.request.route.rest, request.call.watch)
+    response = handler.server.pool.image(handler.request.route.remainder, request.call.scope)
     try:
-        writer.start(200, {"Content-Type": response.headers["content-type"],
-                           # a shared cache would serve it without a token
-                           "Cache-Control": f"{'private' if request.settings.needs_token() else 'public'}, max-age=31536000, immutable",
-                           "Content-Security-Policy": "sandbox; default-src 'none'",
-                           "X-Content-Type-Options": "nosniff", "Cross-Origin-Resource-Policy": "cross-origin"})
-        for data in response.chunks() if handler.command == "GET" else ():
+        writer.start(
+            200,
+            {
+                "Content-Type": response.headers["content-type"],
+                # a shared cache would serve it without a token
+                "Cache-Control": f"{'private' if request.settings.needs_token() else 'public'}, max-age=31536000, immutable",
+                "Content-Security-Policy": "sandbox; default-src 'none'",
+                "X-Content-Type-Options": "nosniff",
+                "Cross-Origin-Resource-Policy": "cross-origin",
+            },
+        )
+        for data in response.iter_bytes() if handler.command == "GET" else ():
             handler.wfile.write(data)
         writer.finish()
     except APIError as error:
         log.warning("%s: an image broke off: %s", request.id, error.message)
-        writer.cut()
+        writer.break_off()
     finally:
         response.close()
 
@@ -7605,47 +9737,59 @@ def find_route(method: str, path: str) -> Route:
     targets = ROUTES.get(path)
     if targets and "{}" not in path:
         return Route(path, targets)
-    if method == "POST" and Relay.PATH.fullmatch(path):
-        return Route("relayed", {"POST": Relay})
+    if method == "POST" and Passthrough.PATH.fullmatch(path):
+        return Route("relayed", {"POST": Passthrough})
     for pattern, targets in ROUTES.items():
         prefix, braces, _ = pattern.partition("{}")
         if braces and path.startswith(prefix) and len(path) > len(prefix):
-            return Route(pattern, targets, path[len(prefix):])
+            return Route(pattern, targets, path[len(prefix) :])
     return Route()
 
 
 _NOT_ASCII = re.compile("[^ -~]+")
 
 
-def escaped(match: "re.Match[str]") -> str:
+def escape_match(match: "re.Match[str]") -> str:
     """Some characters as they may stand in a log: those that can't be printed as escapes."""
     text = match[0]
-    return text if text.isprintable() else "".join(
-        char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
+    return (
+        text
+        if text.isprintable()
+        else "".join(
+            char if char.isprintable() else char.encode("unicode_escape").decode("ascii")
+            for char in text
+        )
+    )
 
 
 class LogFormat(logging.Formatter):
     """Log lines as text or as JSON; what others put into them can't break out of its line."""
 
-    def __init__(self, form: str) -> None:
+    def __init__(self, style: str) -> None:
         super().__init__("%(asctime)s %(levelname)s %(message)s")
-        self.form = form
+        self.style = style
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        record.message = _NOT_ASCII.sub(escaped, shorten(record.message, 4000))
+        record.message = _NOT_ASCII.sub(escape_match, shorten(record.message, 4000))
         return super().formatMessage(record)
 
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)
-        if self.form == "text":
+        if self.style == "text":
             return text
         facts = getattr(record, "facts", None) or {"message": text.split(" ", 3)[3]}
-        return _encode({"time": self.formatTime(record), "level": record.levelname.lower(), **facts})
+        return _encode(
+            {"time": self.formatTime(record), "level": record.levelname.lower(), **facts}
+        )
 
 
-_FULL = to_json(Dialect.refusal(APIError(503, "Too many clients are connected.", code="overloaded")))
-TOO_MANY_CLIENTS = (b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 5\r\n"
-                    b"Connection: close\r\nContent-Length: %d\r\n\r\n%b" % (len(_FULL), _FULL))
+_FULL = to_json(
+    Dialect.error_body(APIError(503, "Too many clients are connected.", code="overloaded"))
+)
+TOO_MANY_CLIENTS = (
+    b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 5\r\n"
+    b"Connection: close\r\nContent-Length: %d\r\n\r\n%b" % (len(_FULL), _FULL)
+)
 
 
 class WorkerPool:
@@ -7655,7 +9799,7 @@ class WorkerPool:
 
     def __init__(self) -> None:
         self.queue: SimpleQueue = SimpleQueue()
-        self.idle = 0           # threads that wait for a task, less the tasks that wait for a thread
+        self.idle = 0  # threads that wait for a task, less the tasks that wait for a thread
         self.stopped = False
         self.lock = threading.Lock()
 
@@ -7700,7 +9844,12 @@ class Server(http.server.ThreadingHTTPServer):
 
     request_queue_size = 1024
 
-    def __init__(self, settings: Any = None, RequestHandlerClass: Any = Handler, bind_and_activate: bool = True) -> None:
+    def __init__(
+        self,
+        settings: Any = None,
+        RequestHandlerClass: Any = Handler,
+        bind_and_activate: bool = True,
+    ) -> None:
         if isinstance(settings, tuple):
             settings = Settings(server_address=join_address(*settings[:2]))
         self.settings: Settings = settings or Settings()
@@ -7710,7 +9859,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.metrics = Metrics(self)
         self.keys = list(map(KeyLimiter, self.settings.keys))
         self.bodies = ByteBudget(lambda: self.settings.max_body_total)
-        self.connections: Set[Connection] = set()       # changed by the loop thread only
+        self.connections: Set[Connection] = set()  # changed by the loop thread only
         self.all_closed = threading.Condition()
         self.draining = self.accept_paused = False
         self.accepting_stopped = threading.Event()
@@ -7721,7 +9870,9 @@ class Server(http.server.ThreadingHTTPServer):
         try:
             super().__init__((host, port), RequestHandlerClass, bind_and_activate)
         except OSError as error:
-            raise ConfigError([f"cannot listen on {self.settings.server_address}: {error.strerror or error}"]) from None
+            raise ConfigError(
+                [f"cannot listen on {self.settings.server_address}: {error.strerror or error}"]
+            ) from None
 
     @property
     def url(self) -> str:
@@ -7786,7 +9937,7 @@ class Server(http.server.ThreadingHTTPServer):
             self.stop_accepting()
         elif first:
             self.loop.call_soon_threadsafe(self.stop_accepting)
-        self.accepting_stopped.wait()   # also if another stop() has asked for it: the loop must not end before that
+        self.accepting_stopped.wait()  # also if another stop() has asked for it: the loop must not end before that
         if not self.idle(grace):
             self.loop.call_soon_threadsafe(self._cancel_requests)
             if not self.idle(1.0):
@@ -7816,8 +9967,12 @@ class Server(http.server.ThreadingHTTPServer):
         if settings.server_address != self.settings.server_address:
             log.warning("the address stays %s until the next start", self.settings.server_address)
         previous = self.pool
-        self.pool, self.keys, self.settings = Pool(settings, previous), self._key_limiters(settings), settings
-        previous.close(but=self.pool.members)
+        self.pool, self.keys, self.settings = (
+            Pool(settings, previous),
+            self._key_limiters(settings),
+            settings,
+        )
+        previous.close(keep=self.pool.upstreams)
 
     def __enter__(self) -> "Server":
         return self.start()
@@ -7851,8 +10006,8 @@ class Server(http.server.ThreadingHTTPServer):
     def on_connection(self) -> None:
         """New clients wait to be accepted."""
         try:
-            self.accept_ready(64)       # not all: other connections wait, too
-        except OSError as error:        # no more descriptors: the clients wait until the next tick
+            self.accept_ready(64)  # not all: other connections wait, too
+        except OSError as error:  # no more descriptors: the clients wait until the next tick
             log.error("cannot accept a connection: %s", error)
             self.loop.remove(self.socket)
             self.accept_paused = True
@@ -7868,7 +10023,11 @@ class Server(http.server.ThreadingHTTPServer):
                     else:
                         self.shutdown_request(request)
                 except Exception as error:
-                    log.error("a connection could not be accepted: %s", error, exc_info=not isinstance(error, OSError))
+                    log.error(
+                        "a connection could not be accepted: %s",
+                        error,
+                        exc_info=not isinstance(error, OSError),
+                    )
                     request.close()
 
     def stop_accepting(self) -> None:
@@ -7896,14 +10055,17 @@ class Server(http.server.ThreadingHTTPServer):
             self.handle_error(request, request.connection.client_address)
             self.loop.call_soon_threadsafe(request.connection.abort)
 
-    def check_head(self, request: Request, decoder: Body) -> None:
+    def check_head(self, request: Request, decoder: BodyDecoder) -> None:
         """The gate: APIError if a request must be refused, before a byte of its body is kept. Loop thread."""
         head = request.head
         request.route = route = find_route(head.method, head.path)
         self.check_page(request)
         if head.method == "OPTIONS":
             return
-        if head.path not in PUBLIC_PATHS and (head.path, self.settings.metrics) != ("/metrics", "public"):
+        if head.path not in PUBLIC_PATHS and (head.path, self.settings.metrics) != (
+            "/metrics",
+            "public",
+        ):
             self.authorize(request)
         if self._is_overridden(head.method):
             return
@@ -7913,11 +10075,17 @@ class Server(http.server.ThreadingHTTPServer):
             raise APIError(405, f"{head.method} is not allowed here.", code="method_not_allowed")
         if head.method in BODILESS_METHODS:
             return
-        check_body_size(decoder.left, self.settings)
-        if request.body_unread and head.http_minor == "1" and head.headers.get("expect", "100-continue").lower() != "100-continue":
+        check_body_size(decoder.remaining, self.settings)
+        if (
+            request.body_unread
+            and head.http_minor == "1"
+            and head.headers.get("expect", "100-continue").lower() != "100-continue"
+        ):
             raise APIError(417, "Only 'Expect: 100-continue' is supported.")
-        if decoder.left > len(request.connection.input):    # lengths alone don't count: idle clients could lock out all others
-            self.bodies.check(decoder.left)
+        if decoder.remaining > len(
+            request.connection.input
+        ):  # lengths alone don't count: idle clients could lock out all others
+            self.bodies.check(decoder.remaining)
 
     def _is_overridden(self, method: str) -> bool:
         """Whether the handler's class answers a method itself: then it decides what there is at which path."""
@@ -7931,13 +10099,28 @@ class Server(http.server.ThreadingHTTPServer):
         """
         settings, headers = self.settings, request.head.headers
         host, origin = headers.get("host", ""), headers.get("origin")
-        if origin and not origin_allowed(origin, host, settings.public_url, settings.cors_origins, settings.needs_token()):
-            raise APIError(403, f"Pages of the origin {origin[:200]!r} may not use this server. CORS_ORIGINS lists those "
-                                "that may.", code="origin_not_allowed", retry=False)
-        if self.is_loopback and not settings.needs_token() and not (
-                is_local(host) or host_allowed(host, settings.host_names())):
-            raise APIError(403, f"This server is not called {host[:200]!r}. PUBLIC_URL gives it a name; with a BEARER_TOKEN it "
-                                "answers to any.", code="host_not_allowed", retry=False)
+        if origin and not origin_allowed(
+            origin, host, settings.public_url, settings.cors_origins, settings.needs_token()
+        ):
+            raise APIError(
+                403,
+                f"Pages of the origin {origin[:200]!r} may not use this server. CORS_ORIGINS lists those "
+                "that may.",
+                code="origin_not_allowed",
+                retry=False,
+            )
+        if (
+            self.is_loopback
+            and not settings.needs_token()
+            and not (is_local(host) or host_allowed(host, settings.host_names()))
+        ):
+            raise APIError(
+                403,
+                f"This server is not called {host[:200]!r}. PUBLIC_URL gives it a name; with a BEARER_TOKEN it "
+                "answers to any.",
+                code="host_not_allowed",
+                retry=False,
+            )
 
     def authorize(self, request: Request) -> None:
         """Everything but PUBLIC_PATHS and OPTIONS needs a token once one is set; APIError 401."""
@@ -7946,32 +10129,50 @@ class Server(http.server.ThreadingHTTPServer):
         headers, tokens = request.head.headers, self.settings.bearer_token
         scheme, *credentials = headers.get("authorization", "").split(None, 1) or [""]
         bearer = credentials if scheme.lower() == "bearer" else []
-        given = list(filter(None, [*bearer, headers.get("x-api-key", ""), headers.get("api-key", "")]))
-        from hmac import compare_digest     # it loads OpenSSL's hashes, which a server without tokens does not need
-        sent = [text.encode("utf-8", "replace") for text in given]      # any of them opens; all are compared, always
-        named = [key for data in sent for key in self.keys if compare_digest(data, key.options.key.encode())]
-        unnamed = [token for data in sent for token in tokens if compare_digest(data, token.encode())]
+        given = list(
+            filter(None, [*bearer, headers.get("x-api-key", ""), headers.get("api-key", "")])
+        )
+        from hmac import (
+            compare_digest,
+        )  # it loads OpenSSL's hashes, which a server without tokens does not need
+
+        sent = [
+            text.encode("utf-8", "replace") for text in given
+        ]  # any of them opens; all are compared, always
+        named = [
+            key
+            for data in sent
+            for key in self.keys
+            if compare_digest(data, key.options.key.encode())
+        ]
+        unnamed = [
+            token for data in sent for token in tokens if compare_digest(data, token.encode())
+        ]
         request.key = named[0] if named else None
         if not named and not unnamed:
-            raise APIError(401, "Incorrect API key provided: this server does not know the token." if given else
-                           "A token is needed: send it as 'Authorization: Bearer TOKEN'.")
+            raise APIError(
+                401,
+                "Incorrect API key provided: this server does not know the token."
+                if given
+                else "A token is needed: send it as 'Authorization: Bearer TOKEN'.",
+            )
 
     def acquire_key(self, request: Request) -> None:
         """Count a call against the limits of its key, until release_key(); APIError 429 if it is one too many."""
         key, call = request.key, request.call
         if key is None:
             return
-        n = (call.sent or {}).get("n") if call.path.startswith("/v1/images/") else None
-        key.enter(call.pictures or (n if type(n) is int and n > 0 else 1))
+        n = (call.original_body or {}).get("n") if call.path.startswith("/v1/images/") else None
+        key.acquire(call.image_count or (n if type(n) is int and n > 0 else 1))
         request.counted = True
-        call.image_by_image = key.options.max_concurrency > 0
-        hold_to_key(call, key.options, request.head.headers)
+        call.one_image_at_a_time = key.options.max_concurrency > 0
+        apply_key_limits(call, key.options, request.head.headers)
 
     def release_key(self, request: Request) -> None:
         """The call is over, or about to be: before the client can know it, so that its next one is not one too many."""
         if request.counted:
             request.counted = False
-            request.key.leave()
+            request.key.release()
 
     def cors_headers(self, request: Request) -> str:
         """Which pages may read the response."""
@@ -7979,7 +10180,9 @@ class Server(http.server.ThreadingHTTPServer):
         if "*" in settings.cors_origins or not settings.cors_origins and settings.needs_token():
             return CORS_ANY
         origin = headers.get("origin", "")
-        may = origin and origin_allowed(origin, headers.get("host", ""), settings.public_url, settings.cors_origins, False)
+        may = origin and origin_allowed(
+            origin, headers.get("host", ""), settings.public_url, settings.cors_origins, False
+        )
         return f"Vary: Origin\r\n{CORS_ANY.replace('*', origin)}" if may else "Vary: Origin\r\n"
 
     def date_header(self) -> str:
@@ -8003,9 +10206,11 @@ class Server(http.server.ThreadingHTTPServer):
 
     def on_tick(self, now: float) -> None:
         """Enforce deadlines. Loop thread."""
-        for scope in Watch.live.copy():
-            if scope.due < now:
-                scope.end(APIError(504, scope.late, code="timeout", kind="network"))
+        for scope in CancelScope.active.copy():
+            if scope.deadline < now:
+                scope.cancel(
+                    APIError(504, scope.timeout_message, code="timeout", category="network")
+                )
         for connection in self.connections.copy():
             try:
                 connection.on_tick(now)
@@ -8015,7 +10220,7 @@ class Server(http.server.ThreadingHTTPServer):
         if self.accept_paused and not self.draining:
             self.accept_paused = False
             self.loop.add(self.socket, self.on_connection, self.on_connection)
-        self.pool.tidy(now)
+        self.pool.close_expired(now)
         self.wake_waiters()
 
     def wake_waiters(self) -> None:
@@ -8027,15 +10232,26 @@ class Server(http.server.ThreadingHTTPServer):
 def log_access(request: Request, now: float) -> None:
     """Log one line for a request."""
     record, usage, writer = request.record, request.record.usage or {}, request.writer
-    began = request.started_at
-    facts = {"client": request.connection.client_address[0], "key": request.key.name if request.key else "",
-             "method": request.head.method, "path": shorten(request.head.path), "status": writer.status or 499,
-             "model": shorten(record.model), "controller": record.controller,
-             "first_ms": round((record.first_token_at or now) * 1000) - round(began * 1000),
-             "ms": round((now - began) * 1000), "bytes": writer.bytes_sent, "tokens_in": usage.get("prompt_tokens"),
-             "tokens_out": usage.get("completion_tokens"), "id": request.id}
-    log.info(" ".join(f"{name}={value}" for name, value in facts.items() if value not in ("", None)),
-             extra={"facts": facts})
+    started_at = request.started_at
+    facts = {
+        "client": request.connection.client_address[0],
+        "key": request.key.name if request.key else "",
+        "method": request.head.method,
+        "path": shorten(request.head.path),
+        "status": writer.status or 499,
+        "model": shorten(record.model),
+        "controller": record.controller,
+        "first_ms": round((record.first_token_at or now) * 1000) - round(started_at * 1000),
+        "ms": round((now - started_at) * 1000),
+        "bytes": writer.bytes_sent,
+        "tokens_in": usage.get("prompt_tokens"),
+        "tokens_out": usage.get("completion_tokens"),
+        "id": request.id,
+    }
+    log.info(
+        " ".join(f"{name}={value}" for name, value in facts.items() if value not in ("", None)),
+        extra={"facts": facts},
+    )
 
 
 def join_address(host: str, port: int) -> str:
@@ -8046,7 +10262,9 @@ def join_address(host: str, port: int) -> str:
 def _family(host: str, port: int) -> Tuple[int, str]:
     """The address family and the numeric host to bind to; "" is every interface."""
     if not host:
-        return (socket.AF_INET6, "::") if socket.has_dualstack_ipv6() else (socket.AF_INET, "0.0.0.0")
+        return (
+            (socket.AF_INET6, "::") if socket.has_dualstack_ipv6() else (socket.AF_INET, "0.0.0.0")
+        )
     try:
         family, _, _, _, found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except OSError:
@@ -8058,14 +10276,14 @@ def _family(host: str, port: int) -> Tuple[int, str]:
 # A small Akash Chat for --demo: no model, but the real way through, on a loopback port.
 
 
-class StandIn(http.server.BaseHTTPRequestHandler):
+class DemoAkash(http.server.BaseHTTPRequestHandler):
     """Answers as the recordings do: a session, a model list, a word-by-word stream, a picture after a short queue."""
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
     COOKIE = "session_token=" + "0123456789abcdef" * 4
-    jobs: Dict[str, int] = {}   # how often a picture was asked for
-    pace = 0.03                 # seconds between two words
+    jobs: Dict[str, int] = {}  # how often a picture was asked for
+    delay = 0.03  # seconds between two words
 
     @classmethod
     def start(cls) -> str:
@@ -8082,16 +10300,32 @@ class StandIn(http.server.BaseHTTPRequestHandler):
             cookie = f"{self.COOKIE}; Path=/; Max-Age=600; Secure; HttpOnly"
             self._send(200, b'{"success":true}', headers={"Set-Cookie": cookie})
         elif path == "/api/models/":
-            self._send(200, to_json([{"id": name, "name": name, "available": True} for name in ("demo", "AkashGen")]))
+            self._send(
+                200,
+                to_json(
+                    [{"id": name, "name": name, "available": True} for name in ("demo", "AkashGen")]
+                ),
+            )
         elif path == "/api/image-status/":
             job = query.partition("=")[2]
             self.jobs[job] = asked = self.jobs.get(job, 0) + 1
             status = "waiting" if asked < 3 else "pending" if asked == 3 else "succeeded"
             result = f"/api/image/job_{job[:8]}_00001_.png" if asked > 3 else None
-            self._send(200, to_json([{"job_id": job, "status": status, "queue_position": max(0, 3 - asked),
-                                      "result": result}]))
+            self._send(
+                200,
+                to_json(
+                    [
+                        {
+                            "job_id": job,
+                            "status": status,
+                            "queue_position": max(0, 3 - asked),
+                            "result": result,
+                        }
+                    ]
+                ),
+            )
         elif path.startswith("/api/image/job_"):
-            self._send(200, demo_picture(path), headers={"Content-Type": "image/png"})
+            self._send(200, demo_image(path), headers={"Content-Type": "image/png"})
         else:
             self._send(404, b"{}")
 
@@ -8104,45 +10338,84 @@ class StandIn(http.server.BaseHTTPRequestHandler):
             prompt = asked.replace("'", "\\'")
             line = f"0:\"<image_generation> jobId='{new_id()[:16]}' prompt='{prompt}' negative=''</image_generation>\"\n"
             return self._stream([line.encode()], 0)
-        words = re.findall(r"\S+\s*", f"You asked {body['model']}: \"{asked}\" This is the demo: no model has read it, "
-                                      "but each word of this answer went the real way.")
-        self._stream([b'f:{"messageId":"msg-demo"}\n'] + [b"0:" + to_json(word) + b"\n" for word in words], self.pace)
+        words = re.findall(
+            r"\S+\s*",
+            f'You asked {body["model"]}: "{asked}" This is the demo: no model has read it, '
+            "but each word of this answer went the real way.",
+        )
+        self._stream(
+            [b'f:{"messageId":"msg-demo"}\n'] + [b"0:" + to_json(word) + b"\n" for word in words],
+            self.delay,
+        )
 
-    def _stream(self, lines: List[bytes], pace: float) -> None:
+    def _stream(self, lines: List[bytes], delay: float) -> None:
         end = b'{"finishReason":"stop","usage":{"promptTokens":null,"completionTokens":null}'
-        self._send(200, *lines, b"e:" + end + b',"isContinued":false}\nd:' + end + b"}\n", pace=pace,
-                   headers={"Content-Type": "text/plain; charset=utf-8", "X-Vercel-AI-Data-Stream": "v1"})
+        self._send(
+            200,
+            *lines,
+            b"e:" + end + b',"isContinued":false}\nd:' + end + b"}\n",
+            delay=delay,
+            headers={"Content-Type": "text/plain; charset=utf-8", "X-Vercel-AI-Data-Stream": "v1"},
+        )
 
-    def _send(self, status: int, *parts: bytes, headers: Optional[Dict[str, str]] = None, pace: float = 0.0) -> None:
+    def _send(
+        self,
+        status: int,
+        *parts: bytes,
+        headers: Optional[Dict[str, str]] = None,
+        delay: float = 0.0,
+    ) -> None:
         self.send_response(status)
-        for name, value in {"Content-Type": "application/json", **(headers or {}), "Keep-Alive": "timeout=5",
-                            "Transfer-Encoding": "chunked"}.items():
+        for name, value in {
+            "Content-Type": "application/json",
+            **(headers or {}),
+            "Keep-Alive": "timeout=5",
+            "Transfer-Encoding": "chunked",
+        }.items():
             self.send_header(name, value)
         self.end_headers()
         for part in parts:
             self.wfile.write(b"%x\r\n%b\r\n" % (len(part), part))
-            time.sleep(pace)
+            time.sleep(delay)
         self.wfile.write(b"0\r\n\r\n")
 
     def log_message(self, format: str, *args: Any) -> None:
         log.debug("stand-in: " + format, *args)
 
 
-def demo_picture(seed: str) -> bytes:
+def demo_image(seed: str) -> bytes:
     """A little PNG: rings in two colours that depend on the seed."""
     import struct
     import zlib
+
     size = 96
     tint = binascii.crc32(seed.encode())
-    colours = [bytes((tint >> shift & 255, 90 + shift * 5, 255 - (tint >> shift & 127))) for shift in (0, 16)]
-    rows = [b"\0" + b"".join(colours[int(math.hypot(x - size / 2, y - size / 2)) // 8 % 2] for x in range(size))
-            for y in range(size)]
+    colours = [
+        bytes((tint >> shift & 255, 90 + shift * 5, 255 - (tint >> shift & 127)))
+        for shift in (0, 16)
+    ]
+    rows = [
+        b"\0"
+        + b"".join(
+            colours[int(math.hypot(x - size / 2, y - size / 2)) // 8 % 2] for x in range(size)
+        )
+        for y in range(size)
+    ]
 
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", binascii.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data))
+            + kind
+            + data
+            + struct.pack(">I", binascii.crc32(kind + data))
+        )
 
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", size, size, 8, 2, 0, 0, 0))
-            + chunk(b"IDAT", zlib.compress(b"".join(rows))) + chunk(b"IEND", b""))
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", size, size, 8, 2, 0, 0, 0))
+        + chunk(b"IDAT", zlib.compress(b"".join(rows)))
+        + chunk(b"IEND", b"")
+    )
 
 
 # == 15. page =================================================================================
@@ -8396,14 +10669,27 @@ setInterval(refresh, 2000);
 def page() -> Tuple[bytes, Dict[str, str]]:
     """The page, and its header fields: nothing runs in it but its own script, and it loads nothing from elsewhere."""
     import hashlib
-    texts = {tag: PAGE.partition("<" + tag)[2].partition(">")[2].partition("</" + tag)[0] for tag in ("style", "script")}
-    hashes = {tag: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for tag, text in texts.items()}
-    policy = (f"default-src 'none'; script-src 'sha256-{hashes['script']}'; style-src 'sha256-{hashes['style']}'; "
-              "connect-src 'self'; img-src data: blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
-              "require-trusted-types-for 'script'; trusted-types 'none'")
-    return PAGE.encode(), {"Content-Type": "text/html; charset=utf-8", "Cache-Control": "no-cache",
-                           "Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff",
-                           "Referrer-Policy": "no-referrer"}
+
+    texts = {
+        tag: PAGE.partition("<" + tag)[2].partition(">")[2].partition("</" + tag)[0]
+        for tag in ("style", "script")
+    }
+    hashes = {
+        tag: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        for tag, text in texts.items()
+    }
+    policy = (
+        f"default-src 'none'; script-src 'sha256-{hashes['script']}'; style-src 'sha256-{hashes['style']}'; "
+        "connect-src 'self'; img-src data: blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+        "require-trusted-types-for 'script'; trusted-types 'none'"
+    )
+    return PAGE.encode(), {
+        "Content-Type": "text/html; charset=utf-8",
+        "Cache-Control": "no-cache",
+        "Content-Security-Policy": policy,
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+    }
 
 
 # == 16. main =================================================================================
@@ -8412,16 +10698,18 @@ def page() -> Tuple[bytes, Dict[str, str]]:
 
 def main(argv: Optional[List[str]] = None) -> int:
     """Run the command; the exit status (2: it was not asked for properly)."""
-    hold_signals("SIG_BLOCK")   # until there is a handler: before that SIGHUP would end the process
+    set_signal_mask(
+        "SIG_BLOCK"
+    )  # until there is a handler: before that SIGHUP would end the process
     try:
         return command(sys.argv[1:] if argv is None else argv)
     except ConfigError as error:
         for problem in error.problems:
-            say(f"akashproxy: {problem}", sys.stderr)
+            print_text(f"akashproxy: {problem}", sys.stderr)
         return 2
     finally:
-        give_up_output()
-        hold_signals("SIG_UNBLOCK")
+        discard_output()
+        set_signal_mask("SIG_UNBLOCK")
 
 
 def command(argv: List[str]) -> int:
@@ -8430,14 +10718,16 @@ def command(argv: List[str]) -> int:
     flags = {name: value for name, value in vars(options).items() if isinstance(value, str)}
     settings = Settings.load(dict(os.environ), flags)
     if options.health or options.check:
-        hold_signals("SIG_UNBLOCK")
-        return check_health(settings) if options.health else show(settings)
+        set_signal_mask("SIG_UNBLOCK")
+        return check_health(settings) if options.health else print_settings(settings)
     lines = LogWriter(sys.stderr.fileno()) if sys.stderr else logging.NullHandler()
     lines.setFormatter(LogFormat(settings.log_format))
     logging.basicConfig(level=settings.log_level.upper(), handlers=[lines])
-    demo = {"akash_base_url": StandIn.start(), "controllers": ()} if options.demo else {}
+    demo = {"akash_base_url": DemoAkash.start(), "controllers": ()} if options.demo else {}
     if settings.config_file:
-        flags["config_file"] = settings.config_file     # a reload must not fall back on another one, or on none
+        flags["config_file"] = (
+            settings.config_file
+        )  # a reload must not fall back on another one, or on none
 
     def load() -> Settings:
         return dataclasses.replace(Settings.load(dict(os.environ), flags), **demo)
@@ -8445,13 +10735,13 @@ def command(argv: List[str]) -> int:
     return start(Server(dataclasses.replace(settings, **demo)), load)
 
 
-def say(text: str, file: Any = None) -> None:
+def print_text(text: str, file: Any = None) -> None:
     """Print a line, as far as it can be written: the disk may be full, or the reader gone."""
     with contextlib.suppress(OSError):
         print(text, file=file, flush=True)
 
 
-def give_up_output() -> None:
+def discard_output() -> None:
     """Flush stdout and stderr. What can't be written would be tried once more at the exit, which then has status 120."""
     for stream in filter(None, (sys.stdout, sys.stderr)):
         try:
@@ -8468,30 +10758,32 @@ class LogWriter(logging.Handler):
     and their number is a line of its own as soon as the log can be written again.
     """
 
-    SIZE = 10000    # lines that may wait
-    LAST = 1.0      # seconds for them at the exit
+    SIZE = 10000  # lines that may wait
+    FLUSH_TIMEOUT = 1.0  # seconds for them at the exit
 
     def __init__(self, descriptor: int) -> None:
         super().__init__()
         self.descriptor = descriptor
         self.lines: Queue = Queue(self.SIZE)
-        self.lost, self.count_lock = 0, threading.Lock()
+        self.dropped, self.count_lock = 0, threading.Lock()
         self.thread: Optional[threading.Thread] = None
 
     def emit(self, record: logging.LogRecord) -> None:
         if self.thread is None:
-            self.thread = threading.Thread(target=self.write_all, args=(self.lines,), name="akashproxy log", daemon=True)
+            self.thread = threading.Thread(
+                target=self.write_all, args=(self.lines,), name="akashproxy log", daemon=True
+            )
             self.thread.start()
         try:
             self.lines.put_nowait((self.format(record) + "\n").encode("utf-8", "backslashreplace"))
         except Full:
-            self.lose(1)
+            self.drop(1)
         except Exception:
             self.handleError(record)
 
-    def lose(self, count: int) -> None:
+    def drop(self, count: int) -> None:
         with self.count_lock:
-            self.lost += count
+            self.dropped += count
 
     def write_all(self, lines: Queue) -> None:
         while True:
@@ -8499,23 +10791,25 @@ class LogWriter(logging.Handler):
             if isinstance(line, threading.Event):
                 line.set()
             elif not self.write(line):
-                self.lose(1)
-            elif self.lost:
-                self.tell_lost()
+                self.drop(1)
+            elif self.dropped:
+                self.report_dropped()
 
-    def tell_lost(self) -> None:
+    def report_dropped(self) -> None:
         with self.count_lock:
-            count, self.lost = self.lost, 0
-        record = log.makeRecord(log.name, logging.WARNING, "", 0, "%d log lines were lost", (count,), None)
+            count, self.dropped = self.dropped, 0
+        record = log.makeRecord(
+            log.name, logging.WARNING, "", 0, "%d log lines were lost", (count,), None
+        )
         if not self.write((self.format(record) + "\n").encode()):
-            self.lose(count)
+            self.drop(count)
 
     def write(self, line: bytes) -> bool:
         """Write a line to its end, however long that takes; False if it can't be written."""
         while line:
             try:
-                line = line[os.write(self.descriptor, line):]
-            except BlockingIOError:     # another process has made it a non-blocking descriptor
+                line = line[os.write(self.descriptor, line) :]
+            except BlockingIOError:  # another process has made it a non-blocking descriptor
                 select.select([], [self.descriptor], [])
             except OSError:
                 return False
@@ -8526,24 +10820,30 @@ class LogWriter(logging.Handler):
         written = threading.Event()
         with contextlib.suppress(Full):
             if self.thread is not None:
-                self.lines.put(written, timeout=self.LAST)
-                written.wait(self.LAST)
+                self.lines.put(written, timeout=self.FLUSH_TIMEOUT)
+                written.wait(self.FLUSH_TIMEOUT)
 
 
 def parse_flags(argv: List[str]) -> Any:
     """The command line's options. Flags may be written as in Go, too: -config_file, --config_file."""
-    argv = [re.sub(r"^--?([a-z][a-z_-]+)", lambda flag: "--" + flag[1].replace("_", "-"), word) for word in argv]
+    argv = [
+        re.sub(r"^--?([a-z][a-z_-]+)", lambda flag: "--" + flag[1].replace("_", "-"), word)
+        for word in argv
+    ]
     parser = argument_parser()
     try:
         options, unknown = parser.parse_known_args(argv)
-    except OSError:     # --help could not be written
+    except OSError:  # --help could not be written
         raise SystemExit(1) from None
     if unknown:
         import difflib
+
         name = unknown[0].partition("=")[0]
         near = difflib.get_close_matches(name, re.findall("--[a-z-]+", parser.format_usage()), 1)
-        parser.error(f"unknown {'flag' if name.startswith('-') else 'argument'} {name[:100]}"
-                     + (f"; did you mean {near[0]}?" if near else "; --help lists the flags"))
+        parser.error(
+            f"unknown {'flag' if name.startswith('-') else 'argument'} {name[:100]}"
+            + (f"; did you mean {near[0]}?" if near else "; --help lists the flags")
+        )
     return options
 
 
@@ -8553,21 +10853,38 @@ def argument_parser() -> Any:
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> NoReturn:
-            raise ConfigError([message])    # without the usage, which is longer than a screen
+            raise ConfigError([message])  # without the usage, which is longer than a screen
 
     parser = Parser(
-        prog="akashproxy.py", description="Serve Akash Chat, and other upstreams, as OpenAI's API.", allow_abbrev=False,
+        prog="akashproxy.py",
+        description="Serve Akash Chat, and other upstreams, as OpenAI's API.",
+        allow_abbrev=False,
         epilog="Each setting is also an environment variable (--server-address is SERVER_ADDRESS) and a key of the "
-               "configuration file (server_address). A flag wins over the environment, and that over the file.")
+        "configuration file (server_address). A flag wins over the environment, and that over the file.",
+    )
     parser.add_argument("--version", action="version", version=f"akashproxy {__version__}")
-    parser.add_argument("--demo", action="store_true", help="serve a built-in stand-in for Akash Chat: no network needed")
-    parser.add_argument("--check", action="store_true", help="check and show the settings as they would be used, and exit")
-    parser.add_argument("--health", action="store_true", help="ask a running server's /health, and exit with 0 or 1")
+    parser.add_argument(
+        "--demo",
+        action="store_true",
+        help="serve a built-in stand-in for Akash Chat: no network needed",
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="check and show the settings as they would be used, and exit",
+    )
+    parser.add_argument(
+        "--health", action="store_true", help="ask a running server's /health, and exit with 0 or 1"
+    )
     group = parser.add_argument_group("settings")
-    for item in declared(Settings):
-        text = item.metadata["help"] + (f" (default: {default})" if (default := default_text(item)) else "")
+    for item in setting_fields(Settings):
+        text = item.metadata["help"] + (
+            f" (default: {default})" if (default := default_text(item)) else ""
+        )
         metavar = {"str": "TEXT", "int": "NUMBER", "float": "SECONDS"}.get(item.type, "LIST")
-        group.add_argument(flag_name(item), dest=item.name, metavar=metavar, help=text.replace("%", "%%"))
+        group.add_argument(
+            flag_name(item), dest=item.name, metavar=metavar, help=text.replace("%", "%%")
+        )
     return parser
 
 
@@ -8575,20 +10892,28 @@ def default_text(item: Any) -> str:
     """A setting's default, as it would be written."""
     if item.default is dataclasses.MISSING:
         return ""
-    return f"{item.default:g}" if item.type == "float" else as_text(item.default)
+    return f"{item.default:g}" if item.type == "float" else format_value(item.default)
 
 
-def show(settings: Settings) -> int:
+def print_settings(settings: Settings) -> int:
     """Print the settings, the file they came from and the controllers, without secrets."""
-    say(f"# searched: {', '.join([settings.config_path] if settings.config_path else SEARCHED)} for {' and '.join(FILE_NAMES)}")
-    say(f"# file: {settings.config_file or 'none'}")
-    for name, value in settings.shown():
-        say(f"{name.upper()}={value}")
+    print_text(
+        f"# searched: {', '.join([settings.config_path] if settings.config_path else CONFIG_DIRECTORIES)} for {' and '.join(FILE_NAMES)}"
+    )
+    print_text(f"# file: {settings.config_file or 'none'}")
+    for name, value in settings.redacted_items():
+        print_text(f"{name.upper()}={value}")
     for options in [*settings.pool(), *settings.keys]:
-        kind = "key " if isinstance(options, KeySettings) else ""
-        sources = {"api_key": f" ({options.key_source})"} if getattr(options, "key_source", "") else {}
-        lines = [f"{name}={value}{sources.get(name, '')}" for name, value in options.shown() if value and name != "name"]
-        say("\n".join([f"\n[{kind}{options.name}]", *lines]))
+        kind = "key " if isinstance(options, ClientKeySettings) else ""
+        sources = (
+            {"api_key": f" ({options.key_source})"} if getattr(options, "key_source", "") else {}
+        )
+        lines = [
+            f"{name}={value}{sources.get(name, '')}"
+            for name, value in options.redacted_items()
+            if value and name != "name"
+        ]
+        print_text("\n".join([f"\n[{kind}{options.name}]", *lines]))
     return 0
 
 
@@ -8600,10 +10925,10 @@ def check_health(settings: Settings) -> int:
     try:
         link.request("GET", "/health")
         answer = link.getresponse()
-        say(answer.read().decode("utf-8", "replace"))
+        print_text(answer.read().decode("utf-8", "replace"))
         return 0 if answer.status == 200 else 1
     except (OSError, http.client.HTTPException) as error:
-        say(f"akashproxy: no answer from {settings.server_address}: {error}", sys.stderr)
+        print_text(f"akashproxy: no answer from {settings.server_address}: {error}", sys.stderr)
         return 1
     finally:
         link.close()
@@ -8611,33 +10936,37 @@ def check_health(settings: Settings) -> int:
 
 def start(server: Server, load: Callable[[], Settings]) -> int:
     """Say where it serves, and serve in this process or in several; the exit status."""
-    raise_limit()
-    gc.freeze()     # what is there by now stays: collections need not look at it
+    raise_fd_limit()
+    gc.freeze()  # what is there by now stays: collections need not look at it
     locked = server.settings.bearer_token or server.settings.keys
     if not locked and not ipaddress.ip_address(server.server_address[0]).is_loopback:
-        log.warning("whoever can reach %s can use this server, its keys and its allowance: set BEARER_TOKEN", server.url)
+        log.warning(
+            "whoever can reach %s can use this server, its keys and its allowance: set BEARER_TOKEN",
+            server.url,
+        )
     signals = Signals(signal.SIGINT, signal.SIGTERM, SIGHUP)
     line = f"akashproxy {__version__} serves {server.pool} on {server.url}/v1"
     server.start()
-    say(line)
+    print_text(line)
     return serve(server, load, signals)
 
 
-def raise_limit() -> None:
+def raise_fd_limit() -> None:
     """Allow as many descriptors as the system lets us: each stream takes two."""
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
+
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-SIGHUP = getattr(signal, "SIGHUP", 0)   # 0: this system has none
+SIGHUP = getattr(signal, "SIGHUP", 0)  # 0: this system has none
 
 
-def hold_signals(how: str) -> None:
+def set_signal_mask(action: str) -> None:
     """Hold signals back, or let them come again, where the system can do that: a new process must not miss one."""
     if SIGHUP:
-        signal.pthread_sigmask(getattr(signal, how), {signal.SIGINT, signal.SIGTERM, SIGHUP})
+        signal.pthread_sigmask(getattr(signal, action), {signal.SIGINT, signal.SIGTERM, SIGHUP})
 
 
 def flush_logs() -> None:
@@ -8650,26 +10979,28 @@ class Signals:
     """The signals that have come. The second one that means to stop ends the process."""
 
     def __init__(self, *numbers: int) -> None:
-        self.asked: SimpleQueue = SimpleQueue()
+        self.received: SimpleQueue = SimpleQueue()
         self.stops = 0
         for number in filter(None, numbers):
             signal.signal(number, self.on_signal)
-        hold_signals("SIG_UNBLOCK")
+        set_signal_mask("SIG_UNBLOCK")
 
     def on_signal(self, number: int, frame: Any) -> None:
         if number != SIGHUP:
             self.stops += 1
             if self.stops > 1:
-                flushing = threading.Thread(target=flush_logs, daemon=True)     # this thread may hold the queue's lock
+                flushing = threading.Thread(
+                    target=flush_logs, daemon=True
+                )  # this thread may hold the queue's lock
                 flushing.start()
                 flushing.join(1.0)
                 os._exit(0)
-        self.asked.put(number)
+        self.received.put(number)
 
     def next(self, seconds: float = 1.0) -> Optional[int]:
         """The next signal, or None after a while: one that comes just before a wait may not end it."""
         with contextlib.suppress(Empty):
-            return self.asked.get(timeout=seconds)
+            return self.received.get(timeout=seconds)
         return None
 
 
@@ -8682,7 +11013,11 @@ def serve(server: Server, load: Callable[[], Settings], signals: Signals) -> int
         elif number is not None:
             running = server.running_calls()
             if running:
-                log.info("stopping: %d running answers have %g seconds to end", running, server.settings.grace)
+                log.info(
+                    "stopping: %d running answers have %g seconds to end",
+                    running,
+                    server.settings.grace,
+                )
             server.stop()
             return 0
 

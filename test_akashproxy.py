@@ -48,8 +48,8 @@ import types
 import pytest
 
 import akashproxy
-from akashproxy import (AkashDecoder, Answer, APIError, Body, Call, ConfigError, Cutoff, Finish, ProtocolError,
-                        Reasoning, Server, Settings, Text, Thinking, ToolCall, fold)
+from akashproxy import (AkashDecoder, Answer, APIError, BodyDecoder, Call, ConfigError, StopFilter, Finish, ProtocolError,
+                        Reasoning, Server, Settings, Text, ThinkTagFilter, ToolCall, fold)
 
 HERE = pathlib.Path(__file__).resolve().parent
 SOURCE = (HERE / "akashproxy.py").read_text()
@@ -370,7 +370,7 @@ def pieces(data):
 
 def test_an_error_has_openais_form_and_the_originals():
     error = APIError(429, "slow down", retry_after=1.2, retry=False)
-    assert json.dumps(akashproxy.Dialect.refusal(error)) == (
+    assert json.dumps(akashproxy.Dialect.error_body(error)) == (
         '{"error": {"message": "slow down", "type": "rate_limit_error", "param": null, "code": "rate_limit_exceeded"}, '
         '"code": 429, "data": {"msg": "slow down"}}')
     assert error.headers() == {"Retry-After": "2", "x-should-retry": "false"}
@@ -408,7 +408,7 @@ THINKING = {
 def test_thinking_cut_anywhere(case):
     text, expected = case
     for parts in pieces(text):
-        step = Thinking()
+        step = ThinkTagFilter()
         events = [event for part in parts for event in step.feed([Text(part)])] + step.feed([Finish("stop")])
         assert merged(events) == expected + [Finish("stop")], parts
 
@@ -416,32 +416,32 @@ def test_thinking_cut_anywhere(case):
 def test_a_tag_that_was_never_opened():
     text = "reasoning first\n</think>\n\nanswer"     # think-noopen
     for parts in pieces(text):
-        step = Thinking()
+        step = ThinkTagFilter()
         events = [event for part in parts for event in step.feed([Text(part)])] + step.close()
         answer = fold(events)
         assert (answer.reasoning, answer.text) == ("reasoning first", "answer"), parts
         assert "think" not in "".join(event.text for event in events if isinstance(event, Text)), "no tag shows in a stream"
-    assert Thinking().feed([Text(text)]) == [R("reasoning first"), T("answer")], "nothing had left"
-    assert Thinking().feed([Text("\n</think>x")]) == [T("x")], "nobody thought anything"
+    assert ThinkTagFilter().feed([Text(text)]) == [R("reasoning first"), T("answer")], "nothing had left"
+    assert ThinkTagFilter().feed([Text("\n</think>x")]) == [T("x")], "nobody thought anything"
 
 
 def test_an_empty_text_is_nothing():
-    step = Thinking()
+    step = ThinkTagFilter()
     assert step.feed([Text("a")]) + step.feed([Text("")]) + step.feed([Text("b")]) == [T("a"), T("b")]
 
 
 CUTOFF = {
     "no stop": (["#"], None, "abc", [T("abc"), Finish("stop", None)]),
-    "a stop is not part of the answer": (["##"], None, "ab##cd", [T("ab"), Finish("stop", stop="##")]),
+    "a stop is not part of the answer": (["##"], None, "ab##cd", [T("ab"), Finish("stop", stop_sequence="##")]),
     "half a stop": (["##"], None, "ab#", [T("ab#"), Finish("stop")]),
-    "the earliest of several": (["zz", "c"], None, "abczz", [T("ab"), Finish("stop", stop="c")]),
-    "one begins within another": (["aab"], None, "xaaab", [T("xa"), Finish("stop", stop="aab")]),
-    "a stop at once": (["a"], None, "abc", [Finish("stop", stop="a")]),
+    "the earliest of several": (["zz", "c"], None, "abczz", [T("ab"), Finish("stop", stop_sequence="c")]),
+    "one begins within another": (["aab"], None, "xaaab", [T("xa"), Finish("stop", stop_sequence="aab")]),
+    "a stop at once": (["a"], None, "abc", [Finish("stop", stop_sequence="a")]),
     "sixteen characters are two tokens": ([], 2, "0123456789abcdef", [T("0123456789abcdef"), Finish("stop")]),
     "the seventeenth is too many": ([], 2, "0123456789abcdefg", [T("0123456789abcdef"), Finish("length")]),
     "other alphabets weigh more": ([], 1, "привіт!", [T("привіт"), Finish("length")]),
     "East Asia's most": ([], 2, "日本語日本", [T("日本語日"), Finish("length")]),
-    "a stop before the length": (["5"], 2, "0123456789abcdefg", [T("01234"), Finish("stop", stop="5")]),
+    "a stop before the length": (["5"], 2, "0123456789abcdefg", [T("01234"), Finish("stop", stop_sequence="5")]),
     "a length before the stop": (["h"], 2, "0123456789abcdefgh", [T("0123456789abcdef"), Finish("length")]),
 }
 
@@ -450,12 +450,12 @@ CUTOFF = {
 def test_cutoff_cut_anywhere(case):
     stops, most, text, expected = case
     for parts in pieces(text):
-        step = Cutoff(stops, most)
+        step = StopFilter(stops, most)
         events = [event for part in parts for event in step.feed([Text(part)])]
-        cut = step.cut
+        cut = step.stopped
         events += step.feed([Finish("stop")])
         assert merged(events) == expected, parts
-        assert cut == step.cut, "the end came too late"
+        assert cut == step.stopped, "the end came too late"
         assert cut == (expected != [T(text), Finish("stop")])
 
 
@@ -532,8 +532,8 @@ def test_settings_made_in_code_are_checked_too():
 
 def test_secrets_stay_out_of_sight():
     settings = Settings(bearer_token=("s3cret",), akash_access_token="s3cret", akash_cookie="s3cret")
-    assert "s3cret" not in repr(settings) + str(settings.shown())
-    assert ("bearer_token", "********") in settings.shown()
+    assert "s3cret" not in repr(settings) + str(settings.redacted_items())
+    assert ("bearer_token", "********") in settings.redacted_items()
 
 
 # == http =====================================================================================
@@ -567,9 +567,9 @@ def test_heads(case):
     for cuts in ([], [5], range(1, min(len(data), 300))):
         end, searched = -1, 0
         with pytest.raises(ProtocolError) if isinstance(expected, int) else contextlib.nullcontext() as caught:
-            for held in [data[:cut] for cut in cuts] + [data]:
-                end = end if end >= 0 else akashproxy.head_end(held, searched)
-                searched = max(0, len(held) - 3)
+            for pending in [data[:cut] for cut in cuts] + [data]:
+                end = end if end >= 0 else akashproxy.find_head_end(pending, searched)
+                searched = max(0, len(pending) - 3)
             got = (*akashproxy.parse_head(data[:end], functools.lru_cache(str)), data[end + 4:]) if end >= 0 else None
         assert caught.value.status == expected if caught else got == expected
 
@@ -614,12 +614,12 @@ def test_bodies_cut_anywhere(case):
     fields, data, expected, rest = case
     for parts in pieces(data) if len(data) < 100 else [[data]]:
         def read():
-            body, got = Body(fields), b""
+            body, got = BodyDecoder(fields), b""
             while parts and not body.done:
                 got += body.feed(parts.pop(0))
             if not body.done:
                 body.close()
-            return got, body.rest + b"".join(parts)
+            return got, body.trailing_data + b"".join(parts)
         parts = [part for part in parts if part]
         if isinstance(expected, bytes):
             assert read() == (expected, rest)
@@ -637,17 +637,17 @@ def test_a_payload_that_looks_like_framing_is_payload(payload):
     data = chunk(b"a") + chunk(payload) + chunk(b"b") + b"0\r\n\r\n"
     for first in range(len(data)):
         for second in range(first, len(data)):
-            body = Body(CHUNKED)
+            body = BodyDecoder(CHUNKED)
             got = b"".join(body.feed(part) for part in (data[:first], data[first:second], data[second:]) if part)
-            assert (got, body.done, body.rest) == (b"a" + payload + b"b", True, b"")
+            assert (got, body.done, body.trailing_data) == (b"a" + payload + b"b", True, b"")
 
 
 def test_a_body_to_the_end_of_the_connection():
-    body = Body({}, until_close=True)
+    body = BodyDecoder({}, until_close=True)
     assert body.feed(b"abc") == b"abc" and not body.done
     body.close()
     assert body.done
-    assert Body({}).done, "a request without a length has no body"
+    assert BodyDecoder({}).done, "a request without a length has no body"
 
 
 # == transport ================================================================================
@@ -666,13 +666,13 @@ def test_connections_to_the_upstream_are_used_again(akash, serve):
                                    b'0:"b"\n0:"c"\n', b'g:"b"\n', b"0:5\n", b'0:"b""\n', b"\n", STOP])
 def test_the_short_way_leads_where_the_long_one_does(before, piece):
     def answer(short):
-        dialect, pipeline = akashproxy.ChatCompletions(CHAT), akashproxy.Pipeline(akashproxy.AkashDecoder(), Thinking())
+        dialect, pipeline = akashproxy.ChatCompletions(CHAT), akashproxy.DecoderChain(akashproxy.AkashDecoder(), ThinkTagFilter())
         dialect.id, dialect.created, taken = "x", 1, b""
-        sent = dialect.begin() + dialect.feed(pipeline.feed(before))
+        sent = dialect.opening_frames() + dialect.encode(pipeline.feed(before))
         for data in [piece, b'0:"</think> d"\n', STOP]:
-            told = short and pipeline.usual(data)
-            taken = told or taken
-            sent += dialect.splice(told) if told else dialect.feed(pipeline.feed(data))
+            encoded = short and pipeline.fast_path(data)
+            taken = encoded or taken
+            sent += dialect.text_frame(encoded) if encoded else dialect.encode(pipeline.feed(data))
         return sent, pipeline.error and pipeline.error.message, taken
 
     (long, error, _), (short, its_error, taken) = answer(False), answer(True)
@@ -701,9 +701,9 @@ def test_an_idle_connection_that_ended_is_noticed(akash, serve):
 def test_a_connection_on_which_the_upstream_spoke_unasked_is_not_used_again(akash, serve):
     server = serve()
     assert chat(server).status == 200
-    kept = server.pool.members[0].controller.transport.kept
-    wait_for(lambda: kept.idle)
-    (((_, sock),),) = kept.idle.values()
+    connections = server.pool.upstreams[0].controller.transport.connections
+    wait_for(lambda: connections.idle)
+    (((_, sock),),) = connections.idle.values()
     for other in list(akash.open):
         other.sendall(reply(408, b"{}"))
     wait_for(lambda: akashproxy.peek(sock))
@@ -731,19 +731,19 @@ def test_a_controller_may_go_through_the_events_of_another_one(pool, monkeypatch
                 yield Text(event.text.upper()) if isinstance(event, Text) else event
 
     monkeypatch.setitem(akashproxy.CONTROLLERS, "loud", Loud)
-    a, before = FakeOpenAI(text="one two"), akashproxy.Watch.live.copy()
+    a, before = FakeOpenAI(text="one two"), akashproxy.CancelScope.active.copy()
     server = pool((a, {"type": "loud", "paths": ("/none",), "api_key": "k"}))
     for streamed in range(2):
         assert (stream(server, BOTH)[0] if streamed else chat(server, BOTH).json["choices"][0]["message"]["content"]) == "ONE TWO"
     a.faults += [a.refuse(), a.early(), a.status(500)]      # the first is a kept connection's end, and asked again
     assert [chat(server, BOTH).status for _ in range(2)] == [502, 502] and not a.faults
-    wait_for(lambda: not akashproxy.Watch.live - before)
+    wait_for(lambda: not akashproxy.CancelScope.active - before)
 
 
 def test_a_controller_of_ones_own_may_stream_raw_bytes(serve, monkeypatch):
     class Own(akashproxy.Controller):
         def events(self, call):
-            yield from map(akashproxy.Raw, [b"data: {}\n\n", b"data: [DONE]\n\n"])
+            yield from map(akashproxy.RawBytes, [b"data: {}\n\n", b"data: [DONE]\n\n"])
 
     monkeypatch.setitem(akashproxy.CONTROLLERS, "own", Own)
     server = serve(controllers=(akashproxy.ControllerSettings(type="own"),))
@@ -760,7 +760,7 @@ def test_a_client_that_leaves_before_a_count_of_tokens_is_no_bug(pool, caplog):
         asked.set()
         raise APIError(503, "nobody is there")
 
-    server.pool.take = take
+    server.pool.acquire = take
     sock.sendall(post("/v1/messages/count_tokens", {**ASKED, "model": "both"}))
     assert asked.wait(10)
     wait_for(lambda: not server.connections)
@@ -796,12 +796,12 @@ def test_a_request_is_sent_twice_at_most(akash, serve):
 def test_kept_connections_are_closed_in_time(akash, serve):
     server = serve()
     assert chat(server).status == 200
-    kept = server.pool.members[0].controller.transport.kept
-    wait_for(lambda: sum(map(len, kept.idle.values())) == 1)
-    kept.tidy(time.monotonic() + 3)
-    assert sum(map(len, kept.idle.values())) == 1
-    kept.tidy(time.monotonic() + 5)
-    assert not kept.idle
+    connections = server.pool.upstreams[0].controller.transport.connections
+    wait_for(lambda: sum(map(len, connections.idle.values())) == 1)
+    connections.close_expired(time.monotonic() + 3)
+    assert sum(map(len, connections.idle.values())) == 1
+    connections.close_expired(time.monotonic() + 5)
+    assert not connections.idle
     wait_for(lambda: not akash.open)
 
 
@@ -809,19 +809,19 @@ def test_a_connection_to_an_upstream_is_not_watched_once_it_is_kept(akash, serve
     server = serve()
     before = len(server.loop.selector.get_map())
     assert chat(server).status == 200
-    wait_for(lambda: server.pool.members[0].controller.transport.kept.idle and not server.connections)
+    wait_for(lambda: server.pool.upstreams[0].controller.transport.connections.idle and not server.connections)
     assert len(server.loop.selector.get_map()) == before
 
 
 def test_kept_connections_live_as_long_as_their_server_says():
-    assert akashproxy.idle_seconds({"keep-alive": "timeout=5"}) == 4
-    assert akashproxy.idle_seconds({}) == 30
+    assert akashproxy.keepalive_seconds({"keep-alive": "timeout=5"}) == 4
+    assert akashproxy.keepalive_seconds({}) == 30
 
 
 @pytest.mark.parametrize("text", ["a\nB: c", "a\rb", "a\r\nB: c", "a\0b"])
 def test_no_line_break_gets_into_the_head_of_a_request(text):
     for fields in {"A": text}, {text: "a"}:
-        request = akashproxy.UpstreamRequest("http://x/").copy("GET", None, fields, akashproxy.Watch(), False)
+        request = akashproxy.UpstreamRequest("http://x/").copy("GET", None, fields, akashproxy.CancelScope(), False)
         with pytest.raises(ProtocolError, match="line break"):
             request.to_bytes()
 
@@ -984,7 +984,7 @@ def test_a_line_without_an_end_is_bounded():
     decoder = AkashDecoder()
     while not decoder.error:
         decoder.feed(b"0:" + b"x" * (1 << 20))
-        assert len(decoder.held) < 10 << 20
+        assert len(decoder.buffer) < 10 << 20
     assert "without an end" in decoder.error.message
 
 
@@ -1008,11 +1008,11 @@ PICTURES = {
 
 @table(PICTURES)
 def test_the_answers_of_akashgen(case):
-    assert akashproxy.akash_picture(case[0]) == (JOB, case[1])
+    assert akashproxy.parse_image_job(case[0]) == (JOB, case[1])
 
 
 def test_text_is_no_picture():
-    assert akashproxy.akash_picture(HELLO) is None
+    assert akashproxy.parse_image_job(HELLO) is None
 
 
 def user(content, **more):
@@ -1141,37 +1141,37 @@ def session_of(akash, clock, token=""):
 def test_the_cookie_lives_for_its_max_age(akash):
     clock = Clock()
     session = session_of(akash, clock)
-    first = session.get(akashproxy.Watch())
+    first = session.get(akashproxy.CancelScope())
     assert first == akash.cookie
     clock.now += 0.79 * 600
-    assert session.get(akashproxy.Watch()) == first and akash.cookies == 1
+    assert session.get(akashproxy.CancelScope()) == first and akash.cookies == 1
     clock.now += 0.02 * 600                 # the last fifth: the old one serves on while one thread renews
-    assert session.get(akashproxy.Watch()) == first
-    wait_for(lambda: session.get(akashproxy.Watch()) != first and not session.renewing)
-    assert akash.cookies == 2 and session.get(akashproxy.Watch()) == akash.cookie
+    assert session.get(akashproxy.CancelScope()) == first
+    wait_for(lambda: session.get(akashproxy.CancelScope()) != first and not session.refreshing)
+    assert akash.cookies == 2 and session.get(akashproxy.CancelScope()) == akash.cookie
     clock.now += 10000                      # over: everybody waits for a new one
-    assert session.get(akashproxy.Watch()) == akash.cookie and akash.cookies == 3
+    assert session.get(akashproxy.CancelScope()) == akash.cookie and akash.cookies == 3
     assert all("cookie" not in request.headers for request in akash.requests), "one would extend nothing in 2026"
 
 
 def test_many_threads_fetch_one_cookie(akash):
     session = session_of(akash, time.monotonic)
     with concurrent.futures.ThreadPoolExecutor(16) as threads:
-        assert len(set(threads.map(lambda _: session.get(akashproxy.Watch()), range(64)))) == 1
+        assert len(set(threads.map(lambda _: session.get(akashproxy.CancelScope()), range(64)))) == 1
     assert akash.cookies == 1
 
 
 def test_a_failed_renewal_leaves_the_old_cookie(akash):
     clock = Clock()
     session = session_of(akash, clock)
-    first = session.get(akashproxy.Watch())
+    first = session.get(akashproxy.CancelScope())
     akash.session = reply(500)
     clock.now += 500
-    assert session.get(akashproxy.Watch()) == first
-    wait_for(lambda: len(akash.requests) == 2 and not session.renewing)
-    assert session.get(akashproxy.Watch()) == first and len(akash.requests) == 2      # not again at once
+    assert session.get(akashproxy.CancelScope()) == first
+    wait_for(lambda: len(akash.requests) == 2 and not session.refreshing)
+    assert session.get(akashproxy.CancelScope()) == first and len(akash.requests) == 2      # not again at once
     clock.now += 20
-    assert session.get(akashproxy.Watch()) == first
+    assert session.get(akashproxy.CancelScope()) == first
     wait_for(lambda: len(akash.requests) == 3)
 
 
@@ -1207,11 +1207,11 @@ COOKIES = {
 
 @table(COOKIES)
 def test_any_cookie_is_taken(case, akash):
-    told, expected = case
+    set_cookie, expected = case
     clock = Clock()
     session = session_of(akash, clock)
-    session._keep(told, clock.now)
-    assert session.get(akashproxy.Watch()) == expected and not akash.requests
+    session._store_cookie(set_cookie, clock.now)
+    assert session.get(akashproxy.CancelScope()) == expected and not akash.requests
 
 
 def test_a_server_without_sessions_is_no_error(akash, serve):
@@ -1502,7 +1502,7 @@ def test_a_page_in_front_of_the_session_or_the_models(path, status, akash, serve
 def test_endless_texts_of_errors_cost_nothing(akash, serve):
     for text in ("a-" * 200000, "deadbeef" * 100000, "model " * 100000, "1." * 200000, "x" * 500000 + ":80"):
         assert len(akashproxy.akash_error("Invalid prompt: " + text, "m").message) < 400
-        assert len(akashproxy.without_hosts(text)) < 2000
+        assert len(akashproxy.redact_hosts(text)) < 2000
 
 
 BROKEN = {
@@ -1521,7 +1521,7 @@ def test_failures_within_an_answer(case, akash, serve):
     server = serve()
     got = chat(server)
     assert got.status in (429, 502) and words in got.json["error"]["message"]
-    server.pool.members[0].cooldowns.clear()        # else the next request waits for the end of its rest
+    server.pool.upstreams[0].cooldowns.clear()        # else the next request waits for the end of its rest
     text, _, finish, error = stream(server)
     assert (text, finish) == ("one ", None) and words in error["message"] and error["type"] and error["param"] is None
 
@@ -1669,11 +1669,11 @@ def test_legacy_completions(akash, serve):
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/images/generations"])
 def test_streams_of_other_endpoints_are_relayed(path, pool):
     fake = FakeOpenAI()
-    told = [b'data: {"choices":[{"text":"Once upon","index":0,"finish_reason":null}]}\n\n',
+    expected = [b'data: {"choices":[{"text":"Once upon","index":0,"finish_reason":null}]}\n\n',
             b'data: {"choices":[{"text":"","index":0,"finish_reason":"stop"}]}\n\n', b"data: [DONE]\n\n"]
-    fake.faults.append(fake.garbage(fake.head() + b"".join(map(chunk, told)) + b"0\r\n\r\n"))
+    fake.faults.append(fake.garbage(fake.head() + b"".join(map(chunk, expected)) + b"0\r\n\r\n"))
     got = ask(pool(fake), "POST", path, {"model": "both", "prompt": "Once", "echo": True, "stream": True})
-    assert got.status == 200 and got.body == b"".join(told)
+    assert got.status == 200 and got.body == b"".join(expected)
 
 
 # == server ===================================================================================
@@ -1733,8 +1733,8 @@ def test_the_ends_of_bodies(serve):
     assert large.startswith(b"HTTP/1.1 413 ") and b"larger than 100 bytes" in large and b"Connection: close" in large
     chunked = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
     assert talk(server, chunked + chunk(b"x" * 90) * 2).startswith(b"HTTP/1.1 413 ")
-    late = talk(serve(body_timeout=0.1), post("/v1/chat/completions", b"x" * 50)[:-1])
-    assert late.startswith(b"HTTP/1.1 408 ") and b"took too long" in late
+    slow = talk(serve(body_timeout=0.1), post("/v1/chat/completions", b"x" * 50)[:-1])
+    assert slow.startswith(b"HTTP/1.1 408 ") and b"took too long" in slow
     cut = talk(server, post("/v1/chat/completions", b"x" * 50)[:-1], half_close=True)
     assert cut.startswith(b"HTTP/1.1 400 ") and b"ended within a body" in cut
 
@@ -1855,7 +1855,7 @@ def test_request_ids(serve):
 
 
 def test_a_client_that_leaves_ends_the_upstream_request(akash, serve):
-    server, before = serve(), akashproxy.Watch.live.copy()
+    server, before = serve(), akashproxy.CancelScope.active.copy()
     for fault in (akash.stall(None), akash.stall(b'0:"one "\n')):
         for streamed in (False, True):
             akash.gone.clear()
@@ -1866,7 +1866,7 @@ def test_a_client_that_leaves_ends_the_upstream_request(akash, serve):
                 wait_for(lambda: len(akash.bodies()) > asked)
             wait_for(akash.gone.is_set)
     wait_for(lambda: not server.connections)
-    wait_for(lambda: not akashproxy.Watch.live - before)
+    wait_for(lambda: not akashproxy.CancelScope.active - before)
 
 
 def test_a_client_that_leaves_a_picture_ends_the_polling(akash, serve):
@@ -1948,15 +1948,15 @@ def test_only_what_is_short_is_remembered(pool):
     for parse in (akashproxy.parse_field, akashproxy.parse_request_line):
         parse.cache_clear()
     assert akashproxy.parse_head(head, akashproxy.parse_request_line)[1] == {"x-long": "b" * 5000}
-    assert Body(CHUNKED).feed(b"0\r\nX-Trailer: " + b"c" * 5000 + b"\r\n\r\n") == b""
-    assert known.able("m" * 5000) == known.members
-    remembered = akashproxy.parse_field, akashproxy.parse_request_line, known.known
+    assert BodyDecoder(CHUNKED).feed(b"0\r\nX-Trailer: " + b"c" * 5000 + b"\r\n\r\n") == b""
+    assert known.candidates("m" * 5000) == known.upstreams
+    remembered = akashproxy.parse_field, akashproxy.parse_request_line, known._cached_candidates
     assert [each.cache_info().currsize for each in remembered] == [0, 0, 0]
 
 
 def test_a_bug_is_not_shown(serve, akash, caplog):
     server = serve()
-    server.pool.take = lambda *_: 1 / 0
+    server.pool.acquire = lambda *_: 1 / 0
     got = chat(server)
     assert (got.status, got.headers["x-should-retry"]) == (500, "false")
     assert "division" not in got.body.decode() and "ZeroDivisionError" in caplog.text
@@ -1970,7 +1970,7 @@ def test_a_hundred_streams_at_once(akash, serve):
 
 
 def test_a_graceful_stop(akash, serve, monkeypatch):
-    monkeypatch.setattr(akashproxy, "LAME", 0)
+    monkeypatch.setattr(akashproxy, "LAME_DUCK_SECONDS", 0)
     server = serve()
     idle = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)
     assert ask_again(idle).status == 200
@@ -2015,7 +2015,7 @@ def command(*flags, **environ):
                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-SETTINGS = {item.name.upper(): item for item in akashproxy.declared(Settings)}
+SETTINGS = {item.name.upper(): item for item in akashproxy.setting_fields(Settings)}
 
 
 def run(*flags, **environ):
@@ -2050,10 +2050,10 @@ def test_the_demo_goes_the_whole_way():
         assert [model["id"] for model in ask(server, path="/v1/models").json["data"]] == ["demo", "AkashGen"]
         asked = {"model": "demo", "messages": [user("What is Akash?")]}
         with concurrent.futures.ThreadPoolExecutor(1) as threads:
-            whole = threads.submit(chat, server, asked)
+            complete = threads.submit(chat, server, asked)
             text, _, finish, _ = stream(server, asked)
             assert "What is Akash?" in text and finish == "stop"
-            assert "What is Akash?" in whole.result().json["choices"][0]["message"]["content"]
+            assert "What is Akash?" in complete.result().json["choices"][0]["message"]["content"]
         text, thought, _, _ = stream(server, {"model": "AkashGen", "messages": [user("It's a \"fox\"")]})
         assert "2 before it" in thought and "It's a \"fox\"" in text
         picture = ask(server, path="/images/" + re.search(r"/images/([^)]+)\)", text)[1])
@@ -2121,15 +2121,15 @@ def test_a_log_that_nobody_reads_costs_lines_only(akash):
         server = type("Server", (), {"server_port": int(re.search(r":(\d+)/v1", process.stdout.readline())[1])})
         for _ in range(50):
             assert ask(server, path="/nowhere").status == 404
-        said = b""
-        while b" log lines were lost\n" not in said:
-            said += os.read(reader, 65536)
+        output = b""
+        while b" log lines were lost\n" not in output:
+            output += os.read(reader, 65536)
         assert ask(server, path="/nowhere").status == 404
         process.send_signal(signal.SIGTERM)
-        said += b"".join(iter(lambda: os.read(reader, 65536), b""))
+        output += b"".join(iter(lambda: os.read(reader, 65536), b""))
         assert process.wait(20) == 0
-        lost = sum(map(int, re.findall(rb"WARNING (\d+) log lines were lost\n", said)))
-        assert lost > 20 and said.count(b" status=404 ") + lost == 51
+        lost = sum(map(int, re.findall(rb"WARNING (\d+) log lines were lost\n", output)))
+        assert lost > 20 and output.count(b" status=404 ") + lost == 51
     finally:
         process.kill()
         process.communicate()
@@ -2185,8 +2185,8 @@ def test_output_that_can_not_be_written_is_no_traceback(flags, status, output, a
             wait_for(lambda: not refused(port) or process.poll() is not None)
             assert ask(server).status == 200
             process.send_signal(signal.SIGTERM)
-        said = "".join(filter(None, process.communicate(timeout=20)))
-        assert "Traceback" not in said and "Exception" not in said
+        printed = "".join(filter(None, process.communicate(timeout=20)))
+        assert "Traceback" not in printed and "Exception" not in printed
         assert process.returncode in ((0, 1) if status is None else (status,))
 
 
@@ -2214,8 +2214,8 @@ def test_a_signal_while_it_starts_is_heeded(number, ends, tmp_path):
 def test_check_shows_the_settings_but_no_secret():
     done = run("--check", "--log-level", "debug", BEARER_TOKEN="s3cret", AKASH_COOKIE="s3cret")
     assert done.returncode == 0 and "s3cret" not in done.stdout + done.stderr
-    shown = dict(line.split("=", 1) for line in done.stdout.partition("\n\n")[0].splitlines()[2:])
-    assert set(shown) == set(SETTINGS) and shown["BEARER_TOKEN"] == "********" and shown["LOG_LEVEL"] == "debug"
+    displayed = dict(line.split("=", 1) for line in done.stdout.partition("\n\n")[0].splitlines()[2:])
+    assert set(displayed) == set(SETTINGS) and displayed["BEARER_TOKEN"] == "********" and displayed["LOG_LEVEL"] == "debug"
 
 
 def test_help_and_version():
@@ -2325,8 +2325,8 @@ def test_a_configuration_that_can_not_be_used_is_a_mistake(files, environ, words
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
     assert akashproxy.main([]) == 2
-    said = capsys.readouterr()
-    assert not said.out and words in said.err and said.err.count("\n") == 1
+    output = capsys.readouterr()
+    assert not output.out and words in output.err and output.err.count("\n") == 1
 
 
 def test_json_is_preferred_to_what_can_not_be_read(config, tmp_path, monkeypatch):
@@ -2360,8 +2360,8 @@ def test_the_key_for_openai_goes_to_openai_only(base_url, sent, config, monkeypa
     assert (options.api_key == "s3cret") == sent
     monkeypatch.setenv("OPENAI_API_KEY", "s3cret")
     assert akashproxy.main(["--check", "--config-file", path]) == 0
-    shown = capsys.readouterr().out
-    assert ("api_key=******** (OPENAI_API_KEY)\n" in shown) == sent and "s3cret" not in shown
+    displayed = capsys.readouterr().out
+    assert ("api_key=******** (OPENAI_API_KEY)\n" in displayed) == sent and "s3cret" not in displayed
 
 
 @pytest.mark.parametrize("named", [True, False])
@@ -2384,8 +2384,8 @@ def test_check_says_where_a_key_comes_from(config):
     config({"api_key": "k"}, "more.json")
     path = config({"controllers": [{"api_key": "${MINE}"}, {"config_file": "more.json"}, {"config": {"api_key": "k"}}, {}, {"type": "akash"},
                                    {"base_url": "http://h:1"}]})
-    shown = run("--check", "--config-file", path, MINE="k", OPENAI_API_KEY="k", AKASH_ACCESS_TOKEN="k").stdout
-    assert re.findall(r"api_key=\*{8} \((.*)\)", shown) == [path, "more.json", path, "OPENAI_API_KEY", "AKASH_ACCESS_TOKEN"]
+    displayed = run("--check", "--config-file", path, MINE="k", OPENAI_API_KEY="k", AKASH_ACCESS_TOKEN="k").stdout
+    assert re.findall(r"api_key=\*{8} \((.*)\)", displayed) == [path, "more.json", path, "OPENAI_API_KEY", "AKASH_ACCESS_TOKEN"]
 
 
 def test_no_key_can_be_said(config):
@@ -2604,10 +2604,10 @@ def test_a_chat_is_relayed_as_it_is(pool):
 
 def test_a_stream_is_relayed_byte_for_byte(pool):
     fake = FakeOpenAI()
-    told = b": hello\r\n\r\n" + b"".join(fake.events()).replace(b"\n", b"\r\n").replace(b'"created": 1', b'"odd":{}')
-    fake.faults.append(fake.garbage(FakeOpenAI.head() + b"".join(chunk(told[at:at + 7]) for at in range(0, len(told), 7)) + b"0\r\n\r\n"))
+    expected = b": hello\r\n\r\n" + b"".join(fake.events()).replace(b"\n", b"\r\n").replace(b'"created": 1', b'"odd":{}')
+    fake.faults.append(fake.garbage(FakeOpenAI.head() + b"".join(chunk(expected[at:at + 7]) for at in range(0, len(expected), 7)) + b"0\r\n\r\n"))
     got = chat(pool(fake), BOTH, stream=True)
-    assert got.body == told and got.headers["content-type"] == "text/event-stream"
+    assert got.body == expected and got.headers["content-type"] == "text/event-stream"
 
 
 def test_names_and_fields_that_change(pool):
@@ -2742,15 +2742,15 @@ def members_of(weights, kind="balanced", **more):
 
 def test_balanced_is_smooth():
     pool = members_of({"a": 5, "b": 1, "c": 1})
-    assert "".join(pool.balanced(pool.members).name for _ in range(14)) == "aabacaa" * 2
+    assert "".join(pool.weighted_round_robin(pool.upstreams).name for _ in range(14)) == "aabacaa" * 2
     pool = members_of({"a": 0.5, "b": 0.25})
-    assert "".join(pool.balanced(pool.members).name for _ in range(6)) == "abaaba"
+    assert "".join(pool.weighted_round_robin(pool.upstreams).name for _ in range(6)) == "abaaba"
 
 
 def test_ten_thousand_choices_of_many_threads_are_exact():
     pool = members_of({"a": 5, "b": 3, "c": 2})
     with concurrent.futures.ThreadPoolExecutor(16) as threads:
-        names = list(threads.map(lambda _: pool.take(Call({"model": "m"}), [], []).name, range(10000)))
+        names = list(threads.map(lambda _: pool.acquire(Call({"model": "m"}), [], []).name, range(10000)))
     assert collections.Counter(names) == {"a": 5000, "b": 3000, "c": 2000}
 
 
@@ -2758,20 +2758,20 @@ def test_random_is_by_weight():
     pool = members_of({"a": 3, "b": 1}, "random")
     points = iter([0.0, 0.74, 0.76, 0.999999])
     pool.rng = lambda: next(points)
-    assert [pool.choose(pool.members).name for _ in range(4)] == ["a", "a", "b", "b"]
+    assert [pool.choose(pool.upstreams).name for _ in range(4)] == ["a", "a", "b", "b"]
 
 
 def test_least_busy_is_by_requests_in_flight():
     pool = members_of({"a": 2, "b": 1}, "least_busy")
-    assert "".join(pool.take(Call({"model": "m"}), [], []).name for _ in range(6)) in ("abaaba", "ababaa", "abaaab")
-    assert {member.name: member.in_flight for member in pool.members} == {"a": 4, "b": 2}
-    pool.members[0].in_flight = 0
-    assert pool.take(Call({"model": "m"}), [], []).name == "a"
+    assert "".join(pool.acquire(Call({"model": "m"}), [], []).name for _ in range(6)) in ("abaaba", "ababaa", "abaaab")
+    assert {member.name: member.in_flight for member in pool.upstreams} == {"a": 4, "b": 2}
+    pool.upstreams[0].in_flight = 0
+    assert pool.acquire(Call({"model": "m"}), [], []).name == "a"
 
 
 def test_a_weight_of_zero_is_off():
     pool = members_of({"a": 0, "b": 1})
-    assert {pool.take(Call({"model": "m"}), [], []).name for _ in range(5)} == {"b"}
+    assert {pool.acquire(Call({"model": "m"}), [], []).name for _ in range(5)} == {"b"}
 
 
 def stop_of(number, **more):
@@ -2783,23 +2783,23 @@ RESTS = {
     "a limit rests for as long as it said": ([stop_of(429, retry_after=7200)], [7200]),
     "the later deadline wins": ([stop_of(429, retry_after=90), stop_of(429, retry_after=5)], [90, 90]),
     "a limit that says nothing grows": ([stop_of(429), stop_of(429), stop_of(429)], [1, 2, 4]),
-    "a dead key rests long": ([stop_of(502, kind="auth")], [600]),
-    "a blip rests briefly and growing, to an end": ([stop_of(502, kind="network")] * 9, [1, 2, 4, 8, 16, 32, 60, 60, 60]),
+    "a dead key rests long": ([stop_of(502, category="auth")], [600]),
+    "a blip rests briefly and growing, to an end": ([stop_of(502, category="network")] * 9, [1, 2, 4, 8, 16, 32, 60, 60, 60]),
     "a 5xx only if it goes on": ([stop_of(502)] * 5, [0, 0, 1, 2, 4]),
     "a client's mistake never": ([stop_of(400)] * 5, [0] * 5),
     "an unknown model never": ([stop_of(404)] * 5, [0] * 5),
-    "a success ends it": ([stop_of(502, kind="network"), None, stop_of(502, kind="network")], [1, 0, 1]),
+    "a success ends it": ([stop_of(502, category="network"), None, stop_of(502, category="network")], [1, 0, 1]),
 }
 
 
 @table(RESTS)
 def test_rests(case):
     errors, rests = case
-    member = members_of({"a": 1}).members[0]
+    member = members_of({"a": 1}).upstreams[0]
     got = []
     for error in errors:
-        member.fare(error, 100.0, 100.0)
-        got.append(max(0, member.rests_until - 100))
+        member.record_result(error, 100.0, 100.0)
+        got.append(max(0, member.cooldown_until - 100))
     assert got == rests
 
 
@@ -2839,8 +2839,8 @@ FAILOVER = {
 def test_failover_and_rest(case, streamed, pool):
     fault, status, code, next_one, rests = case
     a, b = FakeOpenAI(text="from a."), FakeOpenAI(text="from b.")
-    patience = {"first_byte_timeout": 0.1 if code == "timeout" else 20}
-    server = pool((a, {"weight": 1000, **patience}), b)
+    timeouts = {"first_byte_timeout": 0.1 if code == "timeout" else 20}
+    server = pool((a, {"weight": 1000, **timeouts}), b)
     a.faults.append(fault(a))
     within = next_one == "not streamed" and streamed
     if within:
@@ -2852,7 +2852,7 @@ def test_failover_and_rest(case, streamed, pool):
             got.json["choices"][0]["message"]["content"])
         asked = (1, 2) if case == FAILOVER["refused"] else (1,)
         assert text == "from b." and len(b.bodies()) == 1 and len(a.bodies()) in asked
-        own = re.match(r"[45]\d\d|a redirect", next(name for name, row in FAILOVER.items() if row is case))
+        own = re.match(r"[45]\d\d|a redirect", next(name for name, entry in FAILOVER.items() if entry is case))
         own = {"a redirect": 302}.get(own[0], own[0]) if own else 500 if case is FAILOVER["an error as the first event"] else status
         assert got.headers["x-akashproxy-route"] == f"a={own}, b=200"
     else:
@@ -2862,9 +2862,9 @@ def test_failover_and_rest(case, streamed, pool):
     state = ask(server, path="/status").json["controllers"][0]
     assert (state["rests_for_seconds"] > 0) == rests and state["in_flight"] == 0
     if not within:
-        alone = FakeOpenAI()
-        alone.faults.append(fault(alone))
-        got = chat(pool(alone, **patience), BOTH, stream=streamed)
+        single = FakeOpenAI()
+        single.faults.append(fault(single))
+        got = chat(pool(single, **timeouts), BOTH, stream=streamed)
         assert (got.status, got.json["error"]["code"]) == (status, code), got.body
         if code == "upstream_auth":
             assert got.headers["x-should-retry"] == "false"
@@ -2900,7 +2900,7 @@ def test_when_all_rest_the_soonest_is_told(pool):
 
 
 def test_a_short_rest_is_waited_for(pool, monkeypatch):
-    monkeypatch.setattr(akashproxy, "REST_FIRST", 0.3)
+    monkeypatch.setattr(akashproxy, "BACKOFF_BASE", 0.3)
     a, b = FakeOpenAI(), FakeOpenAI()
     server = pool(a, b, max_wait=5)
     for fake in (a, b):
@@ -3033,15 +3033,15 @@ RESETS = {
 
 @table(RESETS)
 def test_when_a_limit_ends(case):
-    headers, told, seconds = case
-    assert akashproxy.reset_seconds(headers, told, lambda: 1e9) == seconds
+    headers, body, seconds = case
+    assert akashproxy.retry_after_seconds(headers, body, lambda: 1e9) == seconds
 
 
 def test_a_blip_that_hits_many_requests_counts_once():
-    member = members_of({"a": 1}).members[0]
+    member = members_of({"a": 1}).upstreams[0]
     for _ in range(10):
-        member.fare(stop_of(502, kind="network"), 100.0, 99.0)      # all of them had begun before it
-    assert member.rests_until == 101.0 and member.failed == 10
+        member.record_result(stop_of(502, category="network"), 100.0, 99.0)      # all of them had begun before it
+    assert member.cooldown_until == 101.0 and member.failed == 10
 
 
 # What one client's request causes at an upstream stops no other request.
@@ -3050,7 +3050,7 @@ def test_a_blip_that_hits_many_requests_counts_once():
 def attempt(pool, *errors, model="m"):
     """Requests one after the other, each with the error that its controller gives (None: a success); the errors of the pool."""
     for error in errors:
-        member = pool.take(Call({"model": model}), [], [])
+        member = pool.acquire(Call({"model": model}), [], [])
         pool.release(member, error, error is None, pool.clock(), model)
 
 
@@ -3058,7 +3058,7 @@ def outcome(pool, model="m", tried=(), errors=()):
     """What a request meets now: a controller's name, "wait", or the error's status and Retry-After."""
     call = Call({"model": model})
     try:
-        member = pool.take(call, list(tried), list(errors))
+        member = pool.acquire(call, list(tried), list(errors))
     except akashproxy.Queued:
         pool.leave_queue(call)
         return "wait"
@@ -3068,7 +3068,7 @@ def outcome(pool, model="m", tried=(), errors=()):
     return member.name
 
 
-NETWORK, AUTH, SERVER, LIMIT_2 = (stop_of(502, kind="network"), stop_of(502, kind="auth"), stop_of(502), stop_of(429, retry_after=2))
+NETWORK, AUTH, SERVER, LIMIT_2 = (stop_of(502, category="network"), stop_of(502, category="auth"), stop_of(502), stop_of(429, retry_after=2))
 
 
 @table({
@@ -3076,7 +3076,7 @@ NETWORK, AUTH, SERVER, LIMIT_2 = (stop_of(502, kind="network"), stop_of(502, kin
     "a refused key": ([AUTH], True), "a refused key, no success": ([AUTH], False), "a spent quota, twice": ([AUTH, AUTH], True),
     "seven 5xx": ([SERVER] * 7, True), "seven 5xx, no success": ([SERVER] * 7, False), "blips": ([NETWORK] * 9, True),
     "blips, no success": ([NETWORK] * 9, False), "all of them": ([NETWORK, AUTH, SERVER] * 3, False),
-    "a client's own mistakes": ([stop_of(400), stop_of(404), stop_of(413), stop_of(403, kind="refused")] * 5, False),
+    "a client's own mistakes": ([stop_of(400), stop_of(404), stop_of(413), stop_of(403, category="refused")] * 5, False),
 })
 def test_a_limit_ends_when_it_says_whatever_failed_before(case):
     before, success = case
@@ -3086,7 +3086,7 @@ def test_a_limit_ends_when_it_says_whatever_failed_before(case):
     if success:
         assert pool.status()[0]["rests_for_seconds"] == 0
     call, error = Call({"model": "m"}), stop_of(429, retry_after=2)
-    member = pool.take(call, [], [])
+    member = pool.acquire(call, [], [])
     pool.release(member, error, False, pool.clock(), "m")
     assert outcome(pool, tried=[member], errors=[error]) == (429, 2) == outcome(pool)
     pool.clock.now += 2
@@ -3098,25 +3098,25 @@ def test_a_limit_ends_when_it_says_whatever_failed_before(case):
     "a limit after blips": ([NETWORK] * 7, stop_of(429), 1), "a blip after limits": ([stop_of(429)] * 7, NETWORK, 1),
     "a 5xx after blips": ([NETWORK] * 7, SERVER, 0), "a limit after clients' mistakes": ([stop_of(400)] * 7, stop_of(429), 1),
     "a limit after a success": ([stop_of(429)] * 3 + [None], stop_of(429), 1), "a third limit": ([stop_of(429)] * 2, stop_of(429), 4),
-    "a 5xx that says when": ([], stop_of(503, retry_after=30), 30), "our own lack": ([], stop_of(503, kind="local"), 0),
-    "a kind that nobody knows": ([], stop_of(502, kind="new"), 0),
+    "a 5xx that says when": ([], stop_of(503, retry_after=30), 30), "our own lack": ([], stop_of(503, category="local"), 0),
+    "a kind that nobody knows": ([], stop_of(502, category="new"), 0),
 })
 def test_back_off_doubles_on_its_own_kind(case):
     before, error, seconds = case
-    member, now = members_of({"a": 1}).members[0], 100.0
+    member, now = members_of({"a": 1}).upstreams[0], 100.0
     for each in [*before, error]:
         now += 200      # after all that came before
-        member.fare(each, now, now)
-    assert max(0, member.rests_until - now) == seconds
+        member.record_result(each, now, now)
+    assert max(0, member.cooldown_until - now) == seconds
 
 
 def test_a_success_says_nothing_of_what_failed_after_it_began():
-    member = members_of({"a": 1}).members[0]
-    member.fare(stop_of(429, retry_after=60), 100.0, 90.0)
-    member.fare(None, 101.0, 95.0)      # a stream that had begun before the limit
-    assert member.rests_until == 160.0
-    member.fare(None, 102.0, 101.0)
-    assert member.rests_until == 0.0
+    member = members_of({"a": 1}).upstreams[0]
+    member.record_result(stop_of(429, retry_after=60), 100.0, 90.0)
+    member.record_result(None, 101.0, 95.0)      # a stream that had begun before the limit
+    assert member.cooldown_until == 160.0
+    member.record_result(None, 102.0, 101.0)
+    assert member.cooldown_until == 0.0
 
 
 @table({
@@ -3127,9 +3127,9 @@ def test_a_success_says_nothing_of_what_failed_after_it_began():
 })
 def test_a_key_that_serves_is_not_dead_by_one_refusal(case):
     happened, left_out = case
-    member = members_of({"a": 1}).members[0]
+    member = members_of({"a": 1}).upstreams[0]
     for at, error, *started in happened:
-        member.fare(error, 1000.0 + at, 1000.0 + (started[0] if started else at))
+        member.record_result(error, 1000.0 + at, 1000.0 + (started[0] if started else at))
     assert (member.available_at("m") > 1000.0 + at) == left_out
 
 
@@ -3158,7 +3158,7 @@ def test_when_all_refuse_the_key_the_error_says_so_each_time(pool):
 def test_a_limit_of_one_model_cools_that_model_only():
     pool = members_of({"a": 1, "b": 1})
     pool.settings = dataclasses.replace(pool.settings, max_wait=0)
-    limit = stop_of(429, retry_after=50, scope="model")
+    limit = stop_of(429, retry_after=50, cooldown_scope="model")
     attempt(pool, limit, limit, model="x")
     assert outcome(pool, "x") == (429, 50) and outcome(pool, "y") in ("a", "b") and outcome(pool, "X") in ("a", "b")
     state = pool.status()[0]
@@ -3166,16 +3166,16 @@ def test_a_limit_of_one_model_cools_that_model_only():
     pool.clock.now += 50
     assert outcome(pool, "x") in ("a", "b")
     attempt(pool, None, None, model="x")
-    attempt(pool, stop_of(429, scope="model"), model="x")
-    assert sum(len(member.cooldowns) for member in pool.members) == 1, "and the success has ended the one before"
+    attempt(pool, stop_of(429, cooldown_scope="model"), model="x")
+    assert sum(len(member.cooldowns) for member in pool.upstreams) == 1, "and the success has ended the one before"
 
 
 def test_names_of_models_are_remembered_within_bounds():
     pool = members_of({"a": 1})
     for number in range(2000):
-        attempt(pool, stop_of(429, retry_after=50, scope="model"), model=f"{number:04}" * 64)
-    assert len(pool.members[0].cooldowns) == 256
-    assert max(len(model) for _, model in pool.members[0].cooldowns) == 256
+        attempt(pool, stop_of(429, retry_after=50, cooldown_scope="model"), model=f"{number:04}" * 64)
+    assert len(pool.upstreams[0].cooldowns) == 256
+    assert max(len(model) for _, model in pool.upstreams[0].cooldowns) == 256
     assert "0001" not in json.dumps(pool.status())
 
 
@@ -3230,11 +3230,11 @@ def test_after_any_failure_a_lone_controller_serves_and_shows_that(pool):
 @pytest.mark.parametrize("number", ["EMFILE", "ENFILE", "ENOBUFS", "ENOMEM"])
 def test_our_own_lack_of_resources_is_not_the_upstreams_failure(number, caplog):
     akashproxy.report_exhaustion.next = 0
-    errors = [akashproxy.upstream_error(OSError(getattr(errno, number), "x"), akashproxy.Watch(), "b") for _ in range(50)]
-    assert {(error.status, error.kind, error.headers()["Retry-After"]) for error in errors} == {(503, "local", "1")}
+    errors = [akashproxy.upstream_error(OSError(getattr(errno, number), "x"), akashproxy.CancelScope(), "b") for _ in range(50)]
+    assert {(error.status, error.category, error.headers()["Retry-After"]) for error in errors} == {(503, "local", "1")}
     assert len([record for record in caplog.records if record.levelname == "ERROR"]) == 1
-    assert akashproxy.upstream_error(OSError(errno.ECONNREFUSED, "x"), akashproxy.Watch(), "b").kind == "network"
-    assert akashproxy.upstream_error(socket.gaierror(-2, "x"), akashproxy.Watch(), "b").kind == "network"
+    assert akashproxy.upstream_error(OSError(errno.ECONNREFUSED, "x"), akashproxy.CancelScope(), "b").category == "network"
+    assert akashproxy.upstream_error(socket.gaierror(-2, "x"), akashproxy.CancelScope(), "b").category == "network"
 
 
 def test_a_process_without_descriptors_blames_no_upstream(config, pool):
@@ -3275,30 +3275,30 @@ def waiting(pool, count, model="m"):
         call = Call({"model": model})
         call.wake = functools.partial(woken.append, call)
         with pytest.raises(akashproxy.Queued):
-            pool.take(call, [], [])
+            pool.acquire(call, [], [])
         calls.append(call)
     return calls, woken
 
 
 def test_the_queue_is_first_come_first_served():
     pool = members_of({"a": 1}, max_concurrency=2)
-    running = [pool.take(Call({"model": "m"}), [], []) for _ in range(2)]
+    running = [pool.acquire(Call({"model": "m"}), [], []) for _ in range(2)]
     calls, woken = waiting(pool, 5)
     pool.release(running[0], None, True, 0)
     assert woken == calls[:1], "only as many as can go"
     assert outcome(pool) == "wait", "and nobody overtakes it"
-    member = pool.take(calls[0], [], [])
+    member = pool.acquire(calls[0], [], [])
     pool.release(member, None, True, 0)
     pool.release(running[1], None, True, 0)
     assert woken == calls[:3] and member.in_flight == 2
     for call in calls[1:3]:
-        pool.release(pool.take(call, [], []), None, True, 0)
+        pool.release(pool.acquire(call, [], []), None, True, 0)
     assert woken == calls and member.in_flight == 2
 
 
 def test_a_call_that_is_cancelled_leaves_the_queue():
     pool = members_of({"a": 1}, max_concurrency=1)
-    running = pool.take(Call({"model": "m"}), [], [])
+    running = pool.acquire(Call({"model": "m"}), [], [])
     calls, woken = waiting(pool, 4)
     calls[0].cancel()       # still waiting
     assert woken == calls[:1]
@@ -3306,8 +3306,8 @@ def test_a_call_that_is_cancelled_leaves_the_queue():
     calls[1].cancel()       # it has just been given the controller
     assert woken == calls[:2]
     for call in calls[:2]:
-        with pytest.raises(akashproxy.ClientLeft):
-            pool.take(call, [], [])
+        with pytest.raises(akashproxy.ClientDisconnected):
+            pool.acquire(call, [], [])
         pool.leave_queue(call)
     assert woken == calls[:3] and running.in_flight == 1
     for call in calls[2:]:
@@ -3317,7 +3317,7 @@ def test_a_call_that_is_cancelled_leaves_the_queue():
 
 def test_who_has_waited_long_enough_gets_an_error():
     pool = members_of({"a": 1}, max_concurrency=1)
-    pool.take(Call({"model": "m"}), [], [])
+    pool.acquire(Call({"model": "m"}), [], [])
     calls, woken = waiting(pool, 100)
     pool.clock.now += 2.9
     assert not pool.wake_waiters(32) and not woken
@@ -3328,18 +3328,18 @@ def test_who_has_waited_long_enough_gets_an_error():
     assert woken == calls
     for call in calls:
         with pytest.raises(APIError) as caught:
-            pool.take(call, [], [])
+            pool.acquire(call, [], [])
         assert (caught.value.status, caught.value.retry_after) == (429, 1)
 
 
 def test_those_who_wait_go_on_after_a_reload():
     before = members_of({"a": 1}, max_concurrency=1)
-    running = before.take(Call({"model": "m"}), [], [])
+    running = before.acquire(Call({"model": "m"}), [], [])
     calls, woken = waiting(before, 3)
-    options = dataclasses.replace(before.members[0].options, api_key="new")
+    options = dataclasses.replace(before.upstreams[0].options, api_key="new")
     after = akashproxy.Pool(dataclasses.replace(before.settings, controllers=(options,)), before, clock=before.clock)
     before.release(running, None, True, 0)
-    assert woken == calls[:1] and before.take(calls[0], [], []) is running is not after.members[0]
+    assert woken == calls[:1] and before.acquire(calls[0], [], []) is running is not after.upstreams[0]
     after.clock.now += 4
     assert not after.wake_waiters(32) and woken == calls
 
@@ -3444,13 +3444,13 @@ def test_the_soonest_is_of_those_that_rest(pool):
 
 
 def test_the_next_one_is_waited_for_after_a_silent_one(pool, monkeypatch):
-    monkeypatch.setattr(akashproxy, "REST_FIRST", 0.5)
+    monkeypatch.setattr(akashproxy, "BACKOFF_BASE", 0.5)
     a, b = FakeOpenAI(), FakeOpenAI(text="from b.")
     server = pool((a, {"weight": 1000, "first_byte_timeout": 0.1}), b, max_wait=5)
     b.faults.append(b.garbage(b"\0"))
-    server.pool.members[0].cooldowns["network", None] = akashproxy.CoolDown(time.monotonic() + 60)
+    server.pool.upstreams[0].cooldowns["network", None] = akashproxy.CoolDown(time.monotonic() + 60)
     assert chat(server, BOTH).status in (502, 503)      # b rests for a while
-    server.pool.members[0].cooldowns.clear()
+    server.pool.upstreams[0].cooldowns.clear()
     a.faults.append(a.stall())
     assert chat(server, BOTH).json["choices"][0]["message"]["content"] == "from b."
 
@@ -3507,7 +3507,7 @@ def test_a_client_that_is_slow_token_by_token_is_not_the_upstreams_silence(pool)
     with lazy_client(server) as sock:
         sock.sendall(post("/v1/chat/completions", {**BOTH, "stream": True}, "Connection: close"))
         wait_for(lambda: any(connection.output for connection in server.connections.copy()))
-        due = [handler.request.relay.scope.due for handler in server.connections.copy()]
+        due = [handler.request.relay.scope.deadline for handler in server.connections.copy()]
         got = b""
         while part := sock.recv(1 << 20):
             got += part
@@ -3757,10 +3757,10 @@ MEANINGS = {
 @table(MEANINGS)
 def test_what_the_errors_of_upstreams_mean(case):
     (status, body, *headers), (kind, seen, code, wait, words, *scope) = case
-    error = akashproxy.told_error("up", status, body, ["sk-secret-key"], *headers, models=["both"])
-    assert (error.kind, error.status, error.code) == (kind, seen, code), error.message
+    error = akashproxy.error_from_body("up", status, body, ["sk-secret-key"], *headers, models=["both"])
+    assert (error.category, error.status, error.code) == (kind, seen, code), error.message
     assert error.retry_after == (wait and pytest.approx(wait, abs=300 if wait == 1000 else 0.01))
-    assert words in error.message and "\\" not in error.message and error.scope == (scope or ["controller"])[0], error.message
+    assert words in error.message and "\\" not in error.message and error.cooldown_scope == (scope or ["controller"])[0], error.message
     assert error.upstream_status == status or status == 200
     assert error.type != "server_error" or seen >= 500
     assert error.headers().get("x-should-retry") == ("false" if kind in ("auth", "refused") else None)
@@ -3839,7 +3839,7 @@ WAITS = {
 @table(WAITS)
 def test_how_long_an_upstream_asks_to_wait(case):
     headers, body, message, seconds = case
-    got = akashproxy.reset_seconds(headers, body, lambda: 1e9, message)
+    got = akashproxy.retry_after_seconds(headers, body, lambda: 1e9, message)
     assert got == (seconds if seconds is None else pytest.approx(seconds, abs=1e-3))
 
 
@@ -3855,18 +3855,18 @@ def test_no_header_or_body_of_an_error_does_harm():
         return "".join(random.choices(pieces, k=random.randrange(6)))
 
     def value(depth=4):
-        made = [text, lambda: random.choice([None, True, -1, 0, 429, 1 << 70, 1e308])]
-        made += [lambda: [value(depth - 1) for _ in range(random.randrange(3))],
+        built = [text, lambda: random.choice([None, True, -1, 0, 429, 1 << 70, 1e308])]
+        built += [lambda: [value(depth - 1) for _ in range(random.randrange(3))],
                  lambda: {random.choice(keys): value(depth - 1) for _ in range(random.randrange(4))}] if depth else []
-        return random.choice(made)()
+        return random.choice(built)()
 
     for _ in range(4000):
         headers = {random.choice(names): text() for _ in range(3)}
         body = value() if random.random() < 0.8 else text().encode("utf-8", "replace")
-        error = akashproxy.told_error("up", random.choice([200, 301, 400, 401, 403, 418, 429, 500, 503, 599]), body, ["sk-secret-key"], headers, ["m"])
-        assert 400 <= error.status < 600 and error.kind in akashproxy.FAILURES and len(error.message) < 1300
+        error = akashproxy.error_from_body("up", random.choice([200, 301, 400, 401, 403, 418, 429, 500, 503, 599]), body, ["sk-secret-key"], headers, ["m"])
+        assert 400 <= error.status < 600 and error.category in akashproxy.FAILURE_POLICY and len(error.message) < 1300
         assert error.retry_after is None or 1 <= error.retry_after <= 172800
-        akashproxy.Dialect.refusal(error), error.headers()
+        akashproxy.Dialect.error_body(error), error.headers()
         akashproxy.akash_error(text() * 3, "m", ["sk-secret-key"])
 
 
@@ -3898,11 +3898,11 @@ AKASH_SAYS = {
 @pytest.mark.parametrize("form", ["part", "event", "json"])
 def test_what_is_behind_akash_is_heard(text, form, akash, serve):
     status, code, words, wait = AKASH_SAYS[text]
-    said = json.dumps(text).encode()
+    encoded = json.dumps(text).encode()
     akash.faults.append(akash.raw({
-        "part": STREAM_HEAD + chunk(b"3:" + said + b"\n") + b"0\r\n\r\n",
-        "event": STREAM_HEAD + chunk(b'data: {"type":"error","errorText":' + said + b"}\n\n") + b"0\r\n\r\n",
-        "json": reply(400 if status == 400 else 500, b'{"error":"Error","message":' + said + b"}")}[form]))
+        "part": STREAM_HEAD + chunk(b"3:" + encoded + b"\n") + b"0\r\n\r\n",
+        "event": STREAM_HEAD + chunk(b'data: {"type":"error","errorText":' + encoded + b"}\n\n") + b"0\r\n\r\n",
+        "json": reply(400 if status == 400 else 500, b'{"error":"Error","message":' + encoded + b"}")}[form]))
     got = chat(serve(), stream=form != "json")
     assert (got.status, got.json["error"]["code"]) == (status, code) and words in got.json["error"]["message"], got.body
     assert "litellm" not in got.body.decode() and "Deployments" not in got.body.decode()
@@ -3912,7 +3912,7 @@ def test_what_is_behind_akash_is_heard(text, form, akash, serve):
 def test_a_limit_that_akash_tells_in_a_stream_is_one_of_the_model():
     decoder = AkashDecoder("m")
     decoder.feed(b'3:"litellm.RateLimitError: slow down, try again in 2 minutes"\n')
-    assert (decoder.error.scope, decoder.error.retry_after, decoder.error.kind) == ("model", 120, "limit")
+    assert (decoder.error.cooldown_scope, decoder.error.retry_after, decoder.error.category) == ("model", 120, "limit")
 
 
 @pytest.mark.parametrize("size, status", [(11_000_000, 413), (1000, 502)])
@@ -3965,13 +3965,13 @@ def test_no_error_shows_a_secret(place, form):
     secrets = (KEY, HEADER[len("Bearer "):])
     for secret in secrets:
         for status in (200, 302, 400, 401, 402, 403, 404, 413, 418, 422, 429, 500, 503):
-            error = akashproxy.told_error("up", status, PLACES[place](SECRETS[form].format(secret)), secrets)
-            shown = json.dumps([error.message, error.code, error.type, error.param, error.legacy, str(error)], ensure_ascii=False)
-            assert not leaks(shown, *secrets), shown
-            assert not leaks(json.loads(shown)[0], *secrets)
+            error = akashproxy.error_from_body("up", status, PLACES[place](SECRETS[form].format(secret)), secrets)
+            displayed = json.dumps([error.message, error.code, error.type, error.param, error.legacy_message, str(error)], ensure_ascii=False)
+            assert not leaks(displayed, *secrets), displayed
+            assert not leaks(json.loads(displayed)[0], *secrets)
 
 
-@pytest.mark.parametrize("place", [place for place in PLACES if place not in ("plain text", "a page")])
+@pytest.mark.parametrize("place", [location for location in PLACES if location not in ("plain text", "a page")])
 @pytest.mark.parametrize("kind", ["openai", "akash"])
 def test_no_answer_log_or_status_shows_a_secret(place, kind, pool, caplog):
     caplog.set_level("DEBUG")
@@ -3997,7 +3997,7 @@ def test_no_answer_log_or_status_shows_a_secret(place, kind, pool, caplog):
             for path, asked in (("/v1/chat/completions", BOTH), ("/v1/messages", ASKED)):
                 for streamed in (False, True):
                     fake.faults.extend([fake.garbage(fault) if kind == "openai" else fake.raw(fault)] * 2)
-                    for member in server.pool.members:
+                    for member in server.pool.upstreams:
                         member.cooldowns.clear()
                     got = ask(server, "POST", path, {**asked, "stream": streamed})
                     fake.faults.clear()
@@ -4035,11 +4035,11 @@ def test_an_error_in_the_middle_of_a_relayed_stream_shows_no_secret(pool):
     """Also where it comes in one read with an event that is passed on unread."""
     error, events = b'data: {"error":{"message":"key %b"}}\n\n' % KEY.encode(), [FakeOpenAI.event({"content": word}) for word in "ab"]
     events = [event.replace(b'"finish_reason": null}]}\n\n', b'"finish_reason":null}]}\n\n') for event in events]
-    decoder = akashproxy.RelayDecoder("up", secrets=[KEY])
+    decoder = akashproxy.PassthroughDecoder("up", secrets=[KEY])
     sent = b"".join(event.data for data in (events[0], events[1], error + events[1], error) for event in decoder.feed(data))
     assert sent == b"".join((*events, error, events[1], error)).replace(KEY.encode(), b"***")
-    said = FakeOpenAI.event({"content": '***{"error"}*** sk-...abcd'}) + error.replace(KEY.encode(), b"x***y")
-    assert b"".join(event.data for event in decoder.feed(said)) == said, "what is no secret is passed on as it is"
+    expected = FakeOpenAI.event({"content": '***{"error"}*** sk-...abcd'}) + error.replace(KEY.encode(), b"x***y")
+    assert b"".join(event.data for event in decoder.feed(expected)) == expected, "what is no secret is passed on as it is"
 
 
 def test_a_content_type_shows_no_secret(pool):
@@ -4053,7 +4053,7 @@ def test_a_content_type_shows_no_secret(pool):
 def test_a_name_of_a_model_condemns_no_key(model):
     for status, message in ((401, "Model {} is not supported"), (403, "Project `p` does not have access to model `{}`"),
                             (403, 'No access to "{}" for this model.'), (400, "{} is not a valid model ID"), (404, "Model {} not found")):
-        assert akashproxy.told_error("up", status, err(message.format(model)), models=[model]).kind in ("model", "refused")
+        assert akashproxy.error_from_body("up", status, err(message.format(model)), models=[model]).category in ("model", "refused")
 
 
 @table(REDACTED)
@@ -4189,8 +4189,8 @@ def named_events(body):
 
 def answered(*deltas, finish="stop", usage=None):
     """A fault: a stream with these deltas."""
-    told = b"" if usage is None else b'data: {"choices":[],"usage":%b}\n\n' % json.dumps(usage).encode()
-    frames = [*map(FakeOpenAI.event, deltas), FakeOpenAI.event({}, finish), told, b"data: [DONE]\n\n"]
+    payload = b"" if usage is None else b'data: {"choices":[],"usage":%b}\n\n' % json.dumps(usage).encode()
+    frames = [*map(FakeOpenAI.event, deltas), FakeOpenAI.event({}, finish), payload, b"data: [DONE]\n\n"]
     return lambda sock, request: sock.sendall(FakeOpenAI.head() + b"".join(map(chunk, frames)) + b"0\r\n\r\n") or True
 
 
@@ -4221,12 +4221,12 @@ def test_the_events_of_a_message(pool):
 def test_thoughts_are_for_who_asks_for_them(pool):
     fake = FakeOpenAI()
     server = pool(fake)
-    for thinking, shown in ((None, False), ({"type": "disabled"}, False), ({"type": "adaptive", "display": "omitted"}, False),
+    for thinking, displayed in ((None, False), ({"type": "disabled"}, False), ({"type": "adaptive", "display": "omitted"}, False),
                             ({"type": "enabled", "budget_tokens": 1024}, True)):
         for streamed in (False, True):
             fake.faults.append(answered({"reasoning_content": "hm"}, {"content": "Hi"}))
             got = ask(server, "POST", "/v1/messages", {**ASKED, "stream": streamed, "thinking": thinking})
-            assert (b'"hm"' in got.body) == shown and b'"Hi"' in got.body
+            assert (b'"hm"' in got.body) == displayed and b'"Hi"' in got.body
 
 
 def test_the_end_of_a_message(akash, serve):
@@ -4234,10 +4234,10 @@ def test_the_end_of_a_message(akash, serve):
     for fields, chat_stream, stop in (({}, HELLO, ("end_turn", None)), ({"stop_sequences": ["the"]}, HELLO, ("stop_sequence", "the")),
                                       ({"max_tokens": 1}, HELLO, ("max_tokens", None)), ({}, HELLO.replace(b'"stop"', b'"content-filter"'), ("refusal", None))):
         akash.chat = chat_stream
-        whole = ask(server, "POST", "/v1/messages", {**ASKED, **fields}).json
+        complete = ask(server, "POST", "/v1/messages", {**ASKED, **fields}).json
         last = named_events(ask(server, "POST", "/v1/messages", {**ASKED, **fields, "stream": True}).body)[-2]
-        assert stop == (whole["stop_reason"], whole["stop_sequence"]) == (last["delta"]["stop_reason"], last["delta"]["stop_sequence"])
-        assert whole["usage"]["input_tokens"] == 5 and whole["usage"]["output_tokens"] > 0 and last["usage"] == whole["usage"]
+        assert stop == (complete["stop_reason"], complete["stop_sequence"]) == (last["delta"]["stop_reason"], last["delta"]["stop_sequence"])
+        assert complete["usage"]["input_tokens"] == 5 and complete["usage"]["output_tokens"] > 0 and last["usage"] == complete["usage"]
 
 
 ANTHROPIC_ERRORS = {
@@ -4291,17 +4291,17 @@ def test_counting_tokens_never_fails(akash, serve):
 def test_models_in_anthropics_shape(akash, serve):
     server = serve(model_aliases={"claude-*": "Qwen/Qwen3"})
     version = {"anthropic-version": "2023-06-01"}
-    listed = ask(server, path="/v1/models", headers=version).json
-    assert (listed["first_id"], listed["last_id"], listed["has_more"]) == ("Meta-Llama-3-3-70B-Instruct", "AkashGen", False)
-    assert listed["data"][1] == {"type": "model", "id": "Qwen/Qwen3", "display_name": "Qwen/Qwen3", "created_at": "2021-07-20T10:40:00Z", "lifecycle": "active"}
+    models = ask(server, path="/v1/models", headers=version).json
+    assert (models["first_id"], models["last_id"], models["has_more"]) == ("Meta-Llama-3-3-70B-Instruct", "AkashGen", False)
+    assert models["data"][1] == {"type": "model", "id": "Qwen/Qwen3", "display_name": "Qwen/Qwen3", "created_at": "2021-07-20T10:40:00Z", "lifecycle": "active"}
     assert ask(server, path="/v1/models/claude-x", headers=version).json["id"] == "claude-x"
     assert ask(server, path="/v1/models/Qwen--Qwen3").json["object"] == "model"
 
 
 def test_no_models_in_anthropics_shape(pool):
-    server = pool(FakeOpenAI(), keys=(akashproxy.KeySettings(name="a", key="k", models=("none*",)),))
-    listed = ask(server, path="/v1/models", headers={"anthropic-version": "2023-06-01", "x-api-key": "k"})
-    assert listed.status == 200 and listed.json == {"data": [], "has_more": False, "first_id": None, "last_id": None}
+    server = pool(FakeOpenAI(), keys=(akashproxy.ClientKeySettings(name="a", key="k", models=("none*",)),))
+    models = ask(server, path="/v1/models", headers={"anthropic-version": "2023-06-01", "x-api-key": "k"})
+    assert models.status == 200 and models.json == {"data": [], "has_more": False, "first_id": None, "last_id": None}
 
 
 NAMES = {"claude-haiku-9": "small", "claude-9": "big/one", "big--one": "big/one", "as--is": "as--is", "no--such": "no--such", "both": "both"}
@@ -4327,14 +4327,14 @@ def test_aliases_are_a_setting(config):
 
 def test_anthropics_own_format_is_relayed_to_who_speaks_it(pool):
     a, b = FakeOpenAI(), FakeOpenAI()
-    told = b'event: message_start\ndata: {"type":"message_start","message":{}}\n\nevent: message_stop\ndata: {"type":"message_stop"}\n\n'
+    expected = b'event: message_start\ndata: {"type":"message_start","message":{}}\n\nevent: message_stop\ndata: {"type":"message_stop"}\n\n'
     server = known(pool(a, (b, {"paths": ["/v1/messages*"], "models": ["claude"]})))     # so that b is alone, and does not rest
     odd = {"model": "claude", "messages": [user([{"type": "hologram"}])], "stream": True}
-    b.faults.extend([b.garbage(b.head() + chunk(told) + b"0\r\n\r\n"), b.garbage(b.head() + chunk(told[:70]) + b"0\r\n\r\n"),
+    b.faults.extend([b.garbage(b.head() + chunk(expected) + b"0\r\n\r\n"), b.garbage(b.head() + chunk(expected[:70]) + b"0\r\n\r\n"),
                      b.garbage(reply(body=b'{"input_tokens":70}')), b.status(500)])
     got = ask(server, "POST", "/v1/messages?beta=true", odd, {"anthropic-beta": "x"})
     request = next(request for request in b.requests if request.method == "POST")
-    assert got.body == told and b.bodies()[0] == odd and request.path == "/v1/messages?beta=true" and request.headers["anthropic-beta"] == "x"
+    assert got.body == expected and b.bodies()[0] == odd and request.path == "/v1/messages?beta=true" and request.headers["anthropic-beta"] == "x"
     got = ask(server, "POST", "/v1/messages", odd)
     assert got.body.endswith(b'event: error\ndata: {"type":"error","error":{"message":"b ended its answer early.","type":"api_error"}}\n\n')
     assert [ask(server, "POST", "/v1/messages/count_tokens", {**odd, "stream": False}).json for _ in "ab"] == [{"input_tokens": 70}, {"input_tokens": 7}]
@@ -4433,12 +4433,12 @@ def test_the_events_of_a_response(pool):
         "cached_tokens": 4, "cache_write_tokens": 0}, "output_tokens_details": {"reasoning_tokens": 0}}
     message = response["output"][1]
     assert events[8]["item"] == {**message, "status": "in_progress", "content": []} and events[8]["output_index"] == 1
-    place = {"item_id": message["id"], "output_index": 1, "content_index": 0}
+    location = {"item_id": message["id"], "output_index": 1, "content_index": 0}
     assert events[9:14] == [
-        {"type": "response.content_part.added", **place, "part": {**message["content"][0], "text": ""}},
-        *({"type": "response.output_text.delta", **place, "delta": text, "logprobs": []} for text in ("Hi", " you")),
-        {"type": "response.output_text.done", **place, "text": "Hi you", "logprobs": []},
-        {"type": "response.content_part.done", **place, "part": {"type": "output_text", "text": "Hi you", "annotations": [], "logprobs": []}}]
+        {"type": "response.content_part.added", **location, "part": {**message["content"][0], "text": ""}},
+        *({"type": "response.output_text.delta", **location, "delta": text, "logprobs": []} for text in ("Hi", " you")),
+        {"type": "response.output_text.done", **location, "text": "Hi you", "logprobs": []},
+        {"type": "response.content_part.done", **location, "part": {"type": "output_text", "text": "Hi you", "annotations": [], "logprobs": []}}]
     call = response["output"][2]
     assert call == {"id": call["id"], "type": "function_call", "status": "completed", "call_id": "call_1", "name": "f", "arguments": '{"a":1}'}
 
@@ -4479,20 +4479,20 @@ def test_a_response_that_fails_within(pool):
     assert events[-2]["type"] == "error" and events[-2]["message"] == events[-2]["error"]["message"] == events[-1]["response"]["error"]["message"]
     assert events[-1]["type"] == "response.failed" and events[-1]["response"]["status"] == "failed"
     own = pool((a, {"paths": ["/v1/responses"]}))
-    for told, failed in ((b'data: {"type":"response.created"}\n\n', True), (b'data: {"type":"response.completed"}\n\n', False)):
-        a.faults.append(a.garbage(a.head() + chunk(told) + b"0\r\n\r\n"))
+    for frames, failed in ((b'data: {"type":"response.created"}\n\n', True), (b'data: {"type":"response.completed"}\n\n', False)):
+        a.faults.append(a.garbage(a.head() + chunk(frames) + b"0\r\n\r\n"))
         body = ask(own, "POST", "/v1/responses", {**WANTED, "stream": True}).body
-        assert body.startswith(told) and (b"response.failed" in body) == failed and b"event: response.created" not in body
+        assert body.startswith(frames) and (b"response.failed" in body) == failed and b"event: response.created" not in body
 
 
 def test_pings_and_failures_before_the_first_event():
     message, response = akashproxy.Messages(ASKED), akashproxy.Responses(WANTED)
-    assert {form: message.ping(form) for form in ("comment", "chunk", "off")} == {
+    assert {form: message.ping_frame(form) for form in ("comment", "chunk", "off")} == {
         "comment": b'event: ping\ndata: {"type":"ping"}\n\n', "chunk": b'event: ping\ndata: {"type":"ping"}\n\n', "off": b""}
-    assert (response.ping("comment"), response.ping("off")) == (b": keep-alive\n\n", b"")
+    assert (response.ping_frame("comment"), response.ping_frame("off")) == (b": keep-alive\n\n", b"")
     error = APIError(502, "no", code="upstream_error")
-    assert [event["type"] for event in named_events(message.fail(error))] == ["error"]
-    assert [event["type"] for event in named_events(response.fail(error))] == ["response.created", "response.in_progress", "error", "response.failed"]
+    assert [event["type"] for event in named_events(message.error_frames(error))] == ["error"]
+    assert [event["type"] for event in named_events(response.error_frames(error))] == ["response.created", "response.in_progress", "error", "response.failed"]
 
 
 @pytest.mark.parametrize("path", ["/v1/messages", "/v1/responses"])
@@ -4531,9 +4531,9 @@ def test_odd_values_are_answered_or_named_never_a_bug():
             for controller in controllers:
                 try:
                     spoken = dialect({**body, name: odd})
-                    error = controller.able(spoken.call)
+                    error = controller.check_support(spoken.call)
                     if error is None and controller is controllers[1]:
-                        spoken.begin() + spoken.feed(list(controller.events(spoken.call))) + akashproxy.to_json(spoken.whole(fold([Text("x"), Finish("stop")])))
+                        spoken.opening_frames() + spoken.encode(list(controller.events(spoken.call))) + akashproxy.to_json(spoken.response_body(fold([Text("x"), Finish("stop")])))
                 except APIError as refused:
                     error = refused
                 seen[error and error.status] += 1
@@ -4550,10 +4550,10 @@ def read_chat(told):
         if "error" in event:
             yield event["error"]["message"]
         for choice in event.get("choices", []):
-            said = choice.get("message") or choice.get("delta") or {"content": choice.get("text")}
-            yield from [R(said["reasoning_content"])] if said.get("reasoning_content") else []
-            yield from [T(said["content"])] if said.get("content") else []
-            for at, call in enumerate(said.get("tool_calls", [])):
+            message = choice.get("message") or choice.get("delta") or {"content": choice.get("text")}
+            yield from [R(message["reasoning_content"])] if message.get("reasoning_content") else []
+            yield from [T(message["content"])] if message.get("content") else []
+            for at, call in enumerate(message.get("tool_calls", [])):
                 yield ToolCall(call.get("index", at), call["function"]["arguments"], call.get("id"), call["function"].get("name"))
             yield from [Finish(choice["finish_reason"])] if choice["finish_reason"] else []
 
@@ -4650,7 +4650,7 @@ class Paced:
 
 @pytest.mark.parametrize("streamed", [0, 1, 2], ids=["whole", "streamed", "token by token"])
 @pytest.mark.parametrize("dialect", DIALECTS)
-@pytest.mark.parametrize("kind, name", [(kind, name) for name, row in MATRIX.items() for kind, has in zip(("akash", "openai", "echo"), (*row[:2], name == "echoed")) if has])
+@pytest.mark.parametrize("kind, name", [(kind, name) for name, entry in MATRIX.items() for kind, has in zip(("akash", "openai", "echo"), (*entry[:2], name == "echoed")) if has])
 def test_the_matrix(kind, name, dialect, streamed, pool):
     path, body, reader, taken_apart, missing = DIALECTS[dialect]
     *faults, events, words = MATRIX[name]
@@ -4664,11 +4664,11 @@ def test_the_matrix(kind, name, dialect, streamed, pool):
         assert got.status == 502 and re.search(words, got.json["error"]["message"])
         return
     assert got.status == 200, got.body
-    told = list(reader(taken_apart(got.body) if streamed else got.json))
-    error = next((event for event in told if isinstance(event, str)), None)
+    result = list(reader(taken_apart(got.body) if streamed else got.json))
+    error = next((event for event in result if isinstance(event, str)), None)
     assert error is None if words is None else re.search(words, error)
     expected = [T(event.text.replace("SITE", server.url)) if isinstance(event, Text) else event for event in events if not isinstance(event, missing)]
-    answer, wanted = fold(told), fold(expected)
+    answer, wanted = fold(result), fold(expected)
     for side in (answer, wanted):   # they may be counted otherwise, but not stand in another order
         side.tools = [dataclasses.replace(call, index=at) for at, call in enumerate(side.tools)]
     assert answer == wanted
@@ -4831,7 +4831,7 @@ def test_a_reload_reaches_open_connections(pool):
     link = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)
     with contextlib.closing(link):
         assert ask_again(link, path="/status", headers={"Authorization": "Bearer old"}).status == 200
-        server.pool.members[0].cooldowns["limit", None] = akashproxy.CoolDown(time.monotonic() + 99)
+        server.pool.upstreams[0].cooldowns["limit", None] = akashproxy.CoolDown(time.monotonic() + 99)
         server.reload(dataclasses.replace(server.settings, bearer_token=("new",)))
         assert ask_again(link, path="/status", headers={"Authorization": "Bearer old"}).status == 401
         state = ask_again(link, path="/status", headers={"Authorization": "Bearer new"}).json["controllers"][0]
@@ -4843,10 +4843,10 @@ def test_a_reload_keeps_who_did_not_change(pool):
     server = pool(a, b)
     a.faults.append(a.status(429, extra=b"Retry-After: 99\r\n"))
     assert chat(server, BOTH).status == 200
-    before = server.pool.members
+    before = server.pool.upstreams
     changed = dataclasses.replace(before[1].options, weight=3)
     server.reload(dataclasses.replace(server.settings, controllers=(before[0].options, changed)))
-    assert server.pool.members[0] is before[0] and server.pool.members[1].options.weight == 3
+    assert server.pool.upstreams[0] is before[0] and server.pool.upstreams[1].options.weight == 3
     assert ask(server, path="/status").json["controllers"][0]["rests_for_seconds"] > 90
 
 
@@ -5165,8 +5165,8 @@ def test_attacks(case, target_servers):
     assert b"X-Evil" not in got.split(b"\r\n\r\n")[0] and b"Traceback" not in got
     if not stays_open:
         assert b"\r\nConnection: close\r\n" in got
-        alone = got if status == 408 else talk(target_server, data)     # and at once, without more to be read
-        assert re.findall(rb"HTTP/1\.1 (\d{3}) ", alone)[-1:] == [str(status).encode()], alone[:500]
+        single = got if status == 408 else talk(target_server, data)     # and at once, without more to be read
+        assert re.findall(rb"HTTP/1\.1 (\d{3}) ", single)[-1:] == [str(status).encode()], single[:500]
     if status >= 400 and status != 405:
         assert json.loads(got.split(b"\r\n\r\n")[1].partition(b"HTTP/1.1 ")[0])["code"] == status
 
@@ -5258,8 +5258,8 @@ def test_a_client_that_does_not_read_is_dropped(pool):
     with lazy_client(server) as sock:
         sock.sendall(post("/v1/chat/completions", {**BOTH, "stream": True}))
         wait_for(lambda: any(connection.output for connection in server.connections.copy()))
-        held = max(len(connection.output) for connection in server.connections.copy())
-        assert held < 200000 < len(data), "a bounded part of it waits here"
+        pending = max(len(connection.output) for connection in server.connections.copy())
+        assert pending < 200000 < len(data), "a bounded part of it waits here"
         assert ask(server).status == 200
         wait_for(lambda: not server.connections)
     wait_for(lambda: not a.open)
@@ -5293,7 +5293,7 @@ def test_a_slow_client_gets_the_end_of_its_stream(field, pool):
             assert part, got[-200:]
             got += part
     assert got.count(b"word ") == 30000 and got.count(b"data: [DONE]") == 1
-    wait_for(lambda: not server.connections and server.pool.members[0].in_flight == 0)
+    wait_for(lambda: not server.connections and server.pool.upstreams[0].in_flight == 0)
 
 
 def test_an_end_that_waits_for_its_client_waits_no_longer_than_that(pool):
@@ -5304,7 +5304,7 @@ def test_an_end_that_waits_for_its_client_waits_no_longer_than_that(pool):
     with lazy_client(server) as sock:
         sock.sendall(post("/v1/chat/completions", {**BOTH, "stream": True}))
         wait_for(lambda: any(connection.output for connection in server.connections.copy()))
-    wait_for(lambda: not server.connections and server.pool.members[0].in_flight == 0)
+    wait_for(lambda: not server.connections and server.pool.upstreams[0].in_flight == 0)
 
 
 def test_silence_after_a_pause_is_ended_too(pool):
@@ -5334,20 +5334,20 @@ def test_a_bug_within_a_stream_closes_both_ends(pool, caplog):
     server = pool(a, idle_timeout=20)
     with socket.create_connection(("127.0.0.1", server.server_port), timeout=10) as sock:
         sock.sendall(post("/v1/chat/completions", {**BOTH, "stream": True}))
-        wait_for(lambda: any(relay.exchange.begun for relay in relays(server)))
+        wait_for(lambda: any(relay.exchange.committed for relay in relays(server)))
         flow = relays(server)[0]
-        flow.dialect.feed, flow.fast_path = (lambda events: 1 / 0), ()
+        flow.dialect.encode, flow.fast_path = (lambda events: 1 / 0), ()
         for link in list(a.open):
             link.sendall(chunk(a.event({"content": "x"})))
         while sock.recv(65536):
             pass
-    wait_for(lambda: not server.connections and server.pool.members[0].in_flight == 0)
+    wait_for(lambda: not server.connections and server.pool.upstreams[0].in_flight == 0)
     assert "ZeroDivisionError" in caplog.text and ask(server).status == 200
     wait_for(lambda: samples(server).get(("akashproxy_requests_total", "/v1/chat/completions", "200", "a")) == 1)
 
 
 def test_an_endless_answer_is_not_kept(akash, serve, monkeypatch):
-    monkeypatch.setattr(akashproxy, "BODY_LIMIT", 1 << 20)
+    monkeypatch.setattr(akashproxy, "MAX_BUFFERED_BODY", 1 << 20)
 
     def endless(sock, request):
         sock.sendall(STREAM_HEAD)
@@ -5443,7 +5443,7 @@ def test_pings_fill_silence(form, fill, akash, serve):
 
 
 def unchunked(data):
-    return Body(CHUNKED).feed(data)
+    return BodyDecoder(CHUNKED).feed(data)
 
 
 def test_an_error_after_pings_is_told_in_the_stream(akash, serve):
@@ -5564,29 +5564,29 @@ def test_an_upstream_cut_at_any_byte_loses_and_doubles_nothing(kind, streamed, t
     second = FakeOpenAI(text="from b.", models=[model])
     server = pool((first, {"priority": 1}), *([(second, {"priority": 2})] if two else []))
     body = {"model": model, "messages": [user("hi")]}
-    whole = 0
+    complete = 0
     if kind == "akash":
         first.chat = unchunked(data.partition(b"\r\n\r\n")[2])      # for a second try on a new connection
     for cut_at in [*range(0, len(data), 7), len(data)]:
         first.faults.append(lambda sock, request: sock.sendall(data[:cut_at]))
-        for member in server.pool.members:
+        for member in server.pool.upstreams:
             member.cooldowns.clear()
         got = chat(server, body, stream=streamed)
         if not streamed:
             answer = got.json["choices"][0]["message"]["content"] if got.status == 200 else None
             assert answer in ((text, "from b.") if two else (text, None)), cut_at
-            whole += answer == text
+            complete += answer == text
         elif got.status == 200:
             events = sse(got.body) if b"[DONE]" in got.body else []
-            said = "".join(event["choices"][0]["delta"].get("content") or "" for event in events if event.get("choices"))
+            joined = "".join(event["choices"][0]["delta"].get("content") or "" for event in events if event.get("choices"))
             ended = any(event.get("choices") and event["choices"][0]["finish_reason"] for event in events)
             failed = any("error" in event for event in events)
-            assert said == text and ended or text.startswith(said) and failed or two and said == "from b.", (cut_at, got.body)
-            whole += said == text and not failed
+            assert joined == text and ended or text.startswith(joined) and failed or two and joined == "from b.", (cut_at, got.body)
+            complete += joined == text and not failed
         else:
             assert got.status == 502 and not two, cut_at
-    assert whole >= 1
-    wait_for(lambda: all(member.in_flight == 0 for member in server.pool.members))
+    assert complete >= 1
+    wait_for(lambda: all(member.in_flight == 0 for member in server.pool.upstreams))
 
 
 def reset(sock):
@@ -5607,7 +5607,7 @@ FAULTS = {"cut": lambda sock: None, "reset": reset, "silence": stalled, "nonsens
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("streamed", [False, True])
 def test_every_fault_at_every_place(kind, fault, streamed, pool, monkeypatch):
-    monkeypatch.setattr(akashproxy.Stream, "DRAIN", 0.05)
+    monkeypatch.setattr(akashproxy.EventStream, "DRAIN_TIMEOUT", 0.05)
     text = "one two three four."
     words = re.findall(r"\S+\s*", text)
     if kind == "akash":
@@ -5619,31 +5619,31 @@ def test_every_fault_at_every_place(kind, fault, streamed, pool, monkeypatch):
                       else reply(body=first.completion(), chunked=False).split(b"\r\n\r\n"))
         head, tail = (head, tail) if streamed else (head + b"\r\n\r\n", tail)
     second = FakeOpenAI(text="from b.", models=[model])
-    patience = dict.fromkeys(["idle_timeout", "first_byte_timeout"], 0.05 if fault == "silence" else 20)
-    servers = {False: pool((first, patience)), True: pool((first, {"priority": 1, **patience}), (second, {"priority": 2}))}
+    timeouts = dict.fromkeys(["idle_timeout", "first_byte_timeout"], 0.05 if fault == "silence" else 20)
+    servers = {False: pool((first, timeouts)), True: pool((first, {"priority": 1, **timeouts}), (second, {"priority": 2}))}
     places = [0, len(head) // 2, len(head), len(head) + len(tail) // 2, len(head) + len(tail) - 7]
 
     def trouble(sock, request):
-        sock.sendall((head + tail)[:place])
+        sock.sendall((head + tail)[:location])
         FAULTS[fault](sock)
 
     for two, server in servers.items():
-        for place in places:
+        for location in places:
             first.faults.clear()
             first.faults.extend([trouble, trouble])     # a kept connection may be tried once more
-            for member in server.pool.members:
+            for member in server.pool.upstreams:
                 member.cooldowns.clear()
             got = chat(server, {"model": model, "messages": [user("hi")]}, stream=streamed)
             if not streamed or got.status != 200:
-                said = got.json["choices"][0]["message"]["content"] if got.status == 200 else None
-                assert said in ((text, "from b.") if two else (text, None)) and got.status in (200, 502, 504), (two, place, got)
+                content = got.json["choices"][0]["message"]["content"] if got.status == 200 else None
+                assert content in ((text, "from b.") if two else (text, None)) and got.status in (200, 502, 504), (two, location, got)
                 continue
             body = got.body if kind == "akash" or b"[DONE]" in got.body else b""
             events = sse(body)
-            said = "".join(event["choices"][0]["delta"].get("content") or "" for event in events if event.get("choices"))
+            content = "".join(event["choices"][0]["delta"].get("content") or "" for event in events if event.get("choices"))
             failed = "error" in events[-1]
-            assert (said == text and not failed) or (text.startswith(said) and failed) or (two and said == "from b." and not failed), (two, place, said)
-        wait_for(lambda: all(member.in_flight == 0 for member in server.pool.members))
+            assert (content == text and not failed) or (text.startswith(content) and failed) or (two and content == "from b." and not failed), (two, location, content)
+        wait_for(lambda: all(member.in_flight == 0 for member in server.pool.upstreams))
 
 
 def test_a_thousand_streams_at_once_lose_nothing(pool):
@@ -5669,7 +5669,7 @@ def test_a_thousand_streams_at_once_lose_nothing(pool):
         for sock in socks:
             sock.sendall(request)
         gate.wait(60)
-        whole = b"".join(a.events())
+        complete = b"".join(a.events())
         for sock in socks:
             got = b""
             while True:
@@ -5677,7 +5677,7 @@ def test_a_thousand_streams_at_once_lose_nothing(pool):
                 if not part:
                     break
                 got += part
-            assert unchunked(got.partition(b"\r\n\r\n")[2]) == whole
+            assert unchunked(got.partition(b"\r\n\r\n")[2]) == complete
     wait_for(lambda: not server.connections)
 
 
@@ -5744,9 +5744,9 @@ def test_a_short_soak_leaves_nothing_behind():
 
 def in_one_look(server, *happenings):
     """Have the watchdog find all of this at once, in this order."""
-    held, free = threading.Event(), threading.Event()
-    server.loop.call_soon_threadsafe(lambda: (held.set(), free.wait(10)))
-    held.wait(10)
+    pending, free = threading.Event(), threading.Event()
+    server.loop.call_soon_threadsafe(lambda: (pending.set(), free.wait(10)))
+    pending.wait(10)
     for happening in happenings:
         happening()
         time.sleep(0.02)    # on its way through the kernel
@@ -5789,7 +5789,7 @@ def test_nothing_is_asked_for_a_client_that_was_found_gone(pool, caplog):
     sock.sendall(request * 2)
     sock.recv(10)
     in_one_look(server, gate.set, lambda: reset(sock))
-    wait_for(lambda: not server.connections and server.pool.members[0].in_flight == 0)
+    wait_for(lambda: not server.connections and server.pool.upstreams[0].in_flight == 0)
     assert ask(server).status == 200 and len(a.bodies()) == 1 and not caplog.records
 
 
@@ -5813,19 +5813,19 @@ def test_bytes_beyond_an_answer_without_a_body(pool):
 
 def test_an_answer_that_nobody_asked_for_goes_to_nobody(pool):
     a = FakeOpenAI()
-    told = threading.Event()
+    notified = threading.Event()
 
     def twice(sock, request):
         sock.sendall(reply(body=a.completion(), chunked=False))
         time.sleep(0.02)
         sock.sendall(reply(body=b'{"evil":1}', chunked=False))
-        told.set()
+        notified.set()
         return True
 
     a.faults.append(twice)
     server = pool(a)
     assert chat(server, BOTH).status == 200
-    told.wait(10)
+    notified.wait(10)
     assert chat(server, BOTH).body == a.completion()
 
 
@@ -5846,7 +5846,7 @@ def test_no_ping_follows_the_end_of_a_response(akash, serve):
 
 
 def test_an_upstream_that_goes_on_after_the_end_is_left(pool, monkeypatch):
-    monkeypatch.setattr(akashproxy.Stream, "DRAIN", 0.2)
+    monkeypatch.setattr(akashproxy.EventStream, "DRAIN_TIMEOUT", 0.2)
     a = FakeOpenAI()
     left = threading.Event()
 
@@ -5864,11 +5864,11 @@ def test_an_upstream_that_goes_on_after_the_end_is_left(pool, monkeypatch):
     with socket.create_connection(("127.0.0.1", server.server_port), timeout=10) as sock:
         sock.sendall(post("/v1/chat/completions", {**BOTH, "stream": True}))
         wait_for(left.is_set, 3)
-    wait_for(lambda: server.pool.members[0].in_flight == 0)
+    wait_for(lambda: server.pool.upstreams[0].in_flight == 0)
 
 
 def test_comments_without_an_end_are_not_kept(pool, monkeypatch):
-    monkeypatch.setattr(akashproxy.RelayDecoder, "HOLD", 1 << 18)
+    monkeypatch.setattr(akashproxy.PassthroughDecoder, "MAX_HELD", 1 << 18)
     a = FakeOpenAI()
 
     def endless(sock, request):
@@ -5901,7 +5901,7 @@ def test_no_more_threads_for_a_client_that_got_pings(pool, monkeypatch):
         for part in iter(lambda: sock.recv(65536), b""):
             got += part
     assert b": keep-alive" in got and b"Too many clients" not in got
-    wait_for(lambda: not server.connections and not server.pool.members[0].in_flight)
+    wait_for(lambda: not server.connections and not server.pool.upstreams[0].in_flight)
 
 
 def test_client_sockets_never_block(serve):
@@ -6000,16 +6000,16 @@ class BenchClient(asyncio.Protocol):
             if not blank:
                 self.held = head
                 return
-            self.body, self.held = Body(akashproxy.parse_head(head, akashproxy.parse_status_line)[1]), b""
-        said, at = self.held + self.body.feed(data), 0
-        for stamp in STAMP.finditer(said):
+            self.body, self.held = BodyDecoder(akashproxy.parse_head(head, akashproxy.parse_status_line)[1]), b""
+        received, at = self.held + self.body.feed(data), 0
+        for stamp in STAMP.finditer(received):
             at, number = stamp.end(), int(stamp[1])
             if not number:
                 self.load.firsts.append(now - self.began)
             self.load.ways.append(now - int(stamp[2]))
             self.load.lost += abs(number - self.next)
             self.next = number + 1
-        self.held = said[max(at, len(said) - 40):]      # the beginning of a token, or the end of the answer
+        self.held = received[max(at, len(received) - 40):]      # the beginning of a token, or the end of the answer
         if self.body.done:
             self.end()
 
@@ -6054,10 +6054,10 @@ class Load:
             self.memory = usage(server)[1]
 
         asyncio.get_running_loop().call_later(self.seconds * 0.6, look)
-        late, end = [asyncio.ensure_future(self.one(at)) for at in range(self.clients)], time.monotonic() + self.seconds + 15
-        while late and time.monotonic() < end and not stopped:
-            _, late = await asyncio.wait(late, timeout=0.2)
-        self.lost += len(late) * self.count
+        slow, end = [asyncio.ensure_future(self.one(at)) for at in range(self.clients)], time.monotonic() + self.seconds + 15
+        while slow and time.monotonic() < end and not stopped:
+            _, slow = await asyncio.wait(slow, timeout=0.2)
+        self.lost += len(slow) * self.count
 
     async def one(self, at):
         await asyncio.sleep(self.ramp * at)
@@ -6091,8 +6091,8 @@ def usage(pid):
             fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
             return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK"), int(fields[21]) * os.sysconf("SC_PAGE_SIZE") / 1e6
         if pid is not None:
-            told = subprocess.run(["ps", "-o", "time=,rss=", "-p", str(pid)], stdout=subprocess.PIPE, text=True).stdout.split()
-            return sum(float(part) * 60 ** at for at, part in enumerate(reversed(told[0].split(":")))), int(told[1]) / 1e3
+            columns = subprocess.run(["ps", "-o", "time=,rss=", "-p", str(pid)], stdout=subprocess.PIPE, text=True).stdout.split()
+            return sum(float(part) * 60 ** at for at, part in enumerate(reversed(columns[0].split(":")))), int(columns[1]) / 1e3
     return math.nan, math.nan
 
 
@@ -6222,14 +6222,14 @@ def test_large_json_is_read_and_written_as_small_json_is(seed):
     assert akashproxy.request_json(want, len(data)) == akashproxy.to_json(want) and json.dumps(want) == before
     for _ in range(6):
         at = rng.randrange(600_000)
-        broken = data[:at] + bytes([rng.randrange(256)]) + data[at + rng.randrange(2):]
+        malformed = data[:at] + bytes([rng.randrange(256)]) + data[at + rng.randrange(2):]
         try:
-            value = json.loads(broken.decode())
+            value = json.loads(malformed.decode())
         except ValueError:
             with pytest.raises(ValueError):
-                akashproxy.from_json(broken)
+                akashproxy.from_json(malformed)
         else:
-            assert akashproxy.from_json(broken) == value
+            assert akashproxy.from_json(malformed) == value
 
 
 def test_embeddings_of_many_token_ids_are_relayed(pool):
@@ -6274,14 +6274,14 @@ def test_only_counts_are_taken_as_counts(path, pool):
         usage = {"prompt_tokens": odd, "completion_tokens": odd, "total_tokens": odd, "promptTokens": odd, "completionTokens": odd}
         fine = {"prompt_tokens": 5, "completion_tokens": 6, "total_tokens": odd, "promptTokens": 5, "completionTokens": 6,
                 "prompt_tokens_details": {"cached_tokens": odd}, "completion_tokens_details": {"reasoning_tokens": odd}}
-        for told, known in ((usage, False), (fine, True)):
+        for reported, known in ((usage, False), (fine, True)):
             if upstream is fake:
-                events = [fake.event({"content": "x"}), fake.event({}, "stop"), b"data: " + json.dumps({"choices": [], "usage": told}).encode() + b"\n\n",
+                events = [fake.event({"content": "x"}), fake.event({}, "stop"), b"data: " + json.dumps({"choices": [], "usage": reported}).encode() + b"\n\n",
                           b"data: [DONE]\n\n"]
-                whole = reply(body=json.dumps({"choices": [{"message": {"content": "x"}, "finish_reason": "stop"}], "usage": told}).encode())
-                answer = fake.head() + b"".join(map(chunk, events)) + b"0\r\n\r\n" if streamed else whole
+                complete = reply(body=json.dumps({"choices": [{"message": {"content": "x"}, "finish_reason": "stop"}], "usage": reported}).encode())
+                answer = fake.head() + b"".join(map(chunk, events)) + b"0\r\n\r\n" if streamed else complete
             else:
-                answer = STREAM_HEAD + chunk(b'0:"x"\nd:' + json.dumps({"finishReason": "stop", "usage": told}).encode() + b"\n") + b"0\r\n\r\n"
+                answer = STREAM_HEAD + chunk(b'0:"x"\nd:' + json.dumps({"finishReason": "stop", "usage": reported}).encode() + b"\n") + b"0\r\n\r\n"
             upstream.faults.append(lambda sock, request, answer=answer: sock.sendall(answer) or True)
             got = ask(server, "POST", path, {**ASKED, "input": "hi", "stream": streamed, "stream_options": {"include_usage": True}})
             assert got.status == 200, got
@@ -6311,8 +6311,8 @@ def test_numbers_that_are_no_json_are_not_passed_on(pool):
     fake, akash = FakeOpenAI(), FakeAkash()
     for arguments in ('{"a":1e999}', '{"a":NaN}', "[" * 700 + "]" * 700, '{"a":' * 5000 + "1" + "}" * 5000, "9" * 5000):
         call = {"index": 0, "id": "i", "type": "function", "function": {"name": "f", "arguments": arguments}}
-        whole = reply(body=json.dumps({"choices": [{"message": {"tool_calls": [call]}, "finish_reason": "tool_calls"}]}).encode())
-        fake.faults.append(lambda sock, request, whole=whole: sock.sendall(whole) or True)
+        complete = reply(body=json.dumps({"choices": [{"message": {"tool_calls": [call]}, "finish_reason": "tool_calls"}]}).encode())
+        fake.faults.append(lambda sock, request, whole=complete: sock.sendall(whole) or True)
         got = ask(pool((fake, {"paths": ("/none",)})), "POST", "/v1/messages", ASKED)
         assert got.status == 200 and strict(got.body)["content"][0]["input"] == {"arguments": arguments}
     akash.faults.append(lambda sock, request: sock.sendall(STREAM_HEAD + chunk(
@@ -6423,11 +6423,11 @@ def test_a_list_of_models_is_bounded(pool, caplog):
     names = [f"m{at}" for at in range(11_000)] + ["both"]
     fake, akash = FakeOpenAI(["x" * 257, "m1", 7, "", *names]), FakeAkash()
     server = pool((fake, {"priority": 1}))
-    listed = [model["id"] for model in ask(server, path="/v1/models").json["data"]]
-    assert listed == names[1:2] + names[:1] + names[2:10_000] and "lists more than 10000 models" in caplog.text
+    models = [model["id"] for model in ask(server, path="/v1/models").json["data"]]
+    assert models == names[1:2] + names[:1] + names[2:10_000] and "lists more than 10000 models" in caplog.text
     akash.models = [{"id": name, "available": True} for name in ["x" * 257, *names]]
-    for told in ([{"id": name, "name": name, "available": True} for name in names], {"models": [{"id": name} for name in names]}):
-        assert akashproxy.akash_models(told) == names[:10_000]
+    for listing in ([{"id": name, "name": name, "available": True} for name in names], {"models": [{"id": name} for name in names]}):
+        assert akashproxy.akash_models(listing) == names[:10_000]
     long = FakeOpenAI([f"a model with a long name {at}" for at in range(60_000)])
     got = ask(pool(long), path="/v1/models")
     assert got.status == 502 and "4194304 bytes" in got.json["error"]["message"]
@@ -6444,17 +6444,17 @@ def test_a_name_with_two_dashes_reads_no_list_anew(monkeypatch):
 
     monkeypatch.setitem(akashproxy.CONTROLLERS, "echo", Listed)
     clock = Clock()
-    made = akashproxy.Pool(Settings(controllers=(akashproxy.ControllerSettings(type="echo", name="one"),)), clock=clock)
-    assert [made.named(name) for name in ("a--b", "a--b", "c--d", "a/b")] == ["a/b", "a/b", "c--d", "a/b"] and Listed.reads == 1
+    built = akashproxy.Pool(Settings(controllers=(akashproxy.ControllerSettings(type="echo", name="one"),)), clock=clock)
+    assert [built.resolve_alias(name) for name in ("a--b", "a--b", "c--d", "a/b")] == ["a/b", "a/b", "c--d", "a/b"] and Listed.reads == 1
     clock.now += 60
-    assert made.named("a--b") == "a/b" and Listed.reads == 2
+    assert built.resolve_alias("a--b") == "a/b" and Listed.reads == 2
 
 
 def test_the_estimate_of_tokens_is_that_of_its_parts():
-    whole = "The quick brown fox, \u043f\u0440\u0438\u0432\u0435\u0442 \u4e2d\u6587 \U0001f600\u2019 \ud800 " * 9000     # longer than a step
-    assert akashproxy.token_parts(whole) == sum(map(akashproxy.token_parts, whole))
-    assert akashproxy.token_parts("a" * 8) == akashproxy.token_parts("\u0436" * 6) == akashproxy.token_parts("\u4e2d\u2e80") == akashproxy.TOKEN
-    assert akashproxy.token_estimate([whole, {"a": whole, "b": [7, None]}]) == (2 * akashproxy.token_parts(whole) + 12 - 6) * 2 // 24 + 1
+    complete = "The quick brown fox, \u043f\u0440\u0438\u0432\u0435\u0442 \u4e2d\u6587 \U0001f600\u2019 \ud800 " * 9000     # longer than a step
+    assert akashproxy.token_units(complete) == sum(map(akashproxy.token_units, complete))
+    assert akashproxy.token_units("a" * 8) == akashproxy.token_units("\u0436" * 6) == akashproxy.token_units("\u4e2d\u2e80") == akashproxy.UNITS_PER_TOKEN
+    assert akashproxy.estimate_tokens([complete, {"a": complete, "b": [7, None]}]) == (2 * akashproxy.token_units(complete) + 12 - 6) * 2 // 24 + 1
 
 
 @pytest.mark.parametrize("streamed", [True, False])
@@ -6528,9 +6528,9 @@ def test_a_request_takes_at_most_eight_times_its_size(case, tmp_path):
         before, slowest = memory(process, "VmRSS"), 0.0
         asked = threads.submit(ask, server, "POST", path, body, {"Content-Type": "application/json"})
         while not asked.done():
-            begun = time.monotonic()
+            start_time = time.monotonic()
             assert ask(server).status == 200
-            slowest = max(slowest, time.monotonic() - begun)
+            slowest = max(slowest, time.monotonic() - start_time)
         got, taken = asked.result(), memory(process, "VmHWM") - before
     fake.close()
     assert got.status in (200, 400, 404) and len(got.body) < 20_000
@@ -6602,9 +6602,9 @@ def odd_lines(rng, kind):
     return "".join(line() for _ in range(rng.randint(1, 6))).encode() + rng.choice([b"", b"data: [DONE]\n\n"])
 
 
-DECODERS = {"akash v4": lambda: akashproxy.Pipeline(AkashDecoder("m"), Thinking()), "chat": lambda: akashproxy.Pipeline(akashproxy.ChatDecoder()),
-            "akash v5": lambda: akashproxy.Pipeline(AkashDecoder("m"), Thinking()),
-            "relay": lambda: akashproxy.RelayDecoder("a", ends=akashproxy.ENDS["/v1/chat/completions"])}
+DECODERS = {"akash v4": lambda: akashproxy.DecoderChain(AkashDecoder("m"), ThinkTagFilter()), "chat": lambda: akashproxy.DecoderChain(akashproxy.ChatDecoder()),
+            "akash v5": lambda: akashproxy.DecoderChain(AkashDecoder("m"), ThinkTagFilter()),
+            "relay": lambda: akashproxy.PassthroughDecoder("a", end_pattern=akashproxy.END_PATTERNS["/v1/chat/completions"])}
 
 
 def decoded(decoder, parts):
@@ -6612,7 +6612,7 @@ def decoded(decoder, parts):
     events = []
     for part in parts:
         events += decoder.feed(part)
-        if decoder.error or decoder.whole or events and isinstance(events[-1], Finish):
+        if decoder.error or decoder.complete or events and isinstance(events[-1], Finish):
             break
     else:
         events += decoder.close()
@@ -6631,7 +6631,7 @@ def test_odd_values_of_a_stream_are_events_or_an_error(rng):
     assert all(isinstance(event, akashproxy.EVENTS) for event in events) and (error is None or 400 <= error[0] < 600)
     for dialect in ([akashproxy.ChatCompletions(CHAT)] if kind == "relay" else
                     [akashproxy.ChatCompletions(CHAT), akashproxy.Messages(ASKED), akashproxy.Responses(WANTED)]):
-        frames = (dialect.begin() + dialect.feed(events)).decode()
+        frames = (dialect.opening_frames() + dialect.encode(events)).decode()
         for text in re.findall("^data: (.*)$", frames, re.M):
             assert kind == "relay" or text == "[DONE]" or isinstance(json.loads(text), dict)
 
@@ -6657,23 +6657,23 @@ SCRAPS["relay"] = SCRAPS["chat"]
 def test_where_a_stream_is_cut_changes_nothing(rng):
     kind = rng.choice(list(SCRAPS))
     data = b"".join(rng.choice(SCRAPS[kind]) for _ in range(rng.randint(1, 8)))
-    whole, *others = [decoded(DECODERS[kind](), parts) for parts in (
+    complete, *others = [decoded(DECODERS[kind](), parts) for parts in (
         [data], [data[at:at + 1] for at in range(len(data))], cut_up(rng, data), re.findall(rb"[^\n]*\n|[^\n]+", data),
         re.findall(rb"(?s).+?(?:\n\r?\n|\Z)", data))]
     for other in others:
         if kind == "relay":
-            assert b"".join(event.data for event in whole[0]) == b"".join(event.data for event in other[0]), data
+            assert b"".join(event.data for event in complete[0]) == b"".join(event.data for event in other[0]), data
         else:
-            assert fold(whole[0]) == fold(other[0]), data
-        assert whole[1] == other[1], data
-    for event in whole[0]:
+            assert fold(complete[0]) == fold(other[0]), data
+        assert complete[1] == other[1], data
+    for event in complete[0]:
         assert not isinstance(event, Text) or kind == "chat" or not re.search("[\ud800-\udfff]", event.text)
 
 
 @fuzzed(100)
 def test_where_a_filter_is_cut_changes_nothing(rng):
     text = "".join(rng.choice(["a", "b", " ", "\n", "##", "#", "<think>", "</think>", "<th", "<think>\n"]) for _ in range(rng.randint(1, 12)))
-    for make in (Thinking, lambda: Cutoff(["##b"], None)):
+    for make in (ThinkTagFilter, lambda: StopFilter(["##b"], None)):
         answers = []
         for parts in ([text], list(text), cut_up(rng, text)):
             step = make()
@@ -6688,14 +6688,14 @@ def test_where_a_framing_is_cut_changes_nothing(rng):
     data = b"".join(spelled) + rng.choice([b"0\r\n\r\n", b"00\r\nx: y\r\n\r\n", b"", b"zz\r\n"]) + rng.choice([b"", b"next"])
     ends = []
     for parts in ([data], [data[at:at + 1] for at in range(len(data))], cut_up(rng, data)):
-        body, got, rest = Body({"transfer-encoding": "chunked"}), b"", b""
+        body, got, rest = BodyDecoder({"transfer-encoding": "chunked"}), b"", b""
         try:
             for part in parts:
                 if body.done:
                     rest += part
                 else:
                     got += body.feed(part)
-                    rest += body.rest
+                    rest += body.trailing_data
             ends.append((got, body.done, rest))
         except ProtocolError as error:
             ends.append(str(error))
@@ -6723,7 +6723,7 @@ def test_whatever_an_upstream_sends_the_client_gets_an_answer_or_an_error(path, 
 
     server = pool(upstream, akash)
     for _ in range(40 * FUZZ):
-        for member in server.pool.members:
+        for member in server.pool.upstreams:
             member.cooldowns.clear()
         upstream.faults = collections.deque([fault(["chat"], COMPLETION)] * 2)
         akash.faults = collections.deque([fault(["akash v4", "akash v5"], None)] * 2)
@@ -6758,7 +6758,7 @@ class Broken(akashproxy.Controller):
             yield "not an event"
         yield Finish("stop")
 
-    def able(self, call):
+    def check_support(self, call):
         self.raise_in("able")
 
     def models(self):
@@ -6788,7 +6788,7 @@ def test_a_bug_of_a_controller_is_that_controllers_failure(place, streamed, kind
         reports = [record for record in caplog.records if record.getMessage().startswith(name + ": unexpected error")]
         assert [bool(record.exc_info) for record in reports] == tracebacks
         assert ask(server, path="/status").json["controllers"][0]["rests_for_seconds"] > 0
-        server.pool.members[0].cooldowns.clear()
+        server.pool.upstreams[0].cooldowns.clear()
 
 
 @pytest.mark.parametrize("place", ["models", "list", "image"])
@@ -6945,8 +6945,8 @@ def test_a_tls_upstream_that_is_cut_is_not_whole(kind, framed, clean, pool, tmp_
     server = pool(fake, ca_file=str(tmp_path / "ca.pem"))
     request = post("/v1/other", {"model": "both", "stream": kind == "text/event-stream"}, "Connection: close")
     got = talk(server, request)
-    whole = framed != "close" or clean
-    assert (b" 200 OK" in got and body in got and (got.endswith(b"0\r\n\r\n") or got.endswith(body)) and b"broke off" not in got) == whole, got
+    complete = framed != "close" or clean
+    assert (b" 200 OK" in got and body in got and (got.endswith(b"0\r\n\r\n") or got.endswith(body)) and b"broke off" not in got) == complete, got
 
 
 def test_odd_reasons_to_end_are_unknown_ones():
@@ -7023,16 +7023,16 @@ def test_metrics_of_failovers_rests_and_tokens(pool, akash):
     assert (found["akashproxy_failovers_total",], found["akashproxy_controller_rests_total", "a"]) == (1, 1)
     assert (found["akashproxy_controller_resting", "a"], found["akashproxy_controller_resting", "b"]) == (1, 0)
     assert (found["akashproxy_prompt_tokens_total", "b"], found["akashproxy_completion_tokens_total", "b"]) == (22, 10)
-    before = server.pool.members[0]
+    before = server.pool.upstreams[0]
     server.reload(dataclasses.replace(server.settings, max_wait=1))
-    assert server.pool.members[0] is not before and samples(server)["akashproxy_controller_rests_total", "a"] == 1
+    assert server.pool.upstreams[0] is not before and samples(server)["akashproxy_controller_rests_total", "a"] == 1
 
 
 def test_a_rest_that_is_made_longer_is_one_rest():
-    member = members_of({"a": 1}).members[0]
+    member = members_of({"a": 1}).upstreams[0]
     for now in (0.0, 0.5, 200.0):
-        member.fare(APIError(429, "x", retry_after=100), now, now)
-    assert member.rests == 2
+        member.record_result(APIError(429, "x", retry_after=100), now, now)
+    assert member.cooldown_count == 2
 
 
 @pytest.mark.parametrize("state, without, given", [("on", 401, 200), ("public", 200, 200), ("off", 401, 404)])
@@ -7065,8 +7065,8 @@ def test_prometheus_reads_the_metrics(pool):
         chat(server, BOTH, stream=streamed)
     wait_for(lambda: samples(server).get(("akashproxy_request_duration_seconds_count", "a")) == 2)
     families = {family.name: family for family in parser.text_string_to_metric_families(ask(server, path="/metrics").body.decode())}
-    assert set(families) == {name[:-6] if name.endswith("_total") else name for name in akashproxy.SERIES}
-    for name, (kind, help, labels) in akashproxy.SERIES.items():
+    assert set(families) == {name[:-6] if name.endswith("_total") else name for name in akashproxy.METRICS}
+    for name, (kind, help, labels) in akashproxy.METRICS.items():
         family = families[name[:-6] if name.endswith("_total") else name]
         assert (family.type, family.documentation) == (kind, help)
         assert all(set(each.labels) - {"le"} == set(labels) for each in family.samples)
@@ -7075,11 +7075,11 @@ def test_prometheus_reads_the_metrics(pool):
 
 
 def test_every_series_is_in_the_readme():
-    assert rows("Metrics")[:len(akashproxy.SERIES)] == [f"`{name}`" for name in akashproxy.SERIES]
-    for name, (_, _, labels) in akashproxy.SERIES.items():
+    assert rows("Metrics")[:len(akashproxy.METRICS)] == [f"`{name}`" for name in akashproxy.METRICS]
+    for name, (_, _, labels) in akashproxy.METRICS.items():
         assert f"| `{name}` | {', '.join(labels)} |" in README
     alarms = re.search("^### Metrics\n.*?^##", README, re.M | re.S)[0].partition("| alarm |")[2]
-    assert set(re.findall(r"(?:akashproxy|process)_\w+?(?=_bucket|\b)", alarms)) <= set(akashproxy.SERIES)
+    assert set(re.findall(r"(?:akashproxy|process)_\w+?(?=_bucket|\b)", alarms)) <= set(akashproxy.METRICS)
 
 
 # == keys =====================================================================================
@@ -7087,7 +7087,7 @@ def test_every_series_is_in_the_readme():
 
 def keys(*names, **limits):
     """Settings for some keys, each "NAME-key"."""
-    return tuple(akashproxy.KeySettings(name=name, key=f"{name}-key", **limits) for name in names)
+    return tuple(akashproxy.ClientKeySettings(name=name, key=f"{name}-key", **limits) for name in names)
 
 
 def bearer(name):
@@ -7097,7 +7097,7 @@ def bearer(name):
 def counts(server, name="alice"):
     """(in flight, requests, refused) of a key."""
     key, = [key for key in server.keys if key.name == name]
-    return key.in_flight, key.requests, key.refused
+    return key.in_flight, key.requests, key.rejected
 
 
 def test_keys_in_a_file(config):
@@ -7106,8 +7106,8 @@ def test_keys_in_a_file(config):
     settings = load(path, A="s3cret")
     assert [dataclasses.astuple(key) for key in settings.keys] == [("alice", "s3cret", ("gpt-*",), 60, 4, ()), ("bob", "b", (), 0, 0, ())]
     assert "s3cret" not in repr(settings)
-    shown = run("--config-file", path, "--check", A="s3cret").stdout
-    assert "[key alice]\nkey=********\nmodels=gpt-*\nrequests_per_minute=60\nmax_concurrency=4" in shown and "s3cret" not in shown
+    displayed = run("--config-file", path, "--check", A="s3cret").stdout
+    assert "[key alice]\nkey=********\nmodels=gpt-*\nrequests_per_minute=60\nmax_concurrency=4" in displayed and "s3cret" not in displayed
 
 
 @table({
@@ -7134,46 +7134,46 @@ def test_keys_that_can_not_be(case, config):
 
 
 @table({    # limits: (seconds, what is done, the seconds to wait or None if it is let in)
-    "none": ({}, [(0, "enter", None)] * 100),
+    "none": ({}, [(0, "acquire", None)] * 100),
     "three a minute": ({"requests_per_minute": 3}, [
-        (0, "enter", None), (0, "enter", None), (0, "enter", None), (0, "enter", 20), (19, "enter", 1), (20, "enter", None), (20, "enter", 20),
-        (1000, "enter", None), (1000, "enter", None), (1000, "enter", None), (1000, "enter", 20)]),
-    "seven a minute": ({"requests_per_minute": 7}, [(5, "enter", None)] * 7 + [(5, "enter", 60 / 7)]),
+        (0, "acquire", None), (0, "acquire", None), (0, "acquire", None), (0, "acquire", 20), (19, "acquire", 1), (20, "acquire", None), (20, "acquire", 20),
+        (1000, "acquire", None), (1000, "acquire", None), (1000, "acquire", None), (1000, "acquire", 20)]),
+    "seven a minute": ({"requests_per_minute": 7}, [(5, "acquire", None)] * 7 + [(5, "acquire", 60 / 7)]),
     "one at a time": ({"max_concurrency": 1}, [
-        (0, "enter", None), (0, "enter", 1), (5, "enter", 1), (5, "leave", None), (5, "enter", None), (5, "enter", 1)]),
+        (0, "acquire", None), (0, "acquire", 1), (5, "acquire", 1), (5, "release", None), (5, "acquire", None), (5, "acquire", 1)]),
     "what is refused costs nothing": ({"max_concurrency": 1, "requests_per_minute": 2}, [
-        (0, "enter", None), (0, "enter", 1), (0, "enter", 1), (0, "leave", None), (0, "enter", None), (0, "leave", None), (0, "enter", 30)]),
+        (0, "acquire", None), (0, "acquire", 1), (0, "acquire", 1), (0, "release", None), (0, "acquire", None), (0, "release", None), (0, "acquire", 30)]),
 })
 def test_limits(case):
     clock = Clock()
     began = clock()
-    limits = akashproxy.KeyLimiter(akashproxy.KeySettings(name="alice", key="k", **case[0]), clock)
+    limits = akashproxy.KeyLimiter(akashproxy.ClientKeySettings(name="alice", key="k", **case[0]), clock)
     for at, what, wait in case[1]:
         clock.now = began + at
         if wait is None:
             getattr(limits, what)()
             continue
         with pytest.raises(APIError) as caught:
-            limits.enter()
+            limits.acquire()
         assert (caught.value.status, caught.value.code) == (429, "rate_limit_exceeded")
         assert caught.value.retry_after == pytest.approx(wait) and "'alice'" in caught.value.message
-    done = [wait for _, what, wait in case[1] if what == "enter"]
-    assert limits.status() == {"name": "alice", "in_flight": done.count(None) - sum(what == "leave" for _, what, _ in case[1]),
+    done = [wait for _, what, wait in case[1] if what == "acquire"]
+    assert limits.status() == {"name": "alice", "in_flight": done.count(None) - sum(what == "release" for _, what, _ in case[1]),
                                "requests": done.count(None), "refused": len(done) - done.count(None)}
 
 
 def test_a_request_for_images_counts_as_many_times_as_it_makes():
     limits = akashproxy.KeyLimiter(*keys("alice", requests_per_minute=12, max_concurrency=1), Clock())
-    limits.enter(10)
-    limits.leave()
+    limits.acquire(10)
+    limits.release()
     for count, wait in ((3, 5), (10, 40)):
         with pytest.raises(APIError) as caught:
-            limits.enter(count)
+            limits.acquire(count)
         assert (caught.value.status, caught.value.retry_after) == (429, pytest.approx(wait))
-    limits.enter(2)
+    limits.acquire(2)
     assert (limits.in_flight, limits.requests) == (1, 12)
     with pytest.raises(APIError, match="12 at most") as caught:     # more than it could ever have
-        limits.enter(13)
+        limits.acquire(13)
     assert caught.value.status == 400
 
 
@@ -7206,9 +7206,9 @@ def test_images_end_with_their_client(akash, serve):
     server = serve(keys=keys("alice", max_concurrency=1))
     for _ in range(12):
         with socket.create_connection(("127.0.0.1", server.server_port)) as sock:
-            begun = image_jobs(akash)
+            started = image_jobs(akash)
             sock.sendall(post("/v1/images/generations", {"prompt": "x", "n": 10}, "Authorization: Bearer alice-key"))
-            wait_for(lambda: image_jobs(akash) > begun)
+            wait_for(lambda: image_jobs(akash) > started)
         wait_for(lambda: counts(server)[0] == 0)
     assert image_jobs(akash) == 12 and counts(server) == (0, 120, 0)
     asked = len(akash.requests)
@@ -7238,12 +7238,12 @@ def test_many_threads_are_let_in_exactly_as_often_as_they_may():
 
     def enter(_):
         with contextlib.suppress(APIError):
-            limits.enter()
-            limits.leave()
+            limits.acquire()
+            limits.release()
 
     with concurrent.futures.ThreadPoolExecutor(16) as threads:
         list(threads.map(enter, range(3000)))
-    assert (limits.in_flight, limits.requests, limits.refused) == (0, 1000, 2000)
+    assert (limits.in_flight, limits.requests, limits.rejected) == (0, 1000, 2000)
 
 
 def test_who_asks_is_known_by_the_key(serve, caplog):
@@ -7300,7 +7300,7 @@ def test_a_call_is_in_flight_until_it_is_over(case, pool):
     a = FakeOpenAI()
     server = pool(a, keys=keys("alice", max_concurrency=1))
     for asked in range(2):
-        server.pool.members[0].cooldowns.clear()
+        server.pool.upstreams[0].cooldowns.clear()
         if fault:
             a.faults.append(fault(a))
         if leaves:
@@ -7338,9 +7338,9 @@ def test_a_stop_and_a_bug_end_a_call_once(pool):
     a = FakeOpenAI()
     server = pool(a, keys=keys("alice", max_concurrency=2))
     key = server.keys[0]
-    server.pool.take, take = lambda *_: 1 / 0, server.pool.take
+    server.pool.acquire, take = lambda *_: 1 / 0, server.pool.acquire
     assert chat(server, BOTH, bearer("alice")).status == 500 and key.in_flight == 0
-    server.pool.take = take
+    server.pool.acquire = take
     a.faults.extend([a.stall(1), a.stall()])
     with concurrent.futures.ThreadPoolExecutor(2) as threads:
         calls = [threads.submit(chat, server, BOTH, bearer("alice"), stream=streamed) for streamed in (True, False)]
@@ -7359,7 +7359,7 @@ def test_a_bug_within_a_stream_leaves_nothing_in_flight(pool):
     server = pool(a, keys=keys("alice"))
     with socket.create_connection(("127.0.0.1", server.server_port), timeout=10) as sock:
         sock.sendall(post("/v1/chat/completions", {**BOTH, "stream": True}, "Authorization: Bearer alice-key"))
-        wait_for(lambda: any(relay.exchange.begun for relay in relays(server)))
+        wait_for(lambda: any(relay.exchange.committed for relay in relays(server)))
         flow = relays(server)[0]
         flow._step = lambda: 1 / 0
         assert counts(server) == (1, 1, 0)
@@ -7417,14 +7417,14 @@ def test_two_models_in_one_body_are_no_way_around(pool):
 def test_a_reload_keeps_the_counts_of_keys_that_stay(pool):
     a = FakeOpenAI()
     server = pool(a, keys=keys("alice", "bob", max_concurrency=1))
-    member = server.pool.members[0]
+    member = server.pool.upstreams[0]
     a.faults.append(a.stall(1))
     with socket.create_connection(("127.0.0.1", server.server_port), timeout=10) as sock:
         sock.sendall(post("/v1/chat/completions", {**BOTH, "stream": True}, "Authorization: Bearer alice-key"))
         wait_for(a.bodies)
-        changed = akashproxy.KeySettings(name="alice", key="new-key", max_concurrency=1)
+        changed = akashproxy.ClientKeySettings(name="alice", key="new-key", max_concurrency=1)
         server.reload(dataclasses.replace(server.settings, keys=(changed, *keys("carol"))))
-        assert server.pool.members[0] is member, "the controllers go on as they are"
+        assert server.pool.upstreams[0] is member, "the controllers go on as they are"
         assert chat(server, BOTH, bearer("alice")).status == chat(server, BOTH, bearer("bob")).status == 401
         assert chat(server, BOTH, bearer("new")).status == 429 and chat(server, BOTH, bearer("carol")).status == 200
         assert (counts(server), counts(server, "carol")) == ((1, 1, 1), (0, 1, 0))
@@ -7579,8 +7579,8 @@ def test_a_slow_body_may_follow_an_answer_that_a_thread_gave(akash, serve):
 def test_all_bodies_together_have_a_bound(akash, serve):
     server = serve(max_body_total=100000, body_timeout=20)
     path, data = "/v1/chat/completions", json.dumps({**CHAT, "padding": "x" * 70000}).encode()
-    begun = head_of("POST", path, "Content-Length: 50000") + b"x" * 45000
-    with connect(server, begun), connect(server, begun):
+    started = head_of("POST", path, "Content-Length: 50000") + b"x" * 45000
+    with connect(server, started), connect(server, started):
         wait_for(lambda: ask(server, "POST", path, data).status == 503)
         refused = ask(server, "POST", path, data)
         assert (refused.status, refused.headers["retry-after"], refused.json["error"]["code"]) == (503, "1", "overloaded")
@@ -7653,14 +7653,14 @@ def test_pages_of_other_sites(token, listed, pool):
                 headers = {"Content-Type": kind, **({"Origin": origin} if origin else {}), **({"x-api-key": "k"} if token else {})}
                 got = ask_again(link, method, path, {**BOTH, "max_tokens": 9} if method == "POST" else None, headers)
                 assert (got.status != 403) == allowed, (origin, name, got)
-                told = got.headers.get("access-control-allow-origin")
+                allow_origin = got.headers.get("access-control-allow-origin")
                 if not allowed:
-                    assert len(fake.requests) == asked and told is None and got.headers["x-should-retry"] == "false"
+                    assert len(fake.requests) == asked and allow_origin is None and got.headers["x-should-retry"] == "false"
                     assert method in ("HEAD",) or "CORS_ORIGINS" in got.json["error"]["message"]
                     assert path != "/v1/messages" or got.json["type"] == "error"
                 elif origin:
-                    assert told == ("*" if listed == "everybody" or listed == "default" and token else origin), (origin, name)
-                if told != "*":
+                    assert allow_origin == ("*" if listed == "everybody" or listed == "default" and token else origin), (origin, name)
+                if allow_origin != "*":
                     assert got.headers["vary"] == "Origin"
 
 
@@ -7700,7 +7700,7 @@ def test_a_server_on_all_interfaces_answers_to_any_name(serve):
 
 
 @pytest.mark.parametrize("settings, kind", [({}, "public"), ({"bearer_token": ("k",)}, "private"),
-                                            ({"keys": (akashproxy.KeySettings(name="a", key="k"),)}, "private")])
+                                            ({"keys": (akashproxy.ClientKeySettings(name="a", key="k"),)}, "private")])
 def test_what_needs_a_token_is_not_for_shared_caches(settings, kind, akash, serve):
     server = serve(**settings)
     got = ask(server, path=f"/images/{akash.name}", headers={"x-api-key": "k"})
@@ -7724,7 +7724,7 @@ CREDENTIALS = {     # header fields: is one of them the token?
 @table(CREDENTIALS)
 def test_any_of_several_credentials_opens(case, serve):
     headers, opens = case
-    for settings in ({"bearer_token": ("k",)}, {"keys": (akashproxy.KeySettings(name="a", key="k"),)}):
+    for settings in ({"bearer_token": ("k",)}, {"keys": (akashproxy.ClientKeySettings(name="a", key="k"),)}):
         assert ask(serve(**settings), path="/v1/models", headers=headers).status == (200 if opens else 401)
 
 
@@ -7881,14 +7881,14 @@ def test_fields_that_a_key_must_not_send(case, pool):
         "no value": ("model&a", "a"), "others": ("models=1&model_id=2&xmodel=3", "models=1&model_id=2&xmodel=3"), "none": ("", "")})
 def test_queries_without_a_model(case):
     query, left = case
-    assert akashproxy.without_model(query) == left
+    assert akashproxy.remove_model_params(query) == left
 
 
 def test_names_that_mean_the_model():
     for name in ("model", "Model", "MODEL", " model", "model ", "model[]", "model[0][x]", "model\0x", "mOdEl"):
-        assert akashproxy.means_model(name), name
+        assert akashproxy.is_model_field(name), name
     for name in ("models", "model_id", "", "modell", "amodel", "[model]", "response_model"):
-        assert not akashproxy.means_model(name), name
+        assert not akashproxy.is_model_field(name), name
 
 
 @pytest.mark.parametrize("host, local", [
@@ -7922,14 +7922,14 @@ def test_origins(case):
 
 
 def test_a_form_that_is_cut_or_has_one_more_byte_is_refused():
-    whole = multipart((MODEL, b"cheap"), FILE, end=b"--b--")
-    assert akashproxy.multipart_fields(whole, FORM) == akashproxy.multipart_fields(whole + b"\r\n", FORM) == [("model", "cheap"), ("file", "")]
-    for at in range(len(whole)):
+    complete = multipart((MODEL, b"cheap"), FILE, end=b"--b--")
+    assert akashproxy.multipart_fields(complete, FORM) == akashproxy.multipart_fields(complete + b"\r\n", FORM) == [("model", "cheap"), ("file", "")]
+    for at in range(len(complete)):
         with pytest.raises(APIError):
-            akashproxy.multipart_fields(whole[:at], FORM)
+            akashproxy.multipart_fields(complete[:at], FORM)
     for more in (b"\n", b"\r", b"x", b"\r\n\r\n", b"\r\nx", b"\r\n--b\r\n"):
         with pytest.raises(APIError):
-            akashproxy.multipart_fields(whole + more, FORM)
+            akashproxy.multipart_fields(complete + more, FORM)
 
 
 def test_a_form_costs_no_more_than_its_size():
@@ -7946,7 +7946,7 @@ def test_a_form_costs_no_more_than_its_size():
 
 
 def test_what_comes_on_an_idle_connection_of_a_server_that_stops_is_answered(akash, serve, monkeypatch):
-    monkeypatch.setattr(akashproxy, "LAME", 60)
+    monkeypatch.setattr(akashproxy, "LAME_DUCK_SECONDS", 60)
     server = serve()
     used, idle = (http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10) for _ in range(2))
     with contextlib.closing(used), contextlib.closing(idle), concurrent.futures.ThreadPoolExecutor(1) as threads:
@@ -7955,7 +7955,7 @@ def test_what_comes_on_an_idle_connection_of_a_server_that_stops_is_answered(aka
         wait_for(lambda: server.socket.fileno() < 0)
         got = ask_again(used, "POST", "/v1/chat/completions", CHAT)
         assert (got.status, got.headers["connection"]) == (200, "close")
-        monkeypatch.setattr(akashproxy, "LAME", 0)
+        monkeypatch.setattr(akashproxy, "LAME_DUCK_SECONDS", 0)
         assert idle.sock.recv(1) == b"" and stopped.result() is None
 
 
@@ -8009,14 +8009,14 @@ def test_the_nginx_conf_fits_the_code():
     conf = dict(re.findall(r"^ *(\w+) (.+?);", saved("nginx.conf"), re.M))
     hours = max(DEFAULTS.first_byte_timeout, DEFAULTS.image_timeout, DEFAULTS.idle_timeout, DEFAULTS.heartbeat) / 3600
     assert float(conf["proxy_read_timeout"].rstrip("h")) > hours and float(conf["proxy_send_timeout"].rstrip("h")) > hours
-    assert conf["keepalive_timeout"] == "500ms" and akashproxy.LAME >= 1 and DEFAULTS.keepalive_timeout >= 1
+    assert conf["keepalive_timeout"] == "500ms" and akashproxy.LAME_DUCK_SECONDS >= 1 and DEFAULTS.keepalive_timeout >= 1
     assert conf["client_max_body_size"] == f"{DEFAULTS.max_body >> 20}m"
     passed_on = re.findall(r"location (?:= )?(\S+) \{[^}]*?proxy_next_upstream (.+?);", saved("nginx.conf"))
     assert passed_on == [("/", "error timeout"), ("/health", "error timeout http_503")], "a POST that was sent must not be repeated"
     assert "/health" in akashproxy.ROUTES
     assert (conf["proxy_buffering"], conf["proxy_http_version"]) == ("off", "1.1")
     down = json.loads(re.search(r"'(\{.*\})'", saved("nginx.conf"))[1])
-    assert list(down["error"]) == list(akashproxy.Dialect.refusal(APIError(502, "x"))["error"])
+    assert list(down["error"]) == list(akashproxy.Dialect.error_body(APIError(502, "x"))["error"])
 
 
 def test_the_kubernetes_manifests_fit_the_code():
@@ -8048,9 +8048,9 @@ def test_the_akash_deployment_fits_the_code():
     sdl = pytest.importorskip("yaml").safe_load(saved("deploy.yaml"))
     assert sdl["version"] == "2.0" and set(sdl) == {"version", "services", "profiles", "deployment"}
     for name, places in sdl["deployment"].items():
-        for place, group in places.items():     # as Akash's own parser looks the names up
+        for location, group in places.items():     # as Akash's own parser looks the names up
             assert group["profile"] in sdl["profiles"]["compute"] and group["count"] > 1
-            assert group["profile"] in sdl["profiles"]["placement"][place]["pricing"]
+            assert group["profile"] in sdl["profiles"]["placement"][location]["pricing"]
         service, = [sdl["services"][name]]
         assert told(dict(line.split("=", 1) for line in service["env"])).bearer_token
         expose, = service["expose"]
@@ -8074,7 +8074,7 @@ def test_the_systemd_unit_fits_the_code(tmp_path):
     assert int(service["LimitNOFILE"]) > 2 * DEFAULTS.max_connections
     assert (service["ExecReload"], service["KillSignal"], service["DynamicUser"]) == ("/bin/kill -HUP $MAINPID", "SIGTERM", "yes")
     command = service["ExecStart"].split()
-    assert command[1:] == ["-I", "/opt/akashproxy/akashproxy.py"] and "/etc/akashproxy" in akashproxy.SEARCHED
+    assert command[1:] == ["-I", "/opt/akashproxy/akashproxy.py"] and "/etc/akashproxy" in akashproxy.CONFIG_DIRECTORIES
     failed = run("--server-address", "nowhere")
     assert failed.returncode == int(service["RestartPreventExitStatus"])
     if shutil.which("systemd-analyze"):
@@ -8242,10 +8242,10 @@ def test_every_field_of_the_log_is_in_the_readme(caplog, serve):
 
 
 def test_what_the_readme_says_to_be_woken_by_is_logged():
-    for row in rows("What to be woken by"):
-        level, words = (re.findall(r"an? (warning|error) `(.*)`", row) or [("", "")])[0]
+    for entry in rows("What to be woken by"):
+        level, words = (re.findall(r"an? (warning|error) `(.*)`", entry) or [("", "")])[0]
         calls = "error|exception" if level == "error" else "warning"
-        assert not level or re.search(rf'log\.({calls})\(.*{re.escape(words)}', SOURCE), row
+        assert not level or re.search(rf'log\.({calls})\([^)]*?{re.escape(words)}', SOURCE), entry
 
 
 # == page =====================================================================================
@@ -8272,10 +8272,10 @@ class Browser:
         self.number, self.end = self.number + 1, time.monotonic() + 20
         self.sock.sendall(json.dumps({"id": self.number, "method": method, "params": params, **self.session}).encode() + b"\0")
         while True:
-            told = self.receive()
-            if told.get("id") == self.number:
-                assert "error" not in told, told
-                return told["result"]
+            reply = self.receive()
+            if reply.get("id") == self.number:
+                assert "error" not in reply, reply
+                return reply["result"]
 
     def receive(self):
         while b"\0" not in self.held:
@@ -8432,8 +8432,8 @@ def test_markdown_on_the_page(browser, pool):
     browser.open(pool(fake).url)
     for fake.text, expected in MARKDOWN.items():
         browser.ask("?")
-        made = browser.run("answer.querySelector('.text').innerHTML")
-        assert made.replace(' class=""', "") == expected, fake.text
+        built = browser.run("answer.querySelector('.text').innerHTML")
+        assert built.replace(' class=""', "") == expected, fake.text
 
 
 @pytest.mark.parametrize("part", ["`", "*", "_", "[", "**a *b", "``a `", "[a](https://", "\n"])
@@ -8441,9 +8441,9 @@ def test_a_long_line_of_marks_is_drawn_at_once(part, browser, pool):
     fake = FakeOpenAI(text=f"x {part * (100000 // len(part))}")
     browser.open(pool(fake).url)
     browser.until("document.querySelector('option')")
-    begun = time.monotonic()
+    started = time.monotonic()
     browser.ask("?")
-    assert browser.run("answer.querySelector('.text').textContent.length") > 0 and time.monotonic() - begun < 5
+    assert browser.run("answer.querySelector('.text').textContent.length") > 0 and time.monotonic() - started < 5
 
 
 @pytest.mark.parametrize("by", ["key", "button"])
@@ -8566,7 +8566,7 @@ def test_errors_on_the_page_say_what_to_do(browser, pool):
                          (fake.status(404, unknown), "Choose another model."),
                          (fake.status(500), "Try again or choose another model."),
                          (fake.cut(1), "Try again or choose another model.")):
-        server.pool.members[0].cooldowns.clear()
+        server.pool.upstreams[0].cooldowns.clear()
         fake.faults.append(fault)
         browser.run("document.getElementById('field').value = ''")
         browser.ask("Hello")
@@ -8768,8 +8768,8 @@ def argument_values(call, parents, names):
         scope = parents[scope]
         if isinstance(node, ast.Attribute) and isinstance(scope, ast.ClassDef):
             owner = names[scope.name]
-            rows = [row for table in names.values() if isinstance(table, (list, tuple)) for row in table if isinstance(row, owner)]
-            return [value for row in rows or [owner] for value in [getattr(row, node.attr)] if value]
+            rows = [entry for table in names.values() if isinstance(table, (list, tuple)) for entry in table if isinstance(entry, owner)]
+            return [value for entry in rows or [owner] for value in [getattr(entry, node.attr)] if value]
         for loop in [*getattr(scope, "generators", []), *[scope] * isinstance(scope, ast.For)]:
             if ast.unparse(node) in ast.unparse(loop.target):
                 return eval(f"[{node.id} for {ast.unparse(loop.target)} in {ast.unparse(loop.iter)}]", names)
@@ -8783,9 +8783,9 @@ def script_patterns(script):
     found = [(one + two, flags + others) for one, flags, two, others in literals]
     if shutil.which("node"):        # those that are put together from others, too
         parts = re.search(r"^const MORE = .*?^function", script, re.S | re.M)[0].removesuffix("function")
-        told = subprocess.run(["node", "-e", parts + "console.log(JSON.stringify([BLOCK.source, INLINE.source, ITEM]))"],
+        output = subprocess.run(["node", "-e", parts + "console.log(JSON.stringify([BLOCK.source, INLINE.source, ITEM]))"],
                               capture_output=True, check=True, timeout=60).stdout
-        found += [(source, "gm") for source in json.loads(told)]
+        found += [(source, "gm") for source in json.loads(output)]
     for source, flags in found:
         pattern = (source.replace("(?<name", "(?P<name").replace("[^]", r"[\s\S]").replace(r"\/", "/"))
         pattern = re.sub(r"\(\?<(?=\w)", "(?P<", re.sub(r"\\k<(\w+)>", r"(?P=\1)", pattern))
@@ -8849,8 +8849,8 @@ def texts(make):
 
 def received(items):
     """An upstream's head."""
-    request = types.SimpleNamespace(watch=akashproxy.Watch(), method="POST")
-    response = akashproxy.Response(None, request, False, None, None)
+    request = types.SimpleNamespace(scope=akashproxy.CancelScope(), method="POST")
+    response = akashproxy.UpstreamResponse(None, request, False, None, None)
     for item in items:
         if not response.status:
             response.receive(item)
@@ -8860,17 +8860,17 @@ def said(dialect, body):
     """A stream of events in a client's format."""
     def work(events):
         answer = dialect({"model": "m", "stream": True, **body})
-        answer.begin()
+        answer.opening_frames()
         for event in events:
-            answer.feed([event])
-        answer.feed([Finish("stop")])
+            answer.encode([event])
+        answer.encode([Finish("stop")])
     return work
 
 
 CHAT_BODY = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 9}
-chunked_body = functools.partial(Body, {"transfer-encoding": "chunked"})
-relay_decoder = functools.partial(akashproxy.RelayDecoder, "b", True, akashproxy.CHAT_ENDS)
-stops_filter = functools.partial(Cutoff, ["x" * 499 + "y", "ab" * 250 + "c", "x" * 20], None)
+chunked_body = functools.partial(BodyDecoder, {"transfer-encoding": "chunked"})
+relay_decoder = functools.partial(akashproxy.PassthroughDecoder, "b", True, akashproxy.CHAT_ENDS)
+stops_filter = functools.partial(StopFilter, ["x" * 499 + "y", "ab" * 250 + "c", "x" * 20], None)
 
 
 def chat_line(delta):
@@ -8904,16 +8904,16 @@ REPEATED = {
     "Body: chunks with extensions": (feeding(chunked_body), b"", b"1;a\r\na\r\n", b""),
     "Body: chunks with line breaks in them": (feeding(chunked_body), b"", b"2\r\n\r\n\r\n", b""),
     "Body: half a chunk": (feeding(chunked_body), b"fffff\r\n", b"xyz", b""),
-    "Thinking: line breaks in a thought": (texts(Thinking), "<think>a", "\n", "b"),
-    "Thinking: a thought": (texts(Thinking), "<think>", "word <b> \n", ""),
-    "Thinking: blanks before the answer": (texts(Thinking), "", " ", ""),
-    "Thinking: beginnings of a tag": (texts(Thinking), "a", "</think", ""),
-    "Thinking: tags": (texts(Thinking), "<think>", "</think>", ""),
+    "Thinking: line breaks in a thought": (texts(ThinkTagFilter), "<think>a", "\n", "b"),
+    "Thinking: a thought": (texts(ThinkTagFilter), "<think>", "word <b> \n", ""),
+    "Thinking: blanks before the answer": (texts(ThinkTagFilter), "", " ", ""),
+    "Thinking: beginnings of a tag": (texts(ThinkTagFilter), "a", "</think", ""),
+    "Thinking: tags": (texts(ThinkTagFilter), "<think>", "</think>", ""),
     "Cutoff: beginnings of a stop": (texts(stops_filter), "", "xxxxxxxxxxxxxxxxxx\0", ""),
     "Cutoff: a long stop that nearly comes": (texts(stops_filter), "", "ababab", ""),
     "Cutoff: a text without a stop": (texts(stops_filter), "", "some words\n", ""),
-    "Cutoff: a stop as long as the text": (texts(lambda: Cutoff(["x" * 100000], None)), "", "x", ""),
-    "Collected": (feeding(lambda: akashproxy.Collected(lambda data: [])), b"", b"ab", b""),
+    "Cutoff: a stop as long as the text": (texts(lambda: StopFilter(["x" * 100000], None)), "", "x", ""),
+    "Collected": (feeding(lambda: akashproxy.BufferedBody(lambda data: [])), b"", b"ab", b""),
 }
 
 
@@ -8985,14 +8985,14 @@ ROWS = {
     "Akash: a request of many messages": (lambda messages: akashproxy.akash_request(Call({"model": "m", "messages": messages})),
                                           lambda n: [{"role": "user", "content": "a"}] * n),
     "Akash: models": (akashproxy.akash_models, lambda n: [{"id": f"model{at}"} for at in range(n)]),
-    "Akash: lines like a picture's": (lambda lines: akashproxy.akash_picture(b"".join(lines)), lambda n: [
+    "Akash: lines like a picture's": (lambda lines: akashproxy.parse_image_job(b"".join(lines)), lambda n: [
         b"0:\"<image_generation> jobId='' prompt='\n"] * n),
-    "Akash: ends like a picture's": (lambda lines: akashproxy.akash_picture(b"".join(lines)), lambda n: [
+    "Akash: ends like a picture's": (lambda lines: akashproxy.parse_image_job(b"".join(lines)), lambda n: [
         b"0:\"<image_generation> jobId='' prompt='\n", *[b"'</image_generation>\"\n"] * n]),
     "a head with a long line, byte by byte": (received, lambda n: [b"HTTP/1.1 200 OK\r\nx: ", *[b"x"] * (n * 15 // 2)]),
     "a head with many lines, byte by byte": (received, lambda n: [b"HTTP/1.1 200 OK\r\n", *[b"x", b":", b"\r", b"\n"] * (n * 15 // 8)]),
     "Akash: blanks in an error": (lambda parts: akashproxy.akash_error("".join(parts), "m"), lambda n: ["model a "] * n),
-    "the span of a limit": (lambda parts: akashproxy.span_seconds("".join(parts)), lambda n: ["1m30.5s"] * n),
+    "the span of a limit": (lambda parts: akashproxy.parse_duration("".join(parts)), lambda n: ["1m30.5s"] * n),
 }
 
 
@@ -9034,11 +9034,11 @@ def test_what_an_upstream_sends_without_an_end_is_bounded():
 
 def test_calls_of_tools_are_bounded():
     akash, chat = AkashDecoder(), akashproxy.ChatDecoder("b")
-    events = akash.feed(b"9:{}\n" * (akashproxy.CALL_LIMIT + 1))
-    assert len(events) == akashproxy.CALL_LIMIT and "calls of tools" in akash.error.message
-    calls = [{"index": at, "function": {"name": "f"}} for at in range(akashproxy.CALL_LIMIT)]
-    assert len(chat.feed(chat_line({"tool_calls": calls}))) == akashproxy.CALL_LIMIT and not chat.error
-    chat.feed(chat_line({"tool_calls": [{"index": akashproxy.CALL_LIMIT}]}))
+    events = akash.feed(b"9:{}\n" * (akashproxy.MAX_TOOL_CALLS + 1))
+    assert len(events) == akashproxy.MAX_TOOL_CALLS and "calls of tools" in akash.error.message
+    calls = [{"index": at, "function": {"name": "f"}} for at in range(akashproxy.MAX_TOOL_CALLS)]
+    assert len(chat.feed(chat_line({"tool_calls": calls}))) == akashproxy.MAX_TOOL_CALLS and not chat.error
+    chat.feed(chat_line({"tool_calls": [{"index": akashproxy.MAX_TOOL_CALLS}]}))
     assert chat.error.status == 502 and "calls of tools" in chat.error.message
 
 
@@ -9064,7 +9064,7 @@ def test_stops_end_an_answer_at_one_place_wherever_it_is_cut(case):
     stops, text = case
     found = []
     for parts in pieces(text):
-        step = Cutoff(stops, None)
+        step = StopFilter(stops, None)
         events = [event for part in parts for event in step.feed([Text(part)])] + step.feed([Finish("length")])
         found.append(merged(events))
     assert all(each == found[0] for each in found), found
@@ -9077,7 +9077,7 @@ def test_stops_end_an_answer_at_one_place_wherever_it_is_cut(case):
     ("", None), ("1" * 40 + "x", None), ("1" * 60000, None), ("1m" * 30000 + "x", None), ("5x", None), ("-1", None),
 ])
 def test_a_span_is_read_or_it_is_none(text, seconds):
-    assert akashproxy.span_seconds(text) == (None if seconds is None else pytest.approx(seconds))
+    assert akashproxy.parse_duration(text) == (None if seconds is None else pytest.approx(seconds))
 
 
 def test_bytes_of_a_head_cost_no_more_the_longer_it_is(serve):
@@ -9086,14 +9086,14 @@ def test_bytes_of_a_head_cost_no_more_the_longer_it_is(serve):
     def cost(size):
         with contextlib.ExitStack() as stack:
             clients = [stack.enter_context(socket.create_connection(server.server_address, 30)) for _ in range(40)]
-            took = []
+            durations = []
             for data in (b"GET /" + b"x" * size, *[b"x"] * 8):
                 began = time.process_time()
                 for client in clients:
                     client.sendall(data)
                 assert ask(server, "GET", "/health").status == 200      # by then they have been read
-                took.append(time.process_time() - began)
-            return sum(took[1:])
+                durations.append(time.process_time() - began)
+            return sum(durations[1:])
 
     short, long = cost(10), cost(60000)
     assert long < 4 * short + 0.05, (short, long)
@@ -9246,9 +9246,9 @@ def test_the_index_of_the_docstring_resolves():
 
 
 def test_the_sections_stand_in_the_docstrings_order():
-    told = re.search(r"top to bottom.*?:\n(.*?)\.\n", akashproxy.__doc__, re.S)[1]
+    order = re.search(r"top to bottom.*?:\n(.*?)\.\n", akashproxy.__doc__, re.S)[1]
     banners = re.findall(r"^# == \d+\. (\w+) =+$", SOURCE, re.M)
-    assert re.split(r",\s+", told) == banners
+    assert re.split(r",\s+", order) == banners
 
 
 def test_public_names_exist_and_have_a_docstring():
@@ -9329,7 +9329,7 @@ def test_every_setting_and_every_route_is_in_the_readme():
     for name, item in SETTINGS.items():
         default = akashproxy.default_text(item)
         assert f"| `{name}` | {f'`{default}`' if default else ''} | {item.metadata['help']} |" in README, name
-    for item in akashproxy.declared(akashproxy.ControllerSettings) + akashproxy.declared(akashproxy.KeySettings):
+    for item in akashproxy.setting_fields(akashproxy.ControllerSettings) + akashproxy.setting_fields(akashproxy.ClientKeySettings):
         default = akashproxy.default_text(item)
         assert f"| `{item.name}` | {f'`{default}`' if default else ''} | {item.metadata['help']} |" in README, item.name
     for path in akashproxy.ROUTES:
@@ -9378,7 +9378,7 @@ def test_in_the_image_the_port_of_a_mounted_file_is_heard(name, data, environ, l
 def test_the_readmes_docker_lines_mount_files_where_they_are_found():
     mounted = re.findall(r"docker run .* -v \"\$PWD/([^:]+):([^:]+):ro\" akashproxy", README)
     assert [file for file, _ in mounted] == akashproxy.FILE_NAMES
-    assert all(os.path.dirname(path) in akashproxy.SEARCHED and os.path.basename(path) == file for file, path in mounted)
+    assert all(os.path.dirname(path) in akashproxy.CONFIG_DIRECTORIES and os.path.basename(path) == file for file, path in mounted)
 
 
 @pytest.mark.parametrize("number", [None, signal.SIGINT, signal.SIGTERM])
@@ -9394,12 +9394,12 @@ def test_the_bench(number, tmp_path):
     head, _, *rows = [[cell.strip() for cell in line.split("|")] for line in out.splitlines() if "|" in line]
     assert head == list(COLUMNS)
     if number is None:
-        assert [tuple(row[:3]) for row in rows] == list(itertools.product(
+        assert [tuple(entry[:3]) for entry in rows] == list(itertools.product(
             ("whole, 16 clients", "bursts, 16 streams", "spaced, 2 streams", "spaced, 20 streams"), PATHS, ("direct", "akashproxy")))
-        for row in rows:
-            numbers = [float(part) for cell in row[3:7] for part in cell.strip("*").split(" / ")]
-            assert len(row) == len(COLUMNS) and len(numbers) == 6 and min(numbers) > 0 and row[-1] == "0", row
-            assert numbers[2] <= numbers[3] and numbers[4] <= numbers[5] and (row[2] == "direct") == (row[7:10] == ["-"] * 3), row
+        for entry in rows:
+            numbers = [float(part) for cell in entry[3:7] for part in cell.strip("*").split(" / ")]
+            assert len(entry) == len(COLUMNS) and len(numbers) == 6 and min(numbers) > 0 and entry[-1] == "0", entry
+            assert numbers[2] <= numbers[3] and numbers[4] <= numbers[5] and (entry[2] == "direct") == (entry[7:10] == ["-"] * 3), entry
     assert not list(tmp_path.iterdir())
     with pytest.raises(ProcessLookupError):     # of its session nobody is left
         os.killpg(process.pid, 0)
@@ -9535,14 +9535,14 @@ def test_openai_tools_and_forms(pool):
             kinds = [event.type for event in events]
             response = events.get_final_response()
         assert "response.function_call_arguments.delta" in kinds and "response.reasoning_summary_text.delta" in kinds
-        whole = client.responses.create(model="both", input=[user("hi")], tools=tools)
-        for told in (response, whole):
-            assert [item.type for item in told.output] == ["reasoning", "message", "function_call", "function_call"]
-            assert [(item.call_id, item.name, item.arguments) for item in told.output[2:]] == [("call_1", "f", '{"city":"Oslo"}'), ("call_2", "g", "{}")]
+        complete = client.responses.create(model="both", input=[user("hi")], tools=tools)
+        for reply in (response, complete):
+            assert [item.type for item in reply.output] == ["reasoning", "message", "function_call", "function_call"]
+            assert [(item.call_id, item.name, item.arguments) for item in reply.output[2:]] == [("call_1", "f", '{"city":"Oslo"}'), ("call_2", "g", "{}")]
         with client.chat.completions.stream(**BOTH, tools=[tool()]) as events:
             assert events.get_final_completion().choices[0].message.tool_calls[0].function.arguments == '{"city":"Oslo"}'
-        client.responses.create(model="both", tools=tools, input=[user("hi"), *whole.output, *(
-            {"type": "function_call_output", "call_id": item.call_id, "output": "rain"} for item in whole.output[2:])])
+        client.responses.create(model="both", tools=tools, input=[user("hi"), *complete.output, *(
+            {"type": "function_call_output", "call_id": item.call_id, "output": "rain"} for item in complete.output[2:])])
         assert a.bodies()[-1]["messages"] == [user("hi"), {**called(("call_1", "f", '{"city":"Oslo"}'), ("call_2", "g", "{}")), "content": "wait"}, *(
             {"role": "tool", "tool_call_id": id, "content": "rain"} for id in ("call_1", "call_2"))]
 
