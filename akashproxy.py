@@ -5277,9 +5277,11 @@ END_HINTS = {
 
 def has_content(data: bytes) -> bool:
     """Whether an event of a stream has more than its opening: text, reasoning, a call of a tool, an error, an end."""
+    if not data or data.isspace():  # to have JSON refuse a million of these takes seconds
+        return False
     event = json_or_none(data)
     if not isinstance(event, dict):
-        return bool(data.strip())
+        return True
     if isinstance(event.get("type"), str):
         return not OPENING.fullmatch(event["type"])
     choices = event.get("choices")
