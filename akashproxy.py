@@ -8247,7 +8247,7 @@ class Connection:
         self.body = BodyReader()
         self.request: Optional[Request] = None  # being read or answered
         self.on_drained: Optional[Callable[[], None]] = None  # called once all output is sent
-        self.pipelined = False  # its next request is here: readability no longer reveals its end
+        self.pipelined = False  # its next request, or its end, is here: nothing more is read
         self.events = 0  # that the loop waits for
         self.linger_budget = 0
         self.deadline, self.timeout_message = math.inf, ""
@@ -8375,13 +8375,17 @@ class Connection:
             self.end_request()
 
     def _look_for_disconnect(self) -> None:
-        """While a response is awaited: the client has left, or has sent its next request."""
+        """While a response is awaited: the client has left, or has sent its next request.
+
+        One that has only ended its side (``printf ... | nc``) looks the same as one that has left. It
+        gets what is made here, but no upstream works for it.
+        """
         seen = peek(self.sock)
-        if (
-            seen == b"" and self.request.error is None
-        ):  # one that is refused may have ended its side before
-            self.disconnect()
-        elif seen is not None:
+        if seen == b"":
+            self.request.cancel()  # also a call that its worker is about to begin
+            if self.request.call is not None:
+                return self.disconnect()
+        if seen is not None:
             self.pipelined = True
             self._wait_for_events()
 
@@ -8553,7 +8557,7 @@ class Connection:
         if now >= self.deadline:
             self._on_deadline()
         elif self.state in ANSWERING:
-            if self.pipelined and self.request.error is None and peer_has_closed(self.sock):
+            if self.pipelined and self.request.call is not None and peer_has_closed(self.sock):
                 self.disconnect()
             else:
                 self.request.writer.on_tick(now)

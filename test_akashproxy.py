@@ -1771,6 +1771,15 @@ def test_bad_heads_are_refused_as_json_and_the_connection_closed(case, serve):
     assert b"Connection: close" in got and json.loads(got.partition(b"\r\n\r\n")[2])["code"] == status
 
 
+@pytest.mark.parametrize("path, count", [("/health", 1), ("/health", 20), ("/", 1), ("/status", 3), ("/metrics", 1)])
+def test_a_client_that_has_ended_its_side_gets_what_is_made_here(path, count, serve):
+    server = serve()
+    request = f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
+    for _ in range(20):     # it depends on who is faster
+        assert talk(server, request * count, half_close=True).count(b"HTTP/1.1 200 ") == count
+    assert talk(server, b"GET /health HTTP/1.0\r\n\r\n", half_close=True).startswith(b"HTTP/1.1 200 ")
+
+
 def test_keep_alive_and_pipelines(serve):
     server = serve()
     two = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n" * 2 + b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
