@@ -3155,7 +3155,13 @@ UPSTREAM_ERRORS = [
         r"fewer max_tokens|can only afford|prompt tokens limit exceeded",
         "refused",
     ),
-    ErrorRule((429,), "", r"^request too large|input or output tokens must be reduced", "refused"),
+    ErrorRule(
+        (429,),
+        "",
+        r"^request too large|input or output tokens must be reduced|tokens allowed per request"
+        r"|long context requests|reduce the (?:length|size) of (?:the|your)",
+        "refused",
+    ),
     ErrorRule((413,), "rate_limit_exceeded", "tokens per minute", "refused"),
     ErrorRule(
         (402, 403, 451), "web_page", "", "refused"

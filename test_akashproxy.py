@@ -3787,6 +3787,9 @@ BLAMED = {
     "too many tokens": ((402, err(AFFORD, code=402)), (402,)),
     "a firewall": ((403, CF_PAGE), (403,)),
     "a large request": ((429, err("Request too large for typo"), b"Retry-After: 172800\r\n"), (429,)),
+    "a long request": ((429, err("This exceeds the maximum number of tokens allowed per request."), b"Retry-After: 172800\r\n"), (429,)),
+    "a long context": ((429, err("Extra usage is required for long context requests."), b"Retry-After: 172800\r\n"), (429,)),
+    "a long prompt": ((429, err("The prompt is over the limit. Please reduce the length of the messages."), b"Retry-After: 172800\r\n"), (429,)),
 }
 
 
