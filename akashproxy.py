@@ -219,16 +219,16 @@ def to_json(value: Any) -> bytes:
 def from_json(data: bytes, max_values: int = MAX_JSON_VALUES) -> Any:
     """The value of a JSON text in UTF-8. ValueError for NaN, infinite numbers, bad UTF-8, too many values or levels."""
     check_json(data, max_values)
-    return _parse(data)
+    return _parse(data, _decode)
 
 
-def _parse(data: bytes) -> Any:
+def _parse(data: bytes, decode: Callable[[str], Any]) -> Any:
     data = data[3:] if data[:3] == b"\xef\xbb\xbf" else data
     try:
         return (
-            _decode(data.decode())
+            decode(data.decode())
             if len(data) < LARGE_JSON or data.isascii()
-            else _parse_apart(data)
+            else _parse_apart(data, decode)
         )
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
@@ -242,7 +242,7 @@ LONG_STRING = 256  # bytes or characters; of MAX_JSON_VALUES shorter ones no lar
 STRING_SLICE = 1 << 16
 
 
-def _parse_apart(data: bytes) -> Any:
+def _parse_apart(data: bytes, decode: Callable[[str], Any]) -> Any:
     """The value of a large JSON text."""
     strings, parts, at, nonce = {}, [], 0, os.urandom(12).hex()
     for number, cuts in enumerate(_long_strings(data)):
@@ -253,7 +253,7 @@ def _parse_apart(data: bytes) -> Any:
         strings[mark] = text.decode("utf-8", "surrogatepass")
         parts += data[at : cuts[0]], mark.encode()
         at = cuts[-1]
-    value = _decode(b"".join([*parts, data[at:]]).decode())
+    value = decode(b"".join([*parts, data[at:]]).decode())
     for container, key, text in _strings_in(value):
         if text in strings:
             container[key] = strings[text]
@@ -444,9 +444,10 @@ def utc(moment: float) -> str:
 
 
 def json_or_none(data: bytes) -> Any:
-    """The value of a JSON text; None if it is something else."""
+    """The value of an upstream's JSON text, with None for numbers that are not finite; None if it is something else."""
     try:
-        return from_json(data)
+        check_json(data, MAX_JSON_VALUES)
+        return _parse(data, _decode_any)
     except ValueError:
         return None
 
@@ -7673,7 +7674,7 @@ class Passthrough(Dialect):
         """The body's object; {} if it is something else, as the upstream may know what that is."""
         check_json(data, MAX_RELAYED_VALUES)
         try:
-            return as_dict(_parse(data))
+            return as_dict(_parse(data, _decode))
         except ValueError:
             return {}
 

@@ -6334,7 +6334,20 @@ def test_numbers_that_are_no_json_are_not_passed_on(pool):
     assert strict(got.body)["content"][0]["input"] == {"a": None, "b": None, "c": None, "d": 1.5}
     fake.faults.append(lambda sock, request: sock.sendall(
         fake.head() + chunk(b'data: {"choices":[{"delta":{"content":"x"},"logprobs":-1e999}]}\n\n') + b"0\r\n\r\n") or True)
-    assert ask(pool((fake, {"paths": ("/none",)})), "POST", "/v1/messages", {**ASKED, "stream": True}).status == 502
+    got = ask(pool((fake, {"paths": ("/none",)})), "POST", "/v1/messages", {**ASKED, "stream": True})
+    assert got.status == 200 and b'"text":"x"' in got.body and b"nfinity" not in got.body
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/responses"])
+@pytest.mark.parametrize("odd", ["1e999", "-1e999", "NaN", "-Infinity"])
+def test_an_upstreams_number_that_is_not_finite_costs_no_answer(odd, path, pool):
+    whole = {"choices": [{"message": {"content": "fine"}, "finish_reason": "stop", "logprobs": "ODD"}], "usage": {"prompt_tokens": "ODD"}}
+    for padding in ("", "\u4e2d" * (1 << 19)):     # a large text is parsed another way
+        fake = FakeOpenAI()
+        data = json.dumps({**whole, "padding": padding}, ensure_ascii=False).replace('"ODD"', odd).encode()
+        fake.faults.append(fake.garbage(reply(200, data)))
+        got = ask(pool((fake, {"paths": ("/none",)})), "POST", path, {**ASKED, "input": "hi"})
+        assert got.status == 200 and "fine" in json.dumps(json.loads(got.body, parse_constant=pytest.fail))
 
 
 LONG_NAMES = {"letters": "x" * 100_000, "controls": "\x01" * 30_000, "tags": "\U000e0001" * 20_000, "words": "ab -- / " * 10_000}
