@@ -9290,6 +9290,47 @@ def test_the_sections_stand_in_the_docstrings_order():
     assert re.split(r",\s+", order) == banners
 
 
+MAY_NAME = {    # a section: the sections whose names may stand in it
+    "names": "", "errors": "names", "events": "names errors", "http": "names errors",
+    "settings": "names errors transport controllers",       # a CA file is checked by loading it, a type by CONTROLLERS
+    "transport": "names errors events settings http",
+    "streams": "names errors events settings http transport",
+    "controllers": "names errors events settings http transport streams",
+    "pool": "names errors events settings transport streams controllers",
+    "dialects": "names errors events settings http controllers pool",
+    "loop": "names errors events settings http transport pool relay limits server",
+    "relay": "names errors http streams controllers loop server",
+    "limits": "names errors settings streams controllers server",
+    "server": "names errors events settings http transport controllers pool dialects loop relay limits page",
+    "demo": "names", "page": "names", "main": "names errors settings server demo",
+}
+
+
+def test_sections_name_only_what_they_may():
+    """Dialects know no sockets and no upstreams, controllers no clients, the loop no formats."""
+    banners = [(match.start(), match[1]) for match in re.finditer(r"^# == \d+\. (\w+)", SOURCE, re.M)]
+    starts = [SOURCE.count("\n", 0, at) + 1 for at, _ in banners]
+    tree = ast.parse(SOURCE)
+
+    def section(node):
+        return [name for line, (_, name) in zip(starts, banners) if line <= node.lineno][-1]
+
+    home = {}
+    for node in tree.body:
+        targets = getattr(node, "targets", [getattr(node, "target", None)])
+        for name in [getattr(node, "name", None), *(getattr(target, "id", None) for target in targets)]:
+            if name and node.lineno > starts[0]:
+                home[name] = section(node)
+    found = set()
+    for node in tree.body:
+        if node.lineno > starts[0]:
+            names = [name for name in ast.walk(node) if isinstance(name, ast.Name)]
+            local = {name.id for name in names if not isinstance(name.ctx, ast.Load)}
+            local |= {argument.arg for argument in ast.walk(node) if isinstance(argument, ast.arg)}
+            found |= {(section(node), home[name.id], name.id) for name in names if name.id in home and name.id not in local}
+    assert not {(at, other, name) for at, other, name in found if other != at and other not in MAY_NAME[at].split()}
+
+
 def test_public_names_exist_and_have_a_docstring():
     for name in akashproxy.__all__:
         value = getattr(akashproxy, name)
