@@ -8266,8 +8266,8 @@ def test_every_field_of_the_log_is_in_the_readme(caplog, serve):
     assert rows("The log") == [f"`{name}`" for name in facts]
 
 
-def test_what_the_readme_says_to_be_woken_by_is_logged():
-    for entry in rows("What to be woken by"):
+def test_the_readmes_alerts_are_logged():
+    for entry in rows("Alerts"):
         level, words = (re.findall(r"an? (warning|error) `(.*)`", entry) or [("", "")])[0]
         calls = "error|exception" if level == "error" else "warning"
         assert not level or re.search(rf'log\.({calls})\([^)]*?{re.escape(words)}', SOURCE), entry
