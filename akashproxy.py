@@ -35,8 +35,8 @@ request to the upstream, and may block in that. A streamed chat:
     8 loop    the end: access log, metrics, Connection(IDLE)
 
 The sections, from top to bottom (``grep '^# ==' akashproxy.py``):
-names, errors, events, settings, http, transport, controllers, pool, dialects, loop, relay, limits,
-server, demo, page, main.
+names, errors, events, settings, http, transport, streams, controllers, pool, dialects, loop, relay,
+limits, server, demo, page, main.
 
 Where is ...
 
@@ -1929,14 +1929,14 @@ def validate(item: Any, value: Any) -> Any:
 
 
 # == 5. http ==================================================================================
-# A strict HTTP/1.1 codec for both sides (RFC 9112): heads and bodies, no more. It refuses whatever
-# two readers of one message could read differently. Knows neither models nor JSON.
+# A strict HTTP/1.1 codec for both sides (RFC 9112): heads and body framing. It rejects messages
+# that two implementations could read differently (request smuggling). Knows no models and no JSON.
 
 MAX_HEAD_BYTES = 65536
 MAX_HEADERS = 100
-MAX_INTERIM_RESPONSES = 100  # 1xx answers before the final one
+MAX_INTERIM_RESPONSES = 100  # 1xx responses before the final one
 RECV_SIZE = 65536
-MAX_BUFFERED_BODY = 64 << 20  # bytes of an upstream's answer that is kept whole
+MAX_BUFFERED_BODY = 64 << 20  # bytes of a response that is parsed only when complete
 
 _FIELD = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t -~\x80-\xff]*)")
 _BARE_BREAK = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)")
@@ -1956,33 +1956,36 @@ _TOKEN_BYTES = frozenset(
 
 
 def find_head_end(buffer: bytes, scan_from: int = 0, first: Iterable[int] = _TOKEN_BYTES) -> int:
-    """Where the blank line after a head begins; -1 if it has not come. What is hopeless is refused at once."""
+    """Index of the blank line that ends a head; -1 if the head is incomplete.
+
+    ProtocolError as soon as the buffer cannot become a valid head: ``first`` holds the bytes that
+    may begin it, and everything before ``scan_from`` has been scanned by an earlier call.
+    """
     end = buffer.find(b"\r\n\r\n", scan_from)
     if end > MAX_HEAD_BYTES or end < 0 and len(buffer) > MAX_HEAD_BYTES:
         raise ProtocolError("the head is too large", 431)
+    if end >= 0 or not buffer or buffer == b"\r":
+        return end
+    first_line_complete = buffer.find(b"\r\n", scan_from) >= 0
     if (
-        end < 0
-        and buffer
-        and buffer != b"\r"
-        and (
-            buffer[0] not in first
-            or _BARE_BREAK.search(buffer, scan_from)
-            or buffer.find(b"\r\n", scan_from) >= 0
-            and b"HTTP/" not in buffer
-        )
+        buffer[0] not in first
+        or _BARE_BREAK.search(buffer, scan_from)
+        or first_line_complete
+        and b"HTTP/" not in buffer
     ):
         raise ProtocolError("this is not HTTP/1.1")
     return end
 
 
-# One head is much like the other: what lines were taken apart to is remembered, unless they are long.
+# Heads repeat their lines from message to message, so parsed lines are cached. The lines of long
+# heads are not, or the cache could hold megabytes.
 cached = functools.lru_cache(maxsize=1024)
-LONG_PATH = 8192  # a longer one is none of ours however it is decoded, which would cost the more
-CACHE_MAX_LINE = 2048
+MAX_CACHED_HEAD = 2048
+LONG_PATH = 8192  # longer paths match no route, so percent-decoding them would be wasted time
 
 
 class Headers(Dict[str, str]):
-    """The fields of a message by lower-case name; lookups by any case, as with the library's headers."""
+    """Headers by lower-case name, with case-insensitive lookup."""
 
     def __missing__(self, name: str) -> str:
         lower = name.lower()
@@ -1998,11 +2001,14 @@ class Headers(Dict[str, str]):
 
 
 def parse_head(head: bytes, parse_line: Any) -> Tuple[Any, Dict[str, str]]:
-    """What a head's first line says, and its fields; those of one name joined by ", ", set-cookie by a line feed."""
+    """Parse a head into its start line, by ``parse_line``, and its headers.
+
+    Values of a repeated header are joined by ", ", those of set-cookie by a line feed.
+    """
     line, *lines = head.decode("latin-1").split("\r\n")
     if len(lines) > MAX_HEADERS:
-        raise ProtocolError("there are too many header fields", 431)
-    if len(head) <= CACHE_MAX_LINE:
+        raise ProtocolError("there are too many headers", 431)
+    if len(head) <= MAX_CACHED_HEAD:
         start_line, pairs = parse_line(line), list(map(parse_field, lines))
     else:
         start_line, pairs = parse_line.__wrapped__(line), list(map(parse_field.__wrapped__, lines))
@@ -2019,16 +2025,19 @@ def parse_head(head: bytes, parse_line: Any) -> Tuple[Any, Dict[str, str]]:
 
 @cached
 def parse_field(line: str) -> Tuple[str, str]:
-    """A header field's name, in lower case, and its value."""
+    """Parse a header line into its lower-case name and its value."""
     match = _FIELD.fullmatch(line)
     if not match:
-        raise ProtocolError("a header field is malformed")
+        raise ProtocolError("a header is malformed")
     return match[1].lower(), match[2].strip(" \t")
 
 
 @cached
 def parse_request_line(line: str) -> Tuple[str, str, str, str]:
-    """Method, path (decoded once), query and minor version of a request line (RFC 9112, 3)."""
+    """Parse a request line (RFC 9112, 3).
+
+    Returns the method, the percent-decoded path, the query and the minor version.
+    """
     match = _REQUEST_LINE.fullmatch(line)
     if not match:
         raise ProtocolError("the request line is malformed")
@@ -2039,7 +2048,7 @@ def parse_request_line(line: str) -> Tuple[str, str, str, str]:
     if absolute:
         target = target[absolute.end() :] or "/"
     elif not target.startswith("/") and (target, method) != ("*", "OPTIONS"):
-        raise ProtocolError("the request's target is malformed")
+        raise ProtocolError("the request target is malformed")
     path, _, query = target.partition("?")
     path = path if len(path) > LONG_PATH else urllib.parse.unquote(path, errors="replace")
     return method, path, query, "0" if http_minor == "0" else "1"
@@ -2047,15 +2056,15 @@ def parse_request_line(line: str) -> Tuple[str, str, str, str]:
 
 @cached
 def parse_status_line(line: str) -> Tuple[str, int]:
-    """Minor version and status of a status line (RFC 9112, 4)."""
+    """Parse a status line into its minor version and its status (RFC 9112, 4)."""
     match = _STATUS_LINE.fullmatch(line)
     if not match:
         raise ProtocolError("this is not HTTP/1.1")
     return match[1], int(match[2])
 
 
-class ChunkSizes(dict):
-    """The size of a chunk by its line, -1 if that has more in it. The first thousands of them are remembered."""
+class ChunkSizes(Dict[bytes, int]):
+    """Cache of chunk sizes by chunk-size line; -1 if that is not a plain number."""
 
     def __missing__(self, line: bytes) -> int:
         size = int(line, 16) if _HEX.fullmatch(line) else -1
@@ -2068,20 +2077,20 @@ CHUNK_SIZES = ChunkSizes()
 
 
 class BodyDecoder:
-    """The body of a message, taken out of its framing as the bytes arrive (RFC 9112, section 6).
+    """Removes the framing of a message body as its bytes arrive (RFC 9112, 6).
 
-    feed() gives the payload within the data; ``done`` tells that the end was reached, ``trailing_data`` what
-    came after it; close() says that the connection has ended. ProtocolError for what smuggling is made of.
+    feed() returns the payload within the data. ``done`` is set at the end of the body, and
+    ``trailing_data`` then holds the bytes after it. close() reports the end of the connection.
+    All of them raise ProtocolError for framing that is ambiguous, malformed or incomplete.
     """
 
     def __init__(self, fields: Dict[str, str], until_close: bool = False) -> None:
         self.done, self.trailing_data = False, b""
-        self.remaining = 0  # payload still to come, of the body or of the chunk
+        self.remaining = 0  # payload bytes still expected, of the body or of the current chunk
         self.chunked = self.until_close = False
-        self.state, self.buffer = (
-            "size",
-            b"",
-        )  # of the chunked framing: what comes next, and the part of a line that is here
+        self.state = "size"  # the framing line expected next: "size", "end" of a chunk, "trailer"
+        self.buffer = b""  # an incomplete framing line
+        self.trailers = 0
         coding, length = fields.get("transfer-encoding"), fields.get("content-length")
         if coding is not None:
             if length is not None:
@@ -2091,7 +2100,7 @@ class BodyDecoder:
             self.chunked = True
         elif length is not None:
             if not _LENGTH.fullmatch(length):
-                raise ProtocolError("Content-Length is no number")
+                raise ProtocolError("Content-Length is not a valid number")
             self.remaining = int(length)
             self.done = not self.remaining
         else:
@@ -2115,7 +2124,10 @@ class BodyDecoder:
             raise ProtocolError("the connection ended within a body")
 
     def _chunked(self, data: bytes) -> bytes:
-        """size [;extension] CR LF data CR LF ... 0 CR LF trailers CR LF"""
+        """Decode chunked coding (RFC 9112, 7.1).
+
+        size [;extension] CR LF data CR LF ... 0 CR LF trailers CR LF
+        """
         chunk = self.single_chunk(data)
         if chunk:
             return chunk
@@ -2134,7 +2146,9 @@ class BodyDecoder:
                 self.state = "end"
             elif untried and self.state == "size":
                 untried = False
-                chunks, data, at = self._split_simple_chunks(data[at:] if at else data)
+                if at:
+                    data, scan_from, at = data[at:], max(0, scan_from - at), 0
+                chunks, at = self._split_simple_chunks(data)
                 parts += chunks
                 if self.done:
                     break
@@ -2149,7 +2163,7 @@ class BodyDecoder:
         return b"".join(parts) if len(parts) != 1 else parts[0]
 
     def single_chunk(self, data: bytes) -> bytes:
-        """The payload, if the data is one whole chunk, as where tokens come one by one; else b""."""
+        """Payload of data that is exactly one plain chunk, as of a lone token; else b""."""
         if (
             not self.remaining
             and not self.buffer
@@ -2161,10 +2175,11 @@ class BodyDecoder:
                 return chunk[:-2]
         return b""
 
-    def _split_simple_chunks(self, data: bytes) -> Tuple[List[bytes], bytes, int]:
-        """The usual, taken apart at once: whole chunks without extensions, and without a line break within.
+    def _split_simple_chunks(self, data: bytes) -> Tuple[List[bytes], int]:
+        """Split complete chunks at line breaks, all at once.
 
-        They, the data, and where in it they end.
+        Returns the payloads and the index of their end in the data, or [] and 0 if a chunk has an
+        extension or contains a line break.
         """
         parts = data.split(b"\r\n")
         chunks = parts[1:-1:2]
@@ -2174,18 +2189,19 @@ class BodyDecoder:
             or b"" in chunks[:-1]
             or list(map(len, chunks)) != list(map(CHUNK_SIZES.__getitem__, sizes))
         ):
-            return [], data, 0
+            return [], 0
         self.done = not chunks[-1]
-        rest = parts[2 * len(chunks) :]
-        return chunks, data, len(data) - sum(map(len, rest)) - 2 * (len(rest) - 1)
+        trailing = parts[2 * len(chunks) :]
+        return chunks, len(data) - sum(map(len, trailing)) - 2 * (len(trailing) - 1)
 
     def _save_partial(self, data: bytes, scan_from: int) -> None:
+        """Buffer an incomplete framing line; ProtocolError if it can't become valid."""
         if (
             len(data) > 4096
             or _BARE_BREAK.search(data, scan_from)
             or (self.state == "end" and data not in (b"", b"\r"))
         ):
-            raise ProtocolError("the chunked coding is broken")
+            raise ProtocolError("the chunked coding is malformed")
         self.buffer = data
 
     def _handle_framing_line(self, line: bytes) -> None:
@@ -2196,7 +2212,6 @@ class BodyDecoder:
             self.remaining = int(match[1], 16)
             if not self.remaining:
                 self.state = "trailer"
-                self.trailers = 0
         elif self.state == "end":
             if line:
                 raise ProtocolError("a chunk is longer than its size")
@@ -2214,27 +2229,34 @@ NO_BODY = BodyDecoder({})
 
 
 # == 6. transport =============================================================================
-# The way to an upstream: urllib.request with connections that are kept. The network's exceptions
-# end here: above this section an OSError can only mean that the client left. Knows no models.
+# Connections to upstreams: urllib.request with a connection pool. All network exceptions end here;
+# above this section an OSError can only mean that the client disconnected. Knows no models.
 
 
 class UpstreamRequest(urllib.request.Request):
-    """A request to an upstream. Its URL is taken apart once: each exchange has a copy of its own."""
+    """A request to an upstream. Transport parses each URL once and sends copies."""
+
+    body: Optional[bytes]
+    fields: Dict[str, str]
+    scope: CancelScope
+    force_new_connection: object
+    tunnel_headers: Dict[str, str]
+    _tunnel_host: Optional[str]  # urllib's: the upstream, if a proxy tunnels to it
 
     def copy(
         self,
         method: str,
-        data: Optional[bytes],
+        body: Optional[bytes],
         fields: Dict[str, str],
         scope: CancelScope,
-        force_new_connection: Any,
+        force_new_connection: object,
     ) -> "UpstreamRequest":
         request = UpstreamRequest.__new__(UpstreamRequest)
         request.__dict__.update(
             self.__dict__,
             unredirected_hdrs={},
             method=method,
-            body=data,
+            body=body,
             fields=fields,
             scope=scope,
             force_new_connection=force_new_connection,
@@ -2242,7 +2264,7 @@ class UpstreamRequest(urllib.request.Request):
         return request
 
     def to_bytes(self) -> bytes:
-        """The request as it goes on the wire."""
+        """Serialize head and body."""
         fields = {"Host": self.host, **self.unredirected_hdrs, **self.fields}
         head = request_head(f"{self.method} {self.selector} HTTP/1.1", *fields.items())
         if self.body is None:
@@ -2252,7 +2274,10 @@ class UpstreamRequest(urllib.request.Request):
 
 @functools.lru_cache(maxsize=64)
 def request_head(line: str, *fields: Tuple[str, str]) -> bytes:
-    """A request's head but for its length and its end. Those of one upstream are much alike, so they are remembered."""
+    """Serialize a request's head without Content-Length and the final blank line.
+
+    ProtocolError for a CR, LF or NUL within a line. Cached: an upstream's heads repeat.
+    """
     lines = [line, *[f"{name}: {value}" for name, value in fields], ""]
     head = "\r\n".join(lines).encode("latin-1")
     if (
@@ -2260,27 +2285,27 @@ def request_head(line: str, *fields: Tuple[str, str]) -> bytes:
         or head.count(b"\r") != len(fields) + 1
         or b"\0" in head
     ):
-        raise ProtocolError("a line break in a header field")
+        raise ProtocolError("a header contains a line break")
     return head
 
 
 class ConnectionPool(urllib.request.BaseHandler):
-    """urllib's handler of http and https, with the codec of section 5 and connections that are used again.
+    """urllib handler for http and https with persistent connections. Any thread.
 
-    It sends; who asked receives. Kept connections do not block, and one that has ended is noticed
-    before it is used; where it ends in that very moment, the answer's failure is of the kind "again".
+    It connects and sends; the caller receives. Idle connections are non-blocking, and one that the
+    server has closed is dropped before use. If the server closes one just as a request is sent,
+    the response fails with category "again" and the request is repeated on a new connection.
     """
 
     def __init__(self, ca_file: str = "") -> None:
         self.ca_file = ca_file
-        self.idle: Dict[
-            Any, List[Tuple[float, Any]]
-        ] = {}  # (until when, socket), the youngest last
+        # (expires_at, socket) by request key, the most recently used last
+        self.idle: Dict[Any, List[Tuple[float, Any]]] = {}
         self.closed = False
         self.lock = threading.Lock()
 
-    def http_open(self, request: Any) -> "UpstreamResponse":
-        """Send a request."""
+    def http_open(self, request: UpstreamRequest) -> "UpstreamResponse":
+        """Send a request on an idle or a new connection."""
         key = request.type, request.host, request._tunnel_host
         sock = None if request.force_new_connection else self._acquire(key)
         reused = sock is not None
@@ -2290,10 +2315,12 @@ class ConnectionPool(urllib.request.BaseHandler):
             request.scope.attach(sock)
             try:
                 self._send(sock, request.to_bytes())
-            except OSError if reused else ConnectionError:
-                log.debug(
-                    "%s: it closed the connection while a request was sent", request.host
-                )  # it may have answered before
+            except OSError as error:
+                # The server may have sent an error and closed without reading all of the request:
+                # that response must still be read.
+                if not reused and not isinstance(error, ConnectionError):
+                    raise
+                log.debug("%s closed the connection while a request was sent", request.host)
             return UpstreamResponse(sock, request, reused, self, key)
         except BaseException:
             request.scope.detach()
@@ -2304,7 +2331,7 @@ class ConnectionPool(urllib.request.BaseHandler):
 
     @staticmethod
     def _send(sock: Any, data: bytes) -> None:
-        """Send all of a request; a kept connection does not block, and most often takes all of it at once."""
+        """Send all data; an idle connection stays non-blocking if one send() is enough."""
         try:
             sent = sock.send(data)
         except (BlockingIOError, WantWrite):
@@ -2314,7 +2341,7 @@ class ConnectionPool(urllib.request.BaseHandler):
             sock.sendall(data[sent:])
 
     def release(self, key: Any, sock: Any, seconds: float) -> None:
-        """Keep a connection for the next request, for so long."""
+        """Keep a connection for reuse within ``seconds``."""
         if sock.gettimeout() != 0:
             sock.setblocking(False)
         with self.lock:
@@ -2324,19 +2351,15 @@ class ConnectionPool(urllib.request.BaseHandler):
         sock.close()
 
     def close_expired(self, now: float) -> None:
-        """Close the connections that were kept until now."""
+        """Close idle connections whose time is over at ``now`` (time.monotonic())."""
+        expired = []
         with self.lock:
-            old = [
-                sock
-                for connections in self.idle.values()
-                for until, sock in connections
-                if until < now
-            ]
             for key, connections in list(self.idle.items()):
-                self.idle[key] = [link for link in connections if link[0] >= now]
+                expired += [sock for expires_at, sock in connections if expires_at < now]
+                self.idle[key] = [entry for entry in connections if entry[0] >= now]
                 if not self.idle[key]:
                     del self.idle[key]
-        for sock in old:
+        for sock in expired:
             sock.close()
 
     def close(self) -> None:
@@ -2345,18 +2368,19 @@ class ConnectionPool(urllib.request.BaseHandler):
         self.close_expired(math.inf)
 
     def _acquire(self, key: Any) -> Any:
-        """A kept connection that is still good, or None."""
+        """Pop an idle connection that the server has not closed; None if there is none."""
         while True:
             with self.lock:
                 connections = self.idle.get(key)
                 if not connections:
                     return None
-                until, sock = connections.pop()
-            if until >= time.monotonic() and peek(sock) is None:
+                expires_at, sock = connections.pop()
+            if expires_at >= time.monotonic() and peek(sock) is None:
                 return sock
             sock.close()
 
-    def _connect(self, request: Any) -> Any:
+    def _connect(self, request: UpstreamRequest) -> Any:
+        connection: http.client.HTTPConnection
         if request.type == "https":
             connection = http.client.HTTPSConnection(
                 request.host, timeout=request.timeout, context=tls_context(self.ca_file)
@@ -2374,7 +2398,10 @@ class ConnectionPool(urllib.request.BaseHandler):
 
 
 def is_persistent(http_minor: str, headers: Dict[str, str]) -> bool:
-    """Does a message leave its connection open? ``http_minor`` is the digit after "HTTP/1."."""
+    """Return whether the connection stays open after a message (RFC 9112, 9.3).
+
+    ``http_minor`` is the digit after "HTTP/1.".
+    """
     if "connection" not in headers:
         return http_minor == "1"
     options = [option.strip().lower() for option in headers.get("connection", "").split(",")]
@@ -2382,7 +2409,10 @@ def is_persistent(http_minor: str, headers: Dict[str, str]) -> bool:
 
 
 def keepalive_seconds(headers: Dict[str, str]) -> float:
-    """How long a kept connection may be used: a second less than its server said (conn-keepalive: 5 s, closed after 6)."""
+    """Seconds for which an idle connection may be reused.
+
+    One second less than the server's Keep-Alive announces, or a request could cross its close.
+    """
     keep_alive = headers.get("keep-alive")
     match = re.search(r"timeout=([0-9]{1,4})", keep_alive) if keep_alive else None
     return max(0.0, float(match[1]) - 1) if match else 30.0
@@ -2390,8 +2420,8 @@ def keepalive_seconds(headers: Dict[str, str]) -> float:
 
 DONTWAIT = int(
     getattr(socket, "MSG_DONTWAIT", 0)
-)  # do not wait, even if the socket is a blocking one
-PEEK = socket.MSG_PEEK | DONTWAIT  # and leave what is there
+)  # makes one recv() of a blocking socket not block
+PEEK = socket.MSG_PEEK | DONTWAIT
 
 try:
     from ssl import (
@@ -2404,7 +2434,7 @@ except ImportError:  # a Python without ssl
 
 
 def peek(sock: Any) -> Optional[bytes]:
-    """What a socket has to say, left there: None if nothing, b"" if the other side has closed or reset it."""
+    """Peek at the next byte: b"" if the peer has closed, None if nothing has arrived."""
     try:
         if not DONTWAIT and not select.select([sock], [], [], 0)[0]:  # Windows
             return None
@@ -2415,45 +2445,47 @@ def peek(sock: Any) -> Optional[bytes]:
         return b""
 
 
-def peer_has_closed(sock: Any) -> bool:
-    """Has the other side closed, even if it has said something before that?"""
+def peer_has_closed(sock: socket.socket) -> bool:
+    """Return whether the peer has closed; on Linux even if unread data precedes it."""
     peeked = peek(sock)
     if peeked and hasattr(socket, "TCP_INFO"):
-        return (
-            sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1) != b"\x01"
-        )  # Linux: no more ESTABLISHED
+        # Linux: the first byte of struct tcp_info is the state, 1 is TCP_ESTABLISHED.
+        return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1) != b"\x01"
     return peeked == b""
 
 
 @functools.lru_cache(maxsize=None)
 def tls_context(ca_file: str) -> Any:
-    """The TLS context: host names checked, the system's authorities and those of a file. Made when first needed."""
-    import ssl
+    """Create the TLS context: system CAs and those of a file, host names checked."""
+    import ssl  # here: a Python without it can still reach http upstreams
 
     context = ssl.create_default_context()
     if ca_file:
         context.load_verify_locations(ca_file)
-    # A connection that ends without close_notify was cut; by default Python reports that as a proper end, and so
-    # does OpenSSL 3 if Python asks it to (0x80: the option's value, for a Python that has no name for it).
+    # A connection that ends without close_notify was cut: without these two lines a truncated
+    # response would look complete. By default Python reports a clean EOF, and so does OpenSSL 3
+    # if Python sets this option (0x80, which older Pythons have no name for).
     context.options &= ~getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0x80)
-    context.wrap_socket = functools.partial(context.wrap_socket, suppress_ragged_eofs=False)  # type: ignore[method-assign]
+    context.wrap_socket = functools.partial(  # type: ignore[method-assign]
+        context.wrap_socket, suppress_ragged_eofs=False
+    )
     return context
 
 
 class Proxy(urllib.request.BaseHandler):
-    """Sends requests by way of an http proxy, the one that is configured and none of the environment's."""
+    """urllib handler that sends requests through the configured http proxy.
 
-    handler_order = 100  # before ConnectionPool makes the Host field
+    The proxies of the environment (HTTPS_PROXY) are not used.
+    """
 
     def __init__(self, url: str) -> None:
         parts = urllib.parse.urlsplit(url)
         self.host = parts.netloc.rpartition("@")[2] + (":80" if parts.port is None else "")
         self.fields = {}
         if parts.username is not None:
-            pair = f"{urllib.parse.unquote(parts.username)}:{urllib.parse.unquote(parts.password or '')}"
-            self.fields = {
-                "Proxy-Authorization": "Basic " + base64.b64encode(pair.encode()).decode()
-            }
+            user, password = map(urllib.parse.unquote, (parts.username, parts.password or ""))
+            credentials = base64.b64encode(f"{user}:{password}".encode()).decode()
+            self.fields = {"Proxy-Authorization": "Basic " + credentials}
 
     def http_request(self, request: Any) -> Any:
         request.unredirected_hdrs["Host"] = request.host  # the upstream's, also within a tunnel
@@ -2467,9 +2499,10 @@ class Proxy(urllib.request.BaseHandler):
 
 
 class UpstreamResponse:
-    """An upstream's answer, for whoever has its bytes: the head first, then the payload of the body.
+    """Response of an upstream: parses the head, then removes the body's framing.
 
-    ``status`` is 0 until the head has come; ``reused``: the connection was not new; ``timeouts`` is set by Transport.start_request.
+    ``status`` is 0 until the head is complete. ``reused`` is set if the connection served another
+    request before. Transport.start_request sets ``timeouts``. One thread at a time.
     """
 
     timeouts: "Timeouts"
@@ -2479,15 +2512,19 @@ class UpstreamResponse:
     ) -> None:
         self.sock, self.scope, self.no_body = sock, request.scope, request.method == "HEAD"
         self.reused, self.pool, self.key = reused, pool, key
-        self.status, self.headers, self.keep_alive = 0, {}, False
+        self.status, self.keep_alive = 0, False
+        self.headers: Dict[str, str] = {}
         self.body = NO_BODY
-        self.head_buffer = bytearray()  # of a head that is not whole
-        self.interim = 0  # interim answers so far
-        self.first_payload = b""  # payload that came with the head
-        self.first_byte_deadline = math.inf  # deadline of the answer's first content
+        self.head_buffer = bytearray()  # an incomplete head
+        self.interim = 0  # number of 1xx responses so far
+        self.first_payload = b""  # payload received together with the head
+        self.first_byte_deadline = math.inf  # until the first content
 
     def receive(self, data: bytes) -> bytes:
-        """The payload within some bytes of the socket (b"": it has ended); ProtocolError where that is too early."""
+        """Return the payload within bytes read from the socket; b"" is its end.
+
+        ProtocolError or ConnectionError if the response is malformed or incomplete.
+        """
         if data and self.status:
             return self.body.feed(data)
         if data:
@@ -2495,12 +2532,12 @@ class UpstreamResponse:
             return self.body.feed(data) if data else b""
         self.scope.raise_if_cancelled()
         if not self.status:
-            raise ConnectionError("it closed the connection without an answer")
+            raise ConnectionError("the connection was closed without a response")
         self.body.close()
         return b""
 
     def _head(self, data: bytes) -> bytes:
-        """Look for the end of the head; what is beyond it."""
+        """Parse the head once it is complete; return the bytes after it."""
         scan_from = max(0, len(self.head_buffer) - 3)
         self.head_buffer += data
         buffer: Any = self.head_buffer
@@ -2512,10 +2549,10 @@ class UpstreamResponse:
             (http_minor, status), self.headers = parse_head(buffer[:end], parse_status_line)
             buffer = buffer[end + 4 :]
             scan_from = 0
-            self.status = status if status >= 200 else 0  # interim answers are skipped
+            self.status = status if status >= 200 else 0  # interim responses are skipped
             self.interim += not self.status
             if self.interim > MAX_INTERIM_RESPONSES:
-                raise ProtocolError("there are too many interim answers")
+                raise ProtocolError("there are too many interim responses")
         self.head_buffer = bytearray()
         no_body = self.no_body or status in (204, 304)
         self.body = BodyDecoder({} if no_body else self.headers, until_close=not no_body)
@@ -2523,7 +2560,7 @@ class UpstreamResponse:
         return bytes(buffer)
 
     def read_head(self) -> None:
-        """Wait for the head."""
+        """Block until the head is complete. APIError if the network fails."""
         try:
             self.sock.setblocking(True)
             while not self.status:
@@ -2536,7 +2573,7 @@ class UpstreamResponse:
             raise self.to_api_error(error) from error
 
     def to_api_error(self, error: Exception) -> APIError:
-        """What a failure of the network means here; raises the reason why the watch was ended, if it was."""
+        """Translate an exception raised while receiving; raises the scope's cancel reason."""
         upstream_name = self.timeouts.upstream_name
         if self.reused and not self.status and not self.head_buffer and self.scope.reason is None:
             return APIError(
@@ -2545,27 +2582,26 @@ class UpstreamResponse:
                 code="connection",
                 category="again",
             )
-        return upstream_error(error, self.scope, upstream_name)
+        return upstream_error(error, self.scope, upstream_name, self.body is not NO_BODY)
 
     def reset_idle_deadline(self, started: bool = True) -> None:
-        """Set the deadline of the next bytes: until an answer has started, that of its first content."""
+        """Set the deadline of the next read, or of the first content until it has arrived."""
+        timeouts = self.timeouts
         if started:
-            self.scope.set_deadline(self.timeouts.idle, self.timeouts.idle_message)
+            self.scope.set_deadline(timeouts.idle, timeouts.idle_message)
         else:
-            self.scope.deadline, self.scope.timeout_message = (
-                self.first_byte_deadline,
-                self.timeouts.first_byte_message,
-            )
+            self.scope.deadline = self.first_byte_deadline
+            self.scope.timeout_message = timeouts.first_byte_message
 
     def recv(self, started: bool = True) -> bytes:
-        """The next bytes of the socket."""
+        """Block for the next bytes of the socket."""
         self.reset_idle_deadline(started)
-        data = self.sock.recv(RECV_SIZE)
-        self.scope.deadline = math.inf  # how long they are used is not the upstream's affair
+        data: bytes = self.sock.recv(RECV_SIZE)
+        self.scope.deadline = math.inf  # a slow client must not count as a slow upstream
         return data
 
     def iter_bytes(self) -> Iterator[bytes]:
-        """The payload of each read; APIError where the upstream breaks off or falls silent."""
+        """Yield the payload of each read. APIError if the network fails or times out."""
         self.scope.deadline = math.inf
         payload, self.first_payload = self.first_payload, b""
         while True:
@@ -2580,7 +2616,7 @@ class UpstreamResponse:
         self.close()
 
     def read(self, limit: int = MAX_BUFFERED_BODY) -> bytes:
-        """The whole body."""
+        """Read the complete body. APIError 502 if it has more than ``limit`` bytes."""
         data = bytearray()
         try:
             for part in self.iter_bytes():
@@ -2596,15 +2632,18 @@ class UpstreamResponse:
         return bytes(data)
 
     def json(self) -> Any:
-        """The body as JSON; None if it is something else."""
+        """Read the body as JSON; None if it is not JSON."""
         return json_or_none(self.read())
 
     def reusable(self) -> bool:
-        """Can the connection take another request?"""
+        """Return whether the connection can carry another request."""
         return self.keep_alive and self.body.done and not self.body.trailing_data
 
     def close(self) -> None:
-        """Keep the connection if the answer was read to its end, else close it, so that the upstream stops."""
+        """Return the connection to the pool after a complete response, else close it.
+
+        Closing makes the upstream stop generating.
+        """
         sock, self.sock = self.sock, None
         if sock is None:
             return
@@ -2616,7 +2655,7 @@ class UpstreamResponse:
 
 
 class Timeouts:
-    """How long an upstream is waited for, in seconds, and what is said of it when that is over."""
+    """Timeouts of one upstream, in seconds, each with its error message."""
 
     def __init__(self, upstream_name: str, first: float, idle: float) -> None:
         self.upstream_name, self.first, self.idle = upstream_name, first, idle
@@ -2628,7 +2667,10 @@ cached_timeouts = functools.lru_cache(maxsize=256)(Timeouts)
 
 
 class Transport:
-    """Requests to one upstream. ``upstream_name`` is what errors call it."""
+    """Sends requests to one upstream. Worker thread: it blocks.
+
+    ``upstream_name`` is its name in error messages; ``headers`` are sent with each request.
+    """
 
     def __init__(
         self,
@@ -2638,16 +2680,18 @@ class Transport:
         upstream_name: str,
         headers: Dict[str, str],
     ) -> None:
+        def either(value: Optional[float], default: float) -> float:
+            return default if value is None else value
+
         self.base, self.upstream_name = base, upstream_name
         self.headers = {name.title(): value for name, value in headers.items()}
-        self.connect_timeout, self.first_byte_timeout, self.idle_timeout = (
-            getattr(settings if getattr(options, name) is None else options, name)
-            for name in ("connect_timeout", "first_byte_timeout", "idle_timeout")
-        )
+        self.connect_timeout = either(options.connect_timeout, settings.connect_timeout)
+        self.first_byte_timeout = either(options.first_byte_timeout, settings.first_byte_timeout)
+        self.idle_timeout = either(options.idle_timeout, settings.idle_timeout)
         self.connections = ConnectionPool(settings.ca_file)
-        self.opener = (
-            urllib.request.OpenerDirector()
-        )  # no redirects, no file: or ftp:, no proxies of the environment
+        # Not build_opener(): that would follow redirects with the key attached, open file: and
+        # ftp: URLs, and use the environment's proxies.
+        self.opener = urllib.request.OpenerDirector()
         self.opener.addheaders = []
         self.opener.add_handler(self.connections)
         if options.proxy:
@@ -2664,11 +2708,12 @@ class Transport:
         data: Optional[bytes] = None,
         headers: Optional[Dict[str, str]] = None,
         first_byte: Optional[float] = None,
-        force_new_connection: Any = False,
+        force_new_connection: object = False,
     ) -> UpstreamResponse:
-        """Send a request, whose answer is still to come. APIError 502 or 504 if that fails.
+        """Send a request and return before its response arrives.
 
-        ``force_new_connection``: on a new connection.
+        ``first_byte`` replaces both timeouts of the response, in seconds. APIError 502, 503 or 504
+        if the request can't be sent.
         """
         timeouts = cached_timeouts(
             self.upstream_name,
@@ -2679,7 +2724,7 @@ class Transport:
         fields = {**self.headers, **headers} if headers else self.headers
         try:
             request = self.new_request(path).copy(method, data, fields, scope, force_new_connection)
-            response = self.opener.open(request, timeout=self.connect_timeout)
+            response: UpstreamResponse = self.opener.open(request, timeout=self.connect_timeout)
         except NETWORK_ERRORS as error:
             raise upstream_error(error, scope, self.upstream_name) from error
         response.timeouts, response.first_byte_deadline = timeouts, scope.deadline
@@ -2694,38 +2739,30 @@ class Transport:
         headers: Optional[Dict[str, str]] = None,
         first_byte: Optional[float] = None,
     ) -> UpstreamResponse:
-        """Send a request and wait for the answer's head. APIError 502 or 504 if none comes."""
-        for force_new_connection in (False, True):
-            response = self.start_request(
-                method,
-                path,
-                scope,
-                data,
-                headers,
-                first_byte,
-                force_new_connection=force_new_connection,
-            )
-            try:
-                response.read_head()
-                break
-            except APIError as error:
-                if error.category != "again":
-                    raise
+        """Send a request and wait for the head of its response. Errors as start_request()."""
+        request = method, path, scope, data, headers, first_byte
+        response = self.start_request(*request)
+        try:
+            response.read_head()
+        except APIError as error:
+            if error.category != "again":
+                raise
+            response = self.start_request(*request, force_new_connection=True)
+            response.read_head()
         return response
 
 
 NETWORK_ERRORS = (OSError, ProtocolError, http.client.HTTPException)
 
 
-# What the machine says when it has no descriptors, buffers or memory left for a socket.
+# Errors of a machine without descriptors, buffers or memory for another socket.
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 def is_exhausted(error: Exception) -> bool:
-    """Whether this machine, not the upstream, has caused a failure of the network."""
-    if isinstance(
-        error, socket.gaierror
-    ):  # a resolver without a descriptor finds no host, and doesn't say why
+    """Return whether this machine's limits, not the upstream, caused a network error."""
+    if isinstance(error, socket.gaierror):
+        # Without a free descriptor the resolver reports an unknown host: try to open one.
         try:
             socket.socket().close()
         except OSError as cause:
@@ -2735,7 +2772,7 @@ def is_exhausted(error: Exception) -> bool:
 
 
 class Throttle:
-    """True at most once in some seconds: for log lines that would repeat with each request. Any thread."""
+    """Rate limit for repeated log lines: True at most once in ``seconds``. Any thread."""
 
     def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
         self.seconds, self.clock, self.next = seconds, clock, -math.inf
@@ -2751,8 +2788,13 @@ class Throttle:
 report_exhaustion = Throttle(10.0)
 
 
-def upstream_error(error: Exception, scope: CancelScope, upstream_name: str) -> APIError:
-    """What a failure of the network means; raises the reason why the watch was ended, if it was."""
+def upstream_error(
+    error: Exception, scope: CancelScope, upstream_name: str, in_body: bool = False
+) -> APIError:
+    """Translate a network exception; raises the scope's reason if it was cancelled.
+
+    ``in_body``: the head was complete, so a protocol error means a truncated response.
+    """
     scope.raise_if_cancelled()
     if is_exhausted(error):
         if report_exhaustion():
@@ -2769,25 +2811,19 @@ def upstream_error(error: Exception, scope: CancelScope, upstream_name: str) -> 
         )
     if not isinstance(error, NETWORK_ERRORS):
         return unexpected_error(error, upstream_name)
-    words = (
-        str(error).partition(" '")[0] if isinstance(error, ProtocolError) else error
-    )  # what it quotes is the upstream's
-    log.info("%s: %s: %s", upstream_name, type(error).__name__, words)
+    # What a ProtocolError quotes was sent by the upstream, and must not get into the log.
+    detail = str(error).partition(" '")[0] if isinstance(error, ProtocolError) else error
+    log.info("%s: %s: %s", upstream_name, type(error).__name__, detail)
     timed_out = isinstance(error, (socket.timeout, TimeoutError))
-    if isinstance(error, (http.client.HTTPException, ProtocolError)):
-        in_body = re.search("body|chunk|trailer", str(error))
+    if timed_out:
+        problem = " could not be reached in time."
+    elif isinstance(error, (http.client.HTTPException, ProtocolError)):
         problem = (
             ": connection lost: it broke off its answer."
             if in_body
             else ": it sent something that is not HTTP."
         )
-    elif timed_out:
-        problem = " could not be reached in time."
-    elif (
-        isinstance(error, (ConnectionResetError, BrokenPipeError, RaggedEnd))
-        or type(error) is ConnectionError
-        or getattr(error, "reason", "") == "UNEXPECTED_EOF_WHILE_READING"
-    ):  # RaggedEnd in Python 3.9
+    elif _is_disconnect(error):
         problem = ": connection lost: it broke off the connection."
     else:
         problem = " could not be reached."
@@ -2799,11 +2835,23 @@ def upstream_error(error: Exception, scope: CancelScope, upstream_name: str) -> 
     )
 
 
+def _is_disconnect(error: Exception) -> bool:
+    """Return whether the upstream closed or reset an established connection."""
+    return (
+        isinstance(error, (ConnectionResetError, BrokenPipeError, RaggedEnd))
+        or type(error) is ConnectionError
+        or getattr(error, "reason", "") == "UNEXPECTED_EOF_WHILE_READING"  # RaggedEnd in Python 3.9
+    )
+
+
 def unexpected_error(error: Exception, upstream_name: str) -> APIError:
-    """502 for an exception that a decoder or a controller raised; Upstream.log_exception logs it."""
+    """Wrap an exception that a decoder or controller raised, as a 502.
+
+    Upstream.log_exception logs its traceback.
+    """
     failure = APIError(
         502,
-        f"{upstream_name} failed in an unexpected way.",
+        f"{upstream_name} failed unexpectedly.",
         code="upstream_error",
         category="network",
     )
@@ -2812,7 +2860,10 @@ def unexpected_error(error: Exception, upstream_name: str) -> APIError:
 
 
 class controller_errors:
-    """Context manager: whatever a controller raises becomes an APIError of its own, so that the next one can be asked."""
+    """Context manager: turns unexpected exceptions of a controller into an APIError.
+
+    Without it a bug in one controller would end the request instead of failing over.
+    """
 
     __slots__ = ("name",)
 
@@ -2829,27 +2880,31 @@ class controller_errors:
             raise unexpected_error(error, self.name) from error
 
 
-# == 7. controllers ===========================================================================
-# One class for each kind of upstream: Call -> wire, wire -> events. Knows neither clients nor dialects.
+# == 7. streams ===============================================================================
+# Decodes a response as its bytes arrive: payload -> decoder -> filters -> events. Decoders neither
+# read nor wait. Knows neither clients nor dialects.
 
 
 class DecoderChain:
-    """A decoder and the filters behind it, as one: feed(data) and close() give events.
+    """A decoder followed by filters, with the interface of a decoder.
 
-    ``error`` is what ends the answer, to be raised when the events before it have gone on their
-    way; ``stopped`` tells that the answer was ended here, so that the upstream should stop.
+    feed(data) and close() return events. ``error`` is the error that ends the answer, to be raised
+    after these events. ``stopped``: a filter has ended the answer, so the upstream should stop.
     """
 
     def __init__(self, decoder: Any, *filters: Any) -> None:
         self.decoder, self.filters = decoder, filters
         self.error: Optional[APIError] = None
 
-    complete = False  # that is told by Finish
-    started = False  # text, reasoning, a tool call or the end has come
-    stopped = property(lambda self: any(getattr(step, "stopped", False) for step in self.filters))
+    complete = False  # the Finish event marks the end
+    started = False  # text, reasoning, a tool call or the end has arrived
+
+    @property
+    def stopped(self) -> bool:
+        return any(getattr(step, "stopped", False) for step in self.filters)
 
     def feed(self, data: bytes) -> List[Event]:
-        events = self.decoder.feed(data)
+        events: List[Event] = self.decoder.feed(data)
         for step in self.filters:
             events = step.feed(events)
         self.started = self.started or bool(events)
@@ -2858,25 +2913,25 @@ class DecoderChain:
 
     @property
     def fast_path(self) -> Optional[Callable[[bytes], bytes]]:
-        """The short way, for what can be understood without taking its JSON apart."""
+        """Function for a lone token that needs no parsing; None if the decoder has none."""
         return self._fast_path if hasattr(self.decoder, "single_text") else None
 
     def _fast_path(self, data: bytes) -> bytes:
-        """The JSON of its text, if the data is one piece of text that goes through as it is; else b""."""
-        encoded = self.decoder.single_text(data)
+        """JSON string of data that is one text event and passes all filters; else b""."""
+        encoded: bytes = self.decoder.single_text(data)
         for step in self.filters:
             if not encoded or not step.is_passthrough(encoded[1:-1].decode()):
                 return b""
         return encoded
 
     def close(self) -> List[Event]:
-        """The connection has ended properly: what is left."""
+        """Return the remaining events after a complete body."""
         events = self.flush(self.decoder.close())
         self.error = self.decoder.error
         return events
 
     def flush(self, last: Iterable[Event] = ()) -> List[Event]:
-        """The last events, and what the filters held back."""
+        """Return the last events and those that the filters were holding back."""
         events = list(last)
         for step in self.filters:
             events = step.feed(events) + step.close()
@@ -2884,9 +2939,10 @@ class DecoderChain:
 
 
 class BufferedBody:
-    """A body that is only understood whole: ``parse(data)`` gives its events, or raises the APIError that it means.
+    """Decoder of a body that can only be parsed when complete.
 
-    With ``is_error_body`` that counts even if the body breaks off: a status says enough.
+    ``parse(data)`` returns its events or raises the APIError that it describes. A body with
+    ``is_error_body`` is parsed even if it is truncated, because its status already is the error.
     """
 
     stopped = complete = False
@@ -2899,15 +2955,13 @@ class BufferedBody:
         is_error_body: bool = False,
     ) -> None:
         self.parse, self.byte_budget, self.is_error_body = parse, limit, is_error_body
-        self.data = (
-            bytearray()
-        )  # a list of its pieces would need many times their size where they are small
+        self.data = bytearray()  # a list of small parts would take many times their size
         self.error: Optional[APIError] = None
 
     def feed(self, data: bytes) -> List[Event]:
         self.byte_budget -= len(data)
         if self.byte_budget < 0:
-            self.error = truncated("The upstream", "sent more than can be kept")
+            self.error = truncated("The upstream", TOO_LARGE)
         self.data += data
         return []
 
@@ -2924,11 +2978,15 @@ class BufferedBody:
         return []
 
 
-MAX_TOOL_CALLS = 10000  # calls of tools in an answer
+TOO_LARGE = "sent more than can be buffered"
+MAX_TOOL_CALLS = 10000  # in one answer
 
 
 def take_complete_lines(buffer: bytearray, data: bytes) -> bytes:
-    """The whole lines of ``buffer`` and some more bytes; the beginning of a line is held. No byte is looked at twice."""
+    """Append data to a buffer of lines; remove and return the complete lines.
+
+    Only the new data is scanned, so that a long line costs linear time.
+    """
     end = data.rfind(b"\n") + 1
     if not end:
         buffer += data
@@ -2939,32 +2997,34 @@ def take_complete_lines(buffer: bytearray, data: bytes) -> bytes:
 
 
 def too_many_calls(upstream_name: str) -> APIError:
-    """Error for an answer with more calls of tools than MAX_TOOL_CALLS."""
-    return truncated(upstream_name, f"sent more than {MAX_TOOL_CALLS} calls of tools")
+    """Error for an answer with more than MAX_TOOL_CALLS tool calls."""
+    return truncated(upstream_name, f"sent more than {MAX_TOOL_CALLS} tool calls")
 
 
 class EventStream:
-    """An answer that comes from a socket, for whoever has the bytes: the watchdog, or the thread that iterates it.
+    """Events of one response, pushed by the loop or iterated by a worker thread.
 
-    ``make_decoder`` is called once the head is here: it gives the decoder of the body, or raises the
-    APIError that the head means. receive() turns bytes into events. ``error`` is what ends the
-    answer, once the events before it are used; ``at_eof`` tells that the socket has no more for it.
+    One thread at a time.
+    ``make_decoder(response)`` is called when the head is complete; it returns the decoder of the
+    body or raises the APIError that the head stands for. receive() turns bytes into events.
+    ``error`` is the error that ends the answer, to be raised after these events. ``complete``: the
+    answer is complete; ``at_eof``: nothing more is to be read from the socket.
     """
 
-    DRAIN_TIMEOUT = 1.0  # seconds for an upstream to end its message once the answer is whole
+    DRAIN_TIMEOUT = 1.0  # seconds for an upstream to end its message after a complete answer
 
     def __init__(
         self, response: UpstreamResponse, make_decoder: Callable[[UpstreamResponse], Any]
     ) -> None:
         self.response, self.make_decoder = response, make_decoder
         self.decoder: Any = None
-        self.started = False  # its first content has come: from now on the idle limit counts
+        self.started = False  # the first content has arrived: now the idle timeout applies
         self.complete = self.at_eof = False
         self.error: Optional[Exception] = None
-        self.byte_budget = math.inf  # bytes that it may still have
+        self.byte_budget = math.inf  # payload bytes still allowed
 
     def receive(self, data: bytes) -> List[Event]:
-        """What some bytes of the socket mean; b"" is its end."""
+        """Return the events within bytes read from the socket; b"" is its end."""
         events: List[Event] = []
         response = self.response
         try:
@@ -2979,15 +3039,13 @@ class EventStream:
                 self.decoder = self.make_decoder(response)
             self.byte_budget -= len(payload)
             if self.byte_budget < 0:
-                raise truncated(response.timeouts.upstream_name, "sent more than can be kept")
+                raise truncated(response.timeouts.upstream_name, TOO_LARGE)
             if payload and not self.complete:
                 events = self.decoder.feed(payload)
                 self.error = self.decoder.error
                 if not self.started and self.decoder.started:
-                    self.started, response.scope.timeout_message = (
-                        True,
-                        response.timeouts.idle_message,
-                    )
+                    self.started = True
+                    response.scope.timeout_message = response.timeouts.idle_message
                 if self.decoder.complete or events and type(events[-1]) is Finish:
                     self.mark_complete()
             if response.body.done:
@@ -2996,44 +3054,44 @@ class EventStream:
                     events += self.decoder.close()
                     self.error = self.decoder.error
                     self.complete = bool(events) and isinstance(events[-1], Finish)
-        except Exception as error:  # whatever a decoder raises is this upstream's failure
+        except Exception as error:  # a decoder's bug is its upstream's failure, not the loop's
             events += self.on_network_error(error)
         return events
 
     def mark_complete(self) -> None:
-        """All of the answer is here. If we ended it the upstream should stop, else its message comes to a proper end."""
-        self.started, self.complete, self.error, self.at_eof = (
-            True,
-            True,
-            None,
-            self.decoder.stopped,
-        )
+        """Ignore what follows the answer, but give the upstream time to end its message.
+
+        The connection can then be reused. An answer that a filter has ended is cut off instead.
+        """
+        self.started = self.complete = True
+        self.error, self.at_eof = None, self.decoder.stopped
         self.response.timeouts = cached_timeouts(
             self.response.timeouts.upstream_name, self.DRAIN_TIMEOUT, self.DRAIN_TIMEOUT
         )
 
     def on_network_error(self, error: Exception) -> List[Event]:
-        """The network or the decoder failed; if the answer was whole before, that is of no interest."""
+        """End the answer with an error of the network or the decoder.
+
+        Returns the events that were held back. After a complete answer errors are ignored.
+        """
         self.at_eof = True
         if self.complete:
             return []
         try:
             self.error = error if isinstance(error, APIError) else self.response.to_api_error(error)
-        except (APIError, ClientDisconnected) as reason:  # why somebody ended it
+        except (APIError, ClientDisconnected) as reason:  # the scope was cancelled
             self.error = reason
         events: List[Event] = []
         try:
             events = self.decoder.flush() if self.decoder else []
-        except Exception as another:  # a decoder with a bug may fail at this, too
-            log.info(
-                "%s: %s: %s", self.response.timeouts.upstream_name, type(another).__name__, another
-            )
+        except Exception as bug:  # the decoder may be what failed in the first place
+            log.info("%s: %s: %s", self.response.timeouts.upstream_name, type(bug).__name__, bug)
         if getattr(self.decoder, "is_error_body", False):
             self.error = self.decoder.error or self.error
         return events
 
     def __iter__(self) -> Iterator[Event]:
-        """Its events, read by the thread that iterates."""
+        """Read the socket in this thread and yield the events."""
         with contextlib.closing(self):
             self.response.sock.setblocking(True)
             while not self.at_eof and not self.error:
@@ -3049,35 +3107,39 @@ class EventStream:
         self.response.close()
 
 
-class Controller:
-    """An upstream. To be overridden: events(), and what else it can do."""
+# == 8. controllers ===========================================================================
+# A class for each kind of upstream: Call -> wire, wire -> events. Knows no clients and no dialects.
 
-    transport: Any = None  # a Transport, where it has one
+
+class Controller:
+    """Base class of upstreams: override events(), and others as supported.
+
+    Methods run in worker threads and may block.
+    """
+
+    transport: Any = None  # a Transport, for upstreams that are reached by HTTP
 
     def __init__(self, options: ControllerSettings, settings: Settings) -> None:
         self.options, self.settings, self.name = options, settings, options.name
 
     def events(self, call: Call) -> Iterable[Event]:
-        """The answer: any iterable of events, or an EventStream. APIError if there is none.
-
-        It runs in a worker thread and may block.
-        """
+        """Answer a call: an iterable of events or an EventStream. APIError if it fails."""
         raise NotImplementedError
 
     def check_support(self, call: Call) -> Optional[APIError]:
-        """Why it can't answer such a request at all; None if it can."""
+        """Return an error if the upstream can never serve such a call, else None."""
         return None
 
     def models(self) -> List[Dict[str, Any]]:
-        """What it offers, as OpenAI's model objects."""
+        """Return the offered models as OpenAI model objects."""
         return []
 
     def image(self, name: str, scope: CancelScope) -> UpstreamResponse:
-        """A picture's bytes."""
-        raise APIError(404, f"{self.name} has no pictures.")
+        """Fetch an image that an answer links to."""
+        raise APIError(404, f"{self.name} has no images.")
 
     def metrics(self) -> Dict[str, float]:
-        """What it counts itself, {a name in METRICS: number}."""
+        """Return the controller's own metrics by their names in METRICS."""
         return {}
 
     def close_expired(self, now: float) -> None:
@@ -3091,26 +3153,29 @@ class Controller:
             self.transport.connections.close()
 
 
-# What an upstream's error means. The first row that fits decides: its status is one of ``statuses`` (none: any), and
-# ``codes`` is found in its code, type and status name, or ``words`` in its message. Where a status says little and a message
-# may quote the client, words are anchored: else a request could have a key declared dead by naming its model "invalid key".
-
-
 class ErrorRule(NamedTuple):
-    """A row of UPSTREAM_ERRORS: what such an error means for the pool and for the client."""
+    """A row of UPSTREAM_ERRORS: matches errors of upstreams and classifies them.
+
+    It matches if the status is one of ``statuses`` (empty: any) and ``codes`` is found in the
+    error's codes or ``words`` in its message (both empty: any). Both are regular expressions for
+    lower-case text. Where a status alone says little and a message may quote the client, ``words``
+    is anchored: otherwise a model named "invalid key" could mark this server's key as invalid.
+    """
 
     statuses: Tuple[int, ...]
     codes: str
     words: str
     category: str  # of FAILURE_POLICY
     status: int = 0  # for the client; 0: the upstream's own
-    reason: str = ""  # for "auth": what is wrong with what is ours
+    reason: str = ""  # for category "auth": the beginning of the message
 
     def matches(self, status: int, codes: str, words: str) -> bool:
-        return (not self.statuses or status in self.statuses) and bool(
-            not self.codes
-            and not self.words
-            or self.codes
+        if self.statuses and status not in self.statuses:
+            return False
+        if not self.codes and not self.words:
+            return True
+        return bool(
+            self.codes
             and re.search(self.codes, codes)
             or self.words
             and re.search(self.words, words)
@@ -3120,101 +3185,90 @@ class ErrorRule(NamedTuple):
 _KEY = "the upstream refuses this server's key"
 _QUOTA = "the quota of this server's key is spent"
 _PLACE = "the upstream refuses this server"
+_KEY_CODES = (
+    r"invalid_api_key|api_key_invalid|wrong_api_key|token_not_found_in_db|expired_key"
+    r"|account_deactivated|organization_restricted"
+)
+_KEY_WORDS = r"^(?:incorrect api key|api[ _]key (?:not valid|not found|expired)|invalid x-api-key)"
+_LIKELY_KEY_WORDS = (
+    r"(?:invalid|incorrect|wrong|missing|expired|revoked|bad|no)\b[\w -]{0,20}"
+    r"(?:key\b|token\b|credential|authentication)"
+    r"|(?:key|token|credential|account|organi[sz]ation|project|workspace|team)s?\b.{0,60}"
+    r"(?:invalid|incorrect|not valid|expired|revoked|leaked|disabled|deactivated|suspended"
+    r"|terminated|banned)"
+    r"|missing scopes|access.{0,20}terminated"
+)
+_FORBIDDEN_KEY_WORDS = (
+    r"api[ _-]?key|credential|unauthori[sz]ed|authentication|unregistered callers"
+    r"|has not been used in project"
+)
+_QUOTA_CODES = (
+    r"insufficient_?(?:quota|balance|credit)|exceeded_current_quota"
+    r"|billing_(?:error|hard_limit|not_active)|budget_?exceeded|payment_required|creditserror"
+    r"|\b1113\b"
+)
+_QUOTA_WORDS = (
+    r"^(?:your credit balance is too low|insufficient (?:balance|credit|funds)"
+    r"|budget has been exceeded|余额不足|您的账户已欠费)"
+)
+_LIKELY_QUOTA = (
+    r"quota|billing|credit|balance|payment|insufficient funds|spending|arrears|budget"
+    r"|(?:key|usage|monthly) limit|余额|欠费"
+)
+_PLACE_CODES = "unsupported_country|ip_not_authorized"
+_PLACE_WORDS = r"country, region|\bip address\b|virtual network"
 _MODEL_CODES = (
     r"model_?not_?(?:found|available|supported)|model_access_denied|(?:unknown|invalid)_model"
     r"|deploymentnotfound|\b1211\b"
 )
 _NO_MODEL = (
-    r"\bmodels?\b.{0,200}(?:\bnot (?:exist|found)|does ?n[o']t exist|unknown|is not a valid model)|模型不存在"
+    r"\bmodels?\b.{0,200}(?:\bnot (?:exist|found)|does ?n[o']t exist|unknown"
+    r"|is not a valid model)|模型不存在"
     r"|^(?:unknown|invalid|no such|unsupported) model\b|invalid model name|is not a valid model"
 )
 _MODEL_ACCESS = _NO_MODEL + (
-    r"|\bmodels?\b.{0,200}(?:\bnot |denied|unavailable|unsupported|restricted|only available|requires)"
-    r"|(?:access|permi|allowed|authori[sz]ed|entitled|eligible|verified|unknown|invalid|unsupported|no such|available|support"
-    r"|subscribe|upgrade|\buse\b).{0,120}\bmodels?\b"
+    r"|\bmodels?\b.{0,200}(?:\bnot |denied|unavailable|unsupported|restricted|only available"
+    r"|requires)"
+    r"|(?:access|permi|allowed|authori[sz]ed|entitled|eligible|verified|unknown|invalid"
+    r"|unsupported|no such|available|support|subscribe|upgrade|\buse\b).{0,120}\bmodels?\b"
 )
+_FLAGGED_CODES = "moderat|flagged|content_policy|content_filter"
 _FLAGGED = (
-    r"flagged|moderation|content.?(?:policy|filter|management|violation|safety|exists risk)|guardrail|unsafe|harmful"
-    r"|sensitive|prohibited|usage polic|safety|inappropriate"
+    r"flagged|moderation|content.?(?:policy|filter|management|violation|safety|exists risk)"
+    r"|guardrail|unsafe|harmful|sensitive|prohibited|usage polic|safety|inappropriate"
 )
-_DEAD_KEY = (
-    r"(?:invalid|incorrect|wrong|missing|expired|revoked|bad|no)\b[\w -]{0,20}(?:key\b|token\b|credential|authentication)"
-    r"|(?:key|token|credential|account|organi[sz]ation|project|workspace|team)s?\b.{0,60}"
-    r"(?:invalid|incorrect|not valid|expired|revoked|leaked|disabled|deactivated|suspended|terminated|banned)"
-    r"|missing scopes|access.{0,20}terminated"
+_UNAFFORDABLE = r"fewer max_tokens|can only afford|prompt tokens limit exceeded"
+_OVERSIZED = (
+    r"^request too large|input or output tokens must be reduced|tokens allowed per request"
+    r"|long context requests|reduce the (?:length|size) of (?:the|your)"
 )
-_SPENT = (
-    r"quota|billing|credit|balance|payment|insufficient funds|spending|arrears|budget|(?:key|usage|monthly) limit"
-    r"|余额|欠费"
-)
-
 UPSTREAM_ERRORS = [
-    # this request asks for more than is left, or for more than one may ask for at once
-    ErrorRule(
-        (400, 402, 403),
-        "",
-        r"fewer max_tokens|can only afford|prompt tokens limit exceeded",
-        "refused",
-    ),
-    ErrorRule(
-        (429,),
-        "",
-        r"^request too large|input or output tokens must be reduced|tokens allowed per request"
-        r"|long context requests|reduce the (?:length|size) of (?:the|your)",
-        "refused",
-    ),
+    # The request asks for more tokens than are left, or than are allowed at once.
+    ErrorRule((400, 402, 403), "", _UNAFFORDABLE, "refused"),
+    ErrorRule((429,), "", _OVERSIZED, "refused"),
     ErrorRule((413,), "rate_limit_exceeded", "tokens per minute", "refused"),
-    ErrorRule(
-        (402, 403, 451), "web_page", "", "refused"
-    ),  # of a firewall: its pattern is in the request
-    # our key, beyond doubt
-    ErrorRule(
-        (),
-        r"invalid_api_key|api_key_invalid|wrong_api_key|token_not_found_in_db|expired_key|account_deactivated"
-        r"|organization_restricted",
-        r"^(?:incorrect api key|api[ _]key (?:not valid|not found|expired)|invalid x-api-key)",
-        "auth",
-        reason=_KEY,
-    ),
-    ErrorRule(
-        (),
-        r"insufficient_?(?:quota|balance|credit)|exceeded_current_quota|billing_(?:error|hard_limit|not_active)"
-        r"|budget_?exceeded|payment_required|creditserror|\b1113\b",
-        r"^(?:your credit balance is too low|insufficient (?:balance|credit|funds)|budget has been exceeded|余额不足"
-        r"|您的账户已欠费)",
-        "auth",
-        reason=_QUOTA,
-    ),
-    ErrorRule(
-        (401, 403),
-        "unsupported_country|ip_not_authorized",
-        r"country, region|\bip address\b|virtual network",
-        "auth",
-        reason=_PLACE,
-    ),
+    # A firewall's page: something in the request matched one of its patterns.
+    ErrorRule((402, 403, 451), "web_page", "", "refused"),
+    # This server's key or address, beyond doubt.
+    ErrorRule((), _KEY_CODES, _KEY_WORDS, "auth", reason=_KEY),
+    ErrorRule((), _QUOTA_CODES, _QUOTA_WORDS, "auth", reason=_QUOTA),
+    ErrorRule((401, 403), _PLACE_CODES, _PLACE_WORDS, "auth", reason=_PLACE),
     ErrorRule((400,), "", "^user location is not supported", "auth", reason=_PLACE),
-    # this request: its model, or what it says
+    # The request's model or content.
     ErrorRule((400, 401, 500, 503), _MODEL_CODES, "", "model", 404),
     ErrorRule((402, 403), _MODEL_CODES, "", "refused"),
-    ErrorRule((401, 403), "service_disabled", _DEAD_KEY, "auth", reason=_KEY),
+    ErrorRule((401, 403), "service_disabled", _LIKELY_KEY_WORDS, "auth", reason=_KEY),
     ErrorRule((400,), "", _NO_MODEL, "model", 404),
     ErrorRule((401,), "", _MODEL_ACCESS, "model", 404),
     ErrorRule((402, 403), "", _MODEL_ACCESS, "refused"),
-    ErrorRule((401,), "moderat|flagged|content_policy|content_filter", _FLAGGED, "refused", 403),
-    ErrorRule((402, 403), "moderat|flagged|content_policy|content_filter", _FLAGGED, "refused"),
-    # our key, as far as one can tell
-    ErrorRule((401, 402, 403, 412), _SPENT, _SPENT, "auth", reason=_QUOTA),
-    ErrorRule(
-        (403,),
-        "unauthenticated",
-        r"api[ _-]?key|credential|unauthori[sz]ed|authentication|unregistered callers"
-        r"|has not been used in project",
-        "auth",
-        reason=_KEY,
-    ),
+    ErrorRule((401,), _FLAGGED_CODES, _FLAGGED, "refused", 403),
+    ErrorRule((402, 403), _FLAGGED_CODES, _FLAGGED, "refused"),
+    # This server's key, probably.
+    ErrorRule((401, 402, 403, 412), _LIKELY_QUOTA, _LIKELY_QUOTA, "auth", reason=_QUOTA),
+    ErrorRule((403,), "unauthenticated", _FORBIDDEN_KEY_WORDS, "auth", reason=_KEY),
     ErrorRule((401,), "", "", "auth", reason=_KEY),
     ErrorRule((402,), "", "", "auth", reason=_QUOTA),
-    # everything else, by its status
+    # Everything else, by its status.
     ErrorRule((403, 451), "", "", "refused"),
     ErrorRule((404,), "", "", "model"),
     ErrorRule((408, 409, 425, 429), "", "", "limit"),
@@ -3226,80 +3280,82 @@ UPSTREAM_ERRORS = [
     ErrorRule((), "", "", "ability"),
 ]
 
-# The statuses of errors that come without one: within a stream, or in the words of LiteLLM. Names as in "rate_limit_error",
-# "RateLimitError" and "RESOURCE_EXHAUSTED", in small letters, without "_" and without "error" at their end.
+# Statuses of errors that come without one: within a stream, or within the messages of LiteLLM.
+# "RateLimitError", "rate_limit_error" and "RESOURCE_EXHAUSTED" are looked up in lower case,
+# without "_" and a final "error".
 NAMED_STATUS = {
     name: status
     for status, names in {
-        400: "badrequest invalidrequest invalidargument failedprecondition contextwindowexceeded contextlengthexceeded"
-        " contentpolicyviolation unsupportedparams rejectedrequest",
+        400: "badrequest invalidrequest invalidargument failedprecondition contextwindowexceeded"
+        " contextlengthexceeded contentpolicyviolation unsupportedparams rejectedrequest",
         401: "authentication unauthenticated unauthorized invalidapikey",
         402: "billing insufficientquota insufficientcredits paymentrequired budgetexceeded",
         403: "permission permissiondenied forbidden",
         404: "notfound modelnotfound",
         413: "requesttoolarge",
         422: "unprocessableentity",
-        429: "ratelimit ratelimitexceeded ratelimited toomanyrequests resourceexhausted routerratelimit routerratelimiterrorbasic",
-        500: "api internal internalserver server apiconnection apiresponsevalidation jsonschemavalidation",
+        429: "ratelimit ratelimitexceeded ratelimited toomanyrequests resourceexhausted"
+        " routerratelimit routerratelimiterrorbasic",
+        500: "api internal internalserver server apiconnection apiresponsevalidation"
+        " jsonschemavalidation",
         503: "serviceunavailable unavailable midstreamfallback",
         504: "timeout deadlineexceeded",
         529: "overloaded",
     }.items()
     for name in names.split()
 }
+# fmt: on
 _LITELLM = re.compile(r"litellm\.(?:[a-z_]{1,20}\.){0,3}([A-Z]\w{2,60})")
 
 
 def named_status(*names: Any) -> Optional[int]:
-    """The status that the first known name of an error stands for."""
+    """Status of the first name that NAMED_STATUS contains; None if it contains none."""
     keys = (re.sub(r"_|error$", "", name.lower()) for name in names if isinstance(name, str))
     return next((NAMED_STATUS[key] for key in keys if key in NAMED_STATUS), None)
 
 
 def litellm_status(text: str) -> Optional[int]:
-    """The status of an error that LiteLLM has put into words, "litellm.RateLimitError: ..."; None if it is none."""
-    status = named_status(*_LITELLM.findall(text[:4000]))
-    inner = (
-        re.search(r"""["']code["']: ?["']?(4[0-9][0-9])\b""", text[:4000])
-        if status and status >= 500
-        else None
-    )
-    return int(inner[1]) if inner else status
+    """Status for a LiteLLM message, "litellm.RateLimitError: ..."; None for others."""
+    text = text[:4000]
+    status = named_status(*_LITELLM.findall(text))
+    if status and status >= 500:
+        inner = re.search(r"""["']code["']: ?["']?(4[0-9][0-9])\b""", text)
+        return int(inner[1]) if inner else status
+    return status
 
 
 def error_fields(body: Any, depth: int = 6) -> Dict[str, Any]:
-    """The error object within a body in any of the usual shapes; the text of one that is no JSON as "message".
+    """Find the error object within an error body of any common shape.
 
-    {"error": {...}}, {"error": "..."}, {"errors": [...]}, {"detail": ...}, {"object": "error", ...}, or a list of those.
+    {"error": {...}}, {"error": "..."}, {"errors": [...]}, {"detail": ...},
+    {"object": "error", ...}, a list of those, or a string that contains one as JSON. Other
+    strings become {"message": ...}.
     """
     if isinstance(body, list):
         body = body[0] if body else None
     if isinstance(body, str):
-        inner = (
-            json_or_none(body.encode("utf-8", "replace"))
-            if depth and body.lstrip()[:1] in ("{", "[")
-            else None
-        )
-        return (
-            error_fields(inner, depth - 1) if isinstance(inner, (dict, list)) else {"message": body}
-        )
-    body = as_dict(body)
-    error = body.get("error") or body.get("errors")
-    if isinstance(error, str) and isinstance(body.get("message"), str):
-        return body  # {"statusCode": 401, "error": "Unauthorized", "message": "..."}
+        looks_like_json = depth and body.lstrip()[:1] in ("{", "[")
+        inner = json_or_none(body.encode("utf-8", "replace")) if looks_like_json else None
+        if isinstance(inner, (dict, list)):
+            return error_fields(inner, depth - 1)
+        return {"message": body}
+    fields: Dict[str, Any] = as_dict(body)
+    error = fields.get("error") or fields.get("errors")
+    message = fields.get("message")
+    if isinstance(error, str) and isinstance(message, str):
+        return fields  # {"statusCode": 401, "error": "Unauthorized", "message": "..."}
     if isinstance(error, (dict, str, list)) and error and depth:
-        return {
-            **{name: body[name] for name in ("code", "type", "status") if name in body},
-            **error_fields(error, depth - 1),
+        outer: Dict[str, Any] = {
+            name: fields[name] for name in ("code", "type", "status") if name in fields
         }
-    message = body.get("message")
+        return {**outer, **error_fields(error, depth - 1)}
     if isinstance(message, str) and message.lstrip()[:1] == "{" and depth:
-        return {**body, **error_fields(message, depth - 1)}  # a provider's own body, as a text
-    return body
+        return {**fields, **error_fields(message, depth - 1)}  # the body of another provider
+    return fields
 
 
 def error_words(value: Any, depth: int = 4) -> str:
-    """A message as a sentence: a text, or FastAPI's list of what is wrong where."""
+    """Message of an error object or of a list of them, such as FastAPI's."""
     if isinstance(value, str) or not depth:
         return value if isinstance(value, str) else ""
     if isinstance(value, list):
@@ -3308,7 +3364,7 @@ def error_words(value: Any, depth: int = 4) -> str:
     location = ".".join(str(step) for step in as_list(value.get("loc"))[:8] if step != "body")
     names = ("message", "msg", "detail", "error", "title", "error_msg", "errorMessage")
     words = next(filter(None, (error_words(value.get(name), depth - 1) for name in names)), "")
-    raw = as_dict(value.get("metadata")).get("raw")  # OpenRouter: what the provider itself said
+    raw = as_dict(value.get("metadata")).get("raw")  # OpenRouter: the provider's own error
     if isinstance(raw, str) and words == "Provider returned error":
         words += ": " + inner_message(error_words(error_fields(raw), depth - 1))
     return f"{location}: {words}" if location else words
@@ -3322,16 +3378,17 @@ _WRAPPED = re.compile(
     r"|Error code: [0-9]{3} - ){1,8}"
 )
 _DETAILS = re.compile(
-    r"\.? ?(?:Received Model Group=|Available Model Group|No fallback model group|LiteLLM Retried:"
-    r"|Deployments=|Passed model=|model=\S{1,200} content_policy_fallback|Error doing the fallback)"
+    r"\.? ?(?:Received Model Group=|Available Model Group|No fallback model group"
+    r"|LiteLLM Retried:|Deployments=|Passed model=|model=\S{1,200} content_policy_fallback"
+    r"|Error doing the fallback)"
 )
 
 
 def inner_message(text: str) -> str:
-    """The words of an error without what LiteLLM and the AI SDK put around them."""
+    """Unwrap a message that LiteLLM or the AI SDK has wrapped in its own."""
     text = re.sub(r"^Failed after \d{1,4} attempts[^:]{0,40}: ", "", text[:8000])
     if "litellm." in text or "Exception - " in text:
-        for _ in range(3):  # one within the other, as JSON or as Python writes it
+        for _ in range(3):  # nested, as JSON or as a Python repr()
             inner = _INNER.search(text)
             if not inner:
                 break
@@ -3344,7 +3401,7 @@ def inner_message(text: str) -> str:
 
 
 def page_or_text(data: bytes) -> Any:
-    """An error's body that is no JSON: its text, or what a web page is called."""
+    """Parse an error body that is not JSON: a string, or an object for a web page."""
     text = data[:4000].decode("utf-8", "replace").strip()
     if not re.match(r"<(?:!doctype|html|head|body|\?xml)\b", text, re.I):
         return text
@@ -3363,13 +3420,15 @@ def error_from_body(
     headers: Optional[Dict[str, str]] = None,
     models: Iterable[str] = (),
 ) -> APIError:
-    """What an upstream's error body says, as the client is to read it. Status 200: an error where an answer should be.
+    """Translate an upstream's error response, by UPSTREAM_ERRORS.
 
-    ``body`` is a value of JSON, or the bytes of something else; ``models``: the names of the model that was asked for.
+    ``status`` 200: the error came in place of an answer. ``body`` is a JSON value, or bytes that
+    are not JSON. ``secrets`` are removed from the message. ``models`` are the names of the
+    requested model.
     """
     if isinstance(body, bytes):
         body = page_or_text(body)
-    fields, http = error_fields(body), status
+    fields, http_status = error_fields(body), status
     words = error_words(fields)
     status = error_status(status, fields, words)
     text = inner_message(words) or (
@@ -3381,12 +3440,10 @@ def error_from_body(
         for name in ("type", "code", "param")
         if isinstance(fields.get(name), str)
     }
-    codes = error_codes(fields)
     if re.fullmatch("[0-9]{3}", named.get("code", "")):
-        del named["code"]  # LiteLLM: the status
-    rule = next(
-        rule for rule in UPSTREAM_ERRORS if rule.matches(status, codes, _own_words(text, models))
-    )
+        del named["code"]  # LiteLLM repeats the status here
+    codes, unquoted = error_codes(fields), _without_quotes(text, models)
+    rule = next(rule for rule in UPSTREAM_ERRORS if rule.matches(status, codes, unquoted))
     wait = retry_after_seconds(
         headers or {},
         as_dict(body[0] if isinstance(body, list) and body else body),
@@ -3394,19 +3451,22 @@ def error_from_body(
         limit=rule.category == "limit",
     )
     error = _error_from_rule(rule, upstream_name, status, message, named, wait)
-    error.upstream_status = status if http == 200 else http
+    error.upstream_status = status if http_status == 200 else http_status
+    # LiteLLM's own authentication errors mean that its key for this model is invalid, not ours.
     if names_model(body, words, models) if error.category == "limit" else "litellm.Auth" in words:
-        error.cooldown_scope = "model"  # LiteLLM: the key of one of its models is bad, ours is not
+        error.cooldown_scope = "model"
     return error
 
 
-def _own_words(text: str, models: Iterable[str]) -> str:
-    """A message without what it quotes: a client must not be able to put words into it by its model's name."""
+def _without_quotes(text: str, models: Iterable[str]) -> str:
+    """Remove what a client may have put into a message: quotations and model names.
+
+    Lower-case, as the words of ErrorRule.
+    """
     for name in filter(None, models):
         text = text.replace(name, "*")
-    return (
-        re.sub(r"`[^`\n]{0,200}`|\"[^\"\n]{0,200}\"", "*", text[:4000]).replace("\n", " ").lower()
-    )
+    text = re.sub(r"`[^`\n]{0,200}`|\"[^\"\n]{0,200}\"", "*", text[:4000])
+    return text.replace("\n", " ").lower()
 
 
 def _error_from_rule(
@@ -3417,49 +3477,47 @@ def _error_from_rule(
     named: Dict[str, str],
     wait: Optional[float],
 ) -> APIError:
-    """The error of a row: its status, its words, and whose they are."""
-    code, seen = named.get("code"), rule.status or status
-    if rule.category == "auth":
-        status_note = (
-            f" ({status})" if rule.reason != _QUOTA else ""
-        )  # LiteLLM takes any "429" for a limit, and repeats it
+    """Build the error of a matching row.
+
+    ``named``: the type, code and param that the upstream sent; ``wait``: seconds until a retry.
+    """
+    category, code, seen = rule.category, named.get("code"), rule.status or status
+    if category == "auth":
+        # LiteLLM as a client retries any message with "429" in it, in vain if a quota is spent.
+        status_note = f" ({status})" if rule.reason != _QUOTA else ""
         return auth_error(f"{upstream_name}: {rule.reason}{status_note}: {message}", status)
-    if rule.category in ("request", "refused"):
+    if category in ("request", "refused"):
         if named.get("type") == "web_page":
-            named = {"code": "upstream_blocked"} if rule.category == "refused" else {}
+            named = {"code": "upstream_blocked"} if category == "refused" else {}
             message = f"{upstream_name}: {message}"
         return APIError(
             seen,
             message,
-            category=rule.category,
-            retry=False if rule.category == "refused" else None,
-            **named,
+            type=named.get("type"),
+            code=named.get("code"),
+            param=named.get("param"),
+            category=category,
+            retry=False if category == "refused" else None,
         )
     message = f"{upstream_name}: {message}"
-    if rule.category == "model":
-        return APIError(
-            seen, message, param="model", code=code or "model_not_found", category="model"
-        )
-    if rule.category == "limit":
+    if category == "model":
+        code = code or "model_not_found"
+        return APIError(seen, message, param="model", code=code, category="model")
+    if category == "limit":
         return APIError(seen, message, code=code, category="limit", retry_after=wait)
-    if rule.category == "ability":  # it can't do that; what it can do, it does as before
-        return APIError(
-            seen if 400 <= seen < 600 else 502,
-            message,
-            code=code or "upstream_error",
-            category="ability",
-        )
-    return APIError(
-        seen,
-        message,
-        code=code or "upstream_error",
-        category="limit" if wait else "server",
-        retry_after=wait,
-    )
+    if category == "ability":
+        wait, seen = None, seen if 400 <= seen < 600 else 502
+    elif wait:  # a server error that says when to retry is a limit
+        category = "limit"
+    code = code or "upstream_error"
+    return APIError(seen, message, code=code, category=category, retry_after=wait)
 
 
 def auth_error(message: str, status: int) -> APIError:
-    """The upstream refuses what is ours: a status that no client repeats, and none that speaks of the client's own token."""
+    """Error for rejected credentials of this server.
+
+    Status 424, because SDKs retry 5xx and present 401 and 403 as errors of the client's own token.
+    """
     return APIError(
         424,
         message,
@@ -3472,18 +3530,14 @@ def auth_error(message: str, status: int) -> APIError:
 
 
 def error_status(status: int, fields: Dict[str, Any], words: str) -> int:
-    """The status that an error has, or should have."""
+    """Actual status of an error that came with status 200, or as 5xx from LiteLLM."""
     if status >= 500:
         return litellm_status(words) or status
     if status != 200:
         return status
-    for value in (
-        fields.get("code"),
-        fields.get("status"),
-        fields.get("raw_status_code"),
-        fields.get("http_code"),
-    ):
-        if type(value) in (int, str) and re.fullmatch("[45][0-9]{2}", str(value)):
+    for name in ("code", "status", "raw_status_code", "http_code"):
+        value = fields.get(name)
+        if isinstance(value, (int, str)) and re.fullmatch("[45][0-9]{2}", str(value)):
             return int(value)
     return (
         named_status(fields.get("code"), fields.get("type"), fields.get("status"))
@@ -3493,7 +3547,7 @@ def error_status(status: int, fields: Dict[str, Any], words: str) -> int:
 
 
 def error_codes(fields: Dict[str, Any]) -> str:
-    """All of an error that is a name rather than a sentence, in one line."""
+    """All codes, types and reasons of an error object, lower-case, in one string."""
     metadata = as_dict(fields.get("metadata"))
     reasons = ["moderation"] if as_list(metadata.get("reasons")) else []  # OpenRouter
     details = [as_dict(item).get("reason") for item in as_list(fields.get("details"))[:8]]  # Google
@@ -3508,23 +3562,22 @@ def error_codes(fields: Dict[str, Any]) -> str:
     return " ".join(str(name)[:200] for name in names if isinstance(name, (str, int))).lower()
 
 
+_MODEL_LIMIT = re.compile(
+    r"\bmodel ?[:=`'\"\\]|this model|permodel"
+    r"|rate limit reached for (?!org|team|user|proj|key|api|your|acc|def|req|tok|in |on )\w"
+)
+
+
 def names_model(body: Any, words: str, models: Iterable[str]) -> bool:
-    """Does a limit concern one model only?"""
+    """Return whether a rate limit applies to one model only."""
     text = f"{words[:2000]} {_encode(body)[:8000]}".lower()
-    return bool(
-        re.search(
-            r"\bmodel ?[:=`'\"\\]|this model|permodel|rate limit reached for (?!org|team|user|proj|key|api"
-            r"|your|acc|def|req|tok|in |on )\w",
-            text,
-        )
-        or any(
-            len(name) > 2 and re.search(rf"(?<!\w){re.escape(name.lower()[:256])}(?!\w)", text)
-            for name in models
-        )
+    return bool(_MODEL_LIMIT.search(text)) or any(
+        len(name) > 2 and re.search(rf"(?<!\w){re.escape(name.lower()[:256])}(?!\w)", text)
+        for name in models
     )
 
 
-# Header fields of a controller that hold no secret.
+# Headers of a controller whose values are not secret.
 PUBLIC_HEADERS = {
     "accept",
     "accept-language",
@@ -3542,19 +3595,19 @@ _MASKED_KEY = re.compile(r"[\w-]{0,80}\*{3,}[\w*-]{0,80}|\bsk-[\w-]{0,40}\.{3}[\
 
 
 def option_secrets(options: ControllerSettings) -> List[str]:
-    """What a controller's header fields and its proxy have to hide."""
-    found = []
+    """Secrets in the headers and the proxy of a controller."""
+    secrets = []
     for name, value in options.headers.items():
         if name.lower() == "cookie":
-            found += cookie_values(value)
+            secrets += cookie_values(value)
         elif name.lower() not in PUBLIC_HEADERS:
-            found.append(re.sub(r"^(?:(?:bearer|basic|token) |https?://)", "", value, flags=re.I))
+            secrets.append(re.sub(r"^(?:(?:bearer|basic|token) |https?://)", "", value, flags=re.I))
     proxy = urllib.parse.urlsplit(options.proxy)
-    return [*found, *filter(None, (proxy.password, urllib.parse.unquote(proxy.password or "")))]
+    return [*secrets, *filter(None, (proxy.password, urllib.parse.unquote(proxy.password or "")))]
 
 
 def cookie_values(text: str) -> List[str]:
-    """The values of some cookies: their names are no secrets."""
+    """Values of a Cookie header; a part without "=" counts as a value."""
     return [
         value.strip()
         for value in (pair.partition("=")[2] or pair for pair in text.split(";"))
@@ -3563,38 +3616,34 @@ def cookie_values(text: str) -> List[str]:
 
 
 def redact(text: str, secrets: Iterable[str]) -> str:
-    """A text of an upstream with "***" for each secret in it: whole, cut or encoded, or masked by the upstream itself.
+    """Replace secrets in an upstream's text by "***".
 
-    A secret of less than 8 characters counts only as a word of its own, and of less than 4 not at all.
+    Secrets are found in full, in part, encoded, or masked by the upstream. Those shorter than 8
+    characters are found as separate words only, those shorter than 4 not at all.
     """
     if "***" in text or "..." in text:
         text = _MASKED_KEY.sub("***", text)
     return _without_secrets(text, secrets)
 
 
+def redact_bytes(data: bytes, secrets: Iterable[str]) -> bytes:
+    """Replace secrets in relayed bytes by "***"; everything else is left unchanged."""
+    text = data.decode("utf-8", "surrogateescape")
+    return _without_secrets(text, secrets).encode("utf-8", "surrogateescape")
+
+
 def _without_secrets(text: str, secrets: Iterable[str]) -> str:
     for secret in secret_forms(tuple(secrets)):
-        if len(secret) < 8:
-            text = (
-                re.sub(rf"(?<!\w){re.escape(secret)}(?!\w)", "***", text)
-                if secret in text
-                else text
-            )
-        else:
-            text = _without_pieces(text, secret)
+        if len(secret) >= 8:
+            text = _without_parts(text, secret)
+        elif secret in text:
+            text = re.sub(rf"(?<!\w){re.escape(secret)}(?!\w)", "***", text)
     return text
-
-
-def redact_bytes(data: bytes, secrets: Iterable[str]) -> bytes:
-    """Bytes that are passed on without the secrets in them; all else stays as it is."""
-    return _without_secrets(data.decode("utf-8", "surrogateescape"), secrets).encode(
-        "utf-8", "surrogateescape"
-    )
 
 
 @functools.lru_cache(maxsize=256)
 def secret_forms(secrets: Tuple[str, ...]) -> List[str]:
-    """Some secrets in all forms in which an error may quote them, the longest first."""
+    """Secrets in all encodings in which an error may quote them, the longest first."""
     forms = set()
     for secret in secrets:
         data = secret.encode("utf-8", "replace")
@@ -3604,33 +3653,32 @@ def secret_forms(secrets: Tuple[str, ...]) -> List[str]:
     return sorted((form for form in forms if len(form) >= 4), key=len, reverse=True)
 
 
-def _without_pieces(text: str, secret: str) -> str:
-    """A text without the pieces of a long secret: 8 characters of its beginning, or 16 from anywhere."""
+def _without_parts(text: str, secret: str) -> str:
+    """Replace a secret's beginning, from 8 characters on, and any 16 in a row."""
     spans = []
-    for at in range(0, len(secret) - 7, 8):  # each piece of 16 has one of these blocks of 8 in it
-        found = text.find(secret[at : at + 8])
-        while found >= 0:
-            begin, end = found, found + 8
-            while (
-                begin
-                and at - (found - begin)
-                and text[begin - 1] == secret[at - (found - begin) - 1]
-            ):
-                begin -= 1
-            while (
-                end < len(text)
-                and at + end - found < len(secret)
-                and text[end] == secret[at + end - found]
-            ):
-                end += 1
-            if found - begin == at or end - begin >= 16:
-                spans.append((begin, end))
-            found = text.find(secret[at : at + 8], end)
+    for offset in range(0, len(secret) - 7, 8):  # any 16 characters contain one of these blocks
+        block = secret[offset : offset + 8]
+        at = text.find(block)
+        while at >= 0:
+            start = at - _common_run(text, at - 1, secret, offset - 1, -1)
+            end = at + 8 + _common_run(text, at + 8, secret, offset + 8, 1)
+            if at - start == offset or end - start >= 16:
+                spans.append((start, end))
+            at = text.find(block, end)
     parts, done = [], 0
-    for begin, end in sorted(spans):
-        parts += [text[done:begin], "***"] if begin >= done else []
+    for start, end in sorted(spans):
+        if start >= done:
+            parts += [text[done:start], "***"]
         done = max(done, end)
     return "".join([*parts, text[done:]])
+
+
+def _common_run(text: str, at: int, secret: str, index: int, step: int) -> int:
+    """Count equal characters from two positions on, forwards (1) or backwards (-1)."""
+    length = 0
+    while 0 <= at < len(text) and 0 <= index < len(secret) and text[at] == secret[index]:
+        at, index, length = at + step, index + step, length + 1
+    return length
 
 
 class AkashSession:
@@ -5540,7 +5588,7 @@ CONTROLLERS: Dict[str, Callable[[ControllerSettings, Settings], Controller]] = {
 }
 
 
-# == 8. pool ==================================================================================
+# == 9. pool ==================================================================================
 # Who answers a request, and who is asked when that one can't. Knows neither sockets nor wires.
 
 # What follows from an error's kind: may another controller answer, and does this one rest?
@@ -6425,7 +6473,7 @@ class Exchange:
             self.pool.release(upstream, error, self.committed, self.started, self.call.model)
 
 
-# == 9. dialects ==============================================================================
+# == 10. dialects =============================================================================
 # What clients speak: a body becomes a Call, events become bytes. Knows neither upstreams nor sockets.
 
 
@@ -7871,7 +7919,7 @@ def part_field(head: bytes, value: bytes) -> Tuple[str, str]:
     return name, text
 
 
-# == 10. loop =================================================================================
+# == 11. loop =================================================================================
 # One thread that owns every client socket, and every upstream socket that only waits. Knows no
 # more of HTTP than where a request ends.
 
@@ -8593,7 +8641,7 @@ class Connection:
         self.events = events
 
 
-# == 11. relay ================================================================================
+# == 12. relay ================================================================================
 # The way of a response to its client. Knows no upstreams' formats.
 
 
@@ -8913,7 +8961,7 @@ class StreamRelay:
             self.exchange.close(error)
 
 
-# == 12. limits ==============================================================================
+# == 13. limits ===============================================================================
 # What a key may do, and the figures for Prometheus.
 
 
@@ -9149,7 +9197,7 @@ def sample(name: str, labels: Iterable[Tuple[str, str]], value: float) -> str:
     return f"{name}{{{text}}} {value}" if text else f"{name} {value}"
 
 
-# == 13. server ===============================================================================
+# == 14. server ===============================================================================
 # http.server's classes, on the event loop. Knows no upstreams.
 
 # Paths that need no token. A browser has none to send with an address that was typed in; the page holds no secrets, and
@@ -10285,7 +10333,7 @@ def _family(host: str, port: int) -> Tuple[int, str]:
     return family, found[0]
 
 
-# == 14. demo =================================================================================
+# == 15. demo =================================================================================
 # A small Akash Chat for --demo: no model, but the real way through, on a loopback port.
 
 
@@ -10431,7 +10479,7 @@ def demo_image(seed: str) -> bytes:
     )
 
 
-# == 15. page =================================================================================
+# == 16. page =================================================================================
 # A page to chat with, which asks the API as any client does. Knows nothing of the rest of this file.
 
 PAGE = r"""<!doctype html>
@@ -10705,7 +10753,7 @@ def page() -> Tuple[bytes, Dict[str, str]]:
     }
 
 
-# == 16. main =================================================================================
+# == 17. main =================================================================================
 # The command: settings, log, signals, serve.
 
 

@@ -5369,7 +5369,7 @@ def test_an_endless_answer_is_not_kept(akash, serve, monkeypatch):
 
     akash.faults.append(endless)
     got = chat(serve())
-    assert got.status == 502 and "more than can be kept" in got.json["error"]["message"]
+    assert got.status == 502 and "more than can be buffered" in got.json["error"]["message"]
 
 
 def test_an_endless_answer_of_akashgen_is_not_kept(akash, serve):
@@ -9074,11 +9074,11 @@ def test_what_an_upstream_sends_without_an_end_is_bounded():
 def test_calls_of_tools_are_bounded():
     akash, chat = AkashDecoder(), akashproxy.ChatDecoder("b")
     events = akash.feed(b"9:{}\n" * (akashproxy.MAX_TOOL_CALLS + 1))
-    assert len(events) == akashproxy.MAX_TOOL_CALLS and "calls of tools" in akash.error.message
+    assert len(events) == akashproxy.MAX_TOOL_CALLS and "tool calls" in akash.error.message
     calls = [{"index": at, "function": {"name": "f"}} for at in range(akashproxy.MAX_TOOL_CALLS)]
     assert len(chat.feed(chat_line({"tool_calls": calls}))) == akashproxy.MAX_TOOL_CALLS and not chat.error
     chat.feed(chat_line({"tool_calls": [{"index": akashproxy.MAX_TOOL_CALLS}]}))
-    assert chat.error.status == 502 and "calls of tools" in chat.error.message
+    assert chat.error.status == 502 and "tool calls" in chat.error.message
 
 
 def test_odd_numbers_and_ids_of_calls_are_read():
