@@ -3242,6 +3242,8 @@ _OVERSIZED = (
     r"^request too large|input or output tokens must be reduced|tokens allowed per request"
     r"|long context requests|reduce the (?:length|size) of (?:the|your)"
 )
+# The first matching row applies. Columns: statuses, codes, words, category, status, reason.
+# fmt: off
 UPSTREAM_ERRORS = [
     # The request asks for more tokens than are left, or than are allowed at once.
     ErrorRule((400, 402, 403), "", _UNAFFORDABLE, "refused"),
@@ -3287,7 +3289,7 @@ NAMED_STATUS = {
     name: status
     for status, names in {
         400: "badrequest invalidrequest invalidargument failedprecondition contextwindowexceeded"
-        " contextlengthexceeded contentpolicyviolation unsupportedparams rejectedrequest",
+             " contextlengthexceeded contentpolicyviolation unsupportedparams rejectedrequest",
         401: "authentication unauthenticated unauthorized invalidapikey",
         402: "billing insufficientquota insufficientcredits paymentrequired budgetexceeded",
         403: "permission permissiondenied forbidden",
@@ -3295,9 +3297,9 @@ NAMED_STATUS = {
         413: "requesttoolarge",
         422: "unprocessableentity",
         429: "ratelimit ratelimitexceeded ratelimited toomanyrequests resourceexhausted"
-        " routerratelimit routerratelimiterrorbasic",
+             " routerratelimit routerratelimiterrorbasic",
         500: "api internal internalserver server apiconnection apiresponsevalidation"
-        " jsonschemavalidation",
+             " jsonschemavalidation",
         503: "serviceunavailable unavailable midstreamfallback",
         504: "timeout deadlineexceeded",
         529: "overloaded",
