@@ -5986,14 +5986,14 @@ class Pool:
             waiter: Optional[Waiter] = call.waiter
             if waiter is not None:
                 if call.cancel_reason:
-                    raise call.cancel_reason  # close() then returns what was assigned
+                    raise call.cancel_reason  # close() releases the assigned upstream
                 call.waiter = call.wakeup = None
                 if waiter.upstream is not None:
                     return waiter.upstream
             excluded = tried[:unsupported]
             known = [up for up in self.candidates(call.model) if up not in excluded]
             candidates = [up for up in known if up not in tried]
-            ignored = BACKOFF_CATEGORIES if len(known) == 1 else ()
+            ignored = BACKOFF_CATEGORIES if len(known) == 1 else ()  # an only candidate
             now = self.clock()
             if not candidates:
                 raise best_error(call, known, errors, ignored, now)
@@ -6025,9 +6025,9 @@ class Pool:
     ) -> Upstream:
         """Queue a call: raises Queued, or APIError if waiting is useless.
 
-        It is if no upstream will be available by the deadline. Before the error, upstreams in an
-        auth cool-down are tried, and one is returned: either it serves the call, so that one
-        client's request can't block the others, or the client gets the error that names the cause.
+        Waiting is useless if no upstream will be available by the deadline. In that case one in an
+        auth cool-down is returned, if there is any: either it serves the call, so that one client's
+        request can't block the others, or the client gets the error that names the cause.
         """
         call = waiter.call
         if now >= waiter.deadline or waiter.available_at(now) > waiter.deadline:
@@ -6541,7 +6541,7 @@ class ChatCompletions(Dialect):
     """POST /v1/chat/completions, OpenAI's API."""
 
     OBJECT, CHUNK = "chat.completion", "chat.completion.chunk"
-    LAST_CHOICE = b'{"index":0,"delta":{}'  # the choice of the last chunk, up to its finish_reason
+    LAST_CHOICE = b'{"index":0,"delta":{}'  # of the last chunk, up to its finish_reason
 
     def parse(self, body: Dict[str, Any]) -> Call:
         required_field(body, "model", str, "the name of a model")
@@ -6744,7 +6744,7 @@ class BlockDialect(Dialect):
     SCHEMA_KEY = ""  # their field with the JSON schema of the parameters
 
     def __init__(self, body: Any, base_url: str = "") -> None:
-        self.untranslated: List[str] = []  # for the warning header
+        self.untranslated: List[str] = []  # names of ignored fields, for a response header
         self.show_reasoning = True
         self.open_block: Any = None  # block_key() of the open block
         self.open_text: List[str] = []
@@ -6846,23 +6846,24 @@ class BlockDialect(Dialect):
         if isinstance(block, str):
             return [{"type": "text", "text": block}]
         fields = as_dict(block)
-        kind, source = fields.get("type"), as_dict(fields.get("source"))
-        if kind in ("text", "input_text", "output_text", "refusal"):
-            text = fields.get("refusal" if kind == "refusal" else "text")
+        block_type, source = fields.get("type"), as_dict(fields.get("source"))
+        if block_type in ("text", "input_text", "output_text", "refusal"):
+            text = fields.get("refusal" if block_type == "refusal" else "text")
             if isinstance(text, str):
                 return [{"type": "text", "text": text}]
-        if kind in ("image", "input_image"):
+        if block_type in ("image", "input_image"):
             url = fields.get("image_url") or source.get("url")
             if source.get("type") == "base64":
                 url = f"data:{source.get('media_type')};base64,{source.get('data')}"
             if isinstance(url, str):
                 return [{"type": "image_url", "image_url": {"url": url}}]
-        if kind == "document" and source.get("type") in ("text", "content"):
+        if block_type == "document" and source.get("type") in ("text", "content"):
             return self.convert_content(source.get("data") or source.get("content"), param, lenient)
         if lenient:
             return [{"type": "text", "text": _encode(block)}] if block is not None else []
         raise bad_request(
-            f"{param}: {str(kind or block)[:80]!r} can't be converted for a chat model.", param
+            f"{param}: {str(block_type or block)[:80]!r} can't be converted for a chat model.",
+            param,
         )
 
     def convert_tools(self, tools: Any) -> Optional[List[Dict[str, Any]]]:
@@ -7029,18 +7030,18 @@ class Messages(BlockDialect):
         "output_format",
     )
     FUNCTION_TYPES, SCHEMA_KEY = (None, "custom"), "input_schema"
-    DELTAS = {
+    DELTA_TYPES = {
         Text: (b"text_delta", b"text"),
         Reasoning: (b"thinking_delta", b"thinking"),
         ToolCall: (b"input_json_delta", b"partial_json"),
     }
-    STOPS = {
+    STOP_REASONS = {
         "length": "max_tokens",
         "tool_calls": "tool_use",
         "function_call": "tool_use",
         "content_filter": "refusal",
     }
-    ERRORS = {
+    ERROR_TYPE_BY_STATUS = {
         401: "authentication_error",
         403: "permission_error",
         404: "not_found_error",
@@ -7101,19 +7102,19 @@ class Messages(BlockDialect):
         calls: List[Dict[str, Any]] = []
         for i, block in enumerate(content if isinstance(content, list) else [content]):
             fields, block_param = as_dict(block), f"{param}.content[{i}]"
-            kind = fields.get("type")
-            if kind == "tool_use":
+            block_type = fields.get("type")
+            if block_type == "tool_use":
                 arguments = _encode(as_dict(fields.get("input")))
                 calls.append(
                     tool_call(ToolCall(0, arguments, fields.get("id"), str(fields.get("name"))))
                 )
-            elif kind == "tool_result":
+            elif block_type == "tool_result":
                 parts += self.append_tool_result(
                     messages, fields.get("tool_use_id"), fields.get("content"), block_param
                 )
-            elif role == "assistant" and kind not in ("text", None):
-                if "thinking" not in str(kind):
-                    self.untranslated.append(str(kind))
+            elif role == "assistant" and block_type not in ("text", None):
+                if "thinking" not in str(block_type):
+                    self.untranslated.append(str(block_type))
             else:
                 parts += self.convert_part(block, block_param)
         self.append_message(messages, role, parts, calls)
@@ -7121,14 +7122,14 @@ class Messages(BlockDialect):
     @staticmethod
     def convert_tool_choice(choice: Dict[str, Any]) -> Any:
         """Convert ``tool_choice``."""
-        kind = choice.get("type")
-        if kind == "tool":
+        choice_type = choice.get("type")
+        if choice_type == "tool":
             return {"type": "function", "function": {"name": choice.get("name")}}
-        if kind not in (None, "auto", "any", "none"):
+        if choice_type not in (None, "auto", "any", "none"):
             raise bad_request(
                 "'tool_choice' must be of the type auto, any, none or tool.", "tool_choice"
             )
-        return "required" if kind == "any" else kind
+        return "required" if choice_type == "any" else choice_type
 
     # -- the response
 
@@ -7141,7 +7142,7 @@ class Messages(BlockDialect):
     def start_block(self, event: Event) -> bytes:
         self.head = (
             b'event: content_block_delta\ndata: {"type":"content_block_delta","index":%d,'
-            b'"delta":{"type":"%b","%b":' % (self.block_index, *self.DELTAS[type(event)])
+            b'"delta":{"type":"%b","%b":' % (self.block_index, *self.DELTA_TYPES[type(event)])
         )
         return event_frame(
             "content_block_start",
@@ -7208,7 +7209,7 @@ class Messages(BlockDialect):
         # Some upstreams send "stop" after tool calls.
         reason = "tool_calls" if has_tool_calls and finish.reason == "stop" else finish.reason
         stop_reason = (
-            "stop_sequence" if finish.stop_sequence else self.STOPS.get(reason, "end_turn")
+            "stop_sequence" if finish.stop_sequence else self.STOP_REASONS.get(reason, "end_turn")
         )
         return {"stop_reason": stop_reason, "stop_sequence": finish.stop_sequence}
 
@@ -7251,7 +7252,7 @@ class Messages(BlockDialect):
             "type": "error",
             "error": {
                 "message": error.message,
-                "type": Messages.ERRORS.get(
+                "type": Messages.ERROR_TYPE_BY_STATUS.get(
                     status, "api_error" if status >= 500 else "invalid_request_error"
                 ),
             },
@@ -7344,7 +7345,7 @@ class Responses(BlockDialect):
         "top_p": None,
     }
     STATEFUL = ("previous_response_id", "conversation", "prompt", "background")
-    ECHO_LIMIT = 1 << 16  # bytes; a larger field is not echoed, as a stream repeats it thrice
+    ECHO_LIMIT = 1 << 16  # bytes; larger fields are not echoed: a stream has three copies
     KNOWN_PARAMS = (*ECHOED, *STATEFUL, "model", "input", "stream", "store")
     FUNCTION_TYPES, SCHEMA_KEY = ("function",), "parameters"
     # By event: prefix of the item's id, names of its text and part events, index of the part, and
@@ -7439,9 +7440,12 @@ class Responses(BlockDialect):
     def convert_item(
         self, messages: List[Dict[str, Any]], item: Dict[str, Any], param: str
     ) -> None:
-        """Append an item other than a tool result. Reasoning items are dropped."""
-        kind = item.get("type", "message")
-        if kind == "message":
+        """Append an item other than a tool result.
+
+        Reasoning, as an item or a reference (its ids begin with "rs_"), is dropped.
+        """
+        item_type = item.get("type", "message")
+        if item_type == "message":
             role = "system" if item.get("role") == "developer" else item.get("role")
             if role not in ("user", "assistant", "system"):
                 raise bad_request(
@@ -7449,16 +7453,16 @@ class Responses(BlockDialect):
                 )
             content = self.convert_content(item.get("content"), f"{param}.content")
             self.append_message(messages, role, content)
-        elif kind == "function_call":
+        elif item_type == "function_call":
             if not messages or messages[-1]["role"] != "assistant":
                 messages.append({"role": "assistant", "content": None})
             arguments, name = str(item.get("arguments") or "{}"), str(item.get("name"))
             call = tool_call(ToolCall(0, arguments, item.get("call_id"), name))
             messages[-1].setdefault("tool_calls", []).append(call)
-        elif kind == "item_reference" and not str(item.get("id")).startswith("rs_"):  # reasoning
+        elif item_type == "item_reference" and not str(item.get("id")).startswith("rs_"):
             raise not_stored("An item_reference", param)
-        elif kind != "reasoning":
-            self.untranslated.append(str(kind))
+        elif item_type != "reasoning":
+            self.untranslated.append(str(item_type))
 
     def convert_tool_choice(self, choice: Any) -> Any:
         """Convert ``tool_choice``."""
