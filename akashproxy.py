@@ -5591,59 +5591,55 @@ CONTROLLERS: Dict[str, Callable[[ControllerSettings, Settings], Controller]] = {
 
 
 # == 9. pool ==================================================================================
-# Who answers a request, and who is asked when that one can't. Knows neither sockets nor wires.
+# Chooses an upstream for each request and fails over to the next. Knows no sockets and no wire
+# formats. A request's way: Exchange.attempt -> Pool.acquire -> Controller.events -> commit (or
+# fail_over, then attempt again) -> Exchange.close -> Pool.release.
 
-# What follows from an error's kind: may another controller answer, and does this one rest?
-#   kind: (the next one is asked, rests after so many failures in a row)
-FAILURE_POLICY: Dict[str, Tuple[bool, Optional[int]]] = {
-    "request": (False, None),  # every upstream would say so
-    "ability": (True, None),  # it can't do that at all
-    "model": (True, None),  # it does not know the model
-    "refused": (
-        True,
-        None,
-    ),  # it does not do this request: its model, its words, its size; others are served on
-    "limit": (True, 1),  # for as long as it said
-    "auth": (True, 1),  # our key is at fault: long
-    "network": (True, 1),  # refused, silent, cut: growing, always ending
-    "again": (True, None),  # it is asked once more itself: a session or a kept connection had ended
-    "server": (True, 3),  # a 5xx: only if it goes on
-    "local": (False, None),  # this machine is out of descriptors, memory or threads
+
+class FailurePolicy(NamedTuple):
+    fail_over: bool  # whether another controller may serve the request
+    cool_down_after: Optional[int]  # consecutive failures; None: no cool-down, not counted
+
+
+# By APIError.category.
+FAILURE_POLICY = {
+    "request": FailurePolicy(False, None),  # malformed: every upstream would reject it
+    "ability": FailurePolicy(True, None),  # the controller doesn't support the request
+    "model": FailurePolicy(True, None),  # the upstream doesn't know the model
+    "refused": FailurePolicy(True, None),  # rejected for its model, content or size only
+    "limit": FailurePolicy(True, 1),  # rate limit: for the time in its Retry-After
+    "auth": FailurePolicy(True, 1),  # our key was rejected: AUTH_COOLDOWN
+    "network": FailurePolicy(True, 1),  # refused, timed out or cut off: back-off
+    "again": FailurePolicy(True, None),  # a session or connection expired: same controller again
+    "server": FailurePolicy(True, 3),  # 5xx: back-off, if it persists
+    "local": FailurePolicy(False, None),  # this machine lacks descriptors, memory or threads
 }
 AUTH_COOLDOWN, BACKOFF_BASE, BACKOFF_MAX = 600.0, 1.0, 60.0  # seconds
-BACKOFF_CATEGORIES = (
-    "auth",
-    "network",
-    "server",
-)  # kinds of failure that are answered by a guess, not by a time that the upstream told
-CATEGORY_RANK = (
-    "ability",
-    "model",
-    "auth",
-    "refused",
-    "server",
-    "network",
-    "limit",
-)  # of several errors the last one says most
-KEY_TRUST = 300.0  # seconds for which a success shows that a key is good, whatever one refusal says
-RECHECK = (
-    600.0  # seconds of a cool-down after which one request finds out whether it has ended early
-)
-MAX_MODEL_COOLDOWNS = 256  # of single models at a controller
+BACKOFF_CATEGORIES = ("auth", "network", "server")  # cool-downs of a length we guess
+# Of several errors the client gets the one of the last category here, the most informative.
+CATEGORY_RANK = ("ability", "model", "auth", "refused", "server", "network", "limit")
+KEY_TRUST = 300.0  # seconds after a success during which one rejection doesn't prove a key bad
+RECHECK = 600.0  # seconds of a cool-down after which a single request probes the upstream
+MAX_MODEL_COOLDOWNS = 256  # cool-downs of single models per controller
 
-# What /status says of a failure, by its code or its kind: never an upstream's words, which may quote another client's.
+# Failures in /status, by code or category. Upstreams' messages may quote other clients' requests.
 REASONS = {
     "timeout": "no answer in time",
     "limit": "rate limit",
     "auth": "the upstream refuses the key",
-    "network": "connection failed or broke off",
+    "network": "connection failed or was cut off",
     "server": "server error",
     "image_failed": "the image failed",
 }
 
 
+def failure_policy(category: str) -> FailurePolicy:
+    """Policy of a category; unknown ones count as server errors."""
+    return FAILURE_POLICY.get(category, FAILURE_POLICY["server"])
+
+
 class CoolDown:
-    """Consecutive failures of one kind, and the time until which they keep a controller from being used."""
+    """Consecutive failures of one category; ``until`` is the end by the pool's clock."""
 
     def __init__(self, until: float = 0.0) -> None:
         self.until = until
@@ -5653,7 +5649,7 @@ class CoolDown:
     def record_failure(
         self, now: float, started: float, after: int, seconds: Optional[float]
     ) -> None:
-        """Count a failure. Concurrent ones count once; a cool-down is only ever extended, and its back-off doubles."""
+        """Count a failure; at ``after`` failures cool down for ``seconds`` or back off."""
         if started >= self.failed_at:
             self.failed_at = now
             self.failures += 1
@@ -5664,34 +5660,44 @@ class CoolDown:
 
 
 class Upstream:
-    """A controller's place in the pool, and how it fares. Its numbers change under the pool's lock only."""
+    """A controller in the pool, its counters and cool-downs. Under the pool's lock.
+
+    The rules of cool-downs:
+
+    * Each is of one category of failure, and of one model or (None) of the whole controller.
+    * It begins after as many consecutive failures as FAILURE_POLICY says. Failures of concurrent
+      attempts, those that started before the last counted one, count once.
+    * It lasts for AUTH_COOLDOWN, for the upstream's Retry-After, or else for BACKOFF_BASE, doubled
+      with each further failure up to BACKOFF_MAX. It is only ever extended.
+    * A success ends those of the controller and of its model, unless they failed after it started.
+    * A key that has served a request within KEY_TRUST seconds cools down after two rejections in a
+      row: the first could be due to that one request.
+    * After RECHECK seconds of a long cool-down one request is let through, as the limit may have
+      been that of one request, or the account topped up.
+    * An only candidate skips back-off and obeys rate limits only, as in nginx.
+    """
 
     def __init__(self, controller: Controller, previous: Optional["Upstream"] = None) -> None:
         self.controller, self.options, self.name = controller, controller.options, controller.name
         self.current_weight = 0.0  # of smooth weighted round robin
         self.in_flight = self.served = self.failed = self.cooldown_count = 0
-        self.cooldowns: Dict[
-            Tuple[str, Optional[str]], CoolDown
-        ] = {}  # by (kind, model); None: the whole controller
+        self.cooldowns: Dict[Tuple[str, Optional[str]], CoolDown] = {}  # by (category, model)
         self.served_at = -math.inf  # the last success
         self.last_error, self.last_error_at = "", 0.0  # the latter by time.time()
-        self.logged_exceptions: set = (
-            set()
-        )  # (type, file, line) of the exceptions whose traceback is in the log
-        self.known_models: Optional[frozenset] = None  # what its model list had, once it was read
+        self.logged_exceptions: Set[Tuple[Any, ...]] = set()  # (type, file, line) with a traceback
+        self.known_models: Optional[frozenset[str]] = None  # its model list; None: not read yet
         self.identity = self._identity()
-        inherited = (
-            ["served", "failed", "cooldown_count", "known_models"]
-            if previous and previous.identity[:3] == self.identity[:3]
-            else []
-        )
+        if previous and previous.identity[:3] == self.identity[:3]:  # type, address and key
+            self._inherit(previous, "served", "failed", "cooldown_count", "known_models")
         if previous and previous.identity == self.identity:
-            inherited += ["cooldowns", "served_at", "last_error", "last_error_at"]
-        for name in inherited:
+            self._inherit(previous, "cooldowns", "served_at", "last_error", "last_error_at")
+
+    def _inherit(self, previous: "Upstream", *names: str) -> None:
+        for name in names:
             setattr(self, name, getattr(previous, name))
 
     def _identity(self) -> Tuple[Any, ...]:
-        """How it reaches its upstream, and as whom. Cool-downs say nothing of another way."""
+        """Settings of its address and account; a change of one voids the cool-downs."""
         options, settings = self.options, self.controller.settings
         cookie = settings.akash_cookie if options.type == "akash" else ""
         return (
@@ -5706,7 +5712,7 @@ class Upstream:
         )
 
     def serves(self, model: str) -> Optional[bool]:
-        """Is a model one of its own? None: not that we know, but it may be tried."""
+        """Whether it offers the model: True, False, or None if unknown (worth a try)."""
         if model in self.options.model_map or not model:
             return True
         if self.options.models:
@@ -5719,90 +5725,76 @@ class Upstream:
     def record_result(
         self, error: Optional[APIError], now: float, started: float, model: str = ""
     ) -> None:
-        """Record the result of an attempt, which began at ``started``.
-
-        A success ends the cool-downs that were there when its attempt began. A refused key is cooled
-        down at once only if it has served no request for KEY_TRUST seconds, else when a second
-        attempt in a row is refused: one client's request could have been the reason.
-        """
+        """Record the success (None) or failure of an attempt that started at ``started``."""
         if error is None:
             self.served += 1
             self.served_at = now
             self._recover(model, started)
             return
         category = "limit" if error.category == "server" and error.retry_after else error.category
-        after = FAILURE_POLICY.get(category, FAILURE_POLICY["server"])[1]
+        after = failure_policy(category).cool_down_after
         if after is None:
             return
         self.failed += 1
-        self.last_error_at = time.time()
-        self.last_error = (
-            f"{error.status} {REASONS.get(error.code or '') or REASONS.get(category, category)}"
-        )
+        reason = REASONS.get(error.code or "") or REASONS.get(category, category)
+        self.last_error, self.last_error_at = f"{error.status} {reason}", time.time()
         if category == "auth" and now - self.served_at < KEY_TRUST:
             after = 2
         was_cooling_down = self.cooldown_until > now
         seconds = {"auth": AUTH_COOLDOWN, "limit": error.retry_after}.get(category)
-        self._cooldown(category, model if error.cooldown_scope == "model" else None).record_failure(
-            now, started, after, seconds
-        )
+        cooldown = self._cooldown(category, model if error.cooldown_scope == "model" else None)
+        cooldown.record_failure(now, started, after, seconds)
         self.cooldown_count += not was_cooling_down and self.cooldown_until > now
 
     def _recover(self, model: str, started: float) -> None:
-        for category, scope in list(self.cooldowns):
-            if (
-                scope in (None, self._model(model))
-                and self.cooldowns[category, scope].failed_at <= started
-            ):
-                del self.cooldowns[category, scope]
+        """End the cool-downs that a success disproves."""
+        scopes = (None, self._model_key(model))
+        for key, cooldown in list(self.cooldowns.items()):
+            if key[1] in scopes and cooldown.failed_at <= started:
+                del self.cooldowns[key]
 
     def _cooldown(self, category: str, model: Optional[str]) -> CoolDown:
-        """The one of a kind and of a model, or of all (None). The number of models is bounded: clients name them."""
-        key = category, None if model is None else self._model(model)
+        """The cool-down of a category and a model (None: the controller), made if needed."""
+        key = category, None if model is None else self._model_key(model)
         if key not in self.cooldowns:
+            # Clients choose the models' names: without a bound they could fill the memory.
             of_models = [key for key in self.cooldowns if key[1] is not None]
             if key[1] is not None and len(of_models) >= MAX_MODEL_COOLDOWNS:
                 del self.cooldowns[min(of_models, key=lambda other: self.cooldowns[other].until)]
             self.cooldowns[key] = CoolDown()
         return self.cooldowns[key]
 
-    def _model(self, model: str) -> str:
-        """The upstream's name of a model, cut to what is remembered."""
+    def _model_key(self, model: str) -> str:
+        """The upstream's name of a model, truncated."""
         return self.options.model_map.get(model, model)[:MAX_NAME]
+
+    def _applicable(self, model: str, ignored: Tuple[str, ...]) -> List[CoolDown]:
+        """The cool-downs that apply to a model, except for the ignored categories."""
+        scopes = (None, self._model_key(model))
+        return [
+            cooldown
+            for (category, scope), cooldown in self.cooldowns.items()
+            if scope in scopes and category not in ignored
+        ]
 
     @property
     def cooldown_until(self) -> float:
-        """When the cool-downs of the whole controller are over."""
+        """End of the whole controller's cool-downs, by the pool's clock; 0 if it has none."""
         return max(
             (cooldown.until for (_, model), cooldown in self.cooldowns.items() if model is None),
             default=0.0,
         )
 
     def available_at(self, model: str, ignored: Tuple[str, ...] = ()) -> float:
-        """When it can be used for a model, as far as cool-downs go; those of some kinds may be ignored."""
+        """End of the cool-downs for a model, ignoring some categories; 0 if none."""
         if not self.cooldowns:
             return 0.0
-        scopes = (None, self._model(model))
-        return max(
-            (
-                cooldown.until
-                for (category, scope), cooldown in self.cooldowns.items()
-                if scope in scopes and category not in ignored
-            ),
-            default=0.0,
-        )
+        return max((cooldown.until for cooldown in self._applicable(model, ignored)), default=0.0)
 
     def recheck(self, model: str, ignored: Tuple[str, ...], now: float) -> bool:
-        """Whether to find out if a long cool-down has ended early; True once in RECHECK seconds.
-
-        A limit could be that of one request only, or an account was topped up.
-        """
+        """Whether to probe it despite a cool-down; True at most once in RECHECK seconds."""
         pending = [
-            cooldown
-            for (category, scope), cooldown in self.cooldowns.items()
-            if scope in (None, self._model(model))
-            and category not in ignored
-            and cooldown.until > now
+            cooldown for cooldown in self._applicable(model, ignored) if cooldown.until > now
         ]
         if not pending or any(cooldown.recheck_at > now for cooldown in pending):
             return False
@@ -5811,7 +5803,7 @@ class Upstream:
         return True
 
     def log_exception(self, error: APIError) -> None:
-        """Log the exception behind an error; its traceback only for the first one of a place in the code."""
+        """Log the exception behind an error, with its traceback once per line of code."""
         if error.bug is None:
             return
         trace: Any = error.bug.__traceback__
@@ -5827,15 +5819,22 @@ class Upstream:
         )
         self.logged_exceptions.add(location)
 
-    def list_models(self) -> Tuple[List[Dict[str, Any]], Optional[frozenset], Optional[APIError]]:
-        """The models it adds to the list, the names that its own list has, and the error if it tells none."""
-        found, names, error = {}, self.known_models, None
+    def list_models(
+        self,
+    ) -> Tuple[List[Dict[str, Any]], Optional[frozenset[str]], Optional[APIError]]:
+        """Read its model list.
+
+        Returns the models to offer, all names in the list (the known ones if reading failed), and
+        the error. Models that the configuration names are always included.
+        """
+        by_id: Dict[str, Dict[str, Any]] = {}
+        names, error = self.known_models, None
         try:
             with controller_errors(self.name):
                 models = self.controller.models()
                 names = frozenset(model["id"] for model in models)
                 patterns = self.options.models or ["*"]
-                found = {
+                by_id = {
                     model["id"]: model
                     for model in models
                     if any(fnmatch.fnmatchcase(model["id"], pattern) for pattern in patterns)
@@ -5843,16 +5842,19 @@ class Upstream:
         except APIError as failure:
             error = failure
             self.log_exception(failure)
-        named = [name for name in self.options.models if not re.search(r"[*?\[]", name)]
-        for name in [*self.options.model_map, *named]:
-            found.setdefault(
+        configured = [name for name in self.options.models if not re.search(r"[*?\[]", name)]
+        for name in [*self.options.model_map, *configured]:
+            by_id.setdefault(
                 name, {"id": name, "object": "model", "created": 0, "owned_by": self.name}
             )
-        return list(found.values()), names, error
+        return list(by_id.values()), names, error
 
 
 def model_allowed(patterns: Tuple[str, ...], model: str) -> bool:
-    """May a model be used where only those of some patterns may? One that is not named could be any."""
+    """Whether a model matches one of the patterns; no patterns allow all.
+
+    An empty name matches none, as the upstream could use any model.
+    """
     return (
         not patterns
         or model != ""
@@ -5860,10 +5862,21 @@ def model_allowed(patterns: Tuple[str, ...], model: str) -> bool:
     )
 
 
-class Waiter:
-    """A call in the queue: the controllers that it can use, and until when it waits. The pool's lock guards it."""
+def earliest_available(
+    upstreams: List[Upstream], model: str, ignored: Tuple[str, ...], now: float
+) -> float:
+    """The time from ``now`` on when the first of the upstreams' cool-downs ends."""
+    return max(min(upstream.available_at(model, ignored) for upstream in upstreams), now)
 
-    __slots__ = ("queue", "call", "candidates", "ignored", "deadline", "number", "line", "upstream")
+
+class Waiter:
+    """A queued call, the upstreams that can serve it, and its deadline.
+
+    Any thread, under the pool's lock. ``upstream`` is the one that it has been assigned, where it
+    is counted as in flight.
+    """
+
+    __slots__ = ("queue", "call", "candidates", "ignored", "deadline", "number", "key", "upstream")
 
     def __init__(
         self,
@@ -5873,76 +5886,102 @@ class Waiter:
         ignored: Tuple[str, ...],
         deadline: float,
     ) -> None:
-        self.queue, self.call, self.candidates, self.ignored, self.deadline = (
-            queue,
-            call,
-            candidates,
-            ignored,
-            deadline,
-        )
+        self.queue, self.call, self.candidates = queue, call, candidates
+        self.ignored, self.deadline = ignored, deadline
         self.number = next(queue.numbers)
-        self.upstream: Optional[Upstream] = None  # the controller that it has been given
+        self.upstream: Optional[Upstream] = None
         by_model = any(
             model is not None for upstream in candidates for _, model in upstream.cooldowns
         )
-        self.line = (
-            call.model if by_model else None,
-            ignored,
-            *map(id, candidates),
-        )  # of those that can go on when it can
+        # Calls with the same key become ready at the same time.
+        self.key = (call.model if by_model else None, ignored, *map(id, candidates))
 
     def available_at(self, now: float) -> float:
-        return min(
-            max(upstream.available_at(self.call.model, self.ignored), now)
-            for upstream in self.candidates
-        )
+        return earliest_available(self.candidates, self.call.model, self.ignored, now)
 
     def set(self) -> None:
-        """The call was cancelled (this is its ``bell``)."""
+        """Resume a cancelled call; the method of threading.Event that Call.cancel() uses."""
         with self.queue.lock:
-            self.queue.wake(self)
+            self.queue.resume(self)
 
 
 class CallQueue:
-    """Calls that wait for a controller, first come, first served, without a thread. Called under the pool's lock.
+    """First-in first-out queue of calls, none of which blocks a thread.
 
-    There is a line for each set of controllers (and model, if it matters), so that only the first of each is
-    looked at: to wake all, or to look through all, would cost the square of their number.
+    Any thread, under the pool's lock. Calls with the same key share a line, and only the first of
+    each line is examined: to examine every call at each release would take quadratic time.
     """
 
-    def __init__(self, lock: Any) -> None:
+    def __init__(self, lock: threading.Lock) -> None:
         self.lock = lock
         self.numbers = itertools.count()
-        self.lines: Dict[Tuple[Any, ...], OrderedDict] = {}
+        self.lines: Dict[Tuple[Any, ...], OrderedDict[Waiter, None]] = {}
 
     def add(self, waiter: Waiter) -> None:
-        self.lines.setdefault(waiter.line, OrderedDict())[waiter] = None
+        self.lines.setdefault(waiter.key, OrderedDict())[waiter] = None
 
     def remove(self, waiter: Waiter) -> bool:
-        """False if it has left the queue already."""
-        line = self.lines.get(waiter.line, {})
-        if waiter not in line:
+        """Remove a call; False if it isn't in the queue any more."""
+        line = self.lines.get(waiter.key)
+        if line is None or waiter not in line:
             return False
         del line[waiter]
         if not line:
-            del self.lines[waiter.line]
+            del self.lines[waiter.key]
         return True
 
-    def wake(self, waiter: Waiter, upstream: Optional[Upstream] = None) -> None:
-        """Let a call go on, with a controller if there is one for it; only once."""
+    def resume(self, waiter: Waiter, upstream: Optional[Upstream] = None) -> None:
+        """Remove a call from the queue and resume it; no-op if it was removed before."""
         if self.remove(waiter):
             waiter.upstream = upstream
             if upstream is not None:
                 upstream.in_flight += 1
             waiter.call.wake()
 
-    def in_order(self) -> List[OrderedDict]:
-        """The lines, that of the call which has waited longest first."""
+    def lines_by_age(self) -> List["OrderedDict[Waiter, None]"]:
+        """The lines, the one with the oldest call first."""
         return sorted(self.lines.values(), key=lambda line: next(iter(line)).number)
 
 
+def make_upstreams(settings: Settings, previous: Optional["Pool"]) -> List[Upstream]:
+    """An upstream for each controller; those whose settings are unchanged are reused."""
+    known = {upstream.name: upstream for upstream in previous.upstreams} if previous else {}
+    reusable = previous is not None and previous.settings == dataclasses.replace(
+        settings, controllers=previous.settings.controllers, keys=previous.settings.keys
+    )
+    upstreams = []
+    for options in settings.pool():
+        upstream = known.get(options.name)
+        if upstream is None or not reusable or upstream.options != options:
+            upstream = Upstream(CONTROLLERS[options.type](options, settings), upstream)
+        upstreams.append(upstream)
+    return upstreams
+
+
+def read_model_lists(upstreams: List[Upstream]) -> Dict[Upstream, Tuple[Any, Any, Any]]:
+    """Results of the upstreams' list_models(), called concurrently."""
+    lists: Dict[Upstream, Tuple[Any, Any, Any]] = {}
+
+    def read(upstream: Upstream) -> None:
+        lists[upstream] = [], upstream.known_models, None  # remains if list_models() raises
+        lists[upstream] = upstream.list_models()
+
+    threads = [
+        threading.Thread(target=read, args=(upstream,), daemon=True) for upstream in upstreams
+    ]
+    for thread in threads:
+        try:
+            thread.start()
+        except RuntimeError:  # the system's limit of threads
+            thread.run()
+    for thread in threads:
+        if thread.ident:
+            thread.join()
+    return lists
+
+
 class Pool:
-    """The controllers, and for each request the choice of one, then of the next."""
+    """All upstreams: chooses one for each attempt, and keeps their models. Any thread."""
 
     def __init__(
         self,
@@ -5952,39 +5991,24 @@ class Pool:
         rng: Callable[[], float] = random.random,
     ) -> None:
         self.settings, self.clock, self.rng = settings, clock, rng
-        self.lock = previous.lock if previous else threading.Lock()
-        self.queue = previous.queue if previous else CallQueue(self.lock)
-        known = {upstream.name: upstream for upstream in previous.upstreams} if previous else {}
-        alike = (
-            previous is not None
-            and dataclasses.replace(
-                settings, controllers=previous.settings.controllers, keys=previous.settings.keys
-            )
-            == previous.settings
-        )
-        self.upstreams = []
-        for options in settings.pool():
-            upstream = known.get(options.name)
-            if upstream is None or not alike or upstream.options != options:
-                upstream = Upstream(CONTROLLERS[options.type](options, settings), upstream)
-            self.upstreams.append(upstream)
+        self.lock: threading.Lock = previous.lock if previous else threading.Lock()
+        self.queue: CallQueue = previous.queue if previous else CallQueue(self.lock)
+        self.upstreams: List[Upstream] = make_upstreams(settings, previous)
+        self.enabled = [upstream for upstream in self.upstreams if upstream.options.weight > 0]
         self.choose = {
             "balanced": self.weighted_round_robin,
             "random": self.weighted_random,
             "least_busy": self.least_connections,
         }[settings.pool_type]
         self.refresh_at = self.model_names_refresh_at = -math.inf
-        self.model_names: frozenset = (
-            frozenset()
-        )  # of the union of all lists, until model_names_refresh_at
-        self._cached_candidates = functools.lru_cache(maxsize=256)(
-            self._candidates
-        )  # by the name of a model, until a list changes
+        self.model_names: frozenset[str] = frozenset()  # of all lists
+        # By model, until a list changes.
+        self._cached_candidates = functools.lru_cache(maxsize=256)(self._candidates)
 
-    # -- who is asked
+    # -- the upstream of an attempt
 
     def apply_alias(self, call: Call) -> None:
-        """Put the name that is meant in place of another one."""
+        """Replace a model alias by its target."""
         name = self.resolve_alias(call.model)
         if name != call.model:
             call.model, call.body = name, {**call.body, "model": name}
@@ -5992,170 +6016,131 @@ class Pool:
             call.raw_body = request_json(call.original_body, len(call.raw_body))
 
     def resolve_alias(self, model: str) -> str:
-        """The model that a name means: by an alias, or with "--" for "/" if there is such a model only."""
-        for pattern, meant in self.settings.model_aliases.items():
+        """The target of a model alias.
+
+        Names with "--" stand for the one with "/", if only that one exists.
+        """
+        for pattern, target in self.settings.model_aliases.items():
             if model and fnmatch.fnmatchcase(model, pattern):
-                return meant
+                return target
         if "--" in model:
             if self.clock() >= self.model_names_refresh_at:
-                with contextlib.suppress(APIError):  # without a list it is taken as it is
+                with contextlib.suppress(APIError):  # without a list the name stays as it is
                     self.models()
-            meant = model.replace("--", "/")
-            return meant if meant in self.model_names and model not in self.model_names else model
+            target = model.replace("--", "/")
+            return target if target in self.model_names and model not in self.model_names else model
         return model
 
     def acquire(
         self, call: Call, tried: List[Upstream], errors: List[APIError], unsupported: int = 0
     ) -> Upstream:
-        """The controller to ask next. APIError if there is none; Queued if the call has to wait for one.
+        """Choose the upstream for the next attempt, and count the attempt as in flight.
 
-        The first so many of those that are not asked any more can't do it at all.
+        ``tried`` are not chosen again, and the first ``unsupported`` of them can't serve the call
+        at all; ``errors`` are those of earlier attempts. Raises APIError if no upstream is left,
+        or Queued if the call has to wait: call again after ``call.wake()``.
         """
         self.refresh_models_async()
         with self.lock:
-            waiter = self._resume(call)
-            if waiter is not None and waiter.upstream is not None:
-                return waiter.upstream
-            known = self.candidates(call.model)
-            if unsupported:
-                known = [upstream for upstream in known if upstream not in tried[:unsupported]]
-            candidates = (
-                [upstream for upstream in known if upstream not in tried] if tried else known
-            )
-            # An only candidate skips back-off and obeys rate limits only, as in nginx.
-            ignored = BACKOFF_CATEGORIES if len(known) == 1 else ()
-            if not candidates:
-                raise self.best_error(call, known, errors, ignored)
+            waiter: Optional[Waiter] = call.waiter
+            if waiter is not None:
+                if call.cancel_reason:
+                    raise call.cancel_reason  # close() releases the assigned upstream
+                call.waiter = call.wakeup = None
+                if waiter.upstream is not None:
+                    return waiter.upstream
+            excluded = tried[:unsupported]
+            known = [up for up in self.candidates(call.model) if up not in excluded]
+            candidates = [up for up in known if up not in tried]
+            ignored = BACKOFF_CATEGORIES if len(known) == 1 else ()  # an only candidate
             now = self.clock()
-            if self.queue.lines and any(
-                upstream.has_capacity() for upstream in candidates
-            ):  # those who wait go first
-                self._wake_ready(now)
+            if not candidates:
+                raise best_error(call, known, errors, ignored, now)
+            if self.queue.lines and any(up.has_capacity() for up in candidates):
+                self._resume_ready(now)  # queued calls go first
             upstream = self._pick(candidates, call.model, ignored, now)
             if upstream is None:
                 deadline = now + self.settings.max_wait if waiter is None else waiter.deadline
-                upstream = self._wait(
-                    Waiter(self.queue, call, candidates, ignored, deadline), known, errors, now
-                )
+                waiter = Waiter(self.queue, call, candidates, ignored, deadline)
+                upstream = self._enqueue(waiter, known, errors, now)
             upstream.in_flight += 1
             return upstream
-
-    def _resume(self, call: Call) -> Optional[Waiter]:
-        """What became of a call that has waited, if it has; raises why it was cancelled, if it was."""
-        waiter = call.waiter
-        if waiter is not None:
-            if call.cancel_reason:
-                raise call.cancel_reason  # close() gives back what the call was given
-            call.waiter = call.wakeup = None
-        return waiter
 
     def _pick(
         self, candidates: List[Upstream], model: str, ignored: Tuple[str, ...], now: float
     ) -> Optional[Upstream]:
-        """The one to use now: available and with room, or with a cool-down so long that it is time to check it."""
+        """The upstream to use now: an available one, else one that is due for a recheck."""
         with_capacity = [upstream for upstream in candidates if upstream.has_capacity()]
         ready = [
             upstream for upstream in with_capacity if upstream.available_at(model, ignored) <= now
         ]
         if not ready:
-            return next(
-                (upstream for upstream in with_capacity if upstream.recheck(model, ignored, now)),
-                None,
-            )
-        return self.choose(self.top_priority(ready)) if len(ready) > 1 else ready[0]
+            due = (upstream for upstream in with_capacity if upstream.recheck(model, ignored, now))
+            return next(due, None)
+        return self.choose(top_priority(ready)) if len(ready) > 1 else ready[0]
 
-    def _wait(
+    def _enqueue(
         self, waiter: Waiter, known: List[Upstream], errors: List[APIError], now: float
     ) -> Upstream:
-        """Put a call into the queue, or raise why that is useless.
+        """Queue a call: raises Queued, or APIError if waiting is useless.
 
-        Before a call fails because all cool down, those whose key was refused are tried: either they
-        serve it, so that no client's request has stopped the others, or the error tells what is wrong.
+        Waiting is useless if no upstream will be available by the deadline. In that case one in an
+        auth cool-down is returned, if there is any: either it serves the call, so that one client's
+        request can't block the others, or the client gets the error that names the cause.
         """
         call = waiter.call
-        available_at = waiter.available_at(now)
-        if available_at > waiter.deadline or now >= waiter.deadline:
+        if now >= waiter.deadline or waiter.available_at(now) > waiter.deadline:
             upstream = self._pick(waiter.candidates, call.model, (*waiter.ignored, "auth"), now)
             if upstream is not None:
                 return upstream
-            earliest = min(
-                max(upstream.available_at(call.model, waiter.ignored), now) for upstream in known
-            )
-            raise self.unavailable_error(
-                waiter.candidates, call.model, errors, max(earliest - now, 1.0)
-            )
+            delay = earliest_available(known, call.model, waiter.ignored, now) - now
+            raise unavailable_error(waiter.candidates, call.model, errors, max(delay, 1.0), now)
         call.waiter = call.wakeup = waiter
         self.queue.add(waiter)
-        if call.cancel_reason and self.queue.remove(
-            waiter
-        ):  # cancelled before it had a bell: no other thread wakes it
+        # Race: another thread sets cancel_reason and finds no wakeup to set, then we store wakeup.
+        # Without a second look the call would never be resumed.
+        if call.cancel_reason and self.queue.remove(waiter):
             raise call.cancel_reason
         raise Queued
 
-    def _wake_ready(
-        self, now: float, released: Optional[Upstream] = None, most: float = math.inf
-    ) -> float:
-        """Wake the calls that can go on, in their order, and only those; how many more might be woken.
+    def _resume_ready(self, now: float, limit: float = math.inf) -> int:
+        """Resume up to ``limit`` ready calls, oldest first; returns their number.
 
-        ``released``: only this controller may have become free, and no time has passed.
+        A call is ready if there is an upstream for it, or none will be available by its deadline.
         """
-        for line in self.queue.in_order():
-            while line and most:
+        resumed = 0
+        for line in self.queue.lines_by_age():
+            while line and resumed < limit:
                 waiter = next(iter(line))
-                candidates = (
-                    waiter.candidates
-                    if released is None
-                    else [released]
-                    if released in waiter.candidates
-                    else []
-                )
-                upstream = self._pick(candidates, waiter.call.model, waiter.ignored, now)
-                if upstream is None and (
-                    released or now < waiter.deadline >= waiter.available_at(now)
-                ):
+                upstream = self._pick(waiter.candidates, waiter.call.model, waiter.ignored, now)
+                if upstream is None and now < waiter.deadline >= waiter.available_at(now):
                     break
-                self.queue.wake(waiter, upstream)
-                most -= 1
-            if released is not None and not released.has_capacity():
-                break
-        return most
+                self.queue.resume(waiter, upstream)
+                resumed += 1
+        return resumed
 
-    def wake_waiters(self, most: int) -> bool:
-        """Wake so many of the calls that can go on, or have waited long enough; True if there may be more."""
+    def _reassign(self, upstream: Upstream, now: float) -> None:
+        """Resume the oldest calls for an upstream that has ended an attempt."""
+        for line in self.queue.lines_by_age():
+            while line and upstream.has_capacity():
+                waiter = next(iter(line))
+                usable = [upstream] if upstream in waiter.candidates else []
+                if self._pick(usable, waiter.call.model, waiter.ignored, now) is None:
+                    break
+                self.queue.resume(waiter, upstream)
+
+    def wake_waiters(self, limit: int) -> bool:
+        """Resume up to ``limit`` ready calls; True if there may be more."""
         with self.lock:
-            return bool(self.queue.lines) and not self._wake_ready(self.clock(), most=most)
+            return self._resume_ready(self.clock(), limit) == limit
 
     def leave_queue(self, call: Call) -> None:
-        """The call is over, whether it still waits or has been given a controller meanwhile."""
+        """Remove a call that has ended, and release an upstream assigned to it."""
         with self.lock:
             waiter, call.waiter, call.wakeup = call.waiter, None, None
             if waiter is not None and not self.queue.remove(waiter) and waiter.upstream is not None:
                 waiter.upstream.in_flight -= 1
-                self._wake_ready(self.clock(), waiter.upstream)
-
-    def candidates(self, model: str) -> List[Upstream]:
-        """Who may be asked for a model; names that are longer than any are not remembered."""
-        return self._cached_candidates(model) if len(model) <= 256 else self._candidates(model)
-
-    def _candidates(self, model: str) -> List[Upstream]:
-        """Who may be asked for a model: who is known to have it, else who may be tried."""
-        on = [upstream for upstream in self.upstreams if upstream.options.weight > 0]
-        sure = [upstream for upstream in on if upstream.serves(model)]
-        return sure or [upstream for upstream in on if upstream.serves(model) is None]
-
-    def inability(self, upstream: Upstream, call: Call) -> Optional[APIError]:
-        """Why a controller can't answer a request; None if it can."""
-        try:
-            with controller_errors(upstream.name):
-                error = upstream.controller.check_support(call)
-                if error:
-                    error.category = "ability"  # what can't be done here, another controller may do
-                return error
-        except APIError as failure:
-            upstream.log_exception(failure)
-            with self.lock:
-                upstream.record_result(failure, self.clock(), self.clock())
-            return failure
+                self._reassign(waiter.upstream, self.clock())
 
     def release(
         self,
@@ -6165,61 +6150,42 @@ class Pool:
         started: float,
         model: str = "",
     ) -> None:
+        """End an attempt, and record its result unless it was given up before any."""
         with self.lock:
             now = self.clock()
             upstream.in_flight -= 1
             if error is not None or committed:
                 upstream.record_result(error, now, started, model)
-            if self.queue.lines:
-                self._wake_ready(now, upstream)
+            self._reassign(upstream, now)
 
-    def best_error(
-        self, call: Call, known: List[Upstream], errors: List[APIError], ignored: Tuple[str, ...]
-    ) -> APIError:
-        """The error when nobody is left: the one that tells most."""
-        if not errors:
-            return model_not_found(call.model)
-        error = max(
-            errors,
-            key=lambda error: (
-                CATEGORY_RANK.index(error.category)
-                if error.category in CATEGORY_RANK
-                else CATEGORY_RANK.index("server")
-            ),
-        )
-        if error.category == "limit":
-            now = self.clock()
-            delays = [upstream.available_at(call.model, ignored) - now for upstream in known]
-            error.retry_after = max(
-                1.0, min((seconds for seconds in delays if seconds > 0), default=1.0)
-            )
-        return error
+    def candidates(self, model: str) -> List[Upstream]:
+        """Upstreams that are known to offer a model, else those that may."""
+        if len(model) > 256:  # clients choose the names: the cache must not keep large ones
+            return self._candidates(model)
+        return self._cached_candidates(model)
 
-    def unavailable_error(
-        self, candidates: List[Upstream], model: str, errors: List[APIError], seconds: float
-    ) -> APIError:
-        """The error when all are cooling down or full, and none will be back soon."""
-        limit = any(error.category == "limit" for error in errors) or all(
-            upstream.available_at(model, BACKOFF_CATEGORIES) > self.clock()
-            for upstream in candidates
-            if upstream.available_at(model) > self.clock()
-        )
-        return APIError(
-            429 if limit else 503,
-            "All controllers for this model are cooling down or busy.",
-            code="rate_limit_exceeded" if limit else "upstream_error",
-            retry_after=seconds,
-        )
+    def _candidates(self, model: str) -> List[Upstream]:
+        sure = [upstream for upstream in self.enabled if upstream.serves(model)]
+        return sure or [upstream for upstream in self.enabled if upstream.serves(model) is None]
 
-    # -- the choice among those of one tier; called under the lock
+    def support_error(self, upstream: Upstream, call: Call) -> Optional[APIError]:
+        """The reason why a controller doesn't support a call; None if it does."""
+        try:
+            with controller_errors(upstream.name):
+                error = upstream.controller.check_support(call)
+                if error:
+                    error.category = "ability"  # another controller may support the call
+                return error
+        except APIError as failure:
+            upstream.log_exception(failure)
+            with self.lock:
+                upstream.record_result(failure, self.clock(), self.clock())
+            return failure
 
-    @staticmethod
-    def top_priority(ready: List[Upstream]) -> List[Upstream]:
-        first = min(upstream.options.priority for upstream in ready)
-        return [upstream for upstream in ready if upstream.options.priority == first]
+    # -- the choice within a tier, under the lock
 
     def weighted_round_robin(self, ready: List[Upstream]) -> Upstream:
-        """Smooth weighted round robin: 5:1:1 gives a a b a c a a."""
+        """Smooth weighted round robin, as in nginx: 5:1:1 gives a a b a c a a."""
         for upstream in ready:
             upstream.current_weight += upstream.options.weight
         best = max(ready, key=lambda upstream: upstream.current_weight)
@@ -6227,7 +6193,7 @@ class Pool:
         return best
 
     def weighted_random(self, ready: List[Upstream]) -> Upstream:
-        """By weight, without memory."""
+        """A random choice by weight."""
         point = self.rng() * sum(upstream.options.weight for upstream in ready)
         for upstream in ready:
             point -= upstream.options.weight
@@ -6236,20 +6202,18 @@ class Pool:
         return ready[-1]
 
     def least_connections(self, ready: List[Upstream]) -> Upstream:
-        """Who has the fewest requests in flight for its weight; in turns among equals."""
-        least = min(upstream.in_flight / upstream.options.weight for upstream in ready)
-        return self.weighted_round_robin(
-            [
-                upstream
-                for upstream in ready
-                if upstream.in_flight / upstream.options.weight == least
-            ]
-        )
+        """The least in-flight requests per weight; round robin among equals."""
 
-    # -- what all of them offer
+        def load(upstream: Upstream) -> float:
+            return upstream.in_flight / upstream.options.weight
+
+        lowest = min(map(load, ready))
+        return self.weighted_round_robin([up for up in ready if load(up) == lowest])
+
+    # -- models, images and status
 
     def refresh_models_async(self) -> None:
-        """Learn the model lists in the background, now and then, if there is a choice that they could guide."""
+        """Refresh the model lists in a thread if they are due and there is more than one."""
         if len(self.upstreams) > 1 and self.clock() >= self.refresh_at:
             self.refresh_at = math.inf
             if not start_thread(self._refresh_models, "akashproxy models"):
@@ -6259,7 +6223,7 @@ class Pool:
         try:
             self.models()
         except APIError as error:
-            log.info("the models: %s", error.message)
+            log.info("model lists: %s", error.message)
         finally:
             incomplete = any(upstream.known_models is None for upstream in self.upstreams)
             self.refresh_at = self.clock() + (
@@ -6267,29 +6231,12 @@ class Pool:
             )
 
     def models(self) -> List[Dict[str, Any]]:
-        """The union of all model lists, each model once; 503 if there is none at all."""
-        upstreams = [upstream for upstream in self.upstreams if upstream.options.weight > 0]
-        found: Dict[str, Any] = {}
-
-        def read(upstream: Upstream) -> None:
-            found[upstream.name] = [], upstream.known_models, None
-            found[upstream.name] = upstream.list_models()
-
-        threads = [
-            threading.Thread(target=read, args=(upstream,), daemon=True) for upstream in upstreams
-        ]
-        for thread in threads:
-            try:
-                thread.start()
-            except RuntimeError:  # no room for one more
-                thread.run()
-        for thread in threads:
-            if thread.ident:
-                thread.join()
+        """The union of all model lists, each model once. Raises APIError if it is empty."""
+        lists = read_model_lists(self.enabled)
         union: Dict[str, Dict[str, Any]] = {}
-        with self.lock:  # all at once, so that meanwhile nobody gets more than its share
-            for upstream in upstreams:
-                models, upstream.known_models, _ = found[upstream.name]
+        with self.lock:  # all at once, or the first list would attract all requests meanwhile
+            for upstream in self.enabled:
+                models, upstream.known_models, _ = lists[upstream]
                 for model in models:
                     union.setdefault(model["id"], model)
             self._cached_candidates.cache_clear()
@@ -6297,23 +6244,21 @@ class Pool:
         self.model_names_refresh_at = self.clock() + min(
             StaleOnErrorCache.RETRY, self.settings.models_ttl
         )
-        if not union:
-            errors = [error for _, _, error in found.values() if error]
-            raise (
-                errors[0]
-                if len(errors) == 1
-                else APIError(
-                    503,
-                    "No controller tells its models now.",
-                    code="upstream_error",
-                    retry_after=StaleOnErrorCache.RETRY,
-                )
-            )
-        return list(union.values())
+        if union:
+            return list(union.values())
+        errors = [error for _, _, error in lists.values() if error]
+        if len(errors) == 1:
+            raise errors[0]
+        raise APIError(
+            503,
+            "No controller lists its models at the moment.",
+            code="upstream_error",
+            retry_after=StaleOnErrorCache.RETRY,
+        )
 
     def image(self, name: str, scope: CancelScope) -> UpstreamResponse:
-        """A picture's bytes, from whoever has it."""
-        error = APIError(404, f"There is no picture {name!r}.", code="not_found")
+        """An image from the first controller that has it. Raises APIError if none does."""
+        error = APIError(404, f"The image {name!r} does not exist.", code="not_found")
         for upstream in self.upstreams:
             try:
                 with controller_errors(upstream.name):
@@ -6330,7 +6275,7 @@ class Pool:
         )
 
     def status(self) -> List[Dict[str, Any]]:
-        """What /status tells of each controller."""
+        """The controllers in /status."""
         with self.lock:
             now = self.clock()
             return [
@@ -6355,74 +6300,121 @@ class Pool:
             ]
 
     def close_expired(self, now: float) -> None:
-        """Let go of what has been idle for too long."""
+        """Close the connections that have been idle for too long."""
         for upstream in self.upstreams:
             upstream.controller.close_expired(now)
 
     def close(self, keep: Iterable[Upstream] = ()) -> None:
+        """Close the controllers, except for those to keep."""
         for upstream in self.upstreams:
             if upstream not in keep:
                 upstream.controller.close()
 
 
-class Exchange:
-    """A call on its way through the pool: who was asked, who is being asked, and what came of it.
+def top_priority(ready: List[Upstream]) -> List[Upstream]:
+    """The upstreams of the lowest ``priority`` number."""
+    first = min(upstream.options.priority for upstream in ready)
+    return [upstream for upstream in ready if upstream.options.priority == first]
 
-    attempt() sends it to a controller; ``response`` is then its answer: an EventStream for whoever can feed it, else for
-    events(). Where a controller fails before anything of its answer has been passed on, fail_over() makes way
-    for the next one. Each is asked at most once. After Queued, attempt() is to be called again once ``call.wake``
-    was. close() must follow.
+
+def best_error(
+    call: Call,
+    known: List[Upstream],
+    errors: List[APIError],
+    ignored: Tuple[str, ...],
+    now: float,
+) -> APIError:
+    """The most informative error of a call's attempts, when no upstream is left."""
+    if not errors:
+        return model_not_found(call.model)
+
+    def rank(error: APIError) -> int:
+        category = error.category if error.category in CATEGORY_RANK else "server"
+        return CATEGORY_RANK.index(category)
+
+    error = max(errors, key=rank)
+    if error.category == "limit":
+        delays = [upstream.available_at(call.model, ignored) - now for upstream in known]
+        error.retry_after = max(
+            1.0, min((seconds for seconds in delays if seconds > 0), default=1.0)
+        )
+    return error
+
+
+def unavailable_error(
+    candidates: List[Upstream], model: str, errors: List[APIError], seconds: float, now: float
+) -> APIError:
+    """429 if only rate limits keep the upstreams from serving, else 503."""
+    cooling_down = [upstream for upstream in candidates if upstream.available_at(model) > now]
+    limited = any(error.category == "limit" for error in errors) or all(
+        upstream.available_at(model, BACKOFF_CATEGORIES) > now for upstream in cooling_down
+    )
+    return APIError(
+        429 if limited else 503,
+        "All controllers for this model are cooling down or busy.",
+        code="rate_limit_exceeded" if limited else "upstream_error",
+        retry_after=seconds,
+    )
+
+
+class Exchange:
+    """A call and its attempts, each at another upstream.
+
+    attempt() sends the call; ``response`` is then an EventStream or an iterable of events. On the
+    first event call commit(): it ends failover. On an error before it call fail_over(),
+    then attempt() again. Call close() in any case. Any thread, one at a time.
     """
 
     def __init__(self, pool: Pool, call: Call) -> None:
         self.pool, self.call = pool, call
         self.upstream: Any = None
         self.response: Any = None
-        self.tried: List[Upstream] = []
+        self.tried: List[Upstream] = []  # the first ``unsupported`` of them without an attempt
         self.errors: List[APIError] = []
         self.prepared, self.committed, self.started = False, False, 0.0
-        self.unsupported = 0  # how many of those tried can't do it at all
+        self.unsupported = 0
 
     def attempt(self) -> bool:
-        """Ask the next controller, or the last one again; is the answer an EventStream?
+        """Send the call to the next upstream; True if the response is an EventStream.
 
-        APIError if none is left; Queued: to be called again once ``call.wake`` was. Worker thread.
+        After a failure of the category "again" the same upstream is used. Raises APIError if no
+        upstream is left, Queued if the call has to wait: call again after ``call.wake()``.
+        Worker thread.
         """
         if not self.prepared:
             self._prepare()
+        call = self.call
         while self.response is None:
             if self.upstream is None:
-                self.upstream = self.pool.acquire(
-                    self.call, self.tried, self.errors, self.unsupported
-                )
+                self.upstream = self.pool.acquire(call, self.tried, self.errors, self.unsupported)
                 self.started = self.pool.clock()
                 self.tried.append(self.upstream)
-                self.call.retry_reason = ""
-            self.call.new_scope()
-            self.call.relay_content_type, self.call.ignored_params = None, []
+                call.retry_reason = ""
+            call.new_scope()
+            call.relay_content_type, call.ignored_params = None, []
             try:
                 with controller_errors(self.upstream.name):
-                    self.response = self.upstream.controller.events(self.call)
+                    self.response = self.upstream.controller.events(call)
             except APIError as error:
                 self.fail_over(error)
         return isinstance(self.response, EventStream)
 
     def _prepare(self) -> None:
-        """Find out who is meant, and who can't do it."""
+        """Resolve the model, and rule out the upstreams that don't support the call."""
         requested = self.call.model
         self.pool.apply_alias(self.call)
         if not model_allowed(self.call.allowed_models, self.call.model):
             raise model_not_found(requested)
         self.prepared = True
         for upstream in self.pool.upstreams:
-            error = self.pool.inability(upstream, self.call)
+            error = self.pool.support_error(upstream, self.call)
             if error:
                 self.tried.append(upstream)
                 self.errors.append(error)
         self.unsupported = len(self.tried)
 
     def events(self) -> Iterator[Event]:
-        """The events of a source, in the thread that asks. An end without a Finish is an error: no "stop" is invented."""
+        """Iterate over the response's events. Raises APIError if it ends without a Finish."""
         event = None
         with controller_errors(self.upstream.name):
             for event in self.response:
@@ -6433,39 +6425,33 @@ class Exchange:
             raise truncated(self.upstream.name)
 
     def commit(self) -> None:
-        """The answer has begun: from now on nobody else can give it."""
+        """Note that the client gets this response, which ends failover."""
         self.committed, self.call.answered_by = True, self.upstream.name
         self.call.attempts += (f"{self.upstream.name}=200",)
 
     def fail_over(self, error: APIError) -> None:
-        """The controller gave no answer; APIError if no other one may give it either."""
-        upstream = self.upstream
+        """Give up the attempt. Raises the error if its category rules out another one."""
         if error.category == "again":
             self.call.retry_reason = error.code or ""
-            self.end()
+            self._close_response()
             return
+        name = self.upstream.name
         self.close(error)
-        self.call.attempts += (f"{upstream.name}={error.upstream_status or error.status}",)
-        log.info("%s: %s", upstream.name, error.message.removeprefix(f"{upstream.name}: "))
-        if (
-            not FAILURE_POLICY.get(error.category, FAILURE_POLICY["server"])[0]
-            or self.call.cancel_reason
-        ):
+        self.call.attempts += (f"{name}={error.upstream_status or error.status}",)
+        log.info("%s: %s", name, error.message.removeprefix(f"{name}: "))
+        if not failure_policy(error.category).fail_over or self.call.cancel_reason:
             raise error
         self.errors.append(error)
 
-    def end(self) -> None:
+    def _close_response(self) -> None:
         response, self.response = self.response, None
-        with (
-            contextlib.suppress(APIError),
-            controller_errors(self.upstream.name if self.upstream else ""),
-        ):
-            if hasattr(response, "close"):
+        if hasattr(response, "close"):
+            with contextlib.suppress(APIError), controller_errors(self.upstream.name):
                 response.close()
 
     def close(self, error: Optional[APIError] = None) -> None:
-        """Let the controller go, with the error that ended its answer, if one did."""
-        self.end()
+        """Release the upstream, with the error that ended the attempt, if any."""
+        self._close_response()
         if self.call.waiter is not None:
             self.pool.leave_queue(self.call)
         upstream, self.upstream = self.upstream, None
@@ -6476,18 +6462,20 @@ class Exchange:
 
 
 # == 10. dialects =============================================================================
-# What clients speak: a body becomes a Call, events become bytes. Knows neither upstreams nor sockets.
+# The clients' APIs: parse a request body into a Call, encode events as bytes. Knows no upstreams
+# and no sockets.
 
 
 class Dialect:
-    """One request in a client's own format. ``call`` is what is asked; the rest is how it is answered.
+    """A request in a client's format: parses it as ``call`` and encodes the response.
 
-    Streamed: opening_frames(), encode() for each batch of events, error_frames() where it breaks off. Else: response_body().
-    ``base_url`` is the address under which the client sees this server.
+    A stream consists of opening_frames(), encode() for each batch of events, and error_frames() if
+    it fails; any other response is response_body(). ``base_url`` is the URL of this server as the
+    client knows it.
     """
 
     PREFIX = "chatcmpl-"
-    text_frame: Any = None  # text_frame(JSON of a text): its frame, where that can be made without taking the JSON apart
+    text_frame: Any = None  # text_frame(JSON of a string) -> its frame, if the dialect has that
 
     def __init__(self, body: Any, base_url: str = "") -> None:
         if not isinstance(body, dict):
@@ -6497,53 +6485,58 @@ class Dialect:
         self.created = int(time.time())
         self.call = self.parse(body)
         self.call.original_body = body
-        self.model = self.call.model  # as the client calls it
+        self.model = self.call.model  # before aliases are resolved
 
     def parse(self, body: Dict[str, Any]) -> Call:
+        """Parse a request body. Raises APIError 400."""
         raise NotImplementedError
 
     def prepare(self) -> None:
-        """Do in advance what takes long with a large body. Worker thread."""
+        """Compute what depends on the size of the body, to spare the loop. Worker thread."""
 
     def opening_frames(self) -> bytes:
-        """What a stream opens with, before the first event."""
+        """Frames before the first event."""
         return b""
 
     def encode(self, events: List[Event]) -> bytes:
-        """The frames of some events; those of Finish end the stream."""
+        """Frames of a batch of events; those of Finish end the stream."""
         if len(events) != 1:
             return b"".join(map(self.encode_event, events))
-        event = events[0]  # the usual
+        event = events[0]  # a fast path: most batches have one event
         return event.data if type(event) is RawBytes else self.encode_event(event)
 
     def encode_event(self, event: Event) -> bytes:
-        """The frames of one event. Progress is told as a thought, an Image as a text; what is unknown is left out."""
+        """Frames of an event; b"" for unknown ones.
+
+        Image progress is encoded as reasoning, an image as text.
+        """
         if isinstance(event, ImageProgress):
-            before = f", {event.position} before it" if event.position else ""
-            return self.encode_event(Reasoning(f"The picture is {event.status}{before}.\n"))
+            queued = f", {event.position} before it" if event.position else ""
+            return self.encode_event(Reasoning(f"The image is {event.status}{queued}.\n"))
         if isinstance(event, Image):
             return self.encode_event(Text(self.markdown(event)))
         return event.data if isinstance(event, RawBytes) else b""
 
     def error_frames(self, error: APIError) -> bytes:
-        """The end of a stream that breaks off. go-openai wants "error" to be the first key."""
+        """The last frames of a stream that fails."""
+        # go-openai recognizes an error by its first key.
         return b"data: " + to_json(self.error_body(error)) + b"\n\ndata: [DONE]\n\n"
 
     def ping_frame(self, style: str) -> bytes:
-        """What fills silence: a comment, or where clients can't read those an empty event."""
+        """A keep-alive frame: a comment, or an event for clients that reject comments."""
         return b": keep-alive\n\n" if style == "comment" else b""
 
     def response_body(self, answer: Answer) -> Dict[str, Any]:
-        """The body for a client that does not stream."""
+        """The body of a response that is not streamed."""
         raise NotImplementedError
 
     def local_response(self) -> Optional[Dict[str, Any]]:
-        """The body for which no controller is needed; None if there is none."""
+        """The body of a response that needs no controller; None if it needs one."""
         return None
 
     @staticmethod
     def error_body(error: APIError) -> Dict[str, Any]:
-        """An error's body: OpenAI's, and beside it the one of akashchat-api-go."""
+        """The body of an error response: OpenAI's fields, and those of akashchat-api-go."""
         return {
             "error": {
                 "message": error.message,
@@ -6557,25 +6550,25 @@ class Dialect:
 
     @staticmethod
     def status(error: APIError) -> int:
-        """An error's status."""
+        """The status of an error response."""
         return error.status
 
     @staticmethod
     def model_object(model: Dict[str, Any]) -> Dict[str, Any]:
-        """One model, from OpenAI's object."""
+        """A model's description, from OpenAI's object."""
         return model
 
     @staticmethod
     def model_list(models: List[Dict[str, Any]]) -> Dict[str, Any]:
-        """The list of models."""
+        """The list of models, from OpenAI's objects."""
         return {"object": "list", "data": models}
 
     def text(self, answer: Answer) -> str:
-        """An answer's text, its pictures after it."""
+        """An answer's text, followed by its images as Markdown."""
         return "\n\n".join(filter(None, [answer.text, *map(self.markdown, answer.images)]))
 
     def markdown(self, image: Image) -> str:
-        """A picture for clients that show Markdown."""
+        """An image as Markdown."""
         alt = re.sub(r"[\[\]\\\s]+", " ", image.prompt).strip()
         return f"![{alt}]({self.link(image)})"
 
@@ -6583,12 +6576,12 @@ class Dialect:
         return f"{self.base_url}/images/{image.name}"
 
 
-def required_field(body: Dict[str, Any], name: str, kind: type, description: str) -> Any:
-    """A field that must be there, and not empty; APIError 400 else."""
+def required_field(body: Dict[str, Any], name: str, expected: type, description: str) -> Any:
+    """A field's value. Raises APIError 400 if it is missing, empty or of another type."""
     value = body.get(name)
     if value is None:
         raise bad_request(f"{name!r} is missing.", name)
-    if not isinstance(value, kind):
+    if not isinstance(value, expected):
         raise bad_request(f"{name!r} must be {description}.", name)
     if not value:
         raise bad_request(f"{name!r} must not be empty.", name)
@@ -6596,7 +6589,7 @@ def required_field(body: Dict[str, Any], name: str, kind: type, description: str
 
 
 def boolean_field(body: Dict[str, Any], name: str) -> bool:
-    """A field that is true or false, and false where it is missing; APIError 400 for anything else."""
+    """A Boolean field's value, False if missing. Raises APIError 400 for other types."""
     value = body.get(name)
     if value is not None and not isinstance(value, bool):
         raise bad_request(f"{name!r} must be true or false.", name)
@@ -6604,22 +6597,21 @@ def boolean_field(body: Dict[str, Any], name: str) -> bool:
 
 
 class ChatCompletions(Dialect):
-    """POST /v1/chat/completions, as openai-openapi pins it."""
+    """POST /v1/chat/completions, OpenAI's API."""
 
     OBJECT, CHUNK = "chat.completion", "chat.completion.chunk"
-    LAST_CHOICE = b'{"index":0,"delta":{}'  # a choice with no more to say, without its end
+    LAST_CHOICE = b'{"index":0,"delta":{}'  # of the last chunk, up to its finish_reason
 
     def parse(self, body: Dict[str, Any]) -> Call:
         required_field(body, "model", str, "the name of a model")
-        for at, message in enumerate(required_field(body, "messages", list, "a list of messages")):
+        for i, message in enumerate(required_field(body, "messages", list, "a list of messages")):
             if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-                raise bad_request(
-                    f"messages[{at}] must be an object with a 'role'.", f"messages[{at}]"
-                )
+                param = f"messages[{i}]"
+                raise bad_request(f"{param} must be an object with a 'role'.", param)
         options = body.get("stream_options")
         if options is not None and not isinstance(options, dict):
             raise bad_request("'stream_options' must be an object.", "stream_options")
-        self.usage_asked = bool(as_dict(options).get("include_usage"))
+        self.include_usage = bool(as_dict(options).get("include_usage"))
         return Call(body, stream=boolean_field(body, "stream"))
 
     def ping_frame(self, style: str) -> bytes:
@@ -6632,12 +6624,9 @@ class ChatCompletions(Dialect):
         return self.frame({"role": "assistant", "content": ""})
 
     def chunk_tail(self, reason: Optional[str]) -> bytes:
-        """The end of a choice and of its frame."""
-        return (
-            b',"finish_reason":'
-            + to_json(reason)
-            + (b'}],"usage":null}\n\n' if self.usage_asked else b"}]}\n\n")
-        )
+        """The end of a chunk, from its finish_reason on."""
+        end = b'}],"usage":null}\n\n' if self.include_usage else b"}]}\n\n"
+        return b',"finish_reason":' + to_json(reason) + end
 
     def frame(self, delta: Dict[str, Any]) -> bytes:
         return self.head + b'{"index":0,"delta":' + to_json(delta) + self.tail
@@ -6652,13 +6641,13 @@ class ChatCompletions(Dialect):
             return self.frame({"reasoning_content": event.text})
         if isinstance(event, ToolCall):
             return self.frame({"tool_calls": [{"index": event.index, **tool_call(event)}]})
-        return (
-            self.finish_frames(event) if isinstance(event, Finish) else super().encode_event(event)
-        )
+        if isinstance(event, Finish):
+            return self.finish_frames(event)
+        return super().encode_event(event)
 
     def finish_frames(self, finish: Finish) -> bytes:
         last = self.head + self.LAST_CHOICE + self.chunk_tail(finish.reason)
-        if self.usage_asked and finish.usage:
+        if self.include_usage and finish.usage:
             last += self.head + b'],"usage":' + to_json(finish.usage) + b"}\n\n"
         return last + b"data: [DONE]\n\n"
 
@@ -6671,21 +6660,14 @@ class ChatCompletions(Dialect):
             message["content"] = text or None
             message["tool_calls"] = list(map(tool_call, answer.tools))
         body = self.body({"index": 0, "message": message, "logprobs": None}, answer)
-        if answer.images:
+        if answer.images:  # the fields of akashchat-api-go
             image = answer.images[0]
-            body.update(
-                code=200,
-                data={
-                    "model": self.model,
-                    "jobId": image.job,
-                    "prompt": image.prompt,
-                    "pic": image.url,
-                },
-            )
+            fields = {"jobId": image.job, "prompt": image.prompt, "pic": image.url}
+            body.update(code=200, data={"model": self.model, **fields})
         return body
 
     def body(self, choice: Dict[str, Any], answer: Answer) -> Dict[str, Any]:
-        finish = answer.finish
+        finish = finish_of(answer)
         body = {
             "id": self.id,
             "object": self.OBJECT,
@@ -6698,8 +6680,14 @@ class ChatCompletions(Dialect):
         return body
 
 
+def finish_of(answer: Answer) -> Finish:
+    """The end of an answer; a complete one always has it."""
+    assert answer.finish is not None
+    return answer.finish
+
+
 def tool_call(event: ToolCall) -> Dict[str, Any]:
-    """A call of a tool, or a fragment of one, in OpenAI's form."""
+    """A tool call, or a fragment of one, in OpenAI's format."""
     if event.name is None:
         return {"function": {"arguments": event.arguments}}
     return {
@@ -6710,7 +6698,7 @@ def tool_call(event: ToolCall) -> Dict[str, Any]:
 
 
 class Completions(ChatCompletions):
-    """POST /v1/completions, the legacy form, over a chat of one message."""
+    """POST /v1/completions, OpenAI's legacy API, as a chat of one message."""
 
     PREFIX = "cmpl-"
     OBJECT = CHUNK = "text_completion"
@@ -6725,7 +6713,7 @@ class Completions(ChatCompletions):
         translation_error = (
             None
             if isinstance(prompt, str)
-            else bad_request("'prompt' must be one text here.", "prompt")
+            else bad_request("'prompt' must be a single string.", "prompt")
         )
         self.echo = prompt if boolean_field(body, "echo") and not translation_error else ""
         chat = {name: value for name, value in body.items() if name not in ("prompt", "echo")}
@@ -6734,13 +6722,14 @@ class Completions(ChatCompletions):
         return call
 
     def encode(self, events: List[Event]) -> bytes:
-        echo, self.echo = self.echo, ""  # what is relayed has its own
-        return (
-            self.frame({"content": echo}) if self.call.relay_content_type is None else b""
-        ) + super().encode(events)
+        echo, self.echo = self.echo, ""
+        frames = super().encode(events)
+        if echo and self.call.relay_content_type is None:  # a relayed response has its own echo
+            return self.frame({"content": echo}) + frames
+        return frames
 
     def frame(self, delta: Dict[str, Any]) -> bytes:
-        text = delta.get("content")  # the form has no place for thoughts and tools
+        text = delta.get("content")  # the format has no fields for reasoning and tool calls
         return self.text_frame(to_json(text)) if text else b""
 
     def text_frame(self, text: bytes) -> bytes:
@@ -6755,24 +6744,21 @@ class Images(Dialect):
     """POST /v1/images/generations."""
 
     def parse(self, body: Dict[str, Any]) -> Call:
-        prompt = required_field(body, "prompt", str, "a text")
+        prompt = required_field(body, "prompt", str, "a string")
         count = number_field(body, "n", 1, integer=True, minimum=1)
         if body.get("model") is not None:
-            required_field(body, "model", str, "a text")
-        response_format, stream, translation_error = (
-            body.get("response_format"),
-            boolean_field(body, "stream"),
-            None,
-        )
+            required_field(body, "model", str, "a string")
+        response_format, stream = body.get("response_format"), boolean_field(body, "stream")
+        translation_error = None
         if count > 10:
-            translation_error = bad_request("'n' may be 10 at most.", "n")
+            translation_error = bad_request("'n' must be at most 10.", "n")
         elif response_format not in (None, "url", "b64_json"):
             translation_error = bad_request(
                 "'response_format' must be 'url' or 'b64_json'.", "response_format"
             )
         elif stream:
             translation_error = bad_request(
-                "Pictures can't be streamed here; ask for one through chat instead.", "stream"
+                "Images can't be streamed here; request one through chat instead.", "stream"
             )
         rest = {
             name: value
@@ -6805,28 +6791,48 @@ class Images(Dialect):
 
 
 class BlockDialect(Dialect):
-    """What Messages and Responses share: a request as a chat, an answer as a row of blocks that never interleave.
+    """Base of Messages and Responses: requests as chats, responses as blocks.
 
-    Fragments of calls of tools may come interleaved: what comes while a call is not whole waits until the
-    end. To be given: to_chat(), the request in a chat's terms, without what is the SAME there (APIError 400
-    for what a chat can't say); start_block(event), delta(text), stop_block(text) and finish_frames(finish), the frames that
-    open a block, whose event has no text yet, fill and close it, and end the stream.
+    Blocks never interleave, but fragments of an upstream's tool calls may: what arrives while a
+    call's arguments are incomplete is deferred until the end.
     """
 
-    RENAMED_PARAMS: Dict[str, str] = {}  # fields that a chat has too, and their names there
-    KNOWN_PARAMS: Tuple[str, ...] = ()  # fields that to_chat() knows; others are told to be ignored
-    FUNCTION_TYPES: Tuple[Any, ...] = ()  # the types of tools that are functions,
-    SCHEMA_KEY = ""  # and where they tell their parameters
+    RENAMED_PARAMS: Dict[str, str] = {}  # fields with an equivalent in a chat, and its name
+    KNOWN_PARAMS: Tuple[str, ...] = ()  # fields that to_chat() handles; others are ignored
+    FUNCTION_TYPES: Tuple[Any, ...] = ()  # types of tools that are functions
+    SCHEMA_KEY = ""  # their field with the JSON schema of the parameters
 
     def __init__(self, body: Any, base_url: str = "") -> None:
-        self.untranslated: List[str] = []
-        self.show_reasoning = True  # does the client want to see them?
-        self.open_block: Any = None  # which one is open: its events' class, and the index of a call
-        self.open_text: List[str] = []  # what it holds
-        self.block_index = 0  # how many are closed: the index of the open one
-        self.tool_blocks: set = set()  # those of tools
+        self.untranslated: List[str] = []  # names of ignored fields, for a response header
+        self.show_reasoning = True
+        self.open_block: Any = None  # block_key() of the open block
+        self.open_text: List[str] = []
+        self.block_index = 0  # of the open or next block
+        self.tool_blocks: Set[Any] = set()  # keys of all blocks that are tool calls
         self.deferred: List[Event] = []
         super().__init__(body, base_url)
+
+    # -- for subclasses to implement
+
+    def to_chat(self, body: Dict[str, Any]) -> Dict[str, Any]:
+        """Convert the request, except for RENAMED_PARAMS. Raises APIError 400."""
+        raise NotImplementedError
+
+    def start_block(self, event: Event) -> bytes:
+        """Frames that open a block; the event has no text yet."""
+        raise NotImplementedError
+
+    def delta(self, text: str) -> bytes:
+        """The frame of a piece of the open block's text."""
+        raise NotImplementedError
+
+    def stop_block(self, text: str) -> bytes:
+        """Frames that close the open block, whose text is complete."""
+        raise NotImplementedError
+
+    def finish_frames(self, finish: Finish) -> bytes:
+        """Frames that end the stream."""
+        raise NotImplementedError
 
     # -- the request
 
@@ -6840,16 +6846,16 @@ class BlockDialect(Dialect):
             for name in body
             if name not in self.RENAMED_PARAMS and name not in self.KNOWN_PARAMS
         ]
-        same = {theirs: body[name] for name, theirs in self.RENAMED_PARAMS.items() if name in body}
+        renamed = {new: body[name] for name, new in self.RENAMED_PARAMS.items() if name in body}
         try:
-            chat = {**call.body, "stream": call.stream, **same, **self.to_chat(body)}
+            chat = {**call.body, "stream": call.stream, **renamed, **self.to_chat(body)}
             chat["messages"] = merge_system_messages(chat["messages"])
             call.body = {name: value for name, value in chat.items() if value is not None}
             if not chat["messages"]:
                 raise bad_request("No message has any content.")
         except RecursionError:
             raise bad_request("The body is nested too deeply.") from None
-        except APIError as error:  # a controller that speaks this format itself may still take it
+        except APIError as error:  # a controller with this API may still accept the original
             call.translation_error = error
         call.untranslated = self.untranslated
         return call
@@ -6858,7 +6864,7 @@ class BlockDialect(Dialect):
     def append_message(
         messages: List[Dict[str, Any]], role: str, parts: List[Dict[str, Any]], calls: Any = ()
     ) -> None:
-        """Add a message, unless it is empty."""
+        """Append a message, unless it is empty."""
         texts = [part["text"] for part in parts if part["type"] == "text"]
         content = "\n\n".join(texts) if len(texts) == len(parts) else parts
         if content or calls:
@@ -6873,7 +6879,7 @@ class BlockDialect(Dialect):
     def append_tool_result(
         self, messages: List[Dict[str, Any]], call: Any, content: Any, param: str
     ) -> List[Dict[str, Any]]:
-        """Add what a tool gave, as text; its pictures are returned, for a message of the user."""
+        """Append a tool's result as text; returns its images, for a message of the user."""
         parts = self.convert_content(content, param, lenient=True)
         text = "\n\n".join(part["text"] for part in parts if part["type"] == "text")
         messages.append({"role": "tool", "tool_call_id": call, "content": text})
@@ -6882,75 +6888,79 @@ class BlockDialect(Dialect):
     def convert_content(
         self, content: Any, param: str, lenient: bool = False
     ) -> List[Dict[str, Any]]:
-        """The parts of a chat's message from text, a block or a list of them."""
+        """Convert a string, a block or a list of blocks into parts of a chat message."""
         if not isinstance(content, list):
             return self.convert_part(content, param, lenient)
         return [
             part
-            for at, block in enumerate(content)
-            for part in self.convert_part(block, f"{param}[{at}]", lenient)
+            for i, block in enumerate(content)
+            for part in self.convert_part(block, f"{param}[{i}]", lenient)
         ]
 
     def convert_part(self, block: Any, param: str, lenient: bool = False) -> List[Dict[str, Any]]:
-        """A block of either format as parts of a chat. What is unknown is refused, or ``lenient`` told as its JSON."""
+        """Convert a block of either format into parts of a chat message.
+
+        Raises APIError 400 for unknown blocks; ``lenient`` turns them into text, as JSON.
+        """
         if isinstance(block, str):
             return [{"type": "text", "text": block}]
         fields = as_dict(block)
-        kind, source = fields.get("type"), as_dict(fields.get("source"))
-        if kind in ("text", "input_text", "output_text", "refusal"):
-            text = fields.get("refusal" if kind == "refusal" else "text")
+        block_type, source = fields.get("type"), as_dict(fields.get("source"))
+        if block_type in ("text", "input_text", "output_text", "refusal"):
+            text = fields.get("refusal" if block_type == "refusal" else "text")
             if isinstance(text, str):
                 return [{"type": "text", "text": text}]
-        if kind in ("image", "input_image"):
+        if block_type in ("image", "input_image"):
             url = fields.get("image_url") or source.get("url")
             if source.get("type") == "base64":
                 url = f"data:{source.get('media_type')};base64,{source.get('data')}"
             if isinstance(url, str):
                 return [{"type": "image_url", "image_url": {"url": url}}]
-        if kind == "document" and source.get("type") in ("text", "content"):
+        if block_type == "document" and source.get("type") in ("text", "content"):
             return self.convert_content(source.get("data") or source.get("content"), param, lenient)
         if lenient:
             return [{"type": "text", "text": _encode(block)}] if block is not None else []
         raise bad_request(
-            f"{param}: {str(kind or block)[:80]!r} can't be told to a model that only chats.", param
+            f"{param}: {str(block_type or block)[:80]!r} can't be converted for a chat model.",
+            param,
         )
 
     def convert_tools(self, tools: Any) -> Optional[List[Dict[str, Any]]]:
-        """The tools that are functions, as a chat has them; None if there are none."""
-        found = []
+        """Convert the tools that are functions; None if there are none."""
+        functions: List[Dict[str, Any]] = []
         if tools is not None and not isinstance(tools, list):
             raise bad_request("'tools' must be a list.", "tools")
-        for at, tool in enumerate(map(as_dict, tools or [])):
+        for i, tool in enumerate(map(as_dict, tools or [])):
             if tool.get("type") not in self.FUNCTION_TYPES:
                 self.untranslated.append(str(tool.get("type")))
                 continue
-            name = required_field(tool, "name", str, f"a text in tools[{at}]")
-            more = {
-                key: tool[key] for key in ("description", "strict") if tool.get(key) is not None
+            function = {"name": required_field(tool, "name", str, f"a string in tools[{i}]")}
+            for key in ("description", "strict"):
+                if tool.get(key) is not None:
+                    function[key] = tool[key]
+            function["parameters"] = tool.get(self.SCHEMA_KEY) or {
+                "type": "object",
+                "properties": {},
             }
-            schema = tool.get(self.SCHEMA_KEY) or {"type": "object", "properties": {}}
-            found.append(
-                {"type": "function", "function": {"name": name, **more, "parameters": schema}}
-            )
-        return found or None
+            functions.append({"type": "function", "function": function})
+        return functions or None
 
-    # -- the answer
+    # -- the response
 
     def encode_event(self, event: Event) -> bytes:
-        if (
-            isinstance(event, (Text, ToolCall))
-            or isinstance(event, Reasoning)
-            and self.show_reasoning
-        ):
+        if isinstance(event, (Text, ToolCall)):
             return self.encode_block(event)
+        if isinstance(event, Reasoning):
+            return self.encode_block(event) if self.show_reasoning else b""
         if isinstance(event, Finish):
             return self.flush_deferred() + self.close() + self.finish_frames(event)
         return super().encode_event(event)
 
     def encode_block(self, event: Event, may_defer: bool = True) -> bytes:
+        """Frames of an event that belongs to a block; b"" if it is deferred."""
         frames, block = b"", self.block_key(event)
         if block != self.open_block:
-            if block in self.tool_blocks:  # blanks after the end of it
+            if block in self.tool_blocks:  # white space after the end of the arguments
                 return b""
             if may_defer and (self.deferred or self.has_partial_arguments()):
                 self.deferred.append(event)
@@ -6970,11 +6980,11 @@ class BlockDialect(Dialect):
 
     @staticmethod
     def block_key(event: Event) -> Any:
-        """The block that an event belongs to."""
+        """The block of an event: its class, and the index of a tool call."""
         return type(event), getattr(event, "index", None)
 
     def has_partial_arguments(self) -> bool:
-        """Is a call of a tool open whose arguments are not whole?"""
+        """Whether the open block is a tool call with incomplete arguments."""
         if self.open_block not in self.tool_blocks:
             return False
         try:
@@ -6984,14 +6994,14 @@ class BlockDialect(Dialect):
         return False
 
     def flush_deferred(self) -> bytes:
-        """The blocks that wait, each in one piece."""
+        """Frames of the deferred events, block by block."""
         deferred, self.deferred = self.deferred, []
-        order = {key: at for at, key in enumerate(dict.fromkeys(map(self.block_key, deferred)))}
+        order = {key: i for i, key in enumerate(dict.fromkeys(map(self.block_key, deferred)))}
         deferred.sort(key=lambda event: order[self.block_key(event)])
         return b"".join(self.encode_block(event, may_defer=False) for event in deferred)
 
     def close(self) -> bytes:
-        """The end of the open block, if there is one."""
+        """Frames that close the open block, if there is one."""
         if self.open_block is None:
             return b""
         frames = self.stop_block("".join(self.open_text))
@@ -6999,10 +7009,14 @@ class BlockDialect(Dialect):
         return frames
 
     def answer_blocks(self, answer: Answer) -> List[Event]:
-        """A whole answer as an event for each block."""
-        blocks = [Reasoning(answer.reasoning)] * self.show_reasoning + [Text(self.text(answer))]
-        calls = [with_id(call, call.arguments or "{}") for call in answer.tools]
-        return [event for event in blocks if event.text] + calls
+        """An answer as a sequence of events, one per block."""
+        blocks: List[Event] = []
+        if answer.reasoning and self.show_reasoning:
+            blocks.append(Reasoning(answer.reasoning))
+        text = self.text(answer)
+        if text:
+            blocks.append(Text(text))
+        return blocks + [with_id(call, call.arguments or "{}") for call in answer.tools]
 
     @staticmethod
     def status(error: APIError) -> int:
@@ -7010,49 +7024,49 @@ class BlockDialect(Dialect):
 
 
 def merge_system_messages(messages: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
-    """Those of the system that follow one another as one message, as many models take but one, at the beginning."""
+    """Merge consecutive system messages: many models accept only one, the first."""
 
-    def is_text(message: Dict[str, Any]) -> bool:
+    def is_mergeable(message: Dict[str, Any]) -> bool:
         return (
             message["role"] == "system"
             and isinstance(message["content"], str)
             and "tool_calls" not in message
         )
 
-    joined: List[Dict[str, Any]] = []
-    for texts, group in itertools.groupby(messages, key=is_text):
-        joined += (
-            [{"role": "system", "content": "\n\n".join(each["content"] for each in group)}]
-            if texts
-            else group
-        )
-    return joined
+    merged: List[Dict[str, Any]] = []
+    for mergeable, group in itertools.groupby(messages, key=is_mergeable):
+        batch = list(group)
+        if mergeable:
+            content = "\n\n".join(message["content"] for message in batch)
+            batch = [{"role": "system", "content": content}]
+        merged += batch
+    return merged
 
 
 def with_id(call: ToolCall, arguments: str) -> ToolCall:
-    """A call of a tool with other arguments, and with an id and a name even if the upstream gave none."""
+    """A tool call with other arguments; an id and a name are added if missing."""
     return ToolCall(call.index, arguments, call.id or "call_" + new_id(), call.name or "")
 
 
-def event_frame(kind: str, fields: Dict[str, Any]) -> bytes:
-    """An event of a stream whose name is also its type."""
-    return b"event: %b\ndata: %b\n\n" % (kind.encode(), to_json({"type": kind, **fields}))
+def event_frame(name: str, fields: Dict[str, Any]) -> bytes:
+    """A server-sent event; its name is also its data's type."""
+    return b"event: %b\ndata: %b\n\n" % (name.encode(), to_json({"type": name, **fields}))
 
 
 class Messages(BlockDialect):
-    """POST /v1/messages, Anthropic's API. A line is an event, its name and what its data holds beside that as type:
+    """POST /v1/messages, Anthropic's API. A stream, as events and data without "type":
 
-        message_start        {"message":{"id":"msg_1","content":[],"usage":{"input_tokens":9,...},...}}
-        content_block_start  {"index":0,"content_block":{"type":"text","text":""}}   Text; also thinking, tool_use
-        content_block_delta  {"index":0,"delta":{"type":"text_delta","text":"Hi"}}   thinking_delta, input_json_delta
+        message_start        {"message":{"id":"msg_1","content":[],"usage":{...},...}}
+        content_block_start  {"index":0,"content_block":{"type":"text","text":""}}
+        content_block_delta  {"index":0,"delta":{"type":"text_delta","text":"Hi"}}
         content_block_stop   {"index":0}
-        message_delta        {"delta":{"stop_reason":"end_turn",...},"usage":{...}}  Finish
+        message_delta        {"delta":{"stop_reason":"end_turn",...},"usage":{...}}
         message_stop         {}
-        error                {"error":{"type":"api_error","message":"..."}}          in place of what was to come
-        ping                 {}                                                      anywhere
 
-    Tokens that the upstream does not tell are estimated, as clients need them. Thoughts are shown to who asks for
-    them by ``thinking``; those that come back in a history are left out.
+    Text is a block "text" with "text_delta", Reasoning is "thinking" with "thinking_delta", a
+    ToolCall is "tool_use" with "input_json_delta". An "error" event ends a stream that fails;
+    "ping" may come anywhere. Clients need token counts, so they are estimated where the upstream
+    sends none. Reasoning is included if ``thinking`` requests it, and dropped from the history.
     """
 
     PREFIX = "msg_"
@@ -7075,18 +7089,18 @@ class Messages(BlockDialect):
         "output_format",
     )
     FUNCTION_TYPES, SCHEMA_KEY = (None, "custom"), "input_schema"
-    DELTAS = {
+    DELTA_TYPES = {
         Text: (b"text_delta", b"text"),
         Reasoning: (b"thinking_delta", b"thinking"),
         ToolCall: (b"input_json_delta", b"partial_json"),
     }
-    STOPS = {
+    STOP_REASONS = {
         "length": "max_tokens",
         "tool_calls": "tool_use",
         "function_call": "tool_use",
         "content_filter": "refusal",
     }
-    ERRORS = {
+    ERROR_TYPE_BY_STATUS = {
         401: "authentication_error",
         403: "permission_error",
         404: "not_found_error",
@@ -7095,8 +7109,8 @@ class Messages(BlockDialect):
         504: "timeout_error",
         529: "overloaded_error",
     }
-    output_estimate = 0  # tokens of the blocks that are closed, estimated
-    estimated: Optional[int] = None  # tokens of the request, once they are counted
+    output_estimate = 0  # tokens of the closed blocks
+    input_estimate: Optional[int] = None  # tokens of the request
 
     # -- the request
 
@@ -7109,8 +7123,8 @@ class Messages(BlockDialect):
         self.append_message(
             messages, "system", self.convert_content(body.get("system") or [], "system")
         )
-        for at, message in enumerate(required_field(body, "messages", list, "a list of messages")):
-            self.convert_message(messages, as_dict(message), f"messages[{at}]")
+        for i, message in enumerate(required_field(body, "messages", list, "a list of messages")):
+            self.convert_message(messages, as_dict(message), f"messages[{i}]")
         chat = {"messages": messages, "user": as_dict(body.get("metadata")).get("user_id")}
         response_format = as_dict(config.get("format") or body.get("output_format"))
         if response_format.get("type") == "json_schema":
@@ -7123,77 +7137,71 @@ class Messages(BlockDialect):
                 },
             }
         self.untranslated += [f"output_config.{name}" for name in config if name != "format"]
-        self.untranslated += ["thinking.budget_tokens"] * (
-            "budget_tokens" in thinking
-        )  # many would refuse an effort
+        if "budget_tokens" in thinking:  # many models reject reasoning_effort
+            self.untranslated.append("thinking.budget_tokens")
         chat["tools"] = self.convert_tools(body.get("tools"))
         if chat["tools"]:
             choice = as_dict(body.get("tool_choice"))
             chat["tool_choice"] = self.convert_tool_choice(choice)
-            chat["parallel_tool_calls"] = (
-                False if choice.get("disable_parallel_tool_use") is True else None
-            )
+            if choice.get("disable_parallel_tool_use") is True:
+                chat["parallel_tool_calls"] = False
         return chat
 
     def convert_message(
         self, messages: List[Dict[str, Any]], message: Dict[str, Any], param: str
     ) -> None:
-        """One message as those of a chat: the results of tools come first, as they follow their calls."""
+        """Append a message; tool results first, as they must follow their calls."""
         role, content = message.get("role"), message.get("content")
         if role not in ("user", "assistant", "system"):
             raise bad_request(
-                f"{param}: there is no role {str(role)[:80]!r}; use user or assistant.",
+                f"{param}: {str(role)[:80]!r} is not a valid role; use user or assistant.",
                 f"{param}.role",
             )
         parts: List[Dict[str, Any]] = []
         calls: List[Dict[str, Any]] = []
-        for at, block in enumerate(content if isinstance(content, list) else [content]):
-            fields, block_param = as_dict(block), f"{param}.content[{at}]"
-            kind = fields.get("type")
-            if kind == "tool_use":
+        for i, block in enumerate(content if isinstance(content, list) else [content]):
+            fields, block_param = as_dict(block), f"{param}.content[{i}]"
+            block_type = fields.get("type")
+            if block_type == "tool_use":
                 arguments = _encode(as_dict(fields.get("input")))
                 calls.append(
                     tool_call(ToolCall(0, arguments, fields.get("id"), str(fields.get("name"))))
                 )
-            elif kind == "tool_result":
+            elif block_type == "tool_result":
                 parts += self.append_tool_result(
                     messages, fields.get("tool_use_id"), fields.get("content"), block_param
                 )
-            elif role == "assistant" and kind not in ("text", None):
-                self.untranslated += [str(kind)] * ("thinking" not in str(kind))
+            elif role == "assistant" and block_type not in ("text", None):
+                if "thinking" not in str(block_type):
+                    self.untranslated.append(str(block_type))
             else:
                 parts += self.convert_part(block, block_param)
         self.append_message(messages, role, parts, calls)
 
     @staticmethod
     def convert_tool_choice(choice: Dict[str, Any]) -> Any:
-        """A chat's tool_choice."""
-        kind = choice.get("type")
-        if kind == "tool":
+        """Convert ``tool_choice``."""
+        choice_type = choice.get("type")
+        if choice_type == "tool":
             return {"type": "function", "function": {"name": choice.get("name")}}
-        if kind not in (None, "auto", "any", "none"):
+        if choice_type not in (None, "auto", "any", "none"):
             raise bad_request(
                 "'tool_choice' must be of the type auto, any, none or tool.", "tool_choice"
             )
-        return "required" if kind == "any" else kind
+        return "required" if choice_type == "any" else choice_type
 
-    # -- the answer
+    # -- the response
 
     def opening_frames(self) -> bytes:
+        usage = {"input_tokens": self.estimate_input_tokens(), "output_tokens": 0}
         return event_frame(
-            "message_start",
-            {
-                "message": {
-                    **self.message_object([]),
-                    "usage": {"input_tokens": self.estimate_input_tokens(), "output_tokens": 0},
-                }
-            },
+            "message_start", {"message": {**self.message_object([]), "usage": usage}}
         )
 
     def start_block(self, event: Event) -> bytes:
         self.head = (
             b'event: content_block_delta\ndata: {"type":"content_block_delta","index":%d,'
-            b'"delta":{"type":"%b","%b":' % (self.block_index, *self.DELTAS[type(event)])
+            b'"delta":{"type":"%b","%b":' % (self.block_index, *self.DELTA_TYPES[type(event)])
         )
         return event_frame(
             "content_block_start",
@@ -7221,13 +7229,14 @@ class Messages(BlockDialect):
         return b"" if style == "off" else event_frame("ping", {})
 
     def response_body(self, answer: Answer) -> Dict[str, Any]:
+        finish = finish_of(answer)
         self.output_estimate = estimate_tokens(
             [answer.reasoning, answer.text, [call.arguments for call in answer.tools]]
         )
         return {
             **self.message_object(list(map(self.content_block, self.answer_blocks(answer)))),
-            **self.stop_fields(answer.finish, bool(answer.tools)),
-            "usage": self.usage_object(answer.finish),
+            **self.stop_fields(finish, bool(answer.tools)),
+            "usage": self.usage_object(finish),
         }
 
     def message_object(self, content: List[Dict[str, Any]]) -> Dict[str, Any]:
@@ -7254,27 +7263,24 @@ class Messages(BlockDialect):
             return {"type": "thinking", "thinking": event.text, "signature": ""}
         return {"type": "text", "text": event.text}
 
-    def stop_fields(self, finish: Finish, called: bool) -> Dict[str, Any]:
-        """Why it ended, in Anthropic's words. Some upstreams say "stop" after calls of tools."""
-        reason = "tool_calls" if called and finish.reason == "stop" else finish.reason
-        return {
-            "stop_reason": "stop_sequence"
-            if finish.stop_sequence
-            else self.STOPS.get(reason, "end_turn"),
-            "stop_sequence": finish.stop_sequence,
-        }
+    def stop_fields(self, finish: Finish, has_tool_calls: bool) -> Dict[str, Any]:
+        """The stop reason, from OpenAI's finish_reason."""
+        # Some upstreams send "stop" after tool calls.
+        reason = "tool_calls" if has_tool_calls and finish.reason == "stop" else finish.reason
+        stop_reason = (
+            "stop_sequence" if finish.stop_sequence else self.STOP_REASONS.get(reason, "end_turn")
+        )
+        return {"stop_reason": stop_reason, "stop_sequence": finish.stop_sequence}
 
     def usage_object(self, finish: Finish) -> Dict[str, int]:
-        """The tokens that were told, those from a cache apart; else an estimate."""
+        """Token counts of the upstream, cached input tokens apart; else estimates."""
         if not finish.usage:
             return {
                 "input_tokens": self.estimate_input_tokens(),
                 "output_tokens": self.output_estimate,
             }
-        prompt, cached = (
-            finish.usage["prompt_tokens"],
-            usage_detail(finish.usage, "prompt", "cached_tokens"),
-        )
+        prompt = finish.usage["prompt_tokens"]
+        cached = usage_detail(finish.usage, "prompt", "cached_tokens")
         cached = cached if 0 < cached < prompt else 0
         return {
             "input_tokens": prompt - cached,
@@ -7283,12 +7289,13 @@ class Messages(BlockDialect):
         }
 
     def estimate_input_tokens(self) -> int:
-        """About how many tokens the request has."""
-        if self.estimated is None:
-            self.estimated = estimate_tokens(
-                [self.call.original_body.get(name) for name in ("system", "messages", "tools")]
+        """An estimate of the request's tokens, computed once."""
+        if self.input_estimate is None:
+            body = self.call.original_body or {}
+            self.input_estimate = estimate_tokens(
+                [body.get(name) for name in ("system", "messages", "tools")]
             )
-        return self.estimated
+        return self.input_estimate
 
     def prepare(self) -> None:
         self.estimate_input_tokens()
@@ -7304,7 +7311,7 @@ class Messages(BlockDialect):
             "type": "error",
             "error": {
                 "message": error.message,
-                "type": Messages.ERRORS.get(
+                "type": Messages.ERROR_TYPE_BY_STATUS.get(
                     status, "api_error" if status >= 500 else "invalid_request_error"
                 ),
             },
@@ -7312,15 +7319,14 @@ class Messages(BlockDialect):
 
     @staticmethod
     def model_object(model: Dict[str, Any]) -> Dict[str, Any]:
-        created = model.get("created") if type(model.get("created")) is int else 0
+        created = model.get("created")
+        seconds = min(max(created, 0), 1 << 33) if type(created) is int else 0
         return {
             "type": "model",
             "id": model["id"],
             "display_name": model["id"],
             "lifecycle": "active",
-            "created_at": time.strftime(
-                "%Y-%m-%dT%H:%M:%SZ", time.gmtime(min(max(created, 0), 1 << 33))
-            ),
+            "created_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds)),
         }
 
     @staticmethod
@@ -7335,7 +7341,7 @@ class Messages(BlockDialect):
 
 
 def call_input(arguments: str) -> Dict[str, Any]:
-    """The arguments of a call of a tool as an object; what is none is told as a text in one."""
+    """A tool call's arguments as an object, {"arguments": string} if they are not one."""
     try:
         value = from_json(arguments.strip().encode("utf-8", "replace") or b"{}")
     except ValueError:
@@ -7344,12 +7350,12 @@ def call_input(arguments: str) -> Dict[str, Any]:
 
 
 def usage_detail(usage: Dict[str, Any], of: str, name: str) -> int:
-    """One of the details of OpenAI's usage of the prompt or the completion; 0 if it is not told."""
+    """A detail of OpenAI's prompt or completion token counts; 0 if missing."""
     return count_or_none(as_dict(usage.get(of + "_tokens_details")).get(name)) or 0
 
 
 class CountTokens(Messages):
-    """POST /v1/messages/count_tokens: of a controller that counts them itself, else estimated."""
+    """POST /v1/messages/count_tokens: relayed if supported, else estimated."""
 
     def parse(self, body: Dict[str, Any]) -> Call:
         model = body.get("model")
@@ -7360,21 +7366,22 @@ class CountTokens(Messages):
 
 
 class Responses(BlockDialect):
-    """POST /v1/responses, without a memory. A line is an event, its name and what its data holds beside that as type:
+    """POST /v1/responses, stateless. A stream, as event names and data without "type":
 
-        response.created             {"sequence_number":0,"response":{"id":"resp_1","output":[],...}}
-        response.in_progress         the same
-        response.output_item.added   {"output_index":0,"item":{"id":"msg_1","type":"message","content":[],...}}  Text
-        response.content_part.added  {"item_id":"msg_1","output_index":0,"content_index":0,"part":{"text":"",...}}
-        response.output_text.delta   {..., "delta":"Hi"}
-        response.output_text.done    {..., "text":"Hi"}
-        response.content_part.done   {..., "part":{"text":"Hi",...}}
+        response.created             {"response":{"id":"resp_1","output":[],...}}
+        response.in_progress         {"response":{"id":"resp_1","output":[],...}}
+        response.output_item.added   {"output_index":0,"item":{"id":"msg_1","content":[],...}}
+        response.content_part.added  {"item_id":"msg_1","part":{"text":"",...},...}
+        response.output_text.delta   {"item_id":"msg_1","content_index":0,"delta":"Hi",...}
+        response.output_text.done    {"item_id":"msg_1","content_index":0,"text":"Hi",...}
+        response.content_part.done   {"item_id":"msg_1","part":{"text":"Hi",...},...}
         response.output_item.done    {"output_index":0,"item":{...}}
-        response.completed           {"response":{...}}                   Finish; also response.incomplete
-        error                        {"code":"upstream_error","message":"...",...}, then response.failed
+        response.completed           {"response":{...}}
 
-    Reasoning is an item with a summary, response.reasoning_summary_part.* and response.reasoning_summary_text.*; a
-    call of a tool an item function_call, response.function_call_arguments.*. Every event has its sequence_number.
+    Every event also has a sequence_number. A Reasoning is an item "reasoning", with the events
+    response.reasoning_summary_part.* and response.reasoning_summary_text.*; a ToolCall is an item
+    "function_call", with response.function_call_arguments.*. A truncated response ends with
+    response.incomplete, one that fails with the events error and response.failed.
     """
 
     PREFIX = "resp_"
@@ -7384,7 +7391,7 @@ class Responses(BlockDialect):
         "top_p": "top_p",
         "user": "user",
     }
-    ECHOED = {
+    ECHOED: Dict[str, Any] = {
         "instructions": None,
         "max_output_tokens": None,
         "metadata": {},
@@ -7397,14 +7404,12 @@ class Responses(BlockDialect):
         "top_p": None,
     }
     STATEFUL = ("previous_response_id", "conversation", "prompt", "background")
-    ECHO_LIMIT = (
-        1 << 16
-    )  # bytes of a field that is repeated; a larger one is left out, as a stream has all of them twice or more
+    ECHO_LIMIT = 1 << 16  # bytes; larger fields are not echoed: a stream has three copies
     KNOWN_PARAMS = (*ECHOED, *STATEFUL, "model", "input", "stream", "store")
     FUNCTION_TYPES, SCHEMA_KEY = ("function",), "parameters"
-    ITEM_WIRE: Dict[
-        Any, Any
-    ] = {  # prefix of an item's id, its events, their index, what else those of its text hold
+    # By event: prefix of the item's id, names of its text and part events, index of the part, and
+    # further fields of the text events.
+    ITEM_WIRE: Dict[Any, Tuple[str, str, str, Dict[str, Any], Dict[str, Any]]] = {
         Text: (
             "msg_",
             "response.output_text",
@@ -7427,7 +7432,7 @@ class Responses(BlockDialect):
     echoed: Optional[Dict[str, Any]] = None
 
     def __init__(self, body: Any, base_url: str = "") -> None:
-        self.output: List[Dict[str, Any]] = []  # the items that are whole
+        self.output: List[Dict[str, Any]] = []  # completed items
         super().__init__(body, base_url)
 
     # -- the request
@@ -7436,7 +7441,8 @@ class Responses(BlockDialect):
         for name in self.STATEFUL:
             if body.get(name):
                 raise not_stored(name, name)
-        text, reasoning, messages = as_dict(body.get("text")), as_dict(body.get("reasoning")), []
+        text, reasoning = as_dict(body.get("text")), as_dict(body.get("reasoning"))
+        messages: List[Dict[str, Any]] = []
         self.append_message(
             messages, "system", self.convert_content(body.get("instructions") or [], "instructions")
         )
@@ -7444,11 +7450,11 @@ class Responses(BlockDialect):
             self.append_message(messages, "user", self.convert_content(body["input"], "input"))
         else:
             self.convert_items(
-                messages, required_field(body, "input", list, "a text or a list of items")
+                messages, required_field(body, "input", list, "a string or a list of items")
             )
-        self.untranslated += [f"text.{name}" for name in text if name != "format"] + ["store"] * (
-            body.get("store") is True
-        )
+        self.untranslated += [f"text.{name}" for name in text if name != "format"]
+        if body.get("store") is True:
+            self.untranslated.append("store")
         chat = {
             "messages": messages,
             "reasoning_effort": reasoning.get("effort"),
@@ -7462,92 +7468,94 @@ class Responses(BlockDialect):
 
     @staticmethod
     def response_format(format_spec: Dict[str, Any]) -> Optional[Dict[str, Any]]:
-        """A chat's response_format."""
+        """Convert ``text.format``."""
+        if format_spec.get("type") in (None, "text"):
+            return None
         schema = {
             name: value
             for name, value in format_spec.items()
             if name != "type" and value is not None
         }
-        if format_spec.get("type") in (None, "text"):
-            return None
         return {"type": format_spec["type"], **({"json_schema": schema} if schema else {})}
 
     def convert_items(self, messages: List[Dict[str, Any]], items: List[Any]) -> None:
-        """The items of an input as messages of a chat; pictures that tools gave follow the last result."""
+        """Append the items of an input as messages of a chat.
+
+        Images in tool results follow the last of consecutive results, as a message of the user.
+        """
         images: List[Dict[str, Any]] = []
-        for at, item in enumerate(map(as_dict, items)):
-            param, kind = f"input[{at}]", item.get("type", "message")
-            if kind == "function_call_output":
+        for i, item in enumerate(map(as_dict, items)):
+            param = f"input[{i}]"
+            if item.get("type") == "function_call_output":
                 images += self.append_tool_result(
                     messages, item.get("call_id"), item.get("output"), f"{param}.output"
                 )
-                continue
-            self.append_message(messages, "user", images)
-            images = []
-            if kind == "message":
-                role = "system" if item.get("role") == "developer" else item.get("role")
-                if role not in ("user", "assistant", "system"):
-                    raise bad_request(
-                        f"{param}: there is no role {str(role)[:80]!r}.", f"{param}.role"
-                    )
-                self.append_message(
-                    messages, role, self.convert_content(item.get("content"), f"{param}.content")
-                )
-            elif kind == "function_call":
-                if not messages or messages[-1]["role"] != "assistant":
-                    messages.append({"role": "assistant", "content": None})
-                messages[-1].setdefault("tool_calls", []).append(
-                    tool_call(
-                        ToolCall(
-                            0,
-                            str(item.get("arguments") or "{}"),
-                            item.get("call_id"),
-                            str(item.get("name")),
-                        )
-                    )
-                )
-            elif kind == "item_reference" and not str(item.get("id")).startswith(
-                "rs_"
-            ):  # as WIRE names reasoning
-                raise not_stored("An item_reference", param)
-            elif kind != "reasoning":
-                self.untranslated.append(str(kind))
+            else:
+                self.append_message(messages, "user", images)
+                images = []
+                self.convert_item(messages, item, param)
         self.append_message(messages, "user", images)
 
+    def convert_item(
+        self, messages: List[Dict[str, Any]], item: Dict[str, Any], param: str
+    ) -> None:
+        """Append an item other than a tool result.
+
+        Reasoning, as an item or a reference (its ids begin with "rs_"), is dropped.
+        """
+        item_type = item.get("type", "message")
+        if item_type == "message":
+            role = "system" if item.get("role") == "developer" else item.get("role")
+            if role not in ("user", "assistant", "system"):
+                raise bad_request(
+                    f"{param}: {str(role)[:80]!r} is not a valid role.", f"{param}.role"
+                )
+            content = self.convert_content(item.get("content"), f"{param}.content")
+            self.append_message(messages, role, content)
+        elif item_type == "function_call":
+            if not messages or messages[-1]["role"] != "assistant":
+                messages.append({"role": "assistant", "content": None})
+            arguments, name = str(item.get("arguments") or "{}"), str(item.get("name"))
+            call = tool_call(ToolCall(0, arguments, item.get("call_id"), name))
+            messages[-1].setdefault("tool_calls", []).append(call)
+        elif item_type == "item_reference" and not str(item.get("id")).startswith("rs_"):
+            raise not_stored("An item_reference", param)
+        elif item_type != "reasoning":
+            self.untranslated.append(str(item_type))
+
     def convert_tool_choice(self, choice: Any) -> Any:
-        """A chat's tool_choice."""
+        """Convert ``tool_choice``."""
         fields = as_dict(choice)
         if fields.get("type") == "function":
             return {"type": "function", "function": {"name": fields.get("name")}}
         if fields.get("type") == "allowed_tools":
             self.untranslated.append("tool_choice.tools")
             return fields.get("mode")
-        self.untranslated += ["tool_choice"] * bool(fields)
-        return None if fields else choice
+        if fields:
+            self.untranslated.append("tool_choice")
+            return None
+        return choice
 
-    # -- the answer
+    # -- the response
 
     def opening_frames(self) -> bytes:
-        self.stream_started, response = True, {"response": self.response_object()}
-        return self.frame("response.created", response) + self.frame(
-            "response.in_progress", response
-        )
+        self.stream_started = True
+        fields = {"response": self.response_object()}
+        return self.frame("response.created", fields) + self.frame("response.in_progress", fields)
 
     def encode(self, events: List[Event]) -> bytes:
-        self.stream_started = True  # or relayed
+        self.stream_started = True  # a relayed stream has no opening_frames()
         return super().encode(events)
 
-    def frame(self, kind: str, fields: Dict[str, Any]) -> bytes:
+    def frame(self, name: str, fields: Dict[str, Any]) -> bytes:
         self.sequence_number += 1
-        return event_frame(kind, {"sequence_number": self.sequence_number - 1, **fields})
+        return event_frame(name, {"sequence_number": self.sequence_number - 1, **fields})
 
     def start_block(self, event: Event) -> bytes:
         prefix, name, part, index, more = self.ITEM_WIRE[type(event)]
         item = self.output_item(event, prefix + new_id(), "in_progress")
-        self.open_item, self.item_ref = (
-            event,
-            {"item_id": item["id"], "output_index": self.block_index, **index},
-        )
+        self.open_item = event
+        self.item_ref = {"item_id": item["id"], "output_index": self.block_index, **index}
         delta, ref = (name + ".delta").encode(), to_json({**self.item_ref, **more})[1:-1]
         self.head = b'event: %b\ndata: {"type":"%b",%b,"sequence_number":' % (delta, delta, ref)
         frames = self.frame(
@@ -7603,7 +7611,7 @@ class Responses(BlockDialect):
         return self.response_object(answer.finish)
 
     def response_object(self, finish: Optional[Finish] = None) -> Dict[str, Any]:
-        """The response as it is by now."""
+        """The response's current state."""
         usage = finish and finish.usage
         reason = finish and {"length": "max_output_tokens", "content_filter": "content_filter"}.get(
             finish.reason
@@ -7625,40 +7633,32 @@ class Responses(BlockDialect):
         }
 
     def echoed_params(self) -> Dict[str, Any]:
-        """The fields of the request that a response repeats; one above ECHO_LIMIT as if it had not been sent."""
+        """The request's fields to echo; those above ECHO_LIMIT get their default."""
         if self.echoed is None:
-            sent = {
-                name: self.call.original_body[name]
-                for name in self.ECHOED
-                if self.call.original_body.get(name) is not None
-            }
+            body = self.call.original_body or {}
+            sent = {name: body[name] for name in self.ECHOED if body.get(name) is not None}
             small = {name: value for name, value in sent.items() if self.is_small(value)}
             self.echoed = {**self.ECHOED, **small}
         return self.echoed
 
     @classmethod
     def is_small(cls, value: Any) -> bool:
-        size = (
-            len(value)
-            if isinstance(value, str)
-            else 0
-            if isinstance(value, (int, float))
-            else len(_encode(value))
-        )
-        return size <= cls.ECHO_LIMIT
+        if isinstance(value, (int, float)):
+            return True
+        return len(value if isinstance(value, str) else _encode(value)) <= cls.ECHO_LIMIT
 
     def prepare(self) -> None:
         self.echoed_params()
 
     @staticmethod
     def part_object(event: Event) -> Dict[str, Any]:
-        """What an item holds."""
+        """The only part of a message or of reasoning."""
         if isinstance(event, Reasoning):
             return {"type": "summary_text", "text": event.text}
         return {"type": "output_text", "text": event.text, "annotations": [], "logprobs": []}
 
     def output_item(self, event: Event, item_id: str, status: str = "completed") -> Dict[str, Any]:
-        """An item of the output: one that is opened has no parts."""
+        """An item of the output; it has no parts until it is completed."""
         if isinstance(event, ToolCall):
             return {
                 "id": item_id,
@@ -7681,29 +7681,29 @@ class Responses(BlockDialect):
 
 
 def response_usage(usage: Dict[str, Any]) -> Dict[str, Any]:
-    """OpenAI's usage of a chat in the words of a response."""
+    """Token counts of a response, from those of a chat."""
     cached = usage_detail(usage, "prompt", "cached_tokens")
-    reasoned = usage_detail(usage, "completion", "reasoning_tokens")
+    reasoning = usage_detail(usage, "completion", "reasoning_tokens")
     return {
         "input_tokens": usage["prompt_tokens"],
         "output_tokens": usage["completion_tokens"],
         "total_tokens": usage["total_tokens"],
-        "output_tokens_details": {"reasoning_tokens": reasoned},
+        "output_tokens_details": {"reasoning_tokens": reasoning},
         "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
     }
 
 
 def not_stored(name: str, param: str) -> APIError:
-    """What refers to an earlier response can't be honoured."""
+    """Error for a reference to an earlier response."""
     return bad_request(
         f"{name!r} can't be used: nothing is stored here. Send the whole conversation as 'input' "
-        '(with "store": false many clients do).',
+        '(many clients do so with "store": false).',
         param,
     )
 
 
 class Passthrough(Dialect):
-    """Any other POST below /v1: passed on to a controller that offers it, its format unknown."""
+    """Any other POST below /v1: relayed as it is to a controller that offers the path."""
 
     PATH = re.compile(r"/v1(/[A-Za-z0-9_-]+)+")
 
@@ -7714,14 +7714,14 @@ class Passthrough(Dialect):
             {"model": model} if isinstance(model, str) else {}, stream=True, relay_only=True
         )
         self.call.original_body = body or None
-        # What was read as UTF-8 is sent as that: another charset would let the upstream read another model.
+        # We decoded JSON as UTF-8. With a different charset the upstream could read another model.
         self.call.content_type = (
             "application/json" if body else content_type or "application/octet-stream"
         )
 
     @staticmethod
     def document(data: bytes) -> Dict[str, Any]:
-        """The body's object; {} if it is something else, as the upstream may know what that is."""
+        """The JSON object of a body; {} for anything else, which the upstream may accept."""
         check_json(data, MAX_RELAYED_VALUES)
         try:
             return as_dict(_parse(data, _decode))
@@ -7733,7 +7733,8 @@ class Passthrough(Dialect):
 
 
 def is_json(content_type: str, data: bytes) -> bool:
-    """Whether a relayed body is JSON. curl labels any body as a form unless told otherwise."""
+    """Whether a relayed body is JSON."""
+    # By default, curl -d sends any body as a form.
     media_type = content_type.partition(";")[0].strip(" \t").lower()
     return (
         media_type == "application/json"
@@ -7742,14 +7743,14 @@ def is_json(content_type: str, data: bytes) -> bool:
     )
 
 
-# -- the model that a body names, for keys that are limited to some: no upstream may be able to read another one
+# -- Limits of a client's key to some models. An upstream must never read a model from the request
+# that differs from the one we have checked, so ambiguous bodies are rejected.
 
 URLENCODED = "application/x-www-form-urlencoded"
 MAX_FORM_PARTS = 1000
 MAX_PART_HEAD = 4096
-MODEL_IN_PATH = frozenset(
-    ("deployments", "engines", "models")
-)  # segments after which some upstreams read a model
+# Segments of a path that precede a model's name in some APIs.
+MODEL_IN_PATH = frozenset(("deployments", "engines", "models"))
 _UTF_8 = r'(?: *; *charset="?utf-8"?)?'
 _MULTIPART = re.compile(
     rf"multipart/form-data{_UTF_8} *; *boundary=(\"?)([0-9A-Za-z'()+_,./:=?-]{{1,70}})\1{_UTF_8}",
@@ -7763,12 +7764,14 @@ _DISPOSITION = re.compile(
 
 
 def is_model_field(name: str) -> bool:
-    """Whether some upstream takes a field's name for "model": Go ignores case, PHP what follows a bracket."""
+    """Whether an upstream may read a field as "model", written in this or another way."""
+    # Go's JSON decoder ignores case; PHP drops a bracket and what follows it.
     return name.partition("[")[0].partition("\0")[0].strip().casefold() == "model"
 
 
 def remove_model_params(query: str) -> str:
-    """A query without a model: the body's has been checked, but LiteLLM would prefer the query's."""
+    """Remove the model from a query."""
+    # Only the body's model was checked, but LiteLLM prefers the query's.
     parts = re.split("[&;]", query)
     remaining = [
         part
@@ -7779,12 +7782,12 @@ def remove_model_params(query: str) -> str:
 
 
 def has_escaped_letters(data: bytes) -> bool:
-    """Whether JSON may hold a second "model" that a search for these bytes misses, such as "mod\\u0065l"."""
+    """Whether JSON may contain escaped letters, as in "mod\\u0065l"."""
     return b"\\u006" in data or b"\\u004" in data
 
 
 def check_names(names: Iterable[str], refused: Iterable[str] = ()) -> None:
-    """Check the names of a body's fields: APIError 400 for one that is refused, or that is "model" to some upstreams only."""
+    """Raise APIError 400 for refused fields, and for "model" written in another way."""
     for name in names:
         if "model" in name.lower() and name != "model" and is_model_field(name):
             raise bad_request(f"The field {name[:40]!r} must be written 'model'.", "model")
@@ -7795,7 +7798,7 @@ def check_names(names: Iterable[str], refused: Iterable[str] = ()) -> None:
 
 
 def check_charset(content_type: str) -> None:
-    """Check that a body's charset is ours: APIError 415 where an upstream would read other letters."""
+    """Raise APIError 415 for a charset other than UTF-8, in which we read the body."""
     for parameter in content_type.lower().split(";")[1:]:
         name, _, value = parameter.partition("=")
         if name.strip() == "charset" and value.strip(' \t"') not in ("utf-8", "utf8"):
@@ -7803,7 +7806,7 @@ def check_charset(content_type: str) -> None:
 
 
 def apply_key_limits(call: Call, options: ClientKeySettings, headers: Dict[str, str]) -> None:
-    """Limit a call to its key's models and fields; APIError if an upstream could read the body in another way."""
+    """Apply a key's limits to a call. Raises APIError, also for an ambiguous body."""
     call.allowed_models = options.models
     if not options.models and not options.refuse_fields:
         return
@@ -7815,28 +7818,30 @@ def apply_key_limits(call: Call, options: ClientKeySettings, headers: Dict[str, 
     check_names(call.original_body or [name for name, _ in form or ()], options.refuse_fields)
     if options.models and MODEL_IN_PATH.intersection(call.path.split("/")):
         raise model_not_found("")
-    if (
-        call.original_body
-    ):  # what was read is what is sent: of two "model" an upstream could take the other one
+    if call.original_body:
+        # Send what we parsed: of duplicate "model" keys an upstream could read the other one.
         call.raw_body = request_json(call.original_body, len(call.raw_body))
     elif form is not None:
         check_form_model(form, options.models)
         call.allowed_models = ()
     elif not options.models:
-        raise APIError(415, "This key can send JSON and forms only.")
+        raise APIError(415, "With this key the body must be JSON or a form.")
 
 
 def check_form_model(form: List[Tuple[str, str]], models: Tuple[str, ...]) -> None:
-    """Check the one model that a form names against the patterns of a key."""
+    """Check a form's model against the patterns of a key. Raises APIError."""
     names = [value for name, value in form if name == "model"]
     if len(names) > 1 or any(name == "_charset_" for name, _ in form):
-        raise bad_request("The form must have one field 'model', in UTF-8.", "model")
+        raise bad_request("The form must have exactly one field 'model', in UTF-8.", "model")
     if not model_allowed(models, "".join(names)):
         raise model_not_found("".join(names))
 
 
 def form_fields(data: bytes, content_type: str) -> Optional[List[Tuple[str, str]]]:
-    """Names and values of a form's fields, None if it is no form. Of a multipart form only the model's value is read."""
+    """Names and values of a form's fields, or None for another content type.
+
+    Values other than the model's are "". Raises APIError 400 if the form is malformed.
+    """
     media_type = content_type.partition(";")[0].strip(" \t").lower()
     if media_type == URLENCODED:
         return urlencoded_fields(data)
@@ -7844,60 +7849,58 @@ def form_fields(data: bytes, content_type: str) -> Optional[List[Tuple[str, str]
 
 
 def urlencoded_fields(data: bytes) -> List[Tuple[str, str]]:
-    """Names and values of the fields of application/x-www-form-urlencoded; APIError 400 if it is malformed."""
+    """The fields of a form of the type application/x-www-form-urlencoded."""
     if data.count(b"&") + data.count(b";") >= MAX_FORM_PARTS:
         raise bad_request("The form has too many fields.")
     fields = []
     try:
         for part in re.split(b"[&;]", data):
-            name, _, value = part.partition(b"=")
-            fields.append((percent_decoded(name), ""))
-            if is_model_field(fields[-1][0]):
-                fields[-1] = fields[-1][0], percent_decoded(value)
+            raw_name, _, raw_value = part.partition(b"=")
+            name = percent_decoded(raw_name)
+            fields.append((name, percent_decoded(raw_value) if is_model_field(name) else ""))
     except ValueError:
         raise bad_request("The form is malformed.") from None
     return fields
 
 
 def percent_decoded(text: bytes) -> str:
-    """A name or a short value of a form; ValueError if it is too long, or not UTF-8."""
+    """Decode a name or value. ValueError if it is too long or not valid UTF-8."""
     if len(text) > MAX_PART_HEAD:
         raise ValueError("too long")
     return urllib.parse.unquote_plus(text.decode("ascii"), errors="strict")
 
 
 def multipart_fields(data: bytes, content_type: str) -> List[Tuple[str, str]]:
-    """Names and values of the parts of a form (RFC 7578); APIError 400 if it is malformed.
+    """The parts of a form of the type multipart/form-data (RFC 7578).
 
-    Wherever the boundary occurs a part must begin: else a lenient reader could find parts that we don't see.
+    A part must begin wherever the boundary occurs, or a lenient parser could find further parts.
     """
     match = _MULTIPART.fullmatch(content_type)
     if not match:
         raise bad_request("The boundary of the form is malformed.")
-    delimiter, fields, at = b"--" + match[2].encode(), [], 0
-    while data.startswith(delimiter + b"\r\n", at) and len(fields) < MAX_FORM_PARTS:
-        start = at + len(delimiter) + 2
+    delimiter, pos = b"--" + match[2].encode(), 0
+    fields: List[Tuple[str, str]] = []
+    while data.startswith(delimiter + b"\r\n", pos) and len(fields) < MAX_FORM_PARTS:
+        start = pos + len(delimiter) + 2
         end = data.find(b"\r\n\r\n", start, start + MAX_PART_HEAD)
-        at = data.find(delimiter, start)
-        if end < 0 or at < end + 6 or data[at - 2 : at] != b"\r\n":
+        pos = data.find(delimiter, start)
+        if end < 0 or pos < end + 6 or data[pos - 2 : pos] != b"\r\n":
             raise bad_request("A part of the form is malformed.")
-        fields.append(part_field(data[start:end], data[end + 4 : min(at - 2, end + 5 + MAX_NAME)]))
-    if not fields or data[at : at + len(delimiter) + 5] not in (
-        delimiter + b"--\r\n",
-        delimiter + b"--",
-    ):
-        raise bad_request("The form has no proper end, or too many parts.")
+        value = data[end + 4 : min(pos - 2, end + 5 + MAX_NAME)]
+        fields.append(part_field(data[start:end], value))
+    ends = (delimiter + b"--\r\n", delimiter + b"--")
+    if not fields or data[pos : pos + len(delimiter) + 5] not in ends:
+        raise bad_request("The form is not terminated, or has too many parts.")
     return fields
 
 
 def part_field(head: bytes, value: bytes) -> Tuple[str, str]:
-    """Name and value of a part of a form; the value is "" unless it is the model. APIError 400 if it is malformed."""
+    """Name and value of a part; "" for values other than the model. APIError 400."""
     try:
         pairs = [parse_field.__wrapped__(line) for line in head.decode("latin-1").split("\r\n")]
         headers = dict(pairs)
-        match = _DISPOSITION.fullmatch(
-            headers.get("content-disposition", "").encode("latin-1").decode("utf-8")
-        )
+        disposition = headers.get("content-disposition", "").encode("latin-1").decode("utf-8")
+        match = _DISPOSITION.fullmatch(disposition)
     except ValueError:
         match = None
     if not match or len(headers) < len(pairs):
@@ -7905,17 +7908,16 @@ def part_field(head: bytes, value: bytes) -> Tuple[str, str]:
     name = match[1] if match[2] is None else match[2]
     if not is_model_field(name):
         return name, ""
-    check_charset(headers.get("content-type", ""))
+    content_type = headers.get("content-type", "text/plain")
+    check_charset(content_type)
     text = value.decode("utf-8", "replace")
-    is_plain = (
-        headers.get("content-type", "text/plain").partition(";")[0].strip().lower() == "text/plain"
-    )
     if (
         match[3]
-        or match[4]
-        or not is_plain
+        or match[4]  # a file
+        or content_type.partition(";")[0].strip().lower() != "text/plain"
         or set(headers) - {"content-disposition", "content-type"}
-        or (len(value) > MAX_NAME or not text.isprintable())
+        or len(value) > MAX_NAME
+        or not text.isprintable()
     ):
         raise bad_request("The model must be a plain text field of the form.", "model")
     return name, text

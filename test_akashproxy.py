@@ -1348,7 +1348,7 @@ def test_a_picture_streamed_tells_of_its_place_in_the_queue(akash, serve):
     akash.states.extend(QUEUE)
     text, thought, finish, _ = stream(serve(), GEN)
     assert text.startswith("![A red fox in the snow](http://127.0.0.1:") and finish == "stop"
-    assert thought == "The picture is waiting, 1 before it.\nThe picture is pending.\n"
+    assert thought == "The image is waiting, 1 before it.\nThe image is pending.\n"
 
 
 def test_images(akash, serve):
@@ -1705,9 +1705,9 @@ BAD_BODIES = {
     "stream": ("chat/completions", {**CHAT, "stream": "yes"}, "stream", "true or false"),
     "stream_options": ("chat/completions", {**CHAT, "stream_options": 7}, "stream_options", "must be an object"),
     "no prompt": ("images/generations", {}, "prompt", "'prompt' is missing"),
-    "a prompt that is a list": ("images/generations", {"prompt": ["x"]}, "prompt", "must be a text"),
+    "a prompt that is a list": ("images/generations", {"prompt": ["x"]}, "prompt", "must be a string"),
     "no pictures": ("images/generations", {"prompt": "x", "n": 0}, "n", "at least 1"),
-    "eleven pictures": ("images/generations", {"prompt": "x", "n": 11}, "n", "10 at most"),
+    "eleven pictures": ("images/generations", {"prompt": "x", "n": 11}, "n", "at most 10"),
     "another form": ("images/generations", {"prompt": "x", "response_format": "gif"}, "response_format", "b64_json"),
     "streamed pictures": ("images/generations", {"prompt": "x", "stream": True}, "stream", "through chat"),
     "another model's pictures": ("images/generations", {"prompt": "x", "model": "dall-e-3"}, "model", "AkashGen"),
@@ -4160,8 +4160,8 @@ def test_messages_become_a_chat(case, pool):
 
 MESSAGES_REFUSED = {
     # name: (fields of a body, words)
-    "a role": ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0]: there is no role 'tool'"),
-    "a message that is text": ({"messages": ["x"]}, "messages[0]: there is no role"),
+    "a role": ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0]: 'tool' is not a valid role"),
+    "a message that is text": ({"messages": ["x"]}, "messages[0]: 'None' is not a valid role"),
     "a document as PDF": ({"messages": [user([{"type": "document", "source": {**PNG_SOURCE, "media_type": "application/pdf"}}])]}, "messages[0].content[0]: 'document'"),
     "a file that is stored": ({"messages": [user([{"type": "image", "source": {"type": "file", "file_id": "f"}}])]}, "'image'"),
     "content of nothing": ({"messages": [user(None)]}, "'None'"),
@@ -4407,8 +4407,8 @@ RESPONSES_REFUSED = {
     "in the background": ({"background": True}, "'background' can't be used"),
     "a reference": ({"input": [{"type": "item_reference", "id": "msg_1"}]}, '"store": false'),
     "a file": ({"input": [user([{"type": "input_file", "file_id": "f"}])]}, "input[0].content[0]: 'input_file'"),
-    "a role": ({"input": [{"role": "tool", "content": "x"}]}, "input[0]: there is no role 'tool'"),
-    "items that are none": ({"input": [7]}, "input[0]: there is no role 'None'"),
+    "a role": ({"input": [{"role": "tool", "content": "x"}]}, "input[0]: 'tool' is not a valid role"),
+    "items that are none": ({"input": [7]}, "input[0]: 'None' is not a valid role"),
     "no input": ({"input": None}, "'input' is missing"),
     "tools that are no list": ({"tools": "x"}, "'tools' must be a list"),
 }
@@ -8501,7 +8501,7 @@ def test_a_picture_on_the_page(browser, akash, serve):
     browser.until("document.querySelector('option')")
     browser.run("document.querySelector('select').value = 'AkashGen'")
     browser.type("a red fox in the snow")
-    browser.until("document.querySelector('.answer summary')?.innerText === 'The picture is waiting, 2 before it.'")
+    browser.until("document.querySelector('.answer summary')?.innerText === 'The image is waiting, 2 before it.'")
     akash.states.clear()
     browser.until("document.querySelector('img')?.naturalWidth === 4")
     assert browser.run("document.querySelector('img').alt") == "A red fox in the snow"
@@ -9294,7 +9294,7 @@ MAY_NAME = {    # a section: the sections whose names may stand in it
     "names": "", "errors": "names", "events": "names errors", "http": "names errors",
     "settings": "names errors transport controllers",       # a CA file is checked by loading it, a type by CONTROLLERS
     "transport": "names errors events settings http",
-    "streams": "names errors events settings http transport",
+    "streams": "names errors events settings http transport controllers",
     "controllers": "names errors events settings http transport streams",
     "pool": "names errors events settings transport streams controllers",
     "dialects": "names errors events settings http controllers pool",
