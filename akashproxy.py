@@ -393,6 +393,7 @@ _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",",
 _decode = json.JSONDecoder(
     parse_constant=_reject_constant, parse_float=_finite, parse_int=_parse_int
 ).decode
+# For Akash's lines: NaN, Infinity and overflowing numbers become None.
 _decode_any = json.JSONDecoder(
     parse_constant=lambda name: None, parse_float=_finite_or_none, parse_int=_parse_int
 ).decode
@@ -667,7 +668,7 @@ class CancelScope:
             raise self.reason
 
     def cancel(self, reason: Exception) -> None:
-        """Shut the socket down; a second reason is ignored."""
+        """Shut the socket down. The first reason is kept."""
         if self.reason is None:
             self.reason = reason
         self.deadline, sock = math.inf, self.sock
@@ -719,7 +720,7 @@ class Call:
 
         # The client's key and connection, set by the server.
         self.allowed_models: Tuple[str, ...] = ()  # patterns; (): all
-        self.one_image_at_a_time = False  # for a key with a limit of requests
+        self.one_image_at_a_time = False  # for a key with max_concurrency
         self.client_has_left: Callable[[], bool] = lambda: False
         self.wake: Callable[[], None] = lambda: None  # resumes the call after Queued; any thread
 
@@ -727,10 +728,10 @@ class Call:
         self.attempts: Tuple[str, ...] = ()  # such as "akash=429"
         self.answered_by = ""  # a controller's name
         self.ignored_params: List[str] = []  # parameters that the controller does not support
-        self.prepared_requests: Dict[str, Any] = {}  # a controller's own form of it, by its name
+        self.prepared_requests: Dict[str, Any] = {}  # translated, by the controller's name
         self.retry_reason = ""  # "session" or "connection": the same controller is tried again
         self.relay_content_type: Optional[str] = None  # of a response passed through
-        self.relay_status = 200  # the same response's
+        self.relay_status = 200  # of that response
         self.waiter: Any = None  # its entry in the pool's queue
         self.scope = CancelScope()  # of the current attempt
         self.cancel_reason: Optional[Exception] = None
@@ -758,7 +759,7 @@ class Call:
         self.scope.raise_if_cancelled()
 
     def sleep(self, seconds: float) -> None:
-        """Sleep unless cancelled; raises the reason then."""
+        """Sleep until the time is over or the call is cancelled; raises the reason then."""
         self.wakeup = self.wakeup or threading.Event()
         if not self.cancel_reason:
             self.wakeup.wait(seconds)
@@ -817,7 +818,7 @@ def join_tool_call(fragments: List[ToolCall]) -> ToolCall:
 
 
 class ThinkTagFilter:
-    """Extracts ``<think>...</think>`` from Text: events in, events with Reasoning out.
+    """Turns ``<think>...</think>`` in Text events into Reasoning events.
 
     Tags may be split anywhere. An opening tag counts only at the start, after blanks at most; later
     it is more likely a word of the answer. Some models omit it: a closing tag without one makes the
@@ -1165,7 +1166,7 @@ def http_url(text: str) -> str:
     if extra or not re.fullmatch(r"[!-~]+", text):
         raise ValueError("only scheme, host, port and path are allowed")
     check_host(parts.hostname)
-    if parts.port == 0:  # urlsplit itself raises ValueError above 65535
+    if parts.port == 0:  # .port itself raises ValueError above 65535
         raise ValueError("'0' is not a valid port")
     return text.rstrip("/")
 
@@ -1175,7 +1176,7 @@ def optional_url(text: str) -> str:
 
 
 def proxy_url(text: str) -> str:
-    """Check http://[USER:PASSWORD@]HOST:PORT or an empty string."""
+    """Check http://[USER:PASSWORD@]HOST:PORT; empty for none."""
     parts = urllib.parse.urlsplit(text)
     if text and (
         parts.scheme != "http"
@@ -1198,7 +1199,7 @@ def header_value(text: str) -> str:
 def nonempty_header_value(text: str) -> str:
     """Check a token or origin: an empty token would admit clients that send none."""
     if not text:
-        raise ValueError("must not contain empty values")
+        raise ValueError("empty values are not allowed")
     return header_value(text)
 
 
@@ -1295,9 +1296,7 @@ class ControllerSettings(ValidatedSettings):
         "", "its name in logs, /status and X-Akashproxy-Route; default: its type", controller_name
     )
     weight: float = setting(1.0, "share of requests, relative to the other weights; 0: off")
-    priority: int = setting(
-        1, "failover group: 2 is used only while all of group 1 are cooling down"
-    )
+    priority: int = setting(1, "failover group: 2 is used only while none of group 1 is available")
     base_url: str = setting(
         "",
         "the upstream's URL; default: https://api.openai.com/v1, or AKASH_BASE_URL",
