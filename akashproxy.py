@@ -90,7 +90,7 @@ if __name__ == "__main__" and hasattr(signal, "pthread_sigmask"):
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
 
 # == 1. names =================================================================================
-# What the rest of the file, and whoever imports it, can refer to. Importing starts nothing.
+# Imports, public names, JSON and small helpers. Importing the module starts nothing.
 
 import base64
 import binascii
@@ -129,6 +129,7 @@ from queue import Empty, Full, Queue, SimpleQueue
 from typing import (
     Any,
     Callable,
+    ClassVar,
     Deque,
     Dict,
     Iterable,
@@ -139,72 +140,40 @@ from typing import (
     Optional,
     Set,
     Tuple,
+    Type,
+    Union,
+    get_args,
 )
 
 __version__ = "1.0.0"
 
+# fmt: off
 __all__ = [
-    "APIError",
-    "ConfigError",
-    "ClientDisconnected",
-    "ProtocolError",
-    "Call",
-    "Text",
-    "Reasoning",
-    "TextWasReasoning",
-    "ToolCall",
-    "Image",
-    "ImageProgress",
-    "Finish",
-    "RawBytes",
-    "Answer",
-    "fold",
-    "Settings",
-    "ControllerSettings",
-    "ClientKeySettings",
-    "Controller",
-    "AkashController",
-    "AkashSession",
-    "AkashDecoder",
-    "OpenAIController",
-    "ChatDecoder",
-    "PassthroughDecoder",
-    "EchoController",
-    "ThinkTagFilter",
-    "StopFilter",
-    "CONTROLLERS",
-    "Pool",
-    "Dialect",
-    "ChatCompletions",
-    "Completions",
-    "Images",
-    "Messages",
-    "CountTokens",
-    "Responses",
-    "Passthrough",
-    "ROUTES",
-    "Server",
-    "main",
+    "APIError", "ConfigError", "ClientDisconnected", "ProtocolError",
+    "Call", "Text", "Reasoning", "TextWasReasoning", "ToolCall", "Image", "ImageProgress", "Finish",
+    "RawBytes", "Answer", "fold",
+    "Settings", "ControllerSettings", "ClientKeySettings",
+    "Controller", "AkashController", "AkashSession", "AkashDecoder", "OpenAIController",
+    "ChatDecoder", "PassthroughDecoder", "EchoController", "ThinkTagFilter", "StopFilter",
+    "CONTROLLERS", "Pool",
+    "Dialect", "ChatCompletions", "Completions", "Images", "Messages", "CountTokens", "Responses",
+    "Passthrough", "ROUTES", "Server", "main",
 ]
+# fmt: on
 
 log = logging.getLogger("akashproxy")
 
-Event = Any  # one of the classes at the head of section 3
-
-
-MAX_JSON_VALUES = (
-    100_000  # of one text; each may take several hundred bytes of memory, however short it is
-)
-MAX_RELAYED_VALUES = 1_000_000  # of one that is only relayed, such as embeddings of token ids
-MAX_JSON_DEPTH = (
-    500  # levels of nesting: below where any Python's recursion ends, reading or writing
-)
+# Limits of a JSON text. A value may take several hundred bytes of memory, however short it is.
+MAX_JSON_VALUES = 100_000
+MAX_RELAYED_VALUES = 1_000_000  # in a body that is relayed unparsed, such as arrays of token ids
+MAX_JSON_DEPTH = 500  # levels of nesting, which every Python can parse and serialize recursively
 
 
 def to_json(value: Any) -> bytes:
-    """Compact JSON in UTF-8, with Unicode's line breaks escaped; what can't be encoded (half a surrogate pair) becomes "?".
+    """Serialize to compact JSON in UTF-8.
 
-    Several clients split a stream where str.splitlines() does, so a raw U+2028, U+2029 or U+0085 would end an event's line.
+    Line breaks beyond ASCII are escaped: several clients split a stream with str.splitlines(), so
+    that a raw U+2028, U+2029 or U+0085 would end an event's line. Lone surrogates become "?".
     """
     text = _encode(value)
     if not text.isascii() and ("\u2028" in text or "\u2029" in text or "\x85" in text):
@@ -217,101 +186,119 @@ def to_json(value: Any) -> bytes:
 
 
 def from_json(data: bytes, max_values: int = MAX_JSON_VALUES) -> Any:
-    """The value of a JSON text in UTF-8. ValueError for NaN, infinite numbers, bad UTF-8, too many values or levels."""
+    """Parse JSON in UTF-8.
+
+    Raises ValueError for anything else: NaN and infinite numbers, invalid UTF-8, more than
+    ``max_values`` values or more than MAX_JSON_DEPTH levels.
+    """
     check_json(data, max_values)
     return _parse(data, _decode)
+
+
+def json_or_none(data: bytes) -> Any:
+    """Parse an upstream's JSON; numbers that are not finite become None. None if it is invalid."""
+    try:
+        check_json(data, MAX_JSON_VALUES)
+        return _parse(data, _decode_any)
+    except ValueError:
+        return None
 
 
 def _parse(data: bytes, decode: Callable[[str], Any]) -> Any:
     data = data[3:] if data[:3] == b"\xef\xbb\xbf" else data
     try:
-        return (
-            decode(data.decode())
-            if len(data) < LARGE_JSON or data.isascii()
-            else _parse_apart(data, decode)
-        )
+        if len(data) < LARGE_JSON or data.isascii():
+            return decode(data.decode())
+        return _parse_large(data, decode)
     except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+        raise ValueError("nested too deeply") from None
 
 
-# A character beyond ASCII makes all of its string take two or four bytes a character: ten times the size of a text that
-# is decoded whole, parsed and encoded again. So long strings are taken out and read and written in slices.
+# One character beyond ASCII makes Python store its whole string with two or four bytes a character.
+# Decoding, parsing and encoding a large document at once would take ten times its size, so its long
+# strings are taken out, and read and written in slices.
 
-LARGE_JSON = 1 << 20  # bytes of a text with which that is done; it takes more time
-LONG_STRING = 256  # bytes or characters; of MAX_JSON_VALUES shorter ones no large text can be made
-STRING_SLICE = 1 << 16
+LARGE_JSON = 1 << 20  # bytes; smaller documents are parsed at once, which is faster
+LONG_STRING = 256  # bytes or characters; MAX_JSON_VALUES shorter strings are not large in total
+STRING_SLICE = 1 << 16  # bytes or characters
 
 
-def _parse_apart(data: bytes, decode: Callable[[str], Any]) -> Any:
-    """The value of a large JSON text."""
-    strings, parts, at, nonce = {}, [], 0, os.urandom(12).hex()
-    for number, cuts in enumerate(_long_strings(data)):
-        text = bytearray()
-        for begin, end in zip(cuts, cuts[1:]):
-            text += _decode('"%s"' % data[begin:end].decode()).encode("utf-8", "surrogatepass")
-        mark = f"{nonce}{number};"
-        strings[mark] = text.decode("utf-8", "surrogatepass")
-        parts += data[at : cuts[0]], mark.encode()
-        at = cuts[-1]
-    value = decode(b"".join([*parts, data[at:]]).decode())
+def _parse_large(data: bytes, decode: Callable[[str], Any]) -> Any:
+    """Parse with placeholders for the long strings, which are decoded in slices."""
+    strings: Dict[str, str] = {}
+    skeleton, copied, nonce = bytearray(), 0, os.urandom(12).hex()
+    for number, slices in enumerate(_long_strings(data)):
+        decoded = bytearray()
+        for begin, end in slices:
+            decoded += _decode('"%s"' % data[begin:end].decode()).encode("utf-8", "surrogatepass")
+        placeholder = f"{nonce}{number};"
+        strings[placeholder] = decoded.decode("utf-8", "surrogatepass")
+        skeleton += data[copied : slices[0][0]]
+        skeleton += placeholder.encode()
+        copied = slices[-1][1]
+    skeleton += data[copied:]
+    value = decode(skeleton.decode())
     for container, key, text in _strings_in(value):
         if text in strings:
             container[key] = strings[text]
     return value
 
 
-def _long_strings(data: bytes) -> List[List[int]]:
-    """Where the long strings of a JSON text begin, may be cut, and end. Names of fields are left out."""
-    if (
-        b"\\" in data
-    ):  # so that quotes are ends of strings and backslashes begin escapes; nothing moves
+def _long_strings(data: bytes) -> List[List[Tuple[int, int]]]:
+    """Slices of each long string of a JSON text, as (begin, end), except for keys."""
+    if b"\\" in data:
+        # Same length, but now every quote delimits a string and every backslash begins an escape.
         data = data.replace(b"\\\\", b"\\_").replace(b'\\"', b"\\_")
     spans = [
-        found.span(1)
-        for found in re.finditer(rb'"([^"]*)"(\s*:)?', data)
-        if found.end() - found.start() > LONG_STRING and found[2] is None
+        match.span(1)
+        for match in re.finditer(rb'"([^"]*)"(\s*:)?', data)
+        if match.end() - match.start() > LONG_STRING and match[2] is None
     ]
-    return [_cuts(data, begin, end) for begin, end in spans]
+    return [_slices(data, begin, end) for begin, end in spans]
 
 
-def _cuts(data: bytes, begin: int, end: int) -> List[int]:
-    """Places between the characters of a string: no character, escape or pair of escapes is cut."""
-    cuts = [begin]
-    while end - cuts[-1] > STRING_SLICE:
-        at = cuts[-1] + STRING_SLICE
-        while (
-            data[at] & 0xC0 == 0x80 and at > cuts[-1] + STRING_SLICE - 4
-        ):  # more of them are an error wherever they are cut
-            at -= 1
-        escape = data.rfind(b"\\", at - 5, at)
-        at = escape if escape >= 0 else at
-        cuts.append(at - 6 if _PAIR.match(data, at - 6) else at)
-    return [*cuts, end]
+def _slices(data: bytes, begin: int, end: int) -> List[Tuple[int, int]]:
+    """Slices of a string that split no character, escape or surrogate pair."""
+    slices = []
+    while end - begin > STRING_SLICE:
+        cut = begin + STRING_SLICE
+        # More than three continuation bytes in a row are invalid, wherever they are split.
+        while data[cut] & 0xC0 == 0x80 and cut > begin + STRING_SLICE - 4:
+            cut -= 1
+        escape = data.rfind(b"\\", cut - 5, cut)
+        cut = escape if escape >= 0 else cut
+        cut = cut - 6 if _SURROGATE_PAIR.match(data, cut - 6) else cut
+        slices.append((begin, cut))
+        begin = cut
+    return [*slices, (begin, end)]
 
 
-_PAIR = re.compile(rb"\\u[dD][89abAB]..\\u[dD][c-fC-F]")
+_SURROGATE_PAIR = re.compile(rb"\\u[dD][89abAB]..\\u[dD][c-fC-F]")
 
 
 def _strings_in(value: Any) -> Iterator[Tuple[Any, Any, str]]:
-    """(container, key, text) of each string within a value."""
-    left = [value]
-    while left:
-        item = left.pop()
-        for key, inner in (
-            item.items()
-            if isinstance(item, dict)
-            else enumerate(item)
-            if isinstance(item, list)
-            else ()
-        ):
-            if isinstance(inner, str):
-                yield item, key, inner
+    """Iterate over the strings within a value, as (container, key, string)."""
+    containers = [value]
+    while containers:
+        container = containers.pop()
+        items: Iterable[Tuple[Any, Any]] = ()
+        if isinstance(container, dict):
+            items = container.items()
+        elif isinstance(container, list):
+            items = enumerate(container)
+        for key, item in items:
+            if isinstance(item, str):
+                yield container, key, item
             else:
-                left.append(inner)
+                containers.append(item)
 
 
 def request_json(value: Any, size: int) -> bytes:
-    """What to_json() gives, for the body of a request that was so large; no other thread may use the value meanwhile."""
+    """Serialize a request body, with little memory if the request was large.
+
+    ``size`` is that of the request in bytes. The value is modified and restored meanwhile, so no
+    other thread may use it.
+    """
     targets = [
         target
         for target in _strings_in(value if size > LARGE_JSON else None)
@@ -323,68 +310,66 @@ def request_json(value: Any, size: int) -> bytes:
     try:
         for number, (container, key, _) in enumerate(targets):
             container[key] = f"{nonce}{number};"
-        data = to_json(value)
+        skeleton = to_json(value)
     finally:
         for container, key, text in targets:
             container[key] = text
-    output, at = bytearray(), 0
-    for mark in re.finditer(b"%b([0-9]+);" % nonce.encode(), data):
-        text = targets[int(mark[1])][2]
-        output += data[at : mark.start()]
+    output, copied = bytearray(), 0
+    for placeholder in re.finditer(b"%b([0-9]+);" % nonce.encode(), skeleton):
+        text = targets[int(placeholder[1])][2]
+        output += skeleton[copied : placeholder.start()]
         for cut in range(0, len(text), STRING_SLICE):
             output += to_json(text[cut : cut + STRING_SLICE])[1:-1]
-        at = mark.end()
-    output += data[at:]
+        copied = placeholder.end()
+    output += skeleton[copied:]
     return bytes(output)
 
 
 def check_json(data: bytes, max_values: int) -> None:
-    """ValueError if a JSON text has too many values or levels, found without parsing it.
+    """Check the number of values and levels of a JSON text without parsing it.
 
-    Each value follows an opening bracket or a comma, so their number bounds the number of values. Those within
-    strings are counted as well if even that stays below the limits; else the strings are taken out first.
+    Raises ValueError. Each value follows an opening bracket or a comma, so those bound the number
+    of values. Those within strings are counted too if even that stays below the limits; otherwise
+    strings are removed first.
     """
-    if len(data) <= 2 * MAX_JSON_DEPTH:  # it has too few brackets
+    if len(data) <= 2 * MAX_JSON_DEPTH:
         return
     openings = data.count(b"[") + data.count(b"{")
     if openings <= MAX_JSON_DEPTH and openings + data.count(b",") < max_values:
         return
-    if b"\\" in data:
-        data = data.replace(b"\\\\", b"").replace(
-            b'\\"', b""
-        )  # what is left of quotes begins or ends a string
+    if b"\\" in data:  # without escaped quotes, every quote left delimits a string
+        data = data.replace(b"\\\\", b"").replace(b'\\"', b"")
     marks = data.translate(None, _NO_MARKS)
-    many = (
-        marks.count(b'"') > 4 * max_values
-    )  # a value has at most two strings, its name and itself
-    marks = b"" if many else _outside_strings(marks.replace(b'""', b""))
-    if many or len(marks) - marks.count(b"]") - marks.count(b"}") >= max_values:
-        raise ValueError(f"it has more than {max_values} values, which is the limit")
+    # A value has at most two strings: its key and itself.
+    too_many = marks.count(b'"') > 4 * max_values
+    marks = b"" if too_many else _outside_strings(marks.replace(b'""', b""))
+    if too_many or len(marks) - marks.count(b"]") - marks.count(b"}") >= max_values:
+        raise ValueError(f"more than {max_values} values")
     levels = itertools.accumulate(memoryview(marks.translate(_STEPS, b",")).cast("b"))
     if max(levels, default=0) > MAX_JSON_DEPTH:
-        raise ValueError("it is nested too deeply")
+        raise ValueError("nested too deeply")
 
 
 def _outside_strings(marks: bytes) -> bytes:
-    """What is not between quotes; in steps, as a part of a split takes a hundred bytes of memory."""
-    found = bytearray()
+    """Remove strings; in batches, as each part of a split takes a hundred bytes."""
+    outside = bytearray()
     while marks:
         parts = marks.split(b'"', 100_000)
         marks = parts.pop() if len(parts) > 100_000 else b""
-        found += b"".join(parts[::2])
-    return bytes(found)
+        outside += b"".join(parts[::2])
+    return bytes(outside)
 
 
 _NO_MARKS = bytes(set(range(256)) - set(b'"[]{},'))
-_STEPS = bytes.maketrans(b"[{]}", b"\1\1\xff\xff")  # up and, as signed bytes, down a level
+_STEPS = bytes.maketrans(b"[{]}", b"\1\1\xff\xff")  # as signed bytes: one level up or down
 
 
-def _no_constant(name: str) -> NoReturn:
+def _reject_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
 def _finite(digits: str) -> float:
-    """A number with a fraction or an exponent. Beyond a float's range it would be Infinity, which is not JSON."""
+    """Parse a float; ValueError if it overflows, as Infinity is not JSON."""
     value = float(digits)
     if math.isinf(value):
         raise ValueError(f"the number {shorten(digits, 40)} is too large")
@@ -397,96 +382,89 @@ def _finite_or_none(digits: str) -> Optional[float]:
 
 
 def _integer(digits: str) -> int:
-    """An integer, on a Python that does not itself limit their length: converting takes the square of it."""
+    """Parse an integer of bounded length: int() takes quadratic time."""
     if len(digits) > 4300:
-        raise ValueError("it has an integer of more than 4300 digits")
+        raise ValueError("an integer has more than 4300 digits")
     return int(digits)
 
 
+# Pythons that have the function limit the digits themselves.
 _parse_int: Any = int if hasattr(sys, "get_int_max_str_digits") else _integer
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 _decode = json.JSONDecoder(
-    parse_constant=_no_constant, parse_float=_finite, parse_int=_parse_int
+    parse_constant=_reject_constant, parse_float=_finite, parse_int=_parse_int
 ).decode
+# For Akash's lines: NaN, Infinity and overflowing numbers become None.
 _decode_any = json.JSONDecoder(
     parse_constant=lambda name: None, parse_float=_finite_or_none, parse_int=_parse_int
 ).decode
 
 
-def shorten(text: str, limit: int = 200) -> str:
-    """A text that others chose, for a log line or a message: cut, as it may be of any length."""
-    return text if len(text) <= limit else text[: limit - 3] + "..."
-
-
-def count_or_none(value: Any) -> Optional[int]:
-    """A number of an upstream if it can be a count (0 <= n < 2^53, so that every client can read it), else None."""
-    return value if type(value) is int and 0 <= value < 1 << 53 else None
-
-
-def new_id() -> str:
-    """24 random hexadecimal digits, to tell things apart."""
-    return "%024x" % random.getrandbits(96)
-
-
-def start_thread(target: Callable[[], None], name: str) -> bool:
-    """Start a daemon thread; False if the machine has no room for one more."""
-    try:
-        threading.Thread(target=target, name=name, daemon=True).start()
-    except RuntimeError as error:
-        log.error("no thread for %s: %s", name, error)
-        return False
-    return True
-
-
-def utc(moment: float) -> str:
-    """A time by time.time() as RFC 3339 writes it."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(moment))
-
-
-def json_or_none(data: bytes) -> Any:
-    """The value of an upstream's JSON text, with None for numbers that are not finite; None if it is something else."""
-    try:
-        check_json(data, MAX_JSON_VALUES)
-        return _parse(data, _decode_any)
-    except ValueError:
-        return None
-
-
 def as_dict(value: Any) -> Dict[str, Any]:
-    """The value if it is an object, else an empty one: what others send may be anything."""
+    """The value if it is a dict, else an empty dict; for untrusted JSON."""
     return value if isinstance(value, dict) else {}
 
 
 def as_list(value: Any) -> List[Any]:
-    """The value if it is a list, else an empty one."""
+    """The value if it is a list, else an empty list; for untrusted JSON."""
     return value if isinstance(value, list) else []
 
 
+def count_or_none(value: Any) -> Optional[int]:
+    """The value if it is an integer from 0 to 2^53 - 1, which every client can read."""
+    return value if type(value) is int and 0 <= value < 1 << 53 else None
+
+
+def shorten(text: str, limit: int = 200) -> str:
+    """Truncate untrusted input for a log line or a message."""
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def new_id() -> str:
+    """24 random hexadecimal digits. Not for secrets."""
+    return "%024x" % random.getrandbits(96)
+
+
+def utc(timestamp: float) -> str:
+    """Format a time.time() timestamp as in RFC 3339."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(timestamp))
+
+
+def start_thread(target: Callable[[], None], name: str) -> bool:
+    """Start a daemon thread; False if the system can't create one."""
+    try:
+        threading.Thread(target=target, name=name, daemon=True).start()
+    except RuntimeError as error:
+        log.error("cannot start thread %s: %s", name, error)
+        return False
+    return True
+
+
 # == 2. errors ================================================================================
-# One exception for all that a client is to be told. It knows a status and a sentence, no wire.
+# Exceptions: a status and a message for the client, and a category for the pool. Knows no wire.
 
 ERROR_TYPES = {401: "invalid_request_error", 403: "permission_error", 429: "rate_limit_error"}
+ERROR_CODES = {401: "invalid_api_key", 413: "request_too_large", 429: "rate_limit_exceeded"}
+# fmt: off
 CATEGORY_BY_STATUS = {
-    400: "request",
-    413: "request",
-    422: "request",
+    400: "request", 413: "request", 422: "request",
     404: "model",
-    408: "limit",
-    409: "limit",
-    425: "limit",
-    429: "limit",
+    408: "limit", 409: "limit", 425: "limit", 429: "limit",
 }
-ERROR_CODES = {401: "invalid_api_key", 429: "rate_limit_exceeded", 413: "request_too_large"}
+# fmt: on
 
 
 class APIError(Exception):
-    """What went wrong, as the client is to read it.
+    """An error response to the client.
 
-    ``retry_after`` is in seconds. ``retry=False`` tells clients that trying again is useless (they
-    repeat every 5xx otherwise); ``legacy_message`` replaces the message where akashchat-api-go's users
-    expect a fixed text. ``category`` tells the pool what follows (FAILURE_POLICY); ``cooldown_scope`` is what a
-    cool-down that follows applies to: the whole "controller", or the "model" of the request.
-    ``upstream_status`` is the status that the upstream itself sent, if it sent one.
+    ``status`` is the HTTP status, ``retry_after`` seconds. ``retry=False`` makes official SDKs give
+    up; they retry every 5xx otherwise. ``legacy_message`` replaces the message where users of
+    akashchat-api-go expect a fixed one.
+
+    ``category``, a key of FAILURE_POLICY, decides on failover and cool-down.
+    ``cooldown_scope`` is the part that cools down: the "controller", or only the request's "model".
+    ``upstream_status`` is the upstream's own status, if it sent one. ``bug`` is the unexpected
+    exception behind a 500: logged, never sent.
     """
 
     def __init__(
@@ -504,14 +482,12 @@ class APIError(Exception):
         cooldown_scope: str = "controller",
         upstream_status: Optional[int] = None,
     ) -> None:
-        self.message = message = shorten(
-            message, 1500
-        )  # it goes to logs and /status, and quotes what others sent
+        # The message goes to logs and /status, and may quote an upstream.
+        self.message = message = shorten(message, 1500)
         super().__init__(message)
+        default_type = "server_error" if status >= 500 else "invalid_request_error"
         self.status = status
-        self.type = type or ERROR_TYPES.get(
-            status, "server_error" if status >= 500 else "invalid_request_error"
-        )
+        self.type = type or ERROR_TYPES.get(status, default_type)
         self.code = code or ERROR_CODES.get(status)
         self.param = param
         self.retry_after = retry_after
@@ -519,26 +495,24 @@ class APIError(Exception):
         self.legacy_message = legacy_message or message
         self.category = category or CATEGORY_BY_STATUS.get(status, "server")
         self.cooldown_scope = cooldown_scope
-        self.bug: Optional[Exception] = None  # the exception behind it that was not foreseen
         self.upstream_status = upstream_status
+        self.bug: Optional[Exception] = None
 
     def headers(self) -> Dict[str, str]:
-        """The header fields that belong to the error, whatever the dialect."""
-        fields = {}
+        """Response headers of the error, the same in all dialects."""
+        headers = {}
         if self.retry_after is not None:
-            fields["Retry-After"] = str(max(1, math.ceil(self.retry_after)))
-        if self.retry is not None or self.status in (
-            401,
-            403,
-        ):  # Claude Code repeats even these for minutes
-            fields["x-should-retry"] = "true" if self.retry else "false"
+            headers["Retry-After"] = str(max(1, math.ceil(self.retry_after)))
+        # Without the header, Claude Code repeats even a 401 or 403 for minutes.
+        if self.retry is not None or self.status in (401, 403):
+            headers["x-should-retry"] = "true" if self.retry else "false"
         if self.status == 401:
-            fields["WWW-Authenticate"] = "Bearer"
-        return fields
+            headers["WWW-Authenticate"] = "Bearer"
+        return headers
 
 
 class ConfigError(Exception):
-    """Settings that can't be used; ``problems`` has a sentence for each."""
+    """Invalid settings; ``problems`` is a list of messages."""
 
     def __init__(self, problems: List[str]) -> None:
         super().__init__("; ".join(problems))
@@ -546,15 +520,15 @@ class ConfigError(Exception):
 
 
 class ClientDisconnected(ConnectionError):
-    """The client closed its connection, so nobody waits for the answer any more."""
+    """The client has closed its connection."""
 
 
 class Queued(Exception):
-    """The call waits in the pool's queue; it goes on when ``call.wake`` is called."""
+    """The call is in the pool's queue; ``call.wake()`` will resume it."""
 
 
 class ProtocolError(ValueError):
-    """A message that is not HTTP/1.1 as it should be; ``status`` is what a client would be told."""
+    """A message that violates HTTP/1.1; ``status`` is for the response to a client."""
 
     def __init__(self, message: str, status: int = 400) -> None:
         super().__init__(message)
@@ -562,18 +536,18 @@ class ProtocolError(ValueError):
 
 
 def bad_request(message: str, param: Optional[str] = None, code: Optional[str] = None) -> APIError:
-    """The client's own mistake, with the field that it is in."""
+    """400: invalid request; ``param`` is the key path of the invalid value."""
     return APIError(400, message, param=param, code=code)
 
 
 def model_not_found(model: str) -> APIError:
-    """No such model here, or not for this client."""
-    message = f"The model {shorten(model)!r} does not exist." if model else "A model must be named."
+    """404: the model does not exist, or the client's key may not use it."""
+    message = f"The model {shorten(model)!r} does not exist." if model else "A model is required."
     return APIError(404, message, param="model", code="model_not_found")
 
 
 def akash_model_not_found(model: str) -> APIError:
-    """No such model at Akash Chat: 500 "Error Model.", as akashchat-api-go answered."""
+    """Akash Chat lacks the model: 500 "Error Model.", as in akashchat-api-go."""
     return APIError(
         500,
         f"The model {shorten(model)!r} does not exist or is not available at Akash Chat.",
@@ -587,31 +561,31 @@ def akash_model_not_found(model: str) -> APIError:
 
 
 # == 3. events ================================================================================
-# The vocabulary inside: a Call goes in, events come out. Knows neither HTTP nor any wire format.
+# The internal vocabulary: a Call goes in, events come out. Knows neither HTTP nor wire formats.
 
 
 @dataclass(frozen=True)
 class Text:
-    """A piece of the answer."""
+    """A fragment of the answer."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Reasoning:
-    """A piece of what the model thought before it answered."""
+    """A fragment of the model's reasoning."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class TextWasReasoning:
-    """All Text so far was Reasoning after all. A stream can't take it back; who waits for the whole can."""
+    """All Text so far was reasoning. fold() corrects it; a stream has sent it already."""
 
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A fragment of a call of a tool; the first one of an index carries id and name."""
+    """A fragment of a tool call; the first one of an index carries id and name."""
 
     index: int
     arguments: str = ""
@@ -621,7 +595,7 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class Image:
-    """A finished picture: the job that made it, its file name, its address at the upstream, its bytes if asked for."""
+    """A finished image: job, file name and URL at the upstream; bytes if requested."""
 
     job: str
     prompt: str
@@ -632,7 +606,7 @@ class Image:
 
 @dataclass(frozen=True)
 class ImageProgress:
-    """A picture is not ready yet: the state of its job and its place in the queue (0: being made)."""
+    """State of an unfinished image job; its queue position (0: in progress)."""
 
     status: str
     position: int = 0
@@ -640,8 +614,7 @@ class ImageProgress:
 
 @dataclass(frozen=True)
 class Finish:
-    """The answer is whole: why it ended (OpenAI's finish_reason), the tokens if the upstream told them, and the
-    stop sequence that ended it, if that is known."""
+    """End of an answer: OpenAI's finish_reason; usage and stop sequence if known."""
 
     reason: str
     usage: Optional[Dict[str, int]] = None
@@ -650,35 +623,37 @@ class Finish:
 
 @dataclass(frozen=True)
 class RawBytes:
-    """Bytes in the client's own dialect, passed on as they are."""
+    """Bytes in the client's own dialect, passed through unchanged."""
 
     data: bytes
 
 
-EVENTS = Text, Reasoning, TextWasReasoning, ToolCall, Image, ImageProgress, Finish, RawBytes
+Event = Union[Text, Reasoning, TextWasReasoning, ToolCall, Image, ImageProgress, Finish, RawBytes]
+EVENTS: Tuple[Type[Event], ...] = get_args(Event)
 
 
 class CancelScope:
-    """A socket that another thread may end: which, until when, and what follows from its end.
+    """A blocking socket with a deadline, which other threads may shut down.
 
-    The owner calls attach(), set_deadline() and detach(); the watchdog, or whoever cancels, calls cancel().
-    A blocked recv() then returns, and raise_if_cancelled() raises the reason in the owner's thread.
+    Owner's thread: attach(), set_deadline(), detach(), raise_if_cancelled(). Any thread: cancel().
+    After cancel() a blocked recv() returns, and raise_if_cancelled() raises the reason.
+    The event loop cancels each scope in ``active`` whose deadline has passed.
     """
 
     __slots__ = ("sock", "deadline", "timeout_message", "reason", "shutdown_how")
-    active: set = set()  # all that hold a socket
+    active: ClassVar[Set[CancelScope]] = set()  # those with a socket
 
     def __init__(self) -> None:
         self.sock: Any = None
         self.deadline = math.inf  # by time.monotonic()
-        self.timeout_message = ""  # what it means when that moment passes
+        self.timeout_message = ""  # message of the error when the deadline passes
         self.reason: Optional[Exception] = None
         self.shutdown_how = socket.SHUT_RDWR
 
     def attach(self, sock: Any) -> None:
-        self.sock = (
-            sock  # before raise_if_cancelled(): cancel() sets why first and looks at sock second
-        )
+        # A race: cancel() sets the reason and then reads sock. Setting sock and then checking the
+        # reason, at least one of the two threads sees what the other has written.
+        self.sock = sock
         CancelScope.active.add(self)
         self.raise_if_cancelled()
 
@@ -694,24 +669,27 @@ class CancelScope:
             raise self.reason
 
     def cancel(self, reason: Exception) -> None:
+        """Shut the socket down. The first reason is kept."""
         if self.reason is None:
             self.reason = reason
         self.deadline, sock = math.inf, self.sock
         if sock is not None:
-            with contextlib.suppress(OSError):  # it was closed meanwhile: then nobody blocks in it
-                socket.socket.shutdown(
-                    sock, self.shutdown_how
-                )  # on a TLS socket its own shutdown() would not do
+            # SSLSocket.shutdown() would drop the TLS layer beneath the blocked recv(). OSError: the
+            # owner has closed the socket meanwhile, so it does not block in it.
+            with contextlib.suppress(OSError):
+                socket.socket.shutdown(sock, self.shutdown_how)
 
 
 CHAT_PATH = "/v1/chat/completions"
-MAX_NAME = (
-    256  # characters of a model's name: it stands in every event of a stream, in logs and in lists
-)
+MAX_NAME = 256  # characters of a model's name, which is repeated in each event, in logs and lists
 
 
 class Call:
-    """A request on its way through: what is asked, in OpenAI's chat vocabulary, and what became of it."""
+    """A request in OpenAI's chat vocabulary, and the state of its processing.
+
+    ``body`` is a chat-completions body, regardless of the client's dialect. Any thread may call
+    cancel(); all else belongs to the thread that processes the call.
+    """
 
     def __init__(
         self,
@@ -722,75 +700,67 @@ class Call:
         images_as_bytes: bool = False,
         translation_error: Optional[APIError] = None,
     ) -> None:
-        self.body = body  # a chat-completions body, whatever the client spoke
+        self.body = body
         self.model: str = body.get("model", "")
         if len(self.model) > MAX_NAME:
             raise model_not_found(self.model)
         self.stream = stream
-        self.relay_only = relay_only  # nothing else can be done with it
-        self.image_count = image_count  # how many are wanted; 0: this is a chat
-        self.images_as_bytes = images_as_bytes  # as bytes rather than as an address
-        self.translation_error = translation_error  # why it can't be translated, only relayed
+        self.relay_only = relay_only  # has no form as a chat
+        self.image_count = image_count  # 0: a chat
+        self.images_as_bytes = images_as_bytes  # else as URLs
+        self.translation_error = translation_error  # raised by controllers that can't relay it
+        self.untranslated: List[str] = []  # key paths that have no equivalent in ``body``
+
+        # The client's own request, for upstreams that speak its dialect.
         self.path = CHAT_PATH
-        self.query = ""  # the request's, for a relay
-        self.headers: Dict[str, str] = {}  # the few of the client's that a relay passes on
-        self.original_body: Optional[Dict[str, Any]] = (
-            None  # the client's own body, for an upstream that speaks its format,
-        )
-        self.raw_body = b""  # the same as it came,
-        self.content_type = "application/json"  # and what that is
-        self.allowed_models: Tuple[
-            str, ...
-        ] = ()  # patterns of the models that it may be answered by; (): all
-        self.untranslated: List[
-            str
-        ] = []  # what a chat has no place for, if the client spoke something else
-        self.ignored_params: List[str] = []  # fields that the controller could not honour
-        self.attempts: Tuple[str, ...] = ()  # who was asked and what came, "akash=429"
-        self.answered_by = ""  # who answered
-        self.relay_content_type: Optional[str] = (
-            None  # the content type of an answer that is relayed,
-        )
-        self.relay_status = 200  # and its status
-        self.scope = CancelScope()  # the exchange with the upstream
-        self.cancel_reason: Optional[Exception] = None  # what ended it from outside
-        self.wakeup: Any = None  # an Event that ends a pause, or the Waiter
-        self.waiter: Any = None  # its place in the pool's queue
-        self.wake: Callable[[], None] = lambda: None  # goes on with it after Queued; any thread
-        self.client_has_left: Callable[[], bool] = lambda: (
-            False
-        )  # whether the client has closed its connection
-        self.one_image_at_a_time = (
-            False  # at most one job at a time, for a limit that counts requests
-        )
-        self.retry_reason = (
-            ""  # why the same controller is asked once more: "session" or "connection" has ended
-        )
-        self.prepared_requests: Dict[str, Any] = {}  # what a controller has made of it, by its name
+        self.query = ""
+        self.headers: Dict[str, str] = {}  # the few that are forwarded
+        self.original_body: Optional[Dict[str, Any]] = None
+        self.raw_body = b""
+        self.content_type = "application/json"  # of raw_body
+
+        # The client's key and connection, set by the server.
+        self.allowed_models: Tuple[str, ...] = ()  # patterns; (): all
+        self.one_image_at_a_time = False  # for a key with max_concurrency
+        self.client_has_left: Callable[[], bool] = lambda: False
+        self.wake: Callable[[], None] = lambda: None  # resumes the call after Queued; any thread
+
+        # Its attempts, set by pool and controllers.
+        self.attempts: Tuple[str, ...] = ()  # such as "akash=429"
+        self.answered_by = ""  # a controller's name
+        self.ignored_params: List[str] = []  # parameters that the controller does not support
+        self.prepared_requests: Dict[str, Any] = {}  # translated, by the controller's name
+        self.retry_reason = ""  # "session" or "connection": the same controller is tried again
+        self.relay_content_type: Optional[str] = None  # of a response passed through
+        self.relay_status = 200  # of that response
+        self.waiter: Any = None  # its entry in the pool's queue
+        self.scope = CancelScope()  # of the current attempt
+        self.cancel_reason: Optional[Exception] = None
+        self.wakeup: Any = None  # ends a sleep(): an Event, or the waiter
 
     def cancel(self, reason: Optional[Exception] = None) -> None:
-        """End it from outside: the upstream's socket is shut down, sleep() returns."""
-        self.cancel_reason = reason or ClientDisconnected(
-            "the client left"
-        )  # first: new_scope() and sleep() look at it last
+        """Shut the upstream's socket down and end a sleep(). Any thread."""
+        # A race: new_scope() and sleep() set scope and wakeup, then check cancel_reason. Setting
+        # the reason first, at least one of the two threads sees what the other has written.
+        self.cancel_reason = reason or ClientDisconnected("the client disconnected")
         self.scope.cancel(self.cancel_reason)
         if self.wakeup:
             self.wakeup.set()
 
     def new_scope(self) -> None:
-        """A new watch for the next upstream: the last one may have been ended."""
+        """Start a scope for the next attempt; the last one may have been cancelled."""
         self.scope = CancelScope()
         if self.cancel_reason:
             self.scope.cancel(self.cancel_reason)
 
     def raise_if_cancelled(self) -> None:
-        """Raise the reason why it was cancelled. Peeks at the client itself: the loop may not have had the time to."""
+        """Raise the reason if cancelled. Peeks at the client, as the loop may be behind."""
         if not self.cancel_reason and self.client_has_left():
             self.cancel()
         self.scope.raise_if_cancelled()
 
     def sleep(self, seconds: float) -> None:
-        """Sleep, but no longer than somebody waits for the answer."""
+        """Sleep until the time is over or the call is cancelled; raises the reason then."""
         self.wakeup = self.wakeup or threading.Event()
         if not self.cancel_reason:
             self.wakeup.wait(seconds)
@@ -799,7 +769,7 @@ class Call:
 
 @dataclass
 class Answer:
-    """A whole answer, for clients that do not stream."""
+    """A complete answer, for clients that do not stream."""
 
     text: str = ""
     reasoning: str = ""
@@ -810,8 +780,12 @@ class Answer:
 
 
 def fold(events: Iterable[Event]) -> Answer:
-    """Add the events of one answer up."""
-    answer, text, reasoning, raw, tools = Answer(), [], [], [], {}
+    """Join the events of an answer."""
+    answer = Answer()
+    text: List[str] = []
+    reasoning: List[str] = []
+    raw: List[bytes] = []
+    tools: Dict[str, List[ToolCall]] = {}
     for event in events:
         if isinstance(event, Text):
             text.append(event.text)
@@ -821,7 +795,7 @@ def fold(events: Iterable[Event]) -> Answer:
             reasoning.append("".join(text).rstrip("\n"))
             text.clear()
         elif isinstance(event, ToolCall):
-            # by its text: an upstream can choose integers that share one hash
+            # A string as key: an upstream could choose integers with equal hashes.
             tools.setdefault("%x" % event.index, []).append(event)
         elif isinstance(event, Image):
             answer.images.append(event)
@@ -835,34 +809,34 @@ def fold(events: Iterable[Event]) -> Answer:
 
 
 def join_tool_call(fragments: List[ToolCall]) -> ToolCall:
-    """A call of a tool from its fragments."""
+    """Join the fragments of one tool call."""
     return ToolCall(
         fragments[0].index,
-        "".join(each.arguments for each in fragments),
-        next((each.id for each in fragments if each.id), None),
-        next((each.name for each in fragments if each.name), None),
+        "".join(fragment.arguments for fragment in fragments),
+        next((fragment.id for fragment in fragments if fragment.id), None),
+        next((fragment.name for fragment in fragments if fragment.name), None),
     )
 
 
 class ThinkTagFilter:
-    """Take ``<think>...</think>`` out of plain text: Text in, Text and Reasoning out.
+    """Turns ``<think>...</think>`` in Text events into Reasoning events.
 
-    The tags may be cut anywhere. An opening tag counts where nothing but blanks came before it, for
-    later on it is more likely a word of the answer. Some models never send it (think-noopen): a
-    closing tag that was never opened makes what came before it a thought, unless it stands in
-    quotes. What has left by then is told to be one by TextWasReasoning. A tag that is never closed
-    (think-unclosed) makes the rest a thought. The line breaks around the tags go.
+    Tags may be split anywhere. An opening tag counts only at the start, after blanks at most; later
+    it is more likely a word of the answer. Some models omit it: a closing tag without one makes the
+    text before it reasoning, unless it is in quotes; Text already passed on is corrected by
+    TextWasReasoning. Without a closing tag, all that follows is reasoning. Newlines around tags
+    are removed.
     """
 
     OPEN_TAG, CLOSE_TAG = "<think>", "</think>"
     QUOTES = ("`", "'", '"')
-    MAX_BLANKS = 256  # so many at most belong to a tag: what is held back is copied with each piece
+    MAX_BLANKS = 256  # around a tag: pending text is copied with each fragment
 
     def __init__(self) -> None:
-        self.pending = ""  # may be the beginning of a tag, or of the line break before one
-        self.last_char = ""  # the last character that was passed on
-        self.strip_newlines = False  # the line breaks after a tag are still to come
-        self.state = self._at_start
+        self.pending = ""  # possibly the start of a tag, or of the newlines before one
+        self.last_char = ""  # of the text passed on
+        self.strip_newlines = False  # after a tag
+        self.state: Callable[[str, List[Event]], str] = self._at_start
 
     def feed(self, events: List[Event]) -> List[Event]:
         if len(events) == 1 and type(events[0]) is Text and self.is_passthrough(events[0].text):
@@ -878,7 +852,7 @@ class ThinkTagFilter:
         return out
 
     def is_passthrough(self, text: str) -> bool:
-        """Does a text go through as it is? Most do, once an answer has begun."""
+        """Whether the text passes unchanged, as most does once an answer has started."""
         if (
             text
             and self.last_char
@@ -891,10 +865,10 @@ class ThinkTagFilter:
         return False
 
     def close(self) -> List[Event]:
-        """What was held back is no tag after all."""
+        """Flush pending text, which turned out not to be a tag."""
         text, self.pending = self.pending, ""
-        kind = Reasoning if self.state == self._in_reasoning else Text
-        return [kind(text)] if text else []
+        event_type = Reasoning if self.state == self._in_reasoning else Text
+        return [event_type(text)] if text else []
 
     def _text(self, text: str, out: List[Event]) -> None:
         text, self.pending = self.pending + text, ""
@@ -904,20 +878,22 @@ class ThinkTagFilter:
                 self.strip_newlines = not text
             text = self.state(text, out)
 
+    # States: each consumes the start of the text and returns the remainder.
+
     def _at_start(self, text: str, out: List[Event]) -> str:
-        """Nothing has come yet: is this the opening tag?"""
-        lead = text.lstrip()
-        if lead.startswith(self.OPEN_TAG) and len(text) - len(lead) <= self.MAX_BLANKS:
-            self.state, self.strip_newlines = self._in_reasoning, True
-            return lead[len(self.OPEN_TAG) :]
-        if self.OPEN_TAG.startswith(lead) and len(text) - len(lead) <= self.MAX_BLANKS:
-            self.pending = text
-            return ""
+        stripped = text.lstrip()
+        if len(text) - len(stripped) <= self.MAX_BLANKS:
+            if stripped.startswith(self.OPEN_TAG):
+                self.state, self.strip_newlines = self._in_reasoning, True
+                return stripped[len(self.OPEN_TAG) :]
+            if self.OPEN_TAG.startswith(stripped):
+                self.pending = text
+                return ""
         self.state = self._in_answer
         return text
 
     def _in_reasoning(self, text: str, out: List[Event]) -> str:
-        reasoning, tag, rest = text.partition(self.CLOSE_TAG)
+        reasoning, tag, remaining = text.partition(self.CLOSE_TAG)
         if tag:
             self.state, self.strip_newlines = self._emit, True
             reasoning = self._strip_line_breaks(reasoning)
@@ -925,23 +901,23 @@ class ThinkTagFilter:
             reasoning = self._split_partial_tag(text)
         if reasoning:
             out.append(Reasoning(reasoning))
-        return rest
+        return remaining
 
     def _in_answer(self, text: str, out: List[Event]) -> str:
-        """The answer, so far without a tag: was it a thought?"""
+        """No tag so far: a closing one makes all text before it reasoning."""
         at = text.find(self.CLOSE_TAG)
-        if at >= 0:
-            self.state = self._emit
-            if (text[at - 1] if at else self.last_char) in self.QUOTES:
-                return text
-            self.strip_newlines, before = True, text[:at]
-            reasoning = before.rstrip("\n")
-            if self.last_char:
-                out += [Text(before), TextWasReasoning()] if before else [TextWasReasoning()]
-            elif reasoning:
-                out.append(Reasoning(reasoning))
-            return text[at + len(self.CLOSE_TAG) :]
-        return self._emit(self._split_partial_tag(text), out)
+        if at < 0:
+            return self._emit(self._split_partial_tag(text), out)
+        self.state = self._emit
+        if (text[at - 1] if at else self.last_char) in self.QUOTES:
+            return text
+        self.strip_newlines, before = True, text[:at]
+        reasoning = before.rstrip("\n")
+        if self.last_char:
+            out += [Text(before), TextWasReasoning()] if before else [TextWasReasoning()]
+        elif reasoning:
+            out.append(Reasoning(reasoning))
+        return text[at + len(self.CLOSE_TAG) :]
 
     def _emit(self, text: str, out: List[Event]) -> str:
         if text:
@@ -950,7 +926,7 @@ class ThinkTagFilter:
         return ""
 
     def _split_partial_tag(self, text: str) -> str:
-        """Keep the end of the text that may become a closing tag, and the line breaks before it."""
+        """Hold back a possible start of a closing tag, and the newlines before it."""
         cut = len(text) - (partial_match_length(text, self.CLOSE_TAG) if "<" in text else 0)
         if self.state == self._in_reasoning:
             cut = len(self._strip_line_breaks(text[:cut]))
@@ -958,42 +934,31 @@ class ThinkTagFilter:
         return text[:cut]
 
     def _strip_line_breaks(self, reasoning: str) -> str:
-        """A thought without the line breaks at its end."""
         return reasoning[: max(len(reasoning.rstrip("\n")), len(reasoning) - self.MAX_BLANKS)]
 
 
 def partial_match_length(text: str, word: str) -> int:
-    """How many characters at the end of a text may be the beginning of a word, which is a short one."""
-    return next(
-        (
-            size
-            for size in range(min(len(word) - 1, len(text)), 0, -1)
-            if text.endswith(word[:size])
-        ),
-        0,
-    )
+    """Length of the longest proper prefix of a short word that the text ends with."""
+    sizes = range(min(len(word) - 1, len(text)), 0, -1)
+    return next((size for size in sizes if text.endswith(word[:size])), 0)
 
 
-class Search:
-    """Look for a word in a text that comes in pieces, in a time in proportion to the text (Knuth, Morris and Pratt)."""
+class StreamSearch:
+    """Searches for a word in a stream of strings, in linear time (Knuth-Morris-Pratt)."""
 
     def __init__(self, word: str) -> None:
         self.word = word
-        self.size = 0  # so much of its beginning stands at the end of the text
-        self.borders = [
-            0
-        ]  # by size: the longest beginning of the word that also stands at the end of that part
+        self.matched = 0  # length of the word's prefix that the text so far ends with
+        # By length of a prefix: length of its longest proper prefix that is also its suffix.
+        self.borders = [0]
         for char in word[1:]:
-            self.borders.append(self._grown(self.borders[-1], char))
+            self.borders.append(self._extend(self.borders[-1], char))
 
     def feed(self, text: str) -> int:
-        """Where in the text the word first ends; -1 if it does not."""
-        at, last = (
-            0,
-            len(text) - len(self.word) + 1,
-        )  # what begins before that is whole, or not the word
+        """Position just after the word's first occurrence; -1 if there is none yet."""
+        at, last = 0, len(text) - len(self.word) + 1  # occurrences from ``last`` on are incomplete
         while at < len(text):
-            if not self.size:
+            if not self.matched:
                 if at < last:
                     found = text.find(self.word, at)
                     if found >= 0:
@@ -1001,33 +966,33 @@ class Search:
                 at = text.find(self.word[0], max(at, last))
                 if at < 0:
                     break
-            self.size = self._grown(self.size, text[at])
+            self.matched = self._extend(self.matched, text[at])
             at += 1
-            if self.size == len(self.word):
+            if self.matched == len(self.word):
                 return at
         return -1
 
-    def _grown(self, size: int, char: str) -> int:
-        """How much of the word's beginning stands at the end, after so much of it and one more character."""
-        while size and self.word[size] != char:
-            size = self.borders[size - 1]
-        return size + (self.word[size] == char)
+    def _extend(self, matched: int, char: str) -> int:
+        """Length of the matched prefix after one more character."""
+        while matched and self.word[matched] != char:
+            matched = self.borders[matched - 1]
+        return matched + (self.word[matched] == char)
 
 
 class StopFilter:
-    """End an answer at a stop sequence or at a number of tokens, for an upstream that can do neither.
+    """Ends answers at stop sequences and token limits the upstream does not support.
 
-    Stop sequences may be cut anywhere; they are not part of the answer. The one that ends first counts,
-    the longest of those that end together. Tokens are counted by token_units(), so that the end comes
-    rather late than early.
+    Stop sequences may be split anywhere and are not part of the answer. The one that ends first
+    counts; of several that end together, the longest. Tokens are counted by token_units(), which
+    never counts too many, so an answer is not cut short.
     """
 
     def __init__(self, stops: List[str], max_tokens: Optional[int]) -> None:
-        self.stops = list(map(Search, stops))
-        self.pending = "", 0  # a stop sequence, and how much of its beginning is held back
+        self.stops = list(map(StreamSearch, stops))
+        self.pending = "", 0  # a stop sequence, and the length of its prefix that is held back
         self.budget = math.inf if max_tokens is None else UNITS_PER_TOKEN * max_tokens
         self.needed = bool(stops) or max_tokens is not None
-        self.stopped = False  # the answer was ended here
+        self.stopped = False  # this filter has ended the answer
 
     def is_passthrough(self, text: str) -> bool:
         return False
@@ -1048,9 +1013,10 @@ class StopFilter:
         return out
 
     def close(self) -> List[Event]:
+        """Flush held-back text, which turned out not to be a stop sequence."""
         (stop, size), self.pending = self.pending, ("", 0)
         for search in self.stops:
-            search.size = 0
+            search.matched = 0
         return [Text(stop[:size])] if size else []
 
     def _search(self, text: str, out: List[Event]) -> None:
@@ -1060,15 +1026,15 @@ class StopFilter:
             ((end, -len(word), word) for end, word in ends if end >= 0), default=(len(text), 0, "")
         )
         if not stop:
-            longest = max(self.stops, key=lambda search: search.size)
-            self.pending, length = (longest.word, longest.size), -longest.size
-        emitted = size + end + length  # of what was held back, and of the text after it
+            longest = max(self.stops, key=lambda search: search.matched)
+            self.pending, length = (longest.word, longest.matched), -longest.matched
+        emitted = size + end + length  # characters of the held-back text and the new one
         self._count(Text(pending[: min(size, emitted)] + text[: max(0, emitted - size)]), out)
         if stop and not self.stopped:
             self.stopped = True
             out.append(Finish("stop", stop_sequence=stop))
 
-    def _count(self, event: Event, out: List[Event]) -> None:
+    def _count(self, event: Union[Text, Reasoning], out: List[Event]) -> None:
         if not event.text:
             return
         cost = token_units(event.text)
@@ -1084,49 +1050,50 @@ class StopFilter:
 
 
 UNITS_PER_TOKEN = 24
-SLICE = (
-    1 << 16
-)  # characters that are counted at a time: that bounds the memory, and other threads run in between
+COUNTED_SLICE = 1 << 16  # characters counted at a time: bounds memory, and lets other threads run
 _WIDE = re.compile("[\u2e80-\U0010ffff]+")
 
 
 def token_units(text: str) -> int:
-    """How many 24ths of a token a text has at least: 8 ASCII characters, 6 of other alphabets or 2 of East Asia make one.
+    """Lower bound of the tokens in a string, in units of 1/24 token.
 
-    Measured with the tokenizers cl100k and o200k, from which prose has 4 to 7, 2 to 5 and 1 to 1.5.
+    A token has at most 8 ASCII characters, 6 of other alphabets or 2 of East Asian scripts. The
+    tokenizers cl100k and o200k average 4 to 7, 2 to 5 and 1 to 1.5 in prose.
     """
     if text.isascii():
         return len(text) * 3
-    if len(text) > SLICE:
-        return sum(token_units(text[at : at + SLICE]) for at in range(0, len(text), SLICE))
+    if len(text) > COUNTED_SLICE:
+        slices = range(0, len(text), COUNTED_SLICE)
+        return sum(token_units(text[at : at + COUNTED_SLICE]) for at in slices)
     plain = len(text.encode("ascii", "ignore"))
     wide = len(text) - len(_WIDE.sub("", text))
     return plain * 3 + (len(text) - plain - wide) * 4 + wide * 12
 
 
-IMAGE_TOKENS = 1600  # what Anthropic counts for a large one
+IMAGE_TOKENS = 1600  # Anthropic's count for a large image
 
 
 def estimate_tokens(value: Any) -> int:
-    """About how many tokens the texts within any JSON value are: twice the least, and IMAGE_TOKENS for each file in it."""
-    parts, files, left = 0, 0, [value]
-    while left:
-        item = left.pop()
+    """Estimate a JSON value's tokens: twice the lower bound, IMAGE_TOKENS per file."""
+    units, files, remaining = 0, 0, [value]
+    while remaining:
+        item = remaining.pop()
         if isinstance(item, dict):
-            parts += sum(map(token_units, item))
+            units += sum(map(token_units, item))
             if item.get("type") == "base64":
                 files, item = files + 1, {**item, "data": None}
-            left += item.values()
+            remaining += item.values()
         elif isinstance(item, list):
-            left += item
+            remaining += item
         elif isinstance(item, str) and item.startswith("data:"):
             files += 1
         elif item is not None:
-            parts += token_units(str(item))
-    return parts * 2 // UNITS_PER_TOKEN + IMAGE_TOKENS * files + 1
+            units += token_units(str(item))
+    return units * 2 // UNITS_PER_TOKEN + IMAGE_TOKENS * files + 1
 
 
 def truncate_to(text: str, budget: float) -> str:
+    """Longest prefix within a budget of token_units()."""
     for size, char in enumerate(text):
         budget -= token_units(char)
         if budget < 0:
@@ -1135,8 +1102,8 @@ def truncate_to(text: str, budget: float) -> str:
 
 
 # == 4. settings ==============================================================================
-# Each setting is declared once; its environment variable, its flag, --help and --check follow from
-# that line. Knows nothing that runs.
+# Each setting is declared once; its environment variable, flag, --help and --check derive from the
+# declaration. Knows nothing that runs.
 
 
 def setting(
@@ -1144,30 +1111,37 @@ def setting(
     help: str,
     check: Callable[[Any], Any] = lambda value: value,
     secret: bool = False,
-    also: str = "",
+    env_alias: str = "",
 ) -> Any:
-    """A setting: ``check`` returns the value to use, or raises ValueError; ``also`` is a second environment variable."""
+    """Declare a setting as a dataclass field.
+
+    ``check`` returns the value to use or raises ValueError. ``env_alias`` is a second environment
+    variable. Secrets are redacted in repr() and --check.
+    """
     start: Any = {"default_factory": dict} if default == {} else {"default": default}
     return field(
         **start,
         repr=not secret,
-        metadata={"help": help, "check": check, "secret": secret, "also": also},
+        metadata={"help": help, "check": check, "secret": secret, "env_alias": env_alias},
     )
 
 
-def address(text: str) -> str:
-    """Check "host:port", ":port" or "[v6]:port"."""
+# Checks: each returns the value to use, or raises ValueError.
+
+
+def listen_address(text: str) -> str:
+    """Check HOST:PORT, :PORT or [V6]:PORT."""
     split_address(text)
     return text
 
 
 def split_address(text: str) -> Tuple[str, int]:
-    """The host ("" for all interfaces) and the port of an address; localhost is 127.0.0.1."""
+    """Split into host ("" for all interfaces) and port. localhost becomes 127.0.0.1."""
     host, colon, port = text.rpartition(":")
     if not colon:
         raise ValueError(f"{text!r} has no port")
     if not re.fullmatch("[0-9]{1,5}", port) or int(port) > 65535:
-        raise ValueError(f"{port!r} is no port")
+        raise ValueError(f"{port!r} is not a valid port")
     if host.startswith("[") and host.endswith("]"):
         host = str(ipaddress.IPv6Address(host[1:-1]))
     elif ":" in host:
@@ -1177,90 +1151,33 @@ def split_address(text: str) -> Tuple[str, int]:
 
 
 def check_host(host: str) -> None:
-    """ValueError unless a host name can be looked up (IDNA)."""
+    """Raise ValueError for a name that can't be encoded for DNS (IDNA)."""
     try:
         host.encode("idna")
     except UnicodeError:
-        raise ValueError(f"{host!r} is no host name") from None
+        raise ValueError(f"{host!r} is not a valid host name") from None
 
 
-def base_url(text: str) -> str:
-    """Check an http(s) address, and take its trailing slash off."""
+def http_url(text: str) -> str:
+    """Check a base URL and strip its trailing slash."""
     parts = urllib.parse.urlsplit(text)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(f"{text!r} is no http:// or https:// address")
-    if (
-        parts.query
-        or parts.fragment
-        or parts.username is not None
-        or not re.fullmatch(r"[!-~]+", text)
-    ):
+        raise ValueError(f"{text!r} is not an http:// or https:// URL")
+    extra = parts.query or parts.fragment or parts.username is not None
+    if extra or not re.fullmatch(r"[!-~]+", text):
         raise ValueError("only scheme, host, port and path are allowed")
     check_host(parts.hostname)
     if parts.port == 0:  # .port itself raises ValueError above 65535
-        raise ValueError("0 is no port")
+        raise ValueError("'0' is not a valid port")
     return text.rstrip("/")
 
 
-def header_value(text: str) -> str:
-    """Check that a text can stand in a header field."""
-    if not re.fullmatch(r"[ -~]*", text) or text != text.strip():
-        raise ValueError("only printable ASCII without blanks at the ends is allowed")
-    return text
-
-
-def nonempty_header_value(text: str) -> str:
-    """Check one of several: an empty one would match a client that sends none."""
-    if not text:
-        raise ValueError("one of the values is empty")
-    return header_value(text)
-
-
 def optional_url(text: str) -> str:
-    """Check an http(s) address, or none."""
-    return base_url(text) if text else ""
-
-
-def ca_bundle(text: str) -> str:
-    """Check a file of authorities for TLS."""
-    if text:
-        try:
-            tls_context(text)
-        except OSError as error:
-            raise ValueError(f"{text!r} can't be used: {error.strerror or error}") from None
-    return text
-
-
-def positive(value: Any) -> Any:
-    """Check a number that must not be 0."""
-    if value is not None and not value > 0:
-        raise ValueError("it must be more than 0")
-    return value
-
-
-def one_process(value: int) -> int:
-    """Check the number of processes: a supervisor starts more of them, not this file."""
-    if value != 1:
-        raise ValueError(
-            "must be 1: run several processes behind one address as the README's section "
-            '"Several processes" shows'
-        )
-    return value
-
-
-def one_of(*values: str) -> Callable[[str], str]:
-    """A check that a text is one of some words."""
-
-    def check(text: str) -> str:
-        if text.lower() not in values:
-            raise ValueError(f"{text!r} is none of {', '.join(values)}")
-        return text.lower()
-
-    return check
+    return http_url(text) if text else ""
 
 
 def proxy_url(text: str) -> str:
-    """Check "http://[user:password@]host:port"; "" is none."""
+    """Check http://[USER:PASSWORD@]HOST:PORT; empty for none."""
     parts = urllib.parse.urlsplit(text)
     if text and (
         parts.scheme != "http"
@@ -1268,165 +1185,210 @@ def proxy_url(text: str) -> str:
         or parts.path.strip("/")
         or not re.fullmatch("[!-~]+", text)
         or parts.port == 0
-    ):  # .port itself raises ValueError for what is no port
-        raise ValueError("it must be http://[USER:PASSWORD@]HOST:PORT")
+    ):
+        raise ValueError("must be http://[USER:PASSWORD@]HOST:PORT")
     return text
 
 
+def header_value(text: str) -> str:
+    """Check the value of a header."""
+    if not re.fullmatch(r"[ -~]*", text) or text != text.strip():
+        raise ValueError("only printable ASCII without leading or trailing blanks is allowed")
+    return text
+
+
+def nonempty_header_value(text: str) -> str:
+    """Check a token or origin: an empty token would admit clients that send none."""
+    if not text:
+        raise ValueError("empty values are not allowed")
+    return header_value(text)
+
+
+def additional_headers(headers: Dict[str, str]) -> Dict[str, str]:
+    """Check request headers. Those that frame or route the request can't be set."""
+    for name, value in headers.items():
+        if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name):
+            raise ValueError(f"{name!r} is not a valid header name")
+        if name.lower() in ("content-length", "transfer-encoding", "connection", "host"):
+            raise ValueError(f"{name!r} can't be set")
+        header_value(value)
+    return headers
+
+
+def ca_bundle(path: str) -> str:
+    """Check a file of CA certificates."""
+    if path:
+        try:
+            tls_context(path)
+        except OSError as error:
+            raise ValueError(f"{path!r} can't be used: {error.strerror or error}") from None
+    return path
+
+
 def controller_name(text: str) -> str:
-    """Check a name that can stand in a header field."""
+    """Check a name, which is sent in a header."""
     if not re.fullmatch(r"[A-Za-z0-9._-]{0,64}", text):
-        raise ValueError("only letters, digits, '.', '_' and '-' are allowed")
+        raise ValueError("only letters, digits, '.', '_' and '-' are allowed, at most 64")
     return text
 
 
 def key_name(text: str) -> str:
-    """Check the name of a key, which must be there."""
     if not text:
-        raise ValueError("it must not be empty")
+        raise ValueError("must not be empty")
     return controller_name(text)
 
 
-def header_fields(fields: Dict[str, str]) -> Dict[str, str]:
-    """Check header fields; those that make the framing are not ours to set."""
-    for name, value in fields.items():
-        if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name):
-            raise ValueError(f"{name!r} is no name of a header field")
-        if name.lower() in ("content-length", "transfer-encoding", "connection", "host"):
-            raise ValueError(f"{name!r} can't be set")
-        header_value(value)
-    return fields
+def positive(value: Optional[float]) -> Optional[float]:
+    if value is not None and not value > 0:
+        raise ValueError("must be greater than 0")
+    return value
+
+
+def one_process(value: int) -> int:
+    if value != 1:
+        raise ValueError(
+            "must be 1: to use more cores, run several processes behind one address; see "
+            '"Several processes" in the README'
+        )
+    return value
+
+
+def one_of(*values: str) -> Callable[[str], str]:
+    """Check for one of several words, in any case."""
+
+    def check(text: str) -> str:
+        if text.lower() not in values:
+            raise ValueError(f"{text!r} is not one of {', '.join(values)}")
+        return text.lower()
+
+    return check
 
 
 class ValidatedSettings:
-    """A dataclass whose fields' checks run when it is made: ConfigError lists what they find."""
+    """Base of dataclasses whose fields are checked on creation. Raises ConfigError."""
 
     def __post_init__(self) -> None:
-        problems = []
+        problems: List[str] = []
         for item in setting_fields(type(self)):
-            try:
+            with collecting_errors(problems, item.name):
                 value = getattr(self, item.name)
                 if item.type.startswith("Tuple") and isinstance(value, str):
                     value = from_text(item, value)
                 object.__setattr__(self, item.name, validate(item, value))
-            except ValueError as error:
-                problems.append(f"{item.name}: {error}")
         if problems:
             raise ConfigError(problems)
 
     def redacted_items(self) -> List[Tuple[str, str]]:
-        """(name, value) of each setting, secrets blacked out."""
-        return [
-            (item.name, "********" if item.metadata["secret"] and value else format_value(value))
-            for item in setting_fields(type(self))
-            for value in [getattr(self, item.name)]
-        ]
+        """(name, value) of each setting, with secrets redacted."""
+        items = []
+        for item in setting_fields(type(self)):
+            value = getattr(self, item.name)
+            secret = item.metadata["secret"] and value
+            items.append((item.name, "********" if secret else format_value(value)))
+        return items
 
 
 @dataclass(frozen=True)
 class ControllerSettings(ValidatedSettings):
-    """One upstream of the pool: an object in the configuration's ``controllers``."""
+    """Settings of one controller: an object in the configuration's ``controllers``."""
 
     type: str = setting("openai", "openai, akash or echo")
     name: str = setting(
-        "", "its name in logs, /status and X-Akashproxy-Route; none: its type", controller_name
+        "", "its name in logs, /status and X-Akashproxy-Route; default: its type", controller_name
     )
-    weight: float = setting(1.0, "its share of the requests, beside the others' weights; 0: off")
-    priority: int = setting(1, "its tier: 2 is used when all of tier 1 rest")
+    weight: float = setting(1.0, "share of requests, relative to the other weights; 0: off")
+    priority: int = setting(1, "failover group: 2 is used only while none of group 1 is available")
     base_url: str = setting(
         "",
-        "the upstream's address; none: https://api.openai.com/v1, or AKASH_BASE_URL",
+        "the upstream's URL; default: https://api.openai.com/v1, or AKASH_BASE_URL",
         optional_url,
     )
     api_key: str = setting(
         "",
-        "its key; none: OPENAI_API_KEY at OpenAI's own host, AKASH_ACCESS_TOKEN at AKASH_BASE_URL's",
+        "the upstream's key; default: OPENAI_API_KEY for OpenAI's own host, AKASH_ACCESS_TOKEN for "
+        "AKASH_BASE_URL's",
         header_value,
         secret=True,
     )
     proxy: str = setting(
         "",
-        "an http proxy on the way to it, http://[USER:PASSWORD@]HOST:PORT",
+        "HTTP proxy to the upstream: http://[USER:PASSWORD@]HOST:PORT",
         proxy_url,
         secret=True,
     )
     headers: Dict[str, str] = setting(
-        {}, "further header fields for it", header_fields, secret=True
+        {}, "additional request headers", additional_headers, secret=True
     )
     models: Tuple[str, ...] = setting(
-        (), "names or patterns of the models it is asked for; none: what its /v1/models lists"
+        (), "names or patterns of the models it serves; default: those its /v1/models lists"
     )
-    model_map: Dict[str, str] = setting({}, "our name of a model to its name")
-    drop: Tuple[str, ...] = setting((), "fields of a request that it can't take")
+    model_map: Dict[str, str] = setting({}, "the upstream's model name by the client's")
+    drop: Tuple[str, ...] = setting(
+        (), "request parameters to remove, for upstreams that reject them"
+    )
     paths: Tuple[str, ...] = setting(
         (),
-        "patterns of the paths that are relayed to it as they are; none: all but "
-        "/v1/messages and /v1/responses",
+        "patterns of the paths to relay unchanged; default: all but /v1/messages and /v1/responses",
     )
-    max_concurrency: int = setting(0, "requests at a time; 0: any number")
-    speed: float = setting(50.0, "words per second of an echo controller; 0: at once")
-    connect_timeout: Optional[float] = setting(
-        None, "as the setting of this name, for this one", positive
-    )
-    first_byte_timeout: Optional[float] = setting(
-        None, "as the setting of this name, for this one", positive
-    )
-    idle_timeout: Optional[float] = setting(
-        None, "as the setting of this name, for this one", positive
-    )
-    key_source: str = field(default="", compare=False)  # where api_key comes from, for --check
+    max_concurrency: int = setting(0, "concurrent requests; 0: unlimited")
+    speed: float = setting(50.0, "words per second of an echo controller; 0: unlimited")
+    connect_timeout: Optional[float] = setting(None, "overrides CONNECT_TIMEOUT", positive)
+    first_byte_timeout: Optional[float] = setting(None, "overrides FIRST_BYTE_TIMEOUT", positive)
+    idle_timeout: Optional[float] = setting(None, "overrides IDLE_TIMEOUT", positive)
+    key_source: str = field(default="", compare=False)  # origin of api_key, for --check
 
 
 @dataclass(frozen=True)
 class ClientKeySettings(ValidatedSettings):
-    """Somebody who may use the server: an object in the configuration's ``keys``."""
+    """Settings of one client key: an object in the configuration's ``keys``."""
 
-    name: str = setting("", "whose it is, in the log, /status and /metrics", key_name)
-    key: str = setting("", "what the client sends as its token", nonempty_header_value, secret=True)
-    models: Tuple[str, ...] = setting((), "names or patterns of the models it is for; none: all")
-    requests_per_minute: int = setting(0, "calls of models in a minute; 0: any number")
-    max_concurrency: int = setting(0, "calls of models at a time; 0: any number")
-    refuse_fields: Tuple[str, ...] = setting(
-        (), "fields of a request's body that this key must not send"
-    )
+    name: str = setting("", "the owner's name, in the log, /status and /metrics", key_name)
+    key: str = setting("", "the token that the client sends", nonempty_header_value, secret=True)
+    models: Tuple[str, ...] = setting((), "names or patterns of the allowed models; default: all")
+    requests_per_minute: int = setting(0, "model calls per minute; 0: unlimited")
+    max_concurrency: int = setting(0, "concurrent model calls; 0: unlimited")
+    refuse_fields: Tuple[str, ...] = setting((), "body fields that requests must not contain")
 
 
 @dataclass(frozen=True)
 class Settings(ValidatedSettings):
-    """All that can be set. A field's environment variable is its name in capitals, its flag its name with dashes,
-    its key in the configuration file its name."""
+    """Settings of a server.
+
+    The environment variable of ``max_wait`` is MAX_WAIT, its flag --max-wait, and its key in the
+    configuration file "max_wait".
+    """
 
     server_address: str = setting(
-        "localhost:16571", "where to listen: HOST:PORT, :PORT or [V6]:PORT", address
+        "localhost:16571", "address to listen on: HOST:PORT, :PORT or [V6]:PORT", listen_address
     )
     config_file: str = setting(
         "",
-        "a file with settings and controllers; none: it is searched for",
-        also="CHATGPT_APISERVER_CONFIG_FILE",
+        "file with settings and controllers; default: the first one found",
+        env_alias="CHATGPT_APISERVER_CONFIG_FILE",
     )
     config_path: str = setting(
         "",
-        "the directory to search, instead of the usual ones",
-        also="CHATGPT_APISERVER_CONFIG_PATH",
+        "directory to search for that file, instead of the default ones",
+        env_alias="CHATGPT_APISERVER_CONFIG_PATH",
     )
     pool_type: str = setting(
         "balanced",
         "how a controller is chosen: balanced, random or least_busy",
         one_of("balanced", "random", "least_busy"),
-        also="CHATGPT_APISERVER_POOL_TYPE",
+        env_alias="CHATGPT_APISERVER_POOL_TYPE",
     )
     max_wait: float = setting(
-        3.0, "seconds for which a request waits when all controllers rest or are busy"
+        3.0, "seconds a request may wait while all controllers are cooling down or busy"
     )
     model_aliases: Dict[str, str] = setting(
-        {},
-        "NAME=VALUE,NAME=VALUE: other names of models, or patterns of such, and "
-        "the model that is meant",
+        {}, "model aliases, which may be patterns, and their targets: ALIAS=MODEL,ALIAS=MODEL"
     )
-    akash_base_url: str = setting("https://chat.akash.network", "the Akash Chat server", base_url)
+    akash_base_url: str = setting(
+        "https://chat.akash.network", "URL of the Akash Chat server", http_url
+    )
     bearer_token: Tuple[str, ...] = setting(
         (),
-        "tokens that clients must send, separated by commas; none: open to all",
+        "tokens that clients may use, comma-separated; default: no token is needed",
         nonempty_header_value,
         secret=True,
     )
@@ -1435,140 +1397,142 @@ class Settings(ValidatedSettings):
     )
     akash_cookie: str = setting(
         "",
-        "a cookie to send to Akash Chat beside the session, NAME=VALUE",
+        "cookie to send to Akash Chat along with the session's: NAME=VALUE",
         header_value,
         secret=True,
     )
     user_agent: str = setting(
-        f"akashproxy/{__version__}", "User-Agent for the upstream", header_value
+        f"akashproxy/{__version__}", "User-Agent sent to upstreams", header_value
     )
-    ca_file: str = setting("", "a file with further authorities for TLS to upstreams", ca_bundle)
+    ca_file: str = setting(
+        "", "file with additional CA certificates for TLS to upstreams", ca_bundle
+    )
     public_url: str = setting(
-        "",
-        "address under which clients see this server; none: as their Host header says",
-        optional_url,
+        "", "URL of this server for clients; default: from their Host header", optional_url
     )
-    page: str = setting("on", "on or off: the page to chat with, at /", one_of("on", "off"))
+    page: str = setting("on", "chat page at /: on or off", one_of("on", "off"))
     metrics: str = setting(
         "on",
-        "on, public (no token is needed) or off: figures for Prometheus, at /metrics",
+        "Prometheus metrics at /metrics: on, public (without a token) or off",
         one_of("on", "public", "off"),
     )
     cors_origins: Tuple[str, ...] = setting(
         (),
-        "origins whose pages may use this server, separated by commas, * for all; "
-        "none: all if a token is needed, else local ones",
+        "origins whose pages may use this server, comma-separated, * for all; "
+        "default: all if a token is needed, else local ones",
         nonempty_header_value,
     )
-    connect_timeout: float = setting(10.0, "seconds for a connection to the upstream", positive)
+    connect_timeout: float = setting(10.0, "seconds to connect to an upstream", positive)
     session_timeout: float = setting(
-        15.0, "seconds for the upstream's session, models and picture states", positive
+        15.0, "seconds for an upstream to send a session, model list or image state", positive
     )
     first_byte_timeout: float = setting(
-        300.0, "seconds until the answer's first text, reasoning or tool call", positive
+        300.0, "seconds until an answer's first text, reasoning or tool call", positive
     )
-    idle_timeout: float = setting(120.0, "seconds of silence within an answer", positive)
-    image_timeout: float = setting(300.0, "seconds for a picture", positive)
+    idle_timeout: float = setting(120.0, "seconds without data within an answer", positive)
+    image_timeout: float = setting(300.0, "seconds to generate an image", positive)
     image_poll: float = setting(
-        0.5, "seconds until a picture is first asked for; later ones take longer", positive
+        0.5, "seconds until an image's state is first polled; later intervals are longer", positive
     )
-    models_ttl: float = setting(600.0, "seconds for which a list of models is kept")
-    head_timeout: float = setting(10.0, "seconds for a client to send a request's head", positive)
-    body_timeout: float = setting(60.0, "seconds for a client to send a request's body", positive)
+    models_ttl: float = setting(600.0, "seconds a model list is cached")
+    head_timeout: float = setting(10.0, "seconds to receive a request's head", positive)
+    body_timeout: float = setting(60.0, "seconds to receive a request's body", positive)
     write_timeout: float = setting(
-        60.0, "seconds for a client to take in what it was sent", positive
+        60.0, "seconds for a client to read each part of a response", positive
     )
     keepalive_timeout: float = setting(
-        75.0, "seconds for which an idle client connection is kept", positive
+        75.0, "seconds after which an idle client connection is closed", positive
     )
-    max_body: int = setting(32 << 20, "bytes in the largest request")
+    max_body: int = setting(32 << 20, "largest request body, in bytes")
     max_body_total: int = setting(
-        256 << 20, "bytes of all request bodies that are being received; above it a 503", positive
+        256 << 20, "total of all request bodies being received, in bytes; 503 above it", positive
     )
-    max_connections: int = setting(10000, "clients that are connected at a time; more get a 503")
+    max_connections: int = setting(10000, "client connections at a time; further ones get a 503")
     heartbeat: float = setting(
-        15.0, "seconds of silence in a stream after which a ping is sent", positive
+        15.0, "seconds without data in a stream after which a ping is sent", positive
     )
     pings: str = setting(
         "comment",
-        "what a ping is: comment, chunk (an empty one) or off",
+        "form of a ping: comment, chunk (an empty one) or off",
         one_of("comment", "chunk", "off"),
     )
     workers: int = setting(
-        1,
-        "1: run more processes behind nginx, see the README's section Several processes",
-        one_process,
+        1, 'always 1; to use more cores, see "Several processes" in the README', one_process
     )
-    grace: float = setting(7.0, "seconds for running requests to end after SIGTERM")
+    grace: float = setting(7.0, "seconds for running requests to finish after SIGTERM")
     log_format: str = setting("text", "text or json", one_of("text", "json"))
     log_level: str = setting(
         "info", "debug, info, warning or error", one_of("debug", "info", "warning", "error")
     )
-    controllers: Tuple[ControllerSettings, ...] = ()  # only in a file; none: one Akash Chat server
-    keys: Tuple[ClientKeySettings, ...] = ()  # only in a file; beside bearer_token
+    # In a configuration file only.
+    controllers: Tuple[ControllerSettings, ...] = ()  # (): one Akash Chat server
+    keys: Tuple[ClientKeySettings, ...] = ()  # in addition to bearer_token
 
     @classmethod
-    def load(cls, environ: Dict[str, str], flags: Optional[Dict[str, str]] = None) -> "Settings":
-        """From the configuration file, over it the environment, over that flags {field name: text}.
+    def load(cls, environ: Dict[str, str], flags: Optional[Dict[str, str]] = None) -> Settings:
+        """Load settings from flags ({field name: value}), the environment and a file.
 
-        ConfigError lists all mistakes, each with its place.
+        Flags override the environment, which overrides the file. Raises ConfigError with all
+        problems found, each with its source.
         """
         problems: List[str] = []
         overrides: Dict[str, Any] = {}
         for item in setting_fields(cls):
             flag = (flags or {}).get(item.name)
-            name = next(filter(environ.get, (item.name.upper(), item.metadata["also"])), "")
-            source = name if flag is None else flag_name(item)
+            names = item.name.upper(), item.metadata["env_alias"]
+            variable = next(filter(environ.get, names), "")
+            source = variable if flag is None else flag_name(item)
             if source:
+                text = environ[variable] if flag is None else flag
                 with collecting_errors(problems, source):
-                    overrides[item.name] = validate(
-                        item, from_text(item, environ[name] if flag is None else flag)
-                    )
+                    overrides[item.name] = validate(item, from_text(item, text))
         if environ.get("CHATGPT_APISERVER_PORT") and "server_address" not in overrides:
             with collecting_errors(problems, "CHATGPT_APISERVER_PORT"):
-                overrides["server_address"] = address(":" + environ["CHATGPT_APISERVER_PORT"])
+                port = environ["CHATGPT_APISERVER_PORT"]
+                overrides["server_address"] = listen_address(f":{port}")
         path = overrides["config_file"] = find_config(
             overrides.get("config_file", ""), overrides.get("config_path", ""), problems
         )
         values = ConfigFile(path, environ, problems).settings() if path else {}
         if environ.get("DEFAULT_SERVER_ADDRESS") and "server_address" not in values:
             with collecting_errors(problems, "DEFAULT_SERVER_ADDRESS"):
-                values["server_address"] = address(environ["DEFAULT_SERVER_ADDRESS"])
+                values["server_address"] = listen_address(environ["DEFAULT_SERVER_ADDRESS"])
         if problems:
             raise ConfigError(problems)
         return cls(**{**values, **overrides})
 
     def pool(self) -> List[ControllerSettings]:
-        """The controllers, their gaps filled: one Akash Chat server if none are configured."""
-        defaults = {"akash": {"base_url": self.akash_base_url}, "openai": {"base_url": OPENAI_URL}}
-        completed, names = [], set()
+        """Controllers with names and defaults filled in; Akash Chat if none is configured."""
+        pool: List[ControllerSettings] = []
         for options in self.controllers or [ControllerSettings(type="akash")]:
-            missing = {
-                name: value
-                for name, value in defaults.get(options.type, {}).items()
-                if not getattr(options, name)
-            }
-            name, number = options.name or options.type, 1
-            while name in names:
-                number += 1
-                name = f"{options.name or options.type}-{number}"
-            names.add(name)
-            if (
-                options.type == "akash"
-                and self.akash_access_token
-                and not options.api_key
-                and self.is_akash_server(options.base_url)
-            ):
-                missing.update(api_key=self.akash_access_token, key_source="AKASH_ACCESS_TOKEN")
-            completed.append(dataclasses.replace(options, name=name, **missing))
-        return completed
+            taken = {other.name for other in pool}
+            base = options.name or options.type
+            names = itertools.chain([base], (f"{base}-{number}" for number in itertools.count(2)))
+            name = next(name for name in names if name not in taken)
+            pool.append(dataclasses.replace(options, name=name, **self._defaults(options)))
+        return pool
+
+    def _defaults(self, options: ControllerSettings) -> Dict[str, Any]:
+        """Values for the fields that a controller's settings leave empty."""
+        defaults = {}
+        if not options.base_url and options.type in ("akash", "openai"):
+            defaults["base_url"] = OPENAI_URL if options.type == "openai" else self.akash_base_url
+        if (
+            options.type == "akash"
+            and self.akash_access_token
+            and not options.api_key
+            and self.is_akash_server(options.base_url)
+        ):
+            defaults["api_key"] = self.akash_access_token
+            defaults["key_source"] = "AKASH_ACCESS_TOKEN"
+        return defaults
 
     def needs_token(self) -> bool:
         """Whether clients must send a token."""
         return bool(self.bearer_token or self.keys)
 
     def host_names(self) -> List[str]:
-        """The names that these settings give the server, in lower case."""
+        """Configured host names of the server, in lower case."""
         names = [
             split_address(self.server_address)[0],
             urllib.parse.urlsplit(self.public_url).hostname,
@@ -1576,7 +1540,7 @@ class Settings(ValidatedSettings):
         return [name.lower() for name in names if name]
 
     def is_akash_server(self, url: str) -> bool:
-        """Whether AKASH_ACCESS_TOKEN and AKASH_COOKIE may be sent to an address: none, or one of AKASH_BASE_URL's server."""
+        """Whether Akash's token and cookie may be sent to a URL ("": the default)."""
         return not url or url_origin(url) == url_origin(self.akash_base_url)
 
 
@@ -1584,289 +1548,295 @@ OPENAI_URL = "https://api.openai.com/v1"
 
 
 def is_openai_server(url: str) -> bool:
-    """Whether OPENAI_API_KEY may be sent to an address: none, or one of OpenAI's own."""
+    """Whether OPENAI_API_KEY may be sent to a URL ("": the default)."""
     host = urllib.parse.urlsplit(url).hostname or ""
     return not url or host == "api.openai.com" or host.endswith(".api.openai.com")
 
 
 def url_origin(url: str) -> Tuple[str, Optional[str], int]:
-    """Scheme, host and port of an http(s) address."""
+    """Scheme, host and port of an http(s) URL."""
     parts = urllib.parse.urlsplit(url)
     return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}[parts.scheme]
 
 
 CONFIG_DIRECTORIES = [".", ".config", "config", "/etc/akashproxy", "/etc/chatgpt-apiserver"]
 FILE_NAMES = ["akashproxy.json", "chatgpt-apiserver.json"]
-OTHER_FORMATS = [
-    "yaml",
-    "yml",
-    "toml",
-    "ini",
-    "hcl",
-    "properties",
-]  # that chatgpt-apiserver could read
-NOT_JSON = "only JSON can be read; please convert it"
+OTHER_FORMATS = ["yaml", "yml", "toml", "ini", "hcl", "properties"]  # read by chatgpt-apiserver
+NOT_JSON = "only JSON is supported; please convert the file"
 
 
 def find_config(file: str, directory: str, problems: List[str]) -> str:
-    """The configuration file to use: the one named, else the first that is found; "" if there is none.
+    """Path of the configuration file: ``file``, else the first one found, else "".
 
-    It is a mistake if a directory was named that has none, or if there are only files in another format.
+    A directory without one, and files in other formats only, are added to ``problems``.
     """
     if file:
         return file
-    folders = [directory] if directory else CONFIG_DIRECTORIES
-    paths = [os.path.join(folder, name) for folder in folders for name in FILE_NAMES]
-    found = next(filter(os.path.isfile, paths), "")
-    others = [
-        path
-        for path in (
-            f"{path[: -len('json')]}{ending}" for path in paths for ending in OTHER_FORMATS
-        )
-        if not found and os.path.isfile(path)
-    ]
-    if others:
-        problems.append(f"the configuration: {others[0]}: {NOT_JSON}")
-    elif directory and not found:
-        problems.append(f"the configuration: there is no {' or '.join(FILE_NAMES)} in {directory}")
-    return found
+    directories = [directory] if directory else CONFIG_DIRECTORIES
+    paths = [os.path.join(folder, name) for folder in directories for name in FILE_NAMES]
+    for path in paths:
+        if os.path.isfile(path):
+            return path
+    for path in paths:
+        for extension in OTHER_FORMATS:
+            other = path[: -len("json")] + extension
+            if os.path.isfile(other):
+                problems.append(f"configuration: {other}: {NOT_JSON}")
+                return ""
+    if directory:
+        problems.append(f"configuration: there is no {' or '.join(FILE_NAMES)} in {directory}")
+    return ""
 
 
 class ConfigFile:
-    """A configuration file: akashproxy's own, or one of chatgpt-apiserver. Mistakes go to ``problems``, all of them."""
+    """A configuration file of akashproxy or chatgpt-apiserver.
+
+    Problems are added to ``problems``, so that all are reported at once. A key path such as
+    "controllers[0].weight" says where a problem is.
+    """
 
     VARIABLE = r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}"
+    SPECIAL_KEYS = ("port", "pool", "controllers", "keys")  # not fields of Settings as they are
 
     def __init__(self, path: str, environ: Dict[str, str], problems: List[str]) -> None:
         self.path, self.environ, self.problems = path, environ, problems
 
     def settings(self) -> Dict[str, Any]:
-        """The values of Settings that it has."""
+        """Values of Settings."""
         data = self.read(self.path)
         if data is None:
             return {}
-        present = set(data)
-        port, pool, controllers, keys = (
-            data.pop(name, None) for name in ("port", "pool", "controllers", "keys")
-        )
-        known = {item.name: item for item in setting_fields(Settings)}
-        values = self.fields(known, data, "", ["port", "pool", "controllers", "keys"])
-        if port is None and self.is_chatgpt_apiserver(controllers):
-            port = 8080  # as chatgpt-apiserver has it
+        special = {name: data.pop(name) for name in self.SPECIAL_KEYS if name in data}
+        values = self.fields(fields_by_name(Settings), data, "", self.SPECIAL_KEYS)
+        port = special.get("port")
+        if port is None and self.is_chatgpt_apiserver(special.get("controllers")):
+            port = 8080  # chatgpt-apiserver's default
         if port is not None and "server_address" not in values:
             with self.collecting_errors("port"):
-                values["server_address"] = address(f":{port}")
-        if isinstance(pool, dict):
-            for value in self.fields({"type": known["pool_type"]}, pool, "pool.").values():
-                values["pool_type"] = value
-        elif pool is not None:
-            self.problem("pool", "it must be an object")
-        if isinstance(controllers, list) and controllers:
-            values["controllers"] = self.build_list("controllers", controllers, self.controller)
-            if values["controllers"] and not any(
-                options.weight for options in values["controllers"]
-            ):
-                self.problem("controllers", "all of them are off (weight 0)")
-        elif "controllers" in present:
-            self.problem("controllers", "it must be a list with at least one controller")
-        if isinstance(keys, list):
-            values["keys"] = self.build_list("keys", keys, self.key)
-            if len({options.key for options in values["keys"]}) < len(values["keys"]):
-                self.problem("keys", "two have the same key")
-        elif "keys" in present:
-            self.problem("keys", "it must be a list")
+                values["server_address"] = listen_address(f":{port}")
+        if special.get("pool") is not None:
+            values.update(self.pool_type(special["pool"]))
+        if "controllers" in special:
+            values["controllers"] = self.controllers(special["controllers"])
+        if "keys" in special:
+            values["keys"] = self.keys(special["keys"])
         return values
 
     def is_chatgpt_apiserver(self, controllers: Any) -> bool:
-        """Whether the file is one of chatgpt-apiserver: by its name, or by ``config`` in a controller."""
+        """Whether the file is chatgpt-apiserver's, by its name or by a controller's keys."""
         return os.path.basename(self.path) == FILE_NAMES[1] or any(
             name in as_dict(item)
             for item in as_list(controllers)
             for name in ("config", "config_file")
         )
 
+    def pool_type(self, pool: Any) -> Dict[str, Any]:
+        """chatgpt-apiserver's "pool": {"type": ...}."""
+        if not isinstance(pool, dict):
+            self.problem("pool", "must be an object")
+            return {}
+        values = self.fields({"type": fields_by_name(Settings)["pool_type"]}, pool, "pool.")
+        return {"pool_type": values["type"]} if values else {}
+
+    def controllers(self, items: Any) -> Tuple[ControllerSettings, ...]:
+        if not isinstance(items, list) or not items:
+            self.problem("controllers", "must be a list with at least one controller")
+            return ()
+        controllers = self.build_list("controllers", items, self.controller)
+        if controllers and not any(options.weight for options in controllers):
+            self.problem("controllers", "all of them are off (weight 0)")
+        return controllers
+
+    def keys(self, items: Any) -> Tuple[ClientKeySettings, ...]:
+        if not isinstance(items, list):
+            self.problem("keys", "must be a list")
+            return ()
+        keys = self.build_list("keys", items, self.key)
+        if len({options.key for options in keys}) < len(keys):
+            self.problem("keys", "two have the same key")
+        return keys
+
     def build_list(
-        self, key_path: str, items: List[Any], make: Callable[[Dict[str, Any], str], Any]
+        self, key_path: str, items: List[Any], build: Callable[[Dict[str, Any], str], Any]
     ) -> Tuple[Any, ...]:
-        """What ``make(object, its place)`` makes of the objects in a list; their names must differ."""
+        """Apply ``build(object, key path)`` to each object. Names must be unique."""
         built = []
         for at, item in enumerate(items):
             if isinstance(item, dict):
-                built.append(make(item, f"{key_path}[{at}]"))
+                built.append(build(item, f"{key_path}[{at}]"))
             else:
-                self.problem(f"{key_path}[{at}]", "it must be an object")
+                self.problem(f"{key_path}[{at}]", "must be an object")
         names = [options.name for options in filter(None, built) if options.name]
         for name in {name for name in names if names.count(name) > 1}:
-            self.problem(key_path, f"two are called {name!r}")
+            self.problem(key_path, f"two have the name {name!r}")
         return tuple(filter(None, built))
 
     def key(self, data: Dict[str, Any], key_path: str) -> Optional[ClientKeySettings]:
+        """Build the settings of a client key; None after a problem."""
         before = len(self.problems)
-        values = self.fields(
-            {item.name: item for item in setting_fields(ClientKeySettings)}, data, key_path + "."
-        )
+        values = self.fields(fields_by_name(ClientKeySettings), data, key_path + ".")
         for name in ("name", "key"):
             if name not in data:
-                self.problem(f"{key_path}.{name}", "it is missing")
+                self.problem(f"{key_path}.{name}", "is missing")
         return ClientKeySettings(**values) if len(self.problems) == before else None
 
     def controller(self, data: Dict[str, Any], key_path: str) -> Optional[ControllerSettings]:
-        more, file, within = (
-            data.pop("config", None) or {},
-            data.pop("config_file", None),
-            ".config.",
-        )
-        if (
-            isinstance(file, str) and file
-        ):  # beside this file, or where the command was started, as it was there
-            beside = os.path.join(os.path.dirname(self.path), file)
-            within = f".config_file ({file})."
-            more = self.read(
-                beside if os.path.exists(beside) or not os.path.exists(file) else file,
-                key_path + ".config_file",
-            )
-        elif file not in (None, ""):
-            self.problem(key_path + ".config_file", "it must be the name of a file")
-        if not isinstance(more, dict):
-            if more is not None:
-                self.problem(key_path + ".config", "it must be an object")
+        """Build the settings of a controller; None after a problem."""
+        base, base_path, file = self.base_config(data, key_path)
+        if base is None:
             return None
-        before, known = (
-            len(self.problems),
-            {item.name: item for item in setting_fields(ControllerSettings)},
-        )
+        before, known = len(self.problems), fields_by_name(ControllerSettings)
         values = {
-            **self.fields(known, more, key_path + within),
+            **self.fields(known, base, base_path),
             **self.fields(known, data, key_path + ".", ["config", "config_file"]),
         }
-        if values.get("type", "openai") not in CONTROLLERS:
-            self.problem(
-                key_path + ".type",
-                f"{values['type']!r} is none of {', '.join(sorted(CONTROLLERS))}",
-            )
+        values.setdefault("type", "openai")
+        if values["type"] not in CONTROLLERS:
+            known_types = ", ".join(sorted(CONTROLLERS))
+            self.problem(key_path + ".type", f"{values['type']!r} is not one of {known_types}")
         if len(self.problems) > before:
             return None
-        source = (
-            (self.path if data.get("api_key") or not file else file)
-            if values.get("api_key")
-            else ""
-        )
-        if (
-            values.get("type", "openai") == "openai"
-            and not source
-            and is_openai_server(values.get("base_url", ""))
-        ):
-            source = "OPENAI_API_KEY"
-            with collecting_errors(self.problems, source):
-                values["api_key"] = header_value(self.environ.get(source, ""))
-            if not self.environ.get(source):
-                self.problem(key_path + ".api_key", "it is missing, and OPENAI_API_KEY is not set")
-        return (
-            ControllerSettings(**values, key_source=source)
-            if len(self.problems) == before
-            else None
-        )
+        if values.get("api_key"):
+            values["key_source"] = file if file and not data.get("api_key") else self.path
+        elif values["type"] == "openai" and is_openai_server(values.get("base_url", "")):
+            values["key_source"] = "OPENAI_API_KEY"
+            values["api_key"] = self.openai_key(key_path + ".api_key")
+        return ControllerSettings(**values) if len(self.problems) == before else None
+
+    def base_config(
+        self, data: Dict[str, Any], key_path: str
+    ) -> Tuple[Optional[Dict[str, Any]], str, str]:
+        """Pop ``config`` or ``config_file``, where chatgpt-apiserver has the options.
+
+        Returns the object (None after a problem), its key path, and its file ("": this one).
+        """
+        inline, file = data.pop("config", None) or {}, data.pop("config_file", None)
+        if isinstance(file, str) and file:
+            # Relative to this file or, as in chatgpt-apiserver, to the working directory.
+            path = os.path.join(os.path.dirname(self.path), file)
+            if os.path.exists(file) and not os.path.exists(path):
+                path = file
+            base = self.read(path, key_path + ".config_file")
+            return base, f"{key_path}.config_file ({file}).", file
+        if file not in (None, ""):
+            self.problem(key_path + ".config_file", "must be the name of a file")
+        if not isinstance(inline, dict):
+            self.problem(key_path + ".config", "must be an object")
+            inline = None
+        return inline, key_path + ".config.", ""
+
+    def openai_key(self, key_path: str) -> str:
+        """OPENAI_API_KEY, for a controller without a key."""
+        key = self.environ.get("OPENAI_API_KEY", "")
+        if not key:
+            self.problem(key_path, "is missing, and OPENAI_API_KEY is not set")
+        with collecting_errors(self.problems, "OPENAI_API_KEY"):
+            return header_value(key)
+        return ""
 
     def read(self, path: str, key_path: str = "") -> Optional[Dict[str, Any]]:
-        """The JSON object in a file, its ${NAME}s filled in; None if there is none."""
+        """Read a JSON object and expand its ${NAME}s; None after a problem."""
         try:
             with open(path, "rb") as file:
                 data = from_json(file.read())
         except OSError as error:
-            what = error.strerror
+            message = error.strerror
         except json.JSONDecodeError as error:
-            what = f"line {error.lineno}, column {error.colno}: {error.msg}"
+            message = f"line {error.lineno}, column {error.colno}: {error.msg}"
             if path.rpartition(".")[2].lower() in OTHER_FORMATS:
-                what = NOT_JSON
+                message = NOT_JSON
         except ValueError as error:
-            what = str(error)
+            message = str(error)
         else:
             if isinstance(data, dict):
                 with contextlib.suppress(RecursionError):
-                    return self.expand_env(data, key_path)
-            what = "it must be a JSON object"
-        self.problems.append(
-            f"{self.path}: {key_path}: {path}: {what}"
-            if key_path
-            else f"the configuration: {path}: {what}"
-        )
+                    return {
+                        name: self.expand_env(item, f"{key_path}.{name}".lstrip("."))
+                        for name, item in data.items()
+                    }
+            message = "must be a JSON object"
+        source = f"{self.path}: {key_path}" if key_path else "configuration"
+        self.problems.append(f"{source}: {path}: {message}")
         return None
 
     def expand_env(self, value: Any, key_path: str) -> Any:
-        """The value with the environment's values in place of each ${NAME}."""
+        """Replace each ${NAME} in the strings of a JSON value by the environment variable."""
         if isinstance(value, dict):
             return {
-                name: self.expand_env(item, f"{key_path}.{name}".lstrip("."))
-                for name, item in value.items()
+                name: self.expand_env(item, f"{key_path}.{name}") for name, item in value.items()
             }
         if isinstance(value, list):
             return [self.expand_env(item, f"{key_path}[{at}]") for at, item in enumerate(value)]
         if not isinstance(value, str):
             return value
 
-        def replace(match: Any) -> str:
+        def replace(match: re.Match[str]) -> str:
             if not self.environ.get(match[1]):
                 self.problem(key_path, f"the environment variable {match[1]} is not set")
             return self.environ.get(match[1]) or match[0]
 
         if "${" in re.sub(self.VARIABLE, "", value):
-            self.problem(key_path, "after ${ the name of an environment variable and } must follow")
+            self.problem(key_path, "${ must be followed by the name of an environment variable, }")
         return re.sub(self.VARIABLE, replace, value)
 
     def fields(
-        self, known: Dict[str, Any], data: Dict[str, Any], key_path: str, others: Iterable[str] = ()
+        self, known: Dict[str, Any], data: Dict[str, Any], prefix: str, others: Iterable[str] = ()
     ) -> Dict[str, Any]:
-        """The values of the settings that are known; what else there is, is a mistake."""
+        """Values of the known settings in an object; other keys are problems.
+
+        ``prefix`` is that of the key paths; ``others`` are further names to suggest for a typo.
+        """
         values = {}
         for name, value in data.items():
             if name in known:
-                with self.collecting_errors(key_path + name):
+                with self.collecting_errors(prefix + name):
                     values[name] = validate(known[name], from_json_value(known[name], value))
             else:
-                import difflib
+                import difflib  # only now, as it would slow down every start
 
                 near = difflib.get_close_matches(name, [*known, *others], 1)
-                self.problem(
-                    key_path + name,
-                    "unknown key" + (f"; did you mean {near[0]!r}?" if near else ""),
-                )
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                self.problem(prefix + name, "unknown key" + hint)
         return values
 
-    def problem(self, key_path: str, what: str) -> None:
-        self.problems.append(f"{self.path}: {key_path}: {what}")
+    def problem(self, key_path: str, message: str) -> None:
+        self.problems.append(f"{self.path}: {key_path}: {message}")
 
-    def collecting_errors(self, key_path: str) -> Any:
+    def collecting_errors(self, key_path: str) -> contextlib.AbstractContextManager[None]:
         return collecting_errors(self.problems, f"{self.path}: {key_path}")
 
 
 @contextlib.contextmanager
-def collecting_errors(problems: List[str], key_path: str) -> Iterator[None]:
-    """Make a problem of a ValueError."""
+def collecting_errors(problems: List[str], source: str) -> Iterator[None]:
+    """Add a ValueError to the problems instead of raising it."""
     try:
         yield
     except ValueError as error:
-        problems.append(f"{key_path}: {error}")
+        problems.append(f"{source}: {error}")
 
 
 def setting_fields(cls: Any) -> List[Any]:
-    """The fields of a class that are settings."""
+    """Fields of a class that are declared by setting()."""
     return [item for item in dataclasses.fields(cls) if item.metadata]
 
 
+def fields_by_name(cls: Any) -> Dict[str, Any]:
+    return {item.name: item for item in setting_fields(cls)}
+
+
 def flag_name(item: Any) -> str:
-    """The flag of a setting."""
-    return "--" + item.name.replace("_", "-")
+    return f"--{item.name.replace('_', '-')}"
 
 
 def from_text(item: Any, text: str) -> Any:
-    """The value of a setting from a flag or the environment; ValueError says what is wrong with it."""
+    """Parse a setting's value in a flag or environment variable. Raises ValueError."""
     if item.type == "int":
         if not re.fullmatch("[0-9]+", text):
-            raise ValueError(f"{text!r} is no whole number")
+            raise ValueError(f"{text!r} is not a whole number")
         return int(text)
     if item.type == "float":
         if not re.fullmatch(r"[0-9]+(\.[0-9]+)?", text):
-            raise ValueError(f"{text!r} is no number of seconds")
+            raise ValueError(f"{text!r} is not a number of seconds")
         return float(text)
     if item.type == "str":
         return text
@@ -1880,50 +1850,40 @@ def from_text(item: Any, text: str) -> Any:
 
 
 def format_value(value: Any) -> str:
-    """A setting's value as from_text() reads it."""
+    """Format a setting's value; the inverse of from_text()."""
     if isinstance(value, dict):
         value = [f"{name}={other}" for name, other in value.items()]
-    return (
-        ",".join(value) if isinstance(value, (list, tuple)) else "" if value is None else str(value)
-    )
+    if isinstance(value, (list, tuple)):
+        return ",".join(value)
+    return "" if value is None else str(value)
 
 
 def from_json_value(item: Any, value: Any) -> Any:
-    """The value of a setting from JSON; ValueError says what it must be."""
-    if item.type == "str" and isinstance(value, str):
-        return value
-    if item.type == "int" and type(value) is int and value >= 0:
-        return value
-    if (
-        item.type.endswith(("float", "float]"))
-        and type(value) in (int, float)
-        and 0 <= value < 1e15
-    ):
-        return float(value)
+    """Convert a JSON value to a setting's type. Raises ValueError."""
+    if item.type == "str":
+        if isinstance(value, str):
+            return value
+        raise ValueError("must be a string")
+    if item.type == "int":
+        if type(value) is int and value >= 0:
+            return value
+        raise ValueError("must be a whole number, not negative")
+    if "float" in item.type:  # or Optional[float]
+        if type(value) in (int, float) and 0 <= value < 1e15:
+            return float(value)
+        raise ValueError("must be a number, not negative")
     if item.type.startswith("Tuple"):
-        value = value.split(",") if isinstance(value, str) else value
-        if isinstance(value, list) and all(isinstance(part, str) for part in value):
-            return tuple(part.strip() for part in value)
-    if (
-        item.type.startswith("Dict")
-        and isinstance(value, dict)
-        and all(isinstance(part, str) for part in value.values())
-    ):
+        parts = value.split(",") if isinstance(value, str) else value
+        if isinstance(parts, list) and all(isinstance(part, str) for part in parts):
+            return tuple(part.strip() for part in parts)
+        raise ValueError("must be a list of strings")
+    if isinstance(value, dict) and all(isinstance(part, str) for part in value.values()):
         return value
-    kinds = {
-        "Tuple": "a list of texts",
-        "Dict": "an object with texts",
-        "float": "a number, not negative",
-        "int": "a whole number, not negative",
-        "str": "a text",
-    }
-    raise ValueError(
-        "it must be " + next(what for kind, what in kinds.items() if kind in item.type)
-    )
+    raise ValueError("must be an object with strings as values")
 
 
 def validate(item: Any, value: Any) -> Any:
-    """The value to use; ValueError says what is wrong with it."""
+    """Apply a setting's check, to each element of a tuple. Raises ValueError."""
     check = item.metadata["check"]
     return tuple(map(check, value)) if isinstance(value, tuple) else check(value)
 

@@ -465,8 +465,8 @@ def test_cutoff_cut_anywhere(case):
 ADDRESSES = {
     "localhost:16571": ("127.0.0.1", 16571), ":8080": ("", 8080), "[::1]:8080": ("::1", 8080),
     "0.0.0.0:8080": ("0.0.0.0", 8080), "[::]:1": ("::", 1), "example.org:65535": ("example.org", 65535),
-    "localhost": "no port", "a:b": "no port", ":99999": "no port", ":": "no port", "::1:80": "write an IPv6 address as",
-    "[zz]:80": "zz", "a..b:80": "no host name", "x" * 70 + ":80": "no host name", ":+80": "no port", ":٥": "no port", "": "no port",
+    "localhost": "no port", "a:b": "not a valid port", ":99999": "not a valid port", ":": "not a valid port", "::1:80": "write an IPv6 address as",
+    "[zz]:80": "zz", "a..b:80": "not a valid host name", "x" * 70 + ":80": "not a valid host name", ":+80": "not a valid port", ":٥": "not a valid port", "": "no port",
 }
 
 
@@ -491,22 +491,22 @@ def test_settings_from_the_environment_and_flags_over_it():
 
 BAD_SETTINGS = {
     "SERVER_ADDRESS=abc": "SERVER_ADDRESS: 'abc' has no port",
-    "AKASH_BASE_URL=ftp://x": "AKASH_BASE_URL: 'ftp://x' is no http:// or https:// address",
+    "AKASH_BASE_URL=ftp://x": "AKASH_BASE_URL: 'ftp://x' is not an http:// or https:// URL",
     "AKASH_BASE_URL=http://x/?q": "only scheme",
     "AKASH_BASE_URL=http://u:p@x/": "only scheme",
     "AKASH_BASE_URL=http://x:99999": "AKASH_BASE_URL: ",
     "AKASH_BASE_URL=http://a b/": "only scheme",
-    "AKASH_BASE_URL=http://a..b/": "no host name",
-    "BEARER_TOKEN= ": "BEARER_TOKEN: one of the values is empty",
-    "IMAGE_POLL=0": "IMAGE_POLL: it must be more than 0",
-    "CONNECT_TIMEOUT=0.0": "CONNECT_TIMEOUT: it must be more than 0",
-    "IDLE_TIMEOUT=-1": "IDLE_TIMEOUT: '-1' is no number of seconds",
-    "IDLE_TIMEOUT=nan": "no number",
-    "MAX_BODY=1e9": "MAX_BODY: '1e9' is no whole number",
-    "BEARER_TOKEN=a,,b": "BEARER_TOKEN: one of the values is empty",
-    "BEARER_TOKEN=,": "BEARER_TOKEN: one of the values is empty",
+    "AKASH_BASE_URL=http://a..b/": "not a valid host name",
+    "BEARER_TOKEN= ": "BEARER_TOKEN: empty values are not allowed",
+    "IMAGE_POLL=0": "IMAGE_POLL: must be greater than 0",
+    "CONNECT_TIMEOUT=0.0": "CONNECT_TIMEOUT: must be greater than 0",
+    "IDLE_TIMEOUT=-1": "IDLE_TIMEOUT: '-1' is not a number of seconds",
+    "IDLE_TIMEOUT=nan": "not a number",
+    "MAX_BODY=1e9": "MAX_BODY: '1e9' is not a whole number",
+    "BEARER_TOKEN=a,,b": "BEARER_TOKEN: empty values are not allowed",
+    "BEARER_TOKEN=,": "BEARER_TOKEN: empty values are not allowed",
     "BEARER_TOKEN=a\nb": "BEARER_TOKEN: only printable ASCII",
-    "LOG_LEVEL=loud": "LOG_LEVEL: 'loud' is none of",
+    "LOG_LEVEL=loud": "LOG_LEVEL: 'loud' is not one of",
     "AKASH_COOKIE=a=b\r\nX: y": "AKASH_COOKIE: only printable",
 }
 
@@ -527,7 +527,7 @@ def test_all_mistakes_are_told_at_once():
 def test_settings_made_in_code_are_checked_too():
     settings = Settings(bearer_token="one, two", cors_origins="https://a", akash_base_url="http://h/")
     assert (settings.bearer_token, settings.cors_origins, settings.akash_base_url) == (("one", "two"), ("https://a",), "http://h")
-    with pytest.raises(ConfigError, match="idle_timeout: it must be more than 0"):
+    with pytest.raises(ConfigError, match="idle_timeout: must be greater than 0"):
         Settings(idle_timeout=-1)
 
 
@@ -2081,7 +2081,7 @@ def test_a_port_in_use_is_one_clear_line():
 
 @pytest.mark.parametrize("flags, environ, words", [
     (["--server-address", "abc"], {}, "akashproxy: --server-address: 'abc' has no port\n"),
-    ([], {"AKASH_BASE_URL": "x"}, "akashproxy: AKASH_BASE_URL: 'x' is no http:// or https:// address\n"),
+    ([], {"AKASH_BASE_URL": "x"}, "akashproxy: AKASH_BASE_URL: 'x' is not an http:// or https:// URL\n"),
     (["--server-address", "no-such-host.invalid:1"], {}, "akashproxy: cannot listen on no-such-host.invalid: no such host\n"),
 ])
 def test_bad_settings_are_one_clear_line(flags, environ, words):
@@ -2323,10 +2323,10 @@ def test_the_search_for_a_file(config, tmp_path, monkeypatch):
     ({"else/other.json": "{}", "akashproxy.json": "{}"}, {"CONFIG_PATH": "else"}, "there is no akashproxy.json"),
     ({"else/chatgpt-apiserver.yaml": "port: 1"}, {"CHATGPT_APISERVER_CONFIG_PATH": "else"}, "else/chatgpt-apiserver.yaml: only JSON"),
     ({}, {"CONFIG_FILE": "none.json"}, "none.json: No such file"), ({"d/x": ""}, {"CONFIG_FILE": "d"}, "d: Is a directory"),
-    ({"c.yaml": "port: 1"}, {"CONFIG_FILE": "c.yaml"}, "c.yaml: only JSON can be read"),
-    *[({name: "x"}, {}, f"{name}: only JSON can be read") for name in (
+    ({"c.yaml": "port: 1"}, {"CONFIG_FILE": "c.yaml"}, "c.yaml: only JSON is supported"),
+    *[({name: "x"}, {}, f"{name}: only JSON is supported") for name in (
         "chatgpt-apiserver.yaml", "config/chatgpt-apiserver.yml", "chatgpt-apiserver.toml", ".config/akashproxy.yaml", "akashproxy.ini")],
-    ({"a.json": '{"controllers": [{"config_file": "o.yaml"}]}', "o.yaml": "api_key: x"}, {"CONFIG_FILE": "a.json"}, "o.yaml: only JSON can be read"),
+    ({"a.json": '{"controllers": [{"config_file": "o.yaml"}]}', "o.yaml": "api_key: x"}, {"CONFIG_FILE": "a.json"}, "o.yaml: only JSON is supported"),
 ])
 def test_a_configuration_that_can_not_be_used_is_a_mistake(files, environ, words, config, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -2446,22 +2446,22 @@ def test_all_mistakes_of_a_file_with_their_places(config):
     with pytest.raises(ConfigError) as caught:
         load(path)
     problems = "\n".join(problem[len(path) + 2:] for problem in caught.value.problems)
-    for line in ("prot: unknown key; did you mean 'port'?", "max_wait: it must be a number", "pool.type: 'balancd' is none of",
-                 "pool.x: unknown key", "cors_origins: it must be a list", "controllers[0].type: 'openia' is none of akash, echo, openai",
-                 "controllers[1].weight: it must be a number, not negative", "controllers[1].wieght: unknown key; did you mean 'weight'?",
-                 "controllers[2]: it must be an object", "controllers[3].config: it must be an object",
-                 "controllers[4].base_url: 'x' is no http", "controllers[4].proxy: it must be http://", "controllers[4].models: it must be a list",
-                 "controllers[4].model_map: it must be an object", "controllers[4].name: only letters", "controllers[4].weight: it must be a number",
-                 "controllers[4].headers: only printable", "controllers[4].max_concurrency: it must be a whole",
-                 "controllers[5].api_key: it is missing, and OPENAI_API_KEY is not set", "missing.json: No such file", "controllers: two are called 'a'"):
+    for line in ("prot: unknown key; did you mean 'port'?", "max_wait: must be a number", "pool.type: 'balancd' is not one of",
+                 "pool.x: unknown key", "cors_origins: must be a list", "controllers[0].type: 'openia' is not one of akash, echo, openai",
+                 "controllers[1].weight: must be a number, not negative", "controllers[1].wieght: unknown key; did you mean 'weight'?",
+                 "controllers[2]: must be an object", "controllers[3].config: must be an object",
+                 "controllers[4].base_url: 'x' is not an http", "controllers[4].proxy: must be http://", "controllers[4].models: must be a list",
+                 "controllers[4].model_map: must be an object", "controllers[4].name: only letters", "controllers[4].weight: must be a number",
+                 "controllers[4].headers: only printable", "controllers[4].max_concurrency: must be a whole",
+                 "controllers[5].api_key: is missing, and OPENAI_API_KEY is not set", "missing.json: No such file", "controllers: two have the name 'a'"):
         assert line in problems, line
 
 
 @pytest.mark.parametrize("text, words", [
     ('{"a": 1,\n "b": }', "line 2, column 7"), ("[]", "must be a JSON object"), ('{"controllers": []}', "at least one controller"),
-    ('{"controllers": 7}', "at least one controller"), ('{"max_wait": NaN}', "NaN is not JSON"), ('{"pool": 1}', "pool: it must be an object"),
-    ('{"port": "x"}', "port: 'x' is no port"), ('{"controllers": null}', "at least one controller"),
-    ('{"max_wait": 1' + "0" * 400 + "}", "max_wait: it must be a number"), ('{"log_level": "${MY-KEY}"}', "the name of an environment variable"),
+    ('{"controllers": 7}', "at least one controller"), ('{"max_wait": NaN}', "NaN is not JSON"), ('{"pool": 1}', "pool: must be an object"),
+    ('{"port": "x"}', "port: 'x' is not a valid port"), ('{"controllers": null}', "at least one controller"),
+    ('{"max_wait": 1' + "0" * 400 + "}", "max_wait: must be a number"), ('{"log_level": "${MY-KEY}"}', "the name of an environment variable"),
     ('{"controllers": [{"type": "echo", "weight": 0}]}', "all of them are off"),
     ('{"controllers": [{"api_key": "k", "proxy": "http://h:99999"}]}', "controllers[0].proxy"),
     ('{"controllers": [{"api_key": "k", "headers": {"Content-Length": "1"}}]}', "can't be set"), ('{"ca_file": "/"}', "ca_file: '/' can't be used"),
@@ -7136,19 +7136,19 @@ def test_keys_in_a_file(config):
 
 
 @table({
-    "an object": ({"keys": {}}, "keys: it must be a list"), "null": ({"keys": None}, "keys: it must be a list"),
-    "a text": ({"keys": ["k"]}, "keys[0]: it must be an object"),
+    "an object": ({"keys": {}}, "keys: must be a list"), "null": ({"keys": None}, "keys: must be a list"),
+    "a text": ({"keys": ["k"]}, "keys[0]: must be an object"),
     "misspelt": ({"kes": []}, "kes: unknown key; did you mean 'keys'?"),
     "misspelt within": ({"keys": [{"name": "a", "key": "k", "request_per_minute": 1}]},
                         "keys[0].request_per_minute: unknown key; did you mean 'requests_per_minute'?"),
-    "no name": ({"keys": [{"key": "k"}]}, "keys[0].name: it is missing"), "no key": ({"keys": [{"name": "a"}]}, "keys[0].key: it is missing"),
-    "an empty name": ({"keys": [{"name": "", "key": "k"}]}, "keys[0].name: it must not be empty"),
-    "an empty key": ({"keys": [{"name": "a", "key": ""}]}, "keys[0].key: one of the values is empty"),
+    "no name": ({"keys": [{"key": "k"}]}, "keys[0].name: is missing"), "no key": ({"keys": [{"name": "a"}]}, "keys[0].key: is missing"),
+    "an empty name": ({"keys": [{"name": "", "key": "k"}]}, "keys[0].name: must not be empty"),
+    "an empty key": ({"keys": [{"name": "a", "key": ""}]}, "keys[0].key: empty values are not allowed"),
     "a key that can't be sent": ({"keys": [{"name": "a", "key": "k "}]}, "keys[0].key: only printable ASCII"),
     "a name that can't be shown": ({"keys": [{"name": "a|b", "key": "k"}]}, "keys[0].name: only letters"),
-    "two names": ({"keys": [{"name": "a", "key": "k"}, {"name": "a", "key": "l"}]}, "keys: two are called 'a'"),
+    "two names": ({"keys": [{"name": "a", "key": "k"}, {"name": "a", "key": "l"}]}, "keys: two have the name 'a'"),
     "two keys": ({"keys": [{"name": "a", "key": "s3cret"}, {"name": "b", "key": "s3cret"}]}, "keys: two have the same key"),
-    "a rate that is none": ({"keys": [{"name": "a", "key": "k", "requests_per_minute": 0.5}]}, "keys[0].requests_per_minute: it must be a whole"),
+    "a rate that is none": ({"keys": [{"name": "a", "key": "k", "requests_per_minute": 0.5}]}, "keys[0].requests_per_minute: must be a whole"),
     "not in the environment": ({"keys": [{"name": "a", "key": "${NONE}"}]}, "keys[0].key: the environment variable NONE is not set"),
 })
 def test_keys_that_can_not_be(case, config):
@@ -8406,7 +8406,7 @@ def test_the_page_is_served_to_all_and_runs_only_its_own_script(serve):
 def test_the_page_can_be_left_out(serve):
     server = serve(page="off", bearer_token="secret")
     assert ask(server, path="/").status == 404 and ask(server, path="/status").status == 401
-    with pytest.raises(ConfigError, match="'maybe' is none of on, off"):
+    with pytest.raises(ConfigError, match="'maybe' is not one of on, off"):
         Settings(page="maybe")
 
 
@@ -9299,7 +9299,7 @@ MAY_NAME = {    # a section: the sections whose names may stand in it
     "pool": "names errors events settings transport streams controllers",
     "dialects": "names errors events settings http controllers pool",
     "loop": "names errors events settings http transport pool relay limits server",
-    "relay": "names errors http streams controllers loop server",
+    "relay": "names errors events http streams controllers loop server",
     "limits": "names errors settings streams controllers server",
     "server": "names errors events settings http transport controllers pool dialects loop relay limits page",
     "demo": "names", "page": "names", "main": "names errors settings server demo",
