@@ -3672,7 +3672,8 @@ class AkashSession:
         return cookie
 
     def invalidate(self, cookie: str) -> None:
-        """Discard a cookie that the server has rejected, unless it was replaced meanwhile."""
+        """Discard a cookie that the server has rejected."""
+        # Requests A and B fail with the same cookie; A fetches a new one, which B must not discard.
         if self.cookie == cookie:
             self.cookie = None
 
@@ -3954,10 +3955,10 @@ def akash_error(text: str, model: str, secrets: Iterable[str] = ()) -> APIError:
         (status, code) for status, code, pattern in AKASH_ERRORS if re.search(pattern, text, re.I)
     )
     status = status or matched_status
-    if status != matched_status and status < 500:
-        code = None
-    elif status >= 500:
+    if status >= 500:
         code = code or "upstream_error"
+    elif status != matched_status:
+        code = None  # it belongs to the other status
     message = _akash_reason(text, secrets)
     if status in (401, 402, 403):  # a key of the backend: concerns the model, not our session
         return APIError(
@@ -4688,7 +4689,7 @@ def bounded_model_list(
     return models
 
 
-MAX_RETRY_AFTER = 172800.0  # seconds; an upstream must not be able to disable itself for longer
+MAX_RETRY_AFTER = 172800.0  # seconds; an absurd value must not disable an upstream for good
 
 
 def retry_after_seconds(
@@ -4722,7 +4723,7 @@ def _delay(value: Any, unit: float, now: Callable[[], float]) -> Optional[float]
     for part in (text, text.partition(",")[0].strip()):  # "30, 30": equal headers joined
         if re.fullmatch(r"[0-9]{1,14}(?:\.[0-9]{1,20})?", part):
             seconds = float(part) * unit
-            seconds = seconds / 1000 if seconds > 1e11 else seconds
+            seconds = seconds / 1000 if seconds > 1e11 else seconds  # Unix time in ms
             return seconds - now() if seconds > 1e9 else seconds
         if re.fullmatch(r"(?:[0-9]{1,14}(?:\.[0-9]{1,20})?(?:ms|[smhd])){1,8}", part):
             return parse_duration(part)
@@ -4844,7 +4845,10 @@ def parse_duration(text: str) -> Optional[float]:
 
 
 class SingleFlight:
-    """Serializes callers of a function; those who wait share its error. Any thread."""
+    """Runs a function for one caller at a time; waiting callers share its error.
+
+    Any thread.
+    """
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -4858,7 +4862,7 @@ class SingleFlight:
         so it must check whether anything is left to do. Raises the scope's reason if cancelled.
         """
         arrived_at = time.monotonic()
-        while not self.lock.acquire(timeout=0.25):
+        while not self.lock.acquire(timeout=0.25):  # a cancelled caller must not wait for others
             scope.raise_if_cancelled()
         try:
             if self.failure is not None and self.failed_at >= arrived_at:
@@ -4956,7 +4960,7 @@ class ChatDecoder:
         for line in lines:
             if line.startswith(b"data:"):
                 self.data.append(line[5:].lstrip(b" "))
-                self.size += len(line) + 64
+                self.size += len(line) + 64  # plus Python's overhead for a bytes object
             elif not line and self.data:
                 self._event(b"\n".join(self.data), out)
                 self.data, self.size = [], 0
@@ -5102,7 +5106,7 @@ class PassthroughDecoder:
         self.complete = False  # [DONE] was received
         self.buffer = bytearray()  # an incomplete line
         self.comments = bytearray()  # comments before the first event
-        self.tail = b"\n\n"
+        self.tail = b"\n\n"  # the last bytes passed on, at least enough to see an event's end
         self.error: Optional[APIError] = None
 
     def feed(self, data: bytes) -> List[Event]:
@@ -5197,7 +5201,7 @@ DONE = re.compile(rb"^data: ?\[DONE\][ \r]*\n", re.M)
 OPENING_TYPES = re.compile(
     r"ping|message_start|content_block_start|response\.(created|queued|in_progress|\w+\.added)"
 )
-# Ends of typical chat events; events that end with one of these need not be parsed.
+# Ends of typical mid-stream chat events, which PassthroughDecoder need not search for an end.
 MID_STREAM_SUFFIXES = (
     b'"finish_reason":null}]}\n\n',
     b'"finish_reason": null}]}\n\n',
