@@ -3644,16 +3644,17 @@ def _common_run(text: str, at: int, secret: str, index: int, step: int) -> int:
 
 
 class AkashSession:
-    """The one session of an Akash Chat server: its cookie, fetched when first needed.
+    """The session cookie of one Akash Chat server, fetched on first use. Any thread.
 
-    The cookie lives for its Max-Age (session-ok), counted from before it was asked for. In the last
-    fifth of that time a thread of its own fetches the next while everybody goes on with the old
-    one. A server without sessions sets none, or a fixed word (noredis-session); that is no error.
-    The request carries no cookie: the 2026 version would extend nothing (session-valid-cookie).
+    A cookie is valid for its Max-Age, counted from before the request was sent. During the last
+    fifth of that time a background thread fetches a new one while requests keep using the old.
+    Servers without sessions set no cookie, or (akash-chat b58259a, May 2026, without Redis) the
+    fixed ``session_token=validated``; both are valid. The request itself carries no cookie:
+    b58259a answers a valid one without setting or extending anything.
     """
 
     PATH = "/api/auth/session/"
-    REFRESH_RETRY = 10.0  # seconds between two tries to renew
+    REFRESH_RETRY = 10.0  # seconds between two attempts
 
     def __init__(
         self,
@@ -3664,18 +3665,18 @@ class AkashSession:
         secrets: Iterable[str] = (),
     ) -> None:
         self.transport, self.seconds, self.clock = transport, seconds, clock
-        self.tokens = (
-            [token, _sha256(token)] if token else [""]
-        )  # plain in 2026, as a hash in 2025 (at-session-*)
+        # akash-chat f0a4ae0 (July 2025) expects the SHA-256 of the access token, b58259a (May
+        # 2026) the token itself. The form that worked last is tried first.
+        self.tokens = [token, _sha256(token)] if token else [""]
         self.secrets = [*self.tokens, *secrets]
         self.single_flight = SingleFlight()
-        self.cookie: Optional[str] = None  # "session_token=..."; "" where the server sets none
+        self.cookie: Optional[str] = None  # "session_token=..."; "" if the server sets none
         self.refresh_at = self.expires_at = 0.0
         self.refreshing = False
         self.refresh_count = 0
 
     def get(self, scope: CancelScope) -> str:
-        """The cookie to send."""
+        """Return the cookie to send, or "". May block; APIError if no session starts."""
         now = self.clock()
         cookie = self.cookie
         if cookie is None or now >= self.expires_at:
@@ -3688,12 +3689,13 @@ class AkashSession:
         return cookie
 
     def invalidate(self, cookie: str) -> None:
-        """The server has refused it: who asks next fetches a new one."""
+        """Discard a cookie that the server has rejected."""
+        # Requests A and B fail with the same cookie; A fetches a new one, which B must not discard.
         if self.cookie == cookie:
             self.cookie = None
 
     def _replace(self, old: Optional[str]) -> None:
-        """Fetch a new cookie, unless somebody else has done so meanwhile."""
+        """Fetch a new cookie, unless another thread has replaced ``old`` meanwhile."""
         if self.cookie in (None, old):
             self.cookie = None
             self._fetch()
@@ -3702,14 +3704,12 @@ class AkashSession:
         try:
             self._fetch()
         except APIError as error:
-            log.warning(
-                "the session could not be renewed, the old one serves on: %s", error.message
-            )
+            log.warning("session not refreshed, still using the old one: %s", error.message)
         finally:
             self.refreshing = False
 
     def _fetch(self) -> None:
-        asked_at = self.clock()
+        requested_at = self.clock()
         for token in list(self.tokens):
             headers = {"Authorization": f"Bearer {token}"} if token else {}
             response = self.transport.fetch(
@@ -3719,33 +3719,35 @@ class AkashSession:
             if is_challenge_page(response):
                 raise challenge_page_error(response)
             if response.status == 200:
-                self.tokens.sort(key=lambda other: other != token)  # the server may change its mind
-                return self._store_cookie(response.headers.get("set-cookie", ""), asked_at)
+                self.tokens.sort(key=lambda other: other != token)
+                self._store_cookie(response.headers.get("set-cookie", ""), requested_at)
+                return
             if response.status != 403:
                 break
         reason = redact(str(as_dict(answer).get("error", ""))[:4000], self.secrets)[:200]
         if "ccess token" in reason:
             raise auth_error(
-                f"Akash Chat wants an access token, or another one ({reason}): set AKASH_ACCESS_TOKEN.",
+                f"Akash Chat requires a valid access token ({reason}): set AKASH_ACCESS_TOKEN.",
                 response.status,
             )
         raise APIError(
             503,
-            f"Akash Chat gives no session now (status {response.status}).",
+            f"Akash Chat did not start a session (status {response.status}).",
             code="upstream_session",
             retry_after=5,
             category="network",
             upstream_status=response.status,
         )
 
-    def _store_cookie(self, set_cookie: str, asked_at: float) -> None:
+    def _store_cookie(self, set_cookie: str, requested_at: float) -> None:
         self.refresh_count += 1
         for line in set_cookie.split("\n"):
             match = re.match(r"(session_token=[^;,\s\"\\]*)(.*)", line)
             if match and match[1] != "session_token=":
-                life = re.search(r";\s*max-age=([0-9]{1,9})\s*(?:;|$)", match[2], re.I)
-                seconds = float(life[1]) if life else math.inf
-                self.refresh_at, self.expires_at = asked_at + seconds * 0.8, asked_at + seconds
+                max_age = re.search(r";\s*max-age=([0-9]{1,9})\s*(?:;|$)", match[2], re.I)
+                seconds = float(max_age[1]) if max_age else math.inf
+                self.refresh_at = requested_at + seconds * 0.8
+                self.expires_at = requested_at + seconds
                 self.cookie = match[1]
                 return
         self.cookie, self.refresh_at, self.expires_at = "", math.inf, math.inf
@@ -3757,7 +3759,7 @@ def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-# The fields that ask for what Akash can't do, and the values that do not ask for it.
+# Parameters that Akash Chat can't honour, each with the values that are harmless.
 AKASH_UNSUPPORTED: Dict[str, List[Any]] = {
     "tools": [[]],
     "functions": [[]],
@@ -3772,74 +3774,72 @@ AKASH_UNSUPPORTED: Dict[str, List[Any]] = {
     "response_format": [{"type": "text"}],
     "suffix": [""],
 }
+# fmt: off
 AKASH_SUPPORTED = {
-    "model",
-    "messages",
-    "stream",
-    "stream_options",
-    "temperature",
-    "top_p",
-    "topP",
-    "stop",
-    "max_tokens",
-    "max_completion_tokens",
+    "model", "messages", "stream", "stream_options", "temperature", "top_p", "topP",
+    "stop", "max_tokens", "max_completion_tokens",
 }
+# fmt: on
 
-# Texts that crash the server's tokenizer (req-special-*), and the same with a mark of no width in it.
+# Special tokens anywhere in a prompt crash the server's tokenizer: akash-chat f0a4ae0 and b58259a
+# answer 500 with an empty body. A zero-width U+2060 inside them avoids that.
 SPECIAL_TOKENS = re.compile(r"<\|(?=(?:endoftext|fim_prefix|fim_middle|fim_suffix|endofprompt)\|>)")
 ESCAPED = "<|\u2060"
 
 
 def akash_request(call: Call) -> Tuple[Dict[str, Any], List[str]]:
-    """The body for POST /api/chat/, and the fields that it drops. APIError 400 for what Akash can't do."""
+    """Build the body for POST /api/chat/; also return the parameters left out of it.
+
+    APIError 400 if the call needs anything that Akash Chat does not support.
+    """
     body = {name: value for name, value in call.body.items() if value is not None}
-    others = [name for name in body if name not in AKASH_SUPPORTED]
-    for name in others:
+    unsupported = [name for name in body if name not in AKASH_SUPPORTED]
+    for name in unsupported:
         if name in AKASH_UNSUPPORTED and body[name] not in AKASH_UNSUPPORTED[name]:
             raise bad_request(
                 f"Akash Chat does not support {name!r}"
-                f"{' of more than 1' if name in ('n', 'best_of') else ''}.",
+                f"{' above 1' if name in ('n', 'best_of') else ''}.",
                 name,
                 "unsupported_parameter",
             )
     system, messages = [], []
-    for at, message in enumerate(body["messages"]):
+    for index, message in enumerate(body["messages"]):
         if message.get("role") in ("system", "developer"):
-            system.append(_text_and_images(message, f"messages[{at}]")[0])
+            system.append(_text_and_images(message, f"messages[{index}]")[0])
         else:
-            messages.append(_akash_message(message, f"messages[{at}]"))
+            messages.append(_akash_message(message, f"messages[{index}]"))
     if not messages:
-        raise bad_request("'messages' needs a message of the user beside the system's.", "messages")
+        raise bad_request("'messages' must contain a user message.", "messages")
     return {
         "id": new_id()[:16],
         "messages": messages,
         "model": call.model,
-        # an empty one would bring in the server's own persona (req-system-empty), a blank does not
+        # akash-chat f0a4ae0: an empty `system` selects the site's own persona, a blank does not
         "system": SPECIAL_TOKENS.sub(ESCAPED, "\n\n".join(filter(None, system))) or " ",
-        # 0 and absence would mean the model's default, or an error in 2026 (text-notemperature)
+        # 0 and null count as absent. f0a4ae0 then applies the model's default; b58259a fails with
+        # "temperature must be a number" if its default comes from a database
         "temperature": number_field(body, "temperature", 0.85) or 1e-6,
         "topP": number_field(body, "topP" if "topP" in body else "top_p", 1.0) or 1e-6,
         "context": [],
-    }, [name for name in others if name not in AKASH_UNSUPPORTED]
+    }, [name for name in unsupported if name not in AKASH_UNSUPPORTED]
 
 
 def _akash_message(message: Dict[str, Any], param: str) -> Dict[str, Any]:
     role = message.get("role")
     if role not in ("user", "assistant"):
         raise bad_request(
-            f"{param}: Akash Chat has no role {str(role)[:80]!r}; use system, developer, user or assistant.",
+            f"{param}: Akash Chat does not support the role {str(role)[:80]!r};"
+            " use system, developer, user or assistant.",
             f"{param}.role",
         )
     if message.get("tool_calls") or message.get("function_call"):
         raise bad_request(
-            f"{param}: Akash Chat can't be told about calls of tools.", f"{param}.tool_calls"
+            f"{param}: Akash Chat does not support tool calls.", f"{param}.tool_calls"
         )
     text, images = _text_and_images(message, param)
-    counted = SPECIAL_TOKENS.sub(ESCAPED, text)
-    result: Dict[str, Any] = {"role": role, "content": counted}
-    if (
-        counted != text
-    ):  # the model gets the parts, the tokenizer the content (req-parts-with-content)
+    escaped = SPECIAL_TOKENS.sub(ESCAPED, text)
+    result: Dict[str, Any] = {"role": role, "content": escaped}
+    if escaped != text:  # akash-chat f0a4ae0: the tokenizer reads `content`, the model `parts`
         result["parts"] = [{"type": "text", "text": text}]
     if images:
         result["experimental_attachments"] = images
@@ -3847,47 +3847,45 @@ def _akash_message(message: Dict[str, Any], param: str) -> Dict[str, Any]:
 
 
 def _text_and_images(message: Dict[str, Any], param: str) -> Tuple[str, List[Dict[str, str]]]:
-    """A message's text, and its pictures as Akash's attachments (req-attachment-dataurl)."""
+    """Return a message's text, and its images as Akash Chat's attachments."""
     content = message.get("content")
     if content is None and message.get("role") == "assistant":
         return "", []
     if isinstance(content, str):
         return content, []
     if not isinstance(content, list):
-        raise bad_request(f"{param}.content must be text or a list of parts.", f"{param}.content")
+        raise bad_request(
+            f"{param}.content must be a string or a list of parts.", f"{param}.content"
+        )
     texts, images = [], []
-    for at, part in enumerate(map(as_dict, content)):
-        part_param, kind = f"{param}.content[{at}]", part.get("type")
-        value = part.get(str(kind))
+    for index, part in enumerate(map(as_dict, content)):
+        part_param, part_type = f"{param}.content[{index}]", part.get("type")
+        value = part.get(str(part_type))
         text = part.get("text", value)
-        if kind in ("text", "refusal", "input_text", "output_text") and isinstance(text, str):
+        if part_type in ("text", "refusal", "input_text", "output_text") and isinstance(text, str):
             texts.append(text)
-        elif kind == "image_url":
-            images.append(
-                _attachment(value.get("url") if isinstance(value, dict) else value, part_param)
-            )
+        elif part_type == "image_url":
+            url = value.get("url") if isinstance(value, dict) else value
+            images.append(_attachment(url, part_param))
         else:
-            unsupported = str(part if kind == "text" else kind)[:80]
+            unsupported = str(part if part_type == "text" else part_type)[:80]
             raise bad_request(
-                f"{part_param}: Akash Chat takes text and pictures, not {unsupported!r}.",
+                f"{part_param}: Akash Chat accepts text and images, not {unsupported!r}.",
                 part_param,
             )
     if images and message.get("role") != "user":
-        raise bad_request(
-            f"{param}: only messages of the user may hold pictures.", f"{param}.content"
-        )
+        raise bad_request(f"{param}: only user messages may contain images.", f"{param}.content")
     return "".join(texts), images
 
 
+_IMAGE_URL = re.compile(r"data:(image/[a-z0-9.+-]+);base64,|https?://", re.I)
+
+
 def _attachment(url: Any, param: str) -> Dict[str, str]:
-    match = (
-        re.match(r"data:(image/[a-z0-9.+-]+);base64,|https?://", url, re.I)
-        if isinstance(url, str)
-        else None
-    )
+    match = _IMAGE_URL.match(url) if isinstance(url, str) else None
     if not match:
         raise bad_request(
-            f"{param}: a picture's url must be http(s): or data:image/...;base64,...", param
+            f"{param}: the image URL must be http(s): or data:image/...;base64,...", param
         )
     return {"name": "picture", "contentType": (match[1] or "image/png").lower(), "url": url}
 
@@ -3895,16 +3893,13 @@ def _attachment(url: Any, param: str) -> Dict[str, str]:
 def number_field(
     body: Dict[str, Any], name: str, default: Any, integer: bool = False, minimum: float = 0
 ) -> Any:
-    """A number of the request; APIError 400 if it is something else or too small."""
+    """Return a number of a request body; APIError 400 if it is not one, or too small."""
     value = body.get(name)
     if value is None:
         return default
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int if integer else (int, float))
-        or not abs(value) < 1e15
-    ):
-        raise bad_request(f"{name!r} must be a {'whole ' if integer else ''}number.", name)
+    types = (int,) if integer else (int, float)
+    if type(value) not in types or not abs(value) < 1e15:  # excludes bool, NaN and infinity
+        raise bad_request(f"{name!r} must be {'an integer' if integer else 'a number'}.", name)
     if value < minimum:
         raise bad_request(f"{name!r} must be at least {minimum:g}.", name)
     return value
@@ -3914,16 +3909,17 @@ MAX_STOP_LENGTH = 1000  # characters of one stop sequence
 
 
 def stop_sequences(body: Dict[str, Any]) -> List[str]:
-    """OpenAI's ``stop``: a text or up to four."""
+    """Return OpenAI's ``stop``, a string or a list of up to four, as a list."""
     value = body.get("stop")
     stops = [value] if isinstance(value, str) else [] if value is None else value
     if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
-        raise bad_request("'stop' must be a text or a list of texts.", "stop")
+        raise bad_request("'stop' must be a string or a list of strings.", "stop")
     if len(stops) > 4:
-        raise bad_request("'stop' may hold four texts.", "stop")
+        raise bad_request("'stop' may contain at most four strings.", "stop")
     if any(len(stop) > MAX_STOP_LENGTH for stop in stops):
         raise bad_request(
-            f"Invalid 'stop': string too long. Expected strings with maximum length {MAX_STOP_LENGTH}.",
+            "Invalid 'stop': string too long."
+            f" Expected strings with maximum length {MAX_STOP_LENGTH}.",
             "stop",
             "string_above_max_length",
         )
@@ -3937,63 +3933,51 @@ FINISH_REASONS = {
     "tool-calls": "tool_calls",
 }
 
-# What an error text of the upstream means, where LiteLLM's class does not tell: a pattern, the status, the code.
-AKASH_ERRORS = [
-    (r"rate limit|too many requests|no deployments available|max parallel request", 429, None),
-    (r"contentpolicyviolation", 400, "content_policy_violation"),
-    (
-        r"maximum context length|contextwindowexceeded|too large|too long",
-        400,
-        "context_length_exceeded",
-    ),
-    (
-        r"invalid prompt|unsupported role|invalid argument|bad request|unprocessable|invalid data content",
-        400,
-        None,
-    ),
-    (r"authentication error|api key|unauthorized", 401, "upstream_auth"),
-    (r"timed? ?out|timeout", 504, "upstream_error"),
-    (r"service unavailable|overloaded", 503, "upstream_error"),
-    (r"", 502, "upstream_error"),
+# Status and code for an error message by the first pattern it contains. If LiteLLM's exception
+# name is in the message, its status takes precedence.
+# fmt: off
+AKASH_ERRORS: List[Tuple[int, Optional[str], str]] = [
+    (429, None,                       r"rate limit|too many requests|no deployments available"
+                                      r"|max parallel request"),
+    (400, "content_policy_violation", r"contentpolicyviolation"),
+    (400, "context_length_exceeded",  r"maximum context length|contextwindowexceeded|too large"
+                                      r"|too long"),
+    (400, None,                       r"invalid prompt|unsupported role|invalid argument"
+                                      r"|bad request|unprocessable|invalid data content"),
+    (401, "upstream_auth",            r"authentication error|api key|unauthorized"),
+    (504, "upstream_error",           r"timed? ?out|timeout"),
+    (503, "upstream_error",           r"service unavailable|overloaded"),
+    (502, "upstream_error",           r""),
 ]
+# fmt: on
 
 
 def akash_error(text: str, model: str, secrets: Iterable[str] = ()) -> APIError:
-    """What an error part of the stream means (model-unknown, err-*). Inner addresses are taken out.
+    """Return the APIError for an error part of the stream, without internal addresses.
 
-    It comes from what is behind Akash Chat, mostly LiteLLM, so a limit is one of the model.
+    The message comes from the backend of Akash Chat, usually LiteLLM; limits apply to the model.
     """
     text = text[:4000]
-    status, code = litellm_status(text), None
+    status = litellm_status(text)
     if status == 404 or re.search(r"invalid model name|model \S{1,200} does not exist", text, re.I):
-        if model in (
-            "",
-            AkashController.IMAGE_MODEL,
-        ):  # all that 2025's version says of a failure (gen-imgbackend-error)
-            return APIError(
-                502,
-                "Akash Chat could not make the picture, or has no AkashGen.",
-                code="image_failed",
-                retry=False,
-                legacy_message="Error Model.",
-            )
-        return akash_model_not_found(model)
-    by_words = next(
-        (status, code) for pattern, status, code in AKASH_ERRORS if re.search(pattern, text, re.I)
+        if model not in ("", AkashController.IMAGE_MODEL):
+            return akash_model_not_found(model)
+        # akash-chat f0a4ae0: any failure of AkashGen is reported as an invalid model name
+        return image_failed(
+            "Akash Chat could not generate the image, or does not offer AkashGen.",
+            retry=False,
+            legacy_message="Error Model.",
+        )
+    matched_status, code = next(
+        (status, code) for status, code, pattern in AKASH_ERRORS if re.search(pattern, text, re.I)
     )
-    status = status or by_words[0]
-    if status == by_words[0] or status >= 500:
-        code = by_words[1] or ("upstream_error" if status >= 500 else None)
-    reason = redact(inner_message(text).split("\n")[0], secrets)
-    reason = (
-        "" if reason in ("[object Object]", "An error occurred.") else redact_hosts(reason)[:300]
-    )
-    message = f"Akash Chat: {reason}" if reason else "Akash Chat failed without a reason."
-    if status in (
-        401,
-        402,
-        403,
-    ):  # a key of the server behind Akash Chat: this model's affair, not our session's
+    status = status or matched_status
+    if status >= 500:
+        code = code or "upstream_error"
+    elif status != matched_status:
+        code = None  # it belongs to the other status
+    message = _akash_reason(text, secrets)
+    if status in (401, 402, 403):  # a key of the backend: concerns the model, not our session
         return APIError(
             424,
             message,
@@ -4002,10 +3986,8 @@ def akash_error(text: str, model: str, secrets: Iterable[str] = ()) -> APIError:
             retry=False,
             cooldown_scope="model",
         )
-    status, wait = (
-        {500: 502, 529: 503}.get(status, status),
-        retry_after_seconds({}, {}, message=text),
-    )
+    status = {500: 502, 529: 503}.get(status, status)
+    wait = retry_after_seconds({}, {}, message=text)
     if status == 429 or status >= 500 and wait:
         return APIError(
             status, message, code=code, category="limit", cooldown_scope="model", retry_after=wait
@@ -4013,61 +3995,83 @@ def akash_error(text: str, model: str, secrets: Iterable[str] = ()) -> APIError:
     return APIError(status, message, code=code)
 
 
-def redact_hosts(text: str) -> str:
-    """A text without addresses: an upstream's errors may name its inner hosts (err-backend-refused)."""
-    text = text[:1000]  # it may be anything, of any length
-    text = re.sub(r"(?<![a-z])[a-z]+://[^\s'\"]+", "(address)", text, flags=re.I)
-    return re.sub(
-        r"(?:\b\d{1,3}(?:\.\d{1,3}){3}|(?<![0-9a-z:])\[?[0-9a-f:]*::[0-9a-f:.]*\]?"
-        r"|(?<![a-z0-9.-])[a-z0-9-]+(?:\.[a-z0-9-]+)+(?=:\d)|(?<![a-z0-9-])[a-z0-9-]+(?=:\d{2,5}\b))(?::\d{1,5})?",
-        "(address)",
-        text,
-        flags=re.I,
-    )
+def _akash_reason(text: str, secrets: Iterable[str]) -> str:
+    """Return the first line of an error message as a sentence for clients."""
+    reason = redact(inner_message(text).split("\n")[0], secrets)
+    if reason in ("", "[object Object]", "An error occurred."):  # the AI SDK's placeholders
+        return "Akash Chat failed without giving a reason."
+    return f"Akash Chat: {redact_hosts(reason)[:300]}"
 
+
+def image_failed(message: str, status: int = 502, **options: Any) -> APIError:
+    """Return the error for an image that was not generated."""
+    return APIError(status, message, code="image_failed", **options)
+
+
+def redact_hosts(text: str) -> str:
+    """Replace addresses by "(address)": errors may name an upstream's internal hosts."""
+    text = text[:1000]  # bounds the time of the patterns below
+    text = re.sub(r"(?<![a-z])[a-z]+://[^\s'\"]+", "(address)", text, flags=re.I)
+    return _ADDRESS.sub("(address)", text)
+
+
+# fmt: off
+_ADDRESS = re.compile(
+    r"(?:\b\d{1,3}(?:\.\d{1,3}){3}"                          # IPv4
+    r"|(?<![0-9a-z:])\[?[0-9a-f:]*::[0-9a-f:.]*\]?"           # IPv6 with "::"
+    r"|(?<![a-z0-9.-])[a-z0-9-]+(?:\.[a-z0-9-]+)+(?=:\d)"     # host.domain:port
+    r"|(?<![a-z0-9-])[a-z0-9-]+(?=:\d{2,5}\b)"                # host:port
+    r")(?::\d{1,5})?",
+    re.I,
+)
+# fmt: on
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_LONE_TEXT = re.compile(rb'0:("[ !#-\[\]-~]+")\n')  # nothing escaped
+_SINGLE_TEXT = re.compile(rb'0:("[ !#-\[\]-~]+")\n')  # ASCII without escapes
 
 
 class AkashDecoder:
-    r"""Akash's stream, in either framing, told apart line by line.
+    r"""Decoder of Akash Chat's stream in either framing; each line shows which.
 
-    AI SDK 4, ``CODE:JSON`` (text-short):        AI SDK 5 to 7, events (sdk5-text):
+    AI SDK 4, ``CODE:JSON``:                     AI SDK 5 to 7, server-sent events:
 
         f:{"messageId":"msg-1"}                      data: {"type":"start"}
         0:"Hello"            Text                    data: {"type":"text-delta","delta":"Hello"}
-        g:"Let me"           Reasoning               data: {"type":"reasoning-delta","delta":"Let me"}
+        g:"Let me"           Reasoning               data: {"type":"reasoning-delta","delta":...}
         9:{"toolName":...}   ToolCall                data: {"type":"tool-input-available",...}
-        3:"terminated"       an error                data: {"type":"error","errorText":"..."}
-        e:{...}              a step ends             data: {"type":"finish-step"}
+        3:"terminated"       error                   data: {"type":"error","errorText":"..."}
+        e:{...}              skipped                 data: {"type":"finish-step"}
         d:{"finishReason":"stop",                    data: {"type":"finish","finishReason":"stop"}
            "usage":{...}}    Finish                  data: [DONE]
 
-    Other codes and types are skipped. All texts of one read become one event. An answer without
-    its Finish is an error, and so is one whose reason is "error", "unknown" or "other": it was cut
-    short (finish-none). Lines end with the byte "\n" only: U+2028 and its kin stand raw inside.
-    A part that is a whole thought (2026: reasoning-content) is told here, where its ends are known.
+    Other codes and types are skipped. Consecutive text parts of one read become one event. An
+    answer without Finish is an error, as is a finish reason "error", "unknown" or "other": AI SDK
+    4 reports "unknown" if the backend ended without a finish reason, so the answer may be cut.
+
+    Lines are split at the byte "\n" only, since U+2028, U+2029 and U+0085 appear unescaped in
+    strings. akash-chat b58259a (May 2026) sends reasoning as one part,
+    ``<think>\n...\n</think>\n\n``. It becomes Reasoning here, where the part's bounds are known,
+    since the reasoning itself may contain these tags.
     """
 
-    LINE_LIMIT = 8 << 20
-    THOUGHT = "<think>\n", "\n</think>\n\n"
+    LINE_LIMIT = 8 << 20  # bytes
+    REASONING_PART = "<think>\n", "\n</think>\n\n"
 
     def __init__(self, model: str = "", secrets: Iterable[str] = ()) -> None:
         self.model, self.secrets = model, secrets
-        self.buffer = bytearray()  # a line that has not ended yet
-        self.pending_surrogate = ""  # the first half of a surrogate pair (text-lonesurrogate)
-        self.tools = 0
+        self.buffer = bytearray()  # an incomplete line
+        self.pending_surrogate = ""  # a high surrogate; the backend may split emoji over two parts
+        self.tool_count = 0
         self.finished = False
-        self.error: Optional[APIError] = None  # to be raised once the events before it are used
+        self.error: Optional[APIError] = None  # raised after the events that precede it
 
     def feed(self, data: bytes) -> List[Event]:
         single = self.single_text(data)
         if single:
             return [Text(single[1:-1].decode())]
         out: List[Event] = []
-        others, *texts = (b"\n" + take_complete_lines(self.buffer, data)).split(b"\n0:")
-        for joined, texts, others in [(b"", [], others), *self._runs(texts)]:
+        first, *rest = (b"\n" + take_complete_lines(self.buffer, data)).split(b"\n0:")
+        for joined, texts, others in [(b"", [], first), *self._runs(rest)]:
             if joined and not self.finished and not self.error:
                 self._texts(joined, texts, out)
             for line in others.split(b"\n"):
@@ -4076,50 +4080,45 @@ class AkashDecoder:
         if self.finished or self.error:
             self.buffer.clear()
         elif len(self.buffer) > self.LINE_LIMIT:
-            self._fail("Akash Chat sent a line without an end.")
+            self._fail("Akash Chat sent a line that is too long.")
         return out
 
     @staticmethod
     def _runs(lines: List[bytes]) -> List[Tuple[bytes, List[bytes], bytes]]:
-        """Texts that follow one another, joined by commas and as they are, and the other lines after those.
+        """Group consecutive text parts: (joined by commas, parts, other lines after them).
 
-        Each of ``lines`` is a text, with the other lines after it.
+        Each of ``lines`` is one text part plus the other lines after it. Parts are joined by
+        ",\\n": JSON strings contain no raw line break, so no part can swallow the next one.
         """
         if not lines:
             return []
         last, _, others = lines.pop().partition(b"\n")
         lines.append(last)
-        joined = b",\n".join(
-            lines
-        )  # JSON allows no line break in a string, so that no line can reach into the next
-        if joined.count(b"\n") < len(lines):  # the usual
+        joined = b",\n".join(lines)
+        if joined.count(b"\n") < len(lines):  # text parts only, as in most reads
             return [(joined, lines, others)]
         runs: List[Tuple[bytes, List[bytes], bytes]] = []
         texts: List[bytes] = []
         for line in lines:
-            text, malformed, between = line.partition(b"\n")
+            text, newline, between = line.partition(b"\n")
             texts.append(text)
-            if malformed:
+            if newline:
                 runs.append((b",\n".join(texts), texts, between))
                 texts = []
         return [*runs, (b",\n".join(texts), texts, others)]
 
     def single_text(self, data: bytes) -> bytes:
-        """The JSON of a text that comes alone, as where tokens come one by one; else b""."""
-        match = (
-            None
-            if self.buffer or self.pending_surrogate or self.finished or self.error
-            else _LONE_TEXT.fullmatch(data)
-        )
+        """Return the JSON string of data that is exactly one plain text part, else b""."""
+        if self.buffer or self.pending_surrogate or self.finished or self.error:
+            return b""
+        match = _SINGLE_TEXT.fullmatch(data)
         return match[1] if match else b""
 
     def close(self) -> List[Event]:
-        """The message has ended: that must not be news."""
-        out = (
-            self.feed(b"\n") if self.buffer.strip() else []
-        )  # a last line may lack its end, but not more
+        """Handle the end of the response body; an error unless Finish was received."""
+        out = self.feed(b"\n") if self.buffer.strip() else []  # the last "\n" may be missing
         if self.error and self.error.message == MALFORMED_LINE:
-            self.error = None
+            self.error = None  # the line was cut: report the truncation below instead
         if not self.finished:
             self._fail("Akash Chat ended its answer early.")
         return out
@@ -4128,17 +4127,16 @@ class AkashDecoder:
         try:
             if line[1:2] == b":" and line[:1].isalnum():
                 if line[:1] in b"g39d":
-                    self._on_v4_part(
-                        line[:1], _decode_any(line[2:].decode("utf-8", "surrogatepass")), out
-                    )
+                    value = _decode_any(line[2:].decode("utf-8", "surrogatepass"))
+                    self._on_v4_part(line[:1], value, out)
             elif line.startswith(b"data:"):
                 self._on_v5_event(line[5:].strip(), out)
             elif not line.startswith((b":", b"event:", b"id:", b"retry:", b"\r")):
                 page = re.match(rb"\s*<(!doctype|html|head|body)\b", line, re.I)
-                self._fail(
-                    CHALLENGE_PAGE if page else "Akash Chat sent something that is no stream.",
-                    "upstream_blocked" if page else "upstream_error",
-                )
+                if page:
+                    self._fail(CHALLENGE_PAGE, "upstream_blocked")
+                else:
+                    self._fail("Akash Chat sent something other than a stream.")
         except (ValueError, RecursionError):
             self._fail(MALFORMED_LINE)
 
@@ -4157,18 +4155,18 @@ class AkashDecoder:
             self._fail("Akash Chat ended its answer early.")
             return
         event = as_dict(_decode_any(data.decode("utf-8", "surrogatepass")))
-        kind = event.get("type")
-        if kind == "text-delta":
+        event_type = event.get("type")
+        if event_type == "text-delta":
             self._emit(Text, str(event.get("delta", "")), out)
-        elif kind == "reasoning-delta":
+        elif event_type == "reasoning-delta":
             self._emit(Reasoning, str(event.get("delta", "")), out)
-        elif kind == "tool-input-available":
+        elif event_type == "tool-input-available":
             self._tool(event, event.get("input"), out)
-        elif kind in ("error", "tool-input-error"):
+        elif event_type in ("error", "tool-input-error"):
             self.error = akash_error(str(event.get("errorText", "")), self.model, self.secrets)
-        elif kind == "abort":
-            self._fail("Akash Chat broke off its answer.")
-        elif kind == "finish":
+        elif event_type == "abort":
+            self._fail("Akash Chat aborted its answer.")
+        elif event_type == "finish":
             metadata = as_dict(event.get("messageMetadata"))
             self._finish(
                 event.get("finishReason", "stop"),
@@ -4177,19 +4175,20 @@ class AkashDecoder:
             )
 
     def _texts(self, joined: bytes, lines: List[bytes], out: List[Event]) -> None:
-        """The JSON texts of some lines, which are read at once if each is one text, else line by line."""
+        """Decode consecutive text parts at once; one by one if any of them is malformed."""
         try:
             texts = _decode_any((b"[%b]" % joined).decode("utf-8", "surrogatepass"))
             text = "".join(texts)
             if len(texts) != len(lines) > 1:
-                raise ValueError("the lines are not what they are together")
+                raise ValueError("a line holds more than one value")
         except (ValueError, TypeError, RecursionError):
-            return self._one_by_one(lines, out)
+            self._one_by_one(lines, out)
+            return
         if "<think>\n" in text:
+            opening, closing = self.REASONING_PART
             for text in texts:
-                begins, ends = self.THOUGHT
-                if text.startswith(begins) and text.endswith(ends):
-                    self._emit(Reasoning, text[len(begins) : -len(ends)], out)
+                if text.startswith(opening) and text.endswith(closing):
+                    self._emit(Reasoning, text[len(opening) : -len(closing)], out)
                 else:
                     self._emit(Text, text, out)
         elif self.pending_surrogate or not text.isascii() and _SURROGATE.search(text):
@@ -4199,45 +4198,40 @@ class AkashDecoder:
 
     def _one_by_one(self, lines: List[bytes], out: List[Event]) -> None:
         if len(lines) == 1:
-            return self._salvage(lines[0], out)
+            self._salvage(lines[0], out)
+            return
         for line in lines:
             if line and not self.error:
                 self._texts(line, [line], out)
 
     def _salvage(self, line: bytes, out: List[Event]) -> None:
-        """The texts of a line are broken; those before the mistake are good."""
-        scan, text, at = json.JSONDecoder().raw_decode, line.decode("utf-8", "replace"), 0
+        """Emit the strings before the error in a malformed line, then fail."""
+        scan, text, position = json.JSONDecoder().raw_decode, line.decode("utf-8", "replace"), 0
         with contextlib.suppress(ValueError, RecursionError):
-            while at < len(text):
-                value, at = scan(text, at)
+            while position < len(text):
+                value, position = scan(text, position)
                 if not isinstance(value, str):
                     break
                 self._emit(Text, value, out)
-                at += text.startswith(",", at)
+                position += text.startswith(",", position)
         self._fail(MALFORMED_LINE)
 
-    def _emit(self, kind: Callable[[str], Event], text: str, out: List[Event]) -> None:
-        """Add a text, its surrogate halves joined; a first half waits for its second."""
+    def _emit(self, make_event: Callable[[str], Event], text: str, out: List[Event]) -> None:
+        """Append an event. Surrogate pairs are joined, a trailing half is kept back."""
         text, self.pending_surrogate = self.pending_surrogate + text, ""
         if text[-1:] and "\ud800" <= text[-1] <= "\udbff":
             text, self.pending_surrogate = text[:-1], text[-1]
         text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
         if text:
-            out.append(kind(text))
+            out.append(make_event(text))
 
     def _tool(self, call: Dict[str, Any], arguments: Any, out: List[Event]) -> None:
-        if self.tools == MAX_TOOL_CALLS:
+        if self.tool_count == MAX_TOOL_CALLS:
             self.error = too_many_calls("Akash Chat")
             return
-        out.append(
-            ToolCall(
-                self.tools,
-                _encode(arguments),
-                str(call.get("toolCallId")),
-                str(call.get("toolName")),
-            )
-        )
-        self.tools += 1
+        call_id, name = str(call.get("toolCallId")), str(call.get("toolName"))
+        out.append(ToolCall(self.tool_count, _encode(arguments), call_id, name))
+        self.tool_count += 1
 
     def _finish(self, reason: Any, usage: Any, out: List[Event]) -> None:
         if self.pending_surrogate:
@@ -4247,23 +4241,22 @@ class AkashDecoder:
             self.finished = True
             out.append(Finish(FINISH_REASONS[reason], _akash_usage(usage)))
         elif reason == "error":
-            self._fail("Akash Chat failed within its answer.")
+            self._fail("Akash Chat failed in the middle of its answer.")
         else:
-            self._fail("Akash Chat ended its answer early: its model gave no reason to end.")
+            self._fail("Akash Chat ended its answer early, without a finish reason.")
 
     def _fail(self, message: str, code: str = "upstream_error") -> None:
         self.error = self.error or APIError(502, message, code=code, category="network")
 
 
 def is_challenge_page(response: UpstreamResponse) -> bool:
-    """Is this a page of something in front of the server, such as a challenge?"""
-    return "cf-mitigated" in response.headers or response.headers.get(
-        "content-type", ""
-    ).startswith("text/html")
+    """Whether a proxy in front of the server answered, such as a CDN with a challenge."""
+    content_type = response.headers.get("content-type", "")
+    return "cf-mitigated" in response.headers or content_type.startswith("text/html")
 
 
 def challenge_page_error(response: UpstreamResponse) -> APIError:
-    """What such a page means for a client: 502, and none of its HTML."""
+    """Return the 502 for a challenge page, without any of its HTML."""
     return APIError(
         502,
         f"{CHALLENGE_PAGE} (status {response.status})",
@@ -4273,12 +4266,15 @@ def challenge_page_error(response: UpstreamResponse) -> APIError:
     )
 
 
-MALFORMED_LINE = "Akash Chat sent a broken line."
-CHALLENGE_PAGE = "Something in front of Akash Chat answered with a web page instead of it."
+MALFORMED_LINE = "Akash Chat sent a malformed line."
+CHALLENGE_PAGE = "A proxy in front of Akash Chat answered with a web page."
 
 
 def _akash_usage(usage: Any) -> Optional[Dict[str, int]]:
-    """OpenAI's usage from Akash's; None unless both counts are told (text-short has nulls)."""
+    """Convert the AI SDK's usage to OpenAI's; None unless both counts are given.
+
+    Both are null if the backend reports no usage, which akash-chat does not request.
+    """
     usage = as_dict(usage)
     prompt, completion = (
         next((usage[name] for name in names if count_or_none(usage.get(name)) is not None), None)
@@ -4293,41 +4289,42 @@ def _akash_usage(usage: Any) -> Optional[Dict[str, int]]:
     }
 
 
-# The answer of AkashGen. The line is pasted together, not JSON: only ' in the two texts is escaped.
+# AkashGen's answer. akash-chat (f0a4ae0, b58259a) builds the line by string concatenation and
+# escapes only "'" in the prompts, so quotes, newlines and backslashes make it invalid JSON.
 IMAGE_JOB = re.compile(
     r"<image_generation> jobId='([^'\n]*)' prompt='(.*)'</image_generation>", re.S
 )
-PASTED_IMAGE_JOB = re.compile(r"""^0:"<image_generation> jobId='([^'\n]*)' prompt='""", re.M)
-PASTED_IMAGE_JOB_END = re.compile(r"""'</image_generation>"\n(?=e:\{|\Z)""")
+RAW_IMAGE_JOB = re.compile(r"""^0:"<image_generation> jobId='([^'\n]*)' prompt='""", re.M)
+RAW_IMAGE_JOB_END = re.compile(r"""'</image_generation>"\n(?=e:\{|\Z)""")
 
 
 def parse_image_job(body: bytes) -> Optional[Tuple[str, str]]:
-    """(job, prompt) of an answer of AkashGen, or None if it is something else (gen-ok, gen-all)."""
+    """Return (job ID, prompt) from AkashGen's answer; None if it is anything else."""
     text = body.decode("utf-8", "replace")
-    start = PASTED_IMAGE_JOB.search(text)
-    ends = (
-        deque(PASTED_IMAGE_JOB_END.finditer(text, start.end()), maxlen=1) if start else ()
-    )  # the last: the prompt may hold one
+    start = RAW_IMAGE_JOB.search(text)
+    # the last end mark: the prompt itself may contain one
+    ends = deque(RAW_IMAGE_JOB_END.finditer(text, start.end()), maxlen=1) if start else ()
     if start and ends:
-        job, texts = start[1], text[start.end() : ends[0].start()]
+        job, prompts = start[1], text[start.end() : ends[0].start()]
     else:
         match = IMAGE_JOB.fullmatch(fold(AkashDecoder().feed(body)).text.strip())
         if not match:
             return None
-        job, texts = match.groups()
-    parts = re.split(r"(?<!\\)' negative='", texts)
-    prompt = "' negative='".join(parts[:-1]) if len(parts) > 1 else texts
+        job, prompts = match.groups()
+    parts = re.split(r"(?<!\\)' negative='", prompts)
+    prompt = "' negative='".join(parts[:-1]) if len(parts) > 1 else prompts
     return job, prompt.replace("\\'", "'")
 
 
 class AkashController(Controller):
-    """Akash Chat's web API: text and reasoning streamed, pictures by the model AkashGen."""
+    """Akash Chat's web API: streams chats, generates images with the model AkashGen."""
 
     IMAGE_MODEL = "AkashGen"
     CHAT_PATH = "/api/chat/"
-    MAX_BODY_BYTES = (
-        10_000_000  # bytes: the 2026 version reads no more of a body, and then fails without a word
-    )
+    # akash-chat b58259a (May 2026) cuts a body above this size, then answers an empty 500
+    MAX_BODY_BYTES = 10_000_000
+
+    transport: Transport
 
     def __init__(
         self,
@@ -4345,12 +4342,9 @@ class AkashController(Controller):
             **({"Cookie": self.cookie} if self.cookie else {}),
         }
         self.transport = Transport(options, settings, options.base_url, "Akash Chat", headers)
+        secrets = [*cookie_values(settings.akash_cookie), *option_secrets(options)]
         self.session = AkashSession(
-            self.transport,
-            options.api_key,
-            settings.session_timeout,
-            clock,
-            [*cookie_values(settings.akash_cookie), *option_secrets(options)],
+            self.transport, options.api_key, settings.session_timeout, clock, secrets
         )
         self.model_cache = StaleOnErrorCache(self._fetch_models, settings.models_ttl, clock)
 
@@ -4362,7 +4356,7 @@ class AkashController(Controller):
         return None
 
     def events(self, call: Call) -> Iterable[Event]:
-        data, cutoff, call.ignored_params = call.prepared_requests[self.name]
+        data, stop_filter, call.ignored_params = call.prepared_requests[self.name]
         if call.image_count or call.model == self.IMAGE_MODEL:
             return self.image_events(call, data)
         cookie = self.session.get(call.scope)
@@ -4371,61 +4365,62 @@ class AkashController(Controller):
             self.CHAT_PATH,
             call.scope,
             data,
-            self._fields(data, cookie),
+            self._headers(data, cookie),
             force_new_connection=call.retry_reason,
         )
-        return EventStream(response, lambda response: self._decoder(call, response, cutoff, cookie))
+        return EventStream(
+            response, lambda response: self._decoder(call, response, stop_filter, cookie)
+        )
 
     def _prepare(self, call: Call) -> Tuple[bytes, StopFilter, List[str]]:
-        """The request's bytes, the end of its answer, and what of it is ignored."""
+        """Return the request body, the filter of its answer and the ignored parameters."""
         if call.relay_only:
-            raise APIError(404, f"There is no {call.path[:200]!r} here.", code="not_found")
+            raise APIError(404, f"Akash Chat does not offer {call.path[:200]!r}.", code="not_found")
         if call.translation_error:
             raise call.translation_error
         if call.image_count and call.model not in ("", self.IMAGE_MODEL):
-            raise bad_request(f"Pictures are made by the model {self.IMAGE_MODEL}.", "model")
+            raise bad_request(f"Images are generated by the model {self.IMAGE_MODEL}.", "model")
         body, ignored = akash_request(call)
         body["model"] = self.options.model_map.get(call.model, call.model) or self.IMAGE_MODEL
-        limit = (
-            "max_tokens"
-            if call.body.get("max_completion_tokens") is None
-            else "max_completion_tokens"
-        )
-        cutoff = StopFilter(
-            stop_sequences(call.body), number_field(call.body, limit, None, integer=True, minimum=1)
-        )
-        return request_json(body, len(call.raw_body)), cutoff, ignored
+        limit = "max_completion_tokens"
+        if call.body.get(limit) is None:
+            limit = "max_tokens"
+        max_tokens = number_field(call.body, limit, None, integer=True, minimum=1)
+        stop_filter = StopFilter(stop_sequences(call.body), max_tokens)
+        return request_json(body, len(call.raw_body)), stop_filter, ignored
 
     def image_events(self, call: Call, data: bytes) -> Iterator[Event]:
-        """Ask for each picture, then wait for each; text instead of a picture is passed on as text.
+        """Start a job for each image, then poll them; text instead of a job is passed on.
 
-        Where a limit counts requests, each picture is waited for before the next is asked for.
+        Under a limit on concurrent requests, finish each job before starting the next one.
+        Worker thread.
         """
         jobs: List[Tuple[str, str]] = []
-        one_by_one = call.one_image_at_a_time or self.options.max_concurrency > 0
+        sequential = call.one_image_at_a_time or self.options.max_concurrency > 0
         for _ in range(call.image_count or 1):
-            call.raise_if_cancelled()  # the upstream finishes a job even if its client has left
-            body = self._with_session(
+            call.raise_if_cancelled()  # a job can't be cancelled: start none for a client that left
+            response = self._with_session(
                 "POST", self.CHAT_PATH, call.scope, data, model=call.model
-            ).read(limit=4 << 20)
+            )
+            body = response.read(limit=4 << 20)
             job = parse_image_job(body)
             if job is None:
                 yield from self._text_instead(call, body)
                 return
             if job[0] in ("", "undefined"):
                 raise APIError(
-                    502, "Akash Chat could not start the picture.", code="upstream_error"
+                    502, "Akash Chat could not start the image job.", code="upstream_error"
                 )
-            if one_by_one:
+            if sequential:
                 yield from self._poll_image(call, *job)
             else:
                 jobs.append(job)
-        for job, prompt in jobs:
-            yield from self._poll_image(call, job, prompt)
+        for job in jobs:
+            yield from self._poll_image(call, *job)
         yield Finish("stop")
 
     def secrets(self, cookie: Optional[str] = None) -> List[str]:
-        """What its errors must not show: keys, header values, and the cookies of a request."""
+        """List the strings to redact from errors: keys, header values and cookies."""
         return [
             *self.session.secrets,
             *cookie_values(self.session.cookie or ""),
@@ -4439,49 +4434,43 @@ class AkashController(Controller):
         return {"akashproxy_session_renewals_total": self.session.refresh_count}
 
     def image(self, name: str, scope: CancelScope) -> UpstreamResponse:
-        path = f"/api/image/{name}" if "." in name else f"/api/image/{name}/"  # image-noext-308
+        # akash-chat f0a4ae0: names without an extension need the slash, others must not have it
+        path = f"/api/image/{name}" if "." in name else f"/api/image/{name}/"
         response = self.transport.fetch("GET", path, scope)
         if response.status == 200 and response.headers.get("content-type", "").startswith("image/"):
             return response
         response.close()
         if response.status in (200, 404):
-            raise APIError(404, f"There is no picture {name!r}.", code="not_found")
+            raise APIError(404, f"The image {name!r} does not exist.", code="not_found")
         raise APIError(
             502,
-            f"Akash Chat could not give the picture (status {response.status}).",
+            f"Akash Chat could not serve the image (status {response.status}).",
             code="upstream_error",
             upstream_status=response.status,
         )
 
-    def _fields(self, data: Optional[bytes], cookie: str) -> Dict[str, str]:
-        """The header fields that a request adds."""
-        fields = {"Content-Type": "application/json"} if data else {}
+    def _headers(self, data: Optional[bytes], cookie: str) -> Dict[str, str]:
+        """Return the headers of one request, besides those of the transport."""
+        headers = {"Content-Type": "application/json"} if data else {}
         if cookie:
-            fields["Cookie"] = "; ".join(filter(None, (cookie, self.cookie)))
-        return fields
+            headers["Cookie"] = "; ".join(filter(None, (cookie, self.cookie)))
+        return headers
 
     def _decoder(
-        self, call: Call, response: UpstreamResponse, cutoff: StopFilter, cookie: str
+        self, call: Call, response: UpstreamResponse, stop_filter: StopFilter, cookie: str
     ) -> Any:
-        """What understands the body of an answer: a stream, or a refusal."""
+        """Return the decoder for the body of a stream or of an error."""
         if response.status == 200 and not is_challenge_page(response):
-            return DecoderChain(
-                AkashDecoder(call.model, self.secrets(cookie)),
-                ThinkTagFilter(),
-                *[cutoff] * cutoff.needed,
-            )
+            decoder = AkashDecoder(call.model, self.secrets(cookie))
+            if stop_filter.needed:
+                return DecoderChain(decoder, ThinkTagFilter(), stop_filter)
+            return DecoderChain(decoder, ThinkTagFilter())
 
-        def refused(data: bytes) -> List[Event]:
-            raise self._session_error(
-                response,
-                data,
-                call.model,
-                cookie,
-                call.retry_reason == "session",
-                len(call.prepared_requests[self.name][0]),
-            )
+        def parse(data: bytes) -> NoReturn:
+            is_retry, sent = call.retry_reason == "session", call.prepared_requests[self.name][0]
+            raise self._session_error(response, data, call.model, cookie, is_retry, len(sent))
 
-        return BufferedBody(refused, 1 << 20, is_error_body=True)
+        return BufferedBody(parse, 1 << 20, is_error_body=True)
 
     def _with_session(
         self,
@@ -4492,11 +4481,11 @@ class AkashController(Controller):
         first_byte: Optional[float] = None,
         model: str = "",
     ) -> UpstreamResponse:
-        """A request with the cookie; if the session is refused, once more with a new one."""
+        """Send a request with the cookie; repeat it once if the session was rejected."""
         for is_retry in (False, True):
             cookie = self.session.get(scope)
             response = self.transport.fetch(
-                method, path, scope, data, self._fields(data, cookie), first_byte
+                method, path, scope, data, self._headers(data, cookie), first_byte
             )
             if response.status == 200 and not is_challenge_page(response):
                 return response
@@ -4516,23 +4505,23 @@ class AkashController(Controller):
         is_retry: bool,
         sent: int,
     ) -> APIError:
-        """What an answer that is no stream means; the first time that the session is refused, it is tried again."""
+        """Return the error for an unsuccessful response, ``sent`` bytes of request.
+
+        A rejected session is invalidated; its category is "again", unless this is the retry.
+        """
         fields = as_dict(json_or_none(data))
-        if (
-            response.status == 403
-            and fields.get("message") == "Unauthorized: Invalid session"
-            and not is_retry
-        ):
+        rejected = fields.get("message") == "Unauthorized: Invalid session"
+        if rejected and response.status == 403 and not is_retry:
             self.session.invalidate(cookie)
             return APIError(
-                502, "Akash Chat refused the session.", code="session", category="again"
+                502, "Akash Chat rejected the session.", code="session", category="again"
             )
         secrets = self.secrets(cookie)
         if response.status == 400 and data and not fields and not is_challenge_page(response):
             error = akash_error("Bad request: " + data.decode("utf-8", "replace"), model, secrets)
         else:
-            words = redact(str(fields.get("message") or fields.get("error") or "")[:4000], secrets)
-            error = self._status_error(response, fields, words, model, sent)
+            message = str(fields.get("message") or fields.get("error") or "")[:4000]
+            error = self._status_error(response, fields, redact(message, secrets), model, sent)
         error.upstream_status = response.status
         return error
 
@@ -4544,15 +4533,16 @@ class AkashController(Controller):
         model: str,
         sent: int,
     ) -> APIError:
-        """What another status than 200, or a web page, means; ``fields`` is its JSON."""
+        """Return the error for a status or web page; ``fields`` is the JSON body."""
         status = response.status
         if is_challenge_page(response):
             return challenge_page_error(response)
         if fields.get("error") == "Model not available":
-            if fields.get("available_models") == []:  # chat-models-backend-500
+            # b58259a lists no models while its backend is down: an outage, not a wrong model
+            if fields.get("available_models") == []:
                 return APIError(
                     503,
-                    "Akash Chat has no models at all now.",
+                    "Akash Chat currently offers no models.",
                     code="upstream_error",
                     retry_after=30,
                     category="network",
@@ -4566,12 +4556,12 @@ class AkashController(Controller):
             )
         if status in (401, 403):
             return auth_error(
-                f"Akash Chat refuses this server ({redact_hosts(message)[:200] or status}).", status
+                f"Akash Chat denied access ({redact_hosts(message)[:200] or status}).", status
             )
         if status == 413 or status == 500 and not message and sent > self.MAX_BODY_BYTES:
             return APIError(
                 413,
-                "The request is too large for Akash Chat, which takes 10 MB.",
+                "The request is too large for Akash Chat (limit: 10 MB).",
                 category="refused",
                 retry=False,
             )
@@ -4580,81 +4570,69 @@ class AkashController(Controller):
     def _backend_error(
         self, response: UpstreamResponse, fields: Dict[str, Any], message: str, model: str
     ) -> APIError:
-        """The failure of the server, or of what is behind it."""
-        status, retry_after = (
-            response.status,
-            retry_after_seconds(response.headers, fields, message=message, limit=False),
-        )
+        """Return the error for a failure of the server or its backend."""
+        status = response.status
+        retry_after = retry_after_seconds(response.headers, fields, message=message, limit=False)
         if message:
             error = akash_error(message, model)
-            error = (
-                error
-                if error.status != 400 or status == 400
-                else APIError(502, error.message, code="upstream_error")
-            )
+            if error.status == 400 != status:
+                error = APIError(502, error.message, code="upstream_error")
         else:
             error = APIError(
                 502 if status <= 500 else 503,
+                f"Akash Chat failed without giving a reason (status {status}).",
                 code="upstream_error",
-                message=f"Akash Chat failed without a reason (status {status}).",
             )
         if retry_after and error.category == "server":
             error.category, error.retry_after = "limit", retry_after
         return error
 
     def _text_instead(self, call: Call, body: bytes) -> Iterator[Event]:
-        """The text that came in place of a picture (gen-textanswer)."""
-        pipeline = DecoderChain(AkashDecoder(call.model, self.secrets()), ThinkTagFilter())
-        events = pipeline.feed(body) + pipeline.close()
-        if pipeline.error:
-            raise pipeline.error
+        """Return the events of an answer with text where an image was requested."""
+        decoder = DecoderChain(AkashDecoder(call.model, self.secrets()), ThinkTagFilter())
+        events = decoder.feed(body) + decoder.close()
+        if decoder.error:
+            raise decoder.error
         if call.image_count:
             raise bad_request(
-                f"Akash Chat answered with text instead of a picture: {fold(events).text[:500]}",
+                f"Akash Chat answered with text instead of an image: {fold(events).text[:500]}",
                 "prompt",
                 "no_image",
             )
         yield from events
 
     def _poll_image(self, call: Call, job: str, prompt: str) -> Iterator[Event]:
-        """Poll a job: soon at first, then slower, until the picture is there or the time is over."""
-        pause, misses, last_progress = self.settings.image_poll, 0, None
-        end = time.monotonic() + self.settings.image_timeout
+        """Poll a job, ever more slowly, until its image is ready; APIError if it fails."""
+        interval, misses, last_progress = self.settings.image_poll, 0, None
+        deadline = time.monotonic() + self.settings.image_timeout
         while True:
-            call.sleep(pause)
-            pause = min(pause * 1.5, self.settings.image_poll * 6)
+            call.sleep(interval)
+            interval = min(interval * 1.5, self.settings.image_poll * 6)
             state = self._job_state(call, job)
             fields = state or {}
             status, result = str(fields.get("status") or ""), str(fields.get("result") or "")
             if status == "failed" or result.startswith("Failed"):
                 result = redact_hosts(redact(result[:4000], self.secrets()))
-                raise APIError(
-                    502,
-                    f"The picture failed: {result[:200] or 'no reason given'}.",
-                    code="image_failed",
-                    retry=False,
-                )
+                reason = result[:200] or "no reason given"
+                raise image_failed(f"Image generation failed: {reason}.", retry=False)
             if status in ("succeeded", "completed"):
                 yield self._fetch_image(call, job, prompt, result)
                 return
+            # akash-chat's web page gives up when a job is unknown three times in a row; a failed
+            # status request counts for a quarter of that
             misses = 0 if status else misses + (1 if state is None else 4)
-            if (
-                misses >= 12
-            ):  # three times unknown is what the web page takes for lost (imgstatus-unknown, imgstatus-404)
-                raise APIError(502, "Akash Chat has lost the picture's job.", code="image_failed")
-            if time.monotonic() > end:
-                raise APIError(
-                    504,
-                    f"The picture was not ready within {self.settings.image_timeout:g} seconds.",
-                    code="image_failed",
-                )
+            if misses >= 12:
+                raise image_failed("Akash Chat lost the image job.")
+            if time.monotonic() > deadline:
+                limit = f"{self.settings.image_timeout:g} seconds"
+                raise image_failed(f"The image was not ready within {limit}.", 504)
             progress = ImageProgress(status, count_or_none(fields.get("queue_position")) or 0)
             if status and progress != last_progress:
                 last_progress = progress
                 yield progress
 
     def _job_state(self, call: Call, job: str) -> Optional[Dict[str, Any]]:
-        """What /api/image-status/ tells of a job; {} if it knows none, None if it can't say now."""
+        """Return a job's status object; {} if it is unknown, None if the request failed."""
         path = "/api/image-status/?ids=" + urllib.parse.quote(job, safe="")
         try:
             response = self.transport.fetch(
@@ -4662,21 +4640,17 @@ class AkashController(Controller):
             )
             jobs = response.json()
         except APIError as error:
-            log.info("a picture's state: %s", error.message)
-            call.new_scope()
+            log.info("status of an image job: %s", error.message)
+            call.new_scope()  # a timeout has cancelled the old one
             return None
         if response.status >= 500:
             return None
-        return (
-            as_dict(jobs[0]) if response.status == 200 and isinstance(jobs, list) and jobs else {}
-        )
+        return as_dict(next(iter(as_list(jobs)), None)) if response.status == 200 else {}
 
     def _fetch_image(self, call: Call, job: str, prompt: str, result: str) -> Image:
         name = result.rsplit("/", 1)[-1]
         if not IMAGE_NAME.fullmatch(name):
-            raise APIError(
-                502, "Akash Chat gave the picture a name that can't be used.", code="image_failed"
-            )
+            raise image_failed("Akash Chat returned an invalid image name.")
         data = self.image(name, call.scope).read() if call.images_as_bytes else None
         return Image(job, prompt, name, f"{self.options.base_url}/api/image/{name}", data)
 
@@ -4687,59 +4661,52 @@ class AkashController(Controller):
         names = akash_models(json_or_none(response.read(limit=MAX_LIST_BYTES)))
         if not names:
             raise APIError(
-                503, "Akash Chat lists no models now.", code="upstream_error", retry_after=30
+                503, "Akash Chat lists no models.", code="upstream_error", retry_after=30
             )
-        return [
-            {
-                "id": name,
-                "object": "model",
-                "created": 1626777600,
-                "owned_by": "Akash Network",
-                "permission": None,
-                "root": name,
-                "parent": None,
-            }
-            for name in names
-        ]
+        common = {
+            "object": "model",
+            "created": 1626777600,
+            "owned_by": "Akash Network",
+            "permission": None,
+        }
+        return [{"id": name, **common, "root": name, "parent": None} for name in names]
 
 
 IMAGE_NAME = re.compile(r"(?!\.)[A-Za-z0-9._-]{1,200}")
 
 
 def akash_models(listing: Any) -> List[str]:
-    """The ids of Akash's model list, in any of its shapes (models-*, 2026: models-all); [] if it is none."""
+    """Return the IDs in a model list of any akash-chat version; [] if malformed.
+
+    Lists are arrays, or objects with ``models``. Where b58259a has a database, an entry's ``id``
+    may be the database's key and ``model_id`` the model.
+    """
     if isinstance(listing, dict):
         listing = listing.get("models") or listing.get("data")
     entries = [entry for entry in map(as_dict, as_list(listing)) if entry.get("available", True)]
-    # in models-all the id is a database key
-    return list(
-        bounded_model_list(
-            "Akash Chat", ((entry.get("model_id") or entry.get("id"), entry) for entry in entries)
-        )
-    )
+    named = ((entry.get("model_id") or entry.get("id"), entry) for entry in entries)
+    return list(bounded_model_list("Akash Chat", named))
 
 
-MAX_LIST_BYTES, MAX_MODELS = 4 << 20, 10_000  # of an upstream's list of models
+MAX_LIST_BYTES, MAX_MODELS = 4 << 20, 10_000  # limits of an upstream's model list
 
 
 def bounded_model_list(
     upstream_name: str, entries: Iterable[Tuple[Any, Dict[str, Any]]]
 ) -> Dict[str, Dict[str, Any]]:
-    """The entries of an upstream's list by usable names, each once. A list that is too long is cut, and that is logged."""
-    found: Dict[str, Dict[str, Any]] = {}
+    """Return a model list's entries by valid name, at most MAX_MODELS of them."""
+    models: Dict[str, Dict[str, Any]] = {}
     for name, entry in entries:
         if isinstance(name, str) and 0 < len(name) <= MAX_NAME:
-            found.setdefault(name, entry)
-        if len(found) > MAX_MODELS:
-            found.popitem()
-            log.warning(
-                "%s lists more than %d models; the others are left out", upstream_name, MAX_MODELS
-            )
+            models.setdefault(name, entry)
+        if len(models) > MAX_MODELS:
+            models.popitem()
+            log.warning("%s lists more than %d models; using the first", upstream_name, MAX_MODELS)
             break
-    return found
+    return models
 
 
-MAX_RETRY_AFTER = 172800.0  # every limit is tried again within two days
+MAX_RETRY_AFTER = 172800.0  # seconds; an absurd value must not disable an upstream for good
 
 
 def retry_after_seconds(
@@ -4749,36 +4716,31 @@ def retry_after_seconds(
     message: str = "",
     limit: bool = True,
 ) -> Optional[float]:
-    """Seconds until a limit ends, between 1 and two days: by a header field, a field of the body or the message.
+    """Return the seconds to wait (1 to MAX_RETRY_AFTER) by headers, body or message.
 
-    ``limit``: also by the fields that come with every answer of some upstreams. None if it is not said, or not understood.
+    With ``limit`` also by rate-limit headers, which some upstreams send with every response.
+    None if no wait is given or it can't be parsed.
     """
     delays = [
-        _wait(headers.get(name, ""), unit, now)
-        for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0))
+        _delay(headers.get("retry-after-ms", ""), 0.001, now),
+        _delay(headers.get("retry-after", ""), 1.0, now),
+        _delay_from_headers(headers, now) if limit else None,
+        _delay_from_body(body, now),
+        _delay_from_message(message),
     ]
-    if limit:
-        delays.append(_wait_from_headers(headers, now))
-    delays += [_wait_from_body(body, now), _wait_in_words(message)]
-    return next(
-        (min(max(1.0, seconds), MAX_RETRY_AFTER) for seconds in delays if seconds is not None), None
-    )
+    seconds = next((delay for delay in delays if delay is not None), None)
+    return None if seconds is None else min(max(1.0, seconds), MAX_RETRY_AFTER)
 
 
-def _wait(value: Any, unit: float, now: Callable[[], float]) -> Optional[float]:
-    """The seconds of a span, a moment, a moment in milliseconds, or a date in either of the two usual forms."""
-    text = (
-        str(value).strip()[:200]
-        if isinstance(value, (str, int, float)) and not isinstance(value, bool)
-        else ""
-    )
-    for part in (
-        text,
-        text.partition(",")[0].strip(),
-    ):  # equal fields may have been joined: "30, 30"
+def _delay(value: Any, unit: float, now: Callable[[], float]) -> Optional[float]:
+    """Seconds from now by a number, a duration, a Unix time (s or ms) or a date."""
+    if not isinstance(value, (str, int, float)) or isinstance(value, bool):
+        return None
+    text = str(value).strip()[:200]
+    for part in (text, text.partition(",")[0].strip()):  # "30, 30": equal headers joined
         if re.fullmatch(r"[0-9]{1,14}(?:\.[0-9]{1,20})?", part):
             seconds = float(part) * unit
-            seconds = seconds / 1000 if seconds > 1e11 else seconds
+            seconds = seconds / 1000 if seconds > 1e11 else seconds  # Unix time in ms
             return seconds - now() if seconds > 1e9 else seconds
         if re.fullmatch(r"(?:[0-9]{1,14}(?:\.[0-9]{1,20})?(?:ms|[smhd])){1,8}", part):
             return parse_duration(part)
@@ -4789,7 +4751,7 @@ def _wait(value: Any, unit: float, now: Callable[[], float]) -> Optional[float]:
 
 
 def _timestamp(text: str) -> Optional[float]:
-    """A date of HTTP or of ISO 8601 as seconds since 1970; None for what is none, however absurd."""
+    """Parse an HTTP or ISO 8601 date to a Unix time; None if it is not a valid one."""
     from datetime import datetime, timezone
     from email.utils import parsedate_to_datetime
 
@@ -4807,29 +4769,24 @@ def _timestamp(text: str) -> Optional[float]:
     return None
 
 
-def _wait_from_headers(headers: Dict[str, str], now: Callable[[], float]) -> Optional[float]:
-    """The longest wait of the fields that tell when a limit which is used up begins anew."""
-    delays = []
+def _delay_from_headers(headers: Dict[str, str], now: Callable[[], float]) -> Optional[float]:
+    """Longest time until a used-up limit resets, by the rate-limit headers in use."""
+    delays: List[Optional[float]] = []
     for name, value in headers.items():
-        if name in (
-            "ratelimit",
-            "x-ratelimit",
-        ):  # "default";r=0;t=60, or limit=9, remaining=0, reset=60
-            remaining, wait = (
-                re.search(rf"\b{word}=([0-9]{{1,9}})\b", value[:1000])
-                for word in ("(?:r|remaining)", "(?:t|reset)")
-            )
-            delays += [float(wait[1])] if wait and (not remaining or remaining[1] == "0") else []
+        if name in ("ratelimit", "x-ratelimit"):  # "default";r=0;t=60, or remaining=0, reset=60
+            remaining = re.search(r"\b(?:r|remaining)=([0-9]{1,9})\b", value[:1000])
+            reset = re.search(r"\b(?:t|reset)=([0-9]{1,9})\b", value[:1000])
+            if reset and (not remaining or remaining[1] == "0"):
+                delays.append(float(reset[1]))
         elif "reset" in name.split("-") and re.search(r"rate-?limit|tokenlimit", name):
-            remaining = headers.get(name.replace("reset", "remaining"), "0").strip()
-            delays += (
-                [_wait(value, 1.0, now)] if re.fullmatch(r"0(?:\.0{1,9})?|", remaining) else []
-            )
+            count = headers.get(name.replace("reset", "remaining"), "0").strip()
+            if re.fullmatch(r"0(?:\.0{1,9})?|", count):
+                delays.append(_delay(value, 1.0, now))
     return max((seconds for seconds in delays if seconds is not None), default=None)
 
 
-# Fields of error bodies, in small letters and without "_", and what one of their units is in seconds.
-WAIT_FIELDS = {
+# Fields of error bodies, in lower case without "_", and their units in seconds.
+DELAY_FIELDS = {
     "retrydelay": 1.0,
     "retryafter": 1.0,
     "retryafterseconds": 1.0,
@@ -4841,48 +4798,44 @@ WAIT_FIELDS = {
 }
 
 
-def _wait_from_body(value: Any, now: Callable[[], float], depth: int = 5) -> Optional[float]:
-    """The wait that a body tells in one of WAIT_FIELDS, or in header fields that it quotes."""
+def _delay_from_body(value: Any, now: Callable[[], float], depth: int = 5) -> Optional[float]:
+    """Delay in one of DELAY_FIELDS of an error body, or in response headers it quotes."""
     if not depth or not isinstance(value, (dict, list)):
         return None
     if isinstance(value, list):
-        return next(
-            filter(None, (_wait_from_body(item, now, depth - 1) for item in value[:16])), None
-        )
+        delays = (_delay_from_body(item, now, depth - 1) for item in value[:16])
+        return next(filter(None, delays), None)
     for name, inner in itertools.islice(value.items(), 64):
-        unit = WAIT_FIELDS.get(name.replace("_", "").lower())
+        unit = DELAY_FIELDS.get(name.replace("_", "").lower())
         if name == "headers" and isinstance(inner, dict):
-            seconds = retry_after_seconds(
-                {key.lower(): str(item) for key, item in itertools.islice(inner.items(), 64)},
-                {},
-                now,
-            )
+            quoted = itertools.islice(inner.items(), 64)
+            seconds = retry_after_seconds({key.lower(): str(item) for key, item in quoted}, {}, now)
+        elif unit:
+            seconds = _delay(inner, unit, now)
         else:
-            seconds = _wait(inner, unit, now) if unit else _wait_from_body(inner, now, depth - 1)
+            seconds = _delay_from_body(inner, now, depth - 1)
         if seconds is not None:
             return seconds
     return None
 
 
-_WAIT_IN_WORDS = re.compile(
+_DELAY_IN_MESSAGE = re.compile(
     r"(?:(?:try|retry|again)[a-z ]{0,30} (?:in|after)|wait(?: for)?|resets? in) (?:about )?"
     r"((?:[0-9]{1,9}(?:\.[0-9]{1,20})? ?(?:[a-z]{1,12})?(?:,? and |, | )?){1,4})",
     re.I,
 )
 
 
-def _wait_in_words(message: str) -> Optional[float]:
-    """The seconds of "try again in 7m30.5s" or "Please retry after 2 minutes"."""
-    spoken = _WAIT_IN_WORDS.search(message[:4000])
-    if not spoken:
+def _delay_from_message(message: str) -> Optional[float]:
+    """Seconds in "try again in 7m30.5s" or "Please retry after 2 minutes"."""
+    match = _DELAY_IN_MESSAGE.search(message[:4000])
+    if not match:
         return None
     total = 0.0
-    for count, unit in re.findall(
-        r"([0-9]{1,9}(?:\.[0-9]{1,20})?) ?([a-z]{0,12})", spoken[1].lower()
-    ):
-        factor = next(
-            (seconds for names, seconds in DURATION_UNITS if re.fullmatch(names, unit)), None
-        )
+    quantities = re.findall(r"([0-9]{1,9}(?:\.[0-9]{1,20})?) ?([a-z]{0,12})", match[1].lower())
+    for count, unit in quantities:
+        factors = (seconds for names, seconds in DURATION_UNITS if re.fullmatch(names, unit))
+        factor = next(factors, None)
         if factor is None:
             break
         total += float(count) * factor
@@ -4899,34 +4852,39 @@ DURATION_UNITS = (
 
 
 def parse_duration(text: str) -> Optional[float]:
-    """The seconds of "17", "1m30.5s", "6h" or "120ms" (OpenAI's x-ratelimit-reset-*)."""
+    """Seconds of "17", "1m30.5s", "6h" or "120ms", as in OpenAI's x-ratelimit-reset-*."""
     units = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "": 1.0}
-    if not re.fullmatch(
-        r"(?:[0-9]{1,14}(?:\.[0-9]+)?(?:ms|[smhd]|\Z))+", text
-    ):  # only the last may lack its unit:
-        return None  # if any could, a row of digits could be split in 2 to the power of its length ways
-    return sum(
-        float(count) * units[unit] for count, unit in re.findall(r"([0-9.]+)(ms|[smhd]?)", text)
-    )
+    # Only the last number may lack a unit, or the pattern could split digits in 2^n ways.
+    if not re.fullmatch(r"(?:[0-9]{1,14}(?:\.[0-9]+)?(?:ms|[smhd]|\Z))+", text):
+        return None
+    quantities = re.findall(r"([0-9.]+)(ms|[smhd]?)", text)
+    return sum(float(count) * units[unit] for count, unit in quantities)
 
 
 class SingleFlight:
-    """One does the work while the others wait for it, and all of them share how it ended."""
+    """Runs a function for one caller at a time; waiting callers share its error.
+
+    Any thread.
+    """
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.failure: Optional[APIError] = None
         self.failed_at = -math.inf
 
-    def run(self, work: Callable[[], None], scope: CancelScope) -> None:
-        """Do the work; who came while somebody else failed at it gets that failure. Ends early with the watch."""
+    def run(self, function: Callable[[], None], scope: CancelScope) -> None:
+        """Run a function, unless another caller's run has failed since this call began.
+
+        That failure is raised instead. After another caller's success the function still runs,
+        so it must check whether anything is left to do. Raises the scope's reason if cancelled.
+        """
         arrived_at = time.monotonic()
-        while not self.lock.acquire(timeout=0.25):
+        while not self.lock.acquire(timeout=0.25):  # a cancelled caller must not wait for others
             scope.raise_if_cancelled()
         try:
             if self.failure is not None and self.failed_at >= arrived_at:
                 raise self.failure
-            work()
+            function()
         except APIError as error:
             if error is not self.failure:
                 self.failure, self.failed_at = error, time.monotonic()
@@ -4936,69 +4894,71 @@ class SingleFlight:
 
 
 class StaleOnErrorCache:
-    """A value that is fetched anew after a while; meanwhile, and if that fails, the last good one serves on."""
+    """Model list cache; serves the old list during a refresh, or after a failed one.
 
-    RETRY = 15.0  # seconds until a failed fetch is tried again
+    ``ttl`` is in seconds. Any thread.
+    """
+
+    RETRY = 15.0  # seconds until a failed fetch is repeated
 
     def __init__(
-        self, fetch: Callable[[], Any], ttl: float, clock: Callable[[], float] = time.monotonic
+        self,
+        fetch: Callable[[], List[Dict[str, Any]]],
+        ttl: float,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.fetch, self.ttl, self.clock = fetch, ttl, clock
         self.single_flight = SingleFlight()
-        self.value: Any = None
+        self.value: List[Dict[str, Any]] = []  # empty until the first fetch
         self.failure: Optional[APIError] = None
         self.expires_at = -math.inf
 
-    def get(self) -> Any:
-        if self.value is None and self.failure and self.clock() < self.expires_at:
+    def get(self) -> List[Dict[str, Any]]:
+        """Return the list, fetched if necessary; APIError if there has never been one."""
+        expired = self.clock() >= self.expires_at
+        if not self.value and self.failure and not expired:
             raise self.failure
-        if (
-            self.value is None
-            or self.clock() >= self.expires_at
-            and not self.single_flight.lock.locked()
-        ):
+        if not self.value or expired and not self.single_flight.lock.locked():
             self.single_flight.run(self._refresh, CancelScope())
         return self.value
 
     def _refresh(self) -> None:
-        if self.value is not None and self.clock() < self.expires_at:
+        if self.value and self.clock() < self.expires_at:
             return
         try:
             self.value = self.fetch()
             self.expires_at = self.clock() + self.ttl
         except APIError as error:
             self.expires_at, self.failure = self.clock() + self.RETRY, error
-            if self.value is None:
+            if not self.value:
                 raise
-            log.warning("the last known models serve on: %s", error.message)
+            log.warning("models not refreshed, still using the last list: %s", error.message)
 
 
 class ChatDecoder:
-    """The stream of any OpenAI-style upstream.
+    """Decoder of chat-completion streams of OpenAI-compatible upstreams.
 
-        : keep-alive                                            skipped, as are event:, id: and retry:
+        : keep-alive                                            skipped; also event:, id:, retry:
         data: {"choices":[{"delta":{"content":"Hi"}}]}          Text
-        data: {"choices":[{"delta":{"reasoning_content":"h"}}]} Reasoning ("reasoning" with some servers)
+        data: {"choices":[{"delta":{"reasoning_content":"h"}}]} Reasoning; also "reasoning"
         data: {"choices":[{"delta":{"tool_calls":[...]}}]}      ToolCall fragments
-        data: {"choices":[{"delta":{},"finish_reason":"stop"}]} the end, held until the usage has come
-        data: {"choices":[],"usage":{...}}                      usage, before or after it
-        data: {"error":{"message":"..."}}                       an error
-        data: [DONE]                                            Finish; some servers never send it
+        data: {"choices":[{"delta":{},"finish_reason":"stop"}]} kept for Finish
+        data: {"choices":[],"usage":{...}}                      kept for Finish
+        data: {"error":{"message":"..."}}                       error
+        data: [DONE]                                            Finish; optional
 
-    Lines end with CR LF or LF, and an event may have several data lines. Only the first choice counts.
+    Lines end with CR LF or LF; an event may have several data lines. Only choice 0 is decoded.
     """
 
-    LINE_LIMIT = 16 << 20
+    LINE_LIMIT = 16 << 20  # bytes
 
     def __init__(self, upstream_name: str = "the upstream", secrets: Iterable[str] = ()) -> None:
         self.upstream_name, self.secrets = upstream_name, secrets
-        self.buffer = bytearray()  # a line that has not ended
-        self.calls: set = set()  # (index, id) of each call of a tool
-        self.latest: Dict[
-            int, int
-        ] = {}  # by that index: which of the calls was the last to come with it
-        self.data: List[bytes] = []  # the data lines of an event that has not ended,
-        self.size = 0  # and what they take in memory
+        self.buffer = bytearray()  # an incomplete line
+        self.calls: Set[Tuple[int, Optional[str]]] = set()  # (upstream's index, ID) of tool calls
+        self.latest: Dict[int, int] = {}  # upstream's index -> number of its latest tool call
+        self.data: List[bytes] = []  # data lines of an incomplete event
+        self.size = 0  # bytes of memory they use
         self.reason: Optional[str] = None
         self.usage: Optional[Dict[str, int]] = None
         self.finished = False
@@ -5008,16 +4968,16 @@ class ChatDecoder:
         if self.buffer:
             data = take_complete_lines(self.buffer, data)
         lines = data.split(b"\n")
-        rest = lines.pop()
-        if rest:
-            self.buffer += rest
+        partial = lines.pop()
+        if partial:
+            self.buffer += partial
         if b"\r" in data:
             lines = [line[:-1] if line.endswith(b"\r") else line for line in lines]
         out: List[Event] = []
         for line in lines:
             if line.startswith(b"data:"):
                 self.data.append(line[5:].lstrip(b" "))
-                self.size += len(line) + 64
+                self.size += len(line) + 64  # plus Python's overhead for a bytes object
             elif not line and self.data:
                 self._event(b"\n".join(self.data), out)
                 self.data, self.size = [], 0
@@ -5025,20 +4985,21 @@ class ChatDecoder:
                 self.buffer.clear()
                 return out
         if (self.data or self.buffer) and self.size + len(self.buffer) > self.LINE_LIMIT:
-            self.error = truncated(self.upstream_name, "sent an event without an end")
+            self.error = truncated(self.upstream_name, "sent an event that is too long")
         return out
 
     def close(self) -> List[Event]:
         out: List[Event] = []
         if self.data and not self.buffer.strip():
-            self._event(b"\n".join(self.data), out)  # the last event's blank line may be missing
+            self._event(b"\n".join(self.data), out)  # the last blank line may be missing
         if not self.finished and not self.error:
             self._finish(out)
         return out
 
     def _event(self, data: bytes, out: List[Event]) -> None:
         if data.strip() == b"[DONE]":
-            return self._finish(out)
+            self._finish(out)
+            return
         event = json_or_none(data)
         if not isinstance(event, dict):
             self.error = truncated(self.upstream_name, "sent an event that is not JSON")
@@ -5049,17 +5010,16 @@ class ChatDecoder:
             for choice in as_list(event.get("choices")):
                 choice = as_dict(choice)
                 if not choice.get("index"):
-                    out += map(
-                        self._renumber_tool_call,
-                        message_events(
-                            as_dict(choice.get("delta")) or {"content": choice.get("text")}
-                        ),
-                    )
+                    delta = as_dict(choice.get("delta")) or {"content": choice.get("text")}
+                    out += map(self._renumber_tool_call, message_events(delta))
                     reason = choice.get("finish_reason")
                     self.reason = reason if reason and isinstance(reason, str) else self.reason
 
     def _renumber_tool_call(self, event: Event) -> Event:
-        """Some servers give every call of a tool the index 0: a new id is a new call. Others give no id."""
+        """Number tool calls by their IDs: some servers give all of them the index 0.
+
+        Fragments without an ID belong to the latest call of their index. Passes other events on.
+        """
         if not isinstance(event, ToolCall):
             return event
         if event.index not in self.latest or event.id and (event.index, event.id) not in self.calls:
@@ -5079,11 +5039,11 @@ class ChatDecoder:
 
 
 def message_events(message: Dict[str, Any]) -> List[Event]:
-    """The events of a delta of a stream, or of a whole message."""
+    """Return the events of a stream's delta or of a complete message."""
     events: List[Event] = []
-    thought = message.get("reasoning_content") or message.get("reasoning")
-    if isinstance(thought, str) and thought:
-        events.append(Reasoning(thought))
+    reasoning = message.get("reasoning_content") or message.get("reasoning")
+    if isinstance(reasoning, str) and reasoning:
+        events.append(Reasoning(reasoning))
     text = message.get("content") or message.get("refusal")
     if isinstance(text, list):
         text = "".join(str(as_dict(part).get("text") or "") for part in text)
@@ -5092,12 +5052,12 @@ def message_events(message: Dict[str, Any]) -> List[Event]:
     calls = as_list(message.get("tool_calls"))
     if isinstance(message.get("function_call"), dict):
         calls = [{"index": 0, "function": message["function_call"]}]
-    for at, call in enumerate(map(as_dict, calls)):
-        function, index = as_dict(call.get("function")), call.get("index")
+    for position, call in enumerate(map(as_dict, calls)):
+        function, index = as_dict(call.get("function")), count_or_none(call.get("index"))
         arguments = function.get("arguments") or ""
         events.append(
             ToolCall(
-                at if count_or_none(index) is None or index >= 1 << 31 else index,
+                position if index is None or index >= 1 << 31 else index,
                 arguments if isinstance(arguments, str) else _encode(arguments),
                 name_or_none(call.get("id")),
                 name_or_none(function.get("name")),
@@ -5107,19 +5067,21 @@ def message_events(message: Dict[str, Any]) -> List[Event]:
 
 
 def name_or_none(value: Any) -> Optional[str]:
-    """A string as it is, a number as a string, and None for anything else."""
+    """Return a string as it is, an integer as a string; None for anything else."""
     return value if isinstance(value, str) else str(value) if type(value) is int else None
 
 
 def chat_usage(usage: Any) -> Optional[Dict[str, Any]]:
-    """The usage of an OpenAI-style upstream, if it has both counts; what else it tells stays, except for impossible counts."""
+    """Validate an upstream's usage; None unless it has both counts.
+
+    Other fields are kept, except integers that are not valid counts.
+    """
     usage = {
         name: counts(value) if isinstance(value, dict) else value
         for name, value in counts(as_dict(usage)).items()
     }
-    prompt, completion = (
-        count_or_none(usage.get(name)) for name in ("prompt_tokens", "completion_tokens")
-    )
+    prompt = count_or_none(usage.get("prompt_tokens"))
+    completion = count_or_none(usage.get("completion_tokens"))
     if prompt is None or completion is None:
         return None
     total = count_or_none(usage.get("total_tokens"))
@@ -5127,7 +5089,7 @@ def chat_usage(usage: Any) -> Optional[Dict[str, Any]]:
 
 
 def counts(usage: Dict[str, Any]) -> Dict[str, Any]:
-    """An object without the integers that can't be counts."""
+    """Copy an object without integers that are negative or above 2^53."""
     return {
         name: value
         for name, value in usage.items()
@@ -5136,14 +5098,16 @@ def counts(usage: Dict[str, Any]) -> Dict[str, Any]:
 
 
 class PassthroughDecoder:
-    """A stream in the client's own format, passed on byte for byte; only its first event and its end are looked at.
+    """Passes on a stream in the client's own format, byte for byte, as RawBytes.
 
-    Comments before the first event are held back: until then another controller may still answer.
-    Whole lines are passed on, so that an error can follow where the upstream breaks off. ``end_pattern`` is
-    what a complete stream has in it (END_PATTERNS); without it its HTTP message's end is enough.
+    Only the first event and the end are parsed; secrets are redacted from errors. Comments before
+    the first event are kept back, since until then another controller may still answer. Only
+    complete lines are passed on, so that an error event can follow if the upstream breaks off.
+    ``end_pattern`` (of END_PATTERNS) occurs in every complete stream; without one, the end of the
+    HTTP message suffices. If not ``is_sse``, all bytes are passed on unparsed.
     """
 
-    MAX_HELD = 16 << 20
+    MAX_HELD = 16 << 20  # bytes
     stopped = False
 
     def __init__(
@@ -5153,19 +5117,13 @@ class PassthroughDecoder:
         end_pattern: Optional[Any] = None,
         secrets: Iterable[str] = (),
     ) -> None:
-        self.upstream_name, self.is_sse, self.end_pattern, self.secrets = (
-            upstream_name,
-            is_sse,
-            end_pattern,
-            secrets,
-        )
-        self.first_event_seen = (
-            self.started
-        ) = not is_sse  # other bytes than events are not looked at
-        self.complete = False  # the stream has said so itself
-        self.buffer = bytearray()  # a line that is not whole
-        self.comments = bytearray()  # those before the first event
-        self.tail = b"\n\n"
+        self.upstream_name, self.is_sse = upstream_name, is_sse
+        self.end_pattern, self.secrets = end_pattern, secrets
+        self.first_event_seen = self.started = not is_sse
+        self.complete = False  # [DONE] was received
+        self.buffer = bytearray()  # an incomplete line
+        self.comments = bytearray()  # comments before the first event
+        self.tail = b"\n\n"  # the last bytes passed on, at least enough to see an event's end
         self.error: Optional[APIError] = None
 
     def feed(self, data: bytes) -> List[Event]:
@@ -5174,13 +5132,11 @@ class PassthroughDecoder:
         if self.buffer or not data.endswith(b"\n"):
             data = take_complete_lines(self.buffer, data)
         if not self.first_event_seen:
-            data = self._first(data)
+            data = self._first_event(data)
         if b'"error' in data:
             data = redact_bytes(data, self.secrets)
         if len(self.buffer) + len(self.comments) > self.MAX_HELD:
-            self.error = truncated(
-                self.upstream_name, "sent a line without an end, or comments alone"
-            )
+            self.error = truncated(self.upstream_name, "sent a line that is too long, or no events")
         if not data:
             return []
         data = self._find_end(data)
@@ -5193,7 +5149,7 @@ class PassthroughDecoder:
         return [RawBytes(data)]
 
     def fast_path(self, data: bytes) -> bytes:
-        """The data, if it is nothing but events of one line from the middle of a chat; else b""."""
+        """Return data that consists of complete mid-stream chat events only, else b""."""
         if (
             self.started
             and not self.buffer
@@ -5202,32 +5158,31 @@ class PassthroughDecoder:
             and (
                 data.find(b"\n") == len(data) - 2
                 or any(data.count(b"\n") == 2 * data.count(end) for end in MID_STREAM_SUFFIXES)
-            )
-        ):  # each line break is of such an end
+            )  # every line break belongs to such a suffix
+        ):
             self.tail = data
             return data
         return b""
 
     def _find_end(self, data: bytes) -> bytes:
-        """The data, up to the end of the stream if that is in it."""
+        """Return the data up to [DONE], if it contains that; look for the end pattern."""
         last = data.rfind(b"[DONE]")
         if self.end_pattern is not None:
-            at = max(last, *map(data.rfind, END_HINTS[self.end_pattern]))
-            if at >= 0 and (
-                self.end_pattern.search(data, max(0, at - 8)) or self.end_pattern.search(data)
+            hint = max(last, *map(data.rfind, END_HINTS[self.end_pattern]))
+            if hint >= 0 and (
+                self.end_pattern.search(data, max(0, hint - 8)) or self.end_pattern.search(data)
             ):
                 self.end_pattern = None
         done = DONE.search(data, max(0, data.find(b"[DONE]") - 8)) if last >= 0 else None
         if done is None or self.complete:
             return data
         self.complete, self.end_pattern = True, None
-        return data[: done.end()] + (
-            b"\r\n" if done[0].endswith(b"\r\n") else b"\n"
-        )  # its blank line may come later
+        # [DONE] ends the relay at once: append the blank line, which may still be in transit
+        return data[: done.end()] + (b"\r\n" if done[0].endswith(b"\r\n") else b"\n")
 
-    def _first(self, data: bytes) -> bytes:
-        """Wait for the first event; if it is an error, the answer has not begun."""
-        event = DATA.search(data)  # the lines before these had none
+    def _first_event(self, data: bytes) -> bytes:
+        """Keep data back until the first event; set ``error`` if that is an error."""
+        event = FIRST_DATA.search(data)
         if event is None:
             self.comments += data
             return b""
@@ -5241,39 +5196,35 @@ class PassthroughDecoder:
         return comments + data
 
     def close(self) -> List[Event]:
-        data, self.buffer, self.comments = (
-            bytes(self.comments + self.buffer),
-            bytearray(),
-            bytearray(),
-        )
+        data = bytes(self.comments + self.buffer)
+        self.buffer, self.comments = bytearray(), bytearray()
         if self.end_pattern is not None and not self.end_pattern.search(data):
             self.error = truncated(self.upstream_name)
             return self.flush()
         return [RawBytes(data)] if data else []
 
     def flush(self) -> List[Event]:
-        """It broke off: half a line is dropped, and half an event is ended, so that an error can follow."""
+        """Drop an incomplete line and end an incomplete event: an error may follow."""
         self.buffer.clear()
-        return (
-            [RawBytes(b"\n")]
-            if self.is_sse
-            and self.first_event_seen
-            and not self.tail.endswith((b"\n\n", b"\n\r\n"))
-            else []
-        )
+        between_events = self.tail.endswith((b"\n\n", b"\n\r\n"))
+        if self.is_sse and self.first_event_seen and not between_events:
+            return [RawBytes(b"\n")]
+        return []
 
 
-DATA = re.compile(rb"(?:^|\n)data:([^\n]*)\n")
+FIRST_DATA = re.compile(rb"(?:^|\n)data:([^\n]*)\n")
 DATA_LINE = re.compile(rb"^data:([^\n]*)\n", re.M)
 DONE = re.compile(rb"^data: ?\[DONE\][ \r]*\n", re.M)
-OPENING = re.compile(
+OPENING_TYPES = re.compile(
     r"ping|message_start|content_block_start|response\.(created|queued|in_progress|\w+\.added)"
 )
+# Ends of typical mid-stream chat events, which PassthroughDecoder need not search for an end.
 MID_STREAM_SUFFIXES = (
     b'"finish_reason":null}]}\n\n',
     b'"finish_reason": null}]}\n\n',
     b'"finish_reason":null}],"usage":null}\n\n',
 )
+# Patterns that occur in every complete stream, by path.
 CHAT_ENDS = re.compile(rb'^data: ?\[DONE\][ \r]*$|"finish_reason" ?: ?"[a-z]', re.M)
 END_PATTERNS = {
     CHAT_PATH: CHAT_ENDS,
@@ -5281,9 +5232,10 @@ END_PATTERNS = {
     "/v1/messages": re.compile(rb'"type" ?: ?"(?:message_stop|error)"'),
     "/v1/responses": re.compile(rb'"type" ?: ?"response\.(?:completed|incomplete|failed)"'),
 }
+# Substrings of each pattern's matches; rfind() is faster than the pattern.
 END_HINTS = {
     CHAT_ENDS: (b'"finish_reason":"', b'"finish_reason": "', b'"finish_reason" :'),
-    END_PATTERNS["/v1/messages"]: (b"message_stop", b"error"),  # found faster, backwards
+    END_PATTERNS["/v1/messages"]: (b"message_stop", b"error"),
     END_PATTERNS["/v1/responses"]: (
         b"response.completed",
         b"response.incomplete",
@@ -5293,42 +5245,44 @@ END_HINTS = {
 
 
 def has_content(data: bytes) -> bool:
-    """Whether an event of a stream has more than its opening: text, reasoning, a call of a tool, an error, an end."""
-    if not data or data.isspace():  # to have JSON refuse a million of these takes seconds
+    """Whether an event carries content, an error or an end, not just an opening."""
+    if not data or data.isspace():  # parsing a million of these would take seconds
         return False
     event = json_or_none(data)
     if not isinstance(event, dict):
         return True
     if isinstance(event.get("type"), str):
-        return not OPENING.fullmatch(event["type"])
+        return not OPENING_TYPES.fullmatch(event["type"])
     choices = event.get("choices")
     if event.get("error") or not isinstance(choices, list):
         return True
-    parts = [
-        {**choice, **as_dict(choice.get("delta")), "delta": None, "role": None, "index": None}
+    return any(
+        value
         for choice in map(as_dict, choices)
-    ]
-    return any(any(part.values()) for part in parts)
+        for name, value in {**choice, **as_dict(choice.get("delta"))}.items()
+        if name not in ("delta", "role", "index")
+    )
 
 
 def truncated(upstream_name: str, problem: str = "ended its answer early") -> APIError:
-    """An answer that is not whole."""
+    """Return the error for an incomplete or unusable answer."""
     return APIError(502, f"{upstream_name} {problem}.", code="upstream_error", category="network")
 
 
 def is_error(body: Any) -> bool:
-    """Is a body that came with status 200 an error, and no answer?"""
+    """Whether a JSON body that came with status 200 is an error instead of an answer."""
     body = as_dict(body[0] if isinstance(body, list) and body else body)
-    return bool(
-        body.get("error") or body.get("errors") or "error" in (body.get("object"), body.get("type"))
-    ) and not (
-        body.get("object") == "response"
-        or any(body.get(name) for name in ("choices", "data", "output", "content"))
-    )
+    if body.get("object") == "response" or any(map(body.get, _ANSWER_FIELDS)):
+        return False
+    names_error = "error" in (body.get("object"), body.get("type"))
+    return bool(body.get("error") or body.get("errors") or names_error)
+
+
+_ANSWER_FIELDS = ("choices", "data", "output", "content")
 
 
 class OpenAIController(Controller):
-    """Anything that speaks OpenAI's API: relayed as it is, or translated for clients that speak another."""
+    """OpenAI-compatible upstream: relays the formats it speaks, translates others."""
 
     NOT_NATIVE_BY_DEFAULT = ("/v1/messages", "/v1/messages/count_tokens", "/v1/responses")
 
@@ -5342,16 +5296,13 @@ class OpenAIController(Controller):
         if options.api_key:
             headers["Authorization"] = f"Bearer {options.api_key}"
         self.secrets = [options.api_key, *option_secrets(options)]
-        base = (
-            options.base_url
-            if urllib.parse.urlsplit(options.base_url).path
-            else options.base_url + "/v1"
-        )
-        self.transport = Transport(options, settings, base, self.name, headers)
+        has_path = urllib.parse.urlsplit(options.base_url).path
+        base_url = options.base_url if has_path else options.base_url + "/v1"
+        self.transport = Transport(options, settings, base_url, self.name, headers)
         self.model_cache = StaleOnErrorCache(self._fetch_models, settings.models_ttl)
 
     def speaks(self, path: str) -> bool:
-        """Does it speak the format of this path itself?"""
+        """Whether the upstream itself offers an API path."""
         if self.options.paths:
             return any(fnmatch.fnmatchcase(path, pattern) for pattern in self.options.paths)
         return path not in self.NOT_NATIVE_BY_DEFAULT
@@ -5381,12 +5332,11 @@ class OpenAIController(Controller):
         return self.model_cache.get()
 
     def _request(self, call: Call, is_native: bool) -> Tuple[bytes, str]:
-        """The request's bytes, unparsed where nothing changes, and its type."""
-        name, body = (
-            self.options.model_map.get(call.model, call.model),
-            call.original_body if is_native else call.body,
-        )
-        dropped = [field for field in self.options.drop if body and body.get(field) is not None]
+        """Return the request body and its content type; unchanged bodies are not rebuilt."""
+        name = self.options.model_map.get(call.model, call.model)
+        body = (call.original_body if is_native else call.body) or {}
+        dropped = [field for field in self.options.drop if body.get(field) is not None]
+        # a second "model" in the bytes could differ from the one that was authorized
         if is_native and (
             not body or name == call.model and not dropped and call.raw_body.count(b'"model"') < 2
         ):
@@ -5400,7 +5350,7 @@ class OpenAIController(Controller):
         return request_json(body, len(call.raw_body)), "application/json"
 
     def _decoder(self, call: Call, response: UpstreamResponse, is_native: bool) -> Any:
-        """What understands the body of an answer."""
+        """Return the decoder for the body of a response."""
         if not 200 <= response.status < 300:
             return BufferedBody(
                 lambda data: self._status_error(response, data, call.model), is_error_body=True
@@ -5409,19 +5359,16 @@ class OpenAIController(Controller):
         streamed = content_type.startswith("text/event-stream")
         if is_native and (call.relay_only or streamed == call.stream):
             return self._relay(call, response, content_type, streamed)
-        return (
-            DecoderChain(ChatDecoder(self.name, self.secrets))
-            if streamed
-            else BufferedBody(self._completion)
-        )
+        if streamed:
+            return DecoderChain(ChatDecoder(self.name, self.secrets))
+        return BufferedBody(self._completion)
 
     def _relay(
         self, call: Call, response: UpstreamResponse, content_type: str, streamed: bool
     ) -> Any:
-        call.relay_content_type, call.relay_status = (
-            redact(content_type, self.secrets) or "application/octet-stream",
-            response.status,
-        )
+        """Return the decoder for a response in the client's own format."""
+        call.relay_status = response.status
+        call.relay_content_type = redact(content_type, self.secrets) or "application/octet-stream"
         if streamed:
             return PassthroughDecoder(self.name, True, END_PATTERNS.get(call.path), self.secrets)
         if content_type.startswith("text/html"):
@@ -5430,26 +5377,22 @@ class OpenAIController(Controller):
             response.body.until_close or not response.body.done
         ):
             return PassthroughDecoder(self.name, is_sse=False)
-        return BufferedBody(
-            functools.partial(self._document, content_type, response.body.until_close)
-        )
+        parse = functools.partial(self._document, content_type, response.body.until_close)
+        return BufferedBody(parse)
 
     def _document(self, content_type: str, until_close: bool, data: bytes) -> List[Event]:
-        """A whole body that is relayed; as JSON it must look like that, and not be an error.
+        """Check and pass on a complete body; APIError if it is an error or malformed JSON.
 
-        Where the end of the connection is the end of the body, only its JSON shows that nothing is missing.
+        JSON is parsed only if it may be an error, or if the body ends with the connection: then
+        nothing else shows whether it is complete.
         """
         text = data.strip() if content_type.startswith("application/json") else b""
         if until_close and json_or_none(text) is None:
             raise truncated(self.name)
         if text and (text[:1] not in b"{[" or text[-1:] not in b"}]"):
             raise truncated(self.name, "sent something that is not JSON")
-        if (
-            b'"error"' in text
-            or b'"errors"' in text
-            or b'"choices"' not in text
-            and b'"data"' not in text
-        ):
+        is_answer = b'"choices"' in text or b'"data"' in text
+        if not is_answer or b'"error"' in text or b'"errors"' in text:
             body = json_or_none(data)
             if is_error(body) or body is None and text[1:].lstrip().startswith(b'"error"'):
                 raise error_from_body(self.name, 200, data if body is None else body, self.secrets)
@@ -5457,14 +5400,14 @@ class OpenAIController(Controller):
         return [RawBytes(data)]
 
     def _completion(self, data: bytes) -> List[Event]:
-        """The events of an answer that is not streamed."""
+        """Return the events of a chat completion that is not streamed."""
         body = json_or_none(data)
         fields = as_dict(body)
         if fields.get("error") or is_error(body):
             raise error_from_body(self.name, 200, body, self.secrets)
         choice = as_dict(next(iter(as_list(fields.get("choices"))), None))
         if not isinstance(choice.get("finish_reason"), str):
-            raise truncated(self.name, "sent something that is no completion")
+            raise truncated(self.name, "sent something that is not a completion")
         return [
             *message_events(as_dict(choice.get("message")) or {"content": choice.get("text")}),
             Finish(choice["finish_reason"], chat_usage(fields.get("usage"))),
@@ -5489,55 +5432,44 @@ class OpenAIController(Controller):
         if response.status != 200:
             raise error_from_body(self.name, response.status, body, self.secrets, response.headers)
         models = as_list(body.get("data") if isinstance(body, dict) else body)
-        entries = bounded_model_list(
-            self.name, ((entry.get("id"), entry) for entry in map(as_dict, models))
-        ).values()
+        named = ((entry.get("id"), entry) for entry in map(as_dict, models))
+        entries = bounded_model_list(self.name, named).values()
         if not entries:
             raise APIError(503, f"{self.name} lists no models.", code="upstream_error")
+        common = {"object": "model", "owned_by": self.name}
         return [
-            {
-                "object": "model",
-                "owned_by": self.name,
-                **entry,
-                "created": count_or_none(entry.get("created")) or 0,
-            }
+            {**common, **entry, "created": count_or_none(entry.get("created")) or 0}
             for entry in entries
         ]
 
 
 class EchoController(Controller):
-    """Answers with what it was asked, at a chosen speed: for trying a client without a network or a bill."""
+    """Echoes the last message at a chosen speed, for testing clients offline and free."""
 
-    WORDS = 10_000  # that come one by one; the last one holds all that is left
+    MAX_WORDS = 10_000  # sent one by one; the last piece holds the remaining text
 
     def check_support(self, call: Call) -> Optional[APIError]:
         if call.relay_only or call.image_count or call.translation_error:
-            return call.translation_error or APIError(
-                404, f"{self.name} only chats.", code="not_found"
-            )
+            message = f"{self.name} supports chat completions only."
+            return call.translation_error or APIError(404, message, code="not_found")
         return None
 
     def events(self, call: Call) -> Iterator[Event]:
         content = as_dict(call.body["messages"][-1]).get("content")
         parts = content if isinstance(content, list) else [{"text": content}]
         text = "".join(str(as_dict(part).get("text") or "") for part in parts)
-        ends = [
-            word.end() for word in itertools.islice(re.finditer(r"(?<!\s)\s*\S+", text), self.WORDS)
-        ]
-        if len(ends) in (0, self.WORDS):
+        words = itertools.islice(re.finditer(r"(?<!\s)\s*\S+", text), self.MAX_WORDS)
+        ends = [word.end() for word in words]
+        if len(ends) in (0, self.MAX_WORDS):
             ends[-1:] = [len(text)]
-        for begin, end in zip([0, *ends], ends):
+        start, count = 0, len(ends)
+        for end in ends:
             if self.options.speed:
                 call.sleep(1 / self.options.speed)
-            yield Text(text[begin:end])
-        yield Finish(
-            "stop",
-            {
-                "prompt_tokens": len(ends),
-                "completion_tokens": len(ends),
-                "total_tokens": 2 * len(ends),
-            },
-        )
+            yield Text(text[start:end])
+            start = end
+        usage = {"prompt_tokens": count, "completion_tokens": count, "total_tokens": 2 * count}
+        yield Finish("stop", usage)
 
     def models(self) -> List[Dict[str, Any]]:
         return [{"id": "echo", "object": "model", "created": 0, "owned_by": self.name}]

@@ -886,7 +886,7 @@ def delta(text, kind="text"):
 
 FINISH5 = {"type": "finish", "finishReason": "stop"}
 USAGE = {"prompt_tokens": 11, "completion_tokens": 7, "total_tokens": 18}
-EARLY, NO_REASON = "ended its answer early", "no reason to end"
+EARLY, NO_REASON = "ended its answer early", "without a finish reason"
 UNKNOWN = b"3:\"{'error': '/chat/completions: Invalid model name passed in model=no-such-model. Call `/v1/models` to view.'}\"\n"
 
 DECODED = {
@@ -923,15 +923,15 @@ DECODED = {
     "the last line without its end": (b'0:"one"\n' + STOP[:-1], [T("one"), Finish("stop")], None),
     "a text without the end of its line": (b'0:"one "\n0:"two"', [T("one two")], EARLY),
     "the end cut within a line": (STEP + b'0:"one "\n' + STOP[:-5], [T("one ")], EARLY),
-    "err-instream-continues": (b'0:"before "\n3:"[object Object]"\n0:"after"\n' + STOP, [T("before ")], "without a reason"),
+    "err-instream-continues": (b'0:"before "\n3:"[object Object]"\n0:"after"\n' + STOP, [T("before ")], "without giving a reason"),
     "err-backend-refused": (b'3:"Failed after 3 attempts. Last error: Cannot connect to API: connect ECONNREFUSED 10.0.0.7:3901"\n',
                             [], r"Akash Chat: Cannot connect to API: connect ECONNREFUSED \(address\)$"),
     "model-unknown": (UNKNOWN, [], "The model 'm' does not exist"),
-    "broken JSON": (b'0:"a"\n0:"b\n' + STOP, [T("a")], "broken line"),
-    "no string": (b"0:7\n" + STOP, [], "broken line"),
+    "broken JSON": (b'0:"a"\n0:"b\n' + STOP, [T("a")], "malformed line"),
+    "no string": (b"0:7\n" + STOP, [], "malformed line"),
     "HTML": (b"<!DOCTYPE html><html>\n<body>busy</body></html>\n", [], "web page"),
     "HTML in one line": (b"<html>busy</html>", [], "web page"),
-    "bare text": (b"Hello\nthere\n", [], "no stream"),
+    "bare text": (b"Hello\nthere\n", [], "other than a stream"),
     "unknown codes": (b'z:{"a":1}\nh:[]\n' + HELLO, [T("Hello from the mock."), Finish("stop")], None),
     "sdk5-text": (sdk5({"type": "start"}, {"type": "start-step"}, {"type": "text-start", "id": "0"}, delta("Hel"), delta("lo"),
                        {"type": "text-end", "id": "0"}, {"type": "finish-step"}, FINISH5, b"[DONE]"),
@@ -945,7 +945,7 @@ DECODED = {
     "sdk5-separators": (sdk5(json.dumps(delta(SEPARATORS), ensure_ascii=False).encode(), FINISH5),
                         [T(SEPARATORS), Finish("stop")], None),
     "sdk5-error-instream": (sdk5(delta("before"), {"type": "error", "errorText": "[object Object]"},
-                                 {"type": "finish", "finishReason": "error"}, b"[DONE]"), [T("before")], "without a reason"),
+                                 {"type": "finish", "finishReason": "error"}, b"[DONE]"), [T("before")], "without giving a reason"),
     "sdk5-tool-executed": (sdk5({"type": "tool-input-start", "toolCallId": "c", "toolName": "w"},
                                 {"type": "tool-input-available", "toolCallId": "c", "toolName": "w", "input": {"city": "K"}},
                                 {"type": "finish", "finishReason": "tool-calls"}),
@@ -986,7 +986,7 @@ def test_a_line_without_an_end_is_bounded():
     while not decoder.error:
         decoder.feed(b"0:" + b"x" * (1 << 20))
         assert len(decoder.buffer) < 10 << 20
-    assert "without an end" in decoder.error.message
+    assert "too long" in decoder.error.message
 
 
 def pasted(prompt, negative=""):
@@ -1066,7 +1066,7 @@ REFUSED = {
     "tools": ({"tools": [{"type": "function"}]}, "tools", "does not support"),
     "functions": ({"functions": [{}]}, "functions", "does not support"),
     "tool_choice": ({"tool_choice": "required"}, "tool_choice", "does not support"),
-    "n": ({"n": 2}, "n", "of more than 1"),
+    "n": ({"n": 2}, "n", "above 1"),
     "logprobs": ({"logprobs": True}, "logprobs", "does not support"),
     "top_logprobs": ({"top_logprobs": 3}, "top_logprobs", "does not support"),
     "response_format": ({"response_format": {"type": "json_schema"}}, "response_format", "does not support"),
@@ -1076,31 +1076,31 @@ REFUSED = {
     "a temperature that is true": ({"temperature": True}, "temperature", "must be a number"),
     "a negative temperature": ({"temperature": -1}, "temperature", "at least 0"),
     "top_p": ({"top_p": [1]}, "top_p", "must be a number"),
-    "role tool": ({"messages": [user("a"), {"role": "tool", "content": "x"}]}, "messages[1].role", "no role 'tool'"),
-    "role function": ({"messages": [{"role": "function", "content": "x"}]}, "messages[0].role", "no role 'function'"),
+    "role tool": ({"messages": [user("a"), {"role": "tool", "content": "x"}]}, "messages[1].role", "the role 'tool'"),
+    "role function": ({"messages": [{"role": "function", "content": "x"}]}, "messages[0].role", "the role 'function'"),
     "tool_calls": ({"messages": [user("a"), {"role": "assistant", "content": None, "tool_calls": [{}]}]},
-                   "messages[1].tool_calls", "calls of tools"),
-    "content missing": ({"messages": [{"role": "user"}]}, "messages[0].content", "must be text"),
-    "content null": ({"messages": [user(None)]}, "messages[0].content", "must be text"),
-    "content a number": ({"messages": [user(7)]}, "messages[0].content", "must be text"),
+                   "messages[1].tool_calls", "tool calls"),
+    "content missing": ({"messages": [{"role": "user"}]}, "messages[0].content", "must be a string"),
+    "content null": ({"messages": [user(None)]}, "messages[0].content", "must be a string"),
+    "content a number": ({"messages": [user(7)]}, "messages[0].content", "must be a string"),
     "a part of audio": ({"messages": [user([{"type": "input_audio", "input_audio": {}}])]}, "messages[0].content[0]", "'input_audio'"),
     "a part of nothing": ({"messages": [user([None])]}, "messages[0].content[0]", "not 'None'"),
     "a part's type a list": ({"messages": [user([{"type": []}])]}, "messages[0].content[0]", "not"),
     "a local picture": ({"messages": [user([{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}])]},
                         "messages[0].content[0]", "must be http"),
     "a picture of the assistant": ({"messages": [{"role": "assistant", "content": [{"type": "image_url", "image_url": DATA_URL}]}]},
-                                   "messages[0].content", "only messages of the user"),
+                                   "messages[0].content", "only user messages"),
     "a picture of the system": ({"messages": [{"role": "system", "content": [{"type": "image_url", "image_url": DATA_URL}]}, user("hi")]},
-                                "messages[0].content", "only messages of the user"),
-    "only a system message": ({"messages": [{"role": "system", "content": "x"}]}, "messages", "message of the user"),
+                                "messages[0].content", "only user messages"),
+    "only a system message": ({"messages": [{"role": "system", "content": "x"}]}, "messages", "a user message"),
     "an absurd temperature": ({"temperature": 10 ** 400}, "temperature", "must be a number"),
-    "absurd tokens": ({"max_tokens": 10 ** 400}, "max_tokens", "must be a whole number"),
-    "stop": ({"stop": 7}, "stop", "must be a text"),
-    "five stops": ({"stop": list("abcde")}, "stop", "may hold four"),
+    "absurd tokens": ({"max_tokens": 10 ** 400}, "max_tokens", "must be an integer"),
+    "stop": ({"stop": 7}, "stop", "must be a string"),
+    "five stops": ({"stop": list("abcde")}, "stop", "at most four"),
     "a stop of 1,001 characters": ({"stop": ["a", "x" * 1001]}, "stop", "maximum length 1000"),
     "max_tokens": ({"max_tokens": 0}, "max_tokens", "at least 1"),
-    "max_tokens a fraction": ({"max_tokens": 1.5}, "max_tokens", "whole number"),
-    "max_completion_tokens": ({"max_completion_tokens": "9"}, "max_completion_tokens", "whole number"),
+    "max_tokens a fraction": ({"max_tokens": 1.5}, "max_tokens", "must be an integer"),
+    "max_completion_tokens": ({"max_completion_tokens": "9"}, "max_completion_tokens", "must be an integer"),
 }
 
 
@@ -1240,7 +1240,7 @@ def test_a_session_that_stays_invalid_is_no_loop(akash, serve):
 def test_a_session_server_that_is_down_is_said(akash, serve):
     akash.session = reply(500, b"", "")
     got = chat(serve())
-    assert got.status == 503 and "no session" in got.json["error"]["message"] and got.headers["retry-after"] == "5"
+    assert got.status == 503 and "did not start a session" in got.json["error"]["message"] and got.headers["retry-after"] == "5"
 
 
 @pytest.mark.parametrize("accepted", ["plain", "sha256"])
@@ -1455,7 +1455,7 @@ UPSTREAM = {
                 400, "context_length_exceeded", "8192", {}),
     "err-500": (STREAM_HEAD + chunk(b'3:"Failed after 3 attempts. Last error: Internal Server Error"\n') + b"0\r\n\r\n", 502, "upstream_error", "Internal", {}),
     "req-long-system-400": (reply(400, b"[Message too long for this model.]", "text/plain"), 400, "context_length_exceeded", "too long", {}),
-    "req-badjson": (reply(500, b"", ""), 502, "upstream_error", "without a reason", {}),
+    "req-badjson": (reply(500, b"", ""), 502, "upstream_error", "without giving a reason", {}),
     "gen-imgbackend-error-500": (reply(500, b'{"error":"Error generating image","message":"No workers available"}'), 502, "upstream_error", "No workers", {}),
     "a page with 403": (reply(403, PAGE, "text/html"), 502, "upstream_blocked", "web page", {}),
     "a page with 503": (reply(503, PAGE, "text/html; charset=utf-8"), 502, "upstream_blocked", "web page", {}),
@@ -1464,7 +1464,7 @@ UPSTREAM = {
     "cf-mitigated": (reply(403, b"{}", extra=b"cf-mitigated: challenge\r\n"), 502, "upstream_blocked", "web page", {}),
     "chat-noslash-308": (reply(308, b"/api/chat/", extra=b"location: /api/chat/\r\n"), 502, "upstream_error", "308", {}),
     "a redirect elsewhere": (b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:9/\r\nContent-Length: 0\r\n\r\n", 502, "upstream_error", "302", {}),
-    "401": (reply(401, b'{"error":"Unauthorized"}'), 424, "upstream_auth", "refuses", {"x-should-retry": "false"}),
+    "401": (reply(401, b'{"error":"Unauthorized"}'), 424, "upstream_auth", "denied access", {"x-should-retry": "false"}),
     "garbage": (b"\x16\x03\x01\x02garbage", 502, "upstream_error", "not HTTP", {}),
     "SSH": (b"SSH-2.0-OpenSSH\r\n", 502, "upstream_error", "not HTTP", {}),
     "nothing": (b"", 502, "upstream_error", "broke off", {}),
@@ -4632,7 +4632,7 @@ MATRIX = {
     "a picture": (lambda fake: fake.cut(PICTURE_LINE, True), None, [T("![A red fox in the snow](SITE/images/job_51083a4c_00001_.png)"), Finish("stop")], None),
     "length": (lambda fake: fake.cut(b'0:"one "\n' + END.replace(b"%b", b"length"), True), lambda fake: answered({"content": "one "}, finish="length"),
                [T("one "), Finish("length")], None),
-    "an error before": (lambda fake: fake.raw(reply(500), True), lambda fake: fake.status(500), [], "without a reason|told"),
+    "an error before": (lambda fake: fake.raw(reply(500), True), lambda fake: fake.status(500), [], "without giving a reason|told"),
     "an error within": (lambda fake: fake.cut(b'0:"one "\n3:"boom"\n', True), lambda fake: fake.garbage(fake.head() + chunk(ONE) + chunk(ERROR_EVENT)),
                         [T("one ")], "boom"),
     "cut": (lambda fake: fake.cut(b'0:"one "\n'), lambda fake: fake.garbage(fake.head() + chunk(ONE)), [T("one ")], "broke off"),
