@@ -8718,12 +8718,8 @@ class StreamRelay:
 
     def __init__(self, responder: "CallResponder") -> None:
         self.responder, self.request, self.call = responder, responder.request, responder.call
-        self.exchange, self.dialect, self.writer = (
-            responder.exchange,
-            responder.dialect,
-            responder.writer,
-        )
-        self.connection = self.request.connection
+        self.exchange, self.dialect = responder.exchange, responder.dialect
+        self.writer, self.connection = responder.writer, responder.request.connection
         self.loop = self.connection.loop
         self.stream: EventStream = self.exchange.response
         self.upstream, self.scope = self.stream.response.sock, self.stream.response.scope
@@ -9046,7 +9042,7 @@ class Metrics:
     def add(self, request: "Request", now: float) -> None:
         """Count a completed request."""
         record, call, writer, counts = request.record, request.call, request.writer, self.counts
-        controller, usage = record.controller, record.usage or {}
+        controller, usage = record.controller, record.usage
         with self.lock:
             counts[
                 "akashproxy_requests_total", request.route.label, writer.status or 499, controller
@@ -9065,9 +9061,10 @@ class Metrics:
                     controller,
                     record.first_token_at - request.started_at,
                 )
-            for kind in ("prompt", "completion") if usage else ():
-                tokens = max(0, usage.get(f"{kind}_tokens") or 0)
-                counts[f"akashproxy_{kind}_tokens_total", controller] += tokens
+            if usage:
+                for kind in ("prompt", "completion"):
+                    tokens = max(0, usage.get(f"{kind}_tokens") or 0)
+                    counts[f"akashproxy_{kind}_tokens_total", controller] += tokens
 
     def observe(self, name: str, controller: str, seconds: float) -> None:
         """Add a duration to a histogram. The caller holds the lock."""
