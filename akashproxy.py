@@ -68,13 +68,13 @@ Where is ...
     proxies on the way                 Proxy
     deadlines                          CancelScope, Connection.on_tick
     request bodies                     BodyReader, ByteBudget
-    the gate                           Server.check_head
+    the gate                           Gate.check_head
     figures for Prometheus             METRICS, Metrics, prometheus_text
     a client's connection              Connection
     the log                            log_access, LogFormat, LogWriter
     a new endpoint                     ROUTES
     a new kind of upstream             CONTROLLERS
-    tokens of clients                  Server.authorize
+    tokens of clients                  Gate.authorize
     keys of several people             ClientKeySettings, KeyLimiter
     reloading                          Server.reload
     the stand-in of --demo             DemoAkash
@@ -7816,26 +7816,26 @@ def part_field(head: bytes, value: bytes) -> Tuple[str, str]:
 
 
 # == 11. loop =================================================================================
-# One thread that owns every client socket, and every upstream socket that only waits. Knows no
-# more of HTTP than where a request ends.
+# One thread that owns every client socket, and the upstream socket of every relayed response.
+# Knows no more of HTTP than message framing.
 
 
 class Registration(NamedTuple):
-    """What the loop calls for a registered socket."""
+    """Callbacks of a registered socket. Loop thread."""
 
     callback: Callable[[], None]  # the socket is ready
     abort: Callable[[], None]  # the callback has raised an exception
 
 
 class EventLoop(threading.Thread):
-    """Waits for sockets and time on behalf of all connections; knows nothing of HTTP.
+    """The loop thread: dispatches I/O events, scheduled callbacks and a periodic tick.
 
-    add(), modify() and remove() are for the loop thread, call_soon_threadsafe() for any thread.
-    Callbacks must not block. An exception in one is logged and costs its own connection only.
+    add(), modify() and remove(): loop thread. call_soon_threadsafe() and stop(): any thread.
+    Callbacks must not block. An exception in a callback is logged and aborts its own socket only.
     """
 
     TICK = 0.25  # seconds between two calls of on_tick
-    MAX_SELECT = 500  # sockets that select() takes on Windows, some in reserve; elsewhere descriptors below 1,024
+    MAX_SELECT = 500  # sockets: select() on Windows takes 512, the others a descriptor below 1,024
 
     def __init__(
         self, on_tick: Callable[[float], None], selector: Optional[selectors.BaseSelector] = None
@@ -7843,12 +7843,12 @@ class EventLoop(threading.Thread):
         super().__init__(name="akashproxy loop", daemon=True)
         self.on_tick = on_tick
         self.selector = selector or selectors.DefaultSelector()
-        self.epoll: Any = None  # the selector itself, where it is one
+        self.epoll: Any = None  # a second handle to the selector's epoll, for _select()
         if hasattr(select, "epoll") and isinstance(self.selector, selectors.EpollSelector):
             self.epoll = select.epoll.fromfd(os.dup(self.selector.fileno()))
         self.registrations: Dict[int, Registration] = {}  # by descriptor
-        self.scheduled: Deque[Callable[[], None]] = collections.deque()
-        self.awake = False  # it will look at ``scheduled`` before it waits again
+        self.scheduled: Deque[Callable[[], Any]] = collections.deque()
+        self.awake = False  # True: ``scheduled`` will be read before the next wait
         self.stopped = False
         self.now = time.monotonic()
         self.wakeup_r, self.wakeup_w = socket.socketpair()
@@ -7863,47 +7863,45 @@ class EventLoop(threading.Thread):
         abort: Callable[[], None],
         events: int = selectors.EVENT_READ,
     ) -> None:
-        """Register a socket; OSError if the selector can't take one more."""
-        if isinstance(self.selector, selectors.SelectSelector):
-            if (
-                sock.fileno() >= 1024
-                or os.name == "nt"
-                and len(self.selector.get_map()) >= self.MAX_SELECT
-            ):
-                raise OSError(errno.EMFILE, "select() can't watch more sockets")
+        """Register a socket; OSError if select() has no room for it."""
+        if isinstance(self.selector, selectors.SelectSelector) and (
+            len(self.selector.get_map()) >= self.MAX_SELECT
+            if os.name == "nt"
+            else sock.fileno() >= 1024
+        ):
+            raise OSError(errno.EMFILE, "select() can't watch more sockets")
         self.selector.register(sock, events)
         self.registrations[sock.fileno()] = Registration(callback, abort)
 
     def modify(self, sock: Any, events: int) -> None:
-        """Wait for other events of a registered socket."""
+        """Change the events of a registered socket."""
         self.selector.modify(sock, events)
 
     def remove(self, sock: Any) -> None:
-        """Forget a socket, before it is closed or given to a worker; nothing if it isn't registered."""
+        """Unregister a socket before it is closed or handed to a worker. Idempotent."""
         if self.registrations.pop(sock.fileno(), None) is not None:
             self.selector.unregister(sock)
 
-    def call_soon_threadsafe(self, callback: Callable[[], None]) -> None:
-        """Have the loop thread call something soon. Any thread."""
+    def call_soon_threadsafe(self, callback: Callable[[], Any]) -> None:
+        """Schedule a callback for the loop thread. Any thread."""
         self.scheduled.append(callback)
-        if (
-            not self.awake
-        ):  # two threads may both see False: then two bytes are sent, which does no harm
+        if not self.awake:  # two threads may both read False: the second byte is harmless
             self.awake = True
-            with contextlib.suppress(
-                OSError
-            ):  # the pipe is full, so the loop will wake up; or the loop has ended
+            # OSError: the pipe is full, so the loop will wake up; or the loop has been closed.
+            with contextlib.suppress(OSError):
                 self.wakeup_w.send(b"\0")
 
     def stop(self) -> None:
-        """End the loop soon. Any thread."""
+        """End the loop after its current iteration. Any thread."""
         self.stopped = True
-        self.call_soon_threadsafe(bool)
+        self.call_soon_threadsafe(bool)  # only to end its wait
 
     def run(self) -> None:
         next_tick = 0.0
         while not self.stopped:
-            self.awake = False  # first: what another thread schedules from here on sends a byte
+            # Before ``scheduled`` is read. Otherwise: the loop reads an empty ``scheduled``; a
+            # worker appends to it, sees awake and sends no byte; the loop waits for a whole tick.
+            self.awake = False
             ready = self._select(0 if self.scheduled else self.TICK)
             self.awake = True
             self.now = time.monotonic()
@@ -7920,7 +7918,7 @@ class EventLoop(threading.Thread):
         self.close()
 
     def close(self) -> None:
-        """Release the descriptors of a loop that has ended, or was never started."""
+        """Close the descriptors of a loop that has ended or was never started."""
         if self.epoll is not None:
             self.epoll.close()
         self.selector.close()
@@ -7928,20 +7926,23 @@ class EventLoop(threading.Thread):
         self.wakeup_w.close()
 
     def _select(self, seconds: float) -> List[Registration]:
-        """The registrations whose sockets are ready. select() of the selector would cost 4 % of the CPU time of a token."""
+        """Return the registrations whose sockets are ready within so many seconds.
+
+        epoll is polled directly: through the selector a relayed token takes 4 % more CPU time.
+        """
         try:
             if self.epoll is not None:
                 return [
                     self.registrations[descriptor] for descriptor, _ in self.epoll.poll(seconds)
                 ]
             return [self.registrations[key.fd] for key, _ in self.selector.select(seconds)]
-        except (OSError, ValueError):  # select() refuses all of them for the sake of one
-            log.exception("the selector refused its sockets")
+        except (OSError, ValueError):  # select() fails as a whole for one invalid descriptor
+            log.exception("the selector rejected its sockets")
             self._remove_invalid()
             return []
 
     def _remove_invalid(self) -> None:
-        """Find the sockets that a selector refuses, and abort them."""
+        """Remove and abort the sockets that select() rejects."""
         for descriptor, registration in list(self.registrations.items()):
             try:
                 select.select([descriptor], [], [], 0)
@@ -7973,16 +7974,16 @@ class EventLoop(threading.Thread):
 
 
 class State(enum.Enum):
-    """What a client's connection is doing. Loop thread.
+    """State of a client connection. Changed on the loop thread only.
 
     ::
 
-        IDLE ──► READING         the first bytes of a request have come
-        READING ──► DISPATCHED   the request is whole, or must be refused: a worker has it
-        DISPATCHED ──► STREAMING the loop relays an upstream's response
-        STREAMING ──► DISPATCHED the upstream failed before its first event: a worker asks the next one
-        DISPATCHED, STREAMING ──► IDLE, READING    the response is sent
-        DISPATCHED, STREAMING ──► LINGERING        the response is sent, input is still discarded
+        IDLE ──► READING                         first bytes of a request
+        READING ──► DISPATCHED                   request complete or rejected: a worker has it
+        DISPATCHED ──► STREAMING                 the loop relays an upstream's response
+        STREAMING ──► DISPATCHED                 the upstream failed early: a worker fails over
+        DISPATCHED, STREAMING ──► IDLE, READING  response sent
+        DISPATCHED, STREAMING ──► LINGERING      response sent, input discarded until EOF
         any ──► CLOSED
     """
 
@@ -7994,38 +7995,41 @@ class State(enum.Enum):
     CLOSED = enum.auto()
 
 
-ANSWERING = (State.DISPATCHED, State.STREAMING)
+RESPONDING = (State.DISPATCHED, State.STREAMING)
 
 
 class Head(NamedTuple):
-    """The head of a request, parsed."""
+    """Parsed request head. Any thread."""
 
     method: str = "-"
-    path: str = "-"  # decoded once
+    path: str = "-"  # percent-decoded once
     query: str = ""
     http_minor: str = "1"
     headers: Dict[str, str] = {}  # by lower-case name
 
 
 class Route(NamedTuple):
-    """A path of ours: its label in the metrics, and what answers each method."""
+    """A row of ROUTES matched with a request. Any thread."""
 
-    label: str = "other"
-    targets: Dict[str, Any] = {}  # {method: a dialect, or a function of the handler}
-    remainder: str = ""  # what {} stands for
+    label: str = "other"  # in the metrics
+    targets: Dict[str, Any] = {}  # {method: Dialect subclass, or function of a Handler}
+    remainder: str = ""  # the part of the path that matched {}
 
     def target(self, method: str) -> Any:
-        """What answers a method; None if it isn't allowed."""
+        """Return the target of a method; None if it isn't allowed."""
         return self.targets.get("GET" if method == "HEAD" else method)
 
     def allow(self) -> str:
-        """The methods of the route, for the Allow field."""
+        """Return the value of the Allow header."""
         methods = [*self.targets, *(["HEAD"] if "GET" in self.targets else []), "OPTIONS"]
         return ", ".join(methods if self.targets else ["GET", "HEAD", "POST", "OPTIONS"])
 
 
 class Request:
-    """One request of a client. The loop's until it is whole, then its worker's; STREAMING, the loop's again."""
+    """Request of a client, with its response.
+
+    Loop thread while it is read and while its response is STREAMING; in between its worker thread.
+    """
 
     def __init__(self, connection: "Connection") -> None:
         self.connection, self.server = connection, connection.server
@@ -8035,49 +8039,53 @@ class Request:
         self.body = b""
         self.body_unread = False
         self.keep_alive = False
-        self.error: Optional[Exception] = None  # why it must be refused
+        self.error: Optional[Exception] = None  # the reason to reject it
         self.started_at = time.monotonic()
         self.route = Route()
-        self.key: Optional["KeyLimiter"] = None  # whose request it is, if that key has a name
+        self.key: Optional["KeyLimiter"] = None  # None: no token, or one of BEARER_TOKEN
+        self.counted = False  # holds a slot of the key
         self.cancel_reason: Optional[Exception] = None
-        self.counted = False  # against the limits of the key
-        self.call: Optional[Call] = None  # while a model's answer is awaited
-        self.exchange: Optional[Exchange] = None  # the same
+        self.call: Optional[Call] = None  # set for model calls and images
+        self.exchange: Optional[Exchange] = None  # until the response is complete
         self.relay: Optional["StreamRelay"] = None  # while STREAMING
         self.record = AccessRecord()
         self.writer = ResponseWriter(self)
 
     def parse_head(self, head: bytes) -> None:
-        """Take a head apart and check it; ProtocolError if it isn't HTTP/1.1 as it should be."""
-        line, headers = parse_head(head, parse_request_line)
-        self.head = Head(*line, headers)
-        self.keep_alive = is_persistent(self.head.http_minor, headers)
+        """Parse and validate a request head; ProtocolError if it is malformed."""
+        (method, path, query, http_minor), headers = parse_head(head, parse_request_line)
+        self.head = Head(method, path, query, http_minor, headers)
+        self.keep_alive = is_persistent(http_minor, headers)
         host = headers.get("host")
-        if (host is None and self.head.http_minor == "1") or not _HOST.fullmatch(host or ""):
-            raise ProtocolError("one Host is needed")
-        if "transfer-encoding" in headers and self.head.http_minor == "0":
+        if (host is None and http_minor == "1") or not _HOST.fullmatch(host or ""):
+            raise ProtocolError("exactly one valid Host header is required")
+        if "transfer-encoding" in headers and http_minor == "0":
             raise ProtocolError("Transfer-Encoding in HTTP/1.0")
-        asked = headers.get("x-request-id", "")
-        if asked and _REQUEST_ID.fullmatch(asked):
-            self.id = asked
+        client_id = headers.get("x-request-id", "")
+        if client_id and _REQUEST_ID.fullmatch(client_id):
+            self.id = client_id
 
     def begin_call(self, call: Call) -> None:
-        """From now on cancel() ends this call; raises the reason if it was cancelled before."""
-        self.call = call  # first: cancel() sets the reason first, and looks for a call then
+        """Make a call cancellable; raises the reason if the request is already cancelled.
+
+        This sets ``call``, then reads ``cancel_reason``; cancel() on the loop thread sets
+        ``cancel_reason``, then reads ``call``. However they interleave, one of them sees the other.
+        """
+        self.call = call
         if self.cancel_reason is not None:
             raise self.cancel_reason
 
     def cancel(self, reason: Optional[Exception] = None) -> None:
-        """End the exchange with the upstream; whatever blocks in it raises the reason. Any thread."""
-        self.cancel_reason = reason or ClientDisconnected("the client left")
-        if self.call is not None:
+        """Cancel the upstream exchange; a blocked worker raises the reason. Any thread."""
+        self.cancel_reason = reason or ClientDisconnected("the client disconnected")
+        if self.call is not None:  # in this order: see begin_call()
             self.call.cancel(self.cancel_reason)
 
 
 class AccessRecord:
-    """What the access log and the metrics say of a request, besides its head and its response."""
+    """Values of a model call for the access log and the metrics. Owned as its Request."""
 
-    __slots__ = ("model", "controller", "usage", "first_token_at")
+    __slots__ = ("controller", "first_token_at", "model", "usage")
 
     def __init__(self) -> None:
         self.model = self.controller = ""
@@ -8086,24 +8094,24 @@ class AccessRecord:
 
 
 class ByteBudget:
-    """Bytes that all bodies in transit may take together. Any thread."""
+    """Memory limit for all request bodies in transit. Any thread."""
 
     def __init__(self, limit: Callable[[], int]) -> None:
         self.limit, self.used = limit, 0
         self.lock = threading.Lock()
 
     def check(self, size: int) -> None:
-        """APIError 503 if there is no room for so many bytes now."""
+        """Raise APIError 503 if the budget has no room for ``size`` bytes now."""
         if self.used + size > self.limit():
             raise APIError(
                 503,
-                "Too many bytes of other requests are being received.",
+                "The server is receiving too many large requests; retry later.",
                 code="overloaded",
                 retry_after=1,
             )
 
     def reserve(self, size: int) -> None:
-        """Count bytes that are here; APIError 503 if there is no room for them."""
+        """Take bytes from the budget; APIError 503 if it has no room for them."""
         with self.lock:
             self.check(size)
             self.used += size
@@ -8114,38 +8122,37 @@ class ByteBudget:
 
 
 def check_body_size(size: int, settings: Settings) -> None:
-    """Check the size of a request's body, as far as it is known; APIError 413."""
+    """Raise APIError 413 if a body of at least ``size`` bytes exceeds the limits."""
     limit = min(settings.max_body, settings.max_body_total)
     if size > limit:
         raise APIError(413, f"The body is larger than {limit} bytes.")
 
 
 class BodyReader:
-    """Collects the body of a connection's request, within the bounds of size, memory and pace. Loop thread.
+    """Collects a request body within limits of size, memory and rate. Loop thread.
 
-    Each byte moves the deadline at MIN_UPLOAD_RATE, but never more than BODY_TIMEOUT ahead: a client that sent
-    much at once and then falls silent would else be waited for as long as that much may take.
+    Each received byte extends the deadline by 1 / MIN_UPLOAD_RATE seconds, to at most BODY_TIMEOUT
+    from now: otherwise a client could send a burst, then stall for as long as the burst has earned.
     """
 
     MIN_UPLOAD_RATE = 4000  # bytes per second
 
-    def __init__(self) -> None:
+    def __init__(self, server: "Server") -> None:
+        self.server = server
         self.decoder, self.data = NO_BODY, bytearray()
-        self.reserved = 0  # bytes that count against MAX_BODY_TOTAL
+        self.reserved = 0  # bytes of the server's ByteBudget
         self.deadline = math.inf
-        self.server: Any = None
 
-    def start(self, decoder: BodyDecoder, server: "Server", now: float) -> None:
-        """Expect a body."""
-        self.decoder, self.server = decoder, server
-        self.deadline = now + server.settings.body_timeout
+    def start(self, decoder: BodyDecoder, now: float) -> None:
+        """Begin a body."""
+        self.decoder = decoder
+        self.deadline = now + self.server.settings.body_timeout
 
     def feed(self, data: bytes, now: float) -> None:
-        """Take bytes of the connection; APIError 413 or 503 if they are too many."""
+        """Decode received bytes; APIError 413 or 503 above a limit."""
         payload = self.decoder.feed(data)
-        check_body_size(
-            len(self.data) + len(payload) + self.decoder.remaining, self.server.settings
-        )  # of a chunk, the rest counts
+        size = len(self.data) + len(payload) + self.decoder.remaining  # known so far, if chunked
+        check_body_size(size, self.server.settings)
         if not self.decoder.done or self.data:  # a body that came with its head is not in transit
             self.server.bodies.reserve(len(payload))
             self.reserved += len(payload)
@@ -8156,13 +8163,13 @@ class BodyReader:
         )
 
     def finish(self) -> Tuple[bytes, bytes]:
-        """The body, and the bytes that came after it."""
-        body, rest = bytes(self.data), self.decoder.trailing_data
+        """Return the body and the bytes received after it."""
+        body, trailing_data = bytes(self.data), self.decoder.trailing_data
         self.discard()
-        return body, rest
+        return body, trailing_data
 
     def discard(self) -> None:
-        """Release what has been collected."""
+        """Drop the body and return its bytes to the budget."""
         self.decoder, self.data = NO_BODY, bytearray()
         if self.reserved:
             self.server.bodies.release(self.reserved)
@@ -8170,51 +8177,43 @@ class BodyReader:
 
 
 class Connection:
-    """A client's socket with its buffers, deadline and state. Loop thread, except enqueue() and wait_for_room().
+    """A client socket with its buffers, deadline and state. Loop thread, unless noted.
 
-    A request is read whole and handed to a worker; the next one is read when its response is sent.
+    A complete request goes to a worker; the next one is parsed after its response has been sent.
     """
 
-    HIGH_WATER = 1 << 18  # bytes of output above which whoever writes must wait
+    HIGH_WATER = 1 << 18  # bytes of output above which wait_for_room() blocks
     LINGER_SECONDS = 2.0
     LINGER_BYTES = 4 << 20
 
     def __init__(self, sock: socket.socket, client_address: Any, server: "Server") -> None:
-        self.sock, self.client_address, self.server, self.loop = (
-            sock,
-            client_address,
-            server,
-            server.loop,
-        )
+        self.sock, self.client_address = sock, client_address
+        self.server, self.loop = server, server.loop
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.setblocking(False)  # no client can stop the loop by not reading
+        sock.setblocking(False)  # a client that does not read must not block the loop
         self.state = State.IDLE
-        self.input = bytearray()  # read, not yet used
+        self.input = bytearray()  # received, not yet parsed
         self.output = bytearray()  # to be sent
-        self.room = (
-            threading.Condition()
-        )  # guards output; notified when it has fallen below HIGH_WATER
-        self.scan_from = 0  # where the search for the head's end goes on
-        self.body = BodyReader()
+        self.room = threading.Condition()  # guards ``output`` and CLOSED; notified by each flush()
+        self.scan_from = 0  # the part of ``input`` before it does not contain the head's end
+        self.body = BodyReader(server)
         self.request: Optional[Request] = None  # being read or answered
         self.on_drained: Optional[Callable[[], None]] = None  # called once all output is sent
-        self.pipelined = False  # its next request, or its end, is here: nothing more is read
-        self.events = 0  # that the loop waits for
+        self.pipelined = False  # the next request or EOF has come: nothing more is read
+        self.events = 0  # registered with the loop
         self.linger_budget = 0
         self.deadline, self.timeout_message = math.inf, ""
-        self._wait_for_events()
+        self._update_events()
 
     # -- reading
 
     def on_ready(self) -> None:
-        """The socket is readable or writable."""
-        if self.state is State.CLOSED:  # by a callback before this one
-            return
-        if self.output:
+        """Handle a readable or writable socket."""
+        if self.state is not State.CLOSED and self.output:
             self.flush()
-        if self.state in ANSWERING:
-            self._look_for_disconnect()
-        elif self.state is not State.CLOSED:
+        if self.request is not None and self.state in RESPONDING:
+            self._check_disconnect(self.request)
+        elif self.state is not State.CLOSED:  # else a callback of the same select() has closed it
             self._receive()
 
     def _receive(self) -> None:
@@ -8230,39 +8229,38 @@ class Connection:
                 self.close()
         elif data:
             if self.state is State.IDLE:
-                self.state = State.READING
-                self.set_deadline(
-                    self.server.settings.head_timeout, "The request's head took too long."
-                )
+                self._begin_reading()
             self.input += data
             self._advance()
         elif self.input or self.request is not None:
-            self._dispatch(
-                ProtocolError(
-                    f"the connection ended within a {'head' if self.request is None else 'body'}"
-                )
-            )
+            part = "head" if self.request is None else "body"
+            self._dispatch(ProtocolError(f"the connection ended within a {part}"))
         else:
             self.close()
 
+    def _begin_reading(self) -> None:
+        self.state = State.READING
+        timeout = self.server.settings.head_timeout
+        self.set_deadline(timeout, "The request's head took too long.")
+
     def _advance(self) -> None:
-        """Go on with the bytes that are here: head, gate, body; a whole request goes to a worker."""
+        """Parse ``input``: head, gate, body; then dispatch the request to a worker."""
         try:
-            if (self.request is not None or self._read_head()) and self._read_body():
+            request = self.request or self._read_head()
+            if request is not None and self._read_body(request):
                 self._dispatch()
         except (ProtocolError, APIError) as error:
             self._dispatch(error)
 
-    def _read_head(self) -> bool:
-        """Whether the head is complete; it is parsed, and passed the gate, then."""
-        if self.input.startswith(
-            b"\r\n"
-        ):  # RFC 9112, 2.2: blank lines before a request are skipped
-            del self.input[: _BLANK_LINES.match(self.input).end()]
+    def _read_head(self) -> Optional[Request]:
+        """Parse the head and pass it through the gate; None while it is incomplete."""
+        if self.input.startswith(b"\r\n"):  # RFC 9112, 2.2: skip empty lines before a request
+            blank = _BLANK_LINES.match(self.input)
+            del self.input[: blank.end() if blank else 0]
         end = find_head_end(self.input, self.scan_from) if self.input else -1
         if end < 0:
             self.scan_from = max(0, len(self.input) - 3)
-            return False
+            return None
         self.scan_from = 0
         self.request = request = Request(self)
         head = bytes(self.input[:end])
@@ -8270,16 +8268,16 @@ class Connection:
         request.parse_head(head)
         decoder = BodyDecoder(request.head.headers)
         request.body_unread = not decoder.done
-        self.server.check_head(request, decoder)
-        self.body.start(decoder, self.server, self.loop.now)
+        self.server.gate.check_head(request, decoder)
+        self.body.start(decoder, self.loop.now)
         if request.head.headers.get("expect") and not decoder.done and not self.input:
             self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         self.deadline = math.inf
-        return True
+        return request
 
-    def _read_body(self) -> bool:
-        """Whether the body is complete."""
-        request, reader = self.request, self.body
+    def _read_body(self, request: Request) -> bool:
+        """Read the body; True if it is complete or need not be read."""
+        reader = self.body
         if not request.body_unread:
             return True
         if self.input:
@@ -8287,63 +8285,63 @@ class Connection:
             reader.feed(data, self.loop.now)
         if not reader.decoder.done:
             if request.head.method in BODILESS_METHODS:
-                return True  # the connection ends with the response
-            self.deadline, self.timeout_message = (
-                reader.deadline,
-                "The request's body took too long.",
-            )
+                return True  # not needed; the connection is closed after the response
+            self.deadline = reader.deadline
+            self.timeout_message = "The request's body took too long."
             return False
-        request.body, rest = reader.finish()
-        self.input = bytearray(rest)
+        request.body, trailing_data = reader.finish()
+        self.input = bytearray(trailing_data)
         request.body_unread = False
         return True
 
     def _dispatch(self, error: Optional[Exception] = None) -> None:
-        """Hand the request to a worker, with the reason if it must be refused."""
-        if self.request is None:
-            self.request = Request(self)
-        if error is not None and (
-            isinstance(error, ProtocolError) or not self.request.head.headers
-        ):
-            self.request.body_unread = True  # no next request can be found in what follows
+        """Hand the request to a worker, with the reason if it is rejected."""
+        request = self.request = self.request or Request(self)
         if error is not None:
+            if isinstance(error, ProtocolError) or not request.head.headers:
+                request.body_unread = True  # the start of a next request can't be determined
             self.body.discard()
-        self.request.error = error
+        request.error = error
         self.state, self.deadline = State.DISPATCHED, math.inf
-        self.submit(functools.partial(self.server.serve_request, self.request))
+        self.submit(request, functools.partial(self.server.serve_request, request))
 
-    def submit(self, task: Callable[[], None]) -> None:
-        """Hand a step of the request to a worker; without one the client is turned away."""
+    def submit(self, request: Request, task: Callable[[], None]) -> None:
+        """Run a step of the request on a worker; reject or disconnect without one."""
         try:
             self.server.submit(task)
-        except RuntimeError as error:  # no more threads
+        except RuntimeError as error:  # the system allows no more threads
             if report_exhaustion():
-                log.error("a request could not be handled: %s", error)
-            if self.request.writer.status:
+                log.error("cannot handle a request: %s", error)
+            if request.writer.status:
                 self.disconnect()
             else:
-                self.server.reject(self)
+                self.reject()
             self.end_request()
 
-    def _look_for_disconnect(self) -> None:
-        """While a response is awaited: the client has left, or has sent its next request.
+    def reject(self) -> None:
+        """Send 503 and close: the server has no room for this client."""
+        if self.send(TOO_MANY_CLIENTS):
+            self._linger()
 
-        One that has only ended its side (``printf ... | nc``) looks the same as one that has left. It
-        gets what is made here, but no upstream works for it.
+    def _check_disconnect(self, request: Request) -> None:
+        """Handle input during a response: EOF, or the beginning of the next request.
+
+        A client that half-closes (``printf ... | nc``) looks like one that has disconnected. It gets
+        any response that is made here, but no upstream works for it.
         """
-        seen = peek(self.sock)
-        if seen == b"":
-            self.request.cancel()  # also a call that its worker is about to begin
-            if self.request.call is not None:
+        data = peek(self.sock)
+        if data == b"":
+            request.cancel()  # also a call that its worker is about to begin
+            if request.call is not None:
                 return self.disconnect()
-        if seen is not None:
+        if data is not None:
             self.pipelined = True
-            self._wait_for_events()
+            self._update_events()
 
     # -- writing
 
     def send(self, data: bytes, last: bool = False) -> bool:
-        """Send what the socket takes and buffer the rest; True if nothing is left. Loop thread."""
+        """Send at once and buffer the remainder; True if there is none."""
         if self.output:
             with self.room:
                 self.output += data
@@ -8359,33 +8357,36 @@ class Connection:
             return True
         with self.room:
             self.output += data[sent:]
-        self._expect_reading()
+        self._start_write_timeout()
         return False
 
     def enqueue(self, data: bytes, last: bool = False) -> None:
-        """Buffer output for the loop to send; ClientDisconnected if the connection is closed. Any thread.
+        """Buffer output for the loop; ClientDisconnected if closed. Any thread.
 
-        The last output of a request is sent by end_request(), so that the loop is woken up once.
+        With ``last``, end_request() sends it: flush() would be a second callback for the loop.
         """
         with self.room:
             if self.state is State.CLOSED:
-                raise ClientDisconnected("the client left")
+                raise ClientDisconnected("the client disconnected")
             first = not self.output
             self.output += data
         if first and not last:
             self.loop.call_soon_threadsafe(self.flush)
 
     def wait_for_room(self) -> None:
-        """Wait until the client has read most of the output; ClientDisconnected if it leaves. Worker thread."""
+        """Block while output is above HIGH_WATER. Worker thread.
+
+        Raises ClientDisconnected if the connection is closed.
+        """
         with self.room:
             self.room.wait_for(
                 lambda: len(self.output) < self.HIGH_WATER or self.state is State.CLOSED
             )
             if self.state is State.CLOSED:
-                raise ClientDisconnected("the client left")
+                raise ClientDisconnected("the client disconnected")
 
     def flush(self) -> bool:
-        """Send more of the output; True if all of it is sent. Loop thread."""
+        """Send buffered output; True if nothing is left."""
         if self.state is State.CLOSED:
             return False
         try:
@@ -8398,27 +8399,26 @@ class Connection:
             self.disconnect()
             return False
         if self.output:
-            self._expect_reading()
+            self._start_write_timeout()
             return False
         self.deadline = math.inf
         if self.events != selectors.EVENT_READ:
-            self._wait_for_events()
+            self._update_events()
         if self.on_drained is not None:
             callback, self.on_drained = self.on_drained, None
             callback()
         return True
 
-    def _expect_reading(self) -> None:
-        """Each part that the client takes gives it more time for the next one."""
-        self.set_deadline(
-            self.server.settings.write_timeout, "The client did not read its response."
-        )
-        self._wait_for_events()
+    def _start_write_timeout(self) -> None:
+        """Restart the write timeout: it bounds a stall, not the whole response."""
+        timeout = self.server.settings.write_timeout
+        self.set_deadline(timeout, "The client did not read its response.")
+        self._update_events()
 
-    # -- the end of a request, and of the connection
+    # -- ending a request, and the connection
 
     def end_request(self) -> None:
-        """The response is complete: log it, then read the next request, or close. Loop thread."""
+        """Log a complete response; then read the next request, linger or close."""
         request = self.request
         if request is None:
             return
@@ -8433,52 +8433,58 @@ class Connection:
             self.server.on_connection_closed(self)
         elif self.state is State.LINGERING:
             return
-        elif request.keep_alive and not request.body_unread:
-            self._next_request()
         elif request.body_unread:
             self._linger()
+        elif request.keep_alive:
+            self._next_request()
         else:
             self.close()
 
     def _next_request(self) -> None:
         self.pipelined = False
         if self.input:
-            self.state = State.READING
-            self.set_deadline(
-                self.server.settings.head_timeout, "The request's head took too long."
-            )
+            self._begin_reading()
             self._advance()
         else:
             self.state = State.IDLE
             self.set_deadline(self.server.settings.keepalive_timeout, "")
-        self._wait_for_events()
+        self._update_events()
 
     def _linger(self) -> None:
-        """Lingering close (RFC 9112, 9.6): half-close, then discard input; a reset would destroy the response."""
+        """Half-close, then discard input for a while (lingering close, RFC 9112, 9.6).
+
+        Closing with unread input sends a reset, which can destroy the response in transit.
+        """
         with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_WR)
         self.state, self.pipelined, self.linger_budget = State.LINGERING, False, self.LINGER_BYTES
         self.set_deadline(self.LINGER_SECONDS, "")
-        self._wait_for_events()
+        self._update_events()
+
+    def stop(self) -> None:
+        """End the connection on shutdown; its request is cancelled with an error 503."""
+        error = APIError(503, "The server is stopping.", code="stopping")
+        if self.request is not None:
+            self.request.cancel(error)
+        if self.state is State.READING:
+            self._dispatch(error)
+        elif self.state is State.IDLE:
+            self.close()
 
     def disconnect(self) -> None:
-        """The client has left: close, and cancel what is under way for it."""
-        request, answering, drained = self.request, self.state in ANSWERING, self.on_drained
+        """Close, and cancel the request: the client has disconnected or must be dropped."""
+        request, responding, on_drained = self.request, self.state in RESPONDING, self.on_drained
         self.close()
-        if request is None or not answering:
+        if request is None or not responding:
             return
         if request.relay is not None:
             request.relay.on_client_disconnect()
-        elif drained is not None:  # the response was complete, but for the client
+        elif on_drained is not None:  # end_request() has been waiting for the output to be sent
             self.end_request()
         request.cancel()
 
-    def abort(self) -> None:
-        """A bug has ended a callback of this connection: close it, and what belongs to it."""
-        self.disconnect()
-
     def close(self) -> None:
-        """Close the socket. A request that a worker still has is logged when that ends."""
+        """Close the socket. A worker's request is logged when the worker ends it."""
         if self.state is State.CLOSED:
             return
         was_reading = self.state in (State.IDLE, State.READING)
@@ -8498,38 +8504,36 @@ class Connection:
     # -- time
 
     def set_deadline(self, seconds: float, message: str) -> None:
-        """What is expected of the client now must happen within so many seconds."""
+        """Set the deadline, in seconds from now, and the message of its error 408."""
         self.deadline, self.timeout_message = self.loop.now + seconds, message
 
     def on_tick(self, now: float) -> None:
-        """Deadlines, clients that have left, pings."""
+        """Enforce the deadline, detect a disconnected client, send pings."""
+        request = self.request
         if self.state is State.IDLE and self.server.draining:
             self.deadline = min(self.deadline, now + LAME_DUCK_SECONDS)
         if now >= self.deadline:
-            self._on_deadline()
-        elif self.state in ANSWERING:
-            if self.pipelined and self.request.call is not None and peer_has_closed(self.sock):
+            if self.state is State.READING and (self.input or request is not None):
+                self._dispatch(APIError(408, self.timeout_message))
+            elif self.state in RESPONDING:
                 self.disconnect()
             else:
-                self.request.writer.on_tick(now)
+                self.close()
+        elif request is not None and self.state in RESPONDING:
+            if self.pipelined and request.call is not None and peer_has_closed(self.sock):
+                self.disconnect()
+            else:
+                request.writer.on_tick(now)
 
-    def _on_deadline(self) -> None:
-        if self.state is State.READING and (self.input or self.request is not None):
-            self._dispatch(APIError(408, self.timeout_message))
-        elif self.state in ANSWERING:
-            self.disconnect()
-        else:
-            self.close()
-
-    def _wait_for_events(self) -> None:
-        """Have the loop wait for what can happen now; a selector can't wait for nothing."""
+    def _update_events(self) -> None:
+        """Register the events of interest; a selector rejects an empty set."""
         events = (0 if self.pipelined else selectors.EVENT_READ) | (
             selectors.EVENT_WRITE if self.output else 0
         )
         if events == self.events or self.state is State.CLOSED:
             return
         if not self.events:
-            self.loop.add(self.sock, self.on_ready, self.abort, events)
+            self.loop.add(self.sock, self.on_ready, self.disconnect, events)
         elif events:
             self.loop.modify(self.sock, events)
         else:
@@ -8538,34 +8542,35 @@ class Connection:
 
 
 # == 12. relay ================================================================================
-# The way of a response to its client. Knows no upstreams' formats.
+# Writes responses to clients. Knows no upstreams' formats.
 
 
 class ResponseWriter:
-    """Writes one response: status line, header fields, framing. Any thread: its worker's, while STREAMING the loop's.
+    """Writes one response: status line, headers, framing.
 
-    start() buffers the head, which leaves with the first bytes of the body. The lock keeps the pings
-    of the loop thread from what a worker is just writing.
+    Any thread: the request's worker; the loop while STREAMING, and for pings. The lock prevents a
+    ping in the middle of what a worker is writing. The head is sent with the body's first bytes.
     """
 
     def __init__(self, request: "Request") -> None:
         self.request, self.connection = request, request.connection
         self.lock = threading.RLock()
-        self.send: Callable[..., Any] = (
-            self.connection.enqueue
-        )  # Connection.send once the loop relays
+        self.send: Callable[..., Any] = self.connection.enqueue  # Connection.send while STREAMING
         self.status = 0  # 0: not started
         self.finished = self.chunked = False
-        self.head = b""
+        self.head = b""  # not sent yet
         self.bytes_sent = 0  # of the body
-        self.tail = b"\n\n"  # its last bytes
+        self.tail = b"\n\n"  # last bytes of the body
         self.last_write = request.started_at
-        self.ping_frame: Optional[Callable[[str], bytes]] = None  # of a stream that may get pings
+        self.ping_frame: Optional[Callable[[str], bytes]] = None  # None: pings are not possible
 
     def start(self, status: int, headers: Dict[str, str], length: Optional[int] = None) -> None:
-        """Begin the response; without a length its body is chunked, or extends to the end of the connection."""
-        request, server = self.request, self.request.server
-        if request.body_unread or server.draining:
+        """Begin the response; its body is chunked without a length.
+
+        HTTP/1.0 has no chunks: there the end of the connection ends the body.
+        """
+        request = self.request
+        if request.body_unread or request.server.draining:
             request.keep_alive = False
         self.status = status
         self.chunked = length is None and request.head.http_minor == "1"
@@ -8582,54 +8587,57 @@ class ResponseWriter:
             framing += "Connection: close\r\n"
         elif request.head.http_minor == "0":
             framing += "Connection: keep-alive\r\n"
+        status_line = _STATUS_LINES.get(status) or f"HTTP/1.1 {status} "
         self.head = (
-            f"{_STATUS_LINES.get(status) or f'HTTP/1.1 {status} '}\r\n{server.date_header()}{fields}{framing}"
-            f"x-request-id: {request.id}\r\n{server.cors_headers(request)}\r\n"
+            f"{status_line}\r\n{server_date_headers(int(time.time()))}{fields}{framing}"
+            f"x-request-id: {request.id}\r\n{cors_headers(request)}\r\n"
         ).encode("ascii")
 
     def write(self, data: bytes) -> Any:
-        """Send a part of the body; what Connection.send() or enqueue() returns. ClientDisconnected if that fails."""
+        """Write a part of the body; returns and raises what ``send`` does."""
         with self.lock:
             self.last_write = self.connection.loop.now
             return self.send(self._frame(data))
 
     def write_chunk(self, frame: bytes) -> bool:
-        """write() for whole frames of a stream that has begun. Loop thread."""
+        """Write complete frames to a chunked stream that has begun. Loop thread."""
         self.bytes_sent += len(frame)
         self.tail, self.last_write = frame, self.connection.loop.now
         return self.connection.send(b"%x\r\n%b\r\n" % (len(frame), frame))
 
     def finish(self, data: bytes = b"") -> Any:
-        """Send the last part of the body; the key's slot is free before the client can know that it is complete."""
+        """Write the last part of the body, and end it."""
         with self.lock:
-            self.request.server.release_key(self.request)
+            # Before the end is sent. Otherwise: the client reads the end and sends its next
+            # request; that is rejected by max_concurrency; this request releases its slot.
+            release_key(self.request)
             self.ping_frame, self.finished = None, True
             end = b"0\r\n\r\n" if self.chunked and self.request.head.method != "HEAD" else b""
             return self.send(self._frame(data) + end, last=True)
 
     def respond(self, status: int, data: bytes, headers: Dict[str, str]) -> None:
-        """A whole response."""
+        """Write a complete response."""
         with self.lock:
             self.start(status, headers, length=len(data))
             self.finish(data)
 
     def break_off(self) -> None:
-        """End a body that can't carry an error: without its proper end the client sees that it is incomplete."""
+        """End a body that can't carry an error: no last chunk marks it incomplete."""
         self.request.keep_alive, self.chunked = False, False
         self.finish()
 
     def on_tick(self, now: float) -> None:
-        """Fill the silence of a stream with a ping, so that no proxy takes the connection for dead. Loop thread."""
+        """Send a ping if the stream is idle, so that no proxy times it out. Loop thread."""
         heartbeat = self.request.settings.heartbeat
         if (
             self.ping_frame is None
             or now - self.last_write <= heartbeat
             or not self.lock.acquire(blocking=False)
         ):
-            return  # a worker that has the lock is just writing
+            return  # the worker that holds the lock is writing: no ping is needed
         try:
             if self.ping_frame is None or now - self.last_write <= heartbeat:
-                return  # it has written since
+                return  # a worker wrote or finished between the check above and acquire()
             self.last_write = now
             frame = self.ping_frame(self.request.settings.pings)
             if (
@@ -8646,13 +8654,13 @@ class ResponseWriter:
             self.lock.release()
 
     def _frame(self, data: bytes) -> bytes:
-        """A part of the body as it goes on the wire, the head before the first one."""
+        """Frame a part of the body, and prepend the head to the first one."""
         if data:
             self.bytes_sent += len(data)
             self.tail = data if len(data) > 3 else (self.tail + data)[-4:]
             if self.request.head.method == "HEAD":
                 data = b""
-            elif self.chunked:  # a chunk of length 0 would end the body
+            elif self.chunked:  # only if there is data: a chunk of length 0 would end the body
                 data = b"%x\r\n%b\r\n" % (len(data), data)
         if self.head:
             data, self.head = self.head + data, b""
@@ -8660,64 +8668,54 @@ class ResponseWriter:
 
 
 class StreamRelay:
-    """Relays one response on the loop thread: upstream -> decoder -> dialect -> client, with back-pressure.
+    """Relays one response: upstream -> decoder -> dialect -> client. Loop thread.
 
-    It begins when the request has been sent. A client that reads slowly pauses its upstream. Once the
-    response is complete the client may send its next request, while the upstream's message is read to
-    its end, so that the connection can be used again.
+    A client that reads slowly pauses its upstream (back-pressure). After the response is complete
+    the client may send its next request, while the upstream's message is read to its end: only then
+    can the upstream connection be reused.
     """
 
-    def __init__(self, handler: "Handler") -> None:
-        self.handler, self.request, self.exchange = (
-            handler,
-            handler.request,
-            handler.request.exchange,
-        )
-        self.dialect, self.writer, self.connection = (
-            handler.dialect,
-            handler.request.writer,
-            handler.request.connection,
-        )
+    def __init__(self, responder: "CallResponder") -> None:
+        self.responder, self.request, self.call = responder, responder.request, responder.call
+        self.exchange, self.dialect = responder.exchange, responder.dialect
+        self.writer, self.connection = responder.writer, responder.request.connection
         self.loop = self.connection.loop
         self.stream: EventStream = self.exchange.response
         self.upstream, self.scope = self.stream.response.sock, self.stream.response.scope
-        self.tls_pending = getattr(
-            self.upstream, "pending", None
-        )  # TLS may have decoded more than was read
+        self.tls_pending = getattr(self.upstream, "pending", None)  # bytes decrypted but not read
         self.paused = self.client_done = self.upstream_done = False
-        self.fast_path: Any = (
-            None  # unframe, parse and encode a lone token; () if that isn't possible
-        )
-        self.buffered: List[Event] = []  # of a response that is sent whole
-        if not self.request.call.stream:
+        self.fast_path: Any = None  # unframe, parse, encode; (): impossible; None: not known yet
+        self.buffered: List[Event] = []  # of a response that is not streamed
+        if not self.call.stream:
             self.stream.byte_budget = MAX_BUFFERED_BODY
 
     def start(self) -> None:
-        """Take over from the worker that has sent the request."""
+        """Take over from the worker that has sent the request to the upstream."""
         if self.upstream.gettimeout() != 0:
             self.upstream.setblocking(False)
         if self.connection.state is State.CLOSED:
-            return self.on_client_disconnect()
+            self.on_client_disconnect()
+            return
         self.connection.state, self.request.relay = State.STREAMING, self
         self.writer.send = self.connection.send
         self._add_upstream()
 
     def on_upstream(self) -> None:
-        """The upstream has sent something, or has ended."""
+        """Handle a readable upstream socket."""
         self._step()
         while (
             self.tls_pending and not self.upstream_done and not self.paused and self.tls_pending()
         ):
-            self._step()  # no selector knows of that
+            self._step()  # decrypted bytes don't make the socket readable again
 
     def on_client_disconnect(self) -> None:
-        """The client has left: so may the upstream."""
+        """Release the upstream after the client has disconnected."""
         self.client_done = True
         self._release()
         self.loop.call_soon_threadsafe(self.connection.end_request)
 
     def abort(self) -> None:
-        """A bug has struck: close the upstream, and the client if it still waits for this response."""
+        """Close the upstream, and the client if it still waits, after a bug."""
         client_waiting = not self.client_done
         self.client_done = True
         self._release()
@@ -8726,7 +8724,7 @@ class StreamRelay:
             self.connection.end_request()
 
     def _step(self) -> None:
-        """One read, one write."""
+        """Read once from the upstream and write once to the client."""
         stream = self.stream
         try:
             data = self.upstream.recv(RECV_SIZE)
@@ -8744,13 +8742,15 @@ class StreamRelay:
         elif stream.at_eof:
             self._finish()
         elif stream.started and not self.paused:
-            due = self.loop.now + stream.response.timeouts.idle
-            self.scope.deadline = min(due, self.scope.deadline) if stream.complete else due
+            deadline = self.loop.now + stream.response.timeouts.idle
+            self.scope.deadline = (
+                min(deadline, self.scope.deadline) if stream.complete else deadline
+            )
 
     def _relay_token(self, data: bytes) -> bool:
-        """Relay one chunk with one token from the middle of a stream, without making events of it; False if it isn't that.
+        """Relay one chunk that holds one token, without events; False if it doesn't.
 
-        Nearly every read of a live stream is. It saves a quarter of the CPU time of a token.
+        Nearly every read of a live stream is such a chunk; this saves a quarter of its CPU time.
         """
         unframe, parse, encode = self.fast_path
         payload = unframe(data)
@@ -8765,19 +8765,19 @@ class StreamRelay:
     def _choose_fast_path(self) -> None:
         body, decoder = self.stream.response.body, self.stream.decoder
         parse = getattr(decoder, "fast_path", None)
-        encode = self.dialect.text_frame if self.request.call.relay_content_type is None else bytes
+        encode = self.dialect.text_frame if self.call.relay_content_type is None else bytes
         usable = parse and encode and body.chunked and self.writer.chunked
         self.fast_path = (body.single_chunk, parse, encode) if usable else ()
 
     def _deliver(self, events: List[Event]) -> None:
-        """Pass events on, or keep them until the response can be sent whole."""
+        """Send events to the client, or buffer them for a response that is not streamed."""
         if self.exchange.committed:
             frames = self.dialect.encode(events)
         elif self._is_buffered():
             self.buffered += events
             return
         else:
-            frames = self.handler.start_stream() + self.dialect.encode(events)
+            frames = self.responder.start_stream() + self.dialect.encode(events)
         if not self.stream.complete:
             if not self.writer.write(frames):
                 self._pause()
@@ -8788,39 +8788,39 @@ class StreamRelay:
             self._end_response(frames)
 
     def _is_buffered(self) -> bool:
-        call = self.request.call
-        return (
-            not call.stream
-            or call.relay_content_type is not None
-            and isinstance(self.stream.decoder, BufferedBody)
+        if not self.call.stream:
+            return True
+        return self.call.relay_content_type is not None and isinstance(
+            self.stream.decoder, BufferedBody
         )
 
     def _end_response(self, frames: bytes) -> None:
-        """Send the last frames; the connection goes on with its next request when they are sent."""
+        """Send the last frames, and let the connection read its next request."""
         self.client_done, self.fast_path = True, ()
         self.writer.finish(frames)
         self.request.relay = self.request.exchange = None
         self.connection.end_request()
 
     def _finish(self) -> None:
-        """The upstream's message is complete."""
+        """Handle the end of the upstream's message."""
         frames = b""
         if self.buffered:
-            frames = self.handler.start_buffered(self.buffered)
+            frames = self.responder.start_buffered(self.buffered)
         elif not self.exchange.committed:
-            frames = self.handler.start_stream()
-        self._release()  # the upstream's connection is free before the client can ask again
+            frames = self.responder.start_stream()
+        # Before the response ends, so that the client's next request finds the upstream free.
+        self._release()
         if not self.client_done:
             self._end_response(frames)
 
     def _fail(self, error: Exception) -> None:
-        """No response, or not all of it: a worker asks the next controller, or the client gets an error frame."""
+        """Fail over on a worker, or after the first event send an error frame."""
         if self.client_done or not isinstance(error, APIError):
             self._release()
             if not self.client_done:
                 self.connection.disconnect()
         elif self.exchange.committed:
-            frames = self.handler.error_trailer(error)
+            frames = self.responder.error_trailer(error)
             self._release(error)
             self._end_response(frames)
         else:
@@ -8828,10 +8828,11 @@ class StreamRelay:
             self.loop.remove(self.upstream)
             self.request.relay, self.connection.state = None, State.DISPATCHED
             self.writer.send = self.connection.enqueue
-            self.connection.submit(functools.partial(self.handler.fail_over, error))
+            task = functools.partial(self.responder.fail_over, error)
+            self.connection.submit(self.request, task)
 
     def _pause(self) -> None:
-        """Read no more until the client has read what there is."""
+        """Stop reading from the upstream until all output is sent to the client."""
         if not self.paused and not self.client_done:
             self.paused = True
             self.scope.deadline = math.inf
@@ -8850,7 +8851,7 @@ class StreamRelay:
             self.on_upstream()
 
     def _release(self, error: Optional[APIError] = None) -> None:
-        """No more comes from the upstream: its connection is kept or closed, and its result recorded."""
+        """Return or close the upstream connection, and record its result. Idempotent."""
         if not self.upstream_done:
             self.upstream_done = True
             self.loop.remove(self.upstream)
@@ -8858,11 +8859,11 @@ class StreamRelay:
 
 
 # == 13. limits ===============================================================================
-# What a key may do, and the figures for Prometheus.
+# Limits of client keys, and metrics for Prometheus.
 
 
 class KeyLimiter:
-    """What a key may do, and how far it has done it. Any thread may ask; whoever was let in with acquire() must release()."""
+    """Enforces the limits of a client key. Any thread. acquire() needs a release()."""
 
     def __init__(
         self, options: ClientKeySettings, clock: Callable[[], float] = time.monotonic
@@ -8870,30 +8871,34 @@ class KeyLimiter:
         self.options, self.name, self.clock = options, options.name, clock
         self.lock = threading.Lock()
         self.in_flight = self.requests = self.rejected = 0
-        self.next_free = 0.0  # a call takes 60 / requests_per_minute seconds, a minute of which may be spent ahead
+        # GCRA's theoretical arrival time: each request adds 60 / requests_per_minute seconds, and
+        # it may be up to a minute ahead of the clock.
+        self.next_free = 0.0
 
     def acquire(self, count: int = 1) -> None:
-        """Let a call in, which counts so many times; APIError 429 if it is one too many, 400 if it always will be."""
-        options = self.options
-        if count > options.requests_per_minute > 0:
+        """Take one slot and ``count`` requests.
+
+        Raises APIError 429, or 400 if ``count`` exceeds a whole minute's limit.
+        """
+        concurrency, rate = self.options.max_concurrency, self.options.requests_per_minute
+        if count > rate > 0:
             raise bad_request(
-                f"'n' may be {options.requests_per_minute} at most: the limit of the key {self.name!r} is "
-                f"{options.requests_per_minute} per minute.",
+                f"'n' must be at most {rate}: the limit of the key {self.name!r} is "
+                f"{rate} per minute.",
                 "n",
             )
         with self.lock:
             now = self.clock()
-            spent = max(self.next_free, now)
-            spent += 60 * count / options.requests_per_minute if options.requests_per_minute else 0
-            if options.max_concurrency and self.in_flight >= options.max_concurrency:
-                raise self.too_many(f"{options.max_concurrency} at a time", 1.0)
-            if options.requests_per_minute and spent - now > 60.001:
-                raise self.too_many(f"{options.requests_per_minute} per minute", spent - now - 60)
-            self.next_free = spent
+            next_free = max(self.next_free, now) + (60 * count / rate if rate else 0)
+            if concurrency and self.in_flight >= concurrency:
+                raise self._reject(f"{concurrency} at a time", 1.0)
+            if rate and next_free - now > 60.001:
+                raise self._reject(f"{rate} per minute", next_free - now - 60)
+            self.next_free = next_free
             self.in_flight += 1
             self.requests += count
 
-    def too_many(self, limit: str, seconds: float) -> APIError:
+    def _reject(self, limit: str, seconds: float) -> APIError:
         self.rejected += 1
         return APIError(
             429,
@@ -8906,7 +8911,7 @@ class KeyLimiter:
             self.in_flight -= 1
 
     def status(self) -> Dict[str, Any]:
-        """What /status tells of it."""
+        """Return the key's entry in /status."""
         return {
             "name": self.name,
             "in_flight": self.in_flight,
@@ -8915,68 +8920,77 @@ class KeyLimiter:
         }
 
 
-# What /metrics tells: {name: (type, help, labels)}. Their values come from ROUTES and the settings, none from a request.
+# {name: (type, help, labels)}. Label values come from ROUTES and the settings, never from requests:
+# clients could otherwise create any number of series.
 METRICS: Dict[str, Tuple[str, str, Tuple[str, ...]]] = {
     "akashproxy_requests_total": (
         "counter",
-        "Requests that are over.",
+        "Completed requests.",
         ("route", "status", "controller"),
     ),
     "akashproxy_requests_in_flight": (
         "gauge",
-        "Calls of models, and pictures, that are being answered.",
+        "Model calls and images in progress.",
         (),
     ),
     "akashproxy_request_duration_seconds": (
         "histogram",
-        "Time from a call's first byte to the end of its answer.",
+        "Time from the first byte of a model call to the end of its response.",
         ("controller",),
     ),
     "akashproxy_time_to_first_token_seconds": (
         "histogram",
-        "Time from a call's first byte to the first event of its stream.",
+        "Time from the first byte of a model call to the first event of its stream.",
         ("controller",),
     ),
     "akashproxy_prompt_tokens_total": (
         "counter",
-        "Tokens of prompts, as far as upstreams told.",
+        "Prompt tokens, where upstreams report them.",
         ("controller",),
     ),
     "akashproxy_completion_tokens_total": (
         "counter",
-        "Tokens of answers, as far as upstreams told.",
+        "Completion tokens, where upstreams report them.",
         ("controller",),
     ),
     "akashproxy_failovers_total": (
         "counter",
-        "Times that a call went on to another controller.",
+        "Failovers to another controller.",
         (),
     ),
     "akashproxy_controller_rests_total": (
         "counter",
-        "Times that a controller began to rest.",
+        "Cool-downs of a controller.",
         ("controller",),
     ),
-    "akashproxy_controller_resting": ("gauge", "1 while a controller rests.", ("controller",)),
+    "akashproxy_controller_resting": (
+        "gauge",
+        "1 while a controller is cooling down.",
+        ("controller",),
+    ),
     "akashproxy_session_renewals_total": (
         "counter",
-        "Sessions fetched from Akash Chat.",
+        "Sessions obtained from Akash Chat.",
         ("controller",),
     ),
-    "akashproxy_key_requests_total": ("counter", "Calls of models by who has a key.", ("key",)),
-    "akashproxy_key_refused_total": ("counter", "Calls that were too many for a key.", ("key",)),
-    "akashproxy_key_in_flight": ("gauge", "Calls of a key that are being answered.", ("key",)),
-    "akashproxy_sent_bytes_total": ("counter", "Bytes in the bodies of answers.", ()),
-    "akashproxy_open_connections": ("gauge", "Clients that are connected.", ()),
+    "akashproxy_key_requests_total": ("counter", "Model calls of a key.", ("key",)),
+    "akashproxy_key_refused_total": (
+        "counter",
+        "Model calls rejected by the limits of a key.",
+        ("key",),
+    ),
+    "akashproxy_key_in_flight": ("gauge", "Model calls of a key in progress.", ("key",)),
+    "akashproxy_sent_bytes_total": ("counter", "Bytes sent in response bodies.", ()),
+    "akashproxy_open_connections": ("gauge", "Open client connections.", ()),
     "akashproxy_build_info": ("gauge", "Always 1.", ("version", "python")),
     "process_cpu_seconds_total": ("counter", "CPU time, user and system.", ()),
-    "process_start_time_seconds": ("gauge", "When it started, in seconds since 1970.", ()),
+    "process_start_time_seconds": ("gauge", "Start time, in seconds since 1970.", ()),
 }
 BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320)  # seconds; then infinity
 
 
 class Metrics:
-    """What is counted for /metrics: a few numbers for each request, at its end. Any thread may add one."""
+    """Counters and histograms for /metrics. Any thread."""
 
     def __init__(self, server: "Server") -> None:
         self.server, self.started_at, self.lock = server, time.time(), threading.Lock()
@@ -8985,7 +8999,7 @@ class Metrics:
         )
 
     def add(self, request: "Request", now: float) -> None:
-        """Count a request that is over."""
+        """Count a completed request."""
         record, call, writer, counts = request.record, request.call, request.writer, self.counts
         controller, usage = record.controller, record.usage
         with self.lock:
@@ -9007,20 +9021,17 @@ class Metrics:
                     record.first_token_at - request.started_at,
                 )
             if usage:
-                counts["akashproxy_prompt_tokens_total", controller] += max(
-                    0, usage.get("prompt_tokens") or 0
-                )
-                counts["akashproxy_completion_tokens_total", controller] += max(
-                    0, usage.get("completion_tokens") or 0
-                )
+                for kind in ("prompt", "completion"):
+                    tokens = max(0, usage.get(f"{kind}_tokens") or 0)
+                    counts[f"akashproxy_{kind}_tokens_total", controller] += tokens
 
     def observe(self, name: str, controller: str, seconds: float) -> None:
-        """Put a time into a histogram; called under the lock."""
+        """Add a duration to a histogram. The caller holds the lock."""
         self.counts[name, controller, bisect.bisect_left(BUCKETS, seconds)] += 1
         self.counts[name, controller, "sum"] += seconds
 
     def snapshot(self) -> Dict[Tuple[Any, ...], float]:
-        """All figures, {(name, label, ...): number}."""
+        """Return all metrics: {(name, label, ...): number}."""
         server, connections = self.server, self.server.connections.copy()
         with self.lock:
             metrics = dict(self.counts)
@@ -9031,12 +9042,8 @@ class Metrics:
             metrics["akashproxy_controller_resting", upstream.name] = int(
                 upstream.cooldown_until > server.pool.clock()
             )
-            metrics.update(
-                {
-                    (name, upstream.name): value
-                    for name, value in upstream.controller.metrics().items()
-                }
-            )
+            for name, value in upstream.controller.metrics().items():
+                metrics[name, upstream.name] = value
         for key in server.keys:
             metrics["akashproxy_key_requests_total", key.name] = key.requests
             metrics["akashproxy_key_refused_total", key.name] = key.rejected
@@ -9048,75 +9055,66 @@ class Metrics:
 
 
 def prometheus_text(metrics: Dict[Tuple[Any, ...], float]) -> bytes:
-    """Figures in Prometheus' text format (0.0.4)."""
+    """Format metrics as Prometheus' text format (0.0.4)."""
     series: Dict[str, Dict[Tuple[str, ...], float]] = {name: {} for name in METRICS}
     for (name, *labels), value in metrics.items():
         series[name][tuple(map(str, labels))] = value
     lines = []
     for name, (kind, help, names) in METRICS.items():
         lines += [f"# HELP {name} {help}", f"# TYPE {name} {kind}"]
-        if kind == "histogram":
-            for label_values in sorted({key[:-1] for key in series[name]}):
-                lines += histogram(
-                    name,
-                    list(zip(names, label_values)),
-                    {
-                        key[-1]: value
-                        for key, value in series[name].items()
-                        if key[:-1] == label_values
-                    },
-                )
-        else:
+        if kind != "histogram":
             lines += [
                 sample(name, zip(names, key), value) for key, value in sorted(series[name].items())
             ]
+            continue
+        histograms: Dict[Tuple[str, ...], Dict[str, float]] = {}
+        for key, value in sorted(series[name].items()):
+            histograms.setdefault(key[:-1], {})[key[-1]] = value
+        for key, buckets in histograms.items():
+            lines += histogram_lines(name, list(zip(names, key)), buckets)
     return "\n".join([*lines, ""]).encode()
 
 
-def histogram(name: str, labels: List[Tuple[str, str]], buckets: Dict[str, float]) -> Iterator[str]:
-    """The lines of a histogram; each bucket has those before it in it."""
+def histogram_lines(
+    name: str, labels: List[Tuple[str, str]], buckets: Dict[str, float]
+) -> Iterator[str]:
+    """Yield the sample lines of one histogram; its buckets are cumulative."""
     count: float = 0
-    for at, bucket in enumerate([*map(str, BUCKETS), "+Inf"]):
-        count += buckets.get(str(at), 0)
-        yield sample(f"{name}_bucket", [*labels, ("le", bucket)], count)
+    for index, bound in enumerate([*map(str, BUCKETS), "+Inf"]):
+        count += buckets.get(str(index), 0)
+        yield sample(f"{name}_bucket", [*labels, ("le", bound)], count)
     yield sample(f"{name}_sum", labels, buckets["sum"])
     yield sample(f"{name}_count", labels, count)
 
 
 def sample(name: str, labels: Iterable[Tuple[str, str]], value: float) -> str:
-    """One line: a series and its value."""
-    escaped = {
-        label: text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
-        for label, text in labels
-    }
-    text = ",".join(f'{label}="{text}"' for label, text in escaped.items())
+    """Format one sample line."""
+    escapes = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
+    text = ",".join(f'{label}="{text.translate(escapes)}"' for label, text in labels)
     return f"{name}{{{text}}} {value}" if text else f"{name} {value}"
 
 
 # == 14. server ===============================================================================
 # http.server's classes, on the event loop. Knows no upstreams.
 
-# Paths that need no token. A browser has none to send with an address that was typed in; the page holds no secrets, and
-# all that it asks for needs one.
+# Paths that need no token: a browser sends none with an address that was typed in. The page holds
+# no secrets, and its own API requests carry the token.
 PUBLIC_PATHS = ("/", "/health")
 
-BODILESS_METHODS = ("GET", "HEAD", "OPTIONS", "DELETE")  # a body that they declare is not read
+BODILESS_METHODS = ("GET", "HEAD", "OPTIONS", "DELETE")  # their bodies are not read
 
 SERVER_NAME = f"akashproxy/{__version__}"
 CORS_ANY = (
     "Access-Control-Allow-Origin: *\r\nAccess-Control-Expose-Headers: "
     "x-request-id, retry-after, x-should-retry, x-akashproxy-ignored, x-akashproxy-route\r\n"
 )
-_UNPRINTABLE = re.compile(r"[^ -~]")  # what must not stand in a head
+_UNPRINTABLE = re.compile(r"[^ -~]")  # not allowed in a header
 _STATUS_LINES = {int(status): f"HTTP/1.1 {status:d} {status.phrase}" for status in http.HTTPStatus}
 
-FORWARDED_HEADERS = frozenset(
-    ("accept", "openai-beta", "anthropic-version", "anthropic-beta")
-)  # of a client's request
+# Request headers that a relayed request keeps; all others stay here, tokens and cookies above all.
+FORWARDED_HEADERS = frozenset(("accept", "openai-beta", "anthropic-version", "anthropic-beta"))
 
-LAME_DUCK_SECONDS = (
-    1.0  # seconds until a server that stops closes an idle connection: a request may be in transit
-)
+LAME_DUCK_SECONDS = 1.0  # idle connections stay open on shutdown, for requests in transit
 
 SSE_HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
@@ -9126,31 +9124,180 @@ SSE_HEADERS = {
 
 
 def is_event_stream(content_type: Optional[str]) -> bool:
-    """Whether a response of this content type is a stream of events; None is one that is made here."""
+    """Return whether a stream's response is SSE. None: it is encoded here, so it is."""
     return content_type is None or content_type.startswith("text/event-stream")
 
 
 @functools.lru_cache(maxsize=2)
-def date_header(second: int) -> str:
-    """The Server and Date fields of a second since 1970."""
-    return f"Server: {SERVER_NAME}\r\nDate: {time.strftime('%a, %d %b %Y %H:%M:%S GMT', time.gmtime(second))}\r\n"
+def server_date_headers(second: int) -> str:
+    """Return the Server and Date headers for a Unix time."""
+    date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(second))
+    return f"Server: {SERVER_NAME}\r\nDate: {date}\r\n"
 
 
-# -- which pages and hosts may use the server
+# -- the gate: tokens, origins, hosts
 
 _AUTHORITY = re.compile(r"[a-z0-9._:\[\]-]+")
 
 
+class Gate:
+    """Decides by a request's head whether it is served. Loop thread.
+
+    check_head() runs before a byte of the body is buffered. It sets the request's route and key,
+    and raises the APIError of a rejected request.
+    """
+
+    def __init__(self, server: "Server") -> None:
+        self.server = server
+
+    def check_head(self, request: Request, decoder: BodyDecoder) -> None:
+        """Check origin, token, route, method and declared size."""
+        head = request.head
+        request.route = route = find_route(head.method, head.path)
+        self.check_page(request)
+        if head.method == "OPTIONS":  # a preflight carries no token
+            return
+        public_metrics = head.path == "/metrics" and request.settings.metrics == "public"
+        if head.path not in PUBLIC_PATHS and not public_metrics:
+            self.authorize(request)
+        if self._is_overridden(head.method):
+            return
+        if not route.targets:
+            raise APIError(404, f"There is no {head.path[:200]!r} here.", code="not_found")
+        if route.target(head.method) is None:
+            raise APIError(405, f"{head.method} is not allowed here.", code="method_not_allowed")
+        if head.method not in BODILESS_METHODS:
+            self._check_body(request, decoder)
+
+    def _check_body(self, request: Request, decoder: BodyDecoder) -> None:
+        """Check the declared size and Expect; APIError 413, 417 or 503."""
+        head = request.head
+        check_body_size(decoder.remaining, request.settings)
+        if (
+            request.body_unread
+            and head.http_minor == "1"
+            and head.headers.get("expect", "100-continue").lower() != "100-continue"
+        ):
+            raise APIError(417, "Only 'Expect: 100-continue' is supported.")
+        # A declared length is compared with the budget but not taken from it: otherwise clients
+        # that declare much and send nothing would lock out all others.
+        if decoder.remaining > len(request.connection.input):
+            self.server.bodies.check(decoder.remaining)
+
+    def _is_overridden(self, method: str) -> bool:
+        """Return whether a handler subclass handles the method, on paths of its own."""
+        do_method = getattr(self.server.RequestHandlerClass, "do_" + method, None)
+        return do_method is not None and do_method is not getattr(Handler, "do_" + method, None)
+
+    def check_page(self, request: Request) -> None:
+        """Reject browser requests from foreign pages; APIError 403.
+
+        Any page can send requests from its visitor's browser. Without a token, only Origin and Host
+        distinguish them from requests of other clients; a token is sufficient proof.
+        """
+        settings, headers = request.settings, request.head.headers
+        host, origin = headers.get("host", ""), headers.get("origin")
+        if origin and not origin_allowed(
+            origin, host, settings.public_url, settings.cors_origins, settings.needs_token()
+        ):
+            raise APIError(
+                403,
+                f"Pages from the origin {origin[:200]!r} may not use this server. Allowed origins "
+                "are listed in CORS_ORIGINS.",
+                code="origin_not_allowed",
+                retry=False,
+            )
+        if (
+            self.server.is_loopback
+            and not settings.needs_token()
+            and not (is_local(host) or host_allowed(host, settings.host_names()))
+        ):
+            raise APIError(
+                403,
+                f"The host name {host[:200]!r} is not allowed. Set PUBLIC_URL to allow it, or "
+                "BEARER_TOKEN to allow any.",
+                code="host_not_allowed",
+                retry=False,
+            )
+
+    def authorize(self, request: Request) -> None:
+        """Check the token, and set the request's key; APIError 401."""
+        if not request.settings.needs_token():
+            return
+        headers, tokens = request.head.headers, request.settings.bearer_token
+        scheme, *credentials = headers.get("authorization", "").split(None, 1) or [""]
+        bearer = credentials if scheme.lower() == "bearer" else []
+        # Imported here: it loads OpenSSL's hashes, which a server without tokens does not need.
+        from hmac import compare_digest
+
+        # Any accepted token is sufficient. All are compared, and in constant time, so that the
+        # response time reveals nothing about them.
+        sent = [
+            text.encode("utf-8", "replace")
+            for text in (*bearer, headers.get("x-api-key", ""), headers.get("api-key", ""))
+            if text
+        ]
+        keys = [
+            key
+            for data in sent
+            for key in self.server.keys
+            if compare_digest(data, key.options.key.encode())
+        ]
+        accepted = [
+            token for data in sent for token in tokens if compare_digest(data, token.encode())
+        ]
+        request.key = keys[0] if keys else None
+        if not keys and not accepted:
+            raise APIError(
+                401,
+                "Incorrect API key provided: this server does not know the token."
+                if sent
+                else "A token is needed: send it as 'Authorization: Bearer TOKEN'.",
+            )
+
+
+def acquire_key(request: Request, call: Call) -> None:
+    """Apply the limits of the request's key to a call; APIError 429. Worker thread."""
+    key = request.key
+    if key is None:
+        return
+    n = (call.original_body or {}).get("n") if call.path.startswith("/v1/images/") else None
+    key.acquire(call.image_count or (n if type(n) is int and n > 0 else 1))
+    request.counted = True
+    call.one_image_at_a_time = key.options.max_concurrency > 0
+    apply_key_limits(call, key.options, request.head.headers)
+
+
+def release_key(request: Request) -> None:
+    """Release the key's slot, if the request holds one. Idempotent. Any thread."""
+    if request.counted and request.key is not None:
+        request.counted = False
+        request.key.release()
+
+
+def cors_headers(request: Request) -> str:
+    """Return the headers that let pages of allowed origins read the response."""
+    settings, headers = request.settings, request.head.headers
+    if "*" in settings.cors_origins or not settings.cors_origins and settings.needs_token():
+        return CORS_ANY
+    origin = headers.get("origin", "")
+    if origin and origin_allowed(
+        origin, headers.get("host", ""), settings.public_url, settings.cors_origins, False
+    ):
+        return f"Vary: Origin\r\n{CORS_ANY.replace('*', origin)}"
+    return "Vary: Origin\r\n"
+
+
 def host_of(authority: str) -> str:
-    """The host of "host:port" or "host", in lower case; an IPv6 address keeps its brackets."""
+    """Return the host of HOST[:PORT] in lower case, with the brackets of IPv6."""
     host, colon, port = authority.lower().rpartition(":")
     return host if colon and port.isdigit() else authority.lower()
 
 
 def is_local(authority: str) -> bool:
-    """Whether a host is this machine by its name alone: localhost, anything below it, or a loopback address."""
+    """Return whether a host is localhost, a subdomain of it, or a loopback address."""
     host = host_of(authority)
-    if host in ("localhost", "127.0.0.1", "[::1]"):  # the usual, without the work below
+    if host in ("localhost", "127.0.0.1", "[::1]"):  # a short cut for nearly all requests
         return True
     if not _AUTHORITY.fullmatch(host):
         return False
@@ -9163,10 +9310,11 @@ def is_local(authority: str) -> bool:
 
 
 def host_allowed(authority: str, own: Iterable[str]) -> bool:
-    """Whether a server on a loopback address serves a Host that is not local. ``own`` are its names in the settings.
+    """Return whether a server on loopback accepts a Host that is not local.
 
-    Any other is that of a page whose domain was made to resolve to this machine (DNS rebinding). No
-    domain is without a dot, so such a name comes from this machine or its network.
+    DNS rebinding: a page's domain is made to resolve to 127.0.0.1, so its requests are same-origin
+    and only Host shows the foreign domain. Accepted are ``own``, the configured names, and names
+    without a dot, which no public domain is.
     """
     host = host_of(authority)
     return "." not in host and ":" not in host or host in own
@@ -9175,9 +9323,10 @@ def host_allowed(authority: str, own: Iterable[str]) -> bool:
 def origin_allowed(
     origin: str, host: str, public_url: str, allowed_origins: Tuple[str, ...], needs_token: bool
 ) -> bool:
-    """Whether pages of an origin may use the server: its own page, and those that CORS_ORIGINS lists.
+    """Return whether pages of an origin may use the server.
 
-    Without a list it is all of them if they need a token, else those of this machine.
+    Its own page and CORS_ORIGINS may. If that is empty: all origins if a token is required,
+    otherwise those of this machine.
     """
     scheme, _, authority = origin.lower().partition("://")
     is_web = scheme in ("http", "https")
@@ -9195,13 +9344,13 @@ def origin_allowed(
 
 
 def origin_of(url: str) -> str:
-    """The origin of an http(s) address."""
+    """Return the origin of an http(s) URL."""
     parts = urllib.parse.urlsplit(url)
     return f"{parts.scheme}://{parts.netloc}".lower()
 
 
 class ResponseFile(io.RawIOBase):
-    """The ``wfile`` of a handler: each write() is a part of the response's body. Worker thread."""
+    """A handler's ``wfile``: write() sends a part of the response body. Worker thread."""
 
     def __init__(self, writer: ResponseWriter) -> None:
         super().__init__()
@@ -9217,35 +9366,41 @@ class ResponseFile(io.RawIOBase):
 
 
 class CallResponder:
-    """Answers a model call: asks controllers until one answers, and writes its events in the client's dialect.
+    """Responds to a model call in the client's dialect, with failover.
 
-    The worker's; while a StreamRelay has the response, the loop's.
+    Worker thread; loop thread while a StreamRelay has the response.
     """
 
     def __init__(
-        self, request: Request, dialect: Any, run: Callable[[Callable[[], Any]], None]
+        self,
+        request: Request,
+        exchange: Exchange,
+        dialect: Any,
+        run: Callable[[Callable[[], Any]], None],
     ) -> None:
-        self.request, self.dialect, self.run = request, dialect, run
-        self.writer, self.call = request.writer, request.call
-        self.call.wake = functools.partial(
-            self.request.connection.loop.call_soon_threadsafe, self._wake
-        )
-        self.call.client_has_left = functools.partial(peer_has_closed, self.request.connection.sock)
+        self.request, self.exchange, self.dialect, self.run = request, exchange, dialect, run
+        self.writer, self.call = request.writer, exchange.call
+        connection = request.connection
+        self.call.wake = functools.partial(connection.loop.call_soon_threadsafe, self._wake)
+        self.call.client_has_left = functools.partial(peer_has_closed, connection.sock)
         if self.call.stream:
             self.writer.ping_frame = dialect.ping_frame
 
     def attempt(self) -> bool:
-        """Ask a controller; True if the loop relays its answer, False if all of it is sent. Worker thread."""
-        exchange = self.request.exchange
+        """Try controllers until one responds. Worker thread.
+
+        Returns True if the response goes on elsewhere (relayed by the loop, or the call is queued),
+        False if it is complete; raises APIError if no controller responds.
+        """
+        exchange = self.exchange
         try:
             relayed = exchange.attempt()
         except Queued:
-            return True  # _wake() goes on
+            return True  # _wake() continues
         if relayed:
             relay = StreamRelay(self)
-            relay.loop.call_soon_threadsafe(
-                relay.start
-            )  # the last thing that this worker does with the request
+            # Last: from here on the request belongs to the loop, which may already be relaying.
+            relay.loop.call_soon_threadsafe(relay.start)
             return True
         try:
             self._drain(exchange.events())
@@ -9258,42 +9413,38 @@ class CallResponder:
         return False
 
     def fail_over(self, error: APIError) -> None:
-        """The controller has failed before its first event: ask the next one. Worker thread."""
+        """Try the next controller after one failed before its first event. Worker thread."""
 
         def step() -> bool:
-            self.request.exchange.fail_over(error)
+            self.exchange.fail_over(error)
             return self.attempt()
 
         self.run(step)
 
     def _wake(self) -> None:
-        """The call has left the pool's queue: with a controller, or because its time is over. Loop thread."""
-        self.request.connection.submit(functools.partial(self.run, self.attempt))
+        """Continue a call that has left the pool's queue, on a worker. Loop thread."""
+        task = functools.partial(self.run, self.attempt)
+        self.request.connection.submit(self.request, task)
 
     def start_stream(self) -> bytes:
-        """Begin a streamed response; its opening frames."""
+        """Begin a streamed response; returns its opening frames."""
         self._commit()
         content_type = self.call.relay_content_type
         with self.writer.lock:
-            if not self.writer.status:
-                headers = SSE_HEADERS if is_event_stream(content_type) else {}
-                self.writer.start(
-                    self.call.relay_status,
-                    {
-                        **headers,
-                        **({"Content-Type": content_type} if content_type else {}),
-                        **call_headers(self.call),
-                    },
-                )
+            if not self.writer.status:  # else a ping has begun it
+                headers = dict(SSE_HEADERS) if is_event_stream(content_type) else {}
+                if content_type:
+                    headers["Content-Type"] = content_type
+                self.writer.start(self.call.relay_status, {**headers, **call_headers(self.call)})
         return b"" if content_type else self.dialect.opening_frames()
 
     def start_buffered(self, events: List[Event]) -> bytes:
-        """Begin a response that is sent whole; its body."""
+        """Begin a response that is not streamed; returns its body."""
         self._commit()
         content_type = self.call.relay_content_type
         if content_type is None:
             answer = fold(events)
-            self.request.record.usage = answer.finish.usage
+            self.request.record.usage = answer.finish.usage if answer.finish else None
             content_type, data = "application/json", to_json(self.dialect.response_body(answer))
         else:
             data = b"".join([event.data for event in events if isinstance(event, RawBytes)])
@@ -9305,22 +9456,22 @@ class CallResponder:
         return data
 
     def error_trailer(self, error: APIError) -> bytes:
-        """The end of a response that has begun; what is not an event stream can only be cut."""
+        """Return the frames that end a response with an error; b"" if its format has none."""
         log.warning("%s: broken off: %s", self.request.id, error.message)
         if is_event_stream(self.call.relay_content_type):
-            return self.dialect.error_frames(error)
-        self.request.keep_alive, self.writer.chunked = (
-            False,
-            False,
-        )  # so that the body gets no proper end
+            frames: bytes = self.dialect.error_frames(error)
+            return frames
+        # Without its last chunk the client can see that the body is incomplete.
+        self.request.keep_alive = self.writer.chunked = False
         return b""
 
     def _drain(self, events: Iterator[Event]) -> None:
-        """Write the events of a generator, which blocks in this worker."""
+        """Write the events of a blocking generator. Worker thread."""
         if not self.call.stream:
             body = self.start_buffered(list(events))
-            self.request.exchange.close()
-            return self.writer.finish(body)
+            self.exchange.close()
+            self.writer.finish(body)
+            return
         first = next(events)
         frames = self.start_stream()
         for event in itertools.chain([first], events):
@@ -9334,15 +9485,15 @@ class CallResponder:
         self.writer.finish(frames)
 
     def _commit(self) -> None:
-        self.request.exchange.commit()
+        self.exchange.commit()
         record = self.request.record
         record.first_token_at, record.controller = time.monotonic(), self.call.answered_by
 
 
 def call_headers(call: Call) -> Dict[str, str]:
-    """What the controllers had to say besides the answer."""
+    """Return the headers that list a call's attempts and ignored parameters."""
     headers = {"X-Akashproxy-Route": ", ".join(call.attempts)} if call.attempts else {}
-    ignored = call.ignored_params + call.untranslated * (call.relay_content_type is None)
+    ignored = call.ignored_params + (call.untranslated if call.relay_content_type is None else [])
     names = [
         name for name in dict.fromkeys(ignored[:100]) if re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", name)
     ]
@@ -9350,12 +9501,16 @@ def call_headers(call: Call) -> Dict[str, str]:
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Answers one request, as http.server's handlers do. Worker thread.
+    """Handles one request, as a handler of http.server. Worker thread.
 
-    A subclass may define do_GET and its like, and use send_response(), send_header(), end_headers(),
-    send_error(), rfile and wfile. What differs from the library: the request is whole before a handler
-    is made, ``headers`` is a Headers, the body is framed here, and a do_ method that returns True has
-    left the rest of its response to the loop.
+    A subclass may define do_GET() etc. and use send_response(), send_header(), end_headers(),
+    send_error(), rfile and wfile. Differences from http.server:
+
+    - a handler is created for each complete request, not for each connection;
+    - ``request`` is a Request and ``headers`` a Headers;
+    - the response body is framed here: chunked unless a Content-Length is sent;
+    - errors are sent in the client's dialect, also by send_error();
+    - a do_ method that returns True has left the rest of the response to the loop.
     """
 
     server: "Server"
@@ -9364,34 +9519,36 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def setup(self) -> None:
         self.connection = self.request.connection
-        self.dialect: Any = Dialect  # its class, until the body is understood
+        self.dialect: Any = Dialect  # a class, until the body is parsed
 
     def handle(self) -> None:
         self.run(self.handle_one_request)
 
     def finish(self) -> None:
-        """Nothing is left to flush: the loop sends what has been written."""
+        """Do nothing: the loop sends the output, wfile needs no flush."""
+
+    # Created on first use: most requests need none of them.
 
     @functools.cached_property
-    def rfile(self) -> Any:
-        """The request's body as a file."""
+    def rfile(self) -> Any:  # type: ignore[override]
+        """The request body as a file."""
         return io.BytesIO(self.request.body)
 
     @functools.cached_property
-    def wfile(self) -> Any:
-        """The response's body as a file."""
+    def wfile(self) -> Any:  # type: ignore[override]
+        """The response body as a file."""
         return ResponseFile(self.request.writer)
 
     @functools.cached_property
-    def headers(self) -> Any:
-        """The request's fields by name, in any case."""
+    def headers(self) -> Any:  # type: ignore[override]
+        """The request headers."""
         return Headers(self.request.head.headers)
 
     def run(self, step: Callable[[], Any]) -> None:
-        """Take a step of the request, and send the error that it raises; then it is over, unless the loop relays."""
-        relayed = False
+        """Run a step and send the error it raises; end the request unless it returns True."""
+        continues = False
         try:
-            relayed = bool(step())
+            continues = bool(step())
         except APIError as error:
             self.send_api_error(error)
         except ClientDisconnected:
@@ -9401,7 +9558,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_api_error(
                 APIError(500, "Internal error. The log has the details.", retry=False)
             )
-        if not relayed:
+        if not continues:
             self.server.loop.call_soon_threadsafe(self.request.connection.end_request)
 
     def handle_one_request(self) -> Any:
@@ -9415,19 +9572,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return result
 
     def parse_request(self) -> bool:
-        """Take over what the loop has parsed; APIError if the request was refused."""
+        """Set the attributes from the parsed head; APIError if the request was rejected."""
         request = self.request
         self.command, self.path, self.query, http_minor, headers = request.head
         self.request_version = f"HTTP/1.{http_minor}"
         self.requestline = f"{self.command} {self.path} {self.request_version}"
-        dialect = request.route.targets.get("POST")  # also of what is refused
-        self.dialect = (
-            dialect
-            if isinstance(dialect, type)
-            else Messages
-            if "anthropic-version" in headers
-            else Dialect
-        )
+        target = request.route.targets.get("POST")
+        if isinstance(target, type):
+            self.dialect = target
+        elif "anthropic-version" in headers:
+            self.dialect = Messages
         if isinstance(request.error, ProtocolError):
             raise APIError(request.error.status, f"Bad request: {request.error}.")
         if request.error is not None:
@@ -9440,14 +9594,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
     do_HEAD = do_POST = do_DELETE = do_GET
 
     def do_OPTIONS(self) -> None:
-        """CORS preflight: what may be done here, and for browsers what they asked for."""
+        """Send the allowed methods; in a CORS preflight, allow the requested headers, too."""
         allow = self.request.route.allow()
         headers = {"Allow": allow}
         if "access-control-request-method" in self.headers:
-            asked = self.headers.get("access-control-request-headers", "")
+            requested = self.headers.get("access-control-request-headers", "")
             names = [
                 name
-                for name in re.split(r"[\s,]+", asked)
+                for name in re.split(r"[\s,]+", requested)
                 if re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name)
             ]
             headers.update(
@@ -9458,30 +9612,29 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.request.writer.respond(204, b"", headers)
 
     def dispatch(self) -> Any:
-        """Answer by the route's function, or by a model."""
+        """Call the route's function, or respond to a model call; returns as do_GET()."""
         target = self.request.route.target(self.command)
-        if target is None:  # a subclass has let it pass
+        if target is None:  # the gate leaves the paths to a subclass, which calls super().do_GET()
             raise APIError(404, f"There is no {self.path[:200]!r} here.", code="not_found")
         if not isinstance(target, type):
             return target(self)
         dialect, request = self.parse_call(target), self.request
         request.record.model = dialect.call.model
         request.begin_call(dialect.call)
-        self.server.acquire_key(request)
+        acquire_key(request, dialect.call)
         self.dialect = dialect
-        request.exchange = Exchange(self.server.pool, request.call)
-        return CallResponder(request, dialect, self.run).attempt()
+        request.exchange = Exchange(self.server.pool, dialect.call)
+        return CallResponder(request, request.exchange, dialect, self.run).attempt()
 
     def parse_call(self, dialect_class: Any) -> Any:
-        """The dialect that understands the body; APIError 400 if none does."""
+        """Parse the body into a dialect with its call; APIError 400 if it is invalid."""
         headers = self.request.head.headers
         data, content_type = self.request.body, headers.get("content-type", "")
         try:
-            dialect = (
-                Passthrough(data, content_type)
-                if dialect_class is Passthrough
-                else dialect_class(from_json(data), self.base_url())
-            )
+            if dialect_class is Passthrough:
+                dialect = Passthrough(data, content_type)
+            else:
+                dialect = dialect_class(from_json(data), self.base_url())
         except ValueError as error:
             raise bad_request(f"The body is not valid JSON: {error}.") from None
         dialect.prepare()
@@ -9500,24 +9653,24 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return dialect
 
     def base_url(self) -> str:
-        """The address under which the client sees this server."""
+        """Return this server's URL as the client knows it."""
         host = self.request.head.headers.get("host")
         return self.request.settings.public_url or (f"http://{host}" if host else self.server.url)
 
     # -- responses
 
     def send_response(self, code: int, message: Optional[str] = None) -> None:
-        """As the library's; the phrase is the standard one."""
+        """Begin a response; ``message`` is ignored, the standard phrase is sent."""
         self.response: Tuple[int, List[Tuple[str, str]]] = int(code), []
 
     def send_header(self, keyword: str, value: Any) -> None:
-        """As the library's, but a line break in a value is a ValueError."""
+        """Add a header; ValueError if it contains CR, LF or NUL (header injection)."""
         if re.search("[\r\n\0]", f"{keyword}{value}"):
-            raise ValueError("a header field can't hold a line break")
+            raise ValueError("a header must not contain CR, LF or NUL")
         self.response[1].append((keyword, str(value)))
 
     def end_headers(self) -> None:
-        """As the library's; without a Content-Length the body is chunked."""
+        """Begin the body, which is chunked without a Content-Length."""
         status, fields = self.response
         lengths = [int(value) for name, value in fields if name.lower() == "content-length"]
         headers = {
@@ -9533,7 +9686,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def send_error(
         self, code: int, message: Optional[str] = None, explain: Optional[str] = None
     ) -> None:
-        """As the library's, but in the client's dialect."""
+        """Send an error in the client's dialect."""
         text = message or http.HTTPStatus(code).phrase
         self.send_api_error(APIError(code, f"{text}: {explain}" if explain else text))
 
@@ -9543,34 +9696,35 @@ class Handler(http.server.BaseHTTPRequestHandler):
         )
 
     def send_api_error(self, error: APIError) -> None:
-        """Send an error in the client's dialect; after pings have been sent, as the end of the stream."""
+        """Send an error in the client's dialect, also at the end of a stream."""
         writer, call = self.request.writer, self.request.call
-        understood = isinstance(self.dialect, Dialect)
+        parsed = isinstance(self.dialect, Dialect)
         with writer.lock, contextlib.suppress(ClientDisconnected):
-            if writer.status and understood:
-                return writer.finish(self.dialect.error_frames(error))
-            if writer.status:
-                return writer.break_off()
-            headers = error.headers()
-            if error.status == 405:
-                headers["Allow"] = self.request.route.allow()
-            if call is not None:
-                headers.update(call_headers(call))
-            if understood and self.dialect.local_response() is not None:
-                return self.send_json(200, self.dialect.local_response())
-            self.send_json(self.dialect.status(error), self.dialect.error_body(error), headers)
+            if writer.status and parsed:  # pings have been sent
+                writer.finish(self.dialect.error_frames(error))
+            elif writer.status:
+                writer.break_off()
+            elif parsed and self.dialect.local_response() is not None:
+                self.send_json(200, self.dialect.local_response())
+            else:
+                headers = error.headers()
+                if error.status == 405:
+                    headers["Allow"] = self.request.route.allow()
+                if call is not None:
+                    headers.update(call_headers(call))
+                self.send_json(self.dialect.status(error), self.dialect.error_body(error), headers)
 
     def log_message(self, format: str, *args: Any) -> None:
         log.info(format, *args)
 
 
-# -- the small answers
+# -- targets of ROUTES
 
 
 def get_page(handler: Handler) -> None:
-    """The page to chat with."""
+    """Send the chat page."""
     if handler.request.settings.page == "off":
-        raise APIError(404, "There is no page here.", code="not_found")
+        raise APIError(404, "The page is turned off.", code="not_found")
     handler.request.writer.respond(200, *page())
 
 
@@ -9578,7 +9732,7 @@ HEALTHY = to_json({"status": "ok", "message": "akashproxy is running"})
 
 
 def get_health(handler: Handler) -> None:
-    """Whether it serves, for load balancers."""
+    """Send 200, or 503 while the server is stopping, for load balancers."""
     if handler.server.draining:
         handler.send_json(
             503, {"status": "draining", "message": "akashproxy is stopping"}, {"Retry-After": "5"}
@@ -9588,7 +9742,7 @@ def get_health(handler: Handler) -> None:
 
 
 def get_status(handler: Handler) -> None:
-    """The state of controllers and keys, for people."""
+    """Send the status of controllers and keys."""
     server = handler.server
     handler.send_json(
         200,
@@ -9604,9 +9758,9 @@ def get_status(handler: Handler) -> None:
 
 
 def get_metrics(handler: Handler) -> None:
-    """The figures for Prometheus."""
+    """Send the metrics."""
     if handler.request.settings.metrics == "off":
-        raise APIError(404, "There are no metrics here.", code="not_found")
+        raise APIError(404, "Metrics are turned off.", code="not_found")
     handler.request.writer.respond(
         200,
         prometheus_text(handler.server.metrics.snapshot()),
@@ -9615,46 +9769,48 @@ def get_metrics(handler: Handler) -> None:
 
 
 def models_of_key(handler: Handler) -> List[Dict[str, Any]]:
-    """The models that the client's key may use."""
+    """Return the models that the client's key may use."""
     patterns = handler.request.key.options.models if handler.request.key is not None else ()
     return [model for model in handler.server.pool.models() if model_allowed(patterns, model["id"])]
 
 
 def get_models(handler: Handler) -> None:
-    """The list of models."""
+    """Send the list of models."""
     handler.send_json(200, handler.dialect.model_list(models_of_key(handler)))
 
 
 def get_model(handler: Handler) -> None:
-    """One model of the list."""
-    name = handler.server.pool.resolve_alias(handler.request.route.remainder)
+    """Send one model of the list; APIError 404."""
+    requested = handler.request.route.remainder
+    name = handler.server.pool.resolve_alias(requested)
     for model in models_of_key(handler):
         if model["id"] == name:
-            return handler.send_json(
-                200, handler.dialect.model_object({**model, "id": handler.request.route.remainder})
-            )
-    raise model_not_found(handler.request.route.remainder)
+            handler.send_json(200, handler.dialect.model_object({**model, "id": requested}))
+            return
+    raise model_not_found(requested)
 
 
 def get_response(handler: Handler) -> None:
-    """A response of OpenAI's Responses API: none is stored."""
+    """Raise the APIError 404 of stored responses: none are stored."""
     raise APIError(404, "Responses are not stored here.", code="not_found")
 
 
 def get_image(handler: Handler) -> None:
-    """Relay an image, so that browsers may show it: the upstream forbids pages of other origins."""
-    if not IMAGE_NAME.fullmatch(handler.request.route.remainder):
-        raise APIError(404, "There is no such image.", code="not_found")
+    """Relay an image; the upstream itself lets no other origin embed it."""
     request, writer = handler.request, handler.request.writer
-    request.begin_call(Call({"model": "picture"}))
-    response = handler.server.pool.image(handler.request.route.remainder, request.call.scope)
+    if not IMAGE_NAME.fullmatch(request.route.remainder):
+        raise APIError(404, "The image does not exist.", code="not_found")
+    call = Call({"model": "image"})
+    request.begin_call(call)
+    response = handler.server.pool.image(request.route.remainder, call.scope)
+    # private if there are tokens: a shared cache would serve the image without one
+    cacheability = "private" if request.settings.needs_token() else "public"
     try:
         writer.start(
             200,
             {
                 "Content-Type": response.headers["content-type"],
-                # a shared cache would serve it without a token
-                "Cache-Control": f"{'private' if request.settings.needs_token() else 'public'}, max-age=31536000, immutable",
+                "Cache-Control": f"{cacheability}, max-age=31536000, immutable",
                 "Content-Security-Policy": "sandbox; default-src 'none'",
                 "X-Content-Type-Options": "nosniff",
                 "Cross-Origin-Resource-Policy": "cross-origin",
@@ -9670,7 +9826,7 @@ def get_image(handler: Handler) -> None:
         response.close()
 
 
-# path: {method: a dialect, or a function of the handler}. {} stands for the rest of a path.
+# {path: {method: Dialect subclass, or function of a Handler}}. {} matches the path's remainder.
 ROUTES: Dict[str, Dict[str, Any]] = {
     "/v1/chat/completions": {"POST": ChatCompletions},
     "/v1/completions": {"POST": Completions},
@@ -9690,7 +9846,7 @@ ROUTES: Dict[str, Dict[str, Any]] = {
 
 
 def find_route(method: str, path: str) -> Route:
-    """The route of a request; one without targets where there is no such path."""
+    """Return the route of a request; it has no targets if the path is unknown."""
     targets = ROUTES.get(path)
     if targets and "{}" not in path:
         return Route(path, targets)
@@ -9703,24 +9859,24 @@ def find_route(method: str, path: str) -> Route:
     return Route()
 
 
+# -- the log
+
 _NOT_ASCII = re.compile("[^ -~]+")
 
 
 def escape_match(match: "re.Match[str]") -> str:
-    """Some characters as they may stand in a log: those that can't be printed as escapes."""
-    text = match[0]
-    return (
-        text
-        if text.isprintable()
-        else "".join(
-            char if char.isprintable() else char.encode("unicode_escape").decode("ascii")
-            for char in text
-        )
+    """Escape the unprintable characters of a match."""
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode("ascii")
+        for char in match[0]
     )
 
 
 class LogFormat(logging.Formatter):
-    """Log lines as text or as JSON; what others put into them can't break out of its line."""
+    """Formats log lines as text or JSON. Any thread.
+
+    Unprintable characters are escaped, so that a client can't forge log lines.
+    """
 
     def __init__(self, style: str) -> None:
         super().__init__("%(asctime)s %(levelname)s %(message)s")
@@ -9740,6 +9896,8 @@ class LogFormat(logging.Formatter):
         )
 
 
+# -- the server
+
 _FULL = to_json(
     Dialect.error_body(APIError(503, "Too many clients are connected.", code="overloaded"))
 )
@@ -9750,26 +9908,26 @@ TOO_MANY_CLIENTS = (
 
 
 class WorkerPool:
-    """Threads that run tasks: an idle one, or a new one. Some idle ones are kept. Any thread."""
+    """Worker threads: each task gets an idle or a new one. Any thread."""
 
     MAX_IDLE = 32
 
     def __init__(self) -> None:
-        self.queue: SimpleQueue = SimpleQueue()
-        self.idle = 0  # threads that wait for a task, less the tasks that wait for a thread
+        self.queue: SimpleQueue[Optional[Callable[[], None]]] = SimpleQueue()
+        self.idle = 0  # threads that wait for a task, minus tasks in the queue
         self.stopped = False
         self.lock = threading.Lock()
 
     def submit(self, task: Callable[[], None]) -> None:
-        """Run a task in a thread; RuntimeError if there can't be one more."""
+        """Run a task on a thread; RuntimeError if the system allows no more threads."""
         with self.lock:
-            found, self.idle = self.idle > 0, max(0, self.idle - 1)
-        if not found:
+            has_idle, self.idle = self.idle > 0, max(0, self.idle - 1)
+        if not has_idle:
             threading.Thread(target=self._run, name="akashproxy worker", daemon=True).start()
         self.queue.put(task)
 
     def stop(self) -> None:
-        """End the idle threads; busy ones end after their task."""
+        """End idle threads now, busy ones after their task."""
         with self.lock:
             self.stopped = True
             for _ in range(self.idle):
@@ -9784,7 +9942,7 @@ class WorkerPool:
                 task()
             except Exception:
                 log.exception("a bug in akashproxy, on a worker thread")
-            del task
+            del task  # an idle thread must not keep its last request alive
             with self.lock:
                 if self.stopped or self.idle >= self.MAX_IDLE:
                     return
@@ -9792,11 +9950,12 @@ class WorkerPool:
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """The server: ``Server(settings).start()`` serves in threads until stop(); also a context manager.
+    """The proxy server. ``Server(settings).start()`` serves until stop().
 
-    As with http.server, ``Server((host, port), MyHandler).serve_forever()`` blocks until shutdown(), and
-    finish_request(), verify_request() and handle_error() may be overridden. What differs: process_request()
-    makes a Connection instead of a thread, and a handler answers one request, not one connection.
+    As with http.server, ``Server((host, port), MyHandler).serve_forever()`` blocks until shutdown()
+    and finish_request(), verify_request() and handle_error() may be overridden; ``with Server()``
+    starts and stops it. Differences from http.server: process_request() creates a Connection, not a
+    thread, and a handler handles one request, not one connection. Any thread, unless noted.
     """
 
     request_queue_size = 1024
@@ -9814,10 +9973,11 @@ class Server(http.server.ThreadingHTTPServer):
         self.loop = EventLoop(self.on_tick)
         self.workers = WorkerPool()
         self.metrics = Metrics(self)
-        self.keys = list(map(KeyLimiter, self.settings.keys))
+        self.keys = key_limiters(self.settings, [])
+        self.gate = Gate(self)
         self.bodies = ByteBudget(lambda: self.settings.max_body_total)
-        self.connections: Set[Connection] = set()  # changed by the loop thread only
-        self.all_closed = threading.Condition()
+        self.connections: Set[Connection] = set()  # changed on the loop thread only
+        self.all_closed = threading.Condition()  # notified while draining, once per connection
         self.draining = self.accept_paused = False
         self.accepting_stopped = threading.Event()
         self.started_at = time.monotonic()
@@ -9833,60 +9993,59 @@ class Server(http.server.ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
-        """Where it serves, for a client on the same machine."""
-        host, port = self.server_address[:2]
-        host = {"0.0.0.0": "127.0.0.1", "::": "127.0.0.1"}.get(host, host)
-        return "http://" + join_address(host, port)
+        """The base URL for clients on this machine."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "127.0.0.1"}.get(self.server_name, self.server_name)
+        return "http://" + join_address(host, self.server_port)
 
-    # -- the library's methods
+    # -- methods of http.server
 
     def server_bind(self) -> None:
-        """Bind as the library does, but look up no host name, and let [::] take IPv4 too."""
+        """Bind, without the library's reverse lookup; [::] accepts IPv4, too."""
         if self.address_family == socket.AF_INET6:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.socket.setblocking(False)
         self.socket.bind(self.server_address)
         self.server_address = self.socket.getsockname()
-        self.server_name, self.server_port = self.server_address[:2]
+        self.server_name, self.server_port = self.socket.getsockname()[:2]
         self.is_loopback = ipaddress.ip_address(self.server_name).is_loopback
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
-        """Serve until shutdown(), which another thread must call."""
+        """Serve until another thread calls shutdown(). ``poll_interval`` is ignored."""
         self.start()
         self.loop.join()
 
     def shutdown(self) -> None:
-        """Stop serve_forever(); running requests have ``grace`` seconds to end."""
+        """Stop serve_forever(), as stop() does."""
         self.stop()
 
     def server_close(self) -> None:
-        """Close the listening socket and all kept connections to upstreams."""
+        """Close the listening socket and the idle connections to upstreams."""
         self.socket.close()
         self.pool.close()
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """A new connection. Loop thread."""
+        """Add a client connection; reject it above MAX_CONNECTIONS. Loop thread."""
         connection = Connection(request, client_address, self)
         self.connections.add(connection)
         connection.set_deadline(self.settings.keepalive_timeout, "")
         if len(self.connections) > self.settings.max_connections:
-            self.reject(connection)
+            connection.reject()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Log the traceback of a bug in a handler."""
+        """Log the traceback of an exception in a handler. Worker thread."""
         log.exception("%s: a bug in akashproxy", getattr(request, "id", client_address))
 
     # -- running
 
     def start(self) -> "Server":
-        """Serve, in threads of its own."""
+        """Start the loop thread."""
         self.loop.add(self.socket, self.on_connection, self.on_connection)
         self.loop.start()
         return self
 
     def stop(self, grace: Optional[float] = None) -> None:
-        """Stop: no new connections, idle ones closed after a moment, running requests have ``grace`` seconds to end."""
+        """Stop accepting, and give requests ``grace`` seconds to end."""
         grace = self.settings.grace if grace is None else grace
         with self.lock:
             first, self.draining = not self.draining, True
@@ -9894,39 +10053,37 @@ class Server(http.server.ThreadingHTTPServer):
             self.stop_accepting()
         elif first:
             self.loop.call_soon_threadsafe(self.stop_accepting)
-        self.accepting_stopped.wait()  # also if another stop() has asked for it: the loop must not end before that
+        # Also in a second stop(). Otherwise: the first one schedules stop_accepting(); the second
+        # one finds no connection and ends the loop; clients in the backlog are never accepted.
+        self.accepting_stopped.wait()
         if not self.idle(grace):
-            self.loop.call_soon_threadsafe(self._cancel_requests)
+            self.loop.call_soon_threadsafe(functools.partial(self._for_each, Connection.stop))
             if not self.idle(1.0):
-                self.loop.call_soon_threadsafe(self._close_connections)
+                disconnect_all = functools.partial(self._for_each, Connection.disconnect)
+                self.loop.call_soon_threadsafe(disconnect_all)
                 self.idle(1.0)
         self.workers.stop()
         self.loop.stop()
         self.pool.close()
 
     def idle(self, seconds: float) -> bool:
-        """Wait until no client is connected; whether that is so within so many seconds. Any thread."""
+        """Wait until no client is connected; False after so many seconds."""
         with self.all_closed:
             return self.all_closed.wait_for(lambda: not self.connections, seconds)
 
-    @property
-    def open_connections(self) -> int:
-        """How many clients are connected."""
-        return len(self.connections)
-
     def running_calls(self) -> int:
-        """How many model calls, and images, are being answered. Any thread."""
+        """Return the number of model calls and images in progress."""
         requests = [connection.request for connection in self.connections.copy()]
         return sum(request is not None and request.call is not None for request in requests)
 
     def reload(self, settings: Settings) -> None:
-        """Go on with other settings; running requests keep the old ones. The address stays."""
+        """Replace all settings but the address; running requests keep the old ones."""
         if settings.server_address != self.settings.server_address:
-            log.warning("the address stays %s until the next start", self.settings.server_address)
+            log.warning("the address remains %s until a restart", self.settings.server_address)
         previous = self.pool
         self.pool, self.keys, self.settings = (
             Pool(settings, previous),
-            self._key_limiters(settings),
+            key_limiters(settings, self.keys),
             settings,
         )
         previous.close(keep=self.pool.upstreams)
@@ -9937,42 +10094,25 @@ class Server(http.server.ThreadingHTTPServer):
     def __exit__(self, *_: Any) -> None:
         self.stop()
 
-    def _key_limiters(self, settings: Settings) -> List["KeyLimiter"]:
-        """The limiters of other settings; a key that keeps its name keeps its counts."""
-        known = {key.name: key for key in self.keys}
-        keys = [known.get(options.name) or KeyLimiter(options) for options in settings.keys]
-        for key, options in zip(keys, settings.keys):
-            key.options = options
-        return keys
-
-    def _cancel_requests(self) -> None:
+    def _for_each(self, action: Callable[[Connection], None]) -> None:
         for connection in self.connections.copy():
-            if connection.request is not None:
-                connection.request.cancel(APIError(503, "The server is stopping.", code="stopping"))
-            if connection.state is State.READING:
-                connection._dispatch(APIError(503, "The server is stopping.", code="stopping"))
-            elif connection.state is State.IDLE:
-                connection.close()
+            action(connection)
 
-    def _close_connections(self) -> None:
-        for connection in self.connections.copy():
-            connection.disconnect()
-
-    # -- the loop thread's part
+    # -- callbacks
 
     def on_connection(self) -> None:
-        """New clients wait to be accepted."""
+        """Handle a readable listening socket. Loop thread."""
         try:
-            self.accept_ready(64)  # not all: other connections wait, too
-        except OSError as error:  # no more descriptors: the clients wait until the next tick
+            self.accept_ready(64)  # bounded, so that a burst does not delay other connections
+        except OSError as error:  # out of descriptors; on_tick() resumes
             log.error("cannot accept a connection: %s", error)
             self.loop.remove(self.socket)
             self.accept_paused = True
 
-    def accept_ready(self, most: int) -> None:
-        """Accept the clients that wait, at most so many."""
+    def accept_ready(self, limit: int) -> None:
+        """Accept up to ``limit`` pending connections. Loop thread."""
         with contextlib.suppress(BlockingIOError):
-            for _ in range(most):
+            for _ in range(limit):
                 request, address = self.get_request()
                 try:
                     if self.verify_request(request, address):
@@ -9980,189 +10120,50 @@ class Server(http.server.ThreadingHTTPServer):
                     else:
                         self.shutdown_request(request)
                 except Exception as error:
-                    log.error(
-                        "a connection could not be accepted: %s",
-                        error,
-                        exc_info=not isinstance(error, OSError),
-                    )
+                    is_bug = not isinstance(error, OSError)
+                    log.error("a connection could not be accepted: %s", error, exc_info=is_bug)
                     request.close()
 
     def stop_accepting(self) -> None:
-        """Accept who has connected, and close the listening socket: to close alone would reset whom the kernel has queued."""
+        """Accept the kernel's backlog, then close the listening socket. Loop thread.
+
+        Closing it with a backlog would reset those connections.
+        """
         self.loop.remove(self.socket)
         with contextlib.suppress(OSError):
             self.accept_ready(self.request_queue_size)
         self.socket.close()
         self.accepting_stopped.set()
 
-    def reject(self, connection: Connection) -> None:
-        """There is no room for a client: say so, and discard what it sends for a moment."""
-        if connection.send(TOO_MANY_CLIENTS):
-            connection._linger()
-
     def submit(self, task: Callable[[], None]) -> None:
-        """Run a task on a worker thread. Any thread."""
+        """Run a task on a worker thread; RuntimeError if there is none."""
         self.workers.submit(task)
 
-    def serve_request(self, request: Request) -> None:
-        """Make a handler, which answers the request. Worker thread."""
+    def serve_request(self, request: Any) -> None:
+        """Handle a Request by an instance of the handler class. Worker thread."""
         try:
             self.finish_request(request, request.connection.client_address)
         except Exception:
             self.handle_error(request, request.connection.client_address)
-            self.loop.call_soon_threadsafe(request.connection.abort)
-
-    def check_head(self, request: Request, decoder: BodyDecoder) -> None:
-        """The gate: APIError if a request must be refused, before a byte of its body is kept. Loop thread."""
-        head = request.head
-        request.route = route = find_route(head.method, head.path)
-        self.check_page(request)
-        if head.method == "OPTIONS":
-            return
-        if head.path not in PUBLIC_PATHS and (head.path, self.settings.metrics) != (
-            "/metrics",
-            "public",
-        ):
-            self.authorize(request)
-        if self._is_overridden(head.method):
-            return
-        if not route.targets:
-            raise APIError(404, f"There is no {head.path[:200]!r} here.", code="not_found")
-        if route.target(head.method) is None:
-            raise APIError(405, f"{head.method} is not allowed here.", code="method_not_allowed")
-        if head.method in BODILESS_METHODS:
-            return
-        check_body_size(decoder.remaining, self.settings)
-        if (
-            request.body_unread
-            and head.http_minor == "1"
-            and head.headers.get("expect", "100-continue").lower() != "100-continue"
-        ):
-            raise APIError(417, "Only 'Expect: 100-continue' is supported.")
-        if decoder.remaining > len(
-            request.connection.input
-        ):  # lengths alone don't count: idle clients could lock out all others
-            self.bodies.check(decoder.remaining)
-
-    def _is_overridden(self, method: str) -> bool:
-        """Whether the handler's class answers a method itself: then it decides what there is at which path."""
-        own = getattr(self.RequestHandlerClass, "do_" + method, None)
-        return own is not None and own is not getattr(Handler, "do_" + method, None)
-
-    def check_page(self, request: Request) -> None:
-        """Keep pages of other sites from using the server by the browser of somebody who may: APIError 403.
-
-        A token is proof enough. Without one, only Origin and Host tell such a page from any other client.
-        """
-        settings, headers = self.settings, request.head.headers
-        host, origin = headers.get("host", ""), headers.get("origin")
-        if origin and not origin_allowed(
-            origin, host, settings.public_url, settings.cors_origins, settings.needs_token()
-        ):
-            raise APIError(
-                403,
-                f"Pages of the origin {origin[:200]!r} may not use this server. CORS_ORIGINS lists those "
-                "that may.",
-                code="origin_not_allowed",
-                retry=False,
-            )
-        if (
-            self.is_loopback
-            and not settings.needs_token()
-            and not (is_local(host) or host_allowed(host, settings.host_names()))
-        ):
-            raise APIError(
-                403,
-                f"This server is not called {host[:200]!r}. PUBLIC_URL gives it a name; with a BEARER_TOKEN it "
-                "answers to any.",
-                code="host_not_allowed",
-                retry=False,
-            )
-
-    def authorize(self, request: Request) -> None:
-        """Everything but PUBLIC_PATHS and OPTIONS needs a token once one is set; APIError 401."""
-        if not self.settings.needs_token():
-            return
-        headers, tokens = request.head.headers, self.settings.bearer_token
-        scheme, *credentials = headers.get("authorization", "").split(None, 1) or [""]
-        bearer = credentials if scheme.lower() == "bearer" else []
-        given = list(
-            filter(None, [*bearer, headers.get("x-api-key", ""), headers.get("api-key", "")])
-        )
-        from hmac import (
-            compare_digest,
-        )  # it loads OpenSSL's hashes, which a server without tokens does not need
-
-        sent = [
-            text.encode("utf-8", "replace") for text in given
-        ]  # any of them opens; all are compared, always
-        named = [
-            key
-            for data in sent
-            for key in self.keys
-            if compare_digest(data, key.options.key.encode())
-        ]
-        unnamed = [
-            token for data in sent for token in tokens if compare_digest(data, token.encode())
-        ]
-        request.key = named[0] if named else None
-        if not named and not unnamed:
-            raise APIError(
-                401,
-                "Incorrect API key provided: this server does not know the token."
-                if given
-                else "A token is needed: send it as 'Authorization: Bearer TOKEN'.",
-            )
-
-    def acquire_key(self, request: Request) -> None:
-        """Count a call against the limits of its key, until release_key(); APIError 429 if it is one too many."""
-        key, call = request.key, request.call
-        if key is None:
-            return
-        n = (call.original_body or {}).get("n") if call.path.startswith("/v1/images/") else None
-        key.acquire(call.image_count or (n if type(n) is int and n > 0 else 1))
-        request.counted = True
-        call.one_image_at_a_time = key.options.max_concurrency > 0
-        apply_key_limits(call, key.options, request.head.headers)
-
-    def release_key(self, request: Request) -> None:
-        """The call is over, or about to be: before the client can know it, so that its next one is not one too many."""
-        if request.counted:
-            request.counted = False
-            request.key.release()
-
-    def cors_headers(self, request: Request) -> str:
-        """Which pages may read the response."""
-        settings, headers = request.settings, request.head.headers
-        if "*" in settings.cors_origins or not settings.cors_origins and settings.needs_token():
-            return CORS_ANY
-        origin = headers.get("origin", "")
-        may = origin and origin_allowed(
-            origin, headers.get("host", ""), settings.public_url, settings.cors_origins, False
-        )
-        return f"Vary: Origin\r\n{CORS_ANY.replace('*', origin)}" if may else "Vary: Origin\r\n"
-
-    def date_header(self) -> str:
-        """The fields Server and Date."""
-        return date_header(int(time.time()))
+            self.loop.call_soon_threadsafe(request.connection.disconnect)
 
     def on_request_end(self, request: Request) -> None:
-        """Count and log a request, once, at its end. Loop thread."""
-        self.release_key(request)
+        """Count and log a completed request. Loop thread."""
+        release_key(request)
         now = time.monotonic()
         self.metrics.add(request, now)
         if log.isEnabledFor(logging.INFO):
             log_access(request, now)
 
     def on_connection_closed(self, connection: Connection) -> None:
-        """A connection and its last request have ended. Loop thread."""
+        """Remove a connection after its last request has ended. Loop thread."""
         self.connections.discard(connection)
         if self.draining:
             with self.all_closed:
                 self.all_closed.notify_all()
 
     def on_tick(self, now: float) -> None:
-        """Enforce deadlines. Loop thread."""
+        """Enforce all deadlines, resume accepting, wake queued calls. Loop thread."""
         for scope in CancelScope.active.copy():
             if scope.deadline < now:
                 scope.cancel(
@@ -10173,7 +10174,7 @@ class Server(http.server.ThreadingHTTPServer):
                 connection.on_tick(now)
             except Exception:
                 log.exception("a bug in akashproxy, on the loop thread")
-                connection.abort()
+                connection.disconnect()
         if self.accept_paused and not self.draining:
             self.accept_paused = False
             self.loop.add(self.socket, self.on_connection, self.on_connection)
@@ -10181,13 +10182,27 @@ class Server(http.server.ThreadingHTTPServer):
         self.wake_waiters()
 
     def wake_waiters(self) -> None:
-        """Go on with calls that wait for a controller, some at a time: 1,500 errors must not hold up everything else."""
+        """Resume up to 32 calls queued for a controller, the others later. Loop thread.
+
+        1,500 calls that time out at once would otherwise block the loop.
+        """
         if self.pool.wake_waiters(32):
             self.loop.call_soon_threadsafe(self.wake_waiters)
 
 
+def key_limiters(settings: Settings, previous: List[KeyLimiter]) -> List[KeyLimiter]:
+    """Return the limiters of all keys; a key that keeps its name keeps its counts."""
+    by_name = {key.name: key for key in previous}
+    keys = []
+    for options in settings.keys:
+        key = by_name.get(options.name) or KeyLimiter(options)
+        key.options = options
+        keys.append(key)
+    return keys
+
+
 def log_access(request: Request, now: float) -> None:
-    """Log one line for a request."""
+    """Write a request's line of the access log."""
     record, usage, writer = request.record, request.record.usage or {}, request.writer
     started_at = request.started_at
     facts = {
@@ -10212,44 +10227,45 @@ def log_access(request: Request, now: float) -> None:
 
 
 def join_address(host: str, port: int) -> str:
-    """HOST:PORT, an IPv6 address in brackets."""
+    """Format HOST:PORT, with an IPv6 address in brackets."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _family(host: str, port: int) -> Tuple[int, str]:
-    """The address family and the numeric host to bind to; "" is every interface."""
+    """Return the address family and numeric host to bind to; "": all interfaces."""
     if not host:
         return (
             (socket.AF_INET6, "::") if socket.has_dualstack_ipv6() else (socket.AF_INET, "0.0.0.0")
         )
     try:
-        family, _, _, _, found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except OSError:
         raise ConfigError([f"cannot listen on {host}: no such host"]) from None
-    return family, found[0]
+    return family, str(address[0])
 
 
 # == 15. demo =================================================================================
-# A small Akash Chat for --demo: no model, but the real way through, on a loopback port.
+# A stand-in for Akash Chat on a loopback port, for --demo: no model, but the real wire format.
 
 
 class DemoAkash(http.server.BaseHTTPRequestHandler):
-    """Answers as the recordings do: a session, a model list, a word-by-word stream, a picture after a short queue."""
+    """Akash Chat's API in small: session, model list, streamed chat, image jobs.
+
+    Any thread: a ThreadingHTTPServer of its own creates one handler for each connection.
+    """
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
     COOKIE = "session_token=" + "0123456789abcdef" * 4
-    jobs: Dict[str, int] = {}  # how often a picture was asked for
+    jobs: Dict[str, int] = {}  # number of status requests, by job
     delay = 0.03  # seconds between two words
 
     @classmethod
     def start(cls) -> str:
-        """Serve it; its address."""
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), cls)
-        server.socket.listen(1024)
-        server.handle_error = lambda request, address: log.debug("stand-in: %s", sys.exc_info()[1])
-        threading.Thread(target=server.serve_forever, name="stand-in", daemon=True).start()
-        return f"http://127.0.0.1:{server.server_address[1]}"
+        """Start a server thread; returns its base URL."""
+        server = DemoServer(("127.0.0.1", 0), cls)
+        threading.Thread(target=server.serve_forever, name="akashproxy demo", daemon=True).start()
+        return f"http://127.0.0.1:{server.server_port}"
 
     def do_GET(self) -> None:
         path, _, query = self.path.partition("?")
@@ -10257,53 +10273,44 @@ class DemoAkash(http.server.BaseHTTPRequestHandler):
             cookie = f"{self.COOKIE}; Path=/; Max-Age=600; Secure; HttpOnly"
             self._send(200, b'{"success":true}', headers={"Set-Cookie": cookie})
         elif path == "/api/models/":
-            self._send(
-                200,
-                to_json(
-                    [{"id": name, "name": name, "available": True} for name in ("demo", "AkashGen")]
-                ),
-            )
+            models = [{"id": id, "name": id, "available": True} for id in ("demo", "AkashGen")]
+            self._send(200, to_json(models))
         elif path == "/api/image-status/":
-            job = query.partition("=")[2]
-            self.jobs[job] = asked = self.jobs.get(job, 0) + 1
-            status = "waiting" if asked < 3 else "pending" if asked == 3 else "succeeded"
-            result = f"/api/image/job_{job[:8]}_00001_.png" if asked > 3 else None
-            self._send(
-                200,
-                to_json(
-                    [
-                        {
-                            "job_id": job,
-                            "status": status,
-                            "queue_position": max(0, 3 - asked),
-                            "result": result,
-                        }
-                    ]
-                ),
-            )
+            self._send(200, to_json([self._image_status(query.partition("=")[2])]))
         elif path.startswith("/api/image/job_"):
             self._send(200, demo_image(path), headers={"Content-Type": "image/png"})
         else:
             self._send(404, b"{}")
 
+    def _image_status(self, job: str) -> Dict[str, Any]:
+        """Return the next status of an image job: waiting twice, pending, succeeded."""
+        self.jobs[job] = count = self.jobs.get(job, 0) + 1
+        return {
+            "job_id": job,
+            "status": "waiting" if count < 3 else "pending" if count == 3 else "succeeded",
+            "queue_position": max(0, 3 - count),
+            "result": f"/api/image/job_{job[:8]}_00001_.png" if count > 3 else None,
+        }
+
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if self.path != "/api/chat/" or self.COOKIE not in self.headers.get("Cookie", ""):
-            return self._send(403, b'{"success":false,"message":"Unauthorized: Invalid session"}')
-        asked = body["messages"][-1]["content"]
+            self._send(403, b'{"success":false,"message":"Unauthorized: Invalid session"}')
+            return
+        prompt = body["messages"][-1]["content"]
         if body["model"] == "AkashGen":
-            prompt = asked.replace("'", "\\'")
-            line = f"0:\"<image_generation> jobId='{new_id()[:16]}' prompt='{prompt}' negative=''</image_generation>\"\n"
-            return self._stream([line.encode()], 0)
+            escaped = prompt.replace("'", "\\'")
+            attributes = f"jobId='{new_id()[:16]}' prompt='{escaped}' negative=''"
+            line = f'0:"<image_generation> {attributes}</image_generation>"\n'
+            self._stream([line.encode()], 0)
+            return
         words = re.findall(
             r"\S+\s*",
-            f'You asked {body["model"]}: "{asked}" This is the demo: no model has read it, '
-            "but each word of this answer went the real way.",
+            f'You asked {body["model"]}: "{prompt}" This is the demo: no model has read it, '
+            "but each word of this answer took the same path as a real one.",
         )
-        self._stream(
-            [b'f:{"messageId":"msg-demo"}\n'] + [b"0:" + to_json(word) + b"\n" for word in words],
-            self.delay,
-        )
+        lines = [b"0:" + to_json(word) + b"\n" for word in words]
+        self._stream([b'f:{"messageId":"msg-demo"}\n', *lines], self.delay)
 
     def _stream(self, lines: List[bytes], delay: float) -> None:
         end = b'{"finishReason":"stop","usage":{"promptTokens":null,"completionTokens":null}'
@@ -10337,11 +10344,20 @@ class DemoAkash(http.server.BaseHTTPRequestHandler):
         self.wfile.write(b"0\r\n\r\n")
 
     def log_message(self, format: str, *args: Any) -> None:
-        log.debug("stand-in: " + format, *args)
+        log.debug("demo: " + format, *args)
+
+
+class DemoServer(http.server.ThreadingHTTPServer):
+    """The server of DemoAkash; logs broken connections instead of printing them."""
+
+    request_queue_size = 1024
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        log.debug("demo: %s", sys.exc_info()[1])
 
 
 def demo_image(seed: str) -> bytes:
-    """A little PNG: rings in two colours that depend on the seed."""
+    """Return a small PNG: rings in two colours derived from the seed."""
     import struct
     import zlib
 
@@ -10351,21 +10367,15 @@ def demo_image(seed: str) -> bytes:
         bytes((tint >> shift & 255, 90 + shift * 5, 255 - (tint >> shift & 127)))
         for shift in (0, 16)
     ]
-    rows = [
-        b"\0"
-        + b"".join(
-            colours[int(math.hypot(x - size / 2, y - size / 2)) // 8 % 2] for x in range(size)
-        )
-        for y in range(size)
-    ]
 
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(data))
-            + kind
-            + data
-            + struct.pack(">I", binascii.crc32(kind + data))
-        )
+    def pixel(x: int, y: int) -> bytes:
+        return colours[int(math.hypot(x - size / 2, y - size / 2)) // 8 % 2]
+
+    rows = [b"\0" + b"".join(pixel(x, y) for x in range(size)) for y in range(size)]
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        checksum = struct.pack(">I", binascii.crc32(name + data))
+        return struct.pack(">I", len(data)) + name + data + checksum
 
     return (
         b"\x89PNG\r\n\x1a\n"
@@ -10650,14 +10660,12 @@ def page() -> Tuple[bytes, Dict[str, str]]:
 
 
 # == 17. main =================================================================================
-# The command: settings, log, signals, serve.
+# The command line, the log and signals.
 
 
 def main(argv: Optional[List[str]] = None) -> int:
-    """Run the command; the exit status (2: it was not asked for properly)."""
-    set_signal_mask(
-        "SIG_BLOCK"
-    )  # until there is a handler: before that SIGHUP would end the process
+    """Run the command; returns its exit status: 2 for invalid settings or arguments."""
+    set_signal_mask("SIG_BLOCK")  # until Signals: without a handler SIGHUP ends the process
     try:
         return command(sys.argv[1:] if argv is None else argv)
     except ConfigError as error:
@@ -10670,21 +10678,21 @@ def main(argv: Optional[List[str]] = None) -> int:
 
 
 def command(argv: List[str]) -> int:
-    """What main() does; ConfigError where the settings can't be used."""
+    """Run the command; ConfigError if arguments or settings are invalid."""
     options = parse_flags(argv)
     flags = {name: value for name, value in vars(options).items() if isinstance(value, str)}
     settings = Settings.load(dict(os.environ), flags)
     if options.health or options.check:
         set_signal_mask("SIG_UNBLOCK")
         return check_health(settings) if options.health else print_settings(settings)
-    lines = LogWriter(sys.stderr.fileno()) if sys.stderr else logging.NullHandler()
-    lines.setFormatter(LogFormat(settings.log_format))
-    logging.basicConfig(level=settings.log_level.upper(), handlers=[lines])
-    demo = {"akash_base_url": DemoAkash.start(), "controllers": ()} if options.demo else {}
-    if settings.config_file:
-        flags["config_file"] = (
-            settings.config_file
-        )  # a reload must not fall back on another one, or on none
+    handler = LogWriter(sys.stderr.fileno()) if sys.stderr else logging.NullHandler()
+    handler.setFormatter(LogFormat(settings.log_format))
+    logging.basicConfig(level=settings.log_level.upper(), handlers=[handler])
+    demo: Dict[str, Any] = {}
+    if options.demo:
+        demo = {"akash_base_url": DemoAkash.start(), "controllers": ()}
+    if settings.config_file:  # a reload must read this file, not search for another
+        flags["config_file"] = settings.config_file
 
     def load() -> Settings:
         return dataclasses.replace(Settings.load(dict(os.environ), flags), **demo)
@@ -10693,13 +10701,16 @@ def command(argv: List[str]) -> int:
 
 
 def print_text(text: str, file: Any = None) -> None:
-    """Print a line, as far as it can be written: the disk may be full, or the reader gone."""
+    """Print a line; a full disk or a closed pipe is ignored."""
     with contextlib.suppress(OSError):
         print(text, file=file, flush=True)
 
 
 def discard_output() -> None:
-    """Flush stdout and stderr. What can't be written would be tried once more at the exit, which then has status 120."""
+    """Flush stdout and stderr, and discard what can't be written.
+
+    The interpreter would try once more at exit, fail, and exit with status 120.
+    """
     for stream in filter(None, (sys.stdout, sys.stderr)):
         try:
             stream.flush()
@@ -10709,19 +10720,19 @@ def discard_output() -> None:
 
 
 class LogWriter(logging.Handler):
-    """Writes log lines in a thread of its own, so that a reader that hangs costs lines and not the server.
+    """Writes log lines on a thread of its own. Any thread.
 
-    The lines wait in a queue. Those for which it has no room, or which can't be written, are counted,
-    and their number is a line of its own as soon as the log can be written again.
+    A blocked pipe must not block the server. Lines are dropped if the queue is full or a write
+    fails; their number is logged once the log can be written again.
     """
 
-    SIZE = 10000  # lines that may wait
-    FLUSH_TIMEOUT = 1.0  # seconds for them at the exit
+    SIZE = 10000  # lines in the queue
+    FLUSH_TIMEOUT = 1.0  # seconds
 
     def __init__(self, descriptor: int) -> None:
         super().__init__()
         self.descriptor = descriptor
-        self.lines: Queue = Queue(self.SIZE)
+        self.lines: Queue[Any] = Queue(self.SIZE)  # bytes, or an Event of flush()
         self.dropped, self.count_lock = 0, threading.Lock()
         self.thread: Optional[threading.Thread] = None
 
@@ -10742,7 +10753,7 @@ class LogWriter(logging.Handler):
         with self.count_lock:
             self.dropped += count
 
-    def write_all(self, lines: Queue) -> None:
+    def write_all(self, lines: Queue[Any]) -> None:
         while True:
             line = lines.get()
             if isinstance(line, threading.Event):
@@ -10762,18 +10773,18 @@ class LogWriter(logging.Handler):
             self.drop(count)
 
     def write(self, line: bytes) -> bool:
-        """Write a line to its end, however long that takes; False if it can't be written."""
+        """Write a complete line, blocking without a limit; False if an error prevents it."""
         while line:
             try:
                 line = line[os.write(self.descriptor, line) :]
-            except BlockingIOError:  # another process has made it a non-blocking descriptor
+            except BlockingIOError:  # non-blocking by another process that shares it
                 select.select([], [self.descriptor], [])
             except OSError:
                 return False
         return True
 
     def flush(self) -> None:
-        """Wait until all lines are written, for a moment at most."""
+        """Wait until the queued lines are written, up to FLUSH_TIMEOUT."""
         written = threading.Event()
         with contextlib.suppress(Full):
             if self.thread is not None:
@@ -10782,7 +10793,7 @@ class LogWriter(logging.Handler):
 
 
 def parse_flags(argv: List[str]) -> Any:
-    """The command line's options. Flags may be written as in Go, too: -config_file, --config_file."""
+    """Parse the command line; ConfigError. Accepts Go's spelling: -config_file."""
     argv = [
         re.sub(r"^--?([a-z][a-z_-]+)", lambda flag: "--" + flag[1].replace("_", "-"), word)
         for word in argv
@@ -10805,39 +10816,41 @@ def parse_flags(argv: List[str]) -> Any:
 
 
 def argument_parser() -> Any:
-    """The command line: one flag for each setting, and the few that are no settings."""
+    """Return the argument parser: a flag for each setting, and the actions."""
     import argparse
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> NoReturn:
-            raise ConfigError([message])  # without the usage, which is longer than a screen
+            raise ConfigError([message])  # the library would print the usage: a screen or more
 
     parser = Parser(
         prog="akashproxy.py",
-        description="Serve Akash Chat, and other upstreams, as OpenAI's API.",
+        description="Serve Akash Chat and other upstreams as an OpenAI-compatible API.",
         allow_abbrev=False,
-        epilog="Each setting is also an environment variable (--server-address is SERVER_ADDRESS) and a key of the "
-        "configuration file (server_address). A flag wins over the environment, and that over the file.",
+        epilog="Each setting is also an environment variable (--server-address: SERVER_ADDRESS) "
+        "and a key of the configuration file (server_address). Flags override the environment, "
+        "which overrides the file.",
     )
     parser.add_argument("--version", action="version", version=f"akashproxy {__version__}")
     parser.add_argument(
         "--demo",
         action="store_true",
-        help="serve a built-in stand-in for Akash Chat: no network needed",
+        help="use a built-in simulation of Akash Chat: no network needed",
     )
     parser.add_argument(
         "--check",
         action="store_true",
-        help="check and show the settings as they would be used, and exit",
+        help="validate and print the effective settings, and exit",
     )
     parser.add_argument(
-        "--health", action="store_true", help="ask a running server's /health, and exit with 0 or 1"
+        "--health",
+        action="store_true",
+        help="query /health of a running server, and exit with 0 if it is healthy, else 1",
     )
     group = parser.add_argument_group("settings")
     for item in setting_fields(Settings):
-        text = item.metadata["help"] + (
-            f" (default: {default})" if (default := default_text(item)) else ""
-        )
+        default = default_text(item)
+        text = item.metadata["help"] + (f" (default: {default})" if default else "")
         metavar = {"str": "TEXT", "int": "NUMBER", "float": "SECONDS"}.get(item.type, "LIST")
         group.add_argument(
             flag_name(item), dest=item.name, metavar=metavar, help=text.replace("%", "%%")
@@ -10846,59 +10859,62 @@ def argument_parser() -> Any:
 
 
 def default_text(item: Any) -> str:
-    """A setting's default, as it would be written."""
+    """Format a setting's default for --help."""
     if item.default is dataclasses.MISSING:
         return ""
     return f"{item.default:g}" if item.type == "float" else format_value(item.default)
 
 
 def print_settings(settings: Settings) -> int:
-    """Print the settings, the file they came from and the controllers, without secrets."""
-    print_text(
-        f"# searched: {', '.join([settings.config_path] if settings.config_path else CONFIG_DIRECTORIES)} for {' and '.join(FILE_NAMES)}"
-    )
+    """Print the effective settings with secrets redacted; the exit status."""
+    searched = [settings.config_path] if settings.config_path else CONFIG_DIRECTORIES
+    print_text(f"# searched: {', '.join(searched)} for {' and '.join(FILE_NAMES)}")
     print_text(f"# file: {settings.config_file or 'none'}")
     for name, value in settings.redacted_items():
         print_text(f"{name.upper()}={value}")
-    for options in [*settings.pool(), *settings.keys]:
-        kind = "key " if isinstance(options, ClientKeySettings) else ""
-        sources = (
-            {"api_key": f" ({options.key_source})"} if getattr(options, "key_source", "") else {}
-        )
-        lines = [
-            f"{name}={value}{sources.get(name, '')}"
-            for name, value in options.redacted_items()
-            if value and name != "name"
-        ]
-        print_text("\n".join([f"\n[{kind}{options.name}]", *lines]))
+    for controller in settings.pool():
+        source = f" ({controller.key_source})" if controller.key_source else ""
+        print_section(controller.name, controller, {"api_key": source})
+    for key in settings.keys:
+        print_section(f"key {key.name}", key, {})
     return 0
 
 
+def print_section(title: str, options: Any, suffixes: Dict[str, str]) -> None:
+    """Print the non-empty settings of a controller or key."""
+    lines = [
+        f"{name}={value}{suffixes.get(name, '')}"
+        for name, value in options.redacted_items()
+        if value and name != "name"
+    ]
+    print_text("\n".join([f"\n[{title}]", *lines]))
+
+
 def check_health(settings: Settings) -> int:
-    """Ask the server of these settings how it is, as a container without curl does."""
+    """Query /health of the server with these settings, for containers without curl."""
     host, port = split_address(settings.server_address)
     host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    link = http.client.HTTPConnection(host, port, timeout=3)
+    connection = http.client.HTTPConnection(host, port, timeout=3)
     try:
-        link.request("GET", "/health")
-        answer = link.getresponse()
-        print_text(answer.read().decode("utf-8", "replace"))
-        return 0 if answer.status == 200 else 1
+        connection.request("GET", "/health")
+        response = connection.getresponse()
+        print_text(response.read().decode("utf-8", "replace"))
+        return 0 if response.status == 200 else 1
     except (OSError, http.client.HTTPException) as error:
         print_text(f"akashproxy: no answer from {settings.server_address}: {error}", sys.stderr)
         return 1
     finally:
-        link.close()
+        connection.close()
 
 
 def start(server: Server, load: Callable[[], Settings]) -> int:
-    """Say where it serves, and serve in this process or in several; the exit status."""
+    """Start a server, print its URL and serve until a signal; the exit status."""
     raise_fd_limit()
-    gc.freeze()  # what is there by now stays: collections need not look at it
-    locked = server.settings.bearer_token or server.settings.keys
-    if not locked and not ipaddress.ip_address(server.server_address[0]).is_loopback:
+    gc.freeze()  # the module's objects live on: collections need not traverse them
+    if not server.settings.needs_token() and not server.is_loopback:
         log.warning(
-            "whoever can reach %s can use this server, its keys and its allowance: set BEARER_TOKEN",
+            "anyone who can reach %s can use this server and its upstreams' keys and quotas: "
+            "set BEARER_TOKEN",
             server.url,
         )
     signals = Signals(signal.SIGINT, signal.SIGTERM, SIGHUP)
@@ -10909,7 +10925,7 @@ def start(server: Server, load: Callable[[], Settings]) -> int:
 
 
 def raise_fd_limit() -> None:
-    """Allow as many descriptors as the system lets us: each stream takes two."""
+    """Raise the limit of file descriptors to the hard limit: each stream takes two."""
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
 
@@ -10917,27 +10933,29 @@ def raise_fd_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-SIGHUP = getattr(signal, "SIGHUP", 0)  # 0: this system has none
+SIGHUP = getattr(signal, "SIGHUP", 0)  # 0: not available (Windows)
 
 
 def set_signal_mask(action: str) -> None:
-    """Hold signals back, or let them come again, where the system can do that: a new process must not miss one."""
+    """Block or unblock our signals: none may be lost or fatal during start-up."""
     if SIGHUP:
         signal.pthread_sigmask(getattr(signal, action), {signal.SIGINT, signal.SIGTERM, SIGHUP})
 
 
 def flush_logs() -> None:
-    """Write the log lines that wait."""
     for handler in logging.root.handlers:
         handler.flush()
 
 
 class Signals:
-    """The signals that have come. The second one that means to stop ends the process."""
+    """Queue of received signals. Main thread.
+
+    A second SIGINT or SIGTERM ends the process at once.
+    """
 
     def __init__(self, *numbers: int) -> None:
-        self.received: SimpleQueue = SimpleQueue()
-        self.stops = 0
+        self.received: SimpleQueue[int] = SimpleQueue()
+        self.stops = 0  # SIGINT and SIGTERM received
         for number in filter(None, numbers):
             signal.signal(number, self.on_signal)
         set_signal_mask("SIG_UNBLOCK")
@@ -10946,23 +10964,26 @@ class Signals:
         if number != SIGHUP:
             self.stops += 1
             if self.stops > 1:
-                flushing = threading.Thread(
-                    target=flush_logs, daemon=True
-                )  # this thread may hold the queue's lock
+                # On a thread: the handler may have interrupted a put() that holds the queue's lock.
+                flushing = threading.Thread(target=flush_logs, daemon=True)
                 flushing.start()
                 flushing.join(1.0)
                 os._exit(0)
         self.received.put(number)
 
     def next(self, seconds: float = 1.0) -> Optional[int]:
-        """The next signal, or None after a while: one that comes just before a wait may not end it."""
+        """Return the next signal, or None after a timeout.
+
+        The timeout bounds this race: a signal arrives; the main thread begins to wait before its
+        handler has run, and is not interrupted.
+        """
         with contextlib.suppress(Empty):
             return self.received.get(timeout=seconds)
         return None
 
 
 def serve(server: Server, load: Callable[[], Settings], signals: Signals) -> int:
-    """Serve until SIGINT or SIGTERM; a second one stops at once. SIGHUP loads the settings anew."""
+    """Serve until SIGINT or SIGTERM; SIGHUP reloads the settings. The exit status."""
     while True:
         number = signals.next()
         if number == SIGHUP:
@@ -10970,20 +10991,17 @@ def serve(server: Server, load: Callable[[], Settings], signals: Signals) -> int
         elif number is not None:
             running = server.running_calls()
             if running:
-                log.info(
-                    "stopping: %d running answers have %g seconds to end",
-                    running,
-                    server.settings.grace,
-                )
+                grace = server.settings.grace
+                log.info("stopping: %d running requests have %g seconds to end", running, grace)
             server.stop()
             return 0
 
 
 def reload(server: Server, load: Callable[[], Settings]) -> bool:
-    """Load the settings anew; what is running goes on, whatever comes of that."""
+    """Reload the settings; False, and the old ones stay, if they are invalid."""
     try:
         server.reload(load())
-        log.warning("the settings were loaded anew")
+        log.warning("the settings were reloaded")
         return True
     except Exception as error:
         log.error("the settings stay as they were: %s", error)

@@ -2213,7 +2213,7 @@ def test_a_signal_while_it_starts_is_heeded(number, ends, tmp_path):
         fifo.write_text('{"controllers": [{"type": "echo"}]}')
         assert " serves " in process.stdout.readline()
         if not ends:
-            assert "loaded anew" in process.stderr.readline()
+            assert "were reloaded" in process.stderr.readline()
             process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0 and "Traceback" not in process.stderr.read()
     finally:
@@ -5510,7 +5510,7 @@ def test_a_second_signal_stops_at_once(akash):
             assert process.poll() is None, "it waits for the stream"
             process.send_signal(signal.SIGTERM)
             assert process.wait(10) == 0
-            assert "stopping: 1 running answers have 60 seconds to end" in process.stderr.read()
+            assert "stopping: 1 running requests have 60 seconds to end" in process.stderr.read()
 
 
 def children(process):
@@ -7197,7 +7197,7 @@ def test_a_request_for_images_counts_as_many_times_as_it_makes():
         assert (caught.value.status, caught.value.retry_after) == (429, pytest.approx(wait))
     limits.acquire(2)
     assert (limits.in_flight, limits.requests) == (1, 12)
-    with pytest.raises(APIError, match="12 at most") as caught:     # more than it could ever have
+    with pytest.raises(APIError, match="at most 12") as caught:     # more than it could ever have
         limits.acquire(13)
     assert caught.value.status == 400
 
