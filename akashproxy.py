@@ -16,12 +16,12 @@ OpenAI's, to upstreams. A *controller* knows one upstream; a *pool* chooses one 
             StreamRelay <- Dialect.encode <- Text, Reasoning, Image, Finish <- decoder
             EventLoop: the thread that owns every client socket, and each relayed upstream
 
-Left of the events nothing knows which upstream answered; right of them nothing knows what the client
-speaks. Between the sockets everything is pushed: ``decoder.feed(data)`` returns events,
+Left of the events nothing knows which upstream answered; right of them nothing knows what the
+client speaks. Between the sockets everything is pushed: ``decoder.feed(data)`` returns events,
 ``dialect.encode(events)`` returns bytes, and nothing in there reads, waits or knows a socket.
 Where both sides speak the same format, the events are RawBytes.
 
-There are two kinds of threads. The *loop* reads requests whole, writes responses and relays streams; it
+There are two kinds of threads. The *loop* reads requests, writes responses and relays streams; it
 never blocks. *Workers* get one whole request each: they parse it, choose a controller and send the
 request to the upstream, and may block in that. A streamed chat:
 
@@ -29,7 +29,7 @@ request to the upstream, and may block in that. A streamed chat:
     2 worker  Handler.parse_request, do_POST: the body becomes a Call
     3 worker  CallResponder.attempt: Exchange chooses a controller, which sends the request
     4 worker  call_soon_threadsafe(StreamRelay.start); the worker is free
-    5 loop    bytes of the upstream become events; with the first one the response begins (STREAMING)
+    5 loop    STREAMING: the upstream's bytes become events; the first one begins the response
     6 loop    back-pressure, pings, disconnects, deadlines
     7 loop    a failure before 5: submit(fail_over), back to 3; afterwards: an error frame
     8 loop    the end: access log, metrics, Connection(IDLE)
@@ -54,7 +54,7 @@ Where is ...
     OpenAI's stream                    ChatDecoder
     Anthropic's stream                 Messages
     OpenAI's newer stream              Responses
-    their requests as a chat           Messages.to_chat, Responses.to_chat, BlockDialect.convert_part
+    their requests as a chat           Messages.to_chat, Responses.to_chat
     estimates of tokens                estimate_tokens
     relaying unparsed                  PassthroughDecoder, Passthrough
     failover                           Exchange
@@ -86,7 +86,7 @@ from __future__ import annotations
 import signal
 
 if __name__ == "__main__" and hasattr(signal, "pthread_sigmask"):
-    # Before anything else: a signal that comes while the file is still loading would end the process.
+    # Before anything else: a signal that comes while the file is loading would end the process.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
 
 # == 1. names =================================================================================
@@ -630,6 +630,8 @@ class RawBytes:
 
 Event = Union[Text, Reasoning, TextWasReasoning, ToolCall, Image, ImageProgress, Finish, RawBytes]
 EVENTS: Tuple[Type[Event], ...] = get_args(Event)
+TextEvent = Union[Text, Reasoning]
+BlockEvent = Union[Text, Reasoning, ToolCall]  # what an answer's content consists of
 
 
 class CancelScope:
@@ -1915,7 +1917,9 @@ _TOKEN_BYTES = frozenset(
 )
 
 
-def find_head_end(buffer: bytes, scan_from: int = 0, first: Iterable[int] = _TOKEN_BYTES) -> int:
+def find_head_end(
+    buffer: Union[bytes, bytearray], scan_from: int = 0, first: Iterable[int] = _TOKEN_BYTES
+) -> int:
     """Index of the blank line that ends a head; -1 if the head is incomplete.
 
     ProtocolError as soon as the buffer cannot become a valid head: ``first`` holds the bytes that
@@ -6701,7 +6705,7 @@ class BlockDialect(Dialect):
         self.open_text: List[str] = []
         self.block_index = 0  # of the open or next block
         self.tool_blocks: Set[Any] = set()  # keys of all blocks that are tool calls
-        self.deferred: List[Event] = []
+        self.deferred: List[BlockEvent] = []
         super().__init__(body, base_url)
 
     # -- for subclasses to implement
@@ -6710,7 +6714,7 @@ class BlockDialect(Dialect):
         """Convert the request, except for RENAMED_PARAMS. Raises APIError 400."""
         raise NotImplementedError
 
-    def start_block(self, event: Event) -> bytes:
+    def start_block(self, event: BlockEvent) -> bytes:
         """Frames that open a block; the event has no text yet."""
         raise NotImplementedError
 
@@ -6848,7 +6852,7 @@ class BlockDialect(Dialect):
             return self.flush_deferred() + self.close() + self.finish_frames(event)
         return super().encode_event(event)
 
-    def encode_block(self, event: Event, may_defer: bool = True) -> bytes:
+    def encode_block(self, event: BlockEvent, may_defer: bool = True) -> bytes:
         """Frames of an event that belongs to a block; b"" if it is deferred."""
         frames, block = b"", self.block_key(event)
         if block != self.open_block:
@@ -6900,9 +6904,9 @@ class BlockDialect(Dialect):
         self.open_block, self.open_text, self.block_index = None, [], self.block_index + 1
         return frames
 
-    def answer_blocks(self, answer: Answer) -> List[Event]:
+    def answer_blocks(self, answer: Answer) -> List[BlockEvent]:
         """An answer as a sequence of events, one per block."""
-        blocks: List[Event] = []
+        blocks: List[BlockEvent] = []
         if answer.reasoning and self.show_reasoning:
             blocks.append(Reasoning(answer.reasoning))
         text = self.text(answer)
@@ -7090,7 +7094,7 @@ class Messages(BlockDialect):
             "message_start", {"message": {**self.message_object([]), "usage": usage}}
         )
 
-    def start_block(self, event: Event) -> bytes:
+    def start_block(self, event: BlockEvent) -> bytes:
         self.head = (
             b'event: content_block_delta\ndata: {"type":"content_block_delta","index":%d,'
             b'"delta":{"type":"%b","%b":' % (self.block_index, *self.DELTA_TYPES[type(event)])
@@ -7143,7 +7147,7 @@ class Messages(BlockDialect):
         }
 
     @staticmethod
-    def content_block(event: Event) -> Dict[str, Any]:
+    def content_block(event: BlockEvent) -> Dict[str, Any]:
         if isinstance(event, ToolCall):
             return {
                 "type": "tool_use",
@@ -7443,7 +7447,7 @@ class Responses(BlockDialect):
         self.sequence_number += 1
         return event_frame(name, {"sequence_number": self.sequence_number - 1, **fields})
 
-    def start_block(self, event: Event) -> bytes:
+    def start_block(self, event: BlockEvent) -> bytes:
         prefix, name, part, index, more = self.ITEM_WIRE[type(event)]
         item = self.output_item(event, prefix + new_id(), "in_progress")
         self.open_item = event
@@ -7453,7 +7457,7 @@ class Responses(BlockDialect):
         frames = self.frame(
             "response.output_item.added", {"output_index": self.block_index, "item": item}
         )
-        if part:
+        if not isinstance(event, ToolCall):
             frames += self.frame(
                 part + ".added", {**self.item_ref, "part": self.part_object(event)}
             )
@@ -7467,12 +7471,13 @@ class Responses(BlockDialect):
         _, name, part, _, more = self.ITEM_WIRE[type(self.open_item)]
         if isinstance(self.open_item, ToolCall):
             text = text or "{}"
-            event, key = with_id(self.open_item, text), "arguments"
+            event: BlockEvent = with_id(self.open_item, text)
+            key = "arguments"
         else:
             event, key = type(self.open_item)(text), "text"
         self.output.append(self.output_item(event, self.item_ref["item_id"]))
         frames = self.frame(name + ".done", {**self.item_ref, **more, key: text})
-        if part:
+        if not isinstance(event, ToolCall):
             frames += self.frame(part + ".done", {**self.item_ref, "part": self.part_object(event)})
         return frames + self.frame(
             "response.output_item.done", {"output_index": self.block_index, "item": self.output[-1]}
@@ -7543,13 +7548,15 @@ class Responses(BlockDialect):
         self.echoed_params()
 
     @staticmethod
-    def part_object(event: Event) -> Dict[str, Any]:
+    def part_object(event: TextEvent) -> Dict[str, Any]:
         """The only part of a message or of reasoning."""
         if isinstance(event, Reasoning):
             return {"type": "summary_text", "text": event.text}
         return {"type": "output_text", "text": event.text, "annotations": [], "logprobs": []}
 
-    def output_item(self, event: Event, item_id: str, status: str = "completed") -> Dict[str, Any]:
+    def output_item(
+        self, event: BlockEvent, item_id: str, status: str = "completed"
+    ) -> Dict[str, Any]:
         """An item of the output; it has no parts until it is completed."""
         if isinstance(event, ToolCall):
             return {
@@ -8092,7 +8099,7 @@ class Request:
         """
         del self.writer
         if self.call is not None:
-            self.call.wake = self.call.client_has_left = bool
+            self.call.wake, self.call.client_has_left = lambda: None, lambda: False
 
 
 class AccessRecord:
@@ -8339,14 +8346,15 @@ class Connection:
     def _check_disconnect(self, request: Request) -> None:
         """Handle input during a response: EOF, or the beginning of the next request.
 
-        A client that half-closes (``printf ... | nc``) looks like one that has disconnected. It gets
-        any response that is made here, but no upstream works for it.
+        A client that half-closes (``printf ... | nc``) looks like one that has disconnected. It
+        gets any response that is made here, but no upstream works for it.
         """
         data = peek(self.sock)
         if data == b"":
             request.cancel()  # also a call that its worker is about to begin
             if request.call is not None:
-                return self.disconnect()
+                self.disconnect()
+                return
         if data is not None:
             self.pipelined = True
             self._update_events()
@@ -10401,7 +10409,7 @@ def demo_image(seed: str) -> bytes:
 
 
 # == 16. page =================================================================================
-# A page to chat with, which asks the API as any client does. Knows nothing of the rest of this file.
+# A page to chat with, a client of the API like any other. Knows nothing of the rest of this file.
 
 PAGE = r"""<!doctype html>
 <html lang="en">
@@ -10644,12 +10652,12 @@ onhashchange = () => {
 onhashchange();
 setInterval(refresh, 2000);
 </script>
-"""
+"""  # noqa: E501 (its lines are not wrapped)
 
 
 @functools.lru_cache(maxsize=None)
 def page() -> Tuple[bytes, Dict[str, str]]:
-    """The page, and its header fields: nothing runs in it but its own script, and it loads nothing from elsewhere."""
+    """The page and its headers, which let it run its own script only and load nothing else."""
     import hashlib
 
     texts = {
@@ -10661,8 +10669,9 @@ def page() -> Tuple[bytes, Dict[str, str]]:
         for tag, text in texts.items()
     }
     policy = (
-        f"default-src 'none'; script-src 'sha256-{hashes['script']}'; style-src 'sha256-{hashes['style']}'; "
-        "connect-src 'self'; img-src data: blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+        f"default-src 'none'; script-src 'sha256-{hashes['script']}'; "
+        f"style-src 'sha256-{hashes['style']}'; connect-src 'self'; img-src data: blob:; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
         "require-trusted-types-for 'script'; trusted-types 'none'"
     )
     return PAGE.encode(), {
