@@ -3998,7 +3998,7 @@ def test_no_answer_log_or_status_shows_a_secret(place, kind, pool, caplog):
         body = PLACES[place](SECRETS["whole"].format(secret))
         body = body if isinstance(body, bytes) else json.dumps(body).encode()
         page = json.dumps(json.dumps(json.loads(body))).encode()
-        faults = [reply(status, body) for status in (200, 400, 401, 403, 404, 413, 418, 429, 500, 503)]
+        faults = [reply(status, body) for status in (200, 400, 401, 404, 418, 429, 500)]
         if kind == "openai" and place not in ("detail", "another object"):      # in a stream those are no errors
             faults += [fake.head() + chunk(b"data: " + body + b"\n\n") + b"0\r\n\r\n",
                        fake.head() + chunk(fake.event({"content": "a"}) + b"data: " + body + b"\n\n" + fake.event({"content": "b"})) + b"0\r\n\r\n",
