@@ -1175,6 +1175,7 @@ def http_url(text: str) -> str:
 
 
 def optional_url(text: str) -> str:
+    """Check an http(s) URL as http_url() does; empty for none. Raises ValueError."""
     return http_url(text) if text else ""
 
 
@@ -1235,18 +1236,21 @@ def controller_name(text: str) -> str:
 
 
 def key_name(text: str) -> str:
+    """Check the name of a client key, which is required. Raises ValueError."""
     if not text:
         raise ValueError("must not be empty")
     return controller_name(text)
 
 
 def positive(value: Optional[float]) -> Optional[float]:
+    """Check a number that must not be 0; None for none. Raises ValueError."""
     if value is not None and not value > 0:
         raise ValueError("must be greater than 0")
     return value
 
 
 def one_process(value: int) -> int:
+    """Check the retired setting WORKERS. Raises ValueError unless it is 1."""
     if value != 1:
         raise ValueError(
             "must be 1: to use more cores, run several processes behind one address; see "
@@ -1823,10 +1827,12 @@ def setting_fields(cls: Any) -> List[Any]:
 
 
 def fields_by_name(cls: Any) -> Dict[str, Any]:
+    """The dataclass fields of a settings class that are settings, by name."""
     return {item.name: item for item in setting_fields(cls)}
 
 
 def flag_name(item: Any) -> str:
+    """The command-line flag of a setting, such as --max-body."""
     return f"--{item.name.replace('_', '-')}"
 
 
@@ -2647,7 +2653,7 @@ class Transport:
         def either(value: Optional[float], default: float) -> float:
             return default if value is None else value
 
-        self.base, self.upstream_name = base, upstream_name
+        self.upstream_name = upstream_name
         self.headers = {name.title(): value for name, value in headers.items()}
         self.connect_timeout = either(options.connect_timeout, settings.connect_timeout)
         self.first_byte_timeout = either(options.first_byte_timeout, settings.first_byte_timeout)
@@ -5493,6 +5499,8 @@ CONTROLLERS: Dict[str, Callable[[ControllerSettings, Settings], Controller]] = {
 
 
 class FailurePolicy(NamedTuple):
+    """Consequences of an error category for the request and for its controller."""
+
     fail_over: bool  # whether another controller may serve the request
     cool_down_after: Optional[int]  # consecutive failures; None: no cool-down, not counted
 
@@ -8094,8 +8102,9 @@ class Request:
             self.call.cancel(self.cancel_reason)
 
     def release(self) -> None:
-        """Break the reference cycles of a complete request; else each would occupy the garbage
-        collector, and its memory would stay in use until then.
+        """Break the reference cycles of a complete request.
+
+        Otherwise its memory would stay in use until the next garbage collection.
         """
         del self.writer
         if self.call is not None:
@@ -9464,13 +9473,11 @@ class CallResponder:
     def start_buffered(self, events: List[Event]) -> bytes:
         """Begin a response that is not streamed; returns its body."""
         self._commit()
-        content_type = self.call.relay_content_type
+        content_type, answer = self.call.relay_content_type, fold(events)
+        data = answer.raw
         if content_type is None:
-            answer = fold(events)
             self.request.record.usage = answer.finish.usage if answer.finish else None
             content_type, data = "application/json", to_json(self.dialect.response_body(answer))
-        else:
-            data = b"".join([event.data for event in events if isinstance(event, RawBytes)])
         self.writer.start(
             self.call.relay_status,
             {"Content-Type": content_type, **call_headers(self.call)},
@@ -10967,6 +10974,7 @@ def set_signal_mask(action: str) -> None:
 
 
 def flush_logs() -> None:
+    """Write the queued log lines; blocks for at most LogWriter's limit. Any thread."""
     for handler in logging.root.handlers:
         handler.flush()
 
