@@ -35,8 +35,8 @@ request to the upstream, and may block in that. A streamed chat:
     8 loop    the end: access log, metrics, Connection(IDLE)
 
 The sections, from top to bottom (``grep '^# ==' akashproxy.py``):
-names, errors, events, settings, http, transport, streams, controllers, pool, dialects, loop, relay,
-limits, server, demo, page, main.
+names, errors, events, settings, http, transport, streams, filters, controllers, failures, akash,
+openai, pool, dialects, loop, relay, limits, server, demo, page, main.
 
 Where is ...
 
@@ -440,6 +440,12 @@ def start_thread(target: Callable[[], None], name: str) -> bool:
     return True
 
 
+def _sha256(text: str) -> str:
+    import hashlib
+
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 # == 2. errors ================================================================================
 # Exceptions: a status and a message for the client, and a category for the pool. Knows no wire.
 
@@ -558,6 +564,21 @@ def akash_model_not_found(model: str) -> APIError:
         legacy_message="Error Model.",
         category="model",
     )
+
+
+def number_field(
+    body: Dict[str, Any], name: str, default: Any, integer: bool = False, minimum: float = 0
+) -> Any:
+    """Return a number of a request body; APIError 400 if it is not one, or too small."""
+    value = body.get(name)
+    if value is None:
+        return default
+    types = (int,) if integer else (int, float)
+    if type(value) not in types or not abs(value) < 1e15:  # excludes bool, NaN and infinity
+        raise bad_request(f"{name!r} must be {'an integer' if integer else 'a number'}.", name)
+    if value < minimum:
+        raise bad_request(f"{name!r} must be at least {minimum:g}.", name)
+    return value
 
 
 # == 3. events ================================================================================
@@ -818,289 +839,6 @@ def join_tool_call(fragments: List[ToolCall]) -> ToolCall:
         next((fragment.id for fragment in fragments if fragment.id), None),
         next((fragment.name for fragment in fragments if fragment.name), None),
     )
-
-
-class ThinkTagFilter:
-    """Turns ``<think>...</think>`` in Text events into Reasoning events.
-
-    Tags may be split anywhere. An opening tag counts only at the start, after blanks at most; later
-    it is more likely a word of the answer. Some models omit it: a closing tag without one makes the
-    text before it reasoning, unless it is in quotes; Text already passed on is corrected by
-    TextWasReasoning. Without a closing tag, all that follows is reasoning. Newlines around tags
-    are removed.
-    """
-
-    OPEN_TAG, CLOSE_TAG = "<think>", "</think>"
-    QUOTES = ("`", "'", '"')
-    MAX_BLANKS = 256  # around a tag: pending text is copied with each fragment
-
-    def __init__(self) -> None:
-        self.pending = ""  # possibly the start of a tag, or of the newlines before one
-        self.last_char = ""  # of the text passed on
-        self.strip_newlines = False  # after a tag
-        self.state: Callable[[str, List[Event]], str] = self._at_start
-
-    def feed(self, events: List[Event]) -> List[Event]:
-        if len(events) == 1 and type(events[0]) is Text and self.is_passthrough(events[0].text):
-            return events
-        out: List[Event] = []
-        for event in events:
-            if isinstance(event, Text):
-                self._text(event.text, out)
-            else:
-                if isinstance(event, Finish):
-                    out += self.close()
-                out.append(event)
-        return out
-
-    def is_passthrough(self, text: str) -> bool:
-        """Whether the text passes unchanged, as most does once an answer has started."""
-        if (
-            text
-            and self.last_char
-            and not self.strip_newlines
-            and not self.pending
-            and "<" not in text
-        ):
-            self.last_char = text[-1]
-            return True
-        return False
-
-    def close(self) -> List[Event]:
-        """Flush pending text, which turned out not to be a tag."""
-        text, self.pending = self.pending, ""
-        event_type = Reasoning if self.state == self._in_reasoning else Text
-        return [event_type(text)] if text else []
-
-    def _text(self, text: str, out: List[Event]) -> None:
-        text, self.pending = self.pending + text, ""
-        while text:
-            if self.strip_newlines:
-                text = text.lstrip("\n")
-                self.strip_newlines = not text
-            text = self.state(text, out)
-
-    # States: each consumes the start of the text and returns the remainder.
-
-    def _at_start(self, text: str, out: List[Event]) -> str:
-        stripped = text.lstrip()
-        if len(text) - len(stripped) <= self.MAX_BLANKS:
-            if stripped.startswith(self.OPEN_TAG):
-                self.state, self.strip_newlines = self._in_reasoning, True
-                return stripped[len(self.OPEN_TAG) :]
-            if self.OPEN_TAG.startswith(stripped):
-                self.pending = text
-                return ""
-        self.state = self._in_answer
-        return text
-
-    def _in_reasoning(self, text: str, out: List[Event]) -> str:
-        reasoning, tag, remaining = text.partition(self.CLOSE_TAG)
-        if tag:
-            self.state, self.strip_newlines = self._emit, True
-            reasoning = self._strip_line_breaks(reasoning)
-        else:
-            reasoning = self._split_partial_tag(text)
-        if reasoning:
-            out.append(Reasoning(reasoning))
-        return remaining
-
-    def _in_answer(self, text: str, out: List[Event]) -> str:
-        """No tag so far: a closing one makes all text before it reasoning."""
-        at = text.find(self.CLOSE_TAG)
-        if at < 0:
-            return self._emit(self._split_partial_tag(text), out)
-        self.state = self._emit
-        if (text[at - 1] if at else self.last_char) in self.QUOTES:
-            return text
-        self.strip_newlines, before = True, text[:at]
-        reasoning = before.rstrip("\n")
-        if self.last_char:
-            out += [Text(before), TextWasReasoning()] if before else [TextWasReasoning()]
-        elif reasoning:
-            out.append(Reasoning(reasoning))
-        return text[at + len(self.CLOSE_TAG) :]
-
-    def _emit(self, text: str, out: List[Event]) -> str:
-        if text:
-            self.last_char = text[-1]
-            out.append(Text(text))
-        return ""
-
-    def _split_partial_tag(self, text: str) -> str:
-        """Hold back a possible start of a closing tag, and the newlines before it."""
-        cut = len(text) - (partial_match_length(text, self.CLOSE_TAG) if "<" in text else 0)
-        if self.state == self._in_reasoning:
-            cut = len(self._strip_line_breaks(text[:cut]))
-        self.pending = text[cut:]
-        return text[:cut]
-
-    def _strip_line_breaks(self, reasoning: str) -> str:
-        return reasoning[: max(len(reasoning.rstrip("\n")), len(reasoning) - self.MAX_BLANKS)]
-
-
-def partial_match_length(text: str, word: str) -> int:
-    """Length of the longest proper prefix of a short word that the text ends with."""
-    sizes = range(min(len(word) - 1, len(text)), 0, -1)
-    return next((size for size in sizes if text.endswith(word[:size])), 0)
-
-
-class StreamSearch:
-    """Searches for a word in a stream of strings, in linear time (Knuth-Morris-Pratt)."""
-
-    def __init__(self, word: str) -> None:
-        self.word = word
-        self.matched = 0  # length of the word's prefix that the text so far ends with
-        # By length of a prefix: length of its longest proper prefix that is also its suffix.
-        self.borders = [0]
-        for char in word[1:]:
-            self.borders.append(self._extend(self.borders[-1], char))
-
-    def feed(self, text: str) -> int:
-        """Position just after the word's first occurrence; -1 if there is none yet."""
-        at, last = 0, len(text) - len(self.word) + 1  # occurrences from ``last`` on are incomplete
-        while at < len(text):
-            if not self.matched:
-                if at < last:
-                    found = text.find(self.word, at)
-                    if found >= 0:
-                        return found + len(self.word)
-                at = text.find(self.word[0], max(at, last))
-                if at < 0:
-                    break
-            self.matched = self._extend(self.matched, text[at])
-            at += 1
-            if self.matched == len(self.word):
-                return at
-        return -1
-
-    def _extend(self, matched: int, char: str) -> int:
-        """Length of the matched prefix after one more character."""
-        while matched and self.word[matched] != char:
-            matched = self.borders[matched - 1]
-        return matched + (self.word[matched] == char)
-
-
-class StopFilter:
-    """Ends answers at stop sequences and token limits the upstream does not support.
-
-    Stop sequences may be split anywhere and are not part of the answer. The one that ends first
-    counts; of several that end together, the longest. Tokens are counted by token_units(), which
-    never counts too many, so an answer is not cut short.
-    """
-
-    def __init__(self, stops: List[str], max_tokens: Optional[int]) -> None:
-        self.stops = list(map(StreamSearch, stops))
-        self.pending = "", 0  # a stop sequence, and the length of its prefix that is held back
-        self.budget = math.inf if max_tokens is None else UNITS_PER_TOKEN * max_tokens
-        self.needed = bool(stops) or max_tokens is not None
-        self.stopped = False  # this filter has ended the answer
-
-    def is_passthrough(self, text: str) -> bool:
-        return False
-
-    def feed(self, events: List[Event]) -> List[Event]:
-        out: List[Event] = []
-        for event in events:
-            if self.stopped:
-                break
-            if isinstance(event, Text) and self.stops:
-                self._search(event.text, out)
-            elif isinstance(event, (Text, Reasoning)):
-                self._count(event, out)
-            else:
-                if isinstance(event, (Finish, TextWasReasoning)):
-                    out += self.close()
-                out.append(event)
-        return out
-
-    def close(self) -> List[Event]:
-        """Flush held-back text, which turned out not to be a stop sequence."""
-        (stop, size), self.pending = self.pending, ("", 0)
-        for search in self.stops:
-            search.matched = 0
-        return [Text(stop[:size])] if size else []
-
-    def _search(self, text: str, out: List[Event]) -> None:
-        (pending, size), self.pending = self.pending, ("", 0)
-        ends = [(search.feed(text), search.word) for search in self.stops]
-        end, length, stop = min(
-            ((end, -len(word), word) for end, word in ends if end >= 0), default=(len(text), 0, "")
-        )
-        if not stop:
-            longest = max(self.stops, key=lambda search: search.matched)
-            self.pending, length = (longest.word, longest.matched), -longest.matched
-        emitted = size + end + length  # characters of the held-back text and the new one
-        self._count(Text(pending[: min(size, emitted)] + text[: max(0, emitted - size)]), out)
-        if stop and not self.stopped:
-            self.stopped = True
-            out.append(Finish("stop", stop_sequence=stop))
-
-    def _count(self, event: Union[Text, Reasoning], out: List[Event]) -> None:
-        if not event.text:
-            return
-        cost = token_units(event.text)
-        if cost > self.budget:
-            head = truncate_to(event.text, self.budget)
-            if head:
-                out.append(type(event)(head))
-            out.append(Finish("length"))
-            self.stopped = True
-        else:
-            self.budget -= cost
-            out.append(event)
-
-
-UNITS_PER_TOKEN = 24
-COUNTED_SLICE = 1 << 16  # characters counted at a time: bounds memory, and lets other threads run
-_WIDE = re.compile("[\u2e80-\U0010ffff]+")
-
-
-def token_units(text: str) -> int:
-    """Lower bound of the tokens in a string, in units of 1/24 token.
-
-    A token has at most 8 ASCII characters, 6 of other alphabets or 2 of East Asian scripts. The
-    tokenizers cl100k and o200k average 4 to 7, 2 to 5 and 1 to 1.5 in prose.
-    """
-    if text.isascii():
-        return len(text) * 3
-    if len(text) > COUNTED_SLICE:
-        slices = range(0, len(text), COUNTED_SLICE)
-        return sum(token_units(text[at : at + COUNTED_SLICE]) for at in slices)
-    plain = len(text.encode("ascii", "ignore"))
-    wide = len(text) - len(_WIDE.sub("", text))
-    return plain * 3 + (len(text) - plain - wide) * 4 + wide * 12
-
-
-IMAGE_TOKENS = 1600  # Anthropic's count for a large image
-
-
-def estimate_tokens(value: Any) -> int:
-    """Estimate a JSON value's tokens: twice the lower bound, IMAGE_TOKENS per file."""
-    units, files, remaining = 0, 0, [value]
-    while remaining:
-        item = remaining.pop()
-        if isinstance(item, dict):
-            units += sum(map(token_units, item))
-            if item.get("type") == "base64":
-                files, item = files + 1, {**item, "data": None}
-            remaining += item.values()
-        elif isinstance(item, list):
-            remaining += item
-        elif isinstance(item, str) and item.startswith("data:"):
-            files += 1
-        elif item is not None:
-            units += token_units(str(item))
-    return units * 2 // UNITS_PER_TOKEN + IMAGE_TOKENS * files + 1
-
-
-def truncate_to(text: str, budget: float) -> str:
-    """Longest prefix within a budget of token_units()."""
-    for size, char in enumerate(text):
-        budget -= token_units(char)
-        if budget < 0:
-            return text[:size]
-    return text
 
 
 # == 4. settings ==============================================================================
@@ -2850,6 +2588,11 @@ class controller_errors:
             raise unexpected_error(error, self.name) from error
 
 
+def truncated(upstream_name: str, problem: str = "ended its answer early") -> APIError:
+    """Return the error for an incomplete or unusable answer."""
+    return APIError(502, f"{upstream_name} {problem}.", code="upstream_error", category="network")
+
+
 # == 7. streams ===============================================================================
 # Decodes a response as its bytes arrive: payload -> decoder -> filters -> events. Decoders neither
 # read nor wait. Knows neither clients nor dialects.
@@ -3077,8 +2820,298 @@ class EventStream:
         self.response.close()
 
 
-# == 8. controllers ===========================================================================
-# A class for each kind of upstream: Call -> wire, wire -> events. Knows no clients and no dialects.
+# == 8. filters ===============================================================================
+# Steps between decoder and events: think tags, stop sequences. And estimates of tokens.
+
+
+class ThinkTagFilter:
+    """Turns ``<think>...</think>`` in Text events into Reasoning events.
+
+    Tags may be split anywhere. An opening tag counts only at the start, after blanks at most; later
+    it is more likely a word of the answer. Some models omit it: a closing tag without one makes the
+    text before it reasoning, unless it is in quotes; Text already passed on is corrected by
+    TextWasReasoning. Without a closing tag, all that follows is reasoning. Newlines around tags
+    are removed.
+    """
+
+    OPEN_TAG, CLOSE_TAG = "<think>", "</think>"
+    QUOTES = ("`", "'", '"')
+    MAX_BLANKS = 256  # around a tag: pending text is copied with each fragment
+
+    def __init__(self) -> None:
+        self.pending = ""  # possibly the start of a tag, or of the newlines before one
+        self.last_char = ""  # of the text passed on
+        self.strip_newlines = False  # after a tag
+        self.state: Callable[[str, List[Event]], str] = self._at_start
+
+    def feed(self, events: List[Event]) -> List[Event]:
+        if len(events) == 1 and type(events[0]) is Text and self.is_passthrough(events[0].text):
+            return events
+        out: List[Event] = []
+        for event in events:
+            if isinstance(event, Text):
+                self._text(event.text, out)
+            else:
+                if isinstance(event, Finish):
+                    out += self.close()
+                out.append(event)
+        return out
+
+    def is_passthrough(self, text: str) -> bool:
+        """Whether the text passes unchanged, as most does once an answer has started."""
+        if (
+            text
+            and self.last_char
+            and not self.strip_newlines
+            and not self.pending
+            and "<" not in text
+        ):
+            self.last_char = text[-1]
+            return True
+        return False
+
+    def close(self) -> List[Event]:
+        """Flush pending text, which turned out not to be a tag."""
+        text, self.pending = self.pending, ""
+        event_type = Reasoning if self.state == self._in_reasoning else Text
+        return [event_type(text)] if text else []
+
+    def _text(self, text: str, out: List[Event]) -> None:
+        text, self.pending = self.pending + text, ""
+        while text:
+            if self.strip_newlines:
+                text = text.lstrip("\n")
+                self.strip_newlines = not text
+            text = self.state(text, out)
+
+    # States: each consumes the start of the text and returns the remainder.
+
+    def _at_start(self, text: str, out: List[Event]) -> str:
+        stripped = text.lstrip()
+        if len(text) - len(stripped) <= self.MAX_BLANKS:
+            if stripped.startswith(self.OPEN_TAG):
+                self.state, self.strip_newlines = self._in_reasoning, True
+                return stripped[len(self.OPEN_TAG) :]
+            if self.OPEN_TAG.startswith(stripped):
+                self.pending = text
+                return ""
+        self.state = self._in_answer
+        return text
+
+    def _in_reasoning(self, text: str, out: List[Event]) -> str:
+        reasoning, tag, remaining = text.partition(self.CLOSE_TAG)
+        if tag:
+            self.state, self.strip_newlines = self._emit, True
+            reasoning = self._strip_line_breaks(reasoning)
+        else:
+            reasoning = self._split_partial_tag(text)
+        if reasoning:
+            out.append(Reasoning(reasoning))
+        return remaining
+
+    def _in_answer(self, text: str, out: List[Event]) -> str:
+        """No tag so far: a closing one makes all text before it reasoning."""
+        at = text.find(self.CLOSE_TAG)
+        if at < 0:
+            return self._emit(self._split_partial_tag(text), out)
+        self.state = self._emit
+        if (text[at - 1] if at else self.last_char) in self.QUOTES:
+            return text
+        self.strip_newlines, before = True, text[:at]
+        reasoning = before.rstrip("\n")
+        if self.last_char:
+            out += [Text(before), TextWasReasoning()] if before else [TextWasReasoning()]
+        elif reasoning:
+            out.append(Reasoning(reasoning))
+        return text[at + len(self.CLOSE_TAG) :]
+
+    def _emit(self, text: str, out: List[Event]) -> str:
+        if text:
+            self.last_char = text[-1]
+            out.append(Text(text))
+        return ""
+
+    def _split_partial_tag(self, text: str) -> str:
+        """Hold back a possible start of a closing tag, and the newlines before it."""
+        cut = len(text) - (partial_match_length(text, self.CLOSE_TAG) if "<" in text else 0)
+        if self.state == self._in_reasoning:
+            cut = len(self._strip_line_breaks(text[:cut]))
+        self.pending = text[cut:]
+        return text[:cut]
+
+    def _strip_line_breaks(self, reasoning: str) -> str:
+        return reasoning[: max(len(reasoning.rstrip("\n")), len(reasoning) - self.MAX_BLANKS)]
+
+
+def partial_match_length(text: str, word: str) -> int:
+    """Length of the longest proper prefix of a short word that the text ends with."""
+    sizes = range(min(len(word) - 1, len(text)), 0, -1)
+    return next((size for size in sizes if text.endswith(word[:size])), 0)
+
+
+class StreamSearch:
+    """Searches for a word in a stream of strings, in linear time (Knuth-Morris-Pratt)."""
+
+    def __init__(self, word: str) -> None:
+        self.word = word
+        self.matched = 0  # length of the word's prefix that the text so far ends with
+        # By length of a prefix: length of its longest proper prefix that is also its suffix.
+        self.borders = [0]
+        for char in word[1:]:
+            self.borders.append(self._extend(self.borders[-1], char))
+
+    def feed(self, text: str) -> int:
+        """Position just after the word's first occurrence; -1 if there is none yet."""
+        at, last = 0, len(text) - len(self.word) + 1  # occurrences from ``last`` on are incomplete
+        while at < len(text):
+            if not self.matched:
+                if at < last:
+                    found = text.find(self.word, at)
+                    if found >= 0:
+                        return found + len(self.word)
+                at = text.find(self.word[0], max(at, last))
+                if at < 0:
+                    break
+            self.matched = self._extend(self.matched, text[at])
+            at += 1
+            if self.matched == len(self.word):
+                return at
+        return -1
+
+    def _extend(self, matched: int, char: str) -> int:
+        """Length of the matched prefix after one more character."""
+        while matched and self.word[matched] != char:
+            matched = self.borders[matched - 1]
+        return matched + (self.word[matched] == char)
+
+
+class StopFilter:
+    """Ends answers at stop sequences and token limits the upstream does not support.
+
+    Stop sequences may be split anywhere and are not part of the answer. The one that ends first
+    counts; of several that end together, the longest. Tokens are counted by token_units(), which
+    never counts too many, so an answer is not cut short.
+    """
+
+    def __init__(self, stops: List[str], max_tokens: Optional[int]) -> None:
+        self.stops = list(map(StreamSearch, stops))
+        self.pending = "", 0  # a stop sequence, and the length of its prefix that is held back
+        self.budget = math.inf if max_tokens is None else UNITS_PER_TOKEN * max_tokens
+        self.needed = bool(stops) or max_tokens is not None
+        self.stopped = False  # this filter has ended the answer
+
+    def is_passthrough(self, text: str) -> bool:
+        return False
+
+    def feed(self, events: List[Event]) -> List[Event]:
+        out: List[Event] = []
+        for event in events:
+            if self.stopped:
+                break
+            if isinstance(event, Text) and self.stops:
+                self._search(event.text, out)
+            elif isinstance(event, (Text, Reasoning)):
+                self._count(event, out)
+            else:
+                if isinstance(event, (Finish, TextWasReasoning)):
+                    out += self.close()
+                out.append(event)
+        return out
+
+    def close(self) -> List[Event]:
+        """Flush held-back text, which turned out not to be a stop sequence."""
+        (stop, size), self.pending = self.pending, ("", 0)
+        for search in self.stops:
+            search.matched = 0
+        return [Text(stop[:size])] if size else []
+
+    def _search(self, text: str, out: List[Event]) -> None:
+        (pending, size), self.pending = self.pending, ("", 0)
+        ends = [(search.feed(text), search.word) for search in self.stops]
+        end, length, stop = min(
+            ((end, -len(word), word) for end, word in ends if end >= 0), default=(len(text), 0, "")
+        )
+        if not stop:
+            longest = max(self.stops, key=lambda search: search.matched)
+            self.pending, length = (longest.word, longest.matched), -longest.matched
+        emitted = size + end + length  # characters of the held-back text and the new one
+        self._count(Text(pending[: min(size, emitted)] + text[: max(0, emitted - size)]), out)
+        if stop and not self.stopped:
+            self.stopped = True
+            out.append(Finish("stop", stop_sequence=stop))
+
+    def _count(self, event: Union[Text, Reasoning], out: List[Event]) -> None:
+        if not event.text:
+            return
+        cost = token_units(event.text)
+        if cost > self.budget:
+            head = truncate_to(event.text, self.budget)
+            if head:
+                out.append(type(event)(head))
+            out.append(Finish("length"))
+            self.stopped = True
+        else:
+            self.budget -= cost
+            out.append(event)
+
+
+UNITS_PER_TOKEN = 24
+COUNTED_SLICE = 1 << 16  # characters counted at a time: bounds memory, and lets other threads run
+_WIDE = re.compile("[\u2e80-\U0010ffff]+")
+
+
+def token_units(text: str) -> int:
+    """Lower bound of the tokens in a string, in units of 1/24 token.
+
+    A token has at most 8 ASCII characters, 6 of other alphabets or 2 of East Asian scripts. The
+    tokenizers cl100k and o200k average 4 to 7, 2 to 5 and 1 to 1.5 in prose.
+    """
+    if text.isascii():
+        return len(text) * 3
+    if len(text) > COUNTED_SLICE:
+        slices = range(0, len(text), COUNTED_SLICE)
+        return sum(token_units(text[at : at + COUNTED_SLICE]) for at in slices)
+    plain = len(text.encode("ascii", "ignore"))
+    wide = len(text) - len(_WIDE.sub("", text))
+    return plain * 3 + (len(text) - plain - wide) * 4 + wide * 12
+
+
+IMAGE_TOKENS = 1600  # Anthropic's count for a large image
+
+
+def estimate_tokens(value: Any) -> int:
+    """Estimate a JSON value's tokens: twice the lower bound, IMAGE_TOKENS per file."""
+    units, files, remaining = 0, 0, [value]
+    while remaining:
+        item = remaining.pop()
+        if isinstance(item, dict):
+            units += sum(map(token_units, item))
+            if item.get("type") == "base64":
+                files, item = files + 1, {**item, "data": None}
+            remaining += item.values()
+        elif isinstance(item, list):
+            remaining += item
+        elif isinstance(item, str) and item.startswith("data:"):
+            files += 1
+        elif item is not None:
+            units += token_units(str(item))
+    return units * 2 // UNITS_PER_TOKEN + IMAGE_TOKENS * files + 1
+
+
+def truncate_to(text: str, budget: float) -> str:
+    """Longest prefix within a budget of token_units()."""
+    for size, char in enumerate(text):
+        budget -= token_units(char)
+        if budget < 0:
+            return text[:size]
+    return text
+
+
+# == 9. controllers ===========================================================================
+# The base class of all kinds of upstreams, and their caches. Knows no clients and no dialects.
+
+
+IMAGE_NAME = re.compile(r"(?!\.)[A-Za-z0-9._-]{1,200}")
 
 
 class Controller:
@@ -3121,6 +3154,99 @@ class Controller:
         """Close all idle connections."""
         if self.transport:
             self.transport.connections.close()
+
+
+class SingleFlight:
+    """Runs a function for one caller at a time; waiting callers share its error.
+
+    Any thread.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.failure: Optional[APIError] = None
+        self.failed_at = -math.inf
+
+    def run(self, function: Callable[[], None], scope: CancelScope) -> None:
+        """Run a function, unless another caller's run has failed since this call began.
+
+        That failure is raised instead. After another caller's success the function still runs,
+        so it must check whether anything is left to do. Raises the scope's reason if cancelled.
+        """
+        arrived_at = time.monotonic()
+        while not self.lock.acquire(timeout=0.25):  # a cancelled caller must not wait for others
+            scope.raise_if_cancelled()
+        try:
+            if self.failure is not None and self.failed_at >= arrived_at:
+                raise self.failure
+            function()
+        except APIError as error:
+            if error is not self.failure:
+                self.failure, self.failed_at = error, time.monotonic()
+            raise
+        finally:
+            self.lock.release()
+
+
+class StaleOnErrorCache:
+    """Model list cache; serves the old list during a refresh, or after a failed one.
+
+    ``ttl`` is in seconds. Any thread.
+    """
+
+    RETRY = 15.0  # seconds until a failed fetch is repeated
+
+    def __init__(
+        self,
+        fetch: Callable[[], List[Dict[str, Any]]],
+        ttl: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.fetch, self.ttl, self.clock = fetch, ttl, clock
+        self.single_flight = SingleFlight()
+        self.value: List[Dict[str, Any]] = []  # empty until the first fetch
+        self.failure: Optional[APIError] = None
+        self.expires_at = -math.inf
+
+    def get(self) -> List[Dict[str, Any]]:
+        """Return the list, fetched if necessary; APIError if there has never been one."""
+        expired = self.clock() >= self.expires_at
+        if not self.value and self.failure and not expired:
+            raise self.failure
+        if not self.value or expired and not self.single_flight.lock.locked():
+            self.single_flight.run(self._refresh, CancelScope())
+        return self.value
+
+    def _refresh(self) -> None:
+        if self.value and self.clock() < self.expires_at:
+            return
+        try:
+            self.value = self.fetch()
+            self.expires_at = self.clock() + self.ttl
+        except APIError as error:
+            self.expires_at, self.failure = self.clock() + self.RETRY, error
+            if not self.value:
+                raise
+            log.warning("models not refreshed, still using the last list: %s", error.message)
+
+
+def bounded_model_list(
+    upstream_name: str, entries: Iterable[Tuple[Any, Dict[str, Any]]]
+) -> Dict[str, Dict[str, Any]]:
+    """Return a model list's entries by valid name, at most MAX_MODELS of them."""
+    models: Dict[str, Dict[str, Any]] = {}
+    for name, entry in entries:
+        if isinstance(name, str) and 0 < len(name) <= MAX_NAME:
+            models.setdefault(name, entry)
+        if len(models) > MAX_MODELS:
+            models.popitem()
+            log.warning("%s lists more than %d models; using the first", upstream_name, MAX_MODELS)
+            break
+    return models
+
+
+# == 10. failures =============================================================================
+# What an upstream's error means, how long to wait, and which secrets it must not tell.
 
 
 class ErrorRule(NamedTuple):
@@ -3653,6 +3779,165 @@ def _common_run(text: str, at: int, secret: str, index: int, step: int) -> int:
     return length
 
 
+MAX_RETRY_AFTER = 172800.0  # seconds; an absurd value must not disable an upstream for good
+
+
+def retry_after_seconds(
+    headers: Dict[str, str],
+    body: Dict[str, Any],
+    now: Callable[[], float] = time.time,
+    message: str = "",
+    limit: bool = True,
+) -> Optional[float]:
+    """Return the seconds to wait (1 to MAX_RETRY_AFTER) by headers, body or message.
+
+    With ``limit`` also by rate-limit headers, which some upstreams send with every response.
+    None if no wait is given or it can't be parsed.
+    """
+    delays = [
+        _delay(headers.get("retry-after-ms", ""), 0.001, now),
+        _delay(headers.get("retry-after", ""), 1.0, now),
+        _delay_from_headers(headers, now) if limit else None,
+        _delay_from_body(body, now),
+        _delay_from_message(message),
+    ]
+    seconds = next((delay for delay in delays if delay is not None), None)
+    return None if seconds is None else min(max(1.0, seconds), MAX_RETRY_AFTER)
+
+
+def _delay(value: Any, unit: float, now: Callable[[], float]) -> Optional[float]:
+    """Seconds from now by a number, a duration, a Unix time (s or ms) or a date."""
+    if not isinstance(value, (str, int, float)) or isinstance(value, bool):
+        return None
+    text = str(value).strip()[:200]
+    for part in (text, text.partition(",")[0].strip()):  # "30, 30": equal headers joined
+        if re.fullmatch(r"[0-9]{1,14}(?:\.[0-9]{1,20})?", part):
+            seconds = float(part) * unit
+            seconds = seconds / 1000 if seconds > 1e11 else seconds  # Unix time in ms
+            return seconds - now() if seconds > 1e9 else seconds
+        if re.fullmatch(r"(?:[0-9]{1,14}(?:\.[0-9]{1,20})?(?:ms|[smhd])){1,8}", part):
+            return parse_duration(part)
+        moment = _timestamp(part)
+        if moment is not None:
+            return moment - now()
+    return None
+
+
+def _timestamp(text: str) -> Optional[float]:
+    """Parse an HTTP or ISO 8601 date to a Unix time; None if it is not a valid one."""
+    from datetime import datetime, timezone
+    from email.utils import parsedate_to_datetime
+
+    iso = re.sub(
+        r"\.([0-9]{1,6})[0-9]{0,20}",
+        lambda match: "." + match[1].ljust(6, "0"),
+        text.replace("Z", "+00:00"),
+    )
+    for parse, value in ((parsedate_to_datetime, text), (datetime.fromisoformat, iso)):
+        try:
+            moment = parse(value)
+            return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
+        except (ValueError, TypeError, OverflowError, IndexError, AttributeError, OSError):
+            continue
+    return None
+
+
+def _delay_from_headers(headers: Dict[str, str], now: Callable[[], float]) -> Optional[float]:
+    """Longest time until a used-up limit resets, by the rate-limit headers in use."""
+    delays: List[Optional[float]] = []
+    for name, value in headers.items():
+        if name in ("ratelimit", "x-ratelimit"):  # "default";r=0;t=60, or remaining=0, reset=60
+            remaining = re.search(r"\b(?:r|remaining)=([0-9]{1,9})\b", value[:1000])
+            reset = re.search(r"\b(?:t|reset)=([0-9]{1,9})\b", value[:1000])
+            if reset and (not remaining or remaining[1] == "0"):
+                delays.append(float(reset[1]))
+        elif "reset" in name.split("-") and re.search(r"rate-?limit|tokenlimit", name):
+            count = headers.get(name.replace("reset", "remaining"), "0").strip()
+            if re.fullmatch(r"0(?:\.0{1,9})?|", count):
+                delays.append(_delay(value, 1.0, now))
+    return max((seconds for seconds in delays if seconds is not None), default=None)
+
+
+# Fields of error bodies, in lower case without "_", and their units in seconds.
+DELAY_FIELDS = {
+    "retrydelay": 1.0,
+    "retryafter": 1.0,
+    "retryafterseconds": 1.0,
+    "retryafterms": 0.001,
+    "resettime": 1.0,
+    "resetat": 1.0,
+    "resetsat": 1.0,
+    "resetsinseconds": 1.0,
+}
+
+
+def _delay_from_body(value: Any, now: Callable[[], float], depth: int = 5) -> Optional[float]:
+    """Delay in one of DELAY_FIELDS of an error body, or in response headers it quotes."""
+    if not depth or not isinstance(value, (dict, list)):
+        return None
+    if isinstance(value, list):
+        delays = (_delay_from_body(item, now, depth - 1) for item in value[:16])
+        return next(filter(None, delays), None)
+    for name, inner in itertools.islice(value.items(), 64):
+        unit = DELAY_FIELDS.get(name.replace("_", "").lower())
+        if name == "headers" and isinstance(inner, dict):
+            quoted = itertools.islice(inner.items(), 64)
+            seconds = retry_after_seconds({key.lower(): str(item) for key, item in quoted}, {}, now)
+        elif unit:
+            seconds = _delay(inner, unit, now)
+        else:
+            seconds = _delay_from_body(inner, now, depth - 1)
+        if seconds is not None:
+            return seconds
+    return None
+
+
+_DELAY_IN_MESSAGE = re.compile(
+    r"(?:(?:try|retry|again)[a-z ]{0,30} (?:in|after)|wait(?: for)?|resets? in) (?:about )?"
+    r"((?:[0-9]{1,9}(?:\.[0-9]{1,20})? ?(?:[a-z]{1,12})?(?:,? and |, | )?){1,4})",
+    re.I,
+)
+
+
+def _delay_from_message(message: str) -> Optional[float]:
+    """Seconds in "try again in 7m30.5s" or "Please retry after 2 minutes"."""
+    match = _DELAY_IN_MESSAGE.search(message[:4000])
+    if not match:
+        return None
+    total = 0.0
+    quantities = re.findall(r"([0-9]{1,9}(?:\.[0-9]{1,20})?) ?([a-z]{0,12})", match[1].lower())
+    for count, unit in quantities:
+        factors = (seconds for names, seconds in DURATION_UNITS if re.fullmatch(names, unit))
+        factor = next(factors, None)
+        if factor is None:
+            break
+        total += float(count) * factor
+    return total or None
+
+
+DURATION_UNITS = (
+    ("|s|secs?|seconds?", 1.0),
+    ("ms|millis|milliseconds?", 0.001),
+    ("m|mins?|minutes?", 60.0),
+    ("h|hrs?|hours?", 3600.0),
+    ("d|days?", 86400.0),
+)
+
+
+def parse_duration(text: str) -> Optional[float]:
+    """Seconds of "17", "1m30.5s", "6h" or "120ms", as in OpenAI's x-ratelimit-reset-*."""
+    units = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "": 1.0}
+    # Only the last number may lack a unit, or the pattern could split digits in 2^n ways.
+    if not re.fullmatch(r"(?:[0-9]{1,14}(?:\.[0-9]+)?(?:ms|[smhd]|\Z))+", text):
+        return None
+    quantities = re.findall(r"([0-9.]+)(ms|[smhd]?)", text)
+    return sum(float(count) * units[unit] for count, unit in quantities)
+
+
+# == 11. akash ================================================================================
+# Akash Chat's web API: session, requests, stream, images. Knows no clients and no dialects.
+
+
 class AkashSession:
     """The session cookie of one Akash Chat server, fetched on first use. Any thread.
 
@@ -3761,12 +4046,6 @@ class AkashSession:
                 self.cookie = match[1]
                 return
         self.cookie, self.refresh_at, self.expires_at = "", math.inf, math.inf
-
-
-def _sha256(text: str) -> str:
-    import hashlib
-
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 # Parameters that Akash Chat can't honour, each with the values that are harmless.
@@ -3898,21 +4177,6 @@ def _attachment(url: Any, param: str) -> Dict[str, str]:
             f"{param}: the image URL must be http(s): or data:image/...;base64,...", param
         )
     return {"name": "picture", "contentType": (match[1] or "image/png").lower(), "url": url}
-
-
-def number_field(
-    body: Dict[str, Any], name: str, default: Any, integer: bool = False, minimum: float = 0
-) -> Any:
-    """Return a number of a request body; APIError 400 if it is not one, or too small."""
-    value = body.get(name)
-    if value is None:
-        return default
-    types = (int,) if integer else (int, float)
-    if type(value) not in types or not abs(value) < 1e15:  # excludes bool, NaN and infinity
-        raise bad_request(f"{name!r} must be {'an integer' if integer else 'a number'}.", name)
-    if value < minimum:
-        raise bad_request(f"{name!r} must be at least {minimum:g}.", name)
-    return value
 
 
 MAX_STOP_LENGTH = 1000  # characters of one stop sequence
@@ -4682,9 +4946,6 @@ class AkashController(Controller):
         return [{"id": name, **common, "root": name, "parent": None} for name in names]
 
 
-IMAGE_NAME = re.compile(r"(?!\.)[A-Za-z0-9._-]{1,200}")
-
-
 def akash_models(listing: Any) -> List[str]:
     """Return the IDs in a model list of any akash-chat version; [] if malformed.
 
@@ -4701,248 +4962,8 @@ def akash_models(listing: Any) -> List[str]:
 MAX_LIST_BYTES, MAX_MODELS = 4 << 20, 10_000  # limits of an upstream's model list
 
 
-def bounded_model_list(
-    upstream_name: str, entries: Iterable[Tuple[Any, Dict[str, Any]]]
-) -> Dict[str, Dict[str, Any]]:
-    """Return a model list's entries by valid name, at most MAX_MODELS of them."""
-    models: Dict[str, Dict[str, Any]] = {}
-    for name, entry in entries:
-        if isinstance(name, str) and 0 < len(name) <= MAX_NAME:
-            models.setdefault(name, entry)
-        if len(models) > MAX_MODELS:
-            models.popitem()
-            log.warning("%s lists more than %d models; using the first", upstream_name, MAX_MODELS)
-            break
-    return models
-
-
-MAX_RETRY_AFTER = 172800.0  # seconds; an absurd value must not disable an upstream for good
-
-
-def retry_after_seconds(
-    headers: Dict[str, str],
-    body: Dict[str, Any],
-    now: Callable[[], float] = time.time,
-    message: str = "",
-    limit: bool = True,
-) -> Optional[float]:
-    """Return the seconds to wait (1 to MAX_RETRY_AFTER) by headers, body or message.
-
-    With ``limit`` also by rate-limit headers, which some upstreams send with every response.
-    None if no wait is given or it can't be parsed.
-    """
-    delays = [
-        _delay(headers.get("retry-after-ms", ""), 0.001, now),
-        _delay(headers.get("retry-after", ""), 1.0, now),
-        _delay_from_headers(headers, now) if limit else None,
-        _delay_from_body(body, now),
-        _delay_from_message(message),
-    ]
-    seconds = next((delay for delay in delays if delay is not None), None)
-    return None if seconds is None else min(max(1.0, seconds), MAX_RETRY_AFTER)
-
-
-def _delay(value: Any, unit: float, now: Callable[[], float]) -> Optional[float]:
-    """Seconds from now by a number, a duration, a Unix time (s or ms) or a date."""
-    if not isinstance(value, (str, int, float)) or isinstance(value, bool):
-        return None
-    text = str(value).strip()[:200]
-    for part in (text, text.partition(",")[0].strip()):  # "30, 30": equal headers joined
-        if re.fullmatch(r"[0-9]{1,14}(?:\.[0-9]{1,20})?", part):
-            seconds = float(part) * unit
-            seconds = seconds / 1000 if seconds > 1e11 else seconds  # Unix time in ms
-            return seconds - now() if seconds > 1e9 else seconds
-        if re.fullmatch(r"(?:[0-9]{1,14}(?:\.[0-9]{1,20})?(?:ms|[smhd])){1,8}", part):
-            return parse_duration(part)
-        moment = _timestamp(part)
-        if moment is not None:
-            return moment - now()
-    return None
-
-
-def _timestamp(text: str) -> Optional[float]:
-    """Parse an HTTP or ISO 8601 date to a Unix time; None if it is not a valid one."""
-    from datetime import datetime, timezone
-    from email.utils import parsedate_to_datetime
-
-    iso = re.sub(
-        r"\.([0-9]{1,6})[0-9]{0,20}",
-        lambda match: "." + match[1].ljust(6, "0"),
-        text.replace("Z", "+00:00"),
-    )
-    for parse, value in ((parsedate_to_datetime, text), (datetime.fromisoformat, iso)):
-        try:
-            moment = parse(value)
-            return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
-        except (ValueError, TypeError, OverflowError, IndexError, AttributeError, OSError):
-            continue
-    return None
-
-
-def _delay_from_headers(headers: Dict[str, str], now: Callable[[], float]) -> Optional[float]:
-    """Longest time until a used-up limit resets, by the rate-limit headers in use."""
-    delays: List[Optional[float]] = []
-    for name, value in headers.items():
-        if name in ("ratelimit", "x-ratelimit"):  # "default";r=0;t=60, or remaining=0, reset=60
-            remaining = re.search(r"\b(?:r|remaining)=([0-9]{1,9})\b", value[:1000])
-            reset = re.search(r"\b(?:t|reset)=([0-9]{1,9})\b", value[:1000])
-            if reset and (not remaining or remaining[1] == "0"):
-                delays.append(float(reset[1]))
-        elif "reset" in name.split("-") and re.search(r"rate-?limit|tokenlimit", name):
-            count = headers.get(name.replace("reset", "remaining"), "0").strip()
-            if re.fullmatch(r"0(?:\.0{1,9})?|", count):
-                delays.append(_delay(value, 1.0, now))
-    return max((seconds for seconds in delays if seconds is not None), default=None)
-
-
-# Fields of error bodies, in lower case without "_", and their units in seconds.
-DELAY_FIELDS = {
-    "retrydelay": 1.0,
-    "retryafter": 1.0,
-    "retryafterseconds": 1.0,
-    "retryafterms": 0.001,
-    "resettime": 1.0,
-    "resetat": 1.0,
-    "resetsat": 1.0,
-    "resetsinseconds": 1.0,
-}
-
-
-def _delay_from_body(value: Any, now: Callable[[], float], depth: int = 5) -> Optional[float]:
-    """Delay in one of DELAY_FIELDS of an error body, or in response headers it quotes."""
-    if not depth or not isinstance(value, (dict, list)):
-        return None
-    if isinstance(value, list):
-        delays = (_delay_from_body(item, now, depth - 1) for item in value[:16])
-        return next(filter(None, delays), None)
-    for name, inner in itertools.islice(value.items(), 64):
-        unit = DELAY_FIELDS.get(name.replace("_", "").lower())
-        if name == "headers" and isinstance(inner, dict):
-            quoted = itertools.islice(inner.items(), 64)
-            seconds = retry_after_seconds({key.lower(): str(item) for key, item in quoted}, {}, now)
-        elif unit:
-            seconds = _delay(inner, unit, now)
-        else:
-            seconds = _delay_from_body(inner, now, depth - 1)
-        if seconds is not None:
-            return seconds
-    return None
-
-
-_DELAY_IN_MESSAGE = re.compile(
-    r"(?:(?:try|retry|again)[a-z ]{0,30} (?:in|after)|wait(?: for)?|resets? in) (?:about )?"
-    r"((?:[0-9]{1,9}(?:\.[0-9]{1,20})? ?(?:[a-z]{1,12})?(?:,? and |, | )?){1,4})",
-    re.I,
-)
-
-
-def _delay_from_message(message: str) -> Optional[float]:
-    """Seconds in "try again in 7m30.5s" or "Please retry after 2 minutes"."""
-    match = _DELAY_IN_MESSAGE.search(message[:4000])
-    if not match:
-        return None
-    total = 0.0
-    quantities = re.findall(r"([0-9]{1,9}(?:\.[0-9]{1,20})?) ?([a-z]{0,12})", match[1].lower())
-    for count, unit in quantities:
-        factors = (seconds for names, seconds in DURATION_UNITS if re.fullmatch(names, unit))
-        factor = next(factors, None)
-        if factor is None:
-            break
-        total += float(count) * factor
-    return total or None
-
-
-DURATION_UNITS = (
-    ("|s|secs?|seconds?", 1.0),
-    ("ms|millis|milliseconds?", 0.001),
-    ("m|mins?|minutes?", 60.0),
-    ("h|hrs?|hours?", 3600.0),
-    ("d|days?", 86400.0),
-)
-
-
-def parse_duration(text: str) -> Optional[float]:
-    """Seconds of "17", "1m30.5s", "6h" or "120ms", as in OpenAI's x-ratelimit-reset-*."""
-    units = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "": 1.0}
-    # Only the last number may lack a unit, or the pattern could split digits in 2^n ways.
-    if not re.fullmatch(r"(?:[0-9]{1,14}(?:\.[0-9]+)?(?:ms|[smhd]|\Z))+", text):
-        return None
-    quantities = re.findall(r"([0-9.]+)(ms|[smhd]?)", text)
-    return sum(float(count) * units[unit] for count, unit in quantities)
-
-
-class SingleFlight:
-    """Runs a function for one caller at a time; waiting callers share its error.
-
-    Any thread.
-    """
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.failure: Optional[APIError] = None
-        self.failed_at = -math.inf
-
-    def run(self, function: Callable[[], None], scope: CancelScope) -> None:
-        """Run a function, unless another caller's run has failed since this call began.
-
-        That failure is raised instead. After another caller's success the function still runs,
-        so it must check whether anything is left to do. Raises the scope's reason if cancelled.
-        """
-        arrived_at = time.monotonic()
-        while not self.lock.acquire(timeout=0.25):  # a cancelled caller must not wait for others
-            scope.raise_if_cancelled()
-        try:
-            if self.failure is not None and self.failed_at >= arrived_at:
-                raise self.failure
-            function()
-        except APIError as error:
-            if error is not self.failure:
-                self.failure, self.failed_at = error, time.monotonic()
-            raise
-        finally:
-            self.lock.release()
-
-
-class StaleOnErrorCache:
-    """Model list cache; serves the old list during a refresh, or after a failed one.
-
-    ``ttl`` is in seconds. Any thread.
-    """
-
-    RETRY = 15.0  # seconds until a failed fetch is repeated
-
-    def __init__(
-        self,
-        fetch: Callable[[], List[Dict[str, Any]]],
-        ttl: float,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self.fetch, self.ttl, self.clock = fetch, ttl, clock
-        self.single_flight = SingleFlight()
-        self.value: List[Dict[str, Any]] = []  # empty until the first fetch
-        self.failure: Optional[APIError] = None
-        self.expires_at = -math.inf
-
-    def get(self) -> List[Dict[str, Any]]:
-        """Return the list, fetched if necessary; APIError if there has never been one."""
-        expired = self.clock() >= self.expires_at
-        if not self.value and self.failure and not expired:
-            raise self.failure
-        if not self.value or expired and not self.single_flight.lock.locked():
-            self.single_flight.run(self._refresh, CancelScope())
-        return self.value
-
-    def _refresh(self) -> None:
-        if self.value and self.clock() < self.expires_at:
-            return
-        try:
-            self.value = self.fetch()
-            self.expires_at = self.clock() + self.ttl
-        except APIError as error:
-            self.expires_at, self.failure = self.clock() + self.RETRY, error
-            if not self.value:
-                raise
-            log.warning("models not refreshed, still using the last list: %s", error.message)
+# == 12. openai ===============================================================================
+# OpenAI-compatible upstreams, decoded or relayed, and echo. Knows no clients and no dialects.
 
 
 class ChatDecoder:
@@ -5274,11 +5295,6 @@ def has_content(data: bytes) -> bool:
     )
 
 
-def truncated(upstream_name: str, problem: str = "ended its answer early") -> APIError:
-    """Return the error for an incomplete or unusable answer."""
-    return APIError(502, f"{upstream_name} {problem}.", code="upstream_error", category="network")
-
-
 def is_error(body: Any) -> bool:
     """Whether a JSON body that came with status 200 is an error instead of an answer."""
     body = as_dict(body[0] if isinstance(body, list) and body else body)
@@ -5492,7 +5508,7 @@ CONTROLLERS: Dict[str, Callable[[ControllerSettings, Settings], Controller]] = {
 }
 
 
-# == 9. pool ==================================================================================
+# == 13. pool =================================================================================
 # Chooses an upstream for each request and fails over to the next. Knows no sockets and no wire
 # formats. A request's way: Exchange.attempt -> Pool.acquire -> Controller.events -> commit (or
 # fail_over, then attempt again) -> Exchange.close -> Pool.release.
@@ -6365,7 +6381,7 @@ class Exchange:
             self.pool.release(upstream, error, self.committed, self.started, self.call.model)
 
 
-# == 10. dialects =============================================================================
+# == 14. dialects =============================================================================
 # The clients' APIs: parse a request body into a Call, encode events as bytes. Knows no upstreams
 # and no sockets.
 
@@ -7830,7 +7846,7 @@ def part_field(head: bytes, value: bytes) -> Tuple[str, str]:
     return name, text
 
 
-# == 11. loop =================================================================================
+# == 15. loop =================================================================================
 # One thread that owns every client socket, and the upstream socket of every relayed response.
 # Knows no more of HTTP than message framing.
 
@@ -8572,7 +8588,7 @@ class Connection:
         self.events = events
 
 
-# == 12. relay ================================================================================
+# == 16. relay ================================================================================
 # Writes responses to clients. Knows no upstreams' formats.
 
 
@@ -8890,7 +8906,7 @@ class StreamRelay:
             self.exchange.close(error)
 
 
-# == 13. limits ===============================================================================
+# == 17. limits ===============================================================================
 # Limits of client keys, and metrics for Prometheus.
 
 
@@ -9126,7 +9142,7 @@ def sample(name: str, labels: Iterable[Tuple[str, str]], value: float) -> str:
     return f"{name}{{{text}}} {value}" if text else f"{name} {value}"
 
 
-# == 14. server ===============================================================================
+# == 18. server ===============================================================================
 # http.server's classes, on the event loop. Knows no upstreams.
 
 # Paths that need no token: a browser sends none with an address that was typed in. The page holds
@@ -10274,7 +10290,7 @@ def _family(host: str, port: int) -> Tuple[int, str]:
     return family, str(address[0])
 
 
-# == 15. demo =================================================================================
+# == 19. demo =================================================================================
 # A stand-in for Akash Chat on a loopback port, for --demo: no model, but the real wire format.
 
 
@@ -10415,7 +10431,7 @@ def demo_image(seed: str) -> bytes:
     )
 
 
-# == 16. page =================================================================================
+# == 20. page =================================================================================
 # A page to chat with, a client of the API like any other. Knows nothing of the rest of this file.
 
 PAGE = r"""<!doctype html>
@@ -10690,7 +10706,7 @@ def page() -> Tuple[bytes, Dict[str, str]]:
     }
 
 
-# == 17. main =================================================================================
+# == 21. main =================================================================================
 # The command line, the log and signals.
 
 

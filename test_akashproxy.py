@@ -9292,14 +9292,18 @@ def test_the_sections_stand_in_the_docstrings_order():
 
 MAY_NAME = {    # a section: the sections whose names may stand in it
     "names": "", "errors": "names", "events": "names errors", "http": "names errors",
-    "settings": "names errors transport controllers",       # a CA file is checked by loading it, a type by CONTROLLERS
+    "settings": "names errors transport openai",            # a CA file is checked by loading it, a type by CONTROLLERS
     "transport": "names errors events settings http",
-    "streams": "names errors events settings http transport controllers",
-    "controllers": "names errors events settings http transport streams",
-    "pool": "names errors events settings transport streams controllers",
-    "dialects": "names errors events settings http controllers pool",
+    "streams": "names errors events settings http transport",
+    "filters": "names errors events",
+    "controllers": "names errors events settings transport",
+    "failures": "names errors events settings http transport",
+    "akash": "names errors events settings http transport streams filters controllers failures",
+    "openai": "names errors events settings http transport streams filters controllers failures akash",  # CONTROLLERS
+    "pool": "names errors events settings transport streams controllers openai",
+    "dialects": "names errors events settings http filters pool",
     "loop": "names errors events settings http transport pool relay limits server",
-    "relay": "names errors events http streams controllers loop server",
+    "relay": "names errors events http streams loop server",
     "limits": "names errors settings streams controllers server",
     "server": "names errors events settings http transport controllers pool dialects loop relay limits page",
     "demo": "names", "page": "names", "main": "names errors settings server demo",
