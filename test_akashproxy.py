@@ -9506,7 +9506,7 @@ MAY_NAME = {    # a section: the sections whose names may stand in it
     "dialects": "names errors events settings http filters pool",
     "loop": "names errors events settings http transport pool relay limits server",
     "relay": "names errors events http streams loop server",
-    "limits": "names errors settings streams controllers server",
+    "limits": "names errors events settings streams controllers server",
     "server": "names errors events settings http transport controllers pool dialects loop relay limits page",
     "demo": "names", "page": "names", "main": "names errors settings server demo",
 }
