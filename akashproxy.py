@@ -55,8 +55,8 @@ request to the upstream, and may block in that. A streamed chat:
     8 loop    the end: access log, metrics, Connection(IDLE)
 
 The sections, from top to bottom (``grep '^# ==' akashproxy.py``):
-names, errors, events, settings, http, transport, streams, filters, controllers, failures, akash,
-openai, pool, dialects, loop, relay, limits, server, demo, page, main.
+names, errors, events, settings, http, transport, streams, filters, tools, controllers, failures,
+akash, openai, pool, dialects, loop, relay, limits, server, demo, page, main.
 
 Where is ...
 
@@ -448,6 +448,76 @@ _decode_any = json.JSONDecoder(
 ).decode
 
 
+class LooseJSON:
+    """Reads a JSON object or array in pieces and corrects slips of language models.
+
+    Corrected are single quotes, raw line breaks in strings, trailing commas and Python's True,
+    False and None. ``out`` is the corrected text so far, in pieces; it may still be invalid.
+    ``done``: the outermost bracket is closed. ``ends`` has the first position in the text after
+    which no more than that many brackets were open.
+    """
+
+    TOKEN = re.compile(r"[\"'{}\[\],:]|\s+|[^\"'{}\[\],:\s]+")
+    IN_STRING = re.compile(r"\\[\s\S]|[\"'\\\x00-\x1f]|[^\"'\\\x00-\x1f]+")
+    WORDS = {"True": "true", "False": "false", "None": "null"}
+
+    def __init__(self) -> None:
+        self.out: List[str] = []
+        self.length = self.depth = 0
+        self.quote = ""  # of the open string
+        self.rest = ""  # a token that may be cut
+        self.comma = self.done = False  # a comma is held back
+        self.ends: Dict[int, int] = {}
+
+    def feed(self, text: str) -> str:
+        """Read text up to the closing bracket; returns the text behind it."""
+        text, self.rest, at = self.rest + text, "", 0
+        while at < len(text) and not self.done:
+            token = next((self.IN_STRING if self.quote else self.TOKEN).finditer(text, at))[0]
+            at += len(token)
+            is_cut = token == "\\" if self.quote else len(token) < 5 and token.isalpha()
+            if at == len(text) and is_cut:
+                self.rest = token
+            elif self.quote:
+                self._in_string(token)
+            else:
+                self._outside(token)
+        return text[at:]
+
+    def close(self) -> bool:
+        """Note the end of the input; whether the text is complete."""
+        return self.done
+
+    def put(self, text: str) -> None:
+        self.out.append(text)
+        self.length += len(text)
+
+    def _in_string(self, token: str) -> None:
+        if token == self.quote:
+            self.quote = ""
+            self.put('"')
+        elif token in ('"', "\\'"):
+            self.put('\\"' if token == '"' else "'")
+        else:
+            self.put(_encode(token)[1:-1] if token < " " else token)
+
+    def _outside(self, token: str) -> None:
+        if self.comma and token.isspace():
+            return
+        if self.comma and token not in "}]":
+            self.put(",")
+        self.comma = token == ","
+        if token in "\"'":
+            self.quote, token = token, '"'
+        self.put("" if self.comma else self.WORDS.get(token, token))
+        if token in "{[":
+            self.depth += 1
+        elif token in "}]":
+            self.depth -= 1
+            self.ends.setdefault(self.depth, self.length)
+            self.done = self.depth == 0
+
+
 def as_dict(value: Any) -> Dict[str, Any]:
     """The value if it is a dict, else an empty dict; for untrusted JSON."""
     return value if isinstance(value, dict) else {}
@@ -801,6 +871,7 @@ class Call:
         self.answered_by = ""  # a controller's name
         self.ignored_params: List[str] = []  # parameters that the controller does not support
         self.prepared_requests: Dict[str, Any] = {}  # translated, by the controller's name
+        self.prompted_tools: Dict[str, Any] = {}  # its tools as text, by the controller's name
         self.retry_reason = ""  # "session" or "connection": the same controller is tried again
         self.relay_content_type: Optional[str] = None  # of a response passed through
         self.relay_status = 200  # of that response
@@ -1045,6 +1116,13 @@ def one_process(value: int) -> int:
     return value
 
 
+def tools_instruction(text: str) -> str:
+    """Check an instruction for tools as text; empty for the built-in one. Raises ValueError."""
+    if text and not ("{tools}" in text and "{call}" in text):
+        raise ValueError("must contain {tools} and {call}")
+    return text
+
+
 def one_of(*values: str) -> Callable[[str], str]:
     """Check for one of several words, in any case."""
 
@@ -1138,6 +1216,12 @@ class ControllerSettings(ValidatedSettings):
         "patterns of the paths to relay unchanged; default: all but /v1/messages and /v1/responses",
     )
     max_concurrency: int = setting(0, "concurrent requests; 0: unlimited")
+    tools: str = setting(
+        "",
+        "tool calls: native (relayed), prompt (as text, for models without them) or refuse; "
+        "default: native, for akash refuse",
+        one_of("", "native", "prompt", "refuse"),
+    )
     speed: float = setting(50.0, "words per second of an echo controller; 0: unlimited")
     connect_timeout: Optional[float] = setting(None, "overrides CONNECT_TIMEOUT", positive)
     first_byte_timeout: Optional[float] = setting(None, "overrides FIRST_BYTE_TIMEOUT", positive)
@@ -1189,6 +1273,12 @@ class Settings(ValidatedSettings):
     )
     model_aliases: Dict[str, str] = setting(
         {}, "model aliases, which may be patterns, and their targets: ALIAS=MODEL,ALIAS=MODEL"
+    )
+    tools_prompt: str = setting(
+        "",
+        "instruction for tools as text, in which {tools} and {call} stand for the functions and "
+        "the form of a call; default: a built-in one",
+        tools_instruction,
     )
     akash_base_url: str = setting(
         "https://chat.akash.network", "URL of the Akash Chat server", http_url
@@ -1501,6 +1591,8 @@ class ConfigFile:
         if values["type"] not in CONTROLLERS:
             known_types = ", ".join(sorted(CONTROLLERS))
             self.problem(key_path + ".type", f"{values['type']!r} is not one of {known_types}")
+        if values["type"] == "akash" and values.get("tools") == "native":
+            self.problem(key_path + ".tools", "Akash Chat has no tools: use prompt or refuse")
         if len(self.problems) > before:
             return None
         if values.get("api_key"):
@@ -2684,7 +2776,7 @@ class DecoderChain:
         for step in self.filters:
             events = step.feed(events)
         self.started = self.started or bool(events)
-        self.error = self.decoder.error
+        self.error = self._first_error()
         return events + self.flush() if self.error else events
 
     @property
@@ -2703,8 +2795,12 @@ class DecoderChain:
     def close(self) -> List[Event]:
         """Return the remaining events after a complete body."""
         events = self.flush(self.decoder.close())
-        self.error = self.decoder.error
+        self.error = self._first_error()
         return events
+
+    def _first_error(self) -> Optional[APIError]:
+        errors = (getattr(step, "error", None) for step in (self.decoder, *self.filters))
+        return next(filter(None, errors), None)
 
     def flush(self, last: Iterable[Event] = ()) -> List[Event]:
         """Return the last events and those that the filters were holding back."""
@@ -3118,6 +3214,50 @@ class StopFilter:
             out.append(event)
 
 
+class CodeTracker:
+    """Whether a position in streamed Markdown is within code, or directly after a quote.
+
+    Code is a fenced block, or a span between equal runs of backticks in one line.
+    """
+
+    TOKEN = re.compile(r"`+|~+|\n|[^`~\n]+")
+
+    def __init__(self) -> None:
+        self.run, self.length = "", 0  # the run of "`" or "~" that the text so far ends with
+        self.fence, self.span = ("", 0), 0  # the open block's fence; the open span's backticks
+        self.line_start, self.last_char = True, ""
+
+    def feed(self, text: str) -> None:
+        for token in self.TOKEN.findall(text):
+            if token[0] != self.run:
+                self._end_run()
+            if token[0] in "`~":
+                self.run, self.length = token[0], self.length + len(token)
+            elif token == "\n":
+                self.line_start, self.span = True, 0
+            elif token.strip(" \t>*-"):
+                self.line_start = False
+        self.last_char = text[-1:] or self.last_char
+
+    def is_quoted(self) -> bool:
+        """Whether text that follows would be code or a quotation."""
+        self._end_run()
+        return bool(self.fence[0] or self.span or self.last_char in ("'", '"'))
+
+    def _end_run(self) -> None:
+        run, self.run, self.length = (self.run, self.length), "", 0
+        if not run[0]:
+            return
+        if self.fence[0]:
+            if run[0] == self.fence[0] and run[1] >= self.fence[1]:
+                self.fence = "", 0
+        elif self.line_start and run[1] >= 3:
+            self.fence = run
+        elif run[0] == "`":
+            self.span = 0 if run[1] == self.span else self.span or run[1]
+        self.line_start = False
+
+
 UNITS_PER_TOKEN = 24
 COUNTED_SLICE = 1 << 16  # characters counted at a time: bounds memory, and lets other threads run
 _WIDE = re.compile("[\u2e80-\U0010ffff]+")
@@ -3170,7 +3310,459 @@ def truncate_to(text: str, budget: float) -> str:
     return text
 
 
-# == 9. controllers ===========================================================================
+# == 9. tools =================================================================================
+# Tool calls as text, for upstreams without tools: functions and history go into the prompt, calls
+# are read from the answer. Knows events and JSON only.
+
+
+class ToolForm(NamedTuple):
+    """How a family of models writes calls and results as text: templates for the % operator."""
+
+    models: re.Pattern[str]  # of their names in lower case
+    call: str
+    parameter: str = ""  # of one argument; "": the arguments are JSON
+    calls: str = "%s"  # around the calls of a message
+    result: str = "<tool_response>\n%s\n</tool_response>"
+
+
+# By the first match. From the chat templates of moonshotai/Kimi-K2-Instruct, zai-org/GLM-4.5,
+# deepseek-ai/DeepSeek-V3.1 and Qwen/Qwen3-Coder-480B-A35B-Instruct; meta-llama/llama-models,
+# models/llama3_1/prompt_format.md; NousResearch/Hermes-Function-Calling, as Qwen2.5 and Qwen3.
+# fmt: off
+TOOL_FORMS = (
+    ToolForm(re.compile("kimi-?k2"), "<|tool_call_begin|>functions.%(name)s:%(number)d"
+             "<|tool_call_argument_begin|>%(arguments)s<|tool_call_end|>",
+             calls="<|tool_calls_section_begin|>%s<|tool_calls_section_end|>"),
+    ToolForm(re.compile("deepseek-?v3[.-]1"),
+             "<｜tool▁call▁begin｜>%(name)s<｜tool▁sep｜>%(arguments)s<｜tool▁call▁end｜>",
+             calls="<｜tool▁calls▁begin｜>%s<｜tool▁calls▁end｜>",
+             result="<｜tool▁output▁begin｜>%s<｜tool▁output▁end｜>"),
+    ToolForm(re.compile("glm-?(4[.-][5-9]|[5-9])"), "<tool_call>%(name)s\n%(arguments)s</tool_call>",
+             "<arg_key>%s</arg_key>\n<arg_value>%s</arg_value>\n"),
+    ToolForm(re.compile("qwen-?3.*coder"),
+             "<tool_call>\n<function=%(name)s>\n%(arguments)s</function>\n</tool_call>",
+             "<parameter=%s>\n%s\n</parameter>\n"),
+    ToolForm(re.compile("llama-?(3[.-][1-3]|4)"), "<function=%(name)s>%(arguments)s</function>"),
+    ToolForm(re.compile(""), '<tool_call>\n{"name": "%(name)s", "arguments": %(arguments)s}\n</tool_call>'),
+)
+TOOLS_PROMPT = (
+    "You can call functions. Their signatures, as JSON:\n<tools>\n{tools}\n</tools>\n"
+    "To call a function, write exactly this, once for each call, and then end your message:\n"
+    "{call}\nIts JSON must be valid: no comments, no Markdown. You get the results in the next "
+    "message; never write them yourself. Without need for a function, answer in plain text."
+)
+OPENING_MARKS = (
+    "<tool_call>", "<function=", "<|python_tag|>", "[TOOL_CALLS]", "<|tool_calls_section_begin|>",
+    "<|tool_call_begin|>", "<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>",
+)
+CLOSING_MARKS = (
+    "</tool_call>", "</function>", "<|eom_id|>", "<|eot_id|>", "<|tool_call_end|>",
+    "<|tool_calls_section_end|>", "<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>",
+)
+SEPARATORS = "<｜tool▁sep｜>", "<|tool_call_argument_begin|>", "[ARGS]"
+# fmt: on
+TOOL_MARKS = (*OPENING_MARKS, *CLOSING_MARKS, *SEPARATORS, "<parameter=", "<arg_key>")
+OPENING, CLOSING, SEPARATOR = (
+    "|".join(map(re.escape, marks)) for marks in (OPENING_MARKS, CLOSING_MARKS, SEPARATORS)
+)
+CALL_OPENING = re.compile(OPENING)
+CALL_SKIP = re.compile(rf"(?:{SEPARATOR}|`+\w*|[\s,;>])*")
+CALL_TOKEN = re.compile(
+    rf"(?P<open>{OPENING})|(?P<close>{CLOSING})|(?P<name>[\w.:-]+)"
+    r"|(?P<arguments>[{\[]|<parameter=|<arg_key>)|"
+)
+LONG_CALL = re.compile(r'{\s*"name"\s*:\s*"([^"\\]+)"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?={)')
+
+
+class PromptedTools:
+    """The tools of one call: as text in its request, and expected in its answer.
+
+    ``complaint`` is the error of an answer without a valid call, though the request requires one.
+    """
+
+    REMOVED = ("tools", "tool_choice", "parallel_tool_calls")
+
+    def __init__(self, call: Call, model: str, prompt: str, upstream_name: str) -> None:
+        chat, choice = call.body, call.body.get("tool_choice")
+        self.chat, self.stream, self.prompt, self.complaint = chat, call.stream, prompt, ""
+        self.form = next(form for form in TOOL_FORMS if form.models.search(model.lower()))
+        self.upstream_name, self.single = upstream_name, chat.get("parallel_tool_calls") is False
+        only = as_dict(as_dict(choice).get("function")).get("name")
+        self.required = choice == "required" or only is not None
+        tools = [] if choice == "none" else as_list(chat.get("tools"))
+        functions = [as_dict(as_dict(tool).get("function")) for tool in tools]
+        self.functions: Dict[str, Dict[str, Any]] = {
+            function["name"]: function
+            for function in functions
+            if isinstance(function.get("name"), str) and only in (None, function["name"])
+        }
+        if self.required and not self.functions:
+            raise bad_request(
+                "'tool_choice' requires a function that 'tools' lacks.", "tool_choice"
+            )
+        self.ignored = ["strict"] if any(item.get("strict") for item in functions) else []
+
+    def body(self) -> Dict[str, Any]:
+        """Return the chat's body without fields and roles for tools."""
+        messages: List[Dict[str, Any]] = []
+        previous = ""
+        for message in self.chat["messages"]:
+            if message["role"] != "tool":
+                messages.append(self._message(message))
+            elif messages and previous == "tool":
+                messages[-1] = with_text(messages[-1], self._result(message))
+            else:
+                messages.append({"role": "user", "content": self._result(message)})
+            previous = message["role"]
+        if self.functions:
+            if not messages or messages[0]["role"] not in ("system", "developer"):
+                messages.insert(0, {"role": "system", "content": ""})
+            messages[0] = with_text(messages[0], self._instruction())
+        if self.complaint:
+            messages[-1] = with_text(messages[-1], self.complaint)
+        kept = {name: value for name, value in self.chat.items() if name not in self.REMOVED}
+        return {**kept, "messages": messages}
+
+    def filters(self) -> List[ToolCallFilter]:
+        """Return the filter of an answer, if it may have calls."""
+        return [ToolCallFilter(self)] if self.functions else []
+
+    def _message(self, message: Dict[str, Any]) -> Dict[str, Any]:
+        """Return a message with its calls as text."""
+        calls = [
+            self._call(str(function.get("name")), str(function.get("arguments") or "{}"), number)
+            for number, call in enumerate(as_list(message.get("tool_calls")))
+            for function in [as_dict(as_dict(call).get("function"))]
+        ]
+        message = {name: value for name, value in message.items() if name != "tool_calls"}
+        return with_text(message, self.form.calls % "\n".join(calls)) if calls else message
+
+    def _result(self, message: Dict[str, Any]) -> str:
+        return self.form.result % content_text(message.get("content"))
+
+    def _call(self, name: str, arguments: str, number: int = 0) -> str:
+        if self.form.parameter:
+            arguments = "".join(
+                self.form.parameter % (key, value if isinstance(value, str) else _encode(value))
+                for key, value in as_dict(json_or_none(arguments.encode())).items()
+            )
+        return self.form.call % {"name": name, "arguments": arguments, "number": number}
+
+    def _instruction(self) -> str:
+        """Return the system message's text with the form of a call and the functions."""
+        example = self.form.calls % self._call("FUNCTION", '{"PARAMETER":"VALUE"}')
+        tools = [
+            _encode({"type": "function", "function": item}) for item in self.functions.values()
+        ]
+        text = self.prompt.replace("{call}", example).replace("{tools}", "\n".join(tools))
+        text += " Call at most one function." if self.single else ""
+        return text + MUST_CALL if self.required else text
+
+
+MUST_CALL = " You must call a function now."
+
+
+def content_text(content: Any) -> str:
+    """Return the text of a message's content, a string or a list of parts."""
+    parts = content if isinstance(content, list) else [{"text": content}]
+    return "".join(str(as_dict(part).get("text") or "") for part in parts)
+
+
+def with_text(message: Dict[str, Any], text: str) -> Dict[str, Any]:
+    """Return a message with a paragraph appended to its content."""
+    content = message.get("content")
+    if isinstance(content, list):
+        return {**message, "content": [*content, {"type": "text", "text": "\n\n" + text}]}
+    return {**message, "content": f"{content}\n\n{text}" if content else text}
+
+
+class TaggedArguments(LooseJSON):
+    r"""Reads arguments in tags and converts them to JSON, by the types in the function's schema.
+
+    <parameter=path>\na.txt\n</parameter>                  Qwen3-Coder
+    <arg_key>path</arg_key>\n<arg_value>a.txt</arg_value>  GLM-4.5
+    """
+
+    END = re.compile(rf"</(?:parameter|arg_value)>(?=\s{{0,99}}(?:{CLOSING}))")
+    FIELD = re.compile(
+        r"\s*(?:<parameter=([^<>]+)>\n?|<arg_key>([^<>]+)</arg_key>\s*<arg_value>)([\s\S]*)"
+    )
+
+    def __init__(self, function: Dict[str, Any]) -> None:
+        super().__init__()
+        self.properties = as_dict(as_dict(function.get("parameters")).get("properties"))
+        self.read: List[str] = []
+
+    def feed(self, text: str) -> str:
+        text = self.rest + text
+        end = self.END.search(text)
+        size = end.end() if end else max(0, len(text) - 200)  # a tag and a mark may be cut
+        self.read.append(text[:size])
+        self.length += size
+        self.rest = "" if end else text[size:]
+        if end:
+            self._convert()
+        return text[size:] if end else ""
+
+    def close(self) -> bool:
+        self.read.append(self.rest)
+        self._convert()
+        return self.done
+
+    def _convert(self) -> None:
+        *fields, rest = re.split("</parameter>|</arg_value>", "".join(self.read))
+        values = [match.groups() for match in map(self.FIELD.match, fields) if match]
+        self.done = bool(values) and len(values) == len(fields) and not rest.strip()
+        pairs = (
+            (tag or key, value[: -1 if tag and value[-1:] == "\n" else None])
+            for tag, key, value in values
+        )
+        self.put(_encode({key: self._typed(key, value) for key, value in pairs}))
+
+    def _typed(self, key: str, value: str) -> Any:
+        kind = as_dict(self.properties.get(key)).get("type")
+        parsed = json_or_none(value.encode("utf-8", "replace"))
+        is_text = "string" in (kind, *as_list(kind)) or parsed is None and value != "null"
+        return value if is_text else parsed
+
+
+def is_partial_mark(text: str) -> bool:
+    """Whether text may be the beginning of a mark, but not all of it."""
+    return any(len(text) < len(mark) and mark.startswith(text) for mark in TOOL_MARKS)
+
+
+def read_calls(name: str, text: str, functions: Iterable[str]) -> List[Tuple[str, str]]:
+    """Return the calls in JSON as (name, arguments); ``name`` if that stands before the JSON.
+
+    Raises ValueError if it is anything else.
+    """
+    value = from_json(text.encode())
+    items = [{"name": name, "arguments": value}] if name else value
+    calls = []
+    for item in map(as_dict, items if isinstance(items, list) else [items]):
+        item = as_dict(item.get("function")) or item
+        called = str(item.get("name"))
+        arguments = item.get("arguments", item.get("parameters"))
+        if isinstance(arguments, str):
+            arguments = from_json(arguments.encode())
+        if called not in functions:
+            raise ValueError(f"there is no function {called[:80]!r}")
+        if not isinstance(arguments or {}, dict):
+            raise ValueError("its arguments are not a JSON object")
+        calls.append((called, _encode(arguments or {})))
+    return calls
+
+
+class ToolCallFilter:
+    """Turns calls in Text events into ToolCall events.
+
+    A call begins with a mark outside of quoted code. It is held back, since all of it is text if
+    it proves invalid: not JSON, of an unknown function, or without a closing mark before other
+    text. In a stream, arguments above HELD characters are passed on as they arrive, and the answer
+    ends with an error if they prove invalid.
+    """
+
+    HELD, MAX_MARKS, MAX_CALL = 256, 256, 4 << 20  # characters
+
+    def __init__(self, tools: PromptedTools) -> None:
+        self.tools, self.code = tools, CodeTracker()
+        self.state: Callable[[str, List[Event]], str] = self._in_text
+        self.pending = ""  # possibly the start of a mark
+        self.raw: List[str] = []  # text since the mark; its calls are not sent yet
+        self.found: List[Tuple[str, str]] = []  # calls therein
+        self.name, self.arguments = "", LooseJSON()  # of the open call
+        self.sent, self.level = -1, 0  # pieces of its arguments sent, their level; -1: not begun
+        self.in_tag = self.passed_on = self.stopped = False
+        self.count = 0  # of calls sent
+        self.error: Optional[APIError] = None
+
+    def feed(self, events: List[Event]) -> List[Event]:
+        out: List[Event] = []
+        for event in events:
+            if isinstance(event, Text):
+                text, self.pending = self.pending + event.text, ""
+                while text and not self.error and not self.stopped:
+                    text = self.state(text, out)
+            elif isinstance(event, Finish):
+                self._finish(event, out)
+            else:
+                out += self.close() if isinstance(event, TextWasReasoning) else []
+                out.append(event)
+        if self.error and self.error.category == "again":
+            return []
+        self.passed_on = self.passed_on or bool(out)
+        return out
+
+    def is_passthrough(self, text: str) -> bool:
+        """Whether the text passes unchanged."""
+        if self.state != self._in_text or self.pending or "<" in text or "[" in text:
+            return False
+        self.code.feed(text)
+        self.passed_on = True
+        return True
+
+    def close(self) -> List[Event]:
+        """Flush what is held back, as text."""
+        out: List[Event] = []
+        if self.error:
+            return out
+        self._emit("".join(self.raw) + self.pending, out)
+        self.raw, self.found, self.pending, self.state = [], [], "", self._in_text
+        return out
+
+    def _emit(self, text: str, out: List[Event]) -> None:
+        self.code.feed(text)
+        if text:
+            out.append(Text(text))
+
+    # States: each consumes the start of the text and returns the remainder.
+
+    def _in_text(self, text: str, out: List[Event]) -> str:
+        mark = CALL_OPENING.search(text)
+        partial = max(partial_match_length(text, word) for word in OPENING_MARKS)
+        end = mark.start() if mark else len(text) - partial
+        self._emit(text[:end], out)
+        if mark is None:
+            self.pending = text[end:]
+            return ""
+        if self.code.is_quoted():
+            self._emit(mark[0], out)
+            return text[mark.end() :]
+        self.raw, self.state, self.in_tag = [mark[0]], self._in_marks, True
+        return text[mark.end() :]
+
+    def _in_marks(self, text: str, out: List[Event]) -> str:
+        """What stands before, between and after arguments: marks, blanks, perhaps a name."""
+        at = next(CALL_SKIP.finditer(text)).end()
+        token = next(CALL_TOKEN.finditer(text, at))
+        kind, end = token.lastgroup, token.end()
+        is_partial = is_partial_mark(text[at : at + 40]) or kind == "name" and end == len(text)
+        if is_partial and len(text) < self.MAX_MARKS:
+            self.pending = text
+            return ""
+        if kind == "open":
+            self._send_found(out)
+            self.in_tag = True
+        elif kind == "close" and (self.found or self.name or not self.raw):
+            self.found += [(self.name, "{}")] if self.name else []
+            self._send_found(out)
+            self.in_tag = False
+            return text[end:]
+        elif kind == "arguments" and self.in_tag:
+            end, self.state, self.sent = at, self._in_arguments, -1
+            function = self.tools.functions.get(self.name, {})
+            self.arguments = TaggedArguments(function) if text[at] == "<" else LooseJSON()
+        elif kind != "name" or not self.in_tag or not self._may_precede(token[0]):
+            self._reject("A tool call has no valid JSON, or an unknown function.", out)
+            return text
+        self.raw.append(text[:end])
+        return text[end:]
+
+    def _may_precede(self, name: str) -> bool:
+        """Whether a name may stand before arguments, which are then those of that function."""
+        known = self.tools.functions
+        name = name if name in known else name.partition(":")[0].replace("functions.", "")
+        if name not in known or self.name or self.found:
+            return name == "function"  # the type, before the name in DeepSeek-V3's form
+        self.name = name
+        return True
+
+    def _in_arguments(self, text: str, out: List[Event]) -> str:
+        rest = self.arguments.feed(text)
+        self.raw.append(text)
+        if self.arguments.done:
+            self.raw = ["".join(self.raw)[: -len(rest) or None]]
+            self._complete(out)
+        elif self.arguments.length > self.MAX_CALL:
+            self._reject("A tool call is too long.", out)
+        elif self.tools.stream and self.arguments.length > self.HELD:
+            self._send_part(out)
+        return rest
+
+    def _complete(self, out: List[Event]) -> None:
+        """Parse the arguments, which are complete."""
+        try:
+            calls = read_calls(self.name, "".join(self.arguments.out), self.tools.functions)
+        except ValueError as error:
+            self._reject(f"A tool call is invalid: {error}.", out)
+            return
+        self.state, self.name = self._in_marks, ""
+        if self.sent >= 0:
+            self._send_part(out)
+            self.raw, self.sent = [], -1
+        else:
+            self.found += calls
+
+    def _send_part(self, out: List[Event]) -> None:
+        """Send the arguments since the last time; first the name, if it precedes them."""
+        start, pieces = 0, self.arguments.out
+        if self.sent < 0:
+            head = None if self.name else LONG_CALL.match("".join(pieces[:40]))
+            name = head[1] if head else self.name
+            if name not in self.tools.functions:
+                return
+            start, self.level, self.sent = (head.end(), 1, 0) if head else (0, 0, 0)
+            out.append(ToolCall(self.count, "", "call_" + new_id(), name))
+            self.count += 1
+        text = "".join(pieces[self.sent :])
+        end = self.arguments.ends.get(self.level, self.arguments.length) - self.arguments.length
+        text, self.sent = text[start : max(start, len(text) + end)], len(pieces)
+        if text:
+            out.append(ToolCall(self.count - 1, text))
+
+    def _send_found(self, out: List[Event]) -> None:
+        """Send the complete calls: a mark, or the end of the answer, has confirmed them."""
+        for name, arguments in self.found[: 1 if self.tools.single else None]:
+            if self.count == MAX_TOOL_CALLS:
+                self.error = too_many_calls(self.tools.upstream_name)
+                return
+            out.append(ToolCall(self.count, arguments, "call_" + new_id(), name))
+            self.count += 1
+        if self.found:
+            self.raw, self.found, self.name = [], [], ""
+        if self.tools.single and self.count:
+            self.stopped = True
+            out.append(Finish("tool_calls"))
+
+    def _reject(self, reason: str, out: List[Event]) -> None:
+        """Pass on an invalid call as text, unless the model is asked again."""
+        raw, started = "".join(self.raw), self.sent >= 0
+        self.raw, self.found, self.name, self.sent = [], [], "", -1
+        self.state = self._in_text
+        if started:
+            message = f"{self.tools.upstream_name} sent an invalid tool call."
+            self.error = APIError(502, message, code="invalid_tool_call")
+        elif not raw or not self._ask_again(reason):
+            self._emit(raw, out)
+
+    def _ask_again(self, reason: str) -> bool:
+        """Fail, so that the request is repeated once, unless the client has part of the answer."""
+        tools = self.tools
+        if not tools.required or tools.complaint or self.count or tools.stream and self.passed_on:
+            return False
+        tools.complaint = reason + MUST_CALL
+        self.error = APIError(502, reason, code="tools", category="again")
+        return True
+
+    def _finish(self, finish: Finish, out: List[Event]) -> None:
+        if self.state == self._in_arguments and self.arguments.close():
+            self._complete(out)
+        if self.found:  # only the closing mark is missing
+            self._send_found(out)
+        elif self.raw and (self.sent < 0 or finish.reason != "length"):
+            self.raw.append(self.pending)
+            self._reject("A tool call is not complete.", out)
+        elif self.state == self._in_text or not self.pending.isspace():
+            self._emit(self.pending, out)
+        self.pending = ""
+        if not self.count and not self.error:
+            self._ask_again("The answer has no tool call.")
+        if not self.error and not self.stopped:
+            reason = "tool_calls" if self.count and finish.reason == "stop" else finish.reason
+            out.append(Finish(reason, finish.usage, finish.stop_sequence))
+
+
+# == 10. controllers ==========================================================================
 # The base class of all kinds of upstreams, and their caches. Knows no clients and no dialects.
 
 
@@ -3195,6 +3787,28 @@ class Controller:
     def check_support(self, call: Call) -> Optional[APIError]:
         """Return an error if the upstream can never serve such a call, else None."""
         return None
+
+    def prompted_tools(self, call: Call) -> Optional[PromptedTools]:
+        """Return the call's tools as text with ``tools: prompt``; None if it has none.
+
+        APIError 400 with ``tools: refuse``. The same object for each attempt.
+        """
+        has_tools = bool(call.body.get("tools")) or any(
+            message.get("role") == "tool" or message.get("tool_calls")
+            for message in as_list(call.body.get("messages"))
+        )
+        if not has_tools or self.options.tools not in ("prompt", "refuse"):
+            return None
+        if self.options.tools == "refuse":
+            raise bad_request(
+                f"{self.name} does not support 'tools'.", "tools", "unsupported_parameter"
+            )
+        if self.name not in call.prompted_tools:
+            model = self.options.model_map.get(call.model, call.model)
+            prompt = self.settings.tools_prompt or TOOLS_PROMPT
+            call.prompted_tools[self.name] = PromptedTools(call, model, prompt, self.name)
+        tools: PromptedTools = call.prompted_tools[self.name]
+        return tools
 
     def models(self) -> List[Dict[str, Any]]:
         """Return the offered models as OpenAI model objects."""
@@ -3308,7 +3922,7 @@ def bounded_model_list(
     return models
 
 
-# == 10. failures =============================================================================
+# == 11. failures =============================================================================
 # What an upstream's error means, how long to wait, and which secrets it must not tell.
 
 
@@ -3997,7 +4611,7 @@ def parse_duration(text: str) -> Optional[float]:
     return sum(float(count) * units[unit] for count, unit in quantities)
 
 
-# == 11. akash ================================================================================
+# == 12. akash ================================================================================
 # Akash Chat's web API: session, requests, stream, images. Knows no clients and no dialects.
 
 
@@ -4139,12 +4753,17 @@ SPECIAL_TOKENS = re.compile(r"<\|(?=(?:endoftext|fim_prefix|fim_middle|fim_suffi
 ESCAPED = "<|\u2060"
 
 
-def akash_request(call: Call) -> Tuple[Dict[str, Any], List[str]]:
+def akash_request(
+    call: Call, chat: Optional[Dict[str, Any]] = None
+) -> Tuple[Dict[str, Any], List[str]]:
     """Build the body for POST /api/chat/; also return the parameters left out of it.
+
+    ``chat`` is the chat to send; default: the call's.
 
     APIError 400 if the call needs anything that Akash Chat does not support.
     """
-    body = {name: value for name, value in call.body.items() if value is not None}
+    chat = call.body if chat is None else chat
+    body = {name: value for name, value in chat.items() if value is not None}
     unsupported = [name for name in body if name not in AKASH_SUPPORTED]
     for name in unsupported:
         if name in AKASH_UNSUPPORTED and body[name] not in AKASH_UNSUPPORTED[name]:
@@ -4693,6 +5312,8 @@ class AkashController(Controller):
         return None
 
     def events(self, call: Call) -> Iterable[Event]:
+        if call.retry_reason == "tools":  # with the complaint about the last answer
+            call.prepared_requests[self.name] = self._prepare(call)
         data, stop_filter, call.ignored_params = call.prepared_requests[self.name]
         if call.image_count or call.model == self.IMAGE_MODEL:
             return self.image_events(call, data)
@@ -4717,13 +5338,15 @@ class AkashController(Controller):
             raise call.translation_error
         if call.image_count and call.model not in ("", self.IMAGE_MODEL):
             raise bad_request(f"Images are generated by the model {self.IMAGE_MODEL}.", "model")
-        body, ignored = akash_request(call)
+        tools = self.prompted_tools(call) if self.options.tools == "prompt" else None
+        body, ignored = akash_request(call, tools.body() if tools else None)
         body["model"] = self.options.model_map.get(call.model, call.model) or self.IMAGE_MODEL
         limit = "max_completion_tokens"
         if call.body.get(limit) is None:
             limit = "max_tokens"
         max_tokens = number_field(call.body, limit, None, integer=True, minimum=1)
         stop_filter = StopFilter(stop_sequences(call.body), max_tokens)
+        ignored += tools.ignored if tools else []
         return request_json(body, len(call.raw_body)), stop_filter, ignored
 
     def image_events(self, call: Call, data: bytes) -> Iterator[Event]:
@@ -4799,9 +5422,11 @@ class AkashController(Controller):
         """Return the decoder for the body of a stream or of an error."""
         if response.status == 200 and not is_challenge_page(response):
             decoder = AkashDecoder(call.model, self.secrets(cookie))
-            if stop_filter.needed:
-                return DecoderChain(decoder, ThinkTagFilter(), stop_filter)
-            return DecoderChain(decoder, ThinkTagFilter())
+            tools = self.prompted_tools(call) if self.options.tools == "prompt" else None
+            filters = [stop_filter] if stop_filter.needed else []
+            return DecoderChain(
+                decoder, ThinkTagFilter(), *filters, *(tools.filters() if tools else [])
+            )
 
         def parse(data: bytes) -> NoReturn:
             is_retry, sent = call.retry_reason == "session", call.prepared_requests[self.name][0]
@@ -5025,7 +5650,7 @@ def akash_models(listing: Any) -> List[str]:
 MAX_LIST_BYTES, MAX_MODELS = 4 << 20, 10_000  # limits of an upstream's model list
 
 
-# == 12. openai ===============================================================================
+# == 13. openai ===============================================================================
 # OpenAI-compatible upstreams, decoded or relayed, and echo. Knows no clients and no dialects.
 
 
@@ -5397,14 +6022,18 @@ class OpenAIController(Controller):
         return path not in self.NOT_NATIVE_BY_DEFAULT
 
     def check_support(self, call: Call) -> Optional[APIError]:
-        if self.speaks(call.path):
+        try:
+            tools = self.prompted_tools(call)
+        except APIError as error:
+            return error
+        if self.speaks(call.path) and not tools:
             return None
         if call.relay_only or call.image_count:
             return APIError(404, f"{self.name} does not offer {call.path}.", code="not_found")
         return call.translation_error
 
     def events(self, call: Call) -> Iterable[Event]:
-        is_native = self.speaks(call.path)
+        is_native = self.speaks(call.path) and not self.prompted_tools(call)
         path = (call.path + call.query if is_native else CHAT_PATH)[len("/v1") :]
         data, content_type = self._request(call, is_native)
         response = self.transport.start_request(
@@ -5423,7 +6052,8 @@ class OpenAIController(Controller):
     def _request(self, call: Call, is_native: bool) -> Tuple[bytes, str]:
         """Return the request body and its content type; unchanged bodies are not rebuilt."""
         name = self.options.model_map.get(call.model, call.model)
-        body = (call.original_body if is_native else call.body) or {}
+        tools = self.prompted_tools(call)
+        body = (call.original_body if is_native else tools.body() if tools else call.body) or {}
         dropped = [field for field in self.options.drop if body.get(field) is not None]
         # a second "model" in the bytes could differ from the one that was authorized
         if is_native and (
@@ -5435,7 +6065,7 @@ class OpenAIController(Controller):
             body["stream_options"] = {"include_usage": True}
         if "model" in body:
             body["model"] = name
-        call.ignored_params = dropped
+        call.ignored_params = dropped + (tools.ignored if tools else [])
         return request_json(body, len(call.raw_body)), "application/json"
 
     def _decoder(self, call: Call, response: UpstreamResponse, is_native: bool) -> Any:
@@ -5448,9 +6078,12 @@ class OpenAIController(Controller):
         streamed = content_type.startswith("text/event-stream")
         if is_native and (call.relay_only or streamed == call.stream):
             return self._relay(call, response, content_type, streamed)
+        tools = self.prompted_tools(call)
+        filters = tools.filters() if tools else []
         if streamed:
-            return DecoderChain(ChatDecoder(self.name, self.secrets))
-        return BufferedBody(self._completion)
+            return DecoderChain(ChatDecoder(self.name, self.secrets), *filters)
+        body = BufferedBody(self._completion)
+        return DecoderChain(body, *filters) if filters else body
 
     def _relay(
         self, call: Call, response: UpstreamResponse, content_type: str, streamed: bool
@@ -5571,7 +6204,7 @@ CONTROLLERS: Dict[str, Callable[[ControllerSettings, Settings], Controller]] = {
 }
 
 
-# == 13. pool =================================================================================
+# == 14. pool =================================================================================
 # Chooses an upstream for each request and fails over to the next. Knows no sockets and no wire
 # formats. A request's way: Exchange.attempt -> Pool.acquire -> Controller.events -> commit (or
 # fail_over, then attempt again) -> Exchange.close -> Pool.release.
@@ -5848,7 +6481,10 @@ class Upstream:
             by_id.setdefault(
                 name, {"id": name, "object": "model", "created": 0, "owned_by": self.name}
             )
-        return list(by_id.values()), names, error
+        listed = list(by_id.values())
+        if self.options.tools == "prompt":
+            listed = [{**model, "tools": "prompt"} for model in listed]
+        return listed, names, error
 
 
 def model_allowed(patterns: Tuple[str, ...], model: str) -> bool:
@@ -6467,7 +7103,7 @@ class Exchange:
             self.pool.release(upstream, error, self.committed, self.started, self.call.model)
 
 
-# == 14. dialects =============================================================================
+# == 15. dialects =============================================================================
 # The clients' APIs: parse a request body into a Call, encode events as bytes. Knows no upstreams
 # and no sockets.
 
@@ -7932,7 +8568,7 @@ def part_field(head: bytes, value: bytes) -> Tuple[str, str]:
     return name, text
 
 
-# == 15. loop =================================================================================
+# == 16. loop =================================================================================
 # One thread that owns every client socket, and the upstream socket of every relayed response.
 # Knows no more of HTTP than message framing.
 
@@ -8675,7 +9311,7 @@ class Connection:
         self.events = events
 
 
-# == 16. relay ================================================================================
+# == 17. relay ================================================================================
 # Writes responses to clients. Knows no upstreams' formats.
 
 
@@ -8993,7 +9629,7 @@ class StreamRelay:
             self.exchange.close(error)
 
 
-# == 17. limits ===============================================================================
+# == 18. limits ===============================================================================
 # Limits of client keys, and metrics for Prometheus.
 
 
@@ -9267,7 +9903,7 @@ def sample(name: str, labels: Iterable[Tuple[str, str]], value: float) -> str:
     return f"{name}{{{text}}} {value}" if text else f"{name} {value}"
 
 
-# == 18. server ===============================================================================
+# == 19. server ===============================================================================
 # http.server's classes, on the event loop. Knows no upstreams.
 
 # Paths that need no token: a browser sends none with an address that was typed in. The page holds
@@ -10449,7 +11085,7 @@ def _family(host: str, port: int) -> Tuple[int, str]:
     return family, str(address[0])
 
 
-# == 19. demo =================================================================================
+# == 20. demo =================================================================================
 # A stand-in for Akash Chat on a loopback port, for --demo: no model, but the real wire format.
 
 
@@ -10509,6 +11145,11 @@ class DemoAkash(http.server.BaseHTTPRequestHandler):
             line = f'0:"<image_generation> {attributes}</image_generation>"\n'
             self._stream([line.encode()], 0)
             return
+        call = demo_call(body)
+        if call:
+            lines = [b"0:" + to_json(call[at : at + 9]) + b"\n" for at in range(0, len(call), 9)]
+            self._stream([b'f:{"messageId":"msg-demo"}\n', *lines], 0)
+            return
         words = re.findall(
             r"\S+\s*",
             f'You asked {body["model"]}: "{prompt}" This is the demo: no model has read it, '
@@ -10552,6 +11193,75 @@ class DemoAkash(http.server.BaseHTTPRequestHandler):
         log.debug("demo: " + format, *args)
 
 
+DEMO_FOLDER = re.compile(r"(?:working directory|cwd)[^\n/]{0,40}(/[^\s<\"'`]+)", re.I)
+DEMO_FILE, DEMO_TEXT = "akashproxy-demo.txt", "Hello from the demo."
+# Steps of the demo with tools: what the fields of a fitting function contain, and the command for
+# agents that only have a shell.
+DEMO_STEPS = (
+    (("content", "path"), f"printf '%s\\n' '{DEMO_TEXT}' > {DEMO_FILE}"),
+    (("path",), f"cat {DEMO_FILE}"),
+    (("command",), f"wc -c {DEMO_FILE}"),
+)
+
+
+def demo_call(body: Dict[str, Any]) -> str:
+    """Return the next call of a scripted agent, as text: it writes, reads and measures a file.
+
+    "" without functions, after the last step, or if none of the functions fits.
+    """
+    lines = re.findall(r'^{"type":"function".*}$', body["system"], re.M)
+    functions = [json.loads(line)["function"] for line in lines]
+    messages = [message["content"] for message in body["messages"]]
+    step = sum(message.count("<tool_response>") for message in messages)
+    if step >= len(DEMO_STEPS):
+        functions = [item for item in functions if "submit" in item["name"]]  # cline's last step
+    if step > len(DEMO_STEPS) or not functions:
+        return ""
+    fields, command = DEMO_STEPS[step] if step < len(DEMO_STEPS) else ((), "")
+    found = next(filter(None, map(DEMO_FOLDER.search, [*messages, body["system"]])), None)
+    folder = found[1].rstrip("/.,") + "/" if found else ""
+    for wanted in (fields, ("command",)):
+        for function in functions:
+            arguments = demo_arguments(function, wanted, folder + DEMO_FILE, command)
+            if arguments and ("read" in function["name"].lower() or wanted != ("path",)):
+                call = _encode({"name": function["name"], "arguments": arguments})
+                return f"<tool_call>\n{call}\n</tool_call>"
+    return ""
+
+
+# Kinds of fields by their names in coding agents.
+DEMO_FIELDS = {
+    "path": ("filePath", "file_path", "path", "absolute_path"),
+    "content": ("content", "file_text", "new_text"),
+    "command": ("command", "cmd", "commands"),
+}
+
+
+def demo_arguments(
+    function: Dict[str, Any], wanted: Iterable[str], path: str, command: str
+) -> Optional[Dict[str, Any]]:
+    """Return arguments for a function that has the wanted fields, else None."""
+    schema = function["parameters"]
+    properties, required = schema.get("properties") or {}, set(schema.get("required") or ())
+    values = {"path": path, "content": DEMO_TEXT + "\n", "command": command}
+    arguments: Dict[str, Any] = {}
+    for kind in wanted:
+        name = next((name for name in DEMO_FIELDS[kind] if name in properties), None)
+        if name is None:
+            return None
+        is_list = properties[name].get("type") == "array"
+        words = ["bash", "-c", command] if name == "command" else [command]
+        arguments[name] = words if is_list else values[kind]
+    for name in required - set(arguments):
+        kind = properties.get(name, {}).get("type")
+        if kind not in ("string", "boolean", "number", "integer"):
+            return None
+        if any(name in names for names in DEMO_FIELDS.values()):
+            return None
+        arguments[name] = {"string": "demo", "boolean": False}.get(kind, 1)
+    return arguments
+
+
 class DemoServer(http.server.ThreadingHTTPServer):
     """The server of DemoAkash; logs broken connections instead of printing them."""
 
@@ -10590,7 +11300,7 @@ def demo_image(seed: str) -> bytes:
     )
 
 
-# == 20. page =================================================================================
+# == 21. page =================================================================================
 # A page to chat with, a client of the API like any other. Knows nothing of the rest of this file.
 
 PAGE = r"""<!doctype html>
@@ -10865,7 +11575,7 @@ def page() -> Tuple[bytes, Dict[str, str]]:
     }
 
 
-# == 21. main =================================================================================
+# == 22. main =================================================================================
 # The command line, the log and signals.
 
 
@@ -10898,7 +11608,8 @@ def command(argv: List[str]) -> int:
     logging.basicConfig(level=settings.log_level.upper(), handlers=[handler])
     demo: Dict[str, Any] = {}
     if options.demo:
-        demo = {"akash_base_url": DemoAkash.start(), "controllers": ()}
+        controller = ControllerSettings(type="akash", tools="prompt")
+        demo = {"akash_base_url": DemoAkash.start(), "controllers": (controller,)}
     if settings.config_file:  # a reload must read this file, not search for another
         flags["config_file"] = settings.config_file
 

@@ -4594,6 +4594,212 @@ def test_odd_values_are_answered_or_named_never_a_bug():
     assert seen[None] > 500 and seen[400] > 500
 
 
+# == tools as text ============================================================================
+
+def function(name, **types):
+    properties = {key: {"type": kind} for key, kind in types.items()}
+    return {"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": properties}}}
+
+
+FUNCTIONS = [function("weather", city="string", days="integer"), function("write", path="string", content="string"), function("now")]
+KYIV = '{"name": "weather", "arguments": {"city": "Kyiv"}}'
+IN_KYIV, LVIV = ("weather", {"city": "Kyiv"}), '{"name": "weather", "arguments": {"city": "Lviv"}}'
+
+# One call in each form that chat templates and reports of bugs show. Hermes: NousResearch/Hermes-Function-Calling, Qwen2.5 and Qwen3; its slips:
+# NousResearch/hermes-agent#5315 and #22696, minpeter/ai-sdk-tool-call-middleware#298. Tags: Qwen/Qwen3-Coder, zai-org/GLM-4.5. Marks: the
+# templates of moonshotai/Kimi-K2-Instruct, deepseek-ai/DeepSeek-V3 and V3.1, mistralai; meta-llama/llama-models, models/llama3_1/prompt_format.md.
+CALLS = {
+    "Hermes": f"<tool_call>\n{KYIV}\n</tool_call>",
+    "Hermes in one line": f"<tool_call>{KYIV}</tool_call>",
+    "parameters for arguments": '<tool_call>{"name": "weather", "parameters": {"city": "Kyiv"}}</tool_call>',
+    "arguments first": '<tool_call>{"arguments": {"city": "Kyiv"}, "name": "weather"}</tool_call>',
+    "arguments as a string": '<tool_call>{"name": "weather", "arguments": "{\\"city\\": \\"Kyiv\\"}"}</tool_call>',
+    "OpenAI's object": '<tool_call>{"type": "function", "function": {"name": "weather", "arguments": {"city": "Kyiv"}}}</tool_call>',
+    "a list of one": f"<tool_call>[{KYIV}]</tool_call>",
+    "a Markdown fence": f"<tool_call>\n```json\n{KYIV}\n```\n</tool_call>",
+    "single quotes and a trailing comma": "<tool_call>{'name': 'weather', 'arguments': {'city': 'Kyiv',},}</tool_call>",
+    "Llama's function tag": '<function=weather>{"city": "Kyiv"}</function>',
+    "Llama's python tag": '<|python_tag|>{"name": "weather", "parameters": {"city": "Kyiv"}}<|eom_id|>',
+    "Qwen3-Coder": "<tool_call>\n<function=weather>\n<parameter=city>\nKyiv\n</parameter>\n</function>\n</tool_call>",
+    "Qwen3-Coder without the outer tag": "<function=weather>\n<parameter=city>\nKyiv\n</parameter>\n</function>",
+    "GLM-4.5": "<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>Kyiv</arg_value>\n</tool_call>",
+    "Kimi K2": '<|tool_calls_section_begin|><|tool_call_begin|>functions.weather:0<|tool_call_argument_begin|>{"city": "Kyiv"}'
+               "<|tool_call_end|><|tool_calls_section_end|>",
+    "DeepSeek-V3": "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n```json\n"
+                   '{"city": "Kyiv"}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>',
+    "DeepSeek-V3.1": '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>weather<｜tool▁sep｜>{"city": "Kyiv"}<｜tool▁call▁end｜><｜tool▁calls▁end｜>',
+}
+TOOL_ANSWERS = {    # an answer: its text, its calls
+    **{form: (call, "", [IN_KYIV]) for form, call in CALLS.items()},
+    **{f"{form}, after text": (f"I look. {call}", "I look. ", [IN_KYIV]) for form, call in CALLS.items()},
+    **{f"{form}, twice": (f"{call}\n{call}\n", "", [IN_KYIV, IN_KYIV]) for form, call in CALLS.items()},
+    "text before and after": (f"A `x` <b>\n<tool_call>{KYIV}</tool_call>\nB", "A `x` <b>\n\nB", [IN_KYIV]),
+    "Mistral's list": (f"[TOOL_CALLS] [{KYIV}]", "", [IN_KYIV]),
+    "Mistral's name": ('[TOOL_CALLS]weather[ARGS]{"city": "Kyiv"}', "", [IN_KYIV]),
+    "no closing tag at the end": (f"<tool_call>{KYIV}", "", [IN_KYIV]),
+    "no closing tag but a blank": (f"<tool_call>\n{KYIV}\n", "", [IN_KYIV]),
+    "no closing tag between two": (f"<tool_call>{KYIV}<tool_call>{KYIV}</tool_call>", "", [IN_KYIV, IN_KYIV]),
+    "several in one tag": (f"<tool_call>{KYIV}\n{LVIV}</tool_call>", "", [IN_KYIV, ("weather", {"city": "Lviv"})]),
+    "several in one tag, by commas": (f"<tool_call>{KYIV}, {LVIV}</tool_call>", "", [IN_KYIV, ("weather", {"city": "Lviv"})]),
+    "a list of several": (f"<tool_call>[{KYIV}, {LVIV}]</tool_call>", "", [IN_KYIV, ("weather", {"city": "Lviv"})]),
+    "a mark within a string": ('<tool_call>{"name": "write", "arguments": {"content": "</tool_call> <tool_call>"}}</tool_call>', "",
+                               [("write", {"content": "</tool_call> <tool_call>"})]),
+    "escapes": ('<tool_call>{"name": "write", "arguments": {"content": "\\"a\\\\\\n\\u00e9 {[ é"}}</tool_call>', "", [("write", {"content": '"a\\\n\xe9 {[ é'})]),
+    "a raw line break in a string": ('<tool_call>{"name": "write", "arguments": {"content": "a\n\tb"}}</tool_call>', "", [("write", {"content": "a\n\tb"})]),
+    "an apostrophe in single quotes": ("<tool_call>{'name': 'write', 'arguments': {'content': 'it\\'s \"x\"', 'path': None}}</tool_call>", "",
+                                       [("write", {"content": 'it\'s "x"', "path": None})]),
+    "no arguments": ("<tool_call>now</tool_call>", "", [("now", {})]),
+    "null as arguments": ('<tool_call>{"name": "now", "arguments": null}</tool_call>', "", [("now", {})]),
+    "no field arguments": ('<tool_call>{"name": "now"}</tool_call>', "", [("now", {})]),
+    "typed parameters": ("<function=weather>\n<parameter=city>\n7\n</parameter>\n<parameter=days>\n7\n</parameter>\n</function>", "",
+                         [("weather", {"city": "7", "days": 7})]),
+    "lines in a parameter": ("<function=write>\n<parameter=content>\n<a>\n\nb\n\n</parameter>\n</function>", "", [("write", {"content": "<a>\n\nb\n"})]),
+    "a fence in the text before": (f"```\nx\n```\n<tool_call>{KYIV}</tool_call>", "```\nx\n```\n", [IN_KYIV]),
+}
+PROSE = [
+    "I would write <tool_call> now.", "The tag is <tool_call>, closed by </tool_call>.", "<tool_call>", "<tool_call></tool_call>", "<tool_cal", "a <", "[TOOL_",
+    f"`<tool_call>{KYIV}</tool_call>`", f"``<tool_call>{KYIV}</tool_call>``", f"```\n<tool_call>{KYIV}</tool_call>\n```\n", f"```xml\n{CALLS['Hermes']}\n```",
+    f"~~~\n{CALLS['Hermes']}\n~~~\nend", f"Example:\n\n- ```json\n{CALLS['Hermes']}\n```", f'It answers "<tool_call>{KYIV}</tool_call>".',
+    '<tool_call>{"name": <function-name>, "arguments": <args-json-object>}</tool_call>', '<tool_call>{"name": "rm", "arguments": {}}</tool_call>',
+    '<tool_call>{"name": "weather", "arguments": {"city": }}</tool_call>', '<tool_call>{"name": "weather", "arguments": {"city": "Kyiv"}</tool_call>',
+    f"<tool_call>{KYIV}}}</tool_call>", f"<tool_call>{KYIV} is how it looks.", '<tool_call>{"name": "weather", "arguments": [1]}</tool_call>',
+    '<tool_call>{"name": "weather", "arguments": "Kyiv"}</tool_call>', '<function=weather>Kyiv</function>', "<function=rm>{}</function>", "<function=", KYIV,
+    f"```json\n{KYIV}\n```", "<|python_tag|>weather.call(city='Kyiv')", "<tool_call>rm\n<arg_key>a</arg_key>\n<arg_value>b</arg_value>\n</tool_call>",
+    f"<tool_call>[{KYIV}, {{}}]</tool_call>", "if (a[0] < b) { return '<tool>' }", '<tool_call>{"name": "weather", "arguments": {"city": "Ky',
+    f"<tool_call>not {KYIV}</tool_call>",
+]
+TOOL_ANSWERS.update({f"text: {text}": (text, text, []) for text in PROSE})
+
+
+def prompted(stream=True, **fields):
+    call = Call({"model": "m", "messages": [{"role": "user", "content": "x"}], "tools": FUNCTIONS, **fields}, stream=stream)
+    return akashproxy.PromptedTools(call, "m", akashproxy.TOOLS_PROMPT, "fake")
+
+
+def tool_answer(pieces, stream=True):
+    [step] = prompted(stream).filters()
+    answer = fold([event for piece in pieces for event in step.feed([Text(piece)])] + step.feed([Finish("stop")]) + step.close())
+    assert not step.error and answer.finish == Finish("tool_calls" if answer.tools else "stop")
+    assert all(call.id for call in answer.tools) and [call.index for call in answer.tools] == list(range(len(answer.tools)))
+    return answer.text, [(call.name, json.loads(call.arguments)) for call in answer.tools]
+
+
+@pytest.mark.parametrize("name", TOOL_ANSWERS)
+def test_calls_in_text_are_found_however_they_are_cut(name):
+    answer, *right = TOOL_ANSWERS[name]
+    places = range(1, len(answer), 1 + len(answer) // 12)    # character by character, it is cut everywhere
+    cuts = [[answer], list(answer), *([answer[:at], answer[at:]] for at in places)]
+    assert all(list(tool_answer(pieces)) == right for pieces in cuts) and list(tool_answer([answer], stream=False)) == right
+
+
+def test_the_tables_of_answers_are_large_enough():
+    assert len(TOOL_ANSWERS) - len(PROSE) >= 60 and len(PROSE) >= 30
+
+
+def test_long_arguments_are_sent_as_they_arrive():
+    content = "line\n" * 400
+    for head in ('<tool_call>{"name": "write", "arguments": ', "<function=write>"):
+        [step] = prompted().filters()
+        arguments, tail = json.dumps({"content": content}), "}</tool_call>" if head[1] == "t" else "</function>"
+        events = [step.feed([Text(piece)]) for piece in re.findall("(?s).{1,9}", head + arguments + tail)]
+        calls = [event for batch in events for event in batch]
+        assert len(calls) > 100 and all(isinstance(event, ToolCall) for event in calls)
+        assert next(at for at, batch in enumerate(events) if batch) < 60 and step.feed([Finish("stop")]) == [Finish("tool_calls")]
+        assert json.loads(fold(calls).tools[0].arguments) == {"content": content}
+
+
+def test_a_long_call_that_proves_invalid_ends_a_stream_with_an_error_and_is_text_otherwise():
+    answer = '<tool_call>{"name": "write", "arguments": {"content": "%s" oops}}</tool_call>' % ("x" * 999)
+    for stream in (True, False):
+        [step] = prompted(stream).filters()
+        events = [event for char in answer for event in step.feed([Text(char)])] + step.feed([Finish("stop")])
+        assert (step.error.code == "invalid_tool_call") if stream else (fold(events).text == answer and not step.error)
+
+
+def test_only_what_may_begin_a_call_is_held_back():
+    [step] = prompted().filters()
+    assert step.feed([Text("a <b> [c] <tool")]) == [Text("a <b> [c] ")] and step.feed([Text("s>")]) == [Text("<tools>")]
+
+
+def test_one_call_only_ends_the_answer():
+    [step] = prompted(parallel_tool_calls=False).filters()
+    events = step.feed([Text(f"<tool_call>{KYIV}</tool_call>\n<tool_call>{KYIV}</tool_call>")])
+    assert [type(event) for event in events] == [ToolCall, Finish] and step.stopped
+
+
+TOOL_MODELS = {"x": "<tool_call>\n{", "Qwen/Qwen3-235B-A22B": "<tool_call>\n{", "Meta-Llama-3-3-70B-Instruct": "<function=", "zai-org/GLM-4.5-Air": "<tool_call>FUNCTION\n<arg_key>",
+               "Qwen3-Coder-480B": "<tool_call>\n<function=", "DeepSeek-V3-1": "<｜tool▁calls▁begin｜>", "moonshotai/Kimi-K2-Instruct": "<|tool_calls_section_begin|>"}
+
+
+@pytest.mark.parametrize("model", TOOL_MODELS)
+def test_tools_and_history_become_text_in_the_models_own_form(model):
+    history = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"},
+               {"role": "assistant", "content": "I look.", "tool_calls": [{"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city":"Kyiv"}'}}] * 2},
+               {"role": "tool", "tool_call_id": "c1", "content": "sun"}, {"role": "tool", "tool_call_id": "c2", "content": [{"type": "text", "text": "rain"}]}]
+    call = Call({"model": model, "messages": history, "tools": FUNCTIONS, "tool_choice": "required"})
+    tools = akashproxy.PromptedTools(call, model, akashproxy.TOOLS_PROMPT, "fake")
+    system, user, assistant, results = tools.body()["messages"]
+    assert set(tools.body()) == {"model", "messages"} and user == history[1] and [m["role"] for m in (assistant, results)] == ["assistant", "user"]
+    assert TOOL_MODELS[model] in system["content"] and system["content"].endswith(akashproxy.MUST_CALL) and json.dumps(FUNCTIONS[2], separators=(",", ":")) in system["content"]
+    assert results["content"].index("sun") < results["content"].index("rain")
+    [step] = tools.filters()
+    assert fold(step.feed([Text(assistant["content"]), Finish("stop")])).text == "I look.\n\n" and step.count == 2, "it reads what it writes"
+
+
+def test_without_a_choice_nothing_is_added_to_the_prompt():
+    tools = prompted(tool_choice="none")
+    assert tools.body()["messages"] == [{"role": "user", "content": "x"}] and tools.filters() == []
+    tools = prompted(tool_choice={"type": "function", "function": {"name": "now"}})
+    assert list(tools.functions) == ["now"] and tools.required
+    with pytest.raises(APIError, match="tool_choice"):
+        prompted(tool_choice={"type": "function", "function": {"name": "rm"}})
+
+
+def akash_text(text):
+    return STEP + b"".join(b"0:" + json.dumps(piece).encode() + b"\n" for piece in re.findall("(?s).{1,5}", text)) + STOP
+
+
+def prompting(url, **more):
+    return dict(controllers=(akashproxy.ControllerSettings(type="akash", base_url=url, tools="prompt"),), **more)
+
+
+TOOL_REQUESTS = {
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "hi"}], "tools": FUNCTIONS},
+    "/v1/messages": {"max_tokens": 99, "messages": [{"role": "user", "content": "hi"}], "tools": [{"name": "weather", "input_schema": {"type": "object"}}]},
+    "/v1/responses": {"input": "hi", "tools": [{"type": "function", "name": "weather", "parameters": {"type": "object"}, "strict": True}]},
+}
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("path", TOOL_REQUESTS)
+def test_akash_calls_tools_in_every_dialect(path, stream, akash, serve):
+    akash.chat = akash_text(f"I look.\n<tool_call>\n{KYIV}\n</tool_call>")
+    server = serve(**prompting(akash.url))
+    got = ask(server, "POST", path, {"model": "Qwen/Qwen3", "stream": stream, **TOOL_REQUESTS[path]})
+    assert got.status == 200 and b"weather" in got.body and b"Kyiv" in got.body and b"tool_call>" not in got.body
+    assert (got.headers.get("x-akashproxy-ignored") == "strict") == (path == "/v1/responses")
+    [sent] = [body for body in akash.bodies() if "messages" in body]
+    assert '"name":"weather"' in sent["system"] and "tools" not in sent
+    assert {model["tools"] for model in ask(server, path="/v1/models").json["data"]} == {"prompt"}
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_required_call_is_asked_for_once_more(stream, akash, serve):
+    server = serve(**prompting(akash.url))
+    body = {"model": "Qwen/Qwen3", "stream": stream, "tool_choice": "required", **TOOL_REQUESTS["/v1/chat/completions"]}
+    akash.chat = akash_text('<tool_call>{"name": "rm", "arguments": {}}</tool_call>')
+    got, sent = ask(server, "POST", "/v1/chat/completions", body), [body for body in akash.bodies() if "messages" in body]
+    assert got.status == 200 and b"rm" in got.body and b'"tool_calls":[' not in got.body and len(sent) == 2
+    assert "no function 'rm'" in sent[1]["messages"][-1]["content"] and "no function" not in sent[0]["messages"][-1]["content"]
+
+
+@pytest.mark.parametrize("mode, status", [("", 400), ("refuse", 400), ("prompt", 200)])
+def test_akash_refuses_tools_unless_they_are_to_be_text(mode, status, akash, serve):
+    server = serve(controllers=(akashproxy.ControllerSettings(type="akash", base_url=akash.url, tools=mode),))
+    got = ask(server, "POST", "/v1/chat/completions", {"model": "Qwen/Qwen3", **TOOL_REQUESTS["/v1/chat/completions"]})
+    assert got.status == status
+
+
 # == the matrix: every controller, every dialect ==============================================
 
 
@@ -9498,9 +9704,10 @@ MAY_NAME = {    # a section: the sections whose names may stand in it
     "transport": "names errors events settings http",
     "streams": "names errors events settings http transport",
     "filters": "names errors events",
-    "controllers": "names errors events settings transport",
+    "tools": "names errors events streams filters",
+    "controllers": "names errors events settings transport tools",
     "failures": "names errors events settings http transport",
-    "akash": "names errors events settings http transport streams filters controllers failures",
+    "akash": "names errors events settings http transport streams filters tools controllers failures",
     "openai": "names errors events settings http transport streams filters controllers failures akash",  # CONTROLLERS
     "pool": "names errors events settings transport streams controllers openai",
     "dialects": "names errors events settings http filters pool",
