@@ -3337,13 +3337,15 @@ TOOL_FORMS = (
              "<｜tool▁call▁begin｜>%(name)s<｜tool▁sep｜>%(arguments)s<｜tool▁call▁end｜>",
              calls="<｜tool▁calls▁begin｜>%s<｜tool▁calls▁end｜>",
              result="<｜tool▁output▁begin｜>%s<｜tool▁output▁end｜>"),
-    ToolForm(re.compile("glm-?(4[.-][5-9]|[5-9])"), "<tool_call>%(name)s\n%(arguments)s</tool_call>",
+    ToolForm(re.compile("glm-?(4[.-][5-9]|[5-9])"),
+             "<tool_call>%(name)s\n%(arguments)s</tool_call>",
              "<arg_key>%s</arg_key>\n<arg_value>%s</arg_value>\n"),
     ToolForm(re.compile("qwen-?3.*coder"),
              "<tool_call>\n<function=%(name)s>\n%(arguments)s</function>\n</tool_call>",
              "<parameter=%s>\n%s\n</parameter>\n"),
     ToolForm(re.compile("llama-?(3[.-][1-3]|4)"), "<function=%(name)s>%(arguments)s</function>"),
-    ToolForm(re.compile(""), '<tool_call>\n{"name": "%(name)s", "arguments": %(arguments)s}\n</tool_call>'),
+    ToolForm(re.compile(""),
+             '<tool_call>\n{"name": "%(name)s", "arguments": %(arguments)s}\n</tool_call>'),
 )
 TOOLS_PROMPT = (
     "You can call functions. Their signatures, as JSON:\n<tools>\n{tools}\n</tools>\n"
