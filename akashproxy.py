@@ -11217,7 +11217,7 @@ def demo_call(body: Dict[str, Any]) -> str:
     step = sum(message.count("<tool_response>") for message in messages)
     if step >= len(DEMO_STEPS):
         functions = [item for item in functions if "submit" in item["name"]]  # cline's last step
-    if step > len(DEMO_STEPS) or not functions:
+    if not functions:
         return ""
     fields, command = DEMO_STEPS[step] if step < len(DEMO_STEPS) else ((), "")
     found = next(filter(None, map(DEMO_FOLDER.search, [*messages, body["system"]])), None)
@@ -11225,7 +11225,9 @@ def demo_call(body: Dict[str, Any]) -> str:
     for wanted in (fields, ("command",)):
         for function in functions:
             arguments = demo_arguments(function, wanted, folder + DEMO_FILE, command)
-            if arguments and ("read" in function["name"].lower() or wanted != ("path",)):
+            if arguments is not None and (
+                "read" in function["name"].lower() or wanted != ("path",)
+            ):
                 call = _encode({"name": function["name"], "arguments": arguments})
                 return f"<tool_call>\n{call}\n</tool_call>"
     return ""
