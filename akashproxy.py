@@ -171,6 +171,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+import zlib
 from collections import OrderedDict, defaultdict, deque
 from dataclasses import dataclass, field
 from queue import Empty, Full, Queue, SimpleQueue
@@ -1999,6 +2000,67 @@ class BodyDecoder:
 NO_BODY = BodyDecoder({})
 
 
+class ContentDecoder:
+    """Removes gzip or deflate from a body as it arrives (RFC 9110, section 8.4.1).
+
+    ValueError for another encoding; ProtocolError for a malformed body, or one that expands to more
+    than MAX_RATIO times its size: it would fill the memory.
+    """
+
+    MAX_RATIO = 200  # a stream of short, similar events has up to 60
+    PIECE = 1 << 20  # bytes that are expanded at a time
+
+    def __init__(self, encoding: str) -> None:
+        if encoding not in ("gzip", "x-gzip", "deflate"):
+            raise ValueError(encoding)
+        self.gzip = encoding != "deflate"
+        self.inflater: Any = None  # None: between the members of a gzip file, or not begun
+        self.received, self.expanded = 0, 0
+        self.start = b""  # the first byte of deflate, of which two are needed
+
+    def feed(self, data: bytes) -> bytes:
+        """Return what the data expands to."""
+        self.received += len(data)
+        data, self.start = self.start + data, b""
+        out = []
+        while data:
+            if self.inflater is None and not self._begin(data):
+                self.start = data
+                break
+            out.append(self._expand(data))
+            data = self.inflater.unconsumed_tail or self.inflater.unused_data
+            if self.inflater.eof:
+                self.inflater = None
+                data = data if self.gzip else b""
+        return b"".join(out)
+
+    def _begin(self, data: bytes) -> bool:
+        """Choose the format; False if more data is needed.
+
+        Servers send deflate with zlib's header, as the standard says, or without.
+        """
+        if not self.gzip and len(data) < 2:
+            return False
+        has_header = data[0] & 15 == 8 and int.from_bytes(data[:2], "big") % 31 == 0
+        self.inflater = zlib.decompressobj(31 if self.gzip else 15 if has_header else -15)
+        return True
+
+    def _expand(self, data: bytes) -> bytes:
+        try:
+            piece: bytes = self.inflater.decompress(data, self.PIECE)
+        except zlib.error as error:
+            raise ProtocolError(f"malformed compression: {error}") from None
+        self.expanded += len(piece)
+        if self.expanded > self.PIECE + self.MAX_RATIO * self.received:
+            raise ProtocolError("the compressed body expands to too much")
+        return piece
+
+    def close(self) -> None:
+        """Raise ProtocolError if the compressed body is incomplete."""
+        if self.inflater is not None or self.start:
+            raise ProtocolError("the compressed body is incomplete")
+
+
 # == 6. transport =============================================================================
 # Connections to upstreams: urllib.request with a connection pool. All network exceptions end here;
 # above this section an OSError can only mean that the client disconnected. Knows no models.
@@ -2286,6 +2348,8 @@ class UpstreamResponse:
         self.status, self.keep_alive = 0, False
         self.headers: Dict[str, str] = {}
         self.body = NO_BODY
+        self.content: Optional[ContentDecoder] = None  # of a compressed body
+        self.opening = b""  # the payload that was received first
         self.head_buffer = bytearray()  # an incomplete head
         self.interim = 0  # number of 1xx responses so far
         self.first_payload = b""  # payload received together with the head
@@ -2297,15 +2361,25 @@ class UpstreamResponse:
         ProtocolError or ConnectionError if the response is malformed or incomplete.
         """
         if data and self.status:
-            return self.body.feed(data)
+            payload = self.body.feed(data)
+            return self._expand(payload) if self.content else payload
         if data:
             data = self._head(data)
-            return self.body.feed(data) if data else b""
+            payload = self.body.feed(data) if data else b""
+            return self._expand(payload) if self.content else payload
         self.scope.raise_if_cancelled()
         if not self.status:
             raise ConnectionError("the connection was closed without a response")
         self.body.close()
-        return b""
+        return self._expand(b"") if self.content else b""
+
+    def _expand(self, payload: bytes) -> bytes:
+        """Decompress the payload; ProtocolError if the body ends within it."""
+        assert self.content
+        data = self.content.feed(payload)
+        if self.body.done:
+            self.content.close()
+        return data
 
     def _head(self, data: bytes) -> bytes:
         """Parse the head once it is complete; return the bytes after it."""
@@ -2328,7 +2402,22 @@ class UpstreamResponse:
         no_body = self.no_body or status in (204, 304)
         self.body = BodyDecoder({} if no_body else self.headers, until_close=not no_body)
         self.keep_alive = is_persistent(http_minor, self.headers) and not self.body.until_close
+        self._check_content_encoding()
         return bytes(buffer)
+
+    def _check_content_encoding(self) -> None:
+        """Prepare for a compressed body, which some upstreams send although they must not."""
+        encoding = self.headers.get("content-encoding", "").strip().lower()
+        if encoding in ("", "identity") or self.body.done:
+            return
+        try:
+            self.content = ContentDecoder(encoding)
+        except ValueError:
+            name = shorten(encoding, 40)
+            raise truncated(
+                self.timeouts.upstream_name,
+                f"sent the Content-Encoding {name!r}, which was not asked for and is not supported",
+            ) from None
 
     def read_head(self) -> None:
         """Block until the head is complete. APIError if the network fails."""
@@ -2772,6 +2861,71 @@ def take_complete_lines(buffer: bytearray, data: bytes) -> bytes:
     return lines
 
 
+class EventLines:
+    """Splits an event stream into events, as the WHATWG's HTML standard defines them.
+
+    Lines end with CR LF, LF or CR; a byte order mark, comments and other fields are skipped. Beyond
+    the standard, an event that is one whole JSON object ends where the next object begins, since
+    some servers leave out the blank line between events.
+    """
+
+    def __init__(self) -> None:
+        self.buffer = bytearray()  # an incomplete line
+        self.data: List[bytes] = []  # data lines of an incomplete event
+        self.type = b""  # of this event
+        self.size = 0  # bytes of memory that the data lines use
+        self.begun = self.after_cr = False
+
+    def feed(self, data: bytes) -> Iterator[Tuple[bytes, bytes]]:
+        """Yield (type, data) of each event that has data."""
+        if self.after_cr or b"\r" in data:
+            data = self._without_cr(data)
+        if self.buffer:
+            data = take_complete_lines(self.buffer, data)
+        lines = data.split(b"\n")
+        partial = lines.pop()
+        if partial:
+            self.buffer += partial
+        if lines and not self.begun:
+            self.begun = True
+            lines[0] = lines[0].removeprefix(b"\xef\xbb\xbf")
+        for line in lines:
+            if line.startswith(b"data:"):
+                value = line[6:] if line.startswith(b"data: ") else line[5:]
+                if self.data and self._is_whole_object() and value[:1] in b"{[":
+                    yield self._take()
+                self.data.append(value)
+                self.size += len(line) + 64  # plus Python's overhead for a bytes object
+            elif not line:
+                if self.data:
+                    yield self._take()
+                self.type = b""
+            elif line.startswith(b"event:"):
+                self.type = line[6:].strip()[:100]
+
+    def close(self) -> Iterator[Tuple[bytes, bytes]]:
+        """Yield the last event, whose blank line may be missing."""
+        yield from self.feed(b"\n\n")
+
+    def _is_whole_object(self) -> bool:
+        first = self.data[0]
+        return len(self.data) == 1 and first.startswith(b"{") and first.rstrip().endswith(b"}")
+
+    def _take(self) -> Tuple[bytes, bytes]:
+        event = self.type, b"\n".join(self.data)
+        self.data, self.size, self.type = [], 0, b""
+        return event
+
+    def _without_cr(self, data: bytes) -> bytes:
+        """Replace CR LF and CR by LF. A CR at the end ends its line; an LF that follows is its."""
+        if self.after_cr and data.startswith(b"\n"):
+            data = data[1:]
+            self.after_cr = False
+        if data:
+            self.after_cr = data.endswith(b"\r")
+        return data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+
+
 def too_many_calls(upstream_name: str) -> APIError:
     """Error for an answer with more than MAX_TOOL_CALLS tool calls."""
     return truncated(upstream_name, f"sent more than {MAX_TOOL_CALLS} tool calls")
@@ -2788,6 +2942,7 @@ class EventStream:
     """
 
     DRAIN_TIMEOUT = 1.0  # seconds for an upstream to end its message after a complete answer
+    MAX_OPENING = 1024  # bytes of blanks before a body
 
     def __init__(
         self, response: UpstreamResponse, make_decoder: Callable[[UpstreamResponse], Any]
@@ -2810,8 +2965,9 @@ class EventStream:
                 else b""
             )
             if self.decoder is None:
-                if not response.status:
+                if not self._can_choose_decoder(payload):
                     return events
+                payload = response.opening
                 self.decoder = self.make_decoder(response)
             self.byte_budget -= len(payload)
             if self.byte_budget < 0:
@@ -2833,6 +2989,20 @@ class EventStream:
         except Exception as error:  # a decoder's bug is its upstream's failure, not the loop's
             events += self.on_network_error(error)
         return events
+
+    def _can_choose_decoder(self, payload: bytes) -> bool:
+        """Collect the body's opening; True once it shows the format, whatever its type says."""
+        response = self.response
+        if not response.status:
+            return False
+        response.opening += payload
+        return (
+            response.status >= 300
+            or response.body.done
+            or len(response.opening) > self.MAX_OPENING
+            or not response.opening.isspace()
+            and response.opening != b""
+        )
 
     def mark_complete(self) -> None:
         """Ignore what follows the answer, but give the upstream time to end its message.
@@ -4263,7 +4433,7 @@ def stop_sequences(body: Dict[str, Any]) -> List[str]:
     return [stop for stop in stops if stop]
 
 
-FINISH_REASONS = {
+AKASH_FINISH_REASONS = {
     "stop": "stop",
     "length": "length",
     "content-filter": "content_filter",
@@ -4574,9 +4744,9 @@ class AkashDecoder:
         if self.pending_surrogate:
             self.pending_surrogate = ""
             out.append(Text("\ufffd"))
-        if isinstance(reason, str) and reason in FINISH_REASONS:
+        if isinstance(reason, str) and reason in AKASH_FINISH_REASONS:
             self.finished = True
-            out.append(Finish(FINISH_REASONS[reason], _akash_usage(usage)))
+            out.append(Finish(AKASH_FINISH_REASONS[reason], _akash_usage(usage)))
         elif reason == "error":
             self._fail("Akash Chat failed in the middle of its answer.")
         else:
@@ -5041,108 +5211,254 @@ class ChatDecoder:
         data: {"error":{"message":"..."}}                       error
         data: [DONE]                                            Finish; optional
 
-    Lines end with CR LF or LF; an event may have several data lines. Only choice 0 is decoded.
+    Events without data, whose data is JSON but no object, or of a type that is not "message" and
+    without JSON (a ping) are skipped. Only choice 0 is decoded.
     """
 
     LINE_LIMIT = 16 << 20  # bytes
 
     def __init__(self, upstream_name: str = "the upstream", secrets: Iterable[str] = ()) -> None:
         self.upstream_name, self.secrets = upstream_name, secrets
-        self.buffer = bytearray()  # an incomplete line
-        self.calls: Set[Tuple[int, Optional[str]]] = set()  # (upstream's index, ID) of tool calls
-        self.latest: Dict[int, int] = {}  # upstream's index -> number of its latest tool call
-        self.data: List[bytes] = []  # data lines of an incomplete event
-        self.size = 0  # bytes of memory they use
+        self.lines = EventLines()
+        self.calls = ToolCallAssembler(upstream_name)
+        self.halves = SurrogateHalves()
         self.reason: Optional[str] = None
         self.usage: Optional[Dict[str, int]] = None
         self.finished = False
         self.error: Optional[APIError] = None
 
     def feed(self, data: bytes) -> List[Event]:
-        if self.buffer:
-            data = take_complete_lines(self.buffer, data)
-        lines = data.split(b"\n")
-        partial = lines.pop()
-        if partial:
-            self.buffer += partial
-        if b"\r" in data:
-            lines = [line[:-1] if line.endswith(b"\r") else line for line in lines]
-        out: List[Event] = []
-        for line in lines:
-            if line.startswith(b"data:"):
-                self.data.append(line[5:].lstrip(b" "))
-                self.size += len(line) + 64  # plus Python's overhead for a bytes object
-            elif not line and self.data:
-                self._event(b"\n".join(self.data), out)
-                self.data, self.size = [], 0
-            if self.finished or self.error:
-                self.buffer.clear()
-                return out
-        if (self.data or self.buffer) and self.size + len(self.buffer) > self.LINE_LIMIT:
+        out = self._decode(self.lines.feed(data))
+        lines = self.lines
+        if (lines.data or lines.buffer) and lines.size + len(lines.buffer) > self.LINE_LIMIT:
             self.error = truncated(self.upstream_name, "sent an event that is too long")
         return out
 
     def close(self) -> List[Event]:
-        out: List[Event] = []
-        if self.data and not self.buffer.strip():
-            self._event(b"\n".join(self.data), out)  # the last blank line may be missing
+        out = self._decode(self.lines.close())
         if not self.finished and not self.error:
-            self._finish(out)
+            out += self._decode([(b"", b"[DONE]")])
         return out
 
-    def _event(self, data: bytes, out: List[Event]) -> None:
-        if data.strip() == b"[DONE]":
-            self._finish(out)
+    def _decode(self, events: Iterable[Tuple[bytes, bytes]]) -> List[Event]:
+        out: List[Event] = []
+        for event_type, data in events:
+            try:
+                self._event(event_type, data, out)
+            except APIError as error:
+                self.error = error
+            if self.finished or self.error:
+                self.lines = EventLines()
+                break
+        return out
+
+    def _event(self, event_type: bytes, data: bytes, out: List[Event]) -> None:
+        """Decode one event. Raises the APIError that it stands for."""
+        if data.strip() in (b"[DONE]", b""):
+            if data:
+                self._finish(out)
             return
-        event = json_or_none(data)
+        try:
+            event = from_json(data)
+        except ValueError:
+            if event_type in (b"", b"message", b"error"):
+                raise truncated(self.upstream_name, "sent an event that is not JSON") from None
+            return
         if not isinstance(event, dict):
-            self.error = truncated(self.upstream_name, "sent an event that is not JSON")
-        elif event.get("error") or is_error(event):
-            self.error = error_from_body(self.upstream_name, 200, event, self.secrets)
+            return
+        if event.get("error") or is_error(event):
+            raise error_from_body(self.upstream_name, 200, event, self.secrets)
+        self.usage = usage_of(event) or self.usage
+        for choice in as_list(event.get("choices")):
+            choice = as_dict(choice)
+            if not choice.get("index"):
+                delta = as_dict(choice.get("delta")) or {"content": choice.get("text")}
+                for each in message_events(delta):
+                    self._add(each, out)
+                reason = choice.get("finish_reason")
+                self.reason = reason if reason and isinstance(reason, str) else self.reason
+
+    def _add(self, event: Event, out: List[Event]) -> None:
+        if isinstance(event, ToolCall):
+            out += self.calls.add(event)
+        elif isinstance(event, (Text, Reasoning)):
+            out += self.halves.join(event)
         else:
-            self.usage = chat_usage(event.get("usage")) or self.usage
-            for choice in as_list(event.get("choices")):
-                choice = as_dict(choice)
-                if not choice.get("index"):
-                    delta = as_dict(choice.get("delta")) or {"content": choice.get("text")}
-                    out += map(self._renumber_tool_call, message_events(delta))
-                    reason = choice.get("finish_reason")
-                    self.reason = reason if reason and isinstance(reason, str) else self.reason
-
-    def _renumber_tool_call(self, event: Event) -> Event:
-        """Number tool calls by their IDs: some servers give all of them the index 0.
-
-        Fragments without an ID belong to the latest call of their index. Passes other events on.
-        """
-        if not isinstance(event, ToolCall):
-            return event
-        if event.index not in self.latest or event.id and (event.index, event.id) not in self.calls:
-            if len(self.calls) == MAX_TOOL_CALLS:
-                self.error = too_many_calls(self.upstream_name)
-                return event
-            self.latest[event.index] = len(self.calls)
-            self.calls.add((event.index, event.id))
-        return ToolCall(self.latest[event.index], event.arguments, event.id, event.name)
+            out.append(event)
 
     def _finish(self, out: List[Event]) -> None:
         if self.reason is None:
-            self.error = truncated(self.upstream_name)
-        else:
-            self.finished = True
-            out.append(Finish(self.reason, self.usage))
+            raise truncated(self.upstream_name)
+        out += self.halves.flush()
+        reason = finish_reason(self.upstream_name, self.reason, self.calls.close())
+        self.finished = True
+        out.append(Finish(reason, self.usage))
+
+
+class SurrogateHalves:
+    """Joins the halves of a character that were sent in two events.
+
+    JSON can cut an emoji into two escapes, "\\ud83d" and "\\ude00", and some servers put them into
+    two events. A half that stays alone is passed on.
+    """
+
+    def __init__(self) -> None:
+        self.held: Optional[TextEvent] = None  # ends with the first half
+
+    def join(self, event: TextEvent) -> List[Event]:
+        """Return the events that are complete with this one."""
+        out: List[Event] = []
+        if self.held is None and not is_high_surrogate(event.text[-1:]):
+            return [event]
+        text = event.text
+        if self.held is not None:
+            if type(self.held) is type(event):
+                pair = (self.held.text + text).encode("utf-16", "surrogatepass")
+                text = pair.decode("utf-16", "surrogatepass")
+            else:
+                out.append(self.held)
+            self.held = None
+        if is_high_surrogate(text[-1:]):
+            self.held, text = type(event)(text[-1]), text[:-1]
+        return [*out, type(event)(text)] if text else out
+
+    def flush(self) -> List[Event]:
+        """Return what is held back."""
+        held, self.held = self.held, None
+        return [held] if held else []
+
+
+def is_high_surrogate(character: str) -> bool:
+    """Return whether a character is the first half of a surrogate pair."""
+    return "\ud800" <= character <= "\udbff"
+
+
+class JSONProgress:
+    """Tells whether a JSON object that arrives in parts is complete. Linear in its length."""
+
+    _MARKS = re.compile(r'["\\{}\[\]]')
+
+    def __init__(self) -> None:
+        self.depth, self.in_string, self.escaped, self.begun = 0, False, False, False
+
+    @property
+    def complete(self) -> bool:
+        return self.begun and not self.depth and not self.in_string
+
+    def feed(self, text: str) -> None:
+        escape_end = 0 if self.escaped else -1  # the position of an escaped character
+        for match in self._MARKS.finditer(text):
+            mark, at = match[0], match.start()
+            if at == escape_end:
+                continue
+            if self.in_string:
+                self.in_string = mark != '"'
+                if mark == "\\":
+                    escape_end = at + 1
+            elif mark == '"':
+                self.in_string = True
+            elif mark != "\\":
+                self.begun = True
+                self.depth += 1 if mark in "{[" else -1
+        self.escaped = escape_end == len(text)
+
+
+class CallInProgress:
+    """A tool call of which fragments have arrived."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.id: Optional[str] = None
+        self.name: Optional[str] = None
+        self.held: List[str] = []  # arguments that arrived before the name
+        self.progress = JSONProgress()
+
+
+class ToolCallAssembler:
+    """Numbers tool calls and joins their fragments, however a server labels them.
+
+    A fragment belongs to the call with its ID; else to the latest call of its index, or if the
+    index is new and the fragment has no name, to the latest call of all. It begins a call instead
+    if there is none, or if it has a name and that call
+
+    * has another name, or
+    * has another ID, and its arguments are complete or have not begun, or
+    * has complete arguments, and the fragment has no ID.
+
+    So a new ID alone begins nothing: some servers send one with each fragment. A call is passed on
+    from its name on, which may come after its ID; ID and name are told once.
+    """
+
+    def __init__(self, upstream_name: str) -> None:
+        self.upstream_name = upstream_name
+        self.count = 0
+        self.by_id: Dict[str, CallInProgress] = {}
+        self.by_index: Dict[int, CallInProgress] = {}
+        self.latest: Optional[CallInProgress] = None
+
+    def add(self, fragment: ToolCall) -> List[Event]:
+        """Return the events of a fragment. APIError if there are too many calls."""
+        call = self._find(fragment)
+        if call is None or self._begins_another(call, fragment):
+            call = self._begin(fragment)
+        self.by_index[fragment.index] = self.latest = call
+        if call.id is None and fragment.id:
+            call.id = fragment.id
+            self.by_id.setdefault(fragment.id, call)
+        call.progress.feed(fragment.arguments)
+        if call.name is not None:
+            return [ToolCall(call.number, fragment.arguments)] if fragment.arguments else []
+        call.held.append(fragment.arguments)
+        if not fragment.name:
+            return []
+        call.name = fragment.name
+        return [ToolCall(call.number, "".join(call.held), call.id, call.name)]
+
+    def close(self) -> bool:
+        """Return whether there was a call. APIError if one has arguments but no name."""
+        for call in {*self.by_id.values(), *self.by_index.values()}:
+            if call.name is None and any(call.held):
+                raise truncated(self.upstream_name, "sent a tool call without a name")
+        return self.count > 0
+
+    def _find(self, fragment: ToolCall) -> Optional[CallInProgress]:
+        """Return the call that a fragment may continue."""
+        call = self.by_id.get(fragment.id or "") or self.by_index.get(fragment.index)
+        return call or (None if fragment.name or fragment.id else self.latest)
+
+    @staticmethod
+    def _begins_another(call: CallInProgress, fragment: ToolCall) -> bool:
+        if not fragment.name or call.name is None:
+            return False
+        if fragment.name != call.name:
+            return True
+        if fragment.id and call.id and fragment.id != call.id:
+            return call.progress.complete or not call.progress.begun
+        return not fragment.id and call.progress.complete
+
+    def _begin(self, fragment: ToolCall) -> CallInProgress:
+        if self.count == MAX_TOOL_CALLS:
+            raise too_many_calls(self.upstream_name)
+        call = CallInProgress(self.count)
+        self.count += 1
+        if fragment.id in self.by_id:  # two calls with one ID: the dialects make one for the second
+            call.id = ""
+        return call
 
 
 def message_events(message: Dict[str, Any]) -> List[Event]:
     """Return the events of a stream's delta or of a complete message."""
     events: List[Event] = []
     reasoning = message.get("reasoning_content") or message.get("reasoning")
+    content = message.get("content") or message.get("refusal")
+    if isinstance(content, list):
+        parts = list(map(as_dict, content))
+        reasoning = reasoning or "".join(map(thinking_text, parts))
+        content = "".join(str(part.get("text") or "") for part in parts)
     if isinstance(reasoning, str) and reasoning:
         events.append(Reasoning(reasoning))
-    text = message.get("content") or message.get("refusal")
-    if isinstance(text, list):
-        text = "".join(str(as_dict(part).get("text") or "") for part in text)
-    if isinstance(text, str) and text:
-        events.append(Text(text))
+    if isinstance(content, str) and content:
+        events.append(Text(content))
     calls = as_list(message.get("tool_calls"))
     if isinstance(message.get("function_call"), dict):
         calls = [{"index": 0, "function": message["function_call"]}]
@@ -5160,16 +5476,72 @@ def message_events(message: Dict[str, Any]) -> List[Event]:
     return events
 
 
+def thinking_text(part: Dict[str, Any]) -> str:
+    """Return the text of a content part with reasoning, as Mistral sends it; "" for others."""
+    if part.get("type") != "thinking":
+        return ""
+    thinking = part.get("thinking")
+    texts = [as_dict(each).get("text") for each in as_list(thinking)] or [thinking]
+    return "".join(text for text in texts if isinstance(text, str))
+
+
 def name_or_none(value: Any) -> Optional[str]:
     """Return a string as it is, an integer as a string; None for anything else."""
     return value if isinstance(value, str) else str(value) if type(value) is int else None
 
 
+# What reasons to end mean, by the first pattern that they contain in lower case. OpenAI's names are
+# on the left; servers send several dozen others (max_tokens, model_length, SAFETY, sensitive,
+# tool_use, insufficient_system_resource ...). An unknown reason after an answer is a "stop".
+# fmt: off
+FINISH_REASONS: List[Tuple[str, str]] = [
+    ("stop",           r"^(?:stop|eos|end|done|complete)"),
+    ("error",          r"error|fail|abort|cancel|malformed|unexpected|overload|timeout|timed_out"
+                       r"|rate_limit|resource|unavailable|interrupt|network|exhausted"),
+    ("length",         r"length|token|context|limit"),
+    ("content_filter", r"filter|safety|sensitive|refus|block|prohibit|moderat|policy|recitation"
+                       r"|spii|guardrail|inspect|violat"),
+    ("tool_calls",     r"tool|function"),
+    ("stop",           r""),
+]
+# fmt: on
+
+
+def finish_reason(upstream_name: str, reason: str, has_calls: bool) -> str:
+    """Return OpenAI's word for why an answer ended. APIError if it failed."""
+    words = reason[:200].lower()
+    meaning = next(name for name, words_of in FINISH_REASONS if re.search(words_of, words))
+    if meaning == "error":
+        reason = shorten(reason, 40)
+        raise truncated(upstream_name, f"ended its answer with the reason {reason!r}")
+    if meaning in ("stop", "tool_calls"):  # some servers say "stop" after tool calls
+        return "tool_calls" if has_calls else "stop"
+    return meaning
+
+
+# Other names of usage.prompt_tokens_details.cached_tokens and
+# usage.completion_tokens_details.reasoning_tokens, which DeepSeek, Moonshot and others use.
+CACHED_TOKENS = ("prompt_cache_hit_tokens", "cached_tokens", "cache_read_input_tokens")
+REASONING_TOKENS = ("reasoning_tokens", "thinking_tokens")
+
+
+def usage_of(body: Dict[str, Any]) -> Optional[Dict[str, Any]]:
+    """Return the usage of a completion or an event, wherever servers put it."""
+    usage = body.get("usage")
+    if usage is None and ("x_groq" in body or "choices" in body):
+        choice = as_dict(next(iter(as_list(body.get("choices"))), None))
+        usage = as_dict(body.get("x_groq")).get("usage") or choice.get("usage")
+    return chat_usage(usage)
+
+
 def chat_usage(usage: Any) -> Optional[Dict[str, Any]]:
     """Validate an upstream's usage; None unless it has both counts.
 
-    Other fields are kept, except integers that are not valid counts.
+    Details under other names are added under OpenAI's. Other fields are kept, except integers that
+    are not valid counts.
     """
+    if not usage:
+        return None
     usage = {
         name: counts(value) if isinstance(value, dict) else value
         for name, value in counts(as_dict(usage)).items()
@@ -5178,8 +5550,18 @@ def chat_usage(usage: Any) -> Optional[Dict[str, Any]]:
     completion = count_or_none(usage.get("completion_tokens"))
     if prompt is None or completion is None:
         return None
+    add_detail(usage, "prompt_tokens_details", "cached_tokens", CACHED_TOKENS)
+    add_detail(usage, "completion_tokens_details", "reasoning_tokens", REASONING_TOKENS)
     total = count_or_none(usage.get("total_tokens"))
     return {**usage, "total_tokens": prompt + completion if total is None else total}
+
+
+def add_detail(usage: Dict[str, Any], group: str, name: str, others: Tuple[str, ...]) -> None:
+    """Set a detail of a usage from its other names, unless it is there."""
+    details = as_dict(usage.get(group))
+    value = next(filter(None, map(count_or_none, map(usage.get, others))), None)
+    if value and not details.get(name):
+        usage[group] = {**details, name: value}
 
 
 def counts(usage: Dict[str, Any]) -> Dict[str, Any]:
@@ -5368,6 +5750,32 @@ def is_error(body: Any) -> bool:
 
 
 _ANSWER_FIELDS = ("choices", "data", "output", "content")
+# The field that answers on a path have, and that is not empty.
+ANSWER_FIELDS = {
+    CHAT_PATH: b"choices",
+    "/v1/completions": b"choices",
+    "/v1/embeddings": b"data",
+}
+ANSWER = re.compile(rb'"(?:choices|data)"')
+EMPTY_ANSWER = re.compile(rb'"(?:choices|data)"\s{0,20}:\s{0,20}(?:null|\[\s{0,20}\])')
+
+
+def media_type(content_type: str) -> str:
+    """Return a content type without its parameters, in lower case."""
+    return content_type.partition(";")[0].strip().lower()
+
+
+def is_streamed(content_type: str, opening: bytes, requested: bool) -> bool:
+    """Return whether a body is an event stream, by its first character if one was requested.
+
+    Servers send streams as application/json, as text/plain or without a type.
+    """
+    kind = media_type(content_type)
+    first = opening.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+    if kind == "text/event-stream":
+        return first not in (b"{", b"[")
+    is_text = kind == "" or kind.startswith(("text/", "application/"))
+    return requested and is_text and first != b"" and first in b":deir\xef"
 
 
 class OpenAIController(Controller):
@@ -5445,7 +5853,7 @@ class OpenAIController(Controller):
                 lambda data: self._status_error(response, data, call.model), is_error_body=True
             )
         content_type = response.headers.get("content-type", "")
-        streamed = content_type.startswith("text/event-stream")
+        streamed = is_streamed(content_type, response.opening, call.stream)
         if is_native and (call.relay_only or streamed == call.stream):
             return self._relay(call, response, content_type, streamed)
         if streamed:
@@ -5459,32 +5867,37 @@ class OpenAIController(Controller):
         call.relay_status = response.status
         call.relay_content_type = redact(content_type, self.secrets) or "application/octet-stream"
         if streamed:
+            if media_type(content_type) != "text/event-stream":
+                call.relay_content_type = "text/event-stream"
             return PassthroughDecoder(self.name, True, END_PATTERNS.get(call.path), self.secrets)
-        if content_type.startswith("text/html"):
+        if media_type(content_type) == "text/html":
             raise APIError(502, f"{self.name} answered with a web page.", code="upstream_error")
-        if not content_type.startswith("application/json") and (
-            response.body.until_close or not response.body.done
-        ):
+        is_json = media_type(content_type) == "application/json"
+        if not is_json and (response.body.until_close or not response.body.done):
             return PassthroughDecoder(self.name, is_sse=False)
-        parse = functools.partial(self._document, content_type, response.body.until_close)
-        return BufferedBody(parse)
+        if not is_json:
+            return BufferedBody(lambda data: [RawBytes(data)])
+        field = ANSWER_FIELDS.get(call.path, b"")
+        return BufferedBody(functools.partial(self._document, field, response.body.until_close))
 
-    def _document(self, content_type: str, until_close: bool, data: bytes) -> List[Event]:
-        """Check and pass on a complete body; APIError if it is an error or malformed JSON.
+    def _document(self, field: bytes, until_close: bool, data: bytes) -> List[Event]:
+        """Check and pass on a complete JSON body; APIError if it is an error or no answer.
 
-        JSON is parsed only if it may be an error, or if the body ends with the connection: then
-        nothing else shows whether it is complete.
+        ``field`` is one that each answer has. The body is parsed only if it may be an error, or if
+        it ends with the connection: then nothing else shows whether it is complete.
         """
-        text = data.strip() if content_type.startswith("application/json") else b""
-        if until_close and json_or_none(text) is None:
+        text = data.strip()
+        if not text or until_close and json_or_none(text) is None:
             raise truncated(self.name)
-        if text and (text[:1] not in b"{[" or text[-1:] not in b"}]"):
+        if text[:1] not in b"{[" or text[-1:] not in b"}]":
             raise truncated(self.name, "sent something that is not JSON")
-        is_answer = b'"choices"' in text or b'"data"' in text
+        is_answer = ANSWER.search(text) and not EMPTY_ANSWER.search(text)
         if not is_answer or b'"error"' in text or b'"errors"' in text:
             body = json_or_none(data)
             if is_error(body) or body is None and text[1:].lstrip().startswith(b'"error"'):
                 raise error_from_body(self.name, 200, data if body is None else body, self.secrets)
+            if field and not as_dict(body).get(field.decode()):
+                raise truncated(self.name, "sent something that is not an answer")
             data = redact_bytes(data, self.secrets)
         return [RawBytes(data)]
 
@@ -5495,12 +5908,16 @@ class OpenAIController(Controller):
         if fields.get("error") or is_error(body):
             raise error_from_body(self.name, 200, body, self.secrets)
         choice = as_dict(next(iter(as_list(fields.get("choices"))), None))
-        if not isinstance(choice.get("finish_reason"), str):
+        reason = choice.get("finish_reason")
+        if not isinstance(reason, str) or not reason:
             raise truncated(self.name, "sent something that is not a completion")
-        return [
-            *message_events(as_dict(choice.get("message")) or {"content": choice.get("text")}),
-            Finish(choice["finish_reason"], chat_usage(fields.get("usage"))),
-        ]
+        message = as_dict(choice.get("message")) or {"content": choice.get("text")}
+        calls = [as_dict(call) for call in as_list(message.get("tool_calls"))]
+        for position, call in enumerate(calls):
+            call["index"] = position  # each is a call of its own, whatever the server says
+        events = message_events({**message, "tool_calls": calls})
+        has_calls = any(isinstance(event, ToolCall) for event in events)
+        return [*events, Finish(finish_reason(self.name, reason, has_calls), usage_of(fields))]
 
     def _status_error(self, response: UpstreamResponse, data: bytes, model: str) -> NoReturn:
         body = json_or_none(data)
