@@ -1,11 +1,31 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: MIT
+# /// script
+# requires-python = ">=3.9"
+# dependencies = []
+# ///
 """akashproxy: Akash Chat, and any OpenAI-compatible upstreams, as one OpenAI-compatible server.
 
 One module, the standard library only, Python 3.9 or newer:
 
     python3 akashproxy.py              # serves Akash Chat on http://127.0.0.1:16571/v1
     python3 akashproxy.py --demo       # the same without a network
+    python3 akashproxy.py --help       # all settings
+
+As a module it starts nothing by itself:
+
+    import akashproxy
+
+    settings = akashproxy.Settings(server_address="127.0.0.1:0")
+    with akashproxy.Server(settings) as server:    # serves until the block ends
+        print(server.url)
+
+A kind of upstream is a subclass of Controller, registered in CONTROLLERS; it answers a Call with
+events: Text, Reasoning, ToolCall, Image, and a Finish at the end. help() of each class says more,
+help(akashproxy.Settings) lists the settings, and the README shows examples.
+
+How it works
+------------
 
 A client speaks OpenAI's API or Anthropic's to this file; it speaks the web API of Akash Chat, or
 OpenAI's, to upstreams. A *controller* knows one upstream; a *pool* chooses one for each request.
@@ -79,11 +99,39 @@ Where is ...
     reloading                          Server.reload
     the stand-in of --demo             DemoAkash
     the page at /                      PAGE, page
+
+To audit what becomes of your keys, read four sections: *settings* reads them, *transport* sends
+them, to the controller's own base_url only, *failures* hides them (redact) in all that upstreams
+say, and *server* compares the tokens of clients (Gate.authorize). Nothing is written to disk.
+
+Licence (MIT)
+-------------
+
+Copyright (c) 2026 the akashproxy authors
+
+Permission is hereby granted, free of charge, to any person obtaining a copy of this software and
+associated documentation files (the "Software"), to deal in the Software without restriction,
+including without limitation the rights to use, copy, modify, merge, publish, distribute,
+sublicense, and/or sell copies of the Software, and to permit persons to whom the Software is
+furnished to do so, subject to the following conditions:
+
+The above copyright notice and this permission notice shall be included in all copies or substantial
+portions of the Software.
+
+THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT
+NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND
+NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES
+OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN
+CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
 """
 
 from __future__ import annotations
 
 import signal
+import sys
+
+if sys.version_info < (3, 9):
+    raise SystemExit(f"akashproxy needs Python 3.9 or newer, and this is {sys.version.split()[0]}")
 
 if __name__ == "__main__" and hasattr(signal, "pthread_sigmask"):
     # Before anything else: a signal that comes while the file is loading would end the process.
@@ -1012,7 +1060,20 @@ def one_of(*values: str) -> Callable[[str], str]:
 
 
 class ValidatedSettings:
-    """Base of dataclasses whose fields are checked on creation. Raises ConfigError."""
+    """Base of dataclasses whose fields are checked on creation. Raises ConfigError.
+
+    Lists are accepted where a tuple is declared.
+    """
+
+    def __init_subclass__(cls) -> None:
+        """Describe each setting in the docstring, for help()."""
+        settings = {name: item for name, item in vars(cls).items() if hasattr(item, "metadata")}
+        lines = [
+            f"    {name}: {item.metadata['help']}"
+            for name, item in settings.items()
+            if item.metadata
+        ]
+        cls.__doc__ = "\n".join([f"{cls.__doc__}\n", *lines])
 
     def __post_init__(self) -> None:
         problems: List[str] = []
@@ -1021,6 +1082,8 @@ class ValidatedSettings:
                 value = getattr(self, item.name)
                 if item.type.startswith("Tuple") and isinstance(value, str):
                     value = from_text(item, value)
+                if isinstance(value, list):
+                    value = tuple(value)
                 object.__setattr__(self, item.name, validate(item, value))
         if problems:
             raise ConfigError(problems)
@@ -5625,6 +5688,7 @@ class Upstream:
         self.controller, self.options, self.name = controller, controller.options, controller.name
         self.current_weight = 0.0  # of smooth weighted round robin
         self.in_flight = self.served = self.failed = self.cooldown_count = 0
+        self.outcomes: Dict[str, int] = defaultdict(int)  # attempts by "success" or a category
         self.cooldowns: Dict[Tuple[str, Optional[str]], CoolDown] = {}  # by (category, model)
         self.served_at = -math.inf  # the last success
         self.last_error, self.last_error_at = "", 0.0  # the latter by time.time()
@@ -5632,7 +5696,9 @@ class Upstream:
         self.known_models: Optional[frozenset[str]] = None  # its model list; None: not read yet
         self.identity = self._identity()
         if previous and previous.identity[:3] == self.identity[:3]:  # type, address and key
-            self._inherit(previous, "served", "failed", "cooldown_count", "known_models")
+            self._inherit(
+                previous, "served", "failed", "outcomes", "cooldown_count", "known_models"
+            )
         if previous and previous.identity == self.identity:
             self._inherit(previous, "cooldowns", "served_at", "last_error", "last_error_at")
 
@@ -5670,6 +5736,7 @@ class Upstream:
         self, error: Optional[APIError], now: float, started: float, model: str = ""
     ) -> None:
         """Record the success (None) or failure of an attempt that started at ``started``."""
+        self.outcomes["success" if error is None else error.category] += 1
         if error is None:
             self.served += 1
             self.served_at = now
@@ -5745,6 +5812,20 @@ class Upstream:
         for cooldown in pending:
             cooldown.recheck_at = now + RECHECK
         return True
+
+    def metrics(self, now: float) -> Dict[Tuple[str, ...], float]:
+        """Return its metrics: {(name, label, ...): number}, without the controller's label."""
+        rest = self.cooldown_until - now
+        metrics: Dict[Tuple[str, ...], float] = {
+            ("akashproxy_controller_rests_total",): self.cooldown_count,
+            ("akashproxy_controller_resting",): int(rest > 0),
+            ("akashproxy_controller_rest_seconds",): max(0.0, round(rest, 3)),
+        }
+        for outcome, count in self.outcomes.copy().items():
+            metrics["akashproxy_upstream_requests_total", outcome] = count
+        for name, value in self.controller.metrics().items():
+            metrics[name,] = value
+        return metrics
 
     def log_exception(self, error: APIError) -> None:
         """Log the exception behind an error, with its traceback once per line of code."""
@@ -6072,6 +6153,11 @@ class Pool:
                 if self._pick(usable, waiter.call.model, waiter.ignored, now) is None:
                     break
                 self.queue.resume(waiter, upstream)
+
+    def waiting_calls(self) -> int:
+        """Return the number of queued calls."""
+        with self.lock:
+            return sum(map(len, self.queue.lines.values()))
 
     def wake_waiters(self, limit: int) -> bool:
         """Resume up to ``limit`` ready calls; True if there may be more."""
@@ -8154,10 +8240,11 @@ class Request:
 class AccessRecord:
     """Values of a model call for the access log and the metrics. Owned as its Request."""
 
-    __slots__ = ("controller", "first_token_at", "model", "usage")
+    __slots__ = ("broken_off", "controller", "first_token_at", "model", "usage")
 
     def __init__(self) -> None:
         self.model = self.controller = ""
+        self.broken_off = False  # failed after its first byte
         self.usage: Optional[Dict[str, int]] = None
         self.first_token_at = 0.0
 
@@ -8991,73 +9078,67 @@ class KeyLimiter:
         }
 
 
-# {name: (type, help, labels)}. Label values come from ROUTES and the settings, never from requests:
-# clients could otherwise create any number of series.
+# {name: (type, help, labels)}. Label values come from ROUTES, the settings and the upstreams' model
+# lists, never from requests: clients could otherwise create any number of series.
+# fmt: off
 METRICS: Dict[str, Tuple[str, str, Tuple[str, ...]]] = {
     "akashproxy_requests_total": (
-        "counter",
-        "Completed requests.",
-        ("route", "status", "controller"),
-    ),
-    "akashproxy_requests_in_flight": (
-        "gauge",
-        "Model calls and images in progress.",
-        (),
-    ),
+        "counter", "Completed requests.", ("route", "status", "controller")),
+    "akashproxy_requests_in_flight": ("gauge", "Model calls and images in progress.", ()),
+    "akashproxy_requests_waiting": ("gauge", "Model calls queued for a controller.", ()),
     "akashproxy_request_duration_seconds": (
-        "histogram",
-        "Time from the first byte of a model call to the end of its response.",
-        ("controller",),
-    ),
+        "histogram", "Time from the first byte of a model call to the end of its response.",
+        ("controller",)),
     "akashproxy_time_to_first_token_seconds": (
-        "histogram",
-        "Time from the first byte of a model call to the first event of its stream.",
-        ("controller",),
-    ),
+        "histogram", "Time from the first byte of a model call to the first event of its stream.",
+        ("controller",)),
+    "akashproxy_time_per_output_token_seconds": (
+        "histogram", "Time of a stream after its first event, per further token.", ("controller",)),
+    "akashproxy_streams_broken_off_total": (
+        "counter", "Responses that failed after they had begun.", ("controller",)),
     "akashproxy_prompt_tokens_total": (
-        "counter",
-        "Prompt tokens, where upstreams report them.",
-        ("controller",),
-    ),
+        "counter", "Prompt tokens, where upstreams report them.", ("controller",)),
     "akashproxy_completion_tokens_total": (
-        "counter",
-        "Completion tokens, where upstreams report them.",
-        ("controller",),
-    ),
-    "akashproxy_failovers_total": (
-        "counter",
-        "Failovers to another controller.",
-        (),
-    ),
+        "counter", "Completion tokens, where upstreams report them.", ("controller",)),
+    "akashproxy_model_requests_total": (
+        "counter", "Completed model calls, by a model that upstreams list.", ("model",)),
+    "akashproxy_model_tokens_total": (
+        "counter", "Tokens, by a model that upstreams list.", ("model", "type")),
+    "akashproxy_upstream_requests_total": (
+        "counter", "Attempts, by their outcome.", ("controller", "outcome")),
+    "akashproxy_failovers_total": ("counter", "Failovers to another controller.", ()),
     "akashproxy_controller_rests_total": (
-        "counter",
-        "Cool-downs of a controller.",
-        ("controller",),
-    ),
+        "counter", "Cool-downs of a controller.", ("controller",)),
     "akashproxy_controller_resting": (
-        "gauge",
-        "1 while a controller is cooling down.",
-        ("controller",),
-    ),
+        "gauge", "1 while a controller is cooling down.", ("controller",)),
+    "akashproxy_controller_rest_seconds": (
+        "gauge", "Time until a controller's cool-down ends.", ("controller",)),
     "akashproxy_session_renewals_total": (
-        "counter",
-        "Sessions obtained from Akash Chat.",
-        ("controller",),
-    ),
+        "counter", "Sessions obtained from Akash Chat.", ("controller",)),
     "akashproxy_key_requests_total": ("counter", "Model calls of a key.", ("key",)),
     "akashproxy_key_refused_total": (
-        "counter",
-        "Model calls rejected by the limits of a key.",
-        ("key",),
-    ),
+        "counter", "Model calls rejected by the limits of a key.", ("key",)),
     "akashproxy_key_in_flight": ("gauge", "Model calls of a key in progress.", ("key",)),
+    "akashproxy_key_tokens_total": ("counter", "Tokens used by a key.", ("key", "type")),
     "akashproxy_sent_bytes_total": ("counter", "Bytes sent in response bodies.", ()),
     "akashproxy_open_connections": ("gauge", "Open client connections.", ()),
     "akashproxy_build_info": ("gauge", "Always 1.", ("version", "python")),
     "process_cpu_seconds_total": ("counter", "CPU time, user and system.", ()),
     "process_start_time_seconds": ("gauge", "Start time, in seconds since 1970.", ()),
+    "process_resident_memory_bytes": ("gauge", "Memory in use (Linux).", ()),
+    "process_open_fds": ("gauge", "Open file descriptors (Linux).", ()),
+    "process_max_fds": ("gauge", "Limit of open file descriptors.", ()),
 }
+# fmt: on
 BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320)  # seconds; then infinity
+TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1, 2.5, 5)
+MAX_MODEL_LABELS = 200  # models with series of their own; the others are counted as "other"
+
+
+# Counters without labels are there from the start, as rate() needs a first value.
+UNLABELLED_COUNTERS = [
+    name for name, (kind, _, labels) in METRICS.items() if kind == "counter" and not labels
+]
 
 
 class Metrics:
@@ -9066,39 +9147,65 @@ class Metrics:
     def __init__(self, server: "Server") -> None:
         self.server, self.started_at, self.lock = server, time.time(), threading.Lock()
         self.counts: Dict[Tuple[Any, ...], float] = defaultdict(  # {(name, label, ...): number}
-            int, {(name,): 0 for name, (_, _, labels) in METRICS.items() if not labels}
+            int, {(name,): 0 for name in UNLABELLED_COUNTERS}
         )
+        self.models: Set[str] = set()  # those with series of their own
 
     def add(self, request: "Request", now: float) -> None:
         """Count a completed request."""
         record, call, writer, counts = request.record, request.call, request.writer, self.counts
-        controller, usage = record.controller, record.usage
+        controller, status = record.controller, writer.status or 499
         with self.lock:
-            counts[
-                "akashproxy_requests_total", request.route.label, writer.status or 499, controller
-            ] += 1
+            counts["akashproxy_requests_total", request.route.label, status, controller] += 1
             counts["akashproxy_sent_bytes_total",] += writer.bytes_sent
             if call is None:
                 return
-            self.observe(
-                "akashproxy_request_duration_seconds", controller, now - request.started_at
-            )
-            if len(call.attempts) > 1:
-                counts["akashproxy_failovers_total",] += len(call.attempts) - 1
-            if call.stream and controller and is_event_stream(call.relay_content_type):
-                self.observe(
-                    "akashproxy_time_to_first_token_seconds",
-                    controller,
-                    record.first_token_at - request.started_at,
+            counts["akashproxy_failovers_total",] += max(0, len(call.attempts) - 1)
+            counts["akashproxy_model_requests_total", self.model_label(call.model)] += 1
+            if record.broken_off:
+                counts["akashproxy_streams_broken_off_total", controller] += 1
+            self._add_durations(request, call, now)
+            self._add_tokens(request, call)
+
+    def _add_durations(self, request: "Request", call: Call, now: float) -> None:
+        """Add a call's durations to the histograms. The caller holds the lock."""
+        record, started_at = request.record, request.started_at
+        self.observe("akashproxy_request_duration_seconds", record.controller, now - started_at)
+        if not (call.stream and record.controller and is_event_stream(call.relay_content_type)):
+            return
+        first = record.first_token_at
+        self.observe(
+            "akashproxy_time_to_first_token_seconds", record.controller, first - started_at
+        )
+        tokens = (record.usage or {}).get("completion_tokens") or 0
+        if tokens > 1:
+            seconds = (now - first) / (tokens - 1)
+            self.observe("akashproxy_time_per_output_token_seconds", record.controller, seconds)
+
+    def _add_tokens(self, request: "Request", call: Call) -> None:
+        """Count a call's tokens. The caller holds the lock."""
+        usage, counts = request.record.usage or {}, self.counts
+        for kind in ("prompt", "completion"):
+            tokens = max(0, usage.get(f"{kind}_tokens") or 0)
+            if tokens:
+                counts[f"akashproxy_{kind}_tokens_total", request.record.controller] += tokens
+                counts["akashproxy_model_tokens_total", self.model_label(call.model), kind] += (
+                    tokens
                 )
-            if usage:
-                for kind in ("prompt", "completion"):
-                    tokens = max(0, usage.get(f"{kind}_tokens") or 0)
-                    counts[f"akashproxy_{kind}_tokens_total", controller] += tokens
+                if request.key is not None:
+                    counts["akashproxy_key_tokens_total", request.key.name, kind] += tokens
+
+    def model_label(self, model: str) -> str:
+        """Return the label of a model: its name if upstreams list it, else "other"."""
+        if model not in self.models:
+            if model not in self.server.pool.model_names or len(self.models) >= MAX_MODEL_LABELS:
+                return "other"
+            self.models.add(model)
+        return model
 
     def observe(self, name: str, controller: str, seconds: float) -> None:
         """Add a duration to a histogram. The caller holds the lock."""
-        self.counts[name, controller, bisect.bisect_left(BUCKETS, seconds)] += 1
+        self.counts[name, controller, bisect.bisect_left(buckets_of(name), seconds)] += 1
         self.counts[name, controller, "sum"] += seconds
 
     def snapshot(self) -> Dict[Tuple[Any, ...], float]:
@@ -9107,22 +9214,40 @@ class Metrics:
         with self.lock:
             metrics = dict(self.counts)
         metrics["akashproxy_requests_in_flight",] = server.running_calls()
+        metrics["akashproxy_requests_waiting",] = server.pool.waiting_calls()
         metrics["akashproxy_open_connections",] = len(connections)
         for upstream in server.pool.upstreams:
-            metrics["akashproxy_controller_rests_total", upstream.name] = upstream.cooldown_count
-            metrics["akashproxy_controller_resting", upstream.name] = int(
-                upstream.cooldown_until > server.pool.clock()
-            )
-            for name, value in upstream.controller.metrics().items():
-                metrics[name, upstream.name] = value
+            for (name, *labels), value in upstream.metrics(server.pool.clock()).items():
+                metrics[(name, upstream.name, *labels)] = value
         for key in server.keys:
             metrics["akashproxy_key_requests_total", key.name] = key.requests
             metrics["akashproxy_key_refused_total", key.name] = key.rejected
             metrics["akashproxy_key_in_flight", key.name] = key.in_flight
         metrics["akashproxy_build_info", __version__, "%d.%d.%d" % sys.version_info[:3]] = 1
-        metrics["process_cpu_seconds_total",] = time.process_time()
         metrics["process_start_time_seconds",] = self.started_at
+        metrics.update(process_metrics())
         return metrics
+
+
+def buckets_of(name: str) -> Tuple[float, ...]:
+    """Return the upper bounds of a histogram's buckets, in seconds."""
+    return TOKEN_BUCKETS if name == "akashproxy_time_per_output_token_seconds" else BUCKETS
+
+
+def process_metrics() -> Dict[Tuple[str], float]:
+    """Return the process_* metrics that this system offers."""
+    metrics: Dict[Tuple[str], float] = {("process_cpu_seconds_total",): time.process_time()}
+    with contextlib.suppress(ImportError, OSError, ValueError, IndexError):
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        if limit != resource.RLIM_INFINITY:
+            metrics["process_max_fds",] = limit
+        metrics["process_open_fds",] = len(os.listdir("/proc/self/fd"))
+        with open("/proc/self/statm", encoding="ascii") as statm:
+            pages = int(statm.read().split()[1])
+        metrics["process_resident_memory_bytes",] = pages * resource.getpagesize()
+    return metrics
 
 
 def prometheus_text(metrics: Dict[Tuple[Any, ...], float]) -> bytes:
@@ -9151,7 +9276,7 @@ def histogram_lines(
 ) -> Iterator[str]:
     """Yield the sample lines of one histogram; its buckets are cumulative."""
     count: float = 0
-    for index, bound in enumerate([*map(str, BUCKETS), "+Inf"]):
+    for index, bound in enumerate([*map(str, buckets_of(name)), "+Inf"]):
         count += buckets.get(str(index), 0)
         yield sample(f"{name}_bucket", [*labels, ("le", bound)], count)
     yield sample(f"{name}_sum", labels, buckets["sum"])
@@ -9183,7 +9308,10 @@ _UNPRINTABLE = re.compile(r"[^ -~]")  # not allowed in a header
 _STATUS_LINES = {int(status): f"HTTP/1.1 {status:d} {status.phrase}" for status in http.HTTPStatus}
 
 # Request headers that a relayed request keeps; all others stay here, tokens and cookies above all.
-FORWARDED_HEADERS = frozenset(("accept", "openai-beta", "anthropic-version", "anthropic-beta"))
+FORWARDED_HEADERS = frozenset(
+    ("accept", "openai-beta", "anthropic-version", "anthropic-beta", "traceparent", "tracestate")
+)
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")  # W3C
 
 LAME_DUCK_SECONDS = 1.0  # idle connections stay open on shutdown, for requests in transit
 
@@ -9527,6 +9655,7 @@ class CallResponder:
     def error_trailer(self, error: APIError) -> bytes:
         """Return the frames that end a response with an error; b"" if its format has none."""
         log.warning("%s: broken off: %s", self.request.id, error.message)
+        self.request.record.broken_off = True
         if is_event_stream(self.call.relay_content_type):
             frames: bytes = self.dialect.error_frames(error)
             return frames
@@ -9730,7 +9859,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def send_response(self, code: int, message: Optional[str] = None) -> None:
         """Begin a response; ``message`` is ignored, the standard phrase is sent."""
-        self.response: Tuple[int, List[Tuple[str, str]]] = int(code), []
+        self.response: Tuple[int, List[Tuple[str, str]]] = (int(code), [])
 
     def send_header(self, keyword: str, value: Any) -> None:
         """Add a header; ValueError if it contains CR, LF or NUL (header injection)."""
@@ -9941,6 +10070,13 @@ def escape_match(match: "re.Match[str]") -> str:
     )
 
 
+def rfc3339(timestamp: float) -> str:
+    """Format a Unix time as local time with its zone: 2026-01-31T12:00:00.123+01:00."""
+    from datetime import datetime
+
+    return datetime.fromtimestamp(timestamp).astimezone().isoformat(timespec="milliseconds")
+
+
 class LogFormat(logging.Formatter):
     """Formats log lines as text or JSON. Any thread.
 
@@ -9961,7 +10097,7 @@ class LogFormat(logging.Formatter):
             return text
         facts = getattr(record, "facts", None) or {"message": text.split(" ", 3)[3]}
         return _encode(
-            {"time": self.formatTime(record), "level": record.levelname.lower(), **facts}
+            {"time": rfc3339(record.created), "level": record.levelname.lower(), **facts}
         )
 
 
@@ -10270,6 +10406,25 @@ def key_limiters(settings: Settings, previous: List[KeyLimiter]) -> List[KeyLimi
     return keys
 
 
+PROBE_ROUTES = ("/health", "/metrics")  # requested every few seconds: logged at debug level
+
+
+def ending(request: Request) -> str:
+    """Return how a response ended: whole, refused, broken_off or client_left."""
+    writer = request.writer
+    if not writer.finished:
+        return "client_left"
+    if request.record.broken_off:
+        return "broken_off"
+    return "whole" if writer.status < 400 else "refused"
+
+
+def trace_id(traceparent: str) -> str:
+    """Return the trace id of a W3C traceparent header; "" if it is malformed."""
+    match = _TRACEPARENT.fullmatch(traceparent)
+    return match[1] if match else ""
+
+
 def log_access(request: Request, now: float) -> None:
     """Write a request's line of the access log."""
     record, usage, writer = request.record, request.record.usage or {}, request.writer
@@ -10280,6 +10435,7 @@ def log_access(request: Request, now: float) -> None:
         "method": request.head.method,
         "path": shorten(request.head.path),
         "status": writer.status or 499,
+        "ended": ending(request),
         "model": shorten(record.model),
         "controller": record.controller,
         "first_ms": round((record.first_token_at or now) * 1000) - round(started_at * 1000),
@@ -10287,9 +10443,12 @@ def log_access(request: Request, now: float) -> None:
         "bytes": writer.bytes_sent,
         "tokens_in": usage.get("prompt_tokens"),
         "tokens_out": usage.get("completion_tokens"),
+        "trace": trace_id(request.head.headers.get("traceparent", "")),
         "id": request.id,
     }
-    log.info(
+    is_probe = request.route.label in PROBE_ROUTES and writer.status == 200
+    log.log(
+        logging.DEBUG if is_probe else logging.INFO,
         " ".join(f"{name}={value}" for name, value in facts.items() if value not in ("", None)),
         extra={"facts": facts},
     )
@@ -10750,6 +10909,8 @@ def main(argv: Optional[List[str]] = None) -> int:
 def command(argv: List[str]) -> int:
     """Run the command; ConfigError if arguments or settings are invalid."""
     options = parse_flags(argv)
+    if options.health:
+        options = parse_flags([*container_flags(), *argv])
     flags = {name: value for name, value in vars(options).items() if isinstance(value, str)}
     settings = Settings.load(dict(os.environ), flags)
     if options.health or options.check:
@@ -10767,7 +10928,7 @@ def command(argv: List[str]) -> int:
     def load() -> Settings:
         return dataclasses.replace(Settings.load(dict(os.environ), flags), **demo)
 
-    return start(Server(dataclasses.replace(settings, **demo)), load)
+    return start(Server(dataclasses.replace(settings, **demo)), load, options.demo)
 
 
 def print_text(text: str, file: Any = None) -> None:
@@ -10960,6 +11121,21 @@ def print_section(title: str, options: Any, suffixes: Dict[str, str]) -> None:
     print_text("\n".join([f"\n[{title}]", *lines]))
 
 
+def container_flags() -> List[str]:
+    """Return the flags of the server that is process 1 of this container; [] if there is none.
+
+    A HEALTHCHECK doesn't know the arguments of ``docker run``, which may name another address.
+    """
+    with contextlib.suppress(OSError):
+        with open("/proc/1/cmdline", "rb") as file:
+            arguments = [
+                part.decode("utf-8", "surrogateescape") for part in file.read().split(b"\0")
+            ]
+        if sys.argv[0] in arguments:
+            return [part for part in arguments[arguments.index(sys.argv[0]) + 1 :] if part]
+    return []
+
+
 def check_health(settings: Settings) -> int:
     """Query /health of the server with these settings, for containers without curl."""
     host, port = split_address(settings.server_address)
@@ -10977,21 +11153,42 @@ def check_health(settings: Settings) -> int:
         connection.close()
 
 
-def start(server: Server, load: Callable[[], Settings]) -> int:
-    """Start a server, print its URL and serve until a signal; the exit status."""
+def start(server: Server, load: Callable[[], Settings], demo: bool = False) -> int:
+    """Start a server, print its URLs and serve until a signal; the exit status."""
     raise_fd_limit()
     gc.freeze()  # the module's objects live on: collections need not traverse them
     if not server.settings.needs_token() and not server.is_loopback:
         log.warning(
             "anyone who can reach %s can use this server and its upstreams' keys and quotas: "
             "set BEARER_TOKEN",
-            server.url,
+            " or ".join(reachable_urls(server)),
         )
     signals = Signals(signal.SIGINT, signal.SIGTERM, SIGHUP)
-    line = f"akashproxy {__version__} serves {server.pool} on {server.url}/v1"
+    pool = f"{server.pool}, simulated without a network," if demo else server.pool
+    lines = [f"akashproxy {__version__} serves {pool} on {server.url}/v1"]
+    if server.server_name in WILDCARDS:
+        lines.append(f"it listens on all addresses of this machine, port {server.server_port}")
+    lines.append(f"page to chat with: {server.url}/   stop: Ctrl-C")
     server.start()
-    print_text(line)
+    print_text("\n".join(lines))
     return serve(server, load, signals)
+
+
+WILDCARDS = ("0.0.0.0", "::")  # listening on all interfaces
+
+
+def reachable_urls(server: Server) -> List[str]:
+    """Return the base URLs by which other machines may reach the server."""
+    if server.server_name not in WILDCARDS:
+        return [server.url]
+    hosts = []
+    # Connecting a UDP socket sends nothing, but selects the local address towards the Internet.
+    for family, target in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):
+        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as sock:
+            sock.connect((target, 9))
+            hosts.append(sock.getsockname()[0])
+    urls = [f"http://{join_address(host, server.server_port)}" for host in hosts]
+    return urls or [f"port {server.server_port} of this machine"]
 
 
 def raise_fd_limit() -> None:

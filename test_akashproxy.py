@@ -8,6 +8,7 @@ The bytes of the fakes are recordings of the real server, made small; the names 
 the names that the recordings have.
 """
 
+import argparse
 import ast
 import asyncio
 import base64
@@ -2226,6 +2227,45 @@ def test_check_shows_the_settings_but_no_secret():
     assert done.returncode == 0 and "s3cret" not in done.stdout + done.stderr
     displayed = dict(line.split("=", 1) for line in done.stdout.partition("\n\n")[0].splitlines()[2:])
     assert set(displayed) == set(SETTINGS) and displayed["BEARER_TOKEN"] == "********" and displayed["LOG_LEVEL"] == "debug"
+
+
+@pytest.mark.parametrize("python", ["3.7", "3.8"])
+def test_an_old_python_says_what_is_needed(python):
+    root = pathlib.Path(os.environ.get("PYENV_ROOT") or pathlib.Path.home() / ".pyenv")
+    found = [*pathlib.Path("/usr/bin").glob(f"python{python}"), *root.glob(f"versions/{python}.*/bin/python")]
+    if not found:
+        pytest.skip(f"Python {python} is not installed")
+    done = subprocess.run([found[0], HERE / "akashproxy.py"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert done.returncode == 1 and done.stderr.decode().startswith("akashproxy needs Python 3.9 or newer, and this is 3.") and done.stderr.count(b"\n") == 1
+
+
+def test_the_file_is_a_script_for_uv_and_pipx():
+    block = re.search(r"(?m)^# /// script$\s(?P<content>(^#(| .*)$\s)+)^# ///$", SOURCE)    # as PEP 723 has it
+    assert block["content"] == '# requires-python = ">=3.9"\n# dependencies = []\n' and os.access(HERE / "akashproxy.py", os.X_OK)
+
+
+@pytest.mark.parametrize("cls", [Settings, akashproxy.ControllerSettings, akashproxy.ClientKeySettings])
+def test_settings_describe_themselves_and_take_lists(cls):
+    for item in akashproxy.setting_fields(cls):
+        assert f"    {item.name}: {item.metadata['help']}" in cls.__doc__
+        if item.type.startswith("Tuple[str") and item.name not in ("cors_origins",):
+            value = {"bearer_token": ["tok"], "trusted_proxies": ["127.0.0.1"]}.get(item.name, ["a", "b"])
+            with contextlib.suppress(ConfigError):
+                assert getattr(cls(**{item.name: value}), item.name) == tuple(value), item.name
+
+
+def test_where_others_reach_a_server_that_listens_everywhere():
+    process = subprocess.Popen(**command("--server-address", "0.0.0.0:0", "--demo"))
+    try:
+        lines = [process.stdout.readline() for _ in range(3)]
+        port = re.search(r", simulated without a network, on http://127\.0\.0\.1:(\d+)/v1\n", lines[0])[1]
+        assert lines[1:] == [f"it listens on all addresses of this machine, port {port}\n", f"page to chat with: http://127.0.0.1:{port}/   stop: Ctrl-C\n"]
+        process.terminate()
+        warning = process.communicate(timeout=20)[1]
+        assert re.search(rf"anyone who can reach (http://\S+:{port}|port {port} of this machine)", warning) and "http://127.0.0.1" not in warning
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def test_help_and_version():
@@ -5548,9 +5588,10 @@ def test_log_lines(form, akash):
         first, second = map(json.loads, lines)
         assert {"time", "client", "method", "path", "status", "model", "controller", "first_ms", "ms", "bytes", "tokens_in", "tokens_out",
                 "id"} <= set(first)
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}[+-]\d\d:\d\d", first["time"]), "RFC 3339"
         assert (first["status"], first["model"], first["controller"], second["path"]) == (200, "demo", "akash", "/no\nwhere\x1b[31m")
     else:
-        assert re.search(r" INFO client=127\.0\.0\.1 method=POST path=/v1/chat/completions status=200 model=demo controller=akash "
+        assert re.search(r" INFO client=127\.0\.0\.1 method=POST path=/v1/chat/completions status=200 ended=whole model=demo controller=akash "
                          r"first_ms=\d+ ms=\d+ bytes=\d+ id=req_\w+$", lines[0]) and "path=/no\\nwhere\\x1b[31m status=404" in lines[1]
 
 
@@ -7103,8 +7144,169 @@ def test_every_series_is_in_the_readme():
     assert rows("Metrics")[:len(akashproxy.METRICS)] == [f"`{name}`" for name in akashproxy.METRICS]
     for name, (_, _, labels) in akashproxy.METRICS.items():
         assert f"| `{name}` | {', '.join(labels)} |" in README
-    alarms = re.search("^### Metrics\n.*?^##", README, re.M | re.S)[0].partition("| alarm |")[2]
-    assert set(re.findall(r"(?:akashproxy|process)_\w+?(?=_bucket|\b)", alarms)) <= set(akashproxy.METRICS)
+    assert set(re.findall(r"(?:akashproxy|process)_\w+?(?=_bucket|\b)", " ".join(ALARMS.values()))) <= set(akashproxy.METRICS)
+
+
+ALARMS = dict(re.findall(r"^\| ([\w ]+) \| `(.*?)` \|$", re.search("^### Metrics\n.*?^##", README, re.M | re.S)[0].partition("| alarm |")[2], re.M))
+
+# Samples a minute apart, in promtool's notation: first+step x count. For each alarm: (those that raise it, those that don't).
+OK, ROUTE = 'akashproxy_requests_total{status="200"}', 'akashproxy_requests_total{status="502"}'
+SLOW, FAST = ('akashproxy_time_to_first_token_seconds_bucket{le="%s"}' % le for le in ("20", "0.5"))
+ALL = 'akashproxy_time_to_first_token_seconds_bucket{le="+Inf"}'
+RESTING = 'akashproxy_controller_resting{controller="%s"}'
+SERIES = {
+    "answers fail": ({OK: "0+100x20", ROUTE: "0+5x20"}, {OK: "0+100x20", ROUTE: "0+1x20"}),
+    "first tokens are slow": ({FAST: "0+9x20", SLOW: "0+10x20", ALL: "0+10x20"}, {FAST: "0+10x20", SLOW: "0+10x20", ALL: "0+10x20"}),
+    "all controllers are cooling down": ({RESTING % "a": "1+0x20", RESTING % "b": "1+0x20"}, {RESTING % "a": "1+0x20", RESTING % "b": "0+0x20"}),
+    "a controller fails repeatedly": ({'akashproxy_controller_rests_total{controller="a"}': "0+1x20"}, {'akashproxy_controller_rests_total{controller="a"}': "7+0x20"}),
+    "the core is fully used": ({"process_cpu_seconds_total": "0+59x20"}, {"process_cpu_seconds_total": "0+30x20"}),
+    "it restarts": ({"process_start_time_seconds": "0+1x20"}, {"process_start_time_seconds": "5+0x20"}),
+}
+
+
+class Vector(dict):
+    """PromQL's instant vector, {labels: value}, as far as the alarms need it."""
+
+    def where(self, keep):
+        return Vector({labels: value for labels, value in self.items() if keep(value)})
+
+    def __truediv__(self, other):
+        return Vector({labels: value / other[labels] for labels, value in self.items() if other.get(labels)})
+
+    def __gt__(self, limit):
+        return self.where(lambda value: value > limit)
+
+    def __ge__(self, limit):
+        return self.where(lambda value: value >= limit)
+
+
+def promql(expression, series):
+    """The value of an expression at the last sample."""
+    def select(name, wanted, minutes):
+        found = {}
+        for text, samples in series.items():
+            labels = dict(re.findall(r'(\w+)="(.*?)"', text))
+            first, step, count = map(int, re.split(r"[+x]", samples))
+            if text.partition("{")[0] == name and all(re.fullmatch(value, labels.get(label, "")) for label, value in re.findall(r'(\w+)=~?"(.*?)"', wanted)):
+                found[frozenset(labels.items())] = [first + step * at for at in range(count + 1)][-minutes - 1:]
+        return found
+
+    def over(function):
+        return lambda ranges: Vector({labels: function(values) for labels, values in ranges.items()})
+
+    def group(function, names=()):
+        def aggregate(vector):
+            groups = collections.defaultdict(list)
+            for labels, value in vector.items():
+                groups[frozenset(pair for pair in labels if pair[0] in names)].append(value)
+            return Vector({labels: function(values) for labels, values in groups.items()})
+        return aggregate
+
+    def quantile(share, vector):
+        buckets = sorted((float(dict(labels)["le"].replace("+Inf", "inf")), value) for labels, value in vector.items())
+        rank = share * buckets[-1][1]
+        at = next(at for at, (_, count) in enumerate(buckets) if count >= rank)
+        (low, under), (high, count) = buckets[at - 1] if at else (0, 0), buckets[at]
+        return Vector({frozenset(): low if high == math.inf else low + (high - low) * (rank - under) / (count - under)})
+
+    code = re.sub(r"sum by \((\w+)\)", r"sum_by('\1')", expression)
+    code = re.sub(r"((?:akashproxy|process)_\w+)(\{.*?\})?(?:\[(\d+)m\])?",
+                  lambda match: f"{'select' if match[3] else 'instant'}({match[1]!r}, {match[2] or ''!r}, {match[3] or 0})", code)
+    return eval(code, {
+        "select": select, "instant": lambda *wanted: over(lambda values: values[-1])(select(*wanted)), "sum": group(sum), "min": group(min),
+        "sum_by": lambda *names: group(sum, names), "histogram_quantile": quantile, "increase": over(lambda values: values[-1] - values[0]),
+        "rate": over(lambda values: (values[-1] - values[0]) / 60 / (len(values) - 1)),
+        "changes": over(lambda values: sum(one != other for one, other in zip(values, values[1:]))),
+    })
+
+
+@pytest.mark.parametrize("alarm", ALARMS)
+def test_each_alarm_is_raised_when_it_must_be(alarm):
+    raising, quiet = SERIES[alarm]
+    assert promql(ALARMS[alarm], raising) and not promql(ALARMS[alarm], quiet)
+
+
+def test_prometheus_itself_raises_the_alarms(tmp_path):
+    """What our small reading of PromQL says is what Prometheus says."""
+    if not shutil.which("promtool"):
+        pytest.skip("promtool is not installed")
+    (tmp_path / "rules.yml").write_text(json.dumps({"groups": [{"name": "akashproxy", "rules": [
+        {"alert": name.replace(" ", "_"), "expr": expression} for name, expression in ALARMS.items()]}]}))
+    (tmp_path / "tests.yml").write_text(json.dumps({"rule_files": ["rules.yml"], "tests": [{
+        "interval": "1m", "input_series": [{"series": each, "values": values} for each, values in samples.items()],
+        "promql_expr_test": [{"expr": f"count({ALARMS[name]}) or vector(0)", "eval_time": "20m", "exp_samples": [{"labels": "{}", "value": int(raised)}]}],
+    } for name, cases in SERIES.items() for samples, raised in zip(cases, (True, False))]}))
+    done = subprocess.run(["promtool", "test", "rules", "tests.yml"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_models_tokens_and_attempts_are_counted_by_name(pool):
+    one, other = FakeOpenAI(["listed"]), FakeOpenAI(["listed"])
+    one.faults.extend([one.status(500)])
+    answer = {**json.loads(other.completion()), "usage": {"prompt_tokens": 11, "completion_tokens": 5, "total_tokens": 16}}
+    other.faults.extend([lambda sock, request: sock.sendall(reply(body=json.dumps(answer).encode())) or True])
+    server = pool(one, (other, {"priority": 2}), keys=(akashproxy.ClientKeySettings(name="ann", key="k-ann"),))
+    key = {"Authorization": "Bearer k-ann"}
+    server.pool.models()
+    body = {"model": "listed", "max_tokens": 9, "messages": [user("hi")]}
+    assert ask(server, "POST", "/v1/messages", body, key).status == 200
+    for at in range(3):
+        chat(server, {**CHAT, "model": f"made-up-{at}"}, key)
+    wait_for(lambda: samples(server, key).get(("akashproxy_model_requests_total", "other")) == 3)
+    found = samples(server, key)
+    assert found["akashproxy_model_requests_total", "listed"] == 1
+    assert {(kind, found["akashproxy_model_tokens_total", "listed", kind]) for kind in ("prompt", "completion")} == {("prompt", 11), ("completion", 5)}
+    assert found["akashproxy_key_tokens_total", "ann", "prompt"] == 11
+    assert found["akashproxy_upstream_requests_total", "a", "server"] == 1 and found["akashproxy_upstream_requests_total", "b", "success"] >= 1
+    assert found["akashproxy_requests_waiting",] == 0 and found["process_resident_memory_bytes",] > 1e6
+    assert 0 < found["process_open_fds",] < found["process_max_fds",]
+
+
+def test_a_model_has_a_series_of_its_own_only_while_there_are_few():
+    metrics = akashproxy.Metrics(argparse.Namespace(pool=argparse.Namespace(model_names=[f"m{at}" for at in range(500)])))
+    labels = {metrics.model_label(f"m{at}") for at in range(500)} | {metrics.model_label("unknown")}
+    assert len(labels) == akashproxy.MAX_MODEL_LABELS + 1 and "other" in labels
+
+
+@pytest.mark.parametrize("fault, ended", [
+    (None, "whole"), ("cut", "broken_off"), ("refused", "refused"), ("left", "client_left"), ("probe", None)])
+def test_the_log_says_how_a_response_ended(fault, ended, pool, caplog):
+    caplog.set_level("INFO")
+    fake = FakeOpenAI(["m"])
+    server = pool(fake)
+    body = {"model": "m", "stream": True, "messages": [user("hi")]}
+    if fault == "left":
+        fake.faults.append(fake.stall(1))
+        with socket.create_connection(("127.0.0.1", server.server_port)) as sock:
+            sock.sendall(post("/v1/chat/completions", body))
+            assert sock.recv(65536)
+    elif fault == "probe":
+        ask(server, path="/health")
+        ask(server, path="/metrics")
+    else:
+        if fault == "cut":
+            fake.faults.append(fake.cut(1))
+        chat(server, {"model": 5} if fault == "refused" else body)
+    wait_for(lambda: ended is None or f" ended={ended} " in caplog.text)
+    assert ended is not None or "ended=" not in caplog.text
+
+
+TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+
+
+@pytest.mark.parametrize("path, body", [("/v1/chat/completions", {"model": "m", "messages": [user("hi")]}),
+                                        ("/v1/messages", {"model": "m", "max_tokens": 9, "messages": [user("hi")]})])
+def test_a_trace_goes_to_the_upstream_and_into_the_log(path, body, pool, caplog):
+    caplog.set_level("INFO")
+    fake = FakeOpenAI(["m"])
+    ask(pool(fake), "POST", path, body, {"traceparent": TRACE, "tracestate": "a=b"})
+    assert (fake.requests[-1].headers["traceparent"], fake.requests[-1].headers["tracestate"]) == (TRACE, "a=b")
+    wait_for(lambda: f" trace={TRACE[3:35]} " in caplog.text)
+
+
+@pytest.mark.parametrize("text", ["", "00", TRACE + "\n", TRACE.upper(), "x" * 300])
+def test_a_malformed_trace_is_not_logged(text):
+    assert akashproxy.trace_id(text) == ""
 
 
 # == keys =====================================================================================
@@ -8260,7 +8462,7 @@ def rows(heading):
 
 def test_every_field_of_the_log_is_in_the_readme(caplog, serve):
     caplog.set_level("INFO")
-    ask(serve())
+    ask(serve(), path="/v1/models")
     wait_for(lambda: any(hasattr(record, "facts") for record in caplog.records))
     facts, = [record.facts for record in caplog.records if hasattr(record, "facts")]
     assert rows("The log") == [f"`{name}`" for name in facts]
@@ -9304,7 +9506,7 @@ MAY_NAME = {    # a section: the sections whose names may stand in it
     "dialects": "names errors events settings http filters pool",
     "loop": "names errors events settings http transport pool relay limits server",
     "relay": "names errors events http streams loop server",
-    "limits": "names errors settings streams controllers server",
+    "limits": "names errors events settings streams controllers server",
     "server": "names errors events settings http transport controllers pool dialects loop relay limits page",
     "demo": "names", "page": "names", "main": "names errors settings server demo",
 }
@@ -9429,15 +9631,20 @@ def test_the_readmes_configuration_is_one(config):
         assert run("--config-file", path, "--check", **environ).returncode == 0
 
 
-def test_the_dockerfile_fits_the_code():
-    lines = (HERE / "Dockerfile").read_text().splitlines()
-    dockerfile = dict(line.split(" ", 1) for line in lines if line and not line.startswith("#"))
-    assert dockerfile["COPY"] == "akashproxy.py /akashproxy.py"
-    assert dockerfile["ENV"] == "DEFAULT_SERVER_ADDRESS=0.0.0.0:16571" and dockerfile["EXPOSE"] == "16571"
-    entry = json.loads(dockerfile["ENTRYPOINT"])
-    health = json.loads(dockerfile["HEALTHCHECK"].partition("CMD ")[2])
-    assert entry == ["/usr/bin/python3", "-I", "/akashproxy.py"] and health == entry + ["--health"]
-    assert dockerfile["USER"] == "65532:65532"
+def test_the_dockerfile_fits_the_code(tmp_path):
+    build, final = (DOCKERFILE.replace("\\\n", "").partition("AS build\n")[2]).split("\nFROM ${BASE}\n")
+    assert set(re.findall(r"LABEL(.*)", final)[0].split()) >= {'org.opencontainers.image.licenses="MIT"', 'org.opencontainers.image.version="${VERSION}"'}
+    final = dict(line.split(" ", 1) for line in final.splitlines() if line and not line.startswith("#"))
+    assert final["ENV"] == "DEFAULT_SERVER_ADDRESS=0.0.0.0:16571" and final["EXPOSE"] == "16571" and final["USER"] == "65532:65532"
+    entry = json.loads(final["ENTRYPOINT"])
+    assert entry == ["/usr/bin/python3", "-I", "/akashproxy.pyc"] and json.loads(final["HEALTHCHECK"].partition("CMD ")[2]) == entry + ["--health"]
+    assert final["COPY"] == "--from=build /build/akashproxy.pyc /build/akashproxy.py /"
+    # the build's step, and what it makes, with this Python
+    step = [part.replace("/build", str(tmp_path)) for part in json.loads(re.search(r"^RUN (.*)$", build, re.M)[1])]
+    shutil.copy(HERE / "akashproxy.py", tmp_path)
+    subprocess.run([sys.executable, *step[1:]], check=True)
+    done = subprocess.run([sys.executable, "-I", str(tmp_path / "akashproxy.pyc"), "--version"], capture_output=True, text=True)
+    assert done.stdout == f"akashproxy {akashproxy.__version__}\n"
 
 
 @pytest.mark.parametrize("name, data, environ, listens", [
@@ -9452,7 +9659,7 @@ def test_the_dockerfile_fits_the_code():
     ("akashproxy.json", None, {"CHATGPT_APISERVER_PORT": "6"}, ":6"),
 ])
 def test_in_the_image_the_port_of_a_mounted_file_is_heard(name, data, environ, listens, config, tmp_path, monkeypatch):
-    image = dict([re.search(r"^ENV (\S+)=(\S+)$", (HERE / "Dockerfile").read_text(), re.M).groups()])
+    image = dict([re.search(r"^ENV (\S+)=(\S+)$", DOCKERFILE, re.M).groups()])
     monkeypatch.chdir(tmp_path)
     if data is not None:
         config(data, name)
