@@ -181,15 +181,18 @@ from typing import (
     ClassVar,
     Deque,
     Dict,
+    Generic,
     Iterable,
     Iterator,
     List,
     NamedTuple,
     NoReturn,
     Optional,
+    Pattern,
     Set,
     Tuple,
     Type,
+    TypeVar,
     Union,
     get_args,
 )
@@ -2750,67 +2753,89 @@ def truncated(upstream_name: str, problem: str = "ended its answer early") -> AP
 # read nor wait. Knows neither clients nor dialects.
 
 
-class DecoderChain:
-    """A decoder followed by filters, with the interface of a decoder.
+Input = TypeVar("Input")
 
-    feed(data) and close() return events. ``error`` is the error that ends the answer, to be raised
-    after these events. ``stopped``: a filter has ended the answer, so the upstream should stop.
+
+class Step(Generic[Input]):
+    """Base class of decoders, which turn bytes into events, and of filters of events.
+
+    feed() returns events as their input arrives, close() the remaining ones after a complete body,
+    and flush() those that are still to be sent before an error that interrupts it.
     """
 
-    def __init__(self, decoder: Any, *filters: Any) -> None:
+    error: Optional[APIError] = None  # ends the answer, to be raised after the events returned
+    started = False  # content has arrived; an opening alone may still fail over
+    complete = False  # the answer is complete; a Finish event says so as well
+    stopped = False  # a filter has ended the answer, so the upstream should stop
+    has_fast_path = False  # fast_path() may succeed
+
+    def feed(self, data: Input) -> List[Event]:
+        raise NotImplementedError
+
+    def close(self) -> List[Event]:
+        return []
+
+    def flush(self) -> List[Event]:
+        return []
+
+    def fast_path(self, data: bytes) -> bytes:
+        """Return what is sent for data that is one token and needs no parsing, else b""."""
+        return b""
+
+    def is_passthrough(self, text: str) -> bool:
+        """Whether a filter passes a text unchanged; it then counts as fed."""
+        return False
+
+
+Decoder = Step[bytes]
+Filter = Step[List[Event]]
+
+
+class DecoderChain(Decoder):
+    """A decoder followed by filters."""
+
+    def __init__(self, decoder: Decoder, *filters: Filter) -> None:
         self.decoder, self.filters = decoder, filters
-        self.error: Optional[APIError] = None
-
-    complete = False  # the Finish event marks the end
-    started = False  # text, reasoning, a tool call or the end has arrived
-
-    @property
-    def stopped(self) -> bool:
-        return any(getattr(step, "stopped", False) for step in self.filters)
+        self.has_fast_path = decoder.has_fast_path
 
     def feed(self, data: bytes) -> List[Event]:
-        events: List[Event] = self.decoder.feed(data)
+        events = self.decoder.feed(data)
         for step in self.filters:
             events = step.feed(events)
+            self.stopped = self.stopped or step.stopped
         self.started = self.started or bool(events)
         self.error = self.decoder.error
         return events + self.flush() if self.error else events
 
-    @property
-    def fast_path(self) -> Optional[Callable[[bytes], bytes]]:
-        """Function for a lone token that needs no parsing; None if the decoder has none."""
-        return self._fast_path if hasattr(self.decoder, "single_text") else None
-
-    def _fast_path(self, data: bytes) -> bytes:
-        """JSON string of data that is one text event and passes all filters; else b""."""
-        encoded: bytes = self.decoder.single_text(data)
+    def fast_path(self, data: bytes) -> bytes:
+        encoded = self.decoder.fast_path(data)
         for step in self.filters:
             if not encoded or not step.is_passthrough(encoded[1:-1].decode()):
                 return b""
         return encoded
 
     def close(self) -> List[Event]:
-        """Return the remaining events after a complete body."""
-        events = self.flush(self.decoder.close())
+        events = self._through_filters(self.decoder.close())
         self.error = self.decoder.error
         return events
 
-    def flush(self, last: Iterable[Event] = ()) -> List[Event]:
-        """Return the last events and those that the filters were holding back."""
-        events = list(last)
+    def flush(self) -> List[Event]:
+        return self._through_filters(self.decoder.flush())
+
+    def _through_filters(self, events: List[Event]) -> List[Event]:
+        """Return the last events after what the filters were holding back."""
         for step in self.filters:
             events = step.feed(events) + step.close()
         return events
 
 
-class BufferedBody:
+class BufferedBody(Decoder):
     """Decoder of a body that can only be parsed when complete.
 
     ``parse(data)`` returns its events or raises the APIError that it describes. A body with
     ``is_error_body`` is parsed even if it is truncated, because its status already is the error.
     """
 
-    stopped = complete = False
     started = True  # the first byte is content
 
     def __init__(
@@ -2821,7 +2846,6 @@ class BufferedBody:
     ) -> None:
         self.parse, self.byte_budget, self.is_error_body = parse, limit, is_error_body
         self.data = bytearray()  # a list of small parts would take many times their size
-        self.error: Optional[APIError] = None
 
     def feed(self, data: bytes) -> List[Event]:
         self.byte_budget -= len(data)
@@ -2945,10 +2969,10 @@ class EventStream:
     MAX_OPENING = 1024  # bytes of blanks before a body
 
     def __init__(
-        self, response: UpstreamResponse, make_decoder: Callable[[UpstreamResponse], Any]
+        self, response: UpstreamResponse, make_decoder: Callable[[UpstreamResponse], Decoder]
     ) -> None:
         self.response, self.make_decoder = response, make_decoder
-        self.decoder: Any = None
+        self.decoder: Any = None  # a Decoder, once the head is complete
         self.started = False  # the first content has arrived: now the idle timeout applies
         self.complete = self.at_eof = False
         self.error: Optional[Exception] = None
@@ -3032,7 +3056,7 @@ class EventStream:
             events = self.decoder.flush() if self.decoder else []
         except Exception as bug:  # the decoder may be what failed in the first place
             log.info("%s: %s: %s", self.response.timeouts.upstream_name, type(bug).__name__, bug)
-        if getattr(self.decoder, "is_error_body", False):
+        if isinstance(self.decoder, BufferedBody) and self.decoder.is_error_body:
             self.error = self.decoder.error or self.error
         return events
 
@@ -3057,7 +3081,7 @@ class EventStream:
 # Steps between decoder and events: think tags, stop sequences. And estimates of tokens.
 
 
-class ThinkTagFilter:
+class ThinkTagFilter(Filter):
     """Turns ``<think>...</think>`` in Text events into Reasoning events.
 
     Tags may be split anywhere. An opening tag counts only at the start, after blanks at most; later
@@ -3091,7 +3115,6 @@ class ThinkTagFilter:
         return out
 
     def is_passthrough(self, text: str) -> bool:
-        """Whether the text passes unchanged, as most does once an answer has started."""
         if (
             text
             and self.last_char
@@ -3218,7 +3241,7 @@ class StreamSearch:
         return matched + (self.word[matched] == char)
 
 
-class StopFilter:
+class StopFilter(Filter):
     """Ends answers at stop sequences and token limits the upstream does not support.
 
     Stop sequences may be split anywhere and are not part of the answer. The one that ends first
@@ -3231,10 +3254,6 @@ class StopFilter:
         self.pending = "", 0  # a stop sequence, and the length of its prefix that is held back
         self.budget = math.inf if max_tokens is None else UNITS_PER_TOKEN * max_tokens
         self.needed = bool(stops) or max_tokens is not None
-        self.stopped = False  # this filter has ended the answer
-
-    def is_passthrough(self, text: str) -> bool:
-        return False
 
     def feed(self, events: List[Event]) -> List[Event]:
         out: List[Event] = []
@@ -4537,7 +4556,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 _SINGLE_TEXT = re.compile(rb'0:("[ !#-\[\]-~]+")\n')  # ASCII without escapes
 
 
-class AkashDecoder:
+class AkashDecoder(Decoder):
     r"""Decoder of Akash Chat's stream in either framing; each line shows which.
 
     AI SDK 4, ``CODE:JSON``:                     AI SDK 5 to 7, server-sent events:
@@ -4562,6 +4581,7 @@ class AkashDecoder:
     """
 
     LINE_LIMIT = 8 << 20  # bytes
+    has_fast_path = True
     REASONING_PART = "<think>\n", "\n</think>\n\n"
 
     def __init__(self, model: str = "", secrets: Iterable[str] = ()) -> None:
@@ -4569,22 +4589,20 @@ class AkashDecoder:
         self.buffer = bytearray()  # an incomplete line
         self.pending_surrogate = ""  # a high surrogate; the backend may split emoji over two parts
         self.tool_count = 0
-        self.finished = False
-        self.error: Optional[APIError] = None  # raised after the events that precede it
 
     def feed(self, data: bytes) -> List[Event]:
-        single = self.single_text(data)
+        single = self.fast_path(data)
         if single:
             return [Text(single[1:-1].decode())]
         out: List[Event] = []
         first, *rest = (b"\n" + take_complete_lines(self.buffer, data)).split(b"\n0:")
         for joined, texts, others in [(b"", [], first), *self._runs(rest)]:
-            if joined and not self.finished and not self.error:
+            if joined and not self.complete and not self.error:
                 self._texts(joined, texts, out)
             for line in others.split(b"\n"):
-                if line and not self.finished and not self.error:
+                if line and not self.complete and not self.error:
                     self._line(line, out)
-        if self.finished or self.error:
+        if self.complete or self.error:
             self.buffer.clear()
         elif len(self.buffer) > self.LINE_LIMIT:
             self._fail("Akash Chat sent a line that is too long.")
@@ -4614,9 +4632,9 @@ class AkashDecoder:
                 texts = []
         return [*runs, (b",\n".join(texts), texts, others)]
 
-    def single_text(self, data: bytes) -> bytes:
+    def fast_path(self, data: bytes) -> bytes:
         """Return the JSON string of data that is exactly one plain text part, else b""."""
-        if self.buffer or self.pending_surrogate or self.finished or self.error:
+        if self.buffer or self.pending_surrogate or self.complete or self.error:
             return b""
         match = _SINGLE_TEXT.fullmatch(data)
         return match[1] if match else b""
@@ -4626,7 +4644,7 @@ class AkashDecoder:
         out = self.feed(b"\n") if self.buffer.strip() else []  # the last "\n" may be missing
         if self.error and self.error.message == MALFORMED_LINE:
             self.error = None  # the line was cut: report the truncation below instead
-        if not self.finished:
+        if not self.complete:
             self._fail("Akash Chat ended its answer early.")
         return out
 
@@ -4745,7 +4763,7 @@ class AkashDecoder:
             self.pending_surrogate = ""
             out.append(Text("\ufffd"))
         if isinstance(reason, str) and reason in AKASH_FINISH_REASONS:
-            self.finished = True
+            self.complete = True
             out.append(Finish(AKASH_FINISH_REASONS[reason], _akash_usage(usage)))
         elif reason == "error":
             self._fail("Akash Chat failed in the middle of its answer.")
@@ -4965,7 +4983,7 @@ class AkashController(Controller):
 
     def _decoder(
         self, call: Call, response: UpstreamResponse, stop_filter: StopFilter, cookie: str
-    ) -> Any:
+    ) -> Decoder:
         """Return the decoder for the body of a stream or of an error."""
         if response.status == 200 and not is_challenge_page(response):
             decoder = AkashDecoder(call.model, self.secrets(cookie))
@@ -5199,7 +5217,7 @@ MAX_LIST_BYTES, MAX_MODELS = 4 << 20, 10_000  # limits of an upstream's model li
 # OpenAI-compatible upstreams, decoded or relayed, and echo. Knows no clients and no dialects.
 
 
-class ChatDecoder:
+class ChatDecoder(Decoder):
     """Decoder of chat-completion streams of OpenAI-compatible upstreams.
 
         : keep-alive                                            skipped; also event:, id:, retry:
@@ -5224,8 +5242,6 @@ class ChatDecoder:
         self.halves = SurrogateHalves()
         self.reason: Optional[str] = None
         self.usage: Optional[Dict[str, int]] = None
-        self.finished = False
-        self.error: Optional[APIError] = None
 
     def feed(self, data: bytes) -> List[Event]:
         out = self._decode(self.lines.feed(data))
@@ -5236,7 +5252,7 @@ class ChatDecoder:
 
     def close(self) -> List[Event]:
         out = self._decode(self.lines.close())
-        if not self.finished and not self.error:
+        if not self.complete and not self.error:
             out += self._decode([(b"", b"[DONE]")])
         return out
 
@@ -5247,7 +5263,7 @@ class ChatDecoder:
                 self._event(event_type, data, out)
             except APIError as error:
                 self.error = error
-            if self.finished or self.error:
+            if self.complete or self.error:
                 self.lines = EventLines()
                 break
         return out
@@ -5291,7 +5307,7 @@ class ChatDecoder:
             raise truncated(self.upstream_name)
         out += self.halves.flush()
         reason = finish_reason(self.upstream_name, self.reason, self.calls.close())
-        self.finished = True
+        self.complete = True
         out.append(Finish(reason, self.usage))
 
 
@@ -5573,34 +5589,70 @@ def counts(usage: Dict[str, Any]) -> Dict[str, Any]:
     }
 
 
-class PassthroughDecoder:
+class StreamEnd(NamedTuple):
+    """How a path's streams end: every complete one has a match of the pattern."""
+
+    pattern: Pattern[bytes]
+    hints: Tuple[bytes, ...]  # one is in every match, and rfind() is faster than the pattern
+    mid_stream: Tuple[bytes, ...] = ()  # ends of typical events that need no search for a match
+
+    def is_in(self, data: bytes) -> bool:
+        hint = max(map(data.rfind, self.hints))
+        return hint >= 0 and bool(
+            self.pattern.search(data, max(0, hint - 8)) or self.pattern.search(data)
+        )
+
+
+CHAT_END = StreamEnd(
+    re.compile(rb'^data: ?\[DONE\][ \r]*$|"finish_reason" ?: ?"[a-z]', re.M),
+    (b"[DONE]", b'"finish_reason":"', b'"finish_reason": "', b'"finish_reason" :'),
+    (
+        b'"finish_reason":null}]}\n\n',
+        b'"finish_reason": null}]}\n\n',
+        b'"finish_reason":null}],"usage":null}\n\n',
+    ),
+)
+STREAM_ENDS = {
+    CHAT_PATH: CHAT_END,
+    "/v1/completions": CHAT_END,
+    "/v1/messages": StreamEnd(
+        re.compile(rb'"type" ?: ?"(?:message_stop|error)"'), (b"message_stop", b"error")
+    ),
+    "/v1/responses": StreamEnd(
+        re.compile(rb'"type" ?: ?"response\.(?:completed|incomplete|failed)"'),
+        (b"response.completed", b"response.incomplete", b"response.failed"),
+    ),
+}
+
+
+class PassthroughDecoder(Decoder):
     """Passes on a stream in the client's own format, byte for byte, as RawBytes.
 
     Only the first event and the end are parsed; secrets are redacted from errors. Comments before
     the first event are kept back, since until then another controller may still answer. Only
     complete lines are passed on, so that an error event can follow if the upstream breaks off.
-    ``end_pattern`` (of END_PATTERNS) occurs in every complete stream; without one, the end of the
-    HTTP message suffices. If not ``is_sse``, all bytes are passed on unparsed.
+    Every complete stream has the ``end`` of its path; if that is None, the end of the HTTP message
+    suffices. If not ``is_sse``, all bytes are passed on unparsed.
     """
 
     MAX_HELD = 16 << 20  # bytes
-    stopped = False
+    has_fast_path = True
 
     def __init__(
         self,
         upstream_name: str,
         is_sse: bool = True,
-        end_pattern: Optional[Any] = None,
+        end: Optional[StreamEnd] = None,
         secrets: Iterable[str] = (),
     ) -> None:
         self.upstream_name, self.is_sse = upstream_name, is_sse
-        self.end_pattern, self.secrets = end_pattern, secrets
+        self.end, self.secrets = end, secrets
+        self.end_seen = end is None
+        self.mid_stream = end.mid_stream if end else ()
         self.first_event_seen = self.started = not is_sse
-        self.complete = False  # [DONE] was received
         self.buffer = bytearray()  # an incomplete line
         self.comments = bytearray()  # comments before the first event
         self.tail = b"\n\n"  # the last bytes passed on, at least enough to see an event's end
-        self.error: Optional[APIError] = None
 
     def feed(self, data: bytes) -> List[Event]:
         if not self.is_sse or self.fast_path(data):
@@ -5625,15 +5677,15 @@ class PassthroughDecoder:
         return [RawBytes(data)]
 
     def fast_path(self, data: bytes) -> bytes:
-        """Return data that consists of complete mid-stream chat events only, else b""."""
+        """Return data that consists of complete mid-stream events only, else b""."""
         if (
             self.started
             and not self.buffer
-            and data.endswith(MID_STREAM_SUFFIXES)
+            and data.endswith(self.mid_stream)
             and b'"error' not in data
             and (
                 data.find(b"\n") == len(data) - 2
-                or any(data.count(b"\n") == 2 * data.count(end) for end in MID_STREAM_SUFFIXES)
+                or any(data.count(b"\n") == 2 * data.count(end) for end in self.mid_stream)
             )  # every line break belongs to such a suffix
         ):
             self.tail = data
@@ -5641,18 +5693,14 @@ class PassthroughDecoder:
         return b""
 
     def _find_end(self, data: bytes) -> bytes:
-        """Return the data up to [DONE], if it contains that; look for the end pattern."""
+        """Return the data up to [DONE], if it contains that; look for the stream's end."""
         last = data.rfind(b"[DONE]")
-        if self.end_pattern is not None:
-            hint = max(last, *map(data.rfind, END_HINTS[self.end_pattern]))
-            if hint >= 0 and (
-                self.end_pattern.search(data, max(0, hint - 8)) or self.end_pattern.search(data)
-            ):
-                self.end_pattern = None
+        if self.end and not self.end_seen:
+            self.end_seen = self.end.is_in(data)
         done = DONE.search(data, max(0, data.find(b"[DONE]") - 8)) if last >= 0 else None
         if done is None or self.complete:
             return data
-        self.complete, self.end_pattern = True, None
+        self.complete = self.end_seen = True
         # [DONE] ends the relay at once: append the blank line, which may still be in transit
         return data[: done.end()] + (b"\r\n" if done[0].endswith(b"\r\n") else b"\n")
 
@@ -5674,7 +5722,7 @@ class PassthroughDecoder:
     def close(self) -> List[Event]:
         data = bytes(self.comments + self.buffer)
         self.buffer, self.comments = bytearray(), bytearray()
-        if self.end_pattern is not None and not self.end_pattern.search(data):
+        if self.end and not self.end_seen and not self.end.is_in(data):
             self.error = truncated(self.upstream_name)
             return self.flush()
         return [RawBytes(data)] if data else []
@@ -5694,30 +5742,6 @@ DONE = re.compile(rb"^data: ?\[DONE\][ \r]*\n", re.M)
 OPENING_TYPES = re.compile(
     r"ping|message_start|content_block_start|response\.(created|queued|in_progress|\w+\.added)"
 )
-# Ends of typical mid-stream chat events, which PassthroughDecoder need not search for an end.
-MID_STREAM_SUFFIXES = (
-    b'"finish_reason":null}]}\n\n',
-    b'"finish_reason": null}]}\n\n',
-    b'"finish_reason":null}],"usage":null}\n\n',
-)
-# Patterns that occur in every complete stream, by path.
-CHAT_ENDS = re.compile(rb'^data: ?\[DONE\][ \r]*$|"finish_reason" ?: ?"[a-z]', re.M)
-END_PATTERNS = {
-    CHAT_PATH: CHAT_ENDS,
-    "/v1/completions": CHAT_ENDS,
-    "/v1/messages": re.compile(rb'"type" ?: ?"(?:message_stop|error)"'),
-    "/v1/responses": re.compile(rb'"type" ?: ?"response\.(?:completed|incomplete|failed)"'),
-}
-# Substrings of each pattern's matches; rfind() is faster than the pattern.
-END_HINTS = {
-    CHAT_ENDS: (b'"finish_reason":"', b'"finish_reason": "', b'"finish_reason" :'),
-    END_PATTERNS["/v1/messages"]: (b"message_stop", b"error"),
-    END_PATTERNS["/v1/responses"]: (
-        b"response.completed",
-        b"response.incomplete",
-        b"response.failed",
-    ),
-}
 
 
 def has_content(data: bytes) -> bool:
@@ -5846,7 +5870,7 @@ class OpenAIController(Controller):
         call.ignored_params = dropped
         return request_json(body, len(call.raw_body)), "application/json"
 
-    def _decoder(self, call: Call, response: UpstreamResponse, is_native: bool) -> Any:
+    def _decoder(self, call: Call, response: UpstreamResponse, is_native: bool) -> Decoder:
         """Return the decoder for the body of a response."""
         if not 200 <= response.status < 300:
             return BufferedBody(
@@ -5862,14 +5886,14 @@ class OpenAIController(Controller):
 
     def _relay(
         self, call: Call, response: UpstreamResponse, content_type: str, streamed: bool
-    ) -> Any:
+    ) -> Decoder:
         """Return the decoder for a response in the client's own format."""
         call.relay_status = response.status
         call.relay_content_type = redact(content_type, self.secrets) or "application/octet-stream"
         if streamed:
             if media_type(content_type) != "text/event-stream":
                 call.relay_content_type = "text/event-stream"
-            return PassthroughDecoder(self.name, True, END_PATTERNS.get(call.path), self.secrets)
+            return PassthroughDecoder(self.name, True, STREAM_ENDS.get(call.path), self.secrets)
         if media_type(content_type) == "text/html":
             raise APIError(502, f"{self.name} answered with a web page.", code="upstream_error")
         is_json = media_type(content_type) == "application/json"
@@ -9316,10 +9340,9 @@ class StreamRelay:
 
     def _choose_fast_path(self) -> None:
         body, decoder = self.stream.response.body, self.stream.decoder
-        parse = getattr(decoder, "fast_path", None)
         encode = self.dialect.text_frame if self.call.relay_content_type is None else bytes
-        usable = parse and encode and body.chunked and self.writer.chunked
-        self.fast_path = (body.single_chunk, parse, encode) if usable else ()
+        usable = decoder.has_fast_path and encode and body.chunked and self.writer.chunked
+        self.fast_path = (body.single_chunk, decoder.fast_path, encode) if usable else ()
 
     def _deliver(self, events: List[Event]) -> None:
         """Send events to the client, or buffer them for a response that is not streamed."""

@@ -970,7 +970,7 @@ def test_akash_streams_cut_at_every_byte(case):
         decoder, events = AkashDecoder("m"), []
         for part in parts:
             events += decoder.feed(part)
-            if decoder.error or decoder.finished:
+            if decoder.error or decoder.complete:
                 break
         else:
             events += decoder.close()
@@ -2745,7 +2745,7 @@ def test_openai_streams_cut_at_every_byte(case):
         decoder, events = akashproxy.ChatDecoder("b"), []
         for part in parts:
             events += decoder.feed(part)
-            if decoder.error or decoder.finished:
+            if decoder.error or decoder.complete:
                 break
         else:
             events += decoder.close()
@@ -6670,7 +6670,7 @@ def odd_lines(rng, kind):
 
 DECODERS = {"akash v4": lambda: akashproxy.DecoderChain(AkashDecoder("m"), ThinkTagFilter()), "chat": lambda: akashproxy.DecoderChain(akashproxy.ChatDecoder()),
             "akash v5": lambda: akashproxy.DecoderChain(AkashDecoder("m"), ThinkTagFilter()),
-            "relay": lambda: akashproxy.PassthroughDecoder("a", end_pattern=akashproxy.END_PATTERNS["/v1/chat/completions"])}
+            "relay": lambda: akashproxy.PassthroughDecoder("a", end=akashproxy.STREAM_ENDS["/v1/chat/completions"])}
 
 
 def decoded(decoder, parts):
@@ -9096,7 +9096,7 @@ def said(dialect, body):
 
 CHAT_BODY = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 9}
 chunked_body = functools.partial(BodyDecoder, {"transfer-encoding": "chunked"})
-relay_decoder = functools.partial(akashproxy.PassthroughDecoder, "b", True, akashproxy.CHAT_ENDS)
+relay_decoder = functools.partial(akashproxy.PassthroughDecoder, "b", True, akashproxy.CHAT_END)
 stops_filter = functools.partial(StopFilter, ["x" * 499 + "y", "ab" * 250 + "c", "x" * 20], None)
 
 
@@ -9497,7 +9497,7 @@ MAY_NAME = {    # a section: the sections whose names may stand in it
     "settings": "names errors transport openai",            # a CA file is checked by loading it, a type by CONTROLLERS
     "transport": "names errors events settings http",
     "streams": "names errors events settings http transport",
-    "filters": "names errors events",
+    "filters": "names errors events streams",
     "controllers": "names errors events settings transport",
     "failures": "names errors events settings http transport",
     "akash": "names errors events settings http transport streams filters controllers failures",
