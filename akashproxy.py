@@ -9373,7 +9373,7 @@ class Gate:
         return do_method is not None and do_method is not getattr(Handler, "do_" + method, None)
 
     def is_health_check(self, request: Request) -> bool:
-        """Return whether the loop itself may handle the request: /health, unless overridden.
+        """Return whether the loop may handle the request: /health, unless overridden.
 
         It never blocks, takes a third of the CPU time there, and works if no thread can be started.
         """
@@ -9692,7 +9692,7 @@ def call_headers(call: Call) -> Dict[str, str]:
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Handles one request, as a handler of http.server. Worker thread; /health: loop thread.
+    """Handles one request, as a handler of http.server. Worker thread, or loop: /health.
 
     A subclass may define do_GET() etc. and use send_response(), send_header(), end_headers(),
     send_error(), rfile and wfile. Differences from http.server:
