@@ -5260,7 +5260,7 @@ class PassthroughDecoder:
 
     def _find_end(self, data: bytes) -> bytes:
         """Return the data up to [DONE], if it contains that; look for the end pattern."""
-        # Searched from the end, where the marks are: half the time of a burst of 200 tokens.
+        # From the end, where the marks are: half of this decoder's time for 200 tokens at once.
         pattern = self.end_pattern
         if pattern is not None and any(
             at >= 0 and (pattern.search(data, max(0, at - 8)) or pattern.search(data))
@@ -9692,7 +9692,7 @@ def call_headers(call: Call) -> Dict[str, str]:
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Handles one request, as a handler of http.server. Worker thread, or loop: /health.
+    """Handles one request, as in http.server. Worker thread; /health: loop thread.
 
     A subclass may define do_GET() etc. and use send_response(), send_header(), end_headers(),
     send_error(), rfile and wfile. Differences from http.server:
@@ -10912,7 +10912,6 @@ def command(argv: List[str]) -> int:
     handler = LogWriter(sys.stderr.fileno()) if sys.stderr else logging.NullHandler()
     handler.setFormatter(LogFormat(settings.log_format))
     logging.basicConfig(level=settings.log_level.upper(), handlers=[handler])
-    logging._srcfile = None  # "Optimization" in logging's manual: look for no caller's line
     demo: Dict[str, Any] = {}
     if options.demo:
         demo = {"akash_base_url": DemoAkash.start(), "controllers": ()}
