@@ -5437,8 +5437,38 @@ def test_no_more_threads(serve, monkeypatch):
     monkeypatch.setattr(threading.Thread, "start", lambda thread: (_ for _ in ()).throw(RuntimeError("can't start new thread"))
                         if thread.name == "akashproxy worker" else start(thread))
     assert chat(server).status == 503
+    assert ask(server).status == 200    # its monitoring still works
     monkeypatch.undo()
-    assert ask(server).status == 200 and server.workers.idle <= 1
+    assert chat(server).status == 200 and server.workers.idle <= 1
+
+
+class NamesItsThread(akashproxy.Handler):
+    def do_GET(self):
+        self.request.server.handled_by = threading.current_thread().name
+        return super().do_GET()
+
+
+def test_health_on_the_loop_and_a_subclass_on_a_worker():
+    with Server(Settings(server_address="127.0.0.1:0")) as server:
+        # each is dispatched within the response of the one before: no recursion, all are answered
+        got = talk(server, b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n" * 1500
+                   + b"HEAD /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        assert got.count(b"HTTP/1.1 200 OK") == 1501 and got.count(b"is running") == 1500
+        assert server.workers.idle == 0
+    with Server(Settings(server_address="127.0.0.1:0"), NamesItsThread) as server:
+        assert ask(server).status == 200 and server.handled_by == "akashproxy worker"
+
+
+# The position of [DONE] in the data must not matter: the first one ends the answer.
+def test_the_first_of_several_ends_of_a_relay():
+    begin = b'data: {"choices":[{"delta":{"content":"[DONE] "},"finish_reason":null}]}\n\n'
+    for data, passed_on in (
+        (begin + b"data: [DONE]\n\ndata: [DONE]\n\n", begin + b"data: [DONE]\n\n"),
+        (begin + b"data: [DONE]\n\n" + begin, begin + b"data: [DONE]\n\n"),
+        (begin * 2, begin * 2),
+    ):
+        decoder = akashproxy.PassthroughDecoder("up", True, akashproxy.END_PATTERNS["/v1/chat/completions"])
+        assert b"".join(event.data for event in decoder.feed(data)) == passed_on and decoder.complete == (b"data: [DONE]" in data)
 
 
 def test_too_many_connections(serve):
