@@ -4137,6 +4137,10 @@ def called(*calls):
         {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}} for id, name, arguments in calls]}
 
 
+def no_result(id):
+    return {"role": "tool", "tool_call_id": id, "content": akashproxy.NO_RESULT}
+
+
 def picture(url):
     return {"type": "image_url", "image_url": {"url": url}}
 
@@ -4164,9 +4168,9 @@ MESSAGES = {
                             {"type": "tool_result", "tool_use_id": "t2", "is_error": True, "content": [
                                 {"type": "text", "text": "2"}, {"type": "image", "source": PNG_SOURCE}, {"type": "tool_reference", "tool_name": "g"},
                                 {"type": "document", "source": {"type": "content", "content": [{"type": "image", "source": PNG_SOURCE}]}}]}])]},
-        {"messages": [user("go"), {**called(("t1", "f", '{"a":[1]}'), ("t2", "f", "{}")), "content": "ok"},
+        {"messages": [user("go"), {**called(("t1", "f", '{"a":[1]}'), ("t2", "f", "{}")), "content": "ok", "reasoning_content": "h"},
                       {"role": "tool", "tool_call_id": "t1", "content": "1"},
-                      {"role": "tool", "tool_call_id": "t2", "content": '2\n\n{"type":"tool_reference","tool_name":"g"}'},
+                      {"role": "tool", "tool_call_id": "t2", "content": 'Error: 2\n\n{"type":"tool_reference","tool_name":"g"}'},
                       user([{"type": "text", "text": "and?"}] + [picture("data:image/png;base64,iVBO")] * 2)]}, None),
     "a result of nothing": ({"messages": [{"role": "assistant", "content": [TOOL_USE]}, user([{"type": "tool_result", "tool_use_id": "t1"}])]},
                             {"messages": [called(("t1", "f", '{"a":[1]}')), {"role": "tool", "tool_call_id": "t1", "content": ""}]}, None),
@@ -4174,7 +4178,7 @@ MESSAGES = {
                                  {"messages": [user("a"), {"role": "assistant", "content": "b"}]}, "server_tool_use"),
     "tools": ({"tools": [{"name": "f", "description": "d", "input_schema": {"type": "object"}}, {"type": "web_search_20250305", "name": "web_search"},
                          {"type": "custom", "name": "g", "strict": True}], "tool_choice": {"type": "any", "disable_parallel_tool_use": True}},
-              {"tools": [{"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}},
+              {"tools": [{"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}}}},
                          {"type": "function", "function": {"name": "g", "strict": True, "parameters": {"type": "object", "properties": {}}}}],
                "tool_choice": "required", "parallel_tool_calls": False}, "web_search_20250305"),
     "one tool": ({"tools": [{"name": "f"}], "tool_choice": {"type": "tool", "name": "f"}},
@@ -4409,10 +4413,10 @@ RESPONSES = {
                    {"type": "function_call_output", "call_id": "c2", "output": "2"}, {"type": "web_search_call", "id": "ws"}]},
         {"messages": [user("go"), {**called(("c1", "f", '{"a":[1]}'), ("c2", "f", "{}")), "content": "ok"}, {"role": "tool", "tool_call_id": "c1", "content": "1"},
                       {"role": "tool", "tool_call_id": "c2", "content": "2"}, user([picture("data:x")])]}, "item_reference, web_search_call"),
-    "a call at once": ({"input": [CALLED]}, {"messages": [called(("c1", "f", '{"a":[1]}'))]}, None),
+    "a call at once": ({"input": [CALLED]}, {"messages": [called(("c1", "f", '{"a":[1]}')), no_result("c1")]}, None),
     "tools": ({"tools": [{"type": "function", "name": "f", "description": "d", "parameters": {"type": "object"}, "strict": False}, {"type": "namespace", "name": "n"},
                          {"type": "web_search"}, {"type": "custom", "name": "c"}], "tool_choice": "auto", "parallel_tool_calls": True},
-              {"tools": [{"type": "function", "function": {"name": "f", "description": "d", "strict": False, "parameters": {"type": "object"}}}],
+              {"tools": [{"type": "function", "function": {"name": "f", "description": "d", "strict": False, "parameters": {"type": "object", "properties": {}}}}],
                "tool_choice": "auto", "parallel_tool_calls": True}, "namespace, web_search, custom"),
     "one tool": ({"tools": [{"type": "function", "name": "f"}], "tool_choice": {"type": "function", "name": "f"}},
                  {"tools": [tool()], "tool_choice": {"type": "function", "function": {"name": "f"}}}, None),
@@ -4542,7 +4546,7 @@ def test_pings_and_failures_before_the_first_event():
     message, response = akashproxy.Messages(ASKED), akashproxy.Responses(WANTED)
     assert {form: message.ping_frame(form) for form in ("comment", "chunk", "off")} == {
         "comment": b'event: ping\ndata: {"type":"ping"}\n\n', "chunk": b'event: ping\ndata: {"type":"ping"}\n\n', "off": b""}
-    assert (response.ping_frame("comment"), response.ping_frame("off")) == (b": keep-alive\n\n", b"")
+    assert (response.ping_frame("comment"), response.ping_frame("off")) == (b": ping\n\n", b"")
     error = APIError(502, "no", code="upstream_error")
     assert [event["type"] for event in named_events(message.error_frames(error))] == ["error"]
     assert [event["type"] for event in named_events(response.error_frames(error))] == ["response.created", "response.in_progress", "error", "response.failed"]
@@ -4592,6 +4596,356 @@ def test_odd_values_are_answered_or_named_never_a_bug():
                 seen[error and error.status] += 1
                 assert error is None or error.status in (400, 404) and error.message, (name, odd)
     assert seen[None] > 500 and seen[400] > 500
+
+
+# -- The history of a conversation: nothing is lost on the way to a chat, and nothing is sent that models refuse
+
+PDF = {"type": "document", "source": {"type": "base64", "media_type": "application/pdf", "data": "JVBERi0xLjQK"}}
+PDF_FILE = {"type": "input_file", "filename": "a.pdf", "file_data": "data:application/pdf;base64,JVBERi0xLjQK"}
+PDF_NOTE = "[A PDF of 9 bytes, which this model can't read.]"
+USES = {"role": "assistant", "content": [{"type": "tool_use", "id": "t1", "name": "f", "input": {}}]}
+CALLED_T1, GOT = called(("t1", "f", "{}")), {"role": "tool", "tool_call_id": "t1", "content": "1"}
+
+
+def thinking(text, **fields):
+    return {"type": "thinking", "thinking": text, "signature": "", **fields}
+
+
+def result(content="1", id="t1", **fields):
+    return {"type": "tool_result", "tool_use_id": id, "content": content, **fields}
+
+
+HISTORIES_OF_MESSAGES = {
+    # name: (messages, messages of the chat)
+    "a system message in the middle": ([user("x"), system("B"), user("y")], [system("B"), user("x"), user("y")]),
+    "several of them, one behind results": ([system("A"), user("x"), USES, user([result()]), system("B"), user("y"), system([{"type": "text", "text": "C"}])],
+                                            [system("A\n\nB\n\nC"), user("x"), CALLED_T1, GOT, user("y")]),
+    "reasoning beside a call": ([{**USES, "content": [thinking("hmm"), *USES["content"]]}, user([result()])], [{**CALLED_T1, "reasoning_content": "hmm"}, GOT]),
+    "two pieces of it, and text": ([{**USES, "content": [thinking("a"), {"type": "text", "text": "t"}, thinking("b", signature="s"), *USES["content"]]}, user([result()])],
+                                   [{**CALLED_T1, "content": "t", "reasoning_content": "a\n\nb"}, GOT]),
+    "reasoning in a message before the call": ([{"role": "assistant", "content": [thinking("hmm")]}, USES, user([result()])], [{**CALLED_T1, "reasoning_content": "hmm"}, GOT]),
+    "reasoning without a call": ([{"role": "assistant", "content": [thinking("hmm"), {"type": "text", "text": "t"}]}, user("y")], [{"role": "assistant", "content": "t"}, user("y")]),
+    "redacted and empty reasoning": ([{**USES, "content": [{"type": "redacted_thinking", "data": "x"}, thinking(""), *USES["content"]]}, user([result()])], [CALLED_T1, GOT]),
+    "a call without a result": ([USES, user("stop")], [CALLED_T1, no_result("t1"), user("stop")]),
+    "one of two": ([{**USES, "content": [*USES["content"], {**USES["content"][0], "id": "t2"}]}, user([result("2", "t2")])],
+                   [called(("t1", "f", "{}"), ("t2", "f", "{}")), no_result("t1"), {**GOT, "tool_call_id": "t2", "content": "2"}]),
+    "results in the other order": ([{**USES, "content": [*USES["content"], {**USES["content"][0], "id": "t2"}]}, user([result("2", "t2"), result()])],
+                                   [called(("t1", "f", "{}"), ("t2", "f", "{}")), GOT, {**GOT, "tool_call_id": "t2", "content": "2"}]),
+    "a result behind another message": ([USES, user("wait"), user([result()])], [CALLED_T1, GOT, user("wait")]),
+    "a result before its call": ([user([result()]), USES], [CALLED_T1, GOT]),
+    "a result without a call": ([user([result("1", "t9")]), {"role": "assistant", "content": "ok"}], [user("[Result of an unknown tool call]\n1"), {"role": "assistant", "content": "ok"}]),
+    "results without IDs": ([{**USES, "content": [*USES["content"], {**USES["content"][0], "id": "t2"}]}, user([result("1", None), result("2", None)])],
+                            [called(("t1", "f", "{}"), ("t2", "f", "{}")), GOT, {**GOT, "tool_call_id": "t2", "content": "2"}]),
+    "a call and a result without an ID": ([{**USES, "content": [{**USES["content"][0], "id": None}]}, user([result("1", None)])],
+                                          [called(("call_0", "f", "{}")), {**GOT, "tool_call_id": "call_0"}]),
+    "two results of one call": ([USES, user([result("1"), result("2")])], [CALLED_T1, {**GOT, "content": "1\n\n2"}]),
+    "an ID that comes again": ([USES, user([result("1")]), USES, user([result("2")])], [CALLED_T1, GOT, CALLED_T1, {**GOT, "content": "2"}]),
+    "an ID that comes again after an interruption": ([USES, user("stop"), USES, user([result("2")])], [CALLED_T1, no_result("t1"), user("stop"), CALLED_T1, {**GOT, "content": "2"}]),
+    "a failure": ([USES, user([result("no such file", is_error=True)])], [CALLED_T1, {**GOT, "content": "Error: no such file"}]),
+    "a failure that says so": ([USES, user([result("Error: no", is_error=True)])], [CALLED_T1, {**GOT, "content": "Error: no"}]),
+    "a failure without words": ([USES, user([result(None, is_error=True)])], [CALLED_T1, {**GOT, "content": "Error: the tool failed."}]),
+    "a PDF in a result": ([USES, user([result([PDF])])], [CALLED_T1, {**GOT, "content": PDF_NOTE}]),
+    "a PDF beside a result": ([USES, user([result(), PDF])], [CALLED_T1, GOT, user(PDF_NOTE)]),
+    "a PDF in an earlier message": ([user([PDF, {"type": "text", "text": "x"}]), {"role": "assistant", "content": "ok"}, user("y")],
+                                    [user(PDF_NOTE + "\n\nx"), {"role": "assistant", "content": "ok"}, user("y")]),
+    "a PDF at a URL": ([USES, user([result([{"type": "document", "source": {"type": "url", "url": "https://x/y.pdf"}}])])],
+                       [CALLED_T1, {**GOT, "content": "[A PDF, which this model can't read.]"}]),
+    "another file in a result": ([USES, user([result([{"type": "resource", "resource": {"mimeType": "application/zip", "blob": "UEsDBA=="}}])])],
+                                 [CALLED_T1, {**GOT, "content": "[A file of 4 bytes, which this model can't read.]"}]),
+    "an unknown block in a history": ([user([{"type": "hologram"}]), {"role": "assistant", "content": "ok"}],
+                                      [user("[A block of type 'hologram' is left out.]"), {"role": "assistant", "content": "ok"}]),
+    "empty blocks": ([system([{"type": "text", "text": ""}]), user([{"type": "text", "text": ""}, {"type": "text", "text": "x"}])], [user("x")]),
+}
+
+
+@table(HISTORIES_OF_MESSAGES)
+def test_a_history_of_messages_as_a_chat(case, pool):
+    messages, chat = case
+    fake = FakeOpenAI()
+    got = ask(pool(fake), "POST", "/v1/messages", {**ASKED, "messages": messages})
+    assert got.status == 200, got.body
+    assert fake.bodies()[0]["messages"] == chat
+
+
+def reasoned(*texts, **fields):
+    return {"type": "reasoning", "id": "rs_1", "summary": [{"type": "summary_text", "text": text} for text in texts], **fields}
+
+
+CALL_ITEM, OUTPUT_ITEM = {**CALLED, "arguments": "{}"}, {"type": "function_call_output", "call_id": "c1", "output": "1"}
+C1, R1 = called(("c1", "f", "{}")), {"role": "tool", "tool_call_id": "c1", "content": "1"}
+DEVELOPER, SAYS = {"role": "developer", "content": "B"}, {"role": "assistant", "content": "doing"}
+HISTORIES_OF_RESPONSES = {
+    # name: (input, messages of the chat)
+    "a developer in the middle": ([user("x"), DEVELOPER, user("y")], [system("B"), user("x"), user("y")]),
+    "reasoning beside a call": ([reasoned("a", "b"), CALL_ITEM, OUTPUT_ITEM], [{**C1, "reasoning_content": "a\n\nb"}, R1]),
+    "reasoning, text and a call": ([reasoned("a"), SAYS, CALL_ITEM, OUTPUT_ITEM], [{**C1, "content": "doing", "reasoning_content": "a"}, R1]),
+    "reasoning in full": ([reasoned("short", content=[{"type": "reasoning_text", "text": "long"}]), CALL_ITEM, OUTPUT_ITEM], [{**C1, "reasoning_content": "long"}, R1]),
+    "reasoning between calls": ([CALL_ITEM, reasoned("a"), {**CALL_ITEM, "call_id": "c2"}, OUTPUT_ITEM, {**OUTPUT_ITEM, "call_id": "c2"}],
+                                [{**called(("c1", "f", "{}"), ("c2", "f", "{}")), "reasoning_content": "a"}, R1, {**R1, "tool_call_id": "c2"}]),
+    "reasoning without a call": ([reasoned("a"), SAYS, user("y")], [SAYS, user("y")]),
+    "reasoning that nothing follows": ([user("x"), reasoned("a"), user("y")], [user("x"), user("y")]),
+    "the assistant's text between": ([user("x"), CALL_ITEM, SAYS, OUTPUT_ITEM], [user("x"), {**C1, "content": "doing"}, R1]),
+    "the user's between": ([CALL_ITEM, user("x"), OUTPUT_ITEM], [C1, R1, user("x")]),
+    "a developer's between": ([CALL_ITEM, DEVELOPER, OUTPUT_ITEM], [system("B"), C1, R1]),
+    "all of them": ([CALL_ITEM, user("x"), SAYS, DEVELOPER, OUTPUT_ITEM], [system("B"), C1, R1, user("x"), SAYS]),
+    "calls in turns": ([CALL_ITEM, OUTPUT_ITEM, {**CALL_ITEM, "call_id": "c2"}, {**OUTPUT_ITEM, "call_id": "c2"}],
+                       [C1, R1, called(("c2", "f", "{}")), {**R1, "tool_call_id": "c2"}]),
+    "no output": ([CALL_ITEM, user("go on")], [C1, no_result("c1"), user("go on")]),
+    "an output before its call": ([OUTPUT_ITEM, CALL_ITEM], [C1, R1]),
+    "an output of nothing known": ([OUTPUT_ITEM], [user("[Result of an unknown tool call]\n1")]),
+    "outputs without IDs": ([CALL_ITEM, {**CALL_ITEM, "call_id": "c2"}, {**OUTPUT_ITEM, "call_id": None}, {**OUTPUT_ITEM, "call_id": None, "output": "2"}],
+                            [called(("c1", "f", "{}"), ("c2", "f", "{}")), R1, {**R1, "tool_call_id": "c2", "content": "2"}]),
+    "arguments as an object": ([{**CALL_ITEM, "arguments": {"a": 1}}, OUTPUT_ITEM], [called(("c1", "f", '{"a":1}')), R1]),
+    "a PDF in an output": ([CALL_ITEM, {**OUTPUT_ITEM, "output": [PDF_FILE]}], [C1, {**R1, "content": PDF_NOTE}]),
+    "a PDF in an earlier message": ([user([PDF_FILE]), SAYS, user("y")], [user(PDF_NOTE), SAYS, user("y")]),
+    "how closely to look": ([user([{"type": "input_image", "image_url": "data:x", "detail": "high"}])],
+                            [user([{"type": "image_url", "image_url": {"url": "data:x", "detail": "high"}}])]),
+}
+
+
+@table(HISTORIES_OF_RESPONSES)
+def test_a_history_of_responses_as_a_chat(case, pool):
+    items, chat = case
+    fake = FakeOpenAI()
+    got = ask(pool(fake), "POST", "/v1/responses", {**WANTED, "input": items})
+    assert got.status == 200, got.body
+    assert fake.bodies()[0]["messages"] == chat
+
+
+def reminder(text):
+    return f"<system-reminder>\n{text}\n</system-reminder>"
+
+
+SYSTEM_AS_TEXT = {
+    # name: (messages, messages of the chat)
+    "after the user's": ([system("A"), user("x"), system("B")], [system("A"), user(f"x\n\n{reminder('B')}")]),
+    "before the user's": ([user("x"), {"role": "assistant", "content": "a"}, system("B"), user("y")],
+                          [user("x"), {"role": "assistant", "content": "a"}, user(f"{reminder('B')}\n\ny")]),
+    "behind a result": ([system("A"), system("B"), USES, user([result()]), system("C")], [system("A\n\nB"), CALLED_T1, GOT, user(reminder("C"))]),
+    "beside a picture": ([user([{"type": "image", "source": PNG_SOURCE}]), system("B")], [user([picture("data:image/png;base64,iVBO"), {"type": "text", "text": reminder("B")}])]),
+}
+
+
+@table(SYSTEM_AS_TEXT)
+def test_later_system_messages_as_text_of_the_user(case, pool):
+    messages, chat = case
+    fake = FakeOpenAI()
+    assert ask(pool((fake, {"system_messages": "user"})), "POST", "/v1/messages", {**ASKED, "messages": messages}).status == 200
+    assert fake.bodies()[0]["messages"] == chat
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/responses"])
+def test_what_a_model_wants_back_with_a_call_comes_back(path, streamed, pool):
+    fake = FakeOpenAI()
+    server = pool(fake)
+    extra = {"google": {"thought_signature": "S/+=\u2028" * 99}}
+    fake.faults.append(answered({"tool_calls": [{"index": 0, "id": "c1", "function": {"name": "f", "arguments": '{"a":'}, "extra_content": extra}]},
+                                {"tool_calls": [{"index": 0, "function": {"arguments": "1}"}}]},
+                                {"tool_calls": [{"index": 1, "id": "c2", "function": {"name": "f", "arguments": "{}"}}]}, finish="tool_calls"))
+    if path == "/v1/messages":
+        got = ask(server, "POST", path, {**ASKED, "stream": streamed})
+        blocks = [event["content_block"] for event in named_events(got.body) if "content_block" in event] if streamed else got.json["content"]
+        assert re.fullmatch("[A-Za-z0-9_-]+", blocks[0]["id"]) and blocks[1]["id"] == "c2"
+        history = {**ASKED, "messages": [{"role": "assistant", "content": [{**blocks[0], "input": {"a": 1}}, blocks[1]]}, user([result("1", block["id"]) for block in blocks])]}
+    else:
+        got = ask(server, "POST", path, {**WANTED, "stream": streamed})
+        output = named_events(got.body)[-1]["response"]["output"] if streamed else got.json["output"]
+        if streamed:
+            assert output == [event["item"] for event in named_events(got.body) if event["type"] == "response.output_item.done"]
+        history = {**WANTED, "input": [*output, *({**OUTPUT_ITEM, "call_id": item["call_id"]} for item in output)]}
+    assert ask(server, "POST", path, history).status == 200
+    sent = called(("c1", "f", '{"a":1}'), ("c2", "f", "{}"))
+    sent["tool_calls"][0]["extra_content"] = extra
+    assert fake.bodies()[-1]["messages"] == [sent, R1, {**R1, "tool_call_id": "c2"}]
+
+
+@pytest.mark.parametrize("id", ["c1", "", "__extra_", "c__extra_x", "c__extra_bnVsbA", "c__extra_é", "c__extra_" + "W" * 4000])
+def test_an_id_that_carries_nothing_stays_as_it_is(id):
+    call_id, extra = akashproxy.split_extra(id)
+    assert (call_id or "", extra) in ((id, None), ("c", None))
+    assert akashproxy.id_with_extra("c1", {"a": "x" * 70000}) == akashproxy.id_with_extra("c1", None) == "c1"
+
+
+LONG = "mcp__plugin_some_marketplace_and_a_server_with_a_long_name__a_tool_with_a_long_name"
+TOOL_NAMES = {
+    # name: (the client's name, its namespace or None, pattern of the name that is sent)
+    "a usual one": ("f", None, "f"),
+    "of 64 characters": ("f" * 64, None, "f{64}"),
+    "of 83": (LONG, None, LONG[:55] + "_[0-9a-f]{8}"),
+    "with other characters": ("a.b/c é", None, "a_b_c___[0-9a-f]{8}"),
+    "in a namespace": ("f", "mcp__x", "mcp__x__f"),
+    "in one that ends with underscores": ("f", "mcp__x__", "mcp__x__f"),
+    "in a long one": ("f", LONG, LONG[:55] + "_[0-9a-f]{8}"),
+}
+
+
+@table(TOOL_NAMES)
+@pytest.mark.parametrize("streamed", [False, True])
+def test_names_of_tools_are_sent_as_upstreams_take_them(case, streamed, pool):
+    name, space, pattern = case
+    fake = FakeOpenAI()
+    server = pool(fake)
+    one = {"type": "function", "name": name, "parameters": {"required": []}}
+    tools = [{"type": "namespace", "name": space, "tools": [one, {"type": "custom", "name": "c"}]}] if space else [one]
+    call = {**CALL_ITEM, "name": name, **({"namespace": space} if space else {})}
+    body = {**WANTED, "tools": tools, "input": [call, OUTPUT_ITEM], "tool_choice": {"type": "function", "name": name, **({"namespace": space} if space else {})}}
+    assert ask(server, "POST", "/v1/responses", body).status == 200
+    sent = fake.bodies()[0]
+    used = sent["tools"][0]["function"]["name"]
+    assert re.fullmatch(pattern, used) and len(sent["tools"]) == 1 and sent["tools"][0]["function"]["parameters"] == {"type": "object", "properties": {}, "required": []}
+    assert sent["messages"][0]["tool_calls"][0]["function"]["name"] == used == sent["tool_choice"]["function"]["name"]
+    fake.faults.append(answered({"tool_calls": [{"index": 0, "id": "c1", "function": {"name": used, "arguments": "{}"}}]}, finish="tool_calls"))
+    got = ask(server, "POST", "/v1/responses", {**body, "stream": streamed})
+    item = (named_events(got.body)[-1]["response"] if streamed else got.json)["output"][0]
+    assert (item["name"], item.get("namespace")) == (name, space)
+    if not space:
+        fake.faults.append(answered({"tool_calls": [{"index": 0, "id": "c1", "function": {"name": used, "arguments": "{}"}}]}, finish="tool_calls"))
+        got = ask(server, "POST", "/v1/messages", {**ASKED, "stream": streamed, "tools": [{"name": name}], "messages": [user("x")]})
+        block = [event["content_block"] for event in named_events(got.body) if "content_block" in event][0] if streamed else got.json["content"][0]
+        assert block["name"] == name and fake.bodies()[-1]["tools"][0]["function"]["name"] == used
+
+
+def test_equal_names_in_namespaces_stay_apart(pool):
+    fake = FakeOpenAI()
+    server = pool(fake)
+    f = {"type": "function", "name": "f", "parameters": {}}
+    tools = [f, {**f, "name": "a__f"}, {"type": "namespace", "name": "a", "tools": [f]}, {"type": "namespace", "name": "b", "tools": [f]}]
+    assert ask(server, "POST", "/v1/responses", {**WANTED, "tools": tools}).status == 200
+    names = [one["function"]["name"] for one in fake.bodies()[0]["tools"]]
+    assert names[:2] == ["f", "a__f"] and names[3] == "b__f" and len(set(names)) == 4
+    fake.faults.append(answered(*({"tool_calls": [{"index": at, "id": f"c{at}", "function": {"name": one, "arguments": "{}"}}]} for at, one in enumerate(names)), finish="tool_calls"))
+    output = ask(server, "POST", "/v1/responses", {**WANTED, "tools": tools}).json["output"]
+    assert [(item["name"], item.get("namespace")) for item in output] == [("f", None), ("a__f", None), ("f", "a"), ("f", "b")]
+
+
+PARAMETERS = {
+    # name: (path, fields of a body, names and values that are sent, names that are not, what is ignored)
+    "a user of 64 characters": ("messages", {"metadata": {"user_id": "u" * 64}}, {"user": "u" * 64}, [], None),
+    "one of 65": ("messages", {"metadata": {"user_id": "u" * 65}}, {}, ["user"], "metadata.user_id"),
+    "one that is JSON": ("messages", {"metadata": {"user_id": '{"device_id":"x"}'}}, {}, ["user"], "metadata.user_id"),
+    "a line that changes each time": ("messages", {"system": [{"type": "text", "text": "x-anthropic-billing-header: cc_version=2; cch=1;"}, {"type": "text", "text": "A"}]},
+                                      {"messages": [system("A"), user("hi")]}, [], None),
+    "such a line before text": ("messages", {"system": "x-anthropic-billing-header: cc_version=2\nA\nB"}, {"messages": [system("A\nB"), user("hi")]}, [], None),
+    "text that speaks of it": ("messages", {"system": "Never send x-anthropic-billing-header: it."}, {"messages": [system("Never send x-anthropic-billing-header: it."), user("hi")]}, [], None),
+    "a choice of a skipped tool": ("messages", {"tools": [{"name": "f"}, {"type": "web_search_20250305", "name": "web_search"}], "tool_choice": {"type": "tool", "name": "web_search"}},
+                                   {"tools": [tool()]}, ["tool_choice"], "web_search_20250305, tool_choice"),
+    "a schema of null": ("responses", {"tools": [{"type": "function", "name": "f", "parameters": {"type": None, "properties": None}}]}, {"tools": [tool()]}, [], None),
+    "choices that a chat has not": ("completions", {"n": 2, "best_of": 3, "logprobs": 5, "suffix": "x", "seed": 1}, {"seed": 1}, ["n", "best_of", "logprobs", "suffix"],
+                                    "n, best_of, logprobs, suffix"),
+    "those it has": ("completions", {"n": 1, "logprobs": None}, {"n": 1}, [], None),
+}
+
+
+@table(PARAMETERS)
+def test_parameters_as_upstreams_take_them(case, pool):
+    path, fields, sent, left_out, ignored = case
+    fake = FakeOpenAI()
+    body = {"messages": ASKED, "responses": WANTED, "completions": {"model": "both", "prompt": "hi"}}[path]
+    got = ask(pool((fake, {"paths": ["/v1/chat/completions"]})), "POST", f"/v1/{path}", {**body, **fields})
+    assert got.status == 200 and got.headers.get("x-akashproxy-ignored") == ignored, got.body
+    assert {name: fake.bodies()[0].get(name) for name in sent} == sent and not set(left_out) & set(fake.bodies()[0])
+
+
+THOUGHT = [{"role": "assistant", "content": None, "reasoning_content": "h", "tool_calls": [{**C1["tool_calls"][0], "extra_content": {"x": 1}}]}, R1]
+ADAPTED = {
+    # name: (a controller's options, path, fields of a body, names and values that are sent, names that are not, what is ignored)
+    "a field of messages": ({"drop": ["reasoning_content"]}, "chat/completions", {"messages": THOUGHT}, {"messages": [{name: value for name, value in THOUGHT[0].items() if name != "reasoning_content"}, R1]}, [], "reasoning_content"),
+    "a field of calls": ({"drop": ["extra_content"]}, "chat/completions", {"messages": THOUGHT}, {"messages": [{**C1, "reasoning_content": "h"}, R1]}, [], "extra_content"),
+    "reasoning of Messages": ({"drop": ["reasoning_content"]}, "messages", {"messages": [{**USES, "content": [thinking("h"), *USES["content"]]}, user([result()])]},
+                              {"messages": [CALLED_T1, GOT]}, [], "reasoning_content"),
+    "what we add": ({"drop": ["stream_options"]}, "messages", {"stream": True}, {"stream": True}, ["stream_options"], "stream_options"),
+    "what we add to Responses": ({"drop": ["stream_options"]}, "responses", {"stream": True}, {"stream": True}, ["stream_options"], "stream_options"),
+    "a new name": ({"rename": {"max_tokens": "max_completion_tokens"}}, "messages", {}, {"max_completion_tokens": 64}, ["max_tokens"], None),
+    "a new name, relayed": ({"rename": {"max_tokens": "max_completion_tokens"}}, "chat/completions", {"max_tokens": 5}, {"max_completion_tokens": 5}, ["max_tokens"], None),
+    "a new name for nothing": ({"rename": {"max_tokens": "max_completion_tokens"}}, "chat/completions", {}, {}, ["max_tokens", "max_completion_tokens"], None),
+    "a fixed value": ({"set": {"reasoning_effort": "low", "n": 1}}, "responses", {"reasoning": {"effort": "high"}}, {"reasoning_effort": "low", "n": 1}, [], None),
+    "a fixed value, relayed": ({"set": {"provider": {"order": ["x"]}}}, "chat/completions", {"seed": 3}, {"provider": {"order": ["x"]}, "seed": 3}, [], None),
+    "not of a chat": ({"set": {"reasoning_effort": "low"}}, "embeddings", {"input": "x"}, {"input": "x"}, ["reasoning_effort"], None),
+    "drop, rename and set in turn": ({"drop": ["a", "c"], "rename": {"a": "b", "d": "c"}, "set": {"d": 4}}, "chat/completions", {"a": 1, "d": 2}, {"c": 2, "d": 4}, ["a", "b"], "a"),
+}
+
+
+@table(ADAPTED)
+def test_a_controller_adapts_requests(case, pool):
+    options, path, fields, sent, left_out, ignored = case
+    fake = FakeOpenAI()
+    server = pool((fake, options))
+    body = {"messages": ASKED, "responses": WANTED}.get(path, {"model": "both", **({"messages": [user("hi")]} if "chat" in path else {})})
+    got = ask(server, "POST", f"/v1/{path}", {**body, **fields})
+    got_body = fake.bodies()[0]
+    if path != "embeddings":
+        assert got.status == 200 and got.headers.get("x-akashproxy-ignored") == ignored, got.body
+    assert {name: got_body.get(name) for name in sent} == sent and not set(left_out) & set(got_body)
+
+
+OVERFLOWS = {
+    # name: (status, an upstream's message, how Messages says it)
+    "OpenAI": (400, "This model's maximum context length is 8192 tokens. However, your messages resulted in 9001 tokens.", "prompt is too long: 9001 tokens > 8192 maximum"),
+    "OpenAI's, with an answer": (400, "This model's maximum context length is 4097 tokens. However, you requested 5000 tokens (4000 in the messages, 1000 in the completion).",
+                                 "input length and `max_tokens` exceed context limit: 4000 + 1000 > 4097, decrease input length or `max_tokens` and try again"),
+    "vLLM": (400, "max_tokens (or max_completion_tokens) is too large: 32000. This model's maximum context length is 32768 tokens and your request has 12193 input tokens "
+             "(32000 > 32768 - 12193).", "input length and `max_tokens` exceed context limit: 12193 + 32000 > 32768, decrease input length or `max_tokens` and try again"),
+    "llama.cpp": (400, "request (9001 tokens) exceeds the available context size (8192 tokens), try increasing it", "prompt is too long: 9001 tokens > 8192 maximum"),
+    "llama.cpp's older one": (500, "the request exceeds the available context size. try increasing the context size", None),
+    "SGLang": (400, "Requested token count exceeds the model's maximum context length of 32768 tokens. You requested a total of 44193 tokens: 12193 tokens from the input messages "
+               "and 32000 tokens for the completion.", "input length and `max_tokens` exceed context limit: 12193 + 32000 > 32768, decrease input length or `max_tokens` and try again"),
+    "TGI": (422, "`inputs` tokens + `max_new_tokens` must be <= 32768. Given: 12193 `inputs` tokens and 32000 `max_new_tokens`",
+            "input length and `max_tokens` exceed context limit: 12193 + 32000 > 32768, decrease input length or `max_tokens` and try again"),
+    "Gemini": (400, "The input token count (1200000) exceeds the maximum number of tokens allowed (1048576).", "prompt is too long: 1200000 tokens > 1048576 maximum"),
+    "Mistral": (400, "Prompt contains 40000 tokens and 0 draft tokens, too large for model with 32768 maximum context length", "prompt is too long: 40000 tokens > 32768 maximum"),
+    "Moonshot": (400, "Your request exceeded model token limit: 131072 (requested: 140000)", "prompt is too long: 140000 tokens > 131072 maximum"),
+    "OpenRouter": (400, "This endpoint's maximum context length is 32768 tokens. However, you requested about 44193 tokens (12193 of text input, 32000 in the output).",
+                   "input length and `max_tokens` exceed context limit: 12193 + 32000 > 32768, decrease input length or `max_tokens` and try again"),
+    "LM Studio": (400, "The number of tokens to keep from the initial prompt is greater than the context length (n_keep: 9001>= n_ctx: 8192).", "prompt is too long: 9001 tokens > 8192 maximum"),
+    "no numbers": (400, "Your input exceeds the context window of this model.", None),
+    "Anthropic's own": (400, "prompt is too long: 9001 tokens > 8192 maximum", "prompt is too long: 9001 tokens > 8192 maximum"),
+}
+
+
+@table(OVERFLOWS)
+def test_a_request_that_is_too_long_is_told_in_each_clients_words(case, pool):
+    status, message, told = case
+    fake = FakeOpenAI()
+    server = pool(fake)
+    fake.faults.extend([fake.garbage(reply(status, json.dumps({"error": {"message": message}}).encode(), "Content-Type: application/json"))] * 3)
+    got = ask(server, "POST", "/v1/messages", ASKED)
+    assert got.status == 400 and got.json["error"] == {"type": "invalid_request_error", "message": told or f"prompt is too long: {message}"}
+    for path, body in (("chat/completions", CHAT), ("responses", WANTED)):
+        got = ask(server, "POST", f"/v1/{path}", body)
+        assert got.status == 400 and got.json["error"]["code"] == "context_length_exceeded" and got.json["error"]["message"] == message
+
+
+@pytest.mark.parametrize("message", ["max_tokens is too large: 64000. This model supports at most 16384 completion tokens", "The image is too large", "tools.0.name: too long"])
+def test_other_errors_are_not_told_as_too_long(message, pool):
+    fake = FakeOpenAI()
+    fake.faults.append(fake.garbage(reply(400, json.dumps({"error": {"message": message}}).encode(), "Content-Type: application/json")))
+    assert ask(pool(fake), "POST", "/v1/messages", ASKED).json["error"]["message"] == message
+
+
+REASONS = {
+    # finish_reason: (of Messages, of Messages with a call, status of Responses, its reason)
+    "stop": ("end_turn", "tool_use", "completed", None),
+    "length": ("max_tokens", "max_tokens", "incomplete", "max_output_tokens"),
+    "content_filter": ("refusal", "refusal", "incomplete", "content_filter"),
+    "tool_calls": ("end_turn", "tool_use", "completed", None),
+    "function_call": ("end_turn", "tool_use", "completed", None),
+}
+
+
+@pytest.mark.parametrize("reason", REASONS)
+@pytest.mark.parametrize("streamed", [False, True])
+def test_why_an_answer_ended_in_each_dialect(reason, streamed, pool):
+    plain, with_call, status, detail = REASONS[reason]
+    fake = FakeOpenAI()
+    server = pool(fake)
+    fake.faults += [answered(delta, finish=reason) for delta in ({"content": "x"}, {"tool_calls": [{"index": 0, "id": "c", "function": {"name": "f", "arguments": "{}"}}]}, {"content": "x"})]
+    for expected in (plain, with_call):
+        got = ask(server, "POST", "/v1/messages", {**ASKED, "stream": streamed})
+        assert (named_events(got.body)[-2]["delta"] if streamed else got.json)["stop_reason"] == expected
+    got = ask(server, "POST", "/v1/responses", {**WANTED, "stream": streamed})
+    response = named_events(got.body)[-1]["response"] if streamed else got.json
+    assert (response["status"], (response["incomplete_details"] or {}).get("reason")) == (status, detail)
 
 
 # == the matrix: every controller, every dialect ==============================================
@@ -5459,7 +5813,7 @@ def test_a_prompt_of_20_megabytes(akash, serve):
     assert len(akash.bodies()[0]["messages"][0]["content"]) == 20 << 20
 
 
-@pytest.mark.parametrize("form, fill", [("comment", b": keep-alive\n\n"), ("chunk", b'"delta":{"role":"assistant","content":""}'), ("off", None)])
+@pytest.mark.parametrize("form, fill", [("comment", b": ping\n\n"), ("chunk", b'"delta":{"role":"assistant","content":""}'), ("off", None)])
 def test_pings_fill_silence(form, fill, akash, serve):
     hold = threading.Event()
 
@@ -5506,14 +5860,14 @@ def test_an_error_after_pings_is_told_in_the_stream(akash, serve):
 
     akash.faults.append(late)
     got = chat(serve(heartbeat=0.1), stream=True)
-    assert got.status == 200 and b": keep-alive\n\n" in got.body and b'data: {"error":{' in got.body and got.body.endswith(b"data: [DONE]\n\n")
+    assert got.status == 200 and b": ping\n\n" in got.body and b'data: {"error":{' in got.body and got.body.endswith(b"data: [DONE]\n\n")
 
 
 def test_failover_goes_on_behind_pings(pool):
     a, b = FakeOpenAI(), FakeOpenAI(text="from b.")
     a.faults.append(a.stall())
     got = chat(pool((a, {"weight": 1000, "first_byte_timeout": 0.3}), b, heartbeat=0.05), BOTH, stream=True)
-    assert got.status == 200 and got.body.startswith(b": keep-alive\n\n") and b"from " in got.body and b"error" not in got.body
+    assert got.status == 200 and got.body.startswith(b": ping\n\n") and b"from " in got.body and b"error" not in got.body
 
 
 def test_pings_never_cut_an_event(pool):
@@ -5528,7 +5882,7 @@ def test_pings_never_cut_an_event(pool):
 
     a.faults.append(halves)
     body = chat(pool(a, heartbeat=0.1, idle_timeout=5), BOTH, stream=True).body
-    assert b": keep-alive\n\n" in body and body.replace(b": keep-alive\n\n", b"") == b"".join(events)
+    assert b": ping\n\n" in body and body.replace(b": ping\n\n", b"") == b"".join(events)
 
 
 def test_who_drains_says_so(akash, serve):
@@ -5890,7 +6244,7 @@ def test_no_ping_follows_the_end_of_a_response(akash, serve):
         sock.sendall(post("/v1/chat/completions", {**CHAT, "stream": True}))
         wait_for(lambda: relays(server))
         writer = relays(server)[0].writer
-        wait_for(lambda: b"keep-alive" in sock.recv(65536))
+        wait_for(lambda: b": ping" in sock.recv(65536))
         ended = threading.Event()
         server.loop.call_soon_threadsafe(lambda: (writer.finish(), writer.on_tick(time.monotonic() + 1000), ended.set()))
         assert ended.wait(10)
@@ -5954,7 +6308,7 @@ def test_no_more_threads_for_a_client_that_got_pings(pool, monkeypatch):
             link.shutdown(socket.SHUT_RDWR)
         for part in iter(lambda: sock.recv(65536), b""):
             got += part
-    assert b": keep-alive" in got and b"Too many clients" not in got
+    assert b": ping" in got and b"Too many clients" not in got
     wait_for(lambda: not server.connections and not server.pool.upstreams[0].in_flight)
 
 
@@ -9834,7 +10188,7 @@ def test_openai_tools_and_forms(pool):
             assert events.get_final_completion().choices[0].message.tool_calls[0].function.arguments == '{"city":"Oslo"}'
         client.responses.create(model="both", tools=tools, input=[user("hi"), *complete.output, *(
             {"type": "function_call_output", "call_id": item.call_id, "output": "rain"} for item in complete.output[2:])])
-        assert a.bodies()[-1]["messages"] == [user("hi"), {**called(("call_1", "f", '{"city":"Oslo"}'), ("call_2", "g", "{}")), "content": "wait"}, *(
+        assert a.bodies()[-1]["messages"] == [user("hi"), {**called(("call_1", "f", '{"city":"Oslo"}'), ("call_2", "g", "{}")), "content": "wait", "reasoning_content": "hm"}, *(
             {"role": "tool", "tool_call_id": id, "content": "rain"} for id in ("call_1", "call_2"))]
 
 
