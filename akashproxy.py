@@ -3254,7 +3254,7 @@ class Controller:
 def adapt_body(
     body: Dict[str, Any], options: ControllerSettings, is_chat: bool
 ) -> Tuple[Dict[str, Any], List[str]]:
-    """Apply ``drop``, ``rename`` and, to chats, ``set``; also return the dropped names.
+    """Apply ``drop``, ``rename`` and, to chats, ``set``; return dropped names, too.
 
     Without a change it is the same object. ``drop`` reaches into messages and their tool calls.
     """
@@ -3262,8 +3262,8 @@ def adapt_body(
     adapted = body
     messages = body.get("messages")
     if options.drop and isinstance(messages, list):
-        kept = _without_fields(messages, options.drop, dropped)
-        adapted = body if kept is messages else {**body, "messages": kept}
+        cleaned = _without_fields(messages, options.drop, dropped)
+        adapted = body if cleaned is messages else {**body, "messages": cleaned}
     if dropped or any(name in body for name in options.rename):
         adapted = {
             options.rename.get(name, name): value
@@ -3275,18 +3275,18 @@ def adapt_body(
 
 def _without_fields(values: List[Any], names: Tuple[str, ...], dropped: List[str]) -> List[Any]:
     """Messages or tool calls without some fields: the same object if none has them."""
-    kept = []
+    cleaned = []
     for value in values:
         if isinstance(value, dict) and isinstance(value.get("tool_calls"), list):
             calls = _without_fields(value["tool_calls"], names, dropped)
             value = value if calls is value["tool_calls"] else {**value, "tool_calls": calls}
         found = [name for name in names if name in value] if isinstance(value, dict) else []
         dropped += (name for name in found if name not in dropped)
-        kept.append({key: value[key] for key in value if key not in found} if found else value)
-    return kept if any(map(operator.is_not, kept, values)) else values
+        cleaned.append({key: value[key] for key in value if key not in found} if found else value)
+    return cleaned if any(map(operator.is_not, cleaned, values)) else values
 
 
-def place_system_messages(messages: List[Dict[str, Any]], place: str) -> List[Dict[str, Any]]:
+def place_system_messages(messages: List[Dict[str, Any]], mode: str) -> List[Dict[str, Any]]:
     """Leave one system message, at the beginning: many models accept no other one.
 
     Later ones are merged into it ("first") or into the user's text ("user"); the latter leaves
@@ -3294,7 +3294,7 @@ def place_system_messages(messages: List[Dict[str, Any]], place: str) -> List[Di
     """
     leading = list(itertools.takewhile(_is_system, messages))
     later = messages[len(leading) :]
-    if place == "first":
+    if mode == "first":
         leading += filter(_is_system, later)
         later = list(itertools.filterfalse(_is_system, later))
     else:
@@ -3776,7 +3776,7 @@ _CONTEXT_LIMIT = (
 
 
 def find_overflow(codes: str, words: str) -> Optional[Overflow]:
-    """The numbers in an error of a request that is too long for its model; None for others.
+    """Parse the error of a request that is too long for its model; None for others.
 
     Knows the messages of OpenAI, Anthropic, Gemini, Mistral, DeepSeek, Moonshot, xAI, OpenRouter,
     vLLM, SGLang, llama.cpp, TGI and LM Studio. ``codes`` and ``words`` are in lower case.
@@ -7172,7 +7172,7 @@ class BlockDialect(Dialect):
         return {"type": "function", "function": function}
 
     def sent_name(self, name: Any, space: Any = None) -> str:
-        """A function's name as OpenAI accepts it, with its namespace: a key of ``tool_names``."""
+        """A function's name as OpenAI accepts it, with its namespace; see tool_names."""
         target = (str(name), space if isinstance(space, str) and space else None)
         sent = "__".join([target[1].rstrip("_"), target[0]]) if target[1] else target[0]
         if not TOOL_NAME.fullmatch(sent) or self.tool_names.setdefault(sent, target) != target:
@@ -7296,7 +7296,7 @@ def finish_messages(messages: List[Dict[str, Any]]) -> Iterator[Dict[str, Any]]:
 
 
 def pair_tool_results(messages: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
-    """Put the results of tool calls right behind them: OpenAI and others reject anything else.
+    """Put the results of tool calls right behind them, as OpenAI requires.
 
     A call without a result gets NO_RESULT. A result without a call becomes text of the user.
     """
@@ -7325,24 +7325,24 @@ def match_tool_results(
     """
     results: Dict[int, List[str]] = {}
     latest: Dict[Any, Dict[str, Any]] = {}  # calls by their IDs
-    early: Dict[Any, List[Dict[str, Any]]] = {}  # results before their calls
+    unmatched: Dict[Any, List[Dict[str, Any]]] = {}  # results before their calls
     open_calls: Iterator[Dict[str, Any]] = iter(())
     for message in messages:
         calls = message.get("tool_calls", ())
         for call in calls:
             call["id"] = call["id"] or f"call_{len(results)}"
             latest[call["id"]] = call
-            results[id(call)] = [result["content"] for result in early.pop(call["id"], ())]
+            results[id(call)] = [result["content"] for result in unmatched.pop(call["id"], ())]
         if calls:
             open_calls = (call for call in calls if not results[id(call)])
         if message["role"] == "tool":
             key = message["tool_call_id"]
             target = latest.get(key) if key else next(open_calls, None)
             if target is None:
-                early.setdefault(key, []).append(message)
+                unmatched.setdefault(key, []).append(message)
             else:
                 results[id(target)].append(message["content"])
-    return results, {id(result) for group in early.values() for result in group}
+    return results, {id(result) for group in unmatched.values() for result in group}
 
 
 EXTRA = "__extra_"
@@ -7350,7 +7350,7 @@ MAX_EXTRA = 1 << 16  # characters
 
 
 def id_with_extra(call_id: str, extra: Optional[Dict[str, Any]]) -> str:
-    """Add what the upstream wants back to a call's ID: the one field every client returns."""
+    """Add ``extra`` of a call to its ID, the only field that all clients return."""
     if not extra:
         return call_id
     data = base64.urlsafe_b64encode(to_json(extra)).decode().rstrip("=")
@@ -7358,7 +7358,7 @@ def id_with_extra(call_id: str, extra: Optional[Dict[str, Any]]) -> str:
 
 
 def split_extra(value: Any) -> Tuple[Optional[str], Optional[Dict[str, Any]]]:
-    """A call's own ID, None if it is missing, and what id_with_extra() has added to it."""
+    """A call's own ID, None if missing, and what id_with_extra() has added to it."""
     call_id = str(value) if isinstance(value, (str, int)) and value != "" else None
     head, mark, data = (call_id or "").rpartition(EXTRA)
     if mark:
@@ -7701,7 +7701,7 @@ class Messages(BlockDialect):
 
 
 def overflow_message(error: APIError) -> str:
-    """An error's message; one of Anthropic's, from which Claude Code recovers, for Overflow."""
+    """An error's message; for an Overflow in words that Claude Code understands."""
     prompt, output, limit = error.overflow or (0, 0, 0)
     if error.overflow is None or error.message.startswith("prompt is too long"):
         return error.message
@@ -7715,7 +7715,7 @@ def overflow_message(error: APIError) -> str:
 
 
 def without_billing_header(part: Dict[str, Any]) -> Dict[str, Any]:
-    """A part without Claude Code's first line, which differs each time and spoils prompt caches."""
+    """A part without Claude Code's first line, which would defeat prompt caches."""
     text = part.get("text", "")
     if not text.startswith("x-anthropic-billing-header:"):
         return part

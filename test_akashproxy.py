@@ -5885,6 +5885,95 @@ def test_pings_never_cut_an_event(pool):
     assert b": ping\n\n" in body and body.replace(b": ping\n\n", b"") == b"".join(events)
 
 
+def call_piece(index, arguments, **fields):
+    return FakeOpenAI.event({"tool_calls": [{"index": index, "function": {"arguments": arguments, **({"name": "f"} if fields else {})}, **fields}]})
+
+
+SILENT_OUTPUT = {
+    # name: (path, first frames of an upstream, a frame that it repeats and of which nothing is sent to the client)
+    "reasoning that Messages withholds": ("messages", b"", FakeOpenAI.event({"reasoning_content": "t"})),
+    "reasoning in legacy completions": ("completions", b"", FakeOpenAI.event({"reasoning_content": "t"})),
+    "fragments that wait in Messages": ("messages", call_piece(0, '{"a"', id="c0") + call_piece(1, '{"b":"', id="c1"), call_piece(1, "x")),
+    "fragments that wait in Responses": ("responses", call_piece(0, '{"a"', id="c0") + call_piece(1, '{"b":"', id="c1"), call_piece(1, "x")),
+    "empty deltas": ("responses", FakeOpenAI.event({"content": "x"}), FakeOpenAI.event({})),
+    "comments": ("messages", FakeOpenAI.event({"content": "x"}), b": keep-alive\n\n"),
+}
+
+
+@table(SILENT_OUTPUT)
+def test_output_that_is_not_sent_is_silence(case, pool):
+    path, first, repeated = case
+    fake, done = FakeOpenAI(), threading.Event()
+
+    def withholding(sock, request):
+        sock.sendall(fake.head() + (chunk(first) if first else b""))
+        while not done.wait(0.02):
+            sock.sendall(chunk(repeated))
+        sock.sendall(chunk(FakeOpenAI.event({}, "stop") + b"data: [DONE]\n\n") + b"0\r\n\r\n")
+        return True
+
+    fake.faults.append(withholding)
+    server = pool((fake, {"paths": ["/v1/chat/completions"]}), heartbeat=0.1, idle_timeout=9)
+    body = {"messages": ASKED, "responses": WANTED, "completions": {"model": "both", "prompt": "hi"}}[path]
+    with socket.create_connection(("127.0.0.1", server.server_port), timeout=20) as sock:
+        sock.sendall(post(f"/v1/{path}", {**body, "stream": True}))
+        got, ping = b"", b"event: ping\n" if path == "messages" else b": ping\n"
+        while got.count(ping) < 3:
+            got += sock.recv(65536)
+        done.set()
+        while not got.endswith(b"0\r\n\r\n"):
+            got += sock.recv(65536)
+
+
+WAITS = {
+    # name: (what an upstream sends before it waits, the ping)
+    "an event": (FakeOpenAI.event({"content": "a"}), b": ping\n\n"),
+    "an event with an ID": (b"id: 1\n" + FakeOpenAI.event({"content": "a"}), b": ping\n"),
+    "an ID long ago": (b"id: 1\n" + FakeOpenAI.event({"content": "a"}) + FakeOpenAI.event({"content": "b"}), b": ping\n"),
+    "a part of an event": (FakeOpenAI.event({"content": "a"}) + b"event: message\n", b": ping\n"),
+}
+
+
+@table(WAITS)
+def test_a_ping_never_ends_an_event(case, pool):
+    frames, ping = case
+    fake, done = FakeOpenAI(), threading.Event()
+
+    def waits(sock, request):
+        sock.sendall(fake.head() + chunk(frames))
+        done.wait(20)
+        sock.sendall(chunk(FakeOpenAI.event({}, "stop") + b"data: [DONE]\n\n") + b"0\r\n\r\n")
+        return True
+
+    fake.faults.append(waits)
+    with socket.create_connection(("127.0.0.1", pool(fake, heartbeat=0.1, idle_timeout=9).server_port), timeout=20) as sock:
+        sock.sendall(post("/v1/chat/completions", {**CHAT, "model": "both", "stream": True}))
+        got = b""
+        while got.count(b": ping") < 3:
+            got += sock.recv(65536)
+        done.set()
+        while not got.endswith(b"0\r\n\r\n"):
+            got += sock.recv(65536)
+    body = unchunked(got.partition(b"\r\n\r\n")[2])
+    assert frames + ping * 3 in body and body.replace(ping, b"") == frames + FakeOpenAI.event({}, "stop") + b"data: [DONE]\n\n"
+
+
+def test_openais_client_reads_pings_behind_an_event_with_an_id(pool):
+    openai = pytest.importorskip("openai")
+    fake, arrived = FakeOpenAI(), threading.Event()
+
+    def waits(sock, request):
+        sock.sendall(fake.head() + chunk(b"id: 1\n" + FakeOpenAI.event({"content": "a"})))
+        arrived.wait(0.8)
+        sock.sendall(chunk(b"id: 2\n" + FakeOpenAI.event({"content": "b"}, "stop") + b"data: [DONE]\n\n") + b"0\r\n\r\n")
+        return True
+
+    fake.faults.append(waits)
+    with openai.OpenAI(base_url=pool(fake, heartbeat=0.1).url + "/v1", api_key="none", max_retries=0) as client:
+        texts = [piece.choices[0].delta.content for piece in client.chat.completions.create(**BOTH, stream=True)]
+    assert "".join(text or "" for text in texts) == "ab"
+
+
 def test_who_drains_says_so(akash, serve):
     server = serve()
     server.draining = True
