@@ -3757,21 +3757,22 @@ def _without_quotes(text: str, models: Iterable[str]) -> str:
 
 
 _N = "([0-9]{1,12})"
-# Patterns of the numbers in such messages; the first one found is used.
-_PROMPT_TOKENS = (
-    f"{_N} (?:input tokens|in the messages|of text input|tokens from the input|`?inputs)",
-    rf"(?:prompt (?:\(length|contains|is too long:)|resulted in|request contains|n_keep:) {_N}",
-    rf"(?:(?:request|input)(?: length| token count)?|keep the first) \(?{_N}|limit: {_N} \+",
-)
-_OUTPUT_TOKENS = (
-    f"{_N} (?:output tokens|tokens for the completion|`?max_new|in the (?:completion|output))",
-    rf"too large: {_N}|\+ {_N} >",
-)
-_CONTEXT_LIMIT = (
-    rf"n_ctx: {_N}|\+ [0-9]{{1,12}} > {_N}|range of input length should be \[1, {_N}",
-    r"(?:context (?:length|size|window)|(?:prompt|model) length|token limit|tokens allowed"
-    rf"|must be <=)(?! by)[^0-9.]{{0,20}}{_N}",
-    f"{_N} maximum|> {_N}",
+# Patterns of the numbers in such messages; of each name the first one that matches is used.
+_OVERFLOW_NUMBERS = (
+    (
+        "prompt",
+        f"{_N} (?:input tokens|in the messages|of text input|tokens from the input|`?inputs)",
+    ),
+    ("prompt", rf"(?:prompt (?:\(length|contains|is too long:)|resulted in|n_keep:) {_N}"),
+    ("prompt", rf"(?:request contains|request|input)(?: length| token count)? \(?{_N}"),
+    ("prompt", rf"keep the first {_N}|limit: {_N} \+"),
+    ("output", f"{_N} (?:output tokens|tokens for the completion|`?max_new)"),
+    ("output", rf"{_N} in the (?:completion|output)|too large: {_N}|\+ {_N} >"),
+    ("limit", rf"n_ctx: {_N}|\+ [0-9]{{1,12}} > {_N}|input length should be \[1, {_N}"),
+    ("limit", rf"context (?:length|size|window)(?! by)[^0-9.]{{0,20}}{_N}"),
+    ("limit", rf"(?:(?:prompt|model) length|token limit|allowed|must be <=)[^0-9.]{{0,20}}{_N}"),
+    ("limit", f"{_N} maximum|> {_N}"),
+    ("total", f"requested:? {_N}"),
 )
 
 
@@ -3781,19 +3782,15 @@ def find_overflow(codes: str, words: str) -> Optional[Overflow]:
     Knows the messages of OpenAI, Anthropic, Gemini, Mistral, DeepSeek, Moonshot, xAI, OpenRouter,
     vLLM, SGLang, llama.cpp, TGI and LM Studio. ``codes`` and ``words`` are in lower case.
     """
-    if not re.search(_OVERFLOW_CODES, codes) and not re.search(_OVERFLOW, words[:4000]):
+    words = words[:4000]
+    if not re.search(_OVERFLOW_CODES, codes) and not re.search(_OVERFLOW, words):
         return None
-    prompt, output, limit, total = (
-        _first_number(patterns, words[:4000])
-        for patterns in (_PROMPT_TOKENS, _OUTPUT_TOKENS, _CONTEXT_LIMIT, (f"requested:? {_N}",))
-    )
-    return Overflow(prompt or max(0, total - output), output, limit)
-
-
-def _first_number(patterns: Iterable[str], words: str) -> int:
-    """The number that the first matching pattern finds; 0 if none matches."""
-    match = next(filter(None, (re.search(pattern, words) for pattern in patterns)), None)
-    return int(match[match.lastindex or 0]) if match else 0
+    count: Dict[str, int] = {"prompt": 0, "output": 0, "limit": 0, "total": 0}
+    for name, pattern in _OVERFLOW_NUMBERS:
+        match = None if count[name] else re.search(pattern, words)
+        count[name] = int(match[match.lastindex or 0]) if match else count[name]
+    prompt = count["prompt"] or max(0, count["total"] - count["output"])
+    return Overflow(prompt, count["output"], count["limit"])
 
 
 def _error_from_rule(

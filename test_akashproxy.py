@@ -10334,7 +10334,7 @@ def test_anthropic_tools(claude):
     results = [{"type": "tool_result", "tool_use_id": block.id, "content": [{"type": "text", "text": "rain"}]} for block in streamed.content[2:]]
     client.messages.create(**{**CLAUDE, "messages": [user("hi"), {"role": "assistant", "content": streamed.content}, user(results)]})
     assert [message["role"] for message in fake.bodies()[-1]["messages"]] == ["user", "assistant", "tool", "tool"]
-    assert fake.bodies()[-1]["messages"][1] == {**called(("call_1", "f", '{"city":"Oslo"}'), ("call_2", "g", "{}")), "content": "wait"}
+    assert fake.bodies()[-1]["messages"][1] == {**called(("call_1", "f", '{"city":"Oslo"}'), ("call_2", "g", "{}")), "content": "wait", "reasoning_content": "hm"}
 
 
 def test_anthropic_errors(claude):
