@@ -159,6 +159,7 @@ import itertools
 import json
 import logging
 import math
+import operator
 import os
 import random
 import re
@@ -189,6 +190,7 @@ from typing import (
     NoReturn,
     Optional,
     Pattern,
+    Sequence,
     Set,
     Tuple,
     Type,
@@ -457,6 +459,11 @@ def as_dict(value: Any) -> Dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def as_str(value: Any) -> str:
+    """Return the value if it is a string, else ""."""
+    return value if isinstance(value, str) else ""
+
+
 def as_list(value: Any) -> List[Any]:
     """The value if it is a list, else an empty list; for untrusted JSON."""
     return value if isinstance(value, list) else []
@@ -512,6 +519,14 @@ CATEGORY_BY_STATUS = {
 # fmt: on
 
 
+class Overflow(NamedTuple):
+    """Tokens of a request that is too long for its model; 0: unknown."""
+
+    prompt: int
+    output: int  # requested at most
+    limit: int
+
+
 class APIError(Exception):
     """An error response to the client.
 
@@ -521,7 +536,8 @@ class APIError(Exception):
 
     ``category``, a key of FAILURE_POLICY, decides on failover and cool-down.
     ``cooldown_scope`` is the part that cools down: the "controller", or only the request's "model".
-    ``upstream_status`` is the upstream's own status, if it sent one. ``bug`` is the unexpected
+    ``upstream_status`` is the upstream's own status, if it sent one. ``overflow``: the request does
+    not fit into the model's context. ``bug`` is the unexpected
     exception behind a 500: logged, never sent.
     """
 
@@ -539,6 +555,7 @@ class APIError(Exception):
         category: Optional[str] = None,
         cooldown_scope: str = "controller",
         upstream_status: Optional[int] = None,
+        overflow: Optional[Overflow] = None,
     ) -> None:
         # The message goes to logs and /status, and may quote an upstream.
         self.message = message = shorten(message, 1500)
@@ -554,6 +571,7 @@ class APIError(Exception):
         self.category = category or CATEGORY_BY_STATUS.get(status, "server")
         self.cooldown_scope = cooldown_scope
         self.upstream_status = upstream_status
+        self.overflow = overflow
         self.bug: Optional[Exception] = None
 
     def headers(self) -> Dict[str, str]:
@@ -658,12 +676,16 @@ class TextWasReasoning:
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A fragment of a tool call; the first one of an index carries id and name."""
+    """A fragment of a tool call; the first one of an index carries id and name.
+
+    ``extra`` is what the upstream wants back with the call, such as Gemini's thought_signature.
+    """
 
     index: int
     arguments: str = ""
     id: Optional[str] = None
     name: Optional[str] = None
+    extra: Optional[Dict[str, Any]] = None
 
 
 @dataclass(frozen=True)
@@ -892,6 +914,7 @@ def join_tool_call(fragments: List[ToolCall]) -> ToolCall:
         "".join(fragment.arguments for fragment in fragments),
         next((fragment.id for fragment in fragments if fragment.id), None),
         next((fragment.name for fragment in fragments if fragment.name), None),
+        next((fragment.extra for fragment in fragments if fragment.extra), None),
     )
 
 
@@ -1137,7 +1160,14 @@ class ControllerSettings(ValidatedSettings):
     )
     model_map: Dict[str, str] = setting({}, "the upstream's model name by the client's")
     drop: Tuple[str, ...] = setting(
-        (), "request parameters to remove, for upstreams that reject them"
+        (), "request parameters to remove, also within messages, for upstreams that reject them"
+    )
+    rename: Dict[str, str] = setting({}, "request parameters to send under another name")
+    set: Dict[str, Any] = setting({}, "request parameters of chats to set, after drop and rename")
+    system_messages: str = setting(
+        "first",
+        "where Messages and Responses put later system messages: first (merged) or user (text)",
+        one_of("first", "user"),
     )
     paths: Tuple[str, ...] = setting(
         (),
@@ -1692,7 +1722,9 @@ def from_json_value(item: Any, value: Any) -> Any:
         if isinstance(parts, list) and all(isinstance(part, str) for part in parts):
             return tuple(part.strip() for part in parts)
         raise ValueError("must be a list of strings")
-    if isinstance(value, dict) and all(isinstance(part, str) for part in value.values()):
+    if isinstance(value, dict) and (
+        item.type == "Dict[str, Any]" or all(isinstance(part, str) for part in value.values())
+    ):
         return value
     raise ValueError("must be an object with strings as values")
 
@@ -2878,7 +2910,8 @@ def take_complete_lines(buffer: bytearray, data: bytes) -> bytes:
 
     Only the new data is scanned, so that a long line costs linear time.
     """
-    end = max(data.rfind(b"\n"), data.rfind(b"\r")) + 1
+    # A CR at the very end may be the first half of CR LF.
+    end = max(data.rfind(b"\n"), data.rfind(b"\r", 0, len(data) - 1)) + 1
     if not end:
         buffer += data
         return b""
@@ -3410,6 +3443,90 @@ class Controller:
             self.transport.connections.close()
 
 
+def adapt_body(
+    body: Dict[str, Any], options: ControllerSettings, is_chat: bool
+) -> Tuple[Dict[str, Any], List[str]]:
+    """Apply ``drop``, ``rename`` and, to chats, ``set``; return dropped names, too.
+
+    Without a change it is the same object. ``drop`` reaches into messages and their tool calls.
+    """
+    dropped = [name for name in options.drop if body.get(name) is not None]
+    adapted = body
+    messages = body.get("messages")
+    if options.drop and isinstance(messages, list):
+        cleaned = _without_fields(messages, options.drop, dropped)
+        adapted = body if cleaned is messages else {**body, "messages": cleaned}
+    if dropped or any(name in body for name in options.rename):
+        adapted = {
+            options.rename.get(name, name): value
+            for name, value in adapted.items()
+            if name not in options.drop
+        }
+    return {**adapted, **options.set} if is_chat and options.set else adapted, dropped
+
+
+def _without_fields(values: List[Any], names: Tuple[str, ...], dropped: List[str]) -> List[Any]:
+    """Messages or tool calls without some fields: the same object if none has them."""
+    cleaned = []
+    for value in values:
+        if isinstance(value, dict) and isinstance(value.get("tool_calls"), list):
+            calls = _without_fields(value["tool_calls"], names, dropped)
+            value = value if calls is value["tool_calls"] else {**value, "tool_calls": calls}
+        found = [name for name in names if name in value] if isinstance(value, dict) else []
+        dropped += (name for name in found if name not in dropped)
+        cleaned.append({key: value[key] for key in value if key not in found} if found else value)
+    return cleaned if any(map(operator.is_not, cleaned, values)) else values
+
+
+def place_system_messages(messages: List[Dict[str, Any]], mode: str) -> List[Dict[str, Any]]:
+    """Leave one system message, at the beginning: many models accept no other one.
+
+    Later ones are merged into it ("first") or into the user's text ("user"); the latter leaves
+    the beginning unchanged, as upstreams' prompt caches need it.
+    """
+    leading = list(itertools.takewhile(_is_system, messages))
+    later = messages[len(leading) :]
+    if mode == "first":
+        leading += filter(_is_system, later)
+        later = list(itertools.filterfalse(_is_system, later))
+    else:
+        later = [_reminder(message) if _is_system(message) else message for message in later]
+        groups = itertools.groupby(later, key=lambda message: message["role"])
+        later = [
+            message
+            for role, group in groups
+            for message in (_join_messages(role, list(group)) if role == "user" else group)
+        ]
+    return [*_join_messages("system", leading), *later]
+
+
+def _is_system(message: Dict[str, Any]) -> bool:
+    return message["role"] == "system" and "tool_calls" not in message
+
+
+def _reminder(message: Dict[str, Any]) -> Dict[str, Any]:
+    """A system message as one of the user."""
+    content = message["content"]
+    if isinstance(content, str):
+        content = f"<system-reminder>\n{content}\n</system-reminder>"
+    return {"role": "user", "content": content}
+
+
+def _join_messages(role: str, messages: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
+    """Join messages to one, if there are any."""
+    contents = [message["content"] for message in messages]
+    if len(contents) < 2:
+        return messages
+    if all(isinstance(content, str) for content in contents):
+        return [{"role": role, "content": "\n\n".join(contents)}]
+    parts = [
+        part
+        for content in contents
+        for part in ([{"type": "text", "text": content}] if isinstance(content, str) else content)
+    ]
+    return [{"role": role, "content": parts}]
+
+
 class SingleFlight:
     """Runs a function for one caller at a time; waiting callers share its error.
 
@@ -3592,6 +3709,12 @@ _OVERSIZED = (
     r"^request too large|input or output tokens must be reduced|tokens allowed per request"
     r"|long context requests|reduce the (?:length|size) of (?:the|your)"
 )
+_OVERFLOW = (
+    r"context (?:length|size|window|limit)|context the overflows|maximum (?:prompt|input|model)"
+    r" length|(?:prompt|input) (?:is )?too long|token limit|token count|range of input length"
+    r"|tokens \+ .{1,20} must be <="
+)
+_OVERFLOW_CODES = "context_?(?:length|window)_?exceeded|exceed_context_size"
 # The first matching row applies. Columns: statuses, codes, words, category, status, reason.
 # fmt: off
 UPSTREAM_ERRORS = [
@@ -3599,6 +3722,7 @@ UPSTREAM_ERRORS = [
     ErrorRule((400, 402, 403), "", _UNAFFORDABLE, "refused"),
     ErrorRule((429,), "", _OVERSIZED, "refused"),
     ErrorRule((413,), "rate_limit_exceeded", "tokens per minute", "refused"),
+    ErrorRule((400, 413, 422, 500), _OVERFLOW_CODES, _OVERFLOW, "request", 400),
     # A firewall's page: something in the request matched one of its patterns.
     ErrorRule((402, 403, 451), "web_page", "", "refused"),
     # This server's key or address, beyond doubt.
@@ -3804,6 +3928,9 @@ def error_from_body(
     )
     error = _error_from_rule(rule, upstream_name, status, message, named, wait)
     error.upstream_status = status if http_status == 200 else http_status
+    error.overflow = find_overflow(codes, text.lower()) if error.category == "request" else None
+    if error.overflow:
+        error.code = "context_length_exceeded"
     # LiteLLM's own authentication errors mean that its key for this model is invalid, not ours.
     if names_model(body, words, models) if error.category == "limit" else "litellm.Auth" in words:
         error.cooldown_scope = "model"
@@ -3819,6 +3946,43 @@ def _without_quotes(text: str, models: Iterable[str]) -> str:
         text = text.replace(name, "*")
     text = re.sub(r"`[^`\n]{0,200}`|\"[^\"\n]{0,200}\"", "*", text[:4000])
     return text.replace("\n", " ").lower()
+
+
+_N = "([0-9]{1,12})"
+# Patterns of the numbers in such messages; of each name the first one that matches is used.
+_OVERFLOW_NUMBERS = (
+    (
+        "prompt",
+        f"{_N} (?:input tokens|in the messages|of text input|tokens from the input|`?inputs)",
+    ),
+    ("prompt", rf"(?:prompt (?:\(length|contains|is too long:)|resulted in|n_keep:) {_N}"),
+    ("prompt", rf"(?:request contains|request|input)(?: length| token count)? \(?{_N}"),
+    ("prompt", rf"keep the first {_N}|limit: {_N} \+"),
+    ("output", f"{_N} (?:output tokens|tokens for the completion|`?max_new)"),
+    ("output", rf"{_N} in the (?:completion|output)|too large: {_N}|\+ {_N} >"),
+    ("limit", rf"n_ctx: {_N}|\+ [0-9]{{1,12}} > {_N}|input length should be \[1, {_N}"),
+    ("limit", rf"context (?:length|size|window)(?! by)[^0-9.]{{0,20}}{_N}"),
+    ("limit", rf"(?:(?:prompt|model) length|token limit|allowed|must be <=)[^0-9.]{{0,20}}{_N}"),
+    ("limit", f"{_N} maximum|> {_N}"),
+    ("total", f"requested:? {_N}"),
+)
+
+
+def find_overflow(codes: str, words: str) -> Optional[Overflow]:
+    """Parse the error of a request that is too long for its model; None for others.
+
+    Knows the messages of OpenAI, Anthropic, Gemini, Mistral, DeepSeek, Moonshot, xAI, OpenRouter,
+    vLLM, SGLang, llama.cpp, TGI and LM Studio. ``codes`` and ``words`` are in lower case.
+    """
+    words = words[:4000]
+    if not re.search(_OVERFLOW_CODES, codes) and not re.search(_OVERFLOW, words):
+        return None
+    count: Dict[str, int] = {"prompt": 0, "output": 0, "limit": 0, "total": 0}
+    for name, pattern in _OVERFLOW_NUMBERS:
+        match = None if count[name] else re.search(pattern, words)
+        count[name] = int(match[match.lastindex or 0]) if match else count[name]
+    prompt = count["prompt"] or max(0, count["total"] - count["output"])
+    return Overflow(prompt, count["output"], count["limit"])
 
 
 def _error_from_rule(
@@ -5276,12 +5440,9 @@ class ChatDecoder(Decoder):
             if data:
                 self._finish(out)
             return
-        try:
-            event = from_json(data)
-        except ValueError:
-            if event_type in (b"", b"message", b"error"):
-                raise truncated(self.upstream_name, "sent an event that is not JSON") from None
-            return
+        event = json_or_none(data)
+        if event is None and data.strip() != b"null" and event_type in (b"", b"message", b"error"):
+            raise truncated(self.upstream_name, "sent an event that is not JSON")
         if not isinstance(event, dict):
             return
         if event.get("error") or is_error(event):
@@ -5388,6 +5549,7 @@ class CallInProgress:
         self.number = number
         self.id: Optional[str] = None
         self.name: Optional[str] = None
+        self.extra: Any = None  # the upstream's own fields
         self.held: List[str] = []  # arguments that arrived before the name
         self.progress = JSONProgress()
 
@@ -5410,6 +5572,7 @@ class ToolCallAssembler:
     def __init__(self, upstream_name: str) -> None:
         self.upstream_name = upstream_name
         self.count = 0
+        self.has_calls = False  # with a name
         self.by_id: Dict[str, CallInProgress] = {}
         self.by_index: Dict[int, CallInProgress] = {}
         self.latest: Optional[CallInProgress] = None
@@ -5424,20 +5587,21 @@ class ToolCallAssembler:
             call.id = fragment.id
             self.by_id.setdefault(fragment.id, call)
         call.progress.feed(fragment.arguments)
+        call.extra = fragment.extra or call.extra
         if call.name is not None:
             return [ToolCall(call.number, fragment.arguments)] if fragment.arguments else []
         call.held.append(fragment.arguments)
         if not fragment.name:
             return []
-        call.name = fragment.name
-        return [ToolCall(call.number, "".join(call.held), call.id, call.name)]
+        call.name, self.has_calls = fragment.name, True
+        return [ToolCall(call.number, "".join(call.held), call.id, call.name, call.extra)]
 
     def close(self) -> bool:
         """Return whether there was a call. APIError if one has arguments but no name."""
         for call in {*self.by_id.values(), *self.by_index.values()}:
             if call.name is None and any(call.held):
                 raise truncated(self.upstream_name, "sent a tool call without a name")
-        return self.count > 0
+        return self.has_calls
 
     def _find(self, fragment: ToolCall) -> Optional[CallInProgress]:
         """Return the call that a fragment may continue."""
@@ -5489,6 +5653,7 @@ def message_events(message: Dict[str, Any]) -> List[Event]:
                 arguments if isinstance(arguments, str) else _encode(arguments),
                 name_or_none(call.get("id")),
                 name_or_none(function.get("name")),
+                as_dict(call.get("extra_content")) or None,
             )
         )
     return events
@@ -5578,12 +5743,11 @@ _JSON = json.JSONDecoder()
 MAX_USAGE = 4096  # characters of a usage object
 
 
-def usage_in(data: bytes) -> Dict[str, Any]:
-    """Return the last usage within bytes of JSON that are relayed; {} if there is none.
+def usage_at(data: bytes, at: int) -> Dict[str, Any]:
+    """Return the usage whose name stands at a position of relayed JSON; {} if there is none.
 
     Anthropic's and Responses' names of the counts are replaced by those of chat completions.
     """
-    at = data.rfind(b'"usage"')
     if at < 0:
         return {}
     text = data[at + 7 : at + 7 + MAX_USAGE].decode("utf-8", "replace").lstrip(" \t\r\n:")
@@ -5710,10 +5874,12 @@ class PassthroughDecoder(Decoder):
 
     def _find_usage(self, data: bytes) -> Optional[Dict[str, Any]]:
         """Return the usage of the answer, if the data has one; earlier parts are kept."""
-        usage = usage_in(data)
-        if not usage:
+        last = data.rfind(b'"usage"')
+        if last < 0:
             return None
-        self.usage.update((name, value) for name, value in usage.items() if value is not None)
+        for at in (data.find(b'"usage"', 0, last), last):  # Anthropic's two: of prompt and answer
+            usage = usage_at(data, at)
+            self.usage.update((name, value) for name, value in usage.items() if value is not None)
         return chat_usage(self.usage)
 
     def fast_path(self, data: bytes) -> bytes:
@@ -5910,22 +6076,26 @@ class OpenAIController(Controller):
     def _request(self, call: Call, is_native: bool) -> Tuple[bytes, str]:
         """Return the request body and its content type; unchanged bodies are not rebuilt."""
         name = self.options.model_map.get(call.model, call.model)
-        body = (call.original_body if is_native else call.body) or {}
         if is_native and call.form_model:
             return replace_form_model(call, name), call.content_type
-        dropped = [field for field in self.options.drop if body.get(field) is not None]
+        original = call.original_body or {}
+        body = original if is_native else self._translated(call)
+        if "model" in body and body["model"] != name:
+            body = {**body, "model": name}
+        is_chat = not call.relay_only and not call.image_count
+        body, dropped = adapt_body(body, self.options, is_chat) if body else (body, [])
         # a second "model" in the bytes could differ from the one that was authorized
-        if is_native and (
-            not body or name == call.model and not dropped and call.raw_body.count(b'"model"') < 2
-        ):
+        if is_native and body is original and not (body and call.raw_body.count(b'"model"') > 1):
             return call.raw_body, call.content_type
-        body = {field: value for field, value in body.items() if field not in self.options.drop}
-        if not is_native and call.stream:
-            body["stream_options"] = {"include_usage": True}
-        if "model" in body:
-            body["model"] = name
         call.ignored_params = dropped
         return request_json(body, len(call.raw_body)), "application/json"
+
+    def _translated(self, call: Call) -> Dict[str, Any]:
+        """The body of a request in a format that the upstream does not offer, as a chat."""
+        messages = place_system_messages(call.body["messages"], self.options.system_messages)
+        options = {"stream_options": {"include_usage": True}} if call.stream else {}
+        sent = {name: call.body[name] for name in call.body if name not in call.untranslated}
+        return {**sent, "messages": messages, **options}
 
     def _decoder(self, call: Call, response: UpstreamResponse, is_native: bool) -> Decoder:
         """Return the decoder for the body of a response."""
@@ -5977,10 +6147,10 @@ class OpenAIController(Controller):
             body = json_or_none(data)
             if is_error(body) or body is None and text[1:].lstrip().startswith(b'"error"'):
                 raise error_from_body(self.name, 200, data if body is None else body, self.secrets)
-            if field and not as_dict(body).get(field.decode()):
+            if field and isinstance(body, dict) and not body.get(field.decode()):
                 raise truncated(self.name, "sent something that is not an answer")
             data = redact_bytes(data, self.secrets)
-        return [RawBytes(data, chat_usage(usage_in(text)))]
+        return [RawBytes(data, chat_usage(usage_at(text, text.rfind(b'"usage"'))))]
 
     def _completion(self, data: bytes) -> List[Event]:
         """Return the events of a chat completion that is not streamed."""
@@ -7029,7 +7199,7 @@ class Dialect:
 
     def ping_frame(self, style: str) -> bytes:
         """A keep-alive frame: a comment, or an event for clients that reject comments."""
-        return b": keep-alive\n\n" if style == "comment" else b""
+        return b": ping\n\n" if style == "comment" else b""
 
     def response_body(self, answer: Answer) -> Dict[str, Any]:
         """The body of a response that is not streamed."""
@@ -7106,6 +7276,7 @@ class ChatCompletions(Dialect):
 
     OBJECT, CHUNK = "chat.completion", "chat.completion.chunk"
     LAST_CHOICE = b'{"index":0,"delta":{}'  # of the last chunk, up to its finish_reason
+    RELAYED_ONLY: Tuple[str, ...] = ("n", "logprobs", "top_logprobs")  # events have no place for it
 
     def parse(self, body: Dict[str, Any]) -> Call:
         required_field(body, "model", str, "the name of a model")
@@ -7117,7 +7288,11 @@ class ChatCompletions(Dialect):
         if options is not None and not isinstance(options, dict):
             raise bad_request("'stream_options' must be an object.", "stream_options")
         self.include_usage = bool(as_dict(options).get("include_usage"))
-        return Call(body, stream=boolean_field(body, "stream"))
+        call = Call(body, stream=boolean_field(body, "stream"))
+        call.untranslated = [
+            name for name in self.RELAYED_ONLY if body.get(name) not in (None, False, 0, 1, "")
+        ]
+        return call
 
     def ping_frame(self, style: str) -> bytes:
         return self.opening_frames() if style == "chunk" else super().ping_frame(style)
@@ -7193,12 +7368,14 @@ def finish_of(answer: Answer) -> Finish:
 
 def tool_call(event: ToolCall) -> Dict[str, Any]:
     """A tool call, or a fragment of one, in OpenAI's format."""
+    extra = {"extra_content": event.extra} if event.extra else {}
     if event.name is None:
-        return {"function": {"arguments": event.arguments}}
+        return {"function": {"arguments": event.arguments}, **extra}
     return {
         "id": event.id,
         "type": "function",
         "function": {"name": event.name, "arguments": event.arguments},
+        **extra,
     }
 
 
@@ -7208,6 +7385,7 @@ class Completions(ChatCompletions):
     PREFIX = "cmpl-"
     OBJECT = CHUNK = "text_completion"
     LAST_CHOICE = b'{"text":"","index":0,"logprobs":null'
+    RELAYED_ONLY = ("n", "best_of", "logprobs", "suffix")
 
     def parse(self, body: Dict[str, Any]) -> Call:
         prompt = body.get("prompt")
@@ -7309,6 +7487,8 @@ class BlockDialect(Dialect):
 
     def __init__(self, body: Any, base_url: str = "") -> None:
         self.untranslated: List[str] = []  # names of ignored fields, for a response header
+        self.tool_names: Dict[str, Tuple[str, Optional[str]]] = {}  # sent: (name, namespace)
+        self.has_begun = False  # the conversation has answers of the assistant
         self.show_reasoning = True
         self.open_block: Any = None  # block_key() of the open block
         self.open_text: List[str] = []
@@ -7354,7 +7534,7 @@ class BlockDialect(Dialect):
         renamed = {new: body[name] for name, new in self.RENAMED_PARAMS.items() if name in body}
         try:
             chat = {**call.body, "stream": call.stream, **renamed, **self.to_chat(body)}
-            chat["messages"] = merge_system_messages(chat["messages"])
+            chat["messages"] = pair_tool_results(list(finish_messages(chat["messages"])))
             call.body = {name: value for name, value in chat.items() if value is not None}
             if not chat["messages"]:
                 raise bad_request("No message has any content.")
@@ -7367,28 +7547,48 @@ class BlockDialect(Dialect):
 
     @staticmethod
     def append_message(
-        messages: List[Dict[str, Any]], role: str, parts: List[Dict[str, Any]], calls: Any = ()
+        messages: List[Dict[str, Any]],
+        role: str,
+        parts: List[Dict[str, Any]],
+        calls: Sequence[Dict[str, Any]] = (),
+        reasoning: Sequence[str] = (),
     ) -> None:
-        """Append a message, unless it is empty."""
-        texts = [part["text"] for part in parts if part["type"] == "text"]
-        content = "\n\n".join(texts) if len(texts) == len(parts) else parts
-        if content or calls:
-            messages.append(
-                {
-                    "role": role,
-                    "content": content or None,
-                    **({"tool_calls": calls} if calls else {}),
-                }
-            )
+        """Append a message, unless it is empty; finish_messages() completes it.
+
+        Reasoning, text and tool calls of the assistant that follow each other become one message.
+        """
+        parts = [part for part in parts if part["type"] != "text" or part["text"]]
+        if not (parts or calls or reasoning):
+            return
+        last = messages[-1] if messages else {"role": ""}
+        is_continued = calls or last.get("calls") or not last.get("content")
+        if role != "assistant" or last["role"] != role or not is_continued:
+            messages.append({"role": role, "content": [], "calls": [], "reasoning": []})
+        for name, values in (("content", parts), ("calls", calls), ("reasoning", reasoning)):
+            messages[-1][name].extend(values)
 
     def append_tool_result(
-        self, messages: List[Dict[str, Any]], call: Any, content: Any, param: str
+        self,
+        messages: List[Dict[str, Any]],
+        call: Any,
+        content: Any,
+        param: str,
+        is_error: bool = False,
     ) -> List[Dict[str, Any]]:
         """Append a tool's result as text; returns its images, for a message of the user."""
         parts = self.convert_content(content, param, lenient=True)
         text = "\n\n".join(part["text"] for part in parts if part["type"] == "text")
-        messages.append({"role": "tool", "tool_call_id": call, "content": text})
+        if is_error and not text.lower().startswith("error"):
+            text = f"Error: {text or 'the tool failed.'}"
+        call_id, _ = split_extra(call)
+        messages.append({"role": "tool", "tool_call_id": call_id, "content": text})
         return [part for part in parts if part["type"] != "text"]
+
+    def history_call(self, call_id: Any, name: Any, arguments: Any, space: Any = None) -> Any:
+        """A tool call of the history, in OpenAI's format."""
+        own_id, extra = split_extra(call_id)
+        text = arguments if isinstance(arguments, str) else _encode(as_dict(arguments))
+        return tool_call(ToolCall(0, text or "{}", own_id, self.sent_name(name, space), extra))
 
     def convert_content(
         self, content: Any, param: str, lenient: bool = False
@@ -7405,7 +7605,8 @@ class BlockDialect(Dialect):
     def convert_part(self, block: Any, param: str, lenient: bool = False) -> List[Dict[str, Any]]:
         """Convert a block of either format into parts of a chat message.
 
-        Raises APIError 400 for unknown blocks; ``lenient`` turns them into text, as JSON.
+        Other blocks become a note to the model, or JSON if ``lenient``; before the first answer of
+        a conversation they raise APIError 400. Later, that would end the conversation for good.
         """
         if isinstance(block, str):
             return [{"type": "text", "text": block}]
@@ -7420,35 +7621,69 @@ class BlockDialect(Dialect):
             if source.get("type") == "base64":
                 url = f"data:{source.get('media_type')};base64,{source.get('data')}"
             if isinstance(url, str):
-                return [{"type": "image_url", "image_url": {"url": url}}]
+                detail = fields.get("detail")
+                image = {"url": url, **({"detail": detail} if detail in ("low", "high") else {})}
+                return [{"type": "image_url", "image_url": image}]
         if block_type == "document" and source.get("type") in ("text", "content"):
             return self.convert_content(source.get("data") or source.get("content"), param, lenient)
-        if lenient:
-            return [{"type": "text", "text": _encode(block)}] if block is not None else []
+        if block is None and (lenient or self.has_begun):
+            return []
+        if lenient or self.has_begun and block_type:
+            left_out = f"[A block of type {str(block_type)[:80]!r} is left out.]"
+            text = file_note(fields) or (_encode(block) if lenient else left_out)
+            return [{"type": "text", "text": text}]
         raise bad_request(
             f"{param}: {str(block_type or block)[:80]!r} can't be converted for a chat model.",
             param,
         )
 
-    def convert_tools(self, tools: Any) -> Optional[List[Dict[str, Any]]]:
-        """Convert the tools that are functions; None if there are none."""
+    def convert_tools(
+        self, tools: Any, param: str = "tools", space: Optional[str] = None
+    ) -> List[Dict[str, Any]]:
+        """Convert the tools that are functions, also those of a namespace."""
         functions: List[Dict[str, Any]] = []
         if tools is not None and not isinstance(tools, list):
-            raise bad_request("'tools' must be a list.", "tools")
+            raise bad_request(f"{param!r} must be a list.", param)
         for i, tool in enumerate(map(as_dict, tools or [])):
-            if tool.get("type") not in self.FUNCTION_TYPES:
+            if tool.get("type") in self.FUNCTION_TYPES:
+                functions.append(self.convert_tool(tool, f"{param}[{i}]", space))
+            elif tool.get("type") == "namespace" and tool.get("tools"):
+                inner = f"{param}[{i}].tools"
+                functions += self.convert_tools(tool["tools"], inner, str(tool.get("name")))
+            else:
                 self.untranslated.append(str(tool.get("type")))
-                continue
-            function = {"name": required_field(tool, "name", str, f"a string in tools[{i}]")}
-            for key in ("description", "strict"):
-                if tool.get(key) is not None:
-                    function[key] = tool[key]
-            function["parameters"] = tool.get(self.SCHEMA_KEY) or {
-                "type": "object",
-                "properties": {},
-            }
-            functions.append({"type": "function", "function": function})
-        return functions or None
+        return functions
+
+    def convert_tool(
+        self, tool: Dict[str, Any], param: str, space: Optional[str]
+    ) -> Dict[str, Any]:
+        """Convert a function. OpenAI rejects schemas of parameters without ``properties``."""
+        name = required_field(tool, "name", str, f"a string in {param}")
+        function: Dict[str, Any] = {"name": self.sent_name(name, space)}
+        for key in ("description", "strict"):
+            if tool.get(key) is not None:
+                function[key] = tool[key]
+        schema = as_dict(tool.get(self.SCHEMA_KEY)).items()
+        given = {name: value for name, value in schema if value is not None}
+        function["parameters"] = {"type": "object", "properties": {}, **given}
+        return {"type": "function", "function": function}
+
+    def sent_name(self, name: Any, space: Any = None) -> str:
+        """A function's name as OpenAI accepts it, with its namespace; see tool_names."""
+        target = (str(name), space if isinstance(space, str) and space else None)
+        sent = "__".join([target[1].rstrip("_"), target[0]]) if target[1] else target[0]
+        if not TOOL_NAME.fullmatch(sent) or self.tool_names.setdefault(sent, target) != target:
+            sent = re.sub("[^A-Za-z0-9_-]", "_", sent[:55]) + "_" + _sha256(repr(target))[:8]
+            self.tool_names[sent] = target
+        return sent
+
+    def chosen_tool(self, choice: Dict[str, Any], functions: Any) -> Optional[Dict[str, Any]]:
+        """A ``tool_choice`` of one function; None if it is not among those that are sent."""
+        sent = self.sent_name(choice.get("name"), choice.get("namespace"))
+        if all(tool["function"]["name"] != sent for tool in functions):
+            self.untranslated.append("tool_choice")
+            return None
+        return {"type": "function", "function": {"name": sent}}
 
     # -- the response
 
@@ -7523,34 +7758,137 @@ class BlockDialect(Dialect):
             blocks.append(Text(text))
         return blocks + [with_id(call, call.arguments or "{}") for call in answer.tools]
 
+    def client_name(self, call: ToolCall) -> Tuple[str, Optional[str]]:
+        """The client's own name of a called function, and its namespace."""
+        return self.tool_names.get(call.name or "", (call.name or "", None))
+
     @staticmethod
     def status(error: APIError) -> int:
         return 404 if error.category == "model" else error.status
 
 
-def merge_system_messages(messages: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
-    """Merge consecutive system messages: many models accept only one, the first."""
+# -- The history of a conversation
 
-    def is_mergeable(message: Dict[str, Any]) -> bool:
-        return (
-            message["role"] == "system"
-            and isinstance(message["content"], str)
-            and "tool_calls" not in message
-        )
+TOOL_NAME = re.compile("[A-Za-z0-9_-]{1,64}")  # OpenAI's rule
+NO_RESULT = "[The tool call was interrupted and has no result.]"
 
-    merged: List[Dict[str, Any]] = []
-    for mergeable, group in itertools.groupby(messages, key=is_mergeable):
-        batch = list(group)
-        if mergeable:
-            content = "\n\n".join(message["content"] for message in batch)
-            batch = [{"role": "system", "content": content}]
-        merged += batch
-    return merged
+
+def finish_messages(messages: List[Dict[str, Any]]) -> Iterator[Dict[str, Any]]:
+    """Yield messages in OpenAI's format, from those of append_message().
+
+    Reasoning stays with tool calls, where models such as Kimi's and DeepSeek's require it.
+    """
+    for message in messages:
+        if message["role"] == "tool":
+            yield message
+            continue
+        parts, calls, reasoning = message["content"], message["calls"], message["reasoning"]
+        texts = [part["text"] for part in parts if part["type"] == "text"]
+        content = "\n\n".join(texts) if len(texts) == len(parts) else parts
+        fields = {"tool_calls": calls} if calls else {}
+        if calls and reasoning:
+            fields["reasoning_content"] = "\n\n".join(reasoning)
+        if content or calls:
+            yield {"role": message["role"], "content": content or None, **fields}
+
+
+def pair_tool_results(messages: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
+    """Put the results of tool calls right behind them, as OpenAI requires.
+
+    A call without a result gets NO_RESULT. A result without a call becomes text of the user.
+    """
+    results, without_call = match_tool_results(messages)
+    paired: List[Dict[str, Any]] = []
+    for message in messages:
+        if message["role"] != "tool":
+            paired.append(message)
+        elif id(message) in without_call:
+            text = f"[Result of an unknown tool call]\n{message['content']}"
+            paired.append({"role": "user", "content": text})
+        for call in message.get("tool_calls", ()):
+            texts = results[id(call)]
+            content = "\n\n".join(texts) if texts else NO_RESULT
+            paired.append({"role": "tool", "tool_call_id": call["id"], "content": content})
+    return paired
+
+
+def match_tool_results(
+    messages: List[Dict[str, Any]],
+) -> Tuple[Dict[int, List[str]], Set[int]]:
+    """Results by the id() of their call, and the id() of each result without a call.
+
+    A result belongs to the last call before it that has its ID, else to the first one after it;
+    one without an ID to the first call without a result, of the last message with calls.
+    """
+    results: Dict[int, List[str]] = {}
+    latest: Dict[Any, Dict[str, Any]] = {}  # calls by their IDs
+    unmatched: Dict[Any, List[Dict[str, Any]]] = {}  # results before their calls
+    open_calls: Iterator[Dict[str, Any]] = iter(())
+    for message in messages:
+        calls = message.get("tool_calls", ())
+        for call in calls:
+            call["id"] = call["id"] or f"call_{len(results)}"
+            latest[call["id"]] = call
+            results[id(call)] = [result["content"] for result in unmatched.pop(call["id"], ())]
+        if calls:
+            open_calls = (call for call in calls if not results[id(call)])
+        if message["role"] == "tool":
+            key = message["tool_call_id"]
+            target = latest.get(key) if key else next(open_calls, None)
+            if target is None:
+                unmatched.setdefault(key, []).append(message)
+            else:
+                results[id(target)].append(message["content"])
+    return results, {id(result) for group in unmatched.values() for result in group}
+
+
+EXTRA = "__extra_"
+MAX_EXTRA = 1 << 16  # characters
+
+
+def id_with_extra(call_id: str, extra: Optional[Dict[str, Any]]) -> str:
+    """Add ``extra`` of a call to its ID, the only field that all clients return."""
+    if not extra:
+        return call_id
+    data = base64.urlsafe_b64encode(to_json(extra)).decode().rstrip("=")
+    return call_id + EXTRA + data if len(data) <= MAX_EXTRA else call_id
+
+
+def split_extra(value: Any) -> Tuple[Optional[str], Optional[Dict[str, Any]]]:
+    """A call's own ID, None if missing, and what id_with_extra() has added to it."""
+    call_id = str(value) if isinstance(value, (str, int)) and value != "" else None
+    head, mark, data = (call_id or "").rpartition(EXTRA)
+    if mark:
+        with contextlib.suppress(ValueError):
+            extra = from_json(base64.urlsafe_b64decode(data + "=" * (-len(data) % 4)))
+            return head, as_dict(extra) or None
+    return call_id, None
+
+
+FILE_TYPES = ("document", "file", "input_file", "input_audio")
+FILE_DATA = ("data", "file_data", "blob")
+FILE_NAMES_AND_TYPES = ("media_type", "mime_type", "mimeType", "filename")
+
+
+def file_note(block: Dict[str, Any]) -> str:
+    """A note to the model in place of a file; "" for a block without one."""
+    inner = [block, *(value for value in block.values() if isinstance(value, dict))]
+    fields = {name: value for values in inner for name, value in values.items()}
+    about = " ".join(as_str(fields.get(name)) for name in FILE_NAMES_AND_TYPES)
+    data = next(filter(None, (as_str(fields.get(name)) for name in FILE_DATA)), "")
+    if block.get("type") not in FILE_TYPES and not (data and about.strip()):
+        return ""
+    prefix, comma, payload = data.partition(",")  # of a data URL
+    payload = payload if comma else data
+    is_pdf = "pdf" in (about + prefix[:100]).lower() or block.get("type") == "document"
+    size = f" of {len(payload) * 3 // 4 - payload[-2:].count('=')} bytes" if payload else ""
+    return f"[A {'PDF' if is_pdf else 'file'}{size}, which this model can't read.]"
 
 
 def with_id(call: ToolCall, arguments: str) -> ToolCall:
-    """A tool call with other arguments; an id and a name are added if missing."""
-    return ToolCall(call.index, arguments, call.id or "call_" + new_id(), call.name or "")
+    """A tool call with other arguments; its ID, added if missing, contains ``extra``."""
+    call_id = id_with_extra(call.id or "call_" + new_id(), call.extra)
+    return ToolCall(call.index, arguments, call_id, call.name or "")
 
 
 def event_frame(name: str, fields: Dict[str, Any]) -> bytes:
@@ -7571,7 +7909,7 @@ class Messages(BlockDialect):
     Text is a block "text" with "text_delta", Reasoning is "thinking" with "thinking_delta", a
     ToolCall is "tool_use" with "input_json_delta". An "error" event ends a stream that fails;
     "ping" may come anywhere. Clients need token counts, so they are estimated where the upstream
-    sends none. Reasoning is included if ``thinking`` requests it, and dropped from the history.
+    sends none. Reasoning is included if ``thinking`` requests it.
     """
 
     PREFIX = "msg_"
@@ -7601,8 +7939,6 @@ class Messages(BlockDialect):
     }
     STOP_REASONS = {
         "length": "max_tokens",
-        "tool_calls": "tool_use",
-        "function_call": "tool_use",
         "content_filter": "refusal",
     }
     ERROR_TYPE_BY_STATUS = {
@@ -7624,13 +7960,15 @@ class Messages(BlockDialect):
         self.show_reasoning = (
             thinking.get("type") not in (None, "disabled") and thinking.get("display") != "omitted"
         )
+        tools = self.convert_tools(body.get("tools"))
         messages: List[Dict[str, Any]] = []
-        self.append_message(
-            messages, "system", self.convert_content(body.get("system") or [], "system")
-        )
-        for i, message in enumerate(required_field(body, "messages", list, "a list of messages")):
+        system = self.convert_content(body.get("system") or [], "system")
+        self.append_message(messages, "system", list(map(without_billing_header, system)))
+        sent = required_field(body, "messages", list, "a list of messages")
+        self.has_begun = any(map(self.is_later_message, map(as_dict, sent)))
+        for i, message in enumerate(sent):
             self.convert_message(messages, as_dict(message), f"messages[{i}]")
-        chat = {"messages": messages, "user": as_dict(body.get("metadata")).get("user_id")}
+        chat = {"messages": messages, "user": self.user_name(body)}
         response_format = as_dict(config.get("format") or body.get("output_format"))
         if response_format.get("type") == "json_schema":
             chat["response_format"] = {
@@ -7644,13 +7982,28 @@ class Messages(BlockDialect):
         self.untranslated += [f"output_config.{name}" for name in config if name != "format"]
         if "budget_tokens" in thinking:  # many models reject reasoning_effort
             self.untranslated.append("thinking.budget_tokens")
-        chat["tools"] = self.convert_tools(body.get("tools"))
-        if chat["tools"]:
+        chat["tools"] = tools or None
+        if tools:
             choice = as_dict(body.get("tool_choice"))
-            chat["tool_choice"] = self.convert_tool_choice(choice)
+            chat["tool_choice"] = self.convert_tool_choice(choice, tools)
             if choice.get("disable_parallel_tool_use") is True:
                 chat["parallel_tool_calls"] = False
         return chat
+
+    @staticmethod
+    def is_later_message(message: Dict[str, Any]) -> bool:
+        """Whether a message is not the first one of a conversation."""
+        blocks = map(as_dict, as_list(message.get("content")))
+        is_result = any(block.get("type") == "tool_result" for block in blocks)
+        return is_result or message.get("role") == "assistant"
+
+    def user_name(self, body: Dict[str, Any]) -> Any:
+        """``metadata.user_id``, unless it is longer than upstreams accept."""
+        name = as_dict(body.get("metadata")).get("user_id")
+        if name is None or isinstance(name, str) and TOOL_NAME.fullmatch(name):
+            return name
+        self.untranslated.append("metadata.user_id")
+        return None
 
     def convert_message(
         self, messages: List[Dict[str, Any]], message: Dict[str, Any], param: str
@@ -7664,31 +8017,31 @@ class Messages(BlockDialect):
             )
         parts: List[Dict[str, Any]] = []
         calls: List[Dict[str, Any]] = []
+        reasoning: List[str] = []
         for i, block in enumerate(content if isinstance(content, list) else [content]):
             fields, block_param = as_dict(block), f"{param}.content[{i}]"
             block_type = fields.get("type")
             if block_type == "tool_use":
-                arguments = _encode(as_dict(fields.get("input")))
-                calls.append(
-                    tool_call(ToolCall(0, arguments, fields.get("id"), str(fields.get("name"))))
-                )
+                values = map(fields.get, ("id", "name", "input"))
+                calls.append(self.history_call(*values))
             elif block_type == "tool_result":
+                result, is_error = fields.get("content"), fields.get("is_error") is True
                 parts += self.append_tool_result(
-                    messages, fields.get("tool_use_id"), fields.get("content"), block_param
+                    messages, fields.get("tool_use_id"), result, block_param, is_error
                 )
             elif role == "assistant" and block_type not in ("text", None):
                 if "thinking" not in str(block_type):
                     self.untranslated.append(str(block_type))
+                reasoning.append(as_str(fields.get("thinking")))
             else:
                 parts += self.convert_part(block, block_param)
-        self.append_message(messages, role, parts, calls)
+        self.append_message(messages, role, parts, calls, list(filter(None, reasoning)))
 
-    @staticmethod
-    def convert_tool_choice(choice: Dict[str, Any]) -> Any:
+    def convert_tool_choice(self, choice: Dict[str, Any], tools: List[Dict[str, Any]]) -> Any:
         """Convert ``tool_choice``."""
         choice_type = choice.get("type")
         if choice_type == "tool":
-            return {"type": "function", "function": {"name": choice.get("name")}}
+            return self.chosen_tool(choice, tools)
         if choice_type not in (None, "auto", "any", "none"):
             raise bad_request(
                 "'tool_choice' must be of the type auto, any, none or tool.", "tool_choice"
@@ -7755,13 +8108,12 @@ class Messages(BlockDialect):
             "stop_sequence": None,
         }
 
-    @staticmethod
-    def content_block(event: BlockEvent) -> Dict[str, Any]:
+    def content_block(self, event: BlockEvent) -> Dict[str, Any]:
         if isinstance(event, ToolCall):
             return {
                 "type": "tool_use",
                 "id": event.id,
-                "name": event.name,
+                "name": self.client_name(event)[0],
                 "input": call_input(event.arguments),
             }
         if isinstance(event, Reasoning):
@@ -7770,11 +8122,11 @@ class Messages(BlockDialect):
 
     def stop_fields(self, finish: Finish, has_tool_calls: bool) -> Dict[str, Any]:
         """The stop reason, from OpenAI's finish_reason."""
-        # Some upstreams send "stop" after tool calls.
-        reason = "tool_calls" if has_tool_calls and finish.reason == "stop" else finish.reason
-        stop_reason = (
-            "stop_sequence" if finish.stop_sequence else self.STOP_REASONS.get(reason, "end_turn")
-        )
+        stop_reason = self.STOP_REASONS.get(finish.reason, "end_turn")
+        if finish.stop_sequence:
+            stop_reason = "stop_sequence"
+        elif stop_reason == "end_turn" and has_tool_calls:  # some upstreams send "stop" for both
+            stop_reason = "tool_use"
         return {"stop_reason": stop_reason, "stop_sequence": finish.stop_sequence}
 
     def usage_object(self, finish: Finish) -> Dict[str, int]:
@@ -7815,7 +8167,7 @@ class Messages(BlockDialect):
         return {
             "type": "error",
             "error": {
-                "message": error.message,
+                "message": overflow_message(error),
                 "type": Messages.ERROR_TYPE_BY_STATUS.get(
                     status, "api_error" if status >= 500 else "invalid_request_error"
                 ),
@@ -7843,6 +8195,28 @@ class Messages(BlockDialect):
             "first_id": ids[0],
             "last_id": ids[-1],
         }
+
+
+def overflow_message(error: APIError) -> str:
+    """An error's message; for an Overflow in words that Claude Code understands."""
+    prompt, output, limit = error.overflow or (0, 0, 0)
+    if error.overflow is None or error.message.startswith("prompt is too long"):
+        return error.message
+    if 0 < prompt < limit and output:
+        return (
+            f"input length and `max_tokens` exceed context limit: {prompt} + {output} > {limit}, "
+            "decrease input length or `max_tokens` and try again"
+        )
+    known = f"{prompt} tokens > {limit} maximum" if prompt > limit > 0 else error.message
+    return f"prompt is too long: {known}"
+
+
+def without_billing_header(part: Dict[str, Any]) -> Dict[str, Any]:
+    """A part without Claude Code's first line, which would defeat prompt caches."""
+    text = part.get("text", "")
+    if not text.startswith("x-anthropic-billing-header:"):
+        return part
+    return {**part, "text": text.partition("\n")[2].lstrip("\n")}
 
 
 def call_input(arguments: str) -> Dict[str, Any]:
@@ -7947,6 +8321,7 @@ class Responses(BlockDialect):
             if body.get(name):
                 raise not_stored(name, name)
         text, reasoning = as_dict(body.get("text")), as_dict(body.get("reasoning"))
+        tools = self.convert_tools(body.get("tools"))
         messages: List[Dict[str, Any]] = []
         self.append_message(
             messages, "system", self.convert_content(body.get("instructions") or [], "instructions")
@@ -7964,10 +8339,10 @@ class Responses(BlockDialect):
             "messages": messages,
             "reasoning_effort": reasoning.get("effort"),
             "response_format": self.response_format(as_dict(text.get("format"))),
-            "tools": self.convert_tools(body.get("tools")),
+            "tools": tools or None,
         }
-        if chat["tools"]:
-            chat["tool_choice"] = self.convert_tool_choice(body.get("tool_choice"))
+        if tools:
+            chat["tool_choice"] = self.convert_tool_choice(body.get("tool_choice"), tools)
             chat["parallel_tool_calls"] = body.get("parallel_tool_calls")
         return chat
 
@@ -7988,6 +8363,10 @@ class Responses(BlockDialect):
 
         Images in tool results follow the last of consecutive results, as a message of the user.
         """
+        self.has_begun = any(
+            item.get("role") == "assistant" or item.get("type", "message") != "message"
+            for item in map(as_dict, items)
+        )
         images: List[Dict[str, Any]] = []
         for i, item in enumerate(map(as_dict, items)):
             param = f"input[{i}]"
@@ -8006,7 +8385,7 @@ class Responses(BlockDialect):
     ) -> None:
         """Append an item other than a tool result.
 
-        Reasoning, as an item or a reference (its ids begin with "rs_"), is dropped.
+        References to reasoning (their ids begin with "rs_") are dropped.
         """
         item_type = item.get("type", "message")
         if item_type == "message":
@@ -8018,21 +8397,22 @@ class Responses(BlockDialect):
             content = self.convert_content(item.get("content"), f"{param}.content")
             self.append_message(messages, role, content)
         elif item_type == "function_call":
-            if not messages or messages[-1]["role"] != "assistant":
-                messages.append({"role": "assistant", "content": None})
-            arguments, name = str(item.get("arguments") or "{}"), str(item.get("name"))
-            call = tool_call(ToolCall(0, arguments, item.get("call_id"), name))
-            messages[-1].setdefault("tool_calls", []).append(call)
+            values = map(item.get, ("call_id", "name", "arguments", "namespace"))
+            self.append_message(messages, "assistant", [], [self.history_call(*values)])
+        elif item_type == "reasoning":
+            texts = as_list(item.get("content")) or as_list(item.get("summary"))
+            reasoning = [as_str(as_dict(part).get("text")) for part in texts]
+            self.append_message(messages, "assistant", [], (), list(filter(None, reasoning)))
         elif item_type == "item_reference" and not str(item.get("id")).startswith("rs_"):
             raise not_stored("An item_reference", param)
-        elif item_type != "reasoning":
+        else:
             self.untranslated.append(str(item_type))
 
-    def convert_tool_choice(self, choice: Any) -> Any:
+    def convert_tool_choice(self, choice: Any, tools: List[Dict[str, Any]]) -> Any:
         """Convert ``tool_choice``."""
         fields = as_dict(choice)
         if fields.get("type") == "function":
-            return {"type": "function", "function": {"name": fields.get("name")}}
+            return self.chosen_tool(fields, tools)
         if fields.get("type") == "allowed_tools":
             self.untranslated.append("tool_choice.tools")
             return fields.get("mode")
@@ -8080,7 +8460,7 @@ class Responses(BlockDialect):
         _, name, part, _, more = self.ITEM_WIRE[type(self.open_item)]
         if isinstance(self.open_item, ToolCall):
             text = text or "{}"
-            event: BlockEvent = with_id(self.open_item, text)
+            event: BlockEvent = dataclasses.replace(self.open_item, arguments=text)
             key = "arguments"
         else:
             event, key = type(self.open_item)(text), "text"
@@ -8168,12 +8548,14 @@ class Responses(BlockDialect):
     ) -> Dict[str, Any]:
         """An item of the output; it has no parts until it is completed."""
         if isinstance(event, ToolCall):
+            name, space = self.client_name(event)
             return {
                 "id": item_id,
                 "type": "function_call",
                 "status": status,
                 "call_id": event.id,
-                "name": event.name,
+                "name": name,
+                **({"namespace": space} if space else {}),
                 "arguments": event.arguments,
             }
         parts = [self.part_object(event)] if status == "completed" else []
@@ -9219,6 +9601,7 @@ class ResponseWriter:
         self.head = b""  # not sent yet
         self.bytes_sent = 0  # of the body
         self.tail = b"\n\n"  # last bytes of the body
+        self.has_event_id = False  # an event of the stream may have had a line "id:"
         self.last_write = request.started_at
         self.ping_frame: Optional[Callable[[str], bytes]] = None  # None: pings are not possible
 
@@ -9254,7 +9637,8 @@ class ResponseWriter:
     def write(self, data: bytes) -> Any:
         """Write a part of the body; returns and raises what ``send`` does."""
         with self.lock:
-            self.last_write = self.connection.loop.now
+            if data or self.head:
+                self.last_write = self.connection.loop.now
             return self.send(self._frame(data))
 
     def write_chunk(self, frame: bytes) -> bool:
@@ -9298,14 +9682,17 @@ class ResponseWriter:
                 return  # a worker wrote or finished between the check above and acquire()
             self.last_write = now
             frame = self.ping_frame(self.request.settings.pings)
-            if (
-                frame
-                and not self.connection.output
-                and self.tail.endswith((b"\n\n", b"\r\n\r\n", b"\n\r\n"))
-            ):
+            if not self.tail.endswith((b"\n\n", b"\r\n\r\n", b"\n\r\n")) or self.has_event_id:
+                # A blank line would end an event: a part of one, or, once there was an id, an empty
+                # one, on which openai-python fails. A comment is complete without it.
+                is_comment = frame.startswith(b":") and self.tail.endswith(b"\n")
+                frame = frame[:-1] if is_comment else b""
+            if frame and not self.connection.output:
                 if not self.status:
                     self.start(200, SSE_HEADERS)
+                tail = self.tail
                 self.send(self._frame(frame))
+                self.tail = tail
         except ClientDisconnected:
             self.request.cancel()
         finally:
@@ -9316,6 +9703,8 @@ class ResponseWriter:
         if data:
             self.bytes_sent += len(data)
             self.tail = data if len(data) > 3 else (self.tail + data)[-4:]
+            if self.ping_frame and not self.has_event_id:
+                self.has_event_id = b"id:" in data
             if self.request.head.method == "HEAD":
                 data = b""
             elif self.chunked:  # only if there is data: a chunk of length 0 would end the body
