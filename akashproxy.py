@@ -1043,7 +1043,8 @@ def bypasses(pattern: str, host: str, port: int) -> bool:
         if colon and number.isdigit():
             return int(number) == port and bypasses(name, host, port)
     domain = pattern.lstrip("*.")
-    return pattern == "*" or bool(domain) and (host == domain or host.endswith("." + domain))
+    is_name = bool(domain) and not host[-1:].isdigit() and ":" not in host
+    return pattern == "*" or is_name and f".{host}".endswith(f".{domain}")
 
 
 def header_value(text: str) -> str:

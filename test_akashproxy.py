@@ -4779,7 +4779,7 @@ class SocksServer(ForwardProxy):
             methods = stream.read(stream.read(2)[1])
             method = 2 if self.login else 0
             sock.sendall(bytes([5, method if method in methods else 255]))
-            login = [stream.read(size[0]).decode() for size in (stream.read(2)[1:], stream.read(1))] if method in methods and method else None
+            login = [stream.read(stream.read(size)[-1]).decode() for size in (2, 1)] if method in methods and method else None
             if login:
                 sock.sendall(bytes([1, login != self.login]))
             kind = stream.read(4)[3]
