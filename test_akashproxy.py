@@ -4727,6 +4727,28 @@ def test_the_matrix(kind, name, dialect, streamed, pool):
     assert answer == wanted
 
 
+@pytest.mark.parametrize("fields, ignored", [
+    ({"tools": [{"type": "function"}], "tool_choice": "required", "n": 2}, "tools, tool_choice, n"), ({"stop": "mock"}, "stop"),
+    ({"max_tokens": 1, "seed": 1}, "max_tokens, seed"), ({"messages": [{"role": "user", "content": "hi"}]}, None), ({"tools": None}, None)])
+def test_akash_drops_parameters_before_it_checks_them(akash, serve, fields, ignored):
+    drop = ("tools", "tool_choice", "n", "stop", "max_tokens", "messages")
+    server = serve(controllers=(akashproxy.ControllerSettings(type="akash", drop=drop),))
+    got = chat(server, {**CHAT, **fields})
+    assert got.status == 200 and got.headers.get("x-akashproxy-ignored") == ignored and got.json["choices"][0]["message"]["content"] == "Hello from the mock."
+
+
+@pytest.mark.parametrize("form, status", [({"type": "json_object"}, 200), ({"type": "text"}, 200), ({"type": "json_schema"}, 400), ("json", 400)])
+def test_akash_ignores_json_mode_and_says_so(serve, form, status):
+    got = chat(serve(), response_format=form)
+    assert got.status == status and got.headers.get("x-akashproxy-ignored") == ("response_format" if form == {"type": "json_object"} else None)
+
+
+def test_a_failed_image_of_the_2026_version_is_not_repeated(akash, serve):
+    akash.faults.append(akash.raw(reply(500, b'{"error":"Error generating image","message":"No workers at http://inner:1/x"}'), keep=True))
+    got = chat(serve(), {**CHAT, "model": "AkashGen"})
+    assert (got.status, got.json["error"]["code"], got.headers["x-should-retry"]) == (502, "image_failed", "false") and b"inner" not in got.body
+
+
 # == proxies and TLS ==========================================================================
 
 
