@@ -2261,7 +2261,7 @@ class ConnectionPool(urllib.request.BaseHandler):
             connection.connect()
         except OSError as error:
             connection.close()
-            raise_connect_error(error, self.socks.address if self.socks else request.host)
+            raise_connect_error(error, self.socks.host if self.socks else request.host)
             raise
         except BaseException:
             connection.close()
@@ -2274,19 +2274,23 @@ class ConnectError(OSError):
 
 
 def raise_connect_error(error: OSError, address: str) -> None:
-    """Raise a ConnectError if it is clear why HOST:PORT, or a proxy, can't be used."""
+    """Raise a ConnectError if it is clear why an address, or a proxy, can't be used.
+
+    It names the host, but not the port: clients need not know the inner network.
+    """
     if isinstance(error, ConnectError) or is_exhausted(error):
         return
+    host = urllib.parse.urlsplit(f"//{address}").hostname
     verify_message = getattr(error, "verify_message", "")
     if isinstance(error, socket.gaierror):
-        reason = f"the name {address!r} can't be looked up (check the address and the DNS)"
+        reason = f"the name {host!r} can't be looked up (check the address and the DNS)"
     elif isinstance(error, ConnectionRefusedError):
-        reason = f"{address} refused the connection (check that it runs, and the port)"
+        reason = f"{host} refused the connection (check that it runs, and the port)"
     elif verify_message:
-        reason = f"the certificate of {address} can't be verified: {verify_message} (set CA_FILE)"
+        reason = f"the certificate of {host} can't be verified: {verify_message} (set CA_FILE)"
     elif str(error).startswith("Tunnel connection failed: "):
         status = str(error).partition(": ")[2][:3]
-        reason = f"the proxy {address} refused the connection with status {status} (check PROXY)"
+        reason = f"the proxy {host} refused the connection with status {status} (check PROXY)"
     else:
         return
     raise ConnectError(reason) from error
@@ -2301,7 +2305,6 @@ class SocksProxy:
     def __init__(self, url: str) -> None:
         parts = urllib.parse.urlsplit(url)
         self.host, self.port = str(parts.hostname), parts.port or 1080
-        self.address = parts.netloc.rpartition("@")[2]
         self.remote_names = parts.scheme == "socks5h"
         self.user, self.password = proxy_credentials(url)
 
@@ -2333,7 +2336,7 @@ class SocksProxy:
 
     def _require(self, condition: bool, problem: str) -> None:
         if not condition:
-            raise ConnectError(f"the proxy {self.address} {problem} (check PROXY)")
+            raise ConnectError(f"the proxy {self.host} {problem} (check PROXY)")
 
 
 def socks_address(host: str) -> bytes:
