@@ -537,7 +537,8 @@ class APIError(Exception):
     ``category``, a key of FAILURE_POLICY, decides on failover and cool-down.
     ``cooldown_scope`` is the part that cools down: the "controller", or only the request's "model".
     ``upstream_status`` is the upstream's own status, if it sent one. ``overflow``: the request does
-    not fit into the model's context. ``bug`` is the unexpected
+    not fit into the model's context. ``reason`` is what /status shows of it: no client's or
+    upstream's words. ``bug`` is the unexpected
     exception behind a 500: logged, never sent.
     """
 
@@ -556,6 +557,7 @@ class APIError(Exception):
         cooldown_scope: str = "controller",
         upstream_status: Optional[int] = None,
         overflow: Optional[Overflow] = None,
+        reason: str = "",
     ) -> None:
         # The message goes to logs and /status, and may quote an upstream.
         self.message = message = shorten(message, 1500)
@@ -572,6 +574,7 @@ class APIError(Exception):
         self.cooldown_scope = cooldown_scope
         self.upstream_status = upstream_status
         self.overflow = overflow
+        self.reason = reason
         self.bug: Optional[Exception] = None
 
     def headers(self) -> Dict[str, str]:
@@ -927,13 +930,13 @@ def setting(
     default: Any,
     help: str,
     check: Callable[[Any], Any] = lambda value: value,
-    secret: bool = False,
+    secret: Union[bool, Callable[[str], str]] = False,
     env_alias: str = "",
 ) -> Any:
     """Declare a setting as a dataclass field.
 
     ``check`` returns the value to use or raises ValueError. ``env_alias`` is a second environment
-    variable. Secrets are redacted in repr() and --check.
+    variable. Secrets are redacted in repr() and --check, there by ``secret`` if it is a function.
     """
     start: Any = {"default_factory": dict} if default == {} else {"default": default}
     return field(
@@ -995,17 +998,82 @@ def optional_url(text: str) -> str:
 
 
 def proxy_url(text: str) -> str:
-    """Check http://[USER:PASSWORD@]HOST:PORT; empty for none."""
+    """Check SCHEME://[USER:PASSWORD@]HOST[:PORT] or "none"; empty for the default."""
     parts = urllib.parse.urlsplit(text)
-    if text and (
-        parts.scheme != "http"
+    if text not in ("", "none") and (
+        parts.scheme not in ("http", "socks5", "socks5h")
         or not parts.hostname
         or parts.path.strip("/")
         or not re.fullmatch("[!-~]+", text)
         or parts.port == 0
+        or max(map(len, proxy_credentials(text))) > 255  # RFC 1929
     ):
-        raise ValueError("must be http://[USER:PASSWORD@]HOST:PORT")
+        raise ValueError(
+            "must be http://, socks5:// or socks5h://[USER:PASSWORD@]HOST:PORT, or none"
+        )
     return text
+
+
+def proxy_credentials(url: str) -> Tuple[bytes, bytes]:
+    """User and password in a proxy's URL, decoded; empty if there are none."""
+    parts = urllib.parse.urlsplit(url)
+    return (
+        urllib.parse.unquote_to_bytes(parts.username or ""),
+        urllib.parse.unquote_to_bytes(parts.password or ""),
+    )
+
+
+def without_password(url: str) -> str:
+    """A proxy's URL with its password redacted."""
+    scheme, separator, rest = url.rpartition("://")
+    credentials, at, address = rest.rpartition("@")
+    user, colon, _ = credentials.partition(":")
+    return f"{scheme}{separator}{user}{colon and ':********'}{at}{address}"
+
+
+PROXY_VARIABLES = ("https_proxy", "http_proxy", "all_proxy", "no_proxy")
+
+
+def environment_proxies(environ: Dict[str, str], problems: List[str]) -> Dict[str, str]:
+    """Values of HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and NO_PROXY, by lower-case name.
+
+    As with curl, lower case takes precedence and a proxy without a scheme is an HTTP proxy.
+    Other kinds of proxies are added to ``problems``.
+    """
+    proxies = {}
+    for name in PROXY_VARIABLES:
+        value = environ.get(name) or environ.get(name.upper(), "")
+        if value and name != "no_proxy":
+            value = value if "://" in value else f"http://{value}"
+            try:
+                proxy_url(value)
+            except ValueError as error:
+                problems.append(f"{name.upper()}: {error}; PROXY=none ignores it")
+        proxies[name] = value
+    return proxies
+
+
+def environment_proxy(proxies: Dict[str, str], url: str) -> str:
+    """The proxy of the environment for a URL; "" for a direct connection."""
+    parts = urllib.parse.urlsplit(url)
+    proxy = proxies.get(f"{parts.scheme}_proxy") or proxies.get("all_proxy", "")
+    patterns = proxies.get("no_proxy", "").replace(",", " ").lower().split()
+    host, port = parts.hostname or "", url_origin(url)[2] if proxy else 0
+    return "" if any(bypasses(pattern, host, port) for pattern in patterns) else proxy
+
+
+def bypasses(pattern: str, host: str, port: int) -> bool:
+    """Whether an entry of NO_PROXY covers a host: *, a domain, an address or a network."""
+    try:
+        network = ipaddress.ip_network(pattern.strip("[]"), strict=False)
+        return ipaddress.ip_address(host) in network
+    except ValueError:  # not both are addresses
+        name, colon, number = pattern.rpartition(":")
+        if colon and number.isdigit():
+            return int(number) == port and bypasses(name, host, port)
+    domain = pattern.lstrip("*.")
+    is_name = bool(domain) and not host[-1:].isdigit() and ":" not in host
+    return pattern == "*" or is_name and f".{host}".endswith(f".{domain}")
 
 
 def header_value(text: str) -> str:
@@ -1119,8 +1187,10 @@ class ValidatedSettings:
         items = []
         for item in setting_fields(type(self)):
             value = getattr(self, item.name)
-            secret = item.metadata["secret"] and value
-            items.append((item.name, "********" if secret else format_value(value)))
+            secret, text = item.metadata["secret"], format_value(value)
+            if secret and value:
+                text = secret(text) if callable(secret) else "********"
+            items.append((item.name, text))
         return items
 
 
@@ -1148,9 +1218,9 @@ class ControllerSettings(ValidatedSettings):
     )
     proxy: str = setting(
         "",
-        "HTTP proxy to the upstream: http://[USER:PASSWORD@]HOST:PORT",
+        "proxy to the upstream; default: PROXY",
         proxy_url,
-        secret=True,
+        secret=without_password,
     )
     headers: Dict[str, str] = setting(
         {}, "additional request headers", additional_headers, secret=True
@@ -1179,6 +1249,7 @@ class ControllerSettings(ValidatedSettings):
     first_byte_timeout: Optional[float] = setting(None, "overrides FIRST_BYTE_TIMEOUT", positive)
     idle_timeout: Optional[float] = setting(None, "overrides IDLE_TIMEOUT", positive)
     key_source: str = field(default="", compare=False)  # origin of api_key, for --check
+    proxy_source: str = field(default="", compare=False)  # origin of proxy, for --check
 
 
 @dataclass(frozen=True)
@@ -1247,6 +1318,13 @@ class Settings(ValidatedSettings):
     user_agent: str = setting(
         f"akashproxy/{__version__}", "User-Agent sent to upstreams", header_value
     )
+    proxy: str = setting(
+        "",
+        "proxy to all upstreams: http://, socks5:// or socks5h://[USER:PASSWORD@]HOST:PORT, or "
+        "none; default: HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and NO_PROXY",
+        proxy_url,
+        secret=without_password,
+    )
     ca_file: str = setting(
         "", "file with additional CA certificates for TLS to upstreams", ca_bundle
     )
@@ -1307,6 +1385,7 @@ class Settings(ValidatedSettings):
     log_level: str = setting(
         "info", "debug, info, warning or error", one_of("debug", "info", "warning", "error")
     )
+    environment_proxies: Dict[str, str] = field(default_factory=dict, repr=False)
     # In a configuration file only.
     controllers: Tuple[ControllerSettings, ...] = ()  # (): one Akash Chat server
     keys: Tuple[ClientKeySettings, ...] = ()  # in addition to bearer_token
@@ -1340,9 +1419,12 @@ class Settings(ValidatedSettings):
         if environ.get("DEFAULT_SERVER_ADDRESS") and "server_address" not in values:
             with collecting_errors(problems, "DEFAULT_SERVER_ADDRESS"):
                 values["server_address"] = listen_address(environ["DEFAULT_SERVER_ADDRESS"])
+        values = {**values, **overrides}
+        if not values.get("proxy"):
+            values["environment_proxies"] = environment_proxies(environ, problems)
         if problems:
             raise ConfigError(problems)
-        return cls(**{**values, **overrides})
+        return cls(**values)
 
     def pool(self) -> List[ControllerSettings]:
         """Controllers with names and defaults filled in; Akash Chat if none is configured."""
@@ -1368,7 +1450,18 @@ class Settings(ValidatedSettings):
         ):
             defaults["api_key"] = self.akash_access_token
             defaults["key_source"] = "AKASH_ACCESS_TOKEN"
-        return defaults
+        return {**defaults, **self._proxy(options, defaults.get("base_url") or options.base_url)}
+
+    def _proxy(self, options: ControllerSettings, base_url: str) -> Dict[str, Any]:
+        """A controller's own proxy, PROXY, or the environment's; "" for "none"."""
+        if options.proxy or not base_url:
+            proxy, source = options.proxy, ""
+        elif self.proxy:
+            proxy, source = self.proxy, "PROXY"
+        else:
+            proxy = environment_proxy(self.environment_proxies, base_url)
+            source = "the environment"
+        return {"proxy": "" if proxy == "none" else proxy, "proxy_source": source}
 
     def needs_token(self) -> bool:
         """Whether clients must send a token."""
@@ -2167,8 +2260,10 @@ class ConnectionPool(urllib.request.BaseHandler):
     the response fails with category "again" and the request is repeated on a new connection.
     """
 
-    def __init__(self, ca_file: str = "") -> None:
+    def __init__(self, ca_file: str = "", proxy: str = "") -> None:
+        """``proxy`` is the URL of a SOCKS proxy; the handler Proxy adds an HTTP proxy."""
         self.ca_file = ca_file
+        self.socks = SocksProxy(proxy) if proxy.startswith("socks") else None
         # (expires_at, socket) by request key, the most recently used last
         self.idle: Dict[Any, List[Tuple[float, Any]]] = {}
         self.closed = False
@@ -2259,12 +2354,98 @@ class ConnectionPool(urllib.request.BaseHandler):
             connection = http.client.HTTPConnection(request.host, timeout=request.timeout)
         if request._tunnel_host:
             connection.set_tunnel(request._tunnel_host, headers=request.tunnel_headers)
+        if self.socks:  # HTTPConnection.connect() opens its socket with this attribute
+            connection._create_connection = self.socks.connect  # type: ignore[attr-defined]
         try:
             connection.connect()
+        except OSError as error:
+            connection.close()
+            raise_connect_error(error, self.socks.host if self.socks else request.host)
+            raise
         except BaseException:
             connection.close()
             raise
         return connection.sock
+
+
+class ConnectError(OSError):
+    """A connection that could not be opened; its text tells clients and operators why."""
+
+
+def raise_connect_error(error: OSError, address: str) -> None:
+    """Raise a ConnectError if it is clear why an address, or a proxy, can't be used.
+
+    It names the host, but not the port: clients need not know the inner network.
+    """
+    if isinstance(error, ConnectError) or is_exhausted(error):
+        return
+    host = urllib.parse.urlsplit(f"//{address}").hostname
+    verify_message = getattr(error, "verify_message", "")
+    if isinstance(error, socket.gaierror):
+        reason = f"the name {host!r} can't be looked up (check the address and the DNS)"
+    elif isinstance(error, ConnectionRefusedError):
+        reason = f"{host} refused the connection (check that it runs, and the port)"
+    elif verify_message:
+        reason = f"the certificate of {host} can't be verified: {verify_message} (set CA_FILE)"
+    elif str(error).startswith("Tunnel connection failed: "):
+        status = str(error).partition(": ")[2][:3]
+        reason = f"the proxy {host} refused the connection with status {status} (check PROXY)"
+    else:
+        return
+    raise ConnectError(reason) from error
+
+
+class SocksProxy:
+    """A SOCKS 5 proxy (RFC 1928, passwords: RFC 1929).
+
+    socks5:// looks up names here, socks5h:// lets the proxy do it.
+    """
+
+    def __init__(self, url: str) -> None:
+        parts = urllib.parse.urlsplit(url)
+        self.host, self.port = str(parts.hostname), parts.port or 1080
+        self.remote_names = parts.scheme == "socks5h"
+        self.user, self.password = proxy_credentials(url)
+
+    def connect(self, address: Tuple[str, int], *options: Any) -> socket.socket:
+        """Return a socket connected to an address; as socket.create_connection()."""
+        sock = socket.create_connection((self.host, self.port), *options)
+        try:
+            with sock.makefile("rb") as replies:  # reads no byte of the upstream: clients begin
+                self._negotiate(sock, replies, *address)
+            return sock
+        except BaseException:
+            sock.close()
+            raise
+
+    def _negotiate(self, sock: socket.socket, replies: Any, host: str, port: int) -> None:
+        method = 2 if self.user else 0
+        sock.sendall(bytes([5, 1, method]))
+        self._require(replies.read(2) == bytes([5, method]), "is not SOCKS 5 or refuses this login")
+        if self.user:
+            fields = [bytes([len(field)]) + field for field in (self.user, self.password)]
+            sock.sendall(b"\1" + b"".join(fields))
+            self._require(replies.read(2)[1:] == b"\0", "rejected the user or the password")
+        if not self.remote_names:
+            host = str(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][4][0])
+        sock.sendall(b"\5\1\0" + socks_address(host) + port.to_bytes(2, "big"))
+        reply = replies.read(4).ljust(4, b"\xff")
+        self._require(reply[1] == 0, f"can't reach it (SOCKS reply {reply[1]})")
+        replies.read(({1: 4, 4: 16}.get(reply[3]) or replies.read(1)[0]) + 2)
+
+    def _require(self, condition: bool, problem: str) -> None:
+        if not condition:
+            raise ConnectError(f"the proxy {self.host} {problem} (check PROXY)")
+
+
+def socks_address(host: str) -> bytes:
+    """A host in RFC 1928's form: a type, then 4 bytes, 16 bytes or a counted name."""
+    try:
+        packed = ipaddress.ip_address(host).packed
+    except ValueError:
+        name = host.encode("idna")
+        return bytes([3, len(name)]) + name
+    return (b"\1" if len(packed) == 4 else b"\4") + packed
 
 
 def is_persistent(http_minor: str, headers: Dict[str, str]) -> bool:
@@ -2343,18 +2524,14 @@ def tls_context(ca_file: str) -> Any:
 
 
 class Proxy(urllib.request.BaseHandler):
-    """urllib handler that sends requests through the configured http proxy.
-
-    The proxies of the environment (HTTPS_PROXY) are not used.
-    """
+    """urllib handler that sends requests through an HTTP proxy."""
 
     def __init__(self, url: str) -> None:
         parts = urllib.parse.urlsplit(url)
         self.host = parts.netloc.rpartition("@")[2] + (":80" if parts.port is None else "")
         self.fields = {}
         if parts.username is not None:
-            user, password = map(urllib.parse.unquote, (parts.username, parts.password or ""))
-            credentials = base64.b64encode(f"{user}:{password}".encode()).decode()
+            credentials = base64.b64encode(b":".join(proxy_credentials(url))).decode()
             self.fields = {"Proxy-Authorization": "Basic " + credentials}
 
     def http_request(self, request: Any) -> Any:
@@ -2585,13 +2762,13 @@ class Transport:
         self.connect_timeout = either(options.connect_timeout, settings.connect_timeout)
         self.first_byte_timeout = either(options.first_byte_timeout, settings.first_byte_timeout)
         self.idle_timeout = either(options.idle_timeout, settings.idle_timeout)
-        self.connections = ConnectionPool(settings.ca_file)
+        self.connections = ConnectionPool(settings.ca_file, options.proxy)
         # Not build_opener(): that would follow redirects with the key attached, open file: and
-        # ftp: URLs, and use the environment's proxies.
+        # ftp: URLs, and read the environment's proxies past the settings.
         self.opener = urllib.request.OpenerDirector()
         self.opener.addheaders = []
         self.opener.add_handler(self.connections)
-        if options.proxy:
+        if options.proxy.startswith("http:"):
             self.opener.add_handler(Proxy(options.proxy))
         self.new_request = functools.lru_cache(maxsize=64)(
             lambda path: UpstreamRequest(base + path)
@@ -2712,6 +2889,7 @@ def upstream_error(
     detail = str(error).partition(" '")[0] if isinstance(error, ProtocolError) else error
     log.info("%s: %s: %s", upstream_name, type(error).__name__, detail)
     timed_out = isinstance(error, (socket.timeout, TimeoutError))
+    reason = str(error) if isinstance(error, ConnectError) else ""
     if timed_out:
         problem = " could not be reached in time."
     elif isinstance(error, (http.client.HTTPException, ProtocolError)):
@@ -2722,6 +2900,9 @@ def upstream_error(
         )
     elif _is_disconnect(error):
         problem = ": connection lost: it broke off the connection."
+    elif reason:
+        problem = f" could not be reached: {reason}."
+        log.warning("%s%s", upstream_name, problem)
     else:
         problem = " could not be reached."
     return APIError(
@@ -2729,6 +2910,7 @@ def upstream_error(
         upstream_name + problem,
         code="upstream_error",
         category="network",
+        reason=reason,
     )
 
 
@@ -4478,7 +4660,7 @@ AKASH_UNSUPPORTED: Dict[str, List[Any]] = {
     "top_logprobs": [0],
     "audio": [],
     "modalities": [["text"]],
-    "response_format": [{"type": "text"}],
+    "response_format": [{"type": "text"}, {"type": "json_object"}],
     "suffix": [""],
 }
 # fmt: off
@@ -4494,12 +4676,14 @@ SPECIAL_TOKENS = re.compile(r"<\|(?=(?:endoftext|fim_prefix|fim_middle|fim_suffi
 ESCAPED = "<|\u2060"
 
 
-def akash_request(call: Call) -> Tuple[Dict[str, Any], List[str]]:
+def akash_request(call: Call, drop: Iterable[str] = ()) -> Tuple[Dict[str, Any], List[str]]:
     """Build the body for POST /api/chat/; also return the parameters left out of it.
 
-    APIError 400 if the call needs anything that Akash Chat does not support.
+    Those in ``drop`` are left out first. APIError 400 if the call then needs anything that Akash
+    Chat does not support.
     """
     body = {name: value for name, value in call.body.items() if value is not None}
+    ignored = [name for name in drop if name != "messages" and body.pop(name, None) is not None]
     unsupported = [name for name in body if name not in AKASH_SUPPORTED]
     for name in unsupported:
         if name in AKASH_UNSUPPORTED and body[name] not in AKASH_UNSUPPORTED[name]:
@@ -4510,6 +4694,8 @@ def akash_request(call: Call) -> Tuple[Dict[str, Any], List[str]]:
                 "unsupported_parameter",
             )
     system, messages = [], []
+    # Clients that ask for a JSON object also say so in a message: the model does its best.
+    json_mode = ["response_format"] * (body.get("response_format") == {"type": "json_object"})
     for index, message in enumerate(body["messages"]):
         if message.get("role") in ("system", "developer"):
             system.append(_text_and_images(message, f"messages[{index}]")[0])
@@ -4528,7 +4714,7 @@ def akash_request(call: Call) -> Tuple[Dict[str, Any], List[str]]:
         "temperature": number_field(body, "temperature", 0.85) or 1e-6,
         "topP": number_field(body, "topP" if "topP" in body else "top_p", 1.0) or 1e-6,
         "context": [],
-    }, [name for name in unsupported if name not in AKASH_UNSUPPORTED]
+    }, [*ignored, *(name for name in unsupported if name not in AKASH_UNSUPPORTED), *json_mode]
 
 
 def _akash_message(message: Dict[str, Any], param: str) -> Dict[str, Any]:
@@ -4947,18 +5133,25 @@ def is_challenge_page(response: UpstreamResponse) -> bool:
 
 
 def challenge_page_error(response: UpstreamResponse) -> APIError:
-    """Return the 502 for a challenge page, without any of its HTML."""
+    """Return the 502 for a challenge page, without any of its HTML; also log it."""
+    _, host, tunnel_host = response.key
+    reason = f"{tunnel_host or host}: {CHALLENGE_PAGE}"
+    log.warning("%s (status %d)", reason, response.status)
     return APIError(
         502,
-        f"{CHALLENGE_PAGE} (status {response.status})",
+        f"{reason} (status {response.status})",
         code="upstream_blocked",
         category="network",
         upstream_status=response.status,
+        reason=reason,
     )
 
 
 MALFORMED_LINE = "Akash Chat sent a malformed line."
-CHALLENGE_PAGE = "A proxy in front of Akash Chat answered with a web page."
+CHALLENGE_PAGE = (
+    "A proxy in front of Akash Chat answered with a web page: set AKASH_COOKIE and USER_AGENT as"
+    " in a browser that gets past it, or set PROXY."
+)
 
 
 def _akash_usage(usage: Any) -> Optional[Dict[str, int]]:
@@ -5071,13 +5264,15 @@ class AkashController(Controller):
             raise call.translation_error
         if call.image_count and call.model not in ("", self.IMAGE_MODEL):
             raise bad_request(f"Images are generated by the model {self.IMAGE_MODEL}.", "model")
-        body, ignored = akash_request(call)
+        drop = self.options.drop
+        body, ignored = akash_request(call, drop)
         body["model"] = self.options.model_map.get(call.model, call.model) or self.IMAGE_MODEL
         limit = "max_completion_tokens"
-        if call.body.get(limit) is None:
+        fields = {name: value for name, value in call.body.items() if name not in drop}
+        if fields.get(limit) is None:
             limit = "max_tokens"
-        max_tokens = number_field(call.body, limit, None, integer=True, minimum=1)
-        stop_filter = StopFilter(stop_sequences(call.body), max_tokens)
+        max_tokens = number_field(fields, limit, None, integer=True, minimum=1)
+        stop_filter = StopFilter(stop_sequences(fields), max_tokens)
         return request_json(body, len(call.raw_body)), stop_filter, ignored
 
     def image_events(self, call: Call, data: bytes) -> Iterator[Event]:
@@ -5264,6 +5459,9 @@ class AkashController(Controller):
         """Return the error for a failure of the server or its backend."""
         status = response.status
         retry_after = retry_after_seconds(response.headers, fields, message=message, limit=False)
+        if fields.get("error") == "Error generating image":  # b58259a
+            reason = redact_hosts(message)[:200]
+            return image_failed(f"Image generation failed: {reason}", retry=False)
         if message:
             error = akash_error(message, model)
             if error.status == 400 != status:
@@ -6391,7 +6589,8 @@ class Upstream:
         if after is None:
             return
         self.failed += 1
-        reason = REASONS.get(error.code or "") or REASONS.get(category, category)
+        by_category = REASONS.get(error.code or "") or REASONS.get(category, category)
+        reason = error.reason or by_category
         self.last_error, self.last_error_at = f"{error.status} {reason}", time.time()
         if category == "auth" and now - self.served_at < KEY_TRUST:
             after = 2
@@ -6945,7 +7144,8 @@ class Pool:
 
     def __str__(self) -> str:
         return ", ".join(
-            f"{upstream.name} ({upstream.options.base_url or upstream.options.type})"
+            f"{upstream.name} ({upstream.options.base_url or upstream.options.type}"
+            f"{upstream.options.proxy and ', proxy '}{without_password(upstream.options.proxy)})"
             for upstream in self.upstreams
         )
 
@@ -12004,7 +12204,8 @@ def print_settings(settings: Settings) -> int:
         print_text(f"{name.upper()}={value}")
     for controller in settings.pool():
         source = f" ({controller.key_source})" if controller.key_source else ""
-        print_section(controller.name, controller, {"api_key": source})
+        proxy = f" ({controller.proxy_source})" if controller.proxy_source else ""
+        print_section(controller.name, controller, {"api_key": source, "proxy": proxy})
     for key in settings.keys:
         print_section(f"key {key.name}", key, {})
     return 0

@@ -5284,6 +5284,28 @@ def test_the_matrix(kind, name, dialect, streamed, pool):
     assert answer == wanted
 
 
+@pytest.mark.parametrize("fields, ignored", [
+    ({"tools": [{"type": "function"}], "tool_choice": "required", "n": 2}, "tools, tool_choice, n"), ({"stop": "mock"}, "stop"),
+    ({"max_tokens": 1, "seed": 1}, "max_tokens, seed"), ({"messages": [{"role": "user", "content": "hi"}]}, None), ({"tools": None}, None)])
+def test_akash_drops_parameters_before_it_checks_them(akash, serve, fields, ignored):
+    drop = ("tools", "tool_choice", "n", "stop", "max_tokens", "messages")
+    server = serve(controllers=(akashproxy.ControllerSettings(type="akash", drop=drop),))
+    got = chat(server, {**CHAT, **fields})
+    assert got.status == 200 and got.headers.get("x-akashproxy-ignored") == ignored and got.json["choices"][0]["message"]["content"] == "Hello from the mock."
+
+
+@pytest.mark.parametrize("form, status", [({"type": "json_object"}, 200), ({"type": "text"}, 200), ({"type": "json_schema"}, 400), ("json", 400)])
+def test_akash_ignores_json_mode_and_says_so(serve, form, status):
+    got = chat(serve(), response_format=form)
+    assert got.status == status and got.headers.get("x-akashproxy-ignored") == ("response_format" if form == {"type": "json_object"} else None)
+
+
+def test_a_failed_image_of_the_2026_version_is_not_repeated(akash, serve):
+    akash.faults.append(akash.raw(reply(500, b'{"error":"Error generating image","message":"No workers at http://inner:1/x"}'), keep=True))
+    got = chat(serve(), {**CHAT, "model": "AkashGen"})
+    assert (got.status, got.json["error"]["code"], got.headers["x-should-retry"]) == (502, "image_failed", "false") and b"inner" not in got.body
+
+
 # == proxies and TLS ==========================================================================
 
 
@@ -5323,15 +5345,116 @@ class ForwardProxy(Fake):
             target.shutdown(socket.SHUT_RDWR)
 
 
-def test_the_environments_proxies_are_not_asked(pool, monkeypatch):
-    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
-    monkeypatch.delenv("no_proxy", raising=False)
-    monkeypatch.delenv("NO_PROXY", raising=False)
-    assert chat(pool(FakeOpenAI()), BOTH).status == 200
+class SocksServer(ForwardProxy):
+    """A SOCKS 5 proxy, with a user and a password if wanted; .requests are (kind of address, host, port, login)."""
+
+    def __init__(self, login=None, code=0):
+        self.login, self.code = login, code
+        super().__init__()
+
+    def serve(self, sock):
+        with contextlib.suppress(OSError, IndexError), sock:
+            stream = sock.makefile("rb", buffering=0)
+            methods = stream.read(stream.read(2)[1])
+            method = 2 if self.login else 0
+            sock.sendall(bytes([5, method if method in methods else 255]))
+            login = [stream.read(stream.read(size)[-1]).decode() for size in (2, 1)] if method in methods and method else None
+            if login:
+                sock.sendall(bytes([1, login != self.login]))
+            kind = stream.read(4)[3]
+            raw = stream.read({1: 4, 4: 16}.get(kind) or stream.read(1)[0])
+            host = raw.decode() if kind == 3 else str(akashproxy.ipaddress.ip_address(raw))
+            port = int.from_bytes(stream.read(2), "big")
+            self.requests.append((kind, host, port, login))
+            sock.sendall(bytes([5, self.code, 0, 3, 4]) + b"host" + b"xx")
+            if not self.code:
+                with socket.create_connection((host, port)) as upstream:
+                    threading.Thread(target=self.pump, args=(upstream, sock), daemon=True).start()
+                    self.pump(sock, upstream)
+
+
+@pytest.mark.parametrize("scheme, user, kind", [("socks5h", "", 3), ("socks5", "", 1), ("socks5h", "us%3Aer:p%40w@", 3)])
+def test_a_socks_proxy_on_the_way(pool, tmp_path, scheme, user, kind):
+    for fake, ca_file in ((FakeOpenAI(), ""), (TLSOpenAI(tmp_path), str(tmp_path / "ca.pem"))):
+        (tmp_path / "ca.pem").write_text(TLS_AUTHORITY)
+        proxy = SocksServer(["us:er", "p@w"] if user else None)
+        name = fake.url.replace("127.0.0.1", "localhost") if not ca_file else fake.url
+        server = pool((fake, {"base_url": name + "/v1"}), ca_file=ca_file, proxy=f"{scheme}://{user}127.0.0.1:{proxy.port}")
+        assert chat(server, BOTH).status == chat(server, BOTH).status == 200
+        host, kind = ("localhost", kind) if not ca_file else ("127.0.0.1", 1)
+        assert proxy.requests == [(kind, "127.0.0.1" if kind == 1 else host, fake.port, proxy.login)]
+        proxy.close()
+
+
+@pytest.mark.parametrize("user, login, code, words", [
+    ("", ["a", "b"], 0, "is not SOCKS 5 or refuses this login"), ("a:s3cret@", ["a", "b"], 0, "rejected the user or the password"),
+    ("", None, 5, "SOCKS reply 5"), ("", None, 4, "SOCKS reply 4")])
+def test_a_socks_proxy_that_refuses(pool, user, login, code, words):
+    proxy, fake = SocksServer(login, code), FakeOpenAI()
+    got = chat(pool(fake, proxy=f"socks5h://{user}127.0.0.1:{proxy.port}"), BOTH)
+    assert got.status == 502 and words in got.json["error"]["message"] and "the proxy 127.0.0.1 " in got.json["error"]["message"]
+    assert b"s3cret" not in got.body and not fake.requests
+    proxy.close()
+
+
+@pytest.mark.parametrize("environ, url, proxy", [
+    ({"HTTPS_PROXY": "http://p:1"}, "https://a.b/v1", "http://p:1"), ({"HTTPS_PROXY": "http://p:1"}, "http://a.b/v1", ""),
+    ({"http_proxy": "p:1"}, "http://a.b/v1", "http://p:1"), ({"http_proxy": "http://low:1", "HTTP_PROXY": "http://up:1"}, "http://a.b", "http://low:1"),
+    ({"ALL_PROXY": "socks5h://p"}, "https://a.b", "socks5h://p"), ({"ALL_PROXY": "http://all:1", "HTTPS_PROXY": "http://p:1"}, "https://a.b", "http://p:1"),
+    *(({"ALL_PROXY": "http://p:1", "NO_PROXY": no_proxy}, "https://api.b.example:8443/v1", "" if bypassed else "http://p:1") for no_proxy, bypassed in (
+        ("*", True), ("b.example", True), (".b.example", True), ("*.b.example", True), ("x, B.Example", True), ("api.b.example:8443", True),
+        ("api.b.example:443", False), ("i.b.example", False), ("example.com", False), (",", False), ("10.0.0.0/8", False), (".", False))),
+    *(({"ALL_PROXY": "http://p:1", "NO_PROXY": no_proxy}, "http://10.1.2.3", "" if bypassed else "http://p:1") for no_proxy, bypassed in (
+        ("10.0.0.0/8", True), ("10.1.2.3", True), ("10.1.2.3:80", True), ("10.1.2.3:81", False), ("11.0.0.0/8", False), ("1.2.3", False))),
+    ({"ALL_PROXY": "http://p:1", "NO_PROXY": "::1"}, "http://[::1]:9", ""), ({"ALL_PROXY": "http://p:1", "NO_PROXY": "[::1]"}, "http://[::1]", ""),
+    ({"PROXY": "none", "HTTPS_PROXY": "https://p:1"}, "https://a.b", ""), ({"PROXY": "http://q:2", "HTTPS_PROXY": "http://p:1"}, "https://a.b", "http://q:2"),
+])
+def test_the_environments_proxies_rule_as_with_curl(environ, url, proxy):
+    options, = Settings.load({"AKASH_BASE_URL": url, **environ}).pool()
+    assert options.proxy == proxy
+
+
+@pytest.mark.parametrize("value", ["https://p:1", "socks4://p", "ftp://p", "http://p:0", "http://p/x", "http://" + "u" * 300 + "@p:1"])
+def test_proxies_of_other_kinds_are_named(value):
+    for name, words in (("HTTPS_PROXY", "PROXY=none ignores it"), ("PROXY", "must be http://")):
+        with pytest.raises(ConfigError) as caught:
+            Settings.load({name: value})
+        assert len(caught.value.problems) == 1 and caught.value.problems[0].startswith(f"{name}: ") and words in caught.value.problems[0]
+
+
+def test_a_controllers_own_proxy_precedes_and_the_settings_say_which_rules(config):
+    path = config({"controllers": [{"type": "akash", "proxy": "none"}, {"type": "akash", "proxy": "http://u:s3cret@a:1"}, {"type": "akash"}]})
+    done = run("--config-file", path, "--proxy", "socks5://u:s3cret@b:2", "--check")
+    assert [line for line in done.stdout.splitlines() if line.lower().startswith("proxy")] == [
+        "PROXY=socks5://u:********@b:2", "proxy=http://u:********@a:1", "proxy=socks5://u:********@b:2 (PROXY)"] and "s3cret" not in done.stdout
+    server = Server(dataclasses.replace(load(path), server_address="127.0.0.1:0"))
+    assert str(server.pool).split(", akash")[1] == "-2 (https://chat.akash.network, proxy http://u:********@a:1)"
+    server.stop(0)
+
+
+@pytest.mark.parametrize("kind, words", {
+    "a name": "the name 'no-such-host.invalid' can't be looked up", "refused": "refused the connection", "a certificate": "can't be verified: ",
+    "a proxy": "refused the connection with status 407"}.items())
+def test_an_unreachable_upstream_is_explained_with_its_host(pool, tmp_path, caplog, kind, words):
+    proxy, fake = Fake(), TLSOpenAI(tmp_path)
+    proxy.faults.append(lambda sock, request: sock.sendall(b"HTTP/1.1 407 Say who you are\r\n\r\n"))
+    proxy.faulty = bool
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    url = {"a name": "http://no-such-host.invalid:1", "refused": f"http://127.0.0.1:{port}"}.get(kind, fake.url)
+    server = pool((fake, {"base_url": url + "/v1", "proxy": f"http://127.0.0.1:{proxy.port}" if kind == "a proxy" else ""}))
+    got = chat(server, BOTH)
+    host = "127.0.0.1" if kind != "a name" else "no-such-host.invalid"
+    status, = ask(server, path="/status").json["controllers"]
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    for text in (got.json["error"]["message"], status["last_error"], "\n".join(warnings)):
+        assert words in text and host in text and "Say who" not in text, text
+    assert got.status == 502
+    proxy.close()
 
 
 def test_a_proxy_on_the_way_plain(pool, monkeypatch):
-    monkeypatch.setenv("no_proxy", "*")     # the environment has no say in that, either
+    monkeypatch.setenv("no_proxy", "*")     # concerns the environment's proxies only
     proxy, fake = ForwardProxy(), FakeOpenAI()
     server = pool((fake, {"proxy": f"http://us%40er:p%3Aw@127.0.0.1:{proxy.port}", "api_key": "k"}))
     assert chat(server, BOTH).status == 200
