@@ -997,6 +997,23 @@ def optional_url(text: str) -> str:
     return http_url(text) if text else ""
 
 
+def upstream_url(text: str) -> str:
+    """Check the URL of an upstream, or the word openai. Raises ValueError."""
+    return text if text == "openai" else http_url(text)
+
+
+def path_prefix(text: str) -> str:
+    """Check /PATH and strip its trailing slash; empty for none. Raises ValueError."""
+    if not re.fullmatch(r"(/[A-Za-z0-9._~-]+)*/?", text):
+        raise ValueError(f"{text!r} is not /PATH of letters, digits, '.', '_', '~', '-' and '/'")
+    return text.rstrip("/")
+
+
+def ip_network(text: str) -> str:
+    """Check an IP address or network such as 10.0.0.0/8. Raises ValueError."""
+    return str(ipaddress.ip_network(text, strict=False))
+
+
 def proxy_url(text: str) -> str:
     """Check SCHEME://[USER:PASSWORD@]HOST[:PORT] or "none"; empty for the default."""
     parts = urllib.parse.urlsplit(text)
@@ -1285,6 +1302,12 @@ class Settings(ValidatedSettings):
         "directory to search for that file, instead of the default ones",
         env_alias="CHATGPT_APISERVER_CONFIG_PATH",
     )
+    upstream: Tuple[str, ...] = setting(
+        (),
+        "URLs of OpenAI-compatible upstreams, comma-separated, instead of a file's controllers; "
+        "openai: OPENAI_BASE_URL or OpenAI's own, with OPENAI_API_KEY",
+        upstream_url,
+    )
     pool_type: str = setting(
         "balanced",
         "how a controller is chosen: balanced, random or least_busy",
@@ -1330,6 +1353,13 @@ class Settings(ValidatedSettings):
     )
     public_url: str = setting(
         "", "URL of this server for clients; default: from their Host header", optional_url
+    )
+    path_prefix: str = setting("", "path before all others, such as /secret", path_prefix)
+    trusted_proxies: Tuple[str, ...] = setting(
+        ("127.0.0.0/8", "::1/128"),
+        "addresses or networks of reverse proxies whose X-Forwarded-For, -Host, -Prefix and -Proto "
+        "are used in links and the log",
+        ip_network,
     )
     page: str = setting("on", "chat page at /: on or off", one_of("on", "off"))
     metrics: str = setting(
@@ -1416,10 +1446,14 @@ class Settings(ValidatedSettings):
             overrides.get("config_file", ""), overrides.get("config_path", ""), problems
         )
         values = ConfigFile(path, environ, problems).settings() if path else {}
-        if environ.get("DEFAULT_SERVER_ADDRESS") and "server_address" not in values:
-            with collecting_errors(problems, "DEFAULT_SERVER_ADDRESS"):
-                values["server_address"] = listen_address(environ["DEFAULT_SERVER_ADDRESS"])
         values = {**values, **overrides}
+        if upstreams := values.get("upstream"):
+            with collecting_errors(problems, "upstream"):
+                values["controllers"] = [upstream_controller(text, environ) for text in upstreams]
+        for name, colon in ("PORT", ":"), ("DEFAULT_SERVER_ADDRESS", ""):
+            if environ.get(name) and "server_address" not in values:
+                with collecting_errors(problems, name):
+                    values["server_address"] = listen_address(colon + environ[name])
         if not values.get("proxy"):
             values["environment_proxies"] = environment_proxies(environ, problems)
         if problems:
@@ -1429,7 +1463,8 @@ class Settings(ValidatedSettings):
     def pool(self) -> List[ControllerSettings]:
         """Controllers with names and defaults filled in; Akash Chat if none is configured."""
         pool: List[ControllerSettings] = []
-        for options in self.controllers or [ControllerSettings(type="akash")]:
+        upstreams = [upstream_controller(text, {}) for text in self.upstream]
+        for options in self.controllers or upstreams or [ControllerSettings(type="akash")]:
             taken = {other.name for other in pool}
             base = options.name or options.type
             names = itertools.chain([base], (f"{base}-{number}" for number in itertools.count(2)))
@@ -1489,6 +1524,22 @@ def is_openai_server(url: str) -> bool:
     return not url or host == "api.openai.com" or host.endswith(".api.openai.com")
 
 
+def upstream_controller(text: str, environ: Dict[str, str]) -> ControllerSettings:
+    """Settings of the controller for a value of UPSTREAM. Raises ValueError.
+
+    OPENAI_API_KEY is sent to OpenAI's own hosts only and, for the word "openai", to that of
+    OPENAI_BASE_URL, which OpenAI's SDKs use with this key, too. It may be missing for the latter.
+    """
+    openai = text == "openai"
+    base_url = optional_url(environ.get("OPENAI_BASE_URL", "")) if openai else text
+    own = is_openai_server(base_url)
+    key = environ.get("OPENAI_API_KEY", "") if openai or own else ""
+    if own and environ and not key:
+        raise ValueError(f"{text} needs OPENAI_API_KEY, which is not set")
+    source = "OPENAI_API_KEY" if key else ""
+    return ControllerSettings(base_url=base_url, api_key=key, key_source=source)
+
+
 def url_origin(url: str) -> Tuple[str, Optional[str], int]:
     """Scheme, host and port of an http(s) URL."""
     parts = urllib.parse.urlsplit(url)
@@ -1544,7 +1595,7 @@ class ConfigFile:
             return {}
         special = {name: data.pop(name) for name in self.SPECIAL_KEYS if name in data}
         values = self.fields(fields_by_name(Settings), data, "", self.SPECIAL_KEYS)
-        port = special.get("port")
+        port = self.environ.get("PORT") or special.get("port")
         if port is None and self.is_chatgpt_apiserver(special.get("controllers")):
             port = 8080  # chatgpt-apiserver's default
         if port is not None and "server_address" not in values:
@@ -6826,6 +6877,27 @@ def make_upstreams(settings: Settings, previous: Optional["Pool"]) -> List[Upstr
     return upstreams
 
 
+def ask_upstream(upstream: Upstream) -> Tuple[bool, str]:
+    """Ask for the model list: whether it came, and a sentence on the upstream's state."""
+    options, started_at = upstream.options, time.monotonic()
+    error: Optional[APIError] = None
+    try:
+        with controller_errors(upstream.name):
+            count = len(upstream.controller.models())
+    except APIError as failure:
+        error = failure
+    seconds = time.monotonic() - started_at
+    if error is None:
+        key = "key accepted" if options.api_key else "no key needed"
+        state = f"reachable, {key}, {count} model{'s' if count != 1 else ''}"
+    elif error.category == "auth":
+        state = f"reachable, key rejected: {error.message}"
+    else:
+        reached = "reachable, but" if error.upstream_status else "not reachable:"
+        state = f"{reached} {error.message}"
+    return error is None, f"{upstream.name}: {state}, {seconds * 1000:.0f} ms"
+
+
 def read_model_lists(upstreams: List[Upstream]) -> Dict[Upstream, Tuple[Any, Any, Any]]:
     """Results of the upstreams' list_models(), called concurrently."""
     lists: Dict[Upstream, Tuple[Any, Any, Any]] = {}
@@ -10441,9 +10513,9 @@ class Gate:
 
     def check_head(self, request: Request, decoder: BodyDecoder) -> None:
         """Check origin, token, route, method and declared size."""
-        head = request.head
-        request.route = route = find_route(head.method, head.path)
         self.check_page(request)
+        request.head = head = strip_prefix(request.head, request.settings.path_prefix)
+        request.route = route = find_route(head.method, head.path)
         if head.method == "OPTIONS":  # a preflight carries no token
             return
         public_metrics = head.path == "/metrics" and request.settings.metrics == "public"
@@ -10552,6 +10624,69 @@ class Gate:
                 if sent
                 else "A token is needed: send it as 'Authorization: Bearer TOKEN'.",
             )
+
+
+def strip_prefix(head: Head, prefix: str) -> Head:
+    """Return the head with its path below PATH_PREFIX; APIError 404 if it is outside."""
+    if not prefix:
+        return head
+    if not head.path.startswith(prefix + "/"):
+        raise APIError(404, f"There is no {head.path[:200]!r} here.", code="not_found")
+    return head._replace(path=head.path[len(prefix) :])
+
+
+# -- reverse proxies. Their headers are used for links and the log, but never by Gate: a page that
+# rebinds its domain to 127.0.0.1 may send any header, and comes from a trusted address. To foreign
+# pages the headers are of no use: they cannot send them without a preflight, which Gate rejects.
+
+_FORWARDED = {
+    "proto": re.compile("https?"),
+    "host": re.compile(r"[A-Za-z0-9._:\[\]-]{1,255}"),
+    "prefix": re.compile(r"(?:/[A-Za-z0-9._~-]+)*/?"),
+}
+
+
+@functools.lru_cache(maxsize=1024)
+def is_trusted(address: str, networks: Tuple[str, ...]) -> bool:
+    """Return whether an IP address is in one of the networks. Raises ValueError if it is none."""
+    ip: Any = ipaddress.ip_address(address)
+    ip = getattr(ip, "ipv4_mapped", None) or ip  # ::ffff:127.0.0.1, on a socket for both families
+    return any(ip in ipaddress.ip_network(network) for network in networks)
+
+
+def forwarded(request: Request, name: str) -> str:
+    """Return X-Forwarded-Proto, -Host or -Prefix of a trusted proxy, as its client sent it."""
+    value = request.head.headers.get("x-forwarded-" + name, "").partition(",")[0].strip()
+    peer = request.connection.client_address[0]
+    trusted = value and is_trusted(peer, request.settings.trusted_proxies)
+    return value if trusted and _FORWARDED[name].fullmatch(value) else ""
+
+
+def client_address(request: Request) -> str:
+    """Return the client's IP address: the last in X-Forwarded-For that is no trusted proxy's."""
+    address: str = request.connection.client_address[0]
+    hops = request.head.headers.get("x-forwarded-for", "").rsplit(",", 20)[-20:]
+    for hop in reversed([hop.strip() for hop in hops if hop]):
+        try:
+            if not is_trusted(address, request.settings.trusted_proxies):
+                break
+            host = hop if hop.count(":") > 1 and hop[:1] != "[" else host_of(hop).strip("[]")
+            address = str(ipaddress.ip_address(host))
+        except ValueError:
+            break
+    return address
+
+
+def own_url(request: Request) -> str:
+    """Return this server's URL as the client knows it."""
+    settings = request.settings
+    host = forwarded(request, "host") or request.head.headers.get("host")
+    url = settings.public_url or request.server.url
+    if host and not settings.public_url:
+        prefix = forwarded(request, "prefix").rstrip("/")
+        url = f"{forwarded(request, 'proto') or 'http'}://{host}{prefix}"
+    complete = urllib.parse.urlsplit(url).path.endswith(settings.path_prefix)
+    return url if complete else url + settings.path_prefix
 
 
 def acquire_key(request: Request, call: Call) -> None:
@@ -10931,7 +11066,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if dialect_class is Passthrough:
                 dialect = Passthrough(data, content_type)
             else:
-                dialect = dialect_class(from_json(data), self.base_url())
+                dialect = dialect_class(from_json(data), own_url(self.request))
         except ValueError as error:
             raise bad_request(f"The body is not valid JSON: {error}.") from None
         dialect.prepare()
@@ -10948,11 +11083,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if has_escaped_letters(data):
                 call.raw_body = request_json(call.original_body, len(data))
         return dialect
-
-    def base_url(self) -> str:
-        """Return this server's URL as the client knows it."""
-        host = self.request.head.headers.get("host")
-        return self.request.settings.public_url or (f"http://{host}" if host else self.server.url)
 
     # -- responses
 
@@ -11299,7 +11429,7 @@ class Server(http.server.ThreadingHTTPServer):
     def url(self) -> str:
         """The base URL for clients on this machine."""
         host = {"0.0.0.0": "127.0.0.1", "::": "127.0.0.1"}.get(self.server_name, self.server_name)
-        return "http://" + join_address(host, self.server_port)
+        return f"http://{join_address(host, self.server_port)}{self.settings.path_prefix}"
 
     # -- methods of http.server
 
@@ -11529,7 +11659,7 @@ def log_access(request: Request, now: float) -> None:
     record, usage, writer = request.record, request.record.usage or {}, request.writer
     started_at = request.started_at
     facts = {
-        "client": request.connection.client_address[0],
+        "client": client_address(request),
         "key": request.key.name if request.key else "",
         "method": request.head.method,
         "path": shorten(request.head.path),
@@ -11584,6 +11714,10 @@ class DemoAkash(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
     COOKIE = "session_token=" + "0123456789abcdef" * 4
+    STREAM_HEADERS = {
+        "Content-Type": "text/plain; charset=utf-8",
+        "X-Vercel-AI-Data-Stream": "v1",
+    }
     jobs: Dict[str, int] = {}  # number of status requests, by job
     delay = 0.03  # seconds between two words
 
@@ -11631,6 +11765,10 @@ class DemoAkash(http.server.BaseHTTPRequestHandler):
             line = f'0:"<image_generation> {attributes}</image_generation>"\n'
             self._stream([line.encode()], 0)
             return
+        if body["model"] != "demo":  # in the words of Akash Chat's backend, LiteLLM
+            error = f"400: Invalid model name passed in model={body['model']}."
+            self._send(200, b"3:" + to_json(error) + b"\n", headers=self.STREAM_HEADERS)
+            return
         words = re.findall(
             r"\S+\s*",
             f'You asked {body["model"]}: "{prompt}" This is the demo: no model has read it, '
@@ -11646,7 +11784,7 @@ class DemoAkash(http.server.BaseHTTPRequestHandler):
             *lines,
             b"e:" + end + b',"isContinued":false}\nd:' + end + b"}\n",
             delay=delay,
-            headers={"Content-Type": "text/plain; charset=utf-8", "X-Vercel-AI-Data-Stream": "v1"},
+            headers=self.STREAM_HEADERS,
         )
 
     def _send(
@@ -12010,17 +12148,24 @@ def command(argv: List[str]) -> int:
     options = parse_flags(argv)
     if options.health:
         options = parse_flags([*container_flags(), *argv])
-    flags = {name: value for name, value in vars(options).items() if isinstance(value, str)}
+    flags = {
+        name: ",".join(value) if isinstance(value, list) else value
+        for name, value in vars(options).items()
+        if isinstance(value, (str, list))
+    }
     settings = Settings.load(dict(os.environ), flags)
-    if options.health or options.check:
+    if options.health or options.check or options.ask:
         set_signal_mask("SIG_UNBLOCK")
-        return check_health(settings) if options.health else print_settings(settings)
+        if options.health:
+            return check_health(settings)
+        print_settings(settings)
+        return ask_controllers(settings) if options.ask else 0
     handler = LogWriter(sys.stderr.fileno()) if sys.stderr else logging.NullHandler()
     handler.setFormatter(LogFormat(settings.log_format))
     logging.basicConfig(level=settings.log_level.upper(), handlers=[handler])
     demo: Dict[str, Any] = {}
     if options.demo:
-        demo = {"akash_base_url": DemoAkash.start(), "controllers": ()}
+        demo = {"akash_base_url": DemoAkash.start(), "controllers": (), "upstream": ()}
     if settings.config_file:  # a reload must read this file, not search for another
         flags["config_file"] = settings.config_file
 
@@ -12173,6 +12318,11 @@ def argument_parser() -> Any:
         help="validate and print the effective settings, and exit",
     )
     parser.add_argument(
+        "--ask",
+        action="store_true",
+        help="with --check: ask each controller for its models, and exit with 1 if one fails",
+    )
+    parser.add_argument(
         "--health",
         action="store_true",
         help="query /health of a running server, and exit with 0 if it is healthy, else 1",
@@ -12183,7 +12333,11 @@ def argument_parser() -> Any:
         text = item.metadata["help"] + (f" (default: {default})" if default else "")
         metavar = {"str": "TEXT", "int": "NUMBER", "float": "SECONDS"}.get(item.type, "LIST")
         group.add_argument(
-            flag_name(item), dest=item.name, metavar=metavar, help=text.replace("%", "%%")
+            flag_name(item),
+            dest=item.name,
+            metavar=metavar,
+            help=text.replace("%", "%%"),
+            action="append" if item.type.startswith("Tuple") else "store",
         )
     return parser
 
@@ -12195,8 +12349,8 @@ def default_text(item: Any) -> str:
     return f"{item.default:g}" if item.type == "float" else format_value(item.default)
 
 
-def print_settings(settings: Settings) -> int:
-    """Print the effective settings with secrets redacted; the exit status."""
+def print_settings(settings: Settings) -> None:
+    """Print the effective settings with secrets redacted."""
     searched = [settings.config_path] if settings.config_path else CONFIG_DIRECTORIES
     print_text(f"# searched: {', '.join(searched)} for {' and '.join(FILE_NAMES)}")
     print_text(f"# file: {settings.config_file or 'none'}")
@@ -12208,7 +12362,18 @@ def print_settings(settings: Settings) -> int:
         print_section(controller.name, controller, {"api_key": source, "proxy": proxy})
     for key in settings.keys:
         print_section(f"key {key.name}", key, {})
-    return 0
+
+
+def ask_controllers(settings: Settings) -> int:
+    """Print a line on each controller's state; the exit status: 1 if one fails."""
+    print_text("")
+    pool, all_right = Pool(settings), True
+    for upstream in pool.enabled:
+        answered, line = ask_upstream(upstream)
+        print_text(line)
+        all_right = all_right and answered
+    pool.close()
+    return 0 if all_right else 1
 
 
 def print_section(title: str, options: Any, suffixes: Dict[str, str]) -> None:
@@ -12242,7 +12407,7 @@ def check_health(settings: Settings) -> int:
     host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     connection = http.client.HTTPConnection(host, port, timeout=3)
     try:
-        connection.request("GET", "/health")
+        connection.request("GET", f"{settings.path_prefix}/health")
         response = connection.getresponse()
         print_text(response.read().decode("utf-8", "replace"))
         return 0 if response.status == 200 else 1

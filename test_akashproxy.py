@@ -2040,7 +2040,7 @@ def started(*flags, **environ):
     process = subprocess.Popen(**command("--server-address", "127.0.0.1:0", *flags, **environ))
     try:
         line = process.stdout.readline()
-        match = re.search(r" on http://127\.0\.0\.1:(\d+)/v1", line)
+        match = re.search(r" on http://127\.0\.0\.1:(\d+)\S*/v1", line)
         assert match, line + process.stderr.read()
         yield process, int(match[1])
     finally:
@@ -10309,7 +10309,7 @@ MAY_NAME = {    # a section: the sections whose names may stand in it
     "relay": "names errors events http streams loop server",
     "limits": "names errors events settings streams controllers server",
     "server": "names errors events settings http transport controllers pool dialects loop relay limits page",
-    "demo": "names", "page": "names", "main": "names errors settings server demo",
+    "demo": "names", "page": "names", "main": "names errors settings pool server demo",
 }
 
 
@@ -10378,6 +10378,192 @@ def test_the_readmes_curl_lines_work(block, curls):
 
 def official(block):
     return re.match("import (openai|anthropic)$", block, re.M)
+
+
+@table({    # (variables, the file, flags): where it listens
+    "PORT alone": ({"PORT": "7860"}, {}, {}, ":7860"),
+    "an address wins": ({"PORT": "7860", "SERVER_ADDRESS": "localhost:1"}, {}, {}, "localhost:1"),
+    "a flag wins": ({"PORT": "7860"}, {}, {"server_address": ":2"}, ":2"),
+    "an address in the file wins": ({"PORT": "7860"}, {"server_address": "localhost:3"}, {}, "localhost:3"),
+    "the file's port does not": ({"PORT": "7860"}, {"port": 8080}, {}, ":7860"),
+    "the image's default does not": ({"PORT": "7860", "DEFAULT_SERVER_ADDRESS": "0.0.0.0:1"}, {}, {}, ":7860"),
+    "an empty one": ({"PORT": ""}, {}, {}, "localhost:16571"),
+})
+def test_port(case, config):
+    environ, file, flags, listens = case
+    assert Settings.load(environ, {"config_file": config(file), **flags}).server_address == listens
+
+
+@pytest.mark.parametrize("port", ["x", "70000", "-1", "80 80"])
+def test_a_wrong_port_is_named(port):
+    with pytest.raises(akashproxy.ConfigError, match="PORT: .* is not a valid port"):
+        Settings.load({"PORT": port})
+
+
+KEY = {"OPENAI_API_KEY": "k"}
+
+
+@table({    # (UPSTREAM, other variables): (base_url, api_key) of each controller
+    "Ollama": ("http://127.0.0.1:11434/v1", {}, [("http://127.0.0.1:11434/v1", "")]),
+    "two": ("http://a/v1,http://b", {}, [("http://a/v1", ""), ("http://b", "")]),
+    "OpenAI": ("openai", KEY, [("https://api.openai.com/v1", "k")]),
+    "OpenAI by address": ("https://api.openai.com/v1", KEY, [("https://api.openai.com/v1", "k")]),
+    "OpenAI in Europe": ("https://eu.api.openai.com/v1", KEY, [("https://eu.api.openai.com/v1", "k")]),
+    "a gateway's address": ("openai", {**KEY, "OPENAI_BASE_URL": "https://gw/v1/"}, [("https://gw/v1", "k")]),
+    "a gateway without a key": ("openai", {"OPENAI_BASE_URL": "http://gw"}, [("http://gw", "")]),
+    "another host": ("http://h/v1", KEY, [("http://h/v1", "")]),
+    "another host, though it is OPENAI_BASE_URL's": ("https://gw/v1", {**KEY, "OPENAI_BASE_URL": "https://gw/v1"}, [("https://gw/v1", "")]),
+    "a host that looks like it": ("https://api.openai.com.evil.example", KEY, [("https://api.openai.com.evil.example", "")]),
+    "a user that looks like it": ("https://api.openai.com@evil.example", KEY, "only scheme, host, port and path"),
+    "no key": ("openai", {}, "openai needs OPENAI_API_KEY"),
+    "a typo": ("opnai", {}, "UPSTREAM: 'opnai' is not an http:// or https:// URL"),
+    "a wrong address": ("openai", {**KEY, "OPENAI_BASE_URL": "x"}, "'x' is not an http"),
+})
+def test_upstreams_without_a_file(case):
+    upstream, environ, wanted = case
+    if isinstance(wanted, str):
+        with pytest.raises(akashproxy.ConfigError, match=wanted):
+            Settings.load({"UPSTREAM": upstream, **environ})
+    else:
+        assert [(each.base_url, each.api_key) for each in Settings.load({"UPSTREAM": upstream, **environ}).pool()] == wanted
+
+
+def test_upstreams_replace_those_of_the_file(config):
+    path = config({"controllers": [{"base_url": "http://file"}], "max_wait": 1})
+    settings = Settings.load({}, {"config_file": path, "upstream": "http://a,http://b"})
+    assert [(each.name, each.base_url) for each in settings.pool()] == [("openai", "http://a"), ("openai-2", "http://b")]
+    assert [each.base_url for each in load(config({"upstream": ["http://c"]})).pool()] == ["http://c"]
+    assert [each.base_url for each in Settings(upstream=("http://d",)).pool()] == ["http://d"]
+
+
+def test_first_steps_without_a_file(openai_fakes):
+    one, two, dead = openai_fakes
+    with started("--upstream", one.url + "/v1", "--upstream", two.url) as (_, port):
+        server = type("Server", (), {"server_port": port})
+        assert {each["id"] for each in ask(server, path="/v1/models").json["data"]} == {"llama3", "mistral", "phi"}
+        got = ask(server, "POST", "/v1/chat/completions", {"model": "phi", "messages": [user("hi")]})
+        assert got.status == 200 and got.headers["x-akashproxy-route"].startswith("openai-2")
+    assert not [request for fake in (one, two) for request in fake.requests if "authorization" in request.headers]
+
+
+def test_check_asks_each_controller(openai_fakes, akash, config):
+    one, two, dead = openai_fakes
+    done = run("--check", "--ask", UPSTREAM=f"{one.url}/v1,{two.url}", OPENAI_API_KEY="s3cret")
+    assert done.returncode == 0, done
+    lines = done.stdout.strip().splitlines()[-2:]
+    assert re.fullmatch(r"openai: reachable, no key needed, 2 models, \d+ ms", lines[0])
+    assert re.fullmatch(r"openai-2: reachable, no key needed, 1 model, \d+ ms", lines[1])
+    refused = reply(401, b'{"error":{"message":"Incorrect API key provided","code":"invalid_api_key"}}')
+    two.answer = lambda sock, request: sock.sendall(refused)
+    path = config({"akash_base_url": akash.url, "controllers": [
+        {"name": "chat", "type": "akash"}, {"name": "bad", "base_url": two.url, "api_key": "s3cret"}, {"name": "ours", "type": "echo"},
+        {"name": "dead", "base_url": dead}, {"name": "good", "base_url": one.url, "api_key": "s3cret"}]})
+    done = run("--check", "--ask", "--config-file", path)
+    assert done.returncode == 1 and "s3cret" not in done.stdout + done.stderr
+    chat, bad, ours, gone, good = done.stdout.strip().splitlines()[-5:]
+    assert re.fullmatch(r"chat: reachable, no key needed, \d+ models, \d+ ms", chat)
+    assert bad.startswith("bad: reachable, key rejected: ") and gone.startswith("dead: not reachable: ")
+    assert re.fullmatch(r"ours: reachable, no key needed, 1 model, \d+ ms", ours)
+    assert re.fullmatch(r"good: reachable, key accepted, 2 models, \d+ ms", good)
+
+
+@pytest.fixture
+def openai_fakes():
+    """Two upstreams, and the URL of a port that nothing listens on."""
+    one, two, gone = FakeOpenAI(["llama3", "mistral"]), FakeOpenAI(["phi"]), FakeOpenAI()
+    gone.close()
+    yield one, two, gone.url
+    one.close()
+    two.close()
+
+
+def test_the_demo_refuses_unknown_models(demo):
+    for stream in (False, True):
+        got = ask(type("Server", (), {"server_port": demo}), "POST", "/v1/chat/completions",
+                  {"model": "gpt-4o", "stream": stream, "messages": [user("hi")]})
+        assert got.status == 500 and got.json["code" if "code" in got.json else "error"], got
+        assert b"model_not_found" in got.body
+
+
+# -- path prefixes and reverse proxies
+
+def image_link(akash, server, path="/v1/images/generations", headers=None):
+    akash.chat = PICTURE_LINE
+    return ask(server, "POST", path, {"prompt": "a fox"}, headers).json["data"][0]["url"]
+
+
+def test_a_path_prefix(serve, akash):
+    server = serve(path_prefix="/my/secret/")
+    assert server.url.endswith("/my/secret")
+    assert ask(server, path="/my/secret/v1/models").status == ask(server, path="/my/secret/").status == 200
+    assert ask(server, "POST", "/my/secret/v1/chat/completions", CHAT).status == 200
+    for path in ("/v1/models", "/", "/health", "/my/secret", "/my/secretv1/models", "/my", "/MY/secret/v1/models", "/my/secret/my/secret/v1/models"):
+        assert ask(server, path=path).status == 404, path
+    assert ask(server, "POST", "/v1/chat/completions", CHAT).status == 404
+    link = image_link(akash, server, "/my/secret/v1/images/generations")
+    assert link.startswith(server.url + "/images/")
+    assert ask(server, path=link.partition(str(server.server_port))[2]).status == 200
+
+
+@table({    # (PUBLIC_URL, headers, trusted): how image links begin; {} stands for the server's address
+    "nothing": ("", {}, True, "http://{}/p/images/"),
+    "a public URL": ("https://chat.example", {}, True, "https://chat.example/p/images/"),
+    "one with a path": ("https://chat.example/a", {}, True, "https://chat.example/a/p/images/"),
+    "one with the prefix": ("https://chat.example/a/p", {}, True, "https://chat.example/a/p/images/"),
+    "a host called like the prefix": ("https://p", {}, True, "https://p/p/images/"),
+    "a public URL wins": ("https://chat.example", {"X-Forwarded-Host": "b.example"}, True, "https://chat.example/p/images/"),
+    "the scheme": ("", {"X-Forwarded-Proto": "https"}, True, "https://{}/p/images/"),
+    "all": ("", {"X-Forwarded-Proto": "https", "X-Forwarded-Host": "b.example:8443", "X-Forwarded-Prefix": "/x/"}, True,
+            "https://b.example:8443/x/p/images/"),
+    "of two proxies the outer one": ("", {"X-Forwarded-Proto": "https, http", "X-Forwarded-Host": "b.example, c"}, True,
+                                     "https://b.example/p/images/"),
+    "a prefix that is ours": ("", {"X-Forwarded-Prefix": "/p"}, True, "http://{}/p/images/"),
+    "not trusted": ("", {"X-Forwarded-Proto": "https", "X-Forwarded-Host": "b.example", "X-Forwarded-Prefix": "/x"}, False, "http://{}/p/images/"),
+    "wrong values": ("", {"X-Forwarded-Proto": "javascript", "X-Forwarded-Host": "a/b", "X-Forwarded-Prefix": "//b.example"}, True,
+                     "http://{}/p/images/"),
+})
+def test_links_behind_a_reverse_proxy(case, serve, akash):
+    public_url, headers, trusted, start = case
+    server = serve(public_url=public_url, path_prefix="/p", trusted_proxies=("127.0.0.1" if trusted else "10.0.0.0/8",))
+    assert image_link(akash, server, "/p/v1/images/generations", headers).startswith(start.format(f"127.0.0.1:{server.server_port}"))
+
+
+@table({    # X-Forwarded-For as it comes from 127.0.0.1, with 127.0.0.0/8 and 10.0.0.0/8 trusted: the client in the log
+    "none": ("", "127.0.0.1"), "one": ("192.0.2.7", "192.0.2.7"), "IPv6": ("2001:db8::1", "2001:db8::1"),
+    "with a port": ("192.0.2.7:4711", "192.0.2.7"), "IPv6 with a port": ("[2001:db8::1]:4711", "2001:db8::1"),
+    "forged in front": ("6.6.6.6, 192.0.2.7", "192.0.2.7"), "by an inner proxy": ("192.0.2.7, 10.1.2.3", "192.0.2.7"),
+    "only proxies": ("10.1.2.3, 10.1.2.4", "10.1.2.3"), "garbage": ("192.0.2.7, x", "127.0.0.1"), "empty parts": (",,192.0.2.7", "192.0.2.7"),
+    "mapped": ("192.0.2.7, ::ffff:10.1.2.3", "192.0.2.7"), "very many": (", ".join(["10.1.2.3"] * 5000), "10.1.2.3"),
+})
+def test_the_client_in_the_log_behind_a_reverse_proxy(case, serve, caplog):
+    value, client = case
+    caplog.set_level("INFO")
+    server = serve(trusted_proxies=("127.0.0.0/8", "10.0.0.0/8"))
+    ask(server, path="/v1/models", headers={"X-Forwarded-For": value})
+    wait_for(lambda: f"client={client} " in caplog.text)
+
+
+def test_forwarded_headers_open_no_gate(serve):
+    """A page that has rebound its domain to this machine may send any header."""
+    server = serve()
+    for headers in ({"X-Forwarded-Host": "localhost"}, {"X-Forwarded-For": "127.0.0.1", "X-Forwarded-Proto": "http"}):
+        assert ask(server, path="/v1/models", headers={"Host": "b.example", **headers}).status == 403
+    headers = {"Origin": "https://b.example", "X-Forwarded-Host": "b.example", "X-Forwarded-Proto": "https"}
+    assert ask(server, path="/v1/models", headers=headers).status == 403
+    preflight = {**headers, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "x-forwarded-host"}
+    assert ask(server, "OPTIONS", "/v1/models", headers=preflight).status == 403
+
+
+@pytest.mark.parametrize("name, value", [("path_prefix", "secret"), ("path_prefix", "/a b"), ("path_prefix", "//a"), ("path_prefix", "/a?b"),
+                                         ("trusted_proxies", ("x",)), ("trusted_proxies", ("10.0.0.0/99",)), ("trusted_proxies", ("",))])
+def test_wrong_prefixes_and_proxies(name, value):
+    with pytest.raises(akashproxy.ConfigError):
+        Settings(**{name: value})
+
+
+def test_health_of_a_server_with_a_path_prefix():
+    with started("--demo", "--path-prefix", "/s") as (_, port):
+        assert run("--health", "--server-address", f"127.0.0.1:{port}", "--path-prefix", "/s").returncode == 0
 
 
 @pytest.mark.parametrize("block", list(filter(official, blocks("python"))))
