@@ -578,7 +578,7 @@ class ClientDisconnected(ConnectionError):
 
 
 class Queued(Exception):
-    """The call is in the pool's queue; ``call.wake()`` will resume it."""
+    """The call is in the pool's queue; ``exchange.wake()`` will resume it."""
 
 
 class ProtocolError(ValueError):
@@ -755,11 +755,74 @@ CHAT_PATH = "/v1/chat/completions"
 MAX_NAME = 256  # characters of a model's name, which is repeated in each event, in logs and lists
 
 
-class Call:
-    """A request in OpenAI's chat vocabulary, and the state of its processing.
+class Cancellation:
+    """Ends what a request does at upstreams: a blocking socket, a sleep, or its place in the queue.
 
-    ``body`` is a chat-completions body, regardless of the client's dialect. Any thread may call
-    cancel(); all else belongs to the thread that processes the call.
+    Any thread may call cancel(); all else belongs to the thread that processes the request.
+    """
+
+    def __init__(self, client_has_left: Callable[[], bool] = lambda: False) -> None:
+        self.client_has_left = client_has_left  # peeks at the connection
+        self.reason: Optional[Exception] = None
+        self.scope = CancelScope()  # of the current attempt
+        self.wakeup: Any = None  # an Event, or anything with its set()
+
+    def cancel(self, reason: Optional[Exception] = None) -> None:
+        """Shut the upstream's socket down and end a sleep(). Any thread."""
+        # A race: new_scope() and sleep() set scope and wakeup, then check the reason. Setting the
+        # reason first, at least one of the two threads sees what the other has written.
+        self.reason = reason or ClientDisconnected("the client disconnected")
+        self.scope.cancel(self.reason)
+        if self.wakeup:
+            self.wakeup.set()
+
+    def new_scope(self) -> None:
+        """Start a scope for the next attempt; the last one may have been cancelled."""
+        self.scope = CancelScope()
+        if self.reason:
+            self.scope.cancel(self.reason)
+
+    def raise_if_cancelled(self) -> None:
+        """Raise the reason if cancelled. Peeks at the client, as the loop may be behind."""
+        if not self.reason and self.client_has_left():
+            self.cancel()
+        self.scope.raise_if_cancelled()
+
+    def sleep(self, seconds: float) -> None:
+        """Sleep until the time is over or the request is cancelled; raises the reason then."""
+        self.wakeup = self.wakeup or threading.Event()
+        if not self.reason:
+            self.wakeup.wait(seconds)
+        self.scope.raise_if_cancelled()
+
+
+@dataclass
+class OriginalRequest:
+    """A client's own request, for upstreams that speak its dialect."""
+
+    path: str = CHAT_PATH
+    query: str = ""  # with its "?"
+    headers: Dict[str, str] = field(default_factory=dict)  # the few that are forwarded
+    body: Optional[Dict[str, Any]] = None  # None: not a JSON object
+    raw_body: bytes = b""
+    content_type: str = "application/json"  # of raw_body
+
+
+@dataclass
+class Attempt:
+    """One attempt: why it is repeated, and what its controller states about the response."""
+
+    retry_reason: str = ""  # "session" or "connection": the controller is tried a second time
+    ignored_params: List[str] = field(default_factory=list)  # those it does not support
+    content_type: Optional[str] = None  # of a response passed through; None: it is translated
+    status: int = 200  # of that response
+
+
+class Call:
+    """A request in OpenAI's chat vocabulary; not changed once aliases are resolved.
+
+    ``body`` is a chat-completions body, regardless of the client's dialect. ``attempt`` is the
+    current one.
     """
 
     def __init__(
@@ -781,61 +844,28 @@ class Call:
         self.images_as_bytes = images_as_bytes  # else as URLs
         self.translation_error = translation_error  # raised by controllers that can't relay it
         self.untranslated: List[str] = []  # key paths that have no equivalent in ``body``
-
-        # The client's own request, for upstreams that speak its dialect.
-        self.path = CHAT_PATH
-        self.query = ""
-        self.headers: Dict[str, str] = {}  # the few that are forwarded
-        self.original_body: Optional[Dict[str, Any]] = None
-        self.raw_body = b""
-        self.content_type = "application/json"  # of raw_body
-
-        # The client's key and connection, set by the server.
-        self.allowed_models: Tuple[str, ...] = ()  # patterns; (): all
+        self.original = OriginalRequest()
+        self.allowed_models: Tuple[str, ...] = ()  # patterns of the client's key; (): all
         self.one_image_at_a_time = False  # for a key with max_concurrency
-        self.client_has_left: Callable[[], bool] = lambda: False
-        self.wake: Callable[[], None] = lambda: None  # resumes the call after Queued; any thread
-
-        # Its attempts, set by pool and controllers.
-        self.attempts: Tuple[str, ...] = ()  # such as "akash=429"
-        self.answered_by = ""  # a controller's name
-        self.ignored_params: List[str] = []  # parameters that the controller does not support
         self.prepared_requests: Dict[str, Any] = {}  # translated, by the controller's name
-        self.retry_reason = ""  # "session" or "connection": the same controller is tried again
-        self.relay_content_type: Optional[str] = None  # of a response passed through
-        self.relay_status = 200  # of that response
-        self.waiter: Any = None  # its entry in the pool's queue
-        self.scope = CancelScope()  # of the current attempt
-        self.cancel_reason: Optional[Exception] = None
-        self.wakeup: Any = None  # ends a sleep(): an Event, or the waiter
+        self.cancellation = Cancellation()
+        self.attempt = Attempt()
 
-    def cancel(self, reason: Optional[Exception] = None) -> None:
-        """Shut the upstream's socket down and end a sleep(). Any thread."""
-        # A race: new_scope() and sleep() set scope and wakeup, then check cancel_reason. Setting
-        # the reason first, at least one of the two threads sees what the other has written.
-        self.cancel_reason = reason or ClientDisconnected("the client disconnected")
-        self.scope.cancel(self.cancel_reason)
-        if self.wakeup:
-            self.wakeup.set()
+    @property
+    def text(self) -> str:
+        """The text of the last message; "" if it has none."""
+        content = as_dict(self.body["messages"][-1]).get("content")
+        parts = content if isinstance(content, list) else [{"text": content}]
+        return "".join(str(as_dict(part).get("text") or "") for part in parts)
 
-    def new_scope(self) -> None:
-        """Start a scope for the next attempt; the last one may have been cancelled."""
-        self.scope = CancelScope()
-        if self.cancel_reason:
-            self.scope.cancel(self.cancel_reason)
+    @property
+    def scope(self) -> CancelScope:
+        """The deadline and cancellation of the current attempt, for a Transport."""
+        return self.cancellation.scope
 
-    def raise_if_cancelled(self) -> None:
-        """Raise the reason if cancelled. Peeks at the client, as the loop may be behind."""
-        if not self.cancel_reason and self.client_has_left():
-            self.cancel()
-        self.scope.raise_if_cancelled()
-
-    def sleep(self, seconds: float) -> None:
-        """Sleep until the time is over or the call is cancelled; raises the reason then."""
-        self.wakeup = self.wakeup or threading.Event()
-        if not self.cancel_reason:
-            self.wakeup.wait(seconds)
-        self.scope.raise_if_cancelled()
+    def begin_attempt(self, retry_reason: str = "") -> None:
+        self.attempt = Attempt(retry_reason)
+        self.cancellation.new_scope()
 
 
 @dataclass
@@ -4693,7 +4723,7 @@ class AkashController(Controller):
         return None
 
     def events(self, call: Call) -> Iterable[Event]:
-        data, stop_filter, call.ignored_params = call.prepared_requests[self.name]
+        data, stop_filter, call.attempt.ignored_params = call.prepared_requests[self.name]
         if call.image_count or call.model == self.IMAGE_MODEL:
             return self.image_events(call, data)
         cookie = self.session.get(call.scope)
@@ -4703,7 +4733,7 @@ class AkashController(Controller):
             call.scope,
             data,
             self._headers(data, cookie),
-            force_new_connection=call.retry_reason,
+            force_new_connection=call.attempt.retry_reason,
         )
         return EventStream(
             response, lambda response: self._decoder(call, response, stop_filter, cookie)
@@ -4712,7 +4742,9 @@ class AkashController(Controller):
     def _prepare(self, call: Call) -> Tuple[bytes, StopFilter, List[str]]:
         """Return the request body, the filter of its answer and the ignored parameters."""
         if call.relay_only:
-            raise APIError(404, f"Akash Chat does not offer {call.path[:200]!r}.", code="not_found")
+            raise APIError(
+                404, f"Akash Chat does not offer {call.original.path[:200]!r}.", code="not_found"
+            )
         if call.translation_error:
             raise call.translation_error
         if call.image_count and call.model not in ("", self.IMAGE_MODEL):
@@ -4724,7 +4756,7 @@ class AkashController(Controller):
             limit = "max_tokens"
         max_tokens = number_field(call.body, limit, None, integer=True, minimum=1)
         stop_filter = StopFilter(stop_sequences(call.body), max_tokens)
-        return request_json(body, len(call.raw_body)), stop_filter, ignored
+        return request_json(body, len(call.original.raw_body)), stop_filter, ignored
 
     def image_events(self, call: Call, data: bytes) -> Iterator[Event]:
         """Start a job for each image, then poll them; text instead of a job is passed on.
@@ -4735,7 +4767,8 @@ class AkashController(Controller):
         jobs: List[Tuple[str, str]] = []
         sequential = call.one_image_at_a_time or self.options.max_concurrency > 0
         for _ in range(call.image_count or 1):
-            call.raise_if_cancelled()  # a job can't be cancelled: start none for a client that left
+            # a job can't be cancelled: start none for a client that left
+            call.cancellation.raise_if_cancelled()
             response = self._with_session(
                 "POST", self.CHAT_PATH, call.scope, data, model=call.model
             )
@@ -4804,7 +4837,8 @@ class AkashController(Controller):
             return DecoderChain(decoder, ThinkTagFilter())
 
         def parse(data: bytes) -> NoReturn:
-            is_retry, sent = call.retry_reason == "session", call.prepared_requests[self.name][0]
+            is_retry = call.attempt.retry_reason == "session"
+            sent = call.prepared_requests[self.name][0]
             raise self._session_error(response, data, call.model, cookie, is_retry, len(sent))
 
         return BufferedBody(parse, 1 << 20, is_error_body=True)
@@ -4943,7 +4977,7 @@ class AkashController(Controller):
         interval, misses, last_progress = self.settings.image_poll, 0, None
         deadline = time.monotonic() + self.settings.image_timeout
         while True:
-            call.sleep(interval)
+            call.cancellation.sleep(interval)
             interval = min(interval * 1.5, self.settings.image_poll * 6)
             state = self._job_state(call, job)
             fields = state or {}
@@ -4978,7 +5012,7 @@ class AkashController(Controller):
             jobs = response.json()
         except APIError as error:
             log.info("status of an image job: %s", error.message)
-            call.new_scope()  # a timeout has cancelled the old one
+            call.cancellation.new_scope()  # a timeout has cancelled the old one
             return None
         if response.status >= 500:
             return None
@@ -5397,23 +5431,24 @@ class OpenAIController(Controller):
         return path not in self.NOT_NATIVE_BY_DEFAULT
 
     def check_support(self, call: Call) -> Optional[APIError]:
-        if self.speaks(call.path):
+        path = call.original.path
+        if self.speaks(path):
             return None
         if call.relay_only or call.image_count:
-            return APIError(404, f"{self.name} does not offer {call.path}.", code="not_found")
+            return APIError(404, f"{self.name} does not offer {path}.", code="not_found")
         return call.translation_error
 
     def events(self, call: Call) -> Iterable[Event]:
-        is_native = self.speaks(call.path)
-        path = (call.path + call.query if is_native else CHAT_PATH)[len("/v1") :]
+        original, is_native = call.original, self.speaks(call.original.path)
+        path = (original.path + original.query if is_native else CHAT_PATH)[len("/v1") :]
         data, content_type = self._request(call, is_native)
         response = self.transport.start_request(
             "POST",
             path,
             call.scope,
             data,
-            {**call.headers, "Content-Type": content_type},
-            force_new_connection=call.retry_reason,
+            {**original.headers, "Content-Type": content_type},
+            force_new_connection=call.attempt.retry_reason,
         )
         return EventStream(response, lambda response: self._decoder(call, response, is_native))
 
@@ -5422,21 +5457,24 @@ class OpenAIController(Controller):
 
     def _request(self, call: Call, is_native: bool) -> Tuple[bytes, str]:
         """Return the request body and its content type; unchanged bodies are not rebuilt."""
-        name = self.options.model_map.get(call.model, call.model)
-        body = (call.original_body if is_native else call.body) or {}
+        name, original = self.options.model_map.get(call.model, call.model), call.original
+        body = (original.body if is_native else call.body) or {}
         dropped = [field for field in self.options.drop if body.get(field) is not None]
         # a second "model" in the bytes could differ from the one that was authorized
         if is_native and (
-            not body or name == call.model and not dropped and call.raw_body.count(b'"model"') < 2
+            not body
+            or name == call.model
+            and not dropped
+            and original.raw_body.count(b'"model"') < 2
         ):
-            return call.raw_body, call.content_type
+            return original.raw_body, original.content_type
         body = {field: value for field, value in body.items() if field not in self.options.drop}
         if not is_native and call.stream:
             body["stream_options"] = {"include_usage": True}
         if "model" in body:
             body["model"] = name
-        call.ignored_params = dropped
-        return request_json(body, len(call.raw_body)), "application/json"
+        call.attempt.ignored_params = dropped
+        return request_json(body, len(original.raw_body)), "application/json"
 
     def _decoder(self, call: Call, response: UpstreamResponse, is_native: bool) -> Any:
         """Return the decoder for the body of a response."""
@@ -5456,10 +5494,12 @@ class OpenAIController(Controller):
         self, call: Call, response: UpstreamResponse, content_type: str, streamed: bool
     ) -> Any:
         """Return the decoder for a response in the client's own format."""
-        call.relay_status = response.status
-        call.relay_content_type = redact(content_type, self.secrets) or "application/octet-stream"
+        call.attempt.status = response.status
+        call.attempt.content_type = redact(content_type, self.secrets) or "application/octet-stream"
         if streamed:
-            return PassthroughDecoder(self.name, True, END_PATTERNS.get(call.path), self.secrets)
+            return PassthroughDecoder(
+                self.name, True, END_PATTERNS.get(call.original.path), self.secrets
+            )
         if content_type.startswith("text/html"):
             raise APIError(502, f"{self.name} answered with a web page.", code="upstream_error")
         if not content_type.startswith("application/json") and (
@@ -5544,9 +5584,7 @@ class EchoController(Controller):
         return None
 
     def events(self, call: Call) -> Iterator[Event]:
-        content = as_dict(call.body["messages"][-1]).get("content")
-        parts = content if isinstance(content, list) else [{"text": content}]
-        text = "".join(str(as_dict(part).get("text") or "") for part in parts)
+        text = call.text
         words = itertools.islice(re.finditer(r"(?<!\s)\s*\S+", text), self.MAX_WORDS)
         ends = [word.end() for word in words]
         if len(ends) in (0, self.MAX_WORDS):
@@ -5554,7 +5592,7 @@ class EchoController(Controller):
         start, count = 0, len(ends)
         for end in ends:
             if self.options.speed:
-                call.sleep(1 / self.options.speed)
+                call.cancellation.sleep(1 / self.options.speed)
             yield Text(text[start:end])
             start = end
         usage = {"prompt_tokens": count, "completion_tokens": count, "total_tokens": 2 * count}
@@ -5877,31 +5915,34 @@ class Waiter:
     is counted as in flight.
     """
 
-    __slots__ = ("queue", "call", "candidates", "ignored", "deadline", "number", "key", "upstream")
+    __slots__ = (
+        "queue", "exchange", "model", "candidates", "ignored", "deadline", "number", "key",
+        "upstream",
+    )  # fmt: skip
 
     def __init__(
         self,
         queue: "CallQueue",
-        call: Call,
+        exchange: "Exchange",
         candidates: List[Upstream],
         ignored: Tuple[str, ...],
         deadline: float,
     ) -> None:
-        self.queue, self.call, self.candidates = queue, call, candidates
-        self.ignored, self.deadline = ignored, deadline
+        self.queue, self.exchange, self.candidates = queue, exchange, candidates
+        self.model, self.ignored, self.deadline = exchange.call.model, ignored, deadline
         self.number = next(queue.numbers)
         self.upstream: Optional[Upstream] = None
         by_model = any(
             model is not None for upstream in candidates for _, model in upstream.cooldowns
         )
         # Calls with the same key become ready at the same time.
-        self.key = (call.model if by_model else None, ignored, *map(id, candidates))
+        self.key = (self.model if by_model else None, ignored, *map(id, candidates))
 
     def available_at(self, now: float) -> float:
-        return earliest_available(self.candidates, self.call.model, self.ignored, now)
+        return earliest_available(self.candidates, self.model, self.ignored, now)
 
     def set(self) -> None:
-        """Resume a cancelled call; the method of threading.Event that Call.cancel() uses."""
+        """Resume a cancelled call; the method of threading.Event that cancel() uses."""
         with self.queue.lock:
             self.queue.resume(self)
 
@@ -5937,7 +5978,7 @@ class CallQueue:
             waiter.upstream = upstream
             if upstream is not None:
                 upstream.in_flight += 1
-            waiter.call.wake()
+            waiter.exchange.wake()
 
     def lines_by_age(self) -> List["OrderedDict[Waiter, None]"]:
         """The lines, the one with the oldest call first."""
@@ -6013,8 +6054,8 @@ class Pool:
         name = self.resolve_alias(call.model)
         if name != call.model:
             call.model, call.body = name, {**call.body, "model": name}
-            call.original_body = call.original_body and {**call.original_body, "model": name}
-            call.raw_body = request_json(call.original_body, len(call.raw_body))
+            call.original.body = call.original.body and {**call.original.body, "model": name}
+            call.original.raw_body = request_json(call.original.body, len(call.original.raw_body))
 
     def resolve_alias(self, model: str) -> str:
         """The target of a model alias.
@@ -6032,38 +6073,35 @@ class Pool:
             return target if target in self.model_names and model not in self.model_names else model
         return model
 
-    def acquire(
-        self, call: Call, tried: List[Upstream], errors: List[APIError], unsupported: int = 0
-    ) -> Upstream:
+    def acquire(self, exchange: "Exchange") -> Upstream:
         """Choose the upstream for the next attempt, and count the attempt as in flight.
 
-        ``tried`` are not chosen again, and the first ``unsupported`` of them can't serve the call
-        at all; ``errors`` are those of earlier attempts. Raises APIError if no upstream is left,
-        or Queued if the call has to wait: call again after ``call.wake()``.
+        Raises APIError if no upstream is left, or Queued if the call has to wait: call again after
+        ``exchange.wake()``.
         """
         self.refresh_models_async()
+        model = exchange.call.model
         with self.lock:
-            waiter: Optional[Waiter] = call.waiter
+            waiter = exchange.waiter
             if waiter is not None:
-                if call.cancel_reason:
-                    raise call.cancel_reason  # close() releases the assigned upstream
-                call.waiter = call.wakeup = None
+                if exchange.cancellation.reason:
+                    raise exchange.cancellation.reason  # close() releases the assigned upstream
+                exchange.set_waiter(None)
                 if waiter.upstream is not None:
                     return waiter.upstream
-            excluded = tried[:unsupported]
-            known = [up for up in self.candidates(call.model) if up not in excluded]
-            candidates = [up for up in known if up not in tried]
+            known = [up for up in self.candidates(model) if up not in exchange.unsupported]
+            candidates = [up for up in known if up not in exchange.tried]
             ignored = BACKOFF_CATEGORIES if len(known) == 1 else ()  # an only candidate
             now = self.clock()
             if not candidates:
-                raise best_error(call, known, errors, ignored, now)
+                raise best_error(model, known, exchange.errors, ignored, now)
             if self.queue.lines and any(up.has_capacity() for up in candidates):
                 self._resume_ready(now)  # queued calls go first
-            upstream = self._pick(candidates, call.model, ignored, now)
+            upstream = self._pick(candidates, model, ignored, now)
             if upstream is None:
                 deadline = now + self.settings.max_wait if waiter is None else waiter.deadline
-                waiter = Waiter(self.queue, call, candidates, ignored, deadline)
-                upstream = self._enqueue(waiter, known, errors, now)
+                waiter = Waiter(self.queue, exchange, candidates, ignored, deadline)
+                upstream = self._enqueue(waiter, known, now)
             upstream.in_flight += 1
             return upstream
 
@@ -6080,28 +6118,26 @@ class Pool:
             return next(due, None)
         return self.choose(top_priority(ready)) if len(ready) > 1 else ready[0]
 
-    def _enqueue(
-        self, waiter: Waiter, known: List[Upstream], errors: List[APIError], now: float
-    ) -> Upstream:
+    def _enqueue(self, waiter: Waiter, known: List[Upstream], now: float) -> Upstream:
         """Queue a call: raises Queued, or APIError if waiting is useless.
 
         Waiting is useless if no upstream will be available by the deadline. In that case one in an
         auth cool-down is returned, if there is any: either it serves the call, so that one client's
         request can't block the others, or the client gets the error that names the cause.
         """
-        call = waiter.call
+        model, exchange = waiter.model, waiter.exchange
         if now >= waiter.deadline or waiter.available_at(now) > waiter.deadline:
-            upstream = self._pick(waiter.candidates, call.model, (*waiter.ignored, "auth"), now)
+            upstream = self._pick(waiter.candidates, model, (*waiter.ignored, "auth"), now)
             if upstream is not None:
                 return upstream
-            delay = earliest_available(known, call.model, waiter.ignored, now) - now
-            raise unavailable_error(waiter.candidates, call.model, errors, max(delay, 1.0), now)
-        call.waiter = call.wakeup = waiter
+            delay = earliest_available(known, model, waiter.ignored, now) - now
+            raise unavailable_error(waiter, exchange.errors, max(delay, 1.0), now)
+        exchange.set_waiter(waiter)
         self.queue.add(waiter)
-        # Race: another thread sets cancel_reason and finds no wakeup to set, then we store wakeup.
-        # Without a second look the call would never be resumed.
-        if call.cancel_reason and self.queue.remove(waiter):
-            raise call.cancel_reason
+        # Race: another thread cancels and finds no wakeup to set, then we store wakeup. Without a
+        # second look the call would never be resumed.
+        if exchange.cancellation.reason and self.queue.remove(waiter):
+            raise exchange.cancellation.reason
         raise Queued
 
     def _resume_ready(self, now: float, limit: float = math.inf) -> int:
@@ -6113,7 +6149,7 @@ class Pool:
         for line in self.queue.lines_by_age():
             while line and resumed < limit:
                 waiter = next(iter(line))
-                upstream = self._pick(waiter.candidates, waiter.call.model, waiter.ignored, now)
+                upstream = self._pick(waiter.candidates, waiter.model, waiter.ignored, now)
                 if upstream is None and now < waiter.deadline >= waiter.available_at(now):
                     break
                 self.queue.resume(waiter, upstream)
@@ -6126,7 +6162,7 @@ class Pool:
             while line and upstream.has_capacity():
                 waiter = next(iter(line))
                 usable = [upstream] if upstream in waiter.candidates else []
-                if self._pick(usable, waiter.call.model, waiter.ignored, now) is None:
+                if self._pick(usable, waiter.model, waiter.ignored, now) is None:
                     break
                 self.queue.resume(waiter, upstream)
 
@@ -6140,10 +6176,11 @@ class Pool:
         with self.lock:
             return self._resume_ready(self.clock(), limit) == limit
 
-    def leave_queue(self, call: Call) -> None:
+    def leave_queue(self, exchange: "Exchange") -> None:
         """Remove a call that has ended, and release an upstream assigned to it."""
         with self.lock:
-            waiter, call.waiter, call.wakeup = call.waiter, None, None
+            waiter = exchange.waiter
+            exchange.set_waiter(None)
             if waiter is not None and not self.queue.remove(waiter) and waiter.upstream is not None:
                 waiter.upstream.in_flight -= 1
                 self._reassign(waiter.upstream, self.clock())
@@ -6324,7 +6361,7 @@ def top_priority(ready: List[Upstream]) -> List[Upstream]:
 
 
 def best_error(
-    call: Call,
+    model: str,
     known: List[Upstream],
     errors: List[APIError],
     ignored: Tuple[str, ...],
@@ -6332,7 +6369,7 @@ def best_error(
 ) -> APIError:
     """The most informative error of a call's attempts, when no upstream is left."""
     if not errors:
-        return model_not_found(call.model)
+        return model_not_found(model)
 
     def rank(error: APIError) -> int:
         category = error.category if error.category in CATEGORY_RANK else "server"
@@ -6340,7 +6377,7 @@ def best_error(
 
     error = max(errors, key=rank)
     if error.category == "limit":
-        delays = [upstream.available_at(call.model, ignored) - now for upstream in known]
+        delays = [upstream.available_at(model, ignored) - now for upstream in known]
         error.retry_after = max(
             1.0, min((seconds for seconds in delays if seconds > 0), default=1.0)
         )
@@ -6348,10 +6385,11 @@ def best_error(
 
 
 def unavailable_error(
-    candidates: List[Upstream], model: str, errors: List[APIError], seconds: float, now: float
+    waiter: Waiter, errors: List[APIError], seconds: float, now: float
 ) -> APIError:
     """429 if only rate limits keep the upstreams from serving, else 503."""
-    cooling_down = [upstream for upstream in candidates if upstream.available_at(model) > now]
+    model = waiter.model
+    cooling_down = [up for up in waiter.candidates if up.available_at(model) > now]
     limited = any(error.category == "limit" for error in errors) or all(
         upstream.available_at(model, BACKOFF_CATEGORIES) > now for upstream in cooling_down
     )
@@ -6372,35 +6410,39 @@ class Exchange:
     """
 
     def __init__(self, pool: Pool, call: Call) -> None:
-        self.pool, self.call = pool, call
+        self.pool, self.call, self.cancellation = pool, call, call.cancellation
+        self.wake: Callable[[], None] = lambda: None  # resumes the call after Queued; any thread
+        self.waiter: Optional[Waiter] = None  # its entry in the pool's queue
         self.upstream: Any = None
         self.response: Any = None
-        self.tried: List[Upstream] = []  # the first ``unsupported`` of them without an attempt
+        self.tried: List[Upstream] = []
+        self.unsupported: List[Upstream] = []
         self.errors: List[APIError] = []
+        self.route: List[str] = []  # the attempts, such as "akash=429"
         self.prepared, self.committed, self.started = False, False, 0.0
-        self.unsupported = 0
+
+    def set_waiter(self, waiter: Optional[Waiter]) -> None:
+        """Set the entry in the queue; cancelling resumes it. Under the pool's lock."""
+        self.waiter = self.cancellation.wakeup = waiter
 
     def attempt(self) -> bool:
         """Send the call to the next upstream; True if the response is an EventStream.
 
         After a failure of the category "again" the same upstream is used. Raises APIError if no
-        upstream is left, Queued if the call has to wait: call again after ``call.wake()``.
+        upstream is left, Queued if the call has to wait: call again after wake().
         Worker thread.
         """
         if not self.prepared:
             self._prepare()
-        call = self.call
         while self.response is None:
             if self.upstream is None:
-                self.upstream = self.pool.acquire(call, self.tried, self.errors, self.unsupported)
+                self.upstream = self.pool.acquire(self)
                 self.started = self.pool.clock()
                 self.tried.append(self.upstream)
-                call.retry_reason = ""
-            call.new_scope()
-            call.relay_content_type, call.ignored_params = None, []
+                self.call.begin_attempt()
             try:
                 with controller_errors(self.upstream.name):
-                    self.response = self.upstream.controller.events(call)
+                    self.response = self.upstream.controller.events(self.call)
             except APIError as error:
                 self.fail_over(error)
         return isinstance(self.response, EventStream)
@@ -6415,9 +6457,8 @@ class Exchange:
         for upstream in self.pool.upstreams:
             error = self.pool.support_error(upstream, self.call)
             if error:
-                self.tried.append(upstream)
+                self.unsupported.append(upstream)
                 self.errors.append(error)
-        self.unsupported = len(self.tried)
 
     def events(self) -> Iterator[Event]:
         """Iterate over the response's events. Raises APIError if it ends without a Finish."""
@@ -6432,20 +6473,20 @@ class Exchange:
 
     def commit(self) -> None:
         """Note that the client gets this response, which ends failover."""
-        self.committed, self.call.answered_by = True, self.upstream.name
-        self.call.attempts += (f"{self.upstream.name}=200",)
+        self.committed = True
+        self.route.append(f"{self.upstream.name}=200")
 
     def fail_over(self, error: APIError) -> None:
         """Give up the attempt. Raises the error if its category rules out another one."""
         if error.category == "again":
-            self.call.retry_reason = error.code or ""
             self._close_response()
+            self.call.begin_attempt(error.code or "")
             return
         name = self.upstream.name
-        self.close(error)
-        self.call.attempts += (f"{name}={error.upstream_status or error.status}",)
+        self._end_attempt(error)
+        self.route.append(f"{name}={error.upstream_status or error.status}")
         log.info("%s: %s", name, error.message.removeprefix(f"{name}: "))
-        if not failure_policy(error.category).fail_over or self.call.cancel_reason:
+        if not failure_policy(error.category).fail_over or self.cancellation.reason:
             raise error
         self.errors.append(error)
 
@@ -6455,16 +6496,21 @@ class Exchange:
             with contextlib.suppress(APIError), controller_errors(self.upstream.name):
                 response.close()
 
-    def close(self, error: Optional[APIError] = None) -> None:
+    def _end_attempt(self, error: Optional[APIError]) -> None:
         """Release the upstream, with the error that ended the attempt, if any."""
         self._close_response()
-        if self.call.waiter is not None:
-            self.pool.leave_queue(self.call)
         upstream, self.upstream = self.upstream, None
         if upstream:
             if error is not None:
                 upstream.log_exception(error)
             self.pool.release(upstream, error, self.committed, self.started, self.call.model)
+
+    def close(self, error: Optional[APIError] = None) -> None:
+        """End the call, with the error that ended its last attempt, if any. Idempotent."""
+        self._end_attempt(error)
+        if self.waiter is not None:
+            self.pool.leave_queue(self)
+        self.wake = lambda: None  # breaks a reference cycle
 
 
 # == 14. dialects =============================================================================
@@ -6490,7 +6536,7 @@ class Dialect:
         self.id = self.PREFIX + new_id()
         self.created = int(time.time())
         self.call = self.parse(body)
-        self.call.original_body = body
+        self.call.original.body = body
         self.model = self.call.model  # before aliases are resolved
 
     def parse(self, body: Dict[str, Any]) -> Call:
@@ -6730,7 +6776,7 @@ class Completions(ChatCompletions):
     def encode(self, events: List[Event]) -> bytes:
         echo, self.echo = self.echo, ""
         frames = super().encode(events)
-        if echo and self.call.relay_content_type is None:  # a relayed response has its own echo
+        if echo and self.call.attempt.content_type is None:  # a relayed response has its own echo
             return self.frame({"content": echo}) + frames
         return frames
 
@@ -7297,7 +7343,7 @@ class Messages(BlockDialect):
     def estimate_input_tokens(self) -> int:
         """An estimate of the request's tokens, computed once."""
         if self.input_estimate is None:
-            body = self.call.original_body or {}
+            body = self.call.original.body or {}
             self.input_estimate = estimate_tokens(
                 [body.get(name) for name in ("system", "messages", "tools")]
             )
@@ -7642,7 +7688,7 @@ class Responses(BlockDialect):
     def echoed_params(self) -> Dict[str, Any]:
         """The request's fields to echo; those above ECHO_LIMIT get their default."""
         if self.echoed is None:
-            body = self.call.original_body or {}
+            body = self.call.original.body or {}
             sent = {name: body[name] for name in self.ECHOED if body.get(name) is not None}
             small = {name: value for name, value in sent.items() if self.is_small(value)}
             self.echoed = {**self.ECHOED, **small}
@@ -7722,9 +7768,9 @@ class Passthrough(Dialect):
         self.call = Call(
             {"model": model} if isinstance(model, str) else {}, stream=True, relay_only=True
         )
-        self.call.original_body = body or None
+        self.call.original.body = body or None
         # We decoded JSON as UTF-8. With a different charset the upstream could read another model.
-        self.call.content_type = (
+        self.call.original.content_type = (
             "application/json" if body else content_type or "application/octet-stream"
         )
 
@@ -7823,13 +7869,17 @@ def apply_key_limits(call: Call, options: ClientKeySettings, headers: Dict[str, 
         raise APIError(415, "The body must be sent without Content-Encoding.")
     if call.relay_only:
         check_charset(headers.get("content-type", ""))
-    form = None if call.original_body else form_fields(call.raw_body, call.content_type)
-    check_names(call.original_body or [name for name, _ in form or ()], options.refuse_fields)
-    if options.models and MODEL_IN_PATH.intersection(call.path.split("/")):
+    form = (
+        None
+        if call.original.body
+        else form_fields(call.original.raw_body, call.original.content_type)
+    )
+    check_names(call.original.body or [name for name, _ in form or ()], options.refuse_fields)
+    if options.models and MODEL_IN_PATH.intersection(call.original.path.split("/")):
         raise model_not_found("")
-    if call.original_body:
+    if call.original.body:
         # Send what we parsed: of duplicate "model" keys an upstream could read the other one.
-        call.raw_body = request_json(call.original_body, len(call.raw_body))
+        call.original.raw_body = request_json(call.original.body, len(call.original.raw_body))
     elif form is not None:
         check_form_model(form, options.models)
         call.allowed_models = ()
@@ -8166,7 +8216,7 @@ class Request:
         self.route = Route()
         self.key: Optional["KeyLimiter"] = None  # None: no token, or one of BEARER_TOKEN
         self.counted = False  # holds a slot of the key
-        self.cancel_reason: Optional[Exception] = None
+        self.cancellation = Cancellation(functools.partial(peer_has_closed, connection.sock))
         self.call: Optional[Call] = None  # set for model calls and images
         self.exchange: Optional[Exchange] = None  # until the response is complete
         self.relay: Optional["StreamRelay"] = None  # while STREAMING
@@ -8190,18 +8240,12 @@ class Request:
     def begin_call(self, call: Call) -> None:
         """Make a call cancellable; raises the reason if the request is already cancelled.
 
-        This sets ``call``, then reads ``cancel_reason``; cancel() on the loop thread sets
-        ``cancel_reason``, then reads ``call``. However they interleave, one of them sees the other.
+        A race: the loop cancels, then reads ``call``. Setting ``call``, then checking the reason,
+        at least one of the two threads sees what the other has written.
         """
-        self.call = call
-        if self.cancel_reason is not None:
-            raise self.cancel_reason
-
-    def cancel(self, reason: Optional[Exception] = None) -> None:
-        """Cancel the upstream exchange; a blocked worker raises the reason. Any thread."""
-        self.cancel_reason = reason or ClientDisconnected("the client disconnected")
-        if self.call is not None:  # in this order: see begin_call()
-            self.call.cancel(self.cancel_reason)
+        self.call, call.cancellation = call, self.cancellation
+        if self.cancellation.reason is not None:
+            raise self.cancellation.reason
 
     def release(self) -> None:
         """Break the reference cycles of a complete request.
@@ -8209,17 +8253,16 @@ class Request:
         Otherwise its memory would stay in use until the next garbage collection.
         """
         del self.writer
-        if self.call is not None:
-            self.call.wake, self.call.client_has_left = lambda: None, lambda: False
 
 
 class AccessRecord:
     """Values of a model call for the access log and the metrics. Owned as its Request."""
 
-    __slots__ = ("broken_off", "controller", "first_token_at", "model", "usage")
+    __slots__ = ("broken_off", "controller", "first_token_at", "model", "route", "usage")
 
     def __init__(self) -> None:
         self.model = self.controller = ""
+        self.route: List[str] = []  # the attempts, such as "akash=429"
         self.broken_off = False  # failed after its first byte
         self.usage: Optional[Dict[str, int]] = None
         self.first_token_at = 0.0
@@ -8463,7 +8506,7 @@ class Connection:
         """
         data = peek(self.sock)
         if data == b"":
-            request.cancel()  # also a call that its worker is about to begin
+            request.cancellation.cancel()  # also a call that its worker is about to begin
             if request.call is not None:
                 self.disconnect()
                 return
@@ -8599,7 +8642,7 @@ class Connection:
         """End the connection on shutdown; its request is cancelled with an error 503."""
         error = APIError(503, "The server is stopping.", code="stopping")
         if self.request is not None:
-            self.request.cancel(error)
+            self.request.cancellation.cancel(error)
         if self.state is State.READING:
             self._dispatch(error)
         elif self.state is State.IDLE:
@@ -8615,7 +8658,7 @@ class Connection:
             request.relay.on_client_disconnect()
         elif on_drained is not None:  # end_request() has been waiting for the output to be sent
             self.end_request()
-        request.cancel()
+        request.cancellation.cancel()
 
     def close(self) -> None:
         """Close the socket. A worker's request is logged when the worker ends it."""
@@ -8783,7 +8826,7 @@ class ResponseWriter:
                     self.start(200, SSE_HEADERS)
                 self.send(self._frame(frame))
         except ClientDisconnected:
-            self.request.cancel()
+            self.request.cancellation.cancel()
         finally:
             self.lock.release()
 
@@ -8900,7 +8943,7 @@ class StreamRelay:
     def _choose_fast_path(self) -> None:
         body, decoder = self.stream.response.body, self.stream.decoder
         parse = getattr(decoder, "fast_path", None)
-        encode = self.dialect.text_frame if self.call.relay_content_type is None else bytes
+        encode = self.dialect.text_frame if self.call.attempt.content_type is None else bytes
         usable = parse and encode and body.chunked and self.writer.chunked
         self.fast_path = (body.single_chunk, parse, encode) if usable else ()
 
@@ -8925,7 +8968,7 @@ class StreamRelay:
     def _is_buffered(self) -> bool:
         if not self.call.stream:
             return True
-        return self.call.relay_content_type is not None and isinstance(
+        return self.call.attempt.content_type is not None and isinstance(
             self.stream.decoder, BufferedBody
         )
 
@@ -9137,7 +9180,7 @@ class Metrics:
             counts["akashproxy_sent_bytes_total",] += writer.bytes_sent
             if call is None:
                 return
-            counts["akashproxy_failovers_total",] += max(0, len(call.attempts) - 1)
+            counts["akashproxy_failovers_total",] += max(0, len(record.route) - 1)
             counts["akashproxy_model_requests_total", self.model_label(call.model)] += 1
             if record.broken_off:
                 counts["akashproxy_streams_broken_off_total", controller] += 1
@@ -9148,7 +9191,7 @@ class Metrics:
         """Add a call's durations to the histograms. The caller holds the lock."""
         record, started_at = request.record, request.started_at
         self.observe("akashproxy_request_duration_seconds", record.controller, now - started_at)
-        if not (call.stream and record.controller and is_event_stream(call.relay_content_type)):
+        if not (call.stream and record.controller and is_event_stream(call.attempt.content_type)):
             return
         first = record.first_token_at
         self.observe(
@@ -9437,7 +9480,11 @@ def acquire_key(request: Request, call: Call) -> None:
     key = request.key
     if key is None:
         return
-    n = (call.original_body or {}).get("n") if call.path.startswith("/v1/images/") else None
+    n = (
+        (call.original.body or {}).get("n")
+        if call.original.path.startswith("/v1/images/")
+        else None
+    )
     key.acquire(call.image_count or (n if type(n) is int and n > 0 else 1))
     request.counted = True
     call.one_image_at_a_time = key.options.max_concurrency > 0
@@ -9556,9 +9603,8 @@ class CallResponder:
     ) -> None:
         self.request, self.exchange, self.dialect, self.run = request, exchange, dialect, run
         self.writer, self.call = request.writer, exchange.call
-        connection = request.connection
-        self.call.wake = functools.partial(connection.loop.call_soon_threadsafe, self._wake)
-        self.call.client_has_left = functools.partial(peer_has_closed, connection.sock)
+        loop = request.connection.loop
+        exchange.wake = functools.partial(loop.call_soon_threadsafe, self._wake)
         if self.call.stream:
             self.writer.ping_frame = dialect.ping_frame
 
@@ -9605,26 +9651,28 @@ class CallResponder:
     def start_stream(self) -> bytes:
         """Begin a streamed response; returns its opening frames."""
         self._commit()
-        content_type = self.call.relay_content_type
+        content_type = self.call.attempt.content_type
         with self.writer.lock:
             if not self.writer.status:  # else a ping has begun it
                 headers = dict(SSE_HEADERS) if is_event_stream(content_type) else {}
                 if content_type:
                     headers["Content-Type"] = content_type
-                self.writer.start(self.call.relay_status, {**headers, **call_headers(self.call)})
+                self.writer.start(
+                    self.call.attempt.status, {**headers, **call_headers(self.request)}
+                )
         return b"" if content_type else self.dialect.opening_frames()
 
     def start_buffered(self, events: List[Event]) -> bytes:
         """Begin a response that is not streamed; returns its body."""
         self._commit()
-        content_type, answer = self.call.relay_content_type, fold(events)
+        content_type, answer = self.call.attempt.content_type, fold(events)
         data = answer.raw
         if content_type is None:
             self.request.record.usage = answer.finish.usage if answer.finish else None
             content_type, data = "application/json", to_json(self.dialect.response_body(answer))
         self.writer.start(
-            self.call.relay_status,
-            {"Content-Type": content_type, **call_headers(self.call)},
+            self.call.attempt.status,
+            {"Content-Type": content_type, **call_headers(self.request)},
             length=len(data),
         )
         return data
@@ -9633,7 +9681,7 @@ class CallResponder:
         """Return the frames that end a response with an error; b"" if its format has none."""
         log.warning("%s: broken off: %s", self.request.id, error.message)
         self.request.record.broken_off = True
-        if is_event_stream(self.call.relay_content_type):
+        if is_event_stream(self.call.attempt.content_type):
             frames: bytes = self.dialect.error_frames(error)
             return frames
         # Without its last chunk the client can see that the body is incomplete.
@@ -9662,13 +9710,16 @@ class CallResponder:
     def _commit(self) -> None:
         self.exchange.commit()
         record = self.request.record
-        record.first_token_at, record.controller = time.monotonic(), self.call.answered_by
+        record.first_token_at, record.controller = time.monotonic(), self.exchange.upstream.name
 
 
-def call_headers(call: Call) -> Dict[str, str]:
+def call_headers(request: Request) -> Dict[str, str]:
     """Return the headers that list a call's attempts and ignored parameters."""
-    headers = {"X-Akashproxy-Route": ", ".join(call.attempts)} if call.attempts else {}
-    ignored = call.ignored_params + (call.untranslated if call.relay_content_type is None else [])
+    route, call = request.record.route, request.call
+    headers = {"X-Akashproxy-Route": ", ".join(route)} if route else {}
+    ignored = list(call.attempt.ignored_params) if call else []
+    if call and call.attempt.content_type is None:
+        ignored += call.untranslated
     names = [
         name for name in dict.fromkeys(ignored[:100]) if re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", name)
     ]
@@ -9798,8 +9849,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         request.begin_call(dialect.call)
         acquire_key(request, dialect.call)
         self.dialect = dialect
-        request.exchange = Exchange(self.server.pool, dialect.call)
-        return CallResponder(request, request.exchange, dialect, self.run).attempt()
+        request.exchange = exchange = Exchange(self.server.pool, dialect.call)
+        request.record.route = exchange.route  # the list itself, which grows
+        return CallResponder(request, exchange, dialect, self.run).attempt()
 
     def parse_call(self, dialect_class: Any) -> Any:
         """Parse the body into a dialect with its call; APIError 400 if it is invalid."""
@@ -9814,17 +9866,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise bad_request(f"The body is not valid JSON: {error}.") from None
         dialect.prepare()
         call = dialect.call
-        call.path, call.raw_body = self.path, data
+        call.original.path, call.original.raw_body = self.path, data
         query = remove_model_params(self.query) if self.query else ""
         if query:
-            call.query = "?" + query
-        call.headers = {
+            call.original.query = "?" + query
+        call.original.headers = {
             name.title(): headers[name] for name in FORWARDED_HEADERS.intersection(headers)
         }
-        if call.original_body:
-            check_names(call.original_body)
+        if call.original.body:
+            check_names(call.original.body)
             if has_escaped_letters(data):
-                call.raw_body = request_json(call.original_body, len(data))
+                call.original.raw_body = request_json(call.original.body, len(data))
         return dialect
 
     def base_url(self) -> str:
@@ -9872,8 +9924,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def send_api_error(self, error: APIError) -> None:
         """Send an error in the client's dialect, also at the end of a stream."""
-        writer, call = self.request.writer, self.request.call
-        parsed = isinstance(self.dialect, Dialect)
+        writer, parsed = self.request.writer, isinstance(self.dialect, Dialect)
         with writer.lock, contextlib.suppress(ClientDisconnected):
             if writer.status and parsed:  # pings have been sent
                 writer.finish(self.dialect.error_frames(error))
@@ -9885,8 +9936,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 headers = error.headers()
                 if error.status == 405:
                     headers["Allow"] = self.request.route.allow()
-                if call is not None:
-                    headers.update(call_headers(call))
+                headers.update(call_headers(self.request))
                 self.send_json(self.dialect.status(error), self.dialect.error_body(error), headers)
 
     def log_message(self, format: str, *args: Any) -> None:

@@ -2785,6 +2785,11 @@ def test_echo(pool):
 # == pool =====================================================================================
 
 
+def exchange(pool, model="m"):
+    """A call without any attempt yet."""
+    return akashproxy.Exchange(pool, Call({"model": model}))
+
+
 def members_of(weights, kind="balanced", **more):
     options = [akashproxy.ControllerSettings(type="echo", name=name, weight=weight, **more) for name, weight in weights.items()]
     return akashproxy.Pool(Settings(controllers=tuple(options), pool_type=kind), clock=Clock())
@@ -2800,7 +2805,7 @@ def test_balanced_is_smooth():
 def test_ten_thousand_choices_of_many_threads_are_exact():
     pool = members_of({"a": 5, "b": 3, "c": 2})
     with concurrent.futures.ThreadPoolExecutor(16) as threads:
-        names = list(threads.map(lambda _: pool.acquire(Call({"model": "m"}), [], []).name, range(10000)))
+        names = list(threads.map(lambda _: pool.acquire(exchange(pool)).name, range(10000)))
     assert collections.Counter(names) == {"a": 5000, "b": 3000, "c": 2000}
 
 
@@ -2813,15 +2818,15 @@ def test_random_is_by_weight():
 
 def test_least_busy_is_by_requests_in_flight():
     pool = members_of({"a": 2, "b": 1}, "least_busy")
-    assert "".join(pool.acquire(Call({"model": "m"}), [], []).name for _ in range(6)) in ("abaaba", "ababaa", "abaaab")
+    assert "".join(pool.acquire(exchange(pool)).name for _ in range(6)) in ("abaaba", "ababaa", "abaaab")
     assert {member.name: member.in_flight for member in pool.upstreams} == {"a": 4, "b": 2}
     pool.upstreams[0].in_flight = 0
-    assert pool.acquire(Call({"model": "m"}), [], []).name == "a"
+    assert pool.acquire(exchange(pool)).name == "a"
 
 
 def test_a_weight_of_zero_is_off():
     pool = members_of({"a": 0, "b": 1})
-    assert {pool.acquire(Call({"model": "m"}), [], []).name for _ in range(5)} == {"b"}
+    assert {pool.acquire(exchange(pool)).name for _ in range(5)} == {"b"}
 
 
 def stop_of(number, **more):
@@ -3100,17 +3105,18 @@ def test_a_blip_that_hits_many_requests_counts_once():
 def attempt(pool, *errors, model="m"):
     """Requests one after the other, each with the error that its controller gives (None: a success); the errors of the pool."""
     for error in errors:
-        member = pool.acquire(Call({"model": model}), [], [])
+        member = pool.acquire(exchange(pool, model))
         pool.release(member, error, error is None, pool.clock(), model)
 
 
 def outcome(pool, model="m", tried=(), errors=()):
     """What a request meets now: a controller's name, "wait", or the error's status and Retry-After."""
-    call = Call({"model": model})
+    call = exchange(pool, model)
+    call.tried, call.errors = list(tried), list(errors)
     try:
-        member = pool.acquire(call, list(tried), list(errors))
+        member = pool.acquire(call)
     except akashproxy.Queued:
-        pool.leave_queue(call)
+        call.close()
         return "wait"
     except APIError as error:
         return error.status, error.retry_after
@@ -3135,8 +3141,8 @@ def test_a_limit_ends_when_it_says_whatever_failed_before(case):
     attempt(pool, *before, *[None] * success)
     if success:
         assert pool.status()[0]["rests_for_seconds"] == 0
-    call, error = Call({"model": "m"}), stop_of(429, retry_after=2)
-    member = pool.acquire(call, [], [])
+    error = stop_of(429, retry_after=2)
+    member = pool.acquire(exchange(pool))
     pool.release(member, error, False, pool.clock(), "m")
     assert outcome(pool, tried=[member], errors=[error]) == (429, 2) == outcome(pool)
     pool.clock.now += 2
@@ -3322,52 +3328,52 @@ def waiting(pool, count, model="m"):
     """Calls that wait, and a list to which each is added when it is woken."""
     woken, calls = [], []
     for _ in range(count):
-        call = Call({"model": model})
+        call = exchange(pool, model)
         call.wake = functools.partial(woken.append, call)
         with pytest.raises(akashproxy.Queued):
-            pool.acquire(call, [], [])
+            pool.acquire(call)
         calls.append(call)
     return calls, woken
 
 
 def test_the_queue_is_first_come_first_served():
     pool = members_of({"a": 1}, max_concurrency=2)
-    running = [pool.acquire(Call({"model": "m"}), [], []) for _ in range(2)]
+    running = [pool.acquire(exchange(pool)) for _ in range(2)]
     calls, woken = waiting(pool, 5)
     pool.release(running[0], None, True, 0)
     assert woken == calls[:1], "only as many as can go"
     assert outcome(pool) == "wait", "and nobody overtakes it"
-    member = pool.acquire(calls[0], [], [])
+    member = pool.acquire(calls[0])
     pool.release(member, None, True, 0)
     pool.release(running[1], None, True, 0)
     assert woken == calls[:3] and member.in_flight == 2
     for call in calls[1:3]:
-        pool.release(pool.acquire(call, [], []), None, True, 0)
+        pool.release(pool.acquire(call), None, True, 0)
     assert woken == calls and member.in_flight == 2
 
 
 def test_a_call_that_is_cancelled_leaves_the_queue():
     pool = members_of({"a": 1}, max_concurrency=1)
-    running = pool.acquire(Call({"model": "m"}), [], [])
+    running = pool.acquire(exchange(pool))
     calls, woken = waiting(pool, 4)
-    calls[0].cancel()       # still waiting
+    calls[0].cancellation.cancel()       # still waiting
     assert woken == calls[:1]
     pool.release(running, None, True, 0)
-    calls[1].cancel()       # it has just been given the controller
+    calls[1].cancellation.cancel()       # it has just been given the controller
     assert woken == calls[:2]
     for call in calls[:2]:
         with pytest.raises(akashproxy.ClientDisconnected):
-            pool.acquire(call, [], [])
-        pool.leave_queue(call)
+            pool.acquire(call)
+        call.close()
     assert woken == calls[:3] and running.in_flight == 1
     for call in calls[2:]:
-        pool.leave_queue(call)
+        call.close()
     assert running.in_flight == 0 and not pool.queue.lines
 
 
 def test_who_has_waited_long_enough_gets_an_error():
     pool = members_of({"a": 1}, max_concurrency=1)
-    pool.acquire(Call({"model": "m"}), [], [])
+    pool.acquire(exchange(pool))
     calls, woken = waiting(pool, 100)
     pool.clock.now += 2.9
     assert not pool.wake_waiters(32) and not woken
@@ -3378,18 +3384,18 @@ def test_who_has_waited_long_enough_gets_an_error():
     assert woken == calls
     for call in calls:
         with pytest.raises(APIError) as caught:
-            pool.acquire(call, [], [])
+            pool.acquire(call)
         assert (caught.value.status, caught.value.retry_after) == (429, 1)
 
 
 def test_those_who_wait_go_on_after_a_reload():
     before = members_of({"a": 1}, max_concurrency=1)
-    running = before.acquire(Call({"model": "m"}), [], [])
+    running = before.acquire(exchange(before))
     calls, woken = waiting(before, 3)
     options = dataclasses.replace(before.upstreams[0].options, api_key="new")
     after = akashproxy.Pool(dataclasses.replace(before.settings, controllers=(options,)), before, clock=before.clock)
     before.release(running, None, True, 0)
-    assert woken == calls[:1] and before.acquire(calls[0], [], []) is running is not after.upstreams[0]
+    assert woken == calls[:1] and before.acquire(calls[0]) is running is not after.upstreams[0]
     after.clock.now += 4
     assert not after.wake_waiters(32) and woken == calls
 
