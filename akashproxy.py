@@ -497,15 +497,45 @@ def _sha256(text: str) -> str:
 # == 2. errors ================================================================================
 # Exceptions: a status and a message for the client, and a category for the pool. Knows no wire.
 
-ERROR_TYPES = {401: "invalid_request_error", 403: "permission_error", 429: "rate_limit_error"}
-ERROR_CODES = {401: "invalid_api_key", 413: "request_too_large", 429: "rate_limit_exceeded"}
-# fmt: off
-CATEGORY_BY_STATUS = {
-    400: "request", 413: "request", 422: "request",
-    404: "model",
-    408: "limit", 409: "limit", 425: "limit", 429: "limit",
+
+class Category(enum.Enum):
+    """What an error means for the pool, which has a policy for each; the value is its metric label.
+
+    In the order of how much an error says: of several, the client gets one of the last category.
+    """
+
+    RETRY = "again"  # a session or connection expired: same controller again
+    LOCAL = "local"  # this machine lacks descriptors, memory or threads
+    UNSUPPORTED = "ability"  # the controller doesn't support the request
+    MODEL = "model"  # the upstream doesn't know the model
+    AUTH = "auth"  # our key was rejected
+    REFUSED = "refused"  # rejected for its model, content or size only
+    REQUEST = "request"  # malformed: every upstream would reject it
+    SERVER = "server"  # 5xx
+    NETWORK = "network"  # refused, timed out or cut off
+    RATE_LIMIT = "limit"
+
+
+class ErrorDefaults(NamedTuple):
+    """What an APIError of a status is, unless stated otherwise."""
+
+    category: Category = Category.SERVER
+    type: str = "invalid_request_error"
+    code: Optional[str] = None
+
+
+DEFAULTS_BY_STATUS = {
+    400: ErrorDefaults(Category.REQUEST),
+    401: ErrorDefaults(code="invalid_api_key"),
+    403: ErrorDefaults(type="permission_error"),
+    404: ErrorDefaults(Category.MODEL),
+    408: ErrorDefaults(Category.RATE_LIMIT),
+    409: ErrorDefaults(Category.RATE_LIMIT),
+    413: ErrorDefaults(Category.REQUEST, code="request_too_large"),
+    422: ErrorDefaults(Category.REQUEST),
+    425: ErrorDefaults(Category.RATE_LIMIT),
+    429: ErrorDefaults(Category.RATE_LIMIT, "rate_limit_error", "rate_limit_exceeded"),
 }
-# fmt: on
 
 
 class APIError(Exception):
@@ -515,7 +545,7 @@ class APIError(Exception):
     up; they retry every 5xx otherwise. ``legacy_message`` replaces the message where users of
     akashchat-api-go expect a fixed one.
 
-    ``category``, a key of FAILURE_POLICY, decides on failover and cool-down.
+    ``category`` decides on failover and cool-down; by default it follows from the status.
     ``cooldown_scope`` is the part that cools down: the "controller", or only the request's "model".
     ``upstream_status`` is the upstream's own status, if it sent one. ``bug`` is the unexpected
     exception behind a 500: logged, never sent.
@@ -532,22 +562,22 @@ class APIError(Exception):
         retry_after: Optional[float] = None,
         retry: Optional[bool] = None,
         legacy_message: Optional[str] = None,
-        category: Optional[str] = None,
+        category: Optional[Category] = None,
         cooldown_scope: str = "controller",
         upstream_status: Optional[int] = None,
     ) -> None:
         # The message goes to logs and /status, and may quote an upstream.
         self.message = message = shorten(message, 1500)
         super().__init__(message)
-        default_type = "server_error" if status >= 500 else "invalid_request_error"
+        default = DEFAULTS_BY_STATUS.get(status, ErrorDefaults())
         self.status = status
-        self.type = type or ERROR_TYPES.get(status, default_type)
-        self.code = code or ERROR_CODES.get(status)
+        self.type = type or ("server_error" if status >= 500 else default.type)
+        self.code = code or default.code
         self.param = param
         self.retry_after = retry_after
         self.retry = retry
         self.legacy_message = legacy_message or message
-        self.category = category or CATEGORY_BY_STATUS.get(status, "server")
+        self.category = Category(category or default.category)
         self.cooldown_scope = cooldown_scope
         self.upstream_status = upstream_status
         self.bug: Optional[Exception] = None
@@ -610,7 +640,7 @@ def akash_model_not_found(model: str) -> APIError:
         code="model_not_found",
         retry=False,
         legacy_message="Error Model.",
-        category="model",
+        category=Category.MODEL,
     )
 
 
@@ -756,7 +786,7 @@ MAX_NAME = 256  # characters of a model's name, which is repeated in each event,
 
 
 class Cancellation:
-    """Ends what a request does at upstreams: a blocking socket, a sleep, or its place in the queue.
+    """Cancels a request: ends its blocking socket, its sleep, or its wait in the queue.
 
     Any thread may call cancel(); all else belongs to the thread that processes the request.
     """
@@ -810,7 +840,7 @@ class OriginalRequest:
 
 @dataclass
 class Attempt:
-    """One attempt: why it is repeated, and what its controller states about the response."""
+    """State of one attempt, of which the controller sets all but the first field."""
 
     retry_reason: str = ""  # "session" or "connection": the controller is tried a second time
     ignored_params: List[str] = field(default_factory=list)  # those it does not support
@@ -2095,7 +2125,7 @@ class ConnectionPool(urllib.request.BaseHandler):
 
     It connects and sends; the caller receives. Idle connections are non-blocking, and one that the
     server has closed is dropped before use. If the server closes one just as a request is sent,
-    the response fails with category "again" and the request is repeated on a new connection.
+    the response fails with Category.RETRY and the request is repeated on a new connection.
     """
 
     def __init__(self, ca_file: str = "") -> None:
@@ -2381,7 +2411,7 @@ class UpstreamResponse:
                 502,
                 f"{upstream_name} broke off the connection.",
                 code="connection",
-                category="again",
+                category=Category.RETRY,
             )
         return upstream_error(error, self.scope, upstream_name, self.body is not NO_BODY)
 
@@ -2546,7 +2576,7 @@ class Transport:
         try:
             response.read_head()
         except APIError as error:
-            if error.category != "again":
+            if error.category is not Category.RETRY:
                 raise
             response = self.start_request(*request, force_new_connection=True)
             response.read_head()
@@ -2608,7 +2638,7 @@ def upstream_error(
             "This server is out of resources for more requests.",
             code="overloaded",
             retry_after=1,
-            category="local",
+            category=Category.LOCAL,
         )
     if not isinstance(error, NETWORK_ERRORS):
         return unexpected_error(error, upstream_name)
@@ -2632,7 +2662,7 @@ def upstream_error(
         504 if timed_out else 502,
         upstream_name + problem,
         code="upstream_error",
-        category="network",
+        category=Category.NETWORK,
     )
 
 
@@ -2654,7 +2684,7 @@ def unexpected_error(error: Exception, upstream_name: str) -> APIError:
         502,
         f"{upstream_name} failed unexpectedly.",
         code="upstream_error",
-        category="network",
+        category=Category.NETWORK,
     )
     failure.bug = error
     return failure
@@ -2683,7 +2713,9 @@ class controller_errors:
 
 def truncated(upstream_name: str, problem: str = "ended its answer early") -> APIError:
     """Return the error for an incomplete or unusable answer."""
-    return APIError(502, f"{upstream_name} {problem}.", code="upstream_error", category="network")
+    return APIError(
+        502, f"{upstream_name} {problem}.", code="upstream_error", category=Category.NETWORK
+    )
 
 
 # == 7. streams ===============================================================================
@@ -3354,9 +3386,9 @@ class ErrorRule(NamedTuple):
     statuses: Tuple[int, ...]
     codes: str
     words: str
-    category: str  # of FAILURE_POLICY
+    category: Category
     status: int = 0  # for the client; 0: the upstream's own
-    reason: str = ""  # for category "auth": the beginning of the message
+    reason: str = ""  # for Category.AUTH: the beginning of the message
 
     def matches(self, status: int, codes: str, words: str) -> bool:
         if self.statuses and status not in self.statuses:
@@ -3435,40 +3467,40 @@ _OVERSIZED = (
 # fmt: off
 UPSTREAM_ERRORS = [
     # The request asks for more tokens than are left, or than are allowed at once.
-    ErrorRule((400, 402, 403), "", _UNAFFORDABLE, "refused"),
-    ErrorRule((429,), "", _OVERSIZED, "refused"),
-    ErrorRule((413,), "rate_limit_exceeded", "tokens per minute", "refused"),
+    ErrorRule((400, 402, 403), "", _UNAFFORDABLE, Category.REFUSED),
+    ErrorRule((429,), "", _OVERSIZED, Category.REFUSED),
+    ErrorRule((413,), "rate_limit_exceeded", "tokens per minute", Category.REFUSED),
     # A firewall's page: something in the request matched one of its patterns.
-    ErrorRule((402, 403, 451), "web_page", "", "refused"),
+    ErrorRule((402, 403, 451), "web_page", "", Category.REFUSED),
     # This server's key or address, beyond doubt.
-    ErrorRule((), _KEY_CODES, _KEY_WORDS, "auth", reason=_KEY),
-    ErrorRule((), _QUOTA_CODES, _QUOTA_WORDS, "auth", reason=_QUOTA),
-    ErrorRule((401, 403), _PLACE_CODES, _PLACE_WORDS, "auth", reason=_PLACE),
-    ErrorRule((400,), "", "^user location is not supported", "auth", reason=_PLACE),
+    ErrorRule((), _KEY_CODES, _KEY_WORDS, Category.AUTH, reason=_KEY),
+    ErrorRule((), _QUOTA_CODES, _QUOTA_WORDS, Category.AUTH, reason=_QUOTA),
+    ErrorRule((401, 403), _PLACE_CODES, _PLACE_WORDS, Category.AUTH, reason=_PLACE),
+    ErrorRule((400,), "", "^user location is not supported", Category.AUTH, reason=_PLACE),
     # The request's model or content.
-    ErrorRule((400, 401, 500, 503), _MODEL_CODES, "", "model", 404),
-    ErrorRule((402, 403), _MODEL_CODES, "", "refused"),
-    ErrorRule((401, 403), "service_disabled", _LIKELY_KEY_WORDS, "auth", reason=_KEY),
-    ErrorRule((400,), "", _NO_MODEL, "model", 404),
-    ErrorRule((401,), "", _MODEL_ACCESS, "model", 404),
-    ErrorRule((402, 403), "", _MODEL_ACCESS, "refused"),
-    ErrorRule((401,), _FLAGGED_CODES, _FLAGGED, "refused", 403),
-    ErrorRule((402, 403), _FLAGGED_CODES, _FLAGGED, "refused"),
+    ErrorRule((400, 401, 500, 503), _MODEL_CODES, "", Category.MODEL, 404),
+    ErrorRule((402, 403), _MODEL_CODES, "", Category.REFUSED),
+    ErrorRule((401, 403), "service_disabled", _LIKELY_KEY_WORDS, Category.AUTH, reason=_KEY),
+    ErrorRule((400,), "", _NO_MODEL, Category.MODEL, 404),
+    ErrorRule((401,), "", _MODEL_ACCESS, Category.MODEL, 404),
+    ErrorRule((402, 403), "", _MODEL_ACCESS, Category.REFUSED),
+    ErrorRule((401,), _FLAGGED_CODES, _FLAGGED, Category.REFUSED, 403),
+    ErrorRule((402, 403), _FLAGGED_CODES, _FLAGGED, Category.REFUSED),
     # This server's key, probably.
-    ErrorRule((401, 402, 403, 412), _LIKELY_QUOTA, _LIKELY_QUOTA, "auth", reason=_QUOTA),
-    ErrorRule((403,), "unauthenticated", _FORBIDDEN_KEY_WORDS, "auth", reason=_KEY),
-    ErrorRule((401,), "", "", "auth", reason=_KEY),
-    ErrorRule((402,), "", "", "auth", reason=_QUOTA),
+    ErrorRule((401, 402, 403, 412), _LIKELY_QUOTA, _LIKELY_QUOTA, Category.AUTH, reason=_QUOTA),
+    ErrorRule((403,), "unauthenticated", _FORBIDDEN_KEY_WORDS, Category.AUTH, reason=_KEY),
+    ErrorRule((401,), "", "", Category.AUTH, reason=_KEY),
+    ErrorRule((402,), "", "", Category.AUTH, reason=_QUOTA),
     # Everything else, by its status.
-    ErrorRule((403, 451), "", "", "refused"),
-    ErrorRule((404,), "", "", "model"),
-    ErrorRule((408, 409, 425, 429), "", "", "limit"),
-    ErrorRule((498,), "", "", "limit", 429),  # Groq: "capacity exceeded"
-    ErrorRule((400, 413, 422), "", "", "request"),
-    ErrorRule((501,), "", "", "ability"),
-    ErrorRule((503, 529), "", "", "server", 503),
-    ErrorRule(tuple(range(500, 600)), "", "", "server", 502),
-    ErrorRule((), "", "", "ability"),
+    ErrorRule((403, 451), "", "", Category.REFUSED),
+    ErrorRule((404,), "", "", Category.MODEL),
+    ErrorRule((408, 409, 425, 429), "", "", Category.RATE_LIMIT),
+    ErrorRule((498,), "", "", Category.RATE_LIMIT, 429),  # Groq: "capacity exceeded"
+    ErrorRule((400, 413, 422), "", "", Category.REQUEST),
+    ErrorRule((501,), "", "", Category.UNSUPPORTED),
+    ErrorRule((503, 529), "", "", Category.SERVER, 503),
+    ErrorRule(tuple(range(500, 600)), "", "", Category.SERVER, 502),
+    ErrorRule((), "", "", Category.UNSUPPORTED),
 ]
 
 # Statuses of errors that come without one: within a stream, or within the messages of LiteLLM.
@@ -3639,12 +3671,13 @@ def error_from_body(
         headers or {},
         as_dict(body[0] if isinstance(body, list) and body else body),
         message=words,
-        limit=rule.category == "limit",
+        limit=rule.category is Category.RATE_LIMIT,
     )
     error = _error_from_rule(rule, upstream_name, status, message, named, wait)
     error.upstream_status = status if http_status == 200 else http_status
     # LiteLLM's own authentication errors mean that its key for this model is invalid, not ours.
-    if names_model(body, words, models) if error.category == "limit" else "litellm.Auth" in words:
+    limited = error.category is Category.RATE_LIMIT
+    if names_model(body, words, models) if limited else "litellm.Auth" in words:
         error.cooldown_scope = "model"
     return error
 
@@ -3673,13 +3706,13 @@ def _error_from_rule(
     ``named``: the type, code and param that the upstream sent; ``wait``: seconds until a retry.
     """
     category, code, seen = rule.category, named.get("code"), rule.status or status
-    if category == "auth":
+    if category is Category.AUTH:
         # LiteLLM as a client retries any message with "429" in it, in vain if a quota is spent.
         status_note = f" ({status})" if rule.reason != _QUOTA else ""
         return auth_error(f"{upstream_name}: {rule.reason}{status_note}: {message}", status)
-    if category in ("request", "refused"):
+    if category in (Category.REQUEST, Category.REFUSED):
         if named.get("type") == "web_page":
-            named = {"code": "upstream_blocked"} if category == "refused" else {}
+            named = {"code": "upstream_blocked"} if category is Category.REFUSED else {}
             message = f"{upstream_name}: {message}"
         return APIError(
             seen,
@@ -3688,18 +3721,18 @@ def _error_from_rule(
             code=named.get("code"),
             param=named.get("param"),
             category=category,
-            retry=False if category == "refused" else None,
+            retry=False if category is Category.REFUSED else None,
         )
     message = f"{upstream_name}: {message}"
-    if category == "model":
+    if category is Category.MODEL:
         code = code or "model_not_found"
-        return APIError(seen, message, param="model", code=code, category="model")
-    if category == "limit":
-        return APIError(seen, message, code=code, category="limit", retry_after=wait)
-    if category == "ability":
+        return APIError(seen, message, param="model", code=code, category=Category.MODEL)
+    if category is Category.RATE_LIMIT:
+        return APIError(seen, message, code=code, category=Category.RATE_LIMIT, retry_after=wait)
+    if category is Category.UNSUPPORTED:
         wait, seen = None, seen if 400 <= seen < 600 else 502
     elif wait:  # a server error that says when to retry is a limit
-        category = "limit"
+        category = Category.RATE_LIMIT
     code = code or "upstream_error"
     return APIError(seen, message, code=code, category=category, retry_after=wait)
 
@@ -3714,7 +3747,7 @@ def auth_error(message: str, status: int) -> APIError:
         message,
         type="invalid_request_error",
         code="upstream_auth",
-        category="auth",
+        category=Category.AUTH,
         retry=False,
         upstream_status=status,
     )
@@ -4123,7 +4156,7 @@ class AkashSession:
             f"Akash Chat did not start a session (status {response.status}).",
             code="upstream_session",
             retry_after=5,
-            category="network",
+            category=Category.NETWORK,
             upstream_status=response.status,
         )
 
@@ -4349,7 +4382,7 @@ def akash_error(text: str, model: str, secrets: Iterable[str] = ()) -> APIError:
             424,
             message,
             code="upstream_auth",
-            category="refused",
+            category=Category.REFUSED,
             retry=False,
             cooldown_scope="model",
         )
@@ -4357,7 +4390,12 @@ def akash_error(text: str, model: str, secrets: Iterable[str] = ()) -> APIError:
     wait = retry_after_seconds({}, {}, message=text)
     if status == 429 or status >= 500 and wait:
         return APIError(
-            status, message, code=code, category="limit", cooldown_scope="model", retry_after=wait
+            status,
+            message,
+            code=code,
+            category=Category.RATE_LIMIT,
+            cooldown_scope="model",
+            retry_after=wait,
         )
     return APIError(status, message, code=code)
 
@@ -4613,7 +4651,7 @@ class AkashDecoder:
             self._fail("Akash Chat ended its answer early, without a finish reason.")
 
     def _fail(self, message: str, code: str = "upstream_error") -> None:
-        self.error = self.error or APIError(502, message, code=code, category="network")
+        self.error = self.error or APIError(502, message, code=code, category=Category.NETWORK)
 
 
 def is_challenge_page(response: UpstreamResponse) -> bool:
@@ -4628,7 +4666,7 @@ def challenge_page_error(response: UpstreamResponse) -> APIError:
         502,
         f"{CHALLENGE_PAGE} (status {response.status})",
         code="upstream_blocked",
-        category="network",
+        category=Category.NETWORK,
         upstream_status=response.status,
     )
 
@@ -4863,7 +4901,7 @@ class AkashController(Controller):
             error = self._session_error(
                 response, response.read(limit=1 << 20), model, cookie, is_retry, len(data or b"")
             )
-            if error.category != "again":
+            if error.category is not Category.RETRY:
                 break
         raise error
 
@@ -4878,14 +4916,14 @@ class AkashController(Controller):
     ) -> APIError:
         """Return the error for an unsuccessful response, ``sent`` bytes of request.
 
-        A rejected session is invalidated; its category is "again", unless this is the retry.
+        A rejected session is invalidated; its category is RETRY, unless this is the retry.
         """
         fields = as_dict(json_or_none(data))
         rejected = fields.get("message") == "Unauthorized: Invalid session"
         if rejected and response.status == 403 and not is_retry:
             self.session.invalidate(cookie)
             return APIError(
-                502, "Akash Chat rejected the session.", code="session", category="again"
+                502, "Akash Chat rejected the session.", code="session", category=Category.RETRY
             )
         secrets = self.secrets(cookie)
         if response.status == 400 and data and not fields and not is_challenge_page(response):
@@ -4916,7 +4954,7 @@ class AkashController(Controller):
                     "Akash Chat currently offers no models.",
                     code="upstream_error",
                     retry_after=30,
-                    category="network",
+                    category=Category.NETWORK,
                 )
             return akash_model_not_found(model)
         if status == 429:
@@ -4933,7 +4971,7 @@ class AkashController(Controller):
             return APIError(
                 413,
                 "The request is too large for Akash Chat (limit: 10 MB).",
-                category="refused",
+                category=Category.REFUSED,
                 retry=False,
             )
         return self._backend_error(response, fields, message, model)
@@ -4954,8 +4992,8 @@ class AkashController(Controller):
                 f"Akash Chat failed without giving a reason (status {status}).",
                 code="upstream_error",
             )
-        if retry_after and error.category == "server":
-            error.category, error.retry_after = "limit", retry_after
+        if retry_after and error.category is Category.SERVER:
+            error.category, error.retry_after = Category.RATE_LIMIT, retry_after
         return error
 
     def _text_instead(self, call: Call, body: bytes) -> Iterator[Event]:
@@ -5619,44 +5657,29 @@ class FailurePolicy(NamedTuple):
     """Consequences of an error category for the request and for its controller."""
 
     fail_over: bool  # whether another controller may serve the request
-    cool_down_after: Optional[int]  # consecutive failures; None: no cool-down, not counted
+    cool_down_after: Optional[int] = None  # consecutive failures; None: never, and not counted
+    summary: str = ""  # in /status; upstreams' messages may quote other clients' requests
 
 
-# By APIError.category.
 FAILURE_POLICY = {
-    "request": FailurePolicy(False, None),  # malformed: every upstream would reject it
-    "ability": FailurePolicy(True, None),  # the controller doesn't support the request
-    "model": FailurePolicy(True, None),  # the upstream doesn't know the model
-    "refused": FailurePolicy(True, None),  # rejected for its model, content or size only
-    "limit": FailurePolicy(True, 1),  # rate limit: for the time in its Retry-After
-    "auth": FailurePolicy(True, 1),  # our key was rejected: AUTH_COOLDOWN
-    "network": FailurePolicy(True, 1),  # refused, timed out or cut off: back-off
-    "again": FailurePolicy(True, None),  # a session or connection expired: same controller again
-    "server": FailurePolicy(True, 3),  # 5xx: back-off, if it persists
-    "local": FailurePolicy(False, None),  # this machine lacks descriptors, memory or threads
+    Category.RETRY: FailurePolicy(True),
+    Category.LOCAL: FailurePolicy(False),
+    Category.UNSUPPORTED: FailurePolicy(True),
+    Category.MODEL: FailurePolicy(True),
+    Category.AUTH: FailurePolicy(True, 1, "the upstream refuses the key"),
+    Category.REFUSED: FailurePolicy(True),
+    Category.REQUEST: FailurePolicy(False),
+    Category.SERVER: FailurePolicy(True, 3, "server error"),
+    Category.NETWORK: FailurePolicy(True, 1, "connection failed or was cut off"),
+    Category.RATE_LIMIT: FailurePolicy(True, 1, "rate limit"),
 }
+SUMMARY_BY_CODE = {"timeout": "no answer in time", "image_failed": "the image failed"}
 AUTH_COOLDOWN, BACKOFF_BASE, BACKOFF_MAX = 600.0, 1.0, 60.0  # seconds
-BACKOFF_CATEGORIES = ("auth", "network", "server")  # cool-downs of a length we guess
-# Of several errors the client gets the one of the last category here, the most informative.
-CATEGORY_RANK = ("ability", "model", "auth", "refused", "server", "network", "limit")
+# Those with cool-downs of a length we guess.
+BACKOFF_CATEGORIES = (Category.AUTH, Category.NETWORK, Category.SERVER)
 KEY_TRUST = 300.0  # seconds after a success during which one rejection doesn't prove a key bad
 RECHECK = 600.0  # seconds of a cool-down after which a single request probes the upstream
 MAX_MODEL_COOLDOWNS = 256  # cool-downs of single models per controller
-
-# Failures in /status, by code or category. Upstreams' messages may quote other clients' requests.
-REASONS = {
-    "timeout": "no answer in time",
-    "limit": "rate limit",
-    "auth": "the upstream refuses the key",
-    "network": "connection failed or was cut off",
-    "server": "server error",
-    "image_failed": "the image failed",
-}
-
-
-def failure_policy(category: str) -> FailurePolicy:
-    """Policy of a category; unknown ones count as server errors."""
-    return FAILURE_POLICY.get(category, FAILURE_POLICY["server"])
 
 
 class CoolDown:
@@ -5703,7 +5726,7 @@ class Upstream:
         self.current_weight = 0.0  # of smooth weighted round robin
         self.in_flight = self.served = self.failed = self.cooldown_count = 0
         self.outcomes: Dict[str, int] = defaultdict(int)  # attempts by "success" or a category
-        self.cooldowns: Dict[Tuple[str, Optional[str]], CoolDown] = {}  # by (category, model)
+        self.cooldowns: Dict[Tuple[Category, Optional[str]], CoolDown] = {}  # by (category, model)
         self.served_at = -math.inf  # the last success
         self.last_error, self.last_error_at = "", 0.0  # the latter by time.time()
         self.logged_exceptions: Set[Tuple[Any, ...]] = set()  # (type, file, line) with a traceback
@@ -5750,25 +5773,28 @@ class Upstream:
         self, error: Optional[APIError], now: float, started: float, model: str = ""
     ) -> None:
         """Record the success (None) or failure of an attempt that started at ``started``."""
-        self.outcomes["success" if error is None else error.category] += 1
+        self.outcomes["success" if error is None else error.category.value] += 1
         if error is None:
             self.served += 1
             self.served_at = now
             self._recover(model, started)
             return
-        category = "limit" if error.category == "server" and error.retry_after else error.category
-        after = failure_policy(category).cool_down_after
+        category = error.category
+        if category is Category.SERVER and error.retry_after:
+            category = Category.RATE_LIMIT
+        policy = FAILURE_POLICY[category]
+        after = policy.cool_down_after
         if after is None:
             return
         self.failed += 1
-        reason = REASONS.get(error.code or "") or REASONS.get(category, category)
-        self.last_error, self.last_error_at = f"{error.status} {reason}", time.time()
-        if category == "auth" and now - self.served_at < KEY_TRUST:
+        summary = SUMMARY_BY_CODE.get(error.code or "", policy.summary)
+        self.last_error, self.last_error_at = f"{error.status} {summary}", time.time()
+        if category is Category.AUTH and now - self.served_at < KEY_TRUST:
             after = 2
         was_cooling_down = self.cooldown_until > now
-        seconds = {"auth": AUTH_COOLDOWN, "limit": error.retry_after}.get(category)
+        fixed = {Category.AUTH: AUTH_COOLDOWN, Category.RATE_LIMIT: error.retry_after}
         cooldown = self._cooldown(category, model if error.cooldown_scope == "model" else None)
-        cooldown.record_failure(now, started, after, seconds)
+        cooldown.record_failure(now, started, after, fixed.get(category))
         self.cooldown_count += not was_cooling_down and self.cooldown_until > now
 
     def _recover(self, model: str, started: float) -> None:
@@ -5778,7 +5804,7 @@ class Upstream:
             if key[1] in scopes and cooldown.failed_at <= started:
                 del self.cooldowns[key]
 
-    def _cooldown(self, category: str, model: Optional[str]) -> CoolDown:
+    def _cooldown(self, category: Category, model: Optional[str]) -> CoolDown:
         """The cool-down of a category and a model (None: the controller), made if needed."""
         key = category, None if model is None else self._model_key(model)
         if key not in self.cooldowns:
@@ -5793,7 +5819,7 @@ class Upstream:
         """The upstream's name of a model, truncated."""
         return self.options.model_map.get(model, model)[:MAX_NAME]
 
-    def _applicable(self, model: str, ignored: Tuple[str, ...]) -> List[CoolDown]:
+    def _applicable(self, model: str, ignored: Tuple[Category, ...]) -> List[CoolDown]:
         """The cool-downs that apply to a model, except for the ignored categories."""
         scopes = (None, self._model_key(model))
         return [
@@ -5810,13 +5836,13 @@ class Upstream:
             default=0.0,
         )
 
-    def available_at(self, model: str, ignored: Tuple[str, ...] = ()) -> float:
+    def available_at(self, model: str, ignored: Tuple[Category, ...] = ()) -> float:
         """End of the cool-downs for a model, ignoring some categories; 0 if none."""
         if not self.cooldowns:
             return 0.0
         return max((cooldown.until for cooldown in self._applicable(model, ignored)), default=0.0)
 
-    def recheck(self, model: str, ignored: Tuple[str, ...], now: float) -> bool:
+    def recheck(self, model: str, ignored: Tuple[Category, ...], now: float) -> bool:
         """Whether to probe it despite a cool-down; True at most once in RECHECK seconds."""
         pending = [
             cooldown for cooldown in self._applicable(model, ignored) if cooldown.until > now
@@ -5902,7 +5928,7 @@ def model_allowed(patterns: Tuple[str, ...], model: str) -> bool:
 
 
 def earliest_available(
-    upstreams: List[Upstream], model: str, ignored: Tuple[str, ...], now: float
+    upstreams: List[Upstream], model: str, ignored: Tuple[Category, ...], now: float
 ) -> float:
     """The time from ``now`` on when the first of the upstreams' cool-downs ends."""
     return max(min(upstream.available_at(model, ignored) for upstream in upstreams), now)
@@ -5925,7 +5951,7 @@ class Waiter:
         queue: "CallQueue",
         exchange: "Exchange",
         candidates: List[Upstream],
-        ignored: Tuple[str, ...],
+        ignored: Tuple[Category, ...],
         deadline: float,
     ) -> None:
         self.queue, self.exchange, self.candidates = queue, exchange, candidates
@@ -6106,7 +6132,7 @@ class Pool:
             return upstream
 
     def _pick(
-        self, candidates: List[Upstream], model: str, ignored: Tuple[str, ...], now: float
+        self, candidates: List[Upstream], model: str, ignored: Tuple[Category, ...], now: float
     ) -> Optional[Upstream]:
         """The upstream to use now: an available one, else one that is due for a recheck."""
         with_capacity = [upstream for upstream in candidates if upstream.has_capacity()]
@@ -6127,7 +6153,7 @@ class Pool:
         """
         model, exchange = waiter.model, waiter.exchange
         if now >= waiter.deadline or waiter.available_at(now) > waiter.deadline:
-            upstream = self._pick(waiter.candidates, model, (*waiter.ignored, "auth"), now)
+            upstream = self._pick(waiter.candidates, model, (*waiter.ignored, Category.AUTH), now)
             if upstream is not None:
                 return upstream
             delay = earliest_available(known, model, waiter.ignored, now) - now
@@ -6217,7 +6243,7 @@ class Pool:
             with controller_errors(upstream.name):
                 error = upstream.controller.check_support(call)
                 if error:
-                    error.category = "ability"  # another controller may support the call
+                    error.category = Category.UNSUPPORTED  # another controller may support the call
                 return error
         except APIError as failure:
             upstream.log_exception(failure)
@@ -6364,19 +6390,15 @@ def best_error(
     model: str,
     known: List[Upstream],
     errors: List[APIError],
-    ignored: Tuple[str, ...],
+    ignored: Tuple[Category, ...],
     now: float,
 ) -> APIError:
     """The most informative error of a call's attempts, when no upstream is left."""
     if not errors:
         return model_not_found(model)
-
-    def rank(error: APIError) -> int:
-        category = error.category if error.category in CATEGORY_RANK else "server"
-        return CATEGORY_RANK.index(category)
-
-    error = max(errors, key=rank)
-    if error.category == "limit":
+    rank = list(Category)
+    error = max(errors, key=lambda error: rank.index(error.category))
+    if error.category is Category.RATE_LIMIT:
         delays = [upstream.available_at(model, ignored) - now for upstream in known]
         error.retry_after = max(
             1.0, min((seconds for seconds in delays if seconds > 0), default=1.0)
@@ -6390,7 +6412,7 @@ def unavailable_error(
     """429 if only rate limits keep the upstreams from serving, else 503."""
     model = waiter.model
     cooling_down = [up for up in waiter.candidates if up.available_at(model) > now]
-    limited = any(error.category == "limit" for error in errors) or all(
+    limited = any(error.category is Category.RATE_LIMIT for error in errors) or all(
         upstream.available_at(model, BACKOFF_CATEGORIES) > now for upstream in cooling_down
     )
     return APIError(
@@ -6428,7 +6450,7 @@ class Exchange:
     def attempt(self) -> bool:
         """Send the call to the next upstream; True if the response is an EventStream.
 
-        After a failure of the category "again" the same upstream is used. Raises APIError if no
+        After a failure of the category RETRY the same upstream is used. Raises APIError if no
         upstream is left, Queued if the call has to wait: call again after wake().
         Worker thread.
         """
@@ -6478,7 +6500,7 @@ class Exchange:
 
     def fail_over(self, error: APIError) -> None:
         """Give up the attempt. Raises the error if its category rules out another one."""
-        if error.category == "again":
+        if error.category is Category.RETRY:
             self._close_response()
             self.call.begin_attempt(error.code or "")
             return
@@ -6486,7 +6508,7 @@ class Exchange:
         self._end_attempt(error)
         self.route.append(f"{name}={error.upstream_status or error.status}")
         log.info("%s: %s", name, error.message.removeprefix(f"{name}: "))
-        if not failure_policy(error.category).fail_over or self.cancellation.reason:
+        if not FAILURE_POLICY[error.category].fail_over or self.cancellation.reason:
             raise error
         self.errors.append(error)
 
@@ -7072,7 +7094,7 @@ class BlockDialect(Dialect):
 
     @staticmethod
     def status(error: APIError) -> int:
-        return 404 if error.category == "model" else error.status
+        return 404 if error.category is Category.MODEL else error.status
 
 
 def merge_system_messages(messages: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
@@ -10399,7 +10421,7 @@ class Server(http.server.ThreadingHTTPServer):
         for scope in CancelScope.active.copy():
             if scope.deadline < now:
                 scope.cancel(
-                    APIError(504, scope.timeout_message, code="timeout", category="network")
+                    APIError(504, scope.timeout_message, code="timeout", category=Category.NETWORK)
                 )
         for connection in self.connections.copy():
             try:

@@ -49,7 +49,7 @@ import types
 import pytest
 
 import akashproxy
-from akashproxy import (AkashDecoder, Answer, APIError, BodyDecoder, Call, ConfigError, StopFilter, Finish, ProtocolError,
+from akashproxy import (AkashDecoder, Answer, APIError, BodyDecoder, Call, Category, ConfigError, StopFilter, Finish, ProtocolError,
                         Reasoning, Server, Settings, Text, ThinkTagFilter, ToolCall, fold)
 
 FUZZ = int(os.environ.get("FUZZ", "1"))     # FUZZ=100 looks a hundred times as long for values that do harm
@@ -2829,8 +2829,8 @@ def test_a_weight_of_zero_is_off():
     assert {pool.acquire(exchange(pool)).name for _ in range(5)} == {"b"}
 
 
-def stop_of(number, **more):
-    return APIError(number, "x", **more)
+def stop_of(number, category=None, **more):
+    return APIError(number, "x", category=category and Category(category), **more)
 
 
 RESTS = {
@@ -3155,7 +3155,6 @@ def test_a_limit_ends_when_it_says_whatever_failed_before(case):
     "a 5xx after blips": ([NETWORK] * 7, SERVER, 0), "a limit after clients' mistakes": ([stop_of(400)] * 7, stop_of(429), 1),
     "a limit after a success": ([stop_of(429)] * 3 + [None], stop_of(429), 1), "a third limit": ([stop_of(429)] * 2, stop_of(429), 4),
     "a 5xx that says when": ([], stop_of(503, retry_after=30), 30), "our own lack": ([], stop_of(503, category="local"), 0),
-    "a kind that nobody knows": ([], stop_of(502, category="new"), 0),
 })
 def test_back_off_doubles_on_its_own_kind(case):
     before, error, seconds = case
@@ -3164,6 +3163,13 @@ def test_back_off_doubles_on_its_own_kind(case):
         now += 200      # after all that came before
         member.record_result(each, now, now)
     assert max(0, member.cooldown_until - now) == seconds
+
+
+def test_every_category_has_a_policy_and_a_status_has_a_category():
+    assert set(akashproxy.FAILURE_POLICY) == set(Category)
+    assert APIError(429, "x").category is Category.RATE_LIMIT and APIError(500, "x").category is Category.SERVER
+    with pytest.raises(ValueError):
+        APIError(502, "x", category="unknown")
 
 
 def test_a_success_says_nothing_of_what_failed_after_it_began():
@@ -3287,10 +3293,10 @@ def test_after_any_failure_a_lone_controller_serves_and_shows_that(pool):
 def test_our_own_lack_of_resources_is_not_the_upstreams_failure(number, caplog):
     akashproxy.report_exhaustion.next = 0
     errors = [akashproxy.upstream_error(OSError(getattr(errno, number), "x"), akashproxy.CancelScope(), "b") for _ in range(50)]
-    assert {(error.status, error.category, error.headers()["Retry-After"]) for error in errors} == {(503, "local", "1")}
+    assert {(error.status, error.category, error.headers()["Retry-After"]) for error in errors} == {(503, Category.LOCAL, "1")}
     assert len([record for record in caplog.records if record.levelname == "ERROR"]) == 1
-    assert akashproxy.upstream_error(OSError(errno.ECONNREFUSED, "x"), akashproxy.CancelScope(), "b").category == "network"
-    assert akashproxy.upstream_error(socket.gaierror(-2, "x"), akashproxy.CancelScope(), "b").category == "network"
+    assert akashproxy.upstream_error(OSError(errno.ECONNREFUSED, "x"), akashproxy.CancelScope(), "b").category is Category.NETWORK
+    assert akashproxy.upstream_error(socket.gaierror(-2, "x"), akashproxy.CancelScope(), "b").category is Category.NETWORK
 
 
 def test_a_process_without_descriptors_blames_no_upstream(config, pool):
@@ -3814,7 +3820,7 @@ MEANINGS = {
 def test_what_the_errors_of_upstreams_mean(case):
     (status, body, *headers), (kind, seen, code, wait, words, *scope) = case
     error = akashproxy.error_from_body("up", status, body, ["sk-secret-key"], *headers, models=["both"])
-    assert (error.category, error.status, error.code) == (kind, seen, code), error.message
+    assert (error.category.value, error.status, error.code) == (kind, seen, code), error.message
     assert error.retry_after == (wait and pytest.approx(wait, abs=300 if wait == 1000 else 0.01))
     assert words in error.message and "\\" not in error.message and error.cooldown_scope == (scope or ["controller"])[0], error.message
     assert error.upstream_status == status or status == 200
@@ -3923,7 +3929,7 @@ def test_no_header_or_body_of_an_error_does_harm():
         headers = {random.choice(names): text() for _ in range(3)}
         body = value() if random.random() < 0.8 else text().encode("utf-8", "replace")
         error = akashproxy.error_from_body("up", random.choice([200, 301, 400, 401, 403, 418, 429, 500, 503, 599]), body, ["sk-secret-key"], headers, ["m"])
-        assert 400 <= error.status < 600 and error.category in akashproxy.FAILURE_POLICY and len(error.message) < 1300
+        assert 400 <= error.status < 600 and isinstance(error.category, Category) and len(error.message) < 1300
         assert error.retry_after is None or 1 <= error.retry_after <= 172800
         akashproxy.Dialect.error_body(error), error.headers()
         akashproxy.akash_error(text() * 3, "m", ["sk-secret-key"])
@@ -3971,7 +3977,7 @@ def test_what_is_behind_akash_is_heard(text, form, akash, serve):
 def test_a_limit_that_akash_tells_in_a_stream_is_one_of_the_model():
     decoder = AkashDecoder("m")
     decoder.feed(b'3:"litellm.RateLimitError: slow down, try again in 2 minutes"\n')
-    assert (decoder.error.cooldown_scope, decoder.error.retry_after, decoder.error.category) == ("model", 120, "limit")
+    assert (decoder.error.cooldown_scope, decoder.error.retry_after, decoder.error.category) == ("model", 120, Category.RATE_LIMIT)
 
 
 @pytest.mark.parametrize("size, status", [(11_000_000, 413), (1000, 502)])
@@ -4112,7 +4118,7 @@ def test_a_content_type_shows_no_secret(pool):
 def test_a_name_of_a_model_condemns_no_key(model):
     for status, message in ((401, "Model {} is not supported"), (403, "Project `p` does not have access to model `{}`"),
                             (403, 'No access to "{}" for this model.'), (400, "{} is not a valid model ID"), (404, "Model {} not found")):
-        assert akashproxy.error_from_body("up", status, err(message.format(model)), models=[model]).category in ("model", "refused")
+        assert akashproxy.error_from_body("up", status, err(message.format(model)), models=[model]).category in (Category.MODEL, Category.REFUSED)
 
 
 @table(REDACTED)
