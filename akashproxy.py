@@ -87,6 +87,7 @@ Where is ...
     connections to upstreams           ConnectionPool
     proxies on the way                 Proxy
     deadlines                          CancelScope, Connection.on_tick
+    cancelling                         Cancellation
     request bodies                     BodyReader, ByteBudget
     the gate                           Gate.check_head
     figures for Prometheus             METRICS, Metrics, prometheus_text
@@ -197,15 +198,11 @@ __version__ = "1.0.0"
 
 # fmt: off
 __all__ = [
-    "APIError", "ConfigError", "ClientDisconnected", "ProtocolError",
-    "Call", "Text", "Reasoning", "TextWasReasoning", "ToolCall", "Image", "ImageProgress", "Finish",
-    "RawBytes", "Answer", "fold",
-    "Settings", "ControllerSettings", "ClientKeySettings",
-    "Controller", "AkashController", "AkashSession", "AkashDecoder", "OpenAIController",
-    "ChatDecoder", "PassthroughDecoder", "EchoController", "ThinkTagFilter", "StopFilter",
-    "CONTROLLERS", "Pool",
-    "Dialect", "ChatCompletions", "Completions", "Images", "Messages", "CountTokens", "Responses",
-    "Passthrough", "ROUTES", "Server", "main",
+    "main", "Settings", "ControllerSettings", "ConfigError", "Server", "Handler",
+    "Controller", "CONTROLLERS", "Call", "APIError", "Category",
+    "Transport", "EventStream", "BufferedBody", "AkashDecoder",
+    "Event", "Text", "Reasoning", "TextWasReasoning", "ToolCall", "Image", "ImageProgress",
+    "Finish", "RawBytes", "fold",
 ]
 # fmt: on
 
@@ -499,9 +496,10 @@ def _sha256(text: str) -> str:
 
 
 class Category(enum.Enum):
-    """What an error means for the pool, which has a policy for each; the value is its metric label.
+    """Kind of a failure, of which FAILURE_POLICY has the consequences.
 
-    In the order of how much an error says: of several, the client gets one of the last category.
+    Its value is a metric label. In the order of how much an error says: of several, the client gets
+    one of the last category.
     """
 
     RETRY = "again"  # a session or connection expired: same controller again
@@ -517,7 +515,7 @@ class Category(enum.Enum):
 
 
 class ErrorDefaults(NamedTuple):
-    """What an APIError of a status is, unless stated otherwise."""
+    """Defaults of an APIError, by its status."""
 
     category: Category = Category.SERVER
     type: str = "invalid_request_error"
@@ -786,7 +784,7 @@ MAX_NAME = 256  # characters of a model's name, which is repeated in each event,
 
 
 class Cancellation:
-    """Cancels a request: ends its blocking socket, its sleep, or its wait in the queue.
+    """Cancels a request: ends its blocking read, sleep or wait in the queue.
 
     Any thread may call cancel(); all else belongs to the thread that processes the request.
     """
@@ -819,7 +817,7 @@ class Cancellation:
         self.scope.raise_if_cancelled()
 
     def sleep(self, seconds: float) -> None:
-        """Sleep until the time is over or the request is cancelled; raises the reason then."""
+        """Sleep for so many seconds, or until cancelled; raises the reason then."""
         self.wakeup = self.wakeup or threading.Event()
         if not self.reason:
             self.wakeup.wait(seconds)

@@ -3510,7 +3510,7 @@ def test_the_next_one_is_waited_for_after_a_silent_one(pool, monkeypatch):
     a, b = FakeOpenAI(), FakeOpenAI(text="from b.")
     server = pool((a, {"weight": 1000, "first_byte_timeout": 0.1}), b, max_wait=5)
     b.faults.append(b.garbage(b"\0"))
-    server.pool.upstreams[0].cooldowns["network", None] = akashproxy.CoolDown(time.monotonic() + 60)
+    server.pool.upstreams[0].cooldowns[Category.NETWORK, None] = akashproxy.CoolDown(time.monotonic() + 60)
     assert chat(server, BOTH).status in (502, 503)      # b rests for a while
     server.pool.upstreams[0].cooldowns.clear()
     a.faults.append(a.stall())
@@ -9552,7 +9552,7 @@ def test_sections_name_only_what_they_may():
 def test_public_names_exist_and_have_a_docstring():
     for name in akashproxy.__all__:
         value = getattr(akashproxy, name)
-        if callable(value):
+        if isinstance(value, (type, types.FunctionType)):
             assert value.__doc__, name
 
 
@@ -9610,12 +9610,49 @@ def test_the_readmes_lines_for_agents_work(block, pool, tmp_path):
     assert done.returncode == 0 and "Hi there." in done.stdout, done
 
 
-@pytest.mark.parametrize("block", [block for block in blocks("python") if not official(block)])
+EMBEDDING = [block for block in blocks("python") if not official(block)]
+
+
+@pytest.mark.parametrize("block", EMBEDDING)
 def test_the_readmes_other_python_works(block, akash):
     environ = {**os.environ, "PYTHONPATH": str(HERE), "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run([sys.executable, "-c", block.replace("https://chat.akash.network", akash.url)],
                           env=environ, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and done.stdout, done
+
+
+@pytest.mark.parametrize("checker, options", [("mypy", ["--strict", "--cache-dir=."]), ("pyright", ["--project", "."])])
+def test_type_checkers_accept_the_readmes_embedding(checker, options, tmp_path):
+    pytest.importorskip(checker)
+    for number, block in enumerate(EMBEDDING):
+        (tmp_path / f"embedding_{number}.py").write_text(block)
+    (tmp_path / "wrong.py").write_text("import akashproxy\nevent: akashproxy.Event = 7\n")
+    (tmp_path / "pyrightconfig.json").write_text(json.dumps({"extraPaths": [str(HERE)]}))
+    environ = {**os.environ, "MYPYPATH": str(HERE), "PYRIGHT_PYTHON_IGNORE_WARNINGS": "1"}
+    done = subprocess.run([sys.executable, "-m", checker, *options, *sorted(path.name for path in tmp_path.glob("*.py") if checker == "mypy")],
+                          cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=300)
+    errors = [line for line in done.stdout.splitlines() if "error:" in line or "- error" in line]
+    assert len(errors) == 1 and "wrong.py:2" in errors[0], done
+
+
+def test_the_readmes_embedding_uses_public_names_only():
+    used = {name for block in EMBEDDING for name in re.findall(r"\bakashproxy\.(\w+)", block)}
+    assert used <= set(akashproxy.__all__)
+
+
+def test_the_readmes_controller_for_http_works(pool, monkeypatch):
+    class Generating(Fake):
+        def answer(self, sock, request):
+            sock.sendall(reply(body=json.dumps({"text": json.loads(request.body)["prompt"][::-1]}).encode()))
+
+    block = next(block for block in EMBEDDING if "Transport" in block)
+    monkeypatch.setattr(akashproxy, "CONTROLLERS", dict(akashproxy.CONTROLLERS))
+    exec(block.partition("options = ")[0], {})
+    fake, other = Generating(), FakeOpenAI()
+    server = pool((fake, {"type": "generate", "base_url": fake.url, "models": (BOTH["model"],)}), (other, {"priority": 2}))
+    assert chat(server, BOTH, messages=[user("abc")]).json["choices"][0]["message"]["content"] == "cba"
+    fake.faults.append(lambda sock, request: sock.sendall(reply(500)))
+    assert chat(server, BOTH, messages=[user("abc")]).headers["x-akashproxy-route"] == "a=502, b=200"
 
 
 def test_the_readmes_first_command_is_the_main_job():
