@@ -87,6 +87,7 @@ Where is ...
     connections to upstreams           ConnectionPool
     proxies on the way                 Proxy
     deadlines                          CancelScope, Connection.on_tick
+    cancelling                         Cancellation
     request bodies                     BodyReader, ByteBudget
     the gate                           Gate.check_head
     figures for Prometheus             METRICS, Metrics, prometheus_text
@@ -203,15 +204,11 @@ __version__ = "1.0.0"
 
 # fmt: off
 __all__ = [
-    "APIError", "ConfigError", "ClientDisconnected", "ProtocolError",
-    "Call", "Text", "Reasoning", "TextWasReasoning", "ToolCall", "Image", "ImageProgress", "Finish",
-    "RawBytes", "Answer", "fold",
-    "Settings", "ControllerSettings", "ClientKeySettings",
-    "Controller", "AkashController", "AkashSession", "AkashDecoder", "OpenAIController",
-    "ChatDecoder", "PassthroughDecoder", "EchoController", "ThinkTagFilter", "StopFilter",
-    "CONTROLLERS", "Pool",
-    "Dialect", "ChatCompletions", "Completions", "Images", "Messages", "CountTokens", "Responses",
-    "Passthrough", "ROUTES", "Server", "main",
+    "main", "Settings", "ControllerSettings", "ConfigError", "Server", "Handler",
+    "Controller", "CONTROLLERS", "Call", "APIError", "Category",
+    "Transport", "EventStream", "BufferedBody", "AkashDecoder",
+    "Event", "Text", "Reasoning", "TextWasReasoning", "ToolCall", "Image", "ImageProgress",
+    "Finish", "RawBytes", "fold",
 ]
 # fmt: on
 
@@ -508,15 +505,46 @@ def _sha256(text: str) -> str:
 # == 2. errors ================================================================================
 # Exceptions: a status and a message for the client, and a category for the pool. Knows no wire.
 
-ERROR_TYPES = {401: "invalid_request_error", 403: "permission_error", 429: "rate_limit_error"}
-ERROR_CODES = {401: "invalid_api_key", 413: "request_too_large", 429: "rate_limit_exceeded"}
-# fmt: off
-CATEGORY_BY_STATUS = {
-    400: "request", 413: "request", 422: "request",
-    404: "model",
-    408: "limit", 409: "limit", 425: "limit", 429: "limit",
+
+class Category(enum.Enum):
+    """Kind of a failure, of which FAILURE_POLICY has the consequences.
+
+    Its value is a metric label. In the order of how much an error says: of several, the client gets
+    one of the last category.
+    """
+
+    RETRY = "again"  # a session or connection expired: same controller again
+    LOCAL = "local"  # this machine lacks descriptors, memory or threads
+    UNSUPPORTED = "ability"  # the controller doesn't support the request
+    MODEL = "model"  # the upstream doesn't know the model
+    AUTH = "auth"  # our key was rejected
+    REFUSED = "refused"  # rejected for its model, content or size only
+    REQUEST = "request"  # malformed: every upstream would reject it
+    SERVER = "server"  # 5xx
+    NETWORK = "network"  # refused, timed out or cut off
+    RATE_LIMIT = "limit"
+
+
+class ErrorDefaults(NamedTuple):
+    """Defaults of an APIError, by its status."""
+
+    category: Category = Category.SERVER
+    type: str = "invalid_request_error"
+    code: Optional[str] = None
+
+
+DEFAULTS_BY_STATUS = {
+    400: ErrorDefaults(Category.REQUEST),
+    401: ErrorDefaults(code="invalid_api_key"),
+    403: ErrorDefaults(type="permission_error"),
+    404: ErrorDefaults(Category.MODEL),
+    408: ErrorDefaults(Category.RATE_LIMIT),
+    409: ErrorDefaults(Category.RATE_LIMIT),
+    413: ErrorDefaults(Category.REQUEST, code="request_too_large"),
+    422: ErrorDefaults(Category.REQUEST),
+    425: ErrorDefaults(Category.RATE_LIMIT),
+    429: ErrorDefaults(Category.RATE_LIMIT, "rate_limit_error", "rate_limit_exceeded"),
 }
-# fmt: on
 
 
 class Overflow(NamedTuple):
@@ -534,7 +562,7 @@ class APIError(Exception):
     up; they retry every 5xx otherwise. ``legacy_message`` replaces the message where users of
     akashchat-api-go expect a fixed one.
 
-    ``category``, a key of FAILURE_POLICY, decides on failover and cool-down.
+    ``category`` decides on failover and cool-down; by default it follows from the status.
     ``cooldown_scope`` is the part that cools down: the "controller", or only the request's "model".
     ``upstream_status`` is the upstream's own status, if it sent one. ``overflow``: the request does
     not fit into the model's context. ``reason`` is what /status shows of it: no client's or
@@ -553,7 +581,7 @@ class APIError(Exception):
         retry_after: Optional[float] = None,
         retry: Optional[bool] = None,
         legacy_message: Optional[str] = None,
-        category: Optional[str] = None,
+        category: Optional[Category] = None,
         cooldown_scope: str = "controller",
         upstream_status: Optional[int] = None,
         overflow: Optional[Overflow] = None,
@@ -562,15 +590,15 @@ class APIError(Exception):
         # The message goes to logs and /status, and may quote an upstream.
         self.message = message = shorten(message, 1500)
         super().__init__(message)
-        default_type = "server_error" if status >= 500 else "invalid_request_error"
+        default = DEFAULTS_BY_STATUS.get(status, ErrorDefaults())
         self.status = status
-        self.type = type or ERROR_TYPES.get(status, default_type)
-        self.code = code or ERROR_CODES.get(status)
+        self.type = type or ("server_error" if status >= 500 else default.type)
+        self.code = code or default.code
         self.param = param
         self.retry_after = retry_after
         self.retry = retry
         self.legacy_message = legacy_message or message
-        self.category = category or CATEGORY_BY_STATUS.get(status, "server")
+        self.category = Category(category or default.category)
         self.cooldown_scope = cooldown_scope
         self.upstream_status = upstream_status
         self.overflow = overflow
@@ -603,7 +631,7 @@ class ClientDisconnected(ConnectionError):
 
 
 class Queued(Exception):
-    """The call is in the pool's queue; ``call.wake()`` will resume it."""
+    """The call is in the pool's queue; ``exchange.wake()`` will resume it."""
 
 
 class ProtocolError(ValueError):
@@ -635,7 +663,7 @@ def akash_model_not_found(model: str) -> APIError:
         code="model_not_found",
         retry=False,
         legacy_message="Error Model.",
-        category="model",
+        category=Category.MODEL,
     )
 
 
@@ -785,11 +813,75 @@ CHAT_PATH = "/v1/chat/completions"
 MAX_NAME = 256  # characters of a model's name, which is repeated in each event, in logs and lists
 
 
-class Call:
-    """A request in OpenAI's chat vocabulary, and the state of its processing.
+class Cancellation:
+    """Cancels a request: ends its blocking read, sleep or wait in the queue.
 
-    ``body`` is a chat-completions body, regardless of the client's dialect. Any thread may call
-    cancel(); all else belongs to the thread that processes the call.
+    Any thread may call cancel(); all else belongs to the thread that processes the request.
+    """
+
+    def __init__(self, client_has_left: Callable[[], bool] = lambda: False) -> None:
+        self.client_has_left = client_has_left  # peeks at the connection
+        self.reason: Optional[Exception] = None
+        self.scope = CancelScope()  # of the current attempt
+        self.wakeup: Any = None  # an Event, or anything with its set()
+
+    def cancel(self, reason: Optional[Exception] = None) -> None:
+        """Shut the upstream's socket down and end a sleep(). Any thread."""
+        # A race: new_scope() and sleep() set scope and wakeup, then check the reason. Setting the
+        # reason first, at least one of the two threads sees what the other has written.
+        self.reason = reason or ClientDisconnected("the client disconnected")
+        self.scope.cancel(self.reason)
+        if self.wakeup:
+            self.wakeup.set()
+
+    def new_scope(self) -> None:
+        """Start a scope for the next attempt; the last one may have been cancelled."""
+        self.scope = CancelScope()
+        if self.reason:
+            self.scope.cancel(self.reason)
+
+    def raise_if_cancelled(self) -> None:
+        """Raise the reason if cancelled. Peeks at the client, as the loop may be behind."""
+        if not self.reason and self.client_has_left():
+            self.cancel()
+        self.scope.raise_if_cancelled()
+
+    def sleep(self, seconds: float) -> None:
+        """Sleep for so many seconds, or until cancelled; raises the reason then."""
+        self.wakeup = self.wakeup or threading.Event()
+        if not self.reason:
+            self.wakeup.wait(seconds)
+        self.scope.raise_if_cancelled()
+
+
+@dataclass
+class OriginalRequest:
+    """A client's own request, for upstreams that speak its dialect."""
+
+    path: str = CHAT_PATH
+    query: str = ""  # with its "?"
+    headers: Dict[str, str] = field(default_factory=dict)  # the few that are forwarded
+    body: Optional[Dict[str, Any]] = None  # None: not a JSON object
+    form_model: Any = None  # the FormField of raw_body that names the model
+    raw_body: bytes = b""
+    content_type: str = "application/json"  # of raw_body
+
+
+@dataclass
+class Attempt:
+    """State of one attempt, of which the controller sets all but the first field."""
+
+    retry_reason: str = ""  # "session" or "connection": the controller is tried a second time
+    ignored_params: List[str] = field(default_factory=list)  # those it does not support
+    content_type: Optional[str] = None  # of a response passed through; None: it is translated
+    status: int = 200  # of that response
+
+
+class Call:
+    """A request in OpenAI's chat vocabulary; not changed once aliases are resolved.
+
+    ``body`` is a chat-completions body, regardless of the client's dialect. ``attempt`` is the
+    current one.
     """
 
     def __init__(
@@ -811,62 +903,28 @@ class Call:
         self.images_as_bytes = images_as_bytes  # else as URLs
         self.translation_error = translation_error  # raised by controllers that can't relay it
         self.untranslated: List[str] = []  # key paths that have no equivalent in ``body``
-
-        # The client's own request, for upstreams that speak its dialect.
-        self.path = CHAT_PATH
-        self.query = ""
-        self.headers: Dict[str, str] = {}  # the few that are forwarded
-        self.original_body: Optional[Dict[str, Any]] = None
-        self.form_model: Any = None  # the FormField of raw_body that names the model
-        self.raw_body = b""
-        self.content_type = "application/json"  # of raw_body
-
-        # The client's key and connection, set by the server.
-        self.allowed_models: Tuple[str, ...] = ()  # patterns; (): all
+        self.original = OriginalRequest()
+        self.allowed_models: Tuple[str, ...] = ()  # patterns of the client's key; (): all
         self.one_image_at_a_time = False  # for a key with max_concurrency
-        self.client_has_left: Callable[[], bool] = lambda: False
-        self.wake: Callable[[], None] = lambda: None  # resumes the call after Queued; any thread
-
-        # Its attempts, set by pool and controllers.
-        self.attempts: Tuple[str, ...] = ()  # such as "akash=429"
-        self.answered_by = ""  # a controller's name
-        self.ignored_params: List[str] = []  # parameters that the controller does not support
         self.prepared_requests: Dict[str, Any] = {}  # translated, by the controller's name
-        self.retry_reason = ""  # "session" or "connection": the same controller is tried again
-        self.relay_content_type: Optional[str] = None  # of a response passed through
-        self.relay_status = 200  # of that response
-        self.waiter: Any = None  # its entry in the pool's queue
-        self.scope = CancelScope()  # of the current attempt
-        self.cancel_reason: Optional[Exception] = None
-        self.wakeup: Any = None  # ends a sleep(): an Event, or the waiter
+        self.cancellation = Cancellation()
+        self.attempt = Attempt()
 
-    def cancel(self, reason: Optional[Exception] = None) -> None:
-        """Shut the upstream's socket down and end a sleep(). Any thread."""
-        # A race: new_scope() and sleep() set scope and wakeup, then check cancel_reason. Setting
-        # the reason first, at least one of the two threads sees what the other has written.
-        self.cancel_reason = reason or ClientDisconnected("the client disconnected")
-        self.scope.cancel(self.cancel_reason)
-        if self.wakeup:
-            self.wakeup.set()
+    @property
+    def text(self) -> str:
+        """The text of the last message; "" if it has none."""
+        content = as_dict(self.body["messages"][-1]).get("content")
+        parts = content if isinstance(content, list) else [{"text": content}]
+        return "".join(str(as_dict(part).get("text") or "") for part in parts)
 
-    def new_scope(self) -> None:
-        """Start a scope for the next attempt; the last one may have been cancelled."""
-        self.scope = CancelScope()
-        if self.cancel_reason:
-            self.scope.cancel(self.cancel_reason)
+    @property
+    def scope(self) -> CancelScope:
+        """The deadline and cancellation of the current attempt, for a Transport."""
+        return self.cancellation.scope
 
-    def raise_if_cancelled(self) -> None:
-        """Raise the reason if cancelled. Peeks at the client, as the loop may be behind."""
-        if not self.cancel_reason and self.client_has_left():
-            self.cancel()
-        self.scope.raise_if_cancelled()
-
-    def sleep(self, seconds: float) -> None:
-        """Sleep until the time is over or the call is cancelled; raises the reason then."""
-        self.wakeup = self.wakeup or threading.Event()
-        if not self.cancel_reason:
-            self.wakeup.wait(seconds)
-        self.scope.raise_if_cancelled()
+    def begin_attempt(self, retry_reason: str = "") -> None:
+        self.attempt = Attempt(retry_reason)
+        self.cancellation.new_scope()
 
 
 @dataclass
@@ -1447,7 +1505,8 @@ class Settings(ValidatedSettings):
         )
         values = ConfigFile(path, environ, problems).settings() if path else {}
         values = {**values, **overrides}
-        if upstreams := values.get("upstream"):
+        upstreams = values.get("upstream")
+        if upstreams:
             with collecting_errors(problems, "upstream"):
                 values["controllers"] = [upstream_controller(text, environ) for text in upstreams]
         for name, colon in ("PORT", ":"), ("DEFAULT_SERVER_ADDRESS", ""):
@@ -2308,7 +2367,7 @@ class ConnectionPool(urllib.request.BaseHandler):
 
     It connects and sends; the caller receives. Idle connections are non-blocking, and one that the
     server has closed is dropped before use. If the server closes one just as a request is sent,
-    the response fails with category "again" and the request is repeated on a new connection.
+    the response fails with Category.RETRY and the request is repeated on a new connection.
     """
 
     def __init__(self, ca_file: str = "", proxy: str = "") -> None:
@@ -2705,7 +2764,7 @@ class UpstreamResponse:
                 502,
                 f"{upstream_name} broke off the connection.",
                 code="connection",
-                category="again",
+                category=Category.RETRY,
             )
         return upstream_error(error, self.scope, upstream_name, self.body is not NO_BODY)
 
@@ -2870,7 +2929,7 @@ class Transport:
         try:
             response.read_head()
         except APIError as error:
-            if error.category != "again":
+            if error.category is not Category.RETRY:
                 raise
             response = self.start_request(*request, force_new_connection=True)
             response.read_head()
@@ -2932,7 +2991,7 @@ def upstream_error(
             "This server is out of resources for more requests.",
             code="overloaded",
             retry_after=1,
-            category="local",
+            category=Category.LOCAL,
         )
     if not isinstance(error, NETWORK_ERRORS):
         return unexpected_error(error, upstream_name)
@@ -2960,7 +3019,7 @@ def upstream_error(
         504 if timed_out else 502,
         upstream_name + problem,
         code="upstream_error",
-        category="network",
+        category=Category.NETWORK,
         reason=reason,
     )
 
@@ -2983,7 +3042,7 @@ def unexpected_error(error: Exception, upstream_name: str) -> APIError:
         502,
         f"{upstream_name} failed unexpectedly.",
         code="upstream_error",
-        category="network",
+        category=Category.NETWORK,
     )
     failure.bug = error
     return failure
@@ -3012,7 +3071,9 @@ class controller_errors:
 
 def truncated(upstream_name: str, problem: str = "ended its answer early") -> APIError:
     """Return the error for an incomplete or unusable answer."""
-    return APIError(502, f"{upstream_name} {problem}.", code="upstream_error", category="network")
+    return APIError(
+        502, f"{upstream_name} {problem}.", code="upstream_error", category=Category.NETWORK
+    )
 
 
 # == 7. streams ===============================================================================
@@ -3865,9 +3926,9 @@ class ErrorRule(NamedTuple):
     statuses: Tuple[int, ...]
     codes: str
     words: str
-    category: str  # of FAILURE_POLICY
+    category: Category
     status: int = 0  # for the client; 0: the upstream's own
-    reason: str = ""  # for category "auth": the beginning of the message
+    reason: str = ""  # for Category.AUTH: the beginning of the message
 
     def matches(self, status: int, codes: str, words: str) -> bool:
         if self.statuses and status not in self.statuses:
@@ -3952,41 +4013,41 @@ _OVERFLOW_CODES = "context_?(?:length|window)_?exceeded|exceed_context_size"
 # fmt: off
 UPSTREAM_ERRORS = [
     # The request asks for more tokens than are left, or than are allowed at once.
-    ErrorRule((400, 402, 403), "", _UNAFFORDABLE, "refused"),
-    ErrorRule((429,), "", _OVERSIZED, "refused"),
-    ErrorRule((413,), "rate_limit_exceeded", "tokens per minute", "refused"),
-    ErrorRule((400, 413, 422, 500), _OVERFLOW_CODES, _OVERFLOW, "request", 400),
+    ErrorRule((400, 402, 403), "", _UNAFFORDABLE, Category.REFUSED),
+    ErrorRule((429,), "", _OVERSIZED, Category.REFUSED),
+    ErrorRule((413,), "rate_limit_exceeded", "tokens per minute", Category.REFUSED),
+    ErrorRule((400, 413, 422, 500), _OVERFLOW_CODES, _OVERFLOW, Category.REQUEST, 400),
     # A firewall's page: something in the request matched one of its patterns.
-    ErrorRule((402, 403, 451), "web_page", "", "refused"),
+    ErrorRule((402, 403, 451), "web_page", "", Category.REFUSED),
     # This server's key or address, beyond doubt.
-    ErrorRule((), _KEY_CODES, _KEY_WORDS, "auth", reason=_KEY),
-    ErrorRule((), _QUOTA_CODES, _QUOTA_WORDS, "auth", reason=_QUOTA),
-    ErrorRule((401, 403), _PLACE_CODES, _PLACE_WORDS, "auth", reason=_PLACE),
-    ErrorRule((400,), "", "^user location is not supported", "auth", reason=_PLACE),
+    ErrorRule((), _KEY_CODES, _KEY_WORDS, Category.AUTH, reason=_KEY),
+    ErrorRule((), _QUOTA_CODES, _QUOTA_WORDS, Category.AUTH, reason=_QUOTA),
+    ErrorRule((401, 403), _PLACE_CODES, _PLACE_WORDS, Category.AUTH, reason=_PLACE),
+    ErrorRule((400,), "", "^user location is not supported", Category.AUTH, reason=_PLACE),
     # The request's model or content.
-    ErrorRule((400, 401, 500, 503), _MODEL_CODES, "", "model", 404),
-    ErrorRule((402, 403), _MODEL_CODES, "", "refused"),
-    ErrorRule((401, 403), "service_disabled", _LIKELY_KEY_WORDS, "auth", reason=_KEY),
-    ErrorRule((400,), "", _NO_MODEL, "model", 404),
-    ErrorRule((401,), "", _MODEL_ACCESS, "model", 404),
-    ErrorRule((402, 403), "", _MODEL_ACCESS, "refused"),
-    ErrorRule((401,), _FLAGGED_CODES, _FLAGGED, "refused", 403),
-    ErrorRule((402, 403), _FLAGGED_CODES, _FLAGGED, "refused"),
+    ErrorRule((400, 401, 500, 503), _MODEL_CODES, "", Category.MODEL, 404),
+    ErrorRule((402, 403), _MODEL_CODES, "", Category.REFUSED),
+    ErrorRule((401, 403), "service_disabled", _LIKELY_KEY_WORDS, Category.AUTH, reason=_KEY),
+    ErrorRule((400,), "", _NO_MODEL, Category.MODEL, 404),
+    ErrorRule((401,), "", _MODEL_ACCESS, Category.MODEL, 404),
+    ErrorRule((402, 403), "", _MODEL_ACCESS, Category.REFUSED),
+    ErrorRule((401,), _FLAGGED_CODES, _FLAGGED, Category.REFUSED, 403),
+    ErrorRule((402, 403), _FLAGGED_CODES, _FLAGGED, Category.REFUSED),
     # This server's key, probably.
-    ErrorRule((401, 402, 403, 412), _LIKELY_QUOTA, _LIKELY_QUOTA, "auth", reason=_QUOTA),
-    ErrorRule((403,), "unauthenticated", _FORBIDDEN_KEY_WORDS, "auth", reason=_KEY),
-    ErrorRule((401,), "", "", "auth", reason=_KEY),
-    ErrorRule((402,), "", "", "auth", reason=_QUOTA),
+    ErrorRule((401, 402, 403, 412), _LIKELY_QUOTA, _LIKELY_QUOTA, Category.AUTH, reason=_QUOTA),
+    ErrorRule((403,), "unauthenticated", _FORBIDDEN_KEY_WORDS, Category.AUTH, reason=_KEY),
+    ErrorRule((401,), "", "", Category.AUTH, reason=_KEY),
+    ErrorRule((402,), "", "", Category.AUTH, reason=_QUOTA),
     # Everything else, by its status.
-    ErrorRule((403, 451), "", "", "refused"),
-    ErrorRule((404,), "", "", "model"),
-    ErrorRule((408, 409, 425, 429), "", "", "limit"),
-    ErrorRule((498,), "", "", "limit", 429),  # Groq: "capacity exceeded"
-    ErrorRule((400, 413, 422), "", "", "request"),
-    ErrorRule((501,), "", "", "ability"),
-    ErrorRule((503, 529), "", "", "server", 503),
-    ErrorRule(tuple(range(500, 600)), "", "", "server", 502),
-    ErrorRule((), "", "", "ability"),
+    ErrorRule((403, 451), "", "", Category.REFUSED),
+    ErrorRule((404,), "", "", Category.MODEL),
+    ErrorRule((408, 409, 425, 429), "", "", Category.RATE_LIMIT),
+    ErrorRule((498,), "", "", Category.RATE_LIMIT, 429),  # Groq: "capacity exceeded"
+    ErrorRule((400, 413, 422), "", "", Category.REQUEST),
+    ErrorRule((501,), "", "", Category.UNSUPPORTED),
+    ErrorRule((503, 529), "", "", Category.SERVER, 503),
+    ErrorRule(tuple(range(500, 600)), "", "", Category.SERVER, 502),
+    ErrorRule((), "", "", Category.UNSUPPORTED),
 ]
 
 # Statuses of errors that come without one: within a stream, or within the messages of LiteLLM.
@@ -4157,15 +4218,18 @@ def error_from_body(
         headers or {},
         as_dict(body[0] if isinstance(body, list) and body else body),
         message=words,
-        limit=rule.category == "limit",
+        limit=rule.category is Category.RATE_LIMIT,
     )
     error = _error_from_rule(rule, upstream_name, status, message, named, wait)
     error.upstream_status = status if http_status == 200 else http_status
-    error.overflow = find_overflow(codes, text.lower()) if error.category == "request" else None
+    error.overflow = (
+        find_overflow(codes, text.lower()) if error.category is Category.REQUEST else None
+    )
     if error.overflow:
         error.code = "context_length_exceeded"
     # LiteLLM's own authentication errors mean that its key for this model is invalid, not ours.
-    if names_model(body, words, models) if error.category == "limit" else "litellm.Auth" in words:
+    limited = error.category is Category.RATE_LIMIT
+    if names_model(body, words, models) if limited else "litellm.Auth" in words:
         error.cooldown_scope = "model"
     return error
 
@@ -4231,13 +4295,13 @@ def _error_from_rule(
     ``named``: the type, code and param that the upstream sent; ``wait``: seconds until a retry.
     """
     category, code, seen = rule.category, named.get("code"), rule.status or status
-    if category == "auth":
+    if category is Category.AUTH:
         # LiteLLM as a client retries any message with "429" in it, in vain if a quota is spent.
         status_note = f" ({status})" if rule.reason != _QUOTA else ""
         return auth_error(f"{upstream_name}: {rule.reason}{status_note}: {message}", status)
-    if category in ("request", "refused"):
+    if category in (Category.REQUEST, Category.REFUSED):
         if named.get("type") == "web_page":
-            named = {"code": "upstream_blocked"} if category == "refused" else {}
+            named = {"code": "upstream_blocked"} if category is Category.REFUSED else {}
             message = f"{upstream_name}: {message}"
         return APIError(
             seen,
@@ -4246,18 +4310,18 @@ def _error_from_rule(
             code=named.get("code"),
             param=named.get("param"),
             category=category,
-            retry=False if category == "refused" else None,
+            retry=False if category is Category.REFUSED else None,
         )
     message = f"{upstream_name}: {message}"
-    if category == "model":
+    if category is Category.MODEL:
         code = code or "model_not_found"
-        return APIError(seen, message, param="model", code=code, category="model")
-    if category == "limit":
-        return APIError(seen, message, code=code, category="limit", retry_after=wait)
-    if category == "ability":
+        return APIError(seen, message, param="model", code=code, category=Category.MODEL)
+    if category is Category.RATE_LIMIT:
+        return APIError(seen, message, code=code, category=Category.RATE_LIMIT, retry_after=wait)
+    if category is Category.UNSUPPORTED:
         wait, seen = None, seen if 400 <= seen < 600 else 502
     elif wait:  # a server error that says when to retry is a limit
-        category = "limit"
+        category = Category.RATE_LIMIT
     code = code or "upstream_error"
     return APIError(seen, message, code=code, category=category, retry_after=wait)
 
@@ -4272,7 +4336,7 @@ def auth_error(message: str, status: int) -> APIError:
         message,
         type="invalid_request_error",
         code="upstream_auth",
-        category="auth",
+        category=Category.AUTH,
         retry=False,
         upstream_status=status,
     )
@@ -4681,7 +4745,7 @@ class AkashSession:
             f"Akash Chat did not start a session (status {response.status}).",
             code="upstream_session",
             retry_after=5,
-            category="network",
+            category=Category.NETWORK,
             upstream_status=response.status,
         )
 
@@ -4911,7 +4975,7 @@ def akash_error(text: str, model: str, secrets: Iterable[str] = ()) -> APIError:
             424,
             message,
             code="upstream_auth",
-            category="refused",
+            category=Category.REFUSED,
             retry=False,
             cooldown_scope="model",
         )
@@ -4919,7 +4983,12 @@ def akash_error(text: str, model: str, secrets: Iterable[str] = ()) -> APIError:
     wait = retry_after_seconds({}, {}, message=text)
     if status == 429 or status >= 500 and wait:
         return APIError(
-            status, message, code=code, category="limit", cooldown_scope="model", retry_after=wait
+            status,
+            message,
+            code=code,
+            category=Category.RATE_LIMIT,
+            cooldown_scope="model",
+            retry_after=wait,
         )
     return APIError(status, message, code=code)
 
@@ -5174,7 +5243,7 @@ class AkashDecoder(Decoder):
             self._fail("Akash Chat ended its answer early, without a finish reason.")
 
     def _fail(self, message: str, code: str = "upstream_error") -> None:
-        self.error = self.error or APIError(502, message, code=code, category="network")
+        self.error = self.error or APIError(502, message, code=code, category=Category.NETWORK)
 
 
 def is_challenge_page(response: UpstreamResponse) -> bool:
@@ -5192,7 +5261,7 @@ def challenge_page_error(response: UpstreamResponse) -> APIError:
         502,
         f"{reason} (status {response.status})",
         code="upstream_blocked",
-        category="network",
+        category=Category.NETWORK,
         upstream_status=response.status,
         reason=reason,
     )
@@ -5291,7 +5360,7 @@ class AkashController(Controller):
         return None
 
     def events(self, call: Call) -> Iterable[Event]:
-        data, stop_filter, call.ignored_params = call.prepared_requests[self.name]
+        data, stop_filter, call.attempt.ignored_params = call.prepared_requests[self.name]
         if call.image_count or call.model == self.IMAGE_MODEL:
             return self.image_events(call, data)
         cookie = self.session.get(call.scope)
@@ -5301,7 +5370,7 @@ class AkashController(Controller):
             call.scope,
             data,
             self._headers(data, cookie),
-            force_new_connection=call.retry_reason,
+            force_new_connection=call.attempt.retry_reason,
         )
         return EventStream(
             response, lambda response: self._decoder(call, response, stop_filter, cookie)
@@ -5310,7 +5379,9 @@ class AkashController(Controller):
     def _prepare(self, call: Call) -> Tuple[bytes, StopFilter, List[str]]:
         """Return the request body, the filter of its answer and the ignored parameters."""
         if call.relay_only:
-            raise APIError(404, f"Akash Chat does not offer {call.path[:200]!r}.", code="not_found")
+            raise APIError(
+                404, f"Akash Chat does not offer {call.original.path[:200]!r}.", code="not_found"
+            )
         if call.translation_error:
             raise call.translation_error
         if call.image_count and call.model not in ("", self.IMAGE_MODEL):
@@ -5324,7 +5395,7 @@ class AkashController(Controller):
             limit = "max_tokens"
         max_tokens = number_field(fields, limit, None, integer=True, minimum=1)
         stop_filter = StopFilter(stop_sequences(fields), max_tokens)
-        return request_json(body, len(call.raw_body)), stop_filter, ignored
+        return request_json(body, len(call.original.raw_body)), stop_filter, ignored
 
     def image_events(self, call: Call, data: bytes) -> Iterator[Event]:
         """Start a job for each image, then poll them; text instead of a job is passed on.
@@ -5335,7 +5406,8 @@ class AkashController(Controller):
         jobs: List[Tuple[str, str]] = []
         sequential = call.one_image_at_a_time or self.options.max_concurrency > 0
         for _ in range(call.image_count or 1):
-            call.raise_if_cancelled()  # a job can't be cancelled: start none for a client that left
+            # a job can't be cancelled: start none for a client that left
+            call.cancellation.raise_if_cancelled()
             response = self._with_session(
                 "POST", self.CHAT_PATH, call.scope, data, model=call.model
             )
@@ -5404,7 +5476,8 @@ class AkashController(Controller):
             return DecoderChain(decoder, ThinkTagFilter())
 
         def parse(data: bytes) -> NoReturn:
-            is_retry, sent = call.retry_reason == "session", call.prepared_requests[self.name][0]
+            is_retry = call.attempt.retry_reason == "session"
+            sent = call.prepared_requests[self.name][0]
             raise self._session_error(response, data, call.model, cookie, is_retry, len(sent))
 
         return BufferedBody(parse, 1 << 20, is_error_body=True)
@@ -5429,7 +5502,7 @@ class AkashController(Controller):
             error = self._session_error(
                 response, response.read(limit=1 << 20), model, cookie, is_retry, len(data or b"")
             )
-            if error.category != "again":
+            if error.category is not Category.RETRY:
                 break
         raise error
 
@@ -5444,14 +5517,14 @@ class AkashController(Controller):
     ) -> APIError:
         """Return the error for an unsuccessful response, ``sent`` bytes of request.
 
-        A rejected session is invalidated; its category is "again", unless this is the retry.
+        A rejected session is invalidated; its category is RETRY, unless this is the retry.
         """
         fields = as_dict(json_or_none(data))
         rejected = fields.get("message") == "Unauthorized: Invalid session"
         if rejected and response.status == 403 and not is_retry:
             self.session.invalidate(cookie)
             return APIError(
-                502, "Akash Chat rejected the session.", code="session", category="again"
+                502, "Akash Chat rejected the session.", code="session", category=Category.RETRY
             )
         secrets = self.secrets(cookie)
         if response.status == 400 and data and not fields and not is_challenge_page(response):
@@ -5482,7 +5555,7 @@ class AkashController(Controller):
                     "Akash Chat currently offers no models.",
                     code="upstream_error",
                     retry_after=30,
-                    category="network",
+                    category=Category.NETWORK,
                 )
             return akash_model_not_found(model)
         if status == 429:
@@ -5499,7 +5572,7 @@ class AkashController(Controller):
             return APIError(
                 413,
                 "The request is too large for Akash Chat (limit: 10 MB).",
-                category="refused",
+                category=Category.REFUSED,
                 retry=False,
             )
         return self._backend_error(response, fields, message, model)
@@ -5523,8 +5596,8 @@ class AkashController(Controller):
                 f"Akash Chat failed without giving a reason (status {status}).",
                 code="upstream_error",
             )
-        if retry_after and error.category == "server":
-            error.category, error.retry_after = "limit", retry_after
+        if retry_after and error.category is Category.SERVER:
+            error.category, error.retry_after = Category.RATE_LIMIT, retry_after
         return error
 
     def _text_instead(self, call: Call, body: bytes) -> Iterator[Event]:
@@ -5546,7 +5619,7 @@ class AkashController(Controller):
         interval, misses, last_progress = self.settings.image_poll, 0, None
         deadline = time.monotonic() + self.settings.image_timeout
         while True:
-            call.sleep(interval)
+            call.cancellation.sleep(interval)
             interval = min(interval * 1.5, self.settings.image_poll * 6)
             state = self._job_state(call, job)
             fields = state or {}
@@ -5581,7 +5654,7 @@ class AkashController(Controller):
             jobs = response.json()
         except APIError as error:
             log.info("status of an image job: %s", error.message)
-            call.new_scope()  # a timeout has cancelled the old one
+            call.cancellation.new_scope()  # a timeout has cancelled the old one
             return None
         if response.status >= 500:
             return None
@@ -6235,10 +6308,10 @@ def is_error(body: Any) -> bool:
 
 def replace_form_model(call: Call, name: str) -> bytes:
     """Return the form of a call with another model name, which is a valid one."""
-    field, data = call.form_model, call.raw_body
+    field, data = call.original.form_model, call.original.raw_body
     if name == field.value:
         return data
-    is_urlencoded = "urlencoded" in call.content_type.lower()
+    is_urlencoded = "urlencoded" in call.original.content_type.lower()
     value = urllib.parse.quote_plus(name) if is_urlencoded else name
     return data[: field.start] + value.encode() + data[field.end :]
 
@@ -6299,23 +6372,24 @@ class OpenAIController(Controller):
         return path not in self.NOT_NATIVE_BY_DEFAULT
 
     def check_support(self, call: Call) -> Optional[APIError]:
-        if self.speaks(call.path):
+        path = call.original.path
+        if self.speaks(path):
             return None
         if call.relay_only or call.image_count:
-            return APIError(404, f"{self.name} does not offer {call.path}.", code="not_found")
+            return APIError(404, f"{self.name} does not offer {path}.", code="not_found")
         return call.translation_error
 
     def events(self, call: Call) -> Iterable[Event]:
-        is_native = self.speaks(call.path)
-        path = (call.path + call.query if is_native else CHAT_PATH)[len("/v1") :]
+        original, is_native = call.original, self.speaks(call.original.path)
+        path = (original.path + original.query if is_native else CHAT_PATH)[len("/v1") :]
         data, content_type = self._request(call, is_native)
         response = self.transport.start_request(
             "POST",
             path,
             call.scope,
             data,
-            {**call.headers, "Content-Type": content_type},
-            force_new_connection=call.retry_reason,
+            {**original.headers, "Content-Type": content_type},
+            force_new_connection=call.attempt.retry_reason,
         )
         return EventStream(response, lambda response: self._decoder(call, response, is_native))
 
@@ -6325,19 +6399,23 @@ class OpenAIController(Controller):
     def _request(self, call: Call, is_native: bool) -> Tuple[bytes, str]:
         """Return the request body and its content type; unchanged bodies are not rebuilt."""
         name = self.options.model_map.get(call.model, call.model)
-        if is_native and call.form_model:
-            return replace_form_model(call, name), call.content_type
-        original = call.original_body or {}
+        if is_native and call.original.form_model:
+            return replace_form_model(call, name), call.original.content_type
+        original = call.original.body or {}
         body = original if is_native else self._translated(call)
         if "model" in body and body["model"] != name:
             body = {**body, "model": name}
         is_chat = not call.relay_only and not call.image_count
         body, dropped = adapt_body(body, self.options, is_chat) if body else (body, [])
         # a second "model" in the bytes could differ from the one that was authorized
-        if is_native and body is original and not (body and call.raw_body.count(b'"model"') > 1):
-            return call.raw_body, call.content_type
-        call.ignored_params = dropped
-        return request_json(body, len(call.raw_body)), "application/json"
+        if (
+            is_native
+            and body is original
+            and not (body and call.original.raw_body.count(b'"model"') > 1)
+        ):
+            return call.original.raw_body, call.original.content_type
+        call.attempt.ignored_params = dropped
+        return request_json(body, len(call.original.raw_body)), "application/json"
 
     def _translated(self, call: Call) -> Dict[str, Any]:
         """The body of a request in a format that the upstream does not offer, as a chat."""
@@ -6364,12 +6442,14 @@ class OpenAIController(Controller):
         self, call: Call, response: UpstreamResponse, content_type: str, streamed: bool
     ) -> Decoder:
         """Return the decoder for a response in the client's own format."""
-        call.relay_status = response.status
-        call.relay_content_type = redact(content_type, self.secrets) or "application/octet-stream"
+        call.attempt.status = response.status
+        call.attempt.content_type = redact(content_type, self.secrets) or "application/octet-stream"
         if streamed:
             if media_type(content_type) != "text/event-stream":
-                call.relay_content_type = "text/event-stream"
-            return PassthroughDecoder(self.name, True, STREAM_ENDS.get(call.path), self.secrets)
+                call.attempt.content_type = "text/event-stream"
+            return PassthroughDecoder(
+                self.name, True, STREAM_ENDS.get(call.original.path), self.secrets
+            )
         if media_type(content_type) == "text/html":
             raise APIError(502, f"{self.name} answered with a web page.", code="upstream_error")
         is_json = media_type(content_type) == "application/json"
@@ -6377,7 +6457,7 @@ class OpenAIController(Controller):
             return PassthroughDecoder(self.name, is_sse=False)
         if not is_json:
             return BufferedBody(lambda data: [RawBytes(data)])
-        field = ANSWER_FIELDS.get(call.path, b"")
+        field = ANSWER_FIELDS.get(call.original.path, b"")
         return BufferedBody(functools.partial(self._document, field, response.body.until_close))
 
     def _document(self, field: bytes, until_close: bool, data: bytes) -> List[Event]:
@@ -6461,9 +6541,7 @@ class EchoController(Controller):
         return None
 
     def events(self, call: Call) -> Iterator[Event]:
-        content = as_dict(call.body["messages"][-1]).get("content")
-        parts = content if isinstance(content, list) else [{"text": content}]
-        text = "".join(str(as_dict(part).get("text") or "") for part in parts)
+        text = call.text
         words = itertools.islice(re.finditer(r"(?<!\s)\s*\S+", text), self.MAX_WORDS)
         ends = [word.end() for word in words]
         if len(ends) in (0, self.MAX_WORDS):
@@ -6471,7 +6549,7 @@ class EchoController(Controller):
         start, count = 0, len(ends)
         for end in ends:
             if self.options.speed:
-                call.sleep(1 / self.options.speed)
+                call.cancellation.sleep(1 / self.options.speed)
             yield Text(text[start:end])
             start = end
         usage = {"prompt_tokens": count, "completion_tokens": count, "total_tokens": 2 * count}
@@ -6498,44 +6576,29 @@ class FailurePolicy(NamedTuple):
     """Consequences of an error category for the request and for its controller."""
 
     fail_over: bool  # whether another controller may serve the request
-    cool_down_after: Optional[int]  # consecutive failures; None: no cool-down, not counted
+    cool_down_after: Optional[int] = None  # consecutive failures; None: never, and not counted
+    summary: str = ""  # in /status; upstreams' messages may quote other clients' requests
 
 
-# By APIError.category.
 FAILURE_POLICY = {
-    "request": FailurePolicy(False, None),  # malformed: every upstream would reject it
-    "ability": FailurePolicy(True, None),  # the controller doesn't support the request
-    "model": FailurePolicy(True, None),  # the upstream doesn't know the model
-    "refused": FailurePolicy(True, None),  # rejected for its model, content or size only
-    "limit": FailurePolicy(True, 1),  # rate limit: for the time in its Retry-After
-    "auth": FailurePolicy(True, 1),  # our key was rejected: AUTH_COOLDOWN
-    "network": FailurePolicy(True, 1),  # refused, timed out or cut off: back-off
-    "again": FailurePolicy(True, None),  # a session or connection expired: same controller again
-    "server": FailurePolicy(True, 3),  # 5xx: back-off, if it persists
-    "local": FailurePolicy(False, None),  # this machine lacks descriptors, memory or threads
+    Category.RETRY: FailurePolicy(True),
+    Category.LOCAL: FailurePolicy(False),
+    Category.UNSUPPORTED: FailurePolicy(True),
+    Category.MODEL: FailurePolicy(True),
+    Category.AUTH: FailurePolicy(True, 1, "the upstream refuses the key"),
+    Category.REFUSED: FailurePolicy(True),
+    Category.REQUEST: FailurePolicy(False),
+    Category.SERVER: FailurePolicy(True, 3, "server error"),
+    Category.NETWORK: FailurePolicy(True, 1, "connection failed or was cut off"),
+    Category.RATE_LIMIT: FailurePolicy(True, 1, "rate limit"),
 }
+SUMMARY_BY_CODE = {"timeout": "no answer in time", "image_failed": "the image failed"}
 AUTH_COOLDOWN, BACKOFF_BASE, BACKOFF_MAX = 600.0, 1.0, 60.0  # seconds
-BACKOFF_CATEGORIES = ("auth", "network", "server")  # cool-downs of a length we guess
-# Of several errors the client gets the one of the last category here, the most informative.
-CATEGORY_RANK = ("ability", "model", "auth", "refused", "server", "network", "limit")
+# Those with cool-downs of a length we guess.
+BACKOFF_CATEGORIES = (Category.AUTH, Category.NETWORK, Category.SERVER)
 KEY_TRUST = 300.0  # seconds after a success during which one rejection doesn't prove a key bad
 RECHECK = 600.0  # seconds of a cool-down after which a single request probes the upstream
 MAX_MODEL_COOLDOWNS = 256  # cool-downs of single models per controller
-
-# Failures in /status, by code or category. Upstreams' messages may quote other clients' requests.
-REASONS = {
-    "timeout": "no answer in time",
-    "limit": "rate limit",
-    "auth": "the upstream refuses the key",
-    "network": "connection failed or was cut off",
-    "server": "server error",
-    "image_failed": "the image failed",
-}
-
-
-def failure_policy(category: str) -> FailurePolicy:
-    """Policy of a category; unknown ones count as server errors."""
-    return FAILURE_POLICY.get(category, FAILURE_POLICY["server"])
 
 
 class CoolDown:
@@ -6582,7 +6645,7 @@ class Upstream:
         self.current_weight = 0.0  # of smooth weighted round robin
         self.in_flight = self.served = self.failed = self.cooldown_count = 0
         self.outcomes: Dict[str, int] = defaultdict(int)  # attempts by "success" or a category
-        self.cooldowns: Dict[Tuple[str, Optional[str]], CoolDown] = {}  # by (category, model)
+        self.cooldowns: Dict[Tuple[Category, Optional[str]], CoolDown] = {}  # by (category, model)
         self.served_at = -math.inf  # the last success
         self.last_error, self.last_error_at = "", 0.0  # the latter by time.time()
         self.logged_exceptions: Set[Tuple[Any, ...]] = set()  # (type, file, line) with a traceback
@@ -6629,26 +6692,28 @@ class Upstream:
         self, error: Optional[APIError], now: float, started: float, model: str = ""
     ) -> None:
         """Record the success (None) or failure of an attempt that started at ``started``."""
-        self.outcomes["success" if error is None else error.category] += 1
+        self.outcomes["success" if error is None else error.category.value] += 1
         if error is None:
             self.served += 1
             self.served_at = now
             self._recover(model, started)
             return
-        category = "limit" if error.category == "server" and error.retry_after else error.category
-        after = failure_policy(category).cool_down_after
+        category = error.category
+        if category is Category.SERVER and error.retry_after:
+            category = Category.RATE_LIMIT
+        policy = FAILURE_POLICY[category]
+        after = policy.cool_down_after
         if after is None:
             return
         self.failed += 1
-        by_category = REASONS.get(error.code or "") or REASONS.get(category, category)
-        reason = error.reason or by_category
-        self.last_error, self.last_error_at = f"{error.status} {reason}", time.time()
-        if category == "auth" and now - self.served_at < KEY_TRUST:
+        summary = error.reason or SUMMARY_BY_CODE.get(error.code or "", policy.summary)
+        self.last_error, self.last_error_at = f"{error.status} {summary}", time.time()
+        if category is Category.AUTH and now - self.served_at < KEY_TRUST:
             after = 2
         was_cooling_down = self.cooldown_until > now
-        seconds = {"auth": AUTH_COOLDOWN, "limit": error.retry_after}.get(category)
+        fixed = {Category.AUTH: AUTH_COOLDOWN, Category.RATE_LIMIT: error.retry_after}
         cooldown = self._cooldown(category, model if error.cooldown_scope == "model" else None)
-        cooldown.record_failure(now, started, after, seconds)
+        cooldown.record_failure(now, started, after, fixed.get(category))
         self.cooldown_count += not was_cooling_down and self.cooldown_until > now
 
     def _recover(self, model: str, started: float) -> None:
@@ -6658,7 +6723,7 @@ class Upstream:
             if key[1] in scopes and cooldown.failed_at <= started:
                 del self.cooldowns[key]
 
-    def _cooldown(self, category: str, model: Optional[str]) -> CoolDown:
+    def _cooldown(self, category: Category, model: Optional[str]) -> CoolDown:
         """The cool-down of a category and a model (None: the controller), made if needed."""
         key = category, None if model is None else self._model_key(model)
         if key not in self.cooldowns:
@@ -6673,7 +6738,7 @@ class Upstream:
         """The upstream's name of a model, truncated."""
         return self.options.model_map.get(model, model)[:MAX_NAME]
 
-    def _applicable(self, model: str, ignored: Tuple[str, ...]) -> List[CoolDown]:
+    def _applicable(self, model: str, ignored: Tuple[Category, ...]) -> List[CoolDown]:
         """The cool-downs that apply to a model, except for the ignored categories."""
         scopes = (None, self._model_key(model))
         return [
@@ -6690,13 +6755,13 @@ class Upstream:
             default=0.0,
         )
 
-    def available_at(self, model: str, ignored: Tuple[str, ...] = ()) -> float:
+    def available_at(self, model: str, ignored: Tuple[Category, ...] = ()) -> float:
         """End of the cool-downs for a model, ignoring some categories; 0 if none."""
         if not self.cooldowns:
             return 0.0
         return max((cooldown.until for cooldown in self._applicable(model, ignored)), default=0.0)
 
-    def recheck(self, model: str, ignored: Tuple[str, ...], now: float) -> bool:
+    def recheck(self, model: str, ignored: Tuple[Category, ...], now: float) -> bool:
         """Whether to probe it despite a cool-down; True at most once in RECHECK seconds."""
         pending = [
             cooldown for cooldown in self._applicable(model, ignored) if cooldown.until > now
@@ -6782,7 +6847,7 @@ def model_allowed(patterns: Tuple[str, ...], model: str) -> bool:
 
 
 def earliest_available(
-    upstreams: List[Upstream], model: str, ignored: Tuple[str, ...], now: float
+    upstreams: List[Upstream], model: str, ignored: Tuple[Category, ...], now: float
 ) -> float:
     """The time from ``now`` on when the first of the upstreams' cool-downs ends."""
     return max(min(upstream.available_at(model, ignored) for upstream in upstreams), now)
@@ -6795,31 +6860,34 @@ class Waiter:
     is counted as in flight.
     """
 
-    __slots__ = ("queue", "call", "candidates", "ignored", "deadline", "number", "key", "upstream")
+    __slots__ = (
+        "queue", "exchange", "model", "candidates", "ignored", "deadline", "number", "key",
+        "upstream",
+    )  # fmt: skip
 
     def __init__(
         self,
         queue: "CallQueue",
-        call: Call,
+        exchange: "Exchange",
         candidates: List[Upstream],
-        ignored: Tuple[str, ...],
+        ignored: Tuple[Category, ...],
         deadline: float,
     ) -> None:
-        self.queue, self.call, self.candidates = queue, call, candidates
-        self.ignored, self.deadline = ignored, deadline
+        self.queue, self.exchange, self.candidates = queue, exchange, candidates
+        self.model, self.ignored, self.deadline = exchange.call.model, ignored, deadline
         self.number = next(queue.numbers)
         self.upstream: Optional[Upstream] = None
         by_model = any(
             model is not None for upstream in candidates for _, model in upstream.cooldowns
         )
         # Calls with the same key become ready at the same time.
-        self.key = (call.model if by_model else None, ignored, *map(id, candidates))
+        self.key = (self.model if by_model else None, ignored, *map(id, candidates))
 
     def available_at(self, now: float) -> float:
-        return earliest_available(self.candidates, self.call.model, self.ignored, now)
+        return earliest_available(self.candidates, self.model, self.ignored, now)
 
     def set(self) -> None:
-        """Resume a cancelled call; the method of threading.Event that Call.cancel() uses."""
+        """Resume a cancelled call; the method of threading.Event that cancel() uses."""
         with self.queue.lock:
             self.queue.resume(self)
 
@@ -6855,7 +6923,7 @@ class CallQueue:
             waiter.upstream = upstream
             if upstream is not None:
                 upstream.in_flight += 1
-            waiter.call.wake()
+            waiter.exchange.wake()
 
     def lines_by_age(self) -> List["OrderedDict[Waiter, None]"]:
         """The lines, the one with the oldest call first."""
@@ -6890,7 +6958,7 @@ def ask_upstream(upstream: Upstream) -> Tuple[bool, str]:
     if error is None:
         key = "key accepted" if options.api_key else "no key needed"
         state = f"reachable, {key}, {count} model{'s' if count != 1 else ''}"
-    elif error.category == "auth":
+    elif error.category is Category.AUTH:
         state = f"reachable, key rejected: {error.message}"
     else:
         reached = "reachable, but" if error.upstream_status else "not reachable:"
@@ -6952,9 +7020,11 @@ class Pool:
         name = self.resolve_alias(call.model)
         if name != call.model:
             call.model, call.body = name, {**call.body, "model": name}
-            call.original_body = call.original_body and {**call.original_body, "model": name}
-            if call.original_body:
-                call.raw_body = request_json(call.original_body, len(call.raw_body))
+            call.original.body = call.original.body and {**call.original.body, "model": name}
+            if call.original.body:
+                call.original.raw_body = request_json(
+                    call.original.body, len(call.original.raw_body)
+                )
 
     def resolve_alias(self, model: str) -> str:
         """The target of a model alias.
@@ -6972,43 +7042,40 @@ class Pool:
             return target if target in self.model_names and model not in self.model_names else model
         return model
 
-    def acquire(
-        self, call: Call, tried: List[Upstream], errors: List[APIError], unsupported: int = 0
-    ) -> Upstream:
+    def acquire(self, exchange: "Exchange") -> Upstream:
         """Choose the upstream for the next attempt, and count the attempt as in flight.
 
-        ``tried`` are not chosen again, and the first ``unsupported`` of them can't serve the call
-        at all; ``errors`` are those of earlier attempts. Raises APIError if no upstream is left,
-        or Queued if the call has to wait: call again after ``call.wake()``.
+        Raises APIError if no upstream is left, or Queued if the call has to wait: call again after
+        ``exchange.wake()``.
         """
         self.refresh_models_async()
+        model = exchange.call.model
         with self.lock:
-            waiter: Optional[Waiter] = call.waiter
+            waiter = exchange.waiter
             if waiter is not None:
-                if call.cancel_reason:
-                    raise call.cancel_reason  # close() releases the assigned upstream
-                call.waiter = call.wakeup = None
+                if exchange.cancellation.reason:
+                    raise exchange.cancellation.reason  # close() releases the assigned upstream
+                exchange.set_waiter(None)
                 if waiter.upstream is not None:
                     return waiter.upstream
-            excluded = tried[:unsupported]
-            known = [up for up in self.candidates(call.model) if up not in excluded]
-            candidates = [up for up in known if up not in tried]
+            known = [up for up in self.candidates(model) if up not in exchange.unsupported]
+            candidates = [up for up in known if up not in exchange.tried]
             ignored = BACKOFF_CATEGORIES if len(known) == 1 else ()  # an only candidate
             now = self.clock()
             if not candidates:
-                raise best_error(call, known, errors, ignored, now)
+                raise best_error(model, known, exchange.errors, ignored, now)
             if self.queue.lines and any(up.has_capacity() for up in candidates):
                 self._resume_ready(now)  # queued calls go first
-            upstream = self._pick(candidates, call.model, ignored, now)
+            upstream = self._pick(candidates, model, ignored, now)
             if upstream is None:
                 deadline = now + self.settings.max_wait if waiter is None else waiter.deadline
-                waiter = Waiter(self.queue, call, candidates, ignored, deadline)
-                upstream = self._enqueue(waiter, known, errors, now)
+                waiter = Waiter(self.queue, exchange, candidates, ignored, deadline)
+                upstream = self._enqueue(waiter, known, now)
             upstream.in_flight += 1
             return upstream
 
     def _pick(
-        self, candidates: List[Upstream], model: str, ignored: Tuple[str, ...], now: float
+        self, candidates: List[Upstream], model: str, ignored: Tuple[Category, ...], now: float
     ) -> Optional[Upstream]:
         """The upstream to use now: an available one, else one that is due for a recheck."""
         with_capacity = [upstream for upstream in candidates if upstream.has_capacity()]
@@ -7020,28 +7087,26 @@ class Pool:
             return next(due, None)
         return self.choose(top_priority(ready)) if len(ready) > 1 else ready[0]
 
-    def _enqueue(
-        self, waiter: Waiter, known: List[Upstream], errors: List[APIError], now: float
-    ) -> Upstream:
+    def _enqueue(self, waiter: Waiter, known: List[Upstream], now: float) -> Upstream:
         """Queue a call: raises Queued, or APIError if waiting is useless.
 
         Waiting is useless if no upstream will be available by the deadline. In that case one in an
         auth cool-down is returned, if there is any: either it serves the call, so that one client's
         request can't block the others, or the client gets the error that names the cause.
         """
-        call = waiter.call
+        model, exchange = waiter.model, waiter.exchange
         if now >= waiter.deadline or waiter.available_at(now) > waiter.deadline:
-            upstream = self._pick(waiter.candidates, call.model, (*waiter.ignored, "auth"), now)
+            upstream = self._pick(waiter.candidates, model, (*waiter.ignored, Category.AUTH), now)
             if upstream is not None:
                 return upstream
-            delay = earliest_available(known, call.model, waiter.ignored, now) - now
-            raise unavailable_error(waiter.candidates, call.model, errors, max(delay, 1.0), now)
-        call.waiter = call.wakeup = waiter
+            delay = earliest_available(known, model, waiter.ignored, now) - now
+            raise unavailable_error(waiter, exchange.errors, max(delay, 1.0), now)
+        exchange.set_waiter(waiter)
         self.queue.add(waiter)
-        # Race: another thread sets cancel_reason and finds no wakeup to set, then we store wakeup.
-        # Without a second look the call would never be resumed.
-        if call.cancel_reason and self.queue.remove(waiter):
-            raise call.cancel_reason
+        # Race: another thread cancels and finds no wakeup to set, then we store wakeup. Without a
+        # second look the call would never be resumed.
+        if exchange.cancellation.reason and self.queue.remove(waiter):
+            raise exchange.cancellation.reason
         raise Queued
 
     def _resume_ready(self, now: float, limit: float = math.inf) -> int:
@@ -7053,7 +7118,7 @@ class Pool:
         for line in self.queue.lines_by_age():
             while line and resumed < limit:
                 waiter = next(iter(line))
-                upstream = self._pick(waiter.candidates, waiter.call.model, waiter.ignored, now)
+                upstream = self._pick(waiter.candidates, waiter.model, waiter.ignored, now)
                 if upstream is None and now < waiter.deadline >= waiter.available_at(now):
                     break
                 self.queue.resume(waiter, upstream)
@@ -7066,7 +7131,7 @@ class Pool:
             while line and upstream.has_capacity():
                 waiter = next(iter(line))
                 usable = [upstream] if upstream in waiter.candidates else []
-                if self._pick(usable, waiter.call.model, waiter.ignored, now) is None:
+                if self._pick(usable, waiter.model, waiter.ignored, now) is None:
                     break
                 self.queue.resume(waiter, upstream)
 
@@ -7080,10 +7145,11 @@ class Pool:
         with self.lock:
             return self._resume_ready(self.clock(), limit) == limit
 
-    def leave_queue(self, call: Call) -> None:
+    def leave_queue(self, exchange: "Exchange") -> None:
         """Remove a call that has ended, and release an upstream assigned to it."""
         with self.lock:
-            waiter, call.waiter, call.wakeup = call.waiter, None, None
+            waiter = exchange.waiter
+            exchange.set_waiter(None)
             if waiter is not None and not self.queue.remove(waiter) and waiter.upstream is not None:
                 waiter.upstream.in_flight -= 1
                 self._reassign(waiter.upstream, self.clock())
@@ -7120,7 +7186,7 @@ class Pool:
             with controller_errors(upstream.name):
                 error = upstream.controller.check_support(call)
                 if error:
-                    error.category = "ability"  # another controller may support the call
+                    error.category = Category.UNSUPPORTED  # another controller may support the call
                 return error
         except APIError as failure:
             upstream.log_exception(failure)
@@ -7265,23 +7331,19 @@ def top_priority(ready: List[Upstream]) -> List[Upstream]:
 
 
 def best_error(
-    call: Call,
+    model: str,
     known: List[Upstream],
     errors: List[APIError],
-    ignored: Tuple[str, ...],
+    ignored: Tuple[Category, ...],
     now: float,
 ) -> APIError:
     """The most informative error of a call's attempts, when no upstream is left."""
     if not errors:
-        return model_not_found(call.model)
-
-    def rank(error: APIError) -> int:
-        category = error.category if error.category in CATEGORY_RANK else "server"
-        return CATEGORY_RANK.index(category)
-
-    error = max(errors, key=rank)
-    if error.category == "limit":
-        delays = [upstream.available_at(call.model, ignored) - now for upstream in known]
+        return model_not_found(model)
+    rank = list(Category)
+    error = max(errors, key=lambda error: rank.index(error.category))
+    if error.category is Category.RATE_LIMIT:
+        delays = [upstream.available_at(model, ignored) - now for upstream in known]
         error.retry_after = max(
             1.0, min((seconds for seconds in delays if seconds > 0), default=1.0)
         )
@@ -7289,11 +7351,12 @@ def best_error(
 
 
 def unavailable_error(
-    candidates: List[Upstream], model: str, errors: List[APIError], seconds: float, now: float
+    waiter: Waiter, errors: List[APIError], seconds: float, now: float
 ) -> APIError:
     """429 if only rate limits keep the upstreams from serving, else 503."""
-    cooling_down = [upstream for upstream in candidates if upstream.available_at(model) > now]
-    limited = any(error.category == "limit" for error in errors) or all(
+    model = waiter.model
+    cooling_down = [up for up in waiter.candidates if up.available_at(model) > now]
+    limited = any(error.category is Category.RATE_LIMIT for error in errors) or all(
         upstream.available_at(model, BACKOFF_CATEGORIES) > now for upstream in cooling_down
     )
     return APIError(
@@ -7313,35 +7376,39 @@ class Exchange:
     """
 
     def __init__(self, pool: Pool, call: Call) -> None:
-        self.pool, self.call = pool, call
+        self.pool, self.call, self.cancellation = pool, call, call.cancellation
+        self.wake: Callable[[], None] = lambda: None  # resumes the call after Queued; any thread
+        self.waiter: Optional[Waiter] = None  # its entry in the pool's queue
         self.upstream: Any = None
         self.response: Any = None
-        self.tried: List[Upstream] = []  # the first ``unsupported`` of them without an attempt
+        self.tried: List[Upstream] = []
+        self.unsupported: List[Upstream] = []
         self.errors: List[APIError] = []
+        self.route: List[str] = []  # the attempts, such as "akash=429"
         self.prepared, self.committed, self.started = False, False, 0.0
-        self.unsupported = 0
+
+    def set_waiter(self, waiter: Optional[Waiter]) -> None:
+        """Set the entry in the queue; cancelling resumes it. Under the pool's lock."""
+        self.waiter = self.cancellation.wakeup = waiter
 
     def attempt(self) -> bool:
         """Send the call to the next upstream; True if the response is an EventStream.
 
-        After a failure of the category "again" the same upstream is used. Raises APIError if no
-        upstream is left, Queued if the call has to wait: call again after ``call.wake()``.
+        After a failure of the category RETRY the same upstream is used. Raises APIError if no
+        upstream is left, Queued if the call has to wait: call again after wake().
         Worker thread.
         """
         if not self.prepared:
             self._prepare()
-        call = self.call
         while self.response is None:
             if self.upstream is None:
-                self.upstream = self.pool.acquire(call, self.tried, self.errors, self.unsupported)
+                self.upstream = self.pool.acquire(self)
                 self.started = self.pool.clock()
                 self.tried.append(self.upstream)
-                call.retry_reason = ""
-            call.new_scope()
-            call.relay_content_type, call.ignored_params = None, []
+                self.call.begin_attempt()
             try:
                 with controller_errors(self.upstream.name):
-                    self.response = self.upstream.controller.events(call)
+                    self.response = self.upstream.controller.events(self.call)
             except APIError as error:
                 self.fail_over(error)
         return isinstance(self.response, EventStream)
@@ -7356,9 +7423,8 @@ class Exchange:
         for upstream in self.pool.upstreams:
             error = self.pool.support_error(upstream, self.call)
             if error:
-                self.tried.append(upstream)
+                self.unsupported.append(upstream)
                 self.errors.append(error)
-        self.unsupported = len(self.tried)
 
     def events(self) -> Iterator[Event]:
         """Iterate over the response's events. Raises APIError if it ends without a Finish."""
@@ -7373,20 +7439,20 @@ class Exchange:
 
     def commit(self) -> None:
         """Note that the client gets this response, which ends failover."""
-        self.committed, self.call.answered_by = True, self.upstream.name
-        self.call.attempts += (f"{self.upstream.name}=200",)
+        self.committed = True
+        self.route.append(f"{self.upstream.name}=200")
 
     def fail_over(self, error: APIError) -> None:
         """Give up the attempt. Raises the error if its category rules out another one."""
-        if error.category == "again":
-            self.call.retry_reason = error.code or ""
+        if error.category is Category.RETRY:
             self._close_response()
+            self.call.begin_attempt(error.code or "")
             return
         name = self.upstream.name
-        self.close(error)
-        self.call.attempts += (f"{name}={error.upstream_status or error.status}",)
+        self._end_attempt(error)
+        self.route.append(f"{name}={error.upstream_status or error.status}")
         log.info("%s: %s", name, error.message.removeprefix(f"{name}: "))
-        if not failure_policy(error.category).fail_over or self.call.cancel_reason:
+        if not FAILURE_POLICY[error.category].fail_over or self.cancellation.reason:
             raise error
         self.errors.append(error)
 
@@ -7396,16 +7462,21 @@ class Exchange:
             with contextlib.suppress(APIError), controller_errors(self.upstream.name):
                 response.close()
 
-    def close(self, error: Optional[APIError] = None) -> None:
+    def _end_attempt(self, error: Optional[APIError]) -> None:
         """Release the upstream, with the error that ended the attempt, if any."""
         self._close_response()
-        if self.call.waiter is not None:
-            self.pool.leave_queue(self.call)
         upstream, self.upstream = self.upstream, None
         if upstream:
             if error is not None:
                 upstream.log_exception(error)
             self.pool.release(upstream, error, self.committed, self.started, self.call.model)
+
+    def close(self, error: Optional[APIError] = None) -> None:
+        """End the call, with the error that ended its last attempt, if any. Idempotent."""
+        self._end_attempt(error)
+        if self.waiter is not None:
+            self.pool.leave_queue(self)
+        self.wake = lambda: None  # breaks a reference cycle
 
 
 # == 14. dialects =============================================================================
@@ -7431,7 +7502,7 @@ class Dialect:
         self.id = self.PREFIX + new_id()
         self.created = int(time.time())
         self.call = self.parse(body)
-        self.call.original_body = body
+        self.call.original.body = body
         self.model = self.call.model  # before aliases are resolved
 
     def parse(self, body: Dict[str, Any]) -> Call:
@@ -7679,7 +7750,7 @@ class Completions(ChatCompletions):
     def encode(self, events: List[Event]) -> bytes:
         echo, self.echo = self.echo, ""
         frames = super().encode(events)
-        if echo and self.call.relay_content_type is None:  # a relayed response has its own echo
+        if echo and self.call.attempt.content_type is None:  # a relayed response has its own echo
             return self.frame({"content": echo}) + frames
         return frames
 
@@ -8036,7 +8107,7 @@ class BlockDialect(Dialect):
 
     @staticmethod
     def status(error: APIError) -> int:
-        return 404 if error.category == "model" else error.status
+        return 404 if error.category is Category.MODEL else error.status
 
 
 # -- The history of a conversation
@@ -8420,7 +8491,7 @@ class Messages(BlockDialect):
     def estimate_input_tokens(self) -> int:
         """An estimate of the request's tokens, computed once."""
         if self.input_estimate is None:
-            body = self.call.original_body or {}
+            body = self.call.original.body or {}
             self.input_estimate = estimate_tokens(
                 [body.get(name) for name in ("system", "messages", "tools")]
             )
@@ -8793,7 +8864,7 @@ class Responses(BlockDialect):
     def echoed_params(self) -> Dict[str, Any]:
         """The request's fields to echo; those above ECHO_LIMIT get their default."""
         if self.echoed is None:
-            body = self.call.original_body or {}
+            body = self.call.original.body or {}
             sent = {name: body[name] for name in self.ECHOED if body.get(name) is not None}
             small = {name: value for name, value in sent.items() if self.is_small(value)}
             self.echoed = {**self.ECHOED, **small}
@@ -8876,9 +8947,9 @@ class Passthrough(Dialect):
         self.call = Call(
             {"model": model} if isinstance(model, str) else {}, stream=True, relay_only=True
         )
-        self.call.original_body, self.call.form_model = body or None, field
+        self.call.original.body, self.call.original.form_model = body or None, field
         # We decoded JSON as UTF-8. With a different charset the upstream could read another model.
-        self.call.content_type = (
+        self.call.original.content_type = (
             "application/json" if body else content_type or "application/octet-stream"
         )
 
@@ -8978,13 +9049,17 @@ def apply_key_limits(call: Call, options: ClientKeySettings, headers: Dict[str, 
         raise APIError(415, "The body must be sent without Content-Encoding.")
     if call.relay_only:
         check_charset(headers.get("content-type", ""))
-    form = None if call.original_body else form_fields(call.raw_body, call.content_type)
-    check_names(call.original_body or [field.name for field in form or ()], options.refuse_fields)
-    if options.models and MODEL_IN_PATH.intersection(call.path.split("/")):
+    form = (
+        None
+        if call.original.body
+        else form_fields(call.original.raw_body, call.original.content_type)
+    )
+    check_names(call.original.body or [field.name for field in form or ()], options.refuse_fields)
+    if options.models and MODEL_IN_PATH.intersection(call.original.path.split("/")):
         raise model_not_found("")
-    if call.original_body:
+    if call.original.body:
         # Send what we parsed: of duplicate "model" keys an upstream could read the other one.
-        call.raw_body = request_json(call.original_body, len(call.raw_body))
+        call.original.raw_body = request_json(call.original.body, len(call.original.raw_body))
     elif form is not None:
         check_form_model(form, options.models)
     elif not options.models:
@@ -9340,7 +9415,7 @@ class Request:
         self.route = Route()
         self.key: Optional["KeyLimiter"] = None  # None: no token, or one of BEARER_TOKEN
         self.counted = False  # holds a slot of the key
-        self.cancel_reason: Optional[Exception] = None
+        self.cancellation = Cancellation(functools.partial(peer_has_closed, connection.sock))
         self.call: Optional[Call] = None  # set for model calls and images
         self.exchange: Optional[Exchange] = None  # until the response is complete
         self.relay: Optional["StreamRelay"] = None  # while STREAMING
@@ -9364,18 +9439,12 @@ class Request:
     def begin_call(self, call: Call) -> None:
         """Make a call cancellable; raises the reason if the request is already cancelled.
 
-        This sets ``call``, then reads ``cancel_reason``; cancel() on the loop thread sets
-        ``cancel_reason``, then reads ``call``. However they interleave, one of them sees the other.
+        A race: the loop cancels, then reads ``call``. Setting ``call``, then checking the reason,
+        at least one of the two threads sees what the other has written.
         """
-        self.call = call
-        if self.cancel_reason is not None:
-            raise self.cancel_reason
-
-    def cancel(self, reason: Optional[Exception] = None) -> None:
-        """Cancel the upstream exchange; a blocked worker raises the reason. Any thread."""
-        self.cancel_reason = reason or ClientDisconnected("the client disconnected")
-        if self.call is not None:  # in this order: see begin_call()
-            self.call.cancel(self.cancel_reason)
+        self.call, call.cancellation = call, self.cancellation
+        if self.cancellation.reason is not None:
+            raise self.cancellation.reason
 
     def release(self) -> None:
         """Break the reference cycles of a complete request.
@@ -9383,17 +9452,16 @@ class Request:
         Otherwise its memory would stay in use until the next garbage collection.
         """
         del self.writer
-        if self.call is not None:
-            self.call.wake, self.call.client_has_left = lambda: None, lambda: False
 
 
 class AccessRecord:
     """Values of a model call for the access log and the metrics. Owned as its Request."""
 
-    __slots__ = ("broken_off", "controller", "first_token_at", "model", "usage")
+    __slots__ = ("broken_off", "controller", "first_token_at", "model", "route", "usage")
 
     def __init__(self) -> None:
         self.model = self.controller = ""
+        self.route: List[str] = []  # the attempts, such as "akash=429"
         self.broken_off = False  # failed after its first byte
         self.usage: Optional[Dict[str, int]] = None
         self.first_token_at = 0.0
@@ -9641,7 +9709,7 @@ class Connection:
         """
         data = peek(self.sock)
         if data == b"":
-            request.cancel()  # also a call that its worker is about to begin
+            request.cancellation.cancel()  # also a call that its worker is about to begin
             if request.call is not None:
                 self.disconnect()
                 return
@@ -9777,7 +9845,7 @@ class Connection:
         """End the connection on shutdown; its request is cancelled with an error 503."""
         error = APIError(503, "The server is stopping.", code="stopping")
         if self.request is not None:
-            self.request.cancel(error)
+            self.request.cancellation.cancel(error)
         if self.state is State.READING:
             self._dispatch(error)
         elif self.state is State.IDLE:
@@ -9793,7 +9861,7 @@ class Connection:
             request.relay.on_client_disconnect()
         elif on_drained is not None:  # end_request() has been waiting for the output to be sent
             self.end_request()
-        request.cancel()
+        request.cancellation.cancel()
 
     def close(self) -> None:
         """Close the socket. A worker's request is logged when the worker ends it."""
@@ -9966,7 +10034,7 @@ class ResponseWriter:
                 self.send(self._frame(frame))
                 self.tail = tail
         except ClientDisconnected:
-            self.request.cancel()
+            self.request.cancellation.cancel()
         finally:
             self.lock.release()
 
@@ -10084,7 +10152,7 @@ class StreamRelay:
 
     def _choose_fast_path(self) -> None:
         body, decoder = self.stream.response.body, self.stream.decoder
-        encode = self.dialect.text_frame if self.call.relay_content_type is None else bytes
+        encode = self.dialect.text_frame if self.call.attempt.content_type is None else bytes
         usable = decoder.has_fast_path and encode and body.chunked and self.writer.chunked
         usable = usable and self.stream.response.content is None
         self.fast_path = (body.single_chunk, decoder.fast_path, encode) if usable else ()
@@ -10110,7 +10178,7 @@ class StreamRelay:
     def _is_buffered(self) -> bool:
         if not self.call.stream:
             return True
-        return self.call.relay_content_type is not None and isinstance(
+        return self.call.attempt.content_type is not None and isinstance(
             self.stream.decoder, BufferedBody
         )
 
@@ -10322,7 +10390,7 @@ class Metrics:
             counts["akashproxy_sent_bytes_total",] += writer.bytes_sent
             if call is None:
                 return
-            counts["akashproxy_failovers_total",] += max(0, len(call.attempts) - 1)
+            counts["akashproxy_failovers_total",] += max(0, len(record.route) - 1)
             counts["akashproxy_model_requests_total", self.model_label(call.model)] += 1
             if record.broken_off:
                 counts["akashproxy_streams_broken_off_total", controller] += 1
@@ -10333,7 +10401,7 @@ class Metrics:
         """Add a call's durations to the histograms. The caller holds the lock."""
         record, started_at = request.record, request.started_at
         self.observe("akashproxy_request_duration_seconds", record.controller, now - started_at)
-        if not (call.stream and record.controller and is_event_stream(call.relay_content_type)):
+        if not (call.stream and record.controller and is_event_stream(call.attempt.content_type)):
             return
         first = record.first_token_at
         self.observe(
@@ -10513,9 +10581,9 @@ class Gate:
 
     def check_head(self, request: Request, decoder: BodyDecoder) -> None:
         """Check origin, token, route, method and declared size."""
-        self.check_page(request)
         request.head = head = strip_prefix(request.head, request.settings.path_prefix)
         request.route = route = find_route(head.method, head.path)
+        self.check_page(request)  # after the route, which decides on the form of its error
         if head.method == "OPTIONS":  # a preflight carries no token
             return
         public_metrics = head.path == "/metrics" and request.settings.metrics == "public"
@@ -10694,7 +10762,11 @@ def acquire_key(request: Request, call: Call) -> None:
     key = request.key
     if key is None:
         return
-    n = (call.original_body or {}).get("n") if call.path.startswith("/v1/images/") else None
+    n = (
+        (call.original.body or {}).get("n")
+        if call.original.path.startswith("/v1/images/")
+        else None
+    )
     key.acquire(call.image_count or (n if type(n) is int and n > 0 else 1))
     request.counted = True
     call.one_image_at_a_time = key.options.max_concurrency > 0
@@ -10813,9 +10885,8 @@ class CallResponder:
     ) -> None:
         self.request, self.exchange, self.dialect, self.run = request, exchange, dialect, run
         self.writer, self.call = request.writer, exchange.call
-        connection = request.connection
-        self.call.wake = functools.partial(connection.loop.call_soon_threadsafe, self._wake)
-        self.call.client_has_left = functools.partial(peer_has_closed, connection.sock)
+        loop = request.connection.loop
+        exchange.wake = functools.partial(loop.call_soon_threadsafe, self._wake)
         if self.call.stream:
             self.writer.ping_frame = dialect.ping_frame
 
@@ -10862,26 +10933,28 @@ class CallResponder:
     def start_stream(self) -> bytes:
         """Begin a streamed response; returns its opening frames."""
         self._commit()
-        content_type = self.call.relay_content_type
+        content_type = self.call.attempt.content_type
         with self.writer.lock:
             if not self.writer.status:  # else a ping has begun it
                 headers = dict(SSE_HEADERS) if is_event_stream(content_type) else {}
                 if content_type:
                     headers["Content-Type"] = content_type
-                self.writer.start(self.call.relay_status, {**headers, **call_headers(self.call)})
+                self.writer.start(
+                    self.call.attempt.status, {**headers, **call_headers(self.request)}
+                )
         return b"" if content_type else self.dialect.opening_frames()
 
     def start_buffered(self, events: List[Event]) -> bytes:
         """Begin a response that is not streamed; returns its body."""
         self._commit()
-        content_type, answer = self.call.relay_content_type, fold(events)
+        content_type, answer = self.call.attempt.content_type, fold(events)
         self.request.record.usage = getattr(events[-1], "usage", None) if events else None
         data = answer.raw
         if content_type is None:
             content_type, data = "application/json", to_json(self.dialect.response_body(answer))
         self.writer.start(
-            self.call.relay_status,
-            {"Content-Type": content_type, **call_headers(self.call)},
+            self.call.attempt.status,
+            {"Content-Type": content_type, **call_headers(self.request)},
             length=len(data),
         )
         return data
@@ -10890,7 +10963,7 @@ class CallResponder:
         """Return the frames that end a response with an error; b"" if its format has none."""
         log.warning("%s: broken off: %s", self.request.id, error.message)
         self.request.record.broken_off = True
-        if is_event_stream(self.call.relay_content_type):
+        if is_event_stream(self.call.attempt.content_type):
             frames: bytes = self.dialect.error_frames(error)
             return frames
         # Without its last chunk the client can see that the body is incomplete.
@@ -10919,13 +10992,16 @@ class CallResponder:
     def _commit(self) -> None:
         self.exchange.commit()
         record = self.request.record
-        record.first_token_at, record.controller = time.monotonic(), self.call.answered_by
+        record.first_token_at, record.controller = time.monotonic(), self.exchange.upstream.name
 
 
-def call_headers(call: Call) -> Dict[str, str]:
+def call_headers(request: Request) -> Dict[str, str]:
     """Return the headers that list a call's attempts and ignored parameters."""
-    headers = {"X-Akashproxy-Route": ", ".join(call.attempts)} if call.attempts else {}
-    ignored = call.ignored_params + (call.untranslated if call.relay_content_type is None else [])
+    route, call = request.record.route, request.call
+    headers = {"X-Akashproxy-Route": ", ".join(route)} if route else {}
+    ignored = list(call.attempt.ignored_params) if call else []
+    if call and call.attempt.content_type is None:
+        ignored += call.untranslated
     names = [
         name for name in dict.fromkeys(ignored[:100]) if re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", name)
     ]
@@ -11055,8 +11131,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         request.begin_call(dialect.call)
         acquire_key(request, dialect.call)
         self.dialect = dialect
-        request.exchange = Exchange(self.server.pool, dialect.call)
-        return CallResponder(request, request.exchange, dialect, self.run).attempt()
+        request.exchange = exchange = Exchange(self.server.pool, dialect.call)
+        request.record.route = exchange.route  # the list itself, which grows
+        return CallResponder(request, exchange, dialect, self.run).attempt()
 
     def parse_call(self, dialect_class: Any) -> Any:
         """Parse the body into a dialect with its call; APIError 400 if it is invalid."""
@@ -11071,17 +11148,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise bad_request(f"The body is not valid JSON: {error}.") from None
         dialect.prepare()
         call = dialect.call
-        call.path, call.raw_body = self.path, data
+        call.original.path, call.original.raw_body = self.path, data
         query = remove_model_params(self.query) if self.query else ""
         if query:
-            call.query = "?" + query
-        call.headers = {
+            call.original.query = "?" + query
+        call.original.headers = {
             name.title(): headers[name] for name in FORWARDED_HEADERS.intersection(headers)
         }
-        if call.original_body:
-            check_names(call.original_body)
+        if call.original.body:
+            check_names(call.original.body)
             if has_escaped_letters(data):
-                call.raw_body = request_json(call.original_body, len(data))
+                call.original.raw_body = request_json(call.original.body, len(data))
         return dialect
 
     # -- responses
@@ -11124,8 +11201,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def send_api_error(self, error: APIError) -> None:
         """Send an error in the client's dialect, also at the end of a stream."""
-        writer, call = self.request.writer, self.request.call
-        parsed = isinstance(self.dialect, Dialect)
+        writer, parsed = self.request.writer, isinstance(self.dialect, Dialect)
         with writer.lock, contextlib.suppress(ClientDisconnected):
             if writer.status and parsed:  # pings have been sent
                 writer.finish(self.dialect.error_frames(error))
@@ -11137,8 +11213,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 headers = error.headers()
                 if error.status == 405:
                     headers["Allow"] = self.request.route.allow()
-                if call is not None:
-                    headers.update(call_headers(call))
+                headers.update(call_headers(self.request))
                 self.send_json(self.dialect.status(error), self.dialect.error_body(error), headers)
 
     def log_message(self, format: str, *args: Any) -> None:
@@ -11601,7 +11676,7 @@ class Server(http.server.ThreadingHTTPServer):
         for scope in CancelScope.active.copy():
             if scope.deadline < now:
                 scope.cancel(
-                    APIError(504, scope.timeout_message, code="timeout", category="network")
+                    APIError(504, scope.timeout_message, code="timeout", category=Category.NETWORK)
                 )
         for connection in self.connections.copy():
             try:

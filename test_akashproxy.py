@@ -50,7 +50,7 @@ import zlib
 import pytest
 
 import akashproxy
-from akashproxy import (AkashDecoder, Answer, APIError, BodyDecoder, Call, ConfigError, StopFilter, Finish, ProtocolError,
+from akashproxy import (AkashDecoder, Answer, APIError, BodyDecoder, Call, Category, ConfigError, StopFilter, Finish, ProtocolError,
                         Reasoning, Server, Settings, Text, ThinkTagFilter, ToolCall, fold)
 
 FUZZ = int(os.environ.get("FUZZ", "1"))     # FUZZ=100 looks a hundred times as long for values that do harm
@@ -1458,7 +1458,7 @@ UPSTREAM = {
     "err-500": (STREAM_HEAD + chunk(b'3:"Failed after 3 attempts. Last error: Internal Server Error"\n') + b"0\r\n\r\n", 502, "upstream_error", "Internal", {}),
     "req-long-system-400": (reply(400, b"[Message too long for this model.]", "text/plain"), 400, "context_length_exceeded", "too long", {}),
     "req-badjson": (reply(500, b"", ""), 502, "upstream_error", "without giving a reason", {}),
-    "gen-imgbackend-error-500": (reply(500, b'{"error":"Error generating image","message":"No workers available"}'), 502, "upstream_error", "No workers", {}),
+    "gen-imgbackend-error-500": (reply(500, b'{"error":"Error generating image","message":"No workers available"}'), 502, "image_failed", "No workers", {}),
     "a page with 403": (reply(403, PAGE, "text/html"), 502, "upstream_blocked", "web page", {}),
     "a page with 503": (reply(503, PAGE, "text/html; charset=utf-8"), 502, "upstream_blocked", "web page", {}),
     "a page with 200": (reply(200, PAGE, "text/html"), 502, "upstream_blocked", "web page", {}),
@@ -2250,7 +2250,7 @@ def test_settings_describe_themselves_and_take_lists(cls):
     for item in akashproxy.setting_fields(cls):
         assert f"    {item.name}: {item.metadata['help']}" in cls.__doc__
         if item.type.startswith("Tuple[str") and item.name not in ("cors_origins",):
-            value = {"bearer_token": ["tok"], "trusted_proxies": ["127.0.0.1"]}.get(item.name, ["a", "b"])
+            value = {"bearer_token": ["tok"], "trusted_proxies": ["127.0.0.1/32"]}.get(item.name, ["a", "b"])
             with contextlib.suppress(ConfigError):
                 assert getattr(cls(**{item.name: value}), item.name) == tuple(value), item.name
 
@@ -2782,7 +2782,7 @@ def call_parts(*parts):
                     for part in parts) + FakeOpenAI.event({}, "tool_calls")
 
 
-CALLS = {
+FRAGMENTED = {
     # name: (stream, [(name, arguments)])
     "a new id with each fragment": (call_parts((0, "a1", "f", ""), (0, "a2", None, '{"a"'), (0, "a3", "", ":1}")), [("f", '{"a":1}')]),
     "id, then name": (call_parts((0, "a1", None, ""), (0, None, "f", ""), (0, None, None, '{"a":1}')), [("f", '{"a":1}')]),
@@ -2805,7 +2805,7 @@ CALLS = {
 }
 
 
-@table(CALLS)
+@table(FRAGMENTED)
 def test_calls_however_they_are_fragmented(case):
     data, expected = case
     for parts in pieces(data):
@@ -2988,6 +2988,11 @@ def test_echo(pool):
 # == pool =====================================================================================
 
 
+def exchange(pool, model="m"):
+    """A call without any attempt yet."""
+    return akashproxy.Exchange(pool, Call({"model": model}))
+
+
 def members_of(weights, kind="balanced", **more):
     options = [akashproxy.ControllerSettings(type="echo", name=name, weight=weight, **more) for name, weight in weights.items()]
     return akashproxy.Pool(Settings(controllers=tuple(options), pool_type=kind), clock=Clock())
@@ -3003,7 +3008,7 @@ def test_balanced_is_smooth():
 def test_ten_thousand_choices_of_many_threads_are_exact():
     pool = members_of({"a": 5, "b": 3, "c": 2})
     with concurrent.futures.ThreadPoolExecutor(16) as threads:
-        names = list(threads.map(lambda _: pool.acquire(Call({"model": "m"}), [], []).name, range(10000)))
+        names = list(threads.map(lambda _: pool.acquire(exchange(pool)).name, range(10000)))
     assert collections.Counter(names) == {"a": 5000, "b": 3000, "c": 2000}
 
 
@@ -3016,19 +3021,19 @@ def test_random_is_by_weight():
 
 def test_least_busy_is_by_requests_in_flight():
     pool = members_of({"a": 2, "b": 1}, "least_busy")
-    assert "".join(pool.acquire(Call({"model": "m"}), [], []).name for _ in range(6)) in ("abaaba", "ababaa", "abaaab")
+    assert "".join(pool.acquire(exchange(pool)).name for _ in range(6)) in ("abaaba", "ababaa", "abaaab")
     assert {member.name: member.in_flight for member in pool.upstreams} == {"a": 4, "b": 2}
     pool.upstreams[0].in_flight = 0
-    assert pool.acquire(Call({"model": "m"}), [], []).name == "a"
+    assert pool.acquire(exchange(pool)).name == "a"
 
 
 def test_a_weight_of_zero_is_off():
     pool = members_of({"a": 0, "b": 1})
-    assert {pool.acquire(Call({"model": "m"}), [], []).name for _ in range(5)} == {"b"}
+    assert {pool.acquire(exchange(pool)).name for _ in range(5)} == {"b"}
 
 
-def stop_of(number, **more):
-    return APIError(number, "x", **more)
+def stop_of(number, category=None, **more):
+    return APIError(number, "x", category=category and Category(category), **more)
 
 
 RESTS = {
@@ -3303,17 +3308,18 @@ def test_a_blip_that_hits_many_requests_counts_once():
 def attempt(pool, *errors, model="m"):
     """Requests one after the other, each with the error that its controller gives (None: a success); the errors of the pool."""
     for error in errors:
-        member = pool.acquire(Call({"model": model}), [], [])
+        member = pool.acquire(exchange(pool, model))
         pool.release(member, error, error is None, pool.clock(), model)
 
 
 def outcome(pool, model="m", tried=(), errors=()):
     """What a request meets now: a controller's name, "wait", or the error's status and Retry-After."""
-    call = Call({"model": model})
+    call = exchange(pool, model)
+    call.tried, call.errors = list(tried), list(errors)
     try:
-        member = pool.acquire(call, list(tried), list(errors))
+        member = pool.acquire(call)
     except akashproxy.Queued:
-        pool.leave_queue(call)
+        call.close()
         return "wait"
     except APIError as error:
         return error.status, error.retry_after
@@ -3338,8 +3344,8 @@ def test_a_limit_ends_when_it_says_whatever_failed_before(case):
     attempt(pool, *before, *[None] * success)
     if success:
         assert pool.status()[0]["rests_for_seconds"] == 0
-    call, error = Call({"model": "m"}), stop_of(429, retry_after=2)
-    member = pool.acquire(call, [], [])
+    error = stop_of(429, retry_after=2)
+    member = pool.acquire(exchange(pool))
     pool.release(member, error, False, pool.clock(), "m")
     assert outcome(pool, tried=[member], errors=[error]) == (429, 2) == outcome(pool)
     pool.clock.now += 2
@@ -3352,7 +3358,6 @@ def test_a_limit_ends_when_it_says_whatever_failed_before(case):
     "a 5xx after blips": ([NETWORK] * 7, SERVER, 0), "a limit after clients' mistakes": ([stop_of(400)] * 7, stop_of(429), 1),
     "a limit after a success": ([stop_of(429)] * 3 + [None], stop_of(429), 1), "a third limit": ([stop_of(429)] * 2, stop_of(429), 4),
     "a 5xx that says when": ([], stop_of(503, retry_after=30), 30), "our own lack": ([], stop_of(503, category="local"), 0),
-    "a kind that nobody knows": ([], stop_of(502, category="new"), 0),
 })
 def test_back_off_doubles_on_its_own_kind(case):
     before, error, seconds = case
@@ -3361,6 +3366,13 @@ def test_back_off_doubles_on_its_own_kind(case):
         now += 200      # after all that came before
         member.record_result(each, now, now)
     assert max(0, member.cooldown_until - now) == seconds
+
+
+def test_every_category_has_a_policy_and_a_status_has_a_category():
+    assert set(akashproxy.FAILURE_POLICY) == set(Category)
+    assert APIError(429, "x").category is Category.RATE_LIMIT and APIError(500, "x").category is Category.SERVER
+    with pytest.raises(ValueError):
+        APIError(502, "x", category="unknown")
 
 
 def test_a_success_says_nothing_of_what_failed_after_it_began():
@@ -3484,10 +3496,10 @@ def test_after_any_failure_a_lone_controller_serves_and_shows_that(pool):
 def test_our_own_lack_of_resources_is_not_the_upstreams_failure(number, caplog):
     akashproxy.report_exhaustion.next = 0
     errors = [akashproxy.upstream_error(OSError(getattr(errno, number), "x"), akashproxy.CancelScope(), "b") for _ in range(50)]
-    assert {(error.status, error.category, error.headers()["Retry-After"]) for error in errors} == {(503, "local", "1")}
+    assert {(error.status, error.category, error.headers()["Retry-After"]) for error in errors} == {(503, Category.LOCAL, "1")}
     assert len([record for record in caplog.records if record.levelname == "ERROR"]) == 1
-    assert akashproxy.upstream_error(OSError(errno.ECONNREFUSED, "x"), akashproxy.CancelScope(), "b").category == "network"
-    assert akashproxy.upstream_error(socket.gaierror(-2, "x"), akashproxy.CancelScope(), "b").category == "network"
+    assert akashproxy.upstream_error(OSError(errno.ECONNREFUSED, "x"), akashproxy.CancelScope(), "b").category is Category.NETWORK
+    assert akashproxy.upstream_error(socket.gaierror(-2, "x"), akashproxy.CancelScope(), "b").category is Category.NETWORK
 
 
 def test_a_process_without_descriptors_blames_no_upstream(config, pool):
@@ -3525,52 +3537,52 @@ def waiting(pool, count, model="m"):
     """Calls that wait, and a list to which each is added when it is woken."""
     woken, calls = [], []
     for _ in range(count):
-        call = Call({"model": model})
+        call = exchange(pool, model)
         call.wake = functools.partial(woken.append, call)
         with pytest.raises(akashproxy.Queued):
-            pool.acquire(call, [], [])
+            pool.acquire(call)
         calls.append(call)
     return calls, woken
 
 
 def test_the_queue_is_first_come_first_served():
     pool = members_of({"a": 1}, max_concurrency=2)
-    running = [pool.acquire(Call({"model": "m"}), [], []) for _ in range(2)]
+    running = [pool.acquire(exchange(pool)) for _ in range(2)]
     calls, woken = waiting(pool, 5)
     pool.release(running[0], None, True, 0)
     assert woken == calls[:1], "only as many as can go"
     assert outcome(pool) == "wait", "and nobody overtakes it"
-    member = pool.acquire(calls[0], [], [])
+    member = pool.acquire(calls[0])
     pool.release(member, None, True, 0)
     pool.release(running[1], None, True, 0)
     assert woken == calls[:3] and member.in_flight == 2
     for call in calls[1:3]:
-        pool.release(pool.acquire(call, [], []), None, True, 0)
+        pool.release(pool.acquire(call), None, True, 0)
     assert woken == calls and member.in_flight == 2
 
 
 def test_a_call_that_is_cancelled_leaves_the_queue():
     pool = members_of({"a": 1}, max_concurrency=1)
-    running = pool.acquire(Call({"model": "m"}), [], [])
+    running = pool.acquire(exchange(pool))
     calls, woken = waiting(pool, 4)
-    calls[0].cancel()       # still waiting
+    calls[0].cancellation.cancel()       # still waiting
     assert woken == calls[:1]
     pool.release(running, None, True, 0)
-    calls[1].cancel()       # it has just been given the controller
+    calls[1].cancellation.cancel()       # it has just been given the controller
     assert woken == calls[:2]
     for call in calls[:2]:
         with pytest.raises(akashproxy.ClientDisconnected):
-            pool.acquire(call, [], [])
-        pool.leave_queue(call)
+            pool.acquire(call)
+        call.close()
     assert woken == calls[:3] and running.in_flight == 1
     for call in calls[2:]:
-        pool.leave_queue(call)
+        call.close()
     assert running.in_flight == 0 and not pool.queue.lines
 
 
 def test_who_has_waited_long_enough_gets_an_error():
     pool = members_of({"a": 1}, max_concurrency=1)
-    pool.acquire(Call({"model": "m"}), [], [])
+    pool.acquire(exchange(pool))
     calls, woken = waiting(pool, 100)
     pool.clock.now += 2.9
     assert not pool.wake_waiters(32) and not woken
@@ -3581,18 +3593,18 @@ def test_who_has_waited_long_enough_gets_an_error():
     assert woken == calls
     for call in calls:
         with pytest.raises(APIError) as caught:
-            pool.acquire(call, [], [])
+            pool.acquire(call)
         assert (caught.value.status, caught.value.retry_after) == (429, 1)
 
 
 def test_those_who_wait_go_on_after_a_reload():
     before = members_of({"a": 1}, max_concurrency=1)
-    running = before.acquire(Call({"model": "m"}), [], [])
+    running = before.acquire(exchange(before))
     calls, woken = waiting(before, 3)
     options = dataclasses.replace(before.upstreams[0].options, api_key="new")
     after = akashproxy.Pool(dataclasses.replace(before.settings, controllers=(options,)), before, clock=before.clock)
     before.release(running, None, True, 0)
-    assert woken == calls[:1] and before.acquire(calls[0], [], []) is running is not after.upstreams[0]
+    assert woken == calls[:1] and before.acquire(calls[0]) is running is not after.upstreams[0]
     after.clock.now += 4
     assert not after.wake_waiters(32) and woken == calls
 
@@ -3701,7 +3713,7 @@ def test_the_next_one_is_waited_for_after_a_silent_one(pool, monkeypatch):
     a, b = FakeOpenAI(), FakeOpenAI(text="from b.")
     server = pool((a, {"weight": 1000, "first_byte_timeout": 0.1}), b, max_wait=5)
     b.faults.append(b.garbage(b"\0"))
-    server.pool.upstreams[0].cooldowns["network", None] = akashproxy.CoolDown(time.monotonic() + 60)
+    server.pool.upstreams[0].cooldowns[Category.NETWORK, None] = akashproxy.CoolDown(time.monotonic() + 60)
     assert chat(server, BOTH).status in (502, 503)      # b rests for a while
     server.pool.upstreams[0].cooldowns.clear()
     a.faults.append(a.stall())
@@ -4011,7 +4023,7 @@ MEANINGS = {
 def test_what_the_errors_of_upstreams_mean(case):
     (status, body, *headers), (kind, seen, code, wait, words, *scope) = case
     error = akashproxy.error_from_body("up", status, body, ["sk-secret-key"], *headers, models=["both"])
-    assert (error.category, error.status, error.code) == (kind, seen, code), error.message
+    assert (error.category.value, error.status, error.code) == (kind, seen, code), error.message
     assert error.retry_after == (wait and pytest.approx(wait, abs=300 if wait == 1000 else 0.01))
     assert words in error.message and "\\" not in error.message and error.cooldown_scope == (scope or ["controller"])[0], error.message
     assert error.upstream_status == status or status == 200
@@ -4120,7 +4132,7 @@ def test_no_header_or_body_of_an_error_does_harm():
         headers = {random.choice(names): text() for _ in range(3)}
         body = value() if random.random() < 0.8 else text().encode("utf-8", "replace")
         error = akashproxy.error_from_body("up", random.choice([200, 301, 400, 401, 403, 418, 429, 500, 503, 599]), body, ["sk-secret-key"], headers, ["m"])
-        assert 400 <= error.status < 600 and error.category in akashproxy.FAILURE_POLICY and len(error.message) < 1300
+        assert 400 <= error.status < 600 and isinstance(error.category, Category) and len(error.message) < 1300
         assert error.retry_after is None or 1 <= error.retry_after <= 172800
         akashproxy.Dialect.error_body(error), error.headers()
         akashproxy.akash_error(text() * 3, "m", ["sk-secret-key"])
@@ -4168,7 +4180,7 @@ def test_what_is_behind_akash_is_heard(text, form, akash, serve):
 def test_a_limit_that_akash_tells_in_a_stream_is_one_of_the_model():
     decoder = AkashDecoder("m")
     decoder.feed(b'3:"litellm.RateLimitError: slow down, try again in 2 minutes"\n')
-    assert (decoder.error.cooldown_scope, decoder.error.retry_after, decoder.error.category) == ("model", 120, "limit")
+    assert (decoder.error.cooldown_scope, decoder.error.retry_after, decoder.error.category) == ("model", 120, Category.RATE_LIMIT)
 
 
 @pytest.mark.parametrize("size, status", [(11_000_000, 413), (1000, 502)])
@@ -4309,7 +4321,7 @@ def test_a_content_type_shows_no_secret(pool):
 def test_a_name_of_a_model_condemns_no_key(model):
     for status, message in ((401, "Model {} is not supported"), (403, "Project `p` does not have access to model `{}`"),
                             (403, 'No access to "{}" for this model.'), (400, "{} is not a valid model ID"), (404, "Model {} not found")):
-        assert akashproxy.error_from_body("up", status, err(message.format(model)), models=[model]).category in ("model", "refused")
+        assert akashproxy.error_from_body("up", status, err(message.format(model)), models=[model]).category in (Category.MODEL, Category.REFUSED)
 
 
 @table(REDACTED)
@@ -5564,7 +5576,7 @@ def test_a_reload_reaches_open_connections(pool):
     link = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)
     with contextlib.closing(link):
         assert ask_again(link, path="/status", headers={"Authorization": "Bearer old"}).status == 200
-        server.pool.upstreams[0].cooldowns["limit", None] = akashproxy.CoolDown(time.monotonic() + 99)
+        server.pool.upstreams[0].cooldowns[Category.RATE_LIMIT, None] = akashproxy.CoolDown(time.monotonic() + 99)
         server.reload(dataclasses.replace(server.settings, bearer_token=("new",)))
         assert ask_again(link, path="/status", headers={"Authorization": "Bearer old"}).status == 401
         state = ask_again(link, path="/status", headers={"Authorization": "Bearer new"}).json["controllers"][0]
@@ -10341,7 +10353,7 @@ def test_sections_name_only_what_they_may():
 def test_public_names_exist_and_have_a_docstring():
     for name in akashproxy.__all__:
         value = getattr(akashproxy, name)
-        if callable(value):
+        if isinstance(value, (type, types.FunctionType)):
             assert value.__doc__, name
 
 
@@ -10400,24 +10412,24 @@ def test_a_wrong_port_is_named(port):
         Settings.load({"PORT": port})
 
 
-KEY = {"OPENAI_API_KEY": "k"}
+OPENAI_KEY = {"OPENAI_API_KEY": "k"}
 
 
 @table({    # (UPSTREAM, other variables): (base_url, api_key) of each controller
     "Ollama": ("http://127.0.0.1:11434/v1", {}, [("http://127.0.0.1:11434/v1", "")]),
     "two": ("http://a/v1,http://b", {}, [("http://a/v1", ""), ("http://b", "")]),
-    "OpenAI": ("openai", KEY, [("https://api.openai.com/v1", "k")]),
-    "OpenAI by address": ("https://api.openai.com/v1", KEY, [("https://api.openai.com/v1", "k")]),
-    "OpenAI in Europe": ("https://eu.api.openai.com/v1", KEY, [("https://eu.api.openai.com/v1", "k")]),
-    "a gateway's address": ("openai", {**KEY, "OPENAI_BASE_URL": "https://gw/v1/"}, [("https://gw/v1", "k")]),
+    "OpenAI": ("openai", OPENAI_KEY, [("https://api.openai.com/v1", "k")]),
+    "OpenAI by address": ("https://api.openai.com/v1", OPENAI_KEY, [("https://api.openai.com/v1", "k")]),
+    "OpenAI in Europe": ("https://eu.api.openai.com/v1", OPENAI_KEY, [("https://eu.api.openai.com/v1", "k")]),
+    "a gateway's address": ("openai", {**OPENAI_KEY, "OPENAI_BASE_URL": "https://gw/v1/"}, [("https://gw/v1", "k")]),
     "a gateway without a key": ("openai", {"OPENAI_BASE_URL": "http://gw"}, [("http://gw", "")]),
-    "another host": ("http://h/v1", KEY, [("http://h/v1", "")]),
-    "another host, though it is OPENAI_BASE_URL's": ("https://gw/v1", {**KEY, "OPENAI_BASE_URL": "https://gw/v1"}, [("https://gw/v1", "")]),
-    "a host that looks like it": ("https://api.openai.com.evil.example", KEY, [("https://api.openai.com.evil.example", "")]),
-    "a user that looks like it": ("https://api.openai.com@evil.example", KEY, "only scheme, host, port and path"),
+    "another host": ("http://h/v1", OPENAI_KEY, [("http://h/v1", "")]),
+    "another host, though it is OPENAI_BASE_URL's": ("https://gw/v1", {**OPENAI_KEY, "OPENAI_BASE_URL": "https://gw/v1"}, [("https://gw/v1", "")]),
+    "a host that looks like it": ("https://api.openai.com.evil.example", OPENAI_KEY, [("https://api.openai.com.evil.example", "")]),
+    "a user that looks like it": ("https://api.openai.com@evil.example", OPENAI_KEY, "only scheme, host, port and path"),
     "no key": ("openai", {}, "openai needs OPENAI_API_KEY"),
     "a typo": ("opnai", {}, "UPSTREAM: 'opnai' is not an http:// or https:// URL"),
-    "a wrong address": ("openai", {**KEY, "OPENAI_BASE_URL": "x"}, "'x' is not an http"),
+    "a wrong address": ("openai", {**OPENAI_KEY, "OPENAI_BASE_URL": "x"}, "'x' is not an http"),
 })
 def test_upstreams_without_a_file(case):
     upstream, environ, wanted = case
@@ -10585,12 +10597,49 @@ def test_the_readmes_lines_for_agents_work(block, pool, tmp_path):
     assert done.returncode == 0 and "Hi there." in done.stdout, done
 
 
-@pytest.mark.parametrize("block", [block for block in blocks("python") if not official(block)])
+EMBEDDING = [block for block in blocks("python") if not official(block)]
+
+
+@pytest.mark.parametrize("block", EMBEDDING)
 def test_the_readmes_other_python_works(block, akash):
     environ = {**os.environ, "PYTHONPATH": str(HERE), "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run([sys.executable, "-c", block.replace("https://chat.akash.network", akash.url)],
                           env=environ, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and done.stdout, done
+
+
+@pytest.mark.parametrize("checker, options", [("mypy", ["--strict", "--cache-dir=."]), ("pyright", ["--project", "."])])
+def test_type_checkers_accept_the_readmes_embedding(checker, options, tmp_path):
+    pytest.importorskip(checker)
+    for number, block in enumerate(EMBEDDING):
+        (tmp_path / f"embedding_{number}.py").write_text(block)
+    (tmp_path / "wrong.py").write_text("import akashproxy\nevent: akashproxy.Event = 7\n")
+    (tmp_path / "pyrightconfig.json").write_text(json.dumps({"extraPaths": [str(HERE)]}))
+    environ = {**os.environ, "MYPYPATH": str(HERE), "PYRIGHT_PYTHON_IGNORE_WARNINGS": "1"}
+    done = subprocess.run([sys.executable, "-m", checker, *options, *sorted(path.name for path in tmp_path.glob("*.py") if checker == "mypy")],
+                          cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=300)
+    errors = [line for line in done.stdout.splitlines() if "error:" in line or "- error" in line]
+    assert len(errors) == 1 and "wrong.py:2" in errors[0], done
+
+
+def test_the_readmes_embedding_uses_public_names_only():
+    used = {name for block in EMBEDDING for name in re.findall(r"\bakashproxy\.(\w+)", block)}
+    assert used <= set(akashproxy.__all__)
+
+
+def test_the_readmes_controller_for_http_works(pool, monkeypatch):
+    class Generating(Fake):
+        def answer(self, sock, request):
+            sock.sendall(reply(body=json.dumps({"text": json.loads(request.body)["prompt"][::-1]}).encode()))
+
+    block = next(block for block in EMBEDDING if "Transport" in block)
+    monkeypatch.setattr(akashproxy, "CONTROLLERS", dict(akashproxy.CONTROLLERS))
+    exec(block.partition("options = ")[0], {})
+    fake, other = Generating(), FakeOpenAI()
+    server = pool((fake, {"type": "generate", "base_url": fake.url, "models": (BOTH["model"],)}), (other, {"priority": 2}))
+    assert chat(server, BOTH, messages=[user("abc")]).json["choices"][0]["message"]["content"] == "cba"
+    fake.faults.append(lambda sock, request: sock.sendall(reply(500)))
+    assert chat(server, BOTH, messages=[user("abc")]).headers["x-akashproxy-route"] == "a=502, b=200"
 
 
 def test_the_readmes_first_command_is_the_main_job():
