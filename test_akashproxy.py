@@ -10064,7 +10064,7 @@ class Rejoining:
         self.held = b""
 
     def feed(self, data):
-        self.held = (self.held + data).rpartition(b"\n")[2]
+        self.held = (self.held + data).swapcase().rpartition(b"\n")[2]     # swapcase(): so that joining costs more than the call
 
 
 def test_a_cost_that_is_not_in_proportion_is_found():
