@@ -7740,7 +7740,7 @@ class Completions(ChatCompletions):
             if isinstance(prompt, str)
             else bad_request("'prompt' must be a single string.", "prompt")
         )
-        self.echo: str = prompt if boolean_field(body, "echo") and not translation_error else ""
+        self.echo = str(prompt) if boolean_field(body, "echo") and not translation_error else ""
         chat = {name: value for name, value in body.items() if name not in ("prompt", "echo")}
         call = super().parse({**chat, "messages": [{"role": "user", "content": prompt}]})
         call.translation_error = translation_error
