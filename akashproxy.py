@@ -2088,6 +2088,11 @@ class ChunkSizes(Dict[bytes, int]):
 CHUNK_SIZES = ChunkSizes()
 
 
+def media_type(content_type: str) -> str:
+    """Return a content type without its parameters, in lower case."""
+    return content_type.partition(";")[0].strip(" \t").lower()
+
+
 class BodyDecoder:
     """Removes the framing of a message body as its bytes arrive (RFC 9112, 6).
 
@@ -6327,11 +6332,6 @@ ANSWER = re.compile(rb'"(?:choices|data)"')
 EMPTY_ANSWER = re.compile(rb'"(?:choices|data)"\s{0,20}:\s{0,20}(?:null|\[\s{0,20}\])')
 
 
-def media_type(content_type: str) -> str:
-    """Return a content type without its parameters, in lower case."""
-    return content_type.partition(";")[0].strip().lower()
-
-
 def is_streamed(content_type: str, opening: bytes, requested: bool) -> bool:
     """Return whether a body is an event stream, by type or first character.
 
@@ -8968,7 +8968,7 @@ class Passthrough(Dialect):
 def is_json(content_type: str, data: bytes) -> bool:
     """Whether a relayed body is JSON, by its type or else by its first character."""
     # By default, curl -d sends any body as a form.
-    kind = content_type.partition(";")[0].strip(" \t").lower()
+    kind = media_type(content_type)
     vague = kind in ("", URLENCODED, "text/plain", "application/octet-stream")
     return (
         kind == "application/json"
@@ -9097,10 +9097,10 @@ def form_fields(data: bytes, content_type: str) -> Optional[List[FormField]]:
 
     Values other than the model's are "". Raises APIError 400 if the form is malformed.
     """
-    media_type = content_type.partition(";")[0].strip(" \t").lower()
-    if media_type == URLENCODED:
+    kind = media_type(content_type)
+    if kind == URLENCODED:
         return urlencoded_fields(data)
-    return multipart_fields(data, content_type) if media_type == "multipart/form-data" else None
+    return multipart_fields(data, content_type) if kind == "multipart/form-data" else None
 
 
 def urlencoded_fields(data: bytes) -> List[FormField]:
@@ -9171,7 +9171,7 @@ def part_field(head: bytes, value: bytes) -> Tuple[str, str]:
     if (
         match[3]
         or match[4]  # a file
-        or content_type.partition(";")[0].strip().lower() != "text/plain"
+        or media_type(content_type) != "text/plain"
         or set(headers) - {"content-disposition", "content-type"}
         or len(value) > MAX_NAME
         or not text.isprintable()
