@@ -45,11 +45,12 @@ import time
 import urllib.parse
 import tracemalloc
 import types
+import zlib
 
 import pytest
 
 import akashproxy
-from akashproxy import (AkashDecoder, Answer, APIError, BodyDecoder, Call, ConfigError, StopFilter, Finish, ProtocolError,
+from akashproxy import (AkashDecoder, Answer, APIError, BodyDecoder, Call, Category, ConfigError, StopFilter, Finish, ProtocolError,
                         Reasoning, Server, Settings, Text, ThinkTagFilter, ToolCall, fold)
 
 FUZZ = int(os.environ.get("FUZZ", "1"))     # FUZZ=100 looks a hundred times as long for values that do harm
@@ -970,7 +971,7 @@ def test_akash_streams_cut_at_every_byte(case):
         decoder, events = AkashDecoder("m"), []
         for part in parts:
             events += decoder.feed(part)
-            if decoder.error or decoder.finished:
+            if decoder.error or decoder.complete:
                 break
         else:
             events += decoder.close()
@@ -1457,7 +1458,7 @@ UPSTREAM = {
     "err-500": (STREAM_HEAD + chunk(b'3:"Failed after 3 attempts. Last error: Internal Server Error"\n') + b"0\r\n\r\n", 502, "upstream_error", "Internal", {}),
     "req-long-system-400": (reply(400, b"[Message too long for this model.]", "text/plain"), 400, "context_length_exceeded", "too long", {}),
     "req-badjson": (reply(500, b"", ""), 502, "upstream_error", "without giving a reason", {}),
-    "gen-imgbackend-error-500": (reply(500, b'{"error":"Error generating image","message":"No workers available"}'), 502, "upstream_error", "No workers", {}),
+    "gen-imgbackend-error-500": (reply(500, b'{"error":"Error generating image","message":"No workers available"}'), 502, "image_failed", "No workers", {}),
     "a page with 403": (reply(403, PAGE, "text/html"), 502, "upstream_blocked", "web page", {}),
     "a page with 503": (reply(503, PAGE, "text/html; charset=utf-8"), 502, "upstream_blocked", "web page", {}),
     "a page with 200": (reply(200, PAGE, "text/html"), 502, "upstream_blocked", "web page", {}),
@@ -2039,7 +2040,7 @@ def started(*flags, **environ):
     process = subprocess.Popen(**command("--server-address", "127.0.0.1:0", *flags, **environ))
     try:
         line = process.stdout.readline()
-        match = re.search(r" on http://127\.0\.0\.1:(\d+)/v1", line)
+        match = re.search(r" on http://127\.0\.0\.1:(\d+)\S*/v1", line)
         assert match, line + process.stderr.read()
         yield process, int(match[1])
     finally:
@@ -2249,7 +2250,7 @@ def test_settings_describe_themselves_and_take_lists(cls):
     for item in akashproxy.setting_fields(cls):
         assert f"    {item.name}: {item.metadata['help']}" in cls.__doc__
         if item.type.startswith("Tuple[str") and item.name not in ("cors_origins",):
-            value = {"bearer_token": ["tok"], "trusted_proxies": ["127.0.0.1"]}.get(item.name, ["a", "b"])
+            value = {"bearer_token": ["tok"], "trusted_proxies": ["127.0.0.1/32"]}.get(item.name, ["a", "b"])
             with contextlib.suppress(ConfigError):
                 assert getattr(cls(**{item.name: value}), item.name) == tuple(value), item.name
 
@@ -2734,8 +2735,210 @@ CHAT_STREAMS = {
     "[DONE] without a finish": (FakeOpenAI.event({"content": "a"}) + b"data: [DONE]\n\n", [T("a")], EARLY),
     "no JSON": (b"data: {oops\n\n", [], "not JSON"),
     "odd shapes": (b'data: {"choices":[null,{"delta":7},{"delta":{"content":7,"tool_calls":[7]}}]}\n\n' + FakeOpenAI.event({"content": "a"}, "stop"),
-                   [ToolCall(0, ""), T("a"), Finish("stop")], None),
+                   [T("a"), Finish("stop")], None),
+    "CR alone": (FakeOpenAI.event({"content": "a"}, "stop").replace(b"\n", b"\r"), [T("a"), Finish("stop")], None),
+    "a byte order mark": (b"\xef\xbb\xbf" + FakeOpenAI.event({"content": "a"}, "stop"), [T("a"), Finish("stop")], None),
+    "empty data": (b"data:\n\n" + FakeOpenAI.event({"content": "a"}) + b"data: \n\ndata: null\n\ndata: 7\n\n" + FakeOpenAI.event({}, "stop"), [T("a"), Finish("stop")], None),
+    "a ping in words": (b"event: keepalive\ndata: still here\n\n" + FakeOpenAI.event({"content": "a"}, "stop"), [T("a"), Finish("stop")], None),
+    "no blank lines between": (b"".join(FakeOpenAI(text="Hi there.").events()).replace(b"\n\n", b"\n"), [T("Hi there."), Finish("stop")], None),
+    "no line end at the end": (FakeOpenAI.event({"content": "a"}) + FakeOpenAI.event({"content": "b"}, "stop").rstrip(b"\n"), [T("ab"), Finish("stop")], None),
+    "half an event at the end": (FakeOpenAI.event({"content": "a"}) + FakeOpenAI.event({"content": "b"}, "stop")[:40], [T("a")], "not JSON"),
+    "an emoji in two events": (b'data: {"choices":[{"delta":{"content":"a\\ud83d"}}]}\n\ndata: {"choices":[{"delta":{"content":"\\ude00b"},"finish_reason":"stop"}]}\n\n',
+                               [T("a\U0001f600b"), Finish("stop")], None),
+    "thinking parts": (FakeOpenAI.event({"content": [{"type": "thinking", "thinking": [{"type": "text", "text": "h"}]}]})
+                       + FakeOpenAI.event({"content": [{"type": "text", "text": "a"}]}, "stop"), [R("h"), T("a"), Finish("stop")], None),
+    "Groq's usage": (FakeOpenAI.event({"content": "a"}, "stop")[:-3] + b',"x_groq":{"usage":{"prompt_tokens":11,"completion_tokens":7}}}\n\n', [T("a"), Finish("stop", USAGE)], None),
 }
+
+# What servers say of why an answer ended, and what it means; "": an error.
+REASONS = {
+    "stop": "stop eos EOS_TOKEN end_turn STOP stop_sequence completed whatever",
+    "length": "length max_tokens MAX_TOKENS model_length max_output_tokens model_context_window_exceeded token_limit",
+    "content_filter": "content_filter content-filter SAFETY sensitive refusal RECITATION PROHIBITED_CONTENT BLOCKLIST guardrail_intervened SPII",
+    "": "error network_error insufficient_system_resource abort cancelled MALFORMED_FUNCTION_CALL engine_overloaded timeout rate_limit_exceeded",
+}
+
+
+@pytest.mark.parametrize("meaning, reason", [(meaning, reason) for meaning, reasons in REASONS.items() for reason in reasons.split()])
+def test_why_an_answer_ended(meaning, reason):
+    decoder = akashproxy.ChatDecoder("b")
+    events = decoder.feed(FakeOpenAI.event({"content": "a"}, reason)) + decoder.close()
+    assert events == ([T("a"), Finish(meaning)] if meaning else [T("a")])
+    assert meaning or decoder.error.status == 502 and repr(reason) in decoder.error.message
+
+
+@pytest.mark.parametrize("calls, reason, expected", [(True, "stop", "tool_calls"), (True, "tool_use", "tool_calls"), (False, "tool_calls", "stop"),
+                                                     (True, "length", "length")])
+def test_an_answer_ends_with_calls_only_where_there_are_some(calls, reason, expected):
+    assert akashproxy.finish_reason("b", reason, calls) == expected
+
+
+def call_parts(*parts):
+    """A stream of fragments (index, id, name, arguments), None for what is left out; a list of them is one event."""
+    def fragment(index, id, name, arguments):
+        function = {key: value for key, value in (("name", name), ("arguments", arguments)) if value is not None}
+        return {key: value for key, value in (("index", index), ("id", id), ("function", function)) if value is not None}
+    return b"".join(FakeOpenAI.event(part if isinstance(part, dict) else {"tool_calls": [fragment(*each) for each in (part if isinstance(part, list) else [part])]})
+                    for part in parts) + FakeOpenAI.event({}, "tool_calls")
+
+
+FRAGMENTED = {
+    # name: (stream, [(name, arguments)])
+    "a new id with each fragment": (call_parts((0, "a1", "f", ""), (0, "a2", None, '{"a"'), (0, "a3", "", ":1}")), [("f", '{"a":1}')]),
+    "id, then name": (call_parts((0, "a1", None, ""), (0, None, "f", ""), (0, None, None, '{"a":1}')), [("f", '{"a":1}')]),
+    "arguments, then name": (call_parts((0, "a1", None, '{"a"'), (0, None, None, ":1}"), (0, None, "f", None)), [("f", '{"a":1}')]),
+    "all have index 0 and no id": (call_parts((0, None, "f", '{"a":1}'), (0, None, "g", '{"b":2}')), [("f", '{"a":1}'), ("g", '{"b":2}')]),
+    "the same in one event, ids empty": (call_parts([(0, "", "f", '{"a":1}'), (0, "", "f", '{"b":2}')]), [("f", '{"a":1}'), ("f", '{"b":2}')]),
+    "all have index 0, but ids": (call_parts((0, "a", "f", '{"a":'), (0, "b", "g", '{"b":'), (0, "a", None, "1}"), (0, "b", None, "2}")), [("f", '{"a":1}'), ("g", '{"b":2}')]),
+    "no indexes": (call_parts((None, "a", "f", '{"a":1}'), (None, "b", "f", '{"b":2}')), [("f", '{"a":1}'), ("f", '{"b":2}')]),
+    "announced together, filled later": (call_parts([(0, "a", "f", ""), (1, "b", "f", "")], (1, None, None, '{"b":2}'), (0, None, None, '{"a":1}')),
+                                         [("f", '{"a":1}'), ("f", '{"b":2}')]),
+    "id and name in each fragment": (call_parts((0, "a", "f", '{"a"'), (0, "a", "f", ":1}")), [("f", '{"a":1}')]),
+    "the name in each fragment": (call_parts((0, None, "f", '{"a"'), (0, None, "f", ":1}")), [("f", '{"a":1}')]),
+    "one id for two calls": (call_parts((0, "a", "f", "{}"), (1, "a", "g", "{}")), [("f", "{}"), ("g", "{}")]),
+    "an index that jumps": (call_parts((0, "a", "f", '{"a"'), (7, None, None, ":1}")), [("f", '{"a":1}')]),
+    "counted from 1": (call_parts((1, "a", "f", "{}"), (2, "b", "g", "{}")), [("f", "{}"), ("g", "{}")]),
+    "arguments as an object": (call_parts((0, "a", "f", {"a": 1})), [("f", '{"a":1}')]),
+    "text in between": (call_parts((0, "a", "f", '{"a"'), {"content": "x", "reasoning_content": "y"}, (0, None, None, ":1}")), [("f", '{"a":1}')]),
+    "braces and quotes within strings": (call_parts((0, None, "f", '{"a":"}\\"'), (0, None, "f", '{"}')), [("f", '{"a":"}\\"{"}')]),
+    "no arguments": (call_parts((0, "a", "f", None)), [("f", "")]),
+}
+
+
+@table(FRAGMENTED)
+def test_calls_however_they_are_fragmented(case):
+    data, expected = case
+    for parts in pieces(data):
+        decoder, events = akashproxy.ChatDecoder("b"), []
+        for part in parts:
+            events += decoder.feed(part)
+        answer = akashproxy.fold(events + decoder.close())
+        assert [(call.name, call.arguments) for call in answer.tools] == expected and answer.finish == Finish("tool_calls"), parts
+        assert len({call.id for call in answer.tools if call.id}) == len([call.id for call in answer.tools if call.id]), "ids differ"
+
+
+def test_a_call_without_a_name_is_an_error():
+    decoder = akashproxy.ChatDecoder("b")
+    decoder.feed(call_parts((0, "a", None, "{}")))
+    decoder.close()
+    assert "without a name" in decoder.error.message
+
+
+def deflated(data, wbits):
+    packer = zlib.compressobj(wbits=wbits)
+    return packer.compress(data) + packer.flush()
+
+
+ENCODINGS = {"gzip": ("gzip", 31), "x-gzip": ("X-Gzip", 31), "deflate": ("deflate", 15), "deflate without a header": ("deflate", -15)}
+
+
+@table(ENCODINGS)
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages"])
+def test_a_compressed_answer_is_expanded(case, streamed, path, pool):
+    name, wbits = case
+    fake = FakeOpenAI()
+    body = b"".join(fake.events()) if streamed else fake.completion()
+    packed = deflated(body, wbits)
+    head = fake.head("text/event-stream" if streamed else "application/json").replace(b"\r\n\r\n", b"\r\nContent-Encoding: %b\r\n\r\n" % name.encode())
+    fake.faults.append(lambda sock, request: sock.sendall(head + b"".join(chunk(packed[at:at + 7]) for at in range(0, len(packed), 7)) + b"0\r\n\r\n") or True)
+    got = ask(pool(fake), "POST", path, {"model": "both", "max_tokens": 9, "stream": streamed, "messages": [user("hi")]})
+    assert got.status == 200 and "content-encoding" not in got.headers
+    assert got.body == body if path.endswith("completions") else b"there." in got.body
+
+
+@table({"br": ("br", b"x", "Content-Encoding 'br'"), "twice": ("gzip, gzip", b"x", "'gzip, gzip'"), "no gzip": ("gzip", b"not gzip", "connection lost"),
+        "cut": ("gzip", deflated(b'{"choices":[{}]}', 31)[:-9], "connection lost"), "a bomb": ("gzip", deflated(bytes(50 << 20), 31), "connection lost")})
+def test_other_and_broken_compression_is_the_upstreams_failure(case, pool):
+    encoding, body, words = case
+    fake = FakeOpenAI()
+    fake.faults.append(lambda sock, request: sock.sendall(reply(body=body, extra=f"Content-Encoding: {encoding}\r\n".encode())))
+    got = chat(pool(fake, (FakeOpenAI(), {"priority": 2})), BOTH)
+    assert got.headers["x-akashproxy-route"] == "a=502, b=200"
+    fake.faults.append(lambda sock, request: sock.sendall(reply(body=body, extra=f"Content-Encoding: {encoding}\r\n".encode())))
+    assert words in chat(pool(fake), BOTH).json["error"]["message"]
+
+
+def test_expanding_is_bounded_and_cut_anywhere():
+    data = os.urandom(3000) + b"x" * 3000
+    for encoding, wbits in (("gzip", 31), ("deflate", 15), ("deflate", -15)):
+        packed = deflated(data, wbits) + (deflated(b"more", wbits) if wbits == 31 else b"")
+        for size in (1, 2, 1000, len(packed)):
+            decoder = akashproxy.ContentDecoder(encoding)
+            assert b"".join(decoder.feed(packed[at:at + size]) for at in range(0, len(packed), size)) == data + (b"more" if wbits == 31 else b"")
+            decoder.close()
+    with pytest.raises(ProtocolError):
+        akashproxy.ContentDecoder("gzip").feed(deflated(bytes(50 << 20), 31))
+
+
+@pytest.mark.parametrize("kind", ["application/json", "text/plain", "application/octet-stream", "Text/Event-Stream", None])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/v1/responses"])
+def test_a_stream_under_another_type(kind, path, pool):
+    fake = FakeOpenAI()
+    head = fake.head(kind) if kind else re.sub(rb"(?i)content-type: [^\r]*\r\n", b"", fake.head())
+    fake.faults.append(lambda sock, request: sock.sendall(head + b"".join(map(chunk, fake.events())) + b"0\r\n\r\n") or True)
+    got = ask(pool(fake), "POST", path, {"model": "both", "max_tokens": 9, "stream": True, "messages": [user("hi")], "input": "hi"})
+    assert got.status == 200 and got.headers["content-type"].lower().startswith("text/event-stream")
+    assert b"there." in got.body and b'"error":{' not in got.body
+
+
+NO_ANSWERS = {
+    "no choices": (False, b'{"id":"x","choices":[]}'), "null": (False, b'{"choices":null}'), "empty": (False, b""), "blank": (False, b" \n"),
+    "a code": (False, b'{"code":500,"msg":"x"}'), "an error object": (False, b'{"object":"error","message":"x"}'), "half": (False, b'{"choices":[{"mess'),
+    "only [DONE]": (True, b"data: [DONE]\n\n"), "nothing": (True, b""), "an error first": (True, ERROR_EVENT), "comments": (True, b": x\n\n"),
+}
+
+
+@table(NO_ANSWERS)
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages"])
+@pytest.mark.parametrize("sized", [True, False])
+def test_a_200_that_is_no_answer_fails_over(case, path, sized, pool):
+    streamed, body = case
+    fake = FakeOpenAI()
+    kind = b"text/event-stream" if streamed else b"application/json"
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: %b\r\n" % kind + (b"Content-Length: %d\r\n\r\n" % len(body) if sized else b"Connection: close\r\n\r\n")
+    fake.faults.append(lambda sock, request: sock.sendall(head + body))
+    got = ask(pool(fake, (FakeOpenAI(), {"priority": 2})), "POST", path, {"model": "both", "max_tokens": 9, "stream": streamed, "messages": [user("hi")]})
+    assert got.status == 200 and re.fullmatch(r"a=50\d, b=200", got.headers["x-akashproxy-route"]) and b"there." in got.body
+
+
+SPELLINGS = {
+    "DeepSeek": ({"prompt_cache_hit_tokens": 80}, 80, 0), "Moonshot": ({"cached_tokens": 80}, 80, 0), "OpenAI": ({"prompt_tokens_details": {"cached_tokens": 80}}, 80, 0),
+    "reasoning apart": ({"reasoning_tokens": 4}, 0, 4), "no total": ({"total_tokens": None}, 0, 0), "all cached": ({"prompt_cache_hit_tokens": 100}, 100, 0),
+}
+
+
+@table(SPELLINGS)
+def test_spellings_of_usage(case):
+    extra, cached, reasoning = case
+    usage = akashproxy.usage_of({"usage": {"prompt_tokens": 100, "completion_tokens": 5, "total_tokens": 105, **extra}})
+    assert usage["total_tokens"] == 105
+    assert usage.get("prompt_tokens_details", {}).get("cached_tokens", 0) == cached
+    assert usage.get("completion_tokens_details", {}).get("reasoning_tokens", 0) == reasoning
+
+
+COUNTED = b'"usage":{"prompt_tokens":11,"completion_tokens":7,"total_tokens":18}'
+ANTHROPIC = (b'event: message_start\ndata: {"type":"message_start","message":{"usage":{"input_tokens":9,"cache_read_input_tokens":2,"output_tokens":1}}}\n\n'
+             b'event: message_delta\ndata: {"type":"message_delta","delta":{"stop_reason":"end_turn"},"usage":{"output_tokens":7}}\n\n'
+             b'event: message_stop\ndata: {"type":"message_stop"}\n\n')
+
+
+@pytest.mark.parametrize("path, kind, body", [
+    ("/v1/chat/completions", "application/json", b'{"choices":[{"message":{"content":"a"},"finish_reason":"stop"}],%b}' % COUNTED),
+    ("/v1/embeddings", "application/json", b'{"data":[{"embedding":[1]}],%b}' % COUNTED),
+    ("/v1/chat/completions", "text/event-stream", FakeOpenAI.event({"content": '\\"usage\\":{}'}) + FakeOpenAI.event({}, "stop") + b'data: {"choices":[],%b}\n\ndata: [DONE]\n\n' % COUNTED),
+    ("/v1/messages", "text/event-stream", ANTHROPIC),
+    ("/v1/responses", "application/json", b'{"object":"response","output":[],"usage":{"input_tokens":11,"output_tokens":7}}'),
+])
+def test_the_usage_of_relayed_answers_is_logged_and_counted(path, kind, body, pool, caplog):
+    caplog.set_level("INFO")
+    fake = FakeOpenAI()
+    fake.faults.append(lambda sock, request: sock.sendall(reply(body=body, kind=kind)) or True)
+    server = pool((fake, {"paths": ["*"]}))
+    sent = {"model": "both", "stream": kind != "application/json", "max_tokens": 9, "messages": [user("x")], "input": "x"}
+    assert ask(server, "POST", path, sent).body == body
+    wait_for(lambda: "tokens_in=11 tokens_out=7" in caplog.text)
+    assert samples(server)["akashproxy_prompt_tokens_total", "a"] == 11
 
 
 @table(CHAT_STREAMS)
@@ -2745,7 +2948,7 @@ def test_openai_streams_cut_at_every_byte(case):
         decoder, events = akashproxy.ChatDecoder("b"), []
         for part in parts:
             events += decoder.feed(part)
-            if decoder.error or decoder.finished:
+            if decoder.error or decoder.complete:
                 break
         else:
             events += decoder.close()
@@ -2785,6 +2988,11 @@ def test_echo(pool):
 # == pool =====================================================================================
 
 
+def exchange(pool, model="m"):
+    """A call without any attempt yet."""
+    return akashproxy.Exchange(pool, Call({"model": model}))
+
+
 def members_of(weights, kind="balanced", **more):
     options = [akashproxy.ControllerSettings(type="echo", name=name, weight=weight, **more) for name, weight in weights.items()]
     return akashproxy.Pool(Settings(controllers=tuple(options), pool_type=kind), clock=Clock())
@@ -2800,7 +3008,7 @@ def test_balanced_is_smooth():
 def test_ten_thousand_choices_of_many_threads_are_exact():
     pool = members_of({"a": 5, "b": 3, "c": 2})
     with concurrent.futures.ThreadPoolExecutor(16) as threads:
-        names = list(threads.map(lambda _: pool.acquire(Call({"model": "m"}), [], []).name, range(10000)))
+        names = list(threads.map(lambda _: pool.acquire(exchange(pool)).name, range(10000)))
     assert collections.Counter(names) == {"a": 5000, "b": 3000, "c": 2000}
 
 
@@ -2813,19 +3021,19 @@ def test_random_is_by_weight():
 
 def test_least_busy_is_by_requests_in_flight():
     pool = members_of({"a": 2, "b": 1}, "least_busy")
-    assert "".join(pool.acquire(Call({"model": "m"}), [], []).name for _ in range(6)) in ("abaaba", "ababaa", "abaaab")
+    assert "".join(pool.acquire(exchange(pool)).name for _ in range(6)) in ("abaaba", "ababaa", "abaaab")
     assert {member.name: member.in_flight for member in pool.upstreams} == {"a": 4, "b": 2}
     pool.upstreams[0].in_flight = 0
-    assert pool.acquire(Call({"model": "m"}), [], []).name == "a"
+    assert pool.acquire(exchange(pool)).name == "a"
 
 
 def test_a_weight_of_zero_is_off():
     pool = members_of({"a": 0, "b": 1})
-    assert {pool.acquire(Call({"model": "m"}), [], []).name for _ in range(5)} == {"b"}
+    assert {pool.acquire(exchange(pool)).name for _ in range(5)} == {"b"}
 
 
-def stop_of(number, **more):
-    return APIError(number, "x", **more)
+def stop_of(number, category=None, **more):
+    return APIError(number, "x", category=category and Category(category), **more)
 
 
 RESTS = {
@@ -3100,17 +3308,18 @@ def test_a_blip_that_hits_many_requests_counts_once():
 def attempt(pool, *errors, model="m"):
     """Requests one after the other, each with the error that its controller gives (None: a success); the errors of the pool."""
     for error in errors:
-        member = pool.acquire(Call({"model": model}), [], [])
+        member = pool.acquire(exchange(pool, model))
         pool.release(member, error, error is None, pool.clock(), model)
 
 
 def outcome(pool, model="m", tried=(), errors=()):
     """What a request meets now: a controller's name, "wait", or the error's status and Retry-After."""
-    call = Call({"model": model})
+    call = exchange(pool, model)
+    call.tried, call.errors = list(tried), list(errors)
     try:
-        member = pool.acquire(call, list(tried), list(errors))
+        member = pool.acquire(call)
     except akashproxy.Queued:
-        pool.leave_queue(call)
+        call.close()
         return "wait"
     except APIError as error:
         return error.status, error.retry_after
@@ -3135,8 +3344,8 @@ def test_a_limit_ends_when_it_says_whatever_failed_before(case):
     attempt(pool, *before, *[None] * success)
     if success:
         assert pool.status()[0]["rests_for_seconds"] == 0
-    call, error = Call({"model": "m"}), stop_of(429, retry_after=2)
-    member = pool.acquire(call, [], [])
+    error = stop_of(429, retry_after=2)
+    member = pool.acquire(exchange(pool))
     pool.release(member, error, False, pool.clock(), "m")
     assert outcome(pool, tried=[member], errors=[error]) == (429, 2) == outcome(pool)
     pool.clock.now += 2
@@ -3149,7 +3358,6 @@ def test_a_limit_ends_when_it_says_whatever_failed_before(case):
     "a 5xx after blips": ([NETWORK] * 7, SERVER, 0), "a limit after clients' mistakes": ([stop_of(400)] * 7, stop_of(429), 1),
     "a limit after a success": ([stop_of(429)] * 3 + [None], stop_of(429), 1), "a third limit": ([stop_of(429)] * 2, stop_of(429), 4),
     "a 5xx that says when": ([], stop_of(503, retry_after=30), 30), "our own lack": ([], stop_of(503, category="local"), 0),
-    "a kind that nobody knows": ([], stop_of(502, category="new"), 0),
 })
 def test_back_off_doubles_on_its_own_kind(case):
     before, error, seconds = case
@@ -3158,6 +3366,13 @@ def test_back_off_doubles_on_its_own_kind(case):
         now += 200      # after all that came before
         member.record_result(each, now, now)
     assert max(0, member.cooldown_until - now) == seconds
+
+
+def test_every_category_has_a_policy_and_a_status_has_a_category():
+    assert set(akashproxy.FAILURE_POLICY) == set(Category)
+    assert APIError(429, "x").category is Category.RATE_LIMIT and APIError(500, "x").category is Category.SERVER
+    with pytest.raises(ValueError):
+        APIError(502, "x", category="unknown")
 
 
 def test_a_success_says_nothing_of_what_failed_after_it_began():
@@ -3281,10 +3496,10 @@ def test_after_any_failure_a_lone_controller_serves_and_shows_that(pool):
 def test_our_own_lack_of_resources_is_not_the_upstreams_failure(number, caplog):
     akashproxy.report_exhaustion.next = 0
     errors = [akashproxy.upstream_error(OSError(getattr(errno, number), "x"), akashproxy.CancelScope(), "b") for _ in range(50)]
-    assert {(error.status, error.category, error.headers()["Retry-After"]) for error in errors} == {(503, "local", "1")}
+    assert {(error.status, error.category, error.headers()["Retry-After"]) for error in errors} == {(503, Category.LOCAL, "1")}
     assert len([record for record in caplog.records if record.levelname == "ERROR"]) == 1
-    assert akashproxy.upstream_error(OSError(errno.ECONNREFUSED, "x"), akashproxy.CancelScope(), "b").category == "network"
-    assert akashproxy.upstream_error(socket.gaierror(-2, "x"), akashproxy.CancelScope(), "b").category == "network"
+    assert akashproxy.upstream_error(OSError(errno.ECONNREFUSED, "x"), akashproxy.CancelScope(), "b").category is Category.NETWORK
+    assert akashproxy.upstream_error(socket.gaierror(-2, "x"), akashproxy.CancelScope(), "b").category is Category.NETWORK
 
 
 def test_a_process_without_descriptors_blames_no_upstream(config, pool):
@@ -3322,52 +3537,52 @@ def waiting(pool, count, model="m"):
     """Calls that wait, and a list to which each is added when it is woken."""
     woken, calls = [], []
     for _ in range(count):
-        call = Call({"model": model})
+        call = exchange(pool, model)
         call.wake = functools.partial(woken.append, call)
         with pytest.raises(akashproxy.Queued):
-            pool.acquire(call, [], [])
+            pool.acquire(call)
         calls.append(call)
     return calls, woken
 
 
 def test_the_queue_is_first_come_first_served():
     pool = members_of({"a": 1}, max_concurrency=2)
-    running = [pool.acquire(Call({"model": "m"}), [], []) for _ in range(2)]
+    running = [pool.acquire(exchange(pool)) for _ in range(2)]
     calls, woken = waiting(pool, 5)
     pool.release(running[0], None, True, 0)
     assert woken == calls[:1], "only as many as can go"
     assert outcome(pool) == "wait", "and nobody overtakes it"
-    member = pool.acquire(calls[0], [], [])
+    member = pool.acquire(calls[0])
     pool.release(member, None, True, 0)
     pool.release(running[1], None, True, 0)
     assert woken == calls[:3] and member.in_flight == 2
     for call in calls[1:3]:
-        pool.release(pool.acquire(call, [], []), None, True, 0)
+        pool.release(pool.acquire(call), None, True, 0)
     assert woken == calls and member.in_flight == 2
 
 
 def test_a_call_that_is_cancelled_leaves_the_queue():
     pool = members_of({"a": 1}, max_concurrency=1)
-    running = pool.acquire(Call({"model": "m"}), [], [])
+    running = pool.acquire(exchange(pool))
     calls, woken = waiting(pool, 4)
-    calls[0].cancel()       # still waiting
+    calls[0].cancellation.cancel()       # still waiting
     assert woken == calls[:1]
     pool.release(running, None, True, 0)
-    calls[1].cancel()       # it has just been given the controller
+    calls[1].cancellation.cancel()       # it has just been given the controller
     assert woken == calls[:2]
     for call in calls[:2]:
         with pytest.raises(akashproxy.ClientDisconnected):
-            pool.acquire(call, [], [])
-        pool.leave_queue(call)
+            pool.acquire(call)
+        call.close()
     assert woken == calls[:3] and running.in_flight == 1
     for call in calls[2:]:
-        pool.leave_queue(call)
+        call.close()
     assert running.in_flight == 0 and not pool.queue.lines
 
 
 def test_who_has_waited_long_enough_gets_an_error():
     pool = members_of({"a": 1}, max_concurrency=1)
-    pool.acquire(Call({"model": "m"}), [], [])
+    pool.acquire(exchange(pool))
     calls, woken = waiting(pool, 100)
     pool.clock.now += 2.9
     assert not pool.wake_waiters(32) and not woken
@@ -3378,18 +3593,18 @@ def test_who_has_waited_long_enough_gets_an_error():
     assert woken == calls
     for call in calls:
         with pytest.raises(APIError) as caught:
-            pool.acquire(call, [], [])
+            pool.acquire(call)
         assert (caught.value.status, caught.value.retry_after) == (429, 1)
 
 
 def test_those_who_wait_go_on_after_a_reload():
     before = members_of({"a": 1}, max_concurrency=1)
-    running = before.acquire(Call({"model": "m"}), [], [])
+    running = before.acquire(exchange(before))
     calls, woken = waiting(before, 3)
     options = dataclasses.replace(before.upstreams[0].options, api_key="new")
     after = akashproxy.Pool(dataclasses.replace(before.settings, controllers=(options,)), before, clock=before.clock)
     before.release(running, None, True, 0)
-    assert woken == calls[:1] and before.acquire(calls[0], [], []) is running is not after.upstreams[0]
+    assert woken == calls[:1] and before.acquire(calls[0]) is running is not after.upstreams[0]
     after.clock.now += 4
     assert not after.wake_waiters(32) and woken == calls
 
@@ -3498,7 +3713,7 @@ def test_the_next_one_is_waited_for_after_a_silent_one(pool, monkeypatch):
     a, b = FakeOpenAI(), FakeOpenAI(text="from b.")
     server = pool((a, {"weight": 1000, "first_byte_timeout": 0.1}), b, max_wait=5)
     b.faults.append(b.garbage(b"\0"))
-    server.pool.upstreams[0].cooldowns["network", None] = akashproxy.CoolDown(time.monotonic() + 60)
+    server.pool.upstreams[0].cooldowns[Category.NETWORK, None] = akashproxy.CoolDown(time.monotonic() + 60)
     assert chat(server, BOTH).status in (502, 503)      # b rests for a while
     server.pool.upstreams[0].cooldowns.clear()
     a.faults.append(a.stall())
@@ -3808,7 +4023,7 @@ MEANINGS = {
 def test_what_the_errors_of_upstreams_mean(case):
     (status, body, *headers), (kind, seen, code, wait, words, *scope) = case
     error = akashproxy.error_from_body("up", status, body, ["sk-secret-key"], *headers, models=["both"])
-    assert (error.category, error.status, error.code) == (kind, seen, code), error.message
+    assert (error.category.value, error.status, error.code) == (kind, seen, code), error.message
     assert error.retry_after == (wait and pytest.approx(wait, abs=300 if wait == 1000 else 0.01))
     assert words in error.message and "\\" not in error.message and error.cooldown_scope == (scope or ["controller"])[0], error.message
     assert error.upstream_status == status or status == 200
@@ -3917,7 +4132,7 @@ def test_no_header_or_body_of_an_error_does_harm():
         headers = {random.choice(names): text() for _ in range(3)}
         body = value() if random.random() < 0.8 else text().encode("utf-8", "replace")
         error = akashproxy.error_from_body("up", random.choice([200, 301, 400, 401, 403, 418, 429, 500, 503, 599]), body, ["sk-secret-key"], headers, ["m"])
-        assert 400 <= error.status < 600 and error.category in akashproxy.FAILURE_POLICY and len(error.message) < 1300
+        assert 400 <= error.status < 600 and isinstance(error.category, Category) and len(error.message) < 1300
         assert error.retry_after is None or 1 <= error.retry_after <= 172800
         akashproxy.Dialect.error_body(error), error.headers()
         akashproxy.akash_error(text() * 3, "m", ["sk-secret-key"])
@@ -3965,7 +4180,7 @@ def test_what_is_behind_akash_is_heard(text, form, akash, serve):
 def test_a_limit_that_akash_tells_in_a_stream_is_one_of_the_model():
     decoder = AkashDecoder("m")
     decoder.feed(b'3:"litellm.RateLimitError: slow down, try again in 2 minutes"\n')
-    assert (decoder.error.cooldown_scope, decoder.error.retry_after, decoder.error.category) == ("model", 120, "limit")
+    assert (decoder.error.cooldown_scope, decoder.error.retry_after, decoder.error.category) == ("model", 120, Category.RATE_LIMIT)
 
 
 @pytest.mark.parametrize("size, status", [(11_000_000, 413), (1000, 502)])
@@ -4106,7 +4321,7 @@ def test_a_content_type_shows_no_secret(pool):
 def test_a_name_of_a_model_condemns_no_key(model):
     for status, message in ((401, "Model {} is not supported"), (403, "Project `p` does not have access to model `{}`"),
                             (403, 'No access to "{}" for this model.'), (400, "{} is not a valid model ID"), (404, "Model {} not found")):
-        assert akashproxy.error_from_body("up", status, err(message.format(model)), models=[model]).category in ("model", "refused")
+        assert akashproxy.error_from_body("up", status, err(message.format(model)), models=[model]).category in (Category.MODEL, Category.REFUSED)
 
 
 @table(REDACTED)
@@ -4137,6 +4352,10 @@ def called(*calls):
         {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}} for id, name, arguments in calls]}
 
 
+def no_result(id):
+    return {"role": "tool", "tool_call_id": id, "content": akashproxy.NO_RESULT}
+
+
 def picture(url):
     return {"type": "image_url", "image_url": {"url": url}}
 
@@ -4164,9 +4383,9 @@ MESSAGES = {
                             {"type": "tool_result", "tool_use_id": "t2", "is_error": True, "content": [
                                 {"type": "text", "text": "2"}, {"type": "image", "source": PNG_SOURCE}, {"type": "tool_reference", "tool_name": "g"},
                                 {"type": "document", "source": {"type": "content", "content": [{"type": "image", "source": PNG_SOURCE}]}}]}])]},
-        {"messages": [user("go"), {**called(("t1", "f", '{"a":[1]}'), ("t2", "f", "{}")), "content": "ok"},
+        {"messages": [user("go"), {**called(("t1", "f", '{"a":[1]}'), ("t2", "f", "{}")), "content": "ok", "reasoning_content": "h"},
                       {"role": "tool", "tool_call_id": "t1", "content": "1"},
-                      {"role": "tool", "tool_call_id": "t2", "content": '2\n\n{"type":"tool_reference","tool_name":"g"}'},
+                      {"role": "tool", "tool_call_id": "t2", "content": 'Error: 2\n\n{"type":"tool_reference","tool_name":"g"}'},
                       user([{"type": "text", "text": "and?"}] + [picture("data:image/png;base64,iVBO")] * 2)]}, None),
     "a result of nothing": ({"messages": [{"role": "assistant", "content": [TOOL_USE]}, user([{"type": "tool_result", "tool_use_id": "t1"}])]},
                             {"messages": [called(("t1", "f", '{"a":[1]}')), {"role": "tool", "tool_call_id": "t1", "content": ""}]}, None),
@@ -4174,7 +4393,7 @@ MESSAGES = {
                                  {"messages": [user("a"), {"role": "assistant", "content": "b"}]}, "server_tool_use"),
     "tools": ({"tools": [{"name": "f", "description": "d", "input_schema": {"type": "object"}}, {"type": "web_search_20250305", "name": "web_search"},
                          {"type": "custom", "name": "g", "strict": True}], "tool_choice": {"type": "any", "disable_parallel_tool_use": True}},
-              {"tools": [{"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}},
+              {"tools": [{"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}}}},
                          {"type": "function", "function": {"name": "g", "strict": True, "parameters": {"type": "object", "properties": {}}}}],
                "tool_choice": "required", "parallel_tool_calls": False}, "web_search_20250305"),
     "one tool": ({"tools": [{"name": "f"}], "tool_choice": {"type": "tool", "name": "f"}},
@@ -4409,10 +4628,10 @@ RESPONSES = {
                    {"type": "function_call_output", "call_id": "c2", "output": "2"}, {"type": "web_search_call", "id": "ws"}]},
         {"messages": [user("go"), {**called(("c1", "f", '{"a":[1]}'), ("c2", "f", "{}")), "content": "ok"}, {"role": "tool", "tool_call_id": "c1", "content": "1"},
                       {"role": "tool", "tool_call_id": "c2", "content": "2"}, user([picture("data:x")])]}, "item_reference, web_search_call"),
-    "a call at once": ({"input": [CALLED]}, {"messages": [called(("c1", "f", '{"a":[1]}'))]}, None),
+    "a call at once": ({"input": [CALLED]}, {"messages": [called(("c1", "f", '{"a":[1]}')), no_result("c1")]}, None),
     "tools": ({"tools": [{"type": "function", "name": "f", "description": "d", "parameters": {"type": "object"}, "strict": False}, {"type": "namespace", "name": "n"},
                          {"type": "web_search"}, {"type": "custom", "name": "c"}], "tool_choice": "auto", "parallel_tool_calls": True},
-              {"tools": [{"type": "function", "function": {"name": "f", "description": "d", "strict": False, "parameters": {"type": "object"}}}],
+              {"tools": [{"type": "function", "function": {"name": "f", "description": "d", "strict": False, "parameters": {"type": "object", "properties": {}}}}],
                "tool_choice": "auto", "parallel_tool_calls": True}, "namespace, web_search, custom"),
     "one tool": ({"tools": [{"type": "function", "name": "f"}], "tool_choice": {"type": "function", "name": "f"}},
                  {"tools": [tool()], "tool_choice": {"type": "function", "function": {"name": "f"}}}, None),
@@ -4542,7 +4761,7 @@ def test_pings_and_failures_before_the_first_event():
     message, response = akashproxy.Messages(ASKED), akashproxy.Responses(WANTED)
     assert {form: message.ping_frame(form) for form in ("comment", "chunk", "off")} == {
         "comment": b'event: ping\ndata: {"type":"ping"}\n\n', "chunk": b'event: ping\ndata: {"type":"ping"}\n\n', "off": b""}
-    assert (response.ping_frame("comment"), response.ping_frame("off")) == (b": keep-alive\n\n", b"")
+    assert (response.ping_frame("comment"), response.ping_frame("off")) == (b": ping\n\n", b"")
     error = APIError(502, "no", code="upstream_error")
     assert [event["type"] for event in named_events(message.error_frames(error))] == ["error"]
     assert [event["type"] for event in named_events(response.error_frames(error))] == ["response.created", "response.in_progress", "error", "response.failed"]
@@ -4594,6 +4813,356 @@ def test_odd_values_are_answered_or_named_never_a_bug():
     assert seen[None] > 500 and seen[400] > 500
 
 
+# -- The history of a conversation: nothing is lost on the way to a chat, and nothing is sent that models refuse
+
+PDF = {"type": "document", "source": {"type": "base64", "media_type": "application/pdf", "data": "JVBERi0xLjQK"}}
+PDF_FILE = {"type": "input_file", "filename": "a.pdf", "file_data": "data:application/pdf;base64,JVBERi0xLjQK"}
+PDF_NOTE = "[A PDF of 9 bytes, which this model can't read.]"
+USES = {"role": "assistant", "content": [{"type": "tool_use", "id": "t1", "name": "f", "input": {}}]}
+CALLED_T1, GOT = called(("t1", "f", "{}")), {"role": "tool", "tool_call_id": "t1", "content": "1"}
+
+
+def thinking(text, **fields):
+    return {"type": "thinking", "thinking": text, "signature": "", **fields}
+
+
+def result(content="1", id="t1", **fields):
+    return {"type": "tool_result", "tool_use_id": id, "content": content, **fields}
+
+
+HISTORIES_OF_MESSAGES = {
+    # name: (messages, messages of the chat)
+    "a system message in the middle": ([user("x"), system("B"), user("y")], [system("B"), user("x"), user("y")]),
+    "several of them, one behind results": ([system("A"), user("x"), USES, user([result()]), system("B"), user("y"), system([{"type": "text", "text": "C"}])],
+                                            [system("A\n\nB\n\nC"), user("x"), CALLED_T1, GOT, user("y")]),
+    "reasoning beside a call": ([{**USES, "content": [thinking("hmm"), *USES["content"]]}, user([result()])], [{**CALLED_T1, "reasoning_content": "hmm"}, GOT]),
+    "two pieces of it, and text": ([{**USES, "content": [thinking("a"), {"type": "text", "text": "t"}, thinking("b", signature="s"), *USES["content"]]}, user([result()])],
+                                   [{**CALLED_T1, "content": "t", "reasoning_content": "a\n\nb"}, GOT]),
+    "reasoning in a message before the call": ([{"role": "assistant", "content": [thinking("hmm")]}, USES, user([result()])], [{**CALLED_T1, "reasoning_content": "hmm"}, GOT]),
+    "reasoning without a call": ([{"role": "assistant", "content": [thinking("hmm"), {"type": "text", "text": "t"}]}, user("y")], [{"role": "assistant", "content": "t"}, user("y")]),
+    "redacted and empty reasoning": ([{**USES, "content": [{"type": "redacted_thinking", "data": "x"}, thinking(""), *USES["content"]]}, user([result()])], [CALLED_T1, GOT]),
+    "a call without a result": ([USES, user("stop")], [CALLED_T1, no_result("t1"), user("stop")]),
+    "one of two": ([{**USES, "content": [*USES["content"], {**USES["content"][0], "id": "t2"}]}, user([result("2", "t2")])],
+                   [called(("t1", "f", "{}"), ("t2", "f", "{}")), no_result("t1"), {**GOT, "tool_call_id": "t2", "content": "2"}]),
+    "results in the other order": ([{**USES, "content": [*USES["content"], {**USES["content"][0], "id": "t2"}]}, user([result("2", "t2"), result()])],
+                                   [called(("t1", "f", "{}"), ("t2", "f", "{}")), GOT, {**GOT, "tool_call_id": "t2", "content": "2"}]),
+    "a result behind another message": ([USES, user("wait"), user([result()])], [CALLED_T1, GOT, user("wait")]),
+    "a result before its call": ([user([result()]), USES], [CALLED_T1, GOT]),
+    "a result without a call": ([user([result("1", "t9")]), {"role": "assistant", "content": "ok"}], [user("[Result of an unknown tool call]\n1"), {"role": "assistant", "content": "ok"}]),
+    "results without IDs": ([{**USES, "content": [*USES["content"], {**USES["content"][0], "id": "t2"}]}, user([result("1", None), result("2", None)])],
+                            [called(("t1", "f", "{}"), ("t2", "f", "{}")), GOT, {**GOT, "tool_call_id": "t2", "content": "2"}]),
+    "a call and a result without an ID": ([{**USES, "content": [{**USES["content"][0], "id": None}]}, user([result("1", None)])],
+                                          [called(("call_0", "f", "{}")), {**GOT, "tool_call_id": "call_0"}]),
+    "two results of one call": ([USES, user([result("1"), result("2")])], [CALLED_T1, {**GOT, "content": "1\n\n2"}]),
+    "an ID that comes again": ([USES, user([result("1")]), USES, user([result("2")])], [CALLED_T1, GOT, CALLED_T1, {**GOT, "content": "2"}]),
+    "an ID that comes again after an interruption": ([USES, user("stop"), USES, user([result("2")])], [CALLED_T1, no_result("t1"), user("stop"), CALLED_T1, {**GOT, "content": "2"}]),
+    "a failure": ([USES, user([result("no such file", is_error=True)])], [CALLED_T1, {**GOT, "content": "Error: no such file"}]),
+    "a failure that says so": ([USES, user([result("Error: no", is_error=True)])], [CALLED_T1, {**GOT, "content": "Error: no"}]),
+    "a failure without words": ([USES, user([result(None, is_error=True)])], [CALLED_T1, {**GOT, "content": "Error: the tool failed."}]),
+    "a PDF in a result": ([USES, user([result([PDF])])], [CALLED_T1, {**GOT, "content": PDF_NOTE}]),
+    "a PDF beside a result": ([USES, user([result(), PDF])], [CALLED_T1, GOT, user(PDF_NOTE)]),
+    "a PDF in an earlier message": ([user([PDF, {"type": "text", "text": "x"}]), {"role": "assistant", "content": "ok"}, user("y")],
+                                    [user(PDF_NOTE + "\n\nx"), {"role": "assistant", "content": "ok"}, user("y")]),
+    "a PDF at a URL": ([USES, user([result([{"type": "document", "source": {"type": "url", "url": "https://x/y.pdf"}}])])],
+                       [CALLED_T1, {**GOT, "content": "[A PDF, which this model can't read.]"}]),
+    "another file in a result": ([USES, user([result([{"type": "resource", "resource": {"mimeType": "application/zip", "blob": "UEsDBA=="}}])])],
+                                 [CALLED_T1, {**GOT, "content": "[A file of 4 bytes, which this model can't read.]"}]),
+    "an unknown block in a history": ([user([{"type": "hologram"}]), {"role": "assistant", "content": "ok"}],
+                                      [user("[A block of type 'hologram' is left out.]"), {"role": "assistant", "content": "ok"}]),
+    "empty blocks": ([system([{"type": "text", "text": ""}]), user([{"type": "text", "text": ""}, {"type": "text", "text": "x"}])], [user("x")]),
+}
+
+
+@table(HISTORIES_OF_MESSAGES)
+def test_a_history_of_messages_as_a_chat(case, pool):
+    messages, chat = case
+    fake = FakeOpenAI()
+    got = ask(pool(fake), "POST", "/v1/messages", {**ASKED, "messages": messages})
+    assert got.status == 200, got.body
+    assert fake.bodies()[0]["messages"] == chat
+
+
+def reasoned(*texts, **fields):
+    return {"type": "reasoning", "id": "rs_1", "summary": [{"type": "summary_text", "text": text} for text in texts], **fields}
+
+
+CALL_ITEM, OUTPUT_ITEM = {**CALLED, "arguments": "{}"}, {"type": "function_call_output", "call_id": "c1", "output": "1"}
+C1, R1 = called(("c1", "f", "{}")), {"role": "tool", "tool_call_id": "c1", "content": "1"}
+DEVELOPER, SAYS = {"role": "developer", "content": "B"}, {"role": "assistant", "content": "doing"}
+HISTORIES_OF_RESPONSES = {
+    # name: (input, messages of the chat)
+    "a developer in the middle": ([user("x"), DEVELOPER, user("y")], [system("B"), user("x"), user("y")]),
+    "reasoning beside a call": ([reasoned("a", "b"), CALL_ITEM, OUTPUT_ITEM], [{**C1, "reasoning_content": "a\n\nb"}, R1]),
+    "reasoning, text and a call": ([reasoned("a"), SAYS, CALL_ITEM, OUTPUT_ITEM], [{**C1, "content": "doing", "reasoning_content": "a"}, R1]),
+    "reasoning in full": ([reasoned("short", content=[{"type": "reasoning_text", "text": "long"}]), CALL_ITEM, OUTPUT_ITEM], [{**C1, "reasoning_content": "long"}, R1]),
+    "reasoning between calls": ([CALL_ITEM, reasoned("a"), {**CALL_ITEM, "call_id": "c2"}, OUTPUT_ITEM, {**OUTPUT_ITEM, "call_id": "c2"}],
+                                [{**called(("c1", "f", "{}"), ("c2", "f", "{}")), "reasoning_content": "a"}, R1, {**R1, "tool_call_id": "c2"}]),
+    "reasoning without a call": ([reasoned("a"), SAYS, user("y")], [SAYS, user("y")]),
+    "reasoning that nothing follows": ([user("x"), reasoned("a"), user("y")], [user("x"), user("y")]),
+    "the assistant's text between": ([user("x"), CALL_ITEM, SAYS, OUTPUT_ITEM], [user("x"), {**C1, "content": "doing"}, R1]),
+    "the user's between": ([CALL_ITEM, user("x"), OUTPUT_ITEM], [C1, R1, user("x")]),
+    "a developer's between": ([CALL_ITEM, DEVELOPER, OUTPUT_ITEM], [system("B"), C1, R1]),
+    "all of them": ([CALL_ITEM, user("x"), SAYS, DEVELOPER, OUTPUT_ITEM], [system("B"), C1, R1, user("x"), SAYS]),
+    "calls in turns": ([CALL_ITEM, OUTPUT_ITEM, {**CALL_ITEM, "call_id": "c2"}, {**OUTPUT_ITEM, "call_id": "c2"}],
+                       [C1, R1, called(("c2", "f", "{}")), {**R1, "tool_call_id": "c2"}]),
+    "no output": ([CALL_ITEM, user("go on")], [C1, no_result("c1"), user("go on")]),
+    "an output before its call": ([OUTPUT_ITEM, CALL_ITEM], [C1, R1]),
+    "an output of nothing known": ([OUTPUT_ITEM], [user("[Result of an unknown tool call]\n1")]),
+    "outputs without IDs": ([CALL_ITEM, {**CALL_ITEM, "call_id": "c2"}, {**OUTPUT_ITEM, "call_id": None}, {**OUTPUT_ITEM, "call_id": None, "output": "2"}],
+                            [called(("c1", "f", "{}"), ("c2", "f", "{}")), R1, {**R1, "tool_call_id": "c2", "content": "2"}]),
+    "arguments as an object": ([{**CALL_ITEM, "arguments": {"a": 1}}, OUTPUT_ITEM], [called(("c1", "f", '{"a":1}')), R1]),
+    "a PDF in an output": ([CALL_ITEM, {**OUTPUT_ITEM, "output": [PDF_FILE]}], [C1, {**R1, "content": PDF_NOTE}]),
+    "a PDF in an earlier message": ([user([PDF_FILE]), SAYS, user("y")], [user(PDF_NOTE), SAYS, user("y")]),
+    "how closely to look": ([user([{"type": "input_image", "image_url": "data:x", "detail": "high"}])],
+                            [user([{"type": "image_url", "image_url": {"url": "data:x", "detail": "high"}}])]),
+}
+
+
+@table(HISTORIES_OF_RESPONSES)
+def test_a_history_of_responses_as_a_chat(case, pool):
+    items, chat = case
+    fake = FakeOpenAI()
+    got = ask(pool(fake), "POST", "/v1/responses", {**WANTED, "input": items})
+    assert got.status == 200, got.body
+    assert fake.bodies()[0]["messages"] == chat
+
+
+def reminder(text):
+    return f"<system-reminder>\n{text}\n</system-reminder>"
+
+
+SYSTEM_AS_TEXT = {
+    # name: (messages, messages of the chat)
+    "after the user's": ([system("A"), user("x"), system("B")], [system("A"), user(f"x\n\n{reminder('B')}")]),
+    "before the user's": ([user("x"), {"role": "assistant", "content": "a"}, system("B"), user("y")],
+                          [user("x"), {"role": "assistant", "content": "a"}, user(f"{reminder('B')}\n\ny")]),
+    "behind a result": ([system("A"), system("B"), USES, user([result()]), system("C")], [system("A\n\nB"), CALLED_T1, GOT, user(reminder("C"))]),
+    "beside a picture": ([user([{"type": "image", "source": PNG_SOURCE}]), system("B")], [user([picture("data:image/png;base64,iVBO"), {"type": "text", "text": reminder("B")}])]),
+}
+
+
+@table(SYSTEM_AS_TEXT)
+def test_later_system_messages_as_text_of_the_user(case, pool):
+    messages, chat = case
+    fake = FakeOpenAI()
+    assert ask(pool((fake, {"system_messages": "user"})), "POST", "/v1/messages", {**ASKED, "messages": messages}).status == 200
+    assert fake.bodies()[0]["messages"] == chat
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/responses"])
+def test_what_a_model_wants_back_with_a_call_comes_back(path, streamed, pool):
+    fake = FakeOpenAI()
+    server = pool(fake)
+    extra = {"google": {"thought_signature": "S/+=\u2028" * 99}}
+    fake.faults.append(answered({"tool_calls": [{"index": 0, "id": "c1", "function": {"name": "f", "arguments": '{"a":'}, "extra_content": extra}]},
+                                {"tool_calls": [{"index": 0, "function": {"arguments": "1}"}}]},
+                                {"tool_calls": [{"index": 1, "id": "c2", "function": {"name": "f", "arguments": "{}"}}]}, finish="tool_calls"))
+    if path == "/v1/messages":
+        got = ask(server, "POST", path, {**ASKED, "stream": streamed})
+        blocks = [event["content_block"] for event in named_events(got.body) if "content_block" in event] if streamed else got.json["content"]
+        assert re.fullmatch("[A-Za-z0-9_-]+", blocks[0]["id"]) and blocks[1]["id"] == "c2"
+        history = {**ASKED, "messages": [{"role": "assistant", "content": [{**blocks[0], "input": {"a": 1}}, blocks[1]]}, user([result("1", block["id"]) for block in blocks])]}
+    else:
+        got = ask(server, "POST", path, {**WANTED, "stream": streamed})
+        output = named_events(got.body)[-1]["response"]["output"] if streamed else got.json["output"]
+        if streamed:
+            assert output == [event["item"] for event in named_events(got.body) if event["type"] == "response.output_item.done"]
+        history = {**WANTED, "input": [*output, *({**OUTPUT_ITEM, "call_id": item["call_id"]} for item in output)]}
+    assert ask(server, "POST", path, history).status == 200
+    sent = called(("c1", "f", '{"a":1}'), ("c2", "f", "{}"))
+    sent["tool_calls"][0]["extra_content"] = extra
+    assert fake.bodies()[-1]["messages"] == [sent, R1, {**R1, "tool_call_id": "c2"}]
+
+
+@pytest.mark.parametrize("id", ["c1", "", "__extra_", "c__extra_x", "c__extra_bnVsbA", "c__extra_é", "c__extra_" + "W" * 4000])
+def test_an_id_that_carries_nothing_stays_as_it_is(id):
+    call_id, extra = akashproxy.split_extra(id)
+    assert (call_id or "", extra) in ((id, None), ("c", None))
+    assert akashproxy.id_with_extra("c1", {"a": "x" * 70000}) == akashproxy.id_with_extra("c1", None) == "c1"
+
+
+LONG = "mcp__plugin_some_marketplace_and_a_server_with_a_long_name__a_tool_with_a_long_name"
+TOOL_NAMES = {
+    # name: (the client's name, its namespace or None, pattern of the name that is sent)
+    "a usual one": ("f", None, "f"),
+    "of 64 characters": ("f" * 64, None, "f{64}"),
+    "of 83": (LONG, None, LONG[:55] + "_[0-9a-f]{8}"),
+    "with other characters": ("a.b/c é", None, "a_b_c___[0-9a-f]{8}"),
+    "in a namespace": ("f", "mcp__x", "mcp__x__f"),
+    "in one that ends with underscores": ("f", "mcp__x__", "mcp__x__f"),
+    "in a long one": ("f", LONG, LONG[:55] + "_[0-9a-f]{8}"),
+}
+
+
+@table(TOOL_NAMES)
+@pytest.mark.parametrize("streamed", [False, True])
+def test_names_of_tools_are_sent_as_upstreams_take_them(case, streamed, pool):
+    name, space, pattern = case
+    fake = FakeOpenAI()
+    server = pool(fake)
+    one = {"type": "function", "name": name, "parameters": {"required": []}}
+    tools = [{"type": "namespace", "name": space, "tools": [one, {"type": "custom", "name": "c"}]}] if space else [one]
+    call = {**CALL_ITEM, "name": name, **({"namespace": space} if space else {})}
+    body = {**WANTED, "tools": tools, "input": [call, OUTPUT_ITEM], "tool_choice": {"type": "function", "name": name, **({"namespace": space} if space else {})}}
+    assert ask(server, "POST", "/v1/responses", body).status == 200
+    sent = fake.bodies()[0]
+    used = sent["tools"][0]["function"]["name"]
+    assert re.fullmatch(pattern, used) and len(sent["tools"]) == 1 and sent["tools"][0]["function"]["parameters"] == {"type": "object", "properties": {}, "required": []}
+    assert sent["messages"][0]["tool_calls"][0]["function"]["name"] == used == sent["tool_choice"]["function"]["name"]
+    fake.faults.append(answered({"tool_calls": [{"index": 0, "id": "c1", "function": {"name": used, "arguments": "{}"}}]}, finish="tool_calls"))
+    got = ask(server, "POST", "/v1/responses", {**body, "stream": streamed})
+    item = (named_events(got.body)[-1]["response"] if streamed else got.json)["output"][0]
+    assert (item["name"], item.get("namespace")) == (name, space)
+    if not space:
+        fake.faults.append(answered({"tool_calls": [{"index": 0, "id": "c1", "function": {"name": used, "arguments": "{}"}}]}, finish="tool_calls"))
+        got = ask(server, "POST", "/v1/messages", {**ASKED, "stream": streamed, "tools": [{"name": name}], "messages": [user("x")]})
+        block = [event["content_block"] for event in named_events(got.body) if "content_block" in event][0] if streamed else got.json["content"][0]
+        assert block["name"] == name and fake.bodies()[-1]["tools"][0]["function"]["name"] == used
+
+
+def test_equal_names_in_namespaces_stay_apart(pool):
+    fake = FakeOpenAI()
+    server = pool(fake)
+    f = {"type": "function", "name": "f", "parameters": {}}
+    tools = [f, {**f, "name": "a__f"}, {"type": "namespace", "name": "a", "tools": [f]}, {"type": "namespace", "name": "b", "tools": [f]}]
+    assert ask(server, "POST", "/v1/responses", {**WANTED, "tools": tools}).status == 200
+    names = [one["function"]["name"] for one in fake.bodies()[0]["tools"]]
+    assert names[:2] == ["f", "a__f"] and names[3] == "b__f" and len(set(names)) == 4
+    fake.faults.append(answered(*({"tool_calls": [{"index": at, "id": f"c{at}", "function": {"name": one, "arguments": "{}"}}]} for at, one in enumerate(names)), finish="tool_calls"))
+    output = ask(server, "POST", "/v1/responses", {**WANTED, "tools": tools}).json["output"]
+    assert [(item["name"], item.get("namespace")) for item in output] == [("f", None), ("a__f", None), ("f", "a"), ("f", "b")]
+
+
+PARAMETERS = {
+    # name: (path, fields of a body, names and values that are sent, names that are not, what is ignored)
+    "a user of 64 characters": ("messages", {"metadata": {"user_id": "u" * 64}}, {"user": "u" * 64}, [], None),
+    "one of 65": ("messages", {"metadata": {"user_id": "u" * 65}}, {}, ["user"], "metadata.user_id"),
+    "one that is JSON": ("messages", {"metadata": {"user_id": '{"device_id":"x"}'}}, {}, ["user"], "metadata.user_id"),
+    "a line that changes each time": ("messages", {"system": [{"type": "text", "text": "x-anthropic-billing-header: cc_version=2; cch=1;"}, {"type": "text", "text": "A"}]},
+                                      {"messages": [system("A"), user("hi")]}, [], None),
+    "such a line before text": ("messages", {"system": "x-anthropic-billing-header: cc_version=2\nA\nB"}, {"messages": [system("A\nB"), user("hi")]}, [], None),
+    "text that speaks of it": ("messages", {"system": "Never send x-anthropic-billing-header: it."}, {"messages": [system("Never send x-anthropic-billing-header: it."), user("hi")]}, [], None),
+    "a choice of a skipped tool": ("messages", {"tools": [{"name": "f"}, {"type": "web_search_20250305", "name": "web_search"}], "tool_choice": {"type": "tool", "name": "web_search"}},
+                                   {"tools": [tool()]}, ["tool_choice"], "web_search_20250305, tool_choice"),
+    "a schema of null": ("responses", {"tools": [{"type": "function", "name": "f", "parameters": {"type": None, "properties": None}}]}, {"tools": [tool()]}, [], None),
+    "choices that a chat has not": ("completions", {"n": 2, "best_of": 3, "logprobs": 5, "suffix": "x", "seed": 1}, {"seed": 1}, ["n", "best_of", "logprobs", "suffix"],
+                                    "n, best_of, logprobs, suffix"),
+    "those it has": ("completions", {"n": 1, "logprobs": None}, {"n": 1}, [], None),
+}
+
+
+@table(PARAMETERS)
+def test_parameters_as_upstreams_take_them(case, pool):
+    path, fields, sent, left_out, ignored = case
+    fake = FakeOpenAI()
+    body = {"messages": ASKED, "responses": WANTED, "completions": {"model": "both", "prompt": "hi"}}[path]
+    got = ask(pool((fake, {"paths": ["/v1/chat/completions"]})), "POST", f"/v1/{path}", {**body, **fields})
+    assert got.status == 200 and got.headers.get("x-akashproxy-ignored") == ignored, got.body
+    assert {name: fake.bodies()[0].get(name) for name in sent} == sent and not set(left_out) & set(fake.bodies()[0])
+
+
+THOUGHT = [{"role": "assistant", "content": None, "reasoning_content": "h", "tool_calls": [{**C1["tool_calls"][0], "extra_content": {"x": 1}}]}, R1]
+ADAPTED = {
+    # name: (a controller's options, path, fields of a body, names and values that are sent, names that are not, what is ignored)
+    "a field of messages": ({"drop": ["reasoning_content"]}, "chat/completions", {"messages": THOUGHT}, {"messages": [{name: value for name, value in THOUGHT[0].items() if name != "reasoning_content"}, R1]}, [], "reasoning_content"),
+    "a field of calls": ({"drop": ["extra_content"]}, "chat/completions", {"messages": THOUGHT}, {"messages": [{**C1, "reasoning_content": "h"}, R1]}, [], "extra_content"),
+    "reasoning of Messages": ({"drop": ["reasoning_content"]}, "messages", {"messages": [{**USES, "content": [thinking("h"), *USES["content"]]}, user([result()])]},
+                              {"messages": [CALLED_T1, GOT]}, [], "reasoning_content"),
+    "what we add": ({"drop": ["stream_options"]}, "messages", {"stream": True}, {"stream": True}, ["stream_options"], "stream_options"),
+    "what we add to Responses": ({"drop": ["stream_options"]}, "responses", {"stream": True}, {"stream": True}, ["stream_options"], "stream_options"),
+    "a new name": ({"rename": {"max_tokens": "max_completion_tokens"}}, "messages", {}, {"max_completion_tokens": 64}, ["max_tokens"], None),
+    "a new name, relayed": ({"rename": {"max_tokens": "max_completion_tokens"}}, "chat/completions", {"max_tokens": 5}, {"max_completion_tokens": 5}, ["max_tokens"], None),
+    "a new name for nothing": ({"rename": {"max_tokens": "max_completion_tokens"}}, "chat/completions", {}, {}, ["max_tokens", "max_completion_tokens"], None),
+    "a fixed value": ({"set": {"reasoning_effort": "low", "n": 1}}, "responses", {"reasoning": {"effort": "high"}}, {"reasoning_effort": "low", "n": 1}, [], None),
+    "a fixed value, relayed": ({"set": {"provider": {"order": ["x"]}}}, "chat/completions", {"seed": 3}, {"provider": {"order": ["x"]}, "seed": 3}, [], None),
+    "not of a chat": ({"set": {"reasoning_effort": "low"}}, "embeddings", {"input": "x"}, {"input": "x"}, ["reasoning_effort"], None),
+    "drop, rename and set in turn": ({"drop": ["a", "c"], "rename": {"a": "b", "d": "c"}, "set": {"d": 4}}, "chat/completions", {"a": 1, "d": 2}, {"c": 2, "d": 4}, ["a", "b"], "a"),
+}
+
+
+@table(ADAPTED)
+def test_a_controller_adapts_requests(case, pool):
+    options, path, fields, sent, left_out, ignored = case
+    fake = FakeOpenAI()
+    server = pool((fake, options))
+    body = {"messages": ASKED, "responses": WANTED}.get(path, {"model": "both", **({"messages": [user("hi")]} if "chat" in path else {})})
+    got = ask(server, "POST", f"/v1/{path}", {**body, **fields})
+    got_body = fake.bodies()[0]
+    if path != "embeddings":
+        assert got.status == 200 and got.headers.get("x-akashproxy-ignored") == ignored, got.body
+    assert {name: got_body.get(name) for name in sent} == sent and not set(left_out) & set(got_body)
+
+
+OVERFLOWS = {
+    # name: (status, an upstream's message, how Messages says it)
+    "OpenAI": (400, "This model's maximum context length is 8192 tokens. However, your messages resulted in 9001 tokens.", "prompt is too long: 9001 tokens > 8192 maximum"),
+    "OpenAI's, with an answer": (400, "This model's maximum context length is 4097 tokens. However, you requested 5000 tokens (4000 in the messages, 1000 in the completion).",
+                                 "input length and `max_tokens` exceed context limit: 4000 + 1000 > 4097, decrease input length or `max_tokens` and try again"),
+    "vLLM": (400, "max_tokens (or max_completion_tokens) is too large: 32000. This model's maximum context length is 32768 tokens and your request has 12193 input tokens "
+             "(32000 > 32768 - 12193).", "input length and `max_tokens` exceed context limit: 12193 + 32000 > 32768, decrease input length or `max_tokens` and try again"),
+    "llama.cpp": (400, "request (9001 tokens) exceeds the available context size (8192 tokens), try increasing it", "prompt is too long: 9001 tokens > 8192 maximum"),
+    "llama.cpp's older one": (500, "the request exceeds the available context size. try increasing the context size", None),
+    "SGLang": (400, "Requested token count exceeds the model's maximum context length of 32768 tokens. You requested a total of 44193 tokens: 12193 tokens from the input messages "
+               "and 32000 tokens for the completion.", "input length and `max_tokens` exceed context limit: 12193 + 32000 > 32768, decrease input length or `max_tokens` and try again"),
+    "TGI": (422, "`inputs` tokens + `max_new_tokens` must be <= 32768. Given: 12193 `inputs` tokens and 32000 `max_new_tokens`",
+            "input length and `max_tokens` exceed context limit: 12193 + 32000 > 32768, decrease input length or `max_tokens` and try again"),
+    "Gemini": (400, "The input token count (1200000) exceeds the maximum number of tokens allowed (1048576).", "prompt is too long: 1200000 tokens > 1048576 maximum"),
+    "Mistral": (400, "Prompt contains 40000 tokens and 0 draft tokens, too large for model with 32768 maximum context length", "prompt is too long: 40000 tokens > 32768 maximum"),
+    "Moonshot": (400, "Your request exceeded model token limit: 131072 (requested: 140000)", "prompt is too long: 140000 tokens > 131072 maximum"),
+    "OpenRouter": (400, "This endpoint's maximum context length is 32768 tokens. However, you requested about 44193 tokens (12193 of text input, 32000 in the output).",
+                   "input length and `max_tokens` exceed context limit: 12193 + 32000 > 32768, decrease input length or `max_tokens` and try again"),
+    "LM Studio": (400, "The number of tokens to keep from the initial prompt is greater than the context length (n_keep: 9001>= n_ctx: 8192).", "prompt is too long: 9001 tokens > 8192 maximum"),
+    "no numbers": (400, "Your input exceeds the context window of this model.", None),
+    "Anthropic's own": (400, "prompt is too long: 9001 tokens > 8192 maximum", "prompt is too long: 9001 tokens > 8192 maximum"),
+}
+
+
+@table(OVERFLOWS)
+def test_a_request_that_is_too_long_is_told_in_each_clients_words(case, pool):
+    status, message, told = case
+    fake = FakeOpenAI()
+    server = pool(fake)
+    fake.faults.extend([fake.garbage(reply(status, json.dumps({"error": {"message": message}}).encode(), "Content-Type: application/json"))] * 3)
+    got = ask(server, "POST", "/v1/messages", ASKED)
+    assert got.status == 400 and got.json["error"] == {"type": "invalid_request_error", "message": told or f"prompt is too long: {message}"}
+    for path, body in (("chat/completions", CHAT), ("responses", WANTED)):
+        got = ask(server, "POST", f"/v1/{path}", body)
+        assert got.status == 400 and got.json["error"]["code"] == "context_length_exceeded" and got.json["error"]["message"] == message
+
+
+@pytest.mark.parametrize("message", ["max_tokens is too large: 64000. This model supports at most 16384 completion tokens", "The image is too large", "tools.0.name: too long"])
+def test_other_errors_are_not_told_as_too_long(message, pool):
+    fake = FakeOpenAI()
+    fake.faults.append(fake.garbage(reply(400, json.dumps({"error": {"message": message}}).encode(), "Content-Type: application/json")))
+    assert ask(pool(fake), "POST", "/v1/messages", ASKED).json["error"]["message"] == message
+
+
+REASONS = {
+    # finish_reason: (of Messages, of Messages with a call, status of Responses, its reason)
+    "stop": ("end_turn", "tool_use", "completed", None),
+    "length": ("max_tokens", "max_tokens", "incomplete", "max_output_tokens"),
+    "content_filter": ("refusal", "refusal", "incomplete", "content_filter"),
+    "tool_calls": ("end_turn", "tool_use", "completed", None),
+    "function_call": ("end_turn", "tool_use", "completed", None),
+}
+
+
+@pytest.mark.parametrize("reason", REASONS)
+@pytest.mark.parametrize("streamed", [False, True])
+def test_why_an_answer_ended_in_each_dialect(reason, streamed, pool):
+    plain, with_call, status, detail = REASONS[reason]
+    fake = FakeOpenAI()
+    server = pool(fake)
+    fake.faults += [answered(delta, finish=reason) for delta in ({"content": "x"}, {"tool_calls": [{"index": 0, "id": "c", "function": {"name": "f", "arguments": "{}"}}]}, {"content": "x"})]
+    for expected in (plain, with_call):
+        got = ask(server, "POST", "/v1/messages", {**ASKED, "stream": streamed})
+        assert (named_events(got.body)[-2]["delta"] if streamed else got.json)["stop_reason"] == expected
+    got = ask(server, "POST", "/v1/responses", {**WANTED, "stream": streamed})
+    response = named_events(got.body)[-1]["response"] if streamed else got.json
+    assert (response["status"], (response["incomplete_details"] or {}).get("reason")) == (status, detail)
+
+
 # == tools as text ============================================================================
 
 def function(name, **types):
@@ -4608,7 +5177,7 @@ IN_KYIV, LVIV = ("weather", {"city": "Kyiv"}), '{"name": "weather", "arguments":
 # One call in each form that chat templates and reports of bugs show. Hermes: NousResearch/Hermes-Function-Calling, Qwen2.5 and Qwen3; its slips:
 # NousResearch/hermes-agent#5315 and #22696, minpeter/ai-sdk-tool-call-middleware#298. Tags: Qwen/Qwen3-Coder, zai-org/GLM-4.5. Marks: the
 # templates of moonshotai/Kimi-K2-Instruct, deepseek-ai/DeepSeek-V3 and V3.1, mistralai; meta-llama/llama-models, models/llama3_1/prompt_format.md.
-CALLS = {
+CALL_FORMS = {
     "Hermes": f"<tool_call>\n{KYIV}\n</tool_call>",
     "Hermes in one line": f"<tool_call>{KYIV}</tool_call>",
     "parameters for arguments": '<tool_call>{"name": "weather", "parameters": {"city": "Kyiv"}}</tool_call>',
@@ -4630,9 +5199,9 @@ CALLS = {
     "DeepSeek-V3.1": '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>weather<｜tool▁sep｜>{"city": "Kyiv"}<｜tool▁call▁end｜><｜tool▁calls▁end｜>',
 }
 TOOL_ANSWERS = {    # an answer: its text, its calls
-    **{form: (call, "", [IN_KYIV]) for form, call in CALLS.items()},
-    **{f"{form}, after text": (f"I look. {call}", "I look. ", [IN_KYIV]) for form, call in CALLS.items()},
-    **{f"{form}, twice": (f"{call}\n{call}\n", "", [IN_KYIV, IN_KYIV]) for form, call in CALLS.items()},
+    **{form: (call, "", [IN_KYIV]) for form, call in CALL_FORMS.items()},
+    **{f"{form}, after text": (f"I look. {call}", "I look. ", [IN_KYIV]) for form, call in CALL_FORMS.items()},
+    **{f"{form}, twice": (f"{call}\n{call}\n", "", [IN_KYIV, IN_KYIV]) for form, call in CALL_FORMS.items()},
     "text before and after": (f"A `x` <b>\n<tool_call>{KYIV}</tool_call>\nB", "A `x` <b>\n\nB", [IN_KYIV]),
     "Mistral's list": (f"[TOOL_CALLS] [{KYIV}]", "", [IN_KYIV]),
     "Mistral's name": ('[TOOL_CALLS]weather[ARGS]{"city": "Kyiv"}', "", [IN_KYIV]),
@@ -4656,10 +5225,10 @@ TOOL_ANSWERS = {    # an answer: its text, its calls
     "lines in a parameter": ("<function=write>\n<parameter=content>\n<a>\n\nb\n\n</parameter>\n</function>", "", [("write", {"content": "<a>\n\nb\n"})]),
     "a fence in the text before": (f"```\nx\n```\n<tool_call>{KYIV}</tool_call>", "```\nx\n```\n", [IN_KYIV]),
 }
-PROSE = [
+NO_CALLS = [
     "I would write <tool_call> now.", "The tag is <tool_call>, closed by </tool_call>.", "<tool_call>", "<tool_call></tool_call>", "<tool_cal", "a <", "[TOOL_",
-    f"`<tool_call>{KYIV}</tool_call>`", f"``<tool_call>{KYIV}</tool_call>``", f"```\n<tool_call>{KYIV}</tool_call>\n```\n", f"```xml\n{CALLS['Hermes']}\n```",
-    f"~~~\n{CALLS['Hermes']}\n~~~\nend", f"Example:\n\n- ```json\n{CALLS['Hermes']}\n```", f'It answers "<tool_call>{KYIV}</tool_call>".',
+    f"`<tool_call>{KYIV}</tool_call>`", f"``<tool_call>{KYIV}</tool_call>``", f"```\n<tool_call>{KYIV}</tool_call>\n```\n", f"```xml\n{CALL_FORMS['Hermes']}\n```",
+    f"~~~\n{CALL_FORMS['Hermes']}\n~~~\nend", f"Example:\n\n- ```json\n{CALL_FORMS['Hermes']}\n```", f'It answers "<tool_call>{KYIV}</tool_call>".',
     '<tool_call>{"name": <function-name>, "arguments": <args-json-object>}</tool_call>', '<tool_call>{"name": "rm", "arguments": {}}</tool_call>',
     '<tool_call>{"name": "weather", "arguments": {"city": }}</tool_call>', '<tool_call>{"name": "weather", "arguments": {"city": "Kyiv"}</tool_call>',
     f"<tool_call>{KYIV}}}</tool_call>", f"<tool_call>{KYIV} is how it looks.", '<tool_call>{"name": "weather", "arguments": [1]}</tool_call>',
@@ -4668,7 +5237,7 @@ PROSE = [
     f"<tool_call>[{KYIV}, {{}}]</tool_call>", "if (a[0] < b) { return '<tool>' }", '<tool_call>{"name": "weather", "arguments": {"city": "Ky',
     f"<tool_call>not {KYIV}</tool_call>",
 ]
-TOOL_ANSWERS.update({f"text: {text}": (text, text, []) for text in PROSE})
+TOOL_ANSWERS.update({f"text: {text}": (text, text, []) for text in NO_CALLS})
 
 
 def prompted(stream=True, **fields):
@@ -4677,9 +5246,9 @@ def prompted(stream=True, **fields):
 
 
 def tool_answer(pieces, stream=True):
-    [step] = prompted(stream).filters()
+    step = akashproxy.ToolCallFilter(prompted(stream))
     answer = fold([event for piece in pieces for event in step.feed([Text(piece)])] + step.feed([Finish("stop")]) + step.close())
-    assert not step.error and answer.finish == Finish("tool_calls" if answer.tools else "stop")
+    assert answer.finish == Finish("tool_calls" if answer.tools else "stop")
     assert all(call.id for call in answer.tools) and [call.index for call in answer.tools] == list(range(len(answer.tools)))
     return answer.text, [(call.name, json.loads(call.arguments)) for call in answer.tools]
 
@@ -4693,13 +5262,13 @@ def test_calls_in_text_are_found_however_they_are_cut(name):
 
 
 def test_the_tables_of_answers_are_large_enough():
-    assert len(TOOL_ANSWERS) - len(PROSE) >= 60 and len(PROSE) >= 30
+    assert len(TOOL_ANSWERS) - len(NO_CALLS) >= 60 and len(NO_CALLS) >= 30
 
 
 def test_long_arguments_are_sent_as_they_arrive():
     content = "line\n" * 400
     for head in ('<tool_call>{"name": "write", "arguments": ', "<function=write>"):
-        [step] = prompted().filters()
+        step = akashproxy.ToolCallFilter(prompted())
         arguments, tail = json.dumps({"content": content}), "}</tool_call>" if head[1] == "t" else "</function>"
         events = [step.feed([Text(piece)]) for piece in re.findall("(?s).{1,9}", head + arguments + tail)]
         calls = [event for batch in events for event in batch]
@@ -4711,18 +5280,22 @@ def test_long_arguments_are_sent_as_they_arrive():
 def test_a_long_call_that_proves_invalid_ends_a_stream_with_an_error_and_is_text_otherwise():
     answer = '<tool_call>{"name": "write", "arguments": {"content": "%s" oops}}</tool_call>' % ("x" * 999)
     for stream in (True, False):
-        [step] = prompted(stream).filters()
-        events = [event for char in answer for event in step.feed([Text(char)])] + step.feed([Finish("stop")])
-        assert (step.error.code == "invalid_tool_call") if stream else (fold(events).text == answer and not step.error)
+        step = akashproxy.ToolCallFilter(prompted(stream))
+        read = lambda: fold([event for piece in [*map(Text, answer), Finish("stop")] for event in step.feed([piece])])
+        if stream:
+            with pytest.raises(APIError, match="invalid tool call"):
+                read()
+        else:
+            assert read().text == answer
 
 
 def test_only_what_may_begin_a_call_is_held_back():
-    [step] = prompted().filters()
+    step = akashproxy.ToolCallFilter(prompted())
     assert step.feed([Text("a <b> [c] <tool")]) == [Text("a <b> [c] ")] and step.feed([Text("s>")]) == [Text("<tools>")]
 
 
 def test_one_call_only_ends_the_answer():
-    [step] = prompted(parallel_tool_calls=False).filters()
+    step = akashproxy.ToolCallFilter(prompted(parallel_tool_calls=False))
     events = step.feed([Text(f"<tool_call>{KYIV}</tool_call>\n<tool_call>{KYIV}</tool_call>")])
     assert [type(event) for event in events] == [ToolCall, Finish] and step.stopped
 
@@ -4738,17 +5311,17 @@ def test_tools_and_history_become_text_in_the_models_own_form(model):
                {"role": "tool", "tool_call_id": "c1", "content": "sun"}, {"role": "tool", "tool_call_id": "c2", "content": [{"type": "text", "text": "rain"}]}]
     call = Call({"model": model, "messages": history, "tools": FUNCTIONS, "tool_choice": "required"})
     tools = akashproxy.PromptedTools(call, model, akashproxy.TOOLS_PROMPT, "fake")
-    system, user, assistant, results = tools.body()["messages"]
+    system, user, assistant, results = akashproxy.join_user_messages(tools.body()["messages"])
     assert set(tools.body()) == {"model", "messages"} and user == history[1] and [m["role"] for m in (assistant, results)] == ["assistant", "user"]
     assert TOOL_MODELS[model] in system["content"] and system["content"].endswith(akashproxy.MUST_CALL) and json.dumps(FUNCTIONS[2], separators=(",", ":")) in system["content"]
     assert results["content"].index("sun") < results["content"].index("rain")
-    [step] = tools.filters()
+    step = akashproxy.ToolCallFilter(tools)
     assert fold(step.feed([Text(assistant["content"]), Finish("stop")])).text == "I look.\n\n" and step.count == 2, "it reads what it writes"
 
 
 def test_without_a_choice_nothing_is_added_to_the_prompt():
     tools = prompted(tool_choice="none")
-    assert tools.body()["messages"] == [{"role": "user", "content": "x"}] and tools.filters() == []
+    assert tools.body()["messages"] == [{"role": "user", "content": "x"}] and not tools.functions
     tools = prompted(tool_choice={"type": "function", "function": {"name": "now"}})
     assert list(tools.functions) == ["now"] and tools.required
     with pytest.raises(APIError, match="tool_choice"):
@@ -4933,6 +5506,28 @@ def test_the_matrix(kind, name, dialect, streamed, pool):
     assert answer == wanted
 
 
+@pytest.mark.parametrize("fields, ignored", [
+    ({"tools": [{"type": "function"}], "tool_choice": "required", "n": 2}, "tools, tool_choice, n"), ({"stop": "mock"}, "stop"),
+    ({"max_tokens": 1, "seed": 1}, "max_tokens, seed"), ({"messages": [{"role": "user", "content": "hi"}]}, None), ({"tools": None}, None)])
+def test_akash_drops_parameters_before_it_checks_them(akash, serve, fields, ignored):
+    drop = ("tools", "tool_choice", "n", "stop", "max_tokens", "messages")
+    server = serve(controllers=(akashproxy.ControllerSettings(type="akash", drop=drop),))
+    got = chat(server, {**CHAT, **fields})
+    assert got.status == 200 and got.headers.get("x-akashproxy-ignored") == ignored and got.json["choices"][0]["message"]["content"] == "Hello from the mock."
+
+
+@pytest.mark.parametrize("form, status", [({"type": "json_object"}, 200), ({"type": "text"}, 200), ({"type": "json_schema"}, 400), ("json", 400)])
+def test_akash_ignores_json_mode_and_says_so(serve, form, status):
+    got = chat(serve(), response_format=form)
+    assert got.status == status and got.headers.get("x-akashproxy-ignored") == ("response_format" if form == {"type": "json_object"} else None)
+
+
+def test_a_failed_image_of_the_2026_version_is_not_repeated(akash, serve):
+    akash.faults.append(akash.raw(reply(500, b'{"error":"Error generating image","message":"No workers at http://inner:1/x"}'), keep=True))
+    got = chat(serve(), {**CHAT, "model": "AkashGen"})
+    assert (got.status, got.json["error"]["code"], got.headers["x-should-retry"]) == (502, "image_failed", "false") and b"inner" not in got.body
+
+
 # == proxies and TLS ==========================================================================
 
 
@@ -4972,15 +5567,116 @@ class ForwardProxy(Fake):
             target.shutdown(socket.SHUT_RDWR)
 
 
-def test_the_environments_proxies_are_not_asked(pool, monkeypatch):
-    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
-    monkeypatch.delenv("no_proxy", raising=False)
-    monkeypatch.delenv("NO_PROXY", raising=False)
-    assert chat(pool(FakeOpenAI()), BOTH).status == 200
+class SocksServer(ForwardProxy):
+    """A SOCKS 5 proxy, with a user and a password if wanted; .requests are (kind of address, host, port, login)."""
+
+    def __init__(self, login=None, code=0):
+        self.login, self.code = login, code
+        super().__init__()
+
+    def serve(self, sock):
+        with contextlib.suppress(OSError, IndexError), sock:
+            stream = sock.makefile("rb", buffering=0)
+            methods = stream.read(stream.read(2)[1])
+            method = 2 if self.login else 0
+            sock.sendall(bytes([5, method if method in methods else 255]))
+            login = [stream.read(stream.read(size)[-1]).decode() for size in (2, 1)] if method in methods and method else None
+            if login:
+                sock.sendall(bytes([1, login != self.login]))
+            kind = stream.read(4)[3]
+            raw = stream.read({1: 4, 4: 16}.get(kind) or stream.read(1)[0])
+            host = raw.decode() if kind == 3 else str(akashproxy.ipaddress.ip_address(raw))
+            port = int.from_bytes(stream.read(2), "big")
+            self.requests.append((kind, host, port, login))
+            sock.sendall(bytes([5, self.code, 0, 3, 4]) + b"host" + b"xx")
+            if not self.code:
+                with socket.create_connection((host, port)) as upstream:
+                    threading.Thread(target=self.pump, args=(upstream, sock), daemon=True).start()
+                    self.pump(sock, upstream)
+
+
+@pytest.mark.parametrize("scheme, user, kind", [("socks5h", "", 3), ("socks5", "", 1), ("socks5h", "us%3Aer:p%40w@", 3)])
+def test_a_socks_proxy_on_the_way(pool, tmp_path, scheme, user, kind):
+    for fake, ca_file in ((FakeOpenAI(), ""), (TLSOpenAI(tmp_path), str(tmp_path / "ca.pem"))):
+        (tmp_path / "ca.pem").write_text(TLS_AUTHORITY)
+        proxy = SocksServer(["us:er", "p@w"] if user else None)
+        name = fake.url.replace("127.0.0.1", "localhost") if not ca_file else fake.url
+        server = pool((fake, {"base_url": name + "/v1"}), ca_file=ca_file, proxy=f"{scheme}://{user}127.0.0.1:{proxy.port}")
+        assert chat(server, BOTH).status == chat(server, BOTH).status == 200
+        host, kind = ("localhost", kind) if not ca_file else ("127.0.0.1", 1)
+        assert proxy.requests == [(kind, "127.0.0.1" if kind == 1 else host, fake.port, proxy.login)]
+        proxy.close()
+
+
+@pytest.mark.parametrize("user, login, code, words", [
+    ("", ["a", "b"], 0, "is not SOCKS 5 or refuses this login"), ("a:s3cret@", ["a", "b"], 0, "rejected the user or the password"),
+    ("", None, 5, "SOCKS reply 5"), ("", None, 4, "SOCKS reply 4")])
+def test_a_socks_proxy_that_refuses(pool, user, login, code, words):
+    proxy, fake = SocksServer(login, code), FakeOpenAI()
+    got = chat(pool(fake, proxy=f"socks5h://{user}127.0.0.1:{proxy.port}"), BOTH)
+    assert got.status == 502 and words in got.json["error"]["message"] and "the proxy 127.0.0.1 " in got.json["error"]["message"]
+    assert b"s3cret" not in got.body and not fake.requests
+    proxy.close()
+
+
+@pytest.mark.parametrize("environ, url, proxy", [
+    ({"HTTPS_PROXY": "http://p:1"}, "https://a.b/v1", "http://p:1"), ({"HTTPS_PROXY": "http://p:1"}, "http://a.b/v1", ""),
+    ({"http_proxy": "p:1"}, "http://a.b/v1", "http://p:1"), ({"http_proxy": "http://low:1", "HTTP_PROXY": "http://up:1"}, "http://a.b", "http://low:1"),
+    ({"ALL_PROXY": "socks5h://p"}, "https://a.b", "socks5h://p"), ({"ALL_PROXY": "http://all:1", "HTTPS_PROXY": "http://p:1"}, "https://a.b", "http://p:1"),
+    *(({"ALL_PROXY": "http://p:1", "NO_PROXY": no_proxy}, "https://api.b.example:8443/v1", "" if bypassed else "http://p:1") for no_proxy, bypassed in (
+        ("*", True), ("b.example", True), (".b.example", True), ("*.b.example", True), ("x, B.Example", True), ("api.b.example:8443", True),
+        ("api.b.example:443", False), ("i.b.example", False), ("example.com", False), (",", False), ("10.0.0.0/8", False), (".", False))),
+    *(({"ALL_PROXY": "http://p:1", "NO_PROXY": no_proxy}, "http://10.1.2.3", "" if bypassed else "http://p:1") for no_proxy, bypassed in (
+        ("10.0.0.0/8", True), ("10.1.2.3", True), ("10.1.2.3:80", True), ("10.1.2.3:81", False), ("11.0.0.0/8", False), ("1.2.3", False))),
+    ({"ALL_PROXY": "http://p:1", "NO_PROXY": "::1"}, "http://[::1]:9", ""), ({"ALL_PROXY": "http://p:1", "NO_PROXY": "[::1]"}, "http://[::1]", ""),
+    ({"PROXY": "none", "HTTPS_PROXY": "https://p:1"}, "https://a.b", ""), ({"PROXY": "http://q:2", "HTTPS_PROXY": "http://p:1"}, "https://a.b", "http://q:2"),
+])
+def test_the_environments_proxies_rule_as_with_curl(environ, url, proxy):
+    options, = Settings.load({"AKASH_BASE_URL": url, **environ}).pool()
+    assert options.proxy == proxy
+
+
+@pytest.mark.parametrize("value", ["https://p:1", "socks4://p", "ftp://p", "http://p:0", "http://p/x", "http://" + "u" * 300 + "@p:1"])
+def test_proxies_of_other_kinds_are_named(value):
+    for name, words in (("HTTPS_PROXY", "PROXY=none ignores it"), ("PROXY", "must be http://")):
+        with pytest.raises(ConfigError) as caught:
+            Settings.load({name: value})
+        assert len(caught.value.problems) == 1 and caught.value.problems[0].startswith(f"{name}: ") and words in caught.value.problems[0]
+
+
+def test_a_controllers_own_proxy_precedes_and_the_settings_say_which_rules(config):
+    path = config({"controllers": [{"type": "akash", "proxy": "none"}, {"type": "akash", "proxy": "http://u:s3cret@a:1"}, {"type": "akash"}]})
+    done = run("--config-file", path, "--proxy", "socks5://u:s3cret@b:2", "--check")
+    assert [line for line in done.stdout.splitlines() if line.lower().startswith("proxy")] == [
+        "PROXY=socks5://u:********@b:2", "proxy=http://u:********@a:1", "proxy=socks5://u:********@b:2 (PROXY)"] and "s3cret" not in done.stdout
+    server = Server(dataclasses.replace(load(path), server_address="127.0.0.1:0"))
+    assert str(server.pool).split(", akash")[1] == "-2 (https://chat.akash.network, proxy http://u:********@a:1)"
+    server.stop(0)
+
+
+@pytest.mark.parametrize("kind, words", {
+    "a name": "the name 'no-such-host.invalid' can't be looked up", "refused": "refused the connection", "a certificate": "can't be verified: ",
+    "a proxy": "refused the connection with status 407"}.items())
+def test_an_unreachable_upstream_is_explained_with_its_host(pool, tmp_path, caplog, kind, words):
+    proxy, fake = Fake(), TLSOpenAI(tmp_path)
+    proxy.faults.append(lambda sock, request: sock.sendall(b"HTTP/1.1 407 Say who you are\r\n\r\n"))
+    proxy.faulty = bool
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    url = {"a name": "http://no-such-host.invalid:1", "refused": f"http://127.0.0.1:{port}"}.get(kind, fake.url)
+    server = pool((fake, {"base_url": url + "/v1", "proxy": f"http://127.0.0.1:{proxy.port}" if kind == "a proxy" else ""}))
+    got = chat(server, BOTH)
+    host = "127.0.0.1" if kind != "a name" else "no-such-host.invalid"
+    status, = ask(server, path="/status").json["controllers"]
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    for text in (got.json["error"]["message"], status["last_error"], "\n".join(warnings)):
+        assert words in text and host in text and "Say who" not in text, text
+    assert got.status == 502
+    proxy.close()
 
 
 def test_a_proxy_on_the_way_plain(pool, monkeypatch):
-    monkeypatch.setenv("no_proxy", "*")     # the environment has no say in that, either
+    monkeypatch.setenv("no_proxy", "*")     # concerns the environment's proxies only
     proxy, fake = ForwardProxy(), FakeOpenAI()
     server = pool((fake, {"proxy": f"http://us%40er:p%3Aw@127.0.0.1:{proxy.port}", "api_key": "k"}))
     assert chat(server, BOTH).status == 200
@@ -5090,7 +5786,7 @@ def test_a_reload_reaches_open_connections(pool):
     link = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)
     with contextlib.closing(link):
         assert ask_again(link, path="/status", headers={"Authorization": "Bearer old"}).status == 200
-        server.pool.upstreams[0].cooldowns["limit", None] = akashproxy.CoolDown(time.monotonic() + 99)
+        server.pool.upstreams[0].cooldowns[Category.RATE_LIMIT, None] = akashproxy.CoolDown(time.monotonic() + 99)
         server.reload(dataclasses.replace(server.settings, bearer_token=("new",)))
         assert ask_again(link, path="/status", headers={"Authorization": "Bearer old"}).status == 401
         state = ask_again(link, path="/status", headers={"Authorization": "Bearer new"}).json["controllers"][0]
@@ -5643,8 +6339,38 @@ def test_no_more_threads(serve, monkeypatch):
     monkeypatch.setattr(threading.Thread, "start", lambda thread: (_ for _ in ()).throw(RuntimeError("can't start new thread"))
                         if thread.name == "akashproxy worker" else start(thread))
     assert chat(server).status == 503
+    assert ask(server).status == 200    # its monitoring still works
     monkeypatch.undo()
-    assert ask(server).status == 200 and server.workers.idle <= 1
+    assert chat(server).status == 200 and server.workers.idle <= 1
+
+
+class NamesItsThread(akashproxy.Handler):
+    def do_GET(self):
+        self.request.server.handled_by = threading.current_thread().name
+        return super().do_GET()
+
+
+def test_health_on_the_loop_and_a_subclass_on_a_worker():
+    with Server(Settings(server_address="127.0.0.1:0")) as server:
+        # each is dispatched within the response of the one before: no recursion, all are answered
+        got = talk(server, b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n" * 1500
+                   + b"HEAD /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        assert got.count(b"HTTP/1.1 200 OK") == 1501 and got.count(b"is running") == 1500
+        assert server.workers.idle == 0
+    with Server(Settings(server_address="127.0.0.1:0"), NamesItsThread) as server:
+        assert ask(server).status == 200 and server.handled_by == "akashproxy worker"
+
+
+# The position of [DONE] in the data must not matter: the first one ends the answer.
+def test_the_first_of_several_ends_of_a_relay():
+    begin = b'data: {"choices":[{"delta":{"content":"[DONE] "},"finish_reason":null}]}\n\n'
+    for data, passed_on in (
+        (begin + b"data: [DONE]\n\ndata: [DONE]\n\n", begin + b"data: [DONE]\n\n"),
+        (begin + b"data: [DONE]\n\n" + begin, begin + b"data: [DONE]\n\n"),
+        (begin * 2, begin * 2),
+    ):
+        decoder = akashproxy.PassthroughDecoder("up", True, akashproxy.STREAM_ENDS["/v1/chat/completions"])
+        assert b"".join(event.data for event in decoder.feed(data)) == passed_on and decoder.complete == (b"data: [DONE]" in data)
 
 
 def test_too_many_connections(serve):
@@ -5665,7 +6391,7 @@ def test_a_prompt_of_20_megabytes(akash, serve):
     assert len(akash.bodies()[0]["messages"][0]["content"]) == 20 << 20
 
 
-@pytest.mark.parametrize("form, fill", [("comment", b": keep-alive\n\n"), ("chunk", b'"delta":{"role":"assistant","content":""}'), ("off", None)])
+@pytest.mark.parametrize("form, fill", [("comment", b": ping\n\n"), ("chunk", b'"delta":{"role":"assistant","content":""}'), ("off", None)])
 def test_pings_fill_silence(form, fill, akash, serve):
     hold = threading.Event()
 
@@ -5712,14 +6438,14 @@ def test_an_error_after_pings_is_told_in_the_stream(akash, serve):
 
     akash.faults.append(late)
     got = chat(serve(heartbeat=0.1), stream=True)
-    assert got.status == 200 and b": keep-alive\n\n" in got.body and b'data: {"error":{' in got.body and got.body.endswith(b"data: [DONE]\n\n")
+    assert got.status == 200 and b": ping\n\n" in got.body and b'data: {"error":{' in got.body and got.body.endswith(b"data: [DONE]\n\n")
 
 
 def test_failover_goes_on_behind_pings(pool):
     a, b = FakeOpenAI(), FakeOpenAI(text="from b.")
     a.faults.append(a.stall())
     got = chat(pool((a, {"weight": 1000, "first_byte_timeout": 0.3}), b, heartbeat=0.05), BOTH, stream=True)
-    assert got.status == 200 and got.body.startswith(b": keep-alive\n\n") and b"from " in got.body and b"error" not in got.body
+    assert got.status == 200 and got.body.startswith(b": ping\n\n") and b"from " in got.body and b"error" not in got.body
 
 
 def test_pings_never_cut_an_event(pool):
@@ -5734,7 +6460,96 @@ def test_pings_never_cut_an_event(pool):
 
     a.faults.append(halves)
     body = chat(pool(a, heartbeat=0.1, idle_timeout=5), BOTH, stream=True).body
-    assert b": keep-alive\n\n" in body and body.replace(b": keep-alive\n\n", b"") == b"".join(events)
+    assert b": ping\n\n" in body and body.replace(b": ping\n\n", b"") == b"".join(events)
+
+
+def call_piece(index, arguments, **fields):
+    return FakeOpenAI.event({"tool_calls": [{"index": index, "function": {"arguments": arguments, **({"name": "f"} if fields else {})}, **fields}]})
+
+
+SILENT_OUTPUT = {
+    # name: (path, first frames of an upstream, a frame that it repeats and of which nothing is sent to the client)
+    "reasoning that Messages withholds": ("messages", b"", FakeOpenAI.event({"reasoning_content": "t"})),
+    "reasoning in legacy completions": ("completions", b"", FakeOpenAI.event({"reasoning_content": "t"})),
+    "fragments that wait in Messages": ("messages", call_piece(0, '{"a"', id="c0") + call_piece(1, '{"b":"', id="c1"), call_piece(1, "x")),
+    "fragments that wait in Responses": ("responses", call_piece(0, '{"a"', id="c0") + call_piece(1, '{"b":"', id="c1"), call_piece(1, "x")),
+    "empty deltas": ("responses", FakeOpenAI.event({"content": "x"}), FakeOpenAI.event({})),
+    "comments": ("messages", FakeOpenAI.event({"content": "x"}), b": keep-alive\n\n"),
+}
+
+
+@table(SILENT_OUTPUT)
+def test_output_that_is_not_sent_is_silence(case, pool):
+    path, first, repeated = case
+    fake, done = FakeOpenAI(), threading.Event()
+
+    def withholding(sock, request):
+        sock.sendall(fake.head() + (chunk(first) if first else b""))
+        while not done.wait(0.02):
+            sock.sendall(chunk(repeated))
+        sock.sendall(chunk(FakeOpenAI.event({}, "stop") + b"data: [DONE]\n\n") + b"0\r\n\r\n")
+        return True
+
+    fake.faults.append(withholding)
+    server = pool((fake, {"paths": ["/v1/chat/completions"]}), heartbeat=0.1, idle_timeout=9)
+    body = {"messages": ASKED, "responses": WANTED, "completions": {"model": "both", "prompt": "hi"}}[path]
+    with socket.create_connection(("127.0.0.1", server.server_port), timeout=20) as sock:
+        sock.sendall(post(f"/v1/{path}", {**body, "stream": True}))
+        got, ping = b"", b"event: ping\n" if path == "messages" else b": ping\n"
+        while got.count(ping) < 3:
+            got += sock.recv(65536)
+        done.set()
+        while not got.endswith(b"0\r\n\r\n"):
+            got += sock.recv(65536)
+
+
+WAITS = {
+    # name: (what an upstream sends before it waits, the ping)
+    "an event": (FakeOpenAI.event({"content": "a"}), b": ping\n\n"),
+    "an event with an ID": (b"id: 1\n" + FakeOpenAI.event({"content": "a"}), b": ping\n"),
+    "an ID long ago": (b"id: 1\n" + FakeOpenAI.event({"content": "a"}) + FakeOpenAI.event({"content": "b"}), b": ping\n"),
+    "a part of an event": (FakeOpenAI.event({"content": "a"}) + b"event: message\n", b": ping\n"),
+}
+
+
+@table(WAITS)
+def test_a_ping_never_ends_an_event(case, pool):
+    frames, ping = case
+    fake, done = FakeOpenAI(), threading.Event()
+
+    def waits(sock, request):
+        sock.sendall(fake.head() + chunk(frames))
+        done.wait(20)
+        sock.sendall(chunk(FakeOpenAI.event({}, "stop") + b"data: [DONE]\n\n") + b"0\r\n\r\n")
+        return True
+
+    fake.faults.append(waits)
+    with socket.create_connection(("127.0.0.1", pool(fake, heartbeat=0.1, idle_timeout=9).server_port), timeout=20) as sock:
+        sock.sendall(post("/v1/chat/completions", {**CHAT, "model": "both", "stream": True}))
+        got = b""
+        while got.count(b": ping") < 3:
+            got += sock.recv(65536)
+        done.set()
+        while not got.endswith(b"0\r\n\r\n"):
+            got += sock.recv(65536)
+    body = unchunked(got.partition(b"\r\n\r\n")[2])
+    assert frames + ping * 3 in body and body.replace(ping, b"") == frames + FakeOpenAI.event({}, "stop") + b"data: [DONE]\n\n"
+
+
+def test_openais_client_reads_pings_behind_an_event_with_an_id(pool):
+    openai = pytest.importorskip("openai")
+    fake, arrived = FakeOpenAI(), threading.Event()
+
+    def waits(sock, request):
+        sock.sendall(fake.head() + chunk(b"id: 1\n" + FakeOpenAI.event({"content": "a"})))
+        arrived.wait(0.8)
+        sock.sendall(chunk(b"id: 2\n" + FakeOpenAI.event({"content": "b"}, "stop") + b"data: [DONE]\n\n") + b"0\r\n\r\n")
+        return True
+
+    fake.faults.append(waits)
+    with openai.OpenAI(base_url=pool(fake, heartbeat=0.1).url + "/v1", api_key="none", max_retries=0) as client:
+        texts = [piece.choices[0].delta.content for piece in client.chat.completions.create(**BOTH, stream=True)]
+    assert "".join(text or "" for text in texts) == "ab"
 
 
 def test_who_drains_says_so(akash, serve):
@@ -6096,7 +6911,7 @@ def test_no_ping_follows_the_end_of_a_response(akash, serve):
         sock.sendall(post("/v1/chat/completions", {**CHAT, "stream": True}))
         wait_for(lambda: relays(server))
         writer = relays(server)[0].writer
-        wait_for(lambda: b"keep-alive" in sock.recv(65536))
+        wait_for(lambda: b": ping" in sock.recv(65536))
         ended = threading.Event()
         server.loop.call_soon_threadsafe(lambda: (writer.finish(), writer.on_tick(time.monotonic() + 1000), ended.set()))
         assert ended.wait(10)
@@ -6160,7 +6975,7 @@ def test_no_more_threads_for_a_client_that_got_pings(pool, monkeypatch):
             link.shutdown(socket.SHUT_RDWR)
         for part in iter(lambda: sock.recv(65536), b""):
             got += part
-    assert b": keep-alive" in got and b"Too many clients" not in got
+    assert b": ping" in got and b"Too many clients" not in got
     wait_for(lambda: not server.connections and not server.pool.upstreams[0].in_flight)
 
 
@@ -6876,7 +7691,7 @@ def odd_lines(rng, kind):
 
 DECODERS = {"akash v4": lambda: akashproxy.DecoderChain(AkashDecoder("m"), ThinkTagFilter()), "chat": lambda: akashproxy.DecoderChain(akashproxy.ChatDecoder()),
             "akash v5": lambda: akashproxy.DecoderChain(AkashDecoder("m"), ThinkTagFilter()),
-            "relay": lambda: akashproxy.PassthroughDecoder("a", end_pattern=akashproxy.END_PATTERNS["/v1/chat/completions"])}
+            "relay": lambda: akashproxy.PassthroughDecoder("a", end=akashproxy.STREAM_ENDS["/v1/chat/completions"])}
 
 
 def decoded(decoder, parts):
@@ -8294,7 +9109,7 @@ def test_json_with_a_forms_type_is_json(pool):
     "relayed": ("/v1/embeddings", JSON, calls_of(b'"model":"both","models":["dear"]')[0], 400),
     "in a form": ("/v1/audio/transcriptions", FORM, multipart(FILE, (MODEL.replace(b"model", b"models"), b"dear")), 400),
     "in a short form": ("/v1/audio/speech", URLENCODED, b"model=both&f%61llbacks=dear", 400),
-    "in text": ("/v1/embeddings", "text/plain", calls_of(b'"model":"both","models":["dear"]')[0], 415),
+    "in text": ("/v1/embeddings", "text/plain", calls_of(b'"model":"both","models":["dear"]')[0], 400),
     "in another charset": ("/v1/embeddings", JSON + "; charset=utf-7", calls_of(b'"model":"both"')[0], 415),
     "none": ("/v1/chat/completions", JSON, calls_of(b'"model":"both","n":2')[0], 200),
     "within another": ("/v1/embeddings", JSON, calls_of(b'"model":"both","metadata":{"models":1}')[0], 200),
@@ -8356,7 +9171,9 @@ def test_origins(case):
 
 def test_a_form_that_is_cut_or_has_one_more_byte_is_refused():
     complete = multipart((MODEL, b"cheap"), FILE, end=b"--b--")
-    assert akashproxy.multipart_fields(complete, FORM) == akashproxy.multipart_fields(complete + b"\r\n", FORM) == [("model", "cheap"), ("file", "")]
+    fields = akashproxy.multipart_fields(complete, FORM)
+    assert fields == akashproxy.multipart_fields(complete + b"\r\n", FORM) and [field[:2] for field in fields] == [("model", "cheap"), ("file", "")]
+    assert complete[fields[0].start:fields[0].end] == b"cheap"
     for at in range(len(complete)):
         with pytest.raises(APIError):
             akashproxy.multipart_fields(complete[:at], FORM)
@@ -9241,7 +10058,8 @@ def test_every_pattern_of_the_module_is_linear(abort):
     found = list(dict.fromkeys(module_patterns(SOURCE, vars(akashproxy))))
     assert len(found) > 50
     for line, pattern, flags, method in found:
-        assert not (cause := costly(pattern, flags, method)), (line, pattern, method, cause)
+        # Twice: another process can make a single measurement look like a steep one.
+        assert not ((cause := costly(pattern, flags, method)) and costly(pattern, flags, method)), (line, pattern, method, cause)
 
 
 def test_every_pattern_of_the_page_is_linear(abort):
@@ -9302,7 +10120,7 @@ def said(dialect, body):
 
 CHAT_BODY = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 9}
 chunked_body = functools.partial(BodyDecoder, {"transfer-encoding": "chunked"})
-relay_decoder = functools.partial(akashproxy.PassthroughDecoder, "b", True, akashproxy.CHAT_ENDS)
+relay_decoder = functools.partial(akashproxy.PassthroughDecoder, "b", True, akashproxy.CHAT_END)
 stops_filter = functools.partial(StopFilter, ["x" * 499 + "y", "ab" * 250 + "c", "x" * 20], None)
 
 
@@ -9457,7 +10275,7 @@ class Rejoining:
         self.held = b""
 
     def feed(self, data):
-        self.held = (self.held + data).rpartition(b"\n")[2]
+        self.held = (self.held + data).swapcase().rpartition(b"\n")[2]     # swapcase(): so that joining costs more than the call
 
 
 def test_a_cost_that_is_not_in_proportion_is_found():
@@ -9483,16 +10301,16 @@ def test_calls_of_tools_are_bounded():
     akash, chat = AkashDecoder(), akashproxy.ChatDecoder("b")
     events = akash.feed(b"9:{}\n" * (akashproxy.MAX_TOOL_CALLS + 1))
     assert len(events) == akashproxy.MAX_TOOL_CALLS and "tool calls" in akash.error.message
-    calls = [{"index": at, "function": {"name": "f"}} for at in range(akashproxy.MAX_TOOL_CALLS)]
+    calls = [{"index": at, "id": str(at), "function": {"name": "f"}} for at in range(akashproxy.MAX_TOOL_CALLS)]
     assert len(chat.feed(chat_line({"tool_calls": calls}))) == akashproxy.MAX_TOOL_CALLS and not chat.error
-    chat.feed(chat_line({"tool_calls": [{"index": akashproxy.MAX_TOOL_CALLS}]}))
+    chat.feed(chat_line({"tool_calls": [{"index": akashproxy.MAX_TOOL_CALLS, "function": {"name": "f"}}]}))
     assert chat.error.status == 502 and "tool calls" in chat.error.message
 
 
 def test_odd_numbers_and_ids_of_calls_are_read():
     decoder = akashproxy.ChatDecoder("b")
     for index, id, expected in ((-1, "a", 0), (2**61, "b", 1), (None, {}, 1), (0, 7, 2), (0, [], 2)):
-        event, = decoder.feed(chat_line({"tool_calls": [{"index": index, "id": id, "function": {"arguments": "x"}}]}))
+        event, = decoder.feed(chat_line({"tool_calls": [{"index": index, "id": id, "function": {"name": "f", "arguments": "x"}}]}))
         assert event.index == expected and event.id in (None, "a", "b", "7")
 
 
@@ -9703,11 +10521,11 @@ MAY_NAME = {    # a section: the sections whose names may stand in it
     "settings": "names errors transport openai",            # a CA file is checked by loading it, a type by CONTROLLERS
     "transport": "names errors events settings http",
     "streams": "names errors events settings http transport",
-    "filters": "names errors events",
-    "tools": "names errors events streams filters",
-    "controllers": "names errors events settings transport tools",
+    "filters": "names errors events streams",
+    "tools": "names errors events streams",
+    "controllers": "names errors events settings transport streams filters tools",
     "failures": "names errors events settings http transport",
-    "akash": "names errors events settings http transport streams filters tools controllers failures",
+    "akash": "names errors events settings http transport streams filters controllers failures",
     "openai": "names errors events settings http transport streams filters controllers failures akash",  # CONTROLLERS
     "pool": "names errors events settings transport streams controllers openai",
     "dialects": "names errors events settings http filters pool",
@@ -9715,7 +10533,7 @@ MAY_NAME = {    # a section: the sections whose names may stand in it
     "relay": "names errors events http streams loop server",
     "limits": "names errors events settings streams controllers server",
     "server": "names errors events settings http transport controllers pool dialects loop relay limits page",
-    "demo": "names", "page": "names", "main": "names errors settings server demo",
+    "demo": "names", "page": "names", "main": "names errors settings pool server demo",
 }
 
 
@@ -9747,7 +10565,7 @@ def test_sections_name_only_what_they_may():
 def test_public_names_exist_and_have_a_docstring():
     for name in akashproxy.__all__:
         value = getattr(akashproxy, name)
-        if callable(value):
+        if isinstance(value, (type, types.FunctionType)):
             assert value.__doc__, name
 
 
@@ -9786,6 +10604,192 @@ def official(block):
     return re.match("import (openai|anthropic)$", block, re.M)
 
 
+@table({    # (variables, the file, flags): where it listens
+    "PORT alone": ({"PORT": "7860"}, {}, {}, ":7860"),
+    "an address wins": ({"PORT": "7860", "SERVER_ADDRESS": "localhost:1"}, {}, {}, "localhost:1"),
+    "a flag wins": ({"PORT": "7860"}, {}, {"server_address": ":2"}, ":2"),
+    "an address in the file wins": ({"PORT": "7860"}, {"server_address": "localhost:3"}, {}, "localhost:3"),
+    "the file's port does not": ({"PORT": "7860"}, {"port": 8080}, {}, ":7860"),
+    "the image's default does not": ({"PORT": "7860", "DEFAULT_SERVER_ADDRESS": "0.0.0.0:1"}, {}, {}, ":7860"),
+    "an empty one": ({"PORT": ""}, {}, {}, "localhost:16571"),
+})
+def test_port(case, config):
+    environ, file, flags, listens = case
+    assert Settings.load(environ, {"config_file": config(file), **flags}).server_address == listens
+
+
+@pytest.mark.parametrize("port", ["x", "70000", "-1", "80 80"])
+def test_a_wrong_port_is_named(port):
+    with pytest.raises(akashproxy.ConfigError, match="PORT: .* is not a valid port"):
+        Settings.load({"PORT": port})
+
+
+OPENAI_KEY = {"OPENAI_API_KEY": "k"}
+
+
+@table({    # (UPSTREAM, other variables): (base_url, api_key) of each controller
+    "Ollama": ("http://127.0.0.1:11434/v1", {}, [("http://127.0.0.1:11434/v1", "")]),
+    "two": ("http://a/v1,http://b", {}, [("http://a/v1", ""), ("http://b", "")]),
+    "OpenAI": ("openai", OPENAI_KEY, [("https://api.openai.com/v1", "k")]),
+    "OpenAI by address": ("https://api.openai.com/v1", OPENAI_KEY, [("https://api.openai.com/v1", "k")]),
+    "OpenAI in Europe": ("https://eu.api.openai.com/v1", OPENAI_KEY, [("https://eu.api.openai.com/v1", "k")]),
+    "a gateway's address": ("openai", {**OPENAI_KEY, "OPENAI_BASE_URL": "https://gw/v1/"}, [("https://gw/v1", "k")]),
+    "a gateway without a key": ("openai", {"OPENAI_BASE_URL": "http://gw"}, [("http://gw", "")]),
+    "another host": ("http://h/v1", OPENAI_KEY, [("http://h/v1", "")]),
+    "another host, though it is OPENAI_BASE_URL's": ("https://gw/v1", {**OPENAI_KEY, "OPENAI_BASE_URL": "https://gw/v1"}, [("https://gw/v1", "")]),
+    "a host that looks like it": ("https://api.openai.com.evil.example", OPENAI_KEY, [("https://api.openai.com.evil.example", "")]),
+    "a user that looks like it": ("https://api.openai.com@evil.example", OPENAI_KEY, "only scheme, host, port and path"),
+    "no key": ("openai", {}, "openai needs OPENAI_API_KEY"),
+    "a typo": ("opnai", {}, "UPSTREAM: 'opnai' is not an http:// or https:// URL"),
+    "a wrong address": ("openai", {**OPENAI_KEY, "OPENAI_BASE_URL": "x"}, "'x' is not an http"),
+})
+def test_upstreams_without_a_file(case):
+    upstream, environ, wanted = case
+    if isinstance(wanted, str):
+        with pytest.raises(akashproxy.ConfigError, match=wanted):
+            Settings.load({"UPSTREAM": upstream, **environ})
+    else:
+        assert [(each.base_url, each.api_key) for each in Settings.load({"UPSTREAM": upstream, **environ}).pool()] == wanted
+
+
+def test_upstreams_replace_those_of_the_file(config):
+    path = config({"controllers": [{"base_url": "http://file"}], "max_wait": 1})
+    settings = Settings.load({}, {"config_file": path, "upstream": "http://a,http://b"})
+    assert [(each.name, each.base_url) for each in settings.pool()] == [("openai", "http://a"), ("openai-2", "http://b")]
+    assert [each.base_url for each in load(config({"upstream": ["http://c"]})).pool()] == ["http://c"]
+    assert [each.base_url for each in Settings(upstream=("http://d",)).pool()] == ["http://d"]
+
+
+def test_first_steps_without_a_file(openai_fakes):
+    one, two, dead = openai_fakes
+    with started("--upstream", one.url + "/v1", "--upstream", two.url) as (_, port):
+        server = type("Server", (), {"server_port": port})
+        assert {each["id"] for each in ask(server, path="/v1/models").json["data"]} == {"llama3", "mistral", "phi"}
+        got = ask(server, "POST", "/v1/chat/completions", {"model": "phi", "messages": [user("hi")]})
+        assert got.status == 200 and got.headers["x-akashproxy-route"].startswith("openai-2")
+    assert not [request for fake in (one, two) for request in fake.requests if "authorization" in request.headers]
+
+
+def test_check_asks_each_controller(openai_fakes, akash, config):
+    one, two, dead = openai_fakes
+    done = run("--check", "--ask", UPSTREAM=f"{one.url}/v1,{two.url}", OPENAI_API_KEY="s3cret")
+    assert done.returncode == 0, done
+    lines = done.stdout.strip().splitlines()[-2:]
+    assert re.fullmatch(r"openai: reachable, no key needed, 2 models, \d+ ms", lines[0])
+    assert re.fullmatch(r"openai-2: reachable, no key needed, 1 model, \d+ ms", lines[1])
+    refused = reply(401, b'{"error":{"message":"Incorrect API key provided","code":"invalid_api_key"}}')
+    two.answer = lambda sock, request: sock.sendall(refused)
+    path = config({"akash_base_url": akash.url, "controllers": [
+        {"name": "chat", "type": "akash"}, {"name": "bad", "base_url": two.url, "api_key": "s3cret"}, {"name": "ours", "type": "echo"},
+        {"name": "dead", "base_url": dead}, {"name": "good", "base_url": one.url, "api_key": "s3cret"}]})
+    done = run("--check", "--ask", "--config-file", path)
+    assert done.returncode == 1 and "s3cret" not in done.stdout + done.stderr
+    chat, bad, ours, gone, good = done.stdout.strip().splitlines()[-5:]
+    assert re.fullmatch(r"chat: reachable, no key needed, \d+ models, \d+ ms", chat)
+    assert bad.startswith("bad: reachable, key rejected: ") and gone.startswith("dead: not reachable: ")
+    assert re.fullmatch(r"ours: reachable, no key needed, 1 model, \d+ ms", ours)
+    assert re.fullmatch(r"good: reachable, key accepted, 2 models, \d+ ms", good)
+
+
+@pytest.fixture
+def openai_fakes():
+    """Two upstreams, and the URL of a port that nothing listens on."""
+    one, two, gone = FakeOpenAI(["llama3", "mistral"]), FakeOpenAI(["phi"]), FakeOpenAI()
+    gone.close()
+    yield one, two, gone.url
+    one.close()
+    two.close()
+
+
+def test_the_demo_refuses_unknown_models(demo):
+    for stream in (False, True):
+        got = ask(type("Server", (), {"server_port": demo}), "POST", "/v1/chat/completions",
+                  {"model": "gpt-4o", "stream": stream, "messages": [user("hi")]})
+        assert got.status == 500 and got.json["code" if "code" in got.json else "error"], got
+        assert b"model_not_found" in got.body
+
+
+# -- path prefixes and reverse proxies
+
+def image_link(akash, server, path="/v1/images/generations", headers=None):
+    akash.chat = PICTURE_LINE
+    return ask(server, "POST", path, {"prompt": "a fox"}, headers).json["data"][0]["url"]
+
+
+def test_a_path_prefix(serve, akash):
+    server = serve(path_prefix="/my/secret/")
+    assert server.url.endswith("/my/secret")
+    assert ask(server, path="/my/secret/v1/models").status == ask(server, path="/my/secret/").status == 200
+    assert ask(server, "POST", "/my/secret/v1/chat/completions", CHAT).status == 200
+    for path in ("/v1/models", "/", "/health", "/my/secret", "/my/secretv1/models", "/my", "/MY/secret/v1/models", "/my/secret/my/secret/v1/models"):
+        assert ask(server, path=path).status == 404, path
+    assert ask(server, "POST", "/v1/chat/completions", CHAT).status == 404
+    link = image_link(akash, server, "/my/secret/v1/images/generations")
+    assert link.startswith(server.url + "/images/")
+    assert ask(server, path=link.partition(str(server.server_port))[2]).status == 200
+
+
+@table({    # (PUBLIC_URL, headers, trusted): how image links begin; {} stands for the server's address
+    "nothing": ("", {}, True, "http://{}/p/images/"),
+    "a public URL": ("https://chat.example", {}, True, "https://chat.example/p/images/"),
+    "one with a path": ("https://chat.example/a", {}, True, "https://chat.example/a/p/images/"),
+    "one with the prefix": ("https://chat.example/a/p", {}, True, "https://chat.example/a/p/images/"),
+    "a host called like the prefix": ("https://p", {}, True, "https://p/p/images/"),
+    "a public URL wins": ("https://chat.example", {"X-Forwarded-Host": "b.example"}, True, "https://chat.example/p/images/"),
+    "the scheme": ("", {"X-Forwarded-Proto": "https"}, True, "https://{}/p/images/"),
+    "all": ("", {"X-Forwarded-Proto": "https", "X-Forwarded-Host": "b.example:8443", "X-Forwarded-Prefix": "/x/"}, True,
+            "https://b.example:8443/x/p/images/"),
+    "of two proxies the outer one": ("", {"X-Forwarded-Proto": "https, http", "X-Forwarded-Host": "b.example, c"}, True,
+                                     "https://b.example/p/images/"),
+    "a prefix that is ours": ("", {"X-Forwarded-Prefix": "/p"}, True, "http://{}/p/images/"),
+    "not trusted": ("", {"X-Forwarded-Proto": "https", "X-Forwarded-Host": "b.example", "X-Forwarded-Prefix": "/x"}, False, "http://{}/p/images/"),
+    "wrong values": ("", {"X-Forwarded-Proto": "javascript", "X-Forwarded-Host": "a/b", "X-Forwarded-Prefix": "//b.example"}, True,
+                     "http://{}/p/images/"),
+})
+def test_links_behind_a_reverse_proxy(case, serve, akash):
+    public_url, headers, trusted, start = case
+    server = serve(public_url=public_url, path_prefix="/p", trusted_proxies=("127.0.0.1" if trusted else "10.0.0.0/8",))
+    assert image_link(akash, server, "/p/v1/images/generations", headers).startswith(start.format(f"127.0.0.1:{server.server_port}"))
+
+
+@table({    # X-Forwarded-For as it comes from 127.0.0.1, with 127.0.0.0/8 and 10.0.0.0/8 trusted: the client in the log
+    "none": ("", "127.0.0.1"), "one": ("192.0.2.7", "192.0.2.7"), "IPv6": ("2001:db8::1", "2001:db8::1"),
+    "with a port": ("192.0.2.7:4711", "192.0.2.7"), "IPv6 with a port": ("[2001:db8::1]:4711", "2001:db8::1"),
+    "forged in front": ("6.6.6.6, 192.0.2.7", "192.0.2.7"), "by an inner proxy": ("192.0.2.7, 10.1.2.3", "192.0.2.7"),
+    "only proxies": ("10.1.2.3, 10.1.2.4", "10.1.2.3"), "garbage": ("192.0.2.7, x", "127.0.0.1"), "empty parts": (",,192.0.2.7", "192.0.2.7"),
+    "mapped": ("192.0.2.7, ::ffff:10.1.2.3", "192.0.2.7"), "very many": (", ".join(["10.1.2.3"] * 5000), "10.1.2.3"),
+})
+def test_the_client_in_the_log_behind_a_reverse_proxy(case, serve, caplog):
+    value, client = case
+    caplog.set_level("INFO")
+    server = serve(trusted_proxies=("127.0.0.0/8", "10.0.0.0/8"))
+    ask(server, path="/v1/models", headers={"X-Forwarded-For": value})
+    wait_for(lambda: f"client={client} " in caplog.text)
+
+
+def test_forwarded_headers_open_no_gate(serve):
+    """A page that has rebound its domain to this machine may send any header."""
+    server = serve()
+    for headers in ({"X-Forwarded-Host": "localhost"}, {"X-Forwarded-For": "127.0.0.1", "X-Forwarded-Proto": "http"}):
+        assert ask(server, path="/v1/models", headers={"Host": "b.example", **headers}).status == 403
+    headers = {"Origin": "https://b.example", "X-Forwarded-Host": "b.example", "X-Forwarded-Proto": "https"}
+    assert ask(server, path="/v1/models", headers=headers).status == 403
+    preflight = {**headers, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "x-forwarded-host"}
+    assert ask(server, "OPTIONS", "/v1/models", headers=preflight).status == 403
+
+
+@pytest.mark.parametrize("name, value", [("path_prefix", "secret"), ("path_prefix", "/a b"), ("path_prefix", "//a"), ("path_prefix", "/a?b"),
+                                         ("trusted_proxies", ("x",)), ("trusted_proxies", ("10.0.0.0/99",)), ("trusted_proxies", ("",))])
+def test_wrong_prefixes_and_proxies(name, value):
+    with pytest.raises(akashproxy.ConfigError):
+        Settings(**{name: value})
+
+
+def test_health_of_a_server_with_a_path_prefix():
+    with started("--demo", "--path-prefix", "/s") as (_, port):
+        assert run("--health", "--server-address", f"127.0.0.1:{port}", "--path-prefix", "/s").returncode == 0
+
+
 @pytest.mark.parametrize("block", list(filter(official, blocks("python"))))
 def test_the_readmes_sdk_lines_work(block, demo):
     pytest.importorskip(official(block)[1])
@@ -9805,12 +10809,49 @@ def test_the_readmes_lines_for_agents_work(block, pool, tmp_path):
     assert done.returncode == 0 and "Hi there." in done.stdout, done
 
 
-@pytest.mark.parametrize("block", [block for block in blocks("python") if not official(block)])
+EMBEDDING = [block for block in blocks("python") if not official(block)]
+
+
+@pytest.mark.parametrize("block", EMBEDDING)
 def test_the_readmes_other_python_works(block, akash):
     environ = {**os.environ, "PYTHONPATH": str(HERE), "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run([sys.executable, "-c", block.replace("https://chat.akash.network", akash.url)],
                           env=environ, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and done.stdout, done
+
+
+@pytest.mark.parametrize("checker, options", [("mypy", ["--strict", "--cache-dir=."]), ("pyright", ["--project", "."])])
+def test_type_checkers_accept_the_readmes_embedding(checker, options, tmp_path):
+    pytest.importorskip(checker)
+    for number, block in enumerate(EMBEDDING):
+        (tmp_path / f"embedding_{number}.py").write_text(block)
+    (tmp_path / "wrong.py").write_text("import akashproxy\nevent: akashproxy.Event = 7\n")
+    (tmp_path / "pyrightconfig.json").write_text(json.dumps({"extraPaths": [str(HERE)]}))
+    environ = {**os.environ, "MYPYPATH": str(HERE), "PYRIGHT_PYTHON_IGNORE_WARNINGS": "1"}
+    done = subprocess.run([sys.executable, "-m", checker, *options, *sorted(path.name for path in tmp_path.glob("*.py") if checker == "mypy")],
+                          cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=300)
+    errors = [line for line in done.stdout.splitlines() if "error:" in line or "- error" in line]
+    assert len(errors) == 1 and "wrong.py:2" in errors[0], done
+
+
+def test_the_readmes_embedding_uses_public_names_only():
+    used = {name for block in EMBEDDING for name in re.findall(r"\bakashproxy\.(\w+)", block)}
+    assert used <= set(akashproxy.__all__)
+
+
+def test_the_readmes_controller_for_http_works(pool, monkeypatch):
+    class Generating(Fake):
+        def answer(self, sock, request):
+            sock.sendall(reply(body=json.dumps({"text": json.loads(request.body)["prompt"][::-1]}).encode()))
+
+    block = next(block for block in EMBEDDING if "Transport" in block)
+    monkeypatch.setattr(akashproxy, "CONTROLLERS", dict(akashproxy.CONTROLLERS))
+    exec(block.partition("options = ")[0], {})
+    fake, other = Generating(), FakeOpenAI()
+    server = pool((fake, {"type": "generate", "base_url": fake.url, "models": (BOTH["model"],)}), (other, {"priority": 2}))
+    assert chat(server, BOTH, messages=[user("abc")]).json["choices"][0]["message"]["content"] == "cba"
+    fake.faults.append(lambda sock, request: sock.sendall(reply(500)))
+    assert chat(server, BOTH, messages=[user("abc")]).headers["x-akashproxy-route"] == "a=502, b=200"
 
 
 def test_the_readmes_first_command_is_the_main_job():
@@ -10041,7 +11082,7 @@ def test_openai_tools_and_forms(pool):
             assert events.get_final_completion().choices[0].message.tool_calls[0].function.arguments == '{"city":"Oslo"}'
         client.responses.create(model="both", tools=tools, input=[user("hi"), *complete.output, *(
             {"type": "function_call_output", "call_id": item.call_id, "output": "rain"} for item in complete.output[2:])])
-        assert a.bodies()[-1]["messages"] == [user("hi"), {**called(("call_1", "f", '{"city":"Oslo"}'), ("call_2", "g", "{}")), "content": "wait"}, *(
+        assert a.bodies()[-1]["messages"] == [user("hi"), {**called(("call_1", "f", '{"city":"Oslo"}'), ("call_2", "g", "{}")), "content": "wait", "reasoning_content": "hm"}, *(
             {"role": "tool", "tool_call_id": id, "content": "rain"} for id in ("call_1", "call_2"))]
 
 
@@ -10098,7 +11139,7 @@ def test_anthropic_tools(claude):
     results = [{"type": "tool_result", "tool_use_id": block.id, "content": [{"type": "text", "text": "rain"}]} for block in streamed.content[2:]]
     client.messages.create(**{**CLAUDE, "messages": [user("hi"), {"role": "assistant", "content": streamed.content}, user(results)]})
     assert [message["role"] for message in fake.bodies()[-1]["messages"]] == ["user", "assistant", "tool", "tool"]
-    assert fake.bodies()[-1]["messages"][1] == {**called(("call_1", "f", '{"city":"Oslo"}'), ("call_2", "g", "{}")), "content": "wait"}
+    assert fake.bodies()[-1]["messages"][1] == {**called(("call_1", "f", '{"city":"Oslo"}'), ("call_2", "g", "{}")), "content": "wait", "reasoning_content": "hm"}
 
 
 def test_anthropic_errors(claude):
