@@ -3765,7 +3765,7 @@ CLOSING_MARKS = (
     "</tool_call>", "</function>", "<|eom_id|>", "<|eot_id|>", "<|tool_call_end|>",
     "<|tool_calls_section_end|>", "<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>",
 )
-SEPARATORS = "<｜tool▁sep｜>", "<|tool_call_argument_begin|>", "[ARGS]"
+SEPARATORS = "function<｜tool▁sep｜>", "<｜tool▁sep｜>", "<|tool_call_argument_begin|>", "[ARGS]"
 # fmt: on
 TOOL_MARKS = (*OPENING_MARKS, *CLOSING_MARKS, *SEPARATORS, "<parameter=", "<arg_key>")
 OPENING, CLOSING, SEPARATOR = (
@@ -3775,6 +3775,7 @@ CALL_TOKEN = re.compile(
     rf"(?P<noise>(?:{SEPARATOR}|`+\w*|[\s,;>])*)(?:(?P<open>{OPENING})|(?P<close>{CLOSING})"
     r"|(?P<value>[{\[]|<parameter=|<arg_key>)|(?P<name>[\w.:-]+)|)"
 )
+KIMI_NAME = re.compile(r"^functions\.|:\d*$")
 OPENING_MARK = re.compile(OPENING)
 NAMED_CALL = re.compile(r'{\s*"name"\s*:\s*"([^"\\{]+)"\s*,\s*"(?:arguments|parameters)"\s*:\s*{')
 
@@ -3832,7 +3833,7 @@ class PromptedTools:
             )
         if choice == "none":
             self.functions = {}
-        return choice == "required"
+        return bool(choice == "required")
 
     def body(self) -> Dict[str, Any]:
         """Return the chat without fields and roles for tools."""
@@ -3930,14 +3931,13 @@ class LooseJSON:
 
     def __init__(self) -> None:
         self.out: List[str] = []
-        self.length = self.depth = self.inner_end = 0  # length: characters read
+        self.depth = self.inner_end = 0
         self.quote = ""  # of the open string
         self.rest = ""  # a token that may be cut
         self.comma = self.done = False  # a comma is held back
 
     def feed(self, text: str) -> str:
         """Read text up to the value's end; returns the text behind it."""
-        self.length += len(text)
         text, self.rest, at = self.rest + text, "", 0
         while at < len(text) and not self.done:
             token = next((self.IN_STRING if self.quote else self.OUTSIDE).finditer(text, at))[0]
@@ -4001,7 +4001,6 @@ class TaggedArguments(LooseJSON):
         self.read: List[str] = []
 
     def feed(self, text: str) -> str:
-        self.length += len(text)
         text = self.rest + text
         end = self.END.search(text)
         size = end.end() if end else max(0, len(text) - 200)  # a tag and a mark may be cut
@@ -4060,12 +4059,14 @@ class ToolCallFilter(Filter):
     """
 
     HELD, MAX_HEAD, MAX_CALL = 256, 256, 4 << 20  # characters
+    SLICE = 1024  # characters read at a time: each step copies the remaining ones
 
     def __init__(self, tools: PromptedTools) -> None:
         self.tools, self.code = tools, MarkdownCode()
         self.state: Callable[[str, List[Event]], str] = self._in_text
         self.pending = ""  # possibly the start of a mark
-        self.raw: List[str] = []  # of a call whose events are still held back; [] after a call
+        self.raw: List[str] = []  # text from a mark on that is held back; [] after a call
+        self.size = 0  # characters since the mark
         self.calls: List[Tuple[str, str]] = []  # complete ones in it
         self.name, self.reader = "", LooseJSON()  # of the open call
         self.sent: Optional[int] = None  # pieces of its arguments that are sent; None: not begun
@@ -4076,9 +4077,8 @@ class ToolCallFilter(Filter):
         out: List[Event] = []
         for event in events:
             if isinstance(event, Text):
-                text, self.pending = self.pending + event.text, ""
-                while text and not self.stopped:
-                    text = self.state(text, out)
+                for at in range(0, len(event.text), self.SLICE):
+                    self._text(event.text[at : at + self.SLICE], out)
             elif isinstance(event, Finish):
                 self._finish(event, out)
             else:
@@ -4086,6 +4086,15 @@ class ToolCallFilter(Filter):
                 out.append(event)
         self.passed_on = self.passed_on or bool(out)
         return out
+
+    def _text(self, text: str, out: List[Event]) -> None:
+        text, self.pending = self.pending + text, ""
+        while text and not self.stopped:
+            rest = self.state(text, out)
+            self.size += len(text) - len(rest)
+            text = rest
+            if self.size > self.MAX_CALL and self.state != self._in_text:
+                self._reject("A tool call is too long.", out)
 
     def is_passthrough(self, text: str) -> bool:
         if self.state != self._in_text or self.pending or "<" in text or "[" in text:
@@ -4107,8 +4116,8 @@ class ToolCallFilter(Filter):
         self.state = self._in_text
 
     def _emit(self, text: str, out: List[Event]) -> None:
-        self.code.feed(text)
         if text:
+            self.code.feed(text)
             out.append(Text(text))
 
     # States: each consumes the start of the text and returns the remainder.
@@ -4124,17 +4133,20 @@ class ToolCallFilter(Filter):
         elif self.code.is_open():
             self._emit(mark[0], out)
         else:
-            self.raw, self.state = [mark[0]], self._in_marks
+            self.raw, self.size, self.state = [mark[0]], 0, self._in_marks
         return text[mark.end() :] if mark else ""
 
     def _in_marks(self, text: str, out: List[Event]) -> str:
         """Before, between and after arguments: marks, blanks, perhaps a name."""
         token = next(CALL_TOKEN.finditer(text))
         kind, end = token.lastgroup, token.end()
-        tail = text[token.end("noise") :]
-        is_name = kind == "name" and bool(self.raw)
+        name = KIMI_NAME.sub("", token["name"] or "")
+        known = () if self.name or self.calls or not self.raw else tuple(self.tools.functions)
         if len(text) < self.MAX_HEAD and (
-            is_mark_start(tail) or is_name and end == len(text) and self._may_start(tail)
+            is_mark_start(text[token.end("noise") :])
+            or end == len(text)
+            and kind == "name"
+            and is_name_start(token["name"], known)
         ):
             self.pending = text
             return ""
@@ -4148,41 +4160,21 @@ class ToolCallFilter(Filter):
             end, self.state = token.start("value"), self._in_value
             function = self.tools.functions.get(self.name, {})
             self.reader = TaggedArguments(function) if text[end] == "<" else LooseJSON()
-        elif not is_name or not self._set_name(token["name"]):
+        elif name in known:
+            self.name = name
+        else:
             self._reject("A tool call has no valid JSON, or an unknown function.", out)
             return text
         self.raw.append(text[:end])
         return text[end:]
 
-    def _plain_name(self, name: str) -> str:
-        """A function's name without the namespace and number that Kimi's form adds."""
-        return (
-            name
-            if name in self.tools.functions
-            else name.removeprefix("functions.").partition(":")[0]
-        )
-
-    def _may_start(self, text: str) -> bool:
-        """Whether text may be the start of a name that may stand here."""
-        known = () if self.name or self.calls else (*self.tools.functions, "functions.")
-        return any(name.startswith(self._plain_name(text)) for name in known)
-
-    def _set_name(self, name: str) -> bool:
-        """Note the name before arguments; False for anything else."""
-        name = self._plain_name(name)
-        if self.name or self.calls or name not in self.tools.functions:
-            return name == "function"  # the type, before the name in DeepSeek-V3's form
-        self.name = name
-        return True
-
     def _in_value(self, text: str, out: List[Event]) -> str:
         rest = self.reader.feed(text)
-        self.raw.append(text[: len(text) - len(rest)])
+        if self.sent is None:
+            self.raw.append(text[: len(text) - len(rest)])
         if self.reader.done:
             self._complete(out)
-        elif self.reader.length > self.MAX_CALL:
-            self._reject("A tool call is too long.", out)
-        elif self.tools.stream and self.reader.length > self.HELD:
+        elif self.tools.stream and self.size > self.HELD:
             self._send_part(out)
         return rest
 
@@ -4197,7 +4189,7 @@ class ToolCallFilter(Filter):
             self.calls += calls
         else:
             self._send_part(out)
-            self.raw, self.sent = [], None
+            self.sent = None
         self.state, self.name = self._in_marks, ""
 
     def _send_part(self, out: List[Event]) -> None:
@@ -4208,7 +4200,7 @@ class ToolCallFilter(Filter):
             name = head[1] if head else self.name
             if not pieces or name not in self.tools.functions:
                 return
-            self.sent = pieces.index("{", 1) if is_inner else 0
+            self.raw, self.sent = [], pieces.index("{", 1) if is_inner else 0
             self._start_call(name, "", out)
         end = is_inner and self.reader.inner_end or len(pieces)
         text, self.sent = "".join(pieces[self.sent : end]), max(self.sent, end)
@@ -4225,8 +4217,8 @@ class ToolCallFilter(Filter):
         """Send the complete calls: a mark, or the end of the answer, has confirmed them."""
         for name, arguments in self.calls[: 1 if self.tools.single else None]:
             self._start_call(name, arguments, out)
-        if self.calls:
-            self.raw, self.calls, self.name = [], [], ""
+        if self.calls or not self.raw:
+            self.raw, self.calls, self.name, self.size = [], [], "", 0
         if self.tools.single and self.count:
             self.stopped = True
             out.append(Finish("tool_calls"))
@@ -4258,10 +4250,10 @@ class ToolCallFilter(Filter):
                 self._complete(out)
         if self.calls:  # only the closing mark is missing
             self._send_calls(out)
-        elif self.raw and (self.sent is None or finish.reason != "length"):
+        elif self.raw or self.sent is not None and finish.reason != "length":
             self.raw.append(self.pending)
             self._reject("A tool call is not complete.", out)
-        elif self.state == self._in_text or not self.pending.isspace():
+        elif self.sent is None and not self.pending.isspace() or self.state == self._in_text:
             self._emit(self.pending, out)
         self.pending = ""
         if not self.count:
@@ -4269,6 +4261,12 @@ class ToolCallFilter(Filter):
         if not self.stopped:
             reason = "tool_calls" if self.count and finish.reason == "stop" else finish.reason
             out.append(Finish(reason, finish.usage, finish.stop_sequence))
+
+
+def is_name_start(text: str, names: Iterable[str]) -> bool:
+    """Whether text may be the beginning of a name, or of Kimi's functions.NAME:0."""
+    plain = KIMI_NAME.sub("", text)
+    return any(name.startswith(plain) or "functions.".startswith(text) for name in names)
 
 
 def is_mark_start(text: str) -> bool:
@@ -12525,9 +12523,11 @@ class DemoAkash(http.server.BaseHTTPRequestHandler):
             error = f"400: Invalid model name passed in model={body['model']}."
             self._send(200, b"3:" + to_json(error) + b"\n", headers=self.STREAM_HEADERS)
             return
+        contents = [message["content"] for message in body["messages"]]
         words = re.findall(
             r"\S+\s*",
-            f'You asked {body["model"]}: "{prompt}" This is the demo: no model has read it, '
+            demo_step(body["system"], contents)
+            or f'You asked {body["model"]}: "{prompt}" This is the demo: no model has read it, '
             "but each word of this answer took the same path as a real one.",
         )
         lines = [b"0:" + to_json(word) + b"\n" for word in words]
@@ -12566,6 +12566,52 @@ class DemoAkash(http.server.BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         log.debug("demo: " + format, *args)
+
+
+DEMO_COMMANDS = (
+    "echo 'Hello from the demo.' > akashproxy-demo.txt",
+    "cat akashproxy-demo.txt",
+    "wc -c akashproxy-demo.txt",
+)
+DEMO_END = "The demo is done: its model was a script, but your agent and each step were real."
+DEMO_FIELDS = "command", "cmd", "commands"  # what agents call a shell's command
+
+
+def demo_step(system: str, contents: List[str]) -> str:
+    """Return the next answer to an agent: it writes a file, reads it and counts its bytes.
+
+    "" if there are no results yet, nor a function for the first step.
+    """
+    step = sum(content.count("<tool_response>") for content in contents)
+    if step > len(DEMO_COMMANDS):
+        return DEMO_END
+    command = (*DEMO_COMMANDS, "")[step]
+    lines = re.findall(r'^{"type":"function".*}$', system, re.M)
+    # some agents end with a call of their own only, such as cline's submit_and_exit
+    names = re.compile("(?i)bash|shell|exec|command" if command else "(?i)submit|completion")
+    for function in (json.loads(line)["function"] for line in lines):
+        parameters = as_dict(function.get("parameters"))
+        fields, required = as_dict(parameters.get("properties")), parameters.get("required")
+        arguments = {
+            name: demo_argument(name, as_dict(fields[name]), command)
+            for name in fields
+            if name in DEMO_FIELDS or name in as_list(required)
+        }
+        if names.search(function["name"]) and (not command or set(DEMO_FIELDS) & set(arguments)):
+            call = _encode({"name": function["name"], "arguments": arguments})
+            return f"I take step {step + 1}.\n<tool_call>\n{call}\n</tool_call>"
+    return DEMO_END if step else ""
+
+
+def demo_argument(name: str, schema: Dict[str, Any], command: str) -> Any:
+    """Return a value for a function's argument: the command, or any of its type."""
+    kind = str(schema.get("type"))
+    if name not in DEMO_FIELDS:
+        samples = {"boolean": True, "number": 9, "integer": 9, "array": [], "object": {}}
+        return next(iter(as_list(schema.get("enum"))), samples.get(kind, "a step of the demo"))
+    if kind == "array":
+        return [command] if name == "commands" else ["bash", "-c", command]
+    return command
 
 
 class DemoServer(http.server.ThreadingHTTPServer):
@@ -12921,7 +12967,8 @@ def command(argv: List[str]) -> int:
     logging.basicConfig(level=settings.log_level.upper(), handlers=[handler])
     demo: Dict[str, Any] = {}
     if options.demo:
-        demo = {"akash_base_url": DemoAkash.start(), "controllers": (), "upstream": ()}
+        controllers = (ControllerSettings(type="akash", tools="prompt"),)
+        demo = {"akash_base_url": DemoAkash.start(), "controllers": controllers, "upstream": ()}
     if settings.config_file:  # a reload must read this file, not search for another
         flags["config_file"] = settings.config_file
 

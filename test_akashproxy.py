@@ -5528,6 +5528,61 @@ def test_a_failed_image_of_the_2026_version_is_not_repeated(akash, serve):
     assert (got.status, got.json["error"]["code"], got.headers["x-should-retry"]) == (502, "image_failed", "false") and b"inner" not in got.body
 
 
+STRING = {"type": "string"}
+# What coding agents send: the path, one request with its functions, and what they call their shell.
+AGENTS = {
+    "opencode": ("/v1/chat/completions", "bash", {"command": STRING, "timeout": {"type": "number"}, "description": STRING}, ["command", "description"]),
+    "qwen-code": ("/v1/chat/completions", "run_shell_command", {"command": STRING, "is_background": {"type": "boolean"}}, ["command", "is_background"]),
+    "cline": ("/v1/chat/completions", "run_commands", {"commands": {"type": "array", "items": STRING}}, ["commands"]),
+    "Codex": ("/v1/responses", "exec_command", {"cmd": STRING, "workdir": STRING, "yield_time_ms": {"type": "number"}}, ["cmd"]),
+    "Codex, older": ("/v1/responses", "shell", {"command": {"type": "array", "items": STRING}}, ["command"]),
+    "Claude Code": ("/v1/messages", "Bash", {"command": STRING, "description": STRING, "run_in_background": {"type": "boolean"}}, ["command"]),
+}
+OTHERS = {"Read": {"file_path": STRING}, "todo": {"items": {"type": "array"}}, "submit_and_exit": {"summary": {**STRING, "minLength": 10}}}
+
+
+def agent_request(path, tools, turns):
+    """A streamed request of a dialect; turns are (id, name, arguments, result)."""
+    if path == "/v1/chat/completions":
+        calls = [[{"role": "assistant", "content": "x", "tool_calls": [{"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}]},
+                  {"role": "tool", "tool_call_id": id, "content": result}] for id, name, arguments, result in turns]
+        functions = [{"type": "function", "function": {"name": name, "description": "d", "parameters": schema}} for name, schema in tools.items()]
+        more = {"messages": [{"role": "system", "content": "You are an agent."}, user("Go."), *sum(calls, [])], "stream_options": {"include_usage": True}}
+    elif path == "/v1/messages":
+        calls = [[{"role": "assistant", "content": [{"type": "tool_use", "id": id, "name": name, "input": json.loads(arguments)}]},
+                  {"role": "user", "content": [{"type": "tool_result", "tool_use_id": id, "content": [{"type": "text", "text": result}]}]}]
+                 for id, name, arguments, result in turns]
+        functions = [{"name": name, "description": "d", "input_schema": schema} for name, schema in tools.items()]
+        more = {"system": [{"type": "text", "text": "You are an agent."}], "messages": [user("Go."), *sum(calls, [])], "max_tokens": 32000}
+    else:
+        calls = [[{"type": "function_call", "call_id": id, "name": name, "arguments": arguments}, {"type": "function_call_output", "call_id": id, "output": result}]
+                 for id, name, arguments, result in turns]
+        functions = [{"type": "function", "name": name, "strict": False, "parameters": schema} for name, schema in tools.items()] + [{"type": "web_search"}]
+        more = {"instructions": "You are an agent.", "input": [{"type": "message", **user("Go.")}, *sum(calls, [])], "parallel_tool_calls": False, "store": False}
+    return {"model": "demo", "stream": True, "tools": functions, "tool_choice": {"type": "auto"} if path == "/v1/messages" else "auto", **more}
+
+
+@pytest.mark.parametrize("agent", AGENTS)
+def test_an_agent_finishes_the_demos_task(agent, demo, tmp_path):
+    path, shell, fields, required = AGENTS[agent]
+    tools = {name: {"type": "object", "properties": properties, "required": list(properties)} for name, properties in {**OTHERS, shell: fields}.items()}
+    tools[shell]["required"], turns, server = required, [], types.SimpleNamespace(server_port=demo)
+    for step in range(5):
+        got = ask(server, "POST", path, agent_request(path, tools, turns))
+        assert got.status == 200
+        answer = fold(next(reader(taken_apart(got.body)) for at, _, reader, taken_apart, _ in DIALECTS.values() if at == path))
+        if not answer.tools:
+            break
+        [call] = answer.tools
+        command = next(value for key, value in [*json.loads(call.arguments).items(), ("", "")] if key in ("command", "cmd", "commands", ""))
+        command = command if isinstance(command, str) else command[-1]
+        done = subprocess.run(["sh", "-c", command], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+        turns.append((call.id, call.name, call.arguments, done.stdout))
+        assert call.name == (shell if step < 3 else "submit_and_exit")
+    assert (tmp_path / "akashproxy-demo.txt").read_text() == "Hello from the demo.\n" == turns[1][3] and "21" in turns[2][3]
+    assert len(turns) == 4 and "demo is done" in answer.text
+
+
 # == proxies and TLS ==========================================================================
 
 
@@ -7766,6 +7821,15 @@ def test_where_a_filter_is_cut_changes_nothing(rng):
             step = make()
             answers.append(fold([event for part in parts for event in step.feed([Text(part)])] + step.feed([Finish("stop")])))
         assert answers[0] == answers[1] == answers[2], text
+
+
+@fuzzed(100)
+def test_where_a_tool_call_is_cut_changes_nothing(rng):
+    parts = ["a ", "\n", "`", "<tool_call>", "</tool_call>", "<tool", '{"name": "now", "arguments": {}}', "{'name': 'now',}", "<function=", "now", ">",
+             "[TOOL_CALLS]", "<parameter=a>1</parameter>", "</function>", "}", "functions.", ":0", "<｜tool▁sep｜>"]
+    text = "".join(rng.choice(parts) for _ in range(rng.randint(1, 9)))
+    answers = [tool_answer(pieces) for pieces in ([text], list(text), cut_up(rng, text))]
+    assert answers[0] == answers[1] == answers[2], text
 
 
 @fuzzed(100)
@@ -10121,6 +10185,7 @@ def said(dialect, body):
 CHAT_BODY = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 9}
 chunked_body = functools.partial(BodyDecoder, {"transfer-encoding": "chunked"})
 relay_decoder = functools.partial(akashproxy.PassthroughDecoder, "b", True, akashproxy.CHAT_END)
+tool_filter = lambda: akashproxy.ToolCallFilter(prompted(stream=False))
 stops_filter = functools.partial(StopFilter, ["x" * 499 + "y", "ab" * 250 + "c", "x" * 20], None)
 
 
@@ -10178,6 +10243,15 @@ REPEATED = {
     "Cutoff: a long stop that nearly comes": (texts(stops_filter), "", "ababab", ""),
     "Cutoff: a text without a stop": (texts(stops_filter), "", "some words\n", ""),
     "Cutoff: a stop as long as the text": (texts(lambda: StopFilter(["x" * 100000], None)), "", "x", ""),
+    "Tools: beginnings of marks": (texts(tool_filter), "", "[TOOL <tool_cal", ""),
+    "Tools: a mark in prose": (texts(tool_filter), "", "<tool_call> is ", ""),
+    "Tools: marks only": (texts(tool_filter), "", "<tool_call>", ""),
+    "Tools: backticks": (texts(tool_filter), "", "`", ""),
+    "Tools: a long argument": (texts(tool_filter), '<tool_call>{"name": "write", "arguments": {"content": "', 'word \\n ', '"}}</tool_call>'),
+    "Tools: words, not JSON": (texts(tool_filter), "<tool_call>{", "word", ""),
+    "Tools: brackets": (texts(tool_filter), "<tool_call>", "[", ""),
+    "Tools: parameters": (texts(tool_filter), "<function=write>\n<parameter=content>\n", "</parameter>\n", ""),
+    "Tools: a list of calls": (texts(tool_filter), "<tool_call>[", '{"name": "now"},', "]</tool_call>"),
     "Collected": (feeding(lambda: akashproxy.BufferedBody(lambda data: [])), b"", b"ab", b""),
 }
 
