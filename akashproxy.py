@@ -1224,7 +1224,7 @@ def one_process(value: int) -> int:
 
 
 def tools_instruction(text: str) -> str:
-    """Check an instruction for tools as text; empty for the built-in one. Raises ValueError."""
+    """Check an instruction for tools as text. Raises ValueError."""
     if text and not ("{tools}" in text and "{call}" in text):
         raise ValueError("must contain {tools} and {call}")
     return text
@@ -3726,7 +3726,7 @@ def truncate_to(text: str, budget: float) -> str:
 
 
 class ToolForm(NamedTuple):
-    """A model family's form of calls and results in text: templates for the % operator."""
+    """Templates (of the % operator) of a model family's calls and results."""
 
     models: re.Pattern[str]  # of their names in lower case
     call: str
@@ -3771,12 +3771,12 @@ TOOL_MARKS = (*OPENING_MARKS, *CLOSING_MARKS, *SEPARATORS, "<parameter=", "<arg_
 OPENING, CLOSING, SEPARATOR = (
     "|".join(map(re.escape, marks)) for marks in (OPENING_MARKS, CLOSING_MARKS, SEPARATORS)
 )
+OPENING_MARK = re.compile(OPENING)
 CALL_TOKEN = re.compile(
     rf"(?P<noise>(?:{SEPARATOR}|`+\w*|[\s,;>])*)(?:(?P<open>{OPENING})|(?P<close>{CLOSING})"
     r"|(?P<value>[{\[]|<parameter=|<arg_key>)|(?P<name>[\w.:-]+)|)"
 )
 KIMI_NAME = re.compile(r"^functions\.|:\d*$")
-OPENING_MARK = re.compile(OPENING)
 NAMED_CALL = re.compile(r'{\s*"name"\s*:\s*"([^"\\{]+)"\s*,\s*"(?:arguments|parameters)"\s*:\s*{')
 
 TOOLS_PROMPT = (
@@ -3823,14 +3823,11 @@ class PromptedTools:
                 name: function for name, function in self.functions.items() if name in names
             }
             choice = allowed.get("mode", "required")
-        if choice not in (None, "none", "auto", "required"):
-            raise bad_request(
-                "'tool_choice' must be none, auto, required or a function.", "tool_choice"
-            )
-        if choice == "required" and not self.functions:
-            raise bad_request(
-                "'tool_choice' requires a function that 'tools' lacks.", "tool_choice"
-            )
+        if choice not in (None, "none", "auto", "required") or (
+            choice == "required" and not self.functions
+        ):
+            message = "'tool_choice' must be none, auto, required or one of 'tools'."
+            raise bad_request(message, "tool_choice")
         if choice == "none":
             self.functions = {}
         return bool(choice == "required")
@@ -3844,16 +3841,14 @@ class PromptedTools:
             messages[0] = with_text(messages[0], self._instruction())
         if self.complaint:
             messages[-1] = with_text(messages[-1], self.complaint)
-        kept = {name: self.chat[name] for name in self.chat if name not in self.FIELDS}
-        return {**kept, "messages": messages}
+        others = {name: self.chat[name] for name in self.chat if name not in self.FIELDS}
+        return {**others, "messages": messages}
 
     def _message(self, message: Dict[str, Any]) -> Dict[str, Any]:
         """Return a message with its calls as text; a result becomes a message of the user."""
         if message["role"] == "tool":
-            content = message.get("content")
-            result: Any = self.form.result % content_text(content)
-            others = [part for part in as_list(content) if as_dict(part).get("type") != "text"]
-            return {"role": "user", "content": [text_part(result), *others] if others else result}
+            result = self.form.result % content_text(message.get("content"))
+            return {"role": "user", "content": result}
         functions = [
             as_dict(as_dict(call).get("function")) for call in as_list(message.get("tool_calls"))
         ]
@@ -3861,8 +3856,8 @@ class PromptedTools:
             self._call(str(function.get("name")), str(function.get("arguments") or "{}"), number)
             for number, function in enumerate(functions)
         ]
-        kept = {name: message[name] for name in message if name != "tool_calls"}
-        return with_text(kept, self.form.calls % "\n".join(calls)) if calls else kept
+        others = {name: message[name] for name in message if name != "tool_calls"}
+        return with_text(others, self.form.calls % "\n".join(calls)) if calls else others
 
     def _call(self, name: str, arguments: str, number: int = 0) -> str:
         if self.form.argument:
@@ -3883,23 +3878,19 @@ class PromptedTools:
         return text + ONE_CALL * self.single + MUST_CALL * self.required
 
 
-def text_part(text: str) -> Dict[str, str]:
-    return {"type": "text", "text": text}
-
-
 def with_text(message: Dict[str, Any], text: str) -> Dict[str, Any]:
     """Return a message with a paragraph after its content."""
     content = message.get("content")
     if isinstance(content, list):
-        return {**message, "content": [*content, text_part("\n\n" + text)]}
+        return {**message, "content": [*content, {"type": "text", "text": "\n\n" + text}]}
     return {**message, "content": f"{content}\n\n{text}" if content else text}
 
 
 class MarkdownCode:
-    """Whether the end of a streamed Markdown text is in a fenced block, in a span or in quotes."""
+    """Tracks whether streamed Markdown is in a code block, a code span or quotes."""
 
     FENCE = re.compile(r"[ \t>*+-]*(`{3,}|~{3,})")
-    MAX_LINE = 1000  # characters of the last line that are kept
+    MAX_LINE = 1000  # characters of the last line that are others
 
     def __init__(self) -> None:
         self.fence, self.line = "", ""
@@ -3926,15 +3917,16 @@ class LooseJSON:
     """
 
     IN_STRING = re.compile(r"\\[\s\S]|[\"'\\\x00-\x1f]|[^\"'\\\x00-\x1f]+")
-    OUTSIDE = re.compile(r"[\"'{}\[\],:]|\s+|[^\"'{}\[\],:\s]+")
+    OUTSIDE = re.compile(r",\s*|[\"'{}\[\]]|\s+|\w+|[^\"'{}\[\],\s\w]+")
+    CUT = re.compile(r"\\|,\s{0,99}|[TFN]\w{0,4}")  # tokens that may be longer
     WORDS = {"True": "true", "False": "false", "None": "null"}
+    ESCAPES = {chr(code): _encode(chr(code))[1:-1] for code in range(32)}
 
     def __init__(self) -> None:
         self.out: List[str] = []
         self.depth = self.inner_end = 0
-        self.quote = ""  # of the open string
-        self.rest = ""  # a token that may be cut
-        self.comma = self.done = False  # a comma is held back
+        self.quote = self.rest = ""  # of the open string; a token that may be cut
+        self.done = False
 
     def feed(self, text: str) -> str:
         """Read text up to the value's end; returns the text behind it."""
@@ -3942,49 +3934,38 @@ class LooseJSON:
         while at < len(text) and not self.done:
             token = next((self.IN_STRING if self.quote else self.OUTSIDE).finditer(text, at))[0]
             at += len(token)
-            is_cut = token == "\\" if self.quote else len(token) < 5 and token.isalpha()
-            if at == len(text) and is_cut:
+            if at == len(text) and self.CUT.fullmatch(token):
                 self.rest = token
             elif self.quote:
                 self._in_string(token)
-            else:
+            elif token[0] != "," or text[at : at + 1] not in ("}", "]"):
                 self._outside(token)
         return text[at:]
 
-    def close(self) -> None:
-        """Note the end of the input."""
+    def close(self) -> bool:
+        """Note the end of the input; whether the value is complete."""
+        return self.done
 
     def _in_string(self, token: str) -> None:
         if token == self.quote:
             self.quote, token = "", '"'
         elif token in ('"', "\\'"):
             token = '\\"' if token == '"' else "'"
-        elif token < " ":
-            token = _encode(token)[1:-1]
-        self.out.append(token)
+        self.out.append(self.ESCAPES.get(token, token))
 
     def _outside(self, token: str) -> None:
-        if self.comma and not token.isspace():
-            self.comma = False
-            if token not in "}]":
-                self.out.append(",")
-        if token == ",":
-            self.comma = True
-            return
-        if token in "\"'":
+        if token in ("'", '"'):
             self.quote, token = token, '"'
         self.out.append(self.WORDS.get(token, token))
-        if token in "{[":
-            self.depth += 1
-        elif token in "}]":
-            self.depth -= 1
+        self.depth += (token in "{[") - (token in "}]")
+        if token in "}]":
             self.done = self.depth == 0
             if self.depth == 1:
                 self.inner_end = self.inner_end or len(self.out)
 
 
 class TaggedArguments(LooseJSON):
-    r"""Reads arguments in tags and converts them to JSON, by the types in the function's schema.
+    r"""Reads arguments in tags and converts them to JSON, by the function's schema.
 
     <parameter=path>\na.txt\n</parameter>                  Qwen3-Coder
     <arg_key>path</arg_key>\n<arg_value>a.txt</arg_value>  GLM-4.5
@@ -4010,7 +3991,7 @@ class TaggedArguments(LooseJSON):
             self.close()
         return text[size:] if end else ""
 
-    def close(self) -> None:
+    def close(self) -> bool:
         *fields, rest = re.split("</parameter>|</arg_value>", "".join(self.read) + self.rest)
         values = [match.groups() for match in map(self.FIELD.match, fields) if match]
         self.done = bool(values) and len(values) == len(fields) and not rest.strip()
@@ -4019,6 +4000,7 @@ class TaggedArguments(LooseJSON):
             for tag, key, value in values
         )
         self.out = [_encode({key: self._typed(key, value) for key, value in pairs})]
+        return self.done
 
     def _typed(self, key: str, value: str) -> Any:
         types = as_dict(self.properties.get(key)).get("type")
@@ -4028,9 +4010,9 @@ class TaggedArguments(LooseJSON):
 
 
 def read_calls(name: str, text: str, functions: Iterable[str]) -> List[Tuple[str, str]]:
-    """Return the calls in JSON as (name, arguments); ``name`` if that stands before the JSON.
+    """Return the calls in JSON as (name, arguments).
 
-    Raises ValueError if it is anything else.
+    ``name`` is one that stands before the JSON. Raises ValueError for anything else.
     """
     value = from_json(text.encode())
     items = [{"name": name, "arguments": value}] if name else value
@@ -4042,7 +4024,7 @@ def read_calls(name: str, text: str, functions: Iterable[str]) -> List[Tuple[str
         if isinstance(arguments, str):
             arguments = from_json(arguments.encode())
         if called not in functions:
-            raise ValueError(f"there is no function {called[:80]!r}")
+            raise ValueError(f"{called[:80]!r} is not a function")
         if not isinstance(arguments or {}, dict):
             raise ValueError("its arguments are not a JSON object")
         calls.append((called, _encode(arguments or {})))
@@ -4224,7 +4206,7 @@ class ToolCallFilter(Filter):
             out.append(Finish("tool_calls"))
 
     def _reject(self, reason: str, out: List[Event]) -> None:
-        """Pass on an invalid call as text, unless part of it is sent or the chat is repeated."""
+        """Emit an invalid call as text, unless part of it is sent; may repeat the chat."""
         raw, is_sent = "".join(self.raw), self.sent is not None
         self._reset()
         if is_sent:
@@ -4236,7 +4218,7 @@ class ToolCallFilter(Filter):
         self._emit(raw, out)
 
     def _repeat(self, reason: str) -> None:
-        """Raise an error that repeats the chat once, if it requires a call and got nothing."""
+        """Raise the error that repeats, once, a chat that requires a call."""
         tools = self.tools
         if not tools.required or tools.complaint or self.count or tools.stream and self.passed_on:
             return
@@ -4244,10 +4226,8 @@ class ToolCallFilter(Filter):
         raise APIError(502, reason, code="tools", category=Category.RETRY)
 
     def _finish(self, finish: Finish, out: List[Event]) -> None:
-        if self.state == self._in_value:
-            self.reader.close()
-            if self.reader.done:
-                self._complete(out)
+        if self.state == self._in_value and self.reader.close():
+            self._complete(out)
         if self.calls:  # only the closing mark is missing
             self._send_calls(out)
         elif self.raw or self.sent is not None and finish.reason != "length":
@@ -4414,7 +4394,7 @@ def _join_messages(role: str, messages: List[Dict[str, Any]]) -> List[Dict[str, 
 
 
 class ToolAdapter(Controller):
-    """A controller with ``tools`` set to prompt or refuse; all else goes to the adapted one."""
+    """Adds the settings prompt and refuse of ``tools`` to another controller."""
 
     def __init__(self, controller: Controller) -> None:
         super().__init__(controller.options, controller.settings)
@@ -4425,14 +4405,7 @@ class ToolAdapter(Controller):
         if self.options.tools == "refuse" and body.get("tools"):
             message = f"{self.name} does not support 'tools'."
             return bad_request(message, "tools", "unsupported_parameter")
-        messages = map(as_dict, as_list(body.get("messages")))
-        has_tools = self.options.tools == "prompt" and (
-            bool(body.get("tools"))
-            or any(
-                message.get("tool_calls") or message.get("role") == "tool" for message in messages
-            )
-        )
-        if not has_tools:
+        if self.options.tools == "refuse" or not has_tools(call):
             return self.controller.check_support(call)
         model = self.options.model_map.get(call.model, call.model)
         prompt = self.settings.tools_prompt or TOOLS_PROMPT
@@ -4487,6 +4460,15 @@ class ToolAdapter(Controller):
         self.controller.close()
 
 
+def has_tools(call: Call) -> bool:
+    """Whether a chat offers tools, or has had calls."""
+    is_chat = not call.relay_only and not call.image_count
+    return is_chat and (
+        bool(call.body.get("tools"))
+        or any(item.get("tool_calls") or item["role"] == "tool" for item in call.body["messages"])
+    )
+
+
 def filtered(decoder: Decoder, step: ToolCallFilter) -> Decoder:
     """Return the decoder of an answer with a filter of tool calls after it."""
     if isinstance(decoder, BufferedBody) and decoder.is_error_body:
@@ -4494,7 +4476,7 @@ def filtered(decoder: Decoder, step: ToolCallFilter) -> Decoder:
     chain = decoder if isinstance(decoder, DecoderChain) else DecoderChain(decoder)
     if not any(isinstance(other, ThinkTagFilter) for other in chain.filters):
         chain.filters += (ThinkTagFilter(),)
-    chain.filters += (step,)
+    chain.filters, chain.started = (*chain.filters, step), decoder.started
     return chain
 
 
@@ -7505,10 +7487,10 @@ class Upstream:
             by_id.setdefault(
                 name, {"id": name, "object": "model", "created": 0, "owned_by": self.name}
             )
-        listed = list(by_id.values())
+        offered = list(by_id.values())
         if self.options.tools == "prompt":
-            listed = [{**model, "tools": "prompt"} for model in listed]
-        return listed, names, error
+            offered = [{**model, "tools": "prompt"} for model in offered]
+        return offered, names, error
 
 
 def model_allowed(patterns: Tuple[str, ...], model: str) -> bool:
@@ -12578,7 +12560,7 @@ DEMO_FIELDS = "command", "cmd", "commands"  # what agents call a shell's command
 
 
 def demo_step(system: str, contents: List[str]) -> str:
-    """Return the next answer to an agent: it writes a file, reads it and counts its bytes.
+    """Return the next answer to an agent, which writes, reads and measures a file.
 
     "" if there are no results yet, nor a function for the first step.
     """

@@ -5363,7 +5363,7 @@ def test_a_required_call_is_asked_for_once_more(stream, akash, serve):
     akash.chat = akash_text('<tool_call>{"name": "rm", "arguments": {}}</tool_call>')
     got, sent = ask(server, "POST", "/v1/chat/completions", body), [body for body in akash.bodies() if "messages" in body]
     assert got.status == 200 and b"rm" in got.body and b'"tool_calls":[' not in got.body and len(sent) == 2
-    assert "no function 'rm'" in sent[1]["messages"][-1]["content"] and "no function" not in sent[0]["messages"][-1]["content"]
+    assert "'rm' is not a function" in sent[1]["messages"][-1]["content"] and "is not a function" not in sent[0]["messages"][-1]["content"]
 
 
 @pytest.mark.parametrize("mode, status", [("", 400), ("refuse", 400), ("prompt", 200)])
