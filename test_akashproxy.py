@@ -9127,32 +9127,13 @@ def test_the_systemd_unit_fits_the_code(tmp_path):
 @contextlib.contextmanager
 def nginx(folder, *replicas):
     """The README's nginx in front of replicas on these ports: its own port."""
-    conf = saved("nginx.conf")
-    for name, replica in zip(("akashproxy-1", "akashproxy-2"), replicas):
-        conf = conf.replace(f"server {name}:{PORT} ", f"server 127.0.0.1:{replica} ")
-    port = free_port()
-    with nginx_with(folder, conf.replace("listen 80;", f"listen 127.0.0.1:{port};"), port):
-        yield port
-
-
-def test_several_processes_behind_nginx(tmp_path):
-    port, conf = free_port(), saved("several.conf")
-    with started("--demo") as (_, first), started("--demo") as (_, second):
-        for written, real in ((PORT, first), (PORT + 1, second), (8080, port)):
-            assert f"SERVER_ADDRESS=127.0.0.1:{written} python3 akashproxy.py" in README or written == 8080
-            conf = conf.replace(f"127.0.0.1:{written};", f"127.0.0.1:{real};")
-        with nginx_with(tmp_path, conf, port):
-            server = type("Server", (), {"server_port": port})
-            for _ in range(4):
-                assert stream(server, {"model": "demo", "messages": [user("hi")]})[2] == "stop"
-
-
-@contextlib.contextmanager
-def nginx_with(folder, conf, port):
-    """nginx with a configuration, which makes it listen on a port."""
     program = shutil.which("nginx", path=os.environ.get("PATH", "") + ":/usr/sbin")
     if program is None and not os.environ.get("CI"):
         pytest.skip("no nginx here")
+    port, conf = free_port(), saved("nginx.conf")
+    for name, replica in zip(("akashproxy-1", "akashproxy-2"), replicas):
+        conf = conf.replace(f"server {name}:{PORT} ", f"server 127.0.0.1:{replica} ")
+    conf = conf.replace("listen 80;", f"listen 127.0.0.1:{port};")
     folders = "".join(f"{kind}_temp_path {kind}; " for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
     (folder / "nginx.conf").write_text(conf.replace("http {", "http { " + folders))
     directives = f"daemon off; pid {folder}/nginx.pid; error_log stderr;" + " user root;" * (os.geteuid() == 0)
@@ -9161,10 +9142,19 @@ def nginx_with(folder, conf, port):
     try:
         wait_for(lambda: process.poll() is not None or not refused(port))
         assert process.poll() is None, "nginx does not take the README's conf"
-        yield
+        yield port
     finally:
         process.terminate()
         process.wait(20)
+
+
+def test_several_processes_behind_nginx(tmp_path):
+    for written in (PORT, PORT + 1):
+        assert f"`SERVER_ADDRESS=127.0.0.1:{written} python3 akashproxy.py`" in README and f"`server 127.0.0.1:{written}`" in README
+    with started("--demo") as (_, first), started("--demo") as (_, second), nginx(tmp_path, first, second) as port:
+        server = type("Server", (), {"server_port": port})
+        for _ in range(4):
+            assert stream(server, {"model": "demo", "messages": [user("hi")]})[2] == "stop"
 
 
 def free_port():
@@ -10664,7 +10654,7 @@ def test_the_readmes_configuration_is_one(config):
         path = config(block)
         environ = {name: f"value-of-{name}" for name in re.findall(r"\$\{(\w+)\}", block)}
         settings = load(path, **environ)
-        assert (len(settings.pool()), len(settings.keys)) == ((3, 2) if "keys" in json.loads(block) else (4, 0))
+        assert (len(settings.pool()), len(settings.keys)) == ((1, 2) if "keys" in json.loads(block) else (4, 0))
         assert run("--config-file", path, "--check", **environ).returncode == 0
 
 
