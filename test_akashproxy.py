@@ -10588,6 +10588,32 @@ def test_the_readmes_lines_for_agents_work(block, pool, tmp_path):
     assert done.returncode == 0 and "Hi there." in done.stdout, done
 
 
+CLIENTS = {     # program: (its row in the README's table of clients, what gets an answer, where {} is the row's own command)
+    "opencode": ("opencode, kilo", "opencode run -m akashproxy/llama3.2 'Say hello.'"), "qwen": ("qwen-code", "{} -p 'Say hello.'"),
+    "pi": ("pi", "pi --provider akashproxy --model llama3.2 -p 'Say hello.'"),
+    "llm": ("llm", "llm -m akashproxy 'Say hello.'"), "gptme": ("gptme", "{} -n 'Say hello.'"),
+    "aider": ("aider", "{} --no-git --yes-always --no-check-update --no-show-model-warnings --message 'Say hello.'"),
+    "sgpt": ("shell-gpt", "OPENAI_API_KEY=none sgpt 'Say hello.'"),
+}
+
+
+@pytest.mark.parametrize("program", CLIENTS)
+def test_the_readmes_table_of_clients_works(program, pool, tmp_path):
+    if not shutil.which(program):
+        pytest.skip(f"{program} is not installed")
+    client, command = CLIENTS[program]
+    server = pool(FakeOpenAI(["llama3.2"]), idle_timeout=20, first_byte_timeout=20)
+    row = re.search(rf"^\| {client} \| (.*) \|$", README, re.M)[1].replace("127.0.0.1:16571", f"127.0.0.1:{server.server_port}")
+    first, *lines = re.findall("`(.*?)`", row)
+    if lines:   # a file and its lines
+        path = tmp_path / first.replace("~/", "").replace("extra-", ".config/io.datasette.llm/extra-")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(line + "\n" for line in lines))
+    done = subprocess.run(["bash", "-ec", command.format(first)], cwd=tmp_path, env={"PATH": os.environ["PATH"], "HOME": str(tmp_path)},
+                          stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=100)
+    assert "Hi there." in done.stdout, done
+
+
 EMBEDDING = [block for block in blocks("python") if not official(block)]
 
 
