@@ -10593,7 +10593,6 @@ CLIENTS = {     # program: (its row in the README's table of clients, what gets 
     "pi": ("pi", "pi --provider akashproxy --model llama3.2 -p 'Say hello.'"),
     "llm": ("llm", "llm -m akashproxy 'Say hello.'"), "gptme": ("gptme", "{} -n 'Say hello.'"),
     "aider": ("aider", "{} --no-git --yes-always --no-check-update --no-show-model-warnings --message 'Say hello.'"),
-    "sgpt": ("shell-gpt", "OPENAI_API_KEY=none sgpt 'Say hello.'"),
 }
 
 
