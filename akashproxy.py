@@ -1235,7 +1235,7 @@ def one_of(*values: str) -> Callable[[str], str]:
 
     def check(text: str) -> str:
         if text.lower() not in values:
-            raise ValueError(f"{text!r} is not one of {', '.join(values)}")
+            raise ValueError(f"{text!r} is not one of {', '.join(filter(None, values))}")
         return text.lower()
 
     return check
@@ -3889,7 +3889,8 @@ def with_text(message: Dict[str, Any], text: str) -> Dict[str, Any]:
 class MarkdownCode:
     """Tracks whether streamed Markdown is in a code block, a code span or quotes."""
 
-    FENCE = re.compile(r"[ \t>*+-]*(`{3,}|~{3,})")
+    # At the start of a line, or with no more than a language after it.
+    FENCE = re.compile(r"(?:^[ \t>*+-]*(?=[`~]+[^`]*$)|[ \t](?=[`~]+\w*$))(`{3,}|~{3,})")
     MAX_LINE = 1000  # characters of the last line that are others
 
     def __init__(self) -> None:
@@ -3898,7 +3899,7 @@ class MarkdownCode:
     def feed(self, text: str) -> None:
         *lines, last = (self.line + text).split("\n")
         for line in lines:
-            mark = self.FENCE.match(line)
+            mark = self.FENCE.search(line.rstrip())
             if mark and mark[1].startswith(self.fence):
                 self.fence = "" if self.fence else mark[1]
         self.line = last[-self.MAX_LINE :]
@@ -12563,6 +12564,8 @@ DEMO_COMMANDS = (
     "wc -c akashproxy-demo.txt",
 )
 DEMO_END = "The demo is done: its model was a script, but your agent and each step were real."
+DEMO_SHELLS = re.compile("(?i)bash|shell|exec|command")
+DEMO_LAST_TOOLS = re.compile("(?i)submit|completion")
 DEMO_FIELDS = "command", "cmd", "commands"  # what agents call a shell's command
 
 
@@ -12577,7 +12580,7 @@ def demo_step(system: str, contents: List[str]) -> str:
     command = (*DEMO_COMMANDS, "")[step]
     lines = re.findall(r'^{"type":"function".*}$', system, re.M)
     # some agents end with a call of their own only, such as cline's submit_and_exit
-    names = re.compile("(?i)bash|shell|exec|command" if command else "(?i)submit|completion")
+    names = DEMO_SHELLS if command else DEMO_LAST_TOOLS
     for function in (json.loads(line)["function"] for line in lines):
         parameters = as_dict(function.get("parameters"))
         fields, required = as_dict(parameters.get("properties")), parameters.get("required")

@@ -5233,7 +5233,7 @@ NO_CALLS = [
     '<tool_call>{"name": "weather", "arguments": {"city": }}</tool_call>', '<tool_call>{"name": "weather", "arguments": {"city": "Kyiv"}</tool_call>',
     f"<tool_call>{KYIV}}}</tool_call>", f"<tool_call>{KYIV} is how it looks.", '<tool_call>{"name": "weather", "arguments": [1]}</tool_call>',
     '<tool_call>{"name": "weather", "arguments": "Kyiv"}</tool_call>', '<function=weather>Kyiv</function>', "<function=rm>{}</function>", "<function=", KYIV,
-    f"```json\n{KYIV}\n```", "<|python_tag|>weather.call(city='Kyiv')", "<tool_call>rm\n<arg_key>a</arg_key>\n<arg_value>b</arg_value>\n</tool_call>",
+    f"```json\n{KYIV}\n```", f"So: ```json\n{CALL_FORMS['Hermes']}\n```", "<|python_tag|>weather.call(city='Kyiv')", "<tool_call>rm\n<arg_key>a</arg_key>\n<arg_value>b</arg_value>\n</tool_call>",
     f"<tool_call>[{KYIV}, {{}}]</tool_call>", "if (a[0] < b) { return '<tool>' }", '<tool_call>{"name": "weather", "arguments": {"city": "Ky',
     f"<tool_call>not {KYIV}</tool_call>",
 ]
@@ -5526,6 +5526,86 @@ def test_a_failed_image_of_the_2026_version_is_not_repeated(akash, serve):
     akash.faults.append(akash.raw(reply(500, b'{"error":"Error generating image","message":"No workers at http://inner:1/x"}'), keep=True))
     got = chat(serve(), {**CHAT, "model": "AkashGen"})
     assert (got.status, got.json["error"]["code"], got.headers["x-should-retry"]) == (502, "image_failed", "false") and b"inner" not in got.body
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_any_upstream_can_get_tools_as_text(stream, serve):
+    fake = FakeOpenAI(text=f"<think>\nhm\n</think>I look. <tool_call>\n{KYIV}\n</tool_call>")
+    history = [user("hi"), {"role": "assistant", "content": None, "tool_calls": [{"id": "c", "type": "function", "function": {"name": "now", "arguments": "{}"}}]},
+               {"role": "tool", "tool_call_id": "c", "content": "noon"}, user("So?")]
+    with contextlib.closing(fake):
+        server = serve(controllers=(akashproxy.ControllerSettings(base_url=fake.url, tools="prompt", paths=("*",)),))
+        got = ask(server, "POST", "/v1/chat/completions", {"model": "gpt-x", "stream": stream, "messages": history, "tools": [{"type": "retrieval"}, *FUNCTIONS]})
+        answer, sent = fold(read_chat(sse(got.body) if stream else got.json)), json.loads(fake.requests[-1].body)
+        assert (answer.text, answer.reasoning, answer.finish) == ("I look. ", "hm", Finish("tool_calls"))
+        assert [(call.name, json.loads(call.arguments)) for call in answer.tools] == [IN_KYIV] and got.headers["x-akashproxy-ignored"] == "retrieval"
+        assert "tools" not in sent and [message["role"] for message in sent["messages"]] == ["system", "user", "assistant", "user"]
+        assert sent["messages"][2]["content"] == '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
+        assert sent["messages"][3]["content"] == "<tool_response>\nnoon\n</tool_response>\n\nSo?"
+        plain = {"model": "gpt-x", "stream": stream, "messages": [user("hi")]}
+        ask(server, "POST", "/v1/chat/completions", plain)
+        assert json.loads(fake.requests[-1].body) == plain, "a chat without tools is relayed unchanged"
+
+
+def test_tools_as_text_work_for_a_controller_of_ones_own(serve):
+    server = serve(controllers=(akashproxy.ControllerSettings(type="echo", tools="prompt", speed=0),))
+    body = {"model": "echo", "messages": [user(f"I look. <tool_call>{KYIV}</tool_call>")], "tools": FUNCTIONS}
+    [call] = fold(read_chat(ask(server, "POST", "/v1/chat/completions", body).json)).tools
+    assert (call.name, json.loads(call.arguments)) == IN_KYIV
+
+
+@pytest.mark.parametrize("mode, status", [("", 200), ("native", 200), ("refuse", 400)])
+def test_a_controller_can_refuse_tools(mode, status, serve):
+    with contextlib.closing(FakeOpenAI()) as fake:
+        server = serve(controllers=(akashproxy.ControllerSettings(base_url=fake.url, tools=mode),))
+        body = {"model": "gpt-x", "messages": [user("hi")], "tools": FUNCTIONS}
+        assert ask(server, "POST", "/v1/chat/completions", body).status == status
+        assert sum(json.loads(request.body) == body for request in fake.requests if request.body) == (status == 200)
+        assert ask(server, "POST", "/v1/chat/completions", {**body, "tools": []}).status == 200
+
+
+def named(*names):
+    return [{"type": "function", "function": {"name": name}} for name in names]
+
+
+CHOICES = {     # a tool_choice: the functions in the prompt, whether one must be called
+    "none": ([], False), "auto": (["weather", "write", "now"], False), "required": (["weather", "write", "now"], True),
+    json.dumps(named("now")[0]): (["now"], True),
+    json.dumps({"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": named("now", "write")}}): (["write", "now"], False),
+    json.dumps({"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": named("write")}}): (["write"], True),
+    json.dumps(named("rm")[0]): None, "sometimes": None, "7": None, '{"type": "custom"}': None,
+}
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_a_choice_of_tools_is_put_into_the_prompt(choice):
+    value = json.loads(choice) if choice[0] in "{7" else choice
+    if CHOICES[choice] is None:
+        with pytest.raises(APIError, match="'tool_choice' must be"):
+            prompted(tool_choice=value)
+        return
+    tools = prompted(tool_choice=value)
+    system = "".join(message["content"] for message in tools.body()["messages"][:-1])
+    assert (re.findall(r'"function":{"name":"(\w+)"', system), akashproxy.MUST_CALL in system) == CHOICES[choice]
+
+
+def test_a_required_call_is_asked_for_once_and_only_before_a_part_was_sent():
+    tools = prompted(tool_choice="required")
+    with pytest.raises(APIError, match="has no tool call") as caught:
+        akashproxy.ToolCallFilter(tools).feed([Text("I look."), Finish("stop")])
+    assert caught.value.category is Category.RETRY and tools.complaint
+    assert akashproxy.ToolCallFilter(tools).feed([Text("I look."), Finish("stop")]) == [Text("I look."), Finish("stop")]
+    step = akashproxy.ToolCallFilter(prompted(tool_choice="required"))
+    assert step.feed([Text("I look.")]) + step.feed([Finish("stop")]) == [Text("I look."), Finish("stop")]
+
+
+def test_an_instruction_of_ones_own_replaces_the_built_in_one(akash, serve):
+    server = serve(tools_prompt="Tools: {tools} Form: {call}", **prompting(akash.url))
+    ask(server, "POST", "/v1/chat/completions", {"model": "Qwen/Qwen3", **TOOL_REQUESTS["/v1/chat/completions"]})
+    [sent] = [body for body in akash.bodies() if "messages" in body]
+    assert sent["system"].startswith('Tools: {"type":"function"') and "You can call" not in sent["system"]
+    with pytest.raises(ConfigError, match="TOOLS_PROMPT: must contain"):
+        Settings.load({"TOOLS_PROMPT": "Call something."}, {})
 
 
 STRING = {"type": "string"}
