@@ -66,6 +66,7 @@ Where is ...
     what an upstream's error means     UPSTREAM_ERRORS, error_from_body, akash_error
     what hides secrets                 redact
     Akash's cookie                     AkashSession
+    caches of sessions and models      Cache
     Akash's stream, line by line       AkashDecoder
     what is sent to Akash              akash_request
     images                             AkashController.image_events
@@ -3826,78 +3827,89 @@ def _join_messages(role: str, messages: List[Dict[str, Any]]) -> List[Dict[str, 
     return [{"role": role, "content": parts}]
 
 
-class SingleFlight:
-    """Runs a function for one caller at a time; waiting callers share its error.
+T = TypeVar("T")
 
-    Any thread.
+
+class Cache(Generic[T]):
+    """A value with a lifetime; one caller at a time fetches it. Any thread.
+
+    ``fetch`` returns the value and its lifetime in seconds. If it ``expires``, it ends with that
+    time, and a thread replaces it during the last fifth. Otherwise it is used until a caller that
+    finds it old has replaced it, and a failure without any value is repeated for RETRY seconds.
     """
 
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.failure: Optional[APIError] = None
-        self.failed_at = -math.inf
-
-    def run(self, function: Callable[[], None], scope: CancelScope) -> None:
-        """Run a function, unless another caller's run has failed since this call began.
-
-        That failure is raised instead. After another caller's success the function still runs,
-        so it must check whether anything is left to do. Raises the scope's reason if cancelled.
-        """
-        arrived_at = time.monotonic()
-        while not self.lock.acquire(timeout=0.25):  # a cancelled caller must not wait for others
-            scope.raise_if_cancelled()
-        try:
-            if self.failure is not None and self.failed_at >= arrived_at:
-                raise self.failure
-            function()
-        except APIError as error:
-            if error is not self.failure:
-                self.failure, self.failed_at = error, time.monotonic()
-            raise
-        finally:
-            self.lock.release()
-
-
-class StaleOnErrorCache:
-    """Model list cache; serves the old list during a refresh, or after a failed one.
-
-    ``ttl`` is in seconds. Any thread.
-    """
-
-    RETRY = 15.0  # seconds until a failed fetch is repeated
+    RETRY = 15.0  # seconds between two attempts to replace a value
 
     def __init__(
         self,
-        fetch: Callable[[], List[Dict[str, Any]]],
-        ttl: float,
+        name: str,
+        fetch: Callable[[], Tuple[T, float]],
         clock: Callable[[], float] = time.monotonic,
+        expires: bool = False,
     ) -> None:
-        self.fetch, self.ttl, self.clock = fetch, ttl, clock
-        self.single_flight = SingleFlight()
-        self.value: List[Dict[str, Any]] = []  # empty until the first fetch
-        self.failure: Optional[APIError] = None
-        self.expires_at = -math.inf
+        self.name, self.fetch, self.clock, self.expires = name, fetch, clock, expires
+        self.lock = threading.Lock()  # held during a fetch
+        self.value: Optional[T] = None
+        self.refresh_at = self.expires_at = -math.inf
+        self.failure: Optional[APIError] = None  # of the last fetch
+        self.failed_at = -math.inf  # by time.monotonic()
+        self.fetch_count = 0
 
-    def get(self) -> List[Dict[str, Any]]:
-        """Return the list, fetched if necessary; APIError if there has never been one."""
-        expired = self.clock() >= self.expires_at
-        if not self.value and self.failure and not expired:
-            raise self.failure
-        if not self.value or expired and not self.single_flight.lock.locked():
-            self.single_flight.run(self._refresh, CancelScope())
-        return self.value
+    def get(self, scope: Optional[CancelScope] = None) -> T:
+        """Return the value. May block; raises the fetch's APIError, or the scope's reason."""
+        arrived_at, now, value = time.monotonic(), self.clock(), self.value
+        if value is None or now >= self.expires_at:
+            return self._wait(value, arrived_at, scope or CancelScope())
+        if now >= self.refresh_at and self.lock.acquire(blocking=False):
+            if not self.expires:
+                self._refresh()
+            elif not start_thread(self._refresh, self.name):
+                self.lock.release()
+        current = self.value
+        return value if current is None else current
+
+    def invalidate(self, value: T) -> None:
+        """Discard a value that the server has rejected."""
+        # Requests A and B fail with the same value; A fetches a new one, which B must not discard.
+        if self.value == value:
+            self.value = None
+
+    def _wait(self, old: Optional[T], arrived_at: float, scope: CancelScope) -> T:
+        """Fetch a value, or wait for another caller to replace ``old`` or to fail."""
+        while not self.lock.acquire(timeout=0.25):  # a cancelled caller must not wait for others
+            scope.raise_if_cancelled()
+        try:
+            repeated = not self.expires and self.clock() < self.refresh_at
+            if self.failure and (repeated or self.failed_at >= arrived_at):
+                raise self.failure
+            value = self.value
+            return self._replace() if value is None or value == old else value
+        finally:
+            self.lock.release()
 
     def _refresh(self) -> None:
-        if self.value and self.clock() < self.expires_at:
-            return
+        """Replace a value that is still in use. The caller holds the lock, which is released."""
         try:
-            self.value = self.fetch()
-            self.expires_at = self.clock() + self.ttl
+            self._replace()
         except APIError as error:
-            self.expires_at, self.failure = self.clock() + self.RETRY, error
-            if not self.value:
-                raise
-            log.warning("models not refreshed, still using the last list: %s", error.message)
+            log.warning("%s not refreshed, still using the old: %s", self.name, error.message)
+        finally:
+            self.lock.release()
+
+    def _replace(self) -> T:
+        """Fetch a value. The caller holds the lock."""
+        now = self.clock()
+        self.refresh_at = now + self.RETRY  # if it fails
+        try:
+            value, seconds = self.fetch()
+        except APIError as error:
+            self.failure, self.failed_at = error, time.monotonic()
+            raise
+        self.failure, self.value = None, value
+        self.refresh_at = now + (seconds * 0.8 if self.expires else seconds)
+        self.expires_at = now + seconds if self.expires else math.inf
+        self.fetch_count += 1
+        return value
 
 
 def bounded_model_list(
@@ -4659,72 +4671,31 @@ def parse_duration(text: str) -> Optional[float]:
 
 
 class AkashSession:
-    """The session cookie of one Akash Chat server, fetched on first use. Any thread.
+    """Starts sessions at one Akash Chat server, for a Cache.
 
-    A cookie is valid for its Max-Age, counted from before the request was sent. During the last
-    fifth of that time a background thread fetches a new one while requests keep using the old.
-    Servers without sessions set no cookie, or (akash-chat b58259a, May 2026, without Redis) the
-    fixed ``session_token=validated``; both are valid. The request itself carries no cookie:
+    A cookie is valid for its Max-Age, counted from before the request was sent. Servers without
+    sessions set no cookie, or (akash-chat b58259a, May 2026, without Redis) the fixed
+    ``session_token=validated``; both are valid. The request itself carries no session cookie:
     b58259a answers a valid one without setting or extending anything.
     """
 
     PATH = "/api/auth/session/"
-    REFRESH_RETRY = 10.0  # seconds between two attempts
 
     def __init__(
         self,
         transport: Transport,
         token: str = "",
         seconds: float = 15.0,
-        clock: Callable[[], float] = time.monotonic,
         secrets: Iterable[str] = (),
     ) -> None:
-        self.transport, self.seconds, self.clock = transport, seconds, clock
+        self.transport, self.seconds = transport, seconds
         # akash-chat f0a4ae0 (July 2025) expects the SHA-256 of the access token, b58259a (May
         # 2026) the token itself. The form that worked last is tried first.
         self.tokens = [token, _sha256(token)] if token else [""]
         self.secrets = [*self.tokens, *secrets]
-        self.single_flight = SingleFlight()
-        self.cookie: Optional[str] = None  # "session_token=..."; "" if the server sets none
-        self.refresh_at = self.expires_at = 0.0
-        self.refreshing = False
-        self.refresh_count = 0
 
-    def get(self, scope: CancelScope) -> str:
-        """Return the cookie to send, or "". May block; APIError if no session starts."""
-        now = self.clock()
-        cookie = self.cookie
-        if cookie is None or now >= self.expires_at:
-            self.single_flight.run(lambda: self._replace(cookie), scope)
-            return self.cookie or ""
-        if now >= self.refresh_at and not self.refreshing:
-            self.refreshing, self.refresh_at = True, now + self.REFRESH_RETRY
-            if not start_thread(self._refresh, "akash session"):
-                self.refreshing = False
-        return cookie
-
-    def invalidate(self, cookie: str) -> None:
-        """Discard a cookie that the server has rejected."""
-        # Requests A and B fail with the same cookie; A fetches a new one, which B must not discard.
-        if self.cookie == cookie:
-            self.cookie = None
-
-    def _replace(self, old: Optional[str]) -> None:
-        """Fetch a new cookie, unless another thread has replaced ``old`` meanwhile."""
-        if self.cookie in (None, old):
-            self.cookie = None
-            self._fetch()
-
-    def _refresh(self) -> None:
-        try:
-            self._fetch()
-        except APIError as error:
-            log.warning("session not refreshed, still using the old one: %s", error.message)
-        finally:
-            self.refreshing = False
-
-    def _fetch(self) -> None:
-        requested_at = self.clock()
+    def start(self) -> Tuple[str, float]:
+        """Return a session's cookie, or "", and its seconds of validity; APIError if none starts."""
         for token in list(self.tokens):
             headers = {"Authorization": f"Bearer {token}"} if token else {}
             response = self.transport.fetch(
@@ -4735,8 +4706,7 @@ class AkashSession:
                 raise challenge_page_error(response)
             if response.status == 200:
                 self.tokens.sort(key=lambda other: other != token)
-                self._store_cookie(response.headers.get("set-cookie", ""), requested_at)
-                return
+                return session_cookie(response.headers.get("set-cookie", ""))
             if response.status != 403:
                 break
         reason = redact(str(as_dict(answer).get("error", ""))[:4000], self.secrets)[:200]
@@ -4754,18 +4724,15 @@ class AkashSession:
             upstream_status=response.status,
         )
 
-    def _store_cookie(self, set_cookie: str, requested_at: float) -> None:
-        self.refresh_count += 1
-        for line in set_cookie.split("\n"):
-            match = re.match(r"(session_token=[^;,\s\"\\]*)(.*)", line)
-            if match and match[1] != "session_token=":
-                max_age = re.search(r";\s*max-age=([0-9]{1,9})\s*(?:;|$)", match[2], re.I)
-                seconds = float(max_age[1]) if max_age else math.inf
-                self.refresh_at = requested_at + seconds * 0.8
-                self.expires_at = requested_at + seconds
-                self.cookie = match[1]
-                return
-        self.cookie, self.refresh_at, self.expires_at = "", math.inf, math.inf
+
+def session_cookie(set_cookie: str) -> Tuple[str, float]:
+    """Return the session's cookie in Set-Cookie headers and its Max-Age; ("", inf) if none."""
+    for line in set_cookie.split("\n"):
+        match = re.match(r"(session_token=[^;,\s\"\\]+)(.*)", line)
+        if match:
+            max_age = re.search(r";\s*max-age=([0-9]{1,9})\s*(?:;|$)", match[2], re.I)
+            return match[1], float(max_age[1]) if max_age else math.inf
+    return "", math.inf
 
 
 # Parameters that Akash Chat can't honour, each with the values that are harmless.
@@ -5352,10 +5319,11 @@ class AkashController(Controller):
         }
         self.transport = Transport(options, settings, options.base_url, "Akash Chat", headers)
         secrets = [*cookie_values(settings.akash_cookie), *option_secrets(options)]
-        self.session = AkashSession(
-            self.transport, options.api_key, settings.session_timeout, clock, secrets
+        self.sessions = AkashSession(
+            self.transport, options.api_key, settings.session_timeout, secrets
         )
-        self.model_cache = StaleOnErrorCache(self._fetch_models, settings.models_ttl, clock)
+        self.session = Cache(f"{self.name}: session", self.sessions.start, clock, expires=True)
+        self.model_cache = Cache(f"{self.name}: models", self._fetch_models, clock)
 
     def check_support(self, call: Call) -> Optional[APIError]:
         try:
@@ -5436,8 +5404,8 @@ class AkashController(Controller):
     def secrets(self, cookie: Optional[str] = None) -> List[str]:
         """List the strings to redact from errors: keys, header values and cookies."""
         return [
-            *self.session.secrets,
-            *cookie_values(self.session.cookie or ""),
+            *self.sessions.secrets,
+            *cookie_values(self.session.value or ""),
             *cookie_values(cookie or ""),
         ]
 
@@ -5445,7 +5413,7 @@ class AkashController(Controller):
         return self.model_cache.get()
 
     def metrics(self) -> Dict[str, float]:
-        return {"akashproxy_session_renewals_total": self.session.refresh_count}
+        return {"akashproxy_session_renewals_total": self.session.fetch_count}
 
     def image(self, name: str, scope: CancelScope) -> UpstreamResponse:
         # akash-chat f0a4ae0: names without an extension need the slash, others must not have it
@@ -5672,7 +5640,7 @@ class AkashController(Controller):
         data = self.image(name, call.scope).read() if call.images_as_bytes else None
         return Image(job, prompt, name, f"{self.options.base_url}/api/image/{name}", data)
 
-    def _fetch_models(self) -> List[Dict[str, Any]]:
+    def _fetch_models(self) -> Tuple[List[Dict[str, Any]], float]:
         response = self._with_session(
             "GET", "/api/models/", CancelScope(), first_byte=self.settings.session_timeout
         )
@@ -5687,7 +5655,8 @@ class AkashController(Controller):
             "owned_by": "Akash Network",
             "permission": None,
         }
-        return [{"id": name, **common, "root": name, "parent": None} for name in names]
+        models = [{"id": name, **common, "root": name, "parent": None} for name in names]
+        return models, self.settings.models_ttl
 
 
 def akash_models(listing: Any) -> List[str]:
@@ -6363,7 +6332,7 @@ class OpenAIController(Controller):
         has_path = urllib.parse.urlsplit(options.base_url).path
         base_url = options.base_url if has_path else options.base_url + "/v1"
         self.transport = Transport(options, settings, base_url, self.name, headers)
-        self.model_cache = StaleOnErrorCache(self._fetch_models, settings.models_ttl)
+        self.model_cache = Cache(f"{self.name}: models", self._fetch_models)
 
     def speaks(self, path: str) -> bool:
         """Whether the upstream itself offers an API path."""
@@ -6510,7 +6479,7 @@ class OpenAIController(Controller):
             (model, self.options.model_map.get(model, model)),
         )
 
-    def _fetch_models(self) -> List[Dict[str, Any]]:
+    def _fetch_models(self) -> Tuple[List[Dict[str, Any]], float]:
         response = self.transport.fetch(
             "GET", "/models", CancelScope(), first_byte=self.settings.session_timeout
         )
@@ -6523,10 +6492,11 @@ class OpenAIController(Controller):
         if not entries:
             raise APIError(503, f"{self.name} lists no models.", code="upstream_error")
         common = {"object": "model", "owned_by": self.name}
-        return [
+        models = [
             {**common, **entry, "created": count_or_none(entry.get("created")) or 0}
             for entry in entries
         ]
+        return models, self.settings.models_ttl
 
 
 class EchoController(Controller):
@@ -7228,7 +7198,7 @@ class Pool:
         if len(self.upstreams) > 1 and self.clock() >= self.refresh_at:
             self.refresh_at = math.inf
             if not start_thread(self._refresh_models, "akashproxy models"):
-                self.refresh_at = self.clock() + StaleOnErrorCache.RETRY
+                self.refresh_at = self.clock() + Cache.RETRY
 
     def _refresh_models(self) -> None:
         try:
@@ -7238,7 +7208,7 @@ class Pool:
         finally:
             incomplete = any(upstream.known_models is None for upstream in self.upstreams)
             self.refresh_at = self.clock() + (
-                StaleOnErrorCache.RETRY if incomplete else self.settings.models_ttl
+                Cache.RETRY if incomplete else self.settings.models_ttl
             )
 
     def models(self) -> List[Dict[str, Any]]:
@@ -7252,9 +7222,7 @@ class Pool:
                     union.setdefault(model["id"], model)
             self._cached_candidates.cache_clear()
         self.model_names = frozenset(union)
-        self.model_names_refresh_at = self.clock() + min(
-            StaleOnErrorCache.RETRY, self.settings.models_ttl
-        )
+        self.model_names_refresh_at = self.clock() + min(Cache.RETRY, self.settings.models_ttl)
         if union:
             return list(union.values())
         errors = [error for _, _, error in lists.values() if error]
@@ -7264,7 +7232,7 @@ class Pool:
             503,
             "No controller lists its models at the moment.",
             code="upstream_error",
-            retry_after=StaleOnErrorCache.RETRY,
+            retry_after=Cache.RETRY,
         )
 
     def image(self, name: str, scope: CancelScope) -> UpstreamResponse:

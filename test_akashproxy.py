@@ -1138,7 +1138,7 @@ class Clock:
 def session_of(akash, clock, token=""):
     options = akashproxy.ControllerSettings(type="akash", base_url=akash.url)
     transport = akashproxy.Transport(options, Settings(), akash.url, "Akash Chat", {"User-Agent": "x"})
-    return akashproxy.AkashSession(transport, token, 15.0, clock)
+    return akashproxy.Cache("session", akashproxy.AkashSession(transport, token).start, clock, expires=True)
 
 
 def test_the_cookie_lives_for_its_max_age(akash):
@@ -1150,7 +1150,7 @@ def test_the_cookie_lives_for_its_max_age(akash):
     assert session.get(akashproxy.CancelScope()) == first and akash.cookies == 1
     clock.now += 0.02 * 600                 # the last fifth: the old one serves on while one thread renews
     assert session.get(akashproxy.CancelScope()) == first
-    wait_for(lambda: session.get(akashproxy.CancelScope()) != first and not session.refreshing)
+    wait_for(lambda: session.get(akashproxy.CancelScope()) != first and not session.lock.locked())
     assert akash.cookies == 2 and session.get(akashproxy.CancelScope()) == akash.cookie
     clock.now += 10000                      # over: everybody waits for a new one
     assert session.get(akashproxy.CancelScope()) == akash.cookie and akash.cookies == 3
@@ -1171,7 +1171,7 @@ def test_a_failed_renewal_leaves_the_old_cookie(akash):
     akash.session = reply(500)
     clock.now += 500
     assert session.get(akashproxy.CancelScope()) == first
-    wait_for(lambda: len(akash.requests) == 2 and not session.refreshing)
+    wait_for(lambda: len(akash.requests) == 2 and not session.lock.locked())
     assert session.get(akashproxy.CancelScope()) == first and len(akash.requests) == 2      # not again at once
     clock.now += 20
     assert session.get(akashproxy.CancelScope()) == first
@@ -1213,8 +1213,8 @@ def test_any_cookie_is_taken(case, akash):
     set_cookie, expected = case
     clock = Clock()
     session = session_of(akash, clock)
-    session._store_cookie(set_cookie, clock.now)
-    assert session.get(akashproxy.CancelScope()) == expected and not akash.requests
+    akash.session = reply(body=b"{}", extra="".join(f"Set-Cookie: {line}\r\n" for line in set_cookie.split("\n")).encode())
+    assert session.get() == session.get() == expected and len(akash.requests) == 1
 
 
 def test_a_server_without_sessions_is_no_error(akash, serve):
