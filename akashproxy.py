@@ -1292,6 +1292,12 @@ class ControllerSettings(ValidatedSettings):
         header_value,
         secret=True,
     )
+    cookie: str = setting(
+        "",
+        "cookie to send to the upstream: NAME=VALUE; default: AKASH_COOKIE for AKASH_BASE_URL's",
+        header_value,
+        secret=True,
+    )
     proxy: str = setting(
         "",
         "proxy to the upstream; default: PROXY",
@@ -1537,14 +1543,11 @@ class Settings(ValidatedSettings):
         defaults = {}
         if not options.base_url and options.type in ("akash", "openai"):
             defaults["base_url"] = OPENAI_URL if options.type == "openai" else self.akash_base_url
-        if (
-            options.type == "akash"
-            and self.akash_access_token
-            and not options.api_key
-            and self.is_akash_server(options.base_url)
-        ):
-            defaults["api_key"] = self.akash_access_token
-            defaults["key_source"] = "AKASH_ACCESS_TOKEN"
+        if options.type == "akash" and self.is_akash_server(options.base_url):
+            defaults["cookie"] = options.cookie or self.akash_cookie
+            if self.akash_access_token and not options.api_key:
+                defaults["api_key"] = self.akash_access_token
+                defaults["key_source"] = "AKASH_ACCESS_TOKEN"
         return {**defaults, **self._proxy(options, defaults.get("base_url") or options.base_url)}
 
     def _proxy(self, options: ControllerSettings, base_url: str) -> Dict[str, Any]:
@@ -3732,8 +3735,19 @@ class Controller:
         """Return the controller's own metrics by their names in METRICS."""
         return {}
 
-    def close_expired(self, now: float) -> None:
-        """Close connections that have been idle for too long."""
+    def status(self) -> Dict[str, Any]:
+        """Return the controller's own fields in /status."""
+        return {}
+
+    def limit_is_over(self) -> Optional[bool]:
+        """Ask whether the rate limit of this account has ended; None if unknown."""
+        return None
+
+    def take_over(self, previous: Any) -> None:
+        """Continue the state of a controller of the same account, before a reload."""
+
+    def on_tick(self, now: float) -> None:
+        """Close connections that have been idle for too long. Loop thread: must not block."""
         if self.transport:
             self.transport.connections.close_expired(now)
 
@@ -3863,10 +3877,10 @@ class Cache(Generic[T]):
         if now >= self.refresh_at and self.lock.acquire(blocking=False):
             if not self.expires:
                 self._refresh()
-            elif not start_thread(self._refresh, self.name):
+                return self.value or value
+            if not start_thread(self._refresh, self.name):
                 self.lock.release()
-        current = self.value
-        return value if current is None else current
+        return value
 
     def invalidate(self, value: T) -> None:
         """Discard a value that the server has rejected."""
@@ -4426,7 +4440,7 @@ _MASKED_KEY = re.compile(r"[\w-]{0,80}\*{3,}[\w*-]{0,80}|\bsk-[\w-]{0,40}\.{3}[\
 
 def option_secrets(options: ControllerSettings) -> List[str]:
     """Secrets in the headers and the proxy of a controller."""
-    secrets = []
+    secrets = cookie_values(options.cookie)
     for name, value in options.headers.items():
         if name.lower() == "cookie":
             secrets += cookie_values(value)
@@ -4733,6 +4747,75 @@ def session_cookie(set_cookie: str) -> Tuple[str, float]:
             max_age = re.search(r";\s*max-age=([0-9]{1,9})\s*(?:;|$)", match[2], re.I)
             return match[1], float(max_age[1]) if max_age else math.inf
     return "", math.inf
+
+
+class AkashLogin:
+    """A controller's own cookie; a login in it is kept alive. Any thread.
+
+    Auth0's library lets a login end a day after it last renewed the cookie ``appSession`` (or
+    ``appSession.0``, ``appSession.1`` ...), which only GET /api/auth/me/ does. A request with a
+    login that has ended succeeds, but counts as anonymous.
+    """
+
+    PATH = "/api/auth/me/"
+    INTERVAL, RETRY = 4 * 3600.0, 300.0  # seconds until it is renewed, and after a failure
+    COOKIE = re.compile(r"(appSession(?:\.[0-9]{1,2})?)=([^;,\s\"\\]+)")
+
+    def __init__(
+        self,
+        name: str,
+        transport: Transport,
+        cookie: str,
+        seconds: float,
+        clock: Callable[[], float],
+    ) -> None:
+        self.name, self.transport, self.seconds, self.clock = name, transport, seconds, clock
+        self.set_cookie(cookie)
+        self.has_login = any(map(self.COOKIE.match, cookie.replace(" ", "").split(";")))
+        self.active: Optional[bool] = None  # unknown until the server has answered
+        self.renew_at = -math.inf
+
+    def set_cookie(self, cookie: str) -> None:
+        """Set the cookie that each request carries."""
+        self.cookie = cookie
+        if cookie:
+            self.transport.headers = {**self.transport.headers, "Cookie": cookie}
+
+    def renew_async(self) -> None:
+        """Renew a login in a thread if that is due."""
+        now = self.clock()
+        if self.has_login and now >= self.renew_at:
+            self.renew_at = now + self.RETRY
+            start_thread(self._renew, "akash login")
+
+    def _renew(self) -> None:
+        try:
+            response = self.transport.fetch(
+                "GET", self.PATH, CancelScope(), first_byte=self.seconds
+            )
+            response.read(limit=1 << 20)
+        except APIError as error:
+            log.info("%s: login not renewed: %s", self.name, error.message)
+            return
+        status = response.status
+        if status == 200 and not is_challenge_page(response):
+            self._keep(response.headers.get("set-cookie", ""))
+            self.active, self.renew_at = True, self.clock() + self.INTERVAL
+        elif status in (204, 401):
+            if self.active is not False:
+                log.warning("%s: its login has ended: set a new cookie", self.name)
+            self.active, self.renew_at = False, self.clock() + self.INTERVAL
+        else:
+            log.info("%s: login not renewed (status %d)", self.name, status)
+
+    def _keep(self, set_cookie: str) -> None:
+        """Put the login's new cookies in the place of its old ones."""
+        matches = map(self.COOKIE.match, set_cookie.split("\n"))
+        renewed = [match[0] for match in matches if match]
+        if renewed:
+            pairs = (pair.strip() for pair in self.cookie.split(";"))
+            others = [pair for pair in pairs if pair and not self.COOKIE.match(pair)]
+            self.set_cookie("; ".join([*others, *renewed]))
 
 
 # Parameters that Akash Chat can't honour, each with the values that are harmless.
@@ -5297,6 +5380,7 @@ class AkashController(Controller):
 
     IMAGE_MODEL = "AkashGen"
     CHAT_PATH = "/api/chat/"
+    LIMIT_PATH = "/api/rate-limit/status/"  # since akash-chat b58259a
     # akash-chat b58259a (May 2026) cuts a body above this size, then answers an empty 500
     MAX_BODY_BYTES = 10_000_000
 
@@ -5309,18 +5393,22 @@ class AkashController(Controller):
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         super().__init__(options, settings)
-        self.cookie = settings.akash_cookie if settings.is_akash_server(options.base_url) else ""
         headers = {
             "User-Agent": settings.user_agent,
             "Accept": "*/*",
             "Accept-Encoding": "identity",
             **options.headers,
-            **({"Cookie": self.cookie} if self.cookie else {}),
         }
         self.transport = Transport(options, settings, options.base_url, "Akash Chat", headers)
-        secrets = [*cookie_values(settings.akash_cookie), *option_secrets(options)]
+        cookies = options.cookie, self.transport.headers.get("Cookie", "")
+        cookie = "; ".join(filter(None, cookies))
+        seconds = settings.session_timeout
+        self.login = AkashLogin(self.name, self.transport, cookie, seconds, clock)
         self.sessions = AkashSession(
-            self.transport, options.api_key, settings.session_timeout, secrets
+            self.transport,
+            options.api_key,
+            settings.session_timeout,
+            [*cookie_values(settings.akash_cookie), *option_secrets(options)],
         )
         self.session = Cache(f"{self.name}: session", self.sessions.start, clock, expires=True)
         self.model_cache = Cache(f"{self.name}: models", self._fetch_models, clock)
@@ -5405,6 +5493,7 @@ class AkashController(Controller):
         """List the strings to redact from errors: keys, header values and cookies."""
         return [
             *self.sessions.secrets,
+            *cookie_values(self.login.cookie),
             *cookie_values(self.session.value or ""),
             *cookie_values(cookie or ""),
         ]
@@ -5413,7 +5502,30 @@ class AkashController(Controller):
         return self.model_cache.get()
 
     def metrics(self) -> Dict[str, float]:
-        return {"akashproxy_session_renewals_total": self.session.fetch_count}
+        metrics: Dict[str, float] = {"akashproxy_session_renewals_total": self.session.fetch_count}
+        if self.login.active is not None:
+            metrics["akashproxy_login_active"] = int(self.login.active)
+        return metrics
+
+    def status(self) -> Dict[str, Any]:
+        if not self.login.has_login:
+            return {"login": None}
+        return {"login": {None: "unknown", True: "active", False: "ended"}[self.login.active]}
+
+    def limit_is_over(self) -> Optional[bool]:
+        response = self.transport.fetch(
+            "GET", self.LIMIT_PATH, CancelScope(), first_byte=self.settings.session_timeout
+        )
+        blocked = as_dict(response.json()).get("blocked")
+        return not blocked if response.status == 200 and isinstance(blocked, bool) else None
+
+    def take_over(self, previous: Any) -> None:
+        self.login.set_cookie(previous.login.cookie)
+        self.login.active, self.login.renew_at = previous.login.active, previous.login.renew_at
+
+    def on_tick(self, now: float) -> None:
+        super().on_tick(now)
+        self.login.renew_async()
 
     def image(self, name: str, scope: CancelScope) -> UpstreamResponse:
         # akash-chat f0a4ae0: names without an extension need the slash, others must not have it
@@ -5435,7 +5547,7 @@ class AkashController(Controller):
         """Return the headers of one request, besides those of the transport."""
         headers = {"Content-Type": "application/json"} if data else {}
         if cookie:
-            headers["Cookie"] = "; ".join(filter(None, (cookie, self.cookie)))
+            headers["Cookie"] = "; ".join(filter(None, (cookie, self.login.cookie)))
         return headers
 
     def _decoder(
@@ -6328,6 +6440,8 @@ class OpenAIController(Controller):
         }
         if options.api_key:
             headers["Authorization"] = f"Bearer {options.api_key}"
+        if options.cookie:
+            headers["Cookie"] = options.cookie
         self.secrets = [options.api_key, *option_secrets(options)]
         has_path = urllib.parse.urlsplit(options.base_url).path
         base_url = options.base_url if has_path else options.base_url + "/v1"
@@ -6578,6 +6692,7 @@ class CoolDown:
         self.until = until
         self.failures, self.failed_at = 0, -math.inf
         self.recheck_at = math.inf
+        self.asks_upstream = True  # it may report when the limit is over
 
     def record_failure(
         self, now: float, started: float, after: int, seconds: Optional[float]
@@ -6606,7 +6721,8 @@ class Upstream:
     * A key that has served a request within KEY_TRUST seconds cools down after two rejections in a
       row: the first could be due to that one request.
     * After RECHECK seconds of a long cool-down one request is let through, as the limit may have
-      been that of one request, or the account topped up.
+      been that of one request, or the account topped up. An upstream that reports whether its
+      limit is over is asked for that instead.
     * An only candidate skips back-off and obeys rate limits only, as in nginx.
     """
 
@@ -6627,6 +6743,7 @@ class Upstream:
             )
         if previous and previous.identity == self.identity:
             self._inherit(previous, "cooldowns", "served_at", "last_error", "last_error_at")
+            controller.take_over(previous.controller)
 
     def _inherit(self, previous: "Upstream", *names: str) -> None:
         for name in names:
@@ -6635,14 +6752,13 @@ class Upstream:
     def _identity(self) -> Tuple[Any, ...]:
         """Settings of its address and account; a change of one voids the cool-downs."""
         options, settings = self.options, self.controller.settings
-        cookie = settings.akash_cookie if options.type == "akash" else ""
         return (
             options.type,
             options.base_url,
             options.api_key,
             options.proxy,
             tuple(sorted(options.headers.items())),
-            cookie,
+            options.cookie,
             settings.user_agent,
             settings.ca_file,
         )
@@ -6741,6 +6857,14 @@ class Upstream:
         for cooldown in pending:
             cooldown.recheck_at = now + RECHECK
         return True
+
+    def due_limit(self, now: float) -> Optional[CoolDown]:
+        """The rate limit to ask about now; at most once in RECHECK seconds."""
+        limit = self.cooldowns.get((Category.RATE_LIMIT, None))
+        if limit and limit.asks_upstream and limit.until > now >= limit.recheck_at:
+            limit.recheck_at = now + RECHECK
+            return limit
+        return None
 
     def metrics(self, now: float) -> Dict[Tuple[str, ...], float]:
         """Return its metrics, {(name, label, ...): number} without its own label."""
@@ -7275,14 +7399,32 @@ class Pool:
                     ),
                     "last_error": upstream.last_error or None,
                     "last_error_at": utc(upstream.last_error_at) if upstream.last_error else None,
+                    **upstream.controller.status(),
                 }
                 for upstream in self.upstreams
             ]
 
-    def close_expired(self, now: float) -> None:
-        """Close the connections that have been idle for too long."""
+    def on_tick(self, now: float) -> None:
+        """Let controllers tidy up, and ask about long rate limits. Loop thread."""
         for upstream in self.upstreams:
-            upstream.controller.close_expired(now)
+            upstream.controller.on_tick(now)
+            with self.lock:
+                limit = upstream.due_limit(self.clock())
+            if limit:
+                start_thread(functools.partial(self._ask_limit, upstream, limit), "rate limit")
+
+    def _ask_limit(self, upstream: Upstream, limit: CoolDown) -> None:
+        """End a cool-down if the upstream reports that its rate limit is over."""
+        is_over = None
+        with contextlib.suppress(APIError), controller_errors(upstream.name):
+            is_over = upstream.controller.limit_is_over()
+        with self.lock:
+            if is_over:
+                log.info("%s: the rate limit is over", upstream.name)
+                limit.until = 0.0
+                self._resume_ready(self.clock())
+            elif is_over is None:  # a request has to find out
+                limit.asks_upstream, limit.recheck_at = False, self.clock()
 
     def close(self, keep: Iterable[Upstream] = ()) -> None:
         """Close the controllers, except for those to keep."""
@@ -10312,6 +10454,9 @@ METRICS: Dict[str, Tuple[str, str, Tuple[str, ...]]] = {
         "gauge", "Time until a controller's cool-down ends.", ("controller",)),
     "akashproxy_session_renewals_total": (
         "counter", "Sessions obtained from Akash Chat.", ("controller",)),
+    "akashproxy_login_active": (
+        "gauge", "1 if the login in a controller's cookie is valid, 0 if it has ended.",
+        ("controller",)),
     "akashproxy_key_requests_total": ("counter", "Model calls of a key.", ("key",)),
     "akashproxy_key_refused_total": (
         "counter", "Model calls rejected by the limits of a key.", ("key",)),
@@ -11654,7 +11799,7 @@ class Server(http.server.ThreadingHTTPServer):
         if self.accept_paused and not self.draining:
             self.accept_paused = False
             self.loop.add(self.socket, self.on_connection, self.on_connection)
-        self.pool.close_expired(now)
+        self.pool.on_tick(now)
         self.wake_waiters()
 
     def wake_waiters(self) -> None:
@@ -12401,7 +12546,9 @@ def print_settings(settings: Settings) -> None:
     for controller in settings.pool():
         source = f" ({controller.key_source})" if controller.key_source else ""
         proxy = f" ({controller.proxy_source})" if controller.proxy_source else ""
-        print_section(controller.name, controller, {"api_key": source, "proxy": proxy})
+        cookie = " (AKASH_COOKIE)" if controller.cookie == settings.akash_cookie != "" else ""
+        sources = {"api_key": source, "proxy": proxy, "cookie": cookie}
+        print_section(controller.name, controller, sources)
     for key in settings.keys:
         print_section(f"key {key.name}", key, {})
 

@@ -169,6 +169,7 @@ class FakeAkash(Fake):
         self.max_age = 600
         self.cookies = 0
         self.session = None                 # another answer to the session path
+        self.me = self.limits = None        # answers to /api/auth/me/ and /api/rate-limit/status/; None: 404, as in July
         self.models = [{"id": "Meta-Llama-3-3-70B-Instruct", "available": True}, {"id": "Qwen/Qwen3", "available": True},
                        {"id": "off", "available": False}, {"id": "AkashGen"}]
         self.states = collections.deque()   # of the picture, before it is ready
@@ -187,6 +188,8 @@ class FakeAkash(Fake):
                 "Secure; HttpOnly; SameSite=strict; Partitioned\r\n").encode()))
         elif path == "/api/models/":
             sock.sendall(reply(body=json.dumps(self.models).encode()))
+        elif path in ("/api/auth/me/", "/api/rate-limit/status/"):
+            sock.sendall((self.me if "me" in path.split("/") else self.limits) or reply(404, b"<!DOCTYPE html>", "text/html; charset=utf-8"))
         elif path == "/api/image-status/":
             state = self.states.popleft() if self.states else {"status": "succeeded", "result": f"/api/image/{self.name}"}
             sock.sendall(reply(body=json.dumps([state] if isinstance(state, dict) else state).encode(), kind="text/plain"))
@@ -1267,6 +1270,133 @@ def test_access_tokens_of_both_versions(akash, serve, accepted):
     assert got.status == 424 and "AKASH_ACCESS_TOKEN" in got.json["error"]["message"]
     assert "wrong" not in got.body.decode()
     assert "authorization" not in akash.requests[-1].headers or "session" in akash.requests[-1].path
+
+
+# == controllers: Akash's logins and allowances ================================================
+
+
+def akash_controller(akash, clock, **options):
+    options = akashproxy.ControllerSettings(type="akash", name="a", base_url=akash.url, **options)
+    return akashproxy.CONTROLLERS["akash"](options, Settings(akash_base_url=akash.url), clock)
+
+
+def signed_in(*cookies):
+    extra = "".join(f"set-cookie: {cookie}; Path=/; HttpOnly; Secure; SameSite=lax\r\n" for cookie in cookies)
+    return reply(body=b'{"sub":"auth0|7"}', extra=extra.encode())
+
+
+SIGNED_OUT = b"HTTP/1.1 204 No Content\r\nConnection: keep-alive\r\n\r\n"
+RENEWALS = {    # Set-Cookie of the answer: the cookie that is sent from then on
+    "a new one": (["appSession=two"], "cf_clearance=x; appSession=two"),
+    "in two parts": (["appSession.0=two", "appSession.1=three", "appSession=; Max-Age=0"], "cf_clearance=x; appSession.0=two; appSession.1=three"),
+    "none": ([], "appSession=one; cf_clearance=x"), "others": (["session_token=x", "appSessions=y"], "appSession=one; cf_clearance=x"),
+}
+
+
+@table(RENEWALS)
+def test_a_login_is_kept_alive(case, akash):
+    set_cookie, expected = case
+    clock, akash.me = Clock(), signed_in(*set_cookie)
+    controller = akash_controller(akash, clock, cookie="appSession=one; cf_clearance=x")
+    for _ in range(3):
+        controller.on_tick(0)
+    wait_for(lambda: controller.status() == {"login": "active"})
+    assert [(asked.method, asked.path, asked.headers["cookie"]) for asked in akash.requests] == [
+        ("GET", "/api/auth/me/", "appSession=one; cf_clearance=x")]
+    assert controller.login.cookie == controller.transport.headers["Cookie"] == expected
+    clock.now += 4 * 3600
+    controller.on_tick(0)
+    wait_for(lambda: len(akash.requests) == 2)
+    assert akash.requests[1].headers["cookie"] == expected and controller.metrics()["akashproxy_login_active"] == 1
+
+
+@table({"signed out": SIGNED_OUT, "no logins there": reply(401, b"null")})
+def test_a_login_that_has_ended_is_reported(case, akash, caplog):
+    clock, akash.me = Clock(), case
+    controller = akash_controller(akash, clock, cookie="appSession=one")
+    controller.on_tick(0)
+    wait_for(lambda: controller.status() == {"login": "ended"})
+    clock.now += 4 * 3600
+    controller.on_tick(0)
+    wait_for(lambda: len(akash.requests) == 2)
+    assert caplog.text.count("a: its login has ended: set a new cookie") == 1 and "one" not in caplog.text.split()
+    assert controller.metrics()["akashproxy_login_active"] == 0
+
+
+@table({"July": None, "down": reply(500), "a challenge": reply(200, b"<html>", "text/html")})
+def test_a_login_that_cant_be_checked_is_tried_again_soon(case, akash, caplog):
+    clock, akash.me = Clock(), case
+    controller = akash_controller(akash, clock, cookie="appSession=one")
+    for number in range(1, 4):
+        controller.on_tick(0)
+        controller.on_tick(0)
+        wait_for(lambda: len(akash.requests) == number)
+        clock.now += 301
+    assert controller.status() == {"login": "unknown"} and "WARNING" not in caplog.text
+    assert "akashproxy_login_active" not in controller.metrics()
+
+
+def test_no_login_is_asked_about_none(akash):
+    controller = akash_controller(akash, Clock(), cookie="cf_clearance=x; myappSession=y")
+    controller.on_tick(0)
+    assert controller.status() == {"login": None} and controller.login.renew_at == -math.inf
+
+
+def test_several_logins_in_one_pool(pool):
+    a, b = FakeAkash(), FakeAkash()
+    limited = reply(429, b'{"error":"Rate limit exceeded","message":"You have used it up"}', extra=b"retry-after: 9\r\n")
+    a.faults.append(a.raw(limited, keep=True))
+    a.me, b.me = signed_in("appSession=renewed"), SIGNED_OUT
+    server = pool((a, {"cookie": "appSession=one"}), (b, {"headers": {"cookie": "appSession=two"}}), akash_cookie="appSession=other")
+    controllers = lambda: ask(server, path="/status").json["controllers"]
+    wait_for(lambda: [each["login"] for each in controllers()] == ["active", "ended"])
+    for _ in range(3):
+        assert chat(server).status == 200
+    sent = lambda fake: {asked.headers["cookie"].partition("; ")[2] for asked in fake.requests if asked.method == "POST"}
+    assert (sent(a), sent(b)) == ({"appSession=renewed"}, {"appSession=two"}) and len(b.bodies()) == 3
+    assert [each["rests_for_seconds"] > 0 for each in controllers()] == [True, False]
+    text = ask(server, path="/metrics").body.decode()
+    assert 'akashproxy_login_active{controller="a"} 1' in text and 'akashproxy_login_active{controller="b"} 0' in text
+
+
+def test_a_reload_keeps_the_renewed_login(akash):
+    akash.me = signed_in("appSession=two")
+    options = akashproxy.ControllerSettings(type="akash", base_url=akash.url, cookie="appSession=one")
+    old = akashproxy.Pool(Settings(controllers=(options,)))
+    old.on_tick(0)
+    wait_for(lambda: old.status()[0]["login"] == "active")
+    new = akashproxy.Pool(Settings(controllers=(options,), models_ttl=7), old)
+    assert new.upstreams[0] is not old.upstreams[0] and new.upstreams[0].controller.login.cookie == "appSession=two"
+    changed = akashproxy.Pool(Settings(controllers=(dataclasses.replace(options, cookie="appSession=other"),)), new)
+    assert changed.upstreams[0].controller.login.cookie == "appSession=other" and changed.status()[0]["login"] == "unknown"
+
+
+LIMITS = {  # the answer to /api/rate-limit/status/: (whether the cool-down ends, whether a request may probe at once)
+    "used up": (reply(body=b'{"usagePercentage":100,"blocked":true,"resetTime":"2026-11-22T00:26:06.710Z"}'), False, False),
+    "reset": (reply(body=b'{"usagePercentage":0,"remainingPercentage":100,"blocked":false,"authenticated":false}'), True, False),
+    "July": (None, False, True), "down": (reply(500, b'{"blocked":false}'), False, True), "odd": (reply(body=b'{"blocked":"no"}'), False, True),
+}
+
+
+@table(LIMITS)
+def test_a_limit_that_has_been_reset_is_noticed(case, akash):
+    akash.limits, ends, may_probe = case
+    clock = Clock()
+    options = akashproxy.ControllerSettings(type="akash", base_url=akash.url)
+    pool = akashproxy.Pool(Settings(controllers=(options,)), clock=clock)
+    upstream = pool.upstreams[0]
+    upstream.record_result(akashproxy.APIError(429, "used up", retry_after=14400), clock.now, clock.now, "m")
+    pool.on_tick(0)
+    assert upstream.cooldown_until == clock.now + 14400 and not akash.requests, "not at once"
+    for number in (1, 2):
+        clock.now += 601
+        limit = upstream.cooldowns[akashproxy.Category.RATE_LIMIT, None]
+        pool.on_tick(0)
+        pool.on_tick(0)
+        wait_for(lambda: upstream.cooldown_until == 0 if ends else limit.asks_upstream is not may_probe)
+        wait_for(lambda: len(akash.requests) == (number if not (ends or may_probe) else 1))
+        assert upstream.recheck("m", (), clock.now) is may_probe
+    assert {asked.path for asked in akash.requests} == {"/api/rate-limit/status/"}
 
 
 # == controllers: Akash's models and pictures =================================================
@@ -5600,14 +5730,14 @@ def test_a_reload_keeps_who_did_not_change(pool):
     "nothing": ({}, {}, False), "a setting of the server": ({"max_wait": 1.0}, {}, False), "a weight": ({}, {"weight": 2.0}, False),
     "a list of models": ({}, {"models": ("both",)}, False), "an akash cookie": ({"akash_cookie": "a=b"}, {}, "akash"),
     "an address": ({}, {"base_url": "http://127.0.0.1:2"}, True), "a key": ({}, {"api_key": "new"}, True),
-    "a proxy": ({}, {"proxy": "http://127.0.0.1:3"}, True), "header fields": ({}, {"headers": {"X-Org": "b"}}, True),
+    "a proxy": ({}, {"proxy": "http://127.0.0.1:3"}, True), "a cookie": ({}, {"cookie": "a=b"}, True), "header fields": ({}, {"headers": {"X-Org": "b"}}, True),
     "the user agent": ({"user_agent": "other"}, {}, True),
 })
 @pytest.mark.parametrize("kind", ["akash", "openai"])
 def test_a_reload_that_changes_the_way_forgets_cool_downs(case, kind):
     changes, of_controller, forgotten = case
     options = akashproxy.ControllerSettings(type=kind, name="a", base_url="http://127.0.0.1:1", api_key="old")
-    settings = Settings(controllers=(options,), max_wait=0.0)
+    settings = Settings(controllers=(options,), max_wait=0.0, akash_base_url=options.base_url)
     before = akashproxy.Pool(settings, clock=Clock())
     attempt(before, stop_of(429, retry_after=14400))
     after = akashproxy.Pool(dataclasses.replace(settings, controllers=(dataclasses.replace(options, **of_controller),), **changes),
@@ -10664,7 +10794,8 @@ def test_the_readmes_configuration_is_one(config):
         path = config(block)
         environ = {name: f"value-of-{name}" for name in re.findall(r"\$\{(\w+)\}", block)}
         settings = load(path, **environ)
-        assert (len(settings.pool()), len(settings.keys)) == ((3, 2) if "keys" in json.loads(block) else (4, 0))
+        assert (len(settings.pool()), len(settings.keys)) == tuple(len(json.loads(block).get(name, ())) for name in ("controllers", "keys"))
+        assert len(settings.pool()) >= 3
         assert run("--config-file", path, "--check", **environ).returncode == 0
 
 
