@@ -497,10 +497,10 @@ def start_thread(target: Callable[[], None], name: str) -> bool:
     return True
 
 
-def _sha256(text: str) -> str:
+def _sha256(text: Union[str, bytes]) -> str:
     import hashlib
 
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(text.encode() if isinstance(text, str) else text).hexdigest()
 
 
 # == 2. errors ================================================================================
@@ -824,6 +824,7 @@ class Cancellation:
         self.client_has_left = client_has_left  # peeks at the connection
         self.reason: Optional[Exception] = None
         self.scope = CancelScope()  # of the current attempt
+        self.is_shielded = False  # within shield()
         self.wakeup: Any = None  # an Event, or anything with its set()
 
     def cancel(self, reason: Optional[Exception] = None) -> None:
@@ -831,9 +832,22 @@ class Cancellation:
         # A race: new_scope() and sleep() set scope and wakeup, then check the reason. Setting the
         # reason first, at least one of the two threads sees what the other has written.
         self.reason = reason or ClientDisconnected("the client disconnected")
-        self.scope.cancel(self.reason)
+        if reason or not self.is_shielded:
+            self.scope.cancel(self.reason)
         if self.wakeup:
             self.wakeup.set()
+
+    @contextlib.contextmanager
+    def shield(self) -> Iterator[None]:
+        """Within it, the client's disconnection interrupts nothing; it is raised at the end."""
+        self.is_shielded = True
+        try:
+            yield
+        finally:
+            self.is_shielded = False
+            if self.reason:
+                self.scope.cancel(self.reason)
+        self.raise_if_cancelled()
 
     def new_scope(self) -> None:
         """Start a scope for the next attempt; the last one may have been cancelled."""
@@ -907,6 +921,8 @@ class Call:
         self.original = OriginalRequest()
         self.allowed_models: Tuple[str, ...] = ()  # patterns of the client's key; (): all
         self.one_image_at_a_time = False  # for a key with max_concurrency
+        self.client = ""  # the key's name or, without one, the client's address
+        self.preferred = ""  # name of a controller that has begun to answer the same request
         self.prepared_requests: Dict[str, Any] = {}  # translated, by the controller's name
         self.cancellation = Cancellation()
         self.attempt = Attempt()
@@ -4709,7 +4725,7 @@ class AkashSession:
         self.secrets = [*self.tokens, *secrets]
 
     def start(self) -> Tuple[str, float]:
-        """Return a session's cookie, or "", and its seconds of validity; APIError if none starts."""
+        """Return a session's cookie, or "", and its lifetime in seconds. APIError."""
         for token in list(self.tokens):
             headers = {"Authorization": f"Bearer {token}"} if token else {}
             response = self.transport.fetch(
@@ -5011,11 +5027,9 @@ def akash_error(text: str, model: str, secrets: Iterable[str] = ()) -> APIError:
         if model not in ("", AkashController.IMAGE_MODEL):
             return akash_model_not_found(model)
         # akash-chat f0a4ae0: any failure of AkashGen is reported as an invalid model name
-        return image_failed(
-            "Akash Chat could not generate the image, or does not offer AkashGen.",
-            retry=False,
-            legacy_message="Error Model.",
-        )
+        error = image_failed("Akash Chat could not generate the image, or does not offer AkashGen.")
+        error.legacy_message = "Error Model."
+        return error
     matched_status, code = next(
         (status, code) for status, code, pattern in AKASH_ERRORS if re.search(pattern, text, re.I)
     )
@@ -5056,9 +5070,15 @@ def _akash_reason(text: str, secrets: Iterable[str]) -> str:
     return f"Akash Chat: {redact_hosts(reason)[:300]}"
 
 
-def image_failed(message: str, status: int = 502, **options: Any) -> APIError:
-    """Return the error for an image that was not generated."""
-    return APIError(status, message, code="image_failed", **options)
+def image_failed(message: str, status: int = 502, retry: bool = False) -> APIError:
+    """Return the error for an image that was not generated; chats go on meanwhile."""
+    return APIError(status, message, code="image_failed", retry=retry, cooldown_scope="model")
+
+
+def no_image(words: str) -> APIError:
+    """Return the 400 for words where an image was requested."""
+    message = f"Akash Chat answered with text instead of an image{words and ': ' + words[:500]}"
+    return bad_request(message, "prompt", "no_image")
 
 
 def redact_hosts(text: str) -> str:
@@ -5375,6 +5395,66 @@ def parse_image_job(body: bytes) -> Optional[Tuple[str, str]]:
     return job, prompt.replace("\\'", "'")
 
 
+class ImageBatch:
+    """The image jobs of one request."""
+
+    def __init__(self) -> None:
+        self.jobs: List[Tuple[str, str]] = []  # (job ID, prompt)
+        self.lock = threading.Lock()  # held while a job is being started
+        self.cancellation = Cancellation()  # of the request
+        self.failed = False  # the request got an error that SDKs retry
+        self.expires_at = math.inf
+
+    def is_abandoned(self) -> bool:
+        """Whether its request has ended without the images."""
+        return self.failed or self.cancellation.reason is not None
+
+
+class ImageBatches:
+    """Finds the jobs of an image request when the client repeats it. Any thread.
+
+    SDKs repeat a request after a timeout or an error 5xx, while its jobs go on at Akash Chat. A
+    repeat has the client, path and body of a request that ended without its images. Jobs whose
+    images were sent are forgotten: the same prompt then gives other images.
+    """
+
+    MAX_BATCHES, KEPT_SECONDS = 1000, 600.0
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.clock, self.lock = clock, threading.Lock()
+        self.batches: OrderedDict[Tuple[str, str, str], ImageBatch] = OrderedDict()
+
+    @staticmethod
+    def key(call: Call) -> Tuple[str, str, str]:
+        return call.client, call.original.path, _sha256(call.original.raw_body)
+
+    def find(self, call: Call) -> Optional[ImageBatch]:
+        """Return the batch that the call repeats."""
+        with self.lock:
+            batch = self.batches.get(self.key(call))
+            usable = batch and batch.is_abandoned() and self.clock() < batch.expires_at
+            return batch if usable else None
+
+    def join(self, call: Call) -> ImageBatch:
+        """Return the batch that the call repeats, or a new one; it is the call's from now on."""
+        batch, key = self.find(call) or ImageBatch(), self.key(call)
+        with self.lock:
+            batch.cancellation, batch.failed = call.cancellation, False
+            batch.expires_at = self.clock() + self.KEPT_SECONDS
+            self.batches[key] = batch
+            self.batches.move_to_end(key)
+            if len(self.batches) > self.MAX_BATCHES:
+                self.batches.popitem(last=False)
+        return batch
+
+    def forget(self, call: Call, batch: ImageBatch) -> None:
+        """Forget a batch of the call."""
+        key = self.key(call)
+        with self.lock:
+            if self.batches.get(key) is batch:
+                del self.batches[key]
+
+
 class AkashController(Controller):
     """Akash Chat's web API: streams chats, generates images with the model AkashGen."""
 
@@ -5410,6 +5490,8 @@ class AkashController(Controller):
             settings.session_timeout,
             [*cookie_values(settings.akash_cookie), *option_secrets(options)],
         )
+        self.image_batches = ImageBatches(clock)
+        self.is_b58259a = False  # else f0a4ae0, or not known yet
         self.session = Cache(f"{self.name}: session", self.sessions.start, clock, expires=True)
         self.model_cache = Cache(f"{self.name}: models", self._fetch_models, clock)
 
@@ -5418,11 +5500,16 @@ class AkashController(Controller):
             call.prepared_requests[self.name] = self._prepare(call)
         except APIError as error:
             return error
+        if self._is_image(call) and self.image_batches.find(call):
+            call.preferred = self.name
         return None
+
+    def _is_image(self, call: Call) -> bool:
+        return call.image_count > 0 or call.model == self.IMAGE_MODEL
 
     def events(self, call: Call) -> Iterable[Event]:
         data, stop_filter, call.attempt.ignored_params = call.prepared_requests[self.name]
-        if call.image_count or call.model == self.IMAGE_MODEL:
+        if self._is_image(call):
             return self.image_events(call, data)
         cookie = self.session.get(call.scope)
         response = self.transport.start_request(
@@ -5461,33 +5548,58 @@ class AkashController(Controller):
     def image_events(self, call: Call, data: bytes) -> Iterator[Event]:
         """Start a job for each image, then poll them; text instead of a job is passed on.
 
-        Under a limit on concurrent requests, finish each job before starting the next one.
-        Worker thread.
+        A repeated request joins the jobs that its predecessor has started. Worker thread.
         """
-        jobs: List[Tuple[str, str]] = []
+        batch = self.image_batches.join(call)
+        try:
+            yield from self._batch_events(call, data, batch)
+        except APIError as error:
+            batch.failed = error.status >= 500 and error.retry is not False
+            if not batch.failed:
+                self.image_batches.forget(call, batch)
+            raise
+        self.image_batches.forget(call, batch)
+
+    def _batch_events(self, call: Call, data: bytes, batch: ImageBatch) -> Iterator[Event]:
+        """Yield a batch's events. Under a limit on concurrent requests, one job runs at a time."""
         sequential = call.one_image_at_a_time or self.options.max_concurrency > 0
-        for _ in range(call.image_count or 1):
+        count = call.image_count or 1
+        for index in range(count):
             # a job can't be cancelled: start none for a client that left
             call.cancellation.raise_if_cancelled()
-            response = self._with_session(
-                "POST", self.CHAT_PATH, call.scope, data, model=call.model
-            )
-            body = response.read(limit=4 << 20)
-            job = parse_image_job(body)
-            if job is None:
-                yield from self._text_instead(call, body)
+            words = self._start_job(call, data, batch, index)
+            if words is not None:
+                yield from self._text_instead(call, words)
                 return
-            if job[0] in ("", "undefined"):
-                raise APIError(
-                    502, "Akash Chat could not start the image job.", code="upstream_error"
-                )
             if sequential:
-                yield from self._poll_image(call, *job)
-            else:
-                jobs.append(job)
-        for job in jobs:
+                yield from self._poll_image(call, *batch.jobs[index])
+        for job in () if sequential else batch.jobs[:count]:
             yield from self._poll_image(call, *job)
         yield Finish("stop")
+
+    def _start_job(self, call: Call, data: bytes, batch: ImageBatch, index: int) -> Optional[bytes]:
+        """Start a batch's next job unless a predecessor has; the body if it holds text instead."""
+        while not batch.lock.acquire(timeout=0.25):  # the predecessor is just starting it
+            call.cancellation.raise_if_cancelled()
+        try:
+            if index < len(batch.jobs):
+                return None
+            # A repeat could not join a job whose ID was lost with the connection.
+            with call.cancellation.shield():
+                response = self._with_session(
+                    "POST", self.CHAT_PATH, call.scope, data, model=call.model
+                )
+                body = response.read(limit=4 << 20)
+                job = parse_image_job(body)
+                if job is None:
+                    self._learn_version(response)
+                    return body
+                if job[0] in ("", "undefined"):
+                    raise image_failed("Akash Chat could not start the image job.")
+                batch.jobs.append(job)
+            return None
+        finally:
+            batch.lock.release()
 
     def secrets(self, cookie: Optional[str] = None) -> List[str]:
         """List the strings to redact from errors: keys, header values and cookies."""
@@ -5522,6 +5634,7 @@ class AkashController(Controller):
     def take_over(self, previous: Any) -> None:
         self.login.set_cookie(previous.login.cookie)
         self.login.active, self.login.renew_at = previous.login.active, previous.login.renew_at
+        self.image_batches = previous.image_batches
 
     def on_tick(self, now: float) -> None:
         super().on_tick(now)
@@ -5670,7 +5783,7 @@ class AkashController(Controller):
         retry_after = retry_after_seconds(response.headers, fields, message=message, limit=False)
         if fields.get("error") == "Error generating image":  # b58259a
             reason = redact_hosts(message)[:200]
-            return image_failed(f"Image generation failed: {reason}", retry=False)
+            return image_failed(f"Image generation failed: {reason}")
         if message:
             error = akash_error(message, model)
             if error.status == 400 != status:
@@ -5690,14 +5803,18 @@ class AkashController(Controller):
         decoder = DecoderChain(AkashDecoder(call.model, self.secrets()), ThinkTagFilter())
         events = decoder.feed(body) + decoder.close()
         if decoder.error:
-            raise decoder.error
+            # b58259a sends text to a backend model AkashGen, which its backend usually lacks; it
+            # reports failures by status. With f0a4ae0 this error is a failure.
+            is_text = decoder.error.code == "image_failed" and self.is_b58259a
+            raise no_image("") if is_text else decoder.error
         if call.image_count:
-            raise bad_request(
-                f"Akash Chat answered with text instead of an image: {fold(events).text[:500]}",
-                "prompt",
-                "no_image",
-            )
+            raise no_image(fold(events).text)
         yield from events
+
+    def _learn_version(self, response: UpstreamResponse) -> None:
+        """Note whether the server is as new as akash-chat b58259a, by its headers."""
+        if "cross-origin-resource-policy" in response.headers:
+            self.is_b58259a = True
 
     def _poll_image(self, call: Call, job: str, prompt: str) -> Iterator[Event]:
         """Poll a job, ever more slowly, until its image is ready; APIError if it fails."""
@@ -5712,7 +5829,7 @@ class AkashController(Controller):
             if status == "failed" or result.startswith("Failed"):
                 result = redact_hosts(redact(result[:4000], self.secrets()))
                 reason = result[:200] or "no reason given"
-                raise image_failed(f"Image generation failed: {reason}.", retry=False)
+                raise image_failed(f"Image generation failed: {reason}.")
             if status in ("succeeded", "completed"):
                 yield self._fetch_image(call, job, prompt, result)
                 return
@@ -5723,7 +5840,7 @@ class AkashController(Controller):
                 raise image_failed("Akash Chat lost the image job.")
             if time.monotonic() > deadline:
                 limit = f"{self.settings.image_timeout:g} seconds"
-                raise image_failed(f"The image was not ready within {limit}.", 504)
+                raise image_failed(f"The image was not ready within {limit}.", 504, retry=True)
             progress = ImageProgress(status, count_or_none(fields.get("queue_position")) or 0)
             if status and progress != last_progress:
                 last_progress = progress
@@ -5756,6 +5873,7 @@ class AkashController(Controller):
         response = self._with_session(
             "GET", "/api/models/", CancelScope(), first_byte=self.settings.session_timeout
         )
+        self._learn_version(response)
         names = akash_models(json_or_none(response.read(limit=MAX_LIST_BYTES)))
         if not names:
             raise APIError(
@@ -7164,7 +7282,9 @@ class Pool:
                 raise best_error(model, known, exchange.errors, ignored, now)
             if self.queue.lines and any(up.has_capacity() for up in candidates):
                 self._resume_ready(now)  # queued calls go first
-            upstream = self._pick(candidates, model, ignored, now)
+            preferred = [up for up in candidates if up.name == exchange.call.preferred]
+            upstream = self._pick(preferred, model, ignored, now)
+            upstream = upstream or self._pick(candidates, model, ignored, now)
             if upstream is None:
                 deadline = now + self.settings.max_wait if waiter is None else waiter.deadline
                 waiter = Waiter(self.queue, exchange, candidates, ignored, deadline)
@@ -11241,6 +11361,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         dialect, request = self.parse_call(target), self.request
         request.record.model = dialect.call.model
         request.begin_call(dialect.call)
+        dialect.call.client = request.key.name if request.key else client_address(request)
         acquire_key(request, dialect.call)
         self.dialect = dialect
         request.exchange = exchange = Exchange(self.server.pool, dialect.call)

@@ -1567,6 +1567,114 @@ def test_a_picture_that_could_not_be_started(akash, serve):
     assert got.status == 502 and got.json["error"]["code"] == "image_failed"
 
 
+WORDS_LOST = UNKNOWN.replace(b"no-such-model", b"AkashGen")    # gen-textanswer of 2026, gen-imgbackend-error of 2025
+
+
+@pytest.mark.parametrize("version", ["2026", "2025"])
+def test_words_that_akash_does_not_pass_on_are_no_failure(version, akash, serve):
+    head = b"Cross-Origin-Resource-Policy: same-origin\r\n" if version == "2026" else b""
+    akash.faults += [akash.raw(reply(200, WORDS_LOST, "text/plain", head), keep=True)] * 9
+    server = serve()
+    for got in (chat(server, GEN), ask(server, "POST", "/v1/images/generations", {"prompt": "thanks!"})):
+        assert (got.status, got.json["error"]["code"]) == ((400, "no_image") if version == "2026" else (502, "image_failed"))
+    assert len(akash.bodies()) == 2 and ask(server, path="/status").json["controllers"][0]["failed"] == (0 if version == "2026" else 2)
+
+
+def test_failed_images_leave_chats_alone(akash, serve):
+    server = serve()
+    akash.faults += [akash.raw(reply(500, b'{"error":"Error generating image","message":"No workers available"}'), keep=True)] * 4
+    assert [chat(server, GEN).status for _ in range(4)] == [502] * 4 and chat(server).status == 200
+    assert ask(server, path="/status").json["controllers"][0]["rests_for_seconds"] == 0
+
+
+DRAW, WAITING = {"prompt": "a fox", "n": 2}, [{"status": "waiting", "queue_position": 1}]
+
+
+def drawing(server, akash, *headers):
+    """Ask for images, and leave once their jobs have been started."""
+    akash.chat, before = PICTURE_LINE, len(akash.bodies())
+    akash.states.extend(WAITING * 100000)
+    with socket.create_connection(("127.0.0.1", server.server_port)) as sock:
+        sock.sendall(post("/v1/images/generations", DRAW, *headers))
+        wait_for(lambda: len(akash.bodies()) == before + 2 and len(akash.states) < 100000 - 1)
+    wait_for(lambda: server.running_calls() == 0)
+    akash.states.clear()
+
+
+REPEATS = {  # (the first request's key, the second one and its key): the jobs of both
+    "the same": ("a", DRAW, "a", 2), "another prompt": ("a", {**DRAW, "prompt": "a dog"}, "a", 4),
+    "another key": ("a", DRAW, "b", 4), "fewer": ("a", {"prompt": "a fox"}, "a", 3),
+}
+
+
+@table(REPEATS)
+def test_a_repeat_joins_the_jobs_of_a_request_that_was_left(case, akash, serve):
+    first, body, second, jobs = case
+    server = serve(keys=keys("a", "b"))
+    drawing(server, akash, f"Authorization: Bearer {first}-key")
+    for number in (jobs, jobs + body.get("n", 1)):      # once its images are sent, the same prompt gives others
+        got = ask(server, "POST", "/v1/images/generations", body, bearer(second))
+        assert len(got.json["data"]) == body.get("n", 1) and len(akash.bodies()) == number
+
+
+def test_a_repeat_joins_while_the_job_is_being_started(akash, serve):
+    server, asked, go_on = serve(), threading.Event(), threading.Event()
+
+    def slow(sock, request):
+        asked.set()
+        assert go_on.wait(20)
+        sock.sendall(STREAM_HEAD + chunk(PICTURE_LINE) + b"0\r\n\r\n")
+        return True
+
+    akash.faults.append(slow)
+    with socket.create_connection(("127.0.0.1", server.server_port)) as sock:
+        sock.sendall(post("/v1/images/generations", {"prompt": "a fox"}))
+        assert asked.wait(20)
+    wait_for(lambda: all(link.request and link.request.cancellation.reason for link in server.connections.copy()))
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        repeat = thread.submit(ask, server, "POST", "/v1/images/generations", {"prompt": "a fox"})
+        wait_for(lambda: any(link.request and not link.request.cancellation.reason for link in server.connections.copy()))
+        go_on.set()
+        assert repeat.result().status == 200 and len(akash.bodies()) == 1
+
+
+def test_a_repeat_joins_jobs_that_took_too_long(akash, serve):
+    server = serve(image_timeout=0.1)
+    akash.chat = PICTURE_LINE
+    akash.states.extend(WAITING * 10000)
+    first = chat(server, GEN)
+    assert (first.status, first.headers["x-should-retry"]) == (504, "true")
+    akash.states.clear()
+    assert chat(server, GEN).status == 200 and len(akash.bodies()) == 1
+    assert chat(server, GEN).status == 200 and len(akash.bodies()) == 2
+
+
+def test_a_repeat_goes_to_the_controller_with_its_jobs(pool):
+    a, b = FakeAkash(), FakeAkash()
+    server = pool(a, b, image_poll=0.01)
+    b.chat = PICTURE_LINE
+    drawing(server, a)
+    got = ask(server, "POST", "/v1/images/generations", DRAW)
+    assert got.headers["x-akashproxy-route"] == "a=200" and (len(a.bodies()), len(b.bodies())) == (2, 0)
+    assert ask(server, "POST", "/v1/images/generations", DRAW).headers["x-akashproxy-route"] == "b=200"
+
+
+def test_image_jobs_are_kept_for_a_while_and_not_without_end():
+    clock = Clock()
+    batches = akashproxy.ImageBatches(clock)
+
+    def call_of(number):
+        call = akashproxy.Call({"model": "AkashGen"})
+        call.client = str(number)
+        return call
+
+    for number in range(1500):
+        batches.join(call_of(number)).failed = True
+    assert len(batches.batches) == 1000 and not batches.find(call_of(0)) and batches.find(call_of(1499))
+    clock.now += 601
+    assert not batches.find(call_of(1499))
+
+
 # == controllers: Akash's failures ============================================================
 
 RESET = int(time.time()) + 7000
@@ -8372,10 +8480,10 @@ def test_images_end_with_their_client(akash, serve):
     akash.chat = PICTURE_LINE
     akash.states.extend([{"status": "waiting", "queue_position": 1}] * 100000)
     server = serve(keys=keys("alice", max_concurrency=1))
-    for _ in range(12):
+    for number in range(12):
         with socket.create_connection(("127.0.0.1", server.server_port)) as sock:
             started = image_jobs(akash)
-            sock.sendall(post("/v1/images/generations", {"prompt": "x", "n": 10}, "Authorization: Bearer alice-key"))
+            sock.sendall(post("/v1/images/generations", {"prompt": f"x{number}", "n": 10}, "Authorization: Bearer alice-key"))
             wait_for(lambda: image_jobs(akash) > started)
         wait_for(lambda: counts(server)[0] == 0)
     assert image_jobs(akash) == 12 and counts(server) == (0, 120, 0)
