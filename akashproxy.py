@@ -4879,16 +4879,19 @@ def akash_request(call: Call, drop: Iterable[str] = ()) -> Tuple[Dict[str, Any],
                 name,
                 "unsupported_parameter",
             )
-    system, messages = [], []
+    system: List[str] = []
+    messages: List[Dict[str, Any]] = []
+    files: List[Dict[str, str]] = []
     # Clients that ask for a JSON object also say so in a message: the model does its best.
     json_mode = ["response_format"] * (body.get("response_format") == {"type": "json_object"})
     for index, message in enumerate(body["messages"]):
         if message.get("role") in ("system", "developer"):
-            system.append(_text_and_images(message, f"messages[{index}]")[0])
+            system.append(_content(message, f"messages[{index}]", files)[0])
         else:
-            messages.append(_akash_message(message, f"messages[{index}]"))
-    if not messages:
-        raise bad_request("'messages' must contain a user message.", "messages")
+            messages.append(_akash_message(message, f"messages[{index}]", files))
+    if not messages:  # the server would answer 500: many models need a user's turn
+        user = {"role": "user", "content": "\n\n".join(system)}
+        messages, system = [_akash_message(user, "messages", files)], []
     return {
         "id": new_id()[:16],
         "messages": messages,
@@ -4899,11 +4902,13 @@ def akash_request(call: Call, drop: Iterable[str] = ()) -> Tuple[Dict[str, Any],
         # "temperature must be a number" if its default comes from a database
         "temperature": number_field(body, "temperature", 0.85) or 1e-6,
         "topP": number_field(body, "topP" if "topP" in body else "top_p", 1.0) or 1e-6,
-        "context": [],
+        "context": files,
     }, [*ignored, *(name for name in unsupported if name not in AKASH_UNSUPPORTED), *json_mode]
 
 
-def _akash_message(message: Dict[str, Any], param: str) -> Dict[str, Any]:
+def _akash_message(
+    message: Dict[str, Any], param: str, files: List[Dict[str, str]]
+) -> Dict[str, Any]:
     role = message.get("role")
     if role not in ("user", "assistant"):
         raise bad_request(
@@ -4915,7 +4920,7 @@ def _akash_message(message: Dict[str, Any], param: str) -> Dict[str, Any]:
         raise bad_request(
             f"{param}: Akash Chat does not support tool calls.", f"{param}.tool_calls"
         )
-    text, images = _text_and_images(message, param)
+    text, images = _content(message, param, files)
     escaped = SPECIAL_TOKENS.sub(ESCAPED, text)
     result: Dict[str, Any] = {"role": role, "content": escaped}
     if escaped != text:  # akash-chat f0a4ae0: the tokenizer reads `content`, the model `parts`
@@ -4925,10 +4930,12 @@ def _akash_message(message: Dict[str, Any], param: str) -> Dict[str, Any]:
     return result
 
 
-def _text_and_images(message: Dict[str, Any], param: str) -> Tuple[str, List[Dict[str, str]]]:
-    """Return a message's text, and its images as Akash Chat's attachments."""
+def _content(
+    message: Dict[str, Any], param: str, files: List[Dict[str, str]]
+) -> Tuple[str, List[Dict[str, str]]]:
+    """Return a message's text, and its images as attachments; add its files to ``files``."""
     content = message.get("content")
-    if content is None and message.get("role") == "assistant":
+    if content is None:
         return "", []
     if isinstance(content, str):
         return content, []
@@ -4946,6 +4953,8 @@ def _text_and_images(message: Dict[str, Any], param: str) -> Tuple[str, List[Dic
         elif part_type == "image_url":
             url = value.get("url") if isinstance(value, dict) else value
             images.append(_attachment(url, part_param))
+        elif part_type == "file" and isinstance(value, dict):
+            files.append(_text_file(value, part_param))
         else:
             unsupported = str(part if part_type == "text" else part_type)[:80]
             raise bad_request(
@@ -4966,7 +4975,32 @@ def _attachment(url: Any, param: str) -> Dict[str, str]:
         raise bad_request(
             f"{param}: the image URL must be http(s): or data:image/...;base64,...", param
         )
+    if match[1]:
+        decode_base64(url[match.end() :], param)
     return {"name": "picture", "contentType": (match[1] or "image/png").lower(), "url": url}
+
+
+def _text_file(file: Dict[str, Any], param: str) -> Dict[str, str]:
+    """Return a text file as an entry of ``context``; APIError 400 for other files."""
+    encoded = file.get("file_data")
+    data = decode_base64(encoded.rpartition(",")[2], param) if isinstance(encoded, str) else b"\0"
+    text = data.decode("utf-8", "replace")
+    if "\0" in text or "\ufffd" in text:
+        raise bad_request(f"{param}: Akash Chat accepts files of UTF-8 text only.", param)
+    name = str(file.get("filename") or "file")[:MAX_NAME]
+    return {"name": name, "content": SPECIAL_TOKENS.sub(ESCAPED, text)}
+
+
+def decode_base64(text: str, param: str) -> bytes:
+    """Decode base64 as browsers do: blanks, "-", "_" and no padding are fine. APIError 400."""
+    stripped = "".join(text.split()).translate(str.maketrans("-_", "+/")).rstrip("=")
+    try:
+        if not stripped:
+            raise ValueError("empty")
+        padding = "=" * (-len(stripped) % 4)
+        return base64.b64decode(stripped + padding, validate=True)
+    except ValueError:
+        raise bad_request(f"{param}: invalid base64.", param, "invalid_base64") from None
 
 
 MAX_STOP_LENGTH = 1000  # characters of one stop sequence
@@ -5743,6 +5777,13 @@ class AkashController(Controller):
     ) -> APIError:
         """Return the error for a status or web page; ``fields`` is the JSON body."""
         status = response.status
+        if status == 413 or status == 500 and not message and sent > self.MAX_BODY_BYTES:
+            return APIError(
+                413,
+                "The request is too large for Akash Chat (limit: 10 MB).",
+                category=Category.REFUSED,
+                retry=False,
+            )
         if is_challenge_page(response):
             return challenge_page_error(response)
         if fields.get("error") == "Model not available":
@@ -5765,13 +5806,6 @@ class AkashController(Controller):
         if status in (401, 403):
             return auth_error(
                 f"Akash Chat denied access ({redact_hosts(message)[:200] or status}).", status
-            )
-        if status == 413 or status == 500 and not message and sent > self.MAX_BODY_BYTES:
-            return APIError(
-                413,
-                "The request is too large for Akash Chat (limit: 10 MB).",
-                category=Category.REFUSED,
-                retry=False,
             )
         return self._backend_error(response, fields, message, model)
 
@@ -10813,7 +10847,7 @@ class Gate:
 
     def check_head(self, request: Request, decoder: BodyDecoder) -> None:
         """Check origin, token, route, method and declared size."""
-        request.head = head = strip_prefix(request.head, request.settings.path_prefix)
+        request.head = head = strip_path(request.head, request.settings.path_prefix)
         request.route = route = find_route(head.method, head.path)
         self.check_page(request)  # after the route, which decides on the form of its error
         if head.method == "OPTIONS":  # a preflight carries no token
@@ -10926,13 +10960,17 @@ class Gate:
             )
 
 
-def strip_prefix(head: Head, prefix: str) -> Head:
-    """Return the head with its path below PATH_PREFIX; APIError 404 if it is outside."""
-    if not prefix:
-        return head
-    if not head.path.startswith(prefix + "/"):
-        raise APIError(404, f"There is no {head.path[:200]!r} here.", code="not_found")
-    return head._replace(path=head.path[len(prefix) :])
+def strip_path(head: Head, prefix: str) -> Head:
+    """Return the head with its path below PATH_PREFIX, without a slash at its end.
+
+    APIError 404 if it is outside.
+    """
+    path = head.path
+    if prefix and not path.startswith(prefix + "/"):
+        raise APIError(404, f"There is no {path[:200]!r} here.", code="not_found")
+    path = path[len(prefix) :]
+    ends = path.endswith("/") and path[-2:-1] not in ("", "/")
+    return head._replace(path=path[:-1] if ends else path)
 
 
 # -- reverse proxies. Their headers are used for links and the log, but never by Gate: a page that
