@@ -3171,8 +3171,9 @@ class DecoderChain(Decoder):
 
     def fast_path(self, data: bytes) -> bytes:
         encoded = self.decoder.fast_path(data)
+        text = encoded[1:-1].decode()
         for step in self.filters:
-            if not encoded or not step.is_passthrough(encoded[1:-1].decode()):
+            if not encoded or not step.is_passthrough(text):
                 return b""
         return encoded
 
@@ -3677,7 +3678,7 @@ class UsageFilter(Filter):
         self.prompt_tokens, self.units = prompt_tokens, 0
 
     def is_passthrough(self, text: str) -> bool:
-        self.units += token_units(text)
+        self.units += len(text) * 3 if text.isascii() else token_units(text)
         return True
 
     def feed(self, events: List[Event]) -> List[Event]:
@@ -5183,7 +5184,8 @@ def image_failed(message: str, status: int = 502, retry: bool = False) -> APIErr
 
 def no_image(words: str) -> APIError:
     """Return the 400 for words where an image was requested."""
-    message = f"Akash Chat answered with text instead of an image{words and ': ' + words[:500]}"
+    message = "Akash Chat answered with text instead of an image"
+    message += f": {words[:500]}" if words else ", and did not pass it on."
     return bad_request(message, "prompt", "no_image")
 
 
@@ -5716,7 +5718,7 @@ class AkashController(Controller):
         self.image_batches.forget(call, batch)
 
     def _batch_events(self, call: Call, data: bytes, batch: ImageBatch) -> Iterator[Event]:
-        """Yield a batch's events. Under a limit on concurrent requests, one job runs at a time."""
+        """Yield a batch's events; one job at a time if concurrent requests are limited."""
         sequential = call.one_image_at_a_time or self.options.max_concurrency > 0
         count = call.image_count or 1
         for index in range(count):
@@ -5733,7 +5735,7 @@ class AkashController(Controller):
         yield Finish("stop")
 
     def _start_job(self, call: Call, data: bytes, batch: ImageBatch, index: int) -> Optional[bytes]:
-        """Start a batch's next job unless a predecessor has; the body if it holds text instead."""
+        """Start a job of a batch, unless it has one; the body if that is text instead."""
         while not batch.lock.acquire(timeout=0.25):  # the predecessor is just starting it
             call.cancellation.raise_if_cancelled()
         try:
@@ -6054,7 +6056,7 @@ class AkashController(Controller):
 
 
 def akash_models(listing: Any) -> Dict[str, Dict[str, Any]]:
-    """Return the entries of any akash-chat version's model list by ID; {} if malformed.
+    """Return the entries of any version's model list by ID; {} if malformed.
 
     Lists are arrays, or objects with ``models``. Where b58259a has a database, an entry's ``id``
     may be the database's key and ``model_id`` the model.
