@@ -890,7 +890,6 @@ class Attempt:
 
     retry_reason: str = ""  # "session" or "connection": the controller is tried a second time
     ignored_params: List[str] = field(default_factory=list)  # those it does not support
-    truncated: str = ""  # how much of the conversation the upstream leaves out
     content_type: Optional[str] = None  # of a response passed through; None: it is translated
     status: int = 200  # of that response
 
@@ -1421,12 +1420,6 @@ class Settings(ValidatedSettings):
         "cookie to send to Akash Chat along with the session's: NAME=VALUE",
         header_value,
         secret=True,
-    )
-    context_overflow: str = setting(
-        "warn",
-        "for a conversation that Akash Chat would cut, by estimate: warn (with the header "
-        "X-Akashproxy-Truncated) or refuse",
-        one_of("warn", "refuse"),
     )
     user_agent: str = setting(
         f"akashproxy/{__version__}", "User-Agent sent to upstreams", header_value
@@ -3158,7 +3151,7 @@ class DecoderChain(Decoder):
 
     def __init__(self, decoder: Decoder, *filters: Filter) -> None:
         self.decoder, self.filters = decoder, filters
-        self.has_fast_path, self.started = decoder.has_fast_path, decoder.started
+        self.has_fast_path = decoder.has_fast_path
 
     def feed(self, data: bytes) -> List[Event]:
         events = self.decoder.feed(data)
@@ -3671,36 +3664,6 @@ class StopFilter(Filter):
             out.append(event)
 
 
-class UsageFilter(Filter):
-    """Adds an estimated usage, marked as such, to a Finish without one. Comes last."""
-
-    def __init__(self, prompt_tokens: int) -> None:
-        self.prompt_tokens, self.units = prompt_tokens, 0
-
-    def is_passthrough(self, text: str) -> bool:
-        self.units += len(text) * 3 if text.isascii() else token_units(text)
-        return True
-
-    def feed(self, events: List[Event]) -> List[Event]:
-        for event in events:
-            if isinstance(event, (Text, Reasoning)):
-                self.units += token_units(event.text)
-            elif isinstance(event, ToolCall):
-                self.units += token_units(event.arguments + (event.name or ""))
-        if events and isinstance(events[-1], Finish) and not events[-1].usage:
-            events[-1] = dataclasses.replace(events[-1], usage=self.usage())
-        return events
-
-    def usage(self) -> Dict[str, int]:
-        completion = self.units * 2 // UNITS_PER_TOKEN + 1 if self.units else 0
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": completion,
-            "total_tokens": self.prompt_tokens + completion,
-            "estimated": True,
-        }
-
-
 UNITS_PER_TOKEN = 24
 COUNTED_SLICE = 1 << 16  # characters counted at a time: bounds memory, and lets other threads run
 _WIDE = re.compile("[\u2e80-\U0010ffff]+")
@@ -3982,47 +3945,14 @@ class Cache(Generic[T]):
         return value
 
 
-# Names of a model's context length, the most direct ones first.
-CONTEXT_LENGTH_NAMES = (
-    "contextlength", "maxmodellen", "contextwindow", "maxcontextlength", "maxcontextwindow",
-    "maxcontextwindowtokens", "maxcontexttokens", "contextsize", "nctx", "tokenlimit", "context",
-    "inputtokenlimit", "maxinputtokens", "maxpromptlength", "maxsequencelength", "nctxtrain",
-)  # fmt: skip
-
-
-def context_length(entry: Dict[str, Any]) -> Optional[int]:
-    """Return the context length in a model list's entry, wherever servers put it."""
-    level = [entry]
-    for _ in range(3):
-        fields = {
-            re.sub("[^a-z]", "", name[:64].lower()): value
-            for values in reversed(level)
-            for name, value in values.items()
-        }
-        for name in CONTEXT_LENGTH_NAMES:
-            value = fields.get(name)
-            if isinstance(value, str) and re.fullmatch("[0-9]{1,12}", value):
-                value = int(value)
-            length = count_or_none(value)
-            if length:
-                return length
-        level = [value for values in level for value in values.values() if type(value) is dict]
-    return None
-
-
 def bounded_model_list(
     upstream_name: str, entries: Iterable[Tuple[Any, Dict[str, Any]]]
 ) -> Dict[str, Dict[str, Any]]:
-    """Return a model list's entries by valid name, at most MAX_MODELS of them.
-
-    A known context length is added as ``context_length`` and ``max_model_len``.
-    """
+    """Return a model list's entries by valid name, at most MAX_MODELS of them."""
     models: Dict[str, Dict[str, Any]] = {}
     for name, entry in entries:
         if isinstance(name, str) and 0 < len(name) <= MAX_NAME:
-            length = context_length(entry)
-            lengths = {"context_length": length, "max_model_len": length} if length else {}
-            models.setdefault(name, {**entry, **lengths})
+            models.setdefault(name, entry)
         if len(models) > MAX_MODELS:
             models.popitem()
             log.warning("%s lists more than %d models; using the first", upstream_name, MAX_MODELS)
@@ -5563,25 +5493,12 @@ class ImageBatches:
                 del self.batches[key]
 
 
-class PreparedRequest(NamedTuple):
-    """A call in Akash Chat's format."""
-
-    data: bytes
-    stop_filter: StopFilter
-    ignored: List[str]  # parameters
-    prompt_tokens: int  # estimated
-    truncated: str  # how much of the conversation the server leaves out
-
-
 class AkashController(Controller):
     """Akash Chat's web API: streams chats, generates images with the model AkashGen."""
 
     IMAGE_MODEL = "AkashGen"
     CHAT_PATH = "/api/chat/"
     LIMIT_PATH = "/api/rate-limit/status/"  # since akash-chat b58259a
-    # akash-chat f0a4ae0 and b58259a: tokens of a model whose list has no limit, and those that are
-    # not available for the conversation
-    DEFAULT_CONTEXT, CONTEXT_RESERVE = 128_000, 1000
     # akash-chat b58259a (May 2026) cuts a body above this size, then answers an empty 500
     MAX_BODY_BYTES = 10_000_000
 
@@ -5629,9 +5546,7 @@ class AkashController(Controller):
         return call.image_count > 0 or call.model == self.IMAGE_MODEL
 
     def events(self, call: Call) -> Iterable[Event]:
-        prepared = call.prepared_requests[self.name]
-        data, call.attempt.ignored_params = prepared.data, prepared.ignored
-        call.attempt.truncated = prepared.truncated
+        data, stop_filter, call.attempt.ignored_params = call.prepared_requests[self.name]
         if self._is_image(call):
             return self.image_events(call, data)
         cookie = self.session.get(call.scope)
@@ -5644,11 +5559,11 @@ class AkashController(Controller):
             force_new_connection=call.attempt.retry_reason,
         )
         return EventStream(
-            response, lambda response: self._decoder(call, response, prepared, cookie)
+            response, lambda response: self._decoder(call, response, stop_filter, cookie)
         )
 
-    def _prepare(self, call: Call) -> PreparedRequest:
-        """Translate a call; APIError if Akash Chat can't serve it."""
+    def _prepare(self, call: Call) -> Tuple[bytes, StopFilter, List[str]]:
+        """Return the request body, the filter of its answer and the ignored parameters."""
         if call.relay_only:
             raise APIError(
                 404, f"Akash Chat does not offer {call.original.path[:200]!r}.", code="not_found"
@@ -5666,41 +5581,7 @@ class AkashController(Controller):
             limit = "max_tokens"
         max_tokens = number_field(fields, limit, None, integer=True, minimum=1)
         stop_filter = StopFilter(stop_sequences(fields), max_tokens)
-        texts = map(operator.itemgetter("content"), [*body["messages"], *body["context"]])
-        tokens = estimate_tokens([body["system"], *texts])
-        return PreparedRequest(
-            request_json(body, len(call.original.raw_body)),
-            stop_filter,
-            ignored,
-            tokens,
-            self._truncation(call, body["model"], tokens),
-        )
-
-    def _truncation(self, call: Call, model: str, tokens: int) -> str:
-        """Describe what is left out of a conversation; APIError 400 if that is refused.
-
-        akash-chat (f0a4ae0, b58259a) leaves out the oldest messages beyond the model's limit.
-        """
-        if tokens < self.CONTEXT_RESERVE:
-            return ""
-        with contextlib.suppress(APIError):  # without a list the default applies
-            self.models()
-        lengths = {
-            entry["id"]: entry.get("context_length") for entry in self.model_cache.value or ()
-        }
-        limit = lengths.get(model) or self.DEFAULT_CONTEXT
-        if tokens <= limit - self.CONTEXT_RESERVE:
-            return ""
-        if self.settings.context_overflow == "refuse":
-            raise APIError(
-                400,
-                f"This model's maximum context length is {limit} tokens, of which Akash Chat"
-                f" reserves {self.CONTEXT_RESERVE}. Your messages have about {tokens} tokens.",
-                param="messages",
-                code="context_length_exceeded",
-                overflow=Overflow(tokens, 0, limit),
-            )
-        return f"messages; estimated={tokens}; limit={limit}"
+        return request_json(body, len(call.original.raw_body)), stop_filter, ignored
 
     def image_events(self, call: Call, data: bytes) -> Iterator[Event]:
         """Start a job for each image, then poll them; text instead of a job is passed on.
@@ -5821,19 +5702,19 @@ class AkashController(Controller):
         return headers
 
     def _decoder(
-        self, call: Call, response: UpstreamResponse, prepared: PreparedRequest, cookie: str
+        self, call: Call, response: UpstreamResponse, stop_filter: StopFilter, cookie: str
     ) -> Decoder:
         """Return the decoder for the body of a stream or of an error."""
         if response.status == 200 and not is_challenge_page(response):
             decoder = AkashDecoder(call.model, self.secrets(cookie))
-            stops = [prepared.stop_filter] if prepared.stop_filter.needed else []
-            usage = UsageFilter(prepared.prompt_tokens)
-            return DecoderChain(decoder, ThinkTagFilter(), *stops, usage)
+            if stop_filter.needed:
+                return DecoderChain(decoder, ThinkTagFilter(), stop_filter)
+            return DecoderChain(decoder, ThinkTagFilter())
 
         def parse(data: bytes) -> NoReturn:
             is_retry = call.attempt.retry_reason == "session"
-            size = len(prepared.data)
-            raise self._session_error(response, data, call.model, cookie, is_retry, size)
+            sent = call.prepared_requests[self.name][0]
+            raise self._session_error(response, data, call.model, cookie, is_retry, len(sent))
 
         return BufferedBody(parse, 1 << 20, is_error_body=True)
 
@@ -6031,8 +5912,8 @@ class AkashController(Controller):
             "GET", "/api/models/", CancelScope(), first_byte=self.settings.session_timeout
         )
         self._learn_version(response)
-        entries = akash_models(json_or_none(response.read(limit=MAX_LIST_BYTES)))
-        if not entries:
+        names = akash_models(json_or_none(response.read(limit=MAX_LIST_BYTES)))
+        if not names:
             raise APIError(
                 503, "Akash Chat lists no models.", code="upstream_error", retry_after=30
             )
@@ -6042,21 +5923,12 @@ class AkashController(Controller):
             "owned_by": "Akash Network",
             "permission": None,
         }
-        models = [
-            {
-                "id": name,
-                **common,
-                "root": name,
-                "parent": None,
-                **{key: entry[key] for key in ("context_length", "max_model_len") if key in entry},
-            }
-            for name, entry in entries.items()
-        ]
+        models = [{"id": name, **common, "root": name, "parent": None} for name in names]
         return models, self.settings.models_ttl
 
 
-def akash_models(listing: Any) -> Dict[str, Dict[str, Any]]:
-    """Return the entries of any version's model list by ID; {} if malformed.
+def akash_models(listing: Any) -> List[str]:
+    """Return the IDs in a model list of any akash-chat version; [] if malformed.
 
     Lists are arrays, or objects with ``models``. Where b58259a has a database, an entry's ``id``
     may be the database's key and ``model_id`` the model.
@@ -6065,7 +5937,7 @@ def akash_models(listing: Any) -> Dict[str, Dict[str, Any]]:
         listing = listing.get("models") or listing.get("data")
     entries = [entry for entry in map(as_dict, as_list(listing)) if entry.get("available", True)]
     named = ((entry.get("model_id") or entry.get("id"), entry) for entry in entries)
-    return bounded_model_list("Akash Chat", named)
+    return list(bounded_model_list("Akash Chat", named))
 
 
 MAX_LIST_BYTES, MAX_MODELS = 4 << 20, 10_000  # limits of an upstream's model list
@@ -6801,12 +6673,9 @@ class OpenAIController(Controller):
         streamed = is_streamed(content_type, response.opening, call.stream)
         if is_native and (call.relay_only or streamed == call.stream):
             return self._relay(call, response, content_type, streamed)
-        decoder = (
-            ChatDecoder(self.name, self.secrets) if streamed else BufferedBody(self._completion)
-        )
-        body = call.body
-        prompt_tokens = estimate_tokens([body["messages"], body.get("tools")])
-        return DecoderChain(decoder, UsageFilter(prompt_tokens))
+        if streamed:
+            return DecoderChain(ChatDecoder(self.name, self.secrets))
+        return BufferedBody(self._completion)
 
     def _relay(
         self, call: Call, response: UpstreamResponse, content_type: str, streamed: bool
@@ -7193,7 +7062,6 @@ class Upstream:
         the error. Models that the configuration names are always included.
         """
         by_id: Dict[str, Dict[str, Any]] = {}
-        models: List[Dict[str, Any]] = []
         names, error = self.known_models, None
         try:
             with controller_errors(self.name):
@@ -7209,14 +7077,10 @@ class Upstream:
             error = failure
             self.log_exception(failure)
         configured = [name for name in self.options.models if not re.search(r"[*?\[]", name)]
-        offered = {model["id"]: model for model in models}
         for name in [*self.options.model_map, *configured]:
-            target = offered.get(self.options.model_map.get(name, name), {})
-            lengths: Dict[str, Any] = {
-                key: target[key] for key in ("context_length", "max_model_len") if key in target
-            }
-            basics = {"id": name, "object": "model", "created": 0, "owned_by": self.name}
-            by_id.setdefault(name, {**basics, **lengths})
+            by_id.setdefault(
+                name, {"id": name, "object": "model", "created": 0, "owned_by": self.name}
+            )
         return list(by_id.values()), names, error
 
 
@@ -8877,7 +8741,7 @@ class Messages(BlockDialect):
 
     def usage_object(self, finish: Finish) -> Dict[str, int]:
         """Token counts of the upstream, cached input tokens apart; else estimates."""
-        if not finish.usage or finish.usage.get("estimated"):
+        if not finish.usage:
             return {
                 "input_tokens": self.estimate_input_tokens(),
                 "output_tokens": self.output_estimate,
@@ -9326,7 +9190,6 @@ def response_usage(usage: Dict[str, Any]) -> Dict[str, Any]:
         "total_tokens": usage["total_tokens"],
         "output_tokens_details": {"reasoning_tokens": reasoning},
         "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
-        **({"estimated": True} if usage.get("estimated") else {}),
     }
 
 
@@ -10735,8 +10598,6 @@ METRICS: Dict[str, Tuple[str, str, Tuple[str, ...]]] = {
         "counter", "Prompt tokens, where upstreams report them.", ("controller",)),
     "akashproxy_completion_tokens_total": (
         "counter", "Completion tokens, where upstreams report them.", ("controller",)),
-    "akashproxy_estimated_tokens_total": (
-        "counter", "Tokens, estimated where upstreams report none.", ("controller", "type")),
     "akashproxy_model_requests_total": (
         "counter", "Completed model calls, by a model that upstreams list.", ("model",)),
     "akashproxy_model_tokens_total": (
@@ -10817,31 +10678,23 @@ class Metrics:
         self.observe(
             "akashproxy_time_to_first_token_seconds", record.controller, first - started_at
         )
-        usage = record.usage or {}
-        tokens = usage.get("completion_tokens") or 0
-        if tokens > 1 and not usage.get("estimated"):
+        tokens = (record.usage or {}).get("completion_tokens") or 0
+        if tokens > 1:
             seconds = (now - first) / (tokens - 1)
             self.observe("akashproxy_time_per_output_token_seconds", record.controller, seconds)
 
     def _add_tokens(self, request: "Request", call: Call) -> None:
-        """Count a call's tokens, estimated ones apart. The caller holds the lock."""
-        usage, counts, controller = (
-            request.record.usage or {},
-            self.counts,
-            request.record.controller,
-        )
+        """Count a call's tokens. The caller holds the lock."""
+        usage, counts = request.record.usage or {}, self.counts
         for kind in ("prompt", "completion"):
             tokens = max(0, usage.get(f"{kind}_tokens") or 0)
-            if not tokens:
-                continue
-            if usage.get("estimated"):
-                kind = f"estimated_{kind}"
-                counts["akashproxy_estimated_tokens_total", controller, kind[10:]] += tokens
-            else:
-                counts[f"akashproxy_{kind}_tokens_total", controller] += tokens
-            counts["akashproxy_model_tokens_total", self.model_label(call.model), kind] += tokens
-            if request.key is not None:
-                counts["akashproxy_key_tokens_total", request.key.name, kind] += tokens
+            if tokens:
+                counts[f"akashproxy_{kind}_tokens_total", request.record.controller] += tokens
+                counts["akashproxy_model_tokens_total", self.model_label(call.model), kind] += (
+                    tokens
+                )
+                if request.key is not None:
+                    counts["akashproxy_key_tokens_total", request.key.name, kind] += tokens
 
     def model_label(self, model: str) -> str:
         """Return the label of a model: its name if upstreams list it, else "other"."""
@@ -10950,8 +10803,7 @@ BODILESS_METHODS = ("GET", "HEAD", "OPTIONS", "DELETE")  # their bodies are not 
 SERVER_NAME = f"akashproxy/{__version__}"
 CORS_ANY = (
     "Access-Control-Allow-Origin: *\r\nAccess-Control-Expose-Headers: "
-    "x-request-id, retry-after, x-should-retry, x-akashproxy-ignored, x-akashproxy-route,"
-    " x-akashproxy-truncated\r\n"
+    "x-request-id, retry-after, x-should-retry, x-akashproxy-ignored, x-akashproxy-route\r\n"
 )
 _UNPRINTABLE = re.compile(r"[^ -~]")  # not allowed in a header
 _STATUS_LINES = {int(status): f"HTTP/1.1 {status:d} {status.phrase}" for status in http.HTTPStatus}
@@ -11422,8 +11274,6 @@ def call_headers(request: Request) -> Dict[str, str]:
     """Return the headers that list a call's attempts and ignored parameters."""
     route, call = request.record.route, request.call
     headers = {"X-Akashproxy-Route": ", ".join(route)} if route else {}
-    if call and call.attempt.truncated:
-        headers["X-Akashproxy-Truncated"] = call.attempt.truncated
     ignored = list(call.attempt.ignored_params) if call else []
     if call and call.attempt.content_type is None:
         ignored += call.untranslated
@@ -12174,7 +12024,6 @@ def log_access(request: Request, now: float) -> None:
         "bytes": writer.bytes_sent,
         "tokens_in": usage.get("prompt_tokens"),
         "tokens_out": usage.get("completion_tokens"),
-        "tokens_estimated": usage.get("estimated"),
         "trace": trace_id(request.head.headers.get("traceparent", "")),
         "id": request.id,
     }
