@@ -7297,6 +7297,7 @@ class Pool:
                     "type": upstream.options.type,
                     "weight": upstream.options.weight,
                     "priority": upstream.options.priority,
+                    "models": None if upstream.known_models is None else len(upstream.known_models),
                     "in_flight": upstream.in_flight,
                     "served": upstream.served,
                     "failed": upstream.failed,
@@ -11932,70 +11933,123 @@ PAGE = r"""<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="theme-color" content="#ffffff" media="(prefers-color-scheme: light)">
+<meta name="theme-color" content="#17181b" media="(prefers-color-scheme: dark)">
 <title>akashproxy</title>
-<link rel="icon" href="data:,">
+<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 32 32'%3E%3Crect width='32' height='32' rx='8' fill='%230a62b8'/%3E%3Cpath d='M8 9h8l8 7-8 7H8l8-7z' fill='%23fff'/%3E%3C/svg%3E">
 <style>
 :root { color-scheme: light dark; --paper: light-dark(#fff, #17181b); --soft: light-dark(#f3f4f6, #24262b);
-  --line: light-dark(#dcdfe4, #3a3d44); --ink: light-dark(#1c1d20, #e6e7e9); --faint: light-dark(#5f646d, #9ba1ab);
-  --accent: light-dark(#0a62b8, #82bbff); --bad: light-dark(#b3261e, #ffa198); }
+  --line: light-dark(#dcdfe4, #3a3d44); --ink: light-dark(#1c1d20, #e6e7e9); --faint: light-dark(#5a5f68, #a3a9b3);
+  --accent: light-dark(#0a62b8, #82bbff); --bad: light-dark(#b3261e, #ffa198); --good: light-dark(#1a7037, #7ddb99);
+  --warn: light-dark(#8a5300, #f2bd62); }
 * { box-sizing: border-box; } [hidden] { display: none !important; }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
-body { display: flex; flex-direction: column; height: 100dvh; margin: 0; background: var(--paper); color: var(--ink);
+body { display: grid; grid: auto 1fr / auto 1fr; height: 100dvh; margin: 0; background: var(--paper); color: var(--ink);
   font: 16px/1.6 system-ui, sans-serif; }
-header, form, label, #note, main > * { width: min(45.5rem, 100% - 2.5rem); margin: 0 auto; }
-header, form, label { display: flex; flex-wrap: wrap; align-items: center; gap: .75rem 1rem; padding: .75rem 0; }
-a { color: var(--accent); } .bad { color: var(--bad); }
-header a { padding: .25rem 0; border-bottom: 2px solid transparent; color: var(--faint); text-decoration: none; }
-header a[aria-current=true] { border-color: var(--accent); color: var(--ink); }
-header a:last-child { margin-left: auto; }
-button, select, input, textarea { min-width: 0; padding: .5rem .9rem; background: none; color: inherit; font: inherit; }
-button, select, input, textarea, figure, section, .question { border: 1px solid var(--line); border-radius: .5rem; }
-#model { flex: 0 1 11rem; text-overflow: ellipsis; }
-#field { flex: 1 1 13rem; max-height: 40vh; field-sizing: content; resize: none; }
-#send { border-color: var(--accent); background: var(--accent); color: var(--paper); }
-main { flex: 1; overflow: auto; scrollbar-gutter: stable both-edges; padding: 1.5rem 0; overflow-wrap: anywhere;
-  border-block: 1px solid var(--line); }
+header { grid-column: 1 / -1; display: flex; flex-wrap: wrap; align-items: center; gap: .25rem 1rem; padding: .5rem 1rem;
+  border-bottom: 1px solid var(--line); }
+h1 { margin: 0 auto 0 0; font-size: 1rem; } a { color: var(--accent); } .bad { color: var(--bad); } p.bad { margin: 0; }
+header :is(a, button) { padding: .25rem 0; border: 0; border-bottom: 2px solid transparent; border-radius: 0;
+  color: var(--faint); text-decoration: none; }
+header :is([aria-current=true], [aria-expanded=true]) { border-color: var(--accent); color: var(--ink); }
+#sidebar { width: 16rem; overflow-y: auto; padding: 1rem; border-inline-end: 1px solid var(--line); background: var(--paper); }
+#sidebar li { display: flex; } #sidebar li > :first-child { flex: 1; text-align: start; }
+#chats, #models { margin: 0 0 1rem; padding: 0; list-style: none; } #chats button { border: 0; }
+#chats [aria-current=true] { background: var(--soft); font-weight: 600; }
+#chats button { overflow: hidden; padding: .4rem .5rem; text-overflow: ellipsis; white-space: nowrap; }
+main { grid-column: 2; display: flex; flex-direction: column; min-width: 0; min-height: 0; }
+form, #note, #log > *, #status > * { width: min(46rem, 100% - 2rem); margin: 0 auto; }
+#note:not(:empty) { display: flex; gap: 1rem; align-items: center; padding: .5rem 0; }
+form { display: flex; flex-wrap: wrap; align-items: end; gap: .5rem; padding: .75rem 0; }
+button, input, textarea, .button { min-width: 0; padding: .4rem .8rem; border: 1px solid var(--line); border-radius: .5rem;
+  background: none; color: inherit; font: inherit; cursor: pointer; }
+input, textarea { width: 100%; cursor: auto; } ::placeholder { color: var(--faint); opacity: 1; }
+#model { flex: 0 1 auto; max-width: min(100%, 26rem); overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+#field { flex: 1 1 100%; max-height: 40vh; field-sizing: content; resize: none; }
+#send { margin-inline-start: auto; border-color: var(--accent); background: var(--accent); color: var(--paper); }
+#log, #status { flex: 1; overflow: auto; padding: 1.5rem 0; overflow-wrap: anywhere; border-bottom: 1px solid var(--line); }
 #log { display: flex; flex-direction: column-reverse; }     /* so that its end stays in sight while it grows */
-#turns { margin-bottom: auto; }
-#turns:empty::before { content: "Enter sends, Shift+Enter breaks the line, Escape stops."; color: var(--faint); }
-.question, p, .thoughts { white-space: pre-wrap; }
-.question { width: fit-content; max-width: 85%; margin-left: auto; padding: .6rem 1rem; background: var(--soft); }
-.answer { margin: 1.25rem 0 2.5rem; } .answer[aria-busy=true] .text:empty::before { content: "\2026"; }
-.text > *, .answer > *, section p { margin: 0 0 .75rem; } details > :not(summary) { margin: .75rem 0 0; }
-:is(h1, h2, h3, h4, h5, h6) { font-size: 1.15rem; }
-summary, .thoughts, figcaption { color: var(--faint); font-size: .875rem; }
+#log:has(#turns:empty) { display: block; } #log > #turns { margin-bottom: auto; } #turns:not(:empty) ~ #welcome { display: none; }
+#welcome p { margin: .25rem 0 1rem; color: var(--faint); } .chips { display: flex; flex-wrap: wrap; gap: .5rem; margin-bottom: 1rem; } .chips:empty { display: none; }
+#welcome h2 { margin: 0; font-size: 1.5rem; }
+.question { width: fit-content; max-width: 85%; margin-left: auto; padding: .6rem 1rem; border-radius: 1rem;
+  background: var(--soft); white-space: pre-wrap; }
+.tools { display: flex; flex-wrap: wrap; align-items: center; gap: 0 .75rem; min-height: 2rem; color: var(--faint); font-size: .875rem; }
+.tools button { padding: .1rem 0; border: 0; } .tools .line { flex: 1 1 15rem; } .question + .tools { justify-content: end; }
+.answer { margin: .5rem 0 2rem; } .answer[aria-busy=true] .text:empty::before { content: "\2026"; }
+.fading { opacity: .6; }
+.text > *, .answer > *, .thoughts > *, blockquote > * { margin: 0 0 .75rem; } p, li, td { white-space: pre-wrap; }
+li, td, th { unicode-bidi: plaintext; text-align: start; } li > :is(ol, ul, figure, p) { white-space: normal; margin-block: .25rem; }
+:is(ol, ul) { padding-inline-start: 1.6rem; } .task { list-style: none; margin-inline-start: -1.4rem; } .task input { width: auto; }
+h2 { font-size: 1.3rem; } h3 { font-size: 1.15rem; } :is(h4, h5, h6) { font-size: 1rem; } hr { border: 0; border-top: 1px solid var(--line); }
+blockquote, .thoughts { margin-inline: 0; padding-inline-start: 1rem; border-inline-start: 3px solid var(--line); color: var(--faint); }
+summary, .thoughts, figcaption { color: var(--faint); font-size: .875rem; } details > :not(summary) { margin-top: .5rem; }
 details:has(> .thoughts:empty) { display: none; }
 summary { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; cursor: pointer; }
-.thoughts { padding-left: 1rem; border-left: 2px solid var(--line); }
-ol { padding-left: 1.5rem; } li:not([value]) { list-style: disc; } .deep { margin-left: 1.5rem; }
-img { display: block; max-width: 100%; }
-pre, code { font: .875rem/1.5 ui-monospace, monospace; }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; overflow-wrap: normal; }
+td, th { padding: .3rem .7rem; border: 1px solid var(--line); } th { background: var(--soft); }
+img { display: block; max-width: 100%; border-radius: .5rem; } .question img { max-height: 12rem; } .picture { padding: 0; border: 0; }
+pre, code { font: .875rem/1.5 ui-monospace, monospace; direction: ltr; unicode-bidi: isolate; } math { font-size: 1.1em; }
 :not(pre) > code { padding: .1em .3em; border-radius: .25rem; background: var(--soft); }
-pre { margin: 0; padding: 0 1rem .75rem; overflow-x: auto; scrollbar-width: thin; }
-figcaption { display: grid; grid: auto / 1fr auto; align-items: center; min-height: 2.5rem; padding-left: 1rem; }
-figcaption button { border: 0; background: none; }
-section { margin-bottom: 1rem; padding: .75rem 1rem 0; }
+figure + figure { margin-top: .75rem; } figure { margin: 0; border: 1px solid var(--line); border-radius: .5rem; }
+pre { margin: 0; padding: 0 1rem .75rem; overflow-x: auto; scrollbar-width: thin; text-align: left; }
+figcaption { display: grid; grid: auto / 1fr auto; align-items: center; min-height: 2.5rem; padding-inline-start: 1rem; }
+figcaption button { border: 0; }
+dialog { width: min(40rem, 100% - 2rem); max-height: 90dvh; border: 1px solid var(--line); border-radius: .75rem; background: var(--paper); color: var(--ink); }
+dialog::backdrop { background: #0008; } #models button { width: 100%; border: 0; text-align: start; overflow-wrap: anywhere; }
+#models [aria-pressed=true] { color: var(--accent); font-weight: 600; } #viewer { width: fit-content; max-width: 95vw; }
+#settings { flex: 1 1 100%; } #settings > div { display: grid; grid: auto / repeat(auto-fit, minmax(8rem, 1fr)); gap: .5rem; }
+#settings label:first-child { grid-column: 1 / -1; } label { font-size: .875rem; }
+#status > .card { margin-bottom: 1rem; padding: .75rem 1rem; border: 1px solid var(--line); border-radius: .75rem; }
+.card h2 { display: flex; flex-wrap: wrap; gap: 0 .75rem; margin: 0; font-size: 1rem; } .card p { margin: .25rem 0 0; }
+.state::before { content: "\25cf\a0"; } .ready { color: var(--good); } .resting { color: var(--warn); }
+@media (max-width: 50rem) { #sidebar { position: fixed; z-index: 1; inset: 3rem 0 0; width: auto; } }
 </style>
-<header><a href="#chat">Chat</a> <a href="#status">Controllers</a> <a href=".">New chat</a></header>
-<label id="key" hidden>Token <input id="token" type="password" autocomplete="off"></label>
-<div id="note" class="bad" role="alert"></div>
-<main id="log" role="log" aria-label="Conversation" tabindex="0"><div id="turns"></div></main>
-<main id="status" aria-label="Controllers" tabindex="0" hidden></main>
-<form id="form">
-  <select id="model" aria-label="Model"></select>
-  <textarea id="field" rows="1" aria-label="Message" placeholder="Message"></textarea> <button id="send">Send</button>
-</form>
+<header><h1>akashproxy</h1> <button id="list" aria-expanded="false" aria-controls="sidebar">Chats</button>
+  <a href="#chat">Chat</a> <a href="#status">Controllers</a> <button id="fresh">New chat</button></header>
+<nav id="sidebar" aria-label="Chats" hidden><ul id="chats"></ul> <button id="save">Export as JSON</button></nav>
+<main>
+  <form id="key" hidden><label for="token">Token</label> <input id="token" type="password" autocomplete="off"></form>
+  <div id="note" role="alert"></div>
+  <div id="log" role="log" aria-live="polite" aria-label="Conversation" tabindex="0"><div id="turns"></div><div id="welcome"></div></div>
+  <div id="status" role="region" aria-label="Controllers" tabindex="0" hidden></div>
+  <form id="form">
+    <details id="settings"><summary>Settings</summary><div>
+      <label>System prompt <textarea id="system" rows="2" dir="auto"></textarea></label>
+      <label>Temperature <input id="temperature" type="number" min="0" max="2" step="any" placeholder="the model's own"></label>
+      <label>Top p <input id="top_p" type="number" min="0" max="1" step="any" placeholder="the model's own"></label>
+      <label>Max tokens <input id="max_tokens" type="number" min="1" step="1" placeholder="no limit"></label></div></details>
+    <div id="images" class="chips"></div>
+    <textarea id="field" rows="1" dir="auto" aria-label="Message" placeholder="Message"></textarea>
+    <button type="button" id="model" aria-haspopup="dialog">No models</button>
+    <button type="button" id="attach">Attach image</button> <input id="file" type="file" accept="image/*" multiple hidden>
+    <button id="send">Send</button>
+  </form>
+</main>
+<dialog id="picker" aria-label="Models"><input id="search" type="search" aria-label="Search models" placeholder="Search models">
+  <p id="found" role="status"></p><ul id="models"></ul></dialog>
+<dialog id="viewer" aria-label="Image"></dialog>
 <script type="module">
-const {key, token, note, log, turns, status, form, model, field, send} =
+const {list, fresh, sidebar, chats, save, key, token, note, log, turns, welcome, status, form, settings, system, images, field, model, attach,
+  file, send, picker, search, found, models, viewer, ...inputs} =
   Object.fromEntries(Array.from(document.querySelectorAll("[id]"), (element) => [element.id, element]));
-const messages = [];    // the conversation so far
+const parameters = [inputs.temperature, inputs.top_p, inputs.max_tokens];
+const auto = {dir: "auto"};     // Arabic and Hebrew run from the right
+let chat = null;        // {id, title, messages}: the conversation in sight, as it is stored
 let stop = null;        // the AbortController of the answer that is coming
+let names = null;       // of the models; null until the list has been read
+let chosen = "";        // the model
+let editing = -1;       // the index of the question that the next one replaces
+
+class Explained extends Error {}    // its message is for people; those of other errors are the browser's
 
 function make(tag, properties, ...children) {   // all that is shown is made here, as elements and text, never from HTML
   const element = Object.assign(document.createElement(tag), properties);
-  for (const child of children.flat()) element.append(child);
+  element.append(...children.flat());
   return element;
 }
+const button = (text, onclick, properties) => make("button", {type: "button", onclick, ...properties}, text);
+const count = (number, noun) => `${number} ${noun}${number === 1 ? "" : "s"}`;
 
 // -- the server, asked as any client asks it
 async function api(path, options) {
@@ -12003,18 +12057,18 @@ async function api(path, options) {
   const headers = {"Content-Type": "application/json", ...(secret && {Authorization: `Bearer ${secret}`})};
   const response = await fetch(path, {...options, headers}).catch(() => null);
   if (response?.ok) return response;
-  if (!response) throw Error("The server does not answer. Is it still running?");
+  if (!response) throw new Explained("The server does not answer. Is it still running?");
   if (response.status === 401) {
     key.hidden = false;
     token.focus();
-    throw Error(secret ? "The token is wrong. Type the right one." : "This server needs a token. Type it above.");
+    throw new Explained(secret ? "The token is wrong. Type the right one." : "This server needs a token. Type it above.");
   }
   const unread = {error: {message: `The server answered with ${response.status}.`}};
   throw failure((await response.json().catch(() => unread)).error, response.headers.get("Retry-After"));
 }
 function failure({message, code}, seconds) {    // what went wrong, and what to do
   const otherwise = code === "model_not_found" ? "Choose another model" : "Try again or choose another model";
-  return Error(`${message} ${seconds ? `Try again in ${seconds} s` : otherwise}.`);
+  return new Explained(`${message} ${seconds ? `Try again in ${seconds} s` : otherwise}.`);
 }
 async function* events(stream) {    // what each event of a text/event-stream says, as JSON
   const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
@@ -12026,139 +12080,590 @@ async function* events(stream) {    // what each event of a text/event-stream sa
   }
 }
 
-// -- Markdown, as much of it as models use; the patterns take a time in proportion to the text, whatever it is.
-const MORE = /(?:\n(?![ \t]*(?:$|```|~~~|#+ |[-*+] |\d+[.)] )).+)*/.source;     // a paragraph's further lines
-const ITEM = /^([ \t]*)([-*+]|\d{1,9}[.)]) (.*MORE)/.source.replace("MORE", MORE);
-const BLOCK = RegExp([
-  /^(?<indent>[ \t]*)(?<fence>```+|~~~+)(?<name>.*)(?:\n(?<code>[^]*?)(?:^[ \t]*\k<fence>[ \t]*$|(?![^])))?/.source,
-  /^(?<level>#{1,6}) +(?<title>.+)/.source, `(?<list>(?:${ITEM}\\n*)+)`, `(?<text>^.*\\S.*${MORE})`].join("|"), "gm");
-const INLINE = RegExp(`(${[/``.+?``(?!`)|`[^`\n]+`/, /\*\*(?=\S)[^*]+(?:\*[^*]+\*[^*]*){0,3}\*\*/,
-  /(?<![\w*])\*(?=\S)[^*\n]+\*(?![\w*])/, /(?<!\w)_(?=\S)[^_\n]+_(?!\w)/,
-  /!?\[[^[\]]*\]\(https?:\/\/(?:[^\s()]|\([^\s()]*\))+\)/, /https?:\/\/[^\s<>()*`"']*[^\s<>()*`"'.,;:!?]/,
-].map(({source}) => source).join("|")})`);
+// -- Markdown's blocks, line by line. A kind: how its first line looks, where it ends, what is made of it.
+const DEEPEST = 8;      // levels of lists and quotes; what is nested deeper is text
+const MARKER = /^([ \t]*)(?:[-*+]|\d{1,9}[.)])(?:[ \t]+|$)/;
+const next = (lines, at) => at + 1;
+const FENCE = [/^[ \t]*(?:```|~~~)/, fenceEnd, fence], LIST = [MARKER, listEnd, bullets];
+const KINDS = [FENCE, [/^ {0,3}#{1,6}[ \t]/, next, heading], [/^ {0,3}(?:(?:-[ \t]*){3,}|(?:\*[ \t]*){3,}|(?:_[ \t]*){3,})$/, next, () => make("hr")],
+  [/^ {0,3}>/, quoteEnd, quote], LIST, [/^[ \t]*(?:\$\$|\\\[)/, formulaEnd, formula]];
+const TABLE = [null, tableEnd, table], TEXT = [null, textEnd, (lines) => make("p", auto, inline(lines.join("\n")))];
+
+const kindOf = (line) => KINDS.find(([start]) => start.test(line));
+const isBlank = (line) => !line?.trim();
+function* blocks(lines, depth) {    // [the lines of a block, its kind]
+  for (let at = 0, end; at < lines.length; at = end) {
+    end = at + 1;
+    if (isBlank(lines[at])) continue;
+    const isTable = lines[at].includes("|") && /^[ \t|:-]+$/.test(lines[end] ?? "") && lines[end].includes("-");
+    const kind = depth < DEEPEST && kindOf(lines[at]) || (isTable ? TABLE : TEXT);
+    end = kind[1](lines, at);
+    yield [lines.slice(at, end), kind];
+  }
+}
+const build = (lines, depth) => Array.from(blocks(lines, depth), ([own, [, , shape]]) => shape(own, depth + 1));
 function draw(place, text) {    // only blocks that changed are made anew
-  [...text.matchAll(BLOCK)].forEach(({0: source, groups}, at) => {
-    if (place.children[at]?.source === source) return;
+  let at = 0;
+  for (const [lines, [, , shape]] of blocks(text.split(/\r?\n/), 0)) {
+    const old = place.children[at], source = lines.join("\n");
+    if (old?.source === source) { at++; continue; }
     while (place.children[at]) place.lastChild.remove();
-    place.append(Object.assign(block(groups), {source}));
-  });
+    const level = place.lastChild?.level ?? 1;      // headings go one level down at a time, whatever the model does
+    const element = shape(lines, 0, level);
+    place.append(Object.assign(element, {source, level: parseInt(element.tagName.slice(1)) || level}));
+    at++;
+  }
+  while (place.children[at]) place.lastChild.remove();
 }
-function block({fence, indent, name, code = "", level, title, list, text}) {
-  if (fence) return listing(code.replace(RegExp(`^${indent}`, "gm"), "").replace(/\n$/, ""), name.trim());
-  if (level) return make(`h${level.length}`, {}, inline(title));
-  if (text) return make("p", {}, inline(text));
-  return make("ol", {}, Array.from(list.matchAll(RegExp(ITEM, "gm")), ([, blanks, mark, words]) =>
-    make("li", {className: blanks && "deep", ...(/\d/.test(mark) && {value: parseInt(mark)})}, inline(words))));
+function fenceEnd(lines, at) {
+  const mark = lines[at].trim().match(/^(?:`+|~+)/)[0];
+  while (++at < lines.length) if (lines[at].trim() === mark) return at + 1;
+  return at;
 }
-const inline = (text) => text.split(INLINE).map((part, at) => {     // every other part is one to be marked up
-  if (at % 2 === 0) return part;
-  if (part.startsWith("`")) return make("code", {}, part.replace(/^(``?)(.*)\1$/, "$2"));
-  if (part.startsWith("**")) return make("strong", {}, inline(part.slice(2, -2)));
-  if (/^[*_]/.test(part)) return make("em", {}, inline(part.slice(1, -1)));
-  const [, image, label, href] = part.match(/^(!?)\[([^[\]]*)\]\((.*)\)$/s) ?? [, "", "", part];
-  const [, own = ""] = image ? href.split(`//${location.host}${location.pathname}images/`) : "";
-  if (/^\w[\w.-]*$/.test(own)) return picture(own, label);
-  return make("a", {href, target: "_blank", rel: "noopener"}, label ? inline(label) : href);
-});
+function fence(lines) {
+  const [, indent, mark, name] = lines[0].match(/^([ \t]*)(`+|~+)(.*)/), closed = lines.length > 1 && lines.at(-1).trim() === mark;
+  const code = lines.slice(1, closed ? -1 : undefined).map((line) => line.startsWith(indent) ? line.slice(indent.length) : line);
+  return listing(code.join("\n"), name.trim());
+}
+function heading([line], depth, level) {
+  const [, marks, title] = line.trim().match(/^(#+)(.*)/), rank = Math.min(marks.length + 1, level + 1, 6);
+  return make(depth ? "p" : `h${rank}`, auto, inline(title.trim()));
+}
+function textEnd(lines, at) {
+  while (++at < lines.length && !isBlank(lines[at]) && !kindOf(lines[at]));
+  return at;
+}
+function quoteEnd(lines, at) {
+  while (++at < lines.length && !isBlank(lines[at]) && (/^ {0,3}>/.test(lines[at]) || !kindOf(lines[at])));
+  return at;
+}
+function quote(lines, depth) {
+  return make("blockquote", auto, build(lines.map((line) => line.replace(/^ {0,3}> ?/, "")), depth));
+}
+const isNumbered = (line) => /^[ \t]*\d/.test(line), indentOf = (line) => line.match(/^[ \t]*/)[0].length;
+function listEnd(lines, at) {   // it goes on with items of its sort, indented lines and the lines of a paragraph
+  const indent = indentOf(lines[at]), sort = isNumbered(lines[at]);
+  let end = at + 1;
+  for (let next = end; next < lines.length; next++) {
+    if (isBlank(lines[next])) continue;
+    const kind = kindOf(lines[next]), isItem = kind === LIST && isNumbered(lines[next]) === sort;
+    if (!isItem && indentOf(lines[next]) <= indent && (kind || next > end)) break;
+    end = next + 1;
+  }
+  return end;
+}
+function bullets(lines, depth) {
+  const indent = indentOf(lines[0]), items = [], sort = isNumbered(lines[0]);
+  for (const line of lines)
+    if (indentOf(line) <= indent && kindOf(line) === LIST) items.push([line]);
+    else items.at(-1).push(line);
+  return make(sort ? "ol" : "ul", {...auto, ...(sort && {start: parseInt(lines[0])})}, items.map((item) => bullet(item, depth)));
+}
+function bullet([first, ...rest], depth) {
+  const mark = first.match(MARKER)[0], [, box, text] = first.slice(mark.length).match(/^(?:\[([ xX])\][ \t]+)?(.*)/);
+  const inner = build([text, ...rest.map((line) => line.slice(Math.min(mark.length, indentOf(line))))], depth);
+  if (inner[0]?.tagName === "P") inner.splice(0, 1, ...inner[0].childNodes);
+  if (!box) return make("li", {}, inner);
+  const tick = make("input", {type: "checkbox", disabled: true, checked: box !== " ", ariaLabel: box === " " ? "open" : "done"});
+  return make("li", {className: "task"}, tick, " ", inner);
+}
+function tableEnd(lines, at) {
+  while (++at < lines.length && lines[at].includes("|"));
+  return at;
+}
+function table([head, , ...rows]) {
+  const cells = (row) => row.trim().replace(/^\||\|$/g, "").split(/(?<!\\)\|/).map((text) => inline(text.trim().replaceAll("\\|", "|")));
+  const columns = cells(head), row = (tag, cells) => make("tr", {}, cells.slice(0, columns.length).map((cell) => make(tag, {}, cell)));
+  return make("div", {className: "scroll", tabIndex: 0, role: "group", ariaLabel: "Table"}, make("table", auto,
+    make("thead", {}, row("th", columns)), make("tbody", {}, rows.map((line) => row("td", cells(line))))));
+}
+
+// -- Markdown within a line. Time is in proportion to the text: nothing is searched for twice, and few marks stay open.
+const OPEN = 20;        // marks that can wait for their end at the same time
+const LINK = /\]\((https?:\/\/(?:[^\s()`]|\([^\s()`]*\))+)(?:[ \t]"[^"\n]*")?\)/;
+const TOKEN = RegExp([/`+/, /\\\((?:[^\\\n`]|\\[^()\\\n`])*\\\)/, /\$\$[^$\n`]+\$\$/, /\$(?![\s$])[^$\n`]+(?<!\s)\$(?![\d$])/, /\\[^\w\s`]|\\\n/,
+  /&(?:#\d{1,7}|#x[\da-fA-F]{1,6}|[A-Za-z]{2,8});/, /<br ?\/?>/, /\*+|_+|~+|!?\[/, LINK, /\]/, /https?:\/\/[^\s<>()[\]*`"']*[^\s<>()[\]*`"'.,;:!?]/,
+].map(({source}) => source).join("|"), "g");
+const ENTITIES = {amp: "&", lt: "<", gt: ">", quot: '"', apos: "'", nbsp: "\u00a0", copy: "©", reg: "®", deg: "°", times: "×", middot: "·",
+  ndash: "–", mdash: "—", hellip: "…", larr: "←", rarr: "→", euro: "€"};
+function inline(text) {
+  const tokens = [...text.matchAll(TOKEN)], last = new Map(tokens.map(([mark], at) => [mark, at]));
+  const out = [], openers = [];     // what has been made; {mark, count, at}: those in it that may begin something
+  let from = 0;
+  for (let at = 0; at < tokens.length; at++) {
+    const {0: mark, 1: href, index} = tokens[at], end = index + mark.length;
+    out.push(text.slice(from, index));
+    from = end;
+    if (mark[0] === "`" && last.get(mark) > at) {
+      while (tokens[++at][0] !== mark);
+      out.push(code(text.slice(end, tokens[at].index)));
+      from = tokens[at].index + mark.length;
+    } else if (/^[*_~]/.test(mark)) emphasise(out, openers, mark, text[index - 1] ?? " ", text[end] ?? " ");
+    else if (mark.endsWith("[")) open(out, openers, mark, 1);
+    else if (mark[0] === "]") close(out, openers, mark, href);
+    else out.push(openers.some(({mark}) => mark.endsWith("[")) && mark.startsWith("http") ? mark : single(mark));
+  }
+  return [...out, text.slice(from)];
+}
+const code = (text) => make("code", {dir: "ltr"}, text.startsWith(" ") && text.endsWith(" ") && text.trim() ? text.slice(1, -1) : text);
+function single(mark) {     // what a token that stands for itself becomes
+  if (mark.startsWith("<br")) return make("br");
+  if (mark.startsWith("http")) return link(mark, mark);
+  if (/^(?:\$|\\\()./.test(mark)) return tex(mark.replace(/^(?:\$\$?|\\\()|(?:\$\$?|\\\))$/g, ""), mark.startsWith("$$"));
+  if (mark[0] === "\\") return mark[1];
+  const [, base, number] = mark.match(/^&#(x?)([\da-fA-F]+);$/) ?? [];
+  const point = parseInt(number, base ? 16 : 10);
+  return point <= 0x10ffff ? String.fromCodePoint(point) : ENTITIES[mark.slice(1, -1)] ?? mark;
+}
+const link = (href, ...children) => make("a", {href, target: "_blank", rel: "noopener"}, ...children);
+function open(out, openers, mark, count) {
+  if (openers.push({mark, count, at: out.length}) > OPEN) openers.shift();
+  out.push(mark);
+}
+function emphasise(out, openers, run, before, after) {  // as CommonMark pairs the runs of * and _ and ~~
+  let count = run.length;
+  const inWord = /\w/.test(before) && /\w/.test(after) && (run[0] === "_" || count === 1);
+  if (inWord || count > 3 || run[0] === "~" && count !== 2) return out.push(run);
+  while (count && !/\s/.test(before)) {
+    const index = openers.findLastIndex(({mark}) => mark[0] === run[0]);
+    if (index < 0) break;
+    const opener = openers[index], used = Math.min(opener.count, count, 2);
+    openers.length = index + 1;         // what was opened in between stays as it is written
+    const inside = out.splice(opener.at + 1);
+    out[opener.at] = run[0].repeat(opener.count -= used);
+    out.push(make(run[0] === "~" ? "del" : used > 1 ? "strong" : "em", {}, inside));
+    if (!opener.count) openers.pop();
+    count -= used;
+  }
+  if (count && !/\s/.test(after)) open(out, openers, run[0].repeat(count), count);
+  else out.push(run[0].repeat(count));
+}
+function close(out, openers, mark, href) {
+  const index = openers.findLastIndex(({mark}) => mark.endsWith("["));
+  if (index < 0) return out.push(mark);
+  const [opener] = openers.splice(index);
+  if (!href) return out.push(mark);
+  const label = out.splice(opener.at).slice(1);
+  const [, own = ""] = opener.mark === "![" ? href.split(`//${location.host}${location.pathname}images/`) : "";
+  const text = label.map((part) => part.textContent ?? part).join("");
+  out.push(/^\w[\w.-]*$/.test(own) ? picture(own, text) : link(href, label));
+}
+
+// -- TeX as MathML: what models write most; other commands stay as they are written
+const SYMBOLS = Object.fromEntries(`alpha α beta β gamma γ delta δ epsilon ε varepsilon ε theta θ lambda λ mu μ nu ν pi π rho ρ sigma σ tau τ phi φ
+  varphi φ omega ω Gamma Γ Delta Δ Theta Θ Lambda Λ Sigma Σ Phi Φ Omega Ω sum ∑ prod ∏ int ∫ infty ∞ partial ∂ nabla ∇ cdot · times × div ÷ pm ± le ≤
+  leq ≤ ge ≥ geq ≥ ne ≠ neq ≠ approx ≈ equiv ≡ sim ∼ propto ∝ in ∈ notin ∉ subset ⊂ subseteq ⊆ cup ∪ cap ∩ forall ∀ exists ∃ to → rightarrow → Rightarrow ⇒
+  implies ⇒ iff ⇔ mapsto ↦ ldots … cdots ⋯ dots … quad \u2003 { { } } , \u2009 ; \u2004 langle ⟨ rangle ⟩ mid ∣ circ ∘ ell ℓ`
+  .trim().split(/[ \n]+/).reduce((pairs, word, at) => (at % 2 ? pairs.at(-1).push(word) : pairs.push([word]), pairs), []));
+const LETTERS = /^[a-zA-Zα-ωΓ-Ω∞ℓ]$/, ACCENTS = {hat: "^", bar: "¯", overline: "¯", vec: "→", tilde: "~", dot: "˙"};
+function tex(source, display) {
+  const tokens = source.match(/\\(?:[a-zA-Z]+|[^a-zA-Z])|\d+(?:\.\d+)?|[^\s\\]/g) ?? [];
+  let at = 0, depth = 0;
+  const element = (tag, children, attributes = {}) => {
+    const made = document.createElementNS("http://www.w3.org/1998/Math/MathML", tag);
+    for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+    made.append(...children);
+    return made;
+  };
+  const row = (...ends) => {      // up to one of the tokens, which is skipped
+    const items = [];
+    while (at < tokens.length && !ends.includes(tokens[at])) items.push(scripts(atom()));
+    at++;
+    return element("mrow", items);
+  };
+  const words = () => {           // {what is in braces}, as text
+    const end = tokens.indexOf("}", at), inside = end < 0 ? "" : tokens.slice(at + 1, end).join("");
+    at = end < 0 ? tokens.length : end + 1;
+    return inside;
+  };
+  const scripts = (base) => {
+    const found = {};
+    while (/^[_^]$/.test(tokens[at]) && !found[tokens[at]]) found[tokens[at++]] = atom();
+    const {_: below, "^": above} = found, limits = display && /^(?:∑|∏|lim|max|min)$/.test(base.textContent);
+    const tag = (limits ? ["munder", "mover", "munderover"] : ["msub", "msup", "msubsup"])[below && above ? 2 : above ? 1 : 0];
+    return below || above ? element(tag, [base, below, above].filter(Boolean)) : base;
+  };
+  const matrix = (name) => {
+    const rows = [[]];
+    for (const fence = `\\end`; at < tokens.length && tokens[at - 1] !== fence;) {
+      rows.at(-1).push(element("mtd", [row("&", "\\\\", fence)]));
+      if (tokens[at - 1] === "\\\\") rows.push([]);
+    }
+    words();
+    const [left, right] = {pmatrix: "()", bmatrix: "[]", vmatrix: "||", cases: "{"}[name] ?? "";
+    const table = element("mtable", rows.map((cells) => element("mtr", cells)));
+    return element("mrow", [element("mo", [left ?? ""]), table, element("mo", [right ?? ""])]);
+  };
+  const COMMANDS = {
+    frac: () => element("mfrac", [atom(), atom()]), sqrt: root, begin: () => matrix(words()),
+    text: () => element("mtext", [words()]), left: () => atom(), right: () => atom(),
+    mathrm: () => element("mi", [words()], {mathvariant: "normal"}), boxed: () => atom(), mathbf: () => element("mrow", [atom()], {class: "bold"}),
+  };
+  Object.assign(COMMANDS, {dfrac: COMMANDS.frac, tfrac: COMMANDS.frac, operatorname: COMMANDS.mathrm, mathbb: COMMANDS.mathrm});
+  function root() {
+    if (tokens[at] !== "[") return element("msqrt", [atom()]);
+    at++;
+    const degree = row("]");
+    return element("mroot", [atom(), degree]);
+  }
+  const atom = () => {
+    const token = tokens[at++] ?? "", name = token[0] === "\\" ? token.slice(1) : "";
+    if (++depth > 40) return depth--, element("mtext", [token]);
+    const made = token === "{" ? row("}") : Object.hasOwn(COMMANDS, name) ? COMMANDS[name]()
+      : Object.hasOwn(ACCENTS, name) ? element("mover", [atom(), element("mo", [ACCENTS[name]])], {accent: "true"}) : leaf(token, name);
+    depth--;
+    return made;
+  };
+  const leaf = (token, name) => {
+    const text = Object.hasOwn(SYMBOLS, name) ? SYMBOLS[name] : /^(?:log|ln|sin|cos|tan|exp|lim|max|min|det|gcd)$/.test(name) ? name : token;
+    return element(/^\d/.test(text) ? "mn" : LETTERS.test(text) || text === name ? "mi" : text[0] === "\\" ? "mtext" : "mo", [text]);
+  };
+  return element("math", [row()], display ? {display: "block"} : {});
+}
+function formulaEnd(lines, at) {
+  const end = lines[at].trim().startsWith("$$") ? "$$" : "\\]", own = lines[at].trim().slice(2);
+  if (own.endsWith(end)) return at + 1;
+  while (++at < lines.length && !isBlank(lines[at])) if (lines[at].trim().endsWith(end)) return at + 1;
+  return at;
+}
+function formula(lines) {
+  const source = lines.join("\n").trim().slice(2).replace(/(?:\$\$|\\\])$/, "");
+  return make("div", {className: "scroll", tabIndex: 0, role: "group", ariaLabel: "Formula"}, tex(source, true));
+}
+
+// -- images and code
 function picture(name, alt) {   // fetched, for an <img> can't send a token; never read as SVG, which can hold a script
-  const image = make("img", {alt});
-  image.onerror = () => image.replaceWith(make("span", {className: "bad"}, "This picture can't be shown."));
+  const image = make("img", {alt}), frame = button(image, () => enlarge(image), {className: "picture"});
+  image.onerror = () => frame.replaceWith(make("span", {className: "bad"}, "This image can't be shown."));
   api(`images/${name}`).then((response) => response.blob()).then((blob) => {
     image.src = URL.createObjectURL(blob.slice(0, blob.size, "image/png"));
   }).catch(image.onerror);
-  return image;
+  return frame;
 }
-function listing(text, name) {
-  const copy = make("button", {type: "button", hidden: !navigator.clipboard}, "Copy");  // plain HTTP has no clipboard
-  copy.onclick = () => navigator.clipboard.writeText(text).then(() => { copy.textContent = "Copied"; });
-  return make("figure", {}, make("figcaption", {}, name, copy), make("pre", {tabIndex: 0}, make("code", {}, text)));
+function enlarge({src, alt}) {
+  const keep = make("a", {href: src, download: `${alt.slice(0, 60) || "image"}.${src.startsWith("data:image/jpeg") ? "jpg" : "png"}`, className: "button"}, "Save");
+  viewer.replaceChildren(make("img", {src, alt}), make("div", {className: "tools"}, keep, button("Close", () => viewer.close())));
+  viewer.showModal();
 }
+function copying(text, label = "Copy") {   // text: a string, or a function that returns it
+  const copy = button(label, () => navigator.clipboard.writeText(text.call?.() ?? text).then(() => { copy.textContent = "Copied"; }));
+  copy.hidden = !navigator.clipboard;       // plain HTTP has none
+  return copy;
+}
+const listing = (text, name) => make("figure", {}, make("figcaption", {}, make("span", {}, name), copying(text)),
+  make("pre", {tabIndex: 0}, make("code", {dir: "ltr"}, text)));
+async function shrink(blob) {   // a data: URL of at most 1024 pixels a side, so that chats fit into the browser's storage
+  const bitmap = await createImageBitmap(blob), scale = Math.min(1, 1024 / Math.max(bitmap.width, bitmap.height));
+  const canvas = make("canvas", {width: bitmap.width * scale, height: bitmap.height * scale});
+  canvas.getContext("2d").drawImage(bitmap, 0, 0, canvas.width, canvas.height);
+  return canvas.toDataURL(blob.type === "image/png" && scale === 1 ? "image/png" : "image/jpeg", .85);
+}
+async function attachAll(files) {
+  for (const each of files) if (each.type.startsWith("image/")) await shrink(each).then(addImage, () => tell(`${each.name} is not an image.`));
+}
+function addImage(src) {
+  const remove = button("×", () => entry.remove(), {ariaLabel: "Remove image"});
+  const entry = make("div", {}, make("img", {src, alt: "Attached image", width: 64}), remove);
+  images.append(entry);
+}
+
+// -- what is kept in the browser: each chat under a key of its own, so that two tabs don't overwrite each other's
+function keep(name, value) {
+  try {
+    localStorage[name] = JSON.stringify(value);
+  } catch {
+    tell("The browser's storage is full: this chat is not kept. Export and delete some.");
+  }
+}
+function stored(name) {
+  try {
+    return JSON.parse(localStorage[name]);
+  } catch {
+    return null;      // none, or not ours
+  }
+}
+const keepChat = () => chat.messages.length && keep(`chat ${chat.id}`, chat);
+function keepSettings() {
+  const values = Object.fromEntries(parameters.map(({id, value}) => [id, value]));
+  keep("settings", {...values, system: system.value, model: chosen, chat: chat?.id, sidebar: !sidebar.hidden});
+}
+const allChats = () => Object.keys(localStorage).filter((name) => name.startsWith("chat ")).map(stored).filter((each) => each?.messages)
+  .sort((one, other) => other.id - one.id);
+function listChats() {
+  chats.replaceChildren(...allChats().map((each) => make("li", {},
+    button(each.title, () => show(each), {...auto, title: each.title, ariaCurrent: each.id === chat.id}),
+    button("✎", () => rename(each), {title: "Rename", ariaLabel: `Rename ${each.title}`}),
+    button("×", () => remove(each), {title: "Delete", ariaLabel: `Delete ${each.title}`}))));
+  save.hidden = !chats.firstChild;
+}
+function rename(each) {
+  const box = make("input", {value: each.title, ariaLabel: "Title", ...auto});
+  box.onblur = () => {
+    each.title = box.value.trim() || each.title;
+    if (each.id === chat.id) chat.title = each.title;
+    keep(`chat ${each.id}`, each.id === chat.id ? chat : each);
+    listChats();
+  };
+  box.onkeydown = ({key}) => { if (key === "Enter") box.blur(); };
+  [...chats.children].find((row) => row.firstChild.textContent === each.title).replaceChildren(box);
+  box.select();
+}
+function remove(each) {
+  delete localStorage[`chat ${each.id}`];
+  if (each.id === chat.id) show(emptyChat());
+  listChats();
+  offerUndo(`“${each.title}” is deleted.`, () => { keep(`chat ${each.id}`, each); show(each); });
+}
+function tell(...words) { note.replaceChildren(...words); }
+function offerUndo(text, restore) { tell(text, button("Undo", () => { tell(); restore(); })); }
+save.onclick = () => {
+  const href = URL.createObjectURL(new Blob([JSON.stringify(allChats(), null, 2)], {type: "application/json"}));
+  make("a", {href, download: "chats.json"}).click();
+};
 
 // -- the chat
-async function ask(question) {
-  const chat = {model: model.value, messages: [...messages, {role: "user", content: question}]};
-  const body = JSON.stringify({...chat, stream: true});
-  const [thoughts, text] = ["thoughts", "text"].map((className) => make("div", {className}));
-  const summary = make("summary"), thinking = make("details", {}, summary, thoughts);
-  const article = make("article", {className: "answer", ariaBusy: "true"}, thinking, text);
-  let answer = "", finish = "", frame = 0;
-  function show() {
-    frame = 0;
-    summary.textContent = answer ? "Thoughts" : thoughts.textContent.trim().split("\n").pop();
-    draw(text, answer);
-  }
-  turns.append(make("div", {className: "question"}, question), article);
-  log.scrollTop = 0;      // the end
-  try {
-    const response = await api("v1/chat/completions", {method: "POST", body, signal: stop.signal});
-    for await (const {error, choices: [{delta = {}, finish_reason} = {}] = []} of events(response.body)) {
-      if (error) throw failure(error);
-      answer += delta.content ?? "";
-      if (delta.reasoning_content) thoughts.append(delta.reasoning_content);
-      finish = finish_reason ?? finish;
-      frame ||= requestAnimationFrame(show);
-    }
-    if (finish !== "stop") throw Error(`The answer ended early: ${finish || "the connection broke off"}.`);
-  } catch (error) {
-    article.append(make("p", {className: "bad"}, stop.signal.aborted ? "Stopped." : error.message));
-  }
-  show();
-  article.append(make("details", {}, make("summary", {}, "As curl and Python"), examples(chat)));
-  article.ariaBusy = "false";
-  if (answer) messages.push(chat.messages.pop(), {role: "assistant", content: answer});
-  else field.value ||= question;      // nothing has come: it can be sent again
+const emptyChat = () => ({id: Date.now(), title: "", messages: []});
+const wordsOf = ({content}) => typeof content === "string" ? content : content[0].text;
+const picturesOf = ({content}) => typeof content === "string" ? [] : content.slice(1).map((part) => part.image_url.url);
+function show(other) {
+  stop?.abort();
+  [chat, editing] = [other, -1];
+  turns.replaceChildren(...chat.messages.flatMap((message, at) => message.role === "user" ? question(at) : answer(at).article));
+  for (const {finish} of turns.children) finish?.();
+  log.scrollTop = 0;
+  if (innerWidth < 800) unfold(false);
+  keepSettings();
+  listChats();
 }
-function examples(chat) {   // what was asked, for a shell and for Python; the token stays out
+function question(at) {
+  const message = chat.messages[at], enlarged = ({target}) => enlarge(target);
+  const shown = picturesOf(message).map((src) => button(make("img", {src, alt: "Attached image"}), enlarged, {className: "picture"}));
+  return [make("div", {className: "question", ...auto}, wordsOf(message), shown),
+    make("div", {className: "tools"}, copying(wordsOf(message)), button("Edit", () => edit(at)))];
+}
+function edit(at) {
+  field.value = wordsOf(chat.messages[at]);
+  images.replaceChildren();
+  picturesOf(chat.messages[at]).forEach(addImage);
+  editing = at;
+  [...turns.children].forEach((each, index) => each.classList.toggle("fading", index >= at / 2 * 3));
+  field.focus();
+}
+function cut(at) {      // the turns from one on make room for what comes instead
+  const before = [...chat.messages], own = chat;
+  if (at < before.length) offerUndo("The earlier turns are replaced.", () => { own.messages = before; show(own); keepChat(); });
+  chat.messages.length = at;
+  while (turns.children.length > at / 2 * 3) turns.lastChild.remove();
+}
+function answer(at) {   // an answer's element, drawn from its message
+  const message = chat.messages[at], [thoughts, text] = ["thoughts", "text"].map((className) => make("div", {className}));
+  const summary = make("summary"), article = make("article", {className: "answer", ariaBusy: "true"},
+    make("details", {}, summary, thoughts), text);
+  function show() {
+    summary.textContent = message.content ? "Thoughts" : message.reasoning.trim().split("\n").pop();
+    draw(thoughts, message.reasoning);
+    draw(text, message.content);
+  }
+  function finish(own = chat) {
+    show();
+    if (message.problem) article.append(make("p", {className: "bad"}, message.problem));
+    article.append(make("div", {className: "tools"}, make("span", {className: "line"}, message.line), copying(message.content),
+      button("Try again", () => { if (!stop) { cut(at); ask(); } })));
+    article.append(make("details", {}, make("summary", {}, "As curl and Python"), examples({...message.request, messages: sent(own, at)})));
+    article.ariaBusy = "false";
+  }
+  Object.assign(article, {finish});
+  return {article, message, show, finish};
+}
+function sent({messages}, at) {     // what a model is told of a chat: not the questions that have no answer
+  const prompt = messages[at].system;
+  const told = messages.slice(0, at).filter(({role, content}, index) =>
+    role === "user" ? index === at - 1 || messages[index + 1].content : content);
+  return [...(prompt ? [{role: "system", content: prompt}] : []), ...told.map(({role, content}) => ({role, content}))];
+}
+const numbers = () => Object.fromEntries(parameters.filter(({value}) => value).map(({id, value}) => [id, Number(value)]));
+async function ask() {      // for the answer to the chat's last question
+  const own = chat, at = own.messages.length, request = {model: chosen, ...numbers()};
+  own.messages.push({role: "assistant", content: "", reasoning: "", request, system: system.value.trim()});
+  const {article, message, show, finish} = answer(at);
+  let frame = 0;
+  turns.append(article);
+  log.scrollTop = 0;      // the end
+  [stop, send.textContent] = [new AbortController(), "Stop"];
+  try {
+    await receive(message, {...request, messages: sent(own, at)}, () => { frame ||= requestAnimationFrame(() => { frame = 0; show(); }); });
+  } catch (error) {
+    message.problem = stop.signal.aborted ? "Stopped." : error instanceof Explained ? error.message : "The connection broke off.";
+  }
+  [stop, send.textContent] = [null, "Send"];
+  cancelAnimationFrame(frame);
+  finish(own);
+  if (own === chat || localStorage[`chat ${own.id}`]) keep(`chat ${own.id}`, own);
+}
+const ENDS = {length: "It reached its limit of tokens.", content_filter: "A content filter ended the answer.",
+  tool_calls: "It asks for a tool, and this page has none.", "": "The connection broke off."};
+async function receive(message, body, changed) {
+  const started = performance.now(), signal = stop.signal;
+  const response = await api("v1/chat/completions", {method: "POST", signal,
+    body: JSON.stringify({...body, stream: true, stream_options: {include_usage: true}})});
+  let first = 0, end = "", tokens = null;
+  try {
+    for await (const {error, usage, choices: [{delta = {}, finish_reason} = {}] = []} of events(response.body)) {
+      if (error) throw failure(error);
+      message.content += delta.content ?? "";
+      message.reasoning += delta.reasoning_content ?? "";
+      first ||= (delta.content || delta.reasoning_content) && performance.now();
+      end = finish_reason ?? end;
+      tokens = usage?.completion_tokens ?? tokens;
+      changed();
+    }
+  } finally {
+    message.line = account(response.headers, first - started, performance.now() - first, tokens);
+  }
+  if (end !== "stop") throw new Explained(ENDS[end] ?? `The answer ended early: ${end}.`);
+}
+function account(headers, wait, took, tokens) {     // "paid, after akash=429 · 0.4 s to first token · 52 tokens/s · 812 tokens"
+  const attempts = headers.get("X-Akashproxy-Route")?.split(", ") ?? [], [name] = (attempts.pop() ?? "").split("=");
+  const ignored = headers.get("X-Akashproxy-Ignored");
+  return [name && attempts.length ? `${name}, after ${attempts.join(", ")}` : name, wait > 0 && `${(wait / 1000).toFixed(1)} s to first token`,
+    wait > 0 && tokens > 1 && took > 1 && `${Math.round(tokens / took * 1000)} tokens/s`, tokens !== null && `${tokens} tokens`,
+    ignored && `ignored: ${ignored}`].filter(Boolean).join(" · ");
+}
+function examples(chat) {   // what was asked, for a shell and for Python; the token and images stay out
   const base = new URL("v1", location).href, secret = sessionStorage.token ? ' -H "Authorization: Bearer $TOKEN"' : "";
+  const brief = (name, value) => name === "url" ? `${value.split(",")[0]},...` : value;
   return [listing(`curl -N ${base}/chat/completions${secret} -H 'Content-Type: application/json' \\
-  -d '${JSON.stringify({...chat, stream: true}).replaceAll("'", "'\\''")}'`, "curl"), listing(`import os, openai
+  -d '${JSON.stringify({...chat, stream: true}, brief).replaceAll("'", "'\\''")}'`, "curl"), listing(`import os, openai
 
 client = openai.OpenAI(base_url="${base}", api_key=os.environ.get("TOKEN", "none"))
-for chunk in client.chat.completions.create(stream=True, **${JSON.stringify(chat)}):
+for chunk in client.chat.completions.create(stream=True, **${JSON.stringify(chat, brief)}):
     print(chunk.choices[0].delta.content or "", end="")`, "Python")];
 }
 
+// -- the models and the first sight
+const PROMPTS = ["Explain how a proxy works, in three sentences.", "Write a Python function that checks a password's strength.",
+  "Plan a weekend in Lisbon, as a table."];
+function choose(name) {
+  chosen = name;
+  model.textContent = model.title = name || "No models";
+  picker.close();
+  keepSettings();
+}
+function listModels() {     // those with all the words that are searched for
+  const words = search.value.toLowerCase().split(" "), some = names.filter((name) => words.every((word) => name.toLowerCase().includes(word)));
+  found.textContent = `${some.length} of ${count(names.length, "model")}`;
+  models.replaceChildren(...some.map((name) => make("li", {}, button(name, () => choose(name), {value: name, ariaPressed: name === chosen}))));
+}
+function greet() {
+  const base = new URL("v1", location).href, some = names.slice(0, 6);
+  const line = `export OPENAI_BASE_URL=${base} OPENAI_API_KEY=${sessionStorage.token ? "$TOKEN" : "none"}`;
+  const keys = matchMedia("(pointer: coarse)").matches ? "" : "Enter sends, Shift+Enter breaks the line, Escape stops.";
+  welcome.replaceChildren(make("h2", {}, "akashproxy"), make("p", {}, names.length ? `${count(names.length, "model")} to choose from. ${keys}` : "No models are there."),
+    make("div", {className: "chips"}, some.map((name) => button(name, () => choose(name))), names.length > 6 ? button("More …", pick) : ""),
+    make("div", {className: "chips"}, PROMPTS.map((text) => button(text, () => submit(text)))), listing(base, "Base URL"), listing(line, "For a shell"));
+}
+function pick() {
+  search.value = "";
+  listModels();
+  picker.showModal();
+}
+model.onclick = () => names && pick();
+search.oninput = listModels;
+picker.onkeydown = (event) => {     // arrows go through the list, Enter takes the first
+  const all = [search, ...models.querySelectorAll("button")], at = all.indexOf(document.activeElement);
+  const to = {ArrowDown: all[at + 1], ArrowUp: all[at - 1]}[event.key];
+  if (to || event.key === "Enter" && at === 0) event.preventDefault();
+  to?.focus();
+  if (event.key === "Enter" && at === 0) all[1]?.click();
+};
+
+// -- the controllers
+function card({name, weight, priority, models, in_flight, served, failed, rests_for_seconds, models_cooling_down, last_error, last_error_at}, all) {
+  const tier = all.filter((each) => each.priority === priority).reduce((sum, each) => sum + each.weight, 0);
+  const [className, word] = rests_for_seconds ? ["resting", `cooling down, ${rests_for_seconds} s`]
+    : models_cooling_down ? ["resting", `${count(models_cooling_down, "model")} cooling down`] : ["ready", "ready"];
+  return make("section", {className: "card"}, make("h2", {}, name, make("span", {className: `state ${className}`}, word)),
+    make("p", {}, `tier ${priority} · ${Math.round(100 * weight / (tier || 1))} % of it · ${models === null ? "models unknown" : count(models, "model")}`),
+    make("p", {}, `${in_flight} in flight · ${served} served · ${failed} failed`),
+    last_error ? make("p", {className: "bad"}, `Last error: ${last_error}, ${new Date(last_error_at).toLocaleTimeString()}`) : "");
+}
+const keyCard = ({name, ...figures}) => make("section", {className: "card"}, make("h2", {}, `Key ${name}`),
+  make("p", {}, Object.entries(figures).map(([what, value]) => `${what.replaceAll("_", " ")}: ${value ?? "none"}`).join(" · ")));
+let drawn = "";         // what the cards were made from
+async function showStatus() {
+  const {controllers, keys} = await (await api("status")).json(), state = JSON.stringify([controllers, keys]);
+  if (state === drawn) return;
+  drawn = state;
+  status.replaceChildren(...controllers.map((each) => card(each, controllers)), ...keys.map(keyCard));
+}
+
 // -- what happens, and when
+let trouble = "";       // what refresh() has complained of, to be taken back when it is over
 async function refresh() {      // the models, once, and the controllers while they are in sight
   if (document.hidden || !key.hidden) return;
   try {
-    if (!model.length) {
+    if (!names) {
       const {data} = await (await api("v1/models")).json();
-      model.replaceChildren(...data.map(({id}) => make("option", {value: id}, id)));
-      if (data.length) field.focus();
+      names = data.map(({id}) => id);
+      choose(names.includes(chosen) ? chosen : names[0] ?? "");
+      greet();
+      if (names.length) field.focus();
     }
-    if (!status.hidden) {
-      const {controllers} = await (await api("status")).json();
-      status.replaceChildren(...controllers.map((each) => make("section", {}, make("b", {}, each.name),
-        make("p", {}, `${each.in_flight} in flight, ${each.served} served, ${each.failed} failed, `,
-          each.rests_for_seconds ? `rests for ${each.rests_for_seconds} s` : "ready"),
-        each.last_error ? make("p", {className: "bad"}, `Last error: ${each.last_error}`) : "")));
-    }
-    note.textContent = "";
-  } catch ({message}) {
-    if (note.textContent !== message) note.textContent = message;     // a reader says it once
+    if (!status.hidden) await showStatus();
+    if (trouble && note.textContent === trouble) tell();
+    trouble = "";
+  } catch (error) {
+    const message = error instanceof Explained ? error.message : "The server's answer can't be read.";
+    if (trouble !== message) tell(make("span", {className: "bad"}, trouble = message));     // a reader says it once
   }
 }
-form.onsubmit = async (event) => {
+function submit(text) {
+  const pictures = Array.from(images.querySelectorAll("img"), ({src}) => ({type: "image_url", image_url: {url: src}}));
+  if (stop || !chosen || !text && !pictures.length) return;
+  if (editing >= 0) cut(editing);
+  else tell();
+  editing = -1;
+  chat.title ||= text.slice(0, 60) || "Image";
+  turns.append(...question(chat.messages.push({role: "user", content: pictures.length ? [{type: "text", text}, ...pictures] : text}) - 1));
+  images.replaceChildren();
+  field.value = sessionStorage.draft = "";
+  keepChat();
+  keepSettings();
+  listChats();
+  ask();
+}
+form.onsubmit = (event) => {
   event.preventDefault();
-  const question = field.value.trim();
-  if (stop) return stop.abort();
-  if (!question || !model.value) return;
-  [field.value, send.textContent, stop] = ["", "Stop", new AbortController()];
-  await ask(question);
-  [send.textContent, stop] = ["Send", null];
+  if (stop) stop.abort();
+  else submit(field.value.trim());
 };
 onkeydown = (event) => {
   if (event.key === "Escape") stop?.abort();
-  if (event.target !== field || event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+  const writes = event.shiftKey || event.isComposing || matchMedia("(pointer: coarse)").matches;
+  if (event.target !== field || event.key !== "Enter" || writes) return;
   event.preventDefault();
   if (!stop) form.requestSubmit();
 };
+field.oninput = () => { sessionStorage.draft = field.value; };
+settings.onchange = keepSettings;
+attach.onclick = () => file.click();
+file.onchange = () => { attachAll([...file.files]); file.value = ""; };
+document.onpaste = ({clipboardData}) => attachAll([...clipboardData.files]);
+ondragover = (event) => event.preventDefault();
+ondrop = (event) => { event.preventDefault(); attachAll([...event.dataTransfer.files]); };
+onpagehide = () => { if (stop) keepChat(); };      // the part of an answer that has come
+key.onsubmit = (event) => event.preventDefault();
 token.onchange = () => {
   sessionStorage.token = token.value.replace(/[^!-~]/g, "");
   key.hidden = true;
   refresh();
 };
+function unfold(open) {
+  sidebar.hidden = !open;
+  list.ariaExpanded = open;
+}
+list.onclick = () => { unfold(sidebar.hidden); keepSettings(); };
+fresh.onclick = () => { location.hash = "#chat"; show(emptyChat()); field.focus(); };
 onhashchange = () => {
   status.hidden = location.hash !== "#status";
   log.hidden = form.hidden = !status.hidden;
@@ -12166,8 +12671,14 @@ onhashchange = () => {
   document.querySelector("[href='#status']").ariaCurrent = !status.hidden;
   refresh();
 };
+const before = stored("settings") ?? {};
+for (const box of [system, ...parameters]) box.value = before[box.id] ?? "";
+chosen = before.model ?? "";
+field.value = sessionStorage.draft ?? "";
+unfold(before.sidebar && innerWidth >= 800);
+show(stored(`chat ${before.chat}`) ?? emptyChat());
 onhashchange();
-setInterval(refresh, 2000);
+setInterval(refresh, 1000);
 </script>
 """  # noqa: E501 (its lines are not wrapped)
 
