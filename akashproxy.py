@@ -247,7 +247,7 @@ def from_json(data: bytes, max_values: int = MAX_JSON_VALUES) -> Any:
 
 
 def json_or_none(data: bytes) -> Any:
-    """Parse an upstream's JSON; numbers that are not finite become None. None if it is invalid."""
+    """Parse an upstream's JSON; None if it is invalid. Infinite numbers become None."""
     try:
         check_json(data, MAX_JSON_VALUES)
         return _parse(data, _decode_any)
@@ -1138,7 +1138,7 @@ def environment_proxy(proxies: Dict[str, str], url: str) -> str:
 
 
 def bypasses(pattern: str, host: str, port: int) -> bool:
-    """Whether an entry of NO_PROXY covers a host: *, a domain, an address or a network."""
+    """Whether an entry of NO_PROXY (domain, address, network or *) covers a host."""
     try:
         network = ipaddress.ip_network(pattern.strip("[]"), strict=False)
         return ipaddress.ip_address(host) in network
@@ -2088,6 +2088,11 @@ class ChunkSizes(Dict[bytes, int]):
 CHUNK_SIZES = ChunkSizes()
 
 
+def media_type(content_type: str) -> str:
+    """Return a content type without its parameters, in lower case."""
+    return content_type.partition(";")[0].strip(" \t").lower()
+
+
 class BodyDecoder:
     """Removes the framing of a message body as its bytes arrive (RFC 9112, 6).
 
@@ -2248,7 +2253,7 @@ class ContentDecoder:
     """
 
     MAX_RATIO = 200  # a stream of short, similar events has up to 60
-    PIECE = 1 << 20  # bytes that are expanded at a time
+    MAX_OUTPUT = 1 << 20  # bytes expanded at a time
 
     def __init__(self, encoding: str) -> None:
         if encoding not in ("gzip", "x-gzip", "deflate"):
@@ -2287,13 +2292,13 @@ class ContentDecoder:
 
     def _expand(self, data: bytes) -> bytes:
         try:
-            piece: bytes = self.inflater.decompress(data, self.PIECE)
+            output: bytes = self.inflater.decompress(data, self.MAX_OUTPUT)
         except zlib.error as error:
             raise ProtocolError(f"malformed compression: {error}") from None
-        self.expanded += len(piece)
-        if self.expanded > self.PIECE + self.MAX_RATIO * self.received:
+        self.expanded += len(output)
+        if self.expanded > self.MAX_OUTPUT + self.MAX_RATIO * self.received:
             raise ProtocolError("the compressed body expands to too much")
-        return piece
+        return output
 
     def close(self) -> None:
         """Raise ProtocolError if the compressed body is incomplete."""
@@ -3227,7 +3232,7 @@ class EventLines:
         self.data: List[bytes] = []  # data lines of an incomplete event
         self.type = b""  # of this event
         self.size = 0  # bytes of memory that the data lines use
-        self.begun = self.after_cr = False
+        self.bom_checked = self.after_cr = False
 
     def feed(self, data: bytes) -> Iterator[Tuple[bytes, bytes]]:
         """Yield (type, data) of each event that has data."""
@@ -3239,8 +3244,8 @@ class EventLines:
         partial = lines.pop()
         if partial:
             self.buffer += partial
-        if lines and not self.begun:
-            self.begun = True
+        if lines and not self.bom_checked:
+            self.bom_checked = True
             lines[0] = lines[0].removeprefix(b"\xef\xbb\xbf")
         for line in lines:
             if line.startswith(b"data:"):
@@ -3270,7 +3275,7 @@ class EventLines:
         return event
 
     def _without_cr(self, data: bytes) -> bytes:
-        """Replace CR LF and CR by LF. A CR at the end ends its line; an LF that follows is its."""
+        """Replace CR LF and CR by LF, also a CR LF that was cut in two."""
         if self.after_cr and data.startswith(b"\n"):
             data = data[1:]
             self.after_cr = False
@@ -3344,7 +3349,7 @@ class EventStream:
         return events
 
     def _can_choose_decoder(self, payload: bytes) -> bool:
-        """Collect the body's opening; True once it shows the format, whatever its type says."""
+        """Collect the body's opening; True once it is enough to choose a decoder."""
         response = self.response
         if not response.status:
             return False
@@ -5804,29 +5809,29 @@ class SurrogateHalves:
     """
 
     def __init__(self) -> None:
-        self.held: Optional[TextEvent] = None  # ends with the first half
+        self.pending: Optional[TextEvent] = None  # ends with the first half
 
     def join(self, event: TextEvent) -> List[Event]:
         """Return the events that are complete with this one."""
         out: List[Event] = []
-        if self.held is None and not is_high_surrogate(event.text[-1:]):
+        if self.pending is None and not is_high_surrogate(event.text[-1:]):
             return [event]
         text = event.text
-        if self.held is not None:
-            if type(self.held) is type(event):
-                pair = (self.held.text + text).encode("utf-16", "surrogatepass")
+        if self.pending is not None:
+            if type(self.pending) is type(event):
+                pair = (self.pending.text + text).encode("utf-16", "surrogatepass")
                 text = pair.decode("utf-16", "surrogatepass")
             else:
-                out.append(self.held)
-            self.held = None
+                out.append(self.pending)
+            self.pending = None
         if is_high_surrogate(text[-1:]):
-            self.held, text = type(event)(text[-1]), text[:-1]
+            self.pending, text = type(event)(text[-1]), text[:-1]
         return [*out, type(event)(text)] if text else out
 
     def flush(self) -> List[Event]:
-        """Return what is held back."""
-        held, self.held = self.held, None
-        return [held] if held else []
+        """Return what is pending back."""
+        pending, self.pending = self.pending, None
+        return [pending] if pending else []
 
 
 def is_high_surrogate(character: str) -> bool:
@@ -5835,16 +5840,16 @@ def is_high_surrogate(character: str) -> bool:
 
 
 class JSONProgress:
-    """Tells whether a JSON object that arrives in parts is complete. Linear in its length."""
+    """Detects the end of a JSON object that arrives in parts. Linear in its length."""
 
     _MARKS = re.compile(r'["\\{}\[\]]')
 
     def __init__(self) -> None:
-        self.depth, self.in_string, self.escaped, self.begun = 0, False, False, False
+        self.depth, self.in_string, self.escaped, self.opened = 0, False, False, False
 
     @property
     def complete(self) -> bool:
-        return self.begun and not self.depth and not self.in_string
+        return self.opened and not self.depth and not self.in_string
 
     def feed(self, text: str) -> None:
         escape_end = 0 if self.escaped else -1  # the position of an escaped character
@@ -5859,7 +5864,7 @@ class JSONProgress:
             elif mark == '"':
                 self.in_string = True
             elif mark != "\\":
-                self.begun = True
+                self.opened = True
                 self.depth += 1 if mark in "{[" else -1
         self.escaped = escape_end == len(text)
 
@@ -5872,7 +5877,7 @@ class CallInProgress:
         self.id: Optional[str] = None
         self.name: Optional[str] = None
         self.extra: Any = None  # the upstream's own fields
-        self.held: List[str] = []  # arguments that arrived before the name
+        self.pending: List[str] = []  # arguments that arrived before the name
         self.progress = JSONProgress()
 
 
@@ -5888,7 +5893,7 @@ class ToolCallAssembler:
     * has complete arguments, and the fragment has no ID.
 
     So a new ID alone begins nothing: some servers send one with each fragment. A call is passed on
-    from its name on, which may come after its ID; ID and name are told once.
+    from its name on, which may come after its ID; ID and name are sent once.
     """
 
     def __init__(self, upstream_name: str) -> None:
@@ -5912,16 +5917,16 @@ class ToolCallAssembler:
         call.extra = fragment.extra or call.extra
         if call.name is not None:
             return [ToolCall(call.number, fragment.arguments)] if fragment.arguments else []
-        call.held.append(fragment.arguments)
+        call.pending.append(fragment.arguments)
         if not fragment.name:
             return []
         call.name, self.has_calls = fragment.name, True
-        return [ToolCall(call.number, "".join(call.held), call.id, call.name, call.extra)]
+        return [ToolCall(call.number, "".join(call.pending), call.id, call.name, call.extra)]
 
     def close(self) -> bool:
         """Return whether there was a call. APIError if one has arguments but no name."""
         for call in {*self.by_id.values(), *self.by_index.values()}:
-            if call.name is None and any(call.held):
+            if call.name is None and any(call.pending):
                 raise truncated(self.upstream_name, "sent a tool call without a name")
         return self.has_calls
 
@@ -5937,7 +5942,7 @@ class ToolCallAssembler:
         if fragment.name != call.name:
             return True
         if fragment.id and call.id and fragment.id != call.id:
-            return call.progress.complete or not call.progress.begun
+            return call.progress.complete or not call.progress.opened
         return not fragment.id and call.progress.complete
 
     def _begin(self, fragment: ToolCall) -> CallInProgress:
@@ -5982,7 +5987,7 @@ def message_events(message: Dict[str, Any]) -> List[Event]:
 
 
 def thinking_text(part: Dict[str, Any]) -> str:
-    """Return the text of a content part with reasoning, as Mistral sends it; "" for others."""
+    """Return the reasoning in a content part of Mistral's; "" for other parts."""
     if part.get("type") != "thinking":
         return ""
     thinking = part.get("thinking")
@@ -6066,7 +6071,7 @@ MAX_USAGE = 4096  # characters of a usage object
 
 
 def usage_at(data: bytes, at: int) -> Dict[str, Any]:
-    """Return the usage whose name stands at a position of relayed JSON; {} if there is none.
+    """Parse the usage at a position of relayed JSON; {} if it is none.
 
     Anthropic's and Responses' names of the counts are replaced by those of chat completions.
     """
@@ -6106,7 +6111,7 @@ def counts(usage: Dict[str, Any]) -> Dict[str, Any]:
 
 
 class StreamEnd(NamedTuple):
-    """How a path's streams end: every complete one has a match of the pattern."""
+    """The end of a path's streams: each complete one has a match of the pattern."""
 
     pattern: Pattern[bytes]
     hints: Tuple[bytes, ...]  # one is in every match, and rfind() is faster than the pattern
@@ -6327,13 +6332,8 @@ ANSWER = re.compile(rb'"(?:choices|data)"')
 EMPTY_ANSWER = re.compile(rb'"(?:choices|data)"\s{0,20}:\s{0,20}(?:null|\[\s{0,20}\])')
 
 
-def media_type(content_type: str) -> str:
-    """Return a content type without its parameters, in lower case."""
-    return content_type.partition(";")[0].strip().lower()
-
-
 def is_streamed(content_type: str, opening: bytes, requested: bool) -> bool:
-    """Return whether a body is an event stream, by its first character if one was requested.
+    """Return whether a body is an event stream, by type or first character.
 
     Servers send streams as application/json, as text/plain or without a type.
     """
@@ -6773,7 +6773,7 @@ class Upstream:
         return True
 
     def metrics(self, now: float) -> Dict[Tuple[str, ...], float]:
-        """Return its metrics: {(name, label, ...): number}, without the controller's label."""
+        """Return its metrics, {(name, label, ...): number} without its own label."""
         rest = self.cooldown_until - now
         metrics: Dict[Tuple[str, ...], float] = {
             ("akashproxy_controller_rests_total",): self.cooldown_count,
@@ -6924,6 +6924,10 @@ class CallQueue:
             if upstream is not None:
                 upstream.in_flight += 1
             waiter.exchange.wake()
+
+    def __len__(self) -> int:
+        """Return the number of queued calls. Any thread, also without the lock."""
+        return sum(map(len, list(self.lines.values())))
 
     def lines_by_age(self) -> List["OrderedDict[Waiter, None]"]:
         """The lines, the one with the oldest call first."""
@@ -7134,11 +7138,6 @@ class Pool:
                 if self._pick(usable, waiter.model, waiter.ignored, now) is None:
                     break
                 self.queue.resume(waiter, upstream)
-
-    def waiting_calls(self) -> int:
-        """Return the number of queued calls."""
-        with self.lock:
-            return sum(map(len, self.queue.lines.values()))
 
     def wake_waiters(self, limit: int) -> bool:
         """Resume up to ``limit`` ready calls; True if there may be more."""
@@ -7742,7 +7741,7 @@ class Completions(ChatCompletions):
             if isinstance(prompt, str)
             else bad_request("'prompt' must be a single string.", "prompt")
         )
-        self.echo = prompt if boolean_field(body, "echo") and not translation_error else ""
+        self.echo = str(prompt) if boolean_field(body, "echo") and not translation_error else ""
         chat = {name: value for name, value in body.items() if name not in ("prompt", "echo")}
         call = super().parse({**chat, "messages": [{"role": "user", "content": prompt}]})
         call.translation_error = translation_error
@@ -8968,9 +8967,9 @@ class Passthrough(Dialect):
 
 
 def is_json(content_type: str, data: bytes) -> bool:
-    """Whether a relayed body is JSON: by its type, or an object under a type that says little."""
+    """Whether a relayed body is JSON, by its type or else by its first character."""
     # By default, curl -d sends any body as a form.
-    kind = content_type.partition(";")[0].strip(" \t").lower()
+    kind = media_type(content_type)
     vague = kind in ("", URLENCODED, "text/plain", "application/octet-stream")
     return (
         kind == "application/json"
@@ -9077,7 +9076,7 @@ def check_form_model(form: List[FormField], models: Tuple[str, ...]) -> None:
 
 
 class FormField(NamedTuple):
-    """A field of a form; the value is that of the model, else "". The span is the value's."""
+    """A field of a form; only the model's value is kept. The span is the value's."""
 
     name: str
     value: str
@@ -9099,10 +9098,10 @@ def form_fields(data: bytes, content_type: str) -> Optional[List[FormField]]:
 
     Values other than the model's are "". Raises APIError 400 if the form is malformed.
     """
-    media_type = content_type.partition(";")[0].strip(" \t").lower()
-    if media_type == URLENCODED:
+    kind = media_type(content_type)
+    if kind == URLENCODED:
         return urlencoded_fields(data)
-    return multipart_fields(data, content_type) if media_type == "multipart/form-data" else None
+    return multipart_fields(data, content_type) if kind == "multipart/form-data" else None
 
 
 def urlencoded_fields(data: bytes) -> List[FormField]:
@@ -9173,7 +9172,7 @@ def part_field(head: bytes, value: bytes) -> Tuple[str, str]:
     if (
         match[3]
         or match[4]  # a file
-        or content_type.partition(";")[0].strip().lower() != "text/plain"
+        or media_type(content_type) != "text/plain"
         or set(headers) - {"content-disposition", "content-type"}
         or len(value) > MAX_NAME
         or not text.isprintable()
@@ -9299,7 +9298,7 @@ class EventLoop(threading.Thread):
         self.wakeup_w.close()
 
     def _select(self, seconds: float) -> Iterable[Tuple[int, int]]:
-        """Return (descriptor, events) of the sockets that are ready within so many seconds.
+        """Return (descriptor, events) of the sockets ready within so many seconds.
 
         epoll is polled directly: through the selector a relayed token takes 4 % more CPU time.
         """
@@ -10445,7 +10444,7 @@ class Metrics:
         with self.lock:
             metrics = dict(self.counts)
         metrics["akashproxy_requests_in_flight",] = server.running_calls()
-        metrics["akashproxy_requests_waiting",] = server.pool.waiting_calls()
+        metrics["akashproxy_requests_waiting",] = len(server.pool.queue)
         metrics["akashproxy_open_connections",] = len(connections)
         for upstream in server.pool.upstreams:
             for (name, *labels), value in upstream.metrics(server.pool.clock()).items():
@@ -10717,14 +10716,14 @@ _FORWARDED = {
 
 @functools.lru_cache(maxsize=1024)
 def is_trusted(address: str, networks: Tuple[str, ...]) -> bool:
-    """Return whether an IP address is in one of the networks. Raises ValueError if it is none."""
+    """Return whether an IP address is in one of the networks; ValueError if invalid."""
     ip: Any = ipaddress.ip_address(address)
     ip = getattr(ip, "ipv4_mapped", None) or ip  # ::ffff:127.0.0.1, on a socket for both families
     return any(ip in ipaddress.ip_network(network) for network in networks)
 
 
 def forwarded(request: Request, name: str) -> str:
-    """Return X-Forwarded-Proto, -Host or -Prefix of a trusted proxy, as its client sent it."""
+    """Return a trusted proxy's X-Forwarded-Proto, -Host or -Prefix."""
     value = request.head.headers.get("x-forwarded-" + name, "").partition(",")[0].strip()
     peer = request.connection.client_address[0]
     trusted = value and is_trusted(peer, request.settings.trusted_proxies)
@@ -10732,7 +10731,7 @@ def forwarded(request: Request, name: str) -> str:
 
 
 def client_address(request: Request) -> str:
-    """Return the client's IP address: the last in X-Forwarded-For that is no trusted proxy's."""
+    """Return the client's IP: the last in X-Forwarded-For that isn't a trusted proxy."""
     address: str = request.connection.client_address[0]
     hops = request.head.headers.get("x-forwarded-for", "").rsplit(",", 20)[-20:]
     for hop in reversed([hop.strip() for hop in hops if hop]):
@@ -12685,7 +12684,7 @@ setInterval(refresh, 1000);
 
 @functools.lru_cache(maxsize=None)
 def page() -> Tuple[bytes, Dict[str, str]]:
-    """The page and its headers, which let it run its own script only and load nothing else."""
+    """The page and its headers; it may run its own script and load nothing else."""
     import hashlib
 
     texts = {
@@ -12973,7 +12972,7 @@ def print_section(title: str, options: Any, suffixes: Dict[str, str]) -> None:
 
 
 def container_flags() -> List[str]:
-    """Return the flags of the server that is process 1 of this container; [] if there is none.
+    """Return the flags of the server that is this container's process 1; else [].
 
     A HEALTHCHECK doesn't know the arguments of ``docker run``, which may name another address.
     """

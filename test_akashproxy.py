@@ -9919,7 +9919,8 @@ def test_every_pattern_of_the_module_is_linear(abort):
     found = list(dict.fromkeys(module_patterns(SOURCE, vars(akashproxy))))
     assert len(found) > 50
     for line, pattern, flags, method in found:
-        assert not (cause := costly(pattern, flags, method)), (line, pattern, method, cause)
+        # Twice: another process can make a single measurement look like a steep one.
+        assert not ((cause := costly(pattern, flags, method)) and costly(pattern, flags, method)), (line, pattern, method, cause)
 
 
 def test_every_pattern_of_the_page_is_linear(abort):
@@ -10135,7 +10136,7 @@ class Rejoining:
         self.held = b""
 
     def feed(self, data):
-        self.held = (self.held + data).rpartition(b"\n")[2]
+        self.held = (self.held + data).swapcase().rpartition(b"\n")[2]     # swapcase(): so that joining costs more than the call
 
 
 def test_a_cost_that_is_not_in_proportion_is_found():
