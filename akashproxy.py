@@ -11935,120 +11935,167 @@ PAGE = r"""<!doctype html>
 <meta name="theme-color" content="#ffffff" media="(prefers-color-scheme: light)">
 <meta name="theme-color" content="#17181b" media="(prefers-color-scheme: dark)">
 <title>akashproxy</title>
-<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 32 32'%3E%3Crect width='32' height='32' rx='8' fill='%230a62b8'/%3E%3Cpath d='M8 9h8l8 7-8 7H8l8-7z' fill='%23fff'/%3E%3C/svg%3E">
+<link rel="icon" href="data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 32 32'>
+  <rect width='32' height='32' rx='8' fill='%230a62b8'/><path d='M8 9h8l8 7-8 7H8l8-7z' fill='white'/></svg>">
 <style>
 :root { color-scheme: light dark; --paper: light-dark(#fff, #17181b); --soft: light-dark(#f3f4f6, #24262b);
   --line: light-dark(#dcdfe4, #3a3d44); --ink: light-dark(#1c1d20, #e6e7e9); --faint: light-dark(#5a5f68, #a3a9b3);
   --accent: light-dark(#0a62b8, #82bbff); --bad: light-dark(#b3261e, #ffa198); --good: light-dark(#1a7037, #7ddb99);
   --warn: light-dark(#8a5300, #f2bd62); }
-* { box-sizing: border-box; } [hidden] { display: none !important; }
+* { box-sizing: border-box; }
+[hidden] { display: none !important; }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
-body { display: grid; grid: auto 1fr / auto 1fr; height: 100dvh; margin: 0; background: var(--paper); color: var(--ink);
+body { display: flex; flex-direction: column; height: 100dvh; margin: 0; background: var(--paper); color: var(--ink);
   font: 16px/1.6 system-ui, sans-serif; }
-header { grid-column: 1 / -1; display: flex; flex-wrap: wrap; align-items: center; gap: .25rem 1rem; padding: .5rem 1rem;
+a { color: var(--accent); }
+button, input, textarea, .button { min-width: 0; padding: .35rem .75rem; border: 1px solid var(--line);
+  border-radius: .5rem; background: none; color: inherit; font: inherit; text-decoration: none; }
+button, summary { cursor: pointer; }
+input, textarea { width: 100%; }
+::placeholder { color: var(--faint); opacity: 1; }
+.bad { color: var(--bad); }
+.small, summary, figcaption { color: var(--faint); font-size: .875rem; }
+.row { display: flex; flex-wrap: wrap; align-items: center; gap: .5rem; }
+.name { max-width: 100%; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+
+/* the frame: header, chat or controllers, composer */
+header { display: flex; flex-wrap: wrap; align-items: center; gap: 0 1rem; padding: .5rem 1rem;
   border-bottom: 1px solid var(--line); }
-h1 { margin: 0 auto 0 0; font-size: 1rem; } a { color: var(--accent); } .bad { color: var(--bad); } p.bad { margin: 0; }
 header :is(a, button) { padding: .25rem 0; border: 0; border-bottom: 2px solid transparent; border-radius: 0;
   color: var(--faint); text-decoration: none; }
-header :is([aria-current=true], [aria-expanded=true]) { border-color: var(--accent); color: var(--ink); }
-#sidebar { width: 16rem; overflow-y: auto; padding: 1rem; border-inline-end: 1px solid var(--line); background: var(--paper); }
-#sidebar li { display: flex; } #sidebar li > :first-child { flex: 1; text-align: start; }
-#chats, #models { margin: 0 0 1rem; padding: 0; list-style: none; } #chats button { border: 0; }
-#chats [aria-current=true] { background: var(--soft); font-weight: 600; }
-#chats button { overflow: hidden; padding: .4rem .5rem; text-overflow: ellipsis; white-space: nowrap; }
-main { grid-column: 2; display: flex; flex-direction: column; min-width: 0; min-height: 0; }
-form, #note, #log > *, #status > * { width: min(46rem, 100% - 2rem); margin: 0 auto; }
-#note:not(:empty) { display: flex; gap: 1rem; align-items: center; padding: .5rem 0; }
-form { display: flex; flex-wrap: wrap; align-items: end; gap: .5rem; padding: .75rem 0; }
-button, input, textarea, .button { min-width: 0; padding: .4rem .8rem; border: 1px solid var(--line); border-radius: .5rem;
-  background: none; color: inherit; font: inherit; cursor: pointer; }
-input, textarea { width: 100%; cursor: auto; } ::placeholder { color: var(--faint); opacity: 1; }
-#model { flex: 0 1 auto; max-width: min(100%, 26rem); overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
-#field { flex: 1 1 100%; max-height: 40vh; field-sizing: content; resize: none; }
-#send { margin-inline-start: auto; border-color: var(--accent); background: var(--accent); color: var(--paper); }
-#log, #status { flex: 1; overflow: auto; padding: 1.5rem 0; overflow-wrap: anywhere; border-bottom: 1px solid var(--line); }
+header [aria-current=true] { border-color: var(--accent); color: var(--ink); }
+h1 { margin: 0 auto 0 0; font-size: 1rem; }
+main { flex: 1; display: flex; flex-direction: column; min-height: 0; }
+main > form, #note { width: min(46rem, 100% - 2rem); margin: 0 auto; }
+#note:not(:empty) { display: flex; align-items: center; gap: 1rem; padding: .5rem 0; }
+#log, #status, #welcome { flex: 1; overflow: auto; padding: 1.5rem max(1rem, 50% - 23rem); overflow-wrap: anywhere;
+  scrollbar-gutter: stable both-edges; scrollbar-width: thin; }
 #log { display: flex; flex-direction: column-reverse; }     /* so that its end stays in sight while it grows */
-#log:has(#turns:empty) { display: block; } #log > #turns { margin-bottom: auto; } #turns:not(:empty) ~ #welcome { display: none; }
-#welcome p { margin: .25rem 0 1rem; color: var(--faint); } .chips { display: flex; flex-wrap: wrap; gap: .5rem; margin-bottom: 1rem; } .chips:empty { display: none; }
-#welcome h2 { margin: 0; font-size: 1.5rem; }
+#turns { margin-bottom: auto; }
+main:has(#turns:empty) #log, main:has(#turns > *) #welcome { display: none; }
+#welcome > * { margin: 0 0 1.25rem; }
+#form { margin-bottom: .75rem; padding: .5rem .75rem; border: 1px solid var(--line); border-radius: 1rem; }
+#form:focus-within { border-color: var(--accent); }
+#field { max-height: 40vh; padding: .25rem 0 .5rem; border: 0; outline: 0; field-sizing: content; resize: none; }
+#model { max-width: min(100%, 20rem); }
+#send { margin-inline-start: auto; border-color: var(--accent); background: var(--accent); color: var(--paper); }
+#settings { margin-top: .5rem; }
+#settings > div { display: grid; grid: auto / repeat(auto-fit, minmax(8rem, 1fr)); gap: .5rem; }
+#settings label:first-child { grid-column: 1 / -1; }
+#images img, .question img { max-height: 8rem; }
+
+/* the turns */
 .question { width: fit-content; max-width: 85%; margin-left: auto; padding: .6rem 1rem; border-radius: 1rem;
   background: var(--soft); white-space: pre-wrap; }
-.tools { display: flex; flex-wrap: wrap; align-items: center; gap: 0 .75rem; min-height: 2rem; color: var(--faint); font-size: .875rem; }
-.tools button { padding: .1rem 0; border: 0; } .tools .line { flex: 1 1 15rem; } .question + .tools { justify-content: end; }
-.answer { margin: .5rem 0 2rem; } .answer[aria-busy=true] .text:empty::before { content: "\2026"; }
-.fading { opacity: .6; }
-.text > *, .answer > *, .thoughts > *, blockquote > * { margin: 0 0 .75rem; } p, li, td { white-space: pre-wrap; }
-li, td, th { unicode-bidi: plaintext; text-align: start; } li > :is(ol, ul, figure, p) { white-space: normal; margin-block: .25rem; }
-:is(ol, ul) { padding-inline-start: 1.6rem; } .task { list-style: none; margin-inline-start: -1.4rem; } .task input { width: auto; }
-h2 { font-size: 1.3rem; } h3 { font-size: 1.15rem; } :is(h4, h5, h6) { font-size: 1rem; } hr { border: 0; border-top: 1px solid var(--line); }
-blockquote, .thoughts { margin-inline: 0; padding-inline-start: 1rem; border-inline-start: 3px solid var(--line); color: var(--faint); }
-summary, .thoughts, figcaption { color: var(--faint); font-size: .875rem; } details > :not(summary) { margin-top: .5rem; }
+.tools { min-height: 2rem; gap: 0 .75rem; }
+.tools button { padding: .1rem 0; border: 0; }
+.question + .tools { justify-content: end; }
+.line { margin-inline-end: auto; }
+.turn { margin-bottom: 1.5rem; }
+.replaced { outline: 1px dashed var(--faint); outline-offset: .25rem; }
+.answer[aria-busy=true] > .text:empty::before { content: "\2026"; }
 details:has(> .thoughts:empty) { display: none; }
-summary { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; cursor: pointer; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; overflow-wrap: normal; }
-td, th { padding: .3rem .7rem; border: 1px solid var(--line); } th { background: var(--soft); }
-img { display: block; max-width: 100%; border-radius: .5rem; } .question img { max-height: 12rem; } .picture { padding: 0; border: 0; }
-pre, code { font: .875rem/1.5 ui-monospace, monospace; direction: ltr; unicode-bidi: isolate; } math { font-size: 1.1em; }
+details > :not(summary) { margin-top: .5rem; }
+.thoughts { font-size: .875rem; }
+:is(.text, .thoughts, blockquote) > *, .answer > * { margin: 0 0 .75rem; }
+p, li, td, th { white-space: pre-wrap; }
+li, td, th { unicode-bidi: plaintext; text-align: start; }
+td.center, th.center { text-align: center; } td.end, th.end { text-align: end; }
+li > * { margin-block: .25rem; white-space: normal; }
+ol, ul { padding-inline-start: 1.6rem; }
+.task { margin-inline-start: -1.4rem; list-style: none; }
+.task > input { width: auto; margin-inline: 0 .4rem; }
+h2 { font-size: 1.35rem; } h3 { font-size: 1.2rem; } h4 { font-size: 1.05rem; } h5, h6 { font-size: 1rem; }
+hr { border: 0; border-top: 1px solid var(--line); }
+blockquote, .thoughts { padding-inline-start: 1rem; border-inline-start: 3px solid var(--line); color: var(--faint); }
+.scroll, math[display=block] { overflow: auto hidden; }
+math { font-size: 1.1em; }
+table { border-collapse: collapse; overflow-wrap: normal; }
+td, th { min-width: 6rem; padding: .3rem .7rem; border: 1px solid var(--line); }
+th { background: var(--soft); }
+img { display: block; max-width: 100%; border-radius: .5rem; }
+.picture { padding: 0; border: 0; }
+pre, code { font: .875rem/1.5 ui-monospace, monospace; direction: ltr; unicode-bidi: isolate; }
 :not(pre) > code { padding: .1em .3em; border-radius: .25rem; background: var(--soft); }
-figure + figure { margin-top: .75rem; } figure { margin: 0; border: 1px solid var(--line); border-radius: .5rem; }
-pre { margin: 0; padding: 0 1rem .75rem; overflow-x: auto; scrollbar-width: thin; text-align: left; }
-figcaption { display: grid; grid: auto / 1fr auto; align-items: center; min-height: 2.5rem; padding-inline-start: 1rem; }
+figure { margin: 0; border: 1px solid var(--line); border-radius: .5rem; }
+figure + figure { margin-top: .75rem; }
+figcaption { display: flex; align-items: center; justify-content: space-between; min-height: 2.5rem; padding-inline: 1rem 0; }
 figcaption button { border: 0; }
-dialog { width: min(40rem, 100% - 2rem); max-height: 90dvh; border: 1px solid var(--line); border-radius: .75rem; background: var(--paper); color: var(--ink); }
-dialog::backdrop { background: #0008; } #models button { width: 100%; border: 0; text-align: start; overflow-wrap: anywhere; }
-#models [aria-pressed=true] { color: var(--accent); font-weight: 600; } #viewer { width: fit-content; max-width: 95vw; }
-#settings { flex: 1 1 100%; } #settings > div { display: grid; grid: auto / repeat(auto-fit, minmax(8rem, 1fr)); gap: .5rem; }
-#settings label:first-child { grid-column: 1 / -1; } label { font-size: .875rem; }
+pre { margin: 0; padding: 0 1rem .75rem; overflow-x: auto; scrollbar-width: thin; text-align: left; }
+
+/* lists of chats and models, a large image, the controllers */
+#sidebar { inset: 0 auto 0 0; width: min(20rem, 100%); height: 100dvh; padding: 1rem; border: 0;
+  border-right: 1px solid var(--line); background: var(--paper); color: var(--ink); }
+#sidebar ul, #picker ul { margin: 1rem 0; padding: 0; list-style: none; }
+:is(#sidebar, #picker) li { display: flex; unicode-bidi: normal; white-space: normal; }
+:is(#sidebar, #picker) li button { padding-inline: .5rem; border: 0; }
+li > button:first-child { flex: 1; text-align: start; }
+:is(#sidebar, #picker) :is([aria-current=true], [aria-pressed=true]) { background: var(--soft); font-weight: 600; }
+dialog { width: min(40rem, 100% - 2rem); max-height: 90dvh; border: 1px solid var(--line); border-radius: .75rem;
+  background: var(--paper); color: var(--ink); overflow-wrap: anywhere; }
+#viewer { width: fit-content; }
+#viewer img { max-height: 75dvh; margin-bottom: .75rem; }
+::backdrop { background: #0008; }
 #status > .card { margin-bottom: 1rem; padding: .75rem 1rem; border: 1px solid var(--line); border-radius: .75rem; }
-.card h2 { display: flex; flex-wrap: wrap; gap: 0 .75rem; margin: 0; font-size: 1rem; } .card p { margin: .25rem 0 0; }
-.state::before { content: "\25cf\a0"; } .ready { color: var(--good); } .resting { color: var(--warn); }
-@media (max-width: 50rem) { #sidebar { position: fixed; z-index: 1; inset: 3rem 0 0; width: auto; } }
+.card > * { margin: 0 0 .25rem; font-size: 1rem; }
+.state::before { content: "\25cf\a0"; }
+.ready { color: var(--good); }
+.resting { color: var(--warn); }
 </style>
-<header><h1>akashproxy</h1> <button id="list" aria-expanded="false" aria-controls="sidebar">Chats</button>
-  <a href="#chat">Chat</a> <a href="#status">Controllers</a> <button id="fresh">New chat</button></header>
-<nav id="sidebar" aria-label="Chats" hidden><ul id="chats"></ul> <button id="save">Export as JSON</button></nav>
+<header>
+  <h1>akashproxy</h1> <button id="list" popovertarget="sidebar">History</button>
+  <a href="#chat">Chat</a> <a href="#status">Controllers</a> <button id="fresh">New chat</button>
+</header>
+<nav id="sidebar" aria-label="History" popover>
+  <div class="row"><button popovertarget="sidebar">Close</button> <button id="save">Export as JSON</button></div>
+  <ul id="chats"></ul>
+</nav>
 <main>
-  <form id="key" hidden><label for="token">Token</label> <input id="token" type="password" autocomplete="off"></form>
+  <form id="key" hidden><label>Token <input id="token" type="password" autocomplete="off"></label></form>
   <div id="note" role="alert"></div>
-  <div id="log" role="log" aria-live="polite" aria-label="Conversation" tabindex="0"><div id="turns"></div><div id="welcome"></div></div>
-  <div id="status" role="region" aria-label="Controllers" tabindex="0" hidden></div>
+  <section id="welcome" aria-label="Welcome" tabindex="0"></section>
+  <div id="log" role="log" aria-live="polite" aria-label="Conversation" tabindex="0"><div id="turns"></div></div>
+  <section id="status" aria-label="Controllers" tabindex="0" hidden></section>
   <form id="form">
-    <details id="settings"><summary>Settings</summary><div>
-      <label>System prompt <textarea id="system" rows="2" dir="auto"></textarea></label>
-      <label>Temperature <input id="temperature" type="number" min="0" max="2" step="any" placeholder="the model's own"></label>
-      <label>Top p <input id="top_p" type="number" min="0" max="1" step="any" placeholder="the model's own"></label>
-      <label>Max tokens <input id="max_tokens" type="number" min="1" step="1" placeholder="no limit"></label></div></details>
-    <div id="images" class="chips"></div>
+    <div id="images" class="row"></div>
     <textarea id="field" rows="1" dir="auto" aria-label="Message" placeholder="Message"></textarea>
-    <button type="button" id="model" aria-haspopup="dialog">No models</button>
-    <button type="button" id="attach">Attach image</button> <input id="file" type="file" accept="image/*" multiple hidden>
-    <button id="send">Send</button>
+    <div class="row"><button type="button" id="model" class="name" aria-haspopup="dialog">No models</button>
+      <button type="button" id="attach">Attach image</button> <button id="send">Send</button></div>
+    <input id="file" type="file" accept="image/*" multiple hidden>
+    <details id="settings"><summary>Settings</summary><div class="small">
+      <label>System prompt <textarea id="system" rows="2" dir="auto"></textarea></label>
+      <label>Temperature <input id="temperature" type="number" min="0" max="2" step="any" placeholder="default"></label>
+      <label>Top p <input id="top_p" type="number" min="0" max="1" step="any" placeholder="default"></label>
+      <label>Max tokens <input id="max_tokens" type="number" min="1" placeholder="no limit"></label></div></details>
   </form>
 </main>
-<dialog id="picker" aria-label="Models"><input id="search" type="search" aria-label="Search models" placeholder="Search models">
-  <p id="found" role="status"></p><ul id="models"></ul></dialog>
+<dialog id="picker" aria-label="Models"><form method="dialog">
+  <input id="search" type="search" aria-label="Search models" placeholder="Search models" autocomplete="off">
+  <div id="found" class="small" role="status"></div><ul id="models"></ul></form></dialog>
 <dialog id="viewer" aria-label="Image"></dialog>
 <script type="module">
-const {list, fresh, sidebar, chats, save, key, token, note, log, turns, welcome, status, form, settings, system, images, field, model, attach,
-  file, send, picker, search, found, models, viewer, ...inputs} =
-  Object.fromEntries(Array.from(document.querySelectorAll("[id]"), (element) => [element.id, element]));
-const parameters = [inputs.temperature, inputs.top_p, inputs.max_tokens];
+const ui = Object.fromEntries(Array.from(document.querySelectorAll("[id]"), (element) => [element.id, element]));
+const PARAMETERS = ["temperature", "top_p", "max_tokens"];
 const auto = {dir: "auto"};     // Arabic and Hebrew run from the right
 let chat = null;        // {id, title, messages}: the conversation in sight, as it is stored
-let stop = null;        // the AbortController of the answer that is coming
-let names = null;       // of the models; null until the list has been read
+let stop = null;        // the AbortController of the answer that is being received
+let names = null;       // of the models; null until they are listed
 let chosen = "";        // the model
-let editing = -1;       // the index of the question that the next one replaces
+let editing = -1;       // index of the question that the next one replaces
 
-class Explained extends Error {}    // its message is for people; those of other errors are the browser's
+class Explained extends Error {}    // its message is written for people; other errors have the browser's text
 
-function make(tag, properties, ...children) {   // all that is shown is made here, as elements and text, never from HTML
-  const element = Object.assign(document.createElement(tag), properties);
-  element.append(...children.flat());
-  return element;
+function make(tag, properties, ...children) {   // everything shown is made here, as elements and text, never from HTML
+  const element = document.createElement(tag);
+  for (const child of children.flat()) element.append(child);
+  return Object.assign(element, properties);    // last: with dir="auto" each child that comes takes a look at all
 }
 const button = (text, onclick, properties) => make("button", {type: "button", onclick, ...properties}, text);
+const paragraph = (className, ...children) => make("p", {className}, ...children);
+const row = (...children) => make("div", {className: "row"}, ...children);
 const count = (number, noun) => `${number} ${noun}${number === 1 ? "" : "s"}`;
+const tell = (...words) => ui.note.replaceChildren(...words);
+const offerUndo = (text, restore) => tell(text, button("Undo", () => { tell(); restore(); }));
 
 // -- the server, asked as any client asks it
 async function api(path, options) {
@@ -12058,8 +12105,8 @@ async function api(path, options) {
   if (response?.ok) return response;
   if (!response) throw new Explained("The server does not answer. Is it still running?");
   if (response.status === 401) {
-    key.hidden = false;
-    token.focus();
+    ui.key.hidden = false;
+    ui.token.focus();
     throw new Explained(secret ? "The token is wrong. Type the right one." : "This server needs a token. Type it above.");
   }
   const unread = {error: {message: `The server answered with ${response.status}.`}};
@@ -12067,9 +12114,9 @@ async function api(path, options) {
 }
 function failure({message, code}, seconds) {    // what went wrong, and what to do
   const otherwise = code === "model_not_found" ? "Choose another model" : "Try again or choose another model";
-  return new Explained(`${message} ${seconds ? `Try again in ${seconds} s` : otherwise}.`);
+  return new Explained(`${message.replace(/[^.!?]$/, "$&.")} ${seconds ? `Try again in ${seconds} s` : otherwise}.`);
 }
-async function* events(stream) {    // what each event of a text/event-stream says, as JSON
+async function* events(stream) {    // the data of each event of a text/event-stream, read as JSON
   const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
   for (let held = "", part; !(part = await reader.read()).done;) {
     const whole = (held + part.value).split(/(?:\r\n|\n|\r(?!\n|$)){2}/);
@@ -12079,255 +12126,207 @@ async function* events(stream) {    // what each event of a text/event-stream sa
   }
 }
 
-// -- Markdown's blocks, line by line. A kind: how its first line looks, where it ends, what is made of it.
-const DEEPEST = 8;      // levels of lists and quotes; what is nested deeper is text
-const MARKER = /^([ \t]*)(?:[-*+]|\d{1,9}[.)])(?:[ \t]+|$)/;
-const next = (lines, at) => at + 1;
-const FENCE = [/^[ \t]*(?:```|~~~)/, fenceEnd, fence], LIST = [MARKER, listEnd, bullets];
-const KINDS = [FENCE, [/^ {0,3}#{1,6}[ \t]/, next, heading], [/^ {0,3}(?:(?:-[ \t]*){3,}|(?:\*[ \t]*){3,}|(?:_[ \t]*){3,})$/, next, () => make("hr")],
-  [/^ {0,3}>/, quoteEnd, quote], LIST, [/^[ \t]*(?:\$\$|\\\[)/, formulaEnd, formula]];
-const TABLE = [null, tableEnd, table], TEXT = [null, textEnd, (lines) => make("p", auto, inline(lines.join("\n")))];
-
-const kindOf = (line) => KINDS.find(([start]) => start.test(line));
-const isBlank = (line) => !line?.trim();
-function* blocks(lines, depth) {    // [the lines of a block, its kind]
+// -- Markdown's blocks. Each kind: how its first line looks, the line after its last one, and what is made of its lines.
+const DEEPEST = 8;      // levels of lists and quotes; anything nested deeper is text
+const ITEM = /^[ \t]*(?:[-*+]|\d{1,9}[.)])(?:[ \t]+|$)/;
+const DIVIDER = /^[ \t|:-]+$/;      // between a table's head and its rows
+const oneLine = (lines, at) => at + 1;
+const isBlank = (line) => !line.trim();
+const kindAt = (lines, at) => KINDS.find(({begins}) => begins(lines[at], lines[at + 1] ?? ""));
+function until(lines, at, ends) {       // the first line after one for which `ends` is true
+  while (++at < lines.length && !ends(at));
+  return at;
+}
+const LIST = {begins: (line) => ITEM.test(line), end: listEnd, shape: list};
+const QUOTE = {begins: (line) => /^ {0,3}>/.test(line), end: quoteEnd, shape: quote};
+const TEXT = {end: (lines, at) => until(lines, at, (next) => isBlank(lines[next]) || kindAt(lines, next)),
+  shape: (lines) => make("p", auto, inline(lines.join("\n")))};
+const TABLE = {begins: (line, next) => line.includes("|") && next.includes("-") && DIVIDER.test(next),
+  end: (lines, at) => until(lines, at, (next) => !lines[next].includes("|")), shape: table};
+const KINDS = [
+  {begins: (line) => /^[ \t]*(?:`{3,}[^`]*|~{3,}.*)$/.test(line), end: fenceEnd, shape: fence},
+  {begins: (line) => /^ {0,3}#{1,6}[ \t]/.test(line), end: oneLine, shape: heading},
+  {begins: (line) => /^(?:-{3,}|\*{3,}|_{3,})$/.test(line.replace(/[ \t]/g, "")), end: oneLine, shape: () => make("hr")},
+  TABLE, QUOTE, LIST,
+];
+function* blocks(lines, depth) {
   for (let at = 0, end; at < lines.length; at = end) {
-    end = at + 1;
-    if (isBlank(lines[at])) continue;
-    const isTable = lines[at].includes("|") && /^[ \t|:-]+$/.test(lines[end] ?? "") && lines[end].includes("-");
-    const kind = depth < DEEPEST && kindOf(lines[at]) || (isTable ? TABLE : TEXT);
-    end = kind[1](lines, at);
-    yield [lines.slice(at, end), kind];
+    const kind = depth < DEEPEST && kindAt(lines, at) || TEXT;
+    end = isBlank(lines[at]) ? at + 1 : kind.end(lines, at);
+    if (!isBlank(lines[at])) yield {at, own: lines.slice(at, end), kind};
   }
 }
-const build = (lines, depth) => Array.from(blocks(lines, depth), ([own, [, , shape]]) => shape(own, depth + 1));
-function draw(place, text) {    // only blocks that changed are made anew
-  let at = 0;
-  for (const [lines, [, , shape]] of blocks(text.split(/\r?\n/), 0)) {
-    const old = place.children[at], source = lines.join("\n");
-    if (old?.source === source) { at++; continue; }
-    while (place.children[at]) place.lastChild.remove();
-    const level = place.lastChild?.level ?? 1;      // headings go one level down at a time, whatever the model does
-    const element = shape(lines, 0, level);
-    place.append(Object.assign(element, {source, level: parseInt(element.tagName.slice(1)) || level}));
-    at++;
-  }
-  while (place.children[at]) place.lastChild.remove();
-}
-function fenceEnd(lines, at) {
-  const mark = lines[at].trim().match(/^(?:`+|~+)/)[0];
-  while (++at < lines.length) if (lines[at].trim() === mark) return at + 1;
-  return at;
-}
-function fence(lines) {
-  const [, indent, mark, name] = lines[0].match(/^([ \t]*)(`+|~+)(.*)/), closed = lines.length > 1 && lines.at(-1).trim() === mark;
-  const code = lines.slice(1, closed ? -1 : undefined).map((line) => line.startsWith(indent) ? line.slice(indent.length) : line);
-  return listing(code.join("\n"), name.trim());
-}
-function heading([line], depth, level) {
-  const [, marks, title] = line.trim().match(/^(#+)(.*)/), rank = Math.min(marks.length + 1, level + 1, 6);
-  return make(depth ? "p" : `h${rank}`, auto, inline(title.trim()));
-}
-function textEnd(lines, at) {
-  while (++at < lines.length && !isBlank(lines[at]) && !kindOf(lines[at]));
-  return at;
+function draw(place, text) {    // Only the last two blocks can still change: those before are kept and not read again.
+  const drawn = place.drawn ??= {chars: 0, settled: 0, parts: []}, {parts} = drawn;
+  const lines = text.slice(drawn.chars).split("\n"), found = [...blocks(lines, 0)];
+  found.forEach(({own, kind}, index) => {
+    const at = drawn.settled + index, old = parts[at], source = own.join("\n"), above = parts[at - 1]?.level ?? 1;
+    if (old?.source === source) return;
+    const element = kind.shape(own, 0, above);
+    parts[at] = {element, source, level: element.level ?? above};
+    if (old) old.element.replaceWith(element);
+    else place.append(element);
+  });
+  for (const {element} of parts.splice(drawn.settled + found.length)) element.remove();
+  if (found.length < 3) return;
+  drawn.chars += lines.slice(0, found.at(-2).at).join("\n").length + 1;
+  drawn.settled += found.length - 2;
 }
 function quoteEnd(lines, at) {
-  while (++at < lines.length && !isBlank(lines[at]) && (/^ {0,3}>/.test(lines[at]) || !kindOf(lines[at])));
-  return at;
+  return until(lines, at, (next) => isBlank(lines[next]) || ![QUOTE, undefined].includes(kindAt(lines, next)));
 }
-function quote(lines, depth) {
-  return make("blockquote", auto, build(lines.map((line) => line.replace(/^ {0,3}> ?/, "")), depth));
+function fenceEnd(lines, at) {
+  const [mark] = lines[at].match(/`+|~+/);
+  return Math.min(until(lines, at, (next) => lines[next].trim() === mark) + 1, lines.length);
 }
-const isNumbered = (line) => /^[ \t]*\d/.test(line), indentOf = (line) => line.match(/^[ \t]*/)[0].length;
+const isNumbered = (line) => /^[ \t]*\d/.test(line);
+const indentOf = (line) => line.match(/^[ \t]*/)[0].length;
 function listEnd(lines, at) {   // it goes on with items of its sort, indented lines and the lines of a paragraph
-  const indent = indentOf(lines[at]), sort = isNumbered(lines[at]);
+  const indent = indentOf(lines[at]), numbered = isNumbered(lines[at]);
   let end = at + 1;
   for (let next = end; next < lines.length; next++) {
     if (isBlank(lines[next])) continue;
-    const kind = kindOf(lines[next]), isItem = kind === LIST && isNumbered(lines[next]) === sort;
+    const kind = kindAt(lines, next), isItem = kind === LIST && isNumbered(lines[next]) === numbered;
     if (!isItem && indentOf(lines[next]) <= indent && (kind || next > end)) break;
     end = next + 1;
   }
   return end;
 }
-function bullets(lines, depth) {
-  const indent = indentOf(lines[0]), items = [], sort = isNumbered(lines[0]);
-  for (const line of lines)
-    if (indentOf(line) <= indent && kindOf(line) === LIST) items.push([line]);
+function fence([first, ...lines]) {
+  const [, indent, mark, name] = first.match(/^([ \t]*)(`+|~+)(.*)/);
+  if (lines.at(-1)?.trim() === mark) lines.pop();
+  return listing(lines.map((line) => line.startsWith(indent) ? line.slice(indent.length) : line).join("\n"), name.trim());
+}
+function heading([line], depth, above) {        // one level down at a time, as readers of screens expect it
+  const [, marks, title] = line.trim().match(/^(#+)(.*)/), level = Math.min(marks.length + 1, above + 1, 6);
+  return depth ? paragraph("", make("strong", {}, inline(title.trim())))
+    : make(`h${level}`, {...auto, level}, inline(title.trim()));
+}
+const nested = (lines, depth) => Array.from(blocks(lines, depth), ({own, kind}) => kind.shape(own, depth));
+function quote(lines, depth) {
+  const made = nested(lines.map((line) => line.replace(/^ {0,3}> ?/, "")), depth + 1);
+  for (const block of made) block.removeAttribute("dir");       // its text decides where the quote's bar is
+  return make("blockquote", auto, made);
+}
+function list(lines, depth) {
+  const indent = indentOf(lines[0]), numbered = isNumbered(lines[0]), items = [];
+  for (const line of lines) {
+    if (indentOf(line) <= indent && ITEM.test(line)) items.push([line]);
     else items.at(-1).push(line);
-  return make(sort ? "ol" : "ul", {...auto, ...(sort && {start: parseInt(lines[0])})}, items.map((item) => bullet(item, depth)));
+  }
+  const made = items.map((own) => item(own, depth + 1));
+  return numbered ? make("ol", {...auto, start: parseInt(lines[0])}, made) : make("ul", auto, made);
 }
-function bullet([first, ...rest], depth) {
-  const mark = first.match(MARKER)[0], [, box, text] = first.slice(mark.length).match(/^(?:\[([ xX])\][ \t]+)?(.*)/);
-  const inner = build([text, ...rest.map((line) => line.slice(Math.min(mark.length, indentOf(line))))], depth);
-  if (inner[0]?.tagName === "P") inner.splice(0, 1, ...inner[0].childNodes);
-  if (!box) return make("li", {}, inner);
-  const tick = make("input", {type: "checkbox", disabled: true, checked: box !== " ", ariaLabel: box === " " ? "open" : "done"});
-  return make("li", {className: "task"}, tick, " ", inner);
+function item([first, ...rest], depth) {
+  const width = first.match(ITEM)[0].length;
+  const [, box, text] = first.slice(width).match(/^(?:\[([ xX])\][ \t]+)?(.*)/);
+  const made = nested([text, ...rest.map((line) => line.slice(Math.min(width, indentOf(line))))], depth);
+  if (made[0]?.tagName === "P") made.splice(0, 1, ...made[0].childNodes);
+  if (!box) return make("li", {}, made);
+  const done = box !== " ", tick = make("input", {type: "checkbox", disabled: true, checked: done, ariaLabel: done ? "done" : "open"});
+  return make("li", {className: "task"}, tick, made);
 }
-function tableEnd(lines, at) {
-  while (++at < lines.length && lines[at].includes("|"));
-  return at;
-}
-function table([head, , ...rows]) {
-  const cells = (row) => row.trim().replace(/^\||\|$/g, "").split(/(?<!\\)\|/).map((text) => inline(text.trim().replaceAll("\\|", "|")));
-  const columns = cells(head), row = (tag, cells) => make("tr", {}, cells.slice(0, columns.length).map((cell) => make(tag, {}, cell)));
+function table([head, divider, ...rows]) {
+  const split = (line) => line.trim().replace(/^\||(?<!\\)\|$/g, "").split(/(?<!\\)\|/).map((text) => text.trim());
+  const sides = split(divider).map((text) => !text.endsWith(":") ? "" : text[0] === ":" ? "center" : "end");
+  const cells = (tag, line) => make("tr", {}, split(line).slice(0, sides.length).map((text, column) =>
+    make(tag, {className: sides[column]}, inline(text.replaceAll("\\|", "|")))));
   return make("div", {className: "scroll", tabIndex: 0, role: "group", ariaLabel: "Table"}, make("table", auto,
-    make("thead", {}, row("th", columns)), make("tbody", {}, rows.map((line) => row("td", cells(line))))));
+    make("thead", {}, cells("th", head)), make("tbody", {}, rows.map((line) => cells("td", line)))));
 }
 
-// -- Markdown within a line. Time is in proportion to the text: nothing is searched for twice, and few marks stay open.
-const OPEN = 20;        // marks that can wait for their end at the same time
-const LINK = /\]\((https?:\/\/(?:[^\s()`]|\([^\s()`]*\))+)(?:[ \t]"[^"\n]*")?\)/;
-const TOKEN = RegExp([/`+/, /\\\((?:[^\\\n`]|\\[^()\\\n`])*\\\)/, /\$\$[^$\n`]+\$\$/, /\$(?![\s$])[^$\n`]+(?<!\s)\$(?![\d$])/, /\\[^\w\s`]|\\\n/,
-  /&(?:#\d{1,7}|#x[\da-fA-F]{1,6}|[A-Za-z]{2,8});/, /<br ?\/?>/, /\*+|_+|~+|!?\[/, LINK, /\]/, /https?:\/\/[^\s<>()[\]*`"']*[^\s<>()[\]*`"'.,;:!?]/,
-].map(({source}) => source).join("|"), "g");
-const ENTITIES = {amp: "&", lt: "<", gt: ">", quot: '"', apos: "'", nbsp: "\u00a0", copy: "©", reg: "®", deg: "°", times: "×", middot: "·",
-  ndash: "–", mdash: "—", hellip: "…", larr: "←", rarr: "→", euro: "€"};
-function inline(text) {
-  const tokens = [...text.matchAll(TOKEN)], last = new Map(tokens.map(([mark], at) => [mark, at]));
-  const out = [], openers = [];     // what has been made; {mark, count, at}: those in it that may begin something
-  let from = 0;
-  for (let at = 0; at < tokens.length; at++) {
-    const {0: mark, 1: href, index} = tokens[at], end = index + mark.length;
-    out.push(text.slice(from, index));
-    from = end;
-    if (mark[0] === "`" && last.get(mark) > at) {
-      while (tokens[++at][0] !== mark);
-      out.push(code(text.slice(end, tokens[at].index)));
-      from = tokens[at].index + mark.length;
-    } else if (/^[*_~]/.test(mark)) emphasise(out, openers, mark, text[index - 1] ?? " ", text[end] ?? " ");
-    else if (mark.endsWith("[")) open(out, openers, mark, 1);
-    else if (mark[0] === "]") close(out, openers, mark, href);
-    else out.push(openers.some(({mark}) => mark.endsWith("[")) && mark.startsWith("http") ? mark : single(mark));
-  }
-  return [...out, text.slice(from)];
-}
-const code = (text) => make("code", {dir: "ltr"}, text.startsWith(" ") && text.endsWith(" ") && text.trim() ? text.slice(1, -1) : text);
-function single(mark) {     // what a token that stands for itself becomes
-  if (mark.startsWith("<br")) return make("br");
-  if (mark.startsWith("http")) return link(mark, mark);
-  if (/^(?:\$|\\\()./.test(mark)) return tex(mark.replace(/^(?:\$\$?|\\\()|(?:\$\$?|\\\))$/g, ""), mark.startsWith("$$"));
-  if (mark[0] === "\\") return mark[1];
-  const [, base, number] = mark.match(/^&#(x?)([\da-fA-F]+);$/) ?? [];
-  const point = parseInt(number, base ? 16 : 10);
-  return point <= 0x10ffff ? String.fromCodePoint(point) : ENTITIES[mark.slice(1, -1)] ?? mark;
-}
+// -- Markdown within a line. Each pattern stops at its own mark, so that a text of marks takes no longer than another.
+const within = (mark) => String.raw`(?:[^${mark}\\\x60]|\\[^]|\x60[^\x60]*\x60)+`;      // \x60: code may contain the mark
+const STAR = within("*"), UNDERSCORE = within("_"), TILDE = within("~");
+const LINK = /!?\[(?:[^[\]\x60]|\x60[^\x60]*\x60)*\]\(https?:\/\/(?:[^\s()]|\([^\s()]*\))+(?: +"[^"\n]*")?\)/;
+const strong = (text) => make("strong", {}, inline(text.slice(2, -2)));
+const emphasis = (text) => make("em", {}, inline(text.slice(1, -1)));
 const link = (href, ...children) => make("a", {href, target: "_blank", rel: "noopener"}, ...children);
-function open(out, openers, mark, count) {
-  if (openers.push({mark, count, at: out.length}) > OPEN) openers.shift();
-  out.push(mark);
+const SPANS = [
+  [/``.+?``(?!`)|`[^`]+`/, code],
+  [/\$\$[^$]+\$\$|\\\[(?:[^\\]|\\[^[\]\\]|\\\\(?!\[))+\\\]/, (text) => tex(text.slice(2, -2), true)],
+  [/\\\((?:[^\\\n]|\\[^()\\\n])+\\\)/, (text) => tex(text.slice(2, -2))],
+  [/\$(?![\s$])[^$\n`]+(?<!\s)\$(?![\d$])/, (text) => tex(text.slice(1, -1))],
+  [RegExp(String.raw`\*{3}(?=\S)${STAR}\*{3}`), (text) => make("em", {}, strong(text.slice(1, -1)))],
+  [RegExp(String.raw`\*\*(?=\S)${STAR}(?:\*${STAR}\*(?:${STAR})?){0,3}\*\*|(?<!\w)__(?=\S)${UNDERSCORE}__(?!\w)`), strong],
+  [RegExp(String.raw`(?<![\w*\\])\*(?=\S)${STAR}(?:\*\*${STAR}\*\*(?:${STAR})?){0,3}\*(?![\w*])`), emphasis],
+  [RegExp(String.raw`(?<![\w\\])_(?=\S)${UNDERSCORE}_(?!\w)`), emphasis],
+  [RegExp(String.raw`~~(?=\S)${TILDE}~~`), (text) => make("del", {}, inline(text.slice(2, -2)))],
+  [LINK, linkOrPicture],
+  [/https?:\/\/[^\s<>()*`"']*[^\s<>()*`"'.,;:!?]/, (href) => link(href, href)],
+  [/\\[^\w\s]/, (text) => text[1]],
+  [/&(?:#\d{1,7}|#x[\da-fA-F]{1,6}|[A-Za-z]{2,8});/, entity],
+  [/<br ?\/?>/, () => make("br")],
+];
+const INLINE = RegExp(`(${SPANS.map(([{source}]) => source).join("|")})`);
+function inline(text) {
+  return text.split(INLINE).map((part, at) => at % 2 ? SPANS.find(([span]) => part.match(span)?.[0] === part)[1](part) : part);
 }
-function emphasise(out, openers, run, before, after) {  // as CommonMark pairs the runs of * and _ and ~~
-  let count = run.length;
-  const inWord = /\w/.test(before) && /\w/.test(after) && (run[0] === "_" || count === 1);
-  if (inWord || count > 3 || run[0] === "~" && count !== 2) return out.push(run);
-  while (count && !/\s/.test(before)) {
-    const index = openers.findLastIndex(({mark}) => mark[0] === run[0]);
-    if (index < 0) break;
-    const opener = openers[index], used = Math.min(opener.count, count, 2);
-    openers.length = index + 1;         // what was opened in between stays as it is written
-    const inside = out.splice(opener.at + 1);
-    out[opener.at] = run[0].repeat(opener.count -= used);
-    out.push(make(run[0] === "~" ? "del" : used > 1 ? "strong" : "em", {}, inside));
-    if (!opener.count) openers.pop();
-    count -= used;
-  }
-  if (count && !/\s/.test(after)) open(out, openers, run[0].repeat(count), count);
-  else out.push(run[0].repeat(count));
+function code(text) {
+  const width = text.startsWith("``") ? 2 : 1, inside = text.slice(width, -width);
+  return make("code", {dir: "ltr"}, /^ .+ $/s.test(inside) ? inside.slice(1, -1) : inside);
 }
-function close(out, openers, mark, href) {
-  const index = openers.findLastIndex(({mark}) => mark.endsWith("["));
-  if (index < 0) return out.push(mark);
-  const [opener] = openers.splice(index);
-  if (!href) return out.push(mark);
-  const label = out.splice(opener.at).slice(1);
-  const [, own = ""] = opener.mark === "![" ? href.split(`//${location.host}${location.pathname}images/`) : "";
-  const text = label.map((part) => part.textContent ?? part).join("");
-  out.push(/^\w[\w.-]*$/.test(own) ? picture(own, text) : link(href, label));
+const ENTITIES = new Map(Object.entries({amp: "&", lt: "<", gt: ">", quot: '"', apos: "'", nbsp: "\u00a0", copy: "©",
+  reg: "®", deg: "°", times: "×", middot: "·", ndash: "–", mdash: "—", hellip: "…", larr: "←", rarr: "→", euro: "€"}));
+function entity(text) {
+  const name = text.slice(1, -1), point = Number(name.replace("#x", "0x").replace("#", ""));
+  return point <= 0x10ffff ? String.fromCodePoint(point) : ENTITIES.get(name) ?? text;
+}
+function linkOrPicture(text) {
+  const middle = text.lastIndexOf("](http"), label = text.slice(text.indexOf("[") + 1, middle);
+  const [href] = text.slice(middle + 2, -1).split(" ");
+  const [, own = ""] = text[0] === "!" ? href.split(`//${location.host}${location.pathname}images/`) : "";
+  if (/^\w[\w.-]*$/.test(own)) return picture(own, label);
+  return link(href, inline(label).map((part) => part.tagName === "A" ? part.textContent : part));
 }
 
-// -- TeX as MathML: what models write most; other commands stay as they are written
-const SYMBOLS = Object.fromEntries(`alpha α beta β gamma γ delta δ epsilon ε varepsilon ε theta θ lambda λ mu μ nu ν pi π rho ρ sigma σ tau τ phi φ
-  varphi φ omega ω Gamma Γ Delta Δ Theta Θ Lambda Λ Sigma Σ Phi Φ Omega Ω sum ∑ prod ∏ int ∫ infty ∞ partial ∂ nabla ∇ cdot · times × div ÷ pm ± le ≤
-  leq ≤ ge ≥ geq ≥ ne ≠ neq ≠ approx ≈ equiv ≡ sim ∼ propto ∝ in ∈ notin ∉ subset ⊂ subseteq ⊆ cup ∪ cap ∩ forall ∀ exists ∃ to → rightarrow → Rightarrow ⇒
-  implies ⇒ iff ⇔ mapsto ↦ ldots … cdots ⋯ dots … quad \u2003 { { } } , \u2009 ; \u2004 langle ⟨ rangle ⟩ mid ∣ circ ∘ ell ℓ`
-  .trim().split(/[ \n]+/).reduce((pairs, word, at) => (at % 2 ? pairs.at(-1).push(word) : pairs.push([word]), pairs), []));
-const LETTERS = /^[a-zA-Zα-ωΓ-Ω∞ℓ]$/, ACCENTS = {hat: "^", bar: "¯", overline: "¯", vec: "→", tilde: "~", dot: "˙"};
+// -- TeX as MathML: the commands that models write most. Others stay as they are written.
+const SYMBOLS = new Map(Array.from(`alpha α beta β gamma γ delta δ epsilon ε varepsilon ε theta θ lambda λ mu μ nu ν pi π
+  rho ρ sigma σ tau τ phi φ varphi φ omega ω Gamma Γ Delta Δ Theta Θ Lambda Λ Sigma Σ Phi Φ Omega Ω sum ∑ prod ∏ int ∫
+  infty ∞ partial ∂ nabla ∇ cdot · times × div ÷ pm ± le ≤ leq ≤ ge ≥ geq ≥ ne ≠ neq ≠ approx ≈ equiv ≡ sim ∼ in ∈ notin ∉
+  subset ⊂ subseteq ⊆ cup ∪ cap ∩ forall ∀ exists ∃ to → rightarrow → Rightarrow ⇒ implies ⇒ iff ⇔ mapsto ↦ ldots … dots …
+  cdots ⋯ langle ⟨ rangle ⟩ mid ∣ circ ∘ { { } } | ‖ quad \u2003 , \u2009 ; \u2004`.matchAll(/(\S+) (\S+)/g), (pair) => pair.slice(1)));
+const ACCENTS = new Map([["hat", "^"], ["bar", "¯"], ["overline", "¯"], ["vec", "→"], ["tilde", "~"], ["dot", "˙"]]);
+const FUNCTIONS = /^(?:log|ln|exp|sin|cos|tan|lim|max|min|det|gcd)$/;
+const TEX = /\\(?:text\w*|math\w+|operatorname)\{[^{}]*\}|\\(?:[A-Za-z]+|[^])|\d+(?:\.\d+)?|[^\s\\]/g;
+function mathml(tag, ...children) {
+  const element = document.createElementNS("http://www.w3.org/1998/Math/MathML", tag);
+  for (const child of children.flat()) element.append(child);
+  return element;
+}
 function tex(source, display) {
-  const tokens = source.match(/\\(?:[a-zA-Z]+|[^a-zA-Z])|\d+(?:\.\d+)?|[^\s\\]/g) ?? [];
-  let at = 0, depth = 0;
-  const element = (tag, children, attributes = {}) => {
-    const made = document.createElementNS("http://www.w3.org/1998/Math/MathML", tag);
-    for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
-    made.append(...children);
-    return made;
-  };
-  const row = (...ends) => {      // up to one of the tokens, which is skipped
-    const items = [];
-    while (at < tokens.length && !ends.includes(tokens[at])) items.push(scripts(atom()));
-    at++;
-    return element("mrow", items);
-  };
-  const words = () => {           // {what is in braces}, as text
-    const end = tokens.indexOf("}", at), inside = end < 0 ? "" : tokens.slice(at + 1, end).join("");
-    at = end < 0 ? tokens.length : end + 1;
-    return inside;
-  };
-  const scripts = (base) => {
-    const found = {};
-    while (/^[_^]$/.test(tokens[at]) && !found[tokens[at]]) found[tokens[at++]] = atom();
-    const {_: below, "^": above} = found, limits = display && /^(?:∑|∏|lim|max|min)$/.test(base.textContent);
-    const tag = (limits ? ["munder", "mover", "munderover"] : ["msub", "msup", "msubsup"])[below && above ? 2 : above ? 1 : 0];
-    return below || above ? element(tag, [base, below, above].filter(Boolean)) : base;
-  };
-  const matrix = (name) => {
-    const rows = [[]];
-    for (const fence = `\\end`; at < tokens.length && tokens[at - 1] !== fence;) {
-      rows.at(-1).push(element("mtd", [row("&", "\\\\", fence)]));
-      if (tokens[at - 1] === "\\\\") rows.push([]);
-    }
-    words();
-    const [left, right] = {pmatrix: "()", bmatrix: "[]", vmatrix: "||", cases: "{"}[name] ?? "";
-    const table = element("mtable", rows.map((cells) => element("mtr", cells)));
-    return element("mrow", [element("mo", [left ?? ""]), table, element("mo", [right ?? ""])]);
-  };
-  const COMMANDS = {
-    frac: () => element("mfrac", [atom(), atom()]), sqrt: root, begin: () => matrix(words()),
-    text: () => element("mtext", [words()]), left: () => atom(), right: () => atom(),
-    mathrm: () => element("mi", [words()], {mathvariant: "normal"}), boxed: () => atom(), mathbf: () => element("mrow", [atom()], {class: "bold"}),
-  };
-  Object.assign(COMMANDS, {dfrac: COMMANDS.frac, tfrac: COMMANDS.frac, operatorname: COMMANDS.mathrm, mathbb: COMMANDS.mathrm});
-  function root() {
-    if (tokens[at] !== "[") return element("msqrt", [atom()]);
-    at++;
-    const degree = row("]");
-    return element("mroot", [atom(), degree]);
+  const math = mathml("math", group((source.match(TEX) ?? []).reverse(), 0));
+  math.setAttribute("display", display ? "block" : "inline");
+  return math;
+}
+function group(tokens, depth, end) {    // takes the next tokens, which stand at the end of `tokens`, and `end`
+  const made = [];
+  while (tokens.length && tokens.at(-1) !== end) made.push(scripted(tokens, depth));
+  tokens.pop();
+  return mathml("mrow", made);
+}
+function scripted(tokens, depth) {      // an atom with what stands below and above it
+  const base = atom(tokens, depth), limits = /^(?:[∑∏]|lim|max|min)$/.test(base.textContent), scripts = {};
+  while (/^[_^]$/.test(tokens.at(-1)) && !scripts[tokens.at(-1)]) scripts[tokens.pop()] = atom(tokens, depth + 1);
+  const {_: below, "^": above} = scripts;
+  if (below && above) return mathml(limits ? "munderover" : "msubsup", base, below, above);
+  if (below) return mathml(limits ? "munder" : "msub", base, below);
+  return above ? mathml(limits ? "mover" : "msup", base, above) : base;
+}
+function atom(tokens, depth) {
+  const token = tokens.pop() ?? "", next = () => atom(tokens, depth + 1);
+  const [, command = "", words] = token.match(/^\\([A-Za-z]+)(?:\{([^]*)\})?$/) ?? [];
+  if (words) return mathml("mtext", words);
+  if (FUNCTIONS.test(command)) return mathml("mi", command);
+  if (depth < 30) {     // nested deeper, commands stay as they are written
+    if (token === "{") return group(tokens, depth + 1, "}");
+    if (/^[dt]?frac$/.test(command)) return mathml("mfrac", next(), next());
+    if (command === "sqrt") return mathml("msqrt", next());
+    if (/^(?:left|right|boxed|displaystyle|[Bb]igg?)$/.test(command)) return next();
+    if (ACCENTS.has(command)) return mathml("mover", next(), mathml("mo", ACCENTS.get(command)));
   }
-  const atom = () => {
-    const token = tokens[at++] ?? "", name = token[0] === "\\" ? token.slice(1) : "";
-    if (++depth > 40) return depth--, element("mtext", [token]);
-    const made = token === "{" ? row("}") : Object.hasOwn(COMMANDS, name) ? COMMANDS[name]()
-      : Object.hasOwn(ACCENTS, name) ? element("mover", [atom(), element("mo", [ACCENTS[name]])], {accent: "true"}) : leaf(token, name);
-    depth--;
-    return made;
-  };
-  const leaf = (token, name) => {
-    const text = Object.hasOwn(SYMBOLS, name) ? SYMBOLS[name] : /^(?:log|ln|sin|cos|tan|exp|lim|max|min|det|gcd)$/.test(name) ? name : token;
-    return element(/^\d/.test(text) ? "mn" : LETTERS.test(text) || text === name ? "mi" : text[0] === "\\" ? "mtext" : "mo", [text]);
-  };
-  return element("math", [row()], display ? {display: "block"} : {});
-}
-function formulaEnd(lines, at) {
-  const end = lines[at].trim().startsWith("$$") ? "$$" : "\\]", own = lines[at].trim().slice(2);
-  if (own.endsWith(end)) return at + 1;
-  while (++at < lines.length && !isBlank(lines[at])) if (lines[at].trim().endsWith(end)) return at + 1;
-  return at;
-}
-function formula(lines) {
-  const source = lines.join("\n").trim().slice(2).replace(/(?:\$\$|\\\])$/, "");
-  return make("div", {className: "scroll", tabIndex: 0, role: "group", ariaLabel: "Formula"}, tex(source, true));
+  const text = token.length > 1 && SYMBOLS.get(token.slice(1)) || token;
+  return mathml(/^\d/.test(text) ? "mn" : /^[\p{L}∞]/u.test(text) ? "mi" : text[0] === "\\" ? "mtext" : "mo", text);
 }
 
 // -- images and code
@@ -12340,14 +12339,15 @@ function picture(name, alt) {   // fetched, for an <img> can't send a token; nev
   return frame;
 }
 function enlarge({src, alt}) {
-  const keep = make("a", {href: src, download: `${alt.slice(0, 60) || "image"}.${src.startsWith("data:image/jpeg") ? "jpg" : "png"}`, className: "button"}, "Save");
-  viewer.replaceChildren(make("img", {src, alt}), make("div", {className: "tools"}, keep, button("Close", () => viewer.close())));
-  viewer.showModal();
+  const save = make("a", {href: src, download: `${alt.slice(0, 60) || "image"}.${src.startsWith("data:image/jpeg") ? "jpg" : "png"}`,
+    className: "button"}, "Save");
+  ui.viewer.replaceChildren(make("img", {src, alt}), row(save, button("Close", () => ui.viewer.close())));
+  ui.viewer.showModal();
 }
-function copying(text, label = "Copy") {   // text: a string, or a function that returns it
-  const copy = button(label, () => navigator.clipboard.writeText(text.call?.() ?? text).then(() => { copy.textContent = "Copied"; }));
-  copy.hidden = !navigator.clipboard;       // plain HTTP has none
-  return copy;
+function copying(text) {
+  const copy = () => navigator.clipboard.writeText(text).then(() => { made.textContent = "Copied"; });
+  const made = button("Copy", copy, {hidden: !navigator.clipboard});    // plain HTTP has no clipboard
+  return made;
 }
 const listing = (text, name) => make("figure", {}, make("figcaption", {}, make("span", {}, name), copying(text)),
   make("pre", {tabIndex: 0}, make("code", {dir: "ltr"}, text)));
@@ -12358,12 +12358,11 @@ async function shrink(blob) {   // a data: URL of at most 1024 pixels a side, so
   return canvas.toDataURL(blob.type === "image/png" && scale === 1 ? "image/png" : "image/jpeg", .85);
 }
 async function attachAll(files) {
-  for (const each of files) if (each.type.startsWith("image/")) await shrink(each).then(addImage, () => tell(`${each.name} is not an image.`));
+  for (const file of files) await shrink(file).then(addImage, () => tell(`${file.name} is not an image.`));
 }
 function addImage(src) {
-  const remove = button("×", () => entry.remove(), {ariaLabel: "Remove image"});
-  const entry = make("div", {}, make("img", {src, alt: "Attached image", width: 64}), remove);
-  images.append(entry);
+  const entry = row(make("img", {src, alt: "Attached image"}), button("×", () => entry.remove(), {ariaLabel: "Remove image"}));
+  ui.images.append(entry);
 }
 
 // -- what is kept in the browser: each chat under a key of its own, so that two tabs don't overwrite each other's
@@ -12381,41 +12380,30 @@ function stored(name) {
     return null;      // none, or not ours
   }
 }
-const keepChat = () => chat.messages.length && keep(`chat ${chat.id}`, chat);
-function keepSettings() {
-  const values = Object.fromEntries(parameters.map(({id, value}) => [id, value]));
-  keep("settings", {...values, system: system.value, model: chosen, chat: chat?.id, sidebar: !sidebar.hidden});
-}
-const allChats = () => Object.keys(localStorage).filter((name) => name.startsWith("chat ")).map(stored).filter((each) => each?.messages)
-  .sort((one, other) => other.id - one.id);
+const keepChat = (own) => keep(`chat ${own.id}`, own);
+const keepSettings = () => keep("settings", {model: chosen, chat: chat.id, system: ui.system.value,
+  ...Object.fromEntries(PARAMETERS.map((name) => [name, ui[name].value]))});
+const allChats = () => Object.keys(localStorage).filter((name) => name.startsWith("chat ")).map(stored)
+  .filter((each) => each?.messages).sort((one, other) => other.id - one.id);
 function listChats() {
-  chats.replaceChildren(...allChats().map((each) => make("li", {},
-    button(each.title, () => show(each), {...auto, title: each.title, ariaCurrent: each.id === chat.id}),
-    button("✎", () => rename(each), {title: "Rename", ariaLabel: `Rename ${each.title}`}),
-    button("×", () => remove(each), {title: "Delete", ariaLabel: `Delete ${each.title}`}))));
-  save.hidden = !chats.firstChild;
+  ui.chats.replaceChildren(...allChats().map((each) => make("li", {},
+    button(each.title, () => show(each), {...auto, className: "name", ariaCurrent: each.id === chat.id}),
+    button("✎", () => rename(each), {ariaLabel: `Rename ${each.title}`}),
+    button("×", () => remove(each), {ariaLabel: `Delete ${each.title}`}))));
 }
 function rename(each) {
-  const box = make("input", {value: each.title, ariaLabel: "Title", ...auto});
-  box.onblur = () => {
-    each.title = box.value.trim() || each.title;
-    if (each.id === chat.id) chat.title = each.title;
-    keep(`chat ${each.id}`, each.id === chat.id ? chat : each);
-    listChats();
-  };
-  box.onkeydown = ({key}) => { if (key === "Enter") box.blur(); };
-  [...chats.children].find((row) => row.firstChild.textContent === each.title).replaceChildren(box);
-  box.select();
+  const own = each.id === chat.id ? chat : each;
+  own.title = prompt("Title of the chat", own.title)?.trim() || own.title;
+  keepChat(own);
+  listChats();
 }
 function remove(each) {
   delete localStorage[`chat ${each.id}`];
   if (each.id === chat.id) show(emptyChat());
   listChats();
-  offerUndo(`“${each.title}” is deleted.`, () => { keep(`chat ${each.id}`, each); show(each); });
+  offerUndo(`“${each.title}” is deleted.`, () => { keepChat(each); show(each); });
 }
-function tell(...words) { note.replaceChildren(...words); }
-function offerUndo(text, restore) { tell(text, button("Undo", () => { tell(); restore(); })); }
-save.onclick = () => {
+ui.save.onclick = () => {
   const href = URL.createObjectURL(new Blob([JSON.stringify(allChats(), null, 2)], {type: "application/json"}));
   make("a", {href, download: "chats.json"}).click();
 };
@@ -12423,94 +12411,103 @@ save.onclick = () => {
 // -- the chat
 const emptyChat = () => ({id: Date.now(), title: "", messages: []});
 const wordsOf = ({content}) => typeof content === "string" ? content : content[0].text;
-const picturesOf = ({content}) => typeof content === "string" ? [] : content.slice(1).map((part) => part.image_url.url);
+const imagesOf = ({content}) => typeof content === "string" ? [] : content.slice(1).map((part) => part.image_url.url);
 function show(other) {
   stop?.abort();
   [chat, editing] = [other, -1];
-  turns.replaceChildren(...chat.messages.flatMap((message, at) => message.role === "user" ? question(at) : answer(at).article));
-  for (const {finish} of turns.children) finish?.();
-  log.scrollTop = 0;
-  if (innerWidth < 800) unfold(false);
+  ui.turns.replaceChildren(...chat.messages.map((message, at) => message.role === "user" ? question(at) : answer(chat, at)));
+  for (const {finish} of ui.turns.children) finish?.();
+  ui.sidebar.hidePopover();
   keepSettings();
-  listChats();
 }
 function question(at) {
-  const message = chat.messages[at], enlarged = ({target}) => enlarge(target);
-  const shown = picturesOf(message).map((src) => button(make("img", {src, alt: "Attached image"}), enlarged, {className: "picture"}));
-  return [make("div", {className: "question", ...auto}, wordsOf(message), shown),
-    make("div", {className: "tools"}, copying(wordsOf(message)), button("Edit", () => edit(at)))];
+  const message = chat.messages[at], words = wordsOf(message), enlarged = ({target}) => enlarge(target);
+  const images = imagesOf(message).map((src) => button(make("img", {src, alt: "Attached image"}), enlarged, {className: "picture"}));
+  return make("div", {className: "turn"}, make("div", {className: "question", ...auto}, words, images),
+    make("div", {className: "tools small row"}, copying(words), button("Edit", () => edit(at))));
 }
-function edit(at) {
-  field.value = wordsOf(chat.messages[at]);
-  images.replaceChildren();
-  picturesOf(chat.messages[at]).forEach(addImage);
+function edit(at) {     // the turns from the question on stay until the new one is sent
+  ui.field.value = wordsOf(chat.messages[at]);
+  ui.images.replaceChildren();
+  imagesOf(chat.messages[at]).forEach(addImage);
   editing = at;
-  [...turns.children].forEach((each, index) => each.classList.toggle("fading", index >= at / 2 * 3));
-  field.focus();
+  [...ui.turns.children].forEach((turn, index) => turn.classList.toggle("replaced", index >= at));
+  ui.field.focus();
 }
-function cut(at) {      // the turns from one on make room for what comes instead
-  const before = [...chat.messages], own = chat;
-  if (at < before.length) offerUndo("The earlier turns are replaced.", () => { own.messages = before; show(own); keepChat(); });
+function cut(at) {      // removes the turns from one on, which others replace
+  const own = chat, before = [...chat.messages];
+  offerUndo("The earlier turns are replaced.", () => { own.messages = before; show(own); keepChat(own); });
   chat.messages.length = at;
-  while (turns.children.length > at / 2 * 3) turns.lastChild.remove();
+  while (ui.turns.children.length > at) ui.turns.lastChild.remove();
 }
-function answer(at) {   // an answer's element, drawn from its message
-  const message = chat.messages[at], [thoughts, text] = ["thoughts", "text"].map((className) => make("div", {className}));
-  const summary = make("summary"), article = make("article", {className: "answer", ariaBusy: "true"},
-    make("details", {}, summary, thoughts), text);
-  function show() {
+function answer(own, at) {      // the element of an answer; update() and finish() draw its message
+  const message = own.messages[at], [thoughts, text] = ["thoughts", "text"].map((className) => make("div", {className}));
+  const summary = make("summary", {className: "name"});
+  const article = make("article", {className: "turn answer", ariaBusy: "true"}, make("details", {}, summary, thoughts), text);
+  article.update = () => {
     summary.textContent = message.content ? "Thoughts" : message.reasoning.trim().split("\n").pop();
     draw(thoughts, message.reasoning);
     draw(text, message.content);
-  }
-  function finish(own = chat) {
-    show();
-    if (message.problem) article.append(make("p", {className: "bad"}, message.problem));
-    article.append(make("div", {className: "tools"}, make("span", {className: "line"}, message.line), copying(message.content),
-      button("Try again", () => { if (!stop) { cut(at); ask(); } })));
-    article.append(make("details", {}, make("summary", {}, "As curl and Python"), examples({...message.request, messages: sent(own, at)})));
+  };
+  article.finish = () => {
+    article.update();
+    if (message.problem) article.append(paragraph("bad", message.problem));
+    const tools = make("div", {className: "tools small row"}, make("span", {className: "line"}, message.line ?? ""), copying(message.content),
+      button("Try again", () => { if (!stop) { cut(at); ask(); } }));
+    const code = make("details", {}, make("summary", {}, "As curl and Python"));
+    code.ontoggle = () => { if (!code.querySelector("figure")) code.append(...examples(bodyOf(own, at))); };
+    article.append(tools, code);
     article.ariaBusy = "false";
-  }
-  Object.assign(article, {finish});
-  return {article, message, show, finish};
+  };
+  return article;
 }
-function sent({messages}, at) {     // what a model is told of a chat: not the questions that have no answer
-  const prompt = messages[at].system;
-  const told = messages.slice(0, at).filter(({role, content}, index) =>
-    role === "user" ? index === at - 1 || messages[index + 1].content : content);
-  return [...(prompt ? [{role: "system", content: prompt}] : []), ...told.map(({role, content}) => ({role, content}))];
+function bodyOf({messages}, at) {       // the request for an answer, without questions that have none
+  const {request, system} = messages[at], answered = (index) => index + 1 === at || messages[index + 1].content;
+  const sent = messages.slice(0, at).filter(({role, content}, index) => role === "user" ? answered(index) : content);
+  const prompt = system ? [{role: "system", content: system}] : [];
+  return {...request, messages: [...prompt, ...sent.map(({role, content}) => ({role, content}))]};
 }
-const numbers = () => Object.fromEntries(parameters.filter(({value}) => value).map(({id, value}) => [id, Number(value)]));
-async function ask() {      // for the answer to the chat's last question
-  const own = chat, at = own.messages.length, request = {model: chosen, ...numbers()};
-  own.messages.push({role: "assistant", content: "", reasoning: "", request, system: system.value.trim()});
-  const {article, message, show, finish} = answer(at);
-  let frame = 0;
-  turns.append(article);
-  log.scrollTop = 0;      // the end
-  [stop, send.textContent] = [new AbortController(), "Stop"];
+const parameters = () => Object.fromEntries(PARAMETERS.filter((name) => ui[name].value).map((name) => [name, Number(ui[name].value)]));
+function paced(work) {  // `work`, the layout included, takes a fifth of the time at most, however long an answer grows
+  let timer = 0, pause = 20;
+  const run = () => {
+    const started = performance.now();
+    work();
+    ui.log.scrollHeight;    // lays the page out
+    [timer, pause] = [0, Math.max(20, 4 * (performance.now() - started))];
+  };
+  return () => { timer ||= setTimeout(run, pause); };
+}
+async function ask() {  // for the answer to the chat's last question
+  const own = chat, at = own.messages.length, message = {role: "assistant", content: "", reasoning: "",
+    request: {model: chosen, ...parameters()}, system: ui.system.value.trim(), problem: "The page was closed before the end."};
+  own.messages.push(message);
+  const article = answer(own, at);
+  ui.turns.append(article);
+  ui.log.scrollTop = 0;     // the end
+  [stop, ui.send.textContent] = [new AbortController(), "Stop"];
   try {
-    await receive(message, {...request, messages: sent(own, at)}, () => { frame ||= requestAnimationFrame(() => { frame = 0; show(); }); });
+    await receive(message, bodyOf(own, at), paced(article.update));
+    delete message.problem;
   } catch (error) {
     message.problem = stop.signal.aborted ? "Stopped." : error instanceof Explained ? error.message : "The connection broke off.";
   }
-  [stop, send.textContent] = [null, "Send"];
-  cancelAnimationFrame(frame);
-  finish(own);
-  if (own === chat || localStorage[`chat ${own.id}`]) keep(`chat ${own.id}`, own);
+  [stop, ui.send.textContent] = [null, "Send"];
+  article.finish();
+  if (own === chat || stored(`chat ${own.id}`)) keepChat(own);
 }
 const ENDS = {length: "It reached its limit of tokens.", content_filter: "A content filter ended the answer.",
   tool_calls: "It asks for a tool, and this page has none.", "": "The connection broke off."};
 async function receive(message, body, changed) {
-  const started = performance.now(), signal = stop.signal;
-  const response = await api("v1/chat/completions", {method: "POST", signal,
+  const started = performance.now();
+  const response = await api("v1/chat/completions", {method: "POST", signal: stop.signal,
     body: JSON.stringify({...body, stream: true, stream_options: {include_usage: true}})});
   let first = 0, end = "", tokens = null;
   try {
     for await (const {error, usage, choices: [{delta = {}, finish_reason} = {}] = []} of events(response.body)) {
       if (error) throw failure(error);
-      message.content += delta.content ?? "";
-      message.reasoning += delta.reasoning_content ?? "";
+      message.content += delta.content?.replaceAll("\r", "") ?? "";
+      message.reasoning += delta.reasoning_content?.replaceAll("\r", "") ?? "";
       first ||= (delta.content || delta.reasoning_content) && performance.now();
       end = finish_reason ?? end;
       tokens = usage?.completion_tokens ?? tokens;
@@ -12524,18 +12521,20 @@ async function receive(message, body, changed) {
 function account(headers, wait, took, tokens) {     // "paid, after akash=429 · 0.4 s to first token · 52 tokens/s · 812 tokens"
   const attempts = headers.get("X-Akashproxy-Route")?.split(", ") ?? [], [name] = (attempts.pop() ?? "").split("=");
   const ignored = headers.get("X-Akashproxy-Ignored");
-  return [name && attempts.length ? `${name}, after ${attempts.join(", ")}` : name, wait > 0 && `${(wait / 1000).toFixed(1)} s to first token`,
-    wait > 0 && tokens > 1 && took > 1 && `${Math.round(tokens / took * 1000)} tokens/s`, tokens !== null && `${tokens} tokens`,
-    ignored && `ignored: ${ignored}`].filter(Boolean).join(" · ");
+  return [attempts.length ? `${name}, after ${attempts.join(", ")}` : name,
+    wait > 0 && `${(wait / 1000).toFixed(1)} s to first token`,
+    wait > 0 && took > 100 && tokens > 1 && `${Math.round(tokens / took * 1000)} tokens/s`,
+    tokens !== null && count(tokens, "token"), ignored && `ignored: ${ignored}`].filter(Boolean).join(" · ");
 }
-function examples(chat) {   // what was asked, for a shell and for Python; the token and images stay out
-  const base = new URL("v1", location).href, secret = sessionStorage.token ? ' -H "Authorization: Bearer $TOKEN"' : "";
+const BASE = new URL("v1", location).href;
+function examples(body) {       // for a shell and for Python, without the token and the data of images
+  const secret = sessionStorage.token ? ' -H "Authorization: Bearer $TOKEN"' : "";
   const brief = (name, value) => name === "url" ? `${value.split(",")[0]},...` : value;
-  return [listing(`curl -N ${base}/chat/completions${secret} -H 'Content-Type: application/json' \\
-  -d '${JSON.stringify({...chat, stream: true}, brief).replaceAll("'", "'\\''")}'`, "curl"), listing(`import os, openai
+  return [listing(`curl -N ${BASE}/chat/completions${secret} -H 'Content-Type: application/json' \\
+  -d '${JSON.stringify({...body, stream: true}, brief).replaceAll("'", "'\\''")}'`, "curl"), listing(`import os, openai
 
-client = openai.OpenAI(base_url="${base}", api_key=os.environ.get("TOKEN", "none"))
-for chunk in client.chat.completions.create(stream=True, **${JSON.stringify(chat, brief)}):
+client = openai.OpenAI(base_url="${BASE}", api_key=os.environ.get("TOKEN", "none"))
+for chunk in client.chat.completions.create(stream=True, **${JSON.stringify(body, brief)}):
     print(chunk.choices[0].delta.content or "", end="")`, "Python")];
 }
 
@@ -12544,72 +12543,64 @@ const PROMPTS = ["Explain how a proxy works, in three sentences.", "Write a Pyth
   "Plan a weekend in Lisbon, as a table."];
 function choose(name) {
   chosen = name;
-  model.textContent = model.title = name || "No models";
-  picker.close();
+  ui.model.textContent = ui.model.title = name || "No models";
   keepSettings();
 }
-function listModels() {     // those with all the words that are searched for
-  const words = search.value.toLowerCase().split(" "), some = names.filter((name) => words.every((word) => name.toLowerCase().includes(word)));
-  found.textContent = `${some.length} of ${count(names.length, "model")}`;
-  models.replaceChildren(...some.map((name) => make("li", {}, button(name, () => choose(name), {value: name, ariaPressed: name === chosen}))));
-}
-function greet() {
-  const base = new URL("v1", location).href, some = names.slice(0, 6);
-  const line = `export OPENAI_BASE_URL=${base} OPENAI_API_KEY=${sessionStorage.token ? "$TOKEN" : "none"}`;
-  const keys = matchMedia("(pointer: coarse)").matches ? "" : "Enter sends, Shift+Enter breaks the line, Escape stops.";
-  welcome.replaceChildren(make("h2", {}, "akashproxy"), make("p", {}, names.length ? `${count(names.length, "model")} to choose from. ${keys}` : "No models are there."),
-    make("div", {className: "chips"}, some.map((name) => button(name, () => choose(name))), names.length > 6 ? button("More …", pick) : ""),
-    make("div", {className: "chips"}, PROMPTS.map((text) => button(text, () => submit(text)))), listing(base, "Base URL"), listing(line, "For a shell"));
+function listModels() {     // those with all the words that are searched for; Enter takes the first
+  const words = ui.search.value.toLowerCase().split(" ");
+  const matching = names.filter((name) => words.every((word) => name.toLowerCase().includes(word)));
+  ui.found.textContent = `${matching.length} of ${count(names.length, "model")}`;
+  ui.models.replaceChildren(...matching.map((name) => make("li", {},
+    make("button", {value: name, ariaPressed: name === chosen}, name))));
 }
 function pick() {
-  search.value = "";
+  ui.search.value = "";
   listModels();
-  picker.showModal();
+  ui.picker.showModal();
 }
-model.onclick = () => names && pick();
-search.oninput = listModels;
-picker.onkeydown = (event) => {     // arrows go through the list, Enter takes the first
-  const all = [search, ...models.querySelectorAll("button")], at = all.indexOf(document.activeElement);
-  const to = {ArrowDown: all[at + 1], ArrowUp: all[at - 1]}[event.key];
-  if (to || event.key === "Enter" && at === 0) event.preventDefault();
-  to?.focus();
-  if (event.key === "Enter" && at === 0) all[1]?.click();
-};
+function greet() {
+  const touch = matchMedia("(pointer: coarse)").matches, keys = touch ? "" : " Enter sends, Shift+Enter breaks the line, Escape stops.";
+  const some = names.slice(0, 5).map((name) => button(name, () => choose(name), {className: "name"}));
+  ui.welcome.replaceChildren(make("h2", {}, "What can I do for you?"),
+    paragraph("small", names.length ? `${count(names.length, "model")} to choose from.${keys}` : "No models are available."),
+    row(...PROMPTS.map((text) => button(text, () => submit(text)))),
+    row(...some, names.length > some.length ? button("More models", pick) : ""),
+    listing(BASE, "Base URL"), listing(`export OPENAI_BASE_URL=${BASE} OPENAI_API_KEY=${sessionStorage.token ? "$TOKEN" : "none"}`, "Shell"));
+}
 
 // -- the controllers
-function card({name, weight, priority, models, in_flight, served, failed, rests_for_seconds, models_cooling_down, last_error, last_error_at}, all) {
-  const tier = all.filter((each) => each.priority === priority).reduce((sum, each) => sum + each.weight, 0);
-  const [className, word] = rests_for_seconds ? ["resting", `cooling down, ${rests_for_seconds} s`]
+function card(all, {name, weight, priority, models, rests_for_seconds, models_cooling_down, last_error, last_error_at, ...figures}) {
+  const total = all.reduce((sum, each) => sum + (each.priority === priority && each.weight), 0);
+  const [className, state] = rests_for_seconds ? ["resting", `cooling down, ${rests_for_seconds} s`]
     : models_cooling_down ? ["resting", `${count(models_cooling_down, "model")} cooling down`] : ["ready", "ready"];
-  return make("section", {className: "card"}, make("h2", {}, name, make("span", {className: `state ${className}`}, word)),
-    make("p", {}, `tier ${priority} · ${Math.round(100 * weight / (tier || 1))} % of it · ${models === null ? "models unknown" : count(models, "model")}`),
-    make("p", {}, `${in_flight} in flight · ${served} served · ${failed} failed`),
-    last_error ? make("p", {className: "bad"}, `Last error: ${last_error}, ${new Date(last_error_at).toLocaleTimeString()}`) : "");
+  return make("article", {className: "card"}, make("h2", {className: "row"}, name, make("span", {className: `small state ${className}`}, state)),
+    paragraph("small", `Tier ${priority}, ${Math.round(100 * weight / (total || 1))} % of its requests · `, models === null ? "models unknown" : count(models, "model")),
+    paragraph("small", `${figures.in_flight} in flight · ${figures.served} served · ${figures.failed} failed`),
+    last_error ? paragraph("bad", `Last error: ${last_error}, ${new Date(last_error_at).toLocaleTimeString()}`) : "");
 }
-const keyCard = ({name, ...figures}) => make("section", {className: "card"}, make("h2", {}, `Key ${name}`),
-  make("p", {}, Object.entries(figures).map(([what, value]) => `${what.replaceAll("_", " ")}: ${value ?? "none"}`).join(" · ")));
-let drawn = "";         // what the cards were made from
+function keyCard({name, ...figures}) {
+  const words = Object.entries(figures).map(([figure, value]) => `${figure.replaceAll("_", " ")}: ${value ?? "none"}`);
+  return make("article", {className: "card"}, make("h2", {}, `Key ${name}`), paragraph("small", words.join(" · ")));
+}
 async function showStatus() {
-  const {controllers, keys} = await (await api("status")).json(), state = JSON.stringify([controllers, keys]);
-  if (state === drawn) return;
-  drawn = state;
-  status.replaceChildren(...controllers.map((each) => card(each, controllers)), ...keys.map(keyCard));
+  const {controllers, keys} = await (await api("status")).json();
+  ui.status.replaceChildren(...controllers.map((each) => card(controllers, each)), ...keys.map(keyCard));
 }
 
 // -- what happens, and when
-let trouble = "";       // what refresh() has complained of, to be taken back when it is over
+let trouble = "";       // the complaint of refresh() that is in sight, to be taken back when it is over
 async function refresh() {      // the models, once, and the controllers while they are in sight
-  if (document.hidden || !key.hidden) return;
+  if (document.hidden || !ui.key.hidden) return;
   try {
     if (!names) {
       const {data} = await (await api("v1/models")).json();
       names = data.map(({id}) => id);
       choose(names.includes(chosen) ? chosen : names[0] ?? "");
       greet();
-      if (names.length) field.focus();
+      if (names.length) ui.field.focus();
     }
-    if (!status.hidden) await showStatus();
-    if (trouble && note.textContent === trouble) tell();
+    if (!ui.status.hidden) await showStatus();
+    if (trouble && ui.note.textContent === trouble) tell();
     trouble = "";
   } catch (error) {
     const message = error instanceof Explained ? error.message : "The server's answer can't be read.";
@@ -12617,64 +12608,60 @@ async function refresh() {      // the models, once, and the controllers while t
   }
 }
 function submit(text) {
-  const pictures = Array.from(images.querySelectorAll("img"), ({src}) => ({type: "image_url", image_url: {url: src}}));
-  if (stop || !chosen || !text && !pictures.length) return;
+  const images = Array.from(ui.images.querySelectorAll("img"), ({src}) => ({type: "image_url", image_url: {url: src}}));
+  if (stop || !chosen || !text && !images.length) return;
   if (editing >= 0) cut(editing);
   else tell();
   editing = -1;
   chat.title ||= text.slice(0, 60) || "Image";
-  turns.append(...question(chat.messages.push({role: "user", content: pictures.length ? [{type: "text", text}, ...pictures] : text}) - 1));
-  images.replaceChildren();
-  field.value = sessionStorage.draft = "";
-  keepChat();
-  keepSettings();
-  listChats();
+  ui.turns.append(question(chat.messages.push({role: "user", content: images.length ? [{type: "text", text}, ...images] : text}) - 1));
+  ui.images.replaceChildren();
+  ui.field.value = sessionStorage.draft = "";
   ask();
+  keepChat(chat);
 }
-form.onsubmit = (event) => {
+ui.form.onsubmit = (event) => {
   event.preventDefault();
   if (stop) stop.abort();
-  else submit(field.value.trim());
+  else submit(ui.field.value.trim());
 };
 onkeydown = (event) => {
   if (event.key === "Escape") stop?.abort();
-  const writes = event.shiftKey || event.isComposing || matchMedia("(pointer: coarse)").matches;
-  if (event.target !== field || event.key !== "Enter" || writes) return;
+  const newLine = event.shiftKey || event.isComposing || matchMedia("(pointer: coarse)").matches;
+  if (event.target !== ui.field || event.key !== "Enter" || newLine) return;
   event.preventDefault();
-  if (!stop) form.requestSubmit();
+  if (!stop) ui.form.requestSubmit();
 };
-field.oninput = () => { sessionStorage.draft = field.value; };
-settings.onchange = keepSettings;
-attach.onclick = () => file.click();
-file.onchange = () => { attachAll([...file.files]); file.value = ""; };
+ui.field.oninput = () => { sessionStorage.draft = ui.field.value; };
+ui.settings.onchange = keepSettings;
+ui.model.onclick = () => names && pick();
+ui.search.oninput = listModels;
+ui.picker.onclose = () => { if (ui.picker.returnValue) choose(ui.picker.returnValue); };
+ui.sidebar.onbeforetoggle = listChats;
+ui.fresh.onclick = () => { location.hash = "#chat"; show(emptyChat()); ui.field.focus(); };
+ui.attach.onclick = () => ui.file.click();
+ui.file.onchange = () => { attachAll([...ui.file.files]); ui.file.value = ""; };
 document.onpaste = ({clipboardData}) => attachAll([...clipboardData.files]);
 ondragover = (event) => event.preventDefault();
 ondrop = (event) => { event.preventDefault(); attachAll([...event.dataTransfer.files]); };
-onpagehide = () => { if (stop) keepChat(); };      // the part of an answer that has come
-key.onsubmit = (event) => event.preventDefault();
-token.onchange = () => {
-  sessionStorage.token = token.value.replace(/[^!-~]/g, "");
-  key.hidden = true;
+onpagehide = () => { if (stop) keepChat(chat); };      // the part of an answer that has come
+ui.key.onsubmit = (event) => event.preventDefault();
+ui.token.onchange = () => {
+  sessionStorage.token = ui.token.value.replace(/[^!-~]/g, "");
+  ui.key.hidden = true;
   refresh();
 };
-function unfold(open) {
-  sidebar.hidden = !open;
-  list.ariaExpanded = open;
-}
-list.onclick = () => { unfold(sidebar.hidden); keepSettings(); };
-fresh.onclick = () => { location.hash = "#chat"; show(emptyChat()); field.focus(); };
 onhashchange = () => {
-  status.hidden = location.hash !== "#status";
-  log.hidden = form.hidden = !status.hidden;
-  document.querySelector("[href='#chat']").ariaCurrent = !log.hidden;
-  document.querySelector("[href='#status']").ariaCurrent = !status.hidden;
+  ui.status.hidden = location.hash !== "#status";
+  ui.log.hidden = ui.welcome.hidden = ui.form.hidden = !ui.status.hidden;
+  document.querySelector("[href='#chat']").ariaCurrent = ui.status.hidden;
+  document.querySelector("[href='#status']").ariaCurrent = !ui.status.hidden;
   refresh();
 };
 const before = stored("settings") ?? {};
-for (const box of [system, ...parameters]) box.value = before[box.id] ?? "";
+for (const name of ["system", ...PARAMETERS]) ui[name].value = before[name] ?? "";
 chosen = before.model ?? "";
-field.value = sessionStorage.draft ?? "";
-unfold(before.sidebar && innerWidth >= 800);
+ui.field.value = sessionStorage.draft ?? "";
 show(stored(`chat ${before.chat}`) ?? emptyChat());
 onhashchange();
 setInterval(refresh, 1000);

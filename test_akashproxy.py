@@ -9334,7 +9334,11 @@ class Browser:
         self.session = {"sessionId": self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
-        self.call("Page.navigate", url=url)
+        self.load("Page.navigate", url=url)
+
+    def load(self, method, **params):
+        """Send a command that loads the page; wait until it has."""
+        self.call(method, **params)
         while self.receive().get("method") != "Page.loadEventFired":
             pass
 
@@ -9360,10 +9364,16 @@ class Browser:
 
     def ask(self, text):
         """Send a message; the answer's element, once it has ended, is ``answer`` in the page."""
-        self.until("document.getElementById('models') && document.querySelector('.chips button')")
+        self.until("document.querySelector('#welcome button')")
         self.run("window.before = document.querySelectorAll('.answer').length, document.getElementById('field').focus()")
         self.type(text)
         self.until("window.answer = document.querySelectorAll('.answer[aria-busy=false]')[before]")
+
+    def examples(self):
+        """The request for ``answer`` as curl and Python."""
+        self.run("[...answer.querySelectorAll('details')].pop().open = true")
+        return self.until("answer.querySelector('details:last-child pre') && Array.from(answer.querySelectorAll('details:last-child pre'),"
+                          " (each) => each.textContent)")
 
     def choose(self, name):
         """Choose a model by the list of models."""
@@ -9433,7 +9443,7 @@ def test_the_page_can_be_left_out(serve):
 def test_a_chat_on_the_page(browser, akash, serve):
     akash.chat = b'g:"Hm, a\\n"\ng:"greeting."\n' + HELLO
     browser.open(serve().url)
-    browser.until("document.getElementById('models') && document.querySelector('.chips button')")
+    browser.until("document.querySelector('#welcome button')")
     assert browser.run("(document.getElementById('model').click(), [...document.querySelectorAll('#models button')].map((each) => each.value))") == [
         "Meta-Llama-3-3-70B-Instruct", "Qwen/Qwen3", "AkashGen"]
     browser.choose("Meta-Llama-3-3-70B-Instruct")
@@ -9463,11 +9473,11 @@ MARKDOWN = {
     "- a\n  - b\n    1. c\n- d": '<ul><li>a<ul><li>b<ol start="1"><li>c</li></ol></li></ul></li><li>d</li></ul>',
     "> a\n> > b\nc": "<blockquote><p>a</p><blockquote><p>b\nc</p></blockquote></blockquote>",
     "a\n\n---\n\n&amp;&#65;&x; <br>": "<p>a</p><hr><p>&amp;A&amp;x; <br></p>",
-    "- [x] a": '<ul><li class="task"><input type="checkbox" disabled="" aria-label="done"> a</li></ul>',
-    "|a|b|\n|-|-|\n|`c\\|d`|e|": '<div class="scroll" tabindex="0" role="group" aria-label="Table"><table><thead><tr><th>a</th><th>b</th></tr></thead>'
-        "<tbody><tr><td><code>c|d</code></td><td>e</td></tr></tbody></table></div>",
-    "$\\frac{a}{2}$, $5 or $6": "<p><math><mrow><mfrac><mrow><mi>a</mi></mrow><mrow><mn>2</mn></mrow></mfrac></mrow></math>, $5 or $6</p>",
-    "$x_i^2 \\le \\foo$": "<p><math><mrow><msubsup><mi>x</mi><mi>i</mi><mn>2</mn></msubsup><mo>≤</mo><mtext>\\foo</mtext></mrow></math></p>",
+    "- [x] a": '<ul><li class="task"><input type="checkbox" disabled="" aria-label="done">a</li></ul>',
+    "|a|b|\n|-|-:|\n|`c\\|d`|e|": '<div class="scroll" tabindex="0" role="group" aria-label="Table"><table><thead><tr><th>a</th><th class="end">b</th></tr></thead>'
+        '<tbody><tr><td><code>c|d</code></td><td class="end">e</td></tr></tbody></table></div>',
+    "$\\frac{a}{2}$, $5 or $6": '<p><math display="inline"><mrow><mfrac><mrow><mi>a</mi></mrow><mrow><mn>2</mn></mrow></mfrac></mrow></math>, $5 or $6</p>',
+    "$x_i^2 \\le \\foo$": '<p><math display="inline"><mrow><msubsup><mi>x</mi><mi>i</mi><mn>2</mn></msubsup><mo>≤</mo><mtext>\\foo</mtext></mrow></math></p>',
     "[a `b`](https://x.example/c_(d)) or http://y.example/z.": '<p><a href="https://x.example/c_(d)" target="_blank" rel="noopener">'
         'a <code>b</code></a> or <a href="http://y.example/z" target="_blank" rel="noopener">http://y.example/z</a>.</p>',
     "[a](javascript:alert(1)) [b](data:text/html,x) [c](//x)": "<p>[a](javascript:alert(1)) [b](data:text/html,x) [c](//x)</p>",
@@ -9491,14 +9501,15 @@ def test_markdown_on_the_page(browser, pool):
         assert re.sub(' (class=""|dir="[a-z]+")', "", built) == expected, fake.text
 
 
-@pytest.mark.parametrize("part", ["`", "*", "_", "[", "**a *b", "``a `", "[a](https://", "\n"])
+@pytest.mark.parametrize("part", ["`", "*", "_", "[", "**a *b", "``a `", "[a](https://", "\n", "$x$ ", "- a\n", "# a\n", "> ", "**`"])
 def test_a_long_line_of_marks_is_drawn_at_once(part, browser, pool):
-    fake = FakeOpenAI(text=f"x {part * (100000 // len(part))}")
+    fake = FakeOpenAI()
+    fake.events = lambda: [fake.event({"content": f"x {part * (100000 // len(part))}"}), fake.event({}, "stop")]
     browser.open(pool(fake).url)
-    browser.until("document.getElementById('models') && document.querySelector('.chips button')")
-    started = time.monotonic()
+    browser.call("Performance.enable", timeDomain="threadTicks")        # the thread's own time, whatever else the machine does
     browser.ask("?")
-    assert browser.run("answer.querySelector('.text').textContent.length") > 0 and time.monotonic() - started < 5
+    metrics = {each["name"]: each["value"] for each in browser.call("Performance.getMetrics")["metrics"]}
+    assert browser.run("answer.querySelector('.text').textContent.length") > 0 and metrics["TaskDuration"] < 5
 
 
 @pytest.mark.parametrize("by", ["key", "button"])
@@ -9506,7 +9517,7 @@ def test_an_answer_that_is_stopped_half_way(by, browser, akash, serve):
     server = serve()
     akash.faults.append(akash.stall(b'0:"Once upon"\n'))
     browser.open(server.url)
-    browser.until("document.getElementById('models') && document.querySelector('.chips button')")
+    browser.until("document.querySelector('#welcome button')")
     browser.type("Tell me a tale")
     browser.until("document.querySelector('.text')?.innerText === 'Once upon'")
     browser.press("Enter")      # nothing more is sent meanwhile
@@ -9528,7 +9539,7 @@ def test_a_picture_on_the_page(browser, akash, serve):
     browser.open(server.url)
     browser.until("document.activeElement.id === 'token'")
     browser.type("secret")
-    browser.until("document.getElementById('models') && document.querySelector('.chips button')")
+    browser.until("document.querySelector('#welcome button')")
     browser.choose("AkashGen")
     browser.run("document.getElementById('field').focus()")
     browser.type("a red fox in the snow")
@@ -9545,7 +9556,7 @@ def test_a_picture_that_is_not_one(browser, akash, serve):
     akash.answer = lambda sock, request: (sock.sendall(reply(body=b"<svg xmlns='http://www.w3.org/2000/svg'/>", kind="image/svg+xml"))
                                           or True) if request.path.startswith("/api/image/") else real(sock, request)
     browser.open(serve().url)
-    browser.until("document.getElementById('models') && document.querySelector('.chips button')")
+    browser.until("document.querySelector('#welcome button')")
     browser.choose("AkashGen")
     browser.run("document.getElementById('field').focus()")
     browser.ask("a fox")
@@ -9565,7 +9576,7 @@ def test_a_wrong_token_then_the_right_one(browser, akash, serve):
     browser.ask("Hello")
     assert browser.text("#note") == "" and browser.text(".answer .text") == "Hello from the mock."
     assert browser.run("[JSON.stringify(localStorage).includes('r1ght'), document.cookie, location.href.includes('r1ght')]") == [False, "", False]
-    listings = browser.run("[...answer.querySelectorAll('pre')].map((each) => each.textContent)")
+    listings = browser.examples()
     assert len(listings) == 2 and "r1ght" not in str(listings)
     done = subprocess.run(["bash", "-c", listings[0]], env={**os.environ, "TOKEN": "r1ght"}, capture_output=True, timeout=20)
     assert read_chunks(sse(done.stdout))[0] == "Hello from the mock."
@@ -9576,7 +9587,7 @@ def test_the_python_that_can_be_copied_works(browser, akash, serve):
     pytest.importorskip("openai")
     browser.open(serve().url)
     browser.ask("it's \"so\"")
-    done = subprocess.run([sys.executable, "-c", browser.run("[...answer.querySelectorAll('pre')].pop().textContent")],
+    done = subprocess.run([sys.executable, "-c", browser.examples()[1]],
                           capture_output=True, timeout=60)
     assert done.stdout == b"Hello from the mock." and akash.bodies()[0]["messages"] == akash.bodies()[1]["messages"]
 
@@ -9585,7 +9596,7 @@ def test_what_can_be_copied_is_quoted(browser, akash, serve):
     browser.open(serve().url)
     words = "it's $HOME `id` \"x\" \\ \u2028 é"
     browser.ask(words)
-    curl, python = browser.run("[...answer.querySelectorAll('pre')].map((each) => each.textContent)")
+    curl, python = browser.examples()
     assert "Authorization" not in curl
     subprocess.run(["bash", "-c", curl], capture_output=True, timeout=20)
     assert [body["messages"][-1]["content"] for body in akash.bodies()] == [words, words]
@@ -9659,7 +9670,7 @@ def test_the_controllers_on_the_page(browser, pool):
     browser.until("/cooling down, \\d+ s[^]+\\b0 in flight · 0 served · 1 failed\\s+Last error: 429 rate limit/"
                   ".test(document.querySelector('.card:nth-of-type(2)').innerText)")
     browser.run("location.hash = '#chat'")
-    browser.until("document.querySelector('form').checkVisibility() && !document.querySelector('.card')?.checkVisibility()")
+    browser.until("document.getElementById('form').checkVisibility() && !document.querySelector('.card')?.checkVisibility()")
 
 
 def test_the_page_fits_a_phone(browser, pool):
@@ -9670,20 +9681,67 @@ def test_the_page_fits_a_phone(browser, pool):
     assert browser.run("[innerWidth, document.documentElement.scrollWidth, document.getElementById('log').scrollWidth]") == [320] * 3
 
 
-def test_chats_are_kept_and_deleted_with_undo(browser, pool):
-    fake = FakeOpenAI()
-    browser.open(pool(fake).url)
+def test_chats_are_kept_renamed_and_deleted_with_undo(browser, pool):
+    browser.open(pool(FakeOpenAI()).url)
     browser.ask("Hello")
     browser.run("document.getElementById('temperature').value = 0.5, document.getElementById('settings').onchange()")
-    browser.run("setTimeout(() => location.reload()), 0")
-    browser.until("document.readyState === 'complete' && document.querySelector('.answer[aria-busy=false]') && document.querySelector('.chips button')")
+    browser.load("Page.reload")
     assert browser.text(".question") == "Hello" and browser.run("document.getElementById('temperature').value") == "0.5"
     browser.run("document.getElementById('fresh').click(), document.getElementById('list').click()")
     assert browser.run("[document.querySelectorAll('#chats li').length, document.querySelectorAll('.question').length]") == [1, 0]
-    browser.run("document.querySelector('#chats [title=Delete]').click()")
+    browser.run("window.prompt = () => 'Greeting', document.querySelector('#chats [aria-label^=Rename]').click()")
+    assert browser.text("#chats button") == "Greeting"
+    browser.run("document.querySelector('#chats [aria-label^=Delete]').click()")
     assert browser.run("document.querySelectorAll('#chats li').length") == 0
-    browser.run("document.querySelector('#note button').click()")
-    assert browser.text("#chats button") == "Hello" and browser.text(".question") == "Hello"
+    browser.run("document.querySelector('#note button').click(), document.getElementById('list').click()")
+    assert browser.text("#chats button") == "Greeting" and browser.text(".question") == "Hello"
+
+
+def test_settings_and_images_are_sent(browser, pool):
+    fake = FakeOpenAI()
+    browser.open(pool(fake).url)
+    browser.until("document.querySelector('#welcome button')")
+    browser.run("document.getElementById('system').value = 'Be brief.', document.getElementById('max_tokens').value = 5")
+    browser.run("""new Promise((done) => document.createElement('canvas').toBlob((blob) => {
+      const clipboardData = new DataTransfer();
+      clipboardData.items.add(new File([blob], 'a.png', {type: 'image/png'}));
+      done(document.dispatchEvent(new ClipboardEvent('paste', {clipboardData})));
+    }))""")
+    browser.until("document.querySelector('#images img')")
+    browser.ask("What is it?")
+    body = json.loads(fake.requests[-1].body)
+    assert (body["max_tokens"], body["messages"][0]) == (5, {"role": "system", "content": "Be brief."})
+    assert body["messages"][1]["content"][1]["image_url"]["url"].startswith("data:image/png;base64,")
+    assert all("Be brief." in example and "max_tokens" in example for example in browser.examples())
+    browser.run("document.querySelector('.question img').click()")
+    assert browser.run("document.getElementById('viewer').open && document.querySelector('#viewer a').download") == "Attached image.png"
+
+
+def test_models_are_searched(browser, pool):
+    browser.open(pool(FakeOpenAI([f"family/model-{number}-chat" for number in range(80)])).url)
+    browser.until("document.querySelector('#welcome button')")
+    browser.run("document.getElementById('model').click()")
+    browser.type("chat 42")
+    assert browser.text("#model") == "family/model-42-chat"
+
+
+def test_a_failed_list_of_models_is_reported(browser, pool):
+    fake = FakeOpenAI()
+    fake.answer = lambda sock, request: sock.sendall(reply(401, b'{"error": {"message": "no"}}')) or True
+    browser.open(pool(fake).url)
+    browser.until("document.querySelector('#note .bad')")
+
+
+def test_a_long_answer_in_small_parts_is_drawn_once(browser, pool):
+    fake = FakeOpenAI()
+    fake.events = lambda: [*[fake.event({"content": "word " if number % 25 else "end.\n\n"}) for number in range(40000)],
+                           fake.event({}, "stop")]
+    browser.open(pool(fake).url)
+    browser.until("document.querySelector('#welcome button')")
+    browser.run("window.made = 0, new MutationObserver((changes) => { for (const {target, addedNodes} of changes)"
+                " if (target.className === 'text') made += addedNodes.length; }).observe(document.body, {childList: true, subtree: true})")
+    browser.ask("A tale")
+    assert browser.run("answer.querySelector('.text').children.length") == 1601 and browser.run("made") < 4000
 
 
 def test_the_line_under_an_answer_and_trying_again(browser, pool):
@@ -9692,8 +9750,8 @@ def test_the_line_under_an_answer_and_trying_again(browser, pool):
     browser.open(known(pool((one, {"weight": 9}), two)).url)
     browser.ask("Hello")
     assert re.match(r"b, after a=429 · \d\.\d s to first token", browser.text(".answer .line"))
-    browser.run("answer.remove = null, [...answer.querySelectorAll('button')].find((each) => each.innerText === 'Try again').click()")
-    browser.until("document.querySelectorAll('.answer[aria-busy=false]').length === 1 && !document.querySelector('.answer').remove")
+    browser.run("answer.old = true, [...answer.querySelectorAll('button')].find((each) => each.innerText === 'Try again').click()")
+    browser.until("document.querySelectorAll('.answer[aria-busy=false]').length === 1 && !document.querySelector('.answer').old")
     browser.run("document.querySelector('.question + .tools button:last-child').click()")
     assert browser.run("document.getElementById('field').value") == "Hello"
 
@@ -9712,7 +9770,7 @@ def test_axe_finds_nothing_on_the_page(browser, pool):
         pytest.skip("no axe-core here; AXE_CORE can be its path")
     fake = FakeOpenAI(text="### a\n- [x] b\n\n|a|b|\n|-|-|\n|c|$d$|\n\n```\ne\n```")
     browser.open(pool(fake).url)
-    browser.until("document.querySelector('.chips button')")
+    browser.until("document.querySelector('#welcome button')")
     with open(path, encoding="utf-8") as file:
         browser.run(file.read() + ";0")
     states = ["", "document.getElementById('list').click()", "document.getElementById('settings').open = true",
@@ -9893,8 +9951,9 @@ def script_patterns(script):
                           r"(?<=[(\[])/((?:[^/\\\n\[]|\\.|\[(?:[^\]\\\n]|\\.)*\])+)/([a-z]*)", script)
     found = [(one + two, flags + others) for one, flags, two, others in literals]
     if shutil.which("node"):        # those that are put together from others, too
-        parts = re.search(r"^const OPEN = .*?^const ENTITIES", script, re.S | re.M)[0].removesuffix("const ENTITIES")
-        output = subprocess.run(["node", "-e", parts + "console.log(JSON.stringify([LINK.source, TOKEN.source]))"],
+        parts = re.search(r"^const within = .*?^const strong", script, re.S | re.M)[0].removesuffix("const strong")
+        parts += "const SPANS = [" + "".join(f"[{literal}]," for literal in re.findall(r"^  \[((?:RegExp\(|/).*?/?\)?), ", script, re.M)) + "];"
+        output = subprocess.run(["node", "-e", parts + "console.log(JSON.stringify(SPANS.flat().map(({source}) => source)))"],
                               capture_output=True, check=True, timeout=60).stdout
         found += [(source, "gm") for source in json.loads(output)]
     for source, flags in found:
