@@ -11942,18 +11942,15 @@ PAGE = r"""<!doctype html>
   --line: light-dark(#dcdfe4, #3a3d44); --ink: light-dark(#1c1d20, #e6e7e9); --faint: light-dark(#5a5f68, #a3a9b3);
   --accent: light-dark(#0a62b8, #82bbff); --bad: light-dark(#b3261e, #ffa198); --good: light-dark(#1a7037, #7ddb99);
   --warn: light-dark(#8a5300, #f2bd62); }
-* { box-sizing: border-box; }
-[hidden] { display: none !important; }
+* { box-sizing: border-box; } [hidden] { display: none !important; }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
 body { display: flex; flex-direction: column; height: 100dvh; margin: 0; background: var(--paper); color: var(--ink);
   font: 16px/1.6 system-ui, sans-serif; }
 a { color: var(--accent); }
 button, input, textarea, .button { min-width: 0; padding: .35rem .75rem; border: 1px solid var(--line);
   border-radius: .5rem; background: none; color: inherit; font: inherit; text-decoration: none; }
-button, summary { cursor: pointer; }
-input, textarea { width: 100%; }
-::placeholder { color: var(--faint); opacity: 1; }
-.bad { color: var(--bad); }
+button, summary { cursor: pointer; } input, textarea { width: 100%; }
+::placeholder { color: var(--faint); opacity: 1; } .bad { color: var(--bad); }
 .small, summary, figcaption { color: var(--faint); font-size: .875rem; }
 .row { display: flex; flex-wrap: wrap; align-items: center; gap: .5rem; }
 .name { max-width: 100%; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
@@ -11966,14 +11963,15 @@ header :is(a, button) { padding: .25rem 0; border: 0; border-bottom: 2px solid t
 header [aria-current=true] { border-color: var(--accent); color: var(--ink); }
 h1 { margin: 0 auto 0 0; font-size: 1rem; }
 main { flex: 1; display: flex; flex-direction: column; min-height: 0; }
-main > form, #note { width: min(46rem, 100% - 2rem); margin: 0 auto; }
+main > form, #note, #turns, #welcome > *, #status > * { width: min(46rem, 100% - 2rem); margin: 0 auto; }
 #note:not(:empty) { display: flex; align-items: center; gap: 1rem; padding: .5rem 0; }
-#log, #status, #welcome { flex: 1; overflow: auto; padding: 1.5rem max(1rem, 50% - 23rem); overflow-wrap: anywhere;
+#key { padding-top: 1rem; }
+#log, #status, #welcome { flex: 1; overflow: auto; padding: 1.5rem 0; overflow-wrap: anywhere;
   scrollbar-gutter: stable both-edges; scrollbar-width: thin; }
 #log { display: flex; flex-direction: column-reverse; }     /* so that its end stays in sight while it grows */
 #turns { margin-bottom: auto; }
 main:has(#turns:empty) #log, main:has(#turns > *) #welcome { display: none; }
-#welcome > * { margin: 0 0 1.25rem; }
+#welcome > * { margin-bottom: 1.25rem; }
 #form { margin-bottom: .75rem; padding: .5rem .75rem; border: 1px solid var(--line); border-radius: 1rem; }
 #form:focus-within { border-color: var(--accent); }
 #field { max-height: 40vh; padding: .25rem 0 .5rem; border: 0; outline: 0; field-sizing: content; resize: none; }
@@ -11981,40 +11979,31 @@ main:has(#turns:empty) #log, main:has(#turns > *) #welcome { display: none; }
 #send { margin-inline-start: auto; border-color: var(--accent); background: var(--accent); color: var(--paper); }
 #settings { margin-top: .5rem; }
 #settings > div { display: grid; grid: auto / repeat(auto-fit, minmax(8rem, 1fr)); gap: .5rem; }
-#settings label:first-child { grid-column: 1 / -1; }
-#images img, .question img { max-height: 8rem; }
+#settings label:first-child { grid-column: 1 / -1; } #images img, .question img { max-height: 8rem; }
 
 /* the turns */
 .question { width: fit-content; max-width: 85%; margin-left: auto; padding: .6rem 1rem; border-radius: 1rem;
   background: var(--soft); white-space: pre-wrap; }
-.tools { min-height: 2rem; gap: 0 .75rem; }
-.tools button { padding: .1rem 0; border: 0; }
-.question + .tools { justify-content: end; }
-.line { margin-inline-end: auto; }
-.turn { margin-bottom: 1.5rem; }
-.replaced { outline: 1px dashed var(--faint); outline-offset: .25rem; }
+.tools { min-height: 2rem; gap: 0 .75rem; } .tools button { padding: .1rem 0; border: 0; }
+.question + .tools { justify-content: end; } .line { margin-inline-end: auto; }
+.turn { margin-bottom: 1.5rem; } .replaced { outline: 1px dashed var(--faint); outline-offset: .25rem; }
 .answer[aria-busy=true] > .text:empty::before { content: "\2026"; }
-details:has(> .thoughts:empty) { display: none; }
-details > :not(summary) { margin-top: .5rem; }
+details:has(> .thoughts:empty) { display: none; } details > :not(summary) { margin-top: .5rem; }
 .thoughts { font-size: .875rem; }
 :is(.text, .thoughts, blockquote) > *, .answer > * { margin: 0 0 .75rem; }
-p, li, td, th { white-space: pre-wrap; }
-li, td, th { unicode-bidi: plaintext; text-align: start; }
+p, li, td, th { white-space: pre-wrap; } li, td, th { unicode-bidi: plaintext; text-align: start; }
 td.center, th.center { text-align: center; } td.end, th.end { text-align: end; }
-li > * { margin-block: .25rem; white-space: normal; }
-ol, ul { padding-inline-start: 1.6rem; }
+li > * { margin-block: .25rem; white-space: normal; } ol, ul { padding-inline-start: 1.6rem; }
 .task { margin-inline-start: -1.4rem; list-style: none; }
 .task > input { width: auto; margin-inline: 0 .4rem; }
 h2 { font-size: 1.35rem; } h3 { font-size: 1.2rem; } h4 { font-size: 1.05rem; } h5, h6 { font-size: 1rem; }
 hr { border: 0; border-top: 1px solid var(--line); }
 blockquote, .thoughts { padding-inline-start: 1rem; border-inline-start: 3px solid var(--line); color: var(--faint); }
-.scroll, math[display=block] { overflow: auto hidden; }
-math { font-size: 1.1em; }
+.scroll, math[display=block] { overflow: auto hidden; } math { font-size: 1.1em; }
 table { border-collapse: collapse; overflow-wrap: normal; }
 td, th { min-width: 6rem; padding: .3rem .7rem; border: 1px solid var(--line); }
-th { background: var(--soft); }
-img { display: block; max-width: 100%; border-radius: .5rem; }
-.picture { padding: 0; border: 0; }
+th { background: var(--soft); } img { display: block; max-width: 100%; border-radius: .5rem; }
+.picture { display: block; margin-top: .5rem; padding: 0; border: 0; }
 pre, code { font: .875rem/1.5 ui-monospace, monospace; direction: ltr; unicode-bidi: isolate; }
 :not(pre) > code { padding: .1em .3em; border-radius: .25rem; background: var(--soft); }
 figure { margin: 0; border: 1px solid var(--line); border-radius: .5rem; }
@@ -12033,14 +12022,11 @@ li > button:first-child { flex: 1; text-align: start; }
 :is(#sidebar, #picker) :is([aria-current=true], [aria-pressed=true]) { background: var(--soft); font-weight: 600; }
 dialog { width: min(40rem, 100% - 2rem); max-height: 90dvh; border: 1px solid var(--line); border-radius: .75rem;
   background: var(--paper); color: var(--ink); overflow-wrap: anywhere; }
-#viewer { width: fit-content; }
-#viewer img { max-height: 75dvh; margin-bottom: .75rem; }
+#viewer { width: fit-content; } #viewer img { max-height: 75dvh; margin-bottom: .75rem; }
 ::backdrop { background: #0008; }
 #status > .card { margin-bottom: 1rem; padding: .75rem 1rem; border: 1px solid var(--line); border-radius: .75rem; }
-.card > * { margin: 0 0 .25rem; font-size: 1rem; }
-.state::before { content: "\25cf\a0"; }
-.ready { color: var(--good); }
-.resting { color: var(--warn); }
+.card > * { margin: 0 0 .25rem; font-size: 1rem; } .state::before { content: "\25cf\a0"; }
+.ready { color: var(--good); } .resting { color: var(--warn); }
 </style>
 <header>
   <h1>akashproxy</h1> <button id="list" popovertarget="sidebar">History</button>
