@@ -12216,8 +12216,8 @@ function item([first, ...rest], depth) {
   const made = nested([text, ...rest.map((line) => line.slice(Math.min(width, indentOf(line))))], depth);
   if (made[0]?.tagName === "P") made.splice(0, 1, ...made[0].childNodes);
   if (!box) return make("li", {}, made);
-  const done = box !== " ", tick = make("input", {type: "checkbox", disabled: true, checked: done, ariaLabel: done ? "done" : "open"});
-  return make("li", {className: "task"}, tick, made);
+  const checked = box !== " ", ariaLabel = checked ? "done" : "open";
+  return make("li", {className: "task"}, make("input", {type: "checkbox", disabled: true, checked, ariaLabel}), made);
 }
 function table([head, divider, ...rows]) {
   const split = (line) => line.trim().replace(/^\||(?<!\\)\|$/g, "").split(/(?<!\\)\|/).map((text) => text.trim());
@@ -12324,16 +12324,17 @@ function atom(tokens, depth) {
 
 // -- images and code
 function picture(name, alt) {   // fetched, for an <img> can't send a token; never read as SVG, which can hold a script
-  const image = make("img", {alt}), frame = button(image, () => enlarge(image), {className: "picture"});
+  const image = make("img", {alt}), frame = enlargeable(image);
   image.onerror = () => frame.replaceWith(make("span", {className: "bad"}, "This image can't be shown."));
   api(`images/${name}`).then((response) => response.blob()).then((blob) => {
     image.src = URL.createObjectURL(blob.slice(0, blob.size, "image/png"));
   }).catch(image.onerror);
   return frame;
 }
+const enlargeable = (image) => button(image, () => enlarge(image), {className: "picture"});
 function enlarge({src, alt}) {
-  const save = make("a", {href: src, download: `${alt.slice(0, 60) || "image"}.${src.startsWith("data:image/jpeg") ? "jpg" : "png"}`,
-    className: "button"}, "Save");
+  const name = `${alt.slice(0, 60) || "image"}.${src.startsWith("data:image/jpeg") ? "jpg" : "png"}`;
+  const save = make("a", {href: src, download: name, className: "button"}, "Save");
   ui.viewer.replaceChildren(make("img", {src, alt}), row(save, button("Close", () => ui.viewer.close())));
   ui.viewer.showModal();
 }
@@ -12414,8 +12415,8 @@ function show(other) {
   keepSettings();
 }
 function question(at) {
-  const message = chat.messages[at], words = wordsOf(message), enlarged = ({target}) => enlarge(target);
-  const images = imagesOf(message).map((src) => button(make("img", {src, alt: "Attached image"}), enlarged, {className: "picture"}));
+  const words = wordsOf(chat.messages[at]);
+  const images = imagesOf(chat.messages[at]).map((src) => enlargeable(make("img", {src, alt: "Attached image"})));
   return make("div", {className: "turn"}, make("div", {className: "question", ...auto}, words, images),
     make("div", {className: "tools small row"}, copying(words), button("Edit", () => edit(at))));
 }
@@ -12442,11 +12443,16 @@ function answer(own, at) {      // the element of an answer; update() and finish
     draw(thoughts, message.reasoning);
     draw(text, message.content);
   };
+  const again = () => {
+    if (stop) return;
+    cut(at);
+    ask();
+  };
   article.finish = () => {
     article.update();
     if (message.problem) article.append(paragraph("bad", message.problem));
-    const tools = make("div", {className: "tools small row"}, make("span", {className: "line"}, message.line ?? ""), copying(message.content),
-      button("Try again", () => { if (!stop) { cut(at); ask(); } }));
+    const line = make("span", {className: "line"}, message.line ?? "");
+    const tools = make("div", {className: "tools small row"}, line, copying(message.content), button("Try again", again));
     const code = make("details", {}, make("summary", {}, "As curl and Python"));
     code.ontoggle = () => { if (!code.querySelector("figure")) code.append(...examples(bodyOf(own, at))); };
     article.append(tools, code);
@@ -12460,7 +12466,8 @@ function bodyOf({messages}, at) {       // the request for an answer, without qu
   const prompt = system ? [{role: "system", content: system}] : [];
   return {...request, messages: [...prompt, ...sent.map(({role, content}) => ({role, content}))]};
 }
-const parameters = () => Object.fromEntries(PARAMETERS.filter((name) => ui[name].value).map((name) => [name, Number(ui[name].value)]));
+const parameters = () => Object.fromEntries(
+  PARAMETERS.filter((name) => ui[name].value).map((name) => [name, Number(ui[name].value)]));
 function paced(work) {  // `work`, the layout included, takes a fifth of the time at most, however long an answer grows
   let timer = 0, pause = 20;
   const run = () => {
@@ -12552,24 +12559,28 @@ function pick() {
   ui.picker.showModal();
 }
 function greet() {
-  const touch = matchMedia("(pointer: coarse)").matches, keys = touch ? "" : " Enter sends, Shift+Enter breaks the line, Escape stops.";
+  const touch = matchMedia("(pointer: coarse)").matches, key = sessionStorage.token ? "$TOKEN" : "none";
+  const keys = touch ? "" : " Enter sends, Shift+Enter breaks the line, Escape stops.";
   const some = names.slice(0, 5).map((name) => button(name, () => choose(name), {className: "name"}));
   ui.welcome.replaceChildren(make("h2", {}, "What can I do for you?"),
     paragraph("small", names.length ? `${count(names.length, "model")} to choose from.${keys}` : "No models are available."),
     row(...PROMPTS.map((text) => button(text, () => submit(text)))),
     row(...some, names.length > some.length ? button("More models", pick) : ""),
-    listing(BASE, "Base URL"), listing(`export OPENAI_BASE_URL=${BASE} OPENAI_API_KEY=${sessionStorage.token ? "$TOKEN" : "none"}`, "Shell"));
+    listing(BASE, "Base URL"), listing(`export OPENAI_BASE_URL=${BASE} OPENAI_API_KEY=${key}`, "Shell"));
 }
 
 // -- the controllers
-function card(all, {name, weight, priority, models, rests_for_seconds, models_cooling_down, last_error, last_error_at, ...figures}) {
-  const total = all.reduce((sum, each) => sum + (each.priority === priority && each.weight), 0);
-  const [className, state] = rests_for_seconds ? ["resting", `cooling down, ${rests_for_seconds} s`]
-    : models_cooling_down ? ["resting", `${count(models_cooling_down, "model")} cooling down`] : ["ready", "ready"];
-  return make("article", {className: "card"}, make("h2", {className: "row"}, name, make("span", {className: `small state ${className}`}, state)),
-    paragraph("small", `Tier ${priority}, ${Math.round(100 * weight / (total || 1))} % of its requests · `, models === null ? "models unknown" : count(models, "model")),
-    paragraph("small", `${figures.in_flight} in flight · ${figures.served} served · ${figures.failed} failed`),
-    last_error ? paragraph("bad", `Last error: ${last_error}, ${new Date(last_error_at).toLocaleTimeString()}`) : "");
+function card(all, each) {
+  const total = all.reduce((sum, {priority, weight}) => sum + (priority === each.priority && weight), 0);
+  const share = Math.round(100 * each.weight / (total || 1)), resting = each.rests_for_seconds || each.models_cooling_down;
+  const state = each.rests_for_seconds ? `cooling down, ${each.rests_for_seconds} s`
+    : each.models_cooling_down ? `${count(each.models_cooling_down, "model")} cooling down` : "ready";
+  const models = each.models === null ? "models unknown" : count(each.models, "model");
+  return make("article", {className: "card"},
+    make("h2", {className: "row"}, each.name, make("span", {className: `small state ${resting ? "resting" : "ready"}`}, state)),
+    paragraph("small", `Tier ${each.priority}, ${share} % of its requests · ${models}`),
+    paragraph("small", `${each.in_flight} in flight · ${each.served} served · ${each.failed} failed`),
+    each.last_error ? paragraph("bad", `Last error: ${each.last_error}, ${new Date(each.last_error_at).toLocaleTimeString()}`) : "");
 }
 function keyCard({name, ...figures}) {
   const words = Object.entries(figures).map(([figure, value]) => `${figure.replaceAll("_", " ")}: ${value ?? "none"}`);
@@ -12607,7 +12618,8 @@ function submit(text) {
   else tell();
   editing = -1;
   chat.title ||= text.slice(0, 60) || "Image";
-  ui.turns.append(question(chat.messages.push({role: "user", content: images.length ? [{type: "text", text}, ...images] : text}) - 1));
+  chat.messages.push({role: "user", content: images.length ? [{type: "text", text}, ...images] : text});
+  ui.turns.append(question(chat.messages.length - 1));
   ui.images.replaceChildren();
   ui.field.value = sessionStorage.draft = "";
   ask();

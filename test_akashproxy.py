@@ -9501,7 +9501,8 @@ def test_markdown_on_the_page(browser, pool):
         assert re.sub(' (class=""|dir="[a-z]+")', "", built) == expected, fake.text
 
 
-@pytest.mark.parametrize("part", ["`", "*", "_", "[", "**a *b", "``a `", "[a](https://", "\n", "$x$ ", "- a\n", "# a\n", "> ", "**`"])
+@pytest.mark.parametrize("part", ["`", "*", "_", "[", "**a *b", "``a `", "[a](https://", "\n", f"$x{'+ 10' * 9}$ ", f"- {'a' * 50}\n", "# a\n", "> ", "**`"],
+                         ids=lambda part: part[:9].strip() or "lines")
 def test_a_long_line_of_marks_is_drawn_at_once(part, browser, pool):
     fake = FakeOpenAI()
     fake.events = lambda: [fake.event({"content": f"x {part * (100000 // len(part))}"}), fake.event({}, "stop")]
