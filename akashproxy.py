@@ -7546,6 +7546,7 @@ class Pool:
                     "type": upstream.options.type,
                     "weight": upstream.options.weight,
                     "priority": upstream.options.priority,
+                    "models": None if upstream.known_models is None else len(upstream.known_models),
                     "in_flight": upstream.in_flight,
                     "served": upstream.served,
                     "failed": upstream.failed,
@@ -12214,70 +12215,156 @@ PAGE = r"""<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="theme-color" content="#ffffff" media="(prefers-color-scheme: light)">
+<meta name="theme-color" content="#17181b" media="(prefers-color-scheme: dark)">
 <title>akashproxy</title>
-<link rel="icon" href="data:,">
+<link rel="icon" href="data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 32 32'>
+  <rect width='32' height='32' rx='8' fill='%230a62b8'/><path d='M8 9h8l8 7-8 7H8l8-7z' fill='white'/></svg>">
 <style>
 :root { color-scheme: light dark; --paper: light-dark(#fff, #17181b); --soft: light-dark(#f3f4f6, #24262b);
-  --line: light-dark(#dcdfe4, #3a3d44); --ink: light-dark(#1c1d20, #e6e7e9); --faint: light-dark(#5f646d, #9ba1ab);
-  --accent: light-dark(#0a62b8, #82bbff); --bad: light-dark(#b3261e, #ffa198); }
+  --line: light-dark(#dcdfe4, #3a3d44); --ink: light-dark(#1c1d20, #e6e7e9); --faint: light-dark(#5a5f68, #a3a9b3);
+  --accent: light-dark(#0a62b8, #82bbff); --bad: light-dark(#b3261e, #ffa198); --good: light-dark(#1a7037, #7ddb99);
+  --warn: light-dark(#8a5300, #f2bd62); }
 * { box-sizing: border-box; } [hidden] { display: none !important; }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
 body { display: flex; flex-direction: column; height: 100dvh; margin: 0; background: var(--paper); color: var(--ink);
   font: 16px/1.6 system-ui, sans-serif; }
-header, form, label, #note, main > * { width: min(45.5rem, 100% - 2.5rem); margin: 0 auto; }
-header, form, label { display: flex; flex-wrap: wrap; align-items: center; gap: .75rem 1rem; padding: .75rem 0; }
-a { color: var(--accent); } .bad { color: var(--bad); }
-header a { padding: .25rem 0; border-bottom: 2px solid transparent; color: var(--faint); text-decoration: none; }
-header a[aria-current=true] { border-color: var(--accent); color: var(--ink); }
-header a:last-child { margin-left: auto; }
-button, select, input, textarea { min-width: 0; padding: .5rem .9rem; background: none; color: inherit; font: inherit; }
-button, select, input, textarea, figure, section, .question { border: 1px solid var(--line); border-radius: .5rem; }
-#model { flex: 0 1 11rem; text-overflow: ellipsis; }
-#field { flex: 1 1 13rem; max-height: 40vh; field-sizing: content; resize: none; }
-#send { border-color: var(--accent); background: var(--accent); color: var(--paper); }
-main { flex: 1; overflow: auto; scrollbar-gutter: stable both-edges; padding: 1.5rem 0; overflow-wrap: anywhere;
-  border-block: 1px solid var(--line); }
+a { color: var(--accent); }
+button, input, textarea, .button { min-width: 0; padding: .35rem .75rem; border: 1px solid var(--line);
+  border-radius: .5rem; background: none; color: inherit; font: inherit; text-decoration: none; }
+button, summary { cursor: pointer; } input, textarea { width: 100%; }
+::placeholder { color: var(--faint); opacity: 1; } .bad { color: var(--bad); }
+.small, summary, figcaption { color: var(--faint); font-size: .875rem; }
+.row { display: flex; flex-wrap: wrap; align-items: center; gap: .5rem; }
+.name { max-width: 100%; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+
+/* the frame: header, chat or controllers, composer */
+header { display: flex; flex-wrap: wrap; align-items: center; gap: 0 1rem; padding: .5rem 1rem;
+  border-bottom: 1px solid var(--line); }
+header :is(a, button) { padding: .25rem 0; border: 0; border-bottom: 2px solid transparent; border-radius: 0;
+  color: var(--faint); text-decoration: none; }
+header [aria-current=true] { border-color: var(--accent); color: var(--ink); }
+h1 { margin: 0 auto 0 0; font-size: 1rem; }
+main { flex: 1; display: flex; flex-direction: column; min-height: 0; }
+main > form, #note, #turns, #welcome > *, #status > * { width: min(46rem, 100% - 2rem); margin: 0 auto; }
+#note:not(:empty) { display: flex; align-items: center; gap: 1rem; padding: .5rem 0; }
+#key { padding-top: 1rem; }
+#log, #status, #welcome { flex: 1; overflow: auto; padding: 1.5rem 0; overflow-wrap: anywhere;
+  scrollbar-gutter: stable both-edges; scrollbar-width: thin; }
 #log { display: flex; flex-direction: column-reverse; }     /* so that its end stays in sight while it grows */
 #turns { margin-bottom: auto; }
-#turns:empty::before { content: "Enter sends, Shift+Enter breaks the line, Escape stops."; color: var(--faint); }
-.question, p, .thoughts { white-space: pre-wrap; }
-.question { width: fit-content; max-width: 85%; margin-left: auto; padding: .6rem 1rem; background: var(--soft); }
-.answer { margin: 1.25rem 0 2.5rem; } .answer[aria-busy=true] .text:empty::before { content: "\2026"; }
-.text > *, .answer > *, section p { margin: 0 0 .75rem; } details > :not(summary) { margin: .75rem 0 0; }
-:is(h1, h2, h3, h4, h5, h6) { font-size: 1.15rem; }
-summary, .thoughts, figcaption { color: var(--faint); font-size: .875rem; }
-details:has(> .thoughts:empty) { display: none; }
-summary { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; cursor: pointer; }
-.thoughts { padding-left: 1rem; border-left: 2px solid var(--line); }
-ol { padding-left: 1.5rem; } li:not([value]) { list-style: disc; } .deep { margin-left: 1.5rem; }
-img { display: block; max-width: 100%; }
-pre, code { font: .875rem/1.5 ui-monospace, monospace; }
-:not(pre) > code { padding: .1em .3em; border-radius: .25rem; background: var(--soft); }
-pre { margin: 0; padding: 0 1rem .75rem; overflow-x: auto; scrollbar-width: thin; }
-figcaption { display: grid; grid: auto / 1fr auto; align-items: center; min-height: 2.5rem; padding-left: 1rem; }
-figcaption button { border: 0; background: none; }
-section { margin-bottom: 1rem; padding: .75rem 1rem 0; }
-</style>
-<header><a href="#chat">Chat</a> <a href="#status">Controllers</a> <a href=".">New chat</a></header>
-<label id="key" hidden>Token <input id="token" type="password" autocomplete="off"></label>
-<div id="note" class="bad" role="alert"></div>
-<main id="log" role="log" aria-label="Conversation" tabindex="0"><div id="turns"></div></main>
-<main id="status" aria-label="Controllers" tabindex="0" hidden></main>
-<form id="form">
-  <select id="model" aria-label="Model"></select>
-  <textarea id="field" rows="1" aria-label="Message" placeholder="Message"></textarea> <button id="send">Send</button>
-</form>
-<script type="module">
-const {key, token, note, log, turns, status, form, model, field, send} =
-  Object.fromEntries(Array.from(document.querySelectorAll("[id]"), (element) => [element.id, element]));
-const messages = [];    // the conversation so far
-let stop = null;        // the AbortController of the answer that is coming
+main:has(#turns:empty) #log, main:has(#turns > *) #welcome { display: none; }
+#welcome > * { margin-bottom: 1.25rem; }
+#form { margin-bottom: .75rem; padding: .5rem .75rem; border: 1px solid var(--line); border-radius: 1rem; }
+#form:focus-within { border-color: var(--accent); }
+#field { max-height: 40vh; padding: .25rem 0 .5rem; border: 0; outline: 0; field-sizing: content; resize: none; }
+#model { max-width: min(100%, 20rem); }
+#send { margin-inline-start: auto; border-color: var(--accent); background: var(--accent); color: var(--paper); }
+#settings { margin-top: .5rem; }
+#settings > div { display: grid; grid: auto / repeat(auto-fit, minmax(8rem, 1fr)); gap: .5rem; }
+#settings label:first-child { grid-column: 1 / -1; } #images img, .question img { max-height: 8rem; }
 
-function make(tag, properties, ...children) {   // all that is shown is made here, as elements and text, never from HTML
-  const element = Object.assign(document.createElement(tag), properties);
+/* the turns */
+.question { width: fit-content; max-width: 85%; margin-left: auto; padding: .6rem 1rem; border-radius: 1rem;
+  background: var(--soft); white-space: pre-wrap; }
+.tools { min-height: 2rem; gap: 0 .75rem; } .tools button { padding: .1rem 0; border: 0; }
+.question + .tools { justify-content: end; } .line { margin-inline-end: auto; }
+.turn { margin-bottom: 1.5rem; } .replaced { outline: 1px dashed var(--faint); outline-offset: .25rem; }
+.answer[aria-busy=true] > .text:empty::before { content: "\2026"; }
+details:has(> .thoughts:empty) { display: none; } details > :not(summary) { margin-top: .5rem; }
+.thoughts { font-size: .875rem; }
+:is(.text, .thoughts, blockquote) > *, .answer > * { margin: 0 0 .75rem; }
+p, li, td, th { white-space: pre-wrap; } li, td, th { unicode-bidi: plaintext; text-align: start; }
+td.center, th.center { text-align: center; } td.end, th.end { text-align: end; }
+li > * { margin-block: .25rem; white-space: normal; } ol, ul { padding-inline-start: 1.6rem; }
+.task { margin-inline-start: -1.4rem; list-style: none; }
+.task > input { width: auto; margin-inline: 0 .4rem; }
+h2 { font-size: 1.35rem; } h3 { font-size: 1.2rem; } h4 { font-size: 1.05rem; } h5, h6 { font-size: 1rem; }
+hr { border: 0; border-top: 1px solid var(--line); }
+blockquote, .thoughts { padding-inline-start: 1rem; border-inline-start: 3px solid var(--line); color: var(--faint); }
+.scroll, math[display=block] { overflow: auto hidden; } math { font-size: 1.1em; }
+table { border-collapse: collapse; overflow-wrap: normal; }
+td, th { min-width: 6rem; padding: .3rem .7rem; border: 1px solid var(--line); }
+th { background: var(--soft); } img { display: block; max-width: 100%; border-radius: .5rem; }
+.picture { display: block; margin-top: .5rem; padding: 0; border: 0; }
+pre, code { font: .875rem/1.5 ui-monospace, monospace; direction: ltr; unicode-bidi: isolate; }
+:not(pre) > code { padding: .1em .3em; border-radius: .25rem; background: var(--soft); }
+figure { margin: 0; border: 1px solid var(--line); border-radius: .5rem; }
+figure + figure { margin-top: .75rem; }
+figcaption { display: flex; align-items: center; justify-content: space-between; min-height: 2.5rem; padding-inline: 1rem 0; }
+figcaption button { border: 0; }
+pre { margin: 0; padding: 0 1rem .75rem; overflow-x: auto; scrollbar-width: thin; text-align: left; }
+
+/* lists of chats and models, a large image, the controllers */
+#sidebar { inset: 0 auto 0 0; width: min(20rem, 100%); height: 100dvh; padding: 1rem; border: 0;
+  border-right: 1px solid var(--line); background: var(--paper); color: var(--ink); }
+#sidebar ul, #picker ul { margin: 1rem 0; padding: 0; list-style: none; }
+:is(#sidebar, #picker) li { display: flex; unicode-bidi: normal; white-space: normal; }
+:is(#sidebar, #picker) li button { padding-inline: .5rem; border: 0; }
+li > button:first-child { flex: 1; text-align: start; }
+:is(#sidebar, #picker) :is([aria-current=true], [aria-pressed=true]) { background: var(--soft); font-weight: 600; }
+dialog { width: min(40rem, 100% - 2rem); max-height: 90dvh; border: 1px solid var(--line); border-radius: .75rem;
+  background: var(--paper); color: var(--ink); overflow-wrap: anywhere; }
+#viewer { width: fit-content; } #viewer img { max-height: 75dvh; margin-bottom: .75rem; }
+::backdrop { background: #0008; }
+#status > .card { margin-bottom: 1rem; padding: .75rem 1rem; border: 1px solid var(--line); border-radius: .75rem; }
+.card > * { margin: 0 0 .25rem; font-size: 1rem; } .state::before { content: "\25cf\a0"; }
+.ready { color: var(--good); } .resting { color: var(--warn); }
+</style>
+<header>
+  <h1>akashproxy</h1> <button id="list" popovertarget="sidebar">History</button>
+  <a href="#chat">Chat</a> <a href="#status">Controllers</a> <button id="fresh">New chat</button>
+</header>
+<nav id="sidebar" aria-label="History" popover>
+  <div class="row"><button popovertarget="sidebar">Close</button> <button id="save">Export as JSON</button></div>
+  <ul id="chats"></ul>
+</nav>
+<main>
+  <form id="key" hidden><label>Token <input id="token" type="password" autocomplete="off"></label></form>
+  <div id="note" role="alert"></div>
+  <section id="welcome" aria-label="Welcome" tabindex="0"></section>
+  <div id="log" role="log" aria-live="polite" aria-label="Conversation" tabindex="0"><div id="turns"></div></div>
+  <section id="status" aria-label="Controllers" tabindex="0" hidden></section>
+  <form id="form">
+    <div id="images" class="row"></div>
+    <textarea id="field" rows="1" dir="auto" aria-label="Message" placeholder="Message"></textarea>
+    <div class="row"><button type="button" id="model" class="name" aria-haspopup="dialog">No models</button>
+      <button type="button" id="attach">Attach image</button> <button id="send">Send</button></div>
+    <input id="file" type="file" accept="image/*" multiple hidden>
+    <details id="settings"><summary>Settings</summary><div class="small">
+      <label>System prompt <textarea id="system" rows="2" dir="auto"></textarea></label>
+      <label>Temperature <input id="temperature" type="number" min="0" max="2" step="any" placeholder="default"></label>
+      <label>Top p <input id="top_p" type="number" min="0" max="1" step="any" placeholder="default"></label>
+      <label>Max tokens <input id="max_tokens" type="number" min="1" placeholder="no limit"></label></div></details>
+  </form>
+</main>
+<dialog id="picker" aria-label="Models"><form method="dialog">
+  <input id="search" type="search" aria-label="Search models" placeholder="Search models" autocomplete="off">
+  <div id="found" class="small" role="status"></div><ul id="models"></ul></form></dialog>
+<dialog id="viewer" aria-label="Image"></dialog>
+<script type="module">
+const ui = Object.fromEntries(Array.from(document.querySelectorAll("[id]"), (element) => [element.id, element]));
+const PARAMETERS = ["temperature", "top_p", "max_tokens"];
+const auto = {dir: "auto"};     // Arabic and Hebrew run from the right
+let chat = null;        // {id, title, messages}: the conversation in sight, as it is stored
+let stop = null;        // the AbortController of the answer that is being received
+let names = null;       // of the models; null until they are listed
+let chosen = "";        // the model
+let editing = -1;       // index of the question that the next one replaces
+
+class Explained extends Error {}    // its message is written for people; other errors have the browser's text
+
+function make(tag, properties, ...children) {   // everything shown is made here, as elements and text, never from HTML
+  const element = document.createElement(tag);
   for (const child of children.flat()) element.append(child);
-  return element;
+  return Object.assign(element, properties);    // last: with dir="auto" each child that comes takes a look at all
 }
+const button = (text, onclick, properties) => make("button", {type: "button", onclick, ...properties}, text);
+const paragraph = (className, ...children) => make("p", {className}, ...children);
+const row = (...children) => make("div", {className: "row"}, ...children);
+const count = (number, noun) => `${number} ${noun}${number === 1 ? "" : "s"}`;
+const tell = (...words) => ui.note.replaceChildren(...words);
+const offerUndo = (text, restore) => tell(text, button("Undo", () => { tell(); restore(); }));
 
 // -- the server, asked as any client asks it
 async function api(path, options) {
@@ -12285,20 +12372,20 @@ async function api(path, options) {
   const headers = {"Content-Type": "application/json", ...(secret && {Authorization: `Bearer ${secret}`})};
   const response = await fetch(path, {...options, headers}).catch(() => null);
   if (response?.ok) return response;
-  if (!response) throw Error("The server does not answer. Is it still running?");
+  if (!response) throw new Explained("The server does not answer. Is it still running?");
   if (response.status === 401) {
-    key.hidden = false;
-    token.focus();
-    throw Error(secret ? "The token is wrong. Type the right one." : "This server needs a token. Type it above.");
+    ui.key.hidden = false;
+    ui.token.focus();
+    throw new Explained(secret ? "The token is wrong. Type the right one." : "This server needs a token. Type it above.");
   }
   const unread = {error: {message: `The server answered with ${response.status}.`}};
   throw failure((await response.json().catch(() => unread)).error, response.headers.get("Retry-After"));
 }
 function failure({message, code}, seconds) {    // what went wrong, and what to do
   const otherwise = code === "model_not_found" ? "Choose another model" : "Try again or choose another model";
-  return Error(`${message} ${seconds ? `Try again in ${seconds} s` : otherwise}.`);
+  return new Explained(`${message.replace(/[^.!?]$/, "$&.")} ${seconds ? `Try again in ${seconds} s` : otherwise}.`);
 }
-async function* events(stream) {    // what each event of a text/event-stream says, as JSON
+async function* events(stream) {    // the data of each event of a text/event-stream, read as JSON
   const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
   for (let held = "", part; !(part = await reader.read()).done;) {
     const whole = (held + part.value).split(/(?:\r\n|\n|\r(?!\n|$)){2}/);
@@ -12308,148 +12395,557 @@ async function* events(stream) {    // what each event of a text/event-stream sa
   }
 }
 
-// -- Markdown, as much of it as models use; the patterns take a time in proportion to the text, whatever it is.
-const MORE = /(?:\n(?![ \t]*(?:$|```|~~~|#+ |[-*+] |\d+[.)] )).+)*/.source;     // a paragraph's further lines
-const ITEM = /^([ \t]*)([-*+]|\d{1,9}[.)]) (.*MORE)/.source.replace("MORE", MORE);
-const BLOCK = RegExp([
-  /^(?<indent>[ \t]*)(?<fence>```+|~~~+)(?<name>.*)(?:\n(?<code>[^]*?)(?:^[ \t]*\k<fence>[ \t]*$|(?![^])))?/.source,
-  /^(?<level>#{1,6}) +(?<title>.+)/.source, `(?<list>(?:${ITEM}\\n*)+)`, `(?<text>^.*\\S.*${MORE})`].join("|"), "gm");
-const INLINE = RegExp(`(${[/``.+?``(?!`)|`[^`\n]+`/, /\*\*(?=\S)[^*]+(?:\*[^*]+\*[^*]*){0,3}\*\*/,
-  /(?<![\w*])\*(?=\S)[^*\n]+\*(?![\w*])/, /(?<!\w)_(?=\S)[^_\n]+_(?!\w)/,
-  /!?\[[^[\]]*\]\(https?:\/\/(?:[^\s()]|\([^\s()]*\))+\)/, /https?:\/\/[^\s<>()*`"']*[^\s<>()*`"'.,;:!?]/,
-].map(({source}) => source).join("|")})`);
-function draw(place, text) {    // only blocks that changed are made anew
-  [...text.matchAll(BLOCK)].forEach(({0: source, groups}, at) => {
-    if (place.children[at]?.source === source) return;
-    while (place.children[at]) place.lastChild.remove();
-    place.append(Object.assign(block(groups), {source}));
+// -- Markdown's blocks. Each kind: how its first line looks, the line after its last one, and what is made of its lines.
+const DEEPEST = 8;      // levels of lists and quotes; anything nested deeper is text
+const ITEM = /^[ \t]*(?:[-*+]|\d{1,9}[.)])(?:[ \t]+|$)/;
+const DIVIDER = /^[ \t|:-]+$/;      // between a table's head and its rows
+const oneLine = (lines, at) => at + 1;
+const isBlank = (line) => !line.trim();
+const kindAt = (lines, at) => KINDS.find(({begins}) => begins(lines[at], lines[at + 1] ?? ""));
+function until(lines, at, ends) {       // the first line after one for which `ends` is true
+  while (++at < lines.length && !ends(at));
+  return at;
+}
+const LIST = {begins: (line) => ITEM.test(line), end: listEnd, shape: list};
+const QUOTE = {begins: (line) => /^ {0,3}>/.test(line), end: quoteEnd, shape: quote};
+const TEXT = {end: (lines, at) => until(lines, at, (next) => isBlank(lines[next]) || kindAt(lines, next)),
+  shape: (lines) => make("p", auto, inline(lines.join("\n")))};
+const TABLE = {begins: (line, next) => line.includes("|") && next.includes("-") && DIVIDER.test(next),
+  end: (lines, at) => until(lines, at, (next) => !lines[next].includes("|")), shape: table};
+const KINDS = [
+  {begins: (line) => /^[ \t]*(?:`{3,}[^`]*|~{3,}.*)$/.test(line), end: fenceEnd, shape: fence},
+  {begins: (line) => /^ {0,3}#{1,6}[ \t]/.test(line), end: oneLine, shape: heading},
+  {begins: (line) => /^(?:-{3,}|\*{3,}|_{3,})$/.test(line.replace(/[ \t]/g, "")), end: oneLine, shape: () => make("hr")},
+  TABLE, QUOTE, LIST,
+];
+function* blocks(lines, depth) {
+  for (let at = 0, end; at < lines.length; at = end) {
+    const kind = depth < DEEPEST && kindAt(lines, at) || TEXT;
+    end = isBlank(lines[at]) ? at + 1 : kind.end(lines, at);
+    if (!isBlank(lines[at])) yield {at, own: lines.slice(at, end), kind};
+  }
+}
+function draw(place, text) {    // Only the last two blocks can still change: those before are kept and not read again.
+  const drawn = place.drawn ??= {chars: 0, settled: 0, parts: []}, {parts} = drawn;
+  const lines = text.slice(drawn.chars).split("\n"), found = [...blocks(lines, 0)];
+  found.forEach(({own, kind}, index) => {
+    const at = drawn.settled + index, old = parts[at], source = own.join("\n"), above = parts[at - 1]?.level ?? 1;
+    if (old?.source === source) return;
+    const element = kind.shape(own, 0, above);
+    parts[at] = {element, source, level: element.level ?? above};
+    if (old) old.element.replaceWith(element);
+    else place.append(element);
   });
+  for (const {element} of parts.splice(drawn.settled + found.length)) element.remove();
+  if (found.length < 3) return;
+  drawn.chars += lines.slice(0, found.at(-2).at).join("\n").length + 1;
+  drawn.settled += found.length - 2;
 }
-function block({fence, indent, name, code = "", level, title, list, text}) {
-  if (fence) return listing(code.replace(RegExp(`^${indent}`, "gm"), "").replace(/\n$/, ""), name.trim());
-  if (level) return make(`h${level.length}`, {}, inline(title));
-  if (text) return make("p", {}, inline(text));
-  return make("ol", {}, Array.from(list.matchAll(RegExp(ITEM, "gm")), ([, blanks, mark, words]) =>
-    make("li", {className: blanks && "deep", ...(/\d/.test(mark) && {value: parseInt(mark)})}, inline(words))));
+function quoteEnd(lines, at) {
+  return until(lines, at, (next) => isBlank(lines[next]) || ![QUOTE, undefined].includes(kindAt(lines, next)));
 }
-const inline = (text) => text.split(INLINE).map((part, at) => {     // every other part is one to be marked up
-  if (at % 2 === 0) return part;
-  if (part.startsWith("`")) return make("code", {}, part.replace(/^(``?)(.*)\1$/, "$2"));
-  if (part.startsWith("**")) return make("strong", {}, inline(part.slice(2, -2)));
-  if (/^[*_]/.test(part)) return make("em", {}, inline(part.slice(1, -1)));
-  const [, image, label, href] = part.match(/^(!?)\[([^[\]]*)\]\((.*)\)$/s) ?? [, "", "", part];
-  const [, own = ""] = image ? href.split(`//${location.host}${location.pathname}images/`) : "";
+function fenceEnd(lines, at) {
+  const [mark] = lines[at].match(/`+|~+/);
+  return Math.min(until(lines, at, (next) => lines[next].trim() === mark) + 1, lines.length);
+}
+const isNumbered = (line) => /^[ \t]*\d/.test(line);
+const indentOf = (line) => line.match(/^[ \t]*/)[0].length;
+function listEnd(lines, at) {   // it goes on with items of its sort, indented lines and the lines of a paragraph
+  const indent = indentOf(lines[at]), numbered = isNumbered(lines[at]);
+  let end = at + 1;
+  for (let next = end; next < lines.length; next++) {
+    if (isBlank(lines[next])) continue;
+    const kind = kindAt(lines, next), isItem = kind === LIST && isNumbered(lines[next]) === numbered;
+    if (!isItem && indentOf(lines[next]) <= indent && (kind || next > end)) break;
+    end = next + 1;
+  }
+  return end;
+}
+function fence([first, ...lines]) {
+  const [, indent, mark, name] = first.match(/^([ \t]*)(`+|~+)(.*)/);
+  if (lines.at(-1)?.trim() === mark) lines.pop();
+  return listing(lines.map((line) => line.startsWith(indent) ? line.slice(indent.length) : line).join("\n"), name.trim());
+}
+function heading([line], depth, above) {        // one level down at a time, as readers of screens expect it
+  const [, marks, title] = line.trim().match(/^(#+)(.*)/), level = Math.min(marks.length + 1, above + 1, 6);
+  return depth ? paragraph("", make("strong", {}, inline(title.trim())))
+    : make(`h${level}`, {...auto, level}, inline(title.trim()));
+}
+const nested = (lines, depth) => Array.from(blocks(lines, depth), ({own, kind}) => kind.shape(own, depth));
+function quote(lines, depth) {
+  const made = nested(lines.map((line) => line.replace(/^ {0,3}> ?/, "")), depth + 1);
+  for (const block of made) block.removeAttribute("dir");       // its text decides where the quote's bar is
+  return make("blockquote", auto, made);
+}
+function list(lines, depth) {
+  const indent = indentOf(lines[0]), numbered = isNumbered(lines[0]), items = [];
+  for (const line of lines) {
+    if (indentOf(line) <= indent && ITEM.test(line)) items.push([line]);
+    else items.at(-1).push(line);
+  }
+  const made = items.map((own) => item(own, depth + 1));
+  return numbered ? make("ol", {...auto, start: parseInt(lines[0])}, made) : make("ul", auto, made);
+}
+function item([first, ...rest], depth) {
+  const width = first.match(ITEM)[0].length;
+  const [, box, text] = first.slice(width).match(/^(?:\[([ xX])\][ \t]+)?(.*)/);
+  const made = nested([text, ...rest.map((line) => line.slice(Math.min(width, indentOf(line))))], depth);
+  if (made[0]?.tagName === "P") made.splice(0, 1, ...made[0].childNodes);
+  if (!box) return make("li", {}, made);
+  const checked = box !== " ", ariaLabel = checked ? "done" : "open";
+  return make("li", {className: "task"}, make("input", {type: "checkbox", disabled: true, checked, ariaLabel}), made);
+}
+function table([head, divider, ...rows]) {
+  const split = (line) => line.trim().replace(/^\||(?<!\\)\|$/g, "").split(/(?<!\\)\|/).map((text) => text.trim());
+  const sides = split(divider).map((text) => !text.endsWith(":") ? "" : text[0] === ":" ? "center" : "end");
+  const cells = (tag, line) => make("tr", {}, split(line).slice(0, sides.length).map((text, column) =>
+    make(tag, {className: sides[column]}, inline(text.replaceAll("\\|", "|")))));
+  return make("div", {className: "scroll", tabIndex: 0, role: "group", ariaLabel: "Table"}, make("table", auto,
+    make("thead", {}, cells("th", head)), make("tbody", {}, rows.map((line) => cells("td", line)))));
+}
+
+// -- Markdown within a line. Each pattern stops at its own mark, so that a text of marks takes no longer than another.
+const within = (mark) => String.raw`(?:[^${mark}\\\x60]|\\[^]|\x60[^\x60]*\x60)+`;      // \x60: code may contain the mark
+const STAR = within("*"), UNDERSCORE = within("_"), TILDE = within("~");
+const LINK = /!?\[(?:[^[\]\x60]|\x60[^\x60]*\x60)*\]\(https?:\/\/(?:[^\s()]|\([^\s()]*\))+(?: +"[^"\n]*")?\)/;
+const strong = (text) => make("strong", {}, inline(text.slice(2, -2)));
+const emphasis = (text) => make("em", {}, inline(text.slice(1, -1)));
+const link = (href, ...children) => make("a", {href, target: "_blank", rel: "noopener"}, ...children);
+const SPANS = [
+  [/``.+?``(?!`)|`[^`]+`/, code],
+  [/\$\$[^$]+\$\$|\\\[(?:[^\\]|\\[^[\]\\]|\\\\(?!\[))+\\\]/, (text) => tex(text.slice(2, -2), true)],
+  [/\\\((?:[^\\\n]|\\[^()\\\n])+\\\)/, (text) => tex(text.slice(2, -2))],
+  [/\$(?![\s$])[^$\n`]+(?<!\s)\$(?![\d$])/, (text) => tex(text.slice(1, -1))],
+  [RegExp(String.raw`\*{3}(?=\S)${STAR}\*{3}`), (text) => make("em", {}, strong(text.slice(1, -1)))],
+  [RegExp(String.raw`\*\*(?=\S)${STAR}(?:\*${STAR}\*(?:${STAR})?){0,3}\*\*|(?<!\w)__(?=\S)${UNDERSCORE}__(?!\w)`), strong],
+  [RegExp(String.raw`(?<![\w*\\])\*(?=\S)${STAR}(?:\*\*${STAR}\*\*(?:${STAR})?){0,3}\*(?![\w*])`), emphasis],
+  [RegExp(String.raw`(?<![\w\\])_(?=\S)${UNDERSCORE}_(?!\w)`), emphasis],
+  [RegExp(String.raw`~~(?=\S)${TILDE}~~`), (text) => make("del", {}, inline(text.slice(2, -2)))],
+  [LINK, linkOrPicture],
+  [/https?:\/\/[^\s<>()*`"']*[^\s<>()*`"'.,;:!?]/, (href) => link(href, href)],
+  [/\\[^\w\s]/, (text) => text[1]],
+  [/&(?:#\d{1,7}|#x[\da-fA-F]{1,6}|[A-Za-z]{2,8});/, entity],
+  [/<br ?\/?>/, () => make("br")],
+];
+const INLINE = RegExp(`(${SPANS.map(([{source}]) => source).join("|")})`);
+function inline(text) {
+  return text.split(INLINE).map((part, at) => at % 2 ? SPANS.find(([span]) => part.match(span)?.[0] === part)[1](part) : part);
+}
+function code(text) {
+  const width = text.startsWith("``") ? 2 : 1, inside = text.slice(width, -width);
+  return make("code", {dir: "ltr"}, /^ .+ $/s.test(inside) ? inside.slice(1, -1) : inside);
+}
+const ENTITIES = new Map(Object.entries({amp: "&", lt: "<", gt: ">", quot: '"', apos: "'", nbsp: "\u00a0", copy: "©",
+  reg: "®", deg: "°", times: "×", middot: "·", ndash: "–", mdash: "—", hellip: "…", larr: "←", rarr: "→", euro: "€"}));
+function entity(text) {
+  const name = text.slice(1, -1), point = Number(name.replace("#x", "0x").replace("#", ""));
+  return point <= 0x10ffff ? String.fromCodePoint(point) : ENTITIES.get(name) ?? text;
+}
+function linkOrPicture(text) {
+  const middle = text.lastIndexOf("](http"), label = text.slice(text.indexOf("[") + 1, middle);
+  const [href] = text.slice(middle + 2, -1).split(" ");
+  const [, own = ""] = text[0] === "!" ? href.split(`//${location.host}${location.pathname}images/`) : "";
   if (/^\w[\w.-]*$/.test(own)) return picture(own, label);
-  return make("a", {href, target: "_blank", rel: "noopener"}, label ? inline(label) : href);
-});
+  return link(href, inline(label).map((part) => part.tagName === "A" ? part.textContent : part));
+}
+
+// -- TeX as MathML: the commands that models write most. Others stay as they are written.
+const SYMBOLS = new Map(Array.from(`alpha α beta β gamma γ delta δ epsilon ε varepsilon ε theta θ lambda λ mu μ nu ν pi π
+  rho ρ sigma σ tau τ phi φ varphi φ omega ω Gamma Γ Delta Δ Theta Θ Lambda Λ Sigma Σ Phi Φ Omega Ω sum ∑ prod ∏ int ∫
+  infty ∞ partial ∂ nabla ∇ cdot · times × div ÷ pm ± le ≤ leq ≤ ge ≥ geq ≥ ne ≠ neq ≠ approx ≈ equiv ≡ sim ∼ in ∈ notin ∉
+  subset ⊂ subseteq ⊆ cup ∪ cap ∩ forall ∀ exists ∃ to → rightarrow → Rightarrow ⇒ implies ⇒ iff ⇔ mapsto ↦ ldots … dots …
+  cdots ⋯ langle ⟨ rangle ⟩ mid ∣ circ ∘ { { } } | ‖ quad \u2003 , \u2009 ; \u2004`.matchAll(/(\S+) (\S+)/g), (pair) => pair.slice(1)));
+const ACCENTS = new Map([["hat", "^"], ["bar", "¯"], ["overline", "¯"], ["vec", "→"], ["tilde", "~"], ["dot", "˙"]]);
+const FUNCTIONS = /^(?:log|ln|exp|sin|cos|tan|lim|max|min|det|gcd)$/;
+const TEX = /\\(?:text\w*|math\w+|operatorname)\{[^{}]*\}|\\(?:[A-Za-z]+|[^])|\d+(?:\.\d+)?|[^\s\\]/g;
+function mathml(tag, ...children) {
+  const element = document.createElementNS("http://www.w3.org/1998/Math/MathML", tag);
+  for (const child of children.flat()) element.append(child);
+  return element;
+}
+function tex(source, display) {
+  const math = mathml("math", group((source.match(TEX) ?? []).reverse(), 0));
+  math.setAttribute("display", display ? "block" : "inline");
+  return math;
+}
+function group(tokens, depth, end) {    // takes the next tokens, which stand at the end of `tokens`, and `end`
+  const made = [];
+  while (tokens.length && tokens.at(-1) !== end) made.push(scripted(tokens, depth));
+  tokens.pop();
+  return mathml("mrow", made);
+}
+function scripted(tokens, depth) {      // an atom with what stands below and above it
+  const base = atom(tokens, depth), limits = /^(?:[∑∏]|lim|max|min)$/.test(base.textContent), scripts = {};
+  while (/^[_^]$/.test(tokens.at(-1)) && !scripts[tokens.at(-1)]) scripts[tokens.pop()] = atom(tokens, depth + 1);
+  const {_: below, "^": above} = scripts;
+  if (below && above) return mathml(limits ? "munderover" : "msubsup", base, below, above);
+  if (below) return mathml(limits ? "munder" : "msub", base, below);
+  return above ? mathml(limits ? "mover" : "msup", base, above) : base;
+}
+function atom(tokens, depth) {
+  const token = tokens.pop() ?? "", next = () => atom(tokens, depth + 1);
+  const [, command = "", words] = token.match(/^\\([A-Za-z]+)(?:\{([^]*)\})?$/) ?? [];
+  if (words) return mathml("mtext", words);
+  if (FUNCTIONS.test(command)) return mathml("mi", command);
+  if (depth < 30) {     // nested deeper, commands stay as they are written
+    if (token === "{") return group(tokens, depth + 1, "}");
+    if (/^[dt]?frac$/.test(command)) return mathml("mfrac", next(), next());
+    if (command === "sqrt") return mathml("msqrt", next());
+    if (/^(?:left|right|boxed|displaystyle|[Bb]igg?)$/.test(command)) return next();
+    if (ACCENTS.has(command)) return mathml("mover", next(), mathml("mo", ACCENTS.get(command)));
+  }
+  const text = token.length > 1 && SYMBOLS.get(token.slice(1)) || token;
+  return mathml(/^\d/.test(text) ? "mn" : /^[\p{L}∞]/u.test(text) ? "mi" : text[0] === "\\" ? "mtext" : "mo", text);
+}
+
+// -- images and code
 function picture(name, alt) {   // fetched, for an <img> can't send a token; never read as SVG, which can hold a script
-  const image = make("img", {alt});
-  image.onerror = () => image.replaceWith(make("span", {className: "bad"}, "This picture can't be shown."));
+  const image = make("img", {alt}), frame = enlargeable(image);
+  image.onerror = () => frame.replaceWith(make("span", {className: "bad"}, "This image can't be shown."));
   api(`images/${name}`).then((response) => response.blob()).then((blob) => {
     image.src = URL.createObjectURL(blob.slice(0, blob.size, "image/png"));
   }).catch(image.onerror);
-  return image;
+  return frame;
 }
-function listing(text, name) {
-  const copy = make("button", {type: "button", hidden: !navigator.clipboard}, "Copy");  // plain HTTP has no clipboard
-  copy.onclick = () => navigator.clipboard.writeText(text).then(() => { copy.textContent = "Copied"; });
-  return make("figure", {}, make("figcaption", {}, name, copy), make("pre", {tabIndex: 0}, make("code", {}, text)));
+const enlargeable = (image) => button(image, () => enlarge(image), {className: "picture"});
+function enlarge({src, alt}) {
+  const name = `${alt.slice(0, 60) || "image"}.${src.startsWith("data:image/jpeg") ? "jpg" : "png"}`;
+  const save = make("a", {href: src, download: name, className: "button"}, "Save");
+  ui.viewer.replaceChildren(make("img", {src, alt}), row(save, button("Close", () => ui.viewer.close())));
+  ui.viewer.showModal();
 }
+function copying(text) {
+  const copy = () => navigator.clipboard.writeText(text).then(() => { made.textContent = "Copied"; });
+  const made = button("Copy", copy, {hidden: !navigator.clipboard});    // plain HTTP has no clipboard
+  return made;
+}
+const listing = (text, name) => make("figure", {}, make("figcaption", {}, make("span", {}, name), copying(text)),
+  make("pre", {tabIndex: 0}, make("code", {dir: "ltr"}, text)));
+async function shrink(blob) {   // a data: URL of at most 1024 pixels a side, so that chats fit into the browser's storage
+  const bitmap = await createImageBitmap(blob), scale = Math.min(1, 1024 / Math.max(bitmap.width, bitmap.height));
+  const canvas = make("canvas", {width: bitmap.width * scale, height: bitmap.height * scale});
+  canvas.getContext("2d").drawImage(bitmap, 0, 0, canvas.width, canvas.height);
+  return canvas.toDataURL(blob.type === "image/png" && scale === 1 ? "image/png" : "image/jpeg", .85);
+}
+async function attachAll(files) {
+  for (const file of files) await shrink(file).then(addImage, () => tell(`${file.name} is not an image.`));
+}
+function addImage(src) {
+  const entry = row(make("img", {src, alt: "Attached image"}), button("×", () => entry.remove(), {ariaLabel: "Remove image"}));
+  ui.images.append(entry);
+}
+
+// -- what is kept in the browser: each chat under a key of its own, so that two tabs don't overwrite each other's
+function keep(name, value) {
+  try {
+    localStorage[name] = JSON.stringify(value);
+  } catch {
+    tell("The browser's storage is full: this chat is not kept. Export and delete some.");
+  }
+}
+function stored(name) {
+  try {
+    return JSON.parse(localStorage[name]);
+  } catch {
+    return null;      // none, or not ours
+  }
+}
+const keepChat = (own) => keep(`chat ${own.id}`, own);
+const keepSettings = () => keep("settings", {model: chosen, chat: chat.id, system: ui.system.value,
+  ...Object.fromEntries(PARAMETERS.map((name) => [name, ui[name].value]))});
+const allChats = () => Object.keys(localStorage).filter((name) => name.startsWith("chat ")).map(stored)
+  .filter((each) => each?.messages).sort((one, other) => other.id - one.id);
+function listChats() {
+  ui.chats.replaceChildren(...allChats().map((each) => make("li", {},
+    button(each.title, () => show(each), {...auto, className: "name", ariaCurrent: each.id === chat.id}),
+    button("✎", () => rename(each), {ariaLabel: `Rename ${each.title}`}),
+    button("×", () => remove(each), {ariaLabel: `Delete ${each.title}`}))));
+}
+function rename(each) {
+  const own = each.id === chat.id ? chat : each;
+  own.title = prompt("Title of the chat", own.title)?.trim() || own.title;
+  keepChat(own);
+  listChats();
+}
+function remove(each) {
+  delete localStorage[`chat ${each.id}`];
+  if (each.id === chat.id) show(emptyChat());
+  listChats();
+  offerUndo(`“${each.title}” is deleted.`, () => { keepChat(each); show(each); });
+}
+ui.save.onclick = () => {
+  const href = URL.createObjectURL(new Blob([JSON.stringify(allChats(), null, 2)], {type: "application/json"}));
+  make("a", {href, download: "chats.json"}).click();
+};
 
 // -- the chat
-async function ask(question) {
-  const chat = {model: model.value, messages: [...messages, {role: "user", content: question}]};
-  const body = JSON.stringify({...chat, stream: true});
-  const [thoughts, text] = ["thoughts", "text"].map((className) => make("div", {className}));
-  const summary = make("summary"), thinking = make("details", {}, summary, thoughts);
-  const article = make("article", {className: "answer", ariaBusy: "true"}, thinking, text);
-  let answer = "", finish = "", frame = 0;
-  function show() {
-    frame = 0;
-    summary.textContent = answer ? "Thoughts" : thoughts.textContent.trim().split("\n").pop();
-    draw(text, answer);
-  }
-  turns.append(make("div", {className: "question"}, question), article);
-  log.scrollTop = 0;      // the end
-  try {
-    const response = await api("v1/chat/completions", {method: "POST", body, signal: stop.signal});
-    for await (const {error, choices: [{delta = {}, finish_reason} = {}] = []} of events(response.body)) {
-      if (error) throw failure(error);
-      answer += delta.content ?? "";
-      if (delta.reasoning_content) thoughts.append(delta.reasoning_content);
-      finish = finish_reason ?? finish;
-      frame ||= requestAnimationFrame(show);
-    }
-    if (finish !== "stop") throw Error(`The answer ended early: ${finish || "the connection broke off"}.`);
-  } catch (error) {
-    article.append(make("p", {className: "bad"}, stop.signal.aborted ? "Stopped." : error.message));
-  }
-  show();
-  article.append(make("details", {}, make("summary", {}, "As curl and Python"), examples(chat)));
-  article.ariaBusy = "false";
-  if (answer) messages.push(chat.messages.pop(), {role: "assistant", content: answer});
-  else field.value ||= question;      // nothing has come: it can be sent again
+const emptyChat = () => ({id: Date.now(), title: "", messages: []});
+const wordsOf = ({content}) => typeof content === "string" ? content : content[0].text;
+const imagesOf = ({content}) => typeof content === "string" ? [] : content.slice(1).map((part) => part.image_url.url);
+function show(other) {
+  stop?.abort();
+  [chat, editing] = [other, -1];
+  ui.turns.replaceChildren(...chat.messages.map((message, at) => message.role === "user" ? question(at) : answer(chat, at)));
+  for (const {finish} of ui.turns.children) finish?.();
+  ui.sidebar.hidePopover();
+  keepSettings();
 }
-function examples(chat) {   // what was asked, for a shell and for Python; the token stays out
-  const base = new URL("v1", location).href, secret = sessionStorage.token ? ' -H "Authorization: Bearer $TOKEN"' : "";
-  return [listing(`curl -N ${base}/chat/completions${secret} -H 'Content-Type: application/json' \\
-  -d '${JSON.stringify({...chat, stream: true}).replaceAll("'", "'\\''")}'`, "curl"), listing(`import os, openai
+function question(at) {
+  const words = wordsOf(chat.messages[at]);
+  const images = imagesOf(chat.messages[at]).map((src) => enlargeable(make("img", {src, alt: "Attached image"})));
+  return make("div", {className: "turn"}, make("div", {className: "question", ...auto}, words, images),
+    make("div", {className: "tools small row"}, copying(words), button("Edit", () => edit(at))));
+}
+function edit(at) {     // the turns from the question on stay until the new one is sent
+  ui.field.value = wordsOf(chat.messages[at]);
+  ui.images.replaceChildren();
+  imagesOf(chat.messages[at]).forEach(addImage);
+  editing = at;
+  [...ui.turns.children].forEach((turn, index) => turn.classList.toggle("replaced", index >= at));
+  ui.field.focus();
+}
+function cut(at) {      // removes the turns from one on, which others replace
+  const own = chat, before = [...chat.messages];
+  offerUndo("The earlier turns are replaced.", () => { own.messages = before; show(own); keepChat(own); });
+  chat.messages.length = at;
+  while (ui.turns.children.length > at) ui.turns.lastChild.remove();
+}
+function answer(own, at) {      // the element of an answer; update() and finish() draw its message
+  const message = own.messages[at], [thoughts, text] = ["thoughts", "text"].map((className) => make("div", {className}));
+  const summary = make("summary", {className: "name"});
+  const article = make("article", {className: "turn answer", ariaBusy: "true"}, make("details", {}, summary, thoughts), text);
+  article.update = () => {
+    summary.textContent = message.content ? "Thoughts" : message.reasoning.trim().split("\n").pop();
+    draw(thoughts, message.reasoning);
+    draw(text, message.content);
+  };
+  const again = () => {
+    if (stop) return;
+    cut(at);
+    ask();
+  };
+  article.finish = () => {
+    article.update();
+    if (message.problem) article.append(paragraph("bad", message.problem));
+    const line = make("span", {className: "line"}, message.line ?? "");
+    const tools = make("div", {className: "tools small row"}, line, copying(message.content), button("Try again", again));
+    const code = make("details", {}, make("summary", {}, "As curl and Python"));
+    code.ontoggle = () => { if (!code.querySelector("figure")) code.append(...examples(bodyOf(own, at))); };
+    article.append(tools, code);
+    article.ariaBusy = "false";
+  };
+  return article;
+}
+function bodyOf({messages}, at) {       // the request for an answer, without questions that have none
+  const {request, system} = messages[at], answered = (index) => index + 1 === at || messages[index + 1].content;
+  const sent = messages.slice(0, at).filter(({role, content}, index) => role === "user" ? answered(index) : content);
+  const prompt = system ? [{role: "system", content: system}] : [];
+  return {...request, messages: [...prompt, ...sent.map(({role, content}) => ({role, content}))]};
+}
+const parameters = () => Object.fromEntries(
+  PARAMETERS.filter((name) => ui[name].value).map((name) => [name, Number(ui[name].value)]));
+function paced(work) {  // `work`, the layout included, takes a fifth of the time at most, however long an answer grows
+  let timer = 0, pause = 20;
+  const run = () => {
+    const started = performance.now();
+    work();
+    ui.log.scrollHeight;    // lays the page out
+    [timer, pause] = [0, Math.max(20, 4 * (performance.now() - started))];
+  };
+  return () => { timer ||= setTimeout(run, pause); };
+}
+async function ask() {  // for the answer to the chat's last question
+  const own = chat, at = own.messages.length, message = {role: "assistant", content: "", reasoning: "",
+    request: {model: chosen, ...parameters()}, system: ui.system.value.trim(), problem: "The page was closed before the end."};
+  own.messages.push(message);
+  const article = answer(own, at);
+  ui.turns.append(article);
+  ui.log.scrollTop = 0;     // the end
+  [stop, ui.send.textContent] = [new AbortController(), "Stop"];
+  try {
+    await receive(message, bodyOf(own, at), paced(article.update));
+    delete message.problem;
+  } catch (error) {
+    message.problem = stop.signal.aborted ? "Stopped." : error instanceof Explained ? error.message : "The connection broke off.";
+  }
+  [stop, ui.send.textContent] = [null, "Send"];
+  article.finish();
+  if (own === chat || stored(`chat ${own.id}`)) keepChat(own);
+}
+const ENDS = {length: "It reached its limit of tokens.", content_filter: "A content filter ended the answer.",
+  tool_calls: "It asks for a tool, and this page has none.", "": "The connection broke off."};
+async function receive(message, body, changed) {
+  const started = performance.now();
+  const response = await api("v1/chat/completions", {method: "POST", signal: stop.signal,
+    body: JSON.stringify({...body, stream: true, stream_options: {include_usage: true}})});
+  let first = 0, end = "", tokens = null;
+  try {
+    for await (const {error, usage, choices: [{delta = {}, finish_reason} = {}] = []} of events(response.body)) {
+      if (error) throw failure(error);
+      message.content += delta.content?.replaceAll("\r", "") ?? "";
+      message.reasoning += delta.reasoning_content?.replaceAll("\r", "") ?? "";
+      first ||= (delta.content || delta.reasoning_content) && performance.now();
+      end = finish_reason ?? end;
+      tokens = usage?.completion_tokens ?? tokens;
+      changed();
+    }
+  } finally {
+    message.line = account(response.headers, first - started, performance.now() - first, tokens);
+  }
+  if (end !== "stop") throw new Explained(ENDS[end] ?? `The answer ended early: ${end}.`);
+}
+function account(headers, wait, took, tokens) {     // "paid, after akash=429 · 0.4 s to first token · 52 tokens/s · 812 tokens"
+  const attempts = headers.get("X-Akashproxy-Route")?.split(", ") ?? [], [name] = (attempts.pop() ?? "").split("=");
+  const ignored = headers.get("X-Akashproxy-Ignored");
+  return [attempts.length ? `${name}, after ${attempts.join(", ")}` : name,
+    wait > 0 && `${(wait / 1000).toFixed(1)} s to first token`,
+    wait > 0 && took > 100 && tokens > 1 && `${Math.round(tokens / took * 1000)} tokens/s`,
+    tokens !== null && count(tokens, "token"), ignored && `ignored: ${ignored}`].filter(Boolean).join(" · ");
+}
+const BASE = new URL("v1", location).href;
+function examples(body) {       // for a shell and for Python, without the token and the data of images
+  const secret = sessionStorage.token ? ' -H "Authorization: Bearer $TOKEN"' : "";
+  const brief = (name, value) => name === "url" ? `${value.split(",")[0]},...` : value;
+  return [listing(`curl -N ${BASE}/chat/completions${secret} -H 'Content-Type: application/json' \\
+  -d '${JSON.stringify({...body, stream: true}, brief).replaceAll("'", "'\\''")}'`, "curl"), listing(`import os, openai
 
-client = openai.OpenAI(base_url="${base}", api_key=os.environ.get("TOKEN", "none"))
-for chunk in client.chat.completions.create(stream=True, **${JSON.stringify(chat)}):
+client = openai.OpenAI(base_url="${BASE}", api_key=os.environ.get("TOKEN", "none"))
+for chunk in client.chat.completions.create(stream=True, **${JSON.stringify(body, brief)}):
     print(chunk.choices[0].delta.content or "", end="")`, "Python")];
 }
 
+// -- the models and the first sight
+const PROMPTS = ["Explain how a proxy works, in three sentences.", "Write a Python function that checks a password's strength.",
+  "Plan a weekend in Lisbon, as a table."];
+function choose(name) {
+  chosen = name;
+  ui.model.textContent = ui.model.title = name || "No models";
+  keepSettings();
+}
+function listModels() {     // those with all the words that are searched for; Enter takes the first
+  const words = ui.search.value.toLowerCase().split(" ");
+  const matching = names.filter((name) => words.every((word) => name.toLowerCase().includes(word)));
+  ui.found.textContent = `${matching.length} of ${count(names.length, "model")}`;
+  ui.models.replaceChildren(...matching.map((name) => make("li", {},
+    make("button", {value: name, ariaPressed: name === chosen}, name))));
+}
+function pick() {
+  ui.search.value = "";
+  listModels();
+  ui.picker.showModal();
+}
+function greet() {
+  const touch = matchMedia("(pointer: coarse)").matches, key = sessionStorage.token ? "$TOKEN" : "none";
+  const keys = touch ? "" : " Enter sends, Shift+Enter breaks the line, Escape stops.";
+  const some = names.slice(0, 5).map((name) => button(name, () => choose(name), {className: "name"}));
+  ui.welcome.replaceChildren(make("h2", {}, "What can I do for you?"),
+    paragraph("small", names.length ? `${count(names.length, "model")} to choose from.${keys}` : "No models are available."),
+    row(...PROMPTS.map((text) => button(text, () => submit(text)))),
+    row(...some, names.length > some.length ? button("More models", pick) : ""),
+    listing(BASE, "Base URL"), listing(`export OPENAI_BASE_URL=${BASE} OPENAI_API_KEY=${key}`, "Shell"));
+}
+
+// -- the controllers
+function card(all, each) {
+  const total = all.reduce((sum, {priority, weight}) => sum + (priority === each.priority && weight), 0);
+  const share = Math.round(100 * each.weight / (total || 1)), resting = each.rests_for_seconds || each.models_cooling_down;
+  const state = each.rests_for_seconds ? `cooling down, ${each.rests_for_seconds} s`
+    : each.models_cooling_down ? `${count(each.models_cooling_down, "model")} cooling down` : "ready";
+  const models = each.models === null ? "models unknown" : count(each.models, "model");
+  return make("article", {className: "card"},
+    make("h2", {className: "row"}, each.name, make("span", {className: `small state ${resting ? "resting" : "ready"}`}, state)),
+    paragraph("small", `Tier ${each.priority}, ${share} % of its requests · ${models}`),
+    paragraph("small", `${each.in_flight} in flight · ${each.served} served · ${each.failed} failed`),
+    each.last_error ? paragraph("bad", `Last error: ${each.last_error}, ${new Date(each.last_error_at).toLocaleTimeString()}`) : "");
+}
+function keyCard({name, ...figures}) {
+  const words = Object.entries(figures).map(([figure, value]) => `${figure.replaceAll("_", " ")}: ${value ?? "none"}`);
+  return make("article", {className: "card"}, make("h2", {}, `Key ${name}`), paragraph("small", words.join(" · ")));
+}
+async function showStatus() {
+  const {controllers, keys} = await (await api("status")).json();
+  ui.status.replaceChildren(...controllers.map((each) => card(controllers, each)), ...keys.map(keyCard));
+}
+
 // -- what happens, and when
+let trouble = "";       // the complaint of refresh() that is in sight, to be taken back when it is over
 async function refresh() {      // the models, once, and the controllers while they are in sight
-  if (document.hidden || !key.hidden) return;
+  if (document.hidden || !ui.key.hidden) return;
   try {
-    if (!model.length) {
+    if (!names) {
       const {data} = await (await api("v1/models")).json();
-      model.replaceChildren(...data.map(({id}) => make("option", {value: id}, id)));
-      if (data.length) field.focus();
+      names = data.map(({id}) => id);
+      choose(names.includes(chosen) ? chosen : names[0] ?? "");
+      greet();
+      if (names.length) ui.field.focus();
     }
-    if (!status.hidden) {
-      const {controllers} = await (await api("status")).json();
-      status.replaceChildren(...controllers.map((each) => make("section", {}, make("b", {}, each.name),
-        make("p", {}, `${each.in_flight} in flight, ${each.served} served, ${each.failed} failed, `,
-          each.rests_for_seconds ? `rests for ${each.rests_for_seconds} s` : "ready"),
-        each.last_error ? make("p", {className: "bad"}, `Last error: ${each.last_error}`) : "")));
-    }
-    note.textContent = "";
-  } catch ({message}) {
-    if (note.textContent !== message) note.textContent = message;     // a reader says it once
+    if (!ui.status.hidden) await showStatus();
+    if (trouble && ui.note.textContent === trouble) tell();
+    trouble = "";
+  } catch (error) {
+    const message = error instanceof Explained ? error.message : "The server's answer can't be read.";
+    if (trouble !== message) tell(make("span", {className: "bad"}, trouble = message));     // a reader says it once
   }
 }
-form.onsubmit = async (event) => {
+function submit(text) {
+  const images = Array.from(ui.images.querySelectorAll("img"), ({src}) => ({type: "image_url", image_url: {url: src}}));
+  if (stop || !chosen || !text && !images.length) return;
+  if (editing >= 0) cut(editing);
+  else tell();
+  editing = -1;
+  chat.title ||= text.slice(0, 60) || "Image";
+  chat.messages.push({role: "user", content: images.length ? [{type: "text", text}, ...images] : text});
+  ui.turns.append(question(chat.messages.length - 1));
+  ui.images.replaceChildren();
+  ui.field.value = sessionStorage.draft = "";
+  ask();
+  keepChat(chat);
+}
+ui.form.onsubmit = (event) => {
   event.preventDefault();
-  const question = field.value.trim();
-  if (stop) return stop.abort();
-  if (!question || !model.value) return;
-  [field.value, send.textContent, stop] = ["", "Stop", new AbortController()];
-  await ask(question);
-  [send.textContent, stop] = ["Send", null];
+  if (stop) stop.abort();
+  else submit(ui.field.value.trim());
 };
 onkeydown = (event) => {
   if (event.key === "Escape") stop?.abort();
-  if (event.target !== field || event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+  const newLine = event.shiftKey || event.isComposing || matchMedia("(pointer: coarse)").matches;
+  if (event.target !== ui.field || event.key !== "Enter" || newLine) return;
   event.preventDefault();
-  if (!stop) form.requestSubmit();
+  if (!stop) ui.form.requestSubmit();
 };
-token.onchange = () => {
-  sessionStorage.token = token.value.replace(/[^!-~]/g, "");
-  key.hidden = true;
+ui.field.oninput = () => { sessionStorage.draft = ui.field.value; };
+ui.settings.onchange = keepSettings;
+ui.model.onclick = () => names && pick();
+ui.search.oninput = listModels;
+ui.picker.onclose = () => { if (ui.picker.returnValue) choose(ui.picker.returnValue); };
+ui.sidebar.onbeforetoggle = listChats;
+ui.fresh.onclick = () => { location.hash = "#chat"; show(emptyChat()); ui.field.focus(); };
+ui.attach.onclick = () => ui.file.click();
+ui.file.onchange = () => { attachAll([...ui.file.files]); ui.file.value = ""; };
+document.onpaste = ({clipboardData}) => attachAll([...clipboardData.files]);
+ondragover = (event) => event.preventDefault();
+ondrop = (event) => { event.preventDefault(); attachAll([...event.dataTransfer.files]); };
+onpagehide = () => { if (stop) keepChat(chat); };      // the part of an answer that has come
+ui.key.onsubmit = (event) => event.preventDefault();
+ui.token.onchange = () => {
+  sessionStorage.token = ui.token.value.replace(/[^!-~]/g, "");
+  ui.key.hidden = true;
   refresh();
 };
 onhashchange = () => {
-  status.hidden = location.hash !== "#status";
-  log.hidden = form.hidden = !status.hidden;
-  document.querySelector("[href='#chat']").ariaCurrent = !log.hidden;
-  document.querySelector("[href='#status']").ariaCurrent = !status.hidden;
+  ui.status.hidden = location.hash !== "#status";
+  ui.log.hidden = ui.welcome.hidden = ui.form.hidden = !ui.status.hidden;
+  document.querySelector("[href='#chat']").ariaCurrent = ui.status.hidden;
+  document.querySelector("[href='#status']").ariaCurrent = !ui.status.hidden;
   refresh();
 };
+const before = stored("settings") ?? {};
+for (const name of ["system", ...PARAMETERS]) ui[name].value = before[name] ?? "";
+chosen = before.model ?? "";
+ui.field.value = sessionStorage.draft ?? "";
+show(stored(`chat ${before.chat}`) ?? emptyChat());
 onhashchange();
-setInterval(refresh, 2000);
+setInterval(refresh, 1000);
 </script>
 """  # noqa: E501 (its lines are not wrapped)
 
