@@ -10715,8 +10715,11 @@ _FORWARDED = {
 
 @functools.lru_cache(maxsize=1024)
 def is_trusted(address: str, networks: Tuple[str, ...]) -> bool:
-    """Return whether an IP address is in one of the networks; ValueError if invalid."""
-    ip: Any = ipaddress.ip_address(address)
+    """Return whether a peer is in one of the networks; False if it has no IP address."""
+    try:
+        ip: Any = ipaddress.ip_address(address)
+    except ValueError:
+        return False
     ip = getattr(ip, "ipv4_mapped", None) or ip  # ::ffff:127.0.0.1, on a socket for both families
     return any(ip in ipaddress.ip_network(network) for network in networks)
 

@@ -10556,6 +10556,11 @@ def test_the_client_in_the_log_behind_a_reverse_proxy(case, serve, caplog):
     wait_for(lambda: f"client={client} " in caplog.text)
 
 
+@pytest.mark.parametrize("peer", ["", "unix:", "/run/proxy.sock", "localhost", "::1::", "\0", "1.2.3.4:5"])
+def test_a_peer_without_an_ip_address_is_no_trusted_proxy(peer):
+    assert akashproxy.is_trusted(peer, ("0.0.0.0/0", "::/0")) is False
+
+
 def test_forwarded_headers_open_no_gate(serve):
     """A page that has rebound its domain to this machine may send any header."""
     server = serve()
@@ -10657,6 +10662,18 @@ def test_every_setting_and_every_route_is_in_the_readme():
         assert f"| `{item.name}` | {f'`{default}`' if default else ''} | {item.metadata['help']} |" in README, item.name
     for path in akashproxy.ROUTES:
         assert f"`{path.replace('{}', '{id}' if path.startswith('/v1') else '{name}')}`" in README, path
+
+
+def test_every_variable_that_is_read_is_in_the_readmes_tables():
+    class Environment(dict):
+        def get(self, name, default=None):
+            read.add(name.upper())
+            return super().get(name, default)
+
+    read = set()
+    Settings.load(Environment(UPSTREAM="openai", OPENAI_API_KEY="k"))
+    documented = {name for row in re.findall(r"^\| (`[A-Z].*?) \|", README, re.M) for name in re.findall(r"`([A-Z_]+)`", row)}
+    assert {"PORT", "MAX_WAIT", "HTTPS_PROXY"} < read and read - {""} <= documented
 
 
 def test_the_readmes_configuration_is_one(config):
