@@ -81,7 +81,8 @@ Where is ...
     cool-downs                         FAILURE_POLICY, CoolDown, Upstream.record_result
     waiting for a controller           CallQueue
     the choice by weight               Pool.weighted_round_robin
-    aliases of models                  Pool.resolve_alias
+    aliases and fallbacks of models    Pool.resolve_alias, Exchange
+    the choice by conversation         conversation_of, rendezvous
     the network's exceptions           upstream_error, UpstreamResponse.to_api_error
     strict HTTP                        find_head_end, parse_head, BodyDecoder
     connections to upstreams           ConnectionPool
@@ -499,7 +500,7 @@ def start_thread(target: Callable[[], None], name: str) -> bool:
 def _sha256(text: str) -> str:
     import hashlib
 
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 # == 2. errors ================================================================================
@@ -647,10 +648,13 @@ def bad_request(message: str, param: Optional[str] = None, code: Optional[str] =
     return APIError(400, message, param=param, code=code)
 
 
+LISTED = "/v1/models lists the available models."
+
+
 def model_not_found(model: str) -> APIError:
     """404: the model does not exist, or the client's key may not use it."""
     message = f"The model {shorten(model)!r} does not exist." if model else "A model is required."
-    return APIError(404, message, param="model", code="model_not_found")
+    return APIError(404, f"{message} {LISTED}", param="model", code="model_not_found")
 
 
 def akash_model_not_found(model: str) -> APIError:
@@ -877,11 +881,18 @@ class Attempt:
     status: int = 200  # of that response
 
 
+def message_text(message: Any) -> str:
+    """The text of a message in OpenAI's format; "" if it has none."""
+    content = as_dict(message).get("content")
+    parts = content if isinstance(content, list) else [{"text": content}]
+    return "".join(str(as_dict(part).get("text") or "") for part in parts)
+
+
 class Call:
-    """A request in OpenAI's chat vocabulary; not changed once aliases are resolved.
+    """A request in OpenAI's chat vocabulary.
 
     ``body`` is a chat-completions body, regardless of the client's dialect. ``attempt`` is the
-    current one.
+    current one. Only the model changes, as aliases are resolved.
     """
 
     def __init__(
@@ -895,6 +906,7 @@ class Call:
     ) -> None:
         self.body = body
         self.model: str = body.get("model", "")
+        self.requested_model = self.model  # before aliases are resolved
         if len(self.model) > MAX_NAME:
             raise model_not_found(self.model)
         self.stream = stream
@@ -904,6 +916,7 @@ class Call:
         self.translation_error = translation_error  # raised by controllers that can't relay it
         self.untranslated: List[str] = []  # key paths that have no equivalent in ``body``
         self.original = OriginalRequest()
+        self.key_name = ""  # of the client's key
         self.allowed_models: Tuple[str, ...] = ()  # patterns of the client's key; (): all
         self.one_image_at_a_time = False  # for a key with max_concurrency
         self.prepared_requests: Dict[str, Any] = {}  # translated, by the controller's name
@@ -913,14 +926,22 @@ class Call:
     @property
     def text(self) -> str:
         """The text of the last message; "" if it has none."""
-        content = as_dict(self.body["messages"][-1]).get("content")
-        parts = content if isinstance(content, list) else [{"text": content}]
-        return "".join(str(as_dict(part).get("text") or "") for part in parts)
+        return message_text(self.body["messages"][-1])
 
     @property
     def scope(self) -> CancelScope:
         """The deadline and cancellation of the current attempt, for a Transport."""
         return self.cancellation.scope
+
+    def set_model(self, name: str) -> None:
+        """Replace the model, also in the client's own request."""
+        if name == self.model:
+            return
+        self.model, self.body = name, {**self.body, "model": name}
+        original = self.original
+        if original.body:
+            original.body = {**original.body, "model": name}
+            original.raw_body = request_json(original.body, len(original.raw_body))
 
     def begin_attempt(self, retry_reason: str = "") -> None:
         self.attempt = Attempt(retry_reason)
@@ -1228,6 +1249,19 @@ def one_of(*values: str) -> Callable[[str], str]:
     return check
 
 
+def alias_targets(aliases: Dict[str, Any]) -> Dict[str, Any]:
+    """Check model aliases: each stands for a model, or for a list to be tried in order."""
+    for alias, target in aliases.items():
+        models = [target] if isinstance(target, str) else target
+        if not (isinstance(models, (list, tuple)) and models and all(map(_is_name, models))):
+            raise ValueError(f"{alias!r} must be a model or a list of models")
+    return aliases
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and 0 < len(value) <= MAX_NAME
+
+
 class ValidatedSettings:
     """Base of dataclasses whose fields are checked on creation. Raises ConfigError.
 
@@ -1368,15 +1402,18 @@ class Settings(ValidatedSettings):
     )
     pool_type: str = setting(
         "balanced",
-        "how a controller is chosen: balanced, random or least_busy",
-        one_of("balanced", "random", "least_busy"),
+        "how a controller is chosen: balanced, random, least_busy or affinity (by conversation)",
+        one_of("balanced", "random", "least_busy", "affinity"),
         env_alias="CHATGPT_APISERVER_POOL_TYPE",
     )
     max_wait: float = setting(
         3.0, "seconds a request may wait while all controllers are cooling down or busy"
     )
-    model_aliases: Dict[str, str] = setting(
-        {}, "model aliases, which may be patterns, and their targets: ALIAS=MODEL,ALIAS=MODEL"
+    model_aliases: Dict[str, Any] = setting(
+        {},
+        "model aliases, which may be patterns, and their targets: ALIAS=MODEL,ALIAS=MODEL; an "
+        "alias that is repeated has several, to be tried in order",
+        alias_targets,
     )
     akash_base_url: str = setting(
         "https://chat.akash.network", "URL of the Akash Chat server", http_url
@@ -1894,13 +1931,20 @@ def from_text(item: Any, text: str) -> Any:
     pairs = [[side.strip() for side in part.partition("=")[::2]] for part in parts]
     if not all(name and value for name, value in pairs):
         raise ValueError(f"{text!r} is not NAME=VALUE,NAME=VALUE")
-    return dict(pairs)
+    values: Dict[str, List[str]] = {}
+    for name, value in pairs:
+        values.setdefault(name, []).append(value)
+    return {name: several if len(several) > 1 else several[0] for name, several in values.items()}
 
 
 def format_value(value: Any) -> str:
     """Format a setting's value; the inverse of from_text()."""
     if isinstance(value, dict):
-        value = [f"{name}={other}" for name, other in value.items()]
+        value = [
+            f"{name}={each}"
+            for name, item in value.items()
+            for each in (item if isinstance(item, (list, tuple)) else [item])
+        ]
     if isinstance(value, (list, tuple)):
         return ",".join(value)
     return "" if value is None else str(value)
@@ -6147,6 +6191,23 @@ STREAM_ENDS = {
 }
 
 
+class ModelName:
+    """Replaces the name of a relayed answer's model; for calls by an alias ("": none)."""
+
+    FIELD = re.compile(rb'"model"\s{0,9}:\s{0,9}"(?:[^"\\\r\n]|\\.){0,1000}"')
+
+    def __init__(self, name: str) -> None:
+        self.field = b'"model":' + to_json(name) if name else b""
+        self.answered = b""  # the upstream's field
+
+    def __call__(self, data: bytes) -> bytes:
+        if self.field and not self.answered:
+            match = self.FIELD.search(data)
+            self.answered = match[0] if match else b""
+        # No string contains it, as quotes are escaped there.
+        return data.replace(self.answered, self.field) if self.answered else data
+
+
 class PassthroughDecoder(Decoder):
     """Passes on a stream in the client's own format, byte for byte, as RawBytes.
 
@@ -6154,7 +6215,8 @@ class PassthroughDecoder(Decoder):
     the first event are kept back, since until then another controller may still answer. Only
     complete lines are passed on, so that an error event can follow if the upstream breaks off.
     Every complete stream has the ``end`` of its path; if that is None, the end of the HTTP message
-    suffices. If not ``is_sse``, all bytes are passed on unparsed.
+    suffices. If not ``is_sse``, all bytes are passed on unparsed. ``model`` replaces the name of
+    the answer's model.
     """
 
     MAX_HELD = 16 << 20  # bytes
@@ -6166,11 +6228,13 @@ class PassthroughDecoder(Decoder):
         is_sse: bool = True,
         end: Optional[StreamEnd] = None,
         secrets: Iterable[str] = (),
+        model: str = "",
     ) -> None:
         self.upstream_name, self.is_sse = upstream_name, is_sse
         self.end, self.secrets = end, secrets
+        self.rename = ModelName(model)
         self.end_seen = end is None
-        self.mid_stream = end.mid_stream if end else ()
+        self.mid_stream = end.mid_stream if end and not model else ()
         self.first_event_seen = self.started = not is_sse
         self.buffer = bytearray()  # an incomplete line
         self.comments = bytearray()  # comments before the first event
@@ -6190,7 +6254,7 @@ class PassthroughDecoder(Decoder):
             self.error = truncated(self.upstream_name, "sent a line that is too long, or no events")
         if not data:
             return []
-        data = self._find_end(data)
+        data = self._find_end(self.rename(data))
         self.started = (
             self.started
             or self.complete
@@ -6263,7 +6327,7 @@ class PassthroughDecoder(Decoder):
         if self.end and not self.end_seen and not self.end.is_in(data):
             self.error = truncated(self.upstream_name)
             return self.flush()
-        return [RawBytes(data, self._find_usage(data))] if data else []
+        return [RawBytes(self.rename(data), self._find_usage(data))] if data else []
 
     def flush(self) -> List[Event]:
         """Drop an incomplete line and end an incomplete event: an error may follow."""
@@ -6442,13 +6506,14 @@ class OpenAIController(Controller):
         self, call: Call, response: UpstreamResponse, content_type: str, streamed: bool
     ) -> Decoder:
         """Return the decoder for a response in the client's own format."""
+        renamed = call.requested_model if call.requested_model != call.model else ""
         call.attempt.status = response.status
         call.attempt.content_type = redact(content_type, self.secrets) or "application/octet-stream"
         if streamed:
             if media_type(content_type) != "text/event-stream":
                 call.attempt.content_type = "text/event-stream"
             return PassthroughDecoder(
-                self.name, True, STREAM_ENDS.get(call.original.path), self.secrets
+                self.name, True, STREAM_ENDS.get(call.original.path), self.secrets, renamed
             )
         if media_type(content_type) == "text/html":
             raise APIError(502, f"{self.name} answered with a web page.", code="upstream_error")
@@ -6458,13 +6523,15 @@ class OpenAIController(Controller):
         if not is_json:
             return BufferedBody(lambda data: [RawBytes(data)])
         field = ANSWER_FIELDS.get(call.original.path, b"")
-        return BufferedBody(functools.partial(self._document, field, response.body.until_close))
+        until_close = response.body.until_close
+        return BufferedBody(lambda data: self._document(field, until_close, renamed, data))
 
-    def _document(self, field: bytes, until_close: bool, data: bytes) -> List[Event]:
+    def _document(self, field: bytes, until_close: bool, model: str, data: bytes) -> List[Event]:
         """Check and pass on a complete JSON body; APIError if it is an error or no answer.
 
         ``field`` is one that each answer has. The body is parsed only if it may be an error, or if
-        it ends with the connection: then nothing else shows whether it is complete.
+        it ends with the connection: then nothing else shows whether it is complete. ``model``
+        replaces the name of the answer's model.
         """
         text = data.strip()
         if not text or until_close and json_or_none(text) is None:
@@ -6479,7 +6546,9 @@ class OpenAIController(Controller):
             if field and isinstance(body, dict) and not body.get(field.decode()):
                 raise truncated(self.name, "sent something that is not an answer")
             data = redact_bytes(data, self.secrets)
-        return [RawBytes(data, chat_usage(usage_at(text, text.rfind(b'"usage"'))))]
+        return [
+            RawBytes(ModelName(model)(data), chat_usage(usage_at(text, text.rfind(b'"usage"'))))
+        ]
 
     def _completion(self, data: bytes) -> List[Event]:
         """Return the events of a chat completion that is not streamed."""
@@ -6850,7 +6919,8 @@ def earliest_available(
     upstreams: List[Upstream], model: str, ignored: Tuple[Category, ...], now: float
 ) -> float:
     """The time from ``now`` on when the first of the upstreams' cool-downs ends."""
-    return max(min(upstream.available_at(model, ignored) for upstream in upstreams), now)
+    ends = (upstream.available_at(model, ignored) for upstream in upstreams)
+    return max(min(ends, default=now), now)
 
 
 class Waiter:
@@ -7011,6 +7081,7 @@ class Pool:
             "balanced": self.weighted_round_robin,
             "random": self.weighted_random,
             "least_busy": self.least_connections,
+            "affinity": self.weighted_round_robin,  # of calls that belong to no conversation
         }[settings.pool_type]
         self.refresh_at = self.model_names_refresh_at = -math.inf
         self.model_names: frozenset[str] = frozenset()  # of all lists
@@ -7019,32 +7090,48 @@ class Pool:
 
     # -- the upstream of an attempt
 
-    def apply_alias(self, call: Call) -> None:
-        """Replace a model alias by its target."""
-        name = self.resolve_alias(call.model)
-        if name != call.model:
-            call.model, call.body = name, {**call.body, "model": name}
-            call.original.body = call.original.body and {**call.original.body, "model": name}
-            if call.original.body:
-                call.original.raw_body = request_json(
-                    call.original.body, len(call.original.raw_body)
-                )
-
-    def resolve_alias(self, model: str) -> str:
-        """The target of a model alias.
+    def resolve_alias(self, model: str) -> List[str]:
+        """The models that a name stands for, to be tried in order; mostly itself.
 
         Names with "--" stand for the one with "/", if only that one exists.
         """
         for pattern, target in self.settings.model_aliases.items():
             if model and fnmatch.fnmatchcase(model, pattern):
-                return target
+                return [target] if isinstance(target, str) else list(target)
         if "--" in model:
-            if self.clock() >= self.model_names_refresh_at:
-                with contextlib.suppress(APIError):  # without a list the name stays as it is
-                    self.models()
-            target = model.replace("--", "/")
-            return target if target in self.model_names and model not in self.model_names else model
-        return model
+            names, target = self.read_names(), model.replace("--", "/")
+            return [target] if target in names and model not in names else [model]
+        return [model]
+
+    def read_names(self) -> frozenset[str]:
+        """Names of all lists, which are read if they are not recent. Worker thread."""
+        if self.clock() >= self.model_names_refresh_at:
+            with contextlib.suppress(APIError):  # the last known ones are better than none
+                self.models()
+        return self.model_names
+
+    def unknown_model(self, call: Call, error: Optional[APIError] = None) -> APIError:
+        """Add to an error the models that the client could have meant and its key may use.
+
+        By default to the error of a model that its key may not use, without asking an upstream.
+        """
+        model, allowed = call.requested_model, call.allowed_models
+        listed = self.read_names() if error else self.model_names
+        error = error or model_not_found(model)
+        if error.category is not Category.MODEL or error.param != "model" or not model:
+            return error
+        names = [name for name in sorted(listed) if model_allowed(allowed, name)]
+        names += (
+            alias
+            for alias in self.settings.model_aliases
+            if not re.search(r"[*?\[]", alias)
+            and any(model_allowed(allowed, target) for target in self.resolve_alias(alias))
+        )
+        if model not in names:
+            if LISTED not in error.message:
+                error.message = f"{error.message.rstrip(' .')}. {LISTED}"
+            error.message += near_names(model, names)
+        return error
 
     def acquire(self, exchange: "Exchange") -> Upstream:
         """Choose the upstream for the next attempt, and count the attempt as in flight.
@@ -7064,24 +7151,31 @@ class Pool:
                     return waiter.upstream
             known = [up for up in self.candidates(model) if up not in exchange.unsupported]
             candidates = [up for up in known if up not in exchange.tried]
-            ignored = BACKOFF_CATEGORIES if len(known) == 1 else ()  # an only candidate
+            is_last = not exchange.other_models
+            ignored = BACKOFF_CATEGORIES if len(known) == 1 and is_last else ()  # an only candidate
             now = self.clock()
-            if not candidates:
-                raise best_error(model, known, exchange.errors, ignored, now)
-            if self.queue.lines and any(up.has_capacity() for up in candidates):
+            if candidates and self.queue.lines and any(up.has_capacity() for up in candidates):
                 self._resume_ready(now)  # queued calls go first
-            upstream = self._pick(candidates, model, ignored, now)
+            upstream = self._pick(candidates, exchange, ignored, now)
             if upstream is None:
+                error = pool_error(exchange, known, candidates, ignored, now)
+                if not candidates or not is_last:
+                    raise error
                 deadline = now + self.settings.max_wait if waiter is None else waiter.deadline
                 waiter = Waiter(self.queue, exchange, candidates, ignored, deadline)
-                upstream = self._enqueue(waiter, known, now)
+                upstream = self._enqueue(waiter, error, now)
             upstream.in_flight += 1
             return upstream
 
     def _pick(
-        self, candidates: List[Upstream], model: str, ignored: Tuple[Category, ...], now: float
+        self,
+        candidates: List[Upstream],
+        exchange: "Exchange",
+        ignored: Tuple[Category, ...],
+        now: float,
     ) -> Optional[Upstream]:
         """The upstream to use now: an available one, else one that is due for a recheck."""
+        model = exchange.call.model
         with_capacity = [upstream for upstream in candidates if upstream.has_capacity()]
         ready = [
             upstream for upstream in with_capacity if upstream.available_at(model, ignored) <= now
@@ -7089,22 +7183,25 @@ class Pool:
         if not ready:
             due = (upstream for upstream in with_capacity if upstream.recheck(model, ignored, now))
             return next(due, None)
-        return self.choose(top_priority(ready)) if len(ready) > 1 else ready[0]
+        ready = top_priority(ready)
+        if exchange.conversation:
+            return rendezvous(ready, exchange.conversation)
+        return self.choose(ready) if len(ready) > 1 else ready[0]
 
-    def _enqueue(self, waiter: Waiter, known: List[Upstream], now: float) -> Upstream:
-        """Queue a call: raises Queued, or APIError if waiting is useless.
+    def _enqueue(self, waiter: Waiter, error: APIError, now: float) -> Upstream:
+        """Queue a call: raises Queued, or the error if waiting is useless.
 
         Waiting is useless if no upstream will be available by the deadline. In that case one in an
         auth cool-down is returned, if there is any: either it serves the call, so that one client's
         request can't block the others, or the client gets the error that names the cause.
         """
-        model, exchange = waiter.model, waiter.exchange
+        exchange = waiter.exchange
         if now >= waiter.deadline or waiter.available_at(now) > waiter.deadline:
-            upstream = self._pick(waiter.candidates, model, (*waiter.ignored, Category.AUTH), now)
+            ignored = (*waiter.ignored, Category.AUTH)
+            upstream = self._pick(waiter.candidates, exchange, ignored, now)
             if upstream is not None:
                 return upstream
-            delay = earliest_available(known, model, waiter.ignored, now) - now
-            raise unavailable_error(waiter, exchange.errors, max(delay, 1.0), now)
+            raise error
         exchange.set_waiter(waiter)
         self.queue.add(waiter)
         # Race: another thread cancels and finds no wakeup to set, then we store wakeup. Without a
@@ -7113,31 +7210,25 @@ class Pool:
             raise exchange.cancellation.reason
         raise Queued
 
-    def _resume_ready(self, now: float, limit: float = math.inf) -> int:
+    def _resume_ready(
+        self, now: float, limit: float = math.inf, freed: Optional[Upstream] = None
+    ) -> int:
         """Resume up to ``limit`` ready calls, oldest first; returns their number.
 
         A call is ready if there is an upstream for it, or none will be available by its deadline.
+        Only ``freed`` is considered if given: the one that has ended an attempt.
         """
         resumed = 0
         for line in self.queue.lines_by_age():
-            while line and resumed < limit:
+            while line and resumed < limit and (freed is None or freed.has_capacity()):
                 waiter = next(iter(line))
-                upstream = self._pick(waiter.candidates, waiter.model, waiter.ignored, now)
+                usable = [up for up in waiter.candidates if freed in (None, up)]
+                upstream = self._pick(usable, waiter.exchange, waiter.ignored, now)
                 if upstream is None and now < waiter.deadline >= waiter.available_at(now):
                     break
                 self.queue.resume(waiter, upstream)
                 resumed += 1
         return resumed
-
-    def _reassign(self, upstream: Upstream, now: float) -> None:
-        """Resume the oldest calls for an upstream that has ended an attempt."""
-        for line in self.queue.lines_by_age():
-            while line and upstream.has_capacity():
-                waiter = next(iter(line))
-                usable = [upstream] if upstream in waiter.candidates else []
-                if self._pick(usable, waiter.model, waiter.ignored, now) is None:
-                    break
-                self.queue.resume(waiter, upstream)
 
     def wake_waiters(self, limit: int) -> bool:
         """Resume up to ``limit`` ready calls; True if there may be more."""
@@ -7151,7 +7242,7 @@ class Pool:
             exchange.set_waiter(None)
             if waiter is not None and not self.queue.remove(waiter) and waiter.upstream is not None:
                 waiter.upstream.in_flight -= 1
-                self._reassign(waiter.upstream, self.clock())
+                self._resume_ready(self.clock(), freed=waiter.upstream)
 
     def release(
         self,
@@ -7167,7 +7258,7 @@ class Pool:
             upstream.in_flight -= 1
             if error is not None or committed:
                 upstream.record_result(error, now, started, model)
-            self._reassign(upstream, now)
+            self._resume_ready(now, freed=upstream)
 
     def candidates(self, model: str) -> List[Upstream]:
         """Upstreams that are known to offer a model, else those that may."""
@@ -7329,40 +7420,91 @@ def top_priority(ready: List[Upstream]) -> List[Upstream]:
     return [upstream for upstream in ready if upstream.options.priority == first]
 
 
-def best_error(
-    model: str,
+MAX_HASHED = 1 << 14  # characters at each end of a text
+
+
+def conversation_of(call: Call) -> str:
+    """A hash of what the requests of one conversation have in common; "" if it is none.
+
+    That is the ``prompt_cache_key``, else the key's name, the system text and the user's first
+    message. Only the ends of long texts are hashed.
+    """
+    body = call.original.body or {}
+    key, opening = body.get("prompt_cache_key"), [call.key_name]
+    if key and isinstance(key, str):
+        opening = [key]
+    else:
+        messages = call.body.get("messages") or body.get("messages") or body.get("input")
+        for message in map(as_dict, as_list(messages)):
+            if message.get("role") in ("system", "developer", "user"):
+                opening.append(message_text(message))
+            if message.get("role") == "user":
+                break
+        else:
+            return ""
+    ends = (f"{len(text)}:{text[:MAX_HASHED]}{text[-MAX_HASHED:]}" for text in opening)
+    return _sha256("\0".join(ends))
+
+
+def rendezvous(ready: List[Upstream], conversation: str) -> Upstream:
+    """Weighted rendezvous hashing: without an upstream only its own conversations move."""
+
+    def score(upstream: Upstream) -> float:
+        digest = _sha256(f"{conversation} {upstream.name}")
+        point = (int(digest[:13], 16) + 0.5) / (1 << 52)  # between 0 and 1
+        return -upstream.options.weight / math.log(point)
+
+    return max(ready, key=score)
+
+
+MAX_NAMES, MAX_COMPARED = 500, 64  # names, and characters of each, to look for near ones
+
+
+def near_names(model: str, names: List[str]) -> str:
+    """A question that names up to three similar models; "" if there are none."""
+    import difflib  # only now, as it would slow down every start
+
+    short = {name.lower(): name for name in names[:MAX_NAMES] if len(name) <= MAX_COMPARED}
+    near = difflib.get_close_matches(model[:MAX_COMPARED].lower(), short, 3)
+    return f" Did you mean {' or '.join(repr(short[name]) for name in near)}?" if near else ""
+
+
+def most_informative(errors: List[APIError]) -> APIError:
+    """The first error of the last category."""
+    rank = list(Category)
+    return max(errors, key=lambda error: rank.index(error.category))
+
+
+def pool_error(
+    exchange: "Exchange",
     known: List[Upstream],
-    errors: List[APIError],
+    candidates: List[Upstream],
     ignored: Tuple[Category, ...],
     now: float,
 ) -> APIError:
-    """The most informative error of a call's attempts, when no upstream is left."""
-    if not errors:
-        return model_not_found(model)
-    rank = list(Category)
-    error = max(errors, key=lambda error: rank.index(error.category))
-    if error.category is Category.RATE_LIMIT:
-        delays = [upstream.available_at(model, ignored) - now for upstream in known]
-        error.retry_after = max(
-            1.0, min((seconds for seconds in delays if seconds > 0), default=1.0)
-        )
-    return error
+    """The error of a call that no upstream can serve now.
 
-
-def unavailable_error(
-    waiter: Waiter, errors: List[APIError], seconds: float, now: float
-) -> APIError:
-    """429 if only rate limits keep the upstreams from serving, else 503."""
-    model = waiter.model
-    cooling_down = [up for up in waiter.candidates if up.available_at(model) > now]
+    ``known`` are those that have its model, ``candidates`` those of them that were not tried yet.
+    Without candidates it is the most informative one of the attempts; else 429 if only rate limits
+    keep the upstreams from serving, and 503 otherwise.
+    """
+    model, errors = exchange.call.model, exchange.errors
+    delay = max(earliest_available(known, model, ignored, now) - now, 1.0)
+    if not candidates:
+        error = most_informative(errors) if errors else model_not_found(model)
+        if error.category is Category.RATE_LIMIT:
+            error.retry_after = delay
+        return error
     limited = any(error.category is Category.RATE_LIMIT for error in errors) or all(
-        upstream.available_at(model, BACKOFF_CATEGORIES) > now for upstream in cooling_down
+        upstream.available_at(model, BACKOFF_CATEGORIES) > now
+        for upstream in candidates
+        if upstream.available_at(model) > now
     )
     return APIError(
         429 if limited else 503,
         "All controllers for this model are cooling down or busy.",
         code="rate_limit_exceeded" if limited else "upstream_error",
-        retry_after=seconds,
+        retry_after=delay,
     )
 
 
@@ -7380,9 +7522,14 @@ class Exchange:
         self.waiter: Optional[Waiter] = None  # its entry in the pool's queue
         self.upstream: Any = None
         self.response: Any = None
+        self.conversation = ""  # a hash, if requests of one go to the same upstream
+        self.other_models: List[str] = []  # of an alias, to be tried when none serves this one
+        self.show_models = False  # in the route
+        # Of the current model.
         self.tried: List[Upstream] = []
         self.unsupported: List[Upstream] = []
         self.errors: List[APIError] = []
+        self.model_errors: List[APIError] = []  # one of each model that nobody could serve
         self.route: List[str] = []  # the attempts, such as "akash=429"
         self.prepared, self.committed, self.started = False, False, 0.0
 
@@ -7401,7 +7548,7 @@ class Exchange:
             self._prepare()
         while self.response is None:
             if self.upstream is None:
-                self.upstream = self.pool.acquire(self)
+                self.upstream = self._acquire()
                 self.started = self.pool.clock()
                 self.tried.append(self.upstream)
                 self.call.begin_attempt()
@@ -7413,17 +7560,43 @@ class Exchange:
         return isinstance(self.response, EventStream)
 
     def _prepare(self) -> None:
-        """Resolve the model, and rule out the upstreams that don't support the call."""
-        requested = self.call.model
-        self.pool.apply_alias(self.call)
-        if not model_allowed(self.call.allowed_models, self.call.model):
-            raise model_not_found(requested)
-        self.prepared = True
+        """Resolve the model. Raises APIError if the client's key may use none of its targets."""
+        call, self.prepared = self.call, True
+        if self.pool.settings.pool_type == "affinity":
+            self.conversation = conversation_of(call)
+        targets = self.pool.resolve_alias(call.model)
+        self.other_models = [name for name in targets if model_allowed(call.allowed_models, name)]
+        self.show_models = len(self.other_models) > 1
+        if not self.other_models:
+            raise self.pool.unknown_model(call)
+        self._use_next_model()
+
+    def _use_next_model(self) -> None:
+        """Start over with another model, and rule out the upstreams that don't support it."""
+        self.call.set_model(self.other_models.pop(0))
+        self.tried, self.unsupported, self.errors = [], [], []
         for upstream in self.pool.upstreams:
             error = self.pool.support_error(upstream, self.call)
             if error:
                 self.unsupported.append(upstream)
                 self.errors.append(error)
+
+    def _acquire(self) -> Upstream:
+        """The upstream of the next attempt; with the next model if none serves this one."""
+        while True:
+            try:
+                return self.pool.acquire(self)
+            except APIError as error:
+                self._give_up_model(error)
+
+    def _give_up_model(self, error: APIError) -> None:
+        """Go on with the next model; without one raise the most informative error."""
+        self.model_errors.append(error)
+        if self.cancellation.reason:
+            raise error
+        if not self.other_models:
+            raise self.pool.unknown_model(self.call, most_informative(self.model_errors))
+        self._use_next_model()
 
     def events(self) -> Iterator[Event]:
         """Iterate over the response's events. Raises APIError if it ends without a Finish."""
@@ -7439,7 +7612,7 @@ class Exchange:
     def commit(self) -> None:
         """Note that the client gets this response, which ends failover."""
         self.committed = True
-        self.route.append(f"{self.upstream.name}=200")
+        self.route.append(f"{self._label()}=200")
 
     def fail_over(self, error: APIError) -> None:
         """Give up the attempt. Raises the error if its category rules out another one."""
@@ -7448,12 +7621,20 @@ class Exchange:
             self.call.begin_attempt(error.code or "")
             return
         name = self.upstream.name
+        self.route.append(f"{self._label()}={error.upstream_status or error.status}")
         self._end_attempt(error)
-        self.route.append(f"{name}={error.upstream_status or error.status}")
         log.info("%s: %s", name, error.message.removeprefix(f"{name}: "))
-        if not FAILURE_POLICY[error.category].fail_over or self.cancellation.reason:
+        if self.other_models and error.code == "context_length_exceeded":
+            self._give_up_model(error)  # another model may have room for the conversation
+        elif not FAILURE_POLICY[error.category].fail_over or self.cancellation.reason:
             raise error
-        self.errors.append(error)
+        else:
+            self.errors.append(error)
+
+    def _label(self) -> str:
+        """The current attempt in the route: its upstream, and its model if there are several."""
+        name: str = self.upstream.name
+        return f"{name}({self.call.model})" if self.show_models else name
 
     def _close_response(self) -> None:
         response, self.response = self.response, None
@@ -9456,10 +9637,12 @@ class Request:
 class AccessRecord:
     """Values of a model call for the access log and the metrics. Owned as its Request."""
 
-    __slots__ = ("broken_off", "controller", "first_token_at", "model", "route", "usage")
+    __slots__ = (
+        "answered_model", "broken_off", "controller", "first_token_at", "model", "route", "usage",
+    )  # fmt: skip
 
     def __init__(self) -> None:
-        self.model = self.controller = ""
+        self.model = self.answered_model = self.controller = ""
         self.route: List[str] = []  # the attempts, such as "akash=429"
         self.broken_off = False  # failed after its first byte
         self.usage: Optional[Dict[str, int]] = None
@@ -10771,6 +10954,7 @@ def acquire_key(request: Request, call: Call) -> None:
     )
     key.acquire(call.image_count or (n if type(n) is int and n > 0 else 1))
     request.counted = True
+    call.key_name = key.name
     call.one_image_at_a_time = key.options.max_concurrency > 0
     apply_key_limits(call, key.options, request.head.headers)
 
@@ -10995,6 +11179,8 @@ class CallResponder:
         self.exchange.commit()
         record = self.request.record
         record.first_token_at, record.controller = time.monotonic(), self.exchange.upstream.name
+        if self.call.model != self.call.requested_model:
+            record.answered_model = self.call.model
 
 
 def call_headers(request: Request) -> Dict[str, str]:
@@ -11272,9 +11458,14 @@ def get_metrics(handler: Handler) -> None:
     )
 
 
+def allowed_models(handler: Handler) -> Tuple[str, ...]:
+    """Return the patterns of models that the client's key may use; (): all."""
+    return handler.request.key.options.models if handler.request.key is not None else ()
+
+
 def models_of_key(handler: Handler) -> List[Dict[str, Any]]:
     """Return the models that the client's key may use."""
-    patterns = handler.request.key.options.models if handler.request.key is not None else ()
+    patterns = allowed_models(handler)
     return [model for model in handler.server.pool.models() if model_allowed(patterns, model["id"])]
 
 
@@ -11286,12 +11477,14 @@ def get_models(handler: Handler) -> None:
 def get_model(handler: Handler) -> None:
     """Send one model of the list; APIError 404."""
     requested = handler.request.route.remainder
-    name = handler.server.pool.resolve_alias(requested)
-    for model in models_of_key(handler):
-        if model["id"] == name:
-            handler.send_json(200, handler.dialect.model_object({**model, "id": requested}))
+    models = {model["id"]: model for model in models_of_key(handler)}
+    for name in handler.server.pool.resolve_alias(requested):
+        if name in models:
+            handler.send_json(200, handler.dialect.model_object({**models[name], "id": requested}))
             return
-    raise model_not_found(requested)
+    call = Call({"model": requested})
+    call.allowed_models = allowed_models(handler)
+    raise handler.server.pool.unknown_model(call)
 
 
 def get_response(handler: Handler) -> None:
@@ -11743,6 +11936,7 @@ def log_access(request: Request, now: float) -> None:
         "status": writer.status or 499,
         "ended": ending(request),
         "model": shorten(record.model),
+        "answered_model": shorten(record.answered_model),
         "controller": record.controller,
         "first_ms": round((record.first_token_at or now) * 1000) - round(started_at * 1000),
         "ms": round((now - started_at) * 1000),

@@ -3530,6 +3530,225 @@ def test_a_process_without_descriptors_blames_no_upstream(config, pool):
             assert (state["failed"], state["rests_for_seconds"], state["last_error"]) == (0, 0, None)
 
 
+# -- several models behind one alias
+
+
+SMART = {"smart": ["one", "two", "three"]}
+FALLBACKS = {   # (fault at a, which alone has the model "one"; who answers with which model, the route); b has "two"
+    "the first answers": (None, "one", "a(one)=200"),
+    "a limit": (lambda fake: fake.status(429, extra=LIMIT), "two", "a(one)=429, b(two)=200"),
+    "cut before the first event": (lambda fake: fake.garbage(FakeOpenAI.head()), "two", "a(one)=502, b(two)=200"),
+    "unknown at its upstream": (lambda fake: fake.status(404), "two", "a(one)=404, b(two)=200"),
+    "a server error": (lambda fake: fake.status(500), "two", "a(one)=500, b(two)=200"),
+    "too long for it": (lambda fake: fake.status(400, b'{"error":{"message":"m","code":"context_length_exceeded"}}'), "two", "a(one)=400, b(two)=200"),
+    "a wrong request": (lambda fake: fake.status(400), None, "a(one)=400"),
+}
+
+
+@table(FALLBACKS)
+@pytest.mark.parametrize("streamed", [False, True])
+def test_the_models_of_an_alias_are_tried_in_order(case, streamed, pool, caplog):
+    caplog.set_level("INFO")
+    fault, model, route = case
+    a, b = FakeOpenAI(), FakeOpenAI()
+    server = pool((a, {"models": ("one",)}), (b, {"models": ("two",)}), model_aliases=SMART)
+    a.faults.extend([fault(a)] if fault else [])
+    got = chat(server, BOTH, stream=streamed, model="smart")
+    assert got.headers["x-akashproxy-route"] == route and got.status == (200 if model else 400)
+    if model:
+        assert ({"one": a, "two": b}[model]).bodies()[-1]["model"] == model
+        answers = sse(got.body) if streamed else [got.json]
+        assert {answer["model"] for answer in answers} == {"smart"}
+        wait_for(lambda: f"model=smart answered_model={model} " in caplog.text)
+
+
+def test_models_of_an_alias_that_rest_or_are_unknown_are_passed_over(pool):
+    a, b = FakeOpenAI(), FakeOpenAI()
+    server = pool((a, {"models": ("one",)}), (b, {"models": ("two",)}), model_aliases={"smart": ["zero", "one", "two"]}, max_wait=9)
+    a.faults.append(a.garbage(b"\0"))
+    assert chat(server, BOTH, model="smart").headers["x-akashproxy-route"] == "a(one)=502, b(two)=200"
+    assert chat(server, BOTH, model="smart").headers["x-akashproxy-route"] == "b(two)=200", "a model with others after it is not waited for"
+    for path, body in {"/v1/messages": ASKED, "/v1/responses": {"input": "hi"}}.items():
+        got = ask(server, "POST", path, {**body, "model": "smart"})
+        assert got.json["model"] == "smart" and b.bodies()[-1]["model"] == "two"
+    assert ask(server, path="/v1/models/smart").json["id"] == "smart"
+
+
+def test_when_no_model_of_an_alias_can_be_served_the_best_error_is_told(pool):
+    a, b = FakeOpenAI(), FakeOpenAI()
+    server = pool((a, {"models": ("one",)}), (b, {"models": ("two",)}), model_aliases=SMART)
+    a.faults.append(a.status(429, extra=LIMIT))
+    b.faults.append(b.status(500))
+    got = chat(server, BOTH, model="smart")
+    assert (got.status, got.headers["retry-after"], got.headers["x-akashproxy-route"]) == (429, "7", "a(one)=429, b(two)=500")
+
+
+def test_a_key_uses_only_its_own_models_of_an_alias(pool):
+    a, b = FakeOpenAI(), FakeOpenAI()
+    server = pool((a, {"models": ("one",)}), (b, {"models": ("two",)}), model_aliases=SMART, keys=keys("alice", models=("two",)) + keys("bob", models=("x",)))
+    assert chat(server, BOTH, bearer("alice"), model="smart").headers["x-akashproxy-route"] == "b=200" and not a.bodies()
+    b.faults.append(b.status(500))
+    assert chat(server, BOTH, bearer("alice"), model="smart").status == 502 and not a.bodies()
+    refused = chat(server, BOTH, bearer("bob"), model="smart")
+    assert (refused.status, refused.json["error"]["code"]) == (404, "model_not_found") and "one" not in refused.json["error"]["message"].split("'")
+
+
+def test_lists_of_models_are_a_setting(config):
+    path = config({"model_aliases": {"a": ["b", "c"], "d": "e"}})
+    assert load(path).model_aliases == {"a": ["b", "c"], "d": "e"}
+    assert Settings.load({"MODEL_ALIASES": "a=b,a=c,d=e"}).model_aliases == {"a": ["b", "c"], "d": "e"}
+    assert "MODEL_ALIASES=a=b,a=c,d=e\n" in run("--config-file", path, "--check").stdout
+    for wrong in ([], [""], ["x", 1], 7, {"x": "y"}, None, "x" * 300):
+        with pytest.raises(ConfigError, match="model_aliases: 'a' must be a model or a list of models"):
+            load(config({"model_aliases": {"a": wrong}}))
+
+
+def relayed_with(name, data, cut):
+    decoder = akashproxy.PassthroughDecoder("up", model=name)
+    events = [event for at in range(0, len(data), cut) if not decoder.complete for event in decoder.feed(data[at:at + cut])] + decoder.close()
+    return b"".join(event.data for event in events)
+
+
+@pytest.mark.parametrize("cut", [1, 7, 10 ** 6])
+def test_only_the_model_of_a_relayed_answer_is_replaced(cut):
+    event = b'data: {"id":"c","model" : "big/one","choices":[{"delta":{"content":"%b"}}]}\n\n'
+    quoted = rb'\"model\":\"big/one\" \"model\" : \"big/one\"'
+    data = event % quoted + b": ping\n\n" + event % b"x" + b"data: [DONE]\n\n"
+    assert relayed_with("", data, cut) == data
+    assert relayed_with("a\"b", data, cut) == data.replace(b'"model" : "big/one","c', b'"model":"a\\"b","c')
+
+
+# -- the same controller for a conversation
+
+
+def conversations(pool, count):
+    return {str(number): pool.acquire(conversation(pool, str(number))).name for number in range(count)}
+
+
+def conversation(pool, number):
+    call = exchange(pool)
+    call.conversation = number
+    return call
+
+
+def test_affinity_is_by_weight_and_moves_only_what_must_move():
+    pool = members_of({"a": 2, "b": 1, "c": 1}, "affinity")
+    before = conversations(pool, 4000)
+    counted = collections.Counter(before.values())
+    assert conversations(pool, 4000) == before
+    assert all(abs(counted[name] - share) < 150 for name, share in {"a": 2000, "b": 1000, "c": 1000}.items()), counted
+    pool.upstreams[1].record_result(stop_of(429, retry_after=60), pool.clock(), pool.clock())
+    while_b_rests = conversations(pool, 4000)
+    assert {before[number] for number in before if while_b_rests[number] != before[number]} == {"b"}
+    assert {while_b_rests[number] for number in before if before[number] == "b"} == {"a", "c"}
+    pool.clock.now += 61
+    assert conversations(pool, 4000) == before
+    bigger = conversations(members_of({"a": 2, "b": 1, "c": 1, "d": 4}, "affinity"), 4000)
+    assert {bigger[number] for number in before if bigger[number] != before[number]} == {"d"}
+
+
+FIRST, ANSWER, SECOND = user("a question"), {"role": "assistant", "content": "an answer"}, user("another one")
+SAME_CONVERSATION = {   # requests of one conversation, as chats; the last one belongs to another
+    "it goes on": ({"messages": [FIRST]}, {"messages": [FIRST, ANSWER, SECOND]}, {"messages": [SECOND]}),
+    "a string or parts": ({"messages": [FIRST]}, {"messages": [user([{"type": "text", "text": "a question", "cache_control": {"type": "ephemeral"}}])]},
+                          {"messages": [user([{"type": "text", "text": "a question?"}])]}),
+    "another system text": ({"messages": [{"role": "system", "content": "s"}, FIRST]}, {"messages": [{"role": "developer", "content": "s"}, FIRST, ANSWER]},
+                            {"messages": [FIRST]}),
+    "a prompt_cache_key": ({"messages": [FIRST], "prompt_cache_key": "k"}, {"messages": [SECOND], "prompt_cache_key": "k"},
+                           {"messages": [FIRST], "prompt_cache_key": "l"}),
+    "half a character": ({"messages": [user("\ud800")]}, {"messages": [user("\ud800"), ANSWER]}, {"messages": [user("\ud801")]}),
+    "a long text": ({"messages": [user("x" * 10 ** 6)]}, {"messages": [user("x" * 10 ** 6), ANSWER]}, {"messages": [user("x" * 999_999)]}),
+}
+
+
+def conversation_of(body, key="", model="m"):
+    call = Call({"model": model, **body})
+    call.original.body, call.key_name = body, key
+    return akashproxy.conversation_of(call)
+
+
+@table(SAME_CONVERSATION)
+def test_requests_of_one_conversation(case):
+    one, later, other = map(conversation_of, case)
+    assert one == later == conversation_of(case[0], model="n") and one and one != other
+    assert ("prompt_cache_key" in case[0]) == (conversation_of(case[0], "alice") == one), "keys part conversations"
+
+
+def test_what_is_no_conversation():
+    for body in ({}, {"input": "x"}, {"messages": None}, {"messages": [ANSWER, 7]}, {"messages": 7}, {"prompt_cache_key": 7}):
+        assert conversation_of(body) == "", body
+
+
+def test_hashing_a_conversation_takes_no_longer_for_a_long_text():
+    body = {"messages": [user("\u00e9" * (16 << 20))]}
+    started = time.thread_time()
+    conversation_of(body)
+    assert time.thread_time() - started < 0.01
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/v1/responses"])
+def test_conversations_keep_their_controller_in_all_dialects(path, pool):
+    server = pool(FakeOpenAI(), FakeOpenAI(), FakeOpenAI(), pool_type="affinity")
+
+    def route(*texts):
+        messages = [{"role": role, "content": text} for role, text in zip(itertools.cycle(("user", "assistant")), texts)]
+        body = {"input": messages, "instructions": "s"} if "responses" in path else {"messages": messages, "max_tokens": 9}
+        return ask(server, "POST", path, {"model": "both", **body}).headers["x-akashproxy-route"]
+
+    routes = {text: route(text) for text in map(str, range(12))}
+    assert len(set(routes.values())) == 3
+    assert {text: route(text, "an answer", "more") for text in routes} == routes
+    keyed = {ask(server, "POST", path, {"model": "both", "input": str(n), "messages": [user(str(n))], "max_tokens": 9, "prompt_cache_key": "k"}).headers[
+        "x-akashproxy-route"] for n in range(6)}
+    assert len(keyed) == 1
+
+
+# -- near names of an unknown model
+
+
+NEAR = {    # (asked for, the models a key may use, what is suggested)
+    "a typo": ("gpt-4o-mimi", ["gpt-4o-mini", "llama3.2"], "'gpt-4o-mini'"),
+    "the case": ("LLAMA3.2", ["gpt-4o-mini", "llama3.2"], "'llama3.2'"),
+    "up to three": ("qwen3-80b", ["qwen3-8b", "qwen3-32b", "qwen3-80", "qwen3-800b", "x"], "'qwen3-800b' or 'qwen3-8b' or 'qwen3-80'"),
+    "none": ("zzz", ["gpt-4o-mini"], ""),
+    "no models": ("zzz", [], ""),
+}
+
+
+@table(NEAR)
+def test_near_names(case):
+    asked, names, expected = case
+    assert akashproxy.near_names(asked, names) == (f" Did you mean {expected}?" if expected else "")
+
+
+@pytest.mark.parametrize("names, asked", [
+    ([f"model-{number:06}" for number in range(10_000)], "model-123456"), (["a" * 250] * 10_000, "a" * 256),
+    ([f"{'ab' * 28}{number:05}" for number in range(10_000)], "ab" * 128), ([f"{'a' * 50}{'b' * (number % 14)}" for number in range(10_000)], "ab" * 32),
+], ids=["many", "long", "alternating", "nested"])
+def test_looking_for_near_names_is_bounded(names, asked):
+    started = time.thread_time()
+    akashproxy.near_names(asked, names)
+    assert time.thread_time() - started < 0.5
+
+
+def test_an_unknown_models_error_says_what_there_is(pool, serve, akash):
+    fake = FakeOpenAI(["gpt-4o", "gpt-4o-dear"])
+    server = pool((fake, {"models": ("gpt-*",)}), keys=keys("alice", models=("gpt-4o", "gpt-4")) + keys("bob"),
+                  model_aliases={"gpt-4p": "gpt-4", "*x*": "gpt-4o"})
+    fake.faults.extend([fake.status(404, b'{"error":{"message":"no such model","code":"model_not_found"}}')] * 2)
+    for key, near in (("alice", "'gpt-4p' or 'gpt-4o'"), ("bob", "'gpt-4p' or 'gpt-4o' or 'gpt-4o-dear'")):
+        error = chat(server, BOTH, bearer(key), model={"alice": "gpt-4", "bob": "gpt-4-dea"}[key]).json["error"]
+        assert error["message"].startswith("a: no such model. /v1/models lists the available models. Did you mean "), error
+        assert set(re.findall("'[^']*'", error["message"])) <= set(re.findall("'[^']*'", near)) and "'gpt-4o" in error["message"]
+    assert "Did you mean 'gpt-4o'" in ask(server, path="/v1/models/gpt-4o-", headers=bearer("alice")).json["error"]["message"]
+    unknown = STREAM_HEAD + chunk(UNKNOWN) + b"0\r\n\r\n"
+    akash.faults.append(akash.raw(unknown, keep=True))
+    got = chat(serve(), model="Qwen/Qwen-3").json
+    assert got["data"]["msg"] == "Error Model." and got["error"]["message"].endswith("/v1/models lists the available models. Did you mean 'Qwen/Qwen3'?")
+    fake.faults.append(fake.status(404, b'{"error":{"message":"The model gpt-4o is gone"}}'))
+    assert chat(server, BOTH, bearer("bob"), model="gpt-4o").json["error"]["message"] == "a: The model gpt-4o is gone", "it is listed"
+
+
 # -- waiting for a controller that is full
 
 
@@ -8438,7 +8657,8 @@ def test_models_of_a_key(pool):
         got = ask(server, "POST", path, body, bearer("alice"))
         assert (got.status, got.json["error"]["code"]) == (404, "model_not_found"), path
     refused = chat(server, BOTH, bearer("alice"), model="gpt-b").json["error"]
-    assert refused["message"] == "The model 'gpt-b' does not exist.", "nothing is told of what it stands for"
+    assert refused["message"] == ("The model 'gpt-b' does not exist. /v1/models lists the available models. Did you mean 'gpt-x'?"
+                                  ), "nothing is told of what it stands for"
     assert ask(server, "POST", "/v1/messages", {**BOTH, "max_tokens": 9}, bearer("alice")).json["error"]["type"] == "not_found_error"
     assert len(a.bodies()) == asked
 
