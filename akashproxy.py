@@ -751,6 +751,11 @@ class Finish:
     stop_sequence: Optional[str] = None
 
 
+def is_estimated(usage: Dict[str, Any]) -> bool:
+    """Whether token counts are estimated here, or by an upstream that says so."""
+    return usage.get("estimated") is True
+
+
 @dataclass(frozen=True)
 class RawBytes:
     """Bytes in the client's own dialect, passed through unchanged."""
@@ -814,6 +819,7 @@ class CancelScope:
 
 
 CHAT_PATH = "/v1/chat/completions"
+CONTEXT_FIELDS = ("context_length", "max_model_len")  # of a model; names that clients know
 MAX_NAME = 256  # characters of a model's name, which is repeated in each event, in logs and lists
 
 
@@ -877,6 +883,7 @@ class Attempt:
 
     retry_reason: str = ""  # "session" or "connection": the controller is tried a second time
     ignored_params: List[str] = field(default_factory=list)  # those it does not support
+    overflow: str = ""  # the upstream will leave out the conversation's beginning: numbers
     content_type: Optional[str] = None  # of a response passed through; None: it is translated
     status: int = 200  # of that response
 
@@ -1243,7 +1250,7 @@ def one_of(*values: str) -> Callable[[str], str]:
 
     def check(text: str) -> str:
         if text.lower() not in values:
-            raise ValueError(f"{text!r} is not one of {', '.join(values)}")
+            raise ValueError(f"{text!r} is not one of {', '.join(filter(None, values))}")
         return text.lower()
 
     return check
@@ -1353,6 +1360,7 @@ class ControllerSettings(ValidatedSettings):
         "patterns of the paths to relay unchanged; default: all but /v1/messages and /v1/responses",
     )
     max_concurrency: int = setting(0, "concurrent requests; 0: unlimited")
+    context_overflow: str = setting("", "overrides CONTEXT_OVERFLOW", one_of("", "warn", "refuse"))
     speed: float = setting(50.0, "words per second of an echo controller; 0: unlimited")
     connect_timeout: Optional[float] = setting(None, "overrides CONNECT_TIMEOUT", positive)
     first_byte_timeout: Optional[float] = setting(None, "overrides FIRST_BYTE_TIMEOUT", positive)
@@ -1414,6 +1422,12 @@ class Settings(ValidatedSettings):
         "model aliases, which may be patterns, and their targets: ALIAS=MODEL,ALIAS=MODEL; an "
         "alias that is repeated has several, to be tried in order",
         alias_targets,
+    )
+    context_overflow: str = setting(
+        "warn",
+        "if Akash Chat would leave out the beginning of a long conversation: warn (a header) or "
+        "refuse (400)",
+        one_of("warn", "refuse"),
     )
     akash_base_url: str = setting(
         "https://chat.akash.network", "URL of the Akash Chat server", http_url
@@ -3725,7 +3739,19 @@ def estimate_tokens(value: Any) -> int:
             files += 1
         elif item is not None:
             units += token_units(str(item))
-    return units * 2 // UNITS_PER_TOKEN + IMAGE_TOKENS * files + 1
+    return tokens_of(units) + IMAGE_TOKENS * files
+
+
+def tokens_of(units: int) -> int:
+    """Estimate the tokens in a text of so many token_units(): twice the lower bound."""
+    return units * 2 // UNITS_PER_TOKEN + 1
+
+
+def event_units(event: Event) -> int:
+    """Units of what an event adds to an answer."""
+    if isinstance(event, (Text, Reasoning)):
+        return token_units(event.text)
+    return token_units((event.name or "") + event.arguments) if isinstance(event, ToolCall) else 0
 
 
 def truncate_to(text: str, budget: float) -> str:
@@ -3942,6 +3968,46 @@ class StaleOnErrorCache:
             if not self.value:
                 raise
             log.warning("models not refreshed, still using the last list: %s", error.message)
+
+
+# Names of the length of a model's context, in lower case without "_" and "-". A nested name may
+# follow that of its object: {"context": {"length": 8192}}.
+CONTEXT_NAMES = re.compile(
+    r"(?:(?:max|loaded|total)?(?:context|sequence)(?:length|len|window|size|limit|max|maxtokens|tokens"
+    r"|windowtokens|windowsize)?|maxmodellen|maxseqlen|(?:max)?(?:input|prompt)?tokenlimit"
+    r"|max(?:input|prompt)tokens|inputtokens|nctx|numctx)"
+)
+
+
+def context_length(entry: Any, prefix: str = "", depth: int = 4) -> Optional[int]:
+    """The length of a model's context by an entry of a model list, in tokens; None if unknown.
+
+    Outer fields take precedence over nested ones, and "context" over other names.
+    """
+    fields = list(itertools.islice(as_dict(entry).items(), 64))
+    names = {name: re.sub("[_-]", "", name[:64]).lower() for name, _ in fields}
+    for name, value in sorted(fields, key=lambda item: "context" not in names[item[0]]):
+        length = token_count(value)
+        if length and any(map(CONTEXT_NAMES.fullmatch, (names[name], prefix + names[name]))):
+            return length
+    nested = (context_length(value, names[name], depth - 1) for name, value in fields if depth)
+    return next(filter(None, nested), None)
+
+
+def token_count(value: Any) -> int:
+    """A positive number of tokens, also one in a string; 0 for anything else."""
+    if isinstance(value, str) and re.fullmatch("[0-9]{1,16}", value):
+        value = int(value)
+    elif type(value) is float and value.is_integer():
+        value = int(value)
+    return count_or_none(value) or 0
+
+
+def with_context_length(model: Dict[str, Any], entry: Dict[str, Any]) -> Dict[str, Any]:
+    """A model object with the context length that an entry of an upstream's list tells."""
+    length = context_length(entry)
+    others = {name: value for name, value in model.items() if name not in CONTEXT_FIELDS}
+    return {**others, **dict.fromkeys(CONTEXT_FIELDS, length)} if length else others
 
 
 def bounded_model_list(
@@ -4947,6 +5013,11 @@ def _attachment(url: Any, param: str) -> Dict[str, str]:
     return {"name": "picture", "contentType": (match[1] or "image/png").lower(), "url": url}
 
 
+# akash-chat f0a4ae0 drops the oldest messages silently, unless the conversation has this many tokens
+# less than the limit of its model; without a limit in the list it is AKASH_CONTEXT.
+AKASH_RESERVED, AKASH_CONTEXT = 1000, 128_000
+AKASH_SMALL = 500  # tokens of a conversation for which the list is not read
+
 MAX_STOP_LENGTH = 1000  # characters of one stop sequence
 
 
@@ -5409,9 +5480,10 @@ class AkashController(Controller):
         return None
 
     def events(self, call: Call) -> Iterable[Event]:
-        data, stop_filter, call.attempt.ignored_params = call.prepared_requests[self.name]
+        data, stop_filter, call.attempt.ignored_params, tokens = call.prepared_requests[self.name]
         if call.image_count or call.model == self.IMAGE_MODEL:
             return self.image_events(call, data)
+        self._check_context(call, tokens)
         cookie = self.session.get(call.scope)
         response = self.transport.start_request(
             "POST",
@@ -5425,8 +5497,34 @@ class AkashController(Controller):
             response, lambda response: self._decoder(call, response, stop_filter, cookie)
         )
 
-    def _prepare(self, call: Call) -> Tuple[bytes, StopFilter, List[str]]:
-        """Return the request body, the filter of its answer and the ignored parameters."""
+    def _check_context(self, call: Call, tokens: int) -> None:
+        """Note that Akash Chat will cut the conversation, or refuse it; APIError 400."""
+        models = self.model_cache.value
+        if tokens > AKASH_SMALL:
+            with contextlib.suppress(APIError):
+                models = self.models()
+        name = self.options.model_map.get(call.model, call.model)
+        found = next((model for model in models if model["id"] == name), {})
+        room = max(0, found.get("context_length", AKASH_CONTEXT) - AKASH_RESERVED)
+        if tokens <= room:
+            return
+        problem = f"about {tokens} tokens > {room}"
+        if (self.options.context_overflow or self.settings.context_overflow) == "refuse":
+            raise APIError(
+                400,
+                f"Akash Chat would leave out the beginning of the conversation: {problem}.",
+                param="messages",
+                code="context_length_exceeded",
+                category=Category.REFUSED,
+                overflow=Overflow(tokens, 0, room),
+            )
+        call.attempt.overflow = problem
+
+    def _prepare(self, call: Call) -> Tuple[bytes, StopFilter, List[str], int]:
+        """Return the request body, the filter of its answer, and what is ignored of it.
+
+        The last element is an estimate of the prompt's tokens, as Akash Chat counts them.
+        """
         if call.relay_only:
             raise APIError(
                 404, f"Akash Chat does not offer {call.original.path[:200]!r}.", code="not_found"
@@ -5444,7 +5542,9 @@ class AkashController(Controller):
             limit = "max_tokens"
         max_tokens = number_field(fields, limit, None, integer=True, minimum=1)
         stop_filter = StopFilter(stop_sequences(fields), max_tokens)
-        return request_json(body, len(call.original.raw_body)), stop_filter, ignored
+        texts = [body["system"], *(message["content"] for message in body["messages"])]
+        tokens = tokens_of(sum(map(token_units, texts)))
+        return request_json(body, len(call.original.raw_body)), stop_filter, ignored, tokens
 
     def image_events(self, call: Call, data: bytes) -> Iterator[Event]:
         """Start a job for each image, then poll them; text instead of a job is passed on.
@@ -5720,8 +5820,8 @@ class AkashController(Controller):
         response = self._with_session(
             "GET", "/api/models/", CancelScope(), first_byte=self.settings.session_timeout
         )
-        names = akash_models(json_or_none(response.read(limit=MAX_LIST_BYTES)))
-        if not names:
+        models = akash_models(json_or_none(response.read(limit=MAX_LIST_BYTES)))
+        if not models:
             raise APIError(
                 503, "Akash Chat lists no models.", code="upstream_error", retry_after=30
             )
@@ -5731,11 +5831,14 @@ class AkashController(Controller):
             "owned_by": "Akash Network",
             "permission": None,
         }
-        return [{"id": name, **common, "root": name, "parent": None} for name in names]
+        return [
+            with_context_length({"id": name, **common, "root": name, "parent": None}, entry)
+            for name, entry in models.items()
+        ]
 
 
-def akash_models(listing: Any) -> List[str]:
-    """Return the IDs in a model list of any akash-chat version; [] if malformed.
+def akash_models(listing: Any) -> Dict[str, Dict[str, Any]]:
+    """Return the entries of a model list of any akash-chat version by ID; {} if malformed.
 
     Lists are arrays, or objects with ``models``. Where b58259a has a database, an entry's ``id``
     may be the database's key and ``model_id`` the model.
@@ -5744,7 +5847,7 @@ def akash_models(listing: Any) -> List[str]:
         listing = listing.get("models") or listing.get("data")
     entries = [entry for entry in map(as_dict, as_list(listing)) if entry.get("available", True)]
     named = ((entry.get("model_id") or entry.get("id"), entry) for entry in entries)
-    return list(bounded_model_list("Akash Chat", named))
+    return bounded_model_list("Akash Chat", named)
 
 
 MAX_LIST_BYTES, MAX_MODELS = 4 << 20, 10_000  # limits of an upstream's model list
@@ -6593,7 +6696,9 @@ class OpenAIController(Controller):
             raise APIError(503, f"{self.name} lists no models.", code="upstream_error")
         common = {"object": "model", "owned_by": self.name}
         return [
-            {**common, **entry, "created": count_or_none(entry.get("created")) or 0}
+            with_context_length(
+                {**common, **entry, "created": count_or_none(entry.get("created")) or 0}, entry
+            )
             for entry in entries
         ]
 
@@ -6880,27 +6985,25 @@ class Upstream:
         Returns the models to offer, all names in the list (the known ones if reading failed), and
         the error. Models that the configuration names are always included.
         """
-        by_id: Dict[str, Dict[str, Any]] = {}
+        by_name: Dict[str, Dict[str, Any]] = {}
         names, error = self.known_models, None
         try:
             with controller_errors(self.name):
-                models = self.controller.models()
-                names = frozenset(model["id"] for model in models)
-                patterns = self.options.models or ["*"]
-                by_id = {
-                    model["id"]: model
-                    for model in models
-                    if any(fnmatch.fnmatchcase(model["id"], pattern) for pattern in patterns)
-                }
+                by_name = {model["id"]: model for model in self.controller.models()}
+                names = frozenset(by_name)
         except APIError as failure:
             error = failure
             self.log_exception(failure)
-        configured = [name for name in self.options.models if not re.search(r"[*?\[]", name)]
-        for name in [*self.options.model_map, *configured]:
-            by_id.setdefault(
-                name, {"id": name, "object": "model", "created": 0, "owned_by": self.name}
-            )
+        patterns = self.options.models
+        by_id = {name: by_name[name] for name in by_name if model_allowed(patterns, name)}
+        configured = {name: name for name in patterns if not _WILDCARD.search(name)}
+        for name, target in {**configured, **self.options.model_map}.items():
+            model = {"id": name, "object": "model", "created": 0, "owned_by": self.name}
+            by_id.setdefault(name, with_context_length(model, by_name.get(target, {})))
         return list(by_id.values()), names, error
+
+
+_WILDCARD = re.compile(r"[*?\[]")
 
 
 def model_allowed(patterns: Tuple[str, ...], model: str) -> bool:
@@ -7116,15 +7219,16 @@ class Pool:
         By default to the error of a model that its key may not use, without asking an upstream.
         """
         model, allowed = call.requested_model, call.allowed_models
-        listed = self.read_names() if error else self.model_names
-        error = error or model_not_found(model)
-        if error.category is not Category.MODEL or error.param != "model" or not model:
+        may_ask, error = error is not None, error or model_not_found(model)
+        is_of_path = call.relay_only and model not in error.message
+        if error.category is not Category.MODEL or error.param != "model" or is_of_path:
             return error
+        listed = self.read_names() if may_ask else self.model_names
         names = [name for name in sorted(listed) if model_allowed(allowed, name)]
         names += (
             alias
             for alias in self.settings.model_aliases
-            if not re.search(r"[*?\[]", alias)
+            if not _WILDCARD.search(alias)
             and any(model_allowed(allowed, target) for target in self.resolve_alias(alias))
         )
         if model not in names:
@@ -7340,7 +7444,9 @@ class Pool:
             for upstream in self.enabled:
                 models, upstream.known_models, _ = lists[upstream]
                 for model in models:
-                    union.setdefault(model["id"], model)
+                    first = union.setdefault(model["id"], model)
+                    if CONTEXT_FIELDS[0] not in first:
+                        union[model["id"]] = with_context_length(first, model)
             self._cached_candidates.cache_clear()
         self.model_names = frozenset(union)
         self.model_names_refresh_at = self.clock() + min(
@@ -7673,7 +7779,12 @@ class Dialect:
     """
 
     PREFIX = "chatcmpl-"
+    # Fields of all dialects that become a part of the prompt.
+    PROMPT = ("system", "instructions", "messages", "input", "prompt", "tools", "functions")
     text_frame: Any = None  # text_frame(JSON of a string) -> its frame, if the dialect has that
+    prompt_estimate: Optional[int] = None  # tokens of the request
+    output_units = 0  # token_units() of the events so far
+    usage: Optional[Dict[str, Any]] = None  # of the answer, when it is complete
 
     def __init__(self, body: Any, base_url: str = "") -> None:
         if not isinstance(body, dict):
@@ -7691,6 +7802,29 @@ class Dialect:
 
     def prepare(self) -> None:
         """Compute what depends on the size of the body, to spare the loop. Worker thread."""
+        self.estimate_prompt()
+
+    def estimate_prompt(self) -> int:
+        """An estimate of the request's tokens, computed once."""
+        if self.prompt_estimate is None:
+            body = self.call.original.body or {}
+            self.prompt_estimate = estimate_tokens([body.get(name) for name in self.PROMPT])
+        return self.prompt_estimate
+
+    def count(self, event: Event) -> Event:
+        """Count an event's tokens; it is returned, a Finish without usage with an estimate."""
+        if isinstance(event, Finish):
+            if not event.usage:
+                prompt, completion = self.estimate_prompt(), tokens_of(self.output_units)
+                usage = {"prompt_tokens": prompt, "completion_tokens": completion}
+                usage.update(total_tokens=prompt + completion, estimated=True)
+                event = dataclasses.replace(event, usage=usage)
+            self.usage = event.usage
+        elif isinstance(event, RawBytes):
+            self.usage = event.usage or self.usage
+        else:
+            self.output_units += event_units(event)
+        return event
 
     def opening_frames(self) -> bytes:
         """Frames before the first event."""
@@ -7698,10 +7832,12 @@ class Dialect:
 
     def encode(self, events: List[Event]) -> bytes:
         """Frames of a batch of events; those of Finish end the stream."""
-        if len(events) != 1:
-            return b"".join(map(self.encode_event, events))
-        event = events[0]  # a fast path: most batches have one event
-        return event.data if type(event) is RawBytes else self.encode_event(event)
+        return b"".join([self.encode_event(self.count(event)) for event in events])
+
+    def token_frame(self, text: bytes) -> bytes:
+        """The frame of a piece of text in JSON, without an event."""
+        self.output_units += token_units(text[1:-1].decode())
+        return self.text_frame(text)  # type: ignore[no-any-return]
 
     def encode_event(self, event: Event) -> bytes:
         """Frames of an event; b"" for unknown ones.
@@ -7850,7 +7986,7 @@ class ChatCompletions(Dialect):
 
     def finish_frames(self, finish: Finish) -> bytes:
         last = self.head + self.LAST_CHOICE + self.chunk_tail(finish.reason)
-        if self.include_usage and finish.usage:
+        if self.include_usage:
             last += self.head + b'],"usage":' + to_json(finish.usage) + b"}\n\n"
         return last + b"data: [DONE]\n\n"
 
@@ -7871,16 +8007,14 @@ class ChatCompletions(Dialect):
 
     def body(self, choice: Dict[str, Any], answer: Answer) -> Dict[str, Any]:
         finish = finish_of(answer)
-        body = {
+        return {
             "id": self.id,
             "object": self.OBJECT,
             "created": self.created,
             "model": self.model,
             "choices": [{**choice, "finish_reason": finish.reason}],
+            "usage": finish.usage,
         }
-        if finish.usage:
-            body["usage"] = finish.usage
-        return body
 
 
 def finish_of(answer: Answer) -> Finish:
@@ -8431,8 +8565,7 @@ class Messages(BlockDialect):
 
     Text is a block "text" with "text_delta", Reasoning is "thinking" with "thinking_delta", a
     ToolCall is "tool_use" with "input_json_delta". An "error" event ends a stream that fails;
-    "ping" may come anywhere. Clients need token counts, so they are estimated where the upstream
-    sends none. Reasoning is included if ``thinking`` requests it.
+    "ping" may come anywhere. Reasoning is included if ``thinking`` requests it.
     """
 
     PREFIX = "msg_"
@@ -8473,8 +8606,6 @@ class Messages(BlockDialect):
         504: "timeout_error",
         529: "overloaded_error",
     }
-    output_estimate = 0  # tokens of the closed blocks
-    input_estimate: Optional[int] = None  # tokens of the request
 
     # -- the request
 
@@ -8574,7 +8705,7 @@ class Messages(BlockDialect):
     # -- the response
 
     def opening_frames(self) -> bytes:
-        usage = {"input_tokens": self.estimate_input_tokens(), "output_tokens": 0}
+        usage = {"input_tokens": self.estimate_prompt(), "output_tokens": 0}
         return event_frame(
             "message_start", {"message": {**self.message_object([]), "usage": usage}}
         )
@@ -8593,7 +8724,6 @@ class Messages(BlockDialect):
         return self.head + to_json(text) + b"}}\n\n"
 
     def stop_block(self, text: str) -> bytes:
-        self.output_estimate += estimate_tokens(text)
         return event_frame("content_block_stop", {"index": self.block_index})
 
     def finish_frames(self, finish: Finish) -> bytes:
@@ -8611,9 +8741,6 @@ class Messages(BlockDialect):
 
     def response_body(self, answer: Answer) -> Dict[str, Any]:
         finish = finish_of(answer)
-        self.output_estimate = estimate_tokens(
-            [answer.reasoning, answer.text, [call.arguments for call in answer.tools]]
-        )
         return {
             **self.message_object(list(map(self.content_block, self.answer_blocks(answer)))),
             **self.stop_fields(finish, bool(answer.tools)),
@@ -8653,32 +8780,17 @@ class Messages(BlockDialect):
         return {"stop_reason": stop_reason, "stop_sequence": finish.stop_sequence}
 
     def usage_object(self, finish: Finish) -> Dict[str, int]:
-        """Token counts of the upstream, cached input tokens apart; else estimates."""
-        if not finish.usage:
-            return {
-                "input_tokens": self.estimate_input_tokens(),
-                "output_tokens": self.output_estimate,
-            }
-        prompt = finish.usage["prompt_tokens"]
-        cached = usage_detail(finish.usage, "prompt", "cached_tokens")
+        """Token counts, those of cached input apart."""
+        usage = finish.usage or {}
+        prompt = usage["prompt_tokens"]
+        cached = usage_detail(usage, "prompt", "cached_tokens")
         cached = cached if 0 < cached < prompt else 0
         return {
             "input_tokens": prompt - cached,
             "cache_read_input_tokens": cached,
-            "output_tokens": finish.usage["completion_tokens"],
+            "output_tokens": usage["completion_tokens"],
+            **estimate_mark(usage),
         }
-
-    def estimate_input_tokens(self) -> int:
-        """An estimate of the request's tokens, computed once."""
-        if self.input_estimate is None:
-            body = self.call.original.body or {}
-            self.input_estimate = estimate_tokens(
-                [body.get(name) for name in ("system", "messages", "tools")]
-            )
-        return self.input_estimate
-
-    def prepare(self) -> None:
-        self.estimate_input_tokens()
 
     @staticmethod
     def status(error: APIError) -> int:
@@ -8706,7 +8818,8 @@ class Messages(BlockDialect):
             "id": model["id"],
             "display_name": model["id"],
             "lifecycle": "active",
-            "created_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds)),
+            "created_at": utc(seconds),
+            **{name: model[name] for name in CONTEXT_FIELDS if name in model},
         }
 
     @staticmethod
@@ -8751,6 +8864,11 @@ def call_input(arguments: str) -> Dict[str, Any]:
     return value if isinstance(value, dict) else {"arguments": arguments}
 
 
+def estimate_mark(usage: Dict[str, Any]) -> Dict[str, bool]:
+    """The field that marks estimated token counts."""
+    return {"estimated": True} if is_estimated(usage) else {}
+
+
 def usage_detail(usage: Dict[str, Any], of: str, name: str) -> int:
     """A detail of OpenAI's prompt or completion token counts; 0 if missing."""
     return count_or_none(as_dict(usage.get(of + "_tokens_details")).get(name)) or 0
@@ -8764,7 +8882,7 @@ class CountTokens(Messages):
         return Call({"model": model} if isinstance(model, str) else {}, relay_only=True)
 
     def local_response(self) -> Optional[Dict[str, Any]]:
-        return {"input_tokens": self.estimate_input_tokens()}
+        return {"input_tokens": self.estimate_prompt()}
 
 
 class Responses(BlockDialect):
@@ -9057,6 +9175,7 @@ class Responses(BlockDialect):
         return len(value if isinstance(value, str) else _encode(value)) <= cls.ECHO_LIMIT
 
     def prepare(self) -> None:
+        super().prepare()
         self.echoed_params()
 
     @staticmethod
@@ -9103,6 +9222,7 @@ def response_usage(usage: Dict[str, Any]) -> Dict[str, Any]:
         "total_tokens": usage["total_tokens"],
         "output_tokens_details": {"reasoning_tokens": reasoning},
         "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
+        **estimate_mark(usage),
     }
 
 
@@ -9132,6 +9252,9 @@ class Passthrough(Dialect):
         self.call.original.content_type = (
             "application/json" if body else content_type or "application/octet-stream"
         )
+
+    def prepare(self) -> None:
+        """Nothing: its answers are relayed, and its body may be very large."""
 
     @staticmethod
     def document(data: bytes) -> Dict[str, Any]:
@@ -10334,7 +10457,8 @@ class StreamRelay:
 
     def _choose_fast_path(self) -> None:
         body, decoder = self.stream.response.body, self.stream.decoder
-        encode = self.dialect.text_frame if self.call.attempt.content_type is None else bytes
+        is_relayed = self.call.attempt.content_type is not None
+        encode = bytes if is_relayed else self.dialect.text_frame and self.dialect.token_frame
         usable = decoder.has_fast_path and encode and body.chunked and self.writer.chunked
         usable = usable and self.stream.response.content is None
         self.fast_path = (body.single_chunk, decoder.fast_path, encode) if usable else ()
@@ -10348,7 +10472,7 @@ class StreamRelay:
             return
         else:
             frames = self.responder.start_stream() + self.dialect.encode(events)
-        self.request.record.usage = getattr(events[-1], "usage", None) or self.request.record.usage
+        self.request.record.usage = self.dialect.usage
         if not self.stream.complete:
             if not self.writer.write(frames):
                 self._pause()
@@ -10512,10 +10636,16 @@ METRICS: Dict[str, Tuple[str, str, Tuple[str, ...]]] = {
         "counter", "Prompt tokens, where upstreams report them.", ("controller",)),
     "akashproxy_completion_tokens_total": (
         "counter", "Completion tokens, where upstreams report them.", ("controller",)),
+    "akashproxy_estimated_prompt_tokens_total": (
+        "counter", "Prompt tokens, estimated where upstreams report none.", ("controller",)),
+    "akashproxy_estimated_completion_tokens_total": (
+        "counter", "Completion tokens, estimated where upstreams report none.", ("controller",)),
     "akashproxy_model_requests_total": (
         "counter", "Completed model calls, by a model that upstreams list.", ("model",)),
     "akashproxy_model_tokens_total": (
         "counter", "Tokens, by a model that upstreams list.", ("model", "type")),
+    "akashproxy_model_estimated_tokens_total": (
+        "counter", "Estimated tokens, by a model that upstreams list.", ("model", "type")),
     "akashproxy_upstream_requests_total": (
         "counter", "Attempts, by their outcome.", ("controller", "outcome")),
     "akashproxy_failovers_total": ("counter", "Failovers to another controller.", ()),
@@ -10532,6 +10662,8 @@ METRICS: Dict[str, Tuple[str, str, Tuple[str, ...]]] = {
         "counter", "Model calls rejected by the limits of a key.", ("key",)),
     "akashproxy_key_in_flight": ("gauge", "Model calls of a key in progress.", ("key",)),
     "akashproxy_key_tokens_total": ("counter", "Tokens used by a key.", ("key", "type")),
+    "akashproxy_key_estimated_tokens_total": (
+        "counter", "Estimated tokens used by a key.", ("key", "type")),
     "akashproxy_sent_bytes_total": ("counter", "Bytes sent in response bodies.", ()),
     "akashproxy_open_connections": ("gauge", "Open client connections.", ()),
     "akashproxy_build_info": ("gauge", "Always 1.", ("version", "python")),
@@ -10589,23 +10721,25 @@ class Metrics:
         self.observe(
             "akashproxy_time_to_first_token_seconds", record.controller, first - started_at
         )
-        tokens = (record.usage or {}).get("completion_tokens") or 0
-        if tokens > 1:
+        usage = record.usage or {}
+        tokens = usage.get("completion_tokens") or 0
+        if tokens > 1 and not is_estimated(usage):
             seconds = (now - first) / (tokens - 1)
             self.observe("akashproxy_time_per_output_token_seconds", record.controller, seconds)
 
     def _add_tokens(self, request: "Request", call: Call) -> None:
         """Count a call's tokens. The caller holds the lock."""
         usage, counts = request.record.usage or {}, self.counts
+        estimated, model = "estimated_" * is_estimated(usage), self.model_label(call.model)
         for kind in ("prompt", "completion"):
             tokens = max(0, usage.get(f"{kind}_tokens") or 0)
             if tokens:
-                counts[f"akashproxy_{kind}_tokens_total", request.record.controller] += tokens
-                counts["akashproxy_model_tokens_total", self.model_label(call.model), kind] += (
-                    tokens
-                )
+                controller = request.record.controller
+                counts[f"akashproxy_{estimated}{kind}_tokens_total", controller] += tokens
+                counts[f"akashproxy_model_{estimated}tokens_total", model, kind] += tokens
                 if request.key is not None:
-                    counts["akashproxy_key_tokens_total", request.key.name, kind] += tokens
+                    name = request.key.name
+                    counts[f"akashproxy_key_{estimated}tokens_total", name, kind] += tokens
 
     def model_label(self, model: str) -> str:
         """Return the label of a model: its name if upstreams list it, else "other"."""
@@ -10714,7 +10848,8 @@ BODILESS_METHODS = ("GET", "HEAD", "OPTIONS", "DELETE")  # their bodies are not 
 SERVER_NAME = f"akashproxy/{__version__}"
 CORS_ANY = (
     "Access-Control-Allow-Origin: *\r\nAccess-Control-Expose-Headers: "
-    "x-request-id, retry-after, x-should-retry, x-akashproxy-ignored, x-akashproxy-route\r\n"
+    "x-request-id, retry-after, x-should-retry, x-akashproxy-context-overflow, "
+    "x-akashproxy-ignored, x-akashproxy-route\r\n"
 )
 _UNPRINTABLE = re.compile(r"[^ -~]")  # not allowed in a header
 _STATUS_LINES = {int(status): f"HTTP/1.1 {status:d} {status.phrase}" for status in http.HTTPStatus}
@@ -11133,8 +11268,8 @@ class CallResponder:
     def start_buffered(self, events: List[Event]) -> bytes:
         """Begin a response that is not streamed; returns its body."""
         self._commit()
-        content_type, answer = self.call.attempt.content_type, fold(events)
-        self.request.record.usage = getattr(events[-1], "usage", None) if events else None
+        content_type, answer = self.call.attempt.content_type, fold(map(self.dialect.count, events))
+        self.request.record.usage = self.dialect.usage
         data = answer.raw
         if content_type is None:
             content_type, data = "application/json", to_json(self.dialect.response_body(answer))
@@ -11168,7 +11303,7 @@ class CallResponder:
         for event in itertools.chain([first], events):
             frames += self.dialect.encode([event])
             if isinstance(event, Finish):
-                self.request.record.usage = event.usage
+                self.request.record.usage = self.dialect.usage
                 break
             self.writer.write(frames)
             self.writer.connection.wait_for_room()
@@ -11184,9 +11319,11 @@ class CallResponder:
 
 
 def call_headers(request: Request) -> Dict[str, str]:
-    """Return the headers that list a call's attempts and ignored parameters."""
+    """Return the headers on a call's attempts, its ignored parameters and its length."""
     route, call = request.record.route, request.call
     headers = {"X-Akashproxy-Route": ", ".join(route)} if route else {}
+    if call and call.attempt.overflow:
+        headers["X-Akashproxy-Context-Overflow"] = call.attempt.overflow
     ignored = list(call.attempt.ignored_params) if call else []
     if call and call.attempt.content_type is None:
         ignored += call.untranslated
@@ -11927,6 +12064,8 @@ def trace_id(traceparent: str) -> str:
 def log_access(request: Request, now: float) -> None:
     """Write a request's line of the access log."""
     record, usage, writer = request.record, request.record.usage or {}, request.writer
+    counted: Dict[str, Any] = {} if is_estimated(usage) else usage
+    estimated = usage if is_estimated(usage) else {}
     started_at = request.started_at
     facts = {
         "client": client_address(request),
@@ -11941,8 +12080,10 @@ def log_access(request: Request, now: float) -> None:
         "first_ms": round((record.first_token_at or now) * 1000) - round(started_at * 1000),
         "ms": round((now - started_at) * 1000),
         "bytes": writer.bytes_sent,
-        "tokens_in": usage.get("prompt_tokens"),
-        "tokens_out": usage.get("completion_tokens"),
+        "tokens_in": counted.get("prompt_tokens"),
+        "tokens_out": counted.get("completion_tokens"),
+        "estimated_in": estimated.get("prompt_tokens"),
+        "estimated_out": estimated.get("completion_tokens"),
         "trace": trace_id(request.head.headers.get("traceparent", "")),
         "id": request.id,
     }

@@ -1282,7 +1282,7 @@ MODEL_LISTS = {
 
 @table(MODEL_LISTS)
 def test_every_shape_of_a_model_list(case):
-    assert akashproxy.akash_models(case[0]) == case[1]
+    assert list(akashproxy.akash_models(case[0])) == case[1]
 
 
 def test_models(akash, serve):
@@ -1340,7 +1340,7 @@ def test_a_picture_through_chat_as_the_original_gave_it(akash, serve):
     assert got.status == 200 and got.json["code"] == 200
     assert got.json["data"] == {"model": "AkashGen", "jobId": JOB, "prompt": "A red fox in the snow",
                                 "pic": f"{akash.url}/api/image/job_51083a4c_00001_.png"}
-    assert got.json["object"] == "chat.completion" and "usage" not in got.json
+    assert got.json["object"] == "chat.completion" and got.json["usage"]["estimated"] is True
     assert got.json["choices"][0]["message"]["content"] == (
         f"![A red fox in the snow]({server.url}/images/job_51083a4c_00001_.png)")
 
@@ -1634,7 +1634,8 @@ def test_the_chunks_of_a_stream(akash, serve):
         assert "usage" not in event and event["choices"]
     akash.chat = HELLO
     events = sse(chat(server, stream=True, stream_options={"include_usage": True}).body)
-    assert all(event["choices"] and event["usage"] is None for event in events), "unknown usage is left out"
+    assert all(event["choices"] and event["usage"] is None for event in events[:-1])
+    assert events[-1]["choices"] == [] and events[-1]["usage"]["estimated"] is True, "unknown usage is estimated"
 
 
 def test_a_token_is_sent_at_once(akash, serve):
@@ -2542,7 +2543,7 @@ class FakeOpenAI(Fake):
     def answer(self, sock, request):
         if request.path == "/v1/models":
             sock.sendall(reply(body=json.dumps({"object": "list", "data": [
-                {"id": name, "object": "model", "created": 7, "owned_by": "fake"} for name in self.models]}).encode()))
+                name if isinstance(name, dict) else {"id": name, "object": "model", "created": 7, "owned_by": "fake"} for name in self.models]}).encode()))
         elif request.path.startswith("/v1/audio/"):
             sock.sendall(reply(body=b"ID3" + request.body, kind="audio/mpeg"))
         elif request.path == "/v1/chat/completions" and json.loads(request.body).get("stream"):
@@ -3701,6 +3702,89 @@ def test_conversations_keep_their_controller_in_all_dialects(path, pool):
     keyed = {ask(server, "POST", path, {"model": "both", "input": str(n), "messages": [user(str(n))], "max_tokens": 9, "prompt_cache_key": "k"}).headers[
         "x-akashproxy-route"] for n in range(6)}
     assert len(keyed) == 1
+
+
+# -- the length of a model's context
+
+
+LENGTHS = {     # an entry of a model list: the length of its context
+    "Akash's, July": ({"token_limit": 8000}, 8000), "Akash's, 2026": ({"tokenLimit": 128000}, 128000), "OpenRouter": (
+        {"context_length": 9, "top_provider": {"context_length": 8, "max_completion_tokens": 7}}, 9),
+    "OpenRouter's provider only": ({"top_provider": {"max_completion_tokens": 7, "context_length": 8}}, 8), "vLLM": ({"max_model_len": 32768}, 32768),
+    "Groq": ({"context_window": 131072, "max_completion_tokens": 5}, 131072), "Mistral": ({"max_context_length": 7}, 7),
+    "GitHub": ({"capabilities": {"limits": {"max_output_tokens": 1, "max_context_window_tokens": 64000, "max_prompt_tokens": 9}}}, 64000),
+    "limits": ({"limits": {"max_input_tokens": 5, "max_output_tokens": 4}}, 5), "Gemini": ({"outputTokenLimit": 3, "inputTokenLimit": 1048576}, 1048576),
+    "models.dev": ({"limit": {"output": 3, "context": 4}}, 4), "nested in two names": ({"context": {"length": 6}}, 6),
+    "llama.cpp": ({"meta": {"n_vocab": 1, "n_ctx": 4096}}, 4096), "camel case": ({"contextWindow": 5}, 5), "with dashes": ({"max-context-length": 5}, 5),
+    "a string": ({"context_length": "8192"}, 8192), "a float": ({"context_length": 8192.0}, 8192), "the largest": ({"context_length": 2 ** 53 - 1}, 2 ** 53 - 1),
+    "context before other names": ({"max_input_tokens": 5, "context_window": 6}, 6), "the next one, if one is wrong": ({"context_length": 0, "max_model_len": 6}, 6),
+    "zero": ({"context_length": 0}, None), "negative": ({"context_length": -1}, None), "too large": ({"context_length": 2 ** 53}, None),
+    "half": ({"context_length": 0.5}, None), "a Boolean": ({"context_length": True}, None), "words": ({"context_length": "long"}, None),
+    "null": ({"context_length": None, "max_model_len": []}, None), "other digits": ({"context_length": "\u0665"}, None), "huge": ({"max_model_len": "9" * 400}, None),
+    "of the answer": ({"max_output_tokens": 5, "max_completion_tokens": 6, "output_token_limit": 7, "max_tokens": 8}, None),
+    "nothing": ({"id": "m", "name": "context_length"}, None), "deep": (functools.reduce(lambda inner, _: {"x": inner}, range(400), {"context_length": 5}), None),
+}
+
+
+@table(LENGTHS)
+def test_the_length_of_a_context_is_found_in_whatever_name(case, pool):
+    entry, length = case
+    assert akashproxy.context_length(entry) == length
+    told = {"context_length": length, "max_model_len": length} if length else {}
+    fake, other = FakeOpenAI([{"id": "m", **entry}, "alone"]), FakeOpenAI([{"id": "m"}, {"id": "alone", "context_window": 77}])
+    server = pool((fake, {"model_map": {"mapped": "m"}}), (other, {"models": ("alone",)}))
+    for headers in ({}, {"anthropic-version": "2023-06-01"}):
+        models = {model["id"]: model for model in ask(server, path="/v1/models", headers=headers).json["data"]}
+        models["one"] = ask(server, path="/v1/models/m", headers=headers).json
+        for name in ("m", "mapped", "one"):
+            assert {field: value for field, value in models[name].items() if field in ("context_length", "max_model_len")} == told, name
+        assert models["alone"]["context_length"] == 77, "the other controller tells it"
+
+
+ADA = [user("My name is Ada. " * 1000), {"role": "assistant", "content": "Hello, Ada."}, user("What is my name?")]     # 4,000 tokens by our estimate
+CUT = {     # (the model's entry, the messages, is it cut)
+    "a short limit": ({"token_limit": 4000}, ADA, "about 4008 tokens > 3000"), "another name": ({"tokenLimit": 4000}, ADA, "about 4008 tokens > 3000"),
+    "it just fits": ({"tokenLimit": 5008}, ADA, None), "one token too long": ({"tokenLimit": 5007}, ADA, "about 4008 tokens > 4007"),
+    "no limit": ({}, ADA, None), "no limit, very long": ({}, [user("Ada " * 130_000)], "about 130001 tokens > 127000"),
+    "system text counts": ({"tokenLimit": 4000}, [{"role": "system", "content": "x " * 7000}, user("hi")], "about 3501 tokens > 3000"),
+    "pictures do not": ({"tokenLimit": 4000}, [user([{"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 50_000}}])], None),
+}
+
+
+@table(CUT)
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_conversation_that_akash_would_cut(case, streamed, akash, serve):
+    entry, messages, cut = case
+    akash.models = [{"id": "Qwen/Qwen3", **entry}]
+    got = chat(serve(), {"model": "Qwen/Qwen3", "messages": messages}, stream=streamed)
+    assert got.status == 200 and got.headers.get("x-akashproxy-context-overflow") == cut
+    if streamed:
+        return
+    server, asked = serve(context_overflow="refuse"), len(akash.bodies())
+    got = chat(server, {"model": "Qwen/Qwen3", "messages": messages})
+    assert (got.status, len(akash.bodies()) - asked) == ((400, 0) if cut else (200, 1))
+    if cut:
+        assert (got.json["error"]["code"], got.json["error"]["param"]) == ("context_length_exceeded", "messages")
+        assert cut in got.json["error"]["message"]
+        got = ask(server, "POST", "/v1/messages", {"model": "Qwen/Qwen3", "messages": [user("Ada " * 200_000)], "max_tokens": 9})
+        assert got.status == 400 and got.json["error"]["message"].startswith("prompt is too long: 200001 tokens > ")
+
+
+def test_a_controller_refuses_or_another_one_has_room(pool, config):
+    akash, other = FakeAkash(), FakeOpenAI()
+    akash.models = [{"id": "both", "token_limit": 3000}]
+    server = pool((akash, {"context_overflow": "refuse"}), (other, {"priority": 2}))
+    assert chat(server, {"model": "both", "messages": ADA}).headers["x-akashproxy-route"] == "a=400, b=200" and not akash.bodies()
+    server = pool((akash, {"context_overflow": "warn"}), context_overflow="refuse")
+    assert chat(server, {"model": "both", "messages": ADA}).headers["x-akashproxy-context-overflow"] == "about 4008 tokens > 2000"
+    with pytest.raises(ConfigError, match="context_overflow: 'no' is not one of warn, refuse"):
+        load(config({"controllers": [{"type": "akash", "context_overflow": "no"}]}))
+
+
+def test_no_list_of_models_is_no_reason_to_fail(akash, serve):
+    akash.models = []
+    got = chat(serve(), {"model": "m", "messages": ADA})
+    assert got.status == 200 and "x-akashproxy-context-overflow" not in got.headers
 
 
 # -- near names of an unknown model
@@ -6622,7 +6706,76 @@ def test_log_lines(form, akash):
         assert (first["status"], first["model"], first["controller"], second["path"]) == (200, "demo", "akash", "/no\nwhere\x1b[31m")
     else:
         assert re.search(r" INFO client=127\.0\.0\.1 method=POST path=/v1/chat/completions status=200 ended=whole model=demo controller=akash "
-                         r"first_ms=\d+ ms=\d+ bytes=\d+ id=req_\w+$", lines[0]) and "path=/no\\nwhere\\x1b[31m status=404" in lines[1]
+                         r"first_ms=\d+ ms=\d+ bytes=\d+ estimated_in=\d+ estimated_out=\d+ id=req_\w+$", lines[0]) and "path=/no\\nwhere\\x1b[31m status=404" in lines[1]
+
+
+ESTIMATED = {   # (path, body, how the counts are called there, where the usage stands)
+    "a chat": ("/v1/chat/completions", {"messages": [user("x" * 400)]}, ("prompt_tokens", "completion_tokens")),
+    "a completion": ("/v1/completions", {"prompt": "x" * 400}, ("prompt_tokens", "completion_tokens")),
+    "Messages": ("/v1/messages", {"messages": [user("x" * 400)], "max_tokens": 99}, ("input_tokens", "output_tokens")),
+    "Responses": ("/v1/responses", {"input": "x" * 400}, ("input_tokens", "output_tokens")),
+}
+
+
+def usages(got):
+    """All usages in an answer, streamed or not."""
+    documents = [got.json] if got.json else [json.loads(line[6:]) for line in got.body.decode().split("\n") if line.startswith("data: {")]
+    inner = [part for document in documents for part in (document, document.get("response"), document.get("message")) if part]
+    return [part["usage"] for part in inner if part.get("usage")]
+
+
+@table(ESTIMATED)
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("told", [False, True])
+def test_usage_is_always_there(case, streamed, told, akash, serve, caplog):
+    caplog.set_level("INFO")
+    path, body, names = case
+    end = END.replace(b"%b", b"stop")
+    akash.chat = (STEP + b"".join(b'0:"%b "\n' % (b"word" * 5) for _ in range(20))
+                  + (end.replace(b'"promptTokens":null,"completionTokens":null', b'"promptTokens":11,"completionTokens":7') if told else end))
+    server = serve(keys=keys("alice"))
+    got = ask(server, "POST", path, {"model": "Qwen/Qwen3", "stream": streamed, "stream_options": {"include_usage": True}, **body}, bearer("alice"))
+    usage = usages(got)[-1]
+    prompt, completion = (usage[name] for name in names)
+    if told:
+        assert (prompt, completion) == (11, 7) and "estimated" not in usage
+        wait_for(lambda: "tokens_in=11 tokens_out=7" in caplog.text)
+        assert "estimated_" not in caplog.text
+    else:
+        assert usage["estimated"] is True and 100 <= prompt <= 115 and 95 <= completion <= 115, usage
+        wait_for(lambda: f"estimated_in={prompt} estimated_out={completion} id=" in caplog.text)
+        assert "tokens_in" not in caplog.text
+    known(server)
+    found, apart = samples(server, bearer("alice")), "" if told else "estimated_"
+    assert found[f"akashproxy_{apart}completion_tokens_total", "akash"] == found[f"akashproxy_key_{apart}tokens_total", "alice", "completion"] == completion
+    assert sum(value for name, value in found.items() if name[0].startswith("akashproxy_model_") and name[0].endswith("tokens_total")
+               and name[0] == f"akashproxy_model_{apart}tokens_total") == prompt + completion
+    assert {name[0] for name in found if "_tokens_total" in name[0] and ("estimated" in name[0]) == told} == set()
+
+
+def test_a_stream_that_asks_for_no_usage_gets_none(akash, serve):
+    assert usages(chat(serve(), stream=True)) == []
+
+
+@pytest.mark.parametrize("text", ["x" * 7, "\u00e9\u00e8", "\u4e2d\u6587", "\U0001f600", "a\u4e2d\u00e9"])
+def test_tokens_are_estimated_alike_however_they_come(text):
+    whole, streamed, fast = (akashproxy.ChatCompletions({**BOTH, "stream_options": {"include_usage": True}}) for _ in range(3))
+    whole.count(Text(text * 50))
+    streamed.opening_frames(), fast.opening_frames()
+    streamed.encode([Text(text)] * 50)
+    assert all(fast.token_frame(akashproxy.to_json(text)) == fast.text_frame(akashproxy.to_json(text)) for _ in range(50))
+    usage = [dialect.count(Finish("stop")).usage for dialect in (whole, streamed, fast)]
+    assert usage[0] == usage[1] == usage[2] and usage[0]["completion_tokens"] == akashproxy.estimate_tokens(text * 50)
+
+
+def test_a_relayed_answer_without_usage_stays_as_it_is(pool, caplog):
+    caplog.set_level("INFO")
+    fake = FakeOpenAI()
+    server = pool(fake)
+    assert chat(server, BOTH).body == fake.completion()
+    assert chat(server, BOTH, stream=True, stream_options={"include_usage": True}).body == b"".join(fake.events())
+    wait_for(lambda: caplog.text.count("ended=whole") == 2)
+    assert "tokens_in" not in caplog.text and "estimated_in" not in caplog.text
 
 
 def test_tokens_that_are_known_are_logged(pool, caplog):
@@ -7524,7 +7677,7 @@ def test_a_list_of_models_is_bounded(pool, caplog):
     assert models == names[1:2] + names[:1] + names[2:10_000] and "lists more than 10000 models" in caplog.text
     akash.models = [{"id": name, "available": True} for name in ["x" * 257, *names]]
     for listing in ([{"id": name, "name": name, "available": True} for name in names], {"models": [{"id": name} for name in names]}):
-        assert akashproxy.akash_models(listing) == names[:10_000]
+        assert list(akashproxy.akash_models(listing)) == names[:10_000]
     long = FakeOpenAI([f"a model with a long name {at}" for at in range(60_000)])
     got = ask(pool(long), path="/v1/models")
     assert got.status == 502 and "4194304 bytes" in got.json["error"]["message"]
