@@ -2987,16 +2987,29 @@ class Transport:
         first_byte: Optional[float] = None,
     ) -> UpstreamResponse:
         """Send a request and wait for the head of its response. Errors as start_request()."""
-        request = method, path, scope, data, headers, first_byte
-        response = self.start_request(*request)
+
+        def send(retry_reason: str) -> UpstreamResponse:
+            request = method, path, scope, data, headers, first_byte, retry_reason
+            response = self.start_request(*request)
+            response.read_head()
+            return response
+
+        return retrying(send)
+
+
+def retrying(send: Callable[[str], UpstreamResponse]) -> UpstreamResponse:
+    """Send a request, and once more for each reason of an APIError of the category RETRY.
+
+    ``send(reason)`` gets the last error's code, or "". Exchange.fail_over() does so for a call.
+    """
+    reason = ""
+    while True:
         try:
-            response.read_head()
+            return send(reason)
         except APIError as error:
-            if error.category is not Category.RETRY:
+            if error.category is not Category.RETRY or error.code == reason:
                 raise
-            response = self.start_request(*request, force_new_connection=True)
-            response.read_head()
-        return response
+            reason = error.code or ""
 
 
 NETWORK_ERRORS = (OSError, ProtocolError, http.client.HTTPException)
@@ -3044,46 +3057,49 @@ def upstream_error(
     """
     scope.raise_if_cancelled()
     if is_exhausted(error):
-        if report_exhaustion():
-            log.error(
-                "this server has no descriptors or memory left for connections to upstreams: %s",
-                error,
-            )
-        return APIError(
-            503,
-            "This server is out of resources for more requests.",
-            code="overloaded",
-            retry_after=1,
-            category=Category.LOCAL,
-        )
+        return exhausted_error(error)
     if not isinstance(error, NETWORK_ERRORS):
         return unexpected_error(error, upstream_name)
     # What a ProtocolError quotes was sent by the upstream, and must not get into the log.
     detail = str(error).partition(" '")[0] if isinstance(error, ProtocolError) else error
     log.info("%s: %s: %s", upstream_name, type(error).__name__, detail)
-    timed_out = isinstance(error, (socket.timeout, TimeoutError))
     reason = str(error) if isinstance(error, ConnectError) else ""
-    if timed_out:
-        problem = " could not be reached in time."
-    elif isinstance(error, (http.client.HTTPException, ProtocolError)):
-        problem = (
-            ": connection lost: it broke off its answer."
-            if in_body
-            else ": it sent something that is not HTTP."
-        )
-    elif _is_disconnect(error):
-        problem = ": connection lost: it broke off the connection."
-    elif reason:
-        problem = f" could not be reached: {reason}."
-        log.warning("%s%s", upstream_name, problem)
-    else:
-        problem = " could not be reached."
+    message = upstream_name + network_problem(error, in_body)
+    if reason:
+        log.warning("%s", message)
     return APIError(
-        504 if timed_out else 502,
-        upstream_name + problem,
+        504 if isinstance(error, (socket.timeout, TimeoutError)) else 502,
+        message,
         code="upstream_error",
         category=Category.NETWORK,
         reason=reason,
+    )
+
+
+def network_problem(error: Exception, in_body: bool) -> str:
+    """What happened to a connection: the end of a sentence that begins with a name."""
+    if isinstance(error, (socket.timeout, TimeoutError)):
+        return " could not be reached in time."
+    if isinstance(error, (http.client.HTTPException, ProtocolError)):
+        cut = ": connection lost: it broke off its answer."
+        return cut if in_body else ": it sent something that is not HTTP."
+    if _is_disconnect(error):
+        return ": connection lost: it broke off the connection."
+    return f" could not be reached{f': {error}' if isinstance(error, ConnectError) else ''}."
+
+
+def exhausted_error(error: Exception) -> APIError:
+    """503: this machine has no descriptors or memory left; logged now and then."""
+    if report_exhaustion():
+        log.error(
+            "this server has no descriptors or memory left for connections to upstreams: %s", error
+        )
+    return APIError(
+        503,
+        "This server is out of resources for more requests.",
+        code="overloaded",
+        retry_after=1,
+        category=Category.LOCAL,
     )
 
 
@@ -4297,6 +4313,58 @@ def page_or_text(data: bytes) -> Any:
     }
 
 
+class ErrorReport:
+    """An upstream's error, in whatever form it came.
+
+    ``status`` 200: it came in place of an answer. ``body`` is a JSON value, or bytes that are not
+    JSON. ``secrets`` are removed from what is shown. ``models`` are the names of the requested
+    model.
+    """
+
+    def __init__(
+        self, status: int, body: Any, secrets: Iterable[str], models: Iterable[str]
+    ) -> None:
+        self.body = body = page_or_text(body) if isinstance(body, bytes) else body
+        fields, self.models = error_fields(body), models
+        self.words = words = error_words(fields)
+        self.status = error_status(status, fields, words)
+        self.upstream_status = self.status if status == 200 else status
+        given = to_json(body).decode()[:300] if body else ""
+        self.text = inner_message(words) or given or f"It answered with status {self.status}."
+        self.codes, self.unquoted = error_codes(fields), _without_quotes(self.text, models)
+        self.message = redact(self.text[:4000], secrets)[:1000]
+        self.names = {  # the upstream's own type, code and param
+            name: redact(fields[name][:1000], secrets)[:200]
+            for name in ("type", "code", "param")
+            if isinstance(fields.get(name), str)
+        }
+        if re.fullmatch("[0-9]{3}", self.names.get("code", "")):
+            del self.names["code"]  # LiteLLM repeats the status here
+        self.is_page = self.names.get("type") == "web_page"
+
+    def rule(self) -> ErrorRule:
+        """The row of UPSTREAM_ERRORS that applies."""
+        state = self.status, self.codes, self.unquoted
+        return next(rule for rule in UPSTREAM_ERRORS if rule.matches(*state))
+
+    def retry_after(self, headers: Dict[str, str], is_limit: bool) -> Optional[float]:
+        """Seconds until a retry, if the upstream gives them."""
+        body = self.body[0] if isinstance(self.body, list) and self.body else self.body
+        return retry_after_seconds(headers, as_dict(body), message=self.words, limit=is_limit)
+
+    def overflow(self) -> Optional[Overflow]:
+        return find_overflow(self.codes, self.text.lower())
+
+    def concerns_model(self, is_limit: bool) -> bool:
+        """Whether only the requested model cools down."""
+        # LiteLLM's own authentication errors mean that its key for this model is invalid, not ours.
+        return (
+            names_model(self.body, self.words, self.models)
+            if is_limit
+            else "litellm.Auth" in self.words
+        )
+
+
 def error_from_body(
     upstream_name: str,
     status: int,
@@ -4305,46 +4373,16 @@ def error_from_body(
     headers: Optional[Dict[str, str]] = None,
     models: Iterable[str] = (),
 ) -> APIError:
-    """Translate an upstream's error response, by UPSTREAM_ERRORS.
-
-    ``status`` 200: the error came in place of an answer. ``body`` is a JSON value, or bytes that
-    are not JSON. ``secrets`` are removed from the message. ``models`` are the names of the
-    requested model.
-    """
-    if isinstance(body, bytes):
-        body = page_or_text(body)
-    fields, http_status = error_fields(body), status
-    words = error_words(fields)
-    status = error_status(status, fields, words)
-    text = inner_message(words) or (
-        to_json(body).decode()[:300] if body else f"It answered with status {status}."
-    )
-    message = redact(text[:4000], secrets)[:1000]
-    named = {
-        name: redact(fields[name][:1000], secrets)[:200]
-        for name in ("type", "code", "param")
-        if isinstance(fields.get(name), str)
-    }
-    if re.fullmatch("[0-9]{3}", named.get("code", "")):
-        del named["code"]  # LiteLLM repeats the status here
-    codes, unquoted = error_codes(fields), _without_quotes(text, models)
-    rule = next(rule for rule in UPSTREAM_ERRORS if rule.matches(status, codes, unquoted))
-    wait = retry_after_seconds(
-        headers or {},
-        as_dict(body[0] if isinstance(body, list) and body else body),
-        message=words,
-        limit=rule.category is Category.RATE_LIMIT,
-    )
-    error = _error_from_rule(rule, upstream_name, status, message, named, wait)
-    error.upstream_status = status if http_status == 200 else http_status
-    error.overflow = (
-        find_overflow(codes, text.lower()) if error.category is Category.REQUEST else None
-    )
+    """Translate an upstream's error response, by UPSTREAM_ERRORS; see ErrorReport."""
+    report = ErrorReport(status, body, secrets, models)
+    rule = report.rule()
+    wait = report.retry_after(headers or {}, rule.category is Category.RATE_LIMIT)
+    error = _error_from_rule(rule, upstream_name, report, wait)
+    error.upstream_status = report.upstream_status
+    error.overflow = report.overflow() if error.category is Category.REQUEST else None
     if error.overflow:
         error.code = "context_length_exceeded"
-    # LiteLLM's own authentication errors mean that its key for this model is invalid, not ours.
-    limited = error.category is Category.RATE_LIMIT
-    if names_model(body, words, models) if limited else "litellm.Auth" in words:
+    if report.concerns_model(error.category is Category.RATE_LIMIT):
         error.cooldown_scope = "model"
     return error
 
@@ -4397,48 +4435,45 @@ def find_overflow(codes: str, words: str) -> Optional[Overflow]:
     return Overflow(prompt, count["output"], count["limit"])
 
 
-def _error_from_rule(
-    rule: ErrorRule,
-    upstream_name: str,
-    status: int,
-    message: str,
-    named: Dict[str, str],
-    wait: Optional[float],
-) -> APIError:
-    """Build the error of a matching row.
+# Codes of errors that come without one.
+DEFAULT_CODES = {
+    Category.MODEL: "model_not_found",
+    Category.SERVER: "upstream_error",
+    Category.UNSUPPORTED: "upstream_error",
+}
 
-    ``named``: the type, code and param that the upstream sent; ``wait``: seconds until a retry.
+
+def _error_from_rule(
+    rule: ErrorRule, upstream_name: str, report: ErrorReport, wait: Optional[float]
+) -> APIError:
+    """Build the error of a matching row; ``wait``: seconds until a retry.
+
+    The client's own mistakes are told in the upstream's words, others as the upstream's.
     """
-    category, code, seen = rule.category, named.get("code"), rule.status or status
+    category, status = rule.category, rule.status or report.status
     if category is Category.AUTH:
         # LiteLLM as a client retries any message with "429" in it, in vain if a quota is spent.
-        status_note = f" ({status})" if rule.reason != _QUOTA else ""
-        return auth_error(f"{upstream_name}: {rule.reason}{status_note}: {message}", status)
-    if category in (Category.REQUEST, Category.REFUSED):
-        if named.get("type") == "web_page":
-            named = {"code": "upstream_blocked"} if category is Category.REFUSED else {}
-            message = f"{upstream_name}: {message}"
-        return APIError(
-            seen,
-            message,
-            type=named.get("type"),
-            code=named.get("code"),
-            param=named.get("param"),
-            category=category,
-            retry=False if category is Category.REFUSED else None,
-        )
-    message = f"{upstream_name}: {message}"
-    if category is Category.MODEL:
-        code = code or "model_not_found"
-        return APIError(seen, message, param="model", code=code, category=Category.MODEL)
-    if category is Category.RATE_LIMIT:
-        return APIError(seen, message, code=code, category=Category.RATE_LIMIT, retry_after=wait)
-    if category is Category.UNSUPPORTED:
-        wait, seen = None, seen if 400 <= seen < 600 else 502
-    elif wait:  # a server error that says when to retry is a limit
+        note = f" ({report.status})" if rule.reason != _QUOTA else ""
+        message = f"{upstream_name}: {rule.reason}{note}: {report.message}"
+        return auth_error(message, report.status)
+    is_clients = category in (Category.REQUEST, Category.REFUSED) and not report.is_page
+    names, code = report.names if is_clients else {}, report.names.get("code")
+    if report.is_page and category is Category.REFUSED:
+        code = "upstream_blocked"
+    if category is Category.UNSUPPORTED and not 400 <= status < 600:
+        status = 502
+    if category is Category.SERVER and wait:  # one that says when to retry is a limit
         category = Category.RATE_LIMIT
-    code = code or "upstream_error"
-    return APIError(seen, message, code=code, category=category, retry_after=wait)
+    return APIError(
+        status,
+        report.message if is_clients else f"{upstream_name}: {report.message}",
+        type=names.get("type"),
+        code=code or DEFAULT_CODES.get(rule.category),
+        param="model" if category is Category.MODEL else names.get("param"),
+        category=category,
+        retry=False if category is Category.REFUSED else None,
+        retry_after=wait if category is Category.RATE_LIMIT else None,
+    )
 
 
 def auth_error(message: str, status: int) -> APIError:
@@ -5641,19 +5676,18 @@ class AkashController(Controller):
         model: str = "",
     ) -> UpstreamResponse:
         """Send a request with the cookie; repeat it once if the session was rejected."""
-        for is_retry in (False, True):
+
+        def send(retry_reason: str) -> UpstreamResponse:
             cookie = self.session.get(scope)
             response = self.transport.fetch(
                 method, path, scope, data, self._headers(data, cookie), first_byte
             )
             if response.status == 200 and not is_challenge_page(response):
                 return response
-            error = self._session_error(
-                response, response.read(limit=1 << 20), model, cookie, is_retry, len(data or b"")
-            )
-            if error.category is not Category.RETRY:
-                break
-        raise error
+            body, is_retry = response.read(limit=1 << 20), retry_reason == "session"
+            raise self._session_error(response, body, model, cookie, is_retry, len(data or b""))
+
+        return retrying(send)
 
     def _session_error(
         self,
@@ -7722,7 +7756,7 @@ class Exchange:
 
     def fail_over(self, error: APIError) -> None:
         """Give up the attempt. Raises the error if its category rules out another one."""
-        if error.category is Category.RETRY:
+        if error.category is Category.RETRY and error.code != self.call.attempt.retry_reason:
             self._close_response()
             self.call.begin_attempt(error.code or "")
             return
