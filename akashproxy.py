@@ -1257,16 +1257,14 @@ def one_of(*values: str) -> Callable[[str], str]:
 
 
 def alias_targets(aliases: Dict[str, Any]) -> Dict[str, Any]:
-    """Check model aliases: each stands for a model, or for a list to be tried in order."""
+    """Check model aliases: each is for a model, or for a list to try in order."""
     for alias, target in aliases.items():
-        models = [target] if isinstance(target, str) else target
-        if not (isinstance(models, (list, tuple)) and models and all(map(_is_name, models))):
+        models = target if isinstance(target, (list, tuple)) else [target]
+        if not models or not all(
+            isinstance(name, str) and 0 < len(name) <= MAX_NAME for name in models
+        ):
             raise ValueError(f"{alias!r} must be a model or a list of models")
     return aliases
-
-
-def _is_name(value: Any) -> bool:
-    return isinstance(value, str) and 0 < len(value) <= MAX_NAME
 
 
 class ValidatedSettings:
@@ -4352,9 +4350,6 @@ class ErrorReport:
         body = self.body[0] if isinstance(self.body, list) and self.body else self.body
         return retry_after_seconds(headers, as_dict(body), message=self.words, limit=is_limit)
 
-    def overflow(self) -> Optional[Overflow]:
-        return find_overflow(self.codes, self.text.lower())
-
     def concerns_model(self, is_limit: bool) -> bool:
         """Whether only the requested model cools down."""
         # LiteLLM's own authentication errors mean that its key for this model is invalid, not ours.
@@ -4379,7 +4374,8 @@ def error_from_body(
     wait = report.retry_after(headers or {}, rule.category is Category.RATE_LIMIT)
     error = _error_from_rule(rule, upstream_name, report, wait)
     error.upstream_status = report.upstream_status
-    error.overflow = report.overflow() if error.category is Category.REQUEST else None
+    if error.category is Category.REQUEST:
+        error.overflow = find_overflow(report.codes, report.text.lower())
     if error.overflow:
         error.code = "context_length_exceeded"
     if report.concerns_model(error.category is Category.RATE_LIMIT):
@@ -4541,19 +4537,10 @@ def names_model(body: Any, words: str, models: Iterable[str]) -> bool:
 
 
 # Headers of a controller whose values are not secret.
-PUBLIC_HEADERS = {
-    "accept",
-    "accept-language",
-    "anthropic-beta",
-    "anthropic-version",
-    "content-type",
-    "http-referer",
-    "openai-beta",
-    "origin",
-    "referer",
-    "user-agent",
-    "x-title",
-}
+PUBLIC_HEADERS = frozenset(
+    "accept accept-language anthropic-beta anthropic-version content-type http-referer openai-beta"
+    " origin referer user-agent x-title".split()
+)
 _MASKED_KEY = re.compile(r"[\w-]{0,80}\*{3,}[\w*-]{0,80}|\bsk-[\w-]{0,40}\.{3}[\w-]{1,40}")
 
 
@@ -4725,14 +4712,9 @@ def _delay_from_headers(headers: Dict[str, str], now: Callable[[], float]) -> Op
 
 # Fields of error bodies, in lower case without "_", and their units in seconds.
 DELAY_FIELDS = {
-    "retrydelay": 1.0,
-    "retryafter": 1.0,
-    "retryafterseconds": 1.0,
+    **dict.fromkeys("retrydelay retryafter retryafterseconds resetsinseconds".split(), 1.0),
+    **dict.fromkeys("resettime resetat resetsat".split(), 1.0),
     "retryafterms": 0.001,
-    "resettime": 1.0,
-    "resetat": 1.0,
-    "resetsat": 1.0,
-    "resetsinseconds": 1.0,
 }
 
 
@@ -4769,15 +4751,19 @@ def _delay_from_message(message: str) -> Optional[float]:
     match = _DELAY_IN_MESSAGE.search(message[:4000])
     if not match:
         return None
+    return total_seconds(match[1].lower()) or None
+
+
+def total_seconds(text: str) -> float:
+    """The sum of quantities such as "7m30.5s" or "2 minutes", up to an unknown unit."""
     total = 0.0
-    quantities = re.findall(r"([0-9]{1,9}(?:\.[0-9]{1,20})?) ?([a-z]{0,12})", match[1].lower())
-    for count, unit in quantities:
+    for count, unit in re.findall(r"([0-9]{1,14}(?:\.[0-9]{1,20})?) ?([a-z]{0,12})", text):
         factors = (seconds for names, seconds in DURATION_UNITS if re.fullmatch(names, unit))
         factor = next(factors, None)
         if factor is None:
             break
         total += float(count) * factor
-    return total or None
+    return total
 
 
 DURATION_UNITS = (
@@ -4791,12 +4777,9 @@ DURATION_UNITS = (
 
 def parse_duration(text: str) -> Optional[float]:
     """Seconds of "17", "1m30.5s", "6h" or "120ms", as in OpenAI's x-ratelimit-reset-*."""
-    units = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "": 1.0}
     # Only the last number may lack a unit, or the pattern could split digits in 2^n ways.
-    if not re.fullmatch(r"(?:[0-9]{1,14}(?:\.[0-9]+)?(?:ms|[smhd]|\Z))+", text):
-        return None
-    quantities = re.findall(r"([0-9.]+)(ms|[smhd]?)", text)
-    return sum(float(count) * units[unit] for count, unit in quantities)
+    valid = re.fullmatch(r"(?:[0-9]{1,14}(?:\.[0-9]{1,20})?(?:ms|[smhd]|\Z))+", text)
+    return total_seconds(text) if valid else None
 
 
 # == 11. akash ================================================================================
@@ -6874,16 +6857,9 @@ class Upstream:
         """Settings of its address and account; a change of one voids the cool-downs."""
         options, settings = self.options, self.controller.settings
         cookie = settings.akash_cookie if options.type == "akash" else ""
-        return (
-            options.type,
-            options.base_url,
-            options.api_key,
-            options.proxy,
-            tuple(sorted(options.headers.items())),
-            cookie,
-            settings.user_agent,
-            settings.ca_file,
-        )
+        headers = tuple(sorted(options.headers.items()))
+        upstream = options.type, options.base_url, options.api_key  # in this order, see __init__
+        return (*upstream, options.proxy, headers, cookie, settings.user_agent, settings.ca_file)
 
     def serves(self, model: str) -> Optional[bool]:
         """Whether it offers the model: True, False, or None if unknown (worth a try)."""
@@ -7068,8 +7044,7 @@ class Waiter:
     """
 
     __slots__ = (
-        "queue", "exchange", "model", "candidates", "ignored", "deadline", "number", "key",
-        "upstream",
+        "queue", "exchange", "candidates", "ignored", "deadline", "number", "key", "upstream",
     )  # fmt: skip
 
     def __init__(
@@ -7081,17 +7056,17 @@ class Waiter:
         deadline: float,
     ) -> None:
         self.queue, self.exchange, self.candidates = queue, exchange, candidates
-        self.model, self.ignored, self.deadline = exchange.call.model, ignored, deadline
+        self.ignored, self.deadline = ignored, deadline
         self.number = next(queue.numbers)
         self.upstream: Optional[Upstream] = None
         by_model = any(
             model is not None for upstream in candidates for _, model in upstream.cooldowns
         )
         # Calls with the same key become ready at the same time.
-        self.key = (self.model if by_model else None, ignored, *map(id, candidates))
+        self.key = (exchange.call.model if by_model else None, ignored, *map(id, candidates))
 
     def available_at(self, now: float) -> float:
-        return earliest_available(self.candidates, self.model, self.ignored, now)
+        return earliest_available(self.candidates, self.exchange.call.model, self.ignored, now)
 
     def set(self) -> None:
         """Resume a cancelled call; the method of threading.Event that cancel() uses."""
@@ -7564,9 +7539,9 @@ MAX_HASHED = 1 << 14  # characters at each end of a text
 
 
 def conversation_of(call: Call) -> str:
-    """A hash of what the requests of one conversation have in common; "" if it is none.
+    """A hash that the requests of one conversation share; "" if there are no messages.
 
-    That is the ``prompt_cache_key``, else the key's name, the system text and the user's first
+    It is of the ``prompt_cache_key``, else of the key's name, the system text and the user's first
     message. Only the ends of long texts are hashed.
     """
     body = call.original.body or {}
@@ -7587,7 +7562,7 @@ def conversation_of(call: Call) -> str:
 
 
 def rendezvous(ready: List[Upstream], conversation: str) -> Upstream:
-    """Weighted rendezvous hashing: without an upstream only its own conversations move."""
+    """Weighted rendezvous hashing: only an upstream's own conversations leave it."""
 
     def score(upstream: Upstream) -> float:
         digest = _sha256(f"{conversation} {upstream.name}")
@@ -7669,7 +7644,7 @@ class Exchange:
         self.tried: List[Upstream] = []
         self.unsupported: List[Upstream] = []
         self.errors: List[APIError] = []
-        self.model_errors: List[APIError] = []  # one of each model that nobody could serve
+        self.model_errors: List[APIError] = []  # one of each model that no upstream served
         self.route: List[str] = []  # the attempts, such as "akash=429"
         self.prepared, self.committed, self.started = False, False, 0.0
 
@@ -7700,7 +7675,7 @@ class Exchange:
         return isinstance(self.response, EventStream)
 
     def _prepare(self) -> None:
-        """Resolve the model. Raises APIError if the client's key may use none of its targets."""
+        """Resolve the model. Raises APIError if the key may use none of its targets."""
         call, self.prepared = self.call, True
         if self.pool.settings.pool_type == "affinity":
             self.conversation = conversation_of(call)
@@ -7772,7 +7747,7 @@ class Exchange:
             self.errors.append(error)
 
     def _label(self) -> str:
-        """The current attempt in the route: its upstream, and its model if there are several."""
+        """The upstream in the route, with the model if an alias has several."""
         name: str = self.upstream.name
         return f"{name}({self.call.model})" if self.show_models else name
 
