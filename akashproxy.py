@@ -7841,11 +7841,15 @@ class Dialect:
 
     def encode(self, events: List[Event]) -> bytes:
         """Frames of a batch of events; those of Finish end the stream."""
+        if len(events) == 1 and type(events[0]) is RawBytes:  # fast path of relayed streams
+            self.usage = events[0].usage or self.usage
+            return events[0].data
         return b"".join([self.encode_event(self.count(event)) for event in events])
 
     def token_frame(self, text: bytes) -> bytes:
         """The frame of a piece of text in JSON, without an event."""
-        self.output_units += token_units(text[1:-1].decode())
+        ascii_units = 3 * len(text) - 6
+        self.output_units += ascii_units if text.isascii() else token_units(text[1:-1].decode())
         return self.text_frame(text)  # type: ignore[no-any-return]
 
     def encode_event(self, event: Event) -> bytes:
