@@ -1260,9 +1260,7 @@ def alias_targets(aliases: Dict[str, Any]) -> Dict[str, Any]:
     """Check model aliases: each is for a model, or for a list to try in order."""
     for alias, target in aliases.items():
         models = target if isinstance(target, (list, tuple)) else [target]
-        if not models or not all(
-            isinstance(name, str) and 0 < len(name) <= MAX_NAME for name in models
-        ):
+        if not models or not all(isinstance(name, str) and name for name in models):
             raise ValueError(f"{alias!r} must be a model or a list of models")
     return aliases
 
@@ -2996,9 +2994,10 @@ class Transport:
 
 
 def retrying(send: Callable[[str], UpstreamResponse]) -> UpstreamResponse:
-    """Send a request, and once more for each reason of an APIError of the category RETRY.
+    """Send a request, and repeat it after an error of the category RETRY.
 
-    ``send(reason)`` gets the last error's code, or "". Exchange.fail_over() does so for a call.
+    ``send(reason)`` gets the last error's code, or "" at first; a second error with that code is
+    raised. Exchange.fail_over() does the same for a call.
     """
     reason = ""
     while True:
@@ -3075,7 +3074,7 @@ def upstream_error(
 
 
 def network_problem(error: Exception, in_body: bool) -> str:
-    """What happened to a connection: the end of a sentence that begins with a name."""
+    """End of an error message about a connection, after the upstream's name."""
     if isinstance(error, (socket.timeout, TimeoutError)):
         return " could not be reached in time."
     if isinstance(error, (http.client.HTTPException, ProtocolError)):
@@ -3994,7 +3993,7 @@ CONTEXT_NAMES = re.compile(
 
 
 def context_length(entry: Any, prefix: str = "", depth: int = 4) -> Optional[int]:
-    """The length of a model's context by an entry of a model list, in tokens; None if unknown.
+    """A model's context length in tokens, by its entry in a model list; or None.
 
     Outer fields take precedence over nested ones, and "context" over other names.
     """
@@ -4010,15 +4009,14 @@ def context_length(entry: Any, prefix: str = "", depth: int = 4) -> Optional[int
 
 def token_count(value: Any) -> int:
     """A positive number of tokens, also one in a string; 0 for anything else."""
-    if isinstance(value, str) and re.fullmatch("[0-9]{1,16}", value):
-        value = int(value)
-    elif type(value) is float and value.is_integer():
+    is_text = isinstance(value, str) and re.fullmatch("[0-9]{1,16}", value)
+    if is_text or type(value) is float and value.is_integer():
         value = int(value)
     return count_or_none(value) or 0
 
 
 def with_context_length(model: Dict[str, Any], entry: Dict[str, Any]) -> Dict[str, Any]:
-    """A model object with the context length that an entry of an upstream's list tells."""
+    """A model object with the context length in an entry of an upstream's list."""
     length = context_length(entry)
     others = {name: value for name, value in model.items() if name not in CONTEXT_FIELDS}
     return {**others, **dict.fromkeys(CONTEXT_FIELDS, length)} if length else others
@@ -4444,7 +4442,7 @@ def _error_from_rule(
 ) -> APIError:
     """Build the error of a matching row; ``wait``: seconds until a retry.
 
-    The client's own mistakes are told in the upstream's words, others as the upstream's.
+    Only errors that are not the client's own begin with the upstream's name.
     """
     category, status = rule.category, rule.status or report.status
     if category is Category.AUTH:
@@ -4537,10 +4535,12 @@ def names_model(body: Any, words: str, models: Iterable[str]) -> bool:
 
 
 # Headers of a controller whose values are not secret.
-PUBLIC_HEADERS = frozenset(
-    "accept accept-language anthropic-beta anthropic-version content-type http-referer openai-beta"
-    " origin referer user-agent x-title".split()
-)
+# fmt: off
+PUBLIC_HEADERS = frozenset((
+    "accept", "accept-language", "anthropic-beta", "anthropic-version", "content-type",
+    "http-referer", "openai-beta", "origin", "referer", "user-agent", "x-title",
+))
+# fmt: on
 _MASKED_KEY = re.compile(r"[\w-]{0,80}\*{3,}[\w*-]{0,80}|\bsk-[\w-]{0,40}\.{3}[\w-]{1,40}")
 
 
@@ -4711,11 +4711,12 @@ def _delay_from_headers(headers: Dict[str, str], now: Callable[[], float]) -> Op
 
 
 # Fields of error bodies, in lower case without "_", and their units in seconds.
+# fmt: off
 DELAY_FIELDS = {
-    **dict.fromkeys("retrydelay retryafter retryafterseconds resetsinseconds".split(), 1.0),
-    **dict.fromkeys("resettime resetat resetsat".split(), 1.0),
-    "retryafterms": 0.001,
+    "retrydelay": 1.0, "retryafter": 1.0, "retryafterseconds": 1.0, "retryafterms": 0.001,
+    "resettime": 1.0, "resetat": 1.0, "resetsat": 1.0, "resetsinseconds": 1.0,
 }
+# fmt: on
 
 
 def _delay_from_body(value: Any, now: Callable[[], float], depth: int = 5) -> Optional[float]:
@@ -5031,8 +5032,8 @@ def _attachment(url: Any, param: str) -> Dict[str, str]:
     return {"name": "picture", "contentType": (match[1] or "image/png").lower(), "url": url}
 
 
-# akash-chat f0a4ae0 drops the oldest messages silently, unless the conversation has this many tokens
-# less than the limit of its model; without a limit in the list it is AKASH_CONTEXT.
+# akash-chat f0a4ae0 drops the oldest messages silently if the conversation has more tokens than its
+# model's limit less AKASH_RESERVED; without a limit in the list that is AKASH_CONTEXT.
 AKASH_RESERVED, AKASH_CONTEXT = 1000, 128_000
 AKASH_SMALL = 500  # tokens of a conversation for which the list is not read
 
@@ -5855,7 +5856,9 @@ class AkashController(Controller):
 
 
 def akash_models(listing: Any) -> Dict[str, Dict[str, Any]]:
-    """Return the entries of a model list of any akash-chat version by ID; {} if malformed.
+    """Return the entries of any akash-chat version's model list by ID.
+
+    Empty if it is malformed.
 
     Lists are arrays, or objects with ``models``. Where b58259a has a database, an entry's ``id``
     may be the database's key and ``model_id`` the model.
@@ -7006,10 +7009,11 @@ class Upstream:
             self.log_exception(failure)
         patterns = self.options.models
         by_id = {name: by_name[name] for name in by_name if model_allowed(patterns, name)}
-        configured = {name: name for name in patterns if not _WILDCARD.search(name)}
-        for name, target in {**configured, **self.options.model_map}.items():
+        targets = self.options.model_map
+        for name in [*targets, *(name for name in patterns if not _WILDCARD.search(name))]:
             model = {"id": name, "object": "model", "created": 0, "owned_by": self.name}
-            by_id.setdefault(name, with_context_length(model, by_name.get(target, {})))
+            entry = by_name.get(targets.get(name, name), {})
+            by_id.setdefault(name, with_context_length(model, entry))
         return list(by_id.values()), names, error
 
 
@@ -7232,8 +7236,8 @@ class Pool:
         is_of_path = call.relay_only and model not in error.message
         if error.category is not Category.MODEL or error.param != "model" or is_of_path:
             return error
-        listed = self.read_names() if may_ask else self.model_names
-        names = [name for name in sorted(listed) if model_allowed(allowed, name)]
+        names = sorted(self.read_names() if may_ask else self.model_names)
+        names = [name for name in names if model_allowed(allowed, name)]
         names += (
             alias
             for alias in self.settings.model_aliases
@@ -7821,7 +7825,7 @@ class Dialect:
         return self.prompt_estimate
 
     def count(self, event: Event) -> Event:
-        """Count an event's tokens; it is returned, a Finish without usage with an estimate."""
+        """Count an event's tokens. Returns it; a Finish without usage gets an estimate."""
         if isinstance(event, Finish):
             if not event.usage:
                 prompt, completion = self.estimate_prompt(), tokens_of(self.output_units)
@@ -7834,6 +7838,12 @@ class Dialect:
         else:
             self.output_units += event_units(event)
         return event
+
+    def finish_of(self, answer: Answer) -> Finish:
+        """The end of a complete answer, with its usage."""
+        assert answer.finish is not None
+        self.count(answer.finish)
+        return dataclasses.replace(answer.finish, usage=self.usage)
 
     def opening_frames(self) -> bytes:
         """Frames before the first event."""
@@ -8019,7 +8029,7 @@ class ChatCompletions(Dialect):
         return body
 
     def body(self, choice: Dict[str, Any], answer: Answer) -> Dict[str, Any]:
-        finish = finish_of(answer)
+        finish = self.finish_of(answer)
         return {
             "id": self.id,
             "object": self.OBJECT,
@@ -8028,12 +8038,6 @@ class ChatCompletions(Dialect):
             "choices": [{**choice, "finish_reason": finish.reason}],
             "usage": finish.usage,
         }
-
-
-def finish_of(answer: Answer) -> Finish:
-    """The end of an answer; a complete one always has it."""
-    assert answer.finish is not None
-    return answer.finish
 
 
 def tool_call(event: ToolCall) -> Dict[str, Any]:
@@ -8753,7 +8757,7 @@ class Messages(BlockDialect):
         return b"" if style == "off" else event_frame("ping", {})
 
     def response_body(self, answer: Answer) -> Dict[str, Any]:
-        finish = finish_of(answer)
+        finish = self.finish_of(answer)
         return {
             **self.message_object(list(map(self.content_block, self.answer_blocks(answer)))),
             **self.stop_fields(finish, bool(answer.tools)),
@@ -9148,7 +9152,7 @@ class Responses(BlockDialect):
             self.output_item(event, self.ITEM_WIRE[type(event)][0] + new_id())
             for event in self.answer_blocks(answer)
         ]
-        return self.response_object(answer.finish)
+        return self.response_object(self.finish_of(answer))
 
     def response_object(self, finish: Optional[Finish] = None) -> Dict[str, Any]:
         """The response's current state."""

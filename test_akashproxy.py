@@ -3599,7 +3599,7 @@ def test_lists_of_models_are_a_setting(config):
     assert load(path).model_aliases == {"a": ["b", "c"], "d": "e"}
     assert Settings.load({"MODEL_ALIASES": "a=b,a=c,d=e"}).model_aliases == {"a": ["b", "c"], "d": "e"}
     assert "MODEL_ALIASES=a=b,a=c,d=e\n" in run("--config-file", path, "--check").stdout
-    for wrong in ([], [""], ["x", 1], 7, {"x": "y"}, None, "x" * 300):
+    for wrong in ([], [""], ["x", 1], 7, {"x": "y"}, None):
         with pytest.raises(ConfigError, match="model_aliases: 'a' must be a model or a list of models"):
             load(config({"model_aliases": {"a": wrong}}))
 
@@ -7695,9 +7695,9 @@ def test_a_name_with_two_dashes_reads_no_list_anew(monkeypatch):
     monkeypatch.setitem(akashproxy.CONTROLLERS, "echo", Listed)
     clock = Clock()
     built = akashproxy.Pool(Settings(controllers=(akashproxy.ControllerSettings(type="echo", name="one"),)), clock=clock)
-    assert [built.resolve_alias(name) for name in ("a--b", "a--b", "c--d", "a/b")] == ["a/b", "a/b", "c--d", "a/b"] and Listed.reads == 1
+    assert [built.resolve_alias(name) for name in ("a--b", "a--b", "c--d", "a/b")] == [["a/b"], ["a/b"], ["c--d"], ["a/b"]] and Listed.reads == 1
     clock.now += 60
-    assert built.resolve_alias("a--b") == "a/b" and Listed.reads == 2
+    assert built.resolve_alias("a--b") == ["a/b"] and Listed.reads == 2
 
 
 def test_the_estimate_of_tokens_is_that_of_its_parts():
