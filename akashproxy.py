@@ -66,16 +66,19 @@ Where is ...
     what an upstream's error means     UPSTREAM_ERRORS, error_from_body, akash_error
     what hides secrets                 redact
     Akash's cookie                     AkashSession
+    caches of sessions and models      Cache
     Akash's stream, line by line       AkashDecoder
     what is sent to Akash              akash_request
-    images                             AkashController.image_events
+    logins at Akash                    AkashLogin
+    images                             AkashController.image_events, ImageBatches
     <think> tags                       ThinkTagFilter
     stop sequences and max_tokens      StopFilter
     OpenAI's stream                    ChatDecoder
     Anthropic's stream                 Messages
     OpenAI's newer stream              Responses
     their requests as a chat           Messages.to_chat, Responses.to_chat
-    estimates of tokens                estimate_tokens
+    estimates of tokens                estimate_tokens, UsageFilter
+    context lengths                    context_length
     relaying unparsed                  PassthroughDecoder, Passthrough
     failover                           Exchange
     cool-downs                         FAILURE_POLICY, CoolDown, Upstream.record_result
@@ -497,10 +500,11 @@ def start_thread(target: Callable[[], None], name: str) -> bool:
     return True
 
 
-def _sha256(text: str) -> str:
+def _sha256(text: Union[str, bytes]) -> str:
     import hashlib
 
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
+    return hashlib.sha256(data).hexdigest()
 
 
 # == 2. errors ================================================================================
@@ -833,6 +837,7 @@ class Cancellation:
         self.client_has_left = client_has_left  # peeks at the connection
         self.reason: Optional[Exception] = None
         self.scope = CancelScope()  # of the current attempt
+        self.is_shielded = False  # within shield()
         self.wakeup: Any = None  # an Event, or anything with its set()
 
     def cancel(self, reason: Optional[Exception] = None) -> None:
@@ -840,9 +845,22 @@ class Cancellation:
         # A race: new_scope() and sleep() set scope and wakeup, then check the reason. Setting the
         # reason first, at least one of the two threads sees what the other has written.
         self.reason = reason or ClientDisconnected("the client disconnected")
-        self.scope.cancel(self.reason)
+        if reason or not self.is_shielded:
+            self.scope.cancel(self.reason)
         if self.wakeup:
             self.wakeup.set()
+
+    @contextlib.contextmanager
+    def shield(self) -> Iterator[None]:
+        """Postpone an interruption by the client's disconnection to the end of a block."""
+        self.is_shielded = True
+        try:
+            yield
+        finally:
+            self.is_shielded = False
+            if self.reason:
+                self.scope.cancel(self.reason)
+        self.raise_if_cancelled()
 
     def new_scope(self) -> None:
         """Start a scope for the next attempt; the last one may have been cancelled."""
@@ -926,6 +944,8 @@ class Call:
         self.key_name = ""  # of the client's key
         self.allowed_models: Tuple[str, ...] = ()  # patterns of the client's key; (): all
         self.one_image_at_a_time = False  # for a key with max_concurrency
+        self.client = ""  # the key's name or, without one, the client's address
+        self.preferred = ""  # name of a controller that has begun to answer the same request
         self.prepared_requests: Dict[str, Any] = {}  # translated, by the controller's name
         self.cancellation = Cancellation()
         self.attempt = Attempt()
@@ -1328,6 +1348,12 @@ class ControllerSettings(ValidatedSettings):
         header_value,
         secret=True,
     )
+    cookie: str = setting(
+        "",
+        "cookie to send to the upstream: NAME=VALUE; default: AKASH_COOKIE for AKASH_BASE_URL's",
+        header_value,
+        secret=True,
+    )
     proxy: str = setting(
         "",
         "proxy to the upstream; default: PROXY",
@@ -1583,14 +1609,11 @@ class Settings(ValidatedSettings):
         defaults = {}
         if not options.base_url and options.type in ("akash", "openai"):
             defaults["base_url"] = OPENAI_URL if options.type == "openai" else self.akash_base_url
-        if (
-            options.type == "akash"
-            and self.akash_access_token
-            and not options.api_key
-            and self.is_akash_server(options.base_url)
-        ):
-            defaults["api_key"] = self.akash_access_token
-            defaults["key_source"] = "AKASH_ACCESS_TOKEN"
+        if options.type == "akash" and self.is_akash_server(options.base_url):
+            defaults["cookie"] = options.cookie or self.akash_cookie
+            if self.akash_access_token and not options.api_key:
+                defaults["api_key"] = self.akash_access_token
+                defaults["key_source"] = "AKASH_ACCESS_TOKEN"
         return {**defaults, **self._proxy(options, defaults.get("base_url") or options.base_url)}
 
     def _proxy(self, options: ControllerSettings, base_url: str) -> Dict[str, Any]:
@@ -3213,8 +3236,9 @@ class DecoderChain(Decoder):
 
     def fast_path(self, data: bytes) -> bytes:
         encoded = self.decoder.fast_path(data)
+        text = encoded[1:-1].decode()
         for step in self.filters:
-            if not encoded or not step.is_passthrough(encoded[1:-1].decode()):
+            if not encoded or not step.is_passthrough(text):
                 return b""
         return encoded
 
@@ -3814,8 +3838,19 @@ class Controller:
         """Return the controller's own metrics by their names in METRICS."""
         return {}
 
-    def close_expired(self, now: float) -> None:
-        """Close connections that have been idle for too long."""
+    def status(self) -> Dict[str, Any]:
+        """Return the controller's own fields in /status."""
+        return {}
+
+    def limit_is_over(self) -> Optional[bool]:
+        """Ask whether the rate limit of this account has ended; None if unknown."""
+        return None
+
+    def take_over(self, previous: Any) -> None:
+        """Continue the state of a controller of the same account, before a reload."""
+
+    def on_tick(self, now: float) -> None:
+        """Close connections that have been idle for too long. Loop thread: must not block."""
         if self.transport:
             self.transport.connections.close_expired(now)
 
@@ -3909,78 +3944,89 @@ def _join_messages(role: str, messages: List[Dict[str, Any]]) -> List[Dict[str, 
     return [{"role": role, "content": parts}]
 
 
-class SingleFlight:
-    """Runs a function for one caller at a time; waiting callers share its error.
+T = TypeVar("T")
 
-    Any thread.
+
+class Cache(Generic[T]):
+    """A value with a lifetime; one caller at a time fetches it. Any thread.
+
+    ``fetch`` returns the value and its lifetime in seconds. If it ``expires``, it ends with that
+    time, and a thread replaces it during the last fifth. Otherwise it is used until a caller that
+    finds it old has replaced it, and a failure without any value is repeated for RETRY seconds.
     """
 
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.failure: Optional[APIError] = None
-        self.failed_at = -math.inf
-
-    def run(self, function: Callable[[], None], scope: CancelScope) -> None:
-        """Run a function, unless another caller's run has failed since this call began.
-
-        That failure is raised instead. After another caller's success the function still runs,
-        so it must check whether anything is left to do. Raises the scope's reason if cancelled.
-        """
-        arrived_at = time.monotonic()
-        while not self.lock.acquire(timeout=0.25):  # a cancelled caller must not wait for others
-            scope.raise_if_cancelled()
-        try:
-            if self.failure is not None and self.failed_at >= arrived_at:
-                raise self.failure
-            function()
-        except APIError as error:
-            if error is not self.failure:
-                self.failure, self.failed_at = error, time.monotonic()
-            raise
-        finally:
-            self.lock.release()
-
-
-class StaleOnErrorCache:
-    """Model list cache; serves the old list during a refresh, or after a failed one.
-
-    ``ttl`` is in seconds. Any thread.
-    """
-
-    RETRY = 15.0  # seconds until a failed fetch is repeated
+    RETRY = 15.0  # seconds between two attempts to replace a value
 
     def __init__(
         self,
-        fetch: Callable[[], List[Dict[str, Any]]],
-        ttl: float,
+        name: str,
+        fetch: Callable[[], Tuple[T, float]],
         clock: Callable[[], float] = time.monotonic,
+        expires: bool = False,
     ) -> None:
-        self.fetch, self.ttl, self.clock = fetch, ttl, clock
-        self.single_flight = SingleFlight()
-        self.value: List[Dict[str, Any]] = []  # empty until the first fetch
-        self.failure: Optional[APIError] = None
-        self.expires_at = -math.inf
+        self.name, self.fetch, self.clock, self.expires = name, fetch, clock, expires
+        self.lock = threading.Lock()  # held during a fetch
+        self.value: Optional[T] = None
+        self.refresh_at = self.expires_at = -math.inf
+        self.failure: Optional[APIError] = None  # of the last fetch
+        self.failed_at = -math.inf  # by time.monotonic()
+        self.fetch_count = 0
 
-    def get(self) -> List[Dict[str, Any]]:
-        """Return the list, fetched if necessary; APIError if there has never been one."""
-        expired = self.clock() >= self.expires_at
-        if not self.value and self.failure and not expired:
-            raise self.failure
-        if not self.value or expired and not self.single_flight.lock.locked():
-            self.single_flight.run(self._refresh, CancelScope())
-        return self.value
+    def get(self, scope: Optional[CancelScope] = None) -> T:
+        """Return the value. May block; raises the fetch's APIError, or the scope's reason."""
+        arrived_at, now, value = time.monotonic(), self.clock(), self.value
+        if value is None or now >= self.expires_at:
+            return self._wait(value, arrived_at, scope or CancelScope())
+        if now >= self.refresh_at and self.lock.acquire(blocking=False):
+            if not self.expires:
+                self._refresh()
+                return self.value or value
+            if not start_thread(self._refresh, self.name):
+                self.lock.release()
+        return value
+
+    def invalidate(self, value: T) -> None:
+        """Discard a value that the server has rejected."""
+        # Requests A and B fail with the same value; A fetches a new one, which B must not discard.
+        if self.value == value:
+            self.value = None
+
+    def _wait(self, old: Optional[T], arrived_at: float, scope: CancelScope) -> T:
+        """Fetch a value, or wait for another caller to replace ``old`` or to fail."""
+        while not self.lock.acquire(timeout=0.25):  # a cancelled caller must not wait for others
+            scope.raise_if_cancelled()
+        try:
+            repeated = not self.expires and self.clock() < self.refresh_at
+            if self.failure and (repeated or self.failed_at >= arrived_at):
+                raise self.failure
+            value = self.value
+            return self._replace() if value is None or value == old else value
+        finally:
+            self.lock.release()
 
     def _refresh(self) -> None:
-        if self.value and self.clock() < self.expires_at:
-            return
+        """Replace a value still in use. The caller holds the lock; it is released."""
         try:
-            self.value = self.fetch()
-            self.expires_at = self.clock() + self.ttl
+            self._replace()
         except APIError as error:
-            self.expires_at, self.failure = self.clock() + self.RETRY, error
-            if not self.value:
-                raise
-            log.warning("models not refreshed, still using the last list: %s", error.message)
+            log.warning("%s not refreshed, still using the old: %s", self.name, error.message)
+        finally:
+            self.lock.release()
+
+    def _replace(self) -> T:
+        """Fetch a value. The caller holds the lock."""
+        now = self.clock()
+        self.refresh_at = now + self.RETRY  # if it fails
+        try:
+            value, seconds = self.fetch()
+        except APIError as error:
+            self.failure, self.failed_at = error, time.monotonic()
+            raise
+        self.failure, self.value = None, value
+        self.refresh_at = now + (seconds * 0.8 if self.expires else seconds)
+        self.expires_at = now + seconds if self.expires else math.inf
+        self.fetch_count += 1
+        return value
 
 
 # Names of the length of a model's context, in lower case without "_" and "-". A nested name may
@@ -4546,7 +4592,7 @@ _MASKED_KEY = re.compile(r"[\w-]{0,80}\*{3,}[\w*-]{0,80}|\bsk-[\w-]{0,40}\.{3}[\
 
 def option_secrets(options: ControllerSettings) -> List[str]:
     """Secrets in the headers and the proxy of a controller."""
-    secrets = []
+    secrets = cookie_values(options.cookie)
     for name, value in options.headers.items():
         if name.lower() == "cookie":
             secrets += cookie_values(value)
@@ -4788,72 +4834,31 @@ def parse_duration(text: str) -> Optional[float]:
 
 
 class AkashSession:
-    """The session cookie of one Akash Chat server, fetched on first use. Any thread.
+    """Starts sessions at one Akash Chat server, for a Cache.
 
-    A cookie is valid for its Max-Age, counted from before the request was sent. During the last
-    fifth of that time a background thread fetches a new one while requests keep using the old.
-    Servers without sessions set no cookie, or (akash-chat b58259a, May 2026, without Redis) the
-    fixed ``session_token=validated``; both are valid. The request itself carries no cookie:
+    A cookie is valid for its Max-Age, counted from before the request was sent. Servers without
+    sessions set no cookie, or (akash-chat b58259a, May 2026, without Redis) the fixed
+    ``session_token=validated``; both are valid. The request itself carries no session cookie:
     b58259a answers a valid one without setting or extending anything.
     """
 
     PATH = "/api/auth/session/"
-    REFRESH_RETRY = 10.0  # seconds between two attempts
 
     def __init__(
         self,
         transport: Transport,
         token: str = "",
         seconds: float = 15.0,
-        clock: Callable[[], float] = time.monotonic,
         secrets: Iterable[str] = (),
     ) -> None:
-        self.transport, self.seconds, self.clock = transport, seconds, clock
+        self.transport, self.seconds = transport, seconds
         # akash-chat f0a4ae0 (July 2025) expects the SHA-256 of the access token, b58259a (May
         # 2026) the token itself. The form that worked last is tried first.
         self.tokens = [token, _sha256(token)] if token else [""]
         self.secrets = [*self.tokens, *secrets]
-        self.single_flight = SingleFlight()
-        self.cookie: Optional[str] = None  # "session_token=..."; "" if the server sets none
-        self.refresh_at = self.expires_at = 0.0
-        self.refreshing = False
-        self.refresh_count = 0
 
-    def get(self, scope: CancelScope) -> str:
-        """Return the cookie to send, or "". May block; APIError if no session starts."""
-        now = self.clock()
-        cookie = self.cookie
-        if cookie is None or now >= self.expires_at:
-            self.single_flight.run(lambda: self._replace(cookie), scope)
-            return self.cookie or ""
-        if now >= self.refresh_at and not self.refreshing:
-            self.refreshing, self.refresh_at = True, now + self.REFRESH_RETRY
-            if not start_thread(self._refresh, "akash session"):
-                self.refreshing = False
-        return cookie
-
-    def invalidate(self, cookie: str) -> None:
-        """Discard a cookie that the server has rejected."""
-        # Requests A and B fail with the same cookie; A fetches a new one, which B must not discard.
-        if self.cookie == cookie:
-            self.cookie = None
-
-    def _replace(self, old: Optional[str]) -> None:
-        """Fetch a new cookie, unless another thread has replaced ``old`` meanwhile."""
-        if self.cookie in (None, old):
-            self.cookie = None
-            self._fetch()
-
-    def _refresh(self) -> None:
-        try:
-            self._fetch()
-        except APIError as error:
-            log.warning("session not refreshed, still using the old one: %s", error.message)
-        finally:
-            self.refreshing = False
-
-    def _fetch(self) -> None:
-        requested_at = self.clock()
+    def start(self) -> Tuple[str, float]:
+        """Return a session's cookie, or "", and its lifetime in seconds. APIError."""
         for token in list(self.tokens):
             headers = {"Authorization": f"Bearer {token}"} if token else {}
             response = self.transport.fetch(
@@ -4864,8 +4869,7 @@ class AkashSession:
                 raise challenge_page_error(response)
             if response.status == 200:
                 self.tokens.sort(key=lambda other: other != token)
-                self._store_cookie(response.headers.get("set-cookie", ""), requested_at)
-                return
+                return session_cookie(response.headers.get("set-cookie", ""))
             if response.status != 403:
                 break
         reason = redact(str(as_dict(answer).get("error", ""))[:4000], self.secrets)[:200]
@@ -4883,18 +4887,84 @@ class AkashSession:
             upstream_status=response.status,
         )
 
-    def _store_cookie(self, set_cookie: str, requested_at: float) -> None:
-        self.refresh_count += 1
-        for line in set_cookie.split("\n"):
-            match = re.match(r"(session_token=[^;,\s\"\\]*)(.*)", line)
-            if match and match[1] != "session_token=":
-                max_age = re.search(r";\s*max-age=([0-9]{1,9})\s*(?:;|$)", match[2], re.I)
-                seconds = float(max_age[1]) if max_age else math.inf
-                self.refresh_at = requested_at + seconds * 0.8
-                self.expires_at = requested_at + seconds
-                self.cookie = match[1]
-                return
-        self.cookie, self.refresh_at, self.expires_at = "", math.inf, math.inf
+
+def session_cookie(set_cookie: str) -> Tuple[str, float]:
+    """Return the session's cookie of Set-Cookie, and its Max-Age; ("", inf) if none."""
+    for line in set_cookie.split("\n"):
+        match = re.match(r"(session_token=[^;,\s\"\\]+)(.*)", line)
+        if match:
+            max_age = re.search(r";\s*max-age=([0-9]{1,9})\s*(?:;|$)", match[2], re.I)
+            return match[1], float(max_age[1]) if max_age else math.inf
+    return "", math.inf
+
+
+class AkashLogin:
+    """A controller's own cookie; a login in it is kept alive. Any thread.
+
+    Auth0's library lets a login end a day after it last renewed the cookie ``appSession`` (or
+    ``appSession.0``, ``appSession.1`` ...), which only GET /api/auth/me/ does. A request with a
+    login that has ended succeeds, but counts as anonymous.
+    """
+
+    PATH = "/api/auth/me/"
+    INTERVAL, RETRY = 4 * 3600.0, 300.0  # seconds until it is renewed, and after a failure
+    COOKIE = re.compile(r"(appSession(?:\.[0-9]{1,2})?)=([^;,\s\"\\]+)")
+
+    def __init__(
+        self,
+        name: str,
+        transport: Transport,
+        cookie: str,
+        seconds: float,
+        clock: Callable[[], float],
+    ) -> None:
+        self.name, self.transport, self.seconds, self.clock = name, transport, seconds, clock
+        self.set_cookie(cookie)
+        self.has_login = any(map(self.COOKIE.match, cookie.replace(" ", "").split(";")))
+        self.active: Optional[bool] = None  # unknown until the server has answered
+        self.renew_at = -math.inf
+
+    def set_cookie(self, cookie: str) -> None:
+        """Set the cookie that each request carries."""
+        self.cookie = cookie
+        if cookie:
+            self.transport.headers = {**self.transport.headers, "Cookie": cookie}
+
+    def renew_async(self) -> None:
+        """Renew a login in a thread if that is due."""
+        now = self.clock()
+        if self.has_login and now >= self.renew_at:
+            self.renew_at = now + self.RETRY
+            start_thread(self._renew, "akash login")
+
+    def _renew(self) -> None:
+        try:
+            response = self.transport.fetch(
+                "GET", self.PATH, CancelScope(), first_byte=self.seconds
+            )
+            response.read(limit=1 << 20)
+        except APIError as error:
+            log.info("%s: login not renewed: %s", self.name, error.message)
+            return
+        status = response.status
+        if status == 200 and not is_challenge_page(response):
+            self._keep(response.headers.get("set-cookie", ""))
+            self.active, self.renew_at = True, self.clock() + self.INTERVAL
+        elif status in (204, 401):
+            if self.active is not False:
+                log.warning("%s: its login has ended: set a new cookie", self.name)
+            self.active, self.renew_at = False, self.clock() + self.INTERVAL
+        else:
+            log.info("%s: login not renewed (status %d)", self.name, status)
+
+    def _keep(self, set_cookie: str) -> None:
+        """Put the login's new cookies in the place of its old ones."""
+        matches = map(self.COOKIE.match, set_cookie.split("\n"))
+        renewed = [match[0] for match in matches if match]
+        if renewed:
+            pairs = (pair.strip() for pair in self.cookie.split(";"))
+            others = [pair for pair in pairs if pair and not self.COOKIE.match(pair)]
+            self.set_cookie("; ".join([*others, *renewed]))
 
 
 # Parameters that Akash Chat can't honour, each with the values that are harmless.
@@ -4942,16 +5012,19 @@ def akash_request(call: Call, drop: Iterable[str] = ()) -> Tuple[Dict[str, Any],
                 name,
                 "unsupported_parameter",
             )
-    system, messages = [], []
+    system: List[str] = []
+    messages: List[Dict[str, Any]] = []
+    files: List[Dict[str, str]] = []
     # Clients that ask for a JSON object also say so in a message: the model does its best.
     json_mode = ["response_format"] * (body.get("response_format") == {"type": "json_object"})
     for index, message in enumerate(body["messages"]):
         if message.get("role") in ("system", "developer"):
-            system.append(_text_and_images(message, f"messages[{index}]")[0])
+            system.append(_content(message, f"messages[{index}]", files)[0])
         else:
-            messages.append(_akash_message(message, f"messages[{index}]"))
-    if not messages:
-        raise bad_request("'messages' must contain a user message.", "messages")
+            messages.append(_akash_message(message, f"messages[{index}]", files))
+    if not messages:  # the server would answer 500: many models need a user's turn
+        user = {"role": "user", "content": "\n\n".join(system)}
+        messages, system = [_akash_message(user, "messages", files)], []
     return {
         "id": new_id()[:16],
         "messages": messages,
@@ -4962,11 +5035,13 @@ def akash_request(call: Call, drop: Iterable[str] = ()) -> Tuple[Dict[str, Any],
         # "temperature must be a number" if its default comes from a database
         "temperature": number_field(body, "temperature", 0.85) or 1e-6,
         "topP": number_field(body, "topP" if "topP" in body else "top_p", 1.0) or 1e-6,
-        "context": [],
+        "context": files,
     }, [*ignored, *(name for name in unsupported if name not in AKASH_UNSUPPORTED), *json_mode]
 
 
-def _akash_message(message: Dict[str, Any], param: str) -> Dict[str, Any]:
+def _akash_message(
+    message: Dict[str, Any], param: str, files: List[Dict[str, str]]
+) -> Dict[str, Any]:
     role = message.get("role")
     if role not in ("user", "assistant"):
         raise bad_request(
@@ -4978,7 +5053,7 @@ def _akash_message(message: Dict[str, Any], param: str) -> Dict[str, Any]:
         raise bad_request(
             f"{param}: Akash Chat does not support tool calls.", f"{param}.tool_calls"
         )
-    text, images = _text_and_images(message, param)
+    text, images = _content(message, param, files)
     escaped = SPECIAL_TOKENS.sub(ESCAPED, text)
     result: Dict[str, Any] = {"role": role, "content": escaped}
     if escaped != text:  # akash-chat f0a4ae0: the tokenizer reads `content`, the model `parts`
@@ -4988,10 +5063,12 @@ def _akash_message(message: Dict[str, Any], param: str) -> Dict[str, Any]:
     return result
 
 
-def _text_and_images(message: Dict[str, Any], param: str) -> Tuple[str, List[Dict[str, str]]]:
-    """Return a message's text, and its images as Akash Chat's attachments."""
+def _content(
+    message: Dict[str, Any], param: str, files: List[Dict[str, str]]
+) -> Tuple[str, List[Dict[str, str]]]:
+    """Return a message's text, and its images as attachments; append to ``files``."""
     content = message.get("content")
-    if content is None and message.get("role") == "assistant":
+    if content is None:
         return "", []
     if isinstance(content, str):
         return content, []
@@ -5009,6 +5086,8 @@ def _text_and_images(message: Dict[str, Any], param: str) -> Tuple[str, List[Dic
         elif part_type == "image_url":
             url = value.get("url") if isinstance(value, dict) else value
             images.append(_attachment(url, part_param))
+        elif part_type == "file" and isinstance(value, dict):
+            files.append(_text_file(value, part_param))
         else:
             unsupported = str(part if part_type == "text" else part_type)[:80]
             raise bad_request(
@@ -5029,7 +5108,32 @@ def _attachment(url: Any, param: str) -> Dict[str, str]:
         raise bad_request(
             f"{param}: the image URL must be http(s): or data:image/...;base64,...", param
         )
+    if match[1]:
+        decode_base64(url[match.end() :], param)
     return {"name": "picture", "contentType": (match[1] or "image/png").lower(), "url": url}
+
+
+def _text_file(file: Dict[str, Any], param: str) -> Dict[str, str]:
+    """Return a text file as an entry of ``context``; APIError 400 for other files."""
+    encoded = file.get("file_data")
+    data = decode_base64(encoded.rpartition(",")[2], param) if isinstance(encoded, str) else b"\0"
+    text = data.decode("utf-8", "replace")
+    if "\0" in text or "\ufffd" in text:
+        raise bad_request(f"{param}: Akash Chat accepts files of UTF-8 text only.", param)
+    name = str(file.get("filename") or "file")[:MAX_NAME]
+    return {"name": name, "content": SPECIAL_TOKENS.sub(ESCAPED, text)}
+
+
+def decode_base64(text: str, param: str) -> bytes:
+    """Decode base64 like browsers, with blanks, "-_" or no padding. APIError 400."""
+    stripped = "".join(text.split()).translate(str.maketrans("-_", "+/")).rstrip("=")
+    try:
+        if not stripped:
+            raise ValueError("empty")
+        padding = "=" * (-len(stripped) % 4)
+        return base64.b64decode(stripped + padding, validate=True)
+    except ValueError:
+        raise bad_request(f"{param}: invalid base64.", param, "invalid_base64") from None
 
 
 # akash-chat f0a4ae0 drops the oldest messages silently if the conversation has more tokens than its
@@ -5095,11 +5199,9 @@ def akash_error(text: str, model: str, secrets: Iterable[str] = ()) -> APIError:
         if model not in ("", AkashController.IMAGE_MODEL):
             return akash_model_not_found(model)
         # akash-chat f0a4ae0: any failure of AkashGen is reported as an invalid model name
-        return image_failed(
-            "Akash Chat could not generate the image, or does not offer AkashGen.",
-            retry=False,
-            legacy_message="Error Model.",
-        )
+        error = image_failed("Akash Chat could not generate the image, or does not offer AkashGen.")
+        error.legacy_message = "Error Model."
+        return error
     matched_status, code = next(
         (status, code) for status, code, pattern in AKASH_ERRORS if re.search(pattern, text, re.I)
     )
@@ -5140,9 +5242,16 @@ def _akash_reason(text: str, secrets: Iterable[str]) -> str:
     return f"Akash Chat: {redact_hosts(reason)[:300]}"
 
 
-def image_failed(message: str, status: int = 502, **options: Any) -> APIError:
-    """Return the error for an image that was not generated."""
-    return APIError(status, message, code="image_failed", **options)
+def image_failed(message: str, status: int = 502, retry: bool = False) -> APIError:
+    """Return the error for an image that was not generated; chats go on meanwhile."""
+    return APIError(status, message, code="image_failed", retry=retry, cooldown_scope="model")
+
+
+def no_image(words: str) -> APIError:
+    """Return the 400 for words where an image was requested."""
+    message = "Akash Chat answered with text instead of an image"
+    message += f": {words[:500]}" if words else ", and did not pass it on."
+    return bad_request(message, "prompt", "no_image")
 
 
 def redact_hosts(text: str) -> str:
@@ -5459,11 +5568,72 @@ def parse_image_job(body: bytes) -> Optional[Tuple[str, str]]:
     return job, prompt.replace("\\'", "'")
 
 
+class ImageBatch:
+    """The image jobs of one request."""
+
+    def __init__(self) -> None:
+        self.jobs: List[Tuple[str, str]] = []  # (job ID, prompt)
+        self.lock = threading.Lock()  # held while a job is being started
+        self.cancellation = Cancellation()  # of the request
+        self.failed = False  # the request got an error that SDKs retry
+        self.expires_at = math.inf
+
+    def is_abandoned(self) -> bool:
+        """Whether its request has ended without the images."""
+        return self.failed or self.cancellation.reason is not None
+
+
+class ImageBatches:
+    """Finds the jobs of an image request when the client repeats it. Any thread.
+
+    SDKs repeat a request after a timeout or an error 5xx, while its jobs go on at Akash Chat. A
+    repeat has the client, path and body of a request that ended without its images. Jobs whose
+    images were sent are forgotten: the same prompt then gives other images.
+    """
+
+    MAX_BATCHES, KEPT_SECONDS = 1000, 600.0
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.clock, self.lock = clock, threading.Lock()
+        self.batches: OrderedDict[Tuple[str, str, str], ImageBatch] = OrderedDict()
+
+    @staticmethod
+    def key(call: Call) -> Tuple[str, str, str]:
+        return call.client, call.original.path, _sha256(call.original.raw_body)
+
+    def find(self, call: Call) -> Optional[ImageBatch]:
+        """Return the batch that the call repeats."""
+        with self.lock:
+            batch = self.batches.get(self.key(call))
+            usable = batch and batch.is_abandoned() and self.clock() < batch.expires_at
+            return batch if usable else None
+
+    def join(self, call: Call) -> ImageBatch:
+        """Return the batch that the call repeats, or a new one, and make it the call's."""
+        batch, key = self.find(call) or ImageBatch(), self.key(call)
+        with self.lock:
+            batch.cancellation, batch.failed = call.cancellation, False
+            batch.expires_at = self.clock() + self.KEPT_SECONDS
+            self.batches[key] = batch
+            self.batches.move_to_end(key)
+            if len(self.batches) > self.MAX_BATCHES:
+                self.batches.popitem(last=False)
+        return batch
+
+    def forget(self, call: Call, batch: ImageBatch) -> None:
+        """Forget a batch of the call."""
+        key = self.key(call)
+        with self.lock:
+            if self.batches.get(key) is batch:
+                del self.batches[key]
+
+
 class AkashController(Controller):
     """Akash Chat's web API: streams chats, generates images with the model AkashGen."""
 
     IMAGE_MODEL = "AkashGen"
     CHAT_PATH = "/api/chat/"
+    LIMIT_PATH = "/api/rate-limit/status/"  # since akash-chat b58259a
     # akash-chat b58259a (May 2026) cuts a body above this size, then answers an empty 500
     MAX_BODY_BYTES = 10_000_000
 
@@ -5476,31 +5646,43 @@ class AkashController(Controller):
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         super().__init__(options, settings)
-        self.cookie = settings.akash_cookie if settings.is_akash_server(options.base_url) else ""
         headers = {
             "User-Agent": settings.user_agent,
             "Accept": "*/*",
             "Accept-Encoding": "identity",
             **options.headers,
-            **({"Cookie": self.cookie} if self.cookie else {}),
         }
         self.transport = Transport(options, settings, options.base_url, "Akash Chat", headers)
-        secrets = [*cookie_values(settings.akash_cookie), *option_secrets(options)]
-        self.session = AkashSession(
-            self.transport, options.api_key, settings.session_timeout, clock, secrets
+        cookies = options.cookie, self.transport.headers.get("Cookie", "")
+        cookie = "; ".join(filter(None, cookies))
+        seconds = settings.session_timeout
+        self.login = AkashLogin(self.name, self.transport, cookie, seconds, clock)
+        self.sessions = AkashSession(
+            self.transport,
+            options.api_key,
+            settings.session_timeout,
+            [*cookie_values(settings.akash_cookie), *option_secrets(options)],
         )
-        self.model_cache = StaleOnErrorCache(self._fetch_models, settings.models_ttl, clock)
+        self.image_batches = ImageBatches(clock)
+        self.is_b58259a = False  # else f0a4ae0, or not known yet
+        self.session = Cache(f"{self.name}: session", self.sessions.start, clock, expires=True)
+        self.model_cache = Cache(f"{self.name}: models", self._fetch_models, clock)
 
     def check_support(self, call: Call) -> Optional[APIError]:
         try:
             call.prepared_requests[self.name] = self._prepare(call)
         except APIError as error:
             return error
+        if self._is_image(call) and self.image_batches.find(call):
+            call.preferred = self.name
         return None
+
+    def _is_image(self, call: Call) -> bool:
+        return call.image_count > 0 or call.model == self.IMAGE_MODEL
 
     def events(self, call: Call) -> Iterable[Event]:
         data, stop_filter, call.attempt.ignored_params, tokens = call.prepared_requests[self.name]
-        if call.image_count or call.model == self.IMAGE_MODEL:
+        if self._is_image(call):
             return self.image_events(call, data)
         self._check_context(call, tokens)
         cookie = self.session.get(call.scope)
@@ -5518,7 +5700,7 @@ class AkashController(Controller):
 
     def _check_context(self, call: Call, tokens: int) -> None:
         """Note that Akash Chat will cut the conversation, or refuse it; APIError 400."""
-        models = self.model_cache.value
+        models = self.model_cache.value or []
         if tokens > AKASH_SMALL:
             with contextlib.suppress(APIError):
                 models = self.models()
@@ -5568,39 +5750,65 @@ class AkashController(Controller):
     def image_events(self, call: Call, data: bytes) -> Iterator[Event]:
         """Start a job for each image, then poll them; text instead of a job is passed on.
 
-        Under a limit on concurrent requests, finish each job before starting the next one.
-        Worker thread.
+        A repeated request joins the jobs that its predecessor has started. Worker thread.
         """
-        jobs: List[Tuple[str, str]] = []
+        batch = self.image_batches.join(call)
+        try:
+            yield from self._batch_events(call, data, batch)
+        except APIError as error:
+            batch.failed = error.status >= 500 and error.retry is not False
+            if not batch.failed:
+                self.image_batches.forget(call, batch)
+            raise
+        self.image_batches.forget(call, batch)
+
+    def _batch_events(self, call: Call, data: bytes, batch: ImageBatch) -> Iterator[Event]:
+        """Yield a batch's events; one job at a time if concurrent requests are limited."""
         sequential = call.one_image_at_a_time or self.options.max_concurrency > 0
-        for _ in range(call.image_count or 1):
+        count = call.image_count or 1
+        for index in range(count):
             # a job can't be cancelled: start none for a client that left
             call.cancellation.raise_if_cancelled()
-            response = self._with_session(
-                "POST", self.CHAT_PATH, call.scope, data, model=call.model
-            )
-            body = response.read(limit=4 << 20)
-            job = parse_image_job(body)
-            if job is None:
-                yield from self._text_instead(call, body)
+            words = self._start_job(call, data, batch, index)
+            if words is not None:
+                yield from self._text_instead(call, words)
                 return
-            if job[0] in ("", "undefined"):
-                raise APIError(
-                    502, "Akash Chat could not start the image job.", code="upstream_error"
-                )
             if sequential:
-                yield from self._poll_image(call, *job)
-            else:
-                jobs.append(job)
-        for job in jobs:
+                yield from self._poll_image(call, *batch.jobs[index])
+        for job in () if sequential else batch.jobs[:count]:
             yield from self._poll_image(call, *job)
         yield Finish("stop")
+
+    def _start_job(self, call: Call, data: bytes, batch: ImageBatch, index: int) -> Optional[bytes]:
+        """Start a job of a batch, unless it has one; the body if that is text instead."""
+        while not batch.lock.acquire(timeout=0.25):  # the predecessor is just starting it
+            call.cancellation.raise_if_cancelled()
+        try:
+            if index < len(batch.jobs):
+                return None
+            # A repeat could not join a job whose ID was lost with the connection.
+            with call.cancellation.shield():
+                response = self._with_session(
+                    "POST", self.CHAT_PATH, call.scope, data, model=call.model
+                )
+                body = response.read(limit=4 << 20)
+                job = parse_image_job(body)
+                if job is None:
+                    self._learn_version(response)
+                    return body
+                if job[0] in ("", "undefined"):
+                    raise image_failed("Akash Chat could not start the image job.")
+                batch.jobs.append(job)
+            return None
+        finally:
+            batch.lock.release()
 
     def secrets(self, cookie: Optional[str] = None) -> List[str]:
         """List the strings to redact from errors: keys, header values and cookies."""
         return [
-            *self.session.secrets,
-            *cookie_values(self.session.cookie or ""),
+            *self.sessions.secrets,
+            *cookie_values(self.login.cookie),
+            *cookie_values(self.session.value or ""),
             *cookie_values(cookie or ""),
         ]
 
@@ -5608,7 +5816,31 @@ class AkashController(Controller):
         return self.model_cache.get()
 
     def metrics(self) -> Dict[str, float]:
-        return {"akashproxy_session_renewals_total": self.session.refresh_count}
+        metrics: Dict[str, float] = {"akashproxy_session_renewals_total": self.session.fetch_count}
+        if self.login.active is not None:
+            metrics["akashproxy_login_active"] = int(self.login.active)
+        return metrics
+
+    def status(self) -> Dict[str, Any]:
+        if not self.login.has_login:
+            return {"login": None}
+        return {"login": {None: "unknown", True: "active", False: "ended"}[self.login.active]}
+
+    def limit_is_over(self) -> Optional[bool]:
+        response = self.transport.fetch(
+            "GET", self.LIMIT_PATH, CancelScope(), first_byte=self.settings.session_timeout
+        )
+        blocked = as_dict(response.json()).get("blocked")
+        return not blocked if response.status == 200 and isinstance(blocked, bool) else None
+
+    def take_over(self, previous: Any) -> None:
+        self.login.set_cookie(previous.login.cookie)
+        self.login.active, self.login.renew_at = previous.login.active, previous.login.renew_at
+        self.image_batches = previous.image_batches
+
+    def on_tick(self, now: float) -> None:
+        super().on_tick(now)
+        self.login.renew_async()
 
     def image(self, name: str, scope: CancelScope) -> UpstreamResponse:
         # akash-chat f0a4ae0: names without an extension need the slash, others must not have it
@@ -5630,7 +5862,7 @@ class AkashController(Controller):
         """Return the headers of one request, besides those of the transport."""
         headers = {"Content-Type": "application/json"} if data else {}
         if cookie:
-            headers["Cookie"] = "; ".join(filter(None, (cookie, self.cookie)))
+            headers["Cookie"] = "; ".join(filter(None, (cookie, self.login.cookie)))
         return headers
 
     def _decoder(
@@ -5712,6 +5944,13 @@ class AkashController(Controller):
     ) -> APIError:
         """Return the error for a status or web page; ``fields`` is the JSON body."""
         status = response.status
+        if status == 413 or status == 500 and not message and sent > self.MAX_BODY_BYTES:
+            return APIError(
+                413,
+                "The request is too large for Akash Chat (limit: 10 MB).",
+                category=Category.REFUSED,
+                retry=False,
+            )
         if is_challenge_page(response):
             return challenge_page_error(response)
         if fields.get("error") == "Model not available":
@@ -5735,13 +5974,6 @@ class AkashController(Controller):
             return auth_error(
                 f"Akash Chat denied access ({redact_hosts(message)[:200] or status}).", status
             )
-        if status == 413 or status == 500 and not message and sent > self.MAX_BODY_BYTES:
-            return APIError(
-                413,
-                "The request is too large for Akash Chat (limit: 10 MB).",
-                category=Category.REFUSED,
-                retry=False,
-            )
         return self._backend_error(response, fields, message, model)
 
     def _backend_error(
@@ -5752,7 +5984,7 @@ class AkashController(Controller):
         retry_after = retry_after_seconds(response.headers, fields, message=message, limit=False)
         if fields.get("error") == "Error generating image":  # b58259a
             reason = redact_hosts(message)[:200]
-            return image_failed(f"Image generation failed: {reason}", retry=False)
+            return image_failed(f"Image generation failed: {reason}")
         if message:
             error = akash_error(message, model)
             if error.status == 400 != status:
@@ -5772,14 +6004,18 @@ class AkashController(Controller):
         decoder = DecoderChain(AkashDecoder(call.model, self.secrets()), ThinkTagFilter())
         events = decoder.feed(body) + decoder.close()
         if decoder.error:
-            raise decoder.error
+            # b58259a sends text to a backend model AkashGen, which its backend usually lacks; it
+            # reports failures by status. With f0a4ae0 this error is a failure.
+            is_text = decoder.error.code == "image_failed" and self.is_b58259a
+            raise no_image("") if is_text else decoder.error
         if call.image_count:
-            raise bad_request(
-                f"Akash Chat answered with text instead of an image: {fold(events).text[:500]}",
-                "prompt",
-                "no_image",
-            )
+            raise no_image(fold(events).text)
         yield from events
+
+    def _learn_version(self, response: UpstreamResponse) -> None:
+        """Note whether the server is as new as akash-chat b58259a, by its headers."""
+        if "cross-origin-resource-policy" in response.headers:
+            self.is_b58259a = True
 
     def _poll_image(self, call: Call, job: str, prompt: str) -> Iterator[Event]:
         """Poll a job, ever more slowly, until its image is ready; APIError if it fails."""
@@ -5794,7 +6030,7 @@ class AkashController(Controller):
             if status == "failed" or result.startswith("Failed"):
                 result = redact_hosts(redact(result[:4000], self.secrets()))
                 reason = result[:200] or "no reason given"
-                raise image_failed(f"Image generation failed: {reason}.", retry=False)
+                raise image_failed(f"Image generation failed: {reason}.")
             if status in ("succeeded", "completed"):
                 yield self._fetch_image(call, job, prompt, result)
                 return
@@ -5805,7 +6041,7 @@ class AkashController(Controller):
                 raise image_failed("Akash Chat lost the image job.")
             if time.monotonic() > deadline:
                 limit = f"{self.settings.image_timeout:g} seconds"
-                raise image_failed(f"The image was not ready within {limit}.", 504)
+                raise image_failed(f"The image was not ready within {limit}.", 504, retry=True)
             progress = ImageProgress(status, count_or_none(fields.get("queue_position")) or 0)
             if status and progress != last_progress:
                 last_progress = progress
@@ -5834,12 +6070,13 @@ class AkashController(Controller):
         data = self.image(name, call.scope).read() if call.images_as_bytes else None
         return Image(job, prompt, name, f"{self.options.base_url}/api/image/{name}", data)
 
-    def _fetch_models(self) -> List[Dict[str, Any]]:
+    def _fetch_models(self) -> Tuple[List[Dict[str, Any]], float]:
         response = self._with_session(
             "GET", "/api/models/", CancelScope(), first_byte=self.settings.session_timeout
         )
-        models = akash_models(json_or_none(response.read(limit=MAX_LIST_BYTES)))
-        if not models:
+        self._learn_version(response)
+        entries = akash_models(json_or_none(response.read(limit=MAX_LIST_BYTES)))
+        if not entries:
             raise APIError(
                 503, "Akash Chat lists no models.", code="upstream_error", retry_after=30
             )
@@ -5849,10 +6086,11 @@ class AkashController(Controller):
             "owned_by": "Akash Network",
             "permission": None,
         }
-        return [
+        models = [
             with_context_length({"id": name, **common, "root": name, "parent": None}, entry)
-            for name, entry in models.items()
+            for name, entry in entries.items()
         ]
+        return models, self.settings.models_ttl
 
 
 def akash_models(listing: Any) -> Dict[str, Dict[str, Any]]:
@@ -6546,11 +6784,13 @@ class OpenAIController(Controller):
         }
         if options.api_key:
             headers["Authorization"] = f"Bearer {options.api_key}"
+        if options.cookie:
+            headers["Cookie"] = options.cookie
         self.secrets = [options.api_key, *option_secrets(options)]
         has_path = urllib.parse.urlsplit(options.base_url).path
         base_url = options.base_url if has_path else options.base_url + "/v1"
         self.transport = Transport(options, settings, base_url, self.name, headers)
-        self.model_cache = StaleOnErrorCache(self._fetch_models, settings.models_ttl)
+        self.model_cache = Cache(f"{self.name}: models", self._fetch_models)
 
     def speaks(self, path: str) -> bool:
         """Whether the upstream itself offers an API path."""
@@ -6702,7 +6942,7 @@ class OpenAIController(Controller):
             (model, self.options.model_map.get(model, model)),
         )
 
-    def _fetch_models(self) -> List[Dict[str, Any]]:
+    def _fetch_models(self) -> Tuple[List[Dict[str, Any]], float]:
         response = self.transport.fetch(
             "GET", "/models", CancelScope(), first_byte=self.settings.session_timeout
         )
@@ -6715,12 +6955,13 @@ class OpenAIController(Controller):
         if not entries:
             raise APIError(503, f"{self.name} lists no models.", code="upstream_error")
         common = {"object": "model", "owned_by": self.name}
-        return [
+        models = [
             with_context_length(
                 {**common, **entry, "created": count_or_none(entry.get("created")) or 0}, entry
             )
             for entry in entries
         ]
+        return models, self.settings.models_ttl
 
 
 class EchoController(Controller):
@@ -6802,6 +7043,7 @@ class CoolDown:
         self.until = until
         self.failures, self.failed_at = 0, -math.inf
         self.recheck_at = math.inf
+        self.asks_upstream = True  # it may report when the limit is over
 
     def record_failure(
         self, now: float, started: float, after: int, seconds: Optional[float]
@@ -6830,7 +7072,8 @@ class Upstream:
     * A key that has served a request within KEY_TRUST seconds cools down after two rejections in a
       row: the first could be due to that one request.
     * After RECHECK seconds of a long cool-down one request is let through, as the limit may have
-      been that of one request, or the account topped up.
+      been that of one request, or the account topped up. An upstream that reports whether its
+      limit is over is asked for that instead.
     * An only candidate skips back-off and obeys rate limits only, as in nginx.
     """
 
@@ -6851,6 +7094,7 @@ class Upstream:
             )
         if previous and previous.identity == self.identity:
             self._inherit(previous, "cooldowns", "served_at", "last_error", "last_error_at")
+            controller.take_over(previous.controller)
 
     def _inherit(self, previous: "Upstream", *names: str) -> None:
         for name in names:
@@ -6859,10 +7103,10 @@ class Upstream:
     def _identity(self) -> Tuple[Any, ...]:
         """Settings of its address and account; a change of one voids the cool-downs."""
         options, settings = self.options, self.controller.settings
-        cookie = settings.akash_cookie if options.type == "akash" else ""
         headers = tuple(sorted(options.headers.items()))
         upstream = options.type, options.base_url, options.api_key  # in this order, see __init__
-        return (*upstream, options.proxy, headers, cookie, settings.user_agent, settings.ca_file)
+        account = options.proxy, headers, options.cookie, settings.user_agent, settings.ca_file
+        return (*upstream, *account)
 
     def serves(self, model: str) -> Optional[bool]:
         """Whether it offers the model: True, False, or None if unknown (worth a try)."""
@@ -6958,6 +7202,14 @@ class Upstream:
         for cooldown in pending:
             cooldown.recheck_at = now + RECHECK
         return True
+
+    def due_limit(self, now: float) -> Optional[CoolDown]:
+        """The rate limit to ask about now; at most once in RECHECK seconds."""
+        limit = self.cooldowns.get((Category.RATE_LIMIT, None))
+        if limit and limit.asks_upstream and limit.until > now >= limit.recheck_at:
+            limit.recheck_at = now + RECHECK
+            return limit
+        return None
 
     def metrics(self, now: float) -> Dict[Tuple[str, ...], float]:
         """Return its metrics, {(name, label, ...): number} without its own label."""
@@ -7273,7 +7525,9 @@ class Pool:
             now = self.clock()
             if candidates and self.queue.lines and any(up.has_capacity() for up in candidates):
                 self._resume_ready(now)  # queued calls go first
-            upstream = self._pick(candidates, exchange, ignored, now)
+            preferred = [up for up in candidates if up.name == exchange.call.preferred]
+            upstream = self._pick(preferred, exchange, ignored, now)
+            upstream = upstream or self._pick(candidates, exchange, ignored, now)
             if upstream is None:
                 error = pool_error(exchange, known, candidates, ignored, now)
                 if not candidates or not is_last:
@@ -7436,7 +7690,7 @@ class Pool:
         if len(self.upstreams) > 1 and self.clock() >= self.refresh_at:
             self.refresh_at = math.inf
             if not start_thread(self._refresh_models, "akashproxy models"):
-                self.refresh_at = self.clock() + StaleOnErrorCache.RETRY
+                self.refresh_at = self.clock() + Cache.RETRY
 
     def _refresh_models(self) -> None:
         try:
@@ -7446,7 +7700,7 @@ class Pool:
         finally:
             incomplete = any(upstream.known_models is None for upstream in self.upstreams)
             self.refresh_at = self.clock() + (
-                StaleOnErrorCache.RETRY if incomplete else self.settings.models_ttl
+                Cache.RETRY if incomplete else self.settings.models_ttl
             )
 
     def models(self) -> List[Dict[str, Any]]:
@@ -7462,9 +7716,7 @@ class Pool:
                         union[model["id"]] = with_context_length(first, model)
             self._cached_candidates.cache_clear()
         self.model_names = frozenset(union)
-        self.model_names_refresh_at = self.clock() + min(
-            StaleOnErrorCache.RETRY, self.settings.models_ttl
-        )
+        self.model_names_refresh_at = self.clock() + min(Cache.RETRY, self.settings.models_ttl)
         if union:
             return list(union.values())
         errors = [error for _, _, error in lists.values() if error]
@@ -7474,7 +7726,7 @@ class Pool:
             503,
             "No controller lists its models at the moment.",
             code="upstream_error",
-            retry_after=StaleOnErrorCache.RETRY,
+            retry_after=Cache.RETRY,
         )
 
     def image(self, name: str, scope: CancelScope) -> UpstreamResponse:
@@ -7506,6 +7758,7 @@ class Pool:
                     "type": upstream.options.type,
                     "weight": upstream.options.weight,
                     "priority": upstream.options.priority,
+                    "models": None if upstream.known_models is None else len(upstream.known_models),
                     "in_flight": upstream.in_flight,
                     "served": upstream.served,
                     "failed": upstream.failed,
@@ -7517,14 +7770,32 @@ class Pool:
                     ),
                     "last_error": upstream.last_error or None,
                     "last_error_at": utc(upstream.last_error_at) if upstream.last_error else None,
+                    **upstream.controller.status(),
                 }
                 for upstream in self.upstreams
             ]
 
-    def close_expired(self, now: float) -> None:
-        """Close the connections that have been idle for too long."""
+    def on_tick(self, now: float) -> None:
+        """Let controllers tidy up, and ask about long rate limits. Loop thread."""
         for upstream in self.upstreams:
-            upstream.controller.close_expired(now)
+            upstream.controller.on_tick(now)
+            with self.lock:
+                limit = upstream.due_limit(self.clock())
+            if limit:
+                start_thread(functools.partial(self._ask_limit, upstream, limit), "rate limit")
+
+    def _ask_limit(self, upstream: Upstream, limit: CoolDown) -> None:
+        """End a cool-down if the upstream reports that its rate limit is over."""
+        is_over = None
+        with contextlib.suppress(APIError), controller_errors(upstream.name):
+            is_over = upstream.controller.limit_is_over()
+        with self.lock:
+            if is_over:
+                log.info("%s: the rate limit is over", upstream.name)
+                limit.until = 0.0
+                self._resume_ready(self.clock())
+            elif is_over is None:  # a request has to find out
+                limit.asks_upstream, limit.recheck_at = False, self.clock()
 
     def close(self, keep: Iterable[Upstream] = ()) -> None:
         """Close the controllers, except for those to keep."""
@@ -10675,6 +10946,9 @@ METRICS: Dict[str, Tuple[str, str, Tuple[str, ...]]] = {
         "gauge", "Time until a controller's cool-down ends.", ("controller",)),
     "akashproxy_session_renewals_total": (
         "counter", "Sessions obtained from Akash Chat.", ("controller",)),
+    "akashproxy_login_active": (
+        "gauge", "1 if the login in a controller's cookie is valid, 0 if it has ended.",
+        ("controller",)),
     "akashproxy_key_requests_total": ("counter", "Model calls of a key.", ("key",)),
     "akashproxy_key_refused_total": (
         "counter", "Model calls rejected by the limits of a key.", ("key",)),
@@ -10916,7 +11190,7 @@ class Gate:
 
     def check_head(self, request: Request, decoder: BodyDecoder) -> None:
         """Check origin, token, route, method and declared size."""
-        request.head = head = strip_prefix(request.head, request.settings.path_prefix)
+        request.head = head = strip_path(request.head, request.settings.path_prefix)
         request.route = route = find_route(head.method, head.path)
         self.check_page(request)  # after the route, which decides on the form of its error
         if head.method == "OPTIONS":  # a preflight carries no token
@@ -11029,13 +11303,17 @@ class Gate:
             )
 
 
-def strip_prefix(head: Head, prefix: str) -> Head:
-    """Return the head with its path below PATH_PREFIX; APIError 404 if it is outside."""
-    if not prefix:
-        return head
-    if not head.path.startswith(prefix + "/"):
-        raise APIError(404, f"There is no {head.path[:200]!r} here.", code="not_found")
-    return head._replace(path=head.path[len(prefix) :])
+def strip_path(head: Head, prefix: str) -> Head:
+    """Return the head with its path below PATH_PREFIX, without a slash at its end.
+
+    APIError 404 if it is outside.
+    """
+    path = head.path
+    if prefix and not path.startswith(prefix + "/"):
+        raise APIError(404, f"There is no {path[:200]!r} here.", code="not_found")
+    path = path[len(prefix) :]
+    ends = path.endswith("/") and path[-2:-1] not in ("", "/")
+    return head._replace(path=path[:-1] if ends else path)
 
 
 # -- reverse proxies. Their headers are used for links and the log, but never by Gate: a page that
@@ -11472,6 +11750,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         dialect, request = self.parse_call(target), self.request
         request.record.model = dialect.call.model
         request.begin_call(dialect.call)
+        dialect.call.client = request.key.name if request.key else client_address(request)
         acquire_key(request, dialect.call)
         self.dialect = dialect
         request.exchange = exchange = Exchange(self.server.pool, dialect.call)
@@ -12038,7 +12317,7 @@ class Server(http.server.ThreadingHTTPServer):
         if self.accept_paused and not self.draining:
             self.accept_paused = False
             self.loop.add(self.socket, self.on_connection, self.on_connection)
-        self.pool.close_expired(now)
+        self.pool.on_tick(now)
         self.wake_waiters()
 
     def wake_waiters(self) -> None:
@@ -12293,70 +12572,156 @@ PAGE = r"""<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="theme-color" content="#ffffff" media="(prefers-color-scheme: light)">
+<meta name="theme-color" content="#17181b" media="(prefers-color-scheme: dark)">
 <title>akashproxy</title>
-<link rel="icon" href="data:,">
+<link rel="icon" href="data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 32 32'>
+  <rect width='32' height='32' rx='8' fill='%230a62b8'/><path d='M8 9h8l8 7-8 7H8l8-7z' fill='white'/></svg>">
 <style>
 :root { color-scheme: light dark; --paper: light-dark(#fff, #17181b); --soft: light-dark(#f3f4f6, #24262b);
-  --line: light-dark(#dcdfe4, #3a3d44); --ink: light-dark(#1c1d20, #e6e7e9); --faint: light-dark(#5f646d, #9ba1ab);
-  --accent: light-dark(#0a62b8, #82bbff); --bad: light-dark(#b3261e, #ffa198); }
+  --line: light-dark(#dcdfe4, #3a3d44); --ink: light-dark(#1c1d20, #e6e7e9); --faint: light-dark(#5a5f68, #a3a9b3);
+  --accent: light-dark(#0a62b8, #82bbff); --bad: light-dark(#b3261e, #ffa198); --good: light-dark(#1a7037, #7ddb99);
+  --warn: light-dark(#8a5300, #f2bd62); }
 * { box-sizing: border-box; } [hidden] { display: none !important; }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
 body { display: flex; flex-direction: column; height: 100dvh; margin: 0; background: var(--paper); color: var(--ink);
   font: 16px/1.6 system-ui, sans-serif; }
-header, form, label, #note, main > * { width: min(45.5rem, 100% - 2.5rem); margin: 0 auto; }
-header, form, label { display: flex; flex-wrap: wrap; align-items: center; gap: .75rem 1rem; padding: .75rem 0; }
-a { color: var(--accent); } .bad { color: var(--bad); }
-header a { padding: .25rem 0; border-bottom: 2px solid transparent; color: var(--faint); text-decoration: none; }
-header a[aria-current=true] { border-color: var(--accent); color: var(--ink); }
-header a:last-child { margin-left: auto; }
-button, select, input, textarea { min-width: 0; padding: .5rem .9rem; background: none; color: inherit; font: inherit; }
-button, select, input, textarea, figure, section, .question { border: 1px solid var(--line); border-radius: .5rem; }
-#model { flex: 0 1 11rem; text-overflow: ellipsis; }
-#field { flex: 1 1 13rem; max-height: 40vh; field-sizing: content; resize: none; }
-#send { border-color: var(--accent); background: var(--accent); color: var(--paper); }
-main { flex: 1; overflow: auto; scrollbar-gutter: stable both-edges; padding: 1.5rem 0; overflow-wrap: anywhere;
-  border-block: 1px solid var(--line); }
+a { color: var(--accent); }
+button, input, textarea, .button { min-width: 0; padding: .35rem .75rem; border: 1px solid var(--line);
+  border-radius: .5rem; background: none; color: inherit; font: inherit; text-decoration: none; }
+button, summary { cursor: pointer; } input, textarea { width: 100%; }
+::placeholder { color: var(--faint); opacity: 1; } .bad { color: var(--bad); }
+.small, summary, figcaption { color: var(--faint); font-size: .875rem; }
+.row { display: flex; flex-wrap: wrap; align-items: center; gap: .5rem; }
+.name { max-width: 100%; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+
+/* the frame: header, chat or controllers, composer */
+header { display: flex; flex-wrap: wrap; align-items: center; gap: 0 1rem; padding: .5rem 1rem;
+  border-bottom: 1px solid var(--line); }
+header :is(a, button) { padding: .25rem 0; border: 0; border-bottom: 2px solid transparent; border-radius: 0;
+  color: var(--faint); text-decoration: none; }
+header [aria-current=true] { border-color: var(--accent); color: var(--ink); }
+h1 { margin: 0 auto 0 0; font-size: 1rem; }
+main { flex: 1; display: flex; flex-direction: column; min-height: 0; }
+main > form, #note, #turns, #welcome > *, #status > * { width: min(46rem, 100% - 2rem); margin: 0 auto; }
+#note:not(:empty) { display: flex; align-items: center; gap: 1rem; padding: .5rem 0; }
+#key { padding-top: 1rem; }
+#log, #status, #welcome { flex: 1; overflow: auto; padding: 1.5rem 0; overflow-wrap: anywhere;
+  scrollbar-gutter: stable both-edges; scrollbar-width: thin; }
 #log { display: flex; flex-direction: column-reverse; }     /* so that its end stays in sight while it grows */
 #turns { margin-bottom: auto; }
-#turns:empty::before { content: "Enter sends, Shift+Enter breaks the line, Escape stops."; color: var(--faint); }
-.question, p, .thoughts { white-space: pre-wrap; }
-.question { width: fit-content; max-width: 85%; margin-left: auto; padding: .6rem 1rem; background: var(--soft); }
-.answer { margin: 1.25rem 0 2.5rem; } .answer[aria-busy=true] .text:empty::before { content: "\2026"; }
-.text > *, .answer > *, section p { margin: 0 0 .75rem; } details > :not(summary) { margin: .75rem 0 0; }
-:is(h1, h2, h3, h4, h5, h6) { font-size: 1.15rem; }
-summary, .thoughts, figcaption { color: var(--faint); font-size: .875rem; }
-details:has(> .thoughts:empty) { display: none; }
-summary { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; cursor: pointer; }
-.thoughts { padding-left: 1rem; border-left: 2px solid var(--line); }
-ol { padding-left: 1.5rem; } li:not([value]) { list-style: disc; } .deep { margin-left: 1.5rem; }
-img { display: block; max-width: 100%; }
-pre, code { font: .875rem/1.5 ui-monospace, monospace; }
-:not(pre) > code { padding: .1em .3em; border-radius: .25rem; background: var(--soft); }
-pre { margin: 0; padding: 0 1rem .75rem; overflow-x: auto; scrollbar-width: thin; }
-figcaption { display: grid; grid: auto / 1fr auto; align-items: center; min-height: 2.5rem; padding-left: 1rem; }
-figcaption button { border: 0; background: none; }
-section { margin-bottom: 1rem; padding: .75rem 1rem 0; }
-</style>
-<header><a href="#chat">Chat</a> <a href="#status">Controllers</a> <a href=".">New chat</a></header>
-<label id="key" hidden>Token <input id="token" type="password" autocomplete="off"></label>
-<div id="note" class="bad" role="alert"></div>
-<main id="log" role="log" aria-label="Conversation" tabindex="0"><div id="turns"></div></main>
-<main id="status" aria-label="Controllers" tabindex="0" hidden></main>
-<form id="form">
-  <select id="model" aria-label="Model"></select>
-  <textarea id="field" rows="1" aria-label="Message" placeholder="Message"></textarea> <button id="send">Send</button>
-</form>
-<script type="module">
-const {key, token, note, log, turns, status, form, model, field, send} =
-  Object.fromEntries(Array.from(document.querySelectorAll("[id]"), (element) => [element.id, element]));
-const messages = [];    // the conversation so far
-let stop = null;        // the AbortController of the answer that is coming
+main:has(#turns:empty) #log, main:has(#turns > *) #welcome { display: none; }
+#welcome > * { margin-bottom: 1.25rem; }
+#form { margin-bottom: .75rem; padding: .5rem .75rem; border: 1px solid var(--line); border-radius: 1rem; }
+#form:focus-within { border-color: var(--accent); }
+#field { max-height: 40vh; padding: .25rem 0 .5rem; border: 0; outline: 0; field-sizing: content; resize: none; }
+#model { max-width: min(100%, 20rem); }
+#send { margin-inline-start: auto; border-color: var(--accent); background: var(--accent); color: var(--paper); }
+#settings { margin-top: .5rem; }
+#settings > div { display: grid; grid: auto / repeat(auto-fit, minmax(8rem, 1fr)); gap: .5rem; }
+#settings label:first-child { grid-column: 1 / -1; } #images img, .question img { max-height: 8rem; }
 
-function make(tag, properties, ...children) {   // all that is shown is made here, as elements and text, never from HTML
-  const element = Object.assign(document.createElement(tag), properties);
+/* the turns */
+.question { width: fit-content; max-width: 85%; margin-left: auto; padding: .6rem 1rem; border-radius: 1rem;
+  background: var(--soft); white-space: pre-wrap; }
+.tools { min-height: 2rem; gap: 0 .75rem; } .tools button { padding: .1rem 0; border: 0; }
+.question + .tools { justify-content: end; } .line { margin-inline-end: auto; }
+.turn { margin-bottom: 1.5rem; } .replaced { outline: 1px dashed var(--faint); outline-offset: .25rem; }
+.answer[aria-busy=true] > .text:empty::before { content: "\2026"; }
+details:has(> .thoughts:empty) { display: none; } details > :not(summary) { margin-top: .5rem; }
+.thoughts { font-size: .875rem; }
+:is(.text, .thoughts, blockquote) > *, .answer > * { margin: 0 0 .75rem; }
+p, li, td, th { white-space: pre-wrap; } li, td, th { unicode-bidi: plaintext; text-align: start; }
+td.center, th.center { text-align: center; } td.end, th.end { text-align: end; }
+li > * { margin-block: .25rem; white-space: normal; } ol, ul { padding-inline-start: 1.6rem; }
+.task { margin-inline-start: -1.4rem; list-style: none; }
+.task > input { width: auto; margin-inline: 0 .4rem; }
+h2 { font-size: 1.35rem; } h3 { font-size: 1.2rem; } h4 { font-size: 1.05rem; } h5, h6 { font-size: 1rem; }
+hr { border: 0; border-top: 1px solid var(--line); }
+blockquote, .thoughts { padding-inline-start: 1rem; border-inline-start: 3px solid var(--line); color: var(--faint); }
+.scroll, math[display=block] { overflow: auto hidden; } math { font-size: 1.1em; }
+table { border-collapse: collapse; overflow-wrap: normal; }
+td, th { min-width: 6rem; padding: .3rem .7rem; border: 1px solid var(--line); }
+th { background: var(--soft); } img { display: block; max-width: 100%; border-radius: .5rem; }
+.picture { display: block; margin-top: .5rem; padding: 0; border: 0; }
+pre, code { font: .875rem/1.5 ui-monospace, monospace; direction: ltr; unicode-bidi: isolate; }
+:not(pre) > code { padding: .1em .3em; border-radius: .25rem; background: var(--soft); }
+figure { margin: 0; border: 1px solid var(--line); border-radius: .5rem; }
+figure + figure { margin-top: .75rem; }
+figcaption { display: flex; align-items: center; justify-content: space-between; min-height: 2.5rem; padding-inline: 1rem 0; }
+figcaption button { border: 0; }
+pre { margin: 0; padding: 0 1rem .75rem; overflow-x: auto; scrollbar-width: thin; text-align: left; }
+
+/* lists of chats and models, a large image, the controllers */
+#sidebar { inset: 0 auto 0 0; width: min(20rem, 100%); height: 100dvh; padding: 1rem; border: 0;
+  border-right: 1px solid var(--line); background: var(--paper); color: var(--ink); }
+#sidebar ul, #picker ul { margin: 1rem 0; padding: 0; list-style: none; }
+:is(#sidebar, #picker) li { display: flex; unicode-bidi: normal; white-space: normal; }
+:is(#sidebar, #picker) li button { padding-inline: .5rem; border: 0; }
+li > button:first-child { flex: 1; text-align: start; }
+:is(#sidebar, #picker) :is([aria-current=true], [aria-pressed=true]) { background: var(--soft); font-weight: 600; }
+dialog { width: min(40rem, 100% - 2rem); max-height: 90dvh; border: 1px solid var(--line); border-radius: .75rem;
+  background: var(--paper); color: var(--ink); overflow-wrap: anywhere; }
+#viewer { width: fit-content; } #viewer img { max-height: 75dvh; margin-bottom: .75rem; }
+::backdrop { background: #0008; }
+#status > .card { margin-bottom: 1rem; padding: .75rem 1rem; border: 1px solid var(--line); border-radius: .75rem; }
+.card > * { margin: 0 0 .25rem; font-size: 1rem; } .state::before { content: "\25cf\a0"; }
+.ready { color: var(--good); } .resting { color: var(--warn); }
+</style>
+<header>
+  <h1>akashproxy</h1> <button id="list" popovertarget="sidebar">History</button>
+  <a href="#chat">Chat</a> <a href="#status">Controllers</a> <button id="fresh">New chat</button>
+</header>
+<nav id="sidebar" aria-label="History" popover>
+  <div class="row"><button popovertarget="sidebar">Close</button> <button id="save">Export as JSON</button></div>
+  <ul id="chats"></ul>
+</nav>
+<main>
+  <form id="key" hidden><label>Token <input id="token" type="password" autocomplete="off"></label></form>
+  <div id="note" role="alert"></div>
+  <section id="welcome" aria-label="Welcome" tabindex="0"></section>
+  <div id="log" role="log" aria-live="polite" aria-label="Conversation" tabindex="0"><div id="turns"></div></div>
+  <section id="status" aria-label="Controllers" tabindex="0" hidden></section>
+  <form id="form">
+    <div id="images" class="row"></div>
+    <textarea id="field" rows="1" dir="auto" aria-label="Message" placeholder="Message"></textarea>
+    <div class="row"><button type="button" id="model" class="name" aria-haspopup="dialog">No models</button>
+      <button type="button" id="attach">Attach image</button> <button id="send">Send</button></div>
+    <input id="file" type="file" accept="image/*" multiple hidden>
+    <details id="settings"><summary>Settings</summary><div class="small">
+      <label>System prompt <textarea id="system" rows="2" dir="auto"></textarea></label>
+      <label>Temperature <input id="temperature" type="number" min="0" max="2" step="any" placeholder="default"></label>
+      <label>Top p <input id="top_p" type="number" min="0" max="1" step="any" placeholder="default"></label>
+      <label>Max tokens <input id="max_tokens" type="number" min="1" placeholder="no limit"></label></div></details>
+  </form>
+</main>
+<dialog id="picker" aria-label="Models"><form method="dialog">
+  <input id="search" type="search" aria-label="Search models" placeholder="Search models" autocomplete="off">
+  <div id="found" class="small" role="status"></div><ul id="models"></ul></form></dialog>
+<dialog id="viewer" aria-label="Image"></dialog>
+<script type="module">
+const ui = Object.fromEntries(Array.from(document.querySelectorAll("[id]"), (element) => [element.id, element]));
+const PARAMETERS = ["temperature", "top_p", "max_tokens"];
+const auto = {dir: "auto"};     // Arabic and Hebrew run from the right
+let chat = null;        // {id, title, messages}: the conversation in sight, as it is stored
+let stop = null;        // the AbortController of the answer that is being received
+let names = null;       // of the models; null until they are listed
+let chosen = "";        // the model
+let editing = -1;       // index of the question that the next one replaces
+
+class Explained extends Error {}    // its message is written for people; other errors have the browser's text
+
+function make(tag, properties, ...children) {   // everything shown is made here, as elements and text, never from HTML
+  const element = document.createElement(tag);
   for (const child of children.flat()) element.append(child);
-  return element;
+  return Object.assign(element, properties);    // last: with dir="auto" each child that comes takes a look at all
 }
+const button = (text, onclick, properties) => make("button", {type: "button", onclick, ...properties}, text);
+const paragraph = (className, ...children) => make("p", {className}, ...children);
+const row = (...children) => make("div", {className: "row"}, ...children);
+const count = (number, noun) => `${number} ${noun}${number === 1 ? "" : "s"}`;
+const tell = (...words) => ui.note.replaceChildren(...words);
+const offerUndo = (text, restore) => tell(text, button("Undo", () => { tell(); restore(); }));
 
 // -- the server, asked as any client asks it
 async function api(path, options) {
@@ -12364,20 +12729,20 @@ async function api(path, options) {
   const headers = {"Content-Type": "application/json", ...(secret && {Authorization: `Bearer ${secret}`})};
   const response = await fetch(path, {...options, headers}).catch(() => null);
   if (response?.ok) return response;
-  if (!response) throw Error("The server does not answer. Is it still running?");
+  if (!response) throw new Explained("The server does not answer. Is it still running?");
   if (response.status === 401) {
-    key.hidden = false;
-    token.focus();
-    throw Error(secret ? "The token is wrong. Type the right one." : "This server needs a token. Type it above.");
+    ui.key.hidden = false;
+    ui.token.focus();
+    throw new Explained(secret ? "The token is wrong. Type the right one." : "This server needs a token. Type it above.");
   }
   const unread = {error: {message: `The server answered with ${response.status}.`}};
   throw failure((await response.json().catch(() => unread)).error, response.headers.get("Retry-After"));
 }
 function failure({message, code}, seconds) {    // what went wrong, and what to do
   const otherwise = code === "model_not_found" ? "Choose another model" : "Try again or choose another model";
-  return Error(`${message} ${seconds ? `Try again in ${seconds} s` : otherwise}.`);
+  return new Explained(`${message.replace(/[^.!?]$/, "$&.")} ${seconds ? `Try again in ${seconds} s` : otherwise}.`);
 }
-async function* events(stream) {    // what each event of a text/event-stream says, as JSON
+async function* events(stream) {    // the data of each event of a text/event-stream, read as JSON
   const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
   for (let held = "", part; !(part = await reader.read()).done;) {
     const whole = (held + part.value).split(/(?:\r\n|\n|\r(?!\n|$)){2}/);
@@ -12387,148 +12752,557 @@ async function* events(stream) {    // what each event of a text/event-stream sa
   }
 }
 
-// -- Markdown, as much of it as models use; the patterns take a time in proportion to the text, whatever it is.
-const MORE = /(?:\n(?![ \t]*(?:$|```|~~~|#+ |[-*+] |\d+[.)] )).+)*/.source;     // a paragraph's further lines
-const ITEM = /^([ \t]*)([-*+]|\d{1,9}[.)]) (.*MORE)/.source.replace("MORE", MORE);
-const BLOCK = RegExp([
-  /^(?<indent>[ \t]*)(?<fence>```+|~~~+)(?<name>.*)(?:\n(?<code>[^]*?)(?:^[ \t]*\k<fence>[ \t]*$|(?![^])))?/.source,
-  /^(?<level>#{1,6}) +(?<title>.+)/.source, `(?<list>(?:${ITEM}\\n*)+)`, `(?<text>^.*\\S.*${MORE})`].join("|"), "gm");
-const INLINE = RegExp(`(${[/``.+?``(?!`)|`[^`\n]+`/, /\*\*(?=\S)[^*]+(?:\*[^*]+\*[^*]*){0,3}\*\*/,
-  /(?<![\w*])\*(?=\S)[^*\n]+\*(?![\w*])/, /(?<!\w)_(?=\S)[^_\n]+_(?!\w)/,
-  /!?\[[^[\]]*\]\(https?:\/\/(?:[^\s()]|\([^\s()]*\))+\)/, /https?:\/\/[^\s<>()*`"']*[^\s<>()*`"'.,;:!?]/,
-].map(({source}) => source).join("|")})`);
-function draw(place, text) {    // only blocks that changed are made anew
-  [...text.matchAll(BLOCK)].forEach(({0: source, groups}, at) => {
-    if (place.children[at]?.source === source) return;
-    while (place.children[at]) place.lastChild.remove();
-    place.append(Object.assign(block(groups), {source}));
+// -- Markdown's blocks. Each kind: how its first line looks, the line after its last one, and what is made of its lines.
+const DEEPEST = 8;      // levels of lists and quotes; anything nested deeper is text
+const ITEM = /^[ \t]*(?:[-*+]|\d{1,9}[.)])(?:[ \t]+|$)/;
+const DIVIDER = /^[ \t|:-]+$/;      // between a table's head and its rows
+const oneLine = (lines, at) => at + 1;
+const isBlank = (line) => !line.trim();
+const kindAt = (lines, at) => KINDS.find(({begins}) => begins(lines[at], lines[at + 1] ?? ""));
+function until(lines, at, ends) {       // the first line after one for which `ends` is true
+  while (++at < lines.length && !ends(at));
+  return at;
+}
+const LIST = {begins: (line) => ITEM.test(line), end: listEnd, shape: list};
+const QUOTE = {begins: (line) => /^ {0,3}>/.test(line), end: quoteEnd, shape: quote};
+const TEXT = {end: (lines, at) => until(lines, at, (next) => isBlank(lines[next]) || kindAt(lines, next)),
+  shape: (lines) => make("p", auto, inline(lines.join("\n")))};
+const TABLE = {begins: (line, next) => line.includes("|") && next.includes("-") && DIVIDER.test(next),
+  end: (lines, at) => until(lines, at, (next) => !lines[next].includes("|")), shape: table};
+const KINDS = [
+  {begins: (line) => /^[ \t]*(?:`{3,}[^`]*|~{3,}.*)$/.test(line), end: fenceEnd, shape: fence},
+  {begins: (line) => /^ {0,3}#{1,6}[ \t]/.test(line), end: oneLine, shape: heading},
+  {begins: (line) => /^(?:-{3,}|\*{3,}|_{3,})$/.test(line.replace(/[ \t]/g, "")), end: oneLine, shape: () => make("hr")},
+  TABLE, QUOTE, LIST,
+];
+function* blocks(lines, depth) {
+  for (let at = 0, end; at < lines.length; at = end) {
+    const kind = depth < DEEPEST && kindAt(lines, at) || TEXT;
+    end = isBlank(lines[at]) ? at + 1 : kind.end(lines, at);
+    if (!isBlank(lines[at])) yield {at, own: lines.slice(at, end), kind};
+  }
+}
+function draw(place, text) {    // Only the last two blocks can still change: those before are kept and not read again.
+  const drawn = place.drawn ??= {chars: 0, settled: 0, parts: []}, {parts} = drawn;
+  const lines = text.slice(drawn.chars).split("\n"), found = [...blocks(lines, 0)];
+  found.forEach(({own, kind}, index) => {
+    const at = drawn.settled + index, old = parts[at], source = own.join("\n"), above = parts[at - 1]?.level ?? 1;
+    if (old?.source === source) return;
+    const element = kind.shape(own, 0, above);
+    parts[at] = {element, source, level: element.level ?? above};
+    if (old) old.element.replaceWith(element);
+    else place.append(element);
   });
+  for (const {element} of parts.splice(drawn.settled + found.length)) element.remove();
+  if (found.length < 3) return;
+  drawn.chars += lines.slice(0, found.at(-2).at).join("\n").length + 1;
+  drawn.settled += found.length - 2;
 }
-function block({fence, indent, name, code = "", level, title, list, text}) {
-  if (fence) return listing(code.replace(RegExp(`^${indent}`, "gm"), "").replace(/\n$/, ""), name.trim());
-  if (level) return make(`h${level.length}`, {}, inline(title));
-  if (text) return make("p", {}, inline(text));
-  return make("ol", {}, Array.from(list.matchAll(RegExp(ITEM, "gm")), ([, blanks, mark, words]) =>
-    make("li", {className: blanks && "deep", ...(/\d/.test(mark) && {value: parseInt(mark)})}, inline(words))));
+function quoteEnd(lines, at) {
+  return until(lines, at, (next) => isBlank(lines[next]) || ![QUOTE, undefined].includes(kindAt(lines, next)));
 }
-const inline = (text) => text.split(INLINE).map((part, at) => {     // every other part is one to be marked up
-  if (at % 2 === 0) return part;
-  if (part.startsWith("`")) return make("code", {}, part.replace(/^(``?)(.*)\1$/, "$2"));
-  if (part.startsWith("**")) return make("strong", {}, inline(part.slice(2, -2)));
-  if (/^[*_]/.test(part)) return make("em", {}, inline(part.slice(1, -1)));
-  const [, image, label, href] = part.match(/^(!?)\[([^[\]]*)\]\((.*)\)$/s) ?? [, "", "", part];
-  const [, own = ""] = image ? href.split(`//${location.host}${location.pathname}images/`) : "";
+function fenceEnd(lines, at) {
+  const [mark] = lines[at].match(/`+|~+/);
+  return Math.min(until(lines, at, (next) => lines[next].trim() === mark) + 1, lines.length);
+}
+const isNumbered = (line) => /^[ \t]*\d/.test(line);
+const indentOf = (line) => line.match(/^[ \t]*/)[0].length;
+function listEnd(lines, at) {   // it goes on with items of its sort, indented lines and the lines of a paragraph
+  const indent = indentOf(lines[at]), numbered = isNumbered(lines[at]);
+  let end = at + 1;
+  for (let next = end; next < lines.length; next++) {
+    if (isBlank(lines[next])) continue;
+    const kind = kindAt(lines, next), isItem = kind === LIST && isNumbered(lines[next]) === numbered;
+    if (!isItem && indentOf(lines[next]) <= indent && (kind || next > end)) break;
+    end = next + 1;
+  }
+  return end;
+}
+function fence([first, ...lines]) {
+  const [, indent, mark, name] = first.match(/^([ \t]*)(`+|~+)(.*)/);
+  if (lines.at(-1)?.trim() === mark) lines.pop();
+  return listing(lines.map((line) => line.startsWith(indent) ? line.slice(indent.length) : line).join("\n"), name.trim());
+}
+function heading([line], depth, above) {        // one level down at a time, as readers of screens expect it
+  const [, marks, title] = line.trim().match(/^(#+)(.*)/), level = Math.min(marks.length + 1, above + 1, 6);
+  return depth ? paragraph("", make("strong", {}, inline(title.trim())))
+    : make(`h${level}`, {...auto, level}, inline(title.trim()));
+}
+const nested = (lines, depth) => Array.from(blocks(lines, depth), ({own, kind}) => kind.shape(own, depth));
+function quote(lines, depth) {
+  const made = nested(lines.map((line) => line.replace(/^ {0,3}> ?/, "")), depth + 1);
+  for (const block of made) block.removeAttribute("dir");       // its text decides where the quote's bar is
+  return make("blockquote", auto, made);
+}
+function list(lines, depth) {
+  const indent = indentOf(lines[0]), numbered = isNumbered(lines[0]), items = [];
+  for (const line of lines) {
+    if (indentOf(line) <= indent && ITEM.test(line)) items.push([line]);
+    else items.at(-1).push(line);
+  }
+  const made = items.map((own) => item(own, depth + 1));
+  return numbered ? make("ol", {...auto, start: parseInt(lines[0])}, made) : make("ul", auto, made);
+}
+function item([first, ...rest], depth) {
+  const width = first.match(ITEM)[0].length;
+  const [, box, text] = first.slice(width).match(/^(?:\[([ xX])\][ \t]+)?(.*)/);
+  const made = nested([text, ...rest.map((line) => line.slice(Math.min(width, indentOf(line))))], depth);
+  if (made[0]?.tagName === "P") made.splice(0, 1, ...made[0].childNodes);
+  if (!box) return make("li", {}, made);
+  const checked = box !== " ", ariaLabel = checked ? "done" : "open";
+  return make("li", {className: "task"}, make("input", {type: "checkbox", disabled: true, checked, ariaLabel}), made);
+}
+function table([head, divider, ...rows]) {
+  const split = (line) => line.trim().replace(/^\||(?<!\\)\|$/g, "").split(/(?<!\\)\|/).map((text) => text.trim());
+  const sides = split(divider).map((text) => !text.endsWith(":") ? "" : text[0] === ":" ? "center" : "end");
+  const cells = (tag, line) => make("tr", {}, split(line).slice(0, sides.length).map((text, column) =>
+    make(tag, {className: sides[column]}, inline(text.replaceAll("\\|", "|")))));
+  return make("div", {className: "scroll", tabIndex: 0, role: "group", ariaLabel: "Table"}, make("table", auto,
+    make("thead", {}, cells("th", head)), make("tbody", {}, rows.map((line) => cells("td", line)))));
+}
+
+// -- Markdown within a line. Each pattern stops at its own mark, so that a text of marks takes no longer than another.
+const within = (mark) => String.raw`(?:[^${mark}\\\x60]|\\[^]|\x60[^\x60]*\x60)+`;      // \x60: code may contain the mark
+const STAR = within("*"), UNDERSCORE = within("_"), TILDE = within("~");
+const LINK = /!?\[(?:[^[\]\x60]|\x60[^\x60]*\x60)*\]\(https?:\/\/(?:[^\s()]|\([^\s()]*\))+(?: +"[^"\n]*")?\)/;
+const strong = (text) => make("strong", {}, inline(text.slice(2, -2)));
+const emphasis = (text) => make("em", {}, inline(text.slice(1, -1)));
+const link = (href, ...children) => make("a", {href, target: "_blank", rel: "noopener"}, ...children);
+const SPANS = [
+  [/``.+?``(?!`)|`[^`]+`/, code],
+  [/\$\$[^$]+\$\$|\\\[(?:[^\\]|\\[^[\]\\]|\\\\(?!\[))+\\\]/, (text) => tex(text.slice(2, -2), true)],
+  [/\\\((?:[^\\\n]|\\[^()\\\n])+\\\)/, (text) => tex(text.slice(2, -2))],
+  [/\$(?![\s$])[^$\n`]+(?<!\s)\$(?![\d$])/, (text) => tex(text.slice(1, -1))],
+  [RegExp(String.raw`\*{3}(?=\S)${STAR}\*{3}`), (text) => make("em", {}, strong(text.slice(1, -1)))],
+  [RegExp(String.raw`\*\*(?=\S)${STAR}(?:\*${STAR}\*(?:${STAR})?){0,3}\*\*|(?<!\w)__(?=\S)${UNDERSCORE}__(?!\w)`), strong],
+  [RegExp(String.raw`(?<![\w*\\])\*(?=\S)${STAR}(?:\*\*${STAR}\*\*(?:${STAR})?){0,3}\*(?![\w*])`), emphasis],
+  [RegExp(String.raw`(?<![\w\\])_(?=\S)${UNDERSCORE}_(?!\w)`), emphasis],
+  [RegExp(String.raw`~~(?=\S)${TILDE}~~`), (text) => make("del", {}, inline(text.slice(2, -2)))],
+  [LINK, linkOrPicture],
+  [/https?:\/\/[^\s<>()*`"']*[^\s<>()*`"'.,;:!?]/, (href) => link(href, href)],
+  [/\\[^\w\s]/, (text) => text[1]],
+  [/&(?:#\d{1,7}|#x[\da-fA-F]{1,6}|[A-Za-z]{2,8});/, entity],
+  [/<br ?\/?>/, () => make("br")],
+];
+const INLINE = RegExp(`(${SPANS.map(([{source}]) => source).join("|")})`);
+function inline(text) {
+  return text.split(INLINE).map((part, at) => at % 2 ? SPANS.find(([span]) => part.match(span)?.[0] === part)[1](part) : part);
+}
+function code(text) {
+  const width = text.startsWith("``") ? 2 : 1, inside = text.slice(width, -width);
+  return make("code", {dir: "ltr"}, /^ .+ $/s.test(inside) ? inside.slice(1, -1) : inside);
+}
+const ENTITIES = new Map(Object.entries({amp: "&", lt: "<", gt: ">", quot: '"', apos: "'", nbsp: "\u00a0", copy: "©",
+  reg: "®", deg: "°", times: "×", middot: "·", ndash: "–", mdash: "—", hellip: "…", larr: "←", rarr: "→", euro: "€"}));
+function entity(text) {
+  const name = text.slice(1, -1), point = Number(name.replace("#x", "0x").replace("#", ""));
+  return point <= 0x10ffff ? String.fromCodePoint(point) : ENTITIES.get(name) ?? text;
+}
+function linkOrPicture(text) {
+  const middle = text.lastIndexOf("](http"), label = text.slice(text.indexOf("[") + 1, middle);
+  const [href] = text.slice(middle + 2, -1).split(" ");
+  const [, own = ""] = text[0] === "!" ? href.split(`//${location.host}${location.pathname}images/`) : "";
   if (/^\w[\w.-]*$/.test(own)) return picture(own, label);
-  return make("a", {href, target: "_blank", rel: "noopener"}, label ? inline(label) : href);
-});
+  return link(href, inline(label).map((part) => part.tagName === "A" ? part.textContent : part));
+}
+
+// -- TeX as MathML: the commands that models write most. Others stay as they are written.
+const SYMBOLS = new Map(Array.from(`alpha α beta β gamma γ delta δ epsilon ε varepsilon ε theta θ lambda λ mu μ nu ν pi π
+  rho ρ sigma σ tau τ phi φ varphi φ omega ω Gamma Γ Delta Δ Theta Θ Lambda Λ Sigma Σ Phi Φ Omega Ω sum ∑ prod ∏ int ∫
+  infty ∞ partial ∂ nabla ∇ cdot · times × div ÷ pm ± le ≤ leq ≤ ge ≥ geq ≥ ne ≠ neq ≠ approx ≈ equiv ≡ sim ∼ in ∈ notin ∉
+  subset ⊂ subseteq ⊆ cup ∪ cap ∩ forall ∀ exists ∃ to → rightarrow → Rightarrow ⇒ implies ⇒ iff ⇔ mapsto ↦ ldots … dots …
+  cdots ⋯ langle ⟨ rangle ⟩ mid ∣ circ ∘ { { } } | ‖ quad \u2003 , \u2009 ; \u2004`.matchAll(/(\S+) (\S+)/g), (pair) => pair.slice(1)));
+const ACCENTS = new Map([["hat", "^"], ["bar", "¯"], ["overline", "¯"], ["vec", "→"], ["tilde", "~"], ["dot", "˙"]]);
+const FUNCTIONS = /^(?:log|ln|exp|sin|cos|tan|lim|max|min|det|gcd)$/;
+const TEX = /\\(?:text\w*|math\w+|operatorname)\{[^{}]*\}|\\(?:[A-Za-z]+|[^])|\d+(?:\.\d+)?|[^\s\\]/g;
+function mathml(tag, ...children) {
+  const element = document.createElementNS("http://www.w3.org/1998/Math/MathML", tag);
+  for (const child of children.flat()) element.append(child);
+  return element;
+}
+function tex(source, display) {
+  const math = mathml("math", group((source.match(TEX) ?? []).reverse(), 0));
+  math.setAttribute("display", display ? "block" : "inline");
+  return math;
+}
+function group(tokens, depth, end) {    // takes the next tokens, which stand at the end of `tokens`, and `end`
+  const made = [];
+  while (tokens.length && tokens.at(-1) !== end) made.push(scripted(tokens, depth));
+  tokens.pop();
+  return mathml("mrow", made);
+}
+function scripted(tokens, depth) {      // an atom with what stands below and above it
+  const base = atom(tokens, depth), limits = /^(?:[∑∏]|lim|max|min)$/.test(base.textContent), scripts = {};
+  while (/^[_^]$/.test(tokens.at(-1)) && !scripts[tokens.at(-1)]) scripts[tokens.pop()] = atom(tokens, depth + 1);
+  const {_: below, "^": above} = scripts;
+  if (below && above) return mathml(limits ? "munderover" : "msubsup", base, below, above);
+  if (below) return mathml(limits ? "munder" : "msub", base, below);
+  return above ? mathml(limits ? "mover" : "msup", base, above) : base;
+}
+function atom(tokens, depth) {
+  const token = tokens.pop() ?? "", next = () => atom(tokens, depth + 1);
+  const [, command = "", words] = token.match(/^\\([A-Za-z]+)(?:\{([^]*)\})?$/) ?? [];
+  if (words) return mathml("mtext", words);
+  if (FUNCTIONS.test(command)) return mathml("mi", command);
+  if (depth < 30) {     // nested deeper, commands stay as they are written
+    if (token === "{") return group(tokens, depth + 1, "}");
+    if (/^[dt]?frac$/.test(command)) return mathml("mfrac", next(), next());
+    if (command === "sqrt") return mathml("msqrt", next());
+    if (/^(?:left|right|boxed|displaystyle|[Bb]igg?)$/.test(command)) return next();
+    if (ACCENTS.has(command)) return mathml("mover", next(), mathml("mo", ACCENTS.get(command)));
+  }
+  const text = token.length > 1 && SYMBOLS.get(token.slice(1)) || token;
+  return mathml(/^\d/.test(text) ? "mn" : /^[\p{L}∞]/u.test(text) ? "mi" : text[0] === "\\" ? "mtext" : "mo", text);
+}
+
+// -- images and code
 function picture(name, alt) {   // fetched, for an <img> can't send a token; never read as SVG, which can hold a script
-  const image = make("img", {alt});
-  image.onerror = () => image.replaceWith(make("span", {className: "bad"}, "This picture can't be shown."));
+  const image = make("img", {alt}), frame = enlargeable(image);
+  image.onerror = () => frame.replaceWith(make("span", {className: "bad"}, "This image can't be shown."));
   api(`images/${name}`).then((response) => response.blob()).then((blob) => {
     image.src = URL.createObjectURL(blob.slice(0, blob.size, "image/png"));
   }).catch(image.onerror);
-  return image;
+  return frame;
 }
-function listing(text, name) {
-  const copy = make("button", {type: "button", hidden: !navigator.clipboard}, "Copy");  // plain HTTP has no clipboard
-  copy.onclick = () => navigator.clipboard.writeText(text).then(() => { copy.textContent = "Copied"; });
-  return make("figure", {}, make("figcaption", {}, name, copy), make("pre", {tabIndex: 0}, make("code", {}, text)));
+const enlargeable = (image) => button(image, () => enlarge(image), {className: "picture"});
+function enlarge({src, alt}) {
+  const name = `${alt.slice(0, 60) || "image"}.${src.startsWith("data:image/jpeg") ? "jpg" : "png"}`;
+  const save = make("a", {href: src, download: name, className: "button"}, "Save");
+  ui.viewer.replaceChildren(make("img", {src, alt}), row(save, button("Close", () => ui.viewer.close())));
+  ui.viewer.showModal();
 }
+function copying(text) {
+  const copy = () => navigator.clipboard.writeText(text).then(() => { made.textContent = "Copied"; });
+  const made = button("Copy", copy, {hidden: !navigator.clipboard});    // plain HTTP has no clipboard
+  return made;
+}
+const listing = (text, name) => make("figure", {}, make("figcaption", {}, make("span", {}, name), copying(text)),
+  make("pre", {tabIndex: 0}, make("code", {dir: "ltr"}, text)));
+async function shrink(blob) {   // a data: URL of at most 1024 pixels a side, so that chats fit into the browser's storage
+  const bitmap = await createImageBitmap(blob), scale = Math.min(1, 1024 / Math.max(bitmap.width, bitmap.height));
+  const canvas = make("canvas", {width: bitmap.width * scale, height: bitmap.height * scale});
+  canvas.getContext("2d").drawImage(bitmap, 0, 0, canvas.width, canvas.height);
+  return canvas.toDataURL(blob.type === "image/png" && scale === 1 ? "image/png" : "image/jpeg", .85);
+}
+async function attachAll(files) {
+  for (const file of files) await shrink(file).then(addImage, () => tell(`${file.name} is not an image.`));
+}
+function addImage(src) {
+  const entry = row(make("img", {src, alt: "Attached image"}), button("×", () => entry.remove(), {ariaLabel: "Remove image"}));
+  ui.images.append(entry);
+}
+
+// -- what is kept in the browser: each chat under a key of its own, so that two tabs don't overwrite each other's
+function keep(name, value) {
+  try {
+    localStorage[name] = JSON.stringify(value);
+  } catch {
+    tell("The browser's storage is full: this chat is not kept. Export and delete some.");
+  }
+}
+function stored(name) {
+  try {
+    return JSON.parse(localStorage[name]);
+  } catch {
+    return null;      // none, or not ours
+  }
+}
+const keepChat = (own) => keep(`chat ${own.id}`, own);
+const keepSettings = () => keep("settings", {model: chosen, chat: chat.id, system: ui.system.value,
+  ...Object.fromEntries(PARAMETERS.map((name) => [name, ui[name].value]))});
+const allChats = () => Object.keys(localStorage).filter((name) => name.startsWith("chat ")).map(stored)
+  .filter((each) => each?.messages).sort((one, other) => other.id - one.id);
+function listChats() {
+  ui.chats.replaceChildren(...allChats().map((each) => make("li", {},
+    button(each.title, () => show(each), {...auto, className: "name", ariaCurrent: each.id === chat.id}),
+    button("✎", () => rename(each), {ariaLabel: `Rename ${each.title}`}),
+    button("×", () => remove(each), {ariaLabel: `Delete ${each.title}`}))));
+}
+function rename(each) {
+  const own = each.id === chat.id ? chat : each;
+  own.title = prompt("Title of the chat", own.title)?.trim() || own.title;
+  keepChat(own);
+  listChats();
+}
+function remove(each) {
+  delete localStorage[`chat ${each.id}`];
+  if (each.id === chat.id) show(emptyChat());
+  listChats();
+  offerUndo(`“${each.title}” is deleted.`, () => { keepChat(each); show(each); });
+}
+ui.save.onclick = () => {
+  const href = URL.createObjectURL(new Blob([JSON.stringify(allChats(), null, 2)], {type: "application/json"}));
+  make("a", {href, download: "chats.json"}).click();
+};
 
 // -- the chat
-async function ask(question) {
-  const chat = {model: model.value, messages: [...messages, {role: "user", content: question}]};
-  const body = JSON.stringify({...chat, stream: true});
-  const [thoughts, text] = ["thoughts", "text"].map((className) => make("div", {className}));
-  const summary = make("summary"), thinking = make("details", {}, summary, thoughts);
-  const article = make("article", {className: "answer", ariaBusy: "true"}, thinking, text);
-  let answer = "", finish = "", frame = 0;
-  function show() {
-    frame = 0;
-    summary.textContent = answer ? "Thoughts" : thoughts.textContent.trim().split("\n").pop();
-    draw(text, answer);
-  }
-  turns.append(make("div", {className: "question"}, question), article);
-  log.scrollTop = 0;      // the end
-  try {
-    const response = await api("v1/chat/completions", {method: "POST", body, signal: stop.signal});
-    for await (const {error, choices: [{delta = {}, finish_reason} = {}] = []} of events(response.body)) {
-      if (error) throw failure(error);
-      answer += delta.content ?? "";
-      if (delta.reasoning_content) thoughts.append(delta.reasoning_content);
-      finish = finish_reason ?? finish;
-      frame ||= requestAnimationFrame(show);
-    }
-    if (finish !== "stop") throw Error(`The answer ended early: ${finish || "the connection broke off"}.`);
-  } catch (error) {
-    article.append(make("p", {className: "bad"}, stop.signal.aborted ? "Stopped." : error.message));
-  }
-  show();
-  article.append(make("details", {}, make("summary", {}, "As curl and Python"), examples(chat)));
-  article.ariaBusy = "false";
-  if (answer) messages.push(chat.messages.pop(), {role: "assistant", content: answer});
-  else field.value ||= question;      // nothing has come: it can be sent again
+const emptyChat = () => ({id: Date.now(), title: "", messages: []});
+const wordsOf = ({content}) => typeof content === "string" ? content : content[0].text;
+const imagesOf = ({content}) => typeof content === "string" ? [] : content.slice(1).map((part) => part.image_url.url);
+function show(other) {
+  stop?.abort();
+  [chat, editing] = [other, -1];
+  ui.turns.replaceChildren(...chat.messages.map((message, at) => message.role === "user" ? question(at) : answer(chat, at)));
+  for (const {finish} of ui.turns.children) finish?.();
+  ui.sidebar.hidePopover();
+  keepSettings();
 }
-function examples(chat) {   // what was asked, for a shell and for Python; the token stays out
-  const base = new URL("v1", location).href, secret = sessionStorage.token ? ' -H "Authorization: Bearer $TOKEN"' : "";
-  return [listing(`curl -N ${base}/chat/completions${secret} -H 'Content-Type: application/json' \\
-  -d '${JSON.stringify({...chat, stream: true}).replaceAll("'", "'\\''")}'`, "curl"), listing(`import os, openai
+function question(at) {
+  const words = wordsOf(chat.messages[at]);
+  const images = imagesOf(chat.messages[at]).map((src) => enlargeable(make("img", {src, alt: "Attached image"})));
+  return make("div", {className: "turn"}, make("div", {className: "question", ...auto}, words, images),
+    make("div", {className: "tools small row"}, copying(words), button("Edit", () => edit(at))));
+}
+function edit(at) {     // the turns from the question on stay until the new one is sent
+  ui.field.value = wordsOf(chat.messages[at]);
+  ui.images.replaceChildren();
+  imagesOf(chat.messages[at]).forEach(addImage);
+  editing = at;
+  [...ui.turns.children].forEach((turn, index) => turn.classList.toggle("replaced", index >= at));
+  ui.field.focus();
+}
+function cut(at) {      // removes the turns from one on, which others replace
+  const own = chat, before = [...chat.messages];
+  offerUndo("The earlier turns are replaced.", () => { own.messages = before; show(own); keepChat(own); });
+  chat.messages.length = at;
+  while (ui.turns.children.length > at) ui.turns.lastChild.remove();
+}
+function answer(own, at) {      // the element of an answer; update() and finish() draw its message
+  const message = own.messages[at], [thoughts, text] = ["thoughts", "text"].map((className) => make("div", {className}));
+  const summary = make("summary", {className: "name"});
+  const article = make("article", {className: "turn answer", ariaBusy: "true"}, make("details", {}, summary, thoughts), text);
+  article.update = () => {
+    summary.textContent = message.content ? "Thoughts" : message.reasoning.trim().split("\n").pop();
+    draw(thoughts, message.reasoning);
+    draw(text, message.content);
+  };
+  const again = () => {
+    if (stop) return;
+    cut(at);
+    ask();
+  };
+  article.finish = () => {
+    article.update();
+    if (message.problem) article.append(paragraph("bad", message.problem));
+    const line = make("span", {className: "line"}, message.line ?? "");
+    const tools = make("div", {className: "tools small row"}, line, copying(message.content), button("Try again", again));
+    const code = make("details", {}, make("summary", {}, "As curl and Python"));
+    code.ontoggle = () => { if (!code.querySelector("figure")) code.append(...examples(bodyOf(own, at))); };
+    article.append(tools, code);
+    article.ariaBusy = "false";
+  };
+  return article;
+}
+function bodyOf({messages}, at) {       // the request for an answer, without questions that have none
+  const {request, system} = messages[at], answered = (index) => index + 1 === at || messages[index + 1].content;
+  const sent = messages.slice(0, at).filter(({role, content}, index) => role === "user" ? answered(index) : content);
+  const prompt = system ? [{role: "system", content: system}] : [];
+  return {...request, messages: [...prompt, ...sent.map(({role, content}) => ({role, content}))]};
+}
+const parameters = () => Object.fromEntries(
+  PARAMETERS.filter((name) => ui[name].value).map((name) => [name, Number(ui[name].value)]));
+function paced(work) {  // `work`, the layout included, takes a fifth of the time at most, however long an answer grows
+  let timer = 0, pause = 20;
+  const run = () => {
+    const started = performance.now();
+    work();
+    ui.log.scrollHeight;    // lays the page out
+    [timer, pause] = [0, Math.max(20, 4 * (performance.now() - started))];
+  };
+  return () => { timer ||= setTimeout(run, pause); };
+}
+async function ask() {  // for the answer to the chat's last question
+  const own = chat, at = own.messages.length, message = {role: "assistant", content: "", reasoning: "",
+    request: {model: chosen, ...parameters()}, system: ui.system.value.trim(), problem: "The page was closed before the end."};
+  own.messages.push(message);
+  const article = answer(own, at);
+  ui.turns.append(article);
+  ui.log.scrollTop = 0;     // the end
+  [stop, ui.send.textContent] = [new AbortController(), "Stop"];
+  try {
+    await receive(message, bodyOf(own, at), paced(article.update));
+    delete message.problem;
+  } catch (error) {
+    message.problem = stop.signal.aborted ? "Stopped." : error instanceof Explained ? error.message : "The connection broke off.";
+  }
+  [stop, ui.send.textContent] = [null, "Send"];
+  article.finish();
+  if (own === chat || stored(`chat ${own.id}`)) keepChat(own);
+}
+const ENDS = {length: "It reached its limit of tokens.", content_filter: "A content filter ended the answer.",
+  tool_calls: "It asks for a tool, and this page has none.", "": "The connection broke off."};
+async function receive(message, body, changed) {
+  const started = performance.now();
+  const response = await api("v1/chat/completions", {method: "POST", signal: stop.signal,
+    body: JSON.stringify({...body, stream: true, stream_options: {include_usage: true}})});
+  let first = 0, end = "", tokens = null;
+  try {
+    for await (const {error, usage, choices: [{delta = {}, finish_reason} = {}] = []} of events(response.body)) {
+      if (error) throw failure(error);
+      message.content += delta.content?.replaceAll("\r", "") ?? "";
+      message.reasoning += delta.reasoning_content?.replaceAll("\r", "") ?? "";
+      first ||= (delta.content || delta.reasoning_content) && performance.now();
+      end = finish_reason ?? end;
+      tokens = usage?.completion_tokens ?? tokens;
+      changed();
+    }
+  } finally {
+    message.line = account(response.headers, first - started, performance.now() - first, tokens);
+  }
+  if (end !== "stop") throw new Explained(ENDS[end] ?? `The answer ended early: ${end}.`);
+}
+function account(headers, wait, took, tokens) {     // "paid, after akash=429 · 0.4 s to first token · 52 tokens/s · 812 tokens"
+  const attempts = headers.get("X-Akashproxy-Route")?.split(", ") ?? [], [name] = (attempts.pop() ?? "").split("=");
+  const ignored = headers.get("X-Akashproxy-Ignored");
+  return [attempts.length ? `${name}, after ${attempts.join(", ")}` : name,
+    wait > 0 && `${(wait / 1000).toFixed(1)} s to first token`,
+    wait > 0 && took > 100 && tokens > 1 && `${Math.round(tokens / took * 1000)} tokens/s`,
+    tokens !== null && count(tokens, "token"), ignored && `ignored: ${ignored}`].filter(Boolean).join(" · ");
+}
+const BASE = new URL("v1", location).href;
+function examples(body) {       // for a shell and for Python, without the token and the data of images
+  const secret = sessionStorage.token ? ' -H "Authorization: Bearer $TOKEN"' : "";
+  const brief = (name, value) => name === "url" ? `${value.split(",")[0]},...` : value;
+  return [listing(`curl -N ${BASE}/chat/completions${secret} -H 'Content-Type: application/json' \\
+  -d '${JSON.stringify({...body, stream: true}, brief).replaceAll("'", "'\\''")}'`, "curl"), listing(`import os, openai
 
-client = openai.OpenAI(base_url="${base}", api_key=os.environ.get("TOKEN", "none"))
-for chunk in client.chat.completions.create(stream=True, **${JSON.stringify(chat)}):
+client = openai.OpenAI(base_url="${BASE}", api_key=os.environ.get("TOKEN", "none"))
+for chunk in client.chat.completions.create(stream=True, **${JSON.stringify(body, brief)}):
     print(chunk.choices[0].delta.content or "", end="")`, "Python")];
 }
 
+// -- the models and the first sight
+const PROMPTS = ["Explain how a proxy works, in three sentences.", "Write a Python function that checks a password's strength.",
+  "Plan a weekend in Lisbon, as a table."];
+function choose(name) {
+  chosen = name;
+  ui.model.textContent = ui.model.title = name || "No models";
+  keepSettings();
+}
+function listModels() {     // those with all the words that are searched for; Enter takes the first
+  const words = ui.search.value.toLowerCase().split(" ");
+  const matching = names.filter((name) => words.every((word) => name.toLowerCase().includes(word)));
+  ui.found.textContent = `${matching.length} of ${count(names.length, "model")}`;
+  ui.models.replaceChildren(...matching.map((name) => make("li", {},
+    make("button", {value: name, ariaPressed: name === chosen}, name))));
+}
+function pick() {
+  ui.search.value = "";
+  listModels();
+  ui.picker.showModal();
+}
+function greet() {
+  const touch = matchMedia("(pointer: coarse)").matches, key = sessionStorage.token ? "$TOKEN" : "none";
+  const keys = touch ? "" : " Enter sends, Shift+Enter breaks the line, Escape stops.";
+  const some = names.slice(0, 5).map((name) => button(name, () => choose(name), {className: "name"}));
+  ui.welcome.replaceChildren(make("h2", {}, "What can I do for you?"),
+    paragraph("small", names.length ? `${count(names.length, "model")} to choose from.${keys}` : "No models are available."),
+    row(...PROMPTS.map((text) => button(text, () => submit(text)))),
+    row(...some, names.length > some.length ? button("More models", pick) : ""),
+    listing(BASE, "Base URL"), listing(`export OPENAI_BASE_URL=${BASE} OPENAI_API_KEY=${key}`, "Shell"));
+}
+
+// -- the controllers
+function card(all, each) {
+  const total = all.reduce((sum, {priority, weight}) => sum + (priority === each.priority && weight), 0);
+  const share = Math.round(100 * each.weight / (total || 1)), resting = each.rests_for_seconds || each.models_cooling_down;
+  const state = each.rests_for_seconds ? `cooling down, ${each.rests_for_seconds} s`
+    : each.models_cooling_down ? `${count(each.models_cooling_down, "model")} cooling down` : "ready";
+  const models = each.models === null ? "models unknown" : count(each.models, "model");
+  return make("article", {className: "card"},
+    make("h2", {className: "row"}, each.name, make("span", {className: `small state ${resting ? "resting" : "ready"}`}, state)),
+    paragraph("small", `Tier ${each.priority}, ${share} % of its requests · ${models}`),
+    paragraph("small", `${each.in_flight} in flight · ${each.served} served · ${each.failed} failed`),
+    each.last_error ? paragraph("bad", `Last error: ${each.last_error}, ${new Date(each.last_error_at).toLocaleTimeString()}`) : "");
+}
+function keyCard({name, ...figures}) {
+  const words = Object.entries(figures).map(([figure, value]) => `${figure.replaceAll("_", " ")}: ${value ?? "none"}`);
+  return make("article", {className: "card"}, make("h2", {}, `Key ${name}`), paragraph("small", words.join(" · ")));
+}
+async function showStatus() {
+  const {controllers, keys} = await (await api("status")).json();
+  ui.status.replaceChildren(...controllers.map((each) => card(controllers, each)), ...keys.map(keyCard));
+}
+
 // -- what happens, and when
+let trouble = "";       // the complaint of refresh() that is in sight, to be taken back when it is over
 async function refresh() {      // the models, once, and the controllers while they are in sight
-  if (document.hidden || !key.hidden) return;
+  if (document.hidden || !ui.key.hidden) return;
   try {
-    if (!model.length) {
+    if (!names) {
       const {data} = await (await api("v1/models")).json();
-      model.replaceChildren(...data.map(({id}) => make("option", {value: id}, id)));
-      if (data.length) field.focus();
+      names = data.map(({id}) => id);
+      choose(names.includes(chosen) ? chosen : names[0] ?? "");
+      greet();
+      if (names.length) ui.field.focus();
     }
-    if (!status.hidden) {
-      const {controllers} = await (await api("status")).json();
-      status.replaceChildren(...controllers.map((each) => make("section", {}, make("b", {}, each.name),
-        make("p", {}, `${each.in_flight} in flight, ${each.served} served, ${each.failed} failed, `,
-          each.rests_for_seconds ? `rests for ${each.rests_for_seconds} s` : "ready"),
-        each.last_error ? make("p", {className: "bad"}, `Last error: ${each.last_error}`) : "")));
-    }
-    note.textContent = "";
-  } catch ({message}) {
-    if (note.textContent !== message) note.textContent = message;     // a reader says it once
+    if (!ui.status.hidden) await showStatus();
+    if (trouble && ui.note.textContent === trouble) tell();
+    trouble = "";
+  } catch (error) {
+    const message = error instanceof Explained ? error.message : "The server's answer can't be read.";
+    if (trouble !== message) tell(make("span", {className: "bad"}, trouble = message));     // a reader says it once
   }
 }
-form.onsubmit = async (event) => {
+function submit(text) {
+  const images = Array.from(ui.images.querySelectorAll("img"), ({src}) => ({type: "image_url", image_url: {url: src}}));
+  if (stop || !chosen || !text && !images.length) return;
+  if (editing >= 0) cut(editing);
+  else tell();
+  editing = -1;
+  chat.title ||= text.slice(0, 60) || "Image";
+  chat.messages.push({role: "user", content: images.length ? [{type: "text", text}, ...images] : text});
+  ui.turns.append(question(chat.messages.length - 1));
+  ui.images.replaceChildren();
+  ui.field.value = sessionStorage.draft = "";
+  ask();
+  keepChat(chat);
+}
+ui.form.onsubmit = (event) => {
   event.preventDefault();
-  const question = field.value.trim();
-  if (stop) return stop.abort();
-  if (!question || !model.value) return;
-  [field.value, send.textContent, stop] = ["", "Stop", new AbortController()];
-  await ask(question);
-  [send.textContent, stop] = ["Send", null];
+  if (stop) stop.abort();
+  else submit(ui.field.value.trim());
 };
 onkeydown = (event) => {
   if (event.key === "Escape") stop?.abort();
-  if (event.target !== field || event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+  const newLine = event.shiftKey || event.isComposing || matchMedia("(pointer: coarse)").matches;
+  if (event.target !== ui.field || event.key !== "Enter" || newLine) return;
   event.preventDefault();
-  if (!stop) form.requestSubmit();
+  if (!stop) ui.form.requestSubmit();
 };
-token.onchange = () => {
-  sessionStorage.token = token.value.replace(/[^!-~]/g, "");
-  key.hidden = true;
+ui.field.oninput = () => { sessionStorage.draft = ui.field.value; };
+ui.settings.onchange = keepSettings;
+ui.model.onclick = () => names && pick();
+ui.search.oninput = listModels;
+ui.picker.onclose = () => { if (ui.picker.returnValue) choose(ui.picker.returnValue); };
+ui.sidebar.onbeforetoggle = listChats;
+ui.fresh.onclick = () => { location.hash = "#chat"; show(emptyChat()); ui.field.focus(); };
+ui.attach.onclick = () => ui.file.click();
+ui.file.onchange = () => { attachAll([...ui.file.files]); ui.file.value = ""; };
+document.onpaste = ({clipboardData}) => attachAll([...clipboardData.files]);
+ondragover = (event) => event.preventDefault();
+ondrop = (event) => { event.preventDefault(); attachAll([...event.dataTransfer.files]); };
+onpagehide = () => { if (stop) keepChat(chat); };      // the part of an answer that has come
+ui.key.onsubmit = (event) => event.preventDefault();
+ui.token.onchange = () => {
+  sessionStorage.token = ui.token.value.replace(/[^!-~]/g, "");
+  ui.key.hidden = true;
   refresh();
 };
 onhashchange = () => {
-  status.hidden = location.hash !== "#status";
-  log.hidden = form.hidden = !status.hidden;
-  document.querySelector("[href='#chat']").ariaCurrent = !log.hidden;
-  document.querySelector("[href='#status']").ariaCurrent = !status.hidden;
+  ui.status.hidden = location.hash !== "#status";
+  ui.log.hidden = ui.welcome.hidden = ui.form.hidden = !ui.status.hidden;
+  document.querySelector("[href='#chat']").ariaCurrent = ui.status.hidden;
+  document.querySelector("[href='#status']").ariaCurrent = !ui.status.hidden;
   refresh();
 };
+const before = stored("settings") ?? {};
+for (const name of ["system", ...PARAMETERS]) ui[name].value = before[name] ?? "";
+chosen = before.model ?? "";
+ui.field.value = sessionStorage.draft ?? "";
+show(stored(`chat ${before.chat}`) ?? emptyChat());
 onhashchange();
-setInterval(refresh, 2000);
+setInterval(refresh, 1000);
 </script>
 """  # noqa: E501 (its lines are not wrapped)
 
@@ -12795,7 +13569,9 @@ def print_settings(settings: Settings) -> None:
     for controller in settings.pool():
         source = f" ({controller.key_source})" if controller.key_source else ""
         proxy = f" ({controller.proxy_source})" if controller.proxy_source else ""
-        print_section(controller.name, controller, {"api_key": source, "proxy": proxy})
+        cookie = " (AKASH_COOKIE)" if controller.cookie == settings.akash_cookie != "" else ""
+        sources = {"api_key": source, "proxy": proxy, "cookie": cookie}
+        print_section(controller.name, controller, sources)
     for key in settings.keys:
         print_section(f"key {key.name}", key, {})
 

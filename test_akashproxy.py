@@ -169,6 +169,7 @@ class FakeAkash(Fake):
         self.max_age = 600
         self.cookies = 0
         self.session = None                 # another answer to the session path
+        self.me = self.limits = None        # answers to /api/auth/me/ and /api/rate-limit/status/; None: 404, as in July
         self.models = [{"id": "Meta-Llama-3-3-70B-Instruct", "available": True}, {"id": "Qwen/Qwen3", "available": True},
                        {"id": "off", "available": False}, {"id": "AkashGen"}]
         self.states = collections.deque()   # of the picture, before it is ready
@@ -187,6 +188,8 @@ class FakeAkash(Fake):
                 "Secure; HttpOnly; SameSite=strict; Partitioned\r\n").encode()))
         elif path == "/api/models/":
             sock.sendall(reply(body=json.dumps(self.models).encode()))
+        elif path in ("/api/auth/me/", "/api/rate-limit/status/"):
+            sock.sendall((self.me if "me" in path.split("/") else self.limits) or reply(404, b"<!DOCTYPE html>", "text/html; charset=utf-8"))
         elif path == "/api/image-status/":
             state = self.states.popleft() if self.states else {"status": "succeeded", "result": f"/api/image/{self.name}"}
             sock.sendall(reply(body=json.dumps([state] if isinstance(state, dict) else state).encode(), kind="text/plain"))
@@ -1055,6 +1058,58 @@ REQUESTS = {
 }
 
 
+LENIENT = {     # messages that OpenAI or the original answer: what Akash gets
+    "only a system message": ([{"role": "system", "content": "Write a poem."}], [user("Write a poem.")], " "),
+    "only developer messages": ([{"role": "developer", "content": "a"}, {"role": "system", "content": "b"}], [user("a\n\nb")], " "),
+    "no content": ([{"role": "user"}], [user("")], " "), "null content": ([user(None)], [user("")], " "),
+    "null in the system": ([{"role": "system", "content": None}, user("hi")], [user("hi")], " "),
+    "an answer without content": ([user("a"), {"role": "assistant"}, user("b")], [user("a"), {"role": "assistant", "content": ""}, user("b")], " "),
+}
+
+
+@table(LENIENT)
+def test_messages_that_are_answered_elsewhere_are_here(case, akash, serve):
+    messages, sent, system = case
+    assert chat(serve(), messages=messages).status == 200
+    assert (akash.bodies()[0]["messages"], akash.bodies()[0]["system"]) == (sent, system)
+
+
+@pytest.mark.parametrize("base64_text", ["iVBORw0KGgo=", "iVBORw0KGgo", "iVBO\nRw0K\r\n", "iV-_", "iVBO Rw=="], ids=repr)
+def test_base64_as_browsers_take_it(base64_text):
+    url = "data:image/png;base64," + base64_text
+    got, _ = akashproxy.akash_request(Call({"model": "m", "messages": [user([{"type": "image_url", "image_url": {"url": url}}])]}))
+    assert got["messages"][0]["experimental_attachments"][0]["url"] == url
+
+
+def test_text_files_are_passed_on():
+    data = base64.b64encode("héllo <|endoftext|>".encode()).decode()
+    parts = [{"type": "text", "text": "Sum up."}, {"type": "file", "file": {"filename": "a.md", "file_data": f"data:text/markdown;base64,{data}"}},
+             {"type": "file", "file": {"file_data": data}}]
+    got, _ = akashproxy.akash_request(Call({"model": "m", "messages": [user("hi"), user(parts)]}))
+    text = "héllo <|\u2060endoftext|>"
+    assert got["context"] == [{"name": "a.md", "content": text}, {"name": "file", "content": text}]
+    assert got["messages"] == [user("hi"), user("Sum up.")]
+
+
+SLASHES = {"/health/": 200, "/v1/models/": 200, "/v1/models/Qwen/Qwen3/": 200, "/status/": 200, "/metrics/": 200, "/": 200,
+           "/health//": 404, "//": 404, "/nothing/": 404}
+
+
+def test_a_slash_at_the_end_of_a_path_changes_nothing(akash, serve):
+    server = serve(path_prefix="/secret")
+    assert {path: ask(server, path="/secret" + path).status for path in SLASHES} == SLASHES
+    assert ask(server, "POST", "/secret/v1/chat/completions/", CHAT).status == 200
+    assert ask(server, path="/secret").status == ask(server, path="/").status == 404
+    locked = serve(bearer_token=("t",))
+    assert [ask(locked, path=path).status for path in ("/v1/models/", "/status/", "/health/")] == [401, 401, 200]
+
+
+def test_a_413_of_a_front_server_is_one(akash, serve):
+    akash.faults.append(akash.raw(reply(413, b"<html><h1>413 Request Entity Too Large</h1>", "text/html"), keep=True))
+    got = chat(serve())
+    assert (got.status, got.json["error"]["code"], got.headers["x-should-retry"]) == (413, "request_too_large", "false")
+
+
 @table(REQUESTS)
 def test_requests_to_akash(case):
     body, expected = case
@@ -1082,8 +1137,6 @@ REFUSED = {
     "role function": ({"messages": [{"role": "function", "content": "x"}]}, "messages[0].role", "the role 'function'"),
     "tool_calls": ({"messages": [user("a"), {"role": "assistant", "content": None, "tool_calls": [{}]}]},
                    "messages[1].tool_calls", "tool calls"),
-    "content missing": ({"messages": [{"role": "user"}]}, "messages[0].content", "must be a string"),
-    "content null": ({"messages": [user(None)]}, "messages[0].content", "must be a string"),
     "content a number": ({"messages": [user(7)]}, "messages[0].content", "must be a string"),
     "a part of audio": ({"messages": [user([{"type": "input_audio", "input_audio": {}}])]}, "messages[0].content[0]", "'input_audio'"),
     "a part of nothing": ({"messages": [user([None])]}, "messages[0].content[0]", "not 'None'"),
@@ -1094,7 +1147,16 @@ REFUSED = {
                                    "messages[0].content", "only user messages"),
     "a picture of the system": ({"messages": [{"role": "system", "content": [{"type": "image_url", "image_url": DATA_URL}]}, user("hi")]},
                                 "messages[0].content", "only user messages"),
-    "only a system message": ({"messages": [{"role": "system", "content": "x"}]}, "messages", "a user message"),
+    "no messages": ({"messages": []}, "messages", "must not be empty"),
+    "a picture that is no base64": ({"messages": [user([{"type": "image_url", "image_url": "data:image/png;base64,@@@@"}])]},
+                                    "messages[0].content[0]", "invalid base64"),
+    "a picture cut in base64": ({"messages": [user([{"type": "image_url", "image_url": "data:image/png;base64,iVBOR"}])]},
+                                "messages[0].content[0]", "invalid base64"),
+    "an empty picture": ({"messages": [user([{"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}])]},
+                         "messages[0].content[0]", "invalid base64"),
+    "a file that is no text": ({"messages": [user([{"type": "file", "file": {"file_data": "data:application/pdf;base64,JVBERi0A"}}])]},
+                               "messages[0].content[0]", "UTF-8 text"),
+    "a file by its ID": ({"messages": [user([{"type": "file", "file": {"file_id": "file-1"}}])]}, "messages[0].content[0]", "UTF-8 text"),
     "an absurd temperature": ({"temperature": 10 ** 400}, "temperature", "must be a number"),
     "absurd tokens": ({"max_tokens": 10 ** 400}, "max_tokens", "must be an integer"),
     "stop": ({"stop": 7}, "stop", "must be a string"),
@@ -1138,7 +1200,7 @@ class Clock:
 def session_of(akash, clock, token=""):
     options = akashproxy.ControllerSettings(type="akash", base_url=akash.url)
     transport = akashproxy.Transport(options, Settings(), akash.url, "Akash Chat", {"User-Agent": "x"})
-    return akashproxy.AkashSession(transport, token, 15.0, clock)
+    return akashproxy.Cache("session", akashproxy.AkashSession(transport, token).start, clock, expires=True)
 
 
 def test_the_cookie_lives_for_its_max_age(akash):
@@ -1150,7 +1212,7 @@ def test_the_cookie_lives_for_its_max_age(akash):
     assert session.get(akashproxy.CancelScope()) == first and akash.cookies == 1
     clock.now += 0.02 * 600                 # the last fifth: the old one serves on while one thread renews
     assert session.get(akashproxy.CancelScope()) == first
-    wait_for(lambda: session.get(akashproxy.CancelScope()) != first and not session.refreshing)
+    wait_for(lambda: session.get(akashproxy.CancelScope()) != first and not session.lock.locked())
     assert akash.cookies == 2 and session.get(akashproxy.CancelScope()) == akash.cookie
     clock.now += 10000                      # over: everybody waits for a new one
     assert session.get(akashproxy.CancelScope()) == akash.cookie and akash.cookies == 3
@@ -1171,7 +1233,7 @@ def test_a_failed_renewal_leaves_the_old_cookie(akash):
     akash.session = reply(500)
     clock.now += 500
     assert session.get(akashproxy.CancelScope()) == first
-    wait_for(lambda: len(akash.requests) == 2 and not session.refreshing)
+    wait_for(lambda: len(akash.requests) == 2 and not session.lock.locked())
     assert session.get(akashproxy.CancelScope()) == first and len(akash.requests) == 2      # not again at once
     clock.now += 20
     assert session.get(akashproxy.CancelScope()) == first
@@ -1213,8 +1275,8 @@ def test_any_cookie_is_taken(case, akash):
     set_cookie, expected = case
     clock = Clock()
     session = session_of(akash, clock)
-    session._store_cookie(set_cookie, clock.now)
-    assert session.get(akashproxy.CancelScope()) == expected and not akash.requests
+    akash.session = reply(body=b"{}", extra="".join(f"Set-Cookie: {line}\r\n" for line in set_cookie.split("\n")).encode())
+    assert session.get() == session.get() == expected and len(akash.requests) == 1
 
 
 def test_a_server_without_sessions_is_no_error(akash, serve):
@@ -1267,6 +1329,133 @@ def test_access_tokens_of_both_versions(akash, serve, accepted):
     assert got.status == 424 and "AKASH_ACCESS_TOKEN" in got.json["error"]["message"]
     assert "wrong" not in got.body.decode()
     assert "authorization" not in akash.requests[-1].headers or "session" in akash.requests[-1].path
+
+
+# == controllers: Akash's logins and allowances ================================================
+
+
+def akash_controller(akash, clock, **options):
+    options = akashproxy.ControllerSettings(type="akash", name="a", base_url=akash.url, **options)
+    return akashproxy.CONTROLLERS["akash"](options, Settings(akash_base_url=akash.url), clock)
+
+
+def signed_in(*cookies):
+    extra = "".join(f"set-cookie: {cookie}; Path=/; HttpOnly; Secure; SameSite=lax\r\n" for cookie in cookies)
+    return reply(body=b'{"sub":"auth0|7"}', extra=extra.encode())
+
+
+SIGNED_OUT = b"HTTP/1.1 204 No Content\r\nConnection: keep-alive\r\n\r\n"
+RENEWALS = {    # Set-Cookie of the answer: the cookie that is sent from then on
+    "a new one": (["appSession=two"], "cf_clearance=x; appSession=two"),
+    "in two parts": (["appSession.0=two", "appSession.1=three", "appSession=; Max-Age=0"], "cf_clearance=x; appSession.0=two; appSession.1=three"),
+    "none": ([], "appSession=one; cf_clearance=x"), "others": (["session_token=x", "appSessions=y"], "appSession=one; cf_clearance=x"),
+}
+
+
+@table(RENEWALS)
+def test_a_login_is_kept_alive(case, akash):
+    set_cookie, expected = case
+    clock, akash.me = Clock(), signed_in(*set_cookie)
+    controller = akash_controller(akash, clock, cookie="appSession=one; cf_clearance=x")
+    for _ in range(3):
+        controller.on_tick(0)
+    wait_for(lambda: controller.status() == {"login": "active"})
+    assert [(asked.method, asked.path, asked.headers["cookie"]) for asked in akash.requests] == [
+        ("GET", "/api/auth/me/", "appSession=one; cf_clearance=x")]
+    assert controller.login.cookie == controller.transport.headers["Cookie"] == expected
+    clock.now += 4 * 3600
+    controller.on_tick(0)
+    wait_for(lambda: len(akash.requests) == 2)
+    assert akash.requests[1].headers["cookie"] == expected and controller.metrics()["akashproxy_login_active"] == 1
+
+
+@table({"signed out": SIGNED_OUT, "no logins there": reply(401, b"null")})
+def test_a_login_that_has_ended_is_reported(case, akash, caplog):
+    clock, akash.me = Clock(), case
+    controller = akash_controller(akash, clock, cookie="appSession=one")
+    controller.on_tick(0)
+    wait_for(lambda: controller.status() == {"login": "ended"})
+    clock.now += 4 * 3600
+    controller.on_tick(0)
+    wait_for(lambda: len(akash.requests) == 2)
+    assert caplog.text.count("a: its login has ended: set a new cookie") == 1 and "one" not in caplog.text.split()
+    assert controller.metrics()["akashproxy_login_active"] == 0
+
+
+@table({"July": None, "down": reply(500), "a challenge": reply(200, b"<html>", "text/html")})
+def test_a_login_that_cant_be_checked_is_tried_again_soon(case, akash, caplog):
+    clock, akash.me = Clock(), case
+    controller = akash_controller(akash, clock, cookie="appSession=one")
+    for number in range(1, 4):
+        controller.on_tick(0)
+        controller.on_tick(0)
+        wait_for(lambda: len(akash.requests) == number)
+        clock.now += 301
+    assert controller.status() == {"login": "unknown"} and "WARNING" not in caplog.text
+    assert "akashproxy_login_active" not in controller.metrics()
+
+
+def test_no_login_is_asked_about_none(akash):
+    controller = akash_controller(akash, Clock(), cookie="cf_clearance=x; myappSession=y")
+    controller.on_tick(0)
+    assert controller.status() == {"login": None} and controller.login.renew_at == -math.inf
+
+
+def test_several_logins_in_one_pool(pool):
+    a, b = FakeAkash(), FakeAkash()
+    limited = reply(429, b'{"error":"Rate limit exceeded","message":"You have used it up"}', extra=b"retry-after: 9\r\n")
+    a.faults.append(a.raw(limited, keep=True))
+    a.me, b.me = signed_in("appSession=renewed"), SIGNED_OUT
+    server = pool((a, {"cookie": "appSession=one"}), (b, {"headers": {"cookie": "appSession=two"}}), akash_cookie="appSession=other")
+    controllers = lambda: ask(server, path="/status").json["controllers"]
+    wait_for(lambda: [each["login"] for each in controllers()] == ["active", "ended"])
+    for _ in range(3):
+        assert chat(server).status == 200
+    sent = lambda fake: {asked.headers["cookie"].partition("; ")[2] for asked in fake.requests if asked.method == "POST"}
+    assert (sent(a), sent(b)) == ({"appSession=renewed"}, {"appSession=two"}) and len(b.bodies()) == 3
+    assert [each["rests_for_seconds"] > 0 for each in controllers()] == [True, False]
+    text = ask(server, path="/metrics").body.decode()
+    assert 'akashproxy_login_active{controller="a"} 1' in text and 'akashproxy_login_active{controller="b"} 0' in text
+
+
+def test_a_reload_keeps_the_renewed_login(akash):
+    akash.me = signed_in("appSession=two")
+    options = akashproxy.ControllerSettings(type="akash", base_url=akash.url, cookie="appSession=one")
+    old = akashproxy.Pool(Settings(controllers=(options,)))
+    old.on_tick(0)
+    wait_for(lambda: old.status()[0]["login"] == "active")
+    new = akashproxy.Pool(Settings(controllers=(options,), models_ttl=7), old)
+    assert new.upstreams[0] is not old.upstreams[0] and new.upstreams[0].controller.login.cookie == "appSession=two"
+    changed = akashproxy.Pool(Settings(controllers=(dataclasses.replace(options, cookie="appSession=other"),)), new)
+    assert changed.upstreams[0].controller.login.cookie == "appSession=other" and changed.status()[0]["login"] == "unknown"
+
+
+LIMITS = {  # the answer to /api/rate-limit/status/: (whether the cool-down ends, whether a request may probe at once)
+    "used up": (reply(body=b'{"usagePercentage":100,"blocked":true,"resetTime":"2026-11-22T00:26:06.710Z"}'), False, False),
+    "reset": (reply(body=b'{"usagePercentage":0,"remainingPercentage":100,"blocked":false,"authenticated":false}'), True, False),
+    "July": (None, False, True), "down": (reply(500, b'{"blocked":false}'), False, True), "odd": (reply(body=b'{"blocked":"no"}'), False, True),
+}
+
+
+@table(LIMITS)
+def test_a_limit_that_has_been_reset_is_noticed(case, akash):
+    akash.limits, ends, may_probe = case
+    clock = Clock()
+    options = akashproxy.ControllerSettings(type="akash", base_url=akash.url)
+    pool = akashproxy.Pool(Settings(controllers=(options,)), clock=clock)
+    upstream = pool.upstreams[0]
+    upstream.record_result(akashproxy.APIError(429, "used up", retry_after=14400), clock.now, clock.now, "m")
+    pool.on_tick(0)
+    assert upstream.cooldown_until == clock.now + 14400 and not akash.requests, "not at once"
+    for number in (1, 2):
+        clock.now += 601
+        limit = upstream.cooldowns[akashproxy.Category.RATE_LIMIT, None]
+        pool.on_tick(0)
+        pool.on_tick(0)
+        wait_for(lambda: upstream.cooldown_until == 0 if ends else limit.asks_upstream is not may_probe)
+        wait_for(lambda: len(akash.requests) == (number if not (ends or may_probe) else 1))
+        assert upstream.recheck("m", (), clock.now) is may_probe
+    assert {asked.path for asked in akash.requests} == {"/api/rate-limit/status/"}
 
 
 # == controllers: Akash's models and pictures =================================================
@@ -1435,6 +1624,114 @@ def test_a_picture_that_could_not_be_started(akash, serve):
     akash.chat = UNKNOWN.replace(b"no-such-model", b"AkashGen")     # gen-imgbackend-error
     got = chat(server, GEN)
     assert got.status == 502 and got.json["error"]["code"] == "image_failed"
+
+
+WORDS_LOST = UNKNOWN.replace(b"no-such-model", b"AkashGen")    # gen-textanswer of 2026, gen-imgbackend-error of 2025
+
+
+@pytest.mark.parametrize("version", ["2026", "2025"])
+def test_words_that_akash_does_not_pass_on_are_no_failure(version, akash, serve):
+    head = b"Cross-Origin-Resource-Policy: same-origin\r\n" if version == "2026" else b""
+    akash.faults += [akash.raw(reply(200, WORDS_LOST, "text/plain", head), keep=True)] * 9
+    server = serve()
+    for got in (chat(server, GEN), ask(server, "POST", "/v1/images/generations", {"prompt": "thanks!"})):
+        assert (got.status, got.json["error"]["code"]) == ((400, "no_image") if version == "2026" else (502, "image_failed"))
+    assert len(akash.bodies()) == 2 and ask(server, path="/status").json["controllers"][0]["failed"] == (0 if version == "2026" else 2)
+
+
+def test_failed_images_leave_chats_alone(akash, serve):
+    server = serve()
+    akash.faults += [akash.raw(reply(500, b'{"error":"Error generating image","message":"No workers available"}'), keep=True)] * 4
+    assert [chat(server, GEN).status for _ in range(4)] == [502] * 4 and chat(server).status == 200
+    assert ask(server, path="/status").json["controllers"][0]["rests_for_seconds"] == 0
+
+
+DRAW, WAITING = {"prompt": "a fox", "n": 2}, [{"status": "waiting", "queue_position": 1}]
+
+
+def drawing(server, akash, *headers):
+    """Ask for images, and leave once their jobs have been started."""
+    akash.chat, before = PICTURE_LINE, len(akash.bodies())
+    akash.states.extend(WAITING * 100000)
+    with socket.create_connection(("127.0.0.1", server.server_port)) as sock:
+        sock.sendall(post("/v1/images/generations", DRAW, *headers))
+        wait_for(lambda: len(akash.bodies()) == before + 2 and len(akash.states) < 100000 - 1)
+    wait_for(lambda: server.running_calls() == 0)
+    akash.states.clear()
+
+
+REPEATS = {  # (the first request's key, the second one and its key): the jobs of both
+    "the same": ("a", DRAW, "a", 2), "another prompt": ("a", {**DRAW, "prompt": "a dog"}, "a", 4),
+    "another key": ("a", DRAW, "b", 4), "fewer": ("a", {"prompt": "a fox"}, "a", 3),
+}
+
+
+@table(REPEATS)
+def test_a_repeat_joins_the_jobs_of_a_request_that_was_left(case, akash, serve):
+    first, body, second, jobs = case
+    server = serve(keys=keys("a", "b"))
+    drawing(server, akash, f"Authorization: Bearer {first}-key")
+    for number in (jobs, jobs + body.get("n", 1)):      # once its images are sent, the same prompt gives others
+        got = ask(server, "POST", "/v1/images/generations", body, bearer(second))
+        assert len(got.json["data"]) == body.get("n", 1) and len(akash.bodies()) == number
+
+
+def test_a_repeat_joins_while_the_job_is_being_started(akash, serve):
+    server, asked, go_on = serve(), threading.Event(), threading.Event()
+
+    def slow(sock, request):
+        asked.set()
+        assert go_on.wait(20)
+        sock.sendall(STREAM_HEAD + chunk(PICTURE_LINE) + b"0\r\n\r\n")
+        return True
+
+    akash.faults.append(slow)
+    with socket.create_connection(("127.0.0.1", server.server_port)) as sock:
+        sock.sendall(post("/v1/images/generations", {"prompt": "a fox"}))
+        assert asked.wait(20)
+    wait_for(lambda: all(link.request and link.request.cancellation.reason for link in server.connections.copy()))
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        repeat = thread.submit(ask, server, "POST", "/v1/images/generations", {"prompt": "a fox"})
+        wait_for(lambda: any(link.request and not link.request.cancellation.reason for link in server.connections.copy()))
+        go_on.set()
+        assert repeat.result().status == 200 and len(akash.bodies()) == 1
+
+
+def test_a_repeat_joins_jobs_that_took_too_long(akash, serve):
+    server = serve(image_timeout=0.1)
+    akash.chat = PICTURE_LINE
+    akash.states.extend(WAITING * 10000)
+    first = chat(server, GEN)
+    assert (first.status, first.headers["x-should-retry"]) == (504, "true")
+    akash.states.clear()
+    assert chat(server, GEN).status == 200 and len(akash.bodies()) == 1
+    assert chat(server, GEN).status == 200 and len(akash.bodies()) == 2
+
+
+def test_a_repeat_goes_to_the_controller_with_its_jobs(pool):
+    a, b = FakeAkash(), FakeAkash()
+    server = pool(a, b, image_poll=0.01)
+    b.chat = PICTURE_LINE
+    drawing(server, a)
+    got = ask(server, "POST", "/v1/images/generations", DRAW)
+    assert got.headers["x-akashproxy-route"] == "a=200" and (len(a.bodies()), len(b.bodies())) == (2, 0)
+    assert ask(server, "POST", "/v1/images/generations", DRAW).headers["x-akashproxy-route"] == "b=200"
+
+
+def test_image_jobs_are_kept_for_a_while_and_not_without_end():
+    clock = Clock()
+    batches = akashproxy.ImageBatches(clock)
+
+    def call_of(number):
+        call = akashproxy.Call({"model": "AkashGen"})
+        call.client = str(number)
+        return call
+
+    for number in range(1500):
+        batches.join(call_of(number)).failed = True
+    assert len(batches.batches) == 1000 and not batches.find(call_of(0)) and batches.find(call_of(1499))
+    clock.now += 601
+    assert not batches.find(call_of(1499))
 
 
 # == controllers: Akash's failures ============================================================
@@ -1798,7 +2095,7 @@ def test_keep_alive_and_pipelines(serve):
 
 ROUTES = {
     ("GET", "/health"): 200, ("HEAD", "/health"): 200, ("GET", "/status"): 200, ("GET", "/health?a=b"): 200,
-    ("GET", "/heal%74h"): 200, ("GET", "/heal%2574h"): 404, ("GET", "/"): 200, ("HEAD", "/"): 200, ("POST", "/"): 405, ("GET", "/v1"): 404, ("GET", "/v1/models/"): 404,
+    ("GET", "/heal%74h"): 200, ("GET", "/heal%2574h"): 404, ("GET", "/"): 200, ("HEAD", "/"): 200, ("POST", "/"): 405, ("GET", "/v1"): 404, ("GET", "/v1/models/"): 200,
     ("GET", "/v1/chat/completions"): 405, ("DELETE", "/v1/models"): 405, ("POST", "/health"): 405, ("PUT", "/v1/completions"): 405,
     ("HEAD", "/v1/models"): 200, ("BREW", "/health"): 405, ("GET", "/images/"): 404, ("GET", "/../etc/passwd"): 404,
 }
@@ -5903,14 +6200,14 @@ def test_a_reload_keeps_who_did_not_change(pool):
     "nothing": ({}, {}, False), "a setting of the server": ({"max_wait": 1.0}, {}, False), "a weight": ({}, {"weight": 2.0}, False),
     "a list of models": ({}, {"models": ("both",)}, False), "an akash cookie": ({"akash_cookie": "a=b"}, {}, "akash"),
     "an address": ({}, {"base_url": "http://127.0.0.1:2"}, True), "a key": ({}, {"api_key": "new"}, True),
-    "a proxy": ({}, {"proxy": "http://127.0.0.1:3"}, True), "header fields": ({}, {"headers": {"X-Org": "b"}}, True),
+    "a proxy": ({}, {"proxy": "http://127.0.0.1:3"}, True), "a cookie": ({}, {"cookie": "a=b"}, True), "header fields": ({}, {"headers": {"X-Org": "b"}}, True),
     "the user agent": ({"user_agent": "other"}, {}, True),
 })
 @pytest.mark.parametrize("kind", ["akash", "openai"])
 def test_a_reload_that_changes_the_way_forgets_cool_downs(case, kind):
     changes, of_controller, forgotten = case
     options = akashproxy.ControllerSettings(type=kind, name="a", base_url="http://127.0.0.1:1", api_key="old")
-    settings = Settings(controllers=(options,), max_wait=0.0)
+    settings = Settings(controllers=(options,), max_wait=0.0, akash_base_url=options.base_url)
     before = akashproxy.Pool(settings, clock=Clock())
     attempt(before, stop_of(429, retry_after=14400))
     after = akashproxy.Pool(dataclasses.replace(settings, controllers=(dataclasses.replace(options, **of_controller),), **changes),
@@ -7922,7 +8219,7 @@ def test_where_a_stream_is_cut_changes_nothing(rng):
 @fuzzed(100)
 def test_where_a_filter_is_cut_changes_nothing(rng):
     text = "".join(rng.choice(["a", "b", " ", "\n", "##", "#", "<think>", "</think>", "<th", "<think>\n"]) for _ in range(rng.randint(1, 12)))
-    for make in (ThinkTagFilter, lambda: StopFilter(["##b"], None)):
+    for make in (ThinkTagFilter, lambda: StopFilter(["##b"], None), lambda: akashproxy.UsageFilter(5)):
         answers = []
         for parts in ([text], list(text), cut_up(rng, text)):
             step = make()
@@ -8614,10 +8911,10 @@ def test_images_end_with_their_client(akash, serve):
     akash.chat = PICTURE_LINE
     akash.states.extend([{"status": "waiting", "queue_position": 1}] * 100000)
     server = serve(keys=keys("alice", max_concurrency=1))
-    for _ in range(12):
+    for number in range(12):
         with socket.create_connection(("127.0.0.1", server.server_port)) as sock:
             started = image_jobs(akash)
-            sock.sendall(post("/v1/images/generations", {"prompt": "x", "n": 10}, "Authorization: Bearer alice-key"))
+            sock.sendall(post("/v1/images/generations", {"prompt": f"x{number}", "n": 10}, "Authorization: Bearer alice-key"))
             wait_for(lambda: image_jobs(akash) > started)
         wait_for(lambda: counts(server)[0] == 0)
     assert image_jobs(akash) == 12 and counts(server) == (0, 120, 0)
@@ -9697,7 +9994,11 @@ class Browser:
         self.session = {"sessionId": self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
-        self.call("Page.navigate", url=url)
+        self.load("Page.navigate", url=url)
+
+    def load(self, method, **params):
+        """Send a command that loads the page; wait until it has."""
+        self.call(method, **params)
         while self.receive().get("method") != "Page.loadEventFired":
             pass
 
@@ -9723,10 +10024,21 @@ class Browser:
 
     def ask(self, text):
         """Send a message; the answer's element, once it has ended, is ``answer`` in the page."""
-        self.until("document.querySelector('option')")
+        self.until("document.querySelector('#welcome button')")
         self.run("window.before = document.querySelectorAll('.answer').length, document.getElementById('field').focus()")
         self.type(text)
         self.until("window.answer = document.querySelectorAll('.answer[aria-busy=false]')[before]")
+
+    def examples(self):
+        """The request for ``answer`` as curl and Python."""
+        self.run("[...answer.querySelectorAll('details')].pop().open = true")
+        return self.until("answer.querySelector('details:last-child pre') && Array.from(answer.querySelectorAll('details:last-child pre'),"
+                          " (each) => each.textContent)")
+
+    def choose(self, name):
+        """Choose a model by the list of models."""
+        self.run("document.getElementById('picker').open || document.getElementById('model').click()")
+        self.run(f"document.querySelector('#models [value={json.dumps(name)}]').click()")
 
     def text(self, selector):
         return self.run(f"document.querySelector({json.dumps(selector)}).innerText")
@@ -9775,7 +10087,7 @@ def test_the_page_is_served_to_all_and_runs_only_its_own_script(serve):
         (text,) = re.findall(rf"<{tag}[^>]*>(.*?)</{tag}>", got.body.decode(), re.S)
         assert policy[f"{tag}-src"] == f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
     assert policy["default-src"] == policy["frame-ancestors"] == "'none'" and policy["connect-src"] == "'self'"
-    assert "unsafe" not in str(policy) and not re.search(rb"https?://\w|innerHTML|localStorage", got.body)
+    assert "unsafe" not in str(policy) and not re.search(rb"(?:src|import|fetch)\W{1,3}https?://\w|innerHTML", got.body)
     head = ask(server, "HEAD", "/")
     assert (head.status, head.body, head.headers["content-length"]) == (200, b"", str(len(got.body)))
     assert ask(server, "POST", "/").status == 405
@@ -9791,16 +10103,18 @@ def test_the_page_can_be_left_out(serve):
 def test_a_chat_on_the_page(browser, akash, serve):
     akash.chat = b'g:"Hm, a\\n"\ng:"greeting."\n' + HELLO
     browser.open(serve().url)
-    browser.until("document.querySelector('option')")
-    assert browser.run("[...document.querySelectorAll('option')].map((option) => option.value)") == [
+    browser.until("document.querySelector('#welcome button')")
+    assert browser.run("(document.getElementById('model').click(), [...document.querySelectorAll('#models button')].map((each) => each.value))") == [
         "Meta-Llama-3-3-70B-Instruct", "Qwen/Qwen3", "AkashGen"]
+    browser.choose("Meta-Llama-3-3-70B-Instruct")
+    browser.run("document.getElementById('field').focus()")
     browser.call("Input.insertText", text="Hello,")
     browser.press("Enter", modifiers=8)     # Shift
     browser.ask("how are you?")
     assert browser.text(".question") == "Hello,\nhow are you?" and browser.text(".answer .text") == "Hello from the mock."
     assert browser.run("[answer.querySelector('details').open, answer.querySelector('.thoughts').textContent]") == [
         False, "Hm, a\ngreeting."]
-    browser.run("document.querySelector('select').value = 'Qwen/Qwen3'")
+    browser.choose("Qwen/Qwen3")
     browser.ask("And now?")
     first, second = akash.bodies()
     assert (first["model"], second["model"]) == ("Meta-Llama-3-3-70B-Instruct", "Qwen/Qwen3")
@@ -9812,21 +10126,29 @@ MARKDOWN = {
     "a **b *c*** `d**`": "<p>a <strong>b <em>c</em></strong> <code>d**</code></p>",
     "``a ` b`` `c **d *e f": "<p><code>a ` b</code> `c **d *e f</p>",
     "a\nb\n\nc": "<p>a\nb</p><p>c</p>",
-    "snake_case_name 2*3*4 __init__": "<p>snake_case_name 2*3*4 __init__</p>",
-    "# A\n## B _c_\ntext": "<h1>A</h1><h2>B <em>c</em></h2><p>text</p>",
-    "1. a\n   more\n2. b\n\n3. c": '<ol><li value="1">a\n   more</li><li value="2">b</li><li value="3">c</li></ol>',
-    "- a\n  - b\nc": '<ol><li>a</li><li class="deep">b\nc</li></ol>',
+    "snake_case_name 2*3*4 __b__ ***x*** ~~y~~ \\*z\\*": "<p>snake_case_name 2*3*4 <strong>b</strong> <em><strong>x</strong></em> <del>y</del> *z*</p>",
+    "# A\n## B _c_\ntext": "<h2>A</h2><h3>B <em>c</em></h3><p>text</p>",
+    "#### A\n# B\n## C": "<h2>A</h2><h2>B</h2><h3>C</h3>",
+    "2. a\n   more\n3. b\n\n4. c": '<ol start="2"><li>a\nmore</li><li>b</li><li>c</li></ol>',
+    "- a\n  - b\n    1. c\n- d": '<ul><li>a<ul><li>b<ol start="1"><li>c</li></ol></li></ul></li><li>d</li></ul>',
+    "> a\n> > b\nc": "<blockquote><p>a</p><blockquote><p>b\nc</p></blockquote></blockquote>",
+    "a\n\n---\n\n&amp;&#65;&x; <br>": "<p>a</p><hr><p>&amp;A&amp;x; <br></p>",
+    "- [x] a": '<ul><li class="task"><input type="checkbox" disabled="" aria-label="done">a</li></ul>',
+    "|a|b|\n|-|-:|\n|`c\\|d`|e|": '<div class="scroll" tabindex="0" role="group" aria-label="Table"><table><thead><tr><th>a</th><th class="end">b</th></tr></thead>'
+        '<tbody><tr><td><code>c|d</code></td><td class="end">e</td></tr></tbody></table></div>',
+    "$\\frac{a}{2}$, $5 or $6": '<p><math display="inline"><mrow><mfrac><mrow><mi>a</mi></mrow><mrow><mn>2</mn></mrow></mfrac></mrow></math>, $5 or $6</p>',
+    "$x_i^2 \\le \\foo$": '<p><math display="inline"><mrow><msubsup><mi>x</mi><mi>i</mi><mn>2</mn></msubsup><mo>≤</mo><mtext>\\foo</mtext></mrow></math></p>',
     "[a `b`](https://x.example/c_(d)) or http://y.example/z.": '<p><a href="https://x.example/c_(d)" target="_blank" rel="noopener">'
         'a <code>b</code></a> or <a href="http://y.example/z" target="_blank" rel="noopener">http://y.example/z</a>.</p>',
     "[a](javascript:alert(1)) [b](data:text/html,x) [c](//x)": "<p>[a](javascript:alert(1)) [b](data:text/html,x) [c](//x)</p>",
     "![a](http://x.example/images/b.png)": '<p><a href="http://x.example/images/b.png" target="_blank" rel="noopener">a</a></p>',
 }
-LISTING = ('<figure><figcaption>%s<button type="button">Copy</button></figcaption>'
+LISTING = ('<figure><figcaption><span>%s</span><button type="button">Copy</button></figcaption>'
            '<pre tabindex="0"><code>%s</code></pre></figure>')
 MARKDOWN.update({
     "a\n```py\nif a:\n\n    # b\n```\nc": "<p>a</p>" + LISTING % ("py", "if a:\n\n    # b") + "<p>c</p>",
     "```\n<b>": LISTING % ("", "&lt;b&gt;"),
-    "- a\n  ~~~sh\n  b\n  ```\n  ~~~": '<ol><li>a</li></ol>' + LISTING % ("sh", "b\n```"),
+    "- a\n  ~~~sh\n  b\n  ```\n  ~~~": '<ul><li>a' + LISTING % ("sh", "b\n```") + "</li></ul>",
 })
 
 
@@ -9836,17 +10158,19 @@ def test_markdown_on_the_page(browser, pool):
     for fake.text, expected in MARKDOWN.items():
         browser.ask("?")
         built = browser.run("answer.querySelector('.text').innerHTML")
-        assert built.replace(' class=""', "") == expected, fake.text
+        assert re.sub(' (class=""|dir="[a-z]+")', "", built) == expected, fake.text
 
 
-@pytest.mark.parametrize("part", ["`", "*", "_", "[", "**a *b", "``a `", "[a](https://", "\n"])
+@pytest.mark.parametrize("part", ["`", "*", "_", "[", "**a *b", "``a `", "[a](https://", "\n", f"$x{'+ 10' * 9}$ ", f"- {'a' * 50}\n", "# a\n", "> ", "**`"],
+                         ids=lambda part: part[:9].strip() or "lines")
 def test_a_long_line_of_marks_is_drawn_at_once(part, browser, pool):
-    fake = FakeOpenAI(text=f"x {part * (100000 // len(part))}")
+    fake = FakeOpenAI()
+    fake.events = lambda: [fake.event({"content": f"x {part * (100000 // len(part))}"}), fake.event({}, "stop")]
     browser.open(pool(fake).url)
-    browser.until("document.querySelector('option')")
-    started = time.monotonic()
+    browser.call("Performance.enable", timeDomain="threadTicks")        # the thread's own time, whatever else the machine does
     browser.ask("?")
-    assert browser.run("answer.querySelector('.text').textContent.length") > 0 and time.monotonic() - started < 5
+    metrics = {each["name"]: each["value"] for each in browser.call("Performance.getMetrics")["metrics"]}
+    assert browser.run("answer.querySelector('.text').textContent.length") > 0 and metrics["TaskDuration"] < 5
 
 
 @pytest.mark.parametrize("by", ["key", "button"])
@@ -9854,7 +10178,7 @@ def test_an_answer_that_is_stopped_half_way(by, browser, akash, serve):
     server = serve()
     akash.faults.append(akash.stall(b'0:"Once upon"\n'))
     browser.open(server.url)
-    browser.until("document.querySelector('option')")
+    browser.until("document.querySelector('#welcome button')")
     browser.type("Tell me a tale")
     browser.until("document.querySelector('.text')?.innerText === 'Once upon'")
     browser.press("Enter")      # nothing more is sent meanwhile
@@ -9876,10 +10200,11 @@ def test_a_picture_on_the_page(browser, akash, serve):
     browser.open(server.url)
     browser.until("document.activeElement.id === 'token'")
     browser.type("secret")
-    browser.until("document.querySelector('option')")
-    browser.run("document.querySelector('select').value = 'AkashGen'")
+    browser.until("document.querySelector('#welcome button')")
+    browser.choose("AkashGen")
+    browser.run("document.getElementById('field').focus()")
     browser.type("a red fox in the snow")
-    browser.until("document.querySelector('.answer summary')?.innerText === 'The image is waiting, 2 before it.'")
+    browser.until("document.querySelector('.answer summary')?.textContent === 'The image is waiting, 2 before it.'")
     akash.states.clear()
     browser.until("document.querySelector('img')?.naturalWidth === 4")
     assert browser.run("document.querySelector('img').alt") == "A red fox in the snow"
@@ -9892,10 +10217,11 @@ def test_a_picture_that_is_not_one(browser, akash, serve):
     akash.answer = lambda sock, request: (sock.sendall(reply(body=b"<svg xmlns='http://www.w3.org/2000/svg'/>", kind="image/svg+xml"))
                                           or True) if request.path.startswith("/api/image/") else real(sock, request)
     browser.open(serve().url)
-    browser.until("document.querySelector('option')")
-    browser.run("document.querySelector('select').value = 'AkashGen'")
+    browser.until("document.querySelector('#welcome button')")
+    browser.choose("AkashGen")
+    browser.run("document.getElementById('field').focus()")
     browser.ask("a fox")
-    browser.until("document.querySelector('.text .bad')?.innerText === 'This picture can\\'t be shown.'")
+    browser.until("document.querySelector('.text .bad')?.innerText === 'This image can\\'t be shown.'")
 
 
 def test_a_wrong_token_then_the_right_one(browser, akash, serve):
@@ -9910,8 +10236,8 @@ def test_a_wrong_token_then_the_right_one(browser, akash, serve):
     browser.until("document.activeElement.id === 'field'")
     browser.ask("Hello")
     assert browser.text("#note") == "" and browser.text(".answer .text") == "Hello from the mock."
-    assert browser.run("[JSON.stringify(localStorage), document.cookie, location.href.includes('r1ght')]") == ["{}", "", False]
-    listings = browser.run("[...answer.querySelectorAll('pre')].map((each) => each.textContent)")
+    assert browser.run("[JSON.stringify(localStorage).includes('r1ght'), document.cookie, location.href.includes('r1ght')]") == [False, "", False]
+    listings = browser.examples()
     assert len(listings) == 2 and "r1ght" not in str(listings)
     done = subprocess.run(["bash", "-c", listings[0]], env={**os.environ, "TOKEN": "r1ght"}, capture_output=True, timeout=20)
     assert read_chunks(sse(done.stdout))[0] == "Hello from the mock."
@@ -9922,7 +10248,7 @@ def test_the_python_that_can_be_copied_works(browser, akash, serve):
     pytest.importorskip("openai")
     browser.open(serve().url)
     browser.ask("it's \"so\"")
-    done = subprocess.run([sys.executable, "-c", browser.run("[...answer.querySelectorAll('pre')].pop().textContent")],
+    done = subprocess.run([sys.executable, "-c", browser.examples()[1]],
                           capture_output=True, timeout=60)
     assert done.stdout == b"Hello from the mock." and akash.bodies()[0]["messages"] == akash.bodies()[1]["messages"]
 
@@ -9931,7 +10257,7 @@ def test_what_can_be_copied_is_quoted(browser, akash, serve):
     browser.open(serve().url)
     words = "it's $HOME `id` \"x\" \\ \u2028 é"
     browser.ask(words)
-    curl, python = browser.run("[...answer.querySelectorAll('pre')].map((each) => each.textContent)")
+    curl, python = browser.examples()
     assert "Authorization" not in curl
     subprocess.run(["bash", "-c", curl], capture_output=True, timeout=20)
     assert [body["messages"][-1]["content"] for body in akash.bodies()] == [words, words]
@@ -9949,15 +10275,15 @@ def test_html_in_names_prompts_and_answers_does_not_run(browser, pool):
     server = pool(fake)
     browser.open(server.url)
     browser.ask(HOSTILE)
-    assert browser.text("option") == f"<b>m</b>{HOSTILE}" and browser.text(".question") == HOSTILE
-    assert browser.text(".text p") == browser.text(".text h1") == browser.text(".text li") == browser.text(".text code") == HOSTILE
+    assert browser.text("#model") == f"<b>m</b>{HOSTILE}" and browser.text(".question") == HOSTILE
+    assert browser.text(".text p") == browser.text(".text h2") == browser.text(".text li") == browser.text(".text code") == HOSTILE
     assert browser.run("document.querySelectorAll('main img, main script, main b, [onclick], [href^=javascript]').length") == 0
     fake.faults.append(fake.status(400, json.dumps({"error": {"message": HOSTILE}}).encode()))
     browser.ask("again")
     assert HOSTILE in browser.text(".answer > .bad")
     browser.run("location.hash = '#status'")
-    browser.until("document.querySelector('section')?.innerText.includes('0 failed')")
-    assert not browser.run("document.querySelector('section .bad')"), "one client's words are not shown to others"
+    browser.until("document.querySelector('.card')?.innerText.includes('0 failed')")
+    assert not browser.run("document.querySelector('.card .bad')"), "one client's words are not shown to others"
 
 
 def test_errors_on_the_page_say_what_to_do(browser, pool):
@@ -9978,7 +10304,7 @@ def test_errors_on_the_page_say_what_to_do(browser, pool):
     server.stop(0)
     browser.ask("Anyone?")
     assert browser.run("answer.querySelector('.bad').innerText") == "The server does not answer. Is it still running?"
-    assert browser.run("document.getElementById('field').value") == "Anyone?", "it can be sent again"
+    assert browser.run("[...answer.querySelectorAll('button')].some((each) => each.innerText === 'Try again')")
 
 
 def test_the_page_reads_events_by_the_standard(browser, pool):
@@ -9999,21 +10325,122 @@ def test_the_controllers_on_the_page(browser, pool):
     one, two = FakeOpenAI(), FakeOpenAI(["other"])
     server = known(pool(one, two))
     browser.open(server.url + "#status")
-    browser.until("document.querySelector('section:nth-of-type(2)')?.innerText.includes('0 served')")
+    browser.until("document.querySelector('.card:nth-of-type(2)')?.innerText.includes('0 served')")
     two.faults.append(two.status(429, extra=b"Retry-After: 40\r\n"))
     chat(server, {**BOTH, "model": "other"})
-    browser.until("/\\b0 in flight, 0 served, 1 failed, rests for \\d+ s\\s+Last error: 429 rate limit/"
-                  ".test(document.querySelector('section:nth-of-type(2)').innerText)")
+    browser.until("/cooling down, \\d+ s[^]+\\b0 in flight · 0 served · 1 failed\\s+Last error: 429 rate limit/"
+                  ".test(document.querySelector('.card:nth-of-type(2)').innerText)")
     browser.run("location.hash = '#chat'")
-    browser.until("document.querySelector('form').checkVisibility() && !document.querySelector('section')?.checkVisibility()")
+    browser.until("document.getElementById('form').checkVisibility() && !document.querySelector('.card')?.checkVisibility()")
 
 
 def test_the_page_fits_a_phone(browser, pool):
     fake = FakeOpenAI(["a-model-with-a-" + "very-" * 20 + "long-name"], "x" * 300 + "\n```\n" + "y" * 300 + "\n```")
     browser.open(pool(fake).url)
-    browser.call("Emulation.setDeviceMetricsOverride", width=340, height=600, deviceScaleFactor=1, mobile=True)
+    browser.call("Emulation.setDeviceMetricsOverride", width=320, height=600, deviceScaleFactor=1, mobile=True)
     browser.ask("z" * 300)
-    assert browser.run("[innerWidth, document.documentElement.scrollWidth, document.getElementById('log').scrollWidth]") == [340] * 3
+    assert browser.run("[innerWidth, document.documentElement.scrollWidth, document.getElementById('log').scrollWidth]") == [320] * 3
+
+
+def test_chats_are_kept_renamed_and_deleted_with_undo(browser, pool):
+    browser.open(pool(FakeOpenAI()).url)
+    browser.ask("Hello")
+    browser.run("document.getElementById('temperature').value = 0.5, document.getElementById('settings').onchange()")
+    browser.load("Page.reload")
+    assert browser.text(".question") == "Hello" and browser.run("document.getElementById('temperature').value") == "0.5"
+    browser.run("document.getElementById('fresh').click(), document.getElementById('list').click()")
+    assert browser.run("[document.querySelectorAll('#chats li').length, document.querySelectorAll('.question').length]") == [1, 0]
+    browser.run("window.prompt = () => 'Greeting', document.querySelector('#chats [aria-label^=Rename]').click()")
+    assert browser.text("#chats button") == "Greeting"
+    browser.run("document.querySelector('#chats [aria-label^=Delete]').click()")
+    assert browser.run("document.querySelectorAll('#chats li').length") == 0
+    browser.run("document.querySelector('#note button').click(), document.getElementById('list').click()")
+    assert browser.text("#chats button") == "Greeting" and browser.text(".question") == "Hello"
+
+
+def test_settings_and_images_are_sent(browser, pool):
+    fake = FakeOpenAI()
+    browser.open(pool(fake).url)
+    browser.until("document.querySelector('#welcome button')")
+    browser.run("document.getElementById('system').value = 'Be brief.', document.getElementById('max_tokens').value = 5")
+    browser.run("""new Promise((done) => document.createElement('canvas').toBlob((blob) => {
+      const clipboardData = new DataTransfer();
+      clipboardData.items.add(new File([blob], 'a.png', {type: 'image/png'}));
+      done(document.dispatchEvent(new ClipboardEvent('paste', {clipboardData})));
+    }))""")
+    browser.until("document.querySelector('#images img')")
+    browser.ask("What is it?")
+    body = json.loads(fake.requests[-1].body)
+    assert (body["max_tokens"], body["messages"][0]) == (5, {"role": "system", "content": "Be brief."})
+    assert body["messages"][1]["content"][1]["image_url"]["url"].startswith("data:image/png;base64,")
+    assert all("Be brief." in example and "max_tokens" in example for example in browser.examples())
+    browser.run("document.querySelector('.question img').click()")
+    assert browser.run("document.getElementById('viewer').open && document.querySelector('#viewer a').download") == "Attached image.png"
+
+
+def test_models_are_searched(browser, pool):
+    browser.open(pool(FakeOpenAI([f"family/model-{number}-chat" for number in range(80)])).url)
+    browser.until("document.querySelector('#welcome button')")
+    browser.run("document.getElementById('model').click()")
+    browser.type("chat 42")
+    assert browser.text("#model") == "family/model-42-chat"
+
+
+def test_a_failed_list_of_models_is_reported(browser, pool):
+    fake = FakeOpenAI()
+    fake.answer = lambda sock, request: sock.sendall(reply(401, b'{"error": {"message": "no"}}')) or True
+    browser.open(pool(fake).url)
+    browser.until("document.querySelector('#note .bad')")
+
+
+def test_a_long_answer_in_small_parts_is_drawn_once(browser, pool):
+    fake = FakeOpenAI()
+    fake.events = lambda: [*[fake.event({"content": "word " if number % 25 else "end.\n\n"}) for number in range(40000)],
+                           fake.event({}, "stop")]
+    browser.open(pool(fake).url)
+    browser.until("document.querySelector('#welcome button')")
+    browser.run("window.made = 0, new MutationObserver((changes) => { for (const {target, addedNodes} of changes)"
+                " if (target.className === 'text') made += addedNodes.length; }).observe(document.body, {childList: true, subtree: true})")
+    browser.ask("A tale")
+    assert browser.run("answer.querySelector('.text').children.length") == 1601 and browser.run("made") < 4000
+
+
+def test_the_line_under_an_answer_and_trying_again(browser, pool):
+    one, two = FakeOpenAI(), FakeOpenAI()
+    one.faults.append(one.status(429))
+    browser.open(known(pool((one, {"weight": 9}), two)).url)
+    browser.ask("Hello")
+    assert re.match(r"b, after a=429 · \d\.\d s to first token", browser.text(".answer .line"))
+    browser.run("answer.old = true, [...answer.querySelectorAll('button')].find((each) => each.innerText === 'Try again').click()")
+    browser.until("document.querySelectorAll('.answer[aria-busy=false]').length === 1 && !document.querySelector('.answer').old")
+    browser.run("document.querySelector('.question + .tools button:last-child').click()")
+    assert browser.run("document.getElementById('field').value") == "Hello"
+
+
+def axe_source():
+    """The path of axe-core, where npm has it: AXE_CORE, or a global package."""
+    npm = shutil.which("npm")
+    roots = [subprocess.run([npm, "root", "-g"], capture_output=True, text=True, timeout=30).stdout.strip()] if npm else []
+    paths = [os.environ.get("AXE_CORE", ""), *[os.path.join(root, "axe-core", "axe.min.js") for root in roots]]
+    return next(filter(os.path.isfile, paths), None)
+
+
+def test_axe_finds_nothing_on_the_page(browser, pool):
+    path = axe_source()
+    if path is None:
+        pytest.skip("no axe-core here; AXE_CORE can be its path")
+    fake = FakeOpenAI(text="### a\n- [x] b\n\n|a|b|\n|-|-|\n|c|$d$|\n\n```\ne\n```")
+    browser.open(pool(fake).url)
+    browser.until("document.querySelector('#welcome button')")
+    with open(path, encoding="utf-8") as file:
+        browser.run(file.read() + ";0")
+    states = ["", "document.getElementById('list').click()", "document.getElementById('settings').open = true",
+              "document.getElementById('model').click()", "document.getElementById('picker').close(), location.hash = '#status'"]
+    for at, state in enumerate(states):
+        browser.run(f"{state};0")
+        assert browser.run("axe.run().then(({violations}) => violations.map(({id}) => id))") == [], state
+        if not at:
+            browser.ask("Hello")
 
 
 # == cost: everything takes a time in proportion to what it is given ==========================
@@ -10185,8 +10612,9 @@ def script_patterns(script):
                           r"(?<=[(\[])/((?:[^/\\\n\[]|\\.|\[(?:[^\]\\\n]|\\.)*\])+)/([a-z]*)", script)
     found = [(one + two, flags + others) for one, flags, two, others in literals]
     if shutil.which("node"):        # those that are put together from others, too
-        parts = re.search(r"^const MORE = .*?^function", script, re.S | re.M)[0].removesuffix("function")
-        output = subprocess.run(["node", "-e", parts + "console.log(JSON.stringify([BLOCK.source, INLINE.source, ITEM]))"],
+        parts = re.search(r"^const within = .*?^const strong", script, re.S | re.M)[0].removesuffix("const strong")
+        parts += "const SPANS = [" + "".join(f"[{literal}]," for literal in re.findall(r"^  \[((?:RegExp\(|/).*?/?\)?), ", script, re.M)) + "];"
+        output = subprocess.run(["node", "-e", parts + "console.log(JSON.stringify(SPANS.flat().map(({source}) => source)))"],
                               capture_output=True, check=True, timeout=60).stdout
         found += [(source, "gm") for source in json.loads(output)]
     for source, flags in found:
@@ -10327,6 +10755,8 @@ REPEATED = {
     "Thinking: blanks before the answer": (texts(ThinkTagFilter), "", " ", ""),
     "Thinking: beginnings of a tag": (texts(ThinkTagFilter), "a", "</think", ""),
     "Thinking: tags": (texts(ThinkTagFilter), "<think>", "</think>", ""),
+    "Usage: words": (texts(lambda: akashproxy.UsageFilter(5)), "", "word \u65e5\u0431", ""),
+    "Base64: blanks": (lambda items: [akashproxy.decode_base64(item + "AAAA", "x") for item in items], "", " \n", ""),
     "Cutoff: beginnings of a stop": (texts(stops_filter), "", "xxxxxxxxxxxxxxxxxx\0", ""),
     "Cutoff: a long stop that nearly comes": (texts(stops_filter), "", "ababab", ""),
     "Cutoff: a text without a stop": (texts(stops_filter), "", "some words\n", ""),
@@ -11069,7 +11499,8 @@ def test_the_readmes_configuration_is_one(config):
         path = config(block)
         environ = {name: f"value-of-{name}" for name in re.findall(r"\$\{(\w+)\}", block)}
         settings = load(path, **environ)
-        assert (len(settings.pool()), len(settings.keys)) == ((1, 2) if "keys" in json.loads(block) else (4, 0))
+        data = json.loads(block)
+        assert (len(settings.pool()), len(settings.keys)) == (len(data.get("controllers", "1")), len(data.get("keys", ())))
         assert run("--config-file", path, "--check", **environ).returncode == 0
 
 
