@@ -5706,14 +5706,16 @@ class AkashController(Controller):
                 models = self.models()
         name = self.options.model_map.get(call.model, call.model)
         found = next((model for model in models if model["id"] == name), {})
-        room = max(0, found.get("context_length", AKASH_CONTEXT) - AKASH_RESERVED)
+        limit = found.get("context_length", AKASH_CONTEXT)
+        room = max(0, limit - AKASH_RESERVED)
         if tokens <= room:
             return
         problem = f"about {tokens} tokens > {room}"
         if (self.options.context_overflow or self.settings.context_overflow) == "refuse":
             raise APIError(
                 400,
-                f"Akash Chat would leave out the beginning of the conversation: {problem}.",
+                f"This model's maximum context length is {limit} tokens, of which Akash Chat keeps "
+                f"{AKASH_RESERVED}; your messages have about {tokens} tokens.",
                 param="messages",
                 code="context_length_exceeded",
                 category=Category.REFUSED,
@@ -5743,7 +5745,8 @@ class AkashController(Controller):
             limit = "max_tokens"
         max_tokens = number_field(fields, limit, None, integer=True, minimum=1)
         stop_filter = StopFilter(stop_sequences(fields), max_tokens)
-        texts = [body["system"], *(message["content"] for message in body["messages"])]
+        messages = [*body["messages"], *body["context"]]
+        texts = [body["system"], *(message["content"] for message in messages)]
         tokens = tokens_of(sum(map(token_units, texts)))
         return request_json(body, len(call.original.raw_body)), stop_filter, ignored, tokens
 
