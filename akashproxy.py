@@ -77,7 +77,7 @@ Where is ...
     Anthropic's stream                 Messages
     OpenAI's newer stream              Responses
     their requests as a chat           Messages.to_chat, Responses.to_chat
-    estimates of tokens                estimate_tokens, UsageFilter
+    estimates of tokens                estimate_tokens, Dialect.count
     context lengths                    context_length
     relaying unparsed                  PassthroughDecoder, Passthrough
     failover                           Exchange
@@ -6658,8 +6658,8 @@ class PassthroughDecoder(Decoder):
         if self.end and not self.end_seen:
             self.end_seen = self.end.is_in(data)
         at = data.rfind(b"[DONE]")
-        if at >= 0:  # the first one of several ends the answer
-            at = data.find(b"[DONE]", max(0, at - 64))
+        if at >= 0 and data.rfind(b"[DONE]", 0, at) >= 0:
+            at = data.find(b"[DONE]")  # the first one of several ends the answer
         done = DONE.search(data, max(0, at - 8)) if at >= 0 else None
         if done is None or self.complete:
             return data

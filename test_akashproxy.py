@@ -8219,7 +8219,7 @@ def test_where_a_stream_is_cut_changes_nothing(rng):
 @fuzzed(100)
 def test_where_a_filter_is_cut_changes_nothing(rng):
     text = "".join(rng.choice(["a", "b", " ", "\n", "##", "#", "<think>", "</think>", "<th", "<think>\n"]) for _ in range(rng.randint(1, 12)))
-    for make in (ThinkTagFilter, lambda: StopFilter(["##b"], None), lambda: akashproxy.UsageFilter(5)):
+    for make in (ThinkTagFilter, lambda: StopFilter(["##b"], None)):
         answers = []
         for parts in ([text], list(text), cut_up(rng, text)):
             step = make()
@@ -10755,7 +10755,6 @@ REPEATED = {
     "Thinking: blanks before the answer": (texts(ThinkTagFilter), "", " ", ""),
     "Thinking: beginnings of a tag": (texts(ThinkTagFilter), "a", "</think", ""),
     "Thinking: tags": (texts(ThinkTagFilter), "<think>", "</think>", ""),
-    "Usage: words": (texts(lambda: akashproxy.UsageFilter(5)), "", "word \u65e5\u0431", ""),
     "Base64: blanks": (lambda items: [akashproxy.decode_base64(item + "AAAA", "x") for item in items], "", " \n", ""),
     "Cutoff: beginnings of a stop": (texts(stops_filter), "", "xxxxxxxxxxxxxxxxxx\0", ""),
     "Cutoff: a long stop that nearly comes": (texts(stops_filter), "", "ababab", ""),
