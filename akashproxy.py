@@ -78,14 +78,15 @@ Where is ...
     Anthropic's stream                 Messages
     OpenAI's newer stream              Responses
     their requests as a chat           Messages.to_chat, Responses.to_chat
-    estimates of tokens                estimate_tokens, UsageFilter
+    estimates of tokens                estimate_tokens, Dialect.count
     context lengths                    context_length
     relaying unparsed                  PassthroughDecoder, Passthrough
     failover                           Exchange
     cool-downs                         FAILURE_POLICY, CoolDown, Upstream.record_result
     waiting for a controller           CallQueue
     the choice by weight               Pool.weighted_round_robin
-    aliases of models                  Pool.resolve_alias
+    aliases and fallbacks of models    Pool.resolve_alias, Exchange
+    the choice by conversation         conversation_of, rendezvous
     the network's exceptions           upstream_error, UpstreamResponse.to_api_error
     strict HTTP                        find_head_end, parse_head, BodyDecoder
     connections to upstreams           ConnectionPool
@@ -504,7 +505,8 @@ def start_thread(target: Callable[[], None], name: str) -> bool:
 def _sha256(text: Union[str, bytes]) -> str:
     import hashlib
 
-    return hashlib.sha256(text.encode() if isinstance(text, str) else text).hexdigest()
+    data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
+    return hashlib.sha256(data).hexdigest()
 
 
 # == 2. errors ================================================================================
@@ -652,10 +654,13 @@ def bad_request(message: str, param: Optional[str] = None, code: Optional[str] =
     return APIError(400, message, param=param, code=code)
 
 
+LISTED = "/v1/models lists the available models."
+
+
 def model_not_found(model: str) -> APIError:
     """404: the model does not exist, or the client's key may not use it."""
     message = f"The model {shorten(model)!r} does not exist." if model else "A model is required."
-    return APIError(404, message, param="model", code="model_not_found")
+    return APIError(404, f"{message} {LISTED}", param="model", code="model_not_found")
 
 
 def akash_model_not_found(model: str) -> APIError:
@@ -752,6 +757,11 @@ class Finish:
     stop_sequence: Optional[str] = None
 
 
+def is_estimated(usage: Dict[str, Any]) -> bool:
+    """Whether token counts are estimated here, or by an upstream that says so."""
+    return usage.get("estimated") is True
+
+
 @dataclass(frozen=True)
 class RawBytes:
     """Bytes in the client's own dialect, passed through unchanged."""
@@ -815,6 +825,7 @@ class CancelScope:
 
 
 CHAT_PATH = "/v1/chat/completions"
+CONTEXT_FIELDS = ("context_length", "max_model_len")  # of a model; names that clients know
 MAX_NAME = 256  # characters of a model's name, which is repeated in each event, in logs and lists
 
 
@@ -892,15 +903,23 @@ class Attempt:
 
     retry_reason: str = ""  # "session" or "connection": the controller is tried a second time
     ignored_params: List[str] = field(default_factory=list)  # those it does not support
+    overflow: str = ""  # the upstream will leave out the conversation's beginning: numbers
     content_type: Optional[str] = None  # of a response passed through; None: it is translated
     status: int = 200  # of that response
 
 
+def message_text(message: Any) -> str:
+    """The text of a message in OpenAI's format; "" if it has none."""
+    content = as_dict(message).get("content")
+    parts = content if isinstance(content, list) else [{"text": content}]
+    return "".join(str(as_dict(part).get("text") or "") for part in parts)
+
+
 class Call:
-    """A request in OpenAI's chat vocabulary; not changed once aliases are resolved.
+    """A request in OpenAI's chat vocabulary.
 
     ``body`` is a chat-completions body, regardless of the client's dialect. ``attempt`` is the
-    current one.
+    current one. Only the model changes, as aliases are resolved.
     """
 
     def __init__(
@@ -914,6 +933,7 @@ class Call:
     ) -> None:
         self.body = body
         self.model: str = body.get("model", "")
+        self.requested_model = self.model  # before aliases are resolved
         if len(self.model) > MAX_NAME:
             raise model_not_found(self.model)
         self.stream = stream
@@ -923,6 +943,7 @@ class Call:
         self.translation_error = translation_error  # raised by controllers that can't relay it
         self.untranslated: List[str] = []  # key paths that have no equivalent in ``body``
         self.original = OriginalRequest()
+        self.key_name = ""  # of the client's key
         self.allowed_models: Tuple[str, ...] = ()  # patterns of the client's key; (): all
         self.one_image_at_a_time = False  # for a key with max_concurrency
         self.client = ""  # the key's name or, without one, the client's address
@@ -934,22 +955,26 @@ class Call:
     @property
     def text(self) -> str:
         """The text of the last message; "" if it has none."""
-        return content_text(as_dict(self.body["messages"][-1]).get("content"))
+        return message_text(self.body["messages"][-1])
 
     @property
     def scope(self) -> CancelScope:
         """The deadline and cancellation of the current attempt, for a Transport."""
         return self.cancellation.scope
 
+    def set_model(self, name: str) -> None:
+        """Replace the model, also in the client's own request."""
+        if name == self.model:
+            return
+        self.model, self.body = name, {**self.body, "model": name}
+        original = self.original
+        if original.body:
+            original.body = {**original.body, "model": name}
+            original.raw_body = request_json(original.body, len(original.raw_body))
+
     def begin_attempt(self, retry_reason: str = "") -> None:
         self.attempt = Attempt(retry_reason)
         self.cancellation.new_scope()
-
-
-def content_text(content: Any) -> str:
-    """The text of a message's content, a string or a list of parts."""
-    parts = content if isinstance(content, list) else [{"text": content}]
-    return "".join(str(as_dict(part).get("text") or "") for part in parts)
 
 
 @dataclass
@@ -1260,6 +1285,15 @@ def one_of(*values: str) -> Callable[[str], str]:
     return check
 
 
+def alias_targets(aliases: Dict[str, Any]) -> Dict[str, Any]:
+    """Check model aliases: each is for a model, or for a list to try in order."""
+    for alias, target in aliases.items():
+        models = target if isinstance(target, (list, tuple)) else [target]
+        if not models or not all(isinstance(name, str) and name for name in models):
+            raise ValueError(f"{alias!r} must be a model or a list of models")
+    return aliases
+
+
 class ValidatedSettings:
     """Base of dataclasses whose fields are checked on creation. Raises ConfigError.
 
@@ -1363,6 +1397,7 @@ class ControllerSettings(ValidatedSettings):
         "default: native, for akash refuse",
         one_of("", "native", "prompt", "refuse"),
     )
+    context_overflow: str = setting("", "overrides CONTEXT_OVERFLOW", one_of("", "warn", "refuse"))
     speed: float = setting(50.0, "words per second of an echo controller; 0: unlimited")
     connect_timeout: Optional[float] = setting(None, "overrides CONNECT_TIMEOUT", positive)
     first_byte_timeout: Optional[float] = setting(None, "overrides FIRST_BYTE_TIMEOUT", positive)
@@ -1412,15 +1447,24 @@ class Settings(ValidatedSettings):
     )
     pool_type: str = setting(
         "balanced",
-        "how a controller is chosen: balanced, random or least_busy",
-        one_of("balanced", "random", "least_busy"),
+        "how a controller is chosen: balanced, random, least_busy or affinity (by conversation)",
+        one_of("balanced", "random", "least_busy", "affinity"),
         env_alias="CHATGPT_APISERVER_POOL_TYPE",
     )
     max_wait: float = setting(
         3.0, "seconds a request may wait while all controllers are cooling down or busy"
     )
-    model_aliases: Dict[str, str] = setting(
-        {}, "model aliases, which may be patterns, and their targets: ALIAS=MODEL,ALIAS=MODEL"
+    model_aliases: Dict[str, Any] = setting(
+        {},
+        "model aliases, which may be patterns, and their targets: ALIAS=MODEL,ALIAS=MODEL; an "
+        "alias that is repeated has several, to be tried in order",
+        alias_targets,
+    )
+    context_overflow: str = setting(
+        "warn",
+        "if Akash Chat would leave out the beginning of a long conversation: warn (a header) or "
+        "refuse (400)",
+        one_of("warn", "refuse"),
     )
     tools_prompt: str = setting(
         "",
@@ -1943,13 +1987,20 @@ def from_text(item: Any, text: str) -> Any:
     pairs = [[side.strip() for side in part.partition("=")[::2]] for part in parts]
     if not all(name and value for name, value in pairs):
         raise ValueError(f"{text!r} is not NAME=VALUE,NAME=VALUE")
-    return dict(pairs)
+    values: Dict[str, List[str]] = {}
+    for name, value in pairs:
+        values.setdefault(name, []).append(value)
+    return {name: several if len(several) > 1 else several[0] for name, several in values.items()}
 
 
 def format_value(value: Any) -> str:
     """Format a setting's value; the inverse of from_text()."""
     if isinstance(value, dict):
-        value = [f"{name}={other}" for name, other in value.items()]
+        value = [
+            f"{name}={each}"
+            for name, item in value.items()
+            for each in (item if isinstance(item, (list, tuple)) else [item])
+        ]
     if isinstance(value, (list, tuple)):
         return ",".join(value)
     return "" if value is None else str(value)
@@ -2978,16 +3029,30 @@ class Transport:
         first_byte: Optional[float] = None,
     ) -> UpstreamResponse:
         """Send a request and wait for the head of its response. Errors as start_request()."""
-        request = method, path, scope, data, headers, first_byte
-        response = self.start_request(*request)
+
+        def send(retry_reason: str) -> UpstreamResponse:
+            request = method, path, scope, data, headers, first_byte, retry_reason
+            response = self.start_request(*request)
+            response.read_head()
+            return response
+
+        return retrying(send)
+
+
+def retrying(send: Callable[[str], UpstreamResponse]) -> UpstreamResponse:
+    """Send a request, and repeat it after an error of the category RETRY.
+
+    ``send(reason)`` gets the last error's code, or "" at first; a second error with that code is
+    raised. Exchange.fail_over() does the same for a call.
+    """
+    reason = ""
+    while True:
         try:
-            response.read_head()
+            return send(reason)
         except APIError as error:
-            if error.category is not Category.RETRY:
+            if error.category is not Category.RETRY or error.code == reason:
                 raise
-            response = self.start_request(*request, force_new_connection=True)
-            response.read_head()
-        return response
+            reason = error.code or ""
 
 
 NETWORK_ERRORS = (OSError, ProtocolError, http.client.HTTPException)
@@ -3035,46 +3100,49 @@ def upstream_error(
     """
     scope.raise_if_cancelled()
     if is_exhausted(error):
-        if report_exhaustion():
-            log.error(
-                "this server has no descriptors or memory left for connections to upstreams: %s",
-                error,
-            )
-        return APIError(
-            503,
-            "This server is out of resources for more requests.",
-            code="overloaded",
-            retry_after=1,
-            category=Category.LOCAL,
-        )
+        return exhausted_error(error)
     if not isinstance(error, NETWORK_ERRORS):
         return unexpected_error(error, upstream_name)
     # What a ProtocolError quotes was sent by the upstream, and must not get into the log.
     detail = str(error).partition(" '")[0] if isinstance(error, ProtocolError) else error
     log.info("%s: %s: %s", upstream_name, type(error).__name__, detail)
-    timed_out = isinstance(error, (socket.timeout, TimeoutError))
     reason = str(error) if isinstance(error, ConnectError) else ""
-    if timed_out:
-        problem = " could not be reached in time."
-    elif isinstance(error, (http.client.HTTPException, ProtocolError)):
-        problem = (
-            ": connection lost: it broke off its answer."
-            if in_body
-            else ": it sent something that is not HTTP."
-        )
-    elif _is_disconnect(error):
-        problem = ": connection lost: it broke off the connection."
-    elif reason:
-        problem = f" could not be reached: {reason}."
-        log.warning("%s%s", upstream_name, problem)
-    else:
-        problem = " could not be reached."
+    message = upstream_name + network_problem(error, in_body)
+    if reason:
+        log.warning("%s", message)
     return APIError(
-        504 if timed_out else 502,
-        upstream_name + problem,
+        504 if isinstance(error, (socket.timeout, TimeoutError)) else 502,
+        message,
         code="upstream_error",
         category=Category.NETWORK,
         reason=reason,
+    )
+
+
+def network_problem(error: Exception, in_body: bool) -> str:
+    """End of an error message about a connection, after the upstream's name."""
+    if isinstance(error, (socket.timeout, TimeoutError)):
+        return " could not be reached in time."
+    if isinstance(error, (http.client.HTTPException, ProtocolError)):
+        cut = ": connection lost: it broke off its answer."
+        return cut if in_body else ": it sent something that is not HTTP."
+    if _is_disconnect(error):
+        return ": connection lost: it broke off the connection."
+    return f" could not be reached{f': {error}' if isinstance(error, ConnectError) else ''}."
+
+
+def exhausted_error(error: Exception) -> APIError:
+    """503: this machine has no descriptors or memory left; logged now and then."""
+    if report_exhaustion():
+        log.error(
+            "this server has no descriptors or memory left for connections to upstreams: %s", error
+        )
+    return APIError(
+        503,
+        "This server is out of resources for more requests.",
+        code="overloaded",
+        retry_after=1,
+        category=Category.LOCAL,
     )
 
 
@@ -3731,7 +3799,19 @@ def estimate_tokens(value: Any) -> int:
             files += 1
         elif item is not None:
             units += token_units(str(item))
-    return units * 2 // UNITS_PER_TOKEN + IMAGE_TOKENS * files + 1
+    return tokens_of(units) + IMAGE_TOKENS * files
+
+
+def tokens_of(units: int) -> int:
+    """Estimate the tokens in a text of so many token_units(): twice the lower bound."""
+    return units * 2 // UNITS_PER_TOKEN + 1
+
+
+def event_units(event: Event) -> int:
+    """Units of what an event adds to an answer."""
+    if isinstance(event, (Text, Reasoning)):
+        return token_units(event.text)
+    return token_units((event.name or "") + event.arguments) if isinstance(event, ToolCall) else 0
 
 
 def truncate_to(text: str, budget: float) -> str:
@@ -3870,7 +3950,7 @@ class PromptedTools:
     def _message(self, message: Dict[str, Any]) -> Dict[str, Any]:
         """Return a message with its calls as text; a result becomes a message of the user."""
         if message["role"] == "tool":
-            result = self.form.result % content_text(message.get("content"))
+            result = self.form.result % message_text(message)
             return {"role": "user", "content": result}
         functions = [
             as_dict(as_dict(call).get("function")) for call in as_list(message.get("tool_calls"))
@@ -4598,6 +4678,45 @@ class Cache(Generic[T]):
         return value
 
 
+# Names of the length of a model's context, in lower case without "_" and "-". A nested name may
+# follow that of its object: {"context": {"length": 8192}}.
+CONTEXT_NAMES = re.compile(
+    r"(?:(?:max|loaded|total)?(?:context|sequence)(?:length|len|window|size|limit|max|maxtokens|tokens"
+    r"|windowtokens|windowsize)?|maxmodellen|maxseqlen|(?:max)?(?:input|prompt)?tokenlimit"
+    r"|max(?:input|prompt)tokens|inputtokens|nctx|numctx)"
+)
+
+
+def context_length(entry: Any, prefix: str = "", depth: int = 4) -> Optional[int]:
+    """A model's context length in tokens, by its entry in a model list; or None.
+
+    Outer fields take precedence over nested ones, and "context" over other names.
+    """
+    fields = list(itertools.islice(as_dict(entry).items(), 64))
+    names = {name: re.sub("[_-]", "", name[:64]).lower() for name, _ in fields}
+    for name, value in sorted(fields, key=lambda item: "context" not in names[item[0]]):
+        length = token_count(value)
+        if length and any(map(CONTEXT_NAMES.fullmatch, (names[name], prefix + names[name]))):
+            return length
+    nested = (context_length(value, names[name], depth - 1) for name, value in fields if depth)
+    return next(filter(None, nested), None)
+
+
+def token_count(value: Any) -> int:
+    """A positive number of tokens, also one in a string; 0 for anything else."""
+    is_text = isinstance(value, str) and re.fullmatch("[0-9]{1,16}", value)
+    if is_text or type(value) is float and value.is_integer():
+        value = int(value)
+    return count_or_none(value) or 0
+
+
+def with_context_length(model: Dict[str, Any], entry: Dict[str, Any]) -> Dict[str, Any]:
+    """A model object with the context length in an entry of an upstream's list."""
+    length = context_length(entry)
+    others = {name: value for name, value in model.items() if name not in CONTEXT_FIELDS}
+    return {**others, **dict.fromkeys(CONTEXT_FIELDS, length)} if length else others
+
+
 def bounded_model_list(
     upstream_name: str, entries: Iterable[Tuple[Any, Dict[str, Any]]]
 ) -> Dict[str, Dict[str, Any]]:
@@ -4885,6 +5004,55 @@ def page_or_text(data: bytes) -> Any:
     }
 
 
+class ErrorReport:
+    """An upstream's error, in whatever form it came.
+
+    ``status`` 200: it came in place of an answer. ``body`` is a JSON value, or bytes that are not
+    JSON. ``secrets`` are removed from what is shown. ``models`` are the names of the requested
+    model.
+    """
+
+    def __init__(
+        self, status: int, body: Any, secrets: Iterable[str], models: Iterable[str]
+    ) -> None:
+        self.body = body = page_or_text(body) if isinstance(body, bytes) else body
+        fields, self.models = error_fields(body), models
+        self.words = words = error_words(fields)
+        self.status = error_status(status, fields, words)
+        self.upstream_status = self.status if status == 200 else status
+        given = to_json(body).decode()[:300] if body else ""
+        self.text = inner_message(words) or given or f"It answered with status {self.status}."
+        self.codes, self.unquoted = error_codes(fields), _without_quotes(self.text, models)
+        self.message = redact(self.text[:4000], secrets)[:1000]
+        self.names = {  # the upstream's own type, code and param
+            name: redact(fields[name][:1000], secrets)[:200]
+            for name in ("type", "code", "param")
+            if isinstance(fields.get(name), str)
+        }
+        if re.fullmatch("[0-9]{3}", self.names.get("code", "")):
+            del self.names["code"]  # LiteLLM repeats the status here
+        self.is_page = self.names.get("type") == "web_page"
+
+    def rule(self) -> ErrorRule:
+        """The row of UPSTREAM_ERRORS that applies."""
+        state = self.status, self.codes, self.unquoted
+        return next(rule for rule in UPSTREAM_ERRORS if rule.matches(*state))
+
+    def retry_after(self, headers: Dict[str, str], is_limit: bool) -> Optional[float]:
+        """Seconds until a retry, if the upstream gives them."""
+        body = self.body[0] if isinstance(self.body, list) and self.body else self.body
+        return retry_after_seconds(headers, as_dict(body), message=self.words, limit=is_limit)
+
+    def concerns_model(self, is_limit: bool) -> bool:
+        """Whether only the requested model cools down."""
+        # LiteLLM's own authentication errors mean that its key for this model is invalid, not ours.
+        return (
+            names_model(self.body, self.words, self.models)
+            if is_limit
+            else "litellm.Auth" in self.words
+        )
+
+
 def error_from_body(
     upstream_name: str,
     status: int,
@@ -4893,46 +5061,17 @@ def error_from_body(
     headers: Optional[Dict[str, str]] = None,
     models: Iterable[str] = (),
 ) -> APIError:
-    """Translate an upstream's error response, by UPSTREAM_ERRORS.
-
-    ``status`` 200: the error came in place of an answer. ``body`` is a JSON value, or bytes that
-    are not JSON. ``secrets`` are removed from the message. ``models`` are the names of the
-    requested model.
-    """
-    if isinstance(body, bytes):
-        body = page_or_text(body)
-    fields, http_status = error_fields(body), status
-    words = error_words(fields)
-    status = error_status(status, fields, words)
-    text = inner_message(words) or (
-        to_json(body).decode()[:300] if body else f"It answered with status {status}."
-    )
-    message = redact(text[:4000], secrets)[:1000]
-    named = {
-        name: redact(fields[name][:1000], secrets)[:200]
-        for name in ("type", "code", "param")
-        if isinstance(fields.get(name), str)
-    }
-    if re.fullmatch("[0-9]{3}", named.get("code", "")):
-        del named["code"]  # LiteLLM repeats the status here
-    codes, unquoted = error_codes(fields), _without_quotes(text, models)
-    rule = next(rule for rule in UPSTREAM_ERRORS if rule.matches(status, codes, unquoted))
-    wait = retry_after_seconds(
-        headers or {},
-        as_dict(body[0] if isinstance(body, list) and body else body),
-        message=words,
-        limit=rule.category is Category.RATE_LIMIT,
-    )
-    error = _error_from_rule(rule, upstream_name, status, message, named, wait)
-    error.upstream_status = status if http_status == 200 else http_status
-    error.overflow = (
-        find_overflow(codes, text.lower()) if error.category is Category.REQUEST else None
-    )
+    """Translate an upstream's error response, by UPSTREAM_ERRORS; see ErrorReport."""
+    report = ErrorReport(status, body, secrets, models)
+    rule = report.rule()
+    wait = report.retry_after(headers or {}, rule.category is Category.RATE_LIMIT)
+    error = _error_from_rule(rule, upstream_name, report, wait)
+    error.upstream_status = report.upstream_status
+    if error.category is Category.REQUEST:
+        error.overflow = find_overflow(report.codes, report.text.lower())
     if error.overflow:
         error.code = "context_length_exceeded"
-    # LiteLLM's own authentication errors mean that its key for this model is invalid, not ours.
-    limited = error.category is Category.RATE_LIMIT
-    if names_model(body, words, models) if limited else "litellm.Auth" in words:
+    if report.concerns_model(error.category is Category.RATE_LIMIT):
         error.cooldown_scope = "model"
     return error
 
@@ -4985,48 +5124,45 @@ def find_overflow(codes: str, words: str) -> Optional[Overflow]:
     return Overflow(prompt, count["output"], count["limit"])
 
 
-def _error_from_rule(
-    rule: ErrorRule,
-    upstream_name: str,
-    status: int,
-    message: str,
-    named: Dict[str, str],
-    wait: Optional[float],
-) -> APIError:
-    """Build the error of a matching row.
+# Codes of errors that come without one.
+DEFAULT_CODES = {
+    Category.MODEL: "model_not_found",
+    Category.SERVER: "upstream_error",
+    Category.UNSUPPORTED: "upstream_error",
+}
 
-    ``named``: the type, code and param that the upstream sent; ``wait``: seconds until a retry.
+
+def _error_from_rule(
+    rule: ErrorRule, upstream_name: str, report: ErrorReport, wait: Optional[float]
+) -> APIError:
+    """Build the error of a matching row; ``wait``: seconds until a retry.
+
+    Only errors that are not the client's own begin with the upstream's name.
     """
-    category, code, seen = rule.category, named.get("code"), rule.status or status
+    category, status = rule.category, rule.status or report.status
     if category is Category.AUTH:
         # LiteLLM as a client retries any message with "429" in it, in vain if a quota is spent.
-        status_note = f" ({status})" if rule.reason != _QUOTA else ""
-        return auth_error(f"{upstream_name}: {rule.reason}{status_note}: {message}", status)
-    if category in (Category.REQUEST, Category.REFUSED):
-        if named.get("type") == "web_page":
-            named = {"code": "upstream_blocked"} if category is Category.REFUSED else {}
-            message = f"{upstream_name}: {message}"
-        return APIError(
-            seen,
-            message,
-            type=named.get("type"),
-            code=named.get("code"),
-            param=named.get("param"),
-            category=category,
-            retry=False if category is Category.REFUSED else None,
-        )
-    message = f"{upstream_name}: {message}"
-    if category is Category.MODEL:
-        code = code or "model_not_found"
-        return APIError(seen, message, param="model", code=code, category=Category.MODEL)
-    if category is Category.RATE_LIMIT:
-        return APIError(seen, message, code=code, category=Category.RATE_LIMIT, retry_after=wait)
-    if category is Category.UNSUPPORTED:
-        wait, seen = None, seen if 400 <= seen < 600 else 502
-    elif wait:  # a server error that says when to retry is a limit
+        note = f" ({report.status})" if rule.reason != _QUOTA else ""
+        message = f"{upstream_name}: {rule.reason}{note}: {report.message}"
+        return auth_error(message, report.status)
+    is_clients = category in (Category.REQUEST, Category.REFUSED) and not report.is_page
+    names, code = report.names if is_clients else {}, report.names.get("code")
+    if report.is_page and category is Category.REFUSED:
+        code = "upstream_blocked"
+    if category is Category.UNSUPPORTED and not 400 <= status < 600:
+        status = 502
+    if category is Category.SERVER and wait:  # one that says when to retry is a limit
         category = Category.RATE_LIMIT
-    code = code or "upstream_error"
-    return APIError(seen, message, code=code, category=category, retry_after=wait)
+    return APIError(
+        status,
+        report.message if is_clients else f"{upstream_name}: {report.message}",
+        type=names.get("type"),
+        code=code or DEFAULT_CODES.get(rule.category),
+        param="model" if category is Category.MODEL else names.get("param"),
+        category=category,
+        retry=False if category is Category.REFUSED else None,
+        retry_after=wait if category is Category.RATE_LIMIT else None,
+    )
 
 
 def auth_error(message: str, status: int) -> APIError:
@@ -5094,19 +5230,12 @@ def names_model(body: Any, words: str, models: Iterable[str]) -> bool:
 
 
 # Headers of a controller whose values are not secret.
-PUBLIC_HEADERS = {
-    "accept",
-    "accept-language",
-    "anthropic-beta",
-    "anthropic-version",
-    "content-type",
-    "http-referer",
-    "openai-beta",
-    "origin",
-    "referer",
-    "user-agent",
-    "x-title",
-}
+# fmt: off
+PUBLIC_HEADERS = frozenset((
+    "accept", "accept-language", "anthropic-beta", "anthropic-version", "content-type",
+    "http-referer", "openai-beta", "origin", "referer", "user-agent", "x-title",
+))
+# fmt: on
 _MASKED_KEY = re.compile(r"[\w-]{0,80}\*{3,}[\w*-]{0,80}|\bsk-[\w-]{0,40}\.{3}[\w-]{1,40}")
 
 
@@ -5277,16 +5406,12 @@ def _delay_from_headers(headers: Dict[str, str], now: Callable[[], float]) -> Op
 
 
 # Fields of error bodies, in lower case without "_", and their units in seconds.
+# fmt: off
 DELAY_FIELDS = {
-    "retrydelay": 1.0,
-    "retryafter": 1.0,
-    "retryafterseconds": 1.0,
-    "retryafterms": 0.001,
-    "resettime": 1.0,
-    "resetat": 1.0,
-    "resetsat": 1.0,
-    "resetsinseconds": 1.0,
+    "retrydelay": 1.0, "retryafter": 1.0, "retryafterseconds": 1.0, "retryafterms": 0.001,
+    "resettime": 1.0, "resetat": 1.0, "resetsat": 1.0, "resetsinseconds": 1.0,
 }
+# fmt: on
 
 
 def _delay_from_body(value: Any, now: Callable[[], float], depth: int = 5) -> Optional[float]:
@@ -5322,15 +5447,19 @@ def _delay_from_message(message: str) -> Optional[float]:
     match = _DELAY_IN_MESSAGE.search(message[:4000])
     if not match:
         return None
+    return total_seconds(match[1].lower()) or None
+
+
+def total_seconds(text: str) -> float:
+    """The sum of quantities such as "7m30.5s" or "2 minutes", up to an unknown unit."""
     total = 0.0
-    quantities = re.findall(r"([0-9]{1,9}(?:\.[0-9]{1,20})?) ?([a-z]{0,12})", match[1].lower())
-    for count, unit in quantities:
+    for count, unit in re.findall(r"([0-9]{1,14}(?:\.[0-9]{1,20})?) ?([a-z]{0,12})", text):
         factors = (seconds for names, seconds in DURATION_UNITS if re.fullmatch(names, unit))
         factor = next(factors, None)
         if factor is None:
             break
         total += float(count) * factor
-    return total or None
+    return total
 
 
 DURATION_UNITS = (
@@ -5344,12 +5473,9 @@ DURATION_UNITS = (
 
 def parse_duration(text: str) -> Optional[float]:
     """Seconds of "17", "1m30.5s", "6h" or "120ms", as in OpenAI's x-ratelimit-reset-*."""
-    units = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "": 1.0}
     # Only the last number may lack a unit, or the pattern could split digits in 2^n ways.
-    if not re.fullmatch(r"(?:[0-9]{1,14}(?:\.[0-9]+)?(?:ms|[smhd]|\Z))+", text):
-        return None
-    quantities = re.findall(r"([0-9.]+)(ms|[smhd]?)", text)
-    return sum(float(count) * units[unit] for count, unit in quantities)
+    valid = re.fullmatch(r"(?:[0-9]{1,14}(?:\.[0-9]{1,20})?(?:ms|[smhd]|\Z))+", text)
+    return total_seconds(text) if valid else None
 
 
 # == 12. akash ================================================================================
@@ -5658,6 +5784,11 @@ def decode_base64(text: str, param: str) -> bytes:
     except ValueError:
         raise bad_request(f"{param}: invalid base64.", param, "invalid_base64") from None
 
+
+# akash-chat f0a4ae0 drops the oldest messages silently if the conversation has more tokens than its
+# model's limit less AKASH_RESERVED; without a limit in the list that is AKASH_CONTEXT.
+AKASH_RESERVED, AKASH_CONTEXT = 1000, 128_000
+AKASH_SMALL = 500  # tokens of a conversation for which the list is not read
 
 MAX_STOP_LENGTH = 1000  # characters of one stop sequence
 
@@ -6199,9 +6330,10 @@ class AkashController(Controller):
         return call.image_count > 0 or call.model == self.IMAGE_MODEL
 
     def events(self, call: Call) -> Iterable[Event]:
-        data, stop_filter, call.attempt.ignored_params = call.prepared_requests[self.name]
+        data, stop_filter, call.attempt.ignored_params, tokens = call.prepared_requests[self.name]
         if self._is_image(call):
             return self.image_events(call, data)
+        self._check_context(call, tokens)
         cookie = self.session.get(call.scope)
         response = self.transport.start_request(
             "POST",
@@ -6215,8 +6347,36 @@ class AkashController(Controller):
             response, lambda response: self._decoder(call, response, stop_filter, cookie)
         )
 
-    def _prepare(self, call: Call) -> Tuple[bytes, StopFilter, List[str]]:
-        """Return the request body, the filter of its answer and the ignored parameters."""
+    def _check_context(self, call: Call, tokens: int) -> None:
+        """Note that Akash Chat will cut the conversation, or refuse it; APIError 400."""
+        models = self.model_cache.value or []
+        if tokens > AKASH_SMALL:
+            with contextlib.suppress(APIError):
+                models = self.models()
+        name = self.options.model_map.get(call.model, call.model)
+        found = next((model for model in models if model["id"] == name), {})
+        limit = found.get("context_length", AKASH_CONTEXT)
+        room = max(0, limit - AKASH_RESERVED)
+        if tokens <= room:
+            return
+        problem = f"about {tokens} tokens > {room}"
+        if (self.options.context_overflow or self.settings.context_overflow) == "refuse":
+            raise APIError(
+                400,
+                f"This model's maximum context length is {limit} tokens, of which Akash Chat keeps "
+                f"{AKASH_RESERVED}; your messages have about {tokens} tokens.",
+                param="messages",
+                code="context_length_exceeded",
+                category=Category.REFUSED,
+                overflow=Overflow(tokens, 0, room),
+            )
+        call.attempt.overflow = problem
+
+    def _prepare(self, call: Call) -> Tuple[bytes, StopFilter, List[str], int]:
+        """Return the request body, the filter of its answer, and what is ignored of it.
+
+        The last element is an estimate of the prompt's tokens, as Akash Chat counts them.
+        """
         if call.relay_only:
             raise APIError(
                 404, f"Akash Chat does not offer {call.original.path[:200]!r}.", code="not_found"
@@ -6234,7 +6394,10 @@ class AkashController(Controller):
             limit = "max_tokens"
         max_tokens = number_field(fields, limit, None, integer=True, minimum=1)
         stop_filter = StopFilter(stop_sequences(fields), max_tokens)
-        return request_json(body, len(call.original.raw_body)), stop_filter, ignored
+        messages = [*body["messages"], *body["context"]]
+        texts = [body["system"], *(message["content"] for message in messages)]
+        tokens = tokens_of(sum(map(token_units, texts)))
+        return request_json(body, len(call.original.raw_body)), stop_filter, ignored, tokens
 
     def image_events(self, call: Call, data: bytes) -> Iterator[Event]:
         """Start a job for each image, then poll them; text instead of a job is passed on.
@@ -6381,19 +6544,18 @@ class AkashController(Controller):
         model: str = "",
     ) -> UpstreamResponse:
         """Send a request with the cookie; repeat it once if the session was rejected."""
-        for is_retry in (False, True):
+
+        def send(retry_reason: str) -> UpstreamResponse:
             cookie = self.session.get(scope)
             response = self.transport.fetch(
                 method, path, scope, data, self._headers(data, cookie), first_byte
             )
             if response.status == 200 and not is_challenge_page(response):
                 return response
-            error = self._session_error(
-                response, response.read(limit=1 << 20), model, cookie, is_retry, len(data or b"")
-            )
-            if error.category is not Category.RETRY:
-                break
-        raise error
+            body, is_retry = response.read(limit=1 << 20), retry_reason == "session"
+            raise self._session_error(response, body, model, cookie, is_retry, len(data or b""))
+
+        return retrying(send)
 
     def _session_error(
         self,
@@ -6565,8 +6727,8 @@ class AkashController(Controller):
             "GET", "/api/models/", CancelScope(), first_byte=self.settings.session_timeout
         )
         self._learn_version(response)
-        names = akash_models(json_or_none(response.read(limit=MAX_LIST_BYTES)))
-        if not names:
+        entries = akash_models(json_or_none(response.read(limit=MAX_LIST_BYTES)))
+        if not entries:
             raise APIError(
                 503, "Akash Chat lists no models.", code="upstream_error", retry_after=30
             )
@@ -6576,12 +6738,17 @@ class AkashController(Controller):
             "owned_by": "Akash Network",
             "permission": None,
         }
-        models = [{"id": name, **common, "root": name, "parent": None} for name in names]
+        models = [
+            with_context_length({"id": name, **common, "root": name, "parent": None}, entry)
+            for name, entry in entries.items()
+        ]
         return models, self.settings.models_ttl
 
 
-def akash_models(listing: Any) -> List[str]:
-    """Return the IDs in a model list of any akash-chat version; [] if malformed.
+def akash_models(listing: Any) -> Dict[str, Dict[str, Any]]:
+    """Return the entries of any akash-chat version's model list by ID.
+
+    Empty if it is malformed.
 
     Lists are arrays, or objects with ``models``. Where b58259a has a database, an entry's ``id``
     may be the database's key and ``model_id`` the model.
@@ -6590,7 +6757,7 @@ def akash_models(listing: Any) -> List[str]:
         listing = listing.get("models") or listing.get("data")
     entries = [entry for entry in map(as_dict, as_list(listing)) if entry.get("available", True)]
     named = ((entry.get("model_id") or entry.get("id"), entry) for entry in entries)
-    return list(bounded_model_list("Akash Chat", named))
+    return bounded_model_list("Akash Chat", named)
 
 
 MAX_LIST_BYTES, MAX_MODELS = 4 << 20, 10_000  # limits of an upstream's model list
@@ -7037,6 +7204,23 @@ STREAM_ENDS = {
 }
 
 
+class ModelName:
+    """Replaces the name of a relayed answer's model; for calls by an alias ("": none)."""
+
+    FIELD = re.compile(rb'"model"\s{0,9}:\s{0,9}"(?:[^"\\\r\n]|\\.){0,1000}"')
+
+    def __init__(self, name: str) -> None:
+        self.field = b'"model":' + to_json(name) if name else b""
+        self.answered = b""  # the upstream's field
+
+    def __call__(self, data: bytes) -> bytes:
+        if self.field and not self.answered:
+            match = self.FIELD.search(data)
+            self.answered = match[0] if match else b""
+        # No string contains it, as quotes are escaped there.
+        return data.replace(self.answered, self.field) if self.answered else data
+
+
 class PassthroughDecoder(Decoder):
     """Passes on a stream in the client's own format, byte for byte, as RawBytes.
 
@@ -7044,7 +7228,8 @@ class PassthroughDecoder(Decoder):
     the first event are kept back, since until then another controller may still answer. Only
     complete lines are passed on, so that an error event can follow if the upstream breaks off.
     Every complete stream has the ``end`` of its path; if that is None, the end of the HTTP message
-    suffices. If not ``is_sse``, all bytes are passed on unparsed.
+    suffices. If not ``is_sse``, all bytes are passed on unparsed. ``model`` replaces the name of
+    the answer's model.
     """
 
     MAX_HELD = 16 << 20  # bytes
@@ -7056,11 +7241,13 @@ class PassthroughDecoder(Decoder):
         is_sse: bool = True,
         end: Optional[StreamEnd] = None,
         secrets: Iterable[str] = (),
+        model: str = "",
     ) -> None:
         self.upstream_name, self.is_sse = upstream_name, is_sse
         self.end, self.secrets = end, secrets
+        self.rename = ModelName(model)
         self.end_seen = end is None
-        self.mid_stream = end.mid_stream if end else ()
+        self.mid_stream = end.mid_stream if end and not model else ()
         self.first_event_seen = self.started = not is_sse
         self.buffer = bytearray()  # an incomplete line
         self.comments = bytearray()  # comments before the first event
@@ -7080,7 +7267,7 @@ class PassthroughDecoder(Decoder):
             self.error = truncated(self.upstream_name, "sent a line that is too long, or no events")
         if not data:
             return []
-        data = self._find_end(data)
+        data = self._find_end(self.rename(data))
         self.started = (
             self.started
             or self.complete
@@ -7120,8 +7307,8 @@ class PassthroughDecoder(Decoder):
         if self.end and not self.end_seen:
             self.end_seen = self.end.is_in(data)
         at = data.rfind(b"[DONE]")
-        if at >= 0:  # the first one of several ends the answer
-            at = data.find(b"[DONE]", max(0, at - 64))
+        if at >= 0 and data.rfind(b"[DONE]", 0, at) >= 0:
+            at = data.find(b"[DONE]")  # the first one of several ends the answer
         done = DONE.search(data, max(0, at - 8)) if at >= 0 else None
         if done is None or self.complete:
             return data
@@ -7153,7 +7340,7 @@ class PassthroughDecoder(Decoder):
         if self.end and not self.end_seen and not self.end.is_in(data):
             self.error = truncated(self.upstream_name)
             return self.flush()
-        return [RawBytes(data, self._find_usage(data))] if data else []
+        return [RawBytes(self.rename(data), self._find_usage(data))] if data else []
 
     def flush(self) -> List[Event]:
         """Drop an incomplete line and end an incomplete event: an error may follow."""
@@ -7336,13 +7523,14 @@ class OpenAIController(Controller):
         self, call: Call, response: UpstreamResponse, content_type: str, streamed: bool
     ) -> Decoder:
         """Return the decoder for a response in the client's own format."""
+        renamed = call.requested_model if call.requested_model != call.model else ""
         call.attempt.status = response.status
         call.attempt.content_type = redact(content_type, self.secrets) or "application/octet-stream"
         if streamed:
             if media_type(content_type) != "text/event-stream":
                 call.attempt.content_type = "text/event-stream"
             return PassthroughDecoder(
-                self.name, True, STREAM_ENDS.get(call.original.path), self.secrets
+                self.name, True, STREAM_ENDS.get(call.original.path), self.secrets, renamed
             )
         if media_type(content_type) == "text/html":
             raise APIError(502, f"{self.name} answered with a web page.", code="upstream_error")
@@ -7352,13 +7540,15 @@ class OpenAIController(Controller):
         if not is_json:
             return BufferedBody(lambda data: [RawBytes(data)])
         field = ANSWER_FIELDS.get(call.original.path, b"")
-        return BufferedBody(functools.partial(self._document, field, response.body.until_close))
+        until_close = response.body.until_close
+        return BufferedBody(lambda data: self._document(field, until_close, renamed, data))
 
-    def _document(self, field: bytes, until_close: bool, data: bytes) -> List[Event]:
+    def _document(self, field: bytes, until_close: bool, model: str, data: bytes) -> List[Event]:
         """Check and pass on a complete JSON body; APIError if it is an error or no answer.
 
         ``field`` is one that each answer has. The body is parsed only if it may be an error, or if
-        it ends with the connection: then nothing else shows whether it is complete.
+        it ends with the connection: then nothing else shows whether it is complete. ``model``
+        replaces the name of the answer's model.
         """
         text = data.strip()
         if not text or until_close and json_or_none(text) is None:
@@ -7373,7 +7563,9 @@ class OpenAIController(Controller):
             if field and isinstance(body, dict) and not body.get(field.decode()):
                 raise truncated(self.name, "sent something that is not an answer")
             data = redact_bytes(data, self.secrets)
-        return [RawBytes(data, chat_usage(usage_at(text, text.rfind(b'"usage"'))))]
+        return [
+            RawBytes(ModelName(model)(data), chat_usage(usage_at(text, text.rfind(b'"usage"'))))
+        ]
 
     def _completion(self, data: bytes) -> List[Event]:
         """Return the events of a chat completion that is not streamed."""
@@ -7418,7 +7610,9 @@ class OpenAIController(Controller):
             raise APIError(503, f"{self.name} lists no models.", code="upstream_error")
         common = {"object": "model", "owned_by": self.name}
         models = [
-            {**common, **entry, "created": count_or_none(entry.get("created")) or 0}
+            with_context_length(
+                {**common, **entry, "created": count_or_none(entry.get("created")) or 0}, entry
+            )
             for entry in entries
         ]
         return models, self.settings.models_ttl
@@ -7564,16 +7758,10 @@ class Upstream:
     def _identity(self) -> Tuple[Any, ...]:
         """Settings of its address and account; a change of one voids the cool-downs."""
         options, settings = self.options, self.controller.settings
-        return (
-            options.type,
-            options.base_url,
-            options.api_key,
-            options.proxy,
-            tuple(sorted(options.headers.items())),
-            options.cookie,
-            settings.user_agent,
-            settings.ca_file,
-        )
+        headers = tuple(sorted(options.headers.items()))
+        upstream = options.type, options.base_url, options.api_key  # in this order, see __init__
+        account = options.proxy, headers, options.cookie, settings.user_agent, settings.ca_file
+        return (*upstream, *account)
 
     def serves(self, model: str) -> Optional[bool]:
         """Whether it offers the model: True, False, or None if unknown (worth a try)."""
@@ -7717,30 +7905,27 @@ class Upstream:
         Returns the models to offer, all names in the list (the known ones if reading failed), and
         the error. Models that the configuration names are always included.
         """
-        by_id: Dict[str, Dict[str, Any]] = {}
+        by_name: Dict[str, Dict[str, Any]] = {}
         names, error = self.known_models, None
         try:
             with controller_errors(self.name):
-                models = self.controller.models()
-                names = frozenset(model["id"] for model in models)
-                patterns = self.options.models or ["*"]
-                by_id = {
-                    model["id"]: model
-                    for model in models
-                    if any(fnmatch.fnmatchcase(model["id"], pattern) for pattern in patterns)
-                }
+                by_name = {model["id"]: model for model in self.controller.models()}
+                names = frozenset(by_name)
         except APIError as failure:
             error = failure
             self.log_exception(failure)
-        configured = [name for name in self.options.models if not re.search(r"[*?\[]", name)]
-        for name in [*self.options.model_map, *configured]:
-            by_id.setdefault(
-                name, {"id": name, "object": "model", "created": 0, "owned_by": self.name}
-            )
-        models = list(by_id.values())
-        if self.options.tools == "prompt":
-            models = [{**model, "tools": "prompt"} for model in models]
-        return models, names, error
+        patterns = self.options.models
+        by_id = {name: by_name[name] for name in by_name if model_allowed(patterns, name)}
+        targets = self.options.model_map
+        for name in [*targets, *(name for name in patterns if not _WILDCARD.search(name))]:
+            model = {"id": name, "object": "model", "created": 0, "owned_by": self.name}
+            entry = by_name.get(targets.get(name, name), {})
+            by_id.setdefault(name, with_context_length(model, entry))
+        mark = {"tools": "prompt"} if self.options.tools == "prompt" else {}
+        return [{**model, **mark} for model in by_id.values()], names, error
+
+
+_WILDCARD = re.compile(r"[*?\[]")
 
 
 def model_allowed(patterns: Tuple[str, ...], model: str) -> bool:
@@ -7759,7 +7944,8 @@ def earliest_available(
     upstreams: List[Upstream], model: str, ignored: Tuple[Category, ...], now: float
 ) -> float:
     """The time from ``now`` on when the first of the upstreams' cool-downs ends."""
-    return max(min(upstream.available_at(model, ignored) for upstream in upstreams), now)
+    ends = (upstream.available_at(model, ignored) for upstream in upstreams)
+    return max(min(ends, default=now), now)
 
 
 class Waiter:
@@ -7770,8 +7956,7 @@ class Waiter:
     """
 
     __slots__ = (
-        "queue", "exchange", "model", "candidates", "ignored", "deadline", "number", "key",
-        "upstream",
+        "queue", "exchange", "candidates", "ignored", "deadline", "number", "key", "upstream",
     )  # fmt: skip
 
     def __init__(
@@ -7783,17 +7968,17 @@ class Waiter:
         deadline: float,
     ) -> None:
         self.queue, self.exchange, self.candidates = queue, exchange, candidates
-        self.model, self.ignored, self.deadline = exchange.call.model, ignored, deadline
+        self.ignored, self.deadline = ignored, deadline
         self.number = next(queue.numbers)
         self.upstream: Optional[Upstream] = None
         by_model = any(
             model is not None for upstream in candidates for _, model in upstream.cooldowns
         )
         # Calls with the same key become ready at the same time.
-        self.key = (self.model if by_model else None, ignored, *map(id, candidates))
+        self.key = (exchange.call.model if by_model else None, ignored, *map(id, candidates))
 
     def available_at(self, now: float) -> float:
-        return earliest_available(self.candidates, self.model, self.ignored, now)
+        return earliest_available(self.candidates, self.exchange.call.model, self.ignored, now)
 
     def set(self) -> None:
         """Resume a cancelled call; the method of threading.Event that cancel() uses."""
@@ -7923,6 +8108,7 @@ class Pool:
             "balanced": self.weighted_round_robin,
             "random": self.weighted_random,
             "least_busy": self.least_connections,
+            "affinity": self.weighted_round_robin,  # of calls that belong to no conversation
         }[settings.pool_type]
         self.refresh_at = self.model_names_refresh_at = -math.inf
         self.model_names: frozenset[str] = frozenset()  # of all lists
@@ -7931,32 +8117,49 @@ class Pool:
 
     # -- the upstream of an attempt
 
-    def apply_alias(self, call: Call) -> None:
-        """Replace a model alias by its target."""
-        name = self.resolve_alias(call.model)
-        if name != call.model:
-            call.model, call.body = name, {**call.body, "model": name}
-            call.original.body = call.original.body and {**call.original.body, "model": name}
-            if call.original.body:
-                call.original.raw_body = request_json(
-                    call.original.body, len(call.original.raw_body)
-                )
-
-    def resolve_alias(self, model: str) -> str:
-        """The target of a model alias.
+    def resolve_alias(self, model: str) -> List[str]:
+        """The models that a name stands for, to be tried in order; mostly itself.
 
         Names with "--" stand for the one with "/", if only that one exists.
         """
         for pattern, target in self.settings.model_aliases.items():
             if model and fnmatch.fnmatchcase(model, pattern):
-                return target
+                return [target] if isinstance(target, str) else list(target)
         if "--" in model:
-            if self.clock() >= self.model_names_refresh_at:
-                with contextlib.suppress(APIError):  # without a list the name stays as it is
-                    self.models()
-            target = model.replace("--", "/")
-            return target if target in self.model_names and model not in self.model_names else model
-        return model
+            names, target = self.read_names(), model.replace("--", "/")
+            return [target] if target in names and model not in names else [model]
+        return [model]
+
+    def read_names(self) -> frozenset[str]:
+        """Names of all lists, which are read if they are not recent. Worker thread."""
+        if self.clock() >= self.model_names_refresh_at:
+            with contextlib.suppress(APIError):  # the last known ones are better than none
+                self.models()
+        return self.model_names
+
+    def unknown_model(self, call: Call, error: Optional[APIError] = None) -> APIError:
+        """Add to an error the models that the client could have meant and its key may use.
+
+        By default to the error of a model that its key may not use, without asking an upstream.
+        """
+        model, allowed = call.requested_model, call.allowed_models
+        may_ask, error = error is not None, error or model_not_found(model)
+        is_of_path = call.relay_only and model not in error.message
+        if error.category is not Category.MODEL or error.param != "model" or is_of_path:
+            return error
+        names = sorted(self.read_names() if may_ask else self.model_names)
+        names = [name for name in names if model_allowed(allowed, name)]
+        names += (
+            alias
+            for alias in self.settings.model_aliases
+            if not _WILDCARD.search(alias)
+            and any(model_allowed(allowed, target) for target in self.resolve_alias(alias))
+        )
+        if model not in names:
+            if LISTED not in error.message:
+                error.message = f"{error.message.rstrip(' .')}. {LISTED}"
+            error.message += near_names(model, names)
+        return error
 
     def acquire(self, exchange: "Exchange") -> Upstream:
         """Choose the upstream for the next attempt, and count the attempt as in flight.
@@ -7976,26 +8179,33 @@ class Pool:
                     return waiter.upstream
             known = [up for up in self.candidates(model) if up not in exchange.unsupported]
             candidates = [up for up in known if up not in exchange.tried]
-            ignored = BACKOFF_CATEGORIES if len(known) == 1 else ()  # an only candidate
+            is_last = not exchange.other_models
+            ignored = BACKOFF_CATEGORIES if len(known) == 1 and is_last else ()  # an only candidate
             now = self.clock()
-            if not candidates:
-                raise best_error(model, known, exchange.errors, ignored, now)
-            if self.queue.lines and any(up.has_capacity() for up in candidates):
+            if candidates and self.queue.lines and any(up.has_capacity() for up in candidates):
                 self._resume_ready(now)  # queued calls go first
             preferred = [up for up in candidates if up.name == exchange.call.preferred]
-            upstream = self._pick(preferred, model, ignored, now)
-            upstream = upstream or self._pick(candidates, model, ignored, now)
+            upstream = self._pick(preferred, exchange, ignored, now)
+            upstream = upstream or self._pick(candidates, exchange, ignored, now)
             if upstream is None:
+                error = pool_error(exchange, known, candidates, ignored, now)
+                if not candidates or not is_last:
+                    raise error
                 deadline = now + self.settings.max_wait if waiter is None else waiter.deadline
                 waiter = Waiter(self.queue, exchange, candidates, ignored, deadline)
-                upstream = self._enqueue(waiter, known, now)
+                upstream = self._enqueue(waiter, error, now)
             upstream.in_flight += 1
             return upstream
 
     def _pick(
-        self, candidates: List[Upstream], model: str, ignored: Tuple[Category, ...], now: float
+        self,
+        candidates: List[Upstream],
+        exchange: "Exchange",
+        ignored: Tuple[Category, ...],
+        now: float,
     ) -> Optional[Upstream]:
         """The upstream to use now: an available one, else one that is due for a recheck."""
+        model = exchange.call.model
         with_capacity = [upstream for upstream in candidates if upstream.has_capacity()]
         ready = [
             upstream for upstream in with_capacity if upstream.available_at(model, ignored) <= now
@@ -8003,22 +8213,25 @@ class Pool:
         if not ready:
             due = (upstream for upstream in with_capacity if upstream.recheck(model, ignored, now))
             return next(due, None)
-        return self.choose(top_priority(ready)) if len(ready) > 1 else ready[0]
+        ready = top_priority(ready)
+        if exchange.conversation:
+            return rendezvous(ready, exchange.conversation)
+        return self.choose(ready) if len(ready) > 1 else ready[0]
 
-    def _enqueue(self, waiter: Waiter, known: List[Upstream], now: float) -> Upstream:
-        """Queue a call: raises Queued, or APIError if waiting is useless.
+    def _enqueue(self, waiter: Waiter, error: APIError, now: float) -> Upstream:
+        """Queue a call: raises Queued, or the error if waiting is useless.
 
         Waiting is useless if no upstream will be available by the deadline. In that case one in an
         auth cool-down is returned, if there is any: either it serves the call, so that one client's
         request can't block the others, or the client gets the error that names the cause.
         """
-        model, exchange = waiter.model, waiter.exchange
+        exchange = waiter.exchange
         if now >= waiter.deadline or waiter.available_at(now) > waiter.deadline:
-            upstream = self._pick(waiter.candidates, model, (*waiter.ignored, Category.AUTH), now)
+            ignored = (*waiter.ignored, Category.AUTH)
+            upstream = self._pick(waiter.candidates, exchange, ignored, now)
             if upstream is not None:
                 return upstream
-            delay = earliest_available(known, model, waiter.ignored, now) - now
-            raise unavailable_error(waiter, exchange.errors, max(delay, 1.0), now)
+            raise error
         exchange.set_waiter(waiter)
         self.queue.add(waiter)
         # Race: another thread cancels and finds no wakeup to set, then we store wakeup. Without a
@@ -8027,31 +8240,25 @@ class Pool:
             raise exchange.cancellation.reason
         raise Queued
 
-    def _resume_ready(self, now: float, limit: float = math.inf) -> int:
+    def _resume_ready(
+        self, now: float, limit: float = math.inf, freed: Optional[Upstream] = None
+    ) -> int:
         """Resume up to ``limit`` ready calls, oldest first; returns their number.
 
         A call is ready if there is an upstream for it, or none will be available by its deadline.
+        Only ``freed`` is considered if given: the one that has ended an attempt.
         """
         resumed = 0
         for line in self.queue.lines_by_age():
-            while line and resumed < limit:
+            while line and resumed < limit and (freed is None or freed.has_capacity()):
                 waiter = next(iter(line))
-                upstream = self._pick(waiter.candidates, waiter.model, waiter.ignored, now)
+                usable = [up for up in waiter.candidates if freed in (None, up)]
+                upstream = self._pick(usable, waiter.exchange, waiter.ignored, now)
                 if upstream is None and now < waiter.deadline >= waiter.available_at(now):
                     break
                 self.queue.resume(waiter, upstream)
                 resumed += 1
         return resumed
-
-    def _reassign(self, upstream: Upstream, now: float) -> None:
-        """Resume the oldest calls for an upstream that has ended an attempt."""
-        for line in self.queue.lines_by_age():
-            while line and upstream.has_capacity():
-                waiter = next(iter(line))
-                usable = [upstream] if upstream in waiter.candidates else []
-                if self._pick(usable, waiter.model, waiter.ignored, now) is None:
-                    break
-                self.queue.resume(waiter, upstream)
 
     def wake_waiters(self, limit: int) -> bool:
         """Resume up to ``limit`` ready calls; True if there may be more."""
@@ -8065,7 +8272,7 @@ class Pool:
             exchange.set_waiter(None)
             if waiter is not None and not self.queue.remove(waiter) and waiter.upstream is not None:
                 waiter.upstream.in_flight -= 1
-                self._reassign(waiter.upstream, self.clock())
+                self._resume_ready(self.clock(), freed=waiter.upstream)
 
     def release(
         self,
@@ -8081,7 +8288,7 @@ class Pool:
             upstream.in_flight -= 1
             if error is not None or committed:
                 upstream.record_result(error, now, started, model)
-            self._reassign(upstream, now)
+            self._resume_ready(now, freed=upstream)
 
     def candidates(self, model: str) -> List[Upstream]:
         """Upstreams that are known to offer a model, else those that may."""
@@ -8163,7 +8370,9 @@ class Pool:
             for upstream in self.enabled:
                 models, upstream.known_models, _ = lists[upstream]
                 for model in models:
-                    union.setdefault(model["id"], model)
+                    first = union.setdefault(model["id"], model)
+                    if CONTEXT_FIELDS[0] not in first:
+                        union[model["id"]] = with_context_length(first, model)
             self._cached_candidates.cache_clear()
         self.model_names = frozenset(union)
         self.model_names_refresh_at = self.clock() + min(Cache.RETRY, self.settings.models_ttl)
@@ -8260,40 +8469,91 @@ def top_priority(ready: List[Upstream]) -> List[Upstream]:
     return [upstream for upstream in ready if upstream.options.priority == first]
 
 
-def best_error(
-    model: str,
+MAX_HASHED = 1 << 14  # characters at each end of a text
+
+
+def conversation_of(call: Call) -> str:
+    """A hash that the requests of one conversation share; "" if there are no messages.
+
+    It is of the ``prompt_cache_key``, else of the key's name, the system text and the user's first
+    message. Only the ends of long texts are hashed.
+    """
+    body = call.original.body or {}
+    key, opening = body.get("prompt_cache_key"), [call.key_name]
+    if key and isinstance(key, str):
+        opening = [key]
+    else:
+        messages = call.body.get("messages") or body.get("messages") or body.get("input")
+        for message in map(as_dict, as_list(messages)):
+            if message.get("role") in ("system", "developer", "user"):
+                opening.append(message_text(message))
+            if message.get("role") == "user":
+                break
+        else:
+            return ""
+    ends = (f"{len(text)}:{text[:MAX_HASHED]}{text[-MAX_HASHED:]}" for text in opening)
+    return _sha256("\0".join(ends))
+
+
+def rendezvous(ready: List[Upstream], conversation: str) -> Upstream:
+    """Weighted rendezvous hashing: only an upstream's own conversations leave it."""
+
+    def score(upstream: Upstream) -> float:
+        digest = _sha256(f"{conversation} {upstream.name}")
+        point = (int(digest[:13], 16) + 0.5) / (1 << 52)  # between 0 and 1
+        return -upstream.options.weight / math.log(point)
+
+    return max(ready, key=score)
+
+
+MAX_NAMES, MAX_COMPARED = 500, 64  # names, and characters of each, to look for near ones
+
+
+def near_names(model: str, names: List[str]) -> str:
+    """A question that names up to three similar models; "" if there are none."""
+    import difflib  # only now, as it would slow down every start
+
+    short = {name.lower(): name for name in names[:MAX_NAMES] if len(name) <= MAX_COMPARED}
+    near = difflib.get_close_matches(model[:MAX_COMPARED].lower(), short, 3)
+    return f" Did you mean {' or '.join(repr(short[name]) for name in near)}?" if near else ""
+
+
+def most_informative(errors: List[APIError]) -> APIError:
+    """The first error of the last category."""
+    rank = list(Category)
+    return max(errors, key=lambda error: rank.index(error.category))
+
+
+def pool_error(
+    exchange: "Exchange",
     known: List[Upstream],
-    errors: List[APIError],
+    candidates: List[Upstream],
     ignored: Tuple[Category, ...],
     now: float,
 ) -> APIError:
-    """The most informative error of a call's attempts, when no upstream is left."""
-    if not errors:
-        return model_not_found(model)
-    rank = list(Category)
-    error = max(errors, key=lambda error: rank.index(error.category))
-    if error.category is Category.RATE_LIMIT:
-        delays = [upstream.available_at(model, ignored) - now for upstream in known]
-        error.retry_after = max(
-            1.0, min((seconds for seconds in delays if seconds > 0), default=1.0)
-        )
-    return error
+    """The error of a call that no upstream can serve now.
 
-
-def unavailable_error(
-    waiter: Waiter, errors: List[APIError], seconds: float, now: float
-) -> APIError:
-    """429 if only rate limits keep the upstreams from serving, else 503."""
-    model = waiter.model
-    cooling_down = [up for up in waiter.candidates if up.available_at(model) > now]
+    ``known`` are those that have its model, ``candidates`` those of them that were not tried yet.
+    Without candidates it is the most informative one of the attempts; else 429 if only rate limits
+    keep the upstreams from serving, and 503 otherwise.
+    """
+    model, errors = exchange.call.model, exchange.errors
+    delay = max(earliest_available(known, model, ignored, now) - now, 1.0)
+    if not candidates:
+        error = most_informative(errors) if errors else model_not_found(model)
+        if error.category is Category.RATE_LIMIT:
+            error.retry_after = delay
+        return error
     limited = any(error.category is Category.RATE_LIMIT for error in errors) or all(
-        upstream.available_at(model, BACKOFF_CATEGORIES) > now for upstream in cooling_down
+        upstream.available_at(model, BACKOFF_CATEGORIES) > now
+        for upstream in candidates
+        if upstream.available_at(model) > now
     )
     return APIError(
         429 if limited else 503,
         "All controllers for this model are cooling down or busy.",
         code="rate_limit_exceeded" if limited else "upstream_error",
-        retry_after=seconds,
+        retry_after=delay,
     )
 
 
@@ -8311,9 +8571,14 @@ class Exchange:
         self.waiter: Optional[Waiter] = None  # its entry in the pool's queue
         self.upstream: Any = None
         self.response: Any = None
+        self.conversation = ""  # a hash, if requests of one go to the same upstream
+        self.other_models: List[str] = []  # of an alias, to be tried when none serves this one
+        self.show_models = False  # in the route
+        # Of the current model.
         self.tried: List[Upstream] = []
         self.unsupported: List[Upstream] = []
         self.errors: List[APIError] = []
+        self.model_errors: List[APIError] = []  # one of each model that no upstream served
         self.route: List[str] = []  # the attempts, such as "akash=429"
         self.prepared, self.committed, self.started = False, False, 0.0
 
@@ -8332,7 +8597,7 @@ class Exchange:
             self._prepare()
         while self.response is None:
             if self.upstream is None:
-                self.upstream = self.pool.acquire(self)
+                self.upstream = self._acquire()
                 self.started = self.pool.clock()
                 self.tried.append(self.upstream)
                 self.call.begin_attempt()
@@ -8344,17 +8609,43 @@ class Exchange:
         return isinstance(self.response, EventStream)
 
     def _prepare(self) -> None:
-        """Resolve the model, and rule out the upstreams that don't support the call."""
-        requested = self.call.model
-        self.pool.apply_alias(self.call)
-        if not model_allowed(self.call.allowed_models, self.call.model):
-            raise model_not_found(requested)
-        self.prepared = True
+        """Resolve the model. Raises APIError if the key may use none of its targets."""
+        call, self.prepared = self.call, True
+        if self.pool.settings.pool_type == "affinity":
+            self.conversation = conversation_of(call)
+        targets = self.pool.resolve_alias(call.model)
+        self.other_models = [name for name in targets if model_allowed(call.allowed_models, name)]
+        self.show_models = len(self.other_models) > 1
+        if not self.other_models:
+            raise self.pool.unknown_model(call)
+        self._use_next_model()
+
+    def _use_next_model(self) -> None:
+        """Start over with another model, and rule out the upstreams that don't support it."""
+        self.call.set_model(self.other_models.pop(0))
+        self.tried, self.unsupported, self.errors = [], [], []
         for upstream in self.pool.upstreams:
             error = self.pool.support_error(upstream, self.call)
             if error:
                 self.unsupported.append(upstream)
                 self.errors.append(error)
+
+    def _acquire(self) -> Upstream:
+        """The upstream of the next attempt; with the next model if none serves this one."""
+        while True:
+            try:
+                return self.pool.acquire(self)
+            except APIError as error:
+                self._give_up_model(error)
+
+    def _give_up_model(self, error: APIError) -> None:
+        """Go on with the next model; without one raise the most informative error."""
+        self.model_errors.append(error)
+        if self.cancellation.reason:
+            raise error
+        if not self.other_models:
+            raise self.pool.unknown_model(self.call, most_informative(self.model_errors))
+        self._use_next_model()
 
     def events(self) -> Iterator[Event]:
         """Iterate over the response's events. Raises APIError if it ends without a Finish."""
@@ -8370,21 +8661,29 @@ class Exchange:
     def commit(self) -> None:
         """Note that the client gets this response, which ends failover."""
         self.committed = True
-        self.route.append(f"{self.upstream.name}=200")
+        self.route.append(f"{self._label()}=200")
 
     def fail_over(self, error: APIError) -> None:
         """Give up the attempt. Raises the error if its category rules out another one."""
-        if error.category is Category.RETRY:
+        if error.category is Category.RETRY and error.code != self.call.attempt.retry_reason:
             self._close_response()
             self.call.begin_attempt(error.code or "")
             return
         name = self.upstream.name
+        self.route.append(f"{self._label()}={error.upstream_status or error.status}")
         self._end_attempt(error)
-        self.route.append(f"{name}={error.upstream_status or error.status}")
         log.info("%s: %s", name, error.message.removeprefix(f"{name}: "))
-        if not FAILURE_POLICY[error.category].fail_over or self.cancellation.reason:
+        if self.other_models and error.code == "context_length_exceeded":
+            self._give_up_model(error)  # another model may have room for the conversation
+        elif not FAILURE_POLICY[error.category].fail_over or self.cancellation.reason:
             raise error
-        self.errors.append(error)
+        else:
+            self.errors.append(error)
+
+    def _label(self) -> str:
+        """The upstream in the route, with the model if an alias has several."""
+        name: str = self.upstream.name
+        return f"{name}({self.call.model})" if self.show_models else name
 
     def _close_response(self) -> None:
         response, self.response = self.response, None
@@ -8423,7 +8722,12 @@ class Dialect:
     """
 
     PREFIX = "chatcmpl-"
+    # Fields of all dialects that become a part of the prompt.
+    PROMPT = ("system", "instructions", "messages", "input", "prompt", "tools", "functions")
     text_frame: Any = None  # text_frame(JSON of a string) -> its frame, if the dialect has that
+    prompt_estimate: Optional[int] = None  # tokens of the request
+    output_units = 0  # token_units() of the events so far
+    usage: Optional[Dict[str, Any]] = None  # of the answer, when it is complete
 
     def __init__(self, body: Any, base_url: Callable[[], str] = str) -> None:
         if not isinstance(body, dict):
@@ -8441,6 +8745,35 @@ class Dialect:
 
     def prepare(self) -> None:
         """Compute what depends on the size of the body, to spare the loop. Worker thread."""
+        self.estimate_prompt()
+
+    def estimate_prompt(self) -> int:
+        """An estimate of the request's tokens, computed once."""
+        if self.prompt_estimate is None:
+            body = self.call.original.body or {}
+            self.prompt_estimate = estimate_tokens([body.get(name) for name in self.PROMPT])
+        return self.prompt_estimate
+
+    def count(self, event: Event) -> Event:
+        """Count an event's tokens. Returns it; a Finish without usage gets an estimate."""
+        if isinstance(event, Finish):
+            if not event.usage:
+                prompt, completion = self.estimate_prompt(), tokens_of(self.output_units)
+                usage = {"prompt_tokens": prompt, "completion_tokens": completion}
+                usage.update(total_tokens=prompt + completion, estimated=True)
+                event = dataclasses.replace(event, usage=usage)
+            self.usage = event.usage
+        elif isinstance(event, RawBytes):
+            self.usage = event.usage or self.usage
+        else:
+            self.output_units += event_units(event)
+        return event
+
+    def finish_of(self, answer: Answer) -> Finish:
+        """The end of a complete answer, with its usage."""
+        assert answer.finish is not None
+        self.count(answer.finish)
+        return dataclasses.replace(answer.finish, usage=self.usage)
 
     def opening_frames(self) -> bytes:
         """Frames before the first event."""
@@ -8448,10 +8781,16 @@ class Dialect:
 
     def encode(self, events: List[Event]) -> bytes:
         """Frames of a batch of events; those of Finish end the stream."""
-        if len(events) != 1:
-            return b"".join(map(self.encode_event, events))
-        event = events[0]  # a fast path: most batches have one event
-        return event.data if type(event) is RawBytes else self.encode_event(event)
+        if len(events) == 1 and type(events[0]) is RawBytes:  # fast path of relayed streams
+            self.usage = events[0].usage or self.usage
+            return events[0].data
+        return b"".join([self.encode_event(self.count(event)) for event in events])
+
+    def token_frame(self, text: bytes) -> bytes:
+        """The frame of a piece of text in JSON, without an event."""
+        ascii_units = 3 * len(text) - 6
+        self.output_units += ascii_units if text.isascii() else token_units(text[1:-1].decode())
+        return self.text_frame(text)  # type: ignore[no-any-return]
 
     def encode_event(self, event: Event) -> bytes:
         """Frames of an event; b"" for unknown ones.
@@ -8600,7 +8939,7 @@ class ChatCompletions(Dialect):
 
     def finish_frames(self, finish: Finish) -> bytes:
         last = self.head + self.LAST_CHOICE + self.chunk_tail(finish.reason)
-        if self.include_usage and finish.usage:
+        if self.include_usage:
             last += self.head + b'],"usage":' + to_json(finish.usage) + b"}\n\n"
         return last + b"data: [DONE]\n\n"
 
@@ -8620,23 +8959,15 @@ class ChatCompletions(Dialect):
         return body
 
     def body(self, choice: Dict[str, Any], answer: Answer) -> Dict[str, Any]:
-        finish = finish_of(answer)
-        body = {
+        finish = self.finish_of(answer)
+        return {
             "id": self.id,
             "object": self.OBJECT,
             "created": self.created,
             "model": self.model,
             "choices": [{**choice, "finish_reason": finish.reason}],
+            "usage": finish.usage,
         }
-        if finish.usage:
-            body["usage"] = finish.usage
-        return body
-
-
-def finish_of(answer: Answer) -> Finish:
-    """The end of an answer; a complete one always has it."""
-    assert answer.finish is not None
-    return answer.finish
 
 
 def tool_call(event: ToolCall) -> Dict[str, Any]:
@@ -9181,8 +9512,7 @@ class Messages(BlockDialect):
 
     Text is a block "text" with "text_delta", Reasoning is "thinking" with "thinking_delta", a
     ToolCall is "tool_use" with "input_json_delta". An "error" event ends a stream that fails;
-    "ping" may come anywhere. Clients need token counts, so they are estimated where the upstream
-    sends none. Reasoning is included if ``thinking`` requests it.
+    "ping" may come anywhere. Reasoning is included if ``thinking`` requests it.
     """
 
     PREFIX = "msg_"
@@ -9223,8 +9553,6 @@ class Messages(BlockDialect):
         504: "timeout_error",
         529: "overloaded_error",
     }
-    output_estimate = 0  # tokens of the closed blocks
-    input_estimate: Optional[int] = None  # tokens of the request
 
     # -- the request
 
@@ -9324,7 +9652,7 @@ class Messages(BlockDialect):
     # -- the response
 
     def opening_frames(self) -> bytes:
-        usage = {"input_tokens": self.estimate_input_tokens(), "output_tokens": 0}
+        usage = {"input_tokens": self.estimate_prompt(), "output_tokens": 0}
         return event_frame(
             "message_start", {"message": {**self.message_object([]), "usage": usage}}
         )
@@ -9343,7 +9671,6 @@ class Messages(BlockDialect):
         return self.head + to_json(text) + b"}}\n\n"
 
     def stop_block(self, text: str) -> bytes:
-        self.output_estimate += estimate_tokens(text)
         return event_frame("content_block_stop", {"index": self.block_index})
 
     def finish_frames(self, finish: Finish) -> bytes:
@@ -9360,10 +9687,7 @@ class Messages(BlockDialect):
         return b"" if style == "off" else event_frame("ping", {})
 
     def response_body(self, answer: Answer) -> Dict[str, Any]:
-        finish = finish_of(answer)
-        self.output_estimate = estimate_tokens(
-            [answer.reasoning, answer.text, [call.arguments for call in answer.tools]]
-        )
+        finish = self.finish_of(answer)
         return {
             **self.message_object(list(map(self.content_block, self.answer_blocks(answer)))),
             **self.stop_fields(finish, bool(answer.tools)),
@@ -9403,32 +9727,17 @@ class Messages(BlockDialect):
         return {"stop_reason": stop_reason, "stop_sequence": finish.stop_sequence}
 
     def usage_object(self, finish: Finish) -> Dict[str, int]:
-        """Token counts of the upstream, cached input tokens apart; else estimates."""
-        if not finish.usage:
-            return {
-                "input_tokens": self.estimate_input_tokens(),
-                "output_tokens": self.output_estimate,
-            }
-        prompt = finish.usage["prompt_tokens"]
-        cached = usage_detail(finish.usage, "prompt", "cached_tokens")
+        """Token counts, those of cached input apart."""
+        usage = finish.usage or {}
+        prompt = usage["prompt_tokens"]
+        cached = usage_detail(usage, "prompt", "cached_tokens")
         cached = cached if 0 < cached < prompt else 0
         return {
             "input_tokens": prompt - cached,
             "cache_read_input_tokens": cached,
-            "output_tokens": finish.usage["completion_tokens"],
+            "output_tokens": usage["completion_tokens"],
+            **estimate_mark(usage),
         }
-
-    def estimate_input_tokens(self) -> int:
-        """An estimate of the request's tokens, computed once."""
-        if self.input_estimate is None:
-            body = self.call.original.body or {}
-            self.input_estimate = estimate_tokens(
-                [body.get(name) for name in ("system", "messages", "tools")]
-            )
-        return self.input_estimate
-
-    def prepare(self) -> None:
-        self.estimate_input_tokens()
 
     @staticmethod
     def status(error: APIError) -> int:
@@ -9456,7 +9765,8 @@ class Messages(BlockDialect):
             "id": model["id"],
             "display_name": model["id"],
             "lifecycle": "active",
-            "created_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds)),
+            "created_at": utc(seconds),
+            **{name: model[name] for name in CONTEXT_FIELDS if name in model},
         }
 
     @staticmethod
@@ -9501,6 +9811,11 @@ def call_input(arguments: str) -> Dict[str, Any]:
     return value if isinstance(value, dict) else {"arguments": arguments}
 
 
+def estimate_mark(usage: Dict[str, Any]) -> Dict[str, bool]:
+    """The field that marks estimated token counts."""
+    return {"estimated": True} if is_estimated(usage) else {}
+
+
 def usage_detail(usage: Dict[str, Any], of: str, name: str) -> int:
     """A detail of OpenAI's prompt or completion token counts; 0 if missing."""
     return count_or_none(as_dict(usage.get(of + "_tokens_details")).get(name)) or 0
@@ -9514,7 +9829,7 @@ class CountTokens(Messages):
         return Call({"model": model} if isinstance(model, str) else {}, relay_only=True)
 
     def local_response(self) -> Optional[Dict[str, Any]]:
-        return {"input_tokens": self.estimate_input_tokens()}
+        return {"input_tokens": self.estimate_prompt()}
 
 
 class Responses(BlockDialect):
@@ -9767,7 +10082,7 @@ class Responses(BlockDialect):
             self.output_item(event, self.ITEM_WIRE[type(event)][0] + new_id())
             for event in self.answer_blocks(answer)
         ]
-        return self.response_object(answer.finish)
+        return self.response_object(self.finish_of(answer))
 
     def response_object(self, finish: Optional[Finish] = None) -> Dict[str, Any]:
         """The response's current state."""
@@ -9807,6 +10122,7 @@ class Responses(BlockDialect):
         return len(value if isinstance(value, str) else _encode(value)) <= cls.ECHO_LIMIT
 
     def prepare(self) -> None:
+        super().prepare()
         self.echoed_params()
 
     @staticmethod
@@ -9853,6 +10169,7 @@ def response_usage(usage: Dict[str, Any]) -> Dict[str, Any]:
         "total_tokens": usage["total_tokens"],
         "output_tokens_details": {"reasoning_tokens": reasoning},
         "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
+        **estimate_mark(usage),
     }
 
 
@@ -9882,6 +10199,9 @@ class Passthrough(Dialect):
         self.call.original.content_type = (
             "application/json" if body else content_type or "application/octet-stream"
         )
+
+    def prepare(self) -> None:
+        """Nothing: its answers are relayed, and its body may be very large."""
 
     @staticmethod
     def document(data: bytes) -> Dict[str, Any]:
@@ -10388,10 +10708,12 @@ class Request:
 class AccessRecord:
     """Values of a model call for the access log and the metrics. Owned as its Request."""
 
-    __slots__ = ("broken_off", "controller", "first_token_at", "model", "route", "usage")
+    __slots__ = (
+        "answered_model", "broken_off", "controller", "first_token_at", "model", "route", "usage",
+    )  # fmt: skip
 
     def __init__(self) -> None:
-        self.model = self.controller = ""
+        self.model = self.answered_model = self.controller = ""
         self.route: List[str] = []  # the attempts, such as "akash=429"
         self.broken_off = False  # failed after its first byte
         self.usage: Optional[Dict[str, int]] = None
@@ -11083,7 +11405,8 @@ class StreamRelay:
 
     def _choose_fast_path(self) -> None:
         body, decoder = self.stream.response.body, self.stream.decoder
-        encode = self.dialect.text_frame if self.call.attempt.content_type is None else bytes
+        is_relayed = self.call.attempt.content_type is not None
+        encode = bytes if is_relayed else self.dialect.text_frame and self.dialect.token_frame
         usable = decoder.has_fast_path and encode and body.chunked and self.writer.chunked
         usable = usable and self.stream.response.content is None
         self.fast_path = (body.single_chunk, decoder.fast_path, encode) if usable else ()
@@ -11097,7 +11420,7 @@ class StreamRelay:
             return
         else:
             frames = self.responder.start_stream() + self.dialect.encode(events)
-        self.request.record.usage = getattr(events[-1], "usage", None) or self.request.record.usage
+        self.request.record.usage = self.dialect.usage
         if not self.stream.complete:
             if not self.writer.write(frames):
                 self._pause()
@@ -11261,10 +11584,16 @@ METRICS: Dict[str, Tuple[str, str, Tuple[str, ...]]] = {
         "counter", "Prompt tokens, where upstreams report them.", ("controller",)),
     "akashproxy_completion_tokens_total": (
         "counter", "Completion tokens, where upstreams report them.", ("controller",)),
+    "akashproxy_estimated_prompt_tokens_total": (
+        "counter", "Prompt tokens, estimated where upstreams report none.", ("controller",)),
+    "akashproxy_estimated_completion_tokens_total": (
+        "counter", "Completion tokens, estimated where upstreams report none.", ("controller",)),
     "akashproxy_model_requests_total": (
         "counter", "Completed model calls, by a model that upstreams list.", ("model",)),
     "akashproxy_model_tokens_total": (
         "counter", "Tokens, by a model that upstreams list.", ("model", "type")),
+    "akashproxy_model_estimated_tokens_total": (
+        "counter", "Estimated tokens, by a model that upstreams list.", ("model", "type")),
     "akashproxy_upstream_requests_total": (
         "counter", "Attempts, by their outcome.", ("controller", "outcome")),
     "akashproxy_failovers_total": ("counter", "Failovers to another controller.", ()),
@@ -11284,6 +11613,8 @@ METRICS: Dict[str, Tuple[str, str, Tuple[str, ...]]] = {
         "counter", "Model calls rejected by the limits of a key.", ("key",)),
     "akashproxy_key_in_flight": ("gauge", "Model calls of a key in progress.", ("key",)),
     "akashproxy_key_tokens_total": ("counter", "Tokens used by a key.", ("key", "type")),
+    "akashproxy_key_estimated_tokens_total": (
+        "counter", "Estimated tokens used by a key.", ("key", "type")),
     "akashproxy_sent_bytes_total": ("counter", "Bytes sent in response bodies.", ()),
     "akashproxy_open_connections": ("gauge", "Open client connections.", ()),
     "akashproxy_build_info": ("gauge", "Always 1.", ("version", "python")),
@@ -11341,23 +11672,25 @@ class Metrics:
         self.observe(
             "akashproxy_time_to_first_token_seconds", record.controller, first - started_at
         )
-        tokens = (record.usage or {}).get("completion_tokens") or 0
-        if tokens > 1:
+        usage = record.usage or {}
+        tokens = usage.get("completion_tokens") or 0
+        if tokens > 1 and not is_estimated(usage):
             seconds = (now - first) / (tokens - 1)
             self.observe("akashproxy_time_per_output_token_seconds", record.controller, seconds)
 
     def _add_tokens(self, request: "Request", call: Call) -> None:
         """Count a call's tokens. The caller holds the lock."""
         usage, counts = request.record.usage or {}, self.counts
+        estimated, model = "estimated_" * is_estimated(usage), self.model_label(call.model)
         for kind in ("prompt", "completion"):
             tokens = max(0, usage.get(f"{kind}_tokens") or 0)
             if tokens:
-                counts[f"akashproxy_{kind}_tokens_total", request.record.controller] += tokens
-                counts["akashproxy_model_tokens_total", self.model_label(call.model), kind] += (
-                    tokens
-                )
+                controller = request.record.controller
+                counts[f"akashproxy_{estimated}{kind}_tokens_total", controller] += tokens
+                counts[f"akashproxy_model_{estimated}tokens_total", model, kind] += tokens
                 if request.key is not None:
-                    counts["akashproxy_key_tokens_total", request.key.name, kind] += tokens
+                    name = request.key.name
+                    counts[f"akashproxy_key_{estimated}tokens_total", name, kind] += tokens
 
     def model_label(self, model: str) -> str:
         """Return the label of a model: its name if upstreams list it, else "other"."""
@@ -11466,7 +11799,8 @@ BODILESS_METHODS = ("GET", "HEAD", "OPTIONS", "DELETE")  # their bodies are not 
 SERVER_NAME = f"akashproxy/{__version__}"
 CORS_ANY = (
     "Access-Control-Allow-Origin: *\r\nAccess-Control-Expose-Headers: "
-    "x-request-id, retry-after, x-should-retry, x-akashproxy-ignored, x-akashproxy-route\r\n"
+    "x-request-id, retry-after, x-should-retry, x-akashproxy-context-overflow, "
+    "x-akashproxy-ignored, x-akashproxy-route\r\n"
 )
 _UNPRINTABLE = re.compile(r"[^ -~]")  # not allowed in a header
 _STATUS_LINES = {int(status): f"HTTP/1.1 {status:d} {status.phrase}" for status in http.HTTPStatus}
@@ -11654,8 +11988,11 @@ _FORWARDED = {
 
 @functools.lru_cache(maxsize=1024)
 def is_trusted(address: str, networks: Tuple[str, ...]) -> bool:
-    """Return whether an IP address is in one of the networks; ValueError if invalid."""
-    ip: Any = ipaddress.ip_address(address)
+    """Return whether a peer is in one of the networks; False if it has no IP address."""
+    try:
+        ip: Any = ipaddress.ip_address(address)
+    except ValueError:
+        return False
     ip = getattr(ip, "ipv4_mapped", None) or ip  # ::ffff:127.0.0.1, on a socket for both families
     return any(ip in ipaddress.ip_network(network) for network in networks)
 
@@ -11707,6 +12044,7 @@ def acquire_key(request: Request, call: Call) -> None:
     )
     key.acquire(call.image_count or (n if type(n) is int and n > 0 else 1))
     request.counted = True
+    call.key_name = key.name
     call.one_image_at_a_time = key.options.max_concurrency > 0
     apply_key_limits(call, key.options, request.head.headers)
 
@@ -11885,8 +12223,8 @@ class CallResponder:
     def start_buffered(self, events: List[Event]) -> bytes:
         """Begin a response that is not streamed; returns its body."""
         self._commit()
-        content_type, answer = self.call.attempt.content_type, fold(events)
-        self.request.record.usage = getattr(events[-1], "usage", None) if events else None
+        content_type, answer = self.call.attempt.content_type, fold(map(self.dialect.count, events))
+        self.request.record.usage = self.dialect.usage
         data = answer.raw
         if content_type is None:
             content_type, data = "application/json", to_json(self.dialect.response_body(answer))
@@ -11920,7 +12258,7 @@ class CallResponder:
         for event in itertools.chain([first], events):
             frames += self.dialect.encode([event])
             if isinstance(event, Finish):
-                self.request.record.usage = event.usage
+                self.request.record.usage = self.dialect.usage
                 break
             self.writer.write(frames)
             self.writer.connection.wait_for_room()
@@ -11931,12 +12269,16 @@ class CallResponder:
         self.exchange.commit()
         record = self.request.record
         record.first_token_at, record.controller = time.monotonic(), self.exchange.upstream.name
+        if self.call.model != self.call.requested_model:
+            record.answered_model = self.call.model
 
 
 def call_headers(request: Request) -> Dict[str, str]:
-    """Return the headers that list a call's attempts and ignored parameters."""
+    """Return the headers on a call's attempts, its ignored parameters and its length."""
     route, call = request.record.route, request.call
     headers = {"X-Akashproxy-Route": ", ".join(route)} if route else {}
+    if call and call.attempt.overflow:
+        headers["X-Akashproxy-Context-Overflow"] = call.attempt.overflow
     ignored = list(call.attempt.ignored_params) if call else []
     if call and call.attempt.content_type is None:
         ignored += call.untranslated
@@ -12210,9 +12552,14 @@ def get_metrics(handler: Handler) -> None:
     )
 
 
+def allowed_models(handler: Handler) -> Tuple[str, ...]:
+    """Return the patterns of models that the client's key may use; (): all."""
+    return handler.request.key.options.models if handler.request.key is not None else ()
+
+
 def models_of_key(handler: Handler) -> List[Dict[str, Any]]:
     """Return the models that the client's key may use."""
-    patterns = handler.request.key.options.models if handler.request.key is not None else ()
+    patterns = allowed_models(handler)
     return [model for model in handler.server.pool.models() if model_allowed(patterns, model["id"])]
 
 
@@ -12224,12 +12571,14 @@ def get_models(handler: Handler) -> None:
 def get_model(handler: Handler) -> None:
     """Send one model of the list; APIError 404."""
     requested = handler.request.route.remainder
-    name = handler.server.pool.resolve_alias(requested)
-    for model in models_of_key(handler):
-        if model["id"] == name:
-            handler.send_json(200, handler.dialect.model_object({**model, "id": requested}))
+    models = {model["id"]: model for model in models_of_key(handler)}
+    for name in handler.server.pool.resolve_alias(requested):
+        if name in models:
+            handler.send_json(200, handler.dialect.model_object({**models[name], "id": requested}))
             return
-    raise model_not_found(requested)
+    call = Call({"model": requested})
+    call.allowed_models = allowed_models(handler)
+    raise handler.server.pool.unknown_model(call)
 
 
 def get_response(handler: Handler) -> None:
@@ -12672,6 +13021,8 @@ def trace_id(traceparent: str) -> str:
 def log_access(request: Request, now: float) -> None:
     """Write a request's line of the access log."""
     record, usage, writer = request.record, request.record.usage or {}, request.writer
+    counted: Dict[str, Any] = {} if is_estimated(usage) else usage
+    estimated = usage if is_estimated(usage) else {}
     started_at = request.started_at
     facts = {
         "client": client_address(request),
@@ -12681,12 +13032,15 @@ def log_access(request: Request, now: float) -> None:
         "status": writer.status or 499,
         "ended": ending(request),
         "model": shorten(record.model),
+        "answered_model": shorten(record.answered_model),
         "controller": record.controller,
         "first_ms": round((record.first_token_at or now) * 1000) - round(started_at * 1000),
         "ms": round((now - started_at) * 1000),
         "bytes": writer.bytes_sent,
-        "tokens_in": usage.get("prompt_tokens"),
-        "tokens_out": usage.get("completion_tokens"),
+        "tokens_in": counted.get("prompt_tokens"),
+        "tokens_out": counted.get("completion_tokens"),
+        "estimated_in": estimated.get("prompt_tokens"),
+        "estimated_out": estimated.get("completion_tokens"),
         "trace": trace_id(request.head.headers.get("traceparent", "")),
         "id": request.id,
     }

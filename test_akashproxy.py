@@ -1471,7 +1471,7 @@ MODEL_LISTS = {
 
 @table(MODEL_LISTS)
 def test_every_shape_of_a_model_list(case):
-    assert akashproxy.akash_models(case[0]) == case[1]
+    assert list(akashproxy.akash_models(case[0])) == case[1]
 
 
 def test_models(akash, serve):
@@ -1529,7 +1529,7 @@ def test_a_picture_through_chat_as_the_original_gave_it(akash, serve):
     assert got.status == 200 and got.json["code"] == 200
     assert got.json["data"] == {"model": "AkashGen", "jobId": JOB, "prompt": "A red fox in the snow",
                                 "pic": f"{akash.url}/api/image/job_51083a4c_00001_.png"}
-    assert got.json["object"] == "chat.completion" and "usage" not in got.json
+    assert got.json["object"] == "chat.completion" and got.json["usage"]["estimated"] is True
     assert got.json["choices"][0]["message"]["content"] == (
         f"![A red fox in the snow]({server.url}/images/job_51083a4c_00001_.png)")
 
@@ -1931,7 +1931,8 @@ def test_the_chunks_of_a_stream(akash, serve):
         assert "usage" not in event and event["choices"]
     akash.chat = HELLO
     events = sse(chat(server, stream=True, stream_options={"include_usage": True}).body)
-    assert all(event["choices"] and event["usage"] is None for event in events), "unknown usage is left out"
+    assert all(event["choices"] and event["usage"] is None for event in events[:-1])
+    assert events[-1]["choices"] == [] and events[-1]["usage"]["estimated"] is True, "unknown usage is estimated"
 
 
 def test_a_token_is_sent_at_once(akash, serve):
@@ -2839,7 +2840,7 @@ class FakeOpenAI(Fake):
     def answer(self, sock, request):
         if request.path == "/v1/models":
             sock.sendall(reply(body=json.dumps({"object": "list", "data": [
-                {"id": name, "object": "model", "created": 7, "owned_by": "fake"} for name in self.models]}).encode()))
+                name if isinstance(name, dict) else {"id": name, "object": "model", "created": 7, "owned_by": "fake"} for name in self.models]}).encode()))
         elif request.path.startswith("/v1/audio/"):
             sock.sendall(reply(body=b"ID3" + request.body, kind="audio/mpeg"))
         elif request.path == "/v1/chat/completions" and json.loads(request.body).get("stream"):
@@ -3825,6 +3826,308 @@ def test_a_process_without_descriptors_blames_no_upstream(config, pool):
             assert got.startswith(b"HTTP/1.1 503") and b"Retry-After: 1\r\n" in got and b"out of resources" in got
         for state in ask_again(status, path="/status").json["controllers"]:
             assert (state["failed"], state["rests_for_seconds"], state["last_error"]) == (0, 0, None)
+
+
+# -- several models behind one alias
+
+
+SMART = {"smart": ["one", "two", "three"]}
+FALLBACKS = {   # (fault at a, which alone has the model "one"; who answers with which model, the route); b has "two"
+    "the first answers": (None, "one", "a(one)=200"),
+    "a limit": (lambda fake: fake.status(429, extra=LIMIT), "two", "a(one)=429, b(two)=200"),
+    "cut before the first event": (lambda fake: fake.garbage(FakeOpenAI.head()), "two", "a(one)=502, b(two)=200"),
+    "unknown at its upstream": (lambda fake: fake.status(404), "two", "a(one)=404, b(two)=200"),
+    "a server error": (lambda fake: fake.status(500), "two", "a(one)=500, b(two)=200"),
+    "too long for it": (lambda fake: fake.status(400, b'{"error":{"message":"m","code":"context_length_exceeded"}}'), "two", "a(one)=400, b(two)=200"),
+    "a wrong request": (lambda fake: fake.status(400), None, "a(one)=400"),
+}
+
+
+@table(FALLBACKS)
+@pytest.mark.parametrize("streamed", [False, True])
+def test_the_models_of_an_alias_are_tried_in_order(case, streamed, pool, caplog):
+    caplog.set_level("INFO")
+    fault, model, route = case
+    a, b = FakeOpenAI(), FakeOpenAI()
+    server = pool((a, {"models": ("one",)}), (b, {"models": ("two",)}), model_aliases=SMART)
+    a.faults.extend([fault(a)] if fault else [])
+    got = chat(server, BOTH, stream=streamed, model="smart")
+    assert got.headers["x-akashproxy-route"] == route and got.status == (200 if model else 400)
+    if model:
+        assert ({"one": a, "two": b}[model]).bodies()[-1]["model"] == model
+        answers = sse(got.body) if streamed else [got.json]
+        assert {answer["model"] for answer in answers} == {"smart"}
+        wait_for(lambda: f"model=smart answered_model={model} " in caplog.text)
+
+
+def test_models_of_an_alias_that_rest_or_are_unknown_are_passed_over(pool):
+    a, b = FakeOpenAI(), FakeOpenAI()
+    server = pool((a, {"models": ("one",)}), (b, {"models": ("two",)}), model_aliases={"smart": ["zero", "one", "two"]}, max_wait=9)
+    a.faults.append(a.garbage(b"\0"))
+    assert chat(server, BOTH, model="smart").headers["x-akashproxy-route"] == "a(one)=502, b(two)=200"
+    assert chat(server, BOTH, model="smart").headers["x-akashproxy-route"] == "b(two)=200", "a model with others after it is not waited for"
+    for path, body in {"/v1/messages": ASKED, "/v1/responses": {"input": "hi"}}.items():
+        got = ask(server, "POST", path, {**body, "model": "smart"})
+        assert got.json["model"] == "smart" and b.bodies()[-1]["model"] == "two"
+    assert ask(server, path="/v1/models/smart").json["id"] == "smart"
+
+
+def test_when_no_model_of_an_alias_can_be_served_the_best_error_is_told(pool):
+    a, b = FakeOpenAI(), FakeOpenAI()
+    server = pool((a, {"models": ("one",)}), (b, {"models": ("two",)}), model_aliases=SMART)
+    a.faults.append(a.status(429, extra=LIMIT))
+    b.faults.append(b.status(500))
+    got = chat(server, BOTH, model="smart")
+    assert (got.status, got.headers["retry-after"], got.headers["x-akashproxy-route"]) == (429, "7", "a(one)=429, b(two)=500")
+
+
+def test_a_key_uses_only_its_own_models_of_an_alias(pool):
+    a, b = FakeOpenAI(), FakeOpenAI()
+    server = pool((a, {"models": ("one",)}), (b, {"models": ("two",)}), model_aliases=SMART, keys=keys("alice", models=("two",)) + keys("bob", models=("x",)))
+    assert chat(server, BOTH, bearer("alice"), model="smart").headers["x-akashproxy-route"] == "b=200" and not a.bodies()
+    b.faults.append(b.status(500))
+    assert chat(server, BOTH, bearer("alice"), model="smart").status == 502 and not a.bodies()
+    refused = chat(server, BOTH, bearer("bob"), model="smart")
+    assert (refused.status, refused.json["error"]["code"]) == (404, "model_not_found") and "one" not in refused.json["error"]["message"].split("'")
+
+
+def test_lists_of_models_are_a_setting(config):
+    path = config({"model_aliases": {"a": ["b", "c"], "d": "e"}})
+    assert load(path).model_aliases == {"a": ["b", "c"], "d": "e"}
+    assert Settings.load({"MODEL_ALIASES": "a=b,a=c,d=e"}).model_aliases == {"a": ["b", "c"], "d": "e"}
+    assert "MODEL_ALIASES=a=b,a=c,d=e\n" in run("--config-file", path, "--check").stdout
+    for wrong in ([], [""], ["x", 1], 7, {"x": "y"}, None):
+        with pytest.raises(ConfigError, match="model_aliases: 'a' must be a model or a list of models"):
+            load(config({"model_aliases": {"a": wrong}}))
+
+
+def relayed_with(name, data, cut):
+    decoder = akashproxy.PassthroughDecoder("up", model=name)
+    events = [event for at in range(0, len(data), cut) if not decoder.complete for event in decoder.feed(data[at:at + cut])] + decoder.close()
+    return b"".join(event.data for event in events)
+
+
+@pytest.mark.parametrize("cut", [1, 7, 10 ** 6])
+def test_only_the_model_of_a_relayed_answer_is_replaced(cut):
+    event = b'data: {"id":"c","model" : "big/one","choices":[{"delta":{"content":"%b"}}]}\n\n'
+    quoted = rb'\"model\":\"big/one\" \"model\" : \"big/one\"'
+    data = event % quoted + b": ping\n\n" + event % b"x" + b"data: [DONE]\n\n"
+    assert relayed_with("", data, cut) == data
+    assert relayed_with("a\"b", data, cut) == data.replace(b'"model" : "big/one","c', b'"model":"a\\"b","c')
+
+
+# -- the same controller for a conversation
+
+
+def conversations(pool, count):
+    return {str(number): pool.acquire(conversation(pool, str(number))).name for number in range(count)}
+
+
+def conversation(pool, number):
+    call = exchange(pool)
+    call.conversation = number
+    return call
+
+
+def test_affinity_is_by_weight_and_moves_only_what_must_move():
+    pool = members_of({"a": 2, "b": 1, "c": 1}, "affinity")
+    before = conversations(pool, 4000)
+    counted = collections.Counter(before.values())
+    assert conversations(pool, 4000) == before
+    assert all(abs(counted[name] - share) < 150 for name, share in {"a": 2000, "b": 1000, "c": 1000}.items()), counted
+    pool.upstreams[1].record_result(stop_of(429, retry_after=60), pool.clock(), pool.clock())
+    while_b_rests = conversations(pool, 4000)
+    assert {before[number] for number in before if while_b_rests[number] != before[number]} == {"b"}
+    assert {while_b_rests[number] for number in before if before[number] == "b"} == {"a", "c"}
+    pool.clock.now += 61
+    assert conversations(pool, 4000) == before
+    bigger = conversations(members_of({"a": 2, "b": 1, "c": 1, "d": 4}, "affinity"), 4000)
+    assert {bigger[number] for number in before if bigger[number] != before[number]} == {"d"}
+
+
+FIRST, ANSWER, SECOND = user("a question"), {"role": "assistant", "content": "an answer"}, user("another one")
+SAME_CONVERSATION = {   # requests of one conversation, as chats; the last one belongs to another
+    "it goes on": ({"messages": [FIRST]}, {"messages": [FIRST, ANSWER, SECOND]}, {"messages": [SECOND]}),
+    "a string or parts": ({"messages": [FIRST]}, {"messages": [user([{"type": "text", "text": "a question", "cache_control": {"type": "ephemeral"}}])]},
+                          {"messages": [user([{"type": "text", "text": "a question?"}])]}),
+    "another system text": ({"messages": [{"role": "system", "content": "s"}, FIRST]}, {"messages": [{"role": "developer", "content": "s"}, FIRST, ANSWER]},
+                            {"messages": [FIRST]}),
+    "a prompt_cache_key": ({"messages": [FIRST], "prompt_cache_key": "k"}, {"messages": [SECOND], "prompt_cache_key": "k"},
+                           {"messages": [FIRST], "prompt_cache_key": "l"}),
+    "half a character": ({"messages": [user("\ud800")]}, {"messages": [user("\ud800"), ANSWER]}, {"messages": [user("\ud801")]}),
+    "a long text": ({"messages": [user("x" * 10 ** 6)]}, {"messages": [user("x" * 10 ** 6), ANSWER]}, {"messages": [user("x" * 999_999)]}),
+}
+
+
+def conversation_of(body, key="", model="m"):
+    call = Call({"model": model, **body})
+    call.original.body, call.key_name = body, key
+    return akashproxy.conversation_of(call)
+
+
+@table(SAME_CONVERSATION)
+def test_requests_of_one_conversation(case):
+    one, later, other = map(conversation_of, case)
+    assert one == later == conversation_of(case[0], model="n") and one and one != other
+    assert ("prompt_cache_key" in case[0]) == (conversation_of(case[0], "alice") == one), "keys part conversations"
+
+
+def test_what_is_no_conversation():
+    for body in ({}, {"input": "x"}, {"messages": None}, {"messages": [ANSWER, 7]}, {"messages": 7}, {"prompt_cache_key": 7}):
+        assert conversation_of(body) == "", body
+
+
+def test_hashing_a_conversation_takes_no_longer_for_a_long_text():
+    body = {"messages": [user("\u00e9" * (16 << 20))]}
+    started = time.thread_time()
+    conversation_of(body)
+    assert time.thread_time() - started < 0.01
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/v1/responses"])
+def test_conversations_keep_their_controller_in_all_dialects(path, pool):
+    server = pool(FakeOpenAI(), FakeOpenAI(), FakeOpenAI(), pool_type="affinity")
+
+    def route(*texts):
+        messages = [{"role": role, "content": text} for role, text in zip(itertools.cycle(("user", "assistant")), texts)]
+        body = {"input": messages, "instructions": "s"} if "responses" in path else {"messages": messages, "max_tokens": 9}
+        return ask(server, "POST", path, {"model": "both", **body}).headers["x-akashproxy-route"]
+
+    routes = {text: route(text) for text in map(str, range(12))}
+    assert len(set(routes.values())) == 3
+    assert {text: route(text, "an answer", "more") for text in routes} == routes
+    keyed = {ask(server, "POST", path, {"model": "both", "input": str(n), "messages": [user(str(n))], "max_tokens": 9, "prompt_cache_key": "k"}).headers[
+        "x-akashproxy-route"] for n in range(6)}
+    assert len(keyed) == 1
+
+
+# -- the length of a model's context
+
+
+LENGTHS = {     # an entry of a model list: the length of its context
+    "Akash's, July": ({"token_limit": 8000}, 8000), "Akash's, 2026": ({"tokenLimit": 128000}, 128000), "OpenRouter": (
+        {"context_length": 9, "top_provider": {"context_length": 8, "max_completion_tokens": 7}}, 9),
+    "OpenRouter's provider only": ({"top_provider": {"max_completion_tokens": 7, "context_length": 8}}, 8), "vLLM": ({"max_model_len": 32768}, 32768),
+    "Groq": ({"context_window": 131072, "max_completion_tokens": 5}, 131072), "Mistral": ({"max_context_length": 7}, 7),
+    "GitHub": ({"capabilities": {"limits": {"max_output_tokens": 1, "max_context_window_tokens": 64000, "max_prompt_tokens": 9}}}, 64000),
+    "limits": ({"limits": {"max_input_tokens": 5, "max_output_tokens": 4}}, 5), "Gemini": ({"outputTokenLimit": 3, "inputTokenLimit": 1048576}, 1048576),
+    "models.dev": ({"limit": {"output": 3, "context": 4}}, 4), "nested in two names": ({"context": {"length": 6}}, 6),
+    "llama.cpp": ({"meta": {"n_vocab": 1, "n_ctx": 4096}}, 4096), "camel case": ({"contextWindow": 5}, 5), "with dashes": ({"max-context-length": 5}, 5),
+    "a string": ({"context_length": "8192"}, 8192), "a float": ({"context_length": 8192.0}, 8192), "the largest": ({"context_length": 2 ** 53 - 1}, 2 ** 53 - 1),
+    "context before other names": ({"max_input_tokens": 5, "context_window": 6}, 6), "the next one, if one is wrong": ({"context_length": 0, "max_model_len": 6}, 6),
+    "zero": ({"context_length": 0}, None), "negative": ({"context_length": -1}, None), "too large": ({"context_length": 2 ** 53}, None),
+    "half": ({"context_length": 0.5}, None), "a Boolean": ({"context_length": True}, None), "words": ({"context_length": "long"}, None),
+    "null": ({"context_length": None, "max_model_len": []}, None), "other digits": ({"context_length": "\u0665"}, None), "huge": ({"max_model_len": "9" * 400}, None),
+    "of the answer": ({"max_output_tokens": 5, "max_completion_tokens": 6, "output_token_limit": 7, "max_tokens": 8}, None),
+    "nothing": ({"id": "m", "name": "context_length"}, None), "deep": (functools.reduce(lambda inner, _: {"x": inner}, range(400), {"context_length": 5}), None),
+}
+
+
+@table(LENGTHS)
+def test_the_length_of_a_context_is_found_in_whatever_name(case, pool):
+    entry, length = case
+    assert akashproxy.context_length(entry) == length
+    told = {"context_length": length, "max_model_len": length} if length else {}
+    fake, other = FakeOpenAI([{"id": "m", **entry}, "alone"]), FakeOpenAI([{"id": "m"}, {"id": "alone", "context_window": 77}])
+    server = pool((fake, {"model_map": {"mapped": "m"}}), (other, {"models": ("alone",)}))
+    for headers in ({}, {"anthropic-version": "2023-06-01"}):
+        models = {model["id"]: model for model in ask(server, path="/v1/models", headers=headers).json["data"]}
+        models["one"] = ask(server, path="/v1/models/m", headers=headers).json
+        for name in ("m", "mapped", "one"):
+            assert {field: value for field, value in models[name].items() if field in ("context_length", "max_model_len")} == told, name
+        assert models["alone"]["context_length"] == 77, "the other controller tells it"
+
+
+ADA = [user("My name is Ada. " * 1000), {"role": "assistant", "content": "Hello, Ada."}, user("What is my name?")]     # 4,000 tokens by our estimate
+CUT = {     # (the model's entry, the messages, is it cut)
+    "a short limit": ({"token_limit": 4000}, ADA, "about 4008 tokens > 3000"), "another name": ({"tokenLimit": 4000}, ADA, "about 4008 tokens > 3000"),
+    "it just fits": ({"tokenLimit": 5008}, ADA, None), "one token too long": ({"tokenLimit": 5007}, ADA, "about 4008 tokens > 4007"),
+    "no limit": ({}, ADA, None), "no limit, very long": ({}, [user("Ada " * 130_000)], "about 130001 tokens > 127000"),
+    "system text counts": ({"tokenLimit": 4000}, [{"role": "system", "content": "x " * 7000}, user("hi")], "about 3501 tokens > 3000"),
+    "pictures do not": ({"tokenLimit": 4000}, [user([{"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 50_000}}])], None),
+}
+
+
+@table(CUT)
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_conversation_that_akash_would_cut(case, streamed, akash, serve):
+    entry, messages, cut = case
+    akash.models = [{"id": "Qwen/Qwen3", **entry}]
+    got = chat(serve(), {"model": "Qwen/Qwen3", "messages": messages}, stream=streamed)
+    assert got.status == 200 and got.headers.get("x-akashproxy-context-overflow") == cut
+    if streamed:
+        return
+    server, asked = serve(context_overflow="refuse"), len(akash.bodies())
+    got = chat(server, {"model": "Qwen/Qwen3", "messages": messages})
+    assert (got.status, len(akash.bodies()) - asked) == ((400, 0) if cut else (200, 1))
+    if cut:
+        assert (got.json["error"]["code"], got.json["error"]["param"]) == ("context_length_exceeded", "messages")
+        assert cut in got.json["error"]["message"]
+        got = ask(server, "POST", "/v1/messages", {"model": "Qwen/Qwen3", "messages": [user("Ada " * 200_000)], "max_tokens": 9})
+        assert got.status == 400 and got.json["error"]["message"].startswith("prompt is too long: 200001 tokens > ")
+
+
+def test_a_controller_refuses_or_another_one_has_room(pool, config):
+    akash, other = FakeAkash(), FakeOpenAI()
+    akash.models = [{"id": "both", "token_limit": 3000}]
+    server = pool((akash, {"context_overflow": "refuse"}), (other, {"priority": 2}))
+    assert chat(server, {"model": "both", "messages": ADA}).headers["x-akashproxy-route"] == "a=400, b=200" and not akash.bodies()
+    server = pool((akash, {"context_overflow": "warn"}), context_overflow="refuse")
+    assert chat(server, {"model": "both", "messages": ADA}).headers["x-akashproxy-context-overflow"] == "about 4008 tokens > 2000"
+    with pytest.raises(ConfigError, match="context_overflow: 'no' is not one of warn, refuse"):
+        load(config({"controllers": [{"type": "akash", "context_overflow": "no"}]}))
+
+
+def test_no_list_of_models_is_no_reason_to_fail(akash, serve):
+    akash.models = []
+    got = chat(serve(), {"model": "m", "messages": ADA})
+    assert got.status == 200 and "x-akashproxy-context-overflow" not in got.headers
+
+
+# -- near names of an unknown model
+
+
+NEAR = {    # (asked for, the models a key may use, what is suggested)
+    "a typo": ("gpt-4o-mimi", ["gpt-4o-mini", "llama3.2"], "'gpt-4o-mini'"),
+    "the case": ("LLAMA3.2", ["gpt-4o-mini", "llama3.2"], "'llama3.2'"),
+    "up to three": ("qwen3-80b", ["qwen3-8b", "qwen3-32b", "qwen3-80", "qwen3-800b", "x"], "'qwen3-800b' or 'qwen3-8b' or 'qwen3-80'"),
+    "none": ("zzz", ["gpt-4o-mini"], ""),
+    "no models": ("zzz", [], ""),
+}
+
+
+@table(NEAR)
+def test_near_names(case):
+    asked, names, expected = case
+    assert akashproxy.near_names(asked, names) == (f" Did you mean {expected}?" if expected else "")
+
+
+@pytest.mark.parametrize("names, asked", [
+    ([f"model-{number:06}" for number in range(10_000)], "model-123456"), (["a" * 250] * 10_000, "a" * 256),
+    ([f"{'ab' * 28}{number:05}" for number in range(10_000)], "ab" * 128), ([f"{'a' * 50}{'b' * (number % 14)}" for number in range(10_000)], "ab" * 32),
+], ids=["many", "long", "alternating", "nested"])
+def test_looking_for_near_names_is_bounded(names, asked):
+    started = time.thread_time()
+    akashproxy.near_names(asked, names)
+    assert time.thread_time() - started < 0.5
+
+
+def test_an_unknown_models_error_says_what_there_is(pool, serve, akash):
+    fake = FakeOpenAI(["gpt-4o", "gpt-4o-dear"])
+    server = pool((fake, {"models": ("gpt-*",)}), keys=keys("alice", models=("gpt-4o", "gpt-4")) + keys("bob"),
+                  model_aliases={"gpt-4p": "gpt-4", "*x*": "gpt-4o"})
+    fake.faults.extend([fake.status(404, b'{"error":{"message":"no such model","code":"model_not_found"}}')] * 2)
+    for key, near in (("alice", "'gpt-4p' or 'gpt-4o'"), ("bob", "'gpt-4p' or 'gpt-4o' or 'gpt-4o-dear'")):
+        error = chat(server, BOTH, bearer(key), model={"alice": "gpt-4", "bob": "gpt-4-dea"}[key]).json["error"]
+        assert error["message"].startswith("a: no such model. /v1/models lists the available models. Did you mean "), error
+        assert set(re.findall("'[^']*'", error["message"])) <= set(re.findall("'[^']*'", near)) and "'gpt-4o" in error["message"]
+    assert "Did you mean 'gpt-4o'" in ask(server, path="/v1/models/gpt-4o-", headers=bearer("alice")).json["error"]["message"]
+    unknown = STREAM_HEAD + chunk(UNKNOWN) + b"0\r\n\r\n"
+    akash.faults.append(akash.raw(unknown, keep=True))
+    got = chat(serve(), model="Qwen/Qwen-3").json
+    assert got["data"]["msg"] == "Error Model." and got["error"]["message"].endswith("/v1/models lists the available models. Did you mean 'Qwen/Qwen3'?")
+    fake.faults.append(fake.status(404, b'{"error":{"message":"The model gpt-4o is gone"}}'))
+    assert chat(server, BOTH, bearer("bob"), model="gpt-4o").json["error"]["message"] == "a: The model gpt-4o is gone", "it is listed"
 
 
 # -- waiting for a controller that is full
@@ -7045,7 +7348,76 @@ def test_log_lines(form, akash):
         assert (first["status"], first["model"], first["controller"], second["path"]) == (200, "demo", "akash", "/no\nwhere\x1b[31m")
     else:
         assert re.search(r" INFO client=127\.0\.0\.1 method=POST path=/v1/chat/completions status=200 ended=whole model=demo controller=akash "
-                         r"first_ms=\d+ ms=\d+ bytes=\d+ id=req_\w+$", lines[0]) and "path=/no\\nwhere\\x1b[31m status=404" in lines[1]
+                         r"first_ms=\d+ ms=\d+ bytes=\d+ estimated_in=\d+ estimated_out=\d+ id=req_\w+$", lines[0]) and "path=/no\\nwhere\\x1b[31m status=404" in lines[1]
+
+
+ESTIMATED = {   # (path, body, how the counts are called there, where the usage stands)
+    "a chat": ("/v1/chat/completions", {"messages": [user("x" * 400)]}, ("prompt_tokens", "completion_tokens")),
+    "a completion": ("/v1/completions", {"prompt": "x" * 400}, ("prompt_tokens", "completion_tokens")),
+    "Messages": ("/v1/messages", {"messages": [user("x" * 400)], "max_tokens": 99}, ("input_tokens", "output_tokens")),
+    "Responses": ("/v1/responses", {"input": "x" * 400}, ("input_tokens", "output_tokens")),
+}
+
+
+def usages(got):
+    """All usages in an answer, streamed or not."""
+    documents = [got.json] if got.json else [json.loads(line[6:]) for line in got.body.decode().split("\n") if line.startswith("data: {")]
+    inner = [part for document in documents for part in (document, document.get("response"), document.get("message")) if part]
+    return [part["usage"] for part in inner if part.get("usage")]
+
+
+@table(ESTIMATED)
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("told", [False, True])
+def test_usage_is_always_there(case, streamed, told, akash, serve, caplog):
+    caplog.set_level("INFO")
+    path, body, names = case
+    end = END.replace(b"%b", b"stop")
+    akash.chat = (STEP + b"".join(b'0:"%b "\n' % (b"word" * 5) for _ in range(20))
+                  + (end.replace(b'"promptTokens":null,"completionTokens":null', b'"promptTokens":11,"completionTokens":7') if told else end))
+    server = serve(keys=keys("alice"))
+    got = ask(server, "POST", path, {"model": "Qwen/Qwen3", "stream": streamed, "stream_options": {"include_usage": True}, **body}, bearer("alice"))
+    usage = usages(got)[-1]
+    prompt, completion = (usage[name] for name in names)
+    if told:
+        assert (prompt, completion) == (11, 7) and "estimated" not in usage
+        wait_for(lambda: "tokens_in=11 tokens_out=7" in caplog.text)
+        assert "estimated_" not in caplog.text
+    else:
+        assert usage["estimated"] is True and 100 <= prompt <= 115 and 95 <= completion <= 115, usage
+        wait_for(lambda: f"estimated_in={prompt} estimated_out={completion} id=" in caplog.text)
+        assert "tokens_in" not in caplog.text
+    known(server)
+    found, apart = samples(server, bearer("alice")), "" if told else "estimated_"
+    assert found[f"akashproxy_{apart}completion_tokens_total", "akash"] == found[f"akashproxy_key_{apart}tokens_total", "alice", "completion"] == completion
+    assert sum(value for name, value in found.items() if name[0].startswith("akashproxy_model_") and name[0].endswith("tokens_total")
+               and name[0] == f"akashproxy_model_{apart}tokens_total") == prompt + completion
+    assert {name[0] for name in found if "_tokens_total" in name[0] and ("estimated" in name[0]) == told} == set()
+
+
+def test_a_stream_that_asks_for_no_usage_gets_none(akash, serve):
+    assert usages(chat(serve(), stream=True)) == []
+
+
+@pytest.mark.parametrize("text", ["x" * 7, "\u00e9\u00e8", "\u4e2d\u6587", "\U0001f600", "a\u4e2d\u00e9"])
+def test_tokens_are_estimated_alike_however_they_come(text):
+    whole, streamed, fast = (akashproxy.ChatCompletions({**BOTH, "stream_options": {"include_usage": True}}) for _ in range(3))
+    whole.count(Text(text * 50))
+    streamed.opening_frames(), fast.opening_frames()
+    streamed.encode([Text(text)] * 50)
+    assert all(fast.token_frame(akashproxy.to_json(text)) == fast.text_frame(akashproxy.to_json(text)) for _ in range(50))
+    usage = [dialect.count(Finish("stop")).usage for dialect in (whole, streamed, fast)]
+    assert usage[0] == usage[1] == usage[2] and usage[0]["completion_tokens"] == akashproxy.estimate_tokens(text * 50)
+
+
+def test_a_relayed_answer_without_usage_stays_as_it_is(pool, caplog):
+    caplog.set_level("INFO")
+    fake = FakeOpenAI()
+    server = pool(fake)
+    assert chat(server, BOTH).body == fake.completion()
+    assert chat(server, BOTH, stream=True, stream_options={"include_usage": True}).body == b"".join(fake.events())
+    wait_for(lambda: caplog.text.count("ended=whole") == 2)
+    assert "tokens_in" not in caplog.text and "estimated_in" not in caplog.text
 
 
 def test_tokens_that_are_known_are_logged(pool, caplog):
@@ -7947,7 +8319,7 @@ def test_a_list_of_models_is_bounded(pool, caplog):
     assert models == names[1:2] + names[:1] + names[2:10_000] and "lists more than 10000 models" in caplog.text
     akash.models = [{"id": name, "available": True} for name in ["x" * 257, *names]]
     for listing in ([{"id": name, "name": name, "available": True} for name in names], {"models": [{"id": name} for name in names]}):
-        assert akashproxy.akash_models(listing) == names[:10_000]
+        assert list(akashproxy.akash_models(listing)) == names[:10_000]
     long = FakeOpenAI([f"a model with a long name {at}" for at in range(60_000)])
     got = ask(pool(long), path="/v1/models")
     assert got.status == 502 and "4194304 bytes" in got.json["error"]["message"]
@@ -7965,9 +8337,9 @@ def test_a_name_with_two_dashes_reads_no_list_anew(monkeypatch):
     monkeypatch.setitem(akashproxy.CONTROLLERS, "echo", Listed)
     clock = Clock()
     built = akashproxy.Pool(Settings(controllers=(akashproxy.ControllerSettings(type="echo", name="one"),)), clock=clock)
-    assert [built.resolve_alias(name) for name in ("a--b", "a--b", "c--d", "a/b")] == ["a/b", "a/b", "c--d", "a/b"] and Listed.reads == 1
+    assert [built.resolve_alias(name) for name in ("a--b", "a--b", "c--d", "a/b")] == [["a/b"], ["a/b"], ["c--d"], ["a/b"]] and Listed.reads == 1
     clock.now += 60
-    assert built.resolve_alias("a--b") == "a/b" and Listed.reads == 2
+    assert built.resolve_alias("a--b") == ["a/b"] and Listed.reads == 2
 
 
 def test_the_estimate_of_tokens_is_that_of_its_parts():
@@ -8192,7 +8564,7 @@ def test_where_a_stream_is_cut_changes_nothing(rng):
 @fuzzed(100)
 def test_where_a_filter_is_cut_changes_nothing(rng):
     text = "".join(rng.choice(["a", "b", " ", "\n", "##", "#", "<think>", "</think>", "<th", "<think>\n"]) for _ in range(rng.randint(1, 12)))
-    for make in (ThinkTagFilter, lambda: StopFilter(["##b"], None), lambda: akashproxy.UsageFilter(5)):
+    for make in (ThinkTagFilter, lambda: StopFilter(["##b"], None)):
         answers = []
         for parts in ([text], list(text), cut_up(rng, text)):
             step = make()
@@ -9089,7 +9461,8 @@ def test_models_of_a_key(pool):
         got = ask(server, "POST", path, body, bearer("alice"))
         assert (got.status, got.json["error"]["code"]) == (404, "model_not_found"), path
     refused = chat(server, BOTH, bearer("alice"), model="gpt-b").json["error"]
-    assert refused["message"] == "The model 'gpt-b' does not exist.", "nothing is told of what it stands for"
+    assert refused["message"] == ("The model 'gpt-b' does not exist. /v1/models lists the available models. Did you mean 'gpt-x'?"
+                                  ), "nothing is told of what it stands for"
     assert ask(server, "POST", "/v1/messages", {**BOTH, "max_tokens": 9}, bearer("alice")).json["error"]["type"] == "not_found_error"
     assert len(a.bodies()) == asked
 
@@ -10737,7 +11110,6 @@ REPEATED = {
     "Thinking: blanks before the answer": (texts(ThinkTagFilter), "", " ", ""),
     "Thinking: beginnings of a tag": (texts(ThinkTagFilter), "a", "</think", ""),
     "Thinking: tags": (texts(ThinkTagFilter), "<think>", "</think>", ""),
-    "Usage: words": (texts(lambda: akashproxy.UsageFilter(5)), "", "word \u65e5\u0431", ""),
     "Base64: blanks": (lambda items: [akashproxy.decode_base64(item + "AAAA", "x") for item in items], "", " \n", ""),
     "Cutoff: beginnings of a stop": (texts(stops_filter), "", "xxxxxxxxxxxxxxxxxx\0", ""),
     "Cutoff: a long stop that nearly comes": (texts(stops_filter), "", "ababab", ""),
@@ -11341,6 +11713,11 @@ def test_the_client_in_the_log_behind_a_reverse_proxy(case, serve, caplog):
     wait_for(lambda: f"client={client} " in caplog.text)
 
 
+@pytest.mark.parametrize("peer", ["", "unix:", "/run/proxy.sock", "localhost", "::1::", "\0", "1.2.3.4:5"])
+def test_a_peer_without_an_ip_address_is_no_trusted_proxy(peer):
+    assert akashproxy.is_trusted(peer, ("0.0.0.0/0", "::/0")) is False
+
+
 def test_forwarded_headers_open_no_gate(serve):
     """A page that has rebound its domain to this machine may send any header."""
     server = serve()
@@ -11467,6 +11844,18 @@ def test_every_setting_and_every_route_is_in_the_readme():
         assert f"| `{item.name}` | {f'`{default}`' if default else ''} | {item.metadata['help']} |" in README, item.name
     for path in akashproxy.ROUTES:
         assert f"`{path.replace('{}', '{id}' if path.startswith('/v1') else '{name}')}`" in README, path
+
+
+def test_every_variable_that_is_read_is_in_the_readmes_tables():
+    class Environment(dict):
+        def get(self, name, default=None):
+            read.add(name.upper())
+            return super().get(name, default)
+
+    read = set()
+    Settings.load(Environment(UPSTREAM="openai", OPENAI_API_KEY="k"))
+    documented = {name for row in re.findall(r"^\| (`[A-Z].*?) \|", README, re.M) for name in re.findall(r"`([A-Z_]+)`", row)}
+    assert {"PORT", "MAX_WAIT", "HTTPS_PROXY"} < read and read - {""} <= documented
 
 
 def test_the_readmes_configuration_is_one(config):
