@@ -669,7 +669,7 @@ def test_connections_to_the_upstream_are_used_again(akash, serve):
                                    b'0:"b"\n0:"c"\n', b'g:"b"\n', b"0:5\n", b'0:"b""\n', b"\n", STOP])
 def test_the_short_way_leads_where_the_long_one_does(before, piece):
     def answer(short):
-        dialect, pipeline = akashproxy.ChatCompletions(CHAT), akashproxy.DecoderChain(akashproxy.AkashDecoder(), ThinkTagFilter())
+        dialect, pipeline = akashproxy.ChatCompletions(CHAT), akashproxy.DecoderChain(akashproxy.AkashDecoder(), akashproxy.SurrogateFilter(), ThinkTagFilter())
         dialect.id, dialect.created, taken = "x", 1, b""
         sent = dialect.opening_frames() + dialect.encode(pipeline.feed(before))
         for data in [piece, b'0:"</think> d"\n', STOP]:
@@ -968,7 +968,7 @@ DECODED = {
 def test_akash_streams_cut_at_every_byte(case):
     data, expected, error = case
     for parts in pieces(data):
-        decoder, events = AkashDecoder("m"), []
+        decoder, events = akashproxy.DecoderChain(AkashDecoder("m"), akashproxy.SurrogateFilter()), []
         for part in parts:
             events += decoder.feed(part)
             if decoder.error or decoder.complete:
@@ -2739,6 +2739,7 @@ CHAT_STREAMS = {
     "CR alone": (FakeOpenAI.event({"content": "a"}, "stop").replace(b"\n", b"\r"), [T("a"), Finish("stop")], None),
     "a byte order mark": (b"\xef\xbb\xbf" + FakeOpenAI.event({"content": "a"}, "stop"), [T("a"), Finish("stop")], None),
     "empty data": (b"data:\n\n" + FakeOpenAI.event({"content": "a"}) + b"data: \n\ndata: null\n\ndata: 7\n\n" + FakeOpenAI.event({}, "stop"), [T("a"), Finish("stop")], None),
+    "empty data lines": (FakeOpenAI.event({"content": "a"}) + b"data:\ndata:\n\n" + FakeOpenAI.event({"content": "b"}, "stop"), [T("ab"), Finish("stop")], None),
     "a ping in words": (b"event: keepalive\ndata: still here\n\n" + FakeOpenAI.event({"content": "a"}, "stop"), [T("a"), Finish("stop")], None),
     "no blank lines between": (b"".join(FakeOpenAI(text="Hi there.").events()).replace(b"\n\n", b"\n"), [T("Hi there."), Finish("stop")], None),
     "no line end at the end": (FakeOpenAI.event({"content": "a"}) + FakeOpenAI.event({"content": "b"}, "stop").rstrip(b"\n"), [T("ab"), Finish("stop")], None),
@@ -2817,6 +2818,29 @@ def test_calls_however_they_are_fragmented(case):
         assert len({call.id for call in answer.tools if call.id}) == len([call.id for call in answer.tools if call.id]), "ids differ"
 
 
+HALF, OTHER_HALF = "\ud83d", "\ude00"
+HALVES = {
+    # name: (events, expected events)
+    "text": ([T("a" + HALF), T(OTHER_HALF + "b")], [T("a😀b")]),
+    "reasoning": ([R(HALF), R(OTHER_HALF)], [R("😀")]),
+    "arguments": ([ToolCall(0, "", "i", "f"), ToolCall(0, '"' + HALF), ToolCall(0, OTHER_HALF + '"')], [ToolCall(0, "", "i", "f"), ToolCall(0, '"'), ToolCall(0, '😀"')]),
+    "arguments of two calls in turn": ([ToolCall(0, HALF), ToolCall(1, HALF), ToolCall(0, OTHER_HALF), ToolCall(1, OTHER_HALF)], [ToolCall(0, "😀"), ToolCall(1, "😀")]),
+    "reasoning between the halves": ([T(HALF), R("r"), T(OTHER_HALF)], [R("r"), T("😀")]),
+    "a half alone": ([T(HALF), T("b"), T(OTHER_HALF)], [T("\ufffdb\ufffd")]),
+    "a half at the end": ([T("a" + HALF), Finish("stop")], [T("a\ufffd"), Finish("stop")]),
+    "a half of reasoning at the end": ([R(HALF), ToolCall(0, HALF)], [R("\ufffd"), ToolCall(0, "\ufffd")]),
+}
+
+
+@table(HALVES)
+def test_halves_of_a_character_are_joined(case):
+    events, expected = case
+    for parts in ([events], [[event] for event in events]):
+        step = akashproxy.SurrogateFilter()
+        found = [event for part in parts for event in step.feed(part)]
+        assert merged(found + step.close()) == expected
+
+
 def test_a_call_without_a_name_is_an_error():
     decoder = akashproxy.ChatDecoder("b")
     decoder.feed(call_parts((0, "a", None, "{}")))
@@ -2871,7 +2895,7 @@ def test_expanding_is_bounded_and_cut_anywhere():
         akashproxy.ContentDecoder("gzip").feed(deflated(bytes(50 << 20), 31))
 
 
-@pytest.mark.parametrize("kind", ["application/json", "text/plain", "application/octet-stream", "Text/Event-Stream", None])
+@pytest.mark.parametrize("kind", ["application/json", "text/plain", "binary/octet-stream", "Text/Event-Stream", None])
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/v1/responses"])
 def test_a_stream_under_another_type(kind, path, pool):
     fake = FakeOpenAI()
@@ -2886,25 +2910,61 @@ NO_ANSWERS = {
     "no choices": (False, b'{"id":"x","choices":[]}'), "null": (False, b'{"choices":null}'), "empty": (False, b""), "blank": (False, b" \n"),
     "a code": (False, b'{"code":500,"msg":"x"}'), "an error object": (False, b'{"object":"error","message":"x"}'), "half": (False, b'{"choices":[{"mess'),
     "only [DONE]": (True, b"data: [DONE]\n\n"), "nothing": (True, b""), "an error first": (True, ERROR_EVENT), "comments": (True, b": x\n\n"),
+    "an object for a list": (False, b'{"choices":{}}'), "an empty choice": (False, b'{"choices" : [ {} ]}'), "null as a choice": (False, b'{"choices":[null]}'), "a list": (False, b"[]"),
+    "a role, then [DONE]": (True, FakeOpenAI.event({"role": "assistant", "content": ""}) + b"data: [DONE]\n\n"), "no choice, then [DONE]": (True, b'data: {"choices":[]}\n\ndata: [DONE]\n\n'),
+    "a role, then an error": (True, FakeOpenAI.event({"role": "assistant"}) + ERROR_EVENT), "a role, then nothing": (True, FakeOpenAI.event({"role": "assistant"})),
 }
 
 
 @table(NO_ANSWERS)
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages"])
 @pytest.mark.parametrize("sized", [True, False])
-def test_a_200_that_is_no_answer_fails_over(case, path, sized, pool):
+@pytest.mark.parametrize("typed", [True, False])
+def test_a_200_that_is_no_answer_fails_over(case, path, sized, typed, pool):
     streamed, body = case
     fake = FakeOpenAI()
-    kind = b"text/event-stream" if streamed else b"application/json"
+    kind = b"text/plain" if not typed else b"text/event-stream" if streamed else b"application/json"
     head = b"HTTP/1.1 200 OK\r\nContent-Type: %b\r\n" % kind + (b"Content-Length: %d\r\n\r\n" % len(body) if sized else b"Connection: close\r\n\r\n")
     fake.faults.append(lambda sock, request: sock.sendall(head + body))
     got = ask(pool(fake, (FakeOpenAI(), {"priority": 2})), "POST", path, {"model": "both", "max_tokens": 9, "stream": streamed, "messages": [user("hi")]})
     assert got.status == 200 and re.fullmatch(r"a=50\d, b=200", got.headers["x-akashproxy-route"]) and b"there." in got.body
 
 
+@pytest.mark.parametrize("text", [b"it is raining", b"data is here", b"event one", b": colon"])
+def test_plain_text_is_no_event_stream(text, pool):
+    fake = FakeOpenAI()
+    fake.faults.append(lambda sock, request: sock.sendall(reply(body=text, kind="text/plain")) or True)
+    got = ask(pool(fake), "POST", "/v1/audio/transcriptions", {"model": "both"})
+    assert (got.body, got.headers["content-type"]) == (text, "text/plain")
+
+
+@pytest.mark.parametrize("mark", [b"data:   {", b"data:{", b"data:\t{"])
+def test_blanks_before_the_data_of_a_relayed_stream(mark, pool):
+    fake = FakeOpenAI()
+    stream = b"".join(fake.events()).replace(b"data: {", mark)
+    fake.faults.append(lambda sock, request: sock.sendall(fake.head() + chunk(stream) + b"0\r\n\r\n") or True)
+    assert chat(pool(fake), BOTH, stream=True).body == stream
+
+
+@pytest.mark.parametrize("call, error", [({"id": "a", "function": {"arguments": "{}"}}, True), ({"id": "a", "function": {"name": "", "arguments": ""}}, False), ({}, False)])
+def test_whole_calls_without_a_name(call, error, pool):
+    fake = FakeOpenAI()
+    body = {"choices": [{"message": {"content": "x", "tool_calls": [call]}, "finish_reason": "tool_calls"}]}
+    fake.faults.append(lambda sock, request: sock.sendall(reply(body=json.dumps(body).encode())) or True)
+    got = ask(pool(fake), "POST", "/v1/messages", {"model": "both", "max_tokens": 9, "messages": [user("hi")]})
+    if error:
+        assert got.status == 502 and "without a name" in got.json["error"]["message"]
+    else:
+        assert got.json["stop_reason"] == "end_turn" and [block["type"] for block in got.json["content"]] == ["text"]
+
+
 SPELLINGS = {
     "DeepSeek": ({"prompt_cache_hit_tokens": 80}, 80, 0), "Moonshot": ({"cached_tokens": 80}, 80, 0), "OpenAI": ({"prompt_tokens_details": {"cached_tokens": 80}}, 80, 0),
     "reasoning apart": ({"reasoning_tokens": 4}, 0, 4), "no total": ({"total_tokens": None}, 0, 0), "all cached": ({"prompt_cache_hit_tokens": 100}, 100, 0),
+    "more cached than sent": ({"cached_tokens": 500}, 100, 0), "thinking": ({"completion_tokens_details": {"thinking_tokens": 3}}, 0, 3), "no details": ({"prompt_tokens_details": None}, 0, 0),
+    "Responses": ({"prompt_tokens": None, "input_tokens": 100, "completion_tokens": None, "output_tokens": 5, "input_tokens_details": {"cached_tokens": 80},
+                   "output_tokens_details": {"reasoning_tokens": 4}}, 80, 4),
+    "Anthropic": ({"prompt_tokens": None, "input_tokens": 20, "completion_tokens": None, "output_tokens": 5, "cache_read_input_tokens": 80}, 80, 0),
 }
 
 
@@ -2912,9 +2972,9 @@ SPELLINGS = {
 def test_spellings_of_usage(case):
     extra, cached, reasoning = case
     usage = akashproxy.usage_of({"usage": {"prompt_tokens": 100, "completion_tokens": 5, "total_tokens": 105, **extra}})
-    assert usage["total_tokens"] == 105
-    assert usage.get("prompt_tokens_details", {}).get("cached_tokens", 0) == cached
-    assert usage.get("completion_tokens_details", {}).get("reasoning_tokens", 0) == reasoning
+    assert (usage["prompt_tokens"], usage["completion_tokens"], usage["total_tokens"]) == (100, 5, 105)
+    assert (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0) == cached
+    assert (usage.get("completion_tokens_details") or {}).get("reasoning_tokens", 0) == reasoning
 
 
 COUNTED = b'"usage":{"prompt_tokens":11,"completion_tokens":7,"total_tokens":18}'
@@ -2945,7 +3005,7 @@ def test_the_usage_of_relayed_answers_is_logged_and_counted(path, kind, body, po
 def test_openai_streams_cut_at_every_byte(case):
     data, expected, error = case
     for parts in pieces(data):
-        decoder, events = akashproxy.ChatDecoder("b"), []
+        decoder, events = akashproxy.DecoderChain(akashproxy.ChatDecoder("b"), akashproxy.SurrogateFilter()), []
         for part in parts:
             events += decoder.feed(part)
             if decoder.error or decoder.complete:
@@ -4599,10 +4659,11 @@ def test_aliases_are_a_setting(config):
 
 def test_anthropics_own_format_is_relayed_to_who_speaks_it(pool):
     a, b = FakeOpenAI(), FakeOpenAI()
-    expected = b'event: message_start\ndata: {"type":"message_start","message":{}}\n\nevent: message_stop\ndata: {"type":"message_stop"}\n\n'
+    begin = b'event: content_block_delta\ndata: {"type":"content_block_delta","index":0,"delta":{"type":"text_delta","text":"a"}}\n\n'
+    expected = begin + b'event: message_stop\ndata: {"type":"message_stop"}\n\n'
     server = known(pool(a, (b, {"paths": ["/v1/messages*"], "models": ["claude"]})))     # so that b is alone, and does not rest
     odd = {"model": "claude", "messages": [user([{"type": "hologram"}])], "stream": True}
-    b.faults.extend([b.garbage(b.head() + chunk(expected) + b"0\r\n\r\n"), b.garbage(b.head() + chunk(expected[:70]) + b"0\r\n\r\n"),
+    b.faults.extend([b.garbage(b.head() + chunk(expected) + b"0\r\n\r\n"), b.garbage(b.head() + chunk(begin) + b"0\r\n\r\n"),
                      b.garbage(reply(body=b'{"input_tokens":70}')), b.status(500)])
     got = ask(server, "POST", "/v1/messages?beta=true", odd, {"anthropic-beta": "x"})
     request = next(request for request in b.requests if request.method == "POST")
@@ -7479,8 +7540,8 @@ def odd_lines(rng, kind):
     return "".join(line() for _ in range(rng.randint(1, 6))).encode() + rng.choice([b"", b"data: [DONE]\n\n"])
 
 
-DECODERS = {"akash v4": lambda: akashproxy.DecoderChain(AkashDecoder("m"), ThinkTagFilter()), "chat": lambda: akashproxy.DecoderChain(akashproxy.ChatDecoder()),
-            "akash v5": lambda: akashproxy.DecoderChain(AkashDecoder("m"), ThinkTagFilter()),
+DECODERS = {"akash v4": lambda: akashproxy.DecoderChain(AkashDecoder("m"), akashproxy.SurrogateFilter(), ThinkTagFilter()), "chat": lambda: akashproxy.DecoderChain(akashproxy.ChatDecoder(), akashproxy.SurrogateFilter()),
+            "akash v5": lambda: akashproxy.DecoderChain(AkashDecoder("m"), akashproxy.SurrogateFilter(), ThinkTagFilter()),
             "relay": lambda: akashproxy.PassthroughDecoder("a", end=akashproxy.STREAM_ENDS["/v1/chat/completions"])}
 
 
@@ -7544,7 +7605,7 @@ def test_where_a_stream_is_cut_changes_nothing(rng):
             assert fold(complete[0]) == fold(other[0]), data
         assert complete[1] == other[1], data
     for event in complete[0]:
-        assert not isinstance(event, Text) or kind == "chat" or not re.search("[\ud800-\udfff]", event.text)
+        assert not isinstance(event, Text) or not re.search("[\ud800-\udfff]", event.text)
 
 
 @fuzzed(100)
