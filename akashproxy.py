@@ -709,7 +709,7 @@ class TextWasReasoning:
 class ToolCall:
     """A fragment of a tool call; the first one of an index carries id and name.
 
-    ``extra`` is what the upstream wants back with the call, such as Gemini's thought_signature.
+    ``extra``: further fields, which upstreams want back, such as Gemini's extra_content.
     """
 
     index: int
@@ -5962,6 +5962,9 @@ class ToolCallAssembler:
         return call
 
 
+CALL_FIELDS = ("index", "id", "type", "function")  # of a tool call; others are the upstream's own
+
+
 def message_events(message: Dict[str, Any]) -> List[Event]:
     """Return the events of a stream's delta or of a complete message."""
     events: List[Event] = []
@@ -5987,7 +5990,8 @@ def message_events(message: Dict[str, Any]) -> List[Event]:
                 arguments if isinstance(arguments, str) else _encode(arguments),
                 name_or_none(call.get("id")),
                 name_or_none(function.get("name")),
-                as_dict(call.get("extra_content")) or None,
+                {name: call[name] for name in call if name not in CALL_FIELDS and call[name]}
+                or None,
             )
         )
     return events
@@ -7704,14 +7708,13 @@ def finish_of(answer: Answer) -> Finish:
 
 def tool_call(event: ToolCall) -> Dict[str, Any]:
     """A tool call, or a fragment of one, in OpenAI's format."""
-    extra = {"extra_content": event.extra} if event.extra else {}
     if event.name is None:
-        return {"function": {"arguments": event.arguments}, **extra}
+        return {"function": {"arguments": event.arguments}}
     return {
+        **(event.extra or {}),
         "id": event.id,
         "type": "function",
         "function": {"name": event.name, "arguments": event.arguments},
-        **extra,
     }
 
 
@@ -7824,7 +7827,7 @@ class BlockDialect(Dialect):
     def __init__(self, body: Any, base_url: str = "") -> None:
         self.untranslated: List[str] = []  # names of ignored fields, for a response header
         self.tool_names: Dict[str, Tuple[str, Optional[str]]] = {}  # sent: (name, namespace)
-        self.has_begun = False  # the conversation has answers of the assistant
+        self.has_begun = False  # there are earlier messages of the user or the assistant
         self.show_reasoning = True
         self.open_block: Any = None  # block_key() of the open block
         self.open_text: List[str] = []
@@ -7941,8 +7944,8 @@ class BlockDialect(Dialect):
     def convert_part(self, block: Any, param: str, lenient: bool = False) -> List[Dict[str, Any]]:
         """Convert a block of either format into parts of a chat message.
 
-        Other blocks become a note to the model, or JSON if ``lenient``; before the first answer of
-        a conversation they raise APIError 400. Later, that would end the conversation for good.
+        Other blocks become a note to the model, or JSON if ``lenient``; in the first message of a
+        conversation they raise APIError 400. Later, that would end the conversation for good.
         """
         if isinstance(block, str):
             return [{"type": "text", "text": block}]
@@ -8232,6 +8235,11 @@ def event_frame(name: str, fields: Dict[str, Any]) -> bytes:
     return b"event: %b\ndata: %b\n\n" % (name.encode(), to_json({"type": name, **fields}))
 
 
+# In place of a signature of reasoning, as there is none to check here. Many clients send reasoning
+# back only if it has one.
+UNSIGNED = "unsigned-by-akashproxy"
+
+
 class Messages(BlockDialect):
     """POST /v1/messages, Anthropic's API. A stream, as events and data without "type":
 
@@ -8242,8 +8250,8 @@ class Messages(BlockDialect):
         message_delta        {"delta":{"stop_reason":"end_turn",...},"usage":{...}}
         message_stop         {}
 
-    Text is a block "text" with "text_delta", Reasoning is "thinking" with "thinking_delta", a
-    ToolCall is "tool_use" with "input_json_delta". An "error" event ends a stream that fails;
+    Text is a block "text" with "text_delta", Reasoning is "thinking" with "thinking_delta" and, at
+    its end, a "signature_delta", which says UNSIGNED; a ToolCall is "tool_use" with "input_json_delta". An "error" event ends a stream that fails;
     "ping" may come anywhere. Clients need token counts, so they are estimated where the upstream
     sends none. Reasoning is included if ``thinking`` requests it.
     """
@@ -8301,7 +8309,7 @@ class Messages(BlockDialect):
         system = self.convert_content(body.get("system") or [], "system")
         self.append_message(messages, "system", list(map(without_billing_header, system)))
         sent = required_field(body, "messages", list, "a list of messages")
-        self.has_begun = any(map(self.is_later_message, map(as_dict, sent)))
+        self.has_begun = sum(as_dict(message).get("role") != "system" for message in sent) > 1
         for i, message in enumerate(sent):
             self.convert_message(messages, as_dict(message), f"messages[{i}]")
         chat = {"messages": messages, "user": self.user_name(body)}
@@ -8325,13 +8333,6 @@ class Messages(BlockDialect):
             if choice.get("disable_parallel_tool_use") is True:
                 chat["parallel_tool_calls"] = False
         return chat
-
-    @staticmethod
-    def is_later_message(message: Dict[str, Any]) -> bool:
-        """Whether a message is not the first one of a conversation."""
-        blocks = map(as_dict, as_list(message.get("content")))
-        is_result = any(block.get("type") == "tool_result" for block in blocks)
-        return is_result or message.get("role") == "assistant"
 
     def user_name(self, body: Dict[str, Any]) -> Any:
         """``metadata.user_id``, unless it is longer than upstreams accept."""
@@ -8407,7 +8408,11 @@ class Messages(BlockDialect):
 
     def stop_block(self, text: str) -> bytes:
         self.output_estimate += estimate_tokens(text)
-        return event_frame("content_block_stop", {"index": self.block_index})
+        block, frames = {"index": self.block_index}, b""
+        if self.open_block[0] is Reasoning:
+            signature = {"type": "signature_delta", "signature": UNSIGNED}
+            frames = event_frame("content_block_delta", {**block, "delta": signature})
+        return frames + event_frame("content_block_stop", block)
 
     def finish_frames(self, finish: Finish) -> bytes:
         payload = {
@@ -8453,7 +8458,8 @@ class Messages(BlockDialect):
                 "input": call_input(event.arguments),
             }
         if isinstance(event, Reasoning):
-            return {"type": "thinking", "thinking": event.text, "signature": ""}
+            signature = UNSIGNED if event.text else ""  # in a stream it follows the text
+            return {"type": "thinking", "thinking": event.text, "signature": signature}
         return {"type": "text", "text": event.text}
 
     def stop_fields(self, finish: Finish, has_tool_calls: bool) -> Dict[str, Any]:
@@ -8619,7 +8625,8 @@ class Responses(BlockDialect):
     }
     STATEFUL = ("previous_response_id", "conversation", "prompt", "background")
     ECHO_LIMIT = 1 << 16  # bytes; larger fields are not echoed: a stream has three copies
-    KNOWN_PARAMS = (*ECHOED, *STATEFUL, "model", "input", "stream", "store")
+    KNOWN_PARAMS = (*ECHOED, *STATEFUL, "model", "input", "stream", "store", "include")
+    ENCRYPTED = "reasoning.encrypted_content"
     FUNCTION_TYPES, SCHEMA_KEY = ("function",), "parameters"
     # By event: prefix of the item's id, names of its text and part events, index of the part, and
     # further fields of the text events.
@@ -8643,6 +8650,7 @@ class Responses(BlockDialect):
 
     sequence_number = 0  # of the next event
     stream_started = False
+    shows_encrypted = False  # reasoning items have encrypted_content
     echoed: Optional[Dict[str, Any]] = None
 
     def __init__(self, body: Any, base_url: str = "") -> None:
@@ -8667,6 +8675,9 @@ class Responses(BlockDialect):
             self.convert_items(
                 messages, required_field(body, "input", list, "a string or a list of items")
             )
+        include = list(map(str, as_list(body.get("include"))))
+        self.shows_encrypted = self.ENCRYPTED in include
+        self.untranslated += [f"include.{name}"[:80] for name in include if name != self.ENCRYPTED]
         self.untranslated += [f"text.{name}" for name in text if name != "format"]
         if body.get("store") is True:
             self.untranslated.append("store")
@@ -8698,10 +8709,8 @@ class Responses(BlockDialect):
 
         Images in tool results follow the last of consecutive results, as a message of the user.
         """
-        self.has_begun = any(
-            item.get("role") == "assistant" or item.get("type", "message") != "message"
-            for item in map(as_dict, items)
-        )
+        roles = [as_dict(item).get("role") for item in items]
+        self.has_begun = sum(role not in ("system", "developer") for role in roles) > 1
         images: List[Dict[str, Any]] = []
         for i, item in enumerate(map(as_dict, items)):
             param = f"input[{i}]"
@@ -8895,7 +8904,8 @@ class Responses(BlockDialect):
             }
         parts = [self.part_object(event)] if status == "completed" else []
         if isinstance(event, Reasoning):
-            return {"id": item_id, "type": "reasoning", "status": status, "summary": parts}
+            item = {"id": item_id, "type": "reasoning", "status": status, "summary": parts}
+            return {**item, "encrypted_content": UNSIGNED} if self.shows_encrypted else item
         return {
             "id": item_id,
             "type": "message",

@@ -4543,7 +4543,8 @@ def test_the_events_of_a_message(pool):
                 {"type": "content_block_stop", "index": at}]
 
     assert events[1:] == [
-        *block(0, {"type": "thinking", "thinking": "", "signature": ""}, ("thinking_delta", "thinking"), "hm"),
+        *block(0, {"type": "thinking", "thinking": "", "signature": ""}, ("thinking_delta", "thinking"), "hm")[:-1],
+        {"type": "content_block_delta", "index": 0, "delta": {"type": "signature_delta", "signature": akashproxy.UNSIGNED}}, {"type": "content_block_stop", "index": 0},
         *block(1, {"type": "text", "text": ""}, ("text_delta", "text"), "Hi", " you"),
         *block(2, {"type": "tool_use", "id": "call_1", "name": "f", "input": {}}, ("input_json_delta", "partial_json"), '{"a":1}'),
         {"type": "message_delta", "delta": {"stop_reason": "tool_use", "stop_sequence": None},
@@ -4704,7 +4705,7 @@ RESPONSES = {
     "JSON, no matter which": ({"text": {"format": {"type": "json_object"}}}, {"response_format": {"type": "json_object"}}, None),
     "other fields": ({"max_output_tokens": 9, "temperature": 0, "top_p": 0.5, "user": "u", "reasoning": {"effort": "low", "summary": "auto"}, "store": True,
                       "metadata": {"a": "b"}, "include": [], "text": {"format": {"type": "text"}}},
-                     {"max_tokens": 9, "temperature": 0, "top_p": 0.5, "user": "u", "reasoning_effort": "low"}, "include, store"),
+                     {"max_tokens": 9, "temperature": 0, "top_p": 0.5, "user": "u", "reasoning_effort": "low"}, "store"),
 }
 
 
@@ -4921,6 +4922,7 @@ HISTORIES_OF_MESSAGES = {
     "a failure that says so": ([USES, user([result("Error: no", is_error=True)])], [CALLED_T1, {**GOT, "content": "Error: no"}]),
     "a failure without words": ([USES, user([result(None, is_error=True)])], [CALLED_T1, {**GOT, "content": "Error: the tool failed."}]),
     "a PDF in a result": ([USES, user([result([PDF])])], [CALLED_T1, {**GOT, "content": PDF_NOTE}]),
+    "a PDF in the first of two messages": ([user([PDF]), user("y")], [user(PDF_NOTE), user("y")]),
     "a PDF beside a result": ([USES, user([result(), PDF])], [CALLED_T1, GOT, user(PDF_NOTE)]),
     "a PDF in an earlier message": ([user([PDF, {"type": "text", "text": "x"}]), {"role": "assistant", "content": "ok"}, user("y")],
                                     [user(PDF_NOTE + "\n\nx"), {"role": "assistant", "content": "ok"}, user("y")]),
@@ -4973,6 +4975,7 @@ HISTORIES_OF_RESPONSES = {
                             [called(("c1", "f", "{}"), ("c2", "f", "{}")), R1, {**R1, "tool_call_id": "c2", "content": "2"}]),
     "arguments as an object": ([{**CALL_ITEM, "arguments": {"a": 1}}, OUTPUT_ITEM], [called(("c1", "f", '{"a":1}')), R1]),
     "a PDF in an output": ([CALL_ITEM, {**OUTPUT_ITEM, "output": [PDF_FILE]}], [C1, {**R1, "content": PDF_NOTE}]),
+    "a PDF in the first of two messages": ([user([PDF_FILE]), system("B"), user("y")], [system("B"), user(PDF_NOTE), user("y")]),
     "a PDF in an earlier message": ([user([PDF_FILE]), SAYS, user("y")], [user(PDF_NOTE), SAYS, user("y")]),
     "how closely to look": ([user([{"type": "input_image", "image_url": "data:x", "detail": "high"}])],
                             [user([{"type": "image_url", "image_url": {"url": "data:x", "detail": "high"}}])]),
@@ -5012,11 +5015,12 @@ def test_later_system_messages_as_text_of_the_user(case, pool):
 
 @pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("path", ["/v1/messages", "/v1/responses"])
-def test_what_a_model_wants_back_with_a_call_comes_back(path, streamed, pool):
+@pytest.mark.parametrize("extra", [{"extra_content": {"google": {"thought_signature": "S/+=\u2028" * 99}}}, {"provider_specific_fields": {"thought_signature": "S"}},
+                                   {"thought_signature": "S", "n": 1}], ids=["Gemini", "LiteLLM", "others"])
+def test_what_a_model_wants_back_with_a_call_comes_back(extra, path, streamed, pool):
     fake = FakeOpenAI()
     server = pool(fake)
-    extra = {"google": {"thought_signature": "S/+=\u2028" * 99}}
-    fake.faults.append(answered({"tool_calls": [{"index": 0, "id": "c1", "function": {"name": "f", "arguments": '{"a":'}, "extra_content": extra}]},
+    fake.faults.append(answered({"tool_calls": [{"index": 0, "id": "c1", "function": {"name": "f", "arguments": '{"a":'}, **extra, "empty": None}]},
                                 {"tool_calls": [{"index": 0, "function": {"arguments": "1}"}}]},
                                 {"tool_calls": [{"index": 1, "id": "c2", "function": {"name": "f", "arguments": "{}"}}]}, finish="tool_calls"))
     if path == "/v1/messages":
@@ -5032,8 +5036,30 @@ def test_what_a_model_wants_back_with_a_call_comes_back(path, streamed, pool):
         history = {**WANTED, "input": [*output, *({**OUTPUT_ITEM, "call_id": item["call_id"]} for item in output)]}
     assert ask(server, "POST", path, history).status == 200
     sent = called(("c1", "f", '{"a":1}'), ("c2", "f", "{}"))
-    sent["tool_calls"][0]["extra_content"] = extra
+    sent["tool_calls"][0].update(extra)
     assert fake.bodies()[-1]["messages"] == [sent, R1, {**R1, "tool_call_id": "c2"}]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("path, more", [("/v1/messages", {**ASKED, "thinking": {"type": "adaptive"}}),
+                                        ("/v1/responses", {**WANTED, "include": ["reasoning.encrypted_content", "message.output_text.logprobs"]}), ("/v1/responses", WANTED)])
+def test_clients_that_return_only_signed_reasoning_return_ours(path, more, streamed, pool):
+    fake = FakeOpenAI()
+    server = pool(fake)
+    fake.faults.append(answered({"reasoning_content": "h"}, {"reasoning_content": "m"}, {"tool_calls": [{"index": 0, "id": "c1", "function": {"name": "f", "arguments": "{}"}}]}, finish="tool_calls"))
+    got = ask(server, "POST", path, {**more, "stream": streamed})
+    events = named_events(got.body) if streamed else []
+    if path == "/v1/messages":
+        signature = "".join(event["delta"].get("signature", "") for event in events if event["type"] == "content_block_delta")
+        block = {"type": "thinking", "thinking": "hm", "signature": signature} if streamed else got.json["content"][0]
+        assert block["signature"] == akashproxy.UNSIGNED
+        ask(server, "POST", path, {**more, "messages": [{"role": "assistant", "content": [block, {**USES["content"][0], "id": "c1"}]}, user([result("1", "c1")])]})
+    else:
+        output = events[-1]["response"]["output"] if streamed else got.json["output"]
+        assert output[0].get("encrypted_content") == (akashproxy.UNSIGNED if "include" in more else None)
+        ask(server, "POST", path, {**more, "input": [*output, {**OUTPUT_ITEM, "call_id": "c1"}]})
+    assert got.headers.get("x-akashproxy-ignored") == ("include.message.output_text.logprobs" if "include" in more else None)
+    assert fake.bodies()[-1]["messages"][0]["reasoning_content"] == "hm"
 
 
 @pytest.mark.parametrize("id", ["c1", "", "__extra_", "c__extra_x", "c__extra_bnVsbA", "c__extra_é", "c__extra_" + "W" * 4000])
