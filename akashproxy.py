@@ -6095,11 +6095,11 @@ _JSON = json.JSONDecoder()
 MAX_USAGE = 4096  # characters of a usage object
 
 
-def usage_at(data: bytes, at: int) -> Dict[str, Any]:
-    """Parse the usage at a position of relayed JSON; {} if it is none."""
-    text = data[at + 7 : at + 7 + MAX_USAGE].decode("utf-8", "replace").lstrip(" \t\r\n:")
+def parse_usage(data: bytes) -> Dict[str, Any]:
+    """Parse relayed JSON that begins with the key "usage"; {} if that has no object."""
+    text = data[len(b'"usage"') : MAX_USAGE].decode("utf-8", "replace").lstrip(" \t\r\n:")
     try:
-        return as_dict(_JSON.raw_decode(text)[0]) if at >= 0 else {}
+        return as_dict(_JSON.raw_decode(text)[0])
     except (ValueError, RecursionError):
         return {}
 
@@ -6161,6 +6161,7 @@ class PassthroughDecoder(Decoder):
     """
 
     MAX_HELD = 16 << 20  # bytes
+    USAGE_TAIL = 512  # bytes; the usage stands in the last events, or in each one
     has_fast_path = True
 
     def __init__(
@@ -6177,7 +6178,7 @@ class PassthroughDecoder(Decoder):
         self.started = not is_sse
         self.buffer = bytearray()  # an incomplete line
         self.opening = bytearray()  # what precedes the first content
-        self.usage: Dict[str, Any] = {}
+        self.first_usage = self.last_usage = b""  # JSON from the key on
         self.tail = b"\n\n"  # the last bytes passed on, at least enough to see an event's end
 
     def feed(self, data: bytes) -> List[Event]:
@@ -6185,7 +6186,8 @@ class PassthroughDecoder(Decoder):
             return [RawBytes(data)]
         if self.buffer or not data.endswith(b"\n"):
             data = take_complete_lines(self.buffer, data)
-        if not self.started:
+        is_opening = not self.started
+        if is_opening:
             data = self._without_opening(data)
         if data.rfind(b'"error') >= 0:  # less than half the time of ``in``, for a burst
             data = redact_bytes(data, self.secrets)
@@ -6195,17 +6197,29 @@ class PassthroughDecoder(Decoder):
             return []
         data = self._find_end(data)
         self.tail = data if len(data) > 3 else (self.tail + data)[-4:]
-        return [RawBytes(data, self._find_usage(data))]
+        self._note_usage(data, is_opening)
+        return [RawBytes(data, self._usage() if self.complete else None)]
 
-    def _find_usage(self, data: bytes) -> Optional[Dict[str, Any]]:
-        """Return the usage of the answer, if the data has one; earlier parts are kept."""
-        last = data.rfind(b'"usage"')
-        if last < 0:
-            return None
-        for at in (data.find(b'"usage"', 0, last), last):  # Anthropic's two: of prompt and answer
-            usage = usage_at(data, at)
-            self.usage.update((name, value) for name, value in usage.items() if value is not None)
-        return chat_usage(self.usage)
+    def _note_usage(self, data: bytes, is_opening: bool) -> None:
+        """Keep the first usage and the last: Anthropic's are those of the prompt and the answer.
+
+        Some upstreams send one with each event; to parse all would double the cost of the relay.
+        """
+        start = 0 if is_opening or self.end_seen else max(0, len(data) - self.USAGE_TAIL)
+        last = data.rfind(b'"usage"', start)
+        if last >= 0:
+            if not self.first_usage:
+                first = data.find(b'"usage"', start)
+                self.first_usage = data[first : first + MAX_USAGE]
+            self.last_usage = data[last : last + MAX_USAGE]
+
+    def _usage(self) -> Optional[Dict[str, Any]]:
+        """Return the usage of the answer so far."""
+        usage: Dict[str, Any] = {}
+        for data in (self.first_usage, self.last_usage):
+            found = parse_usage(data).items()
+            usage.update((name, value) for name, value in found if value is not None)
+        return chat_usage(usage)
 
     def fast_path(self, data: bytes) -> bytes:
         """Return data that consists of complete mid-stream events only, else b""."""
@@ -6262,7 +6276,8 @@ class PassthroughDecoder(Decoder):
         if self.end and not self.end_seen and not self.end.is_in(data):
             self.error = truncated(self.upstream_name)
             return self.flush()
-        return [RawBytes(data, self._find_usage(data))] if data else []
+        self._note_usage(data, True)
+        return [RawBytes(data, self._usage())] if data or self.last_usage else []
 
     def flush(self) -> List[Event]:
         """Drop an incomplete line and end an incomplete event: an error may follow."""
@@ -6473,7 +6488,9 @@ class OpenAIController(Controller):
             if field and not as_dict(next(iter(items), None)):
                 raise truncated(self.name, "sent something that is not an answer")
             data = redact_bytes(data, self.secrets)
-        return [RawBytes(data, chat_usage(usage_at(text, text.rfind(b'"usage"'))))]
+        at = text.rfind(b'"usage"')
+        usage = chat_usage(parse_usage(text[at : at + MAX_USAGE])) if at >= 0 else None
+        return [RawBytes(data, usage)]
 
     def _completion(self, data: bytes) -> List[Event]:
         """Return the events of a chat completion that is not streamed."""
@@ -7732,15 +7749,11 @@ class Completions(ChatCompletions):
             prompt = prompt[0]
         if prompt in (None, "", []):
             raise bad_request("'prompt' is missing or empty.", "prompt")
-        translation_error = (
-            None
-            if isinstance(prompt, str)
-            else bad_request("'prompt' must be a single string.", "prompt")
-        )
-        self.echo = str(prompt) if boolean_field(body, "echo") and not translation_error else ""
+        self.echo = prompt if boolean_field(body, "echo") and isinstance(prompt, str) else ""
         chat = {name: value for name, value in body.items() if name not in ("prompt", "echo")}
         call = super().parse({**chat, "messages": [{"role": "user", "content": prompt}]})
-        call.translation_error = translation_error
+        if not isinstance(prompt, str):
+            call.translation_error = bad_request("'prompt' must be a single string.", "prompt")
         return call
 
     def encode(self, events: List[Event]) -> bytes:
@@ -7771,17 +7784,15 @@ class Images(Dialect):
         if body.get("model") is not None:
             required_field(body, "model", str, "a string")
         response_format, stream = body.get("response_format"), boolean_field(body, "stream")
-        translation_error = None
+        error = None
         if count > 10:
-            translation_error = bad_request("'n' must be at most 10.", "n")
+            error = bad_request("'n' must be at most 10.", "n")
         elif response_format not in (None, "url", "b64_json"):
-            translation_error = bad_request(
-                "'response_format' must be 'url' or 'b64_json'.", "response_format"
-            )
+            message = "'response_format' must be 'url' or 'b64_json'."
+            error = bad_request(message, "response_format")
         elif stream:
-            translation_error = bad_request(
-                "Images can't be streamed here; request one through chat instead.", "stream"
-            )
+            message = "Images can't be streamed here; request one through chat instead."
+            error = bad_request(message, "stream")
         rest = {
             name: value
             for name, value in body.items()
@@ -7792,24 +7803,21 @@ class Images(Dialect):
             stream=stream,
             image_count=count,
             images_as_bytes=response_format == "b64_json",
-            translation_error=translation_error,
+            translation_error=error,
         )
 
     def response_body(self, answer: Answer) -> Dict[str, Any]:
         return {
             "created": self.created,
             "data": [
-                {
-                    **(
-                        {"b64_json": base64.b64encode(image.data).decode()}
-                        if image.data is not None
-                        else {"url": self.link(image)}
-                    ),
-                    "revised_prompt": image.prompt,
-                }
-                for image in answer.images
+                {**self.source(image), "revised_prompt": image.prompt} for image in answer.images
             ],
         }
+
+    def source(self, image: Image) -> Dict[str, Any]:
+        if image.data is None:
+            return {"url": self.link(image)}
+        return {"b64_json": base64.b64encode(image.data).decode()}
 
 
 class BlockDialect(Dialect):
@@ -8049,9 +8057,9 @@ class BlockDialect(Dialect):
             if isinstance(event, ToolCall):
                 self.tool_blocks.add(block)
             frames += self.start_block(
-                with_id(event, "") if isinstance(event, ToolCall) else type(event)("")
+                with_id(event, "") if isinstance(event, ToolCall) else with_text(event, "")
             )
-        text = event.arguments if isinstance(event, ToolCall) else event.text
+        text = text_of(event)
         if not text:
             return frames
         self.open_text.append(text)
@@ -8250,30 +8258,21 @@ class Messages(BlockDialect):
         message_delta        {"delta":{"stop_reason":"end_turn",...},"usage":{...}}
         message_stop         {}
 
-    Text is a block "text" with "text_delta", Reasoning is "thinking" with "thinking_delta" and, at
-    its end, a "signature_delta", which says UNSIGNED; a ToolCall is "tool_use" with "input_json_delta". An "error" event ends a stream that fails;
-    "ping" may come anywhere. Clients need token counts, so they are estimated where the upstream
-    sends none. Reasoning is included if ``thinking`` requests it.
+    Text is a block "text" with "text_delta". Reasoning is "thinking" with "thinking_delta" and, at
+    its end, a "signature_delta" of UNSIGNED; it is included if ``thinking`` requests it. A ToolCall
+    is "tool_use" with "input_json_delta". An "error" event ends a stream that fails; "ping" may
+    come anywhere. Clients need token counts, so they are estimated where the upstream sends none.
     """
 
+    # fmt: off
     PREFIX = "msg_"
     RENAMED_PARAMS = {
-        "max_tokens": "max_tokens",
-        "temperature": "temperature",
-        "top_p": "top_p",
+        "max_tokens": "max_tokens", "temperature": "temperature", "top_p": "top_p",
         "stop_sequences": "stop",
     }
     KNOWN_PARAMS = (
-        "model",
-        "messages",
-        "system",
-        "stream",
-        "tools",
-        "tool_choice",
-        "thinking",
-        "metadata",
-        "output_config",
-        "output_format",
+        "model", "messages", "system", "stream", "tools", "tool_choice", "thinking", "metadata",
+        "output_config", "output_format",
     )
     FUNCTION_TYPES, SCHEMA_KEY = (None, "custom"), "input_schema"
     DELTA_TYPES = {
@@ -8281,19 +8280,13 @@ class Messages(BlockDialect):
         Reasoning: (b"thinking_delta", b"thinking"),
         ToolCall: (b"input_json_delta", b"partial_json"),
     }
-    STOP_REASONS = {
-        "length": "max_tokens",
-        "content_filter": "refusal",
-    }
+    STOP_REASONS = {"length": "max_tokens", "content_filter": "refusal"}
     ERROR_TYPE_BY_STATUS = {
-        401: "authentication_error",
-        403: "permission_error",
-        404: "not_found_error",
-        413: "request_too_large",
-        429: "rate_limit_error",
-        504: "timeout_error",
+        401: "authentication_error", 403: "permission_error", 404: "not_found_error",
+        413: "request_too_large", 429: "rate_limit_error", 504: "timeout_error",
         529: "overloaded_error",
     }
+    # fmt: on
     output_estimate = 0  # tokens of the closed blocks
     input_estimate: Optional[int] = None  # tokens of the request
 
@@ -8604,24 +8597,16 @@ class Responses(BlockDialect):
     response.incomplete, one that fails with the events error and response.failed.
     """
 
+    # fmt: off
     PREFIX = "resp_"
     RENAMED_PARAMS = {
-        "max_output_tokens": "max_tokens",
-        "temperature": "temperature",
-        "top_p": "top_p",
+        "max_output_tokens": "max_tokens", "temperature": "temperature", "top_p": "top_p",
         "user": "user",
     }
     ECHOED: Dict[str, Any] = {
-        "instructions": None,
-        "max_output_tokens": None,
-        "metadata": {},
-        "parallel_tool_calls": True,
-        "reasoning": None,
-        "temperature": None,
-        "text": {"format": {"type": "text"}},
-        "tool_choice": "auto",
-        "tools": [],
-        "top_p": None,
+        "instructions": None, "max_output_tokens": None, "metadata": {},
+        "parallel_tool_calls": True, "reasoning": None, "temperature": None,
+        "text": {"format": {"type": "text"}}, "tool_choice": "auto", "tools": [], "top_p": None,
     }
     STATEFUL = ("previous_response_id", "conversation", "prompt", "background")
     ECHO_LIMIT = 1 << 16  # bytes; larger fields are not echoed: a stream has three copies
@@ -8631,22 +8616,13 @@ class Responses(BlockDialect):
     # By event: prefix of the item's id, names of its text and part events, index of the part, and
     # further fields of the text events.
     ITEM_WIRE: Dict[Any, Tuple[str, str, str, Dict[str, Any], Dict[str, Any]]] = {
-        Text: (
-            "msg_",
-            "response.output_text",
-            "response.content_part",
-            {"content_index": 0},
-            {"logprobs": []},
-        ),
-        Reasoning: (
-            "rs_",
-            "response.reasoning_summary_text",
-            "response.reasoning_summary_part",
-            {"summary_index": 0},
-            {},
-        ),
+        Text: ("msg_", "response.output_text", "response.content_part",
+               {"content_index": 0}, {"logprobs": []}),
+        Reasoning: ("rs_", "response.reasoning_summary_text", "response.reasoning_summary_part",
+                    {"summary_index": 0}, {}),
         ToolCall: ("fc_", "response.function_call_arguments", "", {}, {}),
     }
+    # fmt: on
 
     sequence_number = 0  # of the next event
     stream_started = False

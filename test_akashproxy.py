@@ -2987,7 +2987,11 @@ ANTHROPIC = (b'event: message_start\ndata: {"type":"message_start","message":{"u
     ("/v1/chat/completions", "application/json", b'{"choices":[{"message":{"content":"a"},"finish_reason":"stop"}],%b}' % COUNTED),
     ("/v1/embeddings", "application/json", b'{"data":[{"embedding":[1]}],%b}' % COUNTED),
     ("/v1/chat/completions", "text/event-stream", FakeOpenAI.event({"content": '\\"usage\\":{}'}) + FakeOpenAI.event({}, "stop") + b'data: {"choices":[],%b}\n\ndata: [DONE]\n\n' % COUNTED),
+    ("/v1/chat/completions", "text/event-stream", b"".join(FakeOpenAI.event({"content": "a" * 300})[:-3] + b',"usage":{"prompt_tokens":11,"completion_tokens":%d}}\n\n' % count
+                                                           for count in range(8)) + FakeOpenAI.event({}, "stop") + b"data: [DONE]\n\n"),
     ("/v1/messages", "text/event-stream", ANTHROPIC),
+    ("/v1/messages", "text/event-stream", ANTHROPIC.replace(b"event: message_delta", b'event: content_block_delta\ndata: {"type":"content_block_delta","text":"%b"}\n\nevent: message_delta' % (b"x" * 5000))),
+    ("/v1/responses", "text/event-stream", b'event: response.completed\ndata: {"type":"response.completed","response":{"usage":{"input_tokens":11,"output_tokens":7},"output":"%b"}}\n\n' % (b"x" * 5000)),
     ("/v1/responses", "application/json", b'{"object":"response","output":[],"usage":{"input_tokens":11,"output_tokens":7}}'),
 ])
 def test_the_usage_of_relayed_answers_is_logged_and_counted(path, kind, body, pool, caplog):
