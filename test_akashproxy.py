@@ -9218,32 +9218,13 @@ def test_the_systemd_unit_fits_the_code(tmp_path):
 @contextlib.contextmanager
 def nginx(folder, *replicas):
     """The README's nginx in front of replicas on these ports: its own port."""
-    conf = saved("nginx.conf")
-    for name, replica in zip(("akashproxy-1", "akashproxy-2"), replicas):
-        conf = conf.replace(f"server {name}:{PORT} ", f"server 127.0.0.1:{replica} ")
-    port = free_port()
-    with nginx_with(folder, conf.replace("listen 80;", f"listen 127.0.0.1:{port};"), port):
-        yield port
-
-
-def test_several_processes_behind_nginx(tmp_path):
-    port, conf = free_port(), saved("several.conf")
-    with started("--demo") as (_, first), started("--demo") as (_, second):
-        for written, real in ((PORT, first), (PORT + 1, second), (8080, port)):
-            assert f"SERVER_ADDRESS=127.0.0.1:{written} python3 akashproxy.py" in README or written == 8080
-            conf = conf.replace(f"127.0.0.1:{written};", f"127.0.0.1:{real};")
-        with nginx_with(tmp_path, conf, port):
-            server = type("Server", (), {"server_port": port})
-            for _ in range(4):
-                assert stream(server, {"model": "demo", "messages": [user("hi")]})[2] == "stop"
-
-
-@contextlib.contextmanager
-def nginx_with(folder, conf, port):
-    """nginx with a configuration, which makes it listen on a port."""
     program = shutil.which("nginx", path=os.environ.get("PATH", "") + ":/usr/sbin")
     if program is None and not os.environ.get("CI"):
         pytest.skip("no nginx here")
+    port, conf = free_port(), saved("nginx.conf")
+    for name, replica in zip(("akashproxy-1", "akashproxy-2"), replicas):
+        conf = conf.replace(f"server {name}:{PORT} ", f"server 127.0.0.1:{replica} ")
+    conf = conf.replace("listen 80;", f"listen 127.0.0.1:{port};")
     folders = "".join(f"{kind}_temp_path {kind}; " for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
     (folder / "nginx.conf").write_text(conf.replace("http {", "http { " + folders))
     directives = f"daemon off; pid {folder}/nginx.pid; error_log stderr;" + " user root;" * (os.geteuid() == 0)
@@ -9252,10 +9233,19 @@ def nginx_with(folder, conf, port):
     try:
         wait_for(lambda: process.poll() is not None or not refused(port))
         assert process.poll() is None, "nginx does not take the README's conf"
-        yield
+        yield port
     finally:
         process.terminate()
         process.wait(20)
+
+
+def test_several_processes_behind_nginx(tmp_path):
+    for written in (PORT, PORT + 1):
+        assert f"`SERVER_ADDRESS=127.0.0.1:{written} python3 akashproxy.py`" in README and f"`server 127.0.0.1:{written}`" in README
+    with started("--demo") as (_, first), started("--demo") as (_, second), nginx(tmp_path, first, second) as port:
+        server = type("Server", (), {"server_port": port})
+        for _ in range(4):
+            assert stream(server, {"model": "demo", "messages": [user("hi")]})[2] == "stop"
 
 
 def free_port():
@@ -10689,6 +10679,31 @@ def test_the_readmes_lines_for_agents_work(block, pool, tmp_path):
     assert done.returncode == 0 and "Hi there." in done.stdout, done
 
 
+CLIENTS = {     # program: (its row in the README's table of clients, what gets an answer, where {} is the row's own command)
+    "opencode": ("opencode, kilo", "opencode run -m akashproxy/llama3.2 'Say hello.'"), "qwen": ("qwen-code", "{} -p 'Say hello.'"),
+    "pi": ("pi", "pi --provider akashproxy --model llama3.2 -p 'Say hello.'"),
+    "llm": ("llm", "llm -m akashproxy 'Say hello.'"), "gptme": ("gptme", "{} -n 'Say hello.'"),
+    "aider": ("aider", "{} --no-git --yes-always --no-check-update --no-show-model-warnings --message 'Say hello.'"),
+}
+
+
+@pytest.mark.parametrize("program", CLIENTS)
+def test_the_readmes_table_of_clients_works(program, pool, tmp_path):
+    if not shutil.which(program):
+        pytest.skip(f"{program} is not installed")
+    client, command = CLIENTS[program]
+    server = pool(FakeOpenAI(["llama3.2"]), idle_timeout=20, first_byte_timeout=20)
+    row = re.search(rf"^\| {client} \| (.*) \|$", README, re.M)[1].replace("127.0.0.1:16571", f"127.0.0.1:{server.server_port}")
+    first, *lines = re.findall("`(.*?)`", row)
+    if lines:   # a file and its lines
+        path = tmp_path / first.replace("~/", "").replace("extra-", ".config/io.datasette.llm/extra-")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(line + "\n" for line in lines))
+    done = subprocess.run(["bash", "-ec", command.format(first)], cwd=tmp_path, env={"PATH": os.environ["PATH"], "HOME": str(tmp_path)},
+                          stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=100)
+    assert "Hi there." in done.stdout, done
+
+
 EMBEDDING = [block for block in blocks("python") if not official(block)]
 
 
@@ -10755,7 +10770,7 @@ def test_the_readmes_configuration_is_one(config):
         path = config(block)
         environ = {name: f"value-of-{name}" for name in re.findall(r"\$\{(\w+)\}", block)}
         settings = load(path, **environ)
-        assert (len(settings.pool()), len(settings.keys)) == ((3, 2) if "keys" in json.loads(block) else (4, 0))
+        assert (len(settings.pool()), len(settings.keys)) == ((1, 2) if "keys" in json.loads(block) else (4, 0))
         assert run("--config-file", path, "--check", **environ).returncode == 0
 
 
