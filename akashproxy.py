@@ -3429,7 +3429,8 @@ class EventStream:
 
 
 # == 8. filters ===============================================================================
-# Steps between decoder and events: think tags, stop sequences. And estimates of tokens.
+# Steps between decoder and events: split characters, think tags, stop sequences. And estimates of
+# tokens.
 
 
 class SurrogateFilter(Filter):
@@ -3457,8 +3458,8 @@ class SurrogateFilter(Filter):
         return not self.pending and text.isascii()
 
     def close(self) -> List[Event]:
-        halves, self.pending = self.pending, {}
-        return [with_text(half, "\ufffd") for half in halves.values()]
+        pending, self.pending = self.pending, {}
+        return [with_text(event, "\ufffd") for event in pending.values()]
 
     @staticmethod
     def _has_surrogate(event: Event) -> bool:
@@ -3467,8 +3468,8 @@ class SurrogateFilter(Filter):
 
     def _join(self, event: BlockEvent) -> List[Event]:
         key = type(event), getattr(event, "index", 0)
-        half = self.pending.pop(key, None)
-        text = (text_of(half) if half else "") + text_of(event)
+        before = self.pending.pop(key, None)
+        text = (text_of(before) if before else "") + text_of(event)
         if "\ud800" <= text[-1:] <= "\udbff":
             self.pending[key] = with_text(event, text[-1])
             text = text[:-1]
@@ -4311,7 +4312,7 @@ def _without_quotes(text: str, models: Iterable[str]) -> str:
     Lower-case, as the words of ErrorRule.
     """
     for name in filter(None, models):
-        text = text.replace(name, "*")
+        text = re.sub(rf"(?<!\w){re.escape(name[:MAX_NAME])}(?!\w)", "*", text)
     text = re.sub(r"`[^`\n]{0,200}`|\"[^\"\n]{0,200}\"", "*", text[:4000])
     return text.replace("\n", " ").lower()
 
@@ -6054,10 +6055,10 @@ REASONING_TOKENS = ("reasoning_tokens", "thinking_tokens")
 
 
 def chat_usage(value: Any) -> Optional[Dict[str, Any]]:
-    """Return an upstream's usage under the names of chat completions; None without both counts.
+    """Return an upstream's usage under the names of chat completions.
 
-    Anthropic's and Responses' names are known, and others of the details. Other fields are kept,
-    except integers that are not valid counts.
+    None without both counts. Knows Anthropic's and Responses' names, and several of the details.
+    Other fields are kept, except integers that are not valid counts.
     """
     usage: Dict[str, Any] = {
         name: counts(field) if isinstance(field, dict) else field
@@ -6086,7 +6087,7 @@ def chat_usage(value: Any) -> Optional[Dict[str, Any]]:
 
 
 def find_count(sources: List[Dict[str, Any]], names: Tuple[str, ...]) -> Optional[int]:
-    """Return the first count above 0 under one of some names, else 0; None if there is none."""
+    """Return the first count above 0 under one of the names, else 0; None without any."""
     found = [count_or_none(source.get(name)) for source in sources for name in names]
     return next(filter(None, found), 0 if 0 in found else None)
 
@@ -6201,7 +6202,7 @@ class PassthroughDecoder(Decoder):
         return [RawBytes(data, self._usage() if self.complete else None)]
 
     def _note_usage(self, data: bytes, is_opening: bool) -> None:
-        """Keep the first usage and the last: Anthropic's are those of the prompt and the answer.
+        """Keep the first usage and the last; Anthropic's count the prompt and the answer.
 
         Some upstreams send one with each event; to parse all would double the cost of the relay.
         """
