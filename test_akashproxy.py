@@ -4817,7 +4817,7 @@ def test_a_response_that_fails_within(pool):
     assert events[-2]["type"] == "error" and events[-2]["message"] == events[-2]["error"]["message"] == events[-1]["response"]["error"]["message"]
     assert events[-1]["type"] == "response.failed" and events[-1]["response"]["status"] == "failed"
     own = pool((a, {"paths": ["/v1/responses"]}))
-    for frames, failed in ((b'data: {"type":"response.created"}\n\n', True), (b'data: {"type":"response.completed"}\n\n', False)):
+    for frames, failed in ((b'data: {"type":"response.output_text.delta"}\n\n', True), (b'data: {"type":"response.completed"}\n\n', False)):
         a.faults.append(a.garbage(a.head() + chunk(frames) + b"0\r\n\r\n"))
         body = ask(own, "POST", "/v1/responses", {**WANTED, "stream": True}).body
         assert body.startswith(frames) and (b"response.failed" in body) == failed and b"event: response.created" not in body
@@ -5207,6 +5207,11 @@ OVERFLOWS = {
     "no numbers": (400, "Your input exceeds the context window of this model.", None),
     "Anthropic's own": (400, "prompt is too long: 9001 tokens > 8192 maximum", "prompt is too long: 9001 tokens > 8192 maximum"),
 }
+
+
+def test_a_short_model_name_is_no_part_of_a_word():
+    error = akashproxy.error_from_body("u", 422, {"error": {"message": "`inputs` tokens + `max_new_tokens` must be <= 4096. Given: 9 `inputs` tokens"}}, models=("m", "us"))
+    assert (error.status, error.code) == (400, "context_length_exceeded")
 
 
 @table(OVERFLOWS)
@@ -6762,7 +6767,7 @@ def test_bytes_beyond_an_answer_without_a_body(pool):
     a.faults.append(a.garbage(b"HTTP/1.1 204 No Content\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil") )
     a.faults[0] = (lambda fault: lambda sock, request: fault(sock, request) or True)(a.faults[0])
     server = pool(a)
-    got = ask(server, "POST", "/v1/embeddings", {"model": "both"})
+    got = ask(server, "POST", "/v1/rerank", {"model": "both"})
     assert (got.status, got.body) == (204, b"")
     assert chat(server, BOTH).body == a.completion() and a.connections == 2
 
@@ -7879,7 +7884,7 @@ def test_comments_do_not_put_the_first_byte_limit_off(pool):
 
 CUT_JSON = {
     "half": (b'{"data":[{"embedding":[1,2', 502), "ends in a bracket": (b'{"data":[{"embedding":[1,2]}', 502), "nothing": (b"", 502),
-    "an error": (b'{"error":{"message":"no","type":"x"}}', 502), "whole": (b'{"data":[{"embedding":[1,2]}]}\n', 200), "a list": (b"[1]", 200),
+    "an error": (b'{"error":{"message":"no","type":"x"}}', 502), "whole": (b'{"data":[{"embedding":[1,2]}]}\n', 200), "a list": (b"[1]", 502),
 }
 
 
