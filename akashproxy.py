@@ -6242,10 +6242,8 @@ class PassthroughDecoder(Decoder):
         """Return the data up to [DONE], if it contains that; look for the stream's end."""
         if self.end and not self.end_seen:
             self.end_seen = self.end.is_in(data)
-        at = data.rfind(b"[DONE]")
-        if at >= 0:  # the first one of several ends the answer
-            at = data.find(b"[DONE]", max(0, at - 64))
-        done = DONE.search(data, max(0, at - 8)) if at >= 0 else None
+        # rfind() is faster than the pattern, and nearly always finds nothing.
+        done = DONE.search(data) if data.rfind(b"[DONE]") >= 0 else None
         if done is None or self.complete:
             return data
         self.complete = self.end_seen = True

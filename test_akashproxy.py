@@ -6253,6 +6253,8 @@ def test_the_first_of_several_ends_of_a_relay():
     for data, passed_on in (
         (begin + b"data: [DONE]\n\ndata: [DONE]\n\n", begin + b"data: [DONE]\n\n"),
         (begin + b"data: [DONE]\n\n" + begin, begin + b"data: [DONE]\n\n"),
+        (begin + b"data: [DONE]\n\n" + begin + b"data: [DONE]: x\n\n", begin + b"data: [DONE]\n\n"),
+        (begin + b"data:" + b" " * 99 + b"[DONE]\n\ndata: [DONE]\n\n", begin + b"data:" + b" " * 99 + b"[DONE]\n\n"),
         (begin * 2, begin * 2),
     ):
         decoder = akashproxy.PassthroughDecoder("up", True, akashproxy.STREAM_ENDS["/v1/chat/completions"])
