@@ -719,7 +719,7 @@ class TextWasReasoning:
 class ToolCall:
     """A fragment of a tool call; the first one of an index carries id and name.
 
-    ``extra`` is what the upstream wants back with the call, such as Gemini's thought_signature.
+    ``extra``: further fields, which upstreams want back, such as Gemini's extra_content.
     """
 
     index: int
@@ -774,6 +774,18 @@ Event = Union[Text, Reasoning, TextWasReasoning, ToolCall, Image, ImageProgress,
 EVENTS: Tuple[Type[Event], ...] = get_args(Event)
 TextEvent = Union[Text, Reasoning]
 BlockEvent = Union[Text, Reasoning, ToolCall]  # what an answer's content consists of
+
+
+def text_of(event: Event) -> str:
+    """The text of a fragment of the answer's content; "" for other events."""
+    if isinstance(event, ToolCall):
+        return event.arguments
+    return event.text if isinstance(event, (Text, Reasoning)) else ""
+
+
+def with_text(event: BlockEvent, text: str) -> BlockEvent:
+    """A further fragment of the same block."""
+    return ToolCall(event.index, text) if isinstance(event, ToolCall) else type(event)(text)
 
 
 class CancelScope:
@@ -2193,6 +2205,11 @@ def media_type(content_type: str) -> str:
     return content_type.partition(";")[0].strip(" \t").lower()
 
 
+def is_json_type(content_type: str) -> bool:
+    kind = media_type(content_type)
+    return kind in ("application/json", "text/json") or kind.endswith("+json")
+
+
 class BodyDecoder:
     """Removes the framing of a message body as its bytes arrive (RFC 9112, 6).
 
@@ -3530,7 +3547,57 @@ class EventStream:
 
 
 # == 8. filters ===============================================================================
-# Steps between decoder and events: think tags, stop sequences. And estimates of tokens.
+# Steps between decoder and events: split characters, think tags, stop sequences. And estimates of
+# tokens.
+
+
+class SurrogateFilter(Filter):
+    """Joins the halves of a character that were sent in two events.
+
+    JSON can cut an emoji into two escapes, "\\ud83d" and "\\ude00", and some servers put them into
+    two events. A half that stays alone becomes U+FFFD.
+    """
+
+    def __init__(self) -> None:
+        self.pending: Dict[Any, BlockEvent] = {}  # first halves, by type and index of the event
+
+    def feed(self, events: List[Event]) -> List[Event]:
+        if not self.pending and not any(map(self._has_surrogate, events)):
+            return events
+        out: List[Event] = []
+        for event in events:
+            if isinstance(event, (Text, Reasoning, ToolCall)):
+                out += self._join(event)
+            else:
+                out += [*self.close(), event]
+        return out
+
+    def is_passthrough(self, text: str) -> bool:
+        return not self.pending and text.isascii()
+
+    def close(self) -> List[Event]:
+        pending, self.pending = self.pending, {}
+        return [with_text(event, "\ufffd") for event in pending.values()]
+
+    @staticmethod
+    def _has_surrogate(event: Event) -> bool:
+        text = text_of(event)
+        return not text.isascii() and _SURROGATE.search(text) is not None
+
+    def _join(self, event: BlockEvent) -> List[Event]:
+        key = type(event), getattr(event, "index", 0)
+        before = self.pending.pop(key, None)
+        text = (text_of(before) if before else "") + text_of(event)
+        if "\ud800" <= text[-1:] <= "\udbff":
+            self.pending[key] = with_text(event, text[-1])
+            text = text[:-1]
+        text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+        if isinstance(event, ToolCall) and event.name is not None:
+            return [dataclasses.replace(event, arguments=text)]
+        return [with_text(event, text)] if text else []
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class ThinkTagFilter(Filter):
@@ -3941,9 +4008,9 @@ class PromptedTools:
         if self.functions:
             if not messages or messages[0]["role"] not in ("system", "developer"):
                 messages.insert(0, {"role": "system"})
-            messages[0] = with_text(messages[0], self._instruction())
+            messages[0] = add_paragraph(messages[0], self._instruction())
         if self.complaint:
-            messages[-1] = with_text(messages[-1], self.complaint)
+            messages[-1] = add_paragraph(messages[-1], self.complaint)
         others = {name: self.chat[name] for name in self.chat if name not in self.FIELDS}
         return {**others, "messages": messages}
 
@@ -3960,7 +4027,7 @@ class PromptedTools:
             for number, function in enumerate(functions)
         ]
         others = {name: message[name] for name in message if name != "tool_calls"}
-        return with_text(others, self.form.calls % "\n".join(calls)) if calls else others
+        return add_paragraph(others, self.form.calls % "\n".join(calls)) if calls else others
 
     def _call(self, name: str, arguments: str, number: int = 0) -> str:
         if self.form.argument:
@@ -3981,7 +4048,7 @@ class PromptedTools:
         return text + ONE_CALL * self.single + MUST_CALL * self.required
 
 
-def with_text(message: Dict[str, Any], text: str) -> Dict[str, Any]:
+def add_paragraph(message: Dict[str, Any], text: str) -> Dict[str, Any]:
     """Return a message with a paragraph after its content."""
     content = message.get("content")
     if isinstance(content, list):
@@ -5082,7 +5149,7 @@ def _without_quotes(text: str, models: Iterable[str]) -> str:
     Lower-case, as the words of ErrorRule.
     """
     for name in filter(None, models):
-        text = text.replace(name, "*")
+        text = re.sub(rf"(?<!\w){re.escape(name[:MAX_NAME])}(?!\w)", "*", text)
     text = re.sub(r"`[^`\n]{0,200}`|\"[^\"\n]{0,200}\"", "*", text[:4000])
     return text.replace("\n", " ").lower()
 
@@ -5921,7 +5988,6 @@ _ADDRESS = re.compile(
 )
 # fmt: on
 
-_SURROGATE = re.compile("[\ud800-\udfff]")
 _SINGLE_TEXT = re.compile(rb'0:("[ !#-\[\]-~]+")\n')  # ASCII without escapes
 
 
@@ -5956,7 +6022,6 @@ class AkashDecoder(Decoder):
     def __init__(self, model: str = "", secrets: Iterable[str] = ()) -> None:
         self.model, self.secrets = model, secrets
         self.buffer = bytearray()  # an incomplete line
-        self.pending_surrogate = ""  # a high surrogate; the backend may split emoji over two parts
         self.tool_count = 0
 
     def feed(self, data: bytes) -> List[Event]:
@@ -6003,7 +6068,7 @@ class AkashDecoder(Decoder):
 
     def fast_path(self, data: bytes) -> bytes:
         """Return the JSON string of data that is exactly one plain text part, else b""."""
-        if self.buffer or self.pending_surrogate or self.complete or self.error:
+        if self.buffer or self.complete or self.error:
             return b""
         match = _SINGLE_TEXT.fullmatch(data)
         return match[1] if match else b""
@@ -6035,8 +6100,8 @@ class AkashDecoder(Decoder):
             self._fail(MALFORMED_LINE)
 
     def _on_v4_part(self, code: bytes, value: Any, out: List[Event]) -> None:
-        if code == b"g" and isinstance(value, str):
-            self._emit(Reasoning, value, out)
+        if code == b"g" and isinstance(value, str) and value:
+            out.append(Reasoning(value))
         elif code == b"3":
             self.error = akash_error(str(value), self.model, self.secrets)
         elif code == b"9" and isinstance(value, dict):
@@ -6050,10 +6115,10 @@ class AkashDecoder(Decoder):
             return
         event = as_dict(_decode_any(data.decode("utf-8", "surrogatepass")))
         event_type = event.get("type")
-        if event_type == "text-delta":
-            self._emit(Text, str(event.get("delta", "")), out)
-        elif event_type == "reasoning-delta":
-            self._emit(Reasoning, str(event.get("delta", "")), out)
+        if event_type in ("text-delta", "reasoning-delta"):
+            if event.get("delta"):
+                make_event = Text if event_type == "text-delta" else Reasoning
+                out.append(make_event(str(event["delta"])))
         elif event_type == "tool-input-available":
             self._tool(event, event.get("input"), out)
         elif event_type in ("error", "tool-input-error"):
@@ -6078,17 +6143,14 @@ class AkashDecoder(Decoder):
         except (ValueError, TypeError, RecursionError):
             self._one_by_one(lines, out)
             return
-        if "<think>\n" in text:
-            opening, closing = self.REASONING_PART
-            for text in texts:
-                if text.startswith(opening) and text.endswith(closing):
-                    self._emit(Reasoning, text[len(opening) : -len(closing)], out)
-                else:
-                    self._emit(Text, text, out)
-        elif self.pending_surrogate or not text.isascii() and _SURROGATE.search(text):
-            self._emit(Text, text, out)
-        elif text:
-            out.append(Text(text))
+        if "<think>\n" not in text:
+            texts = [text]
+        opening, closing = self.REASONING_PART
+        for text in filter(None, texts):
+            if text.startswith(opening) and text.endswith(closing):
+                out.append(Reasoning(text[len(opening) : -len(closing)]))
+            else:
+                out.append(Text(text))
 
     def _one_by_one(self, lines: List[bytes], out: List[Event]) -> None:
         if len(lines) == 1:
@@ -6106,18 +6168,9 @@ class AkashDecoder(Decoder):
                 value, position = scan(text, position)
                 if not isinstance(value, str):
                     break
-                self._emit(Text, value, out)
+                out.append(Text(value))
                 position += text.startswith(",", position)
         self._fail(MALFORMED_LINE)
-
-    def _emit(self, make_event: Callable[[str], Event], text: str, out: List[Event]) -> None:
-        """Append an event. Surrogate pairs are joined, a trailing half is kept back."""
-        text, self.pending_surrogate = self.pending_surrogate + text, ""
-        if text[-1:] and "\ud800" <= text[-1] <= "\udbff":
-            text, self.pending_surrogate = text[:-1], text[-1]
-        text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-        if text:
-            out.append(make_event(text))
 
     def _tool(self, call: Dict[str, Any], arguments: Any, out: List[Event]) -> None:
         if self.tool_count == MAX_TOOL_CALLS:
@@ -6128,9 +6181,6 @@ class AkashDecoder(Decoder):
         self.tool_count += 1
 
     def _finish(self, reason: Any, usage: Any, out: List[Event]) -> None:
-        if self.pending_surrogate:
-            self.pending_surrogate = ""
-            out.append(Text("\ufffd"))
         if isinstance(reason, str) and reason in AKASH_FINISH_REASONS:
             self.complete = True
             out.append(Finish(AKASH_FINISH_REASONS[reason], _akash_usage(usage)))
@@ -6208,7 +6258,9 @@ def parse_image_job(body: bytes) -> Optional[Tuple[str, str]]:
     if start and ends:
         job, prompts = start[1], text[start.end() : ends[0].start()]
     else:
-        match = IMAGE_JOB.fullmatch(fold(AkashDecoder().feed(body)).text.strip())
+        match = IMAGE_JOB.fullmatch(
+            fold(SurrogateFilter().feed(AkashDecoder().feed(body))).text.strip()
+        )
         if not match:
             return None
         job, prompts = match.groups()
@@ -6523,9 +6575,8 @@ class AkashController(Controller):
         """Return the decoder for the body of a stream or of an error."""
         if response.status == 200 and not is_challenge_page(response):
             decoder = AkashDecoder(call.model, self.secrets(cookie))
-            if stop_filter.needed:
-                return DecoderChain(decoder, ThinkTagFilter(), stop_filter)
-            return DecoderChain(decoder, ThinkTagFilter())
+            filters = [stop_filter] if stop_filter.needed else []
+            return DecoderChain(decoder, SurrogateFilter(), ThinkTagFilter(), *filters)
 
         def parse(data: bytes) -> NoReturn:
             is_retry = call.attempt.retry_reason == "session"
@@ -6653,7 +6704,8 @@ class AkashController(Controller):
 
     def _text_instead(self, call: Call, body: bytes) -> Iterator[Event]:
         """Return the events of an answer with text where an image was requested."""
-        decoder = DecoderChain(AkashDecoder(call.model, self.secrets()), ThinkTagFilter())
+        akash_decoder = AkashDecoder(call.model, self.secrets())
+        decoder = DecoderChain(akash_decoder, SurrogateFilter(), ThinkTagFilter())
         events = decoder.feed(body) + decoder.close()
         if decoder.error:
             # b58259a sends text to a backend model AkashGen, which its backend usually lacks; it
@@ -6789,7 +6841,6 @@ class ChatDecoder(Decoder):
         self.upstream_name, self.secrets = upstream_name, secrets
         self.lines = EventLines()
         self.calls = ToolCallAssembler(upstream_name)
-        self.halves = SurrogateHalves()
         self.reason: Optional[str] = None
         self.usage: Optional[Dict[str, int]] = None
 
@@ -6820,12 +6871,13 @@ class ChatDecoder(Decoder):
 
     def _event(self, event_type: bytes, data: bytes, out: List[Event]) -> None:
         """Decode one event. Raises the APIError that it stands for."""
-        if data.strip() in (b"[DONE]", b""):
-            if data:
-                self._finish(out)
+        data = data.strip()
+        if data == b"[DONE]":
+            self._finish(out)
             return
         event = json_or_none(data)
-        if event is None and data.strip() != b"null" and event_type in (b"", b"message", b"error"):
+        is_message = event_type in (b"", b"message", b"error")
+        if event is None and is_message and data not in (b"", b"null"):
             raise truncated(self.upstream_name, "sent an event that is not JSON")
         if not isinstance(event, dict):
             return
@@ -6837,63 +6889,16 @@ class ChatDecoder(Decoder):
             if not choice.get("index"):
                 delta = as_dict(choice.get("delta")) or {"content": choice.get("text")}
                 for each in message_events(delta):
-                    self._add(each, out)
+                    out += self.calls.add(each) if isinstance(each, ToolCall) else [each]
                 reason = choice.get("finish_reason")
                 self.reason = reason if reason and isinstance(reason, str) else self.reason
-
-    def _add(self, event: Event, out: List[Event]) -> None:
-        if isinstance(event, ToolCall):
-            out += self.calls.add(event)
-        elif isinstance(event, (Text, Reasoning)):
-            out += self.halves.join(event)
-        else:
-            out.append(event)
 
     def _finish(self, out: List[Event]) -> None:
         if self.reason is None:
             raise truncated(self.upstream_name)
-        out += self.halves.flush()
         reason = finish_reason(self.upstream_name, self.reason, self.calls.close())
         self.complete = True
         out.append(Finish(reason, self.usage))
-
-
-class SurrogateHalves:
-    """Joins the halves of a character that were sent in two events.
-
-    JSON can cut an emoji into two escapes, "\\ud83d" and "\\ude00", and some servers put them into
-    two events. A half that stays alone is passed on.
-    """
-
-    def __init__(self) -> None:
-        self.pending: Optional[TextEvent] = None  # ends with the first half
-
-    def join(self, event: TextEvent) -> List[Event]:
-        """Return the events that are complete with this one."""
-        out: List[Event] = []
-        if self.pending is None and not is_high_surrogate(event.text[-1:]):
-            return [event]
-        text = event.text
-        if self.pending is not None:
-            if type(self.pending) is type(event):
-                pair = (self.pending.text + text).encode("utf-16", "surrogatepass")
-                text = pair.decode("utf-16", "surrogatepass")
-            else:
-                out.append(self.pending)
-            self.pending = None
-        if is_high_surrogate(text[-1:]):
-            self.pending, text = type(event)(text[-1]), text[:-1]
-        return [*out, type(event)(text)] if text else out
-
-    def flush(self) -> List[Event]:
-        """Return what is pending back."""
-        pending, self.pending = self.pending, None
-        return [pending] if pending else []
-
-
-def is_high_surrogate(character: str) -> bool:
-    """Return whether a character is the first half of a surrogate pair."""
-    return "\ud800" <= character <= "\udbff"
 
 
 class JSONProgress:
@@ -6936,6 +6941,9 @@ class CallInProgress:
         self.extra: Any = None  # the upstream's own fields
         self.pending: List[str] = []  # arguments that arrived before the name
         self.progress = JSONProgress()
+
+
+NAMELESS_CALL = "sent a tool call without a name"
 
 
 class ToolCallAssembler:
@@ -6984,7 +6992,7 @@ class ToolCallAssembler:
         """Return whether there was a call. APIError if one has arguments but no name."""
         for call in {*self.by_id.values(), *self.by_index.values()}:
             if call.name is None and any(call.pending):
-                raise truncated(self.upstream_name, "sent a tool call without a name")
+                raise truncated(self.upstream_name, NAMELESS_CALL)
         return self.has_calls
 
     def _find(self, fragment: ToolCall) -> Optional[CallInProgress]:
@@ -7012,6 +7020,9 @@ class ToolCallAssembler:
         return call
 
 
+CALL_FIELDS = ("index", "id", "type", "function")  # of a tool call; others are the upstream's own
+
+
 def message_events(message: Dict[str, Any]) -> List[Event]:
     """Return the events of a stream's delta or of a complete message."""
     events: List[Event] = []
@@ -7037,7 +7048,8 @@ def message_events(message: Dict[str, Any]) -> List[Event]:
                 arguments if isinstance(arguments, str) else _encode(arguments),
                 name_or_none(call.get("id")),
                 name_or_none(function.get("name")),
-                as_dict(call.get("extra_content")) or None,
+                {name: call[name] for name in call if name not in CALL_FIELDS and call[name]}
+                or None,
             )
         )
     return events
@@ -7086,12 +7098,6 @@ def finish_reason(upstream_name: str, reason: str, has_calls: bool) -> str:
     return meaning
 
 
-# Other names of usage.prompt_tokens_details.cached_tokens and
-# usage.completion_tokens_details.reasoning_tokens, which DeepSeek, Moonshot and others use.
-CACHED_TOKENS = ("prompt_cache_hit_tokens", "cached_tokens", "cache_read_input_tokens")
-REASONING_TOKENS = ("reasoning_tokens", "thinking_tokens")
-
-
 def usage_of(body: Dict[str, Any]) -> Optional[Dict[str, Any]]:
     """Return the usage of a completion or an event, wherever servers put it."""
     usage = body.get("usage")
@@ -7101,61 +7107,59 @@ def usage_of(body: Dict[str, Any]) -> Optional[Dict[str, Any]]:
     return chat_usage(usage)
 
 
-def chat_usage(usage: Any) -> Optional[Dict[str, Any]]:
-    """Validate an upstream's usage; None unless it has both counts.
+CACHED_TOKENS = ("cached_tokens", "prompt_cache_hit_tokens", "cache_read_input_tokens")
+REASONING_TOKENS = ("reasoning_tokens", "thinking_tokens")
 
-    Details under other names are added under OpenAI's. Other fields are kept, except integers that
-    are not valid counts.
+
+def chat_usage(value: Any) -> Optional[Dict[str, Any]]:
+    """Return an upstream's usage under the names of chat completions.
+
+    None without both counts. Knows Anthropic's and Responses' names, and several of the details.
+    Other fields are kept, except integers that are not valid counts.
     """
-    if not usage:
-        return None
-    usage = {
-        name: counts(value) if isinstance(value, dict) else value
-        for name, value in counts(as_dict(usage)).items()
+    usage: Dict[str, Any] = {
+        name: counts(field) if isinstance(field, dict) else field
+        for name, field in counts(as_dict(value)).items()
     }
-    prompt = count_or_none(usage.get("prompt_tokens"))
-    completion = count_or_none(usage.get("completion_tokens"))
+    prompt = find_count([usage], ("prompt_tokens", "input_tokens"))
+    completion = find_count([usage], ("completion_tokens", "output_tokens"))
     if prompt is None or completion is None:
         return None
-    add_detail(usage, "prompt_tokens_details", "cached_tokens", CACHED_TOKENS)
-    add_detail(usage, "completion_tokens_details", "reasoning_tokens", REASONING_TOKENS)
-    total = count_or_none(usage.get("total_tokens"))
-    return {**usage, "total_tokens": prompt + completion if total is None else total}
+    if usage.get("prompt_tokens") is None:  # Anthropic counts cached tokens apart
+        for name in ("cache_read_input_tokens", "cache_creation_input_tokens"):
+            prompt += find_count([usage], (name,)) or 0
+    total = find_count([usage], ("total_tokens",))
+    usage["prompt_tokens"], usage["completion_tokens"] = prompt, completion
+    usage["total_tokens"] = prompt + completion if total is None else total
+    for kind, alias, names in (
+        ("prompt", "input", CACHED_TOKENS),
+        ("completion", "output", REASONING_TOKENS),
+    ):
+        group = f"{kind}_tokens_details"
+        details = as_dict(usage.get(group))
+        count = find_count([details, as_dict(usage.get(f"{alias}_tokens_details")), usage], names)
+        if count:
+            usage[group] = {**details, names[0]: min(count, usage[f"{kind}_tokens"])}
+    return usage
+
+
+def find_count(sources: List[Dict[str, Any]], names: Tuple[str, ...]) -> Optional[int]:
+    """Return the first count above 0 under one of the names, else 0; None without any."""
+    found = [count_or_none(source.get(name)) for source in sources for name in names]
+    return next(filter(None, found), 0 if 0 in found else None)
 
 
 _JSON = json.JSONDecoder()
 MAX_USAGE = 4096  # characters of a usage object
 
 
-def usage_at(data: bytes, at: int) -> Dict[str, Any]:
-    """Parse the usage at a position of relayed JSON; {} if it is none.
-
-    Anthropic's and Responses' names of the counts are replaced by those of chat completions.
-    """
-    if at < 0:
-        return {}
-    text = data[at + 7 : at + 7 + MAX_USAGE].decode("utf-8", "replace").lstrip(" \t\r\n:")
+def parse_usage(data: bytes) -> Dict[str, Any]:
+    """Parse relayed JSON that begins with the key "usage"; {} if that has no object."""
+    text = data[len(b'"usage"') : MAX_USAGE].decode("utf-8", "replace").lstrip(" \t\r\n:")
     try:
-        usage = as_dict(_JSON.raw_decode(text)[0])
+        return as_dict(_JSON.raw_decode(text)[0])
     except (ValueError, RecursionError):
         return {}
-    if "input_tokens" in usage or "output_tokens" in usage:
-        cached = [count_or_none(usage.get(f"cache_{kind}_input_tokens")) for kind in CACHE_KINDS]
-        prompt = count_or_none(usage.get("input_tokens"))
-        usage["prompt_tokens"] = None if prompt is None else prompt + sum(filter(None, cached))
-        usage["completion_tokens"] = usage.get("output_tokens")
-    return usage
-
-
-CACHE_KINDS = ("read", "creation")  # prompt tokens that Anthropic counts apart
-
-
-def add_detail(usage: Dict[str, Any], group: str, name: str, others: Tuple[str, ...]) -> None:
-    """Set a detail of a usage from its other names, unless it is there."""
-    details = as_dict(usage.get(group))
-    value = next(filter(None, map(count_or_none, map(usage.get, others))), None)
-    if value and not details.get(name):
-        usage[group] = {**details, name: value}
 
 
 def counts(usage: Dict[str, Any]) -> Dict[str, Any]:
@@ -7183,7 +7187,7 @@ class StreamEnd(NamedTuple):
 
 
 CHAT_END = StreamEnd(
-    re.compile(rb'^data: ?\[DONE\][ \r]*$|"finish_reason" ?: ?"[a-z]', re.M),
+    re.compile(rb'^data: *\[DONE\][ \r]*$|"finish_reason" ?: ?"[a-z]', re.M),
     (b"[DONE]", b'"finish_reason":"', b'"finish_reason": "', b'"finish_reason" :'),
     (
         b'"finish_reason":null}]}\n\n',
@@ -7224,15 +7228,16 @@ class ModelName:
 class PassthroughDecoder(Decoder):
     """Passes on a stream in the client's own format, byte for byte, as RawBytes.
 
-    Only the first event and the end are parsed; secrets are redacted from errors. Comments before
-    the first event are kept back, since until then another controller may still answer. Only
-    complete lines are passed on, so that an error event can follow if the upstream breaks off.
-    Every complete stream has the ``end`` of its path; if that is None, the end of the HTTP message
+    Only the opening and the end are parsed; secrets are redacted from errors. What precedes the
+    first content is held back, since until then another controller may still answer. Only complete
+    lines are passed on, so that an error event can follow if the upstream breaks off. Every
+    complete stream has the ``end`` of its path; if that is None, the end of the HTTP message
     suffices. If not ``is_sse``, all bytes are passed on unparsed. ``model`` replaces the name of
     the answer's model.
     """
 
     MAX_HELD = 16 << 20  # bytes
+    USAGE_TAIL = 512  # bytes; the usage stands in the last events, or in each one
     has_fast_path = True
 
     def __init__(
@@ -7248,10 +7253,10 @@ class PassthroughDecoder(Decoder):
         self.rename = ModelName(model)
         self.end_seen = end is None
         self.mid_stream = end.mid_stream if end and not model else ()
-        self.first_event_seen = self.started = not is_sse
+        self.started = not is_sse
         self.buffer = bytearray()  # an incomplete line
-        self.comments = bytearray()  # comments before the first event
-        self.usage: Dict[str, Any] = {}
+        self.opening = bytearray()  # what precedes the first content
+        self.first_usage = self.last_usage = b""  # JSON from the key on
         self.tail = b"\n\n"  # the last bytes passed on, at least enough to see an event's end
 
     def feed(self, data: bytes) -> List[Event]:
@@ -7259,32 +7264,40 @@ class PassthroughDecoder(Decoder):
             return [RawBytes(data)]
         if self.buffer or not data.endswith(b"\n"):
             data = take_complete_lines(self.buffer, data)
-        if not self.first_event_seen:
-            data = self._first_event(data)
+        is_opening = not self.started
+        if is_opening:
+            data = self._without_opening(data)
         if data.rfind(b'"error') >= 0:  # less than half the time of ``in``, for a burst
             data = redact_bytes(data, self.secrets)
-        if len(self.buffer) + len(self.comments) > self.MAX_HELD:
-            self.error = truncated(self.upstream_name, "sent a line that is too long, or no events")
+        if len(self.buffer) + len(self.opening) > self.MAX_HELD:
+            self.error = truncated(self.upstream_name, "sent a line that is too long, or no answer")
         if not data:
             return []
         data = self._find_end(self.rename(data))
-        self.started = (
-            self.started
-            or self.complete
-            or any(has_content(line[1]) for line in DATA_LINE.finditer(data))
-        )
         self.tail = data if len(data) > 3 else (self.tail + data)[-4:]
-        return [RawBytes(data, self._find_usage(data))]
+        self._note_usage(data, is_opening)
+        return [RawBytes(data, self._usage() if self.complete else None)]
 
-    def _find_usage(self, data: bytes) -> Optional[Dict[str, Any]]:
-        """Return the usage of the answer, if the data has one; earlier parts are kept."""
-        last = data.rfind(b'"usage"')
-        if last < 0:
-            return None
-        for at in (data.find(b'"usage"', 0, last), last):  # Anthropic's two: of prompt and answer
-            usage = usage_at(data, at)
-            self.usage.update((name, value) for name, value in usage.items() if value is not None)
-        return chat_usage(self.usage)
+    def _note_usage(self, data: bytes, is_opening: bool) -> None:
+        """Keep the first usage and the last; Anthropic's count the prompt and the answer.
+
+        Some upstreams send one with each event; to parse all would double the cost of the relay.
+        """
+        start = 0 if is_opening or self.end_seen else max(0, len(data) - self.USAGE_TAIL)
+        last = data.rfind(b'"usage"', start)
+        if last >= 0:
+            if not self.first_usage:
+                first = data.find(b'"usage"', start)
+                self.first_usage = data[first : first + MAX_USAGE]
+            self.last_usage = data[last : last + MAX_USAGE]
+
+    def _usage(self) -> Optional[Dict[str, Any]]:
+        """Return the usage of the answer so far."""
+        usage: Dict[str, Any] = {}
+        for data in (self.first_usage, self.last_usage):
+            found = parse_usage(data).items()
+            usage.update((name, value) for name, value in found if value is not None)
+        return chat_usage(usage)
 
     def fast_path(self, data: bytes) -> bytes:
         """Return data that consists of complete mid-stream events only, else b""."""
@@ -7306,70 +7319,64 @@ class PassthroughDecoder(Decoder):
         """Return the data up to [DONE], if it contains that; look for the stream's end."""
         if self.end and not self.end_seen:
             self.end_seen = self.end.is_in(data)
-        at = data.rfind(b"[DONE]")
-        if at >= 0 and data.rfind(b"[DONE]", 0, at) >= 0:
-            at = data.find(b"[DONE]")  # the first one of several ends the answer
-        done = DONE.search(data, max(0, at - 8)) if at >= 0 else None
+        # rfind() is faster than the pattern, and nearly always finds nothing.
+        done = DONE.search(data) if data.rfind(b"[DONE]") >= 0 else None
         if done is None or self.complete:
             return data
         self.complete = self.end_seen = True
         # [DONE] ends the relay at once: append the blank line, which may still be in transit
         return data[: done.end()] + done[1]
 
-    def _first_event(self, data: bytes) -> bytes:
-        """Keep data back until the first event; set ``error`` if that is an error."""
-        event = FIRST_DATA.search(data)
-        if event is None:
-            self.comments += data
+    def _without_opening(self, data: bytes) -> bytes:
+        """Hold data back until the first content; set ``error`` if an error comes instead."""
+        self.opening += data
+        for line in DATA_LINE.finditer(data):
+            value = line[1].strip()
+            event = json_or_none(value) if value.startswith(b"{") else None
+            if value == b"[DONE]":
+                self.error = truncated(self.upstream_name, "ended its answer before it began")
+            elif event is not None and is_error(event):
+                self.error = error_from_body(self.upstream_name, 200, event, self.secrets)
+            elif value and (event is None or has_content(event)):
+                self.started = True
+            if self.error or self.started:
+                break
+        if not self.started:
             return b""
-        if event[1].strip() == b"[DONE]":
-            self.error = truncated(self.upstream_name, "ended its answer before it began")
-            return b""
-        with contextlib.suppress(ValueError):
-            fields = as_dict(from_json(event[1]))
-            if is_error(fields):
-                self.error = error_from_body(self.upstream_name, 200, fields, self.secrets)
-                return b""
-        self.first_event_seen = True
-        comments, self.comments = bytes(self.comments), bytearray()
-        return comments + data
+        data, self.opening = bytes(self.opening), bytearray()
+        return data
 
     def close(self) -> List[Event]:
-        data = bytes(self.comments + self.buffer)
-        self.buffer, self.comments = bytearray(), bytearray()
+        data = bytes(self.opening + self.buffer)
+        self.buffer, self.opening = bytearray(), bytearray()
         if self.end and not self.end_seen and not self.end.is_in(data):
             self.error = truncated(self.upstream_name)
             return self.flush()
-        return [RawBytes(self.rename(data), self._find_usage(data))] if data else []
+        self._note_usage(data, True)
+        return [RawBytes(self.rename(data), self._usage())] if data or self.last_usage else []
 
     def flush(self) -> List[Event]:
         """Drop an incomplete line and end an incomplete event: an error may follow."""
         self.buffer.clear()
         between_events = self.tail.endswith((b"\n\n", b"\n\r\n", b"\r\r"))
-        if self.is_sse and self.first_event_seen and not between_events:
+        if self.is_sse and self.started and not between_events:
             return [RawBytes(b"\n")]
         return []
 
 
-FIRST_DATA = re.compile(rb"(?:^|[\r\n]|^\xef\xbb\xbf)data: ?([^ \r\n][^\r\n]*)[\r\n]")
-DATA_LINE = re.compile(rb"(?:^|[\r\n])data:([^\r\n]*)(?=[\r\n])")
-DONE = re.compile(rb"(?:^|[\r\n])data: ?\[DONE\] *(\r\n?|\n)")
+DATA_LINE = re.compile(rb"(?:^|[\r\n]|^\xef\xbb\xbf)data:([^\r\n]*)(?=[\r\n])")
+DONE = re.compile(rb"(?:^|[\r\n])data: *\[DONE\] *(\r\n?|\n)")
 OPENING_TYPES = re.compile(
     r"ping|message_start|content_block_start|response\.(created|queued|in_progress|\w+\.added)"
 )
 
 
-def has_content(data: bytes) -> bool:
-    """Whether an event carries content, an error or an end, not just an opening."""
-    if not data or data.isspace():  # parsing a million of these would take seconds
-        return False
-    event = json_or_none(data)
-    if not isinstance(event, dict):
-        return True
+def has_content(event: Dict[str, Any]) -> bool:
+    """Whether an event carries content or an end, not just an opening."""
     if isinstance(event.get("type"), str):
         return not OPENING_TYPES.fullmatch(event["type"])
     choices = event.get("choices")
-    if event.get("error") or not isinstance(choices, list):
+    if not isinstance(choices, list):
         return True
     return any(
         value
@@ -7399,26 +7406,25 @@ def replace_form_model(call: Call, name: str) -> bytes:
 
 
 _ANSWER_FIELDS = ("choices", "data", "output", "content")
-# The field that answers on a path have, and that is not empty.
+# The list that answers on a path have; its first item is an object that is not empty.
 ANSWER_FIELDS = {
     CHAT_PATH: b"choices",
     "/v1/completions": b"choices",
     "/v1/embeddings": b"data",
 }
-ANSWER = re.compile(rb'"(?:choices|data)"')
-EMPTY_ANSWER = re.compile(rb'"(?:choices|data)"\s{0,20}:\s{0,20}(?:null|\[\s{0,20}\])')
+ANSWER = re.compile(rb'"(?:choices|data)"\s{0,20}:\s{0,20}\[\s{0,20}\{\s{0,20}"')
 
 
 def is_streamed(content_type: str, opening: bytes, requested: bool) -> bool:
     """Return whether a body is an event stream, by type or first character.
 
-    Servers send streams as application/json, as text/plain or without a type.
+    Servers send requested streams as application/json, as text/plain or without a type.
     """
     kind = media_type(content_type)
     first = opening.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
     if kind == "text/event-stream":
         return first not in (b"{", b"[")
-    is_text = kind == "" or kind.startswith(("text/", "application/"))
+    is_text = kind.partition("/")[0] in ("", "text", "application", "binary")
     return requested and is_text and first != b"" and first in b":deir\xef"
 
 
@@ -7512,11 +7518,12 @@ class OpenAIController(Controller):
                 lambda data: self._status_error(response, data, call.model), is_error_body=True
             )
         content_type = response.headers.get("content-type", "")
-        streamed = is_streamed(content_type, response.opening, call.stream)
+        requested = as_dict(call.original.body).get("stream") is True
+        streamed = is_streamed(content_type, response.opening, requested)
         if is_native and (call.relay_only or streamed == call.stream):
             return self._relay(call, response, content_type, streamed)
         if streamed:
-            return DecoderChain(ChatDecoder(self.name, self.secrets))
+            return DecoderChain(ChatDecoder(self.name, self.secrets), SurrogateFilter())
         return BufferedBody(self._completion)
 
     def _relay(
@@ -7534,14 +7541,14 @@ class OpenAIController(Controller):
             )
         if media_type(content_type) == "text/html":
             raise APIError(502, f"{self.name} answered with a web page.", code="upstream_error")
-        is_json = media_type(content_type) == "application/json"
-        if not is_json and (response.body.until_close or not response.body.done):
+        until_close, field = response.body.until_close, ANSWER_FIELDS.get(call.original.path, b"")
+        if is_json_type(content_type) or field or not call.relay_only:
+            if not is_json_type(content_type):
+                call.attempt.content_type = "application/json"
+            return BufferedBody(functools.partial(self._document, field, until_close, renamed))
+        if until_close or not response.body.done:
             return PassthroughDecoder(self.name, is_sse=False)
-        if not is_json:
-            return BufferedBody(lambda data: [RawBytes(data)])
-        field = ANSWER_FIELDS.get(call.original.path, b"")
-        until_close = response.body.until_close
-        return BufferedBody(lambda data: self._document(field, until_close, renamed, data))
+        return BufferedBody(lambda data: [RawBytes(data)])
 
     def _document(self, field: bytes, until_close: bool, model: str, data: bytes) -> List[Event]:
         """Check and pass on a complete JSON body; APIError if it is an error or no answer.
@@ -7555,17 +7562,17 @@ class OpenAIController(Controller):
             raise truncated(self.name)
         if text[:1] not in b"{[" or text[-1:] not in b"}]":
             raise truncated(self.name, "sent something that is not JSON")
-        is_answer = ANSWER.search(text) and not EMPTY_ANSWER.search(text)
-        if not is_answer or b'"error"' in text or b'"errors"' in text:
+        if not ANSWER.search(text) or b'"error"' in text or b'"errors"' in text:
             body = json_or_none(data)
             if is_error(body) or body is None and text[1:].lstrip().startswith(b'"error"'):
                 raise error_from_body(self.name, 200, data if body is None else body, self.secrets)
-            if field and isinstance(body, dict) and not body.get(field.decode()):
+            items = as_list(as_dict(body).get(field.decode()))
+            if field and not as_dict(next(iter(items), None)):
                 raise truncated(self.name, "sent something that is not an answer")
             data = redact_bytes(data, self.secrets)
-        return [
-            RawBytes(ModelName(model)(data), chat_usage(usage_at(text, text.rfind(b'"usage"'))))
-        ]
+        at = text.rfind(b'"usage"')
+        usage = chat_usage(parse_usage(text[at : at + MAX_USAGE])) if at >= 0 else None
+        return [RawBytes(ModelName(model)(data), usage)]
 
     def _completion(self, data: bytes) -> List[Event]:
         """Return the events of a chat completion that is not streamed."""
@@ -7582,8 +7589,12 @@ class OpenAIController(Controller):
         for position, call in enumerate(calls):
             call["index"] = position  # each is a call of its own, whatever the server says
         events = message_events({**message, "tool_calls": calls})
-        has_calls = any(isinstance(event, ToolCall) for event in events)
-        return [*events, Finish(finish_reason(self.name, reason, has_calls), usage_of(fields))]
+        tools = [event for event in events if isinstance(event, ToolCall)]
+        if any(tool.arguments and not tool.name for tool in tools):
+            raise truncated(self.name, NAMELESS_CALL)
+        events = [event for event in events if not isinstance(event, ToolCall) or event.name]
+        reason = finish_reason(self.name, reason, any(tool.name for tool in tools))
+        return [*events, Finish(reason, usage_of(fields))]
 
     def _status_error(self, response: UpstreamResponse, data: bytes, model: str) -> NoReturn:
         body = json_or_none(data)
@@ -8972,14 +8983,13 @@ class ChatCompletions(Dialect):
 
 def tool_call(event: ToolCall) -> Dict[str, Any]:
     """A tool call, or a fragment of one, in OpenAI's format."""
-    extra = {"extra_content": event.extra} if event.extra else {}
     if event.name is None:
-        return {"function": {"arguments": event.arguments}, **extra}
+        return {"function": {"arguments": event.arguments}}
     return {
+        **(event.extra or {}),
         "id": event.id,
         "type": "function",
         "function": {"name": event.name, "arguments": event.arguments},
-        **extra,
     }
 
 
@@ -8997,15 +9007,11 @@ class Completions(ChatCompletions):
             prompt = prompt[0]
         if prompt in (None, "", []):
             raise bad_request("'prompt' is missing or empty.", "prompt")
-        translation_error = (
-            None
-            if isinstance(prompt, str)
-            else bad_request("'prompt' must be a single string.", "prompt")
-        )
-        self.echo = str(prompt) if boolean_field(body, "echo") and not translation_error else ""
+        self.echo = prompt if boolean_field(body, "echo") and isinstance(prompt, str) else ""
         chat = {name: value for name, value in body.items() if name not in ("prompt", "echo")}
         call = super().parse({**chat, "messages": [{"role": "user", "content": prompt}]})
-        call.translation_error = translation_error
+        if not isinstance(prompt, str):
+            call.translation_error = bad_request("'prompt' must be a single string.", "prompt")
         return call
 
     def encode(self, events: List[Event]) -> bytes:
@@ -9036,17 +9042,15 @@ class Images(Dialect):
         if body.get("model") is not None:
             required_field(body, "model", str, "a string")
         response_format, stream = body.get("response_format"), boolean_field(body, "stream")
-        translation_error = None
+        error = None
         if count > 10:
-            translation_error = bad_request("'n' must be at most 10.", "n")
+            error = bad_request("'n' must be at most 10.", "n")
         elif response_format not in (None, "url", "b64_json"):
-            translation_error = bad_request(
-                "'response_format' must be 'url' or 'b64_json'.", "response_format"
-            )
+            message = "'response_format' must be 'url' or 'b64_json'."
+            error = bad_request(message, "response_format")
         elif stream:
-            translation_error = bad_request(
-                "Images can't be streamed here; request one through chat instead.", "stream"
-            )
+            message = "Images can't be streamed here; request one through chat instead."
+            error = bad_request(message, "stream")
         rest = {
             name: value
             for name, value in body.items()
@@ -9057,24 +9061,21 @@ class Images(Dialect):
             stream=stream,
             image_count=count,
             images_as_bytes=response_format == "b64_json",
-            translation_error=translation_error,
+            translation_error=error,
         )
 
     def response_body(self, answer: Answer) -> Dict[str, Any]:
         return {
             "created": self.created,
             "data": [
-                {
-                    **(
-                        {"b64_json": base64.b64encode(image.data).decode()}
-                        if image.data is not None
-                        else {"url": self.link(image)}
-                    ),
-                    "revised_prompt": image.prompt,
-                }
-                for image in answer.images
+                {**self.source(image), "revised_prompt": image.prompt} for image in answer.images
             ],
         }
+
+    def source(self, image: Image) -> Dict[str, Any]:
+        if image.data is None:
+            return {"url": self.link(image)}
+        return {"b64_json": base64.b64encode(image.data).decode()}
 
 
 class BlockDialect(Dialect):
@@ -9092,7 +9093,7 @@ class BlockDialect(Dialect):
     def __init__(self, body: Any, base_url: Callable[[], str] = str) -> None:
         self.untranslated: List[str] = []  # names of ignored fields, for a response header
         self.tool_names: Dict[str, Tuple[str, Optional[str]]] = {}  # sent: (name, namespace)
-        self.has_begun = False  # the conversation has answers of the assistant
+        self.has_begun = False  # there are earlier messages of the user or the assistant
         self.show_reasoning = True
         self.open_block: Any = None  # block_key() of the open block
         self.open_text: List[str] = []
@@ -9209,8 +9210,8 @@ class BlockDialect(Dialect):
     def convert_part(self, block: Any, param: str, lenient: bool = False) -> List[Dict[str, Any]]:
         """Convert a block of either format into parts of a chat message.
 
-        Other blocks become a note to the model, or JSON if ``lenient``; before the first answer of
-        a conversation they raise APIError 400. Later, that would end the conversation for good.
+        Other blocks become a note to the model, or JSON if ``lenient``; in the first message of a
+        conversation they raise APIError 400. Later, that would end the conversation for good.
         """
         if isinstance(block, str):
             return [{"type": "text", "text": block}]
@@ -9314,9 +9315,9 @@ class BlockDialect(Dialect):
             if isinstance(event, ToolCall):
                 self.tool_blocks.add(block)
             frames += self.start_block(
-                with_id(event, "") if isinstance(event, ToolCall) else type(event)("")
+                with_id(event, "") if isinstance(event, ToolCall) else with_text(event, "")
             )
-        text = event.arguments if isinstance(event, ToolCall) else event.text
+        text = text_of(event)
         if not text:
             return frames
         self.open_text.append(text)
@@ -9500,6 +9501,11 @@ def event_frame(name: str, fields: Dict[str, Any]) -> bytes:
     return b"event: %b\ndata: %b\n\n" % (name.encode(), to_json({"type": name, **fields}))
 
 
+# In place of a signature of reasoning, as there is none to check here. Many clients send reasoning
+# back only if it has one.
+UNSIGNED = "unsigned-by-akashproxy"
+
+
 class Messages(BlockDialect):
     """POST /v1/messages, Anthropic's API. A stream, as events and data without "type":
 
@@ -9510,29 +9516,21 @@ class Messages(BlockDialect):
         message_delta        {"delta":{"stop_reason":"end_turn",...},"usage":{...}}
         message_stop         {}
 
-    Text is a block "text" with "text_delta", Reasoning is "thinking" with "thinking_delta", a
-    ToolCall is "tool_use" with "input_json_delta". An "error" event ends a stream that fails;
-    "ping" may come anywhere. Reasoning is included if ``thinking`` requests it.
+    Text is a block "text" with "text_delta". Reasoning is "thinking" with "thinking_delta" and, at
+    its end, a "signature_delta" of UNSIGNED; it is included if ``thinking`` requests it. A ToolCall
+    is "tool_use" with "input_json_delta". An "error" event ends a stream that fails; "ping" may
+    come anywhere.
     """
 
+    # fmt: off
     PREFIX = "msg_"
     RENAMED_PARAMS = {
-        "max_tokens": "max_tokens",
-        "temperature": "temperature",
-        "top_p": "top_p",
+        "max_tokens": "max_tokens", "temperature": "temperature", "top_p": "top_p",
         "stop_sequences": "stop",
     }
     KNOWN_PARAMS = (
-        "model",
-        "messages",
-        "system",
-        "stream",
-        "tools",
-        "tool_choice",
-        "thinking",
-        "metadata",
-        "output_config",
-        "output_format",
+        "model", "messages", "system", "stream", "tools", "tool_choice", "thinking", "metadata",
+        "output_config", "output_format",
     )
     FUNCTION_TYPES, SCHEMA_KEY = (None, "custom"), "input_schema"
     DELTA_TYPES = {
@@ -9540,19 +9538,13 @@ class Messages(BlockDialect):
         Reasoning: (b"thinking_delta", b"thinking"),
         ToolCall: (b"input_json_delta", b"partial_json"),
     }
-    STOP_REASONS = {
-        "length": "max_tokens",
-        "content_filter": "refusal",
-    }
+    STOP_REASONS = {"length": "max_tokens", "content_filter": "refusal"}
     ERROR_TYPE_BY_STATUS = {
-        401: "authentication_error",
-        403: "permission_error",
-        404: "not_found_error",
-        413: "request_too_large",
-        429: "rate_limit_error",
-        504: "timeout_error",
+        401: "authentication_error", 403: "permission_error", 404: "not_found_error",
+        413: "request_too_large", 429: "rate_limit_error", 504: "timeout_error",
         529: "overloaded_error",
     }
+    # fmt: on
 
     # -- the request
 
@@ -9566,7 +9558,7 @@ class Messages(BlockDialect):
         system = self.convert_content(body.get("system") or [], "system")
         self.append_message(messages, "system", list(map(without_billing_header, system)))
         sent = required_field(body, "messages", list, "a list of messages")
-        self.has_begun = any(map(self.is_later_message, map(as_dict, sent)))
+        self.has_begun = sum(as_dict(message).get("role") != "system" for message in sent) > 1
         for i, message in enumerate(sent):
             self.convert_message(messages, as_dict(message), f"messages[{i}]")
         chat = {"messages": messages, "user": self.user_name(body)}
@@ -9590,13 +9582,6 @@ class Messages(BlockDialect):
             if choice.get("disable_parallel_tool_use") is True:
                 chat["parallel_tool_calls"] = False
         return chat
-
-    @staticmethod
-    def is_later_message(message: Dict[str, Any]) -> bool:
-        """Whether a message is not the first one of a conversation."""
-        blocks = map(as_dict, as_list(message.get("content")))
-        is_result = any(block.get("type") == "tool_result" for block in blocks)
-        return is_result or message.get("role") == "assistant"
 
     def user_name(self, body: Dict[str, Any]) -> Any:
         """``metadata.user_id``, unless it is longer than upstreams accept."""
@@ -9671,7 +9656,11 @@ class Messages(BlockDialect):
         return self.head + to_json(text) + b"}}\n\n"
 
     def stop_block(self, text: str) -> bytes:
-        return event_frame("content_block_stop", {"index": self.block_index})
+        block, frames = {"index": self.block_index}, b""
+        if self.open_block[0] is Reasoning:
+            signature = {"type": "signature_delta", "signature": UNSIGNED}
+            frames = event_frame("content_block_delta", {**block, "delta": signature})
+        return frames + event_frame("content_block_stop", block)
 
     def finish_frames(self, finish: Finish) -> bytes:
         payload = {
@@ -9714,7 +9703,8 @@ class Messages(BlockDialect):
                 "input": call_input(event.arguments),
             }
         if isinstance(event, Reasoning):
-            return {"type": "thinking", "thinking": event.text, "signature": ""}
+            signature = UNSIGNED if event.text else ""  # in a stream it follows the text
+            return {"type": "thinking", "thinking": event.text, "signature": signature}
         return {"type": "text", "text": event.text}
 
     def stop_fields(self, finish: Finish, has_tool_calls: bool) -> Dict[str, Any]:
@@ -9851,51 +9841,36 @@ class Responses(BlockDialect):
     response.incomplete, one that fails with the events error and response.failed.
     """
 
+    # fmt: off
     PREFIX = "resp_"
     RENAMED_PARAMS = {
-        "max_output_tokens": "max_tokens",
-        "temperature": "temperature",
-        "top_p": "top_p",
+        "max_output_tokens": "max_tokens", "temperature": "temperature", "top_p": "top_p",
         "user": "user",
     }
     ECHOED: Dict[str, Any] = {
-        "instructions": None,
-        "max_output_tokens": None,
-        "metadata": {},
-        "parallel_tool_calls": True,
-        "reasoning": None,
-        "temperature": None,
-        "text": {"format": {"type": "text"}},
-        "tool_choice": "auto",
-        "tools": [],
-        "top_p": None,
+        "instructions": None, "max_output_tokens": None, "metadata": {},
+        "parallel_tool_calls": True, "reasoning": None, "temperature": None,
+        "text": {"format": {"type": "text"}}, "tool_choice": "auto", "tools": [], "top_p": None,
     }
     STATEFUL = ("previous_response_id", "conversation", "prompt", "background")
     ECHO_LIMIT = 1 << 16  # bytes; larger fields are not echoed: a stream has three copies
-    KNOWN_PARAMS = (*ECHOED, *STATEFUL, "model", "input", "stream", "store")
+    KNOWN_PARAMS = (*ECHOED, *STATEFUL, "model", "input", "stream", "store", "include")
+    ENCRYPTED = "reasoning.encrypted_content"
     FUNCTION_TYPES, SCHEMA_KEY = ("function",), "parameters"
     # By event: prefix of the item's id, names of its text and part events, index of the part, and
     # further fields of the text events.
     ITEM_WIRE: Dict[Any, Tuple[str, str, str, Dict[str, Any], Dict[str, Any]]] = {
-        Text: (
-            "msg_",
-            "response.output_text",
-            "response.content_part",
-            {"content_index": 0},
-            {"logprobs": []},
-        ),
-        Reasoning: (
-            "rs_",
-            "response.reasoning_summary_text",
-            "response.reasoning_summary_part",
-            {"summary_index": 0},
-            {},
-        ),
+        Text: ("msg_", "response.output_text", "response.content_part",
+               {"content_index": 0}, {"logprobs": []}),
+        Reasoning: ("rs_", "response.reasoning_summary_text", "response.reasoning_summary_part",
+                    {"summary_index": 0}, {}),
         ToolCall: ("fc_", "response.function_call_arguments", "", {}, {}),
     }
+    # fmt: on
 
     sequence_number = 0  # of the next event
     stream_started = False
+    shows_encrypted = False  # reasoning items have encrypted_content
     echoed: Optional[Dict[str, Any]] = None
 
     def __init__(self, body: Any, base_url: Callable[[], str] = str) -> None:
@@ -9920,6 +9895,9 @@ class Responses(BlockDialect):
             self.convert_items(
                 messages, required_field(body, "input", list, "a string or a list of items")
             )
+        include = list(map(str, as_list(body.get("include"))))
+        self.shows_encrypted = self.ENCRYPTED in include
+        self.untranslated += [f"include.{name}"[:80] for name in include if name != self.ENCRYPTED]
         self.untranslated += [f"text.{name}" for name in text if name != "format"]
         if body.get("store") is True:
             self.untranslated.append("store")
@@ -9951,10 +9929,8 @@ class Responses(BlockDialect):
 
         Images in tool results follow the last of consecutive results, as a message of the user.
         """
-        self.has_begun = any(
-            item.get("role") == "assistant" or item.get("type", "message") != "message"
-            for item in map(as_dict, items)
-        )
+        roles = [as_dict(item).get("role") for item in items]
+        self.has_begun = sum(role not in ("system", "developer") for role in roles) > 1
         images: List[Dict[str, Any]] = []
         for i, item in enumerate(map(as_dict, items)):
             param = f"input[{i}]"
@@ -10149,7 +10125,8 @@ class Responses(BlockDialect):
             }
         parts = [self.part_object(event)] if status == "completed" else []
         if isinstance(event, Reasoning):
-            return {"id": item_id, "type": "reasoning", "status": status, "summary": parts}
+            item = {"id": item_id, "type": "reasoning", "status": status, "summary": parts}
+            return {**item, "encrypted_content": UNSIGNED} if self.shows_encrypted else item
         return {
             "id": item_id,
             "type": "message",
@@ -10219,13 +10196,9 @@ class Passthrough(Dialect):
 def is_json(content_type: str, data: bytes) -> bool:
     """Whether a relayed body is JSON, by its type or else by its first character."""
     # By default, curl -d sends any body as a form.
-    kind = media_type(content_type)
-    vague = kind in ("", URLENCODED, "text/plain", "application/octet-stream")
-    return (
-        kind == "application/json"
-        or (vague or kind.endswith("+json"))
-        and data[:64].lstrip().startswith(b"{")
-    )
+    vague = ("", URLENCODED, "text/plain", "application/octet-stream")
+    is_object = data[:64].lstrip().startswith(b"{")
+    return is_json_type(content_type) or media_type(content_type) in vague and is_object
 
 
 # -- Limits of a client's key to some models. An upstream must never read a model from the request
