@@ -4144,7 +4144,7 @@ class TaggedArguments(LooseJSON):
 
     END = re.compile(rf"</(?:parameter|arg_value)>(?=\s{{0,99}}(?:{CLOSING}))")
     FIELD = re.compile(
-        r"\s*(?:<parameter=([^<>]+)>\n?|<arg_key>([^<>]+)</arg_key>\s*<arg_value>)([\s\S]*)"
+        r"(?:<parameter=([^<>]+)>\n?|<arg_key>([^<>]+)</arg_key>\s*<arg_value>)([\s\S]*)"
     )
 
     def __init__(self, function: Dict[str, Any]) -> None:
@@ -4164,7 +4164,8 @@ class TaggedArguments(LooseJSON):
 
     def close(self) -> bool:
         *fields, rest = re.split("</parameter>|</arg_value>", "".join(self.read) + self.rest)
-        values = [match.groups() for match in map(self.FIELD.match, fields) if match]
+        matches = [self.FIELD.match(field.lstrip()) for field in fields]
+        values = [match.groups() for match in matches if match]
         self.done = bool(values) and len(values) == len(fields) and not rest.strip()
         pairs = (
             (tag or key, value[: -1 if tag and value[-1:] == "\n" else None])
