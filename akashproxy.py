@@ -3920,7 +3920,7 @@ TOOL_FORMS = (
     ToolForm(re.compile("glm-?(4[.-][5-9]|[5-9])"),
              "<tool_call>%(name)s\n%(arguments)s</tool_call>",
              "<arg_key>%s</arg_key>\n<arg_value>%s</arg_value>\n"),
-    ToolForm(re.compile("qwen-?3.*coder"),
+    ToolForm(re.compile("qwen-?3.{0,40}coder"),
              "<tool_call>\n<function=%(name)s>\n%(arguments)s</function>\n</tool_call>",
              "<parameter=%s>\n%s\n</parameter>\n"),
     ToolForm(re.compile("llama-?(3[.-][1-3]|4)"), "<function=%(name)s>%(arguments)s</function>"),
