@@ -7519,6 +7519,7 @@ class Dialect:
 
     PREFIX = "chatcmpl-"
     text_frame: Any = None  # text_frame(JSON of a string) -> its frame, if the dialect has that
+    keeps_text = False  # of a stream: an endless one must be cut before it fills the memory
 
     def __init__(self, body: Any, base_url: Callable[[], str] = str) -> None:
         if not isinstance(body, dict):
@@ -7850,6 +7851,7 @@ class BlockDialect(Dialect):
 
     RENAMED_PARAMS: Dict[str, str] = {}  # fields with an equivalent in a chat, and its name
     KNOWN_PARAMS: Tuple[str, ...] = ()  # fields that to_chat() handles; others are ignored
+    keeps_text = True
     FUNCTION_TYPES: Tuple[Any, ...] = ()  # types of tools that are functions
     SCHEMA_KEY = ""  # their field with the JSON schema of the parameters
 
@@ -10100,8 +10102,8 @@ class StreamRelay:
         self.idle_timeout = self.stream.response.timeouts.idle
         self.fast_path: Any = None  # unframe, parse, encode; (): impossible; None: not known yet
         self.buffered: List[Event] = []  # of a response that is not streamed
-        if not self.call.stream:
-            self.stream.byte_budget = MAX_BUFFERED_BODY
+        if self.dialect.keeps_text or not self.call.stream:
+            self.stream.byte_budget = MAX_BUFFERED_BODY * (4 if self.call.stream else 1)
 
     def start(self) -> None:
         """Take over from the worker that has sent the request to the upstream."""
