@@ -4477,7 +4477,7 @@ def _without_secrets(text: str, secrets: Iterable[str]) -> str:
 
 
 def _lower_ascii(text: str) -> str:
-    """The text in lower case, and as long as before: str.lower() makes some letters longer."""
+    """The text in lower case, as long as before: str.lower() can add characters."""
     return text.lower() if text.isascii() else text.translate(_LOWER_ASCII)
 
 
