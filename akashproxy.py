@@ -66,22 +66,26 @@ Where is ...
     what an upstream's error means     UPSTREAM_ERRORS, error_from_body, akash_error
     what hides secrets                 redact
     Akash's cookie                     AkashSession
+    caches of sessions and models      Cache
     Akash's stream, line by line       AkashDecoder
     what is sent to Akash              akash_request
-    images                             AkashController.image_events
+    logins at Akash                    AkashLogin
+    images                             AkashController.image_events, ImageBatches
     <think> tags                       ThinkTagFilter
     stop sequences and max_tokens      StopFilter
     OpenAI's stream                    ChatDecoder
     Anthropic's stream                 Messages
     OpenAI's newer stream              Responses
     their requests as a chat           Messages.to_chat, Responses.to_chat
-    estimates of tokens                estimate_tokens
+    estimates of tokens                estimate_tokens, Dialect.count
+    context lengths                    context_length
     relaying unparsed                  PassthroughDecoder, Passthrough
     failover                           Exchange
     cool-downs                         FAILURE_POLICY, CoolDown, Upstream.record_result
     waiting for a controller           CallQueue
     the choice by weight               Pool.weighted_round_robin
-    aliases of models                  Pool.resolve_alias
+    aliases and fallbacks of models    Pool.resolve_alias, Exchange
+    the choice by conversation         conversation_of, rendezvous
     the network's exceptions           upstream_error, UpstreamResponse.to_api_error
     strict HTTP                        find_head_end, parse_head, BodyDecoder
     connections to upstreams           ConnectionPool
@@ -496,10 +500,11 @@ def start_thread(target: Callable[[], None], name: str) -> bool:
     return True
 
 
-def _sha256(text: str) -> str:
+def _sha256(text: Union[str, bytes]) -> str:
     import hashlib
 
-    return hashlib.sha256(text.encode()).hexdigest()
+    data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
+    return hashlib.sha256(data).hexdigest()
 
 
 # == 2. errors ================================================================================
@@ -647,10 +652,13 @@ def bad_request(message: str, param: Optional[str] = None, code: Optional[str] =
     return APIError(400, message, param=param, code=code)
 
 
+LISTED = "/v1/models lists the available models."
+
+
 def model_not_found(model: str) -> APIError:
     """404: the model does not exist, or the client's key may not use it."""
     message = f"The model {shorten(model)!r} does not exist." if model else "A model is required."
-    return APIError(404, message, param="model", code="model_not_found")
+    return APIError(404, f"{message} {LISTED}", param="model", code="model_not_found")
 
 
 def akash_model_not_found(model: str) -> APIError:
@@ -747,6 +755,11 @@ class Finish:
     stop_sequence: Optional[str] = None
 
 
+def is_estimated(usage: Dict[str, Any]) -> bool:
+    """Whether token counts are estimated here, or by an upstream that says so."""
+    return usage.get("estimated") is True
+
+
 @dataclass(frozen=True)
 class RawBytes:
     """Bytes in the client's own dialect, passed through unchanged."""
@@ -810,6 +823,7 @@ class CancelScope:
 
 
 CHAT_PATH = "/v1/chat/completions"
+CONTEXT_FIELDS = ("context_length", "max_model_len")  # of a model; names that clients know
 MAX_NAME = 256  # characters of a model's name, which is repeated in each event, in logs and lists
 
 
@@ -823,6 +837,7 @@ class Cancellation:
         self.client_has_left = client_has_left  # peeks at the connection
         self.reason: Optional[Exception] = None
         self.scope = CancelScope()  # of the current attempt
+        self.is_shielded = False  # within shield()
         self.wakeup: Any = None  # an Event, or anything with its set()
 
     def cancel(self, reason: Optional[Exception] = None) -> None:
@@ -830,9 +845,22 @@ class Cancellation:
         # A race: new_scope() and sleep() set scope and wakeup, then check the reason. Setting the
         # reason first, at least one of the two threads sees what the other has written.
         self.reason = reason or ClientDisconnected("the client disconnected")
-        self.scope.cancel(self.reason)
+        if reason or not self.is_shielded:
+            self.scope.cancel(self.reason)
         if self.wakeup:
             self.wakeup.set()
+
+    @contextlib.contextmanager
+    def shield(self) -> Iterator[None]:
+        """Postpone an interruption by the client's disconnection to the end of a block."""
+        self.is_shielded = True
+        try:
+            yield
+        finally:
+            self.is_shielded = False
+            if self.reason:
+                self.scope.cancel(self.reason)
+        self.raise_if_cancelled()
 
     def new_scope(self) -> None:
         """Start a scope for the next attempt; the last one may have been cancelled."""
@@ -873,15 +901,23 @@ class Attempt:
 
     retry_reason: str = ""  # "session" or "connection": the controller is tried a second time
     ignored_params: List[str] = field(default_factory=list)  # those it does not support
+    overflow: str = ""  # the upstream will leave out the conversation's beginning: numbers
     content_type: Optional[str] = None  # of a response passed through; None: it is translated
     status: int = 200  # of that response
 
 
+def message_text(message: Any) -> str:
+    """The text of a message in OpenAI's format; "" if it has none."""
+    content = as_dict(message).get("content")
+    parts = content if isinstance(content, list) else [{"text": content}]
+    return "".join(str(as_dict(part).get("text") or "") for part in parts)
+
+
 class Call:
-    """A request in OpenAI's chat vocabulary; not changed once aliases are resolved.
+    """A request in OpenAI's chat vocabulary.
 
     ``body`` is a chat-completions body, regardless of the client's dialect. ``attempt`` is the
-    current one.
+    current one. Only the model changes, as aliases are resolved.
     """
 
     def __init__(
@@ -895,6 +931,7 @@ class Call:
     ) -> None:
         self.body = body
         self.model: str = body.get("model", "")
+        self.requested_model = self.model  # before aliases are resolved
         if len(self.model) > MAX_NAME:
             raise model_not_found(self.model)
         self.stream = stream
@@ -904,8 +941,11 @@ class Call:
         self.translation_error = translation_error  # raised by controllers that can't relay it
         self.untranslated: List[str] = []  # key paths that have no equivalent in ``body``
         self.original = OriginalRequest()
+        self.key_name = ""  # of the client's key
         self.allowed_models: Tuple[str, ...] = ()  # patterns of the client's key; (): all
         self.one_image_at_a_time = False  # for a key with max_concurrency
+        self.client = ""  # the key's name or, without one, the client's address
+        self.preferred = ""  # name of a controller that has begun to answer the same request
         self.prepared_requests: Dict[str, Any] = {}  # translated, by the controller's name
         self.cancellation = Cancellation()
         self.attempt = Attempt()
@@ -913,14 +953,22 @@ class Call:
     @property
     def text(self) -> str:
         """The text of the last message; "" if it has none."""
-        content = as_dict(self.body["messages"][-1]).get("content")
-        parts = content if isinstance(content, list) else [{"text": content}]
-        return "".join(str(as_dict(part).get("text") or "") for part in parts)
+        return message_text(self.body["messages"][-1])
 
     @property
     def scope(self) -> CancelScope:
         """The deadline and cancellation of the current attempt, for a Transport."""
         return self.cancellation.scope
+
+    def set_model(self, name: str) -> None:
+        """Replace the model, also in the client's own request."""
+        if name == self.model:
+            return
+        self.model, self.body = name, {**self.body, "model": name}
+        original = self.original
+        if original.body:
+            original.body = {**original.body, "model": name}
+            original.raw_body = request_json(original.body, len(original.raw_body))
 
     def begin_attempt(self, retry_reason: str = "") -> None:
         self.attempt = Attempt(retry_reason)
@@ -1222,10 +1270,19 @@ def one_of(*values: str) -> Callable[[str], str]:
 
     def check(text: str) -> str:
         if text.lower() not in values:
-            raise ValueError(f"{text!r} is not one of {', '.join(values)}")
+            raise ValueError(f"{text!r} is not one of {', '.join(filter(None, values))}")
         return text.lower()
 
     return check
+
+
+def alias_targets(aliases: Dict[str, Any]) -> Dict[str, Any]:
+    """Check model aliases: each is for a model, or for a list to try in order."""
+    for alias, target in aliases.items():
+        models = target if isinstance(target, (list, tuple)) else [target]
+        if not models or not all(isinstance(name, str) and name for name in models):
+            raise ValueError(f"{alias!r} must be a model or a list of models")
+    return aliases
 
 
 class ValidatedSettings:
@@ -1291,6 +1348,12 @@ class ControllerSettings(ValidatedSettings):
         header_value,
         secret=True,
     )
+    cookie: str = setting(
+        "",
+        "cookie to send to the upstream: NAME=VALUE; default: AKASH_COOKIE for AKASH_BASE_URL's",
+        header_value,
+        secret=True,
+    )
     proxy: str = setting(
         "",
         "proxy to the upstream; default: PROXY",
@@ -1319,6 +1382,7 @@ class ControllerSettings(ValidatedSettings):
         "patterns of the paths to relay unchanged; default: all but /v1/messages and /v1/responses",
     )
     max_concurrency: int = setting(0, "concurrent requests; 0: unlimited")
+    context_overflow: str = setting("", "overrides CONTEXT_OVERFLOW", one_of("", "warn", "refuse"))
     speed: float = setting(50.0, "words per second of an echo controller; 0: unlimited")
     connect_timeout: Optional[float] = setting(None, "overrides CONNECT_TIMEOUT", positive)
     first_byte_timeout: Optional[float] = setting(None, "overrides FIRST_BYTE_TIMEOUT", positive)
@@ -1368,15 +1432,24 @@ class Settings(ValidatedSettings):
     )
     pool_type: str = setting(
         "balanced",
-        "how a controller is chosen: balanced, random or least_busy",
-        one_of("balanced", "random", "least_busy"),
+        "how a controller is chosen: balanced, random, least_busy or affinity (by conversation)",
+        one_of("balanced", "random", "least_busy", "affinity"),
         env_alias="CHATGPT_APISERVER_POOL_TYPE",
     )
     max_wait: float = setting(
         3.0, "seconds a request may wait while all controllers are cooling down or busy"
     )
-    model_aliases: Dict[str, str] = setting(
-        {}, "model aliases, which may be patterns, and their targets: ALIAS=MODEL,ALIAS=MODEL"
+    model_aliases: Dict[str, Any] = setting(
+        {},
+        "model aliases, which may be patterns, and their targets: ALIAS=MODEL,ALIAS=MODEL; an "
+        "alias that is repeated has several, to be tried in order",
+        alias_targets,
+    )
+    context_overflow: str = setting(
+        "warn",
+        "if Akash Chat would leave out the beginning of a long conversation: warn (a header) or "
+        "refuse (400)",
+        one_of("warn", "refuse"),
     )
     akash_base_url: str = setting(
         "https://chat.akash.network", "URL of the Akash Chat server", http_url
@@ -1536,14 +1609,11 @@ class Settings(ValidatedSettings):
         defaults = {}
         if not options.base_url and options.type in ("akash", "openai"):
             defaults["base_url"] = OPENAI_URL if options.type == "openai" else self.akash_base_url
-        if (
-            options.type == "akash"
-            and self.akash_access_token
-            and not options.api_key
-            and self.is_akash_server(options.base_url)
-        ):
-            defaults["api_key"] = self.akash_access_token
-            defaults["key_source"] = "AKASH_ACCESS_TOKEN"
+        if options.type == "akash" and self.is_akash_server(options.base_url):
+            defaults["cookie"] = options.cookie or self.akash_cookie
+            if self.akash_access_token and not options.api_key:
+                defaults["api_key"] = self.akash_access_token
+                defaults["key_source"] = "AKASH_ACCESS_TOKEN"
         return {**defaults, **self._proxy(options, defaults.get("base_url") or options.base_url)}
 
     def _proxy(self, options: ControllerSettings, base_url: str) -> Dict[str, Any]:
@@ -1894,13 +1964,20 @@ def from_text(item: Any, text: str) -> Any:
     pairs = [[side.strip() for side in part.partition("=")[::2]] for part in parts]
     if not all(name and value for name, value in pairs):
         raise ValueError(f"{text!r} is not NAME=VALUE,NAME=VALUE")
-    return dict(pairs)
+    values: Dict[str, List[str]] = {}
+    for name, value in pairs:
+        values.setdefault(name, []).append(value)
+    return {name: several if len(several) > 1 else several[0] for name, several in values.items()}
 
 
 def format_value(value: Any) -> str:
     """Format a setting's value; the inverse of from_text()."""
     if isinstance(value, dict):
-        value = [f"{name}={other}" for name, other in value.items()]
+        value = [
+            f"{name}={each}"
+            for name, item in value.items()
+            for each in (item if isinstance(item, (list, tuple)) else [item])
+        ]
     if isinstance(value, (list, tuple)):
         return ",".join(value)
     return "" if value is None else str(value)
@@ -2929,16 +3006,30 @@ class Transport:
         first_byte: Optional[float] = None,
     ) -> UpstreamResponse:
         """Send a request and wait for the head of its response. Errors as start_request()."""
-        request = method, path, scope, data, headers, first_byte
-        response = self.start_request(*request)
+
+        def send(retry_reason: str) -> UpstreamResponse:
+            request = method, path, scope, data, headers, first_byte, retry_reason
+            response = self.start_request(*request)
+            response.read_head()
+            return response
+
+        return retrying(send)
+
+
+def retrying(send: Callable[[str], UpstreamResponse]) -> UpstreamResponse:
+    """Send a request, and repeat it after an error of the category RETRY.
+
+    ``send(reason)`` gets the last error's code, or "" at first; a second error with that code is
+    raised. Exchange.fail_over() does the same for a call.
+    """
+    reason = ""
+    while True:
         try:
-            response.read_head()
+            return send(reason)
         except APIError as error:
-            if error.category is not Category.RETRY:
+            if error.category is not Category.RETRY or error.code == reason:
                 raise
-            response = self.start_request(*request, force_new_connection=True)
-            response.read_head()
-        return response
+            reason = error.code or ""
 
 
 NETWORK_ERRORS = (OSError, ProtocolError, http.client.HTTPException)
@@ -2986,46 +3077,49 @@ def upstream_error(
     """
     scope.raise_if_cancelled()
     if is_exhausted(error):
-        if report_exhaustion():
-            log.error(
-                "this server has no descriptors or memory left for connections to upstreams: %s",
-                error,
-            )
-        return APIError(
-            503,
-            "This server is out of resources for more requests.",
-            code="overloaded",
-            retry_after=1,
-            category=Category.LOCAL,
-        )
+        return exhausted_error(error)
     if not isinstance(error, NETWORK_ERRORS):
         return unexpected_error(error, upstream_name)
     # What a ProtocolError quotes was sent by the upstream, and must not get into the log.
     detail = str(error).partition(" '")[0] if isinstance(error, ProtocolError) else error
     log.info("%s: %s: %s", upstream_name, type(error).__name__, detail)
-    timed_out = isinstance(error, (socket.timeout, TimeoutError))
     reason = str(error) if isinstance(error, ConnectError) else ""
-    if timed_out:
-        problem = " could not be reached in time."
-    elif isinstance(error, (http.client.HTTPException, ProtocolError)):
-        problem = (
-            ": connection lost: it broke off its answer."
-            if in_body
-            else ": it sent something that is not HTTP."
-        )
-    elif _is_disconnect(error):
-        problem = ": connection lost: it broke off the connection."
-    elif reason:
-        problem = f" could not be reached: {reason}."
-        log.warning("%s%s", upstream_name, problem)
-    else:
-        problem = " could not be reached."
+    message = upstream_name + network_problem(error, in_body)
+    if reason:
+        log.warning("%s", message)
     return APIError(
-        504 if timed_out else 502,
-        upstream_name + problem,
+        504 if isinstance(error, (socket.timeout, TimeoutError)) else 502,
+        message,
         code="upstream_error",
         category=Category.NETWORK,
         reason=reason,
+    )
+
+
+def network_problem(error: Exception, in_body: bool) -> str:
+    """End of an error message about a connection, after the upstream's name."""
+    if isinstance(error, (socket.timeout, TimeoutError)):
+        return " could not be reached in time."
+    if isinstance(error, (http.client.HTTPException, ProtocolError)):
+        cut = ": connection lost: it broke off its answer."
+        return cut if in_body else ": it sent something that is not HTTP."
+    if _is_disconnect(error):
+        return ": connection lost: it broke off the connection."
+    return f" could not be reached{f': {error}' if isinstance(error, ConnectError) else ''}."
+
+
+def exhausted_error(error: Exception) -> APIError:
+    """503: this machine has no descriptors or memory left; logged now and then."""
+    if report_exhaustion():
+        log.error(
+            "this server has no descriptors or memory left for connections to upstreams: %s", error
+        )
+    return APIError(
+        503,
+        "This server is out of resources for more requests.",
+        code="overloaded",
+        retry_after=1,
+        category=Category.LOCAL,
     )
 
 
@@ -3142,8 +3236,9 @@ class DecoderChain(Decoder):
 
     def fast_path(self, data: bytes) -> bytes:
         encoded = self.decoder.fast_path(data)
+        text = encoded[1:-1].decode()
         for step in self.filters:
-            if not encoded or not step.is_passthrough(encoded[1:-1].decode()):
+            if not encoded or not step.is_passthrough(text):
                 return b""
         return encoded
 
@@ -3681,7 +3776,19 @@ def estimate_tokens(value: Any) -> int:
             files += 1
         elif item is not None:
             units += token_units(str(item))
-    return units * 2 // UNITS_PER_TOKEN + IMAGE_TOKENS * files + 1
+    return tokens_of(units) + IMAGE_TOKENS * files
+
+
+def tokens_of(units: int) -> int:
+    """Estimate the tokens in a text of so many token_units(): twice the lower bound."""
+    return units * 2 // UNITS_PER_TOKEN + 1
+
+
+def event_units(event: Event) -> int:
+    """Units of what an event adds to an answer."""
+    if isinstance(event, (Text, Reasoning)):
+        return token_units(event.text)
+    return token_units((event.name or "") + event.arguments) if isinstance(event, ToolCall) else 0
 
 
 def truncate_to(text: str, budget: float) -> str:
@@ -3731,8 +3838,19 @@ class Controller:
         """Return the controller's own metrics by their names in METRICS."""
         return {}
 
-    def close_expired(self, now: float) -> None:
-        """Close connections that have been idle for too long."""
+    def status(self) -> Dict[str, Any]:
+        """Return the controller's own fields in /status."""
+        return {}
+
+    def limit_is_over(self) -> Optional[bool]:
+        """Ask whether the rate limit of this account has ended; None if unknown."""
+        return None
+
+    def take_over(self, previous: Any) -> None:
+        """Continue the state of a controller of the same account, before a reload."""
+
+    def on_tick(self, now: float) -> None:
+        """Close connections that have been idle for too long. Loop thread: must not block."""
         if self.transport:
             self.transport.connections.close_expired(now)
 
@@ -3826,78 +3944,128 @@ def _join_messages(role: str, messages: List[Dict[str, Any]]) -> List[Dict[str, 
     return [{"role": role, "content": parts}]
 
 
-class SingleFlight:
-    """Runs a function for one caller at a time; waiting callers share its error.
+T = TypeVar("T")
 
-    Any thread.
+
+class Cache(Generic[T]):
+    """A value with a lifetime; one caller at a time fetches it. Any thread.
+
+    ``fetch`` returns the value and its lifetime in seconds. If it ``expires``, it ends with that
+    time, and a thread replaces it during the last fifth. Otherwise it is used until a caller that
+    finds it old has replaced it, and a failure without any value is repeated for RETRY seconds.
     """
 
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.failure: Optional[APIError] = None
-        self.failed_at = -math.inf
-
-    def run(self, function: Callable[[], None], scope: CancelScope) -> None:
-        """Run a function, unless another caller's run has failed since this call began.
-
-        That failure is raised instead. After another caller's success the function still runs,
-        so it must check whether anything is left to do. Raises the scope's reason if cancelled.
-        """
-        arrived_at = time.monotonic()
-        while not self.lock.acquire(timeout=0.25):  # a cancelled caller must not wait for others
-            scope.raise_if_cancelled()
-        try:
-            if self.failure is not None and self.failed_at >= arrived_at:
-                raise self.failure
-            function()
-        except APIError as error:
-            if error is not self.failure:
-                self.failure, self.failed_at = error, time.monotonic()
-            raise
-        finally:
-            self.lock.release()
-
-
-class StaleOnErrorCache:
-    """Model list cache; serves the old list during a refresh, or after a failed one.
-
-    ``ttl`` is in seconds. Any thread.
-    """
-
-    RETRY = 15.0  # seconds until a failed fetch is repeated
+    RETRY = 15.0  # seconds between two attempts to replace a value
 
     def __init__(
         self,
-        fetch: Callable[[], List[Dict[str, Any]]],
-        ttl: float,
+        name: str,
+        fetch: Callable[[], Tuple[T, float]],
         clock: Callable[[], float] = time.monotonic,
+        expires: bool = False,
     ) -> None:
-        self.fetch, self.ttl, self.clock = fetch, ttl, clock
-        self.single_flight = SingleFlight()
-        self.value: List[Dict[str, Any]] = []  # empty until the first fetch
-        self.failure: Optional[APIError] = None
-        self.expires_at = -math.inf
+        self.name, self.fetch, self.clock, self.expires = name, fetch, clock, expires
+        self.lock = threading.Lock()  # held during a fetch
+        self.value: Optional[T] = None
+        self.refresh_at = self.expires_at = -math.inf
+        self.failure: Optional[APIError] = None  # of the last fetch
+        self.failed_at = -math.inf  # by time.monotonic()
+        self.fetch_count = 0
 
-    def get(self) -> List[Dict[str, Any]]:
-        """Return the list, fetched if necessary; APIError if there has never been one."""
-        expired = self.clock() >= self.expires_at
-        if not self.value and self.failure and not expired:
-            raise self.failure
-        if not self.value or expired and not self.single_flight.lock.locked():
-            self.single_flight.run(self._refresh, CancelScope())
-        return self.value
+    def get(self, scope: Optional[CancelScope] = None) -> T:
+        """Return the value. May block; raises the fetch's APIError, or the scope's reason."""
+        arrived_at, now, value = time.monotonic(), self.clock(), self.value
+        if value is None or now >= self.expires_at:
+            return self._wait(value, arrived_at, scope or CancelScope())
+        if now >= self.refresh_at and self.lock.acquire(blocking=False):
+            if not self.expires:
+                self._refresh()
+                return self.value or value
+            if not start_thread(self._refresh, self.name):
+                self.lock.release()
+        return value
+
+    def invalidate(self, value: T) -> None:
+        """Discard a value that the server has rejected."""
+        # Requests A and B fail with the same value; A fetches a new one, which B must not discard.
+        if self.value == value:
+            self.value = None
+
+    def _wait(self, old: Optional[T], arrived_at: float, scope: CancelScope) -> T:
+        """Fetch a value, or wait for another caller to replace ``old`` or to fail."""
+        while not self.lock.acquire(timeout=0.25):  # a cancelled caller must not wait for others
+            scope.raise_if_cancelled()
+        try:
+            repeated = not self.expires and self.clock() < self.refresh_at
+            if self.failure and (repeated or self.failed_at >= arrived_at):
+                raise self.failure
+            value = self.value
+            return self._replace() if value is None or value == old else value
+        finally:
+            self.lock.release()
 
     def _refresh(self) -> None:
-        if self.value and self.clock() < self.expires_at:
-            return
+        """Replace a value still in use. The caller holds the lock; it is released."""
         try:
-            self.value = self.fetch()
-            self.expires_at = self.clock() + self.ttl
+            self._replace()
         except APIError as error:
-            self.expires_at, self.failure = self.clock() + self.RETRY, error
-            if not self.value:
-                raise
-            log.warning("models not refreshed, still using the last list: %s", error.message)
+            log.warning("%s not refreshed, still using the old: %s", self.name, error.message)
+        finally:
+            self.lock.release()
+
+    def _replace(self) -> T:
+        """Fetch a value. The caller holds the lock."""
+        now = self.clock()
+        self.refresh_at = now + self.RETRY  # if it fails
+        try:
+            value, seconds = self.fetch()
+        except APIError as error:
+            self.failure, self.failed_at = error, time.monotonic()
+            raise
+        self.failure, self.value = None, value
+        self.refresh_at = now + (seconds * 0.8 if self.expires else seconds)
+        self.expires_at = now + seconds if self.expires else math.inf
+        self.fetch_count += 1
+        return value
+
+
+# Names of the length of a model's context, in lower case without "_" and "-". A nested name may
+# follow that of its object: {"context": {"length": 8192}}.
+CONTEXT_NAMES = re.compile(
+    r"(?:(?:max|loaded|total)?(?:context|sequence)(?:length|len|window|size|limit|max|maxtokens|tokens"
+    r"|windowtokens|windowsize)?|maxmodellen|maxseqlen|(?:max)?(?:input|prompt)?tokenlimit"
+    r"|max(?:input|prompt)tokens|inputtokens|nctx|numctx)"
+)
+
+
+def context_length(entry: Any, prefix: str = "", depth: int = 4) -> Optional[int]:
+    """A model's context length in tokens, by its entry in a model list; or None.
+
+    Outer fields take precedence over nested ones, and "context" over other names.
+    """
+    fields = list(itertools.islice(as_dict(entry).items(), 64))
+    names = {name: re.sub("[_-]", "", name[:64]).lower() for name, _ in fields}
+    for name, value in sorted(fields, key=lambda item: "context" not in names[item[0]]):
+        length = token_count(value)
+        if length and any(map(CONTEXT_NAMES.fullmatch, (names[name], prefix + names[name]))):
+            return length
+    nested = (context_length(value, names[name], depth - 1) for name, value in fields if depth)
+    return next(filter(None, nested), None)
+
+
+def token_count(value: Any) -> int:
+    """A positive number of tokens, also one in a string; 0 for anything else."""
+    is_text = isinstance(value, str) and re.fullmatch("[0-9]{1,16}", value)
+    if is_text or type(value) is float and value.is_integer():
+        value = int(value)
+    return count_or_none(value) or 0
+
+
+def with_context_length(model: Dict[str, Any], entry: Dict[str, Any]) -> Dict[str, Any]:
+    """A model object with the context length in an entry of an upstream's list."""
+    length = context_length(entry)
+    others = {name: value for name, value in model.items() if name not in CONTEXT_FIELDS}
+    return {**others, **dict.fromkeys(CONTEXT_FIELDS, length)} if length else others
 
 
 def bounded_model_list(
@@ -4189,6 +4357,55 @@ def page_or_text(data: bytes) -> Any:
     }
 
 
+class ErrorReport:
+    """An upstream's error, in whatever form it came.
+
+    ``status`` 200: it came in place of an answer. ``body`` is a JSON value, or bytes that are not
+    JSON. ``secrets`` are removed from what is shown. ``models`` are the names of the requested
+    model.
+    """
+
+    def __init__(
+        self, status: int, body: Any, secrets: Iterable[str], models: Iterable[str]
+    ) -> None:
+        self.body = body = page_or_text(body) if isinstance(body, bytes) else body
+        fields, self.models = error_fields(body), models
+        self.words = words = error_words(fields)
+        self.status = error_status(status, fields, words)
+        self.upstream_status = self.status if status == 200 else status
+        given = to_json(body).decode()[:300] if body else ""
+        self.text = inner_message(words) or given or f"It answered with status {self.status}."
+        self.codes, self.unquoted = error_codes(fields), _without_quotes(self.text, models)
+        self.message = redact(self.text[:4000], secrets)[:1000]
+        self.names = {  # the upstream's own type, code and param
+            name: redact(fields[name][:1000], secrets)[:200]
+            for name in ("type", "code", "param")
+            if isinstance(fields.get(name), str)
+        }
+        if re.fullmatch("[0-9]{3}", self.names.get("code", "")):
+            del self.names["code"]  # LiteLLM repeats the status here
+        self.is_page = self.names.get("type") == "web_page"
+
+    def rule(self) -> ErrorRule:
+        """The row of UPSTREAM_ERRORS that applies."""
+        state = self.status, self.codes, self.unquoted
+        return next(rule for rule in UPSTREAM_ERRORS if rule.matches(*state))
+
+    def retry_after(self, headers: Dict[str, str], is_limit: bool) -> Optional[float]:
+        """Seconds until a retry, if the upstream gives them."""
+        body = self.body[0] if isinstance(self.body, list) and self.body else self.body
+        return retry_after_seconds(headers, as_dict(body), message=self.words, limit=is_limit)
+
+    def concerns_model(self, is_limit: bool) -> bool:
+        """Whether only the requested model cools down."""
+        # LiteLLM's own authentication errors mean that its key for this model is invalid, not ours.
+        return (
+            names_model(self.body, self.words, self.models)
+            if is_limit
+            else "litellm.Auth" in self.words
+        )
+
+
 def error_from_body(
     upstream_name: str,
     status: int,
@@ -4197,46 +4414,17 @@ def error_from_body(
     headers: Optional[Dict[str, str]] = None,
     models: Iterable[str] = (),
 ) -> APIError:
-    """Translate an upstream's error response, by UPSTREAM_ERRORS.
-
-    ``status`` 200: the error came in place of an answer. ``body`` is a JSON value, or bytes that
-    are not JSON. ``secrets`` are removed from the message. ``models`` are the names of the
-    requested model.
-    """
-    if isinstance(body, bytes):
-        body = page_or_text(body)
-    fields, http_status = error_fields(body), status
-    words = error_words(fields)
-    status = error_status(status, fields, words)
-    text = inner_message(words) or (
-        to_json(body).decode()[:300] if body else f"It answered with status {status}."
-    )
-    message = redact(text[:4000], secrets)[:1000]
-    named = {
-        name: redact(fields[name][:1000], secrets)[:200]
-        for name in ("type", "code", "param")
-        if isinstance(fields.get(name), str)
-    }
-    if re.fullmatch("[0-9]{3}", named.get("code", "")):
-        del named["code"]  # LiteLLM repeats the status here
-    codes, unquoted = error_codes(fields), _without_quotes(text, models)
-    rule = next(rule for rule in UPSTREAM_ERRORS if rule.matches(status, codes, unquoted))
-    wait = retry_after_seconds(
-        headers or {},
-        as_dict(body[0] if isinstance(body, list) and body else body),
-        message=words,
-        limit=rule.category is Category.RATE_LIMIT,
-    )
-    error = _error_from_rule(rule, upstream_name, status, message, named, wait)
-    error.upstream_status = status if http_status == 200 else http_status
-    error.overflow = (
-        find_overflow(codes, text.lower()) if error.category is Category.REQUEST else None
-    )
+    """Translate an upstream's error response, by UPSTREAM_ERRORS; see ErrorReport."""
+    report = ErrorReport(status, body, secrets, models)
+    rule = report.rule()
+    wait = report.retry_after(headers or {}, rule.category is Category.RATE_LIMIT)
+    error = _error_from_rule(rule, upstream_name, report, wait)
+    error.upstream_status = report.upstream_status
+    if error.category is Category.REQUEST:
+        error.overflow = find_overflow(report.codes, report.text.lower())
     if error.overflow:
         error.code = "context_length_exceeded"
-    # LiteLLM's own authentication errors mean that its key for this model is invalid, not ours.
-    limited = error.category is Category.RATE_LIMIT
-    if names_model(body, words, models) if limited else "litellm.Auth" in words:
+    if report.concerns_model(error.category is Category.RATE_LIMIT):
         error.cooldown_scope = "model"
     return error
 
@@ -4295,48 +4483,45 @@ def find_overflow(codes: str, words: str) -> Optional[Overflow]:
     return Overflow(prompt, count["output"], count["limit"])
 
 
-def _error_from_rule(
-    rule: ErrorRule,
-    upstream_name: str,
-    status: int,
-    message: str,
-    named: Dict[str, str],
-    wait: Optional[float],
-) -> APIError:
-    """Build the error of a matching row.
+# Codes of errors that come without one.
+DEFAULT_CODES = {
+    Category.MODEL: "model_not_found",
+    Category.SERVER: "upstream_error",
+    Category.UNSUPPORTED: "upstream_error",
+}
 
-    ``named``: the type, code and param that the upstream sent; ``wait``: seconds until a retry.
+
+def _error_from_rule(
+    rule: ErrorRule, upstream_name: str, report: ErrorReport, wait: Optional[float]
+) -> APIError:
+    """Build the error of a matching row; ``wait``: seconds until a retry.
+
+    Only errors that are not the client's own begin with the upstream's name.
     """
-    category, code, seen = rule.category, named.get("code"), rule.status or status
+    category, status = rule.category, rule.status or report.status
     if category is Category.AUTH:
         # LiteLLM as a client retries any message with "429" in it, in vain if a quota is spent.
-        status_note = f" ({status})" if rule.reason != _QUOTA else ""
-        return auth_error(f"{upstream_name}: {rule.reason}{status_note}: {message}", status)
-    if category in (Category.REQUEST, Category.REFUSED):
-        if named.get("type") == "web_page":
-            named = {"code": "upstream_blocked"} if category is Category.REFUSED else {}
-            message = f"{upstream_name}: {message}"
-        return APIError(
-            seen,
-            message,
-            type=named.get("type"),
-            code=named.get("code"),
-            param=named.get("param"),
-            category=category,
-            retry=False if category is Category.REFUSED else None,
-        )
-    message = f"{upstream_name}: {message}"
-    if category is Category.MODEL:
-        code = code or "model_not_found"
-        return APIError(seen, message, param="model", code=code, category=Category.MODEL)
-    if category is Category.RATE_LIMIT:
-        return APIError(seen, message, code=code, category=Category.RATE_LIMIT, retry_after=wait)
-    if category is Category.UNSUPPORTED:
-        wait, seen = None, seen if 400 <= seen < 600 else 502
-    elif wait:  # a server error that says when to retry is a limit
+        note = f" ({report.status})" if rule.reason != _QUOTA else ""
+        message = f"{upstream_name}: {rule.reason}{note}: {report.message}"
+        return auth_error(message, report.status)
+    is_clients = category in (Category.REQUEST, Category.REFUSED) and not report.is_page
+    names, code = report.names if is_clients else {}, report.names.get("code")
+    if report.is_page and category is Category.REFUSED:
+        code = "upstream_blocked"
+    if category is Category.UNSUPPORTED and not 400 <= status < 600:
+        status = 502
+    if category is Category.SERVER and wait:  # one that says when to retry is a limit
         category = Category.RATE_LIMIT
-    code = code or "upstream_error"
-    return APIError(seen, message, code=code, category=category, retry_after=wait)
+    return APIError(
+        status,
+        report.message if is_clients else f"{upstream_name}: {report.message}",
+        type=names.get("type"),
+        code=code or DEFAULT_CODES.get(rule.category),
+        param="model" if category is Category.MODEL else names.get("param"),
+        category=category,
+        retry=False if category is Category.REFUSED else None,
+        retry_after=wait if category is Category.RATE_LIMIT else None,
+    )
 
 
 def auth_error(message: str, status: int) -> APIError:
@@ -4404,25 +4589,18 @@ def names_model(body: Any, words: str, models: Iterable[str]) -> bool:
 
 
 # Headers of a controller whose values are not secret.
-PUBLIC_HEADERS = {
-    "accept",
-    "accept-language",
-    "anthropic-beta",
-    "anthropic-version",
-    "content-type",
-    "http-referer",
-    "openai-beta",
-    "origin",
-    "referer",
-    "user-agent",
-    "x-title",
-}
+# fmt: off
+PUBLIC_HEADERS = frozenset((
+    "accept", "accept-language", "anthropic-beta", "anthropic-version", "content-type",
+    "http-referer", "openai-beta", "origin", "referer", "user-agent", "x-title",
+))
+# fmt: on
 _MASKED_KEY = re.compile(r"[\w-]{0,80}\*{3,}[\w*-]{0,80}|\bsk-[\w-]{0,40}\.{3}[\w-]{1,40}")
 
 
 def option_secrets(options: ControllerSettings) -> List[str]:
     """Secrets in the headers and the proxy of a controller."""
-    secrets = []
+    secrets = cookie_values(options.cookie)
     for name, value in options.headers.items():
         if name.lower() == "cookie":
             secrets += cookie_values(value)
@@ -4604,16 +4782,12 @@ def _delay_from_headers(headers: Dict[str, str], now: Callable[[], float]) -> Op
 
 
 # Fields of error bodies, in lower case without "_", and their units in seconds.
+# fmt: off
 DELAY_FIELDS = {
-    "retrydelay": 1.0,
-    "retryafter": 1.0,
-    "retryafterseconds": 1.0,
-    "retryafterms": 0.001,
-    "resettime": 1.0,
-    "resetat": 1.0,
-    "resetsat": 1.0,
-    "resetsinseconds": 1.0,
+    "retrydelay": 1.0, "retryafter": 1.0, "retryafterseconds": 1.0, "retryafterms": 0.001,
+    "resettime": 1.0, "resetat": 1.0, "resetsat": 1.0, "resetsinseconds": 1.0,
 }
+# fmt: on
 
 
 def _delay_from_body(value: Any, now: Callable[[], float], depth: int = 5) -> Optional[float]:
@@ -4649,15 +4823,19 @@ def _delay_from_message(message: str) -> Optional[float]:
     match = _DELAY_IN_MESSAGE.search(message[:4000])
     if not match:
         return None
+    return total_seconds(match[1].lower()) or None
+
+
+def total_seconds(text: str) -> float:
+    """The sum of quantities such as "7m30.5s" or "2 minutes", up to an unknown unit."""
     total = 0.0
-    quantities = re.findall(r"([0-9]{1,9}(?:\.[0-9]{1,20})?) ?([a-z]{0,12})", match[1].lower())
-    for count, unit in quantities:
+    for count, unit in re.findall(r"([0-9]{1,14}(?:\.[0-9]{1,20})?) ?([a-z]{0,12})", text):
         factors = (seconds for names, seconds in DURATION_UNITS if re.fullmatch(names, unit))
         factor = next(factors, None)
         if factor is None:
             break
         total += float(count) * factor
-    return total or None
+    return total
 
 
 DURATION_UNITS = (
@@ -4671,12 +4849,9 @@ DURATION_UNITS = (
 
 def parse_duration(text: str) -> Optional[float]:
     """Seconds of "17", "1m30.5s", "6h" or "120ms", as in OpenAI's x-ratelimit-reset-*."""
-    units = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "": 1.0}
     # Only the last number may lack a unit, or the pattern could split digits in 2^n ways.
-    if not re.fullmatch(r"(?:[0-9]{1,14}(?:\.[0-9]+)?(?:ms|[smhd]|\Z))+", text):
-        return None
-    quantities = re.findall(r"([0-9.]+)(ms|[smhd]?)", text)
-    return sum(float(count) * units[unit] for count, unit in quantities)
+    valid = re.fullmatch(r"(?:[0-9]{1,14}(?:\.[0-9]{1,20})?(?:ms|[smhd]|\Z))+", text)
+    return total_seconds(text) if valid else None
 
 
 # == 11. akash ================================================================================
@@ -4684,72 +4859,31 @@ def parse_duration(text: str) -> Optional[float]:
 
 
 class AkashSession:
-    """The session cookie of one Akash Chat server, fetched on first use. Any thread.
+    """Starts sessions at one Akash Chat server, for a Cache.
 
-    A cookie is valid for its Max-Age, counted from before the request was sent. During the last
-    fifth of that time a background thread fetches a new one while requests keep using the old.
-    Servers without sessions set no cookie, or (akash-chat b58259a, May 2026, without Redis) the
-    fixed ``session_token=validated``; both are valid. The request itself carries no cookie:
+    A cookie is valid for its Max-Age, counted from before the request was sent. Servers without
+    sessions set no cookie, or (akash-chat b58259a, May 2026, without Redis) the fixed
+    ``session_token=validated``; both are valid. The request itself carries no session cookie:
     b58259a answers a valid one without setting or extending anything.
     """
 
     PATH = "/api/auth/session/"
-    REFRESH_RETRY = 10.0  # seconds between two attempts
 
     def __init__(
         self,
         transport: Transport,
         token: str = "",
         seconds: float = 15.0,
-        clock: Callable[[], float] = time.monotonic,
         secrets: Iterable[str] = (),
     ) -> None:
-        self.transport, self.seconds, self.clock = transport, seconds, clock
+        self.transport, self.seconds = transport, seconds
         # akash-chat f0a4ae0 (July 2025) expects the SHA-256 of the access token, b58259a (May
         # 2026) the token itself. The form that worked last is tried first.
         self.tokens = [token, _sha256(token)] if token else [""]
         self.secrets = [*self.tokens, *secrets]
-        self.single_flight = SingleFlight()
-        self.cookie: Optional[str] = None  # "session_token=..."; "" if the server sets none
-        self.refresh_at = self.expires_at = 0.0
-        self.refreshing = False
-        self.refresh_count = 0
 
-    def get(self, scope: CancelScope) -> str:
-        """Return the cookie to send, or "". May block; APIError if no session starts."""
-        now = self.clock()
-        cookie = self.cookie
-        if cookie is None or now >= self.expires_at:
-            self.single_flight.run(lambda: self._replace(cookie), scope)
-            return self.cookie or ""
-        if now >= self.refresh_at and not self.refreshing:
-            self.refreshing, self.refresh_at = True, now + self.REFRESH_RETRY
-            if not start_thread(self._refresh, "akash session"):
-                self.refreshing = False
-        return cookie
-
-    def invalidate(self, cookie: str) -> None:
-        """Discard a cookie that the server has rejected."""
-        # Requests A and B fail with the same cookie; A fetches a new one, which B must not discard.
-        if self.cookie == cookie:
-            self.cookie = None
-
-    def _replace(self, old: Optional[str]) -> None:
-        """Fetch a new cookie, unless another thread has replaced ``old`` meanwhile."""
-        if self.cookie in (None, old):
-            self.cookie = None
-            self._fetch()
-
-    def _refresh(self) -> None:
-        try:
-            self._fetch()
-        except APIError as error:
-            log.warning("session not refreshed, still using the old one: %s", error.message)
-        finally:
-            self.refreshing = False
-
-    def _fetch(self) -> None:
-        requested_at = self.clock()
+    def start(self) -> Tuple[str, float]:
+        """Return a session's cookie, or "", and its lifetime in seconds. APIError."""
         for token in list(self.tokens):
             headers = {"Authorization": f"Bearer {token}"} if token else {}
             response = self.transport.fetch(
@@ -4760,8 +4894,7 @@ class AkashSession:
                 raise challenge_page_error(response)
             if response.status == 200:
                 self.tokens.sort(key=lambda other: other != token)
-                self._store_cookie(response.headers.get("set-cookie", ""), requested_at)
-                return
+                return session_cookie(response.headers.get("set-cookie", ""))
             if response.status != 403:
                 break
         reason = redact(str(as_dict(answer).get("error", ""))[:4000], self.secrets)[:200]
@@ -4779,18 +4912,84 @@ class AkashSession:
             upstream_status=response.status,
         )
 
-    def _store_cookie(self, set_cookie: str, requested_at: float) -> None:
-        self.refresh_count += 1
-        for line in set_cookie.split("\n"):
-            match = re.match(r"(session_token=[^;,\s\"\\]*)(.*)", line)
-            if match and match[1] != "session_token=":
-                max_age = re.search(r";\s*max-age=([0-9]{1,9})\s*(?:;|$)", match[2], re.I)
-                seconds = float(max_age[1]) if max_age else math.inf
-                self.refresh_at = requested_at + seconds * 0.8
-                self.expires_at = requested_at + seconds
-                self.cookie = match[1]
-                return
-        self.cookie, self.refresh_at, self.expires_at = "", math.inf, math.inf
+
+def session_cookie(set_cookie: str) -> Tuple[str, float]:
+    """Return the session's cookie of Set-Cookie, and its Max-Age; ("", inf) if none."""
+    for line in set_cookie.split("\n"):
+        match = re.match(r"(session_token=[^;,\s\"\\]+)(.*)", line)
+        if match:
+            max_age = re.search(r";\s*max-age=([0-9]{1,9})\s*(?:;|$)", match[2], re.I)
+            return match[1], float(max_age[1]) if max_age else math.inf
+    return "", math.inf
+
+
+class AkashLogin:
+    """A controller's own cookie; a login in it is kept alive. Any thread.
+
+    Auth0's library lets a login end a day after it last renewed the cookie ``appSession`` (or
+    ``appSession.0``, ``appSession.1`` ...), which only GET /api/auth/me/ does. A request with a
+    login that has ended succeeds, but counts as anonymous.
+    """
+
+    PATH = "/api/auth/me/"
+    INTERVAL, RETRY = 4 * 3600.0, 300.0  # seconds until it is renewed, and after a failure
+    COOKIE = re.compile(r"(appSession(?:\.[0-9]{1,2})?)=([^;,\s\"\\]+)")
+
+    def __init__(
+        self,
+        name: str,
+        transport: Transport,
+        cookie: str,
+        seconds: float,
+        clock: Callable[[], float],
+    ) -> None:
+        self.name, self.transport, self.seconds, self.clock = name, transport, seconds, clock
+        self.set_cookie(cookie)
+        self.has_login = any(map(self.COOKIE.match, cookie.replace(" ", "").split(";")))
+        self.active: Optional[bool] = None  # unknown until the server has answered
+        self.renew_at = -math.inf
+
+    def set_cookie(self, cookie: str) -> None:
+        """Set the cookie that each request carries."""
+        self.cookie = cookie
+        if cookie:
+            self.transport.headers = {**self.transport.headers, "Cookie": cookie}
+
+    def renew_async(self) -> None:
+        """Renew a login in a thread if that is due."""
+        now = self.clock()
+        if self.has_login and now >= self.renew_at:
+            self.renew_at = now + self.RETRY
+            start_thread(self._renew, "akash login")
+
+    def _renew(self) -> None:
+        try:
+            response = self.transport.fetch(
+                "GET", self.PATH, CancelScope(), first_byte=self.seconds
+            )
+            response.read(limit=1 << 20)
+        except APIError as error:
+            log.info("%s: login not renewed: %s", self.name, error.message)
+            return
+        status = response.status
+        if status == 200 and not is_challenge_page(response):
+            self._keep(response.headers.get("set-cookie", ""))
+            self.active, self.renew_at = True, self.clock() + self.INTERVAL
+        elif status in (204, 401):
+            if self.active is not False:
+                log.warning("%s: its login has ended: set a new cookie", self.name)
+            self.active, self.renew_at = False, self.clock() + self.INTERVAL
+        else:
+            log.info("%s: login not renewed (status %d)", self.name, status)
+
+    def _keep(self, set_cookie: str) -> None:
+        """Put the login's new cookies in the place of its old ones."""
+        matches = map(self.COOKIE.match, set_cookie.split("\n"))
+        renewed = [match[0] for match in matches if match]
+        if renewed:
+            pairs = (pair.strip() for pair in self.cookie.split(";"))
+            others = [pair for pair in pairs if pair and not self.COOKIE.match(pair)]
+            self.set_cookie("; ".join([*others, *renewed]))
 
 
 # Parameters that Akash Chat can't honour, each with the values that are harmless.
@@ -4838,16 +5037,19 @@ def akash_request(call: Call, drop: Iterable[str] = ()) -> Tuple[Dict[str, Any],
                 name,
                 "unsupported_parameter",
             )
-    system, messages = [], []
+    system: List[str] = []
+    messages: List[Dict[str, Any]] = []
+    files: List[Dict[str, str]] = []
     # Clients that ask for a JSON object also say so in a message: the model does its best.
     json_mode = ["response_format"] * (body.get("response_format") == {"type": "json_object"})
     for index, message in enumerate(body["messages"]):
         if message.get("role") in ("system", "developer"):
-            system.append(_text_and_images(message, f"messages[{index}]")[0])
+            system.append(_content(message, f"messages[{index}]", files)[0])
         else:
-            messages.append(_akash_message(message, f"messages[{index}]"))
-    if not messages:
-        raise bad_request("'messages' must contain a user message.", "messages")
+            messages.append(_akash_message(message, f"messages[{index}]", files))
+    if not messages:  # the server would answer 500: many models need a user's turn
+        user = {"role": "user", "content": "\n\n".join(system)}
+        messages, system = [_akash_message(user, "messages", files)], []
     return {
         "id": new_id()[:16],
         "messages": messages,
@@ -4858,11 +5060,13 @@ def akash_request(call: Call, drop: Iterable[str] = ()) -> Tuple[Dict[str, Any],
         # "temperature must be a number" if its default comes from a database
         "temperature": number_field(body, "temperature", 0.85) or 1e-6,
         "topP": number_field(body, "topP" if "topP" in body else "top_p", 1.0) or 1e-6,
-        "context": [],
+        "context": files,
     }, [*ignored, *(name for name in unsupported if name not in AKASH_UNSUPPORTED), *json_mode]
 
 
-def _akash_message(message: Dict[str, Any], param: str) -> Dict[str, Any]:
+def _akash_message(
+    message: Dict[str, Any], param: str, files: List[Dict[str, str]]
+) -> Dict[str, Any]:
     role = message.get("role")
     if role not in ("user", "assistant"):
         raise bad_request(
@@ -4874,7 +5078,7 @@ def _akash_message(message: Dict[str, Any], param: str) -> Dict[str, Any]:
         raise bad_request(
             f"{param}: Akash Chat does not support tool calls.", f"{param}.tool_calls"
         )
-    text, images = _text_and_images(message, param)
+    text, images = _content(message, param, files)
     escaped = SPECIAL_TOKENS.sub(ESCAPED, text)
     result: Dict[str, Any] = {"role": role, "content": escaped}
     if escaped != text:  # akash-chat f0a4ae0: the tokenizer reads `content`, the model `parts`
@@ -4884,10 +5088,12 @@ def _akash_message(message: Dict[str, Any], param: str) -> Dict[str, Any]:
     return result
 
 
-def _text_and_images(message: Dict[str, Any], param: str) -> Tuple[str, List[Dict[str, str]]]:
-    """Return a message's text, and its images as Akash Chat's attachments."""
+def _content(
+    message: Dict[str, Any], param: str, files: List[Dict[str, str]]
+) -> Tuple[str, List[Dict[str, str]]]:
+    """Return a message's text, and its images as attachments; append to ``files``."""
     content = message.get("content")
-    if content is None and message.get("role") == "assistant":
+    if content is None:
         return "", []
     if isinstance(content, str):
         return content, []
@@ -4905,6 +5111,8 @@ def _text_and_images(message: Dict[str, Any], param: str) -> Tuple[str, List[Dic
         elif part_type == "image_url":
             url = value.get("url") if isinstance(value, dict) else value
             images.append(_attachment(url, part_param))
+        elif part_type == "file" and isinstance(value, dict):
+            files.append(_text_file(value, part_param))
         else:
             unsupported = str(part if part_type == "text" else part_type)[:80]
             raise bad_request(
@@ -4925,8 +5133,38 @@ def _attachment(url: Any, param: str) -> Dict[str, str]:
         raise bad_request(
             f"{param}: the image URL must be http(s): or data:image/...;base64,...", param
         )
+    if match[1]:
+        decode_base64(url[match.end() :], param)
     return {"name": "picture", "contentType": (match[1] or "image/png").lower(), "url": url}
 
+
+def _text_file(file: Dict[str, Any], param: str) -> Dict[str, str]:
+    """Return a text file as an entry of ``context``; APIError 400 for other files."""
+    encoded = file.get("file_data")
+    data = decode_base64(encoded.rpartition(",")[2], param) if isinstance(encoded, str) else b"\0"
+    text = data.decode("utf-8", "replace")
+    if "\0" in text or "\ufffd" in text:
+        raise bad_request(f"{param}: Akash Chat accepts files of UTF-8 text only.", param)
+    name = str(file.get("filename") or "file")[:MAX_NAME]
+    return {"name": name, "content": SPECIAL_TOKENS.sub(ESCAPED, text)}
+
+
+def decode_base64(text: str, param: str) -> bytes:
+    """Decode base64 like browsers, with blanks, "-_" or no padding. APIError 400."""
+    stripped = "".join(text.split()).translate(str.maketrans("-_", "+/")).rstrip("=")
+    try:
+        if not stripped:
+            raise ValueError("empty")
+        padding = "=" * (-len(stripped) % 4)
+        return base64.b64decode(stripped + padding, validate=True)
+    except ValueError:
+        raise bad_request(f"{param}: invalid base64.", param, "invalid_base64") from None
+
+
+# akash-chat f0a4ae0 drops the oldest messages silently if the conversation has more tokens than its
+# model's limit less AKASH_RESERVED; without a limit in the list that is AKASH_CONTEXT.
+AKASH_RESERVED, AKASH_CONTEXT = 1000, 128_000
+AKASH_SMALL = 500  # tokens of a conversation for which the list is not read
 
 MAX_STOP_LENGTH = 1000  # characters of one stop sequence
 
@@ -4986,11 +5224,9 @@ def akash_error(text: str, model: str, secrets: Iterable[str] = ()) -> APIError:
         if model not in ("", AkashController.IMAGE_MODEL):
             return akash_model_not_found(model)
         # akash-chat f0a4ae0: any failure of AkashGen is reported as an invalid model name
-        return image_failed(
-            "Akash Chat could not generate the image, or does not offer AkashGen.",
-            retry=False,
-            legacy_message="Error Model.",
-        )
+        error = image_failed("Akash Chat could not generate the image, or does not offer AkashGen.")
+        error.legacy_message = "Error Model."
+        return error
     matched_status, code = next(
         (status, code) for status, code, pattern in AKASH_ERRORS if re.search(pattern, text, re.I)
     )
@@ -5031,9 +5267,16 @@ def _akash_reason(text: str, secrets: Iterable[str]) -> str:
     return f"Akash Chat: {redact_hosts(reason)[:300]}"
 
 
-def image_failed(message: str, status: int = 502, **options: Any) -> APIError:
-    """Return the error for an image that was not generated."""
-    return APIError(status, message, code="image_failed", **options)
+def image_failed(message: str, status: int = 502, retry: bool = False) -> APIError:
+    """Return the error for an image that was not generated; chats go on meanwhile."""
+    return APIError(status, message, code="image_failed", retry=retry, cooldown_scope="model")
+
+
+def no_image(words: str) -> APIError:
+    """Return the 400 for words where an image was requested."""
+    message = "Akash Chat answered with text instead of an image"
+    message += f": {words[:500]}" if words else ", and did not pass it on."
+    return bad_request(message, "prompt", "no_image")
 
 
 def redact_hosts(text: str) -> str:
@@ -5350,11 +5593,72 @@ def parse_image_job(body: bytes) -> Optional[Tuple[str, str]]:
     return job, prompt.replace("\\'", "'")
 
 
+class ImageBatch:
+    """The image jobs of one request."""
+
+    def __init__(self) -> None:
+        self.jobs: List[Tuple[str, str]] = []  # (job ID, prompt)
+        self.lock = threading.Lock()  # held while a job is being started
+        self.cancellation = Cancellation()  # of the request
+        self.failed = False  # the request got an error that SDKs retry
+        self.expires_at = math.inf
+
+    def is_abandoned(self) -> bool:
+        """Whether its request has ended without the images."""
+        return self.failed or self.cancellation.reason is not None
+
+
+class ImageBatches:
+    """Finds the jobs of an image request when the client repeats it. Any thread.
+
+    SDKs repeat a request after a timeout or an error 5xx, while its jobs go on at Akash Chat. A
+    repeat has the client, path and body of a request that ended without its images. Jobs whose
+    images were sent are forgotten: the same prompt then gives other images.
+    """
+
+    MAX_BATCHES, KEPT_SECONDS = 1000, 600.0
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.clock, self.lock = clock, threading.Lock()
+        self.batches: OrderedDict[Tuple[str, str, str], ImageBatch] = OrderedDict()
+
+    @staticmethod
+    def key(call: Call) -> Tuple[str, str, str]:
+        return call.client, call.original.path, _sha256(call.original.raw_body)
+
+    def find(self, call: Call) -> Optional[ImageBatch]:
+        """Return the batch that the call repeats."""
+        with self.lock:
+            batch = self.batches.get(self.key(call))
+            usable = batch and batch.is_abandoned() and self.clock() < batch.expires_at
+            return batch if usable else None
+
+    def join(self, call: Call) -> ImageBatch:
+        """Return the batch that the call repeats, or a new one, and make it the call's."""
+        batch, key = self.find(call) or ImageBatch(), self.key(call)
+        with self.lock:
+            batch.cancellation, batch.failed = call.cancellation, False
+            batch.expires_at = self.clock() + self.KEPT_SECONDS
+            self.batches[key] = batch
+            self.batches.move_to_end(key)
+            if len(self.batches) > self.MAX_BATCHES:
+                self.batches.popitem(last=False)
+        return batch
+
+    def forget(self, call: Call, batch: ImageBatch) -> None:
+        """Forget a batch of the call."""
+        key = self.key(call)
+        with self.lock:
+            if self.batches.get(key) is batch:
+                del self.batches[key]
+
+
 class AkashController(Controller):
     """Akash Chat's web API: streams chats, generates images with the model AkashGen."""
 
     IMAGE_MODEL = "AkashGen"
     CHAT_PATH = "/api/chat/"
+    LIMIT_PATH = "/api/rate-limit/status/"  # since akash-chat b58259a
     # akash-chat b58259a (May 2026) cuts a body above this size, then answers an empty 500
     MAX_BODY_BYTES = 10_000_000
 
@@ -5367,32 +5671,45 @@ class AkashController(Controller):
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         super().__init__(options, settings)
-        self.cookie = settings.akash_cookie if settings.is_akash_server(options.base_url) else ""
         headers = {
             "User-Agent": settings.user_agent,
             "Accept": "*/*",
             "Accept-Encoding": "identity",
             **options.headers,
-            **({"Cookie": self.cookie} if self.cookie else {}),
         }
         self.transport = Transport(options, settings, options.base_url, "Akash Chat", headers)
-        secrets = [*cookie_values(settings.akash_cookie), *option_secrets(options)]
-        self.session = AkashSession(
-            self.transport, options.api_key, settings.session_timeout, clock, secrets
+        cookies = options.cookie, self.transport.headers.get("Cookie", "")
+        cookie = "; ".join(filter(None, cookies))
+        seconds = settings.session_timeout
+        self.login = AkashLogin(self.name, self.transport, cookie, seconds, clock)
+        self.sessions = AkashSession(
+            self.transport,
+            options.api_key,
+            settings.session_timeout,
+            [*cookie_values(settings.akash_cookie), *option_secrets(options)],
         )
-        self.model_cache = StaleOnErrorCache(self._fetch_models, settings.models_ttl, clock)
+        self.image_batches = ImageBatches(clock)
+        self.is_b58259a = False  # else f0a4ae0, or not known yet
+        self.session = Cache(f"{self.name}: session", self.sessions.start, clock, expires=True)
+        self.model_cache = Cache(f"{self.name}: models", self._fetch_models, clock)
 
     def check_support(self, call: Call) -> Optional[APIError]:
         try:
             call.prepared_requests[self.name] = self._prepare(call)
         except APIError as error:
             return error
+        if self._is_image(call) and self.image_batches.find(call):
+            call.preferred = self.name
         return None
 
+    def _is_image(self, call: Call) -> bool:
+        return call.image_count > 0 or call.model == self.IMAGE_MODEL
+
     def events(self, call: Call) -> Iterable[Event]:
-        data, stop_filter, call.attempt.ignored_params = call.prepared_requests[self.name]
-        if call.image_count or call.model == self.IMAGE_MODEL:
+        data, stop_filter, call.attempt.ignored_params, tokens = call.prepared_requests[self.name]
+        if self._is_image(call):
             return self.image_events(call, data)
+        self._check_context(call, tokens)
         cookie = self.session.get(call.scope)
         response = self.transport.start_request(
             "POST",
@@ -5406,8 +5723,36 @@ class AkashController(Controller):
             response, lambda response: self._decoder(call, response, stop_filter, cookie)
         )
 
-    def _prepare(self, call: Call) -> Tuple[bytes, StopFilter, List[str]]:
-        """Return the request body, the filter of its answer and the ignored parameters."""
+    def _check_context(self, call: Call, tokens: int) -> None:
+        """Note that Akash Chat will cut the conversation, or refuse it; APIError 400."""
+        models = self.model_cache.value or []
+        if tokens > AKASH_SMALL:
+            with contextlib.suppress(APIError):
+                models = self.models()
+        name = self.options.model_map.get(call.model, call.model)
+        found = next((model for model in models if model["id"] == name), {})
+        limit = found.get("context_length", AKASH_CONTEXT)
+        room = max(0, limit - AKASH_RESERVED)
+        if tokens <= room:
+            return
+        problem = f"about {tokens} tokens > {room}"
+        if (self.options.context_overflow or self.settings.context_overflow) == "refuse":
+            raise APIError(
+                400,
+                f"This model's maximum context length is {limit} tokens, of which Akash Chat keeps "
+                f"{AKASH_RESERVED}; your messages have about {tokens} tokens.",
+                param="messages",
+                code="context_length_exceeded",
+                category=Category.REFUSED,
+                overflow=Overflow(tokens, 0, room),
+            )
+        call.attempt.overflow = problem
+
+    def _prepare(self, call: Call) -> Tuple[bytes, StopFilter, List[str], int]:
+        """Return the request body, the filter of its answer, and what is ignored of it.
+
+        The last element is an estimate of the prompt's tokens, as Akash Chat counts them.
+        """
         if call.relay_only:
             raise APIError(
                 404, f"Akash Chat does not offer {call.original.path[:200]!r}.", code="not_found"
@@ -5425,44 +5770,73 @@ class AkashController(Controller):
             limit = "max_tokens"
         max_tokens = number_field(fields, limit, None, integer=True, minimum=1)
         stop_filter = StopFilter(stop_sequences(fields), max_tokens)
-        return request_json(body, len(call.original.raw_body)), stop_filter, ignored
+        messages = [*body["messages"], *body["context"]]
+        texts = [body["system"], *(message["content"] for message in messages)]
+        tokens = tokens_of(sum(map(token_units, texts)))
+        return request_json(body, len(call.original.raw_body)), stop_filter, ignored, tokens
 
     def image_events(self, call: Call, data: bytes) -> Iterator[Event]:
         """Start a job for each image, then poll them; text instead of a job is passed on.
 
-        Under a limit on concurrent requests, finish each job before starting the next one.
-        Worker thread.
+        A repeated request joins the jobs that its predecessor has started. Worker thread.
         """
-        jobs: List[Tuple[str, str]] = []
+        batch = self.image_batches.join(call)
+        try:
+            yield from self._batch_events(call, data, batch)
+        except APIError as error:
+            batch.failed = error.status >= 500 and error.retry is not False
+            if not batch.failed:
+                self.image_batches.forget(call, batch)
+            raise
+        self.image_batches.forget(call, batch)
+
+    def _batch_events(self, call: Call, data: bytes, batch: ImageBatch) -> Iterator[Event]:
+        """Yield a batch's events; one job at a time if concurrent requests are limited."""
         sequential = call.one_image_at_a_time or self.options.max_concurrency > 0
-        for _ in range(call.image_count or 1):
+        count = call.image_count or 1
+        for index in range(count):
             # a job can't be cancelled: start none for a client that left
             call.cancellation.raise_if_cancelled()
-            response = self._with_session(
-                "POST", self.CHAT_PATH, call.scope, data, model=call.model
-            )
-            body = response.read(limit=4 << 20)
-            job = parse_image_job(body)
-            if job is None:
-                yield from self._text_instead(call, body)
+            words = self._start_job(call, data, batch, index)
+            if words is not None:
+                yield from self._text_instead(call, words)
                 return
-            if job[0] in ("", "undefined"):
-                raise APIError(
-                    502, "Akash Chat could not start the image job.", code="upstream_error"
-                )
             if sequential:
-                yield from self._poll_image(call, *job)
-            else:
-                jobs.append(job)
-        for job in jobs:
+                yield from self._poll_image(call, *batch.jobs[index])
+        for job in () if sequential else batch.jobs[:count]:
             yield from self._poll_image(call, *job)
         yield Finish("stop")
+
+    def _start_job(self, call: Call, data: bytes, batch: ImageBatch, index: int) -> Optional[bytes]:
+        """Start a job of a batch, unless it has one; the body if that is text instead."""
+        while not batch.lock.acquire(timeout=0.25):  # the predecessor is just starting it
+            call.cancellation.raise_if_cancelled()
+        try:
+            if index < len(batch.jobs):
+                return None
+            # A repeat could not join a job whose ID was lost with the connection.
+            with call.cancellation.shield():
+                response = self._with_session(
+                    "POST", self.CHAT_PATH, call.scope, data, model=call.model
+                )
+                body = response.read(limit=4 << 20)
+                job = parse_image_job(body)
+                if job is None:
+                    self._learn_version(response)
+                    return body
+                if job[0] in ("", "undefined"):
+                    raise image_failed("Akash Chat could not start the image job.")
+                batch.jobs.append(job)
+            return None
+        finally:
+            batch.lock.release()
 
     def secrets(self, cookie: Optional[str] = None) -> List[str]:
         """List the strings to redact from errors: keys, header values and cookies."""
         return [
-            *self.session.secrets,
-            *cookie_values(self.session.cookie or ""),
+            *self.sessions.secrets,
+            *cookie_values(self.login.cookie),
+            *cookie_values(self.session.value or ""),
             *cookie_values(cookie or ""),
         ]
 
@@ -5470,7 +5844,31 @@ class AkashController(Controller):
         return self.model_cache.get()
 
     def metrics(self) -> Dict[str, float]:
-        return {"akashproxy_session_renewals_total": self.session.refresh_count}
+        metrics: Dict[str, float] = {"akashproxy_session_renewals_total": self.session.fetch_count}
+        if self.login.active is not None:
+            metrics["akashproxy_login_active"] = int(self.login.active)
+        return metrics
+
+    def status(self) -> Dict[str, Any]:
+        if not self.login.has_login:
+            return {"login": None}
+        return {"login": {None: "unknown", True: "active", False: "ended"}[self.login.active]}
+
+    def limit_is_over(self) -> Optional[bool]:
+        response = self.transport.fetch(
+            "GET", self.LIMIT_PATH, CancelScope(), first_byte=self.settings.session_timeout
+        )
+        blocked = as_dict(response.json()).get("blocked")
+        return not blocked if response.status == 200 and isinstance(blocked, bool) else None
+
+    def take_over(self, previous: Any) -> None:
+        self.login.set_cookie(previous.login.cookie)
+        self.login.active, self.login.renew_at = previous.login.active, previous.login.renew_at
+        self.image_batches = previous.image_batches
+
+    def on_tick(self, now: float) -> None:
+        super().on_tick(now)
+        self.login.renew_async()
 
     def image(self, name: str, scope: CancelScope) -> UpstreamResponse:
         # akash-chat f0a4ae0: names without an extension need the slash, others must not have it
@@ -5492,7 +5890,7 @@ class AkashController(Controller):
         """Return the headers of one request, besides those of the transport."""
         headers = {"Content-Type": "application/json"} if data else {}
         if cookie:
-            headers["Cookie"] = "; ".join(filter(None, (cookie, self.cookie)))
+            headers["Cookie"] = "; ".join(filter(None, (cookie, self.login.cookie)))
         return headers
 
     def _decoder(
@@ -5522,19 +5920,18 @@ class AkashController(Controller):
         model: str = "",
     ) -> UpstreamResponse:
         """Send a request with the cookie; repeat it once if the session was rejected."""
-        for is_retry in (False, True):
+
+        def send(retry_reason: str) -> UpstreamResponse:
             cookie = self.session.get(scope)
             response = self.transport.fetch(
                 method, path, scope, data, self._headers(data, cookie), first_byte
             )
             if response.status == 200 and not is_challenge_page(response):
                 return response
-            error = self._session_error(
-                response, response.read(limit=1 << 20), model, cookie, is_retry, len(data or b"")
-            )
-            if error.category is not Category.RETRY:
-                break
-        raise error
+            body, is_retry = response.read(limit=1 << 20), retry_reason == "session"
+            raise self._session_error(response, body, model, cookie, is_retry, len(data or b""))
+
+        return retrying(send)
 
     def _session_error(
         self,
@@ -5575,6 +5972,13 @@ class AkashController(Controller):
     ) -> APIError:
         """Return the error for a status or web page; ``fields`` is the JSON body."""
         status = response.status
+        if status == 413 or status == 500 and not message and sent > self.MAX_BODY_BYTES:
+            return APIError(
+                413,
+                "The request is too large for Akash Chat (limit: 10 MB).",
+                category=Category.REFUSED,
+                retry=False,
+            )
         if is_challenge_page(response):
             return challenge_page_error(response)
         if fields.get("error") == "Model not available":
@@ -5598,13 +6002,6 @@ class AkashController(Controller):
             return auth_error(
                 f"Akash Chat denied access ({redact_hosts(message)[:200] or status}).", status
             )
-        if status == 413 or status == 500 and not message and sent > self.MAX_BODY_BYTES:
-            return APIError(
-                413,
-                "The request is too large for Akash Chat (limit: 10 MB).",
-                category=Category.REFUSED,
-                retry=False,
-            )
         return self._backend_error(response, fields, message, model)
 
     def _backend_error(
@@ -5615,7 +6012,7 @@ class AkashController(Controller):
         retry_after = retry_after_seconds(response.headers, fields, message=message, limit=False)
         if fields.get("error") == "Error generating image":  # b58259a
             reason = redact_hosts(message)[:200]
-            return image_failed(f"Image generation failed: {reason}", retry=False)
+            return image_failed(f"Image generation failed: {reason}")
         if message:
             error = akash_error(message, model)
             if error.status == 400 != status:
@@ -5635,14 +6032,18 @@ class AkashController(Controller):
         decoder = DecoderChain(AkashDecoder(call.model, self.secrets()), ThinkTagFilter())
         events = decoder.feed(body) + decoder.close()
         if decoder.error:
-            raise decoder.error
+            # b58259a sends text to a backend model AkashGen, which its backend usually lacks; it
+            # reports failures by status. With f0a4ae0 this error is a failure.
+            is_text = decoder.error.code == "image_failed" and self.is_b58259a
+            raise no_image("") if is_text else decoder.error
         if call.image_count:
-            raise bad_request(
-                f"Akash Chat answered with text instead of an image: {fold(events).text[:500]}",
-                "prompt",
-                "no_image",
-            )
+            raise no_image(fold(events).text)
         yield from events
+
+    def _learn_version(self, response: UpstreamResponse) -> None:
+        """Note whether the server is as new as akash-chat b58259a, by its headers."""
+        if "cross-origin-resource-policy" in response.headers:
+            self.is_b58259a = True
 
     def _poll_image(self, call: Call, job: str, prompt: str) -> Iterator[Event]:
         """Poll a job, ever more slowly, until its image is ready; APIError if it fails."""
@@ -5657,7 +6058,7 @@ class AkashController(Controller):
             if status == "failed" or result.startswith("Failed"):
                 result = redact_hosts(redact(result[:4000], self.secrets()))
                 reason = result[:200] or "no reason given"
-                raise image_failed(f"Image generation failed: {reason}.", retry=False)
+                raise image_failed(f"Image generation failed: {reason}.")
             if status in ("succeeded", "completed"):
                 yield self._fetch_image(call, job, prompt, result)
                 return
@@ -5668,7 +6069,7 @@ class AkashController(Controller):
                 raise image_failed("Akash Chat lost the image job.")
             if time.monotonic() > deadline:
                 limit = f"{self.settings.image_timeout:g} seconds"
-                raise image_failed(f"The image was not ready within {limit}.", 504)
+                raise image_failed(f"The image was not ready within {limit}.", 504, retry=True)
             progress = ImageProgress(status, count_or_none(fields.get("queue_position")) or 0)
             if status and progress != last_progress:
                 last_progress = progress
@@ -5697,12 +6098,13 @@ class AkashController(Controller):
         data = self.image(name, call.scope).read() if call.images_as_bytes else None
         return Image(job, prompt, name, f"{self.options.base_url}/api/image/{name}", data)
 
-    def _fetch_models(self) -> List[Dict[str, Any]]:
+    def _fetch_models(self) -> Tuple[List[Dict[str, Any]], float]:
         response = self._with_session(
             "GET", "/api/models/", CancelScope(), first_byte=self.settings.session_timeout
         )
-        names = akash_models(json_or_none(response.read(limit=MAX_LIST_BYTES)))
-        if not names:
+        self._learn_version(response)
+        entries = akash_models(json_or_none(response.read(limit=MAX_LIST_BYTES)))
+        if not entries:
             raise APIError(
                 503, "Akash Chat lists no models.", code="upstream_error", retry_after=30
             )
@@ -5712,11 +6114,17 @@ class AkashController(Controller):
             "owned_by": "Akash Network",
             "permission": None,
         }
-        return [{"id": name, **common, "root": name, "parent": None} for name in names]
+        models = [
+            with_context_length({"id": name, **common, "root": name, "parent": None}, entry)
+            for name, entry in entries.items()
+        ]
+        return models, self.settings.models_ttl
 
 
-def akash_models(listing: Any) -> List[str]:
-    """Return the IDs in a model list of any akash-chat version; [] if malformed.
+def akash_models(listing: Any) -> Dict[str, Dict[str, Any]]:
+    """Return the entries of any akash-chat version's model list by ID.
+
+    Empty if it is malformed.
 
     Lists are arrays, or objects with ``models``. Where b58259a has a database, an entry's ``id``
     may be the database's key and ``model_id`` the model.
@@ -5725,7 +6133,7 @@ def akash_models(listing: Any) -> List[str]:
         listing = listing.get("models") or listing.get("data")
     entries = [entry for entry in map(as_dict, as_list(listing)) if entry.get("available", True)]
     named = ((entry.get("model_id") or entry.get("id"), entry) for entry in entries)
-    return list(bounded_model_list("Akash Chat", named))
+    return bounded_model_list("Akash Chat", named)
 
 
 MAX_LIST_BYTES, MAX_MODELS = 4 << 20, 10_000  # limits of an upstream's model list
@@ -6172,6 +6580,23 @@ STREAM_ENDS = {
 }
 
 
+class ModelName:
+    """Replaces the name of a relayed answer's model; for calls by an alias ("": none)."""
+
+    FIELD = re.compile(rb'"model"\s{0,9}:\s{0,9}"(?:[^"\\\r\n]|\\.){0,1000}"')
+
+    def __init__(self, name: str) -> None:
+        self.field = b'"model":' + to_json(name) if name else b""
+        self.answered = b""  # the upstream's field
+
+    def __call__(self, data: bytes) -> bytes:
+        if self.field and not self.answered:
+            match = self.FIELD.search(data)
+            self.answered = match[0] if match else b""
+        # No string contains it, as quotes are escaped there.
+        return data.replace(self.answered, self.field) if self.answered else data
+
+
 class PassthroughDecoder(Decoder):
     """Passes on a stream in the client's own format, byte for byte, as RawBytes.
 
@@ -6179,7 +6604,8 @@ class PassthroughDecoder(Decoder):
     the first event are kept back, since until then another controller may still answer. Only
     complete lines are passed on, so that an error event can follow if the upstream breaks off.
     Every complete stream has the ``end`` of its path; if that is None, the end of the HTTP message
-    suffices. If not ``is_sse``, all bytes are passed on unparsed.
+    suffices. If not ``is_sse``, all bytes are passed on unparsed. ``model`` replaces the name of
+    the answer's model.
     """
 
     MAX_HELD = 16 << 20  # bytes
@@ -6191,11 +6617,13 @@ class PassthroughDecoder(Decoder):
         is_sse: bool = True,
         end: Optional[StreamEnd] = None,
         secrets: Iterable[str] = (),
+        model: str = "",
     ) -> None:
         self.upstream_name, self.is_sse = upstream_name, is_sse
         self.end, self.secrets = end, secrets
+        self.rename = ModelName(model)
         self.end_seen = end is None
-        self.mid_stream = end.mid_stream if end else ()
+        self.mid_stream = end.mid_stream if end and not model else ()
         self.first_event_seen = self.started = not is_sse
         self.buffer = bytearray()  # an incomplete line
         self.comments = bytearray()  # comments before the first event
@@ -6216,7 +6644,7 @@ class PassthroughDecoder(Decoder):
             self.error = truncated(self.upstream_name, "sent a line that is too long, or no events")
         if not data:
             return []
-        data = self._find_end(data)
+        data = self._find_end(self.rename(data))
         self.started = (
             self.started
             or self.complete
@@ -6256,8 +6684,8 @@ class PassthroughDecoder(Decoder):
         if self.end and not self.end_seen:
             self.end_seen = self.end.is_in(data)
         at = data.rfind(b"[DONE]")
-        if at >= 0:  # the first one of several ends the answer
-            at = data.find(b"[DONE]", max(0, at - 64))
+        if at >= 0 and data.rfind(b"[DONE]", 0, at) >= 0:
+            at = data.find(b"[DONE]")  # the first one of several ends the answer
         done = DONE.search(data, max(0, at - 8)) if at >= 0 else None
         if done is None or self.complete:
             return data
@@ -6289,7 +6717,7 @@ class PassthroughDecoder(Decoder):
         if self.end and not self.end_seen and not self.end.is_in(data):
             self.error = truncated(self.upstream_name)
             return self.flush()
-        return [RawBytes(data, self._find_usage(data))] if data else []
+        return [RawBytes(self.rename(data), self._find_usage(data))] if data else []
 
     def flush(self) -> List[Event]:
         """Drop an incomplete line and end an incomplete event: an error may follow."""
@@ -6385,11 +6813,13 @@ class OpenAIController(Controller):
         }
         if options.api_key:
             headers["Authorization"] = f"Bearer {options.api_key}"
+        if options.cookie:
+            headers["Cookie"] = options.cookie
         self.secrets = [options.api_key, *option_secrets(options)]
         has_path = urllib.parse.urlsplit(options.base_url).path
         base_url = options.base_url if has_path else options.base_url + "/v1"
         self.transport = Transport(options, settings, base_url, self.name, headers)
-        self.model_cache = StaleOnErrorCache(self._fetch_models, settings.models_ttl)
+        self.model_cache = Cache(f"{self.name}: models", self._fetch_models)
 
     def speaks(self, path: str) -> bool:
         """Whether the upstream itself offers an API path."""
@@ -6468,13 +6898,14 @@ class OpenAIController(Controller):
         self, call: Call, response: UpstreamResponse, content_type: str, streamed: bool
     ) -> Decoder:
         """Return the decoder for a response in the client's own format."""
+        renamed = call.requested_model if call.requested_model != call.model else ""
         call.attempt.status = response.status
         call.attempt.content_type = redact(content_type, self.secrets) or "application/octet-stream"
         if streamed:
             if media_type(content_type) != "text/event-stream":
                 call.attempt.content_type = "text/event-stream"
             return PassthroughDecoder(
-                self.name, True, STREAM_ENDS.get(call.original.path), self.secrets
+                self.name, True, STREAM_ENDS.get(call.original.path), self.secrets, renamed
             )
         if media_type(content_type) == "text/html":
             raise APIError(502, f"{self.name} answered with a web page.", code="upstream_error")
@@ -6484,13 +6915,15 @@ class OpenAIController(Controller):
         if not is_json:
             return BufferedBody(lambda data: [RawBytes(data)])
         field = ANSWER_FIELDS.get(call.original.path, b"")
-        return BufferedBody(functools.partial(self._document, field, response.body.until_close))
+        until_close = response.body.until_close
+        return BufferedBody(lambda data: self._document(field, until_close, renamed, data))
 
-    def _document(self, field: bytes, until_close: bool, data: bytes) -> List[Event]:
+    def _document(self, field: bytes, until_close: bool, model: str, data: bytes) -> List[Event]:
         """Check and pass on a complete JSON body; APIError if it is an error or no answer.
 
         ``field`` is one that each answer has. The body is parsed only if it may be an error, or if
-        it ends with the connection: then nothing else shows whether it is complete.
+        it ends with the connection: then nothing else shows whether it is complete. ``model``
+        replaces the name of the answer's model.
         """
         text = data.strip()
         if not text or until_close and json_or_none(text) is None:
@@ -6505,7 +6938,9 @@ class OpenAIController(Controller):
             if field and isinstance(body, dict) and not body.get(field.decode()):
                 raise truncated(self.name, "sent something that is not an answer")
             data = redact_bytes(data, self.secrets)
-        return [RawBytes(data, chat_usage(usage_at(text, text.rfind(b'"usage"'))))]
+        return [
+            RawBytes(ModelName(model)(data), chat_usage(usage_at(text, text.rfind(b'"usage"'))))
+        ]
 
     def _completion(self, data: bytes) -> List[Event]:
         """Return the events of a chat completion that is not streamed."""
@@ -6536,7 +6971,7 @@ class OpenAIController(Controller):
             (model, self.options.model_map.get(model, model)),
         )
 
-    def _fetch_models(self) -> List[Dict[str, Any]]:
+    def _fetch_models(self) -> Tuple[List[Dict[str, Any]], float]:
         response = self.transport.fetch(
             "GET", "/models", CancelScope(), first_byte=self.settings.session_timeout
         )
@@ -6549,10 +6984,13 @@ class OpenAIController(Controller):
         if not entries:
             raise APIError(503, f"{self.name} lists no models.", code="upstream_error")
         common = {"object": "model", "owned_by": self.name}
-        return [
-            {**common, **entry, "created": count_or_none(entry.get("created")) or 0}
+        models = [
+            with_context_length(
+                {**common, **entry, "created": count_or_none(entry.get("created")) or 0}, entry
+            )
             for entry in entries
         ]
+        return models, self.settings.models_ttl
 
 
 class EchoController(Controller):
@@ -6634,6 +7072,7 @@ class CoolDown:
         self.until = until
         self.failures, self.failed_at = 0, -math.inf
         self.recheck_at = math.inf
+        self.asks_upstream = True  # it may report when the limit is over
 
     def record_failure(
         self, now: float, started: float, after: int, seconds: Optional[float]
@@ -6662,7 +7101,8 @@ class Upstream:
     * A key that has served a request within KEY_TRUST seconds cools down after two rejections in a
       row: the first could be due to that one request.
     * After RECHECK seconds of a long cool-down one request is let through, as the limit may have
-      been that of one request, or the account topped up.
+      been that of one request, or the account topped up. An upstream that reports whether its
+      limit is over is asked for that instead.
     * An only candidate skips back-off and obeys rate limits only, as in nginx.
     """
 
@@ -6683,6 +7123,7 @@ class Upstream:
             )
         if previous and previous.identity == self.identity:
             self._inherit(previous, "cooldowns", "served_at", "last_error", "last_error_at")
+            controller.take_over(previous.controller)
 
     def _inherit(self, previous: "Upstream", *names: str) -> None:
         for name in names:
@@ -6691,17 +7132,10 @@ class Upstream:
     def _identity(self) -> Tuple[Any, ...]:
         """Settings of its address and account; a change of one voids the cool-downs."""
         options, settings = self.options, self.controller.settings
-        cookie = settings.akash_cookie if options.type == "akash" else ""
-        return (
-            options.type,
-            options.base_url,
-            options.api_key,
-            options.proxy,
-            tuple(sorted(options.headers.items())),
-            cookie,
-            settings.user_agent,
-            settings.ca_file,
-        )
+        headers = tuple(sorted(options.headers.items()))
+        upstream = options.type, options.base_url, options.api_key  # in this order, see __init__
+        account = options.proxy, headers, options.cookie, settings.user_agent, settings.ca_file
+        return (*upstream, *account)
 
     def serves(self, model: str) -> Optional[bool]:
         """Whether it offers the model: True, False, or None if unknown (worth a try)."""
@@ -6798,6 +7232,14 @@ class Upstream:
             cooldown.recheck_at = now + RECHECK
         return True
 
+    def due_limit(self, now: float) -> Optional[CoolDown]:
+        """The rate limit to ask about now; at most once in RECHECK seconds."""
+        limit = self.cooldowns.get((Category.RATE_LIMIT, None))
+        if limit and limit.asks_upstream and limit.until > now >= limit.recheck_at:
+            limit.recheck_at = now + RECHECK
+            return limit
+        return None
+
     def metrics(self, now: float) -> Dict[Tuple[str, ...], float]:
         """Return its metrics, {(name, label, ...): number} without its own label."""
         rest = self.cooldown_until - now
@@ -6837,27 +7279,26 @@ class Upstream:
         Returns the models to offer, all names in the list (the known ones if reading failed), and
         the error. Models that the configuration names are always included.
         """
-        by_id: Dict[str, Dict[str, Any]] = {}
+        by_name: Dict[str, Dict[str, Any]] = {}
         names, error = self.known_models, None
         try:
             with controller_errors(self.name):
-                models = self.controller.models()
-                names = frozenset(model["id"] for model in models)
-                patterns = self.options.models or ["*"]
-                by_id = {
-                    model["id"]: model
-                    for model in models
-                    if any(fnmatch.fnmatchcase(model["id"], pattern) for pattern in patterns)
-                }
+                by_name = {model["id"]: model for model in self.controller.models()}
+                names = frozenset(by_name)
         except APIError as failure:
             error = failure
             self.log_exception(failure)
-        configured = [name for name in self.options.models if not re.search(r"[*?\[]", name)]
-        for name in [*self.options.model_map, *configured]:
-            by_id.setdefault(
-                name, {"id": name, "object": "model", "created": 0, "owned_by": self.name}
-            )
+        patterns = self.options.models
+        by_id = {name: by_name[name] for name in by_name if model_allowed(patterns, name)}
+        targets = self.options.model_map
+        for name in [*targets, *(name for name in patterns if not _WILDCARD.search(name))]:
+            model = {"id": name, "object": "model", "created": 0, "owned_by": self.name}
+            entry = by_name.get(targets.get(name, name), {})
+            by_id.setdefault(name, with_context_length(model, entry))
         return list(by_id.values()), names, error
+
+
+_WILDCARD = re.compile(r"[*?\[]")
 
 
 def model_allowed(patterns: Tuple[str, ...], model: str) -> bool:
@@ -6876,7 +7317,8 @@ def earliest_available(
     upstreams: List[Upstream], model: str, ignored: Tuple[Category, ...], now: float
 ) -> float:
     """The time from ``now`` on when the first of the upstreams' cool-downs ends."""
-    return max(min(upstream.available_at(model, ignored) for upstream in upstreams), now)
+    ends = (upstream.available_at(model, ignored) for upstream in upstreams)
+    return max(min(ends, default=now), now)
 
 
 class Waiter:
@@ -6887,8 +7329,7 @@ class Waiter:
     """
 
     __slots__ = (
-        "queue", "exchange", "model", "candidates", "ignored", "deadline", "number", "key",
-        "upstream",
+        "queue", "exchange", "candidates", "ignored", "deadline", "number", "key", "upstream",
     )  # fmt: skip
 
     def __init__(
@@ -6900,17 +7341,17 @@ class Waiter:
         deadline: float,
     ) -> None:
         self.queue, self.exchange, self.candidates = queue, exchange, candidates
-        self.model, self.ignored, self.deadline = exchange.call.model, ignored, deadline
+        self.ignored, self.deadline = ignored, deadline
         self.number = next(queue.numbers)
         self.upstream: Optional[Upstream] = None
         by_model = any(
             model is not None for upstream in candidates for _, model in upstream.cooldowns
         )
         # Calls with the same key become ready at the same time.
-        self.key = (self.model if by_model else None, ignored, *map(id, candidates))
+        self.key = (exchange.call.model if by_model else None, ignored, *map(id, candidates))
 
     def available_at(self, now: float) -> float:
-        return earliest_available(self.candidates, self.model, self.ignored, now)
+        return earliest_available(self.candidates, self.exchange.call.model, self.ignored, now)
 
     def set(self) -> None:
         """Resume a cancelled call; the method of threading.Event that cancel() uses."""
@@ -7037,6 +7478,7 @@ class Pool:
             "balanced": self.weighted_round_robin,
             "random": self.weighted_random,
             "least_busy": self.least_connections,
+            "affinity": self.weighted_round_robin,  # of calls that belong to no conversation
         }[settings.pool_type]
         self.refresh_at = self.model_names_refresh_at = -math.inf
         self.model_names: frozenset[str] = frozenset()  # of all lists
@@ -7045,32 +7487,49 @@ class Pool:
 
     # -- the upstream of an attempt
 
-    def apply_alias(self, call: Call) -> None:
-        """Replace a model alias by its target."""
-        name = self.resolve_alias(call.model)
-        if name != call.model:
-            call.model, call.body = name, {**call.body, "model": name}
-            call.original.body = call.original.body and {**call.original.body, "model": name}
-            if call.original.body:
-                call.original.raw_body = request_json(
-                    call.original.body, len(call.original.raw_body)
-                )
-
-    def resolve_alias(self, model: str) -> str:
-        """The target of a model alias.
+    def resolve_alias(self, model: str) -> List[str]:
+        """The models that a name stands for, to be tried in order; mostly itself.
 
         Names with "--" stand for the one with "/", if only that one exists.
         """
         for pattern, target in self.settings.model_aliases.items():
             if model and fnmatch.fnmatchcase(model, pattern):
-                return target
+                return [target] if isinstance(target, str) else list(target)
         if "--" in model:
-            if self.clock() >= self.model_names_refresh_at:
-                with contextlib.suppress(APIError):  # without a list the name stays as it is
-                    self.models()
-            target = model.replace("--", "/")
-            return target if target in self.model_names and model not in self.model_names else model
-        return model
+            names, target = self.read_names(), model.replace("--", "/")
+            return [target] if target in names and model not in names else [model]
+        return [model]
+
+    def read_names(self) -> frozenset[str]:
+        """Names of all lists, which are read if they are not recent. Worker thread."""
+        if self.clock() >= self.model_names_refresh_at:
+            with contextlib.suppress(APIError):  # the last known ones are better than none
+                self.models()
+        return self.model_names
+
+    def unknown_model(self, call: Call, error: Optional[APIError] = None) -> APIError:
+        """Add to an error the models that the client could have meant and its key may use.
+
+        By default to the error of a model that its key may not use, without asking an upstream.
+        """
+        model, allowed = call.requested_model, call.allowed_models
+        may_ask, error = error is not None, error or model_not_found(model)
+        is_of_path = call.relay_only and model not in error.message
+        if error.category is not Category.MODEL or error.param != "model" or is_of_path:
+            return error
+        names = sorted(self.read_names() if may_ask else self.model_names)
+        names = [name for name in names if model_allowed(allowed, name)]
+        names += (
+            alias
+            for alias in self.settings.model_aliases
+            if not _WILDCARD.search(alias)
+            and any(model_allowed(allowed, target) for target in self.resolve_alias(alias))
+        )
+        if model not in names:
+            if LISTED not in error.message:
+                error.message = f"{error.message.rstrip(' .')}. {LISTED}"
+            error.message += near_names(model, names)
+        return error
 
     def acquire(self, exchange: "Exchange") -> Upstream:
         """Choose the upstream for the next attempt, and count the attempt as in flight.
@@ -7090,24 +7549,33 @@ class Pool:
                     return waiter.upstream
             known = [up for up in self.candidates(model) if up not in exchange.unsupported]
             candidates = [up for up in known if up not in exchange.tried]
-            ignored = BACKOFF_CATEGORIES if len(known) == 1 else ()  # an only candidate
+            is_last = not exchange.other_models
+            ignored = BACKOFF_CATEGORIES if len(known) == 1 and is_last else ()  # an only candidate
             now = self.clock()
-            if not candidates:
-                raise best_error(model, known, exchange.errors, ignored, now)
-            if self.queue.lines and any(up.has_capacity() for up in candidates):
+            if candidates and self.queue.lines and any(up.has_capacity() for up in candidates):
                 self._resume_ready(now)  # queued calls go first
-            upstream = self._pick(candidates, model, ignored, now)
+            preferred = [up for up in candidates if up.name == exchange.call.preferred]
+            upstream = self._pick(preferred, exchange, ignored, now)
+            upstream = upstream or self._pick(candidates, exchange, ignored, now)
             if upstream is None:
+                error = pool_error(exchange, known, candidates, ignored, now)
+                if not candidates or not is_last:
+                    raise error
                 deadline = now + self.settings.max_wait if waiter is None else waiter.deadline
                 waiter = Waiter(self.queue, exchange, candidates, ignored, deadline)
-                upstream = self._enqueue(waiter, known, now)
+                upstream = self._enqueue(waiter, error, now)
             upstream.in_flight += 1
             return upstream
 
     def _pick(
-        self, candidates: List[Upstream], model: str, ignored: Tuple[Category, ...], now: float
+        self,
+        candidates: List[Upstream],
+        exchange: "Exchange",
+        ignored: Tuple[Category, ...],
+        now: float,
     ) -> Optional[Upstream]:
         """The upstream to use now: an available one, else one that is due for a recheck."""
+        model = exchange.call.model
         with_capacity = [upstream for upstream in candidates if upstream.has_capacity()]
         ready = [
             upstream for upstream in with_capacity if upstream.available_at(model, ignored) <= now
@@ -7115,22 +7583,25 @@ class Pool:
         if not ready:
             due = (upstream for upstream in with_capacity if upstream.recheck(model, ignored, now))
             return next(due, None)
-        return self.choose(top_priority(ready)) if len(ready) > 1 else ready[0]
+        ready = top_priority(ready)
+        if exchange.conversation:
+            return rendezvous(ready, exchange.conversation)
+        return self.choose(ready) if len(ready) > 1 else ready[0]
 
-    def _enqueue(self, waiter: Waiter, known: List[Upstream], now: float) -> Upstream:
-        """Queue a call: raises Queued, or APIError if waiting is useless.
+    def _enqueue(self, waiter: Waiter, error: APIError, now: float) -> Upstream:
+        """Queue a call: raises Queued, or the error if waiting is useless.
 
         Waiting is useless if no upstream will be available by the deadline. In that case one in an
         auth cool-down is returned, if there is any: either it serves the call, so that one client's
         request can't block the others, or the client gets the error that names the cause.
         """
-        model, exchange = waiter.model, waiter.exchange
+        exchange = waiter.exchange
         if now >= waiter.deadline or waiter.available_at(now) > waiter.deadline:
-            upstream = self._pick(waiter.candidates, model, (*waiter.ignored, Category.AUTH), now)
+            ignored = (*waiter.ignored, Category.AUTH)
+            upstream = self._pick(waiter.candidates, exchange, ignored, now)
             if upstream is not None:
                 return upstream
-            delay = earliest_available(known, model, waiter.ignored, now) - now
-            raise unavailable_error(waiter, exchange.errors, max(delay, 1.0), now)
+            raise error
         exchange.set_waiter(waiter)
         self.queue.add(waiter)
         # Race: another thread cancels and finds no wakeup to set, then we store wakeup. Without a
@@ -7139,31 +7610,25 @@ class Pool:
             raise exchange.cancellation.reason
         raise Queued
 
-    def _resume_ready(self, now: float, limit: float = math.inf) -> int:
+    def _resume_ready(
+        self, now: float, limit: float = math.inf, freed: Optional[Upstream] = None
+    ) -> int:
         """Resume up to ``limit`` ready calls, oldest first; returns their number.
 
         A call is ready if there is an upstream for it, or none will be available by its deadline.
+        Only ``freed`` is considered if given: the one that has ended an attempt.
         """
         resumed = 0
         for line in self.queue.lines_by_age():
-            while line and resumed < limit:
+            while line and resumed < limit and (freed is None or freed.has_capacity()):
                 waiter = next(iter(line))
-                upstream = self._pick(waiter.candidates, waiter.model, waiter.ignored, now)
+                usable = [up for up in waiter.candidates if freed in (None, up)]
+                upstream = self._pick(usable, waiter.exchange, waiter.ignored, now)
                 if upstream is None and now < waiter.deadline >= waiter.available_at(now):
                     break
                 self.queue.resume(waiter, upstream)
                 resumed += 1
         return resumed
-
-    def _reassign(self, upstream: Upstream, now: float) -> None:
-        """Resume the oldest calls for an upstream that has ended an attempt."""
-        for line in self.queue.lines_by_age():
-            while line and upstream.has_capacity():
-                waiter = next(iter(line))
-                usable = [upstream] if upstream in waiter.candidates else []
-                if self._pick(usable, waiter.model, waiter.ignored, now) is None:
-                    break
-                self.queue.resume(waiter, upstream)
 
     def wake_waiters(self, limit: int) -> bool:
         """Resume up to ``limit`` ready calls; True if there may be more."""
@@ -7177,7 +7642,7 @@ class Pool:
             exchange.set_waiter(None)
             if waiter is not None and not self.queue.remove(waiter) and waiter.upstream is not None:
                 waiter.upstream.in_flight -= 1
-                self._reassign(waiter.upstream, self.clock())
+                self._resume_ready(self.clock(), freed=waiter.upstream)
 
     def release(
         self,
@@ -7193,7 +7658,7 @@ class Pool:
             upstream.in_flight -= 1
             if error is not None or committed:
                 upstream.record_result(error, now, started, model)
-            self._reassign(upstream, now)
+            self._resume_ready(now, freed=upstream)
 
     def candidates(self, model: str) -> List[Upstream]:
         """Upstreams that are known to offer a model, else those that may."""
@@ -7254,7 +7719,7 @@ class Pool:
         if len(self.upstreams) > 1 and self.clock() >= self.refresh_at:
             self.refresh_at = math.inf
             if not start_thread(self._refresh_models, "akashproxy models"):
-                self.refresh_at = self.clock() + StaleOnErrorCache.RETRY
+                self.refresh_at = self.clock() + Cache.RETRY
 
     def _refresh_models(self) -> None:
         try:
@@ -7264,7 +7729,7 @@ class Pool:
         finally:
             incomplete = any(upstream.known_models is None for upstream in self.upstreams)
             self.refresh_at = self.clock() + (
-                StaleOnErrorCache.RETRY if incomplete else self.settings.models_ttl
+                Cache.RETRY if incomplete else self.settings.models_ttl
             )
 
     def models(self) -> List[Dict[str, Any]]:
@@ -7275,12 +7740,12 @@ class Pool:
             for upstream in self.enabled:
                 models, upstream.known_models, _ = lists[upstream]
                 for model in models:
-                    union.setdefault(model["id"], model)
+                    first = union.setdefault(model["id"], model)
+                    if CONTEXT_FIELDS[0] not in first:
+                        union[model["id"]] = with_context_length(first, model)
             self._cached_candidates.cache_clear()
         self.model_names = frozenset(union)
-        self.model_names_refresh_at = self.clock() + min(
-            StaleOnErrorCache.RETRY, self.settings.models_ttl
-        )
+        self.model_names_refresh_at = self.clock() + min(Cache.RETRY, self.settings.models_ttl)
         if union:
             return list(union.values())
         errors = [error for _, _, error in lists.values() if error]
@@ -7290,7 +7755,7 @@ class Pool:
             503,
             "No controller lists its models at the moment.",
             code="upstream_error",
-            retry_after=StaleOnErrorCache.RETRY,
+            retry_after=Cache.RETRY,
         )
 
     def image(self, name: str, scope: CancelScope) -> UpstreamResponse:
@@ -7322,6 +7787,7 @@ class Pool:
                     "type": upstream.options.type,
                     "weight": upstream.options.weight,
                     "priority": upstream.options.priority,
+                    "models": None if upstream.known_models is None else len(upstream.known_models),
                     "in_flight": upstream.in_flight,
                     "served": upstream.served,
                     "failed": upstream.failed,
@@ -7333,14 +7799,32 @@ class Pool:
                     ),
                     "last_error": upstream.last_error or None,
                     "last_error_at": utc(upstream.last_error_at) if upstream.last_error else None,
+                    **upstream.controller.status(),
                 }
                 for upstream in self.upstreams
             ]
 
-    def close_expired(self, now: float) -> None:
-        """Close the connections that have been idle for too long."""
+    def on_tick(self, now: float) -> None:
+        """Let controllers tidy up, and ask about long rate limits. Loop thread."""
         for upstream in self.upstreams:
-            upstream.controller.close_expired(now)
+            upstream.controller.on_tick(now)
+            with self.lock:
+                limit = upstream.due_limit(self.clock())
+            if limit:
+                start_thread(functools.partial(self._ask_limit, upstream, limit), "rate limit")
+
+    def _ask_limit(self, upstream: Upstream, limit: CoolDown) -> None:
+        """End a cool-down if the upstream reports that its rate limit is over."""
+        is_over = None
+        with contextlib.suppress(APIError), controller_errors(upstream.name):
+            is_over = upstream.controller.limit_is_over()
+        with self.lock:
+            if is_over:
+                log.info("%s: the rate limit is over", upstream.name)
+                limit.until = 0.0
+                self._resume_ready(self.clock())
+            elif is_over is None:  # a request has to find out
+                limit.asks_upstream, limit.recheck_at = False, self.clock()
 
     def close(self, keep: Iterable[Upstream] = ()) -> None:
         """Close the controllers, except for those to keep."""
@@ -7355,40 +7839,91 @@ def top_priority(ready: List[Upstream]) -> List[Upstream]:
     return [upstream for upstream in ready if upstream.options.priority == first]
 
 
-def best_error(
-    model: str,
+MAX_HASHED = 1 << 14  # characters at each end of a text
+
+
+def conversation_of(call: Call) -> str:
+    """A hash that the requests of one conversation share; "" if there are no messages.
+
+    It is of the ``prompt_cache_key``, else of the key's name, the system text and the user's first
+    message. Only the ends of long texts are hashed.
+    """
+    body = call.original.body or {}
+    key, opening = body.get("prompt_cache_key"), [call.key_name]
+    if key and isinstance(key, str):
+        opening = [key]
+    else:
+        messages = call.body.get("messages") or body.get("messages") or body.get("input")
+        for message in map(as_dict, as_list(messages)):
+            if message.get("role") in ("system", "developer", "user"):
+                opening.append(message_text(message))
+            if message.get("role") == "user":
+                break
+        else:
+            return ""
+    ends = (f"{len(text)}:{text[:MAX_HASHED]}{text[-MAX_HASHED:]}" for text in opening)
+    return _sha256("\0".join(ends))
+
+
+def rendezvous(ready: List[Upstream], conversation: str) -> Upstream:
+    """Weighted rendezvous hashing: only an upstream's own conversations leave it."""
+
+    def score(upstream: Upstream) -> float:
+        digest = _sha256(f"{conversation} {upstream.name}")
+        point = (int(digest[:13], 16) + 0.5) / (1 << 52)  # between 0 and 1
+        return -upstream.options.weight / math.log(point)
+
+    return max(ready, key=score)
+
+
+MAX_NAMES, MAX_COMPARED = 500, 64  # names, and characters of each, to look for near ones
+
+
+def near_names(model: str, names: List[str]) -> str:
+    """A question that names up to three similar models; "" if there are none."""
+    import difflib  # only now, as it would slow down every start
+
+    short = {name.lower(): name for name in names[:MAX_NAMES] if len(name) <= MAX_COMPARED}
+    near = difflib.get_close_matches(model[:MAX_COMPARED].lower(), short, 3)
+    return f" Did you mean {' or '.join(repr(short[name]) for name in near)}?" if near else ""
+
+
+def most_informative(errors: List[APIError]) -> APIError:
+    """The first error of the last category."""
+    rank = list(Category)
+    return max(errors, key=lambda error: rank.index(error.category))
+
+
+def pool_error(
+    exchange: "Exchange",
     known: List[Upstream],
-    errors: List[APIError],
+    candidates: List[Upstream],
     ignored: Tuple[Category, ...],
     now: float,
 ) -> APIError:
-    """The most informative error of a call's attempts, when no upstream is left."""
-    if not errors:
-        return model_not_found(model)
-    rank = list(Category)
-    error = max(errors, key=lambda error: rank.index(error.category))
-    if error.category is Category.RATE_LIMIT:
-        delays = [upstream.available_at(model, ignored) - now for upstream in known]
-        error.retry_after = max(
-            1.0, min((seconds for seconds in delays if seconds > 0), default=1.0)
-        )
-    return error
+    """The error of a call that no upstream can serve now.
 
-
-def unavailable_error(
-    waiter: Waiter, errors: List[APIError], seconds: float, now: float
-) -> APIError:
-    """429 if only rate limits keep the upstreams from serving, else 503."""
-    model = waiter.model
-    cooling_down = [up for up in waiter.candidates if up.available_at(model) > now]
+    ``known`` are those that have its model, ``candidates`` those of them that were not tried yet.
+    Without candidates it is the most informative one of the attempts; else 429 if only rate limits
+    keep the upstreams from serving, and 503 otherwise.
+    """
+    model, errors = exchange.call.model, exchange.errors
+    delay = max(earliest_available(known, model, ignored, now) - now, 1.0)
+    if not candidates:
+        error = most_informative(errors) if errors else model_not_found(model)
+        if error.category is Category.RATE_LIMIT:
+            error.retry_after = delay
+        return error
     limited = any(error.category is Category.RATE_LIMIT for error in errors) or all(
-        upstream.available_at(model, BACKOFF_CATEGORIES) > now for upstream in cooling_down
+        upstream.available_at(model, BACKOFF_CATEGORIES) > now
+        for upstream in candidates
+        if upstream.available_at(model) > now
     )
     return APIError(
         429 if limited else 503,
         "All controllers for this model are cooling down or busy.",
         code="rate_limit_exceeded" if limited else "upstream_error",
-        retry_after=seconds,
+        retry_after=delay,
     )
 
 
@@ -7406,9 +7941,14 @@ class Exchange:
         self.waiter: Optional[Waiter] = None  # its entry in the pool's queue
         self.upstream: Any = None
         self.response: Any = None
+        self.conversation = ""  # a hash, if requests of one go to the same upstream
+        self.other_models: List[str] = []  # of an alias, to be tried when none serves this one
+        self.show_models = False  # in the route
+        # Of the current model.
         self.tried: List[Upstream] = []
         self.unsupported: List[Upstream] = []
         self.errors: List[APIError] = []
+        self.model_errors: List[APIError] = []  # one of each model that no upstream served
         self.route: List[str] = []  # the attempts, such as "akash=429"
         self.prepared, self.committed, self.started = False, False, 0.0
 
@@ -7427,7 +7967,7 @@ class Exchange:
             self._prepare()
         while self.response is None:
             if self.upstream is None:
-                self.upstream = self.pool.acquire(self)
+                self.upstream = self._acquire()
                 self.started = self.pool.clock()
                 self.tried.append(self.upstream)
                 self.call.begin_attempt()
@@ -7439,17 +7979,43 @@ class Exchange:
         return isinstance(self.response, EventStream)
 
     def _prepare(self) -> None:
-        """Resolve the model, and rule out the upstreams that don't support the call."""
-        requested = self.call.model
-        self.pool.apply_alias(self.call)
-        if not model_allowed(self.call.allowed_models, self.call.model):
-            raise model_not_found(requested)
-        self.prepared = True
+        """Resolve the model. Raises APIError if the key may use none of its targets."""
+        call, self.prepared = self.call, True
+        if self.pool.settings.pool_type == "affinity":
+            self.conversation = conversation_of(call)
+        targets = self.pool.resolve_alias(call.model)
+        self.other_models = [name for name in targets if model_allowed(call.allowed_models, name)]
+        self.show_models = len(self.other_models) > 1
+        if not self.other_models:
+            raise self.pool.unknown_model(call)
+        self._use_next_model()
+
+    def _use_next_model(self) -> None:
+        """Start over with another model, and rule out the upstreams that don't support it."""
+        self.call.set_model(self.other_models.pop(0))
+        self.tried, self.unsupported, self.errors = [], [], []
         for upstream in self.pool.upstreams:
             error = self.pool.support_error(upstream, self.call)
             if error:
                 self.unsupported.append(upstream)
                 self.errors.append(error)
+
+    def _acquire(self) -> Upstream:
+        """The upstream of the next attempt; with the next model if none serves this one."""
+        while True:
+            try:
+                return self.pool.acquire(self)
+            except APIError as error:
+                self._give_up_model(error)
+
+    def _give_up_model(self, error: APIError) -> None:
+        """Go on with the next model; without one raise the most informative error."""
+        self.model_errors.append(error)
+        if self.cancellation.reason:
+            raise error
+        if not self.other_models:
+            raise self.pool.unknown_model(self.call, most_informative(self.model_errors))
+        self._use_next_model()
 
     def events(self) -> Iterator[Event]:
         """Iterate over the response's events. Raises APIError if it ends without a Finish."""
@@ -7465,21 +8031,29 @@ class Exchange:
     def commit(self) -> None:
         """Note that the client gets this response, which ends failover."""
         self.committed = True
-        self.route.append(f"{self.upstream.name}=200")
+        self.route.append(f"{self._label()}=200")
 
     def fail_over(self, error: APIError) -> None:
         """Give up the attempt. Raises the error if its category rules out another one."""
-        if error.category is Category.RETRY:
+        if error.category is Category.RETRY and error.code != self.call.attempt.retry_reason:
             self._close_response()
             self.call.begin_attempt(error.code or "")
             return
         name = self.upstream.name
+        self.route.append(f"{self._label()}={error.upstream_status or error.status}")
         self._end_attempt(error)
-        self.route.append(f"{name}={error.upstream_status or error.status}")
         log.info("%s: %s", name, error.message.removeprefix(f"{name}: "))
-        if not FAILURE_POLICY[error.category].fail_over or self.cancellation.reason:
+        if self.other_models and error.code == "context_length_exceeded":
+            self._give_up_model(error)  # another model may have room for the conversation
+        elif not FAILURE_POLICY[error.category].fail_over or self.cancellation.reason:
             raise error
-        self.errors.append(error)
+        else:
+            self.errors.append(error)
+
+    def _label(self) -> str:
+        """The upstream in the route, with the model if an alias has several."""
+        name: str = self.upstream.name
+        return f"{name}({self.call.model})" if self.show_models else name
 
     def _close_response(self) -> None:
         response, self.response = self.response, None
@@ -7518,8 +8092,13 @@ class Dialect:
     """
 
     PREFIX = "chatcmpl-"
+    # Fields of all dialects that become a part of the prompt.
+    PROMPT = ("system", "instructions", "messages", "input", "prompt", "tools", "functions")
     text_frame: Any = None  # text_frame(JSON of a string) -> its frame, if the dialect has that
     keeps_text = False  # of a stream: an endless one must be cut before it fills the memory
+    prompt_estimate: Optional[int] = None  # tokens of the request
+    output_units = 0  # token_units() of the events so far
+    usage: Optional[Dict[str, Any]] = None  # of the answer, when it is complete
 
     def __init__(self, body: Any, base_url: Callable[[], str] = str) -> None:
         if not isinstance(body, dict):
@@ -7537,6 +8116,35 @@ class Dialect:
 
     def prepare(self) -> None:
         """Compute what depends on the size of the body, to spare the loop. Worker thread."""
+        self.estimate_prompt()
+
+    def estimate_prompt(self) -> int:
+        """An estimate of the request's tokens, computed once."""
+        if self.prompt_estimate is None:
+            body = self.call.original.body or {}
+            self.prompt_estimate = estimate_tokens([body.get(name) for name in self.PROMPT])
+        return self.prompt_estimate
+
+    def count(self, event: Event) -> Event:
+        """Count an event's tokens. Returns it; a Finish without usage gets an estimate."""
+        if isinstance(event, Finish):
+            if not event.usage:
+                prompt, completion = self.estimate_prompt(), tokens_of(self.output_units)
+                usage = {"prompt_tokens": prompt, "completion_tokens": completion}
+                usage.update(total_tokens=prompt + completion, estimated=True)
+                event = dataclasses.replace(event, usage=usage)
+            self.usage = event.usage
+        elif isinstance(event, RawBytes):
+            self.usage = event.usage or self.usage
+        else:
+            self.output_units += event_units(event)
+        return event
+
+    def finish_of(self, answer: Answer) -> Finish:
+        """The end of a complete answer, with its usage."""
+        assert answer.finish is not None
+        self.count(answer.finish)
+        return dataclasses.replace(answer.finish, usage=self.usage)
 
     def opening_frames(self) -> bytes:
         """Frames before the first event."""
@@ -7544,10 +8152,16 @@ class Dialect:
 
     def encode(self, events: List[Event]) -> bytes:
         """Frames of a batch of events; those of Finish end the stream."""
-        if len(events) != 1:
-            return b"".join(map(self.encode_event, events))
-        event = events[0]  # a fast path: most batches have one event
-        return event.data if type(event) is RawBytes else self.encode_event(event)
+        if len(events) == 1 and type(events[0]) is RawBytes:  # fast path of relayed streams
+            self.usage = events[0].usage or self.usage
+            return events[0].data
+        return b"".join([self.encode_event(self.count(event)) for event in events])
+
+    def token_frame(self, text: bytes) -> bytes:
+        """The frame of a piece of text in JSON, without an event."""
+        ascii_units = 3 * len(text) - 6
+        self.output_units += ascii_units if text.isascii() else token_units(text[1:-1].decode())
+        return self.text_frame(text)  # type: ignore[no-any-return]
 
     def encode_event(self, event: Event) -> bytes:
         """Frames of an event; b"" for unknown ones.
@@ -7696,7 +8310,7 @@ class ChatCompletions(Dialect):
 
     def finish_frames(self, finish: Finish) -> bytes:
         last = self.head + self.LAST_CHOICE + self.chunk_tail(finish.reason)
-        if self.include_usage and finish.usage:
+        if self.include_usage:
             last += self.head + b'],"usage":' + to_json(finish.usage) + b"}\n\n"
         return last + b"data: [DONE]\n\n"
 
@@ -7716,23 +8330,15 @@ class ChatCompletions(Dialect):
         return body
 
     def body(self, choice: Dict[str, Any], answer: Answer) -> Dict[str, Any]:
-        finish = finish_of(answer)
-        body = {
+        finish = self.finish_of(answer)
+        return {
             "id": self.id,
             "object": self.OBJECT,
             "created": self.created,
             "model": self.model,
             "choices": [{**choice, "finish_reason": finish.reason}],
+            "usage": finish.usage,
         }
-        if finish.usage:
-            body["usage"] = finish.usage
-        return body
-
-
-def finish_of(answer: Answer) -> Finish:
-    """The end of an answer; a complete one always has it."""
-    assert answer.finish is not None
-    return answer.finish
 
 
 def tool_call(event: ToolCall) -> Dict[str, Any]:
@@ -8278,8 +8884,7 @@ class Messages(BlockDialect):
 
     Text is a block "text" with "text_delta", Reasoning is "thinking" with "thinking_delta", a
     ToolCall is "tool_use" with "input_json_delta". An "error" event ends a stream that fails;
-    "ping" may come anywhere. Clients need token counts, so they are estimated where the upstream
-    sends none. Reasoning is included if ``thinking`` requests it.
+    "ping" may come anywhere. Reasoning is included if ``thinking`` requests it.
     """
 
     PREFIX = "msg_"
@@ -8320,8 +8925,6 @@ class Messages(BlockDialect):
         504: "timeout_error",
         529: "overloaded_error",
     }
-    output_estimate = 0  # tokens of the closed blocks
-    input_estimate: Optional[int] = None  # tokens of the request
 
     # -- the request
 
@@ -8421,7 +9024,7 @@ class Messages(BlockDialect):
     # -- the response
 
     def opening_frames(self) -> bytes:
-        usage = {"input_tokens": self.estimate_input_tokens(), "output_tokens": 0}
+        usage = {"input_tokens": self.estimate_prompt(), "output_tokens": 0}
         return event_frame(
             "message_start", {"message": {**self.message_object([]), "usage": usage}}
         )
@@ -8440,7 +9043,6 @@ class Messages(BlockDialect):
         return self.head + to_json(text) + b"}}\n\n"
 
     def stop_block(self, text: str) -> bytes:
-        self.output_estimate += estimate_tokens(text)
         return event_frame("content_block_stop", {"index": self.block_index})
 
     def finish_frames(self, finish: Finish) -> bytes:
@@ -8457,10 +9059,7 @@ class Messages(BlockDialect):
         return b"" if style == "off" else event_frame("ping", {})
 
     def response_body(self, answer: Answer) -> Dict[str, Any]:
-        finish = finish_of(answer)
-        self.output_estimate = estimate_tokens(
-            [answer.reasoning, answer.text, [call.arguments for call in answer.tools]]
-        )
+        finish = self.finish_of(answer)
         return {
             **self.message_object(list(map(self.content_block, self.answer_blocks(answer)))),
             **self.stop_fields(finish, bool(answer.tools)),
@@ -8500,32 +9099,17 @@ class Messages(BlockDialect):
         return {"stop_reason": stop_reason, "stop_sequence": finish.stop_sequence}
 
     def usage_object(self, finish: Finish) -> Dict[str, int]:
-        """Token counts of the upstream, cached input tokens apart; else estimates."""
-        if not finish.usage:
-            return {
-                "input_tokens": self.estimate_input_tokens(),
-                "output_tokens": self.output_estimate,
-            }
-        prompt = finish.usage["prompt_tokens"]
-        cached = usage_detail(finish.usage, "prompt", "cached_tokens")
+        """Token counts, those of cached input apart."""
+        usage = finish.usage or {}
+        prompt = usage["prompt_tokens"]
+        cached = usage_detail(usage, "prompt", "cached_tokens")
         cached = cached if 0 < cached < prompt else 0
         return {
             "input_tokens": prompt - cached,
             "cache_read_input_tokens": cached,
-            "output_tokens": finish.usage["completion_tokens"],
+            "output_tokens": usage["completion_tokens"],
+            **estimate_mark(usage),
         }
-
-    def estimate_input_tokens(self) -> int:
-        """An estimate of the request's tokens, computed once."""
-        if self.input_estimate is None:
-            body = self.call.original.body or {}
-            self.input_estimate = estimate_tokens(
-                [body.get(name) for name in ("system", "messages", "tools")]
-            )
-        return self.input_estimate
-
-    def prepare(self) -> None:
-        self.estimate_input_tokens()
 
     @staticmethod
     def status(error: APIError) -> int:
@@ -8553,7 +9137,8 @@ class Messages(BlockDialect):
             "id": model["id"],
             "display_name": model["id"],
             "lifecycle": "active",
-            "created_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds)),
+            "created_at": utc(seconds),
+            **{name: model[name] for name in CONTEXT_FIELDS if name in model},
         }
 
     @staticmethod
@@ -8598,6 +9183,11 @@ def call_input(arguments: str) -> Dict[str, Any]:
     return value if isinstance(value, dict) else {"arguments": arguments}
 
 
+def estimate_mark(usage: Dict[str, Any]) -> Dict[str, bool]:
+    """The field that marks estimated token counts."""
+    return {"estimated": True} if is_estimated(usage) else {}
+
+
 def usage_detail(usage: Dict[str, Any], of: str, name: str) -> int:
     """A detail of OpenAI's prompt or completion token counts; 0 if missing."""
     return count_or_none(as_dict(usage.get(of + "_tokens_details")).get(name)) or 0
@@ -8611,7 +9201,7 @@ class CountTokens(Messages):
         return Call({"model": model} if isinstance(model, str) else {}, relay_only=True)
 
     def local_response(self) -> Optional[Dict[str, Any]]:
-        return {"input_tokens": self.estimate_input_tokens()}
+        return {"input_tokens": self.estimate_prompt()}
 
 
 class Responses(BlockDialect):
@@ -8864,7 +9454,7 @@ class Responses(BlockDialect):
             self.output_item(event, self.ITEM_WIRE[type(event)][0] + new_id())
             for event in self.answer_blocks(answer)
         ]
-        return self.response_object(answer.finish)
+        return self.response_object(self.finish_of(answer))
 
     def response_object(self, finish: Optional[Finish] = None) -> Dict[str, Any]:
         """The response's current state."""
@@ -8904,6 +9494,7 @@ class Responses(BlockDialect):
         return len(value if isinstance(value, str) else _encode(value)) <= cls.ECHO_LIMIT
 
     def prepare(self) -> None:
+        super().prepare()
         self.echoed_params()
 
     @staticmethod
@@ -8950,6 +9541,7 @@ def response_usage(usage: Dict[str, Any]) -> Dict[str, Any]:
         "total_tokens": usage["total_tokens"],
         "output_tokens_details": {"reasoning_tokens": reasoning},
         "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
+        **estimate_mark(usage),
     }
 
 
@@ -8979,6 +9571,9 @@ class Passthrough(Dialect):
         self.call.original.content_type = (
             "application/json" if body else content_type or "application/octet-stream"
         )
+
+    def prepare(self) -> None:
+        """Nothing: its answers are relayed, and its body may be very large."""
 
     @staticmethod
     def document(data: bytes) -> Dict[str, Any]:
@@ -9485,10 +10080,12 @@ class Request:
 class AccessRecord:
     """Values of a model call for the access log and the metrics. Owned as its Request."""
 
-    __slots__ = ("broken_off", "controller", "first_token_at", "model", "route", "usage")
+    __slots__ = (
+        "answered_model", "broken_off", "controller", "first_token_at", "model", "route", "usage",
+    )  # fmt: skip
 
     def __init__(self) -> None:
-        self.model = self.controller = ""
+        self.model = self.answered_model = self.controller = ""
         self.route: List[str] = []  # the attempts, such as "akash=429"
         self.broken_off = False  # failed after its first byte
         self.usage: Optional[Dict[str, int]] = None
@@ -10180,7 +10777,8 @@ class StreamRelay:
 
     def _choose_fast_path(self) -> None:
         body, decoder = self.stream.response.body, self.stream.decoder
-        encode = self.dialect.text_frame if self.call.attempt.content_type is None else bytes
+        is_relayed = self.call.attempt.content_type is not None
+        encode = bytes if is_relayed else self.dialect.text_frame and self.dialect.token_frame
         usable = decoder.has_fast_path and encode and body.chunked and self.writer.chunked
         usable = usable and self.stream.response.content is None
         self.fast_path = (body.single_chunk, decoder.fast_path, encode) if usable else ()
@@ -10194,7 +10792,7 @@ class StreamRelay:
             return
         else:
             frames = self.responder.start_stream() + self.dialect.encode(events)
-        self.request.record.usage = getattr(events[-1], "usage", None) or self.request.record.usage
+        self.request.record.usage = self.dialect.usage
         if not self.stream.complete:
             if not self.writer.write(frames):
                 self._pause()
@@ -10358,10 +10956,16 @@ METRICS: Dict[str, Tuple[str, str, Tuple[str, ...]]] = {
         "counter", "Prompt tokens, where upstreams report them.", ("controller",)),
     "akashproxy_completion_tokens_total": (
         "counter", "Completion tokens, where upstreams report them.", ("controller",)),
+    "akashproxy_estimated_prompt_tokens_total": (
+        "counter", "Prompt tokens, estimated where upstreams report none.", ("controller",)),
+    "akashproxy_estimated_completion_tokens_total": (
+        "counter", "Completion tokens, estimated where upstreams report none.", ("controller",)),
     "akashproxy_model_requests_total": (
         "counter", "Completed model calls, by a model that upstreams list.", ("model",)),
     "akashproxy_model_tokens_total": (
         "counter", "Tokens, by a model that upstreams list.", ("model", "type")),
+    "akashproxy_model_estimated_tokens_total": (
+        "counter", "Estimated tokens, by a model that upstreams list.", ("model", "type")),
     "akashproxy_upstream_requests_total": (
         "counter", "Attempts, by their outcome.", ("controller", "outcome")),
     "akashproxy_failovers_total": ("counter", "Failovers to another controller.", ()),
@@ -10373,11 +10977,16 @@ METRICS: Dict[str, Tuple[str, str, Tuple[str, ...]]] = {
         "gauge", "Time until a controller's cool-down ends.", ("controller",)),
     "akashproxy_session_renewals_total": (
         "counter", "Sessions obtained from Akash Chat.", ("controller",)),
+    "akashproxy_login_active": (
+        "gauge", "1 if the login in a controller's cookie is valid, 0 if it has ended.",
+        ("controller",)),
     "akashproxy_key_requests_total": ("counter", "Model calls of a key.", ("key",)),
     "akashproxy_key_refused_total": (
         "counter", "Model calls rejected by the limits of a key.", ("key",)),
     "akashproxy_key_in_flight": ("gauge", "Model calls of a key in progress.", ("key",)),
     "akashproxy_key_tokens_total": ("counter", "Tokens used by a key.", ("key", "type")),
+    "akashproxy_key_estimated_tokens_total": (
+        "counter", "Estimated tokens used by a key.", ("key", "type")),
     "akashproxy_sent_bytes_total": ("counter", "Bytes sent in response bodies.", ()),
     "akashproxy_open_connections": ("gauge", "Open client connections.", ()),
     "akashproxy_build_info": ("gauge", "Always 1.", ("version", "python")),
@@ -10435,23 +11044,25 @@ class Metrics:
         self.observe(
             "akashproxy_time_to_first_token_seconds", record.controller, first - started_at
         )
-        tokens = (record.usage or {}).get("completion_tokens") or 0
-        if tokens > 1:
+        usage = record.usage or {}
+        tokens = usage.get("completion_tokens") or 0
+        if tokens > 1 and not is_estimated(usage):
             seconds = (now - first) / (tokens - 1)
             self.observe("akashproxy_time_per_output_token_seconds", record.controller, seconds)
 
     def _add_tokens(self, request: "Request", call: Call) -> None:
         """Count a call's tokens. The caller holds the lock."""
         usage, counts = request.record.usage or {}, self.counts
+        estimated, model = "estimated_" * is_estimated(usage), self.model_label(call.model)
         for kind in ("prompt", "completion"):
             tokens = max(0, usage.get(f"{kind}_tokens") or 0)
             if tokens:
-                counts[f"akashproxy_{kind}_tokens_total", request.record.controller] += tokens
-                counts["akashproxy_model_tokens_total", self.model_label(call.model), kind] += (
-                    tokens
-                )
+                controller = request.record.controller
+                counts[f"akashproxy_{estimated}{kind}_tokens_total", controller] += tokens
+                counts[f"akashproxy_model_{estimated}tokens_total", model, kind] += tokens
                 if request.key is not None:
-                    counts["akashproxy_key_tokens_total", request.key.name, kind] += tokens
+                    name = request.key.name
+                    counts[f"akashproxy_key_{estimated}tokens_total", name, kind] += tokens
 
     def model_label(self, model: str) -> str:
         """Return the label of a model: its name if upstreams list it, else "other"."""
@@ -10560,7 +11171,8 @@ BODILESS_METHODS = ("GET", "HEAD", "OPTIONS", "DELETE")  # their bodies are not 
 SERVER_NAME = f"akashproxy/{__version__}"
 CORS_ANY = (
     "Access-Control-Allow-Origin: *\r\nAccess-Control-Expose-Headers: "
-    "x-request-id, retry-after, x-should-retry, x-akashproxy-ignored, x-akashproxy-route\r\n"
+    "x-request-id, retry-after, x-should-retry, x-akashproxy-context-overflow, "
+    "x-akashproxy-ignored, x-akashproxy-route\r\n"
 )
 _UNPRINTABLE = re.compile(r"[^ -~]")  # not allowed in a header
 _STATUS_LINES = {int(status): f"HTTP/1.1 {status:d} {status.phrase}" for status in http.HTTPStatus}
@@ -10609,7 +11221,7 @@ class Gate:
 
     def check_head(self, request: Request, decoder: BodyDecoder) -> None:
         """Check origin, token, route, method and declared size."""
-        request.head = head = strip_prefix(request.head, request.settings.path_prefix)
+        request.head = head = strip_path(request.head, request.settings.path_prefix)
         request.route = route = find_route(head.method, head.path)
         self.check_page(request)  # after the route, which decides on the form of its error
         if head.method == "OPTIONS":  # a preflight carries no token
@@ -10722,13 +11334,17 @@ class Gate:
             )
 
 
-def strip_prefix(head: Head, prefix: str) -> Head:
-    """Return the head with its path below PATH_PREFIX; APIError 404 if it is outside."""
-    if not prefix:
-        return head
-    if not head.path.startswith(prefix + "/"):
-        raise APIError(404, f"There is no {head.path[:200]!r} here.", code="not_found")
-    return head._replace(path=head.path[len(prefix) :])
+def strip_path(head: Head, prefix: str) -> Head:
+    """Return the head with its path below PATH_PREFIX, without a slash at its end.
+
+    APIError 404 if it is outside.
+    """
+    path = head.path
+    if prefix and not path.startswith(prefix + "/"):
+        raise APIError(404, f"There is no {path[:200]!r} here.", code="not_found")
+    path = path[len(prefix) :]
+    ends = path.endswith("/") and path[-2:-1] not in ("", "/")
+    return head._replace(path=path[:-1] if ends else path)
 
 
 # -- reverse proxies. Their headers are used for links and the log, but never by Gate: a page that
@@ -10744,8 +11360,11 @@ _FORWARDED = {
 
 @functools.lru_cache(maxsize=1024)
 def is_trusted(address: str, networks: Tuple[str, ...]) -> bool:
-    """Return whether an IP address is in one of the networks; ValueError if invalid."""
-    ip: Any = ipaddress.ip_address(address)
+    """Return whether a peer is in one of the networks; False if it has no IP address."""
+    try:
+        ip: Any = ipaddress.ip_address(address)
+    except ValueError:
+        return False
     ip = getattr(ip, "ipv4_mapped", None) or ip  # ::ffff:127.0.0.1, on a socket for both families
     return any(ip in ipaddress.ip_network(network) for network in networks)
 
@@ -10797,6 +11416,7 @@ def acquire_key(request: Request, call: Call) -> None:
     )
     key.acquire(call.image_count or (n if type(n) is int and n > 0 else 1))
     request.counted = True
+    call.key_name = key.name
     call.one_image_at_a_time = key.options.max_concurrency > 0
     apply_key_limits(call, key.options, request.head.headers)
 
@@ -10975,8 +11595,8 @@ class CallResponder:
     def start_buffered(self, events: List[Event]) -> bytes:
         """Begin a response that is not streamed; returns its body."""
         self._commit()
-        content_type, answer = self.call.attempt.content_type, fold(events)
-        self.request.record.usage = getattr(events[-1], "usage", None) if events else None
+        content_type, answer = self.call.attempt.content_type, fold(map(self.dialect.count, events))
+        self.request.record.usage = self.dialect.usage
         data = answer.raw
         if content_type is None:
             content_type, data = "application/json", to_json(self.dialect.response_body(answer))
@@ -11010,7 +11630,7 @@ class CallResponder:
         for event in itertools.chain([first], events):
             frames += self.dialect.encode([event])
             if isinstance(event, Finish):
-                self.request.record.usage = event.usage
+                self.request.record.usage = self.dialect.usage
                 break
             self.writer.write(frames)
             self.writer.connection.wait_for_room()
@@ -11021,12 +11641,16 @@ class CallResponder:
         self.exchange.commit()
         record = self.request.record
         record.first_token_at, record.controller = time.monotonic(), self.exchange.upstream.name
+        if self.call.model != self.call.requested_model:
+            record.answered_model = self.call.model
 
 
 def call_headers(request: Request) -> Dict[str, str]:
-    """Return the headers that list a call's attempts and ignored parameters."""
+    """Return the headers on a call's attempts, its ignored parameters and its length."""
     route, call = request.record.route, request.call
     headers = {"X-Akashproxy-Route": ", ".join(route)} if route else {}
+    if call and call.attempt.overflow:
+        headers["X-Akashproxy-Context-Overflow"] = call.attempt.overflow
     ignored = list(call.attempt.ignored_params) if call else []
     if call and call.attempt.content_type is None:
         ignored += call.untranslated
@@ -11157,6 +11781,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         dialect, request = self.parse_call(target), self.request
         request.record.model = dialect.call.model
         request.begin_call(dialect.call)
+        dialect.call.client = request.key.name if request.key else client_address(request)
         acquire_key(request, dialect.call)
         self.dialect = dialect
         request.exchange = exchange = Exchange(self.server.pool, dialect.call)
@@ -11299,9 +11924,14 @@ def get_metrics(handler: Handler) -> None:
     )
 
 
+def allowed_models(handler: Handler) -> Tuple[str, ...]:
+    """Return the patterns of models that the client's key may use; (): all."""
+    return handler.request.key.options.models if handler.request.key is not None else ()
+
+
 def models_of_key(handler: Handler) -> List[Dict[str, Any]]:
     """Return the models that the client's key may use."""
-    patterns = handler.request.key.options.models if handler.request.key is not None else ()
+    patterns = allowed_models(handler)
     return [model for model in handler.server.pool.models() if model_allowed(patterns, model["id"])]
 
 
@@ -11313,12 +11943,14 @@ def get_models(handler: Handler) -> None:
 def get_model(handler: Handler) -> None:
     """Send one model of the list; APIError 404."""
     requested = handler.request.route.remainder
-    name = handler.server.pool.resolve_alias(requested)
-    for model in models_of_key(handler):
-        if model["id"] == name:
-            handler.send_json(200, handler.dialect.model_object({**model, "id": requested}))
+    models = {model["id"]: model for model in models_of_key(handler)}
+    for name in handler.server.pool.resolve_alias(requested):
+        if name in models:
+            handler.send_json(200, handler.dialect.model_object({**models[name], "id": requested}))
             return
-    raise model_not_found(requested)
+    call = Call({"model": requested})
+    call.allowed_models = allowed_models(handler)
+    raise handler.server.pool.unknown_model(call)
 
 
 def get_response(handler: Handler) -> None:
@@ -11716,7 +12348,7 @@ class Server(http.server.ThreadingHTTPServer):
         if self.accept_paused and not self.draining:
             self.accept_paused = False
             self.loop.add(self.socket, self.on_connection, self.on_connection)
-        self.pool.close_expired(now)
+        self.pool.on_tick(now)
         self.wake_waiters()
 
     def wake_waiters(self) -> None:
@@ -11761,6 +12393,8 @@ def trace_id(traceparent: str) -> str:
 def log_access(request: Request, now: float) -> None:
     """Write a request's line of the access log."""
     record, usage, writer = request.record, request.record.usage or {}, request.writer
+    counted: Dict[str, Any] = {} if is_estimated(usage) else usage
+    estimated = usage if is_estimated(usage) else {}
     started_at = request.started_at
     facts = {
         "client": client_address(request),
@@ -11770,12 +12404,15 @@ def log_access(request: Request, now: float) -> None:
         "status": writer.status or 499,
         "ended": ending(request),
         "model": shorten(record.model),
+        "answered_model": shorten(record.answered_model),
         "controller": record.controller,
         "first_ms": round((record.first_token_at or now) * 1000) - round(started_at * 1000),
         "ms": round((now - started_at) * 1000),
         "bytes": writer.bytes_sent,
-        "tokens_in": usage.get("prompt_tokens"),
-        "tokens_out": usage.get("completion_tokens"),
+        "tokens_in": counted.get("prompt_tokens"),
+        "tokens_out": counted.get("completion_tokens"),
+        "estimated_in": estimated.get("prompt_tokens"),
+        "estimated_out": estimated.get("completion_tokens"),
         "trace": trace_id(request.head.headers.get("traceparent", "")),
         "id": request.id,
     }
@@ -11966,70 +12603,156 @@ PAGE = r"""<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="theme-color" content="#ffffff" media="(prefers-color-scheme: light)">
+<meta name="theme-color" content="#17181b" media="(prefers-color-scheme: dark)">
 <title>akashproxy</title>
-<link rel="icon" href="data:,">
+<link rel="icon" href="data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 32 32'>
+  <rect width='32' height='32' rx='8' fill='%230a62b8'/><path d='M8 9h8l8 7-8 7H8l8-7z' fill='white'/></svg>">
 <style>
 :root { color-scheme: light dark; --paper: light-dark(#fff, #17181b); --soft: light-dark(#f3f4f6, #24262b);
-  --line: light-dark(#dcdfe4, #3a3d44); --ink: light-dark(#1c1d20, #e6e7e9); --faint: light-dark(#5f646d, #9ba1ab);
-  --accent: light-dark(#0a62b8, #82bbff); --bad: light-dark(#b3261e, #ffa198); }
+  --line: light-dark(#dcdfe4, #3a3d44); --ink: light-dark(#1c1d20, #e6e7e9); --faint: light-dark(#5a5f68, #a3a9b3);
+  --accent: light-dark(#0a62b8, #82bbff); --bad: light-dark(#b3261e, #ffa198); --good: light-dark(#1a7037, #7ddb99);
+  --warn: light-dark(#8a5300, #f2bd62); }
 * { box-sizing: border-box; } [hidden] { display: none !important; }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
 body { display: flex; flex-direction: column; height: 100dvh; margin: 0; background: var(--paper); color: var(--ink);
   font: 16px/1.6 system-ui, sans-serif; }
-header, form, label, #note, main > * { width: min(45.5rem, 100% - 2.5rem); margin: 0 auto; }
-header, form, label { display: flex; flex-wrap: wrap; align-items: center; gap: .75rem 1rem; padding: .75rem 0; }
-a { color: var(--accent); } .bad { color: var(--bad); }
-header a { padding: .25rem 0; border-bottom: 2px solid transparent; color: var(--faint); text-decoration: none; }
-header a[aria-current=true] { border-color: var(--accent); color: var(--ink); }
-header a:last-child { margin-left: auto; }
-button, select, input, textarea { min-width: 0; padding: .5rem .9rem; background: none; color: inherit; font: inherit; }
-button, select, input, textarea, figure, section, .question { border: 1px solid var(--line); border-radius: .5rem; }
-#model { flex: 0 1 11rem; text-overflow: ellipsis; }
-#field { flex: 1 1 13rem; max-height: 40vh; field-sizing: content; resize: none; }
-#send { border-color: var(--accent); background: var(--accent); color: var(--paper); }
-main { flex: 1; overflow: auto; scrollbar-gutter: stable both-edges; padding: 1.5rem 0; overflow-wrap: anywhere;
-  border-block: 1px solid var(--line); }
+a { color: var(--accent); }
+button, input, textarea, .button { min-width: 0; padding: .35rem .75rem; border: 1px solid var(--line);
+  border-radius: .5rem; background: none; color: inherit; font: inherit; text-decoration: none; }
+button, summary { cursor: pointer; } input, textarea { width: 100%; }
+::placeholder { color: var(--faint); opacity: 1; } .bad { color: var(--bad); }
+.small, summary, figcaption { color: var(--faint); font-size: .875rem; }
+.row { display: flex; flex-wrap: wrap; align-items: center; gap: .5rem; }
+.name { max-width: 100%; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+
+/* the frame: header, chat or controllers, composer */
+header { display: flex; flex-wrap: wrap; align-items: center; gap: 0 1rem; padding: .5rem 1rem;
+  border-bottom: 1px solid var(--line); }
+header :is(a, button) { padding: .25rem 0; border: 0; border-bottom: 2px solid transparent; border-radius: 0;
+  color: var(--faint); text-decoration: none; }
+header [aria-current=true] { border-color: var(--accent); color: var(--ink); }
+h1 { margin: 0 auto 0 0; font-size: 1rem; }
+main { flex: 1; display: flex; flex-direction: column; min-height: 0; }
+main > form, #note, #turns, #welcome > *, #status > * { width: min(46rem, 100% - 2rem); margin: 0 auto; }
+#note:not(:empty) { display: flex; align-items: center; gap: 1rem; padding: .5rem 0; }
+#key { padding-top: 1rem; }
+#log, #status, #welcome { flex: 1; overflow: auto; padding: 1.5rem 0; overflow-wrap: anywhere;
+  scrollbar-gutter: stable both-edges; scrollbar-width: thin; }
 #log { display: flex; flex-direction: column-reverse; }     /* so that its end stays in sight while it grows */
 #turns { margin-bottom: auto; }
-#turns:empty::before { content: "Enter sends, Shift+Enter breaks the line, Escape stops."; color: var(--faint); }
-.question, p, .thoughts { white-space: pre-wrap; }
-.question { width: fit-content; max-width: 85%; margin-left: auto; padding: .6rem 1rem; background: var(--soft); }
-.answer { margin: 1.25rem 0 2.5rem; } .answer[aria-busy=true] .text:empty::before { content: "\2026"; }
-.text > *, .answer > *, section p { margin: 0 0 .75rem; } details > :not(summary) { margin: .75rem 0 0; }
-:is(h1, h2, h3, h4, h5, h6) { font-size: 1.15rem; }
-summary, .thoughts, figcaption { color: var(--faint); font-size: .875rem; }
-details:has(> .thoughts:empty) { display: none; }
-summary { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; cursor: pointer; }
-.thoughts { padding-left: 1rem; border-left: 2px solid var(--line); }
-ol { padding-left: 1.5rem; } li:not([value]) { list-style: disc; } .deep { margin-left: 1.5rem; }
-img { display: block; max-width: 100%; }
-pre, code { font: .875rem/1.5 ui-monospace, monospace; }
-:not(pre) > code { padding: .1em .3em; border-radius: .25rem; background: var(--soft); }
-pre { margin: 0; padding: 0 1rem .75rem; overflow-x: auto; scrollbar-width: thin; }
-figcaption { display: grid; grid: auto / 1fr auto; align-items: center; min-height: 2.5rem; padding-left: 1rem; }
-figcaption button { border: 0; background: none; }
-section { margin-bottom: 1rem; padding: .75rem 1rem 0; }
-</style>
-<header><a href="#chat">Chat</a> <a href="#status">Controllers</a> <a href=".">New chat</a></header>
-<label id="key" hidden>Token <input id="token" type="password" autocomplete="off"></label>
-<div id="note" class="bad" role="alert"></div>
-<main id="log" role="log" aria-label="Conversation" tabindex="0"><div id="turns"></div></main>
-<main id="status" aria-label="Controllers" tabindex="0" hidden></main>
-<form id="form">
-  <select id="model" aria-label="Model"></select>
-  <textarea id="field" rows="1" aria-label="Message" placeholder="Message"></textarea> <button id="send">Send</button>
-</form>
-<script type="module">
-const {key, token, note, log, turns, status, form, model, field, send} =
-  Object.fromEntries(Array.from(document.querySelectorAll("[id]"), (element) => [element.id, element]));
-const messages = [];    // the conversation so far
-let stop = null;        // the AbortController of the answer that is coming
+main:has(#turns:empty) #log, main:has(#turns > *) #welcome { display: none; }
+#welcome > * { margin-bottom: 1.25rem; }
+#form { margin-bottom: .75rem; padding: .5rem .75rem; border: 1px solid var(--line); border-radius: 1rem; }
+#form:focus-within { border-color: var(--accent); }
+#field { max-height: 40vh; padding: .25rem 0 .5rem; border: 0; outline: 0; field-sizing: content; resize: none; }
+#model { max-width: min(100%, 20rem); }
+#send { margin-inline-start: auto; border-color: var(--accent); background: var(--accent); color: var(--paper); }
+#settings { margin-top: .5rem; }
+#settings > div { display: grid; grid: auto / repeat(auto-fit, minmax(8rem, 1fr)); gap: .5rem; }
+#settings label:first-child { grid-column: 1 / -1; } #images img, .question img { max-height: 8rem; }
 
-function make(tag, properties, ...children) {   // all that is shown is made here, as elements and text, never from HTML
-  const element = Object.assign(document.createElement(tag), properties);
+/* the turns */
+.question { width: fit-content; max-width: 85%; margin-left: auto; padding: .6rem 1rem; border-radius: 1rem;
+  background: var(--soft); white-space: pre-wrap; }
+.tools { min-height: 2rem; gap: 0 .75rem; } .tools button { padding: .1rem 0; border: 0; }
+.question + .tools { justify-content: end; } .line { margin-inline-end: auto; }
+.turn { margin-bottom: 1.5rem; } .replaced { outline: 1px dashed var(--faint); outline-offset: .25rem; }
+.answer[aria-busy=true] > .text:empty::before { content: "\2026"; }
+details:has(> .thoughts:empty) { display: none; } details > :not(summary) { margin-top: .5rem; }
+.thoughts { font-size: .875rem; }
+:is(.text, .thoughts, blockquote) > *, .answer > * { margin: 0 0 .75rem; }
+p, li, td, th { white-space: pre-wrap; } li, td, th { unicode-bidi: plaintext; text-align: start; }
+td.center, th.center { text-align: center; } td.end, th.end { text-align: end; }
+li > * { margin-block: .25rem; white-space: normal; } ol, ul { padding-inline-start: 1.6rem; }
+.task { margin-inline-start: -1.4rem; list-style: none; }
+.task > input { width: auto; margin-inline: 0 .4rem; }
+h2 { font-size: 1.35rem; } h3 { font-size: 1.2rem; } h4 { font-size: 1.05rem; } h5, h6 { font-size: 1rem; }
+hr { border: 0; border-top: 1px solid var(--line); }
+blockquote, .thoughts { padding-inline-start: 1rem; border-inline-start: 3px solid var(--line); color: var(--faint); }
+.scroll, math[display=block] { overflow: auto hidden; } math { font-size: 1.1em; }
+table { border-collapse: collapse; overflow-wrap: normal; }
+td, th { min-width: 6rem; padding: .3rem .7rem; border: 1px solid var(--line); }
+th { background: var(--soft); } img { display: block; max-width: 100%; border-radius: .5rem; }
+.picture { display: block; margin-top: .5rem; padding: 0; border: 0; }
+pre, code { font: .875rem/1.5 ui-monospace, monospace; direction: ltr; unicode-bidi: isolate; }
+:not(pre) > code { padding: .1em .3em; border-radius: .25rem; background: var(--soft); }
+figure { margin: 0; border: 1px solid var(--line); border-radius: .5rem; }
+figure + figure { margin-top: .75rem; }
+figcaption { display: flex; align-items: center; justify-content: space-between; min-height: 2.5rem; padding-inline: 1rem 0; }
+figcaption button { border: 0; }
+pre { margin: 0; padding: 0 1rem .75rem; overflow-x: auto; scrollbar-width: thin; text-align: left; }
+
+/* lists of chats and models, a large image, the controllers */
+#sidebar { inset: 0 auto 0 0; width: min(20rem, 100%); height: 100dvh; padding: 1rem; border: 0;
+  border-right: 1px solid var(--line); background: var(--paper); color: var(--ink); }
+#sidebar ul, #picker ul { margin: 1rem 0; padding: 0; list-style: none; }
+:is(#sidebar, #picker) li { display: flex; unicode-bidi: normal; white-space: normal; }
+:is(#sidebar, #picker) li button { padding-inline: .5rem; border: 0; }
+li > button:first-child { flex: 1; text-align: start; }
+:is(#sidebar, #picker) :is([aria-current=true], [aria-pressed=true]) { background: var(--soft); font-weight: 600; }
+dialog { width: min(40rem, 100% - 2rem); max-height: 90dvh; border: 1px solid var(--line); border-radius: .75rem;
+  background: var(--paper); color: var(--ink); overflow-wrap: anywhere; }
+#viewer { width: fit-content; } #viewer img { max-height: 75dvh; margin-bottom: .75rem; }
+::backdrop { background: #0008; }
+#status > .card { margin-bottom: 1rem; padding: .75rem 1rem; border: 1px solid var(--line); border-radius: .75rem; }
+.card > * { margin: 0 0 .25rem; font-size: 1rem; } .state::before { content: "\25cf\a0"; }
+.ready { color: var(--good); } .resting { color: var(--warn); }
+</style>
+<header>
+  <h1>akashproxy</h1> <button id="list" popovertarget="sidebar">History</button>
+  <a href="#chat">Chat</a> <a href="#status">Controllers</a> <button id="fresh">New chat</button>
+</header>
+<nav id="sidebar" aria-label="History" popover>
+  <div class="row"><button popovertarget="sidebar">Close</button> <button id="save">Export as JSON</button></div>
+  <ul id="chats"></ul>
+</nav>
+<main>
+  <form id="key" hidden><label>Token <input id="token" type="password" autocomplete="off"></label></form>
+  <div id="note" role="alert"></div>
+  <section id="welcome" aria-label="Welcome" tabindex="0"></section>
+  <div id="log" role="log" aria-live="polite" aria-label="Conversation" tabindex="0"><div id="turns"></div></div>
+  <section id="status" aria-label="Controllers" tabindex="0" hidden></section>
+  <form id="form">
+    <div id="images" class="row"></div>
+    <textarea id="field" rows="1" dir="auto" aria-label="Message" placeholder="Message"></textarea>
+    <div class="row"><button type="button" id="model" class="name" aria-haspopup="dialog">No models</button>
+      <button type="button" id="attach">Attach image</button> <button id="send">Send</button></div>
+    <input id="file" type="file" accept="image/*" multiple hidden>
+    <details id="settings"><summary>Settings</summary><div class="small">
+      <label>System prompt <textarea id="system" rows="2" dir="auto"></textarea></label>
+      <label>Temperature <input id="temperature" type="number" min="0" max="2" step="any" placeholder="default"></label>
+      <label>Top p <input id="top_p" type="number" min="0" max="1" step="any" placeholder="default"></label>
+      <label>Max tokens <input id="max_tokens" type="number" min="1" placeholder="no limit"></label></div></details>
+  </form>
+</main>
+<dialog id="picker" aria-label="Models"><form method="dialog">
+  <input id="search" type="search" aria-label="Search models" placeholder="Search models" autocomplete="off">
+  <div id="found" class="small" role="status"></div><ul id="models"></ul></form></dialog>
+<dialog id="viewer" aria-label="Image"></dialog>
+<script type="module">
+const ui = Object.fromEntries(Array.from(document.querySelectorAll("[id]"), (element) => [element.id, element]));
+const PARAMETERS = ["temperature", "top_p", "max_tokens"];
+const auto = {dir: "auto"};     // Arabic and Hebrew run from the right
+let chat = null;        // {id, title, messages}: the conversation in sight, as it is stored
+let stop = null;        // the AbortController of the answer that is being received
+let names = null;       // of the models; null until they are listed
+let chosen = "";        // the model
+let editing = -1;       // index of the question that the next one replaces
+
+class Explained extends Error {}    // its message is written for people; other errors have the browser's text
+
+function make(tag, properties, ...children) {   // everything shown is made here, as elements and text, never from HTML
+  const element = document.createElement(tag);
   for (const child of children.flat()) element.append(child);
-  return element;
+  return Object.assign(element, properties);    // last: with dir="auto" each child that comes takes a look at all
 }
+const button = (text, onclick, properties) => make("button", {type: "button", onclick, ...properties}, text);
+const paragraph = (className, ...children) => make("p", {className}, ...children);
+const row = (...children) => make("div", {className: "row"}, ...children);
+const count = (number, noun) => `${number} ${noun}${number === 1 ? "" : "s"}`;
+const tell = (...words) => ui.note.replaceChildren(...words);
+const offerUndo = (text, restore) => tell(text, button("Undo", () => { tell(); restore(); }));
 
 // -- the server, asked as any client asks it
 async function api(path, options) {
@@ -12037,20 +12760,20 @@ async function api(path, options) {
   const headers = {"Content-Type": "application/json", ...(secret && {Authorization: `Bearer ${secret}`})};
   const response = await fetch(path, {...options, headers}).catch(() => null);
   if (response?.ok) return response;
-  if (!response) throw Error("The server does not answer. Is it still running?");
+  if (!response) throw new Explained("The server does not answer. Is it still running?");
   if (response.status === 401) {
-    key.hidden = false;
-    token.focus();
-    throw Error(secret ? "The token is wrong. Type the right one." : "This server needs a token. Type it above.");
+    ui.key.hidden = false;
+    ui.token.focus();
+    throw new Explained(secret ? "The token is wrong. Type the right one." : "This server needs a token. Type it above.");
   }
   const unread = {error: {message: `The server answered with ${response.status}.`}};
   throw failure((await response.json().catch(() => unread)).error, response.headers.get("Retry-After"));
 }
 function failure({message, code}, seconds) {    // what went wrong, and what to do
   const otherwise = code === "model_not_found" ? "Choose another model" : "Try again or choose another model";
-  return Error(`${message} ${seconds ? `Try again in ${seconds} s` : otherwise}.`);
+  return new Explained(`${message.replace(/[^.!?]$/, "$&.")} ${seconds ? `Try again in ${seconds} s` : otherwise}.`);
 }
-async function* events(stream) {    // what each event of a text/event-stream says, as JSON
+async function* events(stream) {    // the data of each event of a text/event-stream, read as JSON
   const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
   for (let held = "", part; !(part = await reader.read()).done;) {
     const whole = (held + part.value).split(/(?:\r\n|\n|\r(?!\n|$)){2}/);
@@ -12060,148 +12783,557 @@ async function* events(stream) {    // what each event of a text/event-stream sa
   }
 }
 
-// -- Markdown, as much of it as models use; the patterns take a time in proportion to the text, whatever it is.
-const MORE = /(?:\n(?![ \t]*(?:$|```|~~~|#+ |[-*+] |\d+[.)] )).+)*/.source;     // a paragraph's further lines
-const ITEM = /^([ \t]*)([-*+]|\d{1,9}[.)]) (.*MORE)/.source.replace("MORE", MORE);
-const BLOCK = RegExp([
-  /^(?<indent>[ \t]*)(?<fence>```+|~~~+)(?<name>.*)(?:\n(?<code>[^]*?)(?:^[ \t]*\k<fence>[ \t]*$|(?![^])))?/.source,
-  /^(?<level>#{1,6}) +(?<title>.+)/.source, `(?<list>(?:${ITEM}\\n*)+)`, `(?<text>^.*\\S.*${MORE})`].join("|"), "gm");
-const INLINE = RegExp(`(${[/``.+?``(?!`)|`[^`\n]+`/, /\*\*(?=\S)[^*]+(?:\*[^*]+\*[^*]*){0,3}\*\*/,
-  /(?<![\w*])\*(?=\S)[^*\n]+\*(?![\w*])/, /(?<!\w)_(?=\S)[^_\n]+_(?!\w)/,
-  /!?\[[^[\]]*\]\(https?:\/\/(?:[^\s()]|\([^\s()]*\))+\)/, /https?:\/\/[^\s<>()*`"']*[^\s<>()*`"'.,;:!?]/,
-].map(({source}) => source).join("|")})`);
-function draw(place, text) {    // only blocks that changed are made anew
-  [...text.matchAll(BLOCK)].forEach(({0: source, groups}, at) => {
-    if (place.children[at]?.source === source) return;
-    while (place.children[at]) place.lastChild.remove();
-    place.append(Object.assign(block(groups), {source}));
+// -- Markdown's blocks. Each kind: how its first line looks, the line after its last one, and what is made of its lines.
+const DEEPEST = 8;      // levels of lists and quotes; anything nested deeper is text
+const ITEM = /^[ \t]*(?:[-*+]|\d{1,9}[.)])(?:[ \t]+|$)/;
+const DIVIDER = /^[ \t|:-]+$/;      // between a table's head and its rows
+const oneLine = (lines, at) => at + 1;
+const isBlank = (line) => !line.trim();
+const kindAt = (lines, at) => KINDS.find(({begins}) => begins(lines[at], lines[at + 1] ?? ""));
+function until(lines, at, ends) {       // the first line after one for which `ends` is true
+  while (++at < lines.length && !ends(at));
+  return at;
+}
+const LIST = {begins: (line) => ITEM.test(line), end: listEnd, shape: list};
+const QUOTE = {begins: (line) => /^ {0,3}>/.test(line), end: quoteEnd, shape: quote};
+const TEXT = {end: (lines, at) => until(lines, at, (next) => isBlank(lines[next]) || kindAt(lines, next)),
+  shape: (lines) => make("p", auto, inline(lines.join("\n")))};
+const TABLE = {begins: (line, next) => line.includes("|") && next.includes("-") && DIVIDER.test(next),
+  end: (lines, at) => until(lines, at, (next) => !lines[next].includes("|")), shape: table};
+const KINDS = [
+  {begins: (line) => /^[ \t]*(?:`{3,}[^`]*|~{3,}.*)$/.test(line), end: fenceEnd, shape: fence},
+  {begins: (line) => /^ {0,3}#{1,6}[ \t]/.test(line), end: oneLine, shape: heading},
+  {begins: (line) => /^(?:-{3,}|\*{3,}|_{3,})$/.test(line.replace(/[ \t]/g, "")), end: oneLine, shape: () => make("hr")},
+  TABLE, QUOTE, LIST,
+];
+function* blocks(lines, depth) {
+  for (let at = 0, end; at < lines.length; at = end) {
+    const kind = depth < DEEPEST && kindAt(lines, at) || TEXT;
+    end = isBlank(lines[at]) ? at + 1 : kind.end(lines, at);
+    if (!isBlank(lines[at])) yield {at, own: lines.slice(at, end), kind};
+  }
+}
+function draw(place, text) {    // Only the last two blocks can still change: those before are kept and not read again.
+  const drawn = place.drawn ??= {chars: 0, settled: 0, parts: []}, {parts} = drawn;
+  const lines = text.slice(drawn.chars).split("\n"), found = [...blocks(lines, 0)];
+  found.forEach(({own, kind}, index) => {
+    const at = drawn.settled + index, old = parts[at], source = own.join("\n"), above = parts[at - 1]?.level ?? 1;
+    if (old?.source === source) return;
+    const element = kind.shape(own, 0, above);
+    parts[at] = {element, source, level: element.level ?? above};
+    if (old) old.element.replaceWith(element);
+    else place.append(element);
   });
+  for (const {element} of parts.splice(drawn.settled + found.length)) element.remove();
+  if (found.length < 3) return;
+  drawn.chars += lines.slice(0, found.at(-2).at).join("\n").length + 1;
+  drawn.settled += found.length - 2;
 }
-function block({fence, indent, name, code = "", level, title, list, text}) {
-  if (fence) return listing(code.replace(RegExp(`^${indent}`, "gm"), "").replace(/\n$/, ""), name.trim());
-  if (level) return make(`h${level.length}`, {}, inline(title));
-  if (text) return make("p", {}, inline(text));
-  return make("ol", {}, Array.from(list.matchAll(RegExp(ITEM, "gm")), ([, blanks, mark, words]) =>
-    make("li", {className: blanks && "deep", ...(/\d/.test(mark) && {value: parseInt(mark)})}, inline(words))));
+function quoteEnd(lines, at) {
+  return until(lines, at, (next) => isBlank(lines[next]) || ![QUOTE, undefined].includes(kindAt(lines, next)));
 }
-const inline = (text) => text.split(INLINE).map((part, at) => {     // every other part is one to be marked up
-  if (at % 2 === 0) return part;
-  if (part.startsWith("`")) return make("code", {}, part.replace(/^(``?)(.*)\1$/, "$2"));
-  if (part.startsWith("**")) return make("strong", {}, inline(part.slice(2, -2)));
-  if (/^[*_]/.test(part)) return make("em", {}, inline(part.slice(1, -1)));
-  const [, image, label, href] = part.match(/^(!?)\[([^[\]]*)\]\((.*)\)$/s) ?? [, "", "", part];
-  const [, own = ""] = image ? href.split(`//${location.host}${location.pathname}images/`) : "";
+function fenceEnd(lines, at) {
+  const [mark] = lines[at].match(/`+|~+/);
+  return Math.min(until(lines, at, (next) => lines[next].trim() === mark) + 1, lines.length);
+}
+const isNumbered = (line) => /^[ \t]*\d/.test(line);
+const indentOf = (line) => line.match(/^[ \t]*/)[0].length;
+function listEnd(lines, at) {   // it goes on with items of its sort, indented lines and the lines of a paragraph
+  const indent = indentOf(lines[at]), numbered = isNumbered(lines[at]);
+  let end = at + 1;
+  for (let next = end; next < lines.length; next++) {
+    if (isBlank(lines[next])) continue;
+    const kind = kindAt(lines, next), isItem = kind === LIST && isNumbered(lines[next]) === numbered;
+    if (!isItem && indentOf(lines[next]) <= indent && (kind || next > end)) break;
+    end = next + 1;
+  }
+  return end;
+}
+function fence([first, ...lines]) {
+  const [, indent, mark, name] = first.match(/^([ \t]*)(`+|~+)(.*)/);
+  if (lines.at(-1)?.trim() === mark) lines.pop();
+  return listing(lines.map((line) => line.startsWith(indent) ? line.slice(indent.length) : line).join("\n"), name.trim());
+}
+function heading([line], depth, above) {        // one level down at a time, as readers of screens expect it
+  const [, marks, title] = line.trim().match(/^(#+)(.*)/), level = Math.min(marks.length + 1, above + 1, 6);
+  return depth ? paragraph("", make("strong", {}, inline(title.trim())))
+    : make(`h${level}`, {...auto, level}, inline(title.trim()));
+}
+const nested = (lines, depth) => Array.from(blocks(lines, depth), ({own, kind}) => kind.shape(own, depth));
+function quote(lines, depth) {
+  const made = nested(lines.map((line) => line.replace(/^ {0,3}> ?/, "")), depth + 1);
+  for (const block of made) block.removeAttribute("dir");       // its text decides where the quote's bar is
+  return make("blockquote", auto, made);
+}
+function list(lines, depth) {
+  const indent = indentOf(lines[0]), numbered = isNumbered(lines[0]), items = [];
+  for (const line of lines) {
+    if (indentOf(line) <= indent && ITEM.test(line)) items.push([line]);
+    else items.at(-1).push(line);
+  }
+  const made = items.map((own) => item(own, depth + 1));
+  return numbered ? make("ol", {...auto, start: parseInt(lines[0])}, made) : make("ul", auto, made);
+}
+function item([first, ...rest], depth) {
+  const width = first.match(ITEM)[0].length;
+  const [, box, text] = first.slice(width).match(/^(?:\[([ xX])\][ \t]+)?(.*)/);
+  const made = nested([text, ...rest.map((line) => line.slice(Math.min(width, indentOf(line))))], depth);
+  if (made[0]?.tagName === "P") made.splice(0, 1, ...made[0].childNodes);
+  if (!box) return make("li", {}, made);
+  const checked = box !== " ", ariaLabel = checked ? "done" : "open";
+  return make("li", {className: "task"}, make("input", {type: "checkbox", disabled: true, checked, ariaLabel}), made);
+}
+function table([head, divider, ...rows]) {
+  const split = (line) => line.trim().replace(/^\||(?<!\\)\|$/g, "").split(/(?<!\\)\|/).map((text) => text.trim());
+  const sides = split(divider).map((text) => !text.endsWith(":") ? "" : text[0] === ":" ? "center" : "end");
+  const cells = (tag, line) => make("tr", {}, split(line).slice(0, sides.length).map((text, column) =>
+    make(tag, {className: sides[column]}, inline(text.replaceAll("\\|", "|")))));
+  return make("div", {className: "scroll", tabIndex: 0, role: "group", ariaLabel: "Table"}, make("table", auto,
+    make("thead", {}, cells("th", head)), make("tbody", {}, rows.map((line) => cells("td", line)))));
+}
+
+// -- Markdown within a line. Each pattern stops at its own mark, so that a text of marks takes no longer than another.
+const within = (mark) => String.raw`(?:[^${mark}\\\x60]|\\[^]|\x60[^\x60]*\x60)+`;      // \x60: code may contain the mark
+const STAR = within("*"), UNDERSCORE = within("_"), TILDE = within("~");
+const LINK = /!?\[(?:[^[\]\x60]|\x60[^\x60]*\x60)*\]\(https?:\/\/(?:[^\s()]|\([^\s()]*\))+(?: +"[^"\n]*")?\)/;
+const strong = (text) => make("strong", {}, inline(text.slice(2, -2)));
+const emphasis = (text) => make("em", {}, inline(text.slice(1, -1)));
+const link = (href, ...children) => make("a", {href, target: "_blank", rel: "noopener"}, ...children);
+const SPANS = [
+  [/``.+?``(?!`)|`[^`]+`/, code],
+  [/\$\$[^$]+\$\$|\\\[(?:[^\\]|\\[^[\]\\]|\\\\(?!\[))+\\\]/, (text) => tex(text.slice(2, -2), true)],
+  [/\\\((?:[^\\\n]|\\[^()\\\n])+\\\)/, (text) => tex(text.slice(2, -2))],
+  [/\$(?![\s$])[^$\n`]+(?<!\s)\$(?![\d$])/, (text) => tex(text.slice(1, -1))],
+  [RegExp(String.raw`\*{3}(?=\S)${STAR}\*{3}`), (text) => make("em", {}, strong(text.slice(1, -1)))],
+  [RegExp(String.raw`\*\*(?=\S)${STAR}(?:\*${STAR}\*(?:${STAR})?){0,3}\*\*|(?<!\w)__(?=\S)${UNDERSCORE}__(?!\w)`), strong],
+  [RegExp(String.raw`(?<![\w*\\])\*(?=\S)${STAR}(?:\*\*${STAR}\*\*(?:${STAR})?){0,3}\*(?![\w*])`), emphasis],
+  [RegExp(String.raw`(?<![\w\\])_(?=\S)${UNDERSCORE}_(?!\w)`), emphasis],
+  [RegExp(String.raw`~~(?=\S)${TILDE}~~`), (text) => make("del", {}, inline(text.slice(2, -2)))],
+  [LINK, linkOrPicture],
+  [/https?:\/\/[^\s<>()*`"']*[^\s<>()*`"'.,;:!?]/, (href) => link(href, href)],
+  [/\\[^\w\s]/, (text) => text[1]],
+  [/&(?:#\d{1,7}|#x[\da-fA-F]{1,6}|[A-Za-z]{2,8});/, entity],
+  [/<br ?\/?>/, () => make("br")],
+];
+const INLINE = RegExp(`(${SPANS.map(([{source}]) => source).join("|")})`);
+function inline(text) {
+  return text.split(INLINE).map((part, at) => at % 2 ? SPANS.find(([span]) => part.match(span)?.[0] === part)[1](part) : part);
+}
+function code(text) {
+  const width = text.startsWith("``") ? 2 : 1, inside = text.slice(width, -width);
+  return make("code", {dir: "ltr"}, /^ .+ $/s.test(inside) ? inside.slice(1, -1) : inside);
+}
+const ENTITIES = new Map(Object.entries({amp: "&", lt: "<", gt: ">", quot: '"', apos: "'", nbsp: "\u00a0", copy: "©",
+  reg: "®", deg: "°", times: "×", middot: "·", ndash: "–", mdash: "—", hellip: "…", larr: "←", rarr: "→", euro: "€"}));
+function entity(text) {
+  const name = text.slice(1, -1), point = Number(name.replace("#x", "0x").replace("#", ""));
+  return point <= 0x10ffff ? String.fromCodePoint(point) : ENTITIES.get(name) ?? text;
+}
+function linkOrPicture(text) {
+  const middle = text.lastIndexOf("](http"), label = text.slice(text.indexOf("[") + 1, middle);
+  const [href] = text.slice(middle + 2, -1).split(" ");
+  const [, own = ""] = text[0] === "!" ? href.split(`//${location.host}${location.pathname}images/`) : "";
   if (/^\w[\w.-]*$/.test(own)) return picture(own, label);
-  return make("a", {href, target: "_blank", rel: "noopener"}, label ? inline(label) : href);
-});
+  return link(href, inline(label).map((part) => part.tagName === "A" ? part.textContent : part));
+}
+
+// -- TeX as MathML: the commands that models write most. Others stay as they are written.
+const SYMBOLS = new Map(Array.from(`alpha α beta β gamma γ delta δ epsilon ε varepsilon ε theta θ lambda λ mu μ nu ν pi π
+  rho ρ sigma σ tau τ phi φ varphi φ omega ω Gamma Γ Delta Δ Theta Θ Lambda Λ Sigma Σ Phi Φ Omega Ω sum ∑ prod ∏ int ∫
+  infty ∞ partial ∂ nabla ∇ cdot · times × div ÷ pm ± le ≤ leq ≤ ge ≥ geq ≥ ne ≠ neq ≠ approx ≈ equiv ≡ sim ∼ in ∈ notin ∉
+  subset ⊂ subseteq ⊆ cup ∪ cap ∩ forall ∀ exists ∃ to → rightarrow → Rightarrow ⇒ implies ⇒ iff ⇔ mapsto ↦ ldots … dots …
+  cdots ⋯ langle ⟨ rangle ⟩ mid ∣ circ ∘ { { } } | ‖ quad \u2003 , \u2009 ; \u2004`.matchAll(/(\S+) (\S+)/g), (pair) => pair.slice(1)));
+const ACCENTS = new Map([["hat", "^"], ["bar", "¯"], ["overline", "¯"], ["vec", "→"], ["tilde", "~"], ["dot", "˙"]]);
+const FUNCTIONS = /^(?:log|ln|exp|sin|cos|tan|lim|max|min|det|gcd)$/;
+const TEX = /\\(?:text\w*|math\w+|operatorname)\{[^{}]*\}|\\(?:[A-Za-z]+|[^])|\d+(?:\.\d+)?|[^\s\\]/g;
+function mathml(tag, ...children) {
+  const element = document.createElementNS("http://www.w3.org/1998/Math/MathML", tag);
+  for (const child of children.flat()) element.append(child);
+  return element;
+}
+function tex(source, display) {
+  const math = mathml("math", group((source.match(TEX) ?? []).reverse(), 0));
+  math.setAttribute("display", display ? "block" : "inline");
+  return math;
+}
+function group(tokens, depth, end) {    // takes the next tokens, which stand at the end of `tokens`, and `end`
+  const made = [];
+  while (tokens.length && tokens.at(-1) !== end) made.push(scripted(tokens, depth));
+  tokens.pop();
+  return mathml("mrow", made);
+}
+function scripted(tokens, depth) {      // an atom with what stands below and above it
+  const base = atom(tokens, depth), limits = /^(?:[∑∏]|lim|max|min)$/.test(base.textContent), scripts = {};
+  while (/^[_^]$/.test(tokens.at(-1)) && !scripts[tokens.at(-1)]) scripts[tokens.pop()] = atom(tokens, depth + 1);
+  const {_: below, "^": above} = scripts;
+  if (below && above) return mathml(limits ? "munderover" : "msubsup", base, below, above);
+  if (below) return mathml(limits ? "munder" : "msub", base, below);
+  return above ? mathml(limits ? "mover" : "msup", base, above) : base;
+}
+function atom(tokens, depth) {
+  const token = tokens.pop() ?? "", next = () => atom(tokens, depth + 1);
+  const [, command = "", words] = token.match(/^\\([A-Za-z]+)(?:\{([^]*)\})?$/) ?? [];
+  if (words) return mathml("mtext", words);
+  if (FUNCTIONS.test(command)) return mathml("mi", command);
+  if (depth < 30) {     // nested deeper, commands stay as they are written
+    if (token === "{") return group(tokens, depth + 1, "}");
+    if (/^[dt]?frac$/.test(command)) return mathml("mfrac", next(), next());
+    if (command === "sqrt") return mathml("msqrt", next());
+    if (/^(?:left|right|boxed|displaystyle|[Bb]igg?)$/.test(command)) return next();
+    if (ACCENTS.has(command)) return mathml("mover", next(), mathml("mo", ACCENTS.get(command)));
+  }
+  const text = token.length > 1 && SYMBOLS.get(token.slice(1)) || token;
+  return mathml(/^\d/.test(text) ? "mn" : /^[\p{L}∞]/u.test(text) ? "mi" : text[0] === "\\" ? "mtext" : "mo", text);
+}
+
+// -- images and code
 function picture(name, alt) {   // fetched, for an <img> can't send a token; never read as SVG, which can hold a script
-  const image = make("img", {alt});
-  image.onerror = () => image.replaceWith(make("span", {className: "bad"}, "This picture can't be shown."));
+  const image = make("img", {alt}), frame = enlargeable(image);
+  image.onerror = () => frame.replaceWith(make("span", {className: "bad"}, "This image can't be shown."));
   api(`images/${name}`).then((response) => response.blob()).then((blob) => {
     image.src = URL.createObjectURL(blob.slice(0, blob.size, "image/png"));
   }).catch(image.onerror);
-  return image;
+  return frame;
 }
-function listing(text, name) {
-  const copy = make("button", {type: "button", hidden: !navigator.clipboard}, "Copy");  // plain HTTP has no clipboard
-  copy.onclick = () => navigator.clipboard.writeText(text).then(() => { copy.textContent = "Copied"; });
-  return make("figure", {}, make("figcaption", {}, name, copy), make("pre", {tabIndex: 0}, make("code", {}, text)));
+const enlargeable = (image) => button(image, () => enlarge(image), {className: "picture"});
+function enlarge({src, alt}) {
+  const name = `${alt.slice(0, 60) || "image"}.${src.startsWith("data:image/jpeg") ? "jpg" : "png"}`;
+  const save = make("a", {href: src, download: name, className: "button"}, "Save");
+  ui.viewer.replaceChildren(make("img", {src, alt}), row(save, button("Close", () => ui.viewer.close())));
+  ui.viewer.showModal();
 }
+function copying(text) {
+  const copy = () => navigator.clipboard.writeText(text).then(() => { made.textContent = "Copied"; });
+  const made = button("Copy", copy, {hidden: !navigator.clipboard});    // plain HTTP has no clipboard
+  return made;
+}
+const listing = (text, name) => make("figure", {}, make("figcaption", {}, make("span", {}, name), copying(text)),
+  make("pre", {tabIndex: 0}, make("code", {dir: "ltr"}, text)));
+async function shrink(blob) {   // a data: URL of at most 1024 pixels a side, so that chats fit into the browser's storage
+  const bitmap = await createImageBitmap(blob), scale = Math.min(1, 1024 / Math.max(bitmap.width, bitmap.height));
+  const canvas = make("canvas", {width: bitmap.width * scale, height: bitmap.height * scale});
+  canvas.getContext("2d").drawImage(bitmap, 0, 0, canvas.width, canvas.height);
+  return canvas.toDataURL(blob.type === "image/png" && scale === 1 ? "image/png" : "image/jpeg", .85);
+}
+async function attachAll(files) {
+  for (const file of files) await shrink(file).then(addImage, () => tell(`${file.name} is not an image.`));
+}
+function addImage(src) {
+  const entry = row(make("img", {src, alt: "Attached image"}), button("×", () => entry.remove(), {ariaLabel: "Remove image"}));
+  ui.images.append(entry);
+}
+
+// -- what is kept in the browser: each chat under a key of its own, so that two tabs don't overwrite each other's
+function keep(name, value) {
+  try {
+    localStorage[name] = JSON.stringify(value);
+  } catch {
+    tell("The browser's storage is full: this chat is not kept. Export and delete some.");
+  }
+}
+function stored(name) {
+  try {
+    return JSON.parse(localStorage[name]);
+  } catch {
+    return null;      // none, or not ours
+  }
+}
+const keepChat = (own) => keep(`chat ${own.id}`, own);
+const keepSettings = () => keep("settings", {model: chosen, chat: chat.id, system: ui.system.value,
+  ...Object.fromEntries(PARAMETERS.map((name) => [name, ui[name].value]))});
+const allChats = () => Object.keys(localStorage).filter((name) => name.startsWith("chat ")).map(stored)
+  .filter((each) => each?.messages).sort((one, other) => other.id - one.id);
+function listChats() {
+  ui.chats.replaceChildren(...allChats().map((each) => make("li", {},
+    button(each.title, () => show(each), {...auto, className: "name", ariaCurrent: each.id === chat.id}),
+    button("✎", () => rename(each), {ariaLabel: `Rename ${each.title}`}),
+    button("×", () => remove(each), {ariaLabel: `Delete ${each.title}`}))));
+}
+function rename(each) {
+  const own = each.id === chat.id ? chat : each;
+  own.title = prompt("Title of the chat", own.title)?.trim() || own.title;
+  keepChat(own);
+  listChats();
+}
+function remove(each) {
+  delete localStorage[`chat ${each.id}`];
+  if (each.id === chat.id) show(emptyChat());
+  listChats();
+  offerUndo(`“${each.title}” is deleted.`, () => { keepChat(each); show(each); });
+}
+ui.save.onclick = () => {
+  const href = URL.createObjectURL(new Blob([JSON.stringify(allChats(), null, 2)], {type: "application/json"}));
+  make("a", {href, download: "chats.json"}).click();
+};
 
 // -- the chat
-async function ask(question) {
-  const chat = {model: model.value, messages: [...messages, {role: "user", content: question}]};
-  const body = JSON.stringify({...chat, stream: true});
-  const [thoughts, text] = ["thoughts", "text"].map((className) => make("div", {className}));
-  const summary = make("summary"), thinking = make("details", {}, summary, thoughts);
-  const article = make("article", {className: "answer", ariaBusy: "true"}, thinking, text);
-  let answer = "", finish = "", frame = 0;
-  function show() {
-    frame = 0;
-    summary.textContent = answer ? "Thoughts" : thoughts.textContent.trim().split("\n").pop();
-    draw(text, answer);
-  }
-  turns.append(make("div", {className: "question"}, question), article);
-  log.scrollTop = 0;      // the end
-  try {
-    const response = await api("v1/chat/completions", {method: "POST", body, signal: stop.signal});
-    for await (const {error, choices: [{delta = {}, finish_reason} = {}] = []} of events(response.body)) {
-      if (error) throw failure(error);
-      answer += delta.content ?? "";
-      if (delta.reasoning_content) thoughts.append(delta.reasoning_content);
-      finish = finish_reason ?? finish;
-      frame ||= requestAnimationFrame(show);
-    }
-    if (finish !== "stop") throw Error(`The answer ended early: ${finish || "the connection broke off"}.`);
-  } catch (error) {
-    article.append(make("p", {className: "bad"}, stop.signal.aborted ? "Stopped." : error.message));
-  }
-  show();
-  article.append(make("details", {}, make("summary", {}, "As curl and Python"), examples(chat)));
-  article.ariaBusy = "false";
-  if (answer) messages.push(chat.messages.pop(), {role: "assistant", content: answer});
-  else field.value ||= question;      // nothing has come: it can be sent again
+const emptyChat = () => ({id: Date.now(), title: "", messages: []});
+const wordsOf = ({content}) => typeof content === "string" ? content : content[0].text;
+const imagesOf = ({content}) => typeof content === "string" ? [] : content.slice(1).map((part) => part.image_url.url);
+function show(other) {
+  stop?.abort();
+  [chat, editing] = [other, -1];
+  ui.turns.replaceChildren(...chat.messages.map((message, at) => message.role === "user" ? question(at) : answer(chat, at)));
+  for (const {finish} of ui.turns.children) finish?.();
+  ui.sidebar.hidePopover();
+  keepSettings();
 }
-function examples(chat) {   // what was asked, for a shell and for Python; the token stays out
-  const base = new URL("v1", location).href, secret = sessionStorage.token ? ' -H "Authorization: Bearer $TOKEN"' : "";
-  return [listing(`curl -N ${base}/chat/completions${secret} -H 'Content-Type: application/json' \\
-  -d '${JSON.stringify({...chat, stream: true}).replaceAll("'", "'\\''")}'`, "curl"), listing(`import os, openai
+function question(at) {
+  const words = wordsOf(chat.messages[at]);
+  const images = imagesOf(chat.messages[at]).map((src) => enlargeable(make("img", {src, alt: "Attached image"})));
+  return make("div", {className: "turn"}, make("div", {className: "question", ...auto}, words, images),
+    make("div", {className: "tools small row"}, copying(words), button("Edit", () => edit(at))));
+}
+function edit(at) {     // the turns from the question on stay until the new one is sent
+  ui.field.value = wordsOf(chat.messages[at]);
+  ui.images.replaceChildren();
+  imagesOf(chat.messages[at]).forEach(addImage);
+  editing = at;
+  [...ui.turns.children].forEach((turn, index) => turn.classList.toggle("replaced", index >= at));
+  ui.field.focus();
+}
+function cut(at) {      // removes the turns from one on, which others replace
+  const own = chat, before = [...chat.messages];
+  offerUndo("The earlier turns are replaced.", () => { own.messages = before; show(own); keepChat(own); });
+  chat.messages.length = at;
+  while (ui.turns.children.length > at) ui.turns.lastChild.remove();
+}
+function answer(own, at) {      // the element of an answer; update() and finish() draw its message
+  const message = own.messages[at], [thoughts, text] = ["thoughts", "text"].map((className) => make("div", {className}));
+  const summary = make("summary", {className: "name"});
+  const article = make("article", {className: "turn answer", ariaBusy: "true"}, make("details", {}, summary, thoughts), text);
+  article.update = () => {
+    summary.textContent = message.content ? "Thoughts" : message.reasoning.trim().split("\n").pop();
+    draw(thoughts, message.reasoning);
+    draw(text, message.content);
+  };
+  const again = () => {
+    if (stop) return;
+    cut(at);
+    ask();
+  };
+  article.finish = () => {
+    article.update();
+    if (message.problem) article.append(paragraph("bad", message.problem));
+    const line = make("span", {className: "line"}, message.line ?? "");
+    const tools = make("div", {className: "tools small row"}, line, copying(message.content), button("Try again", again));
+    const code = make("details", {}, make("summary", {}, "As curl and Python"));
+    code.ontoggle = () => { if (!code.querySelector("figure")) code.append(...examples(bodyOf(own, at))); };
+    article.append(tools, code);
+    article.ariaBusy = "false";
+  };
+  return article;
+}
+function bodyOf({messages}, at) {       // the request for an answer, without questions that have none
+  const {request, system} = messages[at], answered = (index) => index + 1 === at || messages[index + 1].content;
+  const sent = messages.slice(0, at).filter(({role, content}, index) => role === "user" ? answered(index) : content);
+  const prompt = system ? [{role: "system", content: system}] : [];
+  return {...request, messages: [...prompt, ...sent.map(({role, content}) => ({role, content}))]};
+}
+const parameters = () => Object.fromEntries(
+  PARAMETERS.filter((name) => ui[name].value).map((name) => [name, Number(ui[name].value)]));
+function paced(work) {  // `work`, the layout included, takes a fifth of the time at most, however long an answer grows
+  let timer = 0, pause = 20;
+  const run = () => {
+    const started = performance.now();
+    work();
+    ui.log.scrollHeight;    // lays the page out
+    [timer, pause] = [0, Math.max(20, 4 * (performance.now() - started))];
+  };
+  return () => { timer ||= setTimeout(run, pause); };
+}
+async function ask() {  // for the answer to the chat's last question
+  const own = chat, at = own.messages.length, message = {role: "assistant", content: "", reasoning: "",
+    request: {model: chosen, ...parameters()}, system: ui.system.value.trim(), problem: "The page was closed before the end."};
+  own.messages.push(message);
+  const article = answer(own, at);
+  ui.turns.append(article);
+  ui.log.scrollTop = 0;     // the end
+  [stop, ui.send.textContent] = [new AbortController(), "Stop"];
+  try {
+    await receive(message, bodyOf(own, at), paced(article.update));
+    delete message.problem;
+  } catch (error) {
+    message.problem = stop.signal.aborted ? "Stopped." : error instanceof Explained ? error.message : "The connection broke off.";
+  }
+  [stop, ui.send.textContent] = [null, "Send"];
+  article.finish();
+  if (own === chat || stored(`chat ${own.id}`)) keepChat(own);
+}
+const ENDS = {length: "It reached its limit of tokens.", content_filter: "A content filter ended the answer.",
+  tool_calls: "It asks for a tool, and this page has none.", "": "The connection broke off."};
+async function receive(message, body, changed) {
+  const started = performance.now();
+  const response = await api("v1/chat/completions", {method: "POST", signal: stop.signal,
+    body: JSON.stringify({...body, stream: true, stream_options: {include_usage: true}})});
+  let first = 0, end = "", tokens = null;
+  try {
+    for await (const {error, usage, choices: [{delta = {}, finish_reason} = {}] = []} of events(response.body)) {
+      if (error) throw failure(error);
+      message.content += delta.content?.replaceAll("\r", "") ?? "";
+      message.reasoning += delta.reasoning_content?.replaceAll("\r", "") ?? "";
+      first ||= (delta.content || delta.reasoning_content) && performance.now();
+      end = finish_reason ?? end;
+      tokens = usage?.completion_tokens ?? tokens;
+      changed();
+    }
+  } finally {
+    message.line = account(response.headers, first - started, performance.now() - first, tokens);
+  }
+  if (end !== "stop") throw new Explained(ENDS[end] ?? `The answer ended early: ${end}.`);
+}
+function account(headers, wait, took, tokens) {     // "paid, after akash=429 · 0.4 s to first token · 52 tokens/s · 812 tokens"
+  const attempts = headers.get("X-Akashproxy-Route")?.split(", ") ?? [], [name] = (attempts.pop() ?? "").split("=");
+  const ignored = headers.get("X-Akashproxy-Ignored");
+  return [attempts.length ? `${name}, after ${attempts.join(", ")}` : name,
+    wait > 0 && `${(wait / 1000).toFixed(1)} s to first token`,
+    wait > 0 && took > 100 && tokens > 1 && `${Math.round(tokens / took * 1000)} tokens/s`,
+    tokens !== null && count(tokens, "token"), ignored && `ignored: ${ignored}`].filter(Boolean).join(" · ");
+}
+const BASE = new URL("v1", location).href;
+function examples(body) {       // for a shell and for Python, without the token and the data of images
+  const secret = sessionStorage.token ? ' -H "Authorization: Bearer $TOKEN"' : "";
+  const brief = (name, value) => name === "url" ? `${value.split(",")[0]},...` : value;
+  return [listing(`curl -N ${BASE}/chat/completions${secret} -H 'Content-Type: application/json' \\
+  -d '${JSON.stringify({...body, stream: true}, brief).replaceAll("'", "'\\''")}'`, "curl"), listing(`import os, openai
 
-client = openai.OpenAI(base_url="${base}", api_key=os.environ.get("TOKEN", "none"))
-for chunk in client.chat.completions.create(stream=True, **${JSON.stringify(chat)}):
+client = openai.OpenAI(base_url="${BASE}", api_key=os.environ.get("TOKEN", "none"))
+for chunk in client.chat.completions.create(stream=True, **${JSON.stringify(body, brief)}):
     print(chunk.choices[0].delta.content or "", end="")`, "Python")];
 }
 
+// -- the models and the first sight
+const PROMPTS = ["Explain how a proxy works, in three sentences.", "Write a Python function that checks a password's strength.",
+  "Plan a weekend in Lisbon, as a table."];
+function choose(name) {
+  chosen = name;
+  ui.model.textContent = ui.model.title = name || "No models";
+  keepSettings();
+}
+function listModels() {     // those with all the words that are searched for; Enter takes the first
+  const words = ui.search.value.toLowerCase().split(" ");
+  const matching = names.filter((name) => words.every((word) => name.toLowerCase().includes(word)));
+  ui.found.textContent = `${matching.length} of ${count(names.length, "model")}`;
+  ui.models.replaceChildren(...matching.map((name) => make("li", {},
+    make("button", {value: name, ariaPressed: name === chosen}, name))));
+}
+function pick() {
+  ui.search.value = "";
+  listModels();
+  ui.picker.showModal();
+}
+function greet() {
+  const touch = matchMedia("(pointer: coarse)").matches, key = sessionStorage.token ? "$TOKEN" : "none";
+  const keys = touch ? "" : " Enter sends, Shift+Enter breaks the line, Escape stops.";
+  const some = names.slice(0, 5).map((name) => button(name, () => choose(name), {className: "name"}));
+  ui.welcome.replaceChildren(make("h2", {}, "What can I do for you?"),
+    paragraph("small", names.length ? `${count(names.length, "model")} to choose from.${keys}` : "No models are available."),
+    row(...PROMPTS.map((text) => button(text, () => submit(text)))),
+    row(...some, names.length > some.length ? button("More models", pick) : ""),
+    listing(BASE, "Base URL"), listing(`export OPENAI_BASE_URL=${BASE} OPENAI_API_KEY=${key}`, "Shell"));
+}
+
+// -- the controllers
+function card(all, each) {
+  const total = all.reduce((sum, {priority, weight}) => sum + (priority === each.priority && weight), 0);
+  const share = Math.round(100 * each.weight / (total || 1)), resting = each.rests_for_seconds || each.models_cooling_down;
+  const state = each.rests_for_seconds ? `cooling down, ${each.rests_for_seconds} s`
+    : each.models_cooling_down ? `${count(each.models_cooling_down, "model")} cooling down` : "ready";
+  const models = each.models === null ? "models unknown" : count(each.models, "model");
+  return make("article", {className: "card"},
+    make("h2", {className: "row"}, each.name, make("span", {className: `small state ${resting ? "resting" : "ready"}`}, state)),
+    paragraph("small", `Tier ${each.priority}, ${share} % of its requests · ${models}`),
+    paragraph("small", `${each.in_flight} in flight · ${each.served} served · ${each.failed} failed`),
+    each.last_error ? paragraph("bad", `Last error: ${each.last_error}, ${new Date(each.last_error_at).toLocaleTimeString()}`) : "");
+}
+function keyCard({name, ...figures}) {
+  const words = Object.entries(figures).map(([figure, value]) => `${figure.replaceAll("_", " ")}: ${value ?? "none"}`);
+  return make("article", {className: "card"}, make("h2", {}, `Key ${name}`), paragraph("small", words.join(" · ")));
+}
+async function showStatus() {
+  const {controllers, keys} = await (await api("status")).json();
+  ui.status.replaceChildren(...controllers.map((each) => card(controllers, each)), ...keys.map(keyCard));
+}
+
 // -- what happens, and when
+let trouble = "";       // the complaint of refresh() that is in sight, to be taken back when it is over
 async function refresh() {      // the models, once, and the controllers while they are in sight
-  if (document.hidden || !key.hidden) return;
+  if (document.hidden || !ui.key.hidden) return;
   try {
-    if (!model.length) {
+    if (!names) {
       const {data} = await (await api("v1/models")).json();
-      model.replaceChildren(...data.map(({id}) => make("option", {value: id}, id)));
-      if (data.length) field.focus();
+      names = data.map(({id}) => id);
+      choose(names.includes(chosen) ? chosen : names[0] ?? "");
+      greet();
+      if (names.length) ui.field.focus();
     }
-    if (!status.hidden) {
-      const {controllers} = await (await api("status")).json();
-      status.replaceChildren(...controllers.map((each) => make("section", {}, make("b", {}, each.name),
-        make("p", {}, `${each.in_flight} in flight, ${each.served} served, ${each.failed} failed, `,
-          each.rests_for_seconds ? `rests for ${each.rests_for_seconds} s` : "ready"),
-        each.last_error ? make("p", {className: "bad"}, `Last error: ${each.last_error}`) : "")));
-    }
-    note.textContent = "";
-  } catch ({message}) {
-    if (note.textContent !== message) note.textContent = message;     // a reader says it once
+    if (!ui.status.hidden) await showStatus();
+    if (trouble && ui.note.textContent === trouble) tell();
+    trouble = "";
+  } catch (error) {
+    const message = error instanceof Explained ? error.message : "The server's answer can't be read.";
+    if (trouble !== message) tell(make("span", {className: "bad"}, trouble = message));     // a reader says it once
   }
 }
-form.onsubmit = async (event) => {
+function submit(text) {
+  const images = Array.from(ui.images.querySelectorAll("img"), ({src}) => ({type: "image_url", image_url: {url: src}}));
+  if (stop || !chosen || !text && !images.length) return;
+  if (editing >= 0) cut(editing);
+  else tell();
+  editing = -1;
+  chat.title ||= text.slice(0, 60) || "Image";
+  chat.messages.push({role: "user", content: images.length ? [{type: "text", text}, ...images] : text});
+  ui.turns.append(question(chat.messages.length - 1));
+  ui.images.replaceChildren();
+  ui.field.value = sessionStorage.draft = "";
+  ask();
+  keepChat(chat);
+}
+ui.form.onsubmit = (event) => {
   event.preventDefault();
-  const question = field.value.trim();
-  if (stop) return stop.abort();
-  if (!question || !model.value) return;
-  [field.value, send.textContent, stop] = ["", "Stop", new AbortController()];
-  await ask(question);
-  [send.textContent, stop] = ["Send", null];
+  if (stop) stop.abort();
+  else submit(ui.field.value.trim());
 };
 onkeydown = (event) => {
   if (event.key === "Escape") stop?.abort();
-  if (event.target !== field || event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+  const newLine = event.shiftKey || event.isComposing || matchMedia("(pointer: coarse)").matches;
+  if (event.target !== ui.field || event.key !== "Enter" || newLine) return;
   event.preventDefault();
-  if (!stop) form.requestSubmit();
+  if (!stop) ui.form.requestSubmit();
 };
-token.onchange = () => {
-  sessionStorage.token = token.value.replace(/[^!-~]/g, "");
-  key.hidden = true;
+ui.field.oninput = () => { sessionStorage.draft = ui.field.value; };
+ui.settings.onchange = keepSettings;
+ui.model.onclick = () => names && pick();
+ui.search.oninput = listModels;
+ui.picker.onclose = () => { if (ui.picker.returnValue) choose(ui.picker.returnValue); };
+ui.sidebar.onbeforetoggle = listChats;
+ui.fresh.onclick = () => { location.hash = "#chat"; show(emptyChat()); ui.field.focus(); };
+ui.attach.onclick = () => ui.file.click();
+ui.file.onchange = () => { attachAll([...ui.file.files]); ui.file.value = ""; };
+document.onpaste = ({clipboardData}) => attachAll([...clipboardData.files]);
+ondragover = (event) => event.preventDefault();
+ondrop = (event) => { event.preventDefault(); attachAll([...event.dataTransfer.files]); };
+onpagehide = () => { if (stop) keepChat(chat); };      // the part of an answer that has come
+ui.key.onsubmit = (event) => event.preventDefault();
+ui.token.onchange = () => {
+  sessionStorage.token = ui.token.value.replace(/[^!-~]/g, "");
+  ui.key.hidden = true;
   refresh();
 };
 onhashchange = () => {
-  status.hidden = location.hash !== "#status";
-  log.hidden = form.hidden = !status.hidden;
-  document.querySelector("[href='#chat']").ariaCurrent = !log.hidden;
-  document.querySelector("[href='#status']").ariaCurrent = !status.hidden;
+  ui.status.hidden = location.hash !== "#status";
+  ui.log.hidden = ui.welcome.hidden = ui.form.hidden = !ui.status.hidden;
+  document.querySelector("[href='#chat']").ariaCurrent = ui.status.hidden;
+  document.querySelector("[href='#status']").ariaCurrent = !ui.status.hidden;
   refresh();
 };
+const before = stored("settings") ?? {};
+for (const name of ["system", ...PARAMETERS]) ui[name].value = before[name] ?? "";
+chosen = before.model ?? "";
+ui.field.value = sessionStorage.draft ?? "";
+show(stored(`chat ${before.chat}`) ?? emptyChat());
 onhashchange();
-setInterval(refresh, 2000);
+setInterval(refresh, 1000);
 </script>
 """  # noqa: E501 (its lines are not wrapped)
 
@@ -12468,7 +13600,9 @@ def print_settings(settings: Settings) -> None:
     for controller in settings.pool():
         source = f" ({controller.key_source})" if controller.key_source else ""
         proxy = f" ({controller.proxy_source})" if controller.proxy_source else ""
-        print_section(controller.name, controller, {"api_key": source, "proxy": proxy})
+        cookie = " (AKASH_COOKIE)" if controller.cookie == settings.akash_cookie != "" else ""
+        sources = {"api_key": source, "proxy": proxy, "cookie": cookie}
+        print_section(controller.name, controller, sources)
     for key in settings.keys:
         print_section(f"key {key.name}", key, {})
 
