@@ -4838,7 +4838,7 @@ _QUOTA = "the quota of this server's key is spent"
 _PLACE = "the upstream refuses this server"
 _KEY_CODES = (
     r"invalid_api_key|api_key_invalid|wrong_api_key|token_not_found_in_db|expired_key"
-    r"|account_deactivated|organization_restricted"
+    r"|account_deactivated|organization_restricted|api_key_\w{1,40}_blocked|consumer_\w{1,20}"
 )
 _KEY_WORDS = r"^(?:incorrect api key|api[ _]key (?:not valid|not found|expired)|invalid x-api-key)"
 _LIKELY_KEY_WORDS = (
@@ -4847,19 +4847,21 @@ _LIKELY_KEY_WORDS = (
     r"|(?:key|token|credential|account|organi[sz]ation|project|workspace|team)s?\b.{0,60}"
     r"(?:invalid|incorrect|not valid|expired|revoked|leaked|disabled|deactivated|suspended"
     r"|terminated|banned)"
-    r"|missing scopes|access.{0,20}terminated"
+    r"|missing scopes|access.{0,20}terminated|封禁"
 )
 _FORBIDDEN_KEY_WORDS = (
-    r"api[ _-]?key|credential|unauthori[sz]ed|authentication|unregistered callers"
+    r"api[ _-]?key|credential|unauthori[sz]ed|authentication|authorization failed"
+    r"|unregistered callers"
     r"|has not been used in project"
 )
 _QUOTA_CODES = (
     r"insufficient_?(?:quota|balance|credit)|exceeded_current_quota"
     r"|billing_(?:error|hard_limit|not_active)|budget_?exceeded|payment_required|creditserror"
-    r"|\b1113\b"
+    r"|spend_limit|arrearage|\b1113\b"
 )
 _QUOTA_WORDS = (
     r"^(?:your credit balance is too low|insufficient (?:balance|credit|funds)"
+    r"|your team has either used all available credits"
     r"|budget has been exceeded|余额不足|您的账户已欠费)"
 )
 _LIKELY_QUOTA = (
@@ -5022,7 +5024,7 @@ def error_words(value: Any, depth: int = 4) -> str:
         return "; ".join(filter(None, (error_words(item, depth - 1) for item in value[:8])))
     value = as_dict(value)
     location = ".".join(str(step) for step in as_list(value.get("loc"))[:8] if step != "body")
-    names = ("message", "msg", "detail", "error", "title", "error_msg", "errorMessage")
+    names = ("message", "msg", "detail", "error", "title", "error_msg", "errorMessage", "Message")
     words = next(filter(None, (error_words(value.get(name), depth - 1) for name in names)), "")
     raw = as_dict(value.get("metadata")).get("raw")  # OpenRouter: the provider's own error
     if isinstance(raw, str) and words == "Provider returned error":
@@ -5144,14 +5146,20 @@ def error_from_body(
     return error
 
 
+_QUOTATION = re.compile(
+    r"`[^`\n]{0,200}`|\"[^\"\n]{0,200}\"|(?<!\w)'[^'\n]{0,200}'(?!\w)|[\u201c\u00ab][^\u201d\u00bb\n]{0,200}[\u201d\u00bb]"
+)
+
+
 def _without_quotes(text: str, models: Iterable[str]) -> str:
     """Remove what a client may have put into a message: quotations and model names.
 
     Lower-case, as the words of ErrorRule.
     """
-    for name in filter(None, models):
+    text = text[:4000]
+    for name in filter(None, models):  # a whole word: a model named "i" must not blank all letters
         text = re.sub(rf"(?<!\w){re.escape(name[:MAX_NAME])}(?!\w)", "*", text)
-    text = re.sub(r"`[^`\n]{0,200}`|\"[^\"\n]{0,200}\"", "*", text[:4000])
+    text = _QUOTATION.sub("*", text)
     return text.replace("\n", " ").lower()
 
 
@@ -5331,8 +5339,8 @@ def cookie_values(text: str) -> List[str]:
 def redact(text: str, secrets: Iterable[str]) -> str:
     """Replace secrets in an upstream's text by "***".
 
-    Secrets are found in full, in part, encoded, or masked by the upstream. Those shorter than 8
-    characters are found as separate words only, those shorter than 4 not at all.
+    Secrets are found in full, in part, encoded, in any case, or masked by the upstream. Those
+    shorter than 8 characters are found as separate words only, those shorter than 4 not at all.
     """
     if "***" in text or "..." in text:
         text = _MASKED_KEY.sub("***", text)
@@ -5346,44 +5354,61 @@ def redact_bytes(data: bytes, secrets: Iterable[str]) -> bytes:
 
 
 def _without_secrets(text: str, secrets: Iterable[str]) -> str:
-    for secret in secret_forms(tuple(secrets)):
-        if len(secret) >= 8:
-            text = _without_parts(text, secret)
-        elif secret in text:
-            text = re.sub(rf"(?<!\w){re.escape(secret)}(?!\w)", "***", text)
-    return text
-
-
-@functools.lru_cache(maxsize=256)
-def secret_forms(secrets: Tuple[str, ...]) -> List[str]:
-    """Secrets in all encodings in which an error may quote them, the longest first."""
-    forms = set()
-    for secret in secrets:
-        data = secret.encode("utf-8", "replace")
-        forms |= {secret, urllib.parse.quote(secret, safe=""), to_json(secret)[1:-1].decode()}
-        if len(secret) >= 8:
-            forms |= {base64.b64encode(data).decode().rstrip("="), _sha256(secret)}
-    return sorted((form for form in forms if len(form) >= 4), key=len, reverse=True)
-
-
-def _without_parts(text: str, secret: str) -> str:
-    """Replace a secret's beginning, from 8 characters on, and any 16 in a row."""
-    spans = []
-    for offset in range(0, len(secret) - 7, 8):  # any 16 characters contain one of these blocks
-        block = secret[offset : offset + 8]
-        at = text.find(block)
-        while at >= 0:
-            start = at - _common_run(text, at - 1, secret, offset - 1, -1)
-            end = at + 8 + _common_run(text, at + 8, secret, offset + 8, 1)
-            if at - start == offset or end - start >= 16:
-                spans.append((start, end))
-            at = text.find(block, end)
+    # All forms are searched in the original text: replacing the beginning of one form could make
+    # the remainder of another one too short to be found. Upstreams may change the case of a name.
+    folded, spans = _lower_ascii(text), []
+    for form in secret_forms(tuple(secrets)):
+        if len(form) >= 8:
+            spans += _find_parts(folded, form)
+        elif form in folded:
+            words = re.finditer(rf"(?<!\w){re.escape(form)}(?!\w)", folded)
+            spans += [match.span() for match in words]
     parts, done = [], 0
     for start, end in sorted(spans):
         if start >= done:
             parts += [text[done:start], "***"]
         done = max(done, end)
     return "".join([*parts, text[done:]])
+
+
+def _lower_ascii(text: str) -> str:
+    """The text in lower case, as long as before: str.lower() can add characters."""
+    return text.lower() if text.isascii() else text.translate(_LOWER_ASCII)
+
+
+_LOWER_ASCII = {code: code + 32 for code in range(ord("A"), ord("Z") + 1)}
+
+
+@functools.lru_cache(maxsize=256)
+def secret_forms(secrets: Tuple[str, ...]) -> List[str]:
+    """Secrets in all encodings in which an error may quote them, in lower case."""
+    forms = set()
+    for secret in secrets:
+        data = secret.encode("utf-8", "replace")
+        quoted = urllib.parse.quote(secret, safe="")
+        forms |= {secret, quoted, urllib.parse.quote(quoted), to_json(secret)[1:-1].decode()}
+        if len(secret) >= 8:
+            forms |= {data.hex(), _sha256(secret)}
+            for before in range(3):  # bytes in front of it, such as the user of Basic credentials
+                encoded = base64.b64encode(bytes(before) + data).decode().rstrip("=")
+                encoded = encoded[before + (before > 0) :]
+                forms |= {encoded, encoded.translate({43: "-", 47: "_"})}
+    return [_lower_ascii(form) for form in forms if len(form) >= 4]
+
+
+def _find_parts(text: str, secret: str) -> List[Tuple[int, int]]:
+    """Positions of a secret's beginning, from 8 characters on, and of any 12 in a row."""
+    spans = []
+    for offset in range(0, len(secret) - 7, 4):  # any 12 characters contain one of these blocks
+        block = secret[offset : offset + 8]
+        at = text.find(block)
+        while at >= 0:
+            start = at - _common_run(text, at - 1, secret, offset - 1, -1)
+            end = at + 8 + _common_run(text, at + 8, secret, offset + 8, 1)
+            if at - start == offset or end - start >= 12:
+                spans.append((start, end))
+            at = text.find(block, end)
+    return spans
 
 
 def _common_run(text: str, at: int, secret: str, index: int, step: int) -> int:
@@ -7268,7 +7293,8 @@ class PassthroughDecoder(Decoder):
         is_opening = not self.started
         if is_opening:
             data = self._without_opening(data)
-        if data.rfind(b'"error') >= 0:  # less than half the time of ``in``, for a burst
+        # Some errors have only the name of their event. rfind() takes half the time of ``in``.
+        if data.rfind(b'"error') >= 0 or data.rfind(b"event: error") >= 0:
             data = redact_bytes(data, self.secrets)
         if len(self.buffer) + len(self.opening) > self.MAX_HELD:
             self.error = truncated(self.upstream_name, "sent a line that is too long, or no answer")
@@ -8737,6 +8763,7 @@ class Dialect:
     # Fields of all dialects that become a part of the prompt.
     PROMPT = ("system", "instructions", "messages", "input", "prompt", "tools", "functions")
     text_frame: Any = None  # text_frame(JSON of a string) -> its frame, if the dialect has that
+    keeps_text = False  # of a stream: an endless one must be cut before it fills the memory
     prompt_estimate: Optional[int] = None  # tokens of the request
     output_units = 0  # token_units() of the events so far
     usage: Optional[Dict[str, Any]] = None  # of the answer, when it is complete
@@ -9088,6 +9115,7 @@ class BlockDialect(Dialect):
 
     RENAMED_PARAMS: Dict[str, str] = {}  # fields with an equivalent in a chat, and its name
     KNOWN_PARAMS: Tuple[str, ...] = ()  # fields that to_chat() handles; others are ignored
+    keeps_text = True
     FUNCTION_TYPES: Tuple[Any, ...] = ()  # types of tools that are functions
     SCHEMA_KEY = ""  # their field with the JSON schema of the parameters
 
@@ -11301,8 +11329,8 @@ class StreamRelay:
         self.idle_timeout = self.stream.response.timeouts.idle
         self.fast_path: Any = None  # unframe, parse, encode; (): impossible; None: not known yet
         self.buffered: List[Event] = []  # of a response that is not streamed
-        if not self.call.stream:
-            self.stream.byte_budget = MAX_BUFFERED_BODY
+        if self.dialect.keeps_text or not self.call.stream:
+            self.stream.byte_budget = MAX_BUFFERED_BODY * (4 if self.call.stream else 1)
 
     def start(self) -> None:
         """Take over from the worker that has sent the request to the upstream."""
