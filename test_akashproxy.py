@@ -2819,11 +2819,17 @@ def test_all_mistakes_of_a_file_with_their_places(config):
     ('{"controllers": [{"api_key": "k", "headers": {"Content-Length": "1"}}]}', "can't be set"), ('{"ca_file": "/"}', "ca_file: '/' can't be used"),
     ("\xff", "akashproxy.json"),
 ])
-def test_broken_files_and_the_exit_status(config, text, words):
+def test_broken_files_and_the_exit_status(config, text, words, capsys):
     path = config("")
     pathlib.Path(path).write_text(text, encoding="latin-1")
-    done = run("--config_file", path, "--check")
-    assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
+    assert akashproxy.main(["--config_file", path, "--check"]) == 2
+    printed = capsys.readouterr().err
+    assert words in printed and "Traceback" not in printed
+
+
+def test_a_broken_file_ends_the_process(config):
+    done = run("--config_file", config("[]"), "--check")
+    assert done.returncode == 2 and "must be a JSON object" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_a_file_that_is_not_there(config):
@@ -4942,6 +4948,7 @@ def test_no_answer_log_or_status_shows_a_secret(place, kind, pool, caplog):
         fake.session = reply(body=b'{"success":true}', extra=b"set-cookie: session_token=sess10nVq83kLpZ0; Max-Age=600\r\n")
     more = {"api_key": KEY, "headers": {"X-Key": HEADER}, **({} if kind == "openai" else {"models": ["both"]})}
     server = pool((fake, more), akash_cookie=COOKIE, log_level="debug")
+    link = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=20)      # it connects again where it has to
     secrets = [KEY, HEADER] if kind == "openai" else [KEY, HEADER, "cKw5Jx3PzQ88LmN1", "sess10nVq83kLpZ0"]
     for secret in secrets:
         body = PLACES[place](SECRETS["whole"].format(secret))
@@ -4961,10 +4968,11 @@ def test_no_answer_log_or_status_shows_a_secret(place, kind, pool, caplog):
                     fake.faults.extend([fake.garbage(fault) if kind == "openai" else fake.raw(fault)] * 2)
                     for member in server.pool.upstreams:
                         member.cooldowns.clear()
-                    got = ask(server, "POST", path, {**asked, "stream": streamed})
+                    got = ask_again(link, "POST", path, {**asked, "stream": streamed})
                     fake.faults.clear()
                     known = (KEY, HEADER[len("Bearer "):], "cKw5Jx3PzQ88LmN1", "sess10nVq83kLpZ0")
                     assert not leaks(got.body, *known, json.dumps(HEADER)[15:-1]) and not leaks(str(got.headers), *known), (fault, got.body)
+    link.close()
     assert not leaks(ask(server, path="/status").body, *known, json.dumps(HEADER)[15:-1]) and not leaks(caplog.text, *known)
 
 
