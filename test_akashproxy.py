@@ -2344,9 +2344,13 @@ def run(*flags, **environ):
 
 
 @contextlib.contextmanager
-def started(*flags, **environ):
-    """The command as a process: (process, its port)."""
-    process = subprocess.Popen(**command("--server-address", "127.0.0.1:0", *flags, **environ))
+def started(*flags, before="", **environ):
+    """The command as a process: (process, its port). ``before`` is Python that it runs first, with the module imported."""
+    arguments = command("--server-address", "127.0.0.1:0", *flags, **environ)
+    if before:
+        code = f"import sys; sys.path.insert(0, {BUILD.name!r}); import akashproxy; {before}; sys.exit(akashproxy.main())"
+        arguments["args"][1:3] = ["-c", code]
+    process = subprocess.Popen(**arguments)
     try:
         line = process.stdout.readline()
         match = re.search(r" on http://127\.0\.0\.1:(\d+)\S*/v1", line)
@@ -11685,7 +11689,7 @@ def blocks(kind):
 
 @pytest.fixture(scope="module")
 def demo():
-    with started("--demo", "--image-poll", "0.01") as (process, port):
+    with started("--demo", "--image-poll", "0.01", before="akashproxy.DemoAkash.delay = 0.001") as (process, port):
         yield port
 
 
@@ -11694,7 +11698,7 @@ CURLS = [block for block in blocks("sh") if "curl" in block]
 
 @pytest.fixture(scope="module")
 def curls(demo):
-    """The blocks with curl as processes, all at once, since the demo takes its time for an answer."""
+    """The blocks with curl as processes, all at once."""
     processes = {block: subprocess.Popen(["bash", "-ec", block.replace("127.0.0.1:16571", f"127.0.0.1:{demo}")], text=True,
                                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) for block in CURLS}
     yield processes
