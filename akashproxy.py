@@ -8151,12 +8151,13 @@ class Pool:
         self.queue: CallQueue = previous.queue if previous else CallQueue(self.lock)
         self.upstreams: List[Upstream] = make_upstreams(settings, previous)
         self.enabled = [upstream for upstream in self.upstreams if upstream.options.weight > 0]
-        self.choose: Callable[[List[Upstream]], Upstream] = {
+        choices: Dict[str, Callable[[List[Upstream]], Upstream]] = {
             "balanced": weighted_round_robin,
             "random": functools.partial(weighted_random, rng=rng),
             "least_busy": least_connections,
             "affinity": weighted_round_robin,  # of calls that belong to no conversation
-        }[settings.pool_type]
+        }
+        self.choose = choices[settings.pool_type]
         self.refresh_at = self.model_names_refresh_at = -math.inf
         self.model_names: frozenset[str] = frozenset()  # of all lists
         # By model, until a list changes.
