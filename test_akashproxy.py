@@ -11053,10 +11053,13 @@ def costly(pattern, flags, method):
             if all(thread_seconds(search, pumped(times * len(unit))) > 0.02 for _ in range(3)):
                 return lead, unit, suffix, times
         many = thread_seconds(search, pumped(5000))
+        few = min(thread_seconds(search, pumped(1250)) for _ in range(3)) if many > 0.0004 else math.inf
+        if many > max(12 * few, 0.1):
+            return lead, unit, suffix, many / few
         # Where n costs a n + b n**2 and 5,000 cost less than 5 times as much as 1,250, 20,000 cost less than 8 times as much as 5,000.
-        if many > 0.0004 and many > 5 * min(thread_seconds(search, pumped(1250)) for _ in range(3)):
+        if many > 5 * few:
             # Always 5,000 and 20,000: between smaller sizes a bounded repetition may still grow as its square.
-            steep = growth(search, lambda many: pumped(5000 * many), rounds=4, floor=1e-4)
+            steep = growth(search, lambda many: pumped(5000 * many), rounds=12, floor=1e-4)
             if steep > 8:
                 return lead, unit, suffix, steep
     return None
@@ -11315,7 +11318,7 @@ def growth(work, sizes, rounds=10, floor=1e-3):
 def growths(case):
     work, head, unit, tail = case
     size = len(unit)
-    yield "whole", growth(work, lambda many: [head + unit * (many * 40000 // size) + tail])
+    yield "whole", growth(work, lambda many: [head + unit * (many * 20000 // size) + tail])
     yield "in single pieces", growth(work, lambda many: split(head + unit * (many * 10000 // size) + tail, 1))
     yield "in units", growth(work, lambda many: [head, *[unit] * (many * 2000), tail])
 
