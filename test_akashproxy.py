@@ -11226,7 +11226,7 @@ def chat_line(delta):
 
 def relayed_in(line):
     """The CPU seconds that a decoder takes for many lines, none of which is the first content of its stream."""
-    decoder, data = relay_decoder(), line * 20000
+    decoder, data = relay_decoder(), line * 8000
     began = time.thread_time()
     decoder.feed(data)
     assert not decoder.started
@@ -11310,7 +11310,7 @@ def growth(work, sizes, rounds=10, floor=1e-3):
         for many in (1, 4, 1):      # the small one twice: inflated by a busy machine, it would make a steep cost look like a linear one
             least[many] = min(least[many], thread_seconds(work, sizes(many)))
         times = least[4] / max(least[1], floor)
-        if times < 6 or times > 12 and least[4] > 0.05:     # linear is 4, a square 16; nothing else on the machine makes so long a time three times as long
+        if times < 6 or times > 12 and least[4] > 0.05:     # linear is 4, a square 16; noise makes no long time three times as long
             break
     return times
 
