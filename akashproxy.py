@@ -8607,9 +8607,10 @@ def pool_error(
         for upstream in candidates
         if upstream.available_at(model) > now
     )
+    cause = f" The last error: {most_informative(errors).message}" if errors else ""
     return APIError(
         429 if limited else 503,
-        "All controllers for this model are cooling down or busy.",
+        f"All controllers for this model are cooling down or busy.{cause}",
         code="rate_limit_exceeded" if limited else "upstream_error",
         retry_after=delay,
     )

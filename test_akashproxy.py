@@ -7200,6 +7200,18 @@ def test_a_failed_connection_is_logged_once(pool, caplog):
     assert len(lines) == 1 and lines[0].startswith("a could not be reached: "), lines
 
 
+def test_a_request_that_no_controller_can_serve_is_told_its_own_last_error(pool):
+    a, b = FakeOpenAI(), FakeOpenAI()
+    server = pool(a, (b, {"priority": 2}))
+    a.faults.append(a.status(429, extra=LIMIT))
+    assert chat(server, BOTH).status == 200
+    b.faults.append(b.status(429, extra=LIMIT))
+    tried, later = chat(server, BOTH), chat(server, BOTH)
+    busy = "All controllers for this model are cooling down or busy."
+    assert tried.status == later.status == 429 and later.json["error"]["message"] == busy, "nobody else's words"
+    assert tried.json["error"]["message"] == f"{busy} The last error: b: told"
+
+
 def test_the_first_token_is_not_later_than_the_end(pool, caplog):
     server = pool(FakeOpenAI())
     caplog.set_level("INFO")
