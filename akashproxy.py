@@ -3122,11 +3122,12 @@ def upstream_error(
         return unexpected_error(error, upstream_name)
     # What a ProtocolError quotes was sent by the upstream, and must not get into the log.
     detail = str(error).partition(" '")[0] if isinstance(error, ProtocolError) else error
-    log.info("%s: %s: %s", upstream_name, type(error).__name__, detail)
     reason = str(error) if isinstance(error, ConnectError) else ""
     message = upstream_name + network_problem(error, in_body)
     if reason:
         log.warning("%s", message)
+    else:
+        log.info("%s: %s: %s", upstream_name, type(error).__name__, detail)
     return APIError(
         504 if isinstance(error, (socket.timeout, TimeoutError)) else 502,
         message,
@@ -8109,9 +8110,14 @@ def ask_upstream(upstream: Upstream) -> Tuple[bool, str]:
     elif error.category is Category.AUTH:
         state = f"reachable, key rejected: {error.message}"
     else:
-        reached = "reachable, but" if error.upstream_status else "not reachable:"
-        state = f"{reached} {error.message}"
-    return error is None, f"{upstream.name}: {state}, {seconds * 1000:.0f} ms"
+        reached = "reachable, but lists no models" if error.upstream_status else "not reachable"
+        state = f"{reached}: {error.reason or without_name(error.message, upstream.name)}"
+    return error is None, f"{upstream.name}: {state.rstrip('.')}, {seconds * 1000:.0f} ms"
+
+
+def without_name(message: str, name: str) -> str:
+    """An error message without the upstream's name at its beginning."""
+    return message.removeprefix(f"{name}: ").removeprefix(f"{name} ")
 
 
 def read_model_lists(upstreams: List[Upstream]) -> Dict[Upstream, Tuple[Any, Any, Any]]:
@@ -8601,9 +8607,10 @@ def pool_error(
         for upstream in candidates
         if upstream.available_at(model) > now
     )
+    cause = f" The last error: {most_informative(errors).message}" if errors else ""
     return APIError(
         429 if limited else 503,
-        "All controllers for this model are cooling down or busy.",
+        f"All controllers for this model are cooling down or busy.{cause}",
         code="rate_limit_exceeded" if limited else "upstream_error",
         retry_after=delay,
     )
@@ -8724,7 +8731,9 @@ class Exchange:
         name = self.upstream.name
         self.route.append(f"{self._label()}={error.upstream_status or error.status}")
         self._end_attempt(error)
-        log.info("%s: %s", name, error.message.removeprefix(f"{name}: "))
+        message = without_name(error.message, name)
+        if not error.reason or message == error.message:  # else a warning has said the same
+            log.info("%s: %s", name, message)
         if self.other_models and error.code == "context_length_exceeded":
             self._give_up_model(error)  # another model may have room for the conversation
         elif not FAILURE_POLICY[error.category].fail_over or self.cancellation.reason:
@@ -9132,6 +9141,7 @@ class BlockDialect(Dialect):
     RENAMED_PARAMS: Dict[str, str] = {}  # fields with an equivalent in a chat, and its name
     KNOWN_PARAMS: Tuple[str, ...] = ()  # fields that to_chat() handles; others are ignored
     keeps_text = True
+    BLOCKS_END_WITH_TEXT = True  # stop_block() repeats the block's text
     FUNCTION_TYPES: Tuple[Any, ...] = ()  # types of tools that are functions
     SCHEMA_KEY = ""  # their field with the JSON schema of the parameters
 
@@ -9365,7 +9375,8 @@ class BlockDialect(Dialect):
         text = text_of(event)
         if not text:
             return frames
-        self.open_text.append(text)
+        if self.BLOCKS_END_WITH_TEXT or block in self.tool_blocks:
+            self.open_text.append(text)
         return frames + self.delta(text)
 
     @staticmethod
@@ -9567,6 +9578,7 @@ class Messages(BlockDialect):
     come anywhere.
     """
 
+    BLOCKS_END_WITH_TEXT = False
     # fmt: off
     PREFIX = "msg_"
     RENAMED_PARAMS = {
@@ -13052,7 +13064,7 @@ def log_access(request: Request, now: float) -> None:
         "model": shorten(record.model),
         "answered_model": shorten(record.answered_model),
         "controller": record.controller,
-        "first_ms": round((record.first_token_at or now) * 1000) - round(started_at * 1000),
+        "first_ms": round(((record.first_token_at or now) - started_at) * 1000),
         "ms": round((now - started_at) * 1000),
         "bytes": writer.bytes_sent,
         "tokens_in": counted.get("prompt_tokens"),

@@ -7205,6 +7205,47 @@ def test_an_endless_answer_is_not_kept(path, akash, serve, monkeypatch):
     assert got.status == (200 if stream else 502) and b"more than can be buffered" in got.body and len(got.body) < 9 << 20
 
 
+def test_a_stream_of_messages_keeps_no_text():
+    """Its blocks end without their text, so a long answer to a slow client needs no memory."""
+    message = akashproxy.Messages({**ASKED, "stream": True, "thinking": {"type": "enabled", "budget_tokens": 1024}})
+    tracemalloc.start()
+    frames = sum(len(message.encode([kind(f"{i:09}" * 1000)])) for kind in (akashproxy.Reasoning, akashproxy.Text) for i in range(1000))
+    held = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert frames > 17 << 20 and held < 1 << 20
+
+
+def test_a_failed_connection_is_logged_once(pool, caplog):
+    gone = FakeOpenAI()
+    gone.close()
+    caplog.set_level("INFO")
+    assert chat(pool(gone), BOTH).status == 502
+    lines = [record.getMessage() for record in caplog.records if "refused the connection" in record.getMessage()]
+    assert len(lines) == 1 and lines[0].startswith("a could not be reached: "), lines
+
+
+def test_a_request_that_no_controller_can_serve_is_told_its_own_last_error(pool):
+    a, b = FakeOpenAI(), FakeOpenAI()
+    server = pool(a, (b, {"priority": 2}))
+    a.faults.append(a.status(429, extra=LIMIT))
+    assert chat(server, BOTH).status == 200
+    b.faults.append(b.status(429, extra=LIMIT))
+    tried, later = chat(server, BOTH), chat(server, BOTH)
+    busy = "All controllers for this model are cooling down or busy."
+    assert tried.status == later.status == 429 and later.json["error"]["message"] == busy, "nobody else's words"
+    assert tried.json["error"]["message"] == f"{busy} The last error: b: told"
+
+
+def test_the_first_token_is_not_later_than_the_end(pool, caplog):
+    server = pool(FakeOpenAI())
+    caplog.set_level("INFO")
+    for _ in range(40):
+        ask(server, path="/status")
+    times = lambda: re.findall(r"first_ms=(\d+) ms=(\d+)", caplog.text)
+    wait_for(lambda: len(times()) == 40)
+    assert all(int(first) <= int(end) for first, end in times())
+
+
 def test_an_endless_answer_of_akashgen_is_not_kept(akash, serve):
     akash.faults.append(akash.raw(reply(body=b"x" * (5 << 20))))
     got = chat(serve(), model="AkashGen")
@@ -11801,7 +11842,11 @@ def test_check_asks_each_controller(openai_fakes, akash, config):
     assert done.returncode == 1 and "s3cret" not in done.stdout + done.stderr
     chat, bad, ours, gone, good = done.stdout.strip().splitlines()[-5:]
     assert re.fullmatch(r"chat: reachable, no key needed, \d+ models, \d+ ms", chat)
-    assert bad.startswith("bad: reachable, key rejected: ") and gone.startswith("dead: not reachable: ")
+    assert bad.startswith("bad: reachable, key rejected: ")
+    assert re.fullmatch(r"dead: not reachable: 127\.0\.0\.1 refused the connection \(check that it runs, and the port\), \d+ ms", gone)
+    two.answer = lambda sock, request: sock.sendall(reply(404, b"404 page not found"))
+    done = run("--check", "--ask", UPSTREAM=f"{two.url}/v1/chat/completions")
+    assert re.fullmatch(r"openai: reachable, but lists no models: \w.*\w, \d+ ms", done.stdout.strip().splitlines()[-1])
     assert re.fullmatch(r"ours: reachable, no key needed, 1 model, \d+ ms", ours)
     assert re.fullmatch(r"good: reachable, key accepted, 2 models, \d+ ms", good)
 
