@@ -3946,6 +3946,7 @@ OPENING_MARK = re.compile(OPENING)
 CALL_TOKEN = re.compile(
     rf"{MARK}|`{{1,128}}\w{{0,128}}|\w[\w.:-]{{0,255}}|[ \t\r\n]{{1,256}}|\\[\s\S]?|[\s\S]"
 )
+STRING_TOKEN = re.compile(r"""\\[\s\S]?|["'\x00-\x1f]|[^"'\\\x00-\x1f]+""")
 NOISE = " \t\r\n`,;>"  # first characters of tokens around names and values
 KIMI_NAME = re.compile(r"^functions\.|:\d*$")
 NAMED_CALL = re.compile(r'{\s*"name"\s*:\s*"([^"\\{]+)"\s*,\s*"(?:arguments|parameters)"\s*:\s*{')
@@ -4108,7 +4109,7 @@ class LooseJSON:
             self.quote = ""
             return '"'
         if self.quote:
-            return _encode(token)[1:-1] if token[0] <= " " else self.IN_STRING.get(token, token)
+            return _encode(token)[1:-1] if token < " " else self.IN_STRING.get(token, token)
         if token.isspace():
             return token
         # A comma is kept until the next token shows whether it is a trailing one.
@@ -4248,10 +4249,8 @@ class ToolCallFilter(Filter):
 
     def _read_call(self, text: str, at: int) -> int:
         """Read a token of a call, unless it may be cut; returns the position after it."""
-        token = next(CALL_TOKEN.finditer(text, at))[0]
-        is_last = at + len(token) == len(text) and len(token) < MAX_TOKEN
-        is_cut = is_last and token not in TOOL_MARKS or text[at : at + MAX_TOKEN] in PARTIAL_MARKS
-        if is_cut and not self.at_end:
+        token = self._token(text, at)
+        if not token or not self.state:
             self.pending = text[at:]
             return len(text)
         self.raw.append(token)
@@ -4259,11 +4258,22 @@ class ToolCallFilter(Filter):
         try:
             if self.size > self.MAX_CALL:
                 raise ValueError("it is too long")
-            if self.state:
-                self.state(token)
+            self.state(token)
         except ValueError as error:
             self._reject(error)
         return at + len(token)
+
+    def _token(self, text: str, at: int) -> str:
+        """Return the token at a position in a call; "" if more text may make it longer."""
+        if self.value.quote:
+            token = next(STRING_TOKEN.finditer(text, at))[0]
+            is_cut = token == "\\"
+        else:
+            token = next(CALL_TOKEN.finditer(text, at))[0]
+            is_last = at + len(token) == len(text) and len(token) < MAX_TOKEN
+            is_part = text[at : at + MAX_TOKEN] in PARTIAL_MARKS
+            is_cut = is_part or is_last and token not in TOOL_MARKS
+        return "" if is_cut and not self.at_end else token
 
     def _in_marks(self, token: str) -> None:
         """Before, between and after values: marks, blanks, perhaps a name."""
