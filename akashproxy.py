@@ -4038,10 +4038,8 @@ class PromptedTools:
     def _instruction(self) -> str:
         """Return the system message's text with the form of a call and the functions."""
         example = self.form.calls % self._call("FUNCTION", '{"PARAMETER":"VALUE"}')
-        tools = [
-            _encode({"type": "function", "function": self.functions[name]})
-            for name in self.functions
-        ]
+        functions = self.functions.values()
+        tools = [_encode({"type": "function", "function": function}) for function in functions]
         text = self.prompt.replace("{call}", example).replace("{tools}", "\n".join(tools))
         return text + ONE_CALL * self.single + MUST_CALL * self.required
 
@@ -4163,6 +4161,9 @@ class ToolCallFilter(Filter):
     proves invalid: not JSON, of an unknown function, or without a closing mark before other text.
     In a stream, arguments above HELD characters are passed on as they arrive; if they then prove
     invalid, feed() raises an APIError, as it does to repeat a chat that requires a call.
+
+    A call is read in tokens, by the method that is the state: it raises ValueError for a token that
+    makes the call invalid. A token at the end of the text waits, as it may be cut.
     """
 
     HELD, MAX_CALL = 256, 4 << 20  # characters
@@ -4248,7 +4249,7 @@ class ToolCallFilter(Filter):
         return mark.end()
 
     def _read_call(self, text: str, at: int) -> int:
-        """Read a token of a call, unless it may be cut; returns the position after it."""
+        """Read a token of a call; returns the position after it."""
         token = self._token(text, at)
         if not token or not self.state:
             self.pending = text[at:]
