@@ -3937,18 +3937,21 @@ CLOSING_MARKS = (
     "<|tool_calls_section_end|>", "<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>",
 )
 SEPARATORS = "function<｜tool▁sep｜>", "<｜tool▁sep｜>", "<|tool_call_argument_begin|>", "[ARGS]"
+TAGS, END_TAGS = ("<parameter=", "<arg_key>"), ("</parameter>", "</arg_value>")
 # fmt: on
-TOOL_MARKS = (*OPENING_MARKS, *CLOSING_MARKS, *SEPARATORS, "<parameter=", "<arg_key>")
-OPENING, CLOSING, SEPARATOR = (
-    "|".join(map(re.escape, marks)) for marks in (OPENING_MARKS, CLOSING_MARKS, SEPARATORS)
-)
+TOOL_MARKS = (*OPENING_MARKS, *CLOSING_MARKS, *SEPARATORS, *TAGS, *END_TAGS)
+PARTIAL_MARKS = {mark[:size] for mark in TOOL_MARKS for size in range(1, len(mark))}
+MAX_TOKEN = 256  # characters
+OPENING, MARK = ("|".join(map(re.escape, marks)) for marks in (OPENING_MARKS, TOOL_MARKS))
 OPENING_MARK = re.compile(OPENING)
 CALL_TOKEN = re.compile(
-    rf"(?P<noise>(?:{SEPARATOR}|`+\w*|[\s,;>])*)(?:(?P<open>{OPENING})|(?P<close>{CLOSING})"
-    r"|(?P<value>[{\[]|<parameter=|<arg_key>)|(?P<name>[\w.:-]+)|)"
+    rf"{MARK}|`{{1,128}}\w{{0,128}}|\w[\w.:-]{{0,255}}|[ \t\r\n]{{1,256}}|\\[\s\S]?|[\s\S]"
 )
+STRING_TOKEN = re.compile(r"""\\[\s\S]?|["'\x00-\x1f]|[^"'\\\x00-\x1f]+""")
+NOISE = " \t\r\n`,;>"  # first characters of tokens around names and values
 KIMI_NAME = re.compile(r"^functions\.|:\d*$")
 NAMED_CALL = re.compile(r'{\s*"name"\s*:\s*"([^"\\{]+)"\s*,\s*"(?:arguments|parameters)"\s*:\s*{')
+ARGUMENT = re.compile(r"\s*(?:<parameter=([^<>]+)>\n?|<arg_key>([^<>]+)</arg_key>\s*<arg_value>)")
 
 TOOLS_PROMPT = (
     "You can call functions. Their signatures, as JSON:\n<tools>\n{tools}\n</tools>\n"
@@ -3991,16 +3994,14 @@ class PromptedTools:
             tools = as_list(allowed.get("tools")) or [choice]
             names = [as_dict(as_dict(tool).get("function")).get("name") for tool in tools]
             self.functions = {
-                name: function for name, function in self.functions.items() if name in names
+                name: self.functions[name] for name in self.functions if name in names
             }
             choice = allowed.get("mode", "required")
-        if choice not in (None, "none", "auto", "required") or (
-            choice == "required" and not self.functions
-        ):
-            message = "'tool_choice' must be none, auto, required or one of 'tools'."
-            raise bad_request(message, "tool_choice")
         if choice == "none":
             self.functions = {}
+        elif choice not in (None, "auto") and (choice != "required" or not self.functions):
+            message = "'tool_choice' must be none, auto, required or one of 'tools'."
+            raise bad_request(message, "tool_choice")
         return bool(choice == "required")
 
     def body(self) -> Dict[str, Any]:
@@ -4018,14 +4019,11 @@ class PromptedTools:
     def _message(self, message: Dict[str, Any]) -> Dict[str, Any]:
         """Return a message with its calls as text; a result becomes a message of the user."""
         if message["role"] == "tool":
-            result = self.form.result % message_text(message)
-            return {"role": "user", "content": result}
-        functions = [
-            as_dict(as_dict(call).get("function")) for call in as_list(message.get("tool_calls"))
-        ]
+            return {"role": "user", "content": self.form.result % message_text(message)}
         calls = [
             self._call(str(function.get("name")), str(function.get("arguments") or "{}"), number)
-            for number, function in enumerate(functions)
+            for number, call in enumerate(as_list(message.get("tool_calls")))
+            for function in [as_dict(as_dict(call).get("function"))]
         ]
         others = {name: message[name] for name in message if name != "tool_calls"}
         return add_paragraph(others, self.form.calls % "\n".join(calls)) if calls else others
@@ -4041,10 +4039,8 @@ class PromptedTools:
     def _instruction(self) -> str:
         """Return the system message's text with the form of a call and the functions."""
         example = self.form.calls % self._call("FUNCTION", '{"PARAMETER":"VALUE"}')
-        tools = [
-            _encode({"type": "function", "function": self.functions[name]})
-            for name in self.functions
-        ]
+        functions = self.functions.values()
+        tools = [_encode({"type": "function", "function": function}) for function in functions]
         text = self.prompt.replace("{call}", example).replace("{tools}", "\n".join(tools))
         return text + ONE_CALL * self.single + MUST_CALL * self.required
 
@@ -4081,126 +4077,81 @@ class MarkdownCode:
 
 
 class LooseJSON:
-    """Reads a JSON object or array in pieces and corrects slips of language models.
+    """Joins tokens to a JSON object or array and corrects slips of language models.
 
     Corrected are single quotes, raw line breaks in strings, trailing commas and Python's words.
-    ``out`` is the corrected text so far, in pieces; it may still be invalid. ``inner_end`` is the
-    number of pieces up to the end of the first inner object. ``done``: the value has ended.
+    ``name`` is the called function's, ``part`` the tokens of its arguments since it was cleared.
     """
 
-    IN_STRING = re.compile(r"\\[\s\S]|[\"'\\\x00-\x1f]|[^\"'\\\x00-\x1f]+")
-    OUTSIDE = re.compile(r",\s*|[\"'{}\[\]]|\s+|\w+|[^\"'{}\[\],\s\w]+")
-    CUT = re.compile(r"\\|,\s{0,99}|[TFN]\w{0,4}")  # tokens that may be longer
-    WORDS = {"True": "true", "False": "false", "None": "null"}
-    ESCAPES = {chr(code): _encode(chr(code))[1:-1] for code in range(32)}
+    WORDS = {"True": "true", "False": "false", "None": "null", "'": '"'}
+    IN_STRING = {'"': '\\"', "\\'": "'"}
 
-    def __init__(self) -> None:
-        self.out: List[str] = []
-        self.depth = self.inner_end = 0
-        self.quote = self.rest = ""  # of the open string; a token that may be cut
-        self.done = False
+    def __init__(self, name: str) -> None:
+        self.name, self.arguments_depth = name, 1 if name else 0  # 0: unknown, or complete
+        self.tokens: List[str] = []
+        self.part: List[str] = []
+        self.depth = 0
+        self.quote = self.comma = ""  # the open string's quote; a comma that may be trailing
 
-    def feed(self, text: str) -> str:
-        """Read text up to the value's end; returns the text behind it."""
-        text, self.rest, at = self.rest + text, "", 0
-        while at < len(text) and not self.done:
-            token = next((self.IN_STRING if self.quote else self.OUTSIDE).finditer(text, at))[0]
-            at += len(token)
-            if at == len(text) and self.CUT.fullmatch(token):
-                self.rest = token
-            elif self.quote:
-                self._in_string(token)
-            elif token[0] != "," or text[at : at + 1] not in ("}", "]"):
-                self._outside(token)
-        return text[at:]
+    def feed(self, token: str) -> None:
+        self.tokens.append(self._corrected(token))
+        if not self.name and self.depth == 2 and len(self.tokens) < 40:
+            head = NAMED_CALL.fullmatch("".join(self.tokens))
+            self.name, self.arguments_depth = (head[1], 2) if head else ("", 0)
+        if self.arguments_depth:
+            self.part.append(self.tokens[-1])
+            if self.depth < self.arguments_depth:
+                self.arguments_depth = 0
 
-    def close(self) -> bool:
-        """Note the end of the input; whether the value is complete."""
-        return self.done
-
-    def _in_string(self, token: str) -> None:
+    def _corrected(self, token: str) -> str:
         if token == self.quote:
-            self.quote, token = "", '"'
-        elif token in ('"', "\\'"):
-            token = '\\"' if token == '"' else "'"
-        self.out.append(self.ESCAPES.get(token, token))
-
-    def _outside(self, token: str) -> None:
-        if token in ("'", '"'):
-            self.quote, token = token, '"'
-        self.out.append(self.WORDS.get(token, token))
+            self.quote = ""
+            return '"'
+        if self.quote:
+            return _encode(token)[1:-1] if token < " " else self.IN_STRING.get(token, token)
+        if token.isspace():
+            return token
+        # A comma is kept until the next token shows whether it is a trailing one.
+        comma, self.comma = self.comma, "," if token == "," else ""
+        self.quote = token if token in ("'", '"') else ""
         self.depth += (token in "{[") - (token in "}]")
-        if token in "}]":
-            self.done = self.depth == 0
-            if self.depth == 1:
-                self.inner_end = self.inner_end or len(self.out)
+        return comma * (token not in "}]") + self.WORDS.get(token, token) * (token != ",")
 
 
-class TaggedArguments(LooseJSON):
-    r"""Reads arguments in tags and converts them to JSON, by the function's schema.
+def read_tags(text: str, function: Dict[str, Any]) -> Dict[str, Any]:
+    r"""Return the arguments in tags, typed by the function's schema. Raises ValueError.
 
     <parameter=path>\na.txt\n</parameter>                  Qwen3-Coder
     <arg_key>path</arg_key>\n<arg_value>a.txt</arg_value>  GLM-4.5
     """
-
-    END = re.compile(rf"</(?:parameter|arg_value)>(?=\s{{0,99}}(?:{CLOSING}))")
-    FIELD = re.compile(
-        r"(?:<parameter=([^<>]+)>\n?|<arg_key>([^<>]+)</arg_key>\s*<arg_value>)([\s\S]*)"
-    )
-
-    def __init__(self, function: Dict[str, Any]) -> None:
-        super().__init__()
-        self.properties = as_dict(as_dict(function.get("parameters")).get("properties"))
-        self.read: List[str] = []
-
-    def feed(self, text: str) -> str:
-        text = self.rest + text
-        end = self.END.search(text)
-        size = end.end() if end else max(0, len(text) - 200)  # a tag and a mark may be cut
-        self.read.append(text[:size])
-        self.rest = "" if end else text[size:]
-        if end:
-            self.close()
-        return text[size:] if end else ""
-
-    def close(self) -> bool:
-        *fields, rest = re.split("</parameter>|</arg_value>", "".join(self.read) + self.rest)
-        matches = [self.FIELD.match(field.lstrip()) for field in fields]
-        values = [match.groups() for match in matches if match]
-        self.done = bool(values) and len(values) == len(fields) and not rest.strip()
-        pairs = (
-            (tag or key, value[: -1 if tag and value[-1:] == "\n" else None])
-            for tag, key, value in values
-        )
-        self.out = [_encode({key: self._typed(key, value) for key, value in pairs})]
-        return self.done
-
-    def _typed(self, key: str, value: str) -> Any:
-        types = as_dict(self.properties.get(key)).get("type")
+    properties = as_dict(as_dict(function.get("parameters")).get("properties"))
+    *texts, rest = re.split(r"\n?</parameter>|</arg_value>", text)
+    arguments = {}
+    for tagged in texts:
+        tag = ARGUMENT.match(tagged)
+        if not tag or rest.strip():
+            raise ValueError("its arguments are not complete")
+        key, value = tag[1] or tag[2], tagged[tag.end() :]
+        types = as_dict(properties.get(key)).get("type")
         parsed = json_or_none(value.encode("utf-8", "replace"))
         is_text = "string" in (types, *as_list(types)) or parsed is None and value != "null"
-        return value if is_text else parsed
+        arguments[key] = value if is_text else parsed
+    return arguments
 
 
-def read_calls(name: str, text: str, functions: Iterable[str]) -> List[Tuple[str, str]]:
-    """Return the calls in JSON as (name, arguments).
-
-    ``name`` is one that stands before the JSON. Raises ValueError for anything else.
-    """
-    value = from_json(text.encode())
-    items = [{"name": name, "arguments": value}] if name else value
+def calls_of(value: Any, functions: Iterable[str]) -> List[Tuple[str, str]]:
+    """Return the calls in an object or array as (name, arguments). Raises ValueError."""
     calls = []
-    for item in map(as_dict, items if isinstance(items, list) else [items]):
+    for item in map(as_dict, value if isinstance(value, list) else [value]):
         item = as_dict(item.get("function")) or item
-        called = str(item.get("name"))
-        arguments = item.get("arguments", item.get("parameters"))
+        name, arguments = str(item.get("name")), item.get("arguments", item.get("parameters"))
         if isinstance(arguments, str):
             arguments = from_json(arguments.encode())
-        if called not in functions:
-            raise ValueError(f"{called[:80]!r} is not a function")
+        if name not in functions:
+            raise ValueError(f"{name[:80]!r} is not a function")
         if not isinstance(arguments or {}, dict):
             raise ValueError("its arguments are not a JSON object")
-        calls.append((called, _encode(arguments or {})))
+        calls.append((name, _encode(arguments or {})))
     return calls
 
 
@@ -4211,184 +4162,199 @@ class ToolCallFilter(Filter):
     proves invalid: not JSON, of an unknown function, or without a closing mark before other text.
     In a stream, arguments above HELD characters are passed on as they arrive; if they then prove
     invalid, feed() raises an APIError, as it does to repeat a chat that requires a call.
+
+    A call is read in tokens, by the method that is the state: it raises ValueError for a token that
+    makes the call invalid. A token at the end of the text waits, as it may be cut.
     """
 
-    HELD, MAX_HEAD, MAX_CALL = 256, 256, 4 << 20  # characters
-    SLICE = 1024  # characters read at a time: each step copies the remaining ones
+    HELD, MAX_CALL = 256, 4 << 20  # characters
 
     def __init__(self, tools: PromptedTools) -> None:
         self.tools, self.code = tools, MarkdownCode()
-        self.state: Callable[[str, List[Event]], str] = self._in_text
-        self.pending = ""  # possibly the start of a mark
-        self.raw: List[str] = []  # text from a mark on that is held back; [] after a call
-        self.size = 0  # characters since the mark
-        self.calls: List[Tuple[str, str]] = []  # complete ones in it
-        self.name, self.reader = "", LooseJSON()  # of the open call
-        self.sent: Optional[int] = None  # pieces of its arguments that are sent; None: not begun
+        self.out: List[Event] = []
+        self.passed_on = self.at_end = False
         self.count = 0  # of calls sent
-        self.passed_on = False
+        self.pending = ""  # a token or mark that may be longer
+        self._reset()
+
+    def _reset(self, state: Optional[Callable[[str], None]] = None) -> None:
+        self.state = state  # reads a token of a call; None: outside of calls
+        self.raw: List[str] = []  # tokens since the first mark, or since the last call
+        self.size = 0  # of them, in characters
+        self.calls: List[Tuple[str, str]] = []  # complete ones, to be confirmed by a mark
+        self.name, self.value = "", LooseJSON("")  # of the open call
+        self.tags: List[str] = []
+        self.is_open = self.is_sent = False  # after an opening mark; the call's name is sent
 
     def feed(self, events: List[Event]) -> List[Event]:
-        out: List[Event] = []
+        self.out = []
         for event in events:
+            if self.stopped:
+                break
             if isinstance(event, Text):
-                for at in range(0, len(event.text), self.SLICE):
-                    self._text(event.text[at : at + self.SLICE], out)
+                self._read(event.text)
             elif isinstance(event, Finish):
-                self._finish(event, out)
+                self._finish(event)
             else:
-                out += self.close() if isinstance(event, TextWasReasoning) else []
-                out.append(event)
-        self.passed_on = self.passed_on or bool(out)
-        return out
-
-    def _text(self, text: str, out: List[Event]) -> None:
-        text, self.pending = self.pending + text, ""
-        while text and not self.stopped:
-            rest = self.state(text, out)
-            self.size += len(text) - len(rest)
-            text = rest
-            if self.size > self.MAX_CALL and self.state != self._in_text:
-                self._reject("A tool call is too long.", out)
+                if isinstance(event, TextWasReasoning):
+                    self._flush()
+                self.out.append(event)
+        self.passed_on = self.passed_on or bool(self.out)
+        return self.out
 
     def is_passthrough(self, text: str) -> bool:
-        if self.state != self._in_text or self.pending or "<" in text or "[" in text:
+        if self.state or self.pending or "<" in text or "[" in text:
             return False
         self.code.feed(text)
         self.passed_on = True
         return True
 
     def close(self) -> List[Event]:
-        """Flush what is held back, as text."""
-        out: List[Event] = []
-        self._emit("".join(self.raw) + self.pending, out)
+        self.out = []
+        self._flush()
+        return self.out
+
+    def _flush(self) -> None:
+        """Emit what is held back, as text."""
+        text, self.pending = "".join(self.raw) + self.pending, ""
         self._reset()
-        self.pending = ""
-        return out
+        self._emit(text)
 
-    def _reset(self) -> None:
-        self.raw, self.calls, self.name, self.sent = [], [], "", None
-        self.state = self._in_text
-
-    def _emit(self, text: str, out: List[Event]) -> None:
+    def _emit(self, text: str) -> None:
         if text:
             self.code.feed(text)
-            out.append(Text(text))
+            self.out.append(Text(text))
 
-    # States: each consumes the start of the text and returns the remainder.
+    def _read(self, text: str) -> None:
+        text, self.pending, at = self.pending + text, "", 0
+        while at < len(text) and not self.stopped:
+            at = self._read_call(text, at) if self.state else self._read_text(text, at)
+        if self.tools.stream and self.size > self.HELD and not self.calls:
+            self._send_part()
 
-    def _in_text(self, text: str, out: List[Event]) -> str:
-        mark = OPENING_MARK.search(text)
-        end = mark.start() if mark else max(text.rfind("<"), text.rfind("["))
-        if end < 0 or not mark and not is_mark_start(text[end:]):
+    def _read_text(self, text: str, at: int) -> int:
+        """Pass on text up to an opening mark; returns the position after the mark."""
+        mark = OPENING_MARK.search(text, at)
+        end = mark.start() if mark else max(text.rfind("<", at), text.rfind("[", at))
+        if end < 0 or not mark and text[end : end + MAX_TOKEN] not in PARTIAL_MARKS:
             end = len(text)
-        self._emit(text[:end], out)
-        if mark is None:
+        self._emit(text[at:end])
+        if not mark:
             self.pending = text[end:]
-        elif self.code.is_open():
-            self._emit(mark[0], out)
+            return len(text)
+        if self.code.is_open():
+            self._emit(mark[0])
         else:
-            self.raw, self.size, self.state = [mark[0]], 0, self._in_marks
-        return text[mark.end() :] if mark else ""
+            self._reset(self._in_marks)
+            self.raw, self.is_open = [mark[0]], True
+        return mark.end()
 
-    def _in_marks(self, text: str, out: List[Event]) -> str:
-        """Before, between and after arguments: marks, blanks, perhaps a name."""
-        token = next(CALL_TOKEN.finditer(text))
-        kind, end = token.lastgroup, token.end()
-        name = KIMI_NAME.sub("", token["name"] or "")
-        known = () if self.name or self.calls or not self.raw else tuple(self.tools.functions)
-        if len(text) < self.MAX_HEAD and (
-            is_mark_start(text[token.end("noise") :])
-            or end == len(text)
-            and kind == "name"
-            and is_name_start(token["name"], known)
-        ):
-            self.pending = text
-            return ""
-        if kind == "open":
-            self._send_calls(out)
-        elif kind == "close" and (self.calls or self.name or not self.raw):
-            self.calls += [(self.name, "{}")] if self.name else []
-            self._send_calls(out)
-            return text[end:]
-        elif kind == "value" and self.raw:
-            end, self.state = token.start("value"), self._in_value
-            function = self.tools.functions.get(self.name, {})
-            self.reader = TaggedArguments(function) if text[end] == "<" else LooseJSON()
-        elif name in known:
-            self.name = name
-        else:
-            self._reject("A tool call has no valid JSON, or an unknown function.", out)
-            return text
-        self.raw.append(text[:end])
-        return text[end:]
-
-    def _in_value(self, text: str, out: List[Event]) -> str:
-        rest = self.reader.feed(text)
-        if self.sent is None:
-            self.raw.append(text[: len(text) - len(rest)])
-        if self.reader.done:
-            self._complete(out)
-        elif self.tools.stream and self.size > self.HELD:
-            self._send_part(out)
-        return rest
-
-    def _complete(self, out: List[Event]) -> None:
-        """Note the calls of a complete value."""
+    def _read_call(self, text: str, at: int) -> int:
+        """Read a token of a call; returns the position after it."""
+        token = self._token(text, at)
+        if not token or not self.state:
+            self.pending = text[at:]
+            return len(text)
+        self.raw.append(token)
+        self.size += len(token)
         try:
-            calls = read_calls(self.name, "".join(self.reader.out), self.tools.functions)
+            if self.size > self.MAX_CALL:
+                raise ValueError("it is too long")
+            self.state(token)
         except ValueError as error:
-            self._reject(f"A tool call is invalid: {error}.", out)
-            return
-        if self.sent is None:
-            self.calls += calls
+            self._reject(error)
+        return at + len(token)
+
+    def _token(self, text: str, at: int) -> str:
+        """Return the token at a position in a call; "" if more text may make it longer."""
+        if self.value.quote:
+            token = next(STRING_TOKEN.finditer(text, at))[0]
+            is_cut = token == "\\"
         else:
-            self._send_part(out)
-            self.sent = None
-        self.state, self.name = self._in_marks, ""
+            token = next(CALL_TOKEN.finditer(text, at))[0]
+            is_last = at + len(token) == len(text) and len(token) < MAX_TOKEN
+            is_part = text[at : at + MAX_TOKEN] in PARTIAL_MARKS
+            is_cut = is_part or is_last and token not in TOOL_MARKS
+        return "" if is_cut and not self.at_end else token
 
-    def _send_part(self, out: List[Event]) -> None:
+    def _in_marks(self, token: str) -> None:
+        """Before, between and after values: marks, blanks, perhaps a name."""
+        name = KIMI_NAME.sub("", token)
+        if token in OPENING_MARKS:
+            if self.calls or not self.is_open:
+                self._send_calls()
+                self.raw, self.is_open = [token], True
+        elif token in CLOSING_MARKS and (self.calls or self.name or not self.is_open):
+            self.calls += [(self.name, "{}")] if self.name else []
+            self._send_calls()
+        elif self.is_open and token in ("{", "["):
+            self.value, self.state = LooseJSON(self.name), self._in_json
+            self.value.feed(token)
+        elif self.is_open and token in TAGS:
+            self.tags, self.state = [token], self._in_tags
+        elif self.is_open and name in self.tools.functions and not self.name and not self.calls:
+            self.name = name
+        elif token not in SEPARATORS and token[0] not in NOISE:
+            raise ValueError("it has no valid JSON, or an unknown function")
+
+    def _in_json(self, token: str) -> None:
+        self.value.feed(token)
+        if not self.value.depth:
+            self._complete(from_json("".join(self.value.tokens).encode()))
+
+    def _in_tags(self, token: str) -> None:
+        if token in CLOSING_MARKS and "".join(self.tags[-2:]).rstrip().endswith(END_TAGS):
+            function = self.tools.functions.get(self.name, {})
+            self._complete(read_tags("".join(self.tags), function))
+            self._in_marks(token)
+        else:
+            self.tags.append(token)
+
+    def _complete(self, value: Any) -> None:
+        """Note the calls of a complete value."""
+        value = {"name": self.name, "arguments": value} if self.name else value
+        calls = calls_of(value, self.tools.functions)
+        if self.is_sent:
+            self._send_part()
+            self._reset(self._in_marks)
+        else:
+            self.calls += calls
+            self.state, self.name = self._in_marks, ""
+
+    def _send_part(self) -> None:
         """Send the arguments read since the last time, once the function's name is known."""
-        pieces, is_inner = self.reader.out, not self.name
-        if self.sent is None:
-            head = NAMED_CALL.match("".join(pieces[:40])) if is_inner else None
-            name = head[1] if head else self.name
-            if not pieces or name not in self.tools.functions:
-                return
-            self.raw, self.sent = [], pieces.index("{", 1) if is_inner else 0
-            self._start_call(name, "", out)
-        end = is_inner and self.reader.inner_end or len(pieces)
-        text, self.sent = "".join(pieces[self.sent : end]), max(self.sent, end)
-        if text:
-            out.append(ToolCall(self.count - 1, text))
+        if self.value.part and self.value.name in self.tools.functions:
+            if not self.is_sent:
+                self._start_call(self.value.name, "")
+            self.out.append(ToolCall(self.count - 1, "".join(self.value.part)))
+            self.value.part, self.raw, self.is_sent = [], [], True
 
-    def _start_call(self, name: str, arguments: str, out: List[Event]) -> None:
+    def _start_call(self, name: str, arguments: str) -> None:
         if self.count == MAX_TOOL_CALLS:
             raise too_many_calls(self.tools.upstream_name)
-        out.append(ToolCall(self.count, arguments, "call_" + new_id(), name))
+        self.out.append(ToolCall(self.count, arguments, "call_" + new_id(), name))
         self.count += 1
 
-    def _send_calls(self, out: List[Event]) -> None:
+    def _send_calls(self) -> None:
         """Send the complete calls: a mark, or the end of the answer, has confirmed them."""
         for name, arguments in self.calls[: 1 if self.tools.single else None]:
-            self._start_call(name, arguments, out)
-        if self.calls or not self.raw:
-            self.raw, self.calls, self.name, self.size = [], [], "", 0
-        if self.tools.single and self.count:
+            self._start_call(name, arguments)
+        self._reset(self._in_marks)
+        if self.tools.single and self.count and not self.at_end:
             self.stopped = True
-            out.append(Finish("tool_calls"))
+            self.out.append(Finish("tool_calls"))
 
-    def _reject(self, reason: str, out: List[Event]) -> None:
+    def _reject(self, error: ValueError) -> None:
         """Emit an invalid call as text, unless part of it is sent; may repeat the chat."""
-        raw, is_sent = "".join(self.raw), self.sent is not None
+        text, is_open, is_sent = "".join(self.raw), self.is_open, self.is_sent
         self._reset()
         if is_sent:
             self.stopped = True
             message = f"{self.tools.upstream_name} sent an invalid tool call."
             raise APIError(502, message, code="invalid_tool_call")
-        if raw:
-            self._repeat(reason)
-        self._emit(raw, out)
+        if is_open:
+            self._repeat(f"A tool call is invalid: {error}.")
+        self._emit(text)
 
     def _repeat(self, reason: str) -> None:
         """Raise the error that repeats, once, a chat that requires a call."""
@@ -4398,33 +4364,23 @@ class ToolCallFilter(Filter):
         tools.complaint, self.stopped = reason + MUST_CALL, True
         raise APIError(502, reason, code="tools", category=Category.RETRY)
 
-    def _finish(self, finish: Finish, out: List[Event]) -> None:
-        if self.state == self._in_value and self.reader.close():
-            self._complete(out)
-        if self.calls:  # only the closing mark is missing
-            self._send_calls(out)
-        elif self.raw or self.sent is not None and finish.reason != "length":
-            self.raw.append(self.pending)
-            self._reject("A tool call is not complete.", out)
-        elif self.sent is None and not self.pending.isspace() or self.state == self._in_text:
-            self._emit(self.pending, out)
-        self.pending = ""
+    def _finish(self, finish: Finish) -> None:
+        self.at_end = True
+        self._read("")
+        try:
+            if self.state and self.is_open and (self.calls or self.state != self._in_marks):
+                self.state(CLOSING_MARKS[0])  # may be missing, except after a name alone
+            if self.is_open and not (self.is_sent and finish.reason == "length"):
+                raise ValueError("it is not complete")
+        except ValueError as error:
+            self._reject(error)
+        if "".join(self.raw).isspace():  # after a call
+            self._reset()
+        self._flush()
         if not self.count:
             self._repeat("The answer has no tool call.")
-        if not self.stopped:
-            reason = "tool_calls" if self.count and finish.reason == "stop" else finish.reason
-            out.append(Finish(reason, finish.usage, finish.stop_sequence))
-
-
-def is_name_start(text: str, names: Iterable[str]) -> bool:
-    """Whether text may be the beginning of a name, or of Kimi's functions.NAME:0."""
-    plain = KIMI_NAME.sub("", text)
-    return any(name.startswith(plain) or "functions.".startswith(text) for name in names)
-
-
-def is_mark_start(text: str) -> bool:
-    """Whether text may be the beginning of a mark, but not all of it."""
-    return any(len(text) < len(mark) and mark.startswith(text) for mark in TOOL_MARKS)
+        reason = "tool_calls" if self.count and finish.reason == "stop" else finish.reason
+        self.out.append(Finish(reason, finish.usage, finish.stop_sequence))
 
 
 # == 10. controllers ==========================================================================

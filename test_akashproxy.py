@@ -6051,6 +6051,11 @@ def test_one_call_only_ends_the_answer():
     step = akashproxy.ToolCallFilter(prompted(parallel_tool_calls=False))
     events = step.feed([Text(f"<tool_call>{KYIV}</tool_call>\n<tool_call>{KYIV}</tool_call>")])
     assert [type(event) for event in events] == [ToolCall, Finish] and step.stopped
+    for call in (KYIV, '{"name": "write", "arguments": {"content": "%s"}}' % ("x" * 999)):    # one that is sent at once, and one in parts
+        answer = [Text(piece) for piece in re.findall("(?s).{1,99}", f"<tool_call>{call}")], [Text("</tool_call>"), Finish("stop", {"total_tokens": 9})]
+        step = akashproxy.ToolCallFilter(prompted(parallel_tool_calls=False))
+        events = step.feed(answer[0]) + step.feed(answer[1])
+        assert len(fold(events).tools) == 1 and [type(event) for event in events].count(Finish) == 1 and type(events[-1]) is Finish
 
 
 TOOL_MODELS = {"x": "<tool_call>\n{", "Qwen/Qwen3-235B-A22B": "<tool_call>\n{", "Meta-Llama-3-3-70B-Instruct": "<function=", "zai-org/GLM-4.5-Air": "<tool_call>FUNCTION\n<arg_key>",
@@ -6711,6 +6716,22 @@ def test_a_reload_that_changes_the_way_forgets_cool_downs(case, kind):
     after = akashproxy.Pool(dataclasses.replace(settings, controllers=(dataclasses.replace(options, **of_controller),), **changes),
                             before, clock=before.clock)
     assert (after.status()[0]["rests_for_seconds"] == 0) == (forgotten is True or forgotten == kind)
+
+
+@pytest.mark.parametrize("before, after", [("", "prompt"), ("prompt", ""), ("prompt", "refuse"), ("refuse", "prompt")])
+def test_a_reload_that_changes_tools_keeps_login_and_cool_downs(before, after, akash):
+    akash.me = signed_in("appSession=two")
+    options = akashproxy.ControllerSettings(type="akash", base_url=akash.url, cookie="appSession=one", tools=before)
+    old = akashproxy.Pool(Settings(controllers=(options,)), clock=Clock())
+    old.on_tick(0)
+    wait_for(lambda: old.status()[0]["login"] == "active")
+    attempt(old, stop_of(429, retry_after=14400))
+    new = akashproxy.Pool(Settings(controllers=(dataclasses.replace(options, tools=after),)), old, clock=old.clock)
+    status, controller = new.status()[0], new.upstreams[0].controller
+    assert status["login"] == "active" and status["rests_for_seconds"] > 90
+    assert getattr(controller, "controller", controller).login.cookie == "appSession=two"
+    call = Call({"model": "Qwen/Qwen3", **TOOL_REQUESTS["/v1/chat/completions"]})
+    assert (controller.check_support(call) is None) == (after == "prompt")
 
 
 # A key and certificates that only this file uses: an authority, and a server of its own on loopback.
