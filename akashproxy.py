@@ -2206,6 +2206,7 @@ def media_type(content_type: str) -> str:
 
 
 def is_json_type(content_type: str) -> bool:
+    """Return whether a content type is JSON or built on it (RFC 6839: "+json")."""
     kind = media_type(content_type)
     return kind in ("application/json", "text/json") or kind.endswith("+json")
 
@@ -3877,9 +3878,8 @@ def tokens_of(units: int) -> int:
 
 def event_units(event: Event) -> int:
     """Units of what an event adds to an answer."""
-    if isinstance(event, (Text, Reasoning)):
-        return token_units(event.text)
-    return token_units((event.name or "") + event.arguments) if isinstance(event, ToolCall) else 0
+    name = event.name or "" if isinstance(event, ToolCall) else ""
+    return token_units(name + text_of(event))
 
 
 def truncate_to(text: str, budget: float) -> str:
@@ -4706,8 +4706,9 @@ class Cache(Generic[T]):
 # Names of the length of a model's context, in lower case without "_" and "-". A nested name may
 # follow that of its object: {"context": {"length": 8192}}.
 CONTEXT_NAMES = re.compile(
-    r"(?:(?:max|loaded|total)?(?:context|sequence)(?:length|len|window|size|limit|max|maxtokens|tokens"
-    r"|windowtokens|windowsize)?|maxmodellen|maxseqlen|(?:max)?(?:input|prompt)?tokenlimit"
+    r"(?:(?:max|loaded|total)?(?:context|sequence)"
+    r"(?:length|len|window|size|limit|max|maxtokens|tokens|windowtokens|windowsize)?"
+    r"|maxmodellen|maxseqlen|(?:max)?(?:input|prompt)?tokenlimit"
     r"|max(?:input|prompt)tokens|inputtokens|nctx|numctx)"
 )
 
@@ -5104,7 +5105,8 @@ def error_from_body(
 
 
 _QUOTATION = re.compile(
-    r"`[^`\n]{0,200}`|\"[^\"\n]{0,200}\"|(?<!\w)'[^'\n]{0,200}'(?!\w)|[\u201c\u00ab][^\u201d\u00bb\n]{0,200}[\u201d\u00bb]"
+    r"`[^`\n]{0,200}`|\"[^\"\n]{0,200}\"|(?<!\w)'[^'\n]{0,200}'(?!\w)"
+    r"|[\u201c\u00ab][^\u201d\u00bb\n]{0,200}[\u201d\u00bb]"
 )
 
 
@@ -6176,6 +6178,12 @@ class AkashDecoder(Decoder):
         self.error = self.error or APIError(502, message, code=code, category=Category.NETWORK)
 
 
+def akash_decoder(model: str, secrets: Iterable[str], *filters: Filter) -> DecoderChain:
+    """Return the decoder of an answer of Akash Chat, with the filters that each needs."""
+    decoder = AkashDecoder(model, secrets)
+    return DecoderChain(decoder, SurrogateFilter(), ThinkTagFilter(), *filters)
+
+
 def is_challenge_page(response: UpstreamResponse) -> bool:
     """Whether a proxy in front of the server answered, such as a CDN with a challenge."""
     content_type = response.headers.get("content-type", "")
@@ -6376,8 +6384,7 @@ class AkashImages:
 
     def _text_instead(self, call: Call, body: bytes) -> Iterator[Event]:
         """Return the events of an answer with text where an image was requested."""
-        akash_decoder = AkashDecoder(call.model, self.akash.secrets())
-        decoder = DecoderChain(akash_decoder, SurrogateFilter(), ThinkTagFilter())
+        decoder = akash_decoder(call.model, self.akash.secrets())
         events = decoder.feed(body) + decoder.close()
         if decoder.error:
             # b58259a sends text to a backend model AkashGen, which its backend usually lacks; it
@@ -6631,9 +6638,8 @@ class AkashController(Controller):
     ) -> Decoder:
         """Return the decoder for the body of a stream or of an error."""
         if response.status == 200 and not is_challenge_page(response):
-            decoder = AkashDecoder(call.model, self.secrets(cookie))
             filters = [stop_filter] if stop_filter.needed else []
-            return DecoderChain(decoder, SurrogateFilter(), ThinkTagFilter(), *filters)
+            return akash_decoder(call.model, self.secrets(cookie), *filters)
 
         def parse(data: bytes) -> NoReturn:
             is_retry = call.attempt.retry_reason == "session"
@@ -8196,12 +8202,14 @@ class Pool:
                 self._resume_ready(now)  # queued calls go first
             upstream = self._pick(candidates, exchange, ignored, now)
             if upstream is None:
-                error = pool_error(exchange, known, candidates, ignored, now)
+                make_error = functools.partial(
+                    pool_error, exchange, known, candidates, ignored, now
+                )
                 if not candidates or not is_last:
-                    raise error
+                    raise make_error()
                 deadline = now + self.settings.max_wait if waiter is None else waiter.deadline
                 waiter = Waiter(self.queue, exchange, candidates, ignored, deadline)
-                upstream = self._enqueue(waiter, error, now)
+                upstream = self._enqueue(waiter, make_error, now)
             upstream.in_flight += 1
             return upstream
 
@@ -8228,8 +8236,8 @@ class Pool:
             return rendezvous(ready, exchange.conversation)
         return self.choose(ready) if len(ready) > 1 else ready[0]
 
-    def _enqueue(self, waiter: Waiter, error: APIError, now: float) -> Upstream:
-        """Queue a call: raises Queued, or the error if waiting is useless.
+    def _enqueue(self, waiter: Waiter, make_error: Callable[[], APIError], now: float) -> Upstream:
+        """Queue a call: raises Queued, or an error if waiting is useless.
 
         Waiting is useless if no upstream will be available by the deadline. In that case one in an
         auth cool-down is returned, if there is any: either it serves the call, so that one client's
@@ -8241,7 +8249,7 @@ class Pool:
             upstream = self._pick(waiter.candidates, exchange, ignored, now)
             if upstream is not None:
                 return upstream
-            raise error
+            raise make_error()
         exchange.set_waiter(waiter)
         self.queue.add(waiter)
         # Race: another thread cancels and finds no wakeup to set, then we store wakeup. Without a
@@ -8792,8 +8800,9 @@ class Dialect:
     def finish_of(self, answer: Answer) -> Finish:
         """The end of a complete answer, with its usage."""
         assert answer.finish is not None
-        self.count(answer.finish)
-        return dataclasses.replace(answer.finish, usage=self.usage)
+        finish = self.count(answer.finish)
+        assert isinstance(finish, Finish)
+        return finish
 
     def opening_frames(self) -> bytes:
         """Frames before the first event."""
@@ -11957,8 +11966,9 @@ def strip_path(head: Head, prefix: str) -> Head:
     if prefix and not path.startswith(prefix + "/"):
         raise APIError(404, f"There is no {path[:200]!r} here.", code="not_found")
     path = path[len(prefix) :]
-    ends = path.endswith("/") and path[-2:-1] not in ("", "/")
-    return head._replace(path=path[:-1] if ends else path)
+    if path.endswith("/") and path[-2:-1] not in ("", "/"):
+        path = path[:-1]
+    return head if path == head.path else head._replace(path=path)
 
 
 # -- reverse proxies. Their headers are used for links and the log, but never by Gate: a page that
@@ -12936,8 +12946,7 @@ class Server(http.server.ThreadingHTTPServer):
         release_key(request)
         now = time.monotonic()
         self.metrics.add(request, now)
-        if log.isEnabledFor(logging.INFO):
-            log_access(request, now)
+        log_access(request, now)
 
     def on_connection_closed(self, connection: Connection) -> None:
         """Remove a connection after its last request has ended. Loop thread."""
@@ -13005,7 +13014,11 @@ def trace_id(traceparent: str) -> str:
 
 
 def log_access(request: Request, now: float) -> None:
-    """Write a request's line of the access log."""
+    """Write a request's line of the access log, probes at debug level."""
+    is_probe = request.route.label in PROBE_ROUTES and request.writer.status == 200
+    level = logging.DEBUG if is_probe else logging.INFO
+    if not log.isEnabledFor(level):
+        return
     record, usage, writer = request.record, request.record.usage or {}, request.writer
     counted: Dict[str, Any] = {} if is_estimated(usage) else usage
     estimated = usage if is_estimated(usage) else {}
@@ -13030,10 +13043,6 @@ def log_access(request: Request, now: float) -> None:
         "trace": trace_id(request.head.headers.get("traceparent", "")),
         "id": request.id,
     }
-    is_probe = request.route.label in PROBE_ROUTES and writer.status == 200
-    level = logging.DEBUG if is_probe else logging.INFO
-    if not log.isEnabledFor(level):
-        return
     text = " ".join(
         [f"{name}={value}" for name, value in facts.items() if value != "" and value is not None]
     )
