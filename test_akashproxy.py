@@ -10701,7 +10701,7 @@ MARKDOWN = {
     "a **b *c*** `d**`": "<p>a <strong>b <em>c</em></strong> <code>d**</code></p>",
     "``a ` b`` `c **d *e f": "<p><code>a ` b</code> `c **d *e f</p>",
     "a\nb\n\nc": "<p>a\nb</p><p>c</p>",
-    "snake_case_name 2*3*4 __b__ ***x*** ~~y~~ \\*z\\*": "<p>snake_case_name 2*3*4 <strong>b</strong> <em><strong>x</strong></em> <del>y</del> *z*</p>",
+    "snake_case_name 2*3*4 __b__ ***x*** ~~y~~ \\*z\\*": "<p>snake_case_name 2*3*4 <strong>b</strong> <strong><em>x</em></strong> <del>y</del> *z*</p>",
     "# A\n## B _c_\ntext": "<h2>A</h2><h3>B <em>c</em></h3><p>text</p>",
     "#### A\n# B\n## C": "<h2>A</h2><h2>B</h2><h3>C</h3>",
     "2. a\n   more\n3. b\n\n4. c": '<ol start="2"><li>a\nmore</li><li>b</li><li>c</li></ol>',
@@ -10802,15 +10802,15 @@ def test_a_picture_that_is_not_one(browser, akash, serve):
 def test_a_wrong_token_then_the_right_one(browser, akash, serve):
     browser.open(serve(bearer_token="r1ght").url)
     browser.until("document.activeElement.id === 'token'")
-    assert browser.text("#note") == "This server needs a token. Type it above."
+    assert browser.text("#trouble") == "This server needs a token. Type it above."
     browser.type("wr0ng")
-    browser.until("document.getElementById('note').innerText.includes('is wrong')")
+    browser.until("document.getElementById('trouble').innerText.includes('is wrong')")
     assert browser.run("document.activeElement.id") == "token"
     browser.run("document.getElementById('token').select()")
     browser.type("r1ght")
     browser.until("document.activeElement.id === 'field'")
     browser.ask("Hello")
-    assert browser.text("#note") == "" and browser.text(".answer .text") == "Hello from the mock."
+    assert browser.text("#trouble") == "" and browser.text(".answer .text") == "Hello from the mock."
     assert browser.run("[JSON.stringify(localStorage).includes('r1ght'), document.cookie, location.href.includes('r1ght')]") == [False, "", False]
     listings = browser.examples()
     assert len(listings) == 2 and "r1ght" not in str(listings)
@@ -10909,6 +10909,20 @@ def test_the_controllers_on_the_page(browser, pool):
     browser.until("document.getElementById('form').checkVisibility() && !document.querySelector('.card')?.checkVisibility()")
 
 
+def test_on_a_phone_enter_breaks_the_line(browser, pool):
+    server = pool(FakeOpenAI())
+    browser.open(server.url)
+    browser.until("document.querySelector('#welcome button')")
+    assert "Enter" in browser.text("#welcome .small")
+    browser.call("Emulation.setDeviceMetricsOverride", width=320, height=600, deviceScaleFactor=1, mobile=True)
+    browser.call("Emulation.setTouchEmulationEnabled", enabled=True)
+    browser.load("Page.reload")
+    browser.until("document.querySelector('#welcome button') && document.activeElement.id === 'field'")
+    assert "Enter" not in browser.text("#welcome .small")
+    browser.type("Hello")
+    assert browser.run("[document.getElementById('field').value, document.querySelectorAll('.turn').length]") == ["Hello\n", 0]
+
+
 def test_the_page_fits_a_phone(browser, pool):
     fake = FakeOpenAI(["a-model-with-a-" + "very-" * 20 + "long-name"], "x" * 300 + "\n```\n" + "y" * 300 + "\n```")
     browser.open(pool(fake).url)
@@ -10933,16 +10947,44 @@ def test_chats_are_kept_renamed_and_deleted_with_undo(browser, pool):
     assert browser.text("#chats button") == "Greeting" and browser.text(".question") == "Hello"
 
 
-def test_settings_and_images_are_sent(browser, pool):
+def test_chats_are_exported(browser, pool):
+    browser.open(pool(FakeOpenAI()).url)
+    browser.ask("Hello")
+    browser.run("URL.createObjectURL = (blob) => { window.file = blob; return 'blob:' + location.href; };"
+                "HTMLAnchorElement.prototype.click = function () { window.named = this.download; }")
+    browser.run("document.getElementById('save').click()")
+    chat, = json.loads(browser.run("file.text()"))
+    assert browser.run("named") == "chats.json" and chat["title"] == "Hello"
+    assert [message["content"] for message in chat["messages"]] == ["Hello", "Hi there."]
+
+
+def test_a_question_is_edited(browser, pool):
+    fake = FakeOpenAI()
+    browser.open(pool(fake).url)
+    browser.ask("Hello")
+    browser.ask("And now?")
+    edit = "document.querySelector('.question + .tools button:last-child').click()"
+    browser.run(edit)
+    browser.run("document.querySelector('#note button').click()")
+    assert browser.run("document.querySelectorAll('.turn').length") == 4, "undone"
+    browser.run(edit)
+    browser.ask(", world")
+    assert browser.run("document.querySelectorAll('.turn').length") == 2
+    assert [message["content"] for message in json.loads(fake.requests[-1].body)["messages"]] == ["Hello, world"]
+
+
+@pytest.mark.parametrize("event", ["document.dispatchEvent(new ClipboardEvent('paste', {clipboardData: files}))",
+                                   "document.body.dispatchEvent(new DragEvent('drop', {dataTransfer: files, bubbles: true}))"], ids=["paste", "drop"])
+def test_settings_and_images_are_sent(event, browser, pool):
     fake = FakeOpenAI()
     browser.open(pool(fake).url)
     browser.until("document.querySelector('#welcome button')")
     browser.run("document.getElementById('system').value = 'Be brief.', document.getElementById('max_tokens').value = 5")
     browser.run("""new Promise((done) => document.createElement('canvas').toBlob((blob) => {
-      const clipboardData = new DataTransfer();
-      clipboardData.items.add(new File([blob], 'a.png', {type: 'image/png'}));
-      done(document.dispatchEvent(new ClipboardEvent('paste', {clipboardData})));
-    }))""")
+      const files = new DataTransfer();
+      files.items.add(new File([blob], 'a.png', {type: 'image/png'}));
+      done(EVENT);
+    }))""".replace("EVENT", event))
     browser.until("document.querySelector('#images img')")
     browser.ask("What is it?")
     body = json.loads(fake.requests[-1].body)
@@ -10958,14 +11000,14 @@ def test_models_are_searched(browser, pool):
     browser.until("document.querySelector('#welcome button')")
     browser.run("document.getElementById('model').click()")
     browser.type("chat 42")
-    assert browser.text("#model") == "family/model-42-chat"
+    browser.until("document.getElementById('model').innerText === 'family/model-42-chat'")
 
 
 def test_a_failed_list_of_models_is_reported(browser, pool):
     fake = FakeOpenAI()
     fake.answer = lambda sock, request: sock.sendall(reply(401, b'{"error": {"message": "no"}}')) or True
     browser.open(pool(fake).url)
-    browser.until("document.querySelector('#note .bad')")
+    browser.until("document.getElementById('trouble').innerText.includes('key')")
 
 
 def test_a_long_answer_in_small_parts_is_drawn_once(browser, pool):
@@ -10985,7 +11027,7 @@ def test_the_line_under_an_answer_and_trying_again(browser, pool):
     one.faults.append(one.status(429))
     browser.open(known(pool((one, {"weight": 9}), two)).url)
     browser.ask("Hello")
-    assert re.match(r"b, after a=429 · \d\.\d s to first token", browser.text(".answer .line"))
+    assert re.match(r"b, after a=429 · \d\.\d+ s to first token", browser.text(".answer .line"))
     browser.run("answer.old = true, [...answer.querySelectorAll('button')].find((each) => each.innerText === 'Try again').click()")
     browser.until("document.querySelectorAll('.answer[aria-busy=false]').length === 1 && !document.querySelector('.answer').old")
     browser.run("document.querySelector('.question + .tools button:last-child').click()")
@@ -11189,10 +11231,9 @@ def script_patterns(script):
                           r"(?<=[(\[])/((?:[^/\\\n\[]|\\.|\[(?:[^\]\\\n]|\\.)*\])+)/([a-z]*)", script)
     found = [(one + two, flags + others) for one, flags, two, others in literals]
     if shutil.which("node"):        # those that are put together from others, too
-        parts = re.search(r"^const within = .*?^const strong", script, re.S | re.M)[0].removesuffix("const strong")
-        parts += "const SPANS = [" + "".join(f"[{literal}]," for literal in re.findall(r"^  \[((?:RegExp\(|/).*?/?\)?), ", script, re.M)) + "];"
-        output = subprocess.run(["node", "-e", parts + "console.log(JSON.stringify(SPANS.flat().map(({source}) => source)))"],
-                              capture_output=True, check=True, timeout=60).stdout
+        markdown = re.search(r"^// -- Markdown.*?^// -- ", script, re.S | re.M)[0]
+        tables = "console.log(JSON.stringify([BLOCKS, SPANS].flatMap(Object.values).map(([{source}]) => source)))"
+        output = subprocess.run(["node", "-e", markdown + "\n" + tables], capture_output=True, check=True, timeout=60).stdout
         found += [(source, "gm") for source in json.loads(output)]
     for source, flags in found:
         pattern = (source.replace("(?<name", "(?P<name").replace("[^]", r"[\s\S]").replace(r"\/", "/"))
