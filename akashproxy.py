@@ -6816,7 +6816,7 @@ MAX_LIST_BYTES, MAX_MODELS = 4 << 20, 10_000  # limits of an upstream's model li
 
 
 class ChatDecoder(Decoder):
-    """Decoder of chat-completion streams of OpenAI-compatible upstreams.
+    """Decoder of chat completions of OpenAI-compatible upstreams, as streams or whole().
 
         : keep-alive                                            skipped; also event:, id:, retry:
         data: {"choices":[{"delta":{"content":"Hi"}}]}          Text
@@ -6828,7 +6828,8 @@ class ChatDecoder(Decoder):
         data: [DONE]                                            Finish; optional
 
     Events without data, whose data is JSON but no object, or of a type that is not "message" and
-    without JSON (a ping) are skipped. Only choice 0 is decoded.
+    without JSON (a ping) are skipped. Only choice 0 is decoded. A delta's "reasoning_details" of
+    OpenRouter go with the first tool call, as its ``extra``.
     """
 
     LINE_LIMIT = 16 << 20  # bytes
@@ -6848,16 +6849,24 @@ class ChatDecoder(Decoder):
         return out
 
     def close(self) -> List[Event]:
-        out = self._decode(self.lines.close())
-        if not self.complete and not self.error:
-            out += self._decode([(b"", b"[DONE]")])
+        if self.complete or self.error:
+            return []
+        return self._decode(itertools.chain(self.lines.close(), [(b"", b"[DONE]")]))
+
+    def whole(self, body: Dict[str, Any]) -> List[Event]:
+        """Return the events of a completion that is not streamed. Raises APIError."""
+        out: List[Event] = []
+        self._completion(body, "message", out)
+        if self.reason is None:
+            raise truncated(self.upstream_name, "sent something that is not a completion")
+        self._finish(out)
         return out
 
     def _decode(self, events: Iterable[Tuple[bytes, bytes]]) -> List[Event]:
         out: List[Event] = []
         for event_type, data in events:
             try:
-                self._event(event_type, data, out)
+                self._event(event_type, data.strip(), out)
             except APIError as error:
                 self.error = error
             if self.complete or self.error:
@@ -6867,79 +6876,71 @@ class ChatDecoder(Decoder):
 
     def _event(self, event_type: bytes, data: bytes, out: List[Event]) -> None:
         """Decode one event. Raises the APIError that it stands for."""
-        data = data.strip()
         if data == b"[DONE]":
+            if self.reason is None:
+                raise truncated(self.upstream_name)
             self._finish(out)
             return
         event = json_or_none(data)
         is_message = event_type in (b"", b"message", b"error")
         if event is None and is_message and data not in (b"", b"null"):
             raise truncated(self.upstream_name, "sent an event that is not JSON")
-        if not isinstance(event, dict):
-            return
-        if event.get("error") or is_error(event):
-            raise error_from_body(self.upstream_name, 200, event, self.secrets)
-        self.usage = usage_of(event) or self.usage
-        for choice in as_list(event.get("choices")):
-            choice = as_dict(choice)
+        if isinstance(event, dict):
+            self._completion(event, "delta", out)
+
+    def _completion(self, body: Dict[str, Any], key: str, out: List[Event]) -> None:
+        """Decode a chunk, or a whole completion, whose choices have ``key``."""
+        if body.get("error") or is_error(body):
+            raise error_from_body(self.upstream_name, 200, body, self.secrets)
+        self.usage = usage_of(body) or self.usage
+        for choice in map(as_dict, as_list(body.get("choices"))):
             if not choice.get("index"):
-                delta = as_dict(choice.get("delta")) or {"content": choice.get("text")}
-                for each in message_events(delta):
-                    out += self.calls.add(each) if isinstance(each, ToolCall) else [each]
+                message = as_dict(choice.get(key)) or {"content": choice.get("text")}
+                self.calls.add_details(message.get("reasoning_details"))
+                for each in message_events(message):
+                    is_call = isinstance(each, ToolCall)
+                    out += self.calls.add(each, key == "message") if is_call else [each]
                 reason = choice.get("finish_reason")
                 self.reason = reason if reason and isinstance(reason, str) else self.reason
 
     def _finish(self, out: List[Event]) -> None:
-        if self.reason is None:
-            raise truncated(self.upstream_name)
-        reason = finish_reason(self.upstream_name, self.reason, self.calls.close())
+        reason = finish_reason(self.upstream_name, self.reason or "", self.calls.close())
         self.complete = True
         out.append(Finish(reason, self.usage))
 
 
-class JSONProgress:
-    """Detects the end of a JSON object that arrives in parts. Linear in its length."""
-
-    _MARKS = re.compile(r'["\\{}\[\]]')
-
-    def __init__(self) -> None:
-        self.depth, self.in_string, self.escaped, self.opened = 0, False, False, False
-
-    @property
-    def complete(self) -> bool:
-        return self.opened and not self.depth and not self.in_string
-
-    def feed(self, text: str) -> None:
-        escape_end = 0 if self.escaped else -1  # the position of an escaped character
-        for match in self._MARKS.finditer(text):
-            mark, at = match[0], match.start()
-            if at == escape_end:
-                continue
-            if self.in_string:
-                self.in_string = mark != '"'
-                if mark == "\\":
-                    escape_end = at + 1
-            elif mark == '"':
-                self.in_string = True
-            elif mark != "\\":
-                self.opened = True
-                self.depth += 1 if mark in "{[" else -1
-        self.escaped = escape_end == len(text)
-
-
 class CallInProgress:
-    """A tool call of which fragments have arrived."""
+    """A tool call of which fragments have arrived. Detects the end of its arguments, a JSON object.
+
+    Linear in their length.
+    """
+
+    _MARKS = re.compile(r'\\.?|["{}\[\]]', re.S)
 
     def __init__(self, number: int) -> None:
         self.number = number
         self.id: Optional[str] = None
         self.name: Optional[str] = None
-        self.extra: Any = None  # the upstream's own fields
+        self.extra: Dict[str, Any] = {}  # the upstream's own fields
         self.pending: List[str] = []  # arguments that arrived before the name
-        self.progress = JSONProgress()
+        self.depth, self.in_string, self.opened = 0, False, False
+        self.escape = ""  # a backslash whose character is still to come
 
+    @property
+    def complete(self) -> bool:
+        return self.opened and not self.depth and not self.in_string
 
-NAMELESS_CALL = "sent a tool call without a name"
+    def feed(self, arguments: str) -> None:
+        marks = self._MARKS.findall(self.escape + arguments)
+        self.escape = ""
+        for mark in marks:
+            if mark == '"':
+                self.in_string = not self.in_string
+            elif mark == "\\":
+                self.escape = mark
+            elif mark in "{}[]" and not self.in_string:
+                self.opened = True
+                self.depth += 1 if mark in "{[" else -1
 
 
 class ToolCallAssembler:
@@ -6959,37 +6960,59 @@ class ToolCallAssembler:
 
     def __init__(self, upstream_name: str) -> None:
         self.upstream_name = upstream_name
-        self.count = 0
-        self.has_calls = False  # with a name
+        self.calls: List[CallInProgress] = []
         self.by_id: Dict[str, CallInProgress] = {}
         self.by_index: Dict[int, CallInProgress] = {}
         self.latest: Optional[CallInProgress] = None
+        self.details: List[Dict[str, Any]] = []  # OpenRouter's fragments of reasoning_details
+        self.details_room = 1 << 16  # characters; with more of them, none go with a call
 
-    def add(self, fragment: ToolCall) -> List[Event]:
+    def add(self, fragment: ToolCall, is_whole: bool = False) -> List[Event]:
         """Return the events of a fragment. APIError if there are too many calls."""
-        call = self._find(fragment)
+        call = None if is_whole else self._find(fragment)
         if call is None or self._begins_another(call, fragment):
             call = self._begin(fragment)
         self.by_index[fragment.index] = self.latest = call
         if call.id is None and fragment.id:
             call.id = fragment.id
             self.by_id.setdefault(fragment.id, call)
-        call.progress.feed(fragment.arguments)
+        call.feed(fragment.arguments)
         call.extra = fragment.extra or call.extra
         if call.name is not None:
             return [ToolCall(call.number, fragment.arguments)] if fragment.arguments else []
         call.pending.append(fragment.arguments)
         if not fragment.name:
             return []
-        call.name, self.has_calls = fragment.name, True
-        return [ToolCall(call.number, "".join(call.pending), call.id, call.name, call.extra)]
+        call.name = fragment.name
+        extra = {**call.extra, **self._message_fields()} or None
+        return [ToolCall(call.number, "".join(call.pending), call.id, call.name, extra)]
+
+    def add_details(self, details: Any) -> None:
+        """Join fragments of OpenRouter's reasoning_details, to go with the first call."""
+        for detail in map(as_dict, as_list(details)):
+            self.details_room -= len(_encode(detail))
+            last = self.details[-1] if self.details else {}
+            is_continued = last.get("type") == detail.get("type") and last.get("index") is not None
+            if not is_continued or last["index"] != detail.get("index"):
+                last = {}
+                self.details.append(last)
+            for name, value in detail.items():
+                is_text = name in ("text", "summary") and isinstance(value, str)
+                last[name] = as_str(last.get(name)) + value if is_text else value or last.get(name)
 
     def close(self) -> bool:
         """Return whether there was a call. APIError if one has arguments but no name."""
-        for call in {*self.by_id.values(), *self.by_index.values()}:
-            if call.name is None and any(call.pending):
-                raise truncated(self.upstream_name, NAMELESS_CALL)
-        return self.has_calls
+        if any(call.name is None and any(call.pending) for call in self.calls):
+            raise truncated(self.upstream_name, "sent a tool call without a name")
+        return any(call.name for call in self.calls)
+
+    def _message_fields(self) -> Dict[str, Any]:
+        """Return what goes with the first call: details that are more than text."""
+        is_opaque = any(detail.get("data") or detail.get("signature") for detail in self.details)
+        is_first = sum(call.name is not None for call in self.calls) == 1
+        if not is_opaque or not is_first or self.details_room < 0:
+            return {}
+        return {"reasoning_details": self.details}
 
     def _find(self, fragment: ToolCall) -> Optional[CallInProgress]:
         """Return the call that a fragment may continue."""
@@ -7003,14 +7026,14 @@ class ToolCallAssembler:
         if fragment.name != call.name:
             return True
         if fragment.id and call.id and fragment.id != call.id:
-            return call.progress.complete or not call.progress.opened
-        return not fragment.id and call.progress.complete
+            return call.complete or not call.opened
+        return not fragment.id and call.complete
 
     def _begin(self, fragment: ToolCall) -> CallInProgress:
-        if self.count == MAX_TOOL_CALLS:
+        if len(self.calls) == MAX_TOOL_CALLS:
             raise too_many_calls(self.upstream_name)
-        call = CallInProgress(self.count)
-        self.count += 1
+        call = CallInProgress(len(self.calls))
+        self.calls.append(call)
         if fragment.id in self.by_id:  # two calls with one ID: the dialects make one for the second
             call.id = ""
         return call
@@ -7103,68 +7126,55 @@ def usage_of(body: Dict[str, Any]) -> Optional[Dict[str, Any]]:
     return chat_usage(usage)
 
 
-CACHED_TOKENS = ("cached_tokens", "prompt_cache_hit_tokens", "cache_read_input_tokens")
-REASONING_TOKENS = ("reasoning_tokens", "thinking_tokens")
+# Names of token counts, by the one in chat completions: Anthropic's, those of Responses, and others.
+COUNT_NAMES = {
+    "prompt_tokens": ("prompt_tokens", "input_tokens"),
+    "completion_tokens": ("completion_tokens", "output_tokens"),
+    "cached_tokens": ("cached_tokens", "prompt_cache_hit_tokens", "cache_read_input_tokens"),
+    "reasoning_tokens": ("reasoning_tokens", "thinking_tokens"),
+}
 
 
 def chat_usage(value: Any) -> Optional[Dict[str, Any]]:
-    """Return an upstream's usage under the names of chat completions.
-
-    None without both counts. Knows Anthropic's and Responses' names, and several of the details.
-    Other fields are kept, except integers that are not valid counts.
-    """
-    usage: Dict[str, Any] = {
-        name: counts(field) if isinstance(field, dict) else field
-        for name, field in counts(as_dict(value)).items()
-    }
-    prompt = find_count([usage], ("prompt_tokens", "input_tokens"))
-    completion = find_count([usage], ("completion_tokens", "output_tokens"))
+    """Return an upstream's usage under the names of chat completions; None without both counts."""
+    fields = as_dict(value)
+    prompt, completion = find_count("prompt_tokens", fields), find_count("completion_tokens", fields)
     if prompt is None or completion is None:
         return None
-    if usage.get("prompt_tokens") is None:  # Anthropic counts cached tokens apart
+    if fields.get("prompt_tokens") is None:  # Anthropic counts cached tokens apart
         for name in ("cache_read_input_tokens", "cache_creation_input_tokens"):
-            prompt += find_count([usage], (name,)) or 0
-    total = find_count([usage], ("total_tokens",))
-    usage["prompt_tokens"], usage["completion_tokens"] = prompt, completion
-    usage["total_tokens"] = prompt + completion if total is None else total
-    for kind, alias, names in (
-        ("prompt", "input", CACHED_TOKENS),
-        ("completion", "output", REASONING_TOKENS),
+            prompt += count_or_none(fields.get(name)) or 0
+    total = count_or_none(fields.get("total_tokens"))
+    total = prompt + completion if total is None else total
+    usage = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": total}
+    for kind, alias, name in (
+        ("prompt", "input", "cached_tokens"),
+        ("completion", "output", "reasoning_tokens"),
     ):
-        group = f"{kind}_tokens_details"
-        details = as_dict(usage.get(group))
-        count = find_count([details, as_dict(usage.get(f"{alias}_tokens_details")), usage], names)
+        groups = [as_dict(fields.get(f"{each}_tokens_details")) for each in (kind, alias)]
+        count = find_count(name, *groups, fields)
         if count:
-            usage[group] = {**details, names[0]: min(count, usage[f"{kind}_tokens"])}
-    return usage
+            usage[f"{kind}_tokens_details"] = {name: min(count, usage[f"{kind}_tokens"])}
+    return {**usage, "estimated": True} if is_estimated(fields) else usage
 
 
-def find_count(sources: List[Dict[str, Any]], names: Tuple[str, ...]) -> Optional[int]:
-    """Return the first count above 0 under one of the names, else 0; None without any."""
-    found = [count_or_none(source[name]) for source in sources for name in names if name in source]
+def find_count(name: str, *sources: Dict[str, Any]) -> Optional[int]:
+    """Return the first count above 0 under one of COUNT_NAMES, else 0; None without any."""
+    found = [count_or_none(source.get(key)) for source in sources for key in COUNT_NAMES[name]]
     return next(filter(None, found), 0 if 0 in found else None)
 
 
 _JSON = json.JSONDecoder()
-MAX_USAGE = 4096  # characters of a usage object
+MAX_USAGE = 4096  # bytes of a usage object
 
 
-def parse_usage(data: bytes) -> Dict[str, Any]:
-    """Parse relayed JSON that begins with the key "usage"; {} if that has no object."""
-    text = data[len(b'"usage"') : MAX_USAGE].decode("utf-8", "replace").lstrip(" \t\r\n:")
+def parse_usage(data: bytes, at: int) -> Dict[str, Any]:
+    """Parse the object behind the key "usage" at a position in relayed JSON; {} if at < 0."""
+    text = data[at + len(b'"usage"') : at + MAX_USAGE].decode("utf-8", "replace")
     try:
-        return as_dict(_JSON.raw_decode(text)[0])
+        return as_dict(_JSON.raw_decode(text.lstrip(" \t\r\n:"))[0]) if at >= 0 else {}
     except (ValueError, RecursionError):
         return {}
-
-
-def counts(usage: Dict[str, Any]) -> Dict[str, Any]:
-    """Copy an object without integers that are negative or above 2^53."""
-    return {
-        name: value
-        for name, value in usage.items()
-        if type(value) is not int or 0 <= value < 1 << 53
-    }
 
 
 class StreamEnd(NamedTuple):
@@ -7233,7 +7243,7 @@ class PassthroughDecoder(Decoder):
     """
 
     MAX_HELD = 16 << 20  # bytes
-    USAGE_TAIL = 512  # bytes; the usage stands in the last events, or in each one
+    LAST_PARTS = 8  # the usage is in one of so many that were passed on last
     has_fast_path = True
 
     def __init__(
@@ -7252,17 +7262,17 @@ class PassthroughDecoder(Decoder):
         self.started = not is_sse
         self.buffer = bytearray()  # an incomplete line
         self.opening = bytearray()  # what precedes the first content
-        self.first_usage = self.last_usage = b""  # JSON from the key on
-        self.tail = b"\n\n"  # the last bytes passed on, at least enough to see an event's end
+        self.first_usage: Dict[str, Any] = {}  # that of the opening; Anthropic's counts the prompt
+        self.last_parts: Deque[bytes] = deque([b"\n\n"], self.LAST_PARTS)  # except mid-stream ones
 
     def feed(self, data: bytes) -> List[Event]:
         if not self.is_sse or self.fast_path(data):
             return [RawBytes(data)]
         if self.buffer or not data.endswith(b"\n"):
             data = take_complete_lines(self.buffer, data)
-        is_opening = not self.started
-        if is_opening:
+        if not self.started:
             data = self._without_opening(data)
+            self.first_usage = parse_usage(data, data.find(b'"usage"'))
         # Some errors have only the name of their event. rfind() takes half the time of ``in``.
         if data.rfind(b'"error') >= 0 or data.rfind(b"event: error") >= 0:
             data = redact_bytes(data, self.secrets)
@@ -7271,30 +7281,15 @@ class PassthroughDecoder(Decoder):
         if not data:
             return []
         data = self._find_end(self.rename(data))
-        self.tail = data if len(data) > 3 else (self.tail + data)[-4:]
-        self._note_usage(data, is_opening)
+        self.last_parts.append(data)
         return [RawBytes(data, self._usage() if self.complete else None)]
-
-    def _note_usage(self, data: bytes, is_opening: bool) -> None:
-        """Keep the first usage and the last; Anthropic's count the prompt and the answer.
-
-        Some upstreams send one with each event; to parse all would double the cost of the relay.
-        """
-        start = 0 if is_opening or self.end_seen else max(0, len(data) - self.USAGE_TAIL)
-        last = data.rfind(b'"usage"', start)
-        if last >= 0:
-            if not self.first_usage:
-                first = data.find(b'"usage"', start)
-                self.first_usage = data[first : first + MAX_USAGE]
-            self.last_usage = data[last : last + MAX_USAGE]
 
     def _usage(self) -> Optional[Dict[str, Any]]:
         """Return the usage of the answer so far."""
-        usage: Dict[str, Any] = {}
-        for data in dict.fromkeys((self.first_usage, self.last_usage)):
-            found = parse_usage(data).items()
-            usage.update((name, value) for name, value in found if value is not None)
-        return chat_usage(usage)
+        data = b"".join(self.last_parts)
+        last = parse_usage(data, data.rfind(b'"usage"'))
+        counts = {name: count for name, count in last.items() if count is not None}
+        return chat_usage({**self.first_usage, **counts})
 
     def fast_path(self, data: bytes) -> bytes:
         """Return data that consists of complete mid-stream events only, else b""."""
@@ -7308,7 +7303,6 @@ class PassthroughDecoder(Decoder):
                 or any(data.count(b"\n") == 2 * data.count(end) for end in self.mid_stream)
             )  # every line break belongs to such a suffix
         ):
-            self.tail = data
             return data
         return b""
 
@@ -7316,10 +7310,7 @@ class PassthroughDecoder(Decoder):
         """Return the data up to [DONE], if it contains that; look for the stream's end."""
         if self.end and not self.end_seen:
             self.end_seen = self.end.is_in(data)
-        at = data.rfind(b"[DONE]")  # much faster than the pattern
-        if at >= 0 and data.rfind(b"[DONE]", 0, at) >= 0:
-            at = data.find(b"[DONE]")  # the first one of several ends the answer
-        done = DONE.search(data, max(0, at - 64)) if at >= 0 else None
+        done = DONE.search(data) if data.rfind(b"[DONE]") >= 0 else None
         if done is None or self.complete:
             return data
         self.complete = self.end_seen = True
@@ -7351,13 +7342,15 @@ class PassthroughDecoder(Decoder):
         if self.end and not self.end_seen and not self.end.is_in(data):
             self.error = truncated(self.upstream_name)
             return self.flush()
-        self._note_usage(data, True)
-        return [RawBytes(self.rename(data), self._usage())] if data or self.last_usage else []
+        data = self.rename(data)
+        self.last_parts.append(data)
+        usage = self._usage()
+        return [RawBytes(data, usage)] if data or usage else []
 
     def flush(self) -> List[Event]:
         """Drop an incomplete line and end an incomplete event: an error may follow."""
         self.buffer.clear()
-        between_events = self.tail.endswith((b"\n\n", b"\n\r\n", b"\r\r"))
+        between_events = b"".join(self.last_parts).endswith((b"\n\n", b"\n\r\n", b"\r\r"))
         if self.is_sse and self.started and not between_events:
             return [RawBytes(b"\n")]
         return []
@@ -7569,31 +7562,15 @@ class OpenAIController(Controller):
             if field and not as_dict(next(iter(items), None)):
                 raise truncated(self.name, "sent something that is not an answer")
             data = redact_bytes(data, self.secrets)
-        at = text.rfind(b'"usage"')
-        usage = chat_usage(parse_usage(text[at : at + MAX_USAGE])) if at >= 0 else None
-        return [RawBytes(ModelName(model)(data), usage)]
+        usage = parse_usage(text, text.rfind(b'"usage"'))
+        return [RawBytes(ModelName(model)(data), chat_usage(usage))]
 
     def _completion(self, data: bytes) -> List[Event]:
         """Return the events of a chat completion that is not streamed."""
         body = json_or_none(data)
-        fields = as_dict(body)
-        if fields.get("error") or is_error(body):
+        if is_error(body):
             raise error_from_body(self.name, 200, body, self.secrets)
-        choice = as_dict(next(iter(as_list(fields.get("choices"))), None))
-        reason = choice.get("finish_reason")
-        if not isinstance(reason, str) or not reason:
-            raise truncated(self.name, "sent something that is not a completion")
-        message = as_dict(choice.get("message")) or {"content": choice.get("text")}
-        calls = [as_dict(call) for call in as_list(message.get("tool_calls"))]
-        for position, call in enumerate(calls):
-            call["index"] = position  # each is a call of its own, whatever the server says
-        events = message_events({**message, "tool_calls": calls})
-        tools = [event for event in events if isinstance(event, ToolCall)]
-        if any(tool.arguments and not tool.name for tool in tools):
-            raise truncated(self.name, NAMELESS_CALL)
-        events = [event for event in events if not isinstance(event, ToolCall) or event.name]
-        reason = finish_reason(self.name, reason, any(tool.name for tool in tools))
-        return [*events, Finish(reason, usage_of(fields))]
+        return ChatDecoder(self.name, self.secrets).whole(as_dict(body))
 
     def _status_error(self, response: UpstreamResponse, data: bytes, model: str) -> NoReturn:
         body = json_or_none(data)
