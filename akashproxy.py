@@ -6898,8 +6898,10 @@ class ChatDecoder(Decoder):
                 message = as_dict(choice.get(key)) or {"content": choice.get("text")}
                 self.calls.add_details(message.get("reasoning_details"))
                 for each in message_events(message):
-                    is_call = isinstance(each, ToolCall)
-                    out += self.calls.add(each, key == "message") if is_call else [each]
+                    if isinstance(each, ToolCall):
+                        out += self.calls.add(each, is_whole=key == "message")
+                    else:
+                        out.append(each)
                 reason = choice.get("finish_reason")
                 self.reason = reason if reason and isinstance(reason, str) else self.reason
 
@@ -7126,7 +7128,7 @@ def usage_of(body: Dict[str, Any]) -> Optional[Dict[str, Any]]:
     return chat_usage(usage)
 
 
-# Names of token counts, by the one in chat completions: Anthropic's, those of Responses, and others.
+# Names of token counts, by the one in chat completions: those of Anthropic, Responses and others.
 COUNT_NAMES = {
     "prompt_tokens": ("prompt_tokens", "input_tokens"),
     "completion_tokens": ("completion_tokens", "output_tokens"),
@@ -7138,7 +7140,10 @@ COUNT_NAMES = {
 def chat_usage(value: Any) -> Optional[Dict[str, Any]]:
     """Return an upstream's usage under the names of chat completions; None without both counts."""
     fields = as_dict(value)
-    prompt, completion = find_count("prompt_tokens", fields), find_count("completion_tokens", fields)
+    prompt, completion = (
+        find_count("prompt_tokens", fields),
+        find_count("completion_tokens", fields),
+    )
     if prompt is None or completion is None:
         return None
     if fields.get("prompt_tokens") is None:  # Anthropic counts cached tokens apart
@@ -7146,7 +7151,11 @@ def chat_usage(value: Any) -> Optional[Dict[str, Any]]:
             prompt += count_or_none(fields.get(name)) or 0
     total = count_or_none(fields.get("total_tokens"))
     total = prompt + completion if total is None else total
-    usage = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": total}
+    usage: Dict[str, Any] = {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": total,
+    }
     for kind, alias, name in (
         ("prompt", "input", "cached_tokens"),
         ("completion", "output", "reasoning_tokens"),
@@ -8869,7 +8878,7 @@ class Dialect:
         return f"{self.base_url()}/images/{image.name}"
 
 
-def required_field(body: Dict[str, Any], name: str, expected: type, description: str) -> Any:
+def required_field(body: Dict[str, Any], name: str, expected: Any, description: str) -> Any:
     """A field's value. Raises APIError 400 if it is missing, empty or of another type."""
     value = body.get(name)
     if value is None:
@@ -9073,6 +9082,10 @@ class Images(Dialect):
         return {"b64_json": base64.b64encode(image.data).decode()}
 
 
+ChatParts = List[Dict[str, Any]]  # the content of a chat's message
+TEXT_TYPES = ("text", "input_text", "output_text", "refusal")  # of blocks
+
+
 class BlockDialect(Dialect):
     """Base of Messages and Responses: requests as chats, responses as blocks.
 
@@ -9083,6 +9096,7 @@ class BlockDialect(Dialect):
     RENAMED_PARAMS: Dict[str, str] = {}  # fields with an equivalent in a chat, and its name
     KNOWN_PARAMS: Tuple[str, ...] = ()  # fields that to_chat() handles; others are ignored
     keeps_text = True
+    MAX_WITHHELD = 1000  # characters
     BLOCKS_END_WITH_TEXT = True  # stop_block() repeats the block's text
     FUNCTION_TYPES: Tuple[Any, ...] = ()  # types of tools that are functions
     SCHEMA_KEY = ""  # their field with the JSON schema of the parameters
@@ -9090,8 +9104,10 @@ class BlockDialect(Dialect):
     def __init__(self, body: Any, base_url: Callable[[], str] = str) -> None:
         self.untranslated: List[str] = []  # names of ignored fields, for a response header
         self.tool_names: Dict[str, Tuple[str, Optional[str]]] = {}  # sent: (name, namespace)
-        self.has_begun = False  # there are earlier messages of the user or the assistant
+        self.messages: List[Dict[str, Any]] = []  # for finish_messages()
+        self.has_begun = False  # there are further messages of the user or the assistant
         self.show_reasoning = True
+        self.withheld = ""  # the beginning of reasoning that is not shown
         self.open_block: Any = None  # block_key() of the open block
         self.open_text: List[str] = []
         self.block_index = 0  # of the open or next block
@@ -9128,15 +9144,12 @@ class BlockDialect(Dialect):
             {"model": required_field(body, "model", str, "the name of a model")},
             stream=boolean_field(body, "stream"),
         )
-        self.untranslated += [
-            name
-            for name in body
-            if name not in self.RENAMED_PARAMS and name not in self.KNOWN_PARAMS
-        ]
+        known = (*self.RENAMED_PARAMS, *self.KNOWN_PARAMS)
+        self.untranslated += [name for name in body if name not in known]
         renamed = {new: body[name] for name, new in self.RENAMED_PARAMS.items() if name in body}
         try:
             chat = {**call.body, "stream": call.stream, **renamed, **self.to_chat(body)}
-            chat["messages"] = pair_tool_results(list(finish_messages(chat["messages"])))
+            chat["messages"] = pair_tool_results(finish_messages(self.messages))
             call.body = {name: value for name, value in chat.items() if value is not None}
             if not chat["messages"]:
                 raise bad_request("No message has any content.")
@@ -9147,13 +9160,41 @@ class BlockDialect(Dialect):
         call.untranslated = self.untranslated
         return call
 
-    @staticmethod
+    def convert_messages(self, messages: List[Tuple[str, Any, Any]]) -> None:
+        """Append messages, each with its key path, role and content. Raises APIError 400."""
+        own = sum(role not in ("system", "developer") for _, role, _ in messages)
+        self.has_begun = own > 1
+        for param, role, content in messages:
+            role = "system" if role == "developer" else role
+            if role not in ("user", "assistant", "system"):
+                words = f"{param}: {str(role)[:80]!r} is not a valid role; use user or assistant."
+                raise bad_request(words, f"{param}.role")
+            self.convert_message(param, role, content)
+
+    def convert_message(self, param: str, role: str, content: Any) -> None:
+        """Append a message after the tool results in it."""
+        parts: ChatParts = []
+        calls: List[Dict[str, Any]] = []
+        reasoning: List[str] = []
+        for i, block in enumerate(content if isinstance(content, list) else [content]):
+            fields = as_dict(block)
+            block_type = fields.get("type")
+            if block_type in ("tool_use", "function_call"):
+                calls.append(self.history_call(fields))
+            elif block_type in ("tool_result", "function_call_output"):
+                parts += self.append_tool_result(fields)
+            elif block_type in ("thinking", "redacted_thinking", "reasoning"):
+                texts = as_list(fields.get("content")) or as_list(fields.get("summary"))
+                reasoning += [as_str(as_dict(part).get("text")) for part in texts]
+                reasoning.append(as_str(fields.get("thinking")))
+            elif role == "assistant" and block_type not in (None, *TEXT_TYPES):
+                self.untranslated.append(str(block_type))
+            else:
+                parts += self.convert_part(block, f"{param}.content[{i}]")
+        self.append_message(role, parts, calls, list(filter(None, reasoning)))
+
     def append_message(
-        messages: List[Dict[str, Any]],
-        role: str,
-        parts: List[Dict[str, Any]],
-        calls: Sequence[Dict[str, Any]] = (),
-        reasoning: Sequence[str] = (),
+        self, role: str, parts: ChatParts, calls: Sequence[Any] = (), reasoning: Sequence[str] = ()
     ) -> None:
         """Append a message, unless it is empty; finish_messages() completes it.
 
@@ -9162,62 +9203,55 @@ class BlockDialect(Dialect):
         parts = [part for part in parts if part["type"] != "text" or part["text"]]
         if not (parts or calls or reasoning):
             return
-        last = messages[-1] if messages else {"role": ""}
+        last: Dict[str, Any] = self.messages[-1] if self.messages else {"role": ""}
         is_continued = calls or last.get("calls") or not last.get("content")
         if role != "assistant" or last["role"] != role or not is_continued:
-            messages.append({"role": role, "content": [], "calls": [], "reasoning": []})
+            last = {"role": role, "content": [], "calls": [], "reasoning": []}
+            self.messages.append(last)
         for name, values in (("content", parts), ("calls", calls), ("reasoning", reasoning)):
-            messages[-1][name].extend(values)
+            last[name].extend(values)
 
-    def append_tool_result(
-        self,
-        messages: List[Dict[str, Any]],
-        call: Any,
-        content: Any,
-        param: str,
-        is_error: bool = False,
-    ) -> List[Dict[str, Any]]:
+    def append_tool_result(self, block: Dict[str, Any]) -> ChatParts:
         """Append a tool's result as text; returns its images, for a message of the user."""
-        parts = self.convert_content(content, param, lenient=True)
+        parts = self.convert_content(block.get("content", block.get("output")))
         text = "\n\n".join(part["text"] for part in parts if part["type"] == "text")
-        if is_error and not text.lower().startswith("error"):
+        if block.get("is_error") is True and not text.lower().startswith("error"):
             text = f"Error: {text or 'the tool failed.'}"
-        call_id, _ = split_extra(call)
-        messages.append({"role": "tool", "tool_call_id": call_id, "content": text})
+        call_id, _ = split_extra(block.get("tool_use_id", block.get("call_id")))
+        self.messages.append({"role": "tool", "tool_call_id": call_id, "content": text})
         return [part for part in parts if part["type"] != "text"]
 
-    def history_call(self, call_id: Any, name: Any, arguments: Any, space: Any = None) -> Any:
+    def history_call(self, block: Dict[str, Any]) -> Dict[str, Any]:
         """A tool call of the history, in OpenAI's format."""
-        own_id, extra = split_extra(call_id)
+        call_id, extra = split_extra(block.get("call_id", block.get("id")))
+        arguments = block.get("arguments", block.get("input"))
         text = arguments if isinstance(arguments, str) else _encode(as_dict(arguments))
-        return tool_call(ToolCall(0, text or "{}", own_id, self.sent_name(name, space), extra))
+        name = self.sent_name(block.get("name"), block.get("namespace"))
+        return tool_call(ToolCall(0, text or "{}", call_id, name, extra))
 
-    def convert_content(
-        self, content: Any, param: str, lenient: bool = False
-    ) -> List[Dict[str, Any]]:
+    def convert_content(self, content: Any, param: str = "") -> ChatParts:
         """Convert a string, a block or a list of blocks into parts of a chat message."""
         if not isinstance(content, list):
-            return self.convert_part(content, param, lenient)
-        return [
-            part
-            for i, block in enumerate(content)
-            for part in self.convert_part(block, f"{param}[{i}]", lenient)
-        ]
+            return self.convert_part(content, param)
+        parts = (
+            self.convert_part(block, param and f"{param}[{i}]") for i, block in enumerate(content)
+        )
+        return list(itertools.chain.from_iterable(parts))
 
-    def convert_part(self, block: Any, param: str, lenient: bool = False) -> List[Dict[str, Any]]:
+    def convert_part(self, block: Any, param: str) -> ChatParts:
         """Convert a block of either format into parts of a chat message.
 
-        Other blocks become a note to the model, or JSON if ``lenient``; in the first message of a
-        conversation they raise APIError 400. Later, that would end the conversation for good.
+        Other blocks become a note to the model, or JSON in a tool's result, where ``param`` is "".
+        In the first message of a conversation they raise APIError 400; later, that would end the
+        conversation for good.
         """
         if isinstance(block, str):
             return [{"type": "text", "text": block}]
         fields = as_dict(block)
         block_type, source = fields.get("type"), as_dict(fields.get("source"))
-        if block_type in ("text", "input_text", "output_text", "refusal"):
-            text = fields.get("refusal" if block_type == "refusal" else "text")
-            if isinstance(text, str):
-                return [{"type": "text", "text": text}]
+        text = fields.get("refusal" if block_type == "refusal" else "text")
+        if block_type in TEXT_TYPES and isinstance(text, str):
+            return [{"type": "text", "text": text}]
         if block_type in ("image", "input_image"):
             url = fields.get("image_url") or source.get("url")
             if source.get("type") == "base64":
@@ -9227,17 +9261,27 @@ class BlockDialect(Dialect):
                 image = {"url": url, **({"detail": detail} if detail in ("low", "high") else {})}
                 return [{"type": "image_url", "image_url": image}]
         if block_type == "document" and source.get("type") in ("text", "content"):
-            return self.convert_content(source.get("data") or source.get("content"), param, lenient)
-        if block is None and (lenient or self.has_begun):
+            return self.convert_content(source.get("data") or source.get("content"), param)
+        if block is None and (self.has_begun or not param):
             return []
-        if lenient or self.has_begun and block_type:
+        if not param or self.has_begun and block_type:
             left_out = f"[A block of type {str(block_type)[:80]!r} is left out.]"
-            text = file_note(fields) or (_encode(block) if lenient else left_out)
+            text = file_note(fields) or (left_out if param else _encode(block))
             return [{"type": "text", "text": text}]
-        raise bad_request(
-            f"{param}: {str(block_type or block)[:80]!r} can't be converted for a chat model.",
-            param,
-        )
+        words = f"{str(block_type or block)[:80]!r} can't be converted for a chat model."
+        raise bad_request(f"{param}: {words}", param)
+
+    @staticmethod
+    def response_format(format_spec: Dict[str, Any]) -> Optional[Dict[str, Any]]:
+        """Convert the format of an answer, as Responses names it."""
+        if format_spec.get("type") in (None, "text"):
+            return None
+        schema = {
+            name: value
+            for name, value in format_spec.items()
+            if name != "type" and value is not None
+        }
+        return {"type": format_spec["type"], **({"json_schema": schema} if schema else {})}
 
     def convert_tools(
         self, tools: Any, param: str = "tools", space: Optional[str] = None
@@ -9290,10 +9334,11 @@ class BlockDialect(Dialect):
     # -- the response
 
     def encode_event(self, event: Event) -> bytes:
-        if isinstance(event, (Text, ToolCall)):
+        if isinstance(event, Reasoning) and not self.show_reasoning:
+            self.withhold(event.text)
+            return b""
+        if isinstance(event, (Text, Reasoning, ToolCall)):
             return self.encode_block(event)
-        if isinstance(event, Reasoning):
-            return self.encode_block(event) if self.show_reasoning else b""
         if isinstance(event, Finish):
             return self.flush_deferred() + self.close() + self.finish_frames(event)
         return super().encode_event(event)
@@ -9312,7 +9357,7 @@ class BlockDialect(Dialect):
             if isinstance(event, ToolCall):
                 self.tool_blocks.add(block)
             frames += self.start_block(
-                with_id(event, "") if isinstance(event, ToolCall) else with_text(event, "")
+                self.with_id(event, "") if isinstance(event, ToolCall) else with_text(event, "")
             )
         text = text_of(event)
         if not text:
@@ -9353,13 +9398,30 @@ class BlockDialect(Dialect):
 
     def answer_blocks(self, answer: Answer) -> List[BlockEvent]:
         """An answer as a sequence of events, one per block."""
-        blocks: List[BlockEvent] = []
-        if answer.reasoning and self.show_reasoning:
-            blocks.append(Reasoning(answer.reasoning))
-        text = self.text(answer)
-        if text:
-            blocks.append(Text(text))
-        return blocks + [with_id(call, call.arguments or "{}") for call in answer.tools]
+        blocks: List[BlockEvent] = [Text(self.text(answer))]
+        if self.show_reasoning:
+            blocks.insert(0, Reasoning(answer.reasoning))
+        else:
+            self.withhold(answer.reasoning)
+        calls = [self.with_id(call, call.arguments or "{}") for call in answer.tools]
+        return [*filter(text_of, blocks), *calls]
+
+    def withhold(self, reasoning: str) -> None:
+        """Keep the beginning of reasoning that the client does not request."""
+        if len(self.withheld) < self.MAX_WITHHELD:
+            self.withheld += reasoning[: self.MAX_WITHHELD]
+
+    def with_id(self, call: ToolCall, arguments: str) -> ToolCall:
+        """A tool call with other arguments; its ID contains what the upstream wants back.
+
+        Those are its ``extra``, and of the first call reasoning that the client can't return:
+        several upstreams reject tool calls without the reasoning that led to them.
+        """
+        extra = {**(call.extra or {})}
+        if self.withheld:
+            extra["reasoning_content"], self.withheld = self.withheld, ""
+        call_id = id_with_extra(call.id or "call_" + new_id(), extra)
+        return ToolCall(call.index, arguments, call_id, call.name or "")
 
     def client_name(self, call: ToolCall) -> Tuple[str, Optional[str]]:
         """The client's own name of a called function, and its namespace."""
@@ -9376,10 +9438,14 @@ TOOL_NAME = re.compile("[A-Za-z0-9_-]{1,64}")  # OpenAI's rule
 NO_RESULT = "[The tool call was interrupted and has no result.]"
 
 
+REASONING_FIELDS = ("reasoning_content", "reasoning_details")  # of messages with tool calls
+
+
 def finish_messages(messages: List[Dict[str, Any]]) -> Iterator[Dict[str, Any]]:
     """Yield messages in OpenAI's format, from those of append_message().
 
-    Reasoning stays with tool calls, where models such as Kimi's and DeepSeek's require it.
+    Reasoning stays with tool calls, where models such as Kimi's and DeepSeek's require it. Their
+    IDs may contain it, too.
     """
     for message in messages:
         if message["role"] == "tool":
@@ -9388,61 +9454,60 @@ def finish_messages(messages: List[Dict[str, Any]]) -> Iterator[Dict[str, Any]]:
         parts, calls, reasoning = message["content"], message["calls"], message["reasoning"]
         texts = [part["text"] for part in parts if part["type"] == "text"]
         content = "\n\n".join(texts) if len(texts) == len(parts) else parts
-        fields = {"tool_calls": calls} if calls else {}
+        fields: Dict[str, Any] = {"tool_calls": calls} if calls else {}
+        for call in calls:
+            fields.update((name, call.pop(name)) for name in REASONING_FIELDS if name in call)
         if calls and reasoning:
             fields["reasoning_content"] = "\n\n".join(reasoning)
         if content or calls:
             yield {"role": message["role"], "content": content or None, **fields}
 
 
-def pair_tool_results(messages: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
+def pair_tool_results(messages: Iterable[Dict[str, Any]]) -> List[Dict[str, Any]]:
     """Put the results of tool calls right behind them, as OpenAI requires.
 
-    A call without a result gets NO_RESULT. A result without a call becomes text of the user.
-    """
-    results, without_call = match_tool_results(messages)
-    paired: List[Dict[str, Any]] = []
-    for message in messages:
-        if message["role"] != "tool":
-            paired.append(message)
-        elif id(message) in without_call:
-            text = f"[Result of an unknown tool call]\n{message['content']}"
-            paired.append({"role": "user", "content": text})
-        for call in message.get("tool_calls", ()):
-            texts = results[id(call)]
-            content = "\n\n".join(texts) if texts else NO_RESULT
-            paired.append({"role": "tool", "tool_call_id": call["id"], "content": content})
-    return paired
-
-
-def match_tool_results(
-    messages: List[Dict[str, Any]],
-) -> Tuple[Dict[int, List[str]], Set[int]]:
-    """Results by the id() of their call, and the id() of each result without a call.
-
     A result belongs to the last call before it that has its ID, else to the first one after it;
-    one without an ID to the first call without a result, of the last message with calls.
+    one without an ID to the first call without a result, of the last message with calls. A call
+    without a result gets NO_RESULT. A result without a call becomes text of the user.
     """
-    results: Dict[int, List[str]] = {}
-    latest: Dict[Any, Dict[str, Any]] = {}  # calls by their IDs
-    unmatched: Dict[Any, List[Dict[str, Any]]] = {}  # results before their calls
-    open_calls: Iterator[Dict[str, Any]] = iter(())
+    paired: List[Dict[str, Any]] = []
+    results: Dict[Any, Dict[str, Any]] = {}  # by the ID of their call; their content is a list
+    orphans: Dict[Any, List[Dict[str, Any]]] = {}  # whose call has not come yet
+    open_results: Iterator[Dict[str, Any]] = iter(())  # of the last message with calls
     for message in messages:
-        calls = message.get("tool_calls", ())
+        calls = message.get("tool_calls", [])
+        if message["role"] == "tool":
+            call_id = message["tool_call_id"]
+            result = results.get(call_id) if call_id else next(open_results, None)
+            if result is None:
+                result = {"role": "orphan", "content": []}
+                orphans.setdefault(call_id, []).append(result)
+                paired.append(result)
+            result["content"].append(message["content"])
+        else:
+            paired.append(message)
         for call in calls:
             call["id"] = call["id"] or f"call_{len(results)}"
-            latest[call["id"]] = call
-            results[id(call)] = [result["content"] for result in unmatched.pop(call["id"], ())]
+            result = {"role": "tool", "tool_call_id": call["id"], "content": []}
+            for orphan in orphans.pop(call["id"], ()):
+                result["content"] += orphan["content"]
+                orphan["content"] = []
+            results[call["id"]] = result
+            paired.append(result)
         if calls:
-            open_calls = (call for call in calls if not results[id(call)])
-        if message["role"] == "tool":
-            key = message["tool_call_id"]
-            target = latest.get(key) if key else next(open_calls, None)
-            if target is None:
-                unmatched.setdefault(key, []).append(message)
-            else:
-                results[id(target)].append(message["content"])
-    return results, {id(result) for group in unmatched.values() for result in group}
+            open_results = (each for each in paired[-len(calls) :] if not each["content"])
+    return list(filter(None, map(_finish_result, paired)))
+
+
+def _finish_result(message: Dict[str, Any]) -> Dict[str, Any]:
+    """A message with its content as text, if it is a result; {} if that is part of another one."""
+    texts = message["content"]
+    if message["role"] == "orphan":
+        text = "[Result of an unknown tool call]\n" + "\n\n".join(texts)
+        return {"role": "user", "content": text} if texts else {}
+    if message["role"] == "tool":
+        return {**message, "content": "\n\n".join(texts) if texts else NO_RESULT}
+    return message
 
 
 EXTRA = "__extra_"
@@ -9475,23 +9540,16 @@ FILE_NAMES_AND_TYPES = ("media_type", "mime_type", "mimeType", "filename")
 
 def file_note(block: Dict[str, Any]) -> str:
     """A note to the model in place of a file; "" for a block without one."""
-    inner = [block, *(value for value in block.values() if isinstance(value, dict))]
-    fields = {name: value for values in inner for name, value in values.items()}
-    about = " ".join(as_str(fields.get(name)) for name in FILE_NAMES_AND_TYPES)
-    data = next(filter(None, (as_str(fields.get(name)) for name in FILE_DATA)), "")
-    if block.get("type") not in FILE_TYPES and not (data and about.strip()):
+    strings = {key: text for _, key, text in _strings_in(block)}
+    urls = [text for text in strings.values() if text.startswith("data:")]
+    data = next(filter(None, [*map(strings.get, FILE_DATA), *urls]), "")
+    about = " ".join(strings.get(name, "") for name in FILE_NAMES_AND_TYPES)
+    if block.get("type") not in FILE_TYPES and not urls and not (data and about.strip()):
         return ""
-    prefix, comma, payload = data.partition(",")  # of a data URL
-    payload = payload if comma else data
+    prefix, _, payload = data.rpartition(",")  # of a data URL
     is_pdf = "pdf" in (about + prefix[:100]).lower() or block.get("type") == "document"
     size = f" of {len(payload) * 3 // 4 - payload[-2:].count('=')} bytes" if payload else ""
     return f"[A {'PDF' if is_pdf else 'file'}{size}, which this model can't read.]"
-
-
-def with_id(call: ToolCall, arguments: str) -> ToolCall:
-    """A tool call with other arguments; its ID, added if missing, contains ``extra``."""
-    call_id = id_with_extra(call.id or "call_" + new_id(), call.extra)
-    return ToolCall(call.index, arguments, call_id, call.name or "")
 
 
 def event_frame(name: str, fields: Dict[str, Any]) -> bytes:
@@ -9553,24 +9611,20 @@ class Messages(BlockDialect):
             thinking.get("type") not in (None, "disabled") and thinking.get("display") != "omitted"
         )
         tools = self.convert_tools(body.get("tools"))
-        messages: List[Dict[str, Any]] = []
         system = self.convert_content(body.get("system") or [], "system")
-        self.append_message(messages, "system", list(map(without_billing_header, system)))
-        sent = required_field(body, "messages", list, "a list of messages")
-        self.has_begun = sum(as_dict(message).get("role") != "system" for message in sent) > 1
-        for i, message in enumerate(sent):
-            self.convert_message(messages, as_dict(message), f"messages[{i}]")
-        chat = {"messages": messages, "user": self.user_name(body)}
+        self.append_message("system", list(map(without_billing_header, system)))
+        sent = map(as_dict, required_field(body, "messages", list, "a list of messages"))
+        self.convert_messages(
+            [
+                (f"messages[{i}]", each.get("role"), each.get("content"))
+                for i, each in enumerate(sent)
+            ]
+        )
+        chat: Dict[str, Any] = {"user": self.user_name(body)}
         response_format = as_dict(config.get("format") or body.get("output_format"))
         if response_format.get("type") == "json_schema":
-            chat["response_format"] = {
-                "type": "json_schema",
-                "json_schema": {
-                    "name": "answer",
-                    "schema": response_format.get("schema"),
-                    "strict": True,
-                },
-            }
+            named = {**response_format, "name": "answer", "strict": True}
+            chat["response_format"] = self.response_format(named)
         self.untranslated += [f"output_config.{name}" for name in config if name != "format"]
         if "budget_tokens" in thinking:  # many models reject reasoning_effort
             self.untranslated.append("thinking.budget_tokens")
@@ -9589,38 +9643,6 @@ class Messages(BlockDialect):
             return name
         self.untranslated.append("metadata.user_id")
         return None
-
-    def convert_message(
-        self, messages: List[Dict[str, Any]], message: Dict[str, Any], param: str
-    ) -> None:
-        """Append a message; tool results first, as they must follow their calls."""
-        role, content = message.get("role"), message.get("content")
-        if role not in ("user", "assistant", "system"):
-            raise bad_request(
-                f"{param}: {str(role)[:80]!r} is not a valid role; use user or assistant.",
-                f"{param}.role",
-            )
-        parts: List[Dict[str, Any]] = []
-        calls: List[Dict[str, Any]] = []
-        reasoning: List[str] = []
-        for i, block in enumerate(content if isinstance(content, list) else [content]):
-            fields, block_param = as_dict(block), f"{param}.content[{i}]"
-            block_type = fields.get("type")
-            if block_type == "tool_use":
-                values = map(fields.get, ("id", "name", "input"))
-                calls.append(self.history_call(*values))
-            elif block_type == "tool_result":
-                result, is_error = fields.get("content"), fields.get("is_error") is True
-                parts += self.append_tool_result(
-                    messages, fields.get("tool_use_id"), result, block_param, is_error
-                )
-            elif role == "assistant" and block_type not in ("text", None):
-                if "thinking" not in str(block_type):
-                    self.untranslated.append(str(block_type))
-                reasoning.append(as_str(fields.get("thinking")))
-            else:
-                parts += self.convert_part(block, block_param)
-        self.append_message(messages, role, parts, calls, list(filter(None, reasoning)))
 
     def convert_tool_choice(self, choice: Dict[str, Any], tools: List[Dict[str, Any]]) -> Any:
         """Convert ``tool_choice``."""
@@ -9852,7 +9874,7 @@ class Responses(BlockDialect):
         "text": {"format": {"type": "text"}}, "tool_choice": "auto", "tools": [], "top_p": None,
     }
     STATEFUL = ("previous_response_id", "conversation", "prompt", "background")
-    ECHO_LIMIT = 1 << 16  # bytes; larger fields are not echoed: a stream has three copies
+    ECHO_LIMIT = 1 << 16  # bytes; larger requests are not echoed: a stream has three copies
     KNOWN_PARAMS = (*ECHOED, *STATEFUL, "model", "input", "stream", "store", "include")
     ENCRYPTED = "reasoning.encrypted_content"
     FUNCTION_TYPES, SCHEMA_KEY = ("function",), "parameters"
@@ -9870,7 +9892,6 @@ class Responses(BlockDialect):
     sequence_number = 0  # of the next event
     stream_started = False
     shows_encrypted = False  # reasoning items have encrypted_content
-    echoed: Optional[Dict[str, Any]] = None
 
     def __init__(self, body: Any, base_url: Callable[[], str] = str) -> None:
         self.output: List[Dict[str, Any]] = []  # completed items
@@ -9884,16 +9905,11 @@ class Responses(BlockDialect):
                 raise not_stored(name, name)
         text, reasoning = as_dict(body.get("text")), as_dict(body.get("reasoning"))
         tools = self.convert_tools(body.get("tools"))
-        messages: List[Dict[str, Any]] = []
-        self.append_message(
-            messages, "system", self.convert_content(body.get("instructions") or [], "instructions")
-        )
-        if isinstance(body.get("input"), str):
-            self.append_message(messages, "user", self.convert_content(body["input"], "input"))
-        else:
-            self.convert_items(
-                messages, required_field(body, "input", list, "a string or a list of items")
-            )
+        instructions = self.convert_content(body.get("instructions") or [], "instructions")
+        self.append_message("system", instructions)
+        sent = required_field(body, "input", (str, list), "a string or a list of items")
+        items = [{"role": "user", "content": sent}] if isinstance(sent, str) else sent
+        self.convert_messages(self.messages_of_items(items))
         include = list(map(str, as_list(body.get("include"))))
         self.shows_encrypted = self.ENCRYPTED in include
         self.untranslated += [f"include.{name}"[:80] for name in include if name != self.ENCRYPTED]
@@ -9901,7 +9917,6 @@ class Responses(BlockDialect):
         if body.get("store") is True:
             self.untranslated.append("store")
         chat = {
-            "messages": messages,
             "reasoning_effort": reasoning.get("effort"),
             "response_format": self.response_format(as_dict(text.get("format"))),
             "tools": tools or None,
@@ -9912,64 +9927,26 @@ class Responses(BlockDialect):
         return chat
 
     @staticmethod
-    def response_format(format_spec: Dict[str, Any]) -> Optional[Dict[str, Any]]:
-        """Convert ``text.format``."""
-        if format_spec.get("type") in (None, "text"):
-            return None
-        schema = {
-            name: value
-            for name, value in format_spec.items()
-            if name != "type" and value is not None
-        }
-        return {"type": format_spec["type"], **({"json_schema": schema} if schema else {})}
-
-    def convert_items(self, messages: List[Dict[str, Any]], items: List[Any]) -> None:
-        """Append the items of an input as messages of a chat.
-
-        Images in tool results follow the last of consecutive results, as a message of the user.
-        """
-        roles = [as_dict(item).get("role") for item in items]
-        self.has_begun = sum(role not in ("system", "developer") for role in roles) > 1
-        images: List[Dict[str, Any]] = []
-        for i, item in enumerate(map(as_dict, items)):
-            param = f"input[{i}]"
-            if item.get("type") == "function_call_output":
-                images += self.append_tool_result(
-                    messages, item.get("call_id"), item.get("output"), f"{param}.output"
-                )
-            else:
-                self.append_message(messages, "user", images)
-                images = []
-                self.convert_item(messages, item, param)
-        self.append_message(messages, "user", images)
-
-    def convert_item(
-        self, messages: List[Dict[str, Any]], item: Dict[str, Any], param: str
-    ) -> None:
-        """Append an item other than a tool result.
+    def messages_of_items(items: List[Any]) -> List[Tuple[str, Any, Any]]:
+        """Items as messages; consecutive tool results are one message of the user.
 
         References to reasoning (their ids begin with "rs_") are dropped.
         """
-        item_type = item.get("type", "message")
-        if item_type == "message":
-            role = "system" if item.get("role") == "developer" else item.get("role")
-            if role not in ("user", "assistant", "system"):
-                raise bad_request(
-                    f"{param}: {str(role)[:80]!r} is not a valid role.", f"{param}.role"
-                )
-            content = self.convert_content(item.get("content"), f"{param}.content")
-            self.append_message(messages, role, content)
-        elif item_type == "function_call":
-            values = map(item.get, ("call_id", "name", "arguments", "namespace"))
-            self.append_message(messages, "assistant", [], [self.history_call(*values)])
-        elif item_type == "reasoning":
-            texts = as_list(item.get("content")) or as_list(item.get("summary"))
-            reasoning = [as_str(as_dict(part).get("text")) for part in texts]
-            self.append_message(messages, "assistant", [], (), list(filter(None, reasoning)))
-        elif item_type == "item_reference" and not str(item.get("id")).startswith("rs_"):
-            raise not_stored("An item_reference", param)
-        else:
-            self.untranslated.append(str(item_type))
+        messages: List[Tuple[str, Any, Any]] = []
+        was_result = False
+        for i, item in enumerate(map(as_dict, items)):
+            param, item_type = f"input[{i}]", item.get("type", "message")
+            if item_type == "item_reference" and not str(item.get("id")).startswith("rs_"):
+                raise not_stored("An item_reference", param)
+            is_result = item_type == "function_call_output"
+            if item_type == "message":
+                messages.append((param, item.get("role"), item.get("content")))
+            elif is_result and was_result:
+                messages[-1][2].append(item)
+            else:
+                messages.append((param, "user" if is_result else "assistant", [item]))
+            was_result = is_result
+        return messages
 
     def convert_tool_choice(self, choice: Any, tools: List[Dict[str, Any]]) -> Any:
         """Convert ``tool_choice``."""
@@ -10000,40 +9977,43 @@ class Responses(BlockDialect):
         return event_frame(name, {"sequence_number": self.sequence_number - 1, **fields})
 
     def start_block(self, event: BlockEvent) -> bytes:
-        prefix, name, part, index, more = self.ITEM_WIRE[type(event)]
+        prefix, name, _, index, more = self.ITEM_WIRE[type(event)]
         item = self.output_item(event, prefix + new_id(), "in_progress")
         self.open_item = event
         self.item_ref = {"item_id": item["id"], "output_index": self.block_index, **index}
-        delta, ref = (name + ".delta").encode(), to_json({**self.item_ref, **more})[1:-1]
-        self.head = b'event: %b\ndata: {"type":"%b",%b,"sequence_number":' % (delta, delta, ref)
-        frames = self.frame(
-            "response.output_item.added", {"output_index": self.block_index, "item": item}
-        )
-        if not isinstance(event, ToolCall):
-            frames += self.frame(
-                part + ".added", {**self.item_ref, "part": self.part_object(event)}
-            )
-        return frames
+        delta = to_json({"type": name + ".delta", **self.item_ref, **more})[:-1]
+        self.head = b'event: %b.delta\ndata: %b,"sequence_number":' % (name.encode(), delta)
+        return self.item_frame("added", item) + self.part_frame("added", event)
 
     def delta(self, text: str) -> bytes:
         self.sequence_number += 1
         return b'%b%d,"delta":%b}\n\n' % (self.head, self.sequence_number - 1, to_json(text))
 
     def stop_block(self, text: str) -> bytes:
-        _, name, part, _, more = self.ITEM_WIRE[type(self.open_item)]
+        _, name, _, _, more = self.ITEM_WIRE[type(self.open_item)]
         if isinstance(self.open_item, ToolCall):
-            text = text or "{}"
-            event: BlockEvent = dataclasses.replace(self.open_item, arguments=text)
-            key = "arguments"
+            event: BlockEvent = dataclasses.replace(self.open_item, arguments=text or "{}")
+            fields = {"arguments": text or "{}"}
         else:
-            event, key = type(self.open_item)(text), "text"
+            event, fields = type(self.open_item)(text), {"text": text}
         self.output.append(self.output_item(event, self.item_ref["item_id"]))
-        frames = self.frame(name + ".done", {**self.item_ref, **more, key: text})
-        if not isinstance(event, ToolCall):
-            frames += self.frame(part + ".done", {**self.item_ref, "part": self.part_object(event)})
-        return frames + self.frame(
-            "response.output_item.done", {"output_index": self.block_index, "item": self.output[-1]}
+        return (
+            self.frame(name + ".done", {**self.item_ref, **more, **fields})
+            + self.part_frame("done", event)
+            + self.item_frame("done", self.output[-1])
         )
+
+    def item_frame(self, step: str, item: Dict[str, Any]) -> bytes:
+        """The event of an item that is added or done."""
+        fields = {"output_index": self.block_index, "item": item}
+        return self.frame(f"response.output_item.{step}", fields)
+
+    def part_frame(self, step: str, event: BlockEvent) -> bytes:
+        """The event of an item's only part that is added or done; a tool call has none."""
+        if isinstance(event, ToolCall):
+            return b""
+        part = self.ITEM_WIRE[type(event)][2]
+        return self.frame(f"{part}.{step}", {**self.item_ref, "part": self.part_object(event)})
 
     def finish_frames(self, finish: Finish) -> bytes:
         response = self.response_object(finish)
@@ -10061,7 +10041,8 @@ class Responses(BlockDialect):
 
     def response_object(self, finish: Optional[Finish] = None) -> Dict[str, Any]:
         """The response's current state."""
-        usage = finish and finish.usage
+        original, usage = self.call.original, finish and finish.usage
+        sent = as_dict(original.body) if len(original.raw_body) <= self.ECHO_LIMIT else {}
         reason = finish and {"length": "max_output_tokens", "content_filter": "content_filter"}.get(
             finish.reason
         )
@@ -10074,31 +10055,13 @@ class Responses(BlockDialect):
             "status": "incomplete" if reason else "completed" if finish else "in_progress",
             "error": None,
             "incomplete_details": {"reason": reason} if reason else None,
-            **self.echoed_params(),
+            **self.ECHOED,
+            **{name: sent[name] for name in self.ECHOED if sent.get(name) is not None},
             "previous_response_id": None,
             "store": False,
             "truncation": "disabled",
             "usage": response_usage(usage) if usage else None,
         }
-
-    def echoed_params(self) -> Dict[str, Any]:
-        """The request's fields to echo; those above ECHO_LIMIT get their default."""
-        if self.echoed is None:
-            body = self.call.original.body or {}
-            sent = {name: body[name] for name in self.ECHOED if body.get(name) is not None}
-            small = {name: value for name, value in sent.items() if self.is_small(value)}
-            self.echoed = {**self.ECHOED, **small}
-        return self.echoed
-
-    @classmethod
-    def is_small(cls, value: Any) -> bool:
-        if isinstance(value, (int, float)):
-            return True
-        return len(value if isinstance(value, str) else _encode(value)) <= cls.ECHO_LIMIT
-
-    def prepare(self) -> None:
-        super().prepare()
-        self.echoed_params()
 
     @staticmethod
     def part_object(event: TextEvent) -> Dict[str, Any]:
