@@ -6967,6 +6967,7 @@ class ToolCallAssembler:
         self.by_index: Dict[int, CallInProgress] = {}
         self.latest: Optional[CallInProgress] = None
         self.details: List[Dict[str, Any]] = []  # OpenRouter's fragments of reasoning_details
+        self.details_label: Tuple[Any, Any] = (None, None)  # type and index of the last one
         self.details_room = 1 << 16  # characters; with more of them, none go with a call
 
     def add(self, fragment: ToolCall, is_whole: bool = False) -> List[Event]:
@@ -6991,16 +6992,18 @@ class ToolCallAssembler:
 
     def add_details(self, details: Any) -> None:
         """Join fragments of OpenRouter's reasoning_details, to go with the first call."""
-        for detail in map(as_dict, as_list(details)):
+        for detail in map(as_dict, as_list(details) if self.details_room >= 0 else ()):
             self.details_room -= len(_encode(detail))
-            last = self.details[-1] if self.details else {}
-            is_continued = last.get("type") == detail.get("type") and last.get("index") is not None
-            if not is_continued or last["index"] != detail.get("index"):
-                last = {}
-                self.details.append(last)
+            label = detail.get("type"), detail.get("index")
+            if not self.details or label != self.details_label or label[1] is None:
+                self.details.append({})
+                self.details_label = label
+            joined = self.details[-1]
             for name, value in detail.items():
-                is_text = name in ("text", "summary") and isinstance(value, str)
-                last[name] = as_str(last.get(name)) + value if is_text else value or last.get(name)
+                if name in ("text", "summary") and isinstance(value, str):
+                    joined[name] = as_str(joined.get(name)) + value
+                elif value is not None:
+                    joined[name] = value
 
     def close(self) -> bool:
         """Return whether there was a call. APIError if one has arguments but no name."""
@@ -7626,17 +7629,12 @@ class EchoController(Controller):
         return None
 
     def events(self, call: Call) -> Iterator[Event]:
-        text = call.text
-        words = itertools.islice(re.finditer(r"(?<!\s)\s*\S+", text), self.MAX_WORDS)
-        ends = [word.end() for word in words]
-        if len(ends) in (0, self.MAX_WORDS):
-            ends[-1:] = [len(text)]
-        start, count = 0, len(ends)
-        for end in ends:
+        words = re.split(r"(?<=\S)(?=\s)", call.text, self.MAX_WORDS - 1)
+        for word in words:
             if self.options.speed:
                 call.cancellation.sleep(1 / self.options.speed)
-            yield Text(text[start:end])
-            start = end
+            yield Text(word)
+        count = len(words)
         usage = {"prompt_tokens": count, "completion_tokens": count, "total_tokens": 2 * count}
         yield Finish("stop", usage)
 
@@ -8903,7 +8901,8 @@ class ChatCompletions(Dialect):
 
     OBJECT, CHUNK = "chat.completion", "chat.completion.chunk"
     LAST_CHOICE = b'{"index":0,"delta":{}'  # of the last chunk, up to its finish_reason
-    RELAYED_ONLY: Tuple[str, ...] = ("n", "logprobs", "top_logprobs")  # events have no place for it
+    # Fields that events have no place for, and the value that changes nothing.
+    RELAYED_ONLY: Dict[str, Any] = {"n": 1, "logprobs": False, "top_logprobs": 0}
 
     def parse(self, body: Dict[str, Any]) -> Call:
         required_field(body, "model", str, "the name of a model")
@@ -8917,7 +8916,7 @@ class ChatCompletions(Dialect):
         self.include_usage = bool(as_dict(options).get("include_usage"))
         call = Call(body, stream=boolean_field(body, "stream"))
         call.untranslated = [
-            name for name in self.RELAYED_ONLY if body.get(name) not in (None, False, 0, 1, "")
+            name for name, usual in self.RELAYED_ONLY.items() if body.get(name) not in (None, usual)
         ]
         return call
 
@@ -9003,7 +9002,7 @@ class Completions(ChatCompletions):
     PREFIX = "cmpl-"
     OBJECT = CHUNK = "text_completion"
     LAST_CHOICE = b'{"text":"","index":0,"logprobs":null'
-    RELAYED_ONLY = ("n", "best_of", "logprobs", "suffix")
+    RELAYED_ONLY = {"n": 1, "best_of": 1, "logprobs": None, "suffix": "", "echo": False}
 
     def parse(self, body: Dict[str, Any]) -> Call:
         prompt = body.get("prompt")
@@ -9011,19 +9010,11 @@ class Completions(ChatCompletions):
             prompt = prompt[0]
         if prompt in (None, "", []):
             raise bad_request("'prompt' is missing or empty.", "prompt")
-        self.echo = prompt if boolean_field(body, "echo") and isinstance(prompt, str) else ""
-        chat = {name: value for name, value in body.items() if name not in ("prompt", "echo")}
+        chat = {name: value for name, value in body.items() if name != "prompt"}
         call = super().parse({**chat, "messages": [{"role": "user", "content": prompt}]})
         if not isinstance(prompt, str):
             call.translation_error = bad_request("'prompt' must be a single string.", "prompt")
         return call
-
-    def encode(self, events: List[Event]) -> bytes:
-        echo, self.echo = self.echo, ""
-        frames = super().encode(events)
-        if echo and self.call.attempt.content_type is None:  # a relayed response has its own echo
-            return self.frame({"content": echo}) + frames
-        return frames
 
     def frame(self, delta: Dict[str, Any]) -> bytes:
         text = delta.get("content")  # the format has no fields for reasoning and tool calls
@@ -9033,8 +9024,7 @@ class Completions(ChatCompletions):
         return b'%b{"text":%b,"index":0,"logprobs":null%b' % (self.head, text, self.tail)
 
     def response_body(self, answer: Answer) -> Dict[str, Any]:
-        text = self.echo + answer.text + "\n\n".join(map(self.markdown, answer.images))
-        return self.body({"text": text, "index": 0, "logprobs": None}, answer)
+        return self.body({"text": self.text(answer), "index": 0, "logprobs": None}, answer)
 
 
 class Images(Dialect):
@@ -9595,7 +9585,9 @@ class Messages(BlockDialect):
         Reasoning: (b"thinking_delta", b"thinking"),
         ToolCall: (b"input_json_delta", b"partial_json"),
     }
-    STOP_REASONS = {"length": "max_tokens", "content_filter": "refusal"}
+    STOP_REASONS = {
+        "length": "max_tokens", "content_filter": "refusal", "tool_calls": "tool_use",
+    }
     ERROR_TYPE_BY_STATUS = {
         401: "authentication_error", 403: "permission_error", 404: "not_found_error",
         413: "request_too_large", 429: "rate_limit_error", 504: "timeout_error",
@@ -9685,7 +9677,7 @@ class Messages(BlockDialect):
 
     def finish_frames(self, finish: Finish) -> bytes:
         payload = {
-            "delta": self.stop_fields(finish, bool(self.tool_blocks)),
+            "delta": self.stop_fields(finish),
             "usage": self.usage_object(finish),
         }
         return event_frame("message_delta", payload) + event_frame("message_stop", {})
@@ -9700,7 +9692,7 @@ class Messages(BlockDialect):
         finish = self.finish_of(answer)
         return {
             **self.message_object(list(map(self.content_block, self.answer_blocks(answer)))),
-            **self.stop_fields(finish, bool(answer.tools)),
+            **self.stop_fields(finish),
             "usage": self.usage_object(finish),
         }
 
@@ -9728,14 +9720,10 @@ class Messages(BlockDialect):
             return {"type": "thinking", "thinking": event.text, "signature": signature}
         return {"type": "text", "text": event.text}
 
-    def stop_fields(self, finish: Finish, has_tool_calls: bool) -> Dict[str, Any]:
-        """The stop reason, from OpenAI's finish_reason."""
-        stop_reason = self.STOP_REASONS.get(finish.reason, "end_turn")
-        if finish.stop_sequence:
-            stop_reason = "stop_sequence"
-        elif stop_reason == "end_turn" and has_tool_calls:  # some upstreams send "stop" for both
-            stop_reason = "tool_use"
-        return {"stop_reason": stop_reason, "stop_sequence": finish.stop_sequence}
+    def stop_fields(self, finish: Finish) -> Dict[str, Any]:
+        reason = self.STOP_REASONS.get(finish.reason, "end_turn")
+        reason = "stop_sequence" if finish.stop_sequence else reason
+        return {"stop_reason": reason, "stop_sequence": finish.stop_sequence}
 
     def usage_object(self, finish: Finish) -> Dict[str, int]:
         """Token counts, those of cached input apart."""
