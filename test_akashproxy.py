@@ -395,7 +395,9 @@ def test_fold_adds_up():
 
 
 R, T = Reasoning, Text
-THINKING = {
+
+
+@table({
     "no tag": ("Hello <b>you</b>", [T("Hello <b>you</b>")]),
     "think-inline": ('<think>\nOkay, "user" wants x.\n</think>\n\nFinal answer.', [R('Okay, "user" wants x.'), T("Final answer.")]),
     "think-split": ("<think>hmm</think>Done.", [R("hmm"), T("Done.")]),
@@ -409,10 +411,7 @@ THINKING = {
     "a second pair": ("<think>a</think>b<think>c</think>d", [R("a"), T("b<think>c</think>d")]),
     "a closing tag in quotes": ("Use `</think>` to end.", [T("Use `</think>` to end.")]),
     "breaks within a thought": ("<think>a\n\nb\n</think>\nc\n", [R("a\n\nb"), T("c\n")]),
-}
-
-
-@table(THINKING)
+})
 def test_thinking_cut_anywhere(case):
     text, expected = case
     for parts in pieces(text):
@@ -438,7 +437,7 @@ def test_an_empty_text_is_nothing():
     assert step.feed([Text("a")]) + step.feed([Text("")]) + step.feed([Text("b")]) == [T("a"), T("b")]
 
 
-CUTOFF = {
+@table({
     "no stop": (["#"], None, "abc", [T("abc"), Finish("stop", None)]),
     "a stop is not part of the answer": (["##"], None, "ab##cd", [T("ab"), Finish("stop", stop_sequence="##")]),
     "half a stop": (["##"], None, "ab#", [T("ab#"), Finish("stop")]),
@@ -451,10 +450,7 @@ CUTOFF = {
     "East Asia's most": ([], 2, "日本語日本", [T("日本語日"), Finish("length")]),
     "a stop before the length": (["5"], 2, "0123456789abcdefg", [T("01234"), Finish("stop", stop_sequence="5")]),
     "a length before the stop": (["h"], 2, "0123456789abcdefgh", [T("0123456789abcdef"), Finish("length")]),
-}
-
-
-@table(CUTOFF)
+})
 def test_cutoff_cut_anywhere(case):
     stops, most, text, expected = case
     for parts in pieces(text):
@@ -547,7 +543,7 @@ def test_secrets_stay_out_of_sight():
 # == http =====================================================================================
 
 
-HEADS = {
+@table({
     "a request": (b"GET / HTTP/1.1\r\nHost: x\r\nA:b \r\n\r\nrest", ("GET / HTTP/1.1", {"host": "x", "a": "b"}, b"rest")),
     "one name twice": (b"G / HTTP/1.1\r\nA: 1\r\na: 2\r\n\r\n", ("G / HTTP/1.1", {"a": "1, 2"}, b"")),
     "cookies stay apart": (b"G / HTTP/1.1\r\nSet-Cookie: a=1\r\nset-cookie: b=2\r\n\r\n", ("G / HTTP/1.1", {"set-cookie": "a=1\nb=2"}, b"")),
@@ -566,10 +562,7 @@ HEADS = {
     "it ends early": (b"G / HTTP/1.1\r\nA: b", None),
     "too large": (b"G / HTTP/1.1\r\nA: " + b"x" * 70000, 431),
     "too many fields": (b"G / HTTP/1.1\r\n" + b"A: b\r\n" * 101 + b"\r\n", 431),
-}
-
-
-@table(HEADS)
+})
 def test_heads(case):
     data, expected = case
     for cuts in ([], [5], range(1, min(len(data), 300))):
@@ -583,7 +576,9 @@ def test_heads(case):
 
 
 LENGTH, CHUNKED = {"content-length": "5"}, {"transfer-encoding": "chunked"}
-BODIES = {
+
+
+@table({
     "counted": (LENGTH, b"hello", b"hello", b""),
     "counted, and more": (LENGTH, b"helloGET", b"hello", b"GET"),
     "empty": ({"content-length": "0"}, b"", b"", b""),
@@ -614,10 +609,7 @@ BODIES = {
     "an underscore": ({"content-length": "1_0"}, b"", ProtocolError, 400),
     "gzip": ({"transfer-encoding": "gzip, chunked"}, b"", ProtocolError, 501),
     "a vertical tab": ({"transfer-encoding": "\x0bchunked"}, b"", ProtocolError, 501),
-}
-
-
-@table(BODIES)
+})
 def test_bodies_cut_anywhere(case):
     fields, data, expected, rest = case
     for parts in pieces(data) if len(data) < 100 else [[data]]:
@@ -836,7 +828,9 @@ def test_no_line_break_gets_into_the_head_of_a_request(text):
 
 INTERIM = b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n"
 SAID = reply(body=b"ID3", kind="audio/mpeg")
-HEADS_OF_ANSWERS = {
+
+
+@table({
     # name: (bytes, status for the client, connections for this answer and the next)
     "interim answers": (INTERIM + SAID, 200, 1),
     "interim answers without an end": (INTERIM * 51 + SAID, 502, 2),
@@ -852,10 +846,7 @@ HEADS_OF_ANSWERS = {
     "a status that begins with 0": (SAID.replace(b"200", b"020"), 502, 2),
     "two blanks before the status": (SAID.replace(b" 200", b"  200"), 502, 2),
     "both lengths": (SAID.replace(b"Connection", b"Content-Length: 3\r\nConnection"), 502, 2),
-}
-
-
-@table(HEADS_OF_ANSWERS)
+})
 def test_the_head_of_an_upstreams_answer(case, pool):
     data, status, connections = case
     fake = FakeOpenAI()
@@ -1000,7 +991,7 @@ def pasted(prompt, negative=""):
     return (f"0:\"<image_generation> jobId='{JOB}' prompt='{prompt}' negative='{negative}'</image_generation>\"\n").encode() + STOP
 
 
-PICTURES = {
+@table({
     "gen-ok": (pasted("A red fox in the snow, detailed", "blurry"), "A red fox in the snow, detailed"),
     "gen-apos": (pasted("A cat\\'s hat", "it\\'s bad"), "A cat's hat"),
     "gen-dquote": (pasted('A sign saying "OPEN" at night'), 'A sign saying "OPEN" at night'),
@@ -1011,10 +1002,7 @@ PICTURES = {
     "a closing line within": (pasted("a'</image_generation>\"\ne"), "a'</image_generation>\"\ne"),
     "a later framing": (sdk5(delta("<image_generation> jobId='" + JOB + "' prompt='a"), delta("b' negative=''</image_generation>"),
                              FINISH5), "ab"),
-}
-
-
-@table(PICTURES)
+})
 def test_the_answers_of_akashgen(case):
     assert akashproxy.parse_image_job(case[0]) == (JOB, case[1])
 
@@ -1029,47 +1017,15 @@ def user(content, **more):
 
 DATA_URL = "data:image/png;base64," + base64.b64encode(PNG).decode()
 ZW = "\u2060"
-REQUESTS = {
-    # name: (fields of the client's body, fields of Akash's body)
-    "plain": ({"messages": [user("hi")]}, {"model": "m", "messages": [user("hi")], "system": " ", "temperature": 0.85,
-                                          "topP": 1.0, "context": []}),
-    "system and developer": ({"messages": [{"role": "system", "content": "A"}, user("hi"), {"role": "developer", "content": "B"}]},
-                             {"system": "A\n\nB", "messages": [user("hi")]}),
-    "an empty system": ({"messages": [{"role": "system", "content": ""}, user("hi")]}, {"system": " "}),
-    "topP": ({"messages": [user("hi")], "topP": 0.5, "temperature": 1}, {"topP": 0.5, "temperature": 1}),
-    "top_p": ({"messages": [user("hi")], "top_p": 0.4}, {"topP": 0.4}),
-    "zero stays alive": ({"messages": [user("hi")], "top_p": 0, "temperature": 0.0}, {"topP": 1e-6, "temperature": 1e-6}),
-    "null is absent": ({"messages": [user("hi")], "top_p": None, "tools": None, "n": None}, {"topP": 1.0}),
-    "parts of text": ({"messages": [user([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}])]},
-                      {"messages": [user("ab")]}),
-    "a picture": ({"messages": [user([{"type": "text", "text": "look"}, {"type": "image_url", "image_url": {"url": DATA_URL}}])]},
-                  {"messages": [user("look", experimental_attachments=[
-                      {"name": "picture", "contentType": "image/png", "url": DATA_URL}])]}),
-    "a picture's address": ({"messages": [user([{"type": "image_url", "image_url": "https://h/x.jpg"}])]},
-                            {"messages": [user("", experimental_attachments=[
-                                {"name": "picture", "contentType": "image/png", "url": "https://h/x.jpg"}])]}),
-    "null of the assistant": ({"messages": [user("a"), {"role": "assistant", "content": None}, user("b")]},
-                              {"messages": [user("a"), {"role": "assistant", "content": ""}, user("b")]}),
-    "names and other fields go": ({"messages": [user("a", name="Bob")]}, {"messages": [user("a")]}),
-    "req-special-endoftext": ({"messages": [user("x <|endoftext|> y")]}, {"messages": [user(
-        f"x <|{ZW}endoftext|> y", parts=[{"type": "text", "text": "x <|endoftext|> y"}])]}),
-    "req-special-system": ({"messages": [{"role": "system", "content": "<|fim_prefix|>"}, user("a")]}, {"system": f"<|{ZW}fim_prefix|>"}),
-    "req-special-imstart is harmless": ({"messages": [user("<|im_start|>")]}, {"messages": [user("<|im_start|>")]}),
-    "nothing asked for": ({"messages": [user("a")], "tools": [], "tool_choice": "none", "n": 1, "logprobs": False,
-                           "response_format": {"type": "text"}, "modalities": ["text"]}, {"model": "m"}),
-}
 
 
-LENIENT = {     # messages that OpenAI or the original answer: what Akash gets
+@table({     # messages that OpenAI or the original answer: what Akash gets
     "only a system message": ([{"role": "system", "content": "Write a poem."}], [user("Write a poem.")], " "),
     "only developer messages": ([{"role": "developer", "content": "a"}, {"role": "system", "content": "b"}], [user("a\n\nb")], " "),
     "no content": ([{"role": "user"}], [user("")], " "), "null content": ([user(None)], [user("")], " "),
     "null in the system": ([{"role": "system", "content": None}, user("hi")], [user("hi")], " "),
     "an answer without content": ([user("a"), {"role": "assistant"}, user("b")], [user("a"), {"role": "assistant", "content": ""}, user("b")], " "),
-}
-
-
-@table(LENIENT)
+})
 def test_messages_that_are_answered_elsewhere_are_here(case, akash, serve):
     messages, sent, system = case
     assert chat(serve(), messages=messages).status == 200
@@ -1112,7 +1068,35 @@ def test_a_413_of_a_front_server_is_one(akash, serve):
     assert (got.status, got.json["error"]["code"], got.headers["x-should-retry"]) == (413, "request_too_large", "false")
 
 
-@table(REQUESTS)
+@table({
+    # name: (fields of the client's body, fields of Akash's body)
+    "plain": ({"messages": [user("hi")]}, {"model": "m", "messages": [user("hi")], "system": " ", "temperature": 0.85,
+                                          "topP": 1.0, "context": []}),
+    "system and developer": ({"messages": [{"role": "system", "content": "A"}, user("hi"), {"role": "developer", "content": "B"}]},
+                             {"system": "A\n\nB", "messages": [user("hi")]}),
+    "an empty system": ({"messages": [{"role": "system", "content": ""}, user("hi")]}, {"system": " "}),
+    "topP": ({"messages": [user("hi")], "topP": 0.5, "temperature": 1}, {"topP": 0.5, "temperature": 1}),
+    "top_p": ({"messages": [user("hi")], "top_p": 0.4}, {"topP": 0.4}),
+    "zero stays alive": ({"messages": [user("hi")], "top_p": 0, "temperature": 0.0}, {"topP": 1e-6, "temperature": 1e-6}),
+    "null is absent": ({"messages": [user("hi")], "top_p": None, "tools": None, "n": None}, {"topP": 1.0}),
+    "parts of text": ({"messages": [user([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}])]},
+                      {"messages": [user("ab")]}),
+    "a picture": ({"messages": [user([{"type": "text", "text": "look"}, {"type": "image_url", "image_url": {"url": DATA_URL}}])]},
+                  {"messages": [user("look", experimental_attachments=[
+                      {"name": "picture", "contentType": "image/png", "url": DATA_URL}])]}),
+    "a picture's address": ({"messages": [user([{"type": "image_url", "image_url": "https://h/x.jpg"}])]},
+                            {"messages": [user("", experimental_attachments=[
+                                {"name": "picture", "contentType": "image/png", "url": "https://h/x.jpg"}])]}),
+    "null of the assistant": ({"messages": [user("a"), {"role": "assistant", "content": None}, user("b")]},
+                              {"messages": [user("a"), {"role": "assistant", "content": ""}, user("b")]}),
+    "names and other fields go": ({"messages": [user("a", name="Bob")]}, {"messages": [user("a")]}),
+    "req-special-endoftext": ({"messages": [user("x <|endoftext|> y")]}, {"messages": [user(
+        f"x <|{ZW}endoftext|> y", parts=[{"type": "text", "text": "x <|endoftext|> y"}])]}),
+    "req-special-system": ({"messages": [{"role": "system", "content": "<|fim_prefix|>"}, user("a")]}, {"system": f"<|{ZW}fim_prefix|>"}),
+    "req-special-imstart is harmless": ({"messages": [user("<|im_start|>")]}, {"messages": [user("<|im_start|>")]}),
+    "nothing asked for": ({"messages": [user("a")], "tools": [], "tool_choice": "none", "n": 1, "logprobs": False,
+                           "response_format": {"type": "text"}, "modalities": ["text"]}, {"model": "m"}),
+})
 def test_requests_to_akash(case):
     body, expected = case
     got, _ = akashproxy.akash_request(Call({"model": "m", **body}))
@@ -1262,17 +1246,14 @@ def test_a_client_that_leaves_while_others_fetch_the_session(akash, serve):
     akash.close()
 
 
-COOKIES = {
+@table({
     "none": ("", ""),
     "a fixed word": ("session_token=validated; Path=/; Max-Age=86400", "session_token=validated"),
     "empty": ("session_token=; Max-Age=1", ""),
     "another cookie first": ("a=b\nsession_token=ff; max-age=9 ;Secure", "session_token=ff"),
     "no life told": ("session_token=ff", "session_token=ff"),
     "another name": ("xsession_token=ff", ""),
-}
-
-
-@table(COOKIES)
+})
 def test_any_cookie_is_taken(case, akash):
     set_cookie, expected = case
     clock = Clock()
@@ -1347,14 +1328,13 @@ def signed_in(*cookies):
 
 
 SIGNED_OUT = b"HTTP/1.1 204 No Content\r\nConnection: keep-alive\r\n\r\n"
-RENEWALS = {    # Set-Cookie of the answer: the cookie that is sent from then on
+
+
+@table({    # Set-Cookie of the answer: the cookie that is sent from then on
     "a new one": (["appSession=two"], "cf_clearance=x; appSession=two"),
     "in two parts": (["appSession.0=two", "appSession.1=three", "appSession=; Max-Age=0"], "cf_clearance=x; appSession.0=two; appSession.1=three"),
     "none": ([], "appSession=one; cf_clearance=x"), "others": (["session_token=x", "appSessions=y"], "appSession=one; cf_clearance=x"),
-}
-
-
-@table(RENEWALS)
+})
 def test_a_login_is_kept_alive(case, akash):
     set_cookie, expected = case
     clock, akash.me = Clock(), signed_in(*set_cookie)
@@ -1432,14 +1412,11 @@ def test_a_reload_keeps_the_renewed_login(akash):
     assert changed.upstreams[0].controller.login.cookie == "appSession=other" and changed.status()[0]["login"] == "unknown"
 
 
-LIMITS = {  # the answer to /api/rate-limit/status/: (whether the cool-down ends, whether a request may probe at once)
+@table({  # the answer to /api/rate-limit/status/: (whether the cool-down ends, whether a request may probe at once)
     "used up": (reply(body=b'{"usagePercentage":100,"blocked":true,"resetTime":"2026-11-22T00:26:06.710Z"}'), False, False),
     "reset": (reply(body=b'{"usagePercentage":0,"remainingPercentage":100,"blocked":false,"authenticated":false}'), True, False),
     "July": (None, False, True), "down": (reply(500, b'{"blocked":false}'), False, True), "odd": (reply(body=b'{"blocked":"no"}'), False, True),
-}
-
-
-@table(LIMITS)
+})
 def test_a_limit_that_has_been_reset_is_noticed(case, akash):
     akash.limits, ends, may_probe = case
     clock = Clock()
@@ -1462,16 +1439,14 @@ def test_a_limit_that_has_been_reset_is_noticed(case, akash):
 
 # == controllers: Akash's models and pictures =================================================
 
-MODEL_LISTS = {
+
+@table({
     "2025": ([{"id": "a", "available": True}, {"id": "b/c", "available": False}, {"id": "AkashGen"}], ["a", "AkashGen"]),
     "2026": ([{"id": "a", "model_id": "a", "api_id": "x/a", "available": True, "temperature": "0.60"}], ["a"]),
     "models-all": ({"models": [{"id": "be11f1b5-1886", "model_id": "DeepSeek-V3.1"}], "stats": {}}, ["DeepSeek-V3.1"]),
     "OpenAI's": ({"object": "list", "data": [{"id": "a"}, {"id": "a"}]}, ["a"]),
     "empty": ([], []), "null": (None, []), "text": ("x", []), "odd entries": ([None, 7, {"id": 7}, {}], []),
-}
-
-
-@table(MODEL_LISTS)
+})
 def test_every_shape_of_a_model_list(case):
     assert list(akashproxy.akash_models(case[0])) == case[1]
 
@@ -1575,17 +1550,14 @@ def test_a_web_page_is_never_relayed_as_a_picture(akash, serve):
     assert ask(serve(), path="/images/x.png").status == 404
 
 
-PICTURE_FAILURES = {
+@table({
     "failed": ([{"status": "failed", "result": "Failed: CUDA out of memory at 10.1.2.3:80"}], 502, "CUDA out of memory at (address)"),
     "an older form": ([{"status": "completed", "result": "Failed to make it"}], 502, "Failed to make it"),
     "lost": (["Job not found: nope"] * 3, 502, "lost"),
     "lost, with errors": ([[]] * 3, 502, "lost"),
     "a bad name": ([{"status": "succeeded", "result": "/api/image/.."}], 502, "name"),
     "no end": ([{"status": "waiting", "queue_position": 9}] * 10000, 504, "not ready"),
-}
-
-
-@table(PICTURE_FAILURES)
+})
 def test_pictures_that_fail(case, akash, serve):
     states, status, words = case
     akash.chat = PICTURE_LINE
@@ -1662,13 +1634,10 @@ def drawing(server, akash, *headers):
     akash.states.clear()
 
 
-REPEATS = {  # (the first request's key, the second one and its key): the jobs of both
+@table({  # (the first request's key, the second one and its key): the jobs of both
     "the same": ("a", DRAW, "a", 2), "another prompt": ("a", {**DRAW, "prompt": "a dog"}, "a", 4),
     "another key": ("a", DRAW, "b", 4), "fewer": ("a", {"prompt": "a fox"}, "a", 3),
-}
-
-
-@table(REPEATS)
+})
 def test_a_repeat_joins_the_jobs_of_a_request_that_was_left(case, akash, serve):
     first, body, second, jobs = case
     server = serve(keys=keys("a", "b"))
@@ -1807,16 +1776,13 @@ def test_endless_texts_of_errors_cost_nothing(akash, serve):
         assert len(akashproxy.redact_hosts(text)) < 2000
 
 
-BROKEN = {
+@table({
     "abort-midstream": (b'0:"one "\n3:"terminated"\n', True, "terminated"),
     "the message just ends": (b'0:"one "\n', True, EARLY),
     "the connection just ends": (b'0:"one "\n', False, "broke off"),
     "finish-none": (b'0:"one "\n' + END.replace(b"%b", b"unknown"), True, NO_REASON),
     "the backend's own limit": (b'0:"one "\n3:"Rate limit exceeded"\n', True, "Rate limit"),
-}
-
-
-@table(BROKEN)
+})
 def test_failures_within_an_answer(case, akash, serve):
     lines, proper, words = case
     akash.faults += [akash.cut(lines, proper)] * 2
@@ -1987,7 +1953,7 @@ def post(path, body, *fields):
     return "\r\n".join([f"POST {path} HTTP/1.1", "Host: x", f"Content-Length: {len(data)}", *fields, "", ""]).encode() + data
 
 
-BAD_BODIES = {
+@table({
     # name: (path, body, param, words)
     "no JSON": ("chat/completions", b"{", None, "not valid JSON"),
     "nothing": ("chat/completions", b"", None, "not valid JSON"),
@@ -2013,10 +1979,7 @@ BAD_BODIES = {
     "another form": ("images/generations", {"prompt": "x", "response_format": "gif"}, "response_format", "b64_json"),
     "streamed pictures": ("images/generations", {"prompt": "x", "stream": True}, "stream", "through chat"),
     "another model's pictures": ("images/generations", {"prompt": "x", "model": "dall-e-3"}, "model", "AkashGen"),
-}
-
-
-@table(BAD_BODIES)
+})
 def test_bad_bodies_leave_the_connection_usable(case, akash, serve):
     path, body, param, words = case
     server = serve()
@@ -2055,7 +2018,7 @@ def test_a_body_may_come_in_chunks_and_be_announced(serve):
         assert sock.recv(100).startswith(b"HTTP/1.1 200 ")
 
 
-BAD_HEADS = {
+@table({
     "garbage": (b"\x16\x03\x01garbage", 400), "HTTP/2": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505), "HTTP/0.9": (b"GET /\r\n\r\n", 400),
     "no host": (b"GET /health HTTP/1.1\r\n\r\n", 400), "two hosts": (b"GET /health HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n", 400),
     "both lengths": (b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
@@ -2063,10 +2026,7 @@ BAD_HEADS = {
     "too large": (b"GET /health HTTP/1.1\r\nHost: a\r\nX: " + b"x" * 70000, 431),
     "no slash": (b"GET health HTTP/1.1\r\nHost: a\r\n\r\n", 400),
     "an expectation": (b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nExpect: tea\r\nContent-Length: 1\r\n\r\n", 417),
-}
-
-
-@table(BAD_HEADS)
+})
 def test_bad_heads_are_refused_as_json_and_the_connection_closed(case, serve):
     data, status = case
     got = talk(serve(), data + b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -3025,52 +2985,6 @@ def fragments(*more):
 
 
 ERROR_EVENT = b'data: {"error":{"message":"boom","type":"server_error","code":null}}\n\n'
-CHAT_STREAMS = {
-    # name: (bytes, events, what the error says)
-    "plain": (b"".join(FakeOpenAI(text="Hi there.").events()), [T("Hi there."), Finish("stop")], None),
-    "CR LF, comments and other fields": (b": ping\r\n\r\nevent: x\r\nid: 1\r\nretry: 9\r\ndata:{\"choices\":[{\"delta\":{\"content\":\"a\"}}]}\r\n\r\n"
-                                         b"data: {\"choices\":[{\"delta\":{},\"finish_reason\":\"length\"}]}\r\n\r\ndata: [DONE]\r\n\r\n",
-                                         [T("a"), Finish("length")], None),
-    "several data lines": (b'data: {"choices":\ndata: [{"delta":{"content":"a"},"finish_reason":"stop"}]}\n\n', [T("a"), Finish("stop")], None),
-    "no [DONE]": (b"".join(FakeOpenAI(text="Hi").events())[:-len("data: [DONE]\n\n")], [T("Hi"), Finish("stop")], None),
-    "no last blank line": (FakeOpenAI.event({"content": "a"}, "stop")[:-1], [T("a"), Finish("stop")], None),
-    "usage after the end": (FakeOpenAI.event({"content": "a"}, "stop") + b'data: {"choices":[],"usage":{"prompt_tokens":11,"completion_tokens":7}}\n\n'
-                            b"data: [DONE]\n\n", [T("a"), Finish("stop", USAGE)], None),
-    "usage before it": (b'data: {"choices":[],"usage":{"prompt_tokens":11,"completion_tokens":7,"total_tokens":18}}\n\n'
-                        + FakeOpenAI.event({"content": "a"}, "stop"), [T("a"), Finish("stop", USAGE)], None),
-    "null usage": (b'data: {"choices":[{"delta":{"content":"a"},"finish_reason":"stop"}],"usage":{"prompt_tokens":null}}\n\n',
-                   [T("a"), Finish("stop")], None),
-    "reasoning_content": (FakeOpenAI.event({"reasoning_content": "h"}) + FakeOpenAI.event({"content": "a"}, "stop"), [R("h"), T("a"), Finish("stop")], None),
-    "reasoning": (FakeOpenAI.event({"reasoning": "h", "content": None}) + FakeOpenAI.event({"content": "a"}, "stop"), [R("h"), T("a"), Finish("stop")], None),
-    "tool calls": (b"".join(FakeOpenAI.event({"tool_calls": calls}) for calls in (
-        [{"index": 0, "id": "c0", "type": "function", "function": {"name": "f", "arguments": ""}}],
-        [{"index": 0, "function": {"arguments": "{\"a\""}}], [{"index": 1, "id": "c1", "function": {"name": "g", "arguments": ""}}],
-        [{"index": 0, "function": {"arguments": ":1}"}}])) + FakeOpenAI.event({}, "tool_calls"),
-        [ToolCall(0, "", "c0", "f"), ToolCall(0, '{"a"'), ToolCall(1, "", "c1", "g"), ToolCall(0, ":1}"), Finish("tool_calls")], None),
-    "a second choice": (b'data: {"choices":[{"index":1,"delta":{"content":"b"}},{"index":0,"delta":{"content":"a"},"finish_reason":"stop"}]}\n\n',
-                        [T("a"), Finish("stop")], None),
-    "the legacy form": (b'data: {"choices":[{"index":0,"text":"a","finish_reason":"stop"}]}\n\n', [T("a"), Finish("stop")], None),
-    "an error within": (FakeOpenAI.event({"content": "a"}) + ERROR_EVENT, [T("a")], "boom"),
-    "an error as text": (b'data: {"error":"boom"}\n\n', [], "boom"),
-    "it just ends": (FakeOpenAI.event({"content": "a"}), [T("a")], EARLY),
-    "[DONE] without a finish": (FakeOpenAI.event({"content": "a"}) + b"data: [DONE]\n\n", [T("a")], EARLY),
-    "no JSON": (b"data: {oops\n\n", [], "not JSON"),
-    "odd shapes": (b'data: {"choices":[null,{"delta":7},{"delta":{"content":7,"tool_calls":[7]}}]}\n\n' + FakeOpenAI.event({"content": "a"}, "stop"),
-                   [T("a"), Finish("stop")], None),
-    "CR alone": (FakeOpenAI.event({"content": "a"}, "stop").replace(b"\n", b"\r"), [T("a"), Finish("stop")], None),
-    "a byte order mark": (b"\xef\xbb\xbf" + FakeOpenAI.event({"content": "a"}, "stop"), [T("a"), Finish("stop")], None),
-    "empty data": (b"data:\n\n" + FakeOpenAI.event({"content": "a"}) + b"data: \n\ndata: null\n\ndata: 7\n\n" + FakeOpenAI.event({}, "stop"), [T("a"), Finish("stop")], None),
-    "empty data lines": (FakeOpenAI.event({"content": "a"}) + b"data:\ndata:\n\n" + FakeOpenAI.event({"content": "b"}, "stop"), [T("ab"), Finish("stop")], None),
-    "a ping in words": (b"event: keepalive\ndata: still here\n\n" + FakeOpenAI.event({"content": "a"}, "stop"), [T("a"), Finish("stop")], None),
-    "no blank lines between": (b"".join(FakeOpenAI(text="Hi there.").events()).replace(b"\n\n", b"\n"), [T("Hi there."), Finish("stop")], None),
-    "no line end at the end": (FakeOpenAI.event({"content": "a"}) + FakeOpenAI.event({"content": "b"}, "stop").rstrip(b"\n"), [T("ab"), Finish("stop")], None),
-    "half an event at the end": (FakeOpenAI.event({"content": "a"}) + FakeOpenAI.event({"content": "b"}, "stop")[:40], [T("a")], "not JSON"),
-    "an emoji in two events": (b'data: {"choices":[{"delta":{"content":"a\\ud83d"}}]}\n\ndata: {"choices":[{"delta":{"content":"\\ude00b"},"finish_reason":"stop"}]}\n\n',
-                               [T("a\U0001f600b"), Finish("stop")], None),
-    "thinking parts": (FakeOpenAI.event({"content": [{"type": "thinking", "thinking": [{"type": "text", "text": "h"}]}]})
-                       + FakeOpenAI.event({"content": [{"type": "text", "text": "a"}]}, "stop"), [R("h"), T("a"), Finish("stop")], None),
-    "Groq's usage": (FakeOpenAI.event({"content": "a"}, "stop")[:-3] + b',"x_groq":{"usage":{"prompt_tokens":11,"completion_tokens":7}}}\n\n', [T("a"), Finish("stop", USAGE)], None),
-}
 
 # What servers say of why an answer ended, and what it means; "": an error.
 REASONS = {
@@ -3104,7 +3018,7 @@ def call_parts(*parts):
                     for part in parts) + FakeOpenAI.event({}, "tool_calls")
 
 
-FRAGMENTED = {
+@table({
     # name: (stream, [(name, arguments)])
     "a new id with each fragment": (call_parts((0, "a1", "f", ""), (0, "a2", None, '{"a"'), (0, "a3", "", ":1}")), [("f", '{"a":1}')]),
     "id, then name": (call_parts((0, "a1", None, ""), (0, None, "f", ""), (0, None, None, '{"a":1}')), [("f", '{"a":1}')]),
@@ -3124,10 +3038,7 @@ FRAGMENTED = {
     "text in between": (call_parts((0, "a", "f", '{"a"'), {"content": "x", "reasoning_content": "y"}, (0, None, None, ":1}")), [("f", '{"a":1}')]),
     "braces and quotes within strings": (call_parts((0, None, "f", '{"a":"}\\"'), (0, None, "f", '{"}')), [("f", '{"a":"}\\"{"}')]),
     "no arguments": (call_parts((0, "a", "f", None)), [("f", "")]),
-}
-
-
-@table(FRAGMENTED)
+})
 def test_calls_however_they_are_fragmented(case):
     data, expected = case
     for parts in pieces(data):
@@ -3140,7 +3051,9 @@ def test_calls_however_they_are_fragmented(case):
 
 
 HALF, OTHER_HALF = "\ud83d", "\ude00"
-HALVES = {
+
+
+@table({
     # name: (events, expected events)
     "text": ([T("a" + HALF), T(OTHER_HALF + "b")], [T("a😀b")]),
     "reasoning": ([R(HALF), R(OTHER_HALF)], [R("😀")]),
@@ -3150,10 +3063,7 @@ HALVES = {
     "a half alone": ([T(HALF), T("b"), T(OTHER_HALF)], [T("\ufffdb\ufffd")]),
     "a half at the end": ([T("a" + HALF), Finish("stop")], [T("a\ufffd"), Finish("stop")]),
     "a half of reasoning at the end": ([R(HALF), ToolCall(0, HALF)], [R("\ufffd"), ToolCall(0, "\ufffd")]),
-}
-
-
-@table(HALVES)
+})
 def test_halves_of_a_character_are_joined(case):
     events, expected = case
     for parts in ([events], [[event] for event in events]):
@@ -3174,10 +3084,7 @@ def deflated(data, wbits):
     return packer.compress(data) + packer.flush()
 
 
-ENCODINGS = {"gzip": ("gzip", 31), "x-gzip": ("X-Gzip", 31), "deflate": ("deflate", 15), "deflate without a header": ("deflate", -15)}
-
-
-@table(ENCODINGS)
+@table({"gzip": ("gzip", 31), "x-gzip": ("X-Gzip", 31), "deflate": ("deflate", 15), "deflate without a header": ("deflate", -15)})
 @pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages"])
 def test_a_compressed_answer_is_expanded(case, streamed, path, pool):
@@ -3227,17 +3134,14 @@ def test_a_stream_under_another_type(kind, path, pool):
     assert b"there." in got.body and b'"error":{' not in got.body
 
 
-NO_ANSWERS = {
+@table({
     "no choices": (False, b'{"id":"x","choices":[]}'), "null": (False, b'{"choices":null}'), "empty": (False, b""), "blank": (False, b" \n"),
     "a code": (False, b'{"code":500,"msg":"x"}'), "an error object": (False, b'{"object":"error","message":"x"}'), "half": (False, b'{"choices":[{"mess'),
     "only [DONE]": (True, b"data: [DONE]\n\n"), "nothing": (True, b""), "an error first": (True, ERROR_EVENT), "comments": (True, b": x\n\n"),
     "an object for a list": (False, b'{"choices":{}}'), "an empty choice": (False, b'{"choices" : [ {} ]}'), "null as a choice": (False, b'{"choices":[null]}'), "a list": (False, b"[]"),
     "a role, then [DONE]": (True, FakeOpenAI.event({"role": "assistant", "content": ""}) + b"data: [DONE]\n\n"), "no choice, then [DONE]": (True, b'data: {"choices":[]}\n\ndata: [DONE]\n\n'),
     "a role, then an error": (True, FakeOpenAI.event({"role": "assistant"}) + ERROR_EVENT), "a role, then nothing": (True, FakeOpenAI.event({"role": "assistant"})),
-}
-
-
-@table(NO_ANSWERS)
+})
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages"])
 @pytest.mark.parametrize("sized", [True, False])
 @pytest.mark.parametrize("typed", [True, False])
@@ -3279,17 +3183,14 @@ def test_whole_calls_without_a_name(call, error, pool):
         assert got.json["stop_reason"] == "end_turn" and [block["type"] for block in got.json["content"]] == ["text"]
 
 
-SPELLINGS = {
+@table({
     "DeepSeek": ({"prompt_cache_hit_tokens": 80}, 80, 0), "Moonshot": ({"cached_tokens": 80}, 80, 0), "OpenAI": ({"prompt_tokens_details": {"cached_tokens": 80}}, 80, 0),
     "reasoning apart": ({"reasoning_tokens": 4}, 0, 4), "no total": ({"total_tokens": None}, 0, 0), "all cached": ({"prompt_cache_hit_tokens": 100}, 100, 0),
     "more cached than sent": ({"cached_tokens": 500}, 100, 0), "thinking": ({"completion_tokens_details": {"thinking_tokens": 3}}, 0, 3), "no details": ({"prompt_tokens_details": None}, 0, 0),
     "Responses": ({"prompt_tokens": None, "input_tokens": 100, "completion_tokens": None, "output_tokens": 5, "input_tokens_details": {"cached_tokens": 80},
                    "output_tokens_details": {"reasoning_tokens": 4}}, 80, 4),
     "Anthropic": ({"prompt_tokens": None, "input_tokens": 20, "completion_tokens": None, "output_tokens": 5, "cache_read_input_tokens": 80}, 80, 0),
-}
-
-
-@table(SPELLINGS)
+})
 def test_spellings_of_usage(case):
     extra, cached, reasoning = case
     usage = akashproxy.usage_of({"usage": {"prompt_tokens": 100, "completion_tokens": 5, "total_tokens": 105, **extra}})
@@ -3326,7 +3227,52 @@ def test_the_usage_of_relayed_answers_is_logged_and_counted(path, kind, body, po
     assert samples(server)["akashproxy_prompt_tokens_total", "a"] == 11
 
 
-@table(CHAT_STREAMS)
+@table({
+    # name: (bytes, events, what the error says)
+    "plain": (b"".join(FakeOpenAI(text="Hi there.").events()), [T("Hi there."), Finish("stop")], None),
+    "CR LF, comments and other fields": (b": ping\r\n\r\nevent: x\r\nid: 1\r\nretry: 9\r\ndata:{\"choices\":[{\"delta\":{\"content\":\"a\"}}]}\r\n\r\n"
+                                         b"data: {\"choices\":[{\"delta\":{},\"finish_reason\":\"length\"}]}\r\n\r\ndata: [DONE]\r\n\r\n",
+                                         [T("a"), Finish("length")], None),
+    "several data lines": (b'data: {"choices":\ndata: [{"delta":{"content":"a"},"finish_reason":"stop"}]}\n\n', [T("a"), Finish("stop")], None),
+    "no [DONE]": (b"".join(FakeOpenAI(text="Hi").events())[:-len("data: [DONE]\n\n")], [T("Hi"), Finish("stop")], None),
+    "no last blank line": (FakeOpenAI.event({"content": "a"}, "stop")[:-1], [T("a"), Finish("stop")], None),
+    "usage after the end": (FakeOpenAI.event({"content": "a"}, "stop") + b'data: {"choices":[],"usage":{"prompt_tokens":11,"completion_tokens":7}}\n\n'
+                            b"data: [DONE]\n\n", [T("a"), Finish("stop", USAGE)], None),
+    "usage before it": (b'data: {"choices":[],"usage":{"prompt_tokens":11,"completion_tokens":7,"total_tokens":18}}\n\n'
+                        + FakeOpenAI.event({"content": "a"}, "stop"), [T("a"), Finish("stop", USAGE)], None),
+    "null usage": (b'data: {"choices":[{"delta":{"content":"a"},"finish_reason":"stop"}],"usage":{"prompt_tokens":null}}\n\n',
+                   [T("a"), Finish("stop")], None),
+    "reasoning_content": (FakeOpenAI.event({"reasoning_content": "h"}) + FakeOpenAI.event({"content": "a"}, "stop"), [R("h"), T("a"), Finish("stop")], None),
+    "reasoning": (FakeOpenAI.event({"reasoning": "h", "content": None}) + FakeOpenAI.event({"content": "a"}, "stop"), [R("h"), T("a"), Finish("stop")], None),
+    "tool calls": (b"".join(FakeOpenAI.event({"tool_calls": calls}) for calls in (
+        [{"index": 0, "id": "c0", "type": "function", "function": {"name": "f", "arguments": ""}}],
+        [{"index": 0, "function": {"arguments": "{\"a\""}}], [{"index": 1, "id": "c1", "function": {"name": "g", "arguments": ""}}],
+        [{"index": 0, "function": {"arguments": ":1}"}}])) + FakeOpenAI.event({}, "tool_calls"),
+        [ToolCall(0, "", "c0", "f"), ToolCall(0, '{"a"'), ToolCall(1, "", "c1", "g"), ToolCall(0, ":1}"), Finish("tool_calls")], None),
+    "a second choice": (b'data: {"choices":[{"index":1,"delta":{"content":"b"}},{"index":0,"delta":{"content":"a"},"finish_reason":"stop"}]}\n\n',
+                        [T("a"), Finish("stop")], None),
+    "the legacy form": (b'data: {"choices":[{"index":0,"text":"a","finish_reason":"stop"}]}\n\n', [T("a"), Finish("stop")], None),
+    "an error within": (FakeOpenAI.event({"content": "a"}) + ERROR_EVENT, [T("a")], "boom"),
+    "an error as text": (b'data: {"error":"boom"}\n\n', [], "boom"),
+    "it just ends": (FakeOpenAI.event({"content": "a"}), [T("a")], EARLY),
+    "[DONE] without a finish": (FakeOpenAI.event({"content": "a"}) + b"data: [DONE]\n\n", [T("a")], EARLY),
+    "no JSON": (b"data: {oops\n\n", [], "not JSON"),
+    "odd shapes": (b'data: {"choices":[null,{"delta":7},{"delta":{"content":7,"tool_calls":[7]}}]}\n\n' + FakeOpenAI.event({"content": "a"}, "stop"),
+                   [T("a"), Finish("stop")], None),
+    "CR alone": (FakeOpenAI.event({"content": "a"}, "stop").replace(b"\n", b"\r"), [T("a"), Finish("stop")], None),
+    "a byte order mark": (b"\xef\xbb\xbf" + FakeOpenAI.event({"content": "a"}, "stop"), [T("a"), Finish("stop")], None),
+    "empty data": (b"data:\n\n" + FakeOpenAI.event({"content": "a"}) + b"data: \n\ndata: null\n\ndata: 7\n\n" + FakeOpenAI.event({}, "stop"), [T("a"), Finish("stop")], None),
+    "empty data lines": (FakeOpenAI.event({"content": "a"}) + b"data:\ndata:\n\n" + FakeOpenAI.event({"content": "b"}, "stop"), [T("ab"), Finish("stop")], None),
+    "a ping in words": (b"event: keepalive\ndata: still here\n\n" + FakeOpenAI.event({"content": "a"}, "stop"), [T("a"), Finish("stop")], None),
+    "no blank lines between": (b"".join(FakeOpenAI(text="Hi there.").events()).replace(b"\n\n", b"\n"), [T("Hi there."), Finish("stop")], None),
+    "no line end at the end": (FakeOpenAI.event({"content": "a"}) + FakeOpenAI.event({"content": "b"}, "stop").rstrip(b"\n"), [T("ab"), Finish("stop")], None),
+    "half an event at the end": (FakeOpenAI.event({"content": "a"}) + FakeOpenAI.event({"content": "b"}, "stop")[:40], [T("a")], "not JSON"),
+    "an emoji in two events": (b'data: {"choices":[{"delta":{"content":"a\\ud83d"}}]}\n\ndata: {"choices":[{"delta":{"content":"\\ude00b"},"finish_reason":"stop"}]}\n\n',
+                               [T("a\U0001f600b"), Finish("stop")], None),
+    "thinking parts": (FakeOpenAI.event({"content": [{"type": "thinking", "thinking": [{"type": "text", "text": "h"}]}]})
+                       + FakeOpenAI.event({"content": [{"type": "text", "text": "a"}]}, "stop"), [R("h"), T("a"), Finish("stop")], None),
+    "Groq's usage": (FakeOpenAI.event({"content": "a"}, "stop")[:-3] + b',"x_groq":{"usage":{"prompt_tokens":11,"completion_tokens":7}}}\n\n', [T("a"), Finish("stop", USAGE)], None),
+})
 def test_openai_streams_cut_at_every_byte(case):
     data, expected, error = case
     for parts in pieces(data):
@@ -3420,7 +3366,7 @@ def stop_of(number, category=None, **more):
     return APIError(number, "x", category=category and Category(category), **more)
 
 
-RESTS = {
+@table({
     # name: (errors one after the other, seconds of rest after each)
     "a limit rests for as long as it said": ([stop_of(429, retry_after=7200)], [7200]),
     "the later deadline wins": ([stop_of(429, retry_after=90), stop_of(429, retry_after=5)], [90, 90]),
@@ -3431,10 +3377,7 @@ RESTS = {
     "a client's mistake never": ([stop_of(400)] * 5, [0] * 5),
     "an unknown model never": ([stop_of(404)] * 5, [0] * 5),
     "a success ends it": ([stop_of(502, category="network"), None, stop_of(502, category="network")], [1, 0, 1]),
-}
-
-
-@table(RESTS)
+})
 def test_rests(case):
     errors, rests = case
     member = members_of({"a": 1}).upstreams[0]
@@ -3661,7 +3604,7 @@ def test_akash_beside_a_key(pool):
     assert {"Qwen/Qwen3", "gpt-x"} < {model["id"] for model in ask(server, path="/v1/models").json["data"]}
 
 
-RESETS = {
+@table({
     "seconds": ({"retry-after": "17"}, {}, 17), "milliseconds": ({"retry-after-ms": "2500", "retry-after": "3"}, {}, 2.5),
     "a date": ({"retry-after": "Sun, 09 Sep 2001 01:48:20 GMT"}, {}, 100), "nonsense": ({"retry-after": "soon"}, {}, None),
     "Akash's": ({"x-tokenlimit-reset": "1000000900"}, {}, 900.0), "in milliseconds": ({"x-ratelimit-reset": "1000000030000"}, {}, 30.0),
@@ -3670,10 +3613,7 @@ RESETS = {
     "OpenAI's, the one that is used up": ({"x-ratelimit-reset-requests": "6m0s", "x-ratelimit-remaining-requests": "5",
                                            "x-ratelimit-reset-tokens": "1m30.5s", "x-ratelimit-remaining-tokens": "0"}, {}, 90.5),
     "hours": ({"x-ratelimit-reset": "6h"}, {}, 21600), "short ones": ({"x-ratelimit-reset-tokens": "120ms"}, {}, 1.0), "none": ({}, {}, None),
-}
-
-
-@table(RESETS)
+})
 def test_when_a_limit_ends(case):
     headers, body, seconds = case
     assert akashproxy.retry_after_seconds(headers, body, lambda: 1e9) == seconds
@@ -3918,7 +3858,9 @@ def test_a_process_without_descriptors_blames_no_upstream(config, pool):
 
 
 SMART = {"smart": ["one", "two", "three"]}
-FALLBACKS = {   # (fault at a, which alone has the model "one"; who answers with which model, the route); b has "two"
+
+
+@table({   # (fault at a, which alone has the model "one"; who answers with which model, the route); b has "two"
     "the first answers": (None, "one", "a(one)=200"),
     "a limit": (lambda fake: fake.status(429, extra=LIMIT), "two", "a(one)=429, b(two)=200"),
     "cut before the first event": (lambda fake: fake.garbage(FakeOpenAI.head()), "two", "a(one)=502, b(two)=200"),
@@ -3926,10 +3868,7 @@ FALLBACKS = {   # (fault at a, which alone has the model "one"; who answers with
     "a server error": (lambda fake: fake.status(500), "two", "a(one)=500, b(two)=200"),
     "too long for it": (lambda fake: fake.status(400, b'{"error":{"message":"m","code":"context_length_exceeded"}}'), "two", "a(one)=400, b(two)=200"),
     "a wrong request": (lambda fake: fake.status(400), None, "a(one)=400"),
-}
-
-
-@table(FALLBACKS)
+})
 @pytest.mark.parametrize("streamed", [False, True])
 def test_the_models_of_an_alias_are_tried_in_order(case, streamed, pool, caplog):
     caplog.set_level("INFO")
@@ -4032,7 +3971,15 @@ def test_affinity_is_by_weight_and_moves_only_what_must_move():
 
 
 FIRST, ANSWER, SECOND = user("a question"), {"role": "assistant", "content": "an answer"}, user("another one")
-SAME_CONVERSATION = {   # requests of one conversation, as chats; the last one belongs to another
+
+
+def conversation_of(body, key="", model="m"):
+    call = Call({"model": model, **body})
+    call.original.body, call.key_name = body, key
+    return akashproxy.conversation_of(call)
+
+
+@table({   # requests of one conversation, as chats; the last one belongs to another
     "it goes on": ({"messages": [FIRST]}, {"messages": [FIRST, ANSWER, SECOND]}, {"messages": [SECOND]}),
     "a string or parts": ({"messages": [FIRST]}, {"messages": [user([{"type": "text", "text": "a question", "cache_control": {"type": "ephemeral"}}])]},
                           {"messages": [user([{"type": "text", "text": "a question?"}])]}),
@@ -4042,16 +3989,7 @@ SAME_CONVERSATION = {   # requests of one conversation, as chats; the last one b
                            {"messages": [FIRST], "prompt_cache_key": "l"}),
     "half a character": ({"messages": [user("\ud800")]}, {"messages": [user("\ud800"), ANSWER]}, {"messages": [user("\ud801")]}),
     "a long text": ({"messages": [user("x" * 10 ** 6)]}, {"messages": [user("x" * 10 ** 6), ANSWER]}, {"messages": [user("x" * 999_999)]}),
-}
-
-
-def conversation_of(body, key="", model="m"):
-    call = Call({"model": model, **body})
-    call.original.body, call.key_name = body, key
-    return akashproxy.conversation_of(call)
-
-
-@table(SAME_CONVERSATION)
+})
 def test_requests_of_one_conversation(case):
     one, later, other = map(conversation_of, case)
     assert one == later == conversation_of(case[0], model="n") and one and one != other
@@ -4090,7 +4028,7 @@ def test_conversations_keep_their_controller_in_all_dialects(path, pool):
 # -- the length of a model's context
 
 
-LENGTHS = {     # an entry of a model list: the length of its context
+@table({     # an entry of a model list: the length of its context
     "Akash's, July": ({"token_limit": 8000}, 8000), "Akash's, 2026": ({"tokenLimit": 128000}, 128000), "OpenRouter": (
         {"context_length": 9, "top_provider": {"context_length": 8, "max_completion_tokens": 7}}, 9),
     "OpenRouter's provider only": ({"top_provider": {"max_completion_tokens": 7, "context_length": 8}}, 8), "vLLM": ({"max_model_len": 32768}, 32768),
@@ -4106,10 +4044,7 @@ LENGTHS = {     # an entry of a model list: the length of its context
     "null": ({"context_length": None, "max_model_len": []}, None), "other digits": ({"context_length": "\u0665"}, None), "huge": ({"max_model_len": "9" * 400}, None),
     "of the answer": ({"max_output_tokens": 5, "max_completion_tokens": 6, "output_token_limit": 7, "max_tokens": 8}, None),
     "nothing": ({"id": "m", "name": "context_length"}, None), "deep": (functools.reduce(lambda inner, _: {"x": inner}, range(400), {"context_length": 5}), None),
-}
-
-
-@table(LENGTHS)
+})
 def test_the_length_of_a_context_is_found_in_whatever_name(case, pool):
     entry, length = case
     assert akashproxy.context_length(entry) == length
@@ -4125,16 +4060,15 @@ def test_the_length_of_a_context_is_found_in_whatever_name(case, pool):
 
 
 ADA = [user("My name is Ada. " * 1000), {"role": "assistant", "content": "Hello, Ada."}, user("What is my name?")]     # 4,000 tokens by our estimate
-CUT = {     # (the model's entry, the messages, is it cut)
+
+
+@table({     # (the model's entry, the messages, is it cut)
     "a short limit": ({"token_limit": 4000}, ADA, "about 4008 tokens > 3000"), "another name": ({"tokenLimit": 4000}, ADA, "about 4008 tokens > 3000"),
     "it just fits": ({"tokenLimit": 5008}, ADA, None), "one token too long": ({"tokenLimit": 5007}, ADA, "about 4008 tokens > 4007"),
     "no limit": ({}, ADA, None), "no limit, very long": ({}, [user("Ada " * 130_000)], "about 130001 tokens > 127000"),
     "system text counts": ({"tokenLimit": 4000}, [{"role": "system", "content": "x " * 7000}, user("hi")], "about 3501 tokens > 3000"),
     "pictures do not": ({"tokenLimit": 4000}, [user([{"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 50_000}}])], None),
-}
-
-
-@table(CUT)
+})
 @pytest.mark.parametrize("streamed", [False, True])
 def test_a_conversation_that_akash_would_cut(case, streamed, akash, serve):
     entry, messages, cut = case
@@ -4175,16 +4109,13 @@ def test_no_list_of_models_is_no_reason_to_fail(akash, serve):
 # -- near names of an unknown model
 
 
-NEAR = {    # (asked for, the models a key may use, what is suggested)
+@table({    # (asked for, the models a key may use, what is suggested)
     "a typo": ("gpt-4o-mimi", ["gpt-4o-mini", "llama3.2"], "'gpt-4o-mini'"),
     "the case": ("LLAMA3.2", ["gpt-4o-mini", "llama3.2"], "'llama3.2'"),
     "up to three": ("qwen3-80b", ["qwen3-8b", "qwen3-32b", "qwen3-80", "qwen3-800b", "x"], "'qwen3-800b' or 'qwen3-8b' or 'qwen3-80'"),
     "none": ("zzz", ["gpt-4o-mini"], ""),
     "no models": ("zzz", [], ""),
-}
-
-
-@table(NEAR)
+})
 def test_near_names(case):
     asked, names, expected = case
     assert akashproxy.near_names(asked, names) == (f" Did you mean {expected}?" if expected else "")
@@ -4738,7 +4669,7 @@ def asked_model(server, model):
     return chat(server, {**BOTH, "model": model})
 
 
-BLAMED = {
+@table({
     # one client's request: (status, body) -> the statuses that it may have
     "a model that is not there": ((401, err("Model typo is not supported")), (403, 404)),
     "a project without the model": ((403, err("Project `p` does not have access to model `typo`", code="model_not_found")), (403, 404)),
@@ -4749,10 +4680,7 @@ BLAMED = {
     "a long request": ((429, err("This exceeds the maximum number of tokens allowed per request."), b"Retry-After: 172800\r\n"), (429,)),
     "a long context": ((429, err("Extra usage is required for long context requests."), b"Retry-After: 172800\r\n"), (429,)),
     "a long prompt": ((429, err("The prompt is over the limit. Please reduce the length of the messages."), b"Retry-After: 172800\r\n"), (429,)),
-}
-
-
-@table(BLAMED)
+})
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages"])
 def test_a_refused_request_stops_nobody_else(case, path, pool):
     (status, body, *extra), statuses = case
@@ -4979,28 +4907,6 @@ def test_no_answer_log_or_status_shows_a_secret(place, kind, pool, caplog):
     assert not leaks(ask(server, path="/status").body, *known, json.dumps(HEADER)[15:-1]) and not leaks(caplog.text, *known)
 
 
-REDACTED = {
-    # (secrets, text): what is left of it
-    "a word of its own": (["s3cret"], "bad s3cret!", "bad ***!"), "not within words": (["none"], "nonesuch, none", "nonesuch, ***"),
-    "three letters": (["key"], "the key", "the key"), "none": (["", " "], "the key", "the key"), "two of them": (["sk-12345678", "sk-12345678-b"], "sk-12345678-b", "***"),
-    "in a URL": (["a b/c&d=e+f"], "?key=a%20b%2Fc%26d%3De%2Bf", "?key=***"), "in JSON": (['say "hello" \\'], '{"a": "say \\"hello\\" \\\\"}', '{"a": "***"}'),
-    "in base 64": (["sk-12345678"], "Basic c2stMTIzNDU2Nzg=", "Basic ***="), "as a hash": (["sk-12345678"], hashlib.sha256(b"sk-12345678").hexdigest(), "***"),
-    **{f"Basic credentials, {user!r}": (["sk-12345678-abcd"], f"Basic {base64.b64encode(user + b'sk-12345678-abcd').decode()}", left)
-       for user, left in ((b"a:", "Basic YTp***"), (b"ab:", "Basic YWI6***=="), (b"abc:", "Basic YWJjOn***="))},
-    "in base 64 for URLs": (["~~~???>>>sk-1234"], base64.urlsafe_b64encode(b"~~~???>>>sk-1234").decode(), "***=="),
-    "in hexadecimal digits": (["sk-12345678"], b"sk-12345678".hex(), "***"),
-    "encoded twice": (["a b/c&d=e+f"], "a%2520b%252Fc%2526d%253De%252Bf", "***"),
-    "in capitals": (["sk-abcdefgh"], "no SK-ABCDEFGH", "no ***"), "a header in small letters": (["Sk-ABCDEFGH"], "İİ sk-abcdefgh", "İİ ***"),
-    "the rest after a beginning that its encoded form shares": (["hdrsecret+Val/ue==9911"], "no hdrsecret+Val/ue==9911!", "no ***!"),
-    "masked by the upstream": (["x"], "provided: sk-proj-****MxYA. See", "provided: ***. See"), "LiteLLM's mask": (["x"], "Key = sk-...8aSP,", "Key = ***,"),
-    "its middle": (["0123456789abcdefghijklmnopqrstuvwxyz"], "x456789abcdefghijklmny", "x***y"),
-    "twelve of its middle": (["0123456789abcdefghijklmnopqrstuvwxyz"], "56789abcdefg", "***"),
-    "a few letters alike": (["abcdefghijklmnop"], "fghijklm", "fghijklm"),
-    "overlapping pieces": (["abcdefgh12345678" * 2 + "z"], "abcdefgh12345678" * 3 + " kept", "*** kept"),
-    "the same letter again": (["a" * 40], "a" * 100 + " kept", "*** kept"), "what is no secret": (["sk-12345678"], "max_tokens must be less than 8192", "max_tokens must be less than 8192"),
-}
-
-
 def test_a_head_that_is_no_http_shows_no_secret_in_the_log(pool, caplog):
     caplog.set_level("DEBUG")
     fake = FakeOpenAI()
@@ -5045,7 +4951,26 @@ def test_a_name_of_a_model_condemns_no_key(model):
         assert akashproxy.error_from_body("up", status, err(message.format(model)), models=[model]).category in (Category.MODEL, Category.REFUSED)
 
 
-@table(REDACTED)
+@table({
+    # (secrets, text): what is left of it
+    "a word of its own": (["s3cret"], "bad s3cret!", "bad ***!"), "not within words": (["none"], "nonesuch, none", "nonesuch, ***"),
+    "three letters": (["key"], "the key", "the key"), "none": (["", " "], "the key", "the key"), "two of them": (["sk-12345678", "sk-12345678-b"], "sk-12345678-b", "***"),
+    "in a URL": (["a b/c&d=e+f"], "?key=a%20b%2Fc%26d%3De%2Bf", "?key=***"), "in JSON": (['say "hello" \\'], '{"a": "say \\"hello\\" \\\\"}', '{"a": "***"}'),
+    "in base 64": (["sk-12345678"], "Basic c2stMTIzNDU2Nzg=", "Basic ***="), "as a hash": (["sk-12345678"], hashlib.sha256(b"sk-12345678").hexdigest(), "***"),
+    **{f"Basic credentials, {user!r}": (["sk-12345678-abcd"], f"Basic {base64.b64encode(user + b'sk-12345678-abcd').decode()}", left)
+       for user, left in ((b"a:", "Basic YTp***"), (b"ab:", "Basic YWI6***=="), (b"abc:", "Basic YWJjOn***="))},
+    "in base 64 for URLs": (["~~~???>>>sk-1234"], base64.urlsafe_b64encode(b"~~~???>>>sk-1234").decode(), "***=="),
+    "in hexadecimal digits": (["sk-12345678"], b"sk-12345678".hex(), "***"),
+    "encoded twice": (["a b/c&d=e+f"], "a%2520b%252Fc%2526d%253De%252Bf", "***"),
+    "in capitals": (["sk-abcdefgh"], "no SK-ABCDEFGH", "no ***"), "a header in small letters": (["Sk-ABCDEFGH"], "İİ sk-abcdefgh", "İİ ***"),
+    "the rest after a beginning that its encoded form shares": (["hdrsecret+Val/ue==9911"], "no hdrsecret+Val/ue==9911!", "no ***!"),
+    "masked by the upstream": (["x"], "provided: sk-proj-****MxYA. See", "provided: ***. See"), "LiteLLM's mask": (["x"], "Key = sk-...8aSP,", "Key = ***,"),
+    "its middle": (["0123456789abcdefghijklmnopqrstuvwxyz"], "x456789abcdefghijklmny", "x***y"),
+    "twelve of its middle": (["0123456789abcdefghijklmnopqrstuvwxyz"], "56789abcdefg", "***"),
+    "a few letters alike": (["abcdefghijklmnop"], "fghijklm", "fghijklm"),
+    "overlapping pieces": (["abcdefgh12345678" * 2 + "z"], "abcdefgh12345678" * 3 + " kept", "*** kept"),
+    "the same letter again": (["a" * 40], "a" * 100 + " kept", "*** kept"), "what is no secret": (["sk-12345678"], "max_tokens must be less than 8192", "max_tokens must be less than 8192"),
+})
 def test_redaction(case):
     secrets, text, left = case
     assert re.sub(r"(\*{3})+a{0,7}", "***", akashproxy.redact(text, secrets)) == left
@@ -5084,7 +5009,9 @@ def picture(url):
 ASKED = {"model": "both", "max_tokens": 64, "messages": [user("hi")]}
 PNG_SOURCE = {"type": "base64", "media_type": "image/png", "data": "iVBO"}
 TOOL_USE = {"type": "tool_use", "id": "t1", "name": "f", "input": {"a": [1]}}
-MESSAGES = {
+
+
+@table({
     # name: (fields of a body, what a chat says beside its usual, what is ignored)
     "system as text": ({"system": "be brief"}, {"messages": [system("be brief"), user("hi")]}, None),
     "system as blocks, and within": ({"system": [{"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}}, {"type": "text", "text": "b"}],
@@ -5125,10 +5052,7 @@ MESSAGES = {
                {"response_format": {"type": "json_schema", "json_schema": {"name": "answer", "schema": {"type": "object"}, "strict": True}}}, "output_config.effort"),
     "other fields": ({"temperature": 0, "top_p": 0.5, "top_k": 5, "stop_sequences": ["x"], "metadata": {"user_id": "u"}, "service_tier": "auto",
                       "context_management": {}}, {"temperature": 0, "top_p": 0.5, "stop": ["x"], "user": "u"}, "top_k, service_tier, context_management"),
-}
-
-
-@table(MESSAGES)
+})
 def test_messages_become_a_chat(case, pool):
     fields, chat_fields, ignored = case
     fake = FakeOpenAI()
@@ -5138,7 +5062,7 @@ def test_messages_become_a_chat(case, pool):
     assert got.headers.get("x-akashproxy-ignored") == ignored
 
 
-MESSAGES_REFUSED = {
+@table({
     # name: (fields of a body, words)
     "a role": ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0]: 'tool' is not a valid role"),
     "a message that is text": ({"messages": ["x"]}, "messages[0]: 'None' is not a valid role"),
@@ -5151,10 +5075,7 @@ MESSAGES_REFUSED = {
     "a choice": ({"tools": [{"name": "f"}], "tool_choice": {"type": "most"}}, "'tool_choice' must be"),
     "no messages": ({"messages": None}, "'messages' is missing"),
     "a model that is a number": ({"model": 7}, "'model' must be"),
-}
-
-
-@table(MESSAGES_REFUSED)
+})
 def test_what_a_chat_can_not_say_is_named(case, pool):
     fields, words = case
     server = pool(FakeOpenAI())
@@ -5234,7 +5155,7 @@ def test_the_end_of_a_message(akash, serve):
         assert complete["usage"]["input_tokens"] == 5 and complete["usage"]["output_tokens"] > 0 and last["usage"] == complete["usage"]
 
 
-ANTHROPIC_ERRORS = {
+@table({
     # name: (method, path, body, header fields, status, type)
     "no token": ("POST", "/v1/messages", ASKED, {}, 401, "authentication_error"),
     "no token, for the models": ("GET", "/v1/models", None, {"anthropic-version": "2023-06-01"}, 401, "authentication_error"),
@@ -5248,10 +5169,7 @@ ANTHROPIC_ERRORS = {
     "a limit": ("POST", "/v1/messages", ASKED, {"x-api-key": "k"}, 429, "rate_limit_error"),
     "no room": ("POST", "/v1/messages", ASKED, {"x-api-key": "k"}, 529, "overloaded_error"),
     "a failure": ("POST", "/v1/messages", ASKED, {"x-api-key": "k"}, 502, "api_error"),
-}
-
-
-@table(ANTHROPIC_ERRORS)
+})
 def test_errors_in_anthropics_form(case, akash, serve):
     method, path, body, headers, status, kind = case
     answers = {404: UPSTREAM["model-unknown"][0], 429: reply(429, RATE), 502: reply(500), 529: reply(503)}
@@ -5338,7 +5256,9 @@ def test_anthropics_own_format_is_relayed_to_who_speaks_it(pool):
 
 WANTED = {"model": "both", "input": "hi"}
 CALLED = {"type": "function_call", "call_id": "c1", "name": "f", "arguments": '{"a":[1]}', "id": "fc_1", "status": "completed"}
-RESPONSES = {
+
+
+@table({
     # name: (fields of a body, what a chat says beside its usual, what is ignored)
     "instructions, and developers": ({"instructions": "a", "input": [{"role": "developer", "content": "b"}, {"type": "message", "role": "user", "content": "hi"}]},
                                      {"messages": [system("a\n\nb"), user("hi")]}, None),
@@ -5367,10 +5287,7 @@ RESPONSES = {
     "other fields": ({"max_output_tokens": 9, "temperature": 0, "top_p": 0.5, "user": "u", "reasoning": {"effort": "low", "summary": "auto"}, "store": True,
                       "metadata": {"a": "b"}, "include": [], "text": {"format": {"type": "text"}}},
                      {"max_tokens": 9, "temperature": 0, "top_p": 0.5, "user": "u", "reasoning_effort": "low"}, "store"),
-}
-
-
-@table(RESPONSES)
+})
 def test_responses_become_a_chat(case, pool):
     fields, chat_fields, ignored = case
     fake = FakeOpenAI()
@@ -5382,7 +5299,7 @@ def test_responses_become_a_chat(case, pool):
     assert all(got.json[name] == fields[name] for name in ("tools", "metadata", "temperature") if name in fields)
 
 
-RESPONSES_REFUSED = {
+@table({
     # name: (fields of a body, words)
     "an earlier response": ({"previous_response_id": "resp_1"}, "'previous_response_id' can't be used: nothing is stored here"),
     "a conversation": ({"conversation": "c"}, "'conversation' can't be used"),
@@ -5393,10 +5310,7 @@ RESPONSES_REFUSED = {
     "items that are none": ({"input": [7]}, "input[0]: 'None' is not a valid role"),
     "no input": ({"input": None}, "'input' is missing"),
     "tools that are no list": ({"tools": "x"}, "'tools' must be a list"),
-}
-
-
-@table(RESPONSES_REFUSED)
+})
 def test_what_a_response_can_not_be_is_named(case, pool):
     fields, words = case
     a, b = FakeOpenAI(), FakeOpenAI()
@@ -5553,7 +5467,7 @@ def result(content="1", id="t1", **fields):
     return {"type": "tool_result", "tool_use_id": id, "content": content, **fields}
 
 
-HISTORIES_OF_MESSAGES = {
+@table({
     # name: (messages, messages of the chat)
     "a system message in the middle": ([user("x"), system("B"), user("y")], [system("B"), user("x"), user("y")]),
     "several of them, one behind results": ([system("A"), user("x"), USES, user([result()]), system("B"), user("y"), system([{"type": "text", "text": "C"}])],
@@ -5594,10 +5508,7 @@ HISTORIES_OF_MESSAGES = {
     "an unknown block in a history": ([user([{"type": "hologram"}]), {"role": "assistant", "content": "ok"}],
                                       [user("[A block of type 'hologram' is left out.]"), {"role": "assistant", "content": "ok"}]),
     "empty blocks": ([system([{"type": "text", "text": ""}]), user([{"type": "text", "text": ""}, {"type": "text", "text": "x"}])], [user("x")]),
-}
-
-
-@table(HISTORIES_OF_MESSAGES)
+})
 def test_a_history_of_messages_as_a_chat(case, pool):
     messages, chat = case
     fake = FakeOpenAI()
@@ -5613,7 +5524,9 @@ def reasoned(*texts, **fields):
 CALL_ITEM, OUTPUT_ITEM = {**CALLED, "arguments": "{}"}, {"type": "function_call_output", "call_id": "c1", "output": "1"}
 C1, R1 = called(("c1", "f", "{}")), {"role": "tool", "tool_call_id": "c1", "content": "1"}
 DEVELOPER, SAYS = {"role": "developer", "content": "B"}, {"role": "assistant", "content": "doing"}
-HISTORIES_OF_RESPONSES = {
+
+
+@table({
     # name: (input, messages of the chat)
     "a developer in the middle": ([user("x"), DEVELOPER, user("y")], [system("B"), user("x"), user("y")]),
     "reasoning beside a call": ([reasoned("a", "b"), CALL_ITEM, OUTPUT_ITEM], [{**C1, "reasoning_content": "a\n\nb"}, R1]),
@@ -5640,10 +5553,7 @@ HISTORIES_OF_RESPONSES = {
     "a PDF in an earlier message": ([user([PDF_FILE]), SAYS, user("y")], [user(PDF_NOTE), SAYS, user("y")]),
     "how closely to look": ([user([{"type": "input_image", "image_url": "data:x", "detail": "high"}])],
                             [user([{"type": "image_url", "image_url": {"url": "data:x", "detail": "high"}}])]),
-}
-
-
-@table(HISTORIES_OF_RESPONSES)
+})
 def test_a_history_of_responses_as_a_chat(case, pool):
     items, chat = case
     fake = FakeOpenAI()
@@ -5656,17 +5566,14 @@ def reminder(text):
     return f"<system-reminder>\n{text}\n</system-reminder>"
 
 
-SYSTEM_AS_TEXT = {
+@table({
     # name: (messages, messages of the chat)
     "after the user's": ([system("A"), user("x"), system("B")], [system("A"), user(f"x\n\n{reminder('B')}")]),
     "before the user's": ([user("x"), {"role": "assistant", "content": "a"}, system("B"), user("y")],
                           [user("x"), {"role": "assistant", "content": "a"}, user(f"{reminder('B')}\n\ny")]),
     "behind a result": ([system("A"), system("B"), USES, user([result()]), system("C")], [system("A\n\nB"), CALLED_T1, GOT, user(reminder("C"))]),
     "beside a picture": ([user([{"type": "image", "source": PNG_SOURCE}]), system("B")], [user([picture("data:image/png;base64,iVBO"), {"type": "text", "text": reminder("B")}])]),
-}
-
-
-@table(SYSTEM_AS_TEXT)
+})
 def test_later_system_messages_as_text_of_the_user(case, pool):
     messages, chat = case
     fake = FakeOpenAI()
@@ -5731,7 +5638,9 @@ def test_an_id_that_carries_nothing_stays_as_it_is(id):
 
 
 LONG = "mcp__plugin_some_marketplace_and_a_server_with_a_long_name__a_tool_with_a_long_name"
-TOOL_NAMES = {
+
+
+@table({
     # name: (the client's name, its namespace or None, pattern of the name that is sent)
     "a usual one": ("f", None, "f"),
     "of 64 characters": ("f" * 64, None, "f{64}"),
@@ -5740,10 +5649,7 @@ TOOL_NAMES = {
     "in a namespace": ("f", "mcp__x", "mcp__x__f"),
     "in one that ends with underscores": ("f", "mcp__x__", "mcp__x__f"),
     "in a long one": ("f", LONG, LONG[:55] + "_[0-9a-f]{8}"),
-}
-
-
-@table(TOOL_NAMES)
+})
 @pytest.mark.parametrize("streamed", [False, True])
 def test_names_of_tools_are_sent_as_upstreams_take_them(case, streamed, pool):
     name, space, pattern = case
@@ -5782,7 +5688,7 @@ def test_equal_names_in_namespaces_stay_apart(pool):
     assert [(item["name"], item.get("namespace")) for item in output] == [("f", None), ("a__f", None), ("f", "a"), ("f", "b")]
 
 
-PARAMETERS = {
+@table({
     # name: (path, fields of a body, names and values that are sent, names that are not, what is ignored)
     "a user of 64 characters": ("messages", {"metadata": {"user_id": "u" * 64}}, {"user": "u" * 64}, [], None),
     "one of 65": ("messages", {"metadata": {"user_id": "u" * 65}}, {}, ["user"], "metadata.user_id"),
@@ -5797,10 +5703,7 @@ PARAMETERS = {
     "choices that a chat has not": ("completions", {"n": 2, "best_of": 3, "logprobs": 5, "suffix": "x", "seed": 1}, {"seed": 1}, ["n", "best_of", "logprobs", "suffix"],
                                     "n, best_of, logprobs, suffix"),
     "those it has": ("completions", {"n": 1, "logprobs": None}, {"n": 1}, [], None),
-}
-
-
-@table(PARAMETERS)
+})
 def test_parameters_as_upstreams_take_them(case, pool):
     path, fields, sent, left_out, ignored = case
     fake = FakeOpenAI()
@@ -5811,7 +5714,9 @@ def test_parameters_as_upstreams_take_them(case, pool):
 
 
 THOUGHT = [{"role": "assistant", "content": None, "reasoning_content": "h", "tool_calls": [{**C1["tool_calls"][0], "extra_content": {"x": 1}}]}, R1]
-ADAPTED = {
+
+
+@table({
     # name: (a controller's options, path, fields of a body, names and values that are sent, names that are not, what is ignored)
     "a field of messages": ({"drop": ["reasoning_content"]}, "chat/completions", {"messages": THOUGHT}, {"messages": [{name: value for name, value in THOUGHT[0].items() if name != "reasoning_content"}, R1]}, [], "reasoning_content"),
     "a field of calls": ({"drop": ["extra_content"]}, "chat/completions", {"messages": THOUGHT}, {"messages": [{**C1, "reasoning_content": "h"}, R1]}, [], "extra_content"),
@@ -5826,10 +5731,7 @@ ADAPTED = {
     "a fixed value, relayed": ({"set": {"provider": {"order": ["x"]}}}, "chat/completions", {"seed": 3}, {"provider": {"order": ["x"]}, "seed": 3}, [], None),
     "not of a chat": ({"set": {"reasoning_effort": "low"}}, "embeddings", {"input": "x"}, {"input": "x"}, ["reasoning_effort"], None),
     "drop, rename and set in turn": ({"drop": ["a", "c"], "rename": {"a": "b", "d": "c"}, "set": {"d": 4}}, "chat/completions", {"a": 1, "d": 2}, {"c": 2, "d": 4}, ["a", "b"], "a"),
-}
-
-
-@table(ADAPTED)
+})
 def test_a_controller_adapts_requests(case, pool):
     options, path, fields, sent, left_out, ignored = case
     fake = FakeOpenAI()
@@ -5842,7 +5744,12 @@ def test_a_controller_adapts_requests(case, pool):
     assert {name: got_body.get(name) for name in sent} == sent and not set(left_out) & set(got_body)
 
 
-OVERFLOWS = {
+def test_a_short_model_name_is_no_part_of_a_word():
+    error = akashproxy.error_from_body("u", 422, {"error": {"message": "`inputs` tokens + `max_new_tokens` must be <= 4096. Given: 9 `inputs` tokens"}}, models=("m", "us"))
+    assert (error.status, error.code) == (400, "context_length_exceeded")
+
+
+@table({
     # name: (status, an upstream's message, how Messages says it)
     "OpenAI": (400, "This model's maximum context length is 8192 tokens. However, your messages resulted in 9001 tokens.", "prompt is too long: 9001 tokens > 8192 maximum"),
     "OpenAI's, with an answer": (400, "This model's maximum context length is 4097 tokens. However, you requested 5000 tokens (4000 in the messages, 1000 in the completion).",
@@ -5863,15 +5770,7 @@ OVERFLOWS = {
     "LM Studio": (400, "The number of tokens to keep from the initial prompt is greater than the context length (n_keep: 9001>= n_ctx: 8192).", "prompt is too long: 9001 tokens > 8192 maximum"),
     "no numbers": (400, "Your input exceeds the context window of this model.", None),
     "Anthropic's own": (400, "prompt is too long: 9001 tokens > 8192 maximum", "prompt is too long: 9001 tokens > 8192 maximum"),
-}
-
-
-def test_a_short_model_name_is_no_part_of_a_word():
-    error = akashproxy.error_from_body("u", 422, {"error": {"message": "`inputs` tokens + `max_new_tokens` must be <= 4096. Given: 9 `inputs` tokens"}}, models=("m", "us"))
-    assert (error.status, error.code) == (400, "context_length_exceeded")
-
-
-@table(OVERFLOWS)
+})
 def test_a_request_that_is_too_long_is_told_in_each_clients_words(case, pool):
     status, message, told = case
     fake = FakeOpenAI()
@@ -7422,7 +7321,7 @@ def call_piece(index, arguments, **fields):
     return FakeOpenAI.event({"tool_calls": [{"index": index, "function": {"arguments": arguments, **({"name": "f"} if fields else {})}, **fields}]})
 
 
-SILENT_OUTPUT = {
+@table({
     # name: (path, first frames of an upstream, a frame that it repeats and of which nothing is sent to the client)
     "reasoning that Messages withholds": ("messages", b"", FakeOpenAI.event({"reasoning_content": "t"})),
     "reasoning in legacy completions": ("completions", b"", FakeOpenAI.event({"reasoning_content": "t"})),
@@ -7430,10 +7329,7 @@ SILENT_OUTPUT = {
     "fragments that wait in Responses": ("responses", call_piece(0, '{"a"', id="c0") + call_piece(1, '{"b":"', id="c1"), call_piece(1, "x")),
     "empty deltas": ("responses", FakeOpenAI.event({"content": "x"}), FakeOpenAI.event({})),
     "comments": ("messages", FakeOpenAI.event({"content": "x"}), b": keep-alive\n\n"),
-}
-
-
-@table(SILENT_OUTPUT)
+})
 def test_output_that_is_not_sent_is_silence(case, pool):
     path, first, repeated = case
     fake, done = FakeOpenAI(), threading.Event()
@@ -7571,14 +7467,6 @@ def test_log_lines(form, akash):
                          r"first_ms=\d+ ms=\d+ bytes=\d+ estimated_in=\d+ estimated_out=\d+ id=req_\w+$", lines[0]) and "path=/no\\nwhere\\x1b[31m status=404" in lines[1]
 
 
-ESTIMATED = {   # (path, body, how the counts are called there, where the usage stands)
-    "a chat": ("/v1/chat/completions", {"messages": [user("x" * 400)]}, ("prompt_tokens", "completion_tokens")),
-    "a completion": ("/v1/completions", {"prompt": "x" * 400}, ("prompt_tokens", "completion_tokens")),
-    "Messages": ("/v1/messages", {"messages": [user("x" * 400)], "max_tokens": 99}, ("input_tokens", "output_tokens")),
-    "Responses": ("/v1/responses", {"input": "x" * 400}, ("input_tokens", "output_tokens")),
-}
-
-
 def usages(got):
     """All usages in an answer, streamed or not."""
     documents = [got.json] if got.json else [json.loads(line[6:]) for line in got.body.decode().split("\n") if line.startswith("data: {")]
@@ -7586,7 +7474,12 @@ def usages(got):
     return [part["usage"] for part in inner if part.get("usage")]
 
 
-@table(ESTIMATED)
+@table({   # (path, body, how the counts are called there, where the usage stands)
+    "a chat": ("/v1/chat/completions", {"messages": [user("x" * 400)]}, ("prompt_tokens", "completion_tokens")),
+    "a completion": ("/v1/completions", {"prompt": "x" * 400}, ("prompt_tokens", "completion_tokens")),
+    "Messages": ("/v1/messages", {"messages": [user("x" * 400)], "max_tokens": 99}, ("input_tokens", "output_tokens")),
+    "Responses": ("/v1/responses", {"input": "x" * 400}, ("input_tokens", "output_tokens")),
+})
 @pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("told", [False, True])
 def test_usage_is_always_there(case, streamed, told, akash, serve, caplog):
@@ -8273,7 +8166,9 @@ def bench(seconds=3.0, most=1000):
 
 MOST_VALUES = akashproxy.MAX_JSON_VALUES
 PROSE = b"Hello, world: [this] is {prose}, "
-JSON_LIMITS = {
+
+
+@table({
     # name: (text, is it accepted?)
     "prose full of marks": (b'"' + PROSE * 20000 + b'"', True),
     "escaped quotes": (b'["' + rb'\",' * MOST_VALUES + b'"]', True), "escaped backslashes": (b'["' + rb'\\' * MOST_VALUES + b'","' + b"," * MOST_VALUES + b'"]', True),
@@ -8290,10 +8185,7 @@ JSON_LIMITS = {
     "a huge integer": (b"9" * 5000, False), "a huge fraction": (b"-1.5e999", False), "a long fraction": (b"0." + b"9" * 5000, True), "NaN": (b"[NaN]", False),
     "a large text that is no UTF-8": (b'"' + b"\x80" * 1_200_000 + b'"', False), "another one": (b'"' + b"\xff" * 1_200_000 + b'"', False),
     "a large text with an open string": ('"\u4e2d'.encode() + b"x" * 1_200_000, False), "one with a break": ('"\u4e2d'.encode() + b"x" * 1_200_000 + b'\n"', False),
-}
-
-
-@table(JSON_LIMITS)
+})
 def test_json_is_bounded_before_it_is_parsed(case):
     text, accepted = case
     if accepted:
@@ -8601,7 +8493,10 @@ def prompt_of(content):
 
 
 LARGE = 4 << 20
-LARGE_BODIES = {
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="no /proc here")
+@table({
     # name: (path, body)
     "prose": ("/v1/chat/completions", lambda: prompt_of(b'"' + PROSE * (LARGE // 34) + b'"')),
     "prose for messages": ("/v1/messages", lambda: prompt_of(b'"' + PROSE * (LARGE // 34) + b'"')),
@@ -8620,11 +8515,7 @@ LARGE_BODIES = {
     "tools": ("/v1/responses", lambda: b'{"model":"both","input":"hi","stream":true,"tools":[{"type":"function","name":"f","description":"'
               + PROSE * (LARGE // 34) + b'"}]}'),
     "a model's name": ("/v1/chat/completions", lambda: b'{"messages":[{"role":"user","content":"x"}],"model":"' + b"m" * LARGE + b'"}'),
-}
-
-
-@pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="no /proc here")
-@table(LARGE_BODIES)
+})
 def test_a_request_takes_at_most_eight_times_its_size(case, tmp_path):
     path, make = case
     fake, body = FakeOpenAI(), make()
@@ -8650,7 +8541,6 @@ def test_a_request_takes_at_most_eight_times_its_size(case, tmp_path):
 
 
 # == the seam between upstreams and the server ================================================
-
 
 
 def fuzzed(examples):
@@ -9029,14 +8919,11 @@ def test_comments_do_not_put_the_first_byte_limit_off(pool):
     assert got.headers["x-akashproxy-route"] == "a=504, b=200"
 
 
-CUT_JSON = {
+@pytest.mark.parametrize("head", [b"HTTP/1.0 200 OK\r\n", b"HTTP/1.1 200 OK\r\nConnection: close\r\n", b"HTTP/1.1 200 OK\r\n"])
+@table({
     "half": (b'{"data":[{"embedding":[1,2', 502), "ends in a bracket": (b'{"data":[{"embedding":[1,2]}', 502), "nothing": (b"", 502),
     "an error": (b'{"error":{"message":"no","type":"x"}}', 502), "whole": (b'{"data":[{"embedding":[1,2]}]}\n', 200), "a list": (b"[1]", 502),
-}
-
-
-@pytest.mark.parametrize("head", [b"HTTP/1.0 200 OK\r\n", b"HTTP/1.1 200 OK\r\nConnection: close\r\n", b"HTTP/1.1 200 OK\r\n"])
-@table(CUT_JSON)
+})
 def test_json_to_the_end_of_the_connection_is_looked_at(case, head, pool):
     body, status = case
     a, b = FakeOpenAI(), FakeOpenAI()
@@ -9769,7 +9656,7 @@ def test_a_body_that_is_not_needed_but_here_is_skipped(framed, serve):
     assert talk(serve(), one + head_of("GET", "/v1/models", "Connection: close")).count(b"HTTP/1.1 200 ") == 2
 
 
-GATE = {    # name: (method, path, header fields, status)
+@table({    # name: (method, path, header fields, status)
     "no token": ("POST", "/v1/chat/completions", ["Content-Length: 1000"], 401),
     "a wrong token": ("POST", "/v1/embeddings", ["Authorization: Bearer x", "Content-Length: 1000"], 401),
     "no such path": ("POST", "/nowhere", ["x-api-key: k", "Content-Length: 1000"], 404),
@@ -9777,10 +9664,7 @@ GATE = {    # name: (method, path, header fields, status)
     "a large body": ("POST", "/v1/chat/completions", ["x-api-key: k", "Content-Length: 33554433"], 413),
     "another site's page": ("POST", "/v1/chat/completions", ["x-api-key: k", "Origin: https://b.example", "Content-Length: 1000"], 403),
     "a chunked body without a token": ("POST", "/v1/responses", ["Transfer-Encoding: chunked"], 401),
-}
-
-
-@table(GATE)
+})
 def test_what_a_head_says_is_refused_before_the_body(case, serve):
     method, path, fields, status = case
     server = serve(bearer_token=("k",), cors_origins=("https://a.example",))
@@ -9991,7 +9875,7 @@ def test_what_needs_a_token_is_not_for_shared_caches(settings, kind, akash, serv
         assert "public" not in ask(server, path=path, headers={"x-api-key": "k"}).headers.get("cache-control", "")
 
 
-CREDENTIALS = {     # header fields: is one of them the token?
+@table({     # header fields: is one of them the token?
     "Bearer": ({"Authorization": "Bearer k"}, True), "a tab": ({"Authorization": "Bearer\tk"}, True),
     "blanks": ({"Authorization": "bearer   k"}, True), "x-api-key": ({"x-api-key": "k"}, True), "Azure": ({"api-key": "k"}, True),
     "an empty Bearer": ({"Authorization": "Bearer ", "x-api-key": "k"}, True), "nothing": ({"Authorization": "", "x-api-key": "k"}, True),
@@ -10000,10 +9884,7 @@ CREDENTIALS = {     # header fields: is one of them the token?
     "all wrong": ({"Authorization": "Bearer x", "x-api-key": "y", "api-key": "z"}, False), "no scheme": ({"Authorization": "k"}, False),
     "Basic": ({"Authorization": "Basic k"}, False), "a part": ({"x-api-key": ""}, False), "more": ({"Authorization": "Bearer k k"}, False),
     "doubled": ({"Authorization": "Bearer Bearer k"}, False), "not ASCII": ({"x-api-key": "\xe9"}, False),
-}
-
-
-@table(CREDENTIALS)
+})
 def test_any_of_several_credentials_opens(case, serve):
     headers, opens = case
     for settings in ({"bearer_token": ("k",)}, {"keys": (akashproxy.ClientKeySettings(name="a", key="k"),)}):
@@ -11397,7 +11278,7 @@ def call_of(index, arguments="{}"):
 
 
 # name: (work, n -> items)
-ROWS = {
+@table({
     "fold: fragments of one call": (fold, lambda n: [call_of(0, "x" * 40)] * n),
     "fold: calls whose numbers have one hash": (fold, lambda n: [call_of(at * (2**61 - 1)) for at in range(n)]),
     "fold: texts": (fold, lambda n: [Text("a"), Reasoning("b")] * n),
@@ -11436,10 +11317,7 @@ ROWS = {
     "a head with many lines, byte by byte": (received, lambda n: [b"HTTP/1.1 200 OK\r\n", *[b"x", b":", b"\r", b"\n"] * (n * 15 // 8)]),
     "Akash: blanks in an error": (lambda parts: akashproxy.akash_error("".join(parts), "m"), lambda n: ["model a "] * n),
     "the span of a limit": (lambda parts: akashproxy.parse_duration("".join(parts)), lambda n: ["1m30.5s"] * n),
-}
-
-
-@table(ROWS)
+})
 def test_many_items_take_a_time_in_proportion_to_their_number(case):
     work, make = case
     times = growth(work, lambda many: make(many * 2000))
@@ -11492,17 +11370,14 @@ def test_odd_numbers_and_ids_of_calls_are_read():
         assert event.index == expected and event.id in (None, "a", "b", "7")
 
 
-STOPS_CUT = {
+@table({
     "one within another": (["aaba", "ab"], "aabaab"),
     "one ends within another": (["abc", "bcd"], "xabcd"),
     "both end together": (["ab", "aab"], "xaab"),
     "the beginning of a longer one": (["abab", "b"], "aabab"),
     "a border": (["aabaaab"], "aabaabaaab"),
     "none": (["aaab", "aac"], "aabaaaaab"[:-2]),
-}
-
-
-@table(STOPS_CUT)
+})
 def test_stops_end_an_answer_at_one_place_wherever_it_is_cut(case):
     stops, text = case
     found = []
@@ -11583,7 +11458,7 @@ class OwnHandler(akashproxy.Handler):
         self.wfile.write(self.rfile.read().upper())
 
 
-OWN_ANSWERS = {
+@table({
     "a length": ("GET", "/mine", None, 203, b"GET tests none 127.0.0.1"),
     "only the head": ("HEAD", "/mine", None, 203, b""),
     "chunks": ("GET", "/parts", None, 200, b"one two"),
@@ -11594,10 +11469,7 @@ OWN_ANSWERS = {
     "a line break in a header": ("GET", "/split", None, 500, None),
     "no response": ("GET", "/nothing", None, 500, None),
     "a bug": ("GET", "/bug", None, 500, None),
-}
-
-
-@table(OWN_ANSWERS)
+})
 def test_a_handler_as_of_http_server(case, akash):
     method, path, body, status, expected = case
     server = Server(Settings(server_address="127.0.0.1:0", akash_base_url=akash.url), OwnHandler)
@@ -12169,7 +12041,7 @@ def test_the_bench(number, tmp_path):
         os.killpg(process.pid, 0)
 
 
-LOSSES = {
+@table({
     # name: (what is sent of the parts of an answer of four tokens, how much is lost)
     "nothing": (lambda parts: [b"".join(parts)], 0),
     "nothing, in single bytes": (lambda parts: re.findall(b"(?s).", b"".join(parts)), 0),
@@ -12181,10 +12053,7 @@ LOSSES = {
     "only the end of the message": (lambda parts: [*parts[:3], parts[3][:-5]], 1),
     "all": (lambda parts: [], 4),
     "an error": (lambda parts: [reply(500, b"{}")], 5),
-}
-
-
-@table(LOSSES)
+})
 def test_the_bench_finds_what_is_lost(case):
     sent, lost = case
     fake = FakeOpenAI()
