@@ -502,6 +502,19 @@ def start_thread(target: Callable[[], None], name: str) -> bool:
     return True
 
 
+def similar_to(name: str, names: Sequence[str], count: int = 1) -> str:
+    """Up to ``count`` of the names, to end a question: 'a' or 'b'; "" if none is similar.
+
+    Any case. Bounded, as both may come from others: long names, and those after 500, are left out.
+    """
+    import difflib  # only now, as it would slow down every start
+
+    known = {each.lower(): each for each in names[:500] if len(each) <= 64}
+    return " or ".join(
+        repr(known[near]) for near in difflib.get_close_matches(name[:64].lower(), known, count)
+    )
+
+
 def _sha256(text: Union[str, bytes]) -> str:
     import hashlib
 
@@ -1324,26 +1337,25 @@ class ValidatedSettings:
 
     def __post_init__(self) -> None:
         problems: List[str] = []
-        for item in setting_fields(type(self)):
-            with collecting_errors(problems, item.name):
-                value = getattr(self, item.name)
+        for name, item in setting_fields(type(self)).items():
+            with collecting_errors(problems, name):
+                value = getattr(self, name)
                 if item.type.startswith("Tuple") and isinstance(value, str):
                     value = from_text(item, value)
                 if isinstance(value, list):
                     value = tuple(value)
-                object.__setattr__(self, item.name, validate(item, value))
+                object.__setattr__(self, name, validate(item, value))
         if problems:
             raise ConfigError(problems)
 
     def redacted_items(self) -> List[Tuple[str, str]]:
         """(name, value) of each setting, with secrets redacted."""
         items = []
-        for item in setting_fields(type(self)):
-            value = getattr(self, item.name)
-            secret, text = item.metadata["secret"], format_value(value)
-            if secret and value:
+        for name, item in setting_fields(type(self)).items():
+            secret, text = item.metadata["secret"], format_value(getattr(self, name))
+            if secret and text:
                 text = secret(text) if callable(secret) else "********"
-            items.append((item.name, text))
+            items.append((name, text))
         return items
 
 
@@ -1593,15 +1605,15 @@ class Settings(ValidatedSettings):
         """
         problems: List[str] = []
         overrides: Dict[str, Any] = {}
-        for item in setting_fields(cls):
-            flag = (flags or {}).get(item.name)
-            names = item.name.upper(), item.metadata["env_alias"]
+        for name, item in setting_fields(cls).items():
+            flag = (flags or {}).get(name)
+            names = name.upper(), item.metadata["env_alias"]
             variable = next(filter(environ.get, names), "")
             source = variable if flag is None else flag_name(item)
             if source:
                 text = environ[variable] if flag is None else flag
                 with collecting_errors(problems, source):
-                    overrides[item.name] = validate(item, from_text(item, text))
+                    overrides[name] = validate(item, from_text(item, text))
         if environ.get("CHATGPT_APISERVER_PORT") and "server_address" not in overrides:
             with collecting_errors(problems, "CHATGPT_APISERVER_PORT"):
                 port = environ["CHATGPT_APISERVER_PORT"]
@@ -1756,7 +1768,7 @@ class ConfigFile:
         if data is None:
             return {}
         special = {name: data.pop(name) for name in self.SPECIAL_KEYS if name in data}
-        values = self.fields(fields_by_name(Settings), data, "", self.SPECIAL_KEYS)
+        values = self.fields(setting_fields(Settings), data, "", self.SPECIAL_KEYS)
         port = self.environ.get("PORT") or special.get("port")
         if port is None and self.is_chatgpt_apiserver(special.get("controllers")):
             port = 8080  # chatgpt-apiserver's default
@@ -1784,7 +1796,7 @@ class ConfigFile:
         if not isinstance(pool, dict):
             self.problem("pool", "must be an object")
             return {}
-        values = self.fields({"type": fields_by_name(Settings)["pool_type"]}, pool, "pool.")
+        values = self.fields({"type": setting_fields(Settings)["pool_type"]}, pool, "pool.")
         return {"pool_type": values["type"]} if values else {}
 
     def controllers(self, items: Any) -> Tuple[ControllerSettings, ...]:
@@ -1823,7 +1835,7 @@ class ConfigFile:
     def key(self, data: Dict[str, Any], key_path: str) -> Optional[ClientKeySettings]:
         """Build the settings of a client key; None after a problem."""
         before = len(self.problems)
-        values = self.fields(fields_by_name(ClientKeySettings), data, key_path + ".")
+        values = self.fields(setting_fields(ClientKeySettings), data, key_path + ".")
         for name in ("name", "key"):
             if name not in data:
                 self.problem(f"{key_path}.{name}", "is missing")
@@ -1834,7 +1846,7 @@ class ConfigFile:
         base, base_path, file = self.base_config(data, key_path)
         if base is None:
             return None
-        before, known = len(self.problems), fields_by_name(ControllerSettings)
+        before, known = len(self.problems), setting_fields(ControllerSettings)
         values = {
             **self.fields(known, base, base_path),
             **self.fields(known, data, key_path + ".", ["config", "config_file"]),
@@ -1943,10 +1955,8 @@ class ConfigFile:
                 with self.collecting_errors(prefix + name):
                     values[name] = validate(known[name], from_json_value(known[name], value))
             else:
-                import difflib  # only now, as it would slow down every start
-
-                near = difflib.get_close_matches(name, [*known, *others], 1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
+                near = similar_to(name, [*known, *others])
+                hint = f"; did you mean {near}?" if near else ""
                 self.problem(prefix + name, "unknown key" + hint)
         return values
 
@@ -1966,14 +1976,9 @@ def collecting_errors(problems: List[str], source: str) -> Iterator[None]:
         problems.append(f"{source}: {error}")
 
 
-def setting_fields(cls: Any) -> List[Any]:
-    """Fields of a class that are declared by setting()."""
-    return [item for item in dataclasses.fields(cls) if item.metadata]
-
-
-def fields_by_name(cls: Any) -> Dict[str, Any]:
-    """The dataclass fields of a settings class that are settings, by name."""
-    return {item.name: item for item in setting_fields(cls)}
+def setting_fields(cls: Any) -> Dict[str, Any]:
+    """Fields of a class that are declared by setting(), by name."""
+    return {item.name: item for item in dataclasses.fields(cls) if item.metadata}
 
 
 def flag_name(item: Any) -> str:
@@ -3387,7 +3392,7 @@ class EventLines:
         for line in lines:
             if line.startswith(b"data:"):
                 value = line[6:] if line.startswith(b"data: ") else line[5:]
-                if self.data and self._is_whole_object() and value[:1] in b"{[":
+                if self.data and self._is_complete_object() and value[:1] in b"{[":
                     yield self._take()
                 self.data.append(value)
                 self.size += len(line) + 64  # plus Python's overhead for a bytes object
@@ -3402,7 +3407,7 @@ class EventLines:
         """Yield the last event, whose blank line may be missing."""
         yield from self.feed(b"\n\n")
 
-    def _is_whole_object(self) -> bool:
+    def _is_complete_object(self) -> bool:
         first = self.data[0]
         return len(self.data) == 1 and first.startswith(b"{") and first.rstrip().endswith(b"}")
 
@@ -6816,7 +6821,7 @@ MAX_LIST_BYTES, MAX_MODELS = 4 << 20, 10_000  # limits of an upstream's model li
 
 
 class ChatDecoder(Decoder):
-    """Decoder of chat completions of OpenAI-compatible upstreams, as streams or whole().
+    """Decoder of chat completions of OpenAI-compatible upstreams, streamed or not.
 
         : keep-alive                                            skipped; also event:, id:, retry:
         data: {"choices":[{"delta":{"content":"Hi"}}]}          Text
@@ -6853,7 +6858,7 @@ class ChatDecoder(Decoder):
             return []
         return self._decode(itertools.chain(self.lines.close(), [(b"", b"[DONE]")]))
 
-    def whole(self, body: Dict[str, Any]) -> List[Event]:
+    def decode_body(self, body: Dict[str, Any]) -> List[Event]:
         """Return the events of a completion that is not streamed. Raises APIError."""
         out: List[Event] = []
         self._completion(body, "message", out)
@@ -6899,7 +6904,7 @@ class ChatDecoder(Decoder):
                 self.calls.add_details(message.get("reasoning_details"))
                 for each in message_events(message):
                     if isinstance(each, ToolCall):
-                        out += self.calls.add(each, is_whole=key == "message")
+                        out += self.calls.add(each, is_complete=key == "message")
                     else:
                         out.append(each)
                 reason = choice.get("finish_reason")
@@ -6912,9 +6917,9 @@ class ChatDecoder(Decoder):
 
 
 class CallInProgress:
-    """A tool call of which fragments have arrived. Detects the end of its arguments, a JSON object.
+    """A tool call of which fragments have arrived.
 
-    Linear in their length.
+    Detects the end of its arguments, a JSON object, in linear time.
     """
 
     _MARKS = re.compile(r'\\.?|["{}\[\]]', re.S)
@@ -6970,9 +6975,9 @@ class ToolCallAssembler:
         self.details_label: Tuple[Any, Any] = (None, None)  # type and index of the last one
         self.details_room = 1 << 16  # characters; with more of them, none go with a call
 
-    def add(self, fragment: ToolCall, is_whole: bool = False) -> List[Event]:
+    def add(self, fragment: ToolCall, is_complete: bool = False) -> List[Event]:
         """Return the events of a fragment. APIError if there are too many calls."""
-        call = None if is_whole else self._find(fragment)
+        call = None if is_complete else self._find(fragment)
         if call is None or self._begins_another(call, fragment):
             call = self._begin(fragment)
         self.by_index[fragment.index] = self.latest = call
@@ -7141,7 +7146,7 @@ COUNT_NAMES = {
 
 
 def chat_usage(value: Any) -> Optional[Dict[str, Any]]:
-    """Return an upstream's usage under the names of chat completions; None without both counts."""
+    """Return a usage under the names of chat completions; None without both counts."""
     fields = as_dict(value)
     prompt, completion = (
         find_count("prompt_tokens", fields),
@@ -7171,7 +7176,7 @@ def chat_usage(value: Any) -> Optional[Dict[str, Any]]:
 
 
 def find_count(name: str, *sources: Dict[str, Any]) -> Optional[int]:
-    """Return the first count above 0 under one of COUNT_NAMES, else 0; None without any."""
+    """Return the first count above 0 under a name's aliases, else 0; None without any."""
     found = [count_or_none(source.get(key)) for source in sources for key in COUNT_NAMES[name]]
     return next(filter(None, found), 0 if 0 in found else None)
 
@@ -7181,7 +7186,7 @@ MAX_USAGE = 4096  # bytes of a usage object
 
 
 def parse_usage(data: bytes, at: int) -> Dict[str, Any]:
-    """Parse the object behind the key "usage" at a position in relayed JSON; {} if at < 0."""
+    """Parse the object whose key "usage" is at a position in JSON; {} if at < 0."""
     text = data[at + len(b'"usage"') : at + MAX_USAGE].decode("utf-8", "replace")
     try:
         return as_dict(_JSON.raw_decode(text.lstrip(" \t\r\n:"))[0]) if at >= 0 else {}
@@ -7582,7 +7587,7 @@ class OpenAIController(Controller):
         body = json_or_none(data)
         if is_error(body):
             raise error_from_body(self.name, 200, body, self.secrets)
-        return ChatDecoder(self.name, self.secrets).whole(as_dict(body))
+        return ChatDecoder(self.name, self.secrets).decode_body(as_dict(body))
 
     def _status_error(self, response: UpstreamResponse, data: bytes, model: str) -> NoReturn:
         body = json_or_none(data)
@@ -7629,7 +7634,7 @@ class EchoController(Controller):
         return None
 
     def events(self, call: Call) -> Iterator[Event]:
-        words = re.split(r"(?<=\S)(?=\s)", call.text, self.MAX_WORDS - 1)
+        words = re.split(r"(?<=\S)(?=\s)", call.text, maxsplit=self.MAX_WORDS - 1)
         for word in words:
             if self.options.speed:
                 call.cancellation.sleep(1 / self.options.speed)
@@ -8158,7 +8163,8 @@ class Pool:
         if model not in names:
             if LISTED not in error.message:
                 error.message = f"{error.message.rstrip(' .')}. {LISTED}"
-            error.message += near_names(model, names)
+            near = similar_to(model, names, 3)
+            error.message += f" Did you mean {near}?" if near else ""
         return error
 
     def acquire(self, exchange: "Exchange") -> Upstream:
@@ -8510,18 +8516,6 @@ def rendezvous(ready: List[Upstream], conversation: str) -> Upstream:
         return -upstream.options.weight / math.log(point)
 
     return max(ready, key=score)
-
-
-MAX_NAMES, MAX_COMPARED = 500, 64  # names, and characters of each, to look for near ones
-
-
-def near_names(model: str, names: List[str]) -> str:
-    """A question that names up to three similar models; "" if there are none."""
-    import difflib  # only now, as it would slow down every start
-
-    short = {name.lower(): name for name in names[:MAX_NAMES] if len(name) <= MAX_COMPARED}
-    near = difflib.get_close_matches(model[:MAX_COMPARED].lower(), short, 3)
-    return f" Did you mean {' or '.join(repr(short[name]) for name in near)}?" if near else ""
 
 
 def most_informative(errors: List[APIError]) -> APIError:
@@ -8916,7 +8910,9 @@ class ChatCompletions(Dialect):
         self.include_usage = bool(as_dict(options).get("include_usage"))
         call = Call(body, stream=boolean_field(body, "stream"))
         call.untranslated = [
-            name for name, usual in self.RELAYED_ONLY.items() if body.get(name) not in (None, usual)
+            name
+            for name, default in self.RELAYED_ONLY.items()
+            if body.get(name) not in (None, default)
         ]
         return call
 
@@ -9398,8 +9394,7 @@ class BlockDialect(Dialect):
 
     def withhold(self, reasoning: str) -> None:
         """Keep the beginning of reasoning that the client does not request."""
-        if len(self.withheld) < self.MAX_WITHHELD:
-            self.withheld += reasoning[: self.MAX_WITHHELD]
+        self.withheld += reasoning[: self.MAX_WITHHELD - len(self.withheld)]
 
     def with_id(self, call: ToolCall, arguments: str) -> ToolCall:
         """A tool call with other arguments; its ID contains what the upstream wants back.
@@ -9490,7 +9485,7 @@ def pair_tool_results(messages: Iterable[Dict[str, Any]]) -> List[Dict[str, Any]
 
 
 def _finish_result(message: Dict[str, Any]) -> Dict[str, Any]:
-    """A message with its content as text, if it is a result; {} if that is part of another one."""
+    """A message, if it is a result with its content as text; {} for a moved one."""
     texts = message["content"]
     if message["role"] == "orphan":
         text = "[Result of an unknown tool call]\n" + "\n\n".join(texts)
@@ -14131,13 +14126,11 @@ def parse_flags(argv: List[str]) -> Any:
     except OSError:  # --help could not be written
         raise SystemExit(1) from None
     if unknown:
-        import difflib
-
         name = unknown[0].partition("=")[0]
-        near = difflib.get_close_matches(name, re.findall("--[a-z-]+", parser.format_usage()), 1)
+        near = similar_to(name, re.findall("--[a-z-]+", parser.format_usage()))
         parser.error(
             f"unknown {'flag' if name.startswith('-') else 'argument'} {name[:100]}"
-            + (f"; did you mean {near[0]}?" if near else "; --help lists the flags")
+            + (f"; did you mean {near}?" if near else "; --help lists the flags")
         )
     return options
 
@@ -14180,7 +14173,7 @@ def argument_parser() -> Any:
         help="query /health of a running server, and exit with 0 if it is healthy, else 1",
     )
     group = parser.add_argument_group("settings")
-    for item in setting_fields(Settings):
+    for item in setting_fields(Settings).values():
         default = default_text(item)
         text = item.metadata["help"] + (f" (default: {default})" if default else "")
         metavar = {"str": "TEXT", "int": "NUMBER", "float": "SECONDS"}.get(item.type, "LIST")
