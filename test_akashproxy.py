@@ -11718,6 +11718,7 @@ def test_the_readmes_lines_for_agents_work(block, pool, tmp_path):
 CLIENTS = {     # program: (its row in the README's table of clients, what gets an answer, where {} is the row's own command)
     "opencode": ("opencode, kilo", "opencode run -m akashproxy/llama3.2 'Say hello.'"), "qwen": ("qwen-code", "{} -p 'Say hello.'"),
     "pi": ("pi", "pi --provider akashproxy --model llama3.2 -p 'Say hello.'"),
+    "cline": ("cline", "{} && cline 'Say hello.'"), "sgpt": ("shell-gpt", "sgpt 'Say hello.'"),
     "llm": ("llm", "llm -m akashproxy 'Say hello.'"), "gptme": ("gptme", "{} -n 'Say hello.'"),
     "aider": ("aider", "{} --no-git --yes-always --no-check-update --no-show-model-warnings --message 'Say hello.'"),
 }
@@ -11738,6 +11739,23 @@ def test_the_readmes_table_of_clients_works(program, pool, tmp_path):
     done = subprocess.run(["bash", "-ec", command.format(first)], cwd=tmp_path, env={"PATH": os.environ["PATH"], "HOME": str(tmp_path)},
                           stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=100)
     assert "Hi there." in done.stdout, done
+
+
+def test_the_readmes_row_for_langchain_works(fake, pool):
+    chat_models = pytest.importorskip("langchain_openai")
+    row = re.search(r"^\| LangChain \| `(.*)` \|$", README, re.M)[1].replace("127.0.0.1:16571", f"127.0.0.1:{pool(fake).server_port}")
+    model = eval(row.replace("llama3.2", "gpt-x"), vars(chat_models).copy())
+    assert model.invoke("Say hello.").content == "Hi there."
+
+
+def test_the_readmes_row_for_the_ai_sdk_works(fake, pool):
+    package = 'const {createOpenAICompatible} = require("@ai-sdk/openai-compatible");'
+    if not shutil.which("node") or subprocess.run(["node", "-e", package], capture_output=True).returncode:
+        pytest.skip("no AI SDK here; NODE_PATH can be its folder")
+    row = re.search(r"^\| AI SDK \| `(.*)` \|$", README, re.M)[1].replace("127.0.0.1:16571", f"127.0.0.1:{pool(fake).server_port}")
+    call = "doGenerate({prompt: [{role: 'user', content: [{type: 'text', text: 'Say hello.'}]}]})"
+    script = f"{package} {row}('gpt-x').{call}.then(({{content}}) => console.log(content[0].text))"
+    assert subprocess.run(["node", "-e", script], capture_output=True, text=True, timeout=60).stdout == "Hi there.\n"
 
 
 EMBEDDING = [block for block in blocks("python") if not official(block)]
