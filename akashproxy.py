@@ -13284,7 +13284,8 @@ hr { border: 0; border-top: var(--edge); }
 blockquote, .thoughts { padding-inline-start: 1rem; border-inline-start: var(--edge);
   border-width: 3px; color: var(--faint); }
 .thoughts { font-size: .875rem; }
-.scroll, math[display=block] { overflow: auto hidden; } math { font-size: 1.1em; }
+.scroll, .block { overflow: auto hidden; } math { font-size: 1.1em; }
+.block { display: block math; math-style: normal; }
 table { border-collapse: collapse; overflow-wrap: normal; }
 td, th { min-width: 6rem; padding: .3rem .7rem; border: var(--edge); }
 .picture { display: block; margin-top: .5rem; padding: 0; border: 0; }
@@ -13500,13 +13501,15 @@ function table(own) {
 const within = (mark) => String.raw`(?:[^${mark}\\\x60]|\\[^]|\x60[^\x60]*\x60)+`;  // \x60: code
 const STAR = within("*"), LOW = within("_");
 const marked = (tag, width) => (own) => make(tag, inline(own.slice(width, -width)));
-const formula = (display, width) => (own) => tex(own.slice(width, -width), display);
+const formula = (tag, width) => (own) =>
+  make(tag, group((own.slice(width, -width).match(TOKEN) ?? []).reverse(), 0));
 const link = (href, text) => make("a", text, {href, target: "_blank", rel: "noopener"});
+const ENTITIES = {amp: "&", lt: "<", gt: ">", quot: '"', nbsp: "\xa0", "#39": "'"};
 const SPANS = {
   code: [/``.+?``(?!`)|`[^`]+`/, code],
-  display: [/\$\$[^$]+\$\$|\\\[(?:[^\\]|\\[^[\]\\]|\\\\(?!\[))+\\\]/, formula("block", 2)],
-  brackets: [/\\\((?:[^\\\n]|\\[^()\\\n])+\\\)/, formula("inline", 2)],
-  dollars: [/\$(?![\s$])[^$\n`]+(?<!\s)\$(?![\d$])/, formula("inline", 1)],
+  display: [/\$\$[^$]+\$\$|\\\[(?:[^\\]|\\[^[\]\\]|\\\\(?!\[))+\\\]/, formula("math.block", 2)],
+  brackets: [/\\\((?:[^\\\n]|\\[^()\\\n])+\\\)/, formula("math", 2)],
+  dollars: [/\$(?![\s$])[^$\n`]+(?<!\s)\$(?![\d$])/, formula("math", 1)],
   strong: [RegExp(String.raw`\*\*(?=\*?[^\s*])(?:${STAR})?(?:\*${STAR}\*(?:${STAR})?){0,3}\*\*`
     + String.raw`|(?<!\w)__(?=\S)${LOW}__(?!\w)`), marked("strong", 2)],
   emphasis: [RegExp(String.raw`(?<![\w*\\])\*(?=\S)${STAR}(?:\*\*${STAR}\*\*(?:${STAR})?){0,3}`
@@ -13516,7 +13519,7 @@ const SPANS = {
     + String.raw`\(https?:\/\/(?:[^\s()]|\([^\s()]*\))+(?: +"[^"\n]*")?\)`), linkOrPicture],
   address: [/https?:\/\/[^\s<>()*`"']*[^\s<>()*`"'.,;:!?]/, (own) => link(own, own)],
   escape: [/\\[^\w\s]/, (own) => own[1]],
-  entity: [/&(?:#\d{1,7}|#x[\da-fA-F]{1,6}|amp|lt|gt|quot|nbsp);/, entity],
+  entity: [/&(?:amp|lt|gt|quot|nbsp|#39);/, (own) => ENTITIES[own.slice(1, -1)]],
   newLine: [/<br ?\/?>/, () => make("br")],
 };
 const SPAN = anyOf(SPANS, "g");
@@ -13533,11 +13536,6 @@ function code(own) {
   const width = own.startsWith("``") ? 2 : 1, words = own.slice(width, -width);
   return make("code", /^ .+ $/s.test(words) ? words.slice(1, -1) : words, {dir: "ltr"});
 }
-function entity(own) {
-  const name = own.slice(1, -1), point = Number(name.replace("#x", "0x").replace("#", ""));
-  return {amp: "&", lt: "<", gt: ">", quot: '"', nbsp: "\xa0"}[name]
-    ?? (point <= 0x10ffff ? String.fromCodePoint(point) : own);
-}
 function linkOrPicture(own) {
   const middle = own.lastIndexOf("](http"), label = own.slice(own.indexOf("[") + 1, middle);
   const [href] = own.slice(middle + 2, -1).split(" ");
@@ -13547,21 +13545,16 @@ function linkOrPicture(own) {
 }
 
 // -- TeX as MathML: the commands that models write most; others stay as they are written
-const SYMBOLS = new Map(Array.from(`alpha α beta β gamma γ delta δ epsilon ε varepsilon ε theta θ
-  lambda λ mu μ nu ν pi π rho ρ sigma σ tau τ phi φ varphi φ omega ω Gamma Γ Delta Δ Theta Θ
-  Lambda Λ Sigma Σ Phi Φ Omega Ω sum ∑ prod ∏ int ∫ infty ∞ partial ∂ nabla ∇ cdot · times ×
-  div ÷ pm ± le ≤ leq ≤ ge ≥ geq ≥ ne ≠ neq ≠ approx ≈ equiv ≡ sim ∼ in ∈ notin ∉ subset ⊂
-  subseteq ⊆ cup ∪ cap ∩ forall ∀ exists ∃ to → rightarrow → Rightarrow ⇒ implies ⇒ iff ⇔ ldots …
-  dots … cdots ⋯ langle ⟨ rangle ⟩ mid ∣ circ ∘ { { } } | ‖ quad \u2003 , \u2009 ; \u2004`
+const SYMBOLS = new Map(Array.from(`alpha α beta β gamma γ delta δ epsilon ε theta θ lambda λ mu μ
+  nu ν pi π rho ρ sigma σ tau τ phi φ omega ω Gamma Γ Delta Δ Theta Θ Lambda Λ Sigma Σ Phi Φ Omega Ω
+  sum ∑ prod ∏ int ∫ infty ∞ partial ∂ nabla ∇ cdot · times × div ÷ pm ± le ≤ leq ≤ ge ≥ geq ≥ ne ≠
+  neq ≠ approx ≈ equiv ≡ sim ∼ in ∈ notin ∉ subset ⊂ subseteq ⊆ cup ∪ cap ∩ forall ∀ exists ∃ to →
+  rightarrow → Rightarrow ⇒ implies ⇒ iff ⇔ ldots … dots … cdots ⋯ langle ⟨ rangle ⟩ mid ∣ circ ∘
+  { { } } | ‖ quad \u2003 , \u2009 ; \u2004`
   .matchAll(/(\S{1,12}) (.)/g), (pair) => pair.slice(1)));
 const ACCENTS = new Map(Object.entries({hat: "^", bar: "¯", overline: "¯", vec: "→", tilde: "~"}));
 const TOKEN =
   /\\(?:text\w*|math\w+|operatorname)\{[^{}]*\}|\\(?:[A-Za-z]+|[^])|\d+(?:\.\d+)?|[^\s\\]/g;
-function tex(source, display) {
-  const math = make("math", group((source.match(TOKEN) ?? []).reverse(), 0));
-  math.setAttribute("display", display);
-  return math;
-}
 function group(tokens, depth, end) {    // takes the next tokens, which stand last, and `end`
   const made = [];
   while (tokens.length && tokens.at(-1) !== end) made.push(scripted(tokens, depth));
@@ -13959,7 +13952,7 @@ show(stored(`chat ${before.chat}`) ?? emptyChat());
 onhashchange();
 setInterval(refresh, 1000);
 </script>
-"""  # noqa: E501 (its lines are not wrapped)
+"""
 
 
 @functools.lru_cache(maxsize=None)

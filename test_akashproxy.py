@@ -10426,12 +10426,14 @@ MARKDOWN = {
     "2. a\n   more\n3. b\n\n4. c": '<ol start="2"><li>a\nmore</li><li>b</li><li>c</li></ol>',
     "- a\n  - b\n    1. c\n- d": '<ul><li>a<ul><li>b<ol start="1"><li>c</li></ol></li></ul></li><li>d</li></ul>',
     "> a\n> > b\nc": "<blockquote><p>a</p><blockquote><p>b\nc</p></blockquote></blockquote>",
-    "a\n\n---\n\n&amp;&#65;&x; <br>": "<p>a</p><hr><p>&amp;A&amp;x; <br></p>",
+    "a\n\n---\n\n&amp;&#39;&x; <br>": "<p>a</p><hr><p>&amp;'&amp;x; <br></p>",
     "- [x] a": '<ul><li class="task"><input type="checkbox" disabled="" aria-label="done">a</li></ul>',
     "|a|b|\n|-|-:|\n|`c\\|d`|e|": '<div class="scroll" tabindex="0" role="group" aria-label="Table"><table><thead><tr><th>a</th><th class="end">b</th></tr></thead>'
         '<tbody><tr><td><code>c|d</code></td><td class="end">e</td></tr></tbody></table></div>',
-    "$\\frac{a}{2}$, $5 or $6": '<p><math display="inline"><mrow><mfrac><mrow><mi>a</mi></mrow><mrow><mn>2</mn></mrow></mfrac></mrow></math>, $5 or $6</p>',
-    "$x_i^2 \\le \\foo$": '<p><math display="inline"><mrow><msubsup><mi>x</mi><mi>i</mi><mn>2</mn></msubsup><mo>≤</mo><mtext>\\foo</mtext></mrow></math></p>',
+    "$\\frac{a}{2}$, $5 or $6": '<p><math><mrow><mfrac><mrow><mi>a</mi></mrow><mrow><mn>2</mn></mrow></mfrac></mrow></math>, $5 or $6</p>',
+    "$x_i^2 \\le \\foo$": '<p><math><mrow><msubsup><mi>x</mi><mi>i</mi><mn>2</mn></msubsup><mo>≤</mo><mtext>\\foo</mtext></mrow></math></p>',
+    "$$\\sum_{n} a,\\quad b$$": '<p><math class="block"><mrow><munder><mo>∑</mo><mrow><mi>n</mi></mrow></munder><mi>a</mi><mo>,</mo><mo>\u2003</mo>'
+        '<mi>b</mi></mrow></math></p>',
     "[a `b`](https://x.example/c_(d)) or http://y.example/z.": '<p><a href="https://x.example/c_(d)" target="_blank" rel="noopener">'
         'a <code>b</code></a> or <a href="http://y.example/z" target="_blank" rel="noopener">http://y.example/z</a>.</p>',
     "[a](javascript:alert(1)) [b](data:text/html,x) [c](//x)": "<p>[a](javascript:alert(1)) [b](data:text/html,x) [c](//x)</p>",
