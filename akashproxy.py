@@ -2127,22 +2127,6 @@ MAX_CACHED_HEAD = 2048
 LONG_PATH = 8192  # longer paths match no route, so percent-decoding them would be wasted time
 
 
-class Headers(Dict[str, str]):
-    """Headers by lower-case name, with case-insensitive lookup."""
-
-    def __missing__(self, name: str) -> str:
-        lower = name.lower()
-        if lower == name:
-            raise KeyError(name)
-        return self[lower]
-
-    def get(self, name: str, default: Any = None) -> Any:
-        return super().get(name.lower(), default)
-
-    def __contains__(self, name: object) -> bool:
-        return super().__contains__(str(name).lower())
-
-
 def parse_head(head: bytes, parse_line: Any) -> Tuple[Any, Dict[str, str]]:
     """Parse a head into its start line, by ``parse_line``, and its headers.
 
@@ -2239,13 +2223,13 @@ class BodyDecoder:
 
     done = False
     trailing_data = b""
-    remaining = 0  # payload bytes still expected, of the body or of the current chunk
     chunked = until_close = False
-    state = "size"  # the framing line expected next: "size", "end" of a chunk, "trailer"
-    buffer = b""  # an incomplete framing line
     trailers = 0
 
     def __init__(self, fields: Dict[str, str], until_close: bool = False) -> None:
+        self.remaining = 0  # payload bytes still expected, of the body or of the current chunk
+        self.buffer = b""  # an incomplete framing line
+        self.state = "size"  # the framing line expected next: "size", "end" of a chunk, "trailer"
         coding, length = fields.get("transfer-encoding"), fields.get("content-length")
         if coding is not None:
             if length is not None:
@@ -2396,37 +2380,21 @@ class ContentDecoder:
     def __init__(self, encoding: str) -> None:
         if encoding not in ("gzip", "x-gzip", "deflate"):
             raise ValueError(encoding)
-        self.gzip = encoding != "deflate"
-        self.inflater: Any = None  # None: between the members of a gzip file, or not begun
-        self.received, self.expanded = 0, 0
-        self.start = b""  # the first byte of deflate, of which two are needed
+        self.inflater: Any = None  # of a member of a gzip file, which may have several
+        self.received = self.expanded = 0
 
     def feed(self, data: bytes) -> bytes:
         """Return what the data expands to."""
         self.received += len(data)
-        data, self.start = self.start + data, b""
         out = []
         while data:
-            if self.inflater is None and not self._begin(data):
-                self.start = data
-                break
+            if self.inflater is None or self.inflater.eof:
+                # Servers send deflate with zlib's header, as the standard says, or without.
+                has_header = data[0] == 0x1F or data[0] & 15 == 8
+                self.inflater = zlib.decompressobj(47 if has_header else -15)
             out.append(self._expand(data))
             data = self.inflater.unconsumed_tail or self.inflater.unused_data
-            if self.inflater.eof:
-                self.inflater = None
-                data = data if self.gzip else b""
         return b"".join(out)
-
-    def _begin(self, data: bytes) -> bool:
-        """Choose the format; False if more data is needed.
-
-        Servers send deflate with zlib's header, as the standard says, or without.
-        """
-        if not self.gzip and len(data) < 2:
-            return False
-        has_header = data[0] & 15 == 8 and int.from_bytes(data[:2], "big") % 31 == 0
-        self.inflater = zlib.decompressobj(31 if self.gzip else 15 if has_header else -15)
-        return True
 
     def _expand(self, data: bytes) -> bytes:
         try:
@@ -2440,7 +2408,7 @@ class ContentDecoder:
 
     def close(self) -> None:
         """Raise ProtocolError if the compressed body is incomplete."""
-        if self.inflater is not None or self.start:
+        if self.inflater is not None and not self.inflater.eof:
             raise ProtocolError("the compressed body is incomplete")
 
 
@@ -7167,6 +7135,8 @@ def chat_usage(value: Any) -> Optional[Dict[str, Any]]:
         "completion_tokens": completion,
         "total_tokens": total,
     }
+    if fields.keys() <= usage.keys():  # no details
+        return usage
     for kind, alias, name in (
         ("prompt", "input", "cached_tokens"),
         ("completion", "output", "reasoning_tokens"),
@@ -10721,9 +10691,8 @@ class BodyReader:
         if self.decoder.chunked:  # else the gate has checked the declared size
             size = len(self.data) + len(payload) + self.decoder.remaining  # known so far
             check_body_size(size, self.server.settings)
-        if not self.decoder.done or self.data:  # a body that came with its head is not in transit
-            self.server.bodies.reserve(len(payload))
-            self.reserved += len(payload)
+        self.server.bodies.reserve(len(payload))
+        self.reserved += len(payload)
         self.data += payload
         self.deadline = min(
             self.deadline + len(data) / self.MIN_UPLOAD_RATE,
@@ -10826,7 +10795,10 @@ class Connection:
         decoder = BodyDecoder(request.head.headers)
         request.body_unread = not decoder.done
         self.server.gate.check_head(request, decoder)
-        if request.body_unread:
+        if len(self.input) >= decoder.remaining > 0:  # the body came with its head
+            request.body, request.body_unread = bytes(self.input[: decoder.remaining]), False
+            del self.input[: decoder.remaining]
+        elif request.body_unread:
             request.reader = BodyReader(self.server, decoder, self.loop.now)
             if request.head.headers.get("expect") and not self.input:
                 self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -11790,7 +11762,9 @@ class Gate:
     def check_head(self, request: Request, decoder: BodyDecoder) -> None:
         """Check origin, token, route, method and declared size."""
         settings = request.settings
-        request.head = head = strip_path(request.head, settings.path_prefix)
+        if settings.path_prefix or request.head.path.endswith("/"):
+            request.head = strip_path(request.head, settings.path_prefix)
+        head = request.head
         request.route = route = find_route(head.method, head.path)
         self.check_page(request)  # after the route, which decides on the form of its error
         if head.method == "OPTIONS":  # a preflight carries no token
@@ -11862,7 +11836,7 @@ class Gate:
 
     def authorize(self, request: Request) -> None:
         """Check the token, and set the request's key; APIError 401."""
-        headers, tokens = request.head.headers, request.settings.bearer_token
+        headers = request.head.headers
         scheme, *credentials = headers.get("authorization", "").split(None, 1) or [""]
         bearer = credentials if scheme.lower() == "bearer" else []
         # Imported here: it loads OpenSSL's hashes, which a server without tokens does not need.
@@ -11875,17 +11849,15 @@ class Gate:
             for text in (*bearer, headers.get("x-api-key", ""), headers.get("api-key", ""))
             if text
         ]
-        keys = [
-            key
-            for data in sent
-            for key in self.server.keys
-            if compare_digest(data, key.options.key.encode())
+        known: List[Tuple[str, Optional[KeyLimiter]]] = [
+            *((key.options.key, key) for key in self.server.keys),
+            *((token, None) for token in request.settings.bearer_token),
         ]
         accepted = [
-            token for data in sent for token in tokens if compare_digest(data, token.encode())
+            key for token, key in known for data in sent if compare_digest(data, token.encode())
         ]
-        request.key = keys[0] if keys else None
-        if not keys and not accepted:
+        request.key = next(filter(None, accepted), None)
+        if not accepted:
             raise APIError(
                 401,
                 "Incorrect API key provided: this server does not know the token."
@@ -12232,7 +12204,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     send_error(), rfile and wfile. Differences from http.server:
 
     - a handler is created for each complete request, not for each connection;
-    - ``request`` is a Request and ``headers`` a Headers;
+    - ``request`` is a Request;
     - the response body is framed here: chunked unless a Content-Length is sent;
     - errors are sent in the client's dialect, also by send_error();
     - a do_ method that returns True has left the rest of the response to the loop.
@@ -12267,7 +12239,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
     @functools.cached_property
     def headers(self) -> Any:  # type: ignore[override]
         """The request headers."""
-        return Headers(self.request.head.headers)
+        headers = http.client.HTTPMessage()
+        for name, value in self.request.head.headers.items():
+            headers[name] = value
+        return headers
 
     def run(self, step: Callable[[], Any]) -> None:
         """Run a step and send the error it raises; end the request unless it returns True."""
