@@ -4781,36 +4781,33 @@ class ErrorRule(NamedTuple):
     def matches(self, status: int, codes: str, words: str) -> bool:
         if self.statuses and status not in self.statuses:
             return False
-        if not self.codes and not self.words:
-            return True
-        return bool(
-            self.codes
-            and re.search(self.codes, codes)
-            or self.words
-            and re.search(self.words, words)
-        )
+        in_codes = self.codes and re.search(self.codes, codes)
+        in_words = self.words and re.search(self.words, words)
+        return bool(in_codes or in_words or not (self.codes or self.words))
 
 
 _KEY = "the upstream refuses this server's key"
 _QUOTA = "the quota of this server's key is spent"
-_PLACE = "the upstream refuses this server"
 _KEY_CODES = (
     r"invalid_api_key|api_key_invalid|wrong_api_key|token_not_found_in_db|expired_key"
     r"|account_deactivated|organization_restricted|api_key_\w{1,40}_blocked|consumer_\w{1,20}"
+    r"|unsupported_country|ip_not_authorized"
 )
-_KEY_WORDS = r"^(?:incorrect api key|api[ _]key (?:not valid|not found|expired)|invalid x-api-key)"
+_KEY_WORDS = (
+    r"^(?:incorrect api key|api[ _]key (?:not valid|not found|expired)|invalid x-api-key"
+    r"|user location is not supported)"
+)
 _LIKELY_KEY_WORDS = (
     r"(?:invalid|incorrect|wrong|missing|expired|revoked|bad|no)\b[\w -]{0,20}"
     r"(?:key\b|token\b|credential|authentication)"
     r"|(?:key|token|credential|account|organi[sz]ation|project|workspace|team)s?\b.{0,60}"
     r"(?:invalid|incorrect|not valid|expired|revoked|leaked|disabled|deactivated|suspended"
     r"|terminated|banned)"
-    r"|missing scopes|access.{0,20}terminated|封禁"
+    r"|missing scopes|access.{0,20}terminated|country, region|\bip address\b|virtual network|封禁"
 )
 _FORBIDDEN_KEY_WORDS = (
     r"api[ _-]?key|credential|unauthori[sz]ed|authentication|authorization failed"
-    r"|unregistered callers"
-    r"|has not been used in project"
+    r"|unregistered callers|has not been used in project"
 )
 _QUOTA_CODES = (
     r"insufficient_?(?:quota|balance|credit)|exceeded_current_quota"
@@ -4826,15 +4823,12 @@ _LIKELY_QUOTA = (
     r"quota|billing|credit|balance|payment|insufficient funds|spending|arrears|budget"
     r"|(?:key|usage|monthly) limit|余额|欠费"
 )
-_PLACE_CODES = "unsupported_country|ip_not_authorized"
-_PLACE_WORDS = r"country, region|\bip address\b|virtual network"
 _MODEL_CODES = (
     r"model_?not_?(?:found|available|supported)|model_access_denied|(?:unknown|invalid)_model"
     r"|deploymentnotfound|\b1211\b"
 )
 _NO_MODEL = (
-    r"\bmodels?\b.{0,200}(?:\bnot (?:exist|found)|does ?n[o']t exist|unknown"
-    r"|is not a valid model)|模型不存在"
+    r"\bmodels?\b.{0,200}(?:\bnot (?:exist|found)|does ?n[o']t exist|unknown)|模型不存在"
     r"|^(?:unknown|invalid|no such|unsupported) model\b|invalid model name|is not a valid model"
 )
 _MODEL_ACCESS = _NO_MODEL + (
@@ -4843,15 +4837,14 @@ _MODEL_ACCESS = _NO_MODEL + (
     r"|(?:access|permi|allowed|authori[sz]ed|entitled|eligible|verified|unknown|invalid"
     r"|unsupported|no such|available|support|subscribe|upgrade|\buse\b).{0,120}\bmodels?\b"
 )
-_FLAGGED_CODES = "moderat|flagged|content_policy|content_filter"
 _FLAGGED = (
-    r"flagged|moderation|content.?(?:policy|filter|management|violation|safety|exists risk)"
+    r"flagged|moderat|content.?(?:policy|filter|management|violation|safety|exists risk)"
     r"|guardrail|unsafe|harmful|sensitive|prohibited|usage polic|safety|inappropriate"
 )
-_UNAFFORDABLE = r"fewer max_tokens|can only afford|prompt tokens limit exceeded"
 _OVERSIZED = (
     r"^request too large|input or output tokens must be reduced|tokens allowed per request"
     r"|long context requests|reduce the (?:length|size) of (?:the|your)"
+    r"|fewer max_tokens|can only afford|prompt tokens limit exceeded"
 )
 _OVERFLOW = (
     r"context (?:length|size|window|limit)|context the overflows|maximum (?:prompt|input|model)"
@@ -4863,8 +4856,7 @@ _OVERFLOW_CODES = "context_?(?:length|window)_?exceeded|exceed_context_size"
 # fmt: off
 UPSTREAM_ERRORS = [
     # The request asks for more tokens than are left, or than are allowed at once.
-    ErrorRule((400, 402, 403), "", _UNAFFORDABLE, Category.REFUSED),
-    ErrorRule((429,), "", _OVERSIZED, Category.REFUSED),
+    ErrorRule((402, 403, 429), "", _OVERSIZED, Category.REFUSED),
     ErrorRule((413,), "rate_limit_exceeded", "tokens per minute", Category.REFUSED),
     ErrorRule((400, 413, 422, 500), _OVERFLOW_CODES, _OVERFLOW, Category.REQUEST, 400),
     # A firewall's page: something in the request matched one of its patterns.
@@ -4872,8 +4864,6 @@ UPSTREAM_ERRORS = [
     # This server's key or address, beyond doubt.
     ErrorRule((), _KEY_CODES, _KEY_WORDS, Category.AUTH, reason=_KEY),
     ErrorRule((), _QUOTA_CODES, _QUOTA_WORDS, Category.AUTH, reason=_QUOTA),
-    ErrorRule((401, 403), _PLACE_CODES, _PLACE_WORDS, Category.AUTH, reason=_PLACE),
-    ErrorRule((400,), "", "^user location is not supported", Category.AUTH, reason=_PLACE),
     # The request's model or content.
     ErrorRule((400, 401, 500, 503), _MODEL_CODES, "", Category.MODEL, 404),
     ErrorRule((402, 403), _MODEL_CODES, "", Category.REFUSED),
@@ -4881,8 +4871,7 @@ UPSTREAM_ERRORS = [
     ErrorRule((400,), "", _NO_MODEL, Category.MODEL, 404),
     ErrorRule((401,), "", _MODEL_ACCESS, Category.MODEL, 404),
     ErrorRule((402, 403), "", _MODEL_ACCESS, Category.REFUSED),
-    ErrorRule((401,), _FLAGGED_CODES, _FLAGGED, Category.REFUSED, 403),
-    ErrorRule((402, 403), _FLAGGED_CODES, _FLAGGED, Category.REFUSED),
+    ErrorRule((401, 402, 403), _FLAGGED, _FLAGGED, Category.REFUSED, 403),
     # This server's key, probably.
     ErrorRule((401, 402, 403, 412), _LIKELY_QUOTA, _LIKELY_QUOTA, Category.AUTH, reason=_QUOTA),
     ErrorRule((403,), "unauthenticated", _FORBIDDEN_KEY_WORDS, Category.AUTH, reason=_KEY),
@@ -4894,10 +4883,10 @@ UPSTREAM_ERRORS = [
     ErrorRule((408, 409, 425, 429), "", "", Category.RATE_LIMIT),
     ErrorRule((498,), "", "", Category.RATE_LIMIT, 429),  # Groq: "capacity exceeded"
     ErrorRule((400, 413, 422), "", "", Category.REQUEST),
-    ErrorRule((501,), "", "", Category.UNSUPPORTED),
+    ErrorRule((501, *range(400, 500)), "", "", Category.UNSUPPORTED),
     ErrorRule((503, 529), "", "", Category.SERVER, 503),
     ErrorRule(tuple(range(500, 600)), "", "", Category.SERVER, 502),
-    ErrorRule((), "", "", Category.UNSUPPORTED),
+    ErrorRule((), "", "", Category.UNSUPPORTED, 502),
 ]
 
 # Statuses of errors that come without one: within a stream, or within the messages of LiteLLM.
@@ -4925,23 +4914,138 @@ NAMED_STATUS = {
     for name in names.split()
 }
 # fmt: on
-_LITELLM = re.compile(r"litellm\.(?:[a-z_]{1,20}\.){0,3}([A-Z]\w{2,60})")
+# Codes of errors that come without one.
+DEFAULT_CODES = {
+    Category.MODEL: "model_not_found",
+    Category.SERVER: "upstream_error",
+    Category.UNSUPPORTED: "upstream_error",
+}
 
 
-def named_status(*names: Any) -> Optional[int]:
-    """Status of the first name that NAMED_STATUS contains; None if it contains none."""
-    keys = (re.sub(r"_|error$", "", name.lower()) for name in names if isinstance(name, str))
-    return next((NAMED_STATUS[key] for key in keys if key in NAMED_STATUS), None)
+def error_from_body(
+    upstream_name: str,
+    status: int,
+    body: Any,
+    secrets: Iterable[str] = (),
+    headers: Optional[Dict[str, str]] = None,
+    models: Iterable[str] = (),
+) -> APIError:
+    """Translate an upstream's error response, by UPSTREAM_ERRORS; see ErrorReport.
+
+    Only errors that are not the client's own begin with the upstream's name.
+    """
+    report = ErrorReport(status, body, secrets, models)
+    rule, category = report.rule, report.rule.category
+    wait = retry_after_seconds(
+        headers or {}, report.body, message=report.words, limit=category is Category.RATE_LIMIT
+    )
+    if category is Category.SERVER and wait:  # one that says when to retry is a limit
+        category = Category.RATE_LIMIT
+    if category is Category.AUTH:
+        # LiteLLM as a client retries any message with "429" in it, in vain if a quota is spent.
+        note = f" ({report.status})" if rule.reason != _QUOTA else ""
+        message = f"{upstream_name}: {rule.reason}{note}: {report.message}"
+        error = auth_error(message, report.status)
+    else:
+        is_clients = category in (Category.REQUEST, Category.REFUSED) and not report.is_page
+        names = report.names if is_clients else {}
+        error = APIError(
+            rule.status or report.status,
+            report.message if is_clients else f"{upstream_name}: {report.message}",
+            type=names.get("type"),
+            code=report.names.get("code") or DEFAULT_CODES.get(rule.category),
+            param="model" if category is Category.MODEL else names.get("param"),
+            category=category,
+            retry=False if category is Category.REFUSED else None,
+            retry_after=wait if category is Category.RATE_LIMIT else None,
+        )
+    if category is Category.REQUEST:
+        error.overflow = find_overflow(report.codes, report.text.lower())
+    if error.overflow:
+        error.code = "context_length_exceeded"
+    error.upstream_status = report.status if status == 200 else status
+    error.cooldown_scope = report.cooldown_scope(category)
+    return error
 
 
-def litellm_status(text: str) -> Optional[int]:
-    """Status for a LiteLLM message, "litellm.RateLimitError: ..."; None for others."""
-    text = text[:4000]
-    status = named_status(*_LITELLM.findall(text))
-    if status and status >= 500:
-        inner = re.search(r"""["']code["']: ?["']?(4[0-9][0-9])\b""", text)
-        return int(inner[1]) if inner else status
-    return status
+def auth_error(message: str, status: int) -> APIError:
+    """Error for rejected credentials of this server.
+
+    Status 424, because SDKs retry 5xx and present 401 and 403 as errors of the client's own token.
+    """
+    return APIError(
+        424,
+        message,
+        type="invalid_request_error",
+        code="upstream_auth",
+        category=Category.AUTH,
+        retry=False,
+        upstream_status=status,
+    )
+
+
+class ErrorReport:
+    """An upstream's error in any form, and the row of UPSTREAM_ERRORS that applies.
+
+    ``status`` 200: it came in place of an answer. ``body`` is a JSON value, or bytes that are not
+    JSON. ``secrets`` are removed from ``message`` and ``names``, the parts that are shown.
+    ``models`` are the names of the requested model.
+    """
+
+    def __init__(
+        self, status: int, body: Any, secrets: Iterable[str], models: Iterable[str]
+    ) -> None:
+        self.models = models
+        self.body = body = page_or_text(body) if isinstance(body, bytes) else body
+        fields = error_fields(body)
+        self.words = words = error_words(fields)
+        self.status = error_status(status, fields, words)
+        given = to_json(body).decode()[:300] if body else ""
+        self.text = inner_message(words) or given or f"It answered with status {self.status}."
+        self.message = redact(self.text[:4000], secrets)[:1000]
+        self.codes, unquoted = error_codes(fields), _without_quotes(self.text, models)
+        self.rule = next(
+            rule for rule in UPSTREAM_ERRORS if rule.matches(self.status, self.codes, unquoted)
+        )
+        self.names = {  # the upstream's own; LiteLLM repeats the status as the code
+            name: redact(fields[name][:1000], secrets)[:200]
+            for name in ("type", "code", "param")
+            if isinstance(fields.get(name), str) and not re.fullmatch("[0-9]{3}", fields[name])
+        }
+        self.is_page = self.names.get("type") == "web_page"
+        if self.is_page and self.rule.category is Category.REFUSED:
+            self.names["code"] = "upstream_blocked"
+
+    def cooldown_scope(self, category: Category) -> str:
+        """The part of the controller that cools down: itself, or only the requested model."""
+        if category is not Category.RATE_LIMIT:
+            # LiteLLM's own authentication errors: its key for this model is invalid, not ours.
+            return "model" if "litellm.Auth" in self.words else "controller"
+        text = f"{self.words[:2000]} {_encode(self.body)[:8000]}".lower()
+        is_named = re.search(_MODEL_LIMIT, text) or any(
+            re.search(rf"(?<!\w){re.escape(name.lower()[:MAX_NAME])}(?!\w)", text)
+            for name in self.models
+            if len(name) > 2
+        )
+        return "model" if is_named else "controller"
+
+
+_MODEL_LIMIT = (
+    r"\bmodel ?[:=`'\"\\]|this model|permodel"
+    r"|rate limit reached for (?!org|team|user|proj|key|api|your|acc|def|req|tok|in |on )\w"
+)
+
+
+def page_or_text(data: bytes) -> Any:
+    """Parse an error body that is not JSON: a string, or an object for a web page."""
+    text = data[:4000].decode("utf-8", "replace").strip()
+    if not re.match(r"<(?:!doctype|html|head|body|\?xml)\b", text, re.I):
+        return text
+    title = re.search(r"<title[^>]{0,80}>([^<]{1,200})", text, re.I)
+    return {
+        "type": "web_page",
+        "message": "It answered with a web page" + (f": {title[1].strip()}." if title else "."),
+    }
 
 
 def error_fields(body: Any, depth: int = 6) -> Dict[str, Any]:
@@ -4955,22 +5059,17 @@ def error_fields(body: Any, depth: int = 6) -> Dict[str, Any]:
         body = body[0] if body else None
     if isinstance(body, str):
         looks_like_json = depth and body.lstrip()[:1] in ("{", "[")
-        inner = json_or_none(body.encode("utf-8", "replace")) if looks_like_json else None
-        if isinstance(inner, (dict, list)):
-            return error_fields(inner, depth - 1)
-        return {"message": body}
+        parsed = json_or_none(body.encode("utf-8", "replace")) if looks_like_json else None
+        is_object = isinstance(parsed, (dict, list))
+        return error_fields(parsed, depth - 1) if is_object else {"message": body}
     fields: Dict[str, Any] = as_dict(body)
-    error = fields.get("error") or fields.get("errors")
-    message = fields.get("message")
-    if isinstance(error, str) and isinstance(message, str):
-        return fields  # {"statusCode": 401, "error": "Unauthorized", "message": "..."}
-    if isinstance(error, (dict, str, list)) and error and depth:
-        outer: Dict[str, Any] = {
-            name: fields[name] for name in ("code", "type", "status") if name in fields
-        }
-        return {**outer, **error_fields(error, depth - 1)}
-    if isinstance(message, str) and message.lstrip()[:1] == "{" and depth:
-        return {**fields, **error_fields(message, depth - 1)}  # the body of another provider
+    inner, message = fields.get("error") or fields.get("errors"), fields.get("message")
+    if isinstance(message, str) and not isinstance(inner, (dict, list)):
+        # {"statusCode": 401, "error": "Unauthorized", "message": "..."}, or the body of another
+        # provider as the message
+        inner = message if message.lstrip()[:1] == "{" else None
+    if isinstance(inner, (dict, str, list)) and inner and depth:
+        return {**fields, **error_fields(inner, depth - 1)}
     return fields
 
 
@@ -4988,6 +5087,42 @@ def error_words(value: Any, depth: int = 4) -> str:
     if isinstance(raw, str) and words == "Provider returned error":
         words += ": " + inner_message(error_words(error_fields(raw), depth - 1))
     return f"{location}: {words}" if location else words
+
+
+def error_codes(fields: Dict[str, Any]) -> str:
+    """All codes, types and reasons of an error object, lower-case, in one string."""
+    metadata = as_dict(fields.get("metadata"))
+    names = [fields.get("code"), fields.get("type"), fields.get("status")]
+    names += [as_dict(item).get("reason") for item in as_list(fields.get("details"))[:8]]  # Google
+    names += [metadata.get("error_type"), "moderation" if metadata.get("reasons") else ""]
+    return " ".join(str(name)[:200] for name in names if isinstance(name, (str, int))).lower()
+
+
+def error_status(status: int, fields: Dict[str, Any], words: str) -> int:
+    """Actual status of an error that came with status 200, or as 5xx from LiteLLM."""
+    if status != 200:
+        return status >= 500 and litellm_status(words) or status
+    for name in ("code", "status", "raw_status_code", "http_code"):
+        value = fields.get(name)
+        if isinstance(value, (int, str)) and re.fullmatch("[45][0-9]{2}", str(value)):
+            return int(value)
+    names = fields.get("code"), fields.get("type"), fields.get("status")
+    return named_status(*names) or litellm_status(words) or 502
+
+
+def named_status(*names: Any) -> Optional[int]:
+    """Status of the first name that NAMED_STATUS contains; None if it contains none."""
+    keys = (re.sub(r"_|error$", "", name.lower()) for name in names if isinstance(name, str))
+    return next((NAMED_STATUS[key] for key in keys if key in NAMED_STATUS), None)
+
+
+def litellm_status(text: str) -> Optional[int]:
+    """Status for a LiteLLM message, "litellm.RateLimitError: ..."; None for others."""
+    text = text[:4000]
+    classes = re.findall(r"litellm\.(?:[a-z_]{1,20}\.){0,3}([A-Z]\w{2,60})", text)
+    status = named_status(*classes)
+    inner = re.search(r"""["']code["']: ?["']?(4[0-9][0-9])\b""", text)
+    return int(inner[1]) if inner and status and status >= 500 else status
 
 
 _INNER = re.compile(
@@ -5020,90 +5155,6 @@ def inner_message(text: str) -> str:
     return text.strip()
 
 
-def page_or_text(data: bytes) -> Any:
-    """Parse an error body that is not JSON: a string, or an object for a web page."""
-    text = data[:4000].decode("utf-8", "replace").strip()
-    if not re.match(r"<(?:!doctype|html|head|body|\?xml)\b", text, re.I):
-        return text
-    title = re.search(r"<title[^>]{0,80}>([^<]{1,200})", text, re.I)
-    return {
-        "type": "web_page",
-        "message": "It answered with a web page" + (f": {title[1].strip()}." if title else "."),
-    }
-
-
-class ErrorReport:
-    """An upstream's error in any form.
-
-    ``status`` 200: it came in place of an answer. ``body`` is a JSON value, or bytes that are not
-    JSON. ``secrets`` are removed from what is shown. ``models`` are the names of the requested
-    model.
-    """
-
-    def __init__(
-        self, status: int, body: Any, secrets: Iterable[str], models: Iterable[str]
-    ) -> None:
-        self.body = body = page_or_text(body) if isinstance(body, bytes) else body
-        fields, self.models = error_fields(body), models
-        self.words = words = error_words(fields)
-        self.status = error_status(status, fields, words)
-        self.upstream_status = self.status if status == 200 else status
-        given = to_json(body).decode()[:300] if body else ""
-        self.text = inner_message(words) or given or f"It answered with status {self.status}."
-        self.codes, self.unquoted = error_codes(fields), _without_quotes(self.text, models)
-        self.message = redact(self.text[:4000], secrets)[:1000]
-        self.names = {  # the upstream's own type, code and param
-            name: redact(fields[name][:1000], secrets)[:200]
-            for name in ("type", "code", "param")
-            if isinstance(fields.get(name), str)
-        }
-        if re.fullmatch("[0-9]{3}", self.names.get("code", "")):
-            del self.names["code"]  # LiteLLM repeats the status here
-        self.is_page = self.names.get("type") == "web_page"
-
-    def rule(self) -> ErrorRule:
-        """The row of UPSTREAM_ERRORS that applies."""
-        state = self.status, self.codes, self.unquoted
-        return next(rule for rule in UPSTREAM_ERRORS if rule.matches(*state))
-
-    def retry_after(self, headers: Dict[str, str], is_limit: bool) -> Optional[float]:
-        """Seconds until a retry, if the upstream gives them."""
-        body = self.body[0] if isinstance(self.body, list) and self.body else self.body
-        return retry_after_seconds(headers, as_dict(body), message=self.words, limit=is_limit)
-
-    def concerns_model(self, is_limit: bool) -> bool:
-        """Whether only the requested model cools down."""
-        # LiteLLM's own authentication errors mean that its key for this model is invalid, not ours.
-        return (
-            names_model(self.body, self.words, self.models)
-            if is_limit
-            else "litellm.Auth" in self.words
-        )
-
-
-def error_from_body(
-    upstream_name: str,
-    status: int,
-    body: Any,
-    secrets: Iterable[str] = (),
-    headers: Optional[Dict[str, str]] = None,
-    models: Iterable[str] = (),
-) -> APIError:
-    """Translate an upstream's error response, by UPSTREAM_ERRORS; see ErrorReport."""
-    report = ErrorReport(status, body, secrets, models)
-    rule = report.rule()
-    wait = report.retry_after(headers or {}, rule.category is Category.RATE_LIMIT)
-    error = _error_from_rule(rule, upstream_name, report, wait)
-    error.upstream_status = report.upstream_status
-    if error.category is Category.REQUEST:
-        error.overflow = find_overflow(report.codes, report.text.lower())
-    if error.overflow:
-        error.code = "context_length_exceeded"
-    if report.concerns_model(error.category is Category.RATE_LIMIT):
-        error.cooldown_scope = "model"
-    return error
-
-
 _QUOTATION = re.compile(
     r"`[^`\n]{0,200}`|\"[^\"\n]{0,200}\"|(?<!\w)'[^'\n]{0,200}'(?!\w)"
     r"|[\u201c\u00ab][^\u201d\u00bb\n]{0,200}[\u201d\u00bb]"
@@ -5118,28 +5169,28 @@ def _without_quotes(text: str, models: Iterable[str]) -> str:
     text = text[:4000]
     for name in filter(None, models):  # a whole word: a model named "i" must not blank all letters
         text = re.sub(rf"(?<!\w){re.escape(name[:MAX_NAME])}(?!\w)", "*", text)
-    text = _QUOTATION.sub("*", text)
-    return text.replace("\n", " ").lower()
+    return _QUOTATION.sub("*", text).replace("\n", " ").lower()
 
 
-_N = "([0-9]{1,12})"
-# Patterns of the numbers in such messages; of each name the first one that matches is used.
-_OVERFLOW_NUMBERS = (
-    (
-        "prompt",
-        f"{_N} (?:input tokens|in the messages|of text input|tokens from the input|`?inputs)",
-    ),
-    ("prompt", rf"(?:prompt (?:\(length|contains|is too long:)|resulted in|n_keep:) {_N}"),
-    ("prompt", rf"(?:request contains|request|input)(?: length| token count)? \(?{_N}"),
-    ("prompt", rf"keep the first {_N}|limit: {_N} \+"),
-    ("output", f"{_N} (?:output tokens|tokens for the completion|`?max_new)"),
-    ("output", rf"{_N} in the (?:completion|output)|too large: {_N}|\+ {_N} >"),
-    ("limit", rf"n_ctx: {_N}|\+ [0-9]{{1,12}} > {_N}|input length should be \[1, {_N}"),
-    ("limit", rf"context (?:length|size|window)(?! by)[^0-9.]{{0,20}}{_N}"),
-    ("limit", rf"(?:(?:prompt|model) length|token limit|allowed|must be <=)[^0-9.]{{0,20}}{_N}"),
-    ("limit", f"{_N} maximum|> {_N}"),
-    ("total", f"requested:? {_N}"),
-)
+# Patterns of the numbers (#) in errors of requests that are too long; of each name the first one
+# that matches is used.
+# fmt: off
+_OVERFLOW_NUMBERS = [
+    (name, pattern.replace("#", "([0-9]{1,12})")) for name, pattern in (
+        ("prompt", r"# (?:input tokens|in the messages|of text input|tokens from the input)"),
+        ("prompt", r"# `?inputs|(?:prompt (?:\(length|contains|is too long:)|resulted in|n_keep:) #"),
+        ("prompt", r"(?:request contains|request|input)(?: length| token count)? \(?#"),
+        ("prompt", r"keep the first #|limit: # \+"),
+        ("output", r"# (?:output tokens|tokens for the completion|`?max_new)"),
+        ("output", r"# in the (?:completion|output)|too large: #|\+ # >"),
+        ("limit", r"n_ctx: #|\+ [0-9]{1,12} > #|input length should be \[1, #"),
+        ("limit", r"context (?:length|size|window)(?! by)[^0-9.]{0,20}#"),
+        ("limit", r"(?:(?:prompt|model) length|token limit|allowed|must be <=)[^0-9.]{0,20}#"),
+        ("limit", r"# maximum|> #"),
+        ("total", r"requested:? #"),
+    )
+]
+# fmt: on
 
 
 def find_overflow(codes: str, words: str) -> Optional[Overflow]:
@@ -5151,118 +5202,152 @@ def find_overflow(codes: str, words: str) -> Optional[Overflow]:
     words = words[:4000]
     if not re.search(_OVERFLOW_CODES, codes) and not re.search(_OVERFLOW, words):
         return None
-    count: Dict[str, int] = {"prompt": 0, "output": 0, "limit": 0, "total": 0}
+    count: Dict[str, int] = defaultdict(int)
     for name, pattern in _OVERFLOW_NUMBERS:
         match = None if count[name] else re.search(pattern, words)
-        count[name] = int(match[match.lastindex or 0]) if match else count[name]
+        if match:
+            count[name] = int(match[match.lastindex or 0])
     prompt = count["prompt"] or max(0, count["total"] - count["output"])
     return Overflow(prompt, count["output"], count["limit"])
 
 
-# Codes of errors that come without one.
-DEFAULT_CODES = {
-    Category.MODEL: "model_not_found",
-    Category.SERVER: "upstream_error",
-    Category.UNSUPPORTED: "upstream_error",
-}
+# -- how long to wait
+
+MAX_RETRY_AFTER = 172800.0  # seconds; an absurd value must not disable an upstream for good
 
 
-def _error_from_rule(
-    rule: ErrorRule, upstream_name: str, report: ErrorReport, wait: Optional[float]
-) -> APIError:
-    """Build the error of a matching row; ``wait``: seconds until a retry.
+def retry_after_seconds(
+    headers: Dict[str, str],
+    body: Any,
+    now: Callable[[], float] = time.time,
+    message: str = "",
+    limit: bool = True,
+) -> Optional[float]:
+    """Return the seconds to wait (1 to MAX_RETRY_AFTER) by headers, body or message.
 
-    Only errors that are not the client's own begin with the upstream's name.
+    With ``limit`` also by rate-limit headers, which some upstreams send with every response.
+    None if no wait is given or it can't be parsed.
     """
-    category, status = rule.category, rule.status or report.status
-    if category is Category.AUTH:
-        # LiteLLM as a client retries any message with "429" in it, in vain if a quota is spent.
-        note = f" ({report.status})" if rule.reason != _QUOTA else ""
-        message = f"{upstream_name}: {rule.reason}{note}: {report.message}"
-        return auth_error(message, report.status)
-    is_clients = category in (Category.REQUEST, Category.REFUSED) and not report.is_page
-    names, code = report.names if is_clients else {}, report.names.get("code")
-    if report.is_page and category is Category.REFUSED:
-        code = "upstream_blocked"
-    if category is Category.UNSUPPORTED and not 400 <= status < 600:
-        status = 502
-    if category is Category.SERVER and wait:  # one that says when to retry is a limit
-        category = Category.RATE_LIMIT
-    return APIError(
-        status,
-        report.message if is_clients else f"{upstream_name}: {report.message}",
-        type=names.get("type"),
-        code=code or DEFAULT_CODES.get(rule.category),
-        param="model" if category is Category.MODEL else names.get("param"),
-        category=category,
-        retry=False if category is Category.REFUSED else None,
-        retry_after=wait if category is Category.RATE_LIMIT else None,
-    )
-
-
-def auth_error(message: str, status: int) -> APIError:
-    """Error for rejected credentials of this server.
-
-    Status 424, because SDKs retry 5xx and present 401 and 403 as errors of the client's own token.
-    """
-    return APIError(
-        424,
-        message,
-        type="invalid_request_error",
-        code="upstream_auth",
-        category=Category.AUTH,
-        retry=False,
-        upstream_status=status,
-    )
-
-
-def error_status(status: int, fields: Dict[str, Any], words: str) -> int:
-    """Actual status of an error that came with status 200, or as 5xx from LiteLLM."""
-    if status >= 500:
-        return litellm_status(words) or status
-    if status != 200:
-        return status
-    for name in ("code", "status", "raw_status_code", "http_code"):
-        value = fields.get(name)
-        if isinstance(value, (int, str)) and re.fullmatch("[45][0-9]{2}", str(value)):
-            return int(value)
-    return (
-        named_status(fields.get("code"), fields.get("type"), fields.get("status"))
-        or litellm_status(words)
-        or 502
-    )
-
-
-def error_codes(fields: Dict[str, Any]) -> str:
-    """All codes, types and reasons of an error object, lower-case, in one string."""
-    metadata = as_dict(fields.get("metadata"))
-    reasons = ["moderation"] if as_list(metadata.get("reasons")) else []  # OpenRouter
-    details = [as_dict(item).get("reason") for item in as_list(fields.get("details"))[:8]]  # Google
-    names = [
-        fields.get("code"),
-        fields.get("type"),
-        fields.get("status"),
-        metadata.get("error_type"),
-        *reasons,
-        *details,
+    delays = [
+        seconds_from_now(headers.get("retry-after-ms"), now, 0.001),
+        seconds_from_now(headers.get("retry-after"), now),
+        _delay_from_headers(headers, now) if limit else None,
+        _delay_from_body(body, now),
+        _delay_from_message(message),
     ]
-    return " ".join(str(name)[:200] for name in names if isinstance(name, (str, int))).lower()
+    seconds = next((delay for delay in delays if delay is not None), None)
+    return None if seconds is None else min(max(1.0, seconds), MAX_RETRY_AFTER)
 
 
-_MODEL_LIMIT = re.compile(
-    r"\bmodel ?[:=`'\"\\]|this model|permodel"
-    r"|rate limit reached for (?!org|team|user|proj|key|api|your|acc|def|req|tok|in |on )\w"
+def seconds_from_now(
+    value: Any, now: Callable[[], float] = time.time, unit: float = 1.0
+) -> Optional[float]:
+    """Seconds until a number, a duration ("1m30.5s"), a Unix time (s or ms) or a date."""
+    if not isinstance(value, (str, int, float)) or isinstance(value, bool):
+        return None
+    text = str(value).strip()
+    if len(text) > 100:
+        return None
+    for part in (text, text.partition(",")[0].strip()):  # "30, 30": equal headers joined
+        if re.fullmatch(r"[0-9]{1,14}(?:\.[0-9]{1,20})?", part):
+            seconds = float(part) * unit
+            seconds = seconds / 1000 if seconds > 1e11 else seconds  # Unix time in ms
+            return seconds - now() if seconds > 1e9 else seconds
+        # Only the last number may lack a unit, or the pattern could split digits in 2^n ways.
+        if re.fullmatch(r"(?:[0-9]{1,14}(?:\.[0-9]{1,20})?(?:ms|[smhd]|\Z))+", part):
+            return total_seconds(part)
+        moment = _timestamp(part)
+        if moment is not None:
+            return moment - now()
+    return None
+
+
+def _timestamp(text: str) -> Optional[float]:
+    """Parse an HTTP or ISO 8601 date to a Unix time; None if it is not a valid one."""
+    from datetime import datetime, timezone
+    from email.utils import parsedate_to_datetime
+
+    iso = re.sub(r"\.([0-9]+)", lambda match: f".{match[1]:0<6.6}", text.replace("Z", "+00:00"))
+    for parse, value in ((parsedate_to_datetime, text), (datetime.fromisoformat, iso)):
+        with contextlib.suppress(Exception):  # they raise many kinds, depending on the version
+            moment = parse(value)
+            return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
+    return None
+
+
+def _delay_from_headers(headers: Dict[str, str], now: Callable[[], float]) -> Optional[float]:
+    """Longest time until a used-up limit resets, by the rate-limit headers in use."""
+    delays: List[Optional[float]] = []
+    for name, value in headers.items():
+        if name in ("ratelimit", "x-ratelimit"):  # "default";r=0;t=60, or remaining=0, reset=60
+            remaining = re.search(r"\b(?:r|remaining)=([0-9]{1,9})\b", value[:1000])
+            reset = re.search(r"\b(?:t|reset)=([0-9]{1,9})\b", value[:1000])
+            if reset and (not remaining or remaining[1] == "0"):
+                delays.append(float(reset[1]))
+        elif "reset" in name.split("-") and re.search(r"rate-?limit|tokenlimit", name):
+            count = headers.get(name.replace("reset", "remaining"), "0").strip()
+            if re.fullmatch(r"0(?:\.0{1,9})?|", count):
+                delays.append(seconds_from_now(value, now))
+    return max((seconds for seconds in delays if seconds is not None), default=None)
+
+
+# Fields of error bodies, in lower case without "_".
+_DELAY_FIELD = re.compile(r"(?:retry(?:delay|after)|resets?(?:at|time|in))(?:ms|s|seconds)?")
+
+
+def _delay_from_body(value: Any, now: Callable[[], float], depth: int = 5) -> Optional[float]:
+    """Delay in a field of an error body at any depth, or in response headers it quotes."""
+    if not depth or not isinstance(value, (dict, list)):
+        return None
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    for name, inner in itertools.islice(items, 64):
+        name = str(name).replace("_", "").lower()
+        if name == "headers" and isinstance(inner, dict):
+            quoted = itertools.islice(inner.items(), 64)
+            seconds = retry_after_seconds({key.lower(): str(item) for key, item in quoted}, {}, now)
+        elif _DELAY_FIELD.fullmatch(name):
+            seconds = seconds_from_now(inner, now, 0.001 if name.endswith("ms") else 1.0)
+        else:
+            seconds = _delay_from_body(inner, now, depth - 1)
+        if seconds is not None:
+            return seconds
+    return None
+
+
+_DELAY_IN_MESSAGE = re.compile(
+    r"(?:(?:try|retry|again)[a-z ]{0,30} (?:in|after)|wait(?: for)?|resets? in) (?:about )?"
+    r"((?:[0-9]{1,9}(?:\.[0-9]{1,20})? ?(?:[a-z]{1,12})?(?:,? and |, | )?){1,4})",
+    re.I,
 )
 
 
-def names_model(body: Any, words: str, models: Iterable[str]) -> bool:
-    """Return whether a rate limit applies to one model only."""
-    text = f"{words[:2000]} {_encode(body)[:8000]}".lower()
-    return bool(_MODEL_LIMIT.search(text)) or any(
-        len(name) > 2 and re.search(rf"(?<!\w){re.escape(name.lower()[:256])}(?!\w)", text)
-        for name in models
-    )
+def _delay_from_message(message: str) -> Optional[float]:
+    """Seconds in "try again in 7m30.5s" or "Please retry after 2 minutes"."""
+    match = _DELAY_IN_MESSAGE.search(message[:4000])
+    return total_seconds(match[1].lower()) or None if match else None
 
+
+def total_seconds(text: str) -> float:
+    """The sum of quantities such as "7m30.5s" or "2 minutes", up to an unknown unit."""
+    total = 0.0
+    for count, unit in re.findall(r"([0-9]{1,14}(?:\.[0-9]{1,20})?) ?([a-z]{0,12})", text):
+        if unit not in SECONDS_PER_UNIT:
+            break
+        total += float(count) * SECONDS_PER_UNIT[unit]
+    return total
+
+
+# fmt: off
+SECONDS_PER_UNIT = {
+    "": 1.0, "s": 1.0, "sec": 1.0, "secs": 1.0, "second": 1.0, "seconds": 1.0,
+    "ms": 0.001, "millis": 0.001, "millisecond": 0.001, "milliseconds": 0.001,
+    "m": 60.0, "min": 60.0, "mins": 60.0, "minute": 60.0, "minutes": 60.0,
+    "h": 3600.0, "hr": 3600.0, "hrs": 3600.0, "hour": 3600.0, "hours": 3600.0,
+    "d": 86400.0, "day": 86400.0, "days": 86400.0,
+}
+# fmt: on
+
+# -- secrets
 
 # Headers of a controller whose values are not secret.
 # fmt: off
@@ -5271,7 +5356,6 @@ PUBLIC_HEADERS = frozenset((
     "http-referer", "openai-beta", "origin", "referer", "user-agent", "x-title",
 ))
 # fmt: on
-_MASKED_KEY = re.compile(r"[\w-]{0,80}\*{3,}[\w*-]{0,80}|\bsk-[\w-]{0,40}\.{3}[\w-]{1,40}")
 
 
 def option_secrets(options: ControllerSettings) -> List[str]:
@@ -5282,17 +5366,17 @@ def option_secrets(options: ControllerSettings) -> List[str]:
             secrets += cookie_values(value)
         elif name.lower() not in PUBLIC_HEADERS:
             secrets.append(re.sub(r"^(?:(?:bearer|basic|token) |https?://)", "", value, flags=re.I))
-    proxy = urllib.parse.urlsplit(options.proxy)
-    return [*secrets, *filter(None, (proxy.password, urllib.parse.unquote(proxy.password or "")))]
+    password = urllib.parse.urlsplit(options.proxy).password or ""
+    return [*secrets, *filter(None, (password, urllib.parse.unquote(password)))]
 
 
 def cookie_values(text: str) -> List[str]:
     """Values of a Cookie header; a part without "=" counts as a value."""
-    return [
-        value.strip()
-        for value in (pair.partition("=")[2] or pair for pair in text.split(";"))
-        if value.strip()
-    ]
+    values = (pair.partition("=")[2] or pair for pair in text.split(";"))
+    return [value.strip() for value in values if value.strip()]
+
+
+_MASKED_KEY = re.compile(r"[\w-]{0,80}\*{3,}[\w*-]{0,80}|\bsk-[\w-]{0,40}\.{3}[\w-]{1,40}")
 
 
 def redact(text: str, secrets: Iterable[str]) -> str:
@@ -5312,30 +5396,40 @@ def redact_bytes(data: bytes, secrets: Iterable[str]) -> bytes:
     return _without_secrets(text, secrets).encode("utf-8", "surrogateescape")
 
 
+# Characters as URLs, JSON or HTML may write them.
+_ESCAPE = re.compile(r"(?:%(?:25){0,2}|\\u00|\\x|&#x)([2-7][0-9a-f]);?", re.I)
+MAX_UNESCAPED = 1 << 17  # characters of a text that are worth it
+MAX_FOUND = 1000  # more make a text worthless
+
+
 def _without_secrets(text: str, secrets: Iterable[str]) -> str:
-    # All forms are searched in the original text: replacing the beginning of one form could make
-    # the remainder of another one too short to be found. Upstreams may change the case of a name.
-    folded, spans = _lower_ascii(text), []
-    for form in secret_forms(tuple(secrets)):
-        if len(form) >= 8:
-            spans += _find_parts(folded, form)
-        elif form in folded:
-            words = re.finditer(rf"(?<!\w){re.escape(form)}(?!\w)", folded)
-            spans += [match.span() for match in words]
+    spans = _secret_spans(text, secrets)
+    if len(text) <= MAX_UNESCAPED and _ESCAPE.search(text):
+        unescaped = _ESCAPE.sub(lambda match: chr(int(match[1], 16)), text)
+        hidden = _secret_spans(unescaped, secrets)
+        text, spans = (unescaped, hidden) if len(hidden) > len(spans) else (text, spans)
+    if len(spans) == MAX_FOUND:
+        return "***"
     parts, done = [], 0
-    for start, end in sorted(spans):
+    for start, end in spans:
         if start >= done:
             parts += [text[done:start], "***"]
         done = max(done, end)
     return "".join([*parts, text[done:]])
 
 
-def _lower_ascii(text: str) -> str:
-    """The text in lower case, as long as before: str.lower() can add characters."""
-    return text.lower() if text.isascii() else text.translate(_LOWER_ASCII)
+def _secret_spans(text: str, secrets: Iterable[str]) -> List[Tuple[int, int]]:
+    """Positions of secrets, in order; MAX_FOUND at most."""
+    # All forms are searched in the same text: replacing the beginning of one form could make the
+    # remainder of another one too short to be found. Upstreams may change the case of a name.
+    folded = _fold(text)
+    spans = (span for form in secret_forms(tuple(secrets)) for span in _find_parts(folded, form))
+    return sorted(itertools.islice(spans, MAX_FOUND))
 
 
-_LOWER_ASCII = {code: code + 32 for code in range(ord("A"), ord("Z") + 1)}
+def _fold(text: str) -> str:
+    """The text in lower case and as long as before; "\u0130".lower() is two characters long."""
+    return text.replace("\u0130", "I").lower()
 
 
 @functools.lru_cache(maxsize=256)
@@ -5344,190 +5438,32 @@ def secret_forms(secrets: Tuple[str, ...]) -> List[str]:
     forms = set()
     for secret in secrets:
         data = secret.encode("utf-8", "replace")
-        quoted = urllib.parse.quote(secret, safe="")
-        forms |= {secret, quoted, urllib.parse.quote(quoted), to_json(secret)[1:-1].decode()}
+        forms |= {secret, to_json(secret)[1:-1].decode(), urllib.parse.quote(secret, safe="")}
         if len(secret) >= 8:
             forms |= {data.hex(), _sha256(secret)}
             for before in range(3):  # bytes in front of it, such as the user of Basic credentials
                 encoded = base64.b64encode(bytes(before) + data).decode().rstrip("=")
                 encoded = encoded[before + (before > 0) :]
                 forms |= {encoded, encoded.translate({43: "-", 47: "_"})}
-    return [_lower_ascii(form) for form in forms if len(form) >= 4]
+    return [_fold(form) for form in forms if len(form) >= 4]
 
 
-def _find_parts(text: str, secret: str) -> List[Tuple[int, int]]:
-    """Positions of a secret's beginning, from 8 characters on, and of any 12 in a row."""
-    spans = []
-    for offset in range(0, len(secret) - 7, 4):  # any 12 characters contain one of these blocks
-        block = secret[offset : offset + 8]
+def _find_parts(text: str, form: str) -> Iterator[Tuple[int, int]]:
+    """Positions of a form's beginning, from 8 characters on, and of any 12 in a row."""
+    if len(form) < 8:
+        for word in re.finditer(rf"(?<!\w){re.escape(form)}(?!\w)", text):
+            yield word.span()
+    for offset in range(0, len(form) - 7, 4):  # any 12 characters contain one of these blocks
+        block = form[offset : offset + 8]
         at = text.find(block)
         while at >= 0:
-            start = at - _common_run(text, at - 1, secret, offset - 1, -1)
-            end = at + 8 + _common_run(text, at + 8, secret, offset + 8, 1)
-            if at - start == offset or end - start >= 12:
-                spans.append((start, end))
+            before = text[max(0, at - offset) : at][::-1], form[:offset][::-1]
+            after = text[at : at + len(form)], form[offset:]
+            start = at - len(os.path.commonprefix(before))
+            end = at + len(os.path.commonprefix(after))
+            if start == at - offset or end - start >= 12:
+                yield start, end
             at = text.find(block, end)
-    return spans
-
-
-def _common_run(text: str, at: int, secret: str, index: int, step: int) -> int:
-    """Count equal characters from two positions on, forwards (1) or backwards (-1)."""
-    length = 0
-    while 0 <= at < len(text) and 0 <= index < len(secret) and text[at] == secret[index]:
-        at, index, length = at + step, index + step, length + 1
-    return length
-
-
-MAX_RETRY_AFTER = 172800.0  # seconds; an absurd value must not disable an upstream for good
-
-
-def retry_after_seconds(
-    headers: Dict[str, str],
-    body: Dict[str, Any],
-    now: Callable[[], float] = time.time,
-    message: str = "",
-    limit: bool = True,
-) -> Optional[float]:
-    """Return the seconds to wait (1 to MAX_RETRY_AFTER) by headers, body or message.
-
-    With ``limit`` also by rate-limit headers, which some upstreams send with every response.
-    None if no wait is given or it can't be parsed.
-    """
-    delays = [
-        _delay(headers.get("retry-after-ms", ""), 0.001, now),
-        _delay(headers.get("retry-after", ""), 1.0, now),
-        _delay_from_headers(headers, now) if limit else None,
-        _delay_from_body(body, now),
-        _delay_from_message(message),
-    ]
-    seconds = next((delay for delay in delays if delay is not None), None)
-    return None if seconds is None else min(max(1.0, seconds), MAX_RETRY_AFTER)
-
-
-def _delay(value: Any, unit: float, now: Callable[[], float]) -> Optional[float]:
-    """Seconds from now by a number, a duration, a Unix time (s or ms) or a date."""
-    if not isinstance(value, (str, int, float)) or isinstance(value, bool):
-        return None
-    text = str(value).strip()[:200]
-    for part in (text, text.partition(",")[0].strip()):  # "30, 30": equal headers joined
-        if re.fullmatch(r"[0-9]{1,14}(?:\.[0-9]{1,20})?", part):
-            seconds = float(part) * unit
-            seconds = seconds / 1000 if seconds > 1e11 else seconds  # Unix time in ms
-            return seconds - now() if seconds > 1e9 else seconds
-        if re.fullmatch(r"(?:[0-9]{1,14}(?:\.[0-9]{1,20})?(?:ms|[smhd])){1,8}", part):
-            return parse_duration(part)
-        moment = _timestamp(part)
-        if moment is not None:
-            return moment - now()
-    return None
-
-
-def _timestamp(text: str) -> Optional[float]:
-    """Parse an HTTP or ISO 8601 date to a Unix time; None if it is not a valid one."""
-    from datetime import datetime, timezone
-    from email.utils import parsedate_to_datetime
-
-    iso = re.sub(
-        r"\.([0-9]{1,6})[0-9]{0,20}",
-        lambda match: "." + match[1].ljust(6, "0"),
-        text.replace("Z", "+00:00"),
-    )
-    for parse, value in ((parsedate_to_datetime, text), (datetime.fromisoformat, iso)):
-        try:
-            moment = parse(value)
-            return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
-        except (ValueError, TypeError, OverflowError, IndexError, AttributeError, OSError):
-            continue
-    return None
-
-
-def _delay_from_headers(headers: Dict[str, str], now: Callable[[], float]) -> Optional[float]:
-    """Longest time until a used-up limit resets, by the rate-limit headers in use."""
-    delays: List[Optional[float]] = []
-    for name, value in headers.items():
-        if name in ("ratelimit", "x-ratelimit"):  # "default";r=0;t=60, or remaining=0, reset=60
-            remaining = re.search(r"\b(?:r|remaining)=([0-9]{1,9})\b", value[:1000])
-            reset = re.search(r"\b(?:t|reset)=([0-9]{1,9})\b", value[:1000])
-            if reset and (not remaining or remaining[1] == "0"):
-                delays.append(float(reset[1]))
-        elif "reset" in name.split("-") and re.search(r"rate-?limit|tokenlimit", name):
-            count = headers.get(name.replace("reset", "remaining"), "0").strip()
-            if re.fullmatch(r"0(?:\.0{1,9})?|", count):
-                delays.append(_delay(value, 1.0, now))
-    return max((seconds for seconds in delays if seconds is not None), default=None)
-
-
-# Fields of error bodies, in lower case without "_", and their units in seconds.
-# fmt: off
-DELAY_FIELDS = {
-    "retrydelay": 1.0, "retryafter": 1.0, "retryafterseconds": 1.0, "retryafterms": 0.001,
-    "resettime": 1.0, "resetat": 1.0, "resetsat": 1.0, "resetsinseconds": 1.0,
-}
-# fmt: on
-
-
-def _delay_from_body(value: Any, now: Callable[[], float], depth: int = 5) -> Optional[float]:
-    """Delay in one of DELAY_FIELDS of an error body, or in response headers it quotes."""
-    if not depth or not isinstance(value, (dict, list)):
-        return None
-    if isinstance(value, list):
-        delays = (_delay_from_body(item, now, depth - 1) for item in value[:16])
-        return next(filter(None, delays), None)
-    for name, inner in itertools.islice(value.items(), 64):
-        unit = DELAY_FIELDS.get(name.replace("_", "").lower())
-        if name == "headers" and isinstance(inner, dict):
-            quoted = itertools.islice(inner.items(), 64)
-            seconds = retry_after_seconds({key.lower(): str(item) for key, item in quoted}, {}, now)
-        elif unit:
-            seconds = _delay(inner, unit, now)
-        else:
-            seconds = _delay_from_body(inner, now, depth - 1)
-        if seconds is not None:
-            return seconds
-    return None
-
-
-_DELAY_IN_MESSAGE = re.compile(
-    r"(?:(?:try|retry|again)[a-z ]{0,30} (?:in|after)|wait(?: for)?|resets? in) (?:about )?"
-    r"((?:[0-9]{1,9}(?:\.[0-9]{1,20})? ?(?:[a-z]{1,12})?(?:,? and |, | )?){1,4})",
-    re.I,
-)
-
-
-def _delay_from_message(message: str) -> Optional[float]:
-    """Seconds in "try again in 7m30.5s" or "Please retry after 2 minutes"."""
-    match = _DELAY_IN_MESSAGE.search(message[:4000])
-    if not match:
-        return None
-    return total_seconds(match[1].lower()) or None
-
-
-def total_seconds(text: str) -> float:
-    """The sum of quantities such as "7m30.5s" or "2 minutes", up to an unknown unit."""
-    total = 0.0
-    for count, unit in re.findall(r"([0-9]{1,14}(?:\.[0-9]{1,20})?) ?([a-z]{0,12})", text):
-        factors = (seconds for names, seconds in DURATION_UNITS if re.fullmatch(names, unit))
-        factor = next(factors, None)
-        if factor is None:
-            break
-        total += float(count) * factor
-    return total
-
-
-DURATION_UNITS = (
-    ("|s|secs?|seconds?", 1.0),
-    ("ms|millis|milliseconds?", 0.001),
-    ("m|mins?|minutes?", 60.0),
-    ("h|hrs?|hours?", 3600.0),
-    ("d|days?", 86400.0),
-)
-
-
-def parse_duration(text: str) -> Optional[float]:
-    """Seconds of "17", "1m30.5s", "6h" or "120ms", as in OpenAI's x-ratelimit-reset-*."""
-    # Only the last number may lack a unit, or the pattern could split digits in 2^n ways.
-    valid = re.fullmatch(r"(?:[0-9]{1,14}(?:\.[0-9]{1,20})?(?:ms|[smhd]|\Z))+", text)
-    return total_seconds(text) if valid else None
 
 
 # == 12. akash ================================================================================

@@ -4607,7 +4607,7 @@ MEANINGS = {
     "OpenAI's spent quota": ((429, err(QUOTA, type="insufficient_quota", code="insufficient_quota")), ("auth", 424, "upstream_auth", None, "quota of this server's key is spent: You")),
     "OpenAI's hard limit": ((400, err("Billing hard limit has been reached.", code="billing_hard_limit_reached")), ("auth", 424, "upstream_auth", None, "spent")),
     "OpenAI's closed account": ((403, err("Your account is not active.", code="account_deactivated")), ("auth", 424, "upstream_auth", None, "not active")),
-    "OpenAI's countries": ((403, err("Country, region, or territory not supported", code="unsupported_country_region_territory", type="request_forbidden")), ("auth", 424, "upstream_auth", None, "refuses this server (403)")),
+    "OpenAI's countries": ((403, err("Country, region, or territory not supported", code="unsupported_country_region_territory", type="request_forbidden")), ("auth", 424, "upstream_auth", None, "refuses this server's key (403)")),
     "Google's wrong key": ((400, google(400, "INVALID_ARGUMENT", "API key not valid. Please pass a valid API key.", BAD_KEY)), ("auth", 424, "upstream_auth", None, "API key not valid")),
     "Google's wrong key, not in a list": ((400, google(400, "INVALID_ARGUMENT", "Request refused.", BAD_KEY)[0]), ("auth", 424, "upstream_auth", None, "Request refused")),
     "Google's key in a text": ((400, err(json.dumps(google(400, "INVALID_ARGUMENT", "API key not valid.", BAD_KEY)[0]), code=400, status="Bad Request")), ("auth", 424, "upstream_auth", None, ": API key not valid.")),
@@ -11435,7 +11435,7 @@ ROWS = {
     "a head with a long line, byte by byte": (received, lambda n: [b"HTTP/1.1 200 OK\r\nx: ", *[b"x"] * (n * 15 // 2)]),
     "a head with many lines, byte by byte": (received, lambda n: [b"HTTP/1.1 200 OK\r\n", *[b"x", b":", b"\r", b"\n"] * (n * 15 // 8)]),
     "Akash: blanks in an error": (lambda parts: akashproxy.akash_error("".join(parts), "m"), lambda n: ["model a "] * n),
-    "the span of a limit": (lambda parts: akashproxy.parse_duration("".join(parts)), lambda n: ["1m30.5s"] * n),
+    "the span of a limit": (lambda parts: akashproxy.seconds_from_now("".join(parts)), lambda n: ["1m30.5s"] * n),
 }
 
 
@@ -11520,7 +11520,7 @@ def test_stops_end_an_answer_at_one_place_wherever_it_is_cut(case):
     ("", None), ("1" * 40 + "x", None), ("1" * 60000, None), ("1m" * 30000 + "x", None), ("5x", None), ("-1", None),
 ])
 def test_a_span_is_read_or_it_is_none(text, seconds):
-    assert akashproxy.parse_duration(text) == (None if seconds is None else pytest.approx(seconds))
+    assert akashproxy.seconds_from_now(text) == (None if seconds is None else pytest.approx(seconds))
 
 
 def test_bytes_of_a_head_cost_no_more_the_longer_it_is(serve):
