@@ -176,6 +176,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -5178,7 +5179,8 @@ def _without_quotes(text: str, models: Iterable[str]) -> str:
 _OVERFLOW_NUMBERS = [
     (name, pattern.replace("#", "([0-9]{1,12})")) for name, pattern in (
         ("prompt", r"# (?:input tokens|in the messages|of text input|tokens from the input)"),
-        ("prompt", r"# `?inputs|(?:prompt (?:\(length|contains|is too long:)|resulted in|n_keep:) #"),
+        ("prompt", r"# `?inputs|prompt (?:\(length|contains|is too long:) #"),
+        ("prompt", r"(?:resulted in|n_keep:) #"),
         ("prompt", r"(?:request contains|request|input)(?: length| token count)? \(?#"),
         ("prompt", r"keep the first #|limit: # \+"),
         ("output", r"# (?:output tokens|tokens for the completion|`?max_new)"),
@@ -7728,7 +7730,9 @@ class Upstream:
         if error is None:
             self.served += 1
             self.served_at = now
-            self._recover(model, started)
+            for key, cooldown in list(self.cooldowns.items()):  # those that the success disproves
+                if key[1] in (None, self._model_key(model)) and cooldown.failed_at <= started:
+                    del self.cooldowns[key]
             return
         category = error.category
         if category is Category.SERVER and error.retry_after:
@@ -7742,26 +7746,19 @@ class Upstream:
         self.last_error, self.last_error_at = f"{error.status} {summary}", time.time()
         if category is Category.AUTH and now - self.served_at < KEY_TRUST:
             after = 2
-        was_cooling_down = self.cooldown_until > now
+        was_cooling_down = self.available_at() > now
         fixed = {Category.AUTH: AUTH_COOLDOWN, Category.RATE_LIMIT: error.retry_after}
-        cooldown = self._cooldown(category, model if error.cooldown_scope == "model" else None)
+        cooldown = self._cooldown(category, model if error.cooldown_scope == "model" else "")
         cooldown.record_failure(now, started, after, fixed.get(category))
-        self.cooldown_count += not was_cooling_down and self.cooldown_until > now
+        self.cooldown_count += not was_cooling_down and self.available_at() > now
 
-    def _recover(self, model: str, started: float) -> None:
-        """End the cool-downs that a success disproves."""
-        scopes = (None, self._model_key(model))
-        for key, cooldown in list(self.cooldowns.items()):
-            if key[1] in scopes and cooldown.failed_at <= started:
-                del self.cooldowns[key]
-
-    def _cooldown(self, category: Category, model: Optional[str]) -> CoolDown:
-        """The cool-down of a category and a model (None: the controller), made if needed."""
-        key = category, None if model is None else self._model_key(model)
+    def _cooldown(self, category: Category, model: str) -> CoolDown:
+        """The cool-down of a category and a model ("": the controller), made if needed."""
+        key = category, self._model_key(model) if model else None
         if key not in self.cooldowns:
             # Clients choose the models' names: without a bound they could fill the memory.
             of_models = [key for key in self.cooldowns if key[1] is not None]
-            if key[1] is not None and len(of_models) >= MAX_MODEL_COOLDOWNS:
+            if model and len(of_models) >= MAX_MODEL_COOLDOWNS:
                 del self.cooldowns[min(of_models, key=lambda other: self.cooldowns[other].until)]
             self.cooldowns[key] = CoolDown()
         return self.cooldowns[key]
@@ -7779,16 +7776,8 @@ class Upstream:
             if scope in scopes and category not in ignored
         ]
 
-    @property
-    def cooldown_until(self) -> float:
-        """End of the whole controller's cool-downs, by the pool's clock; 0 if it has none."""
-        return max(
-            (cooldown.until for (_, model), cooldown in self.cooldowns.items() if model is None),
-            default=0.0,
-        )
-
-    def available_at(self, model: str, ignored: Tuple[Category, ...] = ()) -> float:
-        """End of the cool-downs for a model, ignoring some categories; 0 if none."""
+    def available_at(self, model: str = "", ignored: Tuple[Category, ...] = ()) -> float:
+        """End of the cool-downs for a model ("": for all), by the pool's clock; 0 if none."""
         if not self.cooldowns:
             return 0.0
         return max((cooldown.until for cooldown in self._applicable(model, ignored)), default=0.0)
@@ -7814,7 +7803,7 @@ class Upstream:
 
     def metrics(self, now: float) -> Dict[Tuple[str, ...], float]:
         """Return its metrics, {(name, label, ...): number} without its own label."""
-        rest = self.cooldown_until - now
+        rest = self.available_at() - now
         metrics: Dict[Tuple[str, ...], float] = {
             ("akashproxy_controller_rests_total",): self.cooldown_count,
             ("akashproxy_controller_resting",): int(rest > 0),
@@ -7830,10 +7819,8 @@ class Upstream:
         """Log the exception behind an error, with its traceback once per line of code."""
         if error.bug is None:
             return
-        trace: Any = error.bug.__traceback__
-        while trace.tb_next:
-            trace = trace.tb_next
-        location = type(error.bug), trace.tb_frame.f_code.co_filename, trace.tb_lineno
+        *_, (frame, line) = traceback.walk_tb(error.bug.__traceback__)
+        location = type(error.bug), frame.f_code.co_filename, line
         log.error(
             "%s: unexpected error: %s: %s",
             self.name,
@@ -7886,50 +7873,73 @@ def model_allowed(patterns: Tuple[str, ...], model: str) -> bool:
     )
 
 
-def earliest_available(
-    upstreams: List[Upstream], model: str, ignored: Tuple[Category, ...], now: float
-) -> float:
-    """The time from ``now`` on when the first of the upstreams' cool-downs ends."""
-    ends = (upstream.available_at(model, ignored) for upstream in upstreams)
-    return max(min(ends, default=now), now)
-
-
 class Waiter:
-    """A queued call, the upstreams that can serve it, and its deadline.
+    """A call that needs an upstream for its next attempt, and its entry in the queue.
 
-    Any thread, under the pool's lock. ``upstream`` is the one that it has been assigned, where it
+    Any thread, under the pool's lock. ``known`` are the upstreams that offer the model and support
+    the call, ``candidates`` those of them that were not tried yet; their cool-downs of the
+    categories ``ignored`` don't count. ``upstream`` is the one that it has been assigned, where it
     is counted as in flight.
     """
 
     __slots__ = (
-        "queue", "exchange", "candidates", "ignored", "deadline", "number", "key", "upstream",
+        "queue", "exchange", "known", "candidates", "ignored", "deadline", "number", "key",
+        "upstream",
     )  # fmt: skip
 
     def __init__(
-        self,
-        queue: "CallQueue",
-        exchange: "Exchange",
-        candidates: List[Upstream],
-        ignored: Tuple[Category, ...],
-        deadline: float,
+        self, queue: "CallQueue", exchange: "Exchange", upstreams: List[Upstream], deadline: float
     ) -> None:
-        self.queue, self.exchange, self.candidates = queue, exchange, candidates
-        self.ignored, self.deadline = ignored, deadline
-        self.number = next(queue.numbers)
+        self.queue, self.exchange, self.deadline = queue, exchange, deadline
+        self.known = [up for up in upstreams if up not in exchange.unsupported]
+        self.candidates = [up for up in self.known if up not in exchange.tried]
+        is_only = len(self.known) == 1 and not exchange.other_models
+        self.ignored = BACKOFF_CATEGORIES if is_only else ()
         self.upstream: Optional[Upstream] = None
-        by_model = any(
-            model is not None for upstream in candidates for _, model in upstream.cooldowns
-        )
-        # Calls with the same key become ready at the same time.
-        self.key = (exchange.call.model if by_model else None, ignored, *map(id, candidates))
+        self.number = 0
+        self.key: Tuple[Any, ...] = ()  # calls with the same key become ready at the same time
 
-    def available_at(self, now: float) -> float:
-        return earliest_available(self.candidates, self.exchange.call.model, self.ignored, now)
+    def available_at(self, upstreams: List[Upstream], now: float) -> float:
+        """The time from ``now`` on when the first of the upstreams' cool-downs ends."""
+        model = self.exchange.call.model
+        ends = (upstream.available_at(model, self.ignored) for upstream in upstreams)
+        return max(min(ends, default=now), now)
+
+    def error(self, now: float) -> APIError:
+        """The error of the call if no upstream can serve it now.
+
+        Without candidates it is the most informative one of the attempts; else 429 if only rate
+        limits keep the upstreams from serving, and 503 otherwise.
+        """
+        model, errors = self.exchange.call.model, self.exchange.errors
+        delay = max(self.available_at(self.known, now) - now, 1.0)
+        error = most_informative(errors) if errors else model_not_found(model)
+        if not self.candidates:
+            if error.category is Category.RATE_LIMIT:
+                error.retry_after = delay
+            return error
+        limited = any(error.category is Category.RATE_LIMIT for error in errors) or all(
+            upstream.available_at(model, BACKOFF_CATEGORIES) > now
+            for upstream in self.candidates
+            if upstream.available_at(model) > now
+        )
+        cause = f" The last error: {error.message}" if errors else ""
+        return APIError(
+            429 if limited else 503,
+            f"All controllers for this model are cooling down or busy.{cause}",
+            code="rate_limit_exceeded" if limited else "upstream_error",
+            retry_after=delay,
+        )
 
     def set(self) -> None:
         """Resume a cancelled call; the method of threading.Event that cancel() uses."""
         with self.queue.lock:
             self.queue.resume(self)
+
+
+def most_informative(errors: List[APIError]) -> APIError:
+    """The first error of the last category."""
+    return max(errors, key=lambda error: list(Category).index(error.category))
 
 
 class CallQueue:
@@ -7945,6 +7955,10 @@ class CallQueue:
         self.lines: Dict[Tuple[Any, ...], OrderedDict[Waiter, None]] = {}
 
     def add(self, waiter: Waiter) -> None:
+        of_models = any(model for up in waiter.candidates for _, model in up.cooldowns)
+        model = waiter.exchange.call.model if of_models else ""
+        waiter.key = (model, waiter.ignored, *map(id, waiter.candidates))
+        waiter.number = next(self.numbers)
         self.lines.setdefault(waiter.key, OrderedDict())[waiter] = None
 
     def remove(self, waiter: Waiter) -> bool:
@@ -8048,7 +8062,6 @@ class Pool:
         settings: Settings,
         previous: Optional["Pool"] = None,
         clock: Callable[[], float] = time.monotonic,
-        rng: Callable[[], float] = random.random,
     ) -> None:
         self.settings, self.clock = settings, clock
         self.lock: threading.Lock = previous.lock if previous else threading.Lock()
@@ -8057,7 +8070,7 @@ class Pool:
         self.enabled = [upstream for upstream in self.upstreams if upstream.options.weight > 0]
         choices: Dict[str, Callable[[List[Upstream]], Upstream]] = {
             "balanced": weighted_round_robin,
-            "random": functools.partial(weighted_random, rng=rng),
+            "random": weighted_random,
             "least_busy": least_connections,
             "affinity": weighted_round_robin,  # of calls that belong to no conversation
         }
@@ -8120,59 +8133,48 @@ class Pool:
         ``exchange.wake()``.
         """
         self.refresh_models_async()
-        model = exchange.call.model
         with self.lock:
-            waiter = exchange.waiter
-            if waiter is not None:
-                if exchange.cancellation.reason:
-                    raise exchange.cancellation.reason  # close() releases the assigned upstream
-                exchange.set_waiter(None)
-                if waiter.upstream is not None:
-                    return waiter.upstream
-            known = [up for up in self.candidates(model) if up not in exchange.unsupported]
-            candidates = [up for up in known if up not in exchange.tried]
-            is_last = not exchange.other_models
-            ignored = BACKOFF_CATEGORIES if len(known) == 1 and is_last else ()  # an only candidate
-            now = self.clock()
-            if candidates and self.queue.lines and any(up.has_capacity() for up in candidates):
+            now, waiter = self.clock(), exchange.waiter
+            if waiter is None:
+                upstreams = self.candidates(exchange.call.model)
+                waiter = Waiter(self.queue, exchange, upstreams, now + self.settings.max_wait)
+            elif exchange.cancellation.reason:
+                raise exchange.cancellation.reason  # close() releases the assigned upstream
+            exchange.set_waiter(None)
+            if waiter.upstream is not None:
+                return waiter.upstream
+            if self.queue.lines and any(up.has_capacity() for up in waiter.candidates):
                 self._resume_ready(now)  # queued calls go first
-            upstream = self._pick(candidates, exchange, ignored, now)
-            if upstream is None:
-                make_error = functools.partial(
-                    pool_error, exchange, known, candidates, ignored, now
-                )
-                if not candidates or not is_last:
-                    raise make_error()
-                deadline = now + self.settings.max_wait if waiter is None else waiter.deadline
-                waiter = Waiter(self.queue, exchange, candidates, ignored, deadline)
-                upstream = self._enqueue(waiter, make_error, now)
+            upstream = self._pick(waiter, now) or self._enqueue(waiter, now)
             upstream.in_flight += 1
             return upstream
 
     def _pick(
         self,
-        candidates: List[Upstream],
-        exchange: "Exchange",
-        ignored: Tuple[Category, ...],
+        waiter: Waiter,
         now: float,
+        freed: Optional[Upstream] = None,
+        also_ignored: Tuple[Category, ...] = (),
     ) -> Optional[Upstream]:
-        """The upstream to use now: an available one, else one that is due for a recheck."""
-        model = exchange.call.model
-        with_capacity = [upstream for upstream in candidates if upstream.has_capacity()]
-        ready = [
-            upstream for upstream in with_capacity if upstream.available_at(model, ignored) <= now
-        ]
+        """The upstream to use now: an available one, else one that is due for a recheck.
+
+        Only ``freed`` is considered if given.
+        """
+        call, ignored = waiter.exchange.call, waiter.ignored + also_ignored
+        free = [up for up in waiter.candidates if up.has_capacity() and freed in (None, up)]
+        ready = [up for up in free if up.available_at(call.model, ignored) <= now]
         if not ready:
-            due = (upstream for upstream in with_capacity if upstream.recheck(model, ignored, now))
-            return next(due, None)
-        if exchange.call.preferred:
-            ready = [up for up in ready if up.name == exchange.call.preferred] or ready
-        ready = top_priority(ready)
-        if exchange.conversation:
-            return rendezvous(ready, exchange.conversation)
+            return next((up for up in free if up.recheck(call.model, ignored, now)), None)
+        if call.preferred:
+            ready = [up for up in ready if up.name == call.preferred] or ready
+        if len(ready) > 1:
+            priority = min(up.options.priority for up in ready)
+            ready = [up for up in ready if up.options.priority == priority]
+        if waiter.exchange.conversation:
+            return rendezvous(ready, waiter.exchange.conversation)
         return self.choose(ready) if len(ready) > 1 else ready[0]
 
-    def _enqueue(self, waiter: Waiter, make_error: Callable[[], APIError], now: float) -> Upstream:
+    def _enqueue(self, waiter: Waiter, now: float) -> Upstream:
         """Queue a call: raises Queued, or an error if waiting is useless.
 
         Waiting is useless if no upstream will be available by the deadline. In that case one in an
@@ -8180,12 +8182,13 @@ class Pool:
         request can't block the others, or the client gets the error that names the cause.
         """
         exchange = waiter.exchange
-        if now >= waiter.deadline or waiter.available_at(now) > waiter.deadline:
-            ignored = (*waiter.ignored, Category.AUTH)
-            upstream = self._pick(waiter.candidates, exchange, ignored, now)
-            if upstream is not None:
-                return upstream
-            raise make_error()
+        if not waiter.candidates or exchange.other_models:
+            raise waiter.error(now)
+        if now >= waiter.deadline or waiter.available_at(waiter.candidates, now) > waiter.deadline:
+            upstream = self._pick(waiter, now, also_ignored=(Category.AUTH,))
+            if upstream is None:
+                raise waiter.error(now)
+            return upstream
         exchange.set_waiter(waiter)
         self.queue.add(waiter)
         # Race: another thread cancels and finds no wakeup to set, then we store wakeup. Without a
@@ -8206,9 +8209,9 @@ class Pool:
         for line in self.queue.lines_by_age():
             while line and resumed < limit and (freed is None or freed.has_capacity()):
                 waiter = next(iter(line))
-                usable = [up for up in waiter.candidates if freed in (None, up)]
-                upstream = self._pick(usable, waiter.exchange, waiter.ignored, now)
-                if upstream is None and now < waiter.deadline >= waiter.available_at(now):
+                upstream = self._pick(waiter, now, freed)
+                available_at = waiter.available_at(waiter.candidates, now)
+                if upstream is None and now < waiter.deadline >= available_at:
                     break
                 self.queue.resume(waiter, upstream)
                 resumed += 1
@@ -8347,7 +8350,7 @@ class Pool:
                     "in_flight": upstream.in_flight,
                     "served": upstream.served,
                     "failed": upstream.failed,
-                    "rests_for_seconds": max(0, math.ceil(upstream.cooldown_until - now)),
+                    "rests_for_seconds": max(0, math.ceil(upstream.available_at() - now)),
                     "models_cooling_down": sum(
                         cooldown.until > now
                         for (_, model), cooldown in upstream.cooldowns.items()
@@ -8401,30 +8404,16 @@ def weighted_round_robin(ready: List[Upstream]) -> Upstream:
     return best
 
 
-def weighted_random(ready: List[Upstream], rng: Callable[[], float]) -> Upstream:
+def weighted_random(ready: List[Upstream]) -> Upstream:
     """A random choice by weight."""
-    point = rng() * sum(upstream.options.weight for upstream in ready)
-    for upstream in ready:
-        point -= upstream.options.weight
-        if point < 0:
-            return upstream
-    return ready[-1]
+    return random.choices(ready, [upstream.options.weight for upstream in ready])[0]
 
 
 def least_connections(ready: List[Upstream]) -> Upstream:
     """The least in-flight requests per weight; round robin among equals."""
-
-    def load(upstream: Upstream) -> float:
-        return upstream.in_flight / upstream.options.weight
-
-    lowest = min(map(load, ready))
-    return weighted_round_robin([up for up in ready if load(up) == lowest])
-
-
-def top_priority(ready: List[Upstream]) -> List[Upstream]:
-    """The upstreams of the lowest ``priority`` number."""
-    first = min(upstream.options.priority for upstream in ready)
-    return [upstream for upstream in ready if upstream.options.priority == first]
+    loads = [upstream.in_flight / upstream.options.weight for upstream in ready]
+    lowest = min(loads)
+    return weighted_round_robin([up for up, load in zip(ready, loads) if load == lowest])
 
 
 MAX_HASHED = 1 << 14  # characters at each end of a text
@@ -8474,46 +8463,6 @@ def near_names(model: str, names: List[str]) -> str:
     short = {name.lower(): name for name in names[:MAX_NAMES] if len(name) <= MAX_COMPARED}
     near = difflib.get_close_matches(model[:MAX_COMPARED].lower(), short, 3)
     return f" Did you mean {' or '.join(repr(short[name]) for name in near)}?" if near else ""
-
-
-def most_informative(errors: List[APIError]) -> APIError:
-    """The first error of the last category."""
-    rank = list(Category)
-    return max(errors, key=lambda error: rank.index(error.category))
-
-
-def pool_error(
-    exchange: "Exchange",
-    known: List[Upstream],
-    candidates: List[Upstream],
-    ignored: Tuple[Category, ...],
-    now: float,
-) -> APIError:
-    """The error of a call that no upstream can serve now.
-
-    ``known`` are those that have its model, ``candidates`` those of them that were not tried yet.
-    Without candidates it is the most informative one of the attempts; else 429 if only rate limits
-    keep the upstreams from serving, and 503 otherwise.
-    """
-    model, errors = exchange.call.model, exchange.errors
-    delay = max(earliest_available(known, model, ignored, now) - now, 1.0)
-    if not candidates:
-        error = most_informative(errors) if errors else model_not_found(model)
-        if error.category is Category.RATE_LIMIT:
-            error.retry_after = delay
-        return error
-    limited = any(error.category is Category.RATE_LIMIT for error in errors) or all(
-        upstream.available_at(model, BACKOFF_CATEGORIES) > now
-        for upstream in candidates
-        if upstream.available_at(model) > now
-    )
-    cause = f" The last error: {most_informative(errors).message}" if errors else ""
-    return APIError(
-        429 if limited else 503,
-        f"All controllers for this model are cooling down or busy.{cause}",
-        code="rate_limit_exceeded" if limited else "upstream_error",
-        retry_after=delay,
-    )
 
 
 class Exchange:
