@@ -1107,6 +1107,9 @@ def http_url(text: str) -> str:
     extra = parts.query or parts.fragment or parts.username is not None
     if extra or not re.fullmatch(r"[!-~]+", text):
         raise ValueError("only scheme, host, port and path are allowed")
+    endpoint = re.search(r"/(?:chat/)?(?:completions|responses|embeddings)/?$", text)
+    if endpoint:
+        raise ValueError(f"the part before {endpoint[0]} is enough: {text[: endpoint.start()]}")
     check_host(parts.hostname)
     if parts.port == 0:  # .port itself raises ValueError above 65535
         raise ValueError("'0' is not a valid port")
@@ -8273,9 +8276,9 @@ class Pool:
 
     # -- models, images and status
 
-    def refresh_models_async(self) -> None:
-        """Refresh the model lists in a thread if they are due and there is more than one."""
-        if len(self.upstreams) > 1 and self.clock() >= self.refresh_at:
+    def refresh_models_async(self, alone: bool = False) -> None:
+        """Refresh the model lists in a thread if they are due; that of a lone one if ``alone``."""
+        if (alone or len(self.upstreams) > 1) and self.clock() >= self.refresh_at:
             self.refresh_at = math.inf
             if not start_thread(self._refresh_models, "akashproxy models"):
                 self.refresh_at = self.clock() + Cache.RETRY
@@ -8578,6 +8581,8 @@ class Exchange:
             self.call.begin_attempt(error.code or "")
             return
         name = self.upstream.name
+        if self.other_models and error.category is Category.RATE_LIMIT:
+            error.cooldown_scope = "model"  # the other models may have limits of their own
         self.route.append(f"{self._label()}={error.upstream_status or error.status}")
         self._end_attempt(error)
         message = without_name(error.message, name)
@@ -11588,6 +11593,7 @@ class Metrics:
     def snapshot(self) -> Dict[Tuple[Any, ...], float]:
         """Return all metrics: {(name, label, ...): number}."""
         server, connections = self.server, self.server.connections.copy()
+        server.pool.refresh_models_async(alone=True)  # for the labels
         with self.lock:
             metrics = dict(self.counts)
         metrics["akashproxy_requests_in_flight",] = server.running_calls()

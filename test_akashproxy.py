@@ -3958,6 +3958,20 @@ def test_models_of_an_alias_that_rest_or_are_unknown_are_passed_over(pool):
     assert ask(server, path="/v1/models/smart").json["id"] == "smart"
 
 
+def test_another_model_of_the_same_controller_is_tried_after_a_limit(pool):
+    """A 429 may name no model, but most limits are those of one."""
+    a = FakeOpenAI()
+    server = pool(a, model_aliases={"smart": ["one", "two"]})
+    a.faults.append(a.status(429, extra=b"Retry-After: 60\r\n"))
+    assert chat(server, BOTH, model="smart").headers["x-akashproxy-route"] == "a(one)=429, a(two)=200"
+    assert chat(server, BOTH, model="smart").headers["x-akashproxy-route"] == "a(two)=200", "and the first one is not asked again"
+    a.faults.append(a.status(429, extra=b"Retry-After: 70\r\n"))
+    for route in ("a(two)=429", ""):
+        got = chat(server, BOTH, model="smart")
+        assert (got.status, got.headers.get("x-akashproxy-route", "")) == (429, route) and 58 < int(got.headers["retry-after"]) <= 70
+    assert [body["model"] for body in a.bodies()] == ["one", "two", "two", "two"]
+
+
 def test_when_no_model_of_an_alias_can_be_served_the_best_error_is_told(pool):
     a, b = FakeOpenAI(), FakeOpenAI()
     server = pool((a, {"models": ("one",)}), (b, {"models": ("two",)}), model_aliases=SMART)
@@ -9316,6 +9330,17 @@ def test_models_tokens_and_attempts_are_counted_by_name(pool):
     assert 0 < found["process_open_fds",] < found["process_max_fds",]
 
 
+def test_the_model_of_a_lone_controller_is_counted_by_name(pool):
+    """Without a request for /v1/models: the first one for /metrics reads the list."""
+    fake = FakeOpenAI(["listed"])
+    server = pool(fake)
+    samples(server)
+    wait_for(lambda: "listed" in server.pool.model_names)
+    chat(server, {**BOTH, "model": "listed"})
+    wait_for(lambda: samples(server).get(("akashproxy_model_requests_total", "listed")) == 1)
+    assert [request.path for request in fake.requests].count("/v1/models") == 1
+
+
 def test_a_model_has_a_series_of_its_own_only_while_there_are_few():
     metrics = akashproxy.Metrics(argparse.Namespace(pool=argparse.Namespace(model_names=[f"m{at}" for at in range(500)])))
     labels = {metrics.model_label(f"m{at}") for at in range(500)} | {metrics.model_label("unknown")}
@@ -11820,6 +11845,9 @@ OPENAI_KEY = {"OPENAI_API_KEY": "k"}
     "no key": ("openai", {}, "openai needs OPENAI_API_KEY"),
     "a typo": ("opnai", {}, "UPSTREAM: 'opnai' is not an http:// or https:// URL"),
     "a wrong address": ("openai", {**OPENAI_KEY, "OPENAI_BASE_URL": "x"}, "'x' is not an http"),
+    "an endpoint": ("http://h/v1/chat/completions", {}, "UPSTREAM: the part before /chat/completions is enough: http://h/v1$"),
+    "another endpoint": ("http://h/v1/responses/", {}, "UPSTREAM: the part before /responses/ is enough: http://h/v1$"),
+    "a path that looks like one": ("http://h/my-completions", {}, [("http://h/my-completions", "")]),
 })
 def test_upstreams_without_a_file(case):
     upstream, environ, wanted = case
