@@ -2145,8 +2145,9 @@ def test_legacy_completions(akash, serve):
     assert got.json["object"] == "text_completion" and got.json["id"].startswith("cmpl-")
     assert got.json["choices"] == [{"text": "Hello from the mock.", "index": 0, "logprobs": None, "finish_reason": "stop"}]
     assert akash.bodies()[0]["messages"] == [user("Once")]
-    events = sse(ask(server, "POST", "/v1/completions", {**body, "stream": True, "echo": True, "prompt": ["Once"]}).body)
-    assert "".join(event["choices"][0]["text"] for event in events) == "OnceHello from the mock."
+    got = ask(server, "POST", "/v1/completions", {**body, "stream": True, "echo": True, "prompt": ["Once"]})
+    events = sse(got.body)
+    assert "".join(event["choices"][0]["text"] for event in events) == "Hello from the mock." and "echo" in got.headers["x-akashproxy-ignored"]
     assert events[-1]["choices"][0]["finish_reason"] == "stop" and {event["object"] for event in events} == {"text_completion"}
     for prompt in (None, "", [], ["a", "b"], [1, 2], 7):
         assert ask(server, "POST", "/v1/completions", {**body, "prompt": prompt}).json["error"]["param"] == "prompt"
@@ -3344,7 +3345,7 @@ def test_echo(serve):
         assert ask(server, "POST", "/v1/images/generations", {"prompt": "x", "n": count}).status == status
     for prompt in ("a b  c \n", "   ", "x " * 30_000):
         got = chat(server, {"model": "echo", "messages": [user(prompt)]}).json
-        assert got["choices"][0]["message"]["content"] == (prompt if prompt[-1] != "\n" else prompt.rstrip()), prompt[:9]
+        assert got["choices"][0]["message"]["content"] == prompt, prompt[:9]
         assert got["usage"]["completion_tokens"] <= 10_000, "it has few events"
 
 
@@ -5372,6 +5373,10 @@ def result(content="1", id="t1", **fields):
                        [CALLED_T1, {**GOT, "content": "[A PDF, which this model can't read.]"}]),
     "another file in a result": ([USES, user([result([{"type": "resource", "resource": {"mimeType": "application/zip", "blob": "UEsDBA=="}}])])],
                                  [CALLED_T1, {**GOT, "content": "[A file of 4 bytes, which this model can't read.]"}]),
+    "a film in a result": ([USES, user([result([{"type": "video_url", "video_url": {"url": "data:video/mp4;base64,AAAAHA=="}}])])],
+                           [CALLED_T1, {**GOT, "content": "[A file of 4 bytes, which this model can't read.]"}]),
+    "sound in a list within a result": ([USES, user([result([{"type": "resource", "contents": [{"mimeType": "audio/wav", "blob": "UklGRg=="}]}])])],
+                                        [CALLED_T1, {**GOT, "content": "[A file of 4 bytes, which this model can't read.]"}]),
     "an unknown block in a history": ([user([{"type": "hologram"}]), {"role": "assistant", "content": "ok"}],
                                       [user("[A block of type 'hologram' is left out.]"), {"role": "assistant", "content": "ok"}]),
     "empty blocks": ([system([{"type": "text", "text": ""}]), user([{"type": "text", "text": ""}, {"type": "text", "text": "x"}])], [user("x")]),
@@ -5492,6 +5497,58 @@ def test_clients_that_return_only_signed_reasoning_return_ours(path, more, strea
     assert fake.bodies()[-1]["messages"][0]["reasoning_content"] == "hm"
 
 
+def returned_calls(server, path, body, streamed):
+    """What an upstream gets back when a client returns an answer's tool calls, and nothing else of it, with their results."""
+    got = ask(server, "POST", path, {**body, "stream": streamed})
+    if path == "/v1/messages":
+        blocks = [event["content_block"] for event in named_events(got.body) if "content_block" in event] if streamed else got.json["content"]
+        calls = [block for block in blocks if block["type"] == "tool_use"]
+        history = {"messages": [{"role": "assistant", "content": calls}, user([result("1", call["id"]) for call in calls])]}
+    else:
+        output = (named_events(got.body)[-1]["response"] if streamed else got.json)["output"]
+        calls = [item for item in output if item["type"] == "function_call"]
+        history = {"input": [*calls, *({**OUTPUT_ITEM, "call_id": call["call_id"]} for call in calls)]}
+    assert ask(server, "POST", path, {**body, **history}).status == 200
+
+
+def calling(*names):
+    return {"tool_calls": [{"index": at, "id": name, "function": {"name": "f", "arguments": "{}"}} for at, name in enumerate(names)]}
+
+
+SIGNED = {"type": "reasoning.text", "text": "why", "signature": "S", "format": "anthropic-claude-v1", "index": 0}
+SEALED = {"type": "reasoning.encrypted", "data": "E", "id": "tool_1", "format": "google-gemini-v1", "index": 0}
+@table({
+    # name: (details of each delta, what comes back beside the calls)
+    "signed text in fragments": ([[{**SIGNED, "text": "w", "signature": None}], [{**SIGNED, "text": "hy", "signature": None}], [{**SIGNED, "text": None}]], [SIGNED]),
+    "encrypted ones": ([[SEALED], [{**SEALED, "data": "F", "index": 1}]], [SEALED, {**SEALED, "data": "F", "index": 1}]),
+    "encrypted ones without an index": ([[{**SEALED, "index": None}], [{**SEALED, "data": "F", "index": None}]], [{**SEALED, "index": None}, {**SEALED, "data": "F", "index": None}]),
+    "text and an encrypted one": ([[{"type": "reasoning.text", "text": "why", "index": 0}], [SEALED]], [{"type": "reasoning.text", "text": "why", "index": 0}, SEALED]),
+    "text alone": ([[{"type": "reasoning.text", "text": "why", "index": 0}]], None),
+    "too many of them": ([[{**SEALED, "data": "E" * 40_000}], [{**SEALED, "data": "F" * 40_000}]], None),
+    "odd ones": ([[7], ["x"], [None], {"a": 1}, "x"], None),
+})
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("path, body", [("/v1/messages", ASKED), ("/v1/responses", WANTED)], ids=["messages", "responses"])
+def test_reasoning_details_come_back_with_the_calls(case, path, body, streamed, fake, pool):
+    details, expected = case
+    fake.faults.append(answered(*({"reasoning_details": each} for each in details), calling("c1", "c2"), finish="tool_calls"))
+    returned_calls(pool(fake), path, body, streamed)
+    message = fake.bodies()[-1]["messages"][0]
+    assert [call["id"] for call in message["tool_calls"]] == ["c1", "c2"] and not any("reasoning_details" in call for call in message["tool_calls"])
+    without_nulls = lambda values: [{name: value for name, value in each.items() if value is not None} for each in values]
+    assert without_nulls(message.get("reasoning_details") or []) == without_nulls(expected or [])
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("reasoning, expected", [(["h", "m"], "hm"), (["\u4e2d" * 900] * 3, "\u4e2d" * 1000), ([], None)], ids=["short", "long", "none"])
+def test_reasoning_that_is_not_requested_comes_back_with_the_calls(reasoning, expected, streamed, fake, pool):
+    fake.faults.append(answered(*({"reasoning_content": text} for text in reasoning), calling("c1", "c2"), finish="tool_calls"))
+    returned_calls(pool(fake), "/v1/messages", ASKED, streamed)
+    message = fake.bodies()[-1]["messages"][0]
+    assert message["tool_calls"] == called(("c1", "f", "{}"), ("c2", "f", "{}"))["tool_calls"]
+    assert message.get("reasoning_content") == expected
+
+
 @pytest.mark.parametrize("id", ["c1", "", "__extra_", "c__extra_x", "c__extra_bnVsbA", "c__extra_é", "c__extra_" + "W" * 4000])
 def test_an_id_that_carries_nothing_stays_as_it_is(id):
     call_id, extra = akashproxy.split_extra(id)
@@ -5560,9 +5617,10 @@ def test_equal_names_in_namespaces_stay_apart(fake, pool):
     "a choice of a skipped tool": ("messages", {"tools": [{"name": "f"}, {"type": "web_search_20250305", "name": "web_search"}], "tool_choice": {"type": "tool", "name": "web_search"}},
                                    {"tools": [tool()]}, ["tool_choice"], "web_search_20250305, tool_choice"),
     "a schema of null": ("responses", {"tools": [{"type": "function", "name": "f", "parameters": {"type": None, "properties": None}}]}, {"tools": [tool()]}, [], None),
-    "choices that a chat has not": ("completions", {"n": 2, "best_of": 3, "logprobs": 5, "suffix": "x", "seed": 1}, {"seed": 1}, ["n", "best_of", "logprobs", "suffix"],
-                                    "n, best_of, logprobs, suffix"),
+    "choices that a chat has not": ("completions", {"n": 2, "best_of": 3, "logprobs": 5, "suffix": "x", "echo": True, "seed": 1}, {"seed": 1},
+                                    ["n", "best_of", "logprobs", "suffix", "echo"], "n, best_of, logprobs, suffix, echo"),
     "those it has": ("completions", {"n": 1, "logprobs": None}, {"n": 1}, [], None),
+    "no alternatives, but their number": ("completions", {"logprobs": 1}, {}, ["logprobs"], "logprobs"),
 })
 def test_parameters_as_upstreams_take_them(case, fake, pool):
     path, fields, sent, left_out, ignored = case
