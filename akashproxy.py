@@ -983,7 +983,7 @@ class Call:
 
     @functools.cached_property
     def cancellation(self) -> Cancellation:
-        """What cancels the call."""
+        """The cancellation of the client's request."""
         return Cancellation()
 
     @functools.cached_property
@@ -7753,8 +7753,6 @@ class Upstream:
 
     def available_at(self, model: str = "", ignored: Tuple[Category, ...] = ()) -> float:
         """End of the cool-downs for a model ("": for all), by the pool's clock; 0 if none."""
-        if not self.cooldowns:
-            return 0.0
         return max((cooldown.until for cooldown in self._applicable(model, ignored)), default=0.0)
 
     def recheck(self, model: str, ignored: Tuple[Category, ...], now: float) -> bool:
@@ -7865,8 +7863,13 @@ class Waiter:
         self, queue: "CallQueue", exchange: "Exchange", upstreams: List[Upstream], deadline: float
     ) -> None:
         self.queue, self.exchange, self.deadline = queue, exchange, deadline
-        self.known = [up for up in upstreams if up not in exchange.unsupported]
-        self.candidates = [up for up in self.known if up not in exchange.tried]
+        self.known = self.candidates = upstreams
+        if exchange.unsupported:
+            self.known = self.candidates = [
+                up for up in upstreams if up not in exchange.unsupported
+            ]
+        if exchange.tried:
+            self.candidates = [up for up in self.known if up not in exchange.tried]
         is_only = len(self.known) == 1 and not exchange.other_models
         self.ignored = BACKOFF_CATEGORIES if is_only else ()
         self.upstream: Optional[Upstream] = None
@@ -8137,17 +8140,20 @@ class Pool:
         """
         call, ignored = waiter.exchange.call, waiter.ignored + also_ignored
         free = [up for up in waiter.candidates if up.has_capacity() and freed in (None, up)]
-        ready = [up for up in free if up.available_at(call.model, ignored) <= now]
+        ready = [
+            up for up in free if not up.cooldowns or up.available_at(call.model, ignored) <= now
+        ]
         if not ready:
             return next((up for up in free if up.recheck(call.model, ignored, now)), None)
+        if len(ready) == 1:
+            return ready[0]
         if call.preferred:
             ready = [up for up in ready if up.name == call.preferred] or ready
-        if len(ready) > 1:
-            priority = min(up.options.priority for up in ready)
-            ready = [up for up in ready if up.options.priority == priority]
+        priority = min(up.options.priority for up in ready)
+        ready = [up for up in ready if up.options.priority == priority]
         if waiter.exchange.conversation:
             return rendezvous(ready, waiter.exchange.conversation)
-        return self.choose(ready) if len(ready) > 1 else ready[0]
+        return self.choose(ready)
 
     def _enqueue(self, waiter: Waiter, now: float) -> Upstream:
         """Queue a call: raises Queued, or an error if waiting is useless.
@@ -10241,7 +10247,7 @@ READABLE, WRITABLE = 1, 4  # events of a socket, as select.epoll has them
 
 
 class SelectorPoller:
-    """A selector with the methods of select.epoll, for systems that have no epoll. Loop thread."""
+    """A selector with the methods of select.epoll, for other systems. Loop thread."""
 
     MAX_SELECT = 500  # sockets: select() on Windows takes 512, the others a descriptor below 1,024
 

@@ -6964,7 +6964,7 @@ def test_a_bug_within_a_stream_closes_both_ends(place, a, pool, caplog):
         if place == "dialect":
             relay.dialect.encode, relay.fast_path = (lambda events: 1 / 0), ()
         else:
-            relay.fast_path = "no three functions"
+            relay.fast_path = (lambda data: 1 / 0), bytes, bytes
         assert counts(server) == (1, 1, 0)
         for link in list(a.open):
             link.sendall(chunk(a.event({"content": "x"})))
