@@ -7254,7 +7254,7 @@ class PassthroughDecoder(Decoder):
             return data
         self.complete = self.end_seen = True
         # [DONE] ends the relay at once: append the blank line, which may still be in transit
-        return data[: done.end()] + done[1]
+        return data if data[done.end() :] == done[1] else data[: done.end()] + done[1]
 
     def _without_opening(self, data: bytes) -> bytes:
         """Hold data back until the first content; set ``error`` if an error comes instead."""
