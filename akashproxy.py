@@ -176,6 +176,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -909,28 +910,30 @@ class Cancellation:
         self.scope.raise_if_cancelled()
 
 
-@dataclass
 class OriginalRequest:
     """A client's own request, for upstreams that speak its dialect."""
 
-    path: str = CHAT_PATH  # "": none, as the chat was rewritten
-    query: str = ""  # with its "?"
-    headers: Dict[str, str] = field(default_factory=dict)  # the few that are forwarded
+    path = CHAT_PATH  # "": none, as the chat was rewritten
+    query = ""  # with its "?"
     body: Optional[Dict[str, Any]] = None  # None: not a JSON object
     form_model: Any = None  # the FormField of raw_body that names the model
-    raw_body: bytes = b""
-    content_type: str = "application/json"  # of raw_body
+    raw_body = b""
+    content_type = "application/json"  # of raw_body
+
+    def __init__(self) -> None:
+        self.headers: Dict[str, str] = {}  # the few that are forwarded
 
 
-@dataclass
 class Attempt:
     """State of one attempt, of which the controller sets all but the first field."""
 
-    retry_reason: str = ""  # "session" or "connection": the controller is tried a second time
-    ignored_params: List[str] = field(default_factory=list)  # those it does not support
-    overflow: str = ""  # the upstream will leave out the conversation's beginning: numbers
+    overflow = ""  # the upstream will leave out the conversation's beginning: numbers
     content_type: Optional[str] = None  # of a response passed through; None: it is translated
-    status: int = 200  # of that response
+    status = 200  # of that response
+
+    def __init__(self, retry_reason: str = "") -> None:
+        self.retry_reason = retry_reason  # "session" or "connection": a second try
+        self.ignored_params: List[str] = []  # those that the controller does not support
 
 
 def message_text(message: Any) -> str:
@@ -946,6 +949,12 @@ class Call:
     ``body`` is a chat-completions body, regardless of the client's dialect. ``attempt`` is the
     current one. Only the model changes, as aliases are resolved.
     """
+
+    key_name = ""  # of the client's key
+    allowed_models: Tuple[str, ...] = ()  # patterns of the client's key; (): all
+    one_image_at_a_time = False  # for a key with max_concurrency
+    client = ""  # the key's name or, without one, the client's address
+    preferred = ""  # name of a controller that has begun to answer the same request
 
     def __init__(
         self,
@@ -968,14 +977,19 @@ class Call:
         self.translation_error = translation_error  # raised by controllers that can't relay it
         self.untranslated: List[str] = []  # key paths that have no equivalent in ``body``
         self.original = OriginalRequest()
-        self.key_name = ""  # of the client's key
-        self.allowed_models: Tuple[str, ...] = ()  # patterns of the client's key; (): all
-        self.one_image_at_a_time = False  # for a key with max_concurrency
-        self.client = ""  # the key's name or, without one, the client's address
-        self.preferred = ""  # name of a controller that has begun to answer the same request
         self.prepared_requests: Dict[str, Any] = {}  # translated, by the controller's name
-        self.cancellation = Cancellation()
-        self.attempt = Attempt()
+
+    # Made on first use: a request brings its own cancellation, and each attempt is a new one.
+
+    @functools.cached_property
+    def cancellation(self) -> Cancellation:
+        """The cancellation of the client's request."""
+        return Cancellation()
+
+    @functools.cached_property
+    def attempt(self) -> Attempt:
+        """The current attempt."""
+        return Attempt()
 
     @property
     def text(self) -> str:
@@ -1119,6 +1133,9 @@ def http_url(text: str) -> str:
     extra = parts.query or parts.fragment or parts.username is not None
     if extra or not re.fullmatch(r"[!-~]+", text):
         raise ValueError("only scheme, host, port and path are allowed")
+    endpoint = re.search(r"/(?:chat/)?(?:completions|responses|embeddings)/?$", text)
+    if endpoint:
+        raise ValueError(f"the part before {endpoint[0]} is enough: {text[: endpoint.start()]}")
     check_host(parts.hostname)
     if parts.port == 0:  # .port itself raises ValueError above 65535
         raise ValueError("'0' is not a valid port")
@@ -1672,6 +1689,7 @@ class Settings(ValidatedSettings):
             source = "the environment"
         return {"proxy": "" if proxy == "none" else proxy, "proxy_source": source}
 
+    @functools.cached_property
     def needs_token(self) -> bool:
         """Whether clients must send a token."""
         return bool(self.bearer_token or self.keys)
@@ -2113,22 +2131,6 @@ MAX_CACHED_HEAD = 2048
 LONG_PATH = 8192  # longer paths match no route, so percent-decoding them would be wasted time
 
 
-class Headers(Dict[str, str]):
-    """Headers by lower-case name, with case-insensitive lookup."""
-
-    def __missing__(self, name: str) -> str:
-        lower = name.lower()
-        if lower == name:
-            raise KeyError(name)
-        return self[lower]
-
-    def get(self, name: str, default: Any = None) -> Any:
-        return super().get(name.lower(), default)
-
-    def __contains__(self, name: object) -> bool:
-        return super().__contains__(str(name).lower())
-
-
 def parse_head(head: bytes, parse_line: Any) -> Tuple[Any, Dict[str, str]]:
     """Parse a head into its start line, by ``parse_line``, and its headers.
 
@@ -2210,9 +2212,8 @@ def media_type(content_type: str) -> str:
     return content_type.partition(";")[0].strip(" \t").lower()
 
 
-def is_json_type(content_type: str) -> bool:
-    """Return whether a content type is JSON or built on it (RFC 6839: "+json")."""
-    kind = media_type(content_type)
+def is_json_type(kind: str) -> bool:
+    """Return whether a media type is JSON or built on it (RFC 6839: "+json")."""
     return kind in ("application/json", "text/json") or kind.endswith("+json")
 
 
@@ -2224,13 +2225,15 @@ class BodyDecoder:
     All of them raise ProtocolError for framing that is ambiguous, malformed or incomplete.
     """
 
+    done = False
+    trailing_data = b""
+    chunked = until_close = False
+    trailers = 0
+
     def __init__(self, fields: Dict[str, str], until_close: bool = False) -> None:
-        self.done, self.trailing_data = False, b""
         self.remaining = 0  # payload bytes still expected, of the body or of the current chunk
-        self.chunked = self.until_close = False
-        self.state = "size"  # the framing line expected next: "size", "end" of a chunk, "trailer"
         self.buffer = b""  # an incomplete framing line
-        self.trailers = 0
+        self.state = "size"  # the framing line expected next: "size", "end" of a chunk, "trailer"
         coding, length = fields.get("transfer-encoding"), fields.get("content-length")
         if coding is not None:
             if length is not None:
@@ -2381,37 +2384,21 @@ class ContentDecoder:
     def __init__(self, encoding: str) -> None:
         if encoding not in ("gzip", "x-gzip", "deflate"):
             raise ValueError(encoding)
-        self.gzip = encoding != "deflate"
-        self.inflater: Any = None  # None: between the members of a gzip file, or not begun
-        self.received, self.expanded = 0, 0
-        self.start = b""  # the first byte of deflate, of which two are needed
+        self.inflater: Any = None  # of a member of a gzip file, which may have several
+        self.received = self.expanded = 0
 
     def feed(self, data: bytes) -> bytes:
         """Return what the data expands to."""
         self.received += len(data)
-        data, self.start = self.start + data, b""
         out = []
         while data:
-            if self.inflater is None and not self._begin(data):
-                self.start = data
-                break
+            if self.inflater is None or self.inflater.eof:
+                # Servers send deflate with zlib's header, as the standard says, or without.
+                has_header = data[0] == 0x1F or data[0] & 15 == 8
+                self.inflater = zlib.decompressobj(47 if has_header else -15)
             out.append(self._expand(data))
             data = self.inflater.unconsumed_tail or self.inflater.unused_data
-            if self.inflater.eof:
-                self.inflater = None
-                data = data if self.gzip else b""
         return b"".join(out)
-
-    def _begin(self, data: bytes) -> bool:
-        """Choose the format; False if more data is needed.
-
-        Servers send deflate with zlib's header, as the standard says, or without.
-        """
-        if not self.gzip and len(data) < 2:
-            return False
-        has_header = data[0] & 15 == 8 and int.from_bytes(data[:2], "big") % 31 == 0
-        self.inflater = zlib.decompressobj(31 if self.gzip else 15 if has_header else -15)
-        return True
 
     def _expand(self, data: bytes) -> bytes:
         try:
@@ -2425,7 +2412,7 @@ class ContentDecoder:
 
     def close(self) -> None:
         """Raise ProtocolError if the compressed body is incomplete."""
-        if self.inflater is not None or self.start:
+        if self.inflater is not None and not self.inflater.eof:
             raise ProtocolError("the compressed body is incomplete")
 
 
@@ -2791,34 +2778,35 @@ class UpstreamResponse:
     """
 
     timeouts: "Timeouts"
+    status = 0
+    keep_alive = False
+    headers: Dict[str, str] = {}
+    body = NO_BODY
+    content: Optional[ContentDecoder] = None  # of a compressed body
+    opening = b""  # the payload that was received first
+    interim = 0  # number of 1xx responses so far
+    first_payload = b""  # payload received together with the head
+    first_byte_deadline = math.inf  # until the first content
 
     def __init__(
         self, sock: Any, request: UpstreamRequest, reused: bool, pool: ConnectionPool, key: Any
     ) -> None:
         self.sock, self.scope, self.no_body = sock, request.scope, request.method == "HEAD"
         self.reused, self.pool, self.key = reused, pool, key
-        self.status, self.keep_alive = 0, False
-        self.headers: Dict[str, str] = {}
-        self.body = NO_BODY
-        self.content: Optional[ContentDecoder] = None  # of a compressed body
-        self.opening = b""  # the payload that was received first
         self.head_buffer = bytearray()  # an incomplete head
-        self.interim = 0  # number of 1xx responses so far
-        self.first_payload = b""  # payload received together with the head
-        self.first_byte_deadline = math.inf  # until the first content
 
     def receive(self, data: bytes) -> bytes:
         """Return the payload within bytes read from the socket; b"" is its end.
 
         ProtocolError or ConnectionError if the response is malformed or incomplete.
         """
-        if data and self.status:
-            payload = self.body.feed(data)
-            return self._expand(payload) if self.content else payload
         if data:
-            data = self._head(data)
+            if not self.status:
+                data = self._head(data)
             payload = self.body.feed(data) if data else b""
             return self._expand(payload) if self.content else payload
+        if self.status and self.body.done:
+            return b""
         self.scope.raise_if_cancelled()
         if not self.status:
             raise ConnectionError("the connection was closed without a response")
@@ -2835,21 +2823,21 @@ class UpstreamResponse:
 
     def _head(self, data: bytes) -> bytes:
         """Parse the head once it is complete; return the bytes after it."""
-        scan_from = max(0, len(self.head_buffer) - 3)
-        self.head_buffer += data
-        buffer: Any = self.head_buffer
+        buffer = self.head_buffer
+        scan_from = max(0, len(buffer) - 3)
+        buffer += data
         while not self.status:
             end = find_head_end(buffer, scan_from, b"H")
             if end < 0:
-                self.head_buffer = buffer
                 return b""
-            (http_minor, status), self.headers = parse_head(buffer[:end], parse_status_line)
-            buffer = buffer[end + 4 :]
+            (http_minor, status), self.headers = parse_head(bytes(buffer[:end]), parse_status_line)
+            del buffer[: end + 4]
             scan_from = 0
-            self.status = status if status >= 200 else 0  # interim responses are skipped
-            self.interim += not self.status
-            if self.interim > MAX_INTERIM_RESPONSES:
+            if status >= 200:
+                self.status = status
+            elif self.interim == MAX_INTERIM_RESPONSES:
                 raise ProtocolError("there are too many interim responses")
+            self.interim += 1
         self.head_buffer = bytearray()
         no_body = self.no_body or status in (204, 304)
         self.body = BodyDecoder({} if no_body else self.headers, until_close=not no_body)
@@ -3194,25 +3182,14 @@ def unexpected_error(error: Exception, upstream_name: str) -> APIError:
     return failure
 
 
-class controller_errors:
-    """Context manager: turns unexpected exceptions of a controller into an APIError.
+def controller_error(error: Exception, name: str) -> APIError:
+    """Return the APIError for an exception of a controller; raises ClientDisconnected.
 
     Without it a bug in one controller would end the request instead of failing over.
     """
-
-    __slots__ = ("name",)
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
-        if isinstance(error, Exception) and not isinstance(
-            error, (APIError, ClientDisconnected, Queued)
-        ):
-            raise unexpected_error(error, self.name) from error
+    if isinstance(error, ClientDisconnected):
+        raise error
+    return error if isinstance(error, APIError) else unexpected_error(error, name)
 
 
 def truncated(upstream_name: str, problem: str = "ended its answer early") -> APIError:
@@ -3443,48 +3420,45 @@ class EventStream:
 
     DRAIN_TIMEOUT = 1.0  # seconds for an upstream to end its message after a complete answer
     MAX_OPENING = 1024  # bytes of blanks before a body
+    decoder: Any = None  # a Decoder, once the head is complete
+    started = False  # the first content has arrived: now the idle timeout applies
+    complete = at_eof = False
+    error: Optional[Exception] = None
+    byte_budget = math.inf  # payload bytes still allowed
 
     def __init__(
         self, response: UpstreamResponse, make_decoder: Callable[[UpstreamResponse], Decoder]
     ) -> None:
         self.response, self.make_decoder = response, make_decoder
-        self.decoder: Any = None  # a Decoder, once the head is complete
-        self.started = False  # the first content has arrived: now the idle timeout applies
-        self.complete = self.at_eof = False
-        self.error: Optional[Exception] = None
-        self.byte_budget = math.inf  # payload bytes still allowed
 
     def receive(self, data: bytes) -> List[Event]:
         """Return the events within bytes read from the socket; b"" is its end."""
         events: List[Event] = []
         response = self.response
         try:
-            payload = (
-                response.receive(data)
-                if data or not response.body.done or not response.status
-                else b""
-            )
-            if self.decoder is None:
+            payload = response.receive(data)
+            decoder = self.decoder
+            if decoder is None:
                 if not self._can_choose_decoder(payload):
                     return events
                 payload = response.opening
-                self.decoder = self.make_decoder(response)
+                decoder = self.decoder = self.make_decoder(response)
             self.byte_budget -= len(payload)
             if self.byte_budget < 0:
                 raise truncated(response.timeouts.upstream_name, TOO_LARGE)
             if payload and not self.complete:
-                events = self.decoder.feed(payload)
-                self.error = self.decoder.error
-                if not self.started and self.decoder.started:
+                events = decoder.feed(payload)
+                self.error = decoder.error
+                if not self.started and decoder.started:
                     self.started = True
                     response.scope.timeout_message = response.timeouts.idle_message
-                if self.decoder.complete or events and type(events[-1]) is Finish:
+                if decoder.complete or events and type(events[-1]) is Finish:
                     self.mark_complete()
             if response.body.done:
                 self.at_eof = True
                 if not self.complete and not self.error:
-                    events += self.decoder.close()
-                    self.error = self.decoder.error
+                    events += decoder.close()
+                    self.error = decoder.error
                     self.complete = bool(events) and isinstance(events[-1], Finish)
         except Exception as error:  # a decoder's bug is its upstream's failure, not the loop's
             events += self.on_network_error(error)
@@ -4580,7 +4554,8 @@ class ToolAdapter(Controller):
         body["messages"] = join_user_messages(body["messages"])
         text_call = copy.copy(call)
         text_call.body, text_call.prepared_requests = body, {}
-        text_call.original = dataclasses.replace(call.original, path="")
+        text_call.original = copy.copy(call.original)
+        text_call.original.path = ""
         return text_call
 
     def events(self, call: Call) -> Iterable[Event]:
@@ -4786,36 +4761,33 @@ class ErrorRule(NamedTuple):
     def matches(self, status: int, codes: str, words: str) -> bool:
         if self.statuses and status not in self.statuses:
             return False
-        if not self.codes and not self.words:
-            return True
-        return bool(
-            self.codes
-            and re.search(self.codes, codes)
-            or self.words
-            and re.search(self.words, words)
-        )
+        in_codes = self.codes and re.search(self.codes, codes)
+        in_words = self.words and re.search(self.words, words)
+        return bool(in_codes or in_words or not (self.codes or self.words))
 
 
 _KEY = "the upstream refuses this server's key"
 _QUOTA = "the quota of this server's key is spent"
-_PLACE = "the upstream refuses this server"
 _KEY_CODES = (
     r"invalid_api_key|api_key_invalid|wrong_api_key|token_not_found_in_db|expired_key"
     r"|account_deactivated|organization_restricted|api_key_\w{1,40}_blocked|consumer_\w{1,20}"
+    r"|unsupported_country|ip_not_authorized"
 )
-_KEY_WORDS = r"^(?:incorrect api key|api[ _]key (?:not valid|not found|expired)|invalid x-api-key)"
+_KEY_WORDS = (
+    r"^(?:incorrect api key|api[ _]key (?:not valid|not found|expired)|invalid x-api-key"
+    r"|user location is not supported)"
+)
 _LIKELY_KEY_WORDS = (
     r"(?:invalid|incorrect|wrong|missing|expired|revoked|bad|no)\b[\w -]{0,20}"
     r"(?:key\b|token\b|credential|authentication)"
     r"|(?:key|token|credential|account|organi[sz]ation|project|workspace|team)s?\b.{0,60}"
     r"(?:invalid|incorrect|not valid|expired|revoked|leaked|disabled|deactivated|suspended"
     r"|terminated|banned)"
-    r"|missing scopes|access.{0,20}terminated|封禁"
+    r"|missing scopes|access.{0,20}terminated|country, region|\bip address\b|virtual network|封禁"
 )
 _FORBIDDEN_KEY_WORDS = (
     r"api[ _-]?key|credential|unauthori[sz]ed|authentication|authorization failed"
-    r"|unregistered callers"
-    r"|has not been used in project"
+    r"|unregistered callers|has not been used in project"
 )
 _QUOTA_CODES = (
     r"insufficient_?(?:quota|balance|credit)|exceeded_current_quota"
@@ -4831,15 +4803,12 @@ _LIKELY_QUOTA = (
     r"quota|billing|credit|balance|payment|insufficient funds|spending|arrears|budget"
     r"|(?:key|usage|monthly) limit|余额|欠费"
 )
-_PLACE_CODES = "unsupported_country|ip_not_authorized"
-_PLACE_WORDS = r"country, region|\bip address\b|virtual network"
 _MODEL_CODES = (
     r"model_?not_?(?:found|available|supported)|model_access_denied|(?:unknown|invalid)_model"
     r"|deploymentnotfound|\b1211\b"
 )
 _NO_MODEL = (
-    r"\bmodels?\b.{0,200}(?:\bnot (?:exist|found)|does ?n[o']t exist|unknown"
-    r"|is not a valid model)|模型不存在"
+    r"\bmodels?\b.{0,200}(?:\bnot (?:exist|found)|does ?n[o']t exist|unknown)|模型不存在"
     r"|^(?:unknown|invalid|no such|unsupported) model\b|invalid model name|is not a valid model"
 )
 _MODEL_ACCESS = _NO_MODEL + (
@@ -4848,15 +4817,14 @@ _MODEL_ACCESS = _NO_MODEL + (
     r"|(?:access|permi|allowed|authori[sz]ed|entitled|eligible|verified|unknown|invalid"
     r"|unsupported|no such|available|support|subscribe|upgrade|\buse\b).{0,120}\bmodels?\b"
 )
-_FLAGGED_CODES = "moderat|flagged|content_policy|content_filter"
 _FLAGGED = (
-    r"flagged|moderation|content.?(?:policy|filter|management|violation|safety|exists risk)"
+    r"flagged|moderat|content.?(?:policy|filter|management|violation|safety|exists risk)"
     r"|guardrail|unsafe|harmful|sensitive|prohibited|usage polic|safety|inappropriate"
 )
-_UNAFFORDABLE = r"fewer max_tokens|can only afford|prompt tokens limit exceeded"
 _OVERSIZED = (
     r"^request too large|input or output tokens must be reduced|tokens allowed per request"
     r"|long context requests|reduce the (?:length|size) of (?:the|your)"
+    r"|fewer max_tokens|can only afford|prompt tokens limit exceeded"
 )
 _OVERFLOW = (
     r"context (?:length|size|window|limit)|context the overflows|maximum (?:prompt|input|model)"
@@ -4868,8 +4836,7 @@ _OVERFLOW_CODES = "context_?(?:length|window)_?exceeded|exceed_context_size"
 # fmt: off
 UPSTREAM_ERRORS = [
     # The request asks for more tokens than are left, or than are allowed at once.
-    ErrorRule((400, 402, 403), "", _UNAFFORDABLE, Category.REFUSED),
-    ErrorRule((429,), "", _OVERSIZED, Category.REFUSED),
+    ErrorRule((402, 403, 429), "", _OVERSIZED, Category.REFUSED),
     ErrorRule((413,), "rate_limit_exceeded", "tokens per minute", Category.REFUSED),
     ErrorRule((400, 413, 422, 500), _OVERFLOW_CODES, _OVERFLOW, Category.REQUEST, 400),
     # A firewall's page: something in the request matched one of its patterns.
@@ -4877,8 +4844,6 @@ UPSTREAM_ERRORS = [
     # This server's key or address, beyond doubt.
     ErrorRule((), _KEY_CODES, _KEY_WORDS, Category.AUTH, reason=_KEY),
     ErrorRule((), _QUOTA_CODES, _QUOTA_WORDS, Category.AUTH, reason=_QUOTA),
-    ErrorRule((401, 403), _PLACE_CODES, _PLACE_WORDS, Category.AUTH, reason=_PLACE),
-    ErrorRule((400,), "", "^user location is not supported", Category.AUTH, reason=_PLACE),
     # The request's model or content.
     ErrorRule((400, 401, 500, 503), _MODEL_CODES, "", Category.MODEL, 404),
     ErrorRule((402, 403), _MODEL_CODES, "", Category.REFUSED),
@@ -4886,8 +4851,7 @@ UPSTREAM_ERRORS = [
     ErrorRule((400,), "", _NO_MODEL, Category.MODEL, 404),
     ErrorRule((401,), "", _MODEL_ACCESS, Category.MODEL, 404),
     ErrorRule((402, 403), "", _MODEL_ACCESS, Category.REFUSED),
-    ErrorRule((401,), _FLAGGED_CODES, _FLAGGED, Category.REFUSED, 403),
-    ErrorRule((402, 403), _FLAGGED_CODES, _FLAGGED, Category.REFUSED),
+    ErrorRule((401, 402, 403), _FLAGGED, _FLAGGED, Category.REFUSED, 403),
     # This server's key, probably.
     ErrorRule((401, 402, 403, 412), _LIKELY_QUOTA, _LIKELY_QUOTA, Category.AUTH, reason=_QUOTA),
     ErrorRule((403,), "unauthenticated", _FORBIDDEN_KEY_WORDS, Category.AUTH, reason=_KEY),
@@ -4899,10 +4863,10 @@ UPSTREAM_ERRORS = [
     ErrorRule((408, 409, 425, 429), "", "", Category.RATE_LIMIT),
     ErrorRule((498,), "", "", Category.RATE_LIMIT, 429),  # Groq: "capacity exceeded"
     ErrorRule((400, 413, 422), "", "", Category.REQUEST),
-    ErrorRule((501,), "", "", Category.UNSUPPORTED),
+    ErrorRule((501, *range(400, 500)), "", "", Category.UNSUPPORTED),
     ErrorRule((503, 529), "", "", Category.SERVER, 503),
     ErrorRule(tuple(range(500, 600)), "", "", Category.SERVER, 502),
-    ErrorRule((), "", "", Category.UNSUPPORTED),
+    ErrorRule((), "", "", Category.UNSUPPORTED, 502),
 ]
 
 # Statuses of errors that come without one: within a stream, or within the messages of LiteLLM.
@@ -4930,23 +4894,138 @@ NAMED_STATUS = {
     for name in names.split()
 }
 # fmt: on
-_LITELLM = re.compile(r"litellm\.(?:[a-z_]{1,20}\.){0,3}([A-Z]\w{2,60})")
+# Codes of errors that come without one.
+DEFAULT_CODES = {
+    Category.MODEL: "model_not_found",
+    Category.SERVER: "upstream_error",
+    Category.UNSUPPORTED: "upstream_error",
+}
 
 
-def named_status(*names: Any) -> Optional[int]:
-    """Status of the first name that NAMED_STATUS contains; None if it contains none."""
-    keys = (re.sub(r"_|error$", "", name.lower()) for name in names if isinstance(name, str))
-    return next((NAMED_STATUS[key] for key in keys if key in NAMED_STATUS), None)
+def error_from_body(
+    upstream_name: str,
+    status: int,
+    body: Any,
+    secrets: Iterable[str] = (),
+    headers: Optional[Dict[str, str]] = None,
+    models: Iterable[str] = (),
+) -> APIError:
+    """Translate an upstream's error response, by UPSTREAM_ERRORS; see ErrorReport.
+
+    Only errors that are not the client's own begin with the upstream's name.
+    """
+    report = ErrorReport(status, body, secrets, models)
+    rule, category = report.rule, report.rule.category
+    wait = retry_after_seconds(
+        headers or {}, report.body, message=report.words, limit=category is Category.RATE_LIMIT
+    )
+    if category is Category.SERVER and wait:  # one that says when to retry is a limit
+        category = Category.RATE_LIMIT
+    if category is Category.AUTH:
+        # LiteLLM as a client retries any message with "429" in it, in vain if a quota is spent.
+        note = f" ({report.status})" if rule.reason != _QUOTA else ""
+        message = f"{upstream_name}: {rule.reason}{note}: {report.message}"
+        error = auth_error(message, report.status)
+    else:
+        is_clients = category in (Category.REQUEST, Category.REFUSED) and not report.is_page
+        names = report.names if is_clients else {}
+        error = APIError(
+            rule.status or report.status,
+            report.message if is_clients else f"{upstream_name}: {report.message}",
+            type=names.get("type"),
+            code=report.names.get("code") or DEFAULT_CODES.get(rule.category),
+            param="model" if category is Category.MODEL else names.get("param"),
+            category=category,
+            retry=False if category is Category.REFUSED else None,
+            retry_after=wait if category is Category.RATE_LIMIT else None,
+        )
+    if category is Category.REQUEST:
+        error.overflow = find_overflow(report.codes, report.text.lower())
+    if error.overflow:
+        error.code = "context_length_exceeded"
+    error.upstream_status = report.status if status == 200 else status
+    error.cooldown_scope = report.cooldown_scope(category)
+    return error
 
 
-def litellm_status(text: str) -> Optional[int]:
-    """Status for a LiteLLM message, "litellm.RateLimitError: ..."; None for others."""
-    text = text[:4000]
-    status = named_status(*_LITELLM.findall(text))
-    if status and status >= 500:
-        inner = re.search(r"""["']code["']: ?["']?(4[0-9][0-9])\b""", text)
-        return int(inner[1]) if inner else status
-    return status
+def auth_error(message: str, status: int) -> APIError:
+    """Error for rejected credentials of this server.
+
+    Status 424, because SDKs retry 5xx and present 401 and 403 as errors of the client's own token.
+    """
+    return APIError(
+        424,
+        message,
+        type="invalid_request_error",
+        code="upstream_auth",
+        category=Category.AUTH,
+        retry=False,
+        upstream_status=status,
+    )
+
+
+class ErrorReport:
+    """An upstream's error in any form, and the row of UPSTREAM_ERRORS that applies.
+
+    ``status`` 200: it came in place of an answer. ``body`` is a JSON value, or bytes that are not
+    JSON. ``secrets`` are removed from ``message`` and ``names``, the parts that are shown.
+    ``models`` are the names of the requested model.
+    """
+
+    def __init__(
+        self, status: int, body: Any, secrets: Iterable[str], models: Iterable[str]
+    ) -> None:
+        self.models = models
+        self.body = body = page_or_text(body) if isinstance(body, bytes) else body
+        fields = error_fields(body)
+        self.words = words = error_words(fields)
+        self.status = error_status(status, fields, words)
+        given = to_json(body).decode()[:300] if body else ""
+        self.text = inner_message(words) or given or f"It answered with status {self.status}."
+        self.message = redact(self.text[:4000], secrets)[:1000]
+        self.codes, unquoted = error_codes(fields), _without_quotes(self.text, models)
+        self.rule = next(
+            rule for rule in UPSTREAM_ERRORS if rule.matches(self.status, self.codes, unquoted)
+        )
+        self.names = {  # the upstream's own; LiteLLM repeats the status as the code
+            name: redact(fields[name][:1000], secrets)[:200]
+            for name in ("type", "code", "param")
+            if isinstance(fields.get(name), str) and not re.fullmatch("[0-9]{3}", fields[name])
+        }
+        self.is_page = self.names.get("type") == "web_page"
+        if self.is_page and self.rule.category is Category.REFUSED:
+            self.names["code"] = "upstream_blocked"
+
+    def cooldown_scope(self, category: Category) -> str:
+        """The part of the controller that cools down: itself, or only the requested model."""
+        if category is not Category.RATE_LIMIT:
+            # LiteLLM's own authentication errors: its key for this model is invalid, not ours.
+            return "model" if "litellm.Auth" in self.words else "controller"
+        text = f"{self.words[:2000]} {_encode(self.body)[:8000]}".lower()
+        is_named = re.search(_MODEL_LIMIT, text) or any(
+            re.search(rf"(?<!\w){re.escape(name.lower()[:MAX_NAME])}(?!\w)", text)
+            for name in self.models
+            if len(name) > 2
+        )
+        return "model" if is_named else "controller"
+
+
+_MODEL_LIMIT = (
+    r"\bmodel ?[:=`'\"\\]|this model|permodel"
+    r"|rate limit reached for (?!org|team|user|proj|key|api|your|acc|def|req|tok|in |on )\w"
+)
+
+
+def page_or_text(data: bytes) -> Any:
+    """Parse an error body that is not JSON: a string, or an object for a web page."""
+    text = data[:4000].decode("utf-8", "replace").strip()
+    if not re.match(r"<(?:!doctype|html|head|body|\?xml)\b", text, re.I):
+        return text
+    title = re.search(r"<title[^>]{0,80}>([^<]{1,200})", text, re.I)
+    return {
+        "type": "web_page",
+        "message": "It answered with a web page" + (f": {title[1].strip()}." if title else "."),
+    }
 
 
 def error_fields(body: Any, depth: int = 6) -> Dict[str, Any]:
@@ -4960,22 +5039,17 @@ def error_fields(body: Any, depth: int = 6) -> Dict[str, Any]:
         body = body[0] if body else None
     if isinstance(body, str):
         looks_like_json = depth and body.lstrip()[:1] in ("{", "[")
-        inner = json_or_none(body.encode("utf-8", "replace")) if looks_like_json else None
-        if isinstance(inner, (dict, list)):
-            return error_fields(inner, depth - 1)
-        return {"message": body}
+        parsed = json_or_none(body.encode("utf-8", "replace")) if looks_like_json else None
+        is_object = isinstance(parsed, (dict, list))
+        return error_fields(parsed, depth - 1) if is_object else {"message": body}
     fields: Dict[str, Any] = as_dict(body)
-    error = fields.get("error") or fields.get("errors")
-    message = fields.get("message")
-    if isinstance(error, str) and isinstance(message, str):
-        return fields  # {"statusCode": 401, "error": "Unauthorized", "message": "..."}
-    if isinstance(error, (dict, str, list)) and error and depth:
-        outer: Dict[str, Any] = {
-            name: fields[name] for name in ("code", "type", "status") if name in fields
-        }
-        return {**outer, **error_fields(error, depth - 1)}
-    if isinstance(message, str) and message.lstrip()[:1] == "{" and depth:
-        return {**fields, **error_fields(message, depth - 1)}  # the body of another provider
+    inner, message = fields.get("error") or fields.get("errors"), fields.get("message")
+    if isinstance(message, str) and not isinstance(inner, (dict, list)):
+        # {"statusCode": 401, "error": "Unauthorized", "message": "..."}, or the body of another
+        # provider as the message
+        inner = message if message.lstrip()[:1] == "{" else None
+    if isinstance(inner, (dict, str, list)) and inner and depth:
+        return {**fields, **error_fields(inner, depth - 1)}
     return fields
 
 
@@ -4993,6 +5067,42 @@ def error_words(value: Any, depth: int = 4) -> str:
     if isinstance(raw, str) and words == "Provider returned error":
         words += ": " + inner_message(error_words(error_fields(raw), depth - 1))
     return f"{location}: {words}" if location else words
+
+
+def error_codes(fields: Dict[str, Any]) -> str:
+    """All codes, types and reasons of an error object, lower-case, in one string."""
+    metadata = as_dict(fields.get("metadata"))
+    names = [fields.get("code"), fields.get("type"), fields.get("status")]
+    names += [as_dict(item).get("reason") for item in as_list(fields.get("details"))[:8]]  # Google
+    names += [metadata.get("error_type"), "moderation" if metadata.get("reasons") else ""]
+    return " ".join(str(name)[:200] for name in names if isinstance(name, (str, int))).lower()
+
+
+def error_status(status: int, fields: Dict[str, Any], words: str) -> int:
+    """Actual status of an error that came with status 200, or as 5xx from LiteLLM."""
+    if status != 200:
+        return status >= 500 and litellm_status(words) or status
+    for name in ("code", "status", "raw_status_code", "http_code"):
+        value = fields.get(name)
+        if isinstance(value, (int, str)) and re.fullmatch("[45][0-9]{2}", str(value)):
+            return int(value)
+    names = fields.get("code"), fields.get("type"), fields.get("status")
+    return named_status(*names) or litellm_status(words) or 502
+
+
+def named_status(*names: Any) -> Optional[int]:
+    """Status of the first name that NAMED_STATUS contains; None if it contains none."""
+    keys = (re.sub(r"_|error$", "", name.lower()) for name in names if isinstance(name, str))
+    return next((NAMED_STATUS[key] for key in keys if key in NAMED_STATUS), None)
+
+
+def litellm_status(text: str) -> Optional[int]:
+    """Status for a LiteLLM message, "litellm.RateLimitError: ..."; None for others."""
+    text = text[:4000]
+    classes = re.findall(r"litellm\.(?:[a-z_]{1,20}\.){0,3}([A-Z]\w{2,60})", text)
+    status = named_status(*classes)
+    inner = re.search(r"""["']code["']: ?["']?(4[0-9][0-9])\b""", text)
+    return int(inner[1]) if inner and status and status >= 500 else status
 
 
 _INNER = re.compile(
@@ -5025,90 +5135,6 @@ def inner_message(text: str) -> str:
     return text.strip()
 
 
-def page_or_text(data: bytes) -> Any:
-    """Parse an error body that is not JSON: a string, or an object for a web page."""
-    text = data[:4000].decode("utf-8", "replace").strip()
-    if not re.match(r"<(?:!doctype|html|head|body|\?xml)\b", text, re.I):
-        return text
-    title = re.search(r"<title[^>]{0,80}>([^<]{1,200})", text, re.I)
-    return {
-        "type": "web_page",
-        "message": "It answered with a web page" + (f": {title[1].strip()}." if title else "."),
-    }
-
-
-class ErrorReport:
-    """An upstream's error in any form.
-
-    ``status`` 200: it came in place of an answer. ``body`` is a JSON value, or bytes that are not
-    JSON. ``secrets`` are removed from what is shown. ``models`` are the names of the requested
-    model.
-    """
-
-    def __init__(
-        self, status: int, body: Any, secrets: Iterable[str], models: Iterable[str]
-    ) -> None:
-        self.body = body = page_or_text(body) if isinstance(body, bytes) else body
-        fields, self.models = error_fields(body), models
-        self.words = words = error_words(fields)
-        self.status = error_status(status, fields, words)
-        self.upstream_status = self.status if status == 200 else status
-        given = to_json(body).decode()[:300] if body else ""
-        self.text = inner_message(words) or given or f"It answered with status {self.status}."
-        self.codes, self.unquoted = error_codes(fields), _without_quotes(self.text, models)
-        self.message = redact(self.text[:4000], secrets)[:1000]
-        self.names = {  # the upstream's own type, code and param
-            name: redact(fields[name][:1000], secrets)[:200]
-            for name in ("type", "code", "param")
-            if isinstance(fields.get(name), str)
-        }
-        if re.fullmatch("[0-9]{3}", self.names.get("code", "")):
-            del self.names["code"]  # LiteLLM repeats the status here
-        self.is_page = self.names.get("type") == "web_page"
-
-    def rule(self) -> ErrorRule:
-        """The row of UPSTREAM_ERRORS that applies."""
-        state = self.status, self.codes, self.unquoted
-        return next(rule for rule in UPSTREAM_ERRORS if rule.matches(*state))
-
-    def retry_after(self, headers: Dict[str, str], is_limit: bool) -> Optional[float]:
-        """Seconds until a retry, if the upstream gives them."""
-        body = self.body[0] if isinstance(self.body, list) and self.body else self.body
-        return retry_after_seconds(headers, as_dict(body), message=self.words, limit=is_limit)
-
-    def concerns_model(self, is_limit: bool) -> bool:
-        """Whether only the requested model cools down."""
-        # LiteLLM's own authentication errors mean that its key for this model is invalid, not ours.
-        return (
-            names_model(self.body, self.words, self.models)
-            if is_limit
-            else "litellm.Auth" in self.words
-        )
-
-
-def error_from_body(
-    upstream_name: str,
-    status: int,
-    body: Any,
-    secrets: Iterable[str] = (),
-    headers: Optional[Dict[str, str]] = None,
-    models: Iterable[str] = (),
-) -> APIError:
-    """Translate an upstream's error response, by UPSTREAM_ERRORS; see ErrorReport."""
-    report = ErrorReport(status, body, secrets, models)
-    rule = report.rule()
-    wait = report.retry_after(headers or {}, rule.category is Category.RATE_LIMIT)
-    error = _error_from_rule(rule, upstream_name, report, wait)
-    error.upstream_status = report.upstream_status
-    if error.category is Category.REQUEST:
-        error.overflow = find_overflow(report.codes, report.text.lower())
-    if error.overflow:
-        error.code = "context_length_exceeded"
-    if report.concerns_model(error.category is Category.RATE_LIMIT):
-        error.cooldown_scope = "model"
-    return error
-
-
 _QUOTATION = re.compile(
     r"`[^`\n]{0,200}`|\"[^\"\n]{0,200}\"|(?<!\w)'[^'\n]{0,200}'(?!\w)"
     r"|[\u201c\u00ab][^\u201d\u00bb\n]{0,200}[\u201d\u00bb]"
@@ -5123,28 +5149,29 @@ def _without_quotes(text: str, models: Iterable[str]) -> str:
     text = text[:4000]
     for name in filter(None, models):  # a whole word: a model named "i" must not blank all letters
         text = re.sub(rf"(?<!\w){re.escape(name[:MAX_NAME])}(?!\w)", "*", text)
-    text = _QUOTATION.sub("*", text)
-    return text.replace("\n", " ").lower()
+    return _QUOTATION.sub("*", text).replace("\n", " ").lower()
 
 
-_N = "([0-9]{1,12})"
-# Patterns of the numbers in such messages; of each name the first one that matches is used.
-_OVERFLOW_NUMBERS = (
-    (
-        "prompt",
-        f"{_N} (?:input tokens|in the messages|of text input|tokens from the input|`?inputs)",
-    ),
-    ("prompt", rf"(?:prompt (?:\(length|contains|is too long:)|resulted in|n_keep:) {_N}"),
-    ("prompt", rf"(?:request contains|request|input)(?: length| token count)? \(?{_N}"),
-    ("prompt", rf"keep the first {_N}|limit: {_N} \+"),
-    ("output", f"{_N} (?:output tokens|tokens for the completion|`?max_new)"),
-    ("output", rf"{_N} in the (?:completion|output)|too large: {_N}|\+ {_N} >"),
-    ("limit", rf"n_ctx: {_N}|\+ [0-9]{{1,12}} > {_N}|input length should be \[1, {_N}"),
-    ("limit", rf"context (?:length|size|window)(?! by)[^0-9.]{{0,20}}{_N}"),
-    ("limit", rf"(?:(?:prompt|model) length|token limit|allowed|must be <=)[^0-9.]{{0,20}}{_N}"),
-    ("limit", f"{_N} maximum|> {_N}"),
-    ("total", f"requested:? {_N}"),
-)
+# Patterns of the numbers (#) in errors of requests that are too long; of each name the first one
+# that matches is used.
+# fmt: off
+_OVERFLOW_NUMBERS = [
+    (name, pattern.replace("#", "([0-9]{1,12})")) for name, pattern in (
+        ("prompt", r"# (?:input tokens|in the messages|of text input|tokens from the input)"),
+        ("prompt", r"# `?inputs|prompt (?:\(length|contains|is too long:) #"),
+        ("prompt", r"(?:resulted in|n_keep:) #"),
+        ("prompt", r"(?:request contains|request|input)(?: length| token count)? \(?#"),
+        ("prompt", r"keep the first #|limit: # \+"),
+        ("output", r"# (?:output tokens|tokens for the completion|`?max_new)"),
+        ("output", r"# in the (?:completion|output)|too large: #|\+ # >"),
+        ("limit", r"n_ctx: #|\+ [0-9]{1,12} > #|input length should be \[1, #"),
+        ("limit", r"context (?:length|size|window)(?! by)[^0-9.]{0,20}#"),
+        ("limit", r"(?:(?:prompt|model) length|token limit|allowed|must be <=)[^0-9.]{0,20}#"),
+        ("limit", r"# maximum|> #"),
+        ("total", r"requested:? #"),
+    )
+]
+# fmt: on
 
 
 def find_overflow(codes: str, words: str) -> Optional[Overflow]:
@@ -5156,118 +5183,152 @@ def find_overflow(codes: str, words: str) -> Optional[Overflow]:
     words = words[:4000]
     if not re.search(_OVERFLOW_CODES, codes) and not re.search(_OVERFLOW, words):
         return None
-    count: Dict[str, int] = {"prompt": 0, "output": 0, "limit": 0, "total": 0}
+    count: Dict[str, int] = defaultdict(int)
     for name, pattern in _OVERFLOW_NUMBERS:
         match = None if count[name] else re.search(pattern, words)
-        count[name] = int(match[match.lastindex or 0]) if match else count[name]
+        if match:
+            count[name] = int(match[match.lastindex or 0])
     prompt = count["prompt"] or max(0, count["total"] - count["output"])
     return Overflow(prompt, count["output"], count["limit"])
 
 
-# Codes of errors that come without one.
-DEFAULT_CODES = {
-    Category.MODEL: "model_not_found",
-    Category.SERVER: "upstream_error",
-    Category.UNSUPPORTED: "upstream_error",
-}
+# -- how long to wait
+
+MAX_RETRY_AFTER = 172800.0  # seconds; an absurd value must not disable an upstream for good
 
 
-def _error_from_rule(
-    rule: ErrorRule, upstream_name: str, report: ErrorReport, wait: Optional[float]
-) -> APIError:
-    """Build the error of a matching row; ``wait``: seconds until a retry.
+def retry_after_seconds(
+    headers: Dict[str, str],
+    body: Any,
+    now: Callable[[], float] = time.time,
+    message: str = "",
+    limit: bool = True,
+) -> Optional[float]:
+    """Return the seconds to wait (1 to MAX_RETRY_AFTER) by headers, body or message.
 
-    Only errors that are not the client's own begin with the upstream's name.
+    With ``limit`` also by rate-limit headers, which some upstreams send with every response.
+    None if no wait is given or it can't be parsed.
     """
-    category, status = rule.category, rule.status or report.status
-    if category is Category.AUTH:
-        # LiteLLM as a client retries any message with "429" in it, in vain if a quota is spent.
-        note = f" ({report.status})" if rule.reason != _QUOTA else ""
-        message = f"{upstream_name}: {rule.reason}{note}: {report.message}"
-        return auth_error(message, report.status)
-    is_clients = category in (Category.REQUEST, Category.REFUSED) and not report.is_page
-    names, code = report.names if is_clients else {}, report.names.get("code")
-    if report.is_page and category is Category.REFUSED:
-        code = "upstream_blocked"
-    if category is Category.UNSUPPORTED and not 400 <= status < 600:
-        status = 502
-    if category is Category.SERVER and wait:  # one that says when to retry is a limit
-        category = Category.RATE_LIMIT
-    return APIError(
-        status,
-        report.message if is_clients else f"{upstream_name}: {report.message}",
-        type=names.get("type"),
-        code=code or DEFAULT_CODES.get(rule.category),
-        param="model" if category is Category.MODEL else names.get("param"),
-        category=category,
-        retry=False if category is Category.REFUSED else None,
-        retry_after=wait if category is Category.RATE_LIMIT else None,
-    )
-
-
-def auth_error(message: str, status: int) -> APIError:
-    """Error for rejected credentials of this server.
-
-    Status 424, because SDKs retry 5xx and present 401 and 403 as errors of the client's own token.
-    """
-    return APIError(
-        424,
-        message,
-        type="invalid_request_error",
-        code="upstream_auth",
-        category=Category.AUTH,
-        retry=False,
-        upstream_status=status,
-    )
-
-
-def error_status(status: int, fields: Dict[str, Any], words: str) -> int:
-    """Actual status of an error that came with status 200, or as 5xx from LiteLLM."""
-    if status >= 500:
-        return litellm_status(words) or status
-    if status != 200:
-        return status
-    for name in ("code", "status", "raw_status_code", "http_code"):
-        value = fields.get(name)
-        if isinstance(value, (int, str)) and re.fullmatch("[45][0-9]{2}", str(value)):
-            return int(value)
-    return (
-        named_status(fields.get("code"), fields.get("type"), fields.get("status"))
-        or litellm_status(words)
-        or 502
-    )
-
-
-def error_codes(fields: Dict[str, Any]) -> str:
-    """All codes, types and reasons of an error object, lower-case, in one string."""
-    metadata = as_dict(fields.get("metadata"))
-    reasons = ["moderation"] if as_list(metadata.get("reasons")) else []  # OpenRouter
-    details = [as_dict(item).get("reason") for item in as_list(fields.get("details"))[:8]]  # Google
-    names = [
-        fields.get("code"),
-        fields.get("type"),
-        fields.get("status"),
-        metadata.get("error_type"),
-        *reasons,
-        *details,
+    delays = [
+        seconds_from_now(headers.get("retry-after-ms"), now, 0.001),
+        seconds_from_now(headers.get("retry-after"), now),
+        _delay_from_headers(headers, now) if limit else None,
+        _delay_from_body(body, now),
+        _delay_from_message(message),
     ]
-    return " ".join(str(name)[:200] for name in names if isinstance(name, (str, int))).lower()
+    seconds = next((delay for delay in delays if delay is not None), None)
+    return None if seconds is None else min(max(1.0, seconds), MAX_RETRY_AFTER)
 
 
-_MODEL_LIMIT = re.compile(
-    r"\bmodel ?[:=`'\"\\]|this model|permodel"
-    r"|rate limit reached for (?!org|team|user|proj|key|api|your|acc|def|req|tok|in |on )\w"
+def seconds_from_now(
+    value: Any, now: Callable[[], float] = time.time, unit: float = 1.0
+) -> Optional[float]:
+    """Seconds until a number, a duration ("1m30.5s"), a Unix time (s or ms) or a date."""
+    if not isinstance(value, (str, int, float)) or isinstance(value, bool):
+        return None
+    text = str(value).strip()
+    if len(text) > 100:
+        return None
+    for part in (text, text.partition(",")[0].strip()):  # "30, 30": equal headers joined
+        if re.fullmatch(r"[0-9]{1,14}(?:\.[0-9]{1,20})?", part):
+            seconds = float(part) * unit
+            seconds = seconds / 1000 if seconds > 1e11 else seconds  # Unix time in ms
+            return seconds - now() if seconds > 1e9 else seconds
+        # Only the last number may lack a unit, or the pattern could split digits in 2^n ways.
+        if re.fullmatch(r"(?:[0-9]{1,14}(?:\.[0-9]{1,20})?(?:ms|[smhd]|\Z))+", part):
+            return total_seconds(part)
+        moment = _timestamp(part)
+        if moment is not None:
+            return moment - now()
+    return None
+
+
+def _timestamp(text: str) -> Optional[float]:
+    """Parse an HTTP or ISO 8601 date to a Unix time; None if it is not a valid one."""
+    from datetime import datetime, timezone
+    from email.utils import parsedate_to_datetime
+
+    iso = re.sub(r"\.([0-9]+)", lambda match: f".{match[1]:0<6.6}", text.replace("Z", "+00:00"))
+    for parse, value in ((parsedate_to_datetime, text), (datetime.fromisoformat, iso)):
+        with contextlib.suppress(Exception):  # they raise many kinds, depending on the version
+            moment = parse(value)
+            return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
+    return None
+
+
+def _delay_from_headers(headers: Dict[str, str], now: Callable[[], float]) -> Optional[float]:
+    """Longest time until a used-up limit resets, by the rate-limit headers in use."""
+    delays: List[Optional[float]] = []
+    for name, value in headers.items():
+        if name in ("ratelimit", "x-ratelimit"):  # "default";r=0;t=60, or remaining=0, reset=60
+            remaining = re.search(r"\b(?:r|remaining)=([0-9]{1,9})\b", value[:1000])
+            reset = re.search(r"\b(?:t|reset)=([0-9]{1,9})\b", value[:1000])
+            if reset and (not remaining or remaining[1] == "0"):
+                delays.append(float(reset[1]))
+        elif "reset" in name.split("-") and re.search(r"rate-?limit|tokenlimit", name):
+            count = headers.get(name.replace("reset", "remaining"), "0").strip()
+            if re.fullmatch(r"0(?:\.0{1,9})?|", count):
+                delays.append(seconds_from_now(value, now))
+    return max((seconds for seconds in delays if seconds is not None), default=None)
+
+
+# Fields of error bodies, in lower case without "_".
+_DELAY_FIELD = re.compile(r"(?:retry(?:delay|after)|resets?(?:at|time|in))(?:ms|s|seconds)?")
+
+
+def _delay_from_body(value: Any, now: Callable[[], float], depth: int = 5) -> Optional[float]:
+    """Delay in a field of an error body, or in response headers that it quotes."""
+    if not depth or not isinstance(value, (dict, list)):
+        return None
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    for name, inner in itertools.islice(items, 64):
+        name = str(name).replace("_", "").lower()
+        if name == "headers" and isinstance(inner, dict):
+            quoted = itertools.islice(inner.items(), 64)
+            seconds = retry_after_seconds({key.lower(): str(item) for key, item in quoted}, {}, now)
+        elif _DELAY_FIELD.fullmatch(name):
+            seconds = seconds_from_now(inner, now, 0.001 if name.endswith("ms") else 1.0)
+        else:
+            seconds = _delay_from_body(inner, now, depth - 1)
+        if seconds is not None:
+            return seconds
+    return None
+
+
+_DELAY_IN_MESSAGE = re.compile(
+    r"(?:(?:try|retry|again)[a-z ]{0,30} (?:in|after)|wait(?: for)?|resets? in) (?:about )?"
+    r"((?:[0-9]{1,9}(?:\.[0-9]{1,20})? ?(?:[a-z]{1,12})?(?:,? and |, | )?){1,4})",
+    re.I,
 )
 
 
-def names_model(body: Any, words: str, models: Iterable[str]) -> bool:
-    """Return whether a rate limit applies to one model only."""
-    text = f"{words[:2000]} {_encode(body)[:8000]}".lower()
-    return bool(_MODEL_LIMIT.search(text)) or any(
-        len(name) > 2 and re.search(rf"(?<!\w){re.escape(name.lower()[:256])}(?!\w)", text)
-        for name in models
-    )
+def _delay_from_message(message: str) -> Optional[float]:
+    """Seconds in "try again in 7m30.5s" or "Please retry after 2 minutes"."""
+    match = _DELAY_IN_MESSAGE.search(message[:4000])
+    return total_seconds(match[1].lower()) or None if match else None
 
+
+def total_seconds(text: str) -> float:
+    """The sum of quantities such as "7m30.5s" or "2 minutes", up to an unknown unit."""
+    total = 0.0
+    for count, unit in re.findall(r"([0-9]{1,14}(?:\.[0-9]{1,20})?) ?([a-z]{0,12})", text):
+        if unit not in SECONDS_PER_UNIT:
+            break
+        total += float(count) * SECONDS_PER_UNIT[unit]
+    return total
+
+
+# fmt: off
+SECONDS_PER_UNIT = {
+    "": 1.0, "s": 1.0, "sec": 1.0, "secs": 1.0, "second": 1.0, "seconds": 1.0,
+    "ms": 0.001, "millis": 0.001, "millisecond": 0.001, "milliseconds": 0.001,
+    "m": 60.0, "min": 60.0, "mins": 60.0, "minute": 60.0, "minutes": 60.0,
+    "h": 3600.0, "hr": 3600.0, "hrs": 3600.0, "hour": 3600.0, "hours": 3600.0,
+    "d": 86400.0, "day": 86400.0, "days": 86400.0,
+}
+# fmt: on
+
+# -- secrets
 
 # Headers of a controller whose values are not secret.
 # fmt: off
@@ -5276,7 +5337,6 @@ PUBLIC_HEADERS = frozenset((
     "http-referer", "openai-beta", "origin", "referer", "user-agent", "x-title",
 ))
 # fmt: on
-_MASKED_KEY = re.compile(r"[\w-]{0,80}\*{3,}[\w*-]{0,80}|\bsk-[\w-]{0,40}\.{3}[\w-]{1,40}")
 
 
 def option_secrets(options: ControllerSettings) -> List[str]:
@@ -5287,17 +5347,17 @@ def option_secrets(options: ControllerSettings) -> List[str]:
             secrets += cookie_values(value)
         elif name.lower() not in PUBLIC_HEADERS:
             secrets.append(re.sub(r"^(?:(?:bearer|basic|token) |https?://)", "", value, flags=re.I))
-    proxy = urllib.parse.urlsplit(options.proxy)
-    return [*secrets, *filter(None, (proxy.password, urllib.parse.unquote(proxy.password or "")))]
+    password = urllib.parse.urlsplit(options.proxy).password or ""
+    return [*secrets, *filter(None, (password, urllib.parse.unquote(password)))]
 
 
 def cookie_values(text: str) -> List[str]:
     """Values of a Cookie header; a part without "=" counts as a value."""
-    return [
-        value.strip()
-        for value in (pair.partition("=")[2] or pair for pair in text.split(";"))
-        if value.strip()
-    ]
+    values = (pair.partition("=")[2] or pair for pair in text.split(";"))
+    return [value.strip() for value in values if value.strip()]
+
+
+_MASKED_KEY = re.compile(r"[\w-]{0,80}\*{3,}[\w*-]{0,80}|\bsk-[\w-]{0,40}\.{3}[\w-]{1,40}")
 
 
 def redact(text: str, secrets: Iterable[str]) -> str:
@@ -5317,30 +5377,40 @@ def redact_bytes(data: bytes, secrets: Iterable[str]) -> bytes:
     return _without_secrets(text, secrets).encode("utf-8", "surrogateescape")
 
 
+# Characters as URLs, JSON or HTML may write them.
+_ESCAPE = re.compile(r"(?:%(?:25){0,2}|\\u00|\\x|&#x)([2-7][0-9a-f]);?", re.I)
+MAX_UNESCAPED = 1 << 17  # characters; longer strings are not unescaped
+MAX_FOUND = 1000  # secrets; a string with more is replaced
+
+
 def _without_secrets(text: str, secrets: Iterable[str]) -> str:
-    # All forms are searched in the original text: replacing the beginning of one form could make
-    # the remainder of another one too short to be found. Upstreams may change the case of a name.
-    folded, spans = _lower_ascii(text), []
-    for form in secret_forms(tuple(secrets)):
-        if len(form) >= 8:
-            spans += _find_parts(folded, form)
-        elif form in folded:
-            words = re.finditer(rf"(?<!\w){re.escape(form)}(?!\w)", folded)
-            spans += [match.span() for match in words]
+    spans = _secret_spans(text, secrets)
+    if len(text) <= MAX_UNESCAPED and _ESCAPE.search(text):
+        unescaped = _ESCAPE.sub(lambda match: chr(int(match[1], 16)), text)
+        hidden = _secret_spans(unescaped, secrets)
+        text, spans = (unescaped, hidden) if len(hidden) > len(spans) else (text, spans)
+    if len(spans) == MAX_FOUND:
+        return "***"
     parts, done = [], 0
-    for start, end in sorted(spans):
+    for start, end in spans:
         if start >= done:
             parts += [text[done:start], "***"]
         done = max(done, end)
     return "".join([*parts, text[done:]])
 
 
-def _lower_ascii(text: str) -> str:
-    """The text in lower case, as long as before: str.lower() can add characters."""
-    return text.lower() if text.isascii() else text.translate(_LOWER_ASCII)
+def _secret_spans(text: str, secrets: Iterable[str]) -> List[Tuple[int, int]]:
+    """Positions of secrets, in order; MAX_FOUND at most."""
+    # All forms are searched in the same text: replacing the beginning of one form could make the
+    # remainder of another one too short to be found. Upstreams may change the case of a name.
+    folded = _fold(text)
+    spans = (span for form in secret_forms(tuple(secrets)) for span in _find_parts(folded, form))
+    return sorted(itertools.islice(spans, MAX_FOUND))
 
 
-_LOWER_ASCII = {code: code + 32 for code in range(ord("A"), ord("Z") + 1)}
+def _fold(text: str) -> str:
+    """Lower case of the same length; "\u0130".lower() is two characters long."""
+    return text.replace("\u0130", "I").lower()
 
 
 @functools.lru_cache(maxsize=256)
@@ -5349,190 +5419,32 @@ def secret_forms(secrets: Tuple[str, ...]) -> List[str]:
     forms = set()
     for secret in secrets:
         data = secret.encode("utf-8", "replace")
-        quoted = urllib.parse.quote(secret, safe="")
-        forms |= {secret, quoted, urllib.parse.quote(quoted), to_json(secret)[1:-1].decode()}
+        forms |= {secret, to_json(secret)[1:-1].decode(), urllib.parse.quote(secret, safe="")}
         if len(secret) >= 8:
             forms |= {data.hex(), _sha256(secret)}
             for before in range(3):  # bytes in front of it, such as the user of Basic credentials
                 encoded = base64.b64encode(bytes(before) + data).decode().rstrip("=")
                 encoded = encoded[before + (before > 0) :]
                 forms |= {encoded, encoded.translate({43: "-", 47: "_"})}
-    return [_lower_ascii(form) for form in forms if len(form) >= 4]
+    return [_fold(form) for form in forms if len(form) >= 4]
 
 
-def _find_parts(text: str, secret: str) -> List[Tuple[int, int]]:
-    """Positions of a secret's beginning, from 8 characters on, and of any 12 in a row."""
-    spans = []
-    for offset in range(0, len(secret) - 7, 4):  # any 12 characters contain one of these blocks
-        block = secret[offset : offset + 8]
+def _find_parts(text: str, form: str) -> Iterator[Tuple[int, int]]:
+    """Positions of a form's beginning, from 8 characters on, and of any 12 in a row."""
+    if len(form) < 8:
+        for word in re.finditer(rf"(?<!\w){re.escape(form)}(?!\w)", text):
+            yield word.span()
+    for offset in range(0, len(form) - 7, 4):  # any 12 characters contain one of these blocks
+        block = form[offset : offset + 8]
         at = text.find(block)
         while at >= 0:
-            start = at - _common_run(text, at - 1, secret, offset - 1, -1)
-            end = at + 8 + _common_run(text, at + 8, secret, offset + 8, 1)
-            if at - start == offset or end - start >= 12:
-                spans.append((start, end))
+            before = text[max(0, at - offset) : at][::-1], form[:offset][::-1]
+            after = text[at : at + len(form)], form[offset:]
+            start = at - len(os.path.commonprefix(before))
+            end = at + len(os.path.commonprefix(after))
+            if start == at - offset or end - start >= 12:
+                yield start, end
             at = text.find(block, end)
-    return spans
-
-
-def _common_run(text: str, at: int, secret: str, index: int, step: int) -> int:
-    """Count equal characters from two positions on, forwards (1) or backwards (-1)."""
-    length = 0
-    while 0 <= at < len(text) and 0 <= index < len(secret) and text[at] == secret[index]:
-        at, index, length = at + step, index + step, length + 1
-    return length
-
-
-MAX_RETRY_AFTER = 172800.0  # seconds; an absurd value must not disable an upstream for good
-
-
-def retry_after_seconds(
-    headers: Dict[str, str],
-    body: Dict[str, Any],
-    now: Callable[[], float] = time.time,
-    message: str = "",
-    limit: bool = True,
-) -> Optional[float]:
-    """Return the seconds to wait (1 to MAX_RETRY_AFTER) by headers, body or message.
-
-    With ``limit`` also by rate-limit headers, which some upstreams send with every response.
-    None if no wait is given or it can't be parsed.
-    """
-    delays = [
-        _delay(headers.get("retry-after-ms", ""), 0.001, now),
-        _delay(headers.get("retry-after", ""), 1.0, now),
-        _delay_from_headers(headers, now) if limit else None,
-        _delay_from_body(body, now),
-        _delay_from_message(message),
-    ]
-    seconds = next((delay for delay in delays if delay is not None), None)
-    return None if seconds is None else min(max(1.0, seconds), MAX_RETRY_AFTER)
-
-
-def _delay(value: Any, unit: float, now: Callable[[], float]) -> Optional[float]:
-    """Seconds from now by a number, a duration, a Unix time (s or ms) or a date."""
-    if not isinstance(value, (str, int, float)) or isinstance(value, bool):
-        return None
-    text = str(value).strip()[:200]
-    for part in (text, text.partition(",")[0].strip()):  # "30, 30": equal headers joined
-        if re.fullmatch(r"[0-9]{1,14}(?:\.[0-9]{1,20})?", part):
-            seconds = float(part) * unit
-            seconds = seconds / 1000 if seconds > 1e11 else seconds  # Unix time in ms
-            return seconds - now() if seconds > 1e9 else seconds
-        if re.fullmatch(r"(?:[0-9]{1,14}(?:\.[0-9]{1,20})?(?:ms|[smhd])){1,8}", part):
-            return parse_duration(part)
-        moment = _timestamp(part)
-        if moment is not None:
-            return moment - now()
-    return None
-
-
-def _timestamp(text: str) -> Optional[float]:
-    """Parse an HTTP or ISO 8601 date to a Unix time; None if it is not a valid one."""
-    from datetime import datetime, timezone
-    from email.utils import parsedate_to_datetime
-
-    iso = re.sub(
-        r"\.([0-9]{1,6})[0-9]{0,20}",
-        lambda match: "." + match[1].ljust(6, "0"),
-        text.replace("Z", "+00:00"),
-    )
-    for parse, value in ((parsedate_to_datetime, text), (datetime.fromisoformat, iso)):
-        try:
-            moment = parse(value)
-            return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
-        except (ValueError, TypeError, OverflowError, IndexError, AttributeError, OSError):
-            continue
-    return None
-
-
-def _delay_from_headers(headers: Dict[str, str], now: Callable[[], float]) -> Optional[float]:
-    """Longest time until a used-up limit resets, by the rate-limit headers in use."""
-    delays: List[Optional[float]] = []
-    for name, value in headers.items():
-        if name in ("ratelimit", "x-ratelimit"):  # "default";r=0;t=60, or remaining=0, reset=60
-            remaining = re.search(r"\b(?:r|remaining)=([0-9]{1,9})\b", value[:1000])
-            reset = re.search(r"\b(?:t|reset)=([0-9]{1,9})\b", value[:1000])
-            if reset and (not remaining or remaining[1] == "0"):
-                delays.append(float(reset[1]))
-        elif "reset" in name.split("-") and re.search(r"rate-?limit|tokenlimit", name):
-            count = headers.get(name.replace("reset", "remaining"), "0").strip()
-            if re.fullmatch(r"0(?:\.0{1,9})?|", count):
-                delays.append(_delay(value, 1.0, now))
-    return max((seconds for seconds in delays if seconds is not None), default=None)
-
-
-# Fields of error bodies, in lower case without "_", and their units in seconds.
-# fmt: off
-DELAY_FIELDS = {
-    "retrydelay": 1.0, "retryafter": 1.0, "retryafterseconds": 1.0, "retryafterms": 0.001,
-    "resettime": 1.0, "resetat": 1.0, "resetsat": 1.0, "resetsinseconds": 1.0,
-}
-# fmt: on
-
-
-def _delay_from_body(value: Any, now: Callable[[], float], depth: int = 5) -> Optional[float]:
-    """Delay in one of DELAY_FIELDS of an error body, or in response headers it quotes."""
-    if not depth or not isinstance(value, (dict, list)):
-        return None
-    if isinstance(value, list):
-        delays = (_delay_from_body(item, now, depth - 1) for item in value[:16])
-        return next(filter(None, delays), None)
-    for name, inner in itertools.islice(value.items(), 64):
-        unit = DELAY_FIELDS.get(name.replace("_", "").lower())
-        if name == "headers" and isinstance(inner, dict):
-            quoted = itertools.islice(inner.items(), 64)
-            seconds = retry_after_seconds({key.lower(): str(item) for key, item in quoted}, {}, now)
-        elif unit:
-            seconds = _delay(inner, unit, now)
-        else:
-            seconds = _delay_from_body(inner, now, depth - 1)
-        if seconds is not None:
-            return seconds
-    return None
-
-
-_DELAY_IN_MESSAGE = re.compile(
-    r"(?:(?:try|retry|again)[a-z ]{0,30} (?:in|after)|wait(?: for)?|resets? in) (?:about )?"
-    r"((?:[0-9]{1,9}(?:\.[0-9]{1,20})? ?(?:[a-z]{1,12})?(?:,? and |, | )?){1,4})",
-    re.I,
-)
-
-
-def _delay_from_message(message: str) -> Optional[float]:
-    """Seconds in "try again in 7m30.5s" or "Please retry after 2 minutes"."""
-    match = _DELAY_IN_MESSAGE.search(message[:4000])
-    if not match:
-        return None
-    return total_seconds(match[1].lower()) or None
-
-
-def total_seconds(text: str) -> float:
-    """The sum of quantities such as "7m30.5s" or "2 minutes", up to an unknown unit."""
-    total = 0.0
-    for count, unit in re.findall(r"([0-9]{1,14}(?:\.[0-9]{1,20})?) ?([a-z]{0,12})", text):
-        factors = (seconds for names, seconds in DURATION_UNITS if re.fullmatch(names, unit))
-        factor = next(factors, None)
-        if factor is None:
-            break
-        total += float(count) * factor
-    return total
-
-
-DURATION_UNITS = (
-    ("|s|secs?|seconds?", 1.0),
-    ("ms|millis|milliseconds?", 0.001),
-    ("m|mins?|minutes?", 60.0),
-    ("h|hrs?|hours?", 3600.0),
-    ("d|days?", 86400.0),
-)
-
-
-def parse_duration(text: str) -> Optional[float]:
-    """Seconds of "17", "1m30.5s", "6h" or "120ms", as in OpenAI's x-ratelimit-reset-*."""
-    # Only the last number may lack a unit, or the pattern could split digits in 2^n ways.
-    valid = re.fullmatch(r"(?:[0-9]{1,14}(?:\.[0-9]{1,20})?(?:ms|[smhd]|\Z))+", text)
-    return total_seconds(text) if valid else None
 
 
 # == 12. akash ================================================================================
@@ -7164,6 +7076,8 @@ def chat_usage(value: Any) -> Optional[Dict[str, Any]]:
         "completion_tokens": completion,
         "total_tokens": total,
     }
+    if fields.keys() <= usage.keys():  # no details
+        return usage
     for kind, alias, name in (
         ("prompt", "input", "cached_tokens"),
         ("completion", "output", "reasoning_tokens"),
@@ -7177,8 +7091,15 @@ def chat_usage(value: Any) -> Optional[Dict[str, Any]]:
 
 def find_count(name: str, *sources: Dict[str, Any]) -> Optional[int]:
     """Return the first count above 0 under a name's aliases, else 0; None without any."""
-    found = [count_or_none(source.get(key)) for source in sources for key in COUNT_NAMES[name]]
-    return next(filter(None, found), 0 if 0 in found else None)
+    found = None
+    for source in filter(None, sources):
+        for alias in COUNT_NAMES[name]:
+            if alias in source:
+                count = count_or_none(source[alias])
+                if count:
+                    return count
+                found = found if count is None else 0
+    return found
 
 
 _JSON = json.JSONDecoder()
@@ -7289,7 +7210,7 @@ class PassthroughDecoder(Decoder):
             data = take_complete_lines(self.buffer, data)
         if not self.started:
             data = self._without_opening(data)
-            self.first_usage = parse_usage(data, data.find(b'"usage"'))
+            self.first_usage = parse_usage(data, data.find(b'"usage"', 0, MAX_USAGE))
         # Some errors have only the name of their event. rfind() takes half the time of ``in``.
         if data.rfind(b'"error') >= 0 or data.rfind(b"event: error") >= 0:
             data = redact_bytes(data, self.secrets)
@@ -7327,12 +7248,13 @@ class PassthroughDecoder(Decoder):
         """Return the data up to [DONE], if it contains that; look for the stream's end."""
         if self.end and not self.end_seen:
             self.end_seen = self.end.is_in(data)
-        done = DONE.search(data) if data.rfind(b"[DONE]") >= 0 else None
+        at = data.find(b"[DONE]")  # much faster than the pattern
+        done = DONE.search(data, max(0, at - 64)) if at >= 0 else None
         if done is None or self.complete:
             return data
         self.complete = self.end_seen = True
         # [DONE] ends the relay at once: append the blank line, which may still be in transit
-        return data[: done.end()] + done[1]
+        return data if data[done.end() :] == done[1] else data[: done.end()] + done[1]
 
     def _without_opening(self, data: bytes) -> bytes:
         """Hold data back until the first content; set ``error`` if an error comes instead."""
@@ -7424,12 +7346,11 @@ ANSWER_FIELDS = {
 ANSWER = re.compile(rb'"(?:choices|data)"\s{0,20}:\s{0,20}\[\s{0,20}\{\s{0,20}"')
 
 
-def is_streamed(content_type: str, opening: bytes, requested: bool) -> bool:
-    """Return whether a body is an event stream, by type or first character.
+def is_streamed(kind: str, opening: bytes, requested: bool) -> bool:
+    """Return whether a body is an event stream, by media type or first character.
 
     Servers send requested streams as application/json, as text/plain or without a type.
     """
-    kind = media_type(content_type)
     first = opening.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
     if kind == "text/event-stream":
         return first not in (b"{", b"[")
@@ -7454,6 +7375,8 @@ class OpenAIController(Controller):
         if options.cookie:
             headers["Cookie"] = options.cookie
         self.secrets = [options.api_key, *option_secrets(options)]
+        self.adapts_bodies = bool(options.drop or options.rename or options.set)
+        self.redact_type = functools.lru_cache(maxsize=64)(lambda text: redact(text, self.secrets))
         has_path = urllib.parse.urlsplit(options.base_url).path
         base_url = options.base_url if has_path else options.base_url + "/v1"
         self.transport = Transport(options, settings, base_url, self.name, headers)
@@ -7501,8 +7424,10 @@ class OpenAIController(Controller):
         body = original if is_native else self._translated(call)
         if "model" in body and body["model"] != name:
             body = {**body, "model": name}
-        is_chat = not call.relay_only and not call.image_count
-        body, dropped = adapt_body(body, self.options, is_chat) if body else (body, [])
+        dropped: List[str] = []
+        if body and self.adapts_bodies:
+            is_chat = not call.relay_only and not call.image_count
+            body, dropped = adapt_body(body, self.options, is_chat)
         # a second "model" in the bytes could differ from the one that was authorized
         if (
             is_native
@@ -7526,33 +7451,33 @@ class OpenAIController(Controller):
             return BufferedBody(
                 lambda data: self._status_error(response, data, call.model), is_error_body=True
             )
-        content_type = response.headers.get("content-type", "")
+        kind = media_type(response.headers.get("content-type", ""))
         requested = as_dict(call.original.body).get("stream") is True
-        streamed = is_streamed(content_type, response.opening, requested)
+        streamed = is_streamed(kind, response.opening, requested)
         if is_native and (call.relay_only or streamed == call.stream):
-            return self._relay(call, response, content_type, streamed)
+            return self._relay(call, response, kind, streamed)
         if streamed:
             return DecoderChain(ChatDecoder(self.name, self.secrets), SurrogateFilter())
         return BufferedBody(self._completion)
 
-    def _relay(
-        self, call: Call, response: UpstreamResponse, content_type: str, streamed: bool
-    ) -> Decoder:
-        """Return the decoder for a response in the client's own format."""
+    def _relay(self, call: Call, response: UpstreamResponse, kind: str, streamed: bool) -> Decoder:
+        """Return the decoder for a response in the client's own format, of a media type."""
         renamed = call.requested_model if call.requested_model != call.model else ""
+        content_type = self.redact_type(response.headers.get("content-type", ""))
         call.attempt.status = response.status
-        call.attempt.content_type = redact(content_type, self.secrets) or "application/octet-stream"
+        call.attempt.content_type = content_type or "application/octet-stream"
         if streamed:
-            if media_type(content_type) != "text/event-stream":
+            if kind != "text/event-stream":
                 call.attempt.content_type = "text/event-stream"
             return PassthroughDecoder(
                 self.name, True, STREAM_ENDS.get(call.original.path), self.secrets, renamed
             )
-        if media_type(content_type) == "text/html":
+        if kind == "text/html":
             raise APIError(502, f"{self.name} answered with a web page.", code="upstream_error")
         until_close, field = response.body.until_close, ANSWER_FIELDS.get(call.original.path, b"")
-        if is_json_type(content_type) or field or not call.relay_only:
-            if not is_json_type(content_type):
+        is_document = is_json_type(kind)
+        if is_document or field or not call.relay_only:
+            if not is_document:
                 call.attempt.content_type = "application/json"
             return BufferedBody(functools.partial(self._document, field, until_close, renamed))
         if until_close or not response.body.done:
@@ -7781,7 +7706,9 @@ class Upstream:
         if error is None:
             self.served += 1
             self.served_at = now
-            self._recover(model, started)
+            for key, cooldown in list(self.cooldowns.items()):  # those that the success disproves
+                if key[1] in (None, self._model_key(model)) and cooldown.failed_at <= started:
+                    del self.cooldowns[key]
             return
         category = error.category
         if category is Category.SERVER and error.retry_after:
@@ -7795,26 +7722,19 @@ class Upstream:
         self.last_error, self.last_error_at = f"{error.status} {summary}", time.time()
         if category is Category.AUTH and now - self.served_at < KEY_TRUST:
             after = 2
-        was_cooling_down = self.cooldown_until > now
+        was_cooling_down = self.available_at() > now
         fixed = {Category.AUTH: AUTH_COOLDOWN, Category.RATE_LIMIT: error.retry_after}
-        cooldown = self._cooldown(category, model if error.cooldown_scope == "model" else None)
+        cooldown = self._cooldown(category, model if error.cooldown_scope == "model" else "")
         cooldown.record_failure(now, started, after, fixed.get(category))
-        self.cooldown_count += not was_cooling_down and self.cooldown_until > now
+        self.cooldown_count += not was_cooling_down and self.available_at() > now
 
-    def _recover(self, model: str, started: float) -> None:
-        """End the cool-downs that a success disproves."""
-        scopes = (None, self._model_key(model))
-        for key, cooldown in list(self.cooldowns.items()):
-            if key[1] in scopes and cooldown.failed_at <= started:
-                del self.cooldowns[key]
-
-    def _cooldown(self, category: Category, model: Optional[str]) -> CoolDown:
-        """The cool-down of a category and a model (None: the controller), made if needed."""
-        key = category, None if model is None else self._model_key(model)
+    def _cooldown(self, category: Category, model: str) -> CoolDown:
+        """The cool-down of a category and a model ("": the controller), made if needed."""
+        key = category, self._model_key(model) if model else None
         if key not in self.cooldowns:
             # Clients choose the models' names: without a bound they could fill the memory.
             of_models = [key for key in self.cooldowns if key[1] is not None]
-            if key[1] is not None and len(of_models) >= MAX_MODEL_COOLDOWNS:
+            if model and len(of_models) >= MAX_MODEL_COOLDOWNS:
                 del self.cooldowns[min(of_models, key=lambda other: self.cooldowns[other].until)]
             self.cooldowns[key] = CoolDown()
         return self.cooldowns[key]
@@ -7832,18 +7752,8 @@ class Upstream:
             if scope in scopes and category not in ignored
         ]
 
-    @property
-    def cooldown_until(self) -> float:
-        """End of the whole controller's cool-downs, by the pool's clock; 0 if it has none."""
-        return max(
-            (cooldown.until for (_, model), cooldown in self.cooldowns.items() if model is None),
-            default=0.0,
-        )
-
-    def available_at(self, model: str, ignored: Tuple[Category, ...] = ()) -> float:
-        """End of the cool-downs for a model, ignoring some categories; 0 if none."""
-        if not self.cooldowns:
-            return 0.0
+    def available_at(self, model: str = "", ignored: Tuple[Category, ...] = ()) -> float:
+        """End of the cool-downs for a model ("": for all), by the pool's clock; 0 if none."""
         return max((cooldown.until for cooldown in self._applicable(model, ignored)), default=0.0)
 
     def recheck(self, model: str, ignored: Tuple[Category, ...], now: float) -> bool:
@@ -7867,7 +7777,7 @@ class Upstream:
 
     def metrics(self, now: float) -> Dict[Tuple[str, ...], float]:
         """Return its metrics, {(name, label, ...): number} without its own label."""
-        rest = self.cooldown_until - now
+        rest = self.available_at() - now
         metrics: Dict[Tuple[str, ...], float] = {
             ("akashproxy_controller_rests_total",): self.cooldown_count,
             ("akashproxy_controller_resting",): int(rest > 0),
@@ -7883,10 +7793,8 @@ class Upstream:
         """Log the exception behind an error, with its traceback once per line of code."""
         if error.bug is None:
             return
-        trace: Any = error.bug.__traceback__
-        while trace.tb_next:
-            trace = trace.tb_next
-        location = type(error.bug), trace.tb_frame.f_code.co_filename, trace.tb_lineno
+        *_, (frame, line) = traceback.walk_tb(error.bug.__traceback__)
+        location = type(error.bug), frame.f_code.co_filename, line
         log.error(
             "%s: unexpected error: %s: %s",
             self.name,
@@ -7907,12 +7815,11 @@ class Upstream:
         by_name: Dict[str, Dict[str, Any]] = {}
         names, error = self.known_models, None
         try:
-            with controller_errors(self.name):
-                by_name = {model["id"]: model for model in self.controller.models()}
-                names = frozenset(by_name)
-        except APIError as failure:
-            error = failure
-            self.log_exception(failure)
+            by_name = {model["id"]: model for model in self.controller.models()}
+            names = frozenset(by_name)
+        except Exception as failure:
+            error = controller_error(failure, self.name)
+            self.log_exception(error)
         patterns = self.options.models
         by_id = {name: by_name[name] for name in by_name if model_allowed(patterns, name)}
         targets = self.options.model_map
@@ -7939,50 +7846,78 @@ def model_allowed(patterns: Tuple[str, ...], model: str) -> bool:
     )
 
 
-def earliest_available(
-    upstreams: List[Upstream], model: str, ignored: Tuple[Category, ...], now: float
-) -> float:
-    """The time from ``now`` on when the first of the upstreams' cool-downs ends."""
-    ends = (upstream.available_at(model, ignored) for upstream in upstreams)
-    return max(min(ends, default=now), now)
-
-
 class Waiter:
-    """A queued call, the upstreams that can serve it, and its deadline.
+    """A call that needs an upstream for its next attempt, and its entry in the queue.
 
-    Any thread, under the pool's lock. ``upstream`` is the one that it has been assigned, where it
+    Any thread, under the pool's lock. ``known`` are the upstreams that offer the model and support
+    the call, ``candidates`` those of them that were not tried yet; their cool-downs of the
+    categories ``ignored`` don't count. ``upstream`` is the one that it has been assigned, where it
     is counted as in flight.
     """
 
     __slots__ = (
-        "queue", "exchange", "candidates", "ignored", "deadline", "number", "key", "upstream",
+        "queue", "exchange", "known", "candidates", "ignored", "deadline", "number", "key",
+        "upstream",
     )  # fmt: skip
 
     def __init__(
-        self,
-        queue: "CallQueue",
-        exchange: "Exchange",
-        candidates: List[Upstream],
-        ignored: Tuple[Category, ...],
-        deadline: float,
+        self, queue: "CallQueue", exchange: "Exchange", upstreams: List[Upstream], deadline: float
     ) -> None:
-        self.queue, self.exchange, self.candidates = queue, exchange, candidates
-        self.ignored, self.deadline = ignored, deadline
-        self.number = next(queue.numbers)
+        self.queue, self.exchange, self.deadline = queue, exchange, deadline
+        self.known = self.candidates = upstreams
+        if exchange.unsupported:
+            self.known = self.candidates = [
+                up for up in upstreams if up not in exchange.unsupported
+            ]
+        if exchange.tried:
+            self.candidates = [up for up in self.known if up not in exchange.tried]
+        is_only = len(self.known) == 1 and not exchange.other_models
+        self.ignored = BACKOFF_CATEGORIES if is_only else ()
         self.upstream: Optional[Upstream] = None
-        by_model = any(
-            model is not None for upstream in candidates for _, model in upstream.cooldowns
-        )
-        # Calls with the same key become ready at the same time.
-        self.key = (exchange.call.model if by_model else None, ignored, *map(id, candidates))
+        self.number = 0
+        self.key: Tuple[Any, ...] = ()  # calls with the same key become ready at the same time
 
-    def available_at(self, now: float) -> float:
-        return earliest_available(self.candidates, self.exchange.call.model, self.ignored, now)
+    def available_at(self, upstreams: List[Upstream], now: float) -> float:
+        """The time from ``now`` on when the first of the upstreams' cool-downs ends."""
+        model = self.exchange.call.model
+        ends = (upstream.available_at(model, self.ignored) for upstream in upstreams)
+        return max(min(ends, default=now), now)
+
+    def error(self, now: float) -> APIError:
+        """The error of the call if no upstream can serve it now.
+
+        Without candidates it is the most informative one of the attempts; else 429 if only rate
+        limits keep the upstreams from serving, and 503 otherwise.
+        """
+        model, errors = self.exchange.call.model, self.exchange.errors
+        delay = max(self.available_at(self.known, now) - now, 1.0)
+        error = most_informative(errors) if errors else model_not_found(model)
+        if not self.candidates:
+            if error.category is Category.RATE_LIMIT:
+                error.retry_after = delay
+            return error
+        limited = any(error.category is Category.RATE_LIMIT for error in errors) or all(
+            upstream.available_at(model, BACKOFF_CATEGORIES) > now
+            for upstream in self.candidates
+            if upstream.available_at(model) > now
+        )
+        cause = f" The last error: {error.message}" if errors else ""
+        return APIError(
+            429 if limited else 503,
+            f"All controllers for this model are cooling down or busy.{cause}",
+            code="rate_limit_exceeded" if limited else "upstream_error",
+            retry_after=delay,
+        )
 
     def set(self) -> None:
         """Resume a cancelled call; the method of threading.Event that cancel() uses."""
         with self.queue.lock:
             self.queue.resume(self)
+
+
+def most_informative(errors: List[APIError]) -> APIError:
+    """The first error of the last category."""
+    return max(errors, key=lambda error: list(Category).index(error.category))
 
 
 class CallQueue:
@@ -7998,6 +7933,10 @@ class CallQueue:
         self.lines: Dict[Tuple[Any, ...], OrderedDict[Waiter, None]] = {}
 
     def add(self, waiter: Waiter) -> None:
+        of_models = any(model for up in waiter.candidates for _, model in up.cooldowns)
+        model = waiter.exchange.call.model if of_models else ""
+        waiter.key = (model, waiter.ignored, *map(id, waiter.candidates))
+        waiter.number = next(self.numbers)
         self.lines.setdefault(waiter.key, OrderedDict())[waiter] = None
 
     def remove(self, waiter: Waiter) -> bool:
@@ -8050,10 +7989,9 @@ def ask_upstream(upstream: Upstream) -> Tuple[bool, str]:
     options, started_at = upstream.options, time.monotonic()
     error: Optional[APIError] = None
     try:
-        with controller_errors(upstream.name):
-            count = len(upstream.controller.models())
-    except APIError as failure:
-        error = failure
+        count = len(upstream.controller.models())
+    except Exception as failure:
+        error = controller_error(failure, upstream.name)
     seconds = time.monotonic() - started_at
     if error is None:
         key = "key accepted" if options.api_key else "no key needed"
@@ -8101,7 +8039,6 @@ class Pool:
         settings: Settings,
         previous: Optional["Pool"] = None,
         clock: Callable[[], float] = time.monotonic,
-        rng: Callable[[], float] = random.random,
     ) -> None:
         self.settings, self.clock = settings, clock
         self.lock: threading.Lock = previous.lock if previous else threading.Lock()
@@ -8110,7 +8047,7 @@ class Pool:
         self.enabled = [upstream for upstream in self.upstreams if upstream.options.weight > 0]
         choices: Dict[str, Callable[[List[Upstream]], Upstream]] = {
             "balanced": weighted_round_robin,
-            "random": functools.partial(weighted_random, rng=rng),
+            "random": weighted_random,
             "least_busy": least_connections,
             "affinity": weighted_round_robin,  # of calls that belong to no conversation
         }
@@ -8173,60 +8110,53 @@ class Pool:
         Raises APIError if no upstream is left, or Queued if the call has to wait: call again after
         ``exchange.wake()``.
         """
-        self.refresh_models_async()
-        model = exchange.call.model
+        if len(self.upstreams) > 1:
+            self.refresh_models_async()
         with self.lock:
-            waiter = exchange.waiter
-            if waiter is not None:
-                if exchange.cancellation.reason:
-                    raise exchange.cancellation.reason  # close() releases the assigned upstream
-                exchange.set_waiter(None)
-                if waiter.upstream is not None:
-                    return waiter.upstream
-            known = [up for up in self.candidates(model) if up not in exchange.unsupported]
-            candidates = [up for up in known if up not in exchange.tried]
-            is_last = not exchange.other_models
-            ignored = BACKOFF_CATEGORIES if len(known) == 1 and is_last else ()  # an only candidate
-            now = self.clock()
-            if candidates and self.queue.lines and any(up.has_capacity() for up in candidates):
+            now, waiter = self.clock(), exchange.waiter
+            if waiter is None:
+                upstreams = self.candidates(exchange.call.model)
+                waiter = Waiter(self.queue, exchange, upstreams, now + self.settings.max_wait)
+            elif exchange.cancellation.reason:
+                raise exchange.cancellation.reason  # close() releases the assigned upstream
+            exchange.set_waiter(None)
+            if waiter.upstream is not None:
+                return waiter.upstream
+            if self.queue.lines and any(up.has_capacity() for up in waiter.candidates):
                 self._resume_ready(now)  # queued calls go first
-            upstream = self._pick(candidates, exchange, ignored, now)
-            if upstream is None:
-                make_error = functools.partial(
-                    pool_error, exchange, known, candidates, ignored, now
-                )
-                if not candidates or not is_last:
-                    raise make_error()
-                deadline = now + self.settings.max_wait if waiter is None else waiter.deadline
-                waiter = Waiter(self.queue, exchange, candidates, ignored, deadline)
-                upstream = self._enqueue(waiter, make_error, now)
+            upstream = self._pick(waiter, now) or self._enqueue(waiter, now)
             upstream.in_flight += 1
             return upstream
 
     def _pick(
         self,
-        candidates: List[Upstream],
-        exchange: "Exchange",
-        ignored: Tuple[Category, ...],
+        waiter: Waiter,
         now: float,
+        freed: Optional[Upstream] = None,
+        also_ignored: Tuple[Category, ...] = (),
     ) -> Optional[Upstream]:
-        """The upstream to use now: an available one, else one that is due for a recheck."""
-        model = exchange.call.model
-        with_capacity = [upstream for upstream in candidates if upstream.has_capacity()]
+        """The upstream to use now: an available one, else one that is due for a recheck.
+
+        Only ``freed`` is considered if given.
+        """
+        call, ignored = waiter.exchange.call, waiter.ignored + also_ignored
+        free = [up for up in waiter.candidates if up.has_capacity() and freed in (None, up)]
         ready = [
-            upstream for upstream in with_capacity if upstream.available_at(model, ignored) <= now
+            up for up in free if not up.cooldowns or up.available_at(call.model, ignored) <= now
         ]
         if not ready:
-            due = (upstream for upstream in with_capacity if upstream.recheck(model, ignored, now))
-            return next(due, None)
-        if exchange.call.preferred:
-            ready = [up for up in ready if up.name == exchange.call.preferred] or ready
-        ready = top_priority(ready)
-        if exchange.conversation:
-            return rendezvous(ready, exchange.conversation)
-        return self.choose(ready) if len(ready) > 1 else ready[0]
+            return next((up for up in free if up.recheck(call.model, ignored, now)), None)
+        if len(ready) == 1:
+            return ready[0]
+        if call.preferred:
+            ready = [up for up in ready if up.name == call.preferred] or ready
+        priority = min(up.options.priority for up in ready)
+        ready = [up for up in ready if up.options.priority == priority]
+        if waiter.exchange.conversation:
+            return rendezvous(ready, waiter.exchange.conversation)
+        return self.choose(ready)
 
-    def _enqueue(self, waiter: Waiter, make_error: Callable[[], APIError], now: float) -> Upstream:
+    def _enqueue(self, waiter: Waiter, now: float) -> Upstream:
         """Queue a call: raises Queued, or an error if waiting is useless.
 
         Waiting is useless if no upstream will be available by the deadline. In that case one in an
@@ -8234,12 +8164,13 @@ class Pool:
         request can't block the others, or the client gets the error that names the cause.
         """
         exchange = waiter.exchange
-        if now >= waiter.deadline or waiter.available_at(now) > waiter.deadline:
-            ignored = (*waiter.ignored, Category.AUTH)
-            upstream = self._pick(waiter.candidates, exchange, ignored, now)
-            if upstream is not None:
-                return upstream
-            raise make_error()
+        if not waiter.candidates or exchange.other_models:
+            raise waiter.error(now)
+        if now >= waiter.deadline or waiter.available_at(waiter.candidates, now) > waiter.deadline:
+            upstream = self._pick(waiter, now, also_ignored=(Category.AUTH,))
+            if upstream is None:
+                raise waiter.error(now)
+            return upstream
         exchange.set_waiter(waiter)
         self.queue.add(waiter)
         # Race: another thread cancels and finds no wakeup to set, then we store wakeup. Without a
@@ -8260,9 +8191,9 @@ class Pool:
         for line in self.queue.lines_by_age():
             while line and resumed < limit and (freed is None or freed.has_capacity()):
                 waiter = next(iter(line))
-                usable = [up for up in waiter.candidates if freed in (None, up)]
-                upstream = self._pick(usable, waiter.exchange, waiter.ignored, now)
-                if upstream is None and now < waiter.deadline >= waiter.available_at(now):
+                upstream = self._pick(waiter, now, freed)
+                available_at = waiter.available_at(waiter.candidates, now)
+                if upstream is None and now < waiter.deadline >= available_at:
                     break
                 self.queue.resume(waiter, upstream)
                 resumed += 1
@@ -8296,7 +8227,8 @@ class Pool:
             upstream.in_flight -= 1
             if error is not None or committed:
                 upstream.record_result(error, now, started, model)
-            self._resume_ready(now, freed=upstream)
+            if self.queue.lines:
+                self._resume_ready(now, freed=upstream)
 
     def candidates(self, model: str) -> List[Upstream]:
         """Upstreams that are known to offer a model, else those that may."""
@@ -8311,22 +8243,22 @@ class Pool:
     def support_error(self, upstream: Upstream, call: Call) -> Optional[APIError]:
         """The reason why a controller doesn't support a call; None if it does."""
         try:
-            with controller_errors(upstream.name):
-                error = upstream.controller.check_support(call)
-                if error:
-                    error.category = Category.UNSUPPORTED  # another controller may support the call
-                return error
-        except APIError as failure:
-            upstream.log_exception(failure)
+            error = upstream.controller.check_support(call)
+        except Exception as bug:
+            error = controller_error(bug, upstream.name)
+            upstream.log_exception(error)
             with self.lock:
-                upstream.record_result(failure, self.clock(), self.clock())
-            return failure
+                upstream.record_result(error, self.clock(), self.clock())
+            return error
+        if error:
+            error.category = Category.UNSUPPORTED  # another controller may support the call
+        return error
 
     # -- models, images and status
 
     def refresh_models_async(self) -> None:
-        """Refresh the model lists in a thread if they are due and there is more than one."""
-        if len(self.upstreams) > 1 and self.clock() >= self.refresh_at:
+        """Refresh the model lists in a thread if they are due."""
+        if self.clock() >= self.refresh_at:
             self.refresh_at = math.inf
             if not start_thread(self._refresh_models, "akashproxy models"):
                 self.refresh_at = self.clock() + Cache.RETRY
@@ -8373,9 +8305,9 @@ class Pool:
         error = APIError(404, f"The image {name!r} does not exist.", code="not_found")
         for upstream in self.upstreams:
             try:
-                with controller_errors(upstream.name):
-                    return upstream.controller.image(name, scope)
-            except APIError as failure:
+                return upstream.controller.image(name, scope)
+            except Exception as exception:
+                failure = controller_error(exception, upstream.name)
                 upstream.log_exception(failure)
                 error = failure if failure.status != 404 else error
         raise error
@@ -8401,7 +8333,7 @@ class Pool:
                     "in_flight": upstream.in_flight,
                     "served": upstream.served,
                     "failed": upstream.failed,
-                    "rests_for_seconds": max(0, math.ceil(upstream.cooldown_until - now)),
+                    "rests_for_seconds": max(0, math.ceil(upstream.available_at() - now)),
                     "models_cooling_down": sum(
                         cooldown.until > now
                         for (_, model), cooldown in upstream.cooldowns.items()
@@ -8426,8 +8358,10 @@ class Pool:
     def _ask_limit(self, upstream: Upstream, limit: CoolDown) -> None:
         """End a cool-down if the upstream reports that its rate limit is over."""
         is_over = None
-        with contextlib.suppress(APIError), controller_errors(upstream.name):
+        try:
             is_over = upstream.controller.limit_is_over()
+        except Exception as error:
+            upstream.log_exception(controller_error(error, upstream.name))
         with self.lock:
             if is_over:
                 log.info("%s: the rate limit is over", upstream.name)
@@ -8455,30 +8389,16 @@ def weighted_round_robin(ready: List[Upstream]) -> Upstream:
     return best
 
 
-def weighted_random(ready: List[Upstream], rng: Callable[[], float]) -> Upstream:
+def weighted_random(ready: List[Upstream]) -> Upstream:
     """A random choice by weight."""
-    point = rng() * sum(upstream.options.weight for upstream in ready)
-    for upstream in ready:
-        point -= upstream.options.weight
-        if point < 0:
-            return upstream
-    return ready[-1]
+    return random.choices(ready, [upstream.options.weight for upstream in ready])[0]
 
 
 def least_connections(ready: List[Upstream]) -> Upstream:
     """The least in-flight requests per weight; round robin among equals."""
-
-    def load(upstream: Upstream) -> float:
-        return upstream.in_flight / upstream.options.weight
-
-    lowest = min(map(load, ready))
-    return weighted_round_robin([up for up in ready if load(up) == lowest])
-
-
-def top_priority(ready: List[Upstream]) -> List[Upstream]:
-    """The upstreams of the lowest ``priority`` number."""
-    first = min(upstream.options.priority for upstream in ready)
-    return [upstream for upstream in ready if upstream.options.priority == first]
+    loads = [upstream.in_flight / upstream.options.weight for upstream in ready]
+    lowest = min(loads)
+    return weighted_round_robin([up for up, load in zip(ready, loads) if load == lowest])
 
 
 MAX_HASHED = 1 << 14  # characters at each end of a text
@@ -8518,46 +8438,6 @@ def rendezvous(ready: List[Upstream], conversation: str) -> Upstream:
     return max(ready, key=score)
 
 
-def most_informative(errors: List[APIError]) -> APIError:
-    """The first error of the last category."""
-    rank = list(Category)
-    return max(errors, key=lambda error: rank.index(error.category))
-
-
-def pool_error(
-    exchange: "Exchange",
-    known: List[Upstream],
-    candidates: List[Upstream],
-    ignored: Tuple[Category, ...],
-    now: float,
-) -> APIError:
-    """The error of a call that no upstream can serve now.
-
-    ``known`` are those that have its model, ``candidates`` those of them that were not tried yet.
-    Without candidates it is the most informative one of the attempts; else 429 if only rate limits
-    keep the upstreams from serving, and 503 otherwise.
-    """
-    model, errors = exchange.call.model, exchange.errors
-    delay = max(earliest_available(known, model, ignored, now) - now, 1.0)
-    if not candidates:
-        error = most_informative(errors) if errors else model_not_found(model)
-        if error.category is Category.RATE_LIMIT:
-            error.retry_after = delay
-        return error
-    limited = any(error.category is Category.RATE_LIMIT for error in errors) or all(
-        upstream.available_at(model, BACKOFF_CATEGORIES) > now
-        for upstream in candidates
-        if upstream.available_at(model) > now
-    )
-    cause = f" The last error: {most_informative(errors).message}" if errors else ""
-    return APIError(
-        429 if limited else 503,
-        f"All controllers for this model are cooling down or busy.{cause}",
-        code="rate_limit_exceeded" if limited else "upstream_error",
-        retry_after=delay,
-    )
-
-
 class Exchange:
     """A call and its attempts, each at another upstream.
 
@@ -8566,22 +8446,24 @@ class Exchange:
     then attempt() again. Call close() in any case. Any thread, one at a time.
     """
 
+    waiter: Optional[Waiter] = None  # its entry in the pool's queue
+    upstream: Any = None
+    response: Any = None
+    conversation = ""  # a hash, if requests of one go to the same upstream
+    show_models = False  # in the route
+    prepared = committed = False
+    started = 0.0  # when the attempt began, by the pool's clock
+
     def __init__(self, pool: Pool, call: Call) -> None:
         self.pool, self.call, self.cancellation = pool, call, call.cancellation
-        self.wake: Callable[[], None] = lambda: None  # resumes the call after Queued; any thread
-        self.waiter: Optional[Waiter] = None  # its entry in the pool's queue
-        self.upstream: Any = None
-        self.response: Any = None
-        self.conversation = ""  # a hash, if requests of one go to the same upstream
+        self.wake: Callable[[], Any] = bool  # resumes the call after Queued; any thread
         self.other_models: List[str] = []  # of an alias, to be tried when none serves this one
-        self.show_models = False  # in the route
         # Of the current model.
         self.tried: List[Upstream] = []
         self.unsupported: List[Upstream] = []
         self.errors: List[APIError] = []
         self.model_errors: List[APIError] = []  # one of each model that no upstream served
         self.route: List[str] = []  # the attempts, such as "akash=429"
-        self.prepared, self.committed, self.started = False, False, 0.0
 
     def set_waiter(self, waiter: Optional[Waiter]) -> None:
         """Set the entry in the queue; cancelling resumes it. Under the pool's lock."""
@@ -8603,10 +8485,9 @@ class Exchange:
                 self.tried.append(self.upstream)
                 self.call.begin_attempt()
             try:
-                with controller_errors(self.upstream.name):
-                    self.response = self.upstream.controller.events(self.call)
-            except APIError as error:
-                self.fail_over(error)
+                self.response = self.upstream.controller.events(self.call)
+            except Exception as error:
+                self.fail_over(controller_error(error, self.upstream.name))
         return isinstance(self.response, EventStream)
 
     def _prepare(self) -> None:
@@ -8615,7 +8496,9 @@ class Exchange:
         if self.pool.settings.pool_type == "affinity":
             self.conversation = conversation_of(call)
         targets = self.pool.resolve_alias(call.model)
-        self.other_models = [name for name in targets if model_allowed(call.allowed_models, name)]
+        if call.allowed_models:
+            targets = [name for name in targets if model_allowed(call.allowed_models, name)]
+        self.other_models = targets
         self.show_models = len(self.other_models) > 1
         if not self.other_models:
             raise self.pool.unknown_model(call)
@@ -8651,11 +8534,13 @@ class Exchange:
     def events(self) -> Iterator[Event]:
         """Iterate over the response's events. Raises APIError if it ends without a Finish."""
         event = None
-        with controller_errors(self.upstream.name):
+        try:
             for event in self.response:
                 if not isinstance(event, EVENTS):
                     raise TypeError(f"{type(event).__name__} is not an event")
                 yield event
+        except Exception as error:
+            raise controller_error(error, self.upstream.name) from None
         if not isinstance(event, (Finish, RawBytes)):
             raise truncated(self.upstream.name)
 
@@ -8671,6 +8556,8 @@ class Exchange:
             self.call.begin_attempt(error.code or "")
             return
         name = self.upstream.name
+        if self.other_models and error.category is Category.RATE_LIMIT:
+            error.cooldown_scope = "model"  # the other models may have limits of their own
         self.route.append(f"{self._label()}={error.upstream_status or error.status}")
         self._end_attempt(error)
         message = without_name(error.message, name)
@@ -8691,8 +8578,10 @@ class Exchange:
     def _close_response(self) -> None:
         response, self.response = self.response, None
         if hasattr(response, "close"):
-            with contextlib.suppress(APIError), controller_errors(self.upstream.name):
+            try:
                 response.close()
+            except Exception as error:
+                self.upstream.log_exception(controller_error(error, self.upstream.name))
 
     def _end_attempt(self, error: Optional[APIError]) -> None:
         """Release the upstream, with the error that ended the attempt, if any."""
@@ -8708,7 +8597,7 @@ class Exchange:
         self._end_attempt(error)
         if self.waiter is not None:
             self.pool.leave_queue(self)
-        self.wake = lambda: None  # breaks a reference cycle
+        self.wake = bool  # breaks a reference cycle
 
 
 # == 15. dialects =============================================================================
@@ -10143,7 +10032,8 @@ def is_json(content_type: str, data: bytes) -> bool:
     # By default, curl -d sends any body as a form.
     vague = ("", URLENCODED, "text/plain", "application/octet-stream")
     is_object = data[:64].lstrip().startswith(b"{")
-    return is_json_type(content_type) or media_type(content_type) in vague and is_object
+    kind = media_type(content_type)
+    return is_json_type(kind) or kind in vague and is_object
 
 
 # -- Limits of a client's key to some models. An upstream must never read a model from the request
@@ -10354,11 +10244,39 @@ def part_field(head: bytes, value: bytes) -> Tuple[str, str]:
 # Knows no more of HTTP than message framing.
 
 
-class Registration(NamedTuple):
-    """Callbacks of a registered socket. Loop thread."""
+READABLE, WRITABLE = 1, 4  # events of a socket, as select.epoll has them
 
-    callback: Callable[[], None]  # the socket is ready
-    abort: Callable[[], None]  # the callback has raised an exception
+
+class SelectorPoller:
+    """A selector with the methods of select.epoll, for other systems. Loop thread."""
+
+    MAX_SELECT = 500  # sockets: select() on Windows takes 512, the others a descriptor below 1,024
+
+    def __init__(self, selector: selectors.BaseSelector) -> None:
+        self.selector, self.unregister, self.close = selector, selector.unregister, selector.close
+
+    def register(self, descriptor: int, events: int) -> None:
+        """Register a socket; OSError if select() has no room for it."""
+        if isinstance(self.selector, selectors.SelectSelector) and (
+            len(self.selector.get_map()) >= self.MAX_SELECT
+            if os.name == "nt"
+            else descriptor >= 1024
+        ):
+            raise OSError(errno.EMFILE, "select() can't watch more sockets")
+        self.selector.register(descriptor, self._mask(events))
+
+    def modify(self, descriptor: int, events: int) -> None:
+        self.selector.modify(descriptor, self._mask(events))
+
+    def poll(self, seconds: float) -> List[Tuple[int, int]]:
+        """Return (descriptor, events) of the sockets ready within so many seconds."""
+        return [(key.fd, events) for key, events in self.selector.select(seconds)]
+
+    @staticmethod
+    def _mask(events: int) -> int:
+        return (selectors.EVENT_READ if events & READABLE else 0) | (
+            selectors.EVENT_WRITE if events & WRITABLE else 0
+        )
 
 
 class EventLoop(threading.Thread):
@@ -10369,18 +10287,20 @@ class EventLoop(threading.Thread):
     """
 
     TICK = 0.25  # seconds between two calls of on_tick
-    MAX_SELECT = 500  # sockets: select() on Windows takes 512, the others a descriptor below 1,024
 
     def __init__(
         self, on_tick: Callable[[float], None], selector: Optional[selectors.BaseSelector] = None
     ) -> None:
         super().__init__(name="akashproxy loop", daemon=True)
         self.on_tick = on_tick
-        self.selector = selector or selectors.DefaultSelector()
-        self.epoll: Any = None  # a second handle to the selector's epoll, for _select()
-        if hasattr(select, "epoll") and isinstance(self.selector, selectors.EpollSelector):
-            self.epoll = select.epoll.fromfd(os.dup(self.selector.fileno()))
-        self.registrations: Dict[int, Registration] = {}  # by descriptor
+        # epoll itself: through a selector a relayed token takes 4 % more CPU time.
+        self.poller: Any = (
+            select.epoll()
+            if selector is None and hasattr(select, "epoll")
+            else SelectorPoller(selector or selectors.DefaultSelector())
+        )
+        # By descriptor: the callback, and what to call if it raises an exception.
+        self.registrations: Dict[int, Tuple[Callable[[], None], Callable[[], None]]] = {}
         self.scheduled: Deque[Callable[[], Any]] = collections.deque()
         self.awake = False  # True: ``scheduled`` will be read before the next wait
         self.stopped = False
@@ -10395,26 +10315,22 @@ class EventLoop(threading.Thread):
         sock: Any,
         callback: Callable[[], None],
         abort: Callable[[], None],
-        events: int = selectors.EVENT_READ,
+        events: int = READABLE,
     ) -> None:
         """Register a socket; OSError if select() has no room for it."""
-        if isinstance(self.selector, selectors.SelectSelector) and (
-            len(self.selector.get_map()) >= self.MAX_SELECT
-            if os.name == "nt"
-            else sock.fileno() >= 1024
-        ):
-            raise OSError(errno.EMFILE, "select() can't watch more sockets")
-        self.selector.register(sock, events)
-        self.registrations[sock.fileno()] = Registration(callback, abort)
+        descriptor = sock.fileno()
+        self.poller.register(descriptor, events)
+        self.registrations[descriptor] = callback, abort
 
     def modify(self, sock: Any, events: int) -> None:
         """Change the events of a registered socket."""
-        self.selector.modify(sock, events)
+        self.poller.modify(sock.fileno(), events)
 
     def remove(self, sock: Any) -> None:
         """Unregister a socket before it is closed or handed to a worker. Idempotent."""
-        if self.registrations.pop(sock.fileno(), None) is not None:
-            self.selector.unregister(sock)
+        descriptor = sock.fileno()
+        if self.registrations.pop(descriptor, None) is not None:
+            self.poller.unregister(descriptor)
 
     def call_soon_threadsafe(self, callback: Callable[[], Any]) -> None:
         """Schedule a callback for the loop thread. Any thread."""
@@ -10432,64 +10348,56 @@ class EventLoop(threading.Thread):
         self.call_soon_threadsafe(bool)  # only to end its wait
 
     def run(self) -> None:
+        poll, registrations, scheduled = self.poller.poll, self.registrations, self.scheduled
         next_tick = 0.0
         while not self.stopped:
             # Before ``scheduled`` is read. Otherwise: the loop reads an empty ``scheduled``; a
             # worker appends to it, sees awake and sends no byte; the loop waits for a whole tick.
             self.awake = False
-            ready = self._select(0 if self.scheduled else self.TICK)
+            try:
+                ready = poll(0 if scheduled else self.TICK)
+            except (OSError, ValueError):  # select() fails as a whole for one invalid descriptor
+                log.exception("the selector rejected its sockets")
+                ready = self._remove_invalid()
             self.awake = True
             self.now = time.monotonic()
             for descriptor, _ in ready:
-                registration = self.registrations.get(descriptor)
+                registration = registrations.get(descriptor)
                 if registration is not None:  # else a callback of the same wait has removed it
                     try:
-                        registration.callback()
+                        registration[0]()
                     except Exception:
-                        self._abort(registration)
-            if self.scheduled:
-                self._run_scheduled()
+                        self._abort(registration[1])
             if self.now >= next_tick:
                 next_tick = self.now + self.TICK
-                self._call(functools.partial(self.on_tick, self.now))
+                scheduled.append(functools.partial(self.on_tick, self.now))
+            if scheduled:
+                self._run_scheduled()
         self.close()
 
     def _run_scheduled(self) -> None:
         for _ in range(len(self.scheduled)):  # what these callbacks schedule waits its turn
-            self._call(self.scheduled.popleft())
+            try:
+                self.scheduled.popleft()()
+            except Exception:
+                log.exception("a bug in akashproxy, on the loop thread")
 
     def close(self) -> None:
         """Close the descriptors of a loop that has ended or was never started."""
-        if self.epoll is not None:
-            self.epoll.close()
-        self.selector.close()
+        self.poller.close()
         self.wakeup_r.close()
         self.wakeup_w.close()
 
-    def _select(self, seconds: float) -> Iterable[Tuple[int, int]]:
-        """Return (descriptor, events) of the sockets ready within so many seconds.
-
-        epoll is polled directly: through the selector a relayed token takes 4 % more CPU time.
-        """
-        try:
-            if self.epoll is not None:
-                ready: List[Tuple[int, int]] = self.epoll.poll(seconds)
-                return ready
-            return [(key.fd, events) for key, events in self.selector.select(seconds)]
-        except (OSError, ValueError):  # select() fails as a whole for one invalid descriptor
-            log.exception("the selector rejected its sockets")
-            self._remove_invalid()
-            return []
-
-    def _remove_invalid(self) -> None:
-        """Remove and abort the sockets that select() rejects."""
-        for descriptor, registration in list(self.registrations.items()):
+    def _remove_invalid(self) -> List[Tuple[int, int]]:
+        """Remove and abort the sockets that select() rejects; none is ready then."""
+        for descriptor, (_, abort) in list(self.registrations.items()):
             try:
                 select.select([descriptor], [], [], 0)
             except (OSError, ValueError):
-                self.selector.unregister(descriptor)
+                self.poller.unregister(descriptor)
                 del self.registrations[descriptor]
-                self._abort(registration)
+                self._abort(abort)
+        return []
 
     def _on_wakeup(self) -> None:
         try:
@@ -10498,17 +10406,10 @@ class EventLoop(threading.Thread):
             return
 
     @staticmethod
-    def _call(callback: Callable[[], None]) -> None:
-        try:
-            callback()
-        except Exception:
-            log.exception("a bug in akashproxy, on the loop thread")
-
-    @staticmethod
-    def _abort(registration: Registration) -> None:
+    def _abort(abort: Callable[[], None]) -> None:
         log.exception("a bug in akashproxy, on the loop thread")
         try:
-            registration.abort()
+            abort()
         except Exception:
             log.exception("the connection could not be closed properly")
 
@@ -10518,11 +10419,11 @@ class State(enum.Enum):
 
     ::
 
-        IDLE ──► READING                         first bytes of a request
-        READING ──► DISPATCHED                   request complete or rejected: a worker has it
+        IDLE ──► READING                         a part of a request has arrived
+        IDLE, READING ──► DISPATCHED             request complete or rejected: a worker has it
         DISPATCHED ──► STREAMING                 the loop relays an upstream's response
         STREAMING ──► DISPATCHED                 the upstream failed early: a worker fails over
-        DISPATCHED, STREAMING ──► IDLE, READING  response sent
+        DISPATCHED, STREAMING ──► IDLE           response sent
         DISPATCHED, STREAMING ──► LINGERING      response sent, input discarded until EOF
         any ──► CLOSED
     """
@@ -10571,23 +10472,25 @@ class Request:
     Loop thread while it is read and while its response is STREAMING; in between its worker thread.
     """
 
+    head = Head()
+    route = Route()
+    body = b""
+    body_unread = False  # the body, or where the next request starts, is not known
+    keep_alive = False
+    error: Optional[Exception] = None  # the reason to reject it
+    key: Optional["KeyLimiter"] = None  # None: no token, or one of BEARER_TOKEN
+    counted = False  # holds a slot of the key
+    reader: Optional["BodyReader"] = None  # while the body is being read
+    call: Optional[Call] = None  # set for model calls and images
+    exchange: Optional[Exchange] = None  # until the response is complete
+    relay: Optional["StreamRelay"] = None  # while STREAMING
+
     def __init__(self, connection: "Connection") -> None:
         self.connection, self.server = connection, connection.server
         self.settings = connection.server.settings  # a reload must not change them midway
         self.id = "req_" + new_id()
-        self.head = Head()
-        self.body = b""
-        self.body_unread = False
-        self.keep_alive = False
-        self.error: Optional[Exception] = None  # the reason to reject it
         self.started_at = time.monotonic()
-        self.route = Route()
-        self.key: Optional["KeyLimiter"] = None  # None: no token, or one of BEARER_TOKEN
-        self.counted = False  # holds a slot of the key
         self.cancellation = Cancellation(functools.partial(peer_has_closed, connection.sock))
-        self.call: Optional[Call] = None  # set for model calls and images
-        self.exchange: Optional[Exchange] = None  # until the response is complete
-        self.relay: Optional["StreamRelay"] = None  # while STREAMING
         self.record = AccessRecord()
         self.writer = ResponseWriter(self)
 
@@ -10615,27 +10518,15 @@ class Request:
         if self.cancellation.reason is not None:
             raise self.cancellation.reason
 
-    def release(self) -> None:
-        """Break the reference cycles of a complete request.
-
-        Otherwise its memory would stay in use until the next garbage collection.
-        """
-        del self.writer
-
 
 class AccessRecord:
     """Values of a model call for the access log and the metrics. Owned as its Request."""
 
-    __slots__ = (
-        "answered_model", "broken_off", "controller", "first_token_at", "model", "route", "usage",
-    )  # fmt: skip
-
-    def __init__(self) -> None:
-        self.model = self.answered_model = self.controller = ""
-        self.route: List[str] = []  # the attempts, such as "akash=429"
-        self.broken_off = False  # failed after its first byte
-        self.usage: Optional[Dict[str, int]] = None
-        self.first_token_at = 0.0
+    model = answered_model = controller = ""
+    route: Sequence[str] = ()  # the attempts, such as "akash=429"
+    broken_off = False  # failed after its first byte
+    usage: Optional[Dict[str, int]] = None
+    first_token_at = 0.0
 
 
 class ByteBudget:
@@ -10682,40 +10573,27 @@ class BodyReader:
 
     MIN_UPLOAD_RATE = 4000  # bytes per second
 
-    def __init__(self, server: "Server") -> None:
-        self.server = server
-        self.decoder, self.data = NO_BODY, bytearray()
+    def __init__(self, server: "Server", decoder: BodyDecoder, now: float) -> None:
+        self.server, self.decoder, self.data = server, decoder, bytearray()
         self.reserved = 0  # bytes of the server's ByteBudget
-        self.deadline = math.inf
-
-    def start(self, decoder: BodyDecoder, now: float) -> None:
-        """Begin a body."""
-        self.decoder = decoder
-        self.deadline = now + self.server.settings.body_timeout
+        self.deadline = now + server.settings.body_timeout
 
     def feed(self, data: bytes, now: float) -> None:
         """Decode received bytes; APIError 413 or 503 above a limit."""
         payload = self.decoder.feed(data)
-        size = len(self.data) + len(payload) + self.decoder.remaining  # known so far, if chunked
-        check_body_size(size, self.server.settings)
-        if not self.decoder.done or self.data:  # a body that came with its head is not in transit
-            self.server.bodies.reserve(len(payload))
-            self.reserved += len(payload)
+        if self.decoder.chunked:  # else the gate has checked the declared size
+            size = len(self.data) + len(payload) + self.decoder.remaining  # known so far
+            check_body_size(size, self.server.settings)
+        self.server.bodies.reserve(len(payload))
+        self.reserved += len(payload)
         self.data += payload
         self.deadline = min(
             self.deadline + len(data) / self.MIN_UPLOAD_RATE,
             now + self.server.settings.body_timeout,
         )
 
-    def finish(self) -> Tuple[bytes, bytes]:
-        """Return the body and the bytes received after it."""
-        body, trailing_data = bytes(self.data), self.decoder.trailing_data
-        self.discard()
-        return body, trailing_data
-
-    def discard(self) -> None:
-        """Drop the body and return its bytes to the budget."""
-        self.decoder, self.data = NO_BODY, bytearray()
+    def release(self) -> None:
+        """Return the body's bytes to the budget. Idempotent."""
         if self.reserved:
             self.server.bodies.release(self.reserved)
             self.reserved = 0
@@ -10741,7 +10619,6 @@ class Connection:
         self.output = bytearray()  # to be sent
         self.room = threading.Condition()  # guards ``output`` and CLOSED; notified by each flush()
         self.scan_from = 0  # the part of ``input`` before it does not contain the head's end
-        self.body = BodyReader(server)
         self.request: Optional[Request] = None  # being read or answered
         self.on_drained: Optional[Callable[[], None]] = None  # called once all output is sent
         self.pipelined = False  # the next request or EOF has come: nothing more is read
@@ -10773,8 +10650,6 @@ class Connection:
             if not data or self.linger_budget <= 0:
                 self.close()
         elif data:
-            if self.state is State.IDLE:
-                self._begin_reading()
             self.input += data
             self._advance()
         elif self.input or self.request is not None:
@@ -10782,11 +10657,6 @@ class Connection:
             self._dispatch(ProtocolError(f"the connection ended within a {part}"))
         else:
             self.close()
-
-    def _begin_reading(self) -> None:
-        self.state = State.READING
-        timeout = self.server.settings.head_timeout
-        self.set_deadline(timeout, "The request's head took too long.")
 
     def _advance(self) -> None:
         """Parse ``input``: head, gate, body; then dispatch the request to a worker."""
@@ -10805,6 +10675,10 @@ class Connection:
         end = find_head_end(self.input, self.scan_from) if self.input else -1
         if end < 0:
             self.scan_from = max(0, len(self.input) - 3)
+            if self.state is State.IDLE:
+                self.state = State.READING
+                timeout = self.server.settings.head_timeout
+                self.set_deadline(timeout, "The request's head took too long.")
             return None
         self.scan_from = 0
         self.request = request = Request(self)
@@ -10814,16 +10688,20 @@ class Connection:
         decoder = BodyDecoder(request.head.headers)
         request.body_unread = not decoder.done
         self.server.gate.check_head(request, decoder)
-        self.body.start(decoder, self.loop.now)
-        if request.head.headers.get("expect") and not decoder.done and not self.input:
-            self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if len(self.input) >= decoder.remaining > 0:  # the body came with its head
+            request.body, request.body_unread = bytes(self.input[: decoder.remaining]), False
+            del self.input[: decoder.remaining]
+        elif request.body_unread:
+            request.reader = BodyReader(self.server, decoder, self.loop.now)
+            if request.head.headers.get("expect") and not self.input:
+                self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         self.deadline = math.inf
         return request
 
     def _read_body(self, request: Request) -> bool:
         """Read the body; True if it is complete or need not be read."""
-        reader = self.body
-        if not request.body_unread:
+        reader = request.reader
+        if reader is None:
             return True
         if self.input:
             data, self.input = bytes(self.input), bytearray()
@@ -10831,13 +10709,22 @@ class Connection:
         if not reader.decoder.done:
             if request.head.method in BODILESS_METHODS:
                 return True  # not needed; the connection is closed after the response
+            if self.state is State.IDLE:  # else the client has just disconnected
+                self.state = State.READING
             self.deadline = reader.deadline
             self.timeout_message = "The request's body took too long."
             return False
-        request.body, trailing_data = reader.finish()
-        self.input = bytearray(trailing_data)
-        request.body_unread = False
+        self.input += reader.decoder.trailing_data
+        request.body, request.body_unread = bytes(reader.data), False
+        self._discard_body(request)
         return True
+
+    @staticmethod
+    def _discard_body(request: Request) -> None:
+        """Drop what has been received of a body, or has been copied from there."""
+        if request.reader is not None:
+            request.reader.release()
+            request.reader = None
 
     def _dispatch(self, error: Optional[Exception] = None) -> None:
         """Hand the request to a worker, with the reason if it is rejected."""
@@ -10845,7 +10732,7 @@ class Connection:
         if error is not None:
             if isinstance(error, ProtocolError) or not request.head.headers:
                 request.body_unread = True  # the start of a next request can't be determined
-            self.body.discard()
+            self._discard_body(request)
         request.error = error
         self.state, self.deadline = State.DISPATCHED, math.inf
         task = functools.partial(self.server.serve_request, request)
@@ -10952,7 +10839,7 @@ class Connection:
             self._start_write_timeout()
             return False
         self.deadline = math.inf
-        if self.events != selectors.EVENT_READ:
+        if self.events != READABLE:
             self._update_events()
         if self.on_drained is not None:
             callback, self.on_drained = self.on_drained, None
@@ -10979,7 +10866,7 @@ class Connection:
         if request.exchange is not None:
             request.exchange.close()
         self.server.on_request_end(request)
-        request.release()
+        del request.writer  # breaks a reference cycle: its memory is free at once
         if self.state is State.CLOSED:
             self.server.on_connection_closed(self)
         elif self.state is State.LINGERING:
@@ -10992,14 +10879,12 @@ class Connection:
             self.close()
 
     def _next_request(self) -> None:
-        self.pipelined = False
+        self.pipelined, self.state = False, State.IDLE
+        self.set_deadline(self.server.settings.keepalive_timeout, "")
         if self.input:
-            self._begin_reading()
             self._advance()
-        else:
-            self.state = State.IDLE
-            self.set_deadline(self.server.settings.keepalive_timeout, "")
-        self._update_events()
+        if self.events != READABLE:
+            self._update_events()
 
     def _linger(self) -> None:
         """Half-close, then discard input for a while (lingering close, RFC 9112, 9.6).
@@ -11039,7 +10924,8 @@ class Connection:
         if self.state is State.CLOSED:
             return
         was_reading = self.state in (State.IDLE, State.READING)
-        self.body.discard()
+        if self.request is not None:
+            self._discard_body(self.request)
         with self.room:
             self.state = State.CLOSED
             self.output.clear()
@@ -11061,7 +10947,7 @@ class Connection:
     def on_tick(self, now: float) -> None:
         """Enforce the deadline, detect a disconnected client, send pings."""
         request = self.request
-        if self.state is State.IDLE and self.server.draining:
+        if self.server.draining and self.state is State.IDLE:
             self.deadline = min(self.deadline, now + LAME_DUCK_SECONDS)
         if now >= self.deadline:
             if self.state is State.READING and (self.input or request is not None):
@@ -11073,14 +10959,12 @@ class Connection:
         elif request is not None and self.state in RESPONDING:
             if self.pipelined and request.call is not None and peer_has_closed(self.sock):
                 self.disconnect()
-            else:
-                request.writer.on_tick(now)
+            elif now - request.writer.last_write > request.settings.heartbeat:
+                request.writer.on_idle(now)
 
     def _update_events(self) -> None:
         """Register the events of interest; a selector rejects an empty set."""
-        events = (0 if self.pipelined else selectors.EVENT_READ) | (
-            selectors.EVENT_WRITE if self.output else 0
-        )
+        events = (0 if self.pipelined else READABLE) | (WRITABLE if self.output else 0)
         if events == self.events or self.state is State.CLOSED:
             return
         if not self.events:
@@ -11103,18 +10987,19 @@ class ResponseWriter:
     ping in the middle of what a worker is writing. The head is sent with the body's first bytes.
     """
 
+    status = 0  # 0: not started
+    finished = chunked = False
+    head = b""  # not sent yet
+    bytes_sent = 0  # of the body
+    tail = b"\n\n"  # last bytes of the body
+    has_event_id = False  # an event of the stream may have had a line "id:"
+    ping_frame: Any = None  # ping_frame(style) -> bytes; None: pings are not possible
+
     def __init__(self, request: "Request") -> None:
         self.request, self.connection = request, request.connection
         self.lock = threading.RLock()
         self.send: Callable[..., Any] = self.connection.enqueue  # Connection.send while STREAMING
-        self.status = 0  # 0: not started
-        self.finished = self.chunked = False
-        self.head = b""  # not sent yet
-        self.bytes_sent = 0  # of the body
-        self.tail = b"\n\n"  # last bytes of the body
-        self.has_event_id = False  # an event of the stream may have had a line "id:"
         self.last_write = request.started_at
-        self.ping_frame: Optional[Callable[[str], bytes]] = None  # None: pings are not possible
 
     def start(self, status: int, headers: Dict[str, str], length: Optional[int] = None) -> None:
         """Begin the response; its body is chunked without a length.
@@ -11163,7 +11048,8 @@ class ResponseWriter:
         with self.lock:
             # Before the end is sent. Otherwise: the client reads the end and sends its next
             # request; that is rejected by max_concurrency; this request releases its slot.
-            release_key(self.request)
+            if self.request.counted:
+                release_key(self.request)
             self.ping_frame, self.finished = None, True
             end = b"0\r\n\r\n" if self.chunked and self.request.head.method != "HEAD" else b""
             return self.send(self._frame(data) + end, last=True)
@@ -11179,18 +11065,13 @@ class ResponseWriter:
         self.request.keep_alive, self.chunked = False, False
         self.finish()
 
-    def on_tick(self, now: float) -> None:
-        """Send a ping if the stream is idle, so that no proxy times it out. Loop thread."""
-        heartbeat = self.request.settings.heartbeat
-        if (
-            self.ping_frame is None
-            or now - self.last_write <= heartbeat
-            or not self.lock.acquire(blocking=False)
-        ):
+    def on_idle(self, now: float) -> None:
+        """Send a ping, so that no proxy times out a stream that is idle. Loop thread."""
+        if self.ping_frame is None or not self.lock.acquire(blocking=False):
             return  # the worker that holds the lock is writing: no ping is needed
         try:
-            if self.ping_frame is None or now - self.last_write <= heartbeat:
-                return  # a worker wrote or finished between the check above and acquire()
+            if self.ping_frame is None or now - self.last_write <= self.request.settings.heartbeat:
+                return  # a worker wrote or finished between the check and acquire()
             self.last_write = now
             frame = self.ping_frame(self.request.settings.pings)
             if not self.tail.endswith((b"\n\n", b"\r\n\r\n", b"\n\r\n")) or self.has_event_id:
@@ -11233,6 +11114,9 @@ class StreamRelay:
     can the upstream connection be reused.
     """
 
+    paused = client_done = upstream_done = False
+    fast_path: Any = None  # unframe, parse, encode; (): impossible; None: not known yet
+
     def __init__(self, responder: "CallResponder") -> None:
         self.responder, self.request, self.call = responder, responder.request, responder.call
         self.exchange, self.dialect = responder.exchange, responder.dialect
@@ -11240,10 +11124,10 @@ class StreamRelay:
         self.loop = self.connection.loop
         self.stream: EventStream = self.exchange.response
         self.upstream, self.scope = self.stream.response.sock, self.stream.response.scope
-        self.tls_pending = getattr(self.upstream, "pending", None)  # bytes decrypted but not read
-        self.paused = self.client_done = self.upstream_done = False
+        self.tls_pending: Any = getattr(
+            self.upstream, "pending", None
+        )  # bytes decrypted but not read
         self.idle_timeout = self.stream.response.timeouts.idle
-        self.fast_path: Any = None  # unframe, parse, encode; (): impossible; None: not known yet
         self.buffered: List[Event] = []  # of a response that is not streamed
         if self.dialect.keeps_text or not self.call.stream:
             self.stream.byte_budget = MAX_BUFFERED_BODY * (4 if self.call.stream else 1)
@@ -11259,13 +11143,11 @@ class StreamRelay:
         self.writer.send = self.connection.send
         self._add_upstream()
 
-    def on_upstream(self) -> None:
-        """Handle a readable upstream socket."""
-        self._step()
-        while (
-            self.tls_pending and not self.upstream_done and not self.paused and self.tls_pending()
-        ):
-            self._step()  # decrypted bytes don't make the socket readable again
+    def on_upstream_tls(self) -> None:
+        """Handle a readable upstream socket with TLS."""
+        self.on_upstream()
+        while not self.upstream_done and not self.paused and self.tls_pending():
+            self.on_upstream()  # decrypted bytes don't make the socket readable again
 
     def on_client_disconnect(self) -> None:
         """Release the upstream after the client has disconnected."""
@@ -11282,13 +11164,21 @@ class StreamRelay:
             self.connection.disconnect()
             self.connection.end_request()
 
-    def _step(self) -> None:
-        """Read once from the upstream and write once to the client."""
+    def on_upstream(self) -> None:
+        """Read once from the readable upstream, and write once to the client."""
         stream = self.stream
         try:
             data = self.upstream.recv(RECV_SIZE)
-            if self.fast_path and self._relay_token(data):
-                return
+            if self.fast_path:
+                # Nearly every read of a live stream is one chunk that holds one token. To relay it
+                # without events saves a quarter of its CPU time.
+                unframe, parse, encode = self.fast_path
+                token = parse(unframe(data))
+                if token:
+                    self.scope.deadline = self.loop.now + self.idle_timeout
+                    if not self.writer.write_chunk(encode(token)):
+                        self._pause()
+                    return
             events = stream.receive(data)
         except (BlockingIOError, WantRead):
             return
@@ -11305,21 +11195,6 @@ class StreamRelay:
             self.scope.deadline = (
                 min(deadline, self.scope.deadline) if stream.complete else deadline
             )
-
-    def _relay_token(self, data: bytes) -> bool:
-        """Relay one chunk that holds one token, without events; False if it doesn't.
-
-        Nearly every read of a live stream is such a chunk; this saves a quarter of its CPU time.
-        """
-        unframe, parse, encode = self.fast_path
-        payload = unframe(data)
-        token = payload and parse(payload)
-        if not token:
-            return False
-        self.scope.deadline = self.loop.now + self.idle_timeout
-        if not self.writer.write_chunk(encode(token)):
-            self._pause()
-        return True
 
     def _choose_fast_path(self) -> None:
         body, decoder = self.stream.response.body, self.stream.decoder
@@ -11406,9 +11281,10 @@ class StreamRelay:
             self._add_upstream()
 
     def _add_upstream(self) -> None:
-        self.loop.add(self.upstream, self.on_upstream, self.abort)
+        callback = self.on_upstream_tls if self.tls_pending else self.on_upstream
+        self.loop.add(self.upstream, callback, self.abort)
         if self.tls_pending and self.tls_pending():
-            self.on_upstream()
+            self.on_upstream_tls()
 
     def _release(self, error: Optional[APIError] = None) -> None:
         """Return or close the upstream connection, and record its result. Idempotent."""
@@ -11543,8 +11419,14 @@ METRICS: Dict[str, Tuple[str, str, Tuple[str, ...]]] = {
     "process_max_fds": ("gauge", "Limit of open file descriptors.", ()),
 }
 # fmt: on
-BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320)  # seconds; then infinity
-TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1, 2.5, 5)
+_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320)
+BUCKETS = {  # upper bounds of each histogram's buckets, in seconds; then infinity
+    "akashproxy_request_duration_seconds": _SECONDS,
+    "akashproxy_time_to_first_token_seconds": _SECONDS,
+    "akashproxy_time_per_output_token_seconds": (
+        0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1, 2.5, 5,
+    ),
+}  # fmt: skip
 MAX_MODEL_LABELS = 200  # models with series of their own; the others are counted as "other"
 
 
@@ -11573,33 +11455,35 @@ class Metrics:
             counts["akashproxy_sent_bytes_total",] += writer.bytes_sent
             if call is None:
                 return
-            counts["akashproxy_failovers_total",] += max(0, len(record.route) - 1)
-            counts["akashproxy_model_requests_total", self.model_label(call.model)] += 1
+            if len(record.route) > 1:
+                counts["akashproxy_failovers_total",] += len(record.route) - 1
             if record.broken_off:
                 counts["akashproxy_streams_broken_off_total", controller] += 1
-            self._add_durations(request, call, now)
-            self._add_tokens(request, call)
+            model = self.model_label(call.model)
+            counts["akashproxy_model_requests_total", model] += 1
+            self.observe(
+                "akashproxy_request_duration_seconds", controller, now - request.started_at
+            )
+            if call.stream and controller and is_event_stream(call.attempt.content_type):
+                self._add_stream_times(request, now)
+            if record.usage:
+                self._add_tokens(request, record.usage, model)
 
-    def _add_durations(self, request: "Request", call: Call, now: float) -> None:
-        """Add a call's durations to the histograms. The caller holds the lock."""
-        record, started_at = request.record, request.started_at
-        self.observe("akashproxy_request_duration_seconds", record.controller, now - started_at)
-        if not (call.stream and record.controller and is_event_stream(call.attempt.content_type)):
-            return
-        first = record.first_token_at
+    def _add_stream_times(self, request: "Request", now: float) -> None:
+        """Add the durations of a stream to the histograms. The caller holds the lock."""
+        record, usage = request.record, request.record.usage or {}
+        controller, first = record.controller, record.first_token_at
         self.observe(
-            "akashproxy_time_to_first_token_seconds", record.controller, first - started_at
+            "akashproxy_time_to_first_token_seconds", controller, first - request.started_at
         )
-        usage = record.usage or {}
         tokens = usage.get("completion_tokens") or 0
         if tokens > 1 and not is_estimated(usage):
             seconds = (now - first) / (tokens - 1)
-            self.observe("akashproxy_time_per_output_token_seconds", record.controller, seconds)
+            self.observe("akashproxy_time_per_output_token_seconds", controller, seconds)
 
-    def _add_tokens(self, request: "Request", call: Call) -> None:
+    def _add_tokens(self, request: "Request", usage: Dict[str, Any], model: str) -> None:
         """Count a call's tokens. The caller holds the lock."""
-        usage, counts = request.record.usage or {}, self.counts
-        estimated, model = "estimated_" * is_estimated(usage), self.model_label(call.model)
+        estimated, counts = "estimated_" * is_estimated(usage), self.counts
         for kind in ("prompt", "completion"):
             tokens = max(0, usage.get(f"{kind}_tokens") or 0)
             if tokens:
@@ -11620,12 +11504,13 @@ class Metrics:
 
     def observe(self, name: str, controller: str, seconds: float) -> None:
         """Add a duration to a histogram. The caller holds the lock."""
-        self.counts[name, controller, bisect.bisect_left(buckets_of(name), seconds)] += 1
+        self.counts[name, controller, bisect.bisect_left(BUCKETS[name], seconds)] += 1
         self.counts[name, controller, "sum"] += seconds
 
     def snapshot(self) -> Dict[Tuple[Any, ...], float]:
         """Return all metrics: {(name, label, ...): number}."""
         server, connections = self.server, self.server.connections.copy()
+        server.pool.refresh_models_async()  # for the labels
         with self.lock:
             metrics = dict(self.counts)
         metrics["akashproxy_requests_in_flight",] = server.running_calls()
@@ -11642,11 +11527,6 @@ class Metrics:
         metrics["process_start_time_seconds",] = self.started_at
         metrics.update(process_metrics())
         return metrics
-
-
-def buckets_of(name: str) -> Tuple[float, ...]:
-    """Return the upper bounds of a histogram's buckets, in seconds."""
-    return TOKEN_BUCKETS if name == "akashproxy_time_per_output_token_seconds" else BUCKETS
 
 
 def process_metrics() -> Dict[Tuple[str], float]:
@@ -11691,7 +11571,7 @@ def histogram_lines(
 ) -> Iterator[str]:
     """Yield the sample lines of one histogram; its buckets are cumulative."""
     count: float = 0
-    for index, bound in enumerate([*map(str, buckets_of(name)), "+Inf"]):
+    for index, bound in enumerate([*map(str, BUCKETS[name]), "+Inf"]):
         count += buckets.get(str(index), 0)
         yield sample(f"{name}_bucket", [*labels, ("le", bound)], count)
     yield sample(f"{name}_sum", labels, buckets["sum"])
@@ -11764,18 +11644,29 @@ class Gate:
 
     def __init__(self, server: "Server") -> None:
         self.server = server
+        handler = server.RequestHandlerClass
+        # Methods that a handler subclass handles, on paths of its own.
+        self.overridden = {
+            name[len("do_") :]
+            for name in dir(handler)
+            if name.startswith("do_") and getattr(handler, name) is not getattr(Handler, name, None)
+        }
+        self.library_only = handler is Handler and type(server) is Server
 
     def check_head(self, request: Request, decoder: BodyDecoder) -> None:
         """Check origin, token, route, method and declared size."""
-        request.head = head = strip_path(request.head, request.settings.path_prefix)
+        settings = request.settings
+        if settings.path_prefix or request.head.path.endswith("/"):
+            request.head = strip_path(request.head, settings.path_prefix)
+        head = request.head
         request.route = route = find_route(head.method, head.path)
         self.check_page(request)  # after the route, which decides on the form of its error
         if head.method == "OPTIONS":  # a preflight carries no token
             return
-        public_metrics = head.path == "/metrics" and request.settings.metrics == "public"
-        if head.path not in PUBLIC_PATHS and not public_metrics:
+        public_metrics = head.path == "/metrics" and settings.metrics == "public"
+        if settings.needs_token and head.path not in PUBLIC_PATHS and not public_metrics:
             self.authorize(request)
-        if self._is_overridden(head.method):
+        if head.method in self.overridden:
             return
         if not route.targets:
             raise APIError(404, f"There is no {head.path[:200]!r} here.", code="not_found")
@@ -11799,19 +11690,12 @@ class Gate:
         if decoder.remaining > len(request.connection.input):
             self.server.bodies.check(decoder.remaining)
 
-    def _is_overridden(self, method: str) -> bool:
-        """Return whether a handler subclass handles the method, on paths of its own."""
-        do_method = getattr(self.server.RequestHandlerClass, "do_" + method, None)
-        return do_method is not None and do_method is not getattr(Handler, "do_" + method, None)
-
     def is_health_check(self, request: Request) -> bool:
         """Return whether the loop may handle the request: /health, unless overridden.
 
         It never blocks, takes a third of the CPU time there, and works if no thread can be started.
         """
-        server = self.server
-        library_only = server.RequestHandlerClass is Handler and type(server) is Server
-        return library_only and request.route.targets.get("GET") is get_health
+        return self.library_only and request.route.targets.get("GET") is get_health
 
     def check_page(self, request: Request) -> None:
         """Reject browser requests from foreign pages; APIError 403.
@@ -11822,7 +11706,7 @@ class Gate:
         settings, headers = request.settings, request.head.headers
         host, origin = headers.get("host", ""), headers.get("origin")
         if origin and not origin_allowed(
-            origin, host, settings.public_url, settings.cors_origins, settings.needs_token()
+            origin, host, settings.public_url, settings.cors_origins, settings.needs_token
         ):
             raise APIError(
                 403,
@@ -11833,7 +11717,7 @@ class Gate:
             )
         if (
             self.server.is_loopback
-            and not settings.needs_token()
+            and not settings.needs_token
             and not (is_local(host) or host_allowed(host, settings.host_names()))
         ):
             raise APIError(
@@ -11846,9 +11730,7 @@ class Gate:
 
     def authorize(self, request: Request) -> None:
         """Check the token, and set the request's key; APIError 401."""
-        if not request.settings.needs_token():
-            return
-        headers, tokens = request.head.headers, request.settings.bearer_token
+        headers = request.head.headers
         scheme, *credentials = headers.get("authorization", "").split(None, 1) or [""]
         bearer = credentials if scheme.lower() == "bearer" else []
         # Imported here: it loads OpenSSL's hashes, which a server without tokens does not need.
@@ -11861,17 +11743,15 @@ class Gate:
             for text in (*bearer, headers.get("x-api-key", ""), headers.get("api-key", ""))
             if text
         ]
-        keys = [
-            key
-            for data in sent
-            for key in self.server.keys
-            if compare_digest(data, key.options.key.encode())
+        known: List[Tuple[str, Optional[KeyLimiter]]] = [
+            *((key.options.key, key) for key in self.server.keys),
+            *((token, None) for token in request.settings.bearer_token),
         ]
         accepted = [
-            token for data in sent for token in tokens if compare_digest(data, token.encode())
+            key for token, key in known for data in sent if compare_digest(data, token.encode())
         ]
-        request.key = keys[0] if keys else None
-        if not keys and not accepted:
+        request.key = next(filter(None, accepted), None)
+        if not accepted:
             raise APIError(
                 401,
                 "Incorrect API key provided: this server does not know the token."
@@ -11927,7 +11807,10 @@ def forwarded(request: Request, name: str) -> str:
 def client_address(request: Request) -> str:
     """Return the client's IP: the last in X-Forwarded-For that isn't a trusted proxy."""
     address: str = request.connection.client_address[0]
-    hops = request.head.headers.get("x-forwarded-for", "").rsplit(",", 20)[-20:]
+    forwarded_for = request.head.headers.get("x-forwarded-for")
+    if not forwarded_for:
+        return address
+    hops = forwarded_for.rsplit(",", 20)[-20:]
     for hop in reversed([hop.strip() for hop in hops if hop]):
         try:
             if not is_trusted(address, request.settings.trusted_proxies):
@@ -11951,11 +11834,8 @@ def own_url(request: Request) -> str:
     return url if complete else url + settings.path_prefix
 
 
-def acquire_key(request: Request, call: Call) -> None:
+def acquire_key(request: Request, key: KeyLimiter, call: Call) -> None:
     """Apply the limits of the request's key to a call; APIError 429. Worker thread."""
-    key = request.key
-    if key is None:
-        return
     n = (
         (call.original.body or {}).get("n")
         if call.original.path.startswith("/v1/images/")
@@ -11969,16 +11849,16 @@ def acquire_key(request: Request, call: Call) -> None:
 
 
 def release_key(request: Request) -> None:
-    """Release the key's slot, if the request holds one. Idempotent. Any thread."""
-    if request.counted and request.key is not None:
-        request.counted = False
+    """Release the slot of its key that a request holds. Any thread."""
+    request.counted = False
+    if request.key is not None:
         request.key.release()
 
 
 def cors_headers(request: Request) -> str:
     """Return the headers that let pages of allowed origins read the response."""
     settings, headers = request.settings, request.head.headers
-    if "*" in settings.cors_origins or not settings.cors_origins and settings.needs_token():
+    if "*" in settings.cors_origins or not settings.cors_origins and settings.needs_token:
         return CORS_ANY
     origin = headers.get("origin", "")
     if origin and origin_allowed(
@@ -12142,11 +12022,13 @@ class CallResponder:
     def start_buffered(self, events: List[Event]) -> bytes:
         """Begin a response that is not streamed; returns its body."""
         self._commit()
-        content_type, answer = self.call.attempt.content_type, fold(map(self.dialect.count, events))
-        self.request.record.usage = self.dialect.usage
-        data = answer.raw
+        content_type = self.call.attempt.content_type
         if content_type is None:
+            answer = fold(map(self.dialect.count, events))
             content_type, data = "application/json", to_json(self.dialect.response_body(answer))
+        else:
+            data = self.dialect.encode(events)
+        self.request.record.usage = self.dialect.usage
         self.writer.start(
             self.call.attempt.status,
             {"Content-Type": content_type, **call_headers(self.request)},
@@ -12201,6 +12083,8 @@ def call_headers(request: Request) -> Dict[str, str]:
     ignored = list(call.attempt.ignored_params) if call else []
     if call and call.attempt.content_type is None:
         ignored += call.untranslated
+    if not ignored:
+        return headers
     names = [
         name for name in dict.fromkeys(ignored[:100]) if re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", name)
     ]
@@ -12214,7 +12098,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     send_error(), rfile and wfile. Differences from http.server:
 
     - a handler is created for each complete request, not for each connection;
-    - ``request`` is a Request and ``headers`` a Headers;
+    - ``request`` is a Request;
     - the response body is framed here: chunked unless a Content-Length is sent;
     - errors are sent in the client's dialect, also by send_error();
     - a do_ method that returns True has left the rest of the response to the loop.
@@ -12249,7 +12133,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
     @functools.cached_property
     def headers(self) -> Any:  # type: ignore[override]
         """The request headers."""
-        return Headers(self.request.head.headers)
+        headers = http.client.HTTPMessage()
+        for name, value in self.request.head.headers.items():
+            headers[name] = value
+        return headers
 
     def run(self, step: Callable[[], Any]) -> None:
         """Run a step and send the error it raises; end the request unless it returns True."""
@@ -12329,7 +12216,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         request.record.model = dialect.call.model
         request.begin_call(dialect.call)
         dialect.call.client = request.key.name if request.key else client_address(request)
-        acquire_key(request, dialect.call)
+        if request.key is not None:
+            acquire_key(request, request.key, dialect.call)
         self.dialect = dialect
         request.exchange = exchange = Exchange(self.server.pool, dialect.call)
         request.record.route = exchange.route  # the list itself, which grows
@@ -12514,7 +12402,7 @@ def get_image(handler: Handler) -> None:
     request.begin_call(call)
     response = handler.server.pool.image(request.route.remainder, call.scope)
     # private if there are tokens: a shared cache would serve the image without one
-    cacheability = "private" if request.settings.needs_token() else "public"
+    cacheability = "private" if request.settings.needs_token else "public"
     try:
         writer.start(
             200,
@@ -12689,9 +12577,9 @@ class Server(http.server.ThreadingHTTPServer):
         self.pool = Pool(self.settings)
         self.loop = EventLoop(self.on_tick)
         self.workers = WorkerPool()
+        self.submit = self.workers.submit
         self.metrics = Metrics(self)
         self.keys = key_limiters(self.settings, [])
-        self.gate = Gate(self)
         self.bodies = ByteBudget(lambda: self.settings.max_body_total)
         self.connections: Set[Connection] = set()  # changed on the loop thread only
         self.all_closed = threading.Condition()  # notified while draining, once per connection
@@ -12707,6 +12595,7 @@ class Server(http.server.ThreadingHTTPServer):
             raise ConfigError(
                 [f"cannot listen on {self.settings.server_address}: {error.strerror or error}"]
             ) from None
+        self.gate = Gate(self)
 
     @property
     def url(self) -> str:
@@ -12852,10 +12741,6 @@ class Server(http.server.ThreadingHTTPServer):
         self.socket.close()
         self.accepting_stopped.set()
 
-    def submit(self, task: Callable[[], None]) -> None:
-        """Run a task on a worker thread; RuntimeError if there is none."""
-        self.workers.submit(task)
-
     def serve_request(self, request: Any) -> None:
         """Handle a Request by an instance of the handler class. Worker thread."""
         try:
@@ -12866,7 +12751,8 @@ class Server(http.server.ThreadingHTTPServer):
 
     def on_request_end(self, request: Request) -> None:
         """Count and log a completed request. Loop thread."""
-        release_key(request)
+        if request.counted:
+            release_key(request)
         now = time.monotonic()
         self.metrics.add(request, now)
         log_access(request, now)
@@ -14285,7 +14171,7 @@ def start(server: Server, load: Callable[[], Settings], demo: bool = False) -> i
     """Start a server, print its URLs and serve until a signal; the exit status."""
     raise_fd_limit()
     gc.freeze()  # the module's objects live on: collections need not traverse them
-    if not server.settings.needs_token() and not server.is_loopback:
+    if not server.settings.needs_token and not server.is_loopback:
         log.warning(
             "anyone who can reach %s can use this server and its upstreams' keys and quotas: "
             "set BEARER_TOKEN",
