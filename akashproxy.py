@@ -4804,7 +4804,7 @@ _KEY_CODES = (
 )
 _KEY_WORDS = (
     r"^(?:incorrect api key|api[ _]key (?:not valid|not found|expired)|invalid x-api-key"
-    r"|user location is not supported)"
+    r"|user location is not supported|this organization has been disabled)"
 )
 _LIKELY_KEY_WORDS = (
     r"(?:invalid|incorrect|wrong|missing|expired|revoked|bad|no)\b[\w -]{0,20}"
@@ -4816,7 +4816,7 @@ _LIKELY_KEY_WORDS = (
 )
 _FORBIDDEN_KEY_WORDS = (
     r"api[ _-]?key|credential|unauthori[sz]ed|authentication|authorization failed"
-    r"|unregistered callers|has not been used in project"
+    r"|unregistered callers|has not been used in project|public access is disabled"
 )
 _QUOTA_CODES = (
     r"insufficient_?(?:quota|balance|credit)|exceeded_current_quota"
@@ -4825,20 +4825,21 @@ _QUOTA_CODES = (
 )
 _QUOTA_WORDS = (
     r"^(?:your credit balance is too low|insufficient (?:balance|credit|funds)"
-    r"|your team has either used all available credits"
+    r"|your team has either used all available credits|you have reached your specified"
     r"|budget has been exceeded|余额不足|您的账户已欠费)"
 )
 _LIKELY_QUOTA = (
     r"quota|billing|credit|balance|payment|insufficient funds|spending|arrears|budget"
-    r"|(?:key|usage|monthly) limit|余额|欠费"
+    r"|(?:key|usage|monthly) limit|余额|欠费|额度"
 )
 _MODEL_CODES = (
-    r"model_?not_?(?:found|available|supported)|model_access_denied|(?:unknown|invalid)_model"
-    r"|deploymentnotfound|\b1211\b"
+    r"model_?not_?(?:found|available|supported)|model_(?:access_denied|decommissioned|terms)"
+    r"|(?:unknown|invalid)_model|deploymentnotfound|\b1211\b"
 )
 _NO_MODEL = (
     r"\bmodels?\b.{0,200}(?:\bnot (?:exist|found)|does ?n[o']t exist|unknown)|模型不存在"
     r"|^(?:unknown|invalid|no such|unsupported) model\b|invalid model name|is not a valid model"
+    r"|model identifier is invalid"
 )
 _MODEL_ACCESS = _NO_MODEL + (
     r"|\bmodels?\b.{0,200}(?:\bnot |denied|unavailable|unsupported|restricted|only available"
@@ -5040,7 +5041,7 @@ class ErrorReport:
 
 
 _MODEL_LIMIT = (
-    r"\bmodel ?[:=`'\"\\]|this model|permodel"
+    r"\bmodel ?[:=`'\"\\]|this model|(?:per|by)model"
     r"|rate limit reached for (?!org|team|user|proj|key|api|your|acc|def|req|tok|in |on )\w"
 )
 
@@ -5238,9 +5239,9 @@ def retry_after_seconds(
     With ``limit`` also by rate-limit headers, which some upstreams send with every response.
     None if no wait is given or it can't be parsed.
     """
+    named = (_delay_of(name, value, now) for name, value in headers.items())
     delays = [
-        seconds_from_now(headers.get("retry-after-ms"), now, 0.001),
-        seconds_from_now(headers.get("retry-after"), now),
+        min((delay for delay in named if delay is not None), default=None),
         _delay_from_headers(headers, now) if limit else None,
         _delay_from_body(body, now),
         _delay_from_message(message),
@@ -5301,31 +5302,40 @@ def _delay_from_headers(headers: Dict[str, str], now: Callable[[], float]) -> Op
     return max((seconds for seconds in delays if seconds is not None), default=None)
 
 
-# Fields of error bodies, in lower case without "_".
-_DELAY_FIELD = re.compile(r"(?:retry(?:delay|after)|resets?(?:at|time|in))(?:ms|s|seconds)?")
-
-
 def _delay_from_body(value: Any, now: Callable[[], float], depth: int = 5) -> Optional[float]:
     """Delay in a field of an error body, or in response headers that it quotes."""
     if not depth or not isinstance(value, (dict, list)):
         return None
     items = value.items() if isinstance(value, dict) else enumerate(value)
     for name, inner in itertools.islice(items, 64):
-        name = str(name).replace("_", "").lower()
         if name == "headers" and isinstance(inner, dict):
             quoted = itertools.islice(inner.items(), 64)
             seconds = retry_after_seconds({key.lower(): str(item) for key, item in quoted}, {}, now)
-        elif _DELAY_FIELD.fullmatch(name):
-            seconds = seconds_from_now(inner, now, 0.001 if name.endswith("ms") else 1.0)
         else:
+            seconds = _delay_of(str(name), inner, now)
+        if seconds is None:
             seconds = _delay_from_body(inner, now, depth - 1)
         if seconds is not None:
             return seconds
     return None
 
 
+# Headers and fields of error bodies, in lower case without "-" and "_".
+_DELAY_FIELD = re.compile(
+    r"(?:\w{0,40}retry(?:after|delay|in)|resets?(?:at|time|in|after))(?:ms|s|secs?|seconds)?"
+)
+
+
+def _delay_of(name: str, value: Any, now: Callable[[], float]) -> Optional[float]:
+    """Seconds from now by a header or field, if its name stands for a delay."""
+    name = re.sub("[-_]", "", name[:80].lower())
+    is_delay = _DELAY_FIELD.fullmatch(name)
+    return seconds_from_now(value, now, 0.001 if name.endswith("ms") else 1) if is_delay else None
+
+
 _DELAY_IN_MESSAGE = re.compile(
-    r"(?:(?:try|retry|again)[a-z ]{0,30} (?:in|after)|wait(?: for)?|resets? in) (?:about )?"
+    r"(?:(?:try|retry|again)[a-z ]{0,30} (?:in|after)|wait(?: for| at least)?|resets? (?:in|after))"
+    r" (?:about |around |approximately )?"
     r"((?:[0-9]{1,9}(?:\.[0-9]{1,20})? ?(?:[a-z]{1,12})?(?:,? and |, | )?){1,4})",
     re.I,
 )
