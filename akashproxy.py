@@ -656,7 +656,10 @@ class Queued(Exception):
 
 
 class ProtocolError(ValueError):
-    """A message that violates HTTP/1.1; ``status`` is for the response to a client."""
+    """A message that violates HTTP/1.1; ``status`` is for the response to a client.
+
+    It does not quote the message, as that of an upstream may contain secrets.
+    """
 
     def __init__(self, message: str, status: int = 400) -> None:
         super().__init__(message)
@@ -2240,7 +2243,7 @@ class BodyDecoder:
             if length is not None:
                 raise ProtocolError("both Content-Length and Transfer-Encoding")
             if coding.lower() != "chunked":
-                raise ProtocolError(f"Transfer-Encoding {coding[:40]!r} is not supported", 501)
+                raise ProtocolError("the Transfer-Encoding is not supported", 501)
             self.chunked = True
         elif length is not None:
             if not _LENGTH.fullmatch(length):
@@ -2869,10 +2872,11 @@ class UpstreamResponse:
         try:
             self.content = ContentDecoder(encoding)
         except ValueError:
-            name = shorten(encoding, 40)
+            # A hostile upstream could quote this server's key.
+            name = f" {encoding!r}" if re.fullmatch("[a-z, ]{1,16}", encoding) else ""
             raise truncated(
                 self.timeouts.upstream_name,
-                f"sent the Content-Encoding {name!r}, which was not asked for and is not supported",
+                f"sent the Content-Encoding{name}, which was not asked for and is not supported",
             ) from None
 
     def read_head(self) -> None:
@@ -3130,14 +3134,12 @@ def upstream_error(
         return exhausted_error(error)
     if not isinstance(error, NETWORK_ERRORS):
         return unexpected_error(error, upstream_name)
-    # What a ProtocolError quotes was sent by the upstream, and must not get into the log.
-    detail = str(error).partition(" '")[0] if isinstance(error, ProtocolError) else error
     reason = str(error) if isinstance(error, ConnectError) else ""
     message = upstream_name + network_problem(error, in_body)
     if reason:
         log.warning("%s", message)
     else:
-        log.info("%s: %s: %s", upstream_name, type(error).__name__, detail)
+        log.info("%s: %s: %s", upstream_name, type(error).__name__, error)
     return APIError(
         504 if isinstance(error, (socket.timeout, TimeoutError)) else 502,
         message,

@@ -4826,7 +4826,7 @@ def test_no_answer_log_or_status_shows_a_secret(place, kind, pool, caplog):
 def test_a_head_that_is_no_http_shows_no_secret_in_the_log(fake, pool, caplog):
     caplog.set_level("DEBUG")
     server = pool((fake, {"api_key": KEY}), log_level="debug")
-    for line in (f"Transfer-Encoding: {KEY}", f"Content-Length: {KEY}", f"{KEY} : x", f"X: a\r{KEY}"):
+    for line in (f"Transfer-Encoding: {KEY}", f"Transfer-Encoding: '{KEY}'", f"Content-Encoding: {KEY}", f"Content-Length: {KEY}", f"{KEY} : x", f"X: a\r{KEY}"):
         fake.sends(f"HTTP/1.1 200 {KEY}\r\n{line}\r\n\r\n".encode())
         got = chat(server, BOTH)
         assert got.status == 502 and not leaks(got.body, KEY)
