@@ -7669,7 +7669,7 @@ class Upstream:
 
     The rules of cool-downs:
 
-    * Each is of one category of failure, and of one model or (None) of the whole controller.
+    * Each is of one category of failure, and of one model or (the model "") the whole controller.
     * It begins after as many consecutive failures as FAILURE_POLICY says. Failures of concurrent
       attempts, those that started before the last counted one, count once.
     * It lasts for AUTH_COOLDOWN, for the upstream's Retry-After, or else for BACKOFF_BASE, doubled
@@ -7688,7 +7688,7 @@ class Upstream:
         self.current_weight = 0.0  # of smooth weighted round robin
         self.in_flight = self.served = self.failed = self.cooldown_count = 0
         self.outcomes: Dict[str, int] = defaultdict(int)  # attempts by "success" or a category
-        self.cooldowns: Dict[Tuple[Category, Optional[str]], CoolDown] = {}  # by (category, model)
+        self.cooldowns: Dict[Tuple[Category, str], CoolDown] = {}  # by (category, model)
         self.served_at = -math.inf  # the last success
         self.last_error, self.last_error_at = "", 0.0  # the latter by time.time()
         self.logged_exceptions: Set[Tuple[Any, ...]] = set()  # (type, file, line) with a traceback
@@ -7735,7 +7735,7 @@ class Upstream:
             self.served += 1
             self.served_at = now
             for key, cooldown in list(self.cooldowns.items()):  # those that the success disproves
-                if key[1] in (None, self._model_key(model)) and cooldown.failed_at <= started:
+                if key[1] in ("", self._model_key(model)) and cooldown.failed_at <= started:
                     del self.cooldowns[key]
             return
         category = error.category
@@ -7758,10 +7758,10 @@ class Upstream:
 
     def _cooldown(self, category: Category, model: str) -> CoolDown:
         """The cool-down of a category and a model ("": the controller), made if needed."""
-        key = category, self._model_key(model) if model else None
+        key = category, self._model_key(model)
         if key not in self.cooldowns:
             # Clients choose the models' names: without a bound they could fill the memory.
-            of_models = [key for key in self.cooldowns if key[1] is not None]
+            of_models = [key for key in self.cooldowns if key[1]]
             if model and len(of_models) >= MAX_MODEL_COOLDOWNS:
                 del self.cooldowns[min(of_models, key=lambda other: self.cooldowns[other].until)]
             self.cooldowns[key] = CoolDown()
@@ -7773,7 +7773,7 @@ class Upstream:
 
     def _applicable(self, model: str, ignored: Tuple[Category, ...]) -> List[CoolDown]:
         """The cool-downs that apply to a model, except for the ignored categories."""
-        scopes = (None, self._model_key(model))
+        scopes = ("", self._model_key(model))
         return [
             cooldown
             for (category, scope), cooldown in self.cooldowns.items()
@@ -7799,7 +7799,7 @@ class Upstream:
 
     def due_limit(self, now: float) -> Optional[CoolDown]:
         """The rate limit to ask about now; at most once in RECHECK seconds."""
-        limit = self.cooldowns.get((Category.RATE_LIMIT, None))
+        limit = self.cooldowns.get((Category.RATE_LIMIT, ""))
         if limit and limit.asks_upstream and limit.until > now >= limit.recheck_at:
             limit.recheck_at = now + RECHECK
             return limit
@@ -7808,16 +7808,14 @@ class Upstream:
     def metrics(self, now: float) -> Dict[Tuple[str, ...], float]:
         """Return its metrics, {(name, label, ...): number} without its own label."""
         rest = self.available_at() - now
-        metrics: Dict[Tuple[str, ...], float] = {
+        outcomes, own = self.outcomes.copy(), self.controller.metrics()
+        return {
             ("akashproxy_controller_rests_total",): self.cooldown_count,
             ("akashproxy_controller_resting",): int(rest > 0),
             ("akashproxy_controller_rest_seconds",): max(0.0, round(rest, 3)),
+            **{("akashproxy_upstream_requests_total", name): outcomes[name] for name in outcomes},
+            **{(name,): value for name, value in own.items()},
         }
-        for outcome, count in self.outcomes.copy().items():
-            metrics["akashproxy_upstream_requests_total", outcome] = count
-        for name, value in self.controller.metrics().items():
-            metrics[name,] = value
-        return metrics
 
     def log_exception(self, error: APIError) -> None:
         """Log the exception behind an error, with its traceback once per line of code."""
@@ -7886,11 +7884,6 @@ class Waiter:
     is counted as in flight.
     """
 
-    __slots__ = (
-        "queue", "exchange", "known", "candidates", "ignored", "deadline", "number", "key",
-        "upstream",
-    )  # fmt: skip
-
     def __init__(
         self, queue: "CallQueue", exchange: "Exchange", upstreams: List[Upstream], deadline: float
     ) -> None:
@@ -7900,7 +7893,7 @@ class Waiter:
         is_only = len(self.known) == 1 and not exchange.other_models
         self.ignored = BACKOFF_CATEGORIES if is_only else ()
         self.upstream: Optional[Upstream] = None
-        self.number = 0
+        self.number = 0  # in the queue
         self.key: Tuple[Any, ...] = ()  # calls with the same key become ready at the same time
 
     def available_at(self, upstreams: List[Upstream], now: float) -> float:
@@ -8360,7 +8353,7 @@ class Pool:
                     "models_cooling_down": sum(
                         cooldown.until > now
                         for (_, model), cooldown in upstream.cooldowns.items()
-                        if model is not None
+                        if model
                     ),
                     "last_error": upstream.last_error or None,
                     "last_error_at": utc(upstream.last_error_at) if upstream.last_error else None,

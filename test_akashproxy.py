@@ -1660,7 +1660,7 @@ def test_a_limit_that_has_been_reset_is_noticed(case, akash):
     assert upstream.available_at() == clock.now + 14400 and not akash.requests, "not at once"
     for number in (1, 2):
         clock.now += 601
-        limit = upstream.cooldowns[akashproxy.Category.RATE_LIMIT, None]
+        limit = upstream.cooldowns[akashproxy.Category.RATE_LIMIT, ""]
         pool.on_tick(0)
         pool.on_tick(0)
         wait_for(lambda: upstream.available_at() == 0 if ends else limit.asks_upstream is not may_probe)
@@ -4272,7 +4272,7 @@ def test_the_next_one_is_waited_for_after_a_silent_one(a, b, pool, monkeypatch):
     monkeypatch.setattr(akashproxy, "BACKOFF_BASE", 0.5)
     server = pool((a, {"weight": 1000, "first_byte_timeout": 0.1}), b, max_wait=5)
     b.sends(b"\0")
-    server.pool.upstreams[0].cooldowns[Category.NETWORK, None] = akashproxy.CoolDown(time.monotonic() + 60)
+    server.pool.upstreams[0].cooldowns[Category.NETWORK, ""] = akashproxy.CoolDown(time.monotonic() + 60)
     assert chat(server, BOTH).status in (502, 503)      # b rests for a while
     server.pool.upstreams[0].cooldowns.clear()
     a.faults.append(a.stall())
@@ -6508,7 +6508,7 @@ def test_a_reload_reaches_open_connections(pool):
     server = pool(FakeOpenAI(), bearer_token=("old",))
     with link_to(server) as link:
         assert ask_again(link, path="/status", headers={"Authorization": "Bearer old"}).status == 200
-        server.pool.upstreams[0].cooldowns[Category.RATE_LIMIT, None] = akashproxy.CoolDown(time.monotonic() + 99)
+        server.pool.upstreams[0].cooldowns[Category.RATE_LIMIT, ""] = akashproxy.CoolDown(time.monotonic() + 99)
         server.reload(dataclasses.replace(server.settings, bearer_token=("new",)))
         assert ask_again(link, path="/status", headers={"Authorization": "Bearer old"}).status == 401
         state = ask_again(link, path="/status", headers={"Authorization": "Bearer new"}).json["controllers"][0]
