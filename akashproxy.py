@@ -2439,24 +2439,9 @@ class UpstreamRequest(urllib.request.Request):
     tunnel_headers: Dict[str, str]
     _tunnel_host: Optional[str]  # urllib's: the upstream, if a proxy tunnels to it
 
-    def copy(
-        self,
-        method: str,
-        body: Optional[bytes],
-        fields: Dict[str, str],
-        scope: CancelScope,
-        force_new_connection: object,
-    ) -> "UpstreamRequest":
+    def copy(self, **attributes: Any) -> "UpstreamRequest":
         request = UpstreamRequest.__new__(UpstreamRequest)
-        request.__dict__.update(
-            self.__dict__,
-            unredirected_hdrs={},
-            method=method,
-            body=body,
-            fields=fields,
-            scope=scope,
-            force_new_connection=force_new_connection,
-        )
+        request.__dict__.update(self.__dict__, unredirected_hdrs={}, **attributes)
         return request
 
     def to_bytes(self) -> bytes:
@@ -2591,10 +2576,6 @@ class ConnectionPool(urllib.request.BaseHandler):
             connection._create_connection = self.socks.connect  # type: ignore[attr-defined]
         try:
             connection.connect()
-        except OSError as error:
-            connection.close()
-            raise_connect_error(error, self.socks.host if self.socks else request.host)
-            raise
         except BaseException:
             connection.close()
             raise
@@ -2605,27 +2586,25 @@ class ConnectError(OSError):
     """A connection could not be opened; the message is for clients and operators."""
 
 
-def raise_connect_error(error: OSError, address: str) -> None:
-    """Raise a ConnectError if it is clear why an address, or a proxy, can't be used.
+def connect_problem(error: Exception, upstream: str, proxy: str) -> str:
+    """Why an address, or the proxy before it, can't be used; "" if that is not clear.
 
     It names the host, but not the port: clients need not know the inner network.
     """
-    if isinstance(error, ConnectError) or is_exhausted(error):
-        return
-    host = urllib.parse.urlsplit(f"//{address}").hostname
+    first = proxy or upstream
     verify_message = getattr(error, "verify_message", "")
+    if isinstance(error, ConnectError):
+        return str(error)
     if isinstance(error, socket.gaierror):
-        reason = f"the name {host!r} can't be looked up (check the address and the DNS)"
-    elif isinstance(error, ConnectionRefusedError):
-        reason = f"{host} refused the connection (check that it runs, and the port)"
-    elif verify_message:
-        reason = f"the certificate of {host} can't be verified: {verify_message} (set CA_FILE)"
-    elif str(error).startswith("Tunnel connection failed: "):
+        return f"the name {first!r} can't be looked up (check the address and the DNS)"
+    if isinstance(error, ConnectionRefusedError):
+        return f"{first} refused the connection (check that it runs, and the port)"
+    if verify_message:
+        return f"the certificate of {upstream} can't be verified: {verify_message} (set CA_FILE)"
+    if str(error).startswith("Tunnel connection failed: "):
         status = str(error).partition(": ")[2][:3]
-        reason = f"the proxy {host} refused the connection with status {status} (check PROXY)"
-    else:
-        return
-    raise ConnectError(reason) from error
+        return f"the proxy {proxy} refused the connection with status {status} (check PROXY)"
+    return ""
 
 
 class SocksProxy:
@@ -2645,40 +2624,43 @@ class SocksProxy:
         sock = socket.create_connection((self.host, self.port), *options)
         try:
             with sock.makefile("rb") as replies:  # reads no byte of the upstream: clients begin
-                self._negotiate(sock, replies, *address)
+                problem = self._negotiate(sock, replies, *address)
+            if problem:
+                raise ConnectError(f"the proxy {self.host} {problem} (check PROXY)")
             return sock
         except BaseException:
             sock.close()
             raise
 
-    def _negotiate(self, sock: socket.socket, replies: Any, host: str, port: int) -> None:
+    def _negotiate(self, sock: socket.socket, replies: Any, host: str, port: int) -> str:
+        """Log in and have a connection opened; return what the proxy does not do, or ""."""
         method = 2 if self.user else 0
         sock.sendall(bytes([5, 1, method]))
-        self._require(replies.read(2) == bytes([5, method]), "is not SOCKS 5 or refuses this login")
+        if replies.read(2) != bytes([5, method]):
+            return "is not SOCKS 5 or refuses this login"
         if self.user:
             fields = [bytes([len(field)]) + field for field in (self.user, self.password)]
             sock.sendall(b"\1" + b"".join(fields))
-            self._require(replies.read(2)[1:] == b"\0", "rejected the user or the password")
-        if not self.remote_names:
-            host = str(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][4][0])
-        sock.sendall(b"\5\1\0" + socks_address(host) + port.to_bytes(2, "big"))
-        reply = replies.read(4).ljust(4, b"\xff")
-        self._require(reply[1] == 0, f"can't reach it (SOCKS reply {reply[1]})")
-        replies.read(({1: 4, 4: 16}.get(reply[3]) or replies.read(1)[0]) + 2)
+            if replies.read(2)[1:] != b"\0":
+                return "rejected the user or the password"
+        sock.sendall(b"\5\1\0" + self._address(host, port) + port.to_bytes(2, "big"))
+        _, code, _, address_type = replies.read(4).ljust(4, b"\xff")
+        length = {1: 4, 4: 16}.get(address_type) or int.from_bytes(replies.read(1), "big")
+        replies.read(length + 2)  # the address that the proxy uses
+        return f"can't reach it (SOCKS reply {code})" if code else ""
 
-    def _require(self, condition: bool, problem: str) -> None:
-        if not condition:
-            raise ConnectError(f"the proxy {self.host} {problem} (check PROXY)")
-
-
-def socks_address(host: str) -> bytes:
-    """A host in RFC 1928's form: a type, then 4 bytes, 16 bytes or a counted name."""
-    try:
-        packed = ipaddress.ip_address(host).packed
-    except ValueError:
-        name = host.encode("idna")
-        return bytes([3, len(name)]) + name
-    return (b"\1" if len(packed) == 4 else b"\4") + packed
+    def _address(self, host: str, port: int) -> bytes:
+        """A host in RFC 1928's form: a type, then 4 bytes, 16 bytes or a counted name."""
+        try:
+            if not self.remote_names:
+                host = str(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][4][0])
+            packed = ipaddress.ip_address(host).packed
+        except socket.gaierror as error:
+            raise ConnectError(connect_problem(error, host, "")) from error
+        except ValueError:
+            name = host.encode("idna")
+            return bytes([3, len(name)]) + name
+        return (b"\1" if len(packed) == 4 else b"\4") + packed
 
 
 def is_persistent(http_minor: str, headers: Dict[str, str]) -> bool:
@@ -2807,11 +2789,9 @@ class UpstreamResponse:
 
         ProtocolError or ConnectionError if the response is malformed or incomplete.
         """
-        if data and self.status:
-            payload = self.body.feed(data)
-            return self._expand(payload) if self.content else payload
         if data:
-            data = self._head(data)
+            if not self.status:
+                data = self._head(data)
             payload = self.body.feed(data) if data else b""
             return self._expand(payload) if self.content else payload
         self.scope.raise_if_cancelled()
@@ -2872,16 +2852,15 @@ class UpstreamResponse:
             self.sock.setblocking(True)
             while not self.status:
                 self.first_payload = self.receive(self.sock.recv(RECV_SIZE))
-        except (APIError, ClientDisconnected):
-            self.close()
-            raise
-        except NETWORK_ERRORS as error:
+        except (*NETWORK_ERRORS, APIError) as error:
             self.close()
             raise self.to_api_error(error) from error
 
     def to_api_error(self, error: Exception) -> APIError:
         """Translate an exception raised while receiving; raises the scope's cancel reason."""
         upstream_name = self.timeouts.upstream_name
+        if isinstance(error, APIError):
+            return error
         if self.reused and not self.status and not self.head_buffer and self.scope.reason is None:
             return APIError(
                 502,
@@ -2889,7 +2868,7 @@ class UpstreamResponse:
                 code="connection",
                 category=Category.RETRY,
             )
-        return upstream_error(error, self.scope, upstream_name, self.body is not NO_BODY)
+        return upstream_error(error, self.scope, upstream_name, in_body=self.body is not NO_BODY)
 
     def reset_idle_deadline(self, started: bool = True) -> None:
         """Set the deadline of the next read, or of the first content until it has arrived."""
@@ -2995,6 +2974,8 @@ class Transport:
         self.connect_timeout = either(options.connect_timeout, settings.connect_timeout)
         self.first_byte_timeout = either(options.first_byte_timeout, settings.first_byte_timeout)
         self.idle_timeout = either(options.idle_timeout, settings.idle_timeout)
+        self.host = urllib.parse.urlsplit(base).hostname or ""
+        self.proxy_host = urllib.parse.urlsplit(options.proxy).hostname or ""
         self.connections = ConnectionPool(settings.ca_file, options.proxy)
         # Not build_opener(): that would follow redirects with the key attached, open file: and
         # ftp: URLs, and read the environment's proxies past the settings.
@@ -3028,29 +3009,28 @@ class Transport:
             first_byte or self.idle_timeout,
         )
         scope.set_deadline(timeouts.first, timeouts.first_byte_message)
-        fields = {**self.headers, **headers} if headers else self.headers
+        request = self.new_request(path).copy(
+            method=method,
+            body=data,
+            fields={**self.headers, **headers} if headers else self.headers,
+            scope=scope,
+            force_new_connection=force_new_connection,
+        )
         try:
-            request = self.new_request(path).copy(method, data, fields, scope, force_new_connection)
             response: UpstreamResponse = self.opener.open(request, timeout=self.connect_timeout)
         except NETWORK_ERRORS as error:
-            raise upstream_error(error, scope, self.upstream_name) from error
+            reason = connect_problem(error, self.host, self.proxy_host)
+            raise upstream_error(error, scope, self.upstream_name, reason) from error
         response.timeouts, response.first_byte_deadline = timeouts, scope.deadline
         return response
 
-    def fetch(
-        self,
-        method: str,
-        path: str,
-        scope: CancelScope,
-        data: Optional[bytes] = None,
-        headers: Optional[Dict[str, str]] = None,
-        first_byte: Optional[float] = None,
-    ) -> UpstreamResponse:
-        """Send a request and wait for the head of its response. Errors as start_request()."""
+    def fetch(self, method: str, path: str, scope: CancelScope, **options: Any) -> UpstreamResponse:
+        """Send a request and wait for the head of its response; as start_request()."""
 
         def send(retry_reason: str) -> UpstreamResponse:
-            request = method, path, scope, data, headers, first_byte, retry_reason
-            response = self.start_request(*request)
+            response = self.start_request(
+                method, path, scope, force_new_connection=retry_reason, **options
+            )
             response.read_head()
             return response
 
@@ -3110,27 +3090,33 @@ report_exhaustion = Throttle(10.0)
 
 
 def upstream_error(
-    error: Exception, scope: CancelScope, upstream_name: str, in_body: bool = False
+    error: Exception,
+    scope: CancelScope,
+    upstream_name: str,
+    reason: str = "",
+    in_body: bool = False,
 ) -> APIError:
     """Translate a network exception; raises the scope's reason if it was cancelled.
 
-    ``in_body``: the head was complete, so a protocol error means a truncated response.
+    ``reason`` is its connect_problem(). ``in_body``: the head was complete, so a protocol error
+    means a truncated response.
     """
     scope.raise_if_cancelled()
     if is_exhausted(error):
         return exhausted_error(error)
     if not isinstance(error, NETWORK_ERRORS):
         return unexpected_error(error, upstream_name)
-    # What a ProtocolError quotes was sent by the upstream, and must not get into the log.
-    detail = str(error).partition(" '")[0] if isinstance(error, ProtocolError) else error
-    reason = str(error) if isinstance(error, ConnectError) else ""
-    message = upstream_name + network_problem(error, in_body)
+    timed_out = isinstance(error, (socket.timeout, TimeoutError))
     if reason:
+        message = f"{upstream_name} could not be reached: {reason}."
         log.warning("%s", message)
     else:
+        message = f"{upstream_name}{network_problem(error, in_body)}."
+        # What a ProtocolError quotes was sent by the upstream, and must not get into the log.
+        detail = str(error).partition(" '")[0] if isinstance(error, ProtocolError) else error
         log.info("%s: %s: %s", upstream_name, type(error).__name__, detail)
     return APIError(
-        504 if isinstance(error, (socket.timeout, TimeoutError)) else 502,
+        504 if timed_out else 502,
         message,
         code="upstream_error",
         category=Category.NETWORK,
@@ -3141,13 +3127,16 @@ def upstream_error(
 def network_problem(error: Exception, in_body: bool) -> str:
     """End of an error message about a connection, after the upstream's name."""
     if isinstance(error, (socket.timeout, TimeoutError)):
-        return " could not be reached in time."
+        return " could not be reached in time"
     if isinstance(error, (http.client.HTTPException, ProtocolError)):
-        cut = ": connection lost: it broke off its answer."
-        return cut if in_body else ": it sent something that is not HTTP."
-    if _is_disconnect(error):
-        return ": connection lost: it broke off the connection."
-    return f" could not be reached{f': {error}' if isinstance(error, ConnectError) else ''}."
+        cut = ": connection lost: it broke off its answer"
+        return cut if in_body else ": it sent something that is not HTTP"
+    if (
+        isinstance(error, (ConnectionError, RaggedEnd))
+        or getattr(error, "reason", "") == "UNEXPECTED_EOF_WHILE_READING"  # Python 3.9
+    ):
+        return ": connection lost: it broke off the connection"
+    return " could not be reached"
 
 
 def exhausted_error(error: Exception) -> APIError:
@@ -3162,15 +3151,6 @@ def exhausted_error(error: Exception) -> APIError:
         code="overloaded",
         retry_after=1,
         category=Category.LOCAL,
-    )
-
-
-def _is_disconnect(error: Exception) -> bool:
-    """Return whether the upstream closed or reset an established connection."""
-    return (
-        isinstance(error, (ConnectionResetError, BrokenPipeError, RaggedEnd))
-        or type(error) is ConnectionError
-        or getattr(error, "reason", "") == "UNEXPECTED_EOF_WHILE_READING"  # RaggedEnd in Python 3.9
     )
 
 
@@ -3519,7 +3499,7 @@ class EventStream:
         if self.complete:
             return []
         try:
-            self.error = error if isinstance(error, APIError) else self.response.to_api_error(error)
+            self.error = self.response.to_api_error(error)
         except (APIError, ClientDisconnected) as reason:  # the scope was cancelled
             self.error = reason
         events: List[Event] = []
@@ -6661,8 +6641,9 @@ class AkashController(Controller):
 
         def send(retry_reason: str) -> UpstreamResponse:
             cookie = self.session.get(scope)
+            headers = self._headers(data, cookie)
             response = self.transport.fetch(
-                method, path, scope, data, self._headers(data, cookie), first_byte
+                method, path, scope, data=data, headers=headers, first_byte=first_byte
             )
             if response.status == 200 and not is_challenge_page(response):
                 return response

@@ -829,7 +829,7 @@ def test_kept_connections_live_as_long_as_their_server_says():
 @pytest.mark.parametrize("text", ["a\nB: c", "a\rb", "a\r\nB: c", "a\0b"])
 def test_no_line_break_gets_into_the_head_of_a_request(text):
     for fields in {"A": text}, {text: "a"}:
-        request = akashproxy.UpstreamRequest("http://x/").copy("GET", None, fields, akashproxy.CancelScope(), False)
+        request = akashproxy.UpstreamRequest("http://x/").copy(method="GET", body=None, fields=fields)
         with pytest.raises(ProtocolError, match="line break"):
             request.to_bytes()
 
