@@ -65,11 +65,10 @@ Where is ...
     an error and its form on the wire  APIError, Dialect.error_body
     what an upstream's error means     UPSTREAM_ERRORS, error_from_body, akash_error
     what hides secrets                 redact
-    Akash's cookie                     AkashSession
+    Akash's cookies                    AkashController.session, AkashLogin
     caches of sessions and models      Cache
     Akash's stream, line by line       AkashDecoder
     what is sent to Akash              akash_request
-    logins at Akash                    AkashLogin
     images                             AkashImages, ImageBatches
     <think> tags                       ThinkTagFilter
     stop sequences and max_tokens      StopFilter
@@ -2059,6 +2058,7 @@ MAX_HEADERS = 100
 MAX_INTERIM_RESPONSES = 100  # 1xx responses before the final one
 RECV_SIZE = 65536
 MAX_BUFFERED_BODY = 64 << 20  # bytes of a response that is parsed only when complete
+MAX_SHORT_BODY = 4 << 20  # bytes of a list of models, of a session or of an error
 
 _FIELD = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t -~\x80-\xff]*)")
 _BARE_BREAK = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)")
@@ -2429,25 +2429,44 @@ class ContentDecoder:
 # above this section an OSError can only mean that the client disconnected. Knows no models.
 
 
-class UpstreamRequest(urllib.request.Request):
-    """A request to an upstream. Transport parses each URL once and sends copies."""
+T = TypeVar("T")
 
+
+class UpstreamRequest(urllib.request.Request):
+    """A request to an upstream, through an HTTP proxy if there is one.
+
+    Transport parses each URL once and sends copies.
+    """
+
+    method: str
     body: Optional[bytes]
-    fields: Dict[str, str]
     scope: CancelScope
     force_new_connection: object
-    tunnel_headers: Dict[str, str]
     _tunnel_host: Optional[str]  # urllib's: the upstream, if a proxy tunnels to it
 
-    def copy(self, **attributes: Any) -> "UpstreamRequest":
+    def __init__(self, url: str, proxy: str = "") -> None:
+        super().__init__(url)
+        self.fields = {"Host": self.host}
+        self.tunnel_headers: Dict[str, str] = {}
+        if proxy:
+            parts = urllib.parse.urlsplit(proxy)
+            address = parts.netloc.rpartition("@")[2] + (":80" if parts.port is None else "")
+            self.set_proxy(address, "http")
+            if parts.username is not None:
+                credentials = base64.b64encode(b":".join(proxy_credentials(proxy))).decode()
+                headers = self.tunnel_headers if self._tunnel_host else self.fields
+                headers["Proxy-Authorization"] = "Basic " + credentials
+
+    def copy(self, headers: Dict[str, str], **attributes: Any) -> "UpstreamRequest":
+        """Return a request with further headers and the attributes above."""
         request = UpstreamRequest.__new__(UpstreamRequest)
-        request.__dict__.update(self.__dict__, unredirected_hdrs={}, **attributes)
+        fields = {**self.fields, **headers}
+        request.__dict__.update(self.__dict__, fields=fields, **attributes)
         return request
 
     def to_bytes(self) -> bytes:
         """Serialize head and body."""
-        fields = {"Host": self.host, **self.unredirected_hdrs, **self.fields}
-        head = request_head(f"{self.method} {self.selector} HTTP/1.1", *fields.items())
+        head = request_head(f"{self.method} {self.selector} HTTP/1.1", *self.fields.items())
         if self.body is None:
             return head + b"\r\n"
         return b"%bContent-Length: %d\r\n\r\n%b" % (head, len(self.body), self.body)
@@ -2479,7 +2498,7 @@ class ConnectionPool(urllib.request.BaseHandler):
     """
 
     def __init__(self, ca_file: str = "", proxy: str = "") -> None:
-        """``proxy`` is the URL of a SOCKS proxy; the handler Proxy adds an HTTP proxy."""
+        """``proxy`` is the URL of a SOCKS proxy; HTTP proxies are part of requests."""
         self.ca_file = ca_file
         self.socks = SocksProxy(proxy) if proxy.startswith("socks") else None
         # (expires_at, socket) by request key, the most recently used last
@@ -2738,28 +2757,6 @@ def tls_context(ca_file: str) -> Any:
     return context
 
 
-class Proxy(urllib.request.BaseHandler):
-    """urllib handler that sends requests through an HTTP proxy."""
-
-    def __init__(self, url: str) -> None:
-        parts = urllib.parse.urlsplit(url)
-        self.host = parts.netloc.rpartition("@")[2] + (":80" if parts.port is None else "")
-        self.fields = {}
-        if parts.username is not None:
-            credentials = base64.b64encode(b":".join(proxy_credentials(url))).decode()
-            self.fields = {"Proxy-Authorization": "Basic " + credentials}
-
-    def http_request(self, request: Any) -> Any:
-        request.unredirected_hdrs["Host"] = request.host  # the upstream's, also within a tunnel
-        request.set_proxy(self.host, "http")
-        request.tunnel_headers = self.fields
-        if not request._tunnel_host:
-            request.unredirected_hdrs.update(self.fields)
-        return request
-
-    https_request = http_request
-
-
 class UpstreamResponse:
     """Response of an upstream: parses the head, then removes the body's framing.
 
@@ -2778,10 +2775,9 @@ class UpstreamResponse:
         self.headers: Dict[str, str] = {}
         self.body = NO_BODY
         self.content: Optional[ContentDecoder] = None  # of a compressed body
-        self.opening = b""  # the payload that was received first
+        self.opening = b""  # the payload received first, or together with the head
         self.head_buffer = bytearray()  # an incomplete head
         self.interim = 0  # number of 1xx responses so far
-        self.first_payload = b""  # payload received together with the head
         self.first_byte_deadline = math.inf  # until the first content
 
     def receive(self, data: bytes) -> bytes:
@@ -2851,7 +2847,7 @@ class UpstreamResponse:
         try:
             self.sock.setblocking(True)
             while not self.status:
-                self.first_payload = self.receive(self.sock.recv(RECV_SIZE))
+                self.opening = self.receive(self.sock.recv(RECV_SIZE))
         except (*NETWORK_ERRORS, APIError) as error:
             self.close()
             raise self.to_api_error(error) from error
@@ -2889,7 +2885,7 @@ class UpstreamResponse:
     def iter_bytes(self) -> Iterator[bytes]:
         """Yield the payload of each read. APIError if the network fails or times out."""
         self.scope.deadline = math.inf
-        payload, self.first_payload = self.first_payload, b""
+        payload = self.opening
         while True:
             if payload:
                 yield payload
@@ -2916,10 +2912,6 @@ class UpstreamResponse:
         finally:
             self.close()
         return bytes(data)
-
-    def json(self) -> Any:
-        """Read the body as JSON; None if it is not JSON."""
-        return json_or_none(self.read())
 
     def reusable(self) -> bool:
         """Return whether the connection can carry another request."""
@@ -2976,16 +2968,16 @@ class Transport:
         self.idle_timeout = either(options.idle_timeout, settings.idle_timeout)
         self.host = urllib.parse.urlsplit(base).hostname or ""
         self.proxy_host = urllib.parse.urlsplit(options.proxy).hostname or ""
+        self.session_timeout = settings.session_timeout
         self.connections = ConnectionPool(settings.ca_file, options.proxy)
         # Not build_opener(): that would follow redirects with the key attached, open file: and
         # ftp: URLs, and read the environment's proxies past the settings.
         self.opener = urllib.request.OpenerDirector()
         self.opener.addheaders = []
         self.opener.add_handler(self.connections)
-        if options.proxy.startswith("http:"):
-            self.opener.add_handler(Proxy(options.proxy))
+        http_proxy = options.proxy if options.proxy.startswith("http:") else ""
         self.new_request = functools.lru_cache(maxsize=64)(
-            lambda path: UpstreamRequest(base + path)
+            lambda path: UpstreamRequest(base + path, http_proxy)
         )
 
     def start_request(
@@ -3010,9 +3002,9 @@ class Transport:
         )
         scope.set_deadline(timeouts.first, timeouts.first_byte_message)
         request = self.new_request(path).copy(
+            {**self.headers, **headers} if headers else self.headers,
             method=method,
             body=data,
-            fields={**self.headers, **headers} if headers else self.headers,
             scope=scope,
             force_new_connection=force_new_connection,
         )
@@ -3036,8 +3028,16 @@ class Transport:
 
         return retrying(send)
 
+    def get_json(
+        self, path: str, scope: Optional[CancelScope] = None, **options: Any
+    ) -> Tuple[UpstreamResponse, Any]:
+        """GET a short answer within SESSION_TIMEOUT, and its body: None if it is not JSON."""
+        options["first_byte"] = self.session_timeout
+        response = self.fetch("GET", path, scope or CancelScope(), **options)
+        return response, json_or_none(response.read(limit=MAX_SHORT_BODY))
 
-def retrying(send: Callable[[str], UpstreamResponse]) -> UpstreamResponse:
+
+def retrying(send: Callable[[str], T]) -> T:
     """Send a request, and repeat it after an error of the category RETRY.
 
     ``send(reason)`` gets the last error's code, or "" at first; a second error with that code is
@@ -4598,9 +4598,6 @@ def filtered(decoder: Decoder, step: ToolCallFilter) -> Decoder:
     return chain
 
 
-T = TypeVar("T")
-
-
 class Cache(Generic[T]):
     """A value with a lifetime; one caller at a time fetches it. Any thread.
 
@@ -4721,6 +4718,9 @@ def with_context_length(model: Dict[str, Any], entry: Dict[str, Any]) -> Dict[st
     length = context_length(entry)
     others = {name: value for name, value in model.items() if name not in CONTEXT_FIELDS}
     return {**others, **dict.fromkeys(CONTEXT_FIELDS, length)} if length else others
+
+
+MAX_MODELS = 10_000
 
 
 def bounded_model_list(
@@ -5514,61 +5514,6 @@ def parse_duration(text: str) -> Optional[float]:
 # Akash Chat's web API: session, requests, stream, images. Knows no clients and no dialects.
 
 
-class AkashSession:
-    """Starts sessions at one Akash Chat server, for a Cache.
-
-    A cookie is valid for its Max-Age, counted from before the request was sent. Servers without
-    sessions set no cookie, or (akash-chat b58259a, May 2026, without Redis) the fixed
-    ``session_token=validated``; both are valid. The request itself carries no session cookie:
-    b58259a answers a valid one without setting or extending anything.
-    """
-
-    PATH = "/api/auth/session/"
-
-    def __init__(
-        self,
-        transport: Transport,
-        token: str = "",
-        seconds: float = 15.0,
-        secrets: Iterable[str] = (),
-    ) -> None:
-        self.transport, self.seconds = transport, seconds
-        # akash-chat f0a4ae0 (July 2025) expects the SHA-256 of the access token, b58259a (May
-        # 2026) the token itself. The form that worked last is tried first.
-        self.tokens = [token, _sha256(token)] if token else [""]
-        self.secrets = [*self.tokens, *secrets]
-
-    def start(self) -> Tuple[str, float]:
-        """Return a session's cookie, or "", and its lifetime in seconds. APIError."""
-        for token in list(self.tokens):
-            headers = {"Authorization": f"Bearer {token}"} if token else {}
-            response = self.transport.fetch(
-                "GET", self.PATH, CancelScope(), headers=headers, first_byte=self.seconds
-            )
-            answer = response.json()
-            if is_challenge_page(response):
-                raise challenge_page_error(response)
-            if response.status == 200:
-                self.tokens.sort(key=lambda other: other != token)
-                return session_cookie(response.headers.get("set-cookie", ""))
-            if response.status != 403:
-                break
-        reason = redact(str(as_dict(answer).get("error", ""))[:4000], self.secrets)[:200]
-        if "ccess token" in reason:
-            raise auth_error(
-                f"Akash Chat requires a valid access token ({reason}): set AKASH_ACCESS_TOKEN.",
-                response.status,
-            )
-        raise APIError(
-            503,
-            f"Akash Chat did not start a session (status {response.status}).",
-            code="upstream_session",
-            retry_after=5,
-            category=Category.NETWORK,
-            upstream_status=response.status,
-        )
-
-
 def session_cookie(set_cookie: str) -> Tuple[str, float]:
     """Return the session's cookie of Set-Cookie, and its Max-Age; ("", inf) if none."""
     for line in set_cookie.split("\n"):
@@ -5592,14 +5537,9 @@ class AkashLogin:
     COOKIE = re.compile(r"(appSession(?:\.[0-9]{1,2})?)=([^;,\s\"\\]+)")
 
     def __init__(
-        self,
-        name: str,
-        transport: Transport,
-        cookie: str,
-        seconds: float,
-        clock: Callable[[], float],
+        self, transport: Transport, cookie: str, name: str, clock: Callable[[], float]
     ) -> None:
-        self.name, self.transport, self.seconds, self.clock = name, transport, seconds, clock
+        self.transport, self.name, self.clock = transport, name, clock
         self.set_cookie(cookie)
         self.has_login = any(map(self.COOKIE.match, cookie.replace(" ", "").split(";")))
         self.active: Optional[bool] = None  # unknown until the server has answered
@@ -5620,10 +5560,7 @@ class AkashLogin:
 
     def _renew(self) -> None:
         try:
-            response = self.transport.fetch(
-                "GET", self.PATH, CancelScope(), first_byte=self.seconds
-            )
-            response.read(limit=1 << 20)
+            response, _ = self.transport.get_json(self.PATH)
         except APIError as error:
             log.info("%s: login not renewed: %s", self.name, error.message)
             return
@@ -5854,6 +5791,7 @@ AKASH_FINISH_REASONS = {
 # name is in the message, its status takes precedence.
 # fmt: off
 AKASH_ERRORS: List[Tuple[int, Optional[str], str]] = [
+    (404, None,                       r"invalid model name|model \S{1,200} does not exist"),
     (429, None,                       r"rate limit|too many requests|no deployments available"
                                       r"|max parallel request"),
     (400, "content_policy_violation", r"contentpolicyviolation"),
@@ -5875,44 +5813,37 @@ def akash_error(text: str, model: str, secrets: Iterable[str] = ()) -> APIError:
     The message comes from the backend of Akash Chat, usually LiteLLM; limits apply to the model.
     """
     text = text[:4000]
-    status = litellm_status(text)
-    if status == 404 or re.search(r"invalid model name|model \S{1,200} does not exist", text, re.I):
-        if model not in ("", AkashController.IMAGE_MODEL):
-            return akash_model_not_found(model)
-        # akash-chat f0a4ae0: any failure of AkashGen is reported as an invalid model name
+    named_status = litellm_status(text)
+    status, code = next(
+        (status, code) for status, code, pattern in AKASH_ERRORS if re.search(pattern, text, re.I)
+    )
+    if named_status and status not in (404, named_status):
+        status, code = named_status, None
+    if status == 404 and model not in ("", AkashController.IMAGE_MODEL):
+        return akash_model_not_found(model)
+    if status == 404:  # akash-chat f0a4ae0 reports any failure of AkashGen in this way
         error = image_failed("Akash Chat could not generate the image, or does not offer AkashGen.")
         error.legacy_message = "Error Model."
         return error
-    matched_status, code = next(
-        (status, code) for status, code, pattern in AKASH_ERRORS if re.search(pattern, text, re.I)
-    )
-    status = status or matched_status
-    if status >= 500:
-        code = code or "upstream_error"
-    elif status != matched_status:
-        code = None  # it belongs to the other status
     message = _akash_reason(text, secrets)
     if status in (401, 402, 403):  # a key of the backend: concerns the model, not our session
-        return APIError(
-            424,
-            message,
-            code="upstream_auth",
-            category=Category.REFUSED,
-            retry=False,
-            cooldown_scope="model",
+        error = auth_error(message, status)
+        error.category, error.cooldown_scope, error.upstream_status = (
+            Category.REFUSED,
+            "model",
+            None,
         )
-    status = {500: 502, 529: 503}.get(status, status)
+        return error
     wait = retry_after_seconds({}, {}, message=text)
-    if status == 429 or status >= 500 and wait:
-        return APIError(
-            status,
-            message,
-            code=code,
-            category=Category.RATE_LIMIT,
-            cooldown_scope="model",
-            retry_after=wait,
-        )
-    return APIError(status, message, code=code)
+    is_limit = status == 429 or status >= 500 and wait is not None
+    return APIError(
+        {500: 502, 529: 503}.get(status, status),
+        message,
+        code=code or ("upstream_error" if status >= 500 else None),
+        category=Category.RATE_LIMIT if is_limit else None,
+        cooldown_scope="model" if is_limit else "controller",
+        retry_after=wait if is_limit else None,
+    )
 
 
 def _akash_reason(text: str, secrets: Iterable[str]) -> str:
@@ -5954,6 +5885,7 @@ _ADDRESS = re.compile(
 # fmt: on
 
 _SINGLE_TEXT = re.compile(rb'0:("[ !#-\[\]-~]+")\n')  # ASCII without escapes
+_NO_TEXT_PART = re.compile(rb"\n(?!0:)([^\n]*)")  # splits text parts in a row from other lines
 
 
 class AkashDecoder(Decoder):
@@ -5994,42 +5926,18 @@ class AkashDecoder(Decoder):
         if single:
             return [Text(single[1:-1].decode())]
         out: List[Event] = []
-        first, *rest = (b"\n" + take_complete_lines(self.buffer, data)).split(b"\n0:")
-        for joined, texts, others in [(b"", [], first), *self._runs(rest)]:
-            if joined and not self.complete and not self.error:
-                self._texts(joined, texts, out)
-            for line in others.split(b"\n"):
-                if line and not self.complete and not self.error:
-                    self._line(line, out)
+        for part in _NO_TEXT_PART.split(b"\n" + take_complete_lines(self.buffer, data)):
+            if self.complete or self.error:
+                break
+            if part.startswith(b"\n0:"):
+                self._texts(part[3:].split(b"\n0:"), out)
+            elif part:
+                self._line(part, out)
         if self.complete or self.error:
             self.buffer.clear()
         elif len(self.buffer) > self.LINE_LIMIT:
             self._fail("Akash Chat sent a line that is too long.")
         return out
-
-    @staticmethod
-    def _runs(lines: List[bytes]) -> List[Tuple[bytes, List[bytes], bytes]]:
-        """Group consecutive text parts: (joined by commas, parts, other lines after them).
-
-        Each of ``lines`` is one text part plus the other lines after it. Parts are joined by
-        ",\\n": JSON strings contain no raw line break, so no part can swallow the next one.
-        """
-        if not lines:
-            return []
-        last, _, others = lines.pop().partition(b"\n")
-        lines.append(last)
-        joined = b",\n".join(lines)
-        if joined.count(b"\n") < len(lines):  # text parts only, as in most reads
-            return [(joined, lines, others)]
-        runs: List[Tuple[bytes, List[bytes], bytes]] = []
-        texts: List[bytes] = []
-        for line in lines:
-            text, newline, between = line.partition(b"\n")
-            texts.append(text)
-            if newline:
-                runs.append((b",\n".join(texts), texts, between))
-                texts = []
-        return [*runs, (b",\n".join(texts), texts, others)]
 
     def fast_path(self, data: bytes) -> bytes:
         """Return the JSON string of data that is exactly one plain text part, else b""."""
@@ -6098,15 +6006,24 @@ class AkashDecoder(Decoder):
                 out,
             )
 
-    def _texts(self, joined: bytes, lines: List[bytes], out: List[Event]) -> None:
-        """Decode consecutive text parts at once; one by one if any of them is malformed."""
+    def _texts(self, lines: List[bytes], out: List[Event]) -> None:
+        """Decode consecutive text parts at once; one by one if any of them is malformed.
+
+        Joined by ",\\n" no part can swallow the next: JSON strings contain no raw line break.
+        """
         try:
-            texts = _decode_any((b"[%b]" % joined).decode("utf-8", "surrogatepass"))
+            joined = b"[%b]" % b",\n".join(lines)
+            texts = _decode_any(joined.decode("utf-8", "surrogatepass"))
             text = "".join(texts)
             if len(texts) != len(lines) > 1:
                 raise ValueError("a line holds more than one value")
         except (ValueError, TypeError, RecursionError):
-            self._one_by_one(lines, out)
+            if len(lines) == 1:
+                self._salvage(lines[0], out)
+                return
+            for line in lines:
+                if not self.error:
+                    self._texts([line], out)
             return
         if "<think>\n" not in text:
             texts = [text]
@@ -6116,14 +6033,6 @@ class AkashDecoder(Decoder):
                 out.append(Reasoning(text[len(opening) : -len(closing)]))
             else:
                 out.append(Text(text))
-
-    def _one_by_one(self, lines: List[bytes], out: List[Event]) -> None:
-        if len(lines) == 1:
-            self._salvage(lines[0], out)
-            return
-        for line in lines:
-            if line and not self.error:
-                self._texts(line, [line], out)
 
     def _salvage(self, line: bytes, out: List[Event]) -> None:
         """Emit the strings before the error in a malformed line, then fail."""
@@ -6198,10 +6107,8 @@ def _akash_usage(usage: Any) -> Optional[Dict[str, int]]:
     Both are null if the backend reports no usage, which akash-chat does not request.
     """
     usage = as_dict(usage)
-    prompt, completion = (
-        next((usage[name] for name in names if count_or_none(usage.get(name)) is not None), None)
-        for names in (("promptTokens", "inputTokens"), ("completionTokens", "outputTokens"))
-    )
+    prompt = count_or_none(usage.get("promptTokens", usage.get("inputTokens")))
+    completion = count_or_none(usage.get("completionTokens", usage.get("outputTokens")))
     if prompt is None or completion is None:
         return None
     return {
@@ -6243,16 +6150,14 @@ def parse_image_job(body: bytes) -> Optional[Tuple[str, str]]:
 class ImageBatch:
     """The image jobs of one request."""
 
-    def __init__(self) -> None:
+    def __init__(self, key: Tuple[str, str, str]) -> None:
+        self.key = key  # of the request: its client, path and body
         self.jobs: List[Tuple[str, str]] = []  # (job ID, prompt)
         self.lock = threading.Lock()  # held while a job is being started
         self.cancellation = Cancellation()  # of the request
+        self.joined = False  # it has, or had, a request
         self.failed = False  # the request got an error that SDKs retry
         self.expires_at = math.inf
-
-    def is_abandoned(self) -> bool:
-        """Whether its request has ended without the images."""
-        return self.failed or self.cancellation.reason is not None
 
 
 class ImageBatches:
@@ -6269,35 +6174,31 @@ class ImageBatches:
         self.clock, self.lock = clock, threading.Lock()
         self.batches: OrderedDict[Tuple[str, str, str], ImageBatch] = OrderedDict()
 
-    @staticmethod
-    def key(call: Call) -> Tuple[str, str, str]:
-        return call.client, call.original.path, _sha256(call.original.raw_body)
-
-    def find(self, call: Call) -> Optional[ImageBatch]:
-        """Return the batch that the call repeats."""
+    def find(self, call: Call) -> ImageBatch:
+        """Return the batch that the call repeats, or a new one."""
+        key = call.client, call.original.path, _sha256(call.original.raw_body)
         with self.lock:
-            batch = self.batches.get(self.key(call))
-            usable = batch and batch.is_abandoned() and self.clock() < batch.expires_at
-            return batch if usable else None
+            batch = self.batches.get(key)
+            ended = batch and (batch.failed or batch.cancellation.reason is not None)
+            usable = batch and ended and self.clock() < batch.expires_at
+        return batch if batch and usable else ImageBatch(key)
 
     def join(self, call: Call) -> ImageBatch:
-        """Return the batch that the call repeats, or a new one, and make it the call's."""
-        batch, key = self.find(call) or ImageBatch(), self.key(call)
+        """Make the batch that the call repeats, or a new one, the call's own."""
+        batch = self.find(call)
         with self.lock:
-            batch.cancellation, batch.failed = call.cancellation, False
+            batch.cancellation, batch.joined, batch.failed = call.cancellation, True, False
             batch.expires_at = self.clock() + self.KEPT_SECONDS
-            self.batches[key] = batch
-            self.batches.move_to_end(key)
+            self.batches[batch.key] = batch
+            self.batches.move_to_end(batch.key)
             if len(self.batches) > self.MAX_BATCHES:
                 self.batches.popitem(last=False)
         return batch
 
-    def forget(self, call: Call, batch: ImageBatch) -> None:
-        """Forget a batch of the call."""
-        key = self.key(call)
+    def forget(self, batch: ImageBatch) -> None:
         with self.lock:
-            if self.batches.get(key) is batch:
-                del self.batches[key]
+            if self.batches.get(batch.key) is batch:
+                del self.batches[batch.key]
 
 
 class AkashImages:
@@ -6317,9 +6218,9 @@ class AkashImages:
         except APIError as error:
             batch.failed = error.status >= 500 and error.retry is not False
             if not batch.failed:
-                self.batches.forget(call, batch)
+                self.batches.forget(batch)
             raise
-        self.batches.forget(call, batch)
+        self.batches.forget(batch)
 
     def _batch_events(self, call: Call, data: bytes, batch: ImageBatch) -> Iterator[Event]:
         """Yield a batch's events; one job at a time if concurrent requests are limited."""
@@ -6328,9 +6229,9 @@ class AkashImages:
         for index in range(count):
             # a job can't be cancelled: start none for a client that left
             call.cancellation.raise_if_cancelled()
-            words = self._start_job(call, data, batch, index)
-            if words is not None:
-                yield from self._text_instead(call, words)
+            text = self._start_job(call, data, batch, index)
+            if text is not None:
+                yield from text
                 return
             if sequential:
                 yield from self._poll_image(call, *batch.jobs[index])
@@ -6338,8 +6239,10 @@ class AkashImages:
             yield from self._poll_image(call, *job)
         yield Finish("stop")
 
-    def _start_job(self, call: Call, data: bytes, batch: ImageBatch, index: int) -> Optional[bytes]:
-        """Start a job of a batch, unless it has one; the body if that is text instead."""
+    def _start_job(
+        self, call: Call, data: bytes, batch: ImageBatch, index: int
+    ) -> Optional[List[Event]]:
+        """Start a job of a batch, unless it has one; the events if the answer is text instead."""
         while not batch.lock.acquire(timeout=0.25):  # the predecessor is just starting it
             call.cancellation.raise_if_cancelled()
         try:
@@ -6347,14 +6250,12 @@ class AkashImages:
                 return None
             # A repeat could not join a job whose ID was lost with the connection.
             with call.cancellation.shield():
-                response = self.akash.with_session(
-                    "POST", self.akash.CHAT_PATH, call.scope, data, model=call.model
+                response, body = self.akash.with_session(
+                    "POST", self.akash.CHAT_PATH, call.scope, call.model, data=data
                 )
-                body = response.read(limit=4 << 20)
                 job = parse_image_job(body)
                 if job is None:
-                    self.akash.learn_version(response)
-                    return body
+                    return self._text_instead(call, response, body)
                 if job[0] in ("", "undefined"):
                     raise image_failed("Akash Chat could not start the image job.")
                 batch.jobs.append(job)
@@ -6362,18 +6263,19 @@ class AkashImages:
         finally:
             batch.lock.release()
 
-    def _text_instead(self, call: Call, body: bytes) -> Iterator[Event]:
+    def _text_instead(self, call: Call, response: UpstreamResponse, body: bytes) -> List[Event]:
         """Return the events of an answer with text where an image was requested."""
         decoder = akash_decoder(call.model, self.akash.secrets())
         events = decoder.feed(body) + decoder.close()
         if decoder.error:
-            # b58259a sends text to a backend model AkashGen, which its backend usually lacks; it
-            # reports failures by status. With f0a4ae0 this error is a failure.
-            is_text = decoder.error.code == "image_failed" and self.akash.is_b58259a
+            # akash-chat b58259a, which sends this header, passes text to a backend model AkashGen
+            # that is usually missing, and reports failures by status; f0a4ae0 fails in this way.
+            is_b58259a = "cross-origin-resource-policy" in response.headers
+            is_text = decoder.error.code == "image_failed" and is_b58259a
             raise no_image("") if is_text else decoder.error
         if call.image_count:
             raise no_image(fold(events).text)
-        yield from events
+        return events
 
     def _poll_image(self, call: Call, job: str, prompt: str) -> Iterator[Event]:
         """Poll a job, ever more slowly, until its image is ready; APIError if it fails."""
@@ -6409,10 +6311,7 @@ class AkashImages:
         """Return a job's status object; {} if it is unknown, None if the request failed."""
         path = "/api/image-status/?ids=" + urllib.parse.quote(job, safe="")
         try:
-            response = self.akash.transport.fetch(
-                "GET", path, call.scope, first_byte=self.akash.settings.session_timeout
-            )
-            jobs = response.json()
+            response, jobs = self.akash.transport.get_json(path, call.scope)
         except APIError as error:
             log.info("status of an image job: %s", error.message)
             call.cancellation.new_scope()  # a timeout has cancelled the old one
@@ -6433,6 +6332,7 @@ class AkashController(Controller):
     """Akash Chat's web API: streams chats, generates images with the model AkashGen."""
 
     IMAGE_MODEL = "AkashGen"
+    SESSION_PATH = "/api/auth/session/"
     CHAT_PATH = "/api/chat/"
     LIMIT_PATH = "/api/rate-limit/status/"  # since akash-chat b58259a
     # akash-chat b58259a (May 2026) cuts a body above this size, then answers an empty 500
@@ -6455,26 +6355,22 @@ class AkashController(Controller):
         }
         self.transport = Transport(options, settings, options.base_url, "Akash Chat", headers)
         cookies = options.cookie, self.transport.headers.get("Cookie", "")
-        cookie = "; ".join(filter(None, cookies))
-        seconds = settings.session_timeout
-        self.login = AkashLogin(self.name, self.transport, cookie, seconds, clock)
-        self.sessions = AkashSession(
-            self.transport,
-            options.api_key,
-            settings.session_timeout,
-            [*cookie_values(settings.akash_cookie), *option_secrets(options)],
-        )
+        self.login = AkashLogin(self.transport, "; ".join(filter(None, cookies)), self.name, clock)
+        # akash-chat f0a4ae0 (July 2025) expects the SHA-256 of the access token, b58259a (May
+        # 2026) the token itself. The form that worked last is tried first.
+        token = options.api_key
+        self.access_tokens = [token, _sha256(token)] if token else [""]
         self.images = AkashImages(self, clock)
-        self.is_b58259a = False  # else f0a4ae0, or not known yet
-        self.session = Cache(f"{self.name}: session", self.sessions.start, clock, expires=True)
+        self.session = Cache(f"{self.name}: session", self._start_session, clock, expires=True)
         self.model_cache = Cache(f"{self.name}: models", self._fetch_models, clock)
+        self.context_lengths: Dict[str, int] = {}  # in tokens, by model
 
     def check_support(self, call: Call) -> Optional[APIError]:
         try:
             call.prepared_requests[self.name] = self._prepare(call)
         except APIError as error:
             return error
-        if self._is_image(call) and self.images.batches.find(call):
+        if self._is_image(call) and self.images.batches.find(call).joined:
             call.preferred = self.name
         return None
 
@@ -6501,13 +6397,11 @@ class AkashController(Controller):
 
     def _check_context(self, call: Call, tokens: int) -> None:
         """Note that Akash Chat will cut the conversation, or refuse it; APIError 400."""
-        models = self.model_cache.value or []
         if tokens > AKASH_SMALL:
             with contextlib.suppress(APIError):
-                models = self.models()
+                self.models()
         name = self.options.model_map.get(call.model, call.model)
-        found = next((model for model in models if model["id"] == name), {})
-        limit = found.get("context_length", AKASH_CONTEXT)
+        limit = self.context_lengths.get(name, AKASH_CONTEXT)
         room = max(0, limit - AKASH_RESERVED)
         if tokens <= room:
             return
@@ -6553,12 +6447,9 @@ class AkashController(Controller):
 
     def secrets(self, cookie: Optional[str] = None) -> List[str]:
         """List the strings to redact from errors: keys, header values and cookies."""
-        return [
-            *self.sessions.secrets,
-            *cookie_values(self.login.cookie),
-            *cookie_values(self.session.value or ""),
-            *cookie_values(cookie or ""),
-        ]
+        cookies = self.settings.akash_cookie, self.login.cookie, self.session.value, cookie
+        values = (value for text in cookies for value in cookie_values(text or ""))
+        return [*self.access_tokens, *values, *option_secrets(self.options)]
 
     def models(self) -> List[Dict[str, Any]]:
         return self.model_cache.get()
@@ -6575,10 +6466,8 @@ class AkashController(Controller):
         return {"login": {None: "unknown", True: "active", False: "ended"}[self.login.active]}
 
     def limit_is_over(self) -> Optional[bool]:
-        response = self.transport.fetch(
-            "GET", self.LIMIT_PATH, CancelScope(), first_byte=self.settings.session_timeout
-        )
-        blocked = as_dict(response.json()).get("blocked")
+        response, status = self.transport.get_json(self.LIMIT_PATH)
+        blocked = as_dict(status).get("blocked")
         return not blocked if response.status == 200 and isinstance(blocked, bool) else None
 
     def take_over(self, previous: Any) -> None:
@@ -6622,145 +6511,141 @@ class AkashController(Controller):
             return akash_decoder(call.model, self.secrets(cookie), *filters)
 
         def parse(data: bytes) -> NoReturn:
-            is_retry = call.attempt.retry_reason == "session"
-            sent = call.prepared_requests[self.name][0]
-            raise self._session_error(response, data, call.model, cookie, is_retry, len(sent))
+            size = len(call.prepared_requests[self.name][0])
+            reason = call.attempt.retry_reason
+            raise self._response_error(response, data, call.model, cookie, reason, size)
 
-        return BufferedBody(parse, 1 << 20, is_error_body=True)
+        return BufferedBody(parse, MAX_SHORT_BODY, is_error_body=True)
 
     def with_session(
-        self,
-        method: str,
-        path: str,
-        scope: CancelScope,
-        data: Optional[bytes] = None,
-        first_byte: Optional[float] = None,
-        model: str = "",
-    ) -> UpstreamResponse:
-        """Send a request with the cookie; repeat it once if the session was rejected."""
+        self, method: str, path: str, scope: CancelScope, model: str = "", **options: Any
+    ) -> Tuple[UpstreamResponse, bytes]:
+        """Send a request with the cookie, once more if the session was rejected.
 
-        def send(retry_reason: str) -> UpstreamResponse:
+        Returns the response and its body. APIError unless its status is 200.
+        """
+        data = options.get("data")
+
+        def send(retry_reason: str) -> Tuple[UpstreamResponse, bytes]:
             cookie = self.session.get(scope)
             headers = self._headers(data, cookie)
-            response = self.transport.fetch(
-                method, path, scope, data=data, headers=headers, first_byte=first_byte
-            )
+            response = self.transport.fetch(method, path, scope, headers=headers, **options)
+            body = response.read(limit=MAX_SHORT_BODY)
             if response.status == 200 and not is_challenge_page(response):
-                return response
-            body, is_retry = response.read(limit=1 << 20), retry_reason == "session"
-            raise self._session_error(response, body, model, cookie, is_retry, len(data or b""))
+                return response, body
+            size = len(data or b"")
+            raise self._response_error(response, body, model, cookie, retry_reason, size)
 
         return retrying(send)
 
-    def _session_error(
+    def _start_session(self) -> Tuple[str, float]:
+        """Return a new session's cookie, or "", and its lifetime in seconds. APIError.
+
+        A cookie is valid for its Max-Age, counted from before the request was sent. Servers without
+        sessions set no cookie, or (akash-chat b58259a, May 2026, without Redis) the fixed
+        ``session_token=validated``; both are valid. The request itself carries no session cookie:
+        b58259a answers a valid one without setting or extending anything.
+        """
+        for token in list(self.access_tokens):
+            headers = {"Authorization": f"Bearer {token}"} if token else {}
+            response, answer = self.transport.get_json(self.SESSION_PATH, headers=headers)
+            if is_challenge_page(response):
+                raise challenge_page_error(response)
+            if response.status == 200:
+                self.access_tokens.sort(key=lambda other: other != token)
+                return session_cookie(response.headers.get("set-cookie", ""))
+            if response.status != 403:
+                break
+        reason = redact(str(as_dict(answer).get("error", ""))[:4000], self.secrets())[:200]
+        if "ccess token" in reason:
+            raise auth_error(
+                f"Akash Chat requires a valid access token ({reason}): set AKASH_ACCESS_TOKEN.",
+                response.status,
+            )
+        raise APIError(
+            503,
+            f"Akash Chat did not start a session (status {response.status}).",
+            code="upstream_session",
+            retry_after=5,
+            category=Category.NETWORK,
+            upstream_status=response.status,
+        )
+
+    def _response_error(
         self,
         response: UpstreamResponse,
-        data: bytes,
+        body: bytes,
         model: str,
         cookie: str,
-        is_retry: bool,
-        sent: int,
+        retry_reason: str,
+        size: int,
     ) -> APIError:
-        """Return the error for an unsuccessful response, ``sent`` bytes of request.
+        """Return the error for an unsuccessful response to a request of ``size`` bytes.
 
         A rejected session is invalidated; its category is RETRY, unless this is the retry.
         """
-        fields = as_dict(json_or_none(data))
-        rejected = fields.get("message") == "Unauthorized: Invalid session"
-        if rejected and response.status == 403 and not is_retry:
+        status, fields = response.status, as_dict(json_or_none(body))
+        message = str(fields.get("message") or fields.get("error") or "")
+        rejected = status == 403 and message == "Unauthorized: Invalid session"
+        if rejected and retry_reason != "session":
             self.session.invalidate(cookie)
             return APIError(
                 502, "Akash Chat rejected the session.", code="session", category=Category.RETRY
             )
-        secrets = self.secrets(cookie)
-        if response.status == 400 and data and not fields and not is_challenge_page(response):
-            error = akash_error("Bad request: " + data.decode("utf-8", "replace"), model, secrets)
-        else:
-            message = str(fields.get("message") or fields.get("error") or "")[:4000]
-            error = self._status_error(response, fields, redact(message, secrets), model, sent)
-        error.upstream_status = response.status
-        return error
-
-    def _status_error(
-        self,
-        response: UpstreamResponse,
-        fields: Dict[str, Any],
-        message: str,
-        model: str,
-        sent: int,
-    ) -> APIError:
-        """Return the error for a status or web page; ``fields`` is the JSON body."""
-        status = response.status
-        if status == 413 or status == 500 and not message and sent > self.MAX_BODY_BYTES:
-            return APIError(
+        if status == 400 and not fields and body:
+            message = "Bad request: " + body[:4000].decode("utf-8", "replace")
+        message = redact(message[:4000], self.secrets(cookie))
+        if status == 413 or status == 500 and not message and size > self.MAX_BODY_BYTES:
+            error = APIError(
                 413,
                 "The request is too large for Akash Chat (limit: 10 MB).",
                 category=Category.REFUSED,
                 retry=False,
             )
-        if is_challenge_page(response):
-            return challenge_page_error(response)
-        if fields.get("error") == "Model not available":
-            # b58259a lists no models while its backend is down: an outage, not a wrong model
-            if fields.get("available_models") == []:
-                return APIError(
-                    503,
-                    "Akash Chat currently offers no models.",
-                    code="upstream_error",
-                    retry_after=30,
-                    category=Category.NETWORK,
-                )
-            return akash_model_not_found(model)
-        if status == 429:
-            return APIError(
-                429,
-                f"Akash Chat: {redact_hosts(message)[:300] or 'too many requests.'}",
-                retry_after=retry_after_seconds(response.headers, fields, message=message),
-            )
-        if status in (401, 403):
-            return auth_error(
-                f"Akash Chat denied access ({redact_hosts(message)[:200] or status}).", status
-            )
-        return self._backend_error(response, fields, message, model)
-
-    def _backend_error(
-        self, response: UpstreamResponse, fields: Dict[str, Any], message: str, model: str
-    ) -> APIError:
-        """Return the error for a failure of the server or its backend."""
-        status = response.status
-        retry_after = retry_after_seconds(response.headers, fields, message=message, limit=False)
-        if fields.get("error") == "Error generating image":  # b58259a
-            reason = redact_hosts(message)[:200]
-            return image_failed(f"Image generation failed: {reason}")
-        if message:
-            error = akash_error(message, model)
-            if error.status == 400 != status:
-                error = APIError(502, error.message, code="upstream_error")
+        elif is_challenge_page(response):
+            error = challenge_page_error(response)
+        elif fields.get("error") == "Model not available":
+            is_outage = fields.get("available_models") == []  # b58259a
+            error = no_models() if is_outage else akash_model_not_found(model)
+        elif fields.get("error") == "Error generating image":  # b58259a
+            error = image_failed(f"Image generation failed: {redact_hosts(message)[:200]}")
         else:
-            error = APIError(
-                502 if status <= 500 else 503,
-                f"Akash Chat failed without giving a reason (status {status}).",
-                code="upstream_error",
-            )
-        if retry_after and error.category is Category.SERVER:
-            error.category, error.retry_after = Category.RATE_LIMIT, retry_after
+            error = self._status_error(response, fields, message, model)
+        error.upstream_status = status
         return error
 
-    def learn_version(self, response: UpstreamResponse) -> None:
-        """Note whether the server is as new as akash-chat b58259a, by its headers."""
-        if "cross-origin-resource-policy" in response.headers:
-            self.is_b58259a = True
+    def _status_error(
+        self, response: UpstreamResponse, fields: Dict[str, Any], message: str, model: str
+    ) -> APIError:
+        """Return the error for a status; ``fields`` is the JSON body."""
+        status, is_limit = response.status, response.status == 429
+        wait = retry_after_seconds(response.headers, fields, message=message, limit=is_limit)
+        if is_limit:
+            reason = redact_hosts(message)[:300] or "too many requests."
+            return APIError(429, f"Akash Chat: {reason}", retry_after=wait)
+        if status in (401, 403):
+            reason = redact_hosts(message)[:200]
+            return auth_error(f"Akash Chat denied access ({reason or status}).", status)
+        error = APIError(
+            502 if status <= 500 else 503,
+            f"Akash Chat failed without giving a reason (status {status}).",
+            code="upstream_error",
+        )
+        if message:
+            error = akash_error(message, model)
+        if error.status == 400 != status:
+            error = APIError(502, error.message, code="upstream_error")
+        if wait and error.category is Category.SERVER:
+            error.category, error.retry_after = Category.RATE_LIMIT, wait
+        return error
 
     def _fetch_models(self) -> Tuple[List[Dict[str, Any]], float]:
-        response = self.with_session(
+        _, body = self.with_session(
             "GET", "/api/models/", CancelScope(), first_byte=self.settings.session_timeout
         )
-        self.learn_version(response)
-        entries = akash_models(json_or_none(response.read(limit=MAX_LIST_BYTES)))
+        entries = akash_models(json_or_none(body))
         if not entries:
-            raise APIError(
-                503, "Akash Chat lists no models.", code="upstream_error", retry_after=30
-            )
+            raise no_models()
         common = {
             "object": "model",
             "created": 1626777600,
@@ -6771,7 +6656,20 @@ class AkashController(Controller):
             with_context_length({"id": name, **common, "root": name, "parent": None}, entry)
             for name, entry in entries.items()
         ]
+        lengths = {model["id"]: model.get(CONTEXT_FIELDS[0], AKASH_CONTEXT) for model in models}
+        self.context_lengths = lengths
         return models, self.settings.models_ttl
+
+
+def no_models() -> APIError:
+    """Return the error for an empty list: an outage of the backend, not a wrong model."""
+    return APIError(
+        503,
+        "Akash Chat lists no models at the moment.",
+        code="upstream_error",
+        retry_after=30,
+        category=Category.NETWORK,
+    )
 
 
 def akash_models(listing: Any) -> Dict[str, Dict[str, Any]]:
@@ -6787,9 +6685,6 @@ def akash_models(listing: Any) -> Dict[str, Dict[str, Any]]:
     entries = [entry for entry in map(as_dict, as_list(listing)) if entry.get("available", True)]
     named = ((entry.get("model_id") or entry.get("id"), entry) for entry in entries)
     return bounded_model_list("Akash Chat", named)
-
-
-MAX_LIST_BYTES, MAX_MODELS = 4 << 20, 10_000  # limits of an upstream's model list
 
 
 # == 13. openai ===============================================================================
@@ -7588,10 +7483,7 @@ class OpenAIController(Controller):
         )
 
     def _fetch_models(self) -> Tuple[List[Dict[str, Any]], float]:
-        response = self.transport.fetch(
-            "GET", "/models", CancelScope(), first_byte=self.settings.session_timeout
-        )
-        body = json_or_none(response.read(limit=MAX_LIST_BYTES))
+        response, body = self.transport.get_json("/models")
         if response.status != 200:
             raise error_from_body(self.name, response.status, body, self.secrets, response.headers)
         models = as_list(body.get("data") if isinstance(body, dict) else body)

@@ -829,7 +829,7 @@ def test_kept_connections_live_as_long_as_their_server_says():
 @pytest.mark.parametrize("text", ["a\nB: c", "a\rb", "a\r\nB: c", "a\0b"])
 def test_no_line_break_gets_into_the_head_of_a_request(text):
     for fields in {"A": text}, {text: "a"}:
-        request = akashproxy.UpstreamRequest("http://x/").copy(method="GET", body=None, fields=fields)
+        request = akashproxy.UpstreamRequest("http://x/").copy(fields, method="GET", body=None)
         with pytest.raises(ProtocolError, match="line break"):
             request.to_bytes()
 
@@ -1200,9 +1200,8 @@ class Clock:
 
 
 def session_of(akash, clock, token=""):
-    options = akashproxy.ControllerSettings(type="akash", base_url=akash.url)
-    transport = akashproxy.Transport(options, Settings(), akash.url, "Akash Chat", {"User-Agent": "x"})
-    return akashproxy.Cache("session", akashproxy.AkashSession(transport, token).start, clock, expires=True)
+    options = akashproxy.ControllerSettings(type="akash", base_url=akash.url, api_key=token)
+    return akashproxy.AkashController(options, Settings(), clock).session
 
 
 def test_the_cookie_lives_for_its_max_age(akash):
@@ -1731,9 +1730,9 @@ def test_image_jobs_are_kept_for_a_while_and_not_without_end():
 
     for number in range(1500):
         batches.join(call_of(number)).failed = True
-    assert len(batches.batches) == 1000 and not batches.find(call_of(0)) and batches.find(call_of(1499))
+    assert len(batches.batches) == 1000 and not batches.find(call_of(0)).joined and batches.find(call_of(1499)).joined
     clock.now += 601
-    assert not batches.find(call_of(1499))
+    assert not batches.find(call_of(1499)).joined
 
 
 # == controllers: Akash's failures ============================================================
