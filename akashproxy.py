@@ -65,7 +65,7 @@ Where is ...
     an error and its form on the wire  APIError, Dialect.error_body
     what an upstream's error means     UPSTREAM_ERRORS, error_from_body, akash_error
     what hides secrets                 redact
-    Akash's cookies                    AkashController.session, AkashLogin
+    sessions and logins at Akash       AkashController, AkashLogin
     caches of sessions and models      Cache
     Akash's stream, line by line       AkashDecoder
     what is sent to Akash              akash_request
