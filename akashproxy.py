@@ -69,7 +69,7 @@ Where is ...
     caches of sessions and models      Cache
     Akash's stream, line by line       AkashDecoder
     what is sent to Akash              akash_request
-    images                             AkashImages, ImageBatches
+    images                             AkashImages
     <think> tags                       ThinkTagFilter
     stop sequences and max_tokens      StopFilter
     tools as text                      PromptedTools, ToolCallFilter
@@ -550,6 +550,7 @@ DEFAULTS_BY_STATUS = {
     422: ErrorDefaults(Category.REQUEST),
     425: ErrorDefaults(Category.RATE_LIMIT),
     429: ErrorDefaults(Category.RATE_LIMIT, "rate_limit_error", "rate_limit_exceeded"),
+    **dict.fromkeys((502, 503, 504), ErrorDefaults(code="upstream_error")),
 }
 
 
@@ -2492,8 +2493,8 @@ def request_head(line: str, *fields: Tuple[str, str]) -> bytes:
 class ConnectionPool(urllib.request.BaseHandler):
     """urllib handler for http and https with persistent connections. Any thread.
 
-    It connects and sends; the caller receives. Idle connections are non-blocking, and one that the
-    server has closed is dropped before use. If the server closes one just as a request is sent,
+    It connects and sends; the caller receives. An idle connection that the server has closed is
+    dropped before use. If the server closes one just as a request is sent,
     the response fails with Category.RETRY and the request is repeated on a new connection.
     """
 
@@ -2516,7 +2517,8 @@ class ConnectionPool(urllib.request.BaseHandler):
         try:
             request.scope.attach(sock)
             try:
-                self._send(sock, request.to_bytes())
+                sock.setblocking(True)
+                sock.sendall(request.to_bytes())
             except OSError as error:
                 # The server may have sent an error and closed without reading all of the request:
                 # that response must still be read.
@@ -2531,21 +2533,8 @@ class ConnectionPool(urllib.request.BaseHandler):
 
     https_open = http_open
 
-    @staticmethod
-    def _send(sock: Any, data: bytes) -> None:
-        """Send all data; an idle connection stays non-blocking if one send() is enough."""
-        try:
-            sent = sock.send(data)
-        except (BlockingIOError, WantWrite):
-            sent = 0
-        if sent < len(data):
-            sock.setblocking(True)
-            sock.sendall(data[sent:])
-
     def release(self, key: Any, sock: Any, seconds: float) -> None:
         """Keep a connection for reuse within ``seconds``."""
-        if sock.gettimeout() != 0:
-            sock.setblocking(False)
         with self.lock:
             if not self.closed:
                 self.idle.setdefault(key, []).append((time.monotonic() + seconds, sock))
@@ -2907,7 +2896,6 @@ class UpstreamResponse:
                     raise APIError(
                         502,
                         f"{self.timeouts.upstream_name} sent more than {limit} bytes.",
-                        code="upstream_error",
                     )
         finally:
             self.close()
@@ -3118,7 +3106,6 @@ def upstream_error(
     return APIError(
         504 if timed_out else 502,
         message,
-        code="upstream_error",
         category=Category.NETWORK,
         reason=reason,
     )
@@ -3162,7 +3149,6 @@ def unexpected_error(error: Exception, upstream_name: str) -> APIError:
     failure = APIError(
         502,
         f"{upstream_name} failed unexpectedly.",
-        code="upstream_error",
         category=Category.NETWORK,
     )
     failure.bug = error
@@ -3192,9 +3178,7 @@ class controller_errors:
 
 def truncated(upstream_name: str, problem: str = "ended its answer early") -> APIError:
     """Return the error for an incomplete or unusable answer."""
-    return APIError(
-        502, f"{upstream_name} {problem}.", code="upstream_error", category=Category.NETWORK
-    )
+    return APIError(502, f"{upstream_name} {problem}.", category=Category.NETWORK)
 
 
 # == 7. streams ===============================================================================
@@ -4513,25 +4497,12 @@ def _join_messages(role: str, messages: List[Dict[str, Any]]) -> List[Dict[str, 
     return [{"role": role, "content": parts}]
 
 
-class ToolAdapter(Controller):
-    """Adds the settings prompt and refuse of ``tools`` to another controller."""
-
-    DELEGATED = (
-        "models",
-        "image",
-        "metrics",
-        "status",
-        "limit_is_over",
-        "take_over",
-        "on_tick",
-        "close",
-    )
+class ToolAdapter:
+    """Adds the settings prompt and refuse of ``tools`` to a controller."""
 
     def __init__(self, controller: Controller) -> None:
-        super().__init__(controller.options, controller.settings)
-        self.controller = controller
-        for name in self.DELEGATED:
-            setattr(self, name, getattr(controller, name))
+        self.controller, self.name = controller, controller.name
+        self.options, self.settings = controller.options, controller.settings
 
     def check_support(self, call: Call) -> Optional[APIError]:
         body = call.body
@@ -5541,8 +5512,9 @@ class AkashLogin:
     ) -> None:
         self.transport, self.name, self.clock = transport, name, clock
         self.set_cookie(cookie)
-        self.has_login = any(map(self.COOKIE.match, cookie.replace(" ", "").split(";")))
-        self.active: Optional[bool] = None  # unknown until the server has answered
+        has_login = any(map(self.COOKIE.match, cookie.replace(" ", "").split(";")))
+        # None without a login; "active" or "ended" once the server has answered
+        self.state = "unknown" if has_login else None
         self.renew_at = -math.inf
 
     def set_cookie(self, cookie: str) -> None:
@@ -5554,7 +5526,7 @@ class AkashLogin:
     def renew_async(self) -> None:
         """Renew a login in a thread if that is due."""
         now = self.clock()
-        if self.has_login and now >= self.renew_at:
+        if self.state and now >= self.renew_at:
             self.renew_at = now + self.RETRY
             start_thread(self._renew, "akash login")
 
@@ -5564,16 +5536,16 @@ class AkashLogin:
         except APIError as error:
             log.info("%s: login not renewed: %s", self.name, error.message)
             return
-        status = response.status
-        if status == 200 and not is_challenge_page(response):
+        states = {200: "active", 204: "ended", 401: "ended"}
+        if response.status not in states or is_challenge_page(response):
+            log.info("%s: login not renewed (status %d)", self.name, response.status)
+            return
+        before, self.state = self.state, states[response.status]
+        self.renew_at = self.clock() + self.INTERVAL
+        if self.state == "active":
             self._keep(response.headers.get("set-cookie", ""))
-            self.active, self.renew_at = True, self.clock() + self.INTERVAL
-        elif status in (204, 401):
-            if self.active is not False:
-                log.warning("%s: its login has ended: set a new cookie", self.name)
-            self.active, self.renew_at = False, self.clock() + self.INTERVAL
-        else:
-            log.info("%s: login not renewed (status %d)", self.name, status)
+        elif before != "ended":
+            log.warning("%s: its login has ended: set a new cookie", self.name)
 
     def _keep(self, set_cookie: str) -> None:
         """Put the login's new cookies in the place of its old ones."""
@@ -5800,9 +5772,9 @@ AKASH_ERRORS: List[Tuple[int, Optional[str], str]] = [
     (400, None,                       r"invalid prompt|unsupported role|invalid argument"
                                       r"|bad request|unprocessable|invalid data content"),
     (401, "upstream_auth",            r"authentication error|api key|unauthorized"),
-    (504, "upstream_error",           r"timed? ?out|timeout"),
-    (503, "upstream_error",           r"service unavailable|overloaded"),
-    (502, "upstream_error",           r""),
+    (504, None,                       r"timed? ?out|timeout"),
+    (503, None,                       r"service unavailable|overloaded"),
+    (502, None,                       r""),
 ]
 # fmt: on
 
@@ -5839,7 +5811,7 @@ def akash_error(text: str, model: str, secrets: Iterable[str] = ()) -> APIError:
     return APIError(
         {500: 502, 529: 503}.get(status, status),
         message,
-        code=code or ("upstream_error" if status >= 500 else None),
+        code=code,
         category=Category.RATE_LIMIT if is_limit else None,
         cooldown_scope="model" if is_limit else "controller",
         retry_after=wait if is_limit else None,
@@ -5915,6 +5887,8 @@ class AkashDecoder(Decoder):
     LINE_LIMIT = 8 << 20  # bytes
     has_fast_path = True
     REASONING_PART = "<think>\n", "\n</think>\n\n"
+    # types of SDK 5 for the codes of SDK 4
+    TYPES = {b"g": "reasoning-delta", b"9": "tool-input-available", b"3": "error", b"d": "finish"}
 
     def __init__(self, model: str = "", secrets: Iterable[str] = ()) -> None:
         self.model, self.secrets = model, secrets
@@ -5952,59 +5926,43 @@ class AkashDecoder(Decoder):
         if self.error and self.error.message == MALFORMED_LINE:
             self.error = None  # the line was cut: report the truncation below instead
         if not self.complete:
-            self._fail("Akash Chat ended its answer early.")
+            self._fail(ENDED_EARLY)
         return out
 
     def _line(self, line: bytes, out: List[Event]) -> None:
+        code, data = line[:1], line[5:].strip()
         try:
-            if line[1:2] == b":" and line[:1].isalnum():
-                if line[:1] in b"g39d":
+            if line[1:2] == b":" and code.isalnum():
+                if code in self.TYPES:
                     value = _decode_any(line[2:].decode("utf-8", "surrogatepass"))
-                    self._on_v4_part(line[:1], value, out)
+                    event = {"delta": value, "errorText": value, **as_dict(value)}
+                    self._event({**event, "type": self.TYPES[code]}, out)
             elif line.startswith(b"data:"):
-                self._on_v5_event(line[5:].strip(), out)
-            elif not line.startswith((b":", b"event:", b"id:", b"retry:", b"\r")):
-                page = re.match(rb"\s*<(!doctype|html|head|body)\b", line, re.I)
-                if page:
-                    self._fail(CHALLENGE_PAGE, "upstream_blocked")
+                if data == b"[DONE]":
+                    self._fail(ENDED_EARLY)
                 else:
-                    self._fail("Akash Chat sent something other than a stream.")
+                    event = as_dict(_decode_any(data.decode("utf-8", "surrogatepass")))
+                    self._event({"finishReason": "stop", **event}, out)
+            elif re.match(rb"\s*<(!doctype|html|head|body)\b", line, re.I):
+                self._fail(CHALLENGE_PAGE, "upstream_blocked")
+            elif not line.startswith((b":", b"event:", b"id:", b"retry:", b"\r")):
+                self._fail("Akash Chat sent something other than a stream.")
         except (ValueError, RecursionError):
             self._fail(MALFORMED_LINE)
 
-    def _on_v4_part(self, code: bytes, value: Any, out: List[Event]) -> None:
-        if code == b"g" and isinstance(value, str) and value:
-            out.append(Reasoning(value))
-        elif code == b"3":
-            self.error = akash_error(str(value), self.model, self.secrets)
-        elif code == b"9" and isinstance(value, dict):
-            self._tool(value, value.get("args"), out)
-        elif code == b"d" and isinstance(value, dict):
-            self._finish(value.get("finishReason"), value.get("usage"), out)
-
-    def _on_v5_event(self, data: bytes, out: List[Event]) -> None:
-        if data == b"[DONE]":
-            self._fail("Akash Chat ended its answer early.")
-            return
-        event = as_dict(_decode_any(data.decode("utf-8", "surrogatepass")))
-        event_type = event.get("type")
+    def _event(self, event: Dict[str, Any], out: List[Event]) -> None:
+        event_type, delta = event.get("type"), event.get("delta")
         if event_type in ("text-delta", "reasoning-delta"):
-            if event.get("delta"):
-                make_event = Text if event_type == "text-delta" else Reasoning
-                out.append(make_event(str(event["delta"])))
+            if isinstance(delta, str) and delta:
+                out.append(Text(delta) if event_type == "text-delta" else Reasoning(delta))
         elif event_type == "tool-input-available":
-            self._tool(event, event.get("input"), out)
+            self._tool(event, out)
         elif event_type in ("error", "tool-input-error"):
             self.error = akash_error(str(event.get("errorText", "")), self.model, self.secrets)
         elif event_type == "abort":
             self._fail("Akash Chat aborted its answer.")
         elif event_type == "finish":
-            metadata = as_dict(event.get("messageMetadata"))
-            self._finish(
-                event.get("finishReason", "stop"),
-                metadata.get("totalUsage") or metadata.get("usage"),
-                out,
-            )
+            self._finish(event, out)
 
     def _texts(self, lines: List[bytes], out: List[Event]) -> None:
         """Decode consecutive text parts at once; one by one if any of them is malformed.
@@ -6046,15 +6004,18 @@ class AkashDecoder(Decoder):
                 position += text.startswith(",", position)
         self._fail(MALFORMED_LINE)
 
-    def _tool(self, call: Dict[str, Any], arguments: Any, out: List[Event]) -> None:
+    def _tool(self, event: Dict[str, Any], out: List[Event]) -> None:
         if self.tool_count == MAX_TOOL_CALLS:
             self.error = too_many_calls("Akash Chat")
             return
-        call_id, name = str(call.get("toolCallId")), str(call.get("toolName"))
-        out.append(ToolCall(self.tool_count, _encode(arguments), call_id, name))
+        arguments = _encode(event.get("input", event.get("args")))
+        call_id, name = str(event.get("toolCallId")), str(event.get("toolName"))
+        out.append(ToolCall(self.tool_count, arguments, call_id, name))
         self.tool_count += 1
 
-    def _finish(self, reason: Any, usage: Any, out: List[Event]) -> None:
+    def _finish(self, event: Dict[str, Any], out: List[Event]) -> None:
+        reason, metadata = event.get("finishReason"), as_dict(event.get("messageMetadata"))
+        usage = metadata.get("totalUsage") or metadata.get("usage") or event.get("usage")
         if isinstance(reason, str) and reason in AKASH_FINISH_REASONS:
             self.complete = True
             out.append(Finish(AKASH_FINISH_REASONS[reason], _akash_usage(usage)))
@@ -6094,6 +6055,7 @@ def challenge_page_error(response: UpstreamResponse) -> APIError:
     )
 
 
+ENDED_EARLY = "Akash Chat ended its answer early."
 MALFORMED_LINE = "Akash Chat sent a malformed line."
 CHALLENGE_PAGE = (
     "A proxy in front of Akash Chat answered with a web page: set AKASH_COOKIE and USER_AGENT as"
@@ -6160,18 +6122,18 @@ class ImageBatch:
         self.expires_at = math.inf
 
 
-class ImageBatches:
-    """Finds the jobs of an image request when the client repeats it. Any thread.
+class AkashImages:
+    """Generates images: starts and polls jobs, fetches results. Worker thread.
 
     SDKs repeat a request after a timeout or an error 5xx, while its jobs go on at Akash Chat. A
-    repeat has the client, path and body of a request that ended without its images. Jobs whose
-    images were sent are forgotten: the same prompt then gives other images.
+    repeat has the client, path and body of a request that ended without its images, and joins its
+    jobs. Jobs whose images were sent are forgotten: the same prompt then gives other images.
     """
 
     MAX_BATCHES, KEPT_SECONDS = 1000, 600.0
 
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self.clock, self.lock = clock, threading.Lock()
+    def __init__(self, akash: "AkashController", clock: Callable[[], float]) -> None:
+        self.akash, self.clock, self.lock = akash, clock, threading.Lock()
         self.batches: OrderedDict[Tuple[str, str, str], ImageBatch] = OrderedDict()
 
     def find(self, call: Call) -> ImageBatch:
@@ -6200,27 +6162,17 @@ class ImageBatches:
             if self.batches.get(batch.key) is batch:
                 del self.batches[batch.key]
 
-
-class AkashImages:
-    """Generates images: starts and polls jobs, fetches results. Worker thread."""
-
-    def __init__(self, akash: "AkashController", clock: Callable[[], float]) -> None:
-        self.akash, self.batches = akash, ImageBatches(clock)
-
     def events(self, call: Call, data: bytes) -> Iterator[Event]:
-        """Start a job for each image, then poll them; text instead of a job is passed on.
-
-        A repeated request joins the jobs that its predecessor has started. Worker thread.
-        """
-        batch = self.batches.join(call)
+        """Start a job for each image, then poll them; text instead of a job is passed on."""
+        batch = self.join(call)
         try:
             yield from self._batch_events(call, data, batch)
         except APIError as error:
             batch.failed = error.status >= 500 and error.retry is not False
             if not batch.failed:
-                self.batches.forget(batch)
+                self.forget(batch)
             raise
-        self.batches.forget(batch)
+        self.forget(batch)
 
     def _batch_events(self, call: Call, data: bytes, batch: ImageBatch) -> Iterator[Event]:
         """Yield a batch's events; one job at a time if concurrent requests are limited."""
@@ -6370,7 +6322,7 @@ class AkashController(Controller):
             call.prepared_requests[self.name] = self._prepare(call)
         except APIError as error:
             return error
-        if self._is_image(call) and self.images.batches.find(call).joined:
+        if self._is_image(call) and self.images.find(call).joined:
             call.preferred = self.name
         return None
 
@@ -6456,14 +6408,12 @@ class AkashController(Controller):
 
     def metrics(self) -> Dict[str, float]:
         metrics: Dict[str, float] = {"akashproxy_session_renewals_total": self.session.fetch_count}
-        if self.login.active is not None:
-            metrics["akashproxy_login_active"] = int(self.login.active)
+        if self.login.state in ("active", "ended"):
+            metrics["akashproxy_login_active"] = int(self.login.state == "active")
         return metrics
 
     def status(self) -> Dict[str, Any]:
-        if not self.login.has_login:
-            return {"login": None}
-        return {"login": {None: "unknown", True: "active", False: "ended"}[self.login.active]}
+        return {"login": self.login.state}
 
     def limit_is_over(self) -> Optional[bool]:
         response, status = self.transport.get_json(self.LIMIT_PATH)
@@ -6472,8 +6422,8 @@ class AkashController(Controller):
 
     def take_over(self, previous: Any) -> None:
         self.login.set_cookie(previous.login.cookie)
-        self.login.active, self.login.renew_at = previous.login.active, previous.login.renew_at
-        self.images.batches = previous.images.batches
+        self.login.state, self.login.renew_at = previous.login.state, previous.login.renew_at
+        self.images, previous.images.akash = previous.images, self
 
     def on_tick(self, now: float) -> None:
         super().on_tick(now)
@@ -6491,7 +6441,6 @@ class AkashController(Controller):
         raise APIError(
             502,
             f"Akash Chat could not serve the image (status {response.status}).",
-            code="upstream_error",
             upstream_status=response.status,
         )
 
@@ -6629,12 +6578,11 @@ class AkashController(Controller):
         error = APIError(
             502 if status <= 500 else 503,
             f"Akash Chat failed without giving a reason (status {status}).",
-            code="upstream_error",
         )
         if message:
             error = akash_error(message, model)
         if error.status == 400 != status:
-            error = APIError(502, error.message, code="upstream_error")
+            error = APIError(502, error.message)
         if wait and error.category is Category.SERVER:
             error.category, error.retry_after = Category.RATE_LIMIT, wait
         return error
@@ -6666,7 +6614,6 @@ def no_models() -> APIError:
     return APIError(
         503,
         "Akash Chat lists no models at the moment.",
-        code="upstream_error",
         retry_after=30,
         category=Category.NETWORK,
     )
@@ -7415,7 +7362,7 @@ class OpenAIController(Controller):
                 self.name, True, STREAM_ENDS.get(call.original.path), self.secrets, renamed
             )
         if media_type(content_type) == "text/html":
-            raise APIError(502, f"{self.name} answered with a web page.", code="upstream_error")
+            raise APIError(502, f"{self.name} answered with a web page.")
         until_close, field = response.body.until_close, ANSWER_FIELDS.get(call.original.path, b"")
         if is_json_type(content_type) or field or not call.relay_only:
             if not is_json_type(content_type):
@@ -7490,7 +7437,7 @@ class OpenAIController(Controller):
         named = ((entry.get("id"), entry) for entry in map(as_dict, models))
         entries = bounded_model_list(self.name, named).values()
         if not entries:
-            raise APIError(503, f"{self.name} lists no models.", code="upstream_error")
+            raise APIError(503, f"{self.name} lists no models.")
         common = {"object": "model", "owned_by": self.name}
         models = [
             with_context_length(
@@ -7616,6 +7563,8 @@ class Upstream:
 
     def __init__(self, controller: Controller, previous: Optional["Upstream"] = None) -> None:
         self.controller, self.options, self.name = controller, controller.options, controller.name
+        adapts = self.options.tools in ("prompt", "refuse")
+        self.adapted = ToolAdapter(controller) if adapts else controller
         self.current_weight = 0.0  # of smooth weighted round robin
         self.in_flight = self.served = self.failed = self.cooldown_count = 0
         self.outcomes: Dict[str, int] = defaultdict(int)  # attempts by "success" or a category
@@ -7631,8 +7580,7 @@ class Upstream:
             )
         if previous and previous.identity == self.identity:
             self._inherit(previous, "cooldowns", "served_at", "last_error", "last_error_at")
-            old = previous.controller
-            controller.take_over(old.controller if isinstance(old, ToolAdapter) else old)
+            controller.take_over(previous.controller)
 
     def _inherit(self, previous: "Upstream", *names: str) -> None:
         for name in names:
@@ -7922,8 +7870,6 @@ def make_upstreams(settings: Settings, previous: Optional["Pool"]) -> List[Upstr
         upstream = known.get(options.name)
         if upstream is None or not reusable or upstream.options != options:
             controller = CONTROLLERS[options.type](options, settings)
-            if options.tools in ("prompt", "refuse"):
-                controller = ToolAdapter(controller)
             upstream = Upstream(controller, upstream)
         upstreams.append(upstream)
     return upstreams
@@ -8195,7 +8141,7 @@ class Pool:
         """The reason why a controller doesn't support a call; None if it does."""
         try:
             with controller_errors(upstream.name):
-                error = upstream.controller.check_support(call)
+                error = upstream.adapted.check_support(call)
                 if error:
                     error.category = Category.UNSUPPORTED  # another controller may support the call
                 return error
@@ -8247,7 +8193,6 @@ class Pool:
         raise APIError(
             503,
             "No controller lists its models at the moment.",
-            code="upstream_error",
             retry_after=Cache.RETRY,
         )
 
@@ -8499,7 +8444,7 @@ class Exchange:
                 self.call.begin_attempt()
             try:
                 with controller_errors(self.upstream.name):
-                    self.response = self.upstream.controller.events(self.call)
+                    self.response = self.upstream.adapted.events(self.call)
             except APIError as error:
                 self.fail_over(error)
         return isinstance(self.response, EventStream)

@@ -1721,7 +1721,7 @@ def test_a_repeat_goes_to_the_controller_with_its_jobs(pool):
 
 def test_image_jobs_are_kept_for_a_while_and_not_without_end():
     clock = Clock()
-    batches = akashproxy.ImageBatches(clock)
+    batches = akashproxy.AkashImages(None, clock)
 
     def call_of(number):
         call = akashproxy.Call({"model": "AkashGen"})
