@@ -501,6 +501,19 @@ def start_thread(target: Callable[[], None], name: str) -> bool:
     return True
 
 
+def similar_to(name: str, names: Sequence[str], count: int = 1) -> str:
+    """Up to ``count`` of the names, to end a question: 'a' or 'b'; "" if none is similar.
+
+    Any case. Bounded, as both may come from others: long names, and those after 500, are left out.
+    """
+    import difflib  # only now, as it would slow down every start
+
+    known = {each.lower(): each for each in names[:500] if len(each) <= 64}
+    return " or ".join(
+        repr(known[near]) for near in difflib.get_close_matches(name[:64].lower(), known, count)
+    )
+
+
 def _sha256(text: Union[str, bytes]) -> str:
     import hashlib
 
@@ -1324,26 +1337,25 @@ class ValidatedSettings:
 
     def __post_init__(self) -> None:
         problems: List[str] = []
-        for item in setting_fields(type(self)):
-            with collecting_errors(problems, item.name):
-                value = getattr(self, item.name)
+        for name, item in setting_fields(type(self)).items():
+            with collecting_errors(problems, name):
+                value = getattr(self, name)
                 if item.type.startswith("Tuple") and isinstance(value, str):
                     value = from_text(item, value)
                 if isinstance(value, list):
                     value = tuple(value)
-                object.__setattr__(self, item.name, validate(item, value))
+                object.__setattr__(self, name, validate(item, value))
         if problems:
             raise ConfigError(problems)
 
     def redacted_items(self) -> List[Tuple[str, str]]:
         """(name, value) of each setting, with secrets redacted."""
         items = []
-        for item in setting_fields(type(self)):
-            value = getattr(self, item.name)
-            secret, text = item.metadata["secret"], format_value(value)
-            if secret and value:
+        for name, item in setting_fields(type(self)).items():
+            secret, text = item.metadata["secret"], format_value(getattr(self, name))
+            if secret and text:
                 text = secret(text) if callable(secret) else "********"
-            items.append((item.name, text))
+            items.append((name, text))
         return items
 
 
@@ -1593,15 +1605,15 @@ class Settings(ValidatedSettings):
         """
         problems: List[str] = []
         overrides: Dict[str, Any] = {}
-        for item in setting_fields(cls):
-            flag = (flags or {}).get(item.name)
-            names = item.name.upper(), item.metadata["env_alias"]
+        for name, item in setting_fields(cls).items():
+            flag = (flags or {}).get(name)
+            names = name.upper(), item.metadata["env_alias"]
             variable = next(filter(environ.get, names), "")
             source = variable if flag is None else flag_name(item)
             if source:
                 text = environ[variable] if flag is None else flag
                 with collecting_errors(problems, source):
-                    overrides[item.name] = validate(item, from_text(item, text))
+                    overrides[name] = validate(item, from_text(item, text))
         if environ.get("CHATGPT_APISERVER_PORT") and "server_address" not in overrides:
             with collecting_errors(problems, "CHATGPT_APISERVER_PORT"):
                 port = environ["CHATGPT_APISERVER_PORT"]
@@ -1756,7 +1768,7 @@ class ConfigFile:
         if data is None:
             return {}
         special = {name: data.pop(name) for name in self.SPECIAL_KEYS if name in data}
-        values = self.fields(fields_by_name(Settings), data, "", self.SPECIAL_KEYS)
+        values = self.fields(setting_fields(Settings), data, "", self.SPECIAL_KEYS)
         port = self.environ.get("PORT") or special.get("port")
         if port is None and self.is_chatgpt_apiserver(special.get("controllers")):
             port = 8080  # chatgpt-apiserver's default
@@ -1784,7 +1796,7 @@ class ConfigFile:
         if not isinstance(pool, dict):
             self.problem("pool", "must be an object")
             return {}
-        values = self.fields({"type": fields_by_name(Settings)["pool_type"]}, pool, "pool.")
+        values = self.fields({"type": setting_fields(Settings)["pool_type"]}, pool, "pool.")
         return {"pool_type": values["type"]} if values else {}
 
     def controllers(self, items: Any) -> Tuple[ControllerSettings, ...]:
@@ -1823,7 +1835,7 @@ class ConfigFile:
     def key(self, data: Dict[str, Any], key_path: str) -> Optional[ClientKeySettings]:
         """Build the settings of a client key; None after a problem."""
         before = len(self.problems)
-        values = self.fields(fields_by_name(ClientKeySettings), data, key_path + ".")
+        values = self.fields(setting_fields(ClientKeySettings), data, key_path + ".")
         for name in ("name", "key"):
             if name not in data:
                 self.problem(f"{key_path}.{name}", "is missing")
@@ -1834,7 +1846,7 @@ class ConfigFile:
         base, base_path, file = self.base_config(data, key_path)
         if base is None:
             return None
-        before, known = len(self.problems), fields_by_name(ControllerSettings)
+        before, known = len(self.problems), setting_fields(ControllerSettings)
         values = {
             **self.fields(known, base, base_path),
             **self.fields(known, data, key_path + ".", ["config", "config_file"]),
@@ -1943,10 +1955,8 @@ class ConfigFile:
                 with self.collecting_errors(prefix + name):
                     values[name] = validate(known[name], from_json_value(known[name], value))
             else:
-                import difflib  # only now, as it would slow down every start
-
-                near = difflib.get_close_matches(name, [*known, *others], 1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
+                near = similar_to(name, [*known, *others])
+                hint = f"; did you mean {near}?" if near else ""
                 self.problem(prefix + name, "unknown key" + hint)
         return values
 
@@ -1966,14 +1976,9 @@ def collecting_errors(problems: List[str], source: str) -> Iterator[None]:
         problems.append(f"{source}: {error}")
 
 
-def setting_fields(cls: Any) -> List[Any]:
-    """Fields of a class that are declared by setting()."""
-    return [item for item in dataclasses.fields(cls) if item.metadata]
-
-
-def fields_by_name(cls: Any) -> Dict[str, Any]:
-    """The dataclass fields of a settings class that are settings, by name."""
-    return {item.name: item for item in setting_fields(cls)}
+def setting_fields(cls: Any) -> Dict[str, Any]:
+    """Fields of a class that are declared by setting(), by name."""
+    return {item.name: item for item in dataclasses.fields(cls) if item.metadata}
 
 
 def flag_name(item: Any) -> str:
@@ -7993,7 +7998,8 @@ class Pool:
         if model not in names:
             if LISTED not in error.message:
                 error.message = f"{error.message.rstrip(' .')}. {LISTED}"
-            error.message += near_names(model, names)
+            near = similar_to(model, names, 3)
+            error.message += f" Did you mean {near}?" if near else ""
         return error
 
     def acquire(self, exchange: "Exchange") -> Upstream:
@@ -8344,18 +8350,6 @@ def rendezvous(ready: List[Upstream], conversation: str) -> Upstream:
         return -upstream.options.weight / math.log(point)
 
     return max(ready, key=score)
-
-
-MAX_NAMES, MAX_COMPARED = 500, 64  # names, and characters of each, to look for near ones
-
-
-def near_names(model: str, names: List[str]) -> str:
-    """A question that names up to three similar models; "" if there are none."""
-    import difflib  # only now, as it would slow down every start
-
-    short = {name.lower(): name for name in names[:MAX_NAMES] if len(name) <= MAX_COMPARED}
-    near = difflib.get_close_matches(model[:MAX_COMPARED].lower(), short, 3)
-    return f" Did you mean {' or '.join(repr(short[name]) for name in near)}?" if near else ""
 
 
 def most_informative(errors: List[APIError]) -> APIError:
@@ -14021,13 +14015,11 @@ def parse_flags(argv: List[str]) -> Any:
     except OSError:  # --help could not be written
         raise SystemExit(1) from None
     if unknown:
-        import difflib
-
         name = unknown[0].partition("=")[0]
-        near = difflib.get_close_matches(name, re.findall("--[a-z-]+", parser.format_usage()), 1)
+        near = similar_to(name, re.findall("--[a-z-]+", parser.format_usage()))
         parser.error(
             f"unknown {'flag' if name.startswith('-') else 'argument'} {name[:100]}"
-            + (f"; did you mean {near[0]}?" if near else "; --help lists the flags")
+            + (f"; did you mean {near}?" if near else "; --help lists the flags")
         )
     return options
 
@@ -14070,7 +14062,7 @@ def argument_parser() -> Any:
         help="query /health of a running server, and exit with 0 if it is healthy, else 1",
     )
     group = parser.add_argument_group("settings")
-    for item in setting_fields(Settings):
+    for item in setting_fields(Settings).values():
         default = default_text(item)
         text = item.metadata["help"] + (f" (default: {default})" if default else "")
         metavar = {"str": "TEXT", "int": "NUMBER", "float": "SECONDS"}.get(item.type, "LIST")

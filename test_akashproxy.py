@@ -2335,7 +2335,7 @@ def command(*flags, **environ):
                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-SETTINGS = {item.name.upper(): item for item in akashproxy.setting_fields(Settings)}
+SETTINGS = {name.upper(): item for name, item in akashproxy.setting_fields(Settings).items()}
 
 
 def run(*flags, **environ):
@@ -2405,9 +2405,9 @@ def test_bad_settings_are_one_clear_line(flags, environ, words):
 
 @pytest.mark.parametrize("flags, words", [
     (["--nonsense"], "unknown flag --nonsense; --help lists the flags"),
-    (["--confg-file", "x"], "unknown flag --confg-file; did you mean --config-file?"),
-    (["--sever-address=:1"], "unknown flag --sever-address; did you mean --server-address?"),
-    (["-config_fle=x"], "unknown flag --config-fle; did you mean --config-file?"),
+    (["--confg-file", "x"], "unknown flag --confg-file; did you mean '--config-file'?"),
+    (["--sever-address=:1"], "unknown flag --sever-address; did you mean '--server-address'?"),
+    (["-config_fle=x"], "unknown flag --config-fle; did you mean '--config-file'?"),
     (["serve"], "unknown argument serve; --help lists the flags"),
     (["--config-file"], "argument --config-file: expected one argument"),
 ])
@@ -2559,7 +2559,7 @@ def test_the_file_is_a_script_for_uv_and_pipx():
 
 @pytest.mark.parametrize("cls", [Settings, akashproxy.ControllerSettings, akashproxy.ClientKeySettings])
 def test_settings_describe_themselves_and_take_lists(cls):
-    for item in akashproxy.setting_fields(cls):
+    for item in akashproxy.setting_fields(cls).values():
         assert f"    {item.name}: {item.metadata['help']}" in cls.__doc__
         if item.type.startswith("Tuple[str") and item.name not in ("cors_origins",):
             value = {"bearer_token": ["tok"], "trusted_proxies": ["127.0.0.1/32"]}.get(item.name, ["a", "b"])
@@ -4186,7 +4186,7 @@ NEAR = {    # (asked for, the models a key may use, what is suggested)
 @table(NEAR)
 def test_near_names(case):
     asked, names, expected = case
-    assert akashproxy.near_names(asked, names) == (f" Did you mean {expected}?" if expected else "")
+    assert akashproxy.similar_to(asked, names, 3) == expected
 
 
 @pytest.mark.parametrize("names, asked", [
@@ -4195,7 +4195,7 @@ def test_near_names(case):
 ], ids=["many", "long", "alternating", "nested"])
 def test_looking_for_near_names_is_bounded(names, asked):
     started = time.thread_time()
-    akashproxy.near_names(asked, names)
+    akashproxy.similar_to(asked, names, 3)
     assert time.thread_time() - started < 0.5
 
 
@@ -12074,7 +12074,7 @@ def test_every_setting_and_every_route_is_in_the_readme():
     for name, item in SETTINGS.items():
         default = akashproxy.default_text(item)
         assert f"| `{name}` | {f'`{default}`' if default else ''} | {item.metadata['help']} |" in README, name
-    for item in akashproxy.setting_fields(akashproxy.ControllerSettings) + akashproxy.setting_fields(akashproxy.ClientKeySettings):
+    for item in (*akashproxy.setting_fields(akashproxy.ControllerSettings).values(), *akashproxy.setting_fields(akashproxy.ClientKeySettings).values()):
         default = akashproxy.default_text(item)
         assert f"| `{item.name}` | {f'`{default}`' if default else ''} | {item.metadata['help']} |" in README, item.name
     for path in akashproxy.ROUTES:
