@@ -806,7 +806,7 @@ class CancelScope:
 
     Owner's thread: attach(), set_deadline(), detach(), raise_if_cancelled(). Any thread: cancel().
     After cancel() a blocked recv() returns, and raise_if_cancelled() raises the reason.
-    The event loop cancels each scope in ``active`` whose deadline has passed.
+    The event loop calls cancel_overdue().
     """
 
     __slots__ = ("sock", "deadline", "timeout_message", "reason", "shutdown_how")
@@ -818,6 +818,14 @@ class CancelScope:
         self.timeout_message = ""  # message of the error when the deadline passes
         self.reason: Optional[Exception] = None
         self.shutdown_how = socket.SHUT_RDWR
+
+    @classmethod
+    def cancel_overdue(cls, now: float) -> None:
+        """Cancel all scopes whose deadline has passed, by time.monotonic(). Any thread."""
+        for scope in cls.active.copy():
+            if scope.deadline < now:
+                message = scope.timeout_message
+                scope.cancel(APIError(504, message, code="timeout", category=Category.NETWORK))
 
     def attach(self, sock: Any) -> None:
         # A race: cancel() sets the reason and then reads sock. Setting sock and then checking the
@@ -2604,19 +2612,24 @@ def connect_problem(error: Exception, upstream: str, proxy: str) -> str:
 
     It names the host, but not the port: clients need not know the inner network.
     """
-    first = proxy or upstream
-    verify_message = getattr(error, "verify_message", "")
+    where = f"the proxy {proxy}" if proxy else upstream
     if isinstance(error, ConnectError):
         return str(error)
     if isinstance(error, socket.gaierror):
-        return f"the name {first!r} can't be looked up (check the address and the DNS)"
+        setting = "PROXY" if proxy else "the address"
+        return f"the name {proxy or upstream!r} can't be looked up (check {setting} and the DNS)"
     if isinstance(error, ConnectionRefusedError):
-        return f"{first} refused the connection (check that it runs, and the port)"
-    if verify_message:
-        return f"the certificate of {upstream} can't be verified: {verify_message} (set CA_FILE)"
+        return f"{where} refused the connection (check that it runs, and the port)"
+    if isinstance(error, OSError) and error.errno in (errno.EHOSTUNREACH, errno.ENETUNREACH):
+        return f"there is no route to {where} from here"
     if str(error).startswith("Tunnel connection failed: "):
         status = str(error).partition(": ")[2][:3]
-        return f"the proxy {proxy} refused the connection with status {status} (check PROXY)"
+        return f"{where} refused the connection with status {status} (check PROXY)"
+    verify_message = getattr(error, "verify_message", "")
+    if verify_message:
+        return f"the certificate of {upstream} can't be verified: {verify_message} (set CA_FILE)"
+    if getattr(error, "reason", "") in ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "UNKNOWN_PROTOCOL"):
+        return f"{upstream} does not speak TLS (check the port, and whether it is https)"
     return ""
 
 
@@ -6048,7 +6061,8 @@ def is_challenge_page(response: UpstreamResponse) -> bool:
 def challenge_page_error(response: UpstreamResponse) -> APIError:
     """Return the 502 for a challenge page, without any of its HTML; also log it."""
     _, host, tunnel_host = response.key
-    reason = f"{tunnel_host or host}: {CHALLENGE_PAGE}"
+    name = urllib.parse.urlsplit(f"//{tunnel_host or host}").hostname
+    reason = f"{name}: {CHALLENGE_PAGE}"
     log.warning("%s (status %d)", reason, response.status)
     return APIError(
         502,
@@ -6516,9 +6530,11 @@ class AkashController(Controller):
                 f"Akash Chat requires a valid access token ({reason}): set AKASH_ACCESS_TOKEN.",
                 response.status,
             )
+        moved = redact(response.headers.get("location", "")[:1000], self.secrets())[:200]
+        hint = f": it redirects to {moved}, check AKASH_BASE_URL" if moved else ""
         raise APIError(
             503,
-            f"Akash Chat did not start a session (status {response.status}).",
+            f"Akash Chat did not start a session (status {response.status}){hint}.",
             code="upstream_session",
             retry_after=5,
             category=Category.NETWORK,
@@ -7878,6 +7894,13 @@ def make_upstreams(settings: Settings, previous: Optional["Pool"]) -> List[Upstr
             upstream = Upstream(controller, upstream)
         upstreams.append(upstream)
     return upstreams
+
+
+def enforce_deadlines() -> None:
+    """Cancel overdue attempts while there is no event loop to do it. Never returns."""
+    while True:
+        time.sleep(0.25)
+        CancelScope.cancel_overdue(time.monotonic())
 
 
 def ask_upstream(upstream: Upstream) -> Tuple[bool, str]:
@@ -12769,11 +12792,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def on_tick(self, now: float) -> None:
         """Enforce all deadlines, resume accepting, wake queued calls. Loop thread."""
-        for scope in CancelScope.active.copy():
-            if scope.deadline < now:
-                scope.cancel(
-                    APIError(504, scope.timeout_message, code="timeout", category=Category.NETWORK)
-                )
+        CancelScope.cancel_overdue(now)
         for connection in self.connections.copy():
             try:
                 connection.on_tick(now)
@@ -14102,6 +14121,7 @@ def print_settings(settings: Settings) -> None:
 
 def ask_controllers(settings: Settings) -> int:
     """Print a line on each controller's state; the exit status: 1 if one fails."""
+    start_thread(enforce_deadlines, "deadlines")
     print_text("")
     pool, all_right = Pool(settings), True
     for upstream in pool.enabled:
