@@ -5647,20 +5647,20 @@ def akash_request(call: Call, drop: Iterable[str] = ()) -> Tuple[Dict[str, Any],
     }, [*ignored, *(name for name in unsupported if name not in AKASH_UNSUPPORTED), *json_mode]
 
 
+def refused(param: str, words: str) -> APIError:
+    """Return the 400 for a part of a request that Akash Chat does not accept."""
+    return bad_request(f"{param}: Akash Chat {words}.", param)
+
+
 def _akash_message(
     message: Dict[str, Any], param: str, files: List[Dict[str, str]]
 ) -> Dict[str, Any]:
     role = message.get("role")
     if role not in ("user", "assistant"):
-        raise bad_request(
-            f"{param}: Akash Chat does not support the role {str(role)[:80]!r};"
-            " use system, developer, user or assistant.",
-            f"{param}.role",
-        )
+        words = f"supports system, developer, user and assistant, not {str(role)[:80]!r}"
+        raise refused(f"{param}.role", words)
     if message.get("tool_calls") or message.get("function_call"):
-        raise bad_request(
-            f"{param}: Akash Chat does not support tool calls.", f"{param}.tool_calls"
-        )
+        raise refused(f"{param}.tool_calls", "does not support tool calls")
     text, images = _content(message, param, files)
     escaped = SPECIAL_TOKENS.sub(ESCAPED, text)
     result: Dict[str, Any] = {"role": role, "content": escaped}
@@ -5676,14 +5676,10 @@ def _content(
 ) -> Tuple[str, List[Dict[str, str]]]:
     """Return a message's text, and its images as attachments; append to ``files``."""
     content = message.get("content")
-    if content is None:
-        return "", []
-    if isinstance(content, str):
-        return content, []
+    if content is None or isinstance(content, str):
+        return content or "", []
     if not isinstance(content, list):
-        raise bad_request(
-            f"{param}.content must be a string or a list of parts.", f"{param}.content"
-        )
+        raise refused(f"{param}.content", "needs a string or a list of parts")
     texts, images = [], []
     for index, part in enumerate(map(as_dict, content)):
         part_param, part_type = f"{param}.content[{index}]", part.get("type")
@@ -5698,12 +5694,9 @@ def _content(
             files.append(_text_file(value, part_param))
         else:
             unsupported = str(part if part_type == "text" else part_type)[:80]
-            raise bad_request(
-                f"{part_param}: Akash Chat accepts text and images, not {unsupported!r}.",
-                part_param,
-            )
+            raise refused(part_param, f"accepts text and images, not {unsupported!r}")
     if images and message.get("role") != "user":
-        raise bad_request(f"{param}: only user messages may contain images.", f"{param}.content")
+        raise refused(f"{param}.content", "accepts images from the role user only")
     return "".join(texts), images
 
 
@@ -5713,9 +5706,7 @@ _IMAGE_URL = re.compile(r"data:(image/[a-z0-9.+-]+);base64,|https?://", re.I)
 def _attachment(url: Any, param: str) -> Dict[str, str]:
     match = _IMAGE_URL.match(url) if isinstance(url, str) else None
     if not match:
-        raise bad_request(
-            f"{param}: the image URL must be http(s): or data:image/...;base64,...", param
-        )
+        raise refused(param, "needs an image URL with http(s): or data:image/...;base64,...")
     if match[1]:
         decode_base64(url[match.end() :], param)
     return {"name": "picture", "contentType": (match[1] or "image/png").lower(), "url": url}
@@ -5727,7 +5718,7 @@ def _text_file(file: Dict[str, Any], param: str) -> Dict[str, str]:
     data = decode_base64(encoded.rpartition(",")[2], param) if isinstance(encoded, str) else b"\0"
     text = data.decode("utf-8", "replace")
     if "\0" in text or "\ufffd" in text:
-        raise bad_request(f"{param}: Akash Chat accepts files of UTF-8 text only.", param)
+        raise refused(param, "accepts files of UTF-8 text only")
     name = str(file.get("filename") or "file")[:MAX_NAME]
     return {"name": name, "content": SPECIAL_TOKENS.sub(ESCAPED, text)}
 
@@ -5991,11 +5982,11 @@ class AkashDecoder(Decoder):
             joined = b"[%b]" % b",\n".join(lines)
             texts = _decode_any(joined.decode("utf-8", "surrogatepass"))
             text = "".join(texts)
-            if len(texts) != len(lines) > 1:
+            if len(texts) != len(lines):
                 raise ValueError("a line holds more than one value")
         except (ValueError, TypeError, RecursionError):
             if len(lines) == 1:
-                self._salvage(lines[0], out)
+                self._fail(MALFORMED_LINE)
                 return
             for line in lines:
                 if not self.error:
@@ -6009,18 +6000,6 @@ class AkashDecoder(Decoder):
                 out.append(Reasoning(text[len(opening) : -len(closing)]))
             else:
                 out.append(Text(text))
-
-    def _salvage(self, line: bytes, out: List[Event]) -> None:
-        """Emit the strings before the error in a malformed line, then fail."""
-        scan, text, position = json.JSONDecoder().raw_decode, line.decode("utf-8", "replace"), 0
-        with contextlib.suppress(ValueError, RecursionError):
-            while position < len(text):
-                value, position = scan(text, position)
-                if not isinstance(value, str):
-                    break
-                out.append(Text(value))
-                position += text.startswith(",", position)
-        self._fail(MALFORMED_LINE)
 
     def _tool(self, event: Dict[str, Any], out: List[Event]) -> None:
         if self.tool_count == MAX_TOOL_CALLS:
@@ -6331,6 +6310,8 @@ class AkashController(Controller):
         # 2026) the token itself. The form that worked last is tried first.
         token = options.api_key
         self.access_tokens = [token, _sha256(token)] if token else [""]
+        own_secrets = cookie_values(settings.akash_cookie) + option_secrets(options)
+        self.own_secrets = [*self.access_tokens, *own_secrets]
         self.images = AkashImages(self, clock)
         self.session = Cache(f"{self.name}: session", self._start_session, clock, expires=True)
         self.model_cache = Cache(f"{self.name}: models", self._fetch_models, clock)
@@ -6418,9 +6399,8 @@ class AkashController(Controller):
 
     def secrets(self, cookie: Optional[str] = None) -> List[str]:
         """List the strings to redact from errors: keys, header values and cookies."""
-        cookies = self.settings.akash_cookie, self.login.cookie, self.session.value, cookie
-        values = (value for text in cookies for value in cookie_values(text or ""))
-        return [*self.access_tokens, *values, *option_secrets(self.options)]
+        cookies = "; ".join(filter(None, (self.login.cookie, self.session.value, cookie)))
+        return self.own_secrets + cookie_values(cookies)
 
     def models(self) -> List[Dict[str, Any]]:
         return self.model_cache.get()
