@@ -2507,8 +2507,8 @@ class ConnectionPool(urllib.request.BaseHandler):
     """urllib handler for http and https with persistent connections. Any thread.
 
     It connects and sends; the caller receives. An idle connection that the server has closed is
-    dropped before use. If the server closes one just as a request is sent,
-    the response fails with Category.RETRY and the request is repeated on a new connection.
+    dropped before use. If the server closes one just as a request is sent, the response fails with
+    Category.RETRY and the request is repeated on a new connection.
     """
 
     def __init__(self, ca_file: str = "", proxy: str = "") -> None:
@@ -2911,17 +2911,11 @@ class UpstreamResponse:
             for part in self.iter_bytes():
                 data += part
                 if len(data) > limit:
-                    raise APIError(
-                        502,
-                        f"{self.timeouts.upstream_name} sent more than {limit} bytes.",
-                    )
+                    name = self.timeouts.upstream_name
+                    raise truncated(name, f"sent more than {limit} bytes")
         finally:
             self.close()
         return bytes(data)
-
-    def reusable(self) -> bool:
-        """Return whether the connection can carry another request."""
-        return self.keep_alive and self.body.done and not self.body.trailing_data
 
     def close(self) -> None:
         """Return the connection to the pool after a complete response, else close it.
@@ -2932,7 +2926,7 @@ class UpstreamResponse:
         if sock is None:
             return
         self.scope.detach()
-        if self.reusable():
+        if self.keep_alive and self.body.done and not self.body.trailing_data:
             self.pool.release(self.key, sock, keepalive_seconds(self.headers))
         else:
             sock.close()
@@ -3112,7 +3106,6 @@ def upstream_error(
         return exhausted_error(error)
     if not isinstance(error, NETWORK_ERRORS):
         return unexpected_error(error, upstream_name)
-    timed_out = isinstance(error, (socket.timeout, TimeoutError))
     if reason:
         message = f"{upstream_name} could not be reached: {reason}."
         log.warning("%s", message)
@@ -3121,12 +3114,8 @@ def upstream_error(
         # What a ProtocolError quotes was sent by the upstream, and must not get into the log.
         detail = str(error).partition(" '")[0] if isinstance(error, ProtocolError) else error
         log.info("%s: %s: %s", upstream_name, type(error).__name__, detail)
-    return APIError(
-        504 if timed_out else 502,
-        message,
-        category=Category.NETWORK,
-        reason=reason,
-    )
+    status = 504 if isinstance(error, (socket.timeout, TimeoutError)) else 502
+    return APIError(status, message, category=Category.NETWORK, reason=reason)
 
 
 def network_problem(error: Exception, in_body: bool) -> str:
@@ -3164,11 +3153,7 @@ def unexpected_error(error: Exception, upstream_name: str) -> APIError:
 
     Upstream.log_exception logs its traceback.
     """
-    failure = APIError(
-        502,
-        f"{upstream_name} failed unexpectedly.",
-        category=Category.NETWORK,
-    )
+    failure = truncated(upstream_name, "failed unexpectedly")
     failure.bug = error
     return failure
 
@@ -6357,7 +6342,6 @@ class AkashController(Controller):
         room = max(0, limit - AKASH_RESERVED)
         if tokens <= room:
             return
-        problem = f"about {tokens} tokens > {room}"
         if (self.options.context_overflow or self.settings.context_overflow) == "refuse":
             raise APIError(
                 400,
@@ -6368,7 +6352,7 @@ class AkashController(Controller):
                 category=Category.REFUSED,
                 overflow=Overflow(tokens, 0, room),
             )
-        call.attempt.overflow = problem
+        call.attempt.overflow = f"about {tokens} tokens > {room}"
 
     def _prepare(self, call: Call) -> Tuple[bytes, StopFilter, List[str], int]:
         """Return the request body, the filter of its answer, and what is ignored of it.
