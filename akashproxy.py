@@ -3354,7 +3354,7 @@ class EventLines:
         for line in lines:
             if line.startswith(b"data:"):
                 value = line[6:] if line.startswith(b"data: ") else line[5:]
-                if self.data and self._is_whole_object() and value[:1] in b"{[":
+                if self.data and self._is_complete_object() and value[:1] in b"{[":
                     yield self._take()
                 self.data.append(value)
                 self.size += len(line) + 64  # plus Python's overhead for a bytes object
@@ -3369,7 +3369,7 @@ class EventLines:
         """Yield the last event, whose blank line may be missing."""
         yield from self.feed(b"\n\n")
 
-    def _is_whole_object(self) -> bool:
+    def _is_complete_object(self) -> bool:
         first = self.data[0]
         return len(self.data) == 1 and first.startswith(b"{") and first.rstrip().endswith(b"}")
 
@@ -6624,7 +6624,7 @@ def akash_models(listing: Any) -> Dict[str, Dict[str, Any]]:
 
 
 class ChatDecoder(Decoder):
-    """Decoder of chat-completion streams of OpenAI-compatible upstreams.
+    """Decoder of chat completions of OpenAI-compatible upstreams, streamed or not.
 
         : keep-alive                                            skipped; also event:, id:, retry:
         data: {"choices":[{"delta":{"content":"Hi"}}]}          Text
@@ -6636,7 +6636,8 @@ class ChatDecoder(Decoder):
         data: [DONE]                                            Finish; optional
 
     Events without data, whose data is JSON but no object, or of a type that is not "message" and
-    without JSON (a ping) are skipped. Only choice 0 is decoded.
+    without JSON (a ping) are skipped. Only choice 0 is decoded. A delta's "reasoning_details" of
+    OpenRouter go with the first tool call, as its ``extra``.
     """
 
     LINE_LIMIT = 16 << 20  # bytes
@@ -6656,16 +6657,24 @@ class ChatDecoder(Decoder):
         return out
 
     def close(self) -> List[Event]:
-        out = self._decode(self.lines.close())
-        if not self.complete and not self.error:
-            out += self._decode([(b"", b"[DONE]")])
+        if self.complete or self.error:
+            return []
+        return self._decode(itertools.chain(self.lines.close(), [(b"", b"[DONE]")]))
+
+    def decode_body(self, body: Dict[str, Any]) -> List[Event]:
+        """Return the events of a completion that is not streamed. Raises APIError."""
+        out: List[Event] = []
+        self._completion(body, "message", out)
+        if self.reason is None:
+            raise truncated(self.upstream_name, "sent something that is not a completion")
+        self._finish(out)
         return out
 
     def _decode(self, events: Iterable[Tuple[bytes, bytes]]) -> List[Event]:
         out: List[Event] = []
         for event_type, data in events:
             try:
-                self._event(event_type, data, out)
+                self._event(event_type, data.strip(), out)
             except APIError as error:
                 self.error = error
             if self.complete or self.error:
@@ -6675,79 +6684,73 @@ class ChatDecoder(Decoder):
 
     def _event(self, event_type: bytes, data: bytes, out: List[Event]) -> None:
         """Decode one event. Raises the APIError that it stands for."""
-        data = data.strip()
         if data == b"[DONE]":
+            if self.reason is None:
+                raise truncated(self.upstream_name)
             self._finish(out)
             return
         event = json_or_none(data)
         is_message = event_type in (b"", b"message", b"error")
         if event is None and is_message and data not in (b"", b"null"):
             raise truncated(self.upstream_name, "sent an event that is not JSON")
-        if not isinstance(event, dict):
-            return
-        if event.get("error") or is_error(event):
-            raise error_from_body(self.upstream_name, 200, event, self.secrets)
-        self.usage = usage_of(event) or self.usage
-        for choice in as_list(event.get("choices")):
-            choice = as_dict(choice)
+        if isinstance(event, dict):
+            self._completion(event, "delta", out)
+
+    def _completion(self, body: Dict[str, Any], key: str, out: List[Event]) -> None:
+        """Decode a chunk, or a whole completion, whose choices have ``key``."""
+        if body.get("error") or is_error(body):
+            raise error_from_body(self.upstream_name, 200, body, self.secrets)
+        self.usage = usage_of(body) or self.usage
+        for choice in map(as_dict, as_list(body.get("choices"))):
             if not choice.get("index"):
-                delta = as_dict(choice.get("delta")) or {"content": choice.get("text")}
-                for each in message_events(delta):
-                    out += self.calls.add(each) if isinstance(each, ToolCall) else [each]
+                message = as_dict(choice.get(key)) or {"content": choice.get("text")}
+                self.calls.add_details(message.get("reasoning_details"))
+                for each in message_events(message):
+                    if isinstance(each, ToolCall):
+                        out += self.calls.add(each, is_complete=key == "message")
+                    else:
+                        out.append(each)
                 reason = choice.get("finish_reason")
                 self.reason = reason if reason and isinstance(reason, str) else self.reason
 
     def _finish(self, out: List[Event]) -> None:
-        if self.reason is None:
-            raise truncated(self.upstream_name)
-        reason = finish_reason(self.upstream_name, self.reason, self.calls.close())
+        reason = finish_reason(self.upstream_name, self.reason or "", self.calls.close())
         self.complete = True
         out.append(Finish(reason, self.usage))
 
 
-class JSONProgress:
-    """Detects the end of a JSON object that arrives in parts. Linear in its length."""
-
-    _MARKS = re.compile(r'["\\{}\[\]]')
-
-    def __init__(self) -> None:
-        self.depth, self.in_string, self.escaped, self.opened = 0, False, False, False
-
-    @property
-    def complete(self) -> bool:
-        return self.opened and not self.depth and not self.in_string
-
-    def feed(self, text: str) -> None:
-        escape_end = 0 if self.escaped else -1  # the position of an escaped character
-        for match in self._MARKS.finditer(text):
-            mark, at = match[0], match.start()
-            if at == escape_end:
-                continue
-            if self.in_string:
-                self.in_string = mark != '"'
-                if mark == "\\":
-                    escape_end = at + 1
-            elif mark == '"':
-                self.in_string = True
-            elif mark != "\\":
-                self.opened = True
-                self.depth += 1 if mark in "{[" else -1
-        self.escaped = escape_end == len(text)
-
-
 class CallInProgress:
-    """A tool call of which fragments have arrived."""
+    """A tool call of which fragments have arrived.
+
+    Detects the end of its arguments, a JSON object, in linear time.
+    """
+
+    _MARKS = re.compile(r'\\.?|["{}\[\]]', re.S)
 
     def __init__(self, number: int) -> None:
         self.number = number
         self.id: Optional[str] = None
         self.name: Optional[str] = None
-        self.extra: Any = None  # the upstream's own fields
+        self.extra: Dict[str, Any] = {}  # the upstream's own fields
         self.pending: List[str] = []  # arguments that arrived before the name
-        self.progress = JSONProgress()
+        self.depth, self.in_string, self.opened = 0, False, False
+        self.escape = ""  # a backslash whose character is still to come
 
+    @property
+    def complete(self) -> bool:
+        return self.opened and not self.depth and not self.in_string
 
-NAMELESS_CALL = "sent a tool call without a name"
+    def feed(self, arguments: str) -> None:
+        marks = self._MARKS.findall(self.escape + arguments)
+        self.escape = ""
+        for mark in marks:
+            if mark == '"':
+                self.in_string = not self.in_string
+            elif mark == "\\":
+                self.escape = mark
+            elif mark in "{}[]" and not self.in_string:
+                self.opened = True
+                self.depth += 1 if mark in "{[" else -1
 
 
 class ToolCallAssembler:
@@ -6767,37 +6770,62 @@ class ToolCallAssembler:
 
     def __init__(self, upstream_name: str) -> None:
         self.upstream_name = upstream_name
-        self.count = 0
-        self.has_calls = False  # with a name
+        self.calls: List[CallInProgress] = []
         self.by_id: Dict[str, CallInProgress] = {}
         self.by_index: Dict[int, CallInProgress] = {}
         self.latest: Optional[CallInProgress] = None
+        self.details: List[Dict[str, Any]] = []  # OpenRouter's fragments of reasoning_details
+        self.details_label: Tuple[Any, Any] = (None, None)  # type and index of the last one
+        self.details_room = 1 << 16  # characters; with more of them, none go with a call
 
-    def add(self, fragment: ToolCall) -> List[Event]:
+    def add(self, fragment: ToolCall, is_complete: bool = False) -> List[Event]:
         """Return the events of a fragment. APIError if there are too many calls."""
-        call = self._find(fragment)
+        call = None if is_complete else self._find(fragment)
         if call is None or self._begins_another(call, fragment):
             call = self._begin(fragment)
         self.by_index[fragment.index] = self.latest = call
         if call.id is None and fragment.id:
             call.id = fragment.id
             self.by_id.setdefault(fragment.id, call)
-        call.progress.feed(fragment.arguments)
+        call.feed(fragment.arguments)
         call.extra = fragment.extra or call.extra
         if call.name is not None:
             return [ToolCall(call.number, fragment.arguments)] if fragment.arguments else []
         call.pending.append(fragment.arguments)
         if not fragment.name:
             return []
-        call.name, self.has_calls = fragment.name, True
-        return [ToolCall(call.number, "".join(call.pending), call.id, call.name, call.extra)]
+        call.name = fragment.name
+        extra = {**call.extra, **self._message_fields()} or None
+        return [ToolCall(call.number, "".join(call.pending), call.id, call.name, extra)]
+
+    def add_details(self, details: Any) -> None:
+        """Join fragments of OpenRouter's reasoning_details, to go with the first call."""
+        for detail in map(as_dict, as_list(details) if self.details_room >= 0 else ()):
+            self.details_room -= len(_encode(detail))
+            label = detail.get("type"), detail.get("index")
+            if not self.details or label != self.details_label or label[1] is None:
+                self.details.append({})
+                self.details_label = label
+            joined = self.details[-1]
+            for name, value in detail.items():
+                if name in ("text", "summary") and isinstance(value, str):
+                    joined[name] = as_str(joined.get(name)) + value
+                elif value is not None:
+                    joined[name] = value
 
     def close(self) -> bool:
         """Return whether there was a call. APIError if one has arguments but no name."""
-        for call in {*self.by_id.values(), *self.by_index.values()}:
-            if call.name is None and any(call.pending):
-                raise truncated(self.upstream_name, NAMELESS_CALL)
-        return self.has_calls
+        if any(call.name is None and any(call.pending) for call in self.calls):
+            raise truncated(self.upstream_name, "sent a tool call without a name")
+        return any(call.name for call in self.calls)
+
+    def _message_fields(self) -> Dict[str, Any]:
+        """Return what goes with the first call: details that are more than text."""
+        is_opaque = any(detail.get("data") or detail.get("signature") for detail in self.details)
+        is_first = sum(call.name is not None for call in self.calls) == 1
+        if not is_opaque or not is_first or self.details_room < 0:
+            return {}
+        return {"reasoning_details": self.details}
 
     def _find(self, fragment: ToolCall) -> Optional[CallInProgress]:
         """Return the call that a fragment may continue."""
@@ -6811,14 +6839,14 @@ class ToolCallAssembler:
         if fragment.name != call.name:
             return True
         if fragment.id and call.id and fragment.id != call.id:
-            return call.progress.complete or not call.progress.opened
-        return not fragment.id and call.progress.complete
+            return call.complete or not call.opened
+        return not fragment.id and call.complete
 
     def _begin(self, fragment: ToolCall) -> CallInProgress:
-        if self.count == MAX_TOOL_CALLS:
+        if len(self.calls) == MAX_TOOL_CALLS:
             raise too_many_calls(self.upstream_name)
-        call = CallInProgress(self.count)
-        self.count += 1
+        call = CallInProgress(len(self.calls))
+        self.calls.append(call)
         if fragment.id in self.by_id:  # two calls with one ID: the dialects make one for the second
             call.id = ""
         return call
@@ -6911,68 +6939,62 @@ def usage_of(body: Dict[str, Any]) -> Optional[Dict[str, Any]]:
     return chat_usage(usage)
 
 
-CACHED_TOKENS = ("cached_tokens", "prompt_cache_hit_tokens", "cache_read_input_tokens")
-REASONING_TOKENS = ("reasoning_tokens", "thinking_tokens")
+# Names of token counts, by the one in chat completions: those of Anthropic, Responses and others.
+COUNT_NAMES = {
+    "prompt_tokens": ("prompt_tokens", "input_tokens"),
+    "completion_tokens": ("completion_tokens", "output_tokens"),
+    "cached_tokens": ("cached_tokens", "prompt_cache_hit_tokens", "cache_read_input_tokens"),
+    "reasoning_tokens": ("reasoning_tokens", "thinking_tokens"),
+}
 
 
 def chat_usage(value: Any) -> Optional[Dict[str, Any]]:
-    """Return an upstream's usage under the names of chat completions.
-
-    None without both counts. Knows Anthropic's and Responses' names, and several of the details.
-    Other fields are kept, except integers that are not valid counts.
-    """
-    usage: Dict[str, Any] = {
-        name: counts(field) if isinstance(field, dict) else field
-        for name, field in counts(as_dict(value)).items()
-    }
-    prompt = find_count([usage], ("prompt_tokens", "input_tokens"))
-    completion = find_count([usage], ("completion_tokens", "output_tokens"))
+    """Return a usage under the names of chat completions; None without both counts."""
+    fields = as_dict(value)
+    prompt, completion = (
+        find_count("prompt_tokens", fields),
+        find_count("completion_tokens", fields),
+    )
     if prompt is None or completion is None:
         return None
-    if usage.get("prompt_tokens") is None:  # Anthropic counts cached tokens apart
+    if fields.get("prompt_tokens") is None:  # Anthropic counts cached tokens apart
         for name in ("cache_read_input_tokens", "cache_creation_input_tokens"):
-            prompt += find_count([usage], (name,)) or 0
-    total = find_count([usage], ("total_tokens",))
-    usage["prompt_tokens"], usage["completion_tokens"] = prompt, completion
-    usage["total_tokens"] = prompt + completion if total is None else total
-    for kind, alias, names in (
-        ("prompt", "input", CACHED_TOKENS),
-        ("completion", "output", REASONING_TOKENS),
+            prompt += count_or_none(fields.get(name)) or 0
+    total = count_or_none(fields.get("total_tokens"))
+    total = prompt + completion if total is None else total
+    usage: Dict[str, Any] = {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": total,
+    }
+    for kind, alias, name in (
+        ("prompt", "input", "cached_tokens"),
+        ("completion", "output", "reasoning_tokens"),
     ):
-        group = f"{kind}_tokens_details"
-        details = as_dict(usage.get(group))
-        count = find_count([details, as_dict(usage.get(f"{alias}_tokens_details")), usage], names)
+        groups = [as_dict(fields.get(f"{each}_tokens_details")) for each in (kind, alias)]
+        count = find_count(name, *groups, fields)
         if count:
-            usage[group] = {**details, names[0]: min(count, usage[f"{kind}_tokens"])}
-    return usage
+            usage[f"{kind}_tokens_details"] = {name: min(count, usage[f"{kind}_tokens"])}
+    return {**usage, "estimated": True} if is_estimated(fields) else usage
 
 
-def find_count(sources: List[Dict[str, Any]], names: Tuple[str, ...]) -> Optional[int]:
-    """Return the first count above 0 under one of the names, else 0; None without any."""
-    found = [count_or_none(source[name]) for source in sources for name in names if name in source]
+def find_count(name: str, *sources: Dict[str, Any]) -> Optional[int]:
+    """Return the first count above 0 under a name's aliases, else 0; None without any."""
+    found = [count_or_none(source.get(key)) for source in sources for key in COUNT_NAMES[name]]
     return next(filter(None, found), 0 if 0 in found else None)
 
 
 _JSON = json.JSONDecoder()
-MAX_USAGE = 4096  # characters of a usage object
+MAX_USAGE = 4096  # bytes of a usage object
 
 
-def parse_usage(data: bytes) -> Dict[str, Any]:
-    """Parse relayed JSON that begins with the key "usage"; {} if that has no object."""
-    text = data[len(b'"usage"') : MAX_USAGE].decode("utf-8", "replace").lstrip(" \t\r\n:")
+def parse_usage(data: bytes, at: int) -> Dict[str, Any]:
+    """Parse the object whose key "usage" is at a position in JSON; {} if at < 0."""
+    text = data[at + len(b'"usage"') : at + MAX_USAGE].decode("utf-8", "replace")
     try:
-        return as_dict(_JSON.raw_decode(text)[0])
+        return as_dict(_JSON.raw_decode(text.lstrip(" \t\r\n:"))[0]) if at >= 0 else {}
     except (ValueError, RecursionError):
         return {}
-
-
-def counts(usage: Dict[str, Any]) -> Dict[str, Any]:
-    """Copy an object without integers that are negative or above 2^53."""
-    return {
-        name: value
-        for name, value in usage.items()
-        if type(value) is not int or 0 <= value < 1 << 53
-    }
 
 
 class StreamEnd(NamedTuple):
@@ -7041,7 +7063,7 @@ class PassthroughDecoder(Decoder):
     """
 
     MAX_HELD = 16 << 20  # bytes
-    USAGE_TAIL = 512  # bytes; the usage stands in the last events, or in each one
+    LAST_PARTS = 8  # the usage is in one of so many that were passed on last
     has_fast_path = True
 
     def __init__(
@@ -7060,17 +7082,17 @@ class PassthroughDecoder(Decoder):
         self.started = not is_sse
         self.buffer = bytearray()  # an incomplete line
         self.opening = bytearray()  # what precedes the first content
-        self.first_usage = self.last_usage = b""  # JSON from the key on
-        self.tail = b"\n\n"  # the last bytes passed on, at least enough to see an event's end
+        self.first_usage: Dict[str, Any] = {}  # that of the opening; Anthropic's counts the prompt
+        self.last_parts: Deque[bytes] = deque([b"\n\n"], self.LAST_PARTS)  # except mid-stream ones
 
     def feed(self, data: bytes) -> List[Event]:
         if not self.is_sse or self.fast_path(data):
             return [RawBytes(data)]
         if self.buffer or not data.endswith(b"\n"):
             data = take_complete_lines(self.buffer, data)
-        is_opening = not self.started
-        if is_opening:
+        if not self.started:
             data = self._without_opening(data)
+            self.first_usage = parse_usage(data, data.find(b'"usage"'))
         # Some errors have only the name of their event. rfind() takes half the time of ``in``.
         if data.rfind(b'"error') >= 0 or data.rfind(b"event: error") >= 0:
             data = redact_bytes(data, self.secrets)
@@ -7079,30 +7101,15 @@ class PassthroughDecoder(Decoder):
         if not data:
             return []
         data = self._find_end(self.rename(data))
-        self.tail = data if len(data) > 3 else (self.tail + data)[-4:]
-        self._note_usage(data, is_opening)
+        self.last_parts.append(data)
         return [RawBytes(data, self._usage() if self.complete else None)]
-
-    def _note_usage(self, data: bytes, is_opening: bool) -> None:
-        """Keep the first usage and the last; Anthropic's count the prompt and the answer.
-
-        Some upstreams send one with each event; to parse all would double the cost of the relay.
-        """
-        start = 0 if is_opening or self.end_seen else max(0, len(data) - self.USAGE_TAIL)
-        last = data.rfind(b'"usage"', start)
-        if last >= 0:
-            if not self.first_usage:
-                first = data.find(b'"usage"', start)
-                self.first_usage = data[first : first + MAX_USAGE]
-            self.last_usage = data[last : last + MAX_USAGE]
 
     def _usage(self) -> Optional[Dict[str, Any]]:
         """Return the usage of the answer so far."""
-        usage: Dict[str, Any] = {}
-        for data in dict.fromkeys((self.first_usage, self.last_usage)):
-            found = parse_usage(data).items()
-            usage.update((name, value) for name, value in found if value is not None)
-        return chat_usage(usage)
+        data = b"".join(self.last_parts)
+        last = parse_usage(data, data.rfind(b'"usage"'))
+        counts = {name: count for name, count in last.items() if count is not None}
+        return chat_usage({**self.first_usage, **counts})
 
     def fast_path(self, data: bytes) -> bytes:
         """Return data that consists of complete mid-stream events only, else b""."""
@@ -7116,7 +7123,6 @@ class PassthroughDecoder(Decoder):
                 or any(data.count(b"\n") == 2 * data.count(end) for end in self.mid_stream)
             )  # every line break belongs to such a suffix
         ):
-            self.tail = data
             return data
         return b""
 
@@ -7124,10 +7130,7 @@ class PassthroughDecoder(Decoder):
         """Return the data up to [DONE], if it contains that; look for the stream's end."""
         if self.end and not self.end_seen:
             self.end_seen = self.end.is_in(data)
-        at = data.rfind(b"[DONE]")  # much faster than the pattern
-        if at >= 0 and data.rfind(b"[DONE]", 0, at) >= 0:
-            at = data.find(b"[DONE]")  # the first one of several ends the answer
-        done = DONE.search(data, max(0, at - 64)) if at >= 0 else None
+        done = DONE.search(data) if data.rfind(b"[DONE]") >= 0 else None
         if done is None or self.complete:
             return data
         self.complete = self.end_seen = True
@@ -7159,13 +7162,15 @@ class PassthroughDecoder(Decoder):
         if self.end and not self.end_seen and not self.end.is_in(data):
             self.error = truncated(self.upstream_name)
             return self.flush()
-        self._note_usage(data, True)
-        return [RawBytes(self.rename(data), self._usage())] if data or self.last_usage else []
+        data = self.rename(data)
+        self.last_parts.append(data)
+        usage = self._usage()
+        return [RawBytes(data, usage)] if data or usage else []
 
     def flush(self) -> List[Event]:
         """Drop an incomplete line and end an incomplete event: an error may follow."""
         self.buffer.clear()
-        between_events = self.tail.endswith((b"\n\n", b"\n\r\n", b"\r\r"))
+        between_events = b"".join(self.last_parts).endswith((b"\n\n", b"\n\r\n", b"\r\r"))
         if self.is_sse and self.started and not between_events:
             return [RawBytes(b"\n")]
         return []
@@ -7377,31 +7382,15 @@ class OpenAIController(Controller):
             if field and not as_dict(next(iter(items), None)):
                 raise truncated(self.name, "sent something that is not an answer")
             data = redact_bytes(data, self.secrets)
-        at = text.rfind(b'"usage"')
-        usage = chat_usage(parse_usage(text[at : at + MAX_USAGE])) if at >= 0 else None
-        return [RawBytes(ModelName(model)(data), usage)]
+        usage = parse_usage(text, text.rfind(b'"usage"'))
+        return [RawBytes(ModelName(model)(data), chat_usage(usage))]
 
     def _completion(self, data: bytes) -> List[Event]:
         """Return the events of a chat completion that is not streamed."""
         body = json_or_none(data)
-        fields = as_dict(body)
-        if fields.get("error") or is_error(body):
+        if is_error(body):
             raise error_from_body(self.name, 200, body, self.secrets)
-        choice = as_dict(next(iter(as_list(fields.get("choices"))), None))
-        reason = choice.get("finish_reason")
-        if not isinstance(reason, str) or not reason:
-            raise truncated(self.name, "sent something that is not a completion")
-        message = as_dict(choice.get("message")) or {"content": choice.get("text")}
-        calls = [as_dict(call) for call in as_list(message.get("tool_calls"))]
-        for position, call in enumerate(calls):
-            call["index"] = position  # each is a call of its own, whatever the server says
-        events = message_events({**message, "tool_calls": calls})
-        tools = [event for event in events if isinstance(event, ToolCall)]
-        if any(tool.arguments and not tool.name for tool in tools):
-            raise truncated(self.name, NAMELESS_CALL)
-        events = [event for event in events if not isinstance(event, ToolCall) or event.name]
-        reason = finish_reason(self.name, reason, any(tool.name for tool in tools))
-        return [*events, Finish(reason, usage_of(fields))]
+        return ChatDecoder(self.name, self.secrets).decode_body(as_dict(body))
 
     def _status_error(self, response: UpstreamResponse, data: bytes, model: str) -> NoReturn:
         body = json_or_none(data)
@@ -7445,17 +7434,12 @@ class EchoController(Controller):
         return None
 
     def events(self, call: Call) -> Iterator[Event]:
-        text = call.text
-        words = itertools.islice(re.finditer(r"(?<!\s)\s*\S+", text), self.MAX_WORDS)
-        ends = [word.end() for word in words]
-        if len(ends) in (0, self.MAX_WORDS):
-            ends[-1:] = [len(text)]
-        start, count = 0, len(ends)
-        for end in ends:
+        words = re.split(r"(?<=\S)(?=\s)", call.text, maxsplit=self.MAX_WORDS - 1)
+        for word in words:
             if self.options.speed:
                 call.cancellation.sleep(1 / self.options.speed)
-            yield Text(text[start:end])
-            start = end
+            yield Text(word)
+        count = len(words)
         usage = {"prompt_tokens": count, "completion_tokens": count, "total_tokens": 2 * count}
         yield Finish("stop", usage)
 
@@ -8691,7 +8675,7 @@ class Dialect:
         return f"{self.base_url()}/images/{image.name}"
 
 
-def required_field(body: Dict[str, Any], name: str, expected: type, description: str) -> Any:
+def required_field(body: Dict[str, Any], name: str, expected: Any, description: str) -> Any:
     """A field's value. Raises APIError 400 if it is missing, empty or of another type."""
     value = body.get(name)
     if value is None:
@@ -8716,7 +8700,8 @@ class ChatCompletions(Dialect):
 
     OBJECT, CHUNK = "chat.completion", "chat.completion.chunk"
     LAST_CHOICE = b'{"index":0,"delta":{}'  # of the last chunk, up to its finish_reason
-    RELAYED_ONLY: Tuple[str, ...] = ("n", "logprobs", "top_logprobs")  # events have no place for it
+    # Fields that events have no place for, and the value that changes nothing.
+    RELAYED_ONLY: Dict[str, Any] = {"n": 1, "logprobs": False, "top_logprobs": 0}
 
     def parse(self, body: Dict[str, Any]) -> Call:
         required_field(body, "model", str, "the name of a model")
@@ -8730,7 +8715,9 @@ class ChatCompletions(Dialect):
         self.include_usage = bool(as_dict(options).get("include_usage"))
         call = Call(body, stream=boolean_field(body, "stream"))
         call.untranslated = [
-            name for name in self.RELAYED_ONLY if body.get(name) not in (None, False, 0, 1, "")
+            name
+            for name, default in self.RELAYED_ONLY.items()
+            if body.get(name) not in (None, default)
         ]
         return call
 
@@ -8816,7 +8803,7 @@ class Completions(ChatCompletions):
     PREFIX = "cmpl-"
     OBJECT = CHUNK = "text_completion"
     LAST_CHOICE = b'{"text":"","index":0,"logprobs":null'
-    RELAYED_ONLY = ("n", "best_of", "logprobs", "suffix")
+    RELAYED_ONLY = {"n": 1, "best_of": 1, "logprobs": None, "suffix": "", "echo": False}
 
     def parse(self, body: Dict[str, Any]) -> Call:
         prompt = body.get("prompt")
@@ -8824,19 +8811,11 @@ class Completions(ChatCompletions):
             prompt = prompt[0]
         if prompt in (None, "", []):
             raise bad_request("'prompt' is missing or empty.", "prompt")
-        self.echo = prompt if boolean_field(body, "echo") and isinstance(prompt, str) else ""
-        chat = {name: value for name, value in body.items() if name not in ("prompt", "echo")}
+        chat = {name: value for name, value in body.items() if name != "prompt"}
         call = super().parse({**chat, "messages": [{"role": "user", "content": prompt}]})
         if not isinstance(prompt, str):
             call.translation_error = bad_request("'prompt' must be a single string.", "prompt")
         return call
-
-    def encode(self, events: List[Event]) -> bytes:
-        echo, self.echo = self.echo, ""
-        frames = super().encode(events)
-        if echo and self.call.attempt.content_type is None:  # a relayed response has its own echo
-            return self.frame({"content": echo}) + frames
-        return frames
 
     def frame(self, delta: Dict[str, Any]) -> bytes:
         text = delta.get("content")  # the format has no fields for reasoning and tool calls
@@ -8846,8 +8825,7 @@ class Completions(ChatCompletions):
         return b'%b{"text":%b,"index":0,"logprobs":null%b' % (self.head, text, self.tail)
 
     def response_body(self, answer: Answer) -> Dict[str, Any]:
-        text = self.echo + answer.text + "\n\n".join(map(self.markdown, answer.images))
-        return self.body({"text": text, "index": 0, "logprobs": None}, answer)
+        return self.body({"text": self.text(answer), "index": 0, "logprobs": None}, answer)
 
 
 class Images(Dialect):
@@ -8895,6 +8873,10 @@ class Images(Dialect):
         return {"b64_json": base64.b64encode(image.data).decode()}
 
 
+ChatParts = List[Dict[str, Any]]  # the content of a chat's message
+TEXT_TYPES = ("text", "input_text", "output_text", "refusal")  # of blocks
+
+
 class BlockDialect(Dialect):
     """Base of Messages and Responses: requests as chats, responses as blocks.
 
@@ -8905,6 +8887,7 @@ class BlockDialect(Dialect):
     RENAMED_PARAMS: Dict[str, str] = {}  # fields with an equivalent in a chat, and its name
     KNOWN_PARAMS: Tuple[str, ...] = ()  # fields that to_chat() handles; others are ignored
     keeps_text = True
+    MAX_WITHHELD = 1000  # characters
     BLOCKS_END_WITH_TEXT = True  # stop_block() repeats the block's text
     FUNCTION_TYPES: Tuple[Any, ...] = ()  # types of tools that are functions
     SCHEMA_KEY = ""  # their field with the JSON schema of the parameters
@@ -8912,8 +8895,10 @@ class BlockDialect(Dialect):
     def __init__(self, body: Any, base_url: Callable[[], str] = str) -> None:
         self.untranslated: List[str] = []  # names of ignored fields, for a response header
         self.tool_names: Dict[str, Tuple[str, Optional[str]]] = {}  # sent: (name, namespace)
-        self.has_begun = False  # there are earlier messages of the user or the assistant
+        self.messages: List[Dict[str, Any]] = []  # for finish_messages()
+        self.has_begun = False  # there are further messages of the user or the assistant
         self.show_reasoning = True
+        self.withheld = ""  # the beginning of reasoning that is not shown
         self.open_block: Any = None  # block_key() of the open block
         self.open_text: List[str] = []
         self.block_index = 0  # of the open or next block
@@ -8950,15 +8935,12 @@ class BlockDialect(Dialect):
             {"model": required_field(body, "model", str, "the name of a model")},
             stream=boolean_field(body, "stream"),
         )
-        self.untranslated += [
-            name
-            for name in body
-            if name not in self.RENAMED_PARAMS and name not in self.KNOWN_PARAMS
-        ]
+        known = (*self.RENAMED_PARAMS, *self.KNOWN_PARAMS)
+        self.untranslated += [name for name in body if name not in known]
         renamed = {new: body[name] for name, new in self.RENAMED_PARAMS.items() if name in body}
         try:
             chat = {**call.body, "stream": call.stream, **renamed, **self.to_chat(body)}
-            chat["messages"] = pair_tool_results(list(finish_messages(chat["messages"])))
+            chat["messages"] = pair_tool_results(finish_messages(self.messages))
             call.body = {name: value for name, value in chat.items() if value is not None}
             if not chat["messages"]:
                 raise bad_request("No message has any content.")
@@ -8969,13 +8951,41 @@ class BlockDialect(Dialect):
         call.untranslated = self.untranslated
         return call
 
-    @staticmethod
+    def convert_messages(self, messages: List[Tuple[str, Any, Any]]) -> None:
+        """Append messages, each with its key path, role and content. Raises APIError 400."""
+        own = sum(role not in ("system", "developer") for _, role, _ in messages)
+        self.has_begun = own > 1
+        for param, role, content in messages:
+            role = "system" if role == "developer" else role
+            if role not in ("user", "assistant", "system"):
+                words = f"{param}: {str(role)[:80]!r} is not a valid role; use user or assistant."
+                raise bad_request(words, f"{param}.role")
+            self.convert_message(param, role, content)
+
+    def convert_message(self, param: str, role: str, content: Any) -> None:
+        """Append a message after the tool results in it."""
+        parts: ChatParts = []
+        calls: List[Dict[str, Any]] = []
+        reasoning: List[str] = []
+        for i, block in enumerate(content if isinstance(content, list) else [content]):
+            fields = as_dict(block)
+            block_type = fields.get("type")
+            if block_type in ("tool_use", "function_call"):
+                calls.append(self.history_call(fields))
+            elif block_type in ("tool_result", "function_call_output"):
+                parts += self.append_tool_result(fields)
+            elif block_type in ("thinking", "redacted_thinking", "reasoning"):
+                texts = as_list(fields.get("content")) or as_list(fields.get("summary"))
+                reasoning += [as_str(as_dict(part).get("text")) for part in texts]
+                reasoning.append(as_str(fields.get("thinking")))
+            elif role == "assistant" and block_type not in (None, *TEXT_TYPES):
+                self.untranslated.append(str(block_type))
+            else:
+                parts += self.convert_part(block, f"{param}.content[{i}]")
+        self.append_message(role, parts, calls, list(filter(None, reasoning)))
+
     def append_message(
-        messages: List[Dict[str, Any]],
-        role: str,
-        parts: List[Dict[str, Any]],
-        calls: Sequence[Dict[str, Any]] = (),
-        reasoning: Sequence[str] = (),
+        self, role: str, parts: ChatParts, calls: Sequence[Any] = (), reasoning: Sequence[str] = ()
     ) -> None:
         """Append a message, unless it is empty; finish_messages() completes it.
 
@@ -8984,62 +8994,55 @@ class BlockDialect(Dialect):
         parts = [part for part in parts if part["type"] != "text" or part["text"]]
         if not (parts or calls or reasoning):
             return
-        last = messages[-1] if messages else {"role": ""}
+        last: Dict[str, Any] = self.messages[-1] if self.messages else {"role": ""}
         is_continued = calls or last.get("calls") or not last.get("content")
         if role != "assistant" or last["role"] != role or not is_continued:
-            messages.append({"role": role, "content": [], "calls": [], "reasoning": []})
+            last = {"role": role, "content": [], "calls": [], "reasoning": []}
+            self.messages.append(last)
         for name, values in (("content", parts), ("calls", calls), ("reasoning", reasoning)):
-            messages[-1][name].extend(values)
+            last[name].extend(values)
 
-    def append_tool_result(
-        self,
-        messages: List[Dict[str, Any]],
-        call: Any,
-        content: Any,
-        param: str,
-        is_error: bool = False,
-    ) -> List[Dict[str, Any]]:
+    def append_tool_result(self, block: Dict[str, Any]) -> ChatParts:
         """Append a tool's result as text; returns its images, for a message of the user."""
-        parts = self.convert_content(content, param, lenient=True)
+        parts = self.convert_content(block.get("content", block.get("output")))
         text = "\n\n".join(part["text"] for part in parts if part["type"] == "text")
-        if is_error and not text.lower().startswith("error"):
+        if block.get("is_error") is True and not text.lower().startswith("error"):
             text = f"Error: {text or 'the tool failed.'}"
-        call_id, _ = split_extra(call)
-        messages.append({"role": "tool", "tool_call_id": call_id, "content": text})
+        call_id, _ = split_extra(block.get("tool_use_id", block.get("call_id")))
+        self.messages.append({"role": "tool", "tool_call_id": call_id, "content": text})
         return [part for part in parts if part["type"] != "text"]
 
-    def history_call(self, call_id: Any, name: Any, arguments: Any, space: Any = None) -> Any:
+    def history_call(self, block: Dict[str, Any]) -> Dict[str, Any]:
         """A tool call of the history, in OpenAI's format."""
-        own_id, extra = split_extra(call_id)
+        call_id, extra = split_extra(block.get("call_id", block.get("id")))
+        arguments = block.get("arguments", block.get("input"))
         text = arguments if isinstance(arguments, str) else _encode(as_dict(arguments))
-        return tool_call(ToolCall(0, text or "{}", own_id, self.sent_name(name, space), extra))
+        name = self.sent_name(block.get("name"), block.get("namespace"))
+        return tool_call(ToolCall(0, text or "{}", call_id, name, extra))
 
-    def convert_content(
-        self, content: Any, param: str, lenient: bool = False
-    ) -> List[Dict[str, Any]]:
+    def convert_content(self, content: Any, param: str = "") -> ChatParts:
         """Convert a string, a block or a list of blocks into parts of a chat message."""
         if not isinstance(content, list):
-            return self.convert_part(content, param, lenient)
-        return [
-            part
-            for i, block in enumerate(content)
-            for part in self.convert_part(block, f"{param}[{i}]", lenient)
-        ]
+            return self.convert_part(content, param)
+        parts = (
+            self.convert_part(block, param and f"{param}[{i}]") for i, block in enumerate(content)
+        )
+        return list(itertools.chain.from_iterable(parts))
 
-    def convert_part(self, block: Any, param: str, lenient: bool = False) -> List[Dict[str, Any]]:
+    def convert_part(self, block: Any, param: str) -> ChatParts:
         """Convert a block of either format into parts of a chat message.
 
-        Other blocks become a note to the model, or JSON if ``lenient``; in the first message of a
-        conversation they raise APIError 400. Later, that would end the conversation for good.
+        Other blocks become a note to the model, or JSON in a tool's result, where ``param`` is "".
+        In the first message of a conversation they raise APIError 400; later, that would end the
+        conversation for good.
         """
         if isinstance(block, str):
             return [{"type": "text", "text": block}]
         fields = as_dict(block)
         block_type, source = fields.get("type"), as_dict(fields.get("source"))
-        if block_type in ("text", "input_text", "output_text", "refusal"):
-            text = fields.get("refusal" if block_type == "refusal" else "text")
-            if isinstance(text, str):
-                return [{"type": "text", "text": text}]
+        text = fields.get("refusal" if block_type == "refusal" else "text")
+        if block_type in TEXT_TYPES and isinstance(text, str):
+            return [{"type": "text", "text": text}]
         if block_type in ("image", "input_image"):
             url = fields.get("image_url") or source.get("url")
             if source.get("type") == "base64":
@@ -9049,17 +9052,27 @@ class BlockDialect(Dialect):
                 image = {"url": url, **({"detail": detail} if detail in ("low", "high") else {})}
                 return [{"type": "image_url", "image_url": image}]
         if block_type == "document" and source.get("type") in ("text", "content"):
-            return self.convert_content(source.get("data") or source.get("content"), param, lenient)
-        if block is None and (lenient or self.has_begun):
+            return self.convert_content(source.get("data") or source.get("content"), param)
+        if block is None and (self.has_begun or not param):
             return []
-        if lenient or self.has_begun and block_type:
+        if not param or self.has_begun and block_type:
             left_out = f"[A block of type {str(block_type)[:80]!r} is left out.]"
-            text = file_note(fields) or (_encode(block) if lenient else left_out)
+            text = file_note(fields) or (left_out if param else _encode(block))
             return [{"type": "text", "text": text}]
-        raise bad_request(
-            f"{param}: {str(block_type or block)[:80]!r} can't be converted for a chat model.",
-            param,
-        )
+        words = f"{str(block_type or block)[:80]!r} can't be converted for a chat model."
+        raise bad_request(f"{param}: {words}", param)
+
+    @staticmethod
+    def response_format(format_spec: Dict[str, Any]) -> Optional[Dict[str, Any]]:
+        """Convert the format of an answer, as Responses names it."""
+        if format_spec.get("type") in (None, "text"):
+            return None
+        schema = {
+            name: value
+            for name, value in format_spec.items()
+            if name != "type" and value is not None
+        }
+        return {"type": format_spec["type"], **({"json_schema": schema} if schema else {})}
 
     def convert_tools(
         self, tools: Any, param: str = "tools", space: Optional[str] = None
@@ -9112,10 +9125,11 @@ class BlockDialect(Dialect):
     # -- the response
 
     def encode_event(self, event: Event) -> bytes:
-        if isinstance(event, (Text, ToolCall)):
+        if isinstance(event, Reasoning) and not self.show_reasoning:
+            self.withhold(event.text)
+            return b""
+        if isinstance(event, (Text, Reasoning, ToolCall)):
             return self.encode_block(event)
-        if isinstance(event, Reasoning):
-            return self.encode_block(event) if self.show_reasoning else b""
         if isinstance(event, Finish):
             return self.flush_deferred() + self.close() + self.finish_frames(event)
         return super().encode_event(event)
@@ -9134,7 +9148,7 @@ class BlockDialect(Dialect):
             if isinstance(event, ToolCall):
                 self.tool_blocks.add(block)
             frames += self.start_block(
-                with_id(event, "") if isinstance(event, ToolCall) else with_text(event, "")
+                self.with_id(event, "") if isinstance(event, ToolCall) else with_text(event, "")
             )
         text = text_of(event)
         if not text:
@@ -9175,13 +9189,29 @@ class BlockDialect(Dialect):
 
     def answer_blocks(self, answer: Answer) -> List[BlockEvent]:
         """An answer as a sequence of events, one per block."""
-        blocks: List[BlockEvent] = []
-        if answer.reasoning and self.show_reasoning:
-            blocks.append(Reasoning(answer.reasoning))
-        text = self.text(answer)
-        if text:
-            blocks.append(Text(text))
-        return blocks + [with_id(call, call.arguments or "{}") for call in answer.tools]
+        blocks: List[BlockEvent] = [Text(self.text(answer))]
+        if self.show_reasoning:
+            blocks.insert(0, Reasoning(answer.reasoning))
+        else:
+            self.withhold(answer.reasoning)
+        calls = [self.with_id(call, call.arguments or "{}") for call in answer.tools]
+        return [*filter(text_of, blocks), *calls]
+
+    def withhold(self, reasoning: str) -> None:
+        """Keep the beginning of reasoning that the client does not request."""
+        self.withheld += reasoning[: self.MAX_WITHHELD - len(self.withheld)]
+
+    def with_id(self, call: ToolCall, arguments: str) -> ToolCall:
+        """A tool call with other arguments; its ID contains what the upstream wants back.
+
+        Those are its ``extra``, and of the first call reasoning that the client can't return:
+        several upstreams reject tool calls without the reasoning that led to them.
+        """
+        extra = {**(call.extra or {})}
+        if self.withheld:
+            extra["reasoning_content"], self.withheld = self.withheld, ""
+        call_id = id_with_extra(call.id or "call_" + new_id(), extra)
+        return ToolCall(call.index, arguments, call_id, call.name or "")
 
     def client_name(self, call: ToolCall) -> Tuple[str, Optional[str]]:
         """The client's own name of a called function, and its namespace."""
@@ -9198,10 +9228,14 @@ TOOL_NAME = re.compile("[A-Za-z0-9_-]{1,64}")  # OpenAI's rule
 NO_RESULT = "[The tool call was interrupted and has no result.]"
 
 
+REASONING_FIELDS = ("reasoning_content", "reasoning_details")  # of messages with tool calls
+
+
 def finish_messages(messages: List[Dict[str, Any]]) -> Iterator[Dict[str, Any]]:
     """Yield messages in OpenAI's format, from those of append_message().
 
-    Reasoning stays with tool calls, where models such as Kimi's and DeepSeek's require it.
+    Reasoning stays with tool calls, where models such as Kimi's and DeepSeek's require it. Their
+    IDs may contain it, too.
     """
     for message in messages:
         if message["role"] == "tool":
@@ -9210,61 +9244,60 @@ def finish_messages(messages: List[Dict[str, Any]]) -> Iterator[Dict[str, Any]]:
         parts, calls, reasoning = message["content"], message["calls"], message["reasoning"]
         texts = [part["text"] for part in parts if part["type"] == "text"]
         content = "\n\n".join(texts) if len(texts) == len(parts) else parts
-        fields = {"tool_calls": calls} if calls else {}
+        fields: Dict[str, Any] = {"tool_calls": calls} if calls else {}
+        for call in calls:
+            fields.update((name, call.pop(name)) for name in REASONING_FIELDS if name in call)
         if calls and reasoning:
             fields["reasoning_content"] = "\n\n".join(reasoning)
         if content or calls:
             yield {"role": message["role"], "content": content or None, **fields}
 
 
-def pair_tool_results(messages: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
+def pair_tool_results(messages: Iterable[Dict[str, Any]]) -> List[Dict[str, Any]]:
     """Put the results of tool calls right behind them, as OpenAI requires.
 
-    A call without a result gets NO_RESULT. A result without a call becomes text of the user.
-    """
-    results, without_call = match_tool_results(messages)
-    paired: List[Dict[str, Any]] = []
-    for message in messages:
-        if message["role"] != "tool":
-            paired.append(message)
-        elif id(message) in without_call:
-            text = f"[Result of an unknown tool call]\n{message['content']}"
-            paired.append({"role": "user", "content": text})
-        for call in message.get("tool_calls", ()):
-            texts = results[id(call)]
-            content = "\n\n".join(texts) if texts else NO_RESULT
-            paired.append({"role": "tool", "tool_call_id": call["id"], "content": content})
-    return paired
-
-
-def match_tool_results(
-    messages: List[Dict[str, Any]],
-) -> Tuple[Dict[int, List[str]], Set[int]]:
-    """Results by the id() of their call, and the id() of each result without a call.
-
     A result belongs to the last call before it that has its ID, else to the first one after it;
-    one without an ID to the first call without a result, of the last message with calls.
+    one without an ID to the first call without a result, of the last message with calls. A call
+    without a result gets NO_RESULT. A result without a call becomes text of the user.
     """
-    results: Dict[int, List[str]] = {}
-    latest: Dict[Any, Dict[str, Any]] = {}  # calls by their IDs
-    unmatched: Dict[Any, List[Dict[str, Any]]] = {}  # results before their calls
-    open_calls: Iterator[Dict[str, Any]] = iter(())
+    paired: List[Dict[str, Any]] = []
+    results: Dict[Any, Dict[str, Any]] = {}  # by the ID of their call; their content is a list
+    orphans: Dict[Any, List[Dict[str, Any]]] = {}  # whose call has not come yet
+    open_results: Iterator[Dict[str, Any]] = iter(())  # of the last message with calls
     for message in messages:
-        calls = message.get("tool_calls", ())
+        calls = message.get("tool_calls", [])
+        if message["role"] == "tool":
+            call_id = message["tool_call_id"]
+            result = results.get(call_id) if call_id else next(open_results, None)
+            if result is None:
+                result = {"role": "orphan", "content": []}
+                orphans.setdefault(call_id, []).append(result)
+                paired.append(result)
+            result["content"].append(message["content"])
+        else:
+            paired.append(message)
         for call in calls:
             call["id"] = call["id"] or f"call_{len(results)}"
-            latest[call["id"]] = call
-            results[id(call)] = [result["content"] for result in unmatched.pop(call["id"], ())]
+            result = {"role": "tool", "tool_call_id": call["id"], "content": []}
+            for orphan in orphans.pop(call["id"], ()):
+                result["content"] += orphan["content"]
+                orphan["content"] = []
+            results[call["id"]] = result
+            paired.append(result)
         if calls:
-            open_calls = (call for call in calls if not results[id(call)])
-        if message["role"] == "tool":
-            key = message["tool_call_id"]
-            target = latest.get(key) if key else next(open_calls, None)
-            if target is None:
-                unmatched.setdefault(key, []).append(message)
-            else:
-                results[id(target)].append(message["content"])
-    return results, {id(result) for group in unmatched.values() for result in group}
+            open_results = (each for each in paired[-len(calls) :] if not each["content"])
+    return list(filter(None, map(_finish_result, paired)))
+
+
+def _finish_result(message: Dict[str, Any]) -> Dict[str, Any]:
+    """A message, if it is a result with its content as text; {} for a moved one."""
+    texts = message["content"]
+    if message["role"] == "orphan":
+        text = "[Result of an unknown tool call]\n" + "\n\n".join(texts)
+        return {"role": "user", "content": text} if texts else {}
+    if message["role"] == "tool":
+        return {**message, "content": "\n\n".join(texts) if texts else NO_RESULT}
+    return message
 
 
 EXTRA = "__extra_"
@@ -9297,23 +9330,16 @@ FILE_NAMES_AND_TYPES = ("media_type", "mime_type", "mimeType", "filename")
 
 def file_note(block: Dict[str, Any]) -> str:
     """A note to the model in place of a file; "" for a block without one."""
-    inner = [block, *(value for value in block.values() if isinstance(value, dict))]
-    fields = {name: value for values in inner for name, value in values.items()}
-    about = " ".join(as_str(fields.get(name)) for name in FILE_NAMES_AND_TYPES)
-    data = next(filter(None, (as_str(fields.get(name)) for name in FILE_DATA)), "")
-    if block.get("type") not in FILE_TYPES and not (data and about.strip()):
+    strings = {key: text for _, key, text in _strings_in(block)}
+    urls = [text for text in strings.values() if text.startswith("data:")]
+    data = next(filter(None, [*map(strings.get, FILE_DATA), *urls]), "")
+    about = " ".join(strings.get(name, "") for name in FILE_NAMES_AND_TYPES)
+    if block.get("type") not in FILE_TYPES and not urls and not (data and about.strip()):
         return ""
-    prefix, comma, payload = data.partition(",")  # of a data URL
-    payload = payload if comma else data
+    prefix, _, payload = data.rpartition(",")  # of a data URL
     is_pdf = "pdf" in (about + prefix[:100]).lower() or block.get("type") == "document"
     size = f" of {len(payload) * 3 // 4 - payload[-2:].count('=')} bytes" if payload else ""
     return f"[A {'PDF' if is_pdf else 'file'}{size}, which this model can't read.]"
-
-
-def with_id(call: ToolCall, arguments: str) -> ToolCall:
-    """A tool call with other arguments; its ID, added if missing, contains ``extra``."""
-    call_id = id_with_extra(call.id or "call_" + new_id(), call.extra)
-    return ToolCall(call.index, arguments, call_id, call.name or "")
 
 
 def event_frame(name: str, fields: Dict[str, Any]) -> bytes:
@@ -9359,7 +9385,9 @@ class Messages(BlockDialect):
         Reasoning: (b"thinking_delta", b"thinking"),
         ToolCall: (b"input_json_delta", b"partial_json"),
     }
-    STOP_REASONS = {"length": "max_tokens", "content_filter": "refusal"}
+    STOP_REASONS = {
+        "length": "max_tokens", "content_filter": "refusal", "tool_calls": "tool_use",
+    }
     ERROR_TYPE_BY_STATUS = {
         401: "authentication_error", 403: "permission_error", 404: "not_found_error",
         413: "request_too_large", 429: "rate_limit_error", 504: "timeout_error",
@@ -9375,24 +9403,20 @@ class Messages(BlockDialect):
             thinking.get("type") not in (None, "disabled") and thinking.get("display") != "omitted"
         )
         tools = self.convert_tools(body.get("tools"))
-        messages: List[Dict[str, Any]] = []
         system = self.convert_content(body.get("system") or [], "system")
-        self.append_message(messages, "system", list(map(without_billing_header, system)))
-        sent = required_field(body, "messages", list, "a list of messages")
-        self.has_begun = sum(as_dict(message).get("role") != "system" for message in sent) > 1
-        for i, message in enumerate(sent):
-            self.convert_message(messages, as_dict(message), f"messages[{i}]")
-        chat = {"messages": messages, "user": self.user_name(body)}
+        self.append_message("system", list(map(without_billing_header, system)))
+        sent = map(as_dict, required_field(body, "messages", list, "a list of messages"))
+        self.convert_messages(
+            [
+                (f"messages[{i}]", each.get("role"), each.get("content"))
+                for i, each in enumerate(sent)
+            ]
+        )
+        chat: Dict[str, Any] = {"user": self.user_name(body)}
         response_format = as_dict(config.get("format") or body.get("output_format"))
         if response_format.get("type") == "json_schema":
-            chat["response_format"] = {
-                "type": "json_schema",
-                "json_schema": {
-                    "name": "answer",
-                    "schema": response_format.get("schema"),
-                    "strict": True,
-                },
-            }
+            named = {**response_format, "name": "answer", "strict": True}
+            chat["response_format"] = self.response_format(named)
         self.untranslated += [f"output_config.{name}" for name in config if name != "format"]
         if "budget_tokens" in thinking:  # many models reject reasoning_effort
             self.untranslated.append("thinking.budget_tokens")
@@ -9411,38 +9435,6 @@ class Messages(BlockDialect):
             return name
         self.untranslated.append("metadata.user_id")
         return None
-
-    def convert_message(
-        self, messages: List[Dict[str, Any]], message: Dict[str, Any], param: str
-    ) -> None:
-        """Append a message; tool results first, as they must follow their calls."""
-        role, content = message.get("role"), message.get("content")
-        if role not in ("user", "assistant", "system"):
-            raise bad_request(
-                f"{param}: {str(role)[:80]!r} is not a valid role; use user or assistant.",
-                f"{param}.role",
-            )
-        parts: List[Dict[str, Any]] = []
-        calls: List[Dict[str, Any]] = []
-        reasoning: List[str] = []
-        for i, block in enumerate(content if isinstance(content, list) else [content]):
-            fields, block_param = as_dict(block), f"{param}.content[{i}]"
-            block_type = fields.get("type")
-            if block_type == "tool_use":
-                values = map(fields.get, ("id", "name", "input"))
-                calls.append(self.history_call(*values))
-            elif block_type == "tool_result":
-                result, is_error = fields.get("content"), fields.get("is_error") is True
-                parts += self.append_tool_result(
-                    messages, fields.get("tool_use_id"), result, block_param, is_error
-                )
-            elif role == "assistant" and block_type not in ("text", None):
-                if "thinking" not in str(block_type):
-                    self.untranslated.append(str(block_type))
-                reasoning.append(as_str(fields.get("thinking")))
-            else:
-                parts += self.convert_part(block, block_param)
-        self.append_message(messages, role, parts, calls, list(filter(None, reasoning)))
 
     def convert_tool_choice(self, choice: Dict[str, Any], tools: List[Dict[str, Any]]) -> Any:
         """Convert ``tool_choice``."""
@@ -9485,7 +9477,7 @@ class Messages(BlockDialect):
 
     def finish_frames(self, finish: Finish) -> bytes:
         payload = {
-            "delta": self.stop_fields(finish, bool(self.tool_blocks)),
+            "delta": self.stop_fields(finish),
             "usage": self.usage_object(finish),
         }
         return event_frame("message_delta", payload) + event_frame("message_stop", {})
@@ -9500,7 +9492,7 @@ class Messages(BlockDialect):
         finish = self.finish_of(answer)
         return {
             **self.message_object(list(map(self.content_block, self.answer_blocks(answer)))),
-            **self.stop_fields(finish, bool(answer.tools)),
+            **self.stop_fields(finish),
             "usage": self.usage_object(finish),
         }
 
@@ -9528,14 +9520,10 @@ class Messages(BlockDialect):
             return {"type": "thinking", "thinking": event.text, "signature": signature}
         return {"type": "text", "text": event.text}
 
-    def stop_fields(self, finish: Finish, has_tool_calls: bool) -> Dict[str, Any]:
-        """The stop reason, from OpenAI's finish_reason."""
-        stop_reason = self.STOP_REASONS.get(finish.reason, "end_turn")
-        if finish.stop_sequence:
-            stop_reason = "stop_sequence"
-        elif stop_reason == "end_turn" and has_tool_calls:  # some upstreams send "stop" for both
-            stop_reason = "tool_use"
-        return {"stop_reason": stop_reason, "stop_sequence": finish.stop_sequence}
+    def stop_fields(self, finish: Finish) -> Dict[str, Any]:
+        reason = self.STOP_REASONS.get(finish.reason, "end_turn")
+        reason = "stop_sequence" if finish.stop_sequence else reason
+        return {"stop_reason": reason, "stop_sequence": finish.stop_sequence}
 
     def usage_object(self, finish: Finish) -> Dict[str, int]:
         """Token counts, those of cached input apart."""
@@ -9674,7 +9662,7 @@ class Responses(BlockDialect):
         "text": {"format": {"type": "text"}}, "tool_choice": "auto", "tools": [], "top_p": None,
     }
     STATEFUL = ("previous_response_id", "conversation", "prompt", "background")
-    ECHO_LIMIT = 1 << 16  # bytes; larger fields are not echoed: a stream has three copies
+    ECHO_LIMIT = 1 << 16  # bytes; larger requests are not echoed: a stream has three copies
     KNOWN_PARAMS = (*ECHOED, *STATEFUL, "model", "input", "stream", "store", "include")
     ENCRYPTED = "reasoning.encrypted_content"
     FUNCTION_TYPES, SCHEMA_KEY = ("function",), "parameters"
@@ -9692,7 +9680,6 @@ class Responses(BlockDialect):
     sequence_number = 0  # of the next event
     stream_started = False
     shows_encrypted = False  # reasoning items have encrypted_content
-    echoed: Optional[Dict[str, Any]] = None
 
     def __init__(self, body: Any, base_url: Callable[[], str] = str) -> None:
         self.output: List[Dict[str, Any]] = []  # completed items
@@ -9706,16 +9693,11 @@ class Responses(BlockDialect):
                 raise not_stored(name, name)
         text, reasoning = as_dict(body.get("text")), as_dict(body.get("reasoning"))
         tools = self.convert_tools(body.get("tools"))
-        messages: List[Dict[str, Any]] = []
-        self.append_message(
-            messages, "system", self.convert_content(body.get("instructions") or [], "instructions")
-        )
-        if isinstance(body.get("input"), str):
-            self.append_message(messages, "user", self.convert_content(body["input"], "input"))
-        else:
-            self.convert_items(
-                messages, required_field(body, "input", list, "a string or a list of items")
-            )
+        instructions = self.convert_content(body.get("instructions") or [], "instructions")
+        self.append_message("system", instructions)
+        sent = required_field(body, "input", (str, list), "a string or a list of items")
+        items = [{"role": "user", "content": sent}] if isinstance(sent, str) else sent
+        self.convert_messages(self.messages_of_items(items))
         include = list(map(str, as_list(body.get("include"))))
         self.shows_encrypted = self.ENCRYPTED in include
         self.untranslated += [f"include.{name}"[:80] for name in include if name != self.ENCRYPTED]
@@ -9723,7 +9705,6 @@ class Responses(BlockDialect):
         if body.get("store") is True:
             self.untranslated.append("store")
         chat = {
-            "messages": messages,
             "reasoning_effort": reasoning.get("effort"),
             "response_format": self.response_format(as_dict(text.get("format"))),
             "tools": tools or None,
@@ -9734,64 +9715,26 @@ class Responses(BlockDialect):
         return chat
 
     @staticmethod
-    def response_format(format_spec: Dict[str, Any]) -> Optional[Dict[str, Any]]:
-        """Convert ``text.format``."""
-        if format_spec.get("type") in (None, "text"):
-            return None
-        schema = {
-            name: value
-            for name, value in format_spec.items()
-            if name != "type" and value is not None
-        }
-        return {"type": format_spec["type"], **({"json_schema": schema} if schema else {})}
-
-    def convert_items(self, messages: List[Dict[str, Any]], items: List[Any]) -> None:
-        """Append the items of an input as messages of a chat.
-
-        Images in tool results follow the last of consecutive results, as a message of the user.
-        """
-        roles = [as_dict(item).get("role") for item in items]
-        self.has_begun = sum(role not in ("system", "developer") for role in roles) > 1
-        images: List[Dict[str, Any]] = []
-        for i, item in enumerate(map(as_dict, items)):
-            param = f"input[{i}]"
-            if item.get("type") == "function_call_output":
-                images += self.append_tool_result(
-                    messages, item.get("call_id"), item.get("output"), f"{param}.output"
-                )
-            else:
-                self.append_message(messages, "user", images)
-                images = []
-                self.convert_item(messages, item, param)
-        self.append_message(messages, "user", images)
-
-    def convert_item(
-        self, messages: List[Dict[str, Any]], item: Dict[str, Any], param: str
-    ) -> None:
-        """Append an item other than a tool result.
+    def messages_of_items(items: List[Any]) -> List[Tuple[str, Any, Any]]:
+        """Items as messages; consecutive tool results are one message of the user.
 
         References to reasoning (their ids begin with "rs_") are dropped.
         """
-        item_type = item.get("type", "message")
-        if item_type == "message":
-            role = "system" if item.get("role") == "developer" else item.get("role")
-            if role not in ("user", "assistant", "system"):
-                raise bad_request(
-                    f"{param}: {str(role)[:80]!r} is not a valid role.", f"{param}.role"
-                )
-            content = self.convert_content(item.get("content"), f"{param}.content")
-            self.append_message(messages, role, content)
-        elif item_type == "function_call":
-            values = map(item.get, ("call_id", "name", "arguments", "namespace"))
-            self.append_message(messages, "assistant", [], [self.history_call(*values)])
-        elif item_type == "reasoning":
-            texts = as_list(item.get("content")) or as_list(item.get("summary"))
-            reasoning = [as_str(as_dict(part).get("text")) for part in texts]
-            self.append_message(messages, "assistant", [], (), list(filter(None, reasoning)))
-        elif item_type == "item_reference" and not str(item.get("id")).startswith("rs_"):
-            raise not_stored("An item_reference", param)
-        else:
-            self.untranslated.append(str(item_type))
+        messages: List[Tuple[str, Any, Any]] = []
+        was_result = False
+        for i, item in enumerate(map(as_dict, items)):
+            param, item_type = f"input[{i}]", item.get("type", "message")
+            if item_type == "item_reference" and not str(item.get("id")).startswith("rs_"):
+                raise not_stored("An item_reference", param)
+            is_result = item_type == "function_call_output"
+            if item_type == "message":
+                messages.append((param, item.get("role"), item.get("content")))
+            elif is_result and was_result:
+                messages[-1][2].append(item)
+            else:
+                messages.append((param, "user" if is_result else "assistant", [item]))
+            was_result = is_result
+        return messages
 
     def convert_tool_choice(self, choice: Any, tools: List[Dict[str, Any]]) -> Any:
         """Convert ``tool_choice``."""
@@ -9822,40 +9765,43 @@ class Responses(BlockDialect):
         return event_frame(name, {"sequence_number": self.sequence_number - 1, **fields})
 
     def start_block(self, event: BlockEvent) -> bytes:
-        prefix, name, part, index, more = self.ITEM_WIRE[type(event)]
+        prefix, name, _, index, more = self.ITEM_WIRE[type(event)]
         item = self.output_item(event, prefix + new_id(), "in_progress")
         self.open_item = event
         self.item_ref = {"item_id": item["id"], "output_index": self.block_index, **index}
-        delta, ref = (name + ".delta").encode(), to_json({**self.item_ref, **more})[1:-1]
-        self.head = b'event: %b\ndata: {"type":"%b",%b,"sequence_number":' % (delta, delta, ref)
-        frames = self.frame(
-            "response.output_item.added", {"output_index": self.block_index, "item": item}
-        )
-        if not isinstance(event, ToolCall):
-            frames += self.frame(
-                part + ".added", {**self.item_ref, "part": self.part_object(event)}
-            )
-        return frames
+        delta = to_json({"type": name + ".delta", **self.item_ref, **more})[:-1]
+        self.head = b'event: %b.delta\ndata: %b,"sequence_number":' % (name.encode(), delta)
+        return self.item_frame("added", item) + self.part_frame("added", event)
 
     def delta(self, text: str) -> bytes:
         self.sequence_number += 1
         return b'%b%d,"delta":%b}\n\n' % (self.head, self.sequence_number - 1, to_json(text))
 
     def stop_block(self, text: str) -> bytes:
-        _, name, part, _, more = self.ITEM_WIRE[type(self.open_item)]
+        _, name, _, _, more = self.ITEM_WIRE[type(self.open_item)]
         if isinstance(self.open_item, ToolCall):
-            text = text or "{}"
-            event: BlockEvent = dataclasses.replace(self.open_item, arguments=text)
-            key = "arguments"
+            event: BlockEvent = dataclasses.replace(self.open_item, arguments=text or "{}")
+            fields = {"arguments": text or "{}"}
         else:
-            event, key = type(self.open_item)(text), "text"
+            event, fields = type(self.open_item)(text), {"text": text}
         self.output.append(self.output_item(event, self.item_ref["item_id"]))
-        frames = self.frame(name + ".done", {**self.item_ref, **more, key: text})
-        if not isinstance(event, ToolCall):
-            frames += self.frame(part + ".done", {**self.item_ref, "part": self.part_object(event)})
-        return frames + self.frame(
-            "response.output_item.done", {"output_index": self.block_index, "item": self.output[-1]}
+        return (
+            self.frame(name + ".done", {**self.item_ref, **more, **fields})
+            + self.part_frame("done", event)
+            + self.item_frame("done", self.output[-1])
         )
+
+    def item_frame(self, step: str, item: Dict[str, Any]) -> bytes:
+        """The event of an item that is added or done."""
+        fields = {"output_index": self.block_index, "item": item}
+        return self.frame(f"response.output_item.{step}", fields)
+
+    def part_frame(self, step: str, event: BlockEvent) -> bytes:
+        """The event of an item's only part that is added or done; a tool call has none."""
+        if isinstance(event, ToolCall):
+            return b""
+        part = self.ITEM_WIRE[type(event)][2]
+        return self.frame(f"{part}.{step}", {**self.item_ref, "part": self.part_object(event)})
 
     def finish_frames(self, finish: Finish) -> bytes:
         response = self.response_object(finish)
@@ -9883,7 +9829,8 @@ class Responses(BlockDialect):
 
     def response_object(self, finish: Optional[Finish] = None) -> Dict[str, Any]:
         """The response's current state."""
-        usage = finish and finish.usage
+        original, usage = self.call.original, finish and finish.usage
+        sent = as_dict(original.body) if len(original.raw_body) <= self.ECHO_LIMIT else {}
         reason = finish and {"length": "max_output_tokens", "content_filter": "content_filter"}.get(
             finish.reason
         )
@@ -9896,31 +9843,13 @@ class Responses(BlockDialect):
             "status": "incomplete" if reason else "completed" if finish else "in_progress",
             "error": None,
             "incomplete_details": {"reason": reason} if reason else None,
-            **self.echoed_params(),
+            **self.ECHOED,
+            **{name: sent[name] for name in self.ECHOED if sent.get(name) is not None},
             "previous_response_id": None,
             "store": False,
             "truncation": "disabled",
             "usage": response_usage(usage) if usage else None,
         }
-
-    def echoed_params(self) -> Dict[str, Any]:
-        """The request's fields to echo; those above ECHO_LIMIT get their default."""
-        if self.echoed is None:
-            body = self.call.original.body or {}
-            sent = {name: body[name] for name in self.ECHOED if body.get(name) is not None}
-            small = {name: value for name, value in sent.items() if self.is_small(value)}
-            self.echoed = {**self.ECHOED, **small}
-        return self.echoed
-
-    @classmethod
-    def is_small(cls, value: Any) -> bool:
-        if isinstance(value, (int, float)):
-            return True
-        return len(value if isinstance(value, str) else _encode(value)) <= cls.ECHO_LIMIT
-
-    def prepare(self) -> None:
-        super().prepare()
-        self.echoed_params()
 
     @staticmethod
     def part_object(event: TextEvent) -> Dict[str, Any]:

@@ -130,22 +130,79 @@ class Fake:
         with contextlib.suppress(OSError):
             self.listener.shutdown(socket.SHUT_RDWR)    # wakes accept()
         self.listener.close()
+        self.hang_up()
+
+    def hang_up(self):
         for sock in list(self.open):
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
 
+    def sends(self, *answers, keep=False):
+        """Answer the next requests with just these bytes; the fake itself."""
+        self.faults += [self.raw(data, keep) for data in answers]
+        return self
+
+    # -- faults
+
+    def raw(self, data, keep=False):
+        """Send just these bytes."""
+        return lambda sock, request: sock.sendall(data) or keep
+
+    def refuse(self, times=1):
+        """Hang up, and on a kept connection's second try again if ``times`` is 2."""
+        return lambda sock, request: self.faults.extendleft([self.refuse(times - 1)] * (times > 1))
+
+    def steps(self, *steps, keep=True):
+        """Do one after the other: send bytes, wait for an event, sleep for some seconds, call a function."""
+        def fault(sock, request):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            for step in steps:
+                if isinstance(step, threading.Event):
+                    step.wait(60)
+                elif isinstance(step, bytes):
+                    sock.sendall(step)
+                else:
+                    step() if callable(step) else time.sleep(step)
+            return keep
+        return fault
+
+    def endless(self, head, part, pause=0.0):
+        """Send a part again and again until the client has left, which .gone tells."""
+        def fault(sock, request):
+            with contextlib.suppress(OSError):
+                sock.sendall(head)
+                while not self.gone.wait(pause):
+                    sock.sendall(part)
+            self.gone.set()
+        return fault
+
+    def stall(self, data=b""):
+        """Send these bytes, then nothing more until the client has left, which .gone tells."""
+        def fault(sock, request):
+            sock.sendall(data)
+            while sock.recv(65536):
+                pass
+            self.gone.set()
+        return fault
+
 
 def reply(status=200, body=b"", kind="application/json", extra=b"", chunked=True):
-    """An answer as the Akash server sends it."""
+    """An answer as the Akash server sends it; a body that is no bytes is sent as JSON."""
+    body = body if isinstance(body, bytes) else json.dumps(body).encode()
     head = (b"HTTP/1.1 %d X\r\ncontent-type: %s\r\n%sConnection: keep-alive\r\nKeep-Alive: timeout=5\r\n"
             % (status, kind.encode(), extra))
     if not chunked:
         return head + b"Content-Length: %d\r\n\r\n" % len(body) + body
-    return head + b"Transfer-Encoding: chunked\r\n\r\n" + chunk(body) + b"0\r\n\r\n"
+    return head + b"Transfer-Encoding: chunked\r\n\r\n" + chunks(body)
 
 
 def chunk(data):
     return b"%x\r\n%b\r\n" % (len(data), data) if data else b""
+
+
+def chunks(*parts):
+    """A whole body, each part in a chunk of its own."""
+    return b"".join(map(chunk, parts)) + b"0\r\n\r\n"
 
 
 STREAM_HEAD = (b"HTTP/1.1 200 OK\r\ncontent-type: text/plain; charset=utf-8\r\nx-vercel-ai-data-stream: v1\r\n"
@@ -189,61 +246,120 @@ class FakeAkash(Fake):
                 f"set-cookie: {self.cookie}; Path=/; Expires=Sat, 21 Nov 2026 19:48:03 GMT; Max-Age={self.max_age}; "
                 "Secure; HttpOnly; SameSite=strict; Partitioned\r\n").encode()))
         elif path == "/api/models/":
-            sock.sendall(reply(body=json.dumps(self.models).encode()))
+            sock.sendall(reply(body=self.models))
         elif path in ("/api/auth/me/", "/api/rate-limit/status/"):
             sock.sendall((self.me if "me" in path.split("/") else self.limits) or reply(404, b"<!DOCTYPE html>", "text/html; charset=utf-8"))
         elif path == "/api/image-status/":
             state = self.states.popleft() if self.states else {"status": "succeeded", "result": f"/api/image/{self.name}"}
-            sock.sendall(reply(body=json.dumps([state] if isinstance(state, dict) else state).encode(), kind="text/plain"))
+            sock.sendall(reply(body=[state] if isinstance(state, dict) else state, kind="text/plain"))
         elif path == f"/api/image/{self.name}":
             sock.sendall(reply(body=PNG, kind="image/png"))
         elif path == "/api/chat/" and self.session is None and self.cookie not in request.headers.get("cookie", ""):
             sock.sendall(reply(403, BAD_SESSION))
         elif path == "/api/chat/":
-            sock.sendall(STREAM_HEAD + b"".join(map(chunk, self.chat.splitlines(True))) + b"0\r\n\r\n")
+            sock.sendall(STREAM_HEAD + chunks(*self.chat.splitlines(True)))
         else:
             sock.sendall(reply(404, b'{"error":"Image not found"}'))
         return True
 
     # -- faults
 
-    def stall(self, first=b""):
-        """Send a head and some lines, then nothing more; .gone tells that the client has left."""
-        def fault(sock, request):
-            if first is not None:
-                sock.sendall(STREAM_HEAD + chunk(first))
-            while sock.recv(65536):
-                pass
-            self.gone.set()
-        return fault
+    def stall(self, lines=None):
+        return super().stall(b"" if lines is None else STREAM_HEAD + chunk(lines))
 
     def cut(self, lines=b"", proper=False):
         """Break off after some lines; ``proper`` ends the HTTP message as it should be."""
-        return lambda sock, request: sock.sendall(STREAM_HEAD + chunk(lines) + (b"0\r\n\r\n" if proper else b""))
+        return self.raw(STREAM_HEAD + (chunks(lines) if proper else chunk(lines)))
 
-    def raw(self, data, keep=False):
-        """Send just these bytes."""
-        return lambda sock, request: sock.sendall(data) or keep
 
-    def refuse(self):
-        return lambda sock, request: None
+class FakeOpenAI(Fake):
+    """An upstream that speaks OpenAI's API."""
 
-    def drip(self, body):
-        """The whole answer in single bytes."""
-        def fault(sock, request):
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            data = STREAM_HEAD + b"".join(map(chunk, body.splitlines(True))) + b"0\r\n\r\n"
-            for at in range(len(data)):
-                sock.sendall(data[at:at + 1])
-            return True
-        return fault
+    MODELS = ["gpt-x", "both"]
+
+    def __init__(self, models=MODELS, text="Hi there."):
+        super().__init__()
+        self.models, self.text = models, text
+
+    def answer(self, sock, request):
+        if request.path == "/v1/models":
+            sock.sendall(reply(body={"object": "list", "data": [
+                name if isinstance(name, dict) else {"id": name, "object": "model", "created": 7, "owned_by": "fake"} for name in self.models]}))
+        elif request.path.startswith("/v1/audio/"):
+            sock.sendall(reply(body=b"ID3" + request.body, kind="audio/mpeg"))
+        elif request.path == "/v1/chat/completions" and json.loads(request.body).get("stream"):
+            sock.sendall(self.head() + chunks(*self.events()))
+        elif request.path in ("/v1/chat/completions", "/v1/embeddings", "/v1/completions"):
+            sock.sendall(reply(body=self.completion(), chunked=False))
+        else:
+            sock.sendall(reply(404, b'{"error":{"message":"no such path","type":"x","param":null,"code":null}}'))
+        return True
+
+    @staticmethod
+    def head(kind="text/event-stream"):
+        return STREAM_HEAD.replace(b"text/plain; charset=utf-8", kind.encode()).replace(b"x-vercel-ai-data-stream: v1\r\n", b"")
+
+    def completion(self):
+        return json.dumps({"id": "c", "object": "chat.completion", "created": 1, "model": "gpt-x", "new": [1.0, None], "choices": [
+            {"index": 0, "message": {"role": "assistant", "content": self.text}, "finish_reason": "stop"}]}).encode()
+
+    def events(self):
+        for word in re.findall(r"\S+\s*", self.text):
+            yield self.event({"content": word})
+        yield self.event({}, "stop")
+        yield b"data: [DONE]\n\n"
+
+    @staticmethod
+    def event(delta, finish=None):
+        return b"data: " + json.dumps({"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "gpt-x", "choices": [
+            {"index": 0, "delta": delta, "finish_reason": finish}]}).encode() + b"\n\n"
+
+    def begun(self, count):
+        """The head of a stream and its first events."""
+        return self.head() + b"".join(map(chunk, list(self.events())[:count]))
+
+    # -- faults
+
+    def status(self, number, body=b'{"error":{"message":"told","type":"t","param":"p","code":"c"}}', extra=b""):
+        return self.raw(reply(number, body, extra=extra), keep=True)
+
+    def cut(self, after=1):
+        """Break off: after so many events of a stream, or within the body."""
+        return lambda sock, request: sock.sendall(
+            self.begun(after) if json.loads(request.body).get("stream") else reply(body=self.completion(), chunked=False)[:-3])
+
+    def early(self):
+        """An answer that ends properly as HTTP, but without a finish."""
+        return lambda sock, request: sock.sendall(
+            self.begun(1) + b"0\r\n\r\n" if json.loads(request.body).get("stream") else reply(body=b'{"choices":')) or True
+
+    def stall(self, after=None):
+        return super().stall(b"" if after is None else self.begun(after))
+
+
+# == servers ==================================================================================
 
 
 @pytest.fixture
 def akash():
-    fake = FakeAkash()
-    yield fake
-    fake.close()
+    with contextlib.closing(FakeAkash()) as upstream:
+        yield upstream
+
+
+@pytest.fixture
+def fake():
+    """An upstream that says "Hi there."; ``a`` is one too, and ``b``, which says "from b."."""
+    with contextlib.closing(FakeOpenAI()) as upstream:
+        yield upstream
+
+
+a = fake
+
+
+@pytest.fixture
+def b():
+    with contextlib.closing(FakeOpenAI(text="from b.")) as upstream:
+        yield upstream
 
 
 @pytest.fixture
@@ -258,17 +374,58 @@ def serve(akash):
         yield start
 
 
+@pytest.fixture
+def pool():
+    """pool(fake, (fake, {"weight": 2}), ..., max_wait=0) starts a server in front of some fakes, called a, b, c..."""
+    with contextlib.ExitStack() as stack:
+        def start(*upstreams, **changes):
+            controllers = []
+            for name, upstream in zip("abcdef", upstreams):
+                fake, more = upstream if isinstance(upstream, tuple) else (upstream, {})
+                stack.callback(fake.close)
+                kind = {"type": "akash", "base_url": fake.url} if isinstance(fake, FakeAkash) else {"base_url": fake.url + "/v1"}
+                controllers.append(akashproxy.ControllerSettings(**{"name": name, **kind, **more}))
+            server = Server(Settings(**{"server_address": "127.0.0.1:0", "controllers": tuple(controllers), "max_wait": 0,
+                                        "first_byte_timeout": 20, "idle_timeout": 20, **changes})).start()
+            stack.callback(server.stop, 0)
+            return server
+        yield start
+
+
+def known(server):
+    """Wait until the model lists have been read."""
+    ask(server, path="/v1/models")
+    return server
+
+
+def wait_for(condition, seconds=30):
+    """Wait until something that another thread does has happened."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.005)
+
+
 # == clients ==================================================================================
 
 Got = collections.namedtuple("Got", "status headers body json")
 
 
+def connect(server, data=b"", timeout=20):
+    """A connection to a server or a port, on which some bytes have been sent."""
+    sock = socket.create_connection(("127.0.0.1", getattr(server, "server_port", server)), timeout=timeout)
+    sock.sendall(data)
+    return sock
+
+
+def link_to(server):
+    """A connection for ask_again()."""
+    return contextlib.closing(http.client.HTTPConnection("127.0.0.1", getattr(server, "server_port", server), timeout=20))
+
+
 def ask(server, method="GET", path="/health", body=None, headers=None):
-    link = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=20)
-    try:
+    with link_to(server) as link:
         return ask_again(link, method, path, body, headers)
-    finally:
-        link.close()
 
 
 def ask_again(link, method="GET", path="/health", body=None, headers=None):
@@ -282,23 +439,68 @@ def ask_again(link, method="GET", path="/health", body=None, headers=None):
     return Got(answer.status, {name.lower(): value for name, value in answer.getheaders()}, content, value)
 
 
+def receive(sock, until=None):
+    """Read until some bytes have come, or until a condition holds of all that came; None: until the connection is closed."""
+    done, got = until if callable(until) else lambda got: until is not None and until in got, b""
+    for part in iter(lambda: b"" if done(got) else sock.recv(1 << 20), b""):
+        got += part
+    assert until is None or done(got), got[-300:]
+    return got
+
+
 def talk(server, data, timeout=20, half_close=False):
     """Send raw bytes, and all that comes back until the server closes."""
-    with socket.create_connection(("127.0.0.1", server.server_port), timeout=timeout) as sock:
-        sock.sendall(data)
+    got = []
+    with connect(server, data, timeout) as sock, contextlib.suppress(ConnectionResetError):
         if half_close:
             sock.shutdown(socket.SHUT_WR)
-        got = b""
-        with contextlib.suppress(ConnectionResetError):
-            while True:
-                part = sock.recv(65536)
-                if not part:
-                    return got
-                got += part
-        return got
+        got.extend(iter(lambda: sock.recv(65536), b""))
+    return b"".join(got)
+
+
+def post(path, body, *fields):
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return "\r\n".join([f"POST {path} HTTP/1.1", "Host: x", f"Content-Length: {len(data)}", *fields, "", ""]).encode() + data
+
+
+def head_of(method, path, *fields):
+    return "\r\n".join([f"{method} {path} HTTP/1.1", "Host: localhost", *fields, "", ""]).encode()
+
+
+def status_of(sock):
+    """The status of an answer, 0 if the connection was closed without one."""
+    got = b""
+    with contextlib.suppress(ConnectionResetError):
+        while b"\r\n\r\n" not in got:
+            part = sock.recv(65536)
+            if not part:
+                break
+            got += part
+    return int(got[9:12] or b"0")
+
+
+def unchunked(data):
+    return BodyDecoder(CHUNKED).feed(data)
+
+
+def lazy_client(server):
+    """A client with a small buffer, so that it is soon full."""
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    sock.settimeout(20)
+    sock.connect(("127.0.0.1", server.server_port))
+    return sock
+
+
+def user(content, **more):
+    return {"role": "user", "content": content, **more}
 
 
 CHAT = {"model": "Meta-Llama-3-3-70B-Instruct", "messages": [{"role": "user", "content": "Hello, how are you?"}]}
+BOTH = {"model": "both", "messages": [user("hi")]}
+ASKED = {"model": "both", "max_tokens": 64, "messages": [user("hi")]}
+WANTED = {"model": "both", "input": "hi"}
+WANTS = {"/v1/chat/completions": BOTH, "/v1/messages": ASKED, "/v1/responses": WANTED}       # a request of each dialect
 
 
 def relays(server):
@@ -309,6 +511,70 @@ def relays(server):
 
 def chat(server, body=None, headers=None, **fields):
     return ask(server, "POST", "/v1/chat/completions", {**(body or CHAT), **fields}, headers)
+
+
+def keys(*names, **limits):
+    """Settings for some keys, each "NAME-key"."""
+    return tuple(akashproxy.ClientKeySettings(name=name, key=f"{name}-key", **limits) for name in names)
+
+
+def bearer(name):
+    return {"Authorization": f"Bearer {name}-key"}
+
+
+def counts(server, name="alice"):
+    """(in flight, requests, refused) of a key."""
+    key, = [key for key in server.keys if key.name == name]
+    return key.in_flight, key.requests, key.rejected
+
+
+def samples(server, headers=None):
+    """What /metrics tells: {(name, label values): number}."""
+    got = ask(server, path="/metrics", headers=headers)
+    assert got.status == 200 and got.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8", got
+    return read_samples(got.body.decode())
+
+
+def read_samples(text):
+    found = {}
+    for line in text.splitlines():
+        if not line.startswith("#"):
+            name, labels, value = re.fullmatch(r'(\w+)(?:\{((?:\w+="(?:[^"\\]|\\.)*",?)+)\})? (\S+)', line).groups()
+            found[(name, *re.findall(r'="((?:[^"\\]|\\.)*)"', labels or ""))] = float(value)
+    return found
+
+
+def reset(sock):
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    sock.close()
+
+
+def stalled(sock):
+    with contextlib.suppress(OSError):
+        while sock.recv(65536):
+            pass
+
+
+def crowd(server, count):
+    """Connections with a request each."""
+    socks = []
+    for _ in range(count):
+        socks.append(connect(server))
+        socks[-1].sendall(post("/v1/chat/completions", BOTH))
+    return socks
+
+
+def refused(port):
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=1).close()
+        return False
+    except OSError:
+        return True
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        return sock.getsockname()[1]
 
 
 def sse(body):
@@ -395,7 +661,9 @@ def test_fold_adds_up():
 
 
 R, T = Reasoning, Text
-THINKING = {
+
+
+@table({
     "no tag": ("Hello <b>you</b>", [T("Hello <b>you</b>")]),
     "think-inline": ('<think>\nOkay, "user" wants x.\n</think>\n\nFinal answer.', [R('Okay, "user" wants x.'), T("Final answer.")]),
     "think-split": ("<think>hmm</think>Done.", [R("hmm"), T("Done.")]),
@@ -409,10 +677,7 @@ THINKING = {
     "a second pair": ("<think>a</think>b<think>c</think>d", [R("a"), T("b<think>c</think>d")]),
     "a closing tag in quotes": ("Use `</think>` to end.", [T("Use `</think>` to end.")]),
     "breaks within a thought": ("<think>a\n\nb\n</think>\nc\n", [R("a\n\nb"), T("c\n")]),
-}
-
-
-@table(THINKING)
+})
 def test_thinking_cut_anywhere(case):
     text, expected = case
     for parts in pieces(text):
@@ -431,14 +696,11 @@ def test_a_tag_that_was_never_opened():
         assert "think" not in "".join(event.text for event in events if isinstance(event, Text)), "no tag shows in a stream"
     assert ThinkTagFilter().feed([Text(text)]) == [R("reasoning first"), T("answer")], "nothing had left"
     assert ThinkTagFilter().feed([Text("\n</think>x")]) == [T("x")], "nobody thought anything"
-
-
-def test_an_empty_text_is_nothing():
     step = ThinkTagFilter()
-    assert step.feed([Text("a")]) + step.feed([Text("")]) + step.feed([Text("b")]) == [T("a"), T("b")]
+    assert step.feed([Text("a")]) + step.feed([Text("")]) + step.feed([Text("b")]) == [T("a"), T("b")], "an empty text is nothing"
 
 
-CUTOFF = {
+@table({
     "no stop": (["#"], None, "abc", [T("abc"), Finish("stop", None)]),
     "a stop is not part of the answer": (["##"], None, "ab##cd", [T("ab"), Finish("stop", stop_sequence="##")]),
     "half a stop": (["##"], None, "ab#", [T("ab#"), Finish("stop")]),
@@ -451,10 +713,13 @@ CUTOFF = {
     "East Asia's most": ([], 2, "日本語日本", [T("日本語日"), Finish("length")]),
     "a stop before the length": (["5"], 2, "0123456789abcdefg", [T("01234"), Finish("stop", stop_sequence="5")]),
     "a length before the stop": (["h"], 2, "0123456789abcdefgh", [T("0123456789abcdef"), Finish("length")]),
-}
-
-
-@table(CUTOFF)
+    "one within another": (["aaba", "ab"], None, "aabaab", [T("a"), Finish("stop", stop_sequence="ab")]),
+    "one ends within another": (["abc", "bcd"], None, "xabcd", [T("x"), Finish("stop", stop_sequence="abc")]),
+    "both end together": (["ab", "aab"], None, "xaab", [T("x"), Finish("stop", stop_sequence="aab")]),
+    "the beginning of a longer one": (["abab", "b"], None, "aabab", [T("aa"), Finish("stop", stop_sequence="b")]),
+    "a border": (["aabaaab"], None, "aabaabaaab", [T("aab"), Finish("stop", stop_sequence="aabaaab")]),
+    "none of them": (["aaab", "aac"], None, "aabaaaa", [T("aabaaaa"), Finish("stop")]),
+})
 def test_cutoff_cut_anywhere(case):
     stops, most, text, expected = case
     for parts in pieces(text):
@@ -547,7 +812,7 @@ def test_secrets_stay_out_of_sight():
 # == http =====================================================================================
 
 
-HEADS = {
+@table({
     "a request": (b"GET / HTTP/1.1\r\nHost: x\r\nA:b \r\n\r\nrest", ("GET / HTTP/1.1", {"host": "x", "a": "b"}, b"rest")),
     "one name twice": (b"G / HTTP/1.1\r\nA: 1\r\na: 2\r\n\r\n", ("G / HTTP/1.1", {"a": "1, 2"}, b"")),
     "cookies stay apart": (b"G / HTTP/1.1\r\nSet-Cookie: a=1\r\nset-cookie: b=2\r\n\r\n", ("G / HTTP/1.1", {"set-cookie": "a=1\nb=2"}, b"")),
@@ -566,10 +831,7 @@ HEADS = {
     "it ends early": (b"G / HTTP/1.1\r\nA: b", None),
     "too large": (b"G / HTTP/1.1\r\nA: " + b"x" * 70000, 431),
     "too many fields": (b"G / HTTP/1.1\r\n" + b"A: b\r\n" * 101 + b"\r\n", 431),
-}
-
-
-@table(HEADS)
+})
 def test_heads(case):
     data, expected = case
     for cuts in ([], [5], range(1, min(len(data), 300))):
@@ -583,7 +845,9 @@ def test_heads(case):
 
 
 LENGTH, CHUNKED = {"content-length": "5"}, {"transfer-encoding": "chunked"}
-BODIES = {
+
+
+@table({
     "counted": (LENGTH, b"hello", b"hello", b""),
     "counted, and more": (LENGTH, b"helloGET", b"hello", b"GET"),
     "empty": ({"content-length": "0"}, b"", b"", b""),
@@ -614,10 +878,7 @@ BODIES = {
     "an underscore": ({"content-length": "1_0"}, b"", ProtocolError, 400),
     "gzip": ({"transfer-encoding": "gzip, chunked"}, b"", ProtocolError, 501),
     "a vertical tab": ({"transfer-encoding": "\x0bchunked"}, b"", ProtocolError, 501),
-}
-
-
-@table(BODIES)
+})
 def test_bodies_cut_anywhere(case):
     fields, data, expected, rest = case
     for parts in pieces(data) if len(data) < 100 else [[data]]:
@@ -642,7 +903,7 @@ FRAMES = [b"0\r\n\r\n", b"5\r\nhello\r\n0\r\n\r\nGET / HTTP/1.1\r\n\r\n", b"\r\n
 
 @pytest.mark.parametrize("payload", FRAMES)
 def test_a_payload_that_looks_like_framing_is_payload(payload):
-    data = chunk(b"a") + chunk(payload) + chunk(b"b") + b"0\r\n\r\n"
+    data = chunk(b"a") + chunk(payload) + chunks(b"b")
     for first in range(len(data)):
         for second in range(first, len(data)):
             body = BodyDecoder(CHUNKED)
@@ -661,11 +922,24 @@ def test_a_body_to_the_end_of_the_connection():
 # == transport ================================================================================
 
 
-def test_connections_to_the_upstream_are_used_again(akash, serve):
+@table({
+    # name: (what happens to a kept connection, connections in all, requests for the second chat)
+    "nothing": (lambda akash, kept: None, 1, 1),
+    "it has ended": (lambda akash, kept: (akash.hang_up(), wait_for(lambda: not akash.open)), 2, 1),
+    "it ends when the next request comes": (lambda akash, kept: akash.faults.append(akash.refuse()), 2, 2),
+    "the upstream speaks unasked": (lambda akash, kept: ([sock.sendall(reply(408, b"{}")) for sock in akash.open.copy()],
+                                                         wait_for(lambda: akashproxy.peek(kept))), 2, 1),
+})
+def test_a_kept_connection_is_used_again_while_it_can_be(case, akash, serve):
+    happens, connections, requests = case
     server = serve()
-    for _ in range(5):
-        assert chat(server).status == 200
-    assert akash.connections == 1
+    assert chat(server).status == 200
+    idle = server.pool.upstreams[0].controller.transport.connections.idle
+    wait_for(lambda: idle)
+    (((_, kept),),) = idle.values()
+    happens(akash, kept)
+    assert chat(server).status == 200
+    assert akash.connections == connections and len(akash.bodies()) == 1 + requests
 
 
 @pytest.mark.parametrize("before", [b"", b'0:"a"\n', b'0:"a', b'0:"a\\ud83d"\n', b'0:"<think>"\n', b'0:"<think>"\n0:"a</think>"\n',
@@ -688,48 +962,10 @@ def test_the_short_way_leads_where_the_long_one_does(before, piece):
     assert (taken == b'"b c"') == (piece == b'0:"b c"\n' and before.endswith((b'0:"a"\n', b'"`"\n')))
 
 
-def test_a_stale_connection_costs_no_error(akash, serve):
-    server = serve()
-    assert chat(server).status == 200
-    akash.faults.append(akash.refuse())     # closes the kept connection when the next request comes
-    assert chat(server).status == 200
-    assert akash.connections == 2
-
-
-def test_an_idle_connection_that_ended_is_noticed(akash, serve):
-    server = serve()
-    assert chat(server).status == 200
-    for sock in list(akash.open):
-        sock.shutdown(socket.SHUT_RDWR)
-    wait_for(lambda: not akash.open)
-    assert chat(server).status == 200
-    assert len(akash.requests) == 3         # session, chat, chat: nothing was sent twice
-
-
-def test_a_connection_on_which_the_upstream_spoke_unasked_is_not_used_again(akash, serve):
-    server = serve()
-    assert chat(server).status == 200
-    connections = server.pool.upstreams[0].controller.transport.connections
-    wait_for(lambda: connections.idle)
-    (((_, sock),),) = connections.idle.values()
-    for other in list(akash.open):
-        other.sendall(reply(408, b"{}"))
-    wait_for(lambda: akashproxy.peek(sock))
-    assert chat(server).status == 200 and akash.connections == 2
-
-
-@pytest.mark.parametrize("body", [b'{"error":{"message":NaN}}', b'{"error":{oops}', b'{"error":"\xff"}'])
-def test_an_error_that_is_no_json_is_one_all_the_same(pool, body):
-    fake = FakeOpenAI()
-    fake.faults.append(fake.garbage(reply(200, body)))
-    assert chat(pool(fake), BOTH).status == 502
-
-
-@pytest.mark.parametrize("path, asked", [("/v1/messages", "ASKED"), ("/v1/responses", "WANTED")])
-def test_a_reason_to_end_that_is_no_text_is_none(pool, path, asked):
-    fake = FakeOpenAI()
-    fake.faults.append(fake.garbage(fake.head() + chunk(fake.event({"content": "a"}, ["stop"])) + chunk(b"data: [DONE]\n\n") + b"0\r\n\r\n"))
-    assert b"ended its answer early" in ask(pool(fake), "POST", path, {**globals()[asked], "stream": True}).body
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/responses"])
+def test_a_reason_to_end_that_is_no_text_is_none(path, fake, pool):
+    fake.sends(fake.head() + chunks(fake.event({"content": "a"}, ["stop"]), b"data: [DONE]\n\n"))
+    assert b"ended its answer early" in ask(pool(fake), "POST", path, {**WANTS[path], "stream": True}).body
 
 
 def test_a_controller_may_go_through_the_events_of_another_one(pool, monkeypatch):
@@ -760,7 +996,7 @@ def test_a_controller_of_ones_own_may_stream_raw_bytes(serve, monkeypatch):
 
 def test_a_client_that_leaves_before_a_count_of_tokens_is_no_bug(pool, caplog):
     server, asked = pool(FakeOpenAI()), threading.Event()
-    sock = socket.create_connection(("127.0.0.1", server.server_port))
+    sock = connect(server)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
     def take(*_):
@@ -801,29 +1037,18 @@ def test_a_request_is_sent_twice_at_most(akash, serve):
     assert len(akash.bodies()) == asked + 2
 
 
-def test_kept_connections_are_closed_in_time(akash, serve):
+def test_kept_connections_are_not_watched_and_live_as_long_as_their_server_says(akash, serve):
     server = serve()
+    watched = len(server.loop.selector.get_map())
     assert chat(server).status == 200
     connections = server.pool.upstreams[0].controller.transport.connections
-    wait_for(lambda: sum(map(len, connections.idle.values())) == 1)
-    connections.close_expired(time.monotonic() + 3)
-    assert sum(map(len, connections.idle.values())) == 1
-    connections.close_expired(time.monotonic() + 5)
-    assert not connections.idle
+    wait_for(lambda: connections.idle and not server.connections)
+    assert len(server.loop.selector.get_map()) == watched
+    for seconds, kept in ((3, 1), (5, 0)):
+        connections.close_expired(time.monotonic() + seconds)
+        assert sum(map(len, connections.idle.values())) == kept
     wait_for(lambda: not akash.open)
-
-
-def test_a_connection_to_an_upstream_is_not_watched_once_it_is_kept(akash, serve):
-    server = serve()
-    before = len(server.loop.selector.get_map())
-    assert chat(server).status == 200
-    wait_for(lambda: server.pool.upstreams[0].controller.transport.connections.idle and not server.connections)
-    assert len(server.loop.selector.get_map()) == before
-
-
-def test_kept_connections_live_as_long_as_their_server_says():
-    assert akashproxy.keepalive_seconds({"keep-alive": "timeout=5"}) == 4
-    assert akashproxy.keepalive_seconds({}) == 30
+    assert (akashproxy.keepalive_seconds({"keep-alive": "timeout=5"}), akashproxy.keepalive_seconds({})) == (4, 30)
 
 
 @pytest.mark.parametrize("text", ["a\nB: c", "a\rb", "a\r\nB: c", "a\0b"])
@@ -836,7 +1061,9 @@ def test_no_line_break_gets_into_the_head_of_a_request(text):
 
 INTERIM = b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n"
 SAID = reply(body=b"ID3", kind="audio/mpeg")
-HEADS_OF_ANSWERS = {
+
+
+@table({
     # name: (bytes, status for the client, connections for this answer and the next)
     "interim answers": (INTERIM + SAID, 200, 1),
     "interim answers without an end": (INTERIM * 51 + SAID, 502, 2),
@@ -852,28 +1079,16 @@ HEADS_OF_ANSWERS = {
     "a status that begins with 0": (SAID.replace(b"200", b"020"), 502, 2),
     "two blanks before the status": (SAID.replace(b" 200", b"  200"), 502, 2),
     "both lengths": (SAID.replace(b"Connection", b"Content-Length: 3\r\nConnection"), 502, 2),
-}
-
-
-@table(HEADS_OF_ANSWERS)
-def test_the_head_of_an_upstreams_answer(case, pool):
+})
+def test_the_head_of_an_upstreams_answer(case, fake, pool):
     data, status, connections = case
-    fake = FakeOpenAI()
     server = known(pool(fake))
     before = fake.connections - 1               # a kept one is used
-    fake.faults.append(lambda sock, request: sock.sendall(data) or True)
+    fake.sends(data, keep=True)
     got = ask(server, "POST", "/v1/audio/speech", {"model": "both"})
     assert (got.status, got.body) == (status, {200: b"ID3", 204: b""}.get(status, got.body))
     got = ask(server, "POST", "/v1/audio/speech", {"model": "both"})
     assert (got.status, got.body[:3]) == (200, b"ID3") and fake.connections == before + connections
-
-
-def wait_for(condition, seconds=30):
-    """Wait until something that another thread does has happened."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.005)
 
 
 # == controllers: Akash =======================================================================
@@ -988,19 +1203,11 @@ def test_all_text_of_one_read_is_one_event():
     assert AkashDecoder().feed(HELLO) == [Text("Hello from the mock."), Finish("stop")]
 
 
-def test_a_line_without_an_end_is_bounded():
-    decoder = AkashDecoder()
-    while not decoder.error:
-        decoder.feed(b"0:" + b"x" * (1 << 20))
-        assert len(decoder.buffer) < 10 << 20
-    assert "too long" in decoder.error.message
-
-
 def pasted(prompt, negative=""):
     return (f"0:\"<image_generation> jobId='{JOB}' prompt='{prompt}' negative='{negative}'</image_generation>\"\n").encode() + STOP
 
 
-PICTURES = {
+@table({
     "gen-ok": (pasted("A red fox in the snow, detailed", "blurry"), "A red fox in the snow, detailed"),
     "gen-apos": (pasted("A cat\\'s hat", "it\\'s bad"), "A cat's hat"),
     "gen-dquote": (pasted('A sign saying "OPEN" at night'), 'A sign saying "OPEN" at night'),
@@ -1011,86 +1218,18 @@ PICTURES = {
     "a closing line within": (pasted("a'</image_generation>\"\ne"), "a'</image_generation>\"\ne"),
     "a later framing": (sdk5(delta("<image_generation> jobId='" + JOB + "' prompt='a"), delta("b' negative=''</image_generation>"),
                              FINISH5), "ab"),
-}
-
-
-@table(PICTURES)
+})
 def test_the_answers_of_akashgen(case):
-    assert akashproxy.parse_image_job(case[0]) == (JOB, case[1])
+    assert akashproxy.parse_image_job(case[0]) == (JOB, case[1]) and akashproxy.parse_image_job(HELLO) is None
 
 
-def test_text_is_no_picture():
-    assert akashproxy.parse_image_job(HELLO) is None
-
-
-def user(content, **more):
-    return {"role": "user", "content": content, **more}
+def picture(url):
+    return {"type": "image_url", "image_url": {"url": url}}
 
 
 DATA_URL = "data:image/png;base64," + base64.b64encode(PNG).decode()
 ZW = "\u2060"
-REQUESTS = {
-    # name: (fields of the client's body, fields of Akash's body)
-    "plain": ({"messages": [user("hi")]}, {"model": "m", "messages": [user("hi")], "system": " ", "temperature": 0.85,
-                                          "topP": 1.0, "context": []}),
-    "system and developer": ({"messages": [{"role": "system", "content": "A"}, user("hi"), {"role": "developer", "content": "B"}]},
-                             {"system": "A\n\nB", "messages": [user("hi")]}),
-    "an empty system": ({"messages": [{"role": "system", "content": ""}, user("hi")]}, {"system": " "}),
-    "topP": ({"messages": [user("hi")], "topP": 0.5, "temperature": 1}, {"topP": 0.5, "temperature": 1}),
-    "top_p": ({"messages": [user("hi")], "top_p": 0.4}, {"topP": 0.4}),
-    "zero stays alive": ({"messages": [user("hi")], "top_p": 0, "temperature": 0.0}, {"topP": 1e-6, "temperature": 1e-6}),
-    "null is absent": ({"messages": [user("hi")], "top_p": None, "tools": None, "n": None}, {"topP": 1.0}),
-    "parts of text": ({"messages": [user([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}])]},
-                      {"messages": [user("ab")]}),
-    "a picture": ({"messages": [user([{"type": "text", "text": "look"}, {"type": "image_url", "image_url": {"url": DATA_URL}}])]},
-                  {"messages": [user("look", experimental_attachments=[
-                      {"name": "picture", "contentType": "image/png", "url": DATA_URL}])]}),
-    "a picture's address": ({"messages": [user([{"type": "image_url", "image_url": "https://h/x.jpg"}])]},
-                            {"messages": [user("", experimental_attachments=[
-                                {"name": "picture", "contentType": "image/png", "url": "https://h/x.jpg"}])]}),
-    "null of the assistant": ({"messages": [user("a"), {"role": "assistant", "content": None}, user("b")]},
-                              {"messages": [user("a"), {"role": "assistant", "content": ""}, user("b")]}),
-    "names and other fields go": ({"messages": [user("a", name="Bob")]}, {"messages": [user("a")]}),
-    "req-special-endoftext": ({"messages": [user("x <|endoftext|> y")]}, {"messages": [user(
-        f"x <|{ZW}endoftext|> y", parts=[{"type": "text", "text": "x <|endoftext|> y"}])]}),
-    "req-special-system": ({"messages": [{"role": "system", "content": "<|fim_prefix|>"}, user("a")]}, {"system": f"<|{ZW}fim_prefix|>"}),
-    "req-special-imstart is harmless": ({"messages": [user("<|im_start|>")]}, {"messages": [user("<|im_start|>")]}),
-    "nothing asked for": ({"messages": [user("a")], "tools": [], "tool_choice": "none", "n": 1, "logprobs": False,
-                           "response_format": {"type": "text"}, "modalities": ["text"]}, {"model": "m"}),
-}
-
-
-LENIENT = {     # messages that OpenAI or the original answer: what Akash gets
-    "only a system message": ([{"role": "system", "content": "Write a poem."}], [user("Write a poem.")], " "),
-    "only developer messages": ([{"role": "developer", "content": "a"}, {"role": "system", "content": "b"}], [user("a\n\nb")], " "),
-    "no content": ([{"role": "user"}], [user("")], " "), "null content": ([user(None)], [user("")], " "),
-    "null in the system": ([{"role": "system", "content": None}, user("hi")], [user("hi")], " "),
-    "an answer without content": ([user("a"), {"role": "assistant"}, user("b")], [user("a"), {"role": "assistant", "content": ""}, user("b")], " "),
-}
-
-
-@table(LENIENT)
-def test_messages_that_are_answered_elsewhere_are_here(case, akash, serve):
-    messages, sent, system = case
-    assert chat(serve(), messages=messages).status == 200
-    assert (akash.bodies()[0]["messages"], akash.bodies()[0]["system"]) == (sent, system)
-
-
-@pytest.mark.parametrize("base64_text", ["iVBORw0KGgo=", "iVBORw0KGgo", "iVBO\nRw0K\r\n", "iV-_", "iVBO Rw=="], ids=repr)
-def test_base64_as_browsers_take_it(base64_text):
-    url = "data:image/png;base64," + base64_text
-    got, _ = akashproxy.akash_request(Call({"model": "m", "messages": [user([{"type": "image_url", "image_url": {"url": url}}])]}))
-    assert got["messages"][0]["experimental_attachments"][0]["url"] == url
-
-
-def test_text_files_are_passed_on():
-    data = base64.b64encode("héllo <|endoftext|>".encode()).decode()
-    parts = [{"type": "text", "text": "Sum up."}, {"type": "file", "file": {"filename": "a.md", "file_data": f"data:text/markdown;base64,{data}"}},
-             {"type": "file", "file": {"file_data": data}}]
-    got, _ = akashproxy.akash_request(Call({"model": "m", "messages": [user("hi"), user(parts)]}))
-    text = "héllo <|\u2060endoftext|>"
-    assert got["context"] == [{"name": "a.md", "content": text}, {"name": "file", "content": text}]
-    assert got["messages"] == [user("hi"), user("Sum up.")]
+MARKED_FILE = base64.b64encode("héllo <|endoftext|>".encode()).decode()
 
 
 SLASHES = {"/health/": 200, "/v1/models/": 200, "/v1/models/Qwen/Qwen3/": 200, "/status/": 200, "/metrics/": 200, "/": 200,
@@ -1106,16 +1245,58 @@ def test_a_slash_at_the_end_of_a_path_changes_nothing(akash, serve):
     assert [ask(locked, path=path).status for path in ("/v1/models/", "/status/", "/health/")] == [401, 401, 200]
 
 
-def test_a_413_of_a_front_server_is_one(akash, serve):
-    akash.faults.append(akash.raw(reply(413, b"<html><h1>413 Request Entity Too Large</h1>", "text/html"), keep=True))
-    got = chat(serve())
-    assert (got.status, got.json["error"]["code"], got.headers["x-should-retry"]) == (413, "request_too_large", "false")
+def attached(url, text=""):
+    """A message with a picture as Akash takes it."""
+    return user(text, experimental_attachments=[{"name": "picture", "contentType": "image/png", "url": url}])
 
 
-@table(REQUESTS)
-def test_requests_to_akash(case):
+@table({
+    # name: (fields of the client's body, fields of Akash's body)
+    "plain": ({"messages": [user("hi")]}, {"model": "m", "messages": [user("hi")], "system": " ", "temperature": 0.85,
+                                          "topP": 1.0, "context": []}),
+    "system and developer": ({"messages": [{"role": "system", "content": "A"}, user("hi"), {"role": "developer", "content": "B"}]},
+                             {"system": "A\n\nB", "messages": [user("hi")]}),
+    "an empty system": ({"messages": [{"role": "system", "content": ""}, user("hi")]}, {"system": " "}),
+    "topP": ({"messages": [user("hi")], "topP": 0.5, "temperature": 1}, {"topP": 0.5, "temperature": 1}),
+    "top_p": ({"messages": [user("hi")], "top_p": 0.4}, {"topP": 0.4}),
+    "zero stays alive": ({"messages": [user("hi")], "top_p": 0, "temperature": 0.0}, {"topP": 1e-6, "temperature": 1e-6}),
+    "null is absent": ({"messages": [user("hi")], "top_p": None, "tools": None, "n": None}, {"topP": 1.0}),
+    "parts of text": ({"messages": [user([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}])]},
+                      {"messages": [user("ab")]}),
+    "a picture": ({"messages": [user([{"type": "text", "text": "look"}, picture(DATA_URL)])]}, {"messages": [attached(DATA_URL, "look")]}),
+    "a picture's address": ({"messages": [user([{"type": "image_url", "image_url": "https://h/x.jpg"}])]},
+                            {"messages": [attached("https://h/x.jpg")]}),
+    "null of the assistant": ({"messages": [user("a"), {"role": "assistant", "content": None}, user("b")]},
+                              {"messages": [user("a"), {"role": "assistant", "content": ""}, user("b")]}),
+    "names and other fields go": ({"messages": [user("a", name="Bob")]}, {"messages": [user("a")]}),
+    "req-special-endoftext": ({"messages": [user("x <|endoftext|> y")]}, {"messages": [user(
+        f"x <|{ZW}endoftext|> y", parts=[{"type": "text", "text": "x <|endoftext|> y"}])]}),
+    "req-special-system": ({"messages": [{"role": "system", "content": "<|fim_prefix|>"}, user("a")]}, {"system": f"<|{ZW}fim_prefix|>"}),
+    "req-special-imstart is harmless": ({"messages": [user("<|im_start|>")]}, {"messages": [user("<|im_start|>")]}),
+    "nothing asked for": ({"messages": [user("a")], "tools": [], "tool_choice": "none", "n": 1, "logprobs": False,
+                           "response_format": {"type": "text"}, "modalities": ["text"]}, {"model": "m"}),
+    # -- messages that OpenAI or the original answer
+    "only a system message": ({"messages": [{"role": "system", "content": "A poem."}]}, {"messages": [user("A poem.")], "system": " "}),
+    "only developer messages": ({"messages": [{"role": "developer", "content": "a"}, {"role": "system", "content": "b"}]},
+                                {"messages": [user("a\n\nb")], "system": " "}),
+    "no content": ({"messages": [{"role": "user"}]}, {"messages": [user("")], "system": " "}),
+    "null content": ({"messages": [user(None)]}, {"messages": [user("")], "system": " "}),
+    "null in the system": ({"messages": [{"role": "system", "content": None}, user("hi")]}, {"messages": [user("hi")], "system": " "}),
+    "an answer without content": ({"messages": [user("a"), {"role": "assistant"}, user("b")]},
+                                  {"messages": [user("a"), {"role": "assistant", "content": ""}, user("b")], "system": " "}),
+    # -- files
+    **{f"base 64 as browsers take it, {text!r}": ({"messages": [user([picture("data:image/png;base64," + text)])]},
+                                                  {"messages": [attached("data:image/png;base64," + text)]})
+       for text in ("iVBORw0KGgo=", "iVBORw0KGgo", "iVBO\nRw0K\r\n", "iV-_", "iVBO Rw==")},
+    "text files": ({"messages": [user("hi"), user([{"type": "text", "text": "Sum up."}, {"type": "file", "file": {
+        "filename": "a.md", "file_data": f"data:text/markdown;base64,{MARKED_FILE}"}}, {"type": "file", "file": {"file_data": MARKED_FILE}}])]},
+                   {"context": [{"name": name, "content": f"héllo <|{ZW}endoftext|>"} for name in ("a.md", "file")],
+                    "messages": [user("hi"), user("Sum up.")]}),
+})
+def test_requests_to_akash(case, akash, serve):
     body, expected = case
-    got, _ = akashproxy.akash_request(Call({"model": "m", **body}))
+    assert chat(serve(), {"model": "m", **body}).status == 200
+    got, = akash.bodies()
     assert {name: got[name] for name in expected} == expected
     assert set(got) == {"id", "model", "messages", "system", "temperature", "topP", "context"}
 
@@ -1143,19 +1324,17 @@ REFUSED = {
     "a part of audio": ({"messages": [user([{"type": "input_audio", "input_audio": {}}])]}, "messages[0].content[0]", "'input_audio'"),
     "a part of nothing": ({"messages": [user([None])]}, "messages[0].content[0]", "not 'None'"),
     "a part's type a list": ({"messages": [user([{"type": []}])]}, "messages[0].content[0]", "not"),
-    "a local picture": ({"messages": [user([{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}])]},
-                        "messages[0].content[0]", "with http"),
-    "a picture of the assistant": ({"messages": [{"role": "assistant", "content": [{"type": "image_url", "image_url": DATA_URL}]}]},
+    "a local picture": ({"messages": [user([picture("file:///etc/passwd")])]}, "messages[0].content[0]", "with http"),
+    "a picture of the assistant": ({"messages": [{"role": "assistant", "content": [picture(DATA_URL)]}]},
                                    "messages[0].content", "the role user only"),
-    "a picture of the system": ({"messages": [{"role": "system", "content": [{"type": "image_url", "image_url": DATA_URL}]}, user("hi")]},
+    "a picture of the system": ({"messages": [{"role": "system", "content": [picture(DATA_URL)]}, user("hi")]},
                                 "messages[0].content", "the role user only"),
     "no messages": ({"messages": []}, "messages", "must not be empty"),
     "a picture that is no base64": ({"messages": [user([{"type": "image_url", "image_url": "data:image/png;base64,@@@@"}])]},
                                     "messages[0].content[0]", "invalid base64"),
     "a picture cut in base64": ({"messages": [user([{"type": "image_url", "image_url": "data:image/png;base64,iVBOR"}])]},
                                 "messages[0].content[0]", "invalid base64"),
-    "an empty picture": ({"messages": [user([{"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}])]},
-                         "messages[0].content[0]", "invalid base64"),
+    "an empty picture": ({"messages": [user([picture("data:image/png;base64,")])]}, "messages[0].content[0]", "invalid base64"),
     "a file that is no text": ({"messages": [user([{"type": "file", "file": {"file_data": "data:application/pdf;base64,JVBERi0A"}}])]},
                                "messages[0].content[0]", "UTF-8 text"),
     "a file by its ID": ({"messages": [user([{"type": "file", "file": {"file_id": "file-1"}}])]}, "messages[0].content[0]", "UTF-8 text"),
@@ -1253,7 +1432,7 @@ def test_a_client_that_leaves_while_others_fetch_the_session(akash, serve):
     akash.answer = akash.stall(None)
     server = serve()
     with contextlib.ExitStack() as stack:
-        socks = [stack.enter_context(socket.create_connection(("127.0.0.1", server.server_port))) for _ in range(3)]
+        socks = [stack.enter_context(connect(server)) for _ in range(3)]
         for sock in socks:
             sock.sendall(post("/v1/chat/completions", CHAT))
         wait_for(lambda: sum(bool(connection.request) for connection in server.connections.copy()) == 3)
@@ -1261,17 +1440,14 @@ def test_a_client_that_leaves_while_others_fetch_the_session(akash, serve):
     akash.close()
 
 
-COOKIES = {
+@table({
     "none": ("", ""),
     "a fixed word": ("session_token=validated; Path=/; Max-Age=86400", "session_token=validated"),
     "empty": ("session_token=; Max-Age=1", ""),
     "another cookie first": ("a=b\nsession_token=ff; max-age=9 ;Secure", "session_token=ff"),
     "no life told": ("session_token=ff", "session_token=ff"),
     "another name": ("xsession_token=ff", ""),
-}
-
-
-@table(COOKIES)
+})
 def test_any_cookie_is_taken(case, akash):
     set_cookie, expected = case
     clock = Clock()
@@ -1352,14 +1528,13 @@ def signed_in(*cookies):
 
 
 SIGNED_OUT = b"HTTP/1.1 204 No Content\r\nConnection: keep-alive\r\n\r\n"
-RENEWALS = {    # Set-Cookie of the answer: the cookie that is sent from then on
+
+
+@table({    # Set-Cookie of the answer: the cookie that is sent from then on
     "a new one": (["appSession=two"], "cf_clearance=x; appSession=two"),
     "in two parts": (["appSession.0=two", "appSession.1=three", "appSession=; Max-Age=0"], "cf_clearance=x; appSession.0=two; appSession.1=three"),
     "none": ([], "appSession=one; cf_clearance=x"), "others": (["session_token=x", "appSessions=y"], "appSession=one; cf_clearance=x"),
-}
-
-
-@table(RENEWALS)
+})
 def test_a_login_is_kept_alive(case, akash):
     set_cookie, expected = case
     clock, akash.me = Clock(), signed_in(*set_cookie)
@@ -1411,7 +1586,7 @@ def test_no_login_is_asked_about_none(akash):
 def test_several_logins_in_one_pool(pool):
     a, b = FakeAkash(), FakeAkash()
     limited = reply(429, b'{"error":"Rate limit exceeded","message":"You have used it up"}', extra=b"retry-after: 9\r\n")
-    a.faults.append(a.raw(limited, keep=True))
+    a.sends(limited, keep=True)
     a.me, b.me = signed_in("appSession=renewed"), SIGNED_OUT
     server = pool((a, {"cookie": "appSession=one"}), (b, {"headers": {"cookie": "appSession=two"}}), akash_cookie="appSession=other")
     controllers = lambda: ask(server, path="/status").json["controllers"]
@@ -1437,14 +1612,11 @@ def test_a_reload_keeps_the_renewed_login(akash):
     assert changed.upstreams[0].controller.login.cookie == "appSession=other" and changed.status()[0]["login"] == "unknown"
 
 
-LIMITS = {  # the answer to /api/rate-limit/status/: (whether the cool-down ends, whether a request may probe at once)
+@table({  # the answer to /api/rate-limit/status/: (whether the cool-down ends, whether a request may probe at once)
     "used up": (reply(body=b'{"usagePercentage":100,"blocked":true,"resetTime":"2026-11-22T00:26:06.710Z"}'), False, False),
     "reset": (reply(body=b'{"usagePercentage":0,"remainingPercentage":100,"blocked":false,"authenticated":false}'), True, False),
     "July": (None, False, True), "down": (reply(500, b'{"blocked":false}'), False, True), "odd": (reply(body=b'{"blocked":"no"}'), False, True),
-}
-
-
-@table(LIMITS)
+})
 def test_a_limit_that_has_been_reset_is_noticed(case, akash):
     akash.limits, ends, may_probe = case
     clock = Clock()
@@ -1467,16 +1639,14 @@ def test_a_limit_that_has_been_reset_is_noticed(case, akash):
 
 # == controllers: Akash's models and pictures =================================================
 
-MODEL_LISTS = {
+
+@table({
     "2025": ([{"id": "a", "available": True}, {"id": "b/c", "available": False}, {"id": "AkashGen"}], ["a", "AkashGen"]),
     "2026": ([{"id": "a", "model_id": "a", "api_id": "x/a", "available": True, "temperature": "0.60"}], ["a"]),
     "models-all": ({"models": [{"id": "be11f1b5-1886", "model_id": "DeepSeek-V3.1"}], "stats": {}}, ["DeepSeek-V3.1"]),
     "OpenAI's": ({"object": "list", "data": [{"id": "a"}, {"id": "a"}]}, ["a"]),
     "empty": ([], []), "null": (None, []), "text": ("x", []), "odd entries": ([None, 7, {"id": 7}, {}], []),
-}
-
-
-@table(MODEL_LISTS)
+})
 def test_every_shape_of_a_model_list(case):
     assert list(akashproxy.akash_models(case[0])) == case[1]
 
@@ -1580,17 +1750,14 @@ def test_a_web_page_is_never_relayed_as_a_picture(akash, serve):
     assert ask(serve(), path="/images/x.png").status == 404
 
 
-PICTURE_FAILURES = {
+@table({
     "failed": ([{"status": "failed", "result": "Failed: CUDA out of memory at 10.1.2.3:80"}], 502, "CUDA out of memory at (address)"),
     "an older form": ([{"status": "completed", "result": "Failed to make it"}], 502, "Failed to make it"),
     "lost": (["Job not found: nope"] * 3, 502, "lost"),
     "lost, with errors": ([[]] * 3, 502, "lost"),
     "a bad name": ([{"status": "succeeded", "result": "/api/image/.."}], 502, "name"),
     "no end": ([{"status": "waiting", "queue_position": 9}] * 10000, 504, "not ready"),
-}
-
-
-@table(PICTURE_FAILURES)
+})
 def test_pictures_that_fail(case, akash, serve):
     states, status, words = case
     akash.chat = PICTURE_LINE
@@ -1603,17 +1770,17 @@ def test_pictures_that_fail(case, akash, serve):
         assert got.status == status and words in got.json["error"]["message"]
 
 
-def test_hiccups_while_a_picture_is_made_are_forgiven(akash, serve):
+@table({    # (answers to the question for a picture's state, states)
+    "errors": ([(b"HTTP/1.1 200", False), (reply(500), True), (reply(502), True), (b"", False)], []),
+    "lost states": ([], [[], [], QUEUE[0], "Job not found", []]),
+})
+def test_hiccups_while_a_picture_is_made_are_forgiven(case, akash, serve):
+    faults, states = case
     akash.chat = PICTURE_LINE
+    akash.states.extend(states)
     akash.faulty = lambda request: "image-status" in request.path
-    akash.faults.extend([akash.raw(b"HTTP/1.1 200"), akash.raw(reply(500), keep=True), akash.raw(reply(502), keep=True), akash.raw(b"")])
-    assert chat(serve(), GEN).status == 200
-
-
-def test_a_lost_state_or_two_are_forgiven(akash, serve):
-    akash.chat = PICTURE_LINE
-    akash.states.extend([[], [], QUEUE[0], "Job not found", []])
-    assert chat(serve(), GEN).status == 200
+    akash.faults.extend(akash.raw(data, keep) for data, keep in faults)
+    assert chat(serve(), GEN).status == 200 and not akash.faults
 
 
 def test_text_instead_of_a_picture(akash, serve):
@@ -1625,21 +1792,14 @@ def test_text_instead_of_a_picture(akash, serve):
 
 
 def test_a_picture_that_could_not_be_started(akash, serve):
-    server = serve()
     akash.chat = pasted("x").replace(JOB.encode(), b"undefined")
-    assert "could not start" in chat(server, GEN).json["error"]["message"]
-    akash.chat = UNKNOWN.replace(b"no-such-model", b"AkashGen")     # gen-imgbackend-error
-    got = chat(server, GEN)
-    assert got.status == 502 and got.json["error"]["code"] == "image_failed"
-
-
-WORDS_LOST = UNKNOWN.replace(b"no-such-model", b"AkashGen")    # gen-textanswer of 2026, gen-imgbackend-error of 2025
+    assert "could not start" in chat(serve(), GEN).json["error"]["message"]
 
 
 @pytest.mark.parametrize("version", ["2026", "2025"])
 def test_words_that_akash_does_not_pass_on_are_no_failure(version, akash, serve):
     head = b"Cross-Origin-Resource-Policy: same-origin\r\n" if version == "2026" else b""
-    akash.faults += [akash.raw(reply(200, WORDS_LOST, "text/plain", head), keep=True)] * 9
+    akash.faults += [akash.raw(reply(200, UNKNOWN.replace(b"no-such-model", b"AkashGen"), "text/plain", head), keep=True)] * 9
     server = serve()
     for got in (chat(server, GEN), ask(server, "POST", "/v1/images/generations", {"prompt": "thanks!"})):
         assert (got.status, got.json["error"]["code"]) == ((400, "no_image") if version == "2026" else (502, "image_failed"))
@@ -1660,20 +1820,16 @@ def drawing(server, akash, *headers):
     """Ask for images, and leave once their jobs have been started."""
     akash.chat, before = PICTURE_LINE, len(akash.bodies())
     akash.states.extend(WAITING * 100000)
-    with socket.create_connection(("127.0.0.1", server.server_port)) as sock:
-        sock.sendall(post("/v1/images/generations", DRAW, *headers))
+    with connect(server, post("/v1/images/generations", DRAW, *headers)):
         wait_for(lambda: len(akash.bodies()) == before + 2 and len(akash.states) < 100000 - 1)
     wait_for(lambda: server.running_calls() == 0)
     akash.states.clear()
 
 
-REPEATS = {  # (the first request's key, the second one and its key): the jobs of both
+@table({  # (the first request's key, the second one and its key): the jobs of both
     "the same": ("a", DRAW, "a", 2), "another prompt": ("a", {**DRAW, "prompt": "a dog"}, "a", 4),
     "another key": ("a", DRAW, "b", 4), "fewer": ("a", {"prompt": "a fox"}, "a", 3),
-}
-
-
-@table(REPEATS)
+})
 def test_a_repeat_joins_the_jobs_of_a_request_that_was_left(case, akash, serve):
     first, body, second, jobs = case
     server = serve(keys=keys("a", "b"))
@@ -1689,12 +1845,11 @@ def test_a_repeat_joins_while_the_job_is_being_started(akash, serve):
     def slow(sock, request):
         asked.set()
         assert go_on.wait(20)
-        sock.sendall(STREAM_HEAD + chunk(PICTURE_LINE) + b"0\r\n\r\n")
+        sock.sendall(STREAM_HEAD + chunks(PICTURE_LINE))
         return True
 
     akash.faults.append(slow)
-    with socket.create_connection(("127.0.0.1", server.server_port)) as sock:
-        sock.sendall(post("/v1/images/generations", {"prompt": "a fox"}))
+    with connect(server, post("/v1/images/generations", {"prompt": "a fox"})):
         assert asked.wait(20)
     wait_for(lambda: all(link.request and link.request.cancellation.reason for link in server.connections.copy()))
     with concurrent.futures.ThreadPoolExecutor(1) as thread:
@@ -1754,12 +1909,12 @@ UPSTREAM = {
     "model-unknown-403": (reply(403, b'{"error":"Model not available","message":"x","available_models":[{"id":"a"}]}'),
                           500, "model_not_found", "does not exist", {"x-should-retry": "false"}),
     "chat-models-backend-500": (reply(403, b'{"error":"Model not available","available_models":[]}'), 503, "upstream_error", "no models", {}),
-    "model-unknown": (STREAM_HEAD + chunk(UNKNOWN) + b"0\r\n\r\n", 500, "model_not_found", "does not exist", {"x-should-retry": "false"}),
+    "model-unknown": (STREAM_HEAD + chunks(UNKNOWN), 500, "model_not_found", "does not exist", {"x-should-retry": "false"}),
     "err-429": (STREAM_HEAD + chunk(b'3:"Failed after 3 attempts. Last error: Rate limit exceeded for model. Try again later."\n')
                 + b"0\r\n\r\n", 429, "rate_limit_exceeded", "Rate limit exceeded for model", {}),
-    "err-400": (STREAM_HEAD + chunk(b'3:"This model\'s maximum context length is 8192 tokens."\n') + b"0\r\n\r\n",
+    "err-400": (STREAM_HEAD + chunks(b'3:"This model\'s maximum context length is 8192 tokens."\n'),
                 400, "context_length_exceeded", "8192", {}),
-    "err-500": (STREAM_HEAD + chunk(b'3:"Failed after 3 attempts. Last error: Internal Server Error"\n') + b"0\r\n\r\n", 502, "upstream_error", "Internal", {}),
+    "err-500": (STREAM_HEAD + chunks(b'3:"Failed after 3 attempts. Last error: Internal Server Error"\n'), 502, "upstream_error", "Internal", {}),
     "req-long-system-400": (reply(400, b"[Message too long for this model.]", "text/plain"), 400, "context_length_exceeded", "too long", {}),
     "req-badjson": (reply(500, b"", ""), 502, "upstream_error", "without giving a reason", {}),
     "gen-imgbackend-error-500": (reply(500, b'{"error":"Error generating image","message":"No workers available"}'), 502, "image_failed", "No workers", {}),
@@ -1770,6 +1925,7 @@ UPSTREAM = {
     "cf-mitigated": (reply(403, b"{}", extra=b"cf-mitigated: challenge\r\n"), 502, "upstream_blocked", "web page", {}),
     "chat-noslash-308": (reply(308, b"/api/chat/", extra=b"location: /api/chat/\r\n"), 502, "upstream_error", "308", {}),
     "a redirect elsewhere": (b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:9/\r\nContent-Length: 0\r\n\r\n", 502, "upstream_error", "302", {}),
+    "a front server's 413": (reply(413, b"<html><h1>413 Request Entity Too Large</h1>", "text/html"), 413, "request_too_large", "", {"x-should-retry": "false"}),
     "401": (reply(401, b'{"error":"Unauthorized"}'), 424, "upstream_auth", "denied access", {"x-should-retry": "false"}),
     "garbage": (b"\x16\x03\x01\x02garbage", 502, "upstream_error", "not HTTP", {}),
     "SSH": (b"SSH-2.0-OpenSSH\r\n", 502, "upstream_error", "not HTTP", {}),
@@ -1785,8 +1941,8 @@ UPSTREAM = {
 @pytest.mark.parametrize("streamed", [False, True])
 def test_failures_before_the_first_word_are_statuses(case, streamed, akash, serve):
     data, status, code, words, headers = case
-    akash.faults.append(akash.raw(data))
-    akash.faults.append(akash.raw(data))
+    akash.sends(data)
+    akash.sends(data)
     got = chat(serve(), stream=streamed)
     assert (got.status, got.json["error"]["code"]) == (status, code), got.body
     assert words in got.json["error"]["message"] and list(got.json) == ["error", "code", "data"]
@@ -1812,16 +1968,13 @@ def test_endless_texts_of_errors_cost_nothing(akash, serve):
         assert len(akashproxy.redact_hosts(text)) < 2000
 
 
-BROKEN = {
+@table({
     "abort-midstream": (b'0:"one "\n3:"terminated"\n', True, "terminated"),
     "the message just ends": (b'0:"one "\n', True, EARLY),
     "the connection just ends": (b'0:"one "\n', False, "broke off"),
     "finish-none": (b'0:"one "\n' + END.replace(b"%b", b"unknown"), True, NO_REASON),
     "the backend's own limit": (b'0:"one "\n3:"Rate limit exceeded"\n', True, "Rate limit"),
-}
-
-
-@table(BROKEN)
+})
 def test_failures_within_an_answer(case, akash, serve):
     lines, proper, words = case
     akash.faults += [akash.cut(lines, proper)] * 2
@@ -1833,9 +1986,15 @@ def test_failures_within_an_answer(case, akash, serve):
     assert (text, finish) == ("one ", None) and words in error["message"] and error["type"] and error["param"] is None
 
 
-def test_what_a_filter_held_back_is_not_lost_when_an_answer_breaks_off(akash, serve):
-    akash.faults.append(akash.cut(b'0:"one </thin"\n'))
-    assert stream(serve())[0] == "one </thin"
+@table({
+    "in single bytes": (lambda akash: akash.steps(*re.findall(b"(?s).", STREAM_HEAD + chunks(*HELLO.splitlines(True)))), "Hello from the mock."),
+    "to the end of the connection": (lambda akash: akash.raw(b"HTTP/1.0 200 OK\r\nContent-Type: text/plain\r\n\r\n" + HELLO), "Hello from the mock."),
+    "broken off when a filter holds something back": (lambda akash: akash.cut(b'0:"one </thin"\n'), 'one </thin'),
+})
+def test_a_stream_may_come_and_end_in_other_ways(case, akash, serve):
+    fault, text = case
+    akash.faults.append(fault(akash))
+    assert stream(serve())[0] == text
 
 
 def test_an_upstream_that_is_not_there(serve):
@@ -1854,16 +2013,6 @@ def test_silence_is_ended(akash, serve):
     text, _, _, error = stream(serve(idle_timeout=0.1))
     assert text == "one " and "sent nothing for 0.1 seconds" in error["message"]
     wait_for(akash.gone.is_set)
-
-
-def test_the_upstream_may_drip(akash, serve):
-    akash.faults.append(akash.drip(HELLO))
-    assert stream(serve())[0] == "Hello from the mock."
-
-
-def test_the_end_of_the_connection_may_end_the_answer(akash, serve):
-    akash.faults.append(akash.raw(b"HTTP/1.0 200 OK\r\nContent-Type: text/plain\r\n\r\n" + HELLO))    # conn-http10-stream
-    assert stream(serve())[0] == "Hello from the mock."
 
 
 @pytest.mark.parametrize("path", ["", "/", "/a/path", "/a/path/"])
@@ -1945,8 +2094,7 @@ def test_the_chunks_of_a_stream(akash, serve):
 def test_a_token_is_sent_at_once(akash, serve):
     akash.faults.append(akash.stall(b'0:"one "\n'))
     server = serve()
-    with socket.create_connection(("127.0.0.1", server.server_port), timeout=10) as sock:
-        sock.sendall(post("/v1/chat/completions", {**CHAT, "stream": True}))
+    with connect(server, post("/v1/chat/completions", {**CHAT, "stream": True})) as sock:
         got = b""
         while b'"content":"one "' not in got:
             got += sock.recv(65536)
@@ -1965,8 +2113,9 @@ def test_legacy_completions(akash, serve):
     assert got.json["object"] == "text_completion" and got.json["id"].startswith("cmpl-")
     assert got.json["choices"] == [{"text": "Hello from the mock.", "index": 0, "logprobs": None, "finish_reason": "stop"}]
     assert akash.bodies()[0]["messages"] == [user("Once")]
-    events = sse(ask(server, "POST", "/v1/completions", {**body, "stream": True, "echo": True, "prompt": ["Once"]}).body)
-    assert "".join(event["choices"][0]["text"] for event in events) == "OnceHello from the mock."
+    got = ask(server, "POST", "/v1/completions", {**body, "stream": True, "echo": True, "prompt": ["Once"]})
+    events = sse(got.body)
+    assert "".join(event["choices"][0]["text"] for event in events) == "Hello from the mock." and "echo" in got.headers["x-akashproxy-ignored"]
     assert events[-1]["choices"][0]["finish_reason"] == "stop" and {event["object"] for event in events} == {"text_completion"}
     for prompt in (None, "", [], ["a", "b"], [1, 2], 7):
         assert ask(server, "POST", "/v1/completions", {**body, "prompt": prompt}).json["error"]["param"] == "prompt"
@@ -1975,11 +2124,10 @@ def test_legacy_completions(akash, serve):
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/images/generations"])
-def test_streams_of_other_endpoints_are_relayed(path, pool):
-    fake = FakeOpenAI()
+def test_streams_of_other_endpoints_are_relayed(path, fake, pool):
     expected = [b'data: {"choices":[{"text":"Once upon","index":0,"finish_reason":null}]}\n\n',
             b'data: {"choices":[{"text":"","index":0,"finish_reason":"stop"}]}\n\n', b"data: [DONE]\n\n"]
-    fake.faults.append(fake.garbage(fake.head() + b"".join(map(chunk, expected)) + b"0\r\n\r\n"))
+    fake.sends(fake.head() + chunks(*expected))
     got = ask(pool(fake), "POST", path, {"model": "both", "prompt": "Once", "echo": True, "stream": True})
     assert got.status == 200 and got.body == b"".join(expected)
 
@@ -1987,12 +2135,7 @@ def test_streams_of_other_endpoints_are_relayed(path, pool):
 # == server ===================================================================================
 
 
-def post(path, body, *fields):
-    data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return "\r\n".join([f"POST {path} HTTP/1.1", "Host: x", f"Content-Length: {len(data)}", *fields, "", ""]).encode() + data
-
-
-BAD_BODIES = {
+@table({
     # name: (path, body, param, words)
     "no JSON": ("chat/completions", b"{", None, "not valid JSON"),
     "nothing": ("chat/completions", b"", None, "not valid JSON"),
@@ -2018,15 +2161,11 @@ BAD_BODIES = {
     "another form": ("images/generations", {"prompt": "x", "response_format": "gif"}, "response_format", "b64_json"),
     "streamed pictures": ("images/generations", {"prompt": "x", "stream": True}, "stream", "through chat"),
     "another model's pictures": ("images/generations", {"prompt": "x", "model": "dall-e-3"}, "model", "AkashGen"),
-}
-
-
-@table(BAD_BODIES)
+})
 def test_bad_bodies_leave_the_connection_usable(case, akash, serve):
     path, body, param, words = case
     server = serve()
-    link = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)
-    with contextlib.closing(link):
+    with link_to(server) as link:
         got = ask_again(link, "POST", "/v1/" + path, body)
         assert (got.status, got.json["error"]["param"]) == (400, param), got.body
         assert words in got.json["error"]["message"]
@@ -2050,33 +2189,13 @@ def test_the_ends_of_bodies(serve):
 def test_a_body_may_come_in_chunks_and_be_announced(serve):
     data = json.dumps(CHAT).encode()
     head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
-    assert talk(serve(), head + b"Transfer-Encoding: chunked\r\n\r\n" + chunk(data[:9]) + chunk(data[9:]) + b"0\r\n\r\n"
+    assert talk(serve(), head + b"Transfer-Encoding: chunked\r\n\r\n" + chunk(data[:9]) + chunks(data[9:])
                 ).startswith(b"HTTP/1.1 200 ")
     server = serve()
-    with socket.create_connection(("127.0.0.1", server.server_port), timeout=10) as sock:
-        sock.sendall(head + b"Expect: 100-continue\r\nContent-Length: %d\r\n\r\n" % len(data))
+    with connect(server, head + b"Expect: 100-continue\r\nContent-Length: %d\r\n\r\n" % len(data)) as sock:
         assert sock.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
         sock.sendall(data)
         assert sock.recv(100).startswith(b"HTTP/1.1 200 ")
-
-
-BAD_HEADS = {
-    "garbage": (b"\x16\x03\x01garbage", 400), "HTTP/2": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505), "HTTP/0.9": (b"GET /\r\n\r\n", 400),
-    "no host": (b"GET /health HTTP/1.1\r\n\r\n", 400), "two hosts": (b"GET /health HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n", 400),
-    "both lengths": (b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
-    "gzip": (b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: gzip\r\n\r\n", 501),
-    "too large": (b"GET /health HTTP/1.1\r\nHost: a\r\nX: " + b"x" * 70000, 431),
-    "no slash": (b"GET health HTTP/1.1\r\nHost: a\r\n\r\n", 400),
-    "an expectation": (b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nExpect: tea\r\nContent-Length: 1\r\n\r\n", 417),
-}
-
-
-@table(BAD_HEADS)
-def test_bad_heads_are_refused_as_json_and_the_connection_closed(case, serve):
-    data, status = case
-    got = talk(serve(), data + b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
-    assert got.startswith(b"HTTP/1.1 %d " % status) and got.count(b"HTTP/1.1 ") == 1, got
-    assert b"Connection: close" in got and json.loads(got.partition(b"\r\n\r\n")[2])["code"] == status
 
 
 @pytest.mark.parametrize("path, count", [("/health", 1), ("/health", 20), ("/", 1), ("/status", 3), ("/metrics", 1)])
@@ -2178,8 +2297,7 @@ def test_a_client_that_leaves_ends_the_upstream_request(akash, serve):
             akash.gone.clear()
             akash.faults.append(fault)
             asked = len(akash.bodies())
-            with socket.create_connection(("127.0.0.1", server.server_port)) as sock:
-                sock.sendall(post("/v1/chat/completions", {**CHAT, "stream": streamed}))
+            with connect(server, post("/v1/chat/completions", {**CHAT, "stream": streamed})):
                 wait_for(lambda: len(akash.bodies()) > asked)
             wait_for(akash.gone.is_set)
     wait_for(lambda: not server.connections)
@@ -2190,8 +2308,7 @@ def test_a_client_that_leaves_a_picture_ends_the_polling(akash, serve):
     akash.chat = PICTURE_LINE
     akash.states.extend(QUEUE[:1] * 100000)
     server = serve()
-    with socket.create_connection(("127.0.0.1", server.server_port)) as sock:
-        sock.sendall(post("/v1/images/generations", {"prompt": "x"}))
+    with connect(server, post("/v1/images/generations", {"prompt": "x"})):
         wait_for(lambda: len(akash.requests) > 4)
     wait_for(lambda: not server.connections)
 
@@ -2296,7 +2413,7 @@ def test_a_graceful_stop(akash, serve, monkeypatch):
     def slow(sock, request):
         sock.sendall(STREAM_HEAD + chunk(b'0:"one "\n'))
         hold.wait(60)
-        sock.sendall(chunk(b'0:"two"\n' + STOP) + b"0\r\n\r\n")
+        sock.sendall(chunks(b'0:"two"\n' + STOP))
         return True
 
     akash.faults.append(slow)
@@ -2349,21 +2466,33 @@ def run(*flags, **environ):
 
 
 @contextlib.contextmanager
-def started(*flags, before="", **environ):
-    """The command as a process: (process, its port). ``before`` is Python that it runs first, with the module imported."""
-    arguments = command("--server-address", "127.0.0.1:0", *flags, **environ)
+def spawned(*flags, before="", popen=(), **environ):
+    """The command as a process. ``before`` is Python that it runs first, with the module imported; ``popen`` are further options."""
+    arguments = {**command(*flags, **environ), **dict(popen)}
     if before:
         code = f"import sys; sys.path.insert(0, {BUILD.name!r}); import akashproxy; {before}; sys.exit(akashproxy.main())"
         arguments["args"][1:3] = ["-c", code]
     process = subprocess.Popen(**arguments)
     try:
-        line = process.stdout.readline()
-        match = re.search(r" on http://127\.0\.0\.1:(\d+)\S*/v1", line)
-        assert match, line + process.stderr.read()
-        yield process, int(match[1])
+        yield process
     finally:
         process.kill()
         process.communicate()
+
+
+def port_of(process):
+    """The port that a command says it listens on."""
+    line = process.stdout.readline()
+    match = re.search(r" on http://127\.0\.0\.1:(\d+)\S*/v1", line)
+    assert match, line + process.stderr.read()
+    return int(match[1])
+
+
+@contextlib.contextmanager
+def started(*flags, **options):
+    """The command as a process: (process, its port)."""
+    with spawned("--server-address", "127.0.0.1:0", *flags, **options) as process:
+        yield process, port_of(process)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -2375,8 +2504,7 @@ def test_the_command_stops_cleanly(number):
 
 
 def test_the_demo_goes_the_whole_way():
-    with started("--demo", "--image-poll", "0.01") as (process, port):
-        server = type("Server", (), {"server_port": port})
+    with started("--demo", "--image-poll", "0.01") as (process, server):
         assert [model["id"] for model in ask(server, path="/v1/models").json["data"]] == ["demo", "AkashGen"]
         asked = {"model": "demo", "messages": [user("What is Akash?")]}
         with concurrent.futures.ThreadPoolExecutor(1) as threads:
@@ -2388,7 +2516,7 @@ def test_the_demo_goes_the_whole_way():
         assert "2 before it" in thought and "It's a \"fox\"" in text
         picture = ask(server, path="/images/" + re.search(r"/images/([^)]+)\)", text)[1])
         assert picture.headers["content-type"] == "image/png" and picture.body.startswith(b"\x89PNG\r\n\x1a\n")
-        health = run("--health", SERVER_ADDRESS=f"127.0.0.1:{port}")
+        health = run("--health", SERVER_ADDRESS=f"127.0.0.1:{server}")
         assert health.returncode == 0 and "running" in health.stdout
 
 
@@ -2443,12 +2571,8 @@ def hung_pipe():
 
 def test_a_log_that_nobody_reads_costs_lines_only(akash):
     reader, writer = hung_pipe()
-    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import akashproxy; akashproxy.LogWriter.SIZE = 20; sys.exit(akashproxy.main())"
-    process = subprocess.Popen(**{**command(SERVER_ADDRESS="127.0.0.1:0", AKASH_BASE_URL=akash.url), "stderr": writer,
-                                  "args": [sys.executable, "-c", code]})
-    os.close(writer)
-    try:
-        server = type("Server", (), {"server_port": int(re.search(r":(\d+)/v1", process.stdout.readline())[1])})
+    with started(AKASH_BASE_URL=akash.url, before="akashproxy.LogWriter.SIZE = 20", popen={"stderr": writer}) as (process, server):
+        os.close(writer)
         for _ in range(50):
             assert ask(server, path="/nowhere").status == 404
         output = b""
@@ -2460,31 +2584,21 @@ def test_a_log_that_nobody_reads_costs_lines_only(akash):
         assert process.wait(20) == 0
         lost = sum(map(int, re.findall(rb"WARNING (\d+) log lines were lost\n", output)))
         assert lost > 5 and output.count(b" status=404 ") + lost == 51
-    finally:
-        process.kill()
-        process.communicate()
-        os.close(reader)
+    os.close(reader)
 
 
 def test_sigterm_works_while_nobody_reads_the_log(akash):
     reader, writer = hung_pipe()
-    process = subprocess.Popen(**{**command(SERVER_ADDRESS="127.0.0.1:0", AKASH_BASE_URL=akash.url), "stderr": writer})
-    try:
-        port = int(re.search(r":(\d+)/v1", process.stdout.readline())[1])
-        server = type("Server", (), {"server_port": port})
+    with started(AKASH_BASE_URL=akash.url, popen={"stderr": writer}) as (process, server):
         for _ in range(20):
             assert ask(server, path="/nowhere").status == 404
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
-    finally:
-        process.kill()
-        process.communicate()
-        os.close(reader), os.close(writer)
+    os.close(reader), os.close(writer)
 
 
 def test_the_last_lines_of_the_log_are_written():
-    with started("--demo") as (process, port):
-        server = type("Server", (), {"server_port": port})
+    with started("--demo") as (process, server):
         for _ in range(20):
             ask(server, path="/nowhere")
         process.send_signal(signal.SIGTERM)
@@ -2503,29 +2617,27 @@ def closed_pipe():
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
 @pytest.mark.parametrize("flags, status, output", [
     (["--check"], 0, full_disk), (["--help"], None, closed_pipe), (["--nonsense"], 2, full_disk), ([], 0, full_disk), ([], 0, closed_pipe)])
-def test_output_that_can_not_be_written_is_no_traceback(flags, status, output, akash):
-    for name in ("stdout", "stderr"):
-        port, closed = free_port(), output()
-        process = subprocess.Popen(**{**command("--server-address", f"127.0.0.1:{port}", "--akash-base-url", akash.url, *flags), name: closed})
+def test_output_that_can_not_be_written_is_no_traceback(flags, status, output, name, akash):
+    port, closed = free_port(), output()
+    with spawned("--server-address", f"127.0.0.1:{port}", "--akash-base-url", akash.url, *flags, popen={name: closed}) as process:
         os.close(closed)
         if not flags:
-            server = type("Server", (), {"server_port": port})
             wait_for(lambda: not refused(port) or process.poll() is not None)
-            assert ask(server).status == 200
+            assert ask(port).status == 200
             process.send_signal(signal.SIGTERM)
         printed = "".join(filter(None, process.communicate(timeout=20)))
-        assert "Traceback" not in printed and "Exception" not in printed
-        assert process.returncode in ((0, 1) if status is None else (status,))
+    assert "Traceback" not in printed and "Exception" not in printed
+    assert process.returncode in ((0, 1) if status is None else (status,))
 
 
 @pytest.mark.parametrize("number, ends", [(signal.SIGHUP, False), (signal.SIGTERM, True), (signal.SIGINT, True)])
 def test_a_signal_while_it_starts_is_heeded(number, ends, tmp_path):
     fifo = tmp_path / "akashproxy.json"     # the command waits for its configuration until somebody writes it
     os.mkfifo(fifo)
-    process = subprocess.Popen(**command("--server-address", "127.0.0.1:0", "--config-file", str(fifo)))
-    try:
+    with spawned("--server-address", "127.0.0.1:0", "--config-file", str(fifo)) as process:
         with open(fifo, "w") as file:
             process.send_signal(number)
             file.write('{"controllers": [{"type": "echo"}]}')
@@ -2536,9 +2648,6 @@ def test_a_signal_while_it_starts_is_heeded(number, ends, tmp_path):
             assert "were reloaded" in process.stderr.readline()
             process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0 and "Traceback" not in process.stderr.read()
-    finally:
-        process.kill()
-        process.communicate()
 
 
 def test_check_shows_the_settings_but_no_secret():
@@ -2574,17 +2683,13 @@ def test_settings_describe_themselves_and_take_lists(cls):
 
 
 def test_where_others_reach_a_server_that_listens_everywhere():
-    process = subprocess.Popen(**command("--server-address", "0.0.0.0:0", "--demo"))
-    try:
+    with spawned("--server-address", "0.0.0.0:0", "--demo") as process:
         lines = [process.stdout.readline() for _ in range(3)]
         port = re.search(r", simulated without a network, on http://127\.0\.0\.1:(\d+)/v1\n", lines[0])[1]
         assert lines[1:] == [f"it listens on all addresses of this machine, port {port}\n", f"page to chat with: http://127.0.0.1:{port}/   stop: Ctrl-C\n"]
         process.terminate()
         warning = process.communicate(timeout=20)[1]
-        assert re.search(rf"anyone who can reach (http://\S+:{port}|port {port} of this machine)", warning) and "http://127.0.0.1" not in warning
-    finally:
-        process.kill()
-        process.communicate()
+    assert re.search(rf"anyone who can reach (http://\S+:{port}|port {port} of this machine)", warning) and "http://127.0.0.1" not in warning
 
 
 def test_help_and_version():
@@ -2856,119 +2961,7 @@ def test_check_shows_the_file_and_the_controllers(config):
 # == controllers: OpenAI ======================================================================
 
 
-class FakeOpenAI(Fake):
-    """An upstream that speaks OpenAI's API."""
-
-    MODELS = ["gpt-x", "both"]
-
-    def __init__(self, models=MODELS, text="Hi there."):
-        super().__init__()
-        self.models, self.text = models, text
-
-    def answer(self, sock, request):
-        if request.path == "/v1/models":
-            sock.sendall(reply(body=json.dumps({"object": "list", "data": [
-                name if isinstance(name, dict) else {"id": name, "object": "model", "created": 7, "owned_by": "fake"} for name in self.models]}).encode()))
-        elif request.path.startswith("/v1/audio/"):
-            sock.sendall(reply(body=b"ID3" + request.body, kind="audio/mpeg"))
-        elif request.path == "/v1/chat/completions" and json.loads(request.body).get("stream"):
-            sock.sendall(self.head() + b"".join(map(chunk, self.events())) + b"0\r\n\r\n")
-        elif request.path in ("/v1/chat/completions", "/v1/embeddings", "/v1/completions"):
-            sock.sendall(reply(body=self.completion(), chunked=False))
-        else:
-            sock.sendall(reply(404, b'{"error":{"message":"no such path","type":"x","param":null,"code":null}}'))
-        return True
-
-    @staticmethod
-    def head(kind="text/event-stream"):
-        return STREAM_HEAD.replace(b"text/plain; charset=utf-8", kind.encode()).replace(b"x-vercel-ai-data-stream: v1\r\n", b"")
-
-    def completion(self):
-        return json.dumps({"id": "c", "object": "chat.completion", "created": 1, "model": "gpt-x", "new": [1.0, None], "choices": [
-            {"index": 0, "message": {"role": "assistant", "content": self.text}, "finish_reason": "stop"}]}).encode()
-
-    def events(self):
-        for word in re.findall(r"\S+\s*", self.text):
-            yield self.event({"content": word})
-        yield self.event({}, "stop")
-        yield b"data: [DONE]\n\n"
-
-    @staticmethod
-    def event(delta, finish=None):
-        return b"data: " + json.dumps({"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "gpt-x", "choices": [
-            {"index": 0, "delta": delta, "finish_reason": finish}]}).encode() + b"\n\n"
-
-    # -- faults
-
-    def status(self, number, body=b'{"error":{"message":"told","type":"t","param":"p","code":"c"}}', extra=b""):
-        return lambda sock, request: sock.sendall(reply(number, body, extra=extra)) or True
-
-    def refuse(self, times=1):
-        def fault(sock, request):
-            if times > 1:
-                self.faults.appendleft(self.refuse(times - 1))
-        return fault
-
-    def garbage(self, data):
-        return lambda sock, request: sock.sendall(data)
-
-    def cut(self, after=1):
-        """Break off: after so many events of a stream, or within the body."""
-        def fault(sock, request):
-            if json.loads(request.body).get("stream"):
-                sock.sendall(self.head() + b"".join(map(chunk, list(self.events())[:after])))
-            else:
-                sock.sendall(reply(body=self.completion(), chunked=False)[:-3])
-        return fault
-
-    def early(self):
-        """An answer that ends properly as HTTP, but without a finish."""
-        def fault(sock, request):
-            events = b"".join(map(chunk, list(self.events())[:1])) if json.loads(request.body).get("stream") else chunk(b'{"choices":')
-            kind = "text/event-stream" if json.loads(request.body).get("stream") else "application/json"
-            sock.sendall(self.head(kind) + events + b"0\r\n\r\n")
-            return True
-        return fault
-
-    def stall(self, after=None):
-        def fault(sock, request):
-            if after is not None:
-                sock.sendall(self.head() + b"".join(map(chunk, list(self.events())[:after])))
-            while sock.recv(65536):
-                pass
-            self.gone.set()
-        return fault
-
-
-@pytest.fixture
-def pool():
-    """pool(fake, (fake, {"weight": 2}), ..., max_wait=0) starts a server in front of some fakes, called a, b, c..."""
-    with contextlib.ExitStack() as stack:
-        def start(*upstreams, **changes):
-            controllers = []
-            for name, upstream in zip("abcdef", upstreams):
-                fake, more = upstream if isinstance(upstream, tuple) else (upstream, {})
-                stack.callback(fake.close)
-                kind = {"type": "akash", "base_url": fake.url} if isinstance(fake, FakeAkash) else {"base_url": fake.url + "/v1"}
-                controllers.append(akashproxy.ControllerSettings(**{"name": name, **kind, **more}))
-            server = Server(Settings(**{"server_address": "127.0.0.1:0", "controllers": tuple(controllers), "max_wait": 0,
-                                        "first_byte_timeout": 20, "idle_timeout": 20, **changes})).start()
-            stack.callback(server.stop, 0)
-            return server
-        yield start
-
-
-def known(server):
-    """Wait until the model lists have been read."""
-    ask(server, path="/v1/models")
-    return server
-
-
-BOTH = {"model": "both", "messages": [user("hi")]}
-
-
-def test_a_chat_is_relayed_as_it_is(pool):
-    fake = FakeOpenAI()
+def test_a_chat_is_relayed_as_it_is(fake, pool):
     server = pool((fake, {"api_key": "upstream-key", "headers": {"X-Org": "o"}}))
     body = b'{"model": "both", "messages": [{"role":"user","content":"hi"}], "logprobs": true, "big": 12345678901234567890.10, "n": 2}'
     got = chat(server, None, {"Authorization": "Bearer client-key", "Content-Type": "application/json"}) and ask(
@@ -2979,16 +2972,14 @@ def test_a_chat_is_relayed_as_it_is(pool):
     assert got.headers["x-akashproxy-route"] == "a=200" and not any("client-key" in str(request) for request in fake.requests)
 
 
-def test_a_stream_is_relayed_byte_for_byte(pool):
-    fake = FakeOpenAI()
+def test_a_stream_is_relayed_byte_for_byte(fake, pool):
     expected = b": hello\r\n\r\n" + b"".join(fake.events()).replace(b"\n", b"\r\n").replace(b'"created": 1', b'"odd":{}')
-    fake.faults.append(fake.garbage(FakeOpenAI.head() + b"".join(chunk(expected[at:at + 7]) for at in range(0, len(expected), 7)) + b"0\r\n\r\n"))
+    fake.sends(FakeOpenAI.head() + b"".join(chunk(expected[at:at + 7]) for at in range(0, len(expected), 7)) + b"0\r\n\r\n")
     got = chat(pool(fake), BOTH, stream=True)
     assert got.body == expected and got.headers["content-type"] == "text/event-stream"
 
 
-def test_names_and_fields_that_change(pool):
-    fake = FakeOpenAI()
+def test_names_and_fields_that_change(fake, pool):
     server = pool((fake, {"model_map": {"ours": "theirs"}, "drop": ["seed"]}))
     got = chat(server, {"model": "ours", "messages": [user("hi")], "seed": 7, "user": "u"})
     assert fake.bodies()[0] == {"model": "theirs", "messages": [user("hi")], "user": "u"}
@@ -2997,8 +2988,7 @@ def test_names_and_fields_that_change(pool):
     assert fake.bodies()[1]["model"] == "theirs" and fake.requests[-1].body.count(b"model") == 1
 
 
-def test_other_paths_are_relayed_unparsed(pool):
-    fake = FakeOpenAI()
+def test_other_paths_are_relayed_unparsed(fake, pool):
     server = pool((fake, {"api_key": "k"}))
     got = ask(server, "POST", "/v1/embeddings", {"model": "both", "input": "x", "encoding_format": "base64"})
     assert got.body == fake.completion() and fake.bodies()[0]["input"] == "x"
@@ -3017,10 +3007,9 @@ def test_akash_has_no_other_paths(akash, serve):
     assert not akash.bodies()
 
 
-def test_a_relayed_answer_that_breaks_off(pool):
-    fake = FakeOpenAI()
+def test_a_relayed_answer_that_breaks_off(fake, pool):
     server = pool(fake)
-    fake.faults.append(fake.garbage(FakeOpenAI.head("audio/mpeg") + chunk(b"ID3")))
+    fake.sends(FakeOpenAI.head("audio/mpeg") + chunk(b"ID3"))
     with pytest.raises(http.client.IncompleteRead):
         ask(server, "POST", "/v1/audio/speech", {"model": "both", "input": "x"})
 
@@ -3030,7 +3019,242 @@ def fragments(*more):
 
 
 ERROR_EVENT = b'data: {"error":{"message":"boom","type":"server_error","code":null}}\n\n'
-CHAT_STREAMS = {
+
+# What servers say of why an answer ended, and what it means; "": an error.
+REASONS = {
+    "stop": "stop eos EOS_TOKEN end_turn STOP stop_sequence completed whatever",
+    "length": "length max_tokens MAX_TOKENS model_length max_output_tokens model_context_window_exceeded token_limit",
+    "content_filter": "content_filter content-filter SAFETY sensitive refusal RECITATION PROHIBITED_CONTENT BLOCKLIST guardrail_intervened SPII",
+    "": "error network_error insufficient_system_resource abort cancelled MALFORMED_FUNCTION_CALL engine_overloaded timeout rate_limit_exceeded",
+}
+
+
+@pytest.mark.parametrize("meaning, reason", [(meaning, reason) for meaning, reasons in REASONS.items() for reason in reasons.split()])
+def test_why_an_answer_ended(meaning, reason):
+    decoder = akashproxy.ChatDecoder("b")
+    events = decoder.feed(FakeOpenAI.event({"content": "a"}, reason)) + decoder.close()
+    assert events == ([T("a"), Finish(meaning)] if meaning else [T("a")])
+    assert meaning or decoder.error.status == 502 and repr(reason) in decoder.error.message
+
+
+@pytest.mark.parametrize("calls, reason, expected", [(True, "stop", "tool_calls"), (True, "tool_use", "tool_calls"), (False, "tool_calls", "stop"),
+                                                     (True, "length", "length")])
+def test_an_answer_ends_with_calls_only_where_there_are_some(calls, reason, expected):
+    assert akashproxy.finish_reason("b", reason, calls) == expected
+
+
+def call_parts(*parts):
+    """A stream of fragments (index, id, name, arguments), None for what is left out; a list of them is one event."""
+    def fragment(index, id, name, arguments):
+        function = {key: value for key, value in (("name", name), ("arguments", arguments)) if value is not None}
+        return {key: value for key, value in (("index", index), ("id", id), ("function", function)) if value is not None}
+    return b"".join(FakeOpenAI.event(part if isinstance(part, dict) else {"tool_calls": [fragment(*each) for each in (part if isinstance(part, list) else [part])]})
+                    for part in parts) + FakeOpenAI.event({}, "tool_calls")
+
+
+@table({
+    # name: (stream, [(name, arguments)])
+    "a new id with each fragment": (call_parts((0, "a1", "f", ""), (0, "a2", None, '{"a"'), (0, "a3", "", ":1}")), [("f", '{"a":1}')]),
+    "id, then name": (call_parts((0, "a1", None, ""), (0, None, "f", ""), (0, None, None, '{"a":1}')), [("f", '{"a":1}')]),
+    "arguments, then name": (call_parts((0, "a1", None, '{"a"'), (0, None, None, ":1}"), (0, None, "f", None)), [("f", '{"a":1}')]),
+    "all have index 0 and no id": (call_parts((0, None, "f", '{"a":1}'), (0, None, "g", '{"b":2}')), [("f", '{"a":1}'), ("g", '{"b":2}')]),
+    "the same in one event, ids empty": (call_parts([(0, "", "f", '{"a":1}'), (0, "", "f", '{"b":2}')]), [("f", '{"a":1}'), ("f", '{"b":2}')]),
+    "all have index 0, but ids": (call_parts((0, "a", "f", '{"a":'), (0, "b", "g", '{"b":'), (0, "a", None, "1}"), (0, "b", None, "2}")), [("f", '{"a":1}'), ("g", '{"b":2}')]),
+    "no indexes": (call_parts((None, "a", "f", '{"a":1}'), (None, "b", "f", '{"b":2}')), [("f", '{"a":1}'), ("f", '{"b":2}')]),
+    "announced together, filled later": (call_parts([(0, "a", "f", ""), (1, "b", "f", "")], (1, None, None, '{"b":2}'), (0, None, None, '{"a":1}')),
+                                         [("f", '{"a":1}'), ("f", '{"b":2}')]),
+    "id and name in each fragment": (call_parts((0, "a", "f", '{"a"'), (0, "a", "f", ":1}")), [("f", '{"a":1}')]),
+    "the name in each fragment": (call_parts((0, None, "f", '{"a"'), (0, None, "f", ":1}")), [("f", '{"a":1}')]),
+    "one id for two calls": (call_parts((0, "a", "f", "{}"), (1, "a", "g", "{}")), [("f", "{}"), ("g", "{}")]),
+    "an index that jumps": (call_parts((0, "a", "f", '{"a"'), (7, None, None, ":1}")), [("f", '{"a":1}')]),
+    "counted from 1": (call_parts((1, "a", "f", "{}"), (2, "b", "g", "{}")), [("f", "{}"), ("g", "{}")]),
+    "arguments as an object": (call_parts((0, "a", "f", {"a": 1})), [("f", '{"a":1}')]),
+    "text in between": (call_parts((0, "a", "f", '{"a"'), {"content": "x", "reasoning_content": "y"}, (0, None, None, ":1}")), [("f", '{"a":1}')]),
+    "braces and quotes within strings": (call_parts((0, None, "f", '{"a":"}\\"'), (0, None, "f", '{"}')), [("f", '{"a":"}\\"{"}')]),
+    "no arguments": (call_parts((0, "a", "f", None)), [("f", "")]),
+})
+def test_calls_however_they_are_fragmented(case):
+    data, expected = case
+    for parts in pieces(data):
+        decoder, events = akashproxy.ChatDecoder("b"), []
+        for part in parts:
+            events += decoder.feed(part)
+        answer = akashproxy.fold(events + decoder.close())
+        assert [(call.name, call.arguments) for call in answer.tools] == expected and answer.finish == Finish("tool_calls"), parts
+        assert len({call.id for call in answer.tools if call.id}) == len([call.id for call in answer.tools if call.id]), "ids differ"
+
+
+HALF, OTHER_HALF = "\ud83d", "\ude00"
+
+
+@table({
+    # name: (events, expected events)
+    "text": ([T("a" + HALF), T(OTHER_HALF + "b")], [T("a😀b")]),
+    "reasoning": ([R(HALF), R(OTHER_HALF)], [R("😀")]),
+    "arguments": ([ToolCall(0, "", "i", "f"), ToolCall(0, '"' + HALF), ToolCall(0, OTHER_HALF + '"')], [ToolCall(0, "", "i", "f"), ToolCall(0, '"'), ToolCall(0, '😀"')]),
+    "arguments of two calls in turn": ([ToolCall(0, HALF), ToolCall(1, HALF), ToolCall(0, OTHER_HALF), ToolCall(1, OTHER_HALF)], [ToolCall(0, "😀"), ToolCall(1, "😀")]),
+    "reasoning between the halves": ([T(HALF), R("r"), T(OTHER_HALF)], [R("r"), T("😀")]),
+    "a half alone": ([T(HALF), T("b"), T(OTHER_HALF)], [T("\ufffdb\ufffd")]),
+    "a half at the end": ([T("a" + HALF), Finish("stop")], [T("a\ufffd"), Finish("stop")]),
+    "a half of reasoning at the end": ([R(HALF), ToolCall(0, HALF)], [R("\ufffd"), ToolCall(0, "\ufffd")]),
+})
+def test_halves_of_a_character_are_joined(case):
+    events, expected = case
+    for parts in ([events], [[event] for event in events]):
+        step = akashproxy.SurrogateFilter()
+        found = [event for part in parts for event in step.feed(part)]
+        assert merged(found + step.close()) == expected
+
+
+def test_a_call_without_a_name_is_an_error():
+    decoder = akashproxy.ChatDecoder("b")
+    decoder.feed(call_parts((0, "a", None, "{}")))
+    decoder.close()
+    assert "without a name" in decoder.error.message
+
+
+def deflated(data, wbits):
+    packer = zlib.compressobj(wbits=wbits)
+    return packer.compress(data) + packer.flush()
+
+
+@table({"gzip": ("gzip", 31), "x-gzip": ("X-Gzip", 31), "deflate": ("deflate", 15), "deflate without a header": ("deflate", -15)})
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages"])
+def test_a_compressed_answer_is_expanded(case, streamed, path, fake, pool):
+    name, wbits = case
+    body = b"".join(fake.events()) if streamed else fake.completion()
+    packed = deflated(body, wbits)
+    head = fake.head("text/event-stream" if streamed else "application/json").replace(b"\r\n\r\n", b"\r\nContent-Encoding: %b\r\n\r\n" % name.encode())
+    fake.sends(head + b"".join(chunk(packed[at:at + 7]) for at in range(0, len(packed), 7)) + b"0\r\n\r\n", keep=True)
+    got = ask(pool(fake), "POST", path, {"model": "both", "max_tokens": 9, "stream": streamed, "messages": [user("hi")]})
+    assert got.status == 200 and "content-encoding" not in got.headers
+    assert got.body == body if path.endswith("completions") else b"there." in got.body
+
+
+@table({"br": ("br", b"x", "Content-Encoding 'br'"), "twice": ("gzip, gzip", b"x", "'gzip, gzip'"), "no gzip": ("gzip", b"not gzip", "connection lost"),
+        "cut": ("gzip", deflated(b'{"choices":[{}]}', 31)[:-9], "connection lost"), "a bomb": ("gzip", deflated(bytes(50 << 20), 31), "connection lost")})
+def test_other_and_broken_compression_is_the_upstreams_failure(case, fake, pool):
+    encoding, body, words = case
+    fake.sends(reply(body=body, extra=f"Content-Encoding: {encoding}\r\n".encode()))
+    got = chat(pool(fake, (FakeOpenAI(), {"priority": 2})), BOTH)
+    assert got.headers["x-akashproxy-route"] == "a=502, b=200"
+    fake.sends(reply(body=body, extra=f"Content-Encoding: {encoding}\r\n".encode()))
+    assert words in chat(pool(fake), BOTH).json["error"]["message"]
+
+
+def test_expanding_is_bounded_and_cut_anywhere():
+    data = os.urandom(3000) + b"x" * 3000
+    for encoding, wbits in (("gzip", 31), ("deflate", 15), ("deflate", -15)):
+        packed = deflated(data, wbits) + (deflated(b"more", wbits) if wbits == 31 else b"")
+        for size in (1, 2, 1000, len(packed)):
+            decoder = akashproxy.ContentDecoder(encoding)
+            assert b"".join(decoder.feed(packed[at:at + size]) for at in range(0, len(packed), size)) == data + (b"more" if wbits == 31 else b"")
+            decoder.close()
+    with pytest.raises(ProtocolError):
+        akashproxy.ContentDecoder("gzip").feed(deflated(bytes(50 << 20), 31))
+
+
+@pytest.mark.parametrize("kind", ["application/json", "text/plain", "binary/octet-stream", "Text/Event-Stream", None])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/v1/responses"])
+def test_a_stream_under_another_type(kind, path, fake, pool):
+    head = fake.head(kind) if kind else re.sub(rb"(?i)content-type: [^\r]*\r\n", b"", fake.head())
+    fake.sends(head + chunks(*fake.events()), keep=True)
+    got = ask(pool(fake), "POST", path, {"model": "both", "max_tokens": 9, "stream": True, "messages": [user("hi")], "input": "hi"})
+    assert got.status == 200 and got.headers["content-type"].lower().startswith("text/event-stream")
+    assert b"there." in got.body and b'"error":{' not in got.body
+
+
+@table({
+    "no choices": (False, b'{"id":"x","choices":[]}'), "null": (False, b'{"choices":null}'), "empty": (False, b""), "blank": (False, b" \n"),
+    "a code": (False, b'{"code":500,"msg":"x"}'), "an error object": (False, b'{"object":"error","message":"x"}'), "half": (False, b'{"choices":[{"mess'),
+    "only [DONE]": (True, b"data: [DONE]\n\n"), "nothing": (True, b""), "an error first": (True, ERROR_EVENT), "comments": (True, b": x\n\n"),
+    "an error with NaN": (False, b'{"error":{"message":NaN}}'), "half an error": (False, b'{"error":{oops'), "no UTF-8": (False, b'{"error":"\xff"}'),
+    "an object for a list": (False, b'{"choices":{}}'), "an empty choice": (False, b'{"choices" : [ {} ]}'), "null as a choice": (False, b'{"choices":[null]}'), "a list": (False, b"[]"),
+    "a role, then [DONE]": (True, FakeOpenAI.event({"role": "assistant", "content": ""}) + b"data: [DONE]\n\n"), "no choice, then [DONE]": (True, b'data: {"choices":[]}\n\ndata: [DONE]\n\n'),
+    "a role, then an error": (True, FakeOpenAI.event({"role": "assistant"}) + ERROR_EVENT), "a role, then nothing": (True, FakeOpenAI.event({"role": "assistant"})),
+})
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages"])
+@pytest.mark.parametrize("sized", [True, False])
+@pytest.mark.parametrize("typed", [True, False])
+def test_a_200_that_is_no_answer_fails_over(case, path, sized, typed, fake, pool):
+    streamed, body = case
+    kind = b"text/plain" if not typed else b"text/event-stream" if streamed else b"application/json"
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: %b\r\n" % kind + (b"Content-Length: %d\r\n\r\n" % len(body) if sized else b"Connection: close\r\n\r\n")
+    fake.sends(head + body)
+    got = ask(pool(fake, (FakeOpenAI(), {"priority": 2})), "POST", path, {"model": "both", "max_tokens": 9, "stream": streamed, "messages": [user("hi")]})
+    assert got.status == 200 and re.fullmatch(r"a=50\d, b=200", got.headers["x-akashproxy-route"]) and b"there." in got.body
+
+
+@pytest.mark.parametrize("text", [b"it is raining", b"data is here", b"event one", b": colon"])
+def test_plain_text_is_no_event_stream(text, fake, pool):
+    fake.sends(reply(body=text, kind="text/plain"), keep=True)
+    got = ask(pool(fake), "POST", "/v1/audio/transcriptions", {"model": "both"})
+    assert (got.body, got.headers["content-type"]) == (text, "text/plain")
+
+
+@pytest.mark.parametrize("mark", [b"data:   {", b"data:{", b"data:\t{"])
+def test_blanks_before_the_data_of_a_relayed_stream(mark, fake, pool):
+    stream = b"".join(fake.events()).replace(b"data: {", mark)
+    fake.sends(fake.head() + chunks(stream), keep=True)
+    assert chat(pool(fake), BOTH, stream=True).body == stream
+
+
+@pytest.mark.parametrize("call, error", [({"id": "a", "function": {"arguments": "{}"}}, True), ({"id": "a", "function": {"name": "", "arguments": ""}}, False), ({}, False)])
+def test_whole_calls_without_a_name(call, error, fake, pool):
+    body = {"choices": [{"message": {"content": "x", "tool_calls": [call]}, "finish_reason": "tool_calls"}]}
+    fake.sends(reply(body=body), keep=True)
+    got = ask(pool(fake), "POST", "/v1/messages", {"model": "both", "max_tokens": 9, "messages": [user("hi")]})
+    if error:
+        assert got.status == 502 and "without a name" in got.json["error"]["message"]
+    else:
+        assert got.json["stop_reason"] == "end_turn" and [block["type"] for block in got.json["content"]] == ["text"]
+
+
+@table({
+    "DeepSeek": ({"prompt_cache_hit_tokens": 80}, 80, 0), "Moonshot": ({"cached_tokens": 80}, 80, 0), "OpenAI": ({"prompt_tokens_details": {"cached_tokens": 80}}, 80, 0),
+    "reasoning apart": ({"reasoning_tokens": 4}, 0, 4), "no total": ({"total_tokens": None}, 0, 0), "all cached": ({"prompt_cache_hit_tokens": 100}, 100, 0),
+    "more cached than sent": ({"cached_tokens": 500}, 100, 0), "thinking": ({"completion_tokens_details": {"thinking_tokens": 3}}, 0, 3), "no details": ({"prompt_tokens_details": None}, 0, 0),
+    "Responses": ({"prompt_tokens": None, "input_tokens": 100, "completion_tokens": None, "output_tokens": 5, "input_tokens_details": {"cached_tokens": 80},
+                   "output_tokens_details": {"reasoning_tokens": 4}}, 80, 4),
+    "Anthropic": ({"prompt_tokens": None, "input_tokens": 20, "completion_tokens": None, "output_tokens": 5, "cache_read_input_tokens": 80}, 80, 0),
+})
+def test_spellings_of_usage(case):
+    extra, cached, reasoning = case
+    usage = akashproxy.usage_of({"usage": {"prompt_tokens": 100, "completion_tokens": 5, "total_tokens": 105, **extra}})
+    assert (usage["prompt_tokens"], usage["completion_tokens"], usage["total_tokens"]) == (100, 5, 105)
+    assert (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0) == cached
+    assert (usage.get("completion_tokens_details") or {}).get("reasoning_tokens", 0) == reasoning
+
+
+COUNTED = b'"usage":{"prompt_tokens":11,"completion_tokens":7,"total_tokens":18}'
+ANTHROPIC = (b'event: message_start\ndata: {"type":"message_start","message":{"usage":{"input_tokens":9,"cache_read_input_tokens":2,"output_tokens":1}}}\n\n'
+             b'event: message_delta\ndata: {"type":"message_delta","delta":{"stop_reason":"end_turn"},"usage":{"output_tokens":7}}\n\n'
+             b'event: message_stop\ndata: {"type":"message_stop"}\n\n')
+
+
+@pytest.mark.parametrize("path, kind, body", [
+    ("/v1/chat/completions", "application/json", b'{"choices":[{"message":{"content":"a"},"finish_reason":"stop"}],%b}' % COUNTED),
+    ("/v1/embeddings", "application/json", b'{"data":[{"embedding":[1]}],%b}' % COUNTED),
+    ("/v1/chat/completions", "text/event-stream", FakeOpenAI.event({"content": '\\"usage\\":{}'}) + FakeOpenAI.event({}, "stop") + b'data: {"choices":[],%b}\n\ndata: [DONE]\n\n' % COUNTED),
+    ("/v1/chat/completions", "text/event-stream", b"".join(FakeOpenAI.event({"content": "a" * 300})[:-3] + b',"usage":{"prompt_tokens":11,"completion_tokens":%d}}\n\n' % count
+                                                           for count in range(8)) + FakeOpenAI.event({}, "stop") + b"data: [DONE]\n\n"),
+    ("/v1/messages", "text/event-stream", ANTHROPIC),
+    ("/v1/messages", "text/event-stream", ANTHROPIC.replace(b"event: message_delta", b'event: content_block_delta\ndata: {"type":"content_block_delta","text":"%b"}\n\nevent: message_delta' % (b"x" * 5000))),
+    ("/v1/responses", "text/event-stream", b'event: response.completed\ndata: {"type":"response.completed","response":{"usage":{"input_tokens":11,"output_tokens":7},"output":"%b"}}\n\n' % (b"x" * 5000)),
+    ("/v1/responses", "application/json", b'{"object":"response","output":[],"usage":{"input_tokens":11,"output_tokens":7}}'),
+])
+def test_the_usage_of_relayed_answers_is_logged_and_counted(path, kind, body, fake, pool, caplog):
+    caplog.set_level("INFO")
+    fake.sends(reply(body=body, kind=kind), keep=True)
+    server = pool((fake, {"paths": ["*"]}))
+    sent = {"model": "both", "stream": kind != "application/json", "max_tokens": 9, "messages": [user("x")], "input": "x"}
+    assert ask(server, "POST", path, sent).body == body
+    wait_for(lambda: "tokens_in=11 tokens_out=7" in caplog.text)
+    assert samples(server)["akashproxy_prompt_tokens_total", "a"] == 11
+
+
+@table({
     # name: (bytes, events, what the error says)
     "plain": (b"".join(FakeOpenAI(text="Hi there.").events()), [T("Hi there."), Finish("stop")], None),
     "CR LF, comments and other fields": (b": ping\r\n\r\nevent: x\r\nid: 1\r\nretry: 9\r\ndata:{\"choices\":[{\"delta\":{\"content\":\"a\"}}]}\r\n\r\n"
@@ -3075,263 +3299,7 @@ CHAT_STREAMS = {
     "thinking parts": (FakeOpenAI.event({"content": [{"type": "thinking", "thinking": [{"type": "text", "text": "h"}]}]})
                        + FakeOpenAI.event({"content": [{"type": "text", "text": "a"}]}, "stop"), [R("h"), T("a"), Finish("stop")], None),
     "Groq's usage": (FakeOpenAI.event({"content": "a"}, "stop")[:-3] + b',"x_groq":{"usage":{"prompt_tokens":11,"completion_tokens":7}}}\n\n', [T("a"), Finish("stop", USAGE)], None),
-}
-
-# What servers say of why an answer ended, and what it means; "": an error.
-REASONS = {
-    "stop": "stop eos EOS_TOKEN end_turn STOP stop_sequence completed whatever",
-    "length": "length max_tokens MAX_TOKENS model_length max_output_tokens model_context_window_exceeded token_limit",
-    "content_filter": "content_filter content-filter SAFETY sensitive refusal RECITATION PROHIBITED_CONTENT BLOCKLIST guardrail_intervened SPII",
-    "": "error network_error insufficient_system_resource abort cancelled MALFORMED_FUNCTION_CALL engine_overloaded timeout rate_limit_exceeded",
-}
-
-
-@pytest.mark.parametrize("meaning, reason", [(meaning, reason) for meaning, reasons in REASONS.items() for reason in reasons.split()])
-def test_why_an_answer_ended(meaning, reason):
-    decoder = akashproxy.ChatDecoder("b")
-    events = decoder.feed(FakeOpenAI.event({"content": "a"}, reason)) + decoder.close()
-    assert events == ([T("a"), Finish(meaning)] if meaning else [T("a")])
-    assert meaning or decoder.error.status == 502 and repr(reason) in decoder.error.message
-
-
-@pytest.mark.parametrize("calls, reason, expected", [(True, "stop", "tool_calls"), (True, "tool_use", "tool_calls"), (False, "tool_calls", "stop"),
-                                                     (True, "length", "length")])
-def test_an_answer_ends_with_calls_only_where_there_are_some(calls, reason, expected):
-    assert akashproxy.finish_reason("b", reason, calls) == expected
-
-
-def call_parts(*parts):
-    """A stream of fragments (index, id, name, arguments), None for what is left out; a list of them is one event."""
-    def fragment(index, id, name, arguments):
-        function = {key: value for key, value in (("name", name), ("arguments", arguments)) if value is not None}
-        return {key: value for key, value in (("index", index), ("id", id), ("function", function)) if value is not None}
-    return b"".join(FakeOpenAI.event(part if isinstance(part, dict) else {"tool_calls": [fragment(*each) for each in (part if isinstance(part, list) else [part])]})
-                    for part in parts) + FakeOpenAI.event({}, "tool_calls")
-
-
-FRAGMENTED = {
-    # name: (stream, [(name, arguments)])
-    "a new id with each fragment": (call_parts((0, "a1", "f", ""), (0, "a2", None, '{"a"'), (0, "a3", "", ":1}")), [("f", '{"a":1}')]),
-    "id, then name": (call_parts((0, "a1", None, ""), (0, None, "f", ""), (0, None, None, '{"a":1}')), [("f", '{"a":1}')]),
-    "arguments, then name": (call_parts((0, "a1", None, '{"a"'), (0, None, None, ":1}"), (0, None, "f", None)), [("f", '{"a":1}')]),
-    "all have index 0 and no id": (call_parts((0, None, "f", '{"a":1}'), (0, None, "g", '{"b":2}')), [("f", '{"a":1}'), ("g", '{"b":2}')]),
-    "the same in one event, ids empty": (call_parts([(0, "", "f", '{"a":1}'), (0, "", "f", '{"b":2}')]), [("f", '{"a":1}'), ("f", '{"b":2}')]),
-    "all have index 0, but ids": (call_parts((0, "a", "f", '{"a":'), (0, "b", "g", '{"b":'), (0, "a", None, "1}"), (0, "b", None, "2}")), [("f", '{"a":1}'), ("g", '{"b":2}')]),
-    "no indexes": (call_parts((None, "a", "f", '{"a":1}'), (None, "b", "f", '{"b":2}')), [("f", '{"a":1}'), ("f", '{"b":2}')]),
-    "announced together, filled later": (call_parts([(0, "a", "f", ""), (1, "b", "f", "")], (1, None, None, '{"b":2}'), (0, None, None, '{"a":1}')),
-                                         [("f", '{"a":1}'), ("f", '{"b":2}')]),
-    "id and name in each fragment": (call_parts((0, "a", "f", '{"a"'), (0, "a", "f", ":1}")), [("f", '{"a":1}')]),
-    "the name in each fragment": (call_parts((0, None, "f", '{"a"'), (0, None, "f", ":1}")), [("f", '{"a":1}')]),
-    "one id for two calls": (call_parts((0, "a", "f", "{}"), (1, "a", "g", "{}")), [("f", "{}"), ("g", "{}")]),
-    "an index that jumps": (call_parts((0, "a", "f", '{"a"'), (7, None, None, ":1}")), [("f", '{"a":1}')]),
-    "counted from 1": (call_parts((1, "a", "f", "{}"), (2, "b", "g", "{}")), [("f", "{}"), ("g", "{}")]),
-    "arguments as an object": (call_parts((0, "a", "f", {"a": 1})), [("f", '{"a":1}')]),
-    "text in between": (call_parts((0, "a", "f", '{"a"'), {"content": "x", "reasoning_content": "y"}, (0, None, None, ":1}")), [("f", '{"a":1}')]),
-    "braces and quotes within strings": (call_parts((0, None, "f", '{"a":"}\\"'), (0, None, "f", '{"}')), [("f", '{"a":"}\\"{"}')]),
-    "no arguments": (call_parts((0, "a", "f", None)), [("f", "")]),
-}
-
-
-@table(FRAGMENTED)
-def test_calls_however_they_are_fragmented(case):
-    data, expected = case
-    for parts in pieces(data):
-        decoder, events = akashproxy.ChatDecoder("b"), []
-        for part in parts:
-            events += decoder.feed(part)
-        answer = akashproxy.fold(events + decoder.close())
-        assert [(call.name, call.arguments) for call in answer.tools] == expected and answer.finish == Finish("tool_calls"), parts
-        assert len({call.id for call in answer.tools if call.id}) == len([call.id for call in answer.tools if call.id]), "ids differ"
-
-
-HALF, OTHER_HALF = "\ud83d", "\ude00"
-HALVES = {
-    # name: (events, expected events)
-    "text": ([T("a" + HALF), T(OTHER_HALF + "b")], [T("a😀b")]),
-    "reasoning": ([R(HALF), R(OTHER_HALF)], [R("😀")]),
-    "arguments": ([ToolCall(0, "", "i", "f"), ToolCall(0, '"' + HALF), ToolCall(0, OTHER_HALF + '"')], [ToolCall(0, "", "i", "f"), ToolCall(0, '"'), ToolCall(0, '😀"')]),
-    "arguments of two calls in turn": ([ToolCall(0, HALF), ToolCall(1, HALF), ToolCall(0, OTHER_HALF), ToolCall(1, OTHER_HALF)], [ToolCall(0, "😀"), ToolCall(1, "😀")]),
-    "reasoning between the halves": ([T(HALF), R("r"), T(OTHER_HALF)], [R("r"), T("😀")]),
-    "a half alone": ([T(HALF), T("b"), T(OTHER_HALF)], [T("\ufffdb\ufffd")]),
-    "a half at the end": ([T("a" + HALF), Finish("stop")], [T("a\ufffd"), Finish("stop")]),
-    "a half of reasoning at the end": ([R(HALF), ToolCall(0, HALF)], [R("\ufffd"), ToolCall(0, "\ufffd")]),
-}
-
-
-@table(HALVES)
-def test_halves_of_a_character_are_joined(case):
-    events, expected = case
-    for parts in ([events], [[event] for event in events]):
-        step = akashproxy.SurrogateFilter()
-        found = [event for part in parts for event in step.feed(part)]
-        assert merged(found + step.close()) == expected
-
-
-def test_a_call_without_a_name_is_an_error():
-    decoder = akashproxy.ChatDecoder("b")
-    decoder.feed(call_parts((0, "a", None, "{}")))
-    decoder.close()
-    assert "without a name" in decoder.error.message
-
-
-def deflated(data, wbits):
-    packer = zlib.compressobj(wbits=wbits)
-    return packer.compress(data) + packer.flush()
-
-
-ENCODINGS = {"gzip": ("gzip", 31), "x-gzip": ("X-Gzip", 31), "deflate": ("deflate", 15), "deflate without a header": ("deflate", -15)}
-
-
-@table(ENCODINGS)
-@pytest.mark.parametrize("streamed", [False, True])
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages"])
-def test_a_compressed_answer_is_expanded(case, streamed, path, pool):
-    name, wbits = case
-    fake = FakeOpenAI()
-    body = b"".join(fake.events()) if streamed else fake.completion()
-    packed = deflated(body, wbits)
-    head = fake.head("text/event-stream" if streamed else "application/json").replace(b"\r\n\r\n", b"\r\nContent-Encoding: %b\r\n\r\n" % name.encode())
-    fake.faults.append(lambda sock, request: sock.sendall(head + b"".join(chunk(packed[at:at + 7]) for at in range(0, len(packed), 7)) + b"0\r\n\r\n") or True)
-    got = ask(pool(fake), "POST", path, {"model": "both", "max_tokens": 9, "stream": streamed, "messages": [user("hi")]})
-    assert got.status == 200 and "content-encoding" not in got.headers
-    assert got.body == body if path.endswith("completions") else b"there." in got.body
-
-
-@table({"br": ("br", b"x", "Content-Encoding 'br'"), "twice": ("gzip, gzip", b"x", "'gzip, gzip'"), "no gzip": ("gzip", b"not gzip", "connection lost"),
-        "cut": ("gzip", deflated(b'{"choices":[{}]}', 31)[:-9], "connection lost"), "a bomb": ("gzip", deflated(bytes(50 << 20), 31), "connection lost")})
-def test_other_and_broken_compression_is_the_upstreams_failure(case, pool):
-    encoding, body, words = case
-    fake = FakeOpenAI()
-    fake.faults.append(lambda sock, request: sock.sendall(reply(body=body, extra=f"Content-Encoding: {encoding}\r\n".encode())))
-    got = chat(pool(fake, (FakeOpenAI(), {"priority": 2})), BOTH)
-    assert got.headers["x-akashproxy-route"] == "a=502, b=200"
-    fake.faults.append(lambda sock, request: sock.sendall(reply(body=body, extra=f"Content-Encoding: {encoding}\r\n".encode())))
-    assert words in chat(pool(fake), BOTH).json["error"]["message"]
-
-
-def test_expanding_is_bounded_and_cut_anywhere():
-    data = os.urandom(3000) + b"x" * 3000
-    for encoding, wbits in (("gzip", 31), ("deflate", 15), ("deflate", -15)):
-        packed = deflated(data, wbits) + (deflated(b"more", wbits) if wbits == 31 else b"")
-        for size in (1, 2, 1000, len(packed)):
-            decoder = akashproxy.ContentDecoder(encoding)
-            assert b"".join(decoder.feed(packed[at:at + size]) for at in range(0, len(packed), size)) == data + (b"more" if wbits == 31 else b"")
-            decoder.close()
-    with pytest.raises(ProtocolError):
-        akashproxy.ContentDecoder("gzip").feed(deflated(bytes(50 << 20), 31))
-
-
-@pytest.mark.parametrize("kind", ["application/json", "text/plain", "binary/octet-stream", "Text/Event-Stream", None])
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/v1/responses"])
-def test_a_stream_under_another_type(kind, path, pool):
-    fake = FakeOpenAI()
-    head = fake.head(kind) if kind else re.sub(rb"(?i)content-type: [^\r]*\r\n", b"", fake.head())
-    fake.faults.append(lambda sock, request: sock.sendall(head + b"".join(map(chunk, fake.events())) + b"0\r\n\r\n") or True)
-    got = ask(pool(fake), "POST", path, {"model": "both", "max_tokens": 9, "stream": True, "messages": [user("hi")], "input": "hi"})
-    assert got.status == 200 and got.headers["content-type"].lower().startswith("text/event-stream")
-    assert b"there." in got.body and b'"error":{' not in got.body
-
-
-NO_ANSWERS = {
-    "no choices": (False, b'{"id":"x","choices":[]}'), "null": (False, b'{"choices":null}'), "empty": (False, b""), "blank": (False, b" \n"),
-    "a code": (False, b'{"code":500,"msg":"x"}'), "an error object": (False, b'{"object":"error","message":"x"}'), "half": (False, b'{"choices":[{"mess'),
-    "only [DONE]": (True, b"data: [DONE]\n\n"), "nothing": (True, b""), "an error first": (True, ERROR_EVENT), "comments": (True, b": x\n\n"),
-    "an object for a list": (False, b'{"choices":{}}'), "an empty choice": (False, b'{"choices" : [ {} ]}'), "null as a choice": (False, b'{"choices":[null]}'), "a list": (False, b"[]"),
-    "a role, then [DONE]": (True, FakeOpenAI.event({"role": "assistant", "content": ""}) + b"data: [DONE]\n\n"), "no choice, then [DONE]": (True, b'data: {"choices":[]}\n\ndata: [DONE]\n\n'),
-    "a role, then an error": (True, FakeOpenAI.event({"role": "assistant"}) + ERROR_EVENT), "a role, then nothing": (True, FakeOpenAI.event({"role": "assistant"})),
-}
-
-
-@table(NO_ANSWERS)
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages"])
-@pytest.mark.parametrize("sized", [True, False])
-@pytest.mark.parametrize("typed", [True, False])
-def test_a_200_that_is_no_answer_fails_over(case, path, sized, typed, pool):
-    streamed, body = case
-    fake = FakeOpenAI()
-    kind = b"text/plain" if not typed else b"text/event-stream" if streamed else b"application/json"
-    head = b"HTTP/1.1 200 OK\r\nContent-Type: %b\r\n" % kind + (b"Content-Length: %d\r\n\r\n" % len(body) if sized else b"Connection: close\r\n\r\n")
-    fake.faults.append(lambda sock, request: sock.sendall(head + body))
-    got = ask(pool(fake, (FakeOpenAI(), {"priority": 2})), "POST", path, {"model": "both", "max_tokens": 9, "stream": streamed, "messages": [user("hi")]})
-    assert got.status == 200 and re.fullmatch(r"a=50\d, b=200", got.headers["x-akashproxy-route"]) and b"there." in got.body
-
-
-@pytest.mark.parametrize("text", [b"it is raining", b"data is here", b"event one", b": colon"])
-def test_plain_text_is_no_event_stream(text, pool):
-    fake = FakeOpenAI()
-    fake.faults.append(lambda sock, request: sock.sendall(reply(body=text, kind="text/plain")) or True)
-    got = ask(pool(fake), "POST", "/v1/audio/transcriptions", {"model": "both"})
-    assert (got.body, got.headers["content-type"]) == (text, "text/plain")
-
-
-@pytest.mark.parametrize("mark", [b"data:   {", b"data:{", b"data:\t{"])
-def test_blanks_before_the_data_of_a_relayed_stream(mark, pool):
-    fake = FakeOpenAI()
-    stream = b"".join(fake.events()).replace(b"data: {", mark)
-    fake.faults.append(lambda sock, request: sock.sendall(fake.head() + chunk(stream) + b"0\r\n\r\n") or True)
-    assert chat(pool(fake), BOTH, stream=True).body == stream
-
-
-@pytest.mark.parametrize("call, error", [({"id": "a", "function": {"arguments": "{}"}}, True), ({"id": "a", "function": {"name": "", "arguments": ""}}, False), ({}, False)])
-def test_whole_calls_without_a_name(call, error, pool):
-    fake = FakeOpenAI()
-    body = {"choices": [{"message": {"content": "x", "tool_calls": [call]}, "finish_reason": "tool_calls"}]}
-    fake.faults.append(lambda sock, request: sock.sendall(reply(body=json.dumps(body).encode())) or True)
-    got = ask(pool(fake), "POST", "/v1/messages", {"model": "both", "max_tokens": 9, "messages": [user("hi")]})
-    if error:
-        assert got.status == 502 and "without a name" in got.json["error"]["message"]
-    else:
-        assert got.json["stop_reason"] == "end_turn" and [block["type"] for block in got.json["content"]] == ["text"]
-
-
-SPELLINGS = {
-    "DeepSeek": ({"prompt_cache_hit_tokens": 80}, 80, 0), "Moonshot": ({"cached_tokens": 80}, 80, 0), "OpenAI": ({"prompt_tokens_details": {"cached_tokens": 80}}, 80, 0),
-    "reasoning apart": ({"reasoning_tokens": 4}, 0, 4), "no total": ({"total_tokens": None}, 0, 0), "all cached": ({"prompt_cache_hit_tokens": 100}, 100, 0),
-    "more cached than sent": ({"cached_tokens": 500}, 100, 0), "thinking": ({"completion_tokens_details": {"thinking_tokens": 3}}, 0, 3), "no details": ({"prompt_tokens_details": None}, 0, 0),
-    "Responses": ({"prompt_tokens": None, "input_tokens": 100, "completion_tokens": None, "output_tokens": 5, "input_tokens_details": {"cached_tokens": 80},
-                   "output_tokens_details": {"reasoning_tokens": 4}}, 80, 4),
-    "Anthropic": ({"prompt_tokens": None, "input_tokens": 20, "completion_tokens": None, "output_tokens": 5, "cache_read_input_tokens": 80}, 80, 0),
-}
-
-
-@table(SPELLINGS)
-def test_spellings_of_usage(case):
-    extra, cached, reasoning = case
-    usage = akashproxy.usage_of({"usage": {"prompt_tokens": 100, "completion_tokens": 5, "total_tokens": 105, **extra}})
-    assert (usage["prompt_tokens"], usage["completion_tokens"], usage["total_tokens"]) == (100, 5, 105)
-    assert (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0) == cached
-    assert (usage.get("completion_tokens_details") or {}).get("reasoning_tokens", 0) == reasoning
-
-
-COUNTED = b'"usage":{"prompt_tokens":11,"completion_tokens":7,"total_tokens":18}'
-ANTHROPIC = (b'event: message_start\ndata: {"type":"message_start","message":{"usage":{"input_tokens":9,"cache_read_input_tokens":2,"output_tokens":1}}}\n\n'
-             b'event: message_delta\ndata: {"type":"message_delta","delta":{"stop_reason":"end_turn"},"usage":{"output_tokens":7}}\n\n'
-             b'event: message_stop\ndata: {"type":"message_stop"}\n\n')
-
-
-@pytest.mark.parametrize("path, kind, body", [
-    ("/v1/chat/completions", "application/json", b'{"choices":[{"message":{"content":"a"},"finish_reason":"stop"}],%b}' % COUNTED),
-    ("/v1/embeddings", "application/json", b'{"data":[{"embedding":[1]}],%b}' % COUNTED),
-    ("/v1/chat/completions", "text/event-stream", FakeOpenAI.event({"content": '\\"usage\\":{}'}) + FakeOpenAI.event({}, "stop") + b'data: {"choices":[],%b}\n\ndata: [DONE]\n\n' % COUNTED),
-    ("/v1/chat/completions", "text/event-stream", b"".join(FakeOpenAI.event({"content": "a" * 300})[:-3] + b',"usage":{"prompt_tokens":11,"completion_tokens":%d}}\n\n' % count
-                                                           for count in range(8)) + FakeOpenAI.event({}, "stop") + b"data: [DONE]\n\n"),
-    ("/v1/messages", "text/event-stream", ANTHROPIC),
-    ("/v1/messages", "text/event-stream", ANTHROPIC.replace(b"event: message_delta", b'event: content_block_delta\ndata: {"type":"content_block_delta","text":"%b"}\n\nevent: message_delta' % (b"x" * 5000))),
-    ("/v1/responses", "text/event-stream", b'event: response.completed\ndata: {"type":"response.completed","response":{"usage":{"input_tokens":11,"output_tokens":7},"output":"%b"}}\n\n' % (b"x" * 5000)),
-    ("/v1/responses", "application/json", b'{"object":"response","output":[],"usage":{"input_tokens":11,"output_tokens":7}}'),
-])
-def test_the_usage_of_relayed_answers_is_logged_and_counted(path, kind, body, pool, caplog):
-    caplog.set_level("INFO")
-    fake = FakeOpenAI()
-    fake.faults.append(lambda sock, request: sock.sendall(reply(body=body, kind=kind)) or True)
-    server = pool((fake, {"paths": ["*"]}))
-    sent = {"model": "both", "stream": kind != "application/json", "max_tokens": 9, "messages": [user("x")], "input": "x"}
-    assert ask(server, "POST", path, sent).body == body
-    wait_for(lambda: "tokens_in=11 tokens_out=7" in caplog.text)
-    assert samples(server)["akashproxy_prompt_tokens_total", "a"] == 11
-
-
-@table(CHAT_STREAMS)
+})
 def test_openai_streams_cut_at_every_byte(case):
     data, expected, error = case
     for parts in pieces(data):
@@ -3347,8 +3315,7 @@ def test_openai_streams_cut_at_every_byte(case):
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-def test_translated_when_the_formats_differ(streamed, pool):
-    fake = FakeOpenAI()
+def test_translated_when_the_formats_differ(streamed, fake, pool):
     server = pool((fake, {"paths": ["/v1/embeddings"]}))
     assert (stream(server, BOTH)[0] if streamed else chat(server, BOTH).json["choices"][0]["message"]["content"]) == "Hi there."
     legacy = ask(server, "POST", "/v1/completions", {"model": "both", "prompt": "x", "stream": streamed})
@@ -3356,12 +3323,11 @@ def test_translated_when_the_formats_differ(streamed, pool):
     assert text == "Hi there." and fake.requests[-1].path == "/v1/chat/completions"
 
 
-def test_an_upstream_that_streams_unasked_or_does_not(pool):
-    fake = FakeOpenAI()
+def test_an_upstream_that_streams_unasked_or_does_not(fake, pool):
     server = pool(fake)
-    fake.faults.append(fake.garbage(fake.head() + b"".join(map(chunk, fake.events())) + b"0\r\n\r\n"))
+    fake.sends(fake.head() + chunks(*fake.events()))
     assert chat(server, BOTH).json["choices"][0]["message"]["content"] == "Hi there."
-    fake.faults.append(fake.garbage(reply(body=fake.completion())))
+    fake.sends(reply(body=fake.completion()))
     assert stream(server, BOTH)[0] == "Hi there."
 
 
@@ -3425,7 +3391,7 @@ def stop_of(number, category=None, **more):
     return APIError(number, "x", category=category and Category(category), **more)
 
 
-RESTS = {
+@table({
     # name: (errors one after the other, seconds of rest after each)
     "a limit rests for as long as it said": ([stop_of(429, retry_after=7200)], [7200]),
     "the later deadline wins": ([stop_of(429, retry_after=90), stop_of(429, retry_after=5)], [90, 90]),
@@ -3436,10 +3402,7 @@ RESTS = {
     "a client's mistake never": ([stop_of(400)] * 5, [0] * 5),
     "an unknown model never": ([stop_of(404)] * 5, [0] * 5),
     "a success ends it": ([stop_of(502, category="network"), None, stop_of(502, category="network")], [1, 0, 1]),
-}
-
-
-@table(RESTS)
+})
 def test_rests(case):
     errors, rests = case
     member = members_of({"a": 1}).upstreams[0]
@@ -3454,9 +3417,9 @@ LIMIT = b"Retry-After: 7\r\n"
 FAILOVER = {
     # a row of the design's table: (fault of a, status when alone, code, does b answer, does a rest)
     "refused": (lambda fake: fake.refuse(2), 502, "upstream_error", True, True),    # the first time maybe on a kept connection
-    "garbage": (lambda fake: fake.garbage(b"\0\1\2"), 502, "upstream_error", True, True),
+    "garbage": (lambda fake: fake.raw(b"\0\1\2"), 502, "upstream_error", True, True),
     "silence": (lambda fake: fake.stall(), 504, "timeout", True, True),
-    "cut before the first event": (lambda fake: fake.garbage(FakeOpenAI.head()), 502, "upstream_error", True, True),
+    "cut before the first event": (lambda fake: fake.raw(FakeOpenAI.head()), 502, "upstream_error", True, True),
     "401": (lambda fake: fake.status(401), 424, "upstream_auth", True, True),
     "402": (lambda fake: fake.status(402), 424, "upstream_auth", True, True),
     "403 of a key": (lambda fake: fake.status(403, b'{"error":{"message":"API key not valid."}}'), 424, "upstream_auth", True, True),
@@ -3475,7 +3438,7 @@ FAILOVER = {
     "503 with a time": (lambda fake: fake.status(503, extra=LIMIT), 503, "c", True, True),
     "529 with a time": (lambda fake: fake.status(529, extra=LIMIT), 503, "c", True, True),
     "a redirect": (lambda fake: fake.status(302, extra=b"Location: http://127.0.0.1:1/\r\n"), 502, "c", True, False),
-    "an error as the first event": (lambda fake: fake.garbage(FakeOpenAI.head() + chunk(b": hi\n\n" + ERROR_EVENT) + b"0\r\n\r\n"), 502, "upstream_error", True, False),
+    "an error as the first event": (lambda fake: fake.raw(FakeOpenAI.head() + chunks(b": hi\n\n" + ERROR_EVENT)), 502, "upstream_error", True, False),
     "it ends without a finish": (lambda fake: fake.early(), 502, "upstream_error", "not streamed", True),
     "cut after the first event": (lambda fake: fake.cut(), 502, "upstream_error", "not streamed", True),
 }
@@ -3528,8 +3491,7 @@ def test_all_fail_and_each_is_asked_once(pool):
     assert got.headers["x-akashproxy-route"] == "a=500, b=500, c=500"
 
 
-def test_when_all_rest_the_soonest_is_told(pool):
-    a, b = FakeOpenAI(), FakeOpenAI()
+def test_when_all_rest_the_soonest_is_told(a, b, pool):
     server = pool(a, b)
     a.faults.append(a.status(429, extra=b"Retry-After: 3600\r\n"))
     b.faults.append(b.status(429, extra=b"Retry-After: 40\r\n"))
@@ -3540,26 +3502,24 @@ def test_when_all_rest_the_soonest_is_told(pool):
     c, d = FakeOpenAI(), FakeOpenAI()
     server = pool(c, d)
     for fake in (c, d):
-        fake.faults.append(fake.garbage(b"\0"))
+        fake.sends(b"\0")
     assert chat(server, BOTH).status == 502
     got = chat(server, BOTH)
     assert got.status == 503 and got.headers["retry-after"] == "1"
 
 
-def test_a_short_rest_is_waited_for(pool, monkeypatch):
+def test_a_short_rest_is_waited_for(a, b, pool, monkeypatch):
     monkeypatch.setattr(akashproxy, "BACKOFF_BASE", 0.3)
-    a, b = FakeOpenAI(), FakeOpenAI()
     server = pool(a, b, max_wait=5)
     for fake in (a, b):
-        fake.faults.append(fake.garbage(b"\0"))
+        fake.sends(b"\0")
     assert chat(server, BOTH).status == 502         # each is asked at most once in a request
     assert chat(server, BOTH).status == 200         # waits for the end of a short rest
 
 
-def test_one_alone_rests_only_where_it_was_told_to(pool):
-    a = FakeOpenAI()
+def test_one_alone_rests_only_where_it_was_told_to(a, pool):
     server = pool(a)
-    a.faults.extend([a.garbage(b"\0"), a.status(401), a.garbage(b"\0")])
+    a.faults.extend([a.raw(b"\0"), a.status(401), a.raw(b"\0")])
     assert [chat(server, BOTH).status for _ in range(4)] == [502, 424, 502, 200]
     a.faults.append(a.status(429, extra=b"Retry-After: 99\r\n"))
     assert [chat(server, BOTH).status for _ in range(2)] == [429, 429] and len(a.bodies()) == 5
@@ -3586,13 +3546,12 @@ def test_tiers(pool):
     assert chat(server, BOTH).headers["x-akashproxy-route"] == "a=200"
 
 
-def test_requests_at_a_time(pool):
-    a, b = FakeOpenAI(), FakeOpenAI()
+def test_requests_at_a_time(a, b, pool):
     server = pool((a, {"max_concurrency": 1, "priority": 1}), (b, {"max_concurrency": 1, "priority": 2}), first_byte_timeout=20)
     for fake in (a, b):
         fake.faults.append(fake.stall())
     with contextlib.ExitStack() as stack:
-        socks = [stack.enter_context(socket.create_connection(("127.0.0.1", server.server_port))) for _ in range(2)]
+        socks = [stack.enter_context(connect(server)) for _ in range(2)]
         for sock, fake in zip(socks, (a, b)):
             sock.sendall(post("/v1/chat/completions", BOTH))
             wait_for(lambda: fake.bodies())
@@ -3617,8 +3576,7 @@ def test_who_can_serve_a_model(pool):
     assert ask(server, path="/v1/models/llama").json["owned_by"] == "fake"
 
 
-def test_a_model_that_nobody_has(pool):
-    a = FakeOpenAI()
+def test_a_model_that_nobody_has(a, pool):
     got = chat(known(pool((a, {"models": ["only"]}))), BOTH)
     assert (got.status, got.json["error"]["code"]) == (404, "model_not_found") and not a.bodies()
 
@@ -3650,7 +3608,7 @@ def test_who_alone_can_do_it_rests_only_where_it_was_told_to(pool):
     a, b = FakeAkash(), FakeOpenAI()
     server = pool((a, {"models": ["both"]}), b, max_wait=0)
     tools = {"tools": [{"type": "function", "function": {"name": "f"}}]}
-    b.faults.append(b.garbage(b"\0"))
+    b.sends(b"\0")
     assert [chat(server, BOTH, **tools).status for _ in range(2)] == [502, 200]
 
 
@@ -3658,7 +3616,7 @@ def test_akash_beside_a_key(pool):
     a, b = FakeAkash(), FakeOpenAI(["gpt-x"])
     server = known(pool((a, {"priority": 1}), (b, {"priority": 2, "model_map": {CHAT["model"]: "gpt-x"}})))
     assert chat(server).json["choices"][0]["message"]["content"] == "Hello from the mock."
-    a.faults.append(a.raw(reply(429, RATE, extra=b"x-tokenlimit-reset: %d\r\n" % RESET), keep=True))
+    a.sends(reply(429, RATE, extra=b"x-tokenlimit-reset: %d\r\n" % RESET), keep=True)
     got = chat(server)
     assert got.json["choices"][0]["message"]["content"] == "Hi there." and got.headers["x-akashproxy-route"] == "a=429, b=200"
     assert ask(server, path="/status").json["controllers"][0]["rests_for_seconds"] > 6900
@@ -3666,7 +3624,7 @@ def test_akash_beside_a_key(pool):
     assert {"Qwen/Qwen3", "gpt-x"} < {model["id"] for model in ask(server, path="/v1/models").json["data"]}
 
 
-RESETS = {
+@table({
     "seconds": ({"retry-after": "17"}, {}, 17), "milliseconds": ({"retry-after-ms": "2500", "retry-after": "3"}, {}, 2.5),
     "a date": ({"retry-after": "Sun, 09 Sep 2001 01:48:20 GMT"}, {}, 100), "nonsense": ({"retry-after": "soon"}, {}, None),
     "Akash's": ({"x-tokenlimit-reset": "1000000900"}, {}, 900.0), "in milliseconds": ({"x-ratelimit-reset": "1000000030000"}, {}, 30.0),
@@ -3675,10 +3633,7 @@ RESETS = {
     "OpenAI's, the one that is used up": ({"x-ratelimit-reset-requests": "6m0s", "x-ratelimit-remaining-requests": "5",
                                            "x-ratelimit-reset-tokens": "1m30.5s", "x-ratelimit-remaining-tokens": "0"}, {}, 90.5),
     "hours": ({"x-ratelimit-reset": "6h"}, {}, 21600), "short ones": ({"x-ratelimit-reset-tokens": "120ms"}, {}, 1.0), "none": ({}, {}, None),
-}
-
-
-@table(RESETS)
+})
 def test_when_a_limit_ends(case):
     headers, body, seconds = case
     assert akashproxy.retry_after_seconds(headers, body, lambda: 1e9) == seconds
@@ -3850,12 +3805,11 @@ def test_a_long_limit_is_checked_now_and_then_by_one_request():
     "a limit": (429, b"429 rate limit"), "a 5xx": (500, b"502 server error"), "a refused key": (401, b"the upstream refuses the key"),
     "a mistake": (400, b'"last_error":null'), "an unknown model": (404, b'"last_error":null'), "too large": (413, b'"last_error":null'),
 })
-def test_status_shows_no_words_of_clients(case, pool):
+def test_status_shows_no_words_of_clients(case, a, pool):
     number, words = case
-    a = FakeOpenAI()
     server = pool(a, keys=keys("alice", "bob"))
     secret = "The password of alice is hunter2"
-    a.faults.append(a.status(number, json.dumps({"error": {"message": f"bad prompt: {secret}", "code": "hunter2", "type": "hunter2"}}).encode()))
+    a.faults.append(a.status(number, {"error": {"message": f"bad prompt: {secret}", "code": "hunter2", "type": "hunter2"}}))
     before = time.time()
     assert chat(server, BOTH, bearer("alice"), messages=[user(secret)]).status >= 400
     state = ask(server, path="/status", headers=bearer("bob"))
@@ -3867,10 +3821,9 @@ def test_status_shows_no_words_of_clients(case, pool):
         assert before - 2 < moment.timestamp() < time.time() + 2
 
 
-def test_after_any_failure_a_lone_controller_serves_and_shows_that(pool):
-    a = FakeOpenAI()
+def test_after_any_failure_a_lone_controller_serves_and_shows_that(a, pool):
     server = pool(a)
-    for fault in (a.status(401), a.status(402), a.garbage(b"\0"), *[a.status(500)] * 7):
+    for fault in (a.status(401), a.status(402), a.raw(b"\0"), *[a.status(500)] * 7):
         a.faults.append(fault)
         assert chat(server, BOTH).status >= 424
     assert chat(server, BOTH).status == 200
@@ -3891,23 +3844,15 @@ def test_our_own_lack_of_resources_is_not_the_upstreams_failure(number, caplog):
     assert akashproxy.upstream_error(socket.gaierror(-2, "x"), akashproxy.CancelScope(), "b").category is Category.NETWORK
 
 
-def test_a_process_without_descriptors_blames_no_upstream(config, pool):
+def test_a_process_without_descriptors_blames_no_upstream(config, a, b):
     resource = pytest.importorskip("resource")
-    a, b = FakeOpenAI(), FakeOpenAI()
-    pool(a, b)
-    for fake in (a, b):
-        fake.faults.extend([fake.stall()] * 50)
-    path = config({"controllers": [{"name": name, "base_url": fake.url} for name, fake in (("a", a), ("b", b))], "max_wait": 0})
-    limits = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))}
-    process = subprocess.Popen(**{**command("--server-address", "127.0.0.1:0", "--config-file", path), **limits})
-    with contextlib.ExitStack() as stack:
-        stack.callback(process.communicate)
-        stack.callback(process.kill)
-        server = type("Server", (), {"server_port": int(re.findall(r":(\d+)/v1", process.stdout.readline())[-1])})
-        status = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=20)
-        stack.callback(status.close)
+    for each in (a, b):
+        each.faults.extend([each.stall()] * 50)
+    path = config({"controllers": [{"name": name, "base_url": each.url} for name, each in (("a", a), ("b", b))], "max_wait": 0})
+    limit = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))}
+    with started("--config-file", path, popen=limit) as (_, server), link_to(server) as status, contextlib.ExitStack() as stack:
         assert ask_again(status).status == 200      # a connection that is there already
-        socks = [stack.enter_context(socket.create_connection(("127.0.0.1", server.server_port), timeout=20)) for _ in range(20)]
+        socks = [stack.enter_context(connect(server)) for _ in range(20)]
         assert ask_again(status).status == 200      # they have been let in
         for sock in socks:
             sock.sendall(post("/v1/chat/completions", BOTH))
@@ -3923,23 +3868,21 @@ def test_a_process_without_descriptors_blames_no_upstream(config, pool):
 
 
 SMART = {"smart": ["one", "two", "three"]}
-FALLBACKS = {   # (fault at a, which alone has the model "one"; who answers with which model, the route); b has "two"
+
+
+@table({   # (fault at a, which alone has the model "one"; who answers with which model, the route); b has "two"
     "the first answers": (None, "one", "a(one)=200"),
     "a limit": (lambda fake: fake.status(429, extra=LIMIT), "two", "a(one)=429, b(two)=200"),
-    "cut before the first event": (lambda fake: fake.garbage(FakeOpenAI.head()), "two", "a(one)=502, b(two)=200"),
+    "cut before the first event": (lambda fake: fake.raw(FakeOpenAI.head()), "two", "a(one)=502, b(two)=200"),
     "unknown at its upstream": (lambda fake: fake.status(404), "two", "a(one)=404, b(two)=200"),
     "a server error": (lambda fake: fake.status(500), "two", "a(one)=500, b(two)=200"),
     "too long for it": (lambda fake: fake.status(400, b'{"error":{"message":"m","code":"context_length_exceeded"}}'), "two", "a(one)=400, b(two)=200"),
     "a wrong request": (lambda fake: fake.status(400), None, "a(one)=400"),
-}
-
-
-@table(FALLBACKS)
+})
 @pytest.mark.parametrize("streamed", [False, True])
-def test_the_models_of_an_alias_are_tried_in_order(case, streamed, pool, caplog):
+def test_the_models_of_an_alias_are_tried_in_order(case, streamed, a, b, pool, caplog):
     caplog.set_level("INFO")
     fault, model, route = case
-    a, b = FakeOpenAI(), FakeOpenAI()
     server = pool((a, {"models": ("one",)}), (b, {"models": ("two",)}), model_aliases=SMART)
     a.faults.extend([fault(a)] if fault else [])
     got = chat(server, BOTH, stream=streamed, model="smart")
@@ -3951,10 +3894,9 @@ def test_the_models_of_an_alias_are_tried_in_order(case, streamed, pool, caplog)
         wait_for(lambda: f"model=smart answered_model={model} " in caplog.text)
 
 
-def test_models_of_an_alias_that_rest_or_are_unknown_are_passed_over(pool):
-    a, b = FakeOpenAI(), FakeOpenAI()
+def test_models_of_an_alias_that_rest_or_are_unknown_are_passed_over(a, b, pool):
     server = pool((a, {"models": ("one",)}), (b, {"models": ("two",)}), model_aliases={"smart": ["zero", "one", "two"]}, max_wait=9)
-    a.faults.append(a.garbage(b"\0"))
+    a.sends(b"\0")
     assert chat(server, BOTH, model="smart").headers["x-akashproxy-route"] == "a(one)=502, b(two)=200"
     assert chat(server, BOTH, model="smart").headers["x-akashproxy-route"] == "b(two)=200", "a model with others after it is not waited for"
     for path, body in {"/v1/messages": ASKED, "/v1/responses": {"input": "hi"}}.items():
@@ -3963,8 +3905,7 @@ def test_models_of_an_alias_that_rest_or_are_unknown_are_passed_over(pool):
     assert ask(server, path="/v1/models/smart").json["id"] == "smart"
 
 
-def test_when_no_model_of_an_alias_can_be_served_the_best_error_is_told(pool):
-    a, b = FakeOpenAI(), FakeOpenAI()
+def test_when_no_model_of_an_alias_can_be_served_the_best_error_is_told(a, b, pool):
     server = pool((a, {"models": ("one",)}), (b, {"models": ("two",)}), model_aliases=SMART)
     a.faults.append(a.status(429, extra=LIMIT))
     b.faults.append(b.status(500))
@@ -3972,8 +3913,7 @@ def test_when_no_model_of_an_alias_can_be_served_the_best_error_is_told(pool):
     assert (got.status, got.headers["retry-after"], got.headers["x-akashproxy-route"]) == (429, "7", "a(one)=429, b(two)=500")
 
 
-def test_a_key_uses_only_its_own_models_of_an_alias(pool):
-    a, b = FakeOpenAI(), FakeOpenAI()
+def test_a_key_uses_only_its_own_models_of_an_alias(a, b, pool):
     server = pool((a, {"models": ("one",)}), (b, {"models": ("two",)}), model_aliases=SMART, keys=keys("alice", models=("two",)) + keys("bob", models=("x",)))
     assert chat(server, BOTH, bearer("alice"), model="smart").headers["x-akashproxy-route"] == "b=200" and not a.bodies()
     b.faults.append(b.status(500))
@@ -4037,7 +3977,15 @@ def test_affinity_is_by_weight_and_moves_only_what_must_move():
 
 
 FIRST, ANSWER, SECOND = user("a question"), {"role": "assistant", "content": "an answer"}, user("another one")
-SAME_CONVERSATION = {   # requests of one conversation, as chats; the last one belongs to another
+
+
+def conversation_of(body, key="", model="m"):
+    call = Call({"model": model, **body})
+    call.original.body, call.key_name = body, key
+    return akashproxy.conversation_of(call)
+
+
+@table({   # requests of one conversation, as chats; the last one belongs to another
     "it goes on": ({"messages": [FIRST]}, {"messages": [FIRST, ANSWER, SECOND]}, {"messages": [SECOND]}),
     "a string or parts": ({"messages": [FIRST]}, {"messages": [user([{"type": "text", "text": "a question", "cache_control": {"type": "ephemeral"}}])]},
                           {"messages": [user([{"type": "text", "text": "a question?"}])]}),
@@ -4047,16 +3995,7 @@ SAME_CONVERSATION = {   # requests of one conversation, as chats; the last one b
                            {"messages": [FIRST], "prompt_cache_key": "l"}),
     "half a character": ({"messages": [user("\ud800")]}, {"messages": [user("\ud800"), ANSWER]}, {"messages": [user("\ud801")]}),
     "a long text": ({"messages": [user("x" * 10 ** 6)]}, {"messages": [user("x" * 10 ** 6), ANSWER]}, {"messages": [user("x" * 999_999)]}),
-}
-
-
-def conversation_of(body, key="", model="m"):
-    call = Call({"model": model, **body})
-    call.original.body, call.key_name = body, key
-    return akashproxy.conversation_of(call)
-
-
-@table(SAME_CONVERSATION)
+})
 def test_requests_of_one_conversation(case):
     one, later, other = map(conversation_of, case)
     assert one == later == conversation_of(case[0], model="n") and one and one != other
@@ -4095,7 +4034,7 @@ def test_conversations_keep_their_controller_in_all_dialects(path, pool):
 # -- the length of a model's context
 
 
-LENGTHS = {     # an entry of a model list: the length of its context
+@table({     # an entry of a model list: the length of its context
     "Akash's, July": ({"token_limit": 8000}, 8000), "Akash's, 2026": ({"tokenLimit": 128000}, 128000), "OpenRouter": (
         {"context_length": 9, "top_provider": {"context_length": 8, "max_completion_tokens": 7}}, 9),
     "OpenRouter's provider only": ({"top_provider": {"max_completion_tokens": 7, "context_length": 8}}, 8), "vLLM": ({"max_model_len": 32768}, 32768),
@@ -4111,10 +4050,7 @@ LENGTHS = {     # an entry of a model list: the length of its context
     "null": ({"context_length": None, "max_model_len": []}, None), "other digits": ({"context_length": "\u0665"}, None), "huge": ({"max_model_len": "9" * 400}, None),
     "of the answer": ({"max_output_tokens": 5, "max_completion_tokens": 6, "output_token_limit": 7, "max_tokens": 8}, None),
     "nothing": ({"id": "m", "name": "context_length"}, None), "deep": (functools.reduce(lambda inner, _: {"x": inner}, range(400), {"context_length": 5}), None),
-}
-
-
-@table(LENGTHS)
+})
 def test_the_length_of_a_context_is_found_in_whatever_name(case, pool):
     entry, length = case
     assert akashproxy.context_length(entry) == length
@@ -4130,16 +4066,15 @@ def test_the_length_of_a_context_is_found_in_whatever_name(case, pool):
 
 
 ADA = [user("My name is Ada. " * 1000), {"role": "assistant", "content": "Hello, Ada."}, user("What is my name?")]     # 4,000 tokens by our estimate
-CUT = {     # (the model's entry, the messages, is it cut)
+
+
+@table({     # (the model's entry, the messages, is it cut)
     "a short limit": ({"token_limit": 4000}, ADA, "about 4008 tokens > 3000"), "another name": ({"tokenLimit": 4000}, ADA, "about 4008 tokens > 3000"),
     "it just fits": ({"tokenLimit": 5008}, ADA, None), "one token too long": ({"tokenLimit": 5007}, ADA, "about 4008 tokens > 4007"),
     "no limit": ({}, ADA, None), "no limit, very long": ({}, [user("Ada " * 130_000)], "about 130001 tokens > 127000"),
     "system text counts": ({"tokenLimit": 4000}, [{"role": "system", "content": "x " * 7000}, user("hi")], "about 3501 tokens > 3000"),
-    "pictures do not": ({"tokenLimit": 4000}, [user([{"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 50_000}}])], None),
-}
-
-
-@table(CUT)
+    "pictures do not": ({"tokenLimit": 4000}, [user([picture("data:image/png;base64," + "A" * 50_000)])], None),
+})
 @pytest.mark.parametrize("streamed", [False, True])
 def test_a_conversation_that_akash_would_cut(case, streamed, akash, serve):
     entry, messages, cut = case
@@ -4160,8 +4095,8 @@ def test_a_conversation_that_akash_would_cut(case, streamed, akash, serve):
         assert got.status == 400 and got.json["error"]["message"].startswith("prompt is too long: 200001 tokens > ")
 
 
-def test_a_controller_refuses_or_another_one_has_room(pool, config):
-    akash, other = FakeAkash(), FakeOpenAI()
+def test_a_controller_refuses_or_another_one_has_room(akash, fake, pool, config):
+    other = fake
     akash.models = [{"id": "both", "token_limit": 3000}]
     server = pool((akash, {"context_overflow": "refuse"}), (other, {"priority": 2}))
     assert chat(server, {"model": "both", "messages": ADA}).headers["x-akashproxy-route"] == "a=400, b=200" and not akash.bodies()
@@ -4180,16 +4115,13 @@ def test_no_list_of_models_is_no_reason_to_fail(akash, serve):
 # -- near names of an unknown model
 
 
-NEAR = {    # (asked for, the models a key may use, what is suggested)
+@table({    # (asked for, the models a key may use, what is suggested)
     "a typo": ("gpt-4o-mimi", ["gpt-4o-mini", "llama3.2"], "'gpt-4o-mini'"),
     "the case": ("LLAMA3.2", ["gpt-4o-mini", "llama3.2"], "'llama3.2'"),
     "up to three": ("qwen3-80b", ["qwen3-8b", "qwen3-32b", "qwen3-80", "qwen3-800b", "x"], "'qwen3-800b' or 'qwen3-8b' or 'qwen3-80'"),
     "none": ("zzz", ["gpt-4o-mini"], ""),
     "no models": ("zzz", [], ""),
-}
-
-
-@table(NEAR)
+})
 def test_near_names(case):
     asked, names, expected = case
     assert akashproxy.similar_to(asked, names, 3) == expected
@@ -4215,8 +4147,8 @@ def test_an_unknown_models_error_says_what_there_is(pool, serve, akash):
         assert error["message"].startswith("a: no such model. /v1/models lists the available models. Did you mean "), error
         assert set(re.findall("'[^']*'", error["message"])) <= set(re.findall("'[^']*'", near)) and "'gpt-4o" in error["message"]
     assert "Did you mean 'gpt-4o'" in ask(server, path="/v1/models/gpt-4o-", headers=bearer("alice")).json["error"]["message"]
-    unknown = STREAM_HEAD + chunk(UNKNOWN) + b"0\r\n\r\n"
-    akash.faults.append(akash.raw(unknown, keep=True))
+    unknown = STREAM_HEAD + chunks(UNKNOWN)
+    akash.sends(unknown, keep=True)
     got = chat(serve(), model="Qwen/Qwen-3").json
     assert got["data"]["msg"] == "Error Model." and got["error"]["message"].endswith("/v1/models lists the available models. Did you mean 'Qwen/Qwen3'?")
     fake.faults.append(fake.status(404, b'{"error":{"message":"The model gpt-4o is gone"}}'))
@@ -4310,17 +4242,7 @@ def test_a_cool_down_that_ends_wakes_whom_it_can():
     assert not pool.wake_waiters(32) and woken == calls[:2]
 
 
-def crowd(server, count):
-    """Connections with a request each."""
-    socks = []
-    for _ in range(count):
-        socks.append(socket.create_connection(("127.0.0.1", server.server_port), timeout=30))
-        socks[-1].sendall(post("/v1/chat/completions", BOTH))
-    return socks
-
-
-def test_a_crowd_at_a_full_controller_costs_in_proportion_and_no_threads(pool):
-    a = FakeOpenAI()
+def test_a_crowd_at_a_full_controller_costs_in_proportion_and_no_threads(a, pool):
     server = pool((a, {"max_concurrency": 1}), max_wait=0.5, first_byte_timeout=60)
     a.faults.append(a.stall())
     with contextlib.ExitStack() as stack:
@@ -4339,8 +4261,8 @@ def test_a_crowd_at_a_full_controller_costs_in_proportion_and_no_threads(pool):
         assert spent[400] < 10 * spent[100] + 0.2, spent
 
 
-def test_those_who_wait_are_served_in_turn_and_those_who_leave_are_skipped(pool):
-    a, go = FakeOpenAI(), threading.Event()
+def test_those_who_wait_are_served_in_turn_and_those_who_leave_are_skipped(a, pool):
+    go = threading.Event()
     server = pool((a, {"max_concurrency": 1}), max_wait=30, first_byte_timeout=60)
     a.faults.append(lambda sock, request: go.wait(30) and a.answer(sock, request))
     with contextlib.ExitStack() as stack:
@@ -4370,8 +4292,7 @@ def test_a_controller_of_ones_own_is_waited_for_without_a_thread(pool):
         assert {sock.recv(65536)[:12] for sock in socks} == {b"HTTP/1.1 200"}
 
 
-def test_a_server_that_stops_lets_go_of_those_who_wait(pool):
-    a = FakeOpenAI()
+def test_a_server_that_stops_lets_go_of_those_who_wait(a, pool):
     server = pool((a, {"max_concurrency": 1}), max_wait=60, first_byte_timeout=60)
     a.faults.append(a.stall())
     with contextlib.ExitStack() as stack:
@@ -4401,11 +4322,10 @@ def test_the_soonest_is_of_those_that_rest(pool):
     assert got.status == 429 and int(got.headers["retry-after"]) > 3000
 
 
-def test_the_next_one_is_waited_for_after_a_silent_one(pool, monkeypatch):
+def test_the_next_one_is_waited_for_after_a_silent_one(a, b, pool, monkeypatch):
     monkeypatch.setattr(akashproxy, "BACKOFF_BASE", 0.5)
-    a, b = FakeOpenAI(), FakeOpenAI(text="from b.")
     server = pool((a, {"weight": 1000, "first_byte_timeout": 0.1}), b, max_wait=5)
-    b.faults.append(b.garbage(b"\0"))
+    b.sends(b"\0")
     server.pool.upstreams[0].cooldowns[Category.NETWORK, None] = akashproxy.CoolDown(time.monotonic() + 60)
     assert chat(server, BOTH).status in (502, 503)      # b rests for a while
     server.pool.upstreams[0].cooldowns.clear()
@@ -4413,20 +4333,18 @@ def test_the_next_one_is_waited_for_after_a_silent_one(pool, monkeypatch):
     assert chat(server, BOTH).json["choices"][0]["message"]["content"] == "from b."
 
 
-def test_a_second_try_has_a_deadline_too(pool):
-    a = FakeOpenAI()
+def test_a_second_try_has_a_deadline_too(a, pool):
     server = pool(a, first_byte_timeout=0.3)
     assert chat(server, BOTH).status == 200
     a.faults.extend([a.refuse(), a.stall()])
     assert chat(server, BOTH).status == 504
 
 
-def test_an_error_after_half_an_event_is_an_event_of_its_own(pool):
-    a = FakeOpenAI()
+def test_an_error_after_half_an_event_is_an_event_of_its_own(a, pool):
     first, second = list(a.events())[:2]
     server = pool(a)
     for cut_at in range(0, len(second)):
-        a.faults.append(a.garbage(a.head() + chunk(first) + chunk(second[:cut_at])))
+        a.sends(a.head() + chunk(first) + chunk(second[:cut_at]))
         events = [event for event in chat(server, BOTH, stream=True).body.split(b"\n\n") if event]
         assert events[-1] == b"data: [DONE]" and json.loads(events[-2][6:])["error"], cut_at
         for event in events[:-1]:
@@ -4434,8 +4352,7 @@ def test_an_error_after_half_an_event_is_an_event_of_its_own(pool):
 
 
 @pytest.mark.parametrize("then", ["cut", "open"])
-def test_done_is_the_end_whatever_follows(then, pool):
-    a = FakeOpenAI()
+def test_done_is_the_end_whatever_follows(then, a, pool):
     server = pool(a, idle_timeout=20)
     data = a.head() + b"".join(map(chunk, a.events()))
 
@@ -4449,19 +4366,10 @@ def test_done_is_the_end_whatever_follows(then, pool):
     assert ask(server, path="/status").json["controllers"][0]["failed"] == 0
 
 
-def lazy_client(server):
-    """A client with a small buffer, so that it is soon full."""
-    sock = socket.socket()
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    sock.settimeout(20)
-    sock.connect(("127.0.0.1", server.server_port))
-    return sock
-
-
 def test_a_client_that_is_slow_token_by_token_is_not_the_upstreams_silence(pool):
     a = FakeOpenAI(text=("word" * 7000 + " ") * 400)    # each fits a read, all of them not into the buffers on the way
     server = pool(a, idle_timeout=0.3)
-    a.faults.append(lambda sock, request: Paced(sock, server).sendall(a.head() + b"".join(map(chunk, a.events())) + b"0\r\n\r\n"))
+    a.faults.append(lambda sock, request: Paced(sock, server).sendall(a.head() + chunks(*a.events())))
     with lazy_client(server) as sock:
         sock.sendall(post("/v1/chat/completions", {**BOTH, "stream": True}, "Connection: close"))
         wait_for(lambda: any(connection.output for connection in server.connections.copy()))
@@ -4475,7 +4383,7 @@ def test_a_client_that_is_slow_token_by_token_is_not_the_upstreams_silence(pool)
 
 def test_a_slow_client_is_not_the_upstreams_silence(pool):
     a = FakeOpenAI(text="word " * 60000)
-    a.faults.append(a.garbage(a.head() + b"".join(map(chunk, a.events())) + b"0\r\n\r\n"))
+    a.sends(a.head() + chunks(*a.events()))
     server = pool(a, idle_timeout=0.3)
     with lazy_client(server) as sock:
         sock.sendall(post("/v1/chat/completions", {**BOTH, "stream": True}))
@@ -4491,16 +4399,14 @@ def test_a_slow_client_is_not_the_upstreams_silence(pool):
 
 
 @pytest.mark.parametrize("number", [405, 501, 415, 406])
-def test_what_a_path_can_not_do_is_no_illness(number, pool):
-    a = FakeOpenAI()
+def test_what_a_path_can_not_do_is_no_illness(number, a, pool):
     a.faults.extend([a.status(number)] * 5)
     server = pool(a)
     assert {ask(server, "POST", "/v1/embeddings", {"model": "both"}).status for _ in range(5)} == {number}
     assert ask(server, path="/status").json["controllers"][0]["failed"] == 0
 
 
-def test_what_only_the_upstream_understands_is_relayed(pool):
-    a = FakeOpenAI()
+def test_what_only_the_upstream_understands_is_relayed(a, pool):
     server = pool(a)
     for prompt in (["a", "b"], [1, 2, 3], [[1, 2]]):
         assert ask(server, "POST", "/v1/completions", {"model": "both", "prompt": prompt}).status == 200
@@ -4513,11 +4419,10 @@ def test_what_only_the_upstream_understands_is_relayed(pool):
     assert ask(only_chat, "POST", "/v1/completions", {"model": "both", "prompt": ["a", "b"]}).status == 400
 
 
-def test_statuses_queries_and_empty_bodies_of_a_relay(pool):
-    a = FakeOpenAI()
+def test_statuses_queries_and_empty_bodies_of_a_relay(a, pool):
     server = pool(a, FakeOpenAI())
-    a.faults.extend([a.garbage(b"HTTP/1.1 204 No Content\r\n\r\n"), a.garbage(reply(201, b"{}")),
-                     a.garbage(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")])
+    a.faults.extend([a.raw(b"HTTP/1.1 204 No Content\r\n\r\n"), a.raw(reply(201, b"{}")),
+                     a.raw(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")])
     got = [ask(server, "POST", "/v1/x/cancel?a=b", {"model": "both"}, {"OpenAI-Beta": "z", "X-Other": "y"})
            for _ in range(6) if len(a.requests) < 3 or a.faults]
     assert {one.status for one in got} <= {204, 201, 200, 404}
@@ -4525,21 +4430,18 @@ def test_statuses_queries_and_empty_bodies_of_a_relay(pool):
     assert request.path == "/v1/x/cancel?a=b" and request.headers["openai-beta"] == "z" and "x-other" not in request.headers
 
 
-def test_a_status_of_an_upstream_costs_the_client_no_connection(pool):
-    fake = FakeOpenAI()
+def test_a_status_of_an_upstream_costs_the_client_no_connection(fake, pool):
     server = pool(fake)
-    link = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)
-    with contextlib.closing(link):
+    with link_to(server) as link:
         fake.faults.append(fake.status(413))
         assert ask_again(link, "POST", "/v1/chat/completions", BOTH).status == 413
         first = link.sock
         assert first and ask_again(link, "POST", "/v1/chat/completions", BOTH).status == 200 and link.sock is first
 
 
-def test_an_error_with_status_200_is_one(pool):
-    a, b = FakeOpenAI(), FakeOpenAI(text="from b.")
+def test_an_error_with_status_200_is_one(a, b, pool):
     server = pool((a, {"weight": 1000, "api_key": "s3cret"}), b)
-    a.faults.append(a.garbage(reply(200, b'{"error":{"message":"slow down s3cret","code":429}}')))
+    a.sends(reply(200, b'{"error":{"message":"slow down s3cret","code":429}}'))
     got = chat(server, BOTH)
     assert got.headers["x-akashproxy-route"] == "a=429, b=200" and got.json["choices"][0]["message"]["content"] == "from b."
     state = ask(server, path="/status")
@@ -4557,9 +4459,8 @@ def test_calls_of_tools_that_all_have_index_0():
     assert fold(events).tools == [ToolCall(0, '{"a":1}', "a", "f"), ToolCall(1, '{"b":2}x', "b", "g")]
 
 
-def test_secrets_of_upstreams_stay_with_us(pool, caplog):
+def test_secrets_of_upstreams_stay_with_us(fake, pool, caplog):
     caplog.set_level("DEBUG")
-    fake = FakeOpenAI()
     server = pool((fake, {"api_key": "s3cret", "headers": {"X-Key": "s3cret2"}}), log_level="debug")
     for number in (400, 401, 429, 500):
         fake.faults.append(fake.status(number, b'{"error":{"message":"bad key s3cret","code":"x"}}'))
@@ -4568,14 +4469,12 @@ def test_secrets_of_upstreams_stay_with_us(pool, caplog):
     assert "s3cret" not in ask(server, path="/status").body.decode() + caplog.text
 
 
-def test_a_client_that_leaves_while_all_rest(pool):
-    a, b = FakeOpenAI(), FakeOpenAI()
+def test_a_client_that_leaves_while_all_rest(a, b, pool):
     server = pool(a, b, max_wait=60)
     for fake in (a, b):
         fake.faults.append(fake.status(429, extra=b"Retry-After: 50\r\n"))
     assert chat(server, BOTH).status == 429
-    with socket.create_connection(("127.0.0.1", server.server_port)) as sock:
-        sock.sendall(post("/v1/chat/completions", BOTH))
+    with connect(server, post("/v1/chat/completions", BOTH)):
         wait_for(lambda: len(server.connections) == 1 and any(h.request for h in server.connections))
     wait_for(lambda: not server.connections)
 
@@ -4743,7 +4642,7 @@ def asked_model(server, model):
     return chat(server, {**BOTH, "model": model})
 
 
-BLAMED = {
+@table({
     # one client's request: (status, body) -> the statuses that it may have
     "a model that is not there": ((401, err("Model typo is not supported")), (403, 404)),
     "a project without the model": ((403, err("Project `p` does not have access to model `typo`", code="model_not_found")), (403, 404)),
@@ -4754,10 +4653,7 @@ BLAMED = {
     "a long request": ((429, err("This exceeds the maximum number of tokens allowed per request."), b"Retry-After: 172800\r\n"), (429,)),
     "a long context": ((429, err("Extra usage is required for long context requests."), b"Retry-After: 172800\r\n"), (429,)),
     "a long prompt": ((429, err("The prompt is over the limit. Please reduce the length of the messages."), b"Retry-After: 172800\r\n"), (429,)),
-}
-
-
-@table(BLAMED)
+})
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages"])
 def test_a_refused_request_stops_nobody_else(case, path, pool):
     (status, body, *extra), statuses = case
@@ -4766,7 +4662,7 @@ def test_a_refused_request_stops_nobody_else(case, path, pool):
     for fake in fakes:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         kind = "text/html" if isinstance(body, bytes) else "application/json"
-        fake.faults.append(fake.garbage(reply(status, data, kind, *[b"" for _ in ()], **({"extra": extra[0]} if extra else {}))))
+        fake.sends(reply(status, data, kind, *[b"" for _ in ()], **({"extra": extra[0]} if extra else {})))
     got = ask(server, "POST", path, {**ASKED, "model": "typo"} if "messages" in path else {**BOTH, "model": "typo"})
     assert got.status in statuses and got.headers["x-should-retry"] == "false" if got.status != 404 else True
     assert got.headers["x-akashproxy-route"] == f"a={status}, b={status}" and [len(fake.bodies()) for fake in fakes] == [1, 1]
@@ -4781,7 +4677,7 @@ def test_a_refused_key_is_told_with_its_reason(pool):
     for status, body, words in ((401, err(INCORRECT, code="invalid_api_key"), "a: the upstream refuses this server's key (401): Incorrect"),
                                 (429, err(QUOTA, code="insufficient_quota"), "a: the quota of this server's key is spent: You")):
         fake = FakeOpenAI()
-        fake.faults.append(fake.status(status, json.dumps(body).encode()))
+        fake.faults.append(fake.status(status, body))
         got = chat(pool(fake), BOTH)
         assert (got.status, got.headers["x-should-retry"], got.headers["x-akashproxy-route"]) == (424, "false", f"a={status}")
         assert got.json["error"]["message"].startswith(words) and got.json["error"]["type"] != "server_error"
@@ -4875,10 +4771,10 @@ AKASH_SAYS = {
 def test_what_is_behind_akash_is_heard(text, form, akash, serve):
     status, code, words, wait = AKASH_SAYS[text]
     encoded = json.dumps(text).encode()
-    akash.faults.append(akash.raw({
-        "part": STREAM_HEAD + chunk(b"3:" + encoded + b"\n") + b"0\r\n\r\n",
-        "event": STREAM_HEAD + chunk(b'data: {"type":"error","errorText":' + encoded + b"}\n\n") + b"0\r\n\r\n",
-        "json": reply(400 if status == 400 else 500, b'{"error":"Error","message":' + encoded + b"}")}[form]))
+    akash.sends({
+        "part": STREAM_HEAD + chunks(b"3:" + encoded + b"\n"),
+        "event": STREAM_HEAD + chunks(b'data: {"type":"error","errorText":' + encoded + b"}\n\n"),
+        "json": reply(400 if status == 400 else 500, b'{"error":"Error","message":' + encoded + b"}")}[form])
     got = chat(serve(), stream=form != "json")
     assert (got.status, got.json["error"]["code"]) == (status, code) and words in got.json["error"]["message"], got.body
     assert "litellm" not in got.body.decode() and "Deployments" not in got.body.decode()
@@ -4893,15 +4789,14 @@ def test_a_limit_that_akash_tells_in_a_stream_is_one_of_the_model():
 
 @pytest.mark.parametrize("size, status", [(11_000_000, 413), (1000, 502)])
 def test_what_is_too_large_for_akash_is_said(size, status, akash, serve):
-    akash.faults.append(akash.raw(reply(500, b"", "")))
-    picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * size}}
-    got = chat(serve(), messages=[user([{"type": "text", "text": "hi"}, picture])])
+    akash.sends(reply(500, b"", ""))
+    image = picture("data:image/png;base64," + "A" * size)
+    got = chat(serve(), messages=[user([{"type": "text", "text": "hi"}, image])])
     assert got.status == status and ("too large" in got.json["error"]["message"]) == (status == 413)
     assert got.headers.get("x-should-retry") == ("false" if status == 413 else None)
 
 
-def test_a_cut_stream_is_told_in_words_that_clients_know(pool):
-    fake = FakeOpenAI()
+def test_a_cut_stream_is_told_in_words_that_clients_know(fake, pool):
     fake.faults.append(fake.cut())
     events = sse(chat(pool(fake), BOTH, stream=True).body)
     assert events[-1]["error"]["message"] == "a: connection lost: it broke off its answer."
@@ -4964,16 +4859,16 @@ def test_no_answer_log_or_status_shows_a_secret(place, kind, pool, caplog):
         page = json.dumps(json.dumps(json.loads(body))).encode()
         faults = [reply(status, body) for status in (200, 400, 401, 404, 418, 429, 500)]
         if kind == "openai" and place not in ("detail", "another object"):      # in a stream those are no errors
-            faults += [fake.head() + chunk(b"data: " + body + b"\n\n") + b"0\r\n\r\n",
-                       fake.head() + chunk(fake.event({"content": "a"}) + b"data: " + body + b"\n\n" + fake.event({"content": "b"})) + b"0\r\n\r\n",
+            faults += [fake.head() + chunks(b"data: " + body + b"\n\n"),
+                       fake.head() + chunks(fake.event({"content": "a"}) + b"data: " + body + b"\n\n" + fake.event({"content": "b"})),
                        reply(200, body, f"application/json; x={secret}" if '"' not in secret else "application/json")]
         elif kind == "akash":
-            faults += [STREAM_HEAD + chunk(b"3:" + page + b"\n") + b"0\r\n\r\n", STREAM_HEAD + chunk(b'0:"a"\n3:' + page + b"\n") + b"0\r\n\r\n",
-                       STREAM_HEAD + chunk(b'data: {"type":"error","errorText":' + page + b"}\n\n") + b"0\r\n\r\n"]
+            faults += [STREAM_HEAD + chunks(b"3:" + page + b"\n"), STREAM_HEAD + chunks(b'0:"a"\n3:' + page + b"\n"),
+                       STREAM_HEAD + chunks(b'data: {"type":"error","errorText":' + page + b"}\n\n")]
         for fault in faults:
             for path, asked in (("/v1/chat/completions", BOTH), ("/v1/messages", ASKED)):
                 for streamed in (False, True):
-                    fake.faults.extend([fake.garbage(fault) if kind == "openai" else fake.raw(fault)] * 2)
+                    fake.faults.extend([fake.raw(fault) if kind == "openai" else fake.raw(fault)] * 2)
                     for member in server.pool.upstreams:
                         member.cooldowns.clear()
                     got = ask_again(link, "POST", path, {**asked, "stream": streamed})
@@ -4984,7 +4879,49 @@ def test_no_answer_log_or_status_shows_a_secret(place, kind, pool, caplog):
     assert not leaks(ask(server, path="/status").body, *known, json.dumps(HEADER)[15:-1]) and not leaks(caplog.text, *known)
 
 
-REDACTED = {
+def test_a_head_that_is_no_http_shows_no_secret_in_the_log(fake, pool, caplog):
+    caplog.set_level("DEBUG")
+    server = pool((fake, {"api_key": KEY}), log_level="debug")
+    for line in (f"Transfer-Encoding: {KEY}", f"Content-Length: {KEY}", f"{KEY} : x", f"X: a\r{KEY}"):
+        fake.sends(f"HTTP/1.1 200 {KEY}\r\n{line}\r\n\r\n".encode())
+        got = chat(server, BOTH)
+        assert got.status == 502 and not leaks(got.body, KEY)
+    fake.sends(f"{KEY} 200 OK\r\n\r\n".encode())
+    assert chat(server, BOTH).status == 502 and not leaks(caplog.text, KEY)
+
+
+def test_an_error_in_the_middle_of_a_relayed_stream_shows_no_secret(pool):
+    """Also where it comes in one read with an event that is passed on unread."""
+    error, events = b'data: {"error":{"message":"key %b"}}\n\n' % KEY.encode(), [FakeOpenAI.event({"content": word}) for word in "ab"]
+    events = [event.replace(b'"finish_reason": null}]}\n\n', b'"finish_reason":null}]}\n\n') for event in events]
+    named = b'event: error\ndata: {"message":"key %b"}\n\n' % KEY.encode()
+    decoder = akashproxy.PassthroughDecoder("up", secrets=[KEY])
+    assert b"".join(event.data for event in decoder.feed(events[0] + named)) == (events[0] + named).replace(KEY.encode(), b"***")
+    decoder = akashproxy.PassthroughDecoder("up", secrets=[KEY])
+    sent = b"".join(event.data for data in (events[0], events[1], error + events[1], error) for event in decoder.feed(data))
+    assert sent == b"".join((*events, error, events[1], error)).replace(KEY.encode(), b"***")
+    expected = FakeOpenAI.event({"content": '***{"error"}*** sk-...abcd'}) + error.replace(KEY.encode(), b"x***y")
+    assert b"".join(event.data for event in decoder.feed(expected)) == expected, "what is no secret is passed on as it is"
+
+
+def test_a_content_type_shows_no_secret(fake, pool):
+    fake.sends(reply(200, b"ID3", f"audio/mpeg; x={KEY}"))
+    got = ask(pool((fake, {"api_key": KEY})), "POST", "/v1/audio/speech", {"model": "both", "input": "hi"})
+    assert (got.status, got.headers["content-type"], got.body) == (200, "audio/mpeg; x=***", b"ID3")
+
+
+@pytest.mark.parametrize("model", ["invalid-key", "incorrect api key", "key expired", "billing quota"])
+def test_a_name_of_a_model_condemns_no_key(model):
+    quoted = [err(f"Your prompt {mark[0]}my api key is invalid{mark[1]} was flagged") for mark in ("''", '""', "``", "“”", "«»")]
+    assert {akashproxy.error_from_body("up", 403, body).category for body in quoted} == {Category.REFUSED}
+    spent = err("Key limit exceeded (total limit).")
+    assert akashproxy.error_from_body("up", 403, spent, models=[model, "i", "e"]).category is Category.AUTH, "letters of other words"
+    for status, message in ((401, "Model {} is not supported"), (403, "Project `p` does not have access to model `{}`"),
+                            (403, 'No access to "{}" for this model.'), (400, "{} is not a valid model ID"), (404, "Model {} not found")):
+        assert akashproxy.error_from_body("up", status, err(message.format(model)), models=[model]).category in (Category.MODEL, Category.REFUSED)
+
+
+@table({
     # (secrets, text): what is left of it
     "a word of its own": (["s3cret"], "bad s3cret!", "bad ***!"), "not within words": (["none"], "nonesuch, none", "nonesuch, ***"),
     "three letters": (["key"], "the key", "the key"), "none": (["", " "], "the key", "the key"), "two of them": (["sk-12345678", "sk-12345678-b"], "sk-12345678-b", "***"),
@@ -5003,54 +4940,7 @@ REDACTED = {
     "a few letters alike": (["abcdefghijklmnop"], "fghijklm", "fghijklm"),
     "overlapping pieces": (["abcdefgh12345678" * 2 + "z"], "abcdefgh12345678" * 3 + " kept", "*** kept"),
     "the same letter again": (["a" * 40], "a" * 100 + " kept", "*** kept"), "what is no secret": (["sk-12345678"], "max_tokens must be less than 8192", "max_tokens must be less than 8192"),
-}
-
-
-def test_a_head_that_is_no_http_shows_no_secret_in_the_log(pool, caplog):
-    caplog.set_level("DEBUG")
-    fake = FakeOpenAI()
-    server = pool((fake, {"api_key": KEY}), log_level="debug")
-    for line in (f"Transfer-Encoding: {KEY}", f"Content-Length: {KEY}", f"{KEY} : x", f"X: a\r{KEY}"):
-        fake.faults.append(fake.garbage(f"HTTP/1.1 200 {KEY}\r\n{line}\r\n\r\n".encode()))
-        got = chat(server, BOTH)
-        assert got.status == 502 and not leaks(got.body, KEY)
-    fake.faults.append(fake.garbage(f"{KEY} 200 OK\r\n\r\n".encode()))
-    assert chat(server, BOTH).status == 502 and not leaks(caplog.text, KEY)
-
-
-def test_an_error_in_the_middle_of_a_relayed_stream_shows_no_secret(pool):
-    """Also where it comes in one read with an event that is passed on unread."""
-    error, events = b'data: {"error":{"message":"key %b"}}\n\n' % KEY.encode(), [FakeOpenAI.event({"content": word}) for word in "ab"]
-    events = [event.replace(b'"finish_reason": null}]}\n\n', b'"finish_reason":null}]}\n\n') for event in events]
-    named = b'event: error\ndata: {"message":"key %b"}\n\n' % KEY.encode()
-    decoder = akashproxy.PassthroughDecoder("up", secrets=[KEY])
-    assert b"".join(event.data for event in decoder.feed(events[0] + named)) == (events[0] + named).replace(KEY.encode(), b"***")
-    decoder = akashproxy.PassthroughDecoder("up", secrets=[KEY])
-    sent = b"".join(event.data for data in (events[0], events[1], error + events[1], error) for event in decoder.feed(data))
-    assert sent == b"".join((*events, error, events[1], error)).replace(KEY.encode(), b"***")
-    expected = FakeOpenAI.event({"content": '***{"error"}*** sk-...abcd'}) + error.replace(KEY.encode(), b"x***y")
-    assert b"".join(event.data for event in decoder.feed(expected)) == expected, "what is no secret is passed on as it is"
-
-
-def test_a_content_type_shows_no_secret(pool):
-    fake = FakeOpenAI()
-    fake.faults.append(fake.garbage(reply(200, b"ID3", f"audio/mpeg; x={KEY}")))
-    got = ask(pool((fake, {"api_key": KEY})), "POST", "/v1/audio/speech", {"model": "both", "input": "hi"})
-    assert (got.status, got.headers["content-type"], got.body) == (200, "audio/mpeg; x=***", b"ID3")
-
-
-@pytest.mark.parametrize("model", ["invalid-key", "incorrect api key", "key expired", "billing quota"])
-def test_a_name_of_a_model_condemns_no_key(model):
-    quoted = [err(f"Your prompt {mark[0]}my api key is invalid{mark[1]} was flagged") for mark in ("''", '""', "``", "“”", "«»")]
-    assert {akashproxy.error_from_body("up", 403, body).category for body in quoted} == {Category.REFUSED}
-    spent = err("Key limit exceeded (total limit).")
-    assert akashproxy.error_from_body("up", 403, spent, models=[model, "i", "e"]).category is Category.AUTH, "letters of other words"
-    for status, message in ((401, "Model {} is not supported"), (403, "Project `p` does not have access to model `{}`"),
-                            (403, 'No access to "{}" for this model.'), (400, "{} is not a valid model ID"), (404, "Model {} not found")):
-        assert akashproxy.error_from_body("up", status, err(message.format(model)), models=[model]).category in (Category.MODEL, Category.REFUSED)
-
-
-@table(REDACTED)
+})
 def test_redaction(case):
     secrets, text, left = case
     assert re.sub(r"(\*{3})+a{0,7}", "***", akashproxy.redact(text, secrets)) == left
@@ -5082,14 +4972,11 @@ def no_result(id):
     return {"role": "tool", "tool_call_id": id, "content": akashproxy.NO_RESULT}
 
 
-def picture(url):
-    return {"type": "image_url", "image_url": {"url": url}}
-
-
-ASKED = {"model": "both", "max_tokens": 64, "messages": [user("hi")]}
 PNG_SOURCE = {"type": "base64", "media_type": "image/png", "data": "iVBO"}
 TOOL_USE = {"type": "tool_use", "id": "t1", "name": "f", "input": {"a": [1]}}
-MESSAGES = {
+
+
+@table({
     # name: (fields of a body, what a chat says beside its usual, what is ignored)
     "system as text": ({"system": "be brief"}, {"messages": [system("be brief"), user("hi")]}, None),
     "system as blocks, and within": ({"system": [{"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}}, {"type": "text", "text": "b"}],
@@ -5130,20 +5017,16 @@ MESSAGES = {
                {"response_format": {"type": "json_schema", "json_schema": {"name": "answer", "schema": {"type": "object"}, "strict": True}}}, "output_config.effort"),
     "other fields": ({"temperature": 0, "top_p": 0.5, "top_k": 5, "stop_sequences": ["x"], "metadata": {"user_id": "u"}, "service_tier": "auto",
                       "context_management": {}}, {"temperature": 0, "top_p": 0.5, "stop": ["x"], "user": "u"}, "top_k, service_tier, context_management"),
-}
-
-
-@table(MESSAGES)
-def test_messages_become_a_chat(case, pool):
+})
+def test_messages_become_a_chat(case, fake, pool):
     fields, chat_fields, ignored = case
-    fake = FakeOpenAI()
     got = ask(pool(fake), "POST", "/v1/messages?beta=true", {**ASKED, **fields}, {"anthropic-version": "2023-06-01", "x-api-key": "k"})
     assert got.status == 200, got.body
     assert fake.bodies()[0] == {"model": "both", "stream": False, "max_tokens": 64, "messages": [user("hi")], **chat_fields}
     assert got.headers.get("x-akashproxy-ignored") == ignored
 
 
-MESSAGES_REFUSED = {
+@table({
     # name: (fields of a body, words)
     "a role": ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0]: 'tool' is not a valid role"),
     "a message that is text": ({"messages": ["x"]}, "messages[0]: 'None' is not a valid role"),
@@ -5156,10 +5039,7 @@ MESSAGES_REFUSED = {
     "a choice": ({"tools": [{"name": "f"}], "tool_choice": {"type": "most"}}, "'tool_choice' must be"),
     "no messages": ({"messages": None}, "'messages' is missing"),
     "a model that is a number": ({"model": 7}, "'model' must be"),
-}
-
-
-@table(MESSAGES_REFUSED)
+})
 def test_what_a_chat_can_not_say_is_named(case, pool):
     fields, words = case
     server = pool(FakeOpenAI())
@@ -5189,11 +5069,10 @@ def answered(*deltas, finish="stop", usage=None):
     """A fault: a stream with these deltas."""
     payload = b"" if usage is None else b'data: {"choices":[],"usage":%b}\n\n' % json.dumps(usage).encode()
     frames = [*map(FakeOpenAI.event, deltas), FakeOpenAI.event({}, finish), payload, b"data: [DONE]\n\n"]
-    return lambda sock, request: sock.sendall(FakeOpenAI.head() + b"".join(map(chunk, frames)) + b"0\r\n\r\n") or True
+    return lambda sock, request: sock.sendall(FakeOpenAI.head() + chunks(*frames)) or True
 
 
-def test_the_events_of_a_message(pool):
-    fake = FakeOpenAI()
+def test_the_events_of_a_message(fake, pool):
     fake.faults.append(answered({"reasoning_content": "hm"}, {"content": "Hi"}, {"content": " you"}, *(
         {"tool_calls": calls} for calls in fragments([{"index": 0, "function": {"arguments": '{"a":1}'}}])), finish="tool_calls",
         usage={"prompt_tokens": 11, "completion_tokens": 7, "prompt_tokens_details": {"cached_tokens": 4}}))
@@ -5217,8 +5096,7 @@ def test_the_events_of_a_message(pool):
          "usage": {"input_tokens": 7, "cache_read_input_tokens": 4, "output_tokens": 7}}, {"type": "message_stop"}]
 
 
-def test_thoughts_are_for_who_asks_for_them(pool):
-    fake = FakeOpenAI()
+def test_thoughts_are_for_who_asks_for_them(fake, pool):
     server = pool(fake)
     for thinking, displayed in ((None, False), ({"type": "disabled"}, False), ({"type": "adaptive", "display": "omitted"}, False),
                             ({"type": "enabled", "budget_tokens": 1024}, True)):
@@ -5239,7 +5117,7 @@ def test_the_end_of_a_message(akash, serve):
         assert complete["usage"]["input_tokens"] == 5 and complete["usage"]["output_tokens"] > 0 and last["usage"] == complete["usage"]
 
 
-ANTHROPIC_ERRORS = {
+@table({
     # name: (method, path, body, header fields, status, type)
     "no token": ("POST", "/v1/messages", ASKED, {}, 401, "authentication_error"),
     "no token, for the models": ("GET", "/v1/models", None, {"anthropic-version": "2023-06-01"}, 401, "authentication_error"),
@@ -5253,15 +5131,12 @@ ANTHROPIC_ERRORS = {
     "a limit": ("POST", "/v1/messages", ASKED, {"x-api-key": "k"}, 429, "rate_limit_error"),
     "no room": ("POST", "/v1/messages", ASKED, {"x-api-key": "k"}, 529, "overloaded_error"),
     "a failure": ("POST", "/v1/messages", ASKED, {"x-api-key": "k"}, 502, "api_error"),
-}
-
-
-@table(ANTHROPIC_ERRORS)
+})
 def test_errors_in_anthropics_form(case, akash, serve):
     method, path, body, headers, status, kind = case
     answers = {404: UPSTREAM["model-unknown"][0], 429: reply(429, RATE), 502: reply(500), 529: reply(503)}
     if status in answers:
-        akash.faults.append(akash.raw(answers[status]))
+        akash.sends(answers[status])
     server = serve(bearer_token=("k",), max_body=1000)
     got = ask(server, method, path, body, headers)
     assert (got.status, got.json["type"], got.json["error"]["type"]) == (status, "error", kind) and got.json["error"]["message"]
@@ -5324,14 +5199,13 @@ def test_aliases_are_a_setting(config):
         Settings.load({"MODEL_ALIASES": "a"})
 
 
-def test_anthropics_own_format_is_relayed_to_who_speaks_it(pool):
-    a, b = FakeOpenAI(), FakeOpenAI()
+def test_anthropics_own_format_is_relayed_to_who_speaks_it(a, b, pool):
     begin = b'event: content_block_delta\ndata: {"type":"content_block_delta","index":0,"delta":{"type":"text_delta","text":"a"}}\n\n'
     expected = begin + b'event: message_stop\ndata: {"type":"message_stop"}\n\n'
     server = known(pool(a, (b, {"paths": ["/v1/messages*"], "models": ["claude"]})))     # so that b is alone, and does not rest
     odd = {"model": "claude", "messages": [user([{"type": "hologram"}])], "stream": True}
-    b.faults.extend([b.garbage(b.head() + chunk(expected) + b"0\r\n\r\n"), b.garbage(b.head() + chunk(begin) + b"0\r\n\r\n"),
-                     b.garbage(reply(body=b'{"input_tokens":70}')), b.status(500)])
+    b.faults.extend([b.raw(b.head() + chunks(expected)), b.raw(b.head() + chunks(begin)),
+                     b.raw(reply(body=b'{"input_tokens":70}')), b.status(500)])
     got = ask(server, "POST", "/v1/messages?beta=true", odd, {"anthropic-beta": "x"})
     request = next(request for request in b.requests if request.method == "POST")
     assert got.body == expected and b.bodies()[0] == odd and request.path == "/v1/messages?beta=true" and request.headers["anthropic-beta"] == "x"
@@ -5341,9 +5215,10 @@ def test_anthropics_own_format_is_relayed_to_who_speaks_it(pool):
     assert not a.bodies()
 
 
-WANTED = {"model": "both", "input": "hi"}
 CALLED = {"type": "function_call", "call_id": "c1", "name": "f", "arguments": '{"a":[1]}', "id": "fc_1", "status": "completed"}
-RESPONSES = {
+
+
+@table({
     # name: (fields of a body, what a chat says beside its usual, what is ignored)
     "instructions, and developers": ({"instructions": "a", "input": [{"role": "developer", "content": "b"}, {"type": "message", "role": "user", "content": "hi"}]},
                                      {"messages": [system("a\n\nb"), user("hi")]}, None),
@@ -5372,13 +5247,9 @@ RESPONSES = {
     "other fields": ({"max_output_tokens": 9, "temperature": 0, "top_p": 0.5, "user": "u", "reasoning": {"effort": "low", "summary": "auto"}, "store": True,
                       "metadata": {"a": "b"}, "include": [], "text": {"format": {"type": "text"}}},
                      {"max_tokens": 9, "temperature": 0, "top_p": 0.5, "user": "u", "reasoning_effort": "low"}, "store"),
-}
-
-
-@table(RESPONSES)
-def test_responses_become_a_chat(case, pool):
+})
+def test_responses_become_a_chat(case, fake, pool):
     fields, chat_fields, ignored = case
-    fake = FakeOpenAI()
     got = ask(pool(fake), "POST", "/v1/responses", {**WANTED, **fields})
     assert got.status == 200, got.body
     assert fake.bodies()[0] == {"model": "both", "stream": False, "messages": [user("hi")], **chat_fields}
@@ -5387,7 +5258,7 @@ def test_responses_become_a_chat(case, pool):
     assert all(got.json[name] == fields[name] for name in ("tools", "metadata", "temperature") if name in fields)
 
 
-RESPONSES_REFUSED = {
+@table({
     # name: (fields of a body, words)
     "an earlier response": ({"previous_response_id": "resp_1"}, "'previous_response_id' can't be used: nothing is stored here"),
     "a conversation": ({"conversation": "c"}, "'conversation' can't be used"),
@@ -5398,22 +5269,17 @@ RESPONSES_REFUSED = {
     "items that are none": ({"input": [7]}, "input[0]: 'None' is not a valid role"),
     "no input": ({"input": None}, "'input' is missing"),
     "tools that are no list": ({"tools": "x"}, "'tools' must be a list"),
-}
-
-
-@table(RESPONSES_REFUSED)
-def test_what_a_response_can_not_be_is_named(case, pool):
+})
+def test_what_a_response_can_not_be_is_named(case, a, b, pool):
     fields, words = case
-    a, b = FakeOpenAI(), FakeOpenAI()
     got = ask(pool(a), "POST", "/v1/responses", {**WANTED, **fields})
     assert got.status == 400 and words in got.json["error"]["message"] and not a.bodies()
-    b.faults.append(b.garbage(reply(body=b'{"id":"resp_2"}')))
+    b.sends(reply(body=b'{"id":"resp_2"}'))
     server = pool(FakeOpenAI(), (b, {"paths": ["/v1/responses*"]}))
     assert ask(server, "POST", "/v1/responses", {**WANTED, **fields}).json == {"id": "resp_2"} and b.bodies() == [{**WANTED, **fields}]
 
 
-def test_the_events_of_a_response(pool):
-    fake = FakeOpenAI()
+def test_the_events_of_a_response(fake, pool):
     fake.faults.append(answered({"reasoning_content": "hm"}, {"content": "Hi"}, {"content": " you"}, *(
         {"tool_calls": calls} for calls in fragments([{"index": 0, "function": {"arguments": '{"a":1}'}}])), finish="tool_calls",
         usage={"prompt_tokens": 11, "completion_tokens": 7, "prompt_tokens_details": {"cached_tokens": 4}}))
@@ -5444,11 +5310,10 @@ def test_the_events_of_a_response(pool):
 
 
 @pytest.mark.parametrize("path", ["/v1/messages", "/v1/responses"])
-def test_blocks_never_interleave_though_calls_do(path, pool):
+def test_blocks_never_interleave_though_calls_do(path, fake, pool):
     def calls(index, arguments, id=None, name=None):
         return {"tool_calls": [{"index": index, "function": {"arguments": arguments, **({"name": name} if name else {})}, **({"id": id} if id else {})}]}
 
-    fake = FakeOpenAI()
     fake.faults.append(answered(calls(0, "{}", "z", "e"), calls(1, "", "a", "f"), calls(0, " "), calls(1, '{"x"'), calls(2, "", "b", "g"), calls(1, ":1}"), calls(2, '{"y":'),
                                 {"content": "so"}, calls(3, "", None, "h"), calls(2, "2}"), calls(1, " "), finish="tool_calls"))
     body = {**(ASKED if "messages" in path else WANTED), "stream": True}
@@ -5470,8 +5335,7 @@ def test_blocks_never_interleave_though_calls_do(path, pool):
         opened = None if event["type"] in ("content_block_stop", "response.output_item.done") else index
 
 
-def test_a_response_that_fails_within(pool):
-    a = FakeOpenAI()
+def test_a_response_that_fails_within(a, pool):
     server = pool(a)
     a.faults.append(a.cut(1))
     events = named_events(ask(server, "POST", "/v1/responses", {**WANTED, "stream": True}).body)
@@ -5480,7 +5344,7 @@ def test_a_response_that_fails_within(pool):
     assert events[-1]["type"] == "response.failed" and events[-1]["response"]["status"] == "failed"
     own = pool((a, {"paths": ["/v1/responses"]}))
     for frames, failed in ((b'data: {"type":"response.output_text.delta"}\n\n', True), (b'data: {"type":"response.completed"}\n\n', False)):
-        a.faults.append(a.garbage(a.head() + chunk(frames) + b"0\r\n\r\n"))
+        a.sends(a.head() + chunks(frames))
         body = ask(own, "POST", "/v1/responses", {**WANTED, "stream": True}).body
         assert body.startswith(frames) and (b"response.failed" in body) == failed and b"event: response.created" not in body
 
@@ -5496,16 +5360,14 @@ def test_pings_and_failures_before_the_first_event():
 
 
 @pytest.mark.parametrize("path", ["/v1/messages", "/v1/responses"])
-def test_a_call_that_waits_is_not_lost_when_the_stream_breaks_off(path, pool):
-    fake = FakeOpenAI()
+def test_a_call_that_waits_is_not_lost_when_the_stream_breaks_off(path, fake, pool):
     frames = [fake.event({"tool_calls": [{"index": at, "id": f"c{at}", "function": {"name": "f", "arguments": '{"a":'}}]}) for at in (0, 1)]
-    fake.faults.append(fake.garbage(fake.head() + b"".join(map(chunk, frames))))
+    fake.sends(fake.head() + b"".join(map(chunk, frames)))
     body = ask(pool(fake), "POST", path, {**(ASKED if "messages" in path else WANTED), "stream": True}).body
     assert b'"c0"' in body and b'"c1"' in body and b"broke off" in body
 
 
-def test_responses_are_not_stored(pool):
-    a = FakeOpenAI()
+def test_responses_are_not_stored(a, pool):
     server = pool(a)
     for method in ("GET", "DELETE"):
         got = ask(server, method, "/v1/responses/resp_1")
@@ -5558,7 +5420,7 @@ def result(content="1", id="t1", **fields):
     return {"type": "tool_result", "tool_use_id": id, "content": content, **fields}
 
 
-HISTORIES_OF_MESSAGES = {
+@table({
     # name: (messages, messages of the chat)
     "a system message in the middle": ([user("x"), system("B"), user("y")], [system("B"), user("x"), user("y")]),
     "several of them, one behind results": ([system("A"), user("x"), USES, user([result()]), system("B"), user("y"), system([{"type": "text", "text": "C"}])],
@@ -5596,16 +5458,16 @@ HISTORIES_OF_MESSAGES = {
                        [CALLED_T1, {**GOT, "content": "[A PDF, which this model can't read.]"}]),
     "another file in a result": ([USES, user([result([{"type": "resource", "resource": {"mimeType": "application/zip", "blob": "UEsDBA=="}}])])],
                                  [CALLED_T1, {**GOT, "content": "[A file of 4 bytes, which this model can't read.]"}]),
+    "a film in a result": ([USES, user([result([{"type": "video_url", "video_url": {"url": "data:video/mp4;base64,AAAAHA=="}}])])],
+                           [CALLED_T1, {**GOT, "content": "[A file of 4 bytes, which this model can't read.]"}]),
+    "sound in a list within a result": ([USES, user([result([{"type": "resource", "contents": [{"mimeType": "audio/wav", "blob": "UklGRg=="}]}])])],
+                                        [CALLED_T1, {**GOT, "content": "[A file of 4 bytes, which this model can't read.]"}]),
     "an unknown block in a history": ([user([{"type": "hologram"}]), {"role": "assistant", "content": "ok"}],
                                       [user("[A block of type 'hologram' is left out.]"), {"role": "assistant", "content": "ok"}]),
     "empty blocks": ([system([{"type": "text", "text": ""}]), user([{"type": "text", "text": ""}, {"type": "text", "text": "x"}])], [user("x")]),
-}
-
-
-@table(HISTORIES_OF_MESSAGES)
-def test_a_history_of_messages_as_a_chat(case, pool):
+})
+def test_a_history_of_messages_as_a_chat(case, fake, pool):
     messages, chat = case
-    fake = FakeOpenAI()
     got = ask(pool(fake), "POST", "/v1/messages", {**ASKED, "messages": messages})
     assert got.status == 200, got.body
     assert fake.bodies()[0]["messages"] == chat
@@ -5618,7 +5480,9 @@ def reasoned(*texts, **fields):
 CALL_ITEM, OUTPUT_ITEM = {**CALLED, "arguments": "{}"}, {"type": "function_call_output", "call_id": "c1", "output": "1"}
 C1, R1 = called(("c1", "f", "{}")), {"role": "tool", "tool_call_id": "c1", "content": "1"}
 DEVELOPER, SAYS = {"role": "developer", "content": "B"}, {"role": "assistant", "content": "doing"}
-HISTORIES_OF_RESPONSES = {
+
+
+@table({
     # name: (input, messages of the chat)
     "a developer in the middle": ([user("x"), DEVELOPER, user("y")], [system("B"), user("x"), user("y")]),
     "reasoning beside a call": ([reasoned("a", "b"), CALL_ITEM, OUTPUT_ITEM], [{**C1, "reasoning_content": "a\n\nb"}, R1]),
@@ -5645,13 +5509,9 @@ HISTORIES_OF_RESPONSES = {
     "a PDF in an earlier message": ([user([PDF_FILE]), SAYS, user("y")], [user(PDF_NOTE), SAYS, user("y")]),
     "how closely to look": ([user([{"type": "input_image", "image_url": "data:x", "detail": "high"}])],
                             [user([{"type": "image_url", "image_url": {"url": "data:x", "detail": "high"}}])]),
-}
-
-
-@table(HISTORIES_OF_RESPONSES)
-def test_a_history_of_responses_as_a_chat(case, pool):
+})
+def test_a_history_of_responses_as_a_chat(case, fake, pool):
     items, chat = case
-    fake = FakeOpenAI()
     got = ask(pool(fake), "POST", "/v1/responses", {**WANTED, "input": items})
     assert got.status == 200, got.body
     assert fake.bodies()[0]["messages"] == chat
@@ -5661,20 +5521,16 @@ def reminder(text):
     return f"<system-reminder>\n{text}\n</system-reminder>"
 
 
-SYSTEM_AS_TEXT = {
+@table({
     # name: (messages, messages of the chat)
     "after the user's": ([system("A"), user("x"), system("B")], [system("A"), user(f"x\n\n{reminder('B')}")]),
     "before the user's": ([user("x"), {"role": "assistant", "content": "a"}, system("B"), user("y")],
                           [user("x"), {"role": "assistant", "content": "a"}, user(f"{reminder('B')}\n\ny")]),
     "behind a result": ([system("A"), system("B"), USES, user([result()]), system("C")], [system("A\n\nB"), CALLED_T1, GOT, user(reminder("C"))]),
     "beside a picture": ([user([{"type": "image", "source": PNG_SOURCE}]), system("B")], [user([picture("data:image/png;base64,iVBO"), {"type": "text", "text": reminder("B")}])]),
-}
-
-
-@table(SYSTEM_AS_TEXT)
-def test_later_system_messages_as_text_of_the_user(case, pool):
+})
+def test_later_system_messages_as_text_of_the_user(case, fake, pool):
     messages, chat = case
-    fake = FakeOpenAI()
     assert ask(pool((fake, {"system_messages": "user"})), "POST", "/v1/messages", {**ASKED, "messages": messages}).status == 200
     assert fake.bodies()[0]["messages"] == chat
 
@@ -5683,8 +5539,7 @@ def test_later_system_messages_as_text_of_the_user(case, pool):
 @pytest.mark.parametrize("path", ["/v1/messages", "/v1/responses"])
 @pytest.mark.parametrize("extra", [{"extra_content": {"google": {"thought_signature": "S/+=\u2028" * 99}}}, {"provider_specific_fields": {"thought_signature": "S"}},
                                    {"thought_signature": "S", "n": 1}], ids=["Gemini", "LiteLLM", "others"])
-def test_what_a_model_wants_back_with_a_call_comes_back(extra, path, streamed, pool):
-    fake = FakeOpenAI()
+def test_what_a_model_wants_back_with_a_call_comes_back(extra, path, streamed, fake, pool):
     server = pool(fake)
     fake.faults.append(answered({"tool_calls": [{"index": 0, "id": "c1", "function": {"name": "f", "arguments": '{"a":'}, **extra, "empty": None}]},
                                 {"tool_calls": [{"index": 0, "function": {"arguments": "1}"}}]},
@@ -5709,8 +5564,7 @@ def test_what_a_model_wants_back_with_a_call_comes_back(extra, path, streamed, p
 @pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("path, more", [("/v1/messages", {**ASKED, "thinking": {"type": "adaptive"}}),
                                         ("/v1/responses", {**WANTED, "include": ["reasoning.encrypted_content", "message.output_text.logprobs"]}), ("/v1/responses", WANTED)])
-def test_clients_that_return_only_signed_reasoning_return_ours(path, more, streamed, pool):
-    fake = FakeOpenAI()
+def test_clients_that_return_only_signed_reasoning_return_ours(path, more, streamed, fake, pool):
     server = pool(fake)
     fake.faults.append(answered({"reasoning_content": "h"}, {"reasoning_content": "m"}, {"tool_calls": [{"index": 0, "id": "c1", "function": {"name": "f", "arguments": "{}"}}]}, finish="tool_calls"))
     got = ask(server, "POST", path, {**more, "stream": streamed})
@@ -5728,6 +5582,58 @@ def test_clients_that_return_only_signed_reasoning_return_ours(path, more, strea
     assert fake.bodies()[-1]["messages"][0]["reasoning_content"] == "hm"
 
 
+def returned_calls(server, path, body, streamed):
+    """What an upstream gets back when a client returns an answer's tool calls, and nothing else of it, with their results."""
+    got = ask(server, "POST", path, {**body, "stream": streamed})
+    if path == "/v1/messages":
+        blocks = [event["content_block"] for event in named_events(got.body) if "content_block" in event] if streamed else got.json["content"]
+        calls = [block for block in blocks if block["type"] == "tool_use"]
+        history = {"messages": [{"role": "assistant", "content": calls}, user([result("1", call["id"]) for call in calls])]}
+    else:
+        output = (named_events(got.body)[-1]["response"] if streamed else got.json)["output"]
+        calls = [item for item in output if item["type"] == "function_call"]
+        history = {"input": [*calls, *({**OUTPUT_ITEM, "call_id": call["call_id"]} for call in calls)]}
+    assert ask(server, "POST", path, {**body, **history}).status == 200
+
+
+def calling(*names):
+    return {"tool_calls": [{"index": at, "id": name, "function": {"name": "f", "arguments": "{}"}} for at, name in enumerate(names)]}
+
+
+SIGNED = {"type": "reasoning.text", "text": "why", "signature": "S", "format": "anthropic-claude-v1", "index": 0}
+SEALED = {"type": "reasoning.encrypted", "data": "E", "id": "tool_1", "format": "google-gemini-v1", "index": 0}
+@table({
+    # name: (details of each delta, what comes back beside the calls)
+    "signed text in fragments": ([[{**SIGNED, "text": "w", "signature": None}], [{**SIGNED, "text": "hy", "signature": None}], [{**SIGNED, "text": None}]], [SIGNED]),
+    "encrypted ones": ([[SEALED], [{**SEALED, "data": "F", "index": 1}]], [SEALED, {**SEALED, "data": "F", "index": 1}]),
+    "encrypted ones without an index": ([[{**SEALED, "index": None}], [{**SEALED, "data": "F", "index": None}]], [{**SEALED, "index": None}, {**SEALED, "data": "F", "index": None}]),
+    "text and an encrypted one": ([[{"type": "reasoning.text", "text": "why", "index": 0}], [SEALED]], [{"type": "reasoning.text", "text": "why", "index": 0}, SEALED]),
+    "text alone": ([[{"type": "reasoning.text", "text": "why", "index": 0}]], None),
+    "too many of them": ([[{**SEALED, "data": "E" * 40_000}], [{**SEALED, "data": "F" * 40_000}]], None),
+    "odd ones": ([[7], ["x"], [None], {"a": 1}, "x"], None),
+})
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("path, body", [("/v1/messages", ASKED), ("/v1/responses", WANTED)], ids=["messages", "responses"])
+def test_reasoning_details_come_back_with_the_calls(case, path, body, streamed, fake, pool):
+    details, expected = case
+    fake.faults.append(answered(*({"reasoning_details": each} for each in details), calling("c1", "c2"), finish="tool_calls"))
+    returned_calls(pool(fake), path, body, streamed)
+    message = fake.bodies()[-1]["messages"][0]
+    assert [call["id"] for call in message["tool_calls"]] == ["c1", "c2"] and not any("reasoning_details" in call for call in message["tool_calls"])
+    without_nulls = lambda values: [{name: value for name, value in each.items() if value is not None} for each in values]
+    assert without_nulls(message.get("reasoning_details") or []) == without_nulls(expected or [])
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("reasoning, expected", [(["h", "m"], "hm"), (["\u4e2d" * 900] * 3, "\u4e2d" * 1000), ([], None)], ids=["short", "long", "none"])
+def test_reasoning_that_is_not_requested_comes_back_with_the_calls(reasoning, expected, streamed, fake, pool):
+    fake.faults.append(answered(*({"reasoning_content": text} for text in reasoning), calling("c1", "c2"), finish="tool_calls"))
+    returned_calls(pool(fake), "/v1/messages", ASKED, streamed)
+    message = fake.bodies()[-1]["messages"][0]
+    assert message["tool_calls"] == called(("c1", "f", "{}"), ("c2", "f", "{}"))["tool_calls"]
+    assert message.get("reasoning_content") == expected
+
+
 @pytest.mark.parametrize("id", ["c1", "", "__extra_", "c__extra_x", "c__extra_bnVsbA", "c__extra_é", "c__extra_" + "W" * 4000])
 def test_an_id_that_carries_nothing_stays_as_it_is(id):
     call_id, extra = akashproxy.split_extra(id)
@@ -5736,7 +5642,9 @@ def test_an_id_that_carries_nothing_stays_as_it_is(id):
 
 
 LONG = "mcp__plugin_some_marketplace_and_a_server_with_a_long_name__a_tool_with_a_long_name"
-TOOL_NAMES = {
+
+
+@table({
     # name: (the client's name, its namespace or None, pattern of the name that is sent)
     "a usual one": ("f", None, "f"),
     "of 64 characters": ("f" * 64, None, "f{64}"),
@@ -5745,14 +5653,10 @@ TOOL_NAMES = {
     "in a namespace": ("f", "mcp__x", "mcp__x__f"),
     "in one that ends with underscores": ("f", "mcp__x__", "mcp__x__f"),
     "in a long one": ("f", LONG, LONG[:55] + "_[0-9a-f]{8}"),
-}
-
-
-@table(TOOL_NAMES)
+})
 @pytest.mark.parametrize("streamed", [False, True])
-def test_names_of_tools_are_sent_as_upstreams_take_them(case, streamed, pool):
+def test_names_of_tools_are_sent_as_upstreams_take_them(case, streamed, fake, pool):
     name, space, pattern = case
-    fake = FakeOpenAI()
     server = pool(fake)
     one = {"type": "function", "name": name, "parameters": {"required": []}}
     tools = [{"type": "namespace", "name": space, "tools": [one, {"type": "custom", "name": "c"}]}] if space else [one]
@@ -5774,8 +5678,7 @@ def test_names_of_tools_are_sent_as_upstreams_take_them(case, streamed, pool):
         assert block["name"] == name and fake.bodies()[-1]["tools"][0]["function"]["name"] == used
 
 
-def test_equal_names_in_namespaces_stay_apart(pool):
-    fake = FakeOpenAI()
+def test_equal_names_in_namespaces_stay_apart(fake, pool):
     server = pool(fake)
     f = {"type": "function", "name": "f", "parameters": {}}
     tools = [f, {**f, "name": "a__f"}, {"type": "namespace", "name": "a", "tools": [f]}, {"type": "namespace", "name": "b", "tools": [f]}]
@@ -5787,7 +5690,7 @@ def test_equal_names_in_namespaces_stay_apart(pool):
     assert [(item["name"], item.get("namespace")) for item in output] == [("f", None), ("a__f", None), ("f", "a"), ("f", "b")]
 
 
-PARAMETERS = {
+@table({
     # name: (path, fields of a body, names and values that are sent, names that are not, what is ignored)
     "a user of 64 characters": ("messages", {"metadata": {"user_id": "u" * 64}}, {"user": "u" * 64}, [], None),
     "one of 65": ("messages", {"metadata": {"user_id": "u" * 65}}, {}, ["user"], "metadata.user_id"),
@@ -5799,16 +5702,13 @@ PARAMETERS = {
     "a choice of a skipped tool": ("messages", {"tools": [{"name": "f"}, {"type": "web_search_20250305", "name": "web_search"}], "tool_choice": {"type": "tool", "name": "web_search"}},
                                    {"tools": [tool()]}, ["tool_choice"], "web_search_20250305, tool_choice"),
     "a schema of null": ("responses", {"tools": [{"type": "function", "name": "f", "parameters": {"type": None, "properties": None}}]}, {"tools": [tool()]}, [], None),
-    "choices that a chat has not": ("completions", {"n": 2, "best_of": 3, "logprobs": 5, "suffix": "x", "seed": 1}, {"seed": 1}, ["n", "best_of", "logprobs", "suffix"],
-                                    "n, best_of, logprobs, suffix"),
+    "choices that a chat has not": ("completions", {"n": 2, "best_of": 3, "logprobs": 5, "suffix": "x", "echo": True, "seed": 1}, {"seed": 1},
+                                    ["n", "best_of", "logprobs", "suffix", "echo"], "n, best_of, logprobs, suffix, echo"),
     "those it has": ("completions", {"n": 1, "logprobs": None}, {"n": 1}, [], None),
-}
-
-
-@table(PARAMETERS)
-def test_parameters_as_upstreams_take_them(case, pool):
+    "no alternatives, but their number": ("completions", {"logprobs": 1}, {}, ["logprobs"], "logprobs"),
+})
+def test_parameters_as_upstreams_take_them(case, fake, pool):
     path, fields, sent, left_out, ignored = case
-    fake = FakeOpenAI()
     body = {"messages": ASKED, "responses": WANTED, "completions": {"model": "both", "prompt": "hi"}}[path]
     got = ask(pool((fake, {"paths": ["/v1/chat/completions"]})), "POST", f"/v1/{path}", {**body, **fields})
     assert got.status == 200 and got.headers.get("x-akashproxy-ignored") == ignored, got.body
@@ -5816,7 +5716,9 @@ def test_parameters_as_upstreams_take_them(case, pool):
 
 
 THOUGHT = [{"role": "assistant", "content": None, "reasoning_content": "h", "tool_calls": [{**C1["tool_calls"][0], "extra_content": {"x": 1}}]}, R1]
-ADAPTED = {
+
+
+@table({
     # name: (a controller's options, path, fields of a body, names and values that are sent, names that are not, what is ignored)
     "a field of messages": ({"drop": ["reasoning_content"]}, "chat/completions", {"messages": THOUGHT}, {"messages": [{name: value for name, value in THOUGHT[0].items() if name != "reasoning_content"}, R1]}, [], "reasoning_content"),
     "a field of calls": ({"drop": ["extra_content"]}, "chat/completions", {"messages": THOUGHT}, {"messages": [{**C1, "reasoning_content": "h"}, R1]}, [], "extra_content"),
@@ -5831,13 +5733,9 @@ ADAPTED = {
     "a fixed value, relayed": ({"set": {"provider": {"order": ["x"]}}}, "chat/completions", {"seed": 3}, {"provider": {"order": ["x"]}, "seed": 3}, [], None),
     "not of a chat": ({"set": {"reasoning_effort": "low"}}, "embeddings", {"input": "x"}, {"input": "x"}, ["reasoning_effort"], None),
     "drop, rename and set in turn": ({"drop": ["a", "c"], "rename": {"a": "b", "d": "c"}, "set": {"d": 4}}, "chat/completions", {"a": 1, "d": 2}, {"c": 2, "d": 4}, ["a", "b"], "a"),
-}
-
-
-@table(ADAPTED)
-def test_a_controller_adapts_requests(case, pool):
+})
+def test_a_controller_adapts_requests(case, fake, pool):
     options, path, fields, sent, left_out, ignored = case
-    fake = FakeOpenAI()
     server = pool((fake, options))
     body = {"messages": ASKED, "responses": WANTED}.get(path, {"model": "both", **({"messages": [user("hi")]} if "chat" in path else {})})
     got = ask(server, "POST", f"/v1/{path}", {**body, **fields})
@@ -5847,7 +5745,12 @@ def test_a_controller_adapts_requests(case, pool):
     assert {name: got_body.get(name) for name in sent} == sent and not set(left_out) & set(got_body)
 
 
-OVERFLOWS = {
+def test_a_short_model_name_is_no_part_of_a_word():
+    error = akashproxy.error_from_body("u", 422, {"error": {"message": "`inputs` tokens + `max_new_tokens` must be <= 4096. Given: 9 `inputs` tokens"}}, models=("m", "us"))
+    assert (error.status, error.code) == (400, "context_length_exceeded")
+
+
+@table({
     # name: (status, an upstream's message, how Messages says it)
     "OpenAI": (400, "This model's maximum context length is 8192 tokens. However, your messages resulted in 9001 tokens.", "prompt is too long: 9001 tokens > 8192 maximum"),
     "OpenAI's, with an answer": (400, "This model's maximum context length is 4097 tokens. However, you requested 5000 tokens (4000 in the messages, 1000 in the completion).",
@@ -5868,20 +5771,11 @@ OVERFLOWS = {
     "LM Studio": (400, "The number of tokens to keep from the initial prompt is greater than the context length (n_keep: 9001>= n_ctx: 8192).", "prompt is too long: 9001 tokens > 8192 maximum"),
     "no numbers": (400, "Your input exceeds the context window of this model.", None),
     "Anthropic's own": (400, "prompt is too long: 9001 tokens > 8192 maximum", "prompt is too long: 9001 tokens > 8192 maximum"),
-}
-
-
-def test_a_short_model_name_is_no_part_of_a_word():
-    error = akashproxy.error_from_body("u", 422, {"error": {"message": "`inputs` tokens + `max_new_tokens` must be <= 4096. Given: 9 `inputs` tokens"}}, models=("m", "us"))
-    assert (error.status, error.code) == (400, "context_length_exceeded")
-
-
-@table(OVERFLOWS)
-def test_a_request_that_is_too_long_is_told_in_each_clients_words(case, pool):
+})
+def test_a_request_that_is_too_long_is_told_in_each_clients_words(case, fake, pool):
     status, message, told = case
-    fake = FakeOpenAI()
     server = pool(fake)
-    fake.faults.extend([fake.garbage(reply(status, json.dumps({"error": {"message": message}}).encode(), "Content-Type: application/json"))] * 3)
+    fake.faults.extend([fake.raw(reply(status, {"error": {"message": message}}, "Content-Type: application/json"))] * 3)
     got = ask(server, "POST", "/v1/messages", ASKED)
     assert got.status == 400 and got.json["error"] == {"type": "invalid_request_error", "message": told or f"prompt is too long: {message}"}
     for path, body in (("chat/completions", CHAT), ("responses", WANTED)):
@@ -5890,9 +5784,8 @@ def test_a_request_that_is_too_long_is_told_in_each_clients_words(case, pool):
 
 
 @pytest.mark.parametrize("message", ["max_tokens is too large: 64000. This model supports at most 16384 completion tokens", "The image is too large", "tools.0.name: too long"])
-def test_other_errors_are_not_told_as_too_long(message, pool):
-    fake = FakeOpenAI()
-    fake.faults.append(fake.garbage(reply(400, json.dumps({"error": {"message": message}}).encode(), "Content-Type: application/json")))
+def test_other_errors_are_not_told_as_too_long(message, fake, pool):
+    fake.sends(reply(400, {"error": {"message": message}}, "Content-Type: application/json"))
     assert ask(pool(fake), "POST", "/v1/messages", ASKED).json["error"]["message"] == message
 
 
@@ -5908,9 +5801,8 @@ REASONS = {
 
 @pytest.mark.parametrize("reason", REASONS)
 @pytest.mark.parametrize("streamed", [False, True])
-def test_why_an_answer_ended_in_each_dialect(reason, streamed, pool):
+def test_why_an_answer_ended_in_each_dialect(reason, streamed, fake, pool):
     plain, with_call, status, detail = REASONS[reason]
-    fake = FakeOpenAI()
     server = pool(fake)
     fake.faults += [answered(delta, finish=reason) for delta in ({"content": "x"}, {"tool_calls": [{"index": 0, "id": "c", "function": {"name": "f", "arguments": "{}"}}]}, {"content": "x"})]
     for expected in (plain, with_call):
@@ -6017,10 +5909,6 @@ def test_calls_in_text_are_found_however_they_are_cut(name):
     places = range(1, len(answer), 1 + len(answer) // 12)    # character by character, it is cut everywhere
     cuts = [[answer], list(answer), *([answer[:at], answer[at:]] for at in places)]
     assert all(list(tool_answer(pieces)) == right for pieces in cuts) and list(tool_answer([answer], stream=False)) == right
-
-
-def test_the_tables_of_answers_are_large_enough():
-    assert len(TOOL_ANSWERS) - len(NO_CALLS) >= 60 and len(NO_CALLS) >= 30
 
 
 def test_long_arguments_are_sent_as_they_arrive():
@@ -6215,9 +6103,9 @@ MATRIX = {
     "length": (lambda fake: fake.cut(b'0:"one "\n' + END.replace(b"%b", b"length"), True), lambda fake: answered({"content": "one "}, finish="length"),
                [T("one "), Finish("length")], None),
     "an error before": (lambda fake: fake.raw(reply(500), True), lambda fake: fake.status(500), [], "without giving a reason|told"),
-    "an error within": (lambda fake: fake.cut(b'0:"one "\n3:"boom"\n', True), lambda fake: fake.garbage(fake.head() + chunk(ONE) + chunk(ERROR_EVENT)),
+    "an error within": (lambda fake: fake.cut(b'0:"one "\n3:"boom"\n', True), lambda fake: fake.raw(fake.head() + chunk(ONE) + chunk(ERROR_EVENT)),
                         [T("one ")], "boom"),
-    "cut": (lambda fake: fake.cut(b'0:"one "\n'), lambda fake: fake.garbage(fake.head() + chunk(ONE)), [T("one ")], "broke off"),
+    "cut": (lambda fake: fake.cut(b'0:"one "\n'), lambda fake: fake.raw(fake.head() + chunk(ONE)), [T("one ")], "broke off"),
     "echoed": (None, None, [T("hi"), Finish("stop")], None),
 }
 
@@ -6286,7 +6174,7 @@ def test_akash_ignores_json_mode_and_says_so(serve, form, status):
 
 
 def test_a_failed_image_of_the_2026_version_is_not_repeated(akash, serve):
-    akash.faults.append(akash.raw(reply(500, b'{"error":"Error generating image","message":"No workers at http://inner:1/x"}'), keep=True))
+    akash.sends(reply(500, b'{"error":"Error generating image","message":"No workers at http://inner:1/x"}'), keep=True)
     got = chat(serve(), {**CHAT, "model": "AkashGen"})
     assert (got.status, got.json["error"]["code"], got.headers["x-should-retry"]) == (502, "image_failed", "false") and b"inner" not in got.body
 
@@ -6409,7 +6297,7 @@ def agent_request(path, tools, turns):
 def test_an_agent_finishes_the_demos_task(agent, demo, tmp_path):
     path, shell, fields, required = AGENTS[agent]
     tools = {name: {"type": "object", "properties": properties, "required": list(properties)} for name, properties in {**OTHERS, shell: fields}.items()}
-    tools[shell]["required"], turns, server = required, [], types.SimpleNamespace(server_port=demo)
+    tools[shell]["required"], turns, server = required, [], demo
     for step in range(5):
         got = ask(server, "POST", path, agent_request(path, tools, turns))
         assert got.status == 200
@@ -6509,8 +6397,8 @@ def test_a_socks_proxy_on_the_way(pool, tmp_path, scheme, user, kind):
 @pytest.mark.parametrize("user, login, code, words", [
     ("", ["a", "b"], 0, "is not SOCKS 5 or refuses this login"), ("a:s3cret@", ["a", "b"], 0, "rejected the user or the password"),
     ("", None, 5, "SOCKS reply 5"), ("", None, 4, "SOCKS reply 4")])
-def test_a_socks_proxy_that_refuses(pool, user, login, code, words):
-    proxy, fake = SocksServer(login, code), FakeOpenAI()
+def test_a_socks_proxy_that_refuses(fake, pool, user, login, code, words):
+    proxy = SocksServer(login, code)
     got = chat(pool(fake, proxy=f"socks5h://{user}127.0.0.1:{proxy.port}"), BOTH)
     assert got.status == 502 and words in got.json["error"]["message"] and "the proxy 127.0.0.1 " in got.json["error"]["message"]
     assert b"s3cret" not in got.body and not fake.requests
@@ -6606,9 +6494,9 @@ def test_an_unreachable_upstream_is_explained_with_its_host(case, pool, tmp_path
         fake.close()
 
 
-def test_a_proxy_on_the_way_plain(pool, monkeypatch):
+def test_a_proxy_on_the_way_plain(fake, pool, monkeypatch):
     monkeypatch.setenv("no_proxy", "*")     # concerns the environment's proxies only
-    proxy, fake = ForwardProxy(), FakeOpenAI()
+    proxy = ForwardProxy()
     server = pool((fake, {"proxy": f"http://us%40er:p%3Aw@127.0.0.1:{proxy.port}", "api_key": "k"}))
     assert chat(server, BOTH).status == 200
     request = proxy.requests[0]
@@ -6642,8 +6530,7 @@ def test_tls_is_verified_and_a_private_authority_can_be_named(pool, tmp_path):
     assert chat(server, BOTH).status == 200 and chat(server, BOTH).status == 200
     assert "".join(event["choices"][0]["delta"].get("content", "") for event in sse(chat(server, BOTH, stream=True).body)) == "Hi there."
     fake.faults.append(fake.stall(1))
-    with socket.create_connection(("127.0.0.1", server.server_port)) as sock:
-        sock.sendall(post("/v1/chat/completions", {**BOTH, "stream": True}))
+    with connect(server, post("/v1/chat/completions", {**BOTH, "stream": True})) as sock:
         sock.recv(100)
     wait_for(fake.gone.is_set)
     wrong = pool((fake, {"base_url": fake.url.replace("127.0.0.1", "127.0.0.2") + "/v1"}), ca_file=str(tmp_path / "ca.pem"))
@@ -6676,10 +6563,9 @@ def test_sighup_reloads_and_a_broken_file_changes_nothing(config, pool):
         parts = list(a.events())
         sock.sendall(a.head() + chunk(parts[0]))
         hold.wait(60)
-        sock.sendall(b"".join(map(chunk, parts[1:])) + b"0\r\n\r\n")
+        sock.sendall(chunks(*parts[1:]))
 
-    with started("--config-file", path) as (process, port):
-        server = type("Server", (), {"server_port": port})
+    with started("--config-file", path) as (process, server):
         lines = []
         threading.Thread(target=lambda: lines.extend(process.stderr), daemon=True).start()
         a.faults.append(slow)
@@ -6699,23 +6585,16 @@ def test_sighup_reloads_and_a_broken_file_changes_nothing(config, pool):
 
 def test_a_reload_without_its_file_changes_nothing(config, tmp_path):
     path = config({"bearer_token": "t", "controllers": [{"type": "echo"}]})
-    process = subprocess.Popen(**{**command("--server-address", "127.0.0.1:0"), "cwd": tmp_path})
-    try:
-        port = int(re.search(r":(\d+)/v1", process.stdout.readline())[1])
+    with started(popen={"cwd": tmp_path}) as (process, server):
         os.unlink(path)
         process.send_signal(signal.SIGHUP)
         assert "stay as they were" in process.stderr.readline()
-        server = type("Server", (), {"server_port": port})
         assert ask(server, path="/status").status == 401
-    finally:
-        process.kill()
-        process.communicate()
 
 
 def test_a_reload_reaches_open_connections(pool):
     server = pool(FakeOpenAI(), bearer_token=("old",))
-    link = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)
-    with contextlib.closing(link):
+    with link_to(server) as link:
         assert ask_again(link, path="/status", headers={"Authorization": "Bearer old"}).status == 200
         server.pool.upstreams[0].cooldowns[Category.RATE_LIMIT, None] = akashproxy.CoolDown(time.monotonic() + 99)
         server.reload(dataclasses.replace(server.settings, bearer_token=("new",)))
@@ -6724,8 +6603,7 @@ def test_a_reload_reaches_open_connections(pool):
         assert state["rests_for_seconds"] > 90, "who rests goes on resting"
 
 
-def test_a_reload_keeps_who_did_not_change(pool):
-    a, b = FakeOpenAI(), FakeOpenAI()
+def test_a_reload_keeps_who_did_not_change(a, b, pool):
     server = pool(a, b)
     a.faults.append(a.status(429, extra=b"Retry-After: 99\r\n"))
     assert chat(server, BOTH).status == 200
@@ -6839,7 +6717,7 @@ ATTACKS = {
     # name: (bytes, status, is the connection usable afterwards?)
     "a good request": (get(), 200, OPEN),
     "a good body": (POST + SIZED + b"\r\n" + DATA, 200, OPEN),
-    "a good body in chunks": (in_chunks(chunk(DATA) + b"0\r\n\r\n"), 200, OPEN),
+    "a good body in chunks": (in_chunks(chunks(DATA)), 200, OPEN),
     # -- the request line
     "no version": (b"GET /health\r\n\r\n", 400, CLOSED),
     "an empty line of blanks": (b"  \r\n\r\n", 400, CLOSED),
@@ -6950,7 +6828,7 @@ ATTACKS = {
     "a length beyond the limit": (POST + b"Content-Length: 999999999\r\n\r\n", 413, CLOSED),
     "a length on GET": (GET + HOST + b"Content-Length: 5\r\n\r\nhello", 200, OPEN),
     "a length and less": (POST + SIZED + b"\r\n" + DATA[:-1], 408, CLOSED),
-    "both lengths": (POST + SIZED + CHUNKS + b"\r\n" + chunk(DATA) + b"0\r\n\r\n", 400, CLOSED),
+    "both lengths": (POST + SIZED + CHUNKS + b"\r\n" + chunks(DATA), 400, CLOSED),
     "both lengths, the other way": (POST + CHUNKS + SIZED + b"\r\n0\r\n\r\n", 400, CLOSED),
     # -- codings
     "gzip": (POST + b"Transfer-Encoding: gzip\r\n\r\n", 501, CLOSED),
@@ -6963,8 +6841,8 @@ ATTACKS = {
     "chunked in quotes": (POST + b'Transfer-Encoding: "chunked"\r\n\r\n0\r\n\r\n', 501, CLOSED),
     "chunked; q=1": (POST + b"Transfer-Encoding: chunked;q=1\r\n\r\n0\r\n\r\n", 501, CLOSED),
     "an empty coding": (POST + b"Transfer-Encoding:\r\n\r\n", 501, CLOSED),
-    "Chunked": (POST + b"Transfer-Encoding: Chunked\r\n\r\n" + chunk(DATA) + b"0\r\n\r\n", 200, OPEN),
-    "chunked in 1.0": (POST.replace(b"1.1", b"1.0") + CHUNKS + b"\r\n" + chunk(DATA) + b"0\r\n\r\n", 400, CLOSED),
+    "Chunked": (POST + b"Transfer-Encoding: Chunked\r\n\r\n" + chunks(DATA), 200, OPEN),
+    "chunked in 1.0": (POST.replace(b"1.1", b"1.0") + CHUNKS + b"\r\n" + chunks(DATA), 400, CLOSED),
     # -- chunks
     "no chunk": (in_chunks(b"0\r\n\r\n"), 400, OPEN),
     "an extension": (in_chunks(b"%x;a=b\r\n%b\r\n0\r\n\r\n" % (len(DATA), DATA)), 200, OPEN),
@@ -6993,19 +6871,16 @@ ATTACKS = {
     # -- expectations
     "Expect: 100-continue": (POST + SIZED + b"Expect: 100-Continue\r\n\r\n" + DATA, 200, OPEN),
     "an announced body that is too large": (POST + b"Content-Length: 999999999\r\nExpect: 100-continue\r\n\r\n", 413, CLOSED),
-    "100-continue when the chunks are here": (in_chunks(chunk(DATA) + b"0\r\n\r\n", b"Expect: 100-continue"), 200, OPEN),
+    "100-continue when the chunks are here": (in_chunks(chunks(DATA), b"Expect: 100-continue"), 200, OPEN),
     "another expectation": (POST + SIZED + b"Expect: tea\r\n\r\n" + DATA, 417, CLOSED),
     "an expectation in 1.0": (POST.replace(b"1.1", b"1.0") + SIZED + b"Expect: tea\r\n\r\n" + DATA, 200, CLOSED),
     # -- bodies
-    "no JSON": (spelled(b"{"), 400, OPEN), "NaN": (spelled(DATA[:-1] + b',"seed":NaN}'), 400, OPEN), "Infinity": (spelled(b"[-Infinity]"), 400, OPEN),
-    "nested 100,000 deep": (spelled(b"[" * 100000), 400, OPEN),
+    "NaN": (spelled(DATA[:-1] + b',"seed":NaN}'), 400, OPEN), "Infinity": (spelled(b"[-Infinity]"), 400, OPEN),
     "objects 100,000 deep": (spelled(b'{"a":' * 100000), 400, OPEN),
     "nested deep and closed": (spelled(b'{"model":"m","messages":' + b"[" * 50000 + b"]" * 50000 + b"}"), 400, OPEN),
     "a huge number": (spelled(DATA[:-1] + b',"temperature":1e999}'), 400, OPEN),
     "a number of 5,000 digits": (spelled(DATA[:-1] + b',"max_tokens":' + b"9" * 5000 + b"}"), 400, OPEN),
-    "bad UTF-8": (spelled(b'{"model":"\xff\xfe"}'), 400, OPEN),
     "overlong UTF-8": (spelled(b'{"model":"\xc0\xaf"}'), 400, OPEN),
-    "UTF-16": (spelled('{"model":"m"}'.encode("utf-16")), 400, OPEN),
     "a byte order mark": (spelled(b"\xef\xbb\xbf" + DATA), 200, OPEN),
     "a lone surrogate": (spelled(DATA.replace(b"Hello", b"\\ud800")), 200, OPEN),
     "a lone surrogate in the model": (spelled(DATA.replace(b"Meta", b"\\udfff")), 200, OPEN),
@@ -7074,29 +6949,23 @@ def test_attacks(case, target_servers):
 
 
 def test_a_refusal_reaches_a_client_that_goes_on_sending(serve):
-    with socket.create_connection(("127.0.0.1", serve().server_port), timeout=10) as sock:
-        sock.sendall(POST + b"Content-Length: 999999999\r\n\r\n")
+    with connect(serve(), POST + b"Content-Length: 999999999\r\n\r\n") as sock:
         for _ in range(32):
             sock.sendall(b"x" * 65536)
         assert sock.recv(100).startswith(b"HTTP/1.1 413 ")
 
 
 @pytest.mark.parametrize("said, told", [(b"\xe9\x85\tb", "???b"), (b"\xe9", "?"), (b"b\tb", "b?b")])
-def test_an_upstreams_words_cannot_break_a_head(said, told, pool):
-    a = FakeOpenAI()
-    a.faults.append(a.garbage(reply(200, b"x", "audio/mp3; a=").replace(b"a=", b"a=" + said)))
+def test_an_upstreams_words_cannot_break_a_head(said, told, a, pool):
+    a.sends(reply(200, b"x", "audio/mp3; a=").replace(b"a=", b"a=" + said))
     got = ask(pool(a), "POST", "/v1/audio/speech", {"model": "both"})
     assert got.headers["content-type"] == "audio/mp3; a=" + told
-
-
-def test_there_are_enough_attacks():
-    assert len(ATTACKS) >= 120
 
 
 def test_500_slow_clients_change_nothing_for_the_next(akash, serve):
     server = serve(head_timeout=30)
     with contextlib.ExitStack() as stack:
-        socks = [stack.enter_context(socket.create_connection(("127.0.0.1", server.server_port))) for _ in range(500)]
+        socks = [stack.enter_context(connect(server)) for _ in range(500)]
         for at, sock in enumerate(socks):
             sock.sendall([b"", b"G", b"GET /health HTTP/1.1\r\n", b"\r\n"][at % 4])
         threads = threading.active_count()
@@ -7112,10 +6981,9 @@ def test_500_slow_clients_change_nothing_for_the_next(akash, serve):
 @pytest.mark.parametrize("begun", [b"\r\n\r\nGET / HT", b"\r\n\r\n\r\n", b"\r\n\r\n\r\n\r\nGET /health HTTP/1.1\r\n"])
 def test_blank_lines_before_half_a_head_keep_nobody_waiting(begun, serve):
     server = serve()
-    with socket.create_connection(("127.0.0.1", server.server_port)) as sock:
-        sock.sendall(begun)
+    with connect(server, begun):
         wait_for(lambda: any(connection.state is akashproxy.State.READING for connection in server.connections.copy()))
-        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=5)) as link:
+        with link_to(server) as link:
             assert ask_again(link).status == 200
 
 
@@ -7136,8 +7004,7 @@ def test_blank_lines_alone_take_no_thread_and_buy_no_time(serve):
 def test_a_body_may_come_as_slowly_as_by_modem(serve):
     server = serve(body_timeout=0.6)
     data = json.dumps({**CHAT, "padding": "x" * 18000}).encode()
-    with socket.create_connection(("127.0.0.1", server.server_port), timeout=10) as sock:
-        sock.sendall(POST + b"Content-Length: %d\r\n\r\n" % len(data))
+    with connect(server, POST + b"Content-Length: %d\r\n\r\n" % len(data)) as sock:
         for at in range(0, len(data), 1500):    # 15,000 bytes per second
             time.sleep(0.1)
             sock.sendall(data[at:at + 1500])
@@ -7146,16 +7013,15 @@ def test_a_body_may_come_as_slowly_as_by_modem(serve):
 
 def test_an_idle_connection_ends(serve):
     server = serve(keepalive_timeout=0.5)
-    with socket.create_connection(("127.0.0.1", server.server_port), timeout=10) as sock:
-        sock.sendall(get())
+    with connect(server, get()) as sock:
         assert sock.recv(4096).startswith(b"HTTP/1.1 200 ")
         assert sock.recv(1) == b"", "closed without a word"
 
 
 def test_a_client_that_does_not_read_is_dropped(pool):
     a = FakeOpenAI(text="word " * 60000)
-    data = a.head() + b"".join(map(chunk, a.events())) + b"0\r\n\r\n"
-    a.faults.append(a.garbage(data))
+    data = a.head() + chunks(*a.events())
+    a.sends(data)
     server = pool(a, write_timeout=0.5)
     with lazy_client(server) as sock:
         sock.sendall(post("/v1/chat/completions", {**BOTH, "stream": True}))
@@ -7182,8 +7048,8 @@ def test_a_client_that_does_not_read_its_picture_is_dropped(akash, serve):
 @pytest.mark.parametrize("field", ["Connection: keep-alive", "Connection: close"])
 def test_a_slow_client_gets_the_end_of_its_stream(field, pool):
     a = FakeOpenAI(text="word " * 30000)
-    data = a.head() + b"".join(map(chunk, a.events())) + b"0\r\n\r\n"
-    a.faults.append(a.garbage(data))
+    data = a.head() + chunks(*a.events())
+    a.sends(data)
     server = pool(a)
     with lazy_client(server) as sock:
         sock.sendall(post("/v1/chat/completions", {**BOTH, "stream": True}, field))
@@ -7200,8 +7066,8 @@ def test_a_slow_client_gets_the_end_of_its_stream(field, pool):
 
 def test_an_end_that_waits_for_its_client_waits_no_longer_than_that(pool):
     a = FakeOpenAI(text="word " * 30000)
-    rest = b"".join(map(chunk, a.events())) + b"0\r\n\r\n"
-    a.faults.append(a.garbage(a.head() + rest))
+    rest = chunks(*a.events())
+    a.sends(a.head() + rest)
     server = pool(a, write_timeout=0.5)
     with lazy_client(server) as sock:
         sock.sendall(post("/v1/chat/completions", {**BOTH, "stream": True}))
@@ -7230,12 +7096,10 @@ def test_silence_after_a_pause_is_ended_too(pool):
     assert b"sent nothing for 0.5 seconds" in got
 
 
-def test_a_bug_within_a_stream_closes_both_ends(pool, caplog):
-    a = FakeOpenAI()
+def test_a_bug_within_a_stream_closes_both_ends(a, pool, caplog):
     a.faults.append(a.stall(1))
     server = pool(a, idle_timeout=20)
-    with socket.create_connection(("127.0.0.1", server.server_port), timeout=10) as sock:
-        sock.sendall(post("/v1/chat/completions", {**BOTH, "stream": True}))
+    with connect(server, post("/v1/chat/completions", {**BOTH, "stream": True})) as sock:
         wait_for(lambda: any(relay.exchange.committed for relay in relays(server)))
         flow = relays(server)[0]
         flow.dialect.encode, flow.fast_path = (lambda events: 1 / 0), ()
@@ -7283,8 +7147,7 @@ def test_a_failed_connection_is_logged_once(pool, caplog):
     assert len(lines) == 1 and lines[0].startswith("a could not be reached: "), lines
 
 
-def test_a_request_that_no_controller_can_serve_is_told_its_own_last_error(pool):
-    a, b = FakeOpenAI(), FakeOpenAI()
+def test_a_request_that_no_controller_can_serve_is_told_its_own_last_error(a, b, pool):
     server = pool(a, (b, {"priority": 2}))
     a.faults.append(a.status(429, extra=LIMIT))
     assert chat(server, BOTH).status == 200
@@ -7306,7 +7169,7 @@ def test_the_first_token_is_not_later_than_the_end(pool, caplog):
 
 
 def test_an_endless_answer_of_akashgen_is_not_kept(akash, serve):
-    akash.faults.append(akash.raw(reply(body=b"x" * (5 << 20))))
+    akash.sends(reply(body=b"x" * (5 << 20)))
     got = chat(serve(), model="AkashGen")
     assert got.status == 502 and "sent more than 4194304 bytes" in got.json["error"]["message"]
 
@@ -7315,8 +7178,7 @@ def test_an_endless_answer_of_akashgen_is_not_kept(akash, serve):
 def test_a_client_that_asks_again_and_leaves_is_noticed(first, akash, serve):
     akash.faults.append(akash.stall(first))
     server = serve()
-    with socket.create_connection(("127.0.0.1", server.server_port)) as sock:
-        sock.sendall(post("/v1/chat/completions", {**CHAT, "stream": True}))
+    with connect(server, post("/v1/chat/completions", {**CHAT, "stream": True})) as sock:
         wait_for(lambda: akash.bodies())
         sock.sendall(get())
         time.sleep(0.1)     # for some looks of the watchdog
@@ -7370,7 +7232,7 @@ def test_too_many_connections(serve):
     server = serve(max_connections=3)
     with contextlib.ExitStack() as stack:
         for _ in range(3):
-            stack.enter_context(socket.create_connection(("127.0.0.1", server.server_port)))
+            stack.enter_context(connect(server))
         wait_for(lambda: len(server.connections) == 3)
         got = talk(server, b"")
         assert got.startswith(b"HTTP/1.1 503 ") and b"\r\nRetry-After: " in got and json.loads(got.partition(b"\r\n\r\n")[2])["code"] == 503
@@ -7396,13 +7258,12 @@ def test_pings_fill_silence(form, fill, akash, serve):
     def slower(sock, request):
         hold.clear()
         hold.wait(60)
-        sock.sendall(chunk(b'0:"two"\n' + STOP) + b"0\r\n\r\n")
+        sock.sendall(chunks(b'0:"two"\n' + STOP))
         return True
 
     akash.faults.extend([slow, slower])
     server = serve(heartbeat=0.05, pings=form)
-    with socket.create_connection(("127.0.0.1", server.server_port), timeout=20) as sock:
-        sock.sendall(post("/v1/chat/completions", {**CHAT, "stream": True}))
+    with connect(server, post("/v1/chat/completions", {**CHAT, "stream": True})) as sock:
         got = b""
         for wanted in (b"", b'"one "'):
             while fill and got[got.find(wanted):].count(fill) < 2:
@@ -7420,10 +7281,6 @@ def test_pings_fill_silence(form, fill, akash, serve):
     assert "".join(event["choices"][0]["delta"].get("content", "") for event in events) == "one two" and body.endswith(b"data: [DONE]\n\n")
 
 
-def unchunked(data):
-    return BodyDecoder(CHUNKED).feed(data)
-
-
 def test_an_error_after_pings_is_told_in_the_stream(akash, serve):
     def late(sock, request):
         time.sleep(0.3)
@@ -7434,21 +7291,19 @@ def test_an_error_after_pings_is_told_in_the_stream(akash, serve):
     assert got.status == 200 and b": ping\n\n" in got.body and b'data: {"error":{' in got.body and got.body.endswith(b"data: [DONE]\n\n")
 
 
-def test_failover_goes_on_behind_pings(pool):
-    a, b = FakeOpenAI(), FakeOpenAI(text="from b.")
+def test_failover_goes_on_behind_pings(a, b, pool):
     a.faults.append(a.stall())
     got = chat(pool((a, {"weight": 1000, "first_byte_timeout": 0.3}), b, heartbeat=0.05), BOTH, stream=True)
     assert got.status == 200 and got.body.startswith(b": ping\n\n") and b"from " in got.body and b"error" not in got.body
 
 
-def test_pings_never_cut_an_event(pool):
-    a = FakeOpenAI()
+def test_pings_never_cut_an_event(a, pool):
     events = list(a.events())
 
     def halves(sock, request):
         sock.sendall(a.head() + chunk(events[0]) + chunk(events[1][:20]))
         time.sleep(0.4)
-        sock.sendall(chunk(events[1][20:] + b"".join(events[2:])) + b"0\r\n\r\n")
+        sock.sendall(chunks(events[1][20:] + b"".join(events[2:])))
         return True
 
     a.faults.append(halves)
@@ -7460,7 +7315,7 @@ def call_piece(index, arguments, **fields):
     return FakeOpenAI.event({"tool_calls": [{"index": index, "function": {"arguments": arguments, **({"name": "f"} if fields else {})}, **fields}]})
 
 
-SILENT_OUTPUT = {
+@table({
     # name: (path, first frames of an upstream, a frame that it repeats and of which nothing is sent to the client)
     "reasoning that Messages withholds": ("messages", b"", FakeOpenAI.event({"reasoning_content": "t"})),
     "reasoning in legacy completions": ("completions", b"", FakeOpenAI.event({"reasoning_content": "t"})),
@@ -7468,26 +7323,22 @@ SILENT_OUTPUT = {
     "fragments that wait in Responses": ("responses", call_piece(0, '{"a"', id="c0") + call_piece(1, '{"b":"', id="c1"), call_piece(1, "x")),
     "empty deltas": ("responses", FakeOpenAI.event({"content": "x"}), FakeOpenAI.event({})),
     "comments": ("messages", FakeOpenAI.event({"content": "x"}), b": keep-alive\n\n"),
-}
-
-
-@table(SILENT_OUTPUT)
-def test_output_that_is_not_sent_is_silence(case, pool):
+})
+def test_output_that_is_not_sent_is_silence(case, fake, pool):
     path, first, repeated = case
-    fake, done = FakeOpenAI(), threading.Event()
+    done = threading.Event()
 
     def withholding(sock, request):
         sock.sendall(fake.head() + (chunk(first) if first else b""))
         while not done.wait(0.02):
             sock.sendall(chunk(repeated))
-        sock.sendall(chunk(FakeOpenAI.event({}, "stop") + b"data: [DONE]\n\n") + b"0\r\n\r\n")
+        sock.sendall(chunks(FakeOpenAI.event({}, "stop") + b"data: [DONE]\n\n"))
         return True
 
     fake.faults.append(withholding)
     server = pool((fake, {"paths": ["/v1/chat/completions"]}), heartbeat=0.1, idle_timeout=9)
     body = {"messages": ASKED, "responses": WANTED, "completions": {"model": "both", "prompt": "hi"}}[path]
-    with socket.create_connection(("127.0.0.1", server.server_port), timeout=20) as sock:
-        sock.sendall(post(f"/v1/{path}", {**body, "stream": True}))
+    with connect(server, post(f"/v1/{path}", {**body, "stream": True})) as sock:
         got, ping = b"", b"event: ping\n" if path == "messages" else b": ping\n"
         while got.count(ping) < 3:
             got += sock.recv(65536)
@@ -7506,14 +7357,14 @@ WAITS = {
 
 
 @table(WAITS)
-def test_a_ping_never_ends_an_event(case, pool):
+def test_a_ping_never_ends_an_event(case, fake, pool):
     frames, ping = case
-    fake, done = FakeOpenAI(), threading.Event()
+    done = threading.Event()
 
     def waits(sock, request):
         sock.sendall(fake.head() + chunk(frames))
         done.wait(20)
-        sock.sendall(chunk(FakeOpenAI.event({}, "stop") + b"data: [DONE]\n\n") + b"0\r\n\r\n")
+        sock.sendall(chunks(FakeOpenAI.event({}, "stop") + b"data: [DONE]\n\n"))
         return True
 
     fake.faults.append(waits)
@@ -7529,14 +7380,14 @@ def test_a_ping_never_ends_an_event(case, pool):
     assert frames + ping * 3 in body and body.replace(ping, b"") == frames + FakeOpenAI.event({}, "stop") + b"data: [DONE]\n\n"
 
 
-def test_openais_client_reads_pings_behind_an_event_with_an_id(pool):
+def test_openais_client_reads_pings_behind_an_event_with_an_id(fake, pool):
     openai = pytest.importorskip("openai")
-    fake, arrived = FakeOpenAI(), threading.Event()
+    arrived = threading.Event()
 
     def waits(sock, request):
         sock.sendall(fake.head() + chunk(b"id: 1\n" + FakeOpenAI.event({"content": "a"})))
         arrived.wait(0.8)
-        sock.sendall(chunk(b"id: 2\n" + FakeOpenAI.event({"content": "b"}, "stop") + b"data: [DONE]\n\n") + b"0\r\n\r\n")
+        sock.sendall(chunks(b"id: 2\n" + FakeOpenAI.event({"content": "b"}, "stop") + b"data: [DONE]\n\n"))
         return True
 
     fake.faults.append(waits)
@@ -7571,19 +7422,11 @@ def children(process):
     return set(map(int, pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()))
 
 
-def refused(port):
-    try:
-        socket.create_connection(("127.0.0.1", port), timeout=1).close()
-        return False
-    except OSError:
-        return True
-
-
-def test_an_open_address_is_warned_of(config):
-    with_keys = config({"keys": [{"name": "alice", "key": "k"}]})
-    for address, token, file, warned in (("0.0.0.0:0", "", "", True), ("0.0.0.0:0", "t", "", False), ("127.0.0.1:0", "", "", False),
-                                         ("0.0.0.0:0", "", with_keys, False)):
-        process = subprocess.Popen(**command("--server-address", address, BEARER_TOKEN=token, CONFIG_FILE=file))
+@pytest.mark.parametrize("address, token, with_keys, warned", [
+    ("0.0.0.0:0", "", False, True), ("0.0.0.0:0", "t", False, False), ("127.0.0.1:0", "", False, False), ("0.0.0.0:0", "", True, False)])
+def test_an_open_address_is_warned_of(address, token, with_keys, warned, config):
+    file = config({"keys": [{"name": "alice", "key": "k"}]}) if with_keys else ""
+    with spawned("--server-address", address, BEARER_TOKEN=token, CONFIG_FILE=file) as process:
         process.stdout.readline()
         process.terminate()
         assert ("set BEARER_TOKEN" in process.communicate(timeout=20)[1]) == warned
@@ -7591,8 +7434,7 @@ def test_an_open_address_is_warned_of(config):
 
 @pytest.mark.parametrize("form", ["text", "json"])
 def test_log_lines(form, akash):
-    with started("--log-format", form, AKASH_BASE_URL=akash.url) as (process, port):
-        server = type("Server", (), {"server_port": port})
+    with started("--log-format", form, AKASH_BASE_URL=akash.url) as (process, server):
         stream(server, {"model": "demo", "messages": [user("secret words")]})
         ask(server, path="/no%0Awhere%1b[31m", headers={"Authorization": "Bearer s3cret"})
         process.terminate()
@@ -7609,14 +7451,6 @@ def test_log_lines(form, akash):
                          r"first_ms=\d+ ms=\d+ bytes=\d+ estimated_in=\d+ estimated_out=\d+ id=req_\w+$", lines[0]) and "path=/no\\nwhere\\x1b[31m status=404" in lines[1]
 
 
-ESTIMATED = {   # (path, body, how the counts are called there, where the usage stands)
-    "a chat": ("/v1/chat/completions", {"messages": [user("x" * 400)]}, ("prompt_tokens", "completion_tokens")),
-    "a completion": ("/v1/completions", {"prompt": "x" * 400}, ("prompt_tokens", "completion_tokens")),
-    "Messages": ("/v1/messages", {"messages": [user("x" * 400)], "max_tokens": 99}, ("input_tokens", "output_tokens")),
-    "Responses": ("/v1/responses", {"input": "x" * 400}, ("input_tokens", "output_tokens")),
-}
-
-
 def usages(got):
     """All usages in an answer, streamed or not."""
     documents = [got.json] if got.json else [json.loads(line[6:]) for line in got.body.decode().split("\n") if line.startswith("data: {")]
@@ -7624,7 +7458,12 @@ def usages(got):
     return [part["usage"] for part in inner if part.get("usage")]
 
 
-@table(ESTIMATED)
+@table({   # (path, body, how the counts are called there, where the usage stands)
+    "a chat": ("/v1/chat/completions", {"messages": [user("x" * 400)]}, ("prompt_tokens", "completion_tokens")),
+    "a completion": ("/v1/completions", {"prompt": "x" * 400}, ("prompt_tokens", "completion_tokens")),
+    "Messages": ("/v1/messages", {"messages": [user("x" * 400)], "max_tokens": 99}, ("input_tokens", "output_tokens")),
+    "Responses": ("/v1/responses", {"input": "x" * 400}, ("input_tokens", "output_tokens")),
+})
 @pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("told", [False, True])
 def test_usage_is_always_there(case, streamed, told, akash, serve, caplog):
@@ -7668,9 +7507,8 @@ def test_tokens_are_estimated_alike_however_they_come(text):
     assert usage[0] == usage[1] == usage[2] and usage[0]["completion_tokens"] == akashproxy.estimate_tokens(text * 50)
 
 
-def test_a_relayed_answer_without_usage_stays_as_it_is(pool, caplog):
+def test_a_relayed_answer_without_usage_stays_as_it_is(fake, pool, caplog):
     caplog.set_level("INFO")
-    fake = FakeOpenAI()
     server = pool(fake)
     assert chat(server, BOTH).body == fake.completion()
     assert chat(server, BOTH, stream=True, stream_options={"include_usage": True}).body == b"".join(fake.events())
@@ -7694,10 +7532,10 @@ def test_an_upstream_cut_at_any_byte_loses_and_doubles_nothing(kind, streamed, t
     words = re.findall(r"\S+\s*", text)
     if kind == "akash":
         first, model = FakeAkash(), CHAT["model"]
-        data = STREAM_HEAD + b"".join(map(chunk, [STEP, *[b"0:" + json.dumps(word).encode() + b"\n" for word in words], STOP])) + b"0\r\n\r\n"
+        data = STREAM_HEAD + chunks(*[STEP, *[b"0:" + json.dumps(word).encode() + b"\n" for word in words], STOP])
     else:
         first, model = FakeOpenAI(text=text), "both"
-        data = (first.head() + b"".join(map(chunk, first.events())) + b"0\r\n\r\n" if streamed else reply(body=first.completion(), chunked=False))
+        data = (first.head() + chunks(*first.events()) if streamed else reply(body=first.completion(), chunked=False))
     second = FakeOpenAI(text="from b.", models=[model])
     server = pool((first, {"priority": 1}), *([(second, {"priority": 2})] if two else []))
     body = {"model": model, "messages": [user("hi")]}
@@ -7705,7 +7543,7 @@ def test_an_upstream_cut_at_any_byte_loses_and_doubles_nothing(kind, streamed, t
     if kind == "akash":
         first.chat = unchunked(data.partition(b"\r\n\r\n")[2])      # for a second try on a new connection
     for cut_at in [*range(0, len(data), 7), len(data)]:
-        first.faults.append(lambda sock, request: sock.sendall(data[:cut_at]))
+        first.sends(data[:cut_at])
         for member in server.pool.upstreams:
             member.cooldowns.clear()
         got = chat(server, body, stream=streamed)
@@ -7726,17 +7564,6 @@ def test_an_upstream_cut_at_any_byte_loses_and_doubles_nothing(kind, streamed, t
     wait_for(lambda: all(member.in_flight == 0 for member in server.pool.upstreams))
 
 
-def reset(sock):
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    sock.close()
-
-
-def stalled(sock):
-    with contextlib.suppress(OSError):
-        while sock.recv(65536):
-            pass
-
-
 FAULTS = {"cut": lambda sock: None, "reset": reset, "silence": stalled, "nonsense": lambda sock: sock.sendall(b"\xff\0zz")}
 
 
@@ -7749,10 +7576,10 @@ def test_every_fault_at_every_place(kind, fault, streamed, pool, monkeypatch):
     words = re.findall(r"\S+\s*", text)
     if kind == "akash":
         first, model = FakeAkash(), CHAT["model"]
-        head, tail = STREAM_HEAD, b"".join(map(chunk, [*[b"0:" + json.dumps(word).encode() + b"\n" for word in words], STOP])) + b"0\r\n\r\n"
+        head, tail = STREAM_HEAD, chunks(*[*[b"0:" + json.dumps(word).encode() + b"\n" for word in words], STOP])
     else:
         first, model = FakeOpenAI(text=text), "both"
-        head, tail = ((first.head(), b"".join(map(chunk, first.events())) + b"0\r\n\r\n") if streamed
+        head, tail = ((first.head(), chunks(*first.events())) if streamed
                       else reply(body=first.completion(), chunked=False).split(b"\r\n\r\n"))
         head, tail = (head, tail) if streamed else (head + b"\r\n\r\n", tail)
     second = FakeOpenAI(text="from b.", models=[model])
@@ -7802,7 +7629,7 @@ def test_a_thousand_streams_at_once_lose_nothing(pool):
     server = pool(a, first_byte_timeout=60, idle_timeout=60)
     request = post("/v1/chat/completions", {**BOTH, "stream": True}, "Connection: close")
     with contextlib.ExitStack() as stack:
-        socks = [stack.enter_context(socket.create_connection(("127.0.0.1", server.server_port), timeout=60)) for _ in range(1000)]
+        socks = [stack.enter_context(connect(server)) for _ in range(1000)]
         for sock in socks:
             sock.sendall(request)
         gate.wait(60)
@@ -7823,7 +7650,7 @@ def soak(count, log=lambda line: None):
     akash, paid = FakeAkash(), FakeOpenAI(models=["gpt-x", CHAT["model"]])
     akash.requests = paid.requests = collections.deque(maxlen=10)
     faults = [[akash.cut(b'0:"one "\n'), akash.raw(reply(500)), akash.raw(b"\0"), akash.raw(reply(429, b"{}", extra=b"Retry-After: 1\r\n")),
-               akash.raw(reply(403, BAD_SESSION))], [paid.cut(), paid.status(500), paid.garbage(b"\0"), paid.status(404), paid.early()]]
+               akash.raw(reply(403, BAD_SESSION))], [paid.cut(), paid.status(500), paid.raw(b"\0"), paid.status(404), paid.early()]]
     config = {"max_wait": 0, "controllers": [{"type": "akash", "base_url": akash.url}, {"base_url": paid.url + "/v1", "api_key": "k"}]}
     path = pathlib.Path(os.environ.get("TMPDIR", "/tmp")) / f"akashproxy-soak-{os.getpid()}.json"
     path.write_text(json.dumps(config))
@@ -7848,16 +7675,14 @@ def soak(count, log=lambda line: None):
             elif kind == 3:
                 talk(server, list(ATTACKS.values())[at % len(ATTACKS)][0], half_close=True)
             elif kind == 4:
-                with socket.create_connection(("127.0.0.1", server.server_port)) as sock:
-                    sock.sendall(post("/v1/chat/completions", {**CHAT, "stream": True}))
+                connect(server, post("/v1/chat/completions", {**CHAT, "stream": True})).close()
             elif kind == 5:
                 ask(server, "POST", "/v1/embeddings", {"model": "gpt-x"})
             else:
                 chat(server, stream=kind % 2 == 0)
 
     try:
-        with started("--config-file", str(path), "--log-level", "error") as (process, port):
-            server = type("Server", (), {"server_port": port})
+        with started("--config-file", str(path), "--log-level", "error") as (process, server):
             early = None
             with concurrent.futures.ThreadPoolExecutor(8) as threads:
                 for begin in range(0, count, 500):
@@ -7890,13 +7715,11 @@ def in_one_look(server, *happenings):
     free.set()
 
 
-def test_what_has_left_the_watchdog_is_not_read_by_it(pool, caplog):
-    a = FakeOpenAI()
+def test_what_has_left_the_watchdog_is_not_read_by_it(a, pool, caplog):
     a.faults.append(lambda sock, request: stalled(sock))
     server = known(pool(a))
     request = post("/v1/chat/completions", {**BOTH, "stream": True})
-    with socket.create_connection(("127.0.0.1", server.server_port), timeout=10) as sock:
-        sock.sendall(request)
+    with connect(server, request) as sock:
         wait_for(lambda: any(relays(server)))
         in_one_look(server, lambda: [link.shutdown(socket.SHUT_RDWR) for link in list(a.open)],     # so a thread asks again
                     lambda: sock.sendall(get()))
@@ -7909,8 +7732,7 @@ def test_what_has_left_the_watchdog_is_not_read_by_it(pool, caplog):
     assert not caplog.records
 
 
-def test_nothing_is_asked_for_a_client_that_was_found_gone(pool, caplog):
-    a = FakeOpenAI()
+def test_nothing_is_asked_for_a_client_that_was_found_gone(a, pool, caplog):
     gate = threading.Event()
 
     def fault(sock, request):
@@ -7922,8 +7744,7 @@ def test_nothing_is_asked_for_a_client_that_was_found_gone(pool, caplog):
     a.faults.append(fault)
     server = pool(a)
     request = post("/v1/chat/completions", {**BOTH, "stream": True})
-    sock = socket.create_connection(("127.0.0.1", server.server_port), timeout=10)
-    sock.sendall(request * 2)
+    sock = connect(server, request * 2)
     sock.recv(10)
     in_one_look(server, gate.set, lambda: reset(sock))
     wait_for(lambda: not server.connections and server.pool.upstreams[0].in_flight == 0)
@@ -7938,9 +7759,8 @@ def test_a_session_and_a_connection_may_end_together(akash, serve):
     assert chat(server).status == 200
 
 
-def test_bytes_beyond_an_answer_without_a_body(pool):
-    a = FakeOpenAI()
-    a.faults.append(a.garbage(b"HTTP/1.1 204 No Content\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil") )
+def test_bytes_beyond_an_answer_without_a_body(a, pool):
+    a.sends(b"HTTP/1.1 204 No Content\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil")
     a.faults[0] = (lambda fault: lambda sock, request: fault(sock, request) or True)(a.faults[0])
     server = pool(a)
     got = ask(server, "POST", "/v1/rerank", {"model": "both"})
@@ -7948,8 +7768,7 @@ def test_bytes_beyond_an_answer_without_a_body(pool):
     assert chat(server, BOTH).body == a.completion() and a.connections == 2
 
 
-def test_an_answer_that_nobody_asked_for_goes_to_nobody(pool):
-    a = FakeOpenAI()
+def test_an_answer_that_nobody_asked_for_goes_to_nobody(a, pool):
     notified = threading.Event()
 
     def twice(sock, request):
@@ -7968,7 +7787,7 @@ def test_an_answer_that_nobody_asked_for_goes_to_nobody(pool):
 
 def test_no_ping_follows_the_end_of_a_response(akash, serve):
     server = serve(heartbeat=0.05)
-    with socket.create_connection(("127.0.0.1", server.server_port), timeout=10) as sock:
+    with connect(server) as sock:
         akash.faults.append(akash.stall(b'0:"x"\n'))
         sock.sendall(post("/v1/chat/completions", {**CHAT, "stream": True}))
         wait_for(lambda: relays(server))
@@ -7982,9 +7801,8 @@ def test_no_ping_follows_the_end_of_a_response(akash, serve):
             got += sock.recv(65536)
 
 
-def test_an_upstream_that_goes_on_after_the_end_is_left(pool, monkeypatch):
+def test_an_upstream_that_goes_on_after_the_end_is_left(a, pool, monkeypatch):
     monkeypatch.setattr(akashproxy.EventStream, "DRAIN_TIMEOUT", 0.2)
-    a = FakeOpenAI()
     left = threading.Event()
 
     def endless(sock, request):
@@ -7998,15 +7816,13 @@ def test_an_upstream_that_goes_on_after_the_end_is_left(pool, monkeypatch):
 
     a.faults.append(endless)
     server = pool(a)
-    with socket.create_connection(("127.0.0.1", server.server_port), timeout=10) as sock:
-        sock.sendall(post("/v1/chat/completions", {**BOTH, "stream": True}))
+    with connect(server, post("/v1/chat/completions", {**BOTH, "stream": True})):
         wait_for(left.is_set, 3)
     wait_for(lambda: server.pool.upstreams[0].in_flight == 0)
 
 
-def test_comments_without_an_end_are_not_kept(pool, monkeypatch):
+def test_comments_without_an_end_are_not_kept(a, pool, monkeypatch):
     monkeypatch.setattr(akashproxy.PassthroughDecoder, "MAX_HELD", 1 << 18)
-    a = FakeOpenAI()
 
     def endless(sock, request):
         sock.sendall(a.head())
@@ -8024,12 +7840,10 @@ def test_what_echo_cannot_draw_is_refused(pool):
     assert ask(server, "POST", "/v1/images/generations", {"prompt": "x", "n": 20}).status == 400
 
 
-def test_no_more_threads_for_a_client_that_got_pings(pool, monkeypatch):
-    a = FakeOpenAI()
+def test_no_more_threads_for_a_client_that_got_pings(a, pool, monkeypatch):
     a.faults.append(lambda sock, request: stalled(sock))
     server = pool(a, heartbeat=0.05)
-    with socket.create_connection(("127.0.0.1", server.server_port), timeout=10) as sock:
-        sock.sendall(post("/v1/chat/completions", {**BOTH, "stream": True}))
+    with connect(server, post("/v1/chat/completions", {**BOTH, "stream": True})) as sock:
         got = sock.recv(65536)
         monkeypatch.setattr(threading.Thread, "start", lambda thread: (_ for _ in ()).throw(RuntimeError("can't start new thread")))
         monkeypatch.setattr(server.workers, "idle", 0)
@@ -8044,8 +7858,7 @@ def test_no_more_threads_for_a_client_that_got_pings(pool, monkeypatch):
 def test_client_sockets_never_block(serve):
     """Some platforms have no MSG_DONTWAIT: there a blocking socket could stop the loop."""
     server = serve()
-    with socket.create_connection(("127.0.0.1", server.server_port)) as sock:
-        sock.sendall(b"GET ")
+    with connect(server, b"GET "):
         wait_for(lambda: server.connections)
         assert all(not connection.sock.getblocking() for connection in server.connections.copy())
 
@@ -8073,7 +7886,7 @@ def prepared(path, streamed, count, pause):
         end = FakeOpenAI.event({}, "stop") + b"data: [DONE]\n\n"
     else:
         return [reply(body=FakeOpenAI.completion(type("Said", (), {"text": b"".join(tokens).decode()})), chunked=False)]
-    parts = [head, *map(chunk, parts), chunk(end) + b"0\r\n\r\n"]
+    parts = [head, *map(chunk, parts), chunks(end)]
     return [parts[0] + parts[1], *parts[2:-2], parts[-2] + parts[-1]] if pause else [b"".join(parts)]
 
 
@@ -8311,7 +8124,9 @@ def bench(seconds=3.0, most=1000):
 
 MOST_VALUES = akashproxy.MAX_JSON_VALUES
 PROSE = b"Hello, world: [this] is {prose}, "
-JSON_LIMITS = {
+
+
+@table({
     # name: (text, is it accepted?)
     "prose full of marks": (b'"' + PROSE * 20000 + b'"', True),
     "escaped quotes": (b'["' + rb'\",' * MOST_VALUES + b'"]', True), "escaped backslashes": (b'["' + rb'\\' * MOST_VALUES + b'","' + b"," * MOST_VALUES + b'"]', True),
@@ -8328,10 +8143,7 @@ JSON_LIMITS = {
     "a huge integer": (b"9" * 5000, False), "a huge fraction": (b"-1.5e999", False), "a long fraction": (b"0." + b"9" * 5000, True), "NaN": (b"[NaN]", False),
     "a large text that is no UTF-8": (b'"' + b"\x80" * 1_200_000 + b'"', False), "another one": (b'"' + b"\xff" * 1_200_000 + b'"', False),
     "a large text with an open string": ('"\u4e2d'.encode() + b"x" * 1_200_000, False), "one with a break": ('"\u4e2d'.encode() + b"x" * 1_200_000 + b'\n"', False),
-}
-
-
-@table(JSON_LIMITS)
+})
 def test_json_is_bounded_before_it_is_parsed(case):
     text, accepted = case
     if accepted:
@@ -8369,8 +8181,7 @@ def test_large_json_is_read_and_written_as_small_json_is(seed):
             assert akashproxy.from_json(malformed) == value
 
 
-def test_embeddings_of_many_token_ids_are_relayed(pool):
-    fake = FakeOpenAI()
+def test_embeddings_of_many_token_ids_are_relayed(fake, pool):
     server = pool(fake)
     assert ask(server, "POST", "/v1/embeddings", {"model": "gpt-x", "input": [[12345] * 1000] * 300},
                {"Content-Type": "application/json"}).status == 200
@@ -8404,8 +8215,7 @@ ODD_COUNTS = [-1, -5, 1 << 53, int("9" * 4200), True, 1.5, "7", None, [], {}]
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/v1/responses"])
-def test_only_counts_are_taken_as_counts(path, pool):
-    fake, akash = FakeOpenAI(), FakeAkash()
+def test_only_counts_are_taken_as_counts(path, fake, akash, pool):
     servers = [(pool((fake, {"paths": ("/none",)}), metrics="public"), fake), (pool(akash, metrics="public"), akash)]
     for (server, upstream), odd, streamed in itertools.product(servers, ODD_COUNTS, (True, False)):
         usage = {"prompt_tokens": odd, "completion_tokens": odd, "total_tokens": odd, "promptTokens": odd, "completionTokens": odd}
@@ -8415,11 +8225,11 @@ def test_only_counts_are_taken_as_counts(path, pool):
             if upstream is fake:
                 events = [fake.event({"content": "x"}), fake.event({}, "stop"), b"data: " + json.dumps({"choices": [], "usage": reported}).encode() + b"\n\n",
                           b"data: [DONE]\n\n"]
-                complete = reply(body=json.dumps({"choices": [{"message": {"content": "x"}, "finish_reason": "stop"}], "usage": reported}).encode())
-                answer = fake.head() + b"".join(map(chunk, events)) + b"0\r\n\r\n" if streamed else complete
+                complete = reply(body={"choices": [{"message": {"content": "x"}, "finish_reason": "stop"}], "usage": reported})
+                answer = fake.head() + chunks(*events) if streamed else complete
             else:
-                answer = STREAM_HEAD + chunk(b'0:"x"\nd:' + json.dumps({"finishReason": "stop", "usage": reported}).encode() + b"\n") + b"0\r\n\r\n"
-            upstream.faults.append(lambda sock, request, answer=answer: sock.sendall(answer) or True)
+                answer = STREAM_HEAD + chunks(b'0:"x"\nd:' + json.dumps({"finishReason": "stop", "usage": reported}).encode() + b"\n")
+            upstream.sends(answer, keep=True)
             got = ask(server, "POST", path, {**ASKED, "input": "hi", "stream": streamed, "stream_options": {"include_usage": True}})
             assert got.status == 200, got
             numbers = [int(number) for number in re.findall(rb'_tokens":(-?\d+)', got.body)]
@@ -8431,34 +8241,31 @@ def test_only_counts_are_taken_as_counts(path, pool):
         assert counts and all(float(count).is_integer() and 0 < float(count) < 1 << 53 for count in counts)
 
 
-def test_a_list_of_models_has_counts_too(pool):
-    fake = FakeOpenAI()
-    fake.answer = lambda sock, request: sock.sendall(reply(body=json.dumps({"data": [
-        {"id": f"m{at}", "created": odd} for at, odd in enumerate([*ODD_COUNTS, 1700000000])]}).encode())) or True
+def test_a_list_of_models_has_counts_too(fake, pool):
+    fake.answer = lambda sock, request: sock.sendall(reply(body={"data": [
+        {"id": f"m{at}", "created": odd} for at, odd in enumerate([*ODD_COUNTS, 1700000000])]})) or True
     server = pool(fake)
     assert [model["created"] for model in ask(server, path="/v1/models").json["data"]] == [0] * len(ODD_COUNTS) + [1700000000]
     assert ask(server, path="/v1/models", headers={"anthropic-version": "x"}).status == 200
 
 
-def test_numbers_that_are_no_json_are_not_passed_on(pool):
+def test_numbers_that_are_no_json_are_not_passed_on(fake, akash, pool):
     """Of an upstream: arguments of a tool in either format, and an event with one."""
     def strict(body):
         return json.loads(body, parse_constant=lambda name: pytest.fail(name))
 
-    fake, akash = FakeOpenAI(), FakeAkash()
     for arguments in ('{"a":1e999}', '{"a":NaN}', "[" * 700 + "]" * 700, '{"a":' * 5000 + "1" + "}" * 5000, "9" * 5000):
         call = {"index": 0, "id": "i", "type": "function", "function": {"name": "f", "arguments": arguments}}
-        complete = reply(body=json.dumps({"choices": [{"message": {"tool_calls": [call]}, "finish_reason": "tool_calls"}]}).encode())
-        fake.faults.append(lambda sock, request, whole=complete: sock.sendall(whole) or True)
+        complete = reply(body={"choices": [{"message": {"tool_calls": [call]}, "finish_reason": "tool_calls"}]})
+        fake.sends(complete, keep=True)
         got = ask(pool((fake, {"paths": ("/none",)})), "POST", "/v1/messages", ASKED)
         assert got.status == 200 and strict(got.body)["content"][0]["input"] == {"arguments": arguments}
-    akash.faults.append(lambda sock, request: sock.sendall(STREAM_HEAD + chunk(
+    akash.sends(STREAM_HEAD + chunk(
         b'9:{"toolCallId":"c","toolName":"f","args":{"a":1e999,"b":-Infinity,"c":NaN,"d":1.5}}\nd:{"finishReason":"tool-calls","usage":{"promptTokens":1e999}}\n')
-        + b"0\r\n\r\n") or True)
+        + b"0\r\n\r\n", keep=True)
     got = ask(pool(akash), "POST", "/v1/messages", ASKED)
     assert strict(got.body)["content"][0]["input"] == {"a": None, "b": None, "c": None, "d": 1.5}
-    fake.faults.append(lambda sock, request: sock.sendall(
-        fake.head() + chunk(b'data: {"choices":[{"delta":{"content":"x"},"logprobs":-1e999}]}\n\n') + b"0\r\n\r\n") or True)
+    fake.sends(fake.head() + chunks(b'data: {"choices":[{"delta":{"content":"x"},"logprobs":-1e999}]}\n\n'), keep=True)
     got = ask(pool((fake, {"paths": ("/none",)})), "POST", "/v1/messages", {**ASKED, "stream": True})
     assert got.status == 200 and b'"text":"x"' in got.body and b"nfinity" not in got.body
 
@@ -8470,7 +8277,7 @@ def test_an_upstreams_number_that_is_not_finite_costs_no_answer(odd, path, pool)
     for padding in ("", "\u4e2d" * (1 << 19)):     # a large text is parsed another way
         fake = FakeOpenAI()
         data = json.dumps({**whole, "padding": padding}, ensure_ascii=False).replace('"ODD"', odd).encode()
-        fake.faults.append(fake.garbage(reply(200, data)))
+        fake.sends(reply(200, data))
         got = ask(pool((fake, {"paths": ("/none",)})), "POST", path, {**ASKED, "input": "hi"})
         assert got.status == 200 and "fine" in json.dumps(json.loads(got.body, parse_constant=pytest.fail))
 
@@ -8504,9 +8311,8 @@ NAMED = {
 
 @pytest.mark.parametrize("form", ["text", "json"])
 @pytest.mark.parametrize("name", LONG_NAMES)
-def test_what_is_quoted_is_cut(name, form, pool, caplog):
+def test_what_is_quoted_is_cut(name, form, akash, pool, caplog):
     caplog.set_level("INFO", "akashproxy")
-    akash = FakeAkash()
     servers = [pool(akash), pool(FakeOpenAI(), akash)]
     formatter = akashproxy.LogFormat(form)
     for what, make in NAMED.items():
@@ -8515,7 +8321,7 @@ def test_what_is_quoted_is_cut(name, form, pool, caplog):
             got = ask(server, method, path, body, {"Content-Type": "application/json"})
             assert len(got.body) + len(str(got.headers)) < 5000, (what, len(got.body))
     for words in ("invalid model name", "x" * 50_000, "\x01" * 50_000):     # and what an upstream says
-        akash.faults.append(lambda sock, request, words=words: sock.sendall(reply(500, json.dumps({"message": words}).encode())) or True)
+        akash.sends(reply(500, {"message": words}), keep=True)
         assert len(chat(servers[0]).body) < 5000
     for server in servers:
         assert len(ask(server, path="/status").body) < 10_000
@@ -8550,11 +8356,11 @@ def test_line_breaks_of_unicode_break_no_event(kind, path, pool):
     fake = kind()
     raw = json.dumps(BREAKS, ensure_ascii=False).encode()
     if kind is FakeAkash:
-        answer = STREAM_HEAD + chunk(b"0:" + raw + b"\ng:" + raw + b"\n" + END % (b"stop", b"stop")) + b"0\r\n\r\n"
+        answer = STREAM_HEAD + chunks(b"0:" + raw + b"\ng:" + raw + b"\n" + END % (b"stop", b"stop"))
     else:
-        answer = fake.head() + chunk(b'data: {"choices":[{"delta":{"content":%b,"reasoning_content":%b}}]}\n\n' % (raw, raw)
-                                     + fake.event({}, "stop") + b"data: [DONE]\n\n") + b"0\r\n\r\n"
-    fake.faults.append(lambda sock, request: sock.sendall(answer) or True)
+        answer = fake.head() + chunks(b'data: {"choices":[{"delta":{"content":%b,"reasoning_content":%b}}]}\n\n' % (raw, raw)
+                                     + fake.event({}, "stop") + b"data: [DONE]\n\n")
+    fake.sends(answer, keep=True)
     server = pool((fake, {} if kind is FakeAkash else {"paths": ("/v1/chat/completions",)}))
     body = {**ASKED, SPOKEN[path]: ASKED["messages"] if SPOKEN[path] == "messages" else "hi", "stream": True, "thinking": {"type": "enabled"}}
     if (kind, path) == (FakeOpenAI, "/v1/completions"):
@@ -8608,8 +8414,7 @@ def test_the_estimate_of_tokens_is_that_of_its_parts():
 
 
 @pytest.mark.parametrize("streamed", [True, False])
-def test_a_response_repeats_no_large_field(streamed, pool):
-    fake = FakeOpenAI()
+def test_a_response_repeats_no_large_field(streamed, fake, pool):
     server = pool(fake)
     small = {"instructions": "Be brief.", "metadata": {"a": "b"}, "tools": [{"type": "function", "name": "f", "parameters": {}}]}
     large = {"instructions": "x" * 300_000, "metadata": {"a": "x" * 300_000}, "tools": [{**small["tools"][0], "description": "x" * 300_000}]}
@@ -8628,7 +8433,7 @@ def test_an_echo_of_many_words_has_few_events():
     try:
         for prompt in ("a b  c \n", "   ", "x " * 30_000):
             got = chat(server, {"model": "echo", "messages": [user(prompt)]}).json
-            assert got["choices"][0]["message"]["content"] == (prompt if prompt[-1] != "\n" else prompt.rstrip()), prompt[:9]
+            assert got["choices"][0]["message"]["content"] == prompt, prompt[:9]
             assert got["usage"]["completion_tokens"] <= 10_000
     finally:
         server.stop(0)
@@ -8639,7 +8444,10 @@ def prompt_of(content):
 
 
 LARGE = 4 << 20
-LARGE_BODIES = {
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="no /proc here")
+@table({
     # name: (path, body)
     "prose": ("/v1/chat/completions", lambda: prompt_of(b'"' + PROSE * (LARGE // 34) + b'"')),
     "prose for messages": ("/v1/messages", lambda: prompt_of(b'"' + PROSE * (LARGE // 34) + b'"')),
@@ -8658,22 +8466,17 @@ LARGE_BODIES = {
     "tools": ("/v1/responses", lambda: b'{"model":"both","input":"hi","stream":true,"tools":[{"type":"function","name":"f","description":"'
               + PROSE * (LARGE // 34) + b'"}]}'),
     "a model's name": ("/v1/chat/completions", lambda: b'{"messages":[{"role":"user","content":"x"}],"model":"' + b"m" * LARGE + b'"}'),
-}
-
-
-@pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="no /proc here")
-@table(LARGE_BODIES)
-def test_a_request_takes_at_most_eight_times_its_size(case, tmp_path):
+})
+def test_a_request_takes_at_most_eight_times_its_size(case, tmp_path, fake):
     path, make = case
-    fake, body = FakeOpenAI(), make()
+    body = make()
     config = tmp_path / "akashproxy.json"
     config.write_text(json.dumps({"controllers": [{"base_url": fake.url + "/v1", "api_key": "k"}]}))
 
     def memory(process, name):
         return int(re.search(rf"{name}:\s+(\d+)", pathlib.Path(f"/proc/{process.pid}/status").read_text())[1]) << 10
 
-    with started("--config-file", str(config), "--log-level", "error") as (process, port), concurrent.futures.ThreadPoolExecutor(1) as threads:
-        server = type("Server", (), {"server_port": port})
+    with started("--config-file", str(config), "--log-level", "error") as (process, server), concurrent.futures.ThreadPoolExecutor(1) as threads:
         assert ask(server, "POST", "/v1/messages", ASKED).status == 200     # what a first request loads
         before, slowest = memory(process, "VmRSS"), 0.0
         asked = threads.submit(ask, server, "POST", path, body, {"Content-Type": "application/json"})
@@ -8688,7 +8491,6 @@ def test_a_request_takes_at_most_eight_times_its_size(case, tmp_path):
 
 
 # == the seam between upstreams and the server ================================================
-
 
 
 def fuzzed(examples):
@@ -8862,9 +8664,8 @@ def test_where_a_framing_is_cut_changes_nothing(rng):
 
 @pytest.mark.parametrize("path, asked", [("/v1/chat/completions", "BOTH"), ("/v1/messages", "ASKED"), ("/v1/responses", "WANTED")])
 @pytest.mark.parametrize("streamed", [False, True])
-def test_whatever_an_upstream_sends_the_client_gets_an_answer_or_an_error(path, asked, streamed, pool):
+def test_whatever_an_upstream_sends_the_client_gets_an_answer_or_an_error(path, asked, streamed, akash, pool):
     rng, upstream = random.Random(f"{path} {streamed}"), FakeOpenAI()
-    akash = FakeAkash()
     fields = [b"Retry-After: Mon, 01 Jan 2024 00:00:00 +99999999999999999999\r\n", b"x-ratelimit-reset: 1.51.5\r\n", b"Retry-After: -1\r\n", b"",
               b"x-ratelimit-reset-tokens: 1e9s\r\n", b"Retry-After: \xb2\r\n", b"Content-Type: application/json\r\n", b"Keep-Alive: timeout=x\r\n"]
 
@@ -8875,7 +8676,7 @@ def test_whatever_an_upstream_sends_the_client_gets_an_answer_or_an_error(path, 
                 kind = "text/event-stream" if completion else "text/plain"
                 sock.sendall(reply(body=odd_lines(rng, rng.choice(kinds)), kind=kind, extra=extra))
             else:
-                sock.sendall(reply(status, json.dumps(odd(rng, completion if status == 200 else ERROR)).encode(), extra=extra))
+                sock.sendall(reply(status, odd(rng, completion if status == 200 else ERROR), extra=extra))
             return True
         return send
 
@@ -8959,7 +8760,7 @@ def test_a_bug_in_a_list_or_a_picture_harms_no_other_controller(place, pool, mon
 
 @pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("when", ["head", "first", "later", "end"])
-def test_a_bug_of_a_decoder_is_that_controllers_failure(when, streamed, pool, monkeypatch, caplog):
+def test_a_bug_of_a_decoder_is_that_controllers_failure(when, streamed, akash, b, pool, monkeypatch, caplog):
     seen = collections.Counter()
 
     def feed(self, data):
@@ -8974,7 +8775,6 @@ def test_a_bug_of_a_decoder_is_that_controllers_failure(when, streamed, pool, mo
         monkeypatch.setattr(AkashDecoder, "close", lambda self: {}["a bug"])
     if when == "head":
         monkeypatch.setattr(akashproxy.AkashController, "_decoder", lambda *_: opened(*_) and 1 / 0)
-    akash, b = FakeAkash(), FakeOpenAI()
 
     def fault(sock, request):
         sock.sendall(STREAM_HEAD + chunk(b'0:"half"\n'))
@@ -9052,9 +8852,7 @@ def test_the_idle_limit_rules_after_the_first_content(case, threaded, pool, monk
     assert b"sent nothing for 0.05 seconds" in silent_after(case, pool, threaded, monkeypatch, idle_timeout=0.05, first_byte_timeout=20)
 
 
-def test_comments_do_not_put_the_first_byte_limit_off(pool):
-    fake, b = FakeOpenAI(), FakeOpenAI()
-
+def test_comments_do_not_put_the_first_byte_limit_off(fake, b, pool):
     def comments(sock, request):
         sock.sendall(fake.head())
         while not fake.gone.wait(0.05):
@@ -9067,18 +8865,14 @@ def test_comments_do_not_put_the_first_byte_limit_off(pool):
     assert got.headers["x-akashproxy-route"] == "a=504, b=200"
 
 
-CUT_JSON = {
+@pytest.mark.parametrize("head", [b"HTTP/1.0 200 OK\r\n", b"HTTP/1.1 200 OK\r\nConnection: close\r\n", b"HTTP/1.1 200 OK\r\n"])
+@table({
     "half": (b'{"data":[{"embedding":[1,2', 502), "ends in a bracket": (b'{"data":[{"embedding":[1,2]}', 502), "nothing": (b"", 502),
     "an error": (b'{"error":{"message":"no","type":"x"}}', 502), "whole": (b'{"data":[{"embedding":[1,2]}]}\n', 200), "a list": (b"[1]", 502),
-}
-
-
-@pytest.mark.parametrize("head", [b"HTTP/1.0 200 OK\r\n", b"HTTP/1.1 200 OK\r\nConnection: close\r\n", b"HTTP/1.1 200 OK\r\n"])
-@table(CUT_JSON)
-def test_json_to_the_end_of_the_connection_is_looked_at(case, head, pool):
+})
+def test_json_to_the_end_of_the_connection_is_looked_at(case, head, a, b, pool):
     body, status = case
-    a, b = FakeOpenAI(), FakeOpenAI()
-    a.faults.append(a.garbage(head + b"Content-Type: application/json\r\n\r\n" + body))
+    a.sends(head + b"Content-Type: application/json\r\n\r\n" + body)
     server = pool((a, {"priority": 1}), (b, {"priority": 2}))
     got = ask(server, "POST", "/v1/embeddings", {"model": "both", "input": "x"})
     assert got.status == 200 and got.headers["x-akashproxy-route"] == ("a=200" if status == 200 else "a=502, b=200")
@@ -9095,7 +8889,7 @@ def test_a_tls_upstream_that_is_cut_is_not_whole(kind, framed, clean, pool, tmp_
 
     def fault(sock, request):
         sock.sendall(head + {"length": b"Content-Length: %d\r\n\r\n%b" % (len(body), body), "close": b"\r\n" + body,
-                             "chunked": b"Transfer-Encoding: chunked\r\n\r\n" + chunk(body) + b"0\r\n\r\n"}[framed])
+                             "chunked": b"Transfer-Encoding: chunked\r\n\r\n" + chunks(body)}[framed])
         with contextlib.suppress(OSError):
             sock.unwrap() if clean else socket.socket.shutdown(sock, socket.SHUT_WR)
 
@@ -9117,22 +8911,6 @@ def test_odd_reasons_to_end_are_unknown_ones():
 # == metrics ==================================================================================
 
 
-def samples(server, headers=None):
-    """What /metrics tells: {(name, label values): number}."""
-    got = ask(server, path="/metrics", headers=headers)
-    assert got.status == 200 and got.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8", got
-    return read_samples(got.body.decode())
-
-
-def read_samples(text):
-    found = {}
-    for line in text.splitlines():
-        if not line.startswith("#"):
-            name, labels, value = re.fullmatch(r'(\w+)(?:\{((?:\w+="(?:[^"\\]|\\.)*",?)+)\})? (\S+)', line).groups()
-            found[(name, *re.findall(r'="((?:[^"\\]|\\.)*)"', labels or ""))] = float(value)
-    return found
-
-
 def test_metrics_of_each_way_a_request_can_end(akash, serve):
     server = serve()
     akash.faults.extend([akash.raw(reply(400, b'{"error":"x"}')), akash.cut(b'0:"one "\n')])
@@ -9147,8 +8925,7 @@ def test_metrics_of_each_way_a_request_can_end(akash, serve):
     ask(server, "OPTIONS", "/v1/completions")
     talk(server, b"nonsense\r\n\r\n")
     akash.faults.append(akash.stall(None))
-    with socket.create_connection(("127.0.0.1", server.server_port)) as sock:
-        sock.sendall(post("/v1/chat/completions", CHAT))
+    with connect(server, post("/v1/chat/completions", CHAT)):
         wait_for(lambda: samples(server)["akashproxy_requests_in_flight",] == 1)
     expected = {("/v1/chat/completions", "200", "akash"): 3, ("/v1/chat/completions", "502", ""): 1, ("/v1/chat/completions", "400", ""): 1, ("/v1/chat/completions", "499", ""): 1,
                 ("/health", "200", ""): 1, ("/v1/models", "200", ""): 1, ("/v1/models/{}", "200", ""): 1, ("/v1/models/{}", "404", ""): 1,
@@ -9169,8 +8946,7 @@ def test_metrics_of_each_way_a_request_can_end(akash, serve):
     assert found["akashproxy_build_info", akashproxy.__version__, "%d.%d.%d" % sys.version_info[:3]] == 1
 
 
-def test_metrics_of_failovers_rests_and_tokens(pool, akash):
-    a = FakeOpenAI()
+def test_metrics_of_failovers_rests_and_tokens(a, pool, akash):
     a.faults.extend([a.status(429, extra=b"Retry-After: 99\r\n")])
     akash.chat = HELLO.replace(b'"promptTokens":null,"completionTokens":null', b'"promptTokens":11,"completionTokens":5')
     server = pool(a, (akash, {"priority": 2}))
@@ -9336,7 +9112,7 @@ def test_models_tokens_and_attempts_are_counted_by_name(pool):
     one, other = FakeOpenAI(["listed"]), FakeOpenAI(["listed"])
     one.faults.extend([one.status(500)])
     answer = {**json.loads(other.completion()), "usage": {"prompt_tokens": 11, "completion_tokens": 5, "total_tokens": 16}}
-    other.faults.extend([lambda sock, request: sock.sendall(reply(body=json.dumps(answer).encode())) or True])
+    other.faults.extend([lambda sock, request: sock.sendall(reply(body=answer)) or True])
     server = pool(one, (other, {"priority": 2}), keys=(akashproxy.ClientKeySettings(name="ann", key="k-ann"),))
     key = {"Authorization": "Bearer k-ann"}
     server.pool.models()
@@ -9369,8 +9145,7 @@ def test_the_log_says_how_a_response_ended(fault, ended, pool, caplog):
     body = {"model": "m", "stream": True, "messages": [user("hi")]}
     if fault == "left":
         fake.faults.append(fake.stall(1))
-        with socket.create_connection(("127.0.0.1", server.server_port)) as sock:
-            sock.sendall(post("/v1/chat/completions", body))
+        with connect(server, post("/v1/chat/completions", body)) as sock:
             assert sock.recv(65536)
     elif fault == "probe":
         ask(server, path="/health")
@@ -9402,21 +9177,6 @@ def test_a_malformed_trace_is_not_logged(text):
 
 
 # == keys =====================================================================================
-
-
-def keys(*names, **limits):
-    """Settings for some keys, each "NAME-key"."""
-    return tuple(akashproxy.ClientKeySettings(name=name, key=f"{name}-key", **limits) for name in names)
-
-
-def bearer(name):
-    return {"Authorization": f"Bearer {name}-key"}
-
-
-def counts(server, name="alice"):
-    """(in flight, requests, refused) of a key."""
-    key, = [key for key in server.keys if key.name == name]
-    return key.in_flight, key.requests, key.rejected
 
 
 def test_keys_in_a_file(config):
@@ -9524,7 +9284,7 @@ def test_images_end_with_their_client(akash, serve):
     akash.states.extend([{"status": "waiting", "queue_position": 1}] * 100000)
     server = serve(keys=keys("alice", max_concurrency=1))
     for number in range(12):
-        with socket.create_connection(("127.0.0.1", server.server_port)) as sock:
+        with connect(server) as sock:
             started = image_jobs(akash)
             sock.sendall(post("/v1/images/generations", {"prompt": f"x{number}", "n": 10}, "Authorization: Bearer alice-key"))
             wait_for(lambda: image_jobs(akash) > started)
@@ -9537,13 +9297,13 @@ def test_images_end_with_their_client(akash, serve):
 
 def test_no_image_is_begun_for_a_client_that_has_left(akash, serve):
     server, left = serve(), threading.Event()
-    sock = socket.create_connection(("127.0.0.1", server.server_port))
+    sock = connect(server)
 
     def leave(upstream, request):       # after the first of ten
         if not left.is_set():
             sock.close()
             left.set()
-        upstream.sendall(STREAM_HEAD + chunk(PICTURE_LINE) + b"0\r\n\r\n")
+        upstream.sendall(STREAM_HEAD + chunks(PICTURE_LINE))
         return True
 
     akash.faults.extend([leave] * 10)
@@ -9610,13 +9370,12 @@ def test_a_rate_on_the_wire(serve):
     "a whole answer": (None, {}, False), "a stream": (None, {"stream": True}, False),
     "an error": (lambda a: a.status(400), {}, False), "an error of a stream": (lambda a: a.status(500), {"stream": True}, False),
     "a stream that is cut": (lambda a: a.cut(1), {"stream": True}, False), "an answer that is cut": (lambda a: a.cut(), {}, False),
-    "an upstream that hangs up": (lambda a: a.refuse(), {}, False), "garbage": (lambda a: a.garbage(b"\0"), {"stream": True}, False),
+    "an upstream that hangs up": (lambda a: a.refuse(), {}, False), "garbage": (lambda a: a.raw(b"\0"), {"stream": True}, False),
     "a client that leaves": (lambda a: a.stall(), {}, True), "a client that leaves a stream": (lambda a: a.stall(1), {"stream": True}, True),
     "an unknown model": (None, {"model": ""}, False), "a mistake": (None, {"messages": 7}, False),
 })
-def test_a_call_is_in_flight_until_it_is_over(case, pool):
+def test_a_call_is_in_flight_until_it_is_over(case, a, pool):
     fault, fields, leaves = case
-    a = FakeOpenAI()
     server = pool(a, keys=keys("alice", max_concurrency=1))
     for asked in range(2):
         server.pool.upstreams[0].cooldowns.clear()
@@ -9624,8 +9383,7 @@ def test_a_call_is_in_flight_until_it_is_over(case, pool):
             a.faults.append(fault(a))
         if leaves:
             a.gone.clear()
-            with socket.create_connection(("127.0.0.1", server.server_port)) as sock:
-                sock.sendall(post("/v1/chat/completions", {**BOTH, **fields}, "Authorization: Bearer alice-key"))
+            with connect(server, post("/v1/chat/completions", {**BOTH, **fields}, "Authorization: Bearer alice-key")):
                 wait_for(lambda: len(a.bodies()) > asked)
                 assert counts(server)[0] == 1
                 got = chat(server, BOTH, bearer("alice"))
@@ -9653,8 +9411,7 @@ def test_the_next_call_can_be_made_as_soon_as_the_last_one_is_answered(pool, mon
         assert ask(server, "POST", "/v1/images/generations", {"prompt": "x"}, bearer("alice")).status == 404
 
 
-def test_a_stop_and_a_bug_end_a_call_once(pool):
-    a = FakeOpenAI()
+def test_a_stop_and_a_bug_end_a_call_once(a, pool):
     server = pool(a, keys=keys("alice", max_concurrency=2))
     key = server.keys[0]
     server.pool.acquire, take = lambda *_: 1 / 0, server.pool.acquire
@@ -9672,12 +9429,10 @@ def test_a_stop_and_a_bug_end_a_call_once(pool):
     assert key.in_flight == 0
 
 
-def test_a_bug_within_a_stream_leaves_nothing_in_flight(pool):
-    a = FakeOpenAI()
+def test_a_bug_within_a_stream_leaves_nothing_in_flight(a, pool):
     a.faults.append(a.stall(1))
     server = pool(a, keys=keys("alice"))
-    with socket.create_connection(("127.0.0.1", server.server_port), timeout=10) as sock:
-        sock.sendall(post("/v1/chat/completions", {**BOTH, "stream": True}, "Authorization: Bearer alice-key"))
+    with connect(server, post("/v1/chat/completions", {**BOTH, "stream": True}, "Authorization: Bearer alice-key")) as sock:
         wait_for(lambda: any(relay.exchange.committed for relay in relays(server)))
         flow = relays(server)[0]
         flow._step = lambda: 1 / 0
@@ -9691,7 +9446,7 @@ def test_a_bug_within_a_stream_leaves_nothing_in_flight(pool):
 
 def test_a_slow_client_is_in_flight_until_its_answer_is_here(pool):
     a = FakeOpenAI(text="word " * 30000)
-    a.faults.append(a.garbage(a.head() + b"".join(map(chunk, a.events())) + b"0\r\n\r\n"))
+    a.sends(a.head() + chunks(*a.events()))
     server = pool(a, keys=keys("alice"), write_timeout=0.5)
     with lazy_client(server) as sock:
         sock.sendall(post("/v1/chat/completions", {**BOTH, "stream": True}, "Authorization: Bearer alice-key"))
@@ -9725,8 +9480,7 @@ def test_models_of_a_key(pool):
     assert len(a.bodies()) == asked
 
 
-def test_two_models_in_one_body_are_no_way_around(pool):
-    a = FakeOpenAI()
+def test_two_models_in_one_body_are_no_way_around(a, pool):
     server = pool(a, keys=keys("alice", models=("gpt-x",)))
     body = b'{"mod\\u0065l":"both","x":1,"model":"gpt-x","messages":[{"role":"user","content":"hi"}]}'
     for path in ("/v1/chat/completions", "/v1/embeddings"):
@@ -9734,13 +9488,11 @@ def test_two_models_in_one_body_are_no_way_around(pool):
         assert b"both" not in a.requests[-1].body and json.loads(a.requests[-1].body)["x"] == 1
 
 
-def test_a_reload_keeps_the_counts_of_keys_that_stay(pool):
-    a = FakeOpenAI()
+def test_a_reload_keeps_the_counts_of_keys_that_stay(a, pool):
     server = pool(a, keys=keys("alice", "bob", max_concurrency=1))
     member = server.pool.upstreams[0]
     a.faults.append(a.stall(1))
-    with socket.create_connection(("127.0.0.1", server.server_port), timeout=10) as sock:
-        sock.sendall(post("/v1/chat/completions", {**BOTH, "stream": True}, "Authorization: Bearer alice-key"))
+    with connect(server, post("/v1/chat/completions", {**BOTH, "stream": True}, "Authorization: Bearer alice-key")):
         wait_for(a.bodies)
         changed = akashproxy.ClientKeySettings(name="alice", key="new-key", max_concurrency=1)
         server.reload(dataclasses.replace(server.settings, keys=(changed, *keys("carol"))))
@@ -9754,28 +9506,6 @@ def test_a_reload_keeps_the_counts_of_keys_that_stay(pool):
 
 # == the gate =================================================================================
 # What a client may do before anything is kept or asked for it: bodies, pages of other sites, limits of keys.
-
-
-def connect(server, data=b"", timeout=20):
-    sock = socket.create_connection(("127.0.0.1", getattr(server, "server_port", server)), timeout=timeout)
-    sock.sendall(data)
-    return sock
-
-
-def head_of(method, path, *fields):
-    return "\r\n".join([f"{method} {path} HTTP/1.1", "Host: localhost", *fields, "", ""]).encode()
-
-
-def status_of(sock):
-    """The status of an answer, 0 if the connection was closed without one."""
-    got = b""
-    with contextlib.suppress(ConnectionResetError):
-        while b"\r\n\r\n" not in got:
-            part = sock.recv(65536)
-            if not part:
-                break
-            got += part
-    return int(got[9:12] or b"0")
 
 
 def memory(pid):
@@ -9807,7 +9537,7 @@ def test_a_body_that_is_not_needed_but_here_is_skipped(framed, serve):
     assert talk(serve(), one + head_of("GET", "/v1/models", "Connection: close")).count(b"HTTP/1.1 200 ") == 2
 
 
-GATE = {    # name: (method, path, header fields, status)
+@table({    # name: (method, path, header fields, status)
     "no token": ("POST", "/v1/chat/completions", ["Content-Length: 1000"], 401),
     "a wrong token": ("POST", "/v1/embeddings", ["Authorization: Bearer x", "Content-Length: 1000"], 401),
     "no such path": ("POST", "/nowhere", ["x-api-key: k", "Content-Length: 1000"], 404),
@@ -9815,10 +9545,7 @@ GATE = {    # name: (method, path, header fields, status)
     "a large body": ("POST", "/v1/chat/completions", ["x-api-key: k", "Content-Length: 33554433"], 413),
     "another site's page": ("POST", "/v1/chat/completions", ["x-api-key: k", "Origin: https://b.example", "Content-Length: 1000"], 403),
     "a chunked body without a token": ("POST", "/v1/responses", ["Transfer-Encoding: chunked"], 401),
-}
-
-
-@table(GATE)
+})
 def test_what_a_head_says_is_refused_before_the_body(case, serve):
     method, path, fields, status = case
     server = serve(bearer_token=("k",), cors_origins=("https://a.example",))
@@ -9956,8 +9683,7 @@ CALLS = {"chat": ("POST", "/v1/chat/completions", "application/json"), "simple":
 
 @pytest.mark.parametrize("listed", ["default", "a list", "everybody"])
 @pytest.mark.parametrize("token", [False, True])
-def test_pages_of_other_sites(token, listed, pool):
-    fake = FakeOpenAI()
+def test_pages_of_other_sites(token, listed, fake, pool):
     cors = {"default": (), "a list": ("https://a.example", "app://mine"), "everybody": ("*",)}[listed]
     server = pool(fake, cors_origins=cors, bearer_token=("k",) if token else ())
     known(server)
@@ -9965,8 +9691,7 @@ def test_pages_of_other_sites(token, listed, pool):
              "app://mine": listed != "default" or token, **dict.fromkeys(LOCAL_ORIGINS, listed != "a list"),
              **dict.fromkeys(FOREIGN_ORIGINS, listed == "everybody" or listed == "default" and token)}
     rules[""] = True
-    link = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=20)
-    with contextlib.closing(link):
+    with link_to(server) as link:
         for origin, allowed in rules.items():
             for name, (method, path, kind) in CALLS.items():
                 asked = len(fake.requests)
@@ -10029,7 +9754,7 @@ def test_what_needs_a_token_is_not_for_shared_caches(settings, kind, akash, serv
         assert "public" not in ask(server, path=path, headers={"x-api-key": "k"}).headers.get("cache-control", "")
 
 
-CREDENTIALS = {     # header fields: is one of them the token?
+@table({     # header fields: is one of them the token?
     "Bearer": ({"Authorization": "Bearer k"}, True), "a tab": ({"Authorization": "Bearer\tk"}, True),
     "blanks": ({"Authorization": "bearer   k"}, True), "x-api-key": ({"x-api-key": "k"}, True), "Azure": ({"api-key": "k"}, True),
     "an empty Bearer": ({"Authorization": "Bearer ", "x-api-key": "k"}, True), "nothing": ({"Authorization": "", "x-api-key": "k"}, True),
@@ -10038,10 +9763,7 @@ CREDENTIALS = {     # header fields: is one of them the token?
     "all wrong": ({"Authorization": "Bearer x", "x-api-key": "y", "api-key": "z"}, False), "no scheme": ({"Authorization": "k"}, False),
     "Basic": ({"Authorization": "Basic k"}, False), "a part": ({"x-api-key": ""}, False), "more": ({"Authorization": "Bearer k k"}, False),
     "doubled": ({"Authorization": "Bearer Bearer k"}, False), "not ASCII": ({"x-api-key": "\xe9"}, False),
-}
-
-
-@table(CREDENTIALS)
+})
 def test_any_of_several_credentials_opens(case, serve):
     headers, opens = case
     for settings in ({"bearer_token": ("k",)}, {"keys": (akashproxy.ClientKeySettings(name="a", key="k"),)}):
@@ -10166,8 +9888,7 @@ def test_no_way_around_the_models_of_a_controller(pool):
     assert {model for request in fake.requests for model in read_models(request)} == {"cheap"}
 
 
-def test_json_with_a_forms_type_is_json(pool):
-    fake = FakeOpenAI()
+def test_json_with_a_forms_type_is_json(fake, pool):
     server = pool((fake, {"model_map": {"ours": "theirs"}}))
     ask(server, "POST", "/v1/embeddings", b' {"model":"ours","input":"x"}', {"Content-Type": URLENCODED})
     assert fake.bodies()[0]["model"] == "theirs" and fake.requests[-1].headers["content-type"] == JSON
@@ -10187,9 +9908,8 @@ def test_json_with_a_forms_type_is_json(pool):
     "within another": ("/v1/embeddings", JSON, calls_of(b'"model":"both","metadata":{"models":1}')[0], 200),
     "a form without": ("/v1/audio/transcriptions", FORM, multipart(FILE, (MODEL, b"both")), 200),
 })
-def test_fields_that_a_key_must_not_send(case, pool):
+def test_fields_that_a_key_must_not_send(case, fake, pool):
     path, kind, body, status = case
-    fake = FakeOpenAI()
     server = pool(fake, keys=keys("alice", refuse_fields=("fallbacks", "models")) + keys("bob"))
     got = ask(server, "POST", path, body, {**bearer("alice"), "Content-Type": kind})
     assert got.status == status and len(fake.bodies() if kind == JSON else fake.requests) == (status == 200), got.body
@@ -10433,15 +10153,9 @@ def nginx(folder, *replicas):
 def test_several_processes_behind_nginx(tmp_path):
     for written in (PORT, PORT + 1):
         assert f"`SERVER_ADDRESS=127.0.0.1:{written} python3 akashproxy.py`" in README and f"`server 127.0.0.1:{written}`" in README
-    with started("--demo") as (_, first), started("--demo") as (_, second), nginx(tmp_path, first, second) as port:
-        server = type("Server", (), {"server_port": port})
+    with started("--demo") as (_, first), started("--demo") as (_, second), nginx(tmp_path, first, second) as server:
         for _ in range(4):
             assert stream(server, {"model": "demo", "messages": [user("hi")]})[2] == "stop"
-
-
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        return sock.getsockname()[1]
 
 
 class Replicas:
@@ -10493,7 +10207,7 @@ class Replicas:
         first, *rest = self.fakes[0].events()
         sock.sendall(FakeOpenAI.head() + chunk(first))
         self.hold.wait(60)
-        sock.sendall(b"".join(map(chunk, rest)) + b"0\r\n\r\n")
+        sock.sendall(chunks(*rest))
 
     def keep_asking(self, stop, progress):
         while not stop.is_set():
@@ -10765,8 +10479,7 @@ MARKDOWN.update({
 })
 
 
-def test_markdown_on_the_page(browser, pool):
-    fake = FakeOpenAI()
+def test_markdown_on_the_page(browser, fake, pool):
     browser.open(pool(fake).url)
     for fake.text, expected in MARKDOWN.items():
         browser.ask("?")
@@ -10776,8 +10489,7 @@ def test_markdown_on_the_page(browser, pool):
 
 @pytest.mark.parametrize("part", ["`", "*", "_", "[", "**a *b", "``a `", "[a](https://", "\n", f"$x{'+ 10' * 9}$ ", f"- {'a' * 50}\n", "# a\n", "> ", "**`"],
                          ids=lambda part: part[:9].strip() or "lines")
-def test_a_long_line_of_marks_is_drawn_at_once(part, browser, pool):
-    fake = FakeOpenAI()
+def test_a_long_line_of_marks_is_drawn_at_once(part, browser, fake, pool):
     fake.events = lambda: [fake.event({"content": f"x {part * (100000 // len(part))}"}), fake.event({}, "stop")]
     browser.open(pool(fake).url)
     browser.call("Performance.enable", timeDomain="threadTicks")        # the thread's own time, whatever else the machine does
@@ -10891,7 +10603,7 @@ def test_html_in_names_prompts_and_answers_does_not_run(browser, pool):
     assert browser.text("#model") == f"<b>m</b>{HOSTILE}" and browser.text(".question") == HOSTILE
     assert browser.text(".text p") == browser.text(".text h2") == browser.text(".text li") == browser.text(".text code") == HOSTILE
     assert browser.run("document.querySelectorAll('main img, main script, main b, [onclick], [href^=javascript]').length") == 0
-    fake.faults.append(fake.status(400, json.dumps({"error": {"message": HOSTILE}}).encode()))
+    fake.faults.append(fake.status(400, {"error": {"message": HOSTILE}}))
     browser.ask("again")
     assert HOSTILE in browser.text(".answer > .bad")
     browser.run("location.hash = '#status'")
@@ -10899,8 +10611,7 @@ def test_html_in_names_prompts_and_answers_does_not_run(browser, pool):
     assert not browser.run("document.querySelector('.card .bad')"), "one client's words are not shown to others"
 
 
-def test_errors_on_the_page_say_what_to_do(browser, pool):
-    fake = FakeOpenAI()
+def test_errors_on_the_page_say_what_to_do(browser, fake, pool):
     server = pool(fake)
     browser.open(server.url)
     unknown = json.dumps({"error": {"message": "No such model.", "code": "model_not_found"}}).encode()
@@ -10920,14 +10631,13 @@ def test_errors_on_the_page_say_what_to_do(browser, pool):
     assert browser.run("[...answer.querySelectorAll('button')].some((each) => each.innerText === 'Try again')")
 
 
-def test_the_page_reads_events_by_the_standard(browser, pool):
-    fake = FakeOpenAI()
+def test_the_page_reads_events_by_the_standard(browser, fake, pool):
     two_lines = fake.event({"content": "a"})[6:-2].replace(b', "model"', b',\r\ndata: "model"')
     events = (b": hello\r\n\r\nid: 1\r\nevent: message\r\ndata:" + two_lines + b"\r\n\r\n: ping\n\n"
               + fake.event({"content": "\u00e9\u65e5"}) + fake.event({}, "stop") + b"data: [DONE]\n\n")
     for size in (1, 7, len(events)):
         parts = [chunk(events[at:at + size]) for at in range(0, len(events), size)]
-        fake.faults.append(fake.garbage(fake.head() + b"".join(parts) + b"0\r\n\r\n"))
+        fake.sends(fake.head() + b"".join(parts) + b"0\r\n\r\n")
     browser.open(pool(fake).url)
     for _ in range(3):
         browser.ask("Hello")
@@ -10971,8 +10681,7 @@ def test_chats_are_kept_renamed_and_deleted_with_undo(browser, pool):
     assert browser.text("#chats button") == "Greeting" and browser.text(".question") == "Hello"
 
 
-def test_settings_and_images_are_sent(browser, pool):
-    fake = FakeOpenAI()
+def test_settings_and_images_are_sent(browser, fake, pool):
     browser.open(pool(fake).url)
     browser.until("document.querySelector('#welcome button')")
     browser.run("document.getElementById('system').value = 'Be brief.', document.getElementById('max_tokens').value = 5")
@@ -10999,15 +10708,13 @@ def test_models_are_searched(browser, pool):
     assert browser.text("#model") == "family/model-42-chat"
 
 
-def test_a_failed_list_of_models_is_reported(browser, pool):
-    fake = FakeOpenAI()
+def test_a_failed_list_of_models_is_reported(browser, fake, pool):
     fake.answer = lambda sock, request: sock.sendall(reply(401, b'{"error": {"message": "no"}}')) or True
     browser.open(pool(fake).url)
     browser.until("document.querySelector('#note .bad')")
 
 
-def test_a_long_answer_in_small_parts_is_drawn_once(browser, pool):
-    fake = FakeOpenAI()
+def test_a_long_answer_in_small_parts_is_drawn_once(browser, fake, pool):
     fake.events = lambda: [*[fake.event({"content": "word " if number % 25 else "end.\n\n"}) for number in range(40000)],
                            fake.event({}, "stop")]
     browser.open(pool(fake).url)
@@ -11435,7 +11142,7 @@ def call_of(index, arguments="{}"):
 
 
 # name: (work, n -> items)
-ROWS = {
+@table({
     "fold: fragments of one call": (fold, lambda n: [call_of(0, "x" * 40)] * n),
     "fold: calls whose numbers have one hash": (fold, lambda n: [call_of(at * (2**61 - 1)) for at in range(n)]),
     "fold: texts": (fold, lambda n: [Text("a"), Reasoning("b")] * n),
@@ -11474,10 +11181,7 @@ ROWS = {
     "a head with many lines, byte by byte": (received, lambda n: [b"HTTP/1.1 200 OK\r\n", *[b"x", b":", b"\r", b"\n"] * (n * 15 // 8)]),
     "Akash: blanks in an error": (lambda parts: akashproxy.akash_error("".join(parts), "m"), lambda n: ["model a "] * n),
     "the span of a limit": (lambda parts: akashproxy.parse_duration("".join(parts)), lambda n: ["1m30.5s"] * n),
-}
-
-
-@table(ROWS)
+})
 def test_many_items_take_a_time_in_proportion_to_their_number(case):
     work, make = case
     times = growth(work, lambda many: make(many * 2000))
@@ -11528,29 +11232,6 @@ def test_odd_numbers_and_ids_of_calls_are_read():
     for index, id, expected in ((-1, "a", 0), (2**61, "b", 1), (None, {}, 1), (0, 7, 2), (0, [], 2)):
         event, = decoder.feed(chat_line({"tool_calls": [{"index": index, "id": id, "function": {"name": "f", "arguments": "x"}}]}))
         assert event.index == expected and event.id in (None, "a", "b", "7")
-
-
-STOPS_CUT = {
-    "one within another": (["aaba", "ab"], "aabaab"),
-    "one ends within another": (["abc", "bcd"], "xabcd"),
-    "both end together": (["ab", "aab"], "xaab"),
-    "the beginning of a longer one": (["abab", "b"], "aabab"),
-    "a border": (["aabaaab"], "aabaabaaab"),
-    "none": (["aaab", "aac"], "aabaaaaab"[:-2]),
-}
-
-
-@table(STOPS_CUT)
-def test_stops_end_an_answer_at_one_place_wherever_it_is_cut(case):
-    stops, text = case
-    found = []
-    for parts in pieces(text):
-        step = StopFilter(stops, None)
-        events = [event for part in parts for event in step.feed([Text(part)])] + step.feed([Finish("length")])
-        found.append(merged(events))
-    assert all(each == found[0] for each in found), found
-    ends = sorted((text.find(stop) + len(stop), -len(stop)) for stop in stops if stop in text)
-    assert fold(found[0]).text == (text[:sum(ends[0])] if ends else text)
 
 
 @pytest.mark.parametrize("text, seconds", [
@@ -11621,7 +11302,7 @@ class OwnHandler(akashproxy.Handler):
         self.wfile.write(self.rfile.read().upper())
 
 
-OWN_ANSWERS = {
+@table({
     "a length": ("GET", "/mine", None, 203, b"GET tests none 127.0.0.1"),
     "only the head": ("HEAD", "/mine", None, 203, b""),
     "chunks": ("GET", "/parts", None, 200, b"one two"),
@@ -11632,16 +11313,13 @@ OWN_ANSWERS = {
     "a line break in a header": ("GET", "/split", None, 500, None),
     "no response": ("GET", "/nothing", None, 500, None),
     "a bug": ("GET", "/bug", None, 500, None),
-}
-
-
-@table(OWN_ANSWERS)
+})
 def test_a_handler_as_of_http_server(case, akash):
     method, path, body, status, expected = case
     server = Server(Settings(server_address="127.0.0.1:0", akash_base_url=akash.url), OwnHandler)
     reported = []
     server.handle_error = lambda request, client_address: reported.append((client_address[0], sys.exc_info()[0]))
-    with server, contextlib.closing(http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)) as link:
+    with server, link_to(server) as link:
         for _ in range(2):      # the connection goes on
             got = ask_again(link, method, path, body, {"User-Agent": "tests"})
             assert got.status == status and (expected is None or got.body == expected), got
@@ -11679,7 +11357,7 @@ def with_select(server):
 def test_select_is_as_prompt_as_epoll(akash):
     server = with_select(Server(Settings(server_address="127.0.0.1:0", akash_base_url=akash.url)))
     server.loop.TICK = 0.5
-    with server, contextlib.closing(http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)) as link:
+    with server, link_to(server) as link:
         began = time.monotonic()
         for _ in range(20):
             assert ask_again(link, "POST", "/v1/chat/completions", CHAT).status == 200
@@ -11696,11 +11374,11 @@ def test_more_sockets_than_select_takes_are_refused(akash, caplog):
     server = with_select(Server(Settings(server_address="127.0.0.1:0", akash_base_url=akash.url)))
     taken = []
     try:
-        with server, contextlib.closing(http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)) as link:
+        with server, link_to(server) as link:
             assert ask_again(link).status == 200
             while not taken or taken[-1] < 1024:
                 taken.append(os.dup(0))
-            with socket.create_connection(("127.0.0.1", server.server_port), timeout=10) as sock:
+            with connect(server) as sock:
                 assert sock.recv(10) == b"", "refused"
             assert ask_again(link).status == 200, "the others are served on"
             for descriptor in taken:
@@ -11878,8 +11556,7 @@ def test_upstreams_replace_those_of_the_file(config):
 
 def test_first_steps_without_a_file(openai_fakes):
     one, two, dead = openai_fakes
-    with started("--upstream", one.url + "/v1", "--upstream", two.url) as (_, port):
-        server = type("Server", (), {"server_port": port})
+    with started("--upstream", one.url + "/v1", "--upstream", two.url) as (_, server):
         assert {each["id"] for each in ask(server, path="/v1/models").json["data"]} == {"llama3", "mistral", "phi"}
         got = ask(server, "POST", "/v1/chat/completions", {"model": "phi", "messages": [user("hi")]})
         assert got.status == 200 and got.headers["x-akashproxy-route"].startswith("openai-2")
@@ -11926,7 +11603,7 @@ def openai_fakes():
 
 def test_the_demo_refuses_unknown_models(demo):
     for stream in (False, True):
-        got = ask(type("Server", (), {"server_port": demo}), "POST", "/v1/chat/completions",
+        got = ask(demo, "POST", "/v1/chat/completions",
                   {"model": "gpt-4o", "stream": stream, "messages": [user("hi")]})
         assert got.status == 500 and got.json["code" if "code" in got.json else "error"], got
         assert b"model_not_found" in got.body
@@ -12095,7 +11772,7 @@ def test_the_readmes_embedding_uses_public_names_only():
 def test_the_readmes_controller_for_http_works(pool, monkeypatch):
     class Generating(Fake):
         def answer(self, sock, request):
-            sock.sendall(reply(body=json.dumps({"text": json.loads(request.body)["prompt"][::-1]}).encode()))
+            sock.sendall(reply(body={"text": json.loads(request.body)["prompt"][::-1]}))
 
     block = next(block for block in EMBEDDING if "Transport" in block)
     monkeypatch.setattr(akashproxy, "CONTROLLERS", dict(akashproxy.CONTROLLERS))
@@ -12103,7 +11780,7 @@ def test_the_readmes_controller_for_http_works(pool, monkeypatch):
     fake, other = Generating(), FakeOpenAI()
     server = pool((fake, {"type": "generate", "base_url": fake.url, "models": (BOTH["model"],)}), (other, {"priority": 2}))
     assert chat(server, BOTH, messages=[user("abc")]).json["choices"][0]["message"]["content"] == "cba"
-    fake.faults.append(lambda sock, request: sock.sendall(reply(500)))
+    fake.sends(reply(500))
     assert chat(server, BOTH, messages=[user("abc")]).headers["x-akashproxy-route"] == "a=502, b=200"
 
 
@@ -12210,7 +11887,7 @@ def test_the_bench(number, tmp_path):
         os.killpg(process.pid, 0)
 
 
-LOSSES = {
+@table({
     # name: (what is sent of the parts of an answer of four tokens, how much is lost)
     "nothing": (lambda parts: [b"".join(parts)], 0),
     "nothing, in single bytes": (lambda parts: re.findall(b"(?s).", b"".join(parts)), 0),
@@ -12222,13 +11899,9 @@ LOSSES = {
     "only the end of the message": (lambda parts: [*parts[:3], parts[3][:-5]], 1),
     "all": (lambda parts: [], 4),
     "an error": (lambda parts: [reply(500, b"{}")], 5),
-}
-
-
-@table(LOSSES)
-def test_the_bench_finds_what_is_lost(case):
+})
+def test_the_bench_finds_what_is_lost(case, fake):
     sent, lost = case
-    fake = FakeOpenAI()
     parts = [part.replace(SENT, b"%020d" % time.monotonic_ns()) for part in prepared(akashproxy.CHAT_PATH, True, 4, PAUSE)]
     fake.faults.append(lambda sock, request: [sock.sendall(data) for data in sent(parts)] and None)
     load = Load(fake.port, akashproxy.CHAT_PATH, True, 4, PAUSE, 1, 0.0).run()
@@ -12293,7 +11966,7 @@ def test_openai_models_and_images(openai_client, akash):
 
 def test_openai_errors(openai_client, akash):
     import openai
-    akash.faults.append(akash.raw(UPSTREAM["model-unknown"][0]))
+    akash.sends(UPSTREAM["model-unknown"][0])
     with pytest.raises(openai.InternalServerError) as caught:
         openai_client.with_options(max_retries=2).chat.completions.create(**CHAT)
     assert caught.value.code == "model_not_found" and len(akash.bodies()) == 1, "x-should-retry is obeyed"
@@ -12306,9 +11979,8 @@ CALL = [*({"tool_calls": calls} for calls in fragments([{"index": 0, "function":
         {"tool_calls": [{"index": 1, "id": "call_2", "type": "function", "function": {"name": "g", "arguments": ""}}]}]
 
 
-def test_openai_async_and_retries(pool):
+def test_openai_async_and_retries(a, pool):
     openai = pytest.importorskip("openai")
-    a = FakeOpenAI()
     server = pool((a, {"paths": ["/none"]}))
 
     async def talk():
@@ -12352,9 +12024,8 @@ def test_openai_tools_and_forms(pool):
             {"role": "tool", "tool_call_id": id, "content": "rain"} for id in ("call_1", "call_2"))]
 
 
-def test_openai_responses_that_fail(pool):
+def test_openai_responses_that_fail(a, pool):
     openai = pytest.importorskip("openai")
-    a = FakeOpenAI()
     with openai.OpenAI(base_url=pool(a).url + "/v1", api_key="none", max_retries=0) as client:
         with pytest.raises(openai.BadRequestError, match="nothing is stored"):
             client.responses.create(model="both", input="hi", previous_response_id="resp_1")
