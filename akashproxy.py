@@ -2608,7 +2608,7 @@ class ConnectError(OSError):
 
 
 def connect_problem(error: Exception, upstream: str, proxy: str) -> str:
-    """Why an address, or the proxy before it, can't be used; "" if that is not clear.
+    """Reason why an upstream, or the proxy before it, can't be used; "" if unknown.
 
     It names the host, but not the port: clients need not know the inner network.
     """
@@ -2621,7 +2621,7 @@ def connect_problem(error: Exception, upstream: str, proxy: str) -> str:
     if isinstance(error, ConnectionRefusedError):
         return f"{where} refused the connection (check that it runs, and the port)"
     if isinstance(error, OSError) and error.errno in (errno.EHOSTUNREACH, errno.ENETUNREACH):
-        return f"there is no route to {where} from here"
+        return f"this server has no route to {where}"
     if str(error).startswith("Tunnel connection failed: "):
         status = str(error).partition(": ")[2][:3]
         return f"{where} refused the connection with status {status} (check PROXY)"
@@ -6177,7 +6177,7 @@ class AkashImages:
     def _start_job(
         self, call: Call, data: bytes, batch: ImageBatch, index: int
     ) -> Optional[List[Event]]:
-        """Start a job of a batch, unless it has one; the events if the answer is text instead."""
+        """Start a job of a batch, unless it has one; events if the answer is text."""
         while not batch.lock.acquire(timeout=0.25):  # the predecessor is just starting it
             call.cancellation.raise_if_cancelled()
         try:
@@ -7845,7 +7845,7 @@ def make_upstreams(settings: Settings, previous: Optional["Pool"]) -> List[Upstr
 
 
 def enforce_deadlines() -> None:
-    """Cancel overdue attempts while there is no event loop to do it. Never returns."""
+    """Cancel overdue attempts in a process without an event loop. Never returns."""
     while True:
         time.sleep(0.25)
         CancelScope.cancel_overdue(time.monotonic())
