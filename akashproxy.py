@@ -2455,7 +2455,7 @@ class UpstreamRequest(urllib.request.Request):
     method: str
     body: Optional[bytes]
     scope: CancelScope
-    force_new_connection: object
+    retry_reason: str  # of a repeated request, which needs a new connection
     _tunnel_host: Optional[str]  # urllib's: the upstream, if a proxy tunnels to it
 
     def __init__(self, url: str, proxy: str = "") -> None:
@@ -2470,6 +2470,8 @@ class UpstreamRequest(urllib.request.Request):
                 credentials = base64.b64encode(b":".join(proxy_credentials(proxy))).decode()
                 headers = self.tunnel_headers if self._tunnel_host else self.fields
                 headers["Proxy-Authorization"] = "Basic " + credentials
+        # equal for requests that can share a connection
+        self.connection_key = self.type, self.host, self._tunnel_host
 
     def copy(self, headers: Dict[str, str], **attributes: Any) -> "UpstreamRequest":
         """Return a request with further headers and the attributes above."""
@@ -2522,8 +2524,7 @@ class ConnectionPool(urllib.request.BaseHandler):
 
     def http_open(self, request: UpstreamRequest) -> "UpstreamResponse":
         """Send a request on an idle or a new connection."""
-        key = request.type, request.host, request._tunnel_host
-        sock = None if request.force_new_connection else self._acquire(key)
+        sock = None if request.retry_reason else self._acquire(request.connection_key)
         reused = sock is not None
         if sock is None:
             sock = self._connect(request)
@@ -2538,7 +2539,7 @@ class ConnectionPool(urllib.request.BaseHandler):
                 if not reused and not isinstance(error, ConnectionError):
                     raise
                 log.debug("%s closed the connection while a request was sent", request.host)
-            return UpstreamResponse(sock, request, reused, self, key)
+            return UpstreamResponse(sock, request, reused, self)
         except BaseException:
             request.scope.detach()
             sock.close()
@@ -2774,10 +2775,10 @@ class UpstreamResponse:
     timeouts: "Timeouts"
 
     def __init__(
-        self, sock: Any, request: UpstreamRequest, reused: bool, pool: ConnectionPool, key: Any
+        self, sock: Any, request: UpstreamRequest, reused: bool, pool: ConnectionPool
     ) -> None:
-        self.sock, self.scope, self.no_body = sock, request.scope, request.method == "HEAD"
-        self.reused, self.pool, self.key = reused, pool, key
+        self.sock, self.request, self.scope = sock, request, request.scope
+        self.reused, self.pool = reused, pool
         self.status, self.keep_alive = 0, False
         self.headers: Dict[str, str] = {}
         self.body = NO_BODY
@@ -2829,7 +2830,7 @@ class UpstreamResponse:
             if self.interim > MAX_INTERIM_RESPONSES:
                 raise ProtocolError("there are too many interim responses")
         self.head_buffer = bytearray()
-        no_body = self.no_body or status in (204, 304)
+        no_body = self.request.method == "HEAD" or status in (204, 304)
         self.body = BodyDecoder({} if no_body else self.headers, until_close=not no_body)
         self.keep_alive = is_persistent(http_minor, self.headers) and not self.body.until_close
         self._check_content_encoding()
@@ -2927,7 +2928,8 @@ class UpstreamResponse:
             return
         self.scope.detach()
         if self.keep_alive and self.body.done and not self.body.trailing_data:
-            self.pool.release(self.key, sock, keepalive_seconds(self.headers))
+            seconds = keepalive_seconds(self.headers)
+            self.pool.release(self.request.connection_key, sock, seconds)
         else:
             sock.close()
 
@@ -2988,12 +2990,12 @@ class Transport:
         data: Optional[bytes] = None,
         headers: Optional[Dict[str, str]] = None,
         first_byte: Optional[float] = None,
-        force_new_connection: object = False,
+        retry_reason: str = "",
     ) -> UpstreamResponse:
         """Send a request and return before its response arrives.
 
-        ``first_byte`` replaces both timeouts of the response, in seconds. APIError 502, 503 or 504
-        if the request can't be sent.
+        ``first_byte`` replaces both timeouts of the response, in seconds. With a ``retry_reason``
+        the connection is a new one. APIError 502, 503 or 504 if the request can't be sent.
         """
         timeouts = cached_timeouts(
             self.upstream_name,
@@ -3006,7 +3008,7 @@ class Transport:
             method=method,
             body=data,
             scope=scope,
-            force_new_connection=force_new_connection,
+            retry_reason=retry_reason,
         )
         try:
             response: UpstreamResponse = self.opener.open(request, timeout=self.connect_timeout)
@@ -3020,9 +3022,7 @@ class Transport:
         """Send a request and wait for the head of its response; as start_request()."""
 
         def send(retry_reason: str) -> UpstreamResponse:
-            response = self.start_request(
-                method, path, scope, force_new_connection=retry_reason, **options
-            )
+            response = self.start_request(method, path, scope, retry_reason=retry_reason, **options)
             response.read_head()
             return response
 
@@ -6024,8 +6024,7 @@ def is_challenge_page(response: UpstreamResponse) -> bool:
 
 def challenge_page_error(response: UpstreamResponse) -> APIError:
     """Return the 502 for a challenge page, without any of its HTML; also log it."""
-    _, host, tunnel_host = response.key
-    name = urllib.parse.urlsplit(f"//{tunnel_host or host}").hostname
+    name = urllib.parse.urlsplit("//" + response.request.fields["Host"]).hostname
     reason = f"{name}: {CHALLENGE_PAGE}"
     log.warning("%s (status %d)", reason, response.status)
     return APIError(
@@ -6326,7 +6325,7 @@ class AkashController(Controller):
             call.scope,
             data,
             self._headers(data, cookie),
-            force_new_connection=call.attempt.retry_reason,
+            retry_reason=call.attempt.retry_reason,
         )
         return EventStream(
             response, lambda response: self._decoder(call, response, stop_filter, cookie)
@@ -6442,12 +6441,11 @@ class AkashController(Controller):
             filters = [stop_filter] if stop_filter.needed else []
             return akash_decoder(call.model, self.secrets(cookie), *filters)
 
-        def parse(data: bytes) -> NoReturn:
-            size = len(call.prepared_requests[self.name][0])
-            reason = call.attempt.retry_reason
-            raise self._response_error(response, data, call.model, cookie, reason, size)
-
-        return BufferedBody(parse, MAX_SHORT_BODY, is_error_body=True)
+        return BufferedBody(
+            lambda body: self._fail(response, body, call.model, cookie),
+            MAX_SHORT_BODY,
+            is_error_body=True,
+        )
 
     def with_session(
         self, method: str, path: str, scope: CancelScope, model: str = "", **options: Any
@@ -6456,17 +6454,18 @@ class AkashController(Controller):
 
         Returns the response and its body. APIError unless its status is 200.
         """
-        data = options.get("data")
 
         def send(retry_reason: str) -> Tuple[UpstreamResponse, bytes]:
             cookie = self.session.get(scope)
-            headers = self._headers(data, cookie)
-            response = self.transport.fetch(method, path, scope, headers=headers, **options)
+            headers = self._headers(options.get("data"), cookie)
+            response = self.transport.start_request(
+                method, path, scope, headers=headers, retry_reason=retry_reason, **options
+            )
+            response.read_head()
             body = response.read(limit=MAX_SHORT_BODY)
-            if response.status == 200 and not is_challenge_page(response):
-                return response, body
-            size = len(data or b"")
-            raise self._response_error(response, body, model, cookie, retry_reason, size)
+            if response.status != 200 or is_challenge_page(response):
+                self._fail(response, body, model, cookie)
+            return response, body
 
         return retrying(send)
 
@@ -6505,31 +6504,25 @@ class AkashController(Controller):
             upstream_status=response.status,
         )
 
-    def _response_error(
-        self,
-        response: UpstreamResponse,
-        body: bytes,
-        model: str,
-        cookie: str,
-        retry_reason: str,
-        size: int,
-    ) -> APIError:
-        """Return the error for an unsuccessful response to a request of ``size`` bytes.
+    def _fail(self, response: UpstreamResponse, body: bytes, model: str, cookie: str) -> NoReturn:
+        """Raise the error for an unsuccessful response.
 
         A rejected session is invalidated; its category is RETRY, unless this is the retry.
         """
+        request = response.request
         status, fields = response.status, as_dict(json_or_none(body))
         message = str(fields.get("message") or fields.get("error") or "")
         rejected = status == 403 and message == "Unauthorized: Invalid session"
-        if rejected and retry_reason != "session":
+        if rejected and request.retry_reason != "session":
             self.session.invalidate(cookie)
-            return APIError(
+            raise APIError(
                 502, "Akash Chat rejected the session.", code="session", category=Category.RETRY
             )
         if status == 400 and not fields and body:
             message = "Bad request: " + body[:4000].decode("utf-8", "replace")
         message = redact(message[:4000], self.secrets(cookie))
-        if status == 413 or status == 500 and not message and size > self.MAX_BODY_BYTES:
+        is_large = len(request.body or b"") > self.MAX_BODY_BYTES
+        if status == 413 or status == 500 and not message and is_large:
             error = APIError(
                 413,
                 "The request is too large for Akash Chat (limit: 10 MB).",
@@ -6546,7 +6539,7 @@ class AkashController(Controller):
         else:
             error = self._status_error(response, fields, message, model)
         error.upstream_status = status
-        return error
+        raise error
 
     def _status_error(
         self, response: UpstreamResponse, fields: Dict[str, Any], message: str, model: str
@@ -7288,7 +7281,7 @@ class OpenAIController(Controller):
             call.scope,
             data,
             {**original.headers, "Content-Type": content_type},
-            force_new_connection=call.attempt.retry_reason,
+            retry_reason=call.attempt.retry_reason,
         )
         return EventStream(response, lambda response: self._decoder(call, response, is_native))
 
