@@ -406,6 +406,19 @@ def known(server):
     return server
 
 
+@pytest.fixture(params=[False, True], ids=["whole", "streamed"])
+def streamed(request):
+    """Has a test run twice: for whole answers, and for streams."""
+    return request.param
+
+
+@pytest.fixture
+def log(caplog):
+    """What is logged, from INFO up."""
+    caplog.set_level("INFO")
+    return caplog
+
+
 def wait_for(condition, seconds=30):
     """Wait until something that another thread does has happened."""
     end = time.monotonic() + seconds
@@ -1057,14 +1070,8 @@ def test_a_request_is_not_sent_twice_on_a_new_connection(akash, serve):
 
 
 def test_a_request_is_sent_twice_at_most(akash, serve):
-    server = serve()
-    gate = threading.Barrier(6)
-
-    def together(sock, request):
-        gate.wait(10)
-        return akash.answer(sock, request)
-
-    akash.faults.extend([together] * 6)
+    server, gate = serve(), threading.Barrier(6)
+    akash.faults.extend([lambda sock, request: gate.wait(10) >= 0 and akash.answer(sock, request)] * 6)
     with concurrent.futures.ThreadPoolExecutor(6) as threads:
         assert {got.status for got in threads.map(lambda _: chat(server), range(6))} == {200}
     asked = len(akash.bodies())             # six connections are kept now, and the server closes each
@@ -1424,37 +1431,37 @@ def session_of(akash, clock, token=""):
 def test_the_cookie_lives_for_its_max_age(akash):
     clock = Clock()
     session = session_of(akash, clock)
-    first = session.get(akashproxy.CancelScope())
+    first = session.get()
     assert first == akash.cookie
     clock.now += 0.79 * 600
-    assert session.get(akashproxy.CancelScope()) == first and akash.cookies == 1
+    assert session.get() == first and akash.cookies == 1
     clock.now += 0.02 * 600                 # the last fifth: the old one serves on while one thread renews
-    assert session.get(akashproxy.CancelScope()) == first
-    wait_for(lambda: session.get(akashproxy.CancelScope()) != first and not session.lock.locked())
-    assert akash.cookies == 2 and session.get(akashproxy.CancelScope()) == akash.cookie
+    assert session.get() == first
+    wait_for(lambda: session.get() != first and not session.lock.locked())
+    assert akash.cookies == 2 and session.get() == akash.cookie
     clock.now += 10000                      # over: everybody waits for a new one
-    assert session.get(akashproxy.CancelScope()) == akash.cookie and akash.cookies == 3
+    assert session.get() == akash.cookie and akash.cookies == 3
     assert all("cookie" not in request.headers for request in akash.requests), "one would extend nothing in 2026"
 
 
 def test_many_threads_fetch_one_cookie(akash):
     session = session_of(akash, time.monotonic)
     with concurrent.futures.ThreadPoolExecutor(16) as threads:
-        assert len(set(threads.map(lambda _: session.get(akashproxy.CancelScope()), range(64)))) == 1
+        assert len(set(threads.map(lambda _: session.get(), range(64)))) == 1
     assert akash.cookies == 1
 
 
 def test_a_failed_renewal_leaves_the_old_cookie(akash):
     clock = Clock()
     session = session_of(akash, clock)
-    first = session.get(akashproxy.CancelScope())
+    first = session.get()
     akash.session = reply(500)
     clock.now += 500
-    assert session.get(akashproxy.CancelScope()) == first
+    assert session.get() == first
     wait_for(lambda: len(akash.requests) == 2 and not session.lock.locked())
-    assert session.get(akashproxy.CancelScope()) == first and len(akash.requests) == 2      # not again at once
+    assert session.get() == first and len(akash.requests) == 2      # not again at once
     clock.now += 20
-    assert session.get(akashproxy.CancelScope()) == first
+    assert session.get() == first
     wait_for(lambda: len(akash.requests) == 3)
 
 
@@ -1873,14 +1880,7 @@ def test_a_repeat_joins_the_jobs_of_a_request_that_was_left(case, akash, serve):
 
 def test_a_repeat_joins_while_the_job_is_being_started(akash, serve):
     server, asked, go_on = serve(), threading.Event(), threading.Event()
-
-    def slow(sock, request):
-        asked.set()
-        assert go_on.wait(20)
-        sock.sendall(STREAM_HEAD + chunks(PICTURE_LINE))
-        return True
-
-    akash.faults.append(slow)
+    akash.faults.append(akash.steps(asked.set, go_on, STREAM_HEAD + chunks(PICTURE_LINE)))
     with connect(server, post("/v1/images/generations", {"prompt": "a fox"})):
         assert asked.wait(20)
     wait_for(lambda: all(link.request and link.request.cancellation.reason for link in server.connections.copy()))
@@ -1970,7 +1970,6 @@ UPSTREAM = {
 
 
 @table(UPSTREAM)
-@pytest.mark.parametrize("streamed", [False, True])
 def test_failures_before_the_first_word_are_statuses(case, streamed, akash, serve):
     data, status, code, words, headers = case
     akash.sends(data)
@@ -2029,24 +2028,6 @@ def test_a_stream_may_come_and_end_in_other_ways(case, akash, serve):
     assert stream(serve())[0] == text
 
 
-def test_an_upstream_that_is_not_there(serve):
-    with socket.create_server(("127.0.0.1", 0)) as closed:
-        port = closed.getsockname()[1]
-    got = chat(serve(akash_base_url=f"http://127.0.0.1:{port}"))
-    assert (got.status, got.json["error"]["code"]) == (502, "upstream_error")
-    assert str(port) not in got.body.decode()
-
-
-def test_silence_is_ended(akash, serve):
-    akash.faults += [akash.stall(None), akash.stall(b'0:"one "\n')]
-    server = serve(first_byte_timeout=0.1)
-    got = chat(server)
-    assert got.status == 504 and "did not answer within 0.1 seconds" in got.json["error"]["message"]
-    text, _, _, error = stream(serve(idle_timeout=0.1))
-    assert text == "one " and "sent nothing for 0.1 seconds" in error["message"]
-    wait_for(akash.gone.is_set)
-
-
 @pytest.mark.parametrize("path", ["", "/", "/a/path", "/a/path/"])
 def test_addresses_of_the_upstream(path, akash, serve):
     answer = akash.answer
@@ -2098,14 +2079,6 @@ def test_a_chat_as_the_original_gave_it(akash, serve):
     assert {name: akash.bodies()[0][name] for name in ("temperature", "topP")} == {"temperature": 0.85, "topP": 1.0}
 
 
-def test_reasoning_beside_the_answer(akash, serve):
-    akash.chat = b'0:"<think>\\nhm\\n</think>\\n\\n"\n0:"42"\n' + STOP
-    server = serve()
-    message = chat(server).json["choices"][0]["message"]
-    assert (message["content"], message["reasoning_content"]) == ("42", "hm")
-    assert stream(server) == ("42", "hm", "stop", None)
-
-
 def test_the_chunks_of_a_stream(akash, serve):
     akash.chat = b'0:"a"\nd:{"finishReason":"length","usage":{"promptTokens":11,"completionTokens":7}}\n'
     server = serve()
@@ -2125,11 +2098,8 @@ def test_the_chunks_of_a_stream(akash, serve):
 
 def test_a_token_is_sent_at_once(akash, serve):
     akash.faults.append(akash.stall(b'0:"one "\n'))
-    server = serve()
-    with connect(server, post("/v1/chat/completions", {**CHAT, "stream": True})) as sock:
-        got = b""
-        while b'"content":"one "' not in got:
-            got += sock.recv(65536)
+    with connect(serve(), post("/v1/chat/completions", {**CHAT, "stream": True})) as sock:
+        receive(sock, b'"content":"one "')
 
 
 def test_headers_of_a_stream(serve):
@@ -2209,13 +2179,9 @@ def test_the_ends_of_bodies(serve):
     assert cut.startswith(b"HTTP/1.1 400 ") and b"ended within a body" in cut
 
 
-def test_a_body_may_come_in_chunks_and_be_announced(serve):
+def test_a_body_may_be_announced(serve):
     data = json.dumps(CHAT).encode()
-    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
-    assert talk(serve(), head + b"Transfer-Encoding: chunked\r\n\r\n" + chunk(data[:9]) + chunks(data[9:])
-                ).startswith(b"HTTP/1.1 200 ")
-    server = serve()
-    with connect(server, head + b"Expect: 100-continue\r\nContent-Length: %d\r\n\r\n" % len(data)) as sock:
+    with connect(serve(), head_of("POST", "/v1/chat/completions", "Expect: 100-continue", f"Content-Length: {len(data)}")) as sock:
         assert sock.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
         sock.sendall(data)
         assert sock.recv(100).startswith(b"HTTP/1.1 200 ")
@@ -2419,19 +2385,10 @@ def test_a_hundred_streams_at_once(akash, serve):
 
 def test_a_graceful_stop(akash, serve, monkeypatch):
     monkeypatch.setattr(akashproxy, "LAME_DUCK_SECONDS", 0)
-    server = serve()
-    idle = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)
-    assert ask_again(idle).status == 200
-    hold = threading.Event()
-
-    def slow(sock, request):
-        sock.sendall(STREAM_HEAD + chunk(b'0:"one "\n'))
-        hold.wait(60)
-        sock.sendall(chunks(b'0:"two"\n' + STOP))
-        return True
-
-    akash.faults.append(slow)
-    with concurrent.futures.ThreadPoolExecutor(2) as threads:
+    server, hold = serve(), threading.Event()
+    akash.faults.append(akash.steps(STREAM_HEAD + chunk(b'0:"one "\n'), hold, chunks(b'0:"two"\n' + STOP)))
+    with link_to(server) as idle, concurrent.futures.ThreadPoolExecutor(2) as threads:
+        assert ask_again(idle).status == 200
         answer = threads.submit(stream, server)
         wait_for(lambda: akash.bodies())
         stopped = threads.submit(server.stop, 10)
@@ -3137,7 +3094,6 @@ def deflated(data, wbits):
 
 
 @table({"gzip": ("gzip", 31), "x-gzip": ("X-Gzip", 31), "deflate": ("deflate", 15), "deflate without a header": ("deflate", -15)})
-@pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages"])
 def test_a_compressed_answer_is_expanded(case, streamed, path, fake, pool):
     name, wbits = case
@@ -3248,13 +3204,12 @@ ANTHROPIC = (b'event: message_start\ndata: {"type":"message_start","message":{"u
     ("/v1/responses", "text/event-stream", b'event: response.completed\ndata: {"type":"response.completed","response":{"usage":{"input_tokens":11,"output_tokens":7},"output":"%b"}}\n\n' % (b"x" * 5000)),
     ("/v1/responses", "application/json", b'{"object":"response","output":[],"usage":{"input_tokens":11,"output_tokens":7}}'),
 ])
-def test_the_usage_of_relayed_answers_is_logged_and_counted(path, kind, body, fake, pool, caplog):
-    caplog.set_level("INFO")
+def test_the_usage_of_relayed_answers_is_logged_and_counted(path, kind, body, fake, pool, log):
     fake.sends(reply(body=body, kind=kind), keep=True)
     server = pool((fake, {"paths": ["*"]}))
     sent = {"model": "both", "stream": kind != "application/json", "max_tokens": 9, "messages": [user("x")], "input": "x"}
     assert ask(server, "POST", path, sent).body == body
-    wait_for(lambda: "tokens_in=11 tokens_out=7" in caplog.text)
+    wait_for(lambda: "tokens_in=11 tokens_out=7" in log.text)
     assert samples(server)["akashproxy_prompt_tokens_total", "a"] == 11
 
 
@@ -3316,15 +3271,6 @@ def test_openai_streams_cut_at_every_byte(case):
             events += decoder.close()
         assert merged(events) == expected, parts
         assert re.search(error, decoder.error.message) if error else decoder.error is None
-
-
-@pytest.mark.parametrize("streamed", [False, True])
-def test_translated_when_the_formats_differ(streamed, fake, pool):
-    server = pool((fake, {"paths": ["/v1/embeddings"]}))
-    assert (stream(server, BOTH)[0] if streamed else text_of(chat(server, BOTH))) == "Hi there."
-    legacy = ask(server, "POST", "/v1/completions", {"model": "both", "prompt": "x", "stream": streamed})
-    text = ("".join(event["choices"][0]["text"] for event in sse(legacy.body)) if streamed else legacy.json["choices"][0]["text"])
-    assert text == "Hi there." and fake.requests[-1].path == "/v1/chat/completions"
 
 
 def test_an_upstream_that_streams_unasked_or_does_not(fake, pool):
@@ -3454,6 +3400,7 @@ FAILOVER = {
     "425": (lambda fake: fake.status(425, extra=LIMIT), 425, "c", True, True),
     "429": (lambda fake: fake.status(429, extra=LIMIT), 429, "c", True, True),
     "429 of a spent quota": (lambda fake: fake.status(429, b'{"error":{"message":"m","code":"insufficient_quota"}}'), 424, "upstream_auth", True, True),
+    "429 with status 200": (lambda fake: fake.raw(reply(200, b'{"error":{"message":"try again in 7s","code":429}}')), 429, "rate_limit_exceeded", True, True),
     "400": (lambda fake: fake.status(400), 400, "c", False, False),
     "413": (lambda fake: fake.status(413), 413, "c", False, False),
     "422": (lambda fake: fake.status(422), 422, "c", False, False),
@@ -3469,7 +3416,6 @@ FAILOVER = {
 
 
 @table(FAILOVER)
-@pytest.mark.parametrize("streamed", [False, True])
 def test_failover_and_rest(case, streamed, pool):
     fault, status, code, next_one, rests = case
     a, b = FakeOpenAI(text="from a."), FakeOpenAI(text="from b.")
@@ -3838,9 +3784,7 @@ SMART = {"smart": ["one", "two", "three"]}
     "too long for it": (lambda fake: fake.status(400, b'{"error":{"message":"m","code":"context_length_exceeded"}}'), "two", "a(one)=400, b(two)=200"),
     "a wrong request": (lambda fake: fake.status(400), None, "a(one)=400"),
 })
-@pytest.mark.parametrize("streamed", [False, True])
-def test_the_models_of_an_alias_are_tried_in_order(case, streamed, a, b, pool, caplog):
-    caplog.set_level("INFO")
+def test_the_models_of_an_alias_are_tried_in_order(case, streamed, a, b, pool, log):
     fault, model, route = case
     server = pool((a, {"models": ("one",)}), (b, {"models": ("two",)}), model_aliases=SMART)
     a.faults.extend([fault(a)] if fault else [])
@@ -3850,7 +3794,7 @@ def test_the_models_of_an_alias_are_tried_in_order(case, streamed, a, b, pool, c
         assert ({"one": a, "two": b}[model]).bodies()[-1]["model"] == model
         answers = sse(got.body) if streamed else [got.json]
         assert {answer["model"] for answer in answers} == {"smart"}
-        wait_for(lambda: f"model=smart answered_model={model} " in caplog.text)
+        wait_for(lambda: f"model=smart answered_model={model} " in log.text)
 
 
 def test_models_of_an_alias_that_rest_or_are_unknown_are_passed_over(a, b, pool):
@@ -4024,7 +3968,6 @@ ADA = [user("My name is Ada. " * 1000), {"role": "assistant", "content": "Hello,
     "system text counts": ({"tokenLimit": 4000}, [{"role": "system", "content": "x " * 7000}, user("hi")], "about 3501 tokens > 3000"),
     "pictures do not": ({"tokenLimit": 4000}, [user([picture("data:image/png;base64," + "A" * 50_000)])], None),
 })
-@pytest.mark.parametrize("streamed", [False, True])
 def test_a_conversation_that_akash_would_cut(case, streamed, akash, serve):
     entry, messages, cut = case
     akash.models = [{"id": "Qwen/Qwen3", **entry}]
@@ -4279,22 +4222,15 @@ def test_an_error_after_half_an_event_is_an_event_of_its_own(a, pool):
     for cut_at in range(0, len(second)):
         a.sends(a.head() + chunk(first) + chunk(second[:cut_at]))
         events = [event for event in chat(server, BOTH, stream=True).body.split(b"\n\n") if event]
-        assert events[-1] == b"data: [DONE]" and json.loads(events[-2][6:])["error"], cut_at
+        assert events[-1] == b"data: [DONE]" and json.loads(events[-2][6:])["error"]["message"] == "a: connection lost: it broke off its answer.", cut_at
         for event in events[:-1]:
             json.loads(event[6:])
 
 
 @pytest.mark.parametrize("then", ["cut", "open"])
 def test_done_is_the_end_whatever_follows(then, a, pool):
+    a.faults.append(a.raw(a.begun(None)) if then == "cut" else a.stall(99))
     server = pool(a, idle_timeout=20)
-    data = a.head() + b"".join(map(chunk, a.events()))
-
-    def fault(sock, request):
-        sock.sendall(data)
-        while then == "open" and sock.recv(65536):
-            pass
-
-    a.faults.append(fault)
     assert chat(server, BOTH, stream=True).body == b"".join(a.events())
     assert ask(server, path="/status").json["controllers"][0]["failed"] == 0
 
@@ -4351,15 +4287,6 @@ def test_a_status_of_an_upstream_costs_the_client_no_connection(fake, pool):
         assert first and ask_again(link, "POST", "/v1/chat/completions", BOTH).status == 200 and link.sock is first
 
 
-def test_an_error_with_status_200_is_one(a, b, pool):
-    server = pool((a, {"weight": 1000, "api_key": "s3cret"}), b)
-    a.sends(reply(200, b'{"error":{"message":"slow down s3cret","code":429}}'))
-    got = chat(server, BOTH)
-    assert got.headers["x-akashproxy-route"] == "a=429, b=200" and text_of(got) == "from b."
-    state = ask(server, path="/status")
-    assert "s3cret" not in state.body.decode() and state.json["controllers"][0]["last_error"] == "429 rate limit"
-
-
 def test_calls_of_tools_that_all_have_index_0():
     def call(**more):
         return FakeOpenAI.event({"tool_calls": [{"index": 0, **more}]})
@@ -4369,16 +4296,6 @@ def test_calls_of_tools_that_all_have_index_0():
                           + call(id="b", function={"name": "g", "arguments": {"b": 2}})
                           + call(function={"arguments": "x"}) + FakeOpenAI.event({}, "tool_calls") + b"data: [DONE]\n\n")
     assert fold(events).tools == [ToolCall(0, '{"a":1}', "a", "f"), ToolCall(1, '{"b":2}x', "b", "g")]
-
-
-def test_secrets_of_upstreams_stay_with_us(fake, pool, caplog):
-    caplog.set_level("DEBUG")
-    server = pool((fake, {"api_key": "s3cret", "headers": {"X-Key": "s3cret2"}}), log_level="debug")
-    for number in (400, 401, 429, 500):
-        fake.faults.append(fake.status(number, b'{"error":{"message":"bad key s3cret","code":"x"}}'))
-        got = chat(server, BOTH)
-        assert b"s3cret" not in got.body and "s3cret" not in str(got.headers)
-    assert "s3cret" not in ask(server, path="/status").body.decode() + caplog.text
 
 
 def test_a_client_that_leaves_while_all_rest(a, b, pool):
@@ -4418,9 +4335,9 @@ SOON = time.time() + 1000
 MEANINGS = {
     # name: (status, body, headers) -> (kind, status, code, retry_after, words, scope)
     # -- our key is bad, or its quota is spent
-    "OpenAI's wrong key": ((401, err(INCORRECT, type="invalid_request_error", code="invalid_api_key")), ("auth", 424, "upstream_auth", None, "(401): Incorrect API key")),
+    "OpenAI's wrong key": ((401, err(INCORRECT, type="invalid_request_error", code="invalid_api_key")), ("auth", 424, "upstream_auth", None, "up: the upstream refuses this server's key (401): Incorrect API key")),
     "OpenAI's restricted key": ((401, err("You have insufficient permissions for this operation. Missing scopes: model.request.")), ("auth", 424, "upstream_auth", None, "scopes")),
-    "OpenAI's spent quota": ((429, err(QUOTA, type="insufficient_quota", code="insufficient_quota")), ("auth", 424, "upstream_auth", None, "quota of this server's key is spent: You")),
+    "OpenAI's spent quota": ((429, err(QUOTA, type="insufficient_quota", code="insufficient_quota")), ("auth", 424, "upstream_auth", None, "up: the quota of this server's key is spent: You")),
     "OpenAI's hard limit": ((400, err("Billing hard limit has been reached.", code="billing_hard_limit_reached")), ("auth", 424, "upstream_auth", None, "spent")),
     "OpenAI's closed account": ((403, err("Your account is not active.", code="account_deactivated")), ("auth", 424, "upstream_auth", None, "not active")),
     "OpenAI's countries": ((403, err("Country, region, or territory not supported", code="unsupported_country_region_territory", type="request_forbidden")), ("auth", 424, "upstream_auth", None, "refuses this server (403)")),
@@ -4585,17 +4502,6 @@ def test_a_refused_request_stops_nobody_else(case, path, pool):
     assert chat(server, BOTH).status == 200
 
 
-def test_a_refused_key_is_told_with_its_reason(pool):
-    for status, body, words in ((401, err(INCORRECT, code="invalid_api_key"), "a: the upstream refuses this server's key (401): Incorrect"),
-                                (429, err(QUOTA, code="insufficient_quota"), "a: the quota of this server's key is spent: You")):
-        fake = FakeOpenAI()
-        fake.faults.append(fake.status(status, body))
-        got = chat(pool(fake), BOTH)
-        assert (got.status, got.headers["x-should-retry"], got.headers["x-akashproxy-route"]) == (424, "false", f"a={status}")
-        assert got.json["error"]["message"].startswith(words) and got.json["error"]["type"] != "server_error"
-        assert "429" not in got.json["error"]["message"]
-
-
 @table({
     # name: (headers, body, message, seconds)
     "equal fields that were joined": ({"retry-after": "30, 30"}, {}, "", 30), "with its unit": ({"retry-after": "30s"}, {}, "", 30),
@@ -4710,12 +4616,6 @@ def test_what_is_too_large_for_akash_is_said(size, status, akash, serve):
     got = chat(serve(), messages=[user([{"type": "text", "text": "hi"}, image])])
     assert got.status == status and ("too large" in got.json["error"]["message"]) == (status == 413)
     assert got.headers.get("x-should-retry") == ("false" if status == 413 else None)
-
-
-def test_a_cut_stream_is_told_in_words_that_clients_know(fake, pool):
-    fake.faults.append(fake.cut())
-    events = sse(chat(pool(fake), BOTH, stream=True).body)
-    assert events[-1]["error"]["message"] == "a: connection lost: it broke off its answer."
 
 
 # == secrets ==================================================================================
@@ -5450,7 +5350,6 @@ def test_later_system_messages_as_text_of_the_user(case, fake, pool):
     assert fake.bodies()[0]["messages"] == chat
 
 
-@pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("path", ["/v1/messages", "/v1/responses"])
 @pytest.mark.parametrize("extra", [{"extra_content": {"google": {"thought_signature": "S/+=\u2028" * 99}}}, {"provider_specific_fields": {"thought_signature": "S"}},
                                    {"thought_signature": "S", "n": 1}], ids=["Gemini", "LiteLLM", "others"])
@@ -5476,7 +5375,6 @@ def test_what_a_model_wants_back_with_a_call_comes_back(extra, path, streamed, f
     assert fake.bodies()[-1]["messages"] == [sent, R1, {**R1, "tool_call_id": "c2"}]
 
 
-@pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("path, more", [("/v1/messages", {**ASKED, "thinking": {"type": "adaptive"}}),
                                         ("/v1/responses", {**WANTED, "include": ["reasoning.encrypted_content", "message.output_text.logprobs"]}), ("/v1/responses", WANTED)])
 def test_clients_that_return_only_signed_reasoning_return_ours(path, more, streamed, fake, pool):
@@ -5527,7 +5425,6 @@ SEALED = {"type": "reasoning.encrypted", "data": "E", "id": "tool_1", "format": 
     "too many of them": ([[{**SEALED, "data": "E" * 40_000}], [{**SEALED, "data": "F" * 40_000}]], None),
     "odd ones": ([[7], ["x"], [None], {"a": 1}, "x"], None),
 })
-@pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("path, body", [("/v1/messages", ASKED), ("/v1/responses", WANTED)], ids=["messages", "responses"])
 def test_reasoning_details_come_back_with_the_calls(case, path, body, streamed, fake, pool):
     details, expected = case
@@ -5539,7 +5436,6 @@ def test_reasoning_details_come_back_with_the_calls(case, path, body, streamed, 
     assert without_nulls(message.get("reasoning_details") or []) == without_nulls(expected or [])
 
 
-@pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("reasoning, expected", [(["h", "m"], "hm"), (["\u4e2d" * 900] * 3, "\u4e2d" * 1000), ([], None)], ids=["short", "long", "none"])
 def test_reasoning_that_is_not_requested_comes_back_with_the_calls(reasoning, expected, streamed, fake, pool):
     fake.faults.append(answered(*({"reasoning_content": text} for text in reasoning), calling("c1", "c2"), finish="tool_calls"))
@@ -5569,7 +5465,6 @@ LONG = "mcp__plugin_some_marketplace_and_a_server_with_a_long_name__a_tool_with_
     "in one that ends with underscores": ("f", "mcp__x__", "mcp__x__f"),
     "in a long one": ("f", LONG, LONG[:55] + "_[0-9a-f]{8}"),
 })
-@pytest.mark.parametrize("streamed", [False, True])
 def test_names_of_tools_are_sent_as_upstreams_take_them(case, streamed, fake, pool):
     name, space, pattern = case
     server = pool(fake)
@@ -5715,7 +5610,6 @@ REASONS = {
 
 
 @pytest.mark.parametrize("reason", REASONS)
-@pytest.mark.parametrize("streamed", [False, True])
 def test_why_an_answer_ended_in_each_dialect(reason, streamed, fake, pool):
     plain, with_call, status, detail = REASONS[reason]
     server = pool(fake)
@@ -5932,11 +5826,14 @@ def test_a_required_call_is_asked_for_once_more(stream, akash, serve):
     assert "'rm' is not a function" in sent[1]["messages"][-1]["content"] and "is not a function" not in sent[0]["messages"][-1]["content"]
 
 
-@pytest.mark.parametrize("mode, status", [("", 400), ("refuse", 400), ("prompt", 200)])
-def test_akash_refuses_tools_unless_they_are_to_be_text(mode, status, akash, serve):
-    server = serve(controllers=(akashproxy.ControllerSettings(type="akash", base_url=akash.url, tools=mode),))
-    got = ask(server, "POST", "/v1/chat/completions", {"model": "Qwen/Qwen3", **TOOL_REQUESTS["/v1/chat/completions"]})
-    assert got.status == status
+@pytest.mark.parametrize("kind, mode, status", [("akash", "", 400), ("akash", "refuse", 400), ("akash", "prompt", 200),
+                                                ("openai", "", 200), ("openai", "native", 200), ("openai", "refuse", 400)])
+def test_a_controller_takes_or_refuses_tools(kind, mode, status, akash, fake, pool):
+    server = pool((akash if kind == "akash" else fake, {"tools": mode}))
+    body = {"model": "gpt-x", "messages": [user("hi")], "tools": FUNCTIONS}
+    assert chat(server, body).status == status
+    assert fake.bodies() == [body] * (kind == "openai" and status == 200)
+    assert chat(server, body, tools=[]).status == 200
 
 
 # == the matrix: every controller, every dialect ==============================================
@@ -6008,6 +5905,7 @@ MATRIX = {
              [T("Hello from the mock."), Finish("stop")], None),
     "reasoning": (lambda fake: fake.cut(b'g:"h"\ng:"m"\n0:"42"\n' + STOP, True), lambda fake: answered({"reasoning_content": "hm"}, {"content": "42"}),
                   [R("hm"), T("42"), Finish("stop")], None),
+    "a thought in tags": (lambda fake: fake.cut(b'0:"<think>\\nhm\\n</think>\\n\\n"\n0:"42"\n' + STOP, True), None, [R("hm"), T("42"), Finish("stop")], None),
     "calls of tools": (lambda fake: fake.cut(b'9:{"toolCallId":"call_1","toolName":"f","args":{"a":1}}\n9:{"toolCallId":"c2","toolName":"g","args":{}}\n'
                                              + END.replace(b"%b", b"tool-calls"), True),
                        lambda fake: answered(*({"tool_calls": calls} for calls in (
@@ -6118,16 +6016,6 @@ def test_tools_as_text_work_for_a_controller_of_ones_own(serve):
     body = {"model": "echo", "messages": [user(f"I look. <tool_call>{KYIV}</tool_call>")], "tools": FUNCTIONS}
     [call] = fold(read_chat(ask(server, "POST", "/v1/chat/completions", body).json)).tools
     assert (call.name, json.loads(call.arguments)) == IN_KYIV
-
-
-@pytest.mark.parametrize("mode, status", [("", 200), ("native", 200), ("refuse", 400)])
-def test_a_controller_can_refuse_tools(mode, status, serve):
-    with contextlib.closing(FakeOpenAI()) as fake:
-        server = serve(controllers=(akashproxy.ControllerSettings(base_url=fake.url, tools=mode),))
-        body = {"model": "gpt-x", "messages": [user("hi")], "tools": FUNCTIONS}
-        assert ask(server, "POST", "/v1/chat/completions", body).status == status
-        assert sum(json.loads(request.body) == body for request in fake.requests if request.body) == (status == 200)
-        assert ask(server, "POST", "/v1/chat/completions", {**body, "tools": []}).status == 200
 
 
 def named(*names):
@@ -6369,9 +6257,10 @@ def test_an_unreachable_upstream_is_explained_with_its_host(pool, tmp_path, capl
     host = "127.0.0.1" if kind != "a name" else "no-such-host.invalid"
     status, = ask(server, path="/status").json["controllers"]
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    for text in (got.json["error"]["message"], status["last_error"], "\n".join(warnings)):
+    assert len(warnings) == 1 and warnings[0].startswith("a could not be reached: "), warnings
+    for text in (got.json["error"]["message"], status["last_error"], *warnings):
         assert words in text and host in text and "Say who" not in text, text
-    assert got.status == 502
+    assert (got.status, got.json["error"]["code"]) == (502, "upstream_error") and str(port) not in got.body.decode()
     proxy.close()
 
 
@@ -6434,34 +6323,23 @@ def test_a_proxy_on_the_way_with_connect(pool, tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no SIGHUP here")
-def test_sighup_reloads_and_a_broken_file_changes_nothing(config, pool):
-    a, b = FakeOpenAI(text="from a."), FakeOpenAI(text="from b.")
-    pool(a, b)                          # only so that they are closed
+def test_sighup_reloads_and_a_broken_file_changes_nothing(config, a, b):
     path = config({"controllers": [{"name": "a", "base_url": a.url}]})
-    hold = threading.Event()
-
-    def slow(sock, request):
-        parts = list(a.events())
-        sock.sendall(a.head() + chunk(parts[0]))
-        hold.wait(60)
-        sock.sendall(chunks(*parts[1:]))
-
-    with started("--config-file", path) as (process, server):
-        lines = []
+    (first, *others), hold, lines = a.events(), threading.Event(), []
+    with started("--config-file", path) as (process, server), concurrent.futures.ThreadPoolExecutor(1) as threads:
         threading.Thread(target=lambda: lines.extend(process.stderr), daemon=True).start()
-        a.faults.append(slow)
-        with concurrent.futures.ThreadPoolExecutor(1) as threads:
-            running = threads.submit(chat, server, BOTH, stream=True)
-            wait_for(lambda: a.bodies())
-            config({"controllers": [{"name": "b", "base_url": b.url}]})
-            process.send_signal(signal.SIGHUP)
-            wait_for(lambda: chat(server, BOTH).headers["x-akashproxy-route"] == "b=200")
-            config("{")
-            process.send_signal(signal.SIGHUP)
-            wait_for(lambda: any("stay as they were" in line for line in lines))
-            assert chat(server, BOTH).headers["x-akashproxy-route"] == "b=200"
-            hold.set()
-            assert b"[DONE]" in running.result().body, "an open stream goes on"
+        a.faults.append(a.steps(a.head() + chunk(first), hold, chunks(*others)))
+        running = threads.submit(chat, server, BOTH, stream=True)
+        wait_for(lambda: a.bodies())
+        config({"controllers": [{"name": "b", "base_url": b.url}]})
+        process.send_signal(signal.SIGHUP)
+        wait_for(lambda: chat(server, BOTH).headers["x-akashproxy-route"] == "b=200")
+        config("{")
+        process.send_signal(signal.SIGHUP)
+        wait_for(lambda: any("stay as they were" in line for line in lines))
+        assert chat(server, BOTH).headers["x-akashproxy-route"] == "b=200"
+        hold.set()
+        assert b"[DONE]" in running.result().body, "an open stream goes on"
 
 
 def test_a_reload_without_its_file_changes_nothing(config, tmp_path):
@@ -6982,15 +6860,6 @@ def test_a_stream_of_messages_keeps_no_text():
     assert frames > 17 << 20 and held < 1 << 20
 
 
-def test_a_failed_connection_is_logged_once(pool, caplog):
-    gone = FakeOpenAI()
-    gone.close()
-    caplog.set_level("INFO")
-    assert chat(pool(gone), BOTH).status == 502
-    lines = [record.getMessage() for record in caplog.records if "refused the connection" in record.getMessage()]
-    assert len(lines) == 1 and lines[0].startswith("a could not be reached: "), lines
-
-
 def test_a_request_that_no_controller_can_serve_is_told_its_own_last_error(a, b, pool):
     server = pool(a, (b, {"priority": 2}))
     a.faults.append(a.status(429, extra=LIMIT))
@@ -7002,12 +6871,11 @@ def test_a_request_that_no_controller_can_serve_is_told_its_own_last_error(a, b,
     assert tried.json["error"]["message"] == f"{busy} The last error: b: told"
 
 
-def test_the_first_token_is_not_later_than_the_end(pool, caplog):
+def test_the_first_token_is_not_later_than_the_end(pool, log):
     server = pool(FakeOpenAI())
-    caplog.set_level("INFO")
     for _ in range(40):
         ask(server, path="/status")
-    times = lambda: re.findall(r"first_ms=(\d+) ms=(\d+)", caplog.text)
+    times = lambda: re.findall(r"first_ms=(\d+) ms=(\d+)", log.text)
     wait_for(lambda: len(times()) == 40)
     assert all(int(first) <= int(end) for first, end in times())
 
@@ -7260,10 +7128,8 @@ def usages(got):
     "Messages": ("/v1/messages", {"messages": [user("x" * 400)], "max_tokens": 99}, ("input_tokens", "output_tokens")),
     "Responses": ("/v1/responses", {"input": "x" * 400}, ("input_tokens", "output_tokens")),
 })
-@pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("told", [False, True])
-def test_usage_is_always_there(case, streamed, told, akash, serve, caplog):
-    caplog.set_level("INFO")
+def test_usage_is_always_there(case, streamed, told, akash, serve, log):
     path, body, names = case
     end = END.replace(b"%b", b"stop")
     akash.chat = (STEP + b"".join(b'0:"%b "\n' % (b"word" * 5) for _ in range(20))
@@ -7274,12 +7140,12 @@ def test_usage_is_always_there(case, streamed, told, akash, serve, caplog):
     prompt, completion = (usage[name] for name in names)
     if told:
         assert (prompt, completion) == (11, 7) and "estimated" not in usage
-        wait_for(lambda: "tokens_in=11 tokens_out=7" in caplog.text)
-        assert "estimated_" not in caplog.text
+        wait_for(lambda: "tokens_in=11 tokens_out=7" in log.text)
+        assert "estimated_" not in log.text
     else:
         assert usage["estimated"] is True and 100 <= prompt <= 115 and 95 <= completion <= 115, usage
-        wait_for(lambda: f"estimated_in={prompt} estimated_out={completion} id=" in caplog.text)
-        assert "tokens_in" not in caplog.text
+        wait_for(lambda: f"estimated_in={prompt} estimated_out={completion} id=" in log.text)
+        assert "tokens_in" not in log.text
     known(server)
     found, apart = samples(server, bearer("alice")), "" if told else "estimated_"
     assert found[f"akashproxy_{apart}completion_tokens_total", "akash"] == found[f"akashproxy_key_{apart}tokens_total", "alice", "completion"] == completion
@@ -7303,19 +7169,17 @@ def test_tokens_are_estimated_alike_however_they_come(text):
     assert usage[0] == usage[1] == usage[2] and usage[0]["completion_tokens"] == akashproxy.estimate_tokens(text * 50)
 
 
-def test_a_relayed_answer_without_usage_stays_as_it_is(fake, pool, caplog):
-    caplog.set_level("INFO")
+def test_a_relayed_answer_without_usage_stays_as_it_is(fake, pool, log):
     server = pool(fake)
     assert chat(server, BOTH).body == fake.completion()
     assert chat(server, BOTH, stream=True, stream_options={"include_usage": True}).body == b"".join(fake.events())
-    wait_for(lambda: caplog.text.count("ended=whole") == 2)
-    assert "tokens_in" not in caplog.text and "estimated_in" not in caplog.text
+    wait_for(lambda: log.text.count("ended=whole") == 2)
+    assert "tokens_in" not in log.text and "estimated_in" not in log.text
 
 
-def test_tokens_that_are_known_are_logged(serve, caplog):
-    caplog.set_level("INFO")
+def test_tokens_that_are_known_are_logged(serve, log):
     chat(serve(controllers=(ECHO,)), {"model": "echo", "messages": [user("a b c")]})
-    wait_for(lambda: "tokens_in=3 tokens_out=3" in caplog.text)
+    wait_for(lambda: "tokens_in=3 tokens_out=3" in log.text)
 
 
 FAULTS = {"cut": lambda sock: None, "reset": reset, "silence": stalled, "nonsense": lambda sock: sock.sendall(b"\xff\0zz")}
@@ -7323,7 +7187,6 @@ FAULTS = {"cut": lambda sock: None, "reset": reset, "silence": stalled, "nonsens
 
 @pytest.mark.parametrize("kind", ["akash", "openai"])
 @pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("two", [False, True])
 def test_no_fault_at_any_place_loses_or_doubles_a_word(kind, fault, streamed, two, pool, monkeypatch):
     """A cut at each seventh byte; the others at the beginning, in the middle and at the end of the head and the body."""
@@ -8092,7 +7955,6 @@ def test_the_estimate_of_tokens_is_that_of_its_parts():
     assert akashproxy.estimate_tokens([complete, {"a": complete, "b": [7, None]}]) == (2 * akashproxy.token_units(complete) + 12 - 6) * 2 // 24 + 1
 
 
-@pytest.mark.parametrize("streamed", [True, False])
 def test_a_response_repeats_no_large_field(streamed, fake, pool):
     server = pool(fake)
     small = {"instructions": "Be brief.", "metadata": {"a": "b"}, "tools": [{"type": "function", "name": "f", "parameters": {}}]}
@@ -8331,7 +8193,6 @@ def test_where_a_framing_is_cut_changes_nothing(rng):
 
 
 @pytest.mark.parametrize("path, asked", [("/v1/chat/completions", "BOTH"), ("/v1/messages", "ASKED"), ("/v1/responses", "WANTED")])
-@pytest.mark.parametrize("streamed", [False, True])
 def test_whatever_an_upstream_sends_the_client_gets_an_answer_or_an_error(path, asked, streamed, akash, pool):
     rng, upstream = random.Random(f"{path} {streamed}"), FakeOpenAI()
     fields = [b"Retry-After: Mon, 01 Jan 2024 00:00:00 +99999999999999999999\r\n", b"x-ratelimit-reset: 1.51.5\r\n", b"Retry-After: -1\r\n", b"",
@@ -8398,7 +8259,6 @@ class Broken(akashproxy.Controller):
 
 
 @pytest.mark.parametrize("kind", ["own", "os"])
-@pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("place", ["events", "first", "second", "odd", "able"])
 def test_a_bug_of_a_controller_is_that_controllers_failure(place, streamed, kind, pool, monkeypatch, caplog):
     monkeypatch.setitem(akashproxy.CONTROLLERS, "own", type("Own", (Broken,), {"place": place}))
@@ -8426,7 +8286,6 @@ def test_a_bug_in_a_list_or_a_picture_harms_no_other_controller(place, pool, mon
     assert ask(server, path="/images/job_51083a4c_00001_.png").body == PNG
 
 
-@pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("when", ["head", "first", "later", "end"])
 def test_a_bug_of_a_decoder_is_that_controllers_failure(when, streamed, akash, b, pool, monkeypatch, caplog):
     seen = collections.Counter()
@@ -8798,8 +8657,7 @@ def test_a_model_has_a_series_of_its_own_only_while_there_are_few():
 
 @pytest.mark.parametrize("fault, ended", [
     (None, "whole"), ("cut", "broken_off"), ("refused", "refused"), ("left", "client_left"), ("probe", None)])
-def test_the_log_says_how_a_response_ended(fault, ended, pool, caplog):
-    caplog.set_level("INFO")
+def test_the_log_says_how_a_response_ended(fault, ended, pool, log):
     fake = FakeOpenAI(["m"])
     server = pool(fake)
     body = {"model": "m", "stream": True, "messages": [user("hi")]}
@@ -8814,8 +8672,8 @@ def test_the_log_says_how_a_response_ended(fault, ended, pool, caplog):
         if fault == "cut":
             fake.faults.append(fake.cut(1))
         chat(server, {"model": 5} if fault == "refused" else body)
-    wait_for(lambda: ended is None or f" ended={ended} " in caplog.text)
-    assert ended is not None or "ended=" not in caplog.text
+    wait_for(lambda: ended is None or f" ended={ended} " in log.text)
+    assert ended is not None or "ended=" not in log.text
 
 
 TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -8823,12 +8681,11 @@ TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 @pytest.mark.parametrize("path, body", [("/v1/chat/completions", {"model": "m", "messages": [user("hi")]}),
                                         ("/v1/messages", {"model": "m", "max_tokens": 9, "messages": [user("hi")]})])
-def test_a_trace_goes_to_the_upstream_and_into_the_log(path, body, pool, caplog):
-    caplog.set_level("INFO")
+def test_a_trace_goes_to_the_upstream_and_into_the_log(path, body, pool, log):
     fake = FakeOpenAI(["m"])
     ask(pool(fake), "POST", path, body, {"traceparent": TRACE, "tracestate": "a=b"})
     assert (fake.requests[-1].headers["traceparent"], fake.requests[-1].headers["tracestate"]) == (TRACE, "a=b")
-    wait_for(lambda: f" trace={TRACE[3:35]} " in caplog.text)
+    wait_for(lambda: f" trace={TRACE[3:35]} " in log.text)
 
 
 @pytest.mark.parametrize("text", ["", "00", TRACE + "\n", TRACE.upper(), "x" * 300])
@@ -8985,8 +8842,7 @@ def test_many_threads_are_let_in_exactly_as_often_as_they_may():
     assert (limits.in_flight, limits.requests, limits.rejected) == (0, 1000, 2000)
 
 
-def test_who_asks_is_known_by_the_key(serve, caplog):
-    caplog.set_level("INFO")
+def test_who_asks_is_known_by_the_key(serve, log):
     server = serve(keys=keys("alice", "bob"), bearer_token=("t",))
     for headers in ({}, bearer("carol"), {"Authorization": "Bearer alice"}, {"x-api-key": "alice-ke"}):
         assert chat(server, headers=headers).status == 401
@@ -8999,8 +8855,8 @@ def test_who_asks_is_known_by_the_key(serve, caplog):
                                    {"name": "bob", "in_flight": 0, "requests": 1, "refused": 0}]
     found = samples(server, bearer("alice"))
     assert found["akashproxy_key_requests_total", "alice"] == 2 and found["akashproxy_key_refused_total", "bob"] == 0
-    assert " key=alice method=POST" in caplog.text
-    assert "-key" not in caplog.text + status.body.decode()
+    assert " key=alice method=POST" in log.text
+    assert "-key" not in log.text + status.body.decode()
 
 
 def test_keys_alone_close_the_server(serve):
@@ -9872,11 +9728,10 @@ def rows(heading):
     return [line.split("|")[1].strip() for line in section.splitlines() if line.startswith("|")][2:]
 
 
-def test_every_field_of_the_log_is_in_the_readme(caplog, serve):
-    caplog.set_level("INFO")
+def test_every_field_of_the_log_is_in_the_readme(log, serve):
     ask(serve(), path="/v1/models")
-    wait_for(lambda: any(hasattr(record, "facts") for record in caplog.records))
-    facts, = [record.facts for record in caplog.records if hasattr(record, "facts")]
+    wait_for(lambda: any(hasattr(record, "facts") for record in log.records))
+    facts, = [record.facts for record in log.records if hasattr(record, "facts")]
     assert rows("The log") == [f"`{name}`" for name in facts]
 
 
@@ -11251,12 +11106,11 @@ def test_links_behind_a_reverse_proxy(case, serve, akash):
     "only proxies": ("10.1.2.3, 10.1.2.4", "10.1.2.3"), "garbage": ("192.0.2.7, x", "127.0.0.1"), "empty parts": (",,192.0.2.7", "192.0.2.7"),
     "mapped": ("192.0.2.7, ::ffff:10.1.2.3", "192.0.2.7"), "very many": (", ".join(["10.1.2.3"] * 5000), "10.1.2.3"),
 })
-def test_the_client_in_the_log_behind_a_reverse_proxy(case, serve, caplog):
+def test_the_client_in_the_log_behind_a_reverse_proxy(case, serve, log):
     value, client = case
-    caplog.set_level("INFO")
     server = serve(trusted_proxies=("127.0.0.0/8", "10.0.0.0/8"))
     ask(server, path="/v1/models", headers={"X-Forwarded-For": value})
-    wait_for(lambda: f"client={client} " in caplog.text)
+    wait_for(lambda: f"client={client} " in log.text)
 
 
 @pytest.mark.parametrize("peer", ["", "unix:", "/run/proxy.sock", "localhost", "::1::", "\0", "1.2.3.4:5"])
