@@ -591,8 +591,7 @@ def reset(sock):
 
 def stalled(sock):
     with contextlib.suppress(OSError):
-        while sock.recv(65536):
-            pass
+        receive(sock)
 
 
 @contextlib.contextmanager
@@ -1345,7 +1344,7 @@ def test_requests_to_akash(case, akash, serve):
     assert set(got) == {"id", "model", "messages", "system", "temperature", "topP", "context"}
 
 
-REFUSED = {
+@table({
     # a field that Akash can't do: (fields, param, words of the message)
     "tools": ({"tools": [{"type": "function"}]}, "tools", "does not support"),
     "functions": ({"functions": [{}]}, "functions", "does not support"),
@@ -1390,10 +1389,7 @@ REFUSED = {
     "max_tokens": ({"max_tokens": 0}, "max_tokens", "at least 1"),
     "max_tokens a fraction": ({"max_tokens": 1.5}, "max_tokens", "must be an integer"),
     "max_completion_tokens": ({"max_completion_tokens": "9"}, "max_completion_tokens", "must be an integer"),
-}
-
-
-@table(REFUSED)
+})
 def test_what_akash_cannot_do_is_refused(case, akash, serve):
     fields, param, words = case
     got = chat(serve(), **fields)
@@ -3130,7 +3126,7 @@ def test_expanding_is_bounded_and_cut_anywhere():
 
 
 @pytest.mark.parametrize("kind", ["application/json", "text/plain", "binary/octet-stream", "Text/Event-Stream", None])
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/v1/responses"])
+@pytest.mark.parametrize("path", WANTS)
 def test_a_stream_under_another_type(kind, path, fake, pool):
     head = fake.head(kind) if kind else re.sub(rb"(?i)content-type: [^\r]*\r\n", b"", fake.head())
     fake.sends(head + chunks(*fake.events()), keep=True)
@@ -3907,7 +3903,7 @@ def test_hashing_a_conversation_takes_no_longer_for_a_long_text():
     assert time.thread_time() - started < 0.01
 
 
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/v1/responses"])
+@pytest.mark.parametrize("path", WANTS)
 def test_conversations_keep_their_controller_in_all_dialects(path, pool):
     server = pool(FakeOpenAI(), FakeOpenAI(), FakeOpenAI(), pool_type="affinity")
 
@@ -4465,10 +4461,6 @@ def test_what_the_errors_of_upstreams_mean(case):
     assert error.upstream_status == status or status == 200
     assert error.type != "server_error" or seen >= 500
     assert error.headers().get("x-should-retry") == ("false" if kind in ("auth", "refused") else None)
-
-
-def asked_model(server, model):
-    return chat(server, {**BOTH, "model": model})
 
 
 @table({
@@ -5131,7 +5123,7 @@ def test_blocks_never_interleave_though_calls_do(path, fake, pool):
 
     fake.faults.append(answered(calls(0, "{}", "z", "e"), calls(1, "", "a", "f"), calls(0, " "), calls(1, '{"x"'), calls(2, "", "b", "g"), calls(1, ":1}"), calls(2, '{"y":'),
                                 {"content": "so"}, calls(3, "", None, "h"), calls(2, "2}"), calls(1, " "), finish="tool_calls"))
-    body = {**(ASKED if "messages" in path else WANTED), "stream": True}
+    body = {**WANTS[path], "stream": True}
     events = named_events(ask(pool(fake), "POST", path, body).body)
     added = [event for event in events if event["type"] in ("content_block_start", "response.output_item.added")]
     blocks = [event.get("content_block") or event.get("item") for event in added]
@@ -5178,7 +5170,7 @@ def test_pings_and_failures_before_the_first_event():
 def test_a_call_that_waits_is_not_lost_when_the_stream_breaks_off(path, fake, pool):
     frames = [fake.event({"tool_calls": [{"index": at, "id": f"c{at}", "function": {"name": "f", "arguments": '{"a":'}}]}) for at in (0, 1)]
     fake.sends(fake.head() + b"".join(map(chunk, frames)))
-    body = ask(pool(fake), "POST", path, {**(ASKED if "messages" in path else WANTED), "stream": True}).body
+    body = ask(pool(fake), "POST", path, {**WANTS[path], "stream": True}).body
     assert b'"c0"' in body and b'"c1"' in body and b"broke off" in body
 
 
@@ -6840,7 +6832,7 @@ def test_a_bug_within_a_stream_closes_both_ends(place, a, pool, caplog):
     wait_for(lambda: samples(server, bearer("alice")).get(("akashproxy_requests_total", "/v1/chat/completions", "200", "a")) == 1)
 
 
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/v1/responses"])
+@pytest.mark.parametrize("path", WANTS)
 def test_an_endless_answer_is_not_kept(path, akash, serve, monkeypatch):
     """Nor a stream of the APIs whose last events need the whole text."""
     monkeypatch.setattr(akashproxy, "MAX_BUFFERED_BODY", 1 << 20)
@@ -7080,10 +7072,6 @@ def test_a_second_signal_stops_at_once(akash):
             process.send_signal(signal.SIGTERM)
             assert process.wait(10) == 0
             assert "stopping: 1 running requests have 60 seconds to end" in process.stderr.read()
-
-
-def children(process):
-    return set(map(int, pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()))
 
 
 @pytest.mark.parametrize("address, token, with_keys, warned", [
@@ -7362,9 +7350,7 @@ def test_no_ping_follows_the_end_of_a_response(akash, serve):
         ended = threading.Event()
         server.loop.call_soon_threadsafe(lambda: (writer.finish(), writer.on_tick(time.monotonic() + 1000), ended.set()))
         assert ended.wait(10)
-        got = sock.recv(65536)
-        while not got.endswith(b"0\r\n\r\n"):
-            got += sock.recv(65536)
+        receive(sock, b"0\r\n\r\n")
 
 
 def test_an_upstream_that_goes_on_after_the_end_is_left(a, pool, monkeypatch):
@@ -7383,16 +7369,14 @@ def test_comments_without_an_end_are_not_kept(a, pool, monkeypatch):
 
 
 def test_no_more_threads_for_a_client_that_got_pings(a, pool, monkeypatch):
-    a.faults.append(lambda sock, request: stalled(sock))
+    a.faults.append(a.stall())
     server = pool(a, heartbeat=0.05)
     with connect(server, post("/v1/chat/completions", {**BOTH, "stream": True})) as sock:
         got = sock.recv(65536)
         monkeypatch.setattr(threading.Thread, "start", lambda thread: (_ for _ in ()).throw(RuntimeError("can't start new thread")))
         monkeypatch.setattr(server.workers, "idle", 0)
-        for link in list(a.open):
-            link.shutdown(socket.SHUT_RDWR)
-        for part in iter(lambda: sock.recv(65536), b""):
-            got += part
+        a.hang_up()
+        got += receive(sock)
     assert b": ping" in got and b"Too many clients" not in got
     settle(server)
 
@@ -7756,7 +7740,7 @@ def test_odd_json_of_a_client_is_its_mistake(pool, kind):
 ODD_COUNTS = [-1, -5, 1 << 53, int("9" * 4200), True, 1.5, "7", None, [], {}]
 
 
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/v1/responses"])
+@pytest.mark.parametrize("path", WANTS)
 def test_only_counts_are_taken_as_counts(path, fake, akash, pool):
     servers = [(pool((fake, {"paths": ("/none",)}), metrics="public"), fake), (pool(akash, metrics="public"), akash)]
     for (server, upstream), odd, streamed in itertools.product(servers, ODD_COUNTS, (True, False)):
@@ -8192,8 +8176,8 @@ def test_where_a_framing_is_cut_changes_nothing(rng):
     assert ends[0] == ends[1] == ends[2], data
 
 
-@pytest.mark.parametrize("path, asked", [("/v1/chat/completions", "BOTH"), ("/v1/messages", "ASKED"), ("/v1/responses", "WANTED")])
-def test_whatever_an_upstream_sends_the_client_gets_an_answer_or_an_error(path, asked, streamed, akash, pool):
+@pytest.mark.parametrize("path", WANTS)
+def test_whatever_an_upstream_sends_the_client_gets_an_answer_or_an_error(path, streamed, akash, pool):
     rng, upstream = random.Random(f"{path} {streamed}"), FakeOpenAI()
     fields = [b"Retry-After: Mon, 01 Jan 2024 00:00:00 +99999999999999999999\r\n", b"x-ratelimit-reset: 1.51.5\r\n", b"Retry-After: -1\r\n", b"",
               b"x-ratelimit-reset-tokens: 1e9s\r\n", b"Retry-After: \xb2\r\n", b"Content-Type: application/json\r\n", b"Keep-Alive: timeout=x\r\n"]
@@ -8215,7 +8199,7 @@ def test_whatever_an_upstream_sends_the_client_gets_an_answer_or_an_error(path, 
             member.cooldowns.clear()
         upstream.faults = collections.deque([fault(["chat"], COMPLETION)] * 2)
         akash.faults = collections.deque([fault(["akash v4", "akash v5"], None)] * 2)
-        got = ask(server, "POST", path, {**globals()[asked], "stream": streamed})
+        got = ask(server, "POST", path, {**WANTS[path], "stream": streamed})
         if got.headers["content-type"].startswith("text/event-stream"):
             frames = re.findall(rb"^data: (.*)$", got.body, re.M)
             assert frames
@@ -8357,8 +8341,7 @@ def silent_after(case, pool, threaded, monkeypatch, **limits):
         monkeypatch.setitem(akashproxy.CONTROLLERS, "threaded", type("Threaded", (base,), {"events": lambda self, call: iter(base.events(self, call))}))
     more = {"type": "threaded", "base_url": fake.url} if threaded else {}
     server = pool((fake, {**({"paths": (path,)} if kind == "anthropic" else {}), **more, **limits}))
-    asked = {"/v1/messages": ASKED, "/v1/responses": WANTED}.get(path, BOTH)
-    return ask(server, "POST", path, {**asked, "stream": True}).body
+    return ask(server, "POST", path, {**WANTS[path], "stream": True}).body
 
 
 def both_ways(cases):
@@ -8655,22 +8638,16 @@ def test_a_model_has_a_series_of_its_own_only_while_there_are_few():
     assert len(labels) == akashproxy.MAX_MODEL_LABELS + 1 and "other" in labels
 
 
-@pytest.mark.parametrize("fault, ended", [
-    (None, "whole"), ("cut", "broken_off"), ("refused", "refused"), ("left", "client_left"), ("probe", None)])
-def test_the_log_says_how_a_response_ended(fault, ended, pool, log):
-    fake = FakeOpenAI(["m"])
-    server = pool(fake)
-    body = {"model": "m", "stream": True, "messages": [user("hi")]}
+@pytest.mark.parametrize("fault, ended", [(None, "whole"), ("cut", "broken_off"), ("refused", "refused"), ("left", "client_left"), ("probe", None)])
+def test_the_log_says_how_a_response_ended(fault, ended, fake, pool, log):
+    server, body = pool(fake), {**BOTH, "stream": True}
+    fake.faults.extend({"left": [fake.stall(1)], "cut": [fake.cut(1)]}.get(fault, []))
     if fault == "left":
-        fake.faults.append(fake.stall(1))
         with connect(server, post("/v1/chat/completions", body)) as sock:
             assert sock.recv(65536)
     elif fault == "probe":
-        ask(server, path="/health")
-        ask(server, path="/metrics")
+        ask(server, path="/health"), ask(server, path="/metrics")
     else:
-        if fault == "cut":
-            fake.faults.append(fake.cut(1))
         chat(server, {"model": 5} if fault == "refused" else body)
     wait_for(lambda: ended is None or f" ended={ended} " in log.text)
     assert ended is not None or "ended=" not in log.text
@@ -8679,11 +8656,9 @@ def test_the_log_says_how_a_response_ended(fault, ended, pool, log):
 TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 
-@pytest.mark.parametrize("path, body", [("/v1/chat/completions", {"model": "m", "messages": [user("hi")]}),
-                                        ("/v1/messages", {"model": "m", "max_tokens": 9, "messages": [user("hi")]})])
-def test_a_trace_goes_to_the_upstream_and_into_the_log(path, body, pool, log):
-    fake = FakeOpenAI(["m"])
-    ask(pool(fake), "POST", path, body, {"traceparent": TRACE, "tracestate": "a=b"})
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages"])
+def test_a_trace_goes_to_the_upstream_and_into_the_log(path, fake, pool, log):
+    ask(pool(fake), "POST", path, WANTS[path], {"traceparent": TRACE, "tracestate": "a=b"})
     assert (fake.requests[-1].headers["traceparent"], fake.requests[-1].headers["tracestate"]) == (TRACE, "a=b")
     wait_for(lambda: f" trace={TRACE[3:35]} " in log.text)
 
@@ -9018,13 +8993,10 @@ needs_proc = pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason=
                                           ("GET", "/images/x.png"), ("DELETE", "/v1/responses/x"), ("GET", "/status")])
 def test_a_body_that_is_not_needed_is_not_waited_for(method, path, framing, serve):
     with connect(serve(), head_of(method, path, framing) + b"5") as sock:
-        got = b""
-        while b"\r\n\r\n" not in got:
-            got += sock.recv(65536)
+        got = receive(sock, b"\r\n\r\n")
         assert b"\r\nConnection: close\r\n" in got and b"100 Continue" not in got
         sock.shutdown(socket.SHUT_WR)
-        while sock.recv(65536):
-            pass
+        receive(sock)
 
 
 @pytest.mark.parametrize("framed", [b"Content-Length: 5\r\n\r\nhello", b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n"])
@@ -10514,8 +10486,39 @@ def test_data_lines_without_data_cost_less_than_events(blank):
     assert min(relayed_in(blank) for _ in range(3)) < min(relayed_in(b'data: {"choices":[]}\n') for _ in range(3)) / 2
 
 
+def thread_seconds(work, items):
+    """CPU time of this thread, without garbage collections: one goes through all objects of all tests, after some allocations."""
+    gc.disable()
+    began = time.thread_time()
+    try:
+        work(items)
+        return time.thread_time() - began
+    finally:
+        gc.enable()
+
+
+def growth(work, sizes, rounds=10, floor=1e-3):
+    """How much more four times as much costs, at best of a few, in CPU time of this thread; ``sizes(n)`` gives the items."""
+    least = {1: math.inf, 4: math.inf}
+    for _ in range(rounds):
+        for many in (1, 4, 1):      # the small one twice: inflated by a busy machine, it would make a steep cost look like a linear one
+            least[many] = min(least[many], thread_seconds(work, sizes(many)))
+        times = least[4] / max(least[1], floor)
+        if times < 6 or times > 12 and least[4] > 0.05:     # linear is 4, a square 16; noise makes no long time three times as long
+            break
+    return times
+
+
+def growths(case):
+    work, head, unit, tail = case
+    size = len(unit)
+    yield "whole", growth(work, lambda many: [head + unit * (many * 20000 // size) + tail])
+    yield "in single pieces", growth(work, lambda many: split(head + unit * (many * 10000 // size) + tail, 1))
+    yield "in units", growth(work, lambda many: [head, *[unit] * (many * 2000), tail])
+
+
 # name: (work, head, unit, tail): the work of head + many units + tail, at once, in single pieces and in many of them
-REPEATED = {
+@table({
     "Akash: texts": (feeding(AkashDecoder), b"", b'0:"a"\n', b""),
     "Akash: texts and thoughts in turn": (feeding(AkashDecoder), b"", b'0:"a"\ng:"b"\n', b""),
     "Akash: texts and blank lines in turn": (feeding(AkashDecoder), b"", b'0:"a"\n\n', b""),
@@ -10561,41 +10564,7 @@ REPEATED = {
     "Tools: parameters": (texts(tool_filter), "<function=write>\n<parameter=content>\n", "</parameter>\n", ""),
     "Tools: a list of calls": (texts(tool_filter), "<tool_call>[", '{"name": "now"},', "]</tool_call>"),
     "Collected": (feeding(lambda: akashproxy.BufferedBody(lambda data: [])), b"", b"ab", b""),
-}
-
-
-def thread_seconds(work, items):
-    """CPU time of this thread, without garbage collections: one goes through all objects of all tests, after some allocations."""
-    gc.disable()
-    began = time.thread_time()
-    try:
-        work(items)
-        return time.thread_time() - began
-    finally:
-        gc.enable()
-
-
-def growth(work, sizes, rounds=10, floor=1e-3):
-    """How much more four times as much costs, at best of a few, in CPU time of this thread; ``sizes(n)`` gives the items."""
-    least = {1: math.inf, 4: math.inf}
-    for _ in range(rounds):
-        for many in (1, 4, 1):      # the small one twice: inflated by a busy machine, it would make a steep cost look like a linear one
-            least[many] = min(least[many], thread_seconds(work, sizes(many)))
-        times = least[4] / max(least[1], floor)
-        if times < 6 or times > 12 and least[4] > 0.05:     # linear is 4, a square 16; noise makes no long time three times as long
-            break
-    return times
-
-
-def growths(case):
-    work, head, unit, tail = case
-    size = len(unit)
-    yield "whole", growth(work, lambda many: [head + unit * (many * 20000 // size) + tail])
-    yield "in single pieces", growth(work, lambda many: split(head + unit * (many * 10000 // size) + tail, 1))
-    yield "in units", growth(work, lambda many: [head, *[unit] * (many * 2000), tail])
-
-
-@table(REPEATED)
+})
 def test_a_decoder_takes_a_time_in_proportion_to_its_input(case):
     for form, times in growths(case):
         assert times < 8, f"{form}: four times as much costs {times:.1f} times as much"
