@@ -189,8 +189,7 @@ class Fake:
 def reply(status=200, body=b"", kind="application/json", extra=b"", chunked=True):
     """An answer as the Akash server sends it; a body that is no bytes is sent as JSON."""
     body = body if isinstance(body, bytes) else json.dumps(body).encode()
-    head = (b"HTTP/1.1 %d X\r\ncontent-type: %s\r\n%sConnection: keep-alive\r\nKeep-Alive: timeout=5\r\n"
-            % (status, kind.encode(), extra))
+    head = (b"HTTP/1.1 %d X\r\ncontent-type: %s\r\n%sConnection: keep-alive\r\nKeep-Alive: timeout=5\r\n" % (status, kind.encode(), extra))
     if not chunked:
         return head + b"Content-Length: %d\r\n\r\n" % len(body) + body
     return head + b"Transfer-Encoding: chunked\r\n\r\n" + chunks(body)
@@ -301,7 +300,7 @@ class FakeOpenAI(Fake):
 
     def completion(self):
         return json.dumps({"id": "c", "object": "chat.completion", "created": 1, "model": "gpt-x", "new": [1.0, None], "choices": [
-            {"index": 0, "message": {"role": "assistant", "content": self.text}, "finish_reason": "stop"}]}).encode()
+            {"index": 0, "message": assistant(self.text), "finish_reason": "stop"}]}).encode()
 
     def events(self):
         return self.words(self.text)
@@ -536,7 +535,28 @@ def user(content, **more):
     return {"role": "user", "content": content, **more}
 
 
-CHAT = {"model": "Meta-Llama-3-3-70B-Instruct", "messages": [{"role": "user", "content": "Hello, how are you?"}]}
+def assistant(content, **more):
+    return {"role": "assistant", "content": content, **more}
+
+
+def system(content):
+    return {"role": "system", "content": content}
+
+
+def developer(content):
+    return {"role": "developer", "content": content}
+
+
+def returned(id, content):
+    """What a tool returned, as a message of a chat."""
+    return {"role": "tool", "tool_call_id": id, "content": content}
+
+
+def text_part(text):
+    return {"type": "text", "text": text}
+
+
+CHAT = {"model": "Meta-Llama-3-3-70B-Instruct", "messages": [user("Hello, how are you?")]}
 BOTH = {"model": "both", "messages": [user("hi")]}
 ASKED = {"model": "both", "max_tokens": 64, "messages": [user("hi")]}
 WANTED = {"model": "both", "input": "hi"}
@@ -635,7 +655,7 @@ def stream(server, body=None, **fields):
 
 def read_chunks(events):
     text, thought, finish, error = "", "", None, None
-    assert events[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert events[0]["choices"][0]["delta"] == assistant("")
     assert len({(e["id"], e["created"], e["model"]) for e in events if "error" not in e}) == 1
     for event in events:
         if "error" in event:
@@ -1141,8 +1161,7 @@ SEPARATORS = "LS[\u2028]PS[\u2029]NEL[\x85]BOM[\ufeff]DEL[\x7f]"
 
 
 def sdk5(*events):
-    return b"".join(b"data: " + (event if isinstance(event, bytes) else json.dumps(event).encode()) + b"\n\n"
-                    for event in events)
+    return b"".join(b"data: " + (event if isinstance(event, bytes) else json.dumps(event).encode()) + b"\n\n" for event in events)
 
 
 def delta(text, kind="text"):
@@ -1173,8 +1192,7 @@ DECODED = {
                          [T("x"), Finish("stop", USAGE)], None),
     "sdk4-nousage": (b'0:"x"\nd:{"finishReason":"stop"}\n', [T("x"), Finish("stop")], None),
     "sdk4-data": (b'2:[{"hello":1}]\n8:[{"note":"x"}]\n' + HELLO, [T("Hello from the mock."), Finish("stop")], None),
-    "sdk4-reasoning": (b'g:"Let me"\ng:" think \\"hard\\""\n0:"42"\n' + STOP,
-                       [R('Let me think "hard"'), T("42"), Finish("stop")], None),
+    "sdk4-reasoning": (b'g:"Let me"\ng:" think \\"hard\\""\n0:"42"\n' + STOP, [R('Let me think "hard"'), T("42"), Finish("stop")], None),
     "sdk4-tool-streaming": (b'b:{"toolCallId":"call_1","toolName":"w"}\nc:{"toolCallId":"call_1","argsTextDelta":"{"}\n'
                             b'9:{"toolCallId":"call_1","toolName":"w","args":{"city":"Kyiv"}}\n'
                             b'a:{"toolCallId":"call_1","result":{"t":21}}\n' + END.replace(b"%b", b"tool-calls"),
@@ -1207,8 +1225,7 @@ DECODED = {
         "inputTokens": 11, "outputTokens": 7, "totalTokens": 18}}}), [T("x"), Finish("stop", USAGE)], None),
     "sdk5-lonesurrogate": (sdk5(b'{"type":"text-delta","id":"0","delta":"\\ud83d"}', b'{"type":"text-delta","id":"0","delta":"\\ude00!"}',
                                 FINISH5), [T("😀!"), Finish("stop")], None),
-    "sdk5-separators": (sdk5(json.dumps(delta(SEPARATORS), ensure_ascii=False).encode(), FINISH5),
-                        [T(SEPARATORS), Finish("stop")], None),
+    "sdk5-separators": (sdk5(json.dumps(delta(SEPARATORS), ensure_ascii=False).encode(), FINISH5), [T(SEPARATORS), Finish("stop")], None),
     "sdk5-error-instream": (sdk5(delta("before"), {"type": "error", "errorText": "[object Object]"},
                                  {"type": "finish", "finishReason": "error"}, b"[DONE]"), [T("before")], "without giving a reason"),
     "sdk5-tool-executed": (sdk5({"type": "tool-input-start", "toolCallId": "c", "toolName": "w"},
@@ -1297,41 +1314,37 @@ def attached(url, text=""):
     # name: (fields of the client's body, fields of Akash's body)
     "plain": ({"messages": [user("hi")]}, {"model": "m", "messages": [user("hi")], "system": " ", "temperature": 0.85,
                                           "topP": 1.0, "context": []}),
-    "system and developer": ({"messages": [{"role": "system", "content": "A"}, user("hi"), {"role": "developer", "content": "B"}]},
-                             {"system": "A\n\nB", "messages": [user("hi")]}),
-    "an empty system": ({"messages": [{"role": "system", "content": ""}, user("hi")]}, {"system": " "}),
+    "system and developer": ({"messages": [system("A"), user("hi"), developer("B")]}, {"system": "A\n\nB", "messages": [user("hi")]}),
+    "an empty system": ({"messages": [system(""), user("hi")]}, {"system": " "}),
     "topP": ({"messages": [user("hi")], "topP": 0.5, "temperature": 1}, {"topP": 0.5, "temperature": 1}),
     "top_p": ({"messages": [user("hi")], "top_p": 0.4}, {"topP": 0.4}),
     "zero stays alive": ({"messages": [user("hi")], "top_p": 0, "temperature": 0.0}, {"topP": 1e-6, "temperature": 1e-6}),
     "null is absent": ({"messages": [user("hi")], "top_p": None, "tools": None, "n": None}, {"topP": 1.0}),
-    "parts of text": ({"messages": [user([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}])]},
-                      {"messages": [user("ab")]}),
-    "a picture": ({"messages": [user([{"type": "text", "text": "look"}, picture(DATA_URL)])]}, {"messages": [attached(DATA_URL, "look")]}),
+    "parts of text": ({"messages": [user([text_part("a"), text_part("b")])]}, {"messages": [user("ab")]}),
+    "a picture": ({"messages": [user([text_part("look"), picture(DATA_URL)])]}, {"messages": [attached(DATA_URL, "look")]}),
     "a picture's address": ({"messages": [user([{"type": "image_url", "image_url": "https://h/x.jpg"}])]},
                             {"messages": [attached("https://h/x.jpg")]}),
-    "null of the assistant": ({"messages": [user("a"), {"role": "assistant", "content": None}, user("b")]},
-                              {"messages": [user("a"), {"role": "assistant", "content": ""}, user("b")]}),
+    "null of the assistant": ({"messages": [user("a"), assistant(None), user("b")]}, {"messages": [user("a"), assistant(""), user("b")]}),
     "names and other fields go": ({"messages": [user("a", name="Bob")]}, {"messages": [user("a")]}),
     "req-special-endoftext": ({"messages": [user("x <|endoftext|> y")]}, {"messages": [user(
-        f"x <|{ZW}endoftext|> y", parts=[{"type": "text", "text": "x <|endoftext|> y"}])]}),
-    "req-special-system": ({"messages": [{"role": "system", "content": "<|fim_prefix|>"}, user("a")]}, {"system": f"<|{ZW}fim_prefix|>"}),
+        f"x <|{ZW}endoftext|> y", parts=[text_part("x <|endoftext|> y")])]}),
+    "req-special-system": ({"messages": [system("<|fim_prefix|>"), user("a")]}, {"system": f"<|{ZW}fim_prefix|>"}),
     "req-special-imstart is harmless": ({"messages": [user("<|im_start|>")]}, {"messages": [user("<|im_start|>")]}),
     "nothing asked for": ({"messages": [user("a")], "tools": [], "tool_choice": "none", "n": 1, "logprobs": False,
                            "response_format": {"type": "text"}, "modalities": ["text"]}, {"model": "m"}),
     # -- messages that OpenAI or the original answer
-    "only a system message": ({"messages": [{"role": "system", "content": "A poem."}]}, {"messages": [user("A poem.")], "system": " "}),
-    "only developer messages": ({"messages": [{"role": "developer", "content": "a"}, {"role": "system", "content": "b"}]},
-                                {"messages": [user("a\n\nb")], "system": " "}),
+    "only a system message": ({"messages": [system("A poem.")]}, {"messages": [user("A poem.")], "system": " "}),
+    "only developer messages": ({"messages": [developer("a"), system("b")]}, {"messages": [user("a\n\nb")], "system": " "}),
     "no content": ({"messages": [{"role": "user"}]}, {"messages": [user("")], "system": " "}),
     "null content": ({"messages": [user(None)]}, {"messages": [user("")], "system": " "}),
-    "null in the system": ({"messages": [{"role": "system", "content": None}, user("hi")]}, {"messages": [user("hi")], "system": " "}),
+    "null in the system": ({"messages": [system(None), user("hi")]}, {"messages": [user("hi")], "system": " "}),
     "an answer without content": ({"messages": [user("a"), {"role": "assistant"}, user("b")]},
-                                  {"messages": [user("a"), {"role": "assistant", "content": ""}, user("b")], "system": " "}),
+                                  {"messages": [user("a"), assistant(""), user("b")], "system": " "}),
     # -- files
     **{f"base 64 as browsers take it, {text!r}": ({"messages": [user([picture("data:image/png;base64," + text)])]},
                                                   {"messages": [attached("data:image/png;base64," + text)]})
        for text in ("iVBORw0KGgo=", "iVBORw0KGgo", "iVBO\nRw0K\r\n", "iV-_", "iVBO Rw==")},
-    "text files": ({"messages": [user("hi"), user([{"type": "text", "text": "Sum up."}, {"type": "file", "file": {
+    "text files": ({"messages": [user("hi"), user([text_part("Sum up."), {"type": "file", "file": {
         "filename": "a.md", "file_data": f"data:text/markdown;base64,{MARKED_FILE}"}}, {"type": "file", "file": {"file_data": MARKED_FILE}}])]},
                    {"context": [{"name": name, "content": f"héllo <|{ZW}endoftext|>"} for name in ("a.md", "file")],
                     "messages": [user("hi"), user("Sum up.")]}),
@@ -1368,10 +1381,8 @@ def test_requests_to_akash(case, akash, serve):
     "a part of nothing": ({"messages": [user([None])]}, "messages[0].content[0]", "not 'None'"),
     "a part's type a list": ({"messages": [user([{"type": []}])]}, "messages[0].content[0]", "not"),
     "a local picture": ({"messages": [user([picture("file:///etc/passwd")])]}, "messages[0].content[0]", "must be http"),
-    "a picture of the assistant": ({"messages": [{"role": "assistant", "content": [picture(DATA_URL)]}]},
-                                   "messages[0].content", "only user messages"),
-    "a picture of the system": ({"messages": [{"role": "system", "content": [picture(DATA_URL)]}, user("hi")]},
-                                "messages[0].content", "only user messages"),
+    "a picture of the assistant": ({"messages": [assistant([picture(DATA_URL)])]}, "messages[0].content", "only user messages"),
+    "a picture of the system": ({"messages": [system([picture(DATA_URL)]), user("hi")]}, "messages[0].content", "only user messages"),
     "no messages": ({"messages": []}, "messages", "must not be empty"),
     "a picture that is no base64": ({"messages": [user([{"type": "image_url", "image_url": "data:image/png;base64,@@@@"}])]},
                                     "messages[0].content[0]", "invalid base64"),
@@ -1742,8 +1753,7 @@ def test_a_picture_through_chat_as_the_original_gave_it(akash, serve):
     assert got.json["data"] == {"model": "AkashGen", "jobId": JOB, "prompt": "A red fox in the snow",
                                 "pic": f"{akash.url}/api/image/job_51083a4c_00001_.png"}
     assert got.json["object"] == "chat.completion" and got.json["usage"]["estimated"] is True
-    assert text_of(got) == (
-        f"![A red fox in the snow]({server.url}/images/job_51083a4c_00001_.png)")
+    assert text_of(got) == (f"![A red fox in the snow]({server.url}/images/job_51083a4c_00001_.png)")
 
 
 def test_a_picture_streamed_tells_of_its_place_in_the_queue(akash, serve):
@@ -2080,7 +2090,7 @@ def test_the_chunks_of_a_stream(akash, serve):
     server = serve()
     events = sse(chat(server, stream=True, stream_options={"include_usage": True}).body)
     assert [event["choices"] for event in events] == [
-        [{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}],
+        [{"index": 0, "delta": assistant(""), "finish_reason": None}],
         [{"index": 0, "delta": {"content": "a"}, "finish_reason": None}],
         [{"index": 0, "delta": {}, "finish_reason": "length"}], []]
     assert [event["usage"] for event in events] == [None, None, None, USAGE]
@@ -3141,7 +3151,7 @@ def test_a_stream_under_another_type(kind, path, fake, pool):
     "only [DONE]": (True, b"data: [DONE]\n\n"), "nothing": (True, b""), "an error first": (True, ERROR_EVENT), "comments": (True, b": x\n\n"),
     "an error with NaN": (False, b'{"error":{"message":NaN}}'), "half an error": (False, b'{"error":{oops'), "no UTF-8": (False, b'{"error":"\xff"}'),
     "an object for a list": (False, b'{"choices":{}}'), "an empty choice": (False, b'{"choices" : [ {} ]}'), "null as a choice": (False, b'{"choices":[null]}'), "a list": (False, b"[]"),
-    "a role, then [DONE]": (True, FakeOpenAI.event({"role": "assistant", "content": ""}) + b"data: [DONE]\n\n"), "no choice, then [DONE]": (True, b'data: {"choices":[]}\n\ndata: [DONE]\n\n'),
+    "a role, then [DONE]": (True, FakeOpenAI.event(assistant("")) + b"data: [DONE]\n\n"), "no choice, then [DONE]": (True, b'data: {"choices":[]}\n\ndata: [DONE]\n\n'),
     "a role, then an error": (True, FakeOpenAI.event({"role": "assistant"}) + ERROR_EVENT), "a role, then nothing": (True, FakeOpenAI.event({"role": "assistant"})),
 })
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages"])
@@ -3251,8 +3261,8 @@ def test_the_usage_of_relayed_answers_is_logged_and_counted(path, kind, body, fa
     "half an event at the end": (FakeOpenAI.event({"content": "a"}) + FakeOpenAI.event({"content": "b"}, "stop")[:40], [T("a")], "not JSON"),
     "an emoji in two events": (b'data: {"choices":[{"delta":{"content":"a\\ud83d"}}]}\n\ndata: {"choices":[{"delta":{"content":"\\ude00b"},"finish_reason":"stop"}]}\n\n',
                                [T("a\U0001f600b"), Finish("stop")], None),
-    "thinking parts": (FakeOpenAI.event({"content": [{"type": "thinking", "thinking": [{"type": "text", "text": "h"}]}]})
-                       + FakeOpenAI.event({"content": [{"type": "text", "text": "a"}]}, "stop"), [R("h"), T("a"), Finish("stop")], None),
+    "thinking parts": (FakeOpenAI.event({"content": [{"type": "thinking", "thinking": [text_part("h")]}]})
+                       + FakeOpenAI.event({"content": [text_part("a")]}, "stop"), [R("h"), T("a"), Finish("stop")], None),
     "Groq's usage": (FakeOpenAI.event({"content": "a"}, "stop")[:-3] + b',"x_groq":{"usage":{"prompt_tokens":11,"completion_tokens":7}}}\n\n', [T("a"), Finish("stop", USAGE)], None),
 })
 def test_openai_streams_cut_at_every_byte(case):
@@ -3281,7 +3291,7 @@ def test_echo(serve):
     server = serve(controllers=(ECHO,))
     assert str(server.pool) == "echo (echo)"    # it has no address
     assert stream(server, {"model": "echo", "messages": [user("say this back")]})[0] == "say this back"
-    got = chat(server, {"model": "any", "messages": [user([{"type": "text", "text": "and this"}])]})
+    got = chat(server, {"model": "any", "messages": [user([text_part("and this")])]})
     assert text_of(got) == "and this" and got.json["usage"]["total_tokens"] == 4
     for count, status in ((1, 404), (20, 400)):
         assert ask(server, "POST", "/v1/images/generations", {"prompt": "x", "n": count}).status == status
@@ -3424,8 +3434,7 @@ def test_failover_and_rest(case, streamed, pool):
         assert events[0]["choices"][0]["delta"]["content"] == "from " and "error" in events[-1] and not b.bodies()
     elif next_one:
         got = chat(server, BOTH, stream=streamed)
-        text = "".join(event["choices"][0]["delta"].get("content", "") for event in sse(got.body)) if streamed else (
-            text_of(got))
+        text = "".join(event["choices"][0]["delta"].get("content", "") for event in sse(got.body)) if streamed else (text_of(got))
         asked = (1, 2) if case == FAILOVER["refused"] else (1,)
         assert text == "from b." and len(b.bodies()) == 1 and len(a.bodies()) in asked
         own = re.match(r"[45]\d\d|a redirect", next(name for name, entry in FAILOVER.items() if entry is case))
@@ -3865,7 +3874,7 @@ def test_affinity_is_by_weight_and_moves_only_what_must_move():
     assert {bigger[number] for number in before if bigger[number] != before[number]} == {"d"}
 
 
-FIRST, ANSWER, SECOND = user("a question"), {"role": "assistant", "content": "an answer"}, user("another one")
+FIRST, ANSWER, SECOND = user("a question"), assistant("an answer"), user("another one")
 
 
 def conversation_of(body, key="", model="m"):
@@ -3877,9 +3886,8 @@ def conversation_of(body, key="", model="m"):
 @table({   # requests of one conversation, as chats; the last one belongs to another
     "it goes on": ({"messages": [FIRST]}, {"messages": [FIRST, ANSWER, SECOND]}, {"messages": [SECOND]}),
     "a string or parts": ({"messages": [FIRST]}, {"messages": [user([{"type": "text", "text": "a question", "cache_control": {"type": "ephemeral"}}])]},
-                          {"messages": [user([{"type": "text", "text": "a question?"}])]}),
-    "another system text": ({"messages": [{"role": "system", "content": "s"}, FIRST]}, {"messages": [{"role": "developer", "content": "s"}, FIRST, ANSWER]},
-                            {"messages": [FIRST]}),
+                          {"messages": [user([text_part("a question?")])]}),
+    "another system text": ({"messages": [system("s"), FIRST]}, {"messages": [developer("s"), FIRST, ANSWER]}, {"messages": [FIRST]}),
     "a prompt_cache_key": ({"messages": [FIRST], "prompt_cache_key": "k"}, {"messages": [SECOND], "prompt_cache_key": "k"},
                            {"messages": [FIRST], "prompt_cache_key": "l"}),
     "half a character": ({"messages": [user("\ud800")]}, {"messages": [user("\ud800"), ANSWER]}, {"messages": [user("\ud801")]}),
@@ -3954,14 +3962,14 @@ def test_the_length_of_a_context_is_found_in_whatever_name(case, pool):
         assert models["alone"]["context_length"] == 77, "the other controller tells it"
 
 
-ADA = [user("My name is Ada. " * 1000), {"role": "assistant", "content": "Hello, Ada."}, user("What is my name?")]     # 4,000 tokens by our estimate
+ADA = [user("My name is Ada. " * 1000), assistant("Hello, Ada."), user("What is my name?")]     # 4,000 tokens by our estimate
 
 
 @table({     # (the model's entry, the messages, is it cut)
     "a short limit": ({"token_limit": 4000}, ADA, "about 4008 tokens > 3000"), "another name": ({"tokenLimit": 4000}, ADA, "about 4008 tokens > 3000"),
     "it just fits": ({"tokenLimit": 5008}, ADA, None), "one token too long": ({"tokenLimit": 5007}, ADA, "about 4008 tokens > 4007"),
     "no limit": ({}, ADA, None), "no limit, very long": ({}, [user("Ada " * 130_000)], "about 130001 tokens > 127000"),
-    "system text counts": ({"tokenLimit": 4000}, [{"role": "system", "content": "x " * 7000}, user("hi")], "about 3501 tokens > 3000"),
+    "system text counts": ({"tokenLimit": 4000}, [system("x " * 7000), user("hi")], "about 3501 tokens > 3000"),
     "pictures do not": ({"tokenLimit": 4000}, [user([picture("data:image/png;base64," + "A" * 50_000)])], None),
 })
 def test_a_conversation_that_akash_would_cut(case, streamed, akash, serve):
@@ -4605,7 +4613,7 @@ def test_a_limit_that_akash_tells_in_a_stream_is_one_of_the_model():
 def test_what_is_too_large_for_akash_is_said(size, status, akash, serve):
     akash.sends(reply(500, b"", ""))
     image = picture("data:image/png;base64," + "A" * size)
-    got = chat(serve(), messages=[user([{"type": "text", "text": "hi"}, image])])
+    got = chat(serve(), messages=[user([text_part("hi"), image])])
     assert got.status == status and ("too large" in got.json["error"]["message"]) == (status == 413)
     assert got.headers.get("x-should-retry") == ("false" if status == 413 else None)
 
@@ -4757,10 +4765,6 @@ def test_fields_that_hide_nothing_are_not_blacked_out():
 # == dialects: Messages and Responses =========================================================
 
 
-def system(text):
-    return {"role": "system", "content": text}
-
-
 def tool(name="f", **schema):
     return {"type": "function", "function": {"name": name, "parameters": schema or {"type": "object", "properties": {}}}}
 
@@ -4771,7 +4775,7 @@ def called(*calls):
 
 
 def no_result(id):
-    return {"role": "tool", "tool_call_id": id, "content": akashproxy.NO_RESULT}
+    return returned(id, akashproxy.NO_RESULT)
 
 
 PNG_SOURCE = {"type": "base64", "media_type": "image/png", "data": "iVBO"}
@@ -4781,31 +4785,31 @@ TOOL_USE = {"type": "tool_use", "id": "t1", "name": "f", "input": {"a": [1]}}
 @table({
     # name: (fields of a body, what a chat says beside its usual, what is ignored)
     "system as text": ({"system": "be brief"}, {"messages": [system("be brief"), user("hi")]}, None),
-    "system as blocks, and within": ({"system": [{"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}}, {"type": "text", "text": "b"}],
-                                      "messages": [{"role": "system", "content": "c"}, user("hi")]}, {"messages": [system("a\n\nb\n\nc"), user("hi")]}, None),
+    "system as blocks, and within": ({"system": [{"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}}, text_part("b")],
+                                      "messages": [system("c"), user("hi")]}, {"messages": [system("a\n\nb\n\nc"), user("hi")]}, None),
     "an empty system": ({"system": []}, {}, None),
-    "blocks of text": ({"messages": [user([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}])]}, {"messages": [user("a\n\nb")]}, None),
-    "pictures": ({"messages": [user([{"type": "text", "text": "a"}, {"type": "image", "source": PNG_SOURCE},
+    "blocks of text": ({"messages": [user([text_part("a"), text_part("b")])]}, {"messages": [user("a\n\nb")]}, None),
+    "pictures": ({"messages": [user([text_part("a"), {"type": "image", "source": PNG_SOURCE},
                                      {"type": "image", "source": {"type": "url", "url": "https://x/y.png"}}])]},
-                 {"messages": [user([{"type": "text", "text": "a"}, picture("data:image/png;base64,iVBO"), picture("https://x/y.png")])]}, None),
+                 {"messages": [user([text_part("a"), picture("data:image/png;base64,iVBO"), picture("https://x/y.png")])]}, None),
     "a document of text": ({"messages": [user([{"type": "document", "source": {"type": "text", "media_type": "text/plain", "data": "d"}},
-                                              {"type": "document", "source": {"type": "content", "content": [{"type": "text", "text": "e"}]}}])]},
+                                              {"type": "document", "source": {"type": "content", "content": [text_part("e")]}}])]},
                            {"messages": [user("d\n\ne")]}, None),
     "tools called and their results": (
-        {"messages": [user("go"), {"role": "assistant", "content": [{"type": "thinking", "thinking": "h", "signature": "s"}, {"type": "text", "text": "ok"},
-                                                                    TOOL_USE, {**TOOL_USE, "id": "t2", "input": {}}]},
-                      user([{"type": "tool_result", "tool_use_id": "t1", "content": "1"}, {"type": "text", "text": "and?"},
+        {"messages": [user("go"), assistant([{"type": "thinking", "thinking": "h", "signature": "s"}, text_part("ok"),
+                                                                    TOOL_USE, {**TOOL_USE, "id": "t2", "input": {}}]),
+                      user([{"type": "tool_result", "tool_use_id": "t1", "content": "1"}, text_part("and?"),
                             {"type": "tool_result", "tool_use_id": "t2", "is_error": True, "content": [
-                                {"type": "text", "text": "2"}, {"type": "image", "source": PNG_SOURCE}, {"type": "tool_reference", "tool_name": "g"},
+                                text_part("2"), {"type": "image", "source": PNG_SOURCE}, {"type": "tool_reference", "tool_name": "g"},
                                 {"type": "document", "source": {"type": "content", "content": [{"type": "image", "source": PNG_SOURCE}]}}]}])]},
         {"messages": [user("go"), {**called(("t1", "f", '{"a":[1]}'), ("t2", "f", "{}")), "content": "ok", "reasoning_content": "h"},
-                      {"role": "tool", "tool_call_id": "t1", "content": "1"},
-                      {"role": "tool", "tool_call_id": "t2", "content": 'Error: 2\n\n{"type":"tool_reference","tool_name":"g"}'},
-                      user([{"type": "text", "text": "and?"}] + [picture("data:image/png;base64,iVBO")] * 2)]}, None),
-    "a result of nothing": ({"messages": [{"role": "assistant", "content": [TOOL_USE]}, user([{"type": "tool_result", "tool_use_id": "t1"}])]},
-                            {"messages": [called(("t1", "f", '{"a":[1]}')), {"role": "tool", "tool_call_id": "t1", "content": ""}]}, None),
-    "what a server's tool did": ({"messages": [user("a"), {"role": "assistant", "content": [{"type": "server_tool_use"}, {"type": "text", "text": "b"}]}]},
-                                 {"messages": [user("a"), {"role": "assistant", "content": "b"}]}, "server_tool_use"),
+                      returned("t1", "1"),
+                      returned("t2", 'Error: 2\n\n{"type":"tool_reference","tool_name":"g"}'),
+                      user([text_part("and?")] + [picture("data:image/png;base64,iVBO")] * 2)]}, None),
+    "a result of nothing": ({"messages": [assistant([TOOL_USE]), user([{"type": "tool_result", "tool_use_id": "t1"}])]},
+                            {"messages": [called(("t1", "f", '{"a":[1]}')), returned("t1", "")]}, None),
+    "what a server's tool did": ({"messages": [user("a"), assistant([{"type": "server_tool_use"}, text_part("b")])]},
+                                 {"messages": [user("a"), assistant("b")]}, "server_tool_use"),
     "tools": ({"tools": [{"name": "f", "description": "d", "input_schema": {"type": "object"}}, {"type": "web_search_20250305", "name": "web_search"},
                          {"type": "custom", "name": "g", "strict": True}], "tool_choice": {"type": "any", "disable_parallel_tool_use": True}},
               {"tools": [{"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}}}},
@@ -4892,7 +4896,7 @@ def test_the_events_of_a_message(fake, pool):
     assert events[1:] == [
         *block(0, {"type": "thinking", "thinking": "", "signature": ""}, ("thinking_delta", "thinking"), "hm")[:-1],
         {"type": "content_block_delta", "index": 0, "delta": {"type": "signature_delta", "signature": akashproxy.UNSIGNED}}, {"type": "content_block_stop", "index": 0},
-        *block(1, {"type": "text", "text": ""}, ("text_delta", "text"), "Hi", " you"),
+        *block(1, text_part(""), ("text_delta", "text"), "Hi", " you"),
         *block(2, {"type": "tool_use", "id": "call_1", "name": "f", "input": {}}, ("input_json_delta", "partial_json"), '{"a":1}'),
         {"type": "message_delta", "delta": {"stop_reason": "tool_use", "stop_sequence": None},
          "usage": {"input_tokens": 7, "cache_read_input_tokens": 4, "output_tokens": 7}}, {"type": "message_stop"}]
@@ -5027,17 +5031,17 @@ CALLED = {"type": "function_call", "call_id": "c1", "name": "f", "arguments": '{
 
 @table({
     # name: (fields of a body, what a chat says beside its usual, what is ignored)
-    "instructions, and developers": ({"instructions": "a", "input": [{"role": "developer", "content": "b"}, {"type": "message", "role": "user", "content": "hi"}]},
+    "instructions, and developers": ({"instructions": "a", "input": [developer("b"), {"type": "message", "role": "user", "content": "hi"}]},
                                      {"messages": [system("a\n\nb"), user("hi")]}, None),
     "parts": ({"input": [user([{"type": "input_text", "text": "a"}, {"type": "input_image", "image_url": "https://x/y.png", "detail": "auto"}]),
                          {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "b", "annotations": []}, {"type": "refusal", "refusal": "c"}]}]},
-              {"messages": [user([{"type": "text", "text": "a"}, picture("https://x/y.png")]), {"role": "assistant", "content": "b\n\nc"}]}, None),
+              {"messages": [user([text_part("a"), picture("https://x/y.png")]), assistant("b\n\nc")]}, None),
     "calls and their outputs": (
-        {"input": [user("go"), {"type": "reasoning", "id": "rs_1", "summary": []}, {"type": "item_reference", "id": "rs_1"}, {"role": "assistant", "content": "ok"}, CALLED, {**CALLED, "call_id": "c2", "arguments": ""},
+        {"input": [user("go"), {"type": "reasoning", "id": "rs_1", "summary": []}, {"type": "item_reference", "id": "rs_1"}, assistant("ok"), CALLED, {**CALLED, "call_id": "c2", "arguments": ""},
                    {"type": "function_call_output", "call_id": "c1", "output": [{"type": "input_text", "text": "1"}, {"type": "input_image", "image_url": "data:x"}]},
                    {"type": "function_call_output", "call_id": "c2", "output": "2"}, {"type": "web_search_call", "id": "ws"}]},
-        {"messages": [user("go"), {**called(("c1", "f", '{"a":[1]}'), ("c2", "f", "{}")), "content": "ok"}, {"role": "tool", "tool_call_id": "c1", "content": "1"},
-                      {"role": "tool", "tool_call_id": "c2", "content": "2"}, user([picture("data:x")])]}, "item_reference, web_search_call"),
+        {"messages": [user("go"), {**called(("c1", "f", '{"a":[1]}'), ("c2", "f", "{}")), "content": "ok"}, returned("c1", "1"),
+                      returned("c2", "2"), user([picture("data:x")])]}, "item_reference, web_search_call"),
     "a call at once": ({"input": [CALLED]}, {"messages": [called(("c1", "f", '{"a":[1]}')), no_result("c1")]}, None),
     "tools": ({"tools": [{"type": "function", "name": "f", "description": "d", "parameters": {"type": "object"}, "strict": False}, {"type": "namespace", "name": "n"},
                          {"type": "web_search"}, {"type": "custom", "name": "c"}], "tool_choice": "auto", "parallel_tool_calls": True},
@@ -5184,9 +5188,9 @@ def test_responses_are_not_stored(a, pool):
     assert ask(server, "POST", "/v1/responses/../x", {"model": "both"}).status == 405 and len(a.requests) == asked
 
 
-ODD = [None, True, 0, -1.5, "", "x", [], {}, [None], ["x"], [7], [[]], [{}], {"type": 7}, {"type": "function"}, {"type": ["x"]}, [{"type": "text", "text": 7}],
+ODD = [None, True, 0, -1.5, "", "x", [], {}, [None], ["x"], [7], [[]], [{}], {"type": 7}, {"type": "function"}, {"type": ["x"]}, [text_part(7)],
        [{"type": "image", "source": 7}], [{"type": "image", "source": PNG_SOURCE}], [{"type": "image_url", "image_url": 7}], [{"type": "tool_result", "content": {}}], [{"type": "tool_use"}],
-       [{"role": "user", "content": {}}], [{"role": "assistant", "content": [{"type": "hologram"}], "tool_calls": 7}], [{"role": "user", "content": [{"type": {}}]}],
+       [user({})], [{"role": "assistant", "content": [{"type": "hologram"}], "tool_calls": 7}], [user([{"type": {}}])],
        [{"role": "tool", "content": 7}], [{"type": "function_call"}], [{"type": "function_call_output"}], [{"role": ["user"], "content": "x"}]]
 
 
@@ -5215,8 +5219,10 @@ def test_odd_values_are_answered_or_named_never_a_bug():
 PDF = {"type": "document", "source": {"type": "base64", "media_type": "application/pdf", "data": "JVBERi0xLjQK"}}
 PDF_FILE = {"type": "input_file", "filename": "a.pdf", "file_data": "data:application/pdf;base64,JVBERi0xLjQK"}
 PDF_NOTE = "[A PDF of 9 bytes, which this model can't read.]"
-USES = {"role": "assistant", "content": [{"type": "tool_use", "id": "t1", "name": "f", "input": {}}]}
-CALLED_T1, GOT = called(("t1", "f", "{}")), {"role": "tool", "tool_call_id": "t1", "content": "1"}
+USES = assistant([{"type": "tool_use", "id": "t1", "name": "f", "input": {}}])
+USES_TWICE = assistant([*USES["content"], {**USES["content"][0], "id": "t2"}])
+CALLED_TWICE = called(("t1", "f", "{}"), ("t2", "f", "{}"))
+CALLED_T1, GOT = called(("t1", "f", "{}")), returned("t1", "1")
 
 
 def thinking(text, **fields):
@@ -5230,48 +5236,45 @@ def result(content="1", id="t1", **fields):
 @table({
     # name: (messages, messages of the chat)
     "a system message in the middle": ([user("x"), system("B"), user("y")], [system("B"), user("x"), user("y")]),
-    "several of them, one behind results": ([system("A"), user("x"), USES, user([result()]), system("B"), user("y"), system([{"type": "text", "text": "C"}])],
+    "several of them, one behind results": ([system("A"), user("x"), USES, user([result()]), system("B"), user("y"), system([text_part("C")])],
                                             [system("A\n\nB\n\nC"), user("x"), CALLED_T1, GOT, user("y")]),
     "reasoning beside a call": ([{**USES, "content": [thinking("hmm"), *USES["content"]]}, user([result()])], [{**CALLED_T1, "reasoning_content": "hmm"}, GOT]),
-    "two pieces of it, and text": ([{**USES, "content": [thinking("a"), {"type": "text", "text": "t"}, thinking("b", signature="s"), *USES["content"]]}, user([result()])],
+    "two pieces of it, and text": ([{**USES, "content": [thinking("a"), text_part("t"), thinking("b", signature="s"), *USES["content"]]}, user([result()])],
                                    [{**CALLED_T1, "content": "t", "reasoning_content": "a\n\nb"}, GOT]),
-    "reasoning in a message before the call": ([{"role": "assistant", "content": [thinking("hmm")]}, USES, user([result()])], [{**CALLED_T1, "reasoning_content": "hmm"}, GOT]),
-    "reasoning without a call": ([{"role": "assistant", "content": [thinking("hmm"), {"type": "text", "text": "t"}]}, user("y")], [{"role": "assistant", "content": "t"}, user("y")]),
+    "reasoning in a message before the call": ([assistant([thinking("hmm")]), USES, user([result()])], [{**CALLED_T1, "reasoning_content": "hmm"}, GOT]),
+    "reasoning without a call": ([assistant([thinking("hmm"), text_part("t")]), user("y")], [assistant("t"), user("y")]),
     "redacted and empty reasoning": ([{**USES, "content": [{"type": "redacted_thinking", "data": "x"}, thinking(""), *USES["content"]]}, user([result()])], [CALLED_T1, GOT]),
     "a call without a result": ([USES, user("stop")], [CALLED_T1, no_result("t1"), user("stop")]),
-    "one of two": ([{**USES, "content": [*USES["content"], {**USES["content"][0], "id": "t2"}]}, user([result("2", "t2")])],
-                   [called(("t1", "f", "{}"), ("t2", "f", "{}")), no_result("t1"), {**GOT, "tool_call_id": "t2", "content": "2"}]),
-    "results in the other order": ([{**USES, "content": [*USES["content"], {**USES["content"][0], "id": "t2"}]}, user([result("2", "t2"), result()])],
-                                   [called(("t1", "f", "{}"), ("t2", "f", "{}")), GOT, {**GOT, "tool_call_id": "t2", "content": "2"}]),
+    "one of two": ([USES_TWICE, user([result("2", "t2")])], [CALLED_TWICE, no_result("t1"), returned("t2", "2")]),
+    "results in the other order": ([USES_TWICE, user([result("2", "t2"), result()])], [CALLED_TWICE, GOT, returned("t2", "2")]),
     "a result behind another message": ([USES, user("wait"), user([result()])], [CALLED_T1, GOT, user("wait")]),
     "a result before its call": ([user([result()]), USES], [CALLED_T1, GOT]),
-    "a result without a call": ([user([result("1", "t9")]), {"role": "assistant", "content": "ok"}], [user("[Result of an unknown tool call]\n1"), {"role": "assistant", "content": "ok"}]),
-    "results without IDs": ([{**USES, "content": [*USES["content"], {**USES["content"][0], "id": "t2"}]}, user([result("1", None), result("2", None)])],
-                            [called(("t1", "f", "{}"), ("t2", "f", "{}")), GOT, {**GOT, "tool_call_id": "t2", "content": "2"}]),
+    "a result without a call": ([user([result("1", "t9")]), assistant("ok")], [user("[Result of an unknown tool call]\n1"), assistant("ok")]),
+    "results without IDs": ([USES_TWICE, user([result("1", None), result("2", None)])], [CALLED_TWICE, GOT, returned("t2", "2")]),
     "a call and a result without an ID": ([{**USES, "content": [{**USES["content"][0], "id": None}]}, user([result("1", None)])],
-                                          [called(("call_0", "f", "{}")), {**GOT, "tool_call_id": "call_0"}]),
-    "two results of one call": ([USES, user([result("1"), result("2")])], [CALLED_T1, {**GOT, "content": "1\n\n2"}]),
-    "an ID that comes again": ([USES, user([result("1")]), USES, user([result("2")])], [CALLED_T1, GOT, CALLED_T1, {**GOT, "content": "2"}]),
-    "an ID that comes again after an interruption": ([USES, user("stop"), USES, user([result("2")])], [CALLED_T1, no_result("t1"), user("stop"), CALLED_T1, {**GOT, "content": "2"}]),
-    "a failure": ([USES, user([result("no such file", is_error=True)])], [CALLED_T1, {**GOT, "content": "Error: no such file"}]),
-    "a failure that says so": ([USES, user([result("Error: no", is_error=True)])], [CALLED_T1, {**GOT, "content": "Error: no"}]),
-    "a failure without words": ([USES, user([result(None, is_error=True)])], [CALLED_T1, {**GOT, "content": "Error: the tool failed."}]),
-    "a PDF in a result": ([USES, user([result([PDF])])], [CALLED_T1, {**GOT, "content": PDF_NOTE}]),
+                                          [called(("call_0", "f", "{}")), returned("call_0", "1")]),
+    "two results of one call": ([USES, user([result("1"), result("2")])], [CALLED_T1, returned("t1", "1\n\n2")]),
+    "an ID that comes again": ([USES, user([result("1")]), USES, user([result("2")])], [CALLED_T1, GOT, CALLED_T1, returned("t1", "2")]),
+    "an ID that comes again after an interruption": ([USES, user("stop"), USES, user([result("2")])], [CALLED_T1, no_result("t1"), user("stop"), CALLED_T1, returned("t1", "2")]),
+    "a failure": ([USES, user([result("no such file", is_error=True)])], [CALLED_T1, returned("t1", "Error: no such file")]),
+    "a failure that says so": ([USES, user([result("Error: no", is_error=True)])], [CALLED_T1, returned("t1", "Error: no")]),
+    "a failure without words": ([USES, user([result(None, is_error=True)])], [CALLED_T1, returned("t1", "Error: the tool failed.")]),
+    "a PDF in a result": ([USES, user([result([PDF])])], [CALLED_T1, returned("t1", PDF_NOTE)]),
     "a PDF in the first of two messages": ([user([PDF]), user("y")], [user(PDF_NOTE), user("y")]),
     "a PDF beside a result": ([USES, user([result(), PDF])], [CALLED_T1, GOT, user(PDF_NOTE)]),
-    "a PDF in an earlier message": ([user([PDF, {"type": "text", "text": "x"}]), {"role": "assistant", "content": "ok"}, user("y")],
-                                    [user(PDF_NOTE + "\n\nx"), {"role": "assistant", "content": "ok"}, user("y")]),
+    "a PDF in an earlier message": ([user([PDF, text_part("x")]), assistant("ok"), user("y")],
+                                    [user(PDF_NOTE + "\n\nx"), assistant("ok"), user("y")]),
     "a PDF at a URL": ([USES, user([result([{"type": "document", "source": {"type": "url", "url": "https://x/y.pdf"}}])])],
-                       [CALLED_T1, {**GOT, "content": "[A PDF, which this model can't read.]"}]),
+                       [CALLED_T1, returned("t1", "[A PDF, which this model can't read.]")]),
     "another file in a result": ([USES, user([result([{"type": "resource", "resource": {"mimeType": "application/zip", "blob": "UEsDBA=="}}])])],
-                                 [CALLED_T1, {**GOT, "content": "[A file of 4 bytes, which this model can't read.]"}]),
+                                 [CALLED_T1, returned("t1", "[A file of 4 bytes, which this model can't read.]")]),
     "a film in a result": ([USES, user([result([{"type": "video_url", "video_url": {"url": "data:video/mp4;base64,AAAAHA=="}}])])],
-                           [CALLED_T1, {**GOT, "content": "[A file of 4 bytes, which this model can't read.]"}]),
+                           [CALLED_T1, returned("t1", "[A file of 4 bytes, which this model can't read.]")]),
     "sound in a list within a result": ([USES, user([result([{"type": "resource", "contents": [{"mimeType": "audio/wav", "blob": "UklGRg=="}]}])])],
-                                        [CALLED_T1, {**GOT, "content": "[A file of 4 bytes, which this model can't read.]"}]),
-    "an unknown block in a history": ([user([{"type": "hologram"}]), {"role": "assistant", "content": "ok"}],
-                                      [user("[A block of type 'hologram' is left out.]"), {"role": "assistant", "content": "ok"}]),
-    "empty blocks": ([system([{"type": "text", "text": ""}]), user([{"type": "text", "text": ""}, {"type": "text", "text": "x"}])], [user("x")]),
+                                        [CALLED_T1, returned("t1", "[A file of 4 bytes, which this model can't read.]")]),
+    "an unknown block in a history": ([user([{"type": "hologram"}]), assistant("ok")],
+                                      [user("[A block of type 'hologram' is left out.]"), assistant("ok")]),
+    "empty blocks": ([system([text_part("")]), user([text_part(""), text_part("x")])], [user("x")]),
 })
 def test_a_history_of_messages_as_a_chat(case, fake, pool):
     messages, chat = case
@@ -5285,8 +5288,8 @@ def reasoned(*texts, **fields):
 
 
 CALL_ITEM, OUTPUT_ITEM = {**CALLED, "arguments": "{}"}, {"type": "function_call_output", "call_id": "c1", "output": "1"}
-C1, R1 = called(("c1", "f", "{}")), {"role": "tool", "tool_call_id": "c1", "content": "1"}
-DEVELOPER, SAYS = {"role": "developer", "content": "B"}, {"role": "assistant", "content": "doing"}
+C1, C1_C2, R1 = called(("c1", "f", "{}")), called(("c1", "f", "{}"), ("c2", "f", "{}")), returned("c1", "1")
+DEVELOPER, SAYS = developer("B"), assistant("doing")
 
 
 @table({
@@ -5296,7 +5299,7 @@ DEVELOPER, SAYS = {"role": "developer", "content": "B"}, {"role": "assistant", "
     "reasoning, text and a call": ([reasoned("a"), SAYS, CALL_ITEM, OUTPUT_ITEM], [{**C1, "content": "doing", "reasoning_content": "a"}, R1]),
     "reasoning in full": ([reasoned("short", content=[{"type": "reasoning_text", "text": "long"}]), CALL_ITEM, OUTPUT_ITEM], [{**C1, "reasoning_content": "long"}, R1]),
     "reasoning between calls": ([CALL_ITEM, reasoned("a"), {**CALL_ITEM, "call_id": "c2"}, OUTPUT_ITEM, {**OUTPUT_ITEM, "call_id": "c2"}],
-                                [{**called(("c1", "f", "{}"), ("c2", "f", "{}")), "reasoning_content": "a"}, R1, {**R1, "tool_call_id": "c2"}]),
+                                [{**C1_C2, "reasoning_content": "a"}, R1, returned("c2", "1")]),
     "reasoning without a call": ([reasoned("a"), SAYS, user("y")], [SAYS, user("y")]),
     "reasoning that nothing follows": ([user("x"), reasoned("a"), user("y")], [user("x"), user("y")]),
     "the assistant's text between": ([user("x"), CALL_ITEM, SAYS, OUTPUT_ITEM], [user("x"), {**C1, "content": "doing"}, R1]),
@@ -5304,14 +5307,14 @@ DEVELOPER, SAYS = {"role": "developer", "content": "B"}, {"role": "assistant", "
     "a developer's between": ([CALL_ITEM, DEVELOPER, OUTPUT_ITEM], [system("B"), C1, R1]),
     "all of them": ([CALL_ITEM, user("x"), SAYS, DEVELOPER, OUTPUT_ITEM], [system("B"), C1, R1, user("x"), SAYS]),
     "calls in turns": ([CALL_ITEM, OUTPUT_ITEM, {**CALL_ITEM, "call_id": "c2"}, {**OUTPUT_ITEM, "call_id": "c2"}],
-                       [C1, R1, called(("c2", "f", "{}")), {**R1, "tool_call_id": "c2"}]),
+                       [C1, R1, called(("c2", "f", "{}")), returned("c2", "1")]),
     "no output": ([CALL_ITEM, user("go on")], [C1, no_result("c1"), user("go on")]),
     "an output before its call": ([OUTPUT_ITEM, CALL_ITEM], [C1, R1]),
     "an output of nothing known": ([OUTPUT_ITEM], [user("[Result of an unknown tool call]\n1")]),
     "outputs without IDs": ([CALL_ITEM, {**CALL_ITEM, "call_id": "c2"}, {**OUTPUT_ITEM, "call_id": None}, {**OUTPUT_ITEM, "call_id": None, "output": "2"}],
-                            [called(("c1", "f", "{}"), ("c2", "f", "{}")), R1, {**R1, "tool_call_id": "c2", "content": "2"}]),
+                            [C1_C2, R1, returned("c2", "2")]),
     "arguments as an object": ([{**CALL_ITEM, "arguments": {"a": 1}}, OUTPUT_ITEM], [called(("c1", "f", '{"a":1}')), R1]),
-    "a PDF in an output": ([CALL_ITEM, {**OUTPUT_ITEM, "output": [PDF_FILE]}], [C1, {**R1, "content": PDF_NOTE}]),
+    "a PDF in an output": ([CALL_ITEM, {**OUTPUT_ITEM, "output": [PDF_FILE]}], [C1, returned("c1", PDF_NOTE)]),
     "a PDF in the first of two messages": ([user([PDF_FILE]), system("B"), user("y")], [system("B"), user(PDF_NOTE), user("y")]),
     "a PDF in an earlier message": ([user([PDF_FILE]), SAYS, user("y")], [user(PDF_NOTE), SAYS, user("y")]),
     "how closely to look": ([user([{"type": "input_image", "image_url": "data:x", "detail": "high"}])],
@@ -5331,10 +5334,9 @@ def reminder(text):
 @table({
     # name: (messages, messages of the chat)
     "after the user's": ([system("A"), user("x"), system("B")], [system("A"), user(f"x\n\n{reminder('B')}")]),
-    "before the user's": ([user("x"), {"role": "assistant", "content": "a"}, system("B"), user("y")],
-                          [user("x"), {"role": "assistant", "content": "a"}, user(f"{reminder('B')}\n\ny")]),
+    "before the user's": ([user("x"), assistant("a"), system("B"), user("y")], [user("x"), assistant("a"), user(f"{reminder('B')}\n\ny")]),
     "behind a result": ([system("A"), system("B"), USES, user([result()]), system("C")], [system("A\n\nB"), CALLED_T1, GOT, user(reminder("C"))]),
-    "beside a picture": ([user([{"type": "image", "source": PNG_SOURCE}]), system("B")], [user([picture("data:image/png;base64,iVBO"), {"type": "text", "text": reminder("B")}])]),
+    "beside a picture": ([user([{"type": "image", "source": PNG_SOURCE}]), system("B")], [user([picture("data:image/png;base64,iVBO"), text_part(reminder("B"))])]),
 })
 def test_later_system_messages_as_text_of_the_user(case, fake, pool):
     messages, chat = case
@@ -5354,7 +5356,7 @@ def test_what_a_model_wants_back_with_a_call_comes_back(extra, path, streamed, f
         got = ask(server, "POST", path, {**ASKED, "stream": streamed})
         blocks = [event["content_block"] for event in named_events(got.body) if "content_block" in event] if streamed else got.json["content"]
         assert re.fullmatch("[A-Za-z0-9_-]+", blocks[0]["id"]) and blocks[1]["id"] == "c2"
-        history = {**ASKED, "messages": [{"role": "assistant", "content": [{**blocks[0], "input": {"a": 1}}, blocks[1]]}, user([result("1", block["id"]) for block in blocks])]}
+        history = {**ASKED, "messages": [assistant([{**blocks[0], "input": {"a": 1}}, blocks[1]]), user([result("1", block["id"]) for block in blocks])]}
     else:
         got = ask(server, "POST", path, {**WANTED, "stream": streamed})
         output = named_events(got.body)[-1]["response"]["output"] if streamed else got.json["output"]
@@ -5364,7 +5366,7 @@ def test_what_a_model_wants_back_with_a_call_comes_back(extra, path, streamed, f
     assert ask(server, "POST", path, history).status == 200
     sent = called(("c1", "f", '{"a":1}'), ("c2", "f", "{}"))
     sent["tool_calls"][0].update(extra)
-    assert fake.bodies()[-1]["messages"] == [sent, R1, {**R1, "tool_call_id": "c2"}]
+    assert fake.bodies()[-1]["messages"] == [sent, R1, returned("c2", "1")]
 
 
 @pytest.mark.parametrize("path, more", [("/v1/messages", {**ASKED, "thinking": {"type": "adaptive"}}),
@@ -5378,7 +5380,7 @@ def test_clients_that_return_only_signed_reasoning_return_ours(path, more, strea
         signature = "".join(event["delta"].get("signature", "") for event in events if event["type"] == "content_block_delta")
         block = {"type": "thinking", "thinking": "hm", "signature": signature} if streamed else got.json["content"][0]
         assert block["signature"] == akashproxy.UNSIGNED
-        ask(server, "POST", path, {**more, "messages": [{"role": "assistant", "content": [block, {**USES["content"][0], "id": "c1"}]}, user([result("1", "c1")])]})
+        ask(server, "POST", path, {**more, "messages": [assistant([block, {**USES["content"][0], "id": "c1"}]), user([result("1", "c1")])]})
     else:
         output = events[-1]["response"]["output"] if streamed else got.json["output"]
         assert output[0].get("encrypted_content") == (akashproxy.UNSIGNED if "include" in more else None)
@@ -5393,7 +5395,7 @@ def returned_calls(server, path, body, streamed):
     if path == "/v1/messages":
         blocks = [event["content_block"] for event in named_events(got.body) if "content_block" in event] if streamed else got.json["content"]
         calls = [block for block in blocks if block["type"] == "tool_use"]
-        history = {"messages": [{"role": "assistant", "content": calls}, user([result("1", call["id"]) for call in calls])]}
+        history = {"messages": [assistant(calls), user([result("1", call["id"]) for call in calls])]}
     else:
         output = (named_events(got.body)[-1]["response"] if streamed else got.json)["output"]
         calls = [item for item in output if item["type"] == "function_call"]
@@ -5433,7 +5435,7 @@ def test_reasoning_that_is_not_requested_comes_back_with_the_calls(reasoning, ex
     fake.faults.append(answered(*({"reasoning_content": text} for text in reasoning), calling("c1", "c2"), finish="tool_calls"))
     returned_calls(pool(fake), "/v1/messages", ASKED, streamed)
     message = fake.bodies()[-1]["messages"][0]
-    assert message["tool_calls"] == called(("c1", "f", "{}"), ("c2", "f", "{}"))["tool_calls"]
+    assert message["tool_calls"] == C1_C2["tool_calls"]
     assert message.get("reasoning_content") == expected
 
 
@@ -5497,7 +5499,7 @@ def test_equal_names_in_namespaces_stay_apart(fake, pool):
     "a user of 64 characters": ("messages", {"metadata": {"user_id": "u" * 64}}, {"user": "u" * 64}, [], None),
     "one of 65": ("messages", {"metadata": {"user_id": "u" * 65}}, {}, ["user"], "metadata.user_id"),
     "one that is JSON": ("messages", {"metadata": {"user_id": '{"device_id":"x"}'}}, {}, ["user"], "metadata.user_id"),
-    "a line that changes each time": ("messages", {"system": [{"type": "text", "text": "x-anthropic-billing-header: cc_version=2; cch=1;"}, {"type": "text", "text": "A"}]},
+    "a line that changes each time": ("messages", {"system": [text_part("x-anthropic-billing-header: cc_version=2; cch=1;"), text_part("A")]},
                                       {"messages": [system("A"), user("hi")]}, [], None),
     "such a line before text": ("messages", {"system": "x-anthropic-billing-header: cc_version=2\nA\nB"}, {"messages": [system("A\nB"), user("hi")]}, [], None),
     "text that speaks of it": ("messages", {"system": "Never send x-anthropic-billing-header: it."}, {"messages": [system("Never send x-anthropic-billing-header: it."), user("hi")]}, [], None),
@@ -5692,7 +5694,7 @@ TOOL_ANSWERS.update({f"text: {text}": (text, text, []) for text in NO_CALLS})
 
 
 def prompted(stream=True, **fields):
-    call = Call({"model": "m", "messages": [{"role": "user", "content": "x"}], "tools": FUNCTIONS, **fields}, stream=stream)
+    call = Call({"model": "m", "messages": [user("x")], "tools": FUNCTIONS, **fields}, stream=stream)
     return akashproxy.PromptedTools(call, "m", akashproxy.TOOLS_PROMPT, "fake")
 
 
@@ -5760,7 +5762,7 @@ TOOL_MODELS = {"x": "<tool_call>\n{", "Qwen/Qwen3-235B-A22B": "<tool_call>\n{", 
 def test_tools_and_history_become_text_in_the_models_own_form(model):
     history = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"},
                {"role": "assistant", "content": "I look.", "tool_calls": [{"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city":"Kyiv"}'}}] * 2},
-               {"role": "tool", "tool_call_id": "c1", "content": "sun"}, {"role": "tool", "tool_call_id": "c2", "content": [{"type": "text", "text": "rain"}]}]
+               returned("c1", "sun"), {"role": "tool", "tool_call_id": "c2", "content": [text_part("rain")]}]
     call = Call({"model": model, "messages": history, "tools": FUNCTIONS, "tool_choice": "required"})
     tools = akashproxy.PromptedTools(call, model, akashproxy.TOOLS_PROMPT, "fake")
     system, user, assistant, results = akashproxy.join_user_messages(tools.body()["messages"])
@@ -5773,7 +5775,7 @@ def test_tools_and_history_become_text_in_the_models_own_form(model):
 
 def test_without_a_choice_nothing_is_added_to_the_prompt():
     tools = prompted(tool_choice="none")
-    assert tools.body()["messages"] == [{"role": "user", "content": "x"}] and not tools.functions
+    assert tools.body()["messages"] == [user("x")] and not tools.functions
     tools = prompted(tool_choice={"type": "function", "function": {"name": "now"}})
     assert list(tools.functions) == ["now"] and tools.required
     with pytest.raises(APIError, match="tool_choice"):
@@ -5789,8 +5791,8 @@ def prompting(url, **more):
 
 
 TOOL_REQUESTS = {
-    "/v1/chat/completions": {"messages": [{"role": "user", "content": "hi"}], "tools": FUNCTIONS},
-    "/v1/messages": {"max_tokens": 99, "messages": [{"role": "user", "content": "hi"}], "tools": [{"name": "weather", "input_schema": {"type": "object"}}]},
+    "/v1/chat/completions": {"messages": [user("hi")], "tools": FUNCTIONS},
+    "/v1/messages": {"max_tokens": 99, "messages": [user("hi")], "tools": [{"name": "weather", "input_schema": {"type": "object"}}]},
     "/v1/responses": {"input": "hi", "tools": [{"type": "function", "name": "weather", "parameters": {"type": "object"}, "strict": True}]},
 }
 
@@ -5964,7 +5966,7 @@ def test_the_matrix(kind, name, dialect, streamed, pool):
 
 @pytest.mark.parametrize("fields, ignored", [
     ({"tools": [{"type": "function"}], "tool_choice": "required", "n": 2}, "tools, tool_choice, n"), ({"stop": "mock"}, "stop"),
-    ({"max_tokens": 1, "seed": 1}, "max_tokens, seed"), ({"messages": [{"role": "user", "content": "hi"}]}, None), ({"tools": None}, None)])
+    ({"max_tokens": 1, "seed": 1}, "max_tokens, seed"), ({"messages": [user("hi")]}, None), ({"tools": None}, None)])
 def test_akash_drops_parameters_before_it_checks_them(akash, serve, fields, ignored):
     drop = ("tools", "tool_choice", "n", "stop", "max_tokens", "messages")
     server = serve(controllers=(akashproxy.ControllerSettings(type="akash", drop=drop),))
@@ -5988,7 +5990,7 @@ def test_a_failed_image_of_the_2026_version_is_not_repeated(akash, serve):
 def test_any_upstream_can_get_tools_as_text(stream, serve):
     fake = FakeOpenAI(text=f"<think>\nhm\n</think>I look. <tool_call>\n{KYIV}\n</tool_call>")
     history = [user("hi"), {"role": "assistant", "content": None, "tool_calls": [{"id": "c", "type": "function", "function": {"name": "now", "arguments": "{}"}}]},
-               {"role": "tool", "tool_call_id": "c", "content": "noon"}, user("So?")]
+               returned("c", "noon"), user("So?")]
     with contextlib.closing(fake):
         server = serve(controllers=(akashproxy.ControllerSettings(base_url=fake.url, tools="prompt", paths=("*",)),))
         got = ask(server, "POST", "/v1/chat/completions", {"model": "gpt-x", "stream": stream, "messages": history, "tools": [{"type": "retrieval"}, *FUNCTIONS]})
@@ -6071,15 +6073,15 @@ def agent_request(path, tools, turns):
     """A streamed request of a dialect; turns are (id, name, arguments, result)."""
     if path == "/v1/chat/completions":
         calls = [[{"role": "assistant", "content": "x", "tool_calls": [{"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}]},
-                  {"role": "tool", "tool_call_id": id, "content": result}] for id, name, arguments, result in turns]
+                  returned(id, result)] for id, name, arguments, result in turns]
         functions = [{"type": "function", "function": {"name": name, "description": "d", "parameters": schema}} for name, schema in tools.items()]
-        more = {"messages": [{"role": "system", "content": "You are an agent."}, user("Go."), *sum(calls, [])], "stream_options": {"include_usage": True}}
+        more = {"messages": [system("You are an agent."), user("Go."), *sum(calls, [])], "stream_options": {"include_usage": True}}
     elif path == "/v1/messages":
-        calls = [[{"role": "assistant", "content": [{"type": "tool_use", "id": id, "name": name, "input": json.loads(arguments)}]},
-                  {"role": "user", "content": [{"type": "tool_result", "tool_use_id": id, "content": [{"type": "text", "text": result}]}]}]
+        calls = [[assistant([{"type": "tool_use", "id": id, "name": name, "input": json.loads(arguments)}]),
+                  user([{"type": "tool_result", "tool_use_id": id, "content": [text_part(result)]}])]
                  for id, name, arguments, result in turns]
         functions = [{"name": name, "description": "d", "input_schema": schema} for name, schema in tools.items()]
-        more = {"system": [{"type": "text", "text": "You are an agent."}], "messages": [user("Go."), *sum(calls, [])], "max_tokens": 32000}
+        more = {"system": [text_part("You are an agent.")], "messages": [user("Go."), *sum(calls, [])], "max_tokens": 32000}
     else:
         calls = [[{"type": "function_call", "call_id": id, "name": name, "arguments": arguments}, {"type": "function_call_output", "call_id": id, "output": result}]
                  for id, name, arguments, result in turns]
@@ -7447,8 +7449,7 @@ class BenchUpstream(asyncio.Protocol):
 
 def bench_upstream(listener):
     """The process of the upstream; it ends with the one that started it."""
-    async def run():
-        await (await asyncio.get_running_loop().create_server(BenchUpstream, sock=listener, backlog=1024)).serve_forever()
+    async def run(): await (await asyncio.get_running_loop().create_server(BenchUpstream, sock=listener, backlog=1024)).serve_forever()
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(0)), daemon=True).start()
@@ -7829,7 +7830,7 @@ NAMED = {
     "a part of a chat": lambda name: ("POST", "/v1/chat/completions", {**BOTH, "messages": [user([{"type": name}])]}),
     "a field": lambda name: ("POST", "/v1/messages", {**ASKED, name: 1}),
     "a type of tool": lambda name: ("POST", "/v1/messages", {**ASKED, "tools": [{"type": name, "name": name}]}),
-    "an item": lambda name: ("POST", "/v1/responses", {"model": "both", "input": [{"type": name}, {"role": "user", "content": "x"}]}),
+    "an item": lambda name: ("POST", "/v1/responses", {"model": "both", "input": [{"type": name}, user("x")]}),
     "a choice of tool": lambda name: ("POST", "/v1/messages", {**ASKED, "tools": [{"name": "f"}], "tool_choice": {"type": name}}),
     "an earlier response": lambda name: ("POST", "/v1/responses", {"model": "both", "input": "x", "previous_response_id": name}),
 }
@@ -8044,7 +8045,7 @@ AKASH_PARTS = {"f": {"messageId": "m"}, "0": "Hel", "g": "hm", "9": {"toolCallId
 AKASH_EVENTS = [{"type": "start"}, {"type": "text-delta", "delta": "Hi"}, {"type": "reasoning-delta", "delta": "hm"},
                 {"type": "tool-input-available", "toolCallId": "c", "toolName": "f", "input": {}}, {"type": "error", "errorText": "x"},
                 {"type": "finish", "finishReason": "stop", "messageMetadata": {"usage": {"inputTokens": 1, "outputTokens": 2}}}]
-CHUNKS = [{"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}]},
+CHUNKS = [{"choices": [{"index": 0, "delta": assistant(""), "finish_reason": None}]},
           {"choices": [{"index": 0, "delta": {"content": "Hi"}, "finish_reason": None}]},
           {"choices": [{"index": 0, "delta": {"reasoning_content": "hm"}}]}, {"choices": [{"index": 0, "delta": {"tool_calls": [CALL]}}]},
           {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}, {"choices": [], "usage": USED},
@@ -8306,11 +8307,11 @@ def test_a_bug_of_a_decoder_is_that_controllers_failure(when, streamed, akash, b
     assert [bool(record.exc_info) for record in reports] == [True]
 
 
-ROLE = FakeOpenAI.event({"role": "assistant", "content": ""})
+ROLE = FakeOpenAI.event(assistant(""))
 OPENINGS = {
     "Akash's first line": ("akash", "/v1/chat/completions", STEP),
     "a role": ("openai", "/v1/chat/completions", ROLE),
-    "a role without content": ("openai", "/v1/chat/completions", FakeOpenAI.event({"role": "assistant", "content": None})),
+    "a role without content": ("openai", "/v1/chat/completions", FakeOpenAI.event(assistant(None))),
     "comments": ("openai", "/v1/chat/completions", b": processing\n\n: processing\n\n"),
     "comments after a role": ("openai", "/v1/chat/completions", ROLE + b": processing\n\n"),
     "no choice yet": ("openai", "/v1/chat/completions", b'data: {"choices":[],"prompt_filter_results":[]}\n\n'),
@@ -8321,7 +8322,7 @@ OPENINGS = {
 }
 BEGUN = {
     "Akash's text": ("akash", "/v1/chat/completions", STEP + b'0:"a"\n'), "Akash's thought": ("akash", "/v1/chat/completions", b'g:"a"\n'),
-    "text": ("openai", "/v1/chat/completions", FakeOpenAI.event({"role": "assistant", "content": "a"})),
+    "text": ("openai", "/v1/chat/completions", FakeOpenAI.event(assistant("a"))),
     "a thought": ("openai", "/v1/chat/completions", FakeOpenAI.event({"content": None, "reasoning_content": "a"})),
     "a call": ("openai", "/v1/chat/completions", FakeOpenAI.event({"role": "assistant", "content": None, "tool_calls": [CALL]})),
     "sound": ("openai", "/v1/chat/completions", FakeOpenAI.event({"audio": {"data": "AA"}})),
@@ -10013,8 +10014,7 @@ def test_the_python_that_can_be_copied_works(browser, akash, serve):
     pytest.importorskip("openai")
     browser.open(serve().url)
     browser.ask("it's \"so\"")
-    done = subprocess.run([sys.executable, "-c", browser.examples()[1]],
-                          capture_output=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", browser.examples()[1]], capture_output=True, timeout=60)
     assert done.stdout == b"Hello from the mock." and akash.bodies()[0]["messages"] == akash.bodies()[1]["messages"]
 
 
@@ -10133,7 +10133,7 @@ def test_settings_and_images_are_sent(browser, fake, pool):
     browser.until("document.querySelector('#images img')")
     browser.ask("What is it?")
     body = json.loads(fake.requests[-1].body)
-    assert (body["max_tokens"], body["messages"][0]) == (5, {"role": "system", "content": "Be brief."})
+    assert (body["max_tokens"], body["messages"][0]) == (5, system("Be brief."))
     assert body["messages"][1]["content"][1]["image_url"]["url"].startswith("data:image/png;base64,")
     assert all("Be brief." in example and "max_tokens" in example for example in browser.examples())
     browser.run("document.querySelector('.question img').click()")
@@ -10461,7 +10461,7 @@ def said(dialect, body):
     return work
 
 
-CHAT_BODY = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 9}
+CHAT_BODY = {"messages": [user("hi")], "max_tokens": 9}
 chunked_body = functools.partial(BodyDecoder, {"transfer-encoding": "chunked"})
 relay_decoder = functools.partial(akashproxy.PassthroughDecoder, "b", True, akashproxy.CHAT_END)
 tool_filter = lambda: akashproxy.ToolCallFilter(prompted(stream=False))
@@ -10594,17 +10594,16 @@ def call_of(index, arguments="{}"):
         {"index": at} for at in range(n)]})]),
     "Chat: calls with ids in one event": (feeding(akashproxy.ChatDecoder), lambda n: [chat_line({"tool_calls": [
         {"index": 0, "id": f"call{at}"} for at in range(n)]})]),
-    "Chat: calls one by one": (feeding(akashproxy.ChatDecoder), lambda n: [
-        chat_line({"tool_calls": [{"index": at}]}) for at in range(n)]),
+    "Chat: calls one by one": (feeding(akashproxy.ChatDecoder), lambda n: [chat_line({"tool_calls": [{"index": at}]}) for at in range(n)]),
     "Chat: calls whose numbers have one hash": (feeding(akashproxy.ChatDecoder), lambda n: [
         chat_line({"tool_calls": [{"index": at * (2**61 - 1)}]}) for at in range(n)]),
     "Chat: choices": (feeding(akashproxy.ChatDecoder), lambda n: [b'data: {"choices":[%b{}]}\n\n' % (b"{}," * n)]),
     "Messages: messages of the system": (lambda messages: akashproxy.Messages({"model": "m", "max_tokens": 1, "messages": messages}),
-                                         lambda n: [{"role": "system", "content": "a" * 90}] * n),
+                                         lambda n: [system("a" * 90)] * n),
     "Responses: messages of the system": (lambda items: akashproxy.Responses({"model": "m", "input": items}),
                                           lambda n: [{"role": "developer", "content": "a" * 90}] * n),
     "Akash: a request of many messages": (lambda messages: akashproxy.akash_request(Call({"model": "m", "messages": messages})),
-                                          lambda n: [{"role": "user", "content": "a"}] * n),
+                                          lambda n: [user("a")] * n),
     "Akash: models": (akashproxy.akash_models, lambda n: [{"id": f"model{at}"} for at in range(n)]),
     "Akash: lines like a picture's": (lambda lines: akashproxy.parse_image_job(b"".join(lines)), lambda n: [
         b"0:\"<image_generation> jobId='' prompt='\n"] * n),
@@ -11019,8 +11018,7 @@ def openai_fakes():
 
 def test_the_demo_refuses_unknown_models(demo):
     for stream in (False, True):
-        got = ask(demo, "POST", "/v1/chat/completions",
-                  {"model": "gpt-4o", "stream": stream, "messages": [user("hi")]})
+        got = ask(demo, "POST", "/v1/chat/completions", {"model": "gpt-4o", "stream": stream, "messages": [user("hi")]})
         assert got.status == 500 and got.json["code" if "code" in got.json else "error"], got
         assert b"model_not_found" in got.body
 
@@ -11451,7 +11449,7 @@ def test_openai_tools_and_forms(pool):
         client.responses.create(model="both", tools=tools, input=[user("hi"), *complete.output, *(
             {"type": "function_call_output", "call_id": item.call_id, "output": "rain"} for item in complete.output[2:])])
         assert a.bodies()[-1]["messages"] == [user("hi"), {**called(("call_1", "f", '{"city":"Oslo"}'), ("call_2", "g", "{}")), "content": "wait", "reasoning_content": "hm"}, *(
-            {"role": "tool", "tool_call_id": id, "content": "rain"} for id in ("call_1", "call_2"))]
+            returned(id, "rain") for id in ("call_1", "call_2"))]
 
 
 def test_openai_responses_that_fail(a, pool):
@@ -11488,7 +11486,7 @@ def test_anthropic_messages(claude):
     assert fake.bodies()[0]["model"] == "both" and message.usage.input_tokens > 0
     with client.messages.stream(**CLAUDE) as stream:
         assert "".join(stream.text_stream) == "Hi there." and stream.get_final_message().usage.output_tokens == 3
-    assert client.messages.count_tokens(model="claude-some-9", messages=[user([{"type": "text", "text": "hi"}])]).input_tokens > 0
+    assert client.messages.count_tokens(model="claude-some-9", messages=[user([text_part("hi")])]).input_tokens > 0
     assert [model.id for model in client.models.list()] == ["gpt-x", "both"] and client.models.retrieve("claude-some-9").type == "model"
 
 
@@ -11503,8 +11501,8 @@ def test_anthropic_tools(claude):
     for message in (streamed, client.messages.create(**asked)):
         assert message.stop_reason == "tool_use" and [block.type for block in message.content] == ["thinking", "text", "tool_use", "tool_use"]
         assert [(block.id, block.name, block.input) for block in message.content[2:]] == [("call_1", "f", {"city": "Oslo"}), ("call_2", "g", {})]
-    results = [{"type": "tool_result", "tool_use_id": block.id, "content": [{"type": "text", "text": "rain"}]} for block in streamed.content[2:]]
-    client.messages.create(**{**CLAUDE, "messages": [user("hi"), {"role": "assistant", "content": streamed.content}, user(results)]})
+    results = [{"type": "tool_result", "tool_use_id": block.id, "content": [text_part("rain")]} for block in streamed.content[2:]]
+    client.messages.create(**{**CLAUDE, "messages": [user("hi"), assistant(streamed.content), user(results)]})
     assert [message["role"] for message in fake.bodies()[-1]["messages"]] == ["user", "assistant", "tool", "tool"]
     assert fake.bodies()[-1]["messages"][1] == {**called(("call_1", "f", '{"city":"Oslo"}'), ("call_2", "g", "{}")), "content": "wait", "reasoning_content": "hm"}
 
