@@ -2163,8 +2163,7 @@ def test_legacy_completions(akash, serve):
 })
 def test_bad_bodies_leave_the_connection_usable(case, akash, serve):
     path, body, param, words = case
-    server = serve()
-    with link_to(server) as link:
+    with link_to(serve()) as link:
         got = ask_again(link, "POST", "/v1/" + path, body)
         assert (got.status, got.json["error"]["param"]) == (400, param), got.body
         assert words in got.json["error"]["message"]
@@ -4283,8 +4282,7 @@ def test_statuses_queries_and_empty_bodies_of_a_relay(a, pool):
 
 
 def test_a_status_of_an_upstream_costs_the_client_no_connection(fake, pool):
-    server = pool(fake)
-    with link_to(server) as link:
+    with link_to(pool(fake)) as link:
         fake.faults.append(fake.status(413))
         assert ask_again(link, "POST", "/v1/chat/completions", BOTH).status == 413
         first = link.sock
@@ -4943,8 +4941,7 @@ def test_errors_in_anthropics_form(case, akash, serve):
     answers = {404: UPSTREAM["model-unknown"][0], 429: reply(429, RATE), 502: reply(500), 529: reply(503)}
     if status in answers:
         akash.sends(answers[status])
-    server = serve(bearer_token=("k",), max_body=1000)
-    got = ask(server, method, path, body, headers)
+    got = ask(serve(bearer_token=("k",), max_body=1000), method, path, body, headers)
     assert (got.status, got.json["type"], got.json["error"]["type"]) == (status, "error", kind) and got.json["error"]["message"]
     assert set(got.json) == {"type", "error"} and set(got.json["error"]) == {"type", "message"}
 
@@ -5094,8 +5091,7 @@ def test_the_events_of_a_response(fake, pool):
     fake.faults.append(answered({"reasoning_content": "hm"}, {"content": "Hi"}, {"content": " you"}, *(
         {"tool_calls": calls} for calls in fragments([{"index": 0, "function": {"arguments": '{"a":1}'}}])), finish="tool_calls",
         usage={"prompt_tokens": 11, "completion_tokens": 7, "prompt_tokens_details": {"cached_tokens": 4}}))
-    server = pool(fake)
-    body = ask(server, "POST", "/v1/responses", {**WANTED, "stream": True}).body
+    body = ask(pool(fake), "POST", "/v1/responses", {**WANTED, "stream": True}).body
     events = named_events(body)
     assert [event.pop("sequence_number") for event in events] == list(range(len(events)))
     kinds = [event["type"].replace("response.", "") for event in events]
@@ -5969,8 +5965,7 @@ def test_the_matrix(kind, name, dialect, streamed, pool):
     ({"max_tokens": 1, "seed": 1}, "max_tokens, seed"), ({"messages": [user("hi")]}, None), ({"tools": None}, None)])
 def test_akash_drops_parameters_before_it_checks_them(akash, serve, fields, ignored):
     drop = ("tools", "tool_choice", "n", "stop", "max_tokens", "messages")
-    server = serve(controllers=(akashproxy.ControllerSettings(type="akash", drop=drop),))
-    got = chat(server, {**CHAT, **fields})
+    got = chat(serve(controllers=(akashproxy.ControllerSettings(type="akash", drop=drop),)), {**CHAT, **fields})
     assert got.status == 200 and got.headers.get("x-akashproxy-ignored") == ignored and text_of(got) == "Hello from the mock."
 
 
@@ -6261,8 +6256,7 @@ def test_an_unreachable_upstream_is_explained_with_its_host(pool, tmp_path, capl
 def test_a_proxy_on_the_way_plain(fake, pool, monkeypatch):
     monkeypatch.setenv("no_proxy", "*")     # concerns the environment's proxies only
     proxy = ForwardProxy()
-    server = pool((fake, {"proxy": f"http://us%40er:p%3Aw@127.0.0.1:{proxy.port}", "api_key": "k"}))
-    assert chat(server, BOTH).status == 200
+    assert chat(pool((fake, {"proxy": f"http://us%40er:p%3Aw@127.0.0.1:{proxy.port}", "api_key": "k"})), BOTH).status == 200
     request = proxy.requests[0]
     assert (request.method, request.path) == ("POST", f"{fake.url}/v1/chat/completions")
     assert base64.b64decode(request.headers["proxy-authorization"].split()[1]) == b"us@er:p:w"
@@ -6758,8 +6752,7 @@ def test_a_body_may_come_as_slowly_as_by_modem(serve):
 
 
 def test_an_idle_connection_ends(serve):
-    server = serve(keepalive_timeout=0.5)
-    with connect(server, get()) as sock:
+    with connect(serve(keepalive_timeout=0.5), get()) as sock:
         assert sock.recv(4096).startswith(b"HTTP/1.1 200 ")
         assert sock.recv(1) == b"", "closed without a word"
 
@@ -6947,8 +6940,7 @@ def test_too_many_connections(serve):
 
 
 def test_a_prompt_of_20_megabytes(akash, serve):
-    server = serve()
-    assert chat(server, messages=[user("x" * (20 << 20))]).status == 200
+    assert chat(serve(), messages=[user("x" * (20 << 20))]).status == 200
     assert len(akash.bodies()[0]["messages"][0]["content"]) == 20 << 20
 
 
@@ -8377,8 +8369,7 @@ def test_comments_do_not_put_the_first_byte_limit_off(a, b, pool):
 def test_json_to_the_end_of_the_connection_is_looked_at(case, head, a, b, pool):
     body, status = case
     a.sends(head + b"Content-Type: application/json\r\n\r\n" + body)
-    server = pool((a, {"priority": 1}), (b, {"priority": 2}))
-    got = ask(server, "POST", "/v1/embeddings", {"model": "both", "input": "x"})
+    got = ask(pool((a, {"priority": 1}), (b, {"priority": 2})), "POST", "/v1/embeddings", {"model": "both", "input": "x"})
     assert got.status == 200 and got.headers["x-akashproxy-route"] == ("a=200" if status == 200 else "a=502, b=200")
     assert (got.body == body) == (status == 200)
 
@@ -10037,8 +10028,7 @@ HOSTILE = "<img src=x onerror=alert(1)><script>alert(2)</script>"
 def test_html_in_names_prompts_and_answers_does_not_run(browser, pool):
     fake = FakeOpenAI([f"<b>m</b>{HOSTILE}"], f"{HOSTILE}\n\n# {HOSTILE}\n\n- {HOSTILE}\n\n```{HOSTILE}\n{HOSTILE}\n```\n\n"
                       f"[x](javascript:alert(3)) [{HOSTILE}](https://x.example/\"onclick=\"alert(4)) <javascript:alert(5)>")
-    server = pool(fake)
-    browser.open(server.url)
+    browser.open(pool(fake).url)
     browser.ask(HOSTILE)
     assert browser.text("#model") == f"<b>m</b>{HOSTILE}" and browser.text(".question") == HOSTILE
     assert browser.text(".text p") == browser.text(".text h2") == browser.text(".text li") == browser.text(".text code") == HOSTILE
@@ -11075,8 +11065,7 @@ def test_links_behind_a_reverse_proxy(case, serve, akash):
 })
 def test_the_client_in_the_log_behind_a_reverse_proxy(case, serve, log):
     value, client = case
-    server = serve(trusted_proxies=("127.0.0.0/8", "10.0.0.0/8"))
-    ask(server, path="/v1/models", headers={"X-Forwarded-For": value})
+    ask(serve(trusted_proxies=("127.0.0.0/8", "10.0.0.0/8")), path="/v1/models", headers={"X-Forwarded-For": value})
     wait_for(lambda: f"client={client} " in log.text)
 
 
@@ -11427,8 +11416,7 @@ def test_openai_tools_and_forms(pool):
     openai = pytest.importorskip("openai")
     import pydantic
     a = FakeOpenAI(text='{"city": "Oslo"}')
-    server = pool((a, {"paths": ["/none"]}))
-    with openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) as client:
+    with openai.OpenAI(base_url=pool((a, {"paths": ["/none"]})).url + "/v1", api_key="none", max_retries=0) as client:
         form = pydantic.create_model("Place", city=(str, ...))
         assert client.responses.parse(model="both", input="hi", text_format=form).output_parsed.city == "Oslo"
         assert client.chat.completions.parse(**BOTH, response_format=form).choices[0].message.parsed.city == "Oslo"
