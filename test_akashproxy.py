@@ -619,10 +619,17 @@ def stalled(sock):
 
 
 @contextlib.contextmanager
-def crowd(server, count):
-    """Clients with a request each."""
+def crowd(server, count, data=None):
+    """Connections on which the same bytes have been sent; None: a chat."""
+    data = post("/v1/chat/completions", BOTH) if data is None else data
     with contextlib.ExitStack() as stack:
-        yield [stack.enter_context(connect(server, post("/v1/chat/completions", BOTH), 30)) for _ in range(count)]
+        yield [stack.enter_context(connect(server, data, 60)) for _ in range(count)]
+
+
+def at_once(function, count, threads=16):
+    """What a function returns to many threads."""
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(lambda _: function(), range(count)))
 
 
 def refused(port):
@@ -1105,8 +1112,7 @@ def test_a_request_is_not_sent_twice_on_a_new_connection(akash, serve):
 def test_a_request_is_sent_twice_at_most(akash, serve):
     server, gate = serve(), threading.Barrier(6)
     akash.faults.extend([lambda sock, request: gate.wait(10) >= 0 and akash.answer(sock, request)] * 6)
-    with concurrent.futures.ThreadPoolExecutor(6) as threads:
-        assert {got.status for got in threads.map(lambda _: chat(server), range(6))} == {200}
+    assert {got.status for got in at_once(lambda: chat(server), 6)} == {200}
     asked = len(akash.bodies())             # six connections are kept now, and the server closes each
     akash.faults.extend([akash.refuse()] * 6)
     assert chat(server).status == 502
@@ -1467,8 +1473,7 @@ def test_the_cookie_lives_for_its_max_age(akash):
 
 def test_many_threads_fetch_one_cookie(akash):
     session = session_of(akash, time.monotonic)
-    with concurrent.futures.ThreadPoolExecutor(16) as threads:
-        assert len(set(threads.map(lambda _: session.get(), range(64)))) == 1
+    assert len(set(at_once(session.get, 64))) == 1
     assert akash.cookies == 1
 
 
@@ -1489,18 +1494,13 @@ def test_a_failed_renewal_leaves_the_old_cookie(akash):
 def test_a_session_server_that_stalls_costs_all_one_time_out(akash, serve):
     akash.answer = akash.stall(None)
     server = serve(session_timeout=0.5)
-    with concurrent.futures.ThreadPoolExecutor(6) as threads:
-        answers = list(threads.map(lambda _: chat(server), range(6)))
-    assert {got.status for got in answers} == {504} and len(akash.requests) < 6
+    assert {got.status for got in at_once(lambda: chat(server), 6)} == {504} and len(akash.requests) < 6
 
 
 def test_a_client_that_leaves_while_others_fetch_the_session(akash, serve):
     akash.answer = akash.stall(None)
     server = serve()
-    with contextlib.ExitStack() as stack:
-        socks = [stack.enter_context(connect(server)) for _ in range(3)]
-        for sock in socks:
-            sock.sendall(post("/v1/chat/completions", CHAT))
+    with crowd(server, 3):
         wait_for(lambda: sum(bool(connection.request) for connection in server.connections.copy()) == 3)
     wait_for(lambda: len(server.connections) == 1)    # the one that fetches does so for all
     akash.close()
@@ -2340,8 +2340,7 @@ def test_a_stop_leaves_no_thread_and_needs_no_start(serve):
     before = clients()
     for _ in range(10):
         server = Server(Settings(server_address="127.0.0.1:0")).start()
-        with concurrent.futures.ThreadPoolExecutor(4) as threads:
-            assert {got.status for got in threads.map(lambda _: ask(server), range(4))} == {200}
+        assert {got.status for got in at_once(lambda: ask(server), 4)} == {200}
         server.stop(1)
     wait_for(lambda: clients() <= before)
     Server(Settings(server_address="127.0.0.1:0")).stop()
@@ -2397,9 +2396,7 @@ def test_a_bug_is_not_shown(serve, akash, caplog):
 
 def test_a_hundred_streams_at_once(akash, serve):
     server = serve()
-    with concurrent.futures.ThreadPoolExecutor(100) as threads:
-        answers = list(threads.map(lambda _: stream(server), range(200)))
-    assert set(answers) == {("Hello from the mock.", "", "stop", None)}
+    assert set(at_once(lambda: stream(server), 200, 100)) == {("Hello from the mock.", "", "stop", None)}
 
 
 def test_a_graceful_stop(akash, serve, monkeypatch):
@@ -3336,8 +3333,7 @@ def test_balanced_is_smooth():
 
 def test_ten_thousand_choices_of_many_threads_are_exact():
     pool = members_of({"a": 5, "b": 3, "c": 2})
-    with concurrent.futures.ThreadPoolExecutor(16) as threads:
-        names = list(threads.map(lambda _: pool.acquire(exchange(pool)).name, range(10000)))
+    names = at_once(lambda: pool.acquire(exchange(pool)).name, 10000)
     assert collections.Counter(names) == {"a": 5000, "b": 3000, "c": 2000}
 
 
@@ -3501,8 +3497,7 @@ def test_one_alone_rests_only_where_it_was_told_to(a, pool):
 def test_a_storm_of_429_on_one_of_three_keys_costs_no_error(a, b, c, pool):
     server = pool(a, b, c)
     b.faults.extend([b.status(429, extra=b"Retry-After: 60\r\n")] * 500)
-    with concurrent.futures.ThreadPoolExecutor(16) as threads:
-        assert set(threads.map(lambda _: chat(server, BOTH).status, range(200))) == {200}
+    assert set(at_once(lambda: chat(server, BOTH).status, 200)) == {200}
     state = ask(server, path="/status").json["controllers"]
     assert len(b.bodies()) < 20 and sum(one["served"] for one in state) == 200 and state[1]["last_error"] == "429 rate limit"
 
@@ -3748,18 +3743,18 @@ def test_a_process_without_descriptors_blames_no_upstream(config, a, b):
         each.faults.extend([each.stall()] * 50)
     path = config({"controllers": [{"name": name, "base_url": each.url} for name, each in (("a", a), ("b", b))], "max_wait": 0})
     limit = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))}
-    with started("--config-file", path, popen=limit) as (_, server), link_to(server) as status, contextlib.ExitStack() as stack:
+    with started("--config-file", path, popen=limit) as (_, server), link_to(server) as status:
         assert ask_again(status).status == 200      # a connection that is there already
-        socks = [stack.enter_context(connect(server)) for _ in range(20)]
-        assert ask_again(status).status == 200      # they have been let in
-        for sock in socks:
-            sock.sendall(post("/v1/chat/completions", BOTH))
-        wait_for(lambda: len(select.select(socks, [], [], 1)[0]) > 3)
-        for sock in select.select(socks, [], [], 0)[0]:
-            got = sock.recv(65536)
-            assert got.startswith(b"HTTP/1.1 503") and b"Retry-After: 1\r\n" in got and b"out of resources" in got
-        for state in ask_again(status, path="/status").json["controllers"]:
-            assert (state["failed"], state["rests_for_seconds"], state["last_error"]) == (0, 0, None)
+        with crowd(server, 20, b"") as socks:
+            assert ask_again(status).status == 200      # they have been let in
+            for sock in socks:
+                sock.sendall(post("/v1/chat/completions", BOTH))
+            wait_for(lambda: len(select.select(socks, [], [], 1)[0]) > 3)
+            for sock in select.select(socks, [], [], 0)[0]:
+                got = sock.recv(65536)
+                assert got.startswith(b"HTTP/1.1 503") and b"Retry-After: 1\r\n" in got and b"out of resources" in got
+            for state in ask_again(status, path="/status").json["controllers"]:
+                assert (state["failed"], state["rests_for_seconds"], state["last_error"]) == (0, 0, None)
 
 
 # -- several models behind one alias
@@ -6705,8 +6700,7 @@ def test_a_refusal_reaches_a_client_that_goes_on_sending(serve):
 
 def test_500_slow_clients_change_nothing_for_the_next(akash, serve):
     server = serve(head_timeout=30)
-    with contextlib.ExitStack() as stack:
-        socks = [stack.enter_context(connect(server)) for _ in range(500)]
+    with crowd(server, 500, b"") as socks:
         for at, sock in enumerate(socks):
             sock.sendall([b"", b"G", b"GET /health HTTP/1.1\r\n", b"\r\n"][at % 4])
         threads = threading.active_count()
@@ -6930,9 +6924,7 @@ def test_the_first_of_several_ends_of_a_relay():
 
 def test_too_many_connections(serve):
     server = serve(max_connections=3)
-    with contextlib.ExitStack() as stack:
-        for _ in range(3):
-            stack.enter_context(connect(server))
+    with crowd(server, 3, b""):
         wait_for(lambda: len(server.connections) == 3)
         got = talk(server, b"")
         assert got.startswith(b"HTTP/1.1 503 ") and b"\r\nRetry-After: " in got and json.loads(got.partition(b"\r\n\r\n")[2])["code"] == 503
@@ -7216,8 +7208,7 @@ def test_a_thousand_streams_at_once_lose_nothing(pool):
     a.faults.extend([a.steps(a.head(), lambda: gate.wait(60), *map(chunk, a.events()), chunks())] * 1000)
     server = pool(a, first_byte_timeout=60, idle_timeout=60)
     request = post("/v1/chat/completions", {**BOTH, "stream": True}, "Connection: close")
-    with contextlib.ExitStack() as stack:
-        socks = [stack.enter_context(connect(server, request, 60)) for _ in range(1000)]
+    with crowd(server, 1000, request) as socks:
         gate.wait(60)
         complete = b"".join(a.events())
         for sock in socks:
@@ -8811,13 +8802,12 @@ def test_no_image_is_begun_for_a_client_that_has_left(akash, serve):
 def test_many_threads_are_let_in_exactly_as_often_as_they_may():
     limits = akashproxy.KeyLimiter(*keys("alice", requests_per_minute=1000, max_concurrency=1000), Clock())
 
-    def enter(_):
+    def enter():
         with contextlib.suppress(APIError):
             limits.acquire()
             limits.release()
 
-    with concurrent.futures.ThreadPoolExecutor(16) as threads:
-        list(threads.map(enter, range(3000)))
+    at_once(enter, 3000)
     assert (limits.in_flight, limits.requests, limits.rejected) == (0, 1000, 2000)
 
 
@@ -10633,7 +10623,7 @@ class Rejoining:
 
 
 def test_a_cost_that_is_not_in_proportion_is_found():
-    assert max(times for _, times in growths((feeding(Rejoining), b"", b"xyz", b""))) > 8
+    assert any(times > 8 for _, times in growths((feeding(Rejoining), b"", b"xyz", b"")))
     assert growth(lambda items: [items.index(item) for item in items], lambda many: list(range(many * 1000))) > 8
 
 
@@ -10680,8 +10670,7 @@ def test_bytes_of_a_head_cost_no_more_the_longer_it_is(serve):
     server = serve()
 
     def cost(size):
-        with contextlib.ExitStack() as stack:
-            clients = [stack.enter_context(socket.create_connection(server.server_address, 30)) for _ in range(40)]
+        with crowd(server, 40, b"") as clients:
             durations = []
             for data in (b"GET /" + b"x" * size, *[b"x"] * 8):
                 began = time.process_time()
