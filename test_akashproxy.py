@@ -5,7 +5,7 @@
     python3 test_akashproxy.py bench            # what the server costs, in a minute
 
 The bytes of the fakes are recordings of the real server, made small; the names of their tables are
-the names that the recordings have.
+the names that the recordings have. Every section has a banner: grep -n '^# [=-]' test_akashproxy.py
 """
 
 import argparse
@@ -1031,75 +1031,6 @@ def test_a_kept_connection_is_used_again_while_it_can_be(case, akash, serve):
     assert akash.connections == connections and len(akash.bodies()) == 1 + requests
 
 
-@pytest.mark.parametrize("before", [b"", b'0:"a"\n', b'0:"a', b'0:"a\\ud83d"\n', b'0:"<think>"\n', b'0:"<think>"\n0:"a</think>"\n',
-                                    b'0:"a"\n0:"`<"\n', b'0:"a"\n0:"`"\n', b'0:"a"\n' + STOP])
-@pytest.mark.parametrize("piece", [b'0:"b c"\n', b'0:"b', b'0:"b"', b'0:""\n', b'0:"\xc3\xa9"\n', b'0:"\\n"\n', b'0:"a<b"\n', b'0:"</think>"\n',
-                                   b'0:"b"\n0:"c"\n', b'g:"b"\n', b"0:5\n", b'0:"b""\n', b"\n", STOP])
-def test_the_short_way_leads_where_the_long_one_does(before, piece):
-    def answer(short):
-        dialect, pipeline = akashproxy.ChatCompletions(CHAT), akashproxy.DecoderChain(akashproxy.AkashDecoder(), akashproxy.SurrogateFilter(), ThinkTagFilter())
-        dialect.id, dialect.created, taken = "x", 1, b""
-        sent = dialect.opening_frames() + dialect.encode(pipeline.feed(before))
-        for data in [piece, b'0:"</think> d"\n', STOP]:
-            encoded = short and pipeline.fast_path(data)
-            taken = encoded or taken
-            sent += dialect.text_frame(encoded) if encoded else dialect.encode(pipeline.feed(data))
-        return sent, pipeline.error and pipeline.error.message, taken
-
-    (long, error, _), (short, its_error, taken) = answer(False), answer(True)
-    assert (short, its_error) == (long, error)
-    assert (taken == b'"b c"') == (piece == b'0:"b c"\n' and before.endswith((b'0:"a"\n', b'"`"\n')))
-
-
-@pytest.mark.parametrize("path", ["/v1/messages", "/v1/responses"])
-def test_a_reason_to_end_that_is_no_text_is_none(path, fake, pool):
-    fake.sends(fake.head() + chunks(fake.event({"content": "a"}, ["stop"]), b"data: [DONE]\n\n"))
-    assert b"ended its answer early" in ask(pool(fake), "POST", path, {**WANTS[path], "stream": True}).body
-
-
-def test_a_controller_may_go_through_the_events_of_another_one(pool, monkeypatch):
-    class Loud(akashproxy.OpenAIController):
-        def events(self, call):
-            for event in super().events(call):
-                yield Text(event.text.upper()) if isinstance(event, Text) else event
-
-    monkeypatch.setitem(akashproxy.CONTROLLERS, "loud", Loud)
-    a, before = FakeOpenAI(text="one two"), akashproxy.CancelScope.active.copy()
-    server = pool((a, {"type": "loud", "paths": ("/none",), "api_key": "k"}))
-    for streamed in range(2):
-        assert (stream(server, BOTH)[0] if streamed else text_of(chat(server, BOTH))) == "ONE TWO"
-    a.faults += [a.refuse(), a.early(), a.status(500)]      # the first is a kept connection's end, and asked again
-    assert statuses(server, 2) == [502, 502] and not a.faults
-    wait_for(lambda: not akashproxy.CancelScope.active - before)
-
-
-def test_a_controller_of_ones_own_may_stream_raw_bytes(serve, monkeypatch):
-    class Own(akashproxy.Controller):
-        def events(self, call):
-            yield from map(akashproxy.RawBytes, [b"data: {}\n\n", b"data: [DONE]\n\n"])
-
-    monkeypatch.setitem(akashproxy.CONTROLLERS, "own", Own)
-    server = serve(controllers=(akashproxy.ControllerSettings(type="own"),))
-    assert chat(server, stream=True).body.endswith(b"\n\ndata: {}\n\ndata: [DONE]\n\n")
-
-
-def test_a_client_that_leaves_before_a_count_of_tokens_is_no_bug(pool, caplog):
-    server, asked = pool(FakeOpenAI()), threading.Event()
-    sock = connect(server)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-
-    def take(*_):
-        sock.close()
-        asked.set()
-        raise APIError(503, "nobody is there")
-
-    server.pool.acquire = take
-    sock.sendall(post("/v1/messages/count_tokens", {**ASKED, "model": "both"}))
-    assert asked.wait(10)
-    wait_for(lambda: not server.connections)
-    assert "bug" not in caplog.text and "stumbled" not in caplog.text
-
-
 def test_a_request_is_not_sent_twice_on_a_new_connection(akash, serve):
     server = serve()
     akash.session = reply(body=b"{}", extra=b"Connection: close\r\n")
@@ -1312,19 +1243,6 @@ ZW = "\u2060"
 MARKED_FILE = base64.b64encode("héllo <|endoftext|>".encode()).decode()
 
 
-SLASHES = {"/health/": 200, "/v1/models/": 200, "/v1/models/Qwen/Qwen3/": 200, "/status/": 200, "/metrics/": 200, "/": 200,
-           "/health//": 404, "//": 404, "/nothing/": 404}
-
-
-def test_a_slash_at_the_end_of_a_path_changes_nothing(akash, serve):
-    server = serve(path_prefix="/secret")
-    assert {path: ask(server, path="/secret" + path).status for path in SLASHES} == SLASHES
-    assert ask(server, "POST", "/secret/v1/chat/completions/", CHAT).status == 200
-    assert ask(server, path="/secret").status == ask(server, path="/").status == 404
-    locked = serve(bearer_token=("t",))
-    assert [ask(locked, path=path).status for path in ("/v1/models/", "/status/", "/health/")] == [401, 401, 200]
-
-
 def attached(url, text=""):
     """A message with a picture as Akash takes it."""
     return user(text, experimental_attachments=[{"name": "picture", "contentType": "image/png", "url": url}])
@@ -1434,6 +1352,11 @@ def test_what_akash_ignores_is_said(serve):
     for streamed in (False, True):
         assert chat(serve(), stream=streamed, **fields).headers["x-akashproxy-ignored"] == "seed, user, presence_penalty"
     assert "x-akashproxy-ignored" not in chat(serve()).headers
+
+
+def test_akash_has_no_other_paths(akash, serve):
+    assert ask(serve(), "POST", "/v1/embeddings", {"model": "m", "input": "x"}).json["error"]["code"] == "not_found"
+    assert not akash.bodies()
 
 
 # == controllers: Akash's session =============================================================
@@ -2116,6 +2039,26 @@ def test_the_chunks_of_a_stream(akash, serve):
     assert events[-1]["choices"] == [] and events[-1]["usage"]["estimated"] is True, "unknown usage is estimated"
 
 
+@pytest.mark.parametrize("before", [b"", b'0:"a"\n', b'0:"a', b'0:"a\\ud83d"\n', b'0:"<think>"\n', b'0:"<think>"\n0:"a</think>"\n',
+                                    b'0:"a"\n0:"`<"\n', b'0:"a"\n0:"`"\n', b'0:"a"\n' + STOP])
+@pytest.mark.parametrize("piece", [b'0:"b c"\n', b'0:"b', b'0:"b"', b'0:""\n', b'0:"\xc3\xa9"\n', b'0:"\\n"\n', b'0:"a<b"\n', b'0:"</think>"\n',
+                                   b'0:"b"\n0:"c"\n', b'g:"b"\n', b"0:5\n", b'0:"b""\n', b"\n", STOP])
+def test_the_short_way_leads_where_the_long_one_does(before, piece):
+    def answer(short):
+        dialect, pipeline = akashproxy.ChatCompletions(CHAT), akashproxy.DecoderChain(akashproxy.AkashDecoder(), akashproxy.SurrogateFilter(), ThinkTagFilter())
+        dialect.id, dialect.created, taken = "x", 1, b""
+        sent = dialect.opening_frames() + dialect.encode(pipeline.feed(before))
+        for data in [piece, b'0:"</think> d"\n', STOP]:
+            encoded = short and pipeline.fast_path(data)
+            taken = encoded or taken
+            sent += dialect.text_frame(encoded) if encoded else dialect.encode(pipeline.feed(data))
+        return sent, pipeline.error and pipeline.error.message, taken
+
+    (long, error, _), (short, its_error, taken) = answer(False), answer(True)
+    assert (short, its_error) == (long, error)
+    assert (taken == b'"b c"') == (piece == b'0:"b c"\n' and before.endswith((b'0:"a"\n', b'"`"\n')))
+
+
 def test_a_token_is_sent_at_once(akash, serve):
     akash.faults.append(akash.stall(b'0:"one "\n'))
     with connect(serve(), post("/v1/chat/completions", {**CHAT, "stream": True})) as sock:
@@ -2245,6 +2188,19 @@ def test_routes(method, path, serve):
         assert got.headers["allow"] == ("POST, OPTIONS" if "completions" in path else "GET, HEAD, OPTIONS")
     if got.status >= 400:
         assert got.json["error"]["message"]
+
+
+SLASHES = {"/health/": 200, "/v1/models/": 200, "/v1/models/Qwen/Qwen3/": 200, "/status/": 200, "/metrics/": 200, "/": 200,
+           "/health//": 404, "//": 404, "/nothing/": 404}
+
+
+def test_a_slash_at_the_end_of_a_path_changes_nothing(akash, serve):
+    server = serve(path_prefix="/secret")
+    assert {path: ask(server, path="/secret" + path).status for path in SLASHES} == SLASHES
+    assert ask(server, "POST", "/secret/v1/chat/completions/", CHAT).status == 200
+    assert ask(server, path="/secret").status == ask(server, path="/").status == 404
+    locked = serve(bearer_token=("t",))
+    assert [ask(locked, path=path).status for path in ("/v1/models/", "/status/", "/health/")] == [401, 401, 200]
 
 
 def test_health_and_status(serve):
@@ -2413,6 +2369,14 @@ def test_a_graceful_stop(akash, serve, monkeypatch):
         hold.set()
         assert answer.result() == ("one two", "", "stop", None)
         stopped.result()
+
+
+def test_who_drains_says_so(akash, serve):
+    server = serve()
+    server.draining = True
+    got = ask(server)
+    assert (got.status, got.json["status"]) == (503, "draining") and got.headers["connection"] == "close"
+    server.draining = False
 
 
 def test_a_stop_that_waits_no_longer(akash, serve):
@@ -2635,6 +2599,30 @@ def test_a_signal_while_it_starts_is_heeded(number, ends, tmp_path):
             assert "were reloaded" in process.stderr.readline()
             process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0 and "Traceback" not in process.stderr.read()
+
+
+def test_a_second_signal_stops_at_once(akash):
+    akash.faults.append(akash.stall(b'0:"one "\n'))
+    with started(AKASH_BASE_URL=akash.url, GRACE="60") as (process, port):
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as sock:
+            sock.sendall(post("/v1/chat/completions", {**CHAT, "stream": True}))
+            sock.recv(100)
+            process.send_signal(signal.SIGTERM)
+            wait_for(lambda: refused(port))
+            assert process.poll() is None, "it waits for the stream"
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(10) == 0
+            assert "stopping: 1 running requests have 60 seconds to end" in process.stderr.read()
+
+
+@pytest.mark.parametrize("address, token, with_keys, warned", [
+    ("0.0.0.0:0", "", False, True), ("0.0.0.0:0", "t", False, False), ("127.0.0.1:0", "", False, False), ("0.0.0.0:0", "", True, False)])
+def test_an_open_address_is_warned_of(address, token, with_keys, warned, config):
+    file = config({"keys": [{"name": "alice", "key": "k"}]}) if with_keys else ""
+    with spawned("--server-address", address, BEARER_TOKEN=token, CONFIG_FILE=file) as process:
+        process.stdout.readline()
+        process.terminate()
+        assert ("set BEARER_TOKEN" in process.communicate(timeout=20)[1]) == warned
 
 
 def test_check_shows_the_settings_but_no_secret():
@@ -2993,11 +2981,6 @@ def test_other_paths_are_relayed_unparsed(fake, pool):
         assert ask(server, "POST", path, {}).status == 404 and len(fake.requests) == asked
 
 
-def test_akash_has_no_other_paths(akash, serve):
-    assert ask(serve(), "POST", "/v1/embeddings", {"model": "m", "input": "x"}).json["error"]["code"] == "not_found"
-    assert not akash.bodies()
-
-
 def test_a_relayed_answer_that_breaks_off(fake, pool):
     server = pool(fake)
     fake.sends(FakeOpenAI.head("audio/mpeg") + chunk(b"ID3"))
@@ -3026,6 +3009,12 @@ def test_why_an_answer_ended(meaning, reason):
     events = decoder.feed(FakeOpenAI.event({"content": "a"}, reason)) + decoder.close()
     assert events == ([T("a"), Finish(meaning)] if meaning else [T("a")])
     assert meaning or decoder.error.status == 502 and repr(reason) in decoder.error.message
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/responses"])
+def test_a_reason_to_end_that_is_no_text_is_none(path, fake, pool):
+    fake.sends(fake.head() + chunks(fake.event({"content": "a"}, ["stop"]), b"data: [DONE]\n\n"))
+    assert b"ended its answer early" in ask(pool(fake), "POST", path, {**WANTS[path], "stream": True}).body
 
 
 @pytest.mark.parametrize("calls, reason, expected", [(True, "stop", "tool_calls"), (True, "tool_use", "tool_calls"), (False, "tool_calls", "stop"),
@@ -3757,7 +3746,33 @@ def test_a_process_without_descriptors_blames_no_upstream(config, a, b):
                 assert (state["failed"], state["rests_for_seconds"], state["last_error"]) == (0, 0, None)
 
 
-# -- several models behind one alias
+# -- other names of models, and several models behind one
+
+
+NAMES = {"claude-haiku-9": "small", "claude-9": "big/one", "big--one": "big/one", "as--is": "as--is", "no--such": "no--such", "both": "both"}
+
+
+@pytest.mark.parametrize("asked", NAMES)
+def test_other_names_of_models(asked, pool):
+    fake = FakeOpenAI(["big/one", "as--is", "as/is", "small", "both"])
+    server = pool(fake, model_aliases={"*haiku*": "small", "claude-*": "big/one"})
+    got = chat(server, {**BOTH, "model": asked, "new": 1})
+    assert got.status == 200 and fake.bodies()[-1] == {**BOTH, "model": NAMES[asked], "new": 1}
+    got = ask(server, "POST", "/v1/messages", {**ASKED, "model": asked})
+    assert fake.bodies()[-1]["model"] == NAMES[asked] and got.json["model"] == asked, "a client reads the name that it asked for"
+
+
+def test_aliases_are_a_setting(config):
+    for aliases, text in (({"a": "b"}, "a=b"), ({"c-*": "d", "e": "f=g"}, "c-*=d, e=f=g"), ({"a": ["b", "c"], "d": "e"}, "a=b,a=c,d=e")):
+        path = config({"model_aliases": aliases})
+        assert load(path).model_aliases == Settings.load({"MODEL_ALIASES": text}).model_aliases == aliases
+    assert "MODEL_ALIASES=a=b,a=c,d=e\n" in run("--config-file", path, "--check").stdout
+    assert "MODEL_ALIASES=c-*=d,e=f" in run("--check", MODEL_ALIASES="c-*=d,e=f").stdout
+    with pytest.raises(ConfigError, match="MODEL_ALIASES: 'a' is not NAME=VALUE"):
+        Settings.load({"MODEL_ALIASES": "a"})
+    for wrong in ([], [""], ["x", 1], 7, {"x": "y"}, None):
+        with pytest.raises(ConfigError, match="model_aliases: 'a' must be a model or a list of models"):
+            load(config({"model_aliases": {"a": wrong}}))
 
 
 SMART = {"smart": ["one", "two", "three"]}
@@ -4961,6 +4976,23 @@ def test_counting_tokens_never_fails(akash, serve):
     assert count(messages=deep) > 0
 
 
+def test_a_client_that_leaves_before_a_count_of_tokens_is_no_bug(pool, caplog):
+    server, asked = pool(FakeOpenAI()), threading.Event()
+    sock = connect(server)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+    def take(*_):
+        sock.close()
+        asked.set()
+        raise APIError(503, "nobody is there")
+
+    server.pool.acquire = take
+    sock.sendall(post("/v1/messages/count_tokens", {**ASKED, "model": "both"}))
+    assert asked.wait(10)
+    wait_for(lambda: not server.connections)
+    assert "bug" not in caplog.text and "stumbled" not in caplog.text
+
+
 def test_models_in_anthropics_shape(akash, serve):
     server = serve(model_aliases={"claude-*": "Qwen/Qwen3"})
     version = {"anthropic-version": "2023-06-01"}
@@ -4975,32 +5007,6 @@ def test_no_models_in_anthropics_shape(pool):
     server = pool(FakeOpenAI(), keys=(akashproxy.ClientKeySettings(name="a", key="k", models=("none*",)),))
     models = ask(server, path="/v1/models", headers={"anthropic-version": "2023-06-01", "x-api-key": "k"})
     assert models.status == 200 and models.json == {"data": [], "has_more": False, "first_id": None, "last_id": None}
-
-
-NAMES = {"claude-haiku-9": "small", "claude-9": "big/one", "big--one": "big/one", "as--is": "as--is", "no--such": "no--such", "both": "both"}
-
-
-@pytest.mark.parametrize("asked", NAMES)
-def test_other_names_of_models(asked, pool):
-    fake = FakeOpenAI(["big/one", "as--is", "as/is", "small", "both"])
-    server = pool(fake, model_aliases={"*haiku*": "small", "claude-*": "big/one"})
-    got = chat(server, {**BOTH, "model": asked, "new": 1})
-    assert got.status == 200 and fake.bodies()[-1] == {**BOTH, "model": NAMES[asked], "new": 1}
-    got = ask(server, "POST", "/v1/messages", {**ASKED, "model": asked})
-    assert fake.bodies()[-1]["model"] == NAMES[asked] and got.json["model"] == asked, "a client reads the name that it asked for"
-
-
-def test_aliases_are_a_setting(config):
-    for aliases, text in (({"a": "b"}, "a=b"), ({"c-*": "d", "e": "f=g"}, "c-*=d, e=f=g"), ({"a": ["b", "c"], "d": "e"}, "a=b,a=c,d=e")):
-        path = config({"model_aliases": aliases})
-        assert load(path).model_aliases == Settings.load({"MODEL_ALIASES": text}).model_aliases == aliases
-    assert "MODEL_ALIASES=a=b,a=c,d=e\n" in run("--config-file", path, "--check").stdout
-    assert "MODEL_ALIASES=c-*=d,e=f" in run("--check", MODEL_ALIASES="c-*=d,e=f").stdout
-    with pytest.raises(ConfigError, match="MODEL_ALIASES: 'a' is not NAME=VALUE"):
-        Settings.load({"MODEL_ALIASES": "a"})
-    for wrong in ([], [""], ["x", 1], 7, {"x": "y"}, None):
-        with pytest.raises(ConfigError, match="model_aliases: 'a' must be a model or a list of models"):
-            load(config({"model_aliases": {"a": wrong}}))
 
 
 def test_anthropics_own_format_is_relayed_to_who_speaks_it(a, b, pool):
@@ -5585,7 +5591,7 @@ def test_other_errors_are_not_told_as_too_long(message, fake, pool):
     assert ask(pool(fake), "POST", "/v1/messages", ASKED).json["error"]["message"] == message
 
 
-REASONS = {
+ENDINGS = {
     # finish_reason: (of Messages, of Messages with a call, status of Responses, its reason)
     "stop": ("end_turn", "tool_use", "completed", None),
     "length": ("max_tokens", "max_tokens", "incomplete", "max_output_tokens"),
@@ -5595,9 +5601,9 @@ REASONS = {
 }
 
 
-@pytest.mark.parametrize("reason", REASONS)
+@pytest.mark.parametrize("reason", ENDINGS)
 def test_why_an_answer_ended_in_each_dialect(reason, streamed, fake, pool):
-    plain, with_call, status, detail = REASONS[reason]
+    plain, with_call, status, detail = ENDINGS[reason]
     server = pool(fake)
     fake.faults += [answered(delta, finish=reason) for delta in ({"content": "x"}, {"tool_calls": [{"index": 0, "id": "c", "function": {"name": "f", "arguments": "{}"}}]}, {"content": "x"})]
     for expected in (plain, with_call):
@@ -6430,7 +6436,7 @@ ZNxVwCmKC3KuK9t5ulgM8vS76LCtdFIJaWHvs6GBkQ==
 """
 
 
-# == under fire ===============================================================================
+# == attacks, slow clients and faults =========================================================
 
 GET, HOST = b"GET /health HTTP/1.1\r\n", b"Host: x\r\n"
 POST = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n"
@@ -6454,6 +6460,9 @@ def target(path):
 
 def spelled(body):
     return POST + b"Content-Length: %d\r\n\r\n" % len(body) + body
+
+
+# -- what one client sends
 
 
 ATTACKS = {
@@ -6698,6 +6707,9 @@ def test_a_refusal_reaches_a_client_that_goes_on_sending(serve):
         assert sock.recv(100).startswith(b"HTTP/1.1 413 ")
 
 
+# -- slow clients, and what is without an end
+
+
 def test_500_slow_clients_change_nothing_for_the_next(akash, serve):
     server = serve(head_timeout=30)
     with crowd(server, 500, b"") as socks:
@@ -6853,15 +6865,6 @@ def test_a_request_that_no_controller_can_serve_is_told_its_own_last_error(a, b,
     assert tried.json["error"]["message"] == f"{busy} The last error: b: told"
 
 
-def test_the_first_token_is_not_later_than_the_end(pool, log):
-    server = pool(FakeOpenAI())
-    for _ in range(40):
-        ask(server, path="/status")
-    times = lambda: re.findall(r"first_ms=(\d+) ms=(\d+)", log.text)
-    wait_for(lambda: len(times()) == 40)
-    assert all(int(first) <= int(end) for first, end in times())
-
-
 def test_an_endless_answer_of_akashgen_is_not_kept(akash, serve):
     akash.sends(reply(body=b"x" * (5 << 20)))
     got = chat(serve(), model="AkashGen")
@@ -6935,6 +6938,9 @@ def test_too_many_connections(serve):
 def test_a_prompt_of_20_megabytes(akash, serve):
     assert chat(serve(), messages=[user("x" * (20 << 20))]).status == 200
     assert len(akash.bodies()[0]["messages"][0]["content"]) == 20 << 20
+
+
+# -- pings
 
 
 @pytest.mark.parametrize("form, fill", [("comment", b": ping\n\n"), ("chunk", b'"delta":{"role":"assistant","content":""}'), ("off", None)])
@@ -7039,122 +7045,7 @@ def test_openais_client_reads_pings_behind_an_event_with_an_id(fake, pool):
     assert "".join(text or "" for text in texts) == "ab"
 
 
-def test_who_drains_says_so(akash, serve):
-    server = serve()
-    server.draining = True
-    got = ask(server)
-    assert (got.status, got.json["status"]) == (503, "draining") and got.headers["connection"] == "close"
-    server.draining = False
-
-
-def test_a_second_signal_stops_at_once(akash):
-    akash.faults.append(akash.stall(b'0:"one "\n'))
-    with started(AKASH_BASE_URL=akash.url, GRACE="60") as (process, port):
-        with socket.create_connection(("127.0.0.1", port), timeout=10) as sock:
-            sock.sendall(post("/v1/chat/completions", {**CHAT, "stream": True}))
-            sock.recv(100)
-            process.send_signal(signal.SIGTERM)
-            wait_for(lambda: refused(port))
-            assert process.poll() is None, "it waits for the stream"
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(10) == 0
-            assert "stopping: 1 running requests have 60 seconds to end" in process.stderr.read()
-
-
-@pytest.mark.parametrize("address, token, with_keys, warned", [
-    ("0.0.0.0:0", "", False, True), ("0.0.0.0:0", "t", False, False), ("127.0.0.1:0", "", False, False), ("0.0.0.0:0", "", True, False)])
-def test_an_open_address_is_warned_of(address, token, with_keys, warned, config):
-    file = config({"keys": [{"name": "alice", "key": "k"}]}) if with_keys else ""
-    with spawned("--server-address", address, BEARER_TOKEN=token, CONFIG_FILE=file) as process:
-        process.stdout.readline()
-        process.terminate()
-        assert ("set BEARER_TOKEN" in process.communicate(timeout=20)[1]) == warned
-
-
-@pytest.mark.parametrize("form", ["text", "json"])
-def test_log_lines(form, akash):
-    with started("--log-format", form, AKASH_BASE_URL=akash.url) as (process, server):
-        stream(server, {"model": "demo", "messages": [user("secret words")]})
-        ask(server, path="/no%0Awhere%1b[31m", headers={"Authorization": "Bearer s3cret"})
-        process.terminate()
-        lines = sorted(process.communicate(timeout=20)[1].splitlines(), key=lambda line: "where" in line)    # either may be the first
-    assert len(lines) == 2 and not any("secret" in line or "s3cret" in line or "\x1b" in line for line in lines)
-    if form == "json":
-        first, second = map(json.loads, lines)
-        assert {"time", "client", "method", "path", "status", "model", "controller", "first_ms", "ms", "bytes", "tokens_in", "tokens_out",
-                "id"} <= set(first)
-        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}[+-]\d\d:\d\d", first["time"]), "RFC 3339"
-        assert (first["status"], first["model"], first["controller"], second["path"]) == (200, "demo", "akash", "/no\nwhere\x1b[31m")
-    else:
-        assert re.search(r" INFO client=127\.0\.0\.1 method=POST path=/v1/chat/completions status=200 ended=whole model=demo controller=akash "
-                         r"first_ms=\d+ ms=\d+ bytes=\d+ estimated_in=\d+ estimated_out=\d+ id=req_\w+$", lines[0]) and "path=/no\\nwhere\\x1b[31m status=404" in lines[1]
-
-
-def usages(got):
-    """All usages in an answer, streamed or not."""
-    documents = [got.json] if got.json else [json.loads(line[6:]) for line in got.body.decode().split("\n") if line.startswith("data: {")]
-    inner = [part for document in documents for part in (document, document.get("response"), document.get("message")) if part]
-    return [part["usage"] for part in inner if part.get("usage")]
-
-
-@table({   # (path, body, how the counts are called there, where the usage stands)
-    "a chat": ("/v1/chat/completions", {"messages": [user("x" * 400)]}, ("prompt_tokens", "completion_tokens")),
-    "a completion": ("/v1/completions", {"prompt": "x" * 400}, ("prompt_tokens", "completion_tokens")),
-    "Messages": ("/v1/messages", {"messages": [user("x" * 400)], "max_tokens": 99}, ("input_tokens", "output_tokens")),
-    "Responses": ("/v1/responses", {"input": "x" * 400}, ("input_tokens", "output_tokens")),
-})
-@pytest.mark.parametrize("told", [False, True])
-def test_usage_is_always_there(case, streamed, told, akash, serve, log):
-    path, body, names = case
-    end = END.replace(b"%b", b"stop")
-    akash.chat = (STEP + b"".join(b'0:"%b "\n' % (b"word" * 5) for _ in range(20))
-                  + (end.replace(b'"promptTokens":null,"completionTokens":null', b'"promptTokens":11,"completionTokens":7') if told else end))
-    server = serve(keys=keys("alice"))
-    got = ask(server, "POST", path, {"model": "Qwen/Qwen3", "stream": streamed, "stream_options": {"include_usage": True}, **body}, bearer("alice"))
-    usage = usages(got)[-1]
-    prompt, completion = (usage[name] for name in names)
-    if told:
-        assert (prompt, completion) == (11, 7) and "estimated" not in usage
-        wait_for(lambda: "tokens_in=11 tokens_out=7" in log.text)
-        assert "estimated_" not in log.text
-    else:
-        assert usage["estimated"] is True and 100 <= prompt <= 115 and 95 <= completion <= 115, usage
-        wait_for(lambda: f"estimated_in={prompt} estimated_out={completion} id=" in log.text)
-        assert "tokens_in" not in log.text
-    known(server)
-    found, apart = samples(server, bearer("alice")), "" if told else "estimated_"
-    assert found[f"akashproxy_{apart}completion_tokens_total", "akash"] == found[f"akashproxy_key_{apart}tokens_total", "alice", "completion"] == completion
-    assert sum(value for name, value in found.items() if name[0].startswith("akashproxy_model_") and name[0].endswith("tokens_total")
-               and name[0] == f"akashproxy_model_{apart}tokens_total") == prompt + completion
-    assert {name[0] for name in found if "_tokens_total" in name[0] and ("estimated" in name[0]) == told} == set()
-
-
-def test_a_stream_that_asks_for_no_usage_gets_none(akash, serve):
-    assert usages(chat(serve(), stream=True)) == []
-
-
-@pytest.mark.parametrize("text", ["x" * 7, "\u00e9\u00e8", "\u4e2d\u6587", "\U0001f600", "a\u4e2d\u00e9"])
-def test_tokens_are_estimated_alike_however_they_come(text):
-    whole, streamed, fast = (akashproxy.ChatCompletions({**BOTH, "stream_options": {"include_usage": True}}) for _ in range(3))
-    whole.count(Text(text * 50))
-    streamed.opening_frames(), fast.opening_frames()
-    streamed.encode([Text(text)] * 50)
-    assert all(fast.token_frame(akashproxy.to_json(text)) == fast.text_frame(akashproxy.to_json(text)) for _ in range(50))
-    usage = [dialect.count(Finish("stop")).usage for dialect in (whole, streamed, fast)]
-    assert usage[0] == usage[1] == usage[2] and usage[0]["completion_tokens"] == akashproxy.estimate_tokens(text * 50)
-
-
-def test_a_relayed_answer_without_usage_stays_as_it_is(fake, pool, log):
-    server = pool(fake)
-    assert chat(server, BOTH).body == fake.completion()
-    assert chat(server, BOTH, stream=True, stream_options={"include_usage": True}).body == b"".join(fake.events())
-    wait_for(lambda: log.text.count("ended=whole") == 2)
-    assert "tokens_in" not in log.text and "estimated_in" not in log.text
-
-
-def test_tokens_that_are_known_are_logged(serve, log):
-    chat(serve(controllers=(ECHO,)), {"model": "echo", "messages": [user("a b c")]})
-    wait_for(lambda: "tokens_in=3 tokens_out=3" in log.text)
+# -- faults of an upstream at every place
 
 
 FAULTS = {"cut": lambda sock: None, "reset": reset, "silence": stalled, "nonsense": lambda sock: sock.sendall(b"\xff\0zz")}
@@ -7631,7 +7522,7 @@ def bench(seconds=3.0, most=1000):
     return 0
 
 
-# == bounds ===================================================================================
+# == bounds of sizes and numbers ==============================================================
 
 MOST_VALUES = akashproxy.MAX_JSON_VALUES
 PROSE = b"Hello, world: [this] is {prose}, "
@@ -7989,7 +7880,7 @@ def test_a_request_takes_at_most_eight_times_its_size(case, tmp_path, fake):
     assert taken < 8 * len(body) and slowest < 2, (taken / len(body), slowest)      # seconds: the machine may be busy
 
 
-# == the seam between upstreams and the server ================================================
+# == fuzzing, and the bugs of controllers =====================================================
 
 
 def fuzzed(examples):
@@ -8010,13 +7901,13 @@ def fuzzed(examples):
     return decorate
 
 
-ODD = [None, True, False, 0, -1, 1.5, 10 ** 30, "", "x", "stop", "error", "\ud83d", [], ["stop"], {}, {"a": [1]}, [[]], [{}], {"type": []}]
+ODD_VALUES = [None, True, False, 0, -1, 1.5, 10 ** 30, "", "x", "stop", "error", "\ud83d", [], ["stop"], {}, {"a": [1]}, [[]], [{}], {"type": []}]
 
 
 def odd(rng, value, chance=0.25):
     """A JSON value with odd ones in some places."""
     if rng.random() < chance / 2:
-        return rng.choice(ODD)
+        return rng.choice(ODD_VALUES)
     if isinstance(value, dict):
         return {name: odd(rng, part, chance) for name, part in value.items() if rng.random() > chance / 4}
     return [odd(rng, part, chance) for part in value] if isinstance(value, list) else value
@@ -8029,7 +7920,7 @@ AKASH_PARTS = {"f": {"messageId": "m"}, "0": "Hel", "g": "hm", "9": {"toolCallId
 AKASH_EVENTS = [{"type": "start"}, {"type": "text-delta", "delta": "Hi"}, {"type": "reasoning-delta", "delta": "hm"},
                 {"type": "tool-input-available", "toolCallId": "c", "toolName": "f", "input": {}}, {"type": "error", "errorText": "x"},
                 {"type": "finish", "finishReason": "stop", "messageMetadata": {"usage": {"inputTokens": 1, "outputTokens": 2}}}]
-CHUNKS = [{"choices": [{"index": 0, "delta": assistant(""), "finish_reason": None}]},
+CHAT_CHUNKS = [{"choices": [{"index": 0, "delta": assistant(""), "finish_reason": None}]},
           {"choices": [{"index": 0, "delta": {"content": "Hi"}, "finish_reason": None}]},
           {"choices": [{"index": 0, "delta": {"reasoning_content": "hm"}}]}, {"choices": [{"index": 0, "delta": {"tool_calls": [CALL]}}]},
           {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}, {"choices": [], "usage": USED},
@@ -8047,7 +7938,7 @@ def odd_lines(rng, kind):
             return f"{code}:{json.dumps(odd(rng, AKASH_PARTS[code]))}\n"
         if kind == "akash v5":
             return f"data: {json.dumps(odd(rng, rng.choice(AKASH_EVENTS)))}\n\n"
-        return f"data: {json.dumps(odd(rng, rng.choice(CHUNKS)))}\n\n"
+        return f"data: {json.dumps(odd(rng, rng.choice(CHAT_CHUNKS)))}\n\n"
 
     return "".join(line() for _ in range(rng.randint(1, 6))).encode() + rng.choice([b"", b"data: [DONE]\n\n"])
 
@@ -8192,6 +8083,32 @@ def test_whatever_an_upstream_sends_the_client_gets_an_answer_or_an_error(path, 
                 frame == b"[DONE]" or json.loads(frame)
         else:
             assert got.status == 200 and got.body or got.json["error"]["message"], got.body
+
+
+def test_a_controller_may_go_through_the_events_of_another_one(pool, monkeypatch):
+    class Loud(akashproxy.OpenAIController):
+        def events(self, call):
+            for event in super().events(call):
+                yield Text(event.text.upper()) if isinstance(event, Text) else event
+
+    monkeypatch.setitem(akashproxy.CONTROLLERS, "loud", Loud)
+    a, before = FakeOpenAI(text="one two"), akashproxy.CancelScope.active.copy()
+    server = pool((a, {"type": "loud", "paths": ("/none",), "api_key": "k"}))
+    for streamed in range(2):
+        assert (stream(server, BOTH)[0] if streamed else text_of(chat(server, BOTH))) == "ONE TWO"
+    a.faults += [a.refuse(), a.early(), a.status(500)]      # the first is a kept connection's end, and asked again
+    assert statuses(server, 2) == [502, 502] and not a.faults
+    wait_for(lambda: not akashproxy.CancelScope.active - before)
+
+
+def test_a_controller_of_ones_own_may_stream_raw_bytes(serve, monkeypatch):
+    class Own(akashproxy.Controller):
+        def events(self, call):
+            yield from map(akashproxy.RawBytes, [b"data: {}\n\n", b"data: [DONE]\n\n"])
+
+    monkeypatch.setitem(akashproxy.CONTROLLERS, "own", Own)
+    server = serve(controllers=(akashproxy.ControllerSettings(type="own"),))
+    assert chat(server, stream=True).body.endswith(b"\n\ndata: {}\n\ndata: [DONE]\n\n")
 
 
 class Broken(akashproxy.Controller):
@@ -8388,13 +8305,13 @@ def test_a_tls_upstream_that_is_cut_is_not_whole(kind, framed, clean, pool, tmp_
 
 
 def test_odd_reasons_to_end_are_unknown_ones():
-    for reason in ODD:
+    for reason in ODD_VALUES:
         for data in (f"d:{json.dumps({'finishReason': reason})}\n", f"data: {json.dumps({'type': 'finish', 'finishReason': reason})}\n\n"):
             events, error = decoded(DECODERS["akash v4"](), [data.encode()])
             assert (events == [Finish("stop")]) == (reason == "stop") and (error is None) == (reason == "stop")
 
 
-# == metrics ==================================================================================
+# == metrics, usage and the log ===============================================================
 
 
 def test_metrics_of_each_way_a_request_can_end(akash, serve):
@@ -8446,6 +8363,73 @@ def test_metrics_of_failovers_rests_and_tokens(a, pool, akash):
     before = server.pool.upstreams[0]
     server.reload(dataclasses.replace(server.settings, max_wait=1))
     assert server.pool.upstreams[0] is not before and samples(server)["akashproxy_controller_rests_total", "a"] == 1
+
+
+def usages(got):
+    """All usages in an answer, streamed or not."""
+    documents = [got.json] if got.json else [json.loads(line[6:]) for line in got.body.decode().split("\n") if line.startswith("data: {")]
+    inner = [part for document in documents for part in (document, document.get("response"), document.get("message")) if part]
+    return [part["usage"] for part in inner if part.get("usage")]
+
+
+@table({   # (path, body, how the counts are called there, where the usage stands)
+    "a chat": ("/v1/chat/completions", {"messages": [user("x" * 400)]}, ("prompt_tokens", "completion_tokens")),
+    "a completion": ("/v1/completions", {"prompt": "x" * 400}, ("prompt_tokens", "completion_tokens")),
+    "Messages": ("/v1/messages", {"messages": [user("x" * 400)], "max_tokens": 99}, ("input_tokens", "output_tokens")),
+    "Responses": ("/v1/responses", {"input": "x" * 400}, ("input_tokens", "output_tokens")),
+})
+@pytest.mark.parametrize("told", [False, True])
+def test_usage_is_always_there(case, streamed, told, akash, serve, log):
+    path, body, names = case
+    end = END.replace(b"%b", b"stop")
+    akash.chat = (STEP + b"".join(b'0:"%b "\n' % (b"word" * 5) for _ in range(20))
+                  + (end.replace(b'"promptTokens":null,"completionTokens":null', b'"promptTokens":11,"completionTokens":7') if told else end))
+    server = serve(keys=keys("alice"))
+    got = ask(server, "POST", path, {"model": "Qwen/Qwen3", "stream": streamed, "stream_options": {"include_usage": True}, **body}, bearer("alice"))
+    usage = usages(got)[-1]
+    prompt, completion = (usage[name] for name in names)
+    if told:
+        assert (prompt, completion) == (11, 7) and "estimated" not in usage
+        wait_for(lambda: "tokens_in=11 tokens_out=7" in log.text)
+        assert "estimated_" not in log.text
+    else:
+        assert usage["estimated"] is True and 100 <= prompt <= 115 and 95 <= completion <= 115, usage
+        wait_for(lambda: f"estimated_in={prompt} estimated_out={completion} id=" in log.text)
+        assert "tokens_in" not in log.text
+    known(server)
+    found, apart = samples(server, bearer("alice")), "" if told else "estimated_"
+    assert found[f"akashproxy_{apart}completion_tokens_total", "akash"] == found[f"akashproxy_key_{apart}tokens_total", "alice", "completion"] == completion
+    assert sum(value for name, value in found.items() if name[0].startswith("akashproxy_model_") and name[0].endswith("tokens_total")
+               and name[0] == f"akashproxy_model_{apart}tokens_total") == prompt + completion
+    assert {name[0] for name in found if "_tokens_total" in name[0] and ("estimated" in name[0]) == told} == set()
+
+
+def test_a_stream_that_asks_for_no_usage_gets_none(akash, serve):
+    assert usages(chat(serve(), stream=True)) == []
+
+
+@pytest.mark.parametrize("text", ["x" * 7, "\u00e9\u00e8", "\u4e2d\u6587", "\U0001f600", "a\u4e2d\u00e9"])
+def test_tokens_are_estimated_alike_however_they_come(text):
+    whole, streamed, fast = (akashproxy.ChatCompletions({**BOTH, "stream_options": {"include_usage": True}}) for _ in range(3))
+    whole.count(Text(text * 50))
+    streamed.opening_frames(), fast.opening_frames()
+    streamed.encode([Text(text)] * 50)
+    assert all(fast.token_frame(akashproxy.to_json(text)) == fast.text_frame(akashproxy.to_json(text)) for _ in range(50))
+    usage = [dialect.count(Finish("stop")).usage for dialect in (whole, streamed, fast)]
+    assert usage[0] == usage[1] == usage[2] and usage[0]["completion_tokens"] == akashproxy.estimate_tokens(text * 50)
+
+
+def test_a_relayed_answer_without_usage_stays_as_it_is(fake, pool, log):
+    server = pool(fake)
+    assert chat(server, BOTH).body == fake.completion()
+    assert chat(server, BOTH, stream=True, stream_options={"include_usage": True}).body == b"".join(fake.events())
+    wait_for(lambda: log.text.count("ended=whole") == 2)
+    assert "tokens_in" not in log.text and "estimated_in" not in log.text
+
+
+def test_tokens_that_are_known_are_logged(serve, log):
+    chat(serve(controllers=(ECHO,)), {"model": "echo", "messages": [user("a b c")]})
+    wait_for(lambda: "tokens_in=3 tokens_out=3" in log.text)
 
 
 def test_a_rest_that_is_made_longer_is_one_rest():
@@ -8631,6 +8615,34 @@ def test_a_model_has_a_series_of_its_own_only_while_there_are_few():
     metrics = akashproxy.Metrics(argparse.Namespace(pool=argparse.Namespace(model_names=[f"m{at}" for at in range(500)])))
     labels = {metrics.model_label(f"m{at}") for at in range(500)} | {metrics.model_label("unknown")}
     assert len(labels) == akashproxy.MAX_MODEL_LABELS + 1 and "other" in labels
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_log_lines(form, akash):
+    with started("--log-format", form, AKASH_BASE_URL=akash.url) as (process, server):
+        stream(server, {"model": "demo", "messages": [user("secret words")]})
+        ask(server, path="/no%0Awhere%1b[31m", headers={"Authorization": "Bearer s3cret"})
+        process.terminate()
+        lines = sorted(process.communicate(timeout=20)[1].splitlines(), key=lambda line: "where" in line)    # either may be the first
+    assert len(lines) == 2 and not any("secret" in line or "s3cret" in line or "\x1b" in line for line in lines)
+    if form == "json":
+        first, second = map(json.loads, lines)
+        assert {"time", "client", "method", "path", "status", "model", "controller", "first_ms", "ms", "bytes", "tokens_in", "tokens_out",
+                "id"} <= set(first)
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}[+-]\d\d:\d\d", first["time"]), "RFC 3339"
+        assert (first["status"], first["model"], first["controller"], second["path"]) == (200, "demo", "akash", "/no\nwhere\x1b[31m")
+    else:
+        assert re.search(r" INFO client=127\.0\.0\.1 method=POST path=/v1/chat/completions status=200 ended=whole model=demo controller=akash "
+                         r"first_ms=\d+ ms=\d+ bytes=\d+ estimated_in=\d+ estimated_out=\d+ id=req_\w+$", lines[0]) and "path=/no\\nwhere\\x1b[31m status=404" in lines[1]
+
+
+def test_the_first_token_is_not_later_than_the_end(pool, log):
+    server = pool(FakeOpenAI())
+    for _ in range(40):
+        ask(server, path="/status")
+    times = lambda: re.findall(r"first_ms=(\d+) ms=(\d+)", log.text)
+    wait_for(lambda: len(times()) == 40)
+    assert all(int(first) <= int(end) for first, end in times())
 
 
 @pytest.mark.parametrize("fault, ended", [(None, "whole"), ("cut", "broken_off"), ("refused", "refused"), ("left", "client_left"), ("probe", None)])
@@ -8969,7 +8981,7 @@ def test_a_reload_keeps_the_counts_of_keys_that_stay(a, pool):
     assert chat(server, BOTH, bearer("new")).status == 200
 
 
-# == the gate =================================================================================
+# == access: bodies, origins, hosts and the limits of keys ====================================
 # What a client may do before anything is kept or asked for it: bodies, pages of other sites, limits of keys.
 
 
@@ -9419,7 +9431,7 @@ def test_a_form_costs_no_more_than_its_size():
                 assert time.thread_time() - start < 2, unit
 
 
-# == more than one machine ====================================================================
+# == several processes and machines ===========================================================
 
 
 def test_what_comes_on_an_idle_connection_of_a_server_that_stops_is_answered(akash, serve, monkeypatch):
@@ -11396,7 +11408,7 @@ def test_openai_errors(openai_client, akash):
         list(openai_client.chat.completions.create(**CHAT, stream=True))
 
 
-CALL = [*({"tool_calls": calls} for calls in fragments([{"index": 0, "function": {"arguments": '{"city":"Oslo"}'}}])),
+CALLS_OF_TOOLS = [*({"tool_calls": calls} for calls in fragments([{"index": 0, "function": {"arguments": '{"city":"Oslo"}'}}])),
         {"tool_calls": [{"index": 1, "id": "call_2", "type": "function", "function": {"name": "g", "arguments": ""}}]}]
 
 
@@ -11426,7 +11438,7 @@ def test_openai_tools_and_forms(pool):
         assert client.chat.completions.parse(**BOTH, response_format=form).choices[0].message.parsed.city == "Oslo"
         schemas = [body["response_format"]["json_schema"] for body in a.bodies()]
         assert schemas[0]["schema"] == schemas[1]["schema"] and schemas[0]["name"] == "Place" and schemas[0]["strict"] is True
-        a.faults.extend([answered({"reasoning_content": "hm"}, {"content": "wait"}, *CALL, finish="tool_calls")] * 3)
+        a.faults.extend([answered({"reasoning_content": "hm"}, {"content": "wait"}, *CALLS_OF_TOOLS, finish="tool_calls")] * 3)
         tools = [{"type": "function", "name": "f", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}]
         with client.responses.stream(model="both", input=[user("hi")], tools=tools) as events:
             kinds = [event.type for event in events]
@@ -11485,7 +11497,7 @@ def test_anthropic_messages(claude):
 def test_anthropic_tools(claude):
     client, fake = claude
     tools = [{"name": "f", "description": "d", "input_schema": {"type": "object", "properties": {"city": {"type": "string"}}}}, {"name": "g", "input_schema": {"type": "object"}}]
-    fake.faults.extend([answered({"reasoning_content": "hm"}, {"content": "wait"}, *CALL, finish="tool_calls")] * 2)
+    fake.faults.extend([answered({"reasoning_content": "hm"}, {"content": "wait"}, *CALLS_OF_TOOLS, finish="tool_calls")] * 2)
     asked = {**CLAUDE, "max_tokens": 4096, "tools": tools, "tool_choice": {"type": "any"}, "thinking": {"type": "enabled", "budget_tokens": 1024}}
     with client.messages.stream(**asked) as stream:
         assert [event.partial_json for event in stream if event.type == "input_json"] == ['{"city":"Oslo"}']
