@@ -845,8 +845,7 @@ def test_settings_from_the_environment_and_flags_over_it():
     environ = {"SERVER_ADDRESS": ":1", "AKASH_BASE_URL": "http://h:1/p/", "BEARER_TOKEN": "a, b", "IDLE_TIMEOUT": "1.5",
                "USER_AGENT": "", "HOME": "/"}
     settings = Settings.load(environ, {"server_address": ":2"})
-    assert (settings.server_address, settings.akash_base_url, settings.bearer_token, settings.idle_timeout) == (
-        ":2", "http://h:1/p", ("a", "b"), 1.5)
+    assert (settings.server_address, settings.akash_base_url, settings.bearer_token, settings.idle_timeout) == (":2", "http://h:1/p", ("a", "b"), 1.5)
     assert settings.user_agent == f"akashproxy/{akashproxy.__version__}"
 
 
@@ -1227,8 +1226,7 @@ def pasted(prompt, negative=""):
     "gen-all": (pasted('A cat\\\'s "portrait", 8k,\nsecond \\ backslash, it\\\'s 🎉 日本 </image_generation>', 'b"a\\\'d'),
                 'A cat\'s "portrait", 8k,\nsecond \\ backslash, it\'s 🎉 日本 </image_generation>'),
     "a closing line within": (pasted("a'</image_generation>\"\ne"), "a'</image_generation>\"\ne"),
-    "a later framing": (sdk5(delta("<image_generation> jobId='" + JOB + "' prompt='a"), delta("b' negative=''</image_generation>"),
-                             FINISH5), "ab"),
+    "a later framing": (sdk5(delta("<image_generation> jobId='" + JOB + "' prompt='a"), delta("b' negative=''</image_generation>"), FINISH5), "ab"),
 })
 def test_the_answers_of_akashgen(case):
     assert akashproxy.parse_image_job(case[0]) == (JOB, case[1]) and akashproxy.parse_image_job(HELLO) is None
@@ -1250,8 +1248,7 @@ def attached(url, text=""):
 
 @table({
     # name: (fields of the client's body, fields of Akash's body)
-    "plain": ({"messages": [user("hi")]}, {"model": "m", "messages": [user("hi")], "system": " ", "temperature": 0.85,
-                                          "topP": 1.0, "context": []}),
+    "plain": ({"messages": [user("hi")]}, {"model": "m", "messages": [user("hi")], "system": " ", "temperature": 0.85, "topP": 1.0, "context": []}),
     "system and developer": ({"messages": [system("A"), user("hi"), developer("B")]}, {"system": "A\n\nB", "messages": [user("hi")]}),
     "an empty system": ({"messages": [system(""), user("hi")]}, {"system": " "}),
     "topP": ({"messages": [user("hi")], "topP": 0.5, "temperature": 1}, {"topP": 0.5, "temperature": 1}),
@@ -1312,8 +1309,7 @@ def test_requests_to_akash(case, akash, serve):
     "top_p": ({"top_p": [1]}, "top_p", "must be a number"),
     "role tool": ({"messages": [user("a"), {"role": "tool", "content": "x"}]}, "messages[1].role", "the role 'tool'"),
     "role function": ({"messages": [{"role": "function", "content": "x"}]}, "messages[0].role", "the role 'function'"),
-    "tool_calls": ({"messages": [user("a"), {"role": "assistant", "content": None, "tool_calls": [{}]}]},
-                   "messages[1].tool_calls", "tool calls"),
+    "tool_calls": ({"messages": [user("a"), {"role": "assistant", "content": None, "tool_calls": [{}]}]}, "messages[1].tool_calls", "tool calls"),
     "content a number": ({"messages": [user(7)]}, "messages[0].content", "must be a string"),
     "a part of audio": ({"messages": [user([{"type": "input_audio", "input_audio": {}}])]}, "messages[0].content[0]", "'input_audio'"),
     "a part of nothing": ({"messages": [user([None])]}, "messages[0].content[0]", "not 'None'"),
@@ -1706,8 +1702,7 @@ def test_images(akash, serve):
     server = serve(public_url="https://pictures.example/api/")
     got = ask(server, "POST", "/v1/images/generations", {"prompt": "a fox", "size": "512x512", "n": 2})
     assert got.status == 200 and got.headers["x-akashproxy-ignored"] == "size"
-    assert got.json["data"] == [{"url": "https://pictures.example/api/images/job_51083a4c_00001_.png",
-                                 "revised_prompt": "A red fox in the snow"}] * 2
+    assert got.json["data"] == [{"url": "https://pictures.example/api/images/job_51083a4c_00001_.png", "revised_prompt": "A red fox in the snow"}] * 2
     assert isinstance(got.json["created"], int) and len(akash.bodies()) == 2
     assert akash.bodies()[0]["messages"] == [user("a fox")]
     got = ask(server, "POST", "/v1/images/generations", {"prompt": "a fox", "response_format": "b64_json"})
@@ -1887,8 +1882,7 @@ UPSTREAM = {
     "model-unknown": (STREAM_HEAD + chunks(UNKNOWN), 500, "model_not_found", "does not exist", {"x-should-retry": "false"}),
     "err-429": (STREAM_HEAD + chunk(b'3:"Failed after 3 attempts. Last error: Rate limit exceeded for model. Try again later."\n')
                 + b"0\r\n\r\n", 429, "rate_limit_exceeded", "Rate limit exceeded for model", {}),
-    "err-400": (STREAM_HEAD + chunks(b'3:"This model\'s maximum context length is 8192 tokens."\n'),
-                400, "context_length_exceeded", "8192", {}),
+    "err-400": (STREAM_HEAD + chunks(b'3:"This model\'s maximum context length is 8192 tokens."\n'), 400, "context_length_exceeded", "8192", {}),
     "err-500": (STREAM_HEAD + chunks(b'3:"Failed after 3 attempts. Last error: Internal Server Error"\n'), 502, "upstream_error", "Internal", {}),
     "req-long-system-400": (reply(400, b"[Message too long for this model.]", "text/plain"), 400, "context_length_exceeded", "too long", {}),
     "req-badjson": (reply(500, b"", ""), 502, "upstream_error", "without giving a reason", {}),
@@ -1930,8 +1924,7 @@ def test_failures_before_the_first_word_are_statuses(case, streamed, akash, serv
 @pytest.mark.parametrize("status", [200, 403, 503])
 def test_a_page_in_front_of_the_session_or_the_models(path, status, akash, serve):
     answer = akash.answer
-    akash.answer = lambda sock, request: (sock.sendall(reply(status, PAGE, "text/html")) or True if request.path == path
-                                          else answer(sock, request))
+    akash.answer = lambda sock, request: (sock.sendall(reply(status, PAGE, "text/html")) or True if request.path == path else answer(sock, request))
     got = ask(serve(), path="/v1/models")
     assert got.status == 502 and got.json["error"]["code"] == "upstream_blocked" and b"<" not in got.body
 
@@ -1981,8 +1974,7 @@ def test_addresses_of_the_upstream(path, akash, serve):
         return answer(sock, request._replace(path=request.path[len(prefix):]))
 
     akash.answer = strict
-    assert chat(serve(**dataclasses.asdict(Settings.load({"AKASH_BASE_URL": akash.url + path},
-                                                         {"server_address": "127.0.0.1:0"})))).status == 200
+    assert chat(serve(**dataclasses.asdict(Settings.load({"AKASH_BASE_URL": akash.url + path}, {"server_address": "127.0.0.1:0"})))).status == 200
 
 
 def test_what_the_upstream_is_sent(akash, serve):
@@ -2405,8 +2397,7 @@ def compiled():
 
 def command(*flags, **environ):
     clean = {name: value for name, value in os.environ.items() if name.upper() not in SETTINGS}
-    return dict(args=[sys.executable, "-I", compiled(), *flags], env={**clean, **environ},
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return dict(args=[sys.executable, "-I", compiled(), *flags], env={**clean, **environ}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 SETTINGS = {name.upper(): item for name, item in akashproxy.setting_fields(Settings).items()}
@@ -2845,8 +2836,7 @@ def test_what_wins_over_what(config):
                              {"config_file": path, "max_wait": "6"})
     assert (settings.server_address, settings.pool_type, settings.max_wait, settings.idle_timeout, settings.bearer_token) == (
         ":81", "balanced", 6.0, 2.5, ("a", "b"))
-    assert Settings.load({"SERVER_ADDRESS": "localhost:1", "CHATGPT_APISERVER_PORT": "81"}, {"config_file": path}
-                         ).server_address == "localhost:1"
+    assert Settings.load({"SERVER_ADDRESS": "localhost:1", "CHATGPT_APISERVER_PORT": "81"}, {"config_file": path}).server_address == "localhost:1"
     assert load(config({"port": 1, "server_address": "h:2"})).server_address == "h:2"
 
 
@@ -3520,8 +3510,7 @@ def test_requests_at_a_time(a, b, pool):
 def test_who_can_serve_a_model(pool):
     a, b, c = FakeOpenAI(["gpt-x", "both"]), FakeOpenAI(["llama", "both"]), FakeOpenAI(["secret"])
     server = known(pool(a, b, (c, {"models": ["mini-*", "named"], "model_map": {"alias": "real"}})))
-    routes = {model: route_of(chat(server, {**BOTH, "model": model}))
-              for model in ("gpt-x", "llama", "mini-1", "named", "alias")}
+    routes = {model: route_of(chat(server, {**BOTH, "model": model})) for model in ("gpt-x", "llama", "mini-1", "named", "alias")}
     assert routes == {"gpt-x": "a=200", "llama": "b=200", "mini-1": "c=200", "named": "c=200", "alias": "c=200"}
     assert route_of(chat(server, {**BOTH, "model": "unlisted"})) in ("a=200", "b=200"), "it is tried"
     ids = [model["id"] for model in ask(server, path="/v1/models").json["data"]]
@@ -4283,8 +4272,7 @@ def test_what_only_the_upstream_understands_is_relayed(a, pool):
 
 def test_statuses_queries_and_empty_bodies_of_a_relay(a, pool):
     server = pool(a, FakeOpenAI())
-    a.faults.extend([a.raw(b"HTTP/1.1 204 No Content\r\n\r\n"), a.raw(reply(201, b"{}")),
-                     a.raw(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")])
+    a.faults.extend([a.raw(b"HTTP/1.1 204 No Content\r\n\r\n"), a.raw(reply(201, b"{}")), a.raw(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")])
     got = [ask(server, "POST", "/v1/x/cancel?a=b", {"model": "both"}, {"OpenAI-Beta": "z", "X-Other": "y"})
            for _ in range(6) if len(a.requests) < 3 or a.faults]
     assert {one.status for one in got} <= {204, 201, 200, 404}
@@ -4305,8 +4293,7 @@ def test_calls_of_tools_that_all_have_index_0():
         return FakeOpenAI.event({"tool_calls": [{"index": 0, **more}]})
 
     decoder = akashproxy.ChatDecoder()
-    events = decoder.feed(call(id="a", function={"name": "f", "arguments": '{"a":1}'})
-                          + call(id="b", function={"name": "g", "arguments": {"b": 2}})
+    events = decoder.feed(call(id="a", function={"name": "f", "arguments": '{"a":1}'}) + call(id="b", function={"name": "g", "arguments": {"b": 2}})
                           + call(function={"arguments": "x"}) + FakeOpenAI.event({}, "tool_calls") + b"data: [DONE]\n\n")
     assert fold(events).tools == [ToolCall(0, '{"a":1}', "a", "f"), ToolCall(1, '{"b":2}x', "b", "g")]
 
@@ -4328,6 +4315,10 @@ def err(message, **more):
     return {"error": {"message": message, **more}}
 
 
+def anthropic(kind, message):
+    return {"type": "error", "error": {"type": kind, "message": message}}
+
+
 def google(code, status, message, *details):
     return [{"error": {"code": code, "message": message, "status": status, "details": list(details)}}]
 
@@ -4345,72 +4336,92 @@ BAD_KEY = {"@type": "type.googleapis.com/google.rpc.ErrorInfo", "reason": "API_K
 PER_MODEL = {"@type": "type.googleapis.com/google.rpc.QuotaFailure", "violations": [{"quotaDimensions": {"model": "both"}}]}
 CF_PAGE = b"<!DOCTYPE html><html><head><title>Attention Required! | Cloudflare</title></head><body>Sorry, you have been blocked</body></html>"
 SOON = time.time() + 1000
+# What an error means: (kind, status, code, retry_after, words, scope)
+
+
+def key_refused(words, *scope):
+    return "auth", 424, "upstream_auth", None, words, *scope
+
+
+def limited(retry_after, words, *scope):
+    return "limit", 429, "rate_limit_exceeded", retry_after, words, *scope
+
+
+def failed(status, words):
+    return "server", status, "upstream_error", None, words
+
+
+def refused_with(status, words):
+    return "refused", status, None, None, words
+
+
+def wrong(status, words):
+    return "request", status, None, None, words
+
+
 MEANINGS = {
     # name: (status, body, headers) -> (kind, status, code, retry_after, words, scope)
     # -- our key is bad, or its quota is spent
-    "OpenAI's wrong key": ((401, err(INCORRECT, type="invalid_request_error", code="invalid_api_key")), ("auth", 424, "upstream_auth", None, "up: the upstream refuses this server's key (401): Incorrect API key")),
-    "OpenAI's restricted key": ((401, err("You have insufficient permissions for this operation. Missing scopes: model.request.")), ("auth", 424, "upstream_auth", None, "scopes")),
-    "OpenAI's spent quota": ((429, err(QUOTA, type="insufficient_quota", code="insufficient_quota")), ("auth", 424, "upstream_auth", None, "up: the quota of this server's key is spent: You")),
-    "OpenAI's hard limit": ((400, err("Billing hard limit has been reached.", code="billing_hard_limit_reached")), ("auth", 424, "upstream_auth", None, "spent")),
-    "OpenAI's closed account": ((403, err("Your account is not active.", code="account_deactivated")), ("auth", 424, "upstream_auth", None, "not active")),
-    "OpenAI's countries": ((403, err("Country, region, or territory not supported", code="unsupported_country_region_territory", type="request_forbidden")), ("auth", 424, "upstream_auth", None, "refuses this server's key (403)")),
-    "Google's wrong key": ((400, google(400, "INVALID_ARGUMENT", "API key not valid. Please pass a valid API key.", BAD_KEY)), ("auth", 424, "upstream_auth", None, "API key not valid")),
-    "Google's wrong key, not in a list": ((400, google(400, "INVALID_ARGUMENT", "Request refused.", BAD_KEY)[0]), ("auth", 424, "upstream_auth", None, "Request refused")),
-    "Google's key in a text": ((400, err(json.dumps(google(400, "INVALID_ARGUMENT", "API key not valid.", BAD_KEY)[0]), code=400, status="Bad Request")), ("auth", 424, "upstream_auth", None, ": API key not valid.")),
-    "Google's leaked key": ((403, google(403, "PERMISSION_DENIED", "Your API key was reported as leaked. Please use another API key.")), ("auth", 424, "upstream_auth", None, "leaked")),
-    "Google without a key": ((403, google(403, "PERMISSION_DENIED", "Method doesn't allow unregistered callers.")), ("auth", 424, "upstream_auth", None, "callers")),
-    "Google's places": ((400, google(400, "FAILED_PRECONDITION", "User location is not supported for the API use.")), ("auth", 424, "upstream_auth", None, "location")),
-    "OpenRouter's wrong key": ((401, err("No auth credentials found", code=401)), ("auth", 424, "upstream_auth", None, "credentials")),
-    "OpenRouter without credits": ((402, err("Insufficient credits. Add more using https://openrouter.ai/credits", code=402)), ("auth", 424, "upstream_auth", None, "spent")),
-    "OpenRouter's limit of a key": ((403, err("Key limit exceeded (total limit).", code=403)), ("auth", 424, "upstream_auth", None, "spent")),
-    "Anthropic's wrong key": ((401, {"type": "error", "error": {"type": "authentication_error", "message": "invalid x-api-key"}}), ("auth", 424, "upstream_auth", None, "invalid x-api-key")),
-    "Anthropic's balance": ((400, {"type": "error", "error": {"type": "invalid_request_error", "message": "Your credit balance is too low to access the Anthropic API."}}), ("auth", 424, "upstream_auth", None, "spent")),
-    "Anthropic's billing": ((402, {"type": "error", "error": {"type": "billing_error", "message": "There is an issue with your payment information."}}), ("auth", 424, "upstream_auth", None, "spent")),
-    "DeepSeek's balance": ((402, err("Insufficient Balance", type="unknown_error", code="invalid_request_error")), ("auth", 424, "upstream_auth", None, "spent: Insufficient")),
-    "DeepSeek's wrong key": ((401, err("Authentication Fails, Your api key: ****f19c is invalid", type="authentication_error")), ("auth", 424, "upstream_auth", None, "key: *** is")),
-    "Groq's wrong key": ((401, err("Invalid API Key", type="invalid_request_error", code="invalid_api_key")), ("auth", 424, "upstream_auth", None, "Invalid API Key")),
-    "Groq's spending limit": ((400, err("Organization spend limit reached", code="spend_limit_reached")),
-                              ("auth", 424, "upstream_auth", None, "spend limit")),
+    "OpenAI's wrong key": ((401, err(INCORRECT, type="invalid_request_error", code="invalid_api_key")), key_refused("up: the upstream refuses this server's key (401): Incorrect API key")),
+    "OpenAI's restricted key": ((401, err("You have insufficient permissions for this operation. Missing scopes: model.request.")), key_refused("scopes")),
+    "OpenAI's spent quota": ((429, err(QUOTA, type="insufficient_quota", code="insufficient_quota")), key_refused("up: the quota of this server's key is spent: You")),
+    "OpenAI's hard limit": ((400, err("Billing hard limit has been reached.", code="billing_hard_limit_reached")), key_refused("spent")),
+    "OpenAI's closed account": ((403, err("Your account is not active.", code="account_deactivated")), key_refused("not active")),
+    "OpenAI's countries": ((403, err("Country, region, or territory not supported", code="unsupported_country_region_territory", type="request_forbidden")), key_refused("refuses this server's key (403)")),
+    "Google's wrong key": ((400, google(400, "INVALID_ARGUMENT", "API key not valid. Please pass a valid API key.", BAD_KEY)), key_refused("API key not valid")),
+    "Google's wrong key, not in a list": ((400, google(400, "INVALID_ARGUMENT", "Request refused.", BAD_KEY)[0]), key_refused("Request refused")),
+    "Google's key in a text": ((400, err(json.dumps(google(400, "INVALID_ARGUMENT", "API key not valid.", BAD_KEY)[0]), code=400, status="Bad Request")), key_refused(": API key not valid.")),
+    "Google's leaked key": ((403, google(403, "PERMISSION_DENIED", "Your API key was reported as leaked. Please use another API key.")), key_refused("leaked")),
+    "Google without a key": ((403, google(403, "PERMISSION_DENIED", "Method doesn't allow unregistered callers.")), key_refused("callers")),
+    "Google's places": ((400, google(400, "FAILED_PRECONDITION", "User location is not supported for the API use.")), key_refused("location")),
+    "OpenRouter's wrong key": ((401, err("No auth credentials found", code=401)), key_refused("credentials")),
+    "OpenRouter without credits": ((402, err("Insufficient credits. Add more using https://openrouter.ai/credits", code=402)), key_refused("spent")),
+    "OpenRouter's limit of a key": ((403, err("Key limit exceeded (total limit).", code=403)), key_refused("spent")),
+    "Anthropic's wrong key": ((401, anthropic("authentication_error", "invalid x-api-key")), key_refused("invalid x-api-key")),
+    "Anthropic's balance": ((400, anthropic("invalid_request_error", "Your credit balance is too low to access the Anthropic API.")), key_refused("spent")),
+    "Anthropic's billing": ((402, anthropic("billing_error", "There is an issue with your payment information.")), key_refused("spent")),
+    "DeepSeek's balance": ((402, err("Insufficient Balance", type="unknown_error", code="invalid_request_error")), key_refused("spent: Insufficient")),
+    "DeepSeek's wrong key": ((401, err("Authentication Fails, Your api key: ****f19c is invalid", type="authentication_error")), key_refused("key: *** is")),
+    "Groq's wrong key": ((401, err("Invalid API Key", type="invalid_request_error", code="invalid_api_key")), key_refused("Invalid API Key")),
+    "Groq's spending limit": ((400, err("Organization spend limit reached", code="spend_limit_reached")), key_refused("spend limit")),
     "Google's key for another API": ((403, {"error": {"code": 403, "message": "Requests to this API method are blocked.", "details": [
-        {**BAD_KEY, "reason": "API_KEY_SERVICE_BLOCKED"}]}}), ("auth", 424, "upstream_auth", None, "blocked")),
+        {**BAD_KEY, "reason": "API_KEY_SERVICE_BLOCKED"}]}}), key_refused("blocked")),
     "Google's suspended consumer": ((403, {"error": {"code": 403, "message": "Consumer 'api_key:x' has been suspended.", "details": [
-        {**BAD_KEY, "reason": "CONSUMER_SUSPENDED"}]}}), ("auth", 424, "upstream_auth", None, "suspended")),
+        {**BAD_KEY, "reason": "CONSUMER_SUSPENDED"}]}}), key_refused("suspended")),
     "xAI's monthly limit": ((429, {"code": "Some resource has been exhausted", "error": "Your team has either used all available credits or reached its "
-        "monthly spending limit."}), ("auth", 424, "upstream_auth", None, "credits")),
+        "monthly spending limit."}), key_refused("credits")),
     "Alibaba's arrears": ((400, err("Access denied, please make sure your account is in good standing.", code="Arrearage")),
-                          ("auth", 424, "upstream_auth", None, "good standing")),
-    "NVIDIA's wrong key": ((403, {"status": 403, "title": "Forbidden", "detail": "Authorization failed"}),
-                            ("auth", 424, "upstream_auth", None, "failed")),
-    "Bedrock's wrong token": ((403, {"Message": "The security token included in the request is invalid."}),
-                              ("auth", 424, "upstream_auth", None, "token")),
-    "One API's banned user": ((403, err("用户已被封禁")), ("auth", 424, "upstream_auth", None, "封禁")),
-    "Groq's restricted organization": ((400, err("Organization has been restricted.", code="organization_restricted")), ("auth", 424, "upstream_auth", None, "restricted")),
-    "Mistral's wrong key": ((401, {"message": "Unauthorized", "request_id": "9"}), ("auth", 424, "upstream_auth", None, "(401): Unauthorized")),
-    "Mistral's other one": ((401, {"detail": "Unauthorized"}), ("auth", 424, "upstream_auth", None, "(401): Unauthorized")),
-    "xAI's wrong key": ((400, {"code": "Client specified an invalid argument", "error": "Incorrect API key provided: xa***ab."}), ("auth", 424, "upstream_auth", None, "provided: ***")),
-    "xAI's credits": ((403, {"code": "x", "error": "Your team has either used all available credits or reached its monthly spending limit."}), ("auth", 424, "upstream_auth", None, "spent")),
-    "Together's wrong key": ((401, err("Invalid API key provided. You can find your API key at https://api.together.xyz.", code="invalid_api_key")), ("auth", 424, "upstream_auth", None, "Invalid")),
-    "Fireworks' suspension": ((412, err("Account x is suspended, possibly due to reaching the monthly spending limit")), ("auth", 424, "upstream_auth", None, "suspended")),
-    "Azure's wrong key": ((401, err("Access denied due to invalid subscription key or wrong API endpoint.", code="401")), ("auth", 424, "upstream_auth", None, "subscription key")),
-    "Cerebras' wrong key": ((401, {"message": "Wrong API Key", "type": "invalid_request_error", "param": "api_key", "code": "wrong_api_key"}), ("auth", 424, "upstream_auth", None, "Wrong")),
-    "Zhipu's balance": ((429, err("余额不足或无可用资源包,请充值。", code="1113")), ("auth", 424, "upstream_auth", None, "spent: 余额不足")),
-    "MiniMax' balance": ((429, err("insufficient balance (1008)", type="insufficient_balance_error", http_code="429")), ("auth", 424, "upstream_auth", None, "spent")),
-    "LiteLLM's unknown key": ((401, err("Authentication Error, Invalid proxy server token passed. Received API Key = sk-...8aSP", type="token_not_found_in_db", param="key", code="401")), ("auth", 424, "upstream_auth", None, "Key = ***")),
-    "LiteLLM's budget": ((400, err("Budget has been exceeded! Current cost: 76.16, Max budget: 10.0", type="budget_exceeded", code="400")), ("auth", 424, "upstream_auth", None, "spent")),
-    "LiteLLM's own wrong key": ((401, err("litellm.AuthenticationError: AuthenticationError: OpenAIException - " + INCORRECT, code="401")), ("auth", 424, "upstream_auth", None, "(401): Incorrect API key provided: ***", "model")),
-    "a plain 401": ((401, b"Unauthorized"), ("auth", 424, "upstream_auth", None, "(401): Unauthorized")),
+                          key_refused("good standing")),
+    "NVIDIA's wrong key": ((403, {"status": 403, "title": "Forbidden", "detail": "Authorization failed"}), key_refused("failed")),
+    "Bedrock's wrong token": ((403, {"Message": "The security token included in the request is invalid."}), key_refused("token")),
+    "One API's banned user": ((403, err("用户已被封禁")), key_refused("封禁")),
+    "Groq's restricted organization": ((400, err("Organization has been restricted.", code="organization_restricted")), key_refused("restricted")),
+    "Mistral's wrong key": ((401, {"message": "Unauthorized", "request_id": "9"}), key_refused("(401): Unauthorized")),
+    "Mistral's other one": ((401, {"detail": "Unauthorized"}), key_refused("(401): Unauthorized")),
+    "xAI's wrong key": ((400, {"code": "Client specified an invalid argument", "error": "Incorrect API key provided: xa***ab."}), key_refused("provided: ***")),
+    "xAI's credits": ((403, {"code": "x", "error": "Your team has either used all available credits or reached its monthly spending limit."}), key_refused("spent")),
+    "Together's wrong key": ((401, err("Invalid API key provided. You can find your API key at https://api.together.xyz.", code="invalid_api_key")), key_refused("Invalid")),
+    "Fireworks' suspension": ((412, err("Account x is suspended, possibly due to reaching the monthly spending limit")), key_refused("suspended")),
+    "Azure's wrong key": ((401, err("Access denied due to invalid subscription key or wrong API endpoint.", code="401")), key_refused("subscription key")),
+    "Cerebras' wrong key": ((401, {"message": "Wrong API Key", "type": "invalid_request_error", "param": "api_key", "code": "wrong_api_key"}), key_refused("Wrong")),
+    "Zhipu's balance": ((429, err("余额不足或无可用资源包,请充值。", code="1113")), key_refused("spent: 余额不足")),
+    "MiniMax' balance": ((429, err("insufficient balance (1008)", type="insufficient_balance_error", http_code="429")), key_refused("spent")),
+    "LiteLLM's unknown key": ((401, err("Authentication Error, Invalid proxy server token passed. Received API Key = sk-...8aSP", type="token_not_found_in_db", param="key", code="401")), key_refused("Key = ***")),
+    "LiteLLM's budget": ((400, err("Budget has been exceeded! Current cost: 76.16, Max budget: 10.0", type="budget_exceeded", code="400")), key_refused("spent")),
+    "LiteLLM's own wrong key": ((401, err("litellm.AuthenticationError: AuthenticationError: OpenAIException - " + INCORRECT, code="401")), key_refused("(401): Incorrect API key provided: ***", "model")),
+    "a plain 401": ((401, b"Unauthorized"), key_refused("(401): Unauthorized")),
     # -- this request is refused, others are not
-    "OpenRouter's tokens": ((402, err(AFFORD, code=402)), ("refused", 402, None, None, AFFORD)),
-    "OpenRouter's moderation": ((403, err("This model requires moderation on x. Your input was flagged", code=403, metadata={"reasons": ["violence"], "flagged_input": "..."})), ("refused", 403, None, None, "flagged")),
+    "OpenRouter's tokens": ((402, err(AFFORD, code=402)), refused_with(402, AFFORD)),
+    "OpenRouter's moderation": ((403, err("This model requires moderation on x. Your input was flagged", code=403, metadata={"reasons": ["violence"], "flagged_input": "..."})), refused_with(403, "flagged")),
     "OpenAI's project": ((403, err(NO_ACCESS, type="invalid_request_error", code="model_not_found")), ("refused", 403, "model_not_found", None, NO_ACCESS)),
-    "OpenAI's verification": ((403, err("Your organization must be verified to use the model `both`.", code=None)), ("refused", 403, None, None, "verified")),
+    "OpenAI's verification": ((403, err("Your organization must be verified to use the model `both`.", code=None)), refused_with(403, "verified")),
     "OpenAI's large request": ((429, err("Request too large for gpt-4o on tokens per min (TPM): Limit 30000, Requested 342389.", type="tokens", code="rate_limit_exceeded")), ("refused", 429, "rate_limit_exceeded", None, "too large")),
     "Groq's large request": ((413, err(BIG, type="tokens", code="rate_limit_exceeded")), ("refused", 413, "rate_limit_exceeded", None, "too large")),
-    "Anthropic's permission": ((403, {"type": "error", "error": {"type": "permission_error", "message": "Your account does not have access to this beta."}}), ("refused", 403, None, None, "beta")),
+    "Anthropic's permission": ((403, anthropic("permission_error", "Your account does not have access to this beta.")), refused_with(403, "beta")),
     "a firewall's page": ((403, CF_PAGE), ("refused", 403, "upstream_blocked", None, "up: It answered with a web page: Attention Required! | Cloudflare.")),
-    "LiteLLM's models of a key": ((403, err("key not allowed to access model. This key can only access models=['a']. Tried to access both", type="key_model_access_denied", param="model", code="403")), ("refused", 403, None, None, "not allowed")),
-    "a bare 403": ((403, b""), ("refused", 403, None, None, "status 403")),
-    "401 for a flagged prompt": ((401, err("The prompt was flagged by our safety system.")), ("refused", 403, None, None, "flagged")),
+    "LiteLLM's models of a key": ((403, err("key not allowed to access model. This key can only access models=['a']. Tried to access both", type="key_model_access_denied", param="model", code="403")), refused_with(403, "not allowed")),
+    "a bare 403": ((403, b""), refused_with(403, "status 403")),
+    "401 for a flagged prompt": ((401, err("The prompt was flagged by our safety system.")), refused_with(403, "flagged")),
     # -- an unknown model
     "401 for a model": ((401, err("Model both is not supported")), ("model", 404, "model_not_found", None, "up: Model both is not")),
     "401 of LiteLLM for a model": ((401, err("key not allowed to access model.", type="key_model_access_denied", code="401")), ("model", 404, "model_not_found", None, "not allowed")),
@@ -4423,48 +4434,48 @@ MEANINGS = {
     "new-api's unknown model": ((503, err("No available channel for model both", code="model_not_found")), ("model", 404, "model_not_found", None, "channel")),
     "Go's unknown path": ((404, b"404 page not found"), ("model", 404, "model_not_found", None, "up: 404 page not found")),
     # -- a limit
-    "OpenAI's limit": ((429, err("Rate limit reached for gpt-4o in organization org-x. Please try again in 20s.", code="rate_limit_exceeded")), ("limit", 429, "rate_limit_exceeded", 20.0, "up: Rate limit", "model")),
-    "OpenAI's limit of an organization": ((429, err("Rate limit reached for organization org-x.", code="rate_limit_exceeded"), {"retry-after-ms": "2500"}), ("limit", 429, "rate_limit_exceeded", 2.5, "up: Rate limit")),
-    "Groq's limit": ((429, err(LEFT, type="tokens", code="rate_limit_exceeded")), ("limit", 429, "rate_limit_exceeded", 7.66, "TPM", "model")),
+    "OpenAI's limit": ((429, err("Rate limit reached for gpt-4o in organization org-x. Please try again in 20s.", code="rate_limit_exceeded")), limited(20.0, "up: Rate limit", "model")),
+    "OpenAI's limit of an organization": ((429, err("Rate limit reached for organization org-x.", code="rate_limit_exceeded"), {"retry-after-ms": "2500"}), limited(2.5, "up: Rate limit")),
+    "Groq's limit": ((429, err(LEFT, type="tokens", code="rate_limit_exceeded")), limited(7.66, "TPM", "model")),
     "Groq's capacity": ((498, err("Flex tier capacity exceeded", code="capacity_exceeded")), ("limit", 429, "capacity_exceeded", None, "capacity")),
-    "Google's limit": ((429, google(429, "RESOURCE_EXHAUSTED", QUOTA, PER_MODEL, RETRY)), ("limit", 429, "rate_limit_exceeded", 34.0, "exceeded", "model")),
-    "Google's limit of a project": ((429, google(429, "RESOURCE_EXHAUSTED", "Resource has been exhausted (e.g. check quota).", {**RETRY, "retryDelay": "45.8379s"})[0]), ("limit", 429, "rate_limit_exceeded", 45.8379, "exhausted")),
-    "OpenRouter's limit": ((429, err("Rate limit exceeded: free-models-per-day. Add 10 credits to unlock 1000 free model requests per day", code=429, metadata={"headers": {"X-RateLimit-Limit": "50", "X-RateLimit-Remaining": "0", "X-RateLimit-Reset": str(int(SOON * 1000))}})), ("limit", 429, "rate_limit_exceeded", 1000.0, "free-models")),
-    "OpenRouter's provider": ((429, err("Provider returned error", code=429, metadata={"raw": "both is temporarily rate-limited upstream. Please retry shortly", "retry_after_seconds": 12})), ("limit", 429, "rate_limit_exceeded", 12.0, "error: both is temporarily", "model")),
-    "Anthropic's limit": ((429, {"type": "error", "error": {"type": "rate_limit_error", "message": "This request would exceed your rate limit."}}, {"anthropic-ratelimit-requests-remaining": "0", "anthropic-ratelimit-requests-reset": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(SOON)), "anthropic-ratelimit-tokens-remaining": "9", "anthropic-ratelimit-tokens-reset": "2999-09-09T05:47:30Z"}), ("limit", 429, "rate_limit_exceeded", 1000.0, "exceed")),
-    "Mistral's limit": ((429, {"message": "Requests rate limit exceeded"}), ("limit", 429, "rate_limit_exceeded", None, "up: Requests")),
+    "Google's limit": ((429, google(429, "RESOURCE_EXHAUSTED", QUOTA, PER_MODEL, RETRY)), limited(34.0, "exceeded", "model")),
+    "Google's limit of a project": ((429, google(429, "RESOURCE_EXHAUSTED", "Resource has been exhausted (e.g. check quota).", {**RETRY, "retryDelay": "45.8379s"})[0]), limited(45.8379, "exhausted")),
+    "OpenRouter's limit": ((429, err("Rate limit exceeded: free-models-per-day. Add 10 credits to unlock 1000 free model requests per day", code=429, metadata={"headers": {"X-RateLimit-Limit": "50", "X-RateLimit-Remaining": "0", "X-RateLimit-Reset": str(int(SOON * 1000))}})), limited(1000.0, "free-models")),
+    "OpenRouter's provider": ((429, err("Provider returned error", code=429, metadata={"raw": "both is temporarily rate-limited upstream. Please retry shortly", "retry_after_seconds": 12})), limited(12.0, "error: both is temporarily", "model")),
+    "Anthropic's limit": ((429, anthropic("rate_limit_error", "This request would exceed your rate limit."), {"anthropic-ratelimit-requests-remaining": "0", "anthropic-ratelimit-requests-reset": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(SOON)), "anthropic-ratelimit-tokens-remaining": "9", "anthropic-ratelimit-tokens-reset": "2999-09-09T05:47:30Z"}), limited(1000.0, "exceed")),
+    "Mistral's limit": ((429, {"message": "Requests rate limit exceeded"}), limited(None, "up: Requests")),
     "Mistral's tier": ((429, {"object": "error", "message": "Service tier capacity exceeded for this model.", "type": "invalid_request_error", "param": None, "code": "3505"}), ("limit", 429, "3505", None, "tier", "model")),
-    "Azure's limit": ((429, err("Requests have exceeded call rate limit. Please retry after 20 seconds.", code="429")), ("limit", 429, "rate_limit_exceeded", 20.0, "retry after")),
+    "Azure's limit": ((429, err("Requests have exceeded call rate limit. Please retry after 20 seconds.", code="429")), limited(20.0, "retry after")),
     "Cerebras' limit": ((429, {"message": "Tokens per day limit exceeded", "type": "too_many_tokens_error", "param": "quota", "code": "token_quota_exceeded"}, {"x-ratelimit-reset-tokens-day": "33011.38", "x-ratelimit-remaining-tokens-day": "0"}), ("limit", 429, "token_quota_exceeded", 33011.38, "per day")),
-    "xAI's limit": ((429, b"Too many tokens for team x and model both. Your team's rate limit is 65605/16000."), ("limit", 429, "rate_limit_exceeded", None, "Too many", "model")),
-    "NIM's limit": ((429, {"status": 429, "title": "Too Many Requests"}), ("limit", 429, "rate_limit_exceeded", None, "up: Too Many Requests")),
-    "LiteLLM's limit": ((429, err("litellm.RateLimitError: No deployments available for selected model, Try again in 60 seconds. Passed model=both. Deployments={'a91f829622': {}}", code="429")), ("limit", 429, "rate_limit_exceeded", 60.0, "up: No deployments available for selected model, Try again in 60 seconds.", "model")),
-    "LiteLLM's limit as a 500": ((500, err("litellm.RateLimitError: RateLimitError: GroqException - " + json.dumps(err(LEFT)), code="500")), ("limit", 429, "rate_limit_exceeded", 7.66, "up: Rate limit reached", "model")),
+    "xAI's limit": ((429, b"Too many tokens for team x and model both. Your team's rate limit is 65605/16000."), limited(None, "Too many", "model")),
+    "NIM's limit": ((429, {"status": 429, "title": "Too Many Requests"}), limited(None, "up: Too Many Requests")),
+    "LiteLLM's limit": ((429, err("litellm.RateLimitError: No deployments available for selected model, Try again in 60 seconds. Passed model=both. Deployments={'a91f829622': {}}", code="429")), limited(60.0, "up: No deployments available for selected model, Try again in 60 seconds.", "model")),
+    "LiteLLM's limit as a 500": ((500, err("litellm.RateLimitError: RateLimitError: GroqException - " + json.dumps(err(LEFT)), code="500")), limited(7.66, "up: Rate limit reached", "model")),
     "503 with a time": ((503, err("busy"), {"retry-after": "30"}), ("limit", 503, "upstream_error", 30.0, "busy")),
-    "529 with a time": ((529, {"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}}, {"retry-after": "30"}), ("limit", 503, "upstream_error", 30.0, "Overloaded")),
+    "529 with a time": ((529, anthropic("overloaded_error", "Overloaded"), {"retry-after": "30"}), ("limit", 503, "upstream_error", 30.0, "Overloaded")),
     # -- the client's own mistake
     "too long": ((400, err("This model's maximum context length is 8192 tokens.", type="invalid_request_error", param="messages", code="context_length_exceeded")), ("request", 400, "context_length_exceeded", None, "This model's")),
     "OpenAI's content policy": ((400, err("Your request was rejected by our safety system.", code="content_policy_violation")), ("request", 400, "content_policy_violation", None, "Your request")),
-    "FastAPI's list": ((422, {"detail": [{"type": "missing", "loc": ["body", "messages", 0, "role"], "msg": "Field required"}, {"loc": ["body"], "msg": "bad"}]}), ("request", 422, None, None, "messages.0.role: Field required; bad")),
-    "Mistral's list": ((422, {"object": "error", "message": {"detail": [{"loc": ["body", "n"], "msg": "too small"}]}, "type": "invalid_request_error"}), ("request", 422, None, None, "n: too small")),
-    "a list of errors": ((400, {"errors": [{"message": "one"}, "two"]}), ("request", 400, None, None, "one")),
-    "a plain text": ((400, b"model runner: bad grammar\n"), ("request", 400, None, None, "model runner: bad grammar")),
-    "another object": ((400, {"reason": "odd"}), ("request", 400, None, None, '{"reason":"odd"}')),
-    "LiteLLM's wrapping": ((400, err(CAPS, code="400")), ("request", 400, None, None, VLLM)),
-    "LiteLLM's wrapping as a 500": ((500, err(CAPS)), ("request", 400, None, None, VLLM)),
-    "a client's model named as a bad key": ((400, err("Invalid value `incorrect api key provided`: 'both'")), ("request", 400, None, None, "Invalid value")),
+    "FastAPI's list": ((422, {"detail": [{"type": "missing", "loc": ["body", "messages", 0, "role"], "msg": "Field required"}, {"loc": ["body"], "msg": "bad"}]}), wrong(422, "messages.0.role: Field required; bad")),
+    "Mistral's list": ((422, {"object": "error", "message": {"detail": [{"loc": ["body", "n"], "msg": "too small"}]}, "type": "invalid_request_error"}), wrong(422, "n: too small")),
+    "a list of errors": ((400, {"errors": [{"message": "one"}, "two"]}), wrong(400, "one")),
+    "a plain text": ((400, b"model runner: bad grammar\n"), wrong(400, "model runner: bad grammar")),
+    "another object": ((400, {"reason": "odd"}), wrong(400, '{"reason":"odd"}')),
+    "LiteLLM's wrapping": ((400, err(CAPS, code="400")), wrong(400, VLLM)),
+    "LiteLLM's wrapping as a 500": ((500, err(CAPS)), wrong(400, VLLM)),
+    "a client's model named as a bad key": ((400, err("Invalid value `incorrect api key provided`: 'both'")), wrong(400, "Invalid value")),
     # -- the server's failure
-    "Google's overload": ((503, google(503, "UNAVAILABLE", "The model is overloaded. Please try again later.")), ("server", 503, "upstream_error", None, "overloaded")),
-    "an overload": ((529, {"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}}), ("server", 503, "upstream_error", None, "Overloaded")),
-    "500": ((500, b"Internal Server Error", {"x-ratelimit-reset-requests": "8.64s"}), ("server", 502, "upstream_error", None, "up: Internal Server Error")),
-    "Envoy's 503": ((503, b"upstream connect error or disconnect/reset before headers"), ("server", 503, "upstream_error", None, "upstream connect error")),
-    "a page with 502": ((502, b"<html><title>502 Bad Gateway</title></html>"), ("server", 502, "upstream_error", None, "web page: 502 Bad Gateway.")),
+    "Google's overload": ((503, google(503, "UNAVAILABLE", "The model is overloaded. Please try again later.")), failed(503, "overloaded")),
+    "an overload": ((529, anthropic("overloaded_error", "Overloaded")), failed(503, "Overloaded")),
+    "500": ((500, b"Internal Server Error", {"x-ratelimit-reset-requests": "8.64s"}), failed(502, "up: Internal Server Error")),
+    "Envoy's 503": ((503, b"upstream connect error or disconnect/reset before headers"), failed(503, "upstream connect error")),
+    "a page with 502": ((502, b"<html><title>502 Bad Gateway</title></html>"), failed(502, "web page: 502 Bad Gateway.")),
     # -- an error where an answer should be
-    "200, a limit by its number": ((200, err("slow down", code=429)), ("limit", 429, "rate_limit_exceeded", None, "slow down")),
-    "200, a limit by its name": ((200, {"type": "error", "error": {"type": "rate_limit_error", "message": "slow down"}}), ("limit", 429, "rate_limit_exceeded", None, "slow down")),
-    "200, overloaded": ((200, {"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}}), ("server", 503, "upstream_error", None, "Overloaded")),
-    "200, in LiteLLM's words": ((200, err("litellm.ServiceUnavailableError: VertexException - The service is down", code=None)), ("server", 503, "upstream_error", None, "up: The service is down")),
-    "200, of no known kind": ((200, err("boom", type="odd")), ("server", 502, "upstream_error", None, "boom")),
+    "200, a limit by its number": ((200, err("slow down", code=429)), limited(None, "slow down")),
+    "200, a limit by its name": ((200, anthropic("rate_limit_error", "slow down")), limited(None, "slow down")),
+    "200, overloaded": ((200, anthropic("overloaded_error", "Overloaded")), failed(503, "Overloaded")),
+    "200, in LiteLLM's words": ((200, err("litellm.ServiceUnavailableError: VertexException - The service is down", code=None)), failed(503, "up: The service is down")),
+    "200, of no known kind": ((200, err("boom", type="odd")), failed(502, "boom")),
 }
 
 
@@ -5014,8 +5025,7 @@ def test_anthropics_own_format_is_relayed_to_who_speaks_it(a, b, pool):
     expected = begin + b'event: message_stop\ndata: {"type":"message_stop"}\n\n'
     server = known(pool(a, (b, {"paths": ["/v1/messages*"], "models": ["claude"]})))     # so that b is alone, and does not rest
     odd = {"model": "claude", "messages": [user([{"type": "hologram"}])], "stream": True}
-    b.faults.extend([b.raw(b.head() + chunks(expected)), b.raw(b.head() + chunks(begin)),
-                     b.raw(reply(body=b'{"input_tokens":70}')), b.status(500)])
+    b.faults.extend([b.raw(b.head() + chunks(expected)), b.raw(b.head() + chunks(begin)), b.raw(reply(body=b'{"input_tokens":70}')), b.status(500)])
     got = ask(server, "POST", "/v1/messages?beta=true", odd, {"anthropic-beta": "x"})
     request = next(request for request in b.requests if request.method == "POST")
     assert got.body == expected and b.bodies()[0] == odd and request.path == "/v1/messages?beta=true" and request.headers["anthropic-beta"] == "x"
@@ -8236,8 +8246,7 @@ def silent_after(case, pool, threaded, monkeypatch, **limits):
     """What a client gets of an upstream that falls silent after some bytes."""
     kind, path, opening = case
     fake = FakeAkash() if kind == "akash" else FakeOpenAI()
-    fake.faults.append(fake.stall(opening) if kind == "akash" else lambda sock, request: [
-        sock.sendall(fake.head() + chunk(opening)), sock.recv(1)])
+    fake.faults.append(fake.stall(opening) if kind == "akash" else lambda sock, request: [sock.sendall(fake.head() + chunk(opening)), sock.recv(1)])
     if threaded:    # as a controller of one's own that passes the events of another one on
         base = akashproxy.CONTROLLERS["akash" if kind == "akash" else "openai"]
         monkeypatch.setitem(akashproxy.CONTROLLERS, "threaded", type("Threaded", (base,), {"events": lambda self, call: iter(base.events(self, call))}))
@@ -9451,8 +9460,7 @@ def test_what_comes_on_an_idle_connection_of_a_server_that_stops_is_answered(aka
 def test_who_has_connected_to_a_server_that_stops_is_let_in(akash, serve):
     server, gate = serve(), threading.Event()
     server.loop.call_soon_threadsafe(lambda: gate.wait(10))         # it is slow
-    with concurrent.futures.ThreadPoolExecutor(1) as threads, socket.create_connection(
-            ("127.0.0.1", server.server_port), timeout=10) as sock:
+    with concurrent.futures.ThreadPoolExecutor(1) as threads, socket.create_connection(("127.0.0.1", server.server_port), timeout=10) as sock:
         sock.sendall(post("/v1/chat/completions", CHAT))
         stopped = threads.submit(server.stop, 30)
         wait_for(lambda: server.draining)
@@ -9620,8 +9628,7 @@ class Replicas:
 
     def start(self, at, port=0):
         path = self.config({"controllers": [{"base_url": self.fakes[at].url + "/v1", "api_key": "k", "models": ["both"]}]})
-        return self.stack.enter_context(started("--config-file", path, "--server-address", f"127.0.0.1:{port}",
-                                                GRACE="30", LOG_LEVEL="warning"))
+        return self.stack.enter_context(started("--config-file", path, "--server-address", f"127.0.0.1:{port}", GRACE="30", LOG_LEVEL="warning"))
 
     def restart(self, at):
         self.running[at] = self.start(at, self.running[at][1])
@@ -9823,8 +9830,7 @@ class Browser:
             entry = params.get("entry", {})
             if (method in ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Page.javascriptDialogOpening")
                     or entry.get("level") in ("warning", "error") and "Failed to load resource" not in entry["text"]
-                    or method == "Network.requestWillBeSent"
-                    and not params["request"]["url"].startswith((self.url, "data:", f"blob:{self.url}"))):
+                    or method == "Network.requestWillBeSent" and not params["request"]["url"].startswith((self.url, "data:", f"blob:{self.url}"))):
                 yield event
 
     def close(self):
@@ -9885,8 +9891,7 @@ def test_a_chat_on_the_page(browser, akash, serve):
     browser.press("Enter", modifiers=8)     # Shift
     browser.ask("how are you?")
     assert browser.text(".question") == "Hello,\nhow are you?" and browser.text(".answer .text") == "Hello from the mock."
-    assert browser.run("[answer.querySelector('details').open, answer.querySelector('.thoughts').textContent]") == [
-        False, "Hm, a\ngreeting."]
+    assert browser.run("[answer.querySelector('details').open, answer.querySelector('.thoughts').textContent]") == [False, "Hm, a\ngreeting."]
     browser.choose("Qwen/Qwen3")
     browser.ask("And now?")
     first, second = akash.bodies()
@@ -10159,8 +10164,7 @@ def test_a_failed_list_of_models_is_reported(browser, fake, pool):
 
 
 def test_a_long_answer_in_small_parts_is_drawn_once(browser, fake, pool):
-    fake.events = lambda: [*[fake.event({"content": "word " if number % 25 else "end.\n\n"}) for number in range(40000)],
-                           fake.event({}, "stop")]
+    fake.events = lambda: [*[fake.event({"content": "word " if number % 25 else "end.\n\n"}) for number in range(40000)], fake.event({}, "stop")]
     browser.open(pool(fake).url)
     browser.until("document.querySelector('#welcome button')")
     browser.run("window.made = 0, new MutationObserver((changes) => { for (const {target, addedNodes} of changes)"
@@ -10584,8 +10588,7 @@ def call_of(index, arguments="{}"):
     "fold: calls whose numbers have one hash": (fold, lambda n: [call_of(at * (2**61 - 1)) for at in range(n)]),
     "fold: texts": (fold, lambda n: [Text("a"), Reasoning("b")] * n),
     **{f"{dialect.__name__}: {name}": (said(dialect, body), make)
-       for dialect, body in ((akashproxy.Messages, CHAT_BODY), (akashproxy.Responses, {"input": "hi"}),
-                             (akashproxy.ChatCompletions, CHAT_BODY))
+       for dialect, body in ((akashproxy.Messages, CHAT_BODY), (akashproxy.Responses, {"input": "hi"}), (akashproxy.ChatCompletions, CHAT_BODY))
        for name, make in {
            "calls of tools": lambda n: list(map(call_of, range(n))),
            "calls that wait": lambda n: [call_of(0, "{"), *map(call_of, range(1, n))],
@@ -10594,8 +10597,7 @@ def call_of(index, arguments="{}"):
            "texts and calls in turn": lambda n: [event for at in range(n // 2) for event in (Text("a"), call_of(at))],
            "texts and thoughts in turn": lambda n: [Text("a"), Reasoning("b")] * (n // 2),
        }.items()},
-    "Chat: calls in one event": (feeding(akashproxy.ChatDecoder), lambda n: [chat_line({"tool_calls": [
-        {"index": at} for at in range(n)]})]),
+    "Chat: calls in one event": (feeding(akashproxy.ChatDecoder), lambda n: [chat_line({"tool_calls": [{"index": at} for at in range(n)]})]),
     "Chat: calls with ids in one event": (feeding(akashproxy.ChatDecoder), lambda n: [chat_line({"tool_calls": [
         {"index": 0, "id": f"call{at}"} for at in range(n)]})]),
     "Chat: calls one by one": (feeding(akashproxy.ChatDecoder), lambda n: [chat_line({"tool_calls": [{"index": at}]}) for at in range(n)]),
