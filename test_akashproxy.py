@@ -6967,7 +6967,7 @@ def test_pings_fill_silence(form, fill, akash, serve):
             go.set()
             got += receive(sock, b'"one "' if go is first else b"0\r\n\r\n")
     body = unchunked(got.partition(b"\r\n\r\n")[2])
-    assert fill is not None or b": keep" not in body
+    assert fill is not None or b": ping" not in body
     events = [json.loads(event[6:]) for event in body.split(b"\n\n") if event.startswith(b"data: {")]
     assert "".join(event["choices"][0]["delta"].get("content", "") for event in events) == "one two" and body.endswith(b"data: [DONE]\n\n")
 
