@@ -910,28 +910,30 @@ class Cancellation:
         self.scope.raise_if_cancelled()
 
 
-@dataclass
 class OriginalRequest:
     """A client's own request, for upstreams that speak its dialect."""
 
-    path: str = CHAT_PATH  # "": none, as the chat was rewritten
-    query: str = ""  # with its "?"
-    headers: Dict[str, str] = field(default_factory=dict)  # the few that are forwarded
+    path = CHAT_PATH  # "": none, as the chat was rewritten
+    query = ""  # with its "?"
     body: Optional[Dict[str, Any]] = None  # None: not a JSON object
     form_model: Any = None  # the FormField of raw_body that names the model
-    raw_body: bytes = b""
-    content_type: str = "application/json"  # of raw_body
+    raw_body = b""
+    content_type = "application/json"  # of raw_body
+
+    def __init__(self) -> None:
+        self.headers: Dict[str, str] = {}  # the few that are forwarded
 
 
-@dataclass
 class Attempt:
     """State of one attempt, of which the controller sets all but the first field."""
 
-    retry_reason: str = ""  # "session" or "connection": the controller is tried a second time
-    ignored_params: List[str] = field(default_factory=list)  # those it does not support
-    overflow: str = ""  # the upstream will leave out the conversation's beginning: numbers
+    overflow = ""  # the upstream will leave out the conversation's beginning: numbers
     content_type: Optional[str] = None  # of a response passed through; None: it is translated
-    status: int = 200  # of that response
+    status = 200  # of that response
+
+    def __init__(self, retry_reason: str = "") -> None:
+        self.retry_reason = retry_reason  # "session" or "connection": a second try
+        self.ignored_params: List[str] = []  # those that the controller does not support
 
 
 def message_text(message: Any) -> str:
@@ -947,6 +949,12 @@ class Call:
     ``body`` is a chat-completions body, regardless of the client's dialect. ``attempt`` is the
     current one. Only the model changes, as aliases are resolved.
     """
+
+    key_name = ""  # of the client's key
+    allowed_models: Tuple[str, ...] = ()  # patterns of the client's key; (): all
+    one_image_at_a_time = False  # for a key with max_concurrency
+    client = ""  # the key's name or, without one, the client's address
+    preferred = ""  # name of a controller that has begun to answer the same request
 
     def __init__(
         self,
@@ -969,14 +977,19 @@ class Call:
         self.translation_error = translation_error  # raised by controllers that can't relay it
         self.untranslated: List[str] = []  # key paths that have no equivalent in ``body``
         self.original = OriginalRequest()
-        self.key_name = ""  # of the client's key
-        self.allowed_models: Tuple[str, ...] = ()  # patterns of the client's key; (): all
-        self.one_image_at_a_time = False  # for a key with max_concurrency
-        self.client = ""  # the key's name or, without one, the client's address
-        self.preferred = ""  # name of a controller that has begun to answer the same request
         self.prepared_requests: Dict[str, Any] = {}  # translated, by the controller's name
-        self.cancellation = Cancellation()
-        self.attempt = Attempt()
+
+    # Made on first use: a request brings its own cancellation, and each attempt is a new one.
+
+    @functools.cached_property
+    def cancellation(self) -> Cancellation:
+        """The cancellation of the client's request."""
+        return Cancellation()
+
+    @functools.cached_property
+    def attempt(self) -> Attempt:
+        """The current attempt."""
+        return Attempt()
 
     @property
     def text(self) -> str:
@@ -1676,6 +1689,7 @@ class Settings(ValidatedSettings):
             source = "the environment"
         return {"proxy": "" if proxy == "none" else proxy, "proxy_source": source}
 
+    @functools.cached_property
     def needs_token(self) -> bool:
         """Whether clients must send a token."""
         return bool(self.bearer_token or self.keys)
@@ -2117,22 +2131,6 @@ MAX_CACHED_HEAD = 2048
 LONG_PATH = 8192  # longer paths match no route, so percent-decoding them would be wasted time
 
 
-class Headers(Dict[str, str]):
-    """Headers by lower-case name, with case-insensitive lookup."""
-
-    def __missing__(self, name: str) -> str:
-        lower = name.lower()
-        if lower == name:
-            raise KeyError(name)
-        return self[lower]
-
-    def get(self, name: str, default: Any = None) -> Any:
-        return super().get(name.lower(), default)
-
-    def __contains__(self, name: object) -> bool:
-        return super().__contains__(str(name).lower())
-
-
 def parse_head(head: bytes, parse_line: Any) -> Tuple[Any, Dict[str, str]]:
     """Parse a head into its start line, by ``parse_line``, and its headers.
 
@@ -2214,9 +2212,8 @@ def media_type(content_type: str) -> str:
     return content_type.partition(";")[0].strip(" \t").lower()
 
 
-def is_json_type(content_type: str) -> bool:
-    """Return whether a content type is JSON or built on it (RFC 6839: "+json")."""
-    kind = media_type(content_type)
+def is_json_type(kind: str) -> bool:
+    """Return whether a media type is JSON or built on it (RFC 6839: "+json")."""
     return kind in ("application/json", "text/json") or kind.endswith("+json")
 
 
@@ -2228,13 +2225,15 @@ class BodyDecoder:
     All of them raise ProtocolError for framing that is ambiguous, malformed or incomplete.
     """
 
+    done = False
+    trailing_data = b""
+    chunked = until_close = False
+    trailers = 0
+
     def __init__(self, fields: Dict[str, str], until_close: bool = False) -> None:
-        self.done, self.trailing_data = False, b""
         self.remaining = 0  # payload bytes still expected, of the body or of the current chunk
-        self.chunked = self.until_close = False
-        self.state = "size"  # the framing line expected next: "size", "end" of a chunk, "trailer"
         self.buffer = b""  # an incomplete framing line
-        self.trailers = 0
+        self.state = "size"  # the framing line expected next: "size", "end" of a chunk, "trailer"
         coding, length = fields.get("transfer-encoding"), fields.get("content-length")
         if coding is not None:
             if length is not None:
@@ -2385,37 +2384,21 @@ class ContentDecoder:
     def __init__(self, encoding: str) -> None:
         if encoding not in ("gzip", "x-gzip", "deflate"):
             raise ValueError(encoding)
-        self.gzip = encoding != "deflate"
-        self.inflater: Any = None  # None: between the members of a gzip file, or not begun
-        self.received, self.expanded = 0, 0
-        self.start = b""  # the first byte of deflate, of which two are needed
+        self.inflater: Any = None  # of a member of a gzip file, which may have several
+        self.received = self.expanded = 0
 
     def feed(self, data: bytes) -> bytes:
         """Return what the data expands to."""
         self.received += len(data)
-        data, self.start = self.start + data, b""
         out = []
         while data:
-            if self.inflater is None and not self._begin(data):
-                self.start = data
-                break
+            if self.inflater is None or self.inflater.eof:
+                # Servers send deflate with zlib's header, as the standard says, or without.
+                has_header = data[0] == 0x1F or data[0] & 15 == 8
+                self.inflater = zlib.decompressobj(47 if has_header else -15)
             out.append(self._expand(data))
             data = self.inflater.unconsumed_tail or self.inflater.unused_data
-            if self.inflater.eof:
-                self.inflater = None
-                data = data if self.gzip else b""
         return b"".join(out)
-
-    def _begin(self, data: bytes) -> bool:
-        """Choose the format; False if more data is needed.
-
-        Servers send deflate with zlib's header, as the standard says, or without.
-        """
-        if not self.gzip and len(data) < 2:
-            return False
-        has_header = data[0] & 15 == 8 and int.from_bytes(data[:2], "big") % 31 == 0
-        self.inflater = zlib.decompressobj(31 if self.gzip else 15 if has_header else -15)
-        return True
 
     def _expand(self, data: bytes) -> bytes:
         try:
@@ -2429,7 +2412,7 @@ class ContentDecoder:
 
     def close(self) -> None:
         """Raise ProtocolError if the compressed body is incomplete."""
-        if self.inflater is not None or self.start:
+        if self.inflater is not None and not self.inflater.eof:
             raise ProtocolError("the compressed body is incomplete")
 
 
@@ -2795,34 +2778,35 @@ class UpstreamResponse:
     """
 
     timeouts: "Timeouts"
+    status = 0
+    keep_alive = False
+    headers: Dict[str, str] = {}
+    body = NO_BODY
+    content: Optional[ContentDecoder] = None  # of a compressed body
+    opening = b""  # the payload that was received first
+    interim = 0  # number of 1xx responses so far
+    first_payload = b""  # payload received together with the head
+    first_byte_deadline = math.inf  # until the first content
 
     def __init__(
         self, sock: Any, request: UpstreamRequest, reused: bool, pool: ConnectionPool, key: Any
     ) -> None:
         self.sock, self.scope, self.no_body = sock, request.scope, request.method == "HEAD"
         self.reused, self.pool, self.key = reused, pool, key
-        self.status, self.keep_alive = 0, False
-        self.headers: Dict[str, str] = {}
-        self.body = NO_BODY
-        self.content: Optional[ContentDecoder] = None  # of a compressed body
-        self.opening = b""  # the payload that was received first
         self.head_buffer = bytearray()  # an incomplete head
-        self.interim = 0  # number of 1xx responses so far
-        self.first_payload = b""  # payload received together with the head
-        self.first_byte_deadline = math.inf  # until the first content
 
     def receive(self, data: bytes) -> bytes:
         """Return the payload within bytes read from the socket; b"" is its end.
 
         ProtocolError or ConnectionError if the response is malformed or incomplete.
         """
-        if data and self.status:
-            payload = self.body.feed(data)
-            return self._expand(payload) if self.content else payload
         if data:
-            data = self._head(data)
+            if not self.status:
+                data = self._head(data)
             payload = self.body.feed(data) if data else b""
             return self._expand(payload) if self.content else payload
+        if self.status and self.body.done:
+            return b""
         self.scope.raise_if_cancelled()
         if not self.status:
             raise ConnectionError("the connection was closed without a response")
@@ -2839,21 +2823,21 @@ class UpstreamResponse:
 
     def _head(self, data: bytes) -> bytes:
         """Parse the head once it is complete; return the bytes after it."""
-        scan_from = max(0, len(self.head_buffer) - 3)
-        self.head_buffer += data
-        buffer: Any = self.head_buffer
+        buffer = self.head_buffer
+        scan_from = max(0, len(buffer) - 3)
+        buffer += data
         while not self.status:
             end = find_head_end(buffer, scan_from, b"H")
             if end < 0:
-                self.head_buffer = buffer
                 return b""
-            (http_minor, status), self.headers = parse_head(buffer[:end], parse_status_line)
-            buffer = buffer[end + 4 :]
+            (http_minor, status), self.headers = parse_head(bytes(buffer[:end]), parse_status_line)
+            del buffer[: end + 4]
             scan_from = 0
-            self.status = status if status >= 200 else 0  # interim responses are skipped
-            self.interim += not self.status
-            if self.interim > MAX_INTERIM_RESPONSES:
+            if status >= 200:
+                self.status = status
+            elif self.interim == MAX_INTERIM_RESPONSES:
                 raise ProtocolError("there are too many interim responses")
+            self.interim += 1
         self.head_buffer = bytearray()
         no_body = self.no_body or status in (204, 304)
         self.body = BodyDecoder({} if no_body else self.headers, until_close=not no_body)
@@ -3198,25 +3182,14 @@ def unexpected_error(error: Exception, upstream_name: str) -> APIError:
     return failure
 
 
-class controller_errors:
-    """Context manager: turns unexpected exceptions of a controller into an APIError.
+def controller_error(error: Exception, name: str) -> APIError:
+    """Return the APIError for an exception of a controller; raises ClientDisconnected.
 
     Without it a bug in one controller would end the request instead of failing over.
     """
-
-    __slots__ = ("name",)
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
-        if isinstance(error, Exception) and not isinstance(
-            error, (APIError, ClientDisconnected, Queued)
-        ):
-            raise unexpected_error(error, self.name) from error
+    if isinstance(error, ClientDisconnected):
+        raise error
+    return error if isinstance(error, APIError) else unexpected_error(error, name)
 
 
 def truncated(upstream_name: str, problem: str = "ended its answer early") -> APIError:
@@ -3447,48 +3420,45 @@ class EventStream:
 
     DRAIN_TIMEOUT = 1.0  # seconds for an upstream to end its message after a complete answer
     MAX_OPENING = 1024  # bytes of blanks before a body
+    decoder: Any = None  # a Decoder, once the head is complete
+    started = False  # the first content has arrived: now the idle timeout applies
+    complete = at_eof = False
+    error: Optional[Exception] = None
+    byte_budget = math.inf  # payload bytes still allowed
 
     def __init__(
         self, response: UpstreamResponse, make_decoder: Callable[[UpstreamResponse], Decoder]
     ) -> None:
         self.response, self.make_decoder = response, make_decoder
-        self.decoder: Any = None  # a Decoder, once the head is complete
-        self.started = False  # the first content has arrived: now the idle timeout applies
-        self.complete = self.at_eof = False
-        self.error: Optional[Exception] = None
-        self.byte_budget = math.inf  # payload bytes still allowed
 
     def receive(self, data: bytes) -> List[Event]:
         """Return the events within bytes read from the socket; b"" is its end."""
         events: List[Event] = []
         response = self.response
         try:
-            payload = (
-                response.receive(data)
-                if data or not response.body.done or not response.status
-                else b""
-            )
-            if self.decoder is None:
+            payload = response.receive(data)
+            decoder = self.decoder
+            if decoder is None:
                 if not self._can_choose_decoder(payload):
                     return events
                 payload = response.opening
-                self.decoder = self.make_decoder(response)
+                decoder = self.decoder = self.make_decoder(response)
             self.byte_budget -= len(payload)
             if self.byte_budget < 0:
                 raise truncated(response.timeouts.upstream_name, TOO_LARGE)
             if payload and not self.complete:
-                events = self.decoder.feed(payload)
-                self.error = self.decoder.error
-                if not self.started and self.decoder.started:
+                events = decoder.feed(payload)
+                self.error = decoder.error
+                if not self.started and decoder.started:
                     self.started = True
                     response.scope.timeout_message = response.timeouts.idle_message
-                if self.decoder.complete or events and type(events[-1]) is Finish:
+                if decoder.complete or events and type(events[-1]) is Finish:
                     self.mark_complete()
             if response.body.done:
                 self.at_eof = True
                 if not self.complete and not self.error:
-                    events += self.decoder.close()
-                    self.error = self.decoder.error
+                    events += decoder.close()
+                    self.error = decoder.error
                     self.complete = bool(events) and isinstance(events[-1], Finish)
         except Exception as error:  # a decoder's bug is its upstream's failure, not the loop's
             events += self.on_network_error(error)
@@ -4584,7 +4554,8 @@ class ToolAdapter(Controller):
         body["messages"] = join_user_messages(body["messages"])
         text_call = copy.copy(call)
         text_call.body, text_call.prepared_requests = body, {}
-        text_call.original = dataclasses.replace(call.original, path="")
+        text_call.original = copy.copy(call.original)
+        text_call.original.path = ""
         return text_call
 
     def events(self, call: Call) -> Iterable[Event]:
@@ -7105,6 +7076,8 @@ def chat_usage(value: Any) -> Optional[Dict[str, Any]]:
         "completion_tokens": completion,
         "total_tokens": total,
     }
+    if fields.keys() <= usage.keys():  # no details
+        return usage
     for kind, alias, name in (
         ("prompt", "input", "cached_tokens"),
         ("completion", "output", "reasoning_tokens"),
@@ -7118,8 +7091,15 @@ def chat_usage(value: Any) -> Optional[Dict[str, Any]]:
 
 def find_count(name: str, *sources: Dict[str, Any]) -> Optional[int]:
     """Return the first count above 0 under a name's aliases, else 0; None without any."""
-    found = [count_or_none(source.get(key)) for source in sources for key in COUNT_NAMES[name]]
-    return next(filter(None, found), 0 if 0 in found else None)
+    found = None
+    for source in filter(None, sources):
+        for alias in COUNT_NAMES[name]:
+            if alias in source:
+                count = count_or_none(source[alias])
+                if count:
+                    return count
+                found = found if count is None else 0
+    return found
 
 
 _JSON = json.JSONDecoder()
@@ -7230,7 +7210,7 @@ class PassthroughDecoder(Decoder):
             data = take_complete_lines(self.buffer, data)
         if not self.started:
             data = self._without_opening(data)
-            self.first_usage = parse_usage(data, data.find(b'"usage"'))
+            self.first_usage = parse_usage(data, data.find(b'"usage"', 0, MAX_USAGE))
         # Some errors have only the name of their event. rfind() takes half the time of ``in``.
         if data.rfind(b'"error') >= 0 or data.rfind(b"event: error") >= 0:
             data = redact_bytes(data, self.secrets)
@@ -7268,12 +7248,13 @@ class PassthroughDecoder(Decoder):
         """Return the data up to [DONE], if it contains that; look for the stream's end."""
         if self.end and not self.end_seen:
             self.end_seen = self.end.is_in(data)
-        done = DONE.search(data) if data.rfind(b"[DONE]") >= 0 else None
+        at = data.find(b"[DONE]")  # much faster than the pattern
+        done = DONE.search(data, max(0, at - 64)) if at >= 0 else None
         if done is None or self.complete:
             return data
         self.complete = self.end_seen = True
         # [DONE] ends the relay at once: append the blank line, which may still be in transit
-        return data[: done.end()] + done[1]
+        return data if data[done.end() :] == done[1] else data[: done.end()] + done[1]
 
     def _without_opening(self, data: bytes) -> bytes:
         """Hold data back until the first content; set ``error`` if an error comes instead."""
@@ -7365,12 +7346,11 @@ ANSWER_FIELDS = {
 ANSWER = re.compile(rb'"(?:choices|data)"\s{0,20}:\s{0,20}\[\s{0,20}\{\s{0,20}"')
 
 
-def is_streamed(content_type: str, opening: bytes, requested: bool) -> bool:
-    """Return whether a body is an event stream, by type or first character.
+def is_streamed(kind: str, opening: bytes, requested: bool) -> bool:
+    """Return whether a body is an event stream, by media type or first character.
 
     Servers send requested streams as application/json, as text/plain or without a type.
     """
-    kind = media_type(content_type)
     first = opening.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
     if kind == "text/event-stream":
         return first not in (b"{", b"[")
@@ -7395,6 +7375,8 @@ class OpenAIController(Controller):
         if options.cookie:
             headers["Cookie"] = options.cookie
         self.secrets = [options.api_key, *option_secrets(options)]
+        self.adapts_bodies = bool(options.drop or options.rename or options.set)
+        self.redact_type = functools.lru_cache(maxsize=64)(lambda text: redact(text, self.secrets))
         has_path = urllib.parse.urlsplit(options.base_url).path
         base_url = options.base_url if has_path else options.base_url + "/v1"
         self.transport = Transport(options, settings, base_url, self.name, headers)
@@ -7442,8 +7424,10 @@ class OpenAIController(Controller):
         body = original if is_native else self._translated(call)
         if "model" in body and body["model"] != name:
             body = {**body, "model": name}
-        is_chat = not call.relay_only and not call.image_count
-        body, dropped = adapt_body(body, self.options, is_chat) if body else (body, [])
+        dropped: List[str] = []
+        if body and self.adapts_bodies:
+            is_chat = not call.relay_only and not call.image_count
+            body, dropped = adapt_body(body, self.options, is_chat)
         # a second "model" in the bytes could differ from the one that was authorized
         if (
             is_native
@@ -7467,33 +7451,33 @@ class OpenAIController(Controller):
             return BufferedBody(
                 lambda data: self._status_error(response, data, call.model), is_error_body=True
             )
-        content_type = response.headers.get("content-type", "")
+        kind = media_type(response.headers.get("content-type", ""))
         requested = as_dict(call.original.body).get("stream") is True
-        streamed = is_streamed(content_type, response.opening, requested)
+        streamed = is_streamed(kind, response.opening, requested)
         if is_native and (call.relay_only or streamed == call.stream):
-            return self._relay(call, response, content_type, streamed)
+            return self._relay(call, response, kind, streamed)
         if streamed:
             return DecoderChain(ChatDecoder(self.name, self.secrets), SurrogateFilter())
         return BufferedBody(self._completion)
 
-    def _relay(
-        self, call: Call, response: UpstreamResponse, content_type: str, streamed: bool
-    ) -> Decoder:
-        """Return the decoder for a response in the client's own format."""
+    def _relay(self, call: Call, response: UpstreamResponse, kind: str, streamed: bool) -> Decoder:
+        """Return the decoder for a response in the client's own format, of a media type."""
         renamed = call.requested_model if call.requested_model != call.model else ""
+        content_type = self.redact_type(response.headers.get("content-type", ""))
         call.attempt.status = response.status
-        call.attempt.content_type = redact(content_type, self.secrets) or "application/octet-stream"
+        call.attempt.content_type = content_type or "application/octet-stream"
         if streamed:
-            if media_type(content_type) != "text/event-stream":
+            if kind != "text/event-stream":
                 call.attempt.content_type = "text/event-stream"
             return PassthroughDecoder(
                 self.name, True, STREAM_ENDS.get(call.original.path), self.secrets, renamed
             )
-        if media_type(content_type) == "text/html":
+        if kind == "text/html":
             raise APIError(502, f"{self.name} answered with a web page.", code="upstream_error")
         until_close, field = response.body.until_close, ANSWER_FIELDS.get(call.original.path, b"")
-        if is_json_type(content_type) or field or not call.relay_only:
-            if not is_json_type(content_type):
+        is_document = is_json_type(kind)
+        if is_document or field or not call.relay_only:
+            if not is_document:
                 call.attempt.content_type = "application/json"
             return BufferedBody(functools.partial(self._document, field, until_close, renamed))
         if until_close or not response.body.done:
@@ -7770,8 +7754,6 @@ class Upstream:
 
     def available_at(self, model: str = "", ignored: Tuple[Category, ...] = ()) -> float:
         """End of the cool-downs for a model ("": for all), by the pool's clock; 0 if none."""
-        if not self.cooldowns:
-            return 0.0
         return max((cooldown.until for cooldown in self._applicable(model, ignored)), default=0.0)
 
     def recheck(self, model: str, ignored: Tuple[Category, ...], now: float) -> bool:
@@ -7833,12 +7815,11 @@ class Upstream:
         by_name: Dict[str, Dict[str, Any]] = {}
         names, error = self.known_models, None
         try:
-            with controller_errors(self.name):
-                by_name = {model["id"]: model for model in self.controller.models()}
-                names = frozenset(by_name)
-        except APIError as failure:
-            error = failure
-            self.log_exception(failure)
+            by_name = {model["id"]: model for model in self.controller.models()}
+            names = frozenset(by_name)
+        except Exception as failure:
+            error = controller_error(failure, self.name)
+            self.log_exception(error)
         patterns = self.options.models
         by_id = {name: by_name[name] for name in by_name if model_allowed(patterns, name)}
         targets = self.options.model_map
@@ -7883,8 +7864,13 @@ class Waiter:
         self, queue: "CallQueue", exchange: "Exchange", upstreams: List[Upstream], deadline: float
     ) -> None:
         self.queue, self.exchange, self.deadline = queue, exchange, deadline
-        self.known = [up for up in upstreams if up not in exchange.unsupported]
-        self.candidates = [up for up in self.known if up not in exchange.tried]
+        self.known = self.candidates = upstreams
+        if exchange.unsupported:
+            self.known = self.candidates = [
+                up for up in upstreams if up not in exchange.unsupported
+            ]
+        if exchange.tried:
+            self.candidates = [up for up in self.known if up not in exchange.tried]
         is_only = len(self.known) == 1 and not exchange.other_models
         self.ignored = BACKOFF_CATEGORIES if is_only else ()
         self.upstream: Optional[Upstream] = None
@@ -8003,10 +7989,9 @@ def ask_upstream(upstream: Upstream) -> Tuple[bool, str]:
     options, started_at = upstream.options, time.monotonic()
     error: Optional[APIError] = None
     try:
-        with controller_errors(upstream.name):
-            count = len(upstream.controller.models())
-    except APIError as failure:
-        error = failure
+        count = len(upstream.controller.models())
+    except Exception as failure:
+        error = controller_error(failure, upstream.name)
     seconds = time.monotonic() - started_at
     if error is None:
         key = "key accepted" if options.api_key else "no key needed"
@@ -8156,17 +8141,20 @@ class Pool:
         """
         call, ignored = waiter.exchange.call, waiter.ignored + also_ignored
         free = [up for up in waiter.candidates if up.has_capacity() and freed in (None, up)]
-        ready = [up for up in free if up.available_at(call.model, ignored) <= now]
+        ready = [
+            up for up in free if not up.cooldowns or up.available_at(call.model, ignored) <= now
+        ]
         if not ready:
             return next((up for up in free if up.recheck(call.model, ignored, now)), None)
+        if len(ready) == 1:
+            return ready[0]
         if call.preferred:
             ready = [up for up in ready if up.name == call.preferred] or ready
-        if len(ready) > 1:
-            priority = min(up.options.priority for up in ready)
-            ready = [up for up in ready if up.options.priority == priority]
+        priority = min(up.options.priority for up in ready)
+        ready = [up for up in ready if up.options.priority == priority]
         if waiter.exchange.conversation:
             return rendezvous(ready, waiter.exchange.conversation)
-        return self.choose(ready) if len(ready) > 1 else ready[0]
+        return self.choose(ready)
 
     def _enqueue(self, waiter: Waiter, now: float) -> Upstream:
         """Queue a call: raises Queued, or an error if waiting is useless.
@@ -8239,7 +8227,8 @@ class Pool:
             upstream.in_flight -= 1
             if error is not None or committed:
                 upstream.record_result(error, now, started, model)
-            self._resume_ready(now, freed=upstream)
+            if self.queue.lines:
+                self._resume_ready(now, freed=upstream)
 
     def candidates(self, model: str) -> List[Upstream]:
         """Upstreams that are known to offer a model, else those that may."""
@@ -8254,16 +8243,16 @@ class Pool:
     def support_error(self, upstream: Upstream, call: Call) -> Optional[APIError]:
         """The reason why a controller doesn't support a call; None if it does."""
         try:
-            with controller_errors(upstream.name):
-                error = upstream.controller.check_support(call)
-                if error:
-                    error.category = Category.UNSUPPORTED  # another controller may support the call
-                return error
-        except APIError as failure:
-            upstream.log_exception(failure)
+            error = upstream.controller.check_support(call)
+        except Exception as bug:
+            error = controller_error(bug, upstream.name)
+            upstream.log_exception(error)
             with self.lock:
-                upstream.record_result(failure, self.clock(), self.clock())
-            return failure
+                upstream.record_result(error, self.clock(), self.clock())
+            return error
+        if error:
+            error.category = Category.UNSUPPORTED  # another controller may support the call
+        return error
 
     # -- models, images and status
 
@@ -8316,9 +8305,9 @@ class Pool:
         error = APIError(404, f"The image {name!r} does not exist.", code="not_found")
         for upstream in self.upstreams:
             try:
-                with controller_errors(upstream.name):
-                    return upstream.controller.image(name, scope)
-            except APIError as failure:
+                return upstream.controller.image(name, scope)
+            except Exception as exception:
+                failure = controller_error(exception, upstream.name)
                 upstream.log_exception(failure)
                 error = failure if failure.status != 404 else error
         raise error
@@ -8369,8 +8358,10 @@ class Pool:
     def _ask_limit(self, upstream: Upstream, limit: CoolDown) -> None:
         """End a cool-down if the upstream reports that its rate limit is over."""
         is_over = None
-        with contextlib.suppress(APIError), controller_errors(upstream.name):
+        try:
             is_over = upstream.controller.limit_is_over()
+        except Exception as error:
+            upstream.log_exception(controller_error(error, upstream.name))
         with self.lock:
             if is_over:
                 log.info("%s: the rate limit is over", upstream.name)
@@ -8455,22 +8446,24 @@ class Exchange:
     then attempt() again. Call close() in any case. Any thread, one at a time.
     """
 
+    waiter: Optional[Waiter] = None  # its entry in the pool's queue
+    upstream: Any = None
+    response: Any = None
+    conversation = ""  # a hash, if requests of one go to the same upstream
+    show_models = False  # in the route
+    prepared = committed = False
+    started = 0.0  # when the attempt began, by the pool's clock
+
     def __init__(self, pool: Pool, call: Call) -> None:
         self.pool, self.call, self.cancellation = pool, call, call.cancellation
-        self.wake: Callable[[], None] = lambda: None  # resumes the call after Queued; any thread
-        self.waiter: Optional[Waiter] = None  # its entry in the pool's queue
-        self.upstream: Any = None
-        self.response: Any = None
-        self.conversation = ""  # a hash, if requests of one go to the same upstream
+        self.wake: Callable[[], Any] = bool  # resumes the call after Queued; any thread
         self.other_models: List[str] = []  # of an alias, to be tried when none serves this one
-        self.show_models = False  # in the route
         # Of the current model.
         self.tried: List[Upstream] = []
         self.unsupported: List[Upstream] = []
         self.errors: List[APIError] = []
         self.model_errors: List[APIError] = []  # one of each model that no upstream served
         self.route: List[str] = []  # the attempts, such as "akash=429"
-        self.prepared, self.committed, self.started = False, False, 0.0
 
     def set_waiter(self, waiter: Optional[Waiter]) -> None:
         """Set the entry in the queue; cancelling resumes it. Under the pool's lock."""
@@ -8492,10 +8485,9 @@ class Exchange:
                 self.tried.append(self.upstream)
                 self.call.begin_attempt()
             try:
-                with controller_errors(self.upstream.name):
-                    self.response = self.upstream.controller.events(self.call)
-            except APIError as error:
-                self.fail_over(error)
+                self.response = self.upstream.controller.events(self.call)
+            except Exception as error:
+                self.fail_over(controller_error(error, self.upstream.name))
         return isinstance(self.response, EventStream)
 
     def _prepare(self) -> None:
@@ -8504,7 +8496,9 @@ class Exchange:
         if self.pool.settings.pool_type == "affinity":
             self.conversation = conversation_of(call)
         targets = self.pool.resolve_alias(call.model)
-        self.other_models = [name for name in targets if model_allowed(call.allowed_models, name)]
+        if call.allowed_models:
+            targets = [name for name in targets if model_allowed(call.allowed_models, name)]
+        self.other_models = targets
         self.show_models = len(self.other_models) > 1
         if not self.other_models:
             raise self.pool.unknown_model(call)
@@ -8540,11 +8534,13 @@ class Exchange:
     def events(self) -> Iterator[Event]:
         """Iterate over the response's events. Raises APIError if it ends without a Finish."""
         event = None
-        with controller_errors(self.upstream.name):
+        try:
             for event in self.response:
                 if not isinstance(event, EVENTS):
                     raise TypeError(f"{type(event).__name__} is not an event")
                 yield event
+        except Exception as error:
+            raise controller_error(error, self.upstream.name) from None
         if not isinstance(event, (Finish, RawBytes)):
             raise truncated(self.upstream.name)
 
@@ -8582,8 +8578,10 @@ class Exchange:
     def _close_response(self) -> None:
         response, self.response = self.response, None
         if hasattr(response, "close"):
-            with contextlib.suppress(APIError), controller_errors(self.upstream.name):
+            try:
                 response.close()
+            except Exception as error:
+                self.upstream.log_exception(controller_error(error, self.upstream.name))
 
     def _end_attempt(self, error: Optional[APIError]) -> None:
         """Release the upstream, with the error that ended the attempt, if any."""
@@ -8599,7 +8597,7 @@ class Exchange:
         self._end_attempt(error)
         if self.waiter is not None:
             self.pool.leave_queue(self)
-        self.wake = lambda: None  # breaks a reference cycle
+        self.wake = bool  # breaks a reference cycle
 
 
 # == 15. dialects =============================================================================
@@ -10034,7 +10032,8 @@ def is_json(content_type: str, data: bytes) -> bool:
     # By default, curl -d sends any body as a form.
     vague = ("", URLENCODED, "text/plain", "application/octet-stream")
     is_object = data[:64].lstrip().startswith(b"{")
-    return is_json_type(content_type) or media_type(content_type) in vague and is_object
+    kind = media_type(content_type)
+    return is_json_type(kind) or kind in vague and is_object
 
 
 # -- Limits of a client's key to some models. An upstream must never read a model from the request
@@ -10245,11 +10244,39 @@ def part_field(head: bytes, value: bytes) -> Tuple[str, str]:
 # Knows no more of HTTP than message framing.
 
 
-class Registration(NamedTuple):
-    """Callbacks of a registered socket. Loop thread."""
+READABLE, WRITABLE = 1, 4  # events of a socket, as select.epoll has them
 
-    callback: Callable[[], None]  # the socket is ready
-    abort: Callable[[], None]  # the callback has raised an exception
+
+class SelectorPoller:
+    """A selector with the methods of select.epoll, for other systems. Loop thread."""
+
+    MAX_SELECT = 500  # sockets: select() on Windows takes 512, the others a descriptor below 1,024
+
+    def __init__(self, selector: selectors.BaseSelector) -> None:
+        self.selector, self.unregister, self.close = selector, selector.unregister, selector.close
+
+    def register(self, descriptor: int, events: int) -> None:
+        """Register a socket; OSError if select() has no room for it."""
+        if isinstance(self.selector, selectors.SelectSelector) and (
+            len(self.selector.get_map()) >= self.MAX_SELECT
+            if os.name == "nt"
+            else descriptor >= 1024
+        ):
+            raise OSError(errno.EMFILE, "select() can't watch more sockets")
+        self.selector.register(descriptor, self._mask(events))
+
+    def modify(self, descriptor: int, events: int) -> None:
+        self.selector.modify(descriptor, self._mask(events))
+
+    def poll(self, seconds: float) -> List[Tuple[int, int]]:
+        """Return (descriptor, events) of the sockets ready within so many seconds."""
+        return [(key.fd, events) for key, events in self.selector.select(seconds)]
+
+    @staticmethod
+    def _mask(events: int) -> int:
+        return (selectors.EVENT_READ if events & READABLE else 0) | (
+            selectors.EVENT_WRITE if events & WRITABLE else 0
+        )
 
 
 class EventLoop(threading.Thread):
@@ -10260,18 +10287,20 @@ class EventLoop(threading.Thread):
     """
 
     TICK = 0.25  # seconds between two calls of on_tick
-    MAX_SELECT = 500  # sockets: select() on Windows takes 512, the others a descriptor below 1,024
 
     def __init__(
         self, on_tick: Callable[[float], None], selector: Optional[selectors.BaseSelector] = None
     ) -> None:
         super().__init__(name="akashproxy loop", daemon=True)
         self.on_tick = on_tick
-        self.selector = selector or selectors.DefaultSelector()
-        self.epoll: Any = None  # a second handle to the selector's epoll, for _select()
-        if hasattr(select, "epoll") and isinstance(self.selector, selectors.EpollSelector):
-            self.epoll = select.epoll.fromfd(os.dup(self.selector.fileno()))
-        self.registrations: Dict[int, Registration] = {}  # by descriptor
+        # epoll itself: through a selector a relayed token takes 4 % more CPU time.
+        self.poller: Any = (
+            select.epoll()
+            if selector is None and hasattr(select, "epoll")
+            else SelectorPoller(selector or selectors.DefaultSelector())
+        )
+        # By descriptor: the callback, and what to call if it raises an exception.
+        self.registrations: Dict[int, Tuple[Callable[[], None], Callable[[], None]]] = {}
         self.scheduled: Deque[Callable[[], Any]] = collections.deque()
         self.awake = False  # True: ``scheduled`` will be read before the next wait
         self.stopped = False
@@ -10286,26 +10315,22 @@ class EventLoop(threading.Thread):
         sock: Any,
         callback: Callable[[], None],
         abort: Callable[[], None],
-        events: int = selectors.EVENT_READ,
+        events: int = READABLE,
     ) -> None:
         """Register a socket; OSError if select() has no room for it."""
-        if isinstance(self.selector, selectors.SelectSelector) and (
-            len(self.selector.get_map()) >= self.MAX_SELECT
-            if os.name == "nt"
-            else sock.fileno() >= 1024
-        ):
-            raise OSError(errno.EMFILE, "select() can't watch more sockets")
-        self.selector.register(sock, events)
-        self.registrations[sock.fileno()] = Registration(callback, abort)
+        descriptor = sock.fileno()
+        self.poller.register(descriptor, events)
+        self.registrations[descriptor] = callback, abort
 
     def modify(self, sock: Any, events: int) -> None:
         """Change the events of a registered socket."""
-        self.selector.modify(sock, events)
+        self.poller.modify(sock.fileno(), events)
 
     def remove(self, sock: Any) -> None:
         """Unregister a socket before it is closed or handed to a worker. Idempotent."""
-        if self.registrations.pop(sock.fileno(), None) is not None:
-            self.selector.unregister(sock)
+        descriptor = sock.fileno()
+        if self.registrations.pop(descriptor, None) is not None:
+            self.poller.unregister(descriptor)
 
     def call_soon_threadsafe(self, callback: Callable[[], Any]) -> None:
         """Schedule a callback for the loop thread. Any thread."""
@@ -10323,64 +10348,56 @@ class EventLoop(threading.Thread):
         self.call_soon_threadsafe(bool)  # only to end its wait
 
     def run(self) -> None:
+        poll, registrations, scheduled = self.poller.poll, self.registrations, self.scheduled
         next_tick = 0.0
         while not self.stopped:
             # Before ``scheduled`` is read. Otherwise: the loop reads an empty ``scheduled``; a
             # worker appends to it, sees awake and sends no byte; the loop waits for a whole tick.
             self.awake = False
-            ready = self._select(0 if self.scheduled else self.TICK)
+            try:
+                ready = poll(0 if scheduled else self.TICK)
+            except (OSError, ValueError):  # select() fails as a whole for one invalid descriptor
+                log.exception("the selector rejected its sockets")
+                ready = self._remove_invalid()
             self.awake = True
             self.now = time.monotonic()
             for descriptor, _ in ready:
-                registration = self.registrations.get(descriptor)
+                registration = registrations.get(descriptor)
                 if registration is not None:  # else a callback of the same wait has removed it
                     try:
-                        registration.callback()
+                        registration[0]()
                     except Exception:
-                        self._abort(registration)
-            if self.scheduled:
-                self._run_scheduled()
+                        self._abort(registration[1])
             if self.now >= next_tick:
                 next_tick = self.now + self.TICK
-                self._call(functools.partial(self.on_tick, self.now))
+                scheduled.append(functools.partial(self.on_tick, self.now))
+            if scheduled:
+                self._run_scheduled()
         self.close()
 
     def _run_scheduled(self) -> None:
         for _ in range(len(self.scheduled)):  # what these callbacks schedule waits its turn
-            self._call(self.scheduled.popleft())
+            try:
+                self.scheduled.popleft()()
+            except Exception:
+                log.exception("a bug in akashproxy, on the loop thread")
 
     def close(self) -> None:
         """Close the descriptors of a loop that has ended or was never started."""
-        if self.epoll is not None:
-            self.epoll.close()
-        self.selector.close()
+        self.poller.close()
         self.wakeup_r.close()
         self.wakeup_w.close()
 
-    def _select(self, seconds: float) -> Iterable[Tuple[int, int]]:
-        """Return (descriptor, events) of the sockets ready within so many seconds.
-
-        epoll is polled directly: through the selector a relayed token takes 4 % more CPU time.
-        """
-        try:
-            if self.epoll is not None:
-                ready: List[Tuple[int, int]] = self.epoll.poll(seconds)
-                return ready
-            return [(key.fd, events) for key, events in self.selector.select(seconds)]
-        except (OSError, ValueError):  # select() fails as a whole for one invalid descriptor
-            log.exception("the selector rejected its sockets")
-            self._remove_invalid()
-            return []
-
-    def _remove_invalid(self) -> None:
-        """Remove and abort the sockets that select() rejects."""
-        for descriptor, registration in list(self.registrations.items()):
+    def _remove_invalid(self) -> List[Tuple[int, int]]:
+        """Remove and abort the sockets that select() rejects; none is ready then."""
+        for descriptor, (_, abort) in list(self.registrations.items()):
             try:
                 select.select([descriptor], [], [], 0)
             except (OSError, ValueError):
-                self.selector.unregister(descriptor)
+                self.poller.unregister(descriptor)
                 del self.registrations[descriptor]
-                self._abort(registration)
+                self._abort(abort)
+        return []
 
     def _on_wakeup(self) -> None:
         try:
@@ -10389,17 +10406,10 @@ class EventLoop(threading.Thread):
             return
 
     @staticmethod
-    def _call(callback: Callable[[], None]) -> None:
-        try:
-            callback()
-        except Exception:
-            log.exception("a bug in akashproxy, on the loop thread")
-
-    @staticmethod
-    def _abort(registration: Registration) -> None:
+    def _abort(abort: Callable[[], None]) -> None:
         log.exception("a bug in akashproxy, on the loop thread")
         try:
-            registration.abort()
+            abort()
         except Exception:
             log.exception("the connection could not be closed properly")
 
@@ -10409,11 +10419,11 @@ class State(enum.Enum):
 
     ::
 
-        IDLE ──► READING                         first bytes of a request
-        READING ──► DISPATCHED                   request complete or rejected: a worker has it
+        IDLE ──► READING                         a part of a request has arrived
+        IDLE, READING ──► DISPATCHED             request complete or rejected: a worker has it
         DISPATCHED ──► STREAMING                 the loop relays an upstream's response
         STREAMING ──► DISPATCHED                 the upstream failed early: a worker fails over
-        DISPATCHED, STREAMING ──► IDLE, READING  response sent
+        DISPATCHED, STREAMING ──► IDLE           response sent
         DISPATCHED, STREAMING ──► LINGERING      response sent, input discarded until EOF
         any ──► CLOSED
     """
@@ -10462,23 +10472,25 @@ class Request:
     Loop thread while it is read and while its response is STREAMING; in between its worker thread.
     """
 
+    head = Head()
+    route = Route()
+    body = b""
+    body_unread = False  # the body, or where the next request starts, is not known
+    keep_alive = False
+    error: Optional[Exception] = None  # the reason to reject it
+    key: Optional["KeyLimiter"] = None  # None: no token, or one of BEARER_TOKEN
+    counted = False  # holds a slot of the key
+    reader: Optional["BodyReader"] = None  # while the body is being read
+    call: Optional[Call] = None  # set for model calls and images
+    exchange: Optional[Exchange] = None  # until the response is complete
+    relay: Optional["StreamRelay"] = None  # while STREAMING
+
     def __init__(self, connection: "Connection") -> None:
         self.connection, self.server = connection, connection.server
         self.settings = connection.server.settings  # a reload must not change them midway
         self.id = "req_" + new_id()
-        self.head = Head()
-        self.body = b""
-        self.body_unread = False
-        self.keep_alive = False
-        self.error: Optional[Exception] = None  # the reason to reject it
         self.started_at = time.monotonic()
-        self.route = Route()
-        self.key: Optional["KeyLimiter"] = None  # None: no token, or one of BEARER_TOKEN
-        self.counted = False  # holds a slot of the key
         self.cancellation = Cancellation(functools.partial(peer_has_closed, connection.sock))
-        self.call: Optional[Call] = None  # set for model calls and images
-        self.exchange: Optional[Exchange] = None  # until the response is complete
-        self.relay: Optional["StreamRelay"] = None  # while STREAMING
         self.record = AccessRecord()
         self.writer = ResponseWriter(self)
 
@@ -10506,27 +10518,15 @@ class Request:
         if self.cancellation.reason is not None:
             raise self.cancellation.reason
 
-    def release(self) -> None:
-        """Break the reference cycles of a complete request.
-
-        Otherwise its memory would stay in use until the next garbage collection.
-        """
-        del self.writer
-
 
 class AccessRecord:
     """Values of a model call for the access log and the metrics. Owned as its Request."""
 
-    __slots__ = (
-        "answered_model", "broken_off", "controller", "first_token_at", "model", "route", "usage",
-    )  # fmt: skip
-
-    def __init__(self) -> None:
-        self.model = self.answered_model = self.controller = ""
-        self.route: List[str] = []  # the attempts, such as "akash=429"
-        self.broken_off = False  # failed after its first byte
-        self.usage: Optional[Dict[str, int]] = None
-        self.first_token_at = 0.0
+    model = answered_model = controller = ""
+    route: Sequence[str] = ()  # the attempts, such as "akash=429"
+    broken_off = False  # failed after its first byte
+    usage: Optional[Dict[str, int]] = None
+    first_token_at = 0.0
 
 
 class ByteBudget:
@@ -10573,40 +10573,27 @@ class BodyReader:
 
     MIN_UPLOAD_RATE = 4000  # bytes per second
 
-    def __init__(self, server: "Server") -> None:
-        self.server = server
-        self.decoder, self.data = NO_BODY, bytearray()
+    def __init__(self, server: "Server", decoder: BodyDecoder, now: float) -> None:
+        self.server, self.decoder, self.data = server, decoder, bytearray()
         self.reserved = 0  # bytes of the server's ByteBudget
-        self.deadline = math.inf
-
-    def start(self, decoder: BodyDecoder, now: float) -> None:
-        """Begin a body."""
-        self.decoder = decoder
-        self.deadline = now + self.server.settings.body_timeout
+        self.deadline = now + server.settings.body_timeout
 
     def feed(self, data: bytes, now: float) -> None:
         """Decode received bytes; APIError 413 or 503 above a limit."""
         payload = self.decoder.feed(data)
-        size = len(self.data) + len(payload) + self.decoder.remaining  # known so far, if chunked
-        check_body_size(size, self.server.settings)
-        if not self.decoder.done or self.data:  # a body that came with its head is not in transit
-            self.server.bodies.reserve(len(payload))
-            self.reserved += len(payload)
+        if self.decoder.chunked:  # else the gate has checked the declared size
+            size = len(self.data) + len(payload) + self.decoder.remaining  # known so far
+            check_body_size(size, self.server.settings)
+        self.server.bodies.reserve(len(payload))
+        self.reserved += len(payload)
         self.data += payload
         self.deadline = min(
             self.deadline + len(data) / self.MIN_UPLOAD_RATE,
             now + self.server.settings.body_timeout,
         )
 
-    def finish(self) -> Tuple[bytes, bytes]:
-        """Return the body and the bytes received after it."""
-        body, trailing_data = bytes(self.data), self.decoder.trailing_data
-        self.discard()
-        return body, trailing_data
-
-    def discard(self) -> None:
-        """Drop the body and return its bytes to the budget."""
-        self.decoder, self.data = NO_BODY, bytearray()
+    def release(self) -> None:
+        """Return the body's bytes to the budget. Idempotent."""
         if self.reserved:
             self.server.bodies.release(self.reserved)
             self.reserved = 0
@@ -10632,7 +10619,6 @@ class Connection:
         self.output = bytearray()  # to be sent
         self.room = threading.Condition()  # guards ``output`` and CLOSED; notified by each flush()
         self.scan_from = 0  # the part of ``input`` before it does not contain the head's end
-        self.body = BodyReader(server)
         self.request: Optional[Request] = None  # being read or answered
         self.on_drained: Optional[Callable[[], None]] = None  # called once all output is sent
         self.pipelined = False  # the next request or EOF has come: nothing more is read
@@ -10664,8 +10650,6 @@ class Connection:
             if not data or self.linger_budget <= 0:
                 self.close()
         elif data:
-            if self.state is State.IDLE:
-                self._begin_reading()
             self.input += data
             self._advance()
         elif self.input or self.request is not None:
@@ -10673,11 +10657,6 @@ class Connection:
             self._dispatch(ProtocolError(f"the connection ended within a {part}"))
         else:
             self.close()
-
-    def _begin_reading(self) -> None:
-        self.state = State.READING
-        timeout = self.server.settings.head_timeout
-        self.set_deadline(timeout, "The request's head took too long.")
 
     def _advance(self) -> None:
         """Parse ``input``: head, gate, body; then dispatch the request to a worker."""
@@ -10696,6 +10675,10 @@ class Connection:
         end = find_head_end(self.input, self.scan_from) if self.input else -1
         if end < 0:
             self.scan_from = max(0, len(self.input) - 3)
+            if self.state is State.IDLE:
+                self.state = State.READING
+                timeout = self.server.settings.head_timeout
+                self.set_deadline(timeout, "The request's head took too long.")
             return None
         self.scan_from = 0
         self.request = request = Request(self)
@@ -10705,16 +10688,20 @@ class Connection:
         decoder = BodyDecoder(request.head.headers)
         request.body_unread = not decoder.done
         self.server.gate.check_head(request, decoder)
-        self.body.start(decoder, self.loop.now)
-        if request.head.headers.get("expect") and not decoder.done and not self.input:
-            self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if len(self.input) >= decoder.remaining > 0:  # the body came with its head
+            request.body, request.body_unread = bytes(self.input[: decoder.remaining]), False
+            del self.input[: decoder.remaining]
+        elif request.body_unread:
+            request.reader = BodyReader(self.server, decoder, self.loop.now)
+            if request.head.headers.get("expect") and not self.input:
+                self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         self.deadline = math.inf
         return request
 
     def _read_body(self, request: Request) -> bool:
         """Read the body; True if it is complete or need not be read."""
-        reader = self.body
-        if not request.body_unread:
+        reader = request.reader
+        if reader is None:
             return True
         if self.input:
             data, self.input = bytes(self.input), bytearray()
@@ -10722,13 +10709,22 @@ class Connection:
         if not reader.decoder.done:
             if request.head.method in BODILESS_METHODS:
                 return True  # not needed; the connection is closed after the response
+            if self.state is State.IDLE:  # else the client has just disconnected
+                self.state = State.READING
             self.deadline = reader.deadline
             self.timeout_message = "The request's body took too long."
             return False
-        request.body, trailing_data = reader.finish()
-        self.input = bytearray(trailing_data)
-        request.body_unread = False
+        self.input += reader.decoder.trailing_data
+        request.body, request.body_unread = bytes(reader.data), False
+        self._discard_body(request)
         return True
+
+    @staticmethod
+    def _discard_body(request: Request) -> None:
+        """Drop what has been received of a body, or has been copied from there."""
+        if request.reader is not None:
+            request.reader.release()
+            request.reader = None
 
     def _dispatch(self, error: Optional[Exception] = None) -> None:
         """Hand the request to a worker, with the reason if it is rejected."""
@@ -10736,7 +10732,7 @@ class Connection:
         if error is not None:
             if isinstance(error, ProtocolError) or not request.head.headers:
                 request.body_unread = True  # the start of a next request can't be determined
-            self.body.discard()
+            self._discard_body(request)
         request.error = error
         self.state, self.deadline = State.DISPATCHED, math.inf
         task = functools.partial(self.server.serve_request, request)
@@ -10843,7 +10839,7 @@ class Connection:
             self._start_write_timeout()
             return False
         self.deadline = math.inf
-        if self.events != selectors.EVENT_READ:
+        if self.events != READABLE:
             self._update_events()
         if self.on_drained is not None:
             callback, self.on_drained = self.on_drained, None
@@ -10870,7 +10866,7 @@ class Connection:
         if request.exchange is not None:
             request.exchange.close()
         self.server.on_request_end(request)
-        request.release()
+        del request.writer  # breaks a reference cycle: its memory is free at once
         if self.state is State.CLOSED:
             self.server.on_connection_closed(self)
         elif self.state is State.LINGERING:
@@ -10883,14 +10879,12 @@ class Connection:
             self.close()
 
     def _next_request(self) -> None:
-        self.pipelined = False
+        self.pipelined, self.state = False, State.IDLE
+        self.set_deadline(self.server.settings.keepalive_timeout, "")
         if self.input:
-            self._begin_reading()
             self._advance()
-        else:
-            self.state = State.IDLE
-            self.set_deadline(self.server.settings.keepalive_timeout, "")
-        self._update_events()
+        if self.events != READABLE:
+            self._update_events()
 
     def _linger(self) -> None:
         """Half-close, then discard input for a while (lingering close, RFC 9112, 9.6).
@@ -10930,7 +10924,8 @@ class Connection:
         if self.state is State.CLOSED:
             return
         was_reading = self.state in (State.IDLE, State.READING)
-        self.body.discard()
+        if self.request is not None:
+            self._discard_body(self.request)
         with self.room:
             self.state = State.CLOSED
             self.output.clear()
@@ -10952,7 +10947,7 @@ class Connection:
     def on_tick(self, now: float) -> None:
         """Enforce the deadline, detect a disconnected client, send pings."""
         request = self.request
-        if self.state is State.IDLE and self.server.draining:
+        if self.server.draining and self.state is State.IDLE:
             self.deadline = min(self.deadline, now + LAME_DUCK_SECONDS)
         if now >= self.deadline:
             if self.state is State.READING and (self.input or request is not None):
@@ -10964,14 +10959,12 @@ class Connection:
         elif request is not None and self.state in RESPONDING:
             if self.pipelined and request.call is not None and peer_has_closed(self.sock):
                 self.disconnect()
-            else:
-                request.writer.on_tick(now)
+            elif now - request.writer.last_write > request.settings.heartbeat:
+                request.writer.on_idle(now)
 
     def _update_events(self) -> None:
         """Register the events of interest; a selector rejects an empty set."""
-        events = (0 if self.pipelined else selectors.EVENT_READ) | (
-            selectors.EVENT_WRITE if self.output else 0
-        )
+        events = (0 if self.pipelined else READABLE) | (WRITABLE if self.output else 0)
         if events == self.events or self.state is State.CLOSED:
             return
         if not self.events:
@@ -10994,18 +10987,19 @@ class ResponseWriter:
     ping in the middle of what a worker is writing. The head is sent with the body's first bytes.
     """
 
+    status = 0  # 0: not started
+    finished = chunked = False
+    head = b""  # not sent yet
+    bytes_sent = 0  # of the body
+    tail = b"\n\n"  # last bytes of the body
+    has_event_id = False  # an event of the stream may have had a line "id:"
+    ping_frame: Any = None  # ping_frame(style) -> bytes; None: pings are not possible
+
     def __init__(self, request: "Request") -> None:
         self.request, self.connection = request, request.connection
         self.lock = threading.RLock()
         self.send: Callable[..., Any] = self.connection.enqueue  # Connection.send while STREAMING
-        self.status = 0  # 0: not started
-        self.finished = self.chunked = False
-        self.head = b""  # not sent yet
-        self.bytes_sent = 0  # of the body
-        self.tail = b"\n\n"  # last bytes of the body
-        self.has_event_id = False  # an event of the stream may have had a line "id:"
         self.last_write = request.started_at
-        self.ping_frame: Optional[Callable[[str], bytes]] = None  # None: pings are not possible
 
     def start(self, status: int, headers: Dict[str, str], length: Optional[int] = None) -> None:
         """Begin the response; its body is chunked without a length.
@@ -11054,7 +11048,8 @@ class ResponseWriter:
         with self.lock:
             # Before the end is sent. Otherwise: the client reads the end and sends its next
             # request; that is rejected by max_concurrency; this request releases its slot.
-            release_key(self.request)
+            if self.request.counted:
+                release_key(self.request)
             self.ping_frame, self.finished = None, True
             end = b"0\r\n\r\n" if self.chunked and self.request.head.method != "HEAD" else b""
             return self.send(self._frame(data) + end, last=True)
@@ -11070,18 +11065,13 @@ class ResponseWriter:
         self.request.keep_alive, self.chunked = False, False
         self.finish()
 
-    def on_tick(self, now: float) -> None:
-        """Send a ping if the stream is idle, so that no proxy times it out. Loop thread."""
-        heartbeat = self.request.settings.heartbeat
-        if (
-            self.ping_frame is None
-            or now - self.last_write <= heartbeat
-            or not self.lock.acquire(blocking=False)
-        ):
+    def on_idle(self, now: float) -> None:
+        """Send a ping, so that no proxy times out a stream that is idle. Loop thread."""
+        if self.ping_frame is None or not self.lock.acquire(blocking=False):
             return  # the worker that holds the lock is writing: no ping is needed
         try:
-            if self.ping_frame is None or now - self.last_write <= heartbeat:
-                return  # a worker wrote or finished between the check above and acquire()
+            if self.ping_frame is None or now - self.last_write <= self.request.settings.heartbeat:
+                return  # a worker wrote or finished between the check and acquire()
             self.last_write = now
             frame = self.ping_frame(self.request.settings.pings)
             if not self.tail.endswith((b"\n\n", b"\r\n\r\n", b"\n\r\n")) or self.has_event_id:
@@ -11124,6 +11114,9 @@ class StreamRelay:
     can the upstream connection be reused.
     """
 
+    paused = client_done = upstream_done = False
+    fast_path: Any = None  # unframe, parse, encode; (): impossible; None: not known yet
+
     def __init__(self, responder: "CallResponder") -> None:
         self.responder, self.request, self.call = responder, responder.request, responder.call
         self.exchange, self.dialect = responder.exchange, responder.dialect
@@ -11131,10 +11124,10 @@ class StreamRelay:
         self.loop = self.connection.loop
         self.stream: EventStream = self.exchange.response
         self.upstream, self.scope = self.stream.response.sock, self.stream.response.scope
-        self.tls_pending = getattr(self.upstream, "pending", None)  # bytes decrypted but not read
-        self.paused = self.client_done = self.upstream_done = False
+        self.tls_pending: Any = getattr(
+            self.upstream, "pending", None
+        )  # bytes decrypted but not read
         self.idle_timeout = self.stream.response.timeouts.idle
-        self.fast_path: Any = None  # unframe, parse, encode; (): impossible; None: not known yet
         self.buffered: List[Event] = []  # of a response that is not streamed
         if self.dialect.keeps_text or not self.call.stream:
             self.stream.byte_budget = MAX_BUFFERED_BODY * (4 if self.call.stream else 1)
@@ -11150,13 +11143,11 @@ class StreamRelay:
         self.writer.send = self.connection.send
         self._add_upstream()
 
-    def on_upstream(self) -> None:
-        """Handle a readable upstream socket."""
-        self._step()
-        while (
-            self.tls_pending and not self.upstream_done and not self.paused and self.tls_pending()
-        ):
-            self._step()  # decrypted bytes don't make the socket readable again
+    def on_upstream_tls(self) -> None:
+        """Handle a readable upstream socket with TLS."""
+        self.on_upstream()
+        while not self.upstream_done and not self.paused and self.tls_pending():
+            self.on_upstream()  # decrypted bytes don't make the socket readable again
 
     def on_client_disconnect(self) -> None:
         """Release the upstream after the client has disconnected."""
@@ -11173,13 +11164,21 @@ class StreamRelay:
             self.connection.disconnect()
             self.connection.end_request()
 
-    def _step(self) -> None:
-        """Read once from the upstream and write once to the client."""
+    def on_upstream(self) -> None:
+        """Read once from the readable upstream, and write once to the client."""
         stream = self.stream
         try:
             data = self.upstream.recv(RECV_SIZE)
-            if self.fast_path and self._relay_token(data):
-                return
+            if self.fast_path:
+                # Nearly every read of a live stream is one chunk that holds one token. To relay it
+                # without events saves a quarter of its CPU time.
+                unframe, parse, encode = self.fast_path
+                token = parse(unframe(data))
+                if token:
+                    self.scope.deadline = self.loop.now + self.idle_timeout
+                    if not self.writer.write_chunk(encode(token)):
+                        self._pause()
+                    return
             events = stream.receive(data)
         except (BlockingIOError, WantRead):
             return
@@ -11196,21 +11195,6 @@ class StreamRelay:
             self.scope.deadline = (
                 min(deadline, self.scope.deadline) if stream.complete else deadline
             )
-
-    def _relay_token(self, data: bytes) -> bool:
-        """Relay one chunk that holds one token, without events; False if it doesn't.
-
-        Nearly every read of a live stream is such a chunk; this saves a quarter of its CPU time.
-        """
-        unframe, parse, encode = self.fast_path
-        payload = unframe(data)
-        token = payload and parse(payload)
-        if not token:
-            return False
-        self.scope.deadline = self.loop.now + self.idle_timeout
-        if not self.writer.write_chunk(encode(token)):
-            self._pause()
-        return True
 
     def _choose_fast_path(self) -> None:
         body, decoder = self.stream.response.body, self.stream.decoder
@@ -11297,9 +11281,10 @@ class StreamRelay:
             self._add_upstream()
 
     def _add_upstream(self) -> None:
-        self.loop.add(self.upstream, self.on_upstream, self.abort)
+        callback = self.on_upstream_tls if self.tls_pending else self.on_upstream
+        self.loop.add(self.upstream, callback, self.abort)
         if self.tls_pending and self.tls_pending():
-            self.on_upstream()
+            self.on_upstream_tls()
 
     def _release(self, error: Optional[APIError] = None) -> None:
         """Return or close the upstream connection, and record its result. Idempotent."""
@@ -11434,8 +11419,14 @@ METRICS: Dict[str, Tuple[str, str, Tuple[str, ...]]] = {
     "process_max_fds": ("gauge", "Limit of open file descriptors.", ()),
 }
 # fmt: on
-BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320)  # seconds; then infinity
-TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1, 2.5, 5)
+_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320)
+BUCKETS = {  # upper bounds of each histogram's buckets, in seconds; then infinity
+    "akashproxy_request_duration_seconds": _SECONDS,
+    "akashproxy_time_to_first_token_seconds": _SECONDS,
+    "akashproxy_time_per_output_token_seconds": (
+        0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1, 2.5, 5,
+    ),
+}  # fmt: skip
 MAX_MODEL_LABELS = 200  # models with series of their own; the others are counted as "other"
 
 
@@ -11464,33 +11455,35 @@ class Metrics:
             counts["akashproxy_sent_bytes_total",] += writer.bytes_sent
             if call is None:
                 return
-            counts["akashproxy_failovers_total",] += max(0, len(record.route) - 1)
-            counts["akashproxy_model_requests_total", self.model_label(call.model)] += 1
+            if len(record.route) > 1:
+                counts["akashproxy_failovers_total",] += len(record.route) - 1
             if record.broken_off:
                 counts["akashproxy_streams_broken_off_total", controller] += 1
-            self._add_durations(request, call, now)
-            self._add_tokens(request, call)
+            model = self.model_label(call.model)
+            counts["akashproxy_model_requests_total", model] += 1
+            self.observe(
+                "akashproxy_request_duration_seconds", controller, now - request.started_at
+            )
+            if call.stream and controller and is_event_stream(call.attempt.content_type):
+                self._add_stream_times(request, now)
+            if record.usage:
+                self._add_tokens(request, record.usage, model)
 
-    def _add_durations(self, request: "Request", call: Call, now: float) -> None:
-        """Add a call's durations to the histograms. The caller holds the lock."""
-        record, started_at = request.record, request.started_at
-        self.observe("akashproxy_request_duration_seconds", record.controller, now - started_at)
-        if not (call.stream and record.controller and is_event_stream(call.attempt.content_type)):
-            return
-        first = record.first_token_at
+    def _add_stream_times(self, request: "Request", now: float) -> None:
+        """Add the durations of a stream to the histograms. The caller holds the lock."""
+        record, usage = request.record, request.record.usage or {}
+        controller, first = record.controller, record.first_token_at
         self.observe(
-            "akashproxy_time_to_first_token_seconds", record.controller, first - started_at
+            "akashproxy_time_to_first_token_seconds", controller, first - request.started_at
         )
-        usage = record.usage or {}
         tokens = usage.get("completion_tokens") or 0
         if tokens > 1 and not is_estimated(usage):
             seconds = (now - first) / (tokens - 1)
-            self.observe("akashproxy_time_per_output_token_seconds", record.controller, seconds)
+            self.observe("akashproxy_time_per_output_token_seconds", controller, seconds)
 
-    def _add_tokens(self, request: "Request", call: Call) -> None:
+    def _add_tokens(self, request: "Request", usage: Dict[str, Any], model: str) -> None:
         """Count a call's tokens. The caller holds the lock."""
-        usage, counts = request.record.usage or {}, self.counts
-        estimated, model = "estimated_" * is_estimated(usage), self.model_label(call.model)
+        estimated, counts = "estimated_" * is_estimated(usage), self.counts
         for kind in ("prompt", "completion"):
             tokens = max(0, usage.get(f"{kind}_tokens") or 0)
             if tokens:
@@ -11511,7 +11504,7 @@ class Metrics:
 
     def observe(self, name: str, controller: str, seconds: float) -> None:
         """Add a duration to a histogram. The caller holds the lock."""
-        self.counts[name, controller, bisect.bisect_left(buckets_of(name), seconds)] += 1
+        self.counts[name, controller, bisect.bisect_left(BUCKETS[name], seconds)] += 1
         self.counts[name, controller, "sum"] += seconds
 
     def snapshot(self) -> Dict[Tuple[Any, ...], float]:
@@ -11534,11 +11527,6 @@ class Metrics:
         metrics["process_start_time_seconds",] = self.started_at
         metrics.update(process_metrics())
         return metrics
-
-
-def buckets_of(name: str) -> Tuple[float, ...]:
-    """Return the upper bounds of a histogram's buckets, in seconds."""
-    return TOKEN_BUCKETS if name == "akashproxy_time_per_output_token_seconds" else BUCKETS
 
 
 def process_metrics() -> Dict[Tuple[str], float]:
@@ -11583,7 +11571,7 @@ def histogram_lines(
 ) -> Iterator[str]:
     """Yield the sample lines of one histogram; its buckets are cumulative."""
     count: float = 0
-    for index, bound in enumerate([*map(str, buckets_of(name)), "+Inf"]):
+    for index, bound in enumerate([*map(str, BUCKETS[name]), "+Inf"]):
         count += buckets.get(str(index), 0)
         yield sample(f"{name}_bucket", [*labels, ("le", bound)], count)
     yield sample(f"{name}_sum", labels, buckets["sum"])
@@ -11656,18 +11644,29 @@ class Gate:
 
     def __init__(self, server: "Server") -> None:
         self.server = server
+        handler = server.RequestHandlerClass
+        # Methods that a handler subclass handles, on paths of its own.
+        self.overridden = {
+            name[len("do_") :]
+            for name in dir(handler)
+            if name.startswith("do_") and getattr(handler, name) is not getattr(Handler, name, None)
+        }
+        self.library_only = handler is Handler and type(server) is Server
 
     def check_head(self, request: Request, decoder: BodyDecoder) -> None:
         """Check origin, token, route, method and declared size."""
-        request.head = head = strip_path(request.head, request.settings.path_prefix)
+        settings = request.settings
+        if settings.path_prefix or request.head.path.endswith("/"):
+            request.head = strip_path(request.head, settings.path_prefix)
+        head = request.head
         request.route = route = find_route(head.method, head.path)
         self.check_page(request)  # after the route, which decides on the form of its error
         if head.method == "OPTIONS":  # a preflight carries no token
             return
-        public_metrics = head.path == "/metrics" and request.settings.metrics == "public"
-        if head.path not in PUBLIC_PATHS and not public_metrics:
+        public_metrics = head.path == "/metrics" and settings.metrics == "public"
+        if settings.needs_token and head.path not in PUBLIC_PATHS and not public_metrics:
             self.authorize(request)
-        if self._is_overridden(head.method):
+        if head.method in self.overridden:
             return
         if not route.targets:
             raise APIError(404, f"There is no {head.path[:200]!r} here.", code="not_found")
@@ -11691,19 +11690,12 @@ class Gate:
         if decoder.remaining > len(request.connection.input):
             self.server.bodies.check(decoder.remaining)
 
-    def _is_overridden(self, method: str) -> bool:
-        """Return whether a handler subclass handles the method, on paths of its own."""
-        do_method = getattr(self.server.RequestHandlerClass, "do_" + method, None)
-        return do_method is not None and do_method is not getattr(Handler, "do_" + method, None)
-
     def is_health_check(self, request: Request) -> bool:
         """Return whether the loop may handle the request: /health, unless overridden.
 
         It never blocks, takes a third of the CPU time there, and works if no thread can be started.
         """
-        server = self.server
-        library_only = server.RequestHandlerClass is Handler and type(server) is Server
-        return library_only and request.route.targets.get("GET") is get_health
+        return self.library_only and request.route.targets.get("GET") is get_health
 
     def check_page(self, request: Request) -> None:
         """Reject browser requests from foreign pages; APIError 403.
@@ -11714,7 +11706,7 @@ class Gate:
         settings, headers = request.settings, request.head.headers
         host, origin = headers.get("host", ""), headers.get("origin")
         if origin and not origin_allowed(
-            origin, host, settings.public_url, settings.cors_origins, settings.needs_token()
+            origin, host, settings.public_url, settings.cors_origins, settings.needs_token
         ):
             raise APIError(
                 403,
@@ -11725,7 +11717,7 @@ class Gate:
             )
         if (
             self.server.is_loopback
-            and not settings.needs_token()
+            and not settings.needs_token
             and not (is_local(host) or host_allowed(host, settings.host_names()))
         ):
             raise APIError(
@@ -11738,9 +11730,7 @@ class Gate:
 
     def authorize(self, request: Request) -> None:
         """Check the token, and set the request's key; APIError 401."""
-        if not request.settings.needs_token():
-            return
-        headers, tokens = request.head.headers, request.settings.bearer_token
+        headers = request.head.headers
         scheme, *credentials = headers.get("authorization", "").split(None, 1) or [""]
         bearer = credentials if scheme.lower() == "bearer" else []
         # Imported here: it loads OpenSSL's hashes, which a server without tokens does not need.
@@ -11753,17 +11743,15 @@ class Gate:
             for text in (*bearer, headers.get("x-api-key", ""), headers.get("api-key", ""))
             if text
         ]
-        keys = [
-            key
-            for data in sent
-            for key in self.server.keys
-            if compare_digest(data, key.options.key.encode())
+        known: List[Tuple[str, Optional[KeyLimiter]]] = [
+            *((key.options.key, key) for key in self.server.keys),
+            *((token, None) for token in request.settings.bearer_token),
         ]
         accepted = [
-            token for data in sent for token in tokens if compare_digest(data, token.encode())
+            key for token, key in known for data in sent if compare_digest(data, token.encode())
         ]
-        request.key = keys[0] if keys else None
-        if not keys and not accepted:
+        request.key = next(filter(None, accepted), None)
+        if not accepted:
             raise APIError(
                 401,
                 "Incorrect API key provided: this server does not know the token."
@@ -11819,7 +11807,10 @@ def forwarded(request: Request, name: str) -> str:
 def client_address(request: Request) -> str:
     """Return the client's IP: the last in X-Forwarded-For that isn't a trusted proxy."""
     address: str = request.connection.client_address[0]
-    hops = request.head.headers.get("x-forwarded-for", "").rsplit(",", 20)[-20:]
+    forwarded_for = request.head.headers.get("x-forwarded-for")
+    if not forwarded_for:
+        return address
+    hops = forwarded_for.rsplit(",", 20)[-20:]
     for hop in reversed([hop.strip() for hop in hops if hop]):
         try:
             if not is_trusted(address, request.settings.trusted_proxies):
@@ -11843,11 +11834,8 @@ def own_url(request: Request) -> str:
     return url if complete else url + settings.path_prefix
 
 
-def acquire_key(request: Request, call: Call) -> None:
+def acquire_key(request: Request, key: KeyLimiter, call: Call) -> None:
     """Apply the limits of the request's key to a call; APIError 429. Worker thread."""
-    key = request.key
-    if key is None:
-        return
     n = (
         (call.original.body or {}).get("n")
         if call.original.path.startswith("/v1/images/")
@@ -11861,16 +11849,16 @@ def acquire_key(request: Request, call: Call) -> None:
 
 
 def release_key(request: Request) -> None:
-    """Release the key's slot, if the request holds one. Idempotent. Any thread."""
-    if request.counted and request.key is not None:
-        request.counted = False
+    """Release the slot of its key that a request holds. Any thread."""
+    request.counted = False
+    if request.key is not None:
         request.key.release()
 
 
 def cors_headers(request: Request) -> str:
     """Return the headers that let pages of allowed origins read the response."""
     settings, headers = request.settings, request.head.headers
-    if "*" in settings.cors_origins or not settings.cors_origins and settings.needs_token():
+    if "*" in settings.cors_origins or not settings.cors_origins and settings.needs_token:
         return CORS_ANY
     origin = headers.get("origin", "")
     if origin and origin_allowed(
@@ -12034,11 +12022,13 @@ class CallResponder:
     def start_buffered(self, events: List[Event]) -> bytes:
         """Begin a response that is not streamed; returns its body."""
         self._commit()
-        content_type, answer = self.call.attempt.content_type, fold(map(self.dialect.count, events))
-        self.request.record.usage = self.dialect.usage
-        data = answer.raw
+        content_type = self.call.attempt.content_type
         if content_type is None:
+            answer = fold(map(self.dialect.count, events))
             content_type, data = "application/json", to_json(self.dialect.response_body(answer))
+        else:
+            data = self.dialect.encode(events)
+        self.request.record.usage = self.dialect.usage
         self.writer.start(
             self.call.attempt.status,
             {"Content-Type": content_type, **call_headers(self.request)},
@@ -12093,6 +12083,8 @@ def call_headers(request: Request) -> Dict[str, str]:
     ignored = list(call.attempt.ignored_params) if call else []
     if call and call.attempt.content_type is None:
         ignored += call.untranslated
+    if not ignored:
+        return headers
     names = [
         name for name in dict.fromkeys(ignored[:100]) if re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", name)
     ]
@@ -12106,7 +12098,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     send_error(), rfile and wfile. Differences from http.server:
 
     - a handler is created for each complete request, not for each connection;
-    - ``request`` is a Request and ``headers`` a Headers;
+    - ``request`` is a Request;
     - the response body is framed here: chunked unless a Content-Length is sent;
     - errors are sent in the client's dialect, also by send_error();
     - a do_ method that returns True has left the rest of the response to the loop.
@@ -12141,7 +12133,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
     @functools.cached_property
     def headers(self) -> Any:  # type: ignore[override]
         """The request headers."""
-        return Headers(self.request.head.headers)
+        headers = http.client.HTTPMessage()
+        for name, value in self.request.head.headers.items():
+            headers[name] = value
+        return headers
 
     def run(self, step: Callable[[], Any]) -> None:
         """Run a step and send the error it raises; end the request unless it returns True."""
@@ -12221,7 +12216,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         request.record.model = dialect.call.model
         request.begin_call(dialect.call)
         dialect.call.client = request.key.name if request.key else client_address(request)
-        acquire_key(request, dialect.call)
+        if request.key is not None:
+            acquire_key(request, request.key, dialect.call)
         self.dialect = dialect
         request.exchange = exchange = Exchange(self.server.pool, dialect.call)
         request.record.route = exchange.route  # the list itself, which grows
@@ -12406,7 +12402,7 @@ def get_image(handler: Handler) -> None:
     request.begin_call(call)
     response = handler.server.pool.image(request.route.remainder, call.scope)
     # private if there are tokens: a shared cache would serve the image without one
-    cacheability = "private" if request.settings.needs_token() else "public"
+    cacheability = "private" if request.settings.needs_token else "public"
     try:
         writer.start(
             200,
@@ -12581,9 +12577,9 @@ class Server(http.server.ThreadingHTTPServer):
         self.pool = Pool(self.settings)
         self.loop = EventLoop(self.on_tick)
         self.workers = WorkerPool()
+        self.submit = self.workers.submit
         self.metrics = Metrics(self)
         self.keys = key_limiters(self.settings, [])
-        self.gate = Gate(self)
         self.bodies = ByteBudget(lambda: self.settings.max_body_total)
         self.connections: Set[Connection] = set()  # changed on the loop thread only
         self.all_closed = threading.Condition()  # notified while draining, once per connection
@@ -12599,6 +12595,7 @@ class Server(http.server.ThreadingHTTPServer):
             raise ConfigError(
                 [f"cannot listen on {self.settings.server_address}: {error.strerror or error}"]
             ) from None
+        self.gate = Gate(self)
 
     @property
     def url(self) -> str:
@@ -12744,10 +12741,6 @@ class Server(http.server.ThreadingHTTPServer):
         self.socket.close()
         self.accepting_stopped.set()
 
-    def submit(self, task: Callable[[], None]) -> None:
-        """Run a task on a worker thread; RuntimeError if there is none."""
-        self.workers.submit(task)
-
     def serve_request(self, request: Any) -> None:
         """Handle a Request by an instance of the handler class. Worker thread."""
         try:
@@ -12758,7 +12751,8 @@ class Server(http.server.ThreadingHTTPServer):
 
     def on_request_end(self, request: Request) -> None:
         """Count and log a completed request. Loop thread."""
-        release_key(request)
+        if request.counted:
+            release_key(request)
         now = time.monotonic()
         self.metrics.add(request, now)
         log_access(request, now)
@@ -14161,7 +14155,7 @@ def start(server: Server, load: Callable[[], Settings], demo: bool = False) -> i
     """Start a server, print its URLs and serve until a signal; the exit status."""
     raise_fd_limit()
     gc.freeze()  # the module's objects live on: collections need not traverse them
-    if not server.settings.needs_token() and not server.is_loopback:
+    if not server.settings.needs_token and not server.is_loopback:
         log.warning(
             "anyone who can reach %s can use this server and its upstreams' keys and quotas: "
             "set BEARER_TOKEN",
