@@ -1689,7 +1689,7 @@ def test_a_picture_through_chat_as_the_original_gave_it(akash, serve):
     assert got.json["data"] == {"model": "AkashGen", "jobId": JOB, "prompt": "A red fox in the snow",
                                 "pic": f"{akash.url}/api/image/job_51083a4c_00001_.png"}
     assert got.json["object"] == "chat.completion" and got.json["usage"]["estimated"] is True
-    assert text_of(got) == (f"![A red fox in the snow]({server.url}/images/job_51083a4c_00001_.png)")
+    assert text_of(got) == f"![A red fox in the snow]({server.url}/images/job_51083a4c_00001_.png)"
 
 
 def test_a_picture_streamed_tells_of_its_place_in_the_queue(akash, serve):
