@@ -719,6 +719,23 @@ def merged(events):
     return out
 
 
+def decoded(decoder, parts):
+    """(events, error) of a stream that comes in some parts."""
+    events = []
+    for part in parts:
+        events += decoder.feed(part)
+        if decoder.error or decoder.complete or events and isinstance(events[-1], Finish):
+            break
+    else:
+        events += decoder.close()
+    return events, decoder.error and (decoder.error.status, decoder.error.message)
+
+
+def filtered(step, parts):
+    """The events that a filter makes of some texts and the end of an answer."""
+    return [event for part in parts for event in step.feed([Text(part)])] + step.feed([Finish("stop")])
+
+
 def pieces(data):
     """A text or bytes whole, cut once at every place, and all in single pieces."""
     yield [data]
@@ -773,9 +790,7 @@ R, T = Reasoning, Text
 def test_thinking_cut_anywhere(case):
     text, expected = case
     for parts in pieces(text):
-        step = ThinkTagFilter()
-        events = [event for part in parts for event in step.feed([Text(part)])] + step.feed([Finish("stop")])
-        assert merged(events) == expected + [Finish("stop")], parts
+        assert merged(filtered(ThinkTagFilter(), parts)) == expected + [Finish("stop")], parts
 
 
 def test_a_tag_that_was_never_opened():
@@ -1201,15 +1216,9 @@ DECODED = {
 def test_akash_streams_cut_at_every_byte(case):
     data, expected, error = case
     for parts in pieces(data):
-        decoder, events = akashproxy.DecoderChain(AkashDecoder("m"), akashproxy.SurrogateFilter()), []
-        for part in parts:
-            events += decoder.feed(part)
-            if decoder.error or decoder.complete:
-                break
-        else:
-            events += decoder.close()
+        events, told = decoded(akashproxy.DecoderChain(AkashDecoder("m"), akashproxy.SurrogateFilter()), parts)
         assert merged(events) == expected, parts
-        assert re.search(error, decoder.error.message) if error else decoder.error is None
+        assert re.search(error, told[1]) if error else told is None
 
 
 def test_all_text_of_one_read_is_one_event():
@@ -3054,10 +3063,7 @@ def call_parts(*parts):
 def test_calls_however_they_are_fragmented(case):
     data, expected = case
     for parts in pieces(data):
-        decoder, events = akashproxy.ChatDecoder("b"), []
-        for part in parts:
-            events += decoder.feed(part)
-        answer = akashproxy.fold(events + decoder.close())
+        answer = fold(decoded(akashproxy.ChatDecoder("b"), parts)[0])
         assert [(call.name, call.arguments) for call in answer.tools] == expected and answer.finish == Finish("tool_calls"), parts
         assert len({call.id for call in answer.tools if call.id}) == len([call.id for call in answer.tools if call.id]), "ids differ"
 
@@ -3265,15 +3271,9 @@ def test_the_usage_of_relayed_answers_is_logged_and_counted(path, kind, body, fa
 def test_openai_streams_cut_at_every_byte(case):
     data, expected, error = case
     for parts in pieces(data):
-        decoder, events = akashproxy.DecoderChain(akashproxy.ChatDecoder("b"), akashproxy.SurrogateFilter()), []
-        for part in parts:
-            events += decoder.feed(part)
-            if decoder.error or decoder.complete:
-                break
-        else:
-            events += decoder.close()
+        events, told = decoded(akashproxy.DecoderChain(akashproxy.ChatDecoder("b"), akashproxy.SurrogateFilter()), parts)
         assert merged(events) == expected, parts
-        assert re.search(error, decoder.error.message) if error else decoder.error is None
+        assert re.search(error, told[1]) if error else told is None
 
 
 def test_an_upstream_that_streams_unasked_or_does_not(fake, pool):
@@ -5716,7 +5716,7 @@ def prompted(stream=True, **fields):
 
 def tool_answer(pieces, stream=True):
     step = akashproxy.ToolCallFilter(prompted(stream))
-    answer = fold([event for piece in pieces for event in step.feed([Text(piece)])] + step.feed([Finish("stop")]) + step.close())
+    answer = fold(filtered(step, pieces) + step.close())
     assert answer.finish == Finish("tool_calls" if answer.tools else "stop")
     assert all(call.id for call in answer.tools) and [call.index for call in answer.tools] == list(range(len(answer.tools)))
     return answer.text, [(call.name, json.loads(call.arguments)) for call in answer.tools]
@@ -7997,18 +7997,6 @@ DECODERS = {"akash v4": lambda: akashproxy.DecoderChain(AkashDecoder("m"), akash
             "relay": lambda: akashproxy.PassthroughDecoder("a", end=akashproxy.STREAM_ENDS["/v1/chat/completions"])}
 
 
-def decoded(decoder, parts):
-    """(events, error) of a stream that comes in some parts."""
-    events = []
-    for part in parts:
-        events += decoder.feed(part)
-        if decoder.error or decoder.complete or events and isinstance(events[-1], Finish):
-            break
-    else:
-        events += decoder.close()
-    return events, decoder.error and (decoder.error.status, decoder.error.message)
-
-
 def cut_up(rng, data):
     at = sorted(rng.randint(0, len(data)) for _ in range(rng.randint(1, 6)))
     return [part for part in (data[start:end] for start, end in zip([0, *at], [*at, len(data)])) if part]
@@ -8064,10 +8052,7 @@ def test_where_a_stream_is_cut_changes_nothing(rng):
 def test_where_a_filter_is_cut_changes_nothing(rng):
     text = "".join(rng.choice(["a", "b", " ", "\n", "##", "#", "<think>", "</think>", "<th", "<think>\n"]) for _ in range(rng.randint(1, 12)))
     for make in (ThinkTagFilter, lambda: StopFilter(["##b"], None)):
-        answers = []
-        for parts in ([text], list(text), cut_up(rng, text)):
-            step = make()
-            answers.append(fold([event for part in parts for event in step.feed([Text(part)])] + step.feed([Finish("stop")])))
+        answers = [fold(filtered(make(), parts)) for parts in ([text], list(text), cut_up(rng, text))]
         assert answers[0] == answers[1] == answers[2], text
 
 
