@@ -1624,7 +1624,7 @@ def test_a_limit_that_has_been_reset_is_noticed(case, akash):
     assert upstream.available_at() == clock.now + 14400 and not akash.requests, "not at once"
     for number in (1, 2):
         clock.now += 601
-        limit = upstream.cooldowns[akashproxy.Category.RATE_LIMIT, None]
+        limit = upstream.cooldowns[akashproxy.Category.RATE_LIMIT, ""]
         pool.on_tick(0)
         pool.on_tick(0)
         wait_for(lambda: upstream.available_at() == 0 if ends else limit.asks_upstream is not may_probe)
@@ -4213,7 +4213,7 @@ def test_the_next_one_is_waited_for_after_a_silent_one(a, b, pool, monkeypatch):
     monkeypatch.setattr(akashproxy, "BACKOFF_BASE", 0.5)
     server = pool((a, {"weight": 1000, "first_byte_timeout": 0.1}), b, max_wait=5)
     b.sends(b"\0")
-    server.pool.upstreams[0].cooldowns[Category.NETWORK, None] = akashproxy.CoolDown(time.monotonic() + 60)
+    server.pool.upstreams[0].cooldowns[Category.NETWORK, ""] = akashproxy.CoolDown(time.monotonic() + 60)
     assert chat(server, BOTH).status in (502, 503)      # b rests for a while
     server.pool.upstreams[0].cooldowns.clear()
     a.faults.append(a.stall())
@@ -4418,6 +4418,12 @@ MEANINGS = {
     "LiteLLM's budget": ((400, err("Budget has been exceeded! Current cost: 76.16, Max budget: 10.0", type="budget_exceeded", code="400")), key_refused("spent")),
     "LiteLLM's own wrong key": ((401, err("litellm.AuthenticationError: AuthenticationError: OpenAIException - " + INCORRECT, code="401")), key_refused("(401): Incorrect API key provided: ***", "model")),
     "a plain 401": ((401, b"Unauthorized"), key_refused("(401): Unauthorized")),
+    "Anthropic's usage limit": ((400, anthropic("invalid_request_error", "You have reached your specified API usage limits. You will "
+        "regain access on 2099-12-01 at 00:00 UTC.")), key_refused("spent")),
+    "Anthropic's disabled organization": ((400, anthropic("invalid_request_error", "This organization has been disabled.")),
+                                          key_refused("disabled")),
+    "Azure's private endpoint": ((403, err("Public access is disabled. Please configure private endpoint.", code="403")), key_refused("private")),
+    "new-api's quota": ((403, err("预扣费额度失败, 用户剩余额度: ＄0.00", type="new_api_error")), key_refused("spent")),
     # -- this request is refused, others are not
     "OpenRouter's tokens": ((402, err(AFFORD, code=402)), refused_with(402, AFFORD)),
     "OpenRouter's moderation": ((403, err("This model requires moderation on x. Your input was flagged", code=403, metadata={"reasons": ["violence"], "flagged_input": "..."})), refused_with(403, "flagged")),
@@ -4437,6 +4443,9 @@ MEANINGS = {
     "DeepSeek's unknown model": ((400, err("Model Not Exist", type="invalid_request_error", code="invalid_request_error")), ("model", 404, "invalid_request_error", None, "Not Exist")),
     "OpenRouter's unknown model": ((400, err("both is not a valid model ID", code=400)), ("model", 404, "model_not_found", None, "valid")),
     "Azure's unknown deployment": ((404, err("The API deployment for this resource does not exist.", code="DeploymentNotFound")), ("model", 404, "DeploymentNotFound", None, "deployment")),
+    "Groq's former model": ((400, err("The model `both` has been decommissioned and is no longer supported.", code="model_decommissioned")), ("model", 404, "model_decommissioned", None, "up: The model")),
+    "Groq's terms of a model": ((400, err("The model `both` requires terms acceptance.", code="model_terms_required")), ("model", 404, "model_terms_required", None, "terms")),
+    "Bedrock's unknown model": ((400, {"message": "The provided model identifier is invalid."}), ("model", 404, "model_not_found", None, "identifier")),
     "Zhipu's unknown model": ((400, err("模型不存在，请检查模型代码。", code="1211")), ("model", 404, "1211", None, "模型不存在")),
     "LiteLLM's unknown model": ((400, err("/chat/completions: Invalid model name passed in model=both. Call `/v1/models` to view available models", code="400")), ("model", 404, "model_not_found", None, "Invalid model")),
     "new-api's unknown model": ((503, err("No available channel for model both", code="model_not_found")), ("model", 404, "model_not_found", None, "channel")),
@@ -4446,6 +4455,10 @@ MEANINGS = {
     "OpenAI's limit of an organization": ((429, err("Rate limit reached for organization org-x.", code="rate_limit_exceeded"), {"retry-after-ms": "2500"}), limited(2.5, "up: Rate limit")),
     "Groq's limit": ((429, err(LEFT, type="tokens", code="rate_limit_exceeded")), limited(7.66, "TPM", "model")),
     "Groq's capacity": ((498, err("Flex tier capacity exceeded", code="capacity_exceeded")), ("limit", 429, "capacity_exceeded", None, "capacity")),
+    "GitHub's limit": ((429, err("Rate limit of 50 per 86400s exceeded for UserByModelByDay. Please wait 3000 seconds before retrying.", code="RateLimitReached")),
+                       ("limit", 429, "RateLimitReached", 3000.0, "wait", "model")),
+    "Google's quota of a model": ((429, err("You have exhausted your capacity on this model. Your quota will reset after 3h29m12s.", code=429)),
+                                  limited(12552.0, "capacity", "model")),
     "Google's limit": ((429, google(429, "RESOURCE_EXHAUSTED", QUOTA, PER_MODEL, RETRY)), limited(34.0, "exceeded", "model")),
     "Google's limit of a project": ((429, google(429, "RESOURCE_EXHAUSTED", "Resource has been exhausted (e.g. check quota).", {**RETRY, "retryDelay": "45.8379s"})[0]), limited(45.8379, "exhausted")),
     "OpenRouter's limit": ((429, err("Rate limit exceeded: free-models-per-day. Add 10 credits to unlock 1000 free model requests per day", code=429, metadata={"headers": {"X-RateLimit-Limit": "50", "X-RateLimit-Remaining": "0", "X-RateLimit-Reset": str(int(SOON * 1000))}})), limited(1000.0, "free-models")),
@@ -4541,6 +4554,10 @@ def test_a_refused_request_stops_nobody_else(case, path, pool):
     "Anthropic's": ({"anthropic-ratelimit-tokens-reset": "2001-09-09T01:47:40Z", "anthropic-ratelimit-tokens-remaining": "0"}, {}, "", 60),
     "Google's": ({}, {"error": {"details": [{"a": 1}, {"retryDelay": "45.8379s"}]}}, "", 45.8379),
     "OpenRouter's": ({}, {"error": {"metadata": {"headers": {"X-RateLimit-Reset": "1000000060000"}}}}, "", 60),
+    "X-Retry-After": ({"x-retry-after": "30"}, {}, "", 30), "a limit's": ({"x-ratelimit-retry-after": "31"}, {}, "", 31), "Azure's": ({"x-ms-retry-after-ms": "2500"}, {}, "", 2.5),
+    "in full": ({"x-rate-limit-retry-after-seconds": "33"}, {}, "", 33), "a reset's": ({"x-ratelimit-reset-after": "12"}, {}, "", 12),
+    "resetAfter": ({}, {"error": {"resetAfter": "12s"}}, "", 12), "retry_in": ({}, {"error": {"retry_in": 9}}, "", 9), "in seconds": ({}, {"retry_after_secs": 5}, "", 5),
+    "at least": ({}, {}, "Please wait at least 30 seconds.", 30), "approximately": ({}, {}, "Retry in approximately 2 minutes.", 120), "another name": ({"x-retry-afterwards": "3"}, {"retry": 4}, "", None),
     "OpenRouter's other": ({}, {"error": {"metadata": {"retry_after_seconds": 7}}}, "", 7), "milliseconds": ({}, {"error": {"retry_after_ms": 7500}}, "", 7.5),
     "camel case": ({}, {"retryAfter": "20"}, "", 20), "Codex'": ({}, {"error": {"resets_in_seconds": 3600}}, "", 3600),
     "seconds in words": ({}, {}, "Please try again in 20s. Contact us", 20), "minutes and seconds": ({}, {}, "Please try again in 7m30.5s.", 450.5),
@@ -4726,7 +4743,7 @@ def test_no_answer_log_or_status_shows_a_secret(place, kind, pool, caplog):
 def test_a_head_that_is_no_http_shows_no_secret_in_the_log(fake, pool, caplog):
     caplog.set_level("DEBUG")
     server = pool((fake, {"api_key": KEY}), log_level="debug")
-    for line in (f"Transfer-Encoding: {KEY}", f"Content-Length: {KEY}", f"{KEY} : x", f"X: a\r{KEY}"):
+    for line in (f"Transfer-Encoding: {KEY}", f"Transfer-Encoding: '{KEY}'", f"Content-Encoding: {KEY}", f"Content-Length: {KEY}", f"{KEY} : x", f"X: a\r{KEY}"):
         fake.sends(f"HTTP/1.1 200 {KEY}\r\n{line}\r\n\r\n".encode())
         got = chat(server, BOTH)
         assert got.status == 502 and not leaks(got.body, KEY)
@@ -4768,6 +4785,9 @@ def test_a_name_of_a_model_condemns_no_key(model):
     **{f"Basic credentials, {user!r}": (["sk-12345678-abcd"], f"Basic {base64.b64encode(user + b'sk-12345678-abcd').decode()}", left)
        for user, left in ((b"a:", "Basic YTp***"), (b"ab:", "Basic YWI6***=="), (b"abc:", "Basic YWJjOn***="))},
     "in base 64 for URLs": (["~~~???>>>sk-1234"], base64.urlsafe_b64encode(b"~~~???>>>sk-1234").decode(), "***=="),
+    "JSON's escapes": (["sk-12345678"], "no " + "".join(f"\\u{ord(char):04X}" for char in "sk-12345678") + "!", "no ***!"),
+    "escapes of some": (["sk-12345678"], "no s\\u006b-1%32345&#x36;78!", "no ***!"), "others' escapes": (["sk-12345678"], "a%20b\\u0041 sk-12345678", "a%20b\\u0041 ***"),
+    "a thousand times": (["sk-12345678"], "no sk-12345678, " * 1000, "***"),
     "in hexadecimal digits": (["sk-12345678"], b"sk-12345678".hex(), "***"),
     "encoded twice": (["a b/c&d=e+f"], "a%2520b%252Fc%2526d%253De%252Bf", "***"),
     "in capitals": (["sk-abcdefgh"], "no SK-ABCDEFGH", "no ***"), "a header in small letters": (["Sk-ABCDEFGH"], "İİ sk-abcdefgh", "İİ ***"),
@@ -6394,7 +6414,7 @@ def test_a_reload_reaches_open_connections(pool):
     server = pool(FakeOpenAI(), bearer_token=("old",))
     with link_to(server) as link:
         assert ask_again(link, path="/status", headers={"Authorization": "Bearer old"}).status == 200
-        server.pool.upstreams[0].cooldowns[Category.RATE_LIMIT, None] = akashproxy.CoolDown(time.monotonic() + 99)
+        server.pool.upstreams[0].cooldowns[Category.RATE_LIMIT, ""] = akashproxy.CoolDown(time.monotonic() + 99)
         server.reload(dataclasses.replace(server.settings, bearer_token=("new",)))
         assert ask_again(link, path="/status", headers={"Authorization": "Bearer old"}).status == 401
         state = ask_again(link, path="/status", headers={"Authorization": "Bearer new"}).json["controllers"][0]
