@@ -6233,13 +6233,9 @@ class AkashController(Controller):
             return self.images.events(call, data)
         self._check_context(call, tokens)
         cookie = self.session.get(call.scope)
-        response = self.transport.start_request(
-            "POST",
-            self.CHAT_PATH,
-            call.scope,
-            data,
-            self._headers(data, cookie),
-            retry_reason=call.attempt.retry_reason,
+        reason = call.attempt.retry_reason
+        response = self._send(
+            "POST", self.CHAT_PATH, call.scope, cookie, data=data, retry_reason=reason
         )
         return EventStream(
             response, lambda response: self._decoder(call, response, stop_filter, cookie)
@@ -6283,10 +6279,9 @@ class AkashController(Controller):
         drop = self.options.drop
         body, ignored = akash_request(call, drop)
         body["model"] = self.options.model_map.get(call.model, call.model) or self.IMAGE_MODEL
-        limit = "max_completion_tokens"
         fields = {name: value for name, value in call.body.items() if name not in drop}
-        if fields.get(limit) is None:
-            limit = "max_tokens"
+        limits = ("max_completion_tokens", "max_tokens")
+        limit = next((name for name in limits if fields.get(name) is not None), "")
         max_tokens = number_field(fields, limit, None, integer=True, minimum=1)
         stop_filter = StopFilter(stop_sequences(fields), max_tokens)
         messages = [*body["messages"], *body["context"]]
@@ -6340,12 +6335,14 @@ class AkashController(Controller):
             upstream_status=response.status,
         )
 
-    def _headers(self, data: Optional[bytes], cookie: str) -> Dict[str, str]:
-        """Return the headers of one request, besides those of the transport."""
-        headers = {"Content-Type": "application/json"} if data else {}
+    def _send(
+        self, method: str, path: str, scope: CancelScope, cookie: str, **options: Any
+    ) -> UpstreamResponse:
+        """Start a request with the session's cookie."""
+        headers = {"Content-Type": "application/json"} if options.get("data") else {}
         if cookie:
             headers["Cookie"] = "; ".join(filter(None, (cookie, self.login.cookie)))
-        return headers
+        return self.transport.start_request(method, path, scope, headers=headers, **options)
 
     def _decoder(
         self, call: Call, response: UpstreamResponse, stop_filter: StopFilter, cookie: str
@@ -6371,10 +6368,7 @@ class AkashController(Controller):
 
         def send(retry_reason: str) -> Tuple[UpstreamResponse, bytes]:
             cookie = self.session.get(scope)
-            headers = self._headers(options.get("data"), cookie)
-            response = self.transport.start_request(
-                method, path, scope, headers=headers, retry_reason=retry_reason, **options
-            )
+            response = self._send(method, path, scope, cookie, retry_reason=retry_reason, **options)
             response.read_head()
             body = response.read(limit=MAX_SHORT_BODY)
             if response.status != 200 or is_challenge_page(response):
