@@ -5978,28 +5978,20 @@ def _akash_usage(usage: Any) -> Optional[Dict[str, int]]:
 
 # AkashGen's answer. akash-chat (f0a4ae0, b58259a) builds the line by string concatenation and
 # escapes only "'" in the prompts, so quotes, newlines and backslashes make it invalid JSON.
-IMAGE_JOB = re.compile(
-    r"<image_generation> jobId='([^'\n]*)' prompt='(.*)'</image_generation>", re.S
-)
-RAW_IMAGE_JOB = re.compile(r"""^0:"<image_generation> jobId='([^'\n]*)' prompt='""", re.M)
-RAW_IMAGE_JOB_END = re.compile(r"""'</image_generation>"\n(?=e:\{|\Z)""")
+IMAGE_JOB = re.compile(r"jobId='([^'\n]*)' prompt='(.*)'</image_generation>", re.S)
 
 
 def parse_image_job(body: bytes) -> Optional[Tuple[str, str]]:
     """Return (job ID, prompt) from AkashGen's answer; None if it is anything else."""
-    text = body.decode("utf-8", "replace")
-    start = RAW_IMAGE_JOB.search(text)
-    # the last end mark: the prompt itself may contain one
-    ends = deque(RAW_IMAGE_JOB_END.finditer(text, start.end()), maxlen=1) if start else ()
-    if start and ends:
-        job, prompts = start[1], text[start.end() : ends[0].start()]
-    else:
-        match = IMAGE_JOB.fullmatch(
-            fold(SurrogateFilter().feed(AkashDecoder().feed(body))).text.strip()
-        )
-        if not match:
-            return None
-        job, prompts = match.groups()
+    _, start, text = body.decode("utf-8", "replace").partition('0:"<image_generation> ')
+    if not start:
+        text = fold(SurrogateFilter().feed(AkashDecoder().feed(body))).text
+        _, _, text = text.partition("<image_generation> ")
+    # to the last end mark: the prompt itself may contain one
+    match = IMAGE_JOB.match(text)
+    if not match:
+        return None
+    job, prompts = match.groups()
     parts = re.split(r"(?<!\\)' negative='", prompts)
     prompt = "' negative='".join(parts[:-1]) if len(parts) > 1 else prompts
     return job, prompt.replace("\\'", "'")
