@@ -5978,15 +5978,19 @@ def _akash_usage(usage: Any) -> Optional[Dict[str, int]]:
 
 # AkashGen's answer. akash-chat (f0a4ae0, b58259a) builds the line by string concatenation and
 # escapes only "'" in the prompts, so quotes, newlines and backslashes make it invalid JSON.
-IMAGE_JOB = re.compile(r"jobId='([^'\n]*)' prompt='(.*)'</image_generation>", re.S)
+IMAGE_JOB = re.compile(
+    r"<image_generation> jobId='([^'\n]*)' prompt='(.*)'</image_generation>", re.S
+)
 
 
 def parse_image_job(body: bytes) -> Optional[Tuple[str, str]]:
     """Return (job ID, prompt) from AkashGen's answer; None if it is anything else."""
-    _, start, text = body.decode("utf-8", "replace").partition('0:"<image_generation> ')
-    if not start:
-        text = fold(SurrogateFilter().feed(AkashDecoder().feed(body))).text
-        _, _, text = text.partition("<image_generation> ")
+    text = body.decode("utf-8", "replace")
+    start = text.find('0:"<image_generation>')
+    if start >= 0:
+        text = text[start + 3 :]
+    else:
+        text = fold(SurrogateFilter().feed(AkashDecoder().feed(body))).text.strip()
     # to the last end mark: the prompt itself may contain one
     match = IMAGE_JOB.match(text)
     if not match:
