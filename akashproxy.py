@@ -5995,10 +5995,8 @@ def parse_image_job(body: bytes) -> Optional[Tuple[str, str]]:
     match = IMAGE_JOB.match(text)
     if not match:
         return None
-    job, prompts = match.groups()
-    parts = re.split(r"(?<!\\)' negative='", prompts)
-    prompt = "' negative='".join(parts[:-1]) if len(parts) > 1 else prompts
-    return job, prompt.replace("\\'", "'")
+    prompt = re.split(r"(?<!\\)' negative='", match[2])[0]
+    return match[1], prompt.replace("\\'", "'")
 
 
 class ImageBatch:
