@@ -165,7 +165,6 @@ import itertools
 import json
 import logging
 import math
-import operator
 import os
 import random
 import re
@@ -4393,32 +4392,31 @@ def adapt_body(
 
     Without a change it is the same object. ``drop`` reaches into messages and their tool calls.
     """
-    dropped = [name for name in options.drop if body.get(name) is not None]
-    adapted = body
-    messages = body.get("messages")
-    if options.drop and isinstance(messages, list):
-        cleaned = _without_fields(messages, options.drop, dropped)
-        adapted = body if cleaned is messages else {**body, "messages": cleaned}
-    if dropped or any(name in body for name in options.rename):
-        adapted = {
-            options.rename.get(name, name): value
-            for name, value in adapted.items()
-            if name not in options.drop
-        }
-    return {**adapted, **options.set} if is_chat and options.set else adapted, dropped
+    if not (options.drop or options.rename or options.set):
+        return body, []
+    dropped: List[str] = []
+    remaining = _without_fields(body, options.drop, dropped)
+    adapted = {options.rename.get(name, name): value for name, value in remaining.items()}
+    if is_chat:
+        adapted.update(options.set)
+    return body if adapted == body else adapted, dropped
 
 
-def _without_fields(values: List[Any], names: Tuple[str, ...], dropped: List[str]) -> List[Any]:
-    """Messages or tool calls without some fields: the same object if none has them."""
-    cleaned = []
-    for value in values:
-        if isinstance(value, dict) and isinstance(value.get("tool_calls"), list):
-            calls = _without_fields(value["tool_calls"], names, dropped)
-            value = value if calls is value["tool_calls"] else {**value, "tool_calls": calls}
-        found = [name for name in names if name in value] if isinstance(value, dict) else []
-        dropped += (name for name in found if name not in dropped)
-        cleaned.append({key: value[key] for key in value if key not in found} if found else value)
-    return cleaned if any(map(operator.is_not, cleaned, values)) else values
+def _without_fields(
+    value: Any,
+    names: Tuple[str, ...],
+    dropped: List[str],
+    within: Tuple[str, ...] = ("messages", "tool_calls"),
+) -> Any:
+    """A body, or an object in its lists ``within``, without some fields."""
+    if not isinstance(value, dict):
+        return value
+    dropped += (name for name in names if value.get(name) is not None and name not in dropped)
+    kept = {name: field for name, field in value.items() if name not in names}
+    for name in within[:1]:
+        if isinstance(kept.get(name), list):
+            kept[name] = [_without_fields(part, names, dropped, within[1:]) for part in kept[name]]
+    return kept
 
 
 def place_system_messages(messages: List[Dict[str, Any]], mode: str) -> List[Dict[str, Any]]:
