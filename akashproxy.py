@@ -655,7 +655,10 @@ class Queued(Exception):
 
 
 class ProtocolError(ValueError):
-    """A message that violates HTTP/1.1; ``status`` is for the response to a client."""
+    """A message that violates HTTP/1.1; ``status`` is for the response to a client.
+
+    It does not quote the message, as that of an upstream may contain secrets.
+    """
 
     def __init__(self, message: str, status: int = 400) -> None:
         super().__init__(message)
@@ -2247,7 +2250,7 @@ class BodyDecoder:
             if length is not None:
                 raise ProtocolError("both Content-Length and Transfer-Encoding")
             if coding.lower() != "chunked":
-                raise ProtocolError(f"Transfer-Encoding {coding[:40]!r} is not supported", 501)
+                raise ProtocolError("the Transfer-Encoding is not supported", 501)
             self.chunked = True
         elif length is not None:
             if not _LENGTH.fullmatch(length):
@@ -2833,10 +2836,11 @@ class UpstreamResponse:
         try:
             self.content = ContentDecoder(encoding)
         except ValueError:
-            name = shorten(encoding, 40)
+            # A hostile upstream could quote this server's key.
+            name = f" {encoding!r}" if re.fullmatch("[a-z, ]{1,16}", encoding) else ""
             raise truncated(
                 self.timeouts.upstream_name,
-                f"sent the Content-Encoding {name!r}, which was not asked for and is not supported",
+                f"sent the Content-Encoding{name}, which was not asked for and is not supported",
             ) from None
 
     def read_head(self) -> None:
@@ -3100,9 +3104,7 @@ def upstream_error(
         log.warning("%s", message)
     else:
         message = f"{upstream_name}{network_problem(error, in_body)}."
-        # What a ProtocolError quotes was sent by the upstream, and must not get into the log.
-        detail = str(error).partition(" '")[0] if isinstance(error, ProtocolError) else error
-        log.info("%s: %s: %s", upstream_name, type(error).__name__, detail)
+        log.info("%s: %s: %s", upstream_name, type(error).__name__, error)
     status = 504 if isinstance(error, (socket.timeout, TimeoutError)) else 502
     return APIError(status, message, category=Category.NETWORK, reason=reason)
 
@@ -4724,7 +4726,7 @@ _KEY_CODES = (
 )
 _KEY_WORDS = (
     r"^(?:incorrect api key|api[ _]key (?:not valid|not found|expired)|invalid x-api-key"
-    r"|user location is not supported)"
+    r"|user location is not supported|this organization has been disabled)"
 )
 _LIKELY_KEY_WORDS = (
     r"(?:invalid|incorrect|wrong|missing|expired|revoked|bad|no)\b[\w -]{0,20}"
@@ -4736,7 +4738,7 @@ _LIKELY_KEY_WORDS = (
 )
 _FORBIDDEN_KEY_WORDS = (
     r"api[ _-]?key|credential|unauthori[sz]ed|authentication|authorization failed"
-    r"|unregistered callers|has not been used in project"
+    r"|unregistered callers|has not been used in project|public access is disabled"
 )
 _QUOTA_CODES = (
     r"insufficient_?(?:quota|balance|credit)|exceeded_current_quota"
@@ -4745,20 +4747,21 @@ _QUOTA_CODES = (
 )
 _QUOTA_WORDS = (
     r"^(?:your credit balance is too low|insufficient (?:balance|credit|funds)"
-    r"|your team has either used all available credits"
+    r"|your team has either used all available credits|you have reached your specified"
     r"|budget has been exceeded|余额不足|您的账户已欠费)"
 )
 _LIKELY_QUOTA = (
     r"quota|billing|credit|balance|payment|insufficient funds|spending|arrears|budget"
-    r"|(?:key|usage|monthly) limit|余额|欠费"
+    r"|(?:key|usage|monthly) limit|余额|欠费|额度"
 )
 _MODEL_CODES = (
-    r"model_?not_?(?:found|available|supported)|model_access_denied|(?:unknown|invalid)_model"
-    r"|deploymentnotfound|\b1211\b"
+    r"model_?not_?(?:found|available|supported)|model_(?:access_denied|decommissioned|terms)"
+    r"|(?:unknown|invalid)_model|deploymentnotfound|\b1211\b"
 )
 _NO_MODEL = (
     r"\bmodels?\b.{0,200}(?:\bnot (?:exist|found)|does ?n[o']t exist|unknown)|模型不存在"
     r"|^(?:unknown|invalid|no such|unsupported) model\b|invalid model name|is not a valid model"
+    r"|model identifier is invalid"
 )
 _MODEL_ACCESS = _NO_MODEL + (
     r"|\bmodels?\b.{0,200}(?:\bnot |denied|unavailable|unsupported|restricted|only available"
@@ -4960,7 +4963,7 @@ class ErrorReport:
 
 
 _MODEL_LIMIT = (
-    r"\bmodel ?[:=`'\"\\]|this model|permodel"
+    r"\bmodel ?[:=`'\"\\]|this model|(?:per|by)model"
     r"|rate limit reached for (?!org|team|user|proj|key|api|your|acc|def|req|tok|in |on )\w"
 )
 
@@ -5158,9 +5161,9 @@ def retry_after_seconds(
     With ``limit`` also by rate-limit headers, which some upstreams send with every response.
     None if no wait is given or it can't be parsed.
     """
+    named = (_delay_of(name, value, now) for name, value in headers.items())
     delays = [
-        seconds_from_now(headers.get("retry-after-ms"), now, 0.001),
-        seconds_from_now(headers.get("retry-after"), now),
+        min((delay for delay in named if delay is not None), default=None),
         _delay_from_headers(headers, now) if limit else None,
         _delay_from_body(body, now),
         _delay_from_message(message),
@@ -5221,31 +5224,40 @@ def _delay_from_headers(headers: Dict[str, str], now: Callable[[], float]) -> Op
     return max((seconds for seconds in delays if seconds is not None), default=None)
 
 
-# Fields of error bodies, in lower case without "_".
-_DELAY_FIELD = re.compile(r"(?:retry(?:delay|after)|resets?(?:at|time|in))(?:ms|s|seconds)?")
-
-
 def _delay_from_body(value: Any, now: Callable[[], float], depth: int = 5) -> Optional[float]:
     """Delay in a field of an error body, or in response headers that it quotes."""
     if not depth or not isinstance(value, (dict, list)):
         return None
     items = value.items() if isinstance(value, dict) else enumerate(value)
     for name, inner in itertools.islice(items, 64):
-        name = str(name).replace("_", "").lower()
         if name == "headers" and isinstance(inner, dict):
             quoted = itertools.islice(inner.items(), 64)
             seconds = retry_after_seconds({key.lower(): str(item) for key, item in quoted}, {}, now)
-        elif _DELAY_FIELD.fullmatch(name):
-            seconds = seconds_from_now(inner, now, 0.001 if name.endswith("ms") else 1.0)
         else:
+            seconds = _delay_of(str(name), inner, now)
+        if seconds is None:
             seconds = _delay_from_body(inner, now, depth - 1)
         if seconds is not None:
             return seconds
     return None
 
 
+# Headers and fields of error bodies, in lower case without "-" and "_".
+_DELAY_FIELD = re.compile(
+    r"(?:\w{0,40}retry(?:after|delay|in)|resets?(?:at|time|in|after))(?:ms|s|secs?|seconds)?"
+)
+
+
+def _delay_of(name: str, value: Any, now: Callable[[], float]) -> Optional[float]:
+    """Seconds from now by a header or field, if its name stands for a delay."""
+    name = re.sub("[-_]", "", name[:80].lower())
+    is_delay = _DELAY_FIELD.fullmatch(name)
+    return seconds_from_now(value, now, 0.001 if name.endswith("ms") else 1) if is_delay else None
+
+
 _DELAY_IN_MESSAGE = re.compile(
-    r"(?:(?:try|retry|again)[a-z ]{0,30} (?:in|after)|wait(?: for)?|resets? in) (?:about )?"
+    r"(?:(?:try|retry|again)[a-z ]{0,30} (?:in|after)|wait(?: for| at least)?|resets? (?:in|after))"
+    r" (?:about |around |approximately )?"
     r"((?:[0-9]{1,9}(?:\.[0-9]{1,20})? ?(?:[a-z]{1,12})?(?:,? and |, | )?){1,4})",
     re.I,
 )
@@ -7422,7 +7434,7 @@ class Upstream:
 
     The rules of cool-downs:
 
-    * Each is of one category of failure, and of one model or (None) of the whole controller.
+    * Each is of one category of failure, and of one model or (the model "") the whole controller.
     * It begins after as many consecutive failures as FAILURE_POLICY says. Failures of concurrent
       attempts, those that started before the last counted one, count once.
     * It lasts for AUTH_COOLDOWN, for the upstream's Retry-After, or else for BACKOFF_BASE, doubled
@@ -7443,7 +7455,7 @@ class Upstream:
         self.current_weight = 0.0  # of smooth weighted round robin
         self.in_flight = self.served = self.failed = self.cooldown_count = 0
         self.outcomes: Dict[str, int] = defaultdict(int)  # attempts by "success" or a category
-        self.cooldowns: Dict[Tuple[Category, Optional[str]], CoolDown] = {}  # by (category, model)
+        self.cooldowns: Dict[Tuple[Category, str], CoolDown] = {}  # by (category, model)
         self.served_at = -math.inf  # the last success
         self.last_error, self.last_error_at = "", 0.0  # the latter by time.time()
         self.logged_exceptions: Set[Tuple[Any, ...]] = set()  # (type, file, line) with a traceback
@@ -7489,7 +7501,7 @@ class Upstream:
             self.served += 1
             self.served_at = now
             for key, cooldown in list(self.cooldowns.items()):  # those that the success disproves
-                if key[1] in (None, self._model_key(model)) and cooldown.failed_at <= started:
+                if key[1] in ("", self._model_key(model)) and cooldown.failed_at <= started:
                     del self.cooldowns[key]
             return
         category = error.category
@@ -7512,10 +7524,10 @@ class Upstream:
 
     def _cooldown(self, category: Category, model: str) -> CoolDown:
         """The cool-down of a category and a model ("": the controller), made if needed."""
-        key = category, self._model_key(model) if model else None
+        key = category, self._model_key(model)
         if key not in self.cooldowns:
             # Clients choose the models' names: without a bound they could fill the memory.
-            of_models = [key for key in self.cooldowns if key[1] is not None]
+            of_models = [key for key in self.cooldowns if key[1]]
             if model and len(of_models) >= MAX_MODEL_COOLDOWNS:
                 del self.cooldowns[min(of_models, key=lambda other: self.cooldowns[other].until)]
             self.cooldowns[key] = CoolDown()
@@ -7527,7 +7539,7 @@ class Upstream:
 
     def _applicable(self, model: str, ignored: Tuple[Category, ...]) -> List[CoolDown]:
         """The cool-downs that apply to a model, except for the ignored categories."""
-        scopes = (None, self._model_key(model))
+        scopes = ("", self._model_key(model))
         return [
             cooldown
             for (category, scope), cooldown in self.cooldowns.items()
@@ -7551,7 +7563,7 @@ class Upstream:
 
     def due_limit(self, now: float) -> Optional[CoolDown]:
         """The rate limit to ask about now; at most once in RECHECK seconds."""
-        limit = self.cooldowns.get((Category.RATE_LIMIT, None))
+        limit = self.cooldowns.get((Category.RATE_LIMIT, ""))
         if limit and limit.asks_upstream and limit.until > now >= limit.recheck_at:
             limit.recheck_at = now + RECHECK
             return limit
@@ -7560,16 +7572,14 @@ class Upstream:
     def metrics(self, now: float) -> Dict[Tuple[str, ...], float]:
         """Return its metrics, {(name, label, ...): number} without its own label."""
         rest = self.available_at() - now
-        metrics: Dict[Tuple[str, ...], float] = {
+        outcomes, own = self.outcomes.copy(), self.controller.metrics()
+        return {
             ("akashproxy_controller_rests_total",): self.cooldown_count,
             ("akashproxy_controller_resting",): int(rest > 0),
             ("akashproxy_controller_rest_seconds",): max(0.0, round(rest, 3)),
+            **{("akashproxy_upstream_requests_total", name): outcomes[name] for name in outcomes},
+            **{(name,): value for name, value in own.items()},
         }
-        for outcome, count in self.outcomes.copy().items():
-            metrics["akashproxy_upstream_requests_total", outcome] = count
-        for name, value in self.controller.metrics().items():
-            metrics[name,] = value
-        return metrics
 
     def log_exception(self, error: APIError) -> None:
         """Log the exception behind an error, with its traceback once per line of code."""
@@ -7637,11 +7647,6 @@ class Waiter:
     is counted as in flight.
     """
 
-    __slots__ = (
-        "queue", "exchange", "known", "candidates", "ignored", "deadline", "number", "key",
-        "upstream",
-    )  # fmt: skip
-
     def __init__(
         self, queue: "CallQueue", exchange: "Exchange", upstreams: List[Upstream], deadline: float
     ) -> None:
@@ -7656,7 +7661,7 @@ class Waiter:
         is_only = len(self.known) == 1 and not exchange.other_models
         self.ignored = BACKOFF_CATEGORIES if is_only else ()
         self.upstream: Optional[Upstream] = None
-        self.number = 0
+        self.number = 0  # in the queue
         self.key: Tuple[Any, ...] = ()  # calls with the same key become ready at the same time
 
     def available_at(self, upstreams: List[Upstream], now: float) -> float:
@@ -8123,7 +8128,7 @@ class Pool:
                     "models_cooling_down": sum(
                         cooldown.until > now
                         for (_, model), cooldown in upstream.cooldowns.items()
-                        if model is not None
+                        if model
                     ),
                     "last_error": upstream.last_error or None,
                     "last_error_at": utc(upstream.last_error_at) if upstream.last_error else None,
