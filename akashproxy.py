@@ -4341,6 +4341,7 @@ class Controller:
     """
 
     transport: Any = None  # a Transport, for upstreams that are reached by HTTP
+    model_cache: Any = None  # a Cache of their list of models
 
     def __init__(self, options: ControllerSettings, settings: Settings) -> None:
         self.options, self.settings, self.name = options, settings, options.name
@@ -4355,7 +4356,7 @@ class Controller:
 
     def models(self) -> List[Dict[str, Any]]:
         """Return the offered models as OpenAI model objects."""
-        return []
+        return self.model_cache.get() if self.model_cache else []
 
     def image(self, name: str, scope: CancelScope) -> UpstreamResponse:
         """Fetch an image that an answer links to."""
@@ -6298,9 +6299,6 @@ class AkashController(Controller):
         cookies = "; ".join(filter(None, (self.login.cookie, self.session.value, cookie)))
         return self.own_secrets + cookie_values(cookies)
 
-    def models(self) -> List[Dict[str, Any]]:
-        return self.model_cache.get()
-
     def metrics(self) -> Dict[str, float]:
         metrics: Dict[str, float] = {"akashproxy_session_renewals_total": self.session.fetch_count}
         if self.login.state in ("active", "ended"):
@@ -7207,9 +7205,6 @@ class OpenAIController(Controller):
             retry_reason=call.attempt.retry_reason,
         )
         return EventStream(response, lambda response: self._decoder(call, response, is_native))
-
-    def models(self) -> List[Dict[str, Any]]:
-        return self.model_cache.get()
 
     def _request(self, call: Call, is_native: bool) -> Tuple[bytes, str]:
         """Return the request body and its content type; unchanged bodies are not rebuilt."""
