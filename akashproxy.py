@@ -2942,7 +2942,8 @@ cached_timeouts = functools.lru_cache(maxsize=256)(Timeouts)
 class Transport:
     """Sends requests to one upstream. Worker thread: it blocks.
 
-    ``upstream_name`` is its name in error messages; ``headers`` are sent with each request.
+    ``upstream_name`` is its name in error messages; ``headers`` are sent with each request, besides
+    User-Agent and Accept-Encoding.
     """
 
     def __init__(
@@ -2957,7 +2958,8 @@ class Transport:
             return default if value is None else value
 
         self.upstream_name = upstream_name
-        self.headers = {name.title(): value for name, value in headers.items()}
+        usual = {"User-Agent": settings.user_agent, "Accept-Encoding": "identity"}
+        self.headers = {name.title(): value for name, value in {**usual, **headers}.items()}
         self.connect_timeout = either(options.connect_timeout, settings.connect_timeout)
         self.first_byte_timeout = either(options.first_byte_timeout, settings.first_byte_timeout)
         self.idle_timeout = either(options.idle_timeout, settings.idle_timeout)
@@ -6200,12 +6202,7 @@ class AkashController(Controller):
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         super().__init__(options, settings)
-        headers = {
-            "User-Agent": settings.user_agent,
-            "Accept": "*/*",
-            "Accept-Encoding": "identity",
-            **options.headers,
-        }
+        headers = {"Accept": "*/*", **options.headers}
         self.transport = Transport(options, settings, options.base_url, "Akash Chat", headers)
         cookies = options.cookie, self.transport.headers.get("Cookie", "")
         self.login = AkashLogin(self.transport, "; ".join(filter(None, cookies)), self.name, clock)
@@ -7159,11 +7156,7 @@ class OpenAIController(Controller):
 
     def __init__(self, options: ControllerSettings, settings: Settings) -> None:
         super().__init__(options, settings)
-        headers = {
-            "User-Agent": settings.user_agent,
-            "Accept-Encoding": "identity",
-            **options.headers,
-        }
+        headers = dict(options.headers)
         if options.api_key:
             headers["Authorization"] = f"Bearer {options.api_key}"
         if options.cookie:
