@@ -2943,7 +2943,8 @@ cached_timeouts = functools.lru_cache(maxsize=256)(Timeouts)
 class Transport:
     """Sends requests to one upstream. Worker thread: it blocks.
 
-    ``upstream_name`` is its name in error messages; ``headers`` are sent with each request.
+    ``upstream_name`` is its name in error messages; ``headers`` are sent with each request, besides
+    User-Agent and Accept-Encoding.
     """
 
     def __init__(
@@ -2958,7 +2959,8 @@ class Transport:
             return default if value is None else value
 
         self.upstream_name = upstream_name
-        self.headers = {name.title(): value for name, value in headers.items()}
+        usual = {"User-Agent": settings.user_agent, "Accept-Encoding": "identity"}
+        self.headers = {name.title(): value for name, value in {**usual, **headers}.items()}
         self.connect_timeout = either(options.connect_timeout, settings.connect_timeout)
         self.first_byte_timeout = either(options.first_byte_timeout, settings.first_byte_timeout)
         self.idle_timeout = either(options.idle_timeout, settings.idle_timeout)
@@ -4312,6 +4314,7 @@ class Controller:
     """
 
     transport: Any = None  # a Transport, for upstreams that are reached by HTTP
+    model_cache: Any = None  # a Cache of their list of models
 
     def __init__(self, options: ControllerSettings, settings: Settings) -> None:
         self.options, self.settings, self.name = options, settings, options.name
@@ -4326,7 +4329,7 @@ class Controller:
 
     def models(self) -> List[Dict[str, Any]]:
         """Return the offered models as OpenAI model objects."""
-        return []
+        return self.model_cache.get() if self.model_cache else []
 
     def image(self, name: str, scope: CancelScope) -> UpstreamResponse:
         """Fetch an image that an answer links to."""
@@ -6169,12 +6172,7 @@ class AkashController(Controller):
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         super().__init__(options, settings)
-        headers = {
-            "User-Agent": settings.user_agent,
-            "Accept": "*/*",
-            "Accept-Encoding": "identity",
-            **options.headers,
-        }
+        headers = {"Accept": "*/*", **options.headers}
         self.transport = Transport(options, settings, options.base_url, "Akash Chat", headers)
         cookies = options.cookie, self.transport.headers.get("Cookie", "")
         self.login = AkashLogin(self.transport, "; ".join(filter(None, cookies)), self.name, clock)
@@ -6267,9 +6265,6 @@ class AkashController(Controller):
         """List the strings to redact from errors: keys, header values and cookies."""
         cookies = "; ".join(filter(None, (self.login.cookie, self.session.value, cookie)))
         return self.own_secrets + cookie_values(cookies)
-
-    def models(self) -> List[Dict[str, Any]]:
-        return self.model_cache.get()
 
     def metrics(self) -> Dict[str, float]:
         metrics: Dict[str, float] = {"akashproxy_session_renewals_total": self.session.fetch_count}
@@ -7131,11 +7126,7 @@ class OpenAIController(Controller):
 
     def __init__(self, options: ControllerSettings, settings: Settings) -> None:
         super().__init__(options, settings)
-        headers = {
-            "User-Agent": settings.user_agent,
-            "Accept-Encoding": "identity",
-            **options.headers,
-        }
+        headers = dict(options.headers)
         if options.api_key:
             headers["Authorization"] = f"Bearer {options.api_key}"
         if options.cookie:
@@ -7177,9 +7168,6 @@ class OpenAIController(Controller):
             retry_reason=call.attempt.retry_reason,
         )
         return EventStream(response, lambda response: self._decoder(call, response, is_native))
-
-    def models(self) -> List[Dict[str, Any]]:
-        return self.model_cache.get()
 
     def _request(self, call: Call, is_native: bool) -> Tuple[bytes, str]:
         """Return the request body and its content type; unchanged bodies are not rebuilt."""

@@ -1997,6 +1997,7 @@ def test_a_page_in_front_of_the_session_or_the_models(path, status, akash, serve
                                           else answer(sock, request))
     got = ask(serve(), path="/v1/models")
     assert got.status == 502 and got.json["error"]["code"] == "upstream_blocked" and b"<" not in got.body
+    assert got.json["error"]["message"].startswith("127.0.0.1: A proxy in front"), "no port: clients need not know the inner network"
 
 
 def test_endless_texts_of_errors_cost_nothing(akash, serve):
