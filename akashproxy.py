@@ -1010,7 +1010,7 @@ class Answer:
     reasoning: str = ""
     tools: List[ToolCall] = field(default_factory=list)
     images: List[Image] = field(default_factory=list)
-    finish: Optional[Finish] = None
+    finish: Finish = Finish("stop")
     raw: bytes = b""
 
 
@@ -7248,6 +7248,15 @@ class ModelName:
         return data.replace(self.answered, self.field) if self.answered else data
 
 
+class UnparsedBody(Decoder):
+    """Passes on a body of an unknown format as it arrives."""
+
+    started = True
+
+    def feed(self, data: bytes) -> List[Event]:
+        return [RawBytes(data)]
+
+
 class PassthroughDecoder(Decoder):
     """Passes on a stream in the client's own format, byte for byte, as RawBytes.
 
@@ -7255,8 +7264,7 @@ class PassthroughDecoder(Decoder):
     first content is held back, since until then another controller may still answer. Only complete
     lines are passed on, so that an error event can follow if the upstream breaks off. Every
     complete stream has the ``end`` of its path; if that is None, the end of the HTTP message
-    suffices. If not ``is_sse``, all bytes are passed on unparsed. ``model`` replaces the name of
-    the answer's model.
+    suffices. ``model`` replaces the name of the answer's model.
     """
 
     MAX_HELD = 16 << 20  # bytes
@@ -7266,24 +7274,21 @@ class PassthroughDecoder(Decoder):
     def __init__(
         self,
         upstream_name: str,
-        is_sse: bool = True,
         end: Optional[StreamEnd] = None,
         secrets: Iterable[str] = (),
         model: str = "",
     ) -> None:
-        self.upstream_name, self.is_sse = upstream_name, is_sse
-        self.end, self.secrets = end, secrets
+        self.upstream_name, self.end, self.secrets = upstream_name, end, secrets
         self.rename = ModelName(model)
         self.end_seen = end is None
         self.mid_stream = end.mid_stream if end and not model else ()
-        self.started = not is_sse
         self.buffer = bytearray()  # an incomplete line
         self.opening = bytearray()  # what precedes the first content
         self.first_usage: Dict[str, Any] = {}  # that of the opening; Anthropic's counts the prompt
         self.last_parts: Deque[bytes] = deque([b"\n\n"], self.LAST_PARTS)  # except mid-stream ones
 
     def feed(self, data: bytes) -> List[Event]:
-        if not self.is_sse or self.fast_path(data):
+        if self.fast_path(data):
             return [RawBytes(data)]
         if self.buffer or not data.endswith(b"\n"):
             data = take_complete_lines(self.buffer, data)
@@ -7368,9 +7373,7 @@ class PassthroughDecoder(Decoder):
         """Drop an incomplete line and end an incomplete event: an error may follow."""
         self.buffer.clear()
         between_events = b"".join(self.last_parts).endswith((b"\n\n", b"\n\r\n", b"\r\r"))
-        if self.is_sse and self.started and not between_events:
-            return [RawBytes(b"\n")]
-        return []
+        return [RawBytes(b"\n")] if self.started and not between_events else []
 
 
 DATA_LINE = re.compile(rb"(?:^|[\r\n]|^\xef\xbb\xbf)data:([^\r\n]*)(?=[\r\n])")
@@ -7545,9 +7548,8 @@ class OpenAIController(Controller):
         if streamed:
             if media_type(content_type) != "text/event-stream":
                 call.attempt.content_type = "text/event-stream"
-            return PassthroughDecoder(
-                self.name, True, STREAM_ENDS.get(call.original.path), self.secrets, renamed
-            )
+            end = STREAM_ENDS.get(call.original.path)
+            return PassthroughDecoder(self.name, end, self.secrets, renamed)
         if media_type(content_type) == "text/html":
             raise APIError(502, f"{self.name} answered with a web page.", code="upstream_error")
         until_close, field = response.body.until_close, ANSWER_FIELDS.get(call.original.path, b"")
@@ -7556,7 +7558,7 @@ class OpenAIController(Controller):
                 call.attempt.content_type = "application/json"
             return BufferedBody(functools.partial(self._document, field, until_close, renamed))
         if until_close or not response.body.done:
-            return PassthroughDecoder(self.name, is_sse=False)
+            return UnparsedBody()
         return BufferedBody(lambda data: [RawBytes(data)])
 
     def _document(self, field: bytes, until_close: bool, model: str, data: bytes) -> List[Event]:
@@ -8775,13 +8777,6 @@ class Dialect:
             self.output_units += event_units(event)
         return event
 
-    def finish_of(self, answer: Answer) -> Finish:
-        """The end of a complete answer, with its usage."""
-        assert answer.finish is not None
-        finish = self.count(answer.finish)
-        assert isinstance(finish, Finish)
-        return finish
-
     def opening_frames(self) -> bytes:
         """Frames before the first event."""
         return b""
@@ -8821,7 +8816,7 @@ class Dialect:
         return b": ping\n\n" if style == "comment" else b""
 
     def response_body(self, answer: Answer) -> Dict[str, Any]:
-        """The body of a response that is not streamed."""
+        """The body of a response that is not streamed; its events have been counted."""
         raise NotImplementedError
 
     def local_response(self) -> Optional[Dict[str, Any]]:
@@ -8969,14 +8964,13 @@ class ChatCompletions(Dialect):
         return body
 
     def body(self, choice: Dict[str, Any], answer: Answer) -> Dict[str, Any]:
-        finish = self.finish_of(answer)
         return {
             "id": self.id,
             "object": self.OBJECT,
             "created": self.created,
             "model": self.model,
-            "choices": [{**choice, "finish_reason": finish.reason}],
-            "usage": finish.usage,
+            "choices": [{**choice, "finish_reason": answer.finish.reason}],
+            "usage": answer.finish.usage,
         }
 
 
@@ -9369,10 +9363,12 @@ class BlockDialect(Dialect):
 
     def flush_deferred(self) -> bytes:
         """Frames of the deferred events, block by block."""
-        deferred, self.deferred = self.deferred, []
-        order = {key: i for i, key in enumerate(dict.fromkeys(map(self.block_key, deferred)))}
-        deferred.sort(key=lambda event: order[self.block_key(event)])
-        return b"".join(self.encode_block(event, may_defer=False) for event in deferred)
+        blocks: Dict[Any, List[BlockEvent]] = {}
+        for event in self.deferred:
+            blocks.setdefault(self.block_key(event), []).append(event)
+        self.deferred = []
+        events = itertools.chain.from_iterable(blocks.values())
+        return b"".join(self.encode_block(event, may_defer=False) for event in events)
 
     def close(self) -> bytes:
         """Frames that close the open block, if there is one."""
@@ -9421,8 +9417,6 @@ class BlockDialect(Dialect):
 
 TOOL_NAME = re.compile("[A-Za-z0-9_-]{1,64}")  # OpenAI's rule
 NO_RESULT = "[The tool call was interrupted and has no result.]"
-
-
 REASONING_FIELDS = ("reasoning_content", "reasoning_details")  # of messages with tool calls
 
 
@@ -9532,9 +9526,10 @@ def file_note(block: Dict[str, Any]) -> str:
     if block.get("type") not in FILE_TYPES and not urls and not (data and about.strip()):
         return ""
     prefix, _, payload = data.rpartition(",")  # of a data URL
-    is_pdf = "pdf" in (about + prefix[:100]).lower() or block.get("type") == "document"
+    about = (about + prefix[:100]).strip() or str(block.get("type"))
+    kind = "PDF" if about == "document" or "pdf" in about.lower() else "file"
     size = f" of {len(payload) * 3 // 4 - payload[-2:].count('=')} bytes" if payload else ""
-    return f"[A {'PDF' if is_pdf else 'file'}{size}, which this model can't read.]"
+    return f"[A {kind}{size}, which this model can't read.]"
 
 
 def event_frame(name: str, fields: Dict[str, Any]) -> bytes:
@@ -9684,11 +9679,10 @@ class Messages(BlockDialect):
         return b"" if style == "off" else event_frame("ping", {})
 
     def response_body(self, answer: Answer) -> Dict[str, Any]:
-        finish = self.finish_of(answer)
         return {
             **self.message_object(list(map(self.content_block, self.answer_blocks(answer)))),
-            **self.stop_fields(finish),
-            "usage": self.usage_object(finish),
+            **self.stop_fields(answer.finish),
+            "usage": self.usage_object(answer.finish),
         }
 
     def message_object(self, content: List[Dict[str, Any]]) -> Dict[str, Any]:
@@ -10020,7 +10014,7 @@ class Responses(BlockDialect):
             self.output_item(event, self.ITEM_WIRE[type(event)][0] + new_id())
             for event in self.answer_blocks(answer)
         ]
-        return self.response_object(self.finish_of(answer))
+        return self.response_object(answer.finish)
 
     def response_object(self, finish: Optional[Finish] = None) -> Dict[str, Any]:
         """The response's current state."""
@@ -10174,14 +10168,12 @@ def is_model_field(name: str) -> bool:
 
 def remove_model_params(query: str) -> str:
     """Remove the model from a query."""
+
     # Only the body's model was checked, but LiteLLM prefers the query's.
-    parts = re.split("[&;]", query)
-    remaining = [
-        part
-        for part in parts
-        if not is_model_field(urllib.parse.unquote_plus(part.partition("=")[0]))
-    ]
-    return query if len(remaining) == len(parts) else "&".join(remaining)
+    def remaining(param: "re.Match[str]") -> str:
+        return "" if is_model_field(urllib.parse.unquote_plus(param[1])) else param[0]
+
+    return re.sub("([^&;=]*)[^&;]*[&;]?", remaining, query).rstrip("&;")
 
 
 def has_escaped_letters(data: bytes) -> bool:
@@ -10276,14 +10268,12 @@ def urlencoded_fields(data: bytes) -> List[FormField]:
     """The fields of a form of the type application/x-www-form-urlencoded."""
     if data.count(b"&") + data.count(b";") >= MAX_FORM_PARTS:
         raise bad_request("The form has too many fields.")
-    fields, start = [], 0
+    fields = []
     try:
-        for part in re.split(b"[&;]", data):
-            raw_name, _, raw_value = part.partition(b"=")
-            name, end = percent_decoded(raw_name), start + len(part)
-            value = percent_decoded(raw_value) if is_model_field(name) else ""
-            fields.append(FormField(name, value, end - len(raw_value), end))
-            start = end + 1
+        for match in re.finditer(b"(?:^|[&;])([^&;=]*)=?([^&;]*)", data):
+            name = percent_decoded(match[1])
+            value = percent_decoded(match[2]) if is_model_field(name) else ""
+            fields.append(FormField(name, value, *match.span(2)))
     except ValueError:
         raise bad_request("The form is malformed.") from None
     return fields

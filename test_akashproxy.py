@@ -5390,7 +5390,7 @@ def test_odd_values_are_answered_or_named_never_a_bug():
                     spoken = dialect({**body, name: odd})
                     error = controller.check_support(spoken.call)
                     if error is None and controller is controllers[1]:
-                        spoken.opening_frames() + spoken.encode(list(controller.events(spoken.call))) + akashproxy.to_json(spoken.response_body(fold([Text("x"), Finish("stop")])))
+                        spoken.opening_frames() + spoken.encode(list(controller.events(spoken.call))) + akashproxy.to_json(spoken.response_body(fold(map(spoken.count, [Text("x"), Finish("stop")]))))
                 except APIError as refused:
                     error = refused
                 seen[error and error.status] += 1
@@ -7186,7 +7186,7 @@ def test_the_first_of_several_ends_of_a_relay():
         (begin + b"data:" + b" " * 99 + b"[DONE]\n\ndata: [DONE]\n\n", begin + b"data:" + b" " * 99 + b"[DONE]\n\n"),
         (begin * 2, begin * 2),
     ):
-        decoder = akashproxy.PassthroughDecoder("up", True, akashproxy.STREAM_ENDS["/v1/chat/completions"])
+        decoder = akashproxy.PassthroughDecoder("up", akashproxy.STREAM_ENDS["/v1/chat/completions"])
         assert b"".join(event.data for event in decoder.feed(data)) == passed_on and decoder.complete == (b"data: [DONE]" in data)
 
 
@@ -10985,7 +10985,7 @@ def said(dialect, body):
 
 CHAT_BODY = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 9}
 chunked_body = functools.partial(BodyDecoder, {"transfer-encoding": "chunked"})
-relay_decoder = functools.partial(akashproxy.PassthroughDecoder, "b", True, akashproxy.CHAT_END)
+relay_decoder = functools.partial(akashproxy.PassthroughDecoder, "b", akashproxy.CHAT_END)
 tool_filter = lambda: akashproxy.ToolCallFilter(prompted(stream=False))
 stops_filter = functools.partial(StopFilter, ["x" * 499 + "y", "ab" * 250 + "c", "x" * 20], None)
 
