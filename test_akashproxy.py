@@ -304,9 +304,14 @@ class FakeOpenAI(Fake):
             {"index": 0, "message": {"role": "assistant", "content": self.text}, "finish_reason": "stop"}]}).encode()
 
     def events(self):
-        for word in re.findall(r"\S+\s*", self.text):
-            yield self.event({"content": word})
-        yield self.event({}, "stop")
+        return self.words(self.text)
+
+    @classmethod
+    def words(cls, text):
+        """The events that say a text, a word each."""
+        for word in re.findall(r"\S+\s*", text):
+            yield cls.event({"content": word})
+        yield cls.event({}, "stop")
         yield b"data: [DONE]\n\n"
 
     @staticmethod
@@ -392,6 +397,9 @@ def pool():
         yield start
 
 
+ECHO = akashproxy.ControllerSettings(type="echo", speed=0.0)
+
+
 def known(server):
     """Wait until the model lists have been read."""
     ask(server, path="/v1/models")
@@ -441,7 +449,7 @@ def ask_again(link, method="GET", path="/health", body=None, headers=None):
 
 def receive(sock, until=None):
     """Read until some bytes have come, or until a condition holds of all that came; None: until the connection is closed."""
-    done, got = until if callable(until) else lambda got: until is not None and until in got, b""
+    done, got = until if callable(until) else lambda got: until is not None and until in got[-(2 << 20):], b""
     for part in iter(lambda: b"" if done(got) else sock.recv(1 << 20), b""):
         got += part
     assert until is None or done(got), got[-300:]
@@ -483,13 +491,32 @@ def unchunked(data):
     return BodyDecoder(CHUNKED).feed(data)
 
 
-def lazy_client(server):
-    """A client with a small buffer, so that it is soon full."""
+def lazy_client(server, data):
+    """A client that asks and does not read, with a small buffer, which is soon full."""
     sock = socket.socket()
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     sock.settimeout(20)
     sock.connect(("127.0.0.1", server.server_port))
+    sock.sendall(data)
     return sock
+
+
+def lazy_stream(server, *fields):
+    """One that has asked for a stream which does not fit into the buffers on the way, when they are full."""
+    sock = lazy_client(server, post("/v1/chat/completions", {**BOTH, "stream": True}, *fields))
+    wait_for(lambda: any(connection.output for connection in server.connections.copy()))
+    return sock
+
+
+def drain(sock):
+    """Read a stream to its end, as fast as it comes."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
+    return receive(sock, b"0\r\n\r\n")
+
+
+def settle(server):
+    """Wait until no client is connected and nothing is asked of the first upstream."""
+    wait_for(lambda: not server.connections and not server.pool.upstreams[0].in_flight)
 
 
 def user(content, **more):
@@ -555,13 +582,11 @@ def stalled(sock):
             pass
 
 
+@contextlib.contextmanager
 def crowd(server, count):
-    """Connections with a request each."""
-    socks = []
-    for _ in range(count):
-        socks.append(connect(server))
-        socks[-1].sendall(post("/v1/chat/completions", BOTH))
-    return socks
+    """Clients with a request each."""
+    with contextlib.ExitStack() as stack:
+        yield [stack.enter_context(connect(server, post("/v1/chat/completions", BOTH), 30)) for _ in range(count)]
 
 
 def refused(port):
@@ -615,6 +640,13 @@ def read_chunks(events):
     return text, thought, finish, error
 
 
+def text_of(got):
+    """The text of a chat, streamed or not; of one that broke off, what came before."""
+    if got.json:
+        return got.json["choices"][0]["message"]["content"]
+    return "".join(choice["delta"].get("content") or "" for event in sse(got.body) for choice in event.get("choices", []))
+
+
 def table(cases):
     """Parametrize by a table {a name: values}."""
     return pytest.mark.parametrize("case", list(cases.values()), ids=list(cases))
@@ -637,6 +669,10 @@ def pieces(data):
     for at in range(1, len(data)):
         yield [data[:at], data[at:]]
     yield [data[at:at + 1] for at in range(len(data))]
+
+
+def split(data, size):
+    return [data[at:at + size] for at in range(0, len(data), size)]
 
 
 # == errors and events ========================================================================
@@ -978,7 +1014,7 @@ def test_a_controller_may_go_through_the_events_of_another_one(pool, monkeypatch
     a, before = FakeOpenAI(text="one two"), akashproxy.CancelScope.active.copy()
     server = pool((a, {"type": "loud", "paths": ("/none",), "api_key": "k"}))
     for streamed in range(2):
-        assert (stream(server, BOTH)[0] if streamed else chat(server, BOTH).json["choices"][0]["message"]["content"]) == "ONE TWO"
+        assert (stream(server, BOTH)[0] if streamed else text_of(chat(server, BOTH))) == "ONE TWO"
     a.faults += [a.refuse(), a.early(), a.status(500)]      # the first is a kept connection's end, and asked again
     assert [chat(server, BOTH).status for _ in range(2)] == [502, 502] and not a.faults
     wait_for(lambda: not akashproxy.CancelScope.active - before)
@@ -1070,6 +1106,7 @@ SAID = reply(body=b"ID3", kind="audio/mpeg")
     "204 ends with its head": (b"HTTP/1.1 204 No Content\r\n\r\n", 204, 1),
     "204 has no body, whatever it says": (b"HTTP/1.1 204 No Content\r\nContent-Length: 5\r\n\r\n", 204, 1),
     "an answer to nobody behind it": (SAID + reply(body=b"evil", kind="audio/mpeg"), 200, 2),
+    "an answer to nobody behind 204": (b"HTTP/1.1 204 No Content\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil", 204, 2),
     "it closes": (SAID.replace(b"keep-alive", b"close"), 200, 2),
     "HTTP/1.0": (b"HTTP/1.0 200 OK\r\nContent-Length: 3\r\n\r\nID3", 200, 2),
     "HTTP/1.2": (SAID.replace(b"1.1", b"1.2"), 502, 2),
@@ -1702,7 +1739,7 @@ def test_a_picture_through_chat_as_the_original_gave_it(akash, serve):
     assert got.json["data"] == {"model": "AkashGen", "jobId": JOB, "prompt": "A red fox in the snow",
                                 "pic": f"{akash.url}/api/image/job_51083a4c_00001_.png"}
     assert got.json["object"] == "chat.completion" and got.json["usage"]["estimated"] is True
-    assert got.json["choices"][0]["message"]["content"] == (
+    assert text_of(got) == (
         f"![A red fox in the snow]({server.url}/images/job_51083a4c_00001_.png)")
 
 
@@ -1757,7 +1794,7 @@ def test_pictures_that_fail(case, akash, serve):
     states, status, words = case
     akash.chat = PICTURE_LINE
     akash.states.extend(states)
-    server = serve(image_timeout=0.1)
+    server = serve(image_timeout=0.1 if status == 504 else 20)
     for ask_it in (lambda: chat(server, GEN), lambda: ask(server, "POST", "/v1/images/generations", {"prompt": "x"})):
         if not akash.states:
             akash.states.extend(states)
@@ -1781,7 +1818,7 @@ def test_hiccups_while_a_picture_is_made_are_forgiven(case, akash, serve):
 def test_text_instead_of_a_picture(akash, serve):
     akash.chat = b'0:"<think>\\nhm\\n</think>\\n\\n"\n0:"Which fox?"\n' + STOP
     server = serve()
-    assert chat(server, GEN).json["choices"][0]["message"]["content"] == "Which fox?"
+    assert text_of(chat(server, GEN)) == "Which fox?"
     got = ask(server, "POST", "/v1/images/generations", {"prompt": "x"})
     assert got.status == 400 and "Which fox?" in got.json["error"]["message"]
 
@@ -2118,15 +2155,6 @@ def test_legacy_completions(akash, serve):
         assert ask(server, "POST", "/v1/completions", {**body, **field}).json["error"]["param"] == list(field)[0]
 
 
-@pytest.mark.parametrize("path", ["/v1/completions", "/v1/images/generations"])
-def test_streams_of_other_endpoints_are_relayed(path, fake, pool):
-    expected = [b'data: {"choices":[{"text":"Once upon","index":0,"finish_reason":null}]}\n\n',
-            b'data: {"choices":[{"text":"","index":0,"finish_reason":"stop"}]}\n\n', b"data: [DONE]\n\n"]
-    fake.sends(fake.head() + chunks(*expected))
-    got = ask(pool(fake), "POST", path, {"model": "both", "prompt": "Once", "echo": True, "stream": True})
-    assert got.status == 200 and got.body == b"".join(expected)
-
-
 # == server ===================================================================================
 
 
@@ -2297,15 +2325,6 @@ def test_a_client_that_leaves_ends_the_upstream_request(akash, serve):
             wait_for(akash.gone.is_set)
     wait_for(lambda: not server.connections)
     wait_for(lambda: not akashproxy.CancelScope.active - before)
-
-
-def test_a_client_that_leaves_a_picture_ends_the_polling(akash, serve):
-    akash.chat = PICTURE_LINE
-    akash.states.extend(QUEUE[:1] * 100000)
-    server = serve()
-    with connect(server, post("/v1/images/generations", {"prompt": "x"})):
-        wait_for(lambda: len(akash.requests) > 4)
-    wait_for(lambda: not server.connections)
 
 
 @pytest.mark.parametrize("said", [[Text("HI")], []])
@@ -2506,7 +2525,7 @@ def test_the_demo_goes_the_whole_way():
             complete = threads.submit(chat, server, asked)
             text, _, finish, _ = stream(server, asked)
             assert "What is Akash?" in text and finish == "stop"
-            assert "What is Akash?" in complete.result().json["choices"][0]["message"]["content"]
+            assert "What is Akash?" in text_of(complete.result())
         text, thought, _, _ = stream(server, {"model": "AkashGen", "messages": [user("It's a \"fox\"")]})
         assert "2 before it" in thought and "It's a \"fox\"" in text
         picture = ask(server, path="/images/" + re.search(r"/images/([^)]+)\)", text)[1])
@@ -2807,19 +2826,6 @@ def test_json_is_preferred_to_what_can_not_be_read(config, tmp_path, monkeypatch
     assert Settings.load({}).max_wait == 7
 
 
-@pytest.mark.parametrize("name, data, listens", [
-    ("chatgpt-apiserver.json", {}, ":8080"), ("chatgpt-apiserver.json", {"port": "1"}, ":1"), ("chatgpt-apiserver.json", {"server_address": ":2"}, ":2"),
-    ("other.json", {"controllers": [{"type": "echo", "config": {}}]}, ":8080"), ("other.json", {"controllers": [{"type": "echo"}]}, "localhost:16571"),
-    ("other.json", {"controllers": [{"type": "echo", "config_file": ""}]}, ":8080"), ("akashproxy.json", {}, "localhost:16571"),
-])
-def test_where_a_file_without_a_port_listens(name, data, listens, config):
-    assert load(config(data, name)).server_address == listens
-
-
-def test_an_empty_config_file_beside_config_is_none(config):
-    assert load(config({"controllers": [{"config_file": "", "config": {"api_key": "k"}}]})).pool()[0].api_key == "k"
-
-
 @pytest.mark.parametrize("base_url, sent", [
     (None, True), ("https://api.openai.com/v1", True), ("https://API.openai.com", True), ("https://eu.api.openai.com/v1", True), ("http://h:1", False),
     ("https://api.openai.com.evil.example/v1", False), ("https://evilapi.openai.com.example", False), ("https://openai.com", False),
@@ -2859,9 +2865,10 @@ def test_check_says_where_a_key_comes_from(config):
     assert re.findall(r"api_key=\*{8} \((.*)\)", displayed) == [path, "more.json", path, "OPENAI_API_KEY", "AKASH_ACCESS_TOKEN"]
 
 
-def test_no_key_can_be_said(config):
-    path = config({"controllers": [{"base_url": "http://h:1", "api_key": ""}, {"base_url": "http://h:2", "config": None}]})
-    assert [c.api_key for c in load(path).pool()] == ["", ""]
+def test_no_key_can_be_said_and_an_empty_config_file_is_none(config):
+    path = config({"controllers": [{"base_url": "http://h:1", "api_key": ""}, {"base_url": "http://h:2", "config": None},
+                                   {"config_file": "", "config": {"api_key": "k"}}]})
+    assert [c.api_key for c in load(path).pool()] == ["", "", "k"]
 
 
 def test_a_bad_key_of_the_environment_is_one_mistake_of_several(config):
@@ -2936,13 +2943,10 @@ def test_broken_files_and_the_exit_status(config, text, words, capsys):
     assert words in printed and "Traceback" not in printed
 
 
-def test_a_broken_file_ends_the_process(config):
-    done = run("--config_file", config("[]"), "--check")
-    assert done.returncode == 2 and "must be a JSON object" in done.stderr and "Traceback" not in done.stderr
-
-
-def test_a_file_that_is_not_there(config):
-    assert run("--config_file", config("{}") + "x").returncode == 2
+def test_a_broken_or_missing_file_ends_the_process(config):
+    for path, words in ((config("[]", "broken.json"), "must be a JSON object"), (config("{}") + "x", "No such file")):
+        done = run("--config_file", path, "--check")
+        assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
 
 
 def test_check_shows_the_file_and_the_controllers(config):
@@ -2959,19 +2963,38 @@ def test_check_shows_the_file_and_the_controllers(config):
 def test_a_chat_is_relayed_as_it_is(fake, pool):
     server = pool((fake, {"api_key": "upstream-key", "headers": {"X-Org": "o"}}))
     body = b'{"model": "both", "messages": [{"role":"user","content":"hi"}], "logprobs": true, "big": 12345678901234567890.10, "n": 2}'
-    got = chat(server, None, {"Authorization": "Bearer client-key", "Content-Type": "application/json"}) and ask(
-        server, "POST", "/v1/chat/completions", body, {"Authorization": "Bearer client-key", "Content-Type": "application/json"})
+    got = ask(server, "POST", "/v1/chat/completions", body, {"Authorization": "Bearer client-key", "Content-Type": "application/json"})
     assert got.body == fake.completion() and got.headers["content-type"] == "application/json"
     request = fake.requests[-1]
     assert request.body == body and request.headers["authorization"] == "Bearer upstream-key" and request.headers["x-org"] == "o"
     assert got.headers["x-akashproxy-route"] == "a=200" and not any("client-key" in str(request) for request in fake.requests)
 
 
-def test_a_stream_is_relayed_byte_for_byte(fake, pool):
-    expected = b": hello\r\n\r\n" + b"".join(fake.events()).replace(b"\n", b"\r\n").replace(b'"created": 1', b'"odd":{}')
-    fake.sends(FakeOpenAI.head() + b"".join(chunk(expected[at:at + 7]) for at in range(0, len(expected), 7)) + b"0\r\n\r\n")
-    got = chat(pool(fake), BOTH, stream=True)
-    assert got.body == expected and got.headers["content-type"] == "text/event-stream"
+EVENTS, SPEECH = "text/event-stream", "/v1/audio/speech"
+SAID_EVENTS = b"".join(FakeOpenAI.words("Hi there."))
+OTHER_EVENTS = (b'data: {"choices":[{"text":"Once upon","index":0,"finish_reason":null}]}\n\n'
+                b'data: {"choices":[{"text":"","index":0,"finish_reason":"stop"}]}\n\ndata: [DONE]\n\n')
+
+
+@table({
+    # name: (path, the type and the bytes that an upstream sends, the type that the client gets)
+    "a stream": ("/v1/chat/completions", EVENTS, b": hello\r\n\r\n" + SAID_EVENTS.replace(b"\n", b"\r\n").replace(b'"created": 1', b'"odd":{}'), EVENTS),
+    **{f"blanks before its data, {mark}": ("/v1/chat/completions", EVENTS, SAID_EVENTS.replace(b"data: {", mark), EVENTS)
+       for mark in (b"data:   {", b"data:{", b"data:\t{")},
+    "a stream of legacy completions": ("/v1/completions", EVENTS, OTHER_EVENTS, EVENTS),
+    "a stream of images": ("/v1/images/generations", EVENTS, OTHER_EVENTS, EVENTS),
+    **{f"text that begins like an event, {text}": ("/v1/audio/transcriptions", "text/plain", text, "text/plain")
+       for text in (b"it is raining", b"data is here", b"event one", b": colon")},
+    **{f"words that could break a head, {said!r}": (SPEECH, "audio/mp3; a=" + said, b"ID3", "audio/mp3; a=" + told)
+       for said, told in (("\xe9\x85\tb", "???b"), ("\xe9", "?"), ("b\tb", "b?b"))},
+    "a secret in a type": (SPEECH, "audio/mpeg; x=upstream-key", b"ID3", "audio/mpeg; x=***"),
+})
+def test_what_is_relayed_is_relayed_byte_for_byte(case, fake, pool):
+    path, kind, data, told = case
+    fake.sends(reply(kind="TYPE").partition(b"Transfer-")[0].replace(b"TYPE", kind.encode("latin-1")) + b"Transfer-Encoding: chunked\r\n\r\n"
+               + chunks(*split(data, 7)))
+    got = ask(pool((fake, {"api_key": "upstream-key"})), "POST", path, {**BOTH, "prompt": "Once", "echo": True, "stream": kind == EVENTS})
+    assert (got.status, got.body, got.headers["content-type"]) == (200, data, told)
 
 
 def test_names_and_fields_that_change(fake, pool):
@@ -3181,20 +3204,6 @@ def test_a_200_that_is_no_answer_fails_over(case, path, sized, typed, fake, pool
     assert got.status == 200 and re.fullmatch(r"a=50\d, b=200", got.headers["x-akashproxy-route"]) and b"there." in got.body
 
 
-@pytest.mark.parametrize("text", [b"it is raining", b"data is here", b"event one", b": colon"])
-def test_plain_text_is_no_event_stream(text, fake, pool):
-    fake.sends(reply(body=text, kind="text/plain"), keep=True)
-    got = ask(pool(fake), "POST", "/v1/audio/transcriptions", {"model": "both"})
-    assert (got.body, got.headers["content-type"]) == (text, "text/plain")
-
-
-@pytest.mark.parametrize("mark", [b"data:   {", b"data:{", b"data:\t{"])
-def test_blanks_before_the_data_of_a_relayed_stream(mark, fake, pool):
-    stream = b"".join(fake.events()).replace(b"data: {", mark)
-    fake.sends(fake.head() + chunks(stream), keep=True)
-    assert chat(pool(fake), BOTH, stream=True).body == stream
-
-
 @pytest.mark.parametrize("call, error", [({"id": "a", "function": {"arguments": "{}"}}, True), ({"id": "a", "function": {"name": "", "arguments": ""}}, False), ({}, False)])
 def test_whole_calls_without_a_name(call, error, fake, pool):
     body = {"choices": [{"message": {"content": "x", "tool_calls": [call]}, "finish_reason": "tool_calls"}]}
@@ -3251,12 +3260,12 @@ def test_the_usage_of_relayed_answers_is_logged_and_counted(path, kind, body, fa
 
 @table({
     # name: (bytes, events, what the error says)
-    "plain": (b"".join(FakeOpenAI(text="Hi there.").events()), [T("Hi there."), Finish("stop")], None),
+    "plain": (b"".join(FakeOpenAI.words("Hi there.")), [T("Hi there."), Finish("stop")], None),
     "CR LF, comments and other fields": (b": ping\r\n\r\nevent: x\r\nid: 1\r\nretry: 9\r\ndata:{\"choices\":[{\"delta\":{\"content\":\"a\"}}]}\r\n\r\n"
                                          b"data: {\"choices\":[{\"delta\":{},\"finish_reason\":\"length\"}]}\r\n\r\ndata: [DONE]\r\n\r\n",
                                          [T("a"), Finish("length")], None),
     "several data lines": (b'data: {"choices":\ndata: [{"delta":{"content":"a"},"finish_reason":"stop"}]}\n\n', [T("a"), Finish("stop")], None),
-    "no [DONE]": (b"".join(FakeOpenAI(text="Hi").events())[:-len("data: [DONE]\n\n")], [T("Hi"), Finish("stop")], None),
+    "no [DONE]": (b"".join(FakeOpenAI.words("Hi"))[:-len("data: [DONE]\n\n")], [T("Hi"), Finish("stop")], None),
     "no last blank line": (FakeOpenAI.event({"content": "a"}, "stop")[:-1], [T("a"), Finish("stop")], None),
     "usage after the end": (FakeOpenAI.event({"content": "a"}, "stop") + b'data: {"choices":[],"usage":{"prompt_tokens":11,"completion_tokens":7}}\n\n'
                             b"data: [DONE]\n\n", [T("a"), Finish("stop", USAGE)], None),
@@ -3286,7 +3295,7 @@ def test_the_usage_of_relayed_answers_is_logged_and_counted(path, kind, body, fa
     "empty data": (b"data:\n\n" + FakeOpenAI.event({"content": "a"}) + b"data: \n\ndata: null\n\ndata: 7\n\n" + FakeOpenAI.event({}, "stop"), [T("a"), Finish("stop")], None),
     "empty data lines": (FakeOpenAI.event({"content": "a"}) + b"data:\ndata:\n\n" + FakeOpenAI.event({"content": "b"}, "stop"), [T("ab"), Finish("stop")], None),
     "a ping in words": (b"event: keepalive\ndata: still here\n\n" + FakeOpenAI.event({"content": "a"}, "stop"), [T("a"), Finish("stop")], None),
-    "no blank lines between": (b"".join(FakeOpenAI(text="Hi there.").events()).replace(b"\n\n", b"\n"), [T("Hi there."), Finish("stop")], None),
+    "no blank lines between": (b"".join(FakeOpenAI.words("Hi there.")).replace(b"\n\n", b"\n"), [T("Hi there."), Finish("stop")], None),
     "no line end at the end": (FakeOpenAI.event({"content": "a"}) + FakeOpenAI.event({"content": "b"}, "stop").rstrip(b"\n"), [T("ab"), Finish("stop")], None),
     "half an event at the end": (FakeOpenAI.event({"content": "a"}) + FakeOpenAI.event({"content": "b"}, "stop")[:40], [T("a")], "not JSON"),
     "an emoji in two events": (b'data: {"choices":[{"delta":{"content":"a\\ud83d"}}]}\n\ndata: {"choices":[{"delta":{"content":"\\ude00b"},"finish_reason":"stop"}]}\n\n',
@@ -3312,7 +3321,7 @@ def test_openai_streams_cut_at_every_byte(case):
 @pytest.mark.parametrize("streamed", [False, True])
 def test_translated_when_the_formats_differ(streamed, fake, pool):
     server = pool((fake, {"paths": ["/v1/embeddings"]}))
-    assert (stream(server, BOTH)[0] if streamed else chat(server, BOTH).json["choices"][0]["message"]["content"]) == "Hi there."
+    assert (stream(server, BOTH)[0] if streamed else text_of(chat(server, BOTH))) == "Hi there."
     legacy = ask(server, "POST", "/v1/completions", {"model": "both", "prompt": "x", "stream": streamed})
     text = ("".join(event["choices"][0]["text"] for event in sse(legacy.body)) if streamed else legacy.json["choices"][0]["text"])
     assert text == "Hi there." and fake.requests[-1].path == "/v1/chat/completions"
@@ -3321,19 +3330,23 @@ def test_translated_when_the_formats_differ(streamed, fake, pool):
 def test_an_upstream_that_streams_unasked_or_does_not(fake, pool):
     server = pool(fake)
     fake.sends(fake.head() + chunks(*fake.events()))
-    assert chat(server, BOTH).json["choices"][0]["message"]["content"] == "Hi there."
+    assert text_of(chat(server, BOTH)) == "Hi there."
     fake.sends(reply(body=fake.completion()))
     assert stream(server, BOTH)[0] == "Hi there."
 
 
-def test_echo(pool):
-    server = pool()
-    server.reload(Settings(server_address="127.0.0.1:0", controllers=(akashproxy.ControllerSettings(type="echo", speed=0.0),)))
+def test_echo(serve):
+    server = serve(controllers=(ECHO,))
     assert str(server.pool) == "echo (echo)"    # it has no address
     assert stream(server, {"model": "echo", "messages": [user("say this back")]})[0] == "say this back"
     got = chat(server, {"model": "any", "messages": [user([{"type": "text", "text": "and this"}])]})
-    assert got.json["choices"][0]["message"]["content"] == "and this" and got.json["usage"]["total_tokens"] == 4
-    assert ask(server, "POST", "/v1/images/generations", {"prompt": "x"}).status == 404
+    assert text_of(got) == "and this" and got.json["usage"]["total_tokens"] == 4
+    for count, status in ((1, 404), (20, 400)):
+        assert ask(server, "POST", "/v1/images/generations", {"prompt": "x", "n": count}).status == status
+    for prompt in ("a b  c \n", "   ", "x " * 30_000):
+        got = chat(server, {"model": "echo", "messages": [user(prompt)]}).json
+        assert got["choices"][0]["message"]["content"] == prompt, prompt[:9]
+        assert got["usage"]["completion_tokens"] <= 10_000, "it has few events"
 
 
 # == pool =====================================================================================
@@ -3386,26 +3399,42 @@ def stop_of(number, category=None, **more):
     return APIError(number, "x", category=category and Category(category), **more)
 
 
+NETWORK, AUTH, SERVER, LIMITED = stop_of(502, category="network"), stop_of(502, category="auth"), stop_of(502), stop_of(429)
+
+
+def far_apart(*errors, then):
+    """Steps of an error each, long after one another, the last of which cools down for some seconds."""
+    return [(200 * at, error, then if at == len(errors) - 1 else None) for at, error in enumerate(errors)]
+
+
 @table({
-    # name: (errors one after the other, seconds of rest after each)
-    "a limit rests for as long as it said": ([stop_of(429, retry_after=7200)], [7200]),
-    "the later deadline wins": ([stop_of(429, retry_after=90), stop_of(429, retry_after=5)], [90, 90]),
-    "a limit that says nothing grows": ([stop_of(429), stop_of(429), stop_of(429)], [1, 2, 4]),
-    "a dead key rests long": ([stop_of(502, category="auth")], [600]),
-    "a blip rests briefly and growing, to an end": ([stop_of(502, category="network")] * 9, [1, 2, 4, 8, 16, 32, 60, 60, 60]),
-    "a 5xx only if it goes on": ([stop_of(502)] * 5, [0, 0, 1, 2, 4]),
-    "a client's mistake never": ([stop_of(400)] * 5, [0] * 5),
-    "an unknown model never": ([stop_of(404)] * 5, [0] * 5),
-    "a success ends it": ([stop_of(502, category="network"), None, stop_of(502, category="network")], [1, 0, 1]),
+    # name: [(when a request ended, its error or None, for how long the controller then cools down or None, when it had begun if not then)]
+    "a limit for as long as it said": [(0, stop_of(429, retry_after=7200), 7200)],
+    "the later deadline wins": [(0, stop_of(429, retry_after=90), 90), (0, stop_of(429, retry_after=5), 90)],
+    "a limit that says nothing grows": [(0, LIMITED, seconds) for seconds in (1, 2, 4)],
+    "a dead key for long": [(0, AUTH, 600)],
+    "a blip briefly and growing, to an end": [(0, NETWORK, seconds) for seconds in (1, 2, 4, 8, 16, 32, 60, 60, 60)],
+    "a 5xx only if it goes on": [(0, SERVER, seconds) for seconds in (0, 0, 1, 2, 4)],
+    "a client's mistake never": [(0, stop_of(400), 0)] * 5, "an unknown model never": [(0, stop_of(404), 0)] * 5,
+    "a success ends it": [(0, NETWORK, 1), (0, None, 0), (0, NETWORK, 1)],
+    "a blip that hits many requests once": [(1, NETWORK, 1, 0)] * 10,
+    "a success that had begun before it does not end it": [(10, stop_of(429, retry_after=60), 60, 0), (11, None, 59, 5), (12, None, 0)],
+    # -- the back-off of each kind doubles on its own
+    "a limit after blips": far_apart(*[NETWORK] * 7, LIMITED, then=1), "a blip after limits": far_apart(*[LIMITED] * 7, NETWORK, then=1),
+    "a 5xx after blips": far_apart(*[NETWORK] * 7, SERVER, then=0), "a limit after clients' mistakes": far_apart(*[stop_of(400)] * 7, LIMITED, then=1),
+    "a limit after a success": far_apart(*[LIMITED] * 3, None, LIMITED, then=1), "a third limit": far_apart(*[LIMITED] * 3, then=4),
+    "a 5xx that says when": [(0, stop_of(503, retry_after=30), 30)], "our own lack": [(0, stop_of(503, category="local"), 0)],
+    # -- a key that serves is not dead by one refusal
+    "a key that served just now": [(0, None, 0), (1, AUTH, 0)], "one that served long ago": [(0, None, 0), (400, AUTH, 600)],
+    "one that is refused twice in a row": [(0, None, 0), (1, AUTH, 0), (2, AUTH, 600)],
+    "two refusals at once": [(0, None, 0), (1, AUTH, 0), (1, AUTH, 0, 0.5)],
+    "a success between two": [(0, None, 0), (1, AUTH, 0), (2, None, 0), (3, AUTH, 0)],
 })
-def test_rests(case):
-    errors, rests = case
+def test_cool_downs(case):
     member = members_of({"a": 1}).upstreams[0]
-    got = []
-    for error in errors:
-        member.record_result(error, 100.0, 100.0)
-        got.append(max(0, member.cooldown_until - 100))
-    assert got == rests
+    for at, error, seconds, *began in case:
+        member.record_result(error, 1000.0 + at, 1000.0 + (began or [at])[0])
+        assert seconds in (None, max(0, member.available_at("m") - 1000 - at)), at
 
 
 LIMIT = b"Retry-After: 7\r\n"
@@ -3454,7 +3483,7 @@ def test_failover_and_rest(case, streamed, pool):
     elif next_one:
         got = chat(server, BOTH, stream=streamed)
         text = "".join(event["choices"][0]["delta"].get("content", "") for event in sse(got.body)) if streamed else (
-            got.json["choices"][0]["message"]["content"])
+            text_of(got))
         asked = (1, 2) if case == FAILOVER["refused"] else (1,)
         assert text == "from b." and len(b.bodies()) == 1 and len(a.bodies()) in asked
         own = re.match(r"[45]\d\d|a redirect", next(name for name, entry in FAILOVER.items() if entry is case))
@@ -3542,20 +3571,19 @@ def test_tiers(pool):
 
 
 def test_requests_at_a_time(a, b, pool):
-    server = pool((a, {"max_concurrency": 1, "priority": 1}), (b, {"max_concurrency": 1, "priority": 2}), first_byte_timeout=20)
+    server = pool((a, {"max_concurrency": 1, "priority": 1}), (b, {"max_concurrency": 1, "priority": 2}))
+    request = post("/v1/chat/completions", BOTH)
     for fake in (a, b):
         fake.faults.append(fake.stall())
-    with contextlib.ExitStack() as stack:
-        socks = [stack.enter_context(connect(server)) for _ in range(2)]
-        for sock, fake in zip(socks, (a, b)):
-            sock.sendall(post("/v1/chat/completions", BOTH))
-            wait_for(lambda: fake.bodies())
-        got = chat(server, BOTH)
-        assert (got.status, got.headers["retry-after"]) == (429, "1")
-        server.pool.settings = dataclasses.replace(server.pool.settings, max_wait=20)
-        with concurrent.futures.ThreadPoolExecutor(1) as threads:
+    with connect(server, request):
+        wait_for(a.bodies)
+        with connect(server, request) as second, concurrent.futures.ThreadPoolExecutor(1) as threads:
+            wait_for(b.bodies)
+            got = chat(server, BOTH)
+            assert (got.status, got.headers["retry-after"]) == (429, "1")
+            server.pool.settings = dataclasses.replace(server.pool.settings, max_wait=20)
             answer = threads.submit(chat, server, BOTH)
-            socks[1].close()
+            second.close()
             assert answer.result().headers["x-akashproxy-route"] == "b=200"
 
 
@@ -3610,35 +3638,13 @@ def test_who_alone_can_do_it_rests_only_where_it_was_told_to(pool):
 def test_akash_beside_a_key(pool):
     a, b = FakeAkash(), FakeOpenAI(["gpt-x"])
     server = known(pool((a, {"priority": 1}), (b, {"priority": 2, "model_map": {CHAT["model"]: "gpt-x"}})))
-    assert chat(server).json["choices"][0]["message"]["content"] == "Hello from the mock."
+    assert text_of(chat(server)) == "Hello from the mock."
     a.sends(reply(429, RATE, extra=b"x-tokenlimit-reset: %d\r\n" % RESET), keep=True)
     got = chat(server)
-    assert got.json["choices"][0]["message"]["content"] == "Hi there." and got.headers["x-akashproxy-route"] == "a=429, b=200"
+    assert text_of(got) == "Hi there." and got.headers["x-akashproxy-route"] == "a=429, b=200"
     assert ask(server, path="/status").json["controllers"][0]["rests_for_seconds"] > 6900
     assert ask(server, path="/images/" + a.name).body == PNG
     assert {"Qwen/Qwen3", "gpt-x"} < {model["id"] for model in ask(server, path="/v1/models").json["data"]}
-
-
-@table({
-    "seconds": ({"retry-after": "17"}, {}, 17), "milliseconds": ({"retry-after-ms": "2500", "retry-after": "3"}, {}, 2.5),
-    "a date": ({"retry-after": "Sun, 09 Sep 2001 01:48:20 GMT"}, {}, 100), "nonsense": ({"retry-after": "soon"}, {}, None),
-    "Akash's": ({"x-tokenlimit-reset": "1000000900"}, {}, 900.0), "in milliseconds": ({"x-ratelimit-reset": "1000000030000"}, {}, 30.0),
-    "Retry-After with a moment": ({"retry-after": "1000000007"}, {}, 7.0), "a century": ({"retry-after": "3000000000"}, {}, 172800.0),
-    "resetTime": ({}, {"resetTime": "2001-09-09T01:48:20.500Z"}, 100.5),
-    "OpenAI's, the one that is used up": ({"x-ratelimit-reset-requests": "6m0s", "x-ratelimit-remaining-requests": "5",
-                                           "x-ratelimit-reset-tokens": "1m30.5s", "x-ratelimit-remaining-tokens": "0"}, {}, 90.5),
-    "hours": ({"x-ratelimit-reset": "6h"}, {}, 21600), "short ones": ({"x-ratelimit-reset-tokens": "120ms"}, {}, 1.0), "none": ({}, {}, None),
-})
-def test_when_a_limit_ends(case):
-    headers, body, seconds = case
-    assert akashproxy.retry_after_seconds(headers, body, lambda: 1e9) == seconds
-
-
-def test_a_blip_that_hits_many_requests_counts_once():
-    member = members_of({"a": 1}).upstreams[0]
-    for _ in range(10):
-        member.record_result(stop_of(502, category="network"), 100.0, 99.0)      # all of them had begun before it
-    assert member.cooldown_until == 101.0 and member.failed == 10
 
 
 # What one client's request causes at an upstream stops no other request.
@@ -3666,9 +3672,6 @@ def outcome(pool, model="m", tried=(), errors=()):
     return member.name
 
 
-NETWORK, AUTH, SERVER, LIMIT_2 = (stop_of(502, category="network"), stop_of(502, category="auth"), stop_of(502), stop_of(429, retry_after=2))
-
-
 @table({
     # name: (errors before, is there a success after them, does the lone controller's limit of 2 s end in 2 s)
     "a refused key": ([AUTH], True), "a refused key, no success": ([AUTH], False), "a spent quota, twice": ([AUTH, AUTH], True),
@@ -3691,50 +3694,11 @@ def test_a_limit_ends_when_it_says_whatever_failed_before(case):
     assert outcome(pool) == "a"
 
 
-@table({
-    # name: (errors that came before, error, seconds that it then cools down)
-    "a limit after blips": ([NETWORK] * 7, stop_of(429), 1), "a blip after limits": ([stop_of(429)] * 7, NETWORK, 1),
-    "a 5xx after blips": ([NETWORK] * 7, SERVER, 0), "a limit after clients' mistakes": ([stop_of(400)] * 7, stop_of(429), 1),
-    "a limit after a success": ([stop_of(429)] * 3 + [None], stop_of(429), 1), "a third limit": ([stop_of(429)] * 2, stop_of(429), 4),
-    "a 5xx that says when": ([], stop_of(503, retry_after=30), 30), "our own lack": ([], stop_of(503, category="local"), 0),
-})
-def test_back_off_doubles_on_its_own_kind(case):
-    before, error, seconds = case
-    member, now = members_of({"a": 1}).upstreams[0], 100.0
-    for each in [*before, error]:
-        now += 200      # after all that came before
-        member.record_result(each, now, now)
-    assert max(0, member.cooldown_until - now) == seconds
-
-
 def test_every_category_has_a_policy_and_a_status_has_a_category():
     assert set(akashproxy.FAILURE_POLICY) == set(Category)
     assert APIError(429, "x").category is Category.RATE_LIMIT and APIError(500, "x").category is Category.SERVER
     with pytest.raises(ValueError):
         APIError(502, "x", category="unknown")
-
-
-def test_a_success_says_nothing_of_what_failed_after_it_began():
-    member = members_of({"a": 1}).upstreams[0]
-    member.record_result(stop_of(429, retry_after=60), 100.0, 90.0)
-    member.record_result(None, 101.0, 95.0)      # a stream that had begun before the limit
-    assert member.cooldown_until == 160.0
-    member.record_result(None, 102.0, 101.0)
-    assert member.cooldown_until == 0.0
-
-
-@table({
-    # name: (what happened, and when; is the key left out)
-    "a new key": ([(0, AUTH)], True), "it served just now": ([(0, None), (1, AUTH)], False),
-    "it served long ago": ([(0, None), (400, AUTH)], True), "twice in a row": ([(0, None), (1, AUTH), (2, AUTH)], True),
-    "two at once": ([(0, None), (1, AUTH), (1, AUTH, 0.5)], False), "a success between": ([(0, None), (1, AUTH), (2, None), (3, AUTH)], False),
-})
-def test_a_key_that_serves_is_not_dead_by_one_refusal(case):
-    happened, left_out = case
-    member = members_of({"a": 1}).upstreams[0]
-    for at, error, *started in happened:
-        member.record_result(error, 1000.0 + at, 1000.0 + (started[0] if started else at))
-    assert (member.available_at("m") > 1000.0 + at) == left_out
 
 
 @pytest.mark.parametrize("number", [401, 402, 403])
@@ -3915,16 +3879,6 @@ def test_a_key_uses_only_its_own_models_of_an_alias(a, b, pool):
     assert chat(server, BOTH, bearer("alice"), model="smart").status == 502 and not a.bodies()
     refused = chat(server, BOTH, bearer("bob"), model="smart")
     assert (refused.status, refused.json["error"]["code"]) == (404, "model_not_found") and "one" not in refused.json["error"]["message"].split("'")
-
-
-def test_lists_of_models_are_a_setting(config):
-    path = config({"model_aliases": {"a": ["b", "c"], "d": "e"}})
-    assert load(path).model_aliases == {"a": ["b", "c"], "d": "e"}
-    assert Settings.load({"MODEL_ALIASES": "a=b,a=c,d=e"}).model_aliases == {"a": ["b", "c"], "d": "e"}
-    assert "MODEL_ALIASES=a=b,a=c,d=e\n" in run("--config-file", path, "--check").stdout
-    for wrong in ([], [""], ["x", 1], 7, {"x": "y"}, None):
-        with pytest.raises(ConfigError, match="model_aliases: 'a' must be a model or a list of models"):
-            load(config({"model_aliases": {"a": wrong}}))
 
 
 def relayed_with(name, data, cut):
@@ -4240,30 +4194,22 @@ def test_a_cool_down_that_ends_wakes_whom_it_can():
 def test_a_crowd_at_a_full_controller_costs_in_proportion_and_no_threads(a, pool):
     server = pool((a, {"max_concurrency": 1}), max_wait=0.5, first_byte_timeout=60)
     a.faults.append(a.stall())
-    with contextlib.ExitStack() as stack:
-        first = crowd(server, 1)[0]
-        stack.callback(first.close)
+    with crowd(server, 1):
         wait_for(a.bodies)
         spent = {}
         for count in (100, 400):
             threads, began = threading.active_count(), time.process_time()
-            socks = crowd(server, count)
-            for sock in socks:
-                stack.callback(sock.close)
-            assert ask(server).status == 200 and threading.active_count() < threads + 10 + akashproxy.WorkerPool.MAX_IDLE
-            assert {sock.recv(65536)[:12] for sock in socks} == {b"HTTP/1.1 429"}
+            with crowd(server, count) as socks:
+                assert ask(server).status == 200 and threading.active_count() < threads + 10 + akashproxy.WorkerPool.MAX_IDLE
+                assert {sock.recv(65536)[:12] for sock in socks} == {b"HTTP/1.1 429"}
             spent[count] = time.process_time() - began
-        assert spent[400] < 10 * spent[100] + 0.2, spent
+    assert spent[400] < 10 * spent[100] + 0.2, spent
 
 
 def test_those_who_wait_are_served_in_turn_and_those_who_leave_are_skipped(a, pool):
-    go = threading.Event()
-    server = pool((a, {"max_concurrency": 1}), max_wait=30, first_byte_timeout=60)
+    server, go = pool((a, {"max_concurrency": 1}), max_wait=30, first_byte_timeout=60), threading.Event()
     a.faults.append(lambda sock, request: go.wait(30) and a.answer(sock, request))
-    with contextlib.ExitStack() as stack:
-        socks = crowd(server, 40)
-        for sock in socks:
-            stack.callback(sock.close)
+    with crowd(server, 40) as socks:
         wait_for(a.bodies)
         for sock in socks[20:]:
             sock.close()
@@ -4273,15 +4219,10 @@ def test_those_who_wait_are_served_in_turn_and_those_who_leave_are_skipped(a, po
     assert len(a.bodies()) == 20 and ask(server, path="/status").json["controllers"][0]["in_flight"] == 0
 
 
-def test_a_controller_of_ones_own_is_waited_for_without_a_thread(pool):
-    server = pool()
-    echo = akashproxy.ControllerSettings(type="echo", speed=4.0, max_concurrency=1)
-    server.reload(Settings(server_address="127.0.0.1:0", controllers=(echo,), max_wait=20))
+def test_a_controller_of_ones_own_is_waited_for_without_a_thread(serve):
+    server = serve(controllers=(akashproxy.ControllerSettings(type="echo", speed=4.0, max_concurrency=1),), max_wait=20)
     threads = threading.active_count()
-    with contextlib.ExitStack() as stack:
-        socks = crowd(server, 6)
-        for sock in socks:
-            stack.callback(sock.close)
+    with crowd(server, 6) as socks:
         wait_for(lambda: samples(server)["akashproxy_requests_in_flight",] == 6)
         wait_for(lambda: threading.active_count() - server.workers.idle <= threads + 2)
         assert {sock.recv(65536)[:12] for sock in socks} == {b"HTTP/1.1 200"}
@@ -4290,10 +4231,7 @@ def test_a_controller_of_ones_own_is_waited_for_without_a_thread(pool):
 def test_a_server_that_stops_lets_go_of_those_who_wait(a, pool):
     server = pool((a, {"max_concurrency": 1}), max_wait=60, first_byte_timeout=60)
     a.faults.append(a.stall())
-    with contextlib.ExitStack() as stack:
-        socks = crowd(server, 10)
-        for sock in socks:
-            stack.callback(sock.close)
+    with crowd(server, 10) as socks:
         wait_for(a.bodies)
         server.stop(0)
         assert all(sock.recv(65536)[:12] == b"HTTP/1.1 503" for sock in socks)
@@ -4325,7 +4263,7 @@ def test_the_next_one_is_waited_for_after_a_silent_one(a, b, pool, monkeypatch):
     assert chat(server, BOTH).status in (502, 503)      # b rests for a while
     server.pool.upstreams[0].cooldowns.clear()
     a.faults.append(a.stall())
-    assert chat(server, BOTH).json["choices"][0]["message"]["content"] == "from b."
+    assert text_of(chat(server, BOTH)) == "from b."
 
 
 def test_a_second_try_has_a_deadline_too(a, pool):
@@ -4365,32 +4303,11 @@ def test_a_client_that_is_slow_token_by_token_is_not_the_upstreams_silence(pool)
     a = FakeOpenAI(text=("word" * 7000 + " ") * 400)    # each fits a read, all of them not into the buffers on the way
     server = pool(a, idle_timeout=0.3)
     a.faults.append(lambda sock, request: Paced(sock, server).sendall(a.head() + chunks(*a.events())))
-    with lazy_client(server) as sock:
-        sock.sendall(post("/v1/chat/completions", {**BOTH, "stream": True}, "Connection: close"))
-        wait_for(lambda: any(connection.output for connection in server.connections.copy()))
+    with lazy_stream(server, "Connection: close") as sock:
         due = [handler.request.relay.scope.deadline for handler in server.connections.copy()]
-        got = b""
-        while part := sock.recv(1 << 20):
-            got += part
+        got = receive(sock)
     assert due == [math.inf]
     assert got.count(b"word" * 7000) == 400 and b"[DONE]" in got and b'"error"' not in got
-
-
-def test_a_slow_client_is_not_the_upstreams_silence(pool):
-    a = FakeOpenAI(text="word " * 60000)
-    a.sends(a.head() + chunks(*a.events()))
-    server = pool(a, idle_timeout=0.3)
-    with lazy_client(server) as sock:
-        sock.sendall(post("/v1/chat/completions", {**BOTH, "stream": True}))
-        got = sock.recv(1000)
-        wait_for(lambda: any(connection.output for connection in server.connections.copy()))
-        time.sleep(0.4)     # longer than the upstream may be silent
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
-        while not got.endswith(b"0\r\n\r\n"):
-            part = sock.recv(1 << 20)
-            assert part
-            got += part
-    assert got.count(b"word ") == 60000 and got.count(b"[DONE]") == 1 and b"error" not in got
 
 
 @pytest.mark.parametrize("number", [405, 501, 415, 406])
@@ -4438,7 +4355,7 @@ def test_an_error_with_status_200_is_one(a, b, pool):
     server = pool((a, {"weight": 1000, "api_key": "s3cret"}), b)
     a.sends(reply(200, b'{"error":{"message":"slow down s3cret","code":429}}'))
     got = chat(server, BOTH)
-    assert got.headers["x-akashproxy-route"] == "a=429, b=200" and got.json["choices"][0]["message"]["content"] == "from b."
+    assert got.headers["x-akashproxy-route"] == "a=429, b=200" and text_of(got) == "from b."
     state = ask(server, path="/status")
     assert "s3cret" not in state.body.decode() and state.json["controllers"][0]["last_error"] == "429 rate limit"
 
@@ -4679,8 +4596,7 @@ def test_a_refused_key_is_told_with_its_reason(pool):
         assert "429" not in got.json["error"]["message"]
 
 
-RESET_AT = 1e9 + 60
-WAITS = {
+@table({
     # name: (headers, body, message, seconds)
     "equal fields that were joined": ({"retry-after": "30, 30"}, {}, "", 30), "with its unit": ({"retry-after": "30s"}, {}, "", 30),
     "a fraction": ({"retry-after": "2.5"}, {}, "", 2.5), "an absurd date": ({"retry-after": "Mon, 01 Jan 2024 00:00:00 +99999999999999999999"}, {}, "", None),
@@ -4690,7 +4606,7 @@ WAITS = {
     "not used up": ({"ratelimit-reset": "60", "ratelimit-remaining": "3"}, {}, "", None), "X-Rate-Limit-Reset": ({"x-rate-limit-reset": "1000000060"}, {}, "", 60),
     "Anthropic's": ({"anthropic-ratelimit-tokens-reset": "2001-09-09T01:47:40Z", "anthropic-ratelimit-tokens-remaining": "0"}, {}, "", 60),
     "Google's": ({}, {"error": {"details": [{"a": 1}, {"retryDelay": "45.8379s"}]}}, "", 45.8379),
-    "OpenRouter's": ({}, {"error": {"metadata": {"headers": {"X-RateLimit-Reset": str(int(RESET_AT * 1000))}}}}, "", 60),
+    "OpenRouter's": ({}, {"error": {"metadata": {"headers": {"X-RateLimit-Reset": "1000000060000"}}}}, "", 60),
     "OpenRouter's other": ({}, {"error": {"metadata": {"retry_after_seconds": 7}}}, "", 7), "milliseconds": ({}, {"error": {"retry_after_ms": 7500}}, "", 7.5),
     "camel case": ({}, {"retryAfter": "20"}, "", 20), "Codex'": ({}, {"error": {"resets_in_seconds": 3600}}, "", 3600),
     "seconds in words": ({}, {}, "Please try again in 20s. Contact us", 20), "minutes and seconds": ({}, {}, "Please try again in 7m30.5s.", 450.5),
@@ -4700,10 +4616,15 @@ WAITS = {
     "later": ({}, {}, "Please try again later.", None), "in a model": ({}, {}, "try again in gpt-4o", None),
     "a header before a message": ({"retry-after": "5"}, {}, "try again in 20s", 5), "true is no number": ({}, {"retry_after": True}, "", None),
     "negative": ({"retry-after": "-5"}, {}, "", None), "infinite": ({"retry-after": "inf"}, {"retry_after": math.inf}, "", None), "not a number": ({}, {"retry_after": math.nan}, "", None),
-}
-
-
-@table(WAITS)
+    "seconds": ({"retry-after": "17"}, {}, "", 17), "milliseconds in a header": ({"retry-after-ms": "2500", "retry-after": "3"}, {}, "", 2.5),
+    "a date": ({"retry-after": "Sun, 09 Sep 2001 01:48:20 GMT"}, {}, "", 100), "nonsense": ({"retry-after": "soon"}, {}, "", None),
+    "Akash's": ({"x-tokenlimit-reset": "1000000900"}, {}, "", 900.0), "a moment in milliseconds": ({"x-ratelimit-reset": "1000000030000"}, {}, "", 30.0),
+    "Retry-After with a moment": ({"retry-after": "1000000007"}, {}, "", 7.0), "a century": ({"retry-after": "3000000000"}, {}, "", 172800.0),
+    "resetTime": ({}, {"resetTime": "2001-09-09T01:48:20.500Z"}, "", 100.5),
+    "OpenAI's, the one that is used up": ({"x-ratelimit-reset-requests": "6m0s", "x-ratelimit-remaining-requests": "5",
+                                           "x-ratelimit-reset-tokens": "1m30.5s", "x-ratelimit-remaining-tokens": "0"}, {}, "", 90.5),
+    "hours": ({"x-ratelimit-reset": "6h"}, {}, "", 21600), "short ones": ({"x-ratelimit-reset-tokens": "120ms"}, {}, "", 1.0), "none": ({}, {}, "", None),
+})
 def test_how_long_an_upstream_asks_to_wait(case):
     headers, body, message, seconds = case
     got = akashproxy.retry_after_seconds(headers, body, lambda: 1e9, message)
@@ -4897,12 +4818,6 @@ def test_an_error_in_the_middle_of_a_relayed_stream_shows_no_secret(pool):
     assert sent == b"".join((*events, error, events[1], error)).replace(KEY.encode(), b"***")
     expected = FakeOpenAI.event({"content": '***{"error"}*** sk-...abcd'}) + error.replace(KEY.encode(), b"x***y")
     assert b"".join(event.data for event in decoder.feed(expected)) == expected, "what is no secret is passed on as it is"
-
-
-def test_a_content_type_shows_no_secret(fake, pool):
-    fake.sends(reply(200, b"ID3", f"audio/mpeg; x={KEY}"))
-    got = ask(pool((fake, {"api_key": KEY})), "POST", "/v1/audio/speech", {"model": "both", "input": "hi"})
-    assert (got.status, got.headers["content-type"], got.body) == (200, "audio/mpeg; x=***", b"ID3")
 
 
 @pytest.mark.parametrize("model", ["invalid-key", "incorrect api key", "key expired", "billing quota"])
@@ -5187,11 +5102,16 @@ def test_other_names_of_models(asked, pool):
 
 
 def test_aliases_are_a_setting(config):
-    path = config({"model_aliases": {"a": "b"}})
-    assert load(path).model_aliases == {"a": "b"} and load(path, MODEL_ALIASES="c-*=d, e=f=g").model_aliases == {"c-*": "d", "e": "f=g"}
+    for aliases, text in (({"a": "b"}, "a=b"), ({"c-*": "d", "e": "f=g"}, "c-*=d, e=f=g"), ({"a": ["b", "c"], "d": "e"}, "a=b,a=c,d=e")):
+        path = config({"model_aliases": aliases})
+        assert load(path).model_aliases == Settings.load({"MODEL_ALIASES": text}).model_aliases == aliases
+    assert "MODEL_ALIASES=a=b,a=c,d=e\n" in run("--config-file", path, "--check").stdout
     assert "MODEL_ALIASES=c-*=d,e=f" in run("--check", MODEL_ALIASES="c-*=d,e=f").stdout
     with pytest.raises(ConfigError, match="MODEL_ALIASES: 'a' is not NAME=VALUE"):
         Settings.load({"MODEL_ALIASES": "a"})
+    for wrong in ([], [""], ["x", 1], 7, {"x": "y"}, None):
+        with pytest.raises(ConfigError, match="model_aliases: 'a' must be a model or a list of models"):
+            load(config({"model_aliases": {"a": wrong}}))
 
 
 def test_anthropics_own_format_is_relayed_to_who_speaks_it(a, b, pool):
@@ -6159,7 +6079,7 @@ def test_akash_drops_parameters_before_it_checks_them(akash, serve, fields, igno
     drop = ("tools", "tool_choice", "n", "stop", "max_tokens", "messages")
     server = serve(controllers=(akashproxy.ControllerSettings(type="akash", drop=drop),))
     got = chat(server, {**CHAT, **fields})
-    assert got.status == 200 and got.headers.get("x-akashproxy-ignored") == ignored and got.json["choices"][0]["message"]["content"] == "Hello from the mock."
+    assert got.status == 200 and got.headers.get("x-akashproxy-ignored") == ignored and text_of(got) == "Hello from the mock."
 
 
 @pytest.mark.parametrize("form, status", [({"type": "json_object"}, 200), ({"type": "text"}, 200), ({"type": "json_schema"}, 400), ("json", 400)])
@@ -6379,7 +6299,6 @@ class SocksServer(ForwardProxy):
 @pytest.mark.parametrize("scheme, user, kind", [("socks5h", "", 3), ("socks5", "", 1), ("socks5h", "us%3Aer:p%40w@", 3)])
 def test_a_socks_proxy_on_the_way(pool, tmp_path, scheme, user, kind):
     for fake, ca_file in ((FakeOpenAI(), ""), (TLSOpenAI(tmp_path), str(tmp_path / "ca.pem"))):
-        (tmp_path / "ca.pem").write_text(TLS_AUTHORITY)
         proxy = SocksServer(["us:er", "p@w"] if user else None)
         name = fake.url.replace("127.0.0.1", "localhost") if not ca_file else fake.url
         server = pool((fake, {"base_url": name + "/v1"}), ca_file=ca_file, proxy=f"{scheme}://{user}127.0.0.1:{proxy.port}")
@@ -6473,6 +6392,8 @@ class TLSOpenAI(FakeOpenAI):
     def __init__(self, folder):
         import ssl
         (folder / "server.pem").write_text(TLS_SERVER)
+        (folder / "ca.pem").write_text(TLS_AUTHORITY)
+        self.ca_file = str(folder / "ca.pem")
         self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self.context.load_cert_chain(folder / "server.pem")
         super().__init__()
@@ -6487,22 +6408,20 @@ def test_tls_is_verified_and_a_private_authority_can_be_named(pool, tmp_path):
     fake = TLSOpenAI(tmp_path)
     got = chat(pool(fake), BOTH)
     assert got.status == 502 and "could not be reached" in got.json["error"]["message"] and not fake.requests
-    (tmp_path / "ca.pem").write_text(TLS_AUTHORITY)
-    server = pool(fake, ca_file=str(tmp_path / "ca.pem"))
+    server = pool(fake, ca_file=fake.ca_file)
     assert chat(server, BOTH).status == 200 and chat(server, BOTH).status == 200
     assert "".join(event["choices"][0]["delta"].get("content", "") for event in sse(chat(server, BOTH, stream=True).body)) == "Hi there."
     fake.faults.append(fake.stall(1))
     with connect(server, post("/v1/chat/completions", {**BOTH, "stream": True})) as sock:
         sock.recv(100)
     wait_for(fake.gone.is_set)
-    wrong = pool((fake, {"base_url": fake.url.replace("127.0.0.1", "127.0.0.2") + "/v1"}), ca_file=str(tmp_path / "ca.pem"))
+    wrong = pool((fake, {"base_url": fake.url.replace("127.0.0.1", "127.0.0.2") + "/v1"}), ca_file=fake.ca_file)
     assert chat(wrong, BOTH).status == 502, "another host's certificate"
 
 
 def test_a_proxy_on_the_way_with_connect(pool, tmp_path):
     proxy, fake = ForwardProxy(), TLSOpenAI(tmp_path)
-    (tmp_path / "ca.pem").write_text(TLS_AUTHORITY)
-    server = pool((fake, {"proxy": f"http://u:p@127.0.0.1:{proxy.port}"}), ca_file=str(tmp_path / "ca.pem"))
+    server = pool((fake, {"proxy": f"http://u:p@127.0.0.1:{proxy.port}"}), ca_file=fake.ca_file)
     assert chat(server, BOTH).status == chat(server, BOTH).status == 200
     assert [(request.method, request.path) for request in proxy.requests] == [("CONNECT", f"127.0.0.1:{fake.port}")]
     assert proxy.requests[0].headers["proxy-authorization"].startswith("Basic ")
@@ -6917,13 +6836,6 @@ def test_a_refusal_reaches_a_client_that_goes_on_sending(serve):
         assert sock.recv(100).startswith(b"HTTP/1.1 413 ")
 
 
-@pytest.mark.parametrize("said, told", [(b"\xe9\x85\tb", "???b"), (b"\xe9", "?"), (b"b\tb", "b?b")])
-def test_an_upstreams_words_cannot_break_a_head(said, told, a, pool):
-    a.sends(reply(200, b"x", "audio/mp3; a=").replace(b"a=", b"a=" + said))
-    got = ask(pool(a), "POST", "/v1/audio/speech", {"model": "both"})
-    assert got.headers["content-type"] == "audio/mp3; a=" + told
-
-
 def test_500_slow_clients_change_nothing_for_the_next(akash, serve):
     server = serve(head_timeout=30)
     with contextlib.ExitStack() as stack:
@@ -6983,11 +6895,8 @@ def test_an_idle_connection_ends(serve):
 def test_a_client_that_does_not_read_is_dropped(pool):
     a = FakeOpenAI(text="word " * 60000)
     data = a.head() + chunks(*a.events())
-    a.sends(data)
-    server = pool(a, write_timeout=0.5)
-    with lazy_client(server) as sock:
-        sock.sendall(post("/v1/chat/completions", {**BOTH, "stream": True}))
-        wait_for(lambda: any(connection.output for connection in server.connections.copy()))
+    server = pool(a.sends(data), write_timeout=0.5)
+    with lazy_stream(server):
         pending = max(len(connection.output) for connection in server.connections.copy())
         assert pending < 200000 < len(data), "a bounded part of it waits here"
         assert ask(server).status == 200
@@ -7000,78 +6909,57 @@ def test_a_client_that_does_not_read_its_picture_is_dropped(akash, serve):
     server, honest = serve(write_timeout=0.5), akash.answer
     akash.answer = lambda sock, request: (
         sock.sendall(reply(body=b"x" * (8 << 20), kind="image/png")) if "/image/" in request.path else honest(sock, request)) or True
-    with lazy_client(server) as sock:
-        sock.sendall(b"GET /images/x.png HTTP/1.1\r\nHost: x\r\n\r\n")
+    with lazy_client(server, head_of("GET", "/images/x.png")):
         wait_for(lambda: any(connection.request for connection in server.connections.copy()))
         wait_for(lambda: not server.connections)
     wait_for(lambda: not akash.open)
 
 
-@pytest.mark.parametrize("field", ["Connection: keep-alive", "Connection: close"])
-def test_a_slow_client_gets_the_end_of_its_stream(field, pool):
-    a = FakeOpenAI(text="word " * 30000)
-    data = a.head() + chunks(*a.events())
-    a.sends(data)
-    server = pool(a)
-    with lazy_client(server) as sock:
-        sock.sendall(post("/v1/chat/completions", {**BOTH, "stream": True}, field))
-        wait_for(lambda: any(connection.output for connection in server.connections.copy()))
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
-        got = b""
-        while not got.endswith(b"0\r\n\r\n"):
-            part = sock.recv(1 << 20)
-            assert part, got[-200:]
-            got += part
-    assert got.count(b"word ") == 30000 and got.count(b"data: [DONE]") == 1
-    wait_for(lambda: not server.connections and server.pool.upstreams[0].in_flight == 0)
+@pytest.mark.parametrize("field, pause", [("Connection: keep-alive", 0), ("Connection: close", 0), ("Connection: close", 0.4)])
+def test_a_slow_client_gets_the_end_of_its_stream(field, pause, pool):
+    a = FakeOpenAI(text="word " * 60000)
+    server = pool(a.sends(a.head() + chunks(*a.events())), idle_timeout=0.3)
+    with lazy_stream(server, field) as sock:
+        time.sleep(pause)       # longer than the upstream may be silent
+        got = drain(sock)
+    assert got.count(b"word ") == 60000 and got.count(b"data: [DONE]") == 1 and b"error" not in got
+    settle(server)
 
 
 def test_an_end_that_waits_for_its_client_waits_no_longer_than_that(pool):
     a = FakeOpenAI(text="word " * 30000)
-    rest = chunks(*a.events())
-    a.sends(a.head() + rest)
-    server = pool(a, write_timeout=0.5)
-    with lazy_client(server) as sock:
-        sock.sendall(post("/v1/chat/completions", {**BOTH, "stream": True}))
-        wait_for(lambda: any(connection.output for connection in server.connections.copy()))
-    wait_for(lambda: not server.connections and server.pool.upstreams[0].in_flight == 0)
+    server = pool(a.sends(a.head() + chunks(*a.events())), write_timeout=0.5)
+    with lazy_stream(server):
+        pass
+    settle(server)
 
 
 def test_silence_after_a_pause_is_ended_too(pool):
     a = FakeOpenAI(text="word " * 30000)
-    most = b"".join(map(chunk, list(a.events())[:-2]))
-
-    def fault(sock, request):
-        sock.sendall(a.head() + most)
-        while sock.recv(65536):
-            pass
-
-    a.faults.append(fault)
-    server = pool(a, idle_timeout=0.5)
-    with lazy_client(server) as sock:
-        sock.sendall(post("/v1/chat/completions", {**BOTH, "stream": True}))
-        wait_for(lambda: any(connection.output for connection in server.connections.copy()))
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
-        got = b""
-        while not got.endswith(b"0\r\n\r\n"):
-            got += sock.recv(1 << 20)
-    assert b"sent nothing for 0.5 seconds" in got
+    a.faults.append(a.stall(-2))
+    with lazy_stream(pool(a, idle_timeout=0.5)) as sock:
+        assert b"sent nothing for 0.5 seconds" in drain(sock)
 
 
-def test_a_bug_within_a_stream_closes_both_ends(a, pool, caplog):
+@pytest.mark.parametrize("place", ["dialect", "relay"])
+def test_a_bug_within_a_stream_closes_both_ends(place, a, pool, caplog):
     a.faults.append(a.stall(1))
-    server = pool(a, idle_timeout=20)
-    with connect(server, post("/v1/chat/completions", {**BOTH, "stream": True})) as sock:
+    server = pool(a, keys=keys("alice"), idle_timeout=20)
+    with connect(server, post("/v1/chat/completions", {**BOTH, "stream": True}, "Authorization: Bearer alice-key")) as sock:
         wait_for(lambda: any(relay.exchange.committed for relay in relays(server)))
-        flow = relays(server)[0]
-        flow.dialect.encode, flow.fast_path = (lambda events: 1 / 0), ()
+        relay, = relays(server)
+        if place == "dialect":
+            relay.dialect.encode, relay.fast_path = (lambda events: 1 / 0), ()
+        else:
+            relay._step = lambda: 1 / 0
+        assert counts(server) == (1, 1, 0)
         for link in list(a.open):
             link.sendall(chunk(a.event({"content": "x"})))
-        while sock.recv(65536):
-            pass
-    wait_for(lambda: not server.connections and server.pool.upstreams[0].in_flight == 0)
+        receive(sock)
+    settle(server)
+    wait_for(lambda: counts(server) == (0, 1, 0))
     assert "ZeroDivisionError" in caplog.text and ask(server).status == 200
-    wait_for(lambda: samples(server).get(("akashproxy_requests_total", "/v1/chat/completions", "200", "a")) == 1)
+    wait_for(lambda: samples(server, bearer("alice")).get(("akashproxy_requests_total", "/v1/chat/completions", "200", "a")) == 1)
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/v1/responses"])
@@ -7079,13 +6967,7 @@ def test_an_endless_answer_is_not_kept(path, akash, serve, monkeypatch):
     """Nor a stream of the APIs whose last events need the whole text."""
     monkeypatch.setattr(akashproxy, "MAX_BUFFERED_BODY", 1 << 20)
     stream = path != "/v1/chat/completions"
-
-    def endless(sock, request):
-        sock.sendall(STREAM_HEAD)
-        while True:
-            sock.sendall(chunk(b'0:"' + b"x" * 60000 + b'"\n'))
-
-    akash.faults.append(endless)
+    akash.faults.append(akash.endless(STREAM_HEAD, chunk(b'0:"' + b"x" * 60000 + b'"\n')))
     got = ask(serve(), "POST", path, {**CHAT_BODY, "model": "m", "input": "hi", "max_tokens": 9 << 20, "stream": stream})
     assert got.status == (200 if stream else 502) and b"more than can be buffered" in got.body and len(got.body) < 9 << 20
 
@@ -7210,33 +7092,17 @@ def test_a_prompt_of_20_megabytes(akash, serve):
 
 @pytest.mark.parametrize("form, fill", [("comment", b": ping\n\n"), ("chunk", b'"delta":{"role":"assistant","content":""}'), ("off", None)])
 def test_pings_fill_silence(form, fill, akash, serve):
-    hold = threading.Event()
-
-    def slow(sock, request):
-        hold.wait(60)
-        sock.sendall(STREAM_HEAD + chunk(b'0:"one "\n'))
-        return akash.faults.popleft()(sock, request)
-
-    def slower(sock, request):
-        hold.clear()
-        hold.wait(60)
-        sock.sendall(chunks(b'0:"two"\n' + STOP))
-        return True
-
-    akash.faults.extend([slow, slower])
-    server = serve(heartbeat=0.05, pings=form)
-    with connect(server, post("/v1/chat/completions", {**CHAT, "stream": True})) as sock:
+    first, second = threading.Event(), threading.Event()
+    akash.faults.append(akash.steps(first, STREAM_HEAD + chunk(b'0:"one "\n'), second, chunks(b'0:"two"\n' + STOP)))
+    with connect(serve(heartbeat=0.05, pings=form), post("/v1/chat/completions", {**CHAT, "stream": True})) as sock:
         got = b""
-        for wanted in (b"", b'"one "'):
-            while fill and got[got.find(wanted):].count(fill) < 2:
-                got += sock.recv(65536)
-            if not fill:
+        for go in (first, second):
+            if fill:
+                got += receive(sock, lambda part: part.count(fill) >= 2)
+            else:
                 time.sleep(0.2)
-            hold.set()
-            while b'"one "' not in got:
-                got += sock.recv(65536)
-        while not got.endswith(b"0\r\n\r\n"):
-            got += sock.recv(65536)
+            go.set()
+            got += receive(sock, b'"one "' if go is first else b"0\r\n\r\n")
     body = unchunked(got.partition(b"\r\n\r\n")[2])
     assert fill is not None or b": keep" not in body
     events = [json.loads(event[6:]) for event in body.split(b"\n\n") if event.startswith(b"data: {")]
@@ -7244,11 +7110,7 @@ def test_pings_fill_silence(form, fill, akash, serve):
 
 
 def test_an_error_after_pings_is_told_in_the_stream(akash, serve):
-    def late(sock, request):
-        time.sleep(0.3)
-        sock.sendall(reply(500))
-
-    akash.faults.append(late)
+    akash.faults.append(akash.steps(0.3, reply(500)))
     got = chat(serve(heartbeat=0.1), stream=True)
     assert got.status == 200 and b": ping\n\n" in got.body and b'data: {"error":{' in got.body and got.body.endswith(b"data: [DONE]\n\n")
 
@@ -7260,17 +7122,13 @@ def test_failover_goes_on_behind_pings(a, b, pool):
 
 
 def test_pings_never_cut_an_event(a, pool):
-    events = list(a.events())
-
-    def halves(sock, request):
-        sock.sendall(a.head() + chunk(events[0]) + chunk(events[1][:20]))
-        time.sleep(0.4)
-        sock.sendall(chunks(events[1][20:] + b"".join(events[2:])))
-        return True
-
-    a.faults.append(halves)
-    body = chat(pool(a, heartbeat=0.1, idle_timeout=5), BOTH, stream=True).body
-    assert b": ping\n\n" in body and body.replace(b": ping\n\n", b"") == b"".join(events)
+    (first, second, *others), go = a.events(), threading.Event()
+    a.faults.append(a.steps(a.head() + chunk(first) + chunk(second[:20]), go, chunks(second[20:], *others)))
+    with connect(pool(a, heartbeat=0.1), post("/v1/chat/completions", {**BOTH, "stream": True})) as sock:
+        got = receive(sock, b": ping")
+        go.set()
+        body = unchunked((got + receive(sock, b"0\r\n\r\n")).partition(b"\r\n\r\n")[2])
+    assert body.replace(b": ping\n\n", b"") == b"".join(a.events())
 
 
 def call_piece(index, arguments, **fields):
@@ -7291,68 +7149,44 @@ def test_output_that_is_not_sent_is_silence(case, fake, pool):
     done = threading.Event()
 
     def withholding(sock, request):
-        sock.sendall(fake.head() + (chunk(first) if first else b""))
+        sock.sendall(fake.head() + chunk(first))
         while not done.wait(0.02):
             sock.sendall(chunk(repeated))
-        sock.sendall(chunks(FakeOpenAI.event({}, "stop") + b"data: [DONE]\n\n"))
+        sock.sendall(chunks(*FakeOpenAI.words("")))
         return True
 
     fake.faults.append(withholding)
     server = pool((fake, {"paths": ["/v1/chat/completions"]}), heartbeat=0.1, idle_timeout=9)
     body = {"messages": ASKED, "responses": WANTED, "completions": {"model": "both", "prompt": "hi"}}[path]
+    ping = b"event: ping\n" if path == "messages" else b": ping\n"
     with connect(server, post(f"/v1/{path}", {**body, "stream": True})) as sock:
-        got, ping = b"", b"event: ping\n" if path == "messages" else b": ping\n"
-        while got.count(ping) < 3:
-            got += sock.recv(65536)
+        receive(sock, lambda got: got.count(ping) >= 3)
         done.set()
-        while not got.endswith(b"0\r\n\r\n"):
-            got += sock.recv(65536)
+        receive(sock, b"0\r\n\r\n")
 
 
-WAITS = {
+@table({
     # name: (what an upstream sends before it waits, the ping)
     "an event": (FakeOpenAI.event({"content": "a"}), b": ping\n\n"),
     "an event with an ID": (b"id: 1\n" + FakeOpenAI.event({"content": "a"}), b": ping\n"),
     "an ID long ago": (b"id: 1\n" + FakeOpenAI.event({"content": "a"}) + FakeOpenAI.event({"content": "b"}), b": ping\n"),
     "a part of an event": (FakeOpenAI.event({"content": "a"}) + b"event: message\n", b": ping\n"),
-}
-
-
-@table(WAITS)
+})
 def test_a_ping_never_ends_an_event(case, fake, pool):
     frames, ping = case
-    done = threading.Event()
-
-    def waits(sock, request):
-        sock.sendall(fake.head() + chunk(frames))
-        done.wait(20)
-        sock.sendall(chunks(FakeOpenAI.event({}, "stop") + b"data: [DONE]\n\n"))
-        return True
-
-    fake.faults.append(waits)
-    with socket.create_connection(("127.0.0.1", pool(fake, heartbeat=0.1, idle_timeout=9).server_port), timeout=20) as sock:
-        sock.sendall(post("/v1/chat/completions", {**CHAT, "model": "both", "stream": True}))
-        got = b""
-        while got.count(b": ping") < 3:
-            got += sock.recv(65536)
+    done, end = threading.Event(), b"".join(FakeOpenAI.words(""))
+    fake.faults.append(fake.steps(fake.head() + chunk(frames), done, chunks(end)))
+    with connect(pool(fake, heartbeat=0.1, idle_timeout=9), post("/v1/chat/completions", {**CHAT, "model": "both", "stream": True})) as sock:
+        got = receive(sock, lambda got: got.count(b": ping") >= 3)
         done.set()
-        while not got.endswith(b"0\r\n\r\n"):
-            got += sock.recv(65536)
-    body = unchunked(got.partition(b"\r\n\r\n")[2])
-    assert frames + ping * 3 in body and body.replace(ping, b"") == frames + FakeOpenAI.event({}, "stop") + b"data: [DONE]\n\n"
+        body = unchunked((got + receive(sock, b"0\r\n\r\n")).partition(b"\r\n\r\n")[2])
+    assert frames + ping * 3 in body and body.replace(ping, b"") == frames + end
 
 
 def test_openais_client_reads_pings_behind_an_event_with_an_id(fake, pool):
     openai = pytest.importorskip("openai")
-    arrived = threading.Event()
-
-    def waits(sock, request):
-        sock.sendall(fake.head() + chunk(b"id: 1\n" + FakeOpenAI.event({"content": "a"})))
-        arrived.wait(0.8)
-        sock.sendall(chunks(b"id: 2\n" + FakeOpenAI.event({"content": "b"}, "stop") + b"data: [DONE]\n\n"))
-        return True
-
-    fake.faults.append(waits)
+    fake.faults.append(fake.steps(fake.head() + chunk(b"id: 1\n" + fake.event({"content": "a"})), 0.8,
+                                  chunks(b"id: 2\n" + fake.event({"content": "b"}, "stop") + b"data: [DONE]\n\n")))
     with openai.OpenAI(base_url=pool(fake, heartbeat=0.1).url + "/v1", api_key="none", max_retries=0) as client:
         texts = [piece.choices[0].delta.content for piece in client.chat.completions.create(**BOTH, stream=True)]
     assert "".join(text or "" for text in texts) == "ab"
@@ -7478,52 +7312,10 @@ def test_a_relayed_answer_without_usage_stays_as_it_is(fake, pool, caplog):
     assert "tokens_in" not in caplog.text and "estimated_in" not in caplog.text
 
 
-def test_tokens_that_are_known_are_logged(pool, caplog):
+def test_tokens_that_are_known_are_logged(serve, caplog):
     caplog.set_level("INFO")
-    server = pool()
-    server.reload(Settings(server_address="127.0.0.1:0", controllers=(akashproxy.ControllerSettings(type="echo", speed=0.0),)))
-    chat(server, {"model": "echo", "messages": [user("a b c")]})
+    chat(serve(controllers=(ECHO,)), {"model": "echo", "messages": [user("a b c")]})
     wait_for(lambda: "tokens_in=3 tokens_out=3" in caplog.text)
-
-
-@pytest.mark.parametrize("kind", ["akash", "openai"])
-@pytest.mark.parametrize("streamed", [False, True])
-@pytest.mark.parametrize("two", [False, True])
-def test_an_upstream_cut_at_any_byte_loses_and_doubles_nothing(kind, streamed, two, pool):
-    text = "one two three four."
-    words = re.findall(r"\S+\s*", text)
-    if kind == "akash":
-        first, model = FakeAkash(), CHAT["model"]
-        data = STREAM_HEAD + chunks(*[STEP, *[b"0:" + json.dumps(word).encode() + b"\n" for word in words], STOP])
-    else:
-        first, model = FakeOpenAI(text=text), "both"
-        data = (first.head() + chunks(*first.events()) if streamed else reply(body=first.completion(), chunked=False))
-    second = FakeOpenAI(text="from b.", models=[model])
-    server = pool((first, {"priority": 1}), *([(second, {"priority": 2})] if two else []))
-    body = {"model": model, "messages": [user("hi")]}
-    complete = 0
-    if kind == "akash":
-        first.chat = unchunked(data.partition(b"\r\n\r\n")[2])      # for a second try on a new connection
-    for cut_at in [*range(0, len(data), 7), len(data)]:
-        first.sends(data[:cut_at])
-        for member in server.pool.upstreams:
-            member.cooldowns.clear()
-        got = chat(server, body, stream=streamed)
-        if not streamed:
-            answer = got.json["choices"][0]["message"]["content"] if got.status == 200 else None
-            assert answer in ((text, "from b.") if two else (text, None)), cut_at
-            complete += answer == text
-        elif got.status == 200:
-            events = sse(got.body) if b"[DONE]" in got.body else []
-            joined = "".join(event["choices"][0]["delta"].get("content") or "" for event in events if event.get("choices"))
-            ended = any(event.get("choices") and event["choices"][0]["finish_reason"] for event in events)
-            failed = any("error" in event for event in events)
-            assert joined == text and ended or text.startswith(joined) and failed or two and joined == "from b.", (cut_at, got.body)
-            complete += joined == text and not failed
-        else:
-            assert got.status == 502 and not two, cut_at
-    assert complete >= 1
-    wait_for(lambda: all(member.in_flight == 0 for member in server.pool.upstreams))
 
 
 FAULTS = {"cut": lambda sock: None, "reset": reset, "silence": stalled, "nonsense": lambda sock: sock.sendall(b"\xff\0zz")}
@@ -7532,78 +7324,58 @@ FAULTS = {"cut": lambda sock: None, "reset": reset, "silence": stalled, "nonsens
 @pytest.mark.parametrize("kind", ["akash", "openai"])
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("streamed", [False, True])
-def test_every_fault_at_every_place(kind, fault, streamed, pool, monkeypatch):
+@pytest.mark.parametrize("two", [False, True])
+def test_no_fault_at_any_place_loses_or_doubles_a_word(kind, fault, streamed, two, pool, monkeypatch):
+    """A cut at each seventh byte; the others at the beginning, in the middle and at the end of the head and the body."""
     monkeypatch.setattr(akashproxy.EventStream, "DRAIN_TIMEOUT", 0.05)
     text = "one two three four."
-    words = re.findall(r"\S+\s*", text)
+    first, model = (FakeAkash(), CHAT["model"]) if kind == "akash" else (FakeOpenAI(text=text), "both")
     if kind == "akash":
-        first, model = FakeAkash(), CHAT["model"]
-        head, tail = STREAM_HEAD, chunks(*[*[b"0:" + json.dumps(word).encode() + b"\n" for word in words], STOP])
+        head, body = STREAM_HEAD, chunks(*[b"0:" + json.dumps(word).encode() + b"\n" for word in re.findall(r"\S+\s*", text)], STOP)
+    elif streamed:
+        head, body = first.head(), chunks(*first.events())
     else:
-        first, model = FakeOpenAI(text=text), "both"
-        head, tail = ((first.head(), chunks(*first.events())) if streamed
-                      else reply(body=first.completion(), chunked=False).split(b"\r\n\r\n"))
-        head, tail = (head, tail) if streamed else (head + b"\r\n\r\n", tail)
-    second = FakeOpenAI(text="from b.", models=[model])
+        head, blank, body = reply(body=first.completion(), chunked=False).partition(b"\r\n\r\n")
+        head += blank
+    data = head + body
+    places = [0, len(head) // 2, len(head), len(head) + len(body) // 2, len(data) - 7] if fault != "cut" else [*range(0, len(data), 7), len(data)]
     timeouts = dict.fromkeys(["idle_timeout", "first_byte_timeout"], 0.05 if fault == "silence" else 20)
-    servers = {False: pool((first, timeouts)), True: pool((first, {"priority": 1, **timeouts}), (second, {"priority": 2}))}
-    places = [0, len(head) // 2, len(head), len(head) + len(tail) // 2, len(head) + len(tail) - 7]
+    second = FakeOpenAI(text="from b.", models=[model])
+    server = pool((first, {"priority": 1, **timeouts}), *([(second, {"priority": 2})] if two else []))
+    complete = 0
 
     def trouble(sock, request):
-        sock.sendall((head + tail)[:location])
+        sock.sendall(data[:place])
         FAULTS[fault](sock)
 
-    for two, server in servers.items():
-        for location in places:
-            first.faults.clear()
-            first.faults.extend([trouble, trouble])     # a kept connection may be tried once more
-            for member in server.pool.upstreams:
-                member.cooldowns.clear()
-            got = chat(server, {"model": model, "messages": [user("hi")]}, stream=streamed)
-            if not streamed or got.status != 200:
-                content = got.json["choices"][0]["message"]["content"] if got.status == 200 else None
-                assert content in ((text, "from b.") if two else (text, None)) and got.status in (200, 502, 504), (two, location, got)
-                continue
-            body = got.body if kind == "akash" or b"[DONE]" in got.body else b""
-            events = sse(body)
-            content = "".join(event["choices"][0]["delta"].get("content") or "" for event in events if event.get("choices"))
-            failed = "error" in events[-1]
-            assert (content == text and not failed) or (text.startswith(content) and failed) or (two and content == "from b." and not failed), (two, location, content)
-        wait_for(lambda: all(member.in_flight == 0 for member in server.pool.upstreams))
+    for place in places:
+        first.faults = collections.deque([trouble, trouble])     # a kept connection may be tried once more
+        for member in server.pool.upstreams:
+            member.cooldowns.clear()
+        got = chat(server, {"model": model, "messages": [user("hi")]}, stream=streamed)
+        if got.status != 200:
+            assert got.status in (502, 504) and not two, place
+            continue
+        answer, failed = text_of(got), b'"error"' in got.body
+        assert failed or re.search(b'"finish_reason": ?"stop"', got.body), place
+        assert streamed and text.startswith(answer) if failed else answer == text or two and answer == "from b.", (place, got.body)
+        complete += answer == text and not failed
+    assert complete or fault != "cut"
+    wait_for(lambda: all(member.in_flight == 0 for member in server.pool.upstreams))
 
 
 def test_a_thousand_streams_at_once_lose_nothing(pool):
     a = FakeOpenAI(text="one two three four five.")
     gate = threading.Barrier(1001)
-
-    def together(sock, request):
-        gate.wait(60)
-        for event in a.events():
-            sock.sendall((a.head() if event is None else b"") + chunk(event))
-        sock.sendall(b"0\r\n\r\n")
-        return True
-
-    def begins(sock, request):
-        sock.sendall(a.head())
-        return together(sock, request)
-
-    a.faults.extend([begins] * 1000)
+    a.faults.extend([a.steps(a.head(), lambda: gate.wait(60), *map(chunk, a.events()), chunks())] * 1000)
     server = pool(a, first_byte_timeout=60, idle_timeout=60)
     request = post("/v1/chat/completions", {**BOTH, "stream": True}, "Connection: close")
     with contextlib.ExitStack() as stack:
-        socks = [stack.enter_context(connect(server)) for _ in range(1000)]
-        for sock in socks:
-            sock.sendall(request)
+        socks = [stack.enter_context(connect(server, request, 60)) for _ in range(1000)]
         gate.wait(60)
         complete = b"".join(a.events())
         for sock in socks:
-            got = b""
-            while True:
-                part = sock.recv(65536)
-                if not part:
-                    break
-                got += part
-            assert unchunked(got.partition(b"\r\n\r\n")[2]) == complete
+            assert unchunked(receive(sock).partition(b"\r\n\r\n")[2]) == complete
     wait_for(lambda: not server.connections)
 
 
@@ -7678,38 +7450,24 @@ def in_one_look(server, *happenings):
 
 
 def test_what_has_left_the_watchdog_is_not_read_by_it(a, pool, caplog):
-    a.faults.append(lambda sock, request: stalled(sock))
+    a.faults.append(a.stall())
     server = known(pool(a))
-    request = post("/v1/chat/completions", {**BOTH, "stream": True})
-    with connect(server, request) as sock:
+    with connect(server, post("/v1/chat/completions", {**BOTH, "stream": True})) as sock:
         wait_for(lambda: any(relays(server)))
-        in_one_look(server, lambda: [link.shutdown(socket.SHUT_RDWR) for link in list(a.open)],     # so a thread asks again
-                    lambda: sock.sendall(get()))
-        got = b""
-        while got.count(b"HTTP/1.1 200 ") < 2 or not got.endswith(b"}"):
-            part = sock.recv(65536)
-            assert part, got
-            got += part
+        in_one_look(server, a.hang_up, lambda: sock.sendall(get()))     # so a thread asks again
+        got = receive(sock, lambda got: got.count(b"HTTP/1.1 200 ") == 2 and got.endswith(b"}"))
     assert got.index(b"[DONE]") < got.index(b'"status":"ok"') and len(a.bodies()) == 2
     assert not caplog.records
 
 
 def test_nothing_is_asked_for_a_client_that_was_found_gone(a, pool, caplog):
     gate = threading.Event()
-
-    def fault(sock, request):
-        sock.sendall(a.head() + chunk(a.event({"content": "x"})))
-        gate.wait(10)
-        sock.sendall(chunk(a.event({"content": "y"})))
-        stalled(sock)
-
-    a.faults.append(fault)
+    a.faults.append(a.steps(a.begun(1), gate, chunk(a.event({"content": "y"})), 1.0))
     server = pool(a)
-    request = post("/v1/chat/completions", {**BOTH, "stream": True})
-    sock = connect(server, request * 2)
+    sock = connect(server, post("/v1/chat/completions", {**BOTH, "stream": True}) * 2)
     sock.recv(10)
     in_one_look(server, gate.set, lambda: reset(sock))
-    wait_for(lambda: not server.connections and server.pool.upstreams[0].in_flight == 0)
+    settle(server)
     assert ask(server).status == 200 and len(a.bodies()) == 1 and not caplog.records
 
 
@@ -7721,26 +7479,9 @@ def test_a_session_and_a_connection_may_end_together(akash, serve):
     assert chat(server).status == 200
 
 
-def test_bytes_beyond_an_answer_without_a_body(a, pool):
-    a.sends(b"HTTP/1.1 204 No Content\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil")
-    a.faults[0] = (lambda fault: lambda sock, request: fault(sock, request) or True)(a.faults[0])
-    server = pool(a)
-    got = ask(server, "POST", "/v1/rerank", {"model": "both"})
-    assert (got.status, got.body) == (204, b"")
-    assert chat(server, BOTH).body == a.completion() and a.connections == 2
-
-
 def test_an_answer_that_nobody_asked_for_goes_to_nobody(a, pool):
     notified = threading.Event()
-
-    def twice(sock, request):
-        sock.sendall(reply(body=a.completion(), chunked=False))
-        time.sleep(0.02)
-        sock.sendall(reply(body=b'{"evil":1}', chunked=False))
-        notified.set()
-        return True
-
-    a.faults.append(twice)
+    a.faults.append(a.steps(reply(body=a.completion(), chunked=False), 0.02, reply(body=b'{"evil":1}', chunked=False), notified.set))
     server = pool(a)
     assert chat(server, BOTH).status == 200
     notified.wait(10)
@@ -7765,41 +7506,17 @@ def test_no_ping_follows_the_end_of_a_response(akash, serve):
 
 def test_an_upstream_that_goes_on_after_the_end_is_left(a, pool, monkeypatch):
     monkeypatch.setattr(akashproxy.EventStream, "DRAIN_TIMEOUT", 0.2)
-    left = threading.Event()
-
-    def endless(sock, request):
-        sock.sendall(a.head() + b"".join(map(chunk, a.events())))
-        try:
-            while True:
-                time.sleep(0.02)
-                sock.sendall(chunk(b": more\n\n"))
-        except OSError:
-            left.set()
-
-    a.faults.append(endless)
+    a.faults.append(a.endless(a.begun(None), chunk(b": more\n\n"), 0.02))
     server = pool(a)
     with connect(server, post("/v1/chat/completions", {**BOTH, "stream": True})):
-        wait_for(left.is_set, 3)
+        wait_for(a.gone.is_set, 3)
     wait_for(lambda: server.pool.upstreams[0].in_flight == 0)
 
 
 def test_comments_without_an_end_are_not_kept(a, pool, monkeypatch):
     monkeypatch.setattr(akashproxy.PassthroughDecoder, "MAX_HELD", 1 << 18)
-
-    def endless(sock, request):
-        sock.sendall(a.head())
-        while True:
-            sock.sendall(chunk(b": waiting\n\n" * 1000))
-
-    a.faults.append(endless)
-    got = chat(pool(a), BOTH, stream=True)
-    assert got.status == 502
-
-
-def test_what_echo_cannot_draw_is_refused(pool):
-    server = pool()
-    server.reload(Settings(server_address="127.0.0.1:0", controllers=(akashproxy.ControllerSettings(type="echo"),)))
-    assert ask(server, "POST", "/v1/images/generations", {"prompt": "x", "n": 20}).status == 400
+    a.faults.append(a.endless(a.head(), chunk(b": waiting\n\n" * 1000)))
+    assert chat(pool(a), BOTH, stream=True).status == 502
 
 
 def test_no_more_threads_for_a_client_that_got_pings(a, pool, monkeypatch):
@@ -7814,7 +7531,7 @@ def test_no_more_threads_for_a_client_that_got_pings(a, pool, monkeypatch):
         for part in iter(lambda: sock.recv(65536), b""):
             got += part
     assert b": ping" in got and b"Too many clients" not in got
-    wait_for(lambda: not server.connections and not server.pool.upstreams[0].in_flight)
+    settle(server)
 
 
 def test_client_sockets_never_block(serve):
@@ -8390,17 +8107,6 @@ def test_a_response_repeats_no_large_field(streamed, fake, pool):
     assert len(json.dumps(fake.bodies()[-1])) > 600_000      # the upstream gets it all
 
 
-def test_an_echo_of_many_words_has_few_events():
-    server = Server(Settings(server_address="127.0.0.1:0", controllers=(akashproxy.ControllerSettings(type="echo", speed=0),))).start()
-    try:
-        for prompt in ("a b  c \n", "   ", "x " * 30_000):
-            got = chat(server, {"model": "echo", "messages": [user(prompt)]}).json
-            assert got["choices"][0]["message"]["content"] == prompt, prompt[:9]
-            assert got["usage"]["completion_tokens"] <= 10_000
-    finally:
-        server.stop(0)
-
-
 def prompt_of(content):
     return b'{"model":"both","stream":true,"max_tokens":9,"messages":[{"role":"user","content":%b}]}' % content
 
@@ -8814,17 +8520,10 @@ def test_the_idle_limit_rules_after_the_first_content(case, threaded, pool, monk
     assert b"sent nothing for 0.05 seconds" in silent_after(case, pool, threaded, monkeypatch, idle_timeout=0.05, first_byte_timeout=20)
 
 
-def test_comments_do_not_put_the_first_byte_limit_off(fake, b, pool):
-    def comments(sock, request):
-        sock.sendall(fake.head())
-        while not fake.gone.wait(0.05):
-            sock.sendall(chunk(b": processing\n\n"))
-
-    fake.faults.append(comments)
-    server = pool((fake, {"first_byte_timeout": 0.4}), (b, {"priority": 2}))
-    got = chat(server, BOTH, stream=True)
-    fake.gone.set()
-    assert got.headers["x-akashproxy-route"] == "a=504, b=200"
+def test_comments_do_not_put_the_first_byte_limit_off(a, b, pool):
+    a.faults.append(a.endless(a.head(), chunk(b": processing\n\n"), 0.05))
+    server = pool((a, {"first_byte_timeout": 0.4}), (b, {"priority": 2}))
+    assert chat(server, BOTH, stream=True).headers["x-akashproxy-route"] == "a=504, b=200"
 
 
 @pytest.mark.parametrize("head", [b"HTTP/1.0 200 OK\r\n", b"HTTP/1.1 200 OK\r\nConnection: close\r\n", b"HTTP/1.1 200 OK\r\n"])
@@ -8846,7 +8545,6 @@ def test_json_to_the_end_of_the_connection_is_looked_at(case, head, a, b, pool):
 @pytest.mark.parametrize("kind", ["application/octet-stream", "text/event-stream", "application/json"])
 def test_a_tls_upstream_that_is_cut_is_not_whole(kind, framed, clean, pool, tmp_path):
     fake, body = TLSOpenAI(tmp_path), {"text/event-stream": b'data: {"a":1}\n\n', "application/json": b'{"a":1}'}.get(kind, b"some bytes")
-    (tmp_path / "ca.pem").write_text(TLS_AUTHORITY)
     head = b"HTTP/1.1 200 OK\r\nContent-Type: %s\r\n" % kind.encode()
 
     def fault(sock, request):
@@ -8856,7 +8554,7 @@ def test_a_tls_upstream_that_is_cut_is_not_whole(kind, framed, clean, pool, tmp_
             sock.unwrap() if clean else socket.socket.shutdown(sock, socket.SHUT_WR)
 
     fake.faults.append(fault)
-    server = pool(fake, ca_file=str(tmp_path / "ca.pem"))
+    server = pool(fake, ca_file=fake.ca_file)
     request = post("/v1/other", {"model": "both", "stream": kind == "text/event-stream"}, "Connection: close")
     got = talk(server, request)
     complete = framed != "close" or clean
@@ -8928,7 +8626,7 @@ def test_a_rest_that_is_made_longer_is_one_rest():
     member = members_of({"a": 1}).upstreams[0]
     for now in (0.0, 0.5, 200.0):
         member.record_result(APIError(429, "x", retry_after=100), now, now)
-    assert member.cooldown_count == 2
+    assert member.cooldown_count == 2 and member.failed == 3
 
 
 @pytest.mark.parametrize("state, without, given", [("on", 401, 200), ("public", 200, 200), ("off", 401, 404)])
@@ -9358,14 +9056,12 @@ def test_a_call_is_in_flight_until_it_is_over(case, a, pool):
     assert chat(server, BOTH, bearer("alice")).status != 429
 
 
-def test_the_next_call_can_be_made_as_soon_as_the_last_one_is_answered(pool, monkeypatch):
+def test_the_next_call_can_be_made_as_soon_as_the_last_one_is_answered(serve, monkeypatch):
     """However long the loop takes for the end of a request: a client that has its answer is no longer in flight."""
     end_request = akashproxy.Connection.end_request
     monkeypatch.setattr(akashproxy.Connection, "end_request", lambda connection: (
         connection.flush(), threading.Timer(0.5, connection.loop.call_soon_threadsafe, [lambda: end_request(connection)]).start()))
-    echo = akashproxy.ControllerSettings(type="echo", speed=0.0)
-    server = pool()
-    server.reload(Settings(server_address="127.0.0.1:0", controllers=(echo,), keys=keys("alice", max_concurrency=1)))
+    server = serve(controllers=(ECHO,), keys=keys("alice", max_concurrency=1))
     for fields, status in (({}, 200), ({"stream": True}, 200), ({"messages": 7}, 400)):
         got = chat(server, {"model": "echo", "messages": [user("a b")], **fields}, bearer("alice"))
         assert got.status == status, got
@@ -9391,28 +9087,10 @@ def test_a_stop_and_a_bug_end_a_call_once(a, pool):
     assert key.in_flight == 0
 
 
-def test_a_bug_within_a_stream_leaves_nothing_in_flight(a, pool):
-    a.faults.append(a.stall(1))
-    server = pool(a, keys=keys("alice"))
-    with connect(server, post("/v1/chat/completions", {**BOTH, "stream": True}, "Authorization: Bearer alice-key")) as sock:
-        wait_for(lambda: any(relay.exchange.committed for relay in relays(server)))
-        flow = relays(server)[0]
-        flow._step = lambda: 1 / 0
-        assert counts(server) == (1, 1, 0)
-        for link in list(a.open):
-            link.sendall(chunk(a.event({"content": "x"})))
-        while sock.recv(65536):
-            pass
-    wait_for(lambda: counts(server) == (0, 1, 0))
-
-
 def test_a_slow_client_is_in_flight_until_its_answer_is_here(pool):
     a = FakeOpenAI(text="word " * 30000)
-    a.sends(a.head() + chunks(*a.events()))
-    server = pool(a, keys=keys("alice"), write_timeout=0.5)
-    with lazy_client(server) as sock:
-        sock.sendall(post("/v1/chat/completions", {**BOTH, "stream": True}, "Authorization: Bearer alice-key"))
-        wait_for(lambda: any(connection.output for connection in server.connections.copy()))
+    server = pool(a.sends(a.head() + chunks(*a.events())), keys=keys("alice"), write_timeout=0.5)
+    with lazy_stream(server, "Authorization: Bearer alice-key"):
         assert counts(server) == (1, 1, 0)
         wait_for(lambda: counts(server) == (0, 1, 0))       # it is dropped
     wait_for(lambda: not server.connections)
@@ -9636,7 +9314,9 @@ LOCAL_ORIGINS = ["http://localhost:3000", "https://localhost", "http://127.0.0.1
 FOREIGN_ORIGINS = ["https://b.example", "null", "http://localhost.b.example", "http://127.0.0.1.b.example", "http://b.example:16571",
                    "chrome-extension://abcdef", "vscode-webview://x", "app://obsidian.md", "file://", "ftp://localhost",
                    "http://localhost@b.example", "http://b.example/.localhost", "http://localhost:b.example", "http://192.168.1.2",
-                   "https://a.example.b.example", "http://a.example", "https://a.example, https://b.example", "http://evillocalhost"]
+                   "https://a.example.b.example", "http://a.example", "https://a.example, https://b.example", "http://evillocalhost",
+                   "http://", "http://127.1", "http://127.0.0.1:1:1", "http://[::2]", "http://::1", "http://0.0.0.0", "http://localhost.x",
+                   "http://x/.localhost", "http://x@localhost", "http://x#.localhost", "http://x\\.localhost", "http://localhost,x.localhost"]
 CALLS = {"chat": ("POST", "/v1/chat/completions", "application/json"), "simple": ("POST", "/v1/chat/completions", "text/plain"),
          "embeddings": ("POST", "/v1/embeddings", "text/plain"), "models": ("GET", "/v1/models", ""), "status": ("GET", "/status", ""),
          "metrics": ("GET", "/metrics", ""), "head": ("HEAD", "/v1/models", ""), "preflight": ("OPTIONS", "/v1/chat/completions", ""),
@@ -9685,7 +9365,8 @@ HOSTS = {   # a Host: is it served by a server on a loopback address that needs 
     "b.example": False, "b.example:16571": False, "localhost.b.example": False, "127.0.0.1.b.example": False, "rebind.localhost.b.example": False,
     "192.168.1.2": False, "192.168.1.2:16571": False, "0.0.0.0": False, "[::2]:1": False, "[fe80::1]": False, "xlocalhost.": False,
     "localhost.b.example:localhost": False, "b.example:127.0.0.1": False, "a.chat.example": False, "chat.example.b.example": False,
-    "127.0.0.256": False, "b.example.": False,
+    "127.0.0.256": False, "b.example.": False, "LocalHost.": True, "a.b.localhost:80": True, "127.255.0.9:1": True, "xlocalhost": True, "x": True,
+    "CHAT.example:9": True, "x.y": False, "x.": False, "127.1": False, "127.0.0.1.x": False, "localhost.x": False, "10.0.0.1": False,
 }
 
 
@@ -9891,36 +9572,6 @@ def test_names_that_mean_the_model():
         assert akashproxy.is_model_field(name), name
     for name in ("models", "model_id", "", "modell", "amodel", "[model]", "response_model"):
         assert not akashproxy.is_model_field(name), name
-
-
-@pytest.mark.parametrize("host, local", [
-    ("localhost", True), ("localhost:1", True), ("LocalHost.", True), ("a.b.localhost:80", True), ("127.0.0.1", True), ("127.255.0.9:1", True),
-    ("[::1]", True), ("[::1]:1", True), ("", False), (":1", False), ("localhost:x", False), ("x", False), ("127.1", False), ("127.0.0.1.x", False),
-    ("localhost.x", False), ("xlocalhost", False), ("x/.localhost", False), ("x@localhost", False), ("x#.localhost", False), ("[::2]", False),
-    ("::1", False), ("0.0.0.0", False), ("10.0.0.1", False), ("127.0.0.1:1:1", False), ("x\\.localhost", False), ("localhost,x.localhost", False)])
-def test_names_of_this_machine(host, local):
-    assert akashproxy.is_local(host) == local
-
-
-@pytest.mark.parametrize("host, served", [("x", True), ("x:1", True), ("mine.example", True), ("MINE.example:9", True), ("", True), ("x.y", False),
-                                          ("x.", False), ("[fe80::1]", False), ("[::2]:1", False), ("mine.example.x", False)])
-def test_names_that_a_loopback_server_answers_to(host, served):
-    settings = Settings(server_address="127.0.0.1:0", public_url="https://Mine.example:9/x")
-    assert akashproxy.host_allowed(host, settings.host_names()) == served
-
-
-@table({    # (origin, Host, public_url, listed, needs_token): may its pages use the server?
-    "local": (("http://localhost:1", "h", "", (), False), True), "foreign": (("http://x.y", "h", "", (), False), False),
-    "foreign with a token": (("http://x.y", "h", "", (), True), True), "listed": (("http://x.y", "h", "", ("http://x.y",), False), True),
-    "not listed": (("http://x.y", "h", "", ("http://z",), True), False), "local, not listed": (("http://localhost", "h", "", ("http://z",), True), False),
-    "its own": (("http://h.i:1", "h.i:1", "", ("http://z",), False), True), "its own by TLS": (("https://h.i", "h.i", "", (), False), True),
-    "another port": (("http://h.i:2", "h.i:1", "", (), False), False), "another scheme": (("ftp://h.i", "h.i", "", (), False), False),
-    "no Host": (("http://", "", "", (), False), False), "its public name": (("https://p.q", "h", "https://P.q/path", (), False), True),
-    "everybody": (("null", "h", "", ("*",), False), True), "null": (("null", "h", "", (), False), False), "blank": ((" ", "h", "", (), False), False),
-})
-def test_origins(case):
-    arguments, allowed = case
-    assert akashproxy.origin_allowed(*arguments) == allowed
 
 
 def test_a_form_that_is_cut_or_has_one_more_byte_is_refused():
@@ -10150,7 +9801,7 @@ class Replicas:
         """What is answered: it tells by whom."""
         got = chat(self, BOTH)
         assert got.status == 200, got.body
-        return got.json["choices"][0]["message"]["content"]
+        return text_of(got)
 
     def begin_stream(self):
         """A stream whose upstream keeps all but its first event until .hold is set: the answer, and who has it."""
@@ -11058,10 +10709,6 @@ REPEATED = {
 }
 
 
-def split(data, size):
-    return [data[at:at + size] for at in range(0, len(data), size)]
-
-
 def thread_seconds(work, items):
     """CPU time of this thread, without garbage collections: one goes through all objects of all tests, after some allocations."""
     gc.disable()
@@ -11460,20 +11107,6 @@ def official(block):
     return re.match("import (openai|anthropic)$", block, re.M)
 
 
-@table({    # (variables, the file, flags): where it listens
-    "PORT alone": ({"PORT": "7860"}, {}, {}, ":7860"),
-    "an address wins": ({"PORT": "7860", "SERVER_ADDRESS": "localhost:1"}, {}, {}, "localhost:1"),
-    "a flag wins": ({"PORT": "7860"}, {}, {"server_address": ":2"}, ":2"),
-    "an address in the file wins": ({"PORT": "7860"}, {"server_address": "localhost:3"}, {}, "localhost:3"),
-    "the file's port does not": ({"PORT": "7860"}, {"port": 8080}, {}, ":7860"),
-    "the image's default does not": ({"PORT": "7860", "DEFAULT_SERVER_ADDRESS": "0.0.0.0:1"}, {}, {}, ":7860"),
-    "an empty one": ({"PORT": ""}, {}, {}, "localhost:16571"),
-})
-def test_port(case, config):
-    environ, file, flags, listens = case
-    assert Settings.load(environ, {"config_file": config(file), **flags}).server_address == listens
-
-
 @pytest.mark.parametrize("port", ["x", "70000", "-1", "80 80"])
 def test_a_wrong_port_is_named(port):
     with pytest.raises(akashproxy.ConfigError, match="PORT: .* is not a valid port"):
@@ -11738,7 +11371,7 @@ def test_the_readmes_controller_for_http_works(pool, monkeypatch):
     exec(block.partition("options = ")[0], {})
     fake, other = Generating(), FakeOpenAI()
     server = pool((fake, {"type": "generate", "base_url": fake.url, "models": (BOTH["model"],)}), (other, {"priority": 2}))
-    assert chat(server, BOTH, messages=[user("abc")]).json["choices"][0]["message"]["content"] == "cba"
+    assert text_of(chat(server, BOTH, messages=[user("abc")])) == "cba"
     fake.sends(reply(500))
     assert chat(server, BOTH, messages=[user("abc")]).headers["x-akashproxy-route"] == "a=502, b=200"
 
@@ -11797,23 +11430,38 @@ def test_the_dockerfile_fits_the_code(tmp_path):
     assert done.stdout == f"akashproxy {akashproxy.__version__}\n"
 
 
-@pytest.mark.parametrize("name, data, environ, listens", [
-    ("akashproxy.json", None, {}, "0.0.0.0:16571"),
-    ("akashproxy.json", {"max_wait": 1}, {}, "0.0.0.0:16571"),
-    ("akashproxy.json", {"port": 9000}, {}, ":9000"),
-    ("akashproxy.json", {"server_address": "[::]:7"}, {}, "[::]:7"),
-    ("chatgpt-apiserver.json", {"port": "9000", "controllers": [{"type": "openai", "config": {"api_key": "k"}}]}, {}, ":9000"),
-    ("chatgpt-apiserver.json", {"controllers": [{"type": "openai", "config": {"api_key": "k"}}]}, {}, ":8080"),
-    ("akashproxy.json", {"port": 9000}, {"SERVER_ADDRESS": "0.0.0.0:5"}, "0.0.0.0:5"),
-    ("akashproxy.json", {"port": 9000}, {"CHATGPT_APISERVER_PORT": "6"}, ":6"),
-    ("akashproxy.json", None, {"CHATGPT_APISERVER_PORT": "6"}, ":6"),
-])
-def test_in_the_image_the_port_of_a_mounted_file_is_heard(name, data, environ, listens, config, tmp_path, monkeypatch):
-    image = dict([re.search(r"^ENV (\S+)=(\S+)$", DOCKERFILE, re.M).groups()])
+IMAGE = dict([re.search(r"^ENV (\S+)=(\S+)$", DOCKERFILE, re.M).groups()])
+OTHER, OWN_FILE, ORIGINALS = {"CONFIG_FILE": "other.json"}, "akashproxy.json", "chatgpt-apiserver.json"
+
+
+@table({
+    # name: (variables, the file's name, what is in it or None if there is no file, flags, the address)
+    "nothing is said": ({}, OWN_FILE, {}, {}, "localhost:16571"),
+    "the original's file": ({}, ORIGINALS, {}, {}, ":8080"), "its port": ({}, ORIGINALS, {"port": "1"}, {}, ":1"),
+    "its address": ({}, ORIGINALS, {"server_address": ":2"}, {}, ":2"),
+    "a file with the original's config": (OTHER, "other.json", {"controllers": [{"type": "echo", "config": {}}]}, {}, ":8080"),
+    "one with its config_file": (OTHER, "other.json", {"controllers": [{"type": "echo", "config_file": ""}]}, {}, ":8080"),
+    "one without": (OTHER, "other.json", {"controllers": [{"type": "echo"}]}, {}, "localhost:16571"),
+    "PORT": ({"PORT": "7860"}, OWN_FILE, {}, {}, ":7860"), "an empty PORT": ({"PORT": ""}, OWN_FILE, {}, {}, "localhost:16571"),
+    "an address before PORT": ({"PORT": "7860", "SERVER_ADDRESS": "localhost:1"}, OWN_FILE, {}, {}, "localhost:1"),
+    "a flag before PORT": ({"PORT": "7860"}, OWN_FILE, {}, {"server_address": ":2"}, ":2"),
+    "the file's address before PORT": ({"PORT": "7860"}, OWN_FILE, {"server_address": "localhost:3"}, {}, "localhost:3"),
+    "PORT before the file's port": ({"PORT": "7860"}, OWN_FILE, {"port": 8080}, {}, ":7860"),
+    "PORT in the image": ({"PORT": "7860", **IMAGE}, OWN_FILE, {}, {}, ":7860"),
+    "the image": (IMAGE, OWN_FILE, None, {}, "0.0.0.0:16571"), "the image, and a file": (IMAGE, OWN_FILE, {"max_wait": 1}, {}, "0.0.0.0:16571"),
+    "a port in it": (IMAGE, OWN_FILE, {"port": 9000}, {}, ":9000"), "an address in it": (IMAGE, OWN_FILE, {"server_address": "[::]:7"}, {}, "[::]:7"),
+    "the image, and the original's file": (IMAGE, ORIGINALS, {"controllers": [{"type": "openai", "config": {"api_key": "k"}}]}, {}, ":8080"),
+    "a port in that": (IMAGE, ORIGINALS, {"port": "9000", "controllers": [{"type": "openai", "config": {"api_key": "k"}}]}, {}, ":9000"),
+    "an address for the image": ({**IMAGE, "SERVER_ADDRESS": "0.0.0.0:5"}, OWN_FILE, {"port": 9000}, {}, "0.0.0.0:5"),
+    "the original's variable": ({**IMAGE, "CHATGPT_APISERVER_PORT": "6"}, OWN_FILE, {"port": 9000}, {}, ":6"),
+    "that without a file": ({**IMAGE, "CHATGPT_APISERVER_PORT": "6"}, OWN_FILE, None, {}, ":6"),
+})
+def test_where_it_listens(case, config, tmp_path, monkeypatch):
+    environ, name, data, flags, listens = case
     monkeypatch.chdir(tmp_path)
     if data is not None:
         config(data, name)
-    assert Settings.load({**image, **environ}).server_address == listens
+    assert Settings.load(environ, flags).server_address == listens
 
 
 def test_the_readmes_docker_lines_mount_files_where_they_are_found():
