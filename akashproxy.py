@@ -6844,7 +6844,7 @@ class ChatDecoder(Decoder):
         self.lines = EventLines()
         self.calls = ToolCallAssembler(upstream_name)
         self.reason: Optional[str] = None
-        self.usage: Optional[Dict[str, int]] = None
+        self.usage: Any = None  # the last one, as the upstream has sent it
 
     def feed(self, data: bytes) -> List[Event]:
         out = self._decode(self.lines.feed(data))
@@ -6897,11 +6897,12 @@ class ChatDecoder(Decoder):
         """Decode a chunk, or a whole completion, whose choices have ``key``."""
         if body.get("error") or is_error(body):
             raise error_from_body(self.upstream_name, 200, body, self.secrets)
-        self.usage = usage_of(body) or self.usage
+        self.usage = find_usage(body) or self.usage
         for choice in map(as_dict, as_list(body.get("choices"))):
             if not choice.get("index"):
                 message = as_dict(choice.get(key)) or {"content": choice.get("text")}
-                self.calls.add_details(message.get("reasoning_details"))
+                if "reasoning_details" in message:
+                    self.calls.add_details(message["reasoning_details"])
                 for each in message_events(message):
                     if isinstance(each, ToolCall):
                         out += self.calls.add(each, is_complete=key == "message")
@@ -6913,7 +6914,7 @@ class ChatDecoder(Decoder):
     def _finish(self, out: List[Event]) -> None:
         reason = finish_reason(self.upstream_name, self.reason or "", self.calls.close())
         self.complete = True
-        out.append(Finish(reason, self.usage))
+        out.append(Finish(reason, chat_usage(self.usage)))
 
 
 class CallInProgress:
@@ -7127,13 +7128,13 @@ def finish_reason(upstream_name: str, reason: str, has_calls: bool) -> str:
     return meaning
 
 
-def usage_of(body: Dict[str, Any]) -> Optional[Dict[str, Any]]:
+def find_usage(body: Dict[str, Any]) -> Any:
     """Return the usage of a completion or an event, wherever servers put it."""
     usage = body.get("usage")
     if usage is None and ("x_groq" in body or "choices" in body):
         choice = as_dict(next(iter(as_list(body.get("choices"))), None))
         usage = as_dict(body.get("x_groq")).get("usage") or choice.get("usage")
-    return chat_usage(usage)
+    return usage
 
 
 # Names of token counts, by the one in chat completions: those of Anthropic, Responses and others.
@@ -9076,7 +9077,7 @@ class BlockDialect(Dialect):
     RENAMED_PARAMS: Dict[str, str] = {}  # fields with an equivalent in a chat, and its name
     KNOWN_PARAMS: Tuple[str, ...] = ()  # fields that to_chat() handles; others are ignored
     keeps_text = True
-    MAX_WITHHELD = 1000  # characters
+    MAX_HIDDEN_REASONING = 1000  # characters
     BLOCKS_END_WITH_TEXT = True  # stop_block() repeats the block's text
     FUNCTION_TYPES: Tuple[Any, ...] = ()  # types of tools that are functions
     SCHEMA_KEY = ""  # their field with the JSON schema of the parameters
@@ -9087,7 +9088,7 @@ class BlockDialect(Dialect):
         self.messages: List[Dict[str, Any]] = []  # for finish_messages()
         self.has_begun = False  # there are further messages of the user or the assistant
         self.show_reasoning = True
-        self.withheld = ""  # the beginning of reasoning that is not shown
+        self.hidden_reasoning = ""  # the beginning of what is not shown
         self.open_block: Any = None  # block_key() of the open block
         self.open_text: List[str] = []
         self.block_index = 0  # of the open or next block
@@ -9315,7 +9316,7 @@ class BlockDialect(Dialect):
 
     def encode_event(self, event: Event) -> bytes:
         if isinstance(event, Reasoning) and not self.show_reasoning:
-            self.withhold(event.text)
+            self.hide_reasoning(event.text)
             return b""
         if isinstance(event, (Text, Reasoning, ToolCall)):
             return self.encode_block(event)
@@ -9384,13 +9385,13 @@ class BlockDialect(Dialect):
         if self.show_reasoning:
             blocks.insert(0, Reasoning(answer.reasoning))
         else:
-            self.withhold(answer.reasoning)
+            self.hide_reasoning(answer.reasoning)
         calls = [self.with_id(call, call.arguments or "{}") for call in answer.tools]
         return [*filter(text_of, blocks), *calls]
 
-    def withhold(self, reasoning: str) -> None:
+    def hide_reasoning(self, text: str) -> None:
         """Keep the beginning of reasoning that the client does not request."""
-        self.withheld += reasoning[: self.MAX_WITHHELD - len(self.withheld)]
+        self.hidden_reasoning += text[: self.MAX_HIDDEN_REASONING - len(self.hidden_reasoning)]
 
     def with_id(self, call: ToolCall, arguments: str) -> ToolCall:
         """A tool call with other arguments; its ID contains what the upstream wants back.
@@ -9399,8 +9400,8 @@ class BlockDialect(Dialect):
         several upstreams reject tool calls without the reasoning that led to them.
         """
         extra = {**(call.extra or {})}
-        if self.withheld:
-            extra["reasoning_content"], self.withheld = self.withheld, ""
+        if self.hidden_reasoning:
+            extra["reasoning_content"], self.hidden_reasoning = self.hidden_reasoning, ""
         call_id = id_with_extra(call.id or "call_" + new_id(), extra)
         return ToolCall(call.index, arguments, call_id, call.name or "")
 
@@ -9532,7 +9533,7 @@ def file_note(block: Dict[str, Any]) -> str:
     return f"[A {kind}{size}, which this model can't read.]"
 
 
-def event_frame(name: str, fields: Dict[str, Any]) -> bytes:
+def event_frame(name: str, **fields: Any) -> bytes:
     """A server-sent event; its name is also its data's type."""
     return b"event: %b\ndata: %b\n\n" % (name.encode(), to_json({"type": name, **fields}))
 
@@ -9641,42 +9642,35 @@ class Messages(BlockDialect):
 
     def opening_frames(self) -> bytes:
         usage = {"input_tokens": self.estimate_prompt(), "output_tokens": 0}
-        return event_frame(
-            "message_start", {"message": {**self.message_object([]), "usage": usage}}
-        )
+        return event_frame("message_start", message={**self.message_object([]), "usage": usage})
 
     def start_block(self, event: BlockEvent) -> bytes:
         self.head = (
             b'event: content_block_delta\ndata: {"type":"content_block_delta","index":%d,'
             b'"delta":{"type":"%b","%b":' % (self.block_index, *self.DELTA_TYPES[type(event)])
         )
-        return event_frame(
-            "content_block_start",
-            {"index": self.block_index, "content_block": self.content_block(event)},
-        )
+        block = self.content_block(event)
+        return event_frame("content_block_start", index=self.block_index, content_block=block)
 
     def delta(self, text: str) -> bytes:
         return self.head + to_json(text) + b"}}\n\n"
 
     def stop_block(self, text: str) -> bytes:
-        block, frames = {"index": self.block_index}, b""
+        frames = b""
         if self.open_block[0] is Reasoning:
             signature = {"type": "signature_delta", "signature": UNSIGNED}
-            frames = event_frame("content_block_delta", {**block, "delta": signature})
-        return frames + event_frame("content_block_stop", block)
+            frames = event_frame("content_block_delta", index=self.block_index, delta=signature)
+        return frames + event_frame("content_block_stop", index=self.block_index)
 
     def finish_frames(self, finish: Finish) -> bytes:
-        payload = {
-            "delta": self.stop_fields(finish),
-            "usage": self.usage_object(finish),
-        }
-        return event_frame("message_delta", payload) + event_frame("message_stop", {})
+        delta, usage = self.stop_fields(finish), self.usage_object(finish)
+        return event_frame("message_delta", delta=delta, usage=usage) + event_frame("message_stop")
 
     def error_frames(self, error: APIError) -> bytes:
-        return self.flush_deferred() + event_frame("error", self.error_body(error))
+        return self.flush_deferred() + event_frame("error", **self.error_body(error))
 
     def ping_frame(self, style: str) -> bytes:
-        return b"" if style == "off" else event_frame("ping", {})
+        return b"" if style == "off" else event_frame("ping")
 
     def response_body(self, answer: Answer) -> Dict[str, Any]:
         return {
@@ -9866,9 +9860,9 @@ class Responses(BlockDialect):
     }
     # fmt: on
 
+    shows_encrypted = False  # reasoning items have encrypted_content
     sequence_number = 0  # of the next event
     stream_started = False
-    shows_encrypted = False  # reasoning items have encrypted_content
 
     def __init__(self, body: Any, base_url: Callable[[], str] = str) -> None:
         self.output: List[Dict[str, Any]] = []  # completed items
@@ -9942,21 +9936,22 @@ class Responses(BlockDialect):
 
     def opening_frames(self) -> bytes:
         self.stream_started = True
-        fields = {"response": self.response_object()}
-        return self.frame("response.created", fields) + self.frame("response.in_progress", fields)
+        response = self.response_object()
+        frames = self.frame("response.created", response=response)
+        return frames + self.frame("response.in_progress", response=response)
 
     def encode(self, events: List[Event]) -> bytes:
         self.stream_started = True  # a relayed stream has no opening_frames()
         return super().encode(events)
 
-    def frame(self, name: str, fields: Dict[str, Any]) -> bytes:
+    def frame(self, name: str, **fields: Any) -> bytes:
         self.sequence_number += 1
-        return event_frame(name, {"sequence_number": self.sequence_number - 1, **fields})
+        return event_frame(name, sequence_number=self.sequence_number - 1, **fields)
 
     def start_block(self, event: BlockEvent) -> bytes:
         prefix, name, _, index, more = self.ITEM_WIRE[type(event)]
         item = self.output_item(event, prefix + new_id(), "in_progress")
-        self.open_item = event
+        self.open_item: Any = event
         self.item_ref = {"item_id": item["id"], "output_index": self.block_index, **index}
         delta = to_json({"type": name + ".delta", **self.item_ref, **more})[:-1]
         self.head = b'event: %b.delta\ndata: %b,"sequence_number":' % (name.encode(), delta)
@@ -9968,46 +9963,39 @@ class Responses(BlockDialect):
 
     def stop_block(self, text: str) -> bytes:
         _, name, _, _, more = self.ITEM_WIRE[type(self.open_item)]
-        if isinstance(self.open_item, ToolCall):
-            event: BlockEvent = dataclasses.replace(self.open_item, arguments=text or "{}")
-            fields = {"arguments": text or "{}"}
-        else:
-            event, fields = type(self.open_item)(text), {"text": text}
+        is_call = isinstance(self.open_item, ToolCall)
+        fields = {"arguments": text or "{}"} if is_call else {"text": text}
+        event = dataclasses.replace(self.open_item, **fields)
         self.output.append(self.output_item(event, self.item_ref["item_id"]))
         return (
-            self.frame(name + ".done", {**self.item_ref, **more, **fields})
+            self.frame(name + ".done", **self.item_ref, **more, **fields)
             + self.part_frame("done", event)
             + self.item_frame("done", self.output[-1])
         )
 
     def item_frame(self, step: str, item: Dict[str, Any]) -> bytes:
         """The event of an item that is added or done."""
-        fields = {"output_index": self.block_index, "item": item}
-        return self.frame(f"response.output_item.{step}", fields)
+        name = f"response.output_item.{step}"
+        return self.frame(name, output_index=self.block_index, item=item)
 
     def part_frame(self, step: str, event: BlockEvent) -> bytes:
         """The event of an item's only part that is added or done; a tool call has none."""
         if isinstance(event, ToolCall):
             return b""
-        part = self.ITEM_WIRE[type(event)][2]
-        return self.frame(f"{part}.{step}", {**self.item_ref, "part": self.part_object(event)})
+        name = f"{self.ITEM_WIRE[type(event)][2]}.{step}"
+        return self.frame(name, **self.item_ref, part=self.part_object(event))
 
     def finish_frames(self, finish: Finish) -> bytes:
         response = self.response_object(finish)
-        return self.frame(f"response.{response['status']}", {"response": response})
+        return self.frame(f"response.{response['status']}", response=response)
 
     def error_frames(self, error: APIError) -> bytes:
-        opening = self.flush_deferred() if self.stream_started else self.opening_frames()
+        frames = self.flush_deferred() if self.stream_started else self.opening_frames()
         details = self.error_body(error)["error"]
-        failed = {
-            "status": "failed",
-            "error": {"code": error.code or "server_error", "message": error.message},
-        }
-        return (
-            opening
-            + self.frame("error", {**details, "type": "error", "error": details})
-            + self.frame("response.failed", {"response": {**self.response_object(), **failed}})
-        )
+        failure = {"code": error.code or "server_error", "message": error.message}
+        response = {**self.response_object(), "status": "failed", "error": failure}
+        frames += self.frame("error", **{**details, "type": "error", "error": details})
+        return frames + self.frame("response.failed", response=response)
 
     def response_body(self, answer: Answer) -> Dict[str, Any]:
         self.output = [

@@ -3225,7 +3225,7 @@ def test_whole_calls_without_a_name(call, error, fake, pool):
 })
 def test_spellings_of_usage(case):
     extra, cached, reasoning = case
-    usage = akashproxy.usage_of({"usage": {"prompt_tokens": 100, "completion_tokens": 5, "total_tokens": 105, **extra}})
+    usage = akashproxy.chat_usage({"prompt_tokens": 100, "completion_tokens": 5, "total_tokens": 105, **extra})
     assert (usage["prompt_tokens"], usage["completion_tokens"], usage["total_tokens"]) == (100, 5, 105)
     assert (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0) == cached
     assert (usage.get("completion_tokens_details") or {}).get("reasoning_tokens", 0) == reasoning
