@@ -176,6 +176,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -1119,6 +1120,9 @@ def http_url(text: str) -> str:
     extra = parts.query or parts.fragment or parts.username is not None
     if extra or not re.fullmatch(r"[!-~]+", text):
         raise ValueError("only scheme, host, port and path are allowed")
+    endpoint = re.search(r"/(?:chat/)?(?:completions|responses|embeddings)/?$", text)
+    if endpoint:
+        raise ValueError(f"the part before {endpoint[0]} is enough: {text[: endpoint.start()]}")
     check_host(parts.hostname)
     if parts.port == 0:  # .port itself raises ValueError above 65535
         raise ValueError("'0' is not a valid port")
@@ -4786,36 +4790,33 @@ class ErrorRule(NamedTuple):
     def matches(self, status: int, codes: str, words: str) -> bool:
         if self.statuses and status not in self.statuses:
             return False
-        if not self.codes and not self.words:
-            return True
-        return bool(
-            self.codes
-            and re.search(self.codes, codes)
-            or self.words
-            and re.search(self.words, words)
-        )
+        in_codes = self.codes and re.search(self.codes, codes)
+        in_words = self.words and re.search(self.words, words)
+        return bool(in_codes or in_words or not (self.codes or self.words))
 
 
 _KEY = "the upstream refuses this server's key"
 _QUOTA = "the quota of this server's key is spent"
-_PLACE = "the upstream refuses this server"
 _KEY_CODES = (
     r"invalid_api_key|api_key_invalid|wrong_api_key|token_not_found_in_db|expired_key"
     r"|account_deactivated|organization_restricted|api_key_\w{1,40}_blocked|consumer_\w{1,20}"
+    r"|unsupported_country|ip_not_authorized"
 )
-_KEY_WORDS = r"^(?:incorrect api key|api[ _]key (?:not valid|not found|expired)|invalid x-api-key)"
+_KEY_WORDS = (
+    r"^(?:incorrect api key|api[ _]key (?:not valid|not found|expired)|invalid x-api-key"
+    r"|user location is not supported)"
+)
 _LIKELY_KEY_WORDS = (
     r"(?:invalid|incorrect|wrong|missing|expired|revoked|bad|no)\b[\w -]{0,20}"
     r"(?:key\b|token\b|credential|authentication)"
     r"|(?:key|token|credential|account|organi[sz]ation|project|workspace|team)s?\b.{0,60}"
     r"(?:invalid|incorrect|not valid|expired|revoked|leaked|disabled|deactivated|suspended"
     r"|terminated|banned)"
-    r"|missing scopes|access.{0,20}terminated|封禁"
+    r"|missing scopes|access.{0,20}terminated|country, region|\bip address\b|virtual network|封禁"
 )
 _FORBIDDEN_KEY_WORDS = (
     r"api[ _-]?key|credential|unauthori[sz]ed|authentication|authorization failed"
-    r"|unregistered callers"
-    r"|has not been used in project"
+    r"|unregistered callers|has not been used in project"
 )
 _QUOTA_CODES = (
     r"insufficient_?(?:quota|balance|credit)|exceeded_current_quota"
@@ -4831,15 +4832,12 @@ _LIKELY_QUOTA = (
     r"quota|billing|credit|balance|payment|insufficient funds|spending|arrears|budget"
     r"|(?:key|usage|monthly) limit|余额|欠费"
 )
-_PLACE_CODES = "unsupported_country|ip_not_authorized"
-_PLACE_WORDS = r"country, region|\bip address\b|virtual network"
 _MODEL_CODES = (
     r"model_?not_?(?:found|available|supported)|model_access_denied|(?:unknown|invalid)_model"
     r"|deploymentnotfound|\b1211\b"
 )
 _NO_MODEL = (
-    r"\bmodels?\b.{0,200}(?:\bnot (?:exist|found)|does ?n[o']t exist|unknown"
-    r"|is not a valid model)|模型不存在"
+    r"\bmodels?\b.{0,200}(?:\bnot (?:exist|found)|does ?n[o']t exist|unknown)|模型不存在"
     r"|^(?:unknown|invalid|no such|unsupported) model\b|invalid model name|is not a valid model"
 )
 _MODEL_ACCESS = _NO_MODEL + (
@@ -4848,15 +4846,14 @@ _MODEL_ACCESS = _NO_MODEL + (
     r"|(?:access|permi|allowed|authori[sz]ed|entitled|eligible|verified|unknown|invalid"
     r"|unsupported|no such|available|support|subscribe|upgrade|\buse\b).{0,120}\bmodels?\b"
 )
-_FLAGGED_CODES = "moderat|flagged|content_policy|content_filter"
 _FLAGGED = (
-    r"flagged|moderation|content.?(?:policy|filter|management|violation|safety|exists risk)"
+    r"flagged|moderat|content.?(?:policy|filter|management|violation|safety|exists risk)"
     r"|guardrail|unsafe|harmful|sensitive|prohibited|usage polic|safety|inappropriate"
 )
-_UNAFFORDABLE = r"fewer max_tokens|can only afford|prompt tokens limit exceeded"
 _OVERSIZED = (
     r"^request too large|input or output tokens must be reduced|tokens allowed per request"
     r"|long context requests|reduce the (?:length|size) of (?:the|your)"
+    r"|fewer max_tokens|can only afford|prompt tokens limit exceeded"
 )
 _OVERFLOW = (
     r"context (?:length|size|window|limit)|context the overflows|maximum (?:prompt|input|model)"
@@ -4868,8 +4865,7 @@ _OVERFLOW_CODES = "context_?(?:length|window)_?exceeded|exceed_context_size"
 # fmt: off
 UPSTREAM_ERRORS = [
     # The request asks for more tokens than are left, or than are allowed at once.
-    ErrorRule((400, 402, 403), "", _UNAFFORDABLE, Category.REFUSED),
-    ErrorRule((429,), "", _OVERSIZED, Category.REFUSED),
+    ErrorRule((402, 403, 429), "", _OVERSIZED, Category.REFUSED),
     ErrorRule((413,), "rate_limit_exceeded", "tokens per minute", Category.REFUSED),
     ErrorRule((400, 413, 422, 500), _OVERFLOW_CODES, _OVERFLOW, Category.REQUEST, 400),
     # A firewall's page: something in the request matched one of its patterns.
@@ -4877,8 +4873,6 @@ UPSTREAM_ERRORS = [
     # This server's key or address, beyond doubt.
     ErrorRule((), _KEY_CODES, _KEY_WORDS, Category.AUTH, reason=_KEY),
     ErrorRule((), _QUOTA_CODES, _QUOTA_WORDS, Category.AUTH, reason=_QUOTA),
-    ErrorRule((401, 403), _PLACE_CODES, _PLACE_WORDS, Category.AUTH, reason=_PLACE),
-    ErrorRule((400,), "", "^user location is not supported", Category.AUTH, reason=_PLACE),
     # The request's model or content.
     ErrorRule((400, 401, 500, 503), _MODEL_CODES, "", Category.MODEL, 404),
     ErrorRule((402, 403), _MODEL_CODES, "", Category.REFUSED),
@@ -4886,8 +4880,7 @@ UPSTREAM_ERRORS = [
     ErrorRule((400,), "", _NO_MODEL, Category.MODEL, 404),
     ErrorRule((401,), "", _MODEL_ACCESS, Category.MODEL, 404),
     ErrorRule((402, 403), "", _MODEL_ACCESS, Category.REFUSED),
-    ErrorRule((401,), _FLAGGED_CODES, _FLAGGED, Category.REFUSED, 403),
-    ErrorRule((402, 403), _FLAGGED_CODES, _FLAGGED, Category.REFUSED),
+    ErrorRule((401, 402, 403), _FLAGGED, _FLAGGED, Category.REFUSED, 403),
     # This server's key, probably.
     ErrorRule((401, 402, 403, 412), _LIKELY_QUOTA, _LIKELY_QUOTA, Category.AUTH, reason=_QUOTA),
     ErrorRule((403,), "unauthenticated", _FORBIDDEN_KEY_WORDS, Category.AUTH, reason=_KEY),
@@ -4899,10 +4892,10 @@ UPSTREAM_ERRORS = [
     ErrorRule((408, 409, 425, 429), "", "", Category.RATE_LIMIT),
     ErrorRule((498,), "", "", Category.RATE_LIMIT, 429),  # Groq: "capacity exceeded"
     ErrorRule((400, 413, 422), "", "", Category.REQUEST),
-    ErrorRule((501,), "", "", Category.UNSUPPORTED),
+    ErrorRule((501, *range(400, 500)), "", "", Category.UNSUPPORTED),
     ErrorRule((503, 529), "", "", Category.SERVER, 503),
     ErrorRule(tuple(range(500, 600)), "", "", Category.SERVER, 502),
-    ErrorRule((), "", "", Category.UNSUPPORTED),
+    ErrorRule((), "", "", Category.UNSUPPORTED, 502),
 ]
 
 # Statuses of errors that come without one: within a stream, or within the messages of LiteLLM.
@@ -4930,23 +4923,138 @@ NAMED_STATUS = {
     for name in names.split()
 }
 # fmt: on
-_LITELLM = re.compile(r"litellm\.(?:[a-z_]{1,20}\.){0,3}([A-Z]\w{2,60})")
+# Codes of errors that come without one.
+DEFAULT_CODES = {
+    Category.MODEL: "model_not_found",
+    Category.SERVER: "upstream_error",
+    Category.UNSUPPORTED: "upstream_error",
+}
 
 
-def named_status(*names: Any) -> Optional[int]:
-    """Status of the first name that NAMED_STATUS contains; None if it contains none."""
-    keys = (re.sub(r"_|error$", "", name.lower()) for name in names if isinstance(name, str))
-    return next((NAMED_STATUS[key] for key in keys if key in NAMED_STATUS), None)
+def error_from_body(
+    upstream_name: str,
+    status: int,
+    body: Any,
+    secrets: Iterable[str] = (),
+    headers: Optional[Dict[str, str]] = None,
+    models: Iterable[str] = (),
+) -> APIError:
+    """Translate an upstream's error response, by UPSTREAM_ERRORS; see ErrorReport.
+
+    Only errors that are not the client's own begin with the upstream's name.
+    """
+    report = ErrorReport(status, body, secrets, models)
+    rule, category = report.rule, report.rule.category
+    wait = retry_after_seconds(
+        headers or {}, report.body, message=report.words, limit=category is Category.RATE_LIMIT
+    )
+    if category is Category.SERVER and wait:  # one that says when to retry is a limit
+        category = Category.RATE_LIMIT
+    if category is Category.AUTH:
+        # LiteLLM as a client retries any message with "429" in it, in vain if a quota is spent.
+        note = f" ({report.status})" if rule.reason != _QUOTA else ""
+        message = f"{upstream_name}: {rule.reason}{note}: {report.message}"
+        error = auth_error(message, report.status)
+    else:
+        is_clients = category in (Category.REQUEST, Category.REFUSED) and not report.is_page
+        names = report.names if is_clients else {}
+        error = APIError(
+            rule.status or report.status,
+            report.message if is_clients else f"{upstream_name}: {report.message}",
+            type=names.get("type"),
+            code=report.names.get("code") or DEFAULT_CODES.get(rule.category),
+            param="model" if category is Category.MODEL else names.get("param"),
+            category=category,
+            retry=False if category is Category.REFUSED else None,
+            retry_after=wait if category is Category.RATE_LIMIT else None,
+        )
+    if category is Category.REQUEST:
+        error.overflow = find_overflow(report.codes, report.text.lower())
+    if error.overflow:
+        error.code = "context_length_exceeded"
+    error.upstream_status = report.status if status == 200 else status
+    error.cooldown_scope = report.cooldown_scope(category)
+    return error
 
 
-def litellm_status(text: str) -> Optional[int]:
-    """Status for a LiteLLM message, "litellm.RateLimitError: ..."; None for others."""
-    text = text[:4000]
-    status = named_status(*_LITELLM.findall(text))
-    if status and status >= 500:
-        inner = re.search(r"""["']code["']: ?["']?(4[0-9][0-9])\b""", text)
-        return int(inner[1]) if inner else status
-    return status
+def auth_error(message: str, status: int) -> APIError:
+    """Error for rejected credentials of this server.
+
+    Status 424, because SDKs retry 5xx and present 401 and 403 as errors of the client's own token.
+    """
+    return APIError(
+        424,
+        message,
+        type="invalid_request_error",
+        code="upstream_auth",
+        category=Category.AUTH,
+        retry=False,
+        upstream_status=status,
+    )
+
+
+class ErrorReport:
+    """An upstream's error in any form, and the row of UPSTREAM_ERRORS that applies.
+
+    ``status`` 200: it came in place of an answer. ``body`` is a JSON value, or bytes that are not
+    JSON. ``secrets`` are removed from ``message`` and ``names``, the parts that are shown.
+    ``models`` are the names of the requested model.
+    """
+
+    def __init__(
+        self, status: int, body: Any, secrets: Iterable[str], models: Iterable[str]
+    ) -> None:
+        self.models = models
+        self.body = body = page_or_text(body) if isinstance(body, bytes) else body
+        fields = error_fields(body)
+        self.words = words = error_words(fields)
+        self.status = error_status(status, fields, words)
+        given = to_json(body).decode()[:300] if body else ""
+        self.text = inner_message(words) or given or f"It answered with status {self.status}."
+        self.message = redact(self.text[:4000], secrets)[:1000]
+        self.codes, unquoted = error_codes(fields), _without_quotes(self.text, models)
+        self.rule = next(
+            rule for rule in UPSTREAM_ERRORS if rule.matches(self.status, self.codes, unquoted)
+        )
+        self.names = {  # the upstream's own; LiteLLM repeats the status as the code
+            name: redact(fields[name][:1000], secrets)[:200]
+            for name in ("type", "code", "param")
+            if isinstance(fields.get(name), str) and not re.fullmatch("[0-9]{3}", fields[name])
+        }
+        self.is_page = self.names.get("type") == "web_page"
+        if self.is_page and self.rule.category is Category.REFUSED:
+            self.names["code"] = "upstream_blocked"
+
+    def cooldown_scope(self, category: Category) -> str:
+        """The part of the controller that cools down: itself, or only the requested model."""
+        if category is not Category.RATE_LIMIT:
+            # LiteLLM's own authentication errors: its key for this model is invalid, not ours.
+            return "model" if "litellm.Auth" in self.words else "controller"
+        text = f"{self.words[:2000]} {_encode(self.body)[:8000]}".lower()
+        is_named = re.search(_MODEL_LIMIT, text) or any(
+            re.search(rf"(?<!\w){re.escape(name.lower()[:MAX_NAME])}(?!\w)", text)
+            for name in self.models
+            if len(name) > 2
+        )
+        return "model" if is_named else "controller"
+
+
+_MODEL_LIMIT = (
+    r"\bmodel ?[:=`'\"\\]|this model|permodel"
+    r"|rate limit reached for (?!org|team|user|proj|key|api|your|acc|def|req|tok|in |on )\w"
+)
+
+
+def page_or_text(data: bytes) -> Any:
+    """Parse an error body that is not JSON: a string, or an object for a web page."""
+    text = data[:4000].decode("utf-8", "replace").strip()
+    if not re.match(r"<(?:!doctype|html|head|body|\?xml)\b", text, re.I):
+        return text
+    title = re.search(r"<title[^>]{0,80}>([^<]{1,200})", text, re.I)
+    return {
+        "type": "web_page",
+        "message": "It answered with a web page" + (f": {title[1].strip()}." if title else "."),
+    }
 
 
 def error_fields(body: Any, depth: int = 6) -> Dict[str, Any]:
@@ -4960,22 +5068,17 @@ def error_fields(body: Any, depth: int = 6) -> Dict[str, Any]:
         body = body[0] if body else None
     if isinstance(body, str):
         looks_like_json = depth and body.lstrip()[:1] in ("{", "[")
-        inner = json_or_none(body.encode("utf-8", "replace")) if looks_like_json else None
-        if isinstance(inner, (dict, list)):
-            return error_fields(inner, depth - 1)
-        return {"message": body}
+        parsed = json_or_none(body.encode("utf-8", "replace")) if looks_like_json else None
+        is_object = isinstance(parsed, (dict, list))
+        return error_fields(parsed, depth - 1) if is_object else {"message": body}
     fields: Dict[str, Any] = as_dict(body)
-    error = fields.get("error") or fields.get("errors")
-    message = fields.get("message")
-    if isinstance(error, str) and isinstance(message, str):
-        return fields  # {"statusCode": 401, "error": "Unauthorized", "message": "..."}
-    if isinstance(error, (dict, str, list)) and error and depth:
-        outer: Dict[str, Any] = {
-            name: fields[name] for name in ("code", "type", "status") if name in fields
-        }
-        return {**outer, **error_fields(error, depth - 1)}
-    if isinstance(message, str) and message.lstrip()[:1] == "{" and depth:
-        return {**fields, **error_fields(message, depth - 1)}  # the body of another provider
+    inner, message = fields.get("error") or fields.get("errors"), fields.get("message")
+    if isinstance(message, str) and not isinstance(inner, (dict, list)):
+        # {"statusCode": 401, "error": "Unauthorized", "message": "..."}, or the body of another
+        # provider as the message
+        inner = message if message.lstrip()[:1] == "{" else None
+    if isinstance(inner, (dict, str, list)) and inner and depth:
+        return {**fields, **error_fields(inner, depth - 1)}
     return fields
 
 
@@ -4993,6 +5096,42 @@ def error_words(value: Any, depth: int = 4) -> str:
     if isinstance(raw, str) and words == "Provider returned error":
         words += ": " + inner_message(error_words(error_fields(raw), depth - 1))
     return f"{location}: {words}" if location else words
+
+
+def error_codes(fields: Dict[str, Any]) -> str:
+    """All codes, types and reasons of an error object, lower-case, in one string."""
+    metadata = as_dict(fields.get("metadata"))
+    names = [fields.get("code"), fields.get("type"), fields.get("status")]
+    names += [as_dict(item).get("reason") for item in as_list(fields.get("details"))[:8]]  # Google
+    names += [metadata.get("error_type"), "moderation" if metadata.get("reasons") else ""]
+    return " ".join(str(name)[:200] for name in names if isinstance(name, (str, int))).lower()
+
+
+def error_status(status: int, fields: Dict[str, Any], words: str) -> int:
+    """Actual status of an error that came with status 200, or as 5xx from LiteLLM."""
+    if status != 200:
+        return status >= 500 and litellm_status(words) or status
+    for name in ("code", "status", "raw_status_code", "http_code"):
+        value = fields.get(name)
+        if isinstance(value, (int, str)) and re.fullmatch("[45][0-9]{2}", str(value)):
+            return int(value)
+    names = fields.get("code"), fields.get("type"), fields.get("status")
+    return named_status(*names) or litellm_status(words) or 502
+
+
+def named_status(*names: Any) -> Optional[int]:
+    """Status of the first name that NAMED_STATUS contains; None if it contains none."""
+    keys = (re.sub(r"_|error$", "", name.lower()) for name in names if isinstance(name, str))
+    return next((NAMED_STATUS[key] for key in keys if key in NAMED_STATUS), None)
+
+
+def litellm_status(text: str) -> Optional[int]:
+    """Status for a LiteLLM message, "litellm.RateLimitError: ..."; None for others."""
+    text = text[:4000]
+    classes = re.findall(r"litellm\.(?:[a-z_]{1,20}\.){0,3}([A-Z]\w{2,60})", text)
+    status = named_status(*classes)
+    inner = re.search(r"""["']code["']: ?["']?(4[0-9][0-9])\b""", text)
+    return int(inner[1]) if inner and status and status >= 500 else status
 
 
 _INNER = re.compile(
@@ -5025,90 +5164,6 @@ def inner_message(text: str) -> str:
     return text.strip()
 
 
-def page_or_text(data: bytes) -> Any:
-    """Parse an error body that is not JSON: a string, or an object for a web page."""
-    text = data[:4000].decode("utf-8", "replace").strip()
-    if not re.match(r"<(?:!doctype|html|head|body|\?xml)\b", text, re.I):
-        return text
-    title = re.search(r"<title[^>]{0,80}>([^<]{1,200})", text, re.I)
-    return {
-        "type": "web_page",
-        "message": "It answered with a web page" + (f": {title[1].strip()}." if title else "."),
-    }
-
-
-class ErrorReport:
-    """An upstream's error in any form.
-
-    ``status`` 200: it came in place of an answer. ``body`` is a JSON value, or bytes that are not
-    JSON. ``secrets`` are removed from what is shown. ``models`` are the names of the requested
-    model.
-    """
-
-    def __init__(
-        self, status: int, body: Any, secrets: Iterable[str], models: Iterable[str]
-    ) -> None:
-        self.body = body = page_or_text(body) if isinstance(body, bytes) else body
-        fields, self.models = error_fields(body), models
-        self.words = words = error_words(fields)
-        self.status = error_status(status, fields, words)
-        self.upstream_status = self.status if status == 200 else status
-        given = to_json(body).decode()[:300] if body else ""
-        self.text = inner_message(words) or given or f"It answered with status {self.status}."
-        self.codes, self.unquoted = error_codes(fields), _without_quotes(self.text, models)
-        self.message = redact(self.text[:4000], secrets)[:1000]
-        self.names = {  # the upstream's own type, code and param
-            name: redact(fields[name][:1000], secrets)[:200]
-            for name in ("type", "code", "param")
-            if isinstance(fields.get(name), str)
-        }
-        if re.fullmatch("[0-9]{3}", self.names.get("code", "")):
-            del self.names["code"]  # LiteLLM repeats the status here
-        self.is_page = self.names.get("type") == "web_page"
-
-    def rule(self) -> ErrorRule:
-        """The row of UPSTREAM_ERRORS that applies."""
-        state = self.status, self.codes, self.unquoted
-        return next(rule for rule in UPSTREAM_ERRORS if rule.matches(*state))
-
-    def retry_after(self, headers: Dict[str, str], is_limit: bool) -> Optional[float]:
-        """Seconds until a retry, if the upstream gives them."""
-        body = self.body[0] if isinstance(self.body, list) and self.body else self.body
-        return retry_after_seconds(headers, as_dict(body), message=self.words, limit=is_limit)
-
-    def concerns_model(self, is_limit: bool) -> bool:
-        """Whether only the requested model cools down."""
-        # LiteLLM's own authentication errors mean that its key for this model is invalid, not ours.
-        return (
-            names_model(self.body, self.words, self.models)
-            if is_limit
-            else "litellm.Auth" in self.words
-        )
-
-
-def error_from_body(
-    upstream_name: str,
-    status: int,
-    body: Any,
-    secrets: Iterable[str] = (),
-    headers: Optional[Dict[str, str]] = None,
-    models: Iterable[str] = (),
-) -> APIError:
-    """Translate an upstream's error response, by UPSTREAM_ERRORS; see ErrorReport."""
-    report = ErrorReport(status, body, secrets, models)
-    rule = report.rule()
-    wait = report.retry_after(headers or {}, rule.category is Category.RATE_LIMIT)
-    error = _error_from_rule(rule, upstream_name, report, wait)
-    error.upstream_status = report.upstream_status
-    if error.category is Category.REQUEST:
-        error.overflow = find_overflow(report.codes, report.text.lower())
-    if error.overflow:
-        error.code = "context_length_exceeded"
-    if report.concerns_model(error.category is Category.RATE_LIMIT):
-        error.cooldown_scope = "model"
-    return error
-
-
 _QUOTATION = re.compile(
     r"`[^`\n]{0,200}`|\"[^\"\n]{0,200}\"|(?<!\w)'[^'\n]{0,200}'(?!\w)"
     r"|[\u201c\u00ab][^\u201d\u00bb\n]{0,200}[\u201d\u00bb]"
@@ -5123,28 +5178,29 @@ def _without_quotes(text: str, models: Iterable[str]) -> str:
     text = text[:4000]
     for name in filter(None, models):  # a whole word: a model named "i" must not blank all letters
         text = re.sub(rf"(?<!\w){re.escape(name[:MAX_NAME])}(?!\w)", "*", text)
-    text = _QUOTATION.sub("*", text)
-    return text.replace("\n", " ").lower()
+    return _QUOTATION.sub("*", text).replace("\n", " ").lower()
 
 
-_N = "([0-9]{1,12})"
-# Patterns of the numbers in such messages; of each name the first one that matches is used.
-_OVERFLOW_NUMBERS = (
-    (
-        "prompt",
-        f"{_N} (?:input tokens|in the messages|of text input|tokens from the input|`?inputs)",
-    ),
-    ("prompt", rf"(?:prompt (?:\(length|contains|is too long:)|resulted in|n_keep:) {_N}"),
-    ("prompt", rf"(?:request contains|request|input)(?: length| token count)? \(?{_N}"),
-    ("prompt", rf"keep the first {_N}|limit: {_N} \+"),
-    ("output", f"{_N} (?:output tokens|tokens for the completion|`?max_new)"),
-    ("output", rf"{_N} in the (?:completion|output)|too large: {_N}|\+ {_N} >"),
-    ("limit", rf"n_ctx: {_N}|\+ [0-9]{{1,12}} > {_N}|input length should be \[1, {_N}"),
-    ("limit", rf"context (?:length|size|window)(?! by)[^0-9.]{{0,20}}{_N}"),
-    ("limit", rf"(?:(?:prompt|model) length|token limit|allowed|must be <=)[^0-9.]{{0,20}}{_N}"),
-    ("limit", f"{_N} maximum|> {_N}"),
-    ("total", f"requested:? {_N}"),
-)
+# Patterns of the numbers (#) in errors of requests that are too long; of each name the first one
+# that matches is used.
+# fmt: off
+_OVERFLOW_NUMBERS = [
+    (name, pattern.replace("#", "([0-9]{1,12})")) for name, pattern in (
+        ("prompt", r"# (?:input tokens|in the messages|of text input|tokens from the input)"),
+        ("prompt", r"# `?inputs|prompt (?:\(length|contains|is too long:) #"),
+        ("prompt", r"(?:resulted in|n_keep:) #"),
+        ("prompt", r"(?:request contains|request|input)(?: length| token count)? \(?#"),
+        ("prompt", r"keep the first #|limit: # \+"),
+        ("output", r"# (?:output tokens|tokens for the completion|`?max_new)"),
+        ("output", r"# in the (?:completion|output)|too large: #|\+ # >"),
+        ("limit", r"n_ctx: #|\+ [0-9]{1,12} > #|input length should be \[1, #"),
+        ("limit", r"context (?:length|size|window)(?! by)[^0-9.]{0,20}#"),
+        ("limit", r"(?:(?:prompt|model) length|token limit|allowed|must be <=)[^0-9.]{0,20}#"),
+        ("limit", r"# maximum|> #"),
+        ("total", r"requested:? #"),
+    )
+]
+# fmt: on
 
 
 def find_overflow(codes: str, words: str) -> Optional[Overflow]:
@@ -5156,118 +5212,152 @@ def find_overflow(codes: str, words: str) -> Optional[Overflow]:
     words = words[:4000]
     if not re.search(_OVERFLOW_CODES, codes) and not re.search(_OVERFLOW, words):
         return None
-    count: Dict[str, int] = {"prompt": 0, "output": 0, "limit": 0, "total": 0}
+    count: Dict[str, int] = defaultdict(int)
     for name, pattern in _OVERFLOW_NUMBERS:
         match = None if count[name] else re.search(pattern, words)
-        count[name] = int(match[match.lastindex or 0]) if match else count[name]
+        if match:
+            count[name] = int(match[match.lastindex or 0])
     prompt = count["prompt"] or max(0, count["total"] - count["output"])
     return Overflow(prompt, count["output"], count["limit"])
 
 
-# Codes of errors that come without one.
-DEFAULT_CODES = {
-    Category.MODEL: "model_not_found",
-    Category.SERVER: "upstream_error",
-    Category.UNSUPPORTED: "upstream_error",
-}
+# -- how long to wait
+
+MAX_RETRY_AFTER = 172800.0  # seconds; an absurd value must not disable an upstream for good
 
 
-def _error_from_rule(
-    rule: ErrorRule, upstream_name: str, report: ErrorReport, wait: Optional[float]
-) -> APIError:
-    """Build the error of a matching row; ``wait``: seconds until a retry.
+def retry_after_seconds(
+    headers: Dict[str, str],
+    body: Any,
+    now: Callable[[], float] = time.time,
+    message: str = "",
+    limit: bool = True,
+) -> Optional[float]:
+    """Return the seconds to wait (1 to MAX_RETRY_AFTER) by headers, body or message.
 
-    Only errors that are not the client's own begin with the upstream's name.
+    With ``limit`` also by rate-limit headers, which some upstreams send with every response.
+    None if no wait is given or it can't be parsed.
     """
-    category, status = rule.category, rule.status or report.status
-    if category is Category.AUTH:
-        # LiteLLM as a client retries any message with "429" in it, in vain if a quota is spent.
-        note = f" ({report.status})" if rule.reason != _QUOTA else ""
-        message = f"{upstream_name}: {rule.reason}{note}: {report.message}"
-        return auth_error(message, report.status)
-    is_clients = category in (Category.REQUEST, Category.REFUSED) and not report.is_page
-    names, code = report.names if is_clients else {}, report.names.get("code")
-    if report.is_page and category is Category.REFUSED:
-        code = "upstream_blocked"
-    if category is Category.UNSUPPORTED and not 400 <= status < 600:
-        status = 502
-    if category is Category.SERVER and wait:  # one that says when to retry is a limit
-        category = Category.RATE_LIMIT
-    return APIError(
-        status,
-        report.message if is_clients else f"{upstream_name}: {report.message}",
-        type=names.get("type"),
-        code=code or DEFAULT_CODES.get(rule.category),
-        param="model" if category is Category.MODEL else names.get("param"),
-        category=category,
-        retry=False if category is Category.REFUSED else None,
-        retry_after=wait if category is Category.RATE_LIMIT else None,
-    )
-
-
-def auth_error(message: str, status: int) -> APIError:
-    """Error for rejected credentials of this server.
-
-    Status 424, because SDKs retry 5xx and present 401 and 403 as errors of the client's own token.
-    """
-    return APIError(
-        424,
-        message,
-        type="invalid_request_error",
-        code="upstream_auth",
-        category=Category.AUTH,
-        retry=False,
-        upstream_status=status,
-    )
-
-
-def error_status(status: int, fields: Dict[str, Any], words: str) -> int:
-    """Actual status of an error that came with status 200, or as 5xx from LiteLLM."""
-    if status >= 500:
-        return litellm_status(words) or status
-    if status != 200:
-        return status
-    for name in ("code", "status", "raw_status_code", "http_code"):
-        value = fields.get(name)
-        if isinstance(value, (int, str)) and re.fullmatch("[45][0-9]{2}", str(value)):
-            return int(value)
-    return (
-        named_status(fields.get("code"), fields.get("type"), fields.get("status"))
-        or litellm_status(words)
-        or 502
-    )
-
-
-def error_codes(fields: Dict[str, Any]) -> str:
-    """All codes, types and reasons of an error object, lower-case, in one string."""
-    metadata = as_dict(fields.get("metadata"))
-    reasons = ["moderation"] if as_list(metadata.get("reasons")) else []  # OpenRouter
-    details = [as_dict(item).get("reason") for item in as_list(fields.get("details"))[:8]]  # Google
-    names = [
-        fields.get("code"),
-        fields.get("type"),
-        fields.get("status"),
-        metadata.get("error_type"),
-        *reasons,
-        *details,
+    delays = [
+        seconds_from_now(headers.get("retry-after-ms"), now, 0.001),
+        seconds_from_now(headers.get("retry-after"), now),
+        _delay_from_headers(headers, now) if limit else None,
+        _delay_from_body(body, now),
+        _delay_from_message(message),
     ]
-    return " ".join(str(name)[:200] for name in names if isinstance(name, (str, int))).lower()
+    seconds = next((delay for delay in delays if delay is not None), None)
+    return None if seconds is None else min(max(1.0, seconds), MAX_RETRY_AFTER)
 
 
-_MODEL_LIMIT = re.compile(
-    r"\bmodel ?[:=`'\"\\]|this model|permodel"
-    r"|rate limit reached for (?!org|team|user|proj|key|api|your|acc|def|req|tok|in |on )\w"
+def seconds_from_now(
+    value: Any, now: Callable[[], float] = time.time, unit: float = 1.0
+) -> Optional[float]:
+    """Seconds until a number, a duration ("1m30.5s"), a Unix time (s or ms) or a date."""
+    if not isinstance(value, (str, int, float)) or isinstance(value, bool):
+        return None
+    text = str(value).strip()
+    if len(text) > 100:
+        return None
+    for part in (text, text.partition(",")[0].strip()):  # "30, 30": equal headers joined
+        if re.fullmatch(r"[0-9]{1,14}(?:\.[0-9]{1,20})?", part):
+            seconds = float(part) * unit
+            seconds = seconds / 1000 if seconds > 1e11 else seconds  # Unix time in ms
+            return seconds - now() if seconds > 1e9 else seconds
+        # Only the last number may lack a unit, or the pattern could split digits in 2^n ways.
+        if re.fullmatch(r"(?:[0-9]{1,14}(?:\.[0-9]{1,20})?(?:ms|[smhd]|\Z))+", part):
+            return total_seconds(part)
+        moment = _timestamp(part)
+        if moment is not None:
+            return moment - now()
+    return None
+
+
+def _timestamp(text: str) -> Optional[float]:
+    """Parse an HTTP or ISO 8601 date to a Unix time; None if it is not a valid one."""
+    from datetime import datetime, timezone
+    from email.utils import parsedate_to_datetime
+
+    iso = re.sub(r"\.([0-9]+)", lambda match: f".{match[1]:0<6.6}", text.replace("Z", "+00:00"))
+    for parse, value in ((parsedate_to_datetime, text), (datetime.fromisoformat, iso)):
+        with contextlib.suppress(Exception):  # they raise many kinds, depending on the version
+            moment = parse(value)
+            return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
+    return None
+
+
+def _delay_from_headers(headers: Dict[str, str], now: Callable[[], float]) -> Optional[float]:
+    """Longest time until a used-up limit resets, by the rate-limit headers in use."""
+    delays: List[Optional[float]] = []
+    for name, value in headers.items():
+        if name in ("ratelimit", "x-ratelimit"):  # "default";r=0;t=60, or remaining=0, reset=60
+            remaining = re.search(r"\b(?:r|remaining)=([0-9]{1,9})\b", value[:1000])
+            reset = re.search(r"\b(?:t|reset)=([0-9]{1,9})\b", value[:1000])
+            if reset and (not remaining or remaining[1] == "0"):
+                delays.append(float(reset[1]))
+        elif "reset" in name.split("-") and re.search(r"rate-?limit|tokenlimit", name):
+            count = headers.get(name.replace("reset", "remaining"), "0").strip()
+            if re.fullmatch(r"0(?:\.0{1,9})?|", count):
+                delays.append(seconds_from_now(value, now))
+    return max((seconds for seconds in delays if seconds is not None), default=None)
+
+
+# Fields of error bodies, in lower case without "_".
+_DELAY_FIELD = re.compile(r"(?:retry(?:delay|after)|resets?(?:at|time|in))(?:ms|s|seconds)?")
+
+
+def _delay_from_body(value: Any, now: Callable[[], float], depth: int = 5) -> Optional[float]:
+    """Delay in a field of an error body, or in response headers that it quotes."""
+    if not depth or not isinstance(value, (dict, list)):
+        return None
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    for name, inner in itertools.islice(items, 64):
+        name = str(name).replace("_", "").lower()
+        if name == "headers" and isinstance(inner, dict):
+            quoted = itertools.islice(inner.items(), 64)
+            seconds = retry_after_seconds({key.lower(): str(item) for key, item in quoted}, {}, now)
+        elif _DELAY_FIELD.fullmatch(name):
+            seconds = seconds_from_now(inner, now, 0.001 if name.endswith("ms") else 1.0)
+        else:
+            seconds = _delay_from_body(inner, now, depth - 1)
+        if seconds is not None:
+            return seconds
+    return None
+
+
+_DELAY_IN_MESSAGE = re.compile(
+    r"(?:(?:try|retry|again)[a-z ]{0,30} (?:in|after)|wait(?: for)?|resets? in) (?:about )?"
+    r"((?:[0-9]{1,9}(?:\.[0-9]{1,20})? ?(?:[a-z]{1,12})?(?:,? and |, | )?){1,4})",
+    re.I,
 )
 
 
-def names_model(body: Any, words: str, models: Iterable[str]) -> bool:
-    """Return whether a rate limit applies to one model only."""
-    text = f"{words[:2000]} {_encode(body)[:8000]}".lower()
-    return bool(_MODEL_LIMIT.search(text)) or any(
-        len(name) > 2 and re.search(rf"(?<!\w){re.escape(name.lower()[:256])}(?!\w)", text)
-        for name in models
-    )
+def _delay_from_message(message: str) -> Optional[float]:
+    """Seconds in "try again in 7m30.5s" or "Please retry after 2 minutes"."""
+    match = _DELAY_IN_MESSAGE.search(message[:4000])
+    return total_seconds(match[1].lower()) or None if match else None
 
+
+def total_seconds(text: str) -> float:
+    """The sum of quantities such as "7m30.5s" or "2 minutes", up to an unknown unit."""
+    total = 0.0
+    for count, unit in re.findall(r"([0-9]{1,14}(?:\.[0-9]{1,20})?) ?([a-z]{0,12})", text):
+        if unit not in SECONDS_PER_UNIT:
+            break
+        total += float(count) * SECONDS_PER_UNIT[unit]
+    return total
+
+
+# fmt: off
+SECONDS_PER_UNIT = {
+    "": 1.0, "s": 1.0, "sec": 1.0, "secs": 1.0, "second": 1.0, "seconds": 1.0,
+    "ms": 0.001, "millis": 0.001, "millisecond": 0.001, "milliseconds": 0.001,
+    "m": 60.0, "min": 60.0, "mins": 60.0, "minute": 60.0, "minutes": 60.0,
+    "h": 3600.0, "hr": 3600.0, "hrs": 3600.0, "hour": 3600.0, "hours": 3600.0,
+    "d": 86400.0, "day": 86400.0, "days": 86400.0,
+}
+# fmt: on
+
+# -- secrets
 
 # Headers of a controller whose values are not secret.
 # fmt: off
@@ -5276,7 +5366,6 @@ PUBLIC_HEADERS = frozenset((
     "http-referer", "openai-beta", "origin", "referer", "user-agent", "x-title",
 ))
 # fmt: on
-_MASKED_KEY = re.compile(r"[\w-]{0,80}\*{3,}[\w*-]{0,80}|\bsk-[\w-]{0,40}\.{3}[\w-]{1,40}")
 
 
 def option_secrets(options: ControllerSettings) -> List[str]:
@@ -5287,17 +5376,17 @@ def option_secrets(options: ControllerSettings) -> List[str]:
             secrets += cookie_values(value)
         elif name.lower() not in PUBLIC_HEADERS:
             secrets.append(re.sub(r"^(?:(?:bearer|basic|token) |https?://)", "", value, flags=re.I))
-    proxy = urllib.parse.urlsplit(options.proxy)
-    return [*secrets, *filter(None, (proxy.password, urllib.parse.unquote(proxy.password or "")))]
+    password = urllib.parse.urlsplit(options.proxy).password or ""
+    return [*secrets, *filter(None, (password, urllib.parse.unquote(password)))]
 
 
 def cookie_values(text: str) -> List[str]:
     """Values of a Cookie header; a part without "=" counts as a value."""
-    return [
-        value.strip()
-        for value in (pair.partition("=")[2] or pair for pair in text.split(";"))
-        if value.strip()
-    ]
+    values = (pair.partition("=")[2] or pair for pair in text.split(";"))
+    return [value.strip() for value in values if value.strip()]
+
+
+_MASKED_KEY = re.compile(r"[\w-]{0,80}\*{3,}[\w*-]{0,80}|\bsk-[\w-]{0,40}\.{3}[\w-]{1,40}")
 
 
 def redact(text: str, secrets: Iterable[str]) -> str:
@@ -5317,30 +5406,40 @@ def redact_bytes(data: bytes, secrets: Iterable[str]) -> bytes:
     return _without_secrets(text, secrets).encode("utf-8", "surrogateescape")
 
 
+# Characters as URLs, JSON or HTML may write them.
+_ESCAPE = re.compile(r"(?:%(?:25){0,2}|\\u00|\\x|&#x)([2-7][0-9a-f]);?", re.I)
+MAX_UNESCAPED = 1 << 17  # characters; longer strings are not unescaped
+MAX_FOUND = 1000  # secrets; a string with more is replaced
+
+
 def _without_secrets(text: str, secrets: Iterable[str]) -> str:
-    # All forms are searched in the original text: replacing the beginning of one form could make
-    # the remainder of another one too short to be found. Upstreams may change the case of a name.
-    folded, spans = _lower_ascii(text), []
-    for form in secret_forms(tuple(secrets)):
-        if len(form) >= 8:
-            spans += _find_parts(folded, form)
-        elif form in folded:
-            words = re.finditer(rf"(?<!\w){re.escape(form)}(?!\w)", folded)
-            spans += [match.span() for match in words]
+    spans = _secret_spans(text, secrets)
+    if len(text) <= MAX_UNESCAPED and _ESCAPE.search(text):
+        unescaped = _ESCAPE.sub(lambda match: chr(int(match[1], 16)), text)
+        hidden = _secret_spans(unescaped, secrets)
+        text, spans = (unescaped, hidden) if len(hidden) > len(spans) else (text, spans)
+    if len(spans) == MAX_FOUND:
+        return "***"
     parts, done = [], 0
-    for start, end in sorted(spans):
+    for start, end in spans:
         if start >= done:
             parts += [text[done:start], "***"]
         done = max(done, end)
     return "".join([*parts, text[done:]])
 
 
-def _lower_ascii(text: str) -> str:
-    """The text in lower case, as long as before: str.lower() can add characters."""
-    return text.lower() if text.isascii() else text.translate(_LOWER_ASCII)
+def _secret_spans(text: str, secrets: Iterable[str]) -> List[Tuple[int, int]]:
+    """Positions of secrets, in order; MAX_FOUND at most."""
+    # All forms are searched in the same text: replacing the beginning of one form could make the
+    # remainder of another one too short to be found. Upstreams may change the case of a name.
+    folded = _fold(text)
+    spans = (span for form in secret_forms(tuple(secrets)) for span in _find_parts(folded, form))
+    return sorted(itertools.islice(spans, MAX_FOUND))
 
 
-_LOWER_ASCII = {code: code + 32 for code in range(ord("A"), ord("Z") + 1)}
+def _fold(text: str) -> str:
+    """Lower case of the same length; "\u0130".lower() is two characters long."""
+    return text.replace("\u0130", "I").lower()
 
 
 @functools.lru_cache(maxsize=256)
@@ -5349,190 +5448,32 @@ def secret_forms(secrets: Tuple[str, ...]) -> List[str]:
     forms = set()
     for secret in secrets:
         data = secret.encode("utf-8", "replace")
-        quoted = urllib.parse.quote(secret, safe="")
-        forms |= {secret, quoted, urllib.parse.quote(quoted), to_json(secret)[1:-1].decode()}
+        forms |= {secret, to_json(secret)[1:-1].decode(), urllib.parse.quote(secret, safe="")}
         if len(secret) >= 8:
             forms |= {data.hex(), _sha256(secret)}
             for before in range(3):  # bytes in front of it, such as the user of Basic credentials
                 encoded = base64.b64encode(bytes(before) + data).decode().rstrip("=")
                 encoded = encoded[before + (before > 0) :]
                 forms |= {encoded, encoded.translate({43: "-", 47: "_"})}
-    return [_lower_ascii(form) for form in forms if len(form) >= 4]
+    return [_fold(form) for form in forms if len(form) >= 4]
 
 
-def _find_parts(text: str, secret: str) -> List[Tuple[int, int]]:
-    """Positions of a secret's beginning, from 8 characters on, and of any 12 in a row."""
-    spans = []
-    for offset in range(0, len(secret) - 7, 4):  # any 12 characters contain one of these blocks
-        block = secret[offset : offset + 8]
+def _find_parts(text: str, form: str) -> Iterator[Tuple[int, int]]:
+    """Positions of a form's beginning, from 8 characters on, and of any 12 in a row."""
+    if len(form) < 8:
+        for word in re.finditer(rf"(?<!\w){re.escape(form)}(?!\w)", text):
+            yield word.span()
+    for offset in range(0, len(form) - 7, 4):  # any 12 characters contain one of these blocks
+        block = form[offset : offset + 8]
         at = text.find(block)
         while at >= 0:
-            start = at - _common_run(text, at - 1, secret, offset - 1, -1)
-            end = at + 8 + _common_run(text, at + 8, secret, offset + 8, 1)
-            if at - start == offset or end - start >= 12:
-                spans.append((start, end))
+            before = text[max(0, at - offset) : at][::-1], form[:offset][::-1]
+            after = text[at : at + len(form)], form[offset:]
+            start = at - len(os.path.commonprefix(before))
+            end = at + len(os.path.commonprefix(after))
+            if start == at - offset or end - start >= 12:
+                yield start, end
             at = text.find(block, end)
-    return spans
-
-
-def _common_run(text: str, at: int, secret: str, index: int, step: int) -> int:
-    """Count equal characters from two positions on, forwards (1) or backwards (-1)."""
-    length = 0
-    while 0 <= at < len(text) and 0 <= index < len(secret) and text[at] == secret[index]:
-        at, index, length = at + step, index + step, length + 1
-    return length
-
-
-MAX_RETRY_AFTER = 172800.0  # seconds; an absurd value must not disable an upstream for good
-
-
-def retry_after_seconds(
-    headers: Dict[str, str],
-    body: Dict[str, Any],
-    now: Callable[[], float] = time.time,
-    message: str = "",
-    limit: bool = True,
-) -> Optional[float]:
-    """Return the seconds to wait (1 to MAX_RETRY_AFTER) by headers, body or message.
-
-    With ``limit`` also by rate-limit headers, which some upstreams send with every response.
-    None if no wait is given or it can't be parsed.
-    """
-    delays = [
-        _delay(headers.get("retry-after-ms", ""), 0.001, now),
-        _delay(headers.get("retry-after", ""), 1.0, now),
-        _delay_from_headers(headers, now) if limit else None,
-        _delay_from_body(body, now),
-        _delay_from_message(message),
-    ]
-    seconds = next((delay for delay in delays if delay is not None), None)
-    return None if seconds is None else min(max(1.0, seconds), MAX_RETRY_AFTER)
-
-
-def _delay(value: Any, unit: float, now: Callable[[], float]) -> Optional[float]:
-    """Seconds from now by a number, a duration, a Unix time (s or ms) or a date."""
-    if not isinstance(value, (str, int, float)) or isinstance(value, bool):
-        return None
-    text = str(value).strip()[:200]
-    for part in (text, text.partition(",")[0].strip()):  # "30, 30": equal headers joined
-        if re.fullmatch(r"[0-9]{1,14}(?:\.[0-9]{1,20})?", part):
-            seconds = float(part) * unit
-            seconds = seconds / 1000 if seconds > 1e11 else seconds  # Unix time in ms
-            return seconds - now() if seconds > 1e9 else seconds
-        if re.fullmatch(r"(?:[0-9]{1,14}(?:\.[0-9]{1,20})?(?:ms|[smhd])){1,8}", part):
-            return parse_duration(part)
-        moment = _timestamp(part)
-        if moment is not None:
-            return moment - now()
-    return None
-
-
-def _timestamp(text: str) -> Optional[float]:
-    """Parse an HTTP or ISO 8601 date to a Unix time; None if it is not a valid one."""
-    from datetime import datetime, timezone
-    from email.utils import parsedate_to_datetime
-
-    iso = re.sub(
-        r"\.([0-9]{1,6})[0-9]{0,20}",
-        lambda match: "." + match[1].ljust(6, "0"),
-        text.replace("Z", "+00:00"),
-    )
-    for parse, value in ((parsedate_to_datetime, text), (datetime.fromisoformat, iso)):
-        try:
-            moment = parse(value)
-            return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
-        except (ValueError, TypeError, OverflowError, IndexError, AttributeError, OSError):
-            continue
-    return None
-
-
-def _delay_from_headers(headers: Dict[str, str], now: Callable[[], float]) -> Optional[float]:
-    """Longest time until a used-up limit resets, by the rate-limit headers in use."""
-    delays: List[Optional[float]] = []
-    for name, value in headers.items():
-        if name in ("ratelimit", "x-ratelimit"):  # "default";r=0;t=60, or remaining=0, reset=60
-            remaining = re.search(r"\b(?:r|remaining)=([0-9]{1,9})\b", value[:1000])
-            reset = re.search(r"\b(?:t|reset)=([0-9]{1,9})\b", value[:1000])
-            if reset and (not remaining or remaining[1] == "0"):
-                delays.append(float(reset[1]))
-        elif "reset" in name.split("-") and re.search(r"rate-?limit|tokenlimit", name):
-            count = headers.get(name.replace("reset", "remaining"), "0").strip()
-            if re.fullmatch(r"0(?:\.0{1,9})?|", count):
-                delays.append(_delay(value, 1.0, now))
-    return max((seconds for seconds in delays if seconds is not None), default=None)
-
-
-# Fields of error bodies, in lower case without "_", and their units in seconds.
-# fmt: off
-DELAY_FIELDS = {
-    "retrydelay": 1.0, "retryafter": 1.0, "retryafterseconds": 1.0, "retryafterms": 0.001,
-    "resettime": 1.0, "resetat": 1.0, "resetsat": 1.0, "resetsinseconds": 1.0,
-}
-# fmt: on
-
-
-def _delay_from_body(value: Any, now: Callable[[], float], depth: int = 5) -> Optional[float]:
-    """Delay in one of DELAY_FIELDS of an error body, or in response headers it quotes."""
-    if not depth or not isinstance(value, (dict, list)):
-        return None
-    if isinstance(value, list):
-        delays = (_delay_from_body(item, now, depth - 1) for item in value[:16])
-        return next(filter(None, delays), None)
-    for name, inner in itertools.islice(value.items(), 64):
-        unit = DELAY_FIELDS.get(name.replace("_", "").lower())
-        if name == "headers" and isinstance(inner, dict):
-            quoted = itertools.islice(inner.items(), 64)
-            seconds = retry_after_seconds({key.lower(): str(item) for key, item in quoted}, {}, now)
-        elif unit:
-            seconds = _delay(inner, unit, now)
-        else:
-            seconds = _delay_from_body(inner, now, depth - 1)
-        if seconds is not None:
-            return seconds
-    return None
-
-
-_DELAY_IN_MESSAGE = re.compile(
-    r"(?:(?:try|retry|again)[a-z ]{0,30} (?:in|after)|wait(?: for)?|resets? in) (?:about )?"
-    r"((?:[0-9]{1,9}(?:\.[0-9]{1,20})? ?(?:[a-z]{1,12})?(?:,? and |, | )?){1,4})",
-    re.I,
-)
-
-
-def _delay_from_message(message: str) -> Optional[float]:
-    """Seconds in "try again in 7m30.5s" or "Please retry after 2 minutes"."""
-    match = _DELAY_IN_MESSAGE.search(message[:4000])
-    if not match:
-        return None
-    return total_seconds(match[1].lower()) or None
-
-
-def total_seconds(text: str) -> float:
-    """The sum of quantities such as "7m30.5s" or "2 minutes", up to an unknown unit."""
-    total = 0.0
-    for count, unit in re.findall(r"([0-9]{1,14}(?:\.[0-9]{1,20})?) ?([a-z]{0,12})", text):
-        factors = (seconds for names, seconds in DURATION_UNITS if re.fullmatch(names, unit))
-        factor = next(factors, None)
-        if factor is None:
-            break
-        total += float(count) * factor
-    return total
-
-
-DURATION_UNITS = (
-    ("|s|secs?|seconds?", 1.0),
-    ("ms|millis|milliseconds?", 0.001),
-    ("m|mins?|minutes?", 60.0),
-    ("h|hrs?|hours?", 3600.0),
-    ("d|days?", 86400.0),
-)
-
-
-def parse_duration(text: str) -> Optional[float]:
-    """Seconds of "17", "1m30.5s", "6h" or "120ms", as in OpenAI's x-ratelimit-reset-*."""
-    # Only the last number may lack a unit, or the pattern could split digits in 2^n ways.
-    valid = re.fullmatch(r"(?:[0-9]{1,14}(?:\.[0-9]{1,20})?(?:ms|[smhd]|\Z))+", text)
-    return total_seconds(text) if valid else None
 
 
 # == 12. akash ================================================================================
@@ -7784,7 +7725,9 @@ class Upstream:
         if error is None:
             self.served += 1
             self.served_at = now
-            self._recover(model, started)
+            for key, cooldown in list(self.cooldowns.items()):  # those that the success disproves
+                if key[1] in (None, self._model_key(model)) and cooldown.failed_at <= started:
+                    del self.cooldowns[key]
             return
         category = error.category
         if category is Category.SERVER and error.retry_after:
@@ -7798,26 +7741,19 @@ class Upstream:
         self.last_error, self.last_error_at = f"{error.status} {summary}", time.time()
         if category is Category.AUTH and now - self.served_at < KEY_TRUST:
             after = 2
-        was_cooling_down = self.cooldown_until > now
+        was_cooling_down = self.available_at() > now
         fixed = {Category.AUTH: AUTH_COOLDOWN, Category.RATE_LIMIT: error.retry_after}
-        cooldown = self._cooldown(category, model if error.cooldown_scope == "model" else None)
+        cooldown = self._cooldown(category, model if error.cooldown_scope == "model" else "")
         cooldown.record_failure(now, started, after, fixed.get(category))
-        self.cooldown_count += not was_cooling_down and self.cooldown_until > now
+        self.cooldown_count += not was_cooling_down and self.available_at() > now
 
-    def _recover(self, model: str, started: float) -> None:
-        """End the cool-downs that a success disproves."""
-        scopes = (None, self._model_key(model))
-        for key, cooldown in list(self.cooldowns.items()):
-            if key[1] in scopes and cooldown.failed_at <= started:
-                del self.cooldowns[key]
-
-    def _cooldown(self, category: Category, model: Optional[str]) -> CoolDown:
-        """The cool-down of a category and a model (None: the controller), made if needed."""
-        key = category, None if model is None else self._model_key(model)
+    def _cooldown(self, category: Category, model: str) -> CoolDown:
+        """The cool-down of a category and a model ("": the controller), made if needed."""
+        key = category, self._model_key(model) if model else None
         if key not in self.cooldowns:
             # Clients choose the models' names: without a bound they could fill the memory.
             of_models = [key for key in self.cooldowns if key[1] is not None]
-            if key[1] is not None and len(of_models) >= MAX_MODEL_COOLDOWNS:
+            if model and len(of_models) >= MAX_MODEL_COOLDOWNS:
                 del self.cooldowns[min(of_models, key=lambda other: self.cooldowns[other].until)]
             self.cooldowns[key] = CoolDown()
         return self.cooldowns[key]
@@ -7835,16 +7771,8 @@ class Upstream:
             if scope in scopes and category not in ignored
         ]
 
-    @property
-    def cooldown_until(self) -> float:
-        """End of the whole controller's cool-downs, by the pool's clock; 0 if it has none."""
-        return max(
-            (cooldown.until for (_, model), cooldown in self.cooldowns.items() if model is None),
-            default=0.0,
-        )
-
-    def available_at(self, model: str, ignored: Tuple[Category, ...] = ()) -> float:
-        """End of the cool-downs for a model, ignoring some categories; 0 if none."""
+    def available_at(self, model: str = "", ignored: Tuple[Category, ...] = ()) -> float:
+        """End of the cool-downs for a model ("": for all), by the pool's clock; 0 if none."""
         if not self.cooldowns:
             return 0.0
         return max((cooldown.until for cooldown in self._applicable(model, ignored)), default=0.0)
@@ -7870,7 +7798,7 @@ class Upstream:
 
     def metrics(self, now: float) -> Dict[Tuple[str, ...], float]:
         """Return its metrics, {(name, label, ...): number} without its own label."""
-        rest = self.cooldown_until - now
+        rest = self.available_at() - now
         metrics: Dict[Tuple[str, ...], float] = {
             ("akashproxy_controller_rests_total",): self.cooldown_count,
             ("akashproxy_controller_resting",): int(rest > 0),
@@ -7886,10 +7814,8 @@ class Upstream:
         """Log the exception behind an error, with its traceback once per line of code."""
         if error.bug is None:
             return
-        trace: Any = error.bug.__traceback__
-        while trace.tb_next:
-            trace = trace.tb_next
-        location = type(error.bug), trace.tb_frame.f_code.co_filename, trace.tb_lineno
+        *_, (frame, line) = traceback.walk_tb(error.bug.__traceback__)
+        location = type(error.bug), frame.f_code.co_filename, line
         log.error(
             "%s: unexpected error: %s: %s",
             self.name,
@@ -7942,50 +7868,73 @@ def model_allowed(patterns: Tuple[str, ...], model: str) -> bool:
     )
 
 
-def earliest_available(
-    upstreams: List[Upstream], model: str, ignored: Tuple[Category, ...], now: float
-) -> float:
-    """The time from ``now`` on when the first of the upstreams' cool-downs ends."""
-    ends = (upstream.available_at(model, ignored) for upstream in upstreams)
-    return max(min(ends, default=now), now)
-
-
 class Waiter:
-    """A queued call, the upstreams that can serve it, and its deadline.
+    """A call that needs an upstream for its next attempt, and its entry in the queue.
 
-    Any thread, under the pool's lock. ``upstream`` is the one that it has been assigned, where it
+    Any thread, under the pool's lock. ``known`` are the upstreams that offer the model and support
+    the call, ``candidates`` those of them that were not tried yet; their cool-downs of the
+    categories ``ignored`` don't count. ``upstream`` is the one that it has been assigned, where it
     is counted as in flight.
     """
 
     __slots__ = (
-        "queue", "exchange", "candidates", "ignored", "deadline", "number", "key", "upstream",
+        "queue", "exchange", "known", "candidates", "ignored", "deadline", "number", "key",
+        "upstream",
     )  # fmt: skip
 
     def __init__(
-        self,
-        queue: "CallQueue",
-        exchange: "Exchange",
-        candidates: List[Upstream],
-        ignored: Tuple[Category, ...],
-        deadline: float,
+        self, queue: "CallQueue", exchange: "Exchange", upstreams: List[Upstream], deadline: float
     ) -> None:
-        self.queue, self.exchange, self.candidates = queue, exchange, candidates
-        self.ignored, self.deadline = ignored, deadline
-        self.number = next(queue.numbers)
+        self.queue, self.exchange, self.deadline = queue, exchange, deadline
+        self.known = [up for up in upstreams if up not in exchange.unsupported]
+        self.candidates = [up for up in self.known if up not in exchange.tried]
+        is_only = len(self.known) == 1 and not exchange.other_models
+        self.ignored = BACKOFF_CATEGORIES if is_only else ()
         self.upstream: Optional[Upstream] = None
-        by_model = any(
-            model is not None for upstream in candidates for _, model in upstream.cooldowns
-        )
-        # Calls with the same key become ready at the same time.
-        self.key = (exchange.call.model if by_model else None, ignored, *map(id, candidates))
+        self.number = 0
+        self.key: Tuple[Any, ...] = ()  # calls with the same key become ready at the same time
 
-    def available_at(self, now: float) -> float:
-        return earliest_available(self.candidates, self.exchange.call.model, self.ignored, now)
+    def available_at(self, upstreams: List[Upstream], now: float) -> float:
+        """The time from ``now`` on when the first of the upstreams' cool-downs ends."""
+        model = self.exchange.call.model
+        ends = (upstream.available_at(model, self.ignored) for upstream in upstreams)
+        return max(min(ends, default=now), now)
+
+    def error(self, now: float) -> APIError:
+        """The error of the call if no upstream can serve it now.
+
+        Without candidates it is the most informative one of the attempts; else 429 if only rate
+        limits keep the upstreams from serving, and 503 otherwise.
+        """
+        model, errors = self.exchange.call.model, self.exchange.errors
+        delay = max(self.available_at(self.known, now) - now, 1.0)
+        error = most_informative(errors) if errors else model_not_found(model)
+        if not self.candidates:
+            if error.category is Category.RATE_LIMIT:
+                error.retry_after = delay
+            return error
+        limited = any(error.category is Category.RATE_LIMIT for error in errors) or all(
+            upstream.available_at(model, BACKOFF_CATEGORIES) > now
+            for upstream in self.candidates
+            if upstream.available_at(model) > now
+        )
+        cause = f" The last error: {error.message}" if errors else ""
+        return APIError(
+            429 if limited else 503,
+            f"All controllers for this model are cooling down or busy.{cause}",
+            code="rate_limit_exceeded" if limited else "upstream_error",
+            retry_after=delay,
+        )
 
     def set(self) -> None:
         """Resume a cancelled call; the method of threading.Event that cancel() uses."""
         with self.queue.lock:
             self.queue.resume(self)
+
+
+def most_informative(errors: List[APIError]) -> APIError:
+    """The first error of the last category."""
+    return max(errors, key=lambda error: list(Category).index(error.category))
 
 
 class CallQueue:
@@ -8001,6 +7950,10 @@ class CallQueue:
         self.lines: Dict[Tuple[Any, ...], OrderedDict[Waiter, None]] = {}
 
     def add(self, waiter: Waiter) -> None:
+        of_models = any(model for up in waiter.candidates for _, model in up.cooldowns)
+        model = waiter.exchange.call.model if of_models else ""
+        waiter.key = (model, waiter.ignored, *map(id, waiter.candidates))
+        waiter.number = next(self.numbers)
         self.lines.setdefault(waiter.key, OrderedDict())[waiter] = None
 
     def remove(self, waiter: Waiter) -> bool:
@@ -8104,7 +8057,6 @@ class Pool:
         settings: Settings,
         previous: Optional["Pool"] = None,
         clock: Callable[[], float] = time.monotonic,
-        rng: Callable[[], float] = random.random,
     ) -> None:
         self.settings, self.clock = settings, clock
         self.lock: threading.Lock = previous.lock if previous else threading.Lock()
@@ -8113,7 +8065,7 @@ class Pool:
         self.enabled = [upstream for upstream in self.upstreams if upstream.options.weight > 0]
         choices: Dict[str, Callable[[List[Upstream]], Upstream]] = {
             "balanced": weighted_round_robin,
-            "random": functools.partial(weighted_random, rng=rng),
+            "random": weighted_random,
             "least_busy": least_connections,
             "affinity": weighted_round_robin,  # of calls that belong to no conversation
         }
@@ -8176,60 +8128,50 @@ class Pool:
         Raises APIError if no upstream is left, or Queued if the call has to wait: call again after
         ``exchange.wake()``.
         """
-        self.refresh_models_async()
-        model = exchange.call.model
+        if len(self.upstreams) > 1:
+            self.refresh_models_async()
         with self.lock:
-            waiter = exchange.waiter
-            if waiter is not None:
-                if exchange.cancellation.reason:
-                    raise exchange.cancellation.reason  # close() releases the assigned upstream
-                exchange.set_waiter(None)
-                if waiter.upstream is not None:
-                    return waiter.upstream
-            known = [up for up in self.candidates(model) if up not in exchange.unsupported]
-            candidates = [up for up in known if up not in exchange.tried]
-            is_last = not exchange.other_models
-            ignored = BACKOFF_CATEGORIES if len(known) == 1 and is_last else ()  # an only candidate
-            now = self.clock()
-            if candidates and self.queue.lines and any(up.has_capacity() for up in candidates):
+            now, waiter = self.clock(), exchange.waiter
+            if waiter is None:
+                upstreams = self.candidates(exchange.call.model)
+                waiter = Waiter(self.queue, exchange, upstreams, now + self.settings.max_wait)
+            elif exchange.cancellation.reason:
+                raise exchange.cancellation.reason  # close() releases the assigned upstream
+            exchange.set_waiter(None)
+            if waiter.upstream is not None:
+                return waiter.upstream
+            if self.queue.lines and any(up.has_capacity() for up in waiter.candidates):
                 self._resume_ready(now)  # queued calls go first
-            upstream = self._pick(candidates, exchange, ignored, now)
-            if upstream is None:
-                make_error = functools.partial(
-                    pool_error, exchange, known, candidates, ignored, now
-                )
-                if not candidates or not is_last:
-                    raise make_error()
-                deadline = now + self.settings.max_wait if waiter is None else waiter.deadline
-                waiter = Waiter(self.queue, exchange, candidates, ignored, deadline)
-                upstream = self._enqueue(waiter, make_error, now)
+            upstream = self._pick(waiter, now) or self._enqueue(waiter, now)
             upstream.in_flight += 1
             return upstream
 
     def _pick(
         self,
-        candidates: List[Upstream],
-        exchange: "Exchange",
-        ignored: Tuple[Category, ...],
+        waiter: Waiter,
         now: float,
+        freed: Optional[Upstream] = None,
+        also_ignored: Tuple[Category, ...] = (),
     ) -> Optional[Upstream]:
-        """The upstream to use now: an available one, else one that is due for a recheck."""
-        model = exchange.call.model
-        with_capacity = [upstream for upstream in candidates if upstream.has_capacity()]
-        ready = [
-            upstream for upstream in with_capacity if upstream.available_at(model, ignored) <= now
-        ]
+        """The upstream to use now: an available one, else one that is due for a recheck.
+
+        Only ``freed`` is considered if given.
+        """
+        call, ignored = waiter.exchange.call, waiter.ignored + also_ignored
+        free = [up for up in waiter.candidates if up.has_capacity() and freed in (None, up)]
+        ready = [up for up in free if up.available_at(call.model, ignored) <= now]
         if not ready:
-            due = (upstream for upstream in with_capacity if upstream.recheck(model, ignored, now))
-            return next(due, None)
-        if exchange.call.preferred:
-            ready = [up for up in ready if up.name == exchange.call.preferred] or ready
-        ready = top_priority(ready)
-        if exchange.conversation:
-            return rendezvous(ready, exchange.conversation)
+            return next((up for up in free if up.recheck(call.model, ignored, now)), None)
+        if call.preferred:
+            ready = [up for up in ready if up.name == call.preferred] or ready
+        if len(ready) > 1:
+            priority = min(up.options.priority for up in ready)
+            ready = [up for up in ready if up.options.priority == priority]
+        if waiter.exchange.conversation:
+            return rendezvous(ready, waiter.exchange.conversation)
         return self.choose(ready) if len(ready) > 1 else ready[0]
 
-    def _enqueue(self, waiter: Waiter, make_error: Callable[[], APIError], now: float) -> Upstream:
+    def _enqueue(self, waiter: Waiter, now: float) -> Upstream:
         """Queue a call: raises Queued, or an error if waiting is useless.
 
         Waiting is useless if no upstream will be available by the deadline. In that case one in an
@@ -8237,12 +8179,13 @@ class Pool:
         request can't block the others, or the client gets the error that names the cause.
         """
         exchange = waiter.exchange
-        if now >= waiter.deadline or waiter.available_at(now) > waiter.deadline:
-            ignored = (*waiter.ignored, Category.AUTH)
-            upstream = self._pick(waiter.candidates, exchange, ignored, now)
-            if upstream is not None:
-                return upstream
-            raise make_error()
+        if not waiter.candidates or exchange.other_models:
+            raise waiter.error(now)
+        if now >= waiter.deadline or waiter.available_at(waiter.candidates, now) > waiter.deadline:
+            upstream = self._pick(waiter, now, also_ignored=(Category.AUTH,))
+            if upstream is None:
+                raise waiter.error(now)
+            return upstream
         exchange.set_waiter(waiter)
         self.queue.add(waiter)
         # Race: another thread cancels and finds no wakeup to set, then we store wakeup. Without a
@@ -8263,9 +8206,9 @@ class Pool:
         for line in self.queue.lines_by_age():
             while line and resumed < limit and (freed is None or freed.has_capacity()):
                 waiter = next(iter(line))
-                usable = [up for up in waiter.candidates if freed in (None, up)]
-                upstream = self._pick(usable, waiter.exchange, waiter.ignored, now)
-                if upstream is None and now < waiter.deadline >= waiter.available_at(now):
+                upstream = self._pick(waiter, now, freed)
+                available_at = waiter.available_at(waiter.candidates, now)
+                if upstream is None and now < waiter.deadline >= available_at:
                     break
                 self.queue.resume(waiter, upstream)
                 resumed += 1
@@ -8328,8 +8271,8 @@ class Pool:
     # -- models, images and status
 
     def refresh_models_async(self) -> None:
-        """Refresh the model lists in a thread if they are due and there is more than one."""
-        if len(self.upstreams) > 1 and self.clock() >= self.refresh_at:
+        """Refresh the model lists in a thread if they are due."""
+        if self.clock() >= self.refresh_at:
             self.refresh_at = math.inf
             if not start_thread(self._refresh_models, "akashproxy models"):
                 self.refresh_at = self.clock() + Cache.RETRY
@@ -8404,7 +8347,7 @@ class Pool:
                     "in_flight": upstream.in_flight,
                     "served": upstream.served,
                     "failed": upstream.failed,
-                    "rests_for_seconds": max(0, math.ceil(upstream.cooldown_until - now)),
+                    "rests_for_seconds": max(0, math.ceil(upstream.available_at() - now)),
                     "models_cooling_down": sum(
                         cooldown.until > now
                         for (_, model), cooldown in upstream.cooldowns.items()
@@ -8458,30 +8401,16 @@ def weighted_round_robin(ready: List[Upstream]) -> Upstream:
     return best
 
 
-def weighted_random(ready: List[Upstream], rng: Callable[[], float]) -> Upstream:
+def weighted_random(ready: List[Upstream]) -> Upstream:
     """A random choice by weight."""
-    point = rng() * sum(upstream.options.weight for upstream in ready)
-    for upstream in ready:
-        point -= upstream.options.weight
-        if point < 0:
-            return upstream
-    return ready[-1]
+    return random.choices(ready, [upstream.options.weight for upstream in ready])[0]
 
 
 def least_connections(ready: List[Upstream]) -> Upstream:
     """The least in-flight requests per weight; round robin among equals."""
-
-    def load(upstream: Upstream) -> float:
-        return upstream.in_flight / upstream.options.weight
-
-    lowest = min(map(load, ready))
-    return weighted_round_robin([up for up in ready if load(up) == lowest])
-
-
-def top_priority(ready: List[Upstream]) -> List[Upstream]:
-    """The upstreams of the lowest ``priority`` number."""
-    first = min(upstream.options.priority for upstream in ready)
-    return [upstream for upstream in ready if upstream.options.priority == first]
+    loads = [upstream.in_flight / upstream.options.weight for upstream in ready]
+    lowest = min(loads)
+    return weighted_round_robin([up for up, load in zip(ready, loads) if load == lowest])
 
 
 MAX_HASHED = 1 << 14  # characters at each end of a text
@@ -8519,46 +8448,6 @@ def rendezvous(ready: List[Upstream], conversation: str) -> Upstream:
         return -upstream.options.weight / math.log(point)
 
     return max(ready, key=score)
-
-
-def most_informative(errors: List[APIError]) -> APIError:
-    """The first error of the last category."""
-    rank = list(Category)
-    return max(errors, key=lambda error: rank.index(error.category))
-
-
-def pool_error(
-    exchange: "Exchange",
-    known: List[Upstream],
-    candidates: List[Upstream],
-    ignored: Tuple[Category, ...],
-    now: float,
-) -> APIError:
-    """The error of a call that no upstream can serve now.
-
-    ``known`` are those that have its model, ``candidates`` those of them that were not tried yet.
-    Without candidates it is the most informative one of the attempts; else 429 if only rate limits
-    keep the upstreams from serving, and 503 otherwise.
-    """
-    model, errors = exchange.call.model, exchange.errors
-    delay = max(earliest_available(known, model, ignored, now) - now, 1.0)
-    if not candidates:
-        error = most_informative(errors) if errors else model_not_found(model)
-        if error.category is Category.RATE_LIMIT:
-            error.retry_after = delay
-        return error
-    limited = any(error.category is Category.RATE_LIMIT for error in errors) or all(
-        upstream.available_at(model, BACKOFF_CATEGORIES) > now
-        for upstream in candidates
-        if upstream.available_at(model) > now
-    )
-    cause = f" The last error: {most_informative(errors).message}" if errors else ""
-    return APIError(
-        429 if limited else 503,
-        f"All controllers for this model are cooling down or busy.{cause}",
-        code="rate_limit_exceeded" if limited else "upstream_error",
-        retry_after=delay,
-    )
 
 
 class Exchange:
@@ -8674,6 +8563,8 @@ class Exchange:
             self.call.begin_attempt(error.code or "")
             return
         name = self.upstream.name
+        if self.other_models and error.category is Category.RATE_LIMIT:
+            error.cooldown_scope = "model"  # the other models may have limits of their own
         self.route.append(f"{self._label()}={error.upstream_status or error.status}")
         self._end_attempt(error)
         message = without_name(error.message, name)
@@ -11604,6 +11495,7 @@ class Metrics:
     def snapshot(self) -> Dict[Tuple[Any, ...], float]:
         """Return all metrics: {(name, label, ...): number}."""
         server, connections = self.server, self.server.connections.copy()
+        server.pool.refresh_models_async()  # for the labels
         with self.lock:
             metrics = dict(self.counts)
         metrics["akashproxy_requests_in_flight",] = server.running_calls()

@@ -1657,13 +1657,13 @@ def test_a_limit_that_has_been_reset_is_noticed(case, akash):
     upstream = pool.upstreams[0]
     upstream.record_result(akashproxy.APIError(429, "used up", retry_after=14400), clock.now, clock.now, "m")
     pool.on_tick(0)
-    assert upstream.cooldown_until == clock.now + 14400 and not akash.requests, "not at once"
+    assert upstream.available_at() == clock.now + 14400 and not akash.requests, "not at once"
     for number in (1, 2):
         clock.now += 601
         limit = upstream.cooldowns[akashproxy.Category.RATE_LIMIT, None]
         pool.on_tick(0)
         pool.on_tick(0)
-        wait_for(lambda: upstream.cooldown_until == 0 if ends else limit.asks_upstream is not may_probe)
+        wait_for(lambda: upstream.available_at() == 0 if ends else limit.asks_upstream is not may_probe)
         wait_for(lambda: len(akash.requests) == (number if not (ends or may_probe) else 1))
         assert upstream.recheck("m", (), clock.now) is may_probe
     assert {asked.path for asked in akash.requests} == {"/api/rate-limit/status/"}
@@ -3377,9 +3377,9 @@ def test_ten_thousand_choices_of_many_threads_are_exact():
 
 
 def test_random_is_by_weight():
-    pool, points = members_of({"a": 3, "b": 1}, "random"), iter([0.0, 0.74, 0.76, 0.999999])
-    assert [akashproxy.weighted_random(pool.upstreams, points.__next__).name for _ in range(4)] == ["a", "a", "b", "b"]
-    assert {pool.choose(pool.upstreams).name for _ in range(1000)} == {"a", "b"}
+    pool = members_of({"a": 3, "b": 1}, "random")
+    counts = collections.Counter(pool.choose(pool.upstreams).name for _ in range(4000))
+    assert set(counts) == {"a", "b"} and 2800 < counts["a"] < 3200
 
 
 def test_least_busy_is_by_requests_in_flight():
@@ -3862,6 +3862,19 @@ def test_models_of_an_alias_that_rest_or_are_unknown_are_passed_over(a, b, pool)
         got = ask(server, "POST", path, {**body, "model": "smart"})
         assert got.json["model"] == "smart" and b.bodies()[-1]["model"] == "two"
     assert ask(server, path="/v1/models/smart").json["id"] == "smart"
+
+
+def test_another_model_of_the_same_controller_is_tried_after_a_limit(a, pool):
+    """A 429 may name no model, but most limits are those of one."""
+    server = pool(a, model_aliases={"smart": ["one", "two"]})
+    a.faults.append(a.status(429, extra=b"Retry-After: 60\r\n"))
+    assert chat(server, BOTH, model="smart").headers["x-akashproxy-route"] == "a(one)=429, a(two)=200"
+    assert chat(server, BOTH, model="smart").headers["x-akashproxy-route"] == "a(two)=200", "and the first one is not asked again"
+    a.faults.append(a.status(429, extra=b"Retry-After: 70\r\n"))
+    for route in ("a(two)=429", ""):
+        got = chat(server, BOTH, model="smart")
+        assert (got.status, got.headers.get("x-akashproxy-route", "")) == (429, route) and 58 < int(got.headers["retry-after"]) <= 70
+    assert [body["model"] for body in a.bodies()] == ["one", "two", "two", "two"]
 
 
 def test_when_no_model_of_an_alias_can_be_served_the_best_error_is_told(a, b, pool):
@@ -4423,7 +4436,7 @@ MEANINGS = {
     "OpenAI's spent quota": ((429, err(QUOTA, type="insufficient_quota", code="insufficient_quota")), ("auth", 424, "upstream_auth", None, "quota of this server's key is spent: You")),
     "OpenAI's hard limit": ((400, err("Billing hard limit has been reached.", code="billing_hard_limit_reached")), ("auth", 424, "upstream_auth", None, "spent")),
     "OpenAI's closed account": ((403, err("Your account is not active.", code="account_deactivated")), ("auth", 424, "upstream_auth", None, "not active")),
-    "OpenAI's countries": ((403, err("Country, region, or territory not supported", code="unsupported_country_region_territory", type="request_forbidden")), ("auth", 424, "upstream_auth", None, "refuses this server (403)")),
+    "OpenAI's countries": ((403, err("Country, region, or territory not supported", code="unsupported_country_region_territory", type="request_forbidden")), ("auth", 424, "upstream_auth", None, "refuses this server's key (403)")),
     "Google's wrong key": ((400, google(400, "INVALID_ARGUMENT", "API key not valid. Please pass a valid API key.", BAD_KEY)), ("auth", 424, "upstream_auth", None, "API key not valid")),
     "Google's wrong key, not in a list": ((400, google(400, "INVALID_ARGUMENT", "Request refused.", BAD_KEY)[0]), ("auth", 424, "upstream_auth", None, "Request refused")),
     "Google's key in a text": ((400, err(json.dumps(google(400, "INVALID_ARGUMENT", "API key not valid.", BAD_KEY)[0]), code=400, status="Bad Request")), ("auth", 424, "upstream_auth", None, ": API key not valid.")),
@@ -8790,6 +8803,17 @@ def test_models_tokens_and_attempts_are_counted_by_name(pool):
     assert 0 < found["process_open_fds",] < found["process_max_fds",]
 
 
+def test_the_model_of_a_lone_controller_is_counted_by_name(pool):
+    """Without a request for /v1/models: the first one for /metrics reads the list."""
+    fake = FakeOpenAI(["listed"])
+    server = pool(fake)
+    samples(server)
+    wait_for(lambda: "listed" in server.pool.model_names)
+    chat(server, {**BOTH, "model": "listed"})
+    wait_for(lambda: samples(server).get(("akashproxy_model_requests_total", "listed")) == 1)
+    assert [request.path for request in fake.requests].count("/v1/models") == 1
+
+
 def test_a_model_has_a_series_of_its_own_only_while_there_are_few():
     metrics = akashproxy.Metrics(argparse.Namespace(pool=argparse.Namespace(model_names=[f"m{at}" for at in range(500)])))
     labels = {metrics.model_label(f"m{at}") for at in range(500)} | {metrics.model_label("unknown")}
@@ -8950,9 +8974,9 @@ def test_images_end_with_their_client(akash, serve):
             wait_for(lambda: image_jobs(akash) > started)
         wait_for(lambda: counts(server)[0] == 0)
     assert image_jobs(akash) == 12 and counts(server) == (0, 120, 0)
-    asked = len(akash.requests)
+    asked = [request.path for request in akash.requests if request.path != "/api/models/"]
     wait_for(lambda: samples(server, bearer("alice"))["akashproxy_open_connections",] == 1)
-    assert len(akash.requests) == asked, "nor are they asked for any more"
+    assert [request.path for request in akash.requests if request.path != "/api/models/"] == asked, "nor are they asked for any more"
 
 
 def test_no_image_is_begun_for_a_client_that_has_left(akash, serve):
@@ -10789,7 +10813,7 @@ def call_of(index, arguments="{}"):
     "a head with a long line, byte by byte": (received, lambda n: [b"HTTP/1.1 200 OK\r\nx: ", *[b"x"] * (n * 15 // 2)]),
     "a head with many lines, byte by byte": (received, lambda n: [b"HTTP/1.1 200 OK\r\n", *[b"x", b":", b"\r", b"\n"] * (n * 15 // 8)]),
     "Akash: blanks in an error": (lambda parts: akashproxy.akash_error("".join(parts), "m"), lambda n: ["model a "] * n),
-    "the span of a limit": (lambda parts: akashproxy.parse_duration("".join(parts)), lambda n: ["1m30.5s"] * n),
+    "the span of a limit": (lambda parts: akashproxy.total_seconds("".join(parts)), lambda n: ["1m30.5s"] * n),
 })
 def test_many_items_take_a_time_in_proportion_to_their_number(case):
     work, make = case
@@ -10848,7 +10872,7 @@ def test_odd_numbers_and_ids_of_calls_are_read():
     ("", None), ("1" * 40 + "x", None), ("1" * 60000, None), ("1m" * 30000 + "x", None), ("5x", None), ("-1", None),
 ])
 def test_a_span_is_read_or_it_is_none(text, seconds):
-    assert akashproxy.parse_duration(text) == (None if seconds is None else pytest.approx(seconds))
+    assert akashproxy.seconds_from_now(text) == (None if seconds is None else pytest.approx(seconds))
 
 
 def test_bytes_of_a_head_cost_no_more_the_longer_it_is(serve):
@@ -11131,6 +11155,9 @@ OPENAI_KEY = {"OPENAI_API_KEY": "k"}
     "no key": ("openai", {}, "openai needs OPENAI_API_KEY"),
     "a typo": ("opnai", {}, "UPSTREAM: 'opnai' is not an http:// or https:// URL"),
     "a wrong address": ("openai", {**OPENAI_KEY, "OPENAI_BASE_URL": "x"}, "'x' is not an http"),
+    "an endpoint": ("http://h/v1/chat/completions", {}, "UPSTREAM: the part before /chat/completions is enough: http://h/v1$"),
+    "another endpoint": ("http://h/v1/responses/", {}, "UPSTREAM: the part before /responses/ is enough: http://h/v1$"),
+    "a path that looks like one": ("http://h/my-completions", {}, [("http://h/my-completions", "")]),
 })
 def test_upstreams_without_a_file(case):
     upstream, environ, wanted = case
@@ -11177,7 +11204,7 @@ def test_check_asks_each_controller(openai_fakes, akash, config):
     assert bad.startswith("bad: reachable, key rejected: ")
     assert re.fullmatch(r"dead: not reachable: 127\.0\.0\.1 refused the connection \(check that it runs, and the port\), \d+ ms", gone)
     two.answer = lambda sock, request: sock.sendall(reply(404, b"404 page not found"))
-    done = run("--check", "--ask", UPSTREAM=f"{two.url}/v1/chat/completions")
+    done = run("--check", "--ask", UPSTREAM=f"{two.url}/v1/chat")
     assert re.fullmatch(r"openai: reachable, but lists no models: \w.*\w, \d+ ms", done.stdout.strip().splitlines()[-1])
     assert re.fullmatch(r"ours: reachable, no key needed, 1 model, \d+ ms", ours)
     assert re.fullmatch(r"good: reachable, key accepted, 2 models, \d+ ms", good)
