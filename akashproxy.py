@@ -6774,8 +6774,8 @@ class ChatDecoder(Decoder):
         data: [DONE]                                            Finish; optional
 
     Events without data, whose data is JSON but no object, or of a type that is not "message" and
-    without JSON (a ping) are skipped. Only choice 0 is decoded. A delta's "reasoning_details" of
-    OpenRouter go with the first tool call, as its ``extra``.
+    without JSON (a ping) are skipped. Only choice 0 is decoded. The "reasoning_details" of
+    OpenRouter go with the next tool call, in its ``extra``.
     """
 
     LINE_LIMIT = 16 << 20  # bytes
@@ -6934,11 +6934,11 @@ class ToolCallAssembler:
         if not fragment.name:
             return []
         call.name = fragment.name
-        extra = {**call.extra, **self._message_fields()} or None
+        extra = {**call.extra, **self._take_details()} or None
         return [ToolCall(call.number, "".join(call.pending), call.id, call.name, extra)]
 
     def add_details(self, details: Any) -> None:
-        """Join fragments of OpenRouter's reasoning_details, to go with the first call."""
+        """Join fragments of OpenRouter's reasoning_details, to go with the next call."""
         for detail in map(as_dict, as_list(details) if self.details_room >= 0 else ()):
             self.details_room -= len(_encode(detail))
             label = detail.get("type"), detail.get("index")
@@ -6958,13 +6958,11 @@ class ToolCallAssembler:
             raise truncated(self.upstream_name, "sent a tool call without a name")
         return any(call.name for call in self.calls)
 
-    def _message_fields(self) -> Dict[str, Any]:
-        """Return what goes with the first call: details that are more than text."""
-        is_opaque = any(detail.get("data") or detail.get("signature") for detail in self.details)
-        is_first = sum(call.name is not None for call in self.calls) == 1
-        if not is_opaque or not is_first or self.details_room < 0:
-            return {}
-        return {"reasoning_details": self.details}
+    def _take_details(self) -> Dict[str, Any]:
+        """Return what goes with the next call: details that are more than text."""
+        details, self.details = self.details, []
+        is_opaque = any(detail.get("data") or detail.get("signature") for detail in details)
+        return {"reasoning_details": details} if is_opaque and self.details_room >= 0 else {}
 
     def _find(self, fragment: ToolCall) -> Optional[CallInProgress]:
         """Return the call that a fragment may continue."""
@@ -9309,7 +9307,6 @@ class BlockDialect(Dialect):
 
 TOOL_NAME = re.compile("[A-Za-z0-9_-]{1,64}")  # OpenAI's rule
 NO_RESULT = "[The tool call was interrupted and has no result.]"
-REASONING_FIELDS = ("reasoning_content", "reasoning_details")  # of messages with tool calls
 
 
 def finish_messages(messages: List[Dict[str, Any]]) -> Iterator[Dict[str, Any]]:
@@ -9325,13 +9322,16 @@ def finish_messages(messages: List[Dict[str, Any]]) -> Iterator[Dict[str, Any]]:
         parts, calls, reasoning = message["content"], message["calls"], message["reasoning"]
         texts = [part["text"] for part in parts if part["type"] == "text"]
         content = "\n\n".join(texts) if len(texts) == len(parts) else parts
-        fields: Dict[str, Any] = {"tool_calls": calls} if calls else {}
-        for call in calls:
-            fields.update((name, call.pop(name)) for name in REASONING_FIELDS if name in call)
-        if calls and reasoning:
-            fields["reasoning_content"] = "\n\n".join(reasoning)
+        hidden = [as_str(call.pop("reasoning_content", None)) for call in calls]
+        details = [as_list(call.pop("reasoning_details", None)) for call in calls]
+        fields = {
+            "tool_calls": calls,
+            "reasoning_content": "\n\n".join(reasoning or filter(None, hidden)),
+            "reasoning_details": list(itertools.chain.from_iterable(details)),
+        }
         if content or calls:
-            yield {"role": message["role"], "content": content or None, **fields}
+            given = {name: value for name, value in fields.items() if calls and value}
+            yield {"role": message["role"], "content": content or None, **given}
 
 
 def pair_tool_results(messages: Iterable[Dict[str, Any]]) -> List[Dict[str, Any]]:
@@ -9815,13 +9815,10 @@ class Responses(BlockDialect):
         fields = as_dict(choice)
         if fields.get("type") == "function":
             return self.chosen_tool(fields, tools)
-        if fields.get("type") == "allowed_tools":
-            self.untranslated.append("tool_choice.tools")
-            return fields.get("mode")
         if fields:
-            self.untranslated.append("tool_choice")
-            return None
-        return choice
+            names_tools = fields.get("type") == "allowed_tools"
+            self.untranslated.append("tool_choice.tools" if names_tools else "tool_choice")
+        return fields.get("mode") if fields else choice
 
     # -- the response
 

@@ -5524,19 +5524,20 @@ def returned_calls(server, path, body, streamed):
     assert ask(server, "POST", path, {**body, **history}).status == 200
 
 
-def calling(*names):
-    return {"tool_calls": [{"index": at, "id": name, "function": {"name": "f", "arguments": "{}"}} for at, name in enumerate(names)]}
+def calling(*names, index=0):
+    return {"tool_calls": [{"index": index + at, "id": name, "function": {"name": "f", "arguments": "{}"}} for at, name in enumerate(names)]}
 
 
 SIGNED = {"type": "reasoning.text", "text": "why", "signature": "S", "format": "anthropic-claude-v1", "index": 0}
 SEALED = {"type": "reasoning.encrypted", "data": "E", "id": "tool_1", "format": "google-gemini-v1", "index": 0}
 @table({
-    # name: (details of each delta, what comes back beside the calls)
+    # name: (details of each delta, None for the first call; what comes back beside the calls)
     "signed text in fragments": ([[{**SIGNED, "text": "w", "signature": None}], [{**SIGNED, "text": "hy", "signature": None}], [{**SIGNED, "text": None}]], [SIGNED]),
     "encrypted ones": ([[SEALED], [{**SEALED, "data": "F", "index": 1}]], [SEALED, {**SEALED, "data": "F", "index": 1}]),
     "encrypted ones without an index": ([[{**SEALED, "index": None}], [{**SEALED, "data": "F", "index": None}]], [{**SEALED, "index": None}, {**SEALED, "data": "F", "index": None}]),
     "text and an encrypted one": ([[{"type": "reasoning.text", "text": "why", "index": 0}], [SEALED]], [{"type": "reasoning.text", "text": "why", "index": 0}, SEALED]),
     "text alone": ([[{"type": "reasoning.text", "text": "why", "index": 0}]], None),
+    "one for each call": ([[SEALED], None, [{**SEALED, "data": "F"}]], [SEALED, {**SEALED, "data": "F"}]),
     "too many of them": ([[{**SEALED, "data": "E" * 40_000}], [{**SEALED, "data": "F" * 40_000}]], None),
     "odd ones": ([[7], ["x"], [None], {"a": 1}, "x"], None),
 })
@@ -5544,7 +5545,8 @@ SEALED = {"type": "reasoning.encrypted", "data": "E", "id": "tool_1", "format": 
 @pytest.mark.parametrize("path, body", [("/v1/messages", ASKED), ("/v1/responses", WANTED)], ids=["messages", "responses"])
 def test_reasoning_details_come_back_with_the_calls(case, path, body, streamed, fake, pool):
     details, expected = case
-    fake.faults.append(answered(*({"reasoning_details": each} for each in details), calling("c1", "c2"), finish="tool_calls"))
+    deltas = [calling("c1") if each is None else {"reasoning_details": each} for each in (details if None in details else [*details, None])]
+    fake.faults.append(answered(*deltas, calling("c2", index=1), finish="tool_calls"))
     returned_calls(pool(fake), path, body, streamed)
     message = fake.bodies()[-1]["messages"][0]
     assert [call["id"] for call in message["tool_calls"]] == ["c1", "c2"] and not any("reasoning_details" in call for call in message["tool_calls"])
