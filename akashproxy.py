@@ -65,12 +65,11 @@ Where is ...
     an error and its form on the wire  APIError, Dialect.error_body
     what an upstream's error means     UPSTREAM_ERRORS, error_from_body, akash_error
     what hides secrets                 redact
-    Akash's cookie                     AkashSession
+    sessions and logins at Akash       AkashController, AkashLogin
     caches of sessions and models      Cache
     Akash's stream, line by line       AkashDecoder
     what is sent to Akash              akash_request
-    logins at Akash                    AkashLogin
-    images                             AkashImages, ImageBatches
+    images                             AkashImages
     <think> tags                       ThinkTagFilter
     stop sequences and max_tokens      StopFilter
     tools as text                      PromptedTools, ToolCallFilter
@@ -90,7 +89,7 @@ Where is ...
     the network's exceptions           upstream_error, UpstreamResponse.to_api_error
     strict HTTP                        find_head_end, parse_head, BodyDecoder
     connections to upstreams           ConnectionPool
-    proxies on the way                 Proxy
+    proxies on the way                 UpstreamRequest, SocksProxy
     deadlines                          CancelScope, Connection.on_tick
     cancelling                         Cancellation
     request bodies                     BodyReader, ByteBudget
@@ -565,6 +564,7 @@ DEFAULTS_BY_STATUS = {
     422: ErrorDefaults(Category.REQUEST),
     425: ErrorDefaults(Category.RATE_LIMIT),
     429: ErrorDefaults(Category.RATE_LIMIT, "rate_limit_error", "rate_limit_exceeded"),
+    **dict.fromkeys((502, 503, 504), ErrorDefaults(code="upstream_error")),
 }
 
 
@@ -656,7 +656,10 @@ class Queued(Exception):
 
 
 class ProtocolError(ValueError):
-    """A message that violates HTTP/1.1; ``status`` is for the response to a client."""
+    """A message that violates HTTP/1.1; ``status`` is for the response to a client.
+
+    It does not quote the message, as that of an upstream may contain secrets.
+    """
 
     def __init__(self, message: str, status: int = 400) -> None:
         super().__init__(message)
@@ -807,7 +810,7 @@ class CancelScope:
 
     Owner's thread: attach(), set_deadline(), detach(), raise_if_cancelled(). Any thread: cancel().
     After cancel() a blocked recv() returns, and raise_if_cancelled() raises the reason.
-    The event loop cancels each scope in ``active`` whose deadline has passed.
+    The event loop calls cancel_overdue().
     """
 
     __slots__ = ("sock", "deadline", "timeout_message", "reason", "shutdown_how")
@@ -819,6 +822,14 @@ class CancelScope:
         self.timeout_message = ""  # message of the error when the deadline passes
         self.reason: Optional[Exception] = None
         self.shutdown_how = socket.SHUT_RDWR
+
+    @classmethod
+    def cancel_overdue(cls, now: float) -> None:
+        """Cancel all scopes whose deadline has passed, by time.monotonic(). Any thread."""
+        for scope in cls.active.copy():
+            if scope.deadline < now:
+                message = scope.timeout_message
+                scope.cancel(APIError(504, message, code="timeout", category=Category.NETWORK))
 
     def attach(self, sock: Any) -> None:
         # A race: cancel() sets the reason and then reads sock. Setting sock and then checking the
@@ -910,28 +921,30 @@ class Cancellation:
         self.scope.raise_if_cancelled()
 
 
-@dataclass
 class OriginalRequest:
     """A client's own request, for upstreams that speak its dialect."""
 
-    path: str = CHAT_PATH  # "": none, as the chat was rewritten
-    query: str = ""  # with its "?"
-    headers: Dict[str, str] = field(default_factory=dict)  # the few that are forwarded
+    path = CHAT_PATH  # "": none, as the chat was rewritten
+    query = ""  # with its "?"
     body: Optional[Dict[str, Any]] = None  # None: not a JSON object
     form_model: Any = None  # the FormField of raw_body that names the model
-    raw_body: bytes = b""
-    content_type: str = "application/json"  # of raw_body
+    raw_body = b""
+    content_type = "application/json"  # of raw_body
+
+    def __init__(self) -> None:
+        self.headers: Dict[str, str] = {}  # the few that are forwarded
 
 
-@dataclass
 class Attempt:
     """State of one attempt, of which the controller sets all but the first field."""
 
-    retry_reason: str = ""  # "session" or "connection": the controller is tried a second time
-    ignored_params: List[str] = field(default_factory=list)  # those it does not support
-    overflow: str = ""  # the upstream will leave out the conversation's beginning: numbers
+    overflow = ""  # the upstream will leave out the conversation's beginning: numbers
     content_type: Optional[str] = None  # of a response passed through; None: it is translated
-    status: int = 200  # of that response
+    status = 200  # of that response
+
+    def __init__(self, retry_reason: str = "") -> None:
+        self.retry_reason = retry_reason  # "session" or "connection": a second try
+        self.ignored_params: List[str] = []  # those that the controller does not support
 
 
 def message_text(message: Any) -> str:
@@ -947,6 +960,12 @@ class Call:
     ``body`` is a chat-completions body, regardless of the client's dialect. ``attempt`` is the
     current one. Only the model changes, as aliases are resolved.
     """
+
+    key_name = ""  # of the client's key
+    allowed_models: Tuple[str, ...] = ()  # patterns of the client's key; (): all
+    one_image_at_a_time = False  # for a key with max_concurrency
+    client = ""  # the key's name or, without one, the client's address
+    preferred = ""  # name of a controller that has begun to answer the same request
 
     def __init__(
         self,
@@ -969,14 +988,19 @@ class Call:
         self.translation_error = translation_error  # raised by controllers that can't relay it
         self.untranslated: List[str] = []  # key paths that have no equivalent in ``body``
         self.original = OriginalRequest()
-        self.key_name = ""  # of the client's key
-        self.allowed_models: Tuple[str, ...] = ()  # patterns of the client's key; (): all
-        self.one_image_at_a_time = False  # for a key with max_concurrency
-        self.client = ""  # the key's name or, without one, the client's address
-        self.preferred = ""  # name of a controller that has begun to answer the same request
         self.prepared_requests: Dict[str, Any] = {}  # translated, by the controller's name
-        self.cancellation = Cancellation()
-        self.attempt = Attempt()
+
+    # Made on first use: a request brings its own cancellation, and each attempt is a new one.
+
+    @functools.cached_property
+    def cancellation(self) -> Cancellation:
+        """The cancellation of the client's request."""
+        return Cancellation()
+
+    @functools.cached_property
+    def attempt(self) -> Attempt:
+        """The current attempt."""
+        return Attempt()
 
     @property
     def text(self) -> str:
@@ -1676,6 +1700,7 @@ class Settings(ValidatedSettings):
             source = "the environment"
         return {"proxy": "" if proxy == "none" else proxy, "proxy_source": source}
 
+    @functools.cached_property
     def needs_token(self) -> bool:
         """Whether clients must send a token."""
         return bool(self.bearer_token or self.keys)
@@ -2068,6 +2093,7 @@ MAX_HEADERS = 100
 MAX_INTERIM_RESPONSES = 100  # 1xx responses before the final one
 RECV_SIZE = 65536
 MAX_BUFFERED_BODY = 64 << 20  # bytes of a response that is parsed only when complete
+MAX_SHORT_BODY = 4 << 20  # bytes of a list of models, of a session or of an error
 
 _FIELD = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t -~\x80-\xff]*)")
 _BARE_BREAK = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)")
@@ -2115,22 +2141,6 @@ def find_head_end(
 cached = functools.lru_cache(maxsize=1024)
 MAX_CACHED_HEAD = 2048
 LONG_PATH = 8192  # longer paths match no route, so percent-decoding them would be wasted time
-
-
-class Headers(Dict[str, str]):
-    """Headers by lower-case name, with case-insensitive lookup."""
-
-    def __missing__(self, name: str) -> str:
-        lower = name.lower()
-        if lower == name:
-            raise KeyError(name)
-        return self[lower]
-
-    def get(self, name: str, default: Any = None) -> Any:
-        return super().get(name.lower(), default)
-
-    def __contains__(self, name: object) -> bool:
-        return super().__contains__(str(name).lower())
 
 
 def parse_head(head: bytes, parse_line: Any) -> Tuple[Any, Dict[str, str]]:
@@ -2214,9 +2224,8 @@ def media_type(content_type: str) -> str:
     return content_type.partition(";")[0].strip(" \t").lower()
 
 
-def is_json_type(content_type: str) -> bool:
-    """Return whether a content type is JSON or built on it (RFC 6839: "+json")."""
-    kind = media_type(content_type)
+def is_json_type(kind: str) -> bool:
+    """Return whether a media type is JSON or built on it (RFC 6839: "+json")."""
     return kind in ("application/json", "text/json") or kind.endswith("+json")
 
 
@@ -2228,19 +2237,21 @@ class BodyDecoder:
     All of them raise ProtocolError for framing that is ambiguous, malformed or incomplete.
     """
 
+    done = False
+    trailing_data = b""
+    chunked = until_close = False
+    trailers = 0
+
     def __init__(self, fields: Dict[str, str], until_close: bool = False) -> None:
-        self.done, self.trailing_data = False, b""
         self.remaining = 0  # payload bytes still expected, of the body or of the current chunk
-        self.chunked = self.until_close = False
-        self.state = "size"  # the framing line expected next: "size", "end" of a chunk, "trailer"
         self.buffer = b""  # an incomplete framing line
-        self.trailers = 0
+        self.state = "size"  # the framing line expected next: "size", "end" of a chunk, "trailer"
         coding, length = fields.get("transfer-encoding"), fields.get("content-length")
         if coding is not None:
             if length is not None:
                 raise ProtocolError("both Content-Length and Transfer-Encoding")
             if coding.lower() != "chunked":
-                raise ProtocolError(f"Transfer-Encoding {coding[:40]!r} is not supported", 501)
+                raise ProtocolError("the Transfer-Encoding is not supported", 501)
             self.chunked = True
         elif length is not None:
             if not _LENGTH.fullmatch(length):
@@ -2385,37 +2396,21 @@ class ContentDecoder:
     def __init__(self, encoding: str) -> None:
         if encoding not in ("gzip", "x-gzip", "deflate"):
             raise ValueError(encoding)
-        self.gzip = encoding != "deflate"
-        self.inflater: Any = None  # None: between the members of a gzip file, or not begun
-        self.received, self.expanded = 0, 0
-        self.start = b""  # the first byte of deflate, of which two are needed
+        self.inflater: Any = None  # of a member of a gzip file, which may have several
+        self.received = self.expanded = 0
 
     def feed(self, data: bytes) -> bytes:
         """Return what the data expands to."""
         self.received += len(data)
-        data, self.start = self.start + data, b""
         out = []
         while data:
-            if self.inflater is None and not self._begin(data):
-                self.start = data
-                break
+            if self.inflater is None or self.inflater.eof:
+                # Servers send deflate with zlib's header, as the standard says, or without.
+                has_header = data[0] == 0x1F or data[0] & 15 == 8
+                self.inflater = zlib.decompressobj(47 if has_header else -15)
             out.append(self._expand(data))
             data = self.inflater.unconsumed_tail or self.inflater.unused_data
-            if self.inflater.eof:
-                self.inflater = None
-                data = data if self.gzip else b""
         return b"".join(out)
-
-    def _begin(self, data: bytes) -> bool:
-        """Choose the format; False if more data is needed.
-
-        Servers send deflate with zlib's header, as the standard says, or without.
-        """
-        if not self.gzip and len(data) < 2:
-            return False
-        has_header = data[0] & 15 == 8 and int.from_bytes(data[:2], "big") % 31 == 0
-        self.inflater = zlib.decompressobj(31 if self.gzip else 15 if has_header else -15)
-        return True
 
     def _expand(self, data: bytes) -> bytes:
         try:
@@ -2429,7 +2424,7 @@ class ContentDecoder:
 
     def close(self) -> None:
         """Raise ProtocolError if the compressed body is incomplete."""
-        if self.inflater is not None or self.start:
+        if self.inflater is not None and not self.inflater.eof:
             raise ProtocolError("the compressed body is incomplete")
 
 
@@ -2438,40 +2433,46 @@ class ContentDecoder:
 # above this section an OSError can only mean that the client disconnected. Knows no models.
 
 
-class UpstreamRequest(urllib.request.Request):
-    """A request to an upstream. Transport parses each URL once and sends copies."""
+T = TypeVar("T")
 
+
+class UpstreamRequest(urllib.request.Request):
+    """A request to an upstream, through an HTTP proxy if there is one.
+
+    Transport parses each URL once and sends copies.
+    """
+
+    method: str
     body: Optional[bytes]
-    fields: Dict[str, str]
     scope: CancelScope
-    force_new_connection: object
-    tunnel_headers: Dict[str, str]
+    retry_reason: str  # of a repeated request, which needs a new connection
     _tunnel_host: Optional[str]  # urllib's: the upstream, if a proxy tunnels to it
 
-    def copy(
-        self,
-        method: str,
-        body: Optional[bytes],
-        fields: Dict[str, str],
-        scope: CancelScope,
-        force_new_connection: object,
-    ) -> "UpstreamRequest":
+    def __init__(self, url: str, proxy: str = "") -> None:
+        super().__init__(url)
+        self.fields = {"Host": self.host}
+        self.tunnel_headers: Dict[str, str] = {}
+        if proxy:
+            parts = urllib.parse.urlsplit(proxy)
+            address = parts.netloc.rpartition("@")[2] + (":80" if parts.port is None else "")
+            self.set_proxy(address, "http")
+            if parts.username is not None:
+                credentials = base64.b64encode(b":".join(proxy_credentials(proxy))).decode()
+                headers = self.tunnel_headers if self._tunnel_host else self.fields
+                headers["Proxy-Authorization"] = "Basic " + credentials
+        # equal for requests that can share a connection
+        self.connection_key = self.type, self.host, self._tunnel_host
+
+    def copy(self, headers: Dict[str, str], **attributes: Any) -> "UpstreamRequest":
+        """Return a request with further headers and the attributes above."""
         request = UpstreamRequest.__new__(UpstreamRequest)
-        request.__dict__.update(
-            self.__dict__,
-            unredirected_hdrs={},
-            method=method,
-            body=body,
-            fields=fields,
-            scope=scope,
-            force_new_connection=force_new_connection,
-        )
+        fields = {**self.fields, **headers}
+        request.__dict__.update(self.__dict__, fields=fields, **attributes)
         return request
 
     def to_bytes(self) -> bytes:
         """Serialize head and body."""
-        fields = {"Host": self.host, **self.unredirected_hdrs, **self.fields}
-        head = request_head(f"{self.method} {self.selector} HTTP/1.1", *fields.items())
+        head = request_head(f"{self.method} {self.selector} HTTP/1.1", *self.fields.items())
         if self.body is None:
             return head + b"\r\n"
         return b"%bContent-Length: %d\r\n\r\n%b" % (head, len(self.body), self.body)
@@ -2497,13 +2498,13 @@ def request_head(line: str, *fields: Tuple[str, str]) -> bytes:
 class ConnectionPool(urllib.request.BaseHandler):
     """urllib handler for http and https with persistent connections. Any thread.
 
-    It connects and sends; the caller receives. Idle connections are non-blocking, and one that the
-    server has closed is dropped before use. If the server closes one just as a request is sent,
-    the response fails with Category.RETRY and the request is repeated on a new connection.
+    It connects and sends; the caller receives. An idle connection that the server has closed is
+    dropped before use. If the server closes one just as a request is sent, the response fails with
+    Category.RETRY and the request is repeated on a new connection.
     """
 
     def __init__(self, ca_file: str = "", proxy: str = "") -> None:
-        """``proxy`` is the URL of a SOCKS proxy; the handler Proxy adds an HTTP proxy."""
+        """``proxy`` is the URL of a SOCKS proxy; HTTP proxies are part of requests."""
         self.ca_file = ca_file
         self.socks = SocksProxy(proxy) if proxy.startswith("socks") else None
         # (expires_at, socket) by request key, the most recently used last
@@ -2513,22 +2514,22 @@ class ConnectionPool(urllib.request.BaseHandler):
 
     def http_open(self, request: UpstreamRequest) -> "UpstreamResponse":
         """Send a request on an idle or a new connection."""
-        key = request.type, request.host, request._tunnel_host
-        sock = None if request.force_new_connection else self._acquire(key)
+        sock = None if request.retry_reason else self._acquire(request.connection_key)
         reused = sock is not None
         if sock is None:
             sock = self._connect(request)
         try:
             request.scope.attach(sock)
             try:
-                self._send(sock, request.to_bytes())
+                sock.setblocking(True)
+                sock.sendall(request.to_bytes())
             except OSError as error:
                 # The server may have sent an error and closed without reading all of the request:
                 # that response must still be read.
                 if not reused and not isinstance(error, ConnectionError):
                     raise
                 log.debug("%s closed the connection while a request was sent", request.host)
-            return UpstreamResponse(sock, request, reused, self, key)
+            return UpstreamResponse(sock, request, reused, self)
         except BaseException:
             request.scope.detach()
             sock.close()
@@ -2536,21 +2537,8 @@ class ConnectionPool(urllib.request.BaseHandler):
 
     https_open = http_open
 
-    @staticmethod
-    def _send(sock: Any, data: bytes) -> None:
-        """Send all data; an idle connection stays non-blocking if one send() is enough."""
-        try:
-            sent = sock.send(data)
-        except (BlockingIOError, WantWrite):
-            sent = 0
-        if sent < len(data):
-            sock.setblocking(True)
-            sock.sendall(data[sent:])
-
     def release(self, key: Any, sock: Any, seconds: float) -> None:
         """Keep a connection for reuse within ``seconds``."""
-        if sock.gettimeout() != 0:
-            sock.setblocking(False)
         with self.lock:
             if not self.closed:
                 self.idle.setdefault(key, []).append((time.monotonic() + seconds, sock))
@@ -2600,10 +2588,6 @@ class ConnectionPool(urllib.request.BaseHandler):
             connection._create_connection = self.socks.connect  # type: ignore[attr-defined]
         try:
             connection.connect()
-        except OSError as error:
-            connection.close()
-            raise_connect_error(error, self.socks.host if self.socks else request.host)
-            raise
         except BaseException:
             connection.close()
             raise
@@ -2614,27 +2598,30 @@ class ConnectError(OSError):
     """A connection could not be opened; the message is for clients and operators."""
 
 
-def raise_connect_error(error: OSError, address: str) -> None:
-    """Raise a ConnectError if it is clear why an address, or a proxy, can't be used.
+def connect_problem(error: Exception, upstream: str, proxy: str) -> str:
+    """Reason why an upstream, or the proxy before it, can't be used; "" if unknown.
 
     It names the host, but not the port: clients need not know the inner network.
     """
-    if isinstance(error, ConnectError) or is_exhausted(error):
-        return
-    host = urllib.parse.urlsplit(f"//{address}").hostname
-    verify_message = getattr(error, "verify_message", "")
+    where = f"the proxy {proxy}" if proxy else upstream
+    if isinstance(error, ConnectError):
+        return str(error)
     if isinstance(error, socket.gaierror):
-        reason = f"the name {host!r} can't be looked up (check the address and the DNS)"
-    elif isinstance(error, ConnectionRefusedError):
-        reason = f"{host} refused the connection (check that it runs, and the port)"
-    elif verify_message:
-        reason = f"the certificate of {host} can't be verified: {verify_message} (set CA_FILE)"
-    elif str(error).startswith("Tunnel connection failed: "):
+        setting = "PROXY" if proxy else "the address"
+        return f"the name {proxy or upstream!r} can't be looked up (check {setting} and the DNS)"
+    if isinstance(error, ConnectionRefusedError):
+        return f"{where} refused the connection (check that it runs, and the port)"
+    if isinstance(error, OSError) and error.errno in (errno.EHOSTUNREACH, errno.ENETUNREACH):
+        return f"this server has no route to {where}"
+    if str(error).startswith("Tunnel connection failed: "):
         status = str(error).partition(": ")[2][:3]
-        reason = f"the proxy {host} refused the connection with status {status} (check PROXY)"
-    else:
-        return
-    raise ConnectError(reason) from error
+        return f"{where} refused the connection with status {status} (check PROXY)"
+    verify_message = getattr(error, "verify_message", "")
+    if verify_message:
+        return f"the certificate of {upstream} can't be verified: {verify_message} (set CA_FILE)"
+    if getattr(error, "reason", "") in ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "UNKNOWN_PROTOCOL"):
+        return f"{upstream} does not speak TLS (check the port, and whether it is https)"
+    return ""
 
 
 class SocksProxy:
@@ -2654,40 +2641,43 @@ class SocksProxy:
         sock = socket.create_connection((self.host, self.port), *options)
         try:
             with sock.makefile("rb") as replies:  # reads no byte of the upstream: clients begin
-                self._negotiate(sock, replies, *address)
+                problem = self._negotiate(sock, replies, *address)
+            if problem:
+                raise ConnectError(f"the proxy {self.host} {problem} (check PROXY)")
             return sock
         except BaseException:
             sock.close()
             raise
 
-    def _negotiate(self, sock: socket.socket, replies: Any, host: str, port: int) -> None:
+    def _negotiate(self, sock: socket.socket, replies: Any, host: str, port: int) -> str:
+        """Log in and have a connection opened; return what the proxy does not do, or ""."""
         method = 2 if self.user else 0
         sock.sendall(bytes([5, 1, method]))
-        self._require(replies.read(2) == bytes([5, method]), "is not SOCKS 5 or refuses this login")
+        if replies.read(2) != bytes([5, method]):
+            return "is not SOCKS 5 or refuses this login"
         if self.user:
             fields = [bytes([len(field)]) + field for field in (self.user, self.password)]
             sock.sendall(b"\1" + b"".join(fields))
-            self._require(replies.read(2)[1:] == b"\0", "rejected the user or the password")
-        if not self.remote_names:
-            host = str(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][4][0])
-        sock.sendall(b"\5\1\0" + socks_address(host) + port.to_bytes(2, "big"))
-        reply = replies.read(4).ljust(4, b"\xff")
-        self._require(reply[1] == 0, f"can't reach it (SOCKS reply {reply[1]})")
-        replies.read(({1: 4, 4: 16}.get(reply[3]) or replies.read(1)[0]) + 2)
+            if replies.read(2)[1:] != b"\0":
+                return "rejected the user or the password"
+        sock.sendall(b"\5\1\0" + self._address(host, port) + port.to_bytes(2, "big"))
+        _, code, _, address_type = replies.read(4).ljust(4, b"\xff")
+        length = {1: 4, 4: 16}.get(address_type) or int.from_bytes(replies.read(1), "big")
+        replies.read(length + 2)  # the address that the proxy uses
+        return f"can't reach it (SOCKS reply {code})" if code else ""
 
-    def _require(self, condition: bool, problem: str) -> None:
-        if not condition:
-            raise ConnectError(f"the proxy {self.host} {problem} (check PROXY)")
-
-
-def socks_address(host: str) -> bytes:
-    """A host in RFC 1928's form: a type, then 4 bytes, 16 bytes or a counted name."""
-    try:
-        packed = ipaddress.ip_address(host).packed
-    except ValueError:
-        name = host.encode("idna")
-        return bytes([3, len(name)]) + name
-    return (b"\1" if len(packed) == 4 else b"\4") + packed
+    def _address(self, host: str, port: int) -> bytes:
+        """A host in RFC 1928's form: a type, then 4 bytes, 16 bytes or a counted name."""
+        try:
+            if not self.remote_names:
+                host = str(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][4][0])
+            packed = ipaddress.ip_address(host).packed
+        except socket.gaierror as error:
+            raise ConnectError(connect_problem(error, host, "")) from error
+        except ValueError:
+            name = host.encode("idna")
+            return bytes([3, len(name)]) + name
+        return (b"\1" if len(packed) == 4 else b"\4") + packed
 
 
 def is_persistent(http_minor: str, headers: Dict[str, str]) -> bool:
@@ -2765,28 +2755,6 @@ def tls_context(ca_file: str) -> Any:
     return context
 
 
-class Proxy(urllib.request.BaseHandler):
-    """urllib handler that sends requests through an HTTP proxy."""
-
-    def __init__(self, url: str) -> None:
-        parts = urllib.parse.urlsplit(url)
-        self.host = parts.netloc.rpartition("@")[2] + (":80" if parts.port is None else "")
-        self.fields = {}
-        if parts.username is not None:
-            credentials = base64.b64encode(b":".join(proxy_credentials(url))).decode()
-            self.fields = {"Proxy-Authorization": "Basic " + credentials}
-
-    def http_request(self, request: Any) -> Any:
-        request.unredirected_hdrs["Host"] = request.host  # the upstream's, also within a tunnel
-        request.set_proxy(self.host, "http")
-        request.tunnel_headers = self.fields
-        if not request._tunnel_host:
-            request.unredirected_hdrs.update(self.fields)
-        return request
-
-    https_request = http_request
-
-
 class UpstreamResponse:
     """Response of an upstream: parses the head, then removes the body's framing.
 
@@ -2795,34 +2763,34 @@ class UpstreamResponse:
     """
 
     timeouts: "Timeouts"
+    status = 0
+    keep_alive = False
+    headers: Dict[str, str] = {}
+    body = NO_BODY
+    content: Optional[ContentDecoder] = None  # of a compressed body
+    opening = b""  # the payload received first, or together with the head
+    interim = 0  # number of 1xx responses so far
+    first_byte_deadline = math.inf  # until the first content
 
     def __init__(
-        self, sock: Any, request: UpstreamRequest, reused: bool, pool: ConnectionPool, key: Any
+        self, sock: Any, request: UpstreamRequest, reused: bool, pool: ConnectionPool
     ) -> None:
-        self.sock, self.scope, self.no_body = sock, request.scope, request.method == "HEAD"
-        self.reused, self.pool, self.key = reused, pool, key
-        self.status, self.keep_alive = 0, False
-        self.headers: Dict[str, str] = {}
-        self.body = NO_BODY
-        self.content: Optional[ContentDecoder] = None  # of a compressed body
-        self.opening = b""  # the payload that was received first
+        self.sock, self.request, self.scope = sock, request, request.scope
+        self.reused, self.pool = reused, pool
         self.head_buffer = bytearray()  # an incomplete head
-        self.interim = 0  # number of 1xx responses so far
-        self.first_payload = b""  # payload received together with the head
-        self.first_byte_deadline = math.inf  # until the first content
 
     def receive(self, data: bytes) -> bytes:
         """Return the payload within bytes read from the socket; b"" is its end.
 
         ProtocolError or ConnectionError if the response is malformed or incomplete.
         """
-        if data and self.status:
-            payload = self.body.feed(data)
-            return self._expand(payload) if self.content else payload
         if data:
-            data = self._head(data)
+            if not self.status:
+                data = self._head(data)
             payload = self.body.feed(data) if data else b""
             return self._expand(payload) if self.content else payload
+        if self.status and self.body.done:
+            return b""
         self.scope.raise_if_cancelled()
         if not self.status:
             raise ConnectionError("the connection was closed without a response")
@@ -2839,23 +2807,23 @@ class UpstreamResponse:
 
     def _head(self, data: bytes) -> bytes:
         """Parse the head once it is complete; return the bytes after it."""
-        scan_from = max(0, len(self.head_buffer) - 3)
-        self.head_buffer += data
-        buffer: Any = self.head_buffer
+        buffer = self.head_buffer
+        scan_from = max(0, len(buffer) - 3)
+        buffer += data
         while not self.status:
             end = find_head_end(buffer, scan_from, b"H")
             if end < 0:
-                self.head_buffer = buffer
                 return b""
-            (http_minor, status), self.headers = parse_head(buffer[:end], parse_status_line)
-            buffer = buffer[end + 4 :]
+            (http_minor, status), self.headers = parse_head(bytes(buffer[:end]), parse_status_line)
+            del buffer[: end + 4]
             scan_from = 0
-            self.status = status if status >= 200 else 0  # interim responses are skipped
-            self.interim += not self.status
-            if self.interim > MAX_INTERIM_RESPONSES:
+            if status >= 200:
+                self.status = status
+            elif self.interim == MAX_INTERIM_RESPONSES:
                 raise ProtocolError("there are too many interim responses")
+            self.interim += 1
         self.head_buffer = bytearray()
-        no_body = self.no_body or status in (204, 304)
+        no_body = self.request.method == "HEAD" or status in (204, 304)
         self.body = BodyDecoder({} if no_body else self.headers, until_close=not no_body)
         self.keep_alive = is_persistent(http_minor, self.headers) and not self.body.until_close
         self._check_content_encoding()
@@ -2869,10 +2837,11 @@ class UpstreamResponse:
         try:
             self.content = ContentDecoder(encoding)
         except ValueError:
-            name = shorten(encoding, 40)
+            # A hostile upstream could quote this server's key.
+            name = f" {encoding!r}" if re.fullmatch("[a-z, ]{1,16}", encoding) else ""
             raise truncated(
                 self.timeouts.upstream_name,
-                f"sent the Content-Encoding {name!r}, which was not asked for and is not supported",
+                f"sent the Content-Encoding{name}, which was not asked for and is not supported",
             ) from None
 
     def read_head(self) -> None:
@@ -2880,17 +2849,16 @@ class UpstreamResponse:
         try:
             self.sock.setblocking(True)
             while not self.status:
-                self.first_payload = self.receive(self.sock.recv(RECV_SIZE))
-        except (APIError, ClientDisconnected):
-            self.close()
-            raise
-        except NETWORK_ERRORS as error:
+                self.opening = self.receive(self.sock.recv(RECV_SIZE))
+        except (*NETWORK_ERRORS, APIError) as error:
             self.close()
             raise self.to_api_error(error) from error
 
     def to_api_error(self, error: Exception) -> APIError:
         """Translate an exception raised while receiving; raises the scope's cancel reason."""
         upstream_name = self.timeouts.upstream_name
+        if isinstance(error, APIError):
+            return error
         if self.reused and not self.status and not self.head_buffer and self.scope.reason is None:
             return APIError(
                 502,
@@ -2898,7 +2866,7 @@ class UpstreamResponse:
                 code="connection",
                 category=Category.RETRY,
             )
-        return upstream_error(error, self.scope, upstream_name, self.body is not NO_BODY)
+        return upstream_error(error, self.scope, upstream_name, in_body=self.body is not NO_BODY)
 
     def reset_idle_deadline(self, started: bool = True) -> None:
         """Set the deadline of the next read, or of the first content until it has arrived."""
@@ -2919,7 +2887,7 @@ class UpstreamResponse:
     def iter_bytes(self) -> Iterator[bytes]:
         """Yield the payload of each read. APIError if the network fails or times out."""
         self.scope.deadline = math.inf
-        payload, self.first_payload = self.first_payload, b""
+        payload = self.opening
         while True:
             if payload:
                 yield payload
@@ -2938,22 +2906,11 @@ class UpstreamResponse:
             for part in self.iter_bytes():
                 data += part
                 if len(data) > limit:
-                    raise APIError(
-                        502,
-                        f"{self.timeouts.upstream_name} sent more than {limit} bytes.",
-                        code="upstream_error",
-                    )
+                    name = self.timeouts.upstream_name
+                    raise truncated(name, f"sent more than {limit} bytes")
         finally:
             self.close()
         return bytes(data)
-
-    def json(self) -> Any:
-        """Read the body as JSON; None if it is not JSON."""
-        return json_or_none(self.read())
-
-    def reusable(self) -> bool:
-        """Return whether the connection can carry another request."""
-        return self.keep_alive and self.body.done and not self.body.trailing_data
 
     def close(self) -> None:
         """Return the connection to the pool after a complete response, else close it.
@@ -2964,8 +2921,9 @@ class UpstreamResponse:
         if sock is None:
             return
         self.scope.detach()
-        if self.reusable():
-            self.pool.release(self.key, sock, keepalive_seconds(self.headers))
+        if self.keep_alive and self.body.done and not self.body.trailing_data:
+            seconds = keepalive_seconds(self.headers)
+            self.pool.release(self.request.connection_key, sock, seconds)
         else:
             sock.close()
 
@@ -3004,16 +2962,18 @@ class Transport:
         self.connect_timeout = either(options.connect_timeout, settings.connect_timeout)
         self.first_byte_timeout = either(options.first_byte_timeout, settings.first_byte_timeout)
         self.idle_timeout = either(options.idle_timeout, settings.idle_timeout)
+        self.host = urllib.parse.urlsplit(base).hostname or ""
+        self.proxy_host = urllib.parse.urlsplit(options.proxy).hostname or ""
+        self.session_timeout = settings.session_timeout
         self.connections = ConnectionPool(settings.ca_file, options.proxy)
         # Not build_opener(): that would follow redirects with the key attached, open file: and
         # ftp: URLs, and read the environment's proxies past the settings.
         self.opener = urllib.request.OpenerDirector()
         self.opener.addheaders = []
         self.opener.add_handler(self.connections)
-        if options.proxy.startswith("http:"):
-            self.opener.add_handler(Proxy(options.proxy))
+        http_proxy = options.proxy if options.proxy.startswith("http:") else ""
         self.new_request = functools.lru_cache(maxsize=64)(
-            lambda path: UpstreamRequest(base + path)
+            lambda path: UpstreamRequest(base + path, http_proxy)
         )
 
     def start_request(
@@ -3024,12 +2984,12 @@ class Transport:
         data: Optional[bytes] = None,
         headers: Optional[Dict[str, str]] = None,
         first_byte: Optional[float] = None,
-        force_new_connection: object = False,
+        retry_reason: str = "",
     ) -> UpstreamResponse:
         """Send a request and return before its response arrives.
 
-        ``first_byte`` replaces both timeouts of the response, in seconds. APIError 502, 503 or 504
-        if the request can't be sent.
+        ``first_byte`` replaces both timeouts of the response, in seconds. With a ``retry_reason``
+        the connection is a new one. APIError 502, 503 or 504 if the request can't be sent.
         """
         timeouts = cached_timeouts(
             self.upstream_name,
@@ -3037,36 +2997,41 @@ class Transport:
             first_byte or self.idle_timeout,
         )
         scope.set_deadline(timeouts.first, timeouts.first_byte_message)
-        fields = {**self.headers, **headers} if headers else self.headers
+        request = self.new_request(path).copy(
+            {**self.headers, **headers} if headers else self.headers,
+            method=method,
+            body=data,
+            scope=scope,
+            retry_reason=retry_reason,
+        )
         try:
-            request = self.new_request(path).copy(method, data, fields, scope, force_new_connection)
             response: UpstreamResponse = self.opener.open(request, timeout=self.connect_timeout)
         except NETWORK_ERRORS as error:
-            raise upstream_error(error, scope, self.upstream_name) from error
+            reason = connect_problem(error, self.host, self.proxy_host)
+            raise upstream_error(error, scope, self.upstream_name, reason) from error
         response.timeouts, response.first_byte_deadline = timeouts, scope.deadline
         return response
 
-    def fetch(
-        self,
-        method: str,
-        path: str,
-        scope: CancelScope,
-        data: Optional[bytes] = None,
-        headers: Optional[Dict[str, str]] = None,
-        first_byte: Optional[float] = None,
-    ) -> UpstreamResponse:
-        """Send a request and wait for the head of its response. Errors as start_request()."""
+    def fetch(self, method: str, path: str, scope: CancelScope, **options: Any) -> UpstreamResponse:
+        """Send a request and wait for the head of its response; as start_request()."""
 
         def send(retry_reason: str) -> UpstreamResponse:
-            request = method, path, scope, data, headers, first_byte, retry_reason
-            response = self.start_request(*request)
+            response = self.start_request(method, path, scope, retry_reason=retry_reason, **options)
             response.read_head()
             return response
 
         return retrying(send)
 
+    def get_json(
+        self, path: str, scope: Optional[CancelScope] = None, **options: Any
+    ) -> Tuple[UpstreamResponse, Any]:
+        """GET a short answer within SESSION_TIMEOUT, and its body: None if it is not JSON."""
+        options["first_byte"] = self.session_timeout
+        response = self.fetch("GET", path, scope or CancelScope(), **options)
+        return response, json_or_none(response.read(limit=MAX_SHORT_BODY))
 
-def retrying(send: Callable[[str], UpstreamResponse]) -> UpstreamResponse:
+
+def retrying(send: Callable[[str], T]) -> T:
     """Send a request, and repeat it after an error of the category RETRY.
 
     ``send(reason)`` gets the last error's code, or "" at first; a second error with that code is
@@ -3119,44 +3084,45 @@ report_exhaustion = Throttle(10.0)
 
 
 def upstream_error(
-    error: Exception, scope: CancelScope, upstream_name: str, in_body: bool = False
+    error: Exception,
+    scope: CancelScope,
+    upstream_name: str,
+    reason: str = "",
+    in_body: bool = False,
 ) -> APIError:
     """Translate a network exception; raises the scope's reason if it was cancelled.
 
-    ``in_body``: the head was complete, so a protocol error means a truncated response.
+    ``reason`` is its connect_problem(). ``in_body``: the head was complete, so a protocol error
+    means a truncated response.
     """
     scope.raise_if_cancelled()
     if is_exhausted(error):
         return exhausted_error(error)
     if not isinstance(error, NETWORK_ERRORS):
         return unexpected_error(error, upstream_name)
-    # What a ProtocolError quotes was sent by the upstream, and must not get into the log.
-    detail = str(error).partition(" '")[0] if isinstance(error, ProtocolError) else error
-    reason = str(error) if isinstance(error, ConnectError) else ""
-    message = upstream_name + network_problem(error, in_body)
     if reason:
+        message = f"{upstream_name} could not be reached: {reason}."
         log.warning("%s", message)
     else:
-        log.info("%s: %s: %s", upstream_name, type(error).__name__, detail)
-    return APIError(
-        504 if isinstance(error, (socket.timeout, TimeoutError)) else 502,
-        message,
-        code="upstream_error",
-        category=Category.NETWORK,
-        reason=reason,
-    )
+        message = f"{upstream_name}{network_problem(error, in_body)}."
+        log.info("%s: %s: %s", upstream_name, type(error).__name__, error)
+    status = 504 if isinstance(error, (socket.timeout, TimeoutError)) else 502
+    return APIError(status, message, category=Category.NETWORK, reason=reason)
 
 
 def network_problem(error: Exception, in_body: bool) -> str:
     """End of an error message about a connection, after the upstream's name."""
     if isinstance(error, (socket.timeout, TimeoutError)):
-        return " could not be reached in time."
+        return " could not be reached in time"
     if isinstance(error, (http.client.HTTPException, ProtocolError)):
-        cut = ": connection lost: it broke off its answer."
-        return cut if in_body else ": it sent something that is not HTTP."
-    if _is_disconnect(error):
-        return ": connection lost: it broke off the connection."
-    return f" could not be reached{f': {error}' if isinstance(error, ConnectError) else ''}."
+        cut = ": connection lost: it broke off its answer"
+        return cut if in_body else ": it sent something that is not HTTP"
+    if (
+        isinstance(error, (ConnectionError, RaggedEnd))
+        or getattr(error, "reason", "") == "UNEXPECTED_EOF_WHILE_READING"  # Python 3.9
+    ):
+        return ": connection lost: it broke off the connection"
+    return " could not be reached"
 
 
 def exhausted_error(error: Exception) -> APIError:
@@ -3174,56 +3140,29 @@ def exhausted_error(error: Exception) -> APIError:
     )
 
 
-def _is_disconnect(error: Exception) -> bool:
-    """Return whether the upstream closed or reset an established connection."""
-    return (
-        isinstance(error, (ConnectionResetError, BrokenPipeError, RaggedEnd))
-        or type(error) is ConnectionError
-        or getattr(error, "reason", "") == "UNEXPECTED_EOF_WHILE_READING"  # RaggedEnd in Python 3.9
-    )
-
-
 def unexpected_error(error: Exception, upstream_name: str) -> APIError:
     """Wrap an exception that a decoder or controller raised, as a 502.
 
     Upstream.log_exception logs its traceback.
     """
-    failure = APIError(
-        502,
-        f"{upstream_name} failed unexpectedly.",
-        code="upstream_error",
-        category=Category.NETWORK,
-    )
+    failure = truncated(upstream_name, "failed unexpectedly")
     failure.bug = error
     return failure
 
 
-class controller_errors:
-    """Context manager: turns unexpected exceptions of a controller into an APIError.
+def controller_error(error: Exception, name: str) -> APIError:
+    """Return the APIError for an exception of a controller; raises ClientDisconnected.
 
     Without it a bug in one controller would end the request instead of failing over.
     """
-
-    __slots__ = ("name",)
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
-        if isinstance(error, Exception) and not isinstance(
-            error, (APIError, ClientDisconnected, Queued)
-        ):
-            raise unexpected_error(error, self.name) from error
+    if isinstance(error, ClientDisconnected):
+        raise error
+    return error if isinstance(error, APIError) else unexpected_error(error, name)
 
 
 def truncated(upstream_name: str, problem: str = "ended its answer early") -> APIError:
     """Return the error for an incomplete or unusable answer."""
-    return APIError(
-        502, f"{upstream_name} {problem}.", code="upstream_error", category=Category.NETWORK
-    )
+    return APIError(502, f"{upstream_name} {problem}.", category=Category.NETWORK)
 
 
 # == 7. streams ===============================================================================
@@ -3447,48 +3386,45 @@ class EventStream:
 
     DRAIN_TIMEOUT = 1.0  # seconds for an upstream to end its message after a complete answer
     MAX_OPENING = 1024  # bytes of blanks before a body
+    decoder: Any = None  # a Decoder, once the head is complete
+    started = False  # the first content has arrived: now the idle timeout applies
+    complete = at_eof = False
+    error: Optional[Exception] = None
+    byte_budget = math.inf  # payload bytes still allowed
 
     def __init__(
         self, response: UpstreamResponse, make_decoder: Callable[[UpstreamResponse], Decoder]
     ) -> None:
         self.response, self.make_decoder = response, make_decoder
-        self.decoder: Any = None  # a Decoder, once the head is complete
-        self.started = False  # the first content has arrived: now the idle timeout applies
-        self.complete = self.at_eof = False
-        self.error: Optional[Exception] = None
-        self.byte_budget = math.inf  # payload bytes still allowed
 
     def receive(self, data: bytes) -> List[Event]:
         """Return the events within bytes read from the socket; b"" is its end."""
         events: List[Event] = []
         response = self.response
         try:
-            payload = (
-                response.receive(data)
-                if data or not response.body.done or not response.status
-                else b""
-            )
-            if self.decoder is None:
+            payload = response.receive(data)
+            decoder = self.decoder
+            if decoder is None:
                 if not self._can_choose_decoder(payload):
                     return events
                 payload = response.opening
-                self.decoder = self.make_decoder(response)
+                decoder = self.decoder = self.make_decoder(response)
             self.byte_budget -= len(payload)
             if self.byte_budget < 0:
                 raise truncated(response.timeouts.upstream_name, TOO_LARGE)
             if payload and not self.complete:
-                events = self.decoder.feed(payload)
-                self.error = self.decoder.error
-                if not self.started and self.decoder.started:
+                events = decoder.feed(payload)
+                self.error = decoder.error
+                if not self.started and decoder.started:
                     self.started = True
                     response.scope.timeout_message = response.timeouts.idle_message
-                if self.decoder.complete or events and type(events[-1]) is Finish:
+                if decoder.complete or events and type(events[-1]) is Finish:
                     self.mark_complete()
             if response.body.done:
                 self.at_eof = True
                 if not self.complete and not self.error:
-                    events += self.decoder.close()
-                    self.error = self.decoder.error
+                    events += decoder.close()
+                    self.error = decoder.error
                     self.complete = bool(events) and isinstance(events[-1], Finish)
         except Exception as error:  # a decoder's bug is its upstream's failure, not the loop's
             events += self.on_network_error(error)
@@ -3528,7 +3464,7 @@ class EventStream:
         if self.complete:
             return []
         try:
-            self.error = error if isinstance(error, APIError) else self.response.to_api_error(error)
+            self.error = self.response.to_api_error(error)
         except (APIError, ClientDisconnected) as reason:  # the scope was cancelled
             self.error = reason
         events: List[Event] = []
@@ -4542,25 +4478,12 @@ def _join_messages(role: str, messages: List[Dict[str, Any]]) -> List[Dict[str, 
     return [{"role": role, "content": parts}]
 
 
-class ToolAdapter(Controller):
-    """Adds the settings prompt and refuse of ``tools`` to another controller."""
-
-    DELEGATED = (
-        "models",
-        "image",
-        "metrics",
-        "status",
-        "limit_is_over",
-        "take_over",
-        "on_tick",
-        "close",
-    )
+class ToolAdapter:
+    """Adds the settings prompt and refuse of ``tools`` to a controller."""
 
     def __init__(self, controller: Controller) -> None:
-        super().__init__(controller.options, controller.settings)
-        self.controller = controller
-        for name in self.DELEGATED:
-            setattr(self, name, getattr(controller, name))
+        self.controller, self.name = controller, controller.name
+        self.options, self.settings = controller.options, controller.settings
 
     def check_support(self, call: Call) -> Optional[APIError]:
         body = call.body
@@ -4584,7 +4507,8 @@ class ToolAdapter(Controller):
         body["messages"] = join_user_messages(body["messages"])
         text_call = copy.copy(call)
         text_call.body, text_call.prepared_requests = body, {}
-        text_call.original = dataclasses.replace(call.original, path="")
+        text_call.original = copy.copy(call.original)
+        text_call.original.path = ""
         return text_call
 
     def events(self, call: Call) -> Iterable[Event]:
@@ -4625,9 +4549,6 @@ def filtered(decoder: Decoder, step: ToolCallFilter) -> Decoder:
         chain.filters += (ThinkTagFilter(),)
     chain.filters, chain.started = (*chain.filters, step), decoder.started
     return chain
-
-
-T = TypeVar("T")
 
 
 class Cache(Generic[T]):
@@ -4752,6 +4673,9 @@ def with_context_length(model: Dict[str, Any], entry: Dict[str, Any]) -> Dict[st
     return {**others, **dict.fromkeys(CONTEXT_FIELDS, length)} if length else others
 
 
+MAX_MODELS = 10_000
+
+
 def bounded_model_list(
     upstream_name: str, entries: Iterable[Tuple[Any, Dict[str, Any]]]
 ) -> Dict[str, Dict[str, Any]]:
@@ -4804,7 +4728,7 @@ _KEY_CODES = (
 )
 _KEY_WORDS = (
     r"^(?:incorrect api key|api[ _]key (?:not valid|not found|expired)|invalid x-api-key"
-    r"|user location is not supported)"
+    r"|user location is not supported|this organization has been disabled)"
 )
 _LIKELY_KEY_WORDS = (
     r"(?:invalid|incorrect|wrong|missing|expired|revoked|bad|no)\b[\w -]{0,20}"
@@ -4816,7 +4740,7 @@ _LIKELY_KEY_WORDS = (
 )
 _FORBIDDEN_KEY_WORDS = (
     r"api[ _-]?key|credential|unauthori[sz]ed|authentication|authorization failed"
-    r"|unregistered callers|has not been used in project"
+    r"|unregistered callers|has not been used in project|public access is disabled"
 )
 _QUOTA_CODES = (
     r"insufficient_?(?:quota|balance|credit)|exceeded_current_quota"
@@ -4825,20 +4749,21 @@ _QUOTA_CODES = (
 )
 _QUOTA_WORDS = (
     r"^(?:your credit balance is too low|insufficient (?:balance|credit|funds)"
-    r"|your team has either used all available credits"
+    r"|your team has either used all available credits|you have reached your specified"
     r"|budget has been exceeded|余额不足|您的账户已欠费)"
 )
 _LIKELY_QUOTA = (
     r"quota|billing|credit|balance|payment|insufficient funds|spending|arrears|budget"
-    r"|(?:key|usage|monthly) limit|余额|欠费"
+    r"|(?:key|usage|monthly) limit|余额|欠费|额度"
 )
 _MODEL_CODES = (
-    r"model_?not_?(?:found|available|supported)|model_access_denied|(?:unknown|invalid)_model"
-    r"|deploymentnotfound|\b1211\b"
+    r"model_?not_?(?:found|available|supported)|model_(?:access_denied|decommissioned|terms)"
+    r"|(?:unknown|invalid)_model|deploymentnotfound|\b1211\b"
 )
 _NO_MODEL = (
     r"\bmodels?\b.{0,200}(?:\bnot (?:exist|found)|does ?n[o']t exist|unknown)|模型不存在"
     r"|^(?:unknown|invalid|no such|unsupported) model\b|invalid model name|is not a valid model"
+    r"|model identifier is invalid"
 )
 _MODEL_ACCESS = _NO_MODEL + (
     r"|\bmodels?\b.{0,200}(?:\bnot |denied|unavailable|unsupported|restricted|only available"
@@ -5040,7 +4965,7 @@ class ErrorReport:
 
 
 _MODEL_LIMIT = (
-    r"\bmodel ?[:=`'\"\\]|this model|permodel"
+    r"\bmodel ?[:=`'\"\\]|this model|(?:per|by)model"
     r"|rate limit reached for (?!org|team|user|proj|key|api|your|acc|def|req|tok|in |on )\w"
 )
 
@@ -5238,9 +5163,9 @@ def retry_after_seconds(
     With ``limit`` also by rate-limit headers, which some upstreams send with every response.
     None if no wait is given or it can't be parsed.
     """
+    named = (_delay_of(name, value, now) for name, value in headers.items())
     delays = [
-        seconds_from_now(headers.get("retry-after-ms"), now, 0.001),
-        seconds_from_now(headers.get("retry-after"), now),
+        min((delay for delay in named if delay is not None), default=None),
         _delay_from_headers(headers, now) if limit else None,
         _delay_from_body(body, now),
         _delay_from_message(message),
@@ -5301,31 +5226,40 @@ def _delay_from_headers(headers: Dict[str, str], now: Callable[[], float]) -> Op
     return max((seconds for seconds in delays if seconds is not None), default=None)
 
 
-# Fields of error bodies, in lower case without "_".
-_DELAY_FIELD = re.compile(r"(?:retry(?:delay|after)|resets?(?:at|time|in))(?:ms|s|seconds)?")
-
-
 def _delay_from_body(value: Any, now: Callable[[], float], depth: int = 5) -> Optional[float]:
     """Delay in a field of an error body, or in response headers that it quotes."""
     if not depth or not isinstance(value, (dict, list)):
         return None
     items = value.items() if isinstance(value, dict) else enumerate(value)
     for name, inner in itertools.islice(items, 64):
-        name = str(name).replace("_", "").lower()
         if name == "headers" and isinstance(inner, dict):
             quoted = itertools.islice(inner.items(), 64)
             seconds = retry_after_seconds({key.lower(): str(item) for key, item in quoted}, {}, now)
-        elif _DELAY_FIELD.fullmatch(name):
-            seconds = seconds_from_now(inner, now, 0.001 if name.endswith("ms") else 1.0)
         else:
+            seconds = _delay_of(str(name), inner, now)
+        if seconds is None:
             seconds = _delay_from_body(inner, now, depth - 1)
         if seconds is not None:
             return seconds
     return None
 
 
+# Headers and fields of error bodies, in lower case without "-" and "_".
+_DELAY_FIELD = re.compile(
+    r"(?:\w{0,40}retry(?:after|delay|in)|resets?(?:at|time|in|after))(?:ms|s|secs?|seconds)?"
+)
+
+
+def _delay_of(name: str, value: Any, now: Callable[[], float]) -> Optional[float]:
+    """Seconds from now by a header or field, if its name stands for a delay."""
+    name = re.sub("[-_]", "", name[:80].lower())
+    is_delay = _DELAY_FIELD.fullmatch(name)
+    return seconds_from_now(value, now, 0.001 if name.endswith("ms") else 1) if is_delay else None
+
+
 _DELAY_IN_MESSAGE = re.compile(
-    r"(?:(?:try|retry|again)[a-z ]{0,30} (?:in|after)|wait(?: for)?|resets? in) (?:about )?"
+    r"(?:(?:try|retry|again)[a-z ]{0,30} (?:in|after)|wait(?: for| at least)?|resets? (?:in|after))"
+    r" (?:about |around |approximately )?"
     r"((?:[0-9]{1,9}(?:\.[0-9]{1,20})? ?(?:[a-z]{1,12})?(?:,? and |, | )?){1,4})",
     re.I,
 )
@@ -5480,61 +5414,6 @@ def _find_parts(text: str, form: str) -> Iterator[Tuple[int, int]]:
 # Akash Chat's web API: session, requests, stream, images. Knows no clients and no dialects.
 
 
-class AkashSession:
-    """Starts sessions at one Akash Chat server, for a Cache.
-
-    A cookie is valid for its Max-Age, counted from before the request was sent. Servers without
-    sessions set no cookie, or (akash-chat b58259a, May 2026, without Redis) the fixed
-    ``session_token=validated``; both are valid. The request itself carries no session cookie:
-    b58259a answers a valid one without setting or extending anything.
-    """
-
-    PATH = "/api/auth/session/"
-
-    def __init__(
-        self,
-        transport: Transport,
-        token: str = "",
-        seconds: float = 15.0,
-        secrets: Iterable[str] = (),
-    ) -> None:
-        self.transport, self.seconds = transport, seconds
-        # akash-chat f0a4ae0 (July 2025) expects the SHA-256 of the access token, b58259a (May
-        # 2026) the token itself. The form that worked last is tried first.
-        self.tokens = [token, _sha256(token)] if token else [""]
-        self.secrets = [*self.tokens, *secrets]
-
-    def start(self) -> Tuple[str, float]:
-        """Return a session's cookie, or "", and its lifetime in seconds. APIError."""
-        for token in list(self.tokens):
-            headers = {"Authorization": f"Bearer {token}"} if token else {}
-            response = self.transport.fetch(
-                "GET", self.PATH, CancelScope(), headers=headers, first_byte=self.seconds
-            )
-            answer = response.json()
-            if is_challenge_page(response):
-                raise challenge_page_error(response)
-            if response.status == 200:
-                self.tokens.sort(key=lambda other: other != token)
-                return session_cookie(response.headers.get("set-cookie", ""))
-            if response.status != 403:
-                break
-        reason = redact(str(as_dict(answer).get("error", ""))[:4000], self.secrets)[:200]
-        if "ccess token" in reason:
-            raise auth_error(
-                f"Akash Chat requires a valid access token ({reason}): set AKASH_ACCESS_TOKEN.",
-                response.status,
-            )
-        raise APIError(
-            503,
-            f"Akash Chat did not start a session (status {response.status}).",
-            code="upstream_session",
-            retry_after=5,
-            category=Category.NETWORK,
-            upstream_status=response.status,
-        )
-
-
 def session_cookie(set_cookie: str) -> Tuple[str, float]:
     """Return the session's cookie of Set-Cookie, and its Max-Age; ("", inf) if none."""
     for line in set_cookie.split("\n"):
@@ -5558,17 +5437,13 @@ class AkashLogin:
     COOKIE = re.compile(r"(appSession(?:\.[0-9]{1,2})?)=([^;,\s\"\\]+)")
 
     def __init__(
-        self,
-        name: str,
-        transport: Transport,
-        cookie: str,
-        seconds: float,
-        clock: Callable[[], float],
+        self, transport: Transport, cookie: str, name: str, clock: Callable[[], float]
     ) -> None:
-        self.name, self.transport, self.seconds, self.clock = name, transport, seconds, clock
+        self.transport, self.name, self.clock = transport, name, clock
         self.set_cookie(cookie)
-        self.has_login = any(map(self.COOKIE.match, cookie.replace(" ", "").split(";")))
-        self.active: Optional[bool] = None  # unknown until the server has answered
+        has_login = any(map(self.COOKIE.match, cookie.replace(" ", "").split(";")))
+        # None without a login; "active" or "ended" once the server has answered
+        self.state = "unknown" if has_login else None
         self.renew_at = -math.inf
 
     def set_cookie(self, cookie: str) -> None:
@@ -5580,29 +5455,26 @@ class AkashLogin:
     def renew_async(self) -> None:
         """Renew a login in a thread if that is due."""
         now = self.clock()
-        if self.has_login and now >= self.renew_at:
+        if self.state and now >= self.renew_at:
             self.renew_at = now + self.RETRY
             start_thread(self._renew, "akash login")
 
     def _renew(self) -> None:
         try:
-            response = self.transport.fetch(
-                "GET", self.PATH, CancelScope(), first_byte=self.seconds
-            )
-            response.read(limit=1 << 20)
+            response, _ = self.transport.get_json(self.PATH)
         except APIError as error:
             log.info("%s: login not renewed: %s", self.name, error.message)
             return
-        status = response.status
-        if status == 200 and not is_challenge_page(response):
+        states = {200: "active", 204: "ended", 401: "ended"}
+        if response.status not in states or is_challenge_page(response):
+            log.info("%s: login not renewed (status %d)", self.name, response.status)
+            return
+        before, self.state = self.state, states[response.status]
+        self.renew_at = self.clock() + self.INTERVAL
+        if self.state == "active":
             self._keep(response.headers.get("set-cookie", ""))
-            self.active, self.renew_at = True, self.clock() + self.INTERVAL
-        elif status in (204, 401):
-            if self.active is not False:
-                log.warning("%s: its login has ended: set a new cookie", self.name)
-            self.active, self.renew_at = False, self.clock() + self.INTERVAL
-        else:
-            log.info("%s: login not renewed (status %d)", self.name, status)
+        elif before != "ended":
+            log.warning("%s: its login has ended: set a new cookie", self.name)
 
     def _keep(self, set_cookie: str) -> None:
         """Put the login's new cookies in the place of its old ones."""
@@ -5686,20 +5558,20 @@ def akash_request(call: Call, drop: Iterable[str] = ()) -> Tuple[Dict[str, Any],
     }, [*ignored, *(name for name in unsupported if name not in AKASH_UNSUPPORTED), *json_mode]
 
 
+def refused(param: str, words: str) -> APIError:
+    """Return the 400 for a part of a request that Akash Chat does not accept."""
+    return bad_request(f"{param}: Akash Chat {words}.", param)
+
+
 def _akash_message(
     message: Dict[str, Any], param: str, files: List[Dict[str, str]]
 ) -> Dict[str, Any]:
     role = message.get("role")
     if role not in ("user", "assistant"):
-        raise bad_request(
-            f"{param}: Akash Chat does not support the role {str(role)[:80]!r};"
-            " use system, developer, user or assistant.",
-            f"{param}.role",
-        )
+        words = f"supports system, developer, user and assistant, not {str(role)[:80]!r}"
+        raise refused(f"{param}.role", words)
     if message.get("tool_calls") or message.get("function_call"):
-        raise bad_request(
-            f"{param}: Akash Chat does not support tool calls.", f"{param}.tool_calls"
-        )
+        raise refused(f"{param}.tool_calls", "does not support tool calls")
     text, images = _content(message, param, files)
     escaped = SPECIAL_TOKENS.sub(ESCAPED, text)
     result: Dict[str, Any] = {"role": role, "content": escaped}
@@ -5715,14 +5587,10 @@ def _content(
 ) -> Tuple[str, List[Dict[str, str]]]:
     """Return a message's text, and its images as attachments; append to ``files``."""
     content = message.get("content")
-    if content is None:
-        return "", []
-    if isinstance(content, str):
-        return content, []
+    if content is None or isinstance(content, str):
+        return content or "", []
     if not isinstance(content, list):
-        raise bad_request(
-            f"{param}.content must be a string or a list of parts.", f"{param}.content"
-        )
+        raise refused(f"{param}.content", "needs a string or a list of parts")
     texts, images = [], []
     for index, part in enumerate(map(as_dict, content)):
         part_param, part_type = f"{param}.content[{index}]", part.get("type")
@@ -5737,12 +5605,9 @@ def _content(
             files.append(_text_file(value, part_param))
         else:
             unsupported = str(part if part_type == "text" else part_type)[:80]
-            raise bad_request(
-                f"{part_param}: Akash Chat accepts text and images, not {unsupported!r}.",
-                part_param,
-            )
+            raise refused(part_param, f"accepts text and images, not {unsupported!r}")
     if images and message.get("role") != "user":
-        raise bad_request(f"{param}: only user messages may contain images.", f"{param}.content")
+        raise refused(f"{param}.content", "accepts images from the role user only")
     return "".join(texts), images
 
 
@@ -5752,9 +5617,7 @@ _IMAGE_URL = re.compile(r"data:(image/[a-z0-9.+-]+);base64,|https?://", re.I)
 def _attachment(url: Any, param: str) -> Dict[str, str]:
     match = _IMAGE_URL.match(url) if isinstance(url, str) else None
     if not match:
-        raise bad_request(
-            f"{param}: the image URL must be http(s): or data:image/...;base64,...", param
-        )
+        raise refused(param, "needs an image URL with http(s): or data:image/...;base64,...")
     if match[1]:
         decode_base64(url[match.end() :], param)
     return {"name": "picture", "contentType": (match[1] or "image/png").lower(), "url": url}
@@ -5766,7 +5629,7 @@ def _text_file(file: Dict[str, Any], param: str) -> Dict[str, str]:
     data = decode_base64(encoded.rpartition(",")[2], param) if isinstance(encoded, str) else b"\0"
     text = data.decode("utf-8", "replace")
     if "\0" in text or "\ufffd" in text:
-        raise bad_request(f"{param}: Akash Chat accepts files of UTF-8 text only.", param)
+        raise refused(param, "accepts files of UTF-8 text only")
     name = str(file.get("filename") or "file")[:MAX_NAME]
     return {"name": name, "content": SPECIAL_TOKENS.sub(ESCAPED, text)}
 
@@ -5820,6 +5683,7 @@ AKASH_FINISH_REASONS = {
 # name is in the message, its status takes precedence.
 # fmt: off
 AKASH_ERRORS: List[Tuple[int, Optional[str], str]] = [
+    (404, None,                       r"invalid model name|model \S{1,200} does not exist"),
     (429, None,                       r"rate limit|too many requests|no deployments available"
                                       r"|max parallel request"),
     (400, "content_policy_violation", r"contentpolicyviolation"),
@@ -5828,9 +5692,9 @@ AKASH_ERRORS: List[Tuple[int, Optional[str], str]] = [
     (400, None,                       r"invalid prompt|unsupported role|invalid argument"
                                       r"|bad request|unprocessable|invalid data content"),
     (401, "upstream_auth",            r"authentication error|api key|unauthorized"),
-    (504, "upstream_error",           r"timed? ?out|timeout"),
-    (503, "upstream_error",           r"service unavailable|overloaded"),
-    (502, "upstream_error",           r""),
+    (504, None,                       r"timed? ?out|timeout"),
+    (503, None,                       r"service unavailable|overloaded"),
+    (502, None,                       r""),
 ]
 # fmt: on
 
@@ -5841,44 +5705,37 @@ def akash_error(text: str, model: str, secrets: Iterable[str] = ()) -> APIError:
     The message comes from the backend of Akash Chat, usually LiteLLM; limits apply to the model.
     """
     text = text[:4000]
-    status = litellm_status(text)
-    if status == 404 or re.search(r"invalid model name|model \S{1,200} does not exist", text, re.I):
-        if model not in ("", AkashController.IMAGE_MODEL):
-            return akash_model_not_found(model)
-        # akash-chat f0a4ae0: any failure of AkashGen is reported as an invalid model name
+    named_status = litellm_status(text)
+    status, code = next(
+        (status, code) for status, code, pattern in AKASH_ERRORS if re.search(pattern, text, re.I)
+    )
+    if named_status and status not in (404, named_status):
+        status, code = named_status, None
+    if status == 404 and model not in ("", AkashController.IMAGE_MODEL):
+        return akash_model_not_found(model)
+    if status == 404:  # akash-chat f0a4ae0 reports any failure of AkashGen in this way
         error = image_failed("Akash Chat could not generate the image, or does not offer AkashGen.")
         error.legacy_message = "Error Model."
         return error
-    matched_status, code = next(
-        (status, code) for status, code, pattern in AKASH_ERRORS if re.search(pattern, text, re.I)
-    )
-    status = status or matched_status
-    if status >= 500:
-        code = code or "upstream_error"
-    elif status != matched_status:
-        code = None  # it belongs to the other status
     message = _akash_reason(text, secrets)
     if status in (401, 402, 403):  # a key of the backend: concerns the model, not our session
-        return APIError(
-            424,
-            message,
-            code="upstream_auth",
-            category=Category.REFUSED,
-            retry=False,
-            cooldown_scope="model",
+        error = auth_error(message, status)
+        error.category, error.cooldown_scope, error.upstream_status = (
+            Category.REFUSED,
+            "model",
+            None,
         )
-    status = {500: 502, 529: 503}.get(status, status)
+        return error
     wait = retry_after_seconds({}, {}, message=text)
-    if status == 429 or status >= 500 and wait:
-        return APIError(
-            status,
-            message,
-            code=code,
-            category=Category.RATE_LIMIT,
-            cooldown_scope="model",
-            retry_after=wait,
-        )
-    return APIError(status, message, code=code)
+    is_limit = status == 429 or status >= 500 and wait is not None
+    return APIError(
+        {500: 502, 529: 503}.get(status, status),
+        message,
+        code=code,
+        category=Category.RATE_LIMIT if is_limit else None,
+        cooldown_scope="model" if is_limit else "controller",
+        retry_after=wait if is_limit else None,
+    )
 
 
 def _akash_reason(text: str, secrets: Iterable[str]) -> str:
@@ -5920,6 +5777,7 @@ _ADDRESS = re.compile(
 # fmt: on
 
 _SINGLE_TEXT = re.compile(rb'0:("[ !#-\[\]-~]+")\n')  # ASCII without escapes
+_NO_TEXT_PART = re.compile(rb"\n(?!0:)([^\n]*)")  # splits text parts in a row from other lines
 
 
 class AkashDecoder(Decoder):
@@ -5949,6 +5807,8 @@ class AkashDecoder(Decoder):
     LINE_LIMIT = 8 << 20  # bytes
     has_fast_path = True
     REASONING_PART = "<think>\n", "\n</think>\n\n"
+    # types of SDK 5 for the codes of SDK 4
+    TYPES = {b"g": "reasoning-delta", b"9": "tool-input-available", b"3": "error", b"d": "finish"}
 
     def __init__(self, model: str = "", secrets: Iterable[str] = ()) -> None:
         self.model, self.secrets = model, secrets
@@ -5960,42 +5820,18 @@ class AkashDecoder(Decoder):
         if single:
             return [Text(single[1:-1].decode())]
         out: List[Event] = []
-        first, *rest = (b"\n" + take_complete_lines(self.buffer, data)).split(b"\n0:")
-        for joined, texts, others in [(b"", [], first), *self._runs(rest)]:
-            if joined and not self.complete and not self.error:
-                self._texts(joined, texts, out)
-            for line in others.split(b"\n"):
-                if line and not self.complete and not self.error:
-                    self._line(line, out)
+        for part in _NO_TEXT_PART.split(b"\n" + take_complete_lines(self.buffer, data)):
+            if self.complete or self.error:
+                break
+            if part.startswith(b"\n0:"):
+                self._texts(part[3:].split(b"\n0:"), out)
+            elif part:
+                self._line(part, out)
         if self.complete or self.error:
             self.buffer.clear()
         elif len(self.buffer) > self.LINE_LIMIT:
             self._fail("Akash Chat sent a line that is too long.")
         return out
-
-    @staticmethod
-    def _runs(lines: List[bytes]) -> List[Tuple[bytes, List[bytes], bytes]]:
-        """Group consecutive text parts: (joined by commas, parts, other lines after them).
-
-        Each of ``lines`` is one text part plus the other lines after it. Parts are joined by
-        ",\\n": JSON strings contain no raw line break, so no part can swallow the next one.
-        """
-        if not lines:
-            return []
-        last, _, others = lines.pop().partition(b"\n")
-        lines.append(last)
-        joined = b",\n".join(lines)
-        if joined.count(b"\n") < len(lines):  # text parts only, as in most reads
-            return [(joined, lines, others)]
-        runs: List[Tuple[bytes, List[bytes], bytes]] = []
-        texts: List[bytes] = []
-        for line in lines:
-            text, newline, between = line.partition(b"\n")
-            texts.append(text)
-            if newline:
-                runs.append((b",\n".join(texts), texts, between))
-                texts = []
-        return [*runs, (b",\n".join(texts), texts, others)]
 
     def fast_path(self, data: bytes) -> bytes:
         """Return the JSON string of data that is exactly one plain text part, else b""."""
@@ -6010,69 +5846,62 @@ class AkashDecoder(Decoder):
         if self.error and self.error.message == MALFORMED_LINE:
             self.error = None  # the line was cut: report the truncation below instead
         if not self.complete:
-            self._fail("Akash Chat ended its answer early.")
+            self._fail(ENDED_EARLY)
         return out
 
     def _line(self, line: bytes, out: List[Event]) -> None:
+        code, data = line[:1], line[5:].strip()
         try:
-            if line[1:2] == b":" and line[:1].isalnum():
-                if line[:1] in b"g39d":
+            if line[1:2] == b":" and code.isalnum():
+                if code in self.TYPES:
                     value = _decode_any(line[2:].decode("utf-8", "surrogatepass"))
-                    self._on_v4_part(line[:1], value, out)
+                    event = {"delta": value, "errorText": value, **as_dict(value)}
+                    self._event({**event, "type": self.TYPES[code]}, out)
             elif line.startswith(b"data:"):
-                self._on_v5_event(line[5:].strip(), out)
-            elif not line.startswith((b":", b"event:", b"id:", b"retry:", b"\r")):
-                page = re.match(rb"\s*<(!doctype|html|head|body)\b", line, re.I)
-                if page:
-                    self._fail(CHALLENGE_PAGE, "upstream_blocked")
+                if data == b"[DONE]":
+                    self._fail(ENDED_EARLY)
                 else:
-                    self._fail("Akash Chat sent something other than a stream.")
+                    event = as_dict(_decode_any(data.decode("utf-8", "surrogatepass")))
+                    self._event({"finishReason": "stop", **event}, out)
+            elif re.match(rb"\s*<(!doctype|html|head|body)\b", line, re.I):
+                self._fail(CHALLENGE_PAGE, "upstream_blocked")
+            elif not line.startswith((b":", b"event:", b"id:", b"retry:", b"\r")):
+                self._fail("Akash Chat sent something other than a stream.")
         except (ValueError, RecursionError):
             self._fail(MALFORMED_LINE)
 
-    def _on_v4_part(self, code: bytes, value: Any, out: List[Event]) -> None:
-        if code == b"g" and isinstance(value, str) and value:
-            out.append(Reasoning(value))
-        elif code == b"3":
-            self.error = akash_error(str(value), self.model, self.secrets)
-        elif code == b"9" and isinstance(value, dict):
-            self._tool(value, value.get("args"), out)
-        elif code == b"d" and isinstance(value, dict):
-            self._finish(value.get("finishReason"), value.get("usage"), out)
-
-    def _on_v5_event(self, data: bytes, out: List[Event]) -> None:
-        if data == b"[DONE]":
-            self._fail("Akash Chat ended its answer early.")
-            return
-        event = as_dict(_decode_any(data.decode("utf-8", "surrogatepass")))
-        event_type = event.get("type")
+    def _event(self, event: Dict[str, Any], out: List[Event]) -> None:
+        event_type, delta = event.get("type"), event.get("delta")
         if event_type in ("text-delta", "reasoning-delta"):
-            if event.get("delta"):
-                make_event = Text if event_type == "text-delta" else Reasoning
-                out.append(make_event(str(event["delta"])))
+            if isinstance(delta, str) and delta:
+                out.append(Text(delta) if event_type == "text-delta" else Reasoning(delta))
         elif event_type == "tool-input-available":
-            self._tool(event, event.get("input"), out)
+            self._tool(event, out)
         elif event_type in ("error", "tool-input-error"):
             self.error = akash_error(str(event.get("errorText", "")), self.model, self.secrets)
         elif event_type == "abort":
             self._fail("Akash Chat aborted its answer.")
         elif event_type == "finish":
-            metadata = as_dict(event.get("messageMetadata"))
-            self._finish(
-                event.get("finishReason", "stop"),
-                metadata.get("totalUsage") or metadata.get("usage"),
-                out,
-            )
+            self._finish(event, out)
 
-    def _texts(self, joined: bytes, lines: List[bytes], out: List[Event]) -> None:
-        """Decode consecutive text parts at once; one by one if any of them is malformed."""
+    def _texts(self, lines: List[bytes], out: List[Event]) -> None:
+        """Decode consecutive text parts at once; one by one if any of them is malformed.
+
+        Joined by ",\\n" no part can swallow the next: JSON strings contain no raw line break.
+        """
         try:
-            texts = _decode_any((b"[%b]" % joined).decode("utf-8", "surrogatepass"))
+            joined = b"[%b]" % b",\n".join(lines)
+            texts = _decode_any(joined.decode("utf-8", "surrogatepass"))
             text = "".join(texts)
-            if len(texts) != len(lines) > 1:
+            if len(texts) != len(lines):
                 raise ValueError("a line holds more than one value")
         except (ValueError, TypeError, RecursionError):
-            self._one_by_one(lines, out)
+            if len(lines) == 1:
+                self._fail(MALFORMED_LINE)
+                return
+            for line in lines:
+                if not self.error:
+                    self._texts([line], out)
             return
         if "<think>\n" not in text:
             texts = [text]
@@ -6083,35 +5912,18 @@ class AkashDecoder(Decoder):
             else:
                 out.append(Text(text))
 
-    def _one_by_one(self, lines: List[bytes], out: List[Event]) -> None:
-        if len(lines) == 1:
-            self._salvage(lines[0], out)
-            return
-        for line in lines:
-            if line and not self.error:
-                self._texts(line, [line], out)
-
-    def _salvage(self, line: bytes, out: List[Event]) -> None:
-        """Emit the strings before the error in a malformed line, then fail."""
-        scan, text, position = json.JSONDecoder().raw_decode, line.decode("utf-8", "replace"), 0
-        with contextlib.suppress(ValueError, RecursionError):
-            while position < len(text):
-                value, position = scan(text, position)
-                if not isinstance(value, str):
-                    break
-                out.append(Text(value))
-                position += text.startswith(",", position)
-        self._fail(MALFORMED_LINE)
-
-    def _tool(self, call: Dict[str, Any], arguments: Any, out: List[Event]) -> None:
+    def _tool(self, event: Dict[str, Any], out: List[Event]) -> None:
         if self.tool_count == MAX_TOOL_CALLS:
             self.error = too_many_calls("Akash Chat")
             return
-        call_id, name = str(call.get("toolCallId")), str(call.get("toolName"))
-        out.append(ToolCall(self.tool_count, _encode(arguments), call_id, name))
+        arguments = _encode(event.get("input", event.get("args")))
+        call_id, name = str(event.get("toolCallId")), str(event.get("toolName"))
+        out.append(ToolCall(self.tool_count, arguments, call_id, name))
         self.tool_count += 1
 
-    def _finish(self, reason: Any, usage: Any, out: List[Event]) -> None:
+    def _finish(self, event: Dict[str, Any], out: List[Event]) -> None:
+        reason, metadata = event.get("finishReason"), as_dict(event.get("messageMetadata"))
+        usage = metadata.get("totalUsage") or metadata.get("usage") or event.get("usage")
         if isinstance(reason, str) and reason in AKASH_FINISH_REASONS:
             self.complete = True
             out.append(Finish(AKASH_FINISH_REASONS[reason], _akash_usage(usage)))
@@ -6138,8 +5950,8 @@ def is_challenge_page(response: UpstreamResponse) -> bool:
 
 def challenge_page_error(response: UpstreamResponse) -> APIError:
     """Return the 502 for a challenge page, without any of its HTML; also log it."""
-    _, host, tunnel_host = response.key
-    reason = f"{tunnel_host or host}: {CHALLENGE_PAGE}"
+    name = urllib.parse.urlsplit("//" + response.request.fields["Host"]).hostname
+    reason = f"{name}: {CHALLENGE_PAGE}"
     log.warning("%s (status %d)", reason, response.status)
     return APIError(
         502,
@@ -6151,6 +5963,7 @@ def challenge_page_error(response: UpstreamResponse) -> APIError:
     )
 
 
+ENDED_EARLY = "Akash Chat ended its answer early."
 MALFORMED_LINE = "Akash Chat sent a malformed line."
 CHALLENGE_PAGE = (
     "A proxy in front of Akash Chat answered with a web page: set AKASH_COOKIE and USER_AGENT as"
@@ -6164,10 +5977,8 @@ def _akash_usage(usage: Any) -> Optional[Dict[str, int]]:
     Both are null if the backend reports no usage, which akash-chat does not request.
     """
     usage = as_dict(usage)
-    prompt, completion = (
-        next((usage[name] for name in names if count_or_none(usage.get(name)) is not None), None)
-        for names in (("promptTokens", "inputTokens"), ("completionTokens", "outputTokens"))
-    )
+    prompt = count_or_none(usage.get("promptTokens", usage.get("inputTokens")))
+    completion = count_or_none(usage.get("completionTokens", usage.get("outputTokens")))
     if prompt is None or completion is None:
         return None
     return {
@@ -6209,83 +6020,67 @@ def parse_image_job(body: bytes) -> Optional[Tuple[str, str]]:
 class ImageBatch:
     """The image jobs of one request."""
 
-    def __init__(self) -> None:
+    def __init__(self, key: Tuple[str, str, str]) -> None:
+        self.key = key  # of the request: its client, path and body
         self.jobs: List[Tuple[str, str]] = []  # (job ID, prompt)
         self.lock = threading.Lock()  # held while a job is being started
         self.cancellation = Cancellation()  # of the request
+        self.joined = False  # it has, or had, a request
         self.failed = False  # the request got an error that SDKs retry
         self.expires_at = math.inf
 
-    def is_abandoned(self) -> bool:
-        """Whether its request has ended without the images."""
-        return self.failed or self.cancellation.reason is not None
 
-
-class ImageBatches:
-    """Finds the jobs of an image request when the client repeats it. Any thread.
+class AkashImages:
+    """Generates images: starts and polls jobs, fetches results. Worker thread.
 
     SDKs repeat a request after a timeout or an error 5xx, while its jobs go on at Akash Chat. A
-    repeat has the client, path and body of a request that ended without its images. Jobs whose
-    images were sent are forgotten: the same prompt then gives other images.
+    repeat has the client, path and body of a request that ended without its images, and joins its
+    jobs. Jobs whose images were sent are forgotten: the same prompt then gives other images.
     """
 
     MAX_BATCHES, KEPT_SECONDS = 1000, 600.0
 
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self.clock, self.lock = clock, threading.Lock()
+    def __init__(self, akash: "AkashController", clock: Callable[[], float]) -> None:
+        self.akash, self.clock, self.lock = akash, clock, threading.Lock()
         self.batches: OrderedDict[Tuple[str, str, str], ImageBatch] = OrderedDict()
 
-    @staticmethod
-    def key(call: Call) -> Tuple[str, str, str]:
-        return call.client, call.original.path, _sha256(call.original.raw_body)
-
-    def find(self, call: Call) -> Optional[ImageBatch]:
-        """Return the batch that the call repeats."""
+    def find(self, call: Call) -> ImageBatch:
+        """Return the batch that the call repeats, or a new one."""
+        key = call.client, call.original.path, _sha256(call.original.raw_body)
         with self.lock:
-            batch = self.batches.get(self.key(call))
-            usable = batch and batch.is_abandoned() and self.clock() < batch.expires_at
-            return batch if usable else None
+            batch = self.batches.get(key)
+            ended = batch and (batch.failed or batch.cancellation.reason is not None)
+            usable = batch and ended and self.clock() < batch.expires_at
+        return batch if batch and usable else ImageBatch(key)
 
     def join(self, call: Call) -> ImageBatch:
-        """Return the batch that the call repeats, or a new one, and make it the call's."""
-        batch, key = self.find(call) or ImageBatch(), self.key(call)
+        """Make the batch that the call repeats, or a new one, the call's own."""
+        batch = self.find(call)
         with self.lock:
-            batch.cancellation, batch.failed = call.cancellation, False
+            batch.cancellation, batch.joined, batch.failed = call.cancellation, True, False
             batch.expires_at = self.clock() + self.KEPT_SECONDS
-            self.batches[key] = batch
-            self.batches.move_to_end(key)
+            self.batches[batch.key] = batch
+            self.batches.move_to_end(batch.key)
             if len(self.batches) > self.MAX_BATCHES:
                 self.batches.popitem(last=False)
         return batch
 
-    def forget(self, call: Call, batch: ImageBatch) -> None:
-        """Forget a batch of the call."""
-        key = self.key(call)
+    def forget(self, batch: ImageBatch) -> None:
         with self.lock:
-            if self.batches.get(key) is batch:
-                del self.batches[key]
-
-
-class AkashImages:
-    """Generates images: starts and polls jobs, fetches results. Worker thread."""
-
-    def __init__(self, akash: "AkashController", clock: Callable[[], float]) -> None:
-        self.akash, self.batches = akash, ImageBatches(clock)
+            if self.batches.get(batch.key) is batch:
+                del self.batches[batch.key]
 
     def events(self, call: Call, data: bytes) -> Iterator[Event]:
-        """Start a job for each image, then poll them; text instead of a job is passed on.
-
-        A repeated request joins the jobs that its predecessor has started. Worker thread.
-        """
-        batch = self.batches.join(call)
+        """Start a job for each image, then poll them; text instead of a job is passed on."""
+        batch = self.join(call)
         try:
             yield from self._batch_events(call, data, batch)
         except APIError as error:
             batch.failed = error.status >= 500 and error.retry is not False
             if not batch.failed:
-                self.batches.forget(call, batch)
+                self.forget(batch)
             raise
-        self.batches.forget(call, batch)
+        self.forget(batch)
 
     def _batch_events(self, call: Call, data: bytes, batch: ImageBatch) -> Iterator[Event]:
         """Yield a batch's events; one job at a time if concurrent requests are limited."""
@@ -6294,9 +6089,9 @@ class AkashImages:
         for index in range(count):
             # a job can't be cancelled: start none for a client that left
             call.cancellation.raise_if_cancelled()
-            words = self._start_job(call, data, batch, index)
-            if words is not None:
-                yield from self._text_instead(call, words)
+            text = self._start_job(call, data, batch, index)
+            if text is not None:
+                yield from text
                 return
             if sequential:
                 yield from self._poll_image(call, *batch.jobs[index])
@@ -6304,8 +6099,10 @@ class AkashImages:
             yield from self._poll_image(call, *job)
         yield Finish("stop")
 
-    def _start_job(self, call: Call, data: bytes, batch: ImageBatch, index: int) -> Optional[bytes]:
-        """Start a job of a batch, unless it has one; the body if that is text instead."""
+    def _start_job(
+        self, call: Call, data: bytes, batch: ImageBatch, index: int
+    ) -> Optional[List[Event]]:
+        """Start a job of a batch, unless it has one; events if the answer is text."""
         while not batch.lock.acquire(timeout=0.25):  # the predecessor is just starting it
             call.cancellation.raise_if_cancelled()
         try:
@@ -6313,14 +6110,12 @@ class AkashImages:
                 return None
             # A repeat could not join a job whose ID was lost with the connection.
             with call.cancellation.shield():
-                response = self.akash.with_session(
-                    "POST", self.akash.CHAT_PATH, call.scope, data, model=call.model
+                response, body = self.akash.with_session(
+                    "POST", self.akash.CHAT_PATH, call.scope, call.model, data=data
                 )
-                body = response.read(limit=4 << 20)
                 job = parse_image_job(body)
                 if job is None:
-                    self.akash.learn_version(response)
-                    return body
+                    return self._text_instead(call, response, body)
                 if job[0] in ("", "undefined"):
                     raise image_failed("Akash Chat could not start the image job.")
                 batch.jobs.append(job)
@@ -6328,18 +6123,19 @@ class AkashImages:
         finally:
             batch.lock.release()
 
-    def _text_instead(self, call: Call, body: bytes) -> Iterator[Event]:
+    def _text_instead(self, call: Call, response: UpstreamResponse, body: bytes) -> List[Event]:
         """Return the events of an answer with text where an image was requested."""
         decoder = akash_decoder(call.model, self.akash.secrets())
         events = decoder.feed(body) + decoder.close()
         if decoder.error:
-            # b58259a sends text to a backend model AkashGen, which its backend usually lacks; it
-            # reports failures by status. With f0a4ae0 this error is a failure.
-            is_text = decoder.error.code == "image_failed" and self.akash.is_b58259a
+            # akash-chat b58259a, which sends this header, passes text to a backend model AkashGen
+            # that is usually missing, and reports failures by status; f0a4ae0 fails in this way.
+            is_b58259a = "cross-origin-resource-policy" in response.headers
+            is_text = decoder.error.code == "image_failed" and is_b58259a
             raise no_image("") if is_text else decoder.error
         if call.image_count:
             raise no_image(fold(events).text)
-        yield from events
+        return events
 
     def _poll_image(self, call: Call, job: str, prompt: str) -> Iterator[Event]:
         """Poll a job, ever more slowly, until its image is ready; APIError if it fails."""
@@ -6375,10 +6171,7 @@ class AkashImages:
         """Return a job's status object; {} if it is unknown, None if the request failed."""
         path = "/api/image-status/?ids=" + urllib.parse.quote(job, safe="")
         try:
-            response = self.akash.transport.fetch(
-                "GET", path, call.scope, first_byte=self.akash.settings.session_timeout
-            )
-            jobs = response.json()
+            response, jobs = self.akash.transport.get_json(path, call.scope)
         except APIError as error:
             log.info("status of an image job: %s", error.message)
             call.cancellation.new_scope()  # a timeout has cancelled the old one
@@ -6399,6 +6192,7 @@ class AkashController(Controller):
     """Akash Chat's web API: streams chats, generates images with the model AkashGen."""
 
     IMAGE_MODEL = "AkashGen"
+    SESSION_PATH = "/api/auth/session/"
     CHAT_PATH = "/api/chat/"
     LIMIT_PATH = "/api/rate-limit/status/"  # since akash-chat b58259a
     # akash-chat b58259a (May 2026) cuts a body above this size, then answers an empty 500
@@ -6421,26 +6215,24 @@ class AkashController(Controller):
         }
         self.transport = Transport(options, settings, options.base_url, "Akash Chat", headers)
         cookies = options.cookie, self.transport.headers.get("Cookie", "")
-        cookie = "; ".join(filter(None, cookies))
-        seconds = settings.session_timeout
-        self.login = AkashLogin(self.name, self.transport, cookie, seconds, clock)
-        self.sessions = AkashSession(
-            self.transport,
-            options.api_key,
-            settings.session_timeout,
-            [*cookie_values(settings.akash_cookie), *option_secrets(options)],
-        )
+        self.login = AkashLogin(self.transport, "; ".join(filter(None, cookies)), self.name, clock)
+        # akash-chat f0a4ae0 (July 2025) expects the SHA-256 of the access token, b58259a (May
+        # 2026) the token itself. The form that worked last is tried first.
+        token = options.api_key
+        self.access_tokens = [token, _sha256(token)] if token else [""]
+        own_secrets = cookie_values(settings.akash_cookie) + option_secrets(options)
+        self.own_secrets = [*self.access_tokens, *own_secrets]
         self.images = AkashImages(self, clock)
-        self.is_b58259a = False  # else f0a4ae0, or not known yet
-        self.session = Cache(f"{self.name}: session", self.sessions.start, clock, expires=True)
+        self.session = Cache(f"{self.name}: session", self._start_session, clock, expires=True)
         self.model_cache = Cache(f"{self.name}: models", self._fetch_models, clock)
+        self.context_lengths: Dict[str, int] = {}  # in tokens, by model
 
     def check_support(self, call: Call) -> Optional[APIError]:
         try:
             call.prepared_requests[self.name] = self._prepare(call)
         except APIError as error:
             return error
-        if self._is_image(call) and self.images.batches.find(call):
+        if self._is_image(call) and self.images.find(call).joined:
             call.preferred = self.name
         return None
 
@@ -6459,7 +6251,7 @@ class AkashController(Controller):
             call.scope,
             data,
             self._headers(data, cookie),
-            force_new_connection=call.attempt.retry_reason,
+            retry_reason=call.attempt.retry_reason,
         )
         return EventStream(
             response, lambda response: self._decoder(call, response, stop_filter, cookie)
@@ -6467,17 +6259,14 @@ class AkashController(Controller):
 
     def _check_context(self, call: Call, tokens: int) -> None:
         """Note that Akash Chat will cut the conversation, or refuse it; APIError 400."""
-        models = self.model_cache.value or []
         if tokens > AKASH_SMALL:
             with contextlib.suppress(APIError):
-                models = self.models()
+                self.models()
         name = self.options.model_map.get(call.model, call.model)
-        found = next((model for model in models if model["id"] == name), {})
-        limit = found.get("context_length", AKASH_CONTEXT)
+        limit = self.context_lengths.get(name, AKASH_CONTEXT)
         room = max(0, limit - AKASH_RESERVED)
         if tokens <= room:
             return
-        problem = f"about {tokens} tokens > {room}"
         if (self.options.context_overflow or self.settings.context_overflow) == "refuse":
             raise APIError(
                 400,
@@ -6488,7 +6277,7 @@ class AkashController(Controller):
                 category=Category.REFUSED,
                 overflow=Overflow(tokens, 0, room),
             )
-        call.attempt.overflow = problem
+        call.attempt.overflow = f"about {tokens} tokens > {room}"
 
     def _prepare(self, call: Call) -> Tuple[bytes, StopFilter, List[str], int]:
         """Return the request body, the filter of its answer, and what is ignored of it.
@@ -6519,38 +6308,30 @@ class AkashController(Controller):
 
     def secrets(self, cookie: Optional[str] = None) -> List[str]:
         """List the strings to redact from errors: keys, header values and cookies."""
-        return [
-            *self.sessions.secrets,
-            *cookie_values(self.login.cookie),
-            *cookie_values(self.session.value or ""),
-            *cookie_values(cookie or ""),
-        ]
+        cookies = "; ".join(filter(None, (self.login.cookie, self.session.value, cookie)))
+        return self.own_secrets + cookie_values(cookies)
 
     def models(self) -> List[Dict[str, Any]]:
         return self.model_cache.get()
 
     def metrics(self) -> Dict[str, float]:
         metrics: Dict[str, float] = {"akashproxy_session_renewals_total": self.session.fetch_count}
-        if self.login.active is not None:
-            metrics["akashproxy_login_active"] = int(self.login.active)
+        if self.login.state in ("active", "ended"):
+            metrics["akashproxy_login_active"] = int(self.login.state == "active")
         return metrics
 
     def status(self) -> Dict[str, Any]:
-        if not self.login.has_login:
-            return {"login": None}
-        return {"login": {None: "unknown", True: "active", False: "ended"}[self.login.active]}
+        return {"login": self.login.state}
 
     def limit_is_over(self) -> Optional[bool]:
-        response = self.transport.fetch(
-            "GET", self.LIMIT_PATH, CancelScope(), first_byte=self.settings.session_timeout
-        )
-        blocked = as_dict(response.json()).get("blocked")
+        response, status = self.transport.get_json(self.LIMIT_PATH)
+        blocked = as_dict(status).get("blocked")
         return not blocked if response.status == 200 and isinstance(blocked, bool) else None
 
     def take_over(self, previous: Any) -> None:
         self.login.set_cookie(previous.login.cookie)
-        self.login.active, self.login.renew_at = previous.login.active, previous.login.renew_at
-        self.images.batches = previous.images.batches
+        self.login.state, self.login.renew_at = previous.login.state, previous.login.renew_at
+        self.images, previous.images.akash = previous.images, self
 
     def on_tick(self, now: float) -> None:
         super().on_tick(now)
@@ -6568,7 +6349,6 @@ class AkashController(Controller):
         raise APIError(
             502,
             f"Akash Chat could not serve the image (status {response.status}).",
-            code="upstream_error",
             upstream_status=response.status,
         )
 
@@ -6587,145 +6367,137 @@ class AkashController(Controller):
             filters = [stop_filter] if stop_filter.needed else []
             return akash_decoder(call.model, self.secrets(cookie), *filters)
 
-        def parse(data: bytes) -> NoReturn:
-            is_retry = call.attempt.retry_reason == "session"
-            sent = call.prepared_requests[self.name][0]
-            raise self._session_error(response, data, call.model, cookie, is_retry, len(sent))
-
-        return BufferedBody(parse, 1 << 20, is_error_body=True)
+        return BufferedBody(
+            lambda body: self._fail(response, body, call.model, cookie),
+            MAX_SHORT_BODY,
+            is_error_body=True,
+        )
 
     def with_session(
-        self,
-        method: str,
-        path: str,
-        scope: CancelScope,
-        data: Optional[bytes] = None,
-        first_byte: Optional[float] = None,
-        model: str = "",
-    ) -> UpstreamResponse:
-        """Send a request with the cookie; repeat it once if the session was rejected."""
+        self, method: str, path: str, scope: CancelScope, model: str = "", **options: Any
+    ) -> Tuple[UpstreamResponse, bytes]:
+        """Send a request with the cookie, once more if the session was rejected.
 
-        def send(retry_reason: str) -> UpstreamResponse:
+        Returns the response and its body. APIError unless its status is 200.
+        """
+
+        def send(retry_reason: str) -> Tuple[UpstreamResponse, bytes]:
             cookie = self.session.get(scope)
-            response = self.transport.fetch(
-                method, path, scope, data, self._headers(data, cookie), first_byte
+            headers = self._headers(options.get("data"), cookie)
+            response = self.transport.start_request(
+                method, path, scope, headers=headers, retry_reason=retry_reason, **options
             )
-            if response.status == 200 and not is_challenge_page(response):
-                return response
-            body, is_retry = response.read(limit=1 << 20), retry_reason == "session"
-            raise self._session_error(response, body, model, cookie, is_retry, len(data or b""))
+            response.read_head()
+            body = response.read(limit=MAX_SHORT_BODY)
+            if response.status != 200 or is_challenge_page(response):
+                self._fail(response, body, model, cookie)
+            return response, body
 
         return retrying(send)
 
-    def _session_error(
-        self,
-        response: UpstreamResponse,
-        data: bytes,
-        model: str,
-        cookie: str,
-        is_retry: bool,
-        sent: int,
-    ) -> APIError:
-        """Return the error for an unsuccessful response, ``sent`` bytes of request.
+    def _start_session(self) -> Tuple[str, float]:
+        """Return a new session's cookie, or "", and its lifetime in seconds. APIError.
+
+        A cookie is valid for its Max-Age, counted from before the request was sent. Servers without
+        sessions set no cookie, or (akash-chat b58259a, May 2026, without Redis) the fixed
+        ``session_token=validated``; both are valid. The request itself carries no session cookie:
+        b58259a answers a valid one without setting or extending anything.
+        """
+        for token in list(self.access_tokens):
+            headers = {"Authorization": f"Bearer {token}"} if token else {}
+            response, answer = self.transport.get_json(self.SESSION_PATH, headers=headers)
+            if is_challenge_page(response):
+                raise challenge_page_error(response)
+            if response.status == 200:
+                self.access_tokens.sort(key=lambda other: other != token)
+                return session_cookie(response.headers.get("set-cookie", ""))
+            if response.status != 403:
+                break
+        reason = redact(str(as_dict(answer).get("error", ""))[:4000], self.secrets())[:200]
+        if "ccess token" in reason:
+            raise auth_error(
+                f"Akash Chat requires a valid access token ({reason}): set AKASH_ACCESS_TOKEN.",
+                response.status,
+            )
+        moved = redact(response.headers.get("location", "")[:1000], self.secrets())[:200]
+        hint = f": it redirects to {moved}, check AKASH_BASE_URL" if moved else ""
+        raise APIError(
+            503,
+            f"Akash Chat did not start a session (status {response.status}){hint}.",
+            code="upstream_session",
+            retry_after=5,
+            category=Category.NETWORK,
+            upstream_status=response.status,
+        )
+
+    def _fail(self, response: UpstreamResponse, body: bytes, model: str, cookie: str) -> NoReturn:
+        """Raise the error for an unsuccessful response.
 
         A rejected session is invalidated; its category is RETRY, unless this is the retry.
         """
-        fields = as_dict(json_or_none(data))
-        rejected = fields.get("message") == "Unauthorized: Invalid session"
-        if rejected and response.status == 403 and not is_retry:
+        request = response.request
+        status, fields = response.status, as_dict(json_or_none(body))
+        message = str(fields.get("message") or fields.get("error") or "")
+        rejected = status == 403 and message == "Unauthorized: Invalid session"
+        if rejected and request.retry_reason != "session":
             self.session.invalidate(cookie)
-            return APIError(
+            raise APIError(
                 502, "Akash Chat rejected the session.", code="session", category=Category.RETRY
             )
-        secrets = self.secrets(cookie)
-        if response.status == 400 and data and not fields and not is_challenge_page(response):
-            error = akash_error("Bad request: " + data.decode("utf-8", "replace"), model, secrets)
-        else:
-            message = str(fields.get("message") or fields.get("error") or "")[:4000]
-            error = self._status_error(response, fields, redact(message, secrets), model, sent)
-        error.upstream_status = response.status
-        return error
-
-    def _status_error(
-        self,
-        response: UpstreamResponse,
-        fields: Dict[str, Any],
-        message: str,
-        model: str,
-        sent: int,
-    ) -> APIError:
-        """Return the error for a status or web page; ``fields`` is the JSON body."""
-        status = response.status
-        if status == 413 or status == 500 and not message and sent > self.MAX_BODY_BYTES:
-            return APIError(
+        if status == 400 and not fields and body:
+            message = "Bad request: " + body[:4000].decode("utf-8", "replace")
+        message = redact(message[:4000], self.secrets(cookie))
+        is_large = len(request.body or b"") > self.MAX_BODY_BYTES
+        if status == 413 or status == 500 and not message and is_large:
+            error = APIError(
                 413,
                 "The request is too large for Akash Chat (limit: 10 MB).",
                 category=Category.REFUSED,
                 retry=False,
             )
-        if is_challenge_page(response):
-            return challenge_page_error(response)
-        if fields.get("error") == "Model not available":
-            # b58259a lists no models while its backend is down: an outage, not a wrong model
-            if fields.get("available_models") == []:
-                return APIError(
-                    503,
-                    "Akash Chat currently offers no models.",
-                    code="upstream_error",
-                    retry_after=30,
-                    category=Category.NETWORK,
-                )
-            return akash_model_not_found(model)
-        if status == 429:
-            return APIError(
-                429,
-                f"Akash Chat: {redact_hosts(message)[:300] or 'too many requests.'}",
-                retry_after=retry_after_seconds(response.headers, fields, message=message),
-            )
-        if status in (401, 403):
-            return auth_error(
-                f"Akash Chat denied access ({redact_hosts(message)[:200] or status}).", status
-            )
-        return self._backend_error(response, fields, message, model)
+        elif is_challenge_page(response):
+            error = challenge_page_error(response)
+        elif fields.get("error") == "Model not available":
+            is_outage = fields.get("available_models") == []  # b58259a
+            error = no_models() if is_outage else akash_model_not_found(model)
+        elif fields.get("error") == "Error generating image":  # b58259a
+            error = image_failed(f"Image generation failed: {redact_hosts(message)[:200]}")
+        else:
+            error = self._status_error(response, fields, message, model)
+        error.upstream_status = status
+        raise error
 
-    def _backend_error(
+    def _status_error(
         self, response: UpstreamResponse, fields: Dict[str, Any], message: str, model: str
     ) -> APIError:
-        """Return the error for a failure of the server or its backend."""
-        status = response.status
-        retry_after = retry_after_seconds(response.headers, fields, message=message, limit=False)
-        if fields.get("error") == "Error generating image":  # b58259a
+        """Return the error for a status; ``fields`` is the JSON body."""
+        status, is_limit = response.status, response.status == 429
+        wait = retry_after_seconds(response.headers, fields, message=message, limit=is_limit)
+        if is_limit:
+            reason = redact_hosts(message)[:300] or "too many requests."
+            return APIError(429, f"Akash Chat: {reason}", retry_after=wait)
+        if status in (401, 403):
             reason = redact_hosts(message)[:200]
-            return image_failed(f"Image generation failed: {reason}")
+            return auth_error(f"Akash Chat denied access ({reason or status}).", status)
+        error = APIError(
+            502 if status <= 500 else 503,
+            f"Akash Chat failed without giving a reason (status {status}).",
+        )
         if message:
             error = akash_error(message, model)
-            if error.status == 400 != status:
-                error = APIError(502, error.message, code="upstream_error")
-        else:
-            error = APIError(
-                502 if status <= 500 else 503,
-                f"Akash Chat failed without giving a reason (status {status}).",
-                code="upstream_error",
-            )
-        if retry_after and error.category is Category.SERVER:
-            error.category, error.retry_after = Category.RATE_LIMIT, retry_after
+        if error.status == 400 != status:
+            error = APIError(502, error.message)
+        if wait and error.category is Category.SERVER:
+            error.category, error.retry_after = Category.RATE_LIMIT, wait
         return error
 
-    def learn_version(self, response: UpstreamResponse) -> None:
-        """Note whether the server is as new as akash-chat b58259a, by its headers."""
-        if "cross-origin-resource-policy" in response.headers:
-            self.is_b58259a = True
-
     def _fetch_models(self) -> Tuple[List[Dict[str, Any]], float]:
-        response = self.with_session(
+        _, body = self.with_session(
             "GET", "/api/models/", CancelScope(), first_byte=self.settings.session_timeout
         )
-        self.learn_version(response)
-        entries = akash_models(json_or_none(response.read(limit=MAX_LIST_BYTES)))
+        entries = akash_models(json_or_none(body))
         if not entries:
-            raise APIError(
-                503, "Akash Chat lists no models.", code="upstream_error", retry_after=30
-            )
+            raise no_models()
         common = {
             "object": "model",
             "created": 1626777600,
@@ -6736,7 +6508,19 @@ class AkashController(Controller):
             with_context_length({"id": name, **common, "root": name, "parent": None}, entry)
             for name, entry in entries.items()
         ]
+        lengths = {model["id"]: model.get(CONTEXT_FIELDS[0], AKASH_CONTEXT) for model in models}
+        self.context_lengths = lengths
         return models, self.settings.models_ttl
+
+
+def no_models() -> APIError:
+    """Return the error for an empty list: an outage of the backend, not a wrong model."""
+    return APIError(
+        503,
+        "Akash Chat lists no models at the moment.",
+        retry_after=30,
+        category=Category.NETWORK,
+    )
 
 
 def akash_models(listing: Any) -> Dict[str, Dict[str, Any]]:
@@ -6752,9 +6536,6 @@ def akash_models(listing: Any) -> Dict[str, Dict[str, Any]]:
     entries = [entry for entry in map(as_dict, as_list(listing)) if entry.get("available", True)]
     named = ((entry.get("model_id") or entry.get("id"), entry) for entry in entries)
     return bounded_model_list("Akash Chat", named)
-
-
-MAX_LIST_BYTES, MAX_MODELS = 4 << 20, 10_000  # limits of an upstream's model list
 
 
 # == 13. openai ===============================================================================
@@ -7104,6 +6885,8 @@ def chat_usage(value: Any) -> Optional[Dict[str, Any]]:
         "completion_tokens": completion,
         "total_tokens": total,
     }
+    if fields.keys() <= usage.keys():  # no details
+        return usage
     for kind, alias, name in (
         ("prompt", "input", "cached_tokens"),
         ("completion", "output", "reasoning_tokens"),
@@ -7117,8 +6900,15 @@ def chat_usage(value: Any) -> Optional[Dict[str, Any]]:
 
 def find_count(name: str, *sources: Dict[str, Any]) -> Optional[int]:
     """Return the first count above 0 under a name's aliases, else 0; None without any."""
-    found = [count_or_none(source.get(key)) for source in sources for key in COUNT_NAMES[name]]
-    return next(filter(None, found), 0 if 0 in found else None)
+    found = None
+    for source in filter(None, sources):
+        for alias in COUNT_NAMES[name]:
+            if alias in source:
+                count = count_or_none(source[alias])
+                if count:
+                    return count
+                found = found if count is None else 0
+    return found
 
 
 _JSON = json.JSONDecoder()
@@ -7234,7 +7024,7 @@ class PassthroughDecoder(Decoder):
             data = take_complete_lines(self.buffer, data)
         if not self.started:
             data = self._without_opening(data)
-            self.first_usage = parse_usage(data, data.find(b'"usage"'))
+            self.first_usage = parse_usage(data, data.find(b'"usage"', 0, MAX_USAGE))
         # Some errors have only the name of their event. rfind() takes half the time of ``in``.
         if data.rfind(b'"error') >= 0 or data.rfind(b"event: error") >= 0:
             data = redact_bytes(data, self.secrets)
@@ -7272,12 +7062,13 @@ class PassthroughDecoder(Decoder):
         """Return the data up to [DONE], if it contains that; look for the stream's end."""
         if self.end and not self.end_seen:
             self.end_seen = self.end.is_in(data)
-        done = DONE.search(data) if data.rfind(b"[DONE]") >= 0 else None
+        at = data.find(b"[DONE]")  # much faster than the pattern
+        done = DONE.search(data, max(0, at - 64)) if at >= 0 else None
         if done is None or self.complete:
             return data
         self.complete = self.end_seen = True
         # [DONE] ends the relay at once: append the blank line, which may still be in transit
-        return data[: done.end()] + done[1]
+        return data if data[done.end() :] == done[1] else data[: done.end()] + done[1]
 
     def _without_opening(self, data: bytes) -> bytes:
         """Hold data back until the first content; set ``error`` if an error comes instead."""
@@ -7367,12 +7158,11 @@ ANSWER_FIELDS = {
 ANSWER = re.compile(rb'"(?:choices|data)"\s{0,20}:\s{0,20}\[\s{0,20}\{\s{0,20}"')
 
 
-def is_streamed(content_type: str, opening: bytes, requested: bool) -> bool:
-    """Return whether a body is an event stream, by type or first character.
+def is_streamed(kind: str, opening: bytes, requested: bool) -> bool:
+    """Return whether a body is an event stream, by media type or first character.
 
     Servers send requested streams as application/json, as text/plain or without a type.
     """
-    kind = media_type(content_type)
     first = opening.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
     if kind == "text/event-stream":
         return first not in (b"{", b"[")
@@ -7397,6 +7187,8 @@ class OpenAIController(Controller):
         if options.cookie:
             headers["Cookie"] = options.cookie
         self.secrets = [options.api_key, *option_secrets(options)]
+        self.adapts_bodies = bool(options.drop or options.rename or options.set)
+        self.redact_type = functools.lru_cache(maxsize=64)(lambda text: redact(text, self.secrets))
         has_path = urllib.parse.urlsplit(options.base_url).path
         base_url = options.base_url if has_path else options.base_url + "/v1"
         self.transport = Transport(options, settings, base_url, self.name, headers)
@@ -7428,7 +7220,7 @@ class OpenAIController(Controller):
             call.scope,
             data,
             {**original.headers, "Content-Type": content_type},
-            force_new_connection=call.attempt.retry_reason,
+            retry_reason=call.attempt.retry_reason,
         )
         return EventStream(response, lambda response: self._decoder(call, response, is_native))
 
@@ -7444,8 +7236,10 @@ class OpenAIController(Controller):
         body = original if is_native else self._translated(call)
         if "model" in body and body["model"] != name:
             body = {**body, "model": name}
-        is_chat = not call.relay_only and not call.image_count
-        body, dropped = adapt_body(body, self.options, is_chat) if body else (body, [])
+        dropped: List[str] = []
+        if body and self.adapts_bodies:
+            is_chat = not call.relay_only and not call.image_count
+            body, dropped = adapt_body(body, self.options, is_chat)
         # a second "model" in the bytes could differ from the one that was authorized
         if (
             is_native
@@ -7469,32 +7263,32 @@ class OpenAIController(Controller):
             return BufferedBody(
                 lambda data: self._status_error(response, data, call.model), is_error_body=True
             )
-        content_type = response.headers.get("content-type", "")
+        kind = media_type(response.headers.get("content-type", ""))
         requested = as_dict(call.original.body).get("stream") is True
-        streamed = is_streamed(content_type, response.opening, requested)
+        streamed = is_streamed(kind, response.opening, requested)
         if is_native and (call.relay_only or streamed == call.stream):
-            return self._relay(call, response, content_type, streamed)
+            return self._relay(call, response, kind, streamed)
         if streamed:
             return DecoderChain(ChatDecoder(self.name, self.secrets), SurrogateFilter())
         return BufferedBody(self._completion)
 
-    def _relay(
-        self, call: Call, response: UpstreamResponse, content_type: str, streamed: bool
-    ) -> Decoder:
-        """Return the decoder for a response in the client's own format."""
+    def _relay(self, call: Call, response: UpstreamResponse, kind: str, streamed: bool) -> Decoder:
+        """Return the decoder for a response in the client's own format, of a media type."""
         renamed = call.requested_model if call.requested_model != call.model else ""
+        content_type = self.redact_type(response.headers.get("content-type", ""))
         call.attempt.status = response.status
-        call.attempt.content_type = redact(content_type, self.secrets) or "application/octet-stream"
+        call.attempt.content_type = content_type or "application/octet-stream"
         if streamed:
-            if media_type(content_type) != "text/event-stream":
+            if kind != "text/event-stream":
                 call.attempt.content_type = "text/event-stream"
             end = STREAM_ENDS.get(call.original.path)
             return PassthroughDecoder(self.name, end, self.secrets, renamed)
-        if media_type(content_type) == "text/html":
-            raise APIError(502, f"{self.name} answered with a web page.", code="upstream_error")
+        if kind == "text/html":
+            raise APIError(502, f"{self.name} answered with a web page.")
         until_close, field = response.body.until_close, ANSWER_FIELDS.get(call.original.path, b"")
-        if is_json_type(content_type) or field or not call.relay_only:
-            if not is_json_type(content_type):
+        is_document = is_json_type(kind)
+        if is_document or field or not call.relay_only:
+            if not is_document:
                 call.attempt.content_type = "application/json"
             return BufferedBody(functools.partial(self._document, field, until_close, renamed))
         if until_close or not response.body.done:
@@ -7543,17 +7337,14 @@ class OpenAIController(Controller):
         )
 
     def _fetch_models(self) -> Tuple[List[Dict[str, Any]], float]:
-        response = self.transport.fetch(
-            "GET", "/models", CancelScope(), first_byte=self.settings.session_timeout
-        )
-        body = json_or_none(response.read(limit=MAX_LIST_BYTES))
+        response, body = self.transport.get_json("/models")
         if response.status != 200:
             raise error_from_body(self.name, response.status, body, self.secrets, response.headers)
         models = as_list(body.get("data") if isinstance(body, dict) else body)
         named = ((entry.get("id"), entry) for entry in map(as_dict, models))
         entries = bounded_model_list(self.name, named).values()
         if not entries:
-            raise APIError(503, f"{self.name} lists no models.", code="upstream_error")
+            raise APIError(503, f"{self.name} lists no models.")
         common = {"object": "model", "owned_by": self.name}
         models = [
             with_context_length(
@@ -7658,7 +7449,7 @@ class Upstream:
 
     The rules of cool-downs:
 
-    * Each is of one category of failure, and of one model or (None) of the whole controller.
+    * Each is of one category of failure, and of one model or (the model "") the whole controller.
     * It begins after as many consecutive failures as FAILURE_POLICY says. Failures of concurrent
       attempts, those that started before the last counted one, count once.
     * It lasts for AUTH_COOLDOWN, for the upstream's Retry-After, or else for BACKOFF_BASE, doubled
@@ -7674,10 +7465,12 @@ class Upstream:
 
     def __init__(self, controller: Controller, previous: Optional["Upstream"] = None) -> None:
         self.controller, self.options, self.name = controller, controller.options, controller.name
+        adapts = self.options.tools in ("prompt", "refuse")
+        self.adapted = ToolAdapter(controller) if adapts else controller
         self.current_weight = 0.0  # of smooth weighted round robin
         self.in_flight = self.served = self.failed = self.cooldown_count = 0
         self.outcomes: Dict[str, int] = defaultdict(int)  # attempts by "success" or a category
-        self.cooldowns: Dict[Tuple[Category, Optional[str]], CoolDown] = {}  # by (category, model)
+        self.cooldowns: Dict[Tuple[Category, str], CoolDown] = {}  # by (category, model)
         self.served_at = -math.inf  # the last success
         self.last_error, self.last_error_at = "", 0.0  # the latter by time.time()
         self.logged_exceptions: Set[Tuple[Any, ...]] = set()  # (type, file, line) with a traceback
@@ -7689,8 +7482,7 @@ class Upstream:
             )
         if previous and previous.identity == self.identity:
             self._inherit(previous, "cooldowns", "served_at", "last_error", "last_error_at")
-            old = previous.controller
-            controller.take_over(old.controller if isinstance(old, ToolAdapter) else old)
+            controller.take_over(previous.controller)
 
     def _inherit(self, previous: "Upstream", *names: str) -> None:
         for name in names:
@@ -7724,7 +7516,7 @@ class Upstream:
             self.served += 1
             self.served_at = now
             for key, cooldown in list(self.cooldowns.items()):  # those that the success disproves
-                if key[1] in (None, self._model_key(model)) and cooldown.failed_at <= started:
+                if key[1] in ("", self._model_key(model)) and cooldown.failed_at <= started:
                     del self.cooldowns[key]
             return
         category = error.category
@@ -7747,10 +7539,10 @@ class Upstream:
 
     def _cooldown(self, category: Category, model: str) -> CoolDown:
         """The cool-down of a category and a model ("": the controller), made if needed."""
-        key = category, self._model_key(model) if model else None
+        key = category, self._model_key(model)
         if key not in self.cooldowns:
             # Clients choose the models' names: without a bound they could fill the memory.
-            of_models = [key for key in self.cooldowns if key[1] is not None]
+            of_models = [key for key in self.cooldowns if key[1]]
             if model and len(of_models) >= MAX_MODEL_COOLDOWNS:
                 del self.cooldowns[min(of_models, key=lambda other: self.cooldowns[other].until)]
             self.cooldowns[key] = CoolDown()
@@ -7762,7 +7554,7 @@ class Upstream:
 
     def _applicable(self, model: str, ignored: Tuple[Category, ...]) -> List[CoolDown]:
         """The cool-downs that apply to a model, except for the ignored categories."""
-        scopes = (None, self._model_key(model))
+        scopes = ("", self._model_key(model))
         return [
             cooldown
             for (category, scope), cooldown in self.cooldowns.items()
@@ -7771,8 +7563,6 @@ class Upstream:
 
     def available_at(self, model: str = "", ignored: Tuple[Category, ...] = ()) -> float:
         """End of the cool-downs for a model ("": for all), by the pool's clock; 0 if none."""
-        if not self.cooldowns:
-            return 0.0
         return max((cooldown.until for cooldown in self._applicable(model, ignored)), default=0.0)
 
     def recheck(self, model: str, ignored: Tuple[Category, ...], now: float) -> bool:
@@ -7788,7 +7578,7 @@ class Upstream:
 
     def due_limit(self, now: float) -> Optional[CoolDown]:
         """The rate limit to ask about now; at most once in RECHECK seconds."""
-        limit = self.cooldowns.get((Category.RATE_LIMIT, None))
+        limit = self.cooldowns.get((Category.RATE_LIMIT, ""))
         if limit and limit.asks_upstream and limit.until > now >= limit.recheck_at:
             limit.recheck_at = now + RECHECK
             return limit
@@ -7797,16 +7587,14 @@ class Upstream:
     def metrics(self, now: float) -> Dict[Tuple[str, ...], float]:
         """Return its metrics, {(name, label, ...): number} without its own label."""
         rest = self.available_at() - now
-        metrics: Dict[Tuple[str, ...], float] = {
+        outcomes, own = self.outcomes.copy(), self.controller.metrics()
+        return {
             ("akashproxy_controller_rests_total",): self.cooldown_count,
             ("akashproxy_controller_resting",): int(rest > 0),
             ("akashproxy_controller_rest_seconds",): max(0.0, round(rest, 3)),
+            **{("akashproxy_upstream_requests_total", name): outcomes[name] for name in outcomes},
+            **{(name,): value for name, value in own.items()},
         }
-        for outcome, count in self.outcomes.copy().items():
-            metrics["akashproxy_upstream_requests_total", outcome] = count
-        for name, value in self.controller.metrics().items():
-            metrics[name,] = value
-        return metrics
 
     def log_exception(self, error: APIError) -> None:
         """Log the exception behind an error, with its traceback once per line of code."""
@@ -7834,12 +7622,11 @@ class Upstream:
         by_name: Dict[str, Dict[str, Any]] = {}
         names, error = self.known_models, None
         try:
-            with controller_errors(self.name):
-                by_name = {model["id"]: model for model in self.controller.models()}
-                names = frozenset(by_name)
-        except APIError as failure:
-            error = failure
-            self.log_exception(failure)
+            by_name = {model["id"]: model for model in self.controller.models()}
+            names = frozenset(by_name)
+        except Exception as failure:
+            error = controller_error(failure, self.name)
+            self.log_exception(error)
         patterns = self.options.models
         by_id = {name: by_name[name] for name in by_name if model_allowed(patterns, name)}
         targets = self.options.model_map
@@ -7875,21 +7662,21 @@ class Waiter:
     is counted as in flight.
     """
 
-    __slots__ = (
-        "queue", "exchange", "known", "candidates", "ignored", "deadline", "number", "key",
-        "upstream",
-    )  # fmt: skip
-
     def __init__(
         self, queue: "CallQueue", exchange: "Exchange", upstreams: List[Upstream], deadline: float
     ) -> None:
         self.queue, self.exchange, self.deadline = queue, exchange, deadline
-        self.known = [up for up in upstreams if up not in exchange.unsupported]
-        self.candidates = [up for up in self.known if up not in exchange.tried]
+        self.known = self.candidates = upstreams
+        if exchange.unsupported:
+            self.known = self.candidates = [
+                up for up in upstreams if up not in exchange.unsupported
+            ]
+        if exchange.tried:
+            self.candidates = [up for up in self.known if up not in exchange.tried]
         is_only = len(self.known) == 1 and not exchange.other_models
         self.ignored = BACKOFF_CATEGORIES if is_only else ()
         self.upstream: Optional[Upstream] = None
-        self.number = 0
+        self.number = 0  # in the queue
         self.key: Tuple[Any, ...] = ()  # calls with the same key become ready at the same time
 
     def available_at(self, upstreams: List[Upstream], now: float) -> float:
@@ -7992,11 +7779,16 @@ def make_upstreams(settings: Settings, previous: Optional["Pool"]) -> List[Upstr
         upstream = known.get(options.name)
         if upstream is None or not reusable or upstream.options != options:
             controller = CONTROLLERS[options.type](options, settings)
-            if options.tools in ("prompt", "refuse"):
-                controller = ToolAdapter(controller)
             upstream = Upstream(controller, upstream)
         upstreams.append(upstream)
     return upstreams
+
+
+def enforce_deadlines() -> None:
+    """Cancel overdue attempts in a process without an event loop. Never returns."""
+    while True:
+        time.sleep(0.25)
+        CancelScope.cancel_overdue(time.monotonic())
 
 
 def ask_upstream(upstream: Upstream) -> Tuple[bool, str]:
@@ -8004,10 +7796,9 @@ def ask_upstream(upstream: Upstream) -> Tuple[bool, str]:
     options, started_at = upstream.options, time.monotonic()
     error: Optional[APIError] = None
     try:
-        with controller_errors(upstream.name):
-            count = len(upstream.controller.models())
-    except APIError as failure:
-        error = failure
+        count = len(upstream.controller.models())
+    except Exception as failure:
+        error = controller_error(failure, upstream.name)
     seconds = time.monotonic() - started_at
     if error is None:
         key = "key accepted" if options.api_key else "no key needed"
@@ -8157,17 +7948,20 @@ class Pool:
         """
         call, ignored = waiter.exchange.call, waiter.ignored + also_ignored
         free = [up for up in waiter.candidates if up.has_capacity() and freed in (None, up)]
-        ready = [up for up in free if up.available_at(call.model, ignored) <= now]
+        ready = [
+            up for up in free if not up.cooldowns or up.available_at(call.model, ignored) <= now
+        ]
         if not ready:
             return next((up for up in free if up.recheck(call.model, ignored, now)), None)
+        if len(ready) == 1:
+            return ready[0]
         if call.preferred:
             ready = [up for up in ready if up.name == call.preferred] or ready
-        if len(ready) > 1:
-            priority = min(up.options.priority for up in ready)
-            ready = [up for up in ready if up.options.priority == priority]
+        priority = min(up.options.priority for up in ready)
+        ready = [up for up in ready if up.options.priority == priority]
         if waiter.exchange.conversation:
             return rendezvous(ready, waiter.exchange.conversation)
-        return self.choose(ready) if len(ready) > 1 else ready[0]
+        return self.choose(ready)
 
     def _enqueue(self, waiter: Waiter, now: float) -> Upstream:
         """Queue a call: raises Queued, or an error if waiting is useless.
@@ -8240,7 +8034,8 @@ class Pool:
             upstream.in_flight -= 1
             if error is not None or committed:
                 upstream.record_result(error, now, started, model)
-            self._resume_ready(now, freed=upstream)
+            if self.queue.lines:
+                self._resume_ready(now, freed=upstream)
 
     def candidates(self, model: str) -> List[Upstream]:
         """Upstreams that are known to offer a model, else those that may."""
@@ -8255,16 +8050,16 @@ class Pool:
     def support_error(self, upstream: Upstream, call: Call) -> Optional[APIError]:
         """The reason why a controller doesn't support a call; None if it does."""
         try:
-            with controller_errors(upstream.name):
-                error = upstream.controller.check_support(call)
-                if error:
-                    error.category = Category.UNSUPPORTED  # another controller may support the call
-                return error
-        except APIError as failure:
-            upstream.log_exception(failure)
+            error = upstream.adapted.check_support(call)
+        except Exception as bug:
+            error = controller_error(bug, upstream.name)
+            upstream.log_exception(error)
             with self.lock:
-                upstream.record_result(failure, self.clock(), self.clock())
-            return failure
+                upstream.record_result(error, self.clock(), self.clock())
+            return error
+        if error:
+            error.category = Category.UNSUPPORTED  # another controller may support the call
+        return error
 
     # -- models, images and status
 
@@ -8308,7 +8103,6 @@ class Pool:
         raise APIError(
             503,
             "No controller lists its models at the moment.",
-            code="upstream_error",
             retry_after=Cache.RETRY,
         )
 
@@ -8317,9 +8111,9 @@ class Pool:
         error = APIError(404, f"The image {name!r} does not exist.", code="not_found")
         for upstream in self.upstreams:
             try:
-                with controller_errors(upstream.name):
-                    return upstream.controller.image(name, scope)
-            except APIError as failure:
+                return upstream.controller.image(name, scope)
+            except Exception as exception:
+                failure = controller_error(exception, upstream.name)
                 upstream.log_exception(failure)
                 error = failure if failure.status != 404 else error
         raise error
@@ -8349,7 +8143,7 @@ class Pool:
                     "models_cooling_down": sum(
                         cooldown.until > now
                         for (_, model), cooldown in upstream.cooldowns.items()
-                        if model is not None
+                        if model
                     ),
                     "last_error": upstream.last_error or None,
                     "last_error_at": utc(upstream.last_error_at) if upstream.last_error else None,
@@ -8370,8 +8164,10 @@ class Pool:
     def _ask_limit(self, upstream: Upstream, limit: CoolDown) -> None:
         """End a cool-down if the upstream reports that its rate limit is over."""
         is_over = None
-        with contextlib.suppress(APIError), controller_errors(upstream.name):
+        try:
             is_over = upstream.controller.limit_is_over()
+        except Exception as error:
+            upstream.log_exception(controller_error(error, upstream.name))
         with self.lock:
             if is_over:
                 log.info("%s: the rate limit is over", upstream.name)
@@ -8456,22 +8252,24 @@ class Exchange:
     then attempt() again. Call close() in any case. Any thread, one at a time.
     """
 
+    waiter: Optional[Waiter] = None  # its entry in the pool's queue
+    upstream: Any = None
+    response: Any = None
+    conversation = ""  # a hash, if requests of one go to the same upstream
+    show_models = False  # in the route
+    prepared = committed = False
+    started = 0.0  # when the attempt began, by the pool's clock
+
     def __init__(self, pool: Pool, call: Call) -> None:
         self.pool, self.call, self.cancellation = pool, call, call.cancellation
-        self.wake: Callable[[], None] = lambda: None  # resumes the call after Queued; any thread
-        self.waiter: Optional[Waiter] = None  # its entry in the pool's queue
-        self.upstream: Any = None
-        self.response: Any = None
-        self.conversation = ""  # a hash, if requests of one go to the same upstream
+        self.wake: Callable[[], Any] = bool  # resumes the call after Queued; any thread
         self.other_models: List[str] = []  # of an alias, to be tried when none serves this one
-        self.show_models = False  # in the route
         # Of the current model.
         self.tried: List[Upstream] = []
         self.unsupported: List[Upstream] = []
         self.errors: List[APIError] = []
         self.model_errors: List[APIError] = []  # one of each model that no upstream served
         self.route: List[str] = []  # the attempts, such as "akash=429"
-        self.prepared, self.committed, self.started = False, False, 0.0
 
     def set_waiter(self, waiter: Optional[Waiter]) -> None:
         """Set the entry in the queue; cancelling resumes it. Under the pool's lock."""
@@ -8493,10 +8291,9 @@ class Exchange:
                 self.tried.append(self.upstream)
                 self.call.begin_attempt()
             try:
-                with controller_errors(self.upstream.name):
-                    self.response = self.upstream.controller.events(self.call)
-            except APIError as error:
-                self.fail_over(error)
+                self.response = self.upstream.adapted.events(self.call)
+            except Exception as error:
+                self.fail_over(controller_error(error, self.upstream.name))
         return isinstance(self.response, EventStream)
 
     def _prepare(self) -> None:
@@ -8505,7 +8302,9 @@ class Exchange:
         if self.pool.settings.pool_type == "affinity":
             self.conversation = conversation_of(call)
         targets = self.pool.resolve_alias(call.model)
-        self.other_models = [name for name in targets if model_allowed(call.allowed_models, name)]
+        if call.allowed_models:
+            targets = [name for name in targets if model_allowed(call.allowed_models, name)]
+        self.other_models = targets
         self.show_models = len(self.other_models) > 1
         if not self.other_models:
             raise self.pool.unknown_model(call)
@@ -8541,11 +8340,13 @@ class Exchange:
     def events(self) -> Iterator[Event]:
         """Iterate over the response's events. Raises APIError if it ends without a Finish."""
         event = None
-        with controller_errors(self.upstream.name):
+        try:
             for event in self.response:
                 if not isinstance(event, EVENTS):
                     raise TypeError(f"{type(event).__name__} is not an event")
                 yield event
+        except Exception as error:
+            raise controller_error(error, self.upstream.name) from None
         if not isinstance(event, (Finish, RawBytes)):
             raise truncated(self.upstream.name)
 
@@ -8583,8 +8384,10 @@ class Exchange:
     def _close_response(self) -> None:
         response, self.response = self.response, None
         if hasattr(response, "close"):
-            with contextlib.suppress(APIError), controller_errors(self.upstream.name):
+            try:
                 response.close()
+            except Exception as error:
+                self.upstream.log_exception(controller_error(error, self.upstream.name))
 
     def _end_attempt(self, error: Optional[APIError]) -> None:
         """Release the upstream, with the error that ended the attempt, if any."""
@@ -8600,7 +8403,7 @@ class Exchange:
         self._end_attempt(error)
         if self.waiter is not None:
             self.pool.leave_queue(self)
-        self.wake = lambda: None  # breaks a reference cycle
+        self.wake = bool  # breaks a reference cycle
 
 
 # == 15. dialects =============================================================================
@@ -10013,7 +9816,8 @@ def is_json(content_type: str, data: bytes) -> bool:
     # By default, curl -d sends any body as a form.
     vague = ("", URLENCODED, "text/plain", "application/octet-stream")
     is_object = data[:64].lstrip().startswith(b"{")
-    return is_json_type(content_type) or media_type(content_type) in vague and is_object
+    kind = media_type(content_type)
+    return is_json_type(kind) or kind in vague and is_object
 
 
 # -- Limits of a client's key to some models. An upstream must never read a model from the request
@@ -10220,11 +10024,39 @@ def part_field(head: bytes, value: bytes) -> Tuple[str, str]:
 # Knows no more of HTTP than message framing.
 
 
-class Registration(NamedTuple):
-    """Callbacks of a registered socket. Loop thread."""
+READABLE, WRITABLE = 1, 4  # events of a socket, as select.epoll has them
 
-    callback: Callable[[], None]  # the socket is ready
-    abort: Callable[[], None]  # the callback has raised an exception
+
+class SelectorPoller:
+    """A selector with the methods of select.epoll, for other systems. Loop thread."""
+
+    MAX_SELECT = 500  # sockets: select() on Windows takes 512, the others a descriptor below 1,024
+
+    def __init__(self, selector: selectors.BaseSelector) -> None:
+        self.selector, self.unregister, self.close = selector, selector.unregister, selector.close
+
+    def register(self, descriptor: int, events: int) -> None:
+        """Register a socket; OSError if select() has no room for it."""
+        if isinstance(self.selector, selectors.SelectSelector) and (
+            len(self.selector.get_map()) >= self.MAX_SELECT
+            if os.name == "nt"
+            else descriptor >= 1024
+        ):
+            raise OSError(errno.EMFILE, "select() can't watch more sockets")
+        self.selector.register(descriptor, self._mask(events))
+
+    def modify(self, descriptor: int, events: int) -> None:
+        self.selector.modify(descriptor, self._mask(events))
+
+    def poll(self, seconds: float) -> List[Tuple[int, int]]:
+        """Return (descriptor, events) of the sockets ready within so many seconds."""
+        return [(key.fd, events) for key, events in self.selector.select(seconds)]
+
+    @staticmethod
+    def _mask(events: int) -> int:
+        return (selectors.EVENT_READ if events & READABLE else 0) | (
+            selectors.EVENT_WRITE if events & WRITABLE else 0
+        )
 
 
 class EventLoop(threading.Thread):
@@ -10235,18 +10067,20 @@ class EventLoop(threading.Thread):
     """
 
     TICK = 0.25  # seconds between two calls of on_tick
-    MAX_SELECT = 500  # sockets: select() on Windows takes 512, the others a descriptor below 1,024
 
     def __init__(
         self, on_tick: Callable[[float], None], selector: Optional[selectors.BaseSelector] = None
     ) -> None:
         super().__init__(name="akashproxy loop", daemon=True)
         self.on_tick = on_tick
-        self.selector = selector or selectors.DefaultSelector()
-        self.epoll: Any = None  # a second handle to the selector's epoll, for _select()
-        if hasattr(select, "epoll") and isinstance(self.selector, selectors.EpollSelector):
-            self.epoll = select.epoll.fromfd(os.dup(self.selector.fileno()))
-        self.registrations: Dict[int, Registration] = {}  # by descriptor
+        # epoll itself: through a selector a relayed token takes 4 % more CPU time.
+        self.poller: Any = (
+            select.epoll()
+            if selector is None and hasattr(select, "epoll")
+            else SelectorPoller(selector or selectors.DefaultSelector())
+        )
+        # By descriptor: the callback, and what to call if it raises an exception.
+        self.registrations: Dict[int, Tuple[Callable[[], None], Callable[[], None]]] = {}
         self.scheduled: Deque[Callable[[], Any]] = collections.deque()
         self.awake = False  # True: ``scheduled`` will be read before the next wait
         self.stopped = False
@@ -10261,26 +10095,22 @@ class EventLoop(threading.Thread):
         sock: Any,
         callback: Callable[[], None],
         abort: Callable[[], None],
-        events: int = selectors.EVENT_READ,
+        events: int = READABLE,
     ) -> None:
         """Register a socket; OSError if select() has no room for it."""
-        if isinstance(self.selector, selectors.SelectSelector) and (
-            len(self.selector.get_map()) >= self.MAX_SELECT
-            if os.name == "nt"
-            else sock.fileno() >= 1024
-        ):
-            raise OSError(errno.EMFILE, "select() can't watch more sockets")
-        self.selector.register(sock, events)
-        self.registrations[sock.fileno()] = Registration(callback, abort)
+        descriptor = sock.fileno()
+        self.poller.register(descriptor, events)
+        self.registrations[descriptor] = callback, abort
 
     def modify(self, sock: Any, events: int) -> None:
         """Change the events of a registered socket."""
-        self.selector.modify(sock, events)
+        self.poller.modify(sock.fileno(), events)
 
     def remove(self, sock: Any) -> None:
         """Unregister a socket before it is closed or handed to a worker. Idempotent."""
-        if self.registrations.pop(sock.fileno(), None) is not None:
-            self.selector.unregister(sock)
+        descriptor = sock.fileno()
+        if self.registrations.pop(descriptor, None) is not None:
+            self.poller.unregister(descriptor)
 
     def call_soon_threadsafe(self, callback: Callable[[], Any]) -> None:
         """Schedule a callback for the loop thread. Any thread."""
@@ -10298,64 +10128,56 @@ class EventLoop(threading.Thread):
         self.call_soon_threadsafe(bool)  # only to end its wait
 
     def run(self) -> None:
+        poll, registrations, scheduled = self.poller.poll, self.registrations, self.scheduled
         next_tick = 0.0
         while not self.stopped:
             # Before ``scheduled`` is read. Otherwise: the loop reads an empty ``scheduled``; a
             # worker appends to it, sees awake and sends no byte; the loop waits for a whole tick.
             self.awake = False
-            ready = self._select(0 if self.scheduled else self.TICK)
+            try:
+                ready = poll(0 if scheduled else self.TICK)
+            except (OSError, ValueError):  # select() fails as a whole for one invalid descriptor
+                log.exception("the selector rejected its sockets")
+                ready = self._remove_invalid()
             self.awake = True
             self.now = time.monotonic()
             for descriptor, _ in ready:
-                registration = self.registrations.get(descriptor)
+                registration = registrations.get(descriptor)
                 if registration is not None:  # else a callback of the same wait has removed it
                     try:
-                        registration.callback()
+                        registration[0]()
                     except Exception:
-                        self._abort(registration)
-            if self.scheduled:
-                self._run_scheduled()
+                        self._abort(registration[1])
             if self.now >= next_tick:
                 next_tick = self.now + self.TICK
-                self._call(functools.partial(self.on_tick, self.now))
+                scheduled.append(functools.partial(self.on_tick, self.now))
+            if scheduled:
+                self._run_scheduled()
         self.close()
 
     def _run_scheduled(self) -> None:
         for _ in range(len(self.scheduled)):  # what these callbacks schedule waits its turn
-            self._call(self.scheduled.popleft())
+            try:
+                self.scheduled.popleft()()
+            except Exception:
+                log.exception("a bug in akashproxy, on the loop thread")
 
     def close(self) -> None:
         """Close the descriptors of a loop that has ended or was never started."""
-        if self.epoll is not None:
-            self.epoll.close()
-        self.selector.close()
+        self.poller.close()
         self.wakeup_r.close()
         self.wakeup_w.close()
 
-    def _select(self, seconds: float) -> Iterable[Tuple[int, int]]:
-        """Return (descriptor, events) of the sockets ready within so many seconds.
-
-        epoll is polled directly: through the selector a relayed token takes 4 % more CPU time.
-        """
-        try:
-            if self.epoll is not None:
-                ready: List[Tuple[int, int]] = self.epoll.poll(seconds)
-                return ready
-            return [(key.fd, events) for key, events in self.selector.select(seconds)]
-        except (OSError, ValueError):  # select() fails as a whole for one invalid descriptor
-            log.exception("the selector rejected its sockets")
-            self._remove_invalid()
-            return []
-
-    def _remove_invalid(self) -> None:
-        """Remove and abort the sockets that select() rejects."""
-        for descriptor, registration in list(self.registrations.items()):
+    def _remove_invalid(self) -> List[Tuple[int, int]]:
+        """Remove and abort the sockets that select() rejects; none is ready then."""
+        for descriptor, (_, abort) in list(self.registrations.items()):
             try:
                 select.select([descriptor], [], [], 0)
             except (OSError, ValueError):
-                self.selector.unregister(descriptor)
+                self.poller.unregister(descriptor)
                 del self.registrations[descriptor]
-                self._abort(registration)
+                self._abort(abort)
+        return []
 
     def _on_wakeup(self) -> None:
         try:
@@ -10364,17 +10186,10 @@ class EventLoop(threading.Thread):
             return
 
     @staticmethod
-    def _call(callback: Callable[[], None]) -> None:
-        try:
-            callback()
-        except Exception:
-            log.exception("a bug in akashproxy, on the loop thread")
-
-    @staticmethod
-    def _abort(registration: Registration) -> None:
+    def _abort(abort: Callable[[], None]) -> None:
         log.exception("a bug in akashproxy, on the loop thread")
         try:
-            registration.abort()
+            abort()
         except Exception:
             log.exception("the connection could not be closed properly")
 
@@ -10384,11 +10199,11 @@ class State(enum.Enum):
 
     ::
 
-        IDLE ──► READING                         first bytes of a request
-        READING ──► DISPATCHED                   request complete or rejected: a worker has it
+        IDLE ──► READING                         a part of a request has arrived
+        IDLE, READING ──► DISPATCHED             request complete or rejected: a worker has it
         DISPATCHED ──► STREAMING                 the loop relays an upstream's response
         STREAMING ──► DISPATCHED                 the upstream failed early: a worker fails over
-        DISPATCHED, STREAMING ──► IDLE, READING  response sent
+        DISPATCHED, STREAMING ──► IDLE           response sent
         DISPATCHED, STREAMING ──► LINGERING      response sent, input discarded until EOF
         any ──► CLOSED
     """
@@ -10437,23 +10252,25 @@ class Request:
     Loop thread while it is read and while its response is STREAMING; in between its worker thread.
     """
 
+    head = Head()
+    route = Route()
+    body = b""
+    body_unread = False  # the body, or where the next request starts, is not known
+    keep_alive = False
+    error: Optional[Exception] = None  # the reason to reject it
+    key: Optional["KeyLimiter"] = None  # None: no token, or one of BEARER_TOKEN
+    counted = False  # holds a slot of the key
+    reader: Optional["BodyReader"] = None  # while the body is being read
+    call: Optional[Call] = None  # set for model calls and images
+    exchange: Optional[Exchange] = None  # until the response is complete
+    relay: Optional["StreamRelay"] = None  # while STREAMING
+
     def __init__(self, connection: "Connection") -> None:
         self.connection, self.server = connection, connection.server
         self.settings = connection.server.settings  # a reload must not change them midway
         self.id = "req_" + new_id()
-        self.head = Head()
-        self.body = b""
-        self.body_unread = False
-        self.keep_alive = False
-        self.error: Optional[Exception] = None  # the reason to reject it
         self.started_at = time.monotonic()
-        self.route = Route()
-        self.key: Optional["KeyLimiter"] = None  # None: no token, or one of BEARER_TOKEN
-        self.counted = False  # holds a slot of the key
         self.cancellation = Cancellation(functools.partial(peer_has_closed, connection.sock))
-        self.call: Optional[Call] = None  # set for model calls and images
-        self.exchange: Optional[Exchange] = None  # until the response is complete
-        self.relay: Optional["StreamRelay"] = None  # while STREAMING
         self.record = AccessRecord()
         self.writer = ResponseWriter(self)
 
@@ -10481,27 +10298,15 @@ class Request:
         if self.cancellation.reason is not None:
             raise self.cancellation.reason
 
-    def release(self) -> None:
-        """Break the reference cycles of a complete request.
-
-        Otherwise its memory would stay in use until the next garbage collection.
-        """
-        del self.writer
-
 
 class AccessRecord:
     """Values of a model call for the access log and the metrics. Owned as its Request."""
 
-    __slots__ = (
-        "answered_model", "broken_off", "controller", "first_token_at", "model", "route", "usage",
-    )  # fmt: skip
-
-    def __init__(self) -> None:
-        self.model = self.answered_model = self.controller = ""
-        self.route: List[str] = []  # the attempts, such as "akash=429"
-        self.broken_off = False  # failed after its first byte
-        self.usage: Optional[Dict[str, int]] = None
-        self.first_token_at = 0.0
+    model = answered_model = controller = ""
+    route: Sequence[str] = ()  # the attempts, such as "akash=429"
+    broken_off = False  # failed after its first byte
+    usage: Optional[Dict[str, int]] = None
+    first_token_at = 0.0
 
 
 class ByteBudget:
@@ -10548,40 +10353,27 @@ class BodyReader:
 
     MIN_UPLOAD_RATE = 4000  # bytes per second
 
-    def __init__(self, server: "Server") -> None:
-        self.server = server
-        self.decoder, self.data = NO_BODY, bytearray()
+    def __init__(self, server: "Server", decoder: BodyDecoder, now: float) -> None:
+        self.server, self.decoder, self.data = server, decoder, bytearray()
         self.reserved = 0  # bytes of the server's ByteBudget
-        self.deadline = math.inf
-
-    def start(self, decoder: BodyDecoder, now: float) -> None:
-        """Begin a body."""
-        self.decoder = decoder
-        self.deadline = now + self.server.settings.body_timeout
+        self.deadline = now + server.settings.body_timeout
 
     def feed(self, data: bytes, now: float) -> None:
         """Decode received bytes; APIError 413 or 503 above a limit."""
         payload = self.decoder.feed(data)
-        size = len(self.data) + len(payload) + self.decoder.remaining  # known so far, if chunked
-        check_body_size(size, self.server.settings)
-        if not self.decoder.done or self.data:  # a body that came with its head is not in transit
-            self.server.bodies.reserve(len(payload))
-            self.reserved += len(payload)
+        if self.decoder.chunked:  # else the gate has checked the declared size
+            size = len(self.data) + len(payload) + self.decoder.remaining  # known so far
+            check_body_size(size, self.server.settings)
+        self.server.bodies.reserve(len(payload))
+        self.reserved += len(payload)
         self.data += payload
         self.deadline = min(
             self.deadline + len(data) / self.MIN_UPLOAD_RATE,
             now + self.server.settings.body_timeout,
         )
 
-    def finish(self) -> Tuple[bytes, bytes]:
-        """Return the body and the bytes received after it."""
-        body, trailing_data = bytes(self.data), self.decoder.trailing_data
-        self.discard()
-        return body, trailing_data
-
-    def discard(self) -> None:
-        """Drop the body and return its bytes to the budget."""
-        self.decoder, self.data = NO_BODY, bytearray()
+    def release(self) -> None:
+        """Return the body's bytes to the budget. Idempotent."""
         if self.reserved:
             self.server.bodies.release(self.reserved)
             self.reserved = 0
@@ -10607,7 +10399,6 @@ class Connection:
         self.output = bytearray()  # to be sent
         self.room = threading.Condition()  # guards ``output`` and CLOSED; notified by each flush()
         self.scan_from = 0  # the part of ``input`` before it does not contain the head's end
-        self.body = BodyReader(server)
         self.request: Optional[Request] = None  # being read or answered
         self.on_drained: Optional[Callable[[], None]] = None  # called once all output is sent
         self.pipelined = False  # the next request or EOF has come: nothing more is read
@@ -10639,8 +10430,6 @@ class Connection:
             if not data or self.linger_budget <= 0:
                 self.close()
         elif data:
-            if self.state is State.IDLE:
-                self._begin_reading()
             self.input += data
             self._advance()
         elif self.input or self.request is not None:
@@ -10648,11 +10437,6 @@ class Connection:
             self._dispatch(ProtocolError(f"the connection ended within a {part}"))
         else:
             self.close()
-
-    def _begin_reading(self) -> None:
-        self.state = State.READING
-        timeout = self.server.settings.head_timeout
-        self.set_deadline(timeout, "The request's head took too long.")
 
     def _advance(self) -> None:
         """Parse ``input``: head, gate, body; then dispatch the request to a worker."""
@@ -10671,6 +10455,10 @@ class Connection:
         end = find_head_end(self.input, self.scan_from) if self.input else -1
         if end < 0:
             self.scan_from = max(0, len(self.input) - 3)
+            if self.state is State.IDLE:
+                self.state = State.READING
+                timeout = self.server.settings.head_timeout
+                self.set_deadline(timeout, "The request's head took too long.")
             return None
         self.scan_from = 0
         self.request = request = Request(self)
@@ -10680,16 +10468,20 @@ class Connection:
         decoder = BodyDecoder(request.head.headers)
         request.body_unread = not decoder.done
         self.server.gate.check_head(request, decoder)
-        self.body.start(decoder, self.loop.now)
-        if request.head.headers.get("expect") and not decoder.done and not self.input:
-            self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if len(self.input) >= decoder.remaining > 0:  # the body came with its head
+            request.body, request.body_unread = bytes(self.input[: decoder.remaining]), False
+            del self.input[: decoder.remaining]
+        elif request.body_unread:
+            request.reader = BodyReader(self.server, decoder, self.loop.now)
+            if request.head.headers.get("expect") and not self.input:
+                self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         self.deadline = math.inf
         return request
 
     def _read_body(self, request: Request) -> bool:
         """Read the body; True if it is complete or need not be read."""
-        reader = self.body
-        if not request.body_unread:
+        reader = request.reader
+        if reader is None:
             return True
         if self.input:
             data, self.input = bytes(self.input), bytearray()
@@ -10697,13 +10489,22 @@ class Connection:
         if not reader.decoder.done:
             if request.head.method in BODILESS_METHODS:
                 return True  # not needed; the connection is closed after the response
+            if self.state is State.IDLE:  # else the client has just disconnected
+                self.state = State.READING
             self.deadline = reader.deadline
             self.timeout_message = "The request's body took too long."
             return False
-        request.body, trailing_data = reader.finish()
-        self.input = bytearray(trailing_data)
-        request.body_unread = False
+        self.input += reader.decoder.trailing_data
+        request.body, request.body_unread = bytes(reader.data), False
+        self._discard_body(request)
         return True
+
+    @staticmethod
+    def _discard_body(request: Request) -> None:
+        """Drop what has been received of a body, or has been copied from there."""
+        if request.reader is not None:
+            request.reader.release()
+            request.reader = None
 
     def _dispatch(self, error: Optional[Exception] = None) -> None:
         """Hand the request to a worker, with the reason if it is rejected."""
@@ -10711,7 +10512,7 @@ class Connection:
         if error is not None:
             if isinstance(error, ProtocolError) or not request.head.headers:
                 request.body_unread = True  # the start of a next request can't be determined
-            self.body.discard()
+            self._discard_body(request)
         request.error = error
         self.state, self.deadline = State.DISPATCHED, math.inf
         task = functools.partial(self.server.serve_request, request)
@@ -10818,7 +10619,7 @@ class Connection:
             self._start_write_timeout()
             return False
         self.deadline = math.inf
-        if self.events != selectors.EVENT_READ:
+        if self.events != READABLE:
             self._update_events()
         if self.on_drained is not None:
             callback, self.on_drained = self.on_drained, None
@@ -10845,7 +10646,7 @@ class Connection:
         if request.exchange is not None:
             request.exchange.close()
         self.server.on_request_end(request)
-        request.release()
+        del request.writer  # breaks a reference cycle: its memory is free at once
         if self.state is State.CLOSED:
             self.server.on_connection_closed(self)
         elif self.state is State.LINGERING:
@@ -10858,14 +10659,12 @@ class Connection:
             self.close()
 
     def _next_request(self) -> None:
-        self.pipelined = False
+        self.pipelined, self.state = False, State.IDLE
+        self.set_deadline(self.server.settings.keepalive_timeout, "")
         if self.input:
-            self._begin_reading()
             self._advance()
-        else:
-            self.state = State.IDLE
-            self.set_deadline(self.server.settings.keepalive_timeout, "")
-        self._update_events()
+        if self.events != READABLE:
+            self._update_events()
 
     def _linger(self) -> None:
         """Half-close, then discard input for a while (lingering close, RFC 9112, 9.6).
@@ -10905,7 +10704,8 @@ class Connection:
         if self.state is State.CLOSED:
             return
         was_reading = self.state in (State.IDLE, State.READING)
-        self.body.discard()
+        if self.request is not None:
+            self._discard_body(self.request)
         with self.room:
             self.state = State.CLOSED
             self.output.clear()
@@ -10927,7 +10727,7 @@ class Connection:
     def on_tick(self, now: float) -> None:
         """Enforce the deadline, detect a disconnected client, send pings."""
         request = self.request
-        if self.state is State.IDLE and self.server.draining:
+        if self.server.draining and self.state is State.IDLE:
             self.deadline = min(self.deadline, now + LAME_DUCK_SECONDS)
         if now >= self.deadline:
             if self.state is State.READING and (self.input or request is not None):
@@ -10939,14 +10739,12 @@ class Connection:
         elif request is not None and self.state in RESPONDING:
             if self.pipelined and request.call is not None and peer_has_closed(self.sock):
                 self.disconnect()
-            else:
-                request.writer.on_tick(now)
+            elif now - request.writer.last_write > request.settings.heartbeat:
+                request.writer.on_idle(now)
 
     def _update_events(self) -> None:
         """Register the events of interest; a selector rejects an empty set."""
-        events = (0 if self.pipelined else selectors.EVENT_READ) | (
-            selectors.EVENT_WRITE if self.output else 0
-        )
+        events = (0 if self.pipelined else READABLE) | (WRITABLE if self.output else 0)
         if events == self.events or self.state is State.CLOSED:
             return
         if not self.events:
@@ -10969,18 +10767,19 @@ class ResponseWriter:
     ping in the middle of what a worker is writing. The head is sent with the body's first bytes.
     """
 
+    status = 0  # 0: not started
+    finished = chunked = False
+    head = b""  # not sent yet
+    bytes_sent = 0  # of the body
+    tail = b"\n\n"  # last bytes of the body
+    has_event_id = False  # an event of the stream may have had a line "id:"
+    ping_frame: Any = None  # ping_frame(style) -> bytes; None: pings are not possible
+
     def __init__(self, request: "Request") -> None:
         self.request, self.connection = request, request.connection
         self.lock = threading.RLock()
         self.send: Callable[..., Any] = self.connection.enqueue  # Connection.send while STREAMING
-        self.status = 0  # 0: not started
-        self.finished = self.chunked = False
-        self.head = b""  # not sent yet
-        self.bytes_sent = 0  # of the body
-        self.tail = b"\n\n"  # last bytes of the body
-        self.has_event_id = False  # an event of the stream may have had a line "id:"
         self.last_write = request.started_at
-        self.ping_frame: Optional[Callable[[str], bytes]] = None  # None: pings are not possible
 
     def start(self, status: int, headers: Dict[str, str], length: Optional[int] = None) -> None:
         """Begin the response; its body is chunked without a length.
@@ -11029,7 +10828,8 @@ class ResponseWriter:
         with self.lock:
             # Before the end is sent. Otherwise: the client reads the end and sends its next
             # request; that is rejected by max_concurrency; this request releases its slot.
-            release_key(self.request)
+            if self.request.counted:
+                release_key(self.request)
             self.ping_frame, self.finished = None, True
             end = b"0\r\n\r\n" if self.chunked and self.request.head.method != "HEAD" else b""
             return self.send(self._frame(data) + end, last=True)
@@ -11045,18 +10845,13 @@ class ResponseWriter:
         self.request.keep_alive, self.chunked = False, False
         self.finish()
 
-    def on_tick(self, now: float) -> None:
-        """Send a ping if the stream is idle, so that no proxy times it out. Loop thread."""
-        heartbeat = self.request.settings.heartbeat
-        if (
-            self.ping_frame is None
-            or now - self.last_write <= heartbeat
-            or not self.lock.acquire(blocking=False)
-        ):
+    def on_idle(self, now: float) -> None:
+        """Send a ping, so that no proxy times out a stream that is idle. Loop thread."""
+        if self.ping_frame is None or not self.lock.acquire(blocking=False):
             return  # the worker that holds the lock is writing: no ping is needed
         try:
-            if self.ping_frame is None or now - self.last_write <= heartbeat:
-                return  # a worker wrote or finished between the check above and acquire()
+            if self.ping_frame is None or now - self.last_write <= self.request.settings.heartbeat:
+                return  # a worker wrote or finished between the check and acquire()
             self.last_write = now
             frame = self.ping_frame(self.request.settings.pings)
             if not self.tail.endswith((b"\n\n", b"\r\n\r\n", b"\n\r\n")) or self.has_event_id:
@@ -11099,6 +10894,9 @@ class StreamRelay:
     can the upstream connection be reused.
     """
 
+    paused = client_done = upstream_done = False
+    fast_path: Any = None  # unframe, parse, encode; (): impossible; None: not known yet
+
     def __init__(self, responder: "CallResponder") -> None:
         self.responder, self.request, self.call = responder, responder.request, responder.call
         self.exchange, self.dialect = responder.exchange, responder.dialect
@@ -11106,10 +10904,10 @@ class StreamRelay:
         self.loop = self.connection.loop
         self.stream: EventStream = self.exchange.response
         self.upstream, self.scope = self.stream.response.sock, self.stream.response.scope
-        self.tls_pending = getattr(self.upstream, "pending", None)  # bytes decrypted but not read
-        self.paused = self.client_done = self.upstream_done = False
+        self.tls_pending: Any = getattr(
+            self.upstream, "pending", None
+        )  # bytes decrypted but not read
         self.idle_timeout = self.stream.response.timeouts.idle
-        self.fast_path: Any = None  # unframe, parse, encode; (): impossible; None: not known yet
         self.buffered: List[Event] = []  # of a response that is not streamed
         if self.dialect.keeps_text or not self.call.stream:
             self.stream.byte_budget = MAX_BUFFERED_BODY * (4 if self.call.stream else 1)
@@ -11125,13 +10923,11 @@ class StreamRelay:
         self.writer.send = self.connection.send
         self._add_upstream()
 
-    def on_upstream(self) -> None:
-        """Handle a readable upstream socket."""
-        self._step()
-        while (
-            self.tls_pending and not self.upstream_done and not self.paused and self.tls_pending()
-        ):
-            self._step()  # decrypted bytes don't make the socket readable again
+    def on_upstream_tls(self) -> None:
+        """Handle a readable upstream socket with TLS."""
+        self.on_upstream()
+        while not self.upstream_done and not self.paused and self.tls_pending():
+            self.on_upstream()  # decrypted bytes don't make the socket readable again
 
     def on_client_disconnect(self) -> None:
         """Release the upstream after the client has disconnected."""
@@ -11148,13 +10944,21 @@ class StreamRelay:
             self.connection.disconnect()
             self.connection.end_request()
 
-    def _step(self) -> None:
-        """Read once from the upstream and write once to the client."""
+    def on_upstream(self) -> None:
+        """Read once from the readable upstream, and write once to the client."""
         stream = self.stream
         try:
             data = self.upstream.recv(RECV_SIZE)
-            if self.fast_path and self._relay_token(data):
-                return
+            if self.fast_path:
+                # Nearly every read of a live stream is one chunk that holds one token. To relay it
+                # without events saves a quarter of its CPU time.
+                unframe, parse, encode = self.fast_path
+                token = parse(unframe(data))
+                if token:
+                    self.scope.deadline = self.loop.now + self.idle_timeout
+                    if not self.writer.write_chunk(encode(token)):
+                        self._pause()
+                    return
             events = stream.receive(data)
         except (BlockingIOError, WantRead):
             return
@@ -11171,21 +10975,6 @@ class StreamRelay:
             self.scope.deadline = (
                 min(deadline, self.scope.deadline) if stream.complete else deadline
             )
-
-    def _relay_token(self, data: bytes) -> bool:
-        """Relay one chunk that holds one token, without events; False if it doesn't.
-
-        Nearly every read of a live stream is such a chunk; this saves a quarter of its CPU time.
-        """
-        unframe, parse, encode = self.fast_path
-        payload = unframe(data)
-        token = payload and parse(payload)
-        if not token:
-            return False
-        self.scope.deadline = self.loop.now + self.idle_timeout
-        if not self.writer.write_chunk(encode(token)):
-            self._pause()
-        return True
 
     def _choose_fast_path(self) -> None:
         body, decoder = self.stream.response.body, self.stream.decoder
@@ -11272,9 +11061,10 @@ class StreamRelay:
             self._add_upstream()
 
     def _add_upstream(self) -> None:
-        self.loop.add(self.upstream, self.on_upstream, self.abort)
+        callback = self.on_upstream_tls if self.tls_pending else self.on_upstream
+        self.loop.add(self.upstream, callback, self.abort)
         if self.tls_pending and self.tls_pending():
-            self.on_upstream()
+            self.on_upstream_tls()
 
     def _release(self, error: Optional[APIError] = None) -> None:
         """Return or close the upstream connection, and record its result. Idempotent."""
@@ -11409,8 +11199,14 @@ METRICS: Dict[str, Tuple[str, str, Tuple[str, ...]]] = {
     "process_max_fds": ("gauge", "Limit of open file descriptors.", ()),
 }
 # fmt: on
-BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320)  # seconds; then infinity
-TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1, 2.5, 5)
+_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320)
+BUCKETS = {  # upper bounds of each histogram's buckets, in seconds; then infinity
+    "akashproxy_request_duration_seconds": _SECONDS,
+    "akashproxy_time_to_first_token_seconds": _SECONDS,
+    "akashproxy_time_per_output_token_seconds": (
+        0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1, 2.5, 5,
+    ),
+}  # fmt: skip
 MAX_MODEL_LABELS = 200  # models with series of their own; the others are counted as "other"
 
 
@@ -11439,33 +11235,35 @@ class Metrics:
             counts["akashproxy_sent_bytes_total",] += writer.bytes_sent
             if call is None:
                 return
-            counts["akashproxy_failovers_total",] += max(0, len(record.route) - 1)
-            counts["akashproxy_model_requests_total", self.model_label(call.model)] += 1
+            if len(record.route) > 1:
+                counts["akashproxy_failovers_total",] += len(record.route) - 1
             if record.broken_off:
                 counts["akashproxy_streams_broken_off_total", controller] += 1
-            self._add_durations(request, call, now)
-            self._add_tokens(request, call)
+            model = self.model_label(call.model)
+            counts["akashproxy_model_requests_total", model] += 1
+            self.observe(
+                "akashproxy_request_duration_seconds", controller, now - request.started_at
+            )
+            if call.stream and controller and is_event_stream(call.attempt.content_type):
+                self._add_stream_times(request, now)
+            if record.usage:
+                self._add_tokens(request, record.usage, model)
 
-    def _add_durations(self, request: "Request", call: Call, now: float) -> None:
-        """Add a call's durations to the histograms. The caller holds the lock."""
-        record, started_at = request.record, request.started_at
-        self.observe("akashproxy_request_duration_seconds", record.controller, now - started_at)
-        if not (call.stream and record.controller and is_event_stream(call.attempt.content_type)):
-            return
-        first = record.first_token_at
+    def _add_stream_times(self, request: "Request", now: float) -> None:
+        """Add the durations of a stream to the histograms. The caller holds the lock."""
+        record, usage = request.record, request.record.usage or {}
+        controller, first = record.controller, record.first_token_at
         self.observe(
-            "akashproxy_time_to_first_token_seconds", record.controller, first - started_at
+            "akashproxy_time_to_first_token_seconds", controller, first - request.started_at
         )
-        usage = record.usage or {}
         tokens = usage.get("completion_tokens") or 0
         if tokens > 1 and not is_estimated(usage):
             seconds = (now - first) / (tokens - 1)
-            self.observe("akashproxy_time_per_output_token_seconds", record.controller, seconds)
+            self.observe("akashproxy_time_per_output_token_seconds", controller, seconds)
 
-    def _add_tokens(self, request: "Request", call: Call) -> None:
+    def _add_tokens(self, request: "Request", usage: Dict[str, Any], model: str) -> None:
         """Count a call's tokens. The caller holds the lock."""
-        usage, counts = request.record.usage or {}, self.counts
-        estimated, model = "estimated_" * is_estimated(usage), self.model_label(call.model)
+        estimated, counts = "estimated_" * is_estimated(usage), self.counts
         for kind in ("prompt", "completion"):
             tokens = max(0, usage.get(f"{kind}_tokens") or 0)
             if tokens:
@@ -11486,7 +11284,7 @@ class Metrics:
 
     def observe(self, name: str, controller: str, seconds: float) -> None:
         """Add a duration to a histogram. The caller holds the lock."""
-        self.counts[name, controller, bisect.bisect_left(buckets_of(name), seconds)] += 1
+        self.counts[name, controller, bisect.bisect_left(BUCKETS[name], seconds)] += 1
         self.counts[name, controller, "sum"] += seconds
 
     def snapshot(self) -> Dict[Tuple[Any, ...], float]:
@@ -11509,11 +11307,6 @@ class Metrics:
         metrics["process_start_time_seconds",] = self.started_at
         metrics.update(process_metrics())
         return metrics
-
-
-def buckets_of(name: str) -> Tuple[float, ...]:
-    """Return the upper bounds of a histogram's buckets, in seconds."""
-    return TOKEN_BUCKETS if name == "akashproxy_time_per_output_token_seconds" else BUCKETS
 
 
 def process_metrics() -> Dict[Tuple[str], float]:
@@ -11558,7 +11351,7 @@ def histogram_lines(
 ) -> Iterator[str]:
     """Yield the sample lines of one histogram; its buckets are cumulative."""
     count: float = 0
-    for index, bound in enumerate([*map(str, buckets_of(name)), "+Inf"]):
+    for index, bound in enumerate([*map(str, BUCKETS[name]), "+Inf"]):
         count += buckets.get(str(index), 0)
         yield sample(f"{name}_bucket", [*labels, ("le", bound)], count)
     yield sample(f"{name}_sum", labels, buckets["sum"])
@@ -11631,18 +11424,29 @@ class Gate:
 
     def __init__(self, server: "Server") -> None:
         self.server = server
+        handler = server.RequestHandlerClass
+        # Methods that a handler subclass handles, on paths of its own.
+        self.overridden = {
+            name[len("do_") :]
+            for name in dir(handler)
+            if name.startswith("do_") and getattr(handler, name) is not getattr(Handler, name, None)
+        }
+        self.library_only = handler is Handler and type(server) is Server
 
     def check_head(self, request: Request, decoder: BodyDecoder) -> None:
         """Check origin, token, route, method and declared size."""
-        request.head = head = strip_path(request.head, request.settings.path_prefix)
+        settings = request.settings
+        if settings.path_prefix or request.head.path.endswith("/"):
+            request.head = strip_path(request.head, settings.path_prefix)
+        head = request.head
         request.route = route = find_route(head.method, head.path)
         self.check_page(request)  # after the route, which decides on the form of its error
         if head.method == "OPTIONS":  # a preflight carries no token
             return
-        public_metrics = head.path == "/metrics" and request.settings.metrics == "public"
-        if head.path not in PUBLIC_PATHS and not public_metrics:
+        public_metrics = head.path == "/metrics" and settings.metrics == "public"
+        if settings.needs_token and head.path not in PUBLIC_PATHS and not public_metrics:
             self.authorize(request)
-        if self._is_overridden(head.method):
+        if head.method in self.overridden:
             return
         if not route.targets:
             raise APIError(404, f"There is no {head.path[:200]!r} here.", code="not_found")
@@ -11666,19 +11470,12 @@ class Gate:
         if decoder.remaining > len(request.connection.input):
             self.server.bodies.check(decoder.remaining)
 
-    def _is_overridden(self, method: str) -> bool:
-        """Return whether a handler subclass handles the method, on paths of its own."""
-        do_method = getattr(self.server.RequestHandlerClass, "do_" + method, None)
-        return do_method is not None and do_method is not getattr(Handler, "do_" + method, None)
-
     def is_health_check(self, request: Request) -> bool:
         """Return whether the loop may handle the request: /health, unless overridden.
 
         It never blocks, takes a third of the CPU time there, and works if no thread can be started.
         """
-        server = self.server
-        library_only = server.RequestHandlerClass is Handler and type(server) is Server
-        return library_only and request.route.targets.get("GET") is get_health
+        return self.library_only and request.route.targets.get("GET") is get_health
 
     def check_page(self, request: Request) -> None:
         """Reject browser requests from foreign pages; APIError 403.
@@ -11689,7 +11486,7 @@ class Gate:
         settings, headers = request.settings, request.head.headers
         host, origin = headers.get("host", ""), headers.get("origin")
         if origin and not origin_allowed(
-            origin, host, settings.public_url, settings.cors_origins, settings.needs_token()
+            origin, host, settings.public_url, settings.cors_origins, settings.needs_token
         ):
             raise APIError(
                 403,
@@ -11700,7 +11497,7 @@ class Gate:
             )
         if (
             self.server.is_loopback
-            and not settings.needs_token()
+            and not settings.needs_token
             and not (is_local(host) or host_allowed(host, settings.host_names()))
         ):
             raise APIError(
@@ -11713,9 +11510,7 @@ class Gate:
 
     def authorize(self, request: Request) -> None:
         """Check the token, and set the request's key; APIError 401."""
-        if not request.settings.needs_token():
-            return
-        headers, tokens = request.head.headers, request.settings.bearer_token
+        headers = request.head.headers
         scheme, *credentials = headers.get("authorization", "").split(None, 1) or [""]
         bearer = credentials if scheme.lower() == "bearer" else []
         # Imported here: it loads OpenSSL's hashes, which a server without tokens does not need.
@@ -11728,17 +11523,15 @@ class Gate:
             for text in (*bearer, headers.get("x-api-key", ""), headers.get("api-key", ""))
             if text
         ]
-        keys = [
-            key
-            for data in sent
-            for key in self.server.keys
-            if compare_digest(data, key.options.key.encode())
+        known: List[Tuple[str, Optional[KeyLimiter]]] = [
+            *((key.options.key, key) for key in self.server.keys),
+            *((token, None) for token in request.settings.bearer_token),
         ]
         accepted = [
-            token for data in sent for token in tokens if compare_digest(data, token.encode())
+            key for token, key in known for data in sent if compare_digest(data, token.encode())
         ]
-        request.key = keys[0] if keys else None
-        if not keys and not accepted:
+        request.key = next(filter(None, accepted), None)
+        if not accepted:
             raise APIError(
                 401,
                 "Incorrect API key provided: this server does not know the token."
@@ -11794,7 +11587,10 @@ def forwarded(request: Request, name: str) -> str:
 def client_address(request: Request) -> str:
     """Return the client's IP: the last in X-Forwarded-For that isn't a trusted proxy."""
     address: str = request.connection.client_address[0]
-    hops = request.head.headers.get("x-forwarded-for", "").rsplit(",", 20)[-20:]
+    forwarded_for = request.head.headers.get("x-forwarded-for")
+    if not forwarded_for:
+        return address
+    hops = forwarded_for.rsplit(",", 20)[-20:]
     for hop in reversed([hop.strip() for hop in hops if hop]):
         try:
             if not is_trusted(address, request.settings.trusted_proxies):
@@ -11818,11 +11614,8 @@ def own_url(request: Request) -> str:
     return url if complete else url + settings.path_prefix
 
 
-def acquire_key(request: Request, call: Call) -> None:
+def acquire_key(request: Request, key: KeyLimiter, call: Call) -> None:
     """Apply the limits of the request's key to a call; APIError 429. Worker thread."""
-    key = request.key
-    if key is None:
-        return
     n = (
         (call.original.body or {}).get("n")
         if call.original.path.startswith("/v1/images/")
@@ -11836,16 +11629,16 @@ def acquire_key(request: Request, call: Call) -> None:
 
 
 def release_key(request: Request) -> None:
-    """Release the key's slot, if the request holds one. Idempotent. Any thread."""
-    if request.counted and request.key is not None:
-        request.counted = False
+    """Release the slot of its key that a request holds. Any thread."""
+    request.counted = False
+    if request.key is not None:
         request.key.release()
 
 
 def cors_headers(request: Request) -> str:
     """Return the headers that let pages of allowed origins read the response."""
     settings, headers = request.settings, request.head.headers
-    if "*" in settings.cors_origins or not settings.cors_origins and settings.needs_token():
+    if "*" in settings.cors_origins or not settings.cors_origins and settings.needs_token:
         return CORS_ANY
     origin = headers.get("origin", "")
     if origin and origin_allowed(
@@ -12009,11 +11802,13 @@ class CallResponder:
     def start_buffered(self, events: List[Event]) -> bytes:
         """Begin a response that is not streamed; returns its body."""
         self._commit()
-        content_type, answer = self.call.attempt.content_type, fold(map(self.dialect.count, events))
-        self.request.record.usage = self.dialect.usage
-        data = answer.raw
+        content_type = self.call.attempt.content_type
         if content_type is None:
+            answer = fold(map(self.dialect.count, events))
             content_type, data = "application/json", to_json(self.dialect.response_body(answer))
+        else:
+            data = self.dialect.encode(events)
+        self.request.record.usage = self.dialect.usage
         self.writer.start(
             self.call.attempt.status,
             {"Content-Type": content_type, **call_headers(self.request)},
@@ -12068,6 +11863,8 @@ def call_headers(request: Request) -> Dict[str, str]:
     ignored = list(call.attempt.ignored_params) if call else []
     if call and call.attempt.content_type is None:
         ignored += call.untranslated
+    if not ignored:
+        return headers
     names = [
         name for name in dict.fromkeys(ignored[:100]) if re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", name)
     ]
@@ -12081,7 +11878,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     send_error(), rfile and wfile. Differences from http.server:
 
     - a handler is created for each complete request, not for each connection;
-    - ``request`` is a Request and ``headers`` a Headers;
+    - ``request`` is a Request;
     - the response body is framed here: chunked unless a Content-Length is sent;
     - errors are sent in the client's dialect, also by send_error();
     - a do_ method that returns True has left the rest of the response to the loop.
@@ -12116,7 +11913,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
     @functools.cached_property
     def headers(self) -> Any:  # type: ignore[override]
         """The request headers."""
-        return Headers(self.request.head.headers)
+        headers = http.client.HTTPMessage()
+        for name, value in self.request.head.headers.items():
+            headers[name] = value
+        return headers
 
     def run(self, step: Callable[[], Any]) -> None:
         """Run a step and send the error it raises; end the request unless it returns True."""
@@ -12196,7 +11996,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         request.record.model = dialect.call.model
         request.begin_call(dialect.call)
         dialect.call.client = request.key.name if request.key else client_address(request)
-        acquire_key(request, dialect.call)
+        if request.key is not None:
+            acquire_key(request, request.key, dialect.call)
         self.dialect = dialect
         request.exchange = exchange = Exchange(self.server.pool, dialect.call)
         request.record.route = exchange.route  # the list itself, which grows
@@ -12381,7 +12182,7 @@ def get_image(handler: Handler) -> None:
     request.begin_call(call)
     response = handler.server.pool.image(request.route.remainder, call.scope)
     # private if there are tokens: a shared cache would serve the image without one
-    cacheability = "private" if request.settings.needs_token() else "public"
+    cacheability = "private" if request.settings.needs_token else "public"
     try:
         writer.start(
             200,
@@ -12556,9 +12357,9 @@ class Server(http.server.ThreadingHTTPServer):
         self.pool = Pool(self.settings)
         self.loop = EventLoop(self.on_tick)
         self.workers = WorkerPool()
+        self.submit = self.workers.submit
         self.metrics = Metrics(self)
         self.keys = key_limiters(self.settings, [])
-        self.gate = Gate(self)
         self.bodies = ByteBudget(lambda: self.settings.max_body_total)
         self.connections: Set[Connection] = set()  # changed on the loop thread only
         self.all_closed = threading.Condition()  # notified while draining, once per connection
@@ -12574,6 +12375,7 @@ class Server(http.server.ThreadingHTTPServer):
             raise ConfigError(
                 [f"cannot listen on {self.settings.server_address}: {error.strerror or error}"]
             ) from None
+        self.gate = Gate(self)
 
     @property
     def url(self) -> str:
@@ -12719,10 +12521,6 @@ class Server(http.server.ThreadingHTTPServer):
         self.socket.close()
         self.accepting_stopped.set()
 
-    def submit(self, task: Callable[[], None]) -> None:
-        """Run a task on a worker thread; RuntimeError if there is none."""
-        self.workers.submit(task)
-
     def serve_request(self, request: Any) -> None:
         """Handle a Request by an instance of the handler class. Worker thread."""
         try:
@@ -12733,7 +12531,8 @@ class Server(http.server.ThreadingHTTPServer):
 
     def on_request_end(self, request: Request) -> None:
         """Count and log a completed request. Loop thread."""
-        release_key(request)
+        if request.counted:
+            release_key(request)
         now = time.monotonic()
         self.metrics.add(request, now)
         log_access(request, now)
@@ -12747,11 +12546,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def on_tick(self, now: float) -> None:
         """Enforce all deadlines, resume accepting, wake queued calls. Loop thread."""
-        for scope in CancelScope.active.copy():
-            if scope.deadline < now:
-                scope.cancel(
-                    APIError(504, scope.timeout_message, code="timeout", category=Category.NETWORK)
-                )
+        CancelScope.cancel_overdue(now)
         for connection in self.connections.copy():
             try:
                 connection.on_tick(now)
@@ -14080,6 +13875,7 @@ def print_settings(settings: Settings) -> None:
 
 def ask_controllers(settings: Settings) -> int:
     """Print a line on each controller's state; the exit status: 1 if one fails."""
+    start_thread(enforce_deadlines, "deadlines")
     print_text("")
     pool, all_right = Pool(settings), True
     for upstream in pool.enabled:
@@ -14136,7 +13932,7 @@ def start(server: Server, load: Callable[[], Settings], demo: bool = False) -> i
     """Start a server, print its URLs and serve until a signal; the exit status."""
     raise_fd_limit()
     gc.freeze()  # the module's objects live on: collections need not traverse them
-    if not server.settings.needs_token() and not server.is_loopback:
+    if not server.settings.needs_token and not server.is_loopback:
         log.warning(
             "anyone who can reach %s can use this server and its upstreams' keys and quotas: "
             "set BEARER_TOKEN",
