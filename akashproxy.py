@@ -1035,7 +1035,7 @@ class Answer:
     reasoning: str = ""
     tools: List[ToolCall] = field(default_factory=list)
     images: List[Image] = field(default_factory=list)
-    finish: Optional[Finish] = None
+    finish: Finish = Finish("stop")
     raw: bytes = b""
 
 
@@ -6506,8 +6506,8 @@ class ChatDecoder(Decoder):
         data: [DONE]                                            Finish; optional
 
     Events without data, whose data is JSON but no object, or of a type that is not "message" and
-    without JSON (a ping) are skipped. Only choice 0 is decoded. A delta's "reasoning_details" of
-    OpenRouter go with the first tool call, as its ``extra``.
+    without JSON (a ping) are skipped. Only choice 0 is decoded. The "reasoning_details" of
+    OpenRouter go with the next tool call, in its ``extra``.
     """
 
     LINE_LIMIT = 16 << 20  # bytes
@@ -6517,7 +6517,7 @@ class ChatDecoder(Decoder):
         self.lines = EventLines()
         self.calls = ToolCallAssembler(upstream_name)
         self.reason: Optional[str] = None
-        self.usage: Optional[Dict[str, int]] = None
+        self.usage: Any = None  # the last one, as the upstream has sent it
 
     def feed(self, data: bytes) -> List[Event]:
         out = self._decode(self.lines.feed(data))
@@ -6570,11 +6570,12 @@ class ChatDecoder(Decoder):
         """Decode a chunk, or a whole completion, whose choices have ``key``."""
         if body.get("error") or is_error(body):
             raise error_from_body(self.upstream_name, 200, body, self.secrets)
-        self.usage = usage_of(body) or self.usage
+        self.usage = find_usage(body) or self.usage
         for choice in map(as_dict, as_list(body.get("choices"))):
             if not choice.get("index"):
                 message = as_dict(choice.get(key)) or {"content": choice.get("text")}
-                self.calls.add_details(message.get("reasoning_details"))
+                if "reasoning_details" in message:
+                    self.calls.add_details(message["reasoning_details"])
                 for each in message_events(message):
                     if isinstance(each, ToolCall):
                         out += self.calls.add(each, is_complete=key == "message")
@@ -6586,7 +6587,7 @@ class ChatDecoder(Decoder):
     def _finish(self, out: List[Event]) -> None:
         reason = finish_reason(self.upstream_name, self.reason or "", self.calls.close())
         self.complete = True
-        out.append(Finish(reason, self.usage))
+        out.append(Finish(reason, chat_usage(self.usage)))
 
 
 class CallInProgress:
@@ -6665,11 +6666,11 @@ class ToolCallAssembler:
         if not fragment.name:
             return []
         call.name = fragment.name
-        extra = {**call.extra, **self._message_fields()} or None
+        extra = {**call.extra, **self._take_details()} or None
         return [ToolCall(call.number, "".join(call.pending), call.id, call.name, extra)]
 
     def add_details(self, details: Any) -> None:
-        """Join fragments of OpenRouter's reasoning_details, to go with the first call."""
+        """Join fragments of OpenRouter's reasoning_details, to go with the next call."""
         for detail in map(as_dict, as_list(details) if self.details_room >= 0 else ()):
             self.details_room -= len(_encode(detail))
             label = detail.get("type"), detail.get("index")
@@ -6689,13 +6690,11 @@ class ToolCallAssembler:
             raise truncated(self.upstream_name, "sent a tool call without a name")
         return any(call.name for call in self.calls)
 
-    def _message_fields(self) -> Dict[str, Any]:
-        """Return what goes with the first call: details that are more than text."""
-        is_opaque = any(detail.get("data") or detail.get("signature") for detail in self.details)
-        is_first = sum(call.name is not None for call in self.calls) == 1
-        if not is_opaque or not is_first or self.details_room < 0:
-            return {}
-        return {"reasoning_details": self.details}
+    def _take_details(self) -> Dict[str, Any]:
+        """Return what goes with the next call: details that are more than text."""
+        details, self.details = self.details, []
+        is_opaque = any(detail.get("data") or detail.get("signature") for detail in details)
+        return {"reasoning_details": details} if is_opaque and self.details_room >= 0 else {}
 
     def _find(self, fragment: ToolCall) -> Optional[CallInProgress]:
         """Return the call that a fragment may continue."""
@@ -6800,13 +6799,13 @@ def finish_reason(upstream_name: str, reason: str, has_calls: bool) -> str:
     return meaning
 
 
-def usage_of(body: Dict[str, Any]) -> Optional[Dict[str, Any]]:
+def find_usage(body: Dict[str, Any]) -> Any:
     """Return the usage of a completion or an event, wherever servers put it."""
     usage = body.get("usage")
     if usage is None and ("x_groq" in body or "choices" in body):
         choice = as_dict(next(iter(as_list(body.get("choices"))), None))
         usage = as_dict(body.get("x_groq")).get("usage") or choice.get("usage")
-    return chat_usage(usage)
+    return usage
 
 
 # Names of token counts, by the one in chat completions: those of Anthropic, Responses and others.
@@ -6930,6 +6929,15 @@ class ModelName:
         return data.replace(self.answered, self.field) if self.answered else data
 
 
+class UnparsedBody(Decoder):
+    """Passes on a body of an unknown format as it arrives."""
+
+    started = True
+
+    def feed(self, data: bytes) -> List[Event]:
+        return [RawBytes(data)]
+
+
 class PassthroughDecoder(Decoder):
     """Passes on a stream in the client's own format, byte for byte, as RawBytes.
 
@@ -6937,8 +6945,7 @@ class PassthroughDecoder(Decoder):
     first content is held back, since until then another controller may still answer. Only complete
     lines are passed on, so that an error event can follow if the upstream breaks off. Every
     complete stream has the ``end`` of its path; if that is None, the end of the HTTP message
-    suffices. If not ``is_sse``, all bytes are passed on unparsed. ``model`` replaces the name of
-    the answer's model.
+    suffices. ``model`` replaces the name of the answer's model.
     """
 
     MAX_HELD = 16 << 20  # bytes
@@ -6948,24 +6955,21 @@ class PassthroughDecoder(Decoder):
     def __init__(
         self,
         upstream_name: str,
-        is_sse: bool = True,
         end: Optional[StreamEnd] = None,
         secrets: Iterable[str] = (),
         model: str = "",
     ) -> None:
-        self.upstream_name, self.is_sse = upstream_name, is_sse
-        self.end, self.secrets = end, secrets
+        self.upstream_name, self.end, self.secrets = upstream_name, end, secrets
         self.rename = ModelName(model)
         self.end_seen = end is None
         self.mid_stream = end.mid_stream if end and not model else ()
-        self.started = not is_sse
         self.buffer = bytearray()  # an incomplete line
         self.opening = bytearray()  # what precedes the first content
         self.first_usage: Dict[str, Any] = {}  # that of the opening; Anthropic's counts the prompt
         self.last_parts: Deque[bytes] = deque([b"\n\n"], self.LAST_PARTS)  # except mid-stream ones
 
     def feed(self, data: bytes) -> List[Event]:
-        if not self.is_sse or self.fast_path(data):
+        if self.fast_path(data):
             return [RawBytes(data)]
         if self.buffer or not data.endswith(b"\n"):
             data = take_complete_lines(self.buffer, data)
@@ -7051,9 +7055,7 @@ class PassthroughDecoder(Decoder):
         """Drop an incomplete line and end an incomplete event: an error may follow."""
         self.buffer.clear()
         between_events = b"".join(self.last_parts).endswith((b"\n\n", b"\n\r\n", b"\r\r"))
-        if self.is_sse and self.started and not between_events:
-            return [RawBytes(b"\n")]
-        return []
+        return [RawBytes(b"\n")] if self.started and not between_events else []
 
 
 DATA_LINE = re.compile(rb"(?:^|[\r\n]|^\xef\xbb\xbf)data:([^\r\n]*)(?=[\r\n])")
@@ -7223,9 +7225,8 @@ class OpenAIController(Controller):
         if streamed:
             if kind != "text/event-stream":
                 call.attempt.content_type = "text/event-stream"
-            return PassthroughDecoder(
-                self.name, True, STREAM_ENDS.get(call.original.path), self.secrets, renamed
-            )
+            end = STREAM_ENDS.get(call.original.path)
+            return PassthroughDecoder(self.name, end, self.secrets, renamed)
         if kind == "text/html":
             raise APIError(502, f"{self.name} answered with a web page.")
         until_close, field = response.body.until_close, ANSWER_FIELDS.get(call.original.path, b"")
@@ -7235,7 +7236,7 @@ class OpenAIController(Controller):
                 call.attempt.content_type = "application/json"
             return BufferedBody(functools.partial(self._document, field, until_close, renamed))
         if until_close or not response.body.done:
-            return PassthroughDecoder(self.name, is_sse=False)
+            return UnparsedBody()
         return BufferedBody(lambda data: [RawBytes(data)])
 
     def _document(self, field: bytes, until_close: bool, model: str, data: bytes) -> List[Event]:
@@ -8413,13 +8414,6 @@ class Dialect:
             self.output_units += event_units(event)
         return event
 
-    def finish_of(self, answer: Answer) -> Finish:
-        """The end of a complete answer, with its usage."""
-        assert answer.finish is not None
-        finish = self.count(answer.finish)
-        assert isinstance(finish, Finish)
-        return finish
-
     def opening_frames(self) -> bytes:
         """Frames before the first event."""
         return b""
@@ -8459,7 +8453,7 @@ class Dialect:
         return b": ping\n\n" if style == "comment" else b""
 
     def response_body(self, answer: Answer) -> Dict[str, Any]:
-        """The body of a response that is not streamed."""
+        """The body of a response that is not streamed; its events have been counted."""
         raise NotImplementedError
 
     def local_response(self) -> Optional[Dict[str, Any]]:
@@ -8607,14 +8601,13 @@ class ChatCompletions(Dialect):
         return body
 
     def body(self, choice: Dict[str, Any], answer: Answer) -> Dict[str, Any]:
-        finish = self.finish_of(answer)
         return {
             "id": self.id,
             "object": self.OBJECT,
             "created": self.created,
             "model": self.model,
-            "choices": [{**choice, "finish_reason": finish.reason}],
-            "usage": finish.usage,
+            "choices": [{**choice, "finish_reason": answer.finish.reason}],
+            "usage": answer.finish.usage,
         }
 
 
@@ -8720,7 +8713,7 @@ class BlockDialect(Dialect):
     RENAMED_PARAMS: Dict[str, str] = {}  # fields with an equivalent in a chat, and its name
     KNOWN_PARAMS: Tuple[str, ...] = ()  # fields that to_chat() handles; others are ignored
     keeps_text = True
-    MAX_WITHHELD = 1000  # characters
+    MAX_HIDDEN_REASONING = 1000  # characters
     BLOCKS_END_WITH_TEXT = True  # stop_block() repeats the block's text
     FUNCTION_TYPES: Tuple[Any, ...] = ()  # types of tools that are functions
     SCHEMA_KEY = ""  # their field with the JSON schema of the parameters
@@ -8731,7 +8724,7 @@ class BlockDialect(Dialect):
         self.messages: List[Dict[str, Any]] = []  # for finish_messages()
         self.has_begun = False  # there are further messages of the user or the assistant
         self.show_reasoning = True
-        self.withheld = ""  # the beginning of reasoning that is not shown
+        self.hidden_reasoning = ""  # the beginning of what is not shown
         self.open_block: Any = None  # block_key() of the open block
         self.open_text: List[str] = []
         self.block_index = 0  # of the open or next block
@@ -8959,7 +8952,7 @@ class BlockDialect(Dialect):
 
     def encode_event(self, event: Event) -> bytes:
         if isinstance(event, Reasoning) and not self.show_reasoning:
-            self.withhold(event.text)
+            self.hide_reasoning(event.text)
             return b""
         if isinstance(event, (Text, Reasoning, ToolCall)):
             return self.encode_block(event)
@@ -9007,10 +9000,12 @@ class BlockDialect(Dialect):
 
     def flush_deferred(self) -> bytes:
         """Frames of the deferred events, block by block."""
-        deferred, self.deferred = self.deferred, []
-        order = {key: i for i, key in enumerate(dict.fromkeys(map(self.block_key, deferred)))}
-        deferred.sort(key=lambda event: order[self.block_key(event)])
-        return b"".join(self.encode_block(event, may_defer=False) for event in deferred)
+        blocks: Dict[Any, List[BlockEvent]] = {}
+        for event in self.deferred:
+            blocks.setdefault(self.block_key(event), []).append(event)
+        self.deferred = []
+        events = itertools.chain.from_iterable(blocks.values())
+        return b"".join(self.encode_block(event, may_defer=False) for event in events)
 
     def close(self) -> bytes:
         """Frames that close the open block, if there is one."""
@@ -9026,13 +9021,13 @@ class BlockDialect(Dialect):
         if self.show_reasoning:
             blocks.insert(0, Reasoning(answer.reasoning))
         else:
-            self.withhold(answer.reasoning)
+            self.hide_reasoning(answer.reasoning)
         calls = [self.with_id(call, call.arguments or "{}") for call in answer.tools]
         return [*filter(text_of, blocks), *calls]
 
-    def withhold(self, reasoning: str) -> None:
+    def hide_reasoning(self, text: str) -> None:
         """Keep the beginning of reasoning that the client does not request."""
-        self.withheld += reasoning[: self.MAX_WITHHELD - len(self.withheld)]
+        self.hidden_reasoning += text[: self.MAX_HIDDEN_REASONING - len(self.hidden_reasoning)]
 
     def with_id(self, call: ToolCall, arguments: str) -> ToolCall:
         """A tool call with other arguments; its ID contains what the upstream wants back.
@@ -9041,8 +9036,8 @@ class BlockDialect(Dialect):
         several upstreams reject tool calls without the reasoning that led to them.
         """
         extra = {**(call.extra or {})}
-        if self.withheld:
-            extra["reasoning_content"], self.withheld = self.withheld, ""
+        if self.hidden_reasoning:
+            extra["reasoning_content"], self.hidden_reasoning = self.hidden_reasoning, ""
         call_id = id_with_extra(call.id or "call_" + new_id(), extra)
         return ToolCall(call.index, arguments, call_id, call.name or "")
 
@@ -9061,9 +9056,6 @@ TOOL_NAME = re.compile("[A-Za-z0-9_-]{1,64}")  # OpenAI's rule
 NO_RESULT = "[The tool call was interrupted and has no result.]"
 
 
-REASONING_FIELDS = ("reasoning_content", "reasoning_details")  # of messages with tool calls
-
-
 def finish_messages(messages: List[Dict[str, Any]]) -> Iterator[Dict[str, Any]]:
     """Yield messages in OpenAI's format, from those of append_message().
 
@@ -9077,13 +9069,16 @@ def finish_messages(messages: List[Dict[str, Any]]) -> Iterator[Dict[str, Any]]:
         parts, calls, reasoning = message["content"], message["calls"], message["reasoning"]
         texts = [part["text"] for part in parts if part["type"] == "text"]
         content = "\n\n".join(texts) if len(texts) == len(parts) else parts
-        fields: Dict[str, Any] = {"tool_calls": calls} if calls else {}
-        for call in calls:
-            fields.update((name, call.pop(name)) for name in REASONING_FIELDS if name in call)
-        if calls and reasoning:
-            fields["reasoning_content"] = "\n\n".join(reasoning)
+        hidden = [as_str(call.pop("reasoning_content", None)) for call in calls]
+        details = [as_list(call.pop("reasoning_details", None)) for call in calls]
+        fields = {
+            "tool_calls": calls,
+            "reasoning_content": "\n\n".join(reasoning or filter(None, hidden)),
+            "reasoning_details": list(itertools.chain.from_iterable(details)),
+        }
         if content or calls:
-            yield {"role": message["role"], "content": content or None, **fields}
+            given = {name: value for name, value in fields.items() if calls and value}
+            yield {"role": message["role"], "content": content or None, **given}
 
 
 def pair_tool_results(messages: Iterable[Dict[str, Any]]) -> List[Dict[str, Any]]:
@@ -9170,12 +9165,13 @@ def file_note(block: Dict[str, Any]) -> str:
     if block.get("type") not in FILE_TYPES and not urls and not (data and about.strip()):
         return ""
     prefix, _, payload = data.rpartition(",")  # of a data URL
-    is_pdf = "pdf" in (about + prefix[:100]).lower() or block.get("type") == "document"
+    about = (about + prefix[:100]).strip() or str(block.get("type"))
+    kind = "PDF" if about == "document" or "pdf" in about.lower() else "file"
     size = f" of {len(payload) * 3 // 4 - payload[-2:].count('=')} bytes" if payload else ""
-    return f"[A {'PDF' if is_pdf else 'file'}{size}, which this model can't read.]"
+    return f"[A {kind}{size}, which this model can't read.]"
 
 
-def event_frame(name: str, fields: Dict[str, Any]) -> bytes:
+def event_frame(name: str, **fields: Any) -> bytes:
     """A server-sent event; its name is also its data's type."""
     return b"event: %b\ndata: %b\n\n" % (name.encode(), to_json({"type": name, **fields}))
 
@@ -9284,49 +9280,41 @@ class Messages(BlockDialect):
 
     def opening_frames(self) -> bytes:
         usage = {"input_tokens": self.estimate_prompt(), "output_tokens": 0}
-        return event_frame(
-            "message_start", {"message": {**self.message_object([]), "usage": usage}}
-        )
+        return event_frame("message_start", message={**self.message_object([]), "usage": usage})
 
     def start_block(self, event: BlockEvent) -> bytes:
         self.head = (
             b'event: content_block_delta\ndata: {"type":"content_block_delta","index":%d,'
             b'"delta":{"type":"%b","%b":' % (self.block_index, *self.DELTA_TYPES[type(event)])
         )
-        return event_frame(
-            "content_block_start",
-            {"index": self.block_index, "content_block": self.content_block(event)},
-        )
+        block = self.content_block(event)
+        return event_frame("content_block_start", index=self.block_index, content_block=block)
 
     def delta(self, text: str) -> bytes:
         return self.head + to_json(text) + b"}}\n\n"
 
     def stop_block(self, text: str) -> bytes:
-        block, frames = {"index": self.block_index}, b""
+        frames = b""
         if self.open_block[0] is Reasoning:
             signature = {"type": "signature_delta", "signature": UNSIGNED}
-            frames = event_frame("content_block_delta", {**block, "delta": signature})
-        return frames + event_frame("content_block_stop", block)
+            frames = event_frame("content_block_delta", index=self.block_index, delta=signature)
+        return frames + event_frame("content_block_stop", index=self.block_index)
 
     def finish_frames(self, finish: Finish) -> bytes:
-        payload = {
-            "delta": self.stop_fields(finish),
-            "usage": self.usage_object(finish),
-        }
-        return event_frame("message_delta", payload) + event_frame("message_stop", {})
+        delta, usage = self.stop_fields(finish), self.usage_object(finish)
+        return event_frame("message_delta", delta=delta, usage=usage) + event_frame("message_stop")
 
     def error_frames(self, error: APIError) -> bytes:
-        return self.flush_deferred() + event_frame("error", self.error_body(error))
+        return self.flush_deferred() + event_frame("error", **self.error_body(error))
 
     def ping_frame(self, style: str) -> bytes:
-        return b"" if style == "off" else event_frame("ping", {})
+        return b"" if style == "off" else event_frame("ping")
 
     def response_body(self, answer: Answer) -> Dict[str, Any]:
-        finish = self.finish_of(answer)
         return {
             **self.message_object(list(map(self.content_block, self.answer_blocks(answer)))),
-            **self.stop_fields(finish),
-            "usage": self.usage_object(finish),
+            **self.stop_fields(answer.finish),
+            "usage": self.usage_object(answer.finish),
         }
 
     def message_object(self, content: List[Dict[str, Any]]) -> Dict[str, Any]:
@@ -9510,9 +9498,9 @@ class Responses(BlockDialect):
     }
     # fmt: on
 
+    shows_encrypted = False  # reasoning items have encrypted_content
     sequence_number = 0  # of the next event
     stream_started = False
-    shows_encrypted = False  # reasoning items have encrypted_content
 
     def __init__(self, body: Any, base_url: Callable[[], str] = str) -> None:
         self.output: List[Dict[str, Any]] = []  # completed items
@@ -9574,33 +9562,31 @@ class Responses(BlockDialect):
         fields = as_dict(choice)
         if fields.get("type") == "function":
             return self.chosen_tool(fields, tools)
-        if fields.get("type") == "allowed_tools":
-            self.untranslated.append("tool_choice.tools")
-            return fields.get("mode")
         if fields:
-            self.untranslated.append("tool_choice")
-            return None
-        return choice
+            names_tools = fields.get("type") == "allowed_tools"
+            self.untranslated.append("tool_choice.tools" if names_tools else "tool_choice")
+        return fields.get("mode") if fields else choice
 
     # -- the response
 
     def opening_frames(self) -> bytes:
         self.stream_started = True
-        fields = {"response": self.response_object()}
-        return self.frame("response.created", fields) + self.frame("response.in_progress", fields)
+        response = self.response_object()
+        frames = self.frame("response.created", response=response)
+        return frames + self.frame("response.in_progress", response=response)
 
     def encode(self, events: List[Event]) -> bytes:
         self.stream_started = True  # a relayed stream has no opening_frames()
         return super().encode(events)
 
-    def frame(self, name: str, fields: Dict[str, Any]) -> bytes:
+    def frame(self, name: str, **fields: Any) -> bytes:
         self.sequence_number += 1
-        return event_frame(name, {"sequence_number": self.sequence_number - 1, **fields})
+        return event_frame(name, sequence_number=self.sequence_number - 1, **fields)
 
     def start_block(self, event: BlockEvent) -> bytes:
         prefix, name, _, index, more = self.ITEM_WIRE[type(event)]
         item = self.output_item(event, prefix + new_id(), "in_progress")
-        self.open_item = event
+        self.open_item: Any = event
         self.item_ref = {"item_id": item["id"], "output_index": self.block_index, **index}
         delta = to_json({"type": name + ".delta", **self.item_ref, **more})[:-1]
         self.head = b'event: %b.delta\ndata: %b,"sequence_number":' % (name.encode(), delta)
@@ -9612,53 +9598,46 @@ class Responses(BlockDialect):
 
     def stop_block(self, text: str) -> bytes:
         _, name, _, _, more = self.ITEM_WIRE[type(self.open_item)]
-        if isinstance(self.open_item, ToolCall):
-            event: BlockEvent = dataclasses.replace(self.open_item, arguments=text or "{}")
-            fields = {"arguments": text or "{}"}
-        else:
-            event, fields = type(self.open_item)(text), {"text": text}
+        is_call = isinstance(self.open_item, ToolCall)
+        fields = {"arguments": text or "{}"} if is_call else {"text": text}
+        event = dataclasses.replace(self.open_item, **fields)
         self.output.append(self.output_item(event, self.item_ref["item_id"]))
         return (
-            self.frame(name + ".done", {**self.item_ref, **more, **fields})
+            self.frame(name + ".done", **self.item_ref, **more, **fields)
             + self.part_frame("done", event)
             + self.item_frame("done", self.output[-1])
         )
 
     def item_frame(self, step: str, item: Dict[str, Any]) -> bytes:
         """The event of an item that is added or done."""
-        fields = {"output_index": self.block_index, "item": item}
-        return self.frame(f"response.output_item.{step}", fields)
+        name = f"response.output_item.{step}"
+        return self.frame(name, output_index=self.block_index, item=item)
 
     def part_frame(self, step: str, event: BlockEvent) -> bytes:
         """The event of an item's only part that is added or done; a tool call has none."""
         if isinstance(event, ToolCall):
             return b""
-        part = self.ITEM_WIRE[type(event)][2]
-        return self.frame(f"{part}.{step}", {**self.item_ref, "part": self.part_object(event)})
+        name = f"{self.ITEM_WIRE[type(event)][2]}.{step}"
+        return self.frame(name, **self.item_ref, part=self.part_object(event))
 
     def finish_frames(self, finish: Finish) -> bytes:
         response = self.response_object(finish)
-        return self.frame(f"response.{response['status']}", {"response": response})
+        return self.frame(f"response.{response['status']}", response=response)
 
     def error_frames(self, error: APIError) -> bytes:
-        opening = self.flush_deferred() if self.stream_started else self.opening_frames()
+        frames = self.flush_deferred() if self.stream_started else self.opening_frames()
         details = self.error_body(error)["error"]
-        failed = {
-            "status": "failed",
-            "error": {"code": error.code or "server_error", "message": error.message},
-        }
-        return (
-            opening
-            + self.frame("error", {**details, "type": "error", "error": details})
-            + self.frame("response.failed", {"response": {**self.response_object(), **failed}})
-        )
+        failure = {"code": error.code or "server_error", "message": error.message}
+        response = {**self.response_object(), "status": "failed", "error": failure}
+        frames += self.frame("error", **{**details, "type": "error", "error": details})
+        return frames + self.frame("response.failed", response=response)
 
     def response_body(self, answer: Answer) -> Dict[str, Any]:
         self.output = [
             self.output_item(event, self.ITEM_WIRE[type(event)][0] + new_id())
             for event in self.answer_blocks(answer)
         ]
-        return self.response_object(self.finish_of(answer))
+        return self.response_object(answer.finish)
 
     def response_object(self, finish: Optional[Finish] = None) -> Dict[str, Any]:
         """The response's current state."""
@@ -9813,14 +9792,12 @@ def is_model_field(name: str) -> bool:
 
 def remove_model_params(query: str) -> str:
     """Remove the model from a query."""
+
     # Only the body's model was checked, but LiteLLM prefers the query's.
-    parts = re.split("[&;]", query)
-    remaining = [
-        part
-        for part in parts
-        if not is_model_field(urllib.parse.unquote_plus(part.partition("=")[0]))
-    ]
-    return query if len(remaining) == len(parts) else "&".join(remaining)
+    def remaining(param: "re.Match[str]") -> str:
+        return "" if is_model_field(urllib.parse.unquote_plus(param[1])) else param[0]
+
+    return re.sub("([^&;=]*)[^&;]*[&;]?", remaining, query).rstrip("&;")
 
 
 def has_escaped_letters(data: bytes) -> bool:
@@ -9915,14 +9892,12 @@ def urlencoded_fields(data: bytes) -> List[FormField]:
     """The fields of a form of the type application/x-www-form-urlencoded."""
     if data.count(b"&") + data.count(b";") >= MAX_FORM_PARTS:
         raise bad_request("The form has too many fields.")
-    fields, start = [], 0
+    fields = []
     try:
-        for part in re.split(b"[&;]", data):
-            raw_name, _, raw_value = part.partition(b"=")
-            name, end = percent_decoded(raw_name), start + len(part)
-            value = percent_decoded(raw_value) if is_model_field(name) else ""
-            fields.append(FormField(name, value, end - len(raw_value), end))
-            start = end + 1
+        for match in re.finditer(b"(?:^|[&;])([^&;=]*)=?([^&;]*)", data):
+            name = percent_decoded(match[1])
+            value = percent_decoded(match[2]) if is_model_field(name) else ""
+            fields.append(FormField(name, value, *match.span(2)))
     except ValueError:
         raise bad_request("The form is malformed.") from None
     return fields

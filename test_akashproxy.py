@@ -3231,7 +3231,7 @@ def test_whole_calls_without_a_name(call, error, fake, pool):
 })
 def test_spellings_of_usage(case):
     extra, cached, reasoning = case
-    usage = akashproxy.usage_of({"usage": {"prompt_tokens": 100, "completion_tokens": 5, "total_tokens": 105, **extra}})
+    usage = akashproxy.chat_usage({"prompt_tokens": 100, "completion_tokens": 5, "total_tokens": 105, **extra})
     assert (usage["prompt_tokens"], usage["completion_tokens"], usage["total_tokens"]) == (100, 5, 105)
     assert (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0) == cached
     assert (usage.get("completion_tokens_details") or {}).get("reasoning_tokens", 0) == reasoning
@@ -5347,7 +5347,7 @@ def test_odd_values_are_answered_or_named_never_a_bug():
                     spoken = dialect({**body, name: odd})
                     error = controller.check_support(spoken.call)
                     if error is None and controller is controllers[1]:
-                        spoken.opening_frames() + spoken.encode(list(controller.events(spoken.call))) + akashproxy.to_json(spoken.response_body(fold([Text("x"), Finish("stop")])))
+                        spoken.opening_frames() + spoken.encode(list(controller.events(spoken.call))) + akashproxy.to_json(spoken.response_body(fold(map(spoken.count, [Text("x"), Finish("stop")]))))
                 except APIError as refused:
                     error = refused
                 seen[error and error.status] += 1
@@ -5548,19 +5548,20 @@ def returned_calls(server, path, body, streamed):
     assert ask(server, "POST", path, {**body, **history}).status == 200
 
 
-def calling(*names):
-    return {"tool_calls": [{"index": at, "id": name, "function": {"name": "f", "arguments": "{}"}} for at, name in enumerate(names)]}
+def calling(*names, index=0):
+    return {"tool_calls": [{"index": index + at, "id": name, "function": {"name": "f", "arguments": "{}"}} for at, name in enumerate(names)]}
 
 
 SIGNED = {"type": "reasoning.text", "text": "why", "signature": "S", "format": "anthropic-claude-v1", "index": 0}
 SEALED = {"type": "reasoning.encrypted", "data": "E", "id": "tool_1", "format": "google-gemini-v1", "index": 0}
 @table({
-    # name: (details of each delta, what comes back beside the calls)
+    # name: (details of each delta, None for the first call; what comes back beside the calls)
     "signed text in fragments": ([[{**SIGNED, "text": "w", "signature": None}], [{**SIGNED, "text": "hy", "signature": None}], [{**SIGNED, "text": None}]], [SIGNED]),
     "encrypted ones": ([[SEALED], [{**SEALED, "data": "F", "index": 1}]], [SEALED, {**SEALED, "data": "F", "index": 1}]),
     "encrypted ones without an index": ([[{**SEALED, "index": None}], [{**SEALED, "data": "F", "index": None}]], [{**SEALED, "index": None}, {**SEALED, "data": "F", "index": None}]),
     "text and an encrypted one": ([[{"type": "reasoning.text", "text": "why", "index": 0}], [SEALED]], [{"type": "reasoning.text", "text": "why", "index": 0}, SEALED]),
     "text alone": ([[{"type": "reasoning.text", "text": "why", "index": 0}]], None),
+    "one for each call": ([[SEALED], None, [{**SEALED, "data": "F"}]], [SEALED, {**SEALED, "data": "F"}]),
     "too many of them": ([[{**SEALED, "data": "E" * 40_000}], [{**SEALED, "data": "F" * 40_000}]], None),
     "odd ones": ([[7], ["x"], [None], {"a": 1}, "x"], None),
 })
@@ -5568,7 +5569,8 @@ SEALED = {"type": "reasoning.encrypted", "data": "E", "id": "tool_1", "format": 
 @pytest.mark.parametrize("path, body", [("/v1/messages", ASKED), ("/v1/responses", WANTED)], ids=["messages", "responses"])
 def test_reasoning_details_come_back_with_the_calls(case, path, body, streamed, fake, pool):
     details, expected = case
-    fake.faults.append(answered(*({"reasoning_details": each} for each in details), calling("c1", "c2"), finish="tool_calls"))
+    deltas = [calling("c1") if each is None else {"reasoning_details": each} for each in (details if None in details else [*details, None])]
+    fake.faults.append(answered(*deltas, calling("c2", index=1), finish="tool_calls"))
     returned_calls(pool(fake), path, body, streamed)
     message = fake.bodies()[-1]["messages"][0]
     assert [call["id"] for call in message["tool_calls"]] == ["c1", "c2"] and not any("reasoning_details" in call for call in message["tool_calls"])
@@ -7148,7 +7150,7 @@ def test_the_first_of_several_ends_of_a_relay():
         (begin + b"data:" + b" " * 99 + b"[DONE]\n\ndata: [DONE]\n\n", begin + b"data:" + b" " * 99 + b"[DONE]\n\n"),
         (begin * 2, begin * 2),
     ):
-        decoder = akashproxy.PassthroughDecoder("up", True, akashproxy.STREAM_ENDS["/v1/chat/completions"])
+        decoder = akashproxy.PassthroughDecoder("up", akashproxy.STREAM_ENDS["/v1/chat/completions"])
         assert b"".join(event.data for event in decoder.feed(data)) == passed_on and decoder.complete == (b"data: [DONE]" in data)
 
 
@@ -10727,7 +10729,7 @@ def said(dialect, body):
 
 CHAT_BODY = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 9}
 chunked_body = functools.partial(BodyDecoder, {"transfer-encoding": "chunked"})
-relay_decoder = functools.partial(akashproxy.PassthroughDecoder, "b", True, akashproxy.CHAT_END)
+relay_decoder = functools.partial(akashproxy.PassthroughDecoder, "b", akashproxy.CHAT_END)
 tool_filter = lambda: akashproxy.ToolCallFilter(prompted(stream=False))
 stops_filter = functools.partial(StopFilter, ["x" * 499 + "y", "ab" * 250 + "c", "x" * 20], None)
 
