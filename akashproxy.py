@@ -11124,9 +11124,8 @@ class StreamRelay:
         self.loop = self.connection.loop
         self.stream: EventStream = self.exchange.response
         self.upstream, self.scope = self.stream.response.sock, self.stream.response.scope
-        self.tls_pending: Any = getattr(
-            self.upstream, "pending", None
-        )  # bytes decrypted but not read
+        # Bytes that have been decrypted but not read, if the upstream uses TLS.
+        self.tls_pending: Any = getattr(self.upstream, "pending", None)
         self.idle_timeout = self.stream.response.timeouts.idle
         self.buffered: List[Event] = []  # of a response that is not streamed
         if self.dialect.keeps_text or not self.call.stream:
@@ -11213,7 +11212,6 @@ class StreamRelay:
             return
         else:
             frames = self.responder.start_stream() + self.dialect.encode(events)
-        self.request.record.usage = self.dialect.usage
         if not self.stream.complete:
             if not self.writer.write(frames):
                 self._pause()
@@ -11232,7 +11230,7 @@ class StreamRelay:
     def _end_response(self, frames: bytes) -> None:
         """Send the last frames, and let the connection read its next request."""
         self.client_done, self.fast_path = True, ()
-        self.writer.finish(frames)
+        self.responder.finish(frames)
         self.request.relay = self.request.exchange = None
         self.connection.end_request()
 
@@ -11430,20 +11428,15 @@ BUCKETS = {  # upper bounds of each histogram's buckets, in seconds; then infini
 MAX_MODEL_LABELS = 200  # models with series of their own; the others are counted as "other"
 
 
-# Counters without labels are there from the start, as rate() needs a first value.
-UNLABELLED_COUNTERS = [
-    name for name, (kind, _, labels) in METRICS.items() if kind == "counter" and not labels
-]
-
-
 class Metrics:
     """Counters and histograms for /metrics. Any thread."""
 
     def __init__(self, server: "Server") -> None:
         self.server, self.started_at, self.lock = server, time.time(), threading.Lock()
-        self.counts: Dict[Tuple[Any, ...], float] = defaultdict(  # {(name, label, ...): number}
-            int, {(name,): 0 for name in UNLABELLED_COUNTERS}
-        )
+        self.counts: Dict[Tuple[Any, ...], float] = defaultdict(int)  # {(name, label, ...): number}
+        for name, (kind, _, labels) in METRICS.items():
+            if kind == "counter" and not labels:  # from the start, as rate() needs a first value
+                self.counts[name,] = 0
         self.models: Set[str] = set()  # those with series of their own
 
     def add(self, request: "Request", now: float) -> None:
@@ -11987,7 +11980,7 @@ class CallResponder:
             if not exchange.committed:
                 exchange.fail_over(error)
                 return self.attempt()
-            self.writer.finish(self.error_trailer(error))
+            self.finish(self.error_trailer(error))
             exchange.close(error)
         return False
 
@@ -12028,7 +12021,6 @@ class CallResponder:
             content_type, data = "application/json", to_json(self.dialect.response_body(answer))
         else:
             data = self.dialect.encode(events)
-        self.request.record.usage = self.dialect.usage
         self.writer.start(
             self.call.attempt.status,
             {"Content-Type": content_type, **call_headers(self.request)},
@@ -12052,18 +12044,22 @@ class CallResponder:
         if not self.call.stream:
             body = self.start_buffered(list(events))
             self.exchange.close()
-            self.writer.finish(body)
+            self.finish(body)
             return
         first = next(events)
         frames = self.start_stream()
         for event in itertools.chain([first], events):
             frames += self.dialect.encode([event])
             if isinstance(event, Finish):
-                self.request.record.usage = self.dialect.usage
                 break
             self.writer.write(frames)
             self.writer.connection.wait_for_room()
             frames = b""
+        self.finish(frames)
+
+    def finish(self, frames: bytes) -> None:
+        """End the response with its last frames."""
+        self.request.record.usage = self.dialect.usage
         self.writer.finish(frames)
 
     def _commit(self) -> None:
@@ -12192,15 +12188,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         allow = self.request.route.allow()
         headers = {"Allow": allow}
         if "access-control-request-method" in self.headers:
+            headers["Access-Control-Allow-Methods"] = allow
+            headers["Access-Control-Max-Age"] = "86400"
             requested = self.headers.get("access-control-request-headers", "")
-            names = [
-                name
-                for name in re.split(r"[\s,]+", requested)
-                if re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name)
-            ]
-            headers.update(
-                {"Access-Control-Allow-Methods": allow, "Access-Control-Max-Age": "86400"}
-            )
+            names = re.findall(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", requested)
             if names:
                 headers["Access-Control-Allow-Headers"] = ", ".join(names)
         self.request.writer.respond(204, b"", headers)
