@@ -65,12 +65,11 @@ Where is ...
     an error and its form on the wire  APIError, Dialect.error_body
     what an upstream's error means     UPSTREAM_ERRORS, error_from_body, akash_error
     what hides secrets                 redact
-    Akash's cookie                     AkashSession
+    sessions and logins at Akash       AkashController, AkashLogin
     caches of sessions and models      Cache
     Akash's stream, line by line       AkashDecoder
     what is sent to Akash              akash_request
-    logins at Akash                    AkashLogin
-    images                             AkashImages, ImageBatches
+    images                             AkashImages
     <think> tags                       ThinkTagFilter
     stop sequences and max_tokens      StopFilter
     tools as text                      PromptedTools, ToolCallFilter
@@ -90,7 +89,7 @@ Where is ...
     the network's exceptions           upstream_error, UpstreamResponse.to_api_error
     strict HTTP                        find_head_end, parse_head, BodyDecoder
     connections to upstreams           ConnectionPool
-    proxies on the way                 Proxy
+    proxies on the way                 UpstreamRequest, SocksProxy
     deadlines                          CancelScope, Connection.on_tick
     cancelling                         Cancellation
     request bodies                     BodyReader, ByteBudget
@@ -565,6 +564,7 @@ DEFAULTS_BY_STATUS = {
     422: ErrorDefaults(Category.REQUEST),
     425: ErrorDefaults(Category.RATE_LIMIT),
     429: ErrorDefaults(Category.RATE_LIMIT, "rate_limit_error", "rate_limit_exceeded"),
+    **dict.fromkeys((502, 503, 504), ErrorDefaults(code="upstream_error")),
 }
 
 
@@ -807,7 +807,7 @@ class CancelScope:
 
     Owner's thread: attach(), set_deadline(), detach(), raise_if_cancelled(). Any thread: cancel().
     After cancel() a blocked recv() returns, and raise_if_cancelled() raises the reason.
-    The event loop cancels each scope in ``active`` whose deadline has passed.
+    The event loop calls cancel_overdue().
     """
 
     __slots__ = ("sock", "deadline", "timeout_message", "reason", "shutdown_how")
@@ -819,6 +819,14 @@ class CancelScope:
         self.timeout_message = ""  # message of the error when the deadline passes
         self.reason: Optional[Exception] = None
         self.shutdown_how = socket.SHUT_RDWR
+
+    @classmethod
+    def cancel_overdue(cls, now: float) -> None:
+        """Cancel all scopes whose deadline has passed, by time.monotonic(). Any thread."""
+        for scope in cls.active.copy():
+            if scope.deadline < now:
+                message = scope.timeout_message
+                scope.cancel(APIError(504, message, code="timeout", category=Category.NETWORK))
 
     def attach(self, sock: Any) -> None:
         # A race: cancel() sets the reason and then reads sock. Setting sock and then checking the
@@ -2082,6 +2090,7 @@ MAX_HEADERS = 100
 MAX_INTERIM_RESPONSES = 100  # 1xx responses before the final one
 RECV_SIZE = 65536
 MAX_BUFFERED_BODY = 64 << 20  # bytes of a response that is parsed only when complete
+MAX_SHORT_BODY = 4 << 20  # bytes of a list of models, of a session or of an error
 
 _FIELD = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t -~\x80-\xff]*)")
 _BARE_BREAK = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)")
@@ -2421,40 +2430,46 @@ class ContentDecoder:
 # above this section an OSError can only mean that the client disconnected. Knows no models.
 
 
-class UpstreamRequest(urllib.request.Request):
-    """A request to an upstream. Transport parses each URL once and sends copies."""
+T = TypeVar("T")
 
+
+class UpstreamRequest(urllib.request.Request):
+    """A request to an upstream, through an HTTP proxy if there is one.
+
+    Transport parses each URL once and sends copies.
+    """
+
+    method: str
     body: Optional[bytes]
-    fields: Dict[str, str]
     scope: CancelScope
-    force_new_connection: object
-    tunnel_headers: Dict[str, str]
+    retry_reason: str  # of a repeated request, which needs a new connection
     _tunnel_host: Optional[str]  # urllib's: the upstream, if a proxy tunnels to it
 
-    def copy(
-        self,
-        method: str,
-        body: Optional[bytes],
-        fields: Dict[str, str],
-        scope: CancelScope,
-        force_new_connection: object,
-    ) -> "UpstreamRequest":
+    def __init__(self, url: str, proxy: str = "") -> None:
+        super().__init__(url)
+        self.fields = {"Host": self.host}
+        self.tunnel_headers: Dict[str, str] = {}
+        if proxy:
+            parts = urllib.parse.urlsplit(proxy)
+            address = parts.netloc.rpartition("@")[2] + (":80" if parts.port is None else "")
+            self.set_proxy(address, "http")
+            if parts.username is not None:
+                credentials = base64.b64encode(b":".join(proxy_credentials(proxy))).decode()
+                headers = self.tunnel_headers if self._tunnel_host else self.fields
+                headers["Proxy-Authorization"] = "Basic " + credentials
+        # equal for requests that can share a connection
+        self.connection_key = self.type, self.host, self._tunnel_host
+
+    def copy(self, headers: Dict[str, str], **attributes: Any) -> "UpstreamRequest":
+        """Return a request with further headers and the attributes above."""
         request = UpstreamRequest.__new__(UpstreamRequest)
-        request.__dict__.update(
-            self.__dict__,
-            unredirected_hdrs={},
-            method=method,
-            body=body,
-            fields=fields,
-            scope=scope,
-            force_new_connection=force_new_connection,
-        )
+        fields = {**self.fields, **headers}
+        request.__dict__.update(self.__dict__, fields=fields, **attributes)
         return request
 
     def to_bytes(self) -> bytes:
         """Serialize head and body."""
-        fields = {"Host": self.host, **self.unredirected_hdrs, **self.fields}
-        head = request_head(f"{self.method} {self.selector} HTTP/1.1", *fields.items())
+        head = request_head(f"{self.method} {self.selector} HTTP/1.1", *self.fields.items())
         if self.body is None:
             return head + b"\r\n"
         return b"%bContent-Length: %d\r\n\r\n%b" % (head, len(self.body), self.body)
@@ -2480,13 +2495,13 @@ def request_head(line: str, *fields: Tuple[str, str]) -> bytes:
 class ConnectionPool(urllib.request.BaseHandler):
     """urllib handler for http and https with persistent connections. Any thread.
 
-    It connects and sends; the caller receives. Idle connections are non-blocking, and one that the
-    server has closed is dropped before use. If the server closes one just as a request is sent,
-    the response fails with Category.RETRY and the request is repeated on a new connection.
+    It connects and sends; the caller receives. An idle connection that the server has closed is
+    dropped before use. If the server closes one just as a request is sent, the response fails with
+    Category.RETRY and the request is repeated on a new connection.
     """
 
     def __init__(self, ca_file: str = "", proxy: str = "") -> None:
-        """``proxy`` is the URL of a SOCKS proxy; the handler Proxy adds an HTTP proxy."""
+        """``proxy`` is the URL of a SOCKS proxy; HTTP proxies are part of requests."""
         self.ca_file = ca_file
         self.socks = SocksProxy(proxy) if proxy.startswith("socks") else None
         # (expires_at, socket) by request key, the most recently used last
@@ -2496,22 +2511,22 @@ class ConnectionPool(urllib.request.BaseHandler):
 
     def http_open(self, request: UpstreamRequest) -> "UpstreamResponse":
         """Send a request on an idle or a new connection."""
-        key = request.type, request.host, request._tunnel_host
-        sock = None if request.force_new_connection else self._acquire(key)
+        sock = None if request.retry_reason else self._acquire(request.connection_key)
         reused = sock is not None
         if sock is None:
             sock = self._connect(request)
         try:
             request.scope.attach(sock)
             try:
-                self._send(sock, request.to_bytes())
+                sock.setblocking(True)
+                sock.sendall(request.to_bytes())
             except OSError as error:
                 # The server may have sent an error and closed without reading all of the request:
                 # that response must still be read.
                 if not reused and not isinstance(error, ConnectionError):
                     raise
                 log.debug("%s closed the connection while a request was sent", request.host)
-            return UpstreamResponse(sock, request, reused, self, key)
+            return UpstreamResponse(sock, request, reused, self)
         except BaseException:
             request.scope.detach()
             sock.close()
@@ -2519,21 +2534,8 @@ class ConnectionPool(urllib.request.BaseHandler):
 
     https_open = http_open
 
-    @staticmethod
-    def _send(sock: Any, data: bytes) -> None:
-        """Send all data; an idle connection stays non-blocking if one send() is enough."""
-        try:
-            sent = sock.send(data)
-        except (BlockingIOError, WantWrite):
-            sent = 0
-        if sent < len(data):
-            sock.setblocking(True)
-            sock.sendall(data[sent:])
-
     def release(self, key: Any, sock: Any, seconds: float) -> None:
         """Keep a connection for reuse within ``seconds``."""
-        if sock.gettimeout() != 0:
-            sock.setblocking(False)
         with self.lock:
             if not self.closed:
                 self.idle.setdefault(key, []).append((time.monotonic() + seconds, sock))
@@ -2583,10 +2585,6 @@ class ConnectionPool(urllib.request.BaseHandler):
             connection._create_connection = self.socks.connect  # type: ignore[attr-defined]
         try:
             connection.connect()
-        except OSError as error:
-            connection.close()
-            raise_connect_error(error, self.socks.host if self.socks else request.host)
-            raise
         except BaseException:
             connection.close()
             raise
@@ -2597,27 +2595,30 @@ class ConnectError(OSError):
     """A connection could not be opened; the message is for clients and operators."""
 
 
-def raise_connect_error(error: OSError, address: str) -> None:
-    """Raise a ConnectError if it is clear why an address, or a proxy, can't be used.
+def connect_problem(error: Exception, upstream: str, proxy: str) -> str:
+    """Reason why an upstream, or the proxy before it, can't be used; "" if unknown.
 
     It names the host, but not the port: clients need not know the inner network.
     """
-    if isinstance(error, ConnectError) or is_exhausted(error):
-        return
-    host = urllib.parse.urlsplit(f"//{address}").hostname
-    verify_message = getattr(error, "verify_message", "")
+    where = f"the proxy {proxy}" if proxy else upstream
+    if isinstance(error, ConnectError):
+        return str(error)
     if isinstance(error, socket.gaierror):
-        reason = f"the name {host!r} can't be looked up (check the address and the DNS)"
-    elif isinstance(error, ConnectionRefusedError):
-        reason = f"{host} refused the connection (check that it runs, and the port)"
-    elif verify_message:
-        reason = f"the certificate of {host} can't be verified: {verify_message} (set CA_FILE)"
-    elif str(error).startswith("Tunnel connection failed: "):
+        setting = "PROXY" if proxy else "the address"
+        return f"the name {proxy or upstream!r} can't be looked up (check {setting} and the DNS)"
+    if isinstance(error, ConnectionRefusedError):
+        return f"{where} refused the connection (check that it runs, and the port)"
+    if isinstance(error, OSError) and error.errno in (errno.EHOSTUNREACH, errno.ENETUNREACH):
+        return f"this server has no route to {where}"
+    if str(error).startswith("Tunnel connection failed: "):
         status = str(error).partition(": ")[2][:3]
-        reason = f"the proxy {host} refused the connection with status {status} (check PROXY)"
-    else:
-        return
-    raise ConnectError(reason) from error
+        return f"{where} refused the connection with status {status} (check PROXY)"
+    verify_message = getattr(error, "verify_message", "")
+    if verify_message:
+        return f"the certificate of {upstream} can't be verified: {verify_message} (set CA_FILE)"
+    if getattr(error, "reason", "") in ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "UNKNOWN_PROTOCOL"):
+        return f"{upstream} does not speak TLS (check the port, and whether it is https)"
+    return ""
 
 
 class SocksProxy:
@@ -2637,40 +2638,43 @@ class SocksProxy:
         sock = socket.create_connection((self.host, self.port), *options)
         try:
             with sock.makefile("rb") as replies:  # reads no byte of the upstream: clients begin
-                self._negotiate(sock, replies, *address)
+                problem = self._negotiate(sock, replies, *address)
+            if problem:
+                raise ConnectError(f"the proxy {self.host} {problem} (check PROXY)")
             return sock
         except BaseException:
             sock.close()
             raise
 
-    def _negotiate(self, sock: socket.socket, replies: Any, host: str, port: int) -> None:
+    def _negotiate(self, sock: socket.socket, replies: Any, host: str, port: int) -> str:
+        """Log in and have a connection opened; return what the proxy does not do, or ""."""
         method = 2 if self.user else 0
         sock.sendall(bytes([5, 1, method]))
-        self._require(replies.read(2) == bytes([5, method]), "is not SOCKS 5 or refuses this login")
+        if replies.read(2) != bytes([5, method]):
+            return "is not SOCKS 5 or refuses this login"
         if self.user:
             fields = [bytes([len(field)]) + field for field in (self.user, self.password)]
             sock.sendall(b"\1" + b"".join(fields))
-            self._require(replies.read(2)[1:] == b"\0", "rejected the user or the password")
-        if not self.remote_names:
-            host = str(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][4][0])
-        sock.sendall(b"\5\1\0" + socks_address(host) + port.to_bytes(2, "big"))
-        reply = replies.read(4).ljust(4, b"\xff")
-        self._require(reply[1] == 0, f"can't reach it (SOCKS reply {reply[1]})")
-        replies.read(({1: 4, 4: 16}.get(reply[3]) or replies.read(1)[0]) + 2)
+            if replies.read(2)[1:] != b"\0":
+                return "rejected the user or the password"
+        sock.sendall(b"\5\1\0" + self._address(host, port) + port.to_bytes(2, "big"))
+        _, code, _, address_type = replies.read(4).ljust(4, b"\xff")
+        length = {1: 4, 4: 16}.get(address_type) or int.from_bytes(replies.read(1), "big")
+        replies.read(length + 2)  # the address that the proxy uses
+        return f"can't reach it (SOCKS reply {code})" if code else ""
 
-    def _require(self, condition: bool, problem: str) -> None:
-        if not condition:
-            raise ConnectError(f"the proxy {self.host} {problem} (check PROXY)")
-
-
-def socks_address(host: str) -> bytes:
-    """A host in RFC 1928's form: a type, then 4 bytes, 16 bytes or a counted name."""
-    try:
-        packed = ipaddress.ip_address(host).packed
-    except ValueError:
-        name = host.encode("idna")
-        return bytes([3, len(name)]) + name
-    return (b"\1" if len(packed) == 4 else b"\4") + packed
+    def _address(self, host: str, port: int) -> bytes:
+        """A host in RFC 1928's form: a type, then 4 bytes, 16 bytes or a counted name."""
+        try:
+            if not self.remote_names:
+                host = str(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][4][0])
+            packed = ipaddress.ip_address(host).packed
+        except socket.gaierror as error:
+            raise ConnectError(connect_problem(error, host, "")) from error
+        except ValueError:
+            name = host.encode("idna")
+            return bytes([3, len(name)]) + name
+        return (b"\1" if len(packed) == 4 else b"\4") + packed
 
 
 def is_persistent(http_minor: str, headers: Dict[str, str]) -> bool:
@@ -2748,28 +2752,6 @@ def tls_context(ca_file: str) -> Any:
     return context
 
 
-class Proxy(urllib.request.BaseHandler):
-    """urllib handler that sends requests through an HTTP proxy."""
-
-    def __init__(self, url: str) -> None:
-        parts = urllib.parse.urlsplit(url)
-        self.host = parts.netloc.rpartition("@")[2] + (":80" if parts.port is None else "")
-        self.fields = {}
-        if parts.username is not None:
-            credentials = base64.b64encode(b":".join(proxy_credentials(url))).decode()
-            self.fields = {"Proxy-Authorization": "Basic " + credentials}
-
-    def http_request(self, request: Any) -> Any:
-        request.unredirected_hdrs["Host"] = request.host  # the upstream's, also within a tunnel
-        request.set_proxy(self.host, "http")
-        request.tunnel_headers = self.fields
-        if not request._tunnel_host:
-            request.unredirected_hdrs.update(self.fields)
-        return request
-
-    https_request = http_request
-
-
 class UpstreamResponse:
     """Response of an upstream: parses the head, then removes the body's framing.
 
@@ -2783,16 +2765,15 @@ class UpstreamResponse:
     headers: Dict[str, str] = {}
     body = NO_BODY
     content: Optional[ContentDecoder] = None  # of a compressed body
-    opening = b""  # the payload that was received first
+    opening = b""  # the payload received first, or together with the head
     interim = 0  # number of 1xx responses so far
-    first_payload = b""  # payload received together with the head
     first_byte_deadline = math.inf  # until the first content
 
     def __init__(
-        self, sock: Any, request: UpstreamRequest, reused: bool, pool: ConnectionPool, key: Any
+        self, sock: Any, request: UpstreamRequest, reused: bool, pool: ConnectionPool
     ) -> None:
-        self.sock, self.scope, self.no_body = sock, request.scope, request.method == "HEAD"
-        self.reused, self.pool, self.key = reused, pool, key
+        self.sock, self.request, self.scope = sock, request, request.scope
+        self.reused, self.pool = reused, pool
         self.head_buffer = bytearray()  # an incomplete head
 
     def receive(self, data: bytes) -> bytes:
@@ -2839,7 +2820,7 @@ class UpstreamResponse:
                 raise ProtocolError("there are too many interim responses")
             self.interim += 1
         self.head_buffer = bytearray()
-        no_body = self.no_body or status in (204, 304)
+        no_body = self.request.method == "HEAD" or status in (204, 304)
         self.body = BodyDecoder({} if no_body else self.headers, until_close=not no_body)
         self.keep_alive = is_persistent(http_minor, self.headers) and not self.body.until_close
         self._check_content_encoding()
@@ -2864,17 +2845,16 @@ class UpstreamResponse:
         try:
             self.sock.setblocking(True)
             while not self.status:
-                self.first_payload = self.receive(self.sock.recv(RECV_SIZE))
-        except (APIError, ClientDisconnected):
-            self.close()
-            raise
-        except NETWORK_ERRORS as error:
+                self.opening = self.receive(self.sock.recv(RECV_SIZE))
+        except (*NETWORK_ERRORS, APIError) as error:
             self.close()
             raise self.to_api_error(error) from error
 
     def to_api_error(self, error: Exception) -> APIError:
         """Translate an exception raised while receiving; raises the scope's cancel reason."""
         upstream_name = self.timeouts.upstream_name
+        if isinstance(error, APIError):
+            return error
         if self.reused and not self.status and not self.head_buffer and self.scope.reason is None:
             return APIError(
                 502,
@@ -2882,7 +2862,7 @@ class UpstreamResponse:
                 code="connection",
                 category=Category.RETRY,
             )
-        return upstream_error(error, self.scope, upstream_name, self.body is not NO_BODY)
+        return upstream_error(error, self.scope, upstream_name, in_body=self.body is not NO_BODY)
 
     def reset_idle_deadline(self, started: bool = True) -> None:
         """Set the deadline of the next read, or of the first content until it has arrived."""
@@ -2903,7 +2883,7 @@ class UpstreamResponse:
     def iter_bytes(self) -> Iterator[bytes]:
         """Yield the payload of each read. APIError if the network fails or times out."""
         self.scope.deadline = math.inf
-        payload, self.first_payload = self.first_payload, b""
+        payload = self.opening
         while True:
             if payload:
                 yield payload
@@ -2922,22 +2902,11 @@ class UpstreamResponse:
             for part in self.iter_bytes():
                 data += part
                 if len(data) > limit:
-                    raise APIError(
-                        502,
-                        f"{self.timeouts.upstream_name} sent more than {limit} bytes.",
-                        code="upstream_error",
-                    )
+                    name = self.timeouts.upstream_name
+                    raise truncated(name, f"sent more than {limit} bytes")
         finally:
             self.close()
         return bytes(data)
-
-    def json(self) -> Any:
-        """Read the body as JSON; None if it is not JSON."""
-        return json_or_none(self.read())
-
-    def reusable(self) -> bool:
-        """Return whether the connection can carry another request."""
-        return self.keep_alive and self.body.done and not self.body.trailing_data
 
     def close(self) -> None:
         """Return the connection to the pool after a complete response, else close it.
@@ -2948,8 +2917,9 @@ class UpstreamResponse:
         if sock is None:
             return
         self.scope.detach()
-        if self.reusable():
-            self.pool.release(self.key, sock, keepalive_seconds(self.headers))
+        if self.keep_alive and self.body.done and not self.body.trailing_data:
+            seconds = keepalive_seconds(self.headers)
+            self.pool.release(self.request.connection_key, sock, seconds)
         else:
             sock.close()
 
@@ -2988,16 +2958,18 @@ class Transport:
         self.connect_timeout = either(options.connect_timeout, settings.connect_timeout)
         self.first_byte_timeout = either(options.first_byte_timeout, settings.first_byte_timeout)
         self.idle_timeout = either(options.idle_timeout, settings.idle_timeout)
+        self.host = urllib.parse.urlsplit(base).hostname or ""
+        self.proxy_host = urllib.parse.urlsplit(options.proxy).hostname or ""
+        self.session_timeout = settings.session_timeout
         self.connections = ConnectionPool(settings.ca_file, options.proxy)
         # Not build_opener(): that would follow redirects with the key attached, open file: and
         # ftp: URLs, and read the environment's proxies past the settings.
         self.opener = urllib.request.OpenerDirector()
         self.opener.addheaders = []
         self.opener.add_handler(self.connections)
-        if options.proxy.startswith("http:"):
-            self.opener.add_handler(Proxy(options.proxy))
+        http_proxy = options.proxy if options.proxy.startswith("http:") else ""
         self.new_request = functools.lru_cache(maxsize=64)(
-            lambda path: UpstreamRequest(base + path)
+            lambda path: UpstreamRequest(base + path, http_proxy)
         )
 
     def start_request(
@@ -3008,12 +2980,12 @@ class Transport:
         data: Optional[bytes] = None,
         headers: Optional[Dict[str, str]] = None,
         first_byte: Optional[float] = None,
-        force_new_connection: object = False,
+        retry_reason: str = "",
     ) -> UpstreamResponse:
         """Send a request and return before its response arrives.
 
-        ``first_byte`` replaces both timeouts of the response, in seconds. APIError 502, 503 or 504
-        if the request can't be sent.
+        ``first_byte`` replaces both timeouts of the response, in seconds. With a ``retry_reason``
+        the connection is a new one. APIError 502, 503 or 504 if the request can't be sent.
         """
         timeouts = cached_timeouts(
             self.upstream_name,
@@ -3021,36 +2993,41 @@ class Transport:
             first_byte or self.idle_timeout,
         )
         scope.set_deadline(timeouts.first, timeouts.first_byte_message)
-        fields = {**self.headers, **headers} if headers else self.headers
+        request = self.new_request(path).copy(
+            {**self.headers, **headers} if headers else self.headers,
+            method=method,
+            body=data,
+            scope=scope,
+            retry_reason=retry_reason,
+        )
         try:
-            request = self.new_request(path).copy(method, data, fields, scope, force_new_connection)
             response: UpstreamResponse = self.opener.open(request, timeout=self.connect_timeout)
         except NETWORK_ERRORS as error:
-            raise upstream_error(error, scope, self.upstream_name) from error
+            reason = connect_problem(error, self.host, self.proxy_host)
+            raise upstream_error(error, scope, self.upstream_name, reason) from error
         response.timeouts, response.first_byte_deadline = timeouts, scope.deadline
         return response
 
-    def fetch(
-        self,
-        method: str,
-        path: str,
-        scope: CancelScope,
-        data: Optional[bytes] = None,
-        headers: Optional[Dict[str, str]] = None,
-        first_byte: Optional[float] = None,
-    ) -> UpstreamResponse:
-        """Send a request and wait for the head of its response. Errors as start_request()."""
+    def fetch(self, method: str, path: str, scope: CancelScope, **options: Any) -> UpstreamResponse:
+        """Send a request and wait for the head of its response; as start_request()."""
 
         def send(retry_reason: str) -> UpstreamResponse:
-            request = method, path, scope, data, headers, first_byte, retry_reason
-            response = self.start_request(*request)
+            response = self.start_request(method, path, scope, retry_reason=retry_reason, **options)
             response.read_head()
             return response
 
         return retrying(send)
 
+    def get_json(
+        self, path: str, scope: Optional[CancelScope] = None, **options: Any
+    ) -> Tuple[UpstreamResponse, Any]:
+        """GET a short answer within SESSION_TIMEOUT, and its body: None if it is not JSON."""
+        options["first_byte"] = self.session_timeout
+        response = self.fetch("GET", path, scope or CancelScope(), **options)
+        return response, json_or_none(response.read(limit=MAX_SHORT_BODY))
 
-def retrying(send: Callable[[str], UpstreamResponse]) -> UpstreamResponse:
+
+def retrying(send: Callable[[str], T]) -> T:
     """Send a request, and repeat it after an error of the category RETRY.
 
     ``send(reason)`` gets the last error's code, or "" at first; a second error with that code is
@@ -3103,44 +3080,47 @@ report_exhaustion = Throttle(10.0)
 
 
 def upstream_error(
-    error: Exception, scope: CancelScope, upstream_name: str, in_body: bool = False
+    error: Exception,
+    scope: CancelScope,
+    upstream_name: str,
+    reason: str = "",
+    in_body: bool = False,
 ) -> APIError:
     """Translate a network exception; raises the scope's reason if it was cancelled.
 
-    ``in_body``: the head was complete, so a protocol error means a truncated response.
+    ``reason`` is its connect_problem(). ``in_body``: the head was complete, so a protocol error
+    means a truncated response.
     """
     scope.raise_if_cancelled()
     if is_exhausted(error):
         return exhausted_error(error)
     if not isinstance(error, NETWORK_ERRORS):
         return unexpected_error(error, upstream_name)
-    # What a ProtocolError quotes was sent by the upstream, and must not get into the log.
-    detail = str(error).partition(" '")[0] if isinstance(error, ProtocolError) else error
-    reason = str(error) if isinstance(error, ConnectError) else ""
-    message = upstream_name + network_problem(error, in_body)
     if reason:
+        message = f"{upstream_name} could not be reached: {reason}."
         log.warning("%s", message)
     else:
+        message = f"{upstream_name}{network_problem(error, in_body)}."
+        # What a ProtocolError quotes was sent by the upstream, and must not get into the log.
+        detail = str(error).partition(" '")[0] if isinstance(error, ProtocolError) else error
         log.info("%s: %s: %s", upstream_name, type(error).__name__, detail)
-    return APIError(
-        504 if isinstance(error, (socket.timeout, TimeoutError)) else 502,
-        message,
-        code="upstream_error",
-        category=Category.NETWORK,
-        reason=reason,
-    )
+    status = 504 if isinstance(error, (socket.timeout, TimeoutError)) else 502
+    return APIError(status, message, category=Category.NETWORK, reason=reason)
 
 
 def network_problem(error: Exception, in_body: bool) -> str:
     """End of an error message about a connection, after the upstream's name."""
     if isinstance(error, (socket.timeout, TimeoutError)):
-        return " could not be reached in time."
+        return " could not be reached in time"
     if isinstance(error, (http.client.HTTPException, ProtocolError)):
-        cut = ": connection lost: it broke off its answer."
-        return cut if in_body else ": it sent something that is not HTTP."
-    if _is_disconnect(error):
-        return ": connection lost: it broke off the connection."
-    return f" could not be reached{f': {error}' if isinstance(error, ConnectError) else ''}."
+        cut = ": connection lost: it broke off its answer"
+        return cut if in_body else ": it sent something that is not HTTP"
+    if (
+        isinstance(error, (ConnectionError, RaggedEnd))
+        or getattr(error, "reason", "") == "UNEXPECTED_EOF_WHILE_READING"  # Python 3.9
+    ):
+        return ": connection lost: it broke off the connection"
+    return " could not be reached"
 
 
 def exhausted_error(error: Exception) -> APIError:
@@ -3158,26 +3138,12 @@ def exhausted_error(error: Exception) -> APIError:
     )
 
 
-def _is_disconnect(error: Exception) -> bool:
-    """Return whether the upstream closed or reset an established connection."""
-    return (
-        isinstance(error, (ConnectionResetError, BrokenPipeError, RaggedEnd))
-        or type(error) is ConnectionError
-        or getattr(error, "reason", "") == "UNEXPECTED_EOF_WHILE_READING"  # RaggedEnd in Python 3.9
-    )
-
-
 def unexpected_error(error: Exception, upstream_name: str) -> APIError:
     """Wrap an exception that a decoder or controller raised, as a 502.
 
     Upstream.log_exception logs its traceback.
     """
-    failure = APIError(
-        502,
-        f"{upstream_name} failed unexpectedly.",
-        code="upstream_error",
-        category=Category.NETWORK,
-    )
+    failure = truncated(upstream_name, "failed unexpectedly")
     failure.bug = error
     return failure
 
@@ -3194,9 +3160,7 @@ def controller_error(error: Exception, name: str) -> APIError:
 
 def truncated(upstream_name: str, problem: str = "ended its answer early") -> APIError:
     """Return the error for an incomplete or unusable answer."""
-    return APIError(
-        502, f"{upstream_name} {problem}.", code="upstream_error", category=Category.NETWORK
-    )
+    return APIError(502, f"{upstream_name} {problem}.", category=Category.NETWORK)
 
 
 # == 7. streams ===============================================================================
@@ -3498,7 +3462,7 @@ class EventStream:
         if self.complete:
             return []
         try:
-            self.error = error if isinstance(error, APIError) else self.response.to_api_error(error)
+            self.error = self.response.to_api_error(error)
         except (APIError, ClientDisconnected) as reason:  # the scope was cancelled
             self.error = reason
         events: List[Event] = []
@@ -4512,25 +4476,12 @@ def _join_messages(role: str, messages: List[Dict[str, Any]]) -> List[Dict[str, 
     return [{"role": role, "content": parts}]
 
 
-class ToolAdapter(Controller):
-    """Adds the settings prompt and refuse of ``tools`` to another controller."""
-
-    DELEGATED = (
-        "models",
-        "image",
-        "metrics",
-        "status",
-        "limit_is_over",
-        "take_over",
-        "on_tick",
-        "close",
-    )
+class ToolAdapter:
+    """Adds the settings prompt and refuse of ``tools`` to a controller."""
 
     def __init__(self, controller: Controller) -> None:
-        super().__init__(controller.options, controller.settings)
-        self.controller = controller
-        for name in self.DELEGATED:
-            setattr(self, name, getattr(controller, name))
+        self.controller, self.name = controller, controller.name
+        self.options, self.settings = controller.options, controller.settings
 
     def check_support(self, call: Call) -> Optional[APIError]:
         body = call.body
@@ -4596,9 +4547,6 @@ def filtered(decoder: Decoder, step: ToolCallFilter) -> Decoder:
         chain.filters += (ThinkTagFilter(),)
     chain.filters, chain.started = (*chain.filters, step), decoder.started
     return chain
-
-
-T = TypeVar("T")
 
 
 class Cache(Generic[T]):
@@ -4721,6 +4669,9 @@ def with_context_length(model: Dict[str, Any], entry: Dict[str, Any]) -> Dict[st
     length = context_length(entry)
     others = {name: value for name, value in model.items() if name not in CONTEXT_FIELDS}
     return {**others, **dict.fromkeys(CONTEXT_FIELDS, length)} if length else others
+
+
+MAX_MODELS = 10_000
 
 
 def bounded_model_list(
@@ -5451,61 +5402,6 @@ def _find_parts(text: str, form: str) -> Iterator[Tuple[int, int]]:
 # Akash Chat's web API: session, requests, stream, images. Knows no clients and no dialects.
 
 
-class AkashSession:
-    """Starts sessions at one Akash Chat server, for a Cache.
-
-    A cookie is valid for its Max-Age, counted from before the request was sent. Servers without
-    sessions set no cookie, or (akash-chat b58259a, May 2026, without Redis) the fixed
-    ``session_token=validated``; both are valid. The request itself carries no session cookie:
-    b58259a answers a valid one without setting or extending anything.
-    """
-
-    PATH = "/api/auth/session/"
-
-    def __init__(
-        self,
-        transport: Transport,
-        token: str = "",
-        seconds: float = 15.0,
-        secrets: Iterable[str] = (),
-    ) -> None:
-        self.transport, self.seconds = transport, seconds
-        # akash-chat f0a4ae0 (July 2025) expects the SHA-256 of the access token, b58259a (May
-        # 2026) the token itself. The form that worked last is tried first.
-        self.tokens = [token, _sha256(token)] if token else [""]
-        self.secrets = [*self.tokens, *secrets]
-
-    def start(self) -> Tuple[str, float]:
-        """Return a session's cookie, or "", and its lifetime in seconds. APIError."""
-        for token in list(self.tokens):
-            headers = {"Authorization": f"Bearer {token}"} if token else {}
-            response = self.transport.fetch(
-                "GET", self.PATH, CancelScope(), headers=headers, first_byte=self.seconds
-            )
-            answer = response.json()
-            if is_challenge_page(response):
-                raise challenge_page_error(response)
-            if response.status == 200:
-                self.tokens.sort(key=lambda other: other != token)
-                return session_cookie(response.headers.get("set-cookie", ""))
-            if response.status != 403:
-                break
-        reason = redact(str(as_dict(answer).get("error", ""))[:4000], self.secrets)[:200]
-        if "ccess token" in reason:
-            raise auth_error(
-                f"Akash Chat requires a valid access token ({reason}): set AKASH_ACCESS_TOKEN.",
-                response.status,
-            )
-        raise APIError(
-            503,
-            f"Akash Chat did not start a session (status {response.status}).",
-            code="upstream_session",
-            retry_after=5,
-            category=Category.NETWORK,
-            upstream_status=response.status,
-        )
-
-
 def session_cookie(set_cookie: str) -> Tuple[str, float]:
     """Return the session's cookie of Set-Cookie, and its Max-Age; ("", inf) if none."""
     for line in set_cookie.split("\n"):
@@ -5529,17 +5425,13 @@ class AkashLogin:
     COOKIE = re.compile(r"(appSession(?:\.[0-9]{1,2})?)=([^;,\s\"\\]+)")
 
     def __init__(
-        self,
-        name: str,
-        transport: Transport,
-        cookie: str,
-        seconds: float,
-        clock: Callable[[], float],
+        self, transport: Transport, cookie: str, name: str, clock: Callable[[], float]
     ) -> None:
-        self.name, self.transport, self.seconds, self.clock = name, transport, seconds, clock
+        self.transport, self.name, self.clock = transport, name, clock
         self.set_cookie(cookie)
-        self.has_login = any(map(self.COOKIE.match, cookie.replace(" ", "").split(";")))
-        self.active: Optional[bool] = None  # unknown until the server has answered
+        has_login = any(map(self.COOKIE.match, cookie.replace(" ", "").split(";")))
+        # None without a login; "active" or "ended" once the server has answered
+        self.state = "unknown" if has_login else None
         self.renew_at = -math.inf
 
     def set_cookie(self, cookie: str) -> None:
@@ -5551,29 +5443,26 @@ class AkashLogin:
     def renew_async(self) -> None:
         """Renew a login in a thread if that is due."""
         now = self.clock()
-        if self.has_login and now >= self.renew_at:
+        if self.state and now >= self.renew_at:
             self.renew_at = now + self.RETRY
             start_thread(self._renew, "akash login")
 
     def _renew(self) -> None:
         try:
-            response = self.transport.fetch(
-                "GET", self.PATH, CancelScope(), first_byte=self.seconds
-            )
-            response.read(limit=1 << 20)
+            response, _ = self.transport.get_json(self.PATH)
         except APIError as error:
             log.info("%s: login not renewed: %s", self.name, error.message)
             return
-        status = response.status
-        if status == 200 and not is_challenge_page(response):
+        states = {200: "active", 204: "ended", 401: "ended"}
+        if response.status not in states or is_challenge_page(response):
+            log.info("%s: login not renewed (status %d)", self.name, response.status)
+            return
+        before, self.state = self.state, states[response.status]
+        self.renew_at = self.clock() + self.INTERVAL
+        if self.state == "active":
             self._keep(response.headers.get("set-cookie", ""))
-            self.active, self.renew_at = True, self.clock() + self.INTERVAL
-        elif status in (204, 401):
-            if self.active is not False:
-                log.warning("%s: its login has ended: set a new cookie", self.name)
-            self.active, self.renew_at = False, self.clock() + self.INTERVAL
-        else:
-            log.info("%s: login not renewed (status %d)", self.name, status)
+        elif before != "ended":
+            log.warning("%s: its login has ended: set a new cookie", self.name)
 
     def _keep(self, set_cookie: str) -> None:
         """Put the login's new cookies in the place of its old ones."""
@@ -5657,20 +5546,20 @@ def akash_request(call: Call, drop: Iterable[str] = ()) -> Tuple[Dict[str, Any],
     }, [*ignored, *(name for name in unsupported if name not in AKASH_UNSUPPORTED), *json_mode]
 
 
+def refused(param: str, words: str) -> APIError:
+    """Return the 400 for a part of a request that Akash Chat does not accept."""
+    return bad_request(f"{param}: Akash Chat {words}.", param)
+
+
 def _akash_message(
     message: Dict[str, Any], param: str, files: List[Dict[str, str]]
 ) -> Dict[str, Any]:
     role = message.get("role")
     if role not in ("user", "assistant"):
-        raise bad_request(
-            f"{param}: Akash Chat does not support the role {str(role)[:80]!r};"
-            " use system, developer, user or assistant.",
-            f"{param}.role",
-        )
+        words = f"supports system, developer, user and assistant, not {str(role)[:80]!r}"
+        raise refused(f"{param}.role", words)
     if message.get("tool_calls") or message.get("function_call"):
-        raise bad_request(
-            f"{param}: Akash Chat does not support tool calls.", f"{param}.tool_calls"
-        )
+        raise refused(f"{param}.tool_calls", "does not support tool calls")
     text, images = _content(message, param, files)
     escaped = SPECIAL_TOKENS.sub(ESCAPED, text)
     result: Dict[str, Any] = {"role": role, "content": escaped}
@@ -5686,14 +5575,10 @@ def _content(
 ) -> Tuple[str, List[Dict[str, str]]]:
     """Return a message's text, and its images as attachments; append to ``files``."""
     content = message.get("content")
-    if content is None:
-        return "", []
-    if isinstance(content, str):
-        return content, []
+    if content is None or isinstance(content, str):
+        return content or "", []
     if not isinstance(content, list):
-        raise bad_request(
-            f"{param}.content must be a string or a list of parts.", f"{param}.content"
-        )
+        raise refused(f"{param}.content", "needs a string or a list of parts")
     texts, images = [], []
     for index, part in enumerate(map(as_dict, content)):
         part_param, part_type = f"{param}.content[{index}]", part.get("type")
@@ -5708,12 +5593,9 @@ def _content(
             files.append(_text_file(value, part_param))
         else:
             unsupported = str(part if part_type == "text" else part_type)[:80]
-            raise bad_request(
-                f"{part_param}: Akash Chat accepts text and images, not {unsupported!r}.",
-                part_param,
-            )
+            raise refused(part_param, f"accepts text and images, not {unsupported!r}")
     if images and message.get("role") != "user":
-        raise bad_request(f"{param}: only user messages may contain images.", f"{param}.content")
+        raise refused(f"{param}.content", "accepts images from the role user only")
     return "".join(texts), images
 
 
@@ -5723,9 +5605,7 @@ _IMAGE_URL = re.compile(r"data:(image/[a-z0-9.+-]+);base64,|https?://", re.I)
 def _attachment(url: Any, param: str) -> Dict[str, str]:
     match = _IMAGE_URL.match(url) if isinstance(url, str) else None
     if not match:
-        raise bad_request(
-            f"{param}: the image URL must be http(s): or data:image/...;base64,...", param
-        )
+        raise refused(param, "needs an image URL with http(s): or data:image/...;base64,...")
     if match[1]:
         decode_base64(url[match.end() :], param)
     return {"name": "picture", "contentType": (match[1] or "image/png").lower(), "url": url}
@@ -5737,7 +5617,7 @@ def _text_file(file: Dict[str, Any], param: str) -> Dict[str, str]:
     data = decode_base64(encoded.rpartition(",")[2], param) if isinstance(encoded, str) else b"\0"
     text = data.decode("utf-8", "replace")
     if "\0" in text or "\ufffd" in text:
-        raise bad_request(f"{param}: Akash Chat accepts files of UTF-8 text only.", param)
+        raise refused(param, "accepts files of UTF-8 text only")
     name = str(file.get("filename") or "file")[:MAX_NAME]
     return {"name": name, "content": SPECIAL_TOKENS.sub(ESCAPED, text)}
 
@@ -5791,6 +5671,7 @@ AKASH_FINISH_REASONS = {
 # name is in the message, its status takes precedence.
 # fmt: off
 AKASH_ERRORS: List[Tuple[int, Optional[str], str]] = [
+    (404, None,                       r"invalid model name|model \S{1,200} does not exist"),
     (429, None,                       r"rate limit|too many requests|no deployments available"
                                       r"|max parallel request"),
     (400, "content_policy_violation", r"contentpolicyviolation"),
@@ -5799,9 +5680,9 @@ AKASH_ERRORS: List[Tuple[int, Optional[str], str]] = [
     (400, None,                       r"invalid prompt|unsupported role|invalid argument"
                                       r"|bad request|unprocessable|invalid data content"),
     (401, "upstream_auth",            r"authentication error|api key|unauthorized"),
-    (504, "upstream_error",           r"timed? ?out|timeout"),
-    (503, "upstream_error",           r"service unavailable|overloaded"),
-    (502, "upstream_error",           r""),
+    (504, None,                       r"timed? ?out|timeout"),
+    (503, None,                       r"service unavailable|overloaded"),
+    (502, None,                       r""),
 ]
 # fmt: on
 
@@ -5812,44 +5693,37 @@ def akash_error(text: str, model: str, secrets: Iterable[str] = ()) -> APIError:
     The message comes from the backend of Akash Chat, usually LiteLLM; limits apply to the model.
     """
     text = text[:4000]
-    status = litellm_status(text)
-    if status == 404 or re.search(r"invalid model name|model \S{1,200} does not exist", text, re.I):
-        if model not in ("", AkashController.IMAGE_MODEL):
-            return akash_model_not_found(model)
-        # akash-chat f0a4ae0: any failure of AkashGen is reported as an invalid model name
+    named_status = litellm_status(text)
+    status, code = next(
+        (status, code) for status, code, pattern in AKASH_ERRORS if re.search(pattern, text, re.I)
+    )
+    if named_status and status not in (404, named_status):
+        status, code = named_status, None
+    if status == 404 and model not in ("", AkashController.IMAGE_MODEL):
+        return akash_model_not_found(model)
+    if status == 404:  # akash-chat f0a4ae0 reports any failure of AkashGen in this way
         error = image_failed("Akash Chat could not generate the image, or does not offer AkashGen.")
         error.legacy_message = "Error Model."
         return error
-    matched_status, code = next(
-        (status, code) for status, code, pattern in AKASH_ERRORS if re.search(pattern, text, re.I)
-    )
-    status = status or matched_status
-    if status >= 500:
-        code = code or "upstream_error"
-    elif status != matched_status:
-        code = None  # it belongs to the other status
     message = _akash_reason(text, secrets)
     if status in (401, 402, 403):  # a key of the backend: concerns the model, not our session
-        return APIError(
-            424,
-            message,
-            code="upstream_auth",
-            category=Category.REFUSED,
-            retry=False,
-            cooldown_scope="model",
+        error = auth_error(message, status)
+        error.category, error.cooldown_scope, error.upstream_status = (
+            Category.REFUSED,
+            "model",
+            None,
         )
-    status = {500: 502, 529: 503}.get(status, status)
+        return error
     wait = retry_after_seconds({}, {}, message=text)
-    if status == 429 or status >= 500 and wait:
-        return APIError(
-            status,
-            message,
-            code=code,
-            category=Category.RATE_LIMIT,
-            cooldown_scope="model",
-            retry_after=wait,
-        )
-    return APIError(status, message, code=code)
+    is_limit = status == 429 or status >= 500 and wait is not None
+    return APIError(
+        {500: 502, 529: 503}.get(status, status),
+        message,
+        code=code,
+        category=Category.RATE_LIMIT if is_limit else None,
+        cooldown_scope="model" if is_limit else "controller",
+        retry_after=wait if is_limit else None,
+    )
 
 
 def _akash_reason(text: str, secrets: Iterable[str]) -> str:
@@ -5891,6 +5765,7 @@ _ADDRESS = re.compile(
 # fmt: on
 
 _SINGLE_TEXT = re.compile(rb'0:("[ !#-\[\]-~]+")\n')  # ASCII without escapes
+_NO_TEXT_PART = re.compile(rb"\n(?!0:)([^\n]*)")  # splits text parts in a row from other lines
 
 
 class AkashDecoder(Decoder):
@@ -5920,6 +5795,8 @@ class AkashDecoder(Decoder):
     LINE_LIMIT = 8 << 20  # bytes
     has_fast_path = True
     REASONING_PART = "<think>\n", "\n</think>\n\n"
+    # types of SDK 5 for the codes of SDK 4
+    TYPES = {b"g": "reasoning-delta", b"9": "tool-input-available", b"3": "error", b"d": "finish"}
 
     def __init__(self, model: str = "", secrets: Iterable[str] = ()) -> None:
         self.model, self.secrets = model, secrets
@@ -5931,42 +5808,18 @@ class AkashDecoder(Decoder):
         if single:
             return [Text(single[1:-1].decode())]
         out: List[Event] = []
-        first, *rest = (b"\n" + take_complete_lines(self.buffer, data)).split(b"\n0:")
-        for joined, texts, others in [(b"", [], first), *self._runs(rest)]:
-            if joined and not self.complete and not self.error:
-                self._texts(joined, texts, out)
-            for line in others.split(b"\n"):
-                if line and not self.complete and not self.error:
-                    self._line(line, out)
+        for part in _NO_TEXT_PART.split(b"\n" + take_complete_lines(self.buffer, data)):
+            if self.complete or self.error:
+                break
+            if part.startswith(b"\n0:"):
+                self._texts(part[3:].split(b"\n0:"), out)
+            elif part:
+                self._line(part, out)
         if self.complete or self.error:
             self.buffer.clear()
         elif len(self.buffer) > self.LINE_LIMIT:
             self._fail("Akash Chat sent a line that is too long.")
         return out
-
-    @staticmethod
-    def _runs(lines: List[bytes]) -> List[Tuple[bytes, List[bytes], bytes]]:
-        """Group consecutive text parts: (joined by commas, parts, other lines after them).
-
-        Each of ``lines`` is one text part plus the other lines after it. Parts are joined by
-        ",\\n": JSON strings contain no raw line break, so no part can swallow the next one.
-        """
-        if not lines:
-            return []
-        last, _, others = lines.pop().partition(b"\n")
-        lines.append(last)
-        joined = b",\n".join(lines)
-        if joined.count(b"\n") < len(lines):  # text parts only, as in most reads
-            return [(joined, lines, others)]
-        runs: List[Tuple[bytes, List[bytes], bytes]] = []
-        texts: List[bytes] = []
-        for line in lines:
-            text, newline, between = line.partition(b"\n")
-            texts.append(text)
-            if newline:
-                runs.append((b",\n".join(texts), texts, between))
-                texts = []
-        return [*runs, (b",\n".join(texts), texts, others)]
 
     def fast_path(self, data: bytes) -> bytes:
         """Return the JSON string of data that is exactly one plain text part, else b""."""
@@ -5981,69 +5834,62 @@ class AkashDecoder(Decoder):
         if self.error and self.error.message == MALFORMED_LINE:
             self.error = None  # the line was cut: report the truncation below instead
         if not self.complete:
-            self._fail("Akash Chat ended its answer early.")
+            self._fail(ENDED_EARLY)
         return out
 
     def _line(self, line: bytes, out: List[Event]) -> None:
+        code, data = line[:1], line[5:].strip()
         try:
-            if line[1:2] == b":" and line[:1].isalnum():
-                if line[:1] in b"g39d":
+            if line[1:2] == b":" and code.isalnum():
+                if code in self.TYPES:
                     value = _decode_any(line[2:].decode("utf-8", "surrogatepass"))
-                    self._on_v4_part(line[:1], value, out)
+                    event = {"delta": value, "errorText": value, **as_dict(value)}
+                    self._event({**event, "type": self.TYPES[code]}, out)
             elif line.startswith(b"data:"):
-                self._on_v5_event(line[5:].strip(), out)
-            elif not line.startswith((b":", b"event:", b"id:", b"retry:", b"\r")):
-                page = re.match(rb"\s*<(!doctype|html|head|body)\b", line, re.I)
-                if page:
-                    self._fail(CHALLENGE_PAGE, "upstream_blocked")
+                if data == b"[DONE]":
+                    self._fail(ENDED_EARLY)
                 else:
-                    self._fail("Akash Chat sent something other than a stream.")
+                    event = as_dict(_decode_any(data.decode("utf-8", "surrogatepass")))
+                    self._event({"finishReason": "stop", **event}, out)
+            elif re.match(rb"\s*<(!doctype|html|head|body)\b", line, re.I):
+                self._fail(CHALLENGE_PAGE, "upstream_blocked")
+            elif not line.startswith((b":", b"event:", b"id:", b"retry:", b"\r")):
+                self._fail("Akash Chat sent something other than a stream.")
         except (ValueError, RecursionError):
             self._fail(MALFORMED_LINE)
 
-    def _on_v4_part(self, code: bytes, value: Any, out: List[Event]) -> None:
-        if code == b"g" and isinstance(value, str) and value:
-            out.append(Reasoning(value))
-        elif code == b"3":
-            self.error = akash_error(str(value), self.model, self.secrets)
-        elif code == b"9" and isinstance(value, dict):
-            self._tool(value, value.get("args"), out)
-        elif code == b"d" and isinstance(value, dict):
-            self._finish(value.get("finishReason"), value.get("usage"), out)
-
-    def _on_v5_event(self, data: bytes, out: List[Event]) -> None:
-        if data == b"[DONE]":
-            self._fail("Akash Chat ended its answer early.")
-            return
-        event = as_dict(_decode_any(data.decode("utf-8", "surrogatepass")))
-        event_type = event.get("type")
+    def _event(self, event: Dict[str, Any], out: List[Event]) -> None:
+        event_type, delta = event.get("type"), event.get("delta")
         if event_type in ("text-delta", "reasoning-delta"):
-            if event.get("delta"):
-                make_event = Text if event_type == "text-delta" else Reasoning
-                out.append(make_event(str(event["delta"])))
+            if isinstance(delta, str) and delta:
+                out.append(Text(delta) if event_type == "text-delta" else Reasoning(delta))
         elif event_type == "tool-input-available":
-            self._tool(event, event.get("input"), out)
+            self._tool(event, out)
         elif event_type in ("error", "tool-input-error"):
             self.error = akash_error(str(event.get("errorText", "")), self.model, self.secrets)
         elif event_type == "abort":
             self._fail("Akash Chat aborted its answer.")
         elif event_type == "finish":
-            metadata = as_dict(event.get("messageMetadata"))
-            self._finish(
-                event.get("finishReason", "stop"),
-                metadata.get("totalUsage") or metadata.get("usage"),
-                out,
-            )
+            self._finish(event, out)
 
-    def _texts(self, joined: bytes, lines: List[bytes], out: List[Event]) -> None:
-        """Decode consecutive text parts at once; one by one if any of them is malformed."""
+    def _texts(self, lines: List[bytes], out: List[Event]) -> None:
+        """Decode consecutive text parts at once; one by one if any of them is malformed.
+
+        Joined by ",\\n" no part can swallow the next: JSON strings contain no raw line break.
+        """
         try:
-            texts = _decode_any((b"[%b]" % joined).decode("utf-8", "surrogatepass"))
+            joined = b"[%b]" % b",\n".join(lines)
+            texts = _decode_any(joined.decode("utf-8", "surrogatepass"))
             text = "".join(texts)
-            if len(texts) != len(lines) > 1:
+            if len(texts) != len(lines):
                 raise ValueError("a line holds more than one value")
         except (ValueError, TypeError, RecursionError):
-            self._one_by_one(lines, out)
+            if len(lines) == 1:
+                self._fail(MALFORMED_LINE)
+                return
+            for line in lines:
+                if not self.error:
+                    self._texts([line], out)
             return
         if "<think>\n" not in text:
             texts = [text]
@@ -6054,35 +5900,18 @@ class AkashDecoder(Decoder):
             else:
                 out.append(Text(text))
 
-    def _one_by_one(self, lines: List[bytes], out: List[Event]) -> None:
-        if len(lines) == 1:
-            self._salvage(lines[0], out)
-            return
-        for line in lines:
-            if line and not self.error:
-                self._texts(line, [line], out)
-
-    def _salvage(self, line: bytes, out: List[Event]) -> None:
-        """Emit the strings before the error in a malformed line, then fail."""
-        scan, text, position = json.JSONDecoder().raw_decode, line.decode("utf-8", "replace"), 0
-        with contextlib.suppress(ValueError, RecursionError):
-            while position < len(text):
-                value, position = scan(text, position)
-                if not isinstance(value, str):
-                    break
-                out.append(Text(value))
-                position += text.startswith(",", position)
-        self._fail(MALFORMED_LINE)
-
-    def _tool(self, call: Dict[str, Any], arguments: Any, out: List[Event]) -> None:
+    def _tool(self, event: Dict[str, Any], out: List[Event]) -> None:
         if self.tool_count == MAX_TOOL_CALLS:
             self.error = too_many_calls("Akash Chat")
             return
-        call_id, name = str(call.get("toolCallId")), str(call.get("toolName"))
-        out.append(ToolCall(self.tool_count, _encode(arguments), call_id, name))
+        arguments = _encode(event.get("input", event.get("args")))
+        call_id, name = str(event.get("toolCallId")), str(event.get("toolName"))
+        out.append(ToolCall(self.tool_count, arguments, call_id, name))
         self.tool_count += 1
 
-    def _finish(self, reason: Any, usage: Any, out: List[Event]) -> None:
+    def _finish(self, event: Dict[str, Any], out: List[Event]) -> None:
+        reason, metadata = event.get("finishReason"), as_dict(event.get("messageMetadata"))
+        usage = metadata.get("totalUsage") or metadata.get("usage") or event.get("usage")
         if isinstance(reason, str) and reason in AKASH_FINISH_REASONS:
             self.complete = True
             out.append(Finish(AKASH_FINISH_REASONS[reason], _akash_usage(usage)))
@@ -6109,8 +5938,8 @@ def is_challenge_page(response: UpstreamResponse) -> bool:
 
 def challenge_page_error(response: UpstreamResponse) -> APIError:
     """Return the 502 for a challenge page, without any of its HTML; also log it."""
-    _, host, tunnel_host = response.key
-    reason = f"{tunnel_host or host}: {CHALLENGE_PAGE}"
+    name = urllib.parse.urlsplit("//" + response.request.fields["Host"]).hostname
+    reason = f"{name}: {CHALLENGE_PAGE}"
     log.warning("%s (status %d)", reason, response.status)
     return APIError(
         502,
@@ -6122,6 +5951,7 @@ def challenge_page_error(response: UpstreamResponse) -> APIError:
     )
 
 
+ENDED_EARLY = "Akash Chat ended its answer early."
 MALFORMED_LINE = "Akash Chat sent a malformed line."
 CHALLENGE_PAGE = (
     "A proxy in front of Akash Chat answered with a web page: set AKASH_COOKIE and USER_AGENT as"
@@ -6135,10 +5965,8 @@ def _akash_usage(usage: Any) -> Optional[Dict[str, int]]:
     Both are null if the backend reports no usage, which akash-chat does not request.
     """
     usage = as_dict(usage)
-    prompt, completion = (
-        next((usage[name] for name in names if count_or_none(usage.get(name)) is not None), None)
-        for names in (("promptTokens", "inputTokens"), ("completionTokens", "outputTokens"))
-    )
+    prompt = count_or_none(usage.get("promptTokens", usage.get("inputTokens")))
+    completion = count_or_none(usage.get("completionTokens", usage.get("outputTokens")))
     if prompt is None or completion is None:
         return None
     return {
@@ -6180,83 +6008,67 @@ def parse_image_job(body: bytes) -> Optional[Tuple[str, str]]:
 class ImageBatch:
     """The image jobs of one request."""
 
-    def __init__(self) -> None:
+    def __init__(self, key: Tuple[str, str, str]) -> None:
+        self.key = key  # of the request: its client, path and body
         self.jobs: List[Tuple[str, str]] = []  # (job ID, prompt)
         self.lock = threading.Lock()  # held while a job is being started
         self.cancellation = Cancellation()  # of the request
+        self.joined = False  # it has, or had, a request
         self.failed = False  # the request got an error that SDKs retry
         self.expires_at = math.inf
 
-    def is_abandoned(self) -> bool:
-        """Whether its request has ended without the images."""
-        return self.failed or self.cancellation.reason is not None
 
-
-class ImageBatches:
-    """Finds the jobs of an image request when the client repeats it. Any thread.
+class AkashImages:
+    """Generates images: starts and polls jobs, fetches results. Worker thread.
 
     SDKs repeat a request after a timeout or an error 5xx, while its jobs go on at Akash Chat. A
-    repeat has the client, path and body of a request that ended without its images. Jobs whose
-    images were sent are forgotten: the same prompt then gives other images.
+    repeat has the client, path and body of a request that ended without its images, and joins its
+    jobs. Jobs whose images were sent are forgotten: the same prompt then gives other images.
     """
 
     MAX_BATCHES, KEPT_SECONDS = 1000, 600.0
 
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self.clock, self.lock = clock, threading.Lock()
+    def __init__(self, akash: "AkashController", clock: Callable[[], float]) -> None:
+        self.akash, self.clock, self.lock = akash, clock, threading.Lock()
         self.batches: OrderedDict[Tuple[str, str, str], ImageBatch] = OrderedDict()
 
-    @staticmethod
-    def key(call: Call) -> Tuple[str, str, str]:
-        return call.client, call.original.path, _sha256(call.original.raw_body)
-
-    def find(self, call: Call) -> Optional[ImageBatch]:
-        """Return the batch that the call repeats."""
+    def find(self, call: Call) -> ImageBatch:
+        """Return the batch that the call repeats, or a new one."""
+        key = call.client, call.original.path, _sha256(call.original.raw_body)
         with self.lock:
-            batch = self.batches.get(self.key(call))
-            usable = batch and batch.is_abandoned() and self.clock() < batch.expires_at
-            return batch if usable else None
+            batch = self.batches.get(key)
+            ended = batch and (batch.failed or batch.cancellation.reason is not None)
+            usable = batch and ended and self.clock() < batch.expires_at
+        return batch if batch and usable else ImageBatch(key)
 
     def join(self, call: Call) -> ImageBatch:
-        """Return the batch that the call repeats, or a new one, and make it the call's."""
-        batch, key = self.find(call) or ImageBatch(), self.key(call)
+        """Make the batch that the call repeats, or a new one, the call's own."""
+        batch = self.find(call)
         with self.lock:
-            batch.cancellation, batch.failed = call.cancellation, False
+            batch.cancellation, batch.joined, batch.failed = call.cancellation, True, False
             batch.expires_at = self.clock() + self.KEPT_SECONDS
-            self.batches[key] = batch
-            self.batches.move_to_end(key)
+            self.batches[batch.key] = batch
+            self.batches.move_to_end(batch.key)
             if len(self.batches) > self.MAX_BATCHES:
                 self.batches.popitem(last=False)
         return batch
 
-    def forget(self, call: Call, batch: ImageBatch) -> None:
-        """Forget a batch of the call."""
-        key = self.key(call)
+    def forget(self, batch: ImageBatch) -> None:
         with self.lock:
-            if self.batches.get(key) is batch:
-                del self.batches[key]
-
-
-class AkashImages:
-    """Generates images: starts and polls jobs, fetches results. Worker thread."""
-
-    def __init__(self, akash: "AkashController", clock: Callable[[], float]) -> None:
-        self.akash, self.batches = akash, ImageBatches(clock)
+            if self.batches.get(batch.key) is batch:
+                del self.batches[batch.key]
 
     def events(self, call: Call, data: bytes) -> Iterator[Event]:
-        """Start a job for each image, then poll them; text instead of a job is passed on.
-
-        A repeated request joins the jobs that its predecessor has started. Worker thread.
-        """
-        batch = self.batches.join(call)
+        """Start a job for each image, then poll them; text instead of a job is passed on."""
+        batch = self.join(call)
         try:
             yield from self._batch_events(call, data, batch)
         except APIError as error:
             batch.failed = error.status >= 500 and error.retry is not False
             if not batch.failed:
-                self.batches.forget(call, batch)
+                self.forget(batch)
             raise
-        self.batches.forget(call, batch)
+        self.forget(batch)
 
     def _batch_events(self, call: Call, data: bytes, batch: ImageBatch) -> Iterator[Event]:
         """Yield a batch's events; one job at a time if concurrent requests are limited."""
@@ -6265,9 +6077,9 @@ class AkashImages:
         for index in range(count):
             # a job can't be cancelled: start none for a client that left
             call.cancellation.raise_if_cancelled()
-            words = self._start_job(call, data, batch, index)
-            if words is not None:
-                yield from self._text_instead(call, words)
+            text = self._start_job(call, data, batch, index)
+            if text is not None:
+                yield from text
                 return
             if sequential:
                 yield from self._poll_image(call, *batch.jobs[index])
@@ -6275,8 +6087,10 @@ class AkashImages:
             yield from self._poll_image(call, *job)
         yield Finish("stop")
 
-    def _start_job(self, call: Call, data: bytes, batch: ImageBatch, index: int) -> Optional[bytes]:
-        """Start a job of a batch, unless it has one; the body if that is text instead."""
+    def _start_job(
+        self, call: Call, data: bytes, batch: ImageBatch, index: int
+    ) -> Optional[List[Event]]:
+        """Start a job of a batch, unless it has one; events if the answer is text."""
         while not batch.lock.acquire(timeout=0.25):  # the predecessor is just starting it
             call.cancellation.raise_if_cancelled()
         try:
@@ -6284,14 +6098,12 @@ class AkashImages:
                 return None
             # A repeat could not join a job whose ID was lost with the connection.
             with call.cancellation.shield():
-                response = self.akash.with_session(
-                    "POST", self.akash.CHAT_PATH, call.scope, data, model=call.model
+                response, body = self.akash.with_session(
+                    "POST", self.akash.CHAT_PATH, call.scope, call.model, data=data
                 )
-                body = response.read(limit=4 << 20)
                 job = parse_image_job(body)
                 if job is None:
-                    self.akash.learn_version(response)
-                    return body
+                    return self._text_instead(call, response, body)
                 if job[0] in ("", "undefined"):
                     raise image_failed("Akash Chat could not start the image job.")
                 batch.jobs.append(job)
@@ -6299,18 +6111,19 @@ class AkashImages:
         finally:
             batch.lock.release()
 
-    def _text_instead(self, call: Call, body: bytes) -> Iterator[Event]:
+    def _text_instead(self, call: Call, response: UpstreamResponse, body: bytes) -> List[Event]:
         """Return the events of an answer with text where an image was requested."""
         decoder = akash_decoder(call.model, self.akash.secrets())
         events = decoder.feed(body) + decoder.close()
         if decoder.error:
-            # b58259a sends text to a backend model AkashGen, which its backend usually lacks; it
-            # reports failures by status. With f0a4ae0 this error is a failure.
-            is_text = decoder.error.code == "image_failed" and self.akash.is_b58259a
+            # akash-chat b58259a, which sends this header, passes text to a backend model AkashGen
+            # that is usually missing, and reports failures by status; f0a4ae0 fails in this way.
+            is_b58259a = "cross-origin-resource-policy" in response.headers
+            is_text = decoder.error.code == "image_failed" and is_b58259a
             raise no_image("") if is_text else decoder.error
         if call.image_count:
             raise no_image(fold(events).text)
-        yield from events
+        return events
 
     def _poll_image(self, call: Call, job: str, prompt: str) -> Iterator[Event]:
         """Poll a job, ever more slowly, until its image is ready; APIError if it fails."""
@@ -6346,10 +6159,7 @@ class AkashImages:
         """Return a job's status object; {} if it is unknown, None if the request failed."""
         path = "/api/image-status/?ids=" + urllib.parse.quote(job, safe="")
         try:
-            response = self.akash.transport.fetch(
-                "GET", path, call.scope, first_byte=self.akash.settings.session_timeout
-            )
-            jobs = response.json()
+            response, jobs = self.akash.transport.get_json(path, call.scope)
         except APIError as error:
             log.info("status of an image job: %s", error.message)
             call.cancellation.new_scope()  # a timeout has cancelled the old one
@@ -6370,6 +6180,7 @@ class AkashController(Controller):
     """Akash Chat's web API: streams chats, generates images with the model AkashGen."""
 
     IMAGE_MODEL = "AkashGen"
+    SESSION_PATH = "/api/auth/session/"
     CHAT_PATH = "/api/chat/"
     LIMIT_PATH = "/api/rate-limit/status/"  # since akash-chat b58259a
     # akash-chat b58259a (May 2026) cuts a body above this size, then answers an empty 500
@@ -6392,26 +6203,24 @@ class AkashController(Controller):
         }
         self.transport = Transport(options, settings, options.base_url, "Akash Chat", headers)
         cookies = options.cookie, self.transport.headers.get("Cookie", "")
-        cookie = "; ".join(filter(None, cookies))
-        seconds = settings.session_timeout
-        self.login = AkashLogin(self.name, self.transport, cookie, seconds, clock)
-        self.sessions = AkashSession(
-            self.transport,
-            options.api_key,
-            settings.session_timeout,
-            [*cookie_values(settings.akash_cookie), *option_secrets(options)],
-        )
+        self.login = AkashLogin(self.transport, "; ".join(filter(None, cookies)), self.name, clock)
+        # akash-chat f0a4ae0 (July 2025) expects the SHA-256 of the access token, b58259a (May
+        # 2026) the token itself. The form that worked last is tried first.
+        token = options.api_key
+        self.access_tokens = [token, _sha256(token)] if token else [""]
+        own_secrets = cookie_values(settings.akash_cookie) + option_secrets(options)
+        self.own_secrets = [*self.access_tokens, *own_secrets]
         self.images = AkashImages(self, clock)
-        self.is_b58259a = False  # else f0a4ae0, or not known yet
-        self.session = Cache(f"{self.name}: session", self.sessions.start, clock, expires=True)
+        self.session = Cache(f"{self.name}: session", self._start_session, clock, expires=True)
         self.model_cache = Cache(f"{self.name}: models", self._fetch_models, clock)
+        self.context_lengths: Dict[str, int] = {}  # in tokens, by model
 
     def check_support(self, call: Call) -> Optional[APIError]:
         try:
             call.prepared_requests[self.name] = self._prepare(call)
         except APIError as error:
             return error
-        if self._is_image(call) and self.images.batches.find(call):
+        if self._is_image(call) and self.images.find(call).joined:
             call.preferred = self.name
         return None
 
@@ -6430,7 +6239,7 @@ class AkashController(Controller):
             call.scope,
             data,
             self._headers(data, cookie),
-            force_new_connection=call.attempt.retry_reason,
+            retry_reason=call.attempt.retry_reason,
         )
         return EventStream(
             response, lambda response: self._decoder(call, response, stop_filter, cookie)
@@ -6438,17 +6247,14 @@ class AkashController(Controller):
 
     def _check_context(self, call: Call, tokens: int) -> None:
         """Note that Akash Chat will cut the conversation, or refuse it; APIError 400."""
-        models = self.model_cache.value or []
         if tokens > AKASH_SMALL:
             with contextlib.suppress(APIError):
-                models = self.models()
+                self.models()
         name = self.options.model_map.get(call.model, call.model)
-        found = next((model for model in models if model["id"] == name), {})
-        limit = found.get("context_length", AKASH_CONTEXT)
+        limit = self.context_lengths.get(name, AKASH_CONTEXT)
         room = max(0, limit - AKASH_RESERVED)
         if tokens <= room:
             return
-        problem = f"about {tokens} tokens > {room}"
         if (self.options.context_overflow or self.settings.context_overflow) == "refuse":
             raise APIError(
                 400,
@@ -6459,7 +6265,7 @@ class AkashController(Controller):
                 category=Category.REFUSED,
                 overflow=Overflow(tokens, 0, room),
             )
-        call.attempt.overflow = problem
+        call.attempt.overflow = f"about {tokens} tokens > {room}"
 
     def _prepare(self, call: Call) -> Tuple[bytes, StopFilter, List[str], int]:
         """Return the request body, the filter of its answer, and what is ignored of it.
@@ -6490,38 +6296,30 @@ class AkashController(Controller):
 
     def secrets(self, cookie: Optional[str] = None) -> List[str]:
         """List the strings to redact from errors: keys, header values and cookies."""
-        return [
-            *self.sessions.secrets,
-            *cookie_values(self.login.cookie),
-            *cookie_values(self.session.value or ""),
-            *cookie_values(cookie or ""),
-        ]
+        cookies = "; ".join(filter(None, (self.login.cookie, self.session.value, cookie)))
+        return self.own_secrets + cookie_values(cookies)
 
     def models(self) -> List[Dict[str, Any]]:
         return self.model_cache.get()
 
     def metrics(self) -> Dict[str, float]:
         metrics: Dict[str, float] = {"akashproxy_session_renewals_total": self.session.fetch_count}
-        if self.login.active is not None:
-            metrics["akashproxy_login_active"] = int(self.login.active)
+        if self.login.state in ("active", "ended"):
+            metrics["akashproxy_login_active"] = int(self.login.state == "active")
         return metrics
 
     def status(self) -> Dict[str, Any]:
-        if not self.login.has_login:
-            return {"login": None}
-        return {"login": {None: "unknown", True: "active", False: "ended"}[self.login.active]}
+        return {"login": self.login.state}
 
     def limit_is_over(self) -> Optional[bool]:
-        response = self.transport.fetch(
-            "GET", self.LIMIT_PATH, CancelScope(), first_byte=self.settings.session_timeout
-        )
-        blocked = as_dict(response.json()).get("blocked")
+        response, status = self.transport.get_json(self.LIMIT_PATH)
+        blocked = as_dict(status).get("blocked")
         return not blocked if response.status == 200 and isinstance(blocked, bool) else None
 
     def take_over(self, previous: Any) -> None:
         self.login.set_cookie(previous.login.cookie)
-        self.login.active, self.login.renew_at = previous.login.active, previous.login.renew_at
-        self.images.batches = previous.images.batches
+        self.login.state, self.login.renew_at = previous.login.state, previous.login.renew_at
+        self.images, previous.images.akash = previous.images, self
 
     def on_tick(self, now: float) -> None:
         super().on_tick(now)
@@ -6539,7 +6337,6 @@ class AkashController(Controller):
         raise APIError(
             502,
             f"Akash Chat could not serve the image (status {response.status}).",
-            code="upstream_error",
             upstream_status=response.status,
         )
 
@@ -6558,145 +6355,137 @@ class AkashController(Controller):
             filters = [stop_filter] if stop_filter.needed else []
             return akash_decoder(call.model, self.secrets(cookie), *filters)
 
-        def parse(data: bytes) -> NoReturn:
-            is_retry = call.attempt.retry_reason == "session"
-            sent = call.prepared_requests[self.name][0]
-            raise self._session_error(response, data, call.model, cookie, is_retry, len(sent))
-
-        return BufferedBody(parse, 1 << 20, is_error_body=True)
+        return BufferedBody(
+            lambda body: self._fail(response, body, call.model, cookie),
+            MAX_SHORT_BODY,
+            is_error_body=True,
+        )
 
     def with_session(
-        self,
-        method: str,
-        path: str,
-        scope: CancelScope,
-        data: Optional[bytes] = None,
-        first_byte: Optional[float] = None,
-        model: str = "",
-    ) -> UpstreamResponse:
-        """Send a request with the cookie; repeat it once if the session was rejected."""
+        self, method: str, path: str, scope: CancelScope, model: str = "", **options: Any
+    ) -> Tuple[UpstreamResponse, bytes]:
+        """Send a request with the cookie, once more if the session was rejected.
 
-        def send(retry_reason: str) -> UpstreamResponse:
+        Returns the response and its body. APIError unless its status is 200.
+        """
+
+        def send(retry_reason: str) -> Tuple[UpstreamResponse, bytes]:
             cookie = self.session.get(scope)
-            response = self.transport.fetch(
-                method, path, scope, data, self._headers(data, cookie), first_byte
+            headers = self._headers(options.get("data"), cookie)
+            response = self.transport.start_request(
+                method, path, scope, headers=headers, retry_reason=retry_reason, **options
             )
-            if response.status == 200 and not is_challenge_page(response):
-                return response
-            body, is_retry = response.read(limit=1 << 20), retry_reason == "session"
-            raise self._session_error(response, body, model, cookie, is_retry, len(data or b""))
+            response.read_head()
+            body = response.read(limit=MAX_SHORT_BODY)
+            if response.status != 200 or is_challenge_page(response):
+                self._fail(response, body, model, cookie)
+            return response, body
 
         return retrying(send)
 
-    def _session_error(
-        self,
-        response: UpstreamResponse,
-        data: bytes,
-        model: str,
-        cookie: str,
-        is_retry: bool,
-        sent: int,
-    ) -> APIError:
-        """Return the error for an unsuccessful response, ``sent`` bytes of request.
+    def _start_session(self) -> Tuple[str, float]:
+        """Return a new session's cookie, or "", and its lifetime in seconds. APIError.
+
+        A cookie is valid for its Max-Age, counted from before the request was sent. Servers without
+        sessions set no cookie, or (akash-chat b58259a, May 2026, without Redis) the fixed
+        ``session_token=validated``; both are valid. The request itself carries no session cookie:
+        b58259a answers a valid one without setting or extending anything.
+        """
+        for token in list(self.access_tokens):
+            headers = {"Authorization": f"Bearer {token}"} if token else {}
+            response, answer = self.transport.get_json(self.SESSION_PATH, headers=headers)
+            if is_challenge_page(response):
+                raise challenge_page_error(response)
+            if response.status == 200:
+                self.access_tokens.sort(key=lambda other: other != token)
+                return session_cookie(response.headers.get("set-cookie", ""))
+            if response.status != 403:
+                break
+        reason = redact(str(as_dict(answer).get("error", ""))[:4000], self.secrets())[:200]
+        if "ccess token" in reason:
+            raise auth_error(
+                f"Akash Chat requires a valid access token ({reason}): set AKASH_ACCESS_TOKEN.",
+                response.status,
+            )
+        moved = redact(response.headers.get("location", "")[:1000], self.secrets())[:200]
+        hint = f": it redirects to {moved}, check AKASH_BASE_URL" if moved else ""
+        raise APIError(
+            503,
+            f"Akash Chat did not start a session (status {response.status}){hint}.",
+            code="upstream_session",
+            retry_after=5,
+            category=Category.NETWORK,
+            upstream_status=response.status,
+        )
+
+    def _fail(self, response: UpstreamResponse, body: bytes, model: str, cookie: str) -> NoReturn:
+        """Raise the error for an unsuccessful response.
 
         A rejected session is invalidated; its category is RETRY, unless this is the retry.
         """
-        fields = as_dict(json_or_none(data))
-        rejected = fields.get("message") == "Unauthorized: Invalid session"
-        if rejected and response.status == 403 and not is_retry:
+        request = response.request
+        status, fields = response.status, as_dict(json_or_none(body))
+        message = str(fields.get("message") or fields.get("error") or "")
+        rejected = status == 403 and message == "Unauthorized: Invalid session"
+        if rejected and request.retry_reason != "session":
             self.session.invalidate(cookie)
-            return APIError(
+            raise APIError(
                 502, "Akash Chat rejected the session.", code="session", category=Category.RETRY
             )
-        secrets = self.secrets(cookie)
-        if response.status == 400 and data and not fields and not is_challenge_page(response):
-            error = akash_error("Bad request: " + data.decode("utf-8", "replace"), model, secrets)
-        else:
-            message = str(fields.get("message") or fields.get("error") or "")[:4000]
-            error = self._status_error(response, fields, redact(message, secrets), model, sent)
-        error.upstream_status = response.status
-        return error
-
-    def _status_error(
-        self,
-        response: UpstreamResponse,
-        fields: Dict[str, Any],
-        message: str,
-        model: str,
-        sent: int,
-    ) -> APIError:
-        """Return the error for a status or web page; ``fields`` is the JSON body."""
-        status = response.status
-        if status == 413 or status == 500 and not message and sent > self.MAX_BODY_BYTES:
-            return APIError(
+        if status == 400 and not fields and body:
+            message = "Bad request: " + body[:4000].decode("utf-8", "replace")
+        message = redact(message[:4000], self.secrets(cookie))
+        is_large = len(request.body or b"") > self.MAX_BODY_BYTES
+        if status == 413 or status == 500 and not message and is_large:
+            error = APIError(
                 413,
                 "The request is too large for Akash Chat (limit: 10 MB).",
                 category=Category.REFUSED,
                 retry=False,
             )
-        if is_challenge_page(response):
-            return challenge_page_error(response)
-        if fields.get("error") == "Model not available":
-            # b58259a lists no models while its backend is down: an outage, not a wrong model
-            if fields.get("available_models") == []:
-                return APIError(
-                    503,
-                    "Akash Chat currently offers no models.",
-                    code="upstream_error",
-                    retry_after=30,
-                    category=Category.NETWORK,
-                )
-            return akash_model_not_found(model)
-        if status == 429:
-            return APIError(
-                429,
-                f"Akash Chat: {redact_hosts(message)[:300] or 'too many requests.'}",
-                retry_after=retry_after_seconds(response.headers, fields, message=message),
-            )
-        if status in (401, 403):
-            return auth_error(
-                f"Akash Chat denied access ({redact_hosts(message)[:200] or status}).", status
-            )
-        return self._backend_error(response, fields, message, model)
+        elif is_challenge_page(response):
+            error = challenge_page_error(response)
+        elif fields.get("error") == "Model not available":
+            is_outage = fields.get("available_models") == []  # b58259a
+            error = no_models() if is_outage else akash_model_not_found(model)
+        elif fields.get("error") == "Error generating image":  # b58259a
+            error = image_failed(f"Image generation failed: {redact_hosts(message)[:200]}")
+        else:
+            error = self._status_error(response, fields, message, model)
+        error.upstream_status = status
+        raise error
 
-    def _backend_error(
+    def _status_error(
         self, response: UpstreamResponse, fields: Dict[str, Any], message: str, model: str
     ) -> APIError:
-        """Return the error for a failure of the server or its backend."""
-        status = response.status
-        retry_after = retry_after_seconds(response.headers, fields, message=message, limit=False)
-        if fields.get("error") == "Error generating image":  # b58259a
+        """Return the error for a status; ``fields`` is the JSON body."""
+        status, is_limit = response.status, response.status == 429
+        wait = retry_after_seconds(response.headers, fields, message=message, limit=is_limit)
+        if is_limit:
+            reason = redact_hosts(message)[:300] or "too many requests."
+            return APIError(429, f"Akash Chat: {reason}", retry_after=wait)
+        if status in (401, 403):
             reason = redact_hosts(message)[:200]
-            return image_failed(f"Image generation failed: {reason}")
+            return auth_error(f"Akash Chat denied access ({reason or status}).", status)
+        error = APIError(
+            502 if status <= 500 else 503,
+            f"Akash Chat failed without giving a reason (status {status}).",
+        )
         if message:
             error = akash_error(message, model)
-            if error.status == 400 != status:
-                error = APIError(502, error.message, code="upstream_error")
-        else:
-            error = APIError(
-                502 if status <= 500 else 503,
-                f"Akash Chat failed without giving a reason (status {status}).",
-                code="upstream_error",
-            )
-        if retry_after and error.category is Category.SERVER:
-            error.category, error.retry_after = Category.RATE_LIMIT, retry_after
+        if error.status == 400 != status:
+            error = APIError(502, error.message)
+        if wait and error.category is Category.SERVER:
+            error.category, error.retry_after = Category.RATE_LIMIT, wait
         return error
 
-    def learn_version(self, response: UpstreamResponse) -> None:
-        """Note whether the server is as new as akash-chat b58259a, by its headers."""
-        if "cross-origin-resource-policy" in response.headers:
-            self.is_b58259a = True
-
     def _fetch_models(self) -> Tuple[List[Dict[str, Any]], float]:
-        response = self.with_session(
+        _, body = self.with_session(
             "GET", "/api/models/", CancelScope(), first_byte=self.settings.session_timeout
         )
-        self.learn_version(response)
-        entries = akash_models(json_or_none(response.read(limit=MAX_LIST_BYTES)))
+        entries = akash_models(json_or_none(body))
         if not entries:
-            raise APIError(
-                503, "Akash Chat lists no models.", code="upstream_error", retry_after=30
-            )
+            raise no_models()
         common = {
             "object": "model",
             "created": 1626777600,
@@ -6707,7 +6496,19 @@ class AkashController(Controller):
             with_context_length({"id": name, **common, "root": name, "parent": None}, entry)
             for name, entry in entries.items()
         ]
+        lengths = {model["id"]: model.get(CONTEXT_FIELDS[0], AKASH_CONTEXT) for model in models}
+        self.context_lengths = lengths
         return models, self.settings.models_ttl
+
+
+def no_models() -> APIError:
+    """Return the error for an empty list: an outage of the backend, not a wrong model."""
+    return APIError(
+        503,
+        "Akash Chat lists no models at the moment.",
+        retry_after=30,
+        category=Category.NETWORK,
+    )
 
 
 def akash_models(listing: Any) -> Dict[str, Dict[str, Any]]:
@@ -6723,9 +6524,6 @@ def akash_models(listing: Any) -> Dict[str, Dict[str, Any]]:
     entries = [entry for entry in map(as_dict, as_list(listing)) if entry.get("available", True)]
     named = ((entry.get("model_id") or entry.get("id"), entry) for entry in entries)
     return bounded_model_list("Akash Chat", named)
-
-
-MAX_LIST_BYTES, MAX_MODELS = 4 << 20, 10_000  # limits of an upstream's model list
 
 
 # == 13. openai ===============================================================================
@@ -7408,7 +7206,7 @@ class OpenAIController(Controller):
             call.scope,
             data,
             {**original.headers, "Content-Type": content_type},
-            force_new_connection=call.attempt.retry_reason,
+            retry_reason=call.attempt.retry_reason,
         )
         return EventStream(response, lambda response: self._decoder(call, response, is_native))
 
@@ -7473,7 +7271,7 @@ class OpenAIController(Controller):
                 self.name, True, STREAM_ENDS.get(call.original.path), self.secrets, renamed
             )
         if kind == "text/html":
-            raise APIError(502, f"{self.name} answered with a web page.", code="upstream_error")
+            raise APIError(502, f"{self.name} answered with a web page.")
         until_close, field = response.body.until_close, ANSWER_FIELDS.get(call.original.path, b"")
         is_document = is_json_type(kind)
         if is_document or field or not call.relay_only:
@@ -7526,17 +7324,14 @@ class OpenAIController(Controller):
         )
 
     def _fetch_models(self) -> Tuple[List[Dict[str, Any]], float]:
-        response = self.transport.fetch(
-            "GET", "/models", CancelScope(), first_byte=self.settings.session_timeout
-        )
-        body = json_or_none(response.read(limit=MAX_LIST_BYTES))
+        response, body = self.transport.get_json("/models")
         if response.status != 200:
             raise error_from_body(self.name, response.status, body, self.secrets, response.headers)
         models = as_list(body.get("data") if isinstance(body, dict) else body)
         named = ((entry.get("id"), entry) for entry in map(as_dict, models))
         entries = bounded_model_list(self.name, named).values()
         if not entries:
-            raise APIError(503, f"{self.name} lists no models.", code="upstream_error")
+            raise APIError(503, f"{self.name} lists no models.")
         common = {"object": "model", "owned_by": self.name}
         models = [
             with_context_length(
@@ -7657,6 +7452,8 @@ class Upstream:
 
     def __init__(self, controller: Controller, previous: Optional["Upstream"] = None) -> None:
         self.controller, self.options, self.name = controller, controller.options, controller.name
+        adapts = self.options.tools in ("prompt", "refuse")
+        self.adapted = ToolAdapter(controller) if adapts else controller
         self.current_weight = 0.0  # of smooth weighted round robin
         self.in_flight = self.served = self.failed = self.cooldown_count = 0
         self.outcomes: Dict[str, int] = defaultdict(int)  # attempts by "success" or a category
@@ -7672,8 +7469,7 @@ class Upstream:
             )
         if previous and previous.identity == self.identity:
             self._inherit(previous, "cooldowns", "served_at", "last_error", "last_error_at")
-            old = previous.controller
-            controller.take_over(old.controller if isinstance(old, ToolAdapter) else old)
+            controller.take_over(previous.controller)
 
     def _inherit(self, previous: "Upstream", *names: str) -> None:
         for name in names:
@@ -7977,11 +7773,16 @@ def make_upstreams(settings: Settings, previous: Optional["Pool"]) -> List[Upstr
         upstream = known.get(options.name)
         if upstream is None or not reusable or upstream.options != options:
             controller = CONTROLLERS[options.type](options, settings)
-            if options.tools in ("prompt", "refuse"):
-                controller = ToolAdapter(controller)
             upstream = Upstream(controller, upstream)
         upstreams.append(upstream)
     return upstreams
+
+
+def enforce_deadlines() -> None:
+    """Cancel overdue attempts in a process without an event loop. Never returns."""
+    while True:
+        time.sleep(0.25)
+        CancelScope.cancel_overdue(time.monotonic())
 
 
 def ask_upstream(upstream: Upstream) -> Tuple[bool, str]:
@@ -8243,7 +8044,7 @@ class Pool:
     def support_error(self, upstream: Upstream, call: Call) -> Optional[APIError]:
         """The reason why a controller doesn't support a call; None if it does."""
         try:
-            error = upstream.controller.check_support(call)
+            error = upstream.adapted.check_support(call)
         except Exception as bug:
             error = controller_error(bug, upstream.name)
             upstream.log_exception(error)
@@ -8296,7 +8097,6 @@ class Pool:
         raise APIError(
             503,
             "No controller lists its models at the moment.",
-            code="upstream_error",
             retry_after=Cache.RETRY,
         )
 
@@ -8485,7 +8285,7 @@ class Exchange:
                 self.tried.append(self.upstream)
                 self.call.begin_attempt()
             try:
-                self.response = self.upstream.controller.events(self.call)
+                self.response = self.upstream.adapted.events(self.call)
             except Exception as error:
                 self.fail_over(controller_error(error, self.upstream.name))
         return isinstance(self.response, EventStream)
@@ -12757,11 +12557,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def on_tick(self, now: float) -> None:
         """Enforce all deadlines, resume accepting, wake queued calls. Loop thread."""
-        for scope in CancelScope.active.copy():
-            if scope.deadline < now:
-                scope.cancel(
-                    APIError(504, scope.timeout_message, code="timeout", category=Category.NETWORK)
-                )
+        CancelScope.cancel_overdue(now)
         for connection in self.connections.copy():
             try:
                 connection.on_tick(now)
@@ -14090,6 +13886,7 @@ def print_settings(settings: Settings) -> None:
 
 def ask_controllers(settings: Settings) -> int:
     """Print a line on each controller's state; the exit status: 1 if one fails."""
+    start_thread(enforce_deadlines, "deadlines")
     print_text("")
     pool, all_right = Pool(settings), True
     for upstream in pool.enabled:
