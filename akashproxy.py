@@ -3224,10 +3224,11 @@ class DecoderChain(Decoder):
 
     def fast_path(self, data: bytes) -> bytes:
         encoded = self.decoder.fast_path(data)
-        text = encoded[1:-1].decode()
-        for step in self.filters:
-            if not encoded or not step.is_passthrough(text):
-                return b""
+        if encoded:
+            text = encoded[1:-1].decode()
+            for step in self.filters:
+                if not step.is_passthrough(text):
+                    return b""
         return encoded
 
     def close(self) -> List[Event]:
