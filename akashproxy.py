@@ -92,7 +92,7 @@ Where is ...
     proxies on the way                 UpstreamRequest, SocksProxy
     deadlines                          CancelScope, Connection.on_tick
     cancelling                         Cancellation
-    request bodies                     BodyReader, ByteBudget
+    request bodies                     BodyReader, check_body_size
     the gate                           Gate.check_head
     figures for Prometheus             METRICS, Metrics, prometheus_text
     a client's connection              Connection
@@ -10330,39 +10330,18 @@ class AccessRecord:
     first_token_at = 0.0
 
 
-class ByteBudget:
-    """Memory limit for all request bodies in transit. Any thread."""
-
-    def __init__(self, limit: Callable[[], int]) -> None:
-        self.limit, self.used = limit, 0
-        self.lock = threading.Lock()
-
-    def check(self, size: int) -> None:
-        """Raise APIError 503 if the budget has no room for ``size`` bytes now."""
-        if self.used + size > self.limit():
-            raise APIError(
-                503,
-                "The server is receiving too many large requests; retry later.",
-                code="overloaded",
-                retry_after=1,
-            )
-
-    def reserve(self, size: int) -> None:
-        """Take bytes from the budget; APIError 503 if it has no room for them."""
-        with self.lock:
-            self.check(size)
-            self.used += size
-
-    def release(self, size: int) -> None:
-        with self.lock:
-            self.used -= size
-
-
 def check_body_size(size: int, settings: Settings) -> None:
     """Raise APIError 413 if a body of at least ``size`` bytes exceeds the limits."""
     limit = min(settings.max_body, settings.max_body_total)
     if size > limit:
         raise APIError(413, f"The body is larger than {limit} bytes.")
+
+
+def check_body_memory(size: int, server: "Server") -> None:
+    """Raise APIError 503 if there is no room for ``size`` more bytes of bodies in transit."""
+    if server.body_bytes + size > server.settings.max_body_total:
+        message = "The server is receiving too many large requests; retry later."
+        raise APIError(503, message, code="overloaded", retry_after=1)
 
 
 class BodyReader:
@@ -10376,7 +10355,6 @@ class BodyReader:
 
     def __init__(self, server: "Server", decoder: BodyDecoder, now: float) -> None:
         self.server, self.decoder, self.data = server, decoder, bytearray()
-        self.reserved = 0  # bytes of the server's ByteBudget
         self.deadline = now + server.settings.body_timeout
 
     def feed(self, data: bytes, now: float) -> None:
@@ -10385,19 +10363,13 @@ class BodyReader:
         if self.decoder.chunked:  # else the gate has checked the declared size
             size = len(self.data) + len(payload) + self.decoder.remaining  # known so far
             check_body_size(size, self.server.settings)
-        self.server.bodies.reserve(len(payload))
-        self.reserved += len(payload)
+        check_body_memory(len(payload), self.server)
+        self.server.body_bytes += len(payload)
         self.data += payload
         self.deadline = min(
             self.deadline + len(data) / self.MIN_UPLOAD_RATE,
             now + self.server.settings.body_timeout,
         )
-
-    def release(self) -> None:
-        """Return the body's bytes to the budget. Idempotent."""
-        if self.reserved:
-            self.server.bodies.release(self.reserved)
-            self.reserved = 0
 
 
 class Connection:
@@ -10509,6 +10481,7 @@ class Connection:
             reader.feed(data, self.loop.now)
         if not reader.decoder.done:
             if request.head.method in BODILESS_METHODS:
+                self._discard_body(request)
                 return True  # not needed; the connection is closed after the response
             if self.state is State.IDLE:  # else the client has just disconnected
                 self.state = State.READING
@@ -10520,11 +10493,10 @@ class Connection:
         self._discard_body(request)
         return True
 
-    @staticmethod
-    def _discard_body(request: Request) -> None:
+    def _discard_body(self, request: Request) -> None:
         """Drop what has been received of a body, or has been copied from there."""
         if request.reader is not None:
-            request.reader.release()
+            self.server.body_bytes -= len(request.reader.data)
             request.reader = None
 
     def _dispatch(self, error: Optional[Exception] = None) -> None:
@@ -11479,10 +11451,10 @@ class Gate:
             and head.headers.get("expect", "100-continue").lower() != "100-continue"
         ):
             raise APIError(417, "Only 'Expect: 100-continue' is supported.")
-        # A declared length is compared with the budget but not taken from it: otherwise clients
+        # A declared length is compared with the limit but does not count: otherwise clients
         # that declare much and send nothing would lock out all others.
         if decoder.remaining > len(request.connection.input):
-            self.server.bodies.check(decoder.remaining)
+            check_body_memory(decoder.remaining, self.server)
 
     def is_health_check(self, request: Request) -> bool:
         """Return whether the loop may handle the request: /health, unless overridden.
@@ -12372,7 +12344,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.submit = self.workers.submit
         self.metrics = Metrics(self)
         self.keys = key_limiters(self.settings, [])
-        self.bodies = ByteBudget(lambda: self.settings.max_body_total)
+        self.body_bytes = 0  # of all request bodies in transit; loop thread
         self.connections: Set[Connection] = set()  # changed on the loop thread only
         self.all_closed = threading.Condition()  # notified while draining, once per connection
         self.draining = self.accept_paused = False
