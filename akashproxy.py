@@ -92,7 +92,7 @@ Where is ...
     proxies on the way                 UpstreamRequest, SocksProxy
     deadlines                          CancelScope, Connection.on_tick
     cancelling                         Cancellation
-    request bodies                     BodyReader, ByteBudget
+    request bodies                     BodyReader, check_body_size
     the gate                           Gate.check_head
     figures for Prometheus             METRICS, Metrics, prometheus_text
     a client's connection              Connection
@@ -3228,10 +3228,11 @@ class DecoderChain(Decoder):
 
     def fast_path(self, data: bytes) -> bytes:
         encoded = self.decoder.fast_path(data)
-        text = encoded[1:-1].decode()
-        for step in self.filters:
-            if not encoded or not step.is_passthrough(text):
-                return b""
+        if encoded:
+            text = encoded[1:-1].decode()
+            for step in self.filters:
+                if not step.is_passthrough(text):
+                    return b""
         return encoded
 
     def close(self) -> List[Event]:
@@ -10253,39 +10254,18 @@ class AccessRecord:
     first_token_at = 0.0
 
 
-class ByteBudget:
-    """Memory limit for all request bodies in transit. Any thread."""
-
-    def __init__(self, limit: Callable[[], int]) -> None:
-        self.limit, self.used = limit, 0
-        self.lock = threading.Lock()
-
-    def check(self, size: int) -> None:
-        """Raise APIError 503 if the budget has no room for ``size`` bytes now."""
-        if self.used + size > self.limit():
-            raise APIError(
-                503,
-                "The server is receiving too many large requests; retry later.",
-                code="overloaded",
-                retry_after=1,
-            )
-
-    def reserve(self, size: int) -> None:
-        """Take bytes from the budget; APIError 503 if it has no room for them."""
-        with self.lock:
-            self.check(size)
-            self.used += size
-
-    def release(self, size: int) -> None:
-        with self.lock:
-            self.used -= size
-
-
 def check_body_size(size: int, settings: Settings) -> None:
     """Raise APIError 413 if a body of at least ``size`` bytes exceeds the limits."""
     limit = min(settings.max_body, settings.max_body_total)
     if size > limit:
         raise APIError(413, f"The body is larger than {limit} bytes.")
+
+
+def check_body_memory(size: int, server: "Server") -> None:
+    """Raise APIError 503 if there is no room for ``size`` more bytes of bodies in transit."""
+    if server.body_bytes + size > server.settings.max_body_total:
+        message = "The server is receiving too many large requests; retry later."
+        raise APIError(503, message, code="overloaded", retry_after=1)
 
 
 class BodyReader:
@@ -10299,7 +10279,6 @@ class BodyReader:
 
     def __init__(self, server: "Server", decoder: BodyDecoder, now: float) -> None:
         self.server, self.decoder, self.data = server, decoder, bytearray()
-        self.reserved = 0  # bytes of the server's ByteBudget
         self.deadline = now + server.settings.body_timeout
 
     def feed(self, data: bytes, now: float) -> None:
@@ -10308,19 +10287,13 @@ class BodyReader:
         if self.decoder.chunked:  # else the gate has checked the declared size
             size = len(self.data) + len(payload) + self.decoder.remaining  # known so far
             check_body_size(size, self.server.settings)
-        self.server.bodies.reserve(len(payload))
-        self.reserved += len(payload)
+        check_body_memory(len(payload), self.server)
+        self.server.body_bytes += len(payload)
         self.data += payload
         self.deadline = min(
             self.deadline + len(data) / self.MIN_UPLOAD_RATE,
             now + self.server.settings.body_timeout,
         )
-
-    def release(self) -> None:
-        """Return the body's bytes to the budget. Idempotent."""
-        if self.reserved:
-            self.server.bodies.release(self.reserved)
-            self.reserved = 0
 
 
 class Connection:
@@ -10432,6 +10405,7 @@ class Connection:
             reader.feed(data, self.loop.now)
         if not reader.decoder.done:
             if request.head.method in BODILESS_METHODS:
+                self._discard_body(request)
                 return True  # not needed; the connection is closed after the response
             if self.state is State.IDLE:  # else the client has just disconnected
                 self.state = State.READING
@@ -10443,11 +10417,10 @@ class Connection:
         self._discard_body(request)
         return True
 
-    @staticmethod
-    def _discard_body(request: Request) -> None:
+    def _discard_body(self, request: Request) -> None:
         """Drop what has been received of a body, or has been copied from there."""
         if request.reader is not None:
-            request.reader.release()
+            self.server.body_bytes -= len(request.reader.data)
             request.reader = None
 
     def _dispatch(self, error: Optional[Exception] = None) -> None:
@@ -10848,9 +10821,8 @@ class StreamRelay:
         self.loop = self.connection.loop
         self.stream: EventStream = self.exchange.response
         self.upstream, self.scope = self.stream.response.sock, self.stream.response.scope
-        self.tls_pending: Any = getattr(
-            self.upstream, "pending", None
-        )  # bytes decrypted but not read
+        # Bytes that have been decrypted but not read, if the upstream uses TLS.
+        self.tls_pending: Any = getattr(self.upstream, "pending", None)
         self.idle_timeout = self.stream.response.timeouts.idle
         self.buffered: List[Event] = []  # of a response that is not streamed
         if self.dialect.keeps_text or not self.call.stream:
@@ -10937,7 +10909,6 @@ class StreamRelay:
             return
         else:
             frames = self.responder.start_stream() + self.dialect.encode(events)
-        self.request.record.usage = self.dialect.usage
         if not self.stream.complete:
             if not self.writer.write(frames):
                 self._pause()
@@ -10956,7 +10927,7 @@ class StreamRelay:
     def _end_response(self, frames: bytes) -> None:
         """Send the last frames, and let the connection read its next request."""
         self.client_done, self.fast_path = True, ()
-        self.writer.finish(frames)
+        self.responder.finish(frames)
         self.request.relay = self.request.exchange = None
         self.connection.end_request()
 
@@ -11154,20 +11125,15 @@ BUCKETS = {  # upper bounds of each histogram's buckets, in seconds; then infini
 MAX_MODEL_LABELS = 200  # models with series of their own; the others are counted as "other"
 
 
-# Counters without labels are there from the start, as rate() needs a first value.
-UNLABELLED_COUNTERS = [
-    name for name, (kind, _, labels) in METRICS.items() if kind == "counter" and not labels
-]
-
-
 class Metrics:
     """Counters and histograms for /metrics. Any thread."""
 
     def __init__(self, server: "Server") -> None:
         self.server, self.started_at, self.lock = server, time.time(), threading.Lock()
-        self.counts: Dict[Tuple[Any, ...], float] = defaultdict(  # {(name, label, ...): number}
-            int, {(name,): 0 for name in UNLABELLED_COUNTERS}
-        )
+        self.counts: Dict[Tuple[Any, ...], float] = defaultdict(int)  # {(name, label, ...): number}
+        for name, (kind, _, labels) in METRICS.items():
+            if kind == "counter" and not labels:  # from the start, as rate() needs a first value
+                self.counts[name,] = 0
         self.models: Set[str] = set()  # those with series of their own
 
     def add(self, request: "Request", now: float) -> None:
@@ -11409,10 +11375,10 @@ class Gate:
             and head.headers.get("expect", "100-continue").lower() != "100-continue"
         ):
             raise APIError(417, "Only 'Expect: 100-continue' is supported.")
-        # A declared length is compared with the budget but not taken from it: otherwise clients
+        # A declared length is compared with the limit but does not count: otherwise clients
         # that declare much and send nothing would lock out all others.
         if decoder.remaining > len(request.connection.input):
-            self.server.bodies.check(decoder.remaining)
+            check_body_memory(decoder.remaining, self.server)
 
     def is_health_check(self, request: Request) -> bool:
         """Return whether the loop may handle the request: /health, unless overridden.
@@ -11711,7 +11677,7 @@ class CallResponder:
             if not exchange.committed:
                 exchange.fail_over(error)
                 return self.attempt()
-            self.writer.finish(self.error_trailer(error))
+            self.finish(self.error_trailer(error))
             exchange.close(error)
         return False
 
@@ -11752,7 +11718,6 @@ class CallResponder:
             content_type, data = "application/json", to_json(self.dialect.response_body(answer))
         else:
             data = self.dialect.encode(events)
-        self.request.record.usage = self.dialect.usage
         self.writer.start(
             self.call.attempt.status,
             {"Content-Type": content_type, **call_headers(self.request)},
@@ -11776,18 +11741,22 @@ class CallResponder:
         if not self.call.stream:
             body = self.start_buffered(list(events))
             self.exchange.close()
-            self.writer.finish(body)
+            self.finish(body)
             return
         first = next(events)
         frames = self.start_stream()
         for event in itertools.chain([first], events):
             frames += self.dialect.encode([event])
             if isinstance(event, Finish):
-                self.request.record.usage = self.dialect.usage
                 break
             self.writer.write(frames)
             self.writer.connection.wait_for_room()
             frames = b""
+        self.finish(frames)
+
+    def finish(self, frames: bytes) -> None:
+        """End the response with its last frames."""
+        self.request.record.usage = self.dialect.usage
         self.writer.finish(frames)
 
     def _commit(self) -> None:
@@ -11916,15 +11885,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         allow = self.request.route.allow()
         headers = {"Allow": allow}
         if "access-control-request-method" in self.headers:
+            headers["Access-Control-Allow-Methods"] = allow
+            headers["Access-Control-Max-Age"] = "86400"
             requested = self.headers.get("access-control-request-headers", "")
-            names = [
-                name
-                for name in re.split(r"[\s,]+", requested)
-                if re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name)
-            ]
-            headers.update(
-                {"Access-Control-Allow-Methods": allow, "Access-Control-Max-Age": "86400"}
-            )
+            names = re.findall(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", requested)
             if names:
                 headers["Access-Control-Allow-Headers"] = ", ".join(names)
         self.request.writer.respond(204, b"", headers)
@@ -12304,7 +12268,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.submit = self.workers.submit
         self.metrics = Metrics(self)
         self.keys = key_limiters(self.settings, [])
-        self.bodies = ByteBudget(lambda: self.settings.max_body_total)
+        self.body_bytes = 0  # of all request bodies in transit; loop thread
         self.connections: Set[Connection] = set()  # changed on the loop thread only
         self.all_closed = threading.Condition()  # notified while draining, once per connection
         self.draining = self.accept_paused = False
