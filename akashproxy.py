@@ -4772,11 +4772,10 @@ UPSTREAM_ERRORS = [
     ErrorRule((), _QUOTA_CODES, _QUOTA_WORDS, Category.AUTH, reason=_QUOTA),
     # The request's model or content.
     ErrorRule((400, 401, 500, 503), _MODEL_CODES, "", Category.MODEL, 404),
-    ErrorRule((402, 403), _MODEL_CODES, "", Category.REFUSED),
     ErrorRule((401, 403), "service_disabled", _LIKELY_KEY_WORDS, Category.AUTH, reason=_KEY),
     ErrorRule((400,), "", _NO_MODEL, Category.MODEL, 404),
     ErrorRule((401,), "", _MODEL_ACCESS, Category.MODEL, 404),
-    ErrorRule((402, 403), "", _MODEL_ACCESS, Category.REFUSED),
+    ErrorRule((402, 403), _MODEL_CODES, _MODEL_ACCESS, Category.REFUSED),
     ErrorRule((401, 402, 403), _FLAGGED, _FLAGGED, Category.REFUSED, 403),
     # This server's key, probably.
     ErrorRule((401, 402, 403, 412), _LIKELY_QUOTA, _LIKELY_QUOTA, Category.AUTH, reason=_QUOTA),
@@ -5315,7 +5314,7 @@ def redact_bytes(data: bytes, secrets: Iterable[str]) -> bytes:
 # Characters as URLs, JSON or HTML may write them.
 _ESCAPE = re.compile(r"(?:%(?:25){0,2}|\\u00|\\x|&#x)([2-7][0-9a-f]);?", re.I)
 MAX_UNESCAPED = 1 << 17  # characters; longer strings are not unescaped
-MAX_FOUND = 1000  # secrets; a string with more is replaced
+MAX_FOUND = 10_000  # secrets; a string with more is replaced
 
 
 def _without_secrets(text: str, secrets: Iterable[str]) -> str:

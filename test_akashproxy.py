@@ -4876,7 +4876,7 @@ def test_a_name_of_a_model_condemns_no_key(model):
     "in base 64 for URLs": (["~~~???>>>sk-1234"], base64.urlsafe_b64encode(b"~~~???>>>sk-1234").decode(), "***=="),
     "JSON's escapes": (["sk-12345678"], "no " + "".join(f"\\u{ord(char):04X}" for char in "sk-12345678") + "!", "no ***!"),
     "escapes of some": (["sk-12345678"], "no s\\u006b-1%32345&#x36;78!", "no ***!"), "others' escapes": (["sk-12345678"], "a%20b\\u0041 sk-12345678", "a%20b\\u0041 ***"),
-    "a thousand times": (["sk-12345678"], "no sk-12345678, " * 1000, "***"),
+    "ten thousand times": (["sk-12345678"], "no sk-12345678, " * 10_000, "***"),
     "in hexadecimal digits": (["sk-12345678"], b"sk-12345678".hex(), "***"),
     "encoded twice": (["a b/c&d=e+f"], "a%2520b%252Fc%2526d%253De%252Bf", "***"),
     "in capitals": (["sk-abcdefgh"], "no SK-ABCDEFGH", "no ***"), "a header in small letters": (["Sk-ABCDEFGH"], "İİ sk-abcdefgh", "İİ ***"),
