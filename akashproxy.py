@@ -12738,394 +12738,399 @@ def demo_image(seed: str) -> bytes:
 PAGE = r"""<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="viewport"
+  content="width=device-width, initial-scale=1, interactive-widget=resizes-content">
 <meta name="theme-color" content="#ffffff" media="(prefers-color-scheme: light)">
 <meta name="theme-color" content="#17181b" media="(prefers-color-scheme: dark)">
 <title>akashproxy</title>
-<link rel="icon" href="data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 32 32'>
-  <rect width='32' height='32' rx='8' fill='%230a62b8'/><path d='M8 9h8l8 7-8 7H8l8-7z' fill='white'/></svg>">
+<link rel="icon" href="data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg'
+  viewBox='0 0 32 32'><rect width='32' height='32' rx='8' fill='%230a62b8'/>
+  <path d='M8 9h8l8 7-8 7H8l8-7z' fill='white'/></svg>">
 <style>
-:root { color-scheme: light dark; --paper: light-dark(#fff, #17181b); --soft: light-dark(#f3f4f6, #24262b);
-  --line: light-dark(#dcdfe4, #3a3d44); --ink: light-dark(#1c1d20, #e6e7e9); --faint: light-dark(#5a5f68, #a3a9b3);
-  --accent: light-dark(#0a62b8, #82bbff); --bad: light-dark(#b3261e, #ffa198); --good: light-dark(#1a7037, #7ddb99);
-  --warn: light-dark(#8a5300, #f2bd62); }
-* { box-sizing: border-box; } [hidden] { display: none !important; }
-:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
-body { display: flex; flex-direction: column; height: 100dvh; margin: 0; background: var(--paper); color: var(--ink);
-  font: 16px/1.6 system-ui, sans-serif; }
-a { color: var(--accent); }
-button, input, textarea, .button { min-width: 0; padding: .35rem .75rem; border: 1px solid var(--line);
+:root { color-scheme: light dark; font: 16px/1.6 system-ui, sans-serif;
+  --paper: light-dark(#fff, #17181b); --soft: light-dark(#f3f4f6, #24262b);
+  --ink: light-dark(#1c1d20, #e6e7e9); --faint: light-dark(#5a5f68, #a3a9b3);
+  --accent: light-dark(#0a62b8, #82bbff); --bad: light-dark(#b3261e, #ffa198);
+  --good: light-dark(#1a7037, #7ddb99); --warn: light-dark(#8a5300, #f2bd62);
+  --edge: 1px solid light-dark(#dcdfe4, #3a3d44); }
+* { box-sizing: border-box; scrollbar-width: thin; } [hidden] { display: none !important; }
+:focus-visible { outline: 2px solid var(--accent); } section, #log { outline-offset: -2px; }
+a { color: var(--accent); } img { display: block; max-width: 100%; border-radius: .5rem; }
+button, input, textarea, .button { min-width: 0; padding: .35rem .75rem; border: var(--edge);
   border-radius: .5rem; background: none; color: inherit; font: inherit; text-decoration: none; }
-button, summary { cursor: pointer; } input, textarea { width: 100%; }
-::placeholder { color: var(--faint); opacity: 1; } .bad { color: var(--bad); }
+button, summary { flex: none; cursor: pointer; } input, textarea { width: 100%; }
+::placeholder { color: var(--faint); opacity: 1; } ::backdrop { background: #0008; }
 .small, summary, figcaption { color: var(--faint); font-size: .875rem; }
-.row { display: flex; flex-wrap: wrap; align-items: center; gap: .5rem; }
+.bad { color: var(--bad); } .good { color: var(--good); } .warn { color: var(--warn); }
+.row, .bar, #note, #key, header { display: flex; align-items: center; gap: .5rem 1rem; }
+.row { flex-wrap: wrap; } .row, .bar { gap: .5rem; }
 .name { max-width: 100%; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 
-/* the frame: header, chat or controllers, composer */
-header { display: flex; flex-wrap: wrap; align-items: center; gap: 0 1rem; padding: .5rem 1rem;
-  border-bottom: 1px solid var(--line); }
-header :is(a, button) { padding: .25rem 0; border: 0; border-bottom: 2px solid transparent; border-radius: 0;
-  color: var(--faint); text-decoration: none; }
+/* the frame: header, a chat or the controllers, composer */
+body { display: flex; flex-direction: column; height: 100dvh; margin: 0;
+  background: var(--paper); color: var(--ink); overflow-wrap: anywhere; }
+header { padding: .5rem 1rem; border-bottom: var(--edge); white-space: nowrap; }
+header :is(a, button) { padding: .25rem 0; border: 0; border-bottom: 2px solid transparent;
+  border-radius: 0; color: var(--faint); text-decoration: none; }
 header [aria-current=true] { border-color: var(--accent); color: var(--ink); }
 h1 { margin: 0 auto 0 0; font-size: 1rem; }
+@media (width < 26rem) {
+  header { justify-content: space-between; font-size: .9375rem; }
+  h1 { position: fixed; opacity: 0; }
+}
 main { flex: 1; display: flex; flex-direction: column; min-height: 0; }
-main > form, #note, #turns, #welcome > *, #status > * { width: min(46rem, 100% - 2rem); margin: 0 auto; }
-#note:not(:empty) { display: flex; align-items: center; gap: 1rem; padding: .5rem 0; }
-#key { padding-top: 1rem; }
-#log, #status, #welcome { flex: 1; overflow: auto; padding: 1.5rem 0; overflow-wrap: anywhere;
-  scrollbar-gutter: stable both-edges; scrollbar-width: thin; }
-#log { display: flex; flex-direction: column-reverse; }     /* so that its end stays in sight while it grows */
+main > form, #note, #trouble, #turns, section > * {
+  width: min(46rem, 100% - 2rem); margin: 0 auto; }
+section, #log { flex: 1; overflow: auto; padding: 1.5rem 0; scrollbar-gutter: stable both-edges; }
+#log { display: flex; flex-direction: column-reverse; }     /* its end stays in sight */
 #turns { margin-bottom: auto; }
-main:has(#turns:empty) #log, main:has(#turns > *) #welcome { display: none; }
-#welcome > * { margin-bottom: 1.25rem; }
-#form { margin-bottom: .75rem; padding: .5rem .75rem; border: 1px solid var(--line); border-radius: 1rem; }
+#status:not(:target), main:has(#status:target) :is(#log, #welcome, #form),
+  main:has(#turns:empty) #log, main:has(#turns > *) #welcome { display: none; }
+:is(#key, #note, #trouble):not(:empty) { padding: .5rem 0; }
+#form { margin-bottom: .75rem; padding: .5rem .75rem; border: var(--edge); border-radius: 1rem; }
 #form:focus-within { border-color: var(--accent); }
-#field { max-height: 40vh; padding: .25rem 0 .5rem; border: 0; outline: 0; field-sizing: content; resize: none; }
-#model { max-width: min(100%, 20rem); }
-#send { margin-inline-start: auto; border-color: var(--accent); background: var(--accent); color: var(--paper); }
+#field { max-height: 40vh; padding: .25rem 0 .5rem; border: 0; outline: 0; resize: none;
+  field-sizing: content; }
+#model { flex: 0 1 auto; }
+#send { margin-inline-start: auto; background: var(--accent); color: var(--paper); }
 #settings { margin-top: .5rem; }
-#settings > div { display: grid; grid: auto / repeat(auto-fit, minmax(8rem, 1fr)); gap: .5rem; }
-#settings label:first-child { grid-column: 1 / -1; } #images img, .question img { max-height: 8rem; }
+#settings > div, .prompts { display: grid; gap: .75rem;
+  grid: auto / repeat(auto-fit, minmax(var(--least, 6rem), 1fr)); }
+#settings label:first-child { grid-column: 1 / -1; }
+#welcome { display: grid; grid: auto / 100%; align-content: safe center; gap: 1.25rem; }
+.prompts { --least: 12rem; } .prompts button { padding: .75rem 1rem; text-align: start; }
+#welcome figure { display: flex; align-items: center; gap: 1rem; padding: 0 .25rem 0 1rem; }
+#welcome figcaption { display: contents; } #welcome figcaption button { order: 1; }
+#welcome figcaption span { flex: none; width: 4.5rem; }
+#welcome pre { flex: 1; padding: .5rem 0; scrollbar-width: none; }
 
 /* the turns */
-.question { width: fit-content; max-width: 85%; margin-left: auto; padding: .6rem 1rem; border-radius: 1rem;
-  background: var(--soft); white-space: pre-wrap; }
-.tools { min-height: 2rem; gap: 0 .75rem; } .tools button { padding: .1rem 0; border: 0; }
+.turn { margin-bottom: 1.5rem; }
+.question { width: fit-content; max-width: 85%; margin-left: auto; padding: .6rem 1rem;
+  border-radius: 1rem; white-space: pre-wrap; }
+.tools { gap: 0 .75rem; min-height: 2rem; } .tools button { padding: .1rem 0; border: 0; }
 .question + .tools { justify-content: end; } .line { margin-inline-end: auto; }
-.turn { margin-bottom: 1.5rem; } .replaced { outline: 1px dashed var(--faint); outline-offset: .25rem; }
-.answer[aria-busy=true] > .text:empty::before { content: "\2026"; }
+[aria-busy=true] > .text:is(:empty, :has(> p:last-child)) { --more: " \2026"; }
+.text:empty::after, .text > p:last-child::after { content: var(--more, ""); }
 details:has(> .thoughts:empty) { display: none; } details > :not(summary) { margin-top: .5rem; }
-.thoughts { font-size: .875rem; }
 :is(.text, .thoughts, blockquote) > *, .answer > * { margin: 0 0 .75rem; }
 p, li, td, th { white-space: pre-wrap; } li, td, th { unicode-bidi: plaintext; text-align: start; }
-td.center, th.center { text-align: center; } td.end, th.end { text-align: end; }
-li > * { margin-block: .25rem; white-space: normal; } ol, ul { padding-inline-start: 1.6rem; }
+.center { text-align: center; } .end { text-align: end; }
+ol, ul { padding-inline-start: 1.6rem; } li > * { margin-block: .25rem; white-space: normal; }
 .task { margin-inline-start: -1.4rem; list-style: none; }
 .task > input { width: auto; margin-inline: 0 .4rem; }
-h2 { font-size: 1.35rem; } h3 { font-size: 1.2rem; } h4 { font-size: 1.05rem; } h5, h6 { font-size: 1rem; }
-hr { border: 0; border-top: 1px solid var(--line); }
-blockquote, .thoughts { padding-inline-start: 1rem; border-inline-start: 3px solid var(--line); color: var(--faint); }
-.scroll, math[display=block] { overflow: auto hidden; } math { font-size: 1.1em; }
+h2 { font-size: 1.35rem; } h3 { font-size: 1.2rem; } h4, h5, h6 { font-size: 1.05rem; }
+hr { border: 0; border-top: var(--edge); }
+blockquote, .thoughts { padding-inline-start: 1rem; border-inline-start: var(--edge);
+  border-width: 3px; color: var(--faint); }
+.thoughts { font-size: .875rem; }
+.scroll, .block { overflow: auto hidden; } math { font-size: 1.1em; }
+.block { display: block math; math-style: normal; }
 table { border-collapse: collapse; overflow-wrap: normal; }
-td, th { min-width: 6rem; padding: .3rem .7rem; border: 1px solid var(--line); }
-th { background: var(--soft); } img { display: block; max-width: 100%; border-radius: .5rem; }
+td, th { min-width: 6rem; padding: .3rem .7rem; border: var(--edge); }
 .picture { display: block; margin-top: .5rem; padding: 0; border: 0; }
+:is(#images, .question) img { max-height: 8rem; }
 pre, code { font: .875rem/1.5 ui-monospace, monospace; direction: ltr; unicode-bidi: isolate; }
-:not(pre) > code { padding: .1em .3em; border-radius: .25rem; background: var(--soft); }
-figure { margin: 0; border: 1px solid var(--line); border-radius: .5rem; }
-figure + figure { margin-top: .75rem; }
-figcaption { display: flex; align-items: center; justify-content: space-between; min-height: 2.5rem; padding-inline: 1rem 0; }
-figcaption button { border: 0; }
-pre { margin: 0; padding: 0 1rem .75rem; overflow-x: auto; scrollbar-width: thin; text-align: left; }
+:not(pre) > code { padding: .1em .3em; border-radius: .25rem; }
+pre { margin: 0; padding: 0 1rem .75rem; overflow-x: auto; text-align: left; }
+figure { margin: 0 0 1rem; border: var(--edge); border-radius: .5rem; }
+figcaption { display: flex; align-items: center; min-height: 2.5rem; padding-inline: 1rem .25rem; }
+figcaption span { flex: 1; } figcaption button { border: 0; }
+th, .question, .prompts button, :not(pre) > code, li > :is([aria-current=true],
+  [aria-pressed=true]) { background: var(--soft); }
 
-/* lists of chats and models, a large image, the controllers */
-#sidebar { inset: 0 auto 0 0; width: min(20rem, 100%); height: 100dvh; padding: 1rem; border: 0;
-  border-right: 1px solid var(--line); background: var(--paper); color: var(--ink); }
-#sidebar ul, #picker ul { margin: 1rem 0; padding: 0; list-style: none; }
-:is(#sidebar, #picker) li { display: flex; unicode-bidi: normal; white-space: normal; }
-:is(#sidebar, #picker) li button { padding-inline: .5rem; border: 0; }
-li > button:first-child { flex: 1; text-align: start; }
-:is(#sidebar, #picker) :is([aria-current=true], [aria-pressed=true]) { background: var(--soft); font-weight: 600; }
-dialog { width: min(40rem, 100% - 2rem); max-height: 90dvh; border: 1px solid var(--line); border-radius: .75rem;
-  background: var(--paper); color: var(--ink); overflow-wrap: anywhere; }
+/* the lists of chats and of models, a large image, the controllers */
+dialog, #sidebar { width: min(40rem, 100% - 2rem); max-height: 90dvh; padding: 1rem;
+  border: var(--edge); border-radius: .75rem; background: var(--paper); color: var(--ink); }
+#sidebar { inset: 0 auto 0 0; width: min(20rem, 100%); height: 100dvh; max-height: none; }
 #viewer { width: fit-content; } #viewer img { max-height: 75dvh; margin-bottom: .75rem; }
-::backdrop { background: #0008; }
-#status > .card { margin-bottom: 1rem; padding: .75rem 1rem; border: 1px solid var(--line); border-radius: .75rem; }
-.card > * { margin: 0 0 .25rem; font-size: 1rem; } .state::before { content: "\25cf\a0"; }
-.ready { color: var(--good); } .resting { color: var(--warn); }
+#found { margin-top: .5rem; }
+:is(#chats, #models) { margin: .75rem 0 0; padding: 0; list-style: none; }
+:is(#chats, #models) li { display: flex; unicode-bidi: normal; white-space: normal; }
+li button { padding-inline: .5rem; border: 0; }
+li > button:first-child { flex: 1; text-align: start; }
+.card { padding: .75rem 1rem; border: var(--edge); border-radius: .75rem; }
+#status > .card { margin-bottom: 1rem; } .card > * { margin: 0; font-size: 1rem; }
+.card > .small { font-size: .875rem; } .state::before { content: "\25cf\a0"; }
 </style>
 <header>
-  <h1>akashproxy</h1> <button id="list" popovertarget="sidebar">History</button>
+  <h1>akashproxy</h1> <button popovertarget="sidebar" id="list">History</button>
   <a href="#chat">Chat</a> <a href="#status">Controllers</a> <button id="fresh">New chat</button>
 </header>
 <nav id="sidebar" aria-label="History" popover>
-  <div class="row"><button popovertarget="sidebar">Close</button> <button id="save">Export as JSON</button></div>
+  <div class="row"><button popovertarget="sidebar">Close</button>
+    <button id="save">Export as JSON</button></div>
   <ul id="chats"></ul>
 </nav>
 <main>
-  <form id="key" hidden><label>Token <input id="token" type="password" autocomplete="off"></label></form>
-  <div id="note" role="alert"></div>
+  <form id="key" method="dialog" hidden><input id="token" type="password" aria-label="Token"
+    placeholder="Token" autocomplete="off"> <button>Use</button></form>
+  <div id="trouble" class="bad" role="alert"></div>
+  <div id="note" role="status"></div>
   <section id="welcome" aria-label="Welcome" tabindex="0"></section>
-  <div id="log" role="log" aria-live="polite" aria-label="Conversation" tabindex="0"><div id="turns"></div></div>
-  <section id="status" aria-label="Controllers" tabindex="0" hidden></section>
-  <form id="form">
+  <div id="log" role="log" aria-live="polite" aria-label="Conversation" tabindex="0">
+    <div id="turns"></div></div>
+  <section id="status" aria-label="Controllers" tabindex="0"></section>
+  <form id="form" method="dialog">
     <div id="images" class="row"></div>
     <textarea id="field" rows="1" dir="auto" aria-label="Message" placeholder="Message"></textarea>
-    <div class="row"><button type="button" id="model" class="name" aria-haspopup="dialog">No models</button>
-      <button type="button" id="attach">Attach image</button> <button id="send">Send</button></div>
+    <div class="bar">
+      <button type="button" id="model" class="name" aria-haspopup="dialog">No models</button>
+      <button type="button" id="attach" aria-label="Attach image">+</button>
+      <button id="send">Send</button></div>
     <input id="file" type="file" accept="image/*" multiple hidden>
     <details id="settings"><summary>Settings</summary><div class="small">
       <label>System prompt <textarea id="system" rows="2" dir="auto"></textarea></label>
-      <label>Temperature <input id="temperature" type="number" min="0" max="2" step="any" placeholder="default"></label>
-      <label>Top p <input id="top_p" type="number" min="0" max="1" step="any" placeholder="default"></label>
-      <label>Max tokens <input id="max_tokens" type="number" min="1" placeholder="no limit"></label></div></details>
+      <label>Temperature <input id="temperature" type="number" min="0" max="2" step="any"></label>
+      <label>Top p <input id="top_p" type="number" min="0" max="1" step="any"></label>
+      <label>Max tokens <input id="max_tokens" type="number" min="1"></label></div></details>
   </form>
 </main>
 <dialog id="picker" aria-label="Models"><form method="dialog">
-  <input id="search" type="search" aria-label="Search models" placeholder="Search models" autocomplete="off">
+  <input id="search" type="search" aria-label="Search models" placeholder="Search models">
   <div id="found" class="small" role="status"></div><ul id="models"></ul></form></dialog>
 <dialog id="viewer" aria-label="Image"></dialog>
 <script type="module">
-const ui = Object.fromEntries(Array.from(document.querySelectorAll("[id]"), (element) => [element.id, element]));
-const PARAMETERS = ["temperature", "top_p", "max_tokens"];
+const ui = Object.fromEntries(Array.from(document.querySelectorAll("[id]"), (it) => [it.id, it]));
+const SETTINGS = ["system", "temperature", "top_p", "max_tokens"];
 const auto = {dir: "auto"};     // Arabic and Hebrew run from the right
 let chat = null;        // {id, title, messages}: the conversation in sight, as it is stored
 let stop = null;        // the AbortController of the answer that is being received
 let names = null;       // of the models; null until they are listed
 let chosen = "";        // the model
-let editing = -1;       // index of the question that the next one replaces
 
-class Explained extends Error {}    // its message is written for people; other errors have the browser's text
-
-function make(tag, properties, ...children) {   // everything shown is made here, as elements and text, never from HTML
-  const element = document.createElement(tag);
-  for (const child of children.flat()) element.append(child);
-  return Object.assign(element, properties);    // last: with dir="auto" each child that comes takes a look at all
+// -- elements: what is shown is made here, of elements and text, never of HTML
+function make(name, ...parts) {     // "tag.class.class", with children and objects of properties
+  const [tag, ...classes] = name.split("."), isMath = tag[0] === "m";
+  const element = document.createElementNS(isMath ? MATHML : HTML, tag);
+  if (classes.length) element.className = classes.join(" ");
+  for (const part of parts.flat()) {
+    if (typeof part === "string" || part instanceof Node) element.append(part);
+    else Object.assign(element, part);
+  }
+  return element;
 }
-const button = (text, onclick, properties) => make("button", {type: "button", onclick, ...properties}, text);
-const paragraph = (className, ...children) => make("p", {className}, ...children);
-const row = (...children) => make("div", {className: "row"}, ...children);
+const HTML = "http://www.w3.org/1999/xhtml", MATHML = "http://www.w3.org/1998/Math/MathML";
+const button = (text, onclick, ...more) => make("button", text, {type: "button", onclick}, ...more);
 const count = (number, noun) => `${number} ${noun}${number === 1 ? "" : "s"}`;
 const tell = (...words) => ui.note.replaceChildren(...words);
-const offerUndo = (text, restore) => tell(text, button("Undo", () => { tell(); restore(); }));
+const offer = (text, name, action) => tell(text, button(name, () => { tell(); action(); }));
 
-// -- the server, asked as any client asks it
+// -- the server, as any client uses it
+class Explained extends Error {}    // its message is for people; others have the browser's text
+const explain = (error, otherwise) => error instanceof Explained ? error.message : otherwise;
 async function api(path, options) {
-  const secret = sessionStorage.token;
-  const headers = {"Content-Type": "application/json", ...(secret && {Authorization: `Bearer ${secret}`})};
+  const {token} = sessionStorage, authorization = token && {Authorization: `Bearer ${token}`};
+  const headers = {"Content-Type": "application/json", ...authorization};
   const response = await fetch(path, {...options, headers}).catch(() => null);
   if (response?.ok) return response;
   if (!response) throw new Explained("The server does not answer. Is it still running?");
   if (response.status === 401) {
     ui.key.hidden = false;
     ui.token.focus();
-    throw new Explained(secret ? "The token is wrong. Type the right one." : "This server needs a token. Type it above.");
+    throw new Explained(token ? "The token is wrong. Type the right one."
+      : "This server needs a token. Type it above.");
   }
   const unread = {error: {message: `The server answered with ${response.status}.`}};
-  throw failure((await response.json().catch(() => unread)).error, response.headers.get("Retry-After"));
+  const {error} = await response.json().catch(() => unread);
+  throw failure(error, response.headers.get("Retry-After"));
 }
 function failure({message, code}, seconds) {    // what went wrong, and what to do
-  const otherwise = code === "model_not_found" ? "Choose another model" : "Try again or choose another model";
-  return new Explained(`${message.replace(/[^.!?]$/, "$&.")} ${seconds ? `Try again in ${seconds} s` : otherwise}.`);
+  const choice = code === "model_not_found" ? "Choose" : "Try again or choose";
+  const advice = seconds ? `Try again in ${seconds} s.` : `${choice} another model.`;
+  return new Explained(`${message.replace(/[^.!?]$/, "$&.")} ${advice}`);
 }
 async function* events(stream) {    // the data of each event of a text/event-stream, read as JSON
   const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
-  for (let held = "", part; !(part = await reader.read()).done;) {
-    const whole = (held + part.value).split(/(?:\r\n|\n|\r(?!\n|$)){2}/);
-    held = whole.pop();
-    const data = (event) => event.match(/(?<![^\r\n])data:[^\r\n]*/g)?.map((line) => line.slice(5)).join("\n");
-    yield* whole.map(data).filter((text) => text && text.trim() !== "[DONE]").map((text) => JSON.parse(text));
+  for (let rest = "", part; !(part = await reader.read()).done;) {
+    const whole = (rest + part.value).split(/(?:\r\n|\n|\r(?!\n|$)){2}/);
+    rest = whole.pop();
+    for (const event of whole) {
+      const data = event.match(/(?<![^\r\n])data:[^\r\n]*/g)?.map((line) => line.slice(5));
+      if (data && data[0].trim() !== "[DONE]") yield JSON.parse(data.join("\n"));
+    }
   }
 }
 
-// -- Markdown's blocks. Each kind: how its first line looks, the line after its last one, and what is made of its lines.
-const DEEPEST = 8;      // levels of lists and quotes; anything nested deeper is text
-const ITEM = /^[ \t]*(?:[-*+]|\d{1,9}[.)])(?:[ \t]+|$)/;
-const DIVIDER = /^[ \t|:-]+$/;      // between a table's head and its rows
-const oneLine = (lines, at) => at + 1;
-const isBlank = (line) => !line.trim();
-const kindAt = (lines, at) => KINDS.find(({begins}) => begins(lines[at], lines[at + 1] ?? ""));
-function until(lines, at, ends) {       // the first line after one for which `ends` is true
-  while (++at < lines.length && !ends(at));
-  return at;
-}
-const LIST = {begins: (line) => ITEM.test(line), end: listEnd, shape: list};
-const QUOTE = {begins: (line) => /^ {0,3}>/.test(line), end: quoteEnd, shape: quote};
-const TEXT = {end: (lines, at) => until(lines, at, (next) => isBlank(lines[next]) || kindAt(lines, next)),
-  shape: (lines) => make("p", auto, inline(lines.join("\n")))};
-const TABLE = {begins: (line, next) => line.includes("|") && next.includes("-") && DIVIDER.test(next),
-  end: (lines, at) => until(lines, at, (next) => !lines[next].includes("|")), shape: table};
-const KINDS = [
-  {begins: (line) => /^[ \t]*(?:`{3,}[^`]*|~{3,}.*)$/.test(line), end: fenceEnd, shape: fence},
-  {begins: (line) => /^ {0,3}#{1,6}[ \t]/.test(line), end: oneLine, shape: heading},
-  {begins: (line) => /^(?:-{3,}|\*{3,}|_{3,})$/.test(line.replace(/[ \t]/g, "")), end: oneLine, shape: () => make("hr")},
-  TABLE, QUOTE, LIST,
-];
-function* blocks(lines, depth) {
-  for (let at = 0, end; at < lines.length; at = end) {
-    const kind = depth < DEEPEST && kindAt(lines, at) || TEXT;
-    end = isBlank(lines[at]) ? at + 1 : kind.end(lines, at);
-    if (!isBlank(lines[at])) yield {at, own: lines.slice(at, end), kind};
+// -- Markdown: each kind of block, and of text in a line, has a pattern and a function
+const anyOf = (kinds, flags) => RegExp(
+  Object.entries(kinds).map(([name, [{source}]]) => `(?<${name}>${source})`).join("|"), flags);
+function* scan(text, kinds, pattern) {  // each {own, at, shape} in turn: its text, place, function
+  for (const {0: own, index: at, groups} of text.matchAll(pattern)) {
+    const kind = Object.keys(groups).find((name) => groups[name] !== undefined);
+    yield {own, at, shape: kinds[kind][1]};
   }
 }
-function draw(place, text) {    // Only the last two blocks can still change: those before are kept and not read again.
-  const drawn = place.drawn ??= {chars: 0, settled: 0, parts: []}, {parts} = drawn;
-  const lines = text.slice(drawn.chars).split("\n"), found = [...blocks(lines, 0)];
-  found.forEach(({own, kind}, index) => {
-    const at = drawn.settled + index, old = parts[at], source = own.join("\n"), above = parts[at - 1]?.level ?? 1;
-    if (old?.source === source) return;
-    const element = kind.shape(own, 0, above);
-    parts[at] = {element, source, level: element.level ?? above};
-    if (old) old.element.replaceWith(element);
-    else place.append(element);
+const DEEPEST = 8;      // levels of lists and quotes; what is nested deeper is text
+const BULLET = String.raw`[-*+](?:[ \t]+|$)`, NUMBER = String.raw`\d{1,9}[.)](?:[ \t]+|$)`;
+const ROW = String.raw`[^|\n]*\|.*`, DIVIDER = String.raw`(?=[ \t|:]*-)[ \t|:-]+$`;
+const MARK = String.raw`$|>|\x60{3}|~{3}|#{1,6}[ \t]|[-*_]{3,}[ \t]*$|${BULLET}|${NUMBER}`;
+const MORE = String.raw`\n(?![ \t]*(?:${MARK})|${ROW}\n${DIVIDER}).*`;      // of a paragraph
+const items = (mark) => String.raw`${mark}.*`
+  + String.raw`(?:${MORE}|\n(?:[ \t]*\n)*(?:\k<indent>[ \t]+\S|[ \t]*${mark}).*)*`;
+const BLOCKS = {
+  fence: [RegExp(String.raw`^[ \t]*(?<mark>\x60{3,}(?=[^\x60\n]*$)|~{3,}).*`
+    + String.raw`(?:\n(?![ \t]*\k<mark>[ \t]*$).*)*(?:\n.*)?`), fence],
+  heading: [/^[ \t]*#{1,6}[ \t].*/, heading],
+  rule: [/^[ \t]*(?:(?:-[ \t]*){3,}|(?:\*[ \t]*){3,}|(?:_[ \t]*){3,})$/, () => make("hr")],
+  table: [RegExp(String.raw`^${ROW}\n${DIVIDER}(?:\n${ROW})*`), table],
+  quote: [RegExp(String.raw`^[ \t]*>.*(?:\n[ \t]*>.*|${MORE})*`), quote],
+  list: [RegExp(String.raw`^(?<indent>[ \t]*)(?:${items(BULLET)}|${items(NUMBER)})`), list],
+  text: [RegExp(String.raw`^[ \t]*\S.*(?:${MORE})*`), (own) => make("p", inline(own), auto)],
+};
+const BLOCK = anyOf(BLOCKS, "gm");
+const nested = (text, depth) => depth > DEEPEST ? [make("p", text)]
+  : Array.from(scan(text, BLOCKS, BLOCK), ({own, shape}) => shape(own, depth));
+function draw(place, text) {        // what has not changed since the last time stays as it is
+  const old = place.blocks ?? [];
+  let level = 1;
+  place.blocks = [...scan(text, BLOCKS, BLOCK)];
+  place.blocks.forEach((block, at) => {
+    const {own, element} = old[at] ?? {};
+    block.element = own === block.own ? element : block.shape(block.own, 0, level);
+    level = block.element.level ?? level;
+    if (!element) place.append(block.element);
+    else if (element !== block.element) element.replaceWith(block.element);
   });
-  for (const {element} of parts.splice(drawn.settled + found.length)) element.remove();
-  if (found.length < 3) return;
-  drawn.chars += lines.slice(0, found.at(-2).at).join("\n").length + 1;
-  drawn.settled += found.length - 2;
+  for (const {element} of old.slice(place.blocks.length)) element.remove();
 }
-function quoteEnd(lines, at) {
-  return until(lines, at, (next) => isBlank(lines[next]) || ![QUOTE, undefined].includes(kindAt(lines, next)));
+function fence(own) {
+  const [, indent, mark, name, code] = own.match(/^([ \t]*)(`+|~+)(.*)\n?([^]*)/);
+  const inside = code.replace(RegExp(`(?:^|\n)[ \t]*${mark}[ \t]*$`), "");
+  return listing(inside.replace(RegExp(`^${indent}`, "gm"), ""), name.trim());
 }
-function fenceEnd(lines, at) {
-  const [mark] = lines[at].match(/`+|~+/);
-  return Math.min(until(lines, at, (next) => lines[next].trim() === mark) + 1, lines.length);
+function heading(own, depth, above) {   // one level down at a time, as screen readers expect it
+  const [, marks, title] = own.match(/(#+)(.*)/);
+  if (depth) return make("p", make("strong", inline(title.trim())));
+  const level = Math.min(marks.length + 1, above + 1, 6);
+  return make(`h${level}`, inline(title.trim()), {level}, auto);
 }
-const isNumbered = (line) => /^[ \t]*\d/.test(line);
-const indentOf = (line) => line.match(/^[ \t]*/)[0].length;
-function listEnd(lines, at) {   // it goes on with items of its sort, indented lines and the lines of a paragraph
-  const indent = indentOf(lines[at]), numbered = isNumbered(lines[at]);
-  let end = at + 1;
-  for (let next = end; next < lines.length; next++) {
-    if (isBlank(lines[next])) continue;
-    const kind = kindAt(lines, next), isItem = kind === LIST && isNumbered(lines[next]) === numbered;
-    if (!isItem && indentOf(lines[next]) <= indent && (kind || next > end)) break;
-    end = next + 1;
-  }
-  return end;
+function quote(own, depth) {
+  const made = nested(own.replace(/^[ \t]*> ?/gm, ""), depth + 1);
+  for (const block of made) block.removeAttribute("dir");   // its text decides where the bar is
+  return make("blockquote", made, auto);
 }
-function fence([first, ...lines]) {
-  const [, indent, mark, name] = first.match(/^([ \t]*)(`+|~+)(.*)/);
-  if (lines.at(-1)?.trim() === mark) lines.pop();
-  return listing(lines.map((line) => line.startsWith(indent) ? line.slice(indent.length) : line).join("\n"), name.trim());
+function list(own, depth) {
+  const start = parseInt(own), mark = start >= 0 ? NUMBER : BULLET;
+  const next = RegExp(`\n(?=[ \t]{0,${own.search(/\S/)}}${mark})`, "m");
+  const made = own.split(next).map((part) => item(part, depth + 1));
+  return start >= 0 ? make("ol", made, {start}, auto) : make("ul", made, auto);
 }
-function heading([line], depth, above) {        // one level down at a time, as readers of screens expect it
-  const [, marks, title] = line.trim().match(/^(#+)(.*)/), level = Math.min(marks.length + 1, above + 1, 6);
-  return depth ? paragraph("", make("strong", {}, inline(title.trim())))
-    : make(`h${level}`, {...auto, level}, inline(title.trim()));
-}
-const nested = (lines, depth) => Array.from(blocks(lines, depth), ({own, kind}) => kind.shape(own, depth));
-function quote(lines, depth) {
-  const made = nested(lines.map((line) => line.replace(/^ {0,3}> ?/, "")), depth + 1);
-  for (const block of made) block.removeAttribute("dir");       // its text decides where the quote's bar is
-  return make("blockquote", auto, made);
-}
-function list(lines, depth) {
-  const indent = indentOf(lines[0]), numbered = isNumbered(lines[0]), items = [];
-  for (const line of lines) {
-    if (indentOf(line) <= indent && ITEM.test(line)) items.push([line]);
-    else items.at(-1).push(line);
-  }
-  const made = items.map((own) => item(own, depth + 1));
-  return numbered ? make("ol", {...auto, start: parseInt(lines[0])}, made) : make("ul", auto, made);
-}
-function item([first, ...rest], depth) {
-  const width = first.match(ITEM)[0].length;
-  const [, box, text] = first.slice(width).match(/^(?:\[([ xX])\][ \t]+)?(.*)/);
-  const made = nested([text, ...rest.map((line) => line.slice(Math.min(width, indentOf(line))))], depth);
+function item(own, depth) {
+  const {length} = own.match(/^\s*\S+[ \t]*/)[0];
+  const inside = own.slice(length).replace(RegExp(`^[ \t]{0,${length}}`, "gm"), "");
+  const [, box, words] = inside.match(/^(?:\[([ xX])\][ \t]+)?([^]*)/);
+  const made = nested(words, depth), checked = box !== " ", ariaLabel = checked ? "done" : "open";
   if (made[0]?.tagName === "P") made.splice(0, 1, ...made[0].childNodes);
-  if (!box) return make("li", {}, made);
-  const checked = box !== " ", ariaLabel = checked ? "done" : "open";
-  return make("li", {className: "task"}, make("input", {type: "checkbox", disabled: true, checked, ariaLabel}), made);
+  const mark = box && make("input", {type: "checkbox", disabled: true, checked, ariaLabel});
+  return make(box ? "li.task" : "li", mark, made);
 }
-function table([head, divider, ...rows]) {
-  const split = (line) => line.trim().replace(/^\||(?<!\\)\|$/g, "").split(/(?<!\\)\|/).map((text) => text.trim());
-  const sides = split(divider).map((text) => !text.endsWith(":") ? "" : text[0] === ":" ? "center" : "end");
-  const cells = (tag, line) => make("tr", {}, split(line).slice(0, sides.length).map((text, column) =>
-    make(tag, {className: sides[column]}, inline(text.replaceAll("\\|", "|")))));
-  return make("div", {className: "scroll", tabIndex: 0, role: "group", ariaLabel: "Table"}, make("table", auto,
-    make("thead", {}, cells("th", head)), make("tbody", {}, rows.map((line) => cells("td", line)))));
+function table(own) {
+  const split = (line) => line.trim().replace(/^\||(?<!\\)\|$/g, "").split(/(?<!\\)\|/)
+    .map((text) => text.trim());
+  const [head, divider, ...rows] = own.split("\n").map(split);
+  const sides = divider.map((it) => it.endsWith(":") ? it[0] === ":" ? ".center" : ".end" : "");
+  const cells = (tag, texts) => make("tr", texts.slice(0, sides.length).map((text, column) =>
+    make(tag + sides[column], inline(text.replaceAll("\\|", "|")))));
+  const made = make("table", make("thead", cells("th", head)),
+    make("tbody", rows.map((texts) => cells("td", texts))), auto);
+  return make("div.scroll", made, {tabIndex: 0, role: "group", ariaLabel: "Table"});
 }
 
-// -- Markdown within a line. Each pattern stops at its own mark, so that a text of marks takes no longer than another.
-const within = (mark) => String.raw`(?:[^${mark}\\\x60]|\\[^]|\x60[^\x60]*\x60)+`;      // \x60: code may contain the mark
-const STAR = within("*"), UNDERSCORE = within("_"), TILDE = within("~");
-const LINK = /!?\[(?:[^[\]\x60]|\x60[^\x60]*\x60)*\]\(https?:\/\/(?:[^\s()]|\([^\s()]*\))+(?: +"[^"\n]*")?\)/;
-const strong = (text) => make("strong", {}, inline(text.slice(2, -2)));
-const emphasis = (text) => make("em", {}, inline(text.slice(1, -1)));
-const link = (href, ...children) => make("a", {href, target: "_blank", rel: "noopener"}, ...children);
-const SPANS = [
-  [/``.+?``(?!`)|`[^`]+`/, code],
-  [/\$\$[^$]+\$\$|\\\[(?:[^\\]|\\[^[\]\\]|\\\\(?!\[))+\\\]/, (text) => tex(text.slice(2, -2), true)],
-  [/\\\((?:[^\\\n]|\\[^()\\\n])+\\\)/, (text) => tex(text.slice(2, -2))],
-  [/\$(?![\s$])[^$\n`]+(?<!\s)\$(?![\d$])/, (text) => tex(text.slice(1, -1))],
-  [RegExp(String.raw`\*{3}(?=\S)${STAR}\*{3}`), (text) => make("em", {}, strong(text.slice(1, -1)))],
-  [RegExp(String.raw`\*\*(?=\S)${STAR}(?:\*${STAR}\*(?:${STAR})?){0,3}\*\*|(?<!\w)__(?=\S)${UNDERSCORE}__(?!\w)`), strong],
-  [RegExp(String.raw`(?<![\w*\\])\*(?=\S)${STAR}(?:\*\*${STAR}\*\*(?:${STAR})?){0,3}\*(?![\w*])`), emphasis],
-  [RegExp(String.raw`(?<![\w\\])_(?=\S)${UNDERSCORE}_(?!\w)`), emphasis],
-  [RegExp(String.raw`~~(?=\S)${TILDE}~~`), (text) => make("del", {}, inline(text.slice(2, -2)))],
-  [LINK, linkOrPicture],
-  [/https?:\/\/[^\s<>()*`"']*[^\s<>()*`"'.,;:!?]/, (href) => link(href, href)],
-  [/\\[^\w\s]/, (text) => text[1]],
-  [/&(?:#\d{1,7}|#x[\da-fA-F]{1,6}|[A-Za-z]{2,8});/, entity],
-  [/<br ?\/?>/, () => make("br")],
-];
-const INLINE = RegExp(`(${SPANS.map(([{source}]) => source).join("|")})`);
+// Each pattern stops at its own mark: a line of marks takes no longer than another of its length.
+const within = (mark) => String.raw`(?:[^${mark}\\\x60]|\\[^]|\x60[^\x60]*\x60)+`;  // \x60: code
+const STAR = within("*"), LOW = within("_");
+const marked = (tag, width) => (own) => make(tag, inline(own.slice(width, -width)));
+const formula = (tag, width) => (own) =>
+  make(tag, group((own.slice(width, -width).match(TOKEN) ?? []).reverse(), 0));
+const link = (href, text) => make("a", text, {href, target: "_blank", rel: "noopener"});
+const ENTITIES = {amp: "&", lt: "<", gt: ">", quot: '"', nbsp: "\xa0", "#39": "'"};
+const SPANS = {
+  code: [/``.+?``(?!`)|`[^`]+`/, code],
+  display: [/\$\$[^$]+\$\$|\\\[(?:[^\\]|\\[^[\]\\]|\\\\(?!\[))+\\\]/, formula("math.block", 2)],
+  brackets: [/\\\((?:[^\\\n]|\\[^()\\\n])+\\\)/, formula("math", 2)],
+  dollars: [/\$(?![\s$])[^$\n`]+(?<!\s)\$(?![\d$])/, formula("math", 1)],
+  strong: [RegExp(String.raw`\*\*(?=\*?[^\s*])(?:${STAR})?(?:\*${STAR}\*(?:${STAR})?){0,3}\*\*`
+    + String.raw`|(?<!\w)__(?=\S)${LOW}__(?!\w)`), marked("strong", 2)],
+  emphasis: [RegExp(String.raw`(?<![\w*\\])\*(?=\S)${STAR}(?:\*\*${STAR}\*\*(?:${STAR})?){0,3}`
+    + String.raw`\*(?![\w*])|(?<![\w\\])_(?=\S)${LOW}_(?!\w)`), marked("em", 1)],
+  deleted: [RegExp(String.raw`~~(?=\S)${within("~")}~~`), marked("del", 2)],
+  link: [RegExp(String.raw`!?\[(?:[^[\]\x60]|\x60[^\x60]*\x60)*\]`
+    + String.raw`\(https?:\/\/(?:[^\s()]|\([^\s()]*\))+(?: +"[^"\n]*")?\)`), linkOrPicture],
+  address: [/https?:\/\/[^\s<>()*`"']*[^\s<>()*`"'.,;:!?]/, (own) => link(own, own)],
+  escape: [/\\[^\w\s]/, (own) => own[1]],
+  entity: [/&(?:amp|lt|gt|quot|nbsp|#39);/, (own) => ENTITIES[own.slice(1, -1)]],
+  newLine: [/<br ?\/?>/, () => make("br")],
+};
+const SPAN = anyOf(SPANS, "g");
 function inline(text) {
-  return text.split(INLINE).map((part, at) => at % 2 ? SPANS.find(([span]) => part.match(span)?.[0] === part)[1](part) : part);
+  const parts = [];
+  let end = 0;
+  for (const {own, at, shape} of scan(text, SPANS, SPAN)) {
+    parts.push(text.slice(end, at), shape(own));
+    end = at + own.length;
+  }
+  return [...parts, text.slice(end)];
 }
-function code(text) {
-  const width = text.startsWith("``") ? 2 : 1, inside = text.slice(width, -width);
-  return make("code", {dir: "ltr"}, /^ .+ $/s.test(inside) ? inside.slice(1, -1) : inside);
+function code(own) {
+  const width = own.startsWith("``") ? 2 : 1, words = own.slice(width, -width);
+  return make("code", /^ .+ $/s.test(words) ? words.slice(1, -1) : words, {dir: "ltr"});
 }
-const ENTITIES = new Map(Object.entries({amp: "&", lt: "<", gt: ">", quot: '"', apos: "'", nbsp: "\u00a0", copy: "©",
-  reg: "®", deg: "°", times: "×", middot: "·", ndash: "–", mdash: "—", hellip: "…", larr: "←", rarr: "→", euro: "€"}));
-function entity(text) {
-  const name = text.slice(1, -1), point = Number(name.replace("#x", "0x").replace("#", ""));
-  return point <= 0x10ffff ? String.fromCodePoint(point) : ENTITIES.get(name) ?? text;
-}
-function linkOrPicture(text) {
-  const middle = text.lastIndexOf("](http"), label = text.slice(text.indexOf("[") + 1, middle);
-  const [href] = text.slice(middle + 2, -1).split(" ");
-  const [, own = ""] = text[0] === "!" ? href.split(`//${location.host}${location.pathname}images/`) : "";
-  if (/^\w[\w.-]*$/.test(own)) return picture(own, label);
+function linkOrPicture(own) {
+  const middle = own.lastIndexOf("](http"), label = own.slice(own.indexOf("[") + 1, middle);
+  const [href] = own.slice(middle + 2, -1).split(" ");
+  const [, name = ""] = href.split(`//${location.host}${location.pathname}images/`);
+  if (own[0] === "!" && /^\w[\w.-]*$/.test(name)) return picture(name, label);
   return link(href, inline(label).map((part) => part.tagName === "A" ? part.textContent : part));
 }
 
-// -- TeX as MathML: the commands that models write most. Others stay as they are written.
-const SYMBOLS = new Map(Array.from(`alpha α beta β gamma γ delta δ epsilon ε varepsilon ε theta θ lambda λ mu μ nu ν pi π
-  rho ρ sigma σ tau τ phi φ varphi φ omega ω Gamma Γ Delta Δ Theta Θ Lambda Λ Sigma Σ Phi Φ Omega Ω sum ∑ prod ∏ int ∫
-  infty ∞ partial ∂ nabla ∇ cdot · times × div ÷ pm ± le ≤ leq ≤ ge ≥ geq ≥ ne ≠ neq ≠ approx ≈ equiv ≡ sim ∼ in ∈ notin ∉
-  subset ⊂ subseteq ⊆ cup ∪ cap ∩ forall ∀ exists ∃ to → rightarrow → Rightarrow ⇒ implies ⇒ iff ⇔ mapsto ↦ ldots … dots …
-  cdots ⋯ langle ⟨ rangle ⟩ mid ∣ circ ∘ { { } } | ‖ quad \u2003 , \u2009 ; \u2004`.matchAll(/(\S+) (\S+)/g), (pair) => pair.slice(1)));
-const ACCENTS = new Map([["hat", "^"], ["bar", "¯"], ["overline", "¯"], ["vec", "→"], ["tilde", "~"], ["dot", "˙"]]);
-const FUNCTIONS = /^(?:log|ln|exp|sin|cos|tan|lim|max|min|det|gcd)$/;
-const TEX = /\\(?:text\w*|math\w+|operatorname)\{[^{}]*\}|\\(?:[A-Za-z]+|[^])|\d+(?:\.\d+)?|[^\s\\]/g;
-function mathml(tag, ...children) {
-  const element = document.createElementNS("http://www.w3.org/1998/Math/MathML", tag);
-  for (const child of children.flat()) element.append(child);
-  return element;
-}
-function tex(source, display) {
-  const math = mathml("math", group((source.match(TEX) ?? []).reverse(), 0));
-  math.setAttribute("display", display ? "block" : "inline");
-  return math;
-}
-function group(tokens, depth, end) {    // takes the next tokens, which stand at the end of `tokens`, and `end`
+// -- TeX as MathML: the commands that models write most; others stay as they are written
+const SYMBOLS = new Map(Array.from(`alpha α beta β gamma γ delta δ epsilon ε theta θ lambda λ mu μ
+  nu ν pi π rho ρ sigma σ tau τ phi φ omega ω Gamma Γ Delta Δ Theta Θ Lambda Λ Sigma Σ Phi Φ Omega Ω
+  sum ∑ prod ∏ int ∫ infty ∞ partial ∂ nabla ∇ cdot · times × div ÷ pm ± le ≤ leq ≤ ge ≥ geq ≥ ne ≠
+  neq ≠ approx ≈ equiv ≡ sim ∼ in ∈ notin ∉ subset ⊂ subseteq ⊆ cup ∪ cap ∩ forall ∀ exists ∃ to →
+  rightarrow → Rightarrow ⇒ implies ⇒ iff ⇔ ldots … dots … cdots ⋯ langle ⟨ rangle ⟩ mid ∣ circ ∘
+  { { } } | ‖ quad \u2003 , \u2009 ; \u2004`
+  .matchAll(/(\S{1,12}) (.)/g), (pair) => pair.slice(1)));
+const ACCENTS = new Map(Object.entries({hat: "^", bar: "¯", overline: "¯", vec: "→", tilde: "~"}));
+const TOKEN =
+  /\\(?:text\w*|math\w+|operatorname)\{[^{}]*\}|\\(?:[A-Za-z]+|[^])|\d+(?:\.\d+)?|[^\s\\]/g;
+function group(tokens, depth, end) {    // takes the next tokens, which stand last, and `end`
   const made = [];
   while (tokens.length && tokens.at(-1) !== end) made.push(scripted(tokens, depth));
   tokens.pop();
-  return mathml("mrow", made);
+  return make("mrow", made);
 }
 function scripted(tokens, depth) {      // an atom with what stands below and above it
-  const base = atom(tokens, depth), limits = /^(?:[∑∏]|lim|max|min)$/.test(base.textContent), scripts = {};
-  while (/^[_^]$/.test(tokens.at(-1)) && !scripts[tokens.at(-1)]) scripts[tokens.pop()] = atom(tokens, depth + 1);
-  const {_: below, "^": above} = scripts;
-  if (below && above) return mathml(limits ? "munderover" : "msubsup", base, below, above);
-  if (below) return mathml(limits ? "munder" : "msub", base, below);
-  return above ? mathml(limits ? "mover" : "msup", base, above) : base;
+  const base = atom(tokens, depth), scripts = {};
+  while (/^[_^]$/.test(tokens.at(-1)) && !scripts[tokens.at(-1)]) {
+    scripts[tokens.pop()] = atom(tokens, depth + 1);
+  }
+  const {_: low, "^": high} = scripts, big = /^(?:[∑∏]|lim|max|min)$/.test(base.textContent);
+  const tag = (low ? big ? "under" : "sub" : "") + (high ? big ? "over" : "sup" : "");
+  return tag ? make(`m${tag}`, base, low, high) : base;
 }
 function atom(tokens, depth) {
   const token = tokens.pop() ?? "", next = () => atom(tokens, depth + 1);
   const [, command = "", words] = token.match(/^\\([A-Za-z]+)(?:\{([^]*)\})?$/) ?? [];
-  if (words) return mathml("mtext", words);
-  if (FUNCTIONS.test(command)) return mathml("mi", command);
+  if (words) return make("mtext", words);
   if (depth < 30) {     // nested deeper, commands stay as they are written
     if (token === "{") return group(tokens, depth + 1, "}");
-    if (/^[dt]?frac$/.test(command)) return mathml("mfrac", next(), next());
-    if (command === "sqrt") return mathml("msqrt", next());
+    if (/^[dt]?frac$/.test(command)) return make("mfrac", next(), next());
+    if (command === "sqrt") return make("msqrt", next());
     if (/^(?:left|right|boxed|displaystyle|[Bb]igg?)$/.test(command)) return next();
-    if (ACCENTS.has(command)) return mathml("mover", next(), mathml("mo", ACCENTS.get(command)));
+    if (ACCENTS.has(command)) return make("mover", next(), make("mo", ACCENTS.get(command)));
   }
+  if (/^(?:log|ln|exp|sin|cos|tan|lim|max|min|det)$/.test(command)) return make("mi", command);
   const text = token.length > 1 && SYMBOLS.get(token.slice(1)) || token;
-  return mathml(/^\d/.test(text) ? "mn" : /^[\p{L}∞]/u.test(text) ? "mi" : text[0] === "\\" ? "mtext" : "mo", text);
+  if (text[0] === "\\") return make("mtext", text);
+  return make(/^\d/.test(text) ? "mn" : /^[\p{L}∞]/u.test(text) ? "mi" : "mo", text);
 }
 
 // -- images and code
-function picture(name, alt) {   // fetched, for an <img> can't send a token; never read as SVG, which can hold a script
+function picture(name, alt) {   // fetched, to send the token; as PNG, since SVG can hold a script
   const image = make("img", {alt}), frame = enlargeable(image);
-  image.onerror = () => frame.replaceWith(make("span", {className: "bad"}, "This image can't be shown."));
+  image.onerror = () => frame.replaceWith(make("span.bad", "This image can't be shown."));
   api(`images/${name}`).then((response) => response.blob()).then((blob) => {
     image.src = URL.createObjectURL(blob.slice(0, blob.size, "image/png"));
   }).catch(image.onerror);
@@ -13133,55 +13138,57 @@ function picture(name, alt) {   // fetched, for an <img> can't send a token; nev
 }
 const enlargeable = (image) => button(image, () => enlarge(image), {className: "picture"});
 function enlarge({src, alt}) {
-  const name = `${alt.slice(0, 60) || "image"}.${src.startsWith("data:image/jpeg") ? "jpg" : "png"}`;
-  const save = make("a", {href: src, download: name, className: "button"}, "Save");
-  ui.viewer.replaceChildren(make("img", {src, alt}), row(save, button("Close", () => ui.viewer.close())));
+  const type = src.startsWith("data:image/jpeg") ? "jpg" : "png";
+  const save = {href: src, download: `${alt.slice(0, 60) || "image"}.${type}`};
+  ui.viewer.replaceChildren(make("img", {src, alt}), make("div.row",
+    make("a.button", "Save", save), button("Close", () => ui.viewer.close())));
   ui.viewer.showModal();
 }
 function copying(text) {
-  const copy = () => navigator.clipboard.writeText(text).then(() => { made.textContent = "Copied"; });
-  const made = button("Copy", copy, {hidden: !navigator.clipboard});    // plain HTTP has no clipboard
+  const done = () => { made.textContent = "Copied"; };
+  const copy = () => navigator.clipboard.writeText(text).then(done);
+  const made = button("Copy", copy, {hidden: !navigator.clipboard});    // plain HTTP has none
   return made;
 }
-const listing = (text, name) => make("figure", {}, make("figcaption", {}, make("span", {}, name), copying(text)),
-  make("pre", {tabIndex: 0}, make("code", {dir: "ltr"}, text)));
-async function shrink(blob) {   // a data: URL of at most 1024 pixels a side, so that chats fit into the browser's storage
-  const bitmap = await createImageBitmap(blob), scale = Math.min(1, 1024 / Math.max(bitmap.width, bitmap.height));
+const listing = (text, name) => make("figure",
+  make("figcaption", make("span", name), copying(text)),
+  make("pre", make("code", text, {dir: "ltr"}), {tabIndex: 0}));
+async function shrink(blob) {   // a data: URL of 1024 pixels a side at most, for chats are kept
+  const bitmap = await createImageBitmap(blob);
+  const scale = Math.min(1, 1024 / Math.max(bitmap.width, bitmap.height));
   const canvas = make("canvas", {width: bitmap.width * scale, height: bitmap.height * scale});
   canvas.getContext("2d").drawImage(bitmap, 0, 0, canvas.width, canvas.height);
-  return canvas.toDataURL(blob.type === "image/png" && scale === 1 ? "image/png" : "image/jpeg", .85);
+  return canvas.toDataURL(blob.type === "image/png" && scale === 1 ? "image/png" : "image/jpeg");
 }
-async function attachAll(files) {
-  for (const file of files) await shrink(file).then(addImage, () => tell(`${file.name} is not an image.`));
+async function attach(files) {
+  for (const file of [...files]) {
+    await shrink(file).then(addImage, () => tell(`${file.name} is not an image.`));
+  }
 }
+const attached = (src) => make("img", {src, alt: "Attached image"});
 function addImage(src) {
-  const entry = row(make("img", {src, alt: "Attached image"}), button("×", () => entry.remove(), {ariaLabel: "Remove image"}));
+  const remove = button("×", () => entry.remove(), {ariaLabel: "Remove image"});
+  const entry = make("div.row", attached(src), remove);
   ui.images.append(entry);
 }
 
-// -- what is kept in the browser: each chat under a key of its own, so that two tabs don't overwrite each other's
+// -- what the browser keeps: each chat under a key of its own, so that two tabs don't collide
 function keep(name, value) {
-  try {
-    localStorage[name] = JSON.stringify(value);
-  } catch {
-    tell("The browser's storage is full: this chat is not kept. Export and delete some.");
-  }
+  const complain = () => tell("The browser's storage is full. Export and delete some chats.");
+  try { localStorage[name] = JSON.stringify(value); } catch { complain(); }
 }
 function stored(name) {
-  try {
-    return JSON.parse(localStorage[name]);
-  } catch {
-    return null;      // none, or not ours
-  }
+  try { return JSON.parse(localStorage[name]); } catch { return null; }     // none, or not ours
 }
 const keepChat = (own) => keep(`chat ${own.id}`, own);
-const keepSettings = () => keep("settings", {model: chosen, chat: chat.id, system: ui.system.value,
-  ...Object.fromEntries(PARAMETERS.map((name) => [name, ui[name].value]))});
-const allChats = () => Object.keys(localStorage).filter((name) => name.startsWith("chat ")).map(stored)
-  .filter((each) => each?.messages).sort((one, other) => other.id - one.id);
+const valuesOf = (names) => Object.fromEntries(names.map((name) => [name, ui[name].value]));
+const keepSettings = () => keep("settings", {model: chosen, chat: chat.id, ...valuesOf(SETTINGS)});
+const allChats = () => Object.keys(localStorage).filter((name) => name.startsWith("chat "))
+  .map(stored).filter((each) => each?.messages).sort((one, other) => other.id - one.id);
 function listChats() {
-  ui.chats.replaceChildren(...allChats().map((each) => make("li", {},
-    button(each.title, () => show(each), {...auto, className: "name", ariaCurrent: each.id === chat.id}),
+  ui.chats.replaceChildren(...allChats().map((each) => make("li",
+    button(each.title, () => show(each),
+      {className: "name", ariaCurrent: each.id === chat.id}, auto),
     button("✎", () => rename(each), {ariaLabel: `Rename ${each.title}`}),
     button("×", () => remove(each), {ariaLabel: `Delete ${each.title}`}))));
 }
@@ -13195,80 +13202,86 @@ function remove(each) {
   delete localStorage[`chat ${each.id}`];
   if (each.id === chat.id) show(emptyChat());
   listChats();
-  offerUndo(`“${each.title}” is deleted.`, () => { keepChat(each); show(each); });
+  offer(`“${each.title}” is deleted.`, "Undo", () => { keepChat(each); show(each); });
 }
 ui.save.onclick = () => {
-  const href = URL.createObjectURL(new Blob([JSON.stringify(allChats(), null, 2)], {type: "application/json"}));
-  make("a", {href, download: "chats.json"}).click();
+  const file = new Blob([JSON.stringify(allChats(), null, 2)], {type: "application/json"});
+  make("a", {href: URL.createObjectURL(file), download: "chats.json"}).click();
 };
 
 // -- the chat
 const emptyChat = () => ({id: Date.now(), title: "", messages: []});
-const wordsOf = ({content}) => typeof content === "string" ? content : content[0].text;
-const imagesOf = ({content}) => typeof content === "string" ? [] : content.slice(1).map((part) => part.image_url.url);
+const parts = ({content}) => typeof content === "string" ? [{text: content}] : content;
+const words = (message) => parts(message)[0].text;
+const images = (message) => parts(message).slice(1).map((part) => part.image_url.url);
 function show(other) {
   stop?.abort();
-  [chat, editing] = [other, -1];
-  ui.turns.replaceChildren(...chat.messages.map((message, at) => message.role === "user" ? question(at) : answer(chat, at)));
-  for (const {finish} of ui.turns.children) finish?.();
+  chat = other;
+  drawTurns(0);
+  tell();
   ui.sidebar.hidePopover();
   keepSettings();
 }
-function question(at) {
-  const words = wordsOf(chat.messages[at]);
-  const images = imagesOf(chat.messages[at]).map((src) => enlargeable(make("img", {src, alt: "Attached image"})));
-  return make("div", {className: "turn"}, make("div", {className: "question", ...auto}, words, images),
-    make("div", {className: "tools small row"}, copying(words), button("Edit", () => edit(at))));
+function drawTurns(from) {      // those before stay as they are
+  while (ui.turns.children.length > from) ui.turns.lastChild.remove();
+  chat.messages.slice(from).forEach((message, at) => {
+    const element = (message.role === "user" ? question : answer)(message, from + at);
+    ui.turns.append(element);
+    element.finish?.();
+  });
 }
-function edit(at) {     // the turns from the question on stay until the new one is sent
-  ui.field.value = wordsOf(chat.messages[at]);
+function question(message, at) {
+  const shown = images(message).map((src) => enlargeable(attached(src)));
+  const edit = () => {
+    if (stop) return;
+    cut(at);
+    compose(words(message), images(message));
+    ui.field.focus();
+  };
+  return make("div.turn", make("div.question", words(message), shown, auto),
+    make("div.tools.small.row", copying(words(message)), button("Edit", edit)));
+}
+function compose(text, pictures) {
+  ui.field.value = sessionStorage.draft = text;
   ui.images.replaceChildren();
-  imagesOf(chat.messages[at]).forEach(addImage);
-  editing = at;
-  [...ui.turns.children].forEach((turn, index) => turn.classList.toggle("replaced", index >= at));
-  ui.field.focus();
+  pictures.forEach(addImage);
 }
-function cut(at) {      // removes the turns from one on, which others replace
+function cut(at) {      // removes the turns from one on; until others come the browser keeps them
   const own = chat, before = [...chat.messages];
-  offerUndo("The earlier turns are replaced.", () => { own.messages = before; show(own); keepChat(own); });
+  const restore = () => { own.messages = before; show(own); keepChat(own); };
+  offer("The turns from here on are removed.", "Undo", restore);
   chat.messages.length = at;
-  while (ui.turns.children.length > at) ui.turns.lastChild.remove();
+  drawTurns(at);
 }
-function answer(own, at) {      // the element of an answer; update() and finish() draw its message
-  const message = own.messages[at], [thoughts, text] = ["thoughts", "text"].map((className) => make("div", {className}));
-  const summary = make("summary", {className: "name"});
-  const article = make("article", {className: "turn answer", ariaBusy: "true"}, make("details", {}, summary, thoughts), text);
-  article.update = () => {
+function answer(message, at) {  // the element of an answer; update() and finish() draw its message
+  const own = chat, thoughts = make("div.thoughts"), text = make("div.text");
+  const summary = make("summary.name"), turn = make("article.turn.answer",
+    make("details", summary, thoughts), text, {ariaBusy: "true"});
+  turn.update = () => {
     summary.textContent = message.content ? "Thoughts" : message.reasoning.trim().split("\n").pop();
     draw(thoughts, message.reasoning);
     draw(text, message.content);
   };
-  const again = () => {
-    if (stop) return;
-    cut(at);
-    ask();
+  turn.finish = () => {
+    turn.update();
+    const again = () => { if (!stop) { cut(at); ask(); } };
+    const code = make("details", make("summary", "As curl and Python"));
+    code.ontoggle = () => code.children[1] || code.append(...examples(bodyOf(own, at)));
+    if (message.problem) turn.append(make("p.bad", message.problem));
+    turn.append(make("div.tools.small.row", make("span.line", message.line ?? ""),
+      copying(message.content), button("Try again", again)), code);
+    turn.ariaBusy = "false";
   };
-  article.finish = () => {
-    article.update();
-    if (message.problem) article.append(paragraph("bad", message.problem));
-    const line = make("span", {className: "line"}, message.line ?? "");
-    const tools = make("div", {className: "tools small row"}, line, copying(message.content), button("Try again", again));
-    const code = make("details", {}, make("summary", {}, "As curl and Python"));
-    code.ontoggle = () => { if (!code.querySelector("figure")) code.append(...examples(bodyOf(own, at))); };
-    article.append(tools, code);
-    article.ariaBusy = "false";
-  };
-  return article;
+  return turn;
 }
-function bodyOf({messages}, at) {       // the request for an answer, without questions that have none
-  const {request, system} = messages[at], answered = (index) => index + 1 === at || messages[index + 1].content;
-  const sent = messages.slice(0, at).filter(({role, content}, index) => role === "user" ? answered(index) : content);
-  const prompt = system ? [{role: "system", content: system}] : [];
-  return {...request, messages: [...prompt, ...sent.map(({role, content}) => ({role, content}))]};
+function bodyOf({messages}, at) {       // an answer's request, without questions that have none
+  const {request, system} = messages[at];
+  const sent = messages.slice(0, at).filter(({role, content}, index) =>
+    role === "user" ? index + 1 === at || messages[index + 1].content : content);
+  if (system) sent.unshift({role: "system", content: system});
+  return {...request, messages: sent.map(({role, content}) => ({role, content}))};
 }
-const parameters = () => Object.fromEntries(
-  PARAMETERS.filter((name) => ui[name].value).map((name) => [name, Number(ui[name].value)]));
-function paced(work) {  // `work`, the layout included, takes a fifth of the time at most, however long an answer grows
+function paced(work) {  // with the layout it takes a fifth of the time, however long an answer is
   let timer = 0, pause = 20;
   const run = () => {
     const started = performance.now();
@@ -13279,37 +13292,43 @@ function paced(work) {  // `work`, the layout included, takes a fifth of the tim
   return () => { timer ||= setTimeout(run, pause); };
 }
 async function ask() {  // for the answer to the chat's last question
-  const own = chat, at = own.messages.length, message = {role: "assistant", content: "", reasoning: "",
-    request: {model: chosen, ...parameters()}, system: ui.system.value.trim(), problem: "The page was closed before the end."};
+  const own = chat, at = own.messages.length;
+  const message = {role: "assistant", content: "", reasoning: "", system: ui.system.value.trim(),
+    request: {model: chosen}, problem: "The page was closed before the end."};
+  for (const name of SETTINGS.slice(1)) {
+    if (ui[name].value) message.request[name] = Number(ui[name].value);
+  }
   own.messages.push(message);
-  const article = answer(own, at);
-  ui.turns.append(article);
+  const turn = answer(message, at);
+  ui.turns.append(turn);
   ui.log.scrollTop = 0;     // the end
   [stop, ui.send.textContent] = [new AbortController(), "Stop"];
   try {
-    await receive(message, bodyOf(own, at), paced(article.update));
+    await receive(message, bodyOf(own, at), paced(turn.update));
     delete message.problem;
   } catch (error) {
-    message.problem = stop.signal.aborted ? "Stopped." : error instanceof Explained ? error.message : "The connection broke off.";
+    message.problem = stop.signal.aborted ? "Stopped." : explain(error, ENDS[""]);
   }
   [stop, ui.send.textContent] = [null, "Send"];
-  article.finish();
+  turn.finish();
   if (own === chat || stored(`chat ${own.id}`)) keepChat(own);
 }
-const ENDS = {length: "It reached its limit of tokens.", content_filter: "A content filter ended the answer.",
-  tool_calls: "It asks for a tool, and this page has none.", "": "The connection broke off."};
+const ENDS = {length: "It reached its limit of tokens.", "": "The connection broke off.",
+  content_filter: "A content filter ended the answer.",
+  tool_calls: "It asks for a tool, and this page has none."};
 async function receive(message, body, changed) {
   const started = performance.now();
   const response = await api("v1/chat/completions", {method: "POST", signal: stop.signal,
     body: JSON.stringify({...body, stream: true, stream_options: {include_usage: true}})});
   let first = 0, end = "", tokens = null;
   try {
-    for await (const {error, usage, choices: [{delta = {}, finish_reason} = {}] = []} of events(response.body)) {
+    for await (const {error, usage, choices: [choice = {}] = []} of events(response.body)) {
       if (error) throw failure(error);
-      message.content += delta.content?.replaceAll("\r", "") ?? "";
-      message.reasoning += delta.reasoning_content?.replaceAll("\r", "") ?? "";
-      first ||= (delta.content || delta.reasoning_content) && performance.now();
-      end = finish_reason ?? end;
+      const {content, reasoning_content: thoughts} = choice.delta ?? {};
+      message.content += content?.replaceAll("\r", "") ?? "";
+      message.reasoning += thoughts?.replaceAll("\r", "") ?? "";
+      first ||= (content || thoughts) && performance.now();
+      end = choice.finish_reason ?? end;
       tokens = usage?.completion_tokens ?? tokens;
       changed();
     }
@@ -13318,40 +13337,45 @@ async function receive(message, body, changed) {
   }
   if (end !== "stop") throw new Explained(ENDS[end] ?? `The answer ended early: ${end}.`);
 }
-function account(headers, wait, took, tokens) {     // "paid, after akash=429 · 0.4 s to first token · 52 tokens/s · 812 tokens"
-  const attempts = headers.get("X-Akashproxy-Route")?.split(", ") ?? [], [name] = (attempts.pop() ?? "").split("=");
-  const ignored = headers.get("X-Akashproxy-Ignored");
-  return [attempts.length ? `${name}, after ${attempts.join(", ")}` : name,
-    wait > 0 && `${(wait / 1000).toFixed(1)} s to first token`,
+function account(headers, wait, took, tokens) {     // "paid, after a=429 · 0.4 s to first token"
+  const tries = headers.get("X-Akashproxy-Route")?.split(", ") ?? [];
+  const ignored = headers.get("X-Akashproxy-Ignored"), [name] = (tries.pop() ?? "").split("=");
+  return [tries.length ? `${name}, after ${tries.join(", ")}` : name,
+    wait > 0 && `${(wait / 1000).toFixed(wait < 95 ? 2 : 1)} s to first token`,
     wait > 0 && took > 100 && tokens > 1 && `${Math.round(tokens / took * 1000)} tokens/s`,
-    tokens !== null && count(tokens, "token"), ignored && `ignored: ${ignored}`].filter(Boolean).join(" · ");
+    tokens !== null && count(tokens, "token"),
+    ignored && `ignored: ${ignored}`].filter(Boolean).join(" · ");
 }
 const BASE = new URL("v1", location).href;
-function examples(body) {       // for a shell and for Python, without the token and the data of images
-  const secret = sessionStorage.token ? ' -H "Authorization: Bearer $TOKEN"' : "";
+function examples(body) {       // for a shell and for Python, without the token and images' data
+  const token = sessionStorage.token ? ' -H "Authorization: Bearer $TOKEN"' : "";
   const brief = (name, value) => name === "url" ? `${value.split(",")[0]},...` : value;
-  return [listing(`curl -N ${BASE}/chat/completions${secret} -H 'Content-Type: application/json' \\
-  -d '${JSON.stringify({...body, stream: true}, brief).replaceAll("'", "'\\''")}'`, "curl"), listing(`import os, openai
+  const data = JSON.stringify({...body, stream: true}, brief).replaceAll("'", "'\\''");
+  return [listing(`curl -N ${BASE}/chat/completions${token} \\
+  -H 'Content-Type: application/json' -d '${data}'`, "curl"), listing(`import os, openai
 
 client = openai.OpenAI(base_url="${BASE}", api_key=os.environ.get("TOKEN", "none"))
-for chunk in client.chat.completions.create(stream=True, **${JSON.stringify(body, brief)}):
+request = ${JSON.stringify(body, brief)}
+for chunk in client.chat.completions.create(stream=True, **request):
     print(chunk.choices[0].delta.content or "", end="")`, "Python")];
 }
 
 // -- the models and the first sight
-const PROMPTS = ["Explain how a proxy works, in three sentences.", "Write a Python function that checks a password's strength.",
-  "Plan a weekend in Lisbon, as a table."];
+const PROMPTS = ["Explain how a proxy works, in three sentences.",
+  "Plan a weekend in Lisbon, as a table.",
+  "Write a Python function that checks a password's strength."];
+const isPhone = () => matchMedia("(pointer: coarse)").matches;
 function choose(name) {
   chosen = name;
   ui.model.textContent = ui.model.title = name || "No models";
   keepSettings();
 }
 function listModels() {     // those with all the words that are searched for; Enter takes the first
-  const words = ui.search.value.toLowerCase().split(" ");
-  const matching = names.filter((name) => words.every((word) => name.toLowerCase().includes(word)));
-  ui.found.textContent = `${matching.length} of ${count(names.length, "model")}`;
-  ui.models.replaceChildren(...matching.map((name) => make("li", {},
-    make("button", {value: name, ariaPressed: name === chosen}, name))));
+  const wanted = ui.search.value.toLowerCase().split(" ");
+  const found = names.filter((name) => wanted.every((word) => name.toLowerCase().includes(word)));
+  ui.found.textContent = `${found.length} of ${count(names.length, "model")}`;
+  ui.models.replaceChildren(...found.map((name) =>
+    make("li", make("button", name, {value: name, ariaPressed: name === chosen}))));
 }
 function pick() {
   ui.search.value = "";
@@ -13359,83 +13383,93 @@ function pick() {
   ui.picker.showModal();
 }
 function greet() {
-  const touch = matchMedia("(pointer: coarse)").matches, key = sessionStorage.token ? "$TOKEN" : "none";
-  const keys = touch ? "" : " Enter sends, Shift+Enter breaks the line, Escape stops.";
-  const some = names.slice(0, 5).map((name) => button(name, () => choose(name), {className: "name"}));
-  ui.welcome.replaceChildren(make("h2", {}, "What can I do for you?"),
-    paragraph("small", names.length ? `${count(names.length, "model")} to choose from.${keys}` : "No models are available."),
-    row(...PROMPTS.map((text) => button(text, () => submit(text)))),
-    row(...some, names.length > some.length ? button("More models", pick) : ""),
-    listing(BASE, "Base URL"), listing(`export OPENAI_BASE_URL=${BASE} OPENAI_API_KEY=${key}`, "Shell"));
+  const name = {className: "name"}, key = sessionStorage.token ? "$TOKEN" : "none";
+  const keys = isPhone() ? "" : " Enter sends, Shift+Enter breaks the line, Escape stops.";
+  ui.welcome.replaceChildren(make("h2", "What can I do for you?"),
+    make("p.small", names.length ? `${count(names.length, "model")} to choose from.${keys}`
+      : "No models are available."),
+    make("div.prompts", PROMPTS.map((text) => button(text, () => submit(text)))),
+    make("div.row", names.slice(0, 5).map((each) => button(each, () => choose(each), name)),
+      names.length > 5 && button("More models", pick)),
+    listing(BASE, "Base URL"),
+    listing(`export OPENAI_BASE_URL=${BASE} OPENAI_API_KEY=${key}`, "Shell"));
 }
 
 // -- the controllers
-function card(all, each) {
-  const total = all.reduce((sum, {priority, weight}) => sum + (priority === each.priority && weight), 0);
-  const share = Math.round(100 * each.weight / (total || 1)), resting = each.rests_for_seconds || each.models_cooling_down;
-  const state = each.rests_for_seconds ? `cooling down, ${each.rests_for_seconds} s`
-    : each.models_cooling_down ? `${count(each.models_cooling_down, "model")} cooling down` : "ready";
+function card(each, index, all) {
+  const group = all.filter(({priority}) => priority === each.priority);
+  const share = each.weight / (group.reduce((sum, {weight}) => sum + weight, 0) || 1);
+  const cooling = each.rests_for_seconds ? `cooling down, ${each.rests_for_seconds} s`
+    : each.models_cooling_down && `${count(each.models_cooling_down, "model")} cooling down`;
   const models = each.models === null ? "models unknown" : count(each.models, "model");
-  return make("article", {className: "card"},
-    make("h2", {className: "row"}, each.name, make("span", {className: `small state ${resting ? "resting" : "ready"}`}, state)),
-    paragraph("small", `Tier ${each.priority}, ${share} % of its requests · ${models}`),
-    paragraph("small", `${each.in_flight} in flight · ${each.served} served · ${each.failed} failed`),
-    each.last_error ? paragraph("bad", `Last error: ${each.last_error}, ${new Date(each.last_error_at).toLocaleTimeString()}`) : "");
+  const time = new Date(each.last_error_at).toLocaleTimeString(), part = Math.round(100 * share);
+  return make("article.card", make("h2.row", each.name,
+    make(`span.small.state.${cooling ? "warn" : "good"}`, cooling || "ready")),
+    make("p.small", `Tier ${each.priority}, ${part} % of its requests · ${models}`),
+    make("p.small",
+      `${each.in_flight} in flight · ${each.served} served · ${each.failed} failed`),
+    each.last_error && make("p.bad", `Last error: ${each.last_error}, ${time}`),
+    each.login === "ended" && make("p.bad", "Its login has ended."));
 }
 function keyCard({name, ...figures}) {
-  const words = Object.entries(figures).map(([figure, value]) => `${figure.replaceAll("_", " ")}: ${value ?? "none"}`);
-  return make("article", {className: "card"}, make("h2", {}, `Key ${name}`), paragraph("small", words.join(" · ")));
+  const line = Object.entries(figures).map(([figure, value]) => `${figure}: ${value ?? "none"}`);
+  return make("article.card", make("h2", `Key ${name}`),
+    make("p.small", line.join(" · ").replaceAll("_", " ")));
 }
-async function showStatus() {
+async function readStatus() {
   const {controllers, keys} = await (await api("status")).json();
-  ui.status.replaceChildren(...controllers.map((each) => card(controllers, each)), ...keys.map(keyCard));
+  ui.status.replaceChildren(...controllers.map(card), ...keys.map(keyCard));
 }
 
 // -- what happens, and when
-let trouble = "";       // the complaint of refresh() that is in sight, to be taken back when it is over
 async function refresh() {      // the models, once, and the controllers while they are in sight
   if (document.hidden || !ui.key.hidden) return;
+  let trouble = "";
   try {
-    if (!names) {
-      const {data} = await (await api("v1/models")).json();
-      names = data.map(({id}) => id);
-      choose(names.includes(chosen) ? chosen : names[0] ?? "");
-      greet();
-      if (names.length) ui.field.focus();
-    }
-    if (!ui.status.hidden) await showStatus();
-    if (trouble && ui.note.textContent === trouble) tell();
-    trouble = "";
+    if (!names) await readModels();
+    if (location.hash === "#status") await readStatus();
   } catch (error) {
-    const message = error instanceof Explained ? error.message : "The server's answer can't be read.";
-    if (trouble !== message) tell(make("span", {className: "bad"}, trouble = message));     // a reader says it once
+    trouble = explain(error, "The server's answer can't be read.");
   }
+  if (ui.trouble.textContent !== trouble) ui.trouble.textContent = trouble;     // said once
+}
+async function readModels() {
+  const {data} = await (await api("v1/models")).json();
+  names = data.map(({id}) => id);
+  choose(names.includes(chosen) ? chosen : names[0] ?? "");
+  greet();
+  if (names.length) ui.field.focus();
 }
 function submit(text) {
-  const images = Array.from(ui.images.querySelectorAll("img"), ({src}) => ({type: "image_url", image_url: {url: src}}));
-  if (stop || !chosen || !text && !images.length) return;
-  if (editing >= 0) cut(editing);
-  else tell();
-  editing = -1;
+  const pictures = Array.from(ui.images.querySelectorAll("img"),
+    ({src: url}) => ({type: "image_url", image_url: {url}}));
+  if (stop || !chosen || !text && !pictures.length) return;
+  const at = chat.messages.length;
   chat.title ||= text.slice(0, 60) || "Image";
-  chat.messages.push({role: "user", content: images.length ? [{type: "text", text}, ...images] : text});
-  ui.turns.append(question(chat.messages.length - 1));
-  ui.images.replaceChildren();
-  ui.field.value = sessionStorage.draft = "";
+  const content = pictures.length ? [{type: "text", text}, ...pictures] : text;
+  chat.messages.push({role: "user", content});
+  drawTurns(at);
+  compose("", []);
   ask();
   keepChat(chat);
 }
-ui.form.onsubmit = (event) => {
-  event.preventDefault();
-  if (stop) stop.abort();
-  else submit(ui.field.value.trim());
+onhashchange = () => {
+  const view = location.hash || "#chat";
+  for (const link of document.querySelectorAll("header a")) link.ariaCurrent = link.hash === view;
+  refresh();
 };
 onkeydown = (event) => {
   if (event.key === "Escape") stop?.abort();
-  const newLine = event.shiftKey || event.isComposing || matchMedia("(pointer: coarse)").matches;
+  const newLine = event.shiftKey || event.isComposing || isPhone();
   if (event.target !== ui.field || event.key !== "Enter" || newLine) return;
   event.preventDefault();
   if (!stop) ui.form.requestSubmit();
+};
+ui.form.onsubmit = () => stop ? stop.abort() : submit(ui.field.value.trim());
+ui.key.onsubmit = () => {
+  sessionStorage.token = ui.token.value.replace(/[^!-~]/g, "");
+  ui.key.hidden = true;
+  refresh();
 };
 ui.field.oninput = () => { sessionStorage.draft = ui.field.value; };
 ui.settings.onchange = keepSettings;
@@ -13445,33 +13479,20 @@ ui.picker.onclose = () => { if (ui.picker.returnValue) choose(ui.picker.returnVa
 ui.sidebar.onbeforetoggle = listChats;
 ui.fresh.onclick = () => { location.hash = "#chat"; show(emptyChat()); ui.field.focus(); };
 ui.attach.onclick = () => ui.file.click();
-ui.file.onchange = () => { attachAll([...ui.file.files]); ui.file.value = ""; };
-document.onpaste = ({clipboardData}) => attachAll([...clipboardData.files]);
+ui.file.onchange = () => { attach(ui.file.files); ui.file.value = ""; };
+document.onpaste = ({clipboardData}) => attach(clipboardData.files);
 ondragover = (event) => event.preventDefault();
-ondrop = (event) => { event.preventDefault(); attachAll([...event.dataTransfer.files]); };
+ondrop = (event) => { event.preventDefault(); attach(event.dataTransfer.files); };
 onpagehide = () => { if (stop) keepChat(chat); };      // the part of an answer that has come
-ui.key.onsubmit = (event) => event.preventDefault();
-ui.token.onchange = () => {
-  sessionStorage.token = ui.token.value.replace(/[^!-~]/g, "");
-  ui.key.hidden = true;
-  refresh();
-};
-onhashchange = () => {
-  ui.status.hidden = location.hash !== "#status";
-  ui.log.hidden = ui.welcome.hidden = ui.form.hidden = !ui.status.hidden;
-  document.querySelector("[href='#chat']").ariaCurrent = ui.status.hidden;
-  document.querySelector("[href='#status']").ariaCurrent = !ui.status.hidden;
-  refresh();
-};
 const before = stored("settings") ?? {};
-for (const name of ["system", ...PARAMETERS]) ui[name].value = before[name] ?? "";
+for (const name of SETTINGS) ui[name].value = before[name] ?? "";
 chosen = before.model ?? "";
 ui.field.value = sessionStorage.draft ?? "";
 show(stored(`chat ${before.chat}`) ?? emptyChat());
 onhashchange();
 setInterval(refresh, 1000);
 </script>
-"""  # noqa: E501 (its lines are not wrapped)
+"""
 
 
 @functools.lru_cache(maxsize=None)
@@ -13479,20 +13500,15 @@ def page() -> Tuple[bytes, Dict[str, str]]:
     """The page and its headers; it may run its own script and load nothing else."""
     import hashlib
 
-    texts = {
-        tag: PAGE.partition("<" + tag)[2].partition(">")[2].partition("</" + tag)[0]
-        for tag in ("style", "script")
-    }
-    hashes = {
-        tag: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-        for tag, text in texts.items()
-    }
     policy = (
-        f"default-src 'none'; script-src 'sha256-{hashes['script']}'; "
-        f"style-src 'sha256-{hashes['style']}'; connect-src 'self'; img-src data: blob:; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+        "default-src 'none'; connect-src 'self'; img-src data: blob:; base-uri 'none'; "
+        "form-action 'none'; frame-ancestors 'none'; "
         "require-trusted-types-for 'script'; trusted-types 'none'"
     )
+    for tag in ("style", "script"):
+        text = PAGE.partition("<" + tag)[2].partition(">")[2].partition("</" + tag)[0]
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        policy += f"; {tag}-src 'sha256-{digest}'"
     return PAGE.encode(), {
         "Content-Type": "text/html; charset=utf-8",
         "Cache-Control": "no-cache",
