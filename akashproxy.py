@@ -189,6 +189,7 @@ from typing import (
     ClassVar,
     Deque,
     Dict,
+    Generator,
     Generic,
     Iterable,
     Iterator,
@@ -3262,14 +3263,13 @@ class BufferedBody(Decoder):
         limit: int = MAX_BUFFERED_BODY,
         is_error_body: bool = False,
     ) -> None:
-        self.parse, self.byte_budget, self.is_error_body = parse, limit, is_error_body
+        self.parse, self.limit, self.is_error_body = parse, limit, is_error_body
         self.data = bytearray()  # a list of small parts would take many times their size
 
     def feed(self, data: bytes) -> List[Event]:
-        self.byte_budget -= len(data)
-        if self.byte_budget < 0:
-            self.error = truncated("The upstream", TOO_LARGE)
         self.data += data
+        if len(self.data) > self.limit:
+            self.error = truncated("The upstream", TOO_LARGE)
         return []
 
     def close(self) -> List[Event]:
@@ -3437,11 +3437,10 @@ class EventStream:
             return False
         response.opening += payload
         return (
-            response.status >= 300
+            response.opening.strip() != b""
+            or response.status >= 300
             or response.body.done
             or len(response.opening) > self.MAX_OPENING
-            or not response.opening.isspace()
-            and response.opening != b""
         )
 
     def mark_complete(self) -> None:
@@ -3467,14 +3466,15 @@ class EventStream:
             self.error = self.response.to_api_error(error)
         except (APIError, ClientDisconnected) as reason:  # the scope was cancelled
             self.error = reason
-        events: List[Event] = []
+        if not self.decoder:
+            return []
         try:
-            events = self.decoder.flush() if self.decoder else []
+            events: List[Event] = self.decoder.flush()
+            self.error = self.decoder.error or self.error  # of an error's body
+            return events
         except Exception as bug:  # the decoder may be what failed in the first place
             log.info("%s: %s: %s", self.response.timeouts.upstream_name, type(bug).__name__, bug)
-        if isinstance(self.decoder, BufferedBody) and self.decoder.is_error_body:
-            self.error = self.decoder.error or self.error
-        return events
+            return []
 
     def __iter__(self) -> Iterator[Event]:
         """Read the socket in this thread and yield the events."""
@@ -3509,7 +3509,7 @@ class SurrogateFilter(Filter):
         self.pending: Dict[Any, BlockEvent] = {}  # first halves, by type and index of the event
 
     def feed(self, events: List[Event]) -> List[Event]:
-        if not self.pending and not any(map(self._has_surrogate, events)):
+        if not self.pending and not any(map(has_surrogate, events)):
             return events
         out: List[Event] = []
         for event in events:
@@ -3525,11 +3525,6 @@ class SurrogateFilter(Filter):
     def close(self) -> List[Event]:
         pending, self.pending = self.pending, {}
         return [with_text(event, "\ufffd") for event in pending.values()]
-
-    @staticmethod
-    def _has_surrogate(event: Event) -> bool:
-        text = text_of(event)
-        return not text.isascii() and _SURROGATE.search(text) is not None
 
     def _join(self, event: BlockEvent) -> List[Event]:
         key = type(event), getattr(event, "index", 0)
@@ -3547,7 +3542,54 @@ class SurrogateFilter(Filter):
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-class ThinkTagFilter(Filter):
+def has_surrogate(event: Event) -> bool:
+    """Whether an event's text has half of a character."""
+    text = text_of(event)
+    return not text.isascii() and _SURROGATE.search(text) is not None
+
+
+class TextFilter(Filter):
+    """Base class of filters of Text that hold back the possible start of a word.
+
+    Subclasses append events to ``out``: in read() those of one Text, in release() what was held
+    back, in finish() the last ones, in pass_on() others.
+    """
+
+    def feed(self, events: List[Event]) -> List[Event]:
+        self.out: List[Event] = []
+        for event in events:
+            if self.stopped:
+                break
+            if isinstance(event, Text):
+                self.read(event)
+            elif isinstance(event, Finish):
+                self.finish(event)
+            else:
+                if isinstance(event, TextWasReasoning):
+                    self.release()
+                self.pass_on(event)
+        return self.out
+
+    def close(self) -> List[Event]:
+        self.out = []
+        self.release()
+        return self.out
+
+    def read(self, event: Text) -> None:
+        raise NotImplementedError
+
+    def release(self) -> None:
+        raise NotImplementedError
+
+    def finish(self, finish: Finish) -> None:
+        self.release()
+        self.out.append(finish)
+
+    def pass_on(self, event: Event) -> None:
+        self.out.append(event)
+
+
+class ThinkTagFilter(TextFilter):
     """Turns ``<think>...</think>`` in Text events into Reasoning events.
 
     Tags may be split anywhere. An opening tag counts only at the start, after blanks at most; later
@@ -3564,213 +3606,146 @@ class ThinkTagFilter(Filter):
     def __init__(self) -> None:
         self.pending = ""  # possibly the start of a tag, or of the newlines before one
         self.last_char = ""  # of the text passed on
-        self.strip_newlines = False  # after a tag
-        self.state: Callable[[str, List[Event]], str] = self._at_start
+        self.after_tag = False  # newlines are removed
+        self.in_reasoning = self.started = self.closed = False  # by a tag, or by other text
 
     def feed(self, events: List[Event]) -> List[Event]:
         if len(events) == 1 and type(events[0]) is Text and self.is_passthrough(events[0].text):
             return events
-        out: List[Event] = []
-        for event in events:
-            if isinstance(event, Text):
-                self._text(event.text, out)
-            else:
-                if isinstance(event, Finish):
-                    out += self.close()
-                out.append(event)
-        return out
+        return super().feed(events)
 
     def is_passthrough(self, text: str) -> bool:
-        if (
-            text
-            and self.last_char
-            and not self.strip_newlines
-            and not self.pending
-            and "<" not in text
-        ):
+        if text and self.last_char and not self.after_tag and not self.pending and "<" not in text:
             self.last_char = text[-1]
             return True
         return False
 
-    def close(self) -> List[Event]:
-        """Flush pending text, which turned out not to be a tag."""
+    def read(self, event: Text) -> None:
+        text, self.pending = self.pending + event.text, ""
+        if not self.started:
+            text = self._read_opening(text)
+        if not self.closed and text:
+            text = self._read_closing(text)
+        self._emit(text)
+
+    def release(self) -> None:
         text, self.pending = self.pending, ""
-        event_type = Reasoning if self.state == self._in_reasoning else Text
-        return [event_type(text)] if text else []
+        self._emit(text)
 
-    def _text(self, text: str, out: List[Event]) -> None:
-        text, self.pending = self.pending + text, ""
-        while text:
-            if self.strip_newlines:
-                text = text.lstrip("\n")
-                self.strip_newlines = not text
-            text = self.state(text, out)
-
-    # States: each consumes the start of the text and returns the remainder.
-
-    def _at_start(self, text: str, out: List[Event]) -> str:
+    def _read_opening(self, text: str) -> str:
+        """Return what follows an opening tag, or the text if there is none."""
         stripped = text.lstrip()
         if len(text) - len(stripped) <= self.MAX_BLANKS:
-            if stripped.startswith(self.OPEN_TAG):
-                self.state, self.strip_newlines = self._in_reasoning, True
-                return stripped[len(self.OPEN_TAG) :]
-            if self.OPEN_TAG.startswith(stripped):
+            if self.OPEN_TAG.startswith(stripped) and stripped != self.OPEN_TAG:
                 self.pending = text
                 return ""
-        self.state = self._in_answer
+            if stripped.startswith(self.OPEN_TAG):
+                self.in_reasoning = self.after_tag = True
+                text = stripped[len(self.OPEN_TAG) :]
+        self.started = True
         return text
 
-    def _in_reasoning(self, text: str, out: List[Event]) -> str:
-        reasoning, tag, remaining = text.partition(self.CLOSE_TAG)
-        if tag:
-            self.state, self.strip_newlines = self._emit, True
-            reasoning = self._strip_line_breaks(reasoning)
-        else:
-            reasoning = self._split_partial_tag(text)
-        if reasoning:
-            out.append(Reasoning(reasoning))
-        return remaining
-
-    def _in_answer(self, text: str, out: List[Event]) -> str:
-        """No tag so far: a closing one makes all text before it reasoning."""
-        at = text.find(self.CLOSE_TAG)
-        if at < 0:
-            return self._emit(self._split_partial_tag(text), out)
-        self.state = self._emit
-        if (text[at - 1] if at else self.last_char) in self.QUOTES:
+    def _read_closing(self, text: str) -> str:
+        """Emit what precedes a closing tag; returns what follows it, or text without one."""
+        before, tag, after = text.partition(self.CLOSE_TAG)
+        if not tag:
+            return self._hold_back(text)
+        self.closed = True
+        if self.in_reasoning:
+            self._emit(self._without_line_breaks(before))
+        elif (self.last_char + before)[-1:] in self.QUOTES:
             return text
-        self.strip_newlines, before = True, text[:at]
-        reasoning = before.rstrip("\n")
-        if self.last_char:
-            out += [Text(before), TextWasReasoning()] if before else [TextWasReasoning()]
-        elif reasoning:
-            out.append(Reasoning(reasoning))
-        return text[at + len(self.CLOSE_TAG) :]
+        else:
+            self.in_reasoning = not self.last_char
+            self._emit(before.rstrip("\n"))
+            if not self.in_reasoning:
+                self.out.append(TextWasReasoning())
+        self.in_reasoning, self.after_tag = False, True
+        return after
 
-    def _emit(self, text: str, out: List[Event]) -> str:
-        if text:
+    def _hold_back(self, text: str) -> str:
+        """Hold back a possible closing tag, in reasoning with the newlines before it."""
+        passed_on = text[: len(text) - partial_match_length(text, self.CLOSE_TAG)]
+        if self.in_reasoning:
+            passed_on = self._without_line_breaks(passed_on)
+        self.pending = text[len(passed_on) :]
+        return passed_on
+
+    def _without_line_breaks(self, text: str) -> str:
+        return text[: max(len(text.rstrip("\n")), len(text) - self.MAX_BLANKS)]
+
+    def _emit(self, text: str) -> None:
+        if self.after_tag:
+            text = text.lstrip("\n")
+            self.after_tag = not text
+        if text and self.in_reasoning:
+            self.out.append(Reasoning(text))
+        elif text:
             self.last_char = text[-1]
-            out.append(Text(text))
-        return ""
-
-    def _split_partial_tag(self, text: str) -> str:
-        """Hold back a possible start of a closing tag, and the newlines before it."""
-        cut = len(text) - (partial_match_length(text, self.CLOSE_TAG) if "<" in text else 0)
-        if self.state == self._in_reasoning:
-            cut = len(self._strip_line_breaks(text[:cut]))
-        self.pending = text[cut:]
-        return text[:cut]
-
-    def _strip_line_breaks(self, reasoning: str) -> str:
-        return reasoning[: max(len(reasoning.rstrip("\n")), len(reasoning) - self.MAX_BLANKS)]
+            self.out.append(Text(text))
 
 
 def partial_match_length(text: str, word: str) -> int:
     """Length of the longest proper prefix of a short word that the text ends with."""
-    sizes = range(min(len(word) - 1, len(text)), 0, -1)
-    return next((size for size in sizes if text.endswith(word[:size])), 0)
+    tail = text[max(0, len(text) - len(word) + 1) :]
+    at = tail.find(word[0])
+    while at >= 0 and not word.startswith(tail[at:]):
+        at = tail.find(word[0], at + 1)
+    return len(tail) - at if at >= 0 else 0
 
 
-class StreamSearch:
-    """Searches for a word in a stream of strings, in linear time (Knuth-Morris-Pratt)."""
-
-    def __init__(self, word: str) -> None:
-        self.word = word
-        self.matched = 0  # length of the word's prefix that the text so far ends with
-        # By length of a prefix: length of its longest proper prefix that is also its suffix.
-        self.borders = [0]
-        for char in word[1:]:
-            self.borders.append(self._extend(self.borders[-1], char))
-
-    def feed(self, text: str) -> int:
-        """Position just after the word's first occurrence; -1 if there is none yet."""
-        at, last = 0, len(text) - len(self.word) + 1  # occurrences from ``last`` on are incomplete
-        while at < len(text):
-            if not self.matched:
-                if at < last:
-                    found = text.find(self.word, at)
-                    if found >= 0:
-                        return found + len(self.word)
-                at = text.find(self.word[0], max(at, last))
-                if at < 0:
-                    break
-            self.matched = self._extend(self.matched, text[at])
-            at += 1
-            if self.matched == len(self.word):
-                return at
-        return -1
-
-    def _extend(self, matched: int, char: str) -> int:
-        """Length of the matched prefix after one more character."""
-        while matched and self.word[matched] != char:
-            matched = self.borders[matched - 1]
-        return matched + (self.word[matched] == char)
-
-
-class StopFilter(Filter):
+class StopFilter(TextFilter):
     """Ends answers at stop sequences and token limits the upstream does not support.
 
-    Stop sequences may be split anywhere and are not part of the answer. The one that ends first
-    counts; of several that end together, the longest. Tokens are counted by token_units(), which
-    never counts too many, so an answer is not cut short.
+    Stop sequences are short, may be split anywhere and are not part of the answer. The one that
+    ends first counts; of several that end together, the longest. Tokens are counted by
+    token_units(), which never counts too many, so an answer is not cut short.
     """
 
     def __init__(self, stops: List[str], max_tokens: Optional[int]) -> None:
-        self.stops = list(map(StreamSearch, stops))
-        self.pending = "", 0  # a stop sequence, and the length of its prefix that is held back
+        self.stops, self.pending = stops, ""  # the latter is possibly the start of a stop sequence
         self.budget = math.inf if max_tokens is None else UNITS_PER_TOKEN * max_tokens
         self.needed = bool(stops) or max_tokens is not None
 
-    def feed(self, events: List[Event]) -> List[Event]:
-        out: List[Event] = []
-        for event in events:
-            if self.stopped:
-                break
-            if isinstance(event, Text) and self.stops:
-                self._search(event.text, out)
-            elif isinstance(event, (Text, Reasoning)):
-                self._count(event, out)
-            else:
-                if isinstance(event, (Finish, TextWasReasoning)):
-                    out += self.close()
-                out.append(event)
-        return out
-
-    def close(self) -> List[Event]:
-        """Flush held-back text, which turned out not to be a stop sequence."""
-        (stop, size), self.pending = self.pending, ("", 0)
-        for search in self.stops:
-            search.matched = 0
-        return [Text(stop[:size])] if size else []
-
-    def _search(self, text: str, out: List[Event]) -> None:
-        (pending, size), self.pending = self.pending, ("", 0)
-        ends = [(search.feed(text), search.word) for search in self.stops]
-        end, length, stop = min(
-            ((end, -len(word), word) for end, word in ends if end >= 0), default=(len(text), 0, "")
-        )
-        if not stop:
-            longest = max(self.stops, key=lambda search: search.matched)
-            self.pending, length = (longest.word, longest.matched), -longest.matched
-        emitted = size + end + length  # characters of the held-back text and the new one
-        self._count(Text(pending[: min(size, emitted)] + text[: max(0, emitted - size)]), out)
-        if stop and not self.stopped:
-            self.stopped = True
-            out.append(Finish("stop", stop_sequence=stop))
-
-    def _count(self, event: Union[Text, Reasoning], out: List[Event]) -> None:
-        if not event.text:
-            return
-        cost = token_units(event.text)
-        if cost > self.budget:
-            head = truncate_to(event.text, self.budget)
-            if head:
-                out.append(type(event)(head))
-            out.append(Finish("length"))
-            self.stopped = True
+    def read(self, event: Text) -> None:
+        if self.stops:
+            self._search(event.text)
         else:
+            self.pass_on(event)
+
+    def _search(self, text: str) -> None:
+        text, self.pending = self.pending + text, ""
+        found = [
+            (text.find(stop) + len(stop), -len(stop), stop) for stop in self.stops if stop in text
+        ]
+        if found:
+            end, _, stop = min(found)
+            self.pass_on(Text(text[: end - len(stop)]))
+            if not self.stopped:
+                self.stopped = True
+                self.out.append(Finish("stop", stop_sequence=stop))
+        else:
+            size = len(text) - max(partial_match_length(text, stop) for stop in self.stops)
+            self.pending = text[size:]
+            self.pass_on(Text(text[:size]))
+
+    def release(self) -> None:
+        text, self.pending = self.pending, ""
+        if text:
+            self.out.append(Text(text))
+
+    def pass_on(self, event: Event) -> None:
+        """Count an event's text; beyond the limit it is cut, and the answer ends."""
+        if isinstance(event, (Text, Reasoning)):
+            cost = token_units(event.text)
+            if cost > self.budget:
+                head = truncate_to(event.text, self.budget)
+                self.out += [type(event)(head)] if head else []
+                self.stopped, event = True, Finish("length")
+            elif not cost:
+                return
             self.budget -= cost
-            out.append(event)
+        self.out.append(event)
 
 
 UNITS_PER_TOKEN = 24
@@ -3850,6 +3825,19 @@ class ToolForm(NamedTuple):
     calls: str = "%s"  # around the calls of a message
     result: str = "<tool_response>\n%s\n</tool_response>"
 
+    def write(self, calls: Iterable[Tuple[str, str]]) -> str:
+        """Return the text of calls, which are (name, arguments as a JSON object)."""
+        texts = []
+        for number, (name, arguments) in enumerate(calls):
+            if self.argument:
+                fields = as_dict(json_or_none(arguments.encode()))
+                arguments = "".join(
+                    self.argument % (key, value if isinstance(value, str) else _encode(value))
+                    for key, value in fields.items()
+                )
+            texts.append(self.call % {"name": name, "arguments": arguments, "number": number})
+        return self.calls % "\n".join(texts)
+
 
 # By the first match. From the chat templates of moonshotai/Kimi-K2-Instruct, zai-org/GLM-4.5,
 # deepseek-ai/DeepSeek-V3.1 and Qwen/Qwen3-Coder-480B-A35B-Instruct; meta-llama/llama-models,
@@ -3881,22 +3869,25 @@ CLOSING_MARKS = (
     "</tool_call>", "</function>", "<|eom_id|>", "<|eot_id|>", "<|tool_call_end|>",
     "<|tool_calls_section_end|>", "<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>",
 )
-SEPARATORS = "function<｜tool▁sep｜>", "<｜tool▁sep｜>", "<|tool_call_argument_begin|>", "[ARGS]"
-TAGS, END_TAGS = ("<parameter=", "<arg_key>"), ("</parameter>", "</arg_value>")
+ARGUMENT_MARKS = {"<parameter=": "</parameter>", "<arg_key>": "</arg_value>"}
+# Around names and values; the words are of DeepSeek's "function<｜tool▁sep｜>" and of "```json".
+SKIPPED = ("<｜tool▁sep｜>", "<|tool_call_argument_begin|>", "[ARGS]", "function", "json", *"`,;>")
+TOOL_MARKS = (
+    *OPENING_MARKS, *CLOSING_MARKS, *ARGUMENT_MARKS, *ARGUMENT_MARKS.values(), *SKIPPED[:3],
+)
 # fmt: on
-TOOL_MARKS = (*OPENING_MARKS, *CLOSING_MARKS, *SEPARATORS, *TAGS, *END_TAGS)
 PARTIAL_MARKS = {mark[:size] for mark in TOOL_MARKS for size in range(1, len(mark))}
 MAX_TOKEN = 256  # characters
 OPENING, MARK = ("|".join(map(re.escape, marks)) for marks in (OPENING_MARKS, TOOL_MARKS))
 OPENING_MARK = re.compile(OPENING)
-CALL_TOKEN = re.compile(
-    rf"{MARK}|`{{1,128}}\w{{0,128}}|\w[\w.:-]{{0,255}}|[ \t\r\n]{{1,256}}|\\[\s\S]?|[\s\S]"
-)
+CALL_TOKEN = re.compile(rf"{MARK}|\w[\w.:-]{{0,255}}|\s{{1,256}}|\\[\s\S]?|[\s\S]")
 STRING_TOKEN = re.compile(r"""\\[\s\S]?|["'\x00-\x1f]|[^"'\\\x00-\x1f]+""")
-NOISE = " \t\r\n`,;>"  # first characters of tokens around names and values
 KIMI_NAME = re.compile(r"^functions\.|:\d*$")
 NAMED_CALL = re.compile(r'{\s*"name"\s*:\s*"([^"\\{]+)"\s*,\s*"(?:arguments|parameters)"\s*:\s*{')
-ARGUMENT = re.compile(r"\s*(?:<parameter=([^<>]+)>\n?|<arg_key>([^<>]+)</arg_key>\s*<arg_value>)")
+ARGUMENT = re.compile(
+    r"(?:<parameter=([^<>]+)>\n?|<arg_key>([^<>]+)</arg_key>\s*<arg_value>)"
+    r"([\s\S]*?)(?:\n?</parameter>|</arg_value>)"
+)
 
 TOOLS_PROMPT = (
     "You can call functions. Their signatures, as JSON:\n<tools>\n{tools}\n</tools>\n"
@@ -3905,6 +3896,7 @@ TOOLS_PROMPT = (
     "message; never write them yourself. Without need for a function, answer in plain text."
 )
 ONE_CALL, MUST_CALL = " Call at most one function.", " You must call a function now."
+TOOL_FIELDS = ("tools", "tool_choice", "parallel_tool_calls")  # of a chat, which become text
 
 
 class PromptedTools:
@@ -3914,30 +3906,29 @@ class PromptedTools:
     without a valid call, if the chat requires one.
     """
 
-    FIELDS = ("tools", "tool_choice", "parallel_tool_calls")  # of a chat, which become text
-
     def __init__(self, call: Call, model: str, prompt: str, upstream_name: str) -> None:
-        self.chat, self.stream, self.prompt, self.complaint = call.body, call.stream, prompt, ""
+        self.call, self.prompt, self.upstream_name = call, prompt, upstream_name
+        self.text_call = call  # with the tools as text, once they are translated
+        self.complaint = ""
         self.form = next(form for form in TOOL_FORMS if form.models.search(model.lower()))
-        self.upstream_name = upstream_name
-        self.single = self.chat.get("parallel_tool_calls") is False
+        self.single = call.body.get("parallel_tool_calls") is False
         self.functions: Dict[str, Dict[str, Any]] = {}
         self.ignored: List[str] = []
-        for tool in map(as_dict, as_list(self.chat.get("tools"))):
-            function = as_dict(tool.get("function"))
+        for tool in as_list(call.body.get("tools")):
+            function = function_of(tool)
             if isinstance(function.get("name"), str):
                 self.functions[function["name"]] = function
                 self.ignored += ["strict"] if function.get("strict") else []
             else:
-                self.ignored.append(str(tool.get("type")))
-        self.required = self._choose(self.chat.get("tool_choice"))
+                self.ignored.append(str(as_dict(tool).get("type")))
+        self.required = self._choose(call.body.get("tool_choice"))
 
     def _choose(self, choice: Any) -> bool:
         """Apply ``tool_choice`` to the functions; whether one must be called."""
         if isinstance(choice, dict):
             allowed = as_dict(choice.get("allowed_tools"))
             tools = as_list(allowed.get("tools")) or [choice]
-            names = [as_dict(as_dict(tool).get("function")).get("name") for tool in tools]
+            names = [function_of(tool).get("name") for tool in tools]
             self.functions = {
                 name: self.functions[name] for name in self.functions if name in names
             }
@@ -3951,43 +3942,38 @@ class PromptedTools:
 
     def body(self) -> Dict[str, Any]:
         """Return the chat without fields and roles for tools."""
-        messages = list(map(self._message, self.chat["messages"]))
+        body = self.call.body
+        messages = list(map(self._message, body["messages"]))
         if self.functions:
             if not messages or messages[0]["role"] not in ("system", "developer"):
                 messages.insert(0, {"role": "system"})
             messages[0] = add_paragraph(messages[0], self._instruction())
         if self.complaint:
             messages[-1] = add_paragraph(messages[-1], self.complaint)
-        others = {name: self.chat[name] for name in self.chat if name not in self.FIELDS}
+        others = {name: body[name] for name in body if name not in TOOL_FIELDS}
         return {**others, "messages": messages}
 
     def _message(self, message: Dict[str, Any]) -> Dict[str, Any]:
         """Return a message with its calls as text; a result becomes a message of the user."""
         if message["role"] == "tool":
             return {"role": "user", "content": self.form.result % message_text(message)}
-        calls = [
-            self._call(str(function.get("name")), str(function.get("arguments") or "{}"), number)
-            for number, call in enumerate(as_list(message.get("tool_calls")))
-            for function in [as_dict(as_dict(call).get("function"))]
-        ]
+        functions = map(function_of, as_list(message.get("tool_calls")))
+        calls = [(str(each.get("name")), str(each.get("arguments") or "{}")) for each in functions]
         others = {name: message[name] for name in message if name != "tool_calls"}
-        return add_paragraph(others, self.form.calls % "\n".join(calls)) if calls else others
-
-    def _call(self, name: str, arguments: str, number: int = 0) -> str:
-        if self.form.argument:
-            arguments = "".join(
-                self.form.argument % (key, value if isinstance(value, str) else _encode(value))
-                for key, value in as_dict(json_or_none(arguments.encode())).items()
-            )
-        return self.form.call % {"name": name, "arguments": arguments, "number": number}
+        return add_paragraph(others, self.form.write(calls)) if calls else others
 
     def _instruction(self) -> str:
         """Return the system message's text with the form of a call and the functions."""
-        example = self.form.calls % self._call("FUNCTION", '{"PARAMETER":"VALUE"}')
+        example = self.form.write([("FUNCTION", '{"PARAMETER":"VALUE"}')])
         functions = self.functions.values()
         tools = [_encode({"type": "function", "function": function}) for function in functions]
         text = self.prompt.replace("{call}", example).replace("{tools}", "\n".join(tools))
         return text + ONE_CALL * self.single + MUST_CALL * self.required
+
+
+def function_of(tool: Any) -> Dict[str, Any]:
+    """Return the function in a tool or a call; {} if there is none."""
+    return as_dict(as_dict(tool).get("function"))
 
 
 def add_paragraph(message: Dict[str, Any], text: str) -> Dict[str, Any]:
@@ -4028,8 +4014,7 @@ class LooseJSON:
     ``name`` is the called function's, ``part`` the tokens of its arguments since it was cleared.
     """
 
-    WORDS = {"True": "true", "False": "false", "None": "null", "'": '"'}
-    IN_STRING = {'"': '\\"', "\\'": "'"}
+    WORDS = {"True": "true", "False": "false", "None": "null", "'": '"', "\\'": "'"}
 
     def __init__(self, name: str) -> None:
         self.name, self.arguments_depth = name, 1 if name else 0  # 0: unknown, or complete
@@ -4053,7 +4038,7 @@ class LooseJSON:
             self.quote = ""
             return '"'
         if self.quote:
-            return _encode(token)[1:-1] if token < " " else self.IN_STRING.get(token, token)
+            return self.WORDS.get(token, token) if token[0] == "\\" else _encode(token)[1:-1]
         if token.isspace():
             return token
         # A comma is kept until the next token shows whether it is a trailing one.
@@ -4063,32 +4048,11 @@ class LooseJSON:
         return comma * (token not in "}]") + self.WORDS.get(token, token) * (token != ",")
 
 
-def read_tags(text: str, function: Dict[str, Any]) -> Dict[str, Any]:
-    r"""Return the arguments in tags, typed by the function's schema. Raises ValueError.
-
-    <parameter=path>\na.txt\n</parameter>                  Qwen3-Coder
-    <arg_key>path</arg_key>\n<arg_value>a.txt</arg_value>  GLM-4.5
-    """
-    properties = as_dict(as_dict(function.get("parameters")).get("properties"))
-    *texts, rest = re.split(r"\n?</parameter>|</arg_value>", text)
-    arguments = {}
-    for tagged in texts:
-        tag = ARGUMENT.match(tagged)
-        if not tag or rest.strip():
-            raise ValueError("its arguments are not complete")
-        key, value = tag[1] or tag[2], tagged[tag.end() :]
-        types = as_dict(properties.get(key)).get("type")
-        parsed = json_or_none(value.encode("utf-8", "replace"))
-        is_text = "string" in (types, *as_list(types)) or parsed is None and value != "null"
-        arguments[key] = value if is_text else parsed
-    return arguments
-
-
 def calls_of(value: Any, functions: Iterable[str]) -> List[Tuple[str, str]]:
     """Return the calls in an object or array as (name, arguments). Raises ValueError."""
     calls = []
     for item in map(as_dict, value if isinstance(value, list) else [value]):
-        item = as_dict(item.get("function")) or item
+        item = function_of(item) or item
         name, arguments = str(item.get("name")), item.get("arguments", item.get("parameters"))
         if isinstance(arguments, str):
             arguments = from_json(arguments.encode())
@@ -4100,7 +4064,36 @@ def calls_of(value: Any, functions: Iterable[str]) -> List[Tuple[str, str]]:
     return calls
 
 
-class ToolCallFilter(Filter):
+def read_argument(mark: str, function: Dict[str, Any]) -> Generator[None, str, Tuple[str, Any]]:
+    """Read the tokens of an argument after its mark; returns its name and value.
+
+    The value has no quotes: it is JSON unless the function's schema wants a string.
+    """
+    tokens = [mark]
+    while tokens[-1] != ARGUMENT_MARKS[mark]:
+        tokens.append((yield))
+        if not tokens[-1]:
+            raise ValueError("it is not complete")
+    argument = ARGUMENT.fullmatch("".join(tokens))
+    if not argument:
+        raise ValueError("an argument has no name")
+    name, text = argument[1] or argument[2], argument[3]
+    properties = as_dict(as_dict(function.get("parameters")).get("properties"))
+    types = as_dict(properties.get(name)).get("type")
+    value = json_or_none(text.encode("utf-8", "replace"))
+    is_text = "string" in (types, *as_list(types)) or value is None and text != "null"
+    return name, text if is_text else value
+
+
+def skip(words: Tuple[str, ...]) -> Generator[None, str, str]:
+    """Read tokens up to one that is neither blank nor one of the words; returns that."""
+    token = yield
+    while token in words or token.isspace():
+        token = yield
+    return token
+
+
+class ToolCallFilter(TextFilter):
     """Turns calls in Text events into ToolCall events.
 
     A call begins with a mark outside of Markdown code. It is held back, as all of it is text if it
@@ -4108,61 +4101,45 @@ class ToolCallFilter(Filter):
     In a stream, arguments above HELD characters are passed on as they arrive; if they then prove
     invalid, feed() raises an APIError, as it does to repeat a chat that requires a call.
 
-    A call is read in tokens, by the method that is the state: it raises ValueError for a token that
-    makes the call invalid. A token at the end of the text waits, as it may be cut.
+    Generators read a call token by token, of which "" is the end of the answer, and raise
+    ValueError if it is invalid. A token at the end of the text waits, as it may be cut.
     """
 
     HELD, MAX_CALL = 256, 4 << 20  # characters
 
     def __init__(self, tools: PromptedTools) -> None:
         self.tools, self.code = tools, MarkdownCode()
-        self.out: List[Event] = []
-        self.passed_on = self.at_end = False
-        self.count = 0  # of calls sent
-        self.pending = ""  # a token or mark that may be longer
-        self._reset()
-
-    def _reset(self, state: Optional[Callable[[str], None]] = None) -> None:
-        self.state = state  # reads a token of a call; None: outside of calls
+        self.reader: Any = None  # a generator, after an opening mark
+        self.value = LooseJSON("")  # its last one
         self.raw: List[str] = []  # tokens since the first mark, or since the last call
         self.size = 0  # of them, in characters
-        self.calls: List[Tuple[str, str]] = []  # complete ones, to be confirmed by a mark
-        self.name, self.value = "", LooseJSON("")  # of the open call
-        self.tags: List[str] = []
-        self.is_open = self.is_sent = False  # after an opening mark; the call's name is sent
+        self.pending = ""  # a token or mark that may be longer
+        self.count = 0  # of calls sent
+        self.is_sent = False  # the name of the call that is read
+        self.passed_on = self.at_end = False
 
     def feed(self, events: List[Event]) -> List[Event]:
-        self.out = []
-        for event in events:
-            if self.stopped:
-                break
-            if isinstance(event, Text):
-                self._read(event.text)
-            elif isinstance(event, Finish):
-                self._finish(event)
-            else:
-                if isinstance(event, TextWasReasoning):
-                    self._flush()
-                self.out.append(event)
-        self.passed_on = self.passed_on or bool(self.out)
-        return self.out
+        out = super().feed(events)
+        self.passed_on = self.passed_on or bool(out)
+        return out
 
     def is_passthrough(self, text: str) -> bool:
-        if self.state or self.pending or "<" in text or "[" in text:
+        if self.reader or self.pending or "<" in text or "[" in text:
             return False
         self.code.feed(text)
-        self.passed_on = True
         return True
 
-    def close(self) -> List[Event]:
-        self.out = []
-        self._flush()
-        return self.out
+    def read(self, event: Text) -> None:
+        text, self.pending, at = self.pending + event.text, "", 0
+        while at < len(text) and not self.stopped:
+            at = self._read_call(text, at) if self.reader else self._read_text(text, at)
+        if self.tools.call.stream and self.size > self.HELD:
+            self._send_part()
 
-    def _flush(self) -> None:
-        """Emit what is held back, as text."""
-        text, self.pending = "".join(self.raw) + self.pending, ""
-        self._reset()
+    def release(self) -> None:
+        text = "" if self.is_sent else "".join(self.raw) + self.pending
+        self.reader, self.value, self.pending = None, LooseJSON(""), ""
+        self.raw, self.size, self.is_sent = [], 0, False
         self._emit(text)
 
     def _emit(self, text: str) -> None:
@@ -4170,101 +4147,115 @@ class ToolCallFilter(Filter):
             self.code.feed(text)
             self.out.append(Text(text))
 
-    def _read(self, text: str) -> None:
-        text, self.pending, at = self.pending + text, "", 0
-        while at < len(text) and not self.stopped:
-            at = self._read_call(text, at) if self.state else self._read_text(text, at)
-        if self.tools.stream and self.size > self.HELD and not self.calls:
-            self._send_part()
-
     def _read_text(self, text: str, at: int) -> int:
         """Pass on text up to an opening mark; returns the position after the mark."""
         mark = OPENING_MARK.search(text, at)
-        end = mark.start() if mark else max(text.rfind("<", at), text.rfind("[", at))
-        if end < 0 or not mark and text[end : end + MAX_TOKEN] not in PARTIAL_MARKS:
-            end = len(text)
-        self._emit(text[at:end])
         if not mark:
+            end = max(text.rfind("<", at), text.rfind("[", at))
+            end = end if text[end : end + MAX_TOKEN] in PARTIAL_MARKS else len(text)
+            self._emit(text[at:end])
             self.pending = text[end:]
             return len(text)
+        self._emit(text[at : mark.start()])
         if self.code.is_open():
             self._emit(mark[0])
         else:
-            self._reset(self._in_marks)
-            self.raw, self.is_open = [mark[0]], True
+            self.reader, self.raw = self._read_calls(), [mark[0]]
+            next(self.reader)
         return mark.end()
 
     def _read_call(self, text: str, at: int) -> int:
         """Read a token of a call; returns the position after it."""
-        token = self._token(text, at)
-        if not token or not self.state:
+        in_string = self.value.quote != ""
+        token = next((STRING_TOKEN if in_string else CALL_TOKEN).finditer(text, at))[0]
+        end = at + len(token)
+        is_last = end == len(text) and len(token) < MAX_TOKEN and token not in TOOL_MARKS
+        is_cut = is_last or text[at : at + MAX_TOKEN] in PARTIAL_MARKS
+        if not self.at_end and (token == "\\" if in_string else is_cut):
             self.pending = text[at:]
             return len(text)
         self.raw.append(token)
         self.size += len(token)
+        self._read_token(token)
+        return end
+
+    def _read_token(self, token: str) -> None:
+        """Give the reader a token; an invalid call becomes text."""
         try:
             if self.size > self.MAX_CALL:
                 raise ValueError("it is too long")
-            self.state(token)
+            self.reader.send(token)
+        except StopIteration:
+            self.raw = []  # line breaks after a call
+            self.release()
         except ValueError as error:
-            self._reject(error)
-        return at + len(token)
+            if self.is_sent:
+                self.stopped = True
+                message = f"{self.tools.upstream_name} sent an invalid tool call."
+                raise APIError(502, message, code="invalid_tool_call") from None
+            self.release()
+            self._repeat(f"A tool call is invalid: {error}.")
 
-    def _token(self, text: str, at: int) -> str:
-        """Return the token at a position in a call; "" if more text may make it longer."""
-        if self.value.quote:
-            token = next(STRING_TOKEN.finditer(text, at))[0]
-            is_cut = token == "\\"
-        else:
-            token = next(CALL_TOKEN.finditer(text, at))[0]
-            is_last = at + len(token) == len(text) and len(token) < MAX_TOKEN
-            is_part = text[at : at + MAX_TOKEN] in PARTIAL_MARKS
-            is_cut = is_part or is_last and token not in TOOL_MARKS
-        return "" if is_cut and not self.at_end else token
+    def _read_calls(self) -> Generator[None, str, None]:
+        """Read calls after an opening mark, as long as no text follows one."""
+        while True:
+            token = yield from self._read_marked()
+            if token in CLOSING_MARKS:
+                token = yield from skip(CLOSING_MARKS)
+                self.raw = [word for word in self.raw if word not in CLOSING_MARKS]
+            if not token:
+                return
+            if token not in OPENING_MARKS:
+                raise ValueError("text follows")
+            self.raw = [token]
 
-    def _in_marks(self, token: str) -> None:
-        """Before, between and after values: marks, blanks, perhaps a name."""
+    def _read_marked(self) -> Generator[None, str, str]:
+        """Read and send the calls between two marks; returns the second one."""
+        calls: List[Tuple[str, str]] = []
+        arguments: Dict[str, Any] = {}
+        token = yield from skip(OPENING_MARKS + SKIPPED)
         name = KIMI_NAME.sub("", token)
-        if token in OPENING_MARKS:
-            if self.calls or not self.is_open:
-                self._send_calls()
-                self.raw, self.is_open = [token], True
-        elif token in CLOSING_MARKS and (self.calls or self.name or not self.is_open):
-            self.calls += [(self.name, "{}")] if self.name else []
-            self._send_calls()
-        elif self.is_open and token in ("{", "["):
-            self.value, self.state = LooseJSON(self.name), self._in_json
-            self.value.feed(token)
-        elif self.is_open and token in TAGS:
-            self.tags, self.state = [token], self._in_tags
-        elif self.is_open and name in self.tools.functions and not self.name and not self.calls:
-            self.name = name
-        elif token not in SEPARATORS and token[0] not in NOISE:
-            raise ValueError("it has no valid JSON, or an unknown function")
-
-    def _in_json(self, token: str) -> None:
-        self.value.feed(token)
-        if not self.value.depth:
-            self._complete(from_json("".join(self.value.tokens).encode()))
-
-    def _in_tags(self, token: str) -> None:
-        if token in CLOSING_MARKS and "".join(self.tags[-2:]).rstrip().endswith(END_TAGS):
-            function = self.tools.functions.get(self.name, {})
-            self._complete(read_tags("".join(self.tags), function))
-            self._in_marks(token)
+        if name in self.tools.functions:
+            token = yield from skip(SKIPPED)
         else:
-            self.tags.append(token)
+            name = ""
+        while name and token in ARGUMENT_MARKS:
+            key, value = yield from read_argument(token, self.tools.functions[name])
+            arguments[key] = value
+            token = yield from skip(SKIPPED)
+        if arguments or name and token in CLOSING_MARKS:
+            calls = [(name, _encode(arguments))]
+        while token in ("{", "[") and not arguments:
+            if calls:
+                self._send_calls(calls)
+                self.raw = [] if self.stopped else [token]
+            calls = yield from self._read_json(token, name)
+            if self.is_sent:
+                self._send_calls([])
+                return CLOSING_MARKS[0]
+            name = ""
+            token = yield from skip(SKIPPED)
+        if not calls or token not in ("", *OPENING_MARKS, *CLOSING_MARKS):
+            raise ValueError("it has no valid JSON, or an unknown function")
+        self._send_calls(calls)
+        return token
 
-    def _complete(self, value: Any) -> None:
-        """Note the calls of a complete value."""
-        value = {"name": self.name, "arguments": value} if self.name else value
-        calls = calls_of(value, self.tools.functions)
+    def _read_json(self, token: str, name: str) -> Generator[None, str, List[Tuple[str, str]]]:
+        """Read an object or array; returns the calls in it."""
+        value = self.value = LooseJSON(name)
+        value.feed(token)
+        while value.depth:
+            token = yield
+            if not token:
+                raise ValueError("it is not complete")
+            value.feed(token)
+        parsed = from_json("".join(value.tokens).encode())
+        parsed = {"name": name, "arguments": parsed} if name else parsed
+        calls = calls_of(parsed, self.tools.functions)
         if self.is_sent:
             self._send_part()
-            self._reset(self._in_marks)
-        else:
-            self.calls += calls
-            self.state, self.name = self._in_marks, ""
+        self.value = LooseJSON("")
+        return calls
 
     def _send_part(self) -> None:
         """Send the arguments read since the last time, once the function's name is known."""
@@ -4280,48 +4271,28 @@ class ToolCallFilter(Filter):
         self.out.append(ToolCall(self.count, arguments, "call_" + new_id(), name))
         self.count += 1
 
-    def _send_calls(self) -> None:
-        """Send the complete calls: a mark, or the end of the answer, has confirmed them."""
-        for name, arguments in self.calls[: 1 if self.tools.single else None]:
+    def _send_calls(self, calls: List[Tuple[str, str]]) -> None:
+        """Send complete calls, which a mark or the end of the answer has confirmed."""
+        for name, arguments in calls[: 1 if self.tools.single else None]:
             self._start_call(name, arguments)
-        self._reset(self._in_marks)
+        self.raw, self.size, self.is_sent = [], 0, False
         if self.tools.single and self.count and not self.at_end:
             self.stopped = True
             self.out.append(Finish("tool_calls"))
 
-    def _reject(self, error: ValueError) -> None:
-        """Emit an invalid call as text, unless part of it is sent; may repeat the chat."""
-        text, is_open, is_sent = "".join(self.raw), self.is_open, self.is_sent
-        self._reset()
-        if is_sent:
-            self.stopped = True
-            message = f"{self.tools.upstream_name} sent an invalid tool call."
-            raise APIError(502, message, code="invalid_tool_call")
-        if is_open:
-            self._repeat(f"A tool call is invalid: {error}.")
-        self._emit(text)
-
     def _repeat(self, reason: str) -> None:
         """Raise the error that repeats, once, a chat that requires a call."""
-        tools = self.tools
-        if not tools.required or tools.complaint or self.count or tools.stream and self.passed_on:
-            return
-        tools.complaint, self.stopped = reason + MUST_CALL, True
-        raise APIError(502, reason, code="tools", category=Category.RETRY)
+        tools, is_late = self.tools, self.passed_on and self.tools.call.stream
+        if tools.required and not (tools.complaint or self.count or is_late):
+            tools.complaint, self.stopped = reason + MUST_CALL, True
+            raise APIError(502, reason, code="tools", category=Category.RETRY)
 
-    def _finish(self, finish: Finish) -> None:
+    def finish(self, finish: Finish) -> None:
         self.at_end = True
-        self._read("")
-        try:
-            if self.state and self.is_open and (self.calls or self.state != self._in_marks):
-                self.state(CLOSING_MARKS[0])  # may be missing, except after a name alone
-            if self.is_open and not (self.is_sent and finish.reason == "length"):
-                raise ValueError("it is not complete")
-        except ValueError as error:
-            self._reject(error)
-        if "".join(self.raw).isspace():  # after a call
-            self._reset()
-        self._flush()
+        self.read(Text(""))  # what was pending
+        if self.reader and not (self.is_sent and finish.reason == "length"):
+            self._read_token("")
+        self.release()
         if not self.count:
             self._repeat("The answer has no tool call.")
         reason = "tool_calls" if self.count and finish.reason == "stop" else finish.reason
@@ -4486,8 +4457,7 @@ class ToolAdapter:
         self.options, self.settings = controller.options, controller.settings
 
     def check_support(self, call: Call) -> Optional[APIError]:
-        body = call.body
-        if self.options.tools == "refuse" and body.get("tools"):
+        if self.options.tools == "refuse" and call.body.get("tools"):
             message = f"{self.name} does not support 'tools'."
             return bad_request(message, "tools", "unsupported_parameter")
         if self.options.tools == "refuse" or not has_tools(call):
@@ -4499,27 +4469,27 @@ class ToolAdapter:
         except APIError as error:
             return error
         call.prepared_requests[self.name] = tools
-        return self.controller.check_support(self._as_text(call, tools))
+        return self._translate(tools)
 
-    def _as_text(self, call: Call, tools: PromptedTools) -> Call:
-        """Return the call with its tools as text."""
+    def _translate(self, tools: PromptedTools) -> Optional[APIError]:
+        """Put tools into the text of their call; an error if it is not supported."""
         body = tools.body()
         body["messages"] = join_user_messages(body["messages"])
-        text_call = copy.copy(call)
+        tools.text_call = text_call = copy.copy(tools.call)
         text_call.body, text_call.prepared_requests = body, {}
-        text_call.original = copy.copy(call.original)
+        text_call.original = copy.copy(tools.call.original)
         text_call.original.path = ""
-        return text_call
+        return self.controller.check_support(text_call)
 
     def events(self, call: Call) -> Iterable[Event]:
         tools = call.prepared_requests.get(self.name)
         if not isinstance(tools, PromptedTools):
             return self.controller.events(call)
-        text_call = self._as_text(call, tools)
-        error = self.controller.check_support(text_call)
+        error = self._translate(tools) if tools.complaint else None
         if error:
             raise error
-        response = self.controller.events(text_call)
+        tools.text_call.attempt = call.attempt
+        response = self.controller.events(tools.text_call)
         call.attempt.ignored_params = [*call.attempt.ignored_params, *tools.ignored]
         if not tools.functions:
             return response
@@ -12693,10 +12663,8 @@ class DemoAkash(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
     COOKIE = "session_token=" + "0123456789abcdef" * 4
-    STREAM_HEADERS = {
-        "Content-Type": "text/plain; charset=utf-8",
-        "X-Vercel-AI-Data-Stream": "v1",
-    }
+    JSON_TYPE = {"Content-Type": "application/json"}
+    STREAM_HEADERS = {"Content-Type": "text/plain; charset=utf-8", "X-Vercel-AI-Data-Stream": "v1"}
     jobs: Dict[str, int] = {}  # number of status requests, by job
     delay = 0.03  # seconds between two words
 
@@ -12711,7 +12679,7 @@ class DemoAkash(http.server.BaseHTTPRequestHandler):
         path, _, query = self.path.partition("?")
         if path == "/api/auth/session/":
             cookie = f"{self.COOKIE}; Path=/; Max-Age=600; Secure; HttpOnly"
-            self._send(200, b'{"success":true}', headers={"Set-Cookie": cookie})
+            self._send(200, b'{"success":true}', headers={**self.JSON_TYPE, "Set-Cookie": cookie})
         elif path == "/api/models/":
             models = [{"id": id, "name": id, "available": True} for id in ("demo", "AkashGen")]
             self._send(200, to_json(models))
@@ -12734,54 +12702,37 @@ class DemoAkash(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        model, prompt = body["model"], body["messages"][-1]["content"]
         if self.path != "/api/chat/" or self.COOKIE not in self.headers.get("Cookie", ""):
             self._send(403, b'{"success":false,"message":"Unauthorized: Invalid session"}')
-            return
-        prompt = body["messages"][-1]["content"]
-        if body["model"] == "AkashGen":
+        elif model == "AkashGen":
             escaped = prompt.replace("'", "\\'")
             attributes = f"jobId='{new_id()[:16]}' prompt='{escaped}' negative=''"
             line = f'0:"<image_generation> {attributes}</image_generation>"\n'
-            self._stream([line.encode()], 0)
-            return
-        if body["model"] != "demo":  # in the words of Akash Chat's backend, LiteLLM
-            error = f"400: Invalid model name passed in model={body['model']}."
+            self._stream(line.encode())
+        elif model != "demo":  # in the words of Akash Chat's backend, LiteLLM
+            error = f"400: Invalid model name passed in model={model}."
             self._send(200, b"3:" + to_json(error) + b"\n", headers=self.STREAM_HEADERS)
-            return
-        contents = [message["content"] for message in body["messages"]]
-        words = re.findall(
-            r"\S+\s*",
-            demo_step(body["system"], contents)
-            or f'You asked {body["model"]}: "{prompt}" This is the demo: no model has read it, '
-            "but each word of this answer took the same path as a real one.",
-        )
-        lines = [b"0:" + to_json(word) + b"\n" for word in words]
-        self._stream([b'f:{"messageId":"msg-demo"}\n', *lines], self.delay)
+        else:
+            answer = demo_step(body["system"], [each["content"] for each in body["messages"]]) or (
+                f'You asked {model}: "{prompt}" This is the demo: no model has read it, but each '
+                "word of this answer took the same path as a real one."
+            )
+            words = re.findall(r"\S+\s*", answer)
+            lines = [b"0:" + to_json(word) + b"\n" for word in words]
+            self._stream(b'f:{"messageId":"msg-demo"}\n', *lines, delay=self.delay)
 
-    def _stream(self, lines: List[bytes], delay: float) -> None:
+    def _stream(self, *lines: bytes, delay: float = 0.0) -> None:
         end = b'{"finishReason":"stop","usage":{"promptTokens":null,"completionTokens":null}'
-        self._send(
-            200,
-            *lines,
-            b"e:" + end + b',"isContinued":false}\nd:' + end + b"}\n",
-            delay=delay,
-            headers=self.STREAM_HEADERS,
-        )
+        end = b"e:" + end + b',"isContinued":false}\nd:' + end + b"}\n"
+        self._send(200, *lines, end, headers=self.STREAM_HEADERS, delay=delay)
 
     def _send(
-        self,
-        status: int,
-        *parts: bytes,
-        headers: Optional[Dict[str, str]] = None,
-        delay: float = 0.0,
+        self, status: int, *parts: bytes, headers: Dict[str, str] = JSON_TYPE, delay: float = 0.0
     ) -> None:
         self.send_response(status)
-        for name, value in {
-            "Content-Type": "application/json",
-            **(headers or {}),
-            "Keep-Alive": "timeout=5",
-            "Transfer-Encoding": "chunked",
-        }.items():
+        headers = {**headers, "Keep-Alive": "timeout=5", "Transfer-Encoding": "chunked"}
+        for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
         for part in parts:
@@ -12801,7 +12752,8 @@ DEMO_COMMANDS = (
 DEMO_END = "The demo is done: its model was a script, but your agent and each step were real."
 DEMO_SHELLS = re.compile("(?i)bash|shell|exec|command")
 DEMO_LAST_TOOLS = re.compile("(?i)submit|completion")
-DEMO_FIELDS = "command", "cmd", "commands"  # what agents call a shell's command
+DEMO_FIELDS = {"command", "cmd", "commands"}  # what agents call a shell's command
+DEMO_VALUES = {"boolean": True, "number": 9, "integer": 9, "array": [], "object": {}}
 
 
 def demo_step(system: str, contents: List[str]) -> str:
@@ -12810,21 +12762,20 @@ def demo_step(system: str, contents: List[str]) -> str:
     "" if there are no results yet, nor a function for the first step.
     """
     step = sum(content.count("<tool_response>") for content in contents)
-    if step > len(DEMO_COMMANDS):
-        return DEMO_END
-    command = (*DEMO_COMMANDS, "")[step]
-    lines = re.findall(r'^{"type":"function".*}$', system, re.M)
     # some agents end with a call of their own only, such as cline's submit_and_exit
+    command = (*DEMO_COMMANDS, "")[min(step, len(DEMO_COMMANDS))]
     names = DEMO_SHELLS if command else DEMO_LAST_TOOLS
+    lines = re.findall(r'^{"type":"function".*}$', system, re.M)
     for function in (json.loads(line)["function"] for line in lines):
         parameters = as_dict(function.get("parameters"))
-        fields, required = as_dict(parameters.get("properties")), parameters.get("required")
+        required = as_list(parameters.get("required"))
         arguments = {
-            name: demo_argument(name, as_dict(fields[name]), command)
-            for name in fields
-            if name in DEMO_FIELDS or name in as_list(required)
+            name: demo_argument(name, as_dict(schema), command)
+            for name, schema in as_dict(parameters.get("properties")).items()
+            if name in required or name in DEMO_FIELDS
         }
-        if names.search(function["name"]) and (not command or set(DEMO_FIELDS) & set(arguments)):
+        is_usable = not command or DEMO_FIELDS & set(arguments)
+        if step <= len(DEMO_COMMANDS) and is_usable and names.search(function["name"]):
             call = _encode({"name": function["name"], "arguments": arguments})
             return f"I take step {step + 1}.\n<tool_call>\n{call}\n</tool_call>"
     return DEMO_END if step else ""
@@ -12832,11 +12783,10 @@ def demo_step(system: str, contents: List[str]) -> str:
 
 def demo_argument(name: str, schema: Dict[str, Any], command: str) -> Any:
     """Return a value for a function's argument: the command, or any of its type."""
-    kind = str(schema.get("type"))
     if name not in DEMO_FIELDS:
-        samples = {"boolean": True, "number": 9, "integer": 9, "array": [], "object": {}}
-        return next(iter(as_list(schema.get("enum"))), samples.get(kind, "a step of the demo"))
-    if kind == "array":
+        value = DEMO_VALUES.get(str(schema.get("type")), "a step of the demo")
+        return next(iter(as_list(schema.get("enum"))), value)
+    if schema.get("type") == "array":
         return [command] if name == "commands" else ["bash", "-c", command]
     return command
 
@@ -12852,30 +12802,21 @@ class DemoServer(http.server.ThreadingHTTPServer):
 
 def demo_image(seed: str) -> bytes:
     """Return a small PNG: rings in two colours derived from the seed."""
-    import struct
-    import zlib
-
-    size = 96
-    tint = binascii.crc32(seed.encode())
-    colours = [
-        bytes((tint >> shift & 255, 90 + shift * 5, 255 - (tint >> shift & 127)))
-        for shift in (0, 16)
-    ]
-
-    def pixel(x: int, y: int) -> bytes:
-        return colours[int(math.hypot(x - size / 2, y - size / 2)) // 8 % 2]
-
-    rows = [b"\0" + b"".join(pixel(x, y) for x in range(size)) for y in range(size)]
-
-    def chunk(name: bytes, data: bytes) -> bytes:
-        checksum = struct.pack(">I", binascii.crc32(name + data))
-        return struct.pack(">I", len(data)) + name + data + checksum
-
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", struct.pack(">IIBBBBB", size, size, 8, 2, 0, 0, 0))
-        + chunk(b"IDAT", zlib.compress(b"".join(rows)))
-        + chunk(b"IEND", b"")
+    size, tint = 96, binascii.crc32(seed.encode())
+    colours = [bytes((tint >> shift & 255, 90 + shift * 5, 255)) for shift in (0, 16)]
+    pixels = b"".join(
+        (b"" if x else b"\0") + colours[int(math.hypot(x - size / 2, y - size / 2)) // 8 % 2]
+        for y in range(size)
+        for x in range(size)
+    )
+    chunks = (
+        b"IHDR" + size.to_bytes(4, "big") * 2 + b"\x08\x02\0\0\0",
+        b"IDAT" + zlib.compress(pixels),
+        b"IEND",
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        (len(chunk) - 4).to_bytes(4, "big") + chunk + binascii.crc32(chunk).to_bytes(4, "big")
+        for chunk in chunks
     )
 
 

@@ -5811,6 +5811,7 @@ TOOL_ANSWERS = {    # an answer: its text, its calls
     "no closing tag between two": (f"<tool_call>{KYIV}<tool_call>{KYIV}</tool_call>", "", [IN_KYIV, IN_KYIV]),
     "several in one tag": (f"<tool_call>{KYIV}\n{LVIV}</tool_call>", "", [IN_KYIV, ("weather", {"city": "Lviv"})]),
     "several in one tag, by commas": (f"<tool_call>{KYIV}, {LVIV}</tool_call>", "", [IN_KYIV, ("weather", {"city": "Lviv"})]),
+    "a broken one after a complete one": (f"<tool_call>{KYIV}\n{{broken</tool_call>", "{broken</tool_call>", [IN_KYIV]),
     "a list of several": (f"<tool_call>[{KYIV}, {LVIV}]</tool_call>", "", [IN_KYIV, ("weather", {"city": "Lviv"})]),
     "a mark within a string": ('<tool_call>{"name": "write", "arguments": {"content": "</tool_call> <tool_call>"}}</tool_call>', "",
                                [("write", {"content": "</tool_call> <tool_call>"})]),
@@ -5823,6 +5824,8 @@ TOOL_ANSWERS = {    # an answer: its text, its calls
     "no field arguments": ('<tool_call>{"name": "now"}</tool_call>', "", [("now", {})]),
     "typed parameters": ("<function=weather>\n<parameter=city>\n7\n</parameter>\n<parameter=days>\n7\n</parameter>\n</function>", "",
                          [("weather", {"city": "7", "days": 7})]),
+    "another form's mark in a parameter": ("<function=write>\n<parameter=content>\n</arg_value>\n</parameter>\n</function>", "", [("write", {"content": "</arg_value>"})]),
+    "parameters without a closing tag": ("<function=write>\n<parameter=content>\na\n</parameter>\n<function=now>\n</function>", "", [("write", {"content": "a"}), ("now", {})]),
     "lines in a parameter": ("<function=write>\n<parameter=content>\n<a>\n\nb\n\n</parameter>\n</function>", "", [("write", {"content": "<a>\n\nb\n"})]),
     "a fence in the text before": (f"```\nx\n```\n<tool_call>{KYIV}</tool_call>", "```\nx\n```\n", [IN_KYIV]),
 }
@@ -5884,6 +5887,13 @@ def test_a_long_call_that_proves_invalid_ends_a_stream_with_an_error_and_is_text
                 read()
         else:
             assert read().text == answer
+
+
+def test_a_long_call_that_is_cut_by_the_limit_leaves_no_text():
+    step = akashproxy.ToolCallFilter(prompted())
+    head = '<tool_call>{"name": "write", "arguments": {"content": "%s"}' % ("x" * 999)
+    answer = fold(step.feed([Text(head)]) + step.feed([Text(" ")]) + step.feed([Finish("length")]) + step.close())
+    assert (answer.text, answer.finish) == ("", Finish("length")) and answer.tools[0].arguments == '{"content": "%s"}' % ("x" * 999)
 
 
 def test_only_what_may_begin_a_call_is_held_back():
@@ -10775,7 +10785,7 @@ REPEATED = {
     "Cutoff: beginnings of a stop": (texts(stops_filter), "", "xxxxxxxxxxxxxxxxxx\0", ""),
     "Cutoff: a long stop that nearly comes": (texts(stops_filter), "", "ababab", ""),
     "Cutoff: a text without a stop": (texts(stops_filter), "", "some words\n", ""),
-    "Cutoff: a stop as long as the text": (texts(lambda: StopFilter(["x" * 100000], None)), "", "x", ""),
+    "Cutoff: a stop as long as the text": (texts(lambda: StopFilter(["x" * akashproxy.MAX_STOP_LENGTH], None)), "", "x", ""),
     "Tools: beginnings of marks": (texts(tool_filter), "", "[TOOL <tool_cal", ""),
     "Tools: a mark in prose": (texts(tool_filter), "", "<tool_call> is ", ""),
     "Tools: marks only": (texts(tool_filter), "", "<tool_call>", ""),
@@ -11105,7 +11115,7 @@ MAY_NAME = {    # a section: the sections whose names may stand in it
     "transport": "names errors events settings http",
     "streams": "names errors events settings http transport",
     "filters": "names errors events streams",
-    "tools": "names errors events streams",
+    "tools": "names errors events streams filters",
     "controllers": "names errors events settings transport streams filters tools",
     "failures": "names errors events settings http transport",
     "akash": "names errors events settings http transport streams filters controllers failures",
