@@ -11887,7 +11887,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             headers["Access-Control-Allow-Methods"] = allow
             headers["Access-Control-Max-Age"] = "86400"
             requested = self.headers.get("access-control-request-headers", "")
-            names = re.findall(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", requested)
+            token = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+            names = list(filter(token.fullmatch, re.split(r"[\s,]+", requested)))
             if names:
                 headers["Access-Control-Allow-Headers"] = ", ".join(names)
         self.request.writer.respond(204, b"", headers)
