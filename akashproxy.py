@@ -165,7 +165,6 @@ import itertools
 import json
 import logging
 import math
-import operator
 import os
 import random
 import re
@@ -656,7 +655,10 @@ class Queued(Exception):
 
 
 class ProtocolError(ValueError):
-    """A message that violates HTTP/1.1; ``status`` is for the response to a client."""
+    """A message that violates HTTP/1.1; ``status`` is for the response to a client.
+
+    It does not quote the message, as that of an upstream may contain secrets.
+    """
 
     def __init__(self, message: str, status: int = 400) -> None:
         super().__init__(message)
@@ -2248,7 +2250,7 @@ class BodyDecoder:
             if length is not None:
                 raise ProtocolError("both Content-Length and Transfer-Encoding")
             if coding.lower() != "chunked":
-                raise ProtocolError(f"Transfer-Encoding {coding[:40]!r} is not supported", 501)
+                raise ProtocolError("the Transfer-Encoding is not supported", 501)
             self.chunked = True
         elif length is not None:
             if not _LENGTH.fullmatch(length):
@@ -2834,10 +2836,11 @@ class UpstreamResponse:
         try:
             self.content = ContentDecoder(encoding)
         except ValueError:
-            name = shorten(encoding, 40)
+            # A hostile upstream could quote this server's key.
+            name = f" {encoding!r}" if re.fullmatch("[a-z, ]{1,16}", encoding) else ""
             raise truncated(
                 self.timeouts.upstream_name,
-                f"sent the Content-Encoding {name!r}, which was not asked for and is not supported",
+                f"sent the Content-Encoding{name}, which was not asked for and is not supported",
             ) from None
 
     def read_head(self) -> None:
@@ -3101,9 +3104,7 @@ def upstream_error(
         log.warning("%s", message)
     else:
         message = f"{upstream_name}{network_problem(error, in_body)}."
-        # What a ProtocolError quotes was sent by the upstream, and must not get into the log.
-        detail = str(error).partition(" '")[0] if isinstance(error, ProtocolError) else error
-        log.info("%s: %s: %s", upstream_name, type(error).__name__, detail)
+        log.info("%s: %s: %s", upstream_name, type(error).__name__, error)
     status = 504 if isinstance(error, (socket.timeout, TimeoutError)) else 502
     return APIError(status, message, category=Category.NETWORK, reason=reason)
 
@@ -4394,32 +4395,31 @@ def adapt_body(
 
     Without a change it is the same object. ``drop`` reaches into messages and their tool calls.
     """
-    dropped = [name for name in options.drop if body.get(name) is not None]
-    adapted = body
-    messages = body.get("messages")
-    if options.drop and isinstance(messages, list):
-        cleaned = _without_fields(messages, options.drop, dropped)
-        adapted = body if cleaned is messages else {**body, "messages": cleaned}
-    if dropped or any(name in body for name in options.rename):
-        adapted = {
-            options.rename.get(name, name): value
-            for name, value in adapted.items()
-            if name not in options.drop
-        }
-    return {**adapted, **options.set} if is_chat and options.set else adapted, dropped
+    if not (options.drop or options.rename or options.set):
+        return body, []
+    dropped: List[str] = []
+    remaining = _without_fields(body, options.drop, dropped)
+    adapted = {options.rename.get(name, name): value for name, value in remaining.items()}
+    if is_chat:
+        adapted.update(options.set)
+    return body if adapted == body else adapted, dropped
 
 
-def _without_fields(values: List[Any], names: Tuple[str, ...], dropped: List[str]) -> List[Any]:
-    """Messages or tool calls without some fields: the same object if none has them."""
-    cleaned = []
-    for value in values:
-        if isinstance(value, dict) and isinstance(value.get("tool_calls"), list):
-            calls = _without_fields(value["tool_calls"], names, dropped)
-            value = value if calls is value["tool_calls"] else {**value, "tool_calls": calls}
-        found = [name for name in names if name in value] if isinstance(value, dict) else []
-        dropped += (name for name in found if name not in dropped)
-        cleaned.append({key: value[key] for key in value if key not in found} if found else value)
-    return cleaned if any(map(operator.is_not, cleaned, values)) else values
+def _without_fields(
+    value: Any,
+    names: Tuple[str, ...],
+    dropped: List[str],
+    within: Tuple[str, ...] = ("messages", "tool_calls"),
+) -> Any:
+    """A body, or an object in its lists ``within``, without some fields."""
+    if not isinstance(value, dict):
+        return value
+    dropped += (name for name in names if value.get(name) is not None and name not in dropped)
+    kept = {name: field for name, field in value.items() if name not in names}
+    for name in within[:1]:
+        if isinstance(kept.get(name), list):
+            kept[name] = [_without_fields(part, names, dropped, within[1:]) for part in kept[name]]
+    return kept
 
 
 def place_system_messages(messages: List[Dict[str, Any]], mode: str) -> List[Dict[str, Any]]:
@@ -4727,7 +4727,7 @@ _KEY_CODES = (
 )
 _KEY_WORDS = (
     r"^(?:incorrect api key|api[ _]key (?:not valid|not found|expired)|invalid x-api-key"
-    r"|user location is not supported)"
+    r"|user location is not supported|this organization has been disabled)"
 )
 _LIKELY_KEY_WORDS = (
     r"(?:invalid|incorrect|wrong|missing|expired|revoked|bad|no)\b[\w -]{0,20}"
@@ -4739,7 +4739,7 @@ _LIKELY_KEY_WORDS = (
 )
 _FORBIDDEN_KEY_WORDS = (
     r"api[ _-]?key|credential|unauthori[sz]ed|authentication|authorization failed"
-    r"|unregistered callers|has not been used in project"
+    r"|unregistered callers|has not been used in project|public access is disabled"
 )
 _QUOTA_CODES = (
     r"insufficient_?(?:quota|balance|credit)|exceeded_current_quota"
@@ -4748,20 +4748,21 @@ _QUOTA_CODES = (
 )
 _QUOTA_WORDS = (
     r"^(?:your credit balance is too low|insufficient (?:balance|credit|funds)"
-    r"|your team has either used all available credits"
+    r"|your team has either used all available credits|you have reached your specified"
     r"|budget has been exceeded|余额不足|您的账户已欠费)"
 )
 _LIKELY_QUOTA = (
     r"quota|billing|credit|balance|payment|insufficient funds|spending|arrears|budget"
-    r"|(?:key|usage|monthly) limit|余额|欠费"
+    r"|(?:key|usage|monthly) limit|余额|欠费|额度"
 )
 _MODEL_CODES = (
-    r"model_?not_?(?:found|available|supported)|model_access_denied|(?:unknown|invalid)_model"
-    r"|deploymentnotfound|\b1211\b"
+    r"model_?not_?(?:found|available|supported)|model_(?:access_denied|decommissioned|terms)"
+    r"|(?:unknown|invalid)_model|deploymentnotfound|\b1211\b"
 )
 _NO_MODEL = (
     r"\bmodels?\b.{0,200}(?:\bnot (?:exist|found)|does ?n[o']t exist|unknown)|模型不存在"
     r"|^(?:unknown|invalid|no such|unsupported) model\b|invalid model name|is not a valid model"
+    r"|model identifier is invalid"
 )
 _MODEL_ACCESS = _NO_MODEL + (
     r"|\bmodels?\b.{0,200}(?:\bnot |denied|unavailable|unsupported|restricted|only available"
@@ -4963,7 +4964,7 @@ class ErrorReport:
 
 
 _MODEL_LIMIT = (
-    r"\bmodel ?[:=`'\"\\]|this model|permodel"
+    r"\bmodel ?[:=`'\"\\]|this model|(?:per|by)model"
     r"|rate limit reached for (?!org|team|user|proj|key|api|your|acc|def|req|tok|in |on )\w"
 )
 
@@ -5161,9 +5162,9 @@ def retry_after_seconds(
     With ``limit`` also by rate-limit headers, which some upstreams send with every response.
     None if no wait is given or it can't be parsed.
     """
+    named = (_delay_of(name, value, now) for name, value in headers.items())
     delays = [
-        seconds_from_now(headers.get("retry-after-ms"), now, 0.001),
-        seconds_from_now(headers.get("retry-after"), now),
+        min((delay for delay in named if delay is not None), default=None),
         _delay_from_headers(headers, now) if limit else None,
         _delay_from_body(body, now),
         _delay_from_message(message),
@@ -5224,31 +5225,40 @@ def _delay_from_headers(headers: Dict[str, str], now: Callable[[], float]) -> Op
     return max((seconds for seconds in delays if seconds is not None), default=None)
 
 
-# Fields of error bodies, in lower case without "_".
-_DELAY_FIELD = re.compile(r"(?:retry(?:delay|after)|resets?(?:at|time|in))(?:ms|s|seconds)?")
-
-
 def _delay_from_body(value: Any, now: Callable[[], float], depth: int = 5) -> Optional[float]:
     """Delay in a field of an error body, or in response headers that it quotes."""
     if not depth or not isinstance(value, (dict, list)):
         return None
     items = value.items() if isinstance(value, dict) else enumerate(value)
     for name, inner in itertools.islice(items, 64):
-        name = str(name).replace("_", "").lower()
         if name == "headers" and isinstance(inner, dict):
             quoted = itertools.islice(inner.items(), 64)
             seconds = retry_after_seconds({key.lower(): str(item) for key, item in quoted}, {}, now)
-        elif _DELAY_FIELD.fullmatch(name):
-            seconds = seconds_from_now(inner, now, 0.001 if name.endswith("ms") else 1.0)
         else:
+            seconds = _delay_of(str(name), inner, now)
+        if seconds is None:
             seconds = _delay_from_body(inner, now, depth - 1)
         if seconds is not None:
             return seconds
     return None
 
 
+# Headers and fields of error bodies, in lower case without "-" and "_".
+_DELAY_FIELD = re.compile(
+    r"(?:\w{0,40}retry(?:after|delay|in)|resets?(?:at|time|in|after))(?:ms|s|secs?|seconds)?"
+)
+
+
+def _delay_of(name: str, value: Any, now: Callable[[], float]) -> Optional[float]:
+    """Seconds from now by a header or field, if its name stands for a delay."""
+    name = re.sub("[-_]", "", name[:80].lower())
+    is_delay = _DELAY_FIELD.fullmatch(name)
+    return seconds_from_now(value, now, 0.001 if name.endswith("ms") else 1) if is_delay else None
+
+
 _DELAY_IN_MESSAGE = re.compile(
-    r"(?:(?:try|retry|again)[a-z ]{0,30} (?:in|after)|wait(?: for)?|resets? in) (?:about )?"
+    r"(?:(?:try|retry|again)[a-z ]{0,30} (?:in|after)|wait(?: for| at least)?|resets? (?:in|after))"
+    r" (?:about |around |approximately )?"
     r"((?:[0-9]{1,9}(?:\.[0-9]{1,20})? ?(?:[a-z]{1,12})?(?:,? and |, | )?){1,4})",
     re.I,
 )
@@ -5982,28 +5992,22 @@ def _akash_usage(usage: Any) -> Optional[Dict[str, int]]:
 IMAGE_JOB = re.compile(
     r"<image_generation> jobId='([^'\n]*)' prompt='(.*)'</image_generation>", re.S
 )
-RAW_IMAGE_JOB = re.compile(r"""^0:"<image_generation> jobId='([^'\n]*)' prompt='""", re.M)
-RAW_IMAGE_JOB_END = re.compile(r"""'</image_generation>"\n(?=e:\{|\Z)""")
 
 
 def parse_image_job(body: bytes) -> Optional[Tuple[str, str]]:
     """Return (job ID, prompt) from AkashGen's answer; None if it is anything else."""
     text = body.decode("utf-8", "replace")
-    start = RAW_IMAGE_JOB.search(text)
-    # the last end mark: the prompt itself may contain one
-    ends = deque(RAW_IMAGE_JOB_END.finditer(text, start.end()), maxlen=1) if start else ()
-    if start and ends:
-        job, prompts = start[1], text[start.end() : ends[0].start()]
+    start = text.find('0:"<image_generation>')
+    if start >= 0:
+        text = text[start + 3 :]
     else:
-        match = IMAGE_JOB.fullmatch(
-            fold(SurrogateFilter().feed(AkashDecoder().feed(body))).text.strip()
-        )
-        if not match:
-            return None
-        job, prompts = match.groups()
-    parts = re.split(r"(?<!\\)' negative='", prompts)
-    prompt = "' negative='".join(parts[:-1]) if len(parts) > 1 else prompts
-    return job, prompt.replace("\\'", "'")
+        text = fold(SurrogateFilter().feed(AkashDecoder().feed(body))).text.strip()
+    # to the last end mark: the prompt itself may contain one
+    match = IMAGE_JOB.match(text)
+    if not match:
+        return None
+    prompt = re.split(r"(?<!\\)' negative='", match[2])[0]
+    return match[1], prompt.replace("\\'", "'")
 
 
 class ImageBatch:
@@ -6234,13 +6238,9 @@ class AkashController(Controller):
             return self.images.events(call, data)
         self._check_context(call, tokens)
         cookie = self.session.get(call.scope)
-        response = self.transport.start_request(
-            "POST",
-            self.CHAT_PATH,
-            call.scope,
-            data,
-            self._headers(data, cookie),
-            retry_reason=call.attempt.retry_reason,
+        reason = call.attempt.retry_reason
+        response = self._send(
+            "POST", self.CHAT_PATH, call.scope, cookie, data=data, retry_reason=reason
         )
         return EventStream(
             response, lambda response: self._decoder(call, response, stop_filter, cookie)
@@ -6284,10 +6284,9 @@ class AkashController(Controller):
         drop = self.options.drop
         body, ignored = akash_request(call, drop)
         body["model"] = self.options.model_map.get(call.model, call.model) or self.IMAGE_MODEL
-        limit = "max_completion_tokens"
         fields = {name: value for name, value in call.body.items() if name not in drop}
-        if fields.get(limit) is None:
-            limit = "max_tokens"
+        limits = ("max_completion_tokens", "max_tokens")
+        limit = next((name for name in limits if fields.get(name) is not None), "")
         max_tokens = number_field(fields, limit, None, integer=True, minimum=1)
         stop_filter = StopFilter(stop_sequences(fields), max_tokens)
         messages = [*body["messages"], *body["context"]]
@@ -6341,12 +6340,14 @@ class AkashController(Controller):
             upstream_status=response.status,
         )
 
-    def _headers(self, data: Optional[bytes], cookie: str) -> Dict[str, str]:
-        """Return the headers of one request, besides those of the transport."""
-        headers = {"Content-Type": "application/json"} if data else {}
+    def _send(
+        self, method: str, path: str, scope: CancelScope, cookie: str, **options: Any
+    ) -> UpstreamResponse:
+        """Start a request with the session's cookie."""
+        headers = {"Content-Type": "application/json"} if options.get("data") else {}
         if cookie:
             headers["Cookie"] = "; ".join(filter(None, (cookie, self.login.cookie)))
-        return headers
+        return self.transport.start_request(method, path, scope, headers=headers, **options)
 
     def _decoder(
         self, call: Call, response: UpstreamResponse, stop_filter: StopFilter, cookie: str
@@ -6372,10 +6373,7 @@ class AkashController(Controller):
 
         def send(retry_reason: str) -> Tuple[UpstreamResponse, bytes]:
             cookie = self.session.get(scope)
-            headers = self._headers(options.get("data"), cookie)
-            response = self.transport.start_request(
-                method, path, scope, headers=headers, retry_reason=retry_reason, **options
-            )
+            response = self._send(method, path, scope, cookie, retry_reason=retry_reason, **options)
             response.read_head()
             body = response.read(limit=MAX_SHORT_BODY)
             if response.status != 200 or is_challenge_page(response):
@@ -7437,7 +7435,7 @@ class Upstream:
 
     The rules of cool-downs:
 
-    * Each is of one category of failure, and of one model or (None) of the whole controller.
+    * Each is of one category of failure, and of one model or (the model "") the whole controller.
     * It begins after as many consecutive failures as FAILURE_POLICY says. Failures of concurrent
       attempts, those that started before the last counted one, count once.
     * It lasts for AUTH_COOLDOWN, for the upstream's Retry-After, or else for BACKOFF_BASE, doubled
@@ -7458,7 +7456,7 @@ class Upstream:
         self.current_weight = 0.0  # of smooth weighted round robin
         self.in_flight = self.served = self.failed = self.cooldown_count = 0
         self.outcomes: Dict[str, int] = defaultdict(int)  # attempts by "success" or a category
-        self.cooldowns: Dict[Tuple[Category, Optional[str]], CoolDown] = {}  # by (category, model)
+        self.cooldowns: Dict[Tuple[Category, str], CoolDown] = {}  # by (category, model)
         self.served_at = -math.inf  # the last success
         self.last_error, self.last_error_at = "", 0.0  # the latter by time.time()
         self.logged_exceptions: Set[Tuple[Any, ...]] = set()  # (type, file, line) with a traceback
@@ -7504,7 +7502,7 @@ class Upstream:
             self.served += 1
             self.served_at = now
             for key, cooldown in list(self.cooldowns.items()):  # those that the success disproves
-                if key[1] in (None, self._model_key(model)) and cooldown.failed_at <= started:
+                if key[1] in ("", self._model_key(model)) and cooldown.failed_at <= started:
                     del self.cooldowns[key]
             return
         category = error.category
@@ -7527,10 +7525,10 @@ class Upstream:
 
     def _cooldown(self, category: Category, model: str) -> CoolDown:
         """The cool-down of a category and a model ("": the controller), made if needed."""
-        key = category, self._model_key(model) if model else None
+        key = category, self._model_key(model)
         if key not in self.cooldowns:
             # Clients choose the models' names: without a bound they could fill the memory.
-            of_models = [key for key in self.cooldowns if key[1] is not None]
+            of_models = [key for key in self.cooldowns if key[1]]
             if model and len(of_models) >= MAX_MODEL_COOLDOWNS:
                 del self.cooldowns[min(of_models, key=lambda other: self.cooldowns[other].until)]
             self.cooldowns[key] = CoolDown()
@@ -7542,7 +7540,7 @@ class Upstream:
 
     def _applicable(self, model: str, ignored: Tuple[Category, ...]) -> List[CoolDown]:
         """The cool-downs that apply to a model, except for the ignored categories."""
-        scopes = (None, self._model_key(model))
+        scopes = ("", self._model_key(model))
         return [
             cooldown
             for (category, scope), cooldown in self.cooldowns.items()
@@ -7566,7 +7564,7 @@ class Upstream:
 
     def due_limit(self, now: float) -> Optional[CoolDown]:
         """The rate limit to ask about now; at most once in RECHECK seconds."""
-        limit = self.cooldowns.get((Category.RATE_LIMIT, None))
+        limit = self.cooldowns.get((Category.RATE_LIMIT, ""))
         if limit and limit.asks_upstream and limit.until > now >= limit.recheck_at:
             limit.recheck_at = now + RECHECK
             return limit
@@ -7575,16 +7573,14 @@ class Upstream:
     def metrics(self, now: float) -> Dict[Tuple[str, ...], float]:
         """Return its metrics, {(name, label, ...): number} without its own label."""
         rest = self.available_at() - now
-        metrics: Dict[Tuple[str, ...], float] = {
+        outcomes, own = self.outcomes.copy(), self.controller.metrics()
+        return {
             ("akashproxy_controller_rests_total",): self.cooldown_count,
             ("akashproxy_controller_resting",): int(rest > 0),
             ("akashproxy_controller_rest_seconds",): max(0.0, round(rest, 3)),
+            **{("akashproxy_upstream_requests_total", name): outcomes[name] for name in outcomes},
+            **{(name,): value for name, value in own.items()},
         }
-        for outcome, count in self.outcomes.copy().items():
-            metrics["akashproxy_upstream_requests_total", outcome] = count
-        for name, value in self.controller.metrics().items():
-            metrics[name,] = value
-        return metrics
 
     def log_exception(self, error: APIError) -> None:
         """Log the exception behind an error, with its traceback once per line of code."""
@@ -7652,11 +7648,6 @@ class Waiter:
     is counted as in flight.
     """
 
-    __slots__ = (
-        "queue", "exchange", "known", "candidates", "ignored", "deadline", "number", "key",
-        "upstream",
-    )  # fmt: skip
-
     def __init__(
         self, queue: "CallQueue", exchange: "Exchange", upstreams: List[Upstream], deadline: float
     ) -> None:
@@ -7671,7 +7662,7 @@ class Waiter:
         is_only = len(self.known) == 1 and not exchange.other_models
         self.ignored = BACKOFF_CATEGORIES if is_only else ()
         self.upstream: Optional[Upstream] = None
-        self.number = 0
+        self.number = 0  # in the queue
         self.key: Tuple[Any, ...] = ()  # calls with the same key become ready at the same time
 
     def available_at(self, upstreams: List[Upstream], now: float) -> float:
@@ -8138,7 +8129,7 @@ class Pool:
                     "models_cooling_down": sum(
                         cooldown.until > now
                         for (_, model), cooldown in upstream.cooldowns.items()
-                        if model is not None
+                        if model
                     ),
                     "last_error": upstream.last_error or None,
                     "last_error_at": utc(upstream.last_error_at) if upstream.last_error else None,

@@ -1665,7 +1665,7 @@ def test_a_limit_that_has_been_reset_is_noticed(case, akash):
     assert upstream.available_at() == clock.now + 14400 and not akash.requests, "not at once"
     for number in (1, 2):
         clock.now += 601
-        limit = upstream.cooldowns[akashproxy.Category.RATE_LIMIT, None]
+        limit = upstream.cooldowns[akashproxy.Category.RATE_LIMIT, ""]
         pool.on_tick(0)
         pool.on_tick(0)
         wait_for(lambda: upstream.available_at() == 0 if ends else limit.asks_upstream is not may_probe)
@@ -4277,7 +4277,7 @@ def test_the_next_one_is_waited_for_after_a_silent_one(a, b, pool, monkeypatch):
     monkeypatch.setattr(akashproxy, "BACKOFF_BASE", 0.5)
     server = pool((a, {"weight": 1000, "first_byte_timeout": 0.1}), b, max_wait=5)
     b.sends(b"\0")
-    server.pool.upstreams[0].cooldowns[Category.NETWORK, None] = akashproxy.CoolDown(time.monotonic() + 60)
+    server.pool.upstreams[0].cooldowns[Category.NETWORK, ""] = akashproxy.CoolDown(time.monotonic() + 60)
     assert chat(server, BOTH).status in (502, 503)      # b rests for a while
     server.pool.upstreams[0].cooldowns.clear()
     a.faults.append(a.stall())
@@ -4469,6 +4469,12 @@ MEANINGS = {
                           ("auth", 424, "upstream_auth", None, "good standing")),
     "NVIDIA's wrong key": ((403, {"status": 403, "title": "Forbidden", "detail": "Authorization failed"}),
                             ("auth", 424, "upstream_auth", None, "failed")),
+    "Anthropic's usage limit": ((400, {"type": "error", "error": {"type": "invalid_request_error", "message": "You have reached your specified API usage limits. You will "
+        "regain access on 2099-12-01 at 00:00 UTC."}}), ("auth", 424, "upstream_auth", None, "spent")),
+    "Anthropic's disabled organization": ((400, {"type": "error", "error": {"type": "invalid_request_error", "message": "This organization has been disabled."}}),
+                                          ("auth", 424, "upstream_auth", None, "disabled")),
+    "Azure's private endpoint": ((403, err("Public access is disabled. Please configure private endpoint.", code="403")), ("auth", 424, "upstream_auth", None, "private")),
+    "new-api's quota": ((403, err("预扣费额度失败, 用户剩余额度: ＄0.00", type="new_api_error")), ("auth", 424, "upstream_auth", None, "spent")),
     "Bedrock's wrong token": ((403, {"Message": "The security token included in the request is invalid."}),
                               ("auth", 424, "upstream_auth", None, "token")),
     "One API's banned user": ((403, err("用户已被封禁")), ("auth", 424, "upstream_auth", None, "封禁")),
@@ -4506,6 +4512,9 @@ MEANINGS = {
     "DeepSeek's unknown model": ((400, err("Model Not Exist", type="invalid_request_error", code="invalid_request_error")), ("model", 404, "invalid_request_error", None, "Not Exist")),
     "OpenRouter's unknown model": ((400, err("both is not a valid model ID", code=400)), ("model", 404, "model_not_found", None, "valid")),
     "Azure's unknown deployment": ((404, err("The API deployment for this resource does not exist.", code="DeploymentNotFound")), ("model", 404, "DeploymentNotFound", None, "deployment")),
+    "Groq's former model": ((400, err("The model `both` has been decommissioned and is no longer supported.", code="model_decommissioned")), ("model", 404, "model_decommissioned", None, "up: The model")),
+    "Groq's terms of a model": ((400, err("The model `both` requires terms acceptance.", code="model_terms_required")), ("model", 404, "model_terms_required", None, "terms")),
+    "Bedrock's unknown model": ((400, {"message": "The provided model identifier is invalid."}), ("model", 404, "model_not_found", None, "identifier")),
     "Zhipu's unknown model": ((400, err("模型不存在，请检查模型代码。", code="1211")), ("model", 404, "1211", None, "模型不存在")),
     "LiteLLM's unknown model": ((400, err("/chat/completions: Invalid model name passed in model=both. Call `/v1/models` to view available models", code="400")), ("model", 404, "model_not_found", None, "Invalid model")),
     "new-api's unknown model": ((503, err("No available channel for model both", code="model_not_found")), ("model", 404, "model_not_found", None, "channel")),
@@ -4524,6 +4533,8 @@ MEANINGS = {
     "Mistral's tier": ((429, {"object": "error", "message": "Service tier capacity exceeded for this model.", "type": "invalid_request_error", "param": None, "code": "3505"}), ("limit", 429, "3505", None, "tier", "model")),
     "Azure's limit": ((429, err("Requests have exceeded call rate limit. Please retry after 20 seconds.", code="429")), ("limit", 429, "rate_limit_exceeded", 20.0, "retry after")),
     "Cerebras' limit": ((429, {"message": "Tokens per day limit exceeded", "type": "too_many_tokens_error", "param": "quota", "code": "token_quota_exceeded"}, {"x-ratelimit-reset-tokens-day": "33011.38", "x-ratelimit-remaining-tokens-day": "0"}), ("limit", 429, "token_quota_exceeded", 33011.38, "per day")),
+    "GitHub's limit": ((429, err("Rate limit of 50 per 86400s exceeded for UserByModelByDay. Please wait 3000 seconds before retrying.", code="RateLimitReached")), ("limit", 429, "RateLimitReached", 3000.0, "wait", "model")),
+    "Google's quota of a model": ((429, err("You have exhausted your capacity on this model. Your quota will reset after 3h29m12s.", code=429)), ("limit", 429, "rate_limit_exceeded", 12552.0, "capacity", "model")),
     "xAI's limit": ((429, b"Too many tokens for team x and model both. Your team's rate limit is 65605/16000."), ("limit", 429, "rate_limit_exceeded", None, "Too many", "model")),
     "NIM's limit": ((429, {"status": 429, "title": "Too Many Requests"}), ("limit", 429, "rate_limit_exceeded", None, "up: Too Many Requests")),
     "LiteLLM's limit": ((429, err("litellm.RateLimitError: No deployments available for selected model, Try again in 60 seconds. Passed model=both. Deployments={'a91f829622': {}}", code="429")), ("limit", 429, "rate_limit_exceeded", 60.0, "up: No deployments available for selected model, Try again in 60 seconds.", "model")),
@@ -4625,6 +4636,10 @@ def test_a_refused_key_is_told_with_its_reason(pool):
     "Anthropic's": ({"anthropic-ratelimit-tokens-reset": "2001-09-09T01:47:40Z", "anthropic-ratelimit-tokens-remaining": "0"}, {}, "", 60),
     "Google's": ({}, {"error": {"details": [{"a": 1}, {"retryDelay": "45.8379s"}]}}, "", 45.8379),
     "OpenRouter's": ({}, {"error": {"metadata": {"headers": {"X-RateLimit-Reset": "1000000060000"}}}}, "", 60),
+    "X-Retry-After": ({"x-retry-after": "30"}, {}, "", 30), "a limit's": ({"x-ratelimit-retry-after": "31"}, {}, "", 31), "Azure's": ({"x-ms-retry-after-ms": "2500"}, {}, "", 2.5),
+    "in full": ({"x-rate-limit-retry-after-seconds": "33"}, {}, "", 33), "a reset's": ({"x-ratelimit-reset-after": "12"}, {}, "", 12),
+    "resetAfter": ({}, {"error": {"resetAfter": "12s"}}, "", 12), "retry_in": ({}, {"error": {"retry_in": 9}}, "", 9), "in seconds": ({}, {"retry_after_secs": 5}, "", 5),
+    "at least": ({}, {}, "Please wait at least 30 seconds.", 30), "approximately": ({}, {}, "Retry in approximately 2 minutes.", 120), "another name": ({"x-retry-afterwards": "3"}, {"retry": 4}, "", None),
     "OpenRouter's other": ({}, {"error": {"metadata": {"retry_after_seconds": 7}}}, "", 7), "milliseconds": ({}, {"error": {"retry_after_ms": 7500}}, "", 7.5),
     "camel case": ({}, {"retryAfter": "20"}, "", 20), "Codex'": ({}, {"error": {"resets_in_seconds": 3600}}, "", 3600),
     "seconds in words": ({}, {}, "Please try again in 20s. Contact us", 20), "minutes and seconds": ({}, {}, "Please try again in 7m30.5s.", 450.5),
@@ -4816,7 +4831,7 @@ def test_no_answer_log_or_status_shows_a_secret(place, kind, pool, caplog):
 def test_a_head_that_is_no_http_shows_no_secret_in_the_log(fake, pool, caplog):
     caplog.set_level("DEBUG")
     server = pool((fake, {"api_key": KEY}), log_level="debug")
-    for line in (f"Transfer-Encoding: {KEY}", f"Content-Length: {KEY}", f"{KEY} : x", f"X: a\r{KEY}"):
+    for line in (f"Transfer-Encoding: {KEY}", f"Transfer-Encoding: '{KEY}'", f"Content-Encoding: {KEY}", f"Content-Length: {KEY}", f"{KEY} : x", f"X: a\r{KEY}"):
         fake.sends(f"HTTP/1.1 200 {KEY}\r\n{line}\r\n\r\n".encode())
         got = chat(server, BOTH)
         assert got.status == 502 and not leaks(got.body, KEY)
@@ -4858,6 +4873,9 @@ def test_a_name_of_a_model_condemns_no_key(model):
     **{f"Basic credentials, {user!r}": (["sk-12345678-abcd"], f"Basic {base64.b64encode(user + b'sk-12345678-abcd').decode()}", left)
        for user, left in ((b"a:", "Basic YTp***"), (b"ab:", "Basic YWI6***=="), (b"abc:", "Basic YWJjOn***="))},
     "in base 64 for URLs": (["~~~???>>>sk-1234"], base64.urlsafe_b64encode(b"~~~???>>>sk-1234").decode(), "***=="),
+    "JSON's escapes": (["sk-12345678"], "no " + "".join(f"\\u{ord(char):04X}" for char in "sk-12345678") + "!", "no ***!"),
+    "escapes of some": (["sk-12345678"], "no s\\u006b-1%32345&#x36;78!", "no ***!"), "others' escapes": (["sk-12345678"], "a%20b\\u0041 sk-12345678", "a%20b\\u0041 ***"),
+    "a thousand times": (["sk-12345678"], "no sk-12345678, " * 1000, "***"),
     "in hexadecimal digits": (["sk-12345678"], b"sk-12345678".hex(), "***"),
     "encoded twice": (["a b/c&d=e+f"], "a%2520b%252Fc%2526d%253De%252Bf", "***"),
     "in capitals": (["sk-abcdefgh"], "no SK-ABCDEFGH", "no ***"), "a header in small letters": (["Sk-ABCDEFGH"], "İİ sk-abcdefgh", "İİ ***"),
@@ -6528,7 +6546,7 @@ def test_a_reload_reaches_open_connections(pool):
     server = pool(FakeOpenAI(), bearer_token=("old",))
     with link_to(server) as link:
         assert ask_again(link, path="/status", headers={"Authorization": "Bearer old"}).status == 200
-        server.pool.upstreams[0].cooldowns[Category.RATE_LIMIT, None] = akashproxy.CoolDown(time.monotonic() + 99)
+        server.pool.upstreams[0].cooldowns[Category.RATE_LIMIT, ""] = akashproxy.CoolDown(time.monotonic() + 99)
         server.reload(dataclasses.replace(server.settings, bearer_token=("new",)))
         assert ask_again(link, path="/status", headers={"Authorization": "Bearer old"}).status == 401
         state = ask_again(link, path="/status", headers={"Authorization": "Bearer new"}).json["controllers"][0]
