@@ -11887,8 +11887,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             headers["Access-Control-Allow-Methods"] = allow
             headers["Access-Control-Max-Age"] = "86400"
             requested = self.headers.get("access-control-request-headers", "")
-            token = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
-            names = list(filter(token.fullmatch, re.split(r"[\s,]+", requested)))
+            names = [
+                name
+                for name in re.split(r"[\s,]+", requested)
+                if re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name)
+            ]
             if names:
                 headers["Access-Control-Allow-Headers"] = ", ".join(names)
         self.request.writer.respond(204, b"", headers)
