@@ -6868,9 +6868,11 @@ MAX_USAGE = 4096  # bytes of a usage object
 
 def parse_usage(data: bytes, at: int) -> Dict[str, Any]:
     """Parse the object whose key "usage" is at a position in JSON; {} if at < 0."""
+    if at < 0:
+        return {}
     text = data[at + len(b'"usage"') : at + MAX_USAGE].decode("utf-8", "replace")
     try:
-        return as_dict(_JSON.raw_decode(text.lstrip(" \t\r\n:"))[0]) if at >= 0 else {}
+        return as_dict(_JSON.raw_decode(text.lstrip(" \t\r\n:"))[0])
     except (ValueError, RecursionError):
         return {}
 
@@ -6989,8 +6991,9 @@ class PassthroughDecoder(Decoder):
 
     def _usage(self) -> Optional[Dict[str, Any]]:
         """Return the usage of the answer so far."""
-        data = b"".join(self.last_parts)
-        last = parse_usage(data, data.rfind(b'"usage"'))
+        last: Dict[str, Any] = {}
+        for data in reversed(self.last_parts):
+            last = last or parse_usage(data, data.rfind(b'"usage"'))
         counts = {name: count for name, count in last.items() if count is not None}
         return chat_usage({**self.first_usage, **counts})
 
@@ -7013,7 +7016,9 @@ class PassthroughDecoder(Decoder):
         """Return the data up to [DONE], if it contains that; look for the stream's end."""
         if self.end and not self.end_seen:
             self.end_seen = self.end.is_in(data)
-        at = data.find(b"[DONE]")  # much faster than the pattern
+        at = data.rfind(b"[DONE]")  # much faster than find() and the pattern
+        if at >= 0 and data.rfind(b"[DONE]", 0, at) >= 0:
+            at = data.find(b"[DONE]")  # the first one of several ends the answer
         done = DONE.search(data, max(0, at - 64)) if at >= 0 else None
         if done is None or self.complete:
             return data
