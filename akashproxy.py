@@ -2958,8 +2958,8 @@ class Transport:
             return default if value is None else value
 
         self.upstream_name = upstream_name
-        usual = {"User-Agent": settings.user_agent, "Accept-Encoding": "identity"}
-        self.headers = {name.title(): value for name, value in {**usual, **headers}.items()}
+        defaults = {"User-Agent": settings.user_agent, "Accept-Encoding": "identity"}
+        self.headers = {name.title(): value for name, value in {**defaults, **headers}.items()}
         self.connect_timeout = either(options.connect_timeout, settings.connect_timeout)
         self.first_byte_timeout = either(options.first_byte_timeout, settings.first_byte_timeout)
         self.idle_timeout = either(options.idle_timeout, settings.idle_timeout)
@@ -4417,11 +4417,13 @@ def _without_fields(
     if not isinstance(value, dict):
         return value
     dropped += (name for name in names if value.get(name) is not None and name not in dropped)
-    kept = {name: field for name, field in value.items() if name not in names}
+    remaining = {name: field for name, field in value.items() if name not in names}
     for name in within[:1]:
-        if isinstance(kept.get(name), list):
-            kept[name] = [_without_fields(part, names, dropped, within[1:]) for part in kept[name]]
-    return kept
+        if isinstance(remaining.get(name), list):
+            remaining[name] = [
+                _without_fields(part, names, dropped, within[1:]) for part in remaining[name]
+            ]
+    return remaining
 
 
 def place_system_messages(messages: List[Dict[str, Any]], mode: str) -> List[Dict[str, Any]]:
@@ -5748,7 +5750,7 @@ def _akash_reason(text: str, secrets: Iterable[str]) -> str:
 
 
 def first_line(message: str, secrets: Iterable[str]) -> str:
-    """Return the first line of a message, without its wrapping, secrets and internal addresses."""
+    """Return the first line of a message without its wrapping, secrets and addresses."""
     line = inner_message(message).split("\n")[0]
     return redact_hosts(redact(line, secrets))[:300]
 
