@@ -2959,8 +2959,8 @@ class Transport:
             return default if value is None else value
 
         self.upstream_name = upstream_name
-        usual = {"User-Agent": settings.user_agent, "Accept-Encoding": "identity"}
-        self.headers = {name.title(): value for name, value in {**usual, **headers}.items()}
+        defaults = {"User-Agent": settings.user_agent, "Accept-Encoding": "identity"}
+        self.headers = {name.title(): value for name, value in {**defaults, **headers}.items()}
         self.connect_timeout = either(options.connect_timeout, settings.connect_timeout)
         self.first_byte_timeout = either(options.first_byte_timeout, settings.first_byte_timeout)
         self.idle_timeout = either(options.idle_timeout, settings.idle_timeout)
@@ -4389,11 +4389,13 @@ def _without_fields(
     if not isinstance(value, dict):
         return value
     dropped += (name for name in names if value.get(name) is not None and name not in dropped)
-    kept = {name: field for name, field in value.items() if name not in names}
+    remaining = {name: field for name, field in value.items() if name not in names}
     for name in within[:1]:
-        if isinstance(kept.get(name), list):
-            kept[name] = [_without_fields(part, names, dropped, within[1:]) for part in kept[name]]
-    return kept
+        if isinstance(remaining.get(name), list):
+            remaining[name] = [
+                _without_fields(part, names, dropped, within[1:]) for part in remaining[name]
+            ]
+    return remaining
 
 
 def place_system_messages(messages: List[Dict[str, Any]], mode: str) -> List[Dict[str, Any]]:
@@ -5710,11 +5712,17 @@ def akash_error(text: str, model: str, secrets: Iterable[str] = ()) -> APIError:
 
 
 def _akash_reason(text: str, secrets: Iterable[str]) -> str:
-    """Return the first line of an error message as a sentence for clients."""
-    reason = redact(inner_message(text).split("\n")[0], secrets)
+    """Return an error message as a sentence for clients."""
+    reason = first_line(text, secrets)
     if reason in ("", "[object Object]", "An error occurred."):  # the AI SDK's placeholders
         return "Akash Chat failed without giving a reason."
-    return f"Akash Chat: {redact_hosts(reason)[:300]}"
+    return f"Akash Chat: {reason}"
+
+
+def first_line(message: str, secrets: Iterable[str]) -> str:
+    """Return the first line of a message without its wrapping, secrets and addresses."""
+    line = inner_message(message).split("\n")[0]
+    return redact_hosts(redact(line, secrets))[:300]
 
 
 def image_failed(message: str, status: int = 502, retry: bool = False) -> APIError:
@@ -6113,8 +6121,7 @@ class AkashImages:
             fields = state or {}
             status, result = str(fields.get("status") or ""), str(fields.get("result") or "")
             if status == "failed" or result.startswith("Failed"):
-                result = redact_hosts(redact(result[:4000], self.akash.secrets()))
-                reason = result[:200] or "no reason given"
+                reason = first_line(result, self.akash.secrets()) or "no reason given"
                 raise image_failed(f"Image generation failed: {reason}.")
             if status in ("succeeded", "completed"):
                 yield self._fetch_image(call, job, prompt, result)
@@ -6397,7 +6404,7 @@ class AkashController(Controller):
             )
         if status == 400 and not fields and body:
             message = "Bad request: " + body[:4000].decode("utf-8", "replace")
-        message = redact(message[:4000], self.secrets(cookie))
+        message, secrets = message[:4000], self.secrets(cookie)
         is_large = len(request.body or b"") > self.MAX_BODY_BYTES
         if status == 413 or status == 500 and not message and is_large:
             error = APIError(
@@ -6412,30 +6419,35 @@ class AkashController(Controller):
             is_outage = fields.get("available_models") == []  # b58259a
             error = no_models() if is_outage else akash_model_not_found(model)
         elif fields.get("error") == "Error generating image":  # b58259a
-            error = image_failed(f"Image generation failed: {redact_hosts(message)[:200]}")
+            error = image_failed(f"Image generation failed: {first_line(message, secrets)}")
         else:
-            error = self._status_error(response, fields, message, model)
+            error = self._status_error(response, fields, message, model, secrets)
         error.upstream_status = status
         raise error
 
+    @staticmethod
     def _status_error(
-        self, response: UpstreamResponse, fields: Dict[str, Any], message: str, model: str
+        response: UpstreamResponse,
+        fields: Dict[str, Any],
+        message: str,
+        model: str,
+        secrets: List[str],
     ) -> APIError:
         """Return the error for a status; ``fields`` is the JSON body."""
         status, is_limit = response.status, response.status == 429
         wait = retry_after_seconds(response.headers, fields, message=message, limit=is_limit)
+        reason = first_line(message, secrets)
         if is_limit:
-            reason = redact_hosts(message)[:300] or "too many requests."
-            return APIError(429, f"Akash Chat: {reason}", retry_after=wait)
+            message = f"Akash Chat: {reason or 'too many requests.'}"
+            return APIError(429, message, retry_after=wait)
         if status in (401, 403):
-            reason = redact_hosts(message)[:200]
             return auth_error(f"Akash Chat denied access ({reason or status}).", status)
         error = APIError(
             502 if status <= 500 else 503,
             f"Akash Chat failed without giving a reason (status {status}).",
         )
         if message:
-            error = akash_error(message, model)
+            error = akash_error(message, model, secrets)
         if error.status == 400 != status:
             error = APIError(502, error.message)
         if wait and error.category is Category.SERVER:
