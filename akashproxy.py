@@ -165,7 +165,6 @@ import itertools
 import json
 import logging
 import math
-import operator
 import os
 import random
 import re
@@ -4366,32 +4365,31 @@ def adapt_body(
 
     Without a change it is the same object. ``drop`` reaches into messages and their tool calls.
     """
-    dropped = [name for name in options.drop if body.get(name) is not None]
-    adapted = body
-    messages = body.get("messages")
-    if options.drop and isinstance(messages, list):
-        cleaned = _without_fields(messages, options.drop, dropped)
-        adapted = body if cleaned is messages else {**body, "messages": cleaned}
-    if dropped or any(name in body for name in options.rename):
-        adapted = {
-            options.rename.get(name, name): value
-            for name, value in adapted.items()
-            if name not in options.drop
-        }
-    return {**adapted, **options.set} if is_chat and options.set else adapted, dropped
+    if not (options.drop or options.rename or options.set):
+        return body, []
+    dropped: List[str] = []
+    remaining = _without_fields(body, options.drop, dropped)
+    adapted = {options.rename.get(name, name): value for name, value in remaining.items()}
+    if is_chat:
+        adapted.update(options.set)
+    return body if adapted == body else adapted, dropped
 
 
-def _without_fields(values: List[Any], names: Tuple[str, ...], dropped: List[str]) -> List[Any]:
-    """Messages or tool calls without some fields: the same object if none has them."""
-    cleaned = []
-    for value in values:
-        if isinstance(value, dict) and isinstance(value.get("tool_calls"), list):
-            calls = _without_fields(value["tool_calls"], names, dropped)
-            value = value if calls is value["tool_calls"] else {**value, "tool_calls": calls}
-        found = [name for name in names if name in value] if isinstance(value, dict) else []
-        dropped += (name for name in found if name not in dropped)
-        cleaned.append({key: value[key] for key in value if key not in found} if found else value)
-    return cleaned if any(map(operator.is_not, cleaned, values)) else values
+def _without_fields(
+    value: Any,
+    names: Tuple[str, ...],
+    dropped: List[str],
+    within: Tuple[str, ...] = ("messages", "tool_calls"),
+) -> Any:
+    """A body, or an object in its lists ``within``, without some fields."""
+    if not isinstance(value, dict):
+        return value
+    dropped += (name for name in names if value.get(name) is not None and name not in dropped)
+    kept = {name: field for name, field in value.items() if name not in names}
+    for name in within[:1]:
+        if isinstance(kept.get(name), list):
+            kept[name] = [_without_fields(part, names, dropped, within[1:]) for part in kept[name]]
+    return kept
 
 
 def place_system_messages(messages: List[Dict[str, Any]], mode: str) -> List[Dict[str, Any]]:
@@ -5963,28 +5961,22 @@ def _akash_usage(usage: Any) -> Optional[Dict[str, int]]:
 IMAGE_JOB = re.compile(
     r"<image_generation> jobId='([^'\n]*)' prompt='(.*)'</image_generation>", re.S
 )
-RAW_IMAGE_JOB = re.compile(r"""^0:"<image_generation> jobId='([^'\n]*)' prompt='""", re.M)
-RAW_IMAGE_JOB_END = re.compile(r"""'</image_generation>"\n(?=e:\{|\Z)""")
 
 
 def parse_image_job(body: bytes) -> Optional[Tuple[str, str]]:
     """Return (job ID, prompt) from AkashGen's answer; None if it is anything else."""
     text = body.decode("utf-8", "replace")
-    start = RAW_IMAGE_JOB.search(text)
-    # the last end mark: the prompt itself may contain one
-    ends = deque(RAW_IMAGE_JOB_END.finditer(text, start.end()), maxlen=1) if start else ()
-    if start and ends:
-        job, prompts = start[1], text[start.end() : ends[0].start()]
+    start = text.find('0:"<image_generation>')
+    if start >= 0:
+        text = text[start + 3 :]
     else:
-        match = IMAGE_JOB.fullmatch(
-            fold(SurrogateFilter().feed(AkashDecoder().feed(body))).text.strip()
-        )
-        if not match:
-            return None
-        job, prompts = match.groups()
-    parts = re.split(r"(?<!\\)' negative='", prompts)
-    prompt = "' negative='".join(parts[:-1]) if len(parts) > 1 else prompts
-    return job, prompt.replace("\\'", "'")
+        text = fold(SurrogateFilter().feed(AkashDecoder().feed(body))).text.strip()
+    # to the last end mark: the prompt itself may contain one
+    match = IMAGE_JOB.match(text)
+    if not match:
+        return None
+    prompt = re.split(r"(?<!\\)' negative='", match[2])[0]
+    return match[1], prompt.replace("\\'", "'")
 
 
 class ImageBatch:
@@ -6215,13 +6207,9 @@ class AkashController(Controller):
             return self.images.events(call, data)
         self._check_context(call, tokens)
         cookie = self.session.get(call.scope)
-        response = self.transport.start_request(
-            "POST",
-            self.CHAT_PATH,
-            call.scope,
-            data,
-            self._headers(data, cookie),
-            retry_reason=call.attempt.retry_reason,
+        reason = call.attempt.retry_reason
+        response = self._send(
+            "POST", self.CHAT_PATH, call.scope, cookie, data=data, retry_reason=reason
         )
         return EventStream(
             response, lambda response: self._decoder(call, response, stop_filter, cookie)
@@ -6265,10 +6253,9 @@ class AkashController(Controller):
         drop = self.options.drop
         body, ignored = akash_request(call, drop)
         body["model"] = self.options.model_map.get(call.model, call.model) or self.IMAGE_MODEL
-        limit = "max_completion_tokens"
         fields = {name: value for name, value in call.body.items() if name not in drop}
-        if fields.get(limit) is None:
-            limit = "max_tokens"
+        limits = ("max_completion_tokens", "max_tokens")
+        limit = next((name for name in limits if fields.get(name) is not None), "")
         max_tokens = number_field(fields, limit, None, integer=True, minimum=1)
         stop_filter = StopFilter(stop_sequences(fields), max_tokens)
         messages = [*body["messages"], *body["context"]]
@@ -6322,12 +6309,14 @@ class AkashController(Controller):
             upstream_status=response.status,
         )
 
-    def _headers(self, data: Optional[bytes], cookie: str) -> Dict[str, str]:
-        """Return the headers of one request, besides those of the transport."""
-        headers = {"Content-Type": "application/json"} if data else {}
+    def _send(
+        self, method: str, path: str, scope: CancelScope, cookie: str, **options: Any
+    ) -> UpstreamResponse:
+        """Start a request with the session's cookie."""
+        headers = {"Content-Type": "application/json"} if options.get("data") else {}
         if cookie:
             headers["Cookie"] = "; ".join(filter(None, (cookie, self.login.cookie)))
-        return headers
+        return self.transport.start_request(method, path, scope, headers=headers, **options)
 
     def _decoder(
         self, call: Call, response: UpstreamResponse, stop_filter: StopFilter, cookie: str
@@ -6353,10 +6342,7 @@ class AkashController(Controller):
 
         def send(retry_reason: str) -> Tuple[UpstreamResponse, bytes]:
             cookie = self.session.get(scope)
-            headers = self._headers(options.get("data"), cookie)
-            response = self.transport.start_request(
-                method, path, scope, headers=headers, retry_reason=retry_reason, **options
-            )
+            response = self._send(method, path, scope, cookie, retry_reason=retry_reason, **options)
             response.read_head()
             body = response.read(limit=MAX_SHORT_BODY)
             if response.status != 200 or is_challenge_page(response):

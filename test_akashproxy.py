@@ -5,7 +5,7 @@
     python3 test_akashproxy.py bench            # what the server costs, in a minute
 
 The bytes of the fakes are recordings of the real server, made small; the names of their tables are
-the names that the recordings have.
+the names that the recordings have. Every section has a banner: grep -n '^# [=-]' test_akashproxy.py
 """
 
 import argparse
@@ -28,6 +28,7 @@ import itertools
 import json
 import math
 import multiprocessing
+import operator
 import os
 import pathlib
 import py_compile
@@ -189,8 +190,7 @@ class Fake:
 def reply(status=200, body=b"", kind="application/json", extra=b"", chunked=True):
     """An answer as the Akash server sends it; a body that is no bytes is sent as JSON."""
     body = body if isinstance(body, bytes) else json.dumps(body).encode()
-    head = (b"HTTP/1.1 %d X\r\ncontent-type: %s\r\n%sConnection: keep-alive\r\nKeep-Alive: timeout=5\r\n"
-            % (status, kind.encode(), extra))
+    head = (b"HTTP/1.1 %d X\r\ncontent-type: %s\r\n%sConnection: keep-alive\r\nKeep-Alive: timeout=5\r\n" % (status, kind.encode(), extra))
     if not chunked:
         return head + b"Content-Length: %d\r\n\r\n" % len(body) + body
     return head + b"Transfer-Encoding: chunked\r\n\r\n" + chunks(body)
@@ -301,7 +301,7 @@ class FakeOpenAI(Fake):
 
     def completion(self):
         return json.dumps({"id": "c", "object": "chat.completion", "created": 1, "model": "gpt-x", "new": [1.0, None], "choices": [
-            {"index": 0, "message": {"role": "assistant", "content": self.text}, "finish_reason": "stop"}]}).encode()
+            {"index": 0, "message": assistant(self.text), "finish_reason": "stop"}]}).encode()
 
     def events(self):
         return self.words(self.text)
@@ -353,12 +353,12 @@ def akash():
 
 @pytest.fixture
 def fake():
-    """An upstream that says "Hi there."; ``a`` is one too, and ``b``, which says "from b."."""
+    """An upstream that says "Hi there."; ``a`` and ``c`` are others, and ``b``, which says "from b."."""
     with contextlib.closing(FakeOpenAI()) as upstream:
         yield upstream
 
 
-a = fake
+a = c = fake
 
 
 @pytest.fixture
@@ -406,6 +406,19 @@ def known(server):
     return server
 
 
+@pytest.fixture(params=[False, True], ids=["whole", "streamed"])
+def streamed(request):
+    """Has a test run twice: for whole answers, and for streams."""
+    return request.param
+
+
+@pytest.fixture
+def log(caplog):
+    """What is logged, from INFO up."""
+    caplog.set_level("INFO")
+    return caplog
+
+
 def wait_for(condition, seconds=30):
     """Wait until something that another thread does has happened."""
     end = time.monotonic() + seconds
@@ -449,10 +462,13 @@ def ask_again(link, method="GET", path="/health", body=None, headers=None):
 
 def receive(sock, until=None):
     """Read until some bytes have come, or until a condition holds of all that came; None: until the connection is closed."""
-    done, got = until if callable(until) else lambda got: until is not None and until in got[-(2 << 20):], b""
-    for part in iter(lambda: b"" if done(got) else sock.recv(1 << 20), b""):
+    got = b""
+    while not (until(got) if callable(until) else until and until in got[-(2 << 20):]):
+        part = sock.recv(1 << 20)
+        if not part:
+            assert until is None, got[-300:]
+            break
         got += part
-    assert until is None or done(got), got[-300:]
     return got
 
 
@@ -523,11 +539,35 @@ def user(content, **more):
     return {"role": "user", "content": content, **more}
 
 
-CHAT = {"model": "Meta-Llama-3-3-70B-Instruct", "messages": [{"role": "user", "content": "Hello, how are you?"}]}
+def assistant(content, **more):
+    return {"role": "assistant", "content": content, **more}
+
+
+def system(content):
+    return {"role": "system", "content": content}
+
+
+def developer(content):
+    return {"role": "developer", "content": content}
+
+
+def returned(id, content):
+    """What a tool returned, as a message of a chat."""
+    return {"role": "tool", "tool_call_id": id, "content": content}
+
+
+def text_part(text):
+    return {"type": "text", "text": text}
+
+
+CHAT = {"model": "Meta-Llama-3-3-70B-Instruct", "messages": [user("Hello, how are you?")]}
 BOTH = {"model": "both", "messages": [user("hi")]}
 ASKED = {"model": "both", "max_tokens": 64, "messages": [user("hi")]}
 WANTED = {"model": "both", "input": "hi"}
 WANTS = {"/v1/chat/completions": BOTH, "/v1/messages": ASKED, "/v1/responses": WANTED}       # a request of each dialect
+
+
+WITH_A_TOOL = {"tools": [{"type": "function", "function": {"name": "f"}}]}
 
 
 def relays(server):
@@ -578,15 +618,21 @@ def reset(sock):
 
 def stalled(sock):
     with contextlib.suppress(OSError):
-        while sock.recv(65536):
-            pass
+        receive(sock)
 
 
 @contextlib.contextmanager
-def crowd(server, count):
-    """Clients with a request each."""
+def crowd(server, count, data=None):
+    """Connections on which the same bytes have been sent; None: a chat."""
+    data = post("/v1/chat/completions", BOTH) if data is None else data
     with contextlib.ExitStack() as stack:
-        yield [stack.enter_context(connect(server, post("/v1/chat/completions", BOTH), 30)) for _ in range(count)]
+        yield [stack.enter_context(connect(server, data, 60)) for _ in range(count)]
+
+
+def at_once(function, count, threads=16):
+    """What a function returns to many threads."""
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(lambda _: function(), range(count)))
 
 
 def refused(port):
@@ -623,7 +669,7 @@ def stream(server, body=None, **fields):
 
 def read_chunks(events):
     text, thought, finish, error = "", "", None, None
-    assert events[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert events[0]["choices"][0]["delta"] == assistant("")
     assert len({(e["id"], e["created"], e["model"]) for e in events if "error" not in e}) == 1
     for event in events:
         if "error" in event:
@@ -647,6 +693,16 @@ def text_of(got):
     return "".join(choice["delta"].get("content") or "" for event in sse(got.body) for choice in event.get("choices", []))
 
 
+def route_of(got):
+    """Which controllers were asked for an answer, and the statuses that they gave."""
+    return got.headers["x-akashproxy-route"]
+
+
+def statuses(server, count, body=None, **fields):
+    """The statuses of some chats, one after the other."""
+    return [chat(server, body or BOTH, **fields).status for _ in range(count)]
+
+
 def table(cases):
     """Parametrize by a table {a name: values}."""
     return pytest.mark.parametrize("case", list(cases.values()), ids=list(cases))
@@ -661,6 +717,23 @@ def merged(events):
         else:
             out.append(event)
     return out
+
+
+def decoded(decoder, parts):
+    """(events, error) of a stream that comes in some parts."""
+    events = []
+    for part in parts:
+        events += decoder.feed(part)
+        if decoder.error or decoder.complete or events and isinstance(events[-1], Finish):
+            break
+    else:
+        events += decoder.close()
+    return events, decoder.error and (decoder.error.status, decoder.error.message)
+
+
+def filtered(step, parts):
+    """The events that a filter makes of some texts and the end of an answer."""
+    return [event for part in parts for event in step.feed([Text(part)])] + step.feed([Finish("stop")])
 
 
 def pieces(data):
@@ -717,9 +790,7 @@ R, T = Reasoning, Text
 def test_thinking_cut_anywhere(case):
     text, expected = case
     for parts in pieces(text):
-        step = ThinkTagFilter()
-        events = [event for part in parts for event in step.feed([Text(part)])] + step.feed([Finish("stop")])
-        assert merged(events) == expected + [Finish("stop")], parts
+        assert merged(filtered(ThinkTagFilter(), parts)) == expected + [Finish("stop")], parts
 
 
 def test_a_tag_that_was_never_opened():
@@ -792,8 +863,7 @@ def test_settings_from_the_environment_and_flags_over_it():
     environ = {"SERVER_ADDRESS": ":1", "AKASH_BASE_URL": "http://h:1/p/", "BEARER_TOKEN": "a, b", "IDLE_TIMEOUT": "1.5",
                "USER_AGENT": "", "HOME": "/"}
     settings = Settings.load(environ, {"server_address": ":2"})
-    assert (settings.server_address, settings.akash_base_url, settings.bearer_token, settings.idle_timeout) == (
-        ":2", "http://h:1/p", ("a", "b"), 1.5)
+    assert (settings.server_address, settings.akash_base_url, settings.bearer_token, settings.idle_timeout) == (":2", "http://h:1/p", ("a", "b"), 1.5)
     assert settings.user_agent == f"akashproxy/{akashproxy.__version__}"
 
 
@@ -978,75 +1048,6 @@ def test_a_kept_connection_is_used_again_while_it_can_be(case, akash, serve):
     assert akash.connections == connections and len(akash.bodies()) == 1 + requests
 
 
-@pytest.mark.parametrize("before", [b"", b'0:"a"\n', b'0:"a', b'0:"a\\ud83d"\n', b'0:"<think>"\n', b'0:"<think>"\n0:"a</think>"\n',
-                                    b'0:"a"\n0:"`<"\n', b'0:"a"\n0:"`"\n', b'0:"a"\n' + STOP])
-@pytest.mark.parametrize("piece", [b'0:"b c"\n', b'0:"b', b'0:"b"', b'0:""\n', b'0:"\xc3\xa9"\n', b'0:"\\n"\n', b'0:"a<b"\n', b'0:"</think>"\n',
-                                   b'0:"b"\n0:"c"\n', b'g:"b"\n', b"0:5\n", b'0:"b""\n', b"\n", STOP])
-def test_the_short_way_leads_where_the_long_one_does(before, piece):
-    def answer(short):
-        dialect, pipeline = akashproxy.ChatCompletions(CHAT), akashproxy.DecoderChain(akashproxy.AkashDecoder(), akashproxy.SurrogateFilter(), ThinkTagFilter())
-        dialect.id, dialect.created, taken = "x", 1, b""
-        sent = dialect.opening_frames() + dialect.encode(pipeline.feed(before))
-        for data in [piece, b'0:"</think> d"\n', STOP]:
-            encoded = short and pipeline.fast_path(data)
-            taken = encoded or taken
-            sent += dialect.text_frame(encoded) if encoded else dialect.encode(pipeline.feed(data))
-        return sent, pipeline.error and pipeline.error.message, taken
-
-    (long, error, _), (short, its_error, taken) = answer(False), answer(True)
-    assert (short, its_error) == (long, error)
-    assert (taken == b'"b c"') == (piece == b'0:"b c"\n' and before.endswith((b'0:"a"\n', b'"`"\n')))
-
-
-@pytest.mark.parametrize("path", ["/v1/messages", "/v1/responses"])
-def test_a_reason_to_end_that_is_no_text_is_none(path, fake, pool):
-    fake.sends(fake.head() + chunks(fake.event({"content": "a"}, ["stop"]), b"data: [DONE]\n\n"))
-    assert b"ended its answer early" in ask(pool(fake), "POST", path, {**WANTS[path], "stream": True}).body
-
-
-def test_a_controller_may_go_through_the_events_of_another_one(pool, monkeypatch):
-    class Loud(akashproxy.OpenAIController):
-        def events(self, call):
-            for event in super().events(call):
-                yield Text(event.text.upper()) if isinstance(event, Text) else event
-
-    monkeypatch.setitem(akashproxy.CONTROLLERS, "loud", Loud)
-    a, before = FakeOpenAI(text="one two"), akashproxy.CancelScope.active.copy()
-    server = pool((a, {"type": "loud", "paths": ("/none",), "api_key": "k"}))
-    for streamed in range(2):
-        assert (stream(server, BOTH)[0] if streamed else text_of(chat(server, BOTH))) == "ONE TWO"
-    a.faults += [a.refuse(), a.early(), a.status(500)]      # the first is a kept connection's end, and asked again
-    assert [chat(server, BOTH).status for _ in range(2)] == [502, 502] and not a.faults
-    wait_for(lambda: not akashproxy.CancelScope.active - before)
-
-
-def test_a_controller_of_ones_own_may_stream_raw_bytes(serve, monkeypatch):
-    class Own(akashproxy.Controller):
-        def events(self, call):
-            yield from map(akashproxy.RawBytes, [b"data: {}\n\n", b"data: [DONE]\n\n"])
-
-    monkeypatch.setitem(akashproxy.CONTROLLERS, "own", Own)
-    server = serve(controllers=(akashproxy.ControllerSettings(type="own"),))
-    assert chat(server, stream=True).body.endswith(b"\n\ndata: {}\n\ndata: [DONE]\n\n")
-
-
-def test_a_client_that_leaves_before_a_count_of_tokens_is_no_bug(pool, caplog):
-    server, asked = pool(FakeOpenAI()), threading.Event()
-    sock = connect(server)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-
-    def take(*_):
-        sock.close()
-        asked.set()
-        raise APIError(503, "nobody is there")
-
-    server.pool.acquire = take
-    sock.sendall(post("/v1/messages/count_tokens", {**ASKED, "model": "both"}))
-    assert asked.wait(10)
-    wait_for(lambda: not server.connections)
-    assert "bug" not in caplog.text and "stumbled" not in caplog.text
-
-
 def test_a_request_is_not_sent_twice_on_a_new_connection(akash, serve):
     server = serve()
     akash.session = reply(body=b"{}", extra=b"Connection: close\r\n")
@@ -1057,16 +1058,9 @@ def test_a_request_is_not_sent_twice_on_a_new_connection(akash, serve):
 
 
 def test_a_request_is_sent_twice_at_most(akash, serve):
-    server = serve()
-    gate = threading.Barrier(6)
-
-    def together(sock, request):
-        gate.wait(10)
-        return akash.answer(sock, request)
-
-    akash.faults.extend([together] * 6)
-    with concurrent.futures.ThreadPoolExecutor(6) as threads:
-        assert {got.status for got in threads.map(lambda _: chat(server), range(6))} == {200}
+    server, gate = serve(), threading.Barrier(6)
+    akash.faults.extend([lambda sock, request: gate.wait(10) >= 0 and akash.answer(sock, request)] * 6)
+    assert {got.status for got in at_once(lambda: chat(server), 6)} == {200}
     asked = len(akash.bodies())             # six connections are kept now, and the server closes each
     akash.faults.extend([akash.refuse()] * 6)
     assert chat(server).status == 502
@@ -1135,8 +1129,7 @@ SEPARATORS = "LS[\u2028]PS[\u2029]NEL[\x85]BOM[\ufeff]DEL[\x7f]"
 
 
 def sdk5(*events):
-    return b"".join(b"data: " + (event if isinstance(event, bytes) else json.dumps(event).encode()) + b"\n\n"
-                    for event in events)
+    return b"".join(b"data: " + (event if isinstance(event, bytes) else json.dumps(event).encode()) + b"\n\n" for event in events)
 
 
 def delta(text, kind="text"):
@@ -1167,8 +1160,7 @@ DECODED = {
                          [T("x"), Finish("stop", USAGE)], None),
     "sdk4-nousage": (b'0:"x"\nd:{"finishReason":"stop"}\n', [T("x"), Finish("stop")], None),
     "sdk4-data": (b'2:[{"hello":1}]\n8:[{"note":"x"}]\n' + HELLO, [T("Hello from the mock."), Finish("stop")], None),
-    "sdk4-reasoning": (b'g:"Let me"\ng:" think \\"hard\\""\n0:"42"\n' + STOP,
-                       [R('Let me think "hard"'), T("42"), Finish("stop")], None),
+    "sdk4-reasoning": (b'g:"Let me"\ng:" think \\"hard\\""\n0:"42"\n' + STOP, [R('Let me think "hard"'), T("42"), Finish("stop")], None),
     "sdk4-tool-streaming": (b'b:{"toolCallId":"call_1","toolName":"w"}\nc:{"toolCallId":"call_1","argsTextDelta":"{"}\n'
                             b'9:{"toolCallId":"call_1","toolName":"w","args":{"city":"Kyiv"}}\n'
                             b'a:{"toolCallId":"call_1","result":{"t":21}}\n' + END.replace(b"%b", b"tool-calls"),
@@ -1201,8 +1193,7 @@ DECODED = {
         "inputTokens": 11, "outputTokens": 7, "totalTokens": 18}}}), [T("x"), Finish("stop", USAGE)], None),
     "sdk5-lonesurrogate": (sdk5(b'{"type":"text-delta","id":"0","delta":"\\ud83d"}', b'{"type":"text-delta","id":"0","delta":"\\ude00!"}',
                                 FINISH5), [T("😀!"), Finish("stop")], None),
-    "sdk5-separators": (sdk5(json.dumps(delta(SEPARATORS), ensure_ascii=False).encode(), FINISH5),
-                        [T(SEPARATORS), Finish("stop")], None),
+    "sdk5-separators": (sdk5(json.dumps(delta(SEPARATORS), ensure_ascii=False).encode(), FINISH5), [T(SEPARATORS), Finish("stop")], None),
     "sdk5-error-instream": (sdk5(delta("before"), {"type": "error", "errorText": "[object Object]"},
                                  {"type": "finish", "finishReason": "error"}, b"[DONE]"), [T("before")], "without giving a reason"),
     "sdk5-tool-executed": (sdk5({"type": "tool-input-start", "toolCallId": "c", "toolName": "w"},
@@ -1225,15 +1216,9 @@ DECODED = {
 def test_akash_streams_cut_at_every_byte(case):
     data, expected, error = case
     for parts in pieces(data):
-        decoder, events = akashproxy.DecoderChain(AkashDecoder("m"), akashproxy.SurrogateFilter()), []
-        for part in parts:
-            events += decoder.feed(part)
-            if decoder.error or decoder.complete:
-                break
-        else:
-            events += decoder.close()
+        events, told = decoded(akashproxy.DecoderChain(AkashDecoder("m"), akashproxy.SurrogateFilter()), parts)
         assert merged(events) == expected, parts
-        assert re.search(error, decoder.error.message) if error else decoder.error is None
+        assert re.search(error, told[1]) if error else told is None
 
 
 def test_all_text_of_one_read_is_one_event():
@@ -1253,8 +1238,7 @@ def pasted(prompt, negative=""):
     "gen-all": (pasted('A cat\\\'s "portrait", 8k,\nsecond \\ backslash, it\\\'s 🎉 日本 </image_generation>', 'b"a\\\'d'),
                 'A cat\'s "portrait", 8k,\nsecond \\ backslash, it\'s 🎉 日本 </image_generation>'),
     "a closing line within": (pasted("a'</image_generation>\"\ne"), "a'</image_generation>\"\ne"),
-    "a later framing": (sdk5(delta("<image_generation> jobId='" + JOB + "' prompt='a"), delta("b' negative=''</image_generation>"),
-                             FINISH5), "ab"),
+    "a later framing": (sdk5(delta("<image_generation> jobId='" + JOB + "' prompt='a"), delta("b' negative=''</image_generation>"), FINISH5), "ab"),
 })
 def test_the_answers_of_akashgen(case):
     assert akashproxy.parse_image_job(case[0]) == (JOB, case[1]) and akashproxy.parse_image_job(HELLO) is None
@@ -1269,19 +1253,6 @@ ZW = "\u2060"
 MARKED_FILE = base64.b64encode("héllo <|endoftext|>".encode()).decode()
 
 
-SLASHES = {"/health/": 200, "/v1/models/": 200, "/v1/models/Qwen/Qwen3/": 200, "/status/": 200, "/metrics/": 200, "/": 200,
-           "/health//": 404, "//": 404, "/nothing/": 404}
-
-
-def test_a_slash_at_the_end_of_a_path_changes_nothing(akash, serve):
-    server = serve(path_prefix="/secret")
-    assert {path: ask(server, path="/secret" + path).status for path in SLASHES} == SLASHES
-    assert ask(server, "POST", "/secret/v1/chat/completions/", CHAT).status == 200
-    assert ask(server, path="/secret").status == ask(server, path="/").status == 404
-    locked = serve(bearer_token=("t",))
-    assert [ask(locked, path=path).status for path in ("/v1/models/", "/status/", "/health/")] == [401, 401, 200]
-
-
 def attached(url, text=""):
     """A message with a picture as Akash takes it."""
     return user(text, experimental_attachments=[{"name": "picture", "contentType": "image/png", "url": url}])
@@ -1289,43 +1260,38 @@ def attached(url, text=""):
 
 @table({
     # name: (fields of the client's body, fields of Akash's body)
-    "plain": ({"messages": [user("hi")]}, {"model": "m", "messages": [user("hi")], "system": " ", "temperature": 0.85,
-                                          "topP": 1.0, "context": []}),
-    "system and developer": ({"messages": [{"role": "system", "content": "A"}, user("hi"), {"role": "developer", "content": "B"}]},
-                             {"system": "A\n\nB", "messages": [user("hi")]}),
-    "an empty system": ({"messages": [{"role": "system", "content": ""}, user("hi")]}, {"system": " "}),
+    "plain": ({"messages": [user("hi")]}, {"model": "m", "messages": [user("hi")], "system": " ", "temperature": 0.85, "topP": 1.0, "context": []}),
+    "system and developer": ({"messages": [system("A"), user("hi"), developer("B")]}, {"system": "A\n\nB", "messages": [user("hi")]}),
+    "an empty system": ({"messages": [system(""), user("hi")]}, {"system": " "}),
     "topP": ({"messages": [user("hi")], "topP": 0.5, "temperature": 1}, {"topP": 0.5, "temperature": 1}),
     "top_p": ({"messages": [user("hi")], "top_p": 0.4}, {"topP": 0.4}),
     "zero stays alive": ({"messages": [user("hi")], "top_p": 0, "temperature": 0.0}, {"topP": 1e-6, "temperature": 1e-6}),
     "null is absent": ({"messages": [user("hi")], "top_p": None, "tools": None, "n": None}, {"topP": 1.0}),
-    "parts of text": ({"messages": [user([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}])]},
-                      {"messages": [user("ab")]}),
-    "a picture": ({"messages": [user([{"type": "text", "text": "look"}, picture(DATA_URL)])]}, {"messages": [attached(DATA_URL, "look")]}),
+    "parts of text": ({"messages": [user([text_part("a"), text_part("b")])]}, {"messages": [user("ab")]}),
+    "a picture": ({"messages": [user([text_part("look"), picture(DATA_URL)])]}, {"messages": [attached(DATA_URL, "look")]}),
     "a picture's address": ({"messages": [user([{"type": "image_url", "image_url": "https://h/x.jpg"}])]},
                             {"messages": [attached("https://h/x.jpg")]}),
-    "null of the assistant": ({"messages": [user("a"), {"role": "assistant", "content": None}, user("b")]},
-                              {"messages": [user("a"), {"role": "assistant", "content": ""}, user("b")]}),
+    "null of the assistant": ({"messages": [user("a"), assistant(None), user("b")]}, {"messages": [user("a"), assistant(""), user("b")]}),
     "names and other fields go": ({"messages": [user("a", name="Bob")]}, {"messages": [user("a")]}),
     "req-special-endoftext": ({"messages": [user("x <|endoftext|> y")]}, {"messages": [user(
-        f"x <|{ZW}endoftext|> y", parts=[{"type": "text", "text": "x <|endoftext|> y"}])]}),
-    "req-special-system": ({"messages": [{"role": "system", "content": "<|fim_prefix|>"}, user("a")]}, {"system": f"<|{ZW}fim_prefix|>"}),
+        f"x <|{ZW}endoftext|> y", parts=[text_part("x <|endoftext|> y")])]}),
+    "req-special-system": ({"messages": [system("<|fim_prefix|>"), user("a")]}, {"system": f"<|{ZW}fim_prefix|>"}),
     "req-special-imstart is harmless": ({"messages": [user("<|im_start|>")]}, {"messages": [user("<|im_start|>")]}),
     "nothing asked for": ({"messages": [user("a")], "tools": [], "tool_choice": "none", "n": 1, "logprobs": False,
                            "response_format": {"type": "text"}, "modalities": ["text"]}, {"model": "m"}),
     # -- messages that OpenAI or the original answer
-    "only a system message": ({"messages": [{"role": "system", "content": "A poem."}]}, {"messages": [user("A poem.")], "system": " "}),
-    "only developer messages": ({"messages": [{"role": "developer", "content": "a"}, {"role": "system", "content": "b"}]},
-                                {"messages": [user("a\n\nb")], "system": " "}),
+    "only a system message": ({"messages": [system("A poem.")]}, {"messages": [user("A poem.")], "system": " "}),
+    "only developer messages": ({"messages": [developer("a"), system("b")]}, {"messages": [user("a\n\nb")], "system": " "}),
     "no content": ({"messages": [{"role": "user"}]}, {"messages": [user("")], "system": " "}),
     "null content": ({"messages": [user(None)]}, {"messages": [user("")], "system": " "}),
-    "null in the system": ({"messages": [{"role": "system", "content": None}, user("hi")]}, {"messages": [user("hi")], "system": " "}),
+    "null in the system": ({"messages": [system(None), user("hi")]}, {"messages": [user("hi")], "system": " "}),
     "an answer without content": ({"messages": [user("a"), {"role": "assistant"}, user("b")]},
-                                  {"messages": [user("a"), {"role": "assistant", "content": ""}, user("b")], "system": " "}),
+                                  {"messages": [user("a"), assistant(""), user("b")], "system": " "}),
     # -- files
     **{f"base 64 as browsers take it, {text!r}": ({"messages": [user([picture("data:image/png;base64," + text)])]},
                                                   {"messages": [attached("data:image/png;base64," + text)]})
        for text in ("iVBORw0KGgo=", "iVBORw0KGgo", "iVBO\nRw0K\r\n", "iV-_", "iVBO Rw==")},
-    "text files": ({"messages": [user("hi"), user([{"type": "text", "text": "Sum up."}, {"type": "file", "file": {
+    "text files": ({"messages": [user("hi"), user([text_part("Sum up."), {"type": "file", "file": {
         "filename": "a.md", "file_data": f"data:text/markdown;base64,{MARKED_FILE}"}}, {"type": "file", "file": {"file_data": MARKED_FILE}}])]},
                    {"context": [{"name": name, "content": f"héllo <|{ZW}endoftext|>"} for name in ("a.md", "file")],
                     "messages": [user("hi"), user("Sum up.")]}),
@@ -1338,7 +1304,7 @@ def test_requests_to_akash(case, akash, serve):
     assert set(got) == {"id", "model", "messages", "system", "temperature", "topP", "context"}
 
 
-REFUSED = {
+@table({
     # a field that Akash can't do: (fields, param, words of the message)
     "tools": ({"tools": [{"type": "function"}]}, "tools", "does not support"),
     "functions": ({"functions": [{}]}, "functions", "does not support"),
@@ -1355,17 +1321,14 @@ REFUSED = {
     "top_p": ({"top_p": [1]}, "top_p", "must be a number"),
     "role tool": ({"messages": [user("a"), {"role": "tool", "content": "x"}]}, "messages[1].role", "not 'tool'"),
     "role function": ({"messages": [{"role": "function", "content": "x"}]}, "messages[0].role", "not 'function'"),
-    "tool_calls": ({"messages": [user("a"), {"role": "assistant", "content": None, "tool_calls": [{}]}]},
-                   "messages[1].tool_calls", "tool calls"),
+    "tool_calls": ({"messages": [user("a"), {"role": "assistant", "content": None, "tool_calls": [{}]}]}, "messages[1].tool_calls", "tool calls"),
     "content a number": ({"messages": [user(7)]}, "messages[0].content", "needs a string"),
     "a part of audio": ({"messages": [user([{"type": "input_audio", "input_audio": {}}])]}, "messages[0].content[0]", "'input_audio'"),
     "a part of nothing": ({"messages": [user([None])]}, "messages[0].content[0]", "not 'None'"),
     "a part's type a list": ({"messages": [user([{"type": []}])]}, "messages[0].content[0]", "not"),
     "a local picture": ({"messages": [user([picture("file:///etc/passwd")])]}, "messages[0].content[0]", "with http"),
-    "a picture of the assistant": ({"messages": [{"role": "assistant", "content": [picture(DATA_URL)]}]},
-                                   "messages[0].content", "the role user only"),
-    "a picture of the system": ({"messages": [{"role": "system", "content": [picture(DATA_URL)]}, user("hi")]},
-                                "messages[0].content", "the role user only"),
+    "a picture of the assistant": ({"messages": [assistant([picture(DATA_URL)])]}, "messages[0].content", "the role user only"),
+    "a picture of the system": ({"messages": [system([picture(DATA_URL)]), user("hi")]}, "messages[0].content", "the role user only"),
     "no messages": ({"messages": []}, "messages", "must not be empty"),
     "a picture that is no base64": ({"messages": [user([{"type": "image_url", "image_url": "data:image/png;base64,@@@@"}])]},
                                     "messages[0].content[0]", "invalid base64"),
@@ -1383,10 +1346,7 @@ REFUSED = {
     "max_tokens": ({"max_tokens": 0}, "max_tokens", "at least 1"),
     "max_tokens a fraction": ({"max_tokens": 1.5}, "max_tokens", "must be an integer"),
     "max_completion_tokens": ({"max_completion_tokens": "9"}, "max_completion_tokens", "must be an integer"),
-}
-
-
-@table(REFUSED)
+})
 def test_what_akash_cannot_do_is_refused(case, akash, serve):
     fields, param, words = case
     got = chat(serve(), **fields)
@@ -1400,6 +1360,11 @@ def test_what_akash_ignores_is_said(serve):
     for streamed in (False, True):
         assert chat(serve(), stream=streamed, **fields).headers["x-akashproxy-ignored"] == "seed, user, presence_penalty"
     assert "x-akashproxy-ignored" not in chat(serve()).headers
+
+
+def test_akash_has_no_other_paths(akash, serve):
+    assert ask(serve(), "POST", "/v1/embeddings", {"model": "m", "input": "x"}).json["error"]["code"] == "not_found"
+    assert not akash.bodies()
 
 
 # == controllers: Akash's session =============================================================
@@ -1423,55 +1388,49 @@ def session_of(akash, clock, token=""):
 def test_the_cookie_lives_for_its_max_age(akash):
     clock = Clock()
     session = session_of(akash, clock)
-    first = session.get(akashproxy.CancelScope())
+    first = session.get()
     assert first == akash.cookie
     clock.now += 0.79 * 600
-    assert session.get(akashproxy.CancelScope()) == first and akash.cookies == 1
+    assert session.get() == first and akash.cookies == 1
     clock.now += 0.02 * 600                 # the last fifth: the old one serves on while one thread renews
-    assert session.get(akashproxy.CancelScope()) == first
-    wait_for(lambda: session.get(akashproxy.CancelScope()) != first and not session.lock.locked())
-    assert akash.cookies == 2 and session.get(akashproxy.CancelScope()) == akash.cookie
+    assert session.get() == first
+    wait_for(lambda: session.get() != first and not session.lock.locked())
+    assert akash.cookies == 2 and session.get() == akash.cookie
     clock.now += 10000                      # over: everybody waits for a new one
-    assert session.get(akashproxy.CancelScope()) == akash.cookie and akash.cookies == 3
+    assert session.get() == akash.cookie and akash.cookies == 3
     assert all("cookie" not in request.headers for request in akash.requests), "one would extend nothing in 2026"
 
 
 def test_many_threads_fetch_one_cookie(akash):
     session = session_of(akash, time.monotonic)
-    with concurrent.futures.ThreadPoolExecutor(16) as threads:
-        assert len(set(threads.map(lambda _: session.get(akashproxy.CancelScope()), range(64)))) == 1
+    assert len(set(at_once(session.get, 64))) == 1
     assert akash.cookies == 1
 
 
 def test_a_failed_renewal_leaves_the_old_cookie(akash):
     clock = Clock()
     session = session_of(akash, clock)
-    first = session.get(akashproxy.CancelScope())
+    first = session.get()
     akash.session = reply(500)
     clock.now += 500
-    assert session.get(akashproxy.CancelScope()) == first
+    assert session.get() == first
     wait_for(lambda: len(akash.requests) == 2 and not session.lock.locked())
-    assert session.get(akashproxy.CancelScope()) == first and len(akash.requests) == 2      # not again at once
+    assert session.get() == first and len(akash.requests) == 2      # not again at once
     clock.now += 20
-    assert session.get(akashproxy.CancelScope()) == first
+    assert session.get() == first
     wait_for(lambda: len(akash.requests) == 3)
 
 
 def test_a_session_server_that_stalls_costs_all_one_time_out(akash, serve):
     akash.answer = akash.stall(None)
     server = serve(session_timeout=0.5)
-    with concurrent.futures.ThreadPoolExecutor(6) as threads:
-        answers = list(threads.map(lambda _: chat(server), range(6)))
-    assert {got.status for got in answers} == {504} and len(akash.requests) < 6
+    assert {got.status for got in at_once(lambda: chat(server), 6)} == {504} and len(akash.requests) < 6
 
 
 def test_a_client_that_leaves_while_others_fetch_the_session(akash, serve):
     akash.answer = akash.stall(None)
     server = serve()
-    with contextlib.ExitStack() as stack:
-        socks = [stack.enter_context(connect(server)) for _ in range(3)]
-        for sock in socks:
-            sock.sendall(post("/v1/chat/completions", CHAT))
+    with crowd(server, 3):
         wait_for(lambda: sum(bool(connection.request) for connection in server.connections.copy()) == 3)
     wait_for(lambda: len(server.connections) == 1)    # the one that fetches does so for all
     akash.close()
@@ -1744,8 +1703,7 @@ def test_a_picture_through_chat_as_the_original_gave_it(akash, serve):
     assert got.json["data"] == {"model": "AkashGen", "jobId": JOB, "prompt": "A red fox in the snow",
                                 "pic": f"{akash.url}/api/image/job_51083a4c_00001_.png"}
     assert got.json["object"] == "chat.completion" and got.json["usage"]["estimated"] is True
-    assert text_of(got) == (
-        f"![A red fox in the snow]({server.url}/images/job_51083a4c_00001_.png)")
+    assert text_of(got) == f"![A red fox in the snow]({server.url}/images/job_51083a4c_00001_.png)"
 
 
 def test_a_picture_streamed_tells_of_its_place_in_the_queue(akash, serve):
@@ -1761,8 +1719,7 @@ def test_images(akash, serve):
     server = serve(public_url="https://pictures.example/api/")
     got = ask(server, "POST", "/v1/images/generations", {"prompt": "a fox", "size": "512x512", "n": 2})
     assert got.status == 200 and got.headers["x-akashproxy-ignored"] == "size"
-    assert got.json["data"] == [{"url": "https://pictures.example/api/images/job_51083a4c_00001_.png",
-                                 "revised_prompt": "A red fox in the snow"}] * 2
+    assert got.json["data"] == [{"url": "https://pictures.example/api/images/job_51083a4c_00001_.png", "revised_prompt": "A red fox in the snow"}] * 2
     assert isinstance(got.json["created"], int) and len(akash.bodies()) == 2
     assert akash.bodies()[0]["messages"] == [user("a fox")]
     got = ask(server, "POST", "/v1/images/generations", {"prompt": "a fox", "response_format": "b64_json"})
@@ -1846,7 +1803,7 @@ def test_words_that_akash_does_not_pass_on_are_no_failure(version, akash, serve)
 def test_failed_images_leave_chats_alone(akash, serve):
     server = serve()
     akash.faults += [akash.raw(reply(500, b'{"error":"Error generating image","message":"No workers available"}'), keep=True)] * 4
-    assert [chat(server, GEN).status for _ in range(4)] == [502] * 4 and chat(server).status == 200
+    assert statuses(server, 4, GEN) == [502] * 4 and chat(server).status == 200
     assert ask(server, path="/status").json["controllers"][0]["rests_for_seconds"] == 0
 
 
@@ -1878,14 +1835,7 @@ def test_a_repeat_joins_the_jobs_of_a_request_that_was_left(case, akash, serve):
 
 def test_a_repeat_joins_while_the_job_is_being_started(akash, serve):
     server, asked, go_on = serve(), threading.Event(), threading.Event()
-
-    def slow(sock, request):
-        asked.set()
-        assert go_on.wait(20)
-        sock.sendall(STREAM_HEAD + chunks(PICTURE_LINE))
-        return True
-
-    akash.faults.append(slow)
+    akash.faults.append(akash.steps(asked.set, go_on, STREAM_HEAD + chunks(PICTURE_LINE)))
     with connect(server, post("/v1/images/generations", {"prompt": "a fox"})):
         assert asked.wait(20)
     wait_for(lambda: all(link.request and link.request.cancellation.reason for link in server.connections.copy()))
@@ -1913,8 +1863,8 @@ def test_a_repeat_goes_to_the_controller_with_its_jobs(pool):
     b.chat = PICTURE_LINE
     drawing(server, a)
     got = ask(server, "POST", "/v1/images/generations", DRAW)
-    assert got.headers["x-akashproxy-route"] == "a=200" and (len(a.bodies()), len(b.bodies())) == (2, 0)
-    assert ask(server, "POST", "/v1/images/generations", DRAW).headers["x-akashproxy-route"] == "b=200"
+    assert route_of(got) == "a=200" and (len(a.bodies()), len(b.bodies())) == (2, 0)
+    assert route_of(ask(server, "POST", "/v1/images/generations", DRAW)) == "b=200"
 
 
 def test_image_jobs_are_kept_for_a_while_and_not_without_end():
@@ -1949,8 +1899,7 @@ UPSTREAM = {
     "model-unknown": (STREAM_HEAD + chunks(UNKNOWN), 500, "model_not_found", "does not exist", {"x-should-retry": "false"}),
     "err-429": (STREAM_HEAD + chunk(b'3:"Failed after 3 attempts. Last error: Rate limit exceeded for model. Try again later."\n')
                 + b"0\r\n\r\n", 429, "rate_limit_exceeded", "Rate limit exceeded for model", {}),
-    "err-400": (STREAM_HEAD + chunks(b'3:"This model\'s maximum context length is 8192 tokens."\n'),
-                400, "context_length_exceeded", "8192", {}),
+    "err-400": (STREAM_HEAD + chunks(b'3:"This model\'s maximum context length is 8192 tokens."\n'), 400, "context_length_exceeded", "8192", {}),
     "err-500": (STREAM_HEAD + chunks(b'3:"Failed after 3 attempts. Last error: Internal Server Error"\n'), 502, "upstream_error", "Internal", {}),
     "req-long-system-400": (reply(400, b"[Message too long for this model.]", "text/plain"), 400, "context_length_exceeded", "too long", {}),
     "req-badjson": (reply(500, b"", ""), 502, "upstream_error", "without giving a reason", {}),
@@ -1975,7 +1924,6 @@ UPSTREAM = {
 
 
 @table(UPSTREAM)
-@pytest.mark.parametrize("streamed", [False, True])
 def test_failures_before_the_first_word_are_statuses(case, streamed, akash, serve):
     data, status, code, words, headers = case
     akash.sends(data)
@@ -1993,8 +1941,7 @@ def test_failures_before_the_first_word_are_statuses(case, streamed, akash, serv
 @pytest.mark.parametrize("status", [200, 403, 503])
 def test_a_page_in_front_of_the_session_or_the_models(path, status, akash, serve):
     answer = akash.answer
-    akash.answer = lambda sock, request: (sock.sendall(reply(status, PAGE, "text/html")) or True if request.path == path
-                                          else answer(sock, request))
+    akash.answer = lambda sock, request: (sock.sendall(reply(status, PAGE, "text/html")) or True if request.path == path else answer(sock, request))
     got = ask(serve(), path="/v1/models")
     assert got.status == 502 and got.json["error"]["code"] == "upstream_blocked" and b"<" not in got.body
 
@@ -2034,24 +1981,6 @@ def test_a_stream_may_come_and_end_in_other_ways(case, akash, serve):
     assert stream(serve())[0] == text
 
 
-def test_an_upstream_that_is_not_there(serve):
-    with socket.create_server(("127.0.0.1", 0)) as closed:
-        port = closed.getsockname()[1]
-    got = chat(serve(akash_base_url=f"http://127.0.0.1:{port}"))
-    assert (got.status, got.json["error"]["code"]) == (502, "upstream_error")
-    assert str(port) not in got.body.decode()
-
-
-def test_silence_is_ended(akash, serve):
-    akash.faults += [akash.stall(None), akash.stall(b'0:"one "\n')]
-    server = serve(first_byte_timeout=0.1)
-    got = chat(server)
-    assert got.status == 504 and "did not answer within 0.1 seconds" in got.json["error"]["message"]
-    text, _, _, error = stream(serve(idle_timeout=0.1))
-    assert text == "one " and "sent nothing for 0.1 seconds" in error["message"]
-    wait_for(akash.gone.is_set)
-
-
 @pytest.mark.parametrize("path", ["", "/", "/a/path", "/a/path/"])
 def test_addresses_of_the_upstream(path, akash, serve):
     answer = akash.answer
@@ -2062,8 +1991,7 @@ def test_addresses_of_the_upstream(path, akash, serve):
         return answer(sock, request._replace(path=request.path[len(prefix):]))
 
     akash.answer = strict
-    assert chat(serve(**dataclasses.asdict(Settings.load({"AKASH_BASE_URL": akash.url + path},
-                                                         {"server_address": "127.0.0.1:0"})))).status == 200
+    assert chat(serve(**dataclasses.asdict(Settings.load({"AKASH_BASE_URL": akash.url + path}, {"server_address": "127.0.0.1:0"})))).status == 200
 
 
 def test_what_the_upstream_is_sent(akash, serve):
@@ -2103,20 +2031,12 @@ def test_a_chat_as_the_original_gave_it(akash, serve):
     assert {name: akash.bodies()[0][name] for name in ("temperature", "topP")} == {"temperature": 0.85, "topP": 1.0}
 
 
-def test_reasoning_beside_the_answer(akash, serve):
-    akash.chat = b'0:"<think>\\nhm\\n</think>\\n\\n"\n0:"42"\n' + STOP
-    server = serve()
-    message = chat(server).json["choices"][0]["message"]
-    assert (message["content"], message["reasoning_content"]) == ("42", "hm")
-    assert stream(server) == ("42", "hm", "stop", None)
-
-
 def test_the_chunks_of_a_stream(akash, serve):
     akash.chat = b'0:"a"\nd:{"finishReason":"length","usage":{"promptTokens":11,"completionTokens":7}}\n'
     server = serve()
     events = sse(chat(server, stream=True, stream_options={"include_usage": True}).body)
     assert [event["choices"] for event in events] == [
-        [{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}],
+        [{"index": 0, "delta": assistant(""), "finish_reason": None}],
         [{"index": 0, "delta": {"content": "a"}, "finish_reason": None}],
         [{"index": 0, "delta": {}, "finish_reason": "length"}], []]
     assert [event["usage"] for event in events] == [None, None, None, USAGE]
@@ -2128,13 +2048,30 @@ def test_the_chunks_of_a_stream(akash, serve):
     assert events[-1]["choices"] == [] and events[-1]["usage"]["estimated"] is True, "unknown usage is estimated"
 
 
+@pytest.mark.parametrize("before", [b"", b'0:"a"\n', b'0:"a', b'0:"a\\ud83d"\n', b'0:"<think>"\n', b'0:"<think>"\n0:"a</think>"\n',
+                                    b'0:"a"\n0:"`<"\n', b'0:"a"\n0:"`"\n', b'0:"a"\n' + STOP])
+@pytest.mark.parametrize("piece", [b'0:"b c"\n', b'0:"b', b'0:"b"', b'0:""\n', b'0:"\xc3\xa9"\n', b'0:"\\n"\n', b'0:"a<b"\n', b'0:"</think>"\n',
+                                   b'0:"b"\n0:"c"\n', b'g:"b"\n', b"0:5\n", b'0:"b""\n', b"\n", STOP])
+def test_the_short_way_leads_where_the_long_one_does(before, piece):
+    def answer(short):
+        dialect, pipeline = akashproxy.ChatCompletions(CHAT), akashproxy.DecoderChain(akashproxy.AkashDecoder(), akashproxy.SurrogateFilter(), ThinkTagFilter())
+        dialect.id, dialect.created, taken = "x", 1, b""
+        sent = dialect.opening_frames() + dialect.encode(pipeline.feed(before))
+        for data in [piece, b'0:"</think> d"\n', STOP]:
+            encoded = short and pipeline.fast_path(data)
+            taken = encoded or taken
+            sent += dialect.text_frame(encoded) if encoded else dialect.encode(pipeline.feed(data))
+        return sent, pipeline.error and pipeline.error.message, taken
+
+    (long, error, _), (short, its_error, taken) = answer(False), answer(True)
+    assert (short, its_error) == (long, error)
+    assert (taken == b'"b c"') == (piece == b'0:"b c"\n' and before.endswith((b'0:"a"\n', b'"`"\n')))
+
+
 def test_a_token_is_sent_at_once(akash, serve):
     akash.faults.append(akash.stall(b'0:"one "\n'))
-    server = serve()
-    with connect(server, post("/v1/chat/completions", {**CHAT, "stream": True})) as sock:
-        got = b""
-        while b'"content":"one "' not in got:
-            got += sock.recv(65536)
+    with connect(serve(), post("/v1/chat/completions", {**CHAT, "stream": True})) as sock:
+        receive(sock, b'"content":"one "')
 
 
 def test_headers_of_a_stream(serve):
@@ -2192,8 +2129,7 @@ def test_legacy_completions(akash, serve):
 })
 def test_bad_bodies_leave_the_connection_usable(case, akash, serve):
     path, body, param, words = case
-    server = serve()
-    with link_to(server) as link:
+    with link_to(serve()) as link:
         got = ask_again(link, "POST", "/v1/" + path, body)
         assert (got.status, got.json["error"]["param"]) == (400, param), got.body
         assert words in got.json["error"]["message"]
@@ -2214,13 +2150,9 @@ def test_the_ends_of_bodies(serve):
     assert cut.startswith(b"HTTP/1.1 400 ") and b"ended within a body" in cut
 
 
-def test_a_body_may_come_in_chunks_and_be_announced(serve):
+def test_a_body_may_be_announced(serve):
     data = json.dumps(CHAT).encode()
-    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
-    assert talk(serve(), head + b"Transfer-Encoding: chunked\r\n\r\n" + chunk(data[:9]) + chunks(data[9:])
-                ).startswith(b"HTTP/1.1 200 ")
-    server = serve()
-    with connect(server, head + b"Expect: 100-continue\r\nContent-Length: %d\r\n\r\n" % len(data)) as sock:
+    with connect(serve(), head_of("POST", "/v1/chat/completions", "Expect: 100-continue", f"Content-Length: {len(data)}")) as sock:
         assert sock.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
         sock.sendall(data)
         assert sock.recv(100).startswith(b"HTTP/1.1 200 ")
@@ -2265,6 +2197,19 @@ def test_routes(method, path, serve):
         assert got.headers["allow"] == ("POST, OPTIONS" if "completions" in path else "GET, HEAD, OPTIONS")
     if got.status >= 400:
         assert got.json["error"]["message"]
+
+
+SLASHES = {"/health/": 200, "/v1/models/": 200, "/v1/models/Qwen/Qwen3/": 200, "/status/": 200, "/metrics/": 200, "/": 200,
+           "/health//": 404, "//": 404, "/nothing/": 404}
+
+
+def test_a_slash_at_the_end_of_a_path_changes_nothing(akash, serve):
+    server = serve(path_prefix="/secret")
+    assert {path: ask(server, path="/secret" + path).status for path in SLASHES} == SLASHES
+    assert ask(server, "POST", "/secret/v1/chat/completions/", CHAT).status == 200
+    assert ask(server, path="/secret").status == ask(server, path="/").status == 404
+    locked = serve(bearer_token=("t",))
+    assert [ask(locked, path=path).status for path in ("/v1/models/", "/status/", "/health/")] == [401, 401, 200]
 
 
 def test_health_and_status(serve):
@@ -2360,8 +2305,7 @@ def test_a_stop_leaves_no_thread_and_needs_no_start(serve):
     before = clients()
     for _ in range(10):
         server = Server(Settings(server_address="127.0.0.1:0")).start()
-        with concurrent.futures.ThreadPoolExecutor(4) as threads:
-            assert {got.status for got in threads.map(lambda _: ask(server), range(4))} == {200}
+        assert {got.status for got in at_once(lambda: ask(server), 4)} == {200}
         server.stop(1)
     wait_for(lambda: clients() <= before)
     Server(Settings(server_address="127.0.0.1:0")).stop()
@@ -2417,26 +2361,15 @@ def test_a_bug_is_not_shown(serve, akash, caplog):
 
 def test_a_hundred_streams_at_once(akash, serve):
     server = serve()
-    with concurrent.futures.ThreadPoolExecutor(100) as threads:
-        answers = list(threads.map(lambda _: stream(server), range(200)))
-    assert set(answers) == {("Hello from the mock.", "", "stop", None)}
+    assert set(at_once(lambda: stream(server), 200, 100)) == {("Hello from the mock.", "", "stop", None)}
 
 
 def test_a_graceful_stop(akash, serve, monkeypatch):
     monkeypatch.setattr(akashproxy, "LAME_DUCK_SECONDS", 0)
-    server = serve()
-    idle = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)
-    assert ask_again(idle).status == 200
-    hold = threading.Event()
-
-    def slow(sock, request):
-        sock.sendall(STREAM_HEAD + chunk(b'0:"one "\n'))
-        hold.wait(60)
-        sock.sendall(chunks(b'0:"two"\n' + STOP))
-        return True
-
-    akash.faults.append(slow)
-    with concurrent.futures.ThreadPoolExecutor(2) as threads:
+    server, hold = serve(), threading.Event()
+    akash.faults.append(akash.steps(STREAM_HEAD + chunk(b'0:"one "\n'), hold, chunks(b'0:"two"\n' + STOP)))
+    with link_to(server) as idle, concurrent.futures.ThreadPoolExecutor(2) as threads:
+        assert ask_again(idle).status == 200
         answer = threads.submit(stream, server)
         wait_for(lambda: akash.bodies())
         stopped = threads.submit(server.stop, 10)
@@ -2445,6 +2378,14 @@ def test_a_graceful_stop(akash, serve, monkeypatch):
         hold.set()
         assert answer.result() == ("one two", "", "stop", None)
         stopped.result()
+
+
+def test_who_drains_says_so(akash, serve):
+    server = serve()
+    server.draining = True
+    got = ask(server)
+    assert (got.status, got.json["status"]) == (503, "draining") and got.headers["connection"] == "close"
+    server.draining = False
 
 
 def test_a_stop_that_waits_no_longer(akash, serve):
@@ -2473,8 +2414,7 @@ def compiled():
 
 def command(*flags, **environ):
     clean = {name: value for name, value in os.environ.items() if name.upper() not in SETTINGS}
-    return dict(args=[sys.executable, "-I", compiled(), *flags], env={**clean, **environ},
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return dict(args=[sys.executable, "-I", compiled(), *flags], env={**clean, **environ}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 SETTINGS = {name.upper(): item for name, item in akashproxy.setting_fields(Settings).items()}
@@ -2667,6 +2607,30 @@ def test_a_signal_while_it_starts_is_heeded(number, ends, tmp_path):
             assert "were reloaded" in process.stderr.readline()
             process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0 and "Traceback" not in process.stderr.read()
+
+
+def test_a_second_signal_stops_at_once(akash):
+    akash.faults.append(akash.stall(b'0:"one "\n'))
+    with started(AKASH_BASE_URL=akash.url, GRACE="60") as (process, port):
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as sock:
+            sock.sendall(post("/v1/chat/completions", {**CHAT, "stream": True}))
+            sock.recv(100)
+            process.send_signal(signal.SIGTERM)
+            wait_for(lambda: refused(port))
+            assert process.poll() is None, "it waits for the stream"
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(10) == 0
+            assert "stopping: 1 running requests have 60 seconds to end" in process.stderr.read()
+
+
+@pytest.mark.parametrize("address, token, with_keys, warned", [
+    ("0.0.0.0:0", "", False, True), ("0.0.0.0:0", "t", False, False), ("127.0.0.1:0", "", False, False), ("0.0.0.0:0", "", True, False)])
+def test_an_open_address_is_warned_of(address, token, with_keys, warned, config):
+    file = config({"keys": [{"name": "alice", "key": "k"}]}) if with_keys else ""
+    with spawned("--server-address", address, BEARER_TOKEN=token, CONFIG_FILE=file) as process:
+        process.stdout.readline()
+        process.terminate()
+        assert ("set BEARER_TOKEN" in process.communicate(timeout=20)[1]) == warned
 
 
 def test_check_shows_the_settings_but_no_secret():
@@ -2889,8 +2853,7 @@ def test_what_wins_over_what(config):
                              {"config_file": path, "max_wait": "6"})
     assert (settings.server_address, settings.pool_type, settings.max_wait, settings.idle_timeout, settings.bearer_token) == (
         ":81", "balanced", 6.0, 2.5, ("a", "b"))
-    assert Settings.load({"SERVER_ADDRESS": "localhost:1", "CHATGPT_APISERVER_PORT": "81"}, {"config_file": path}
-                         ).server_address == "localhost:1"
+    assert Settings.load({"SERVER_ADDRESS": "localhost:1", "CHATGPT_APISERVER_PORT": "81"}, {"config_file": path}).server_address == "localhost:1"
     assert load(config({"port": 1, "server_address": "h:2"})).server_address == "h:2"
 
 
@@ -2972,7 +2935,7 @@ def test_a_chat_is_relayed_as_it_is(fake, pool):
     assert got.body == fake.completion() and got.headers["content-type"] == "application/json"
     request = fake.requests[-1]
     assert request.body == body and request.headers["authorization"] == "Bearer upstream-key" and request.headers["x-org"] == "o"
-    assert got.headers["x-akashproxy-route"] == "a=200" and not any("client-key" in str(request) for request in fake.requests)
+    assert route_of(got) == "a=200" and not any("client-key" in str(request) for request in fake.requests)
 
 
 EVENTS, SPEECH = "text/event-stream", "/v1/audio/speech"
@@ -3025,11 +2988,6 @@ def test_other_paths_are_relayed_unparsed(fake, pool):
         assert ask(server, "POST", path, {}).status == 404 and len(fake.requests) == asked
 
 
-def test_akash_has_no_other_paths(akash, serve):
-    assert ask(serve(), "POST", "/v1/embeddings", {"model": "m", "input": "x"}).json["error"]["code"] == "not_found"
-    assert not akash.bodies()
-
-
 def test_a_relayed_answer_that_breaks_off(fake, pool):
     server = pool(fake)
     fake.sends(FakeOpenAI.head("audio/mpeg") + chunk(b"ID3"))
@@ -3058,6 +3016,12 @@ def test_why_an_answer_ended(meaning, reason):
     events = decoder.feed(FakeOpenAI.event({"content": "a"}, reason)) + decoder.close()
     assert events == ([T("a"), Finish(meaning)] if meaning else [T("a")])
     assert meaning or decoder.error.status == 502 and repr(reason) in decoder.error.message
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/responses"])
+def test_a_reason_to_end_that_is_no_text_is_none(path, fake, pool):
+    fake.sends(fake.head() + chunks(fake.event({"content": "a"}, ["stop"]), b"data: [DONE]\n\n"))
+    assert b"ended its answer early" in ask(pool(fake), "POST", path, {**WANTS[path], "stream": True}).body
 
 
 @pytest.mark.parametrize("calls, reason, expected", [(True, "stop", "tool_calls"), (True, "tool_use", "tool_calls"), (False, "tool_calls", "stop"),
@@ -3099,10 +3063,7 @@ def call_parts(*parts):
 def test_calls_however_they_are_fragmented(case):
     data, expected = case
     for parts in pieces(data):
-        decoder, events = akashproxy.ChatDecoder("b"), []
-        for part in parts:
-            events += decoder.feed(part)
-        answer = akashproxy.fold(events + decoder.close())
+        answer = fold(decoded(akashproxy.ChatDecoder("b"), parts)[0])
         assert [(call.name, call.arguments) for call in answer.tools] == expected and answer.finish == Finish("tool_calls"), parts
         assert len({call.id for call in answer.tools if call.id}) == len([call.id for call in answer.tools if call.id]), "ids differ"
 
@@ -3142,7 +3103,6 @@ def deflated(data, wbits):
 
 
 @table({"gzip": ("gzip", 31), "x-gzip": ("X-Gzip", 31), "deflate": ("deflate", 15), "deflate without a header": ("deflate", -15)})
-@pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages"])
 def test_a_compressed_answer_is_expanded(case, streamed, path, fake, pool):
     name, wbits = case
@@ -3161,7 +3121,7 @@ def test_other_and_broken_compression_is_the_upstreams_failure(case, fake, pool)
     encoding, body, words = case
     fake.sends(reply(body=body, extra=f"Content-Encoding: {encoding}\r\n".encode()))
     got = chat(pool(fake, (FakeOpenAI(), {"priority": 2})), BOTH)
-    assert got.headers["x-akashproxy-route"] == "a=502, b=200"
+    assert route_of(got) == "a=502, b=200"
     fake.sends(reply(body=body, extra=f"Content-Encoding: {encoding}\r\n".encode()))
     assert words in chat(pool(fake), BOTH).json["error"]["message"]
 
@@ -3179,7 +3139,7 @@ def test_expanding_is_bounded_and_cut_anywhere():
 
 
 @pytest.mark.parametrize("kind", ["application/json", "text/plain", "binary/octet-stream", "Text/Event-Stream", None])
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/v1/responses"])
+@pytest.mark.parametrize("path", WANTS)
 def test_a_stream_under_another_type(kind, path, fake, pool):
     head = fake.head(kind) if kind else re.sub(rb"(?i)content-type: [^\r]*\r\n", b"", fake.head())
     fake.sends(head + chunks(*fake.events()), keep=True)
@@ -3194,7 +3154,7 @@ def test_a_stream_under_another_type(kind, path, fake, pool):
     "only [DONE]": (True, b"data: [DONE]\n\n"), "nothing": (True, b""), "an error first": (True, ERROR_EVENT), "comments": (True, b": x\n\n"),
     "an error with NaN": (False, b'{"error":{"message":NaN}}'), "half an error": (False, b'{"error":{oops'), "no UTF-8": (False, b'{"error":"\xff"}'),
     "an object for a list": (False, b'{"choices":{}}'), "an empty choice": (False, b'{"choices" : [ {} ]}'), "null as a choice": (False, b'{"choices":[null]}'), "a list": (False, b"[]"),
-    "a role, then [DONE]": (True, FakeOpenAI.event({"role": "assistant", "content": ""}) + b"data: [DONE]\n\n"), "no choice, then [DONE]": (True, b'data: {"choices":[]}\n\ndata: [DONE]\n\n'),
+    "a role, then [DONE]": (True, FakeOpenAI.event(assistant("")) + b"data: [DONE]\n\n"), "no choice, then [DONE]": (True, b'data: {"choices":[]}\n\ndata: [DONE]\n\n'),
     "a role, then an error": (True, FakeOpenAI.event({"role": "assistant"}) + ERROR_EVENT), "a role, then nothing": (True, FakeOpenAI.event({"role": "assistant"})),
 })
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages"])
@@ -3206,7 +3166,7 @@ def test_a_200_that_is_no_answer_fails_over(case, path, sized, typed, fake, pool
     head = b"HTTP/1.1 200 OK\r\nContent-Type: %b\r\n" % kind + (b"Content-Length: %d\r\n\r\n" % len(body) if sized else b"Connection: close\r\n\r\n")
     fake.sends(head + body)
     got = ask(pool(fake, (FakeOpenAI(), {"priority": 2})), "POST", path, {"model": "both", "max_tokens": 9, "stream": streamed, "messages": [user("hi")]})
-    assert got.status == 200 and re.fullmatch(r"a=50\d, b=200", got.headers["x-akashproxy-route"]) and b"there." in got.body
+    assert got.status == 200 and re.fullmatch(r"a=50\d, b=200", route_of(got)) and b"there." in got.body
 
 
 @pytest.mark.parametrize("call, error", [({"id": "a", "function": {"arguments": "{}"}}, True), ({"id": "a", "function": {"name": "", "arguments": ""}}, False), ({}, False)])
@@ -3253,13 +3213,12 @@ ANTHROPIC = (b'event: message_start\ndata: {"type":"message_start","message":{"u
     ("/v1/responses", "text/event-stream", b'event: response.completed\ndata: {"type":"response.completed","response":{"usage":{"input_tokens":11,"output_tokens":7},"output":"%b"}}\n\n' % (b"x" * 5000)),
     ("/v1/responses", "application/json", b'{"object":"response","output":[],"usage":{"input_tokens":11,"output_tokens":7}}'),
 ])
-def test_the_usage_of_relayed_answers_is_logged_and_counted(path, kind, body, fake, pool, caplog):
-    caplog.set_level("INFO")
+def test_the_usage_of_relayed_answers_is_logged_and_counted(path, kind, body, fake, pool, log):
     fake.sends(reply(body=body, kind=kind), keep=True)
     server = pool((fake, {"paths": ["*"]}))
     sent = {"model": "both", "stream": kind != "application/json", "max_tokens": 9, "messages": [user("x")], "input": "x"}
     assert ask(server, "POST", path, sent).body == body
-    wait_for(lambda: "tokens_in=11 tokens_out=7" in caplog.text)
+    wait_for(lambda: "tokens_in=11 tokens_out=7" in log.text)
     assert samples(server)["akashproxy_prompt_tokens_total", "a"] == 11
 
 
@@ -3305,31 +3264,16 @@ def test_the_usage_of_relayed_answers_is_logged_and_counted(path, kind, body, fa
     "half an event at the end": (FakeOpenAI.event({"content": "a"}) + FakeOpenAI.event({"content": "b"}, "stop")[:40], [T("a")], "not JSON"),
     "an emoji in two events": (b'data: {"choices":[{"delta":{"content":"a\\ud83d"}}]}\n\ndata: {"choices":[{"delta":{"content":"\\ude00b"},"finish_reason":"stop"}]}\n\n',
                                [T("a\U0001f600b"), Finish("stop")], None),
-    "thinking parts": (FakeOpenAI.event({"content": [{"type": "thinking", "thinking": [{"type": "text", "text": "h"}]}]})
-                       + FakeOpenAI.event({"content": [{"type": "text", "text": "a"}]}, "stop"), [R("h"), T("a"), Finish("stop")], None),
+    "thinking parts": (FakeOpenAI.event({"content": [{"type": "thinking", "thinking": [text_part("h")]}]})
+                       + FakeOpenAI.event({"content": [text_part("a")]}, "stop"), [R("h"), T("a"), Finish("stop")], None),
     "Groq's usage": (FakeOpenAI.event({"content": "a"}, "stop")[:-3] + b',"x_groq":{"usage":{"prompt_tokens":11,"completion_tokens":7}}}\n\n', [T("a"), Finish("stop", USAGE)], None),
 })
 def test_openai_streams_cut_at_every_byte(case):
     data, expected, error = case
     for parts in pieces(data):
-        decoder, events = akashproxy.DecoderChain(akashproxy.ChatDecoder("b"), akashproxy.SurrogateFilter()), []
-        for part in parts:
-            events += decoder.feed(part)
-            if decoder.error or decoder.complete:
-                break
-        else:
-            events += decoder.close()
+        events, told = decoded(akashproxy.DecoderChain(akashproxy.ChatDecoder("b"), akashproxy.SurrogateFilter()), parts)
         assert merged(events) == expected, parts
-        assert re.search(error, decoder.error.message) if error else decoder.error is None
-
-
-@pytest.mark.parametrize("streamed", [False, True])
-def test_translated_when_the_formats_differ(streamed, fake, pool):
-    server = pool((fake, {"paths": ["/v1/embeddings"]}))
-    assert (stream(server, BOTH)[0] if streamed else text_of(chat(server, BOTH))) == "Hi there."
-    legacy = ask(server, "POST", "/v1/completions", {"model": "both", "prompt": "x", "stream": streamed})
-    text = ("".join(event["choices"][0]["text"] for event in sse(legacy.body)) if streamed else legacy.json["choices"][0]["text"])
-    assert text == "Hi there." and fake.requests[-1].path == "/v1/chat/completions"
+        assert re.search(error, told[1]) if error else told is None
 
 
 def test_an_upstream_that_streams_unasked_or_does_not(fake, pool):
@@ -3344,7 +3288,7 @@ def test_echo(serve):
     server = serve(controllers=(ECHO,))
     assert str(server.pool) == "echo (echo)"    # it has no address
     assert stream(server, {"model": "echo", "messages": [user("say this back")]})[0] == "say this back"
-    got = chat(server, {"model": "any", "messages": [user([{"type": "text", "text": "and this"}])]})
+    got = chat(server, {"model": "any", "messages": [user([text_part("and this")])]})
     assert text_of(got) == "and this" and got.json["usage"]["total_tokens"] == 4
     for count, status in ((1, 404), (20, 400)):
         assert ask(server, "POST", "/v1/images/generations", {"prompt": "x", "n": count}).status == status
@@ -3376,8 +3320,7 @@ def test_balanced_is_smooth():
 
 def test_ten_thousand_choices_of_many_threads_are_exact():
     pool = members_of({"a": 5, "b": 3, "c": 2})
-    with concurrent.futures.ThreadPoolExecutor(16) as threads:
-        names = list(threads.map(lambda _: pool.acquire(exchange(pool)).name, range(10000)))
+    names = at_once(lambda: pool.acquire(exchange(pool)).name, 10000)
     assert collections.Counter(names) == {"a": 5000, "b": 3000, "c": 2000}
 
 
@@ -3443,136 +3386,116 @@ def test_cool_downs(case):
 
 
 LIMIT = b"Retry-After: 7\r\n"
-FAILOVER = {
-    # a row of the design's table: (fault of a, status when alone, code, does b answer, does a rest)
-    "refused": (lambda fake: fake.refuse(2), 502, "upstream_error", True, True),    # the first time maybe on a kept connection
-    "garbage": (lambda fake: fake.raw(b"\0\1\2"), 502, "upstream_error", True, True),
-    "silence": (lambda fake: fake.stall(), 504, "timeout", True, True),
-    "cut before the first event": (lambda fake: fake.raw(FakeOpenAI.head()), 502, "upstream_error", True, True),
-    "401": (lambda fake: fake.status(401), 424, "upstream_auth", True, True),
-    "402": (lambda fake: fake.status(402), 424, "upstream_auth", True, True),
-    "403 of a key": (lambda fake: fake.status(403, b'{"error":{"message":"API key not valid."}}'), 424, "upstream_auth", True, True),
-    "403 of a request": (lambda fake: fake.status(403), 403, "c", True, False),
-    "404": (lambda fake: fake.status(404), 404, "c", True, False),
-    "408": (lambda fake: fake.status(408, extra=LIMIT), 408, "c", True, True),
-    "409": (lambda fake: fake.status(409, extra=LIMIT), 409, "c", True, True),
-    "425": (lambda fake: fake.status(425, extra=LIMIT), 425, "c", True, True),
-    "429": (lambda fake: fake.status(429, extra=LIMIT), 429, "c", True, True),
-    "429 of a spent quota": (lambda fake: fake.status(429, b'{"error":{"message":"m","code":"insufficient_quota"}}'), 424, "upstream_auth", True, True),
-    "400": (lambda fake: fake.status(400), 400, "c", False, False),
-    "413": (lambda fake: fake.status(413), 413, "c", False, False),
-    "422": (lambda fake: fake.status(422), 422, "c", False, False),
-    "500": (lambda fake: fake.status(500), 502, "c", True, False),
-    "503": (lambda fake: fake.status(503, b"<html>busy</html>"), 503, "upstream_error", True, False),
-    "503 with a time": (lambda fake: fake.status(503, extra=LIMIT), 503, "c", True, True),
-    "529 with a time": (lambda fake: fake.status(529, extra=LIMIT), 503, "c", True, True),
-    "a redirect": (lambda fake: fake.status(302, extra=b"Location: http://127.0.0.1:1/\r\n"), 502, "c", True, False),
-    "an error as the first event": (lambda fake: fake.raw(FakeOpenAI.head() + chunks(b": hi\n\n" + ERROR_EVENT)), 502, "upstream_error", True, False),
-    "it ends without a finish": (lambda fake: fake.early(), 502, "upstream_error", "not streamed", True),
-    "cut after the first event": (lambda fake: fake.cut(), 502, "upstream_error", "not streamed", True),
-}
 
 
-@table(FAILOVER)
-@pytest.mark.parametrize("streamed", [False, True])
-def test_failover_and_rest(case, streamed, pool):
-    fault, status, code, next_one, rests = case
-    a, b = FakeOpenAI(text="from a."), FakeOpenAI(text="from b.")
-    timeouts = {"first_byte_timeout": 0.1 if code == "timeout" else 20}
+does, HANGS_UP = operator.methodcaller, operator.methodcaller("refuse", 2)       # the first time maybe on a kept connection
+
+
+@table({
+    # name: (fault of a, the status that it gives, the client's when a is alone, code, does b answer then, does a cool down)
+    "refused": (HANGS_UP, 502, 502, "upstream_error", True, True),
+    "garbage": (does("raw", b"\0\1\2"), 502, 502, "upstream_error", True, True),
+    "silence": (does("stall"), 504, 504, "timeout", True, True),
+    "cut before the first event": (does("raw", FakeOpenAI.head()), 502, 502, "upstream_error", True, True),
+    "401": (does("status", 401), 401, 424, "upstream_auth", True, True),
+    "402": (does("status", 402), 402, 424, "upstream_auth", True, True),
+    "403 of a key": (does("status", 403, b'{"error":{"message":"API key not valid."}}'), 403, 424, "upstream_auth", True, True),
+    "403 of a request": (does("status", 403), 403, 403, "c", True, False),
+    "404": (does("status", 404), 404, 404, "c", True, False),
+    "408": (does("status", 408, extra=LIMIT), 408, 408, "c", True, True),
+    "409": (does("status", 409, extra=LIMIT), 409, 409, "c", True, True),
+    "425": (does("status", 425, extra=LIMIT), 425, 425, "c", True, True),
+    "429": (does("status", 429, extra=LIMIT), 429, 429, "c", True, True),
+    "429 of a spent quota": (does("status", 429, b'{"error":{"message":"m","code":"insufficient_quota"}}'), 429, 424, "upstream_auth", True, True),
+    "429 with status 200": (does("raw", reply(200, b'{"error":{"message":"try again in 7s","code":429}}')), 429, 429, "rate_limit_exceeded", True, True),
+    "400": (does("status", 400), 400, 400, "c", False, False),
+    "413": (does("status", 413), 413, 413, "c", False, False),
+    "422": (does("status", 422), 422, 422, "c", False, False),
+    "500": (does("status", 500), 500, 502, "c", True, False),
+    "503": (does("status", 503, b"<html>busy</html>"), 503, 503, "upstream_error", True, False),
+    "503 with a time": (does("status", 503, extra=LIMIT), 503, 503, "c", True, True),
+    "529 with a time": (does("status", 529, extra=LIMIT), 529, 503, "c", True, True),
+    "a redirect": (does("status", 302, extra=b"Location: http://127.0.0.1:1/\r\n"), 302, 502, "c", True, False),
+    "an error as the first event": (does("raw", FakeOpenAI.head() + chunks(b": hi\n\n" + ERROR_EVENT)), 500, 502, "upstream_error", True, False),
+    "it ends without a finish": (does("early"), 502, 502, "upstream_error", "not streamed", True),
+    "cut after the first event": (does("cut"), 502, 502, "upstream_error", "not streamed", True),
+})
+def test_failover_and_cool_down(case, streamed, b, c, pool):
+    fault, given, status, code, failover, cools_down = case
+    a, timeouts = FakeOpenAI(text="from a."), {"first_byte_timeout": 0.1 if code == "timeout" else 20}
     server = pool((a, {"weight": 1000, **timeouts}), b)
     a.faults.append(fault(a))
-    within = next_one == "not streamed" and streamed
-    if within:
-        events = sse(chat(server, BOTH, stream=True).body)
-        assert events[0]["choices"][0]["delta"]["content"] == "from " and "error" in events[-1] and not b.bodies()
-    elif next_one:
-        got = chat(server, BOTH, stream=streamed)
-        text = "".join(event["choices"][0]["delta"].get("content", "") for event in sse(got.body)) if streamed else (
-            text_of(got))
-        asked = (1, 2) if case == FAILOVER["refused"] else (1,)
-        assert text == "from b." and len(b.bodies()) == 1 and len(a.bodies()) in asked
-        own = re.match(r"[45]\d\d|a redirect", next(name for name, entry in FAILOVER.items() if entry is case))
-        own = {"a redirect": 302}.get(own[0], own[0]) if own else 500 if case is FAILOVER["an error as the first event"] else status
-        assert got.headers["x-akashproxy-route"] == f"a={own}, b=200"
-    else:
-        got = chat(server, BOTH, stream=streamed)
-        assert (got.status, got.json["error"]) == (status, {"message": "told", "type": "t", "param": "p", "code": "c"})
-        assert not b.bodies() and got.headers["x-akashproxy-route"] == f"a={status}"
+    got = chat(server, BOTH, stream=streamed)
     state = ask(server, path="/status").json["controllers"][0]
-    assert (state["rests_for_seconds"] > 0) == rests and state["in_flight"] == 0
-    if not within:
-        single = FakeOpenAI()
-        single.faults.append(fault(single))
-        got = chat(pool(single, **timeouts), BOTH, stream=streamed)
-        assert (got.status, got.json["error"]["code"]) == (status, code), got.body
-        if code == "upstream_auth":
-            assert got.headers["x-should-retry"] == "false"
-        if status in (408, 409, 425, 429) or code == "c" and status == 503:
-            assert got.headers["retry-after"] == "7"
+    assert (state["rests_for_seconds"] > 0) == cools_down and state["in_flight"] == 0
+    if failover == "not streamed" and streamed:
+        assert text_of(got) == "from " and "error" in sse(got.body)[-1] and not b.bodies()
+        return
+    if failover:
+        assert text_of(got) == "from b." and route_of(got) == f"a={given}, b=200"
+        assert len(b.bodies()) == 1 and len(a.bodies()) in (1, 1 + (fault is HANGS_UP))
+    else:
+        assert (got.status, got.json["error"]) == (status, {"message": "told", "type": "t", "param": "p", "code": "c"})
+        assert not b.bodies() and route_of(got) == f"a={status}"
+    c.faults.append(fault(c))
+    alone = chat(pool(c, **timeouts), BOTH, stream=streamed)
+    assert (alone.status, alone.json["error"]["code"]) == (status, code), alone.body
+    assert code != "upstream_auth" or alone.headers["x-should-retry"] == "false"
+    assert alone.headers.get("retry-after") == "7" or status not in (408, 409, 425, 429) and (code, status) != ("c", 503)
 
 
-def test_all_fail_and_each_is_asked_once(pool):
-    fakes = [FakeOpenAI() for _ in range(3)]
-    for fake in fakes:
+def test_all_fail_and_each_is_asked_once(a, b, c, pool):
+    for fake in (a, b, c):
         fake.faults.extend([fake.status(500)] * 5)
-    got = chat(pool(*fakes), BOTH)
-    assert got.status == 502 and [len(fake.bodies()) for fake in fakes] == [1, 1, 1]
-    assert got.headers["x-akashproxy-route"] == "a=500, b=500, c=500"
+    got = chat(pool(a, b, c), BOTH)
+    assert (got.status, route_of(got)) == (502, "a=500, b=500, c=500") and [len(fake.bodies()) for fake in (a, b, c)] == [1, 1, 1]
 
 
-def test_when_all_rest_the_soonest_is_told(a, b, pool):
+def test_when_all_cool_down_the_soonest_is_told(a, b, pool):
     server = pool(a, b)
-    a.faults.append(a.status(429, extra=b"Retry-After: 3600\r\n"))
-    b.faults.append(b.status(429, extra=b"Retry-After: 40\r\n"))
-    for code in ("c", "rate_limit_exceeded"):      # once when they say so, once when they rest
+    for fake, seconds in ((a, b"3600"), (b, b"40")):
+        fake.faults.append(fake.status(429, extra=b"Retry-After: %b\r\n" % seconds))
+    for code in ("c", "rate_limit_exceeded"):      # once when they say so, once when they cool down
         got = chat(server, BOTH)
         assert got.status == 429 and got.json["error"]["code"] == code and 38 <= int(got.headers["retry-after"]) <= 40
     assert len(a.bodies()) == len(b.bodies()) == 1
-    c, d = FakeOpenAI(), FakeOpenAI()
-    server = pool(c, d)
-    for fake in (c, d):
-        fake.sends(b"\0")
+
+
+def test_when_all_have_failed_the_next_request_is_told_to_come_again(a, b, pool):
+    server = pool(a.sends(b"\0"), b.sends(b"\0"))
     assert chat(server, BOTH).status == 502
     got = chat(server, BOTH)
-    assert got.status == 503 and got.headers["retry-after"] == "1"
+    assert (got.status, got.headers["retry-after"]) == (503, "1")
 
 
-def test_a_short_rest_is_waited_for(a, b, pool, monkeypatch):
+def test_a_short_cool_down_is_waited_for(a, b, pool, monkeypatch):
     monkeypatch.setattr(akashproxy, "BACKOFF_BASE", 0.3)
-    server = pool(a, b, max_wait=5)
-    for fake in (a, b):
-        fake.sends(b"\0")
-    assert chat(server, BOTH).status == 502         # each is asked at most once in a request
-    assert chat(server, BOTH).status == 200         # waits for the end of a short rest
+    assert statuses(pool(a.sends(b"\0"), b.sends(b"\0"), max_wait=5), 2) == [502, 200], "each is asked at most once in a request"
 
 
 def test_one_alone_rests_only_where_it_was_told_to(a, pool):
     server = pool(a)
     a.faults.extend([a.raw(b"\0"), a.status(401), a.raw(b"\0")])
-    assert [chat(server, BOTH).status for _ in range(4)] == [502, 424, 502, 200]
+    assert statuses(server, 4) == [502, 424, 502, 200]
     a.faults.append(a.status(429, extra=b"Retry-After: 99\r\n"))
-    assert [chat(server, BOTH).status for _ in range(2)] == [429, 429] and len(a.bodies()) == 5
+    assert statuses(server, 2) == [429, 429] and len(a.bodies()) == 5
 
 
-def test_a_storm_of_429_on_one_of_three_keys_costs_no_error(pool):
-    fakes = [FakeOpenAI() for _ in range(3)]
-    server = pool(*fakes)
-    fakes[1].faults.extend([fakes[1].status(429, extra=b"Retry-After: 60\r\n")] * 500)
-    with concurrent.futures.ThreadPoolExecutor(16) as threads:
-        assert set(threads.map(lambda _: chat(server, BOTH).status, range(200))) == {200}
-    assert len(fakes[1].bodies()) < 20
+def test_a_storm_of_429_on_one_of_three_keys_costs_no_error(a, b, c, pool):
+    server = pool(a, b, c)
+    b.faults.extend([b.status(429, extra=b"Retry-After: 60\r\n")] * 500)
+    assert set(at_once(lambda: chat(server, BOTH).status, 200)) == {200}
     state = ask(server, path="/status").json["controllers"]
-    assert sum(one["served"] for one in state) == 200 and state[1]["last_error"] == "429 rate limit"
+    assert len(b.bodies()) < 20 and sum(one["served"] for one in state) == 200 and state[1]["last_error"] == "429 rate limit"
 
 
-def test_tiers(pool):
-    a, b, c = FakeOpenAI(), FakeOpenAI(), FakeOpenAI()
+def test_tiers(a, b, c, pool):
     server = pool((a, {"priority": 2}), (b, {"priority": 1}), (c, {"priority": 1}))
-    assert {chat(server, BOTH).headers["x-akashproxy-route"] for _ in range(4)} == {"b=200", "c=200"}
+    assert {route_of(chat(server, BOTH)) for _ in range(4)} == {"b=200", "c=200"}
     for fake in (b, c):
         fake.faults.append(fake.status(429, extra=LIMIT))
-    assert chat(server, BOTH).headers["x-akashproxy-route"] in ("b=429, c=429, a=200", "c=429, b=429, a=200")
-    assert chat(server, BOTH).headers["x-akashproxy-route"] == "a=200"
+    assert route_of(chat(server, BOTH)) in ("b=429, c=429, a=200", "c=429, b=429, a=200")
+    assert route_of(chat(server, BOTH)) == "a=200"
 
 
 def test_requests_at_a_time(a, b, pool):
@@ -3595,10 +3518,9 @@ def test_requests_at_a_time(a, b, pool):
 def test_who_can_serve_a_model(pool):
     a, b, c = FakeOpenAI(["gpt-x", "both"]), FakeOpenAI(["llama", "both"]), FakeOpenAI(["secret"])
     server = known(pool(a, b, (c, {"models": ["mini-*", "named"], "model_map": {"alias": "real"}})))
-    routes = {model: chat(server, {**BOTH, "model": model}).headers["x-akashproxy-route"]
-              for model in ("gpt-x", "llama", "mini-1", "named", "alias")}
+    routes = {model: route_of(chat(server, {**BOTH, "model": model})) for model in ("gpt-x", "llama", "mini-1", "named", "alias")}
     assert routes == {"gpt-x": "a=200", "llama": "b=200", "mini-1": "c=200", "named": "c=200", "alias": "c=200"}
-    assert chat(server, {**BOTH, "model": "unlisted"}).headers["x-akashproxy-route"] in ("a=200", "b=200"), "it is tried"
+    assert route_of(chat(server, {**BOTH, "model": "unlisted"})) in ("a=200", "b=200"), "it is tried"
     ids = [model["id"] for model in ask(server, path="/v1/models").json["data"]]
     assert ids == ["gpt-x", "both", "llama", "alias", "named"]
     assert ask(server, path="/v1/models/llama").json["owned_by"] == "fake"
@@ -3613,31 +3535,26 @@ def test_the_last_good_list_is_kept_when_one_is_down(pool):
     a, b = FakeOpenAI(["one"]), FakeOpenAI(["two"])
     server = known(pool(a, b, models_ttl=0))
     b.close()
-    for sock in list(b.open):
-        sock.close()
     assert [model["id"] for model in ask(server, path="/v1/models").json["data"]] == ["one", "two"]
 
 
 def test_tools_never_go_to_akash_if_another_can_take_them(pool):
     a, b = FakeAkash(), FakeOpenAI()
     server = pool((a, {"weight": 1000}), b)
-    tools = {"tools": [{"type": "function", "function": {"name": "f"}}]}
     for _ in range(3):
-        assert chat(server, BOTH, **tools).headers["x-akashproxy-route"] == "b=200"
-    assert not a.bodies() and b.bodies()[0]["tools"] == tools["tools"]
+        assert route_of(chat(server, BOTH, **WITH_A_TOOL)) == "b=200"
+    assert not a.bodies() and b.bodies()[0]["tools"] == WITH_A_TOOL["tools"]
     b.faults.append(b.status(429, extra=LIMIT))
     for _ in range(2):
-        assert chat(server, BOTH, **tools).status == 429, "the 400 of Akash would be a lie"
-    got = chat(pool(FakeAkash()), BOTH, **tools)
+        assert chat(server, BOTH, **WITH_A_TOOL).status == 429, "the 400 of Akash would be a lie"
+    got = chat(pool(FakeAkash()), BOTH, **WITH_A_TOOL)
     assert (got.status, got.json["error"]["param"]) == (400, "tools")
 
 
-def test_who_alone_can_do_it_rests_only_where_it_was_told_to(pool):
-    a, b = FakeAkash(), FakeOpenAI()
-    server = pool((a, {"models": ["both"]}), b, max_wait=0)
-    tools = {"tools": [{"type": "function", "function": {"name": "f"}}]}
+def test_who_alone_can_do_it_rests_only_where_it_was_told_to(akash, b, pool):
+    server = pool((akash, {"models": ["both"]}), b, max_wait=0)
     b.sends(b"\0")
-    assert [chat(server, BOTH, **tools).status for _ in range(2)] == [502, 200]
+    assert statuses(server, 2, **WITH_A_TOOL) == [502, 200]
 
 
 def test_akash_beside_a_key(pool):
@@ -3646,7 +3563,7 @@ def test_akash_beside_a_key(pool):
     assert text_of(chat(server)) == "Hello from the mock."
     a.sends(reply(429, RATE, extra=b"x-tokenlimit-reset: %d\r\n" % RESET), keep=True)
     got = chat(server)
-    assert text_of(got) == "Hi there." and got.headers["x-akashproxy-route"] == "a=429, b=200"
+    assert text_of(got) == "Hi there." and route_of(got) == "a=429, b=200"
     assert ask(server, path="/status").json["controllers"][0]["rests_for_seconds"] > 6900
     assert ask(server, path="/images/" + a.name).body == PNG
     assert {"Qwen/Qwen3", "gpt-x"} < {model["id"] for model in ask(server, path="/v1/models").json["data"]}
@@ -3707,14 +3624,12 @@ def test_every_category_has_a_policy_and_a_status_has_a_category():
 
 
 @pytest.mark.parametrize("number", [401, 402, 403])
-def test_one_refusal_of_each_key_stops_nobody(number, pool):
-    fakes = [FakeOpenAI() for _ in range(3)]
-    server = pool(*fakes)
-    refusal = b'{"error":{"message":"it is not allowed"}}'
-    for fake in fakes:
-        fake.faults.append(fake.status(number, refusal))
-    assert chat(server, BOTH).status >= 400
-    assert [chat(server, BOTH).status for _ in range(3)] == [200] * 3
+def test_one_refusal_of_each_key_stops_nobody(number, a, b, c, pool):
+    server = pool(a, b, c)
+    for fake in (a, b, c):
+        fake.faults.append(fake.status(number, b'{"error":{"message":"it is not allowed"}}'))
+    refused, *others = statuses(server, 4)
+    assert refused >= 400 and others == [200] * 3
     assert sum(each["rests_for_seconds"] == 0 for each in ask(server, path="/status").json["controllers"]) >= 1
 
 
@@ -3814,21 +3729,47 @@ def test_a_process_without_descriptors_blames_no_upstream(config, a, b):
         each.faults.extend([each.stall()] * 50)
     path = config({"controllers": [{"name": name, "base_url": each.url} for name, each in (("a", a), ("b", b))], "max_wait": 0})
     limit = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))}
-    with started("--config-file", path, popen=limit) as (_, server), link_to(server) as status, contextlib.ExitStack() as stack:
+    with started("--config-file", path, popen=limit) as (_, server), link_to(server) as status:
         assert ask_again(status).status == 200      # a connection that is there already
-        socks = [stack.enter_context(connect(server)) for _ in range(20)]
-        assert ask_again(status).status == 200      # they have been let in
-        for sock in socks:
-            sock.sendall(post("/v1/chat/completions", BOTH))
-        wait_for(lambda: len(select.select(socks, [], [], 1)[0]) > 3)
-        for sock in select.select(socks, [], [], 0)[0]:
-            got = sock.recv(65536)
-            assert got.startswith(b"HTTP/1.1 503") and b"Retry-After: 1\r\n" in got and b"out of resources" in got
-        for state in ask_again(status, path="/status").json["controllers"]:
-            assert (state["failed"], state["rests_for_seconds"], state["last_error"]) == (0, 0, None)
+        with crowd(server, 20, b"") as socks:
+            assert ask_again(status).status == 200      # they have been let in
+            for sock in socks:
+                sock.sendall(post("/v1/chat/completions", BOTH))
+            wait_for(lambda: len(select.select(socks, [], [], 1)[0]) > 3)
+            for sock in select.select(socks, [], [], 0)[0]:
+                got = sock.recv(65536)
+                assert got.startswith(b"HTTP/1.1 503") and b"Retry-After: 1\r\n" in got and b"out of resources" in got
+            for state in ask_again(status, path="/status").json["controllers"]:
+                assert (state["failed"], state["rests_for_seconds"], state["last_error"]) == (0, 0, None)
 
 
-# -- several models behind one alias
+# -- other names of models, and several models behind one
+
+
+NAMES = {"claude-haiku-9": "small", "claude-9": "big/one", "big--one": "big/one", "as--is": "as--is", "no--such": "no--such", "both": "both"}
+
+
+@pytest.mark.parametrize("asked", NAMES)
+def test_other_names_of_models(asked, pool):
+    fake = FakeOpenAI(["big/one", "as--is", "as/is", "small", "both"])
+    server = pool(fake, model_aliases={"*haiku*": "small", "claude-*": "big/one"})
+    got = chat(server, {**BOTH, "model": asked, "new": 1})
+    assert got.status == 200 and fake.bodies()[-1] == {**BOTH, "model": NAMES[asked], "new": 1}
+    got = ask(server, "POST", "/v1/messages", {**ASKED, "model": asked})
+    assert fake.bodies()[-1]["model"] == NAMES[asked] and got.json["model"] == asked, "a client reads the name that it asked for"
+
+
+def test_aliases_are_a_setting(config):
+    for aliases, text in (({"a": "b"}, "a=b"), ({"c-*": "d", "e": "f=g"}, "c-*=d, e=f=g"), ({"a": ["b", "c"], "d": "e"}, "a=b,a=c,d=e")):
+        path = config({"model_aliases": aliases})
+        assert load(path).model_aliases == Settings.load({"MODEL_ALIASES": text}).model_aliases == aliases
+    assert "MODEL_ALIASES=a=b,a=c,d=e\n" in run("--config-file", path, "--check").stdout
+    assert "MODEL_ALIASES=c-*=d,e=f" in run("--check", MODEL_ALIASES="c-*=d,e=f").stdout
+    with pytest.raises(ConfigError, match="MODEL_ALIASES: 'a' is not NAME=VALUE"):
+        Settings.load({"MODEL_ALIASES": "a"})
+    for wrong in ([], [""], ["x", 1], 7, {"x": "y"}, None):
+        with pytest.raises(ConfigError, match="model_aliases: 'a' must be a model or a list of models"):
+            load(config({"model_aliases": {"a": wrong}}))
 
 
 SMART = {"smart": ["one", "two", "three"]}
@@ -3836,33 +3777,31 @@ SMART = {"smart": ["one", "two", "three"]}
 
 @table({   # (fault at a, which alone has the model "one"; who answers with which model, the route); b has "two"
     "the first answers": (None, "one", "a(one)=200"),
-    "a limit": (lambda fake: fake.status(429, extra=LIMIT), "two", "a(one)=429, b(two)=200"),
-    "cut before the first event": (lambda fake: fake.raw(FakeOpenAI.head()), "two", "a(one)=502, b(two)=200"),
-    "unknown at its upstream": (lambda fake: fake.status(404), "two", "a(one)=404, b(two)=200"),
-    "a server error": (lambda fake: fake.status(500), "two", "a(one)=500, b(two)=200"),
-    "too long for it": (lambda fake: fake.status(400, b'{"error":{"message":"m","code":"context_length_exceeded"}}'), "two", "a(one)=400, b(two)=200"),
+    "a limit": (does("status", 429, extra=LIMIT), "two", "a(one)=429, b(two)=200"),
+    "cut before the first event": (does("raw", FakeOpenAI.head()), "two", "a(one)=502, b(two)=200"),
+    "unknown at its upstream": (does("status", 404), "two", "a(one)=404, b(two)=200"),
+    "a server error": (does("status", 500), "two", "a(one)=500, b(two)=200"),
+    "too long for it": (does("status", 400, b'{"error":{"message":"m","code":"context_length_exceeded"}}'), "two", "a(one)=400, b(two)=200"),
     "a wrong request": (lambda fake: fake.status(400), None, "a(one)=400"),
 })
-@pytest.mark.parametrize("streamed", [False, True])
-def test_the_models_of_an_alias_are_tried_in_order(case, streamed, a, b, pool, caplog):
-    caplog.set_level("INFO")
+def test_the_models_of_an_alias_are_tried_in_order(case, streamed, a, b, pool, log):
     fault, model, route = case
     server = pool((a, {"models": ("one",)}), (b, {"models": ("two",)}), model_aliases=SMART)
     a.faults.extend([fault(a)] if fault else [])
     got = chat(server, BOTH, stream=streamed, model="smart")
-    assert got.headers["x-akashproxy-route"] == route and got.status == (200 if model else 400)
+    assert route_of(got) == route and got.status == (200 if model else 400)
     if model:
         assert ({"one": a, "two": b}[model]).bodies()[-1]["model"] == model
         answers = sse(got.body) if streamed else [got.json]
         assert {answer["model"] for answer in answers} == {"smart"}
-        wait_for(lambda: f"model=smart answered_model={model} " in caplog.text)
+        wait_for(lambda: f"model=smart answered_model={model} " in log.text)
 
 
 def test_models_of_an_alias_that_rest_or_are_unknown_are_passed_over(a, b, pool):
     server = pool((a, {"models": ("one",)}), (b, {"models": ("two",)}), model_aliases={"smart": ["zero", "one", "two"]}, max_wait=9)
     a.sends(b"\0")
-    assert chat(server, BOTH, model="smart").headers["x-akashproxy-route"] == "a(one)=502, b(two)=200"
-    assert chat(server, BOTH, model="smart").headers["x-akashproxy-route"] == "b(two)=200", "a model with others after it is not waited for"
+    assert route_of(chat(server, BOTH, model="smart")) == "a(one)=502, b(two)=200"
+    assert route_of(chat(server, BOTH, model="smart")) == "b(two)=200", "a model with others after it is not waited for"
     for path, body in {"/v1/messages": ASKED, "/v1/responses": {"input": "hi"}}.items():
         got = ask(server, "POST", path, {**body, "model": "smart"})
         assert got.json["model"] == "smart" and b.bodies()[-1]["model"] == "two"
@@ -3873,8 +3812,8 @@ def test_another_model_of_the_same_controller_is_tried_after_a_limit(a, pool):
     """A 429 may name no model, but most limits are those of one."""
     server = pool(a, model_aliases={"smart": ["one", "two"]})
     a.faults.append(a.status(429, extra=b"Retry-After: 60\r\n"))
-    assert chat(server, BOTH, model="smart").headers["x-akashproxy-route"] == "a(one)=429, a(two)=200"
-    assert chat(server, BOTH, model="smart").headers["x-akashproxy-route"] == "a(two)=200", "and the first one is not asked again"
+    assert route_of(chat(server, BOTH, model="smart")) == "a(one)=429, a(two)=200"
+    assert route_of(chat(server, BOTH, model="smart")) == "a(two)=200", "and the first one is not asked again"
     a.faults.append(a.status(429, extra=b"Retry-After: 70\r\n"))
     for route in ("a(two)=429", ""):
         got = chat(server, BOTH, model="smart")
@@ -3887,12 +3826,12 @@ def test_when_no_model_of_an_alias_can_be_served_the_best_error_is_told(a, b, po
     a.faults.append(a.status(429, extra=LIMIT))
     b.faults.append(b.status(500))
     got = chat(server, BOTH, model="smart")
-    assert (got.status, got.headers["retry-after"], got.headers["x-akashproxy-route"]) == (429, "7", "a(one)=429, b(two)=500")
+    assert (got.status, got.headers["retry-after"], route_of(got)) == (429, "7", "a(one)=429, b(two)=500")
 
 
 def test_a_key_uses_only_its_own_models_of_an_alias(a, b, pool):
     server = pool((a, {"models": ("one",)}), (b, {"models": ("two",)}), model_aliases=SMART, keys=keys("alice", models=("two",)) + keys("bob", models=("x",)))
-    assert chat(server, BOTH, bearer("alice"), model="smart").headers["x-akashproxy-route"] == "b=200" and not a.bodies()
+    assert route_of(chat(server, BOTH, bearer("alice"), model="smart")) == "b=200" and not a.bodies()
     b.faults.append(b.status(500))
     assert chat(server, BOTH, bearer("alice"), model="smart").status == 502 and not a.bodies()
     refused = chat(server, BOTH, bearer("bob"), model="smart")
@@ -3943,7 +3882,7 @@ def test_affinity_is_by_weight_and_moves_only_what_must_move():
     assert {bigger[number] for number in before if bigger[number] != before[number]} == {"d"}
 
 
-FIRST, ANSWER, SECOND = user("a question"), {"role": "assistant", "content": "an answer"}, user("another one")
+FIRST, ANSWER, SECOND = user("a question"), assistant("an answer"), user("another one")
 
 
 def conversation_of(body, key="", model="m"):
@@ -3955,9 +3894,8 @@ def conversation_of(body, key="", model="m"):
 @table({   # requests of one conversation, as chats; the last one belongs to another
     "it goes on": ({"messages": [FIRST]}, {"messages": [FIRST, ANSWER, SECOND]}, {"messages": [SECOND]}),
     "a string or parts": ({"messages": [FIRST]}, {"messages": [user([{"type": "text", "text": "a question", "cache_control": {"type": "ephemeral"}}])]},
-                          {"messages": [user([{"type": "text", "text": "a question?"}])]}),
-    "another system text": ({"messages": [{"role": "system", "content": "s"}, FIRST]}, {"messages": [{"role": "developer", "content": "s"}, FIRST, ANSWER]},
-                            {"messages": [FIRST]}),
+                          {"messages": [user([text_part("a question?")])]}),
+    "another system text": ({"messages": [system("s"), FIRST]}, {"messages": [developer("s"), FIRST, ANSWER]}, {"messages": [FIRST]}),
     "a prompt_cache_key": ({"messages": [FIRST], "prompt_cache_key": "k"}, {"messages": [SECOND], "prompt_cache_key": "k"},
                            {"messages": [FIRST], "prompt_cache_key": "l"}),
     "half a character": ({"messages": [user("\ud800")]}, {"messages": [user("\ud800"), ANSWER]}, {"messages": [user("\ud801")]}),
@@ -3981,14 +3919,14 @@ def test_hashing_a_conversation_takes_no_longer_for_a_long_text():
     assert time.thread_time() - started < 0.01
 
 
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/v1/responses"])
+@pytest.mark.parametrize("path", WANTS)
 def test_conversations_keep_their_controller_in_all_dialects(path, pool):
     server = pool(FakeOpenAI(), FakeOpenAI(), FakeOpenAI(), pool_type="affinity")
 
     def route(*texts):
         messages = [{"role": role, "content": text} for role, text in zip(itertools.cycle(("user", "assistant")), texts)]
         body = {"input": messages, "instructions": "s"} if "responses" in path else {"messages": messages, "max_tokens": 9}
-        return ask(server, "POST", path, {"model": "both", **body}).headers["x-akashproxy-route"]
+        return route_of(ask(server, "POST", path, {"model": "both", **body}))
 
     routes = {text: route(text) for text in map(str, range(12))}
     assert len(set(routes.values())) == 3
@@ -4032,17 +3970,16 @@ def test_the_length_of_a_context_is_found_in_whatever_name(case, pool):
         assert models["alone"]["context_length"] == 77, "the other controller tells it"
 
 
-ADA = [user("My name is Ada. " * 1000), {"role": "assistant", "content": "Hello, Ada."}, user("What is my name?")]     # 4,000 tokens by our estimate
+ADA = [user("My name is Ada. " * 1000), assistant("Hello, Ada."), user("What is my name?")]     # 4,000 tokens by our estimate
 
 
 @table({     # (the model's entry, the messages, is it cut)
     "a short limit": ({"token_limit": 4000}, ADA, "about 4008 tokens > 3000"), "another name": ({"tokenLimit": 4000}, ADA, "about 4008 tokens > 3000"),
     "it just fits": ({"tokenLimit": 5008}, ADA, None), "one token too long": ({"tokenLimit": 5007}, ADA, "about 4008 tokens > 4007"),
     "no limit": ({}, ADA, None), "no limit, very long": ({}, [user("Ada " * 130_000)], "about 130001 tokens > 127000"),
-    "system text counts": ({"tokenLimit": 4000}, [{"role": "system", "content": "x " * 7000}, user("hi")], "about 3501 tokens > 3000"),
+    "system text counts": ({"tokenLimit": 4000}, [system("x " * 7000), user("hi")], "about 3501 tokens > 3000"),
     "pictures do not": ({"tokenLimit": 4000}, [user([picture("data:image/png;base64," + "A" * 50_000)])], None),
 })
-@pytest.mark.parametrize("streamed", [False, True])
 def test_a_conversation_that_akash_would_cut(case, streamed, akash, serve):
     entry, messages, cut = case
     akash.models = [{"id": "Qwen/Qwen3", **entry}]
@@ -4066,7 +4003,7 @@ def test_a_controller_refuses_or_another_one_has_room(akash, fake, pool, config)
     other = fake
     akash.models = [{"id": "both", "token_limit": 3000}]
     server = pool((akash, {"context_overflow": "refuse"}), (other, {"priority": 2}))
-    assert chat(server, {"model": "both", "messages": ADA}).headers["x-akashproxy-route"] == "a=400, b=200" and not akash.bodies()
+    assert route_of(chat(server, {"model": "both", "messages": ADA})) == "a=400, b=200" and not akash.bodies()
     server = pool((akash, {"context_overflow": "warn"}), context_overflow="refuse")
     assert chat(server, {"model": "both", "messages": ADA}).headers["x-akashproxy-context-overflow"] == "about 4008 tokens > 2000"
     with pytest.raises(ConfigError, match="context_overflow: 'no' is not one of warn, refuse"):
@@ -4258,9 +4195,8 @@ def test_a_server_that_stops_lets_go_of_those_who_wait(a, pool):
 def test_what_one_cannot_do_costs_it_no_turn(pool):
     a, b = FakeAkash(), FakeOpenAI([CHAT["model"]])
     server = known(pool(a, b))
-    tools = {"tools": [{"type": "function", "function": {"name": "f"}}]}
     for _ in range(10):
-        assert chat(server, **tools).headers["x-akashproxy-route"] == "b=200"
+        assert route_of(chat(server, **WITH_A_TOOL)) == "b=200"
         chat(server)
     assert len(a.bodies()) >= 5, "the plain chats are shared"
 
@@ -4269,7 +4205,7 @@ def test_the_soonest_is_of_those_that_rest(pool):
     a, b = FakeAkash(), FakeOpenAI()
     server = pool(a, b)
     b.faults.append(b.status(429, extra=b"Retry-After: 3600\r\n"))
-    got = chat(server, BOTH, tools=[{"type": "function", "function": {"name": "f"}}])
+    got = chat(server, BOTH, **WITH_A_TOOL)
     assert got.status == 429 and int(got.headers["retry-after"]) > 3000
 
 
@@ -4297,22 +4233,15 @@ def test_an_error_after_half_an_event_is_an_event_of_its_own(a, pool):
     for cut_at in range(0, len(second)):
         a.sends(a.head() + chunk(first) + chunk(second[:cut_at]))
         events = [event for event in chat(server, BOTH, stream=True).body.split(b"\n\n") if event]
-        assert events[-1] == b"data: [DONE]" and json.loads(events[-2][6:])["error"], cut_at
+        assert events[-1] == b"data: [DONE]" and json.loads(events[-2][6:])["error"]["message"] == "a: connection lost: it broke off its answer.", cut_at
         for event in events[:-1]:
             json.loads(event[6:])
 
 
 @pytest.mark.parametrize("then", ["cut", "open"])
 def test_done_is_the_end_whatever_follows(then, a, pool):
+    a.faults.append(a.raw(a.begun(None)) if then == "cut" else a.stall(99))
     server = pool(a, idle_timeout=20)
-    data = a.head() + b"".join(map(chunk, a.events()))
-
-    def fault(sock, request):
-        sock.sendall(data)
-        while then == "open" and sock.recv(65536):
-            pass
-
-    a.faults.append(fault)
     assert chat(server, BOTH, stream=True).body == b"".join(a.events())
     assert ask(server, path="/status").json["controllers"][0]["failed"] == 0
 
@@ -4351,8 +4280,7 @@ def test_what_only_the_upstream_understands_is_relayed(a, pool):
 
 def test_statuses_queries_and_empty_bodies_of_a_relay(a, pool):
     server = pool(a, FakeOpenAI())
-    a.faults.extend([a.raw(b"HTTP/1.1 204 No Content\r\n\r\n"), a.raw(reply(201, b"{}")),
-                     a.raw(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")])
+    a.faults.extend([a.raw(b"HTTP/1.1 204 No Content\r\n\r\n"), a.raw(reply(201, b"{}")), a.raw(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")])
     got = [ask(server, "POST", "/v1/x/cancel?a=b", {"model": "both"}, {"OpenAI-Beta": "z", "X-Other": "y"})
            for _ in range(6) if len(a.requests) < 3 or a.faults]
     assert {one.status for one in got} <= {204, 201, 200, 404}
@@ -4361,21 +4289,11 @@ def test_statuses_queries_and_empty_bodies_of_a_relay(a, pool):
 
 
 def test_a_status_of_an_upstream_costs_the_client_no_connection(fake, pool):
-    server = pool(fake)
-    with link_to(server) as link:
+    with link_to(pool(fake)) as link:
         fake.faults.append(fake.status(413))
         assert ask_again(link, "POST", "/v1/chat/completions", BOTH).status == 413
         first = link.sock
         assert first and ask_again(link, "POST", "/v1/chat/completions", BOTH).status == 200 and link.sock is first
-
-
-def test_an_error_with_status_200_is_one(a, b, pool):
-    server = pool((a, {"weight": 1000, "api_key": "s3cret"}), b)
-    a.sends(reply(200, b'{"error":{"message":"slow down s3cret","code":429}}'))
-    got = chat(server, BOTH)
-    assert got.headers["x-akashproxy-route"] == "a=429, b=200" and text_of(got) == "from b."
-    state = ask(server, path="/status")
-    assert "s3cret" not in state.body.decode() and state.json["controllers"][0]["last_error"] == "429 rate limit"
 
 
 def test_calls_of_tools_that_all_have_index_0():
@@ -4383,20 +4301,9 @@ def test_calls_of_tools_that_all_have_index_0():
         return FakeOpenAI.event({"tool_calls": [{"index": 0, **more}]})
 
     decoder = akashproxy.ChatDecoder()
-    events = decoder.feed(call(id="a", function={"name": "f", "arguments": '{"a":1}'})
-                          + call(id="b", function={"name": "g", "arguments": {"b": 2}})
+    events = decoder.feed(call(id="a", function={"name": "f", "arguments": '{"a":1}'}) + call(id="b", function={"name": "g", "arguments": {"b": 2}})
                           + call(function={"arguments": "x"}) + FakeOpenAI.event({}, "tool_calls") + b"data: [DONE]\n\n")
     assert fold(events).tools == [ToolCall(0, '{"a":1}', "a", "f"), ToolCall(1, '{"b":2}x', "b", "g")]
-
-
-def test_secrets_of_upstreams_stay_with_us(fake, pool, caplog):
-    caplog.set_level("DEBUG")
-    server = pool((fake, {"api_key": "s3cret", "headers": {"X-Key": "s3cret2"}}), log_level="debug")
-    for number in (400, 401, 429, 500):
-        fake.faults.append(fake.status(number, b'{"error":{"message":"bad key s3cret","code":"x"}}'))
-        got = chat(server, BOTH)
-        assert b"s3cret" not in got.body and "s3cret" not in str(got.headers)
-    assert "s3cret" not in ask(server, path="/status").body.decode() + caplog.text
 
 
 def test_a_client_that_leaves_while_all_rest(a, b, pool):
@@ -4416,6 +4323,10 @@ def err(message, **more):
     return {"error": {"message": message, **more}}
 
 
+def anthropic(kind, message):
+    return {"type": "error", "error": {"type": kind, "message": message}}
+
+
 def google(code, status, message, *details):
     return [{"error": {"code": code, "message": message, "status": status, "details": list(details)}}]
 
@@ -4433,78 +4344,98 @@ BAD_KEY = {"@type": "type.googleapis.com/google.rpc.ErrorInfo", "reason": "API_K
 PER_MODEL = {"@type": "type.googleapis.com/google.rpc.QuotaFailure", "violations": [{"quotaDimensions": {"model": "both"}}]}
 CF_PAGE = b"<!DOCTYPE html><html><head><title>Attention Required! | Cloudflare</title></head><body>Sorry, you have been blocked</body></html>"
 SOON = time.time() + 1000
+# What an error means: (kind, status, code, retry_after, words, scope)
+
+
+def key_refused(words, *scope):
+    return "auth", 424, "upstream_auth", None, words, *scope
+
+
+def limited(retry_after, words, *scope):
+    return "limit", 429, "rate_limit_exceeded", retry_after, words, *scope
+
+
+def failed(status, words):
+    return "server", status, "upstream_error", None, words
+
+
+def refused_with(status, words):
+    return "refused", status, None, None, words
+
+
+def wrong(status, words):
+    return "request", status, None, None, words
+
+
 MEANINGS = {
     # name: (status, body, headers) -> (kind, status, code, retry_after, words, scope)
     # -- our key is bad, or its quota is spent
-    "OpenAI's wrong key": ((401, err(INCORRECT, type="invalid_request_error", code="invalid_api_key")), ("auth", 424, "upstream_auth", None, "(401): Incorrect API key")),
-    "OpenAI's restricted key": ((401, err("You have insufficient permissions for this operation. Missing scopes: model.request.")), ("auth", 424, "upstream_auth", None, "scopes")),
-    "OpenAI's spent quota": ((429, err(QUOTA, type="insufficient_quota", code="insufficient_quota")), ("auth", 424, "upstream_auth", None, "quota of this server's key is spent: You")),
-    "OpenAI's hard limit": ((400, err("Billing hard limit has been reached.", code="billing_hard_limit_reached")), ("auth", 424, "upstream_auth", None, "spent")),
-    "OpenAI's closed account": ((403, err("Your account is not active.", code="account_deactivated")), ("auth", 424, "upstream_auth", None, "not active")),
-    "OpenAI's countries": ((403, err("Country, region, or territory not supported", code="unsupported_country_region_territory", type="request_forbidden")), ("auth", 424, "upstream_auth", None, "refuses this server's key (403)")),
-    "Google's wrong key": ((400, google(400, "INVALID_ARGUMENT", "API key not valid. Please pass a valid API key.", BAD_KEY)), ("auth", 424, "upstream_auth", None, "API key not valid")),
-    "Google's wrong key, not in a list": ((400, google(400, "INVALID_ARGUMENT", "Request refused.", BAD_KEY)[0]), ("auth", 424, "upstream_auth", None, "Request refused")),
-    "Google's key in a text": ((400, err(json.dumps(google(400, "INVALID_ARGUMENT", "API key not valid.", BAD_KEY)[0]), code=400, status="Bad Request")), ("auth", 424, "upstream_auth", None, ": API key not valid.")),
-    "Google's leaked key": ((403, google(403, "PERMISSION_DENIED", "Your API key was reported as leaked. Please use another API key.")), ("auth", 424, "upstream_auth", None, "leaked")),
-    "Google without a key": ((403, google(403, "PERMISSION_DENIED", "Method doesn't allow unregistered callers.")), ("auth", 424, "upstream_auth", None, "callers")),
-    "Google's places": ((400, google(400, "FAILED_PRECONDITION", "User location is not supported for the API use.")), ("auth", 424, "upstream_auth", None, "location")),
-    "OpenRouter's wrong key": ((401, err("No auth credentials found", code=401)), ("auth", 424, "upstream_auth", None, "credentials")),
-    "OpenRouter without credits": ((402, err("Insufficient credits. Add more using https://openrouter.ai/credits", code=402)), ("auth", 424, "upstream_auth", None, "spent")),
-    "OpenRouter's limit of a key": ((403, err("Key limit exceeded (total limit).", code=403)), ("auth", 424, "upstream_auth", None, "spent")),
-    "Anthropic's wrong key": ((401, {"type": "error", "error": {"type": "authentication_error", "message": "invalid x-api-key"}}), ("auth", 424, "upstream_auth", None, "invalid x-api-key")),
-    "Anthropic's balance": ((400, {"type": "error", "error": {"type": "invalid_request_error", "message": "Your credit balance is too low to access the Anthropic API."}}), ("auth", 424, "upstream_auth", None, "spent")),
-    "Anthropic's billing": ((402, {"type": "error", "error": {"type": "billing_error", "message": "There is an issue with your payment information."}}), ("auth", 424, "upstream_auth", None, "spent")),
-    "DeepSeek's balance": ((402, err("Insufficient Balance", type="unknown_error", code="invalid_request_error")), ("auth", 424, "upstream_auth", None, "spent: Insufficient")),
-    "DeepSeek's wrong key": ((401, err("Authentication Fails, Your api key: ****f19c is invalid", type="authentication_error")), ("auth", 424, "upstream_auth", None, "key: *** is")),
-    "Groq's wrong key": ((401, err("Invalid API Key", type="invalid_request_error", code="invalid_api_key")), ("auth", 424, "upstream_auth", None, "Invalid API Key")),
-    "Groq's spending limit": ((400, err("Organization spend limit reached", code="spend_limit_reached")),
-                              ("auth", 424, "upstream_auth", None, "spend limit")),
+    "OpenAI's wrong key": ((401, err(INCORRECT, type="invalid_request_error", code="invalid_api_key")), key_refused("up: the upstream refuses this server's key (401): Incorrect API key")),
+    "OpenAI's restricted key": ((401, err("You have insufficient permissions for this operation. Missing scopes: model.request.")), key_refused("scopes")),
+    "OpenAI's spent quota": ((429, err(QUOTA, type="insufficient_quota", code="insufficient_quota")), key_refused("up: the quota of this server's key is spent: You")),
+    "OpenAI's hard limit": ((400, err("Billing hard limit has been reached.", code="billing_hard_limit_reached")), key_refused("spent")),
+    "OpenAI's closed account": ((403, err("Your account is not active.", code="account_deactivated")), key_refused("not active")),
+    "OpenAI's countries": ((403, err("Country, region, or territory not supported", code="unsupported_country_region_territory", type="request_forbidden")), key_refused("refuses this server's key (403)")),
+    "Google's wrong key": ((400, google(400, "INVALID_ARGUMENT", "API key not valid. Please pass a valid API key.", BAD_KEY)), key_refused("API key not valid")),
+    "Google's wrong key, not in a list": ((400, google(400, "INVALID_ARGUMENT", "Request refused.", BAD_KEY)[0]), key_refused("Request refused")),
+    "Google's key in a text": ((400, err(json.dumps(google(400, "INVALID_ARGUMENT", "API key not valid.", BAD_KEY)[0]), code=400, status="Bad Request")), key_refused(": API key not valid.")),
+    "Google's leaked key": ((403, google(403, "PERMISSION_DENIED", "Your API key was reported as leaked. Please use another API key.")), key_refused("leaked")),
+    "Google without a key": ((403, google(403, "PERMISSION_DENIED", "Method doesn't allow unregistered callers.")), key_refused("callers")),
+    "Google's places": ((400, google(400, "FAILED_PRECONDITION", "User location is not supported for the API use.")), key_refused("location")),
+    "OpenRouter's wrong key": ((401, err("No auth credentials found", code=401)), key_refused("credentials")),
+    "OpenRouter without credits": ((402, err("Insufficient credits. Add more using https://openrouter.ai/credits", code=402)), key_refused("spent")),
+    "OpenRouter's limit of a key": ((403, err("Key limit exceeded (total limit).", code=403)), key_refused("spent")),
+    "Anthropic's wrong key": ((401, anthropic("authentication_error", "invalid x-api-key")), key_refused("invalid x-api-key")),
+    "Anthropic's balance": ((400, anthropic("invalid_request_error", "Your credit balance is too low to access the Anthropic API.")), key_refused("spent")),
+    "Anthropic's billing": ((402, anthropic("billing_error", "There is an issue with your payment information.")), key_refused("spent")),
+    "DeepSeek's balance": ((402, err("Insufficient Balance", type="unknown_error", code="invalid_request_error")), key_refused("spent: Insufficient")),
+    "DeepSeek's wrong key": ((401, err("Authentication Fails, Your api key: ****f19c is invalid", type="authentication_error")), key_refused("key: *** is")),
+    "Groq's wrong key": ((401, err("Invalid API Key", type="invalid_request_error", code="invalid_api_key")), key_refused("Invalid API Key")),
+    "Groq's spending limit": ((400, err("Organization spend limit reached", code="spend_limit_reached")), key_refused("spend limit")),
     "Google's key for another API": ((403, {"error": {"code": 403, "message": "Requests to this API method are blocked.", "details": [
-        {**BAD_KEY, "reason": "API_KEY_SERVICE_BLOCKED"}]}}), ("auth", 424, "upstream_auth", None, "blocked")),
+        {**BAD_KEY, "reason": "API_KEY_SERVICE_BLOCKED"}]}}), key_refused("blocked")),
     "Google's suspended consumer": ((403, {"error": {"code": 403, "message": "Consumer 'api_key:x' has been suspended.", "details": [
-        {**BAD_KEY, "reason": "CONSUMER_SUSPENDED"}]}}), ("auth", 424, "upstream_auth", None, "suspended")),
+        {**BAD_KEY, "reason": "CONSUMER_SUSPENDED"}]}}), key_refused("suspended")),
     "xAI's monthly limit": ((429, {"code": "Some resource has been exhausted", "error": "Your team has either used all available credits or reached its "
-        "monthly spending limit."}), ("auth", 424, "upstream_auth", None, "credits")),
+        "monthly spending limit."}), key_refused("credits")),
     "Alibaba's arrears": ((400, err("Access denied, please make sure your account is in good standing.", code="Arrearage")),
-                          ("auth", 424, "upstream_auth", None, "good standing")),
-    "NVIDIA's wrong key": ((403, {"status": 403, "title": "Forbidden", "detail": "Authorization failed"}),
-                            ("auth", 424, "upstream_auth", None, "failed")),
-    "Anthropic's usage limit": ((400, {"type": "error", "error": {"type": "invalid_request_error", "message": "You have reached your specified API usage limits. You will "
-        "regain access on 2099-12-01 at 00:00 UTC."}}), ("auth", 424, "upstream_auth", None, "spent")),
-    "Anthropic's disabled organization": ((400, {"type": "error", "error": {"type": "invalid_request_error", "message": "This organization has been disabled."}}),
-                                          ("auth", 424, "upstream_auth", None, "disabled")),
-    "Azure's private endpoint": ((403, err("Public access is disabled. Please configure private endpoint.", code="403")), ("auth", 424, "upstream_auth", None, "private")),
-    "new-api's quota": ((403, err("预扣费额度失败, 用户剩余额度: ＄0.00", type="new_api_error")), ("auth", 424, "upstream_auth", None, "spent")),
-    "Bedrock's wrong token": ((403, {"Message": "The security token included in the request is invalid."}),
-                              ("auth", 424, "upstream_auth", None, "token")),
-    "One API's banned user": ((403, err("用户已被封禁")), ("auth", 424, "upstream_auth", None, "封禁")),
-    "Groq's restricted organization": ((400, err("Organization has been restricted.", code="organization_restricted")), ("auth", 424, "upstream_auth", None, "restricted")),
-    "Mistral's wrong key": ((401, {"message": "Unauthorized", "request_id": "9"}), ("auth", 424, "upstream_auth", None, "(401): Unauthorized")),
-    "Mistral's other one": ((401, {"detail": "Unauthorized"}), ("auth", 424, "upstream_auth", None, "(401): Unauthorized")),
-    "xAI's wrong key": ((400, {"code": "Client specified an invalid argument", "error": "Incorrect API key provided: xa***ab."}), ("auth", 424, "upstream_auth", None, "provided: ***")),
-    "xAI's credits": ((403, {"code": "x", "error": "Your team has either used all available credits or reached its monthly spending limit."}), ("auth", 424, "upstream_auth", None, "spent")),
-    "Together's wrong key": ((401, err("Invalid API key provided. You can find your API key at https://api.together.xyz.", code="invalid_api_key")), ("auth", 424, "upstream_auth", None, "Invalid")),
-    "Fireworks' suspension": ((412, err("Account x is suspended, possibly due to reaching the monthly spending limit")), ("auth", 424, "upstream_auth", None, "suspended")),
-    "Azure's wrong key": ((401, err("Access denied due to invalid subscription key or wrong API endpoint.", code="401")), ("auth", 424, "upstream_auth", None, "subscription key")),
-    "Cerebras' wrong key": ((401, {"message": "Wrong API Key", "type": "invalid_request_error", "param": "api_key", "code": "wrong_api_key"}), ("auth", 424, "upstream_auth", None, "Wrong")),
-    "Zhipu's balance": ((429, err("余额不足或无可用资源包,请充值。", code="1113")), ("auth", 424, "upstream_auth", None, "spent: 余额不足")),
-    "MiniMax' balance": ((429, err("insufficient balance (1008)", type="insufficient_balance_error", http_code="429")), ("auth", 424, "upstream_auth", None, "spent")),
-    "LiteLLM's unknown key": ((401, err("Authentication Error, Invalid proxy server token passed. Received API Key = sk-...8aSP", type="token_not_found_in_db", param="key", code="401")), ("auth", 424, "upstream_auth", None, "Key = ***")),
-    "LiteLLM's budget": ((400, err("Budget has been exceeded! Current cost: 76.16, Max budget: 10.0", type="budget_exceeded", code="400")), ("auth", 424, "upstream_auth", None, "spent")),
-    "LiteLLM's own wrong key": ((401, err("litellm.AuthenticationError: AuthenticationError: OpenAIException - " + INCORRECT, code="401")), ("auth", 424, "upstream_auth", None, "(401): Incorrect API key provided: ***", "model")),
-    "a plain 401": ((401, b"Unauthorized"), ("auth", 424, "upstream_auth", None, "(401): Unauthorized")),
+                          key_refused("good standing")),
+    "NVIDIA's wrong key": ((403, {"status": 403, "title": "Forbidden", "detail": "Authorization failed"}), key_refused("failed")),
+    "Bedrock's wrong token": ((403, {"Message": "The security token included in the request is invalid."}), key_refused("token")),
+    "One API's banned user": ((403, err("用户已被封禁")), key_refused("封禁")),
+    "Groq's restricted organization": ((400, err("Organization has been restricted.", code="organization_restricted")), key_refused("restricted")),
+    "Mistral's wrong key": ((401, {"message": "Unauthorized", "request_id": "9"}), key_refused("(401): Unauthorized")),
+    "Mistral's other one": ((401, {"detail": "Unauthorized"}), key_refused("(401): Unauthorized")),
+    "xAI's wrong key": ((400, {"code": "Client specified an invalid argument", "error": "Incorrect API key provided: xa***ab."}), key_refused("provided: ***")),
+    "xAI's credits": ((403, {"code": "x", "error": "Your team has either used all available credits or reached its monthly spending limit."}), key_refused("spent")),
+    "Together's wrong key": ((401, err("Invalid API key provided. You can find your API key at https://api.together.xyz.", code="invalid_api_key")), key_refused("Invalid")),
+    "Fireworks' suspension": ((412, err("Account x is suspended, possibly due to reaching the monthly spending limit")), key_refused("suspended")),
+    "Azure's wrong key": ((401, err("Access denied due to invalid subscription key or wrong API endpoint.", code="401")), key_refused("subscription key")),
+    "Cerebras' wrong key": ((401, {"message": "Wrong API Key", "type": "invalid_request_error", "param": "api_key", "code": "wrong_api_key"}), key_refused("Wrong")),
+    "Zhipu's balance": ((429, err("余额不足或无可用资源包,请充值。", code="1113")), key_refused("spent: 余额不足")),
+    "MiniMax' balance": ((429, err("insufficient balance (1008)", type="insufficient_balance_error", http_code="429")), key_refused("spent")),
+    "LiteLLM's unknown key": ((401, err("Authentication Error, Invalid proxy server token passed. Received API Key = sk-...8aSP", type="token_not_found_in_db", param="key", code="401")), key_refused("Key = ***")),
+    "LiteLLM's budget": ((400, err("Budget has been exceeded! Current cost: 76.16, Max budget: 10.0", type="budget_exceeded", code="400")), key_refused("spent")),
+    "LiteLLM's own wrong key": ((401, err("litellm.AuthenticationError: AuthenticationError: OpenAIException - " + INCORRECT, code="401")), key_refused("(401): Incorrect API key provided: ***", "model")),
+    "a plain 401": ((401, b"Unauthorized"), key_refused("(401): Unauthorized")),
+    "Anthropic's usage limit": ((400, anthropic("invalid_request_error", "You have reached your specified API usage limits. You will "
+        "regain access on 2099-12-01 at 00:00 UTC.")), key_refused("spent")),
+    "Anthropic's disabled organization": ((400, anthropic("invalid_request_error", "This organization has been disabled.")),
+                                          key_refused("disabled")),
+    "Azure's private endpoint": ((403, err("Public access is disabled. Please configure private endpoint.", code="403")), key_refused("private")),
+    "new-api's quota": ((403, err("预扣费额度失败, 用户剩余额度: ＄0.00", type="new_api_error")), key_refused("spent")),
     # -- this request is refused, others are not
-    "OpenRouter's tokens": ((402, err(AFFORD, code=402)), ("refused", 402, None, None, AFFORD)),
-    "OpenRouter's moderation": ((403, err("This model requires moderation on x. Your input was flagged", code=403, metadata={"reasons": ["violence"], "flagged_input": "..."})), ("refused", 403, None, None, "flagged")),
+    "OpenRouter's tokens": ((402, err(AFFORD, code=402)), refused_with(402, AFFORD)),
+    "OpenRouter's moderation": ((403, err("This model requires moderation on x. Your input was flagged", code=403, metadata={"reasons": ["violence"], "flagged_input": "..."})), refused_with(403, "flagged")),
     "OpenAI's project": ((403, err(NO_ACCESS, type="invalid_request_error", code="model_not_found")), ("refused", 403, "model_not_found", None, NO_ACCESS)),
-    "OpenAI's verification": ((403, err("Your organization must be verified to use the model `both`.", code=None)), ("refused", 403, None, None, "verified")),
+    "OpenAI's verification": ((403, err("Your organization must be verified to use the model `both`.", code=None)), refused_with(403, "verified")),
     "OpenAI's large request": ((429, err("Request too large for gpt-4o on tokens per min (TPM): Limit 30000, Requested 342389.", type="tokens", code="rate_limit_exceeded")), ("refused", 429, "rate_limit_exceeded", None, "too large")),
     "Groq's large request": ((413, err(BIG, type="tokens", code="rate_limit_exceeded")), ("refused", 413, "rate_limit_exceeded", None, "too large")),
-    "Anthropic's permission": ((403, {"type": "error", "error": {"type": "permission_error", "message": "Your account does not have access to this beta."}}), ("refused", 403, None, None, "beta")),
+    "Anthropic's permission": ((403, anthropic("permission_error", "Your account does not have access to this beta.")), refused_with(403, "beta")),
     "a firewall's page": ((403, CF_PAGE), ("refused", 403, "upstream_blocked", None, "up: It answered with a web page: Attention Required! | Cloudflare.")),
-    "LiteLLM's models of a key": ((403, err("key not allowed to access model. This key can only access models=['a']. Tried to access both", type="key_model_access_denied", param="model", code="403")), ("refused", 403, None, None, "not allowed")),
-    "a bare 403": ((403, b""), ("refused", 403, None, None, "status 403")),
-    "401 for a flagged prompt": ((401, err("The prompt was flagged by our safety system.")), ("refused", 403, None, None, "flagged")),
+    "LiteLLM's models of a key": ((403, err("key not allowed to access model. This key can only access models=['a']. Tried to access both", type="key_model_access_denied", param="model", code="403")), refused_with(403, "not allowed")),
+    "a bare 403": ((403, b""), refused_with(403, "status 403")),
+    "401 for a flagged prompt": ((401, err("The prompt was flagged by our safety system.")), refused_with(403, "flagged")),
     # -- an unknown model
     "401 for a model": ((401, err("Model both is not supported")), ("model", 404, "model_not_found", None, "up: Model both is not")),
     "401 of LiteLLM for a model": ((401, err("key not allowed to access model.", type="key_model_access_denied", code="401")), ("model", 404, "model_not_found", None, "not allowed")),
@@ -4520,50 +4451,52 @@ MEANINGS = {
     "new-api's unknown model": ((503, err("No available channel for model both", code="model_not_found")), ("model", 404, "model_not_found", None, "channel")),
     "Go's unknown path": ((404, b"404 page not found"), ("model", 404, "model_not_found", None, "up: 404 page not found")),
     # -- a limit
-    "OpenAI's limit": ((429, err("Rate limit reached for gpt-4o in organization org-x. Please try again in 20s.", code="rate_limit_exceeded")), ("limit", 429, "rate_limit_exceeded", 20.0, "up: Rate limit", "model")),
-    "OpenAI's limit of an organization": ((429, err("Rate limit reached for organization org-x.", code="rate_limit_exceeded"), {"retry-after-ms": "2500"}), ("limit", 429, "rate_limit_exceeded", 2.5, "up: Rate limit")),
-    "Groq's limit": ((429, err(LEFT, type="tokens", code="rate_limit_exceeded")), ("limit", 429, "rate_limit_exceeded", 7.66, "TPM", "model")),
+    "OpenAI's limit": ((429, err("Rate limit reached for gpt-4o in organization org-x. Please try again in 20s.", code="rate_limit_exceeded")), limited(20.0, "up: Rate limit", "model")),
+    "OpenAI's limit of an organization": ((429, err("Rate limit reached for organization org-x.", code="rate_limit_exceeded"), {"retry-after-ms": "2500"}), limited(2.5, "up: Rate limit")),
+    "Groq's limit": ((429, err(LEFT, type="tokens", code="rate_limit_exceeded")), limited(7.66, "TPM", "model")),
     "Groq's capacity": ((498, err("Flex tier capacity exceeded", code="capacity_exceeded")), ("limit", 429, "capacity_exceeded", None, "capacity")),
-    "Google's limit": ((429, google(429, "RESOURCE_EXHAUSTED", QUOTA, PER_MODEL, RETRY)), ("limit", 429, "rate_limit_exceeded", 34.0, "exceeded", "model")),
-    "Google's limit of a project": ((429, google(429, "RESOURCE_EXHAUSTED", "Resource has been exhausted (e.g. check quota).", {**RETRY, "retryDelay": "45.8379s"})[0]), ("limit", 429, "rate_limit_exceeded", 45.8379, "exhausted")),
-    "OpenRouter's limit": ((429, err("Rate limit exceeded: free-models-per-day. Add 10 credits to unlock 1000 free model requests per day", code=429, metadata={"headers": {"X-RateLimit-Limit": "50", "X-RateLimit-Remaining": "0", "X-RateLimit-Reset": str(int(SOON * 1000))}})), ("limit", 429, "rate_limit_exceeded", 1000.0, "free-models")),
-    "OpenRouter's provider": ((429, err("Provider returned error", code=429, metadata={"raw": "both is temporarily rate-limited upstream. Please retry shortly", "retry_after_seconds": 12})), ("limit", 429, "rate_limit_exceeded", 12.0, "error: both is temporarily", "model")),
-    "Anthropic's limit": ((429, {"type": "error", "error": {"type": "rate_limit_error", "message": "This request would exceed your rate limit."}}, {"anthropic-ratelimit-requests-remaining": "0", "anthropic-ratelimit-requests-reset": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(SOON)), "anthropic-ratelimit-tokens-remaining": "9", "anthropic-ratelimit-tokens-reset": "2999-09-09T05:47:30Z"}), ("limit", 429, "rate_limit_exceeded", 1000.0, "exceed")),
-    "Mistral's limit": ((429, {"message": "Requests rate limit exceeded"}), ("limit", 429, "rate_limit_exceeded", None, "up: Requests")),
+    "GitHub's limit": ((429, err("Rate limit of 50 per 86400s exceeded for UserByModelByDay. Please wait 3000 seconds before retrying.", code="RateLimitReached")),
+                       ("limit", 429, "RateLimitReached", 3000.0, "wait", "model")),
+    "Google's quota of a model": ((429, err("You have exhausted your capacity on this model. Your quota will reset after 3h29m12s.", code=429)),
+                                  limited(12552.0, "capacity", "model")),
+    "Google's limit": ((429, google(429, "RESOURCE_EXHAUSTED", QUOTA, PER_MODEL, RETRY)), limited(34.0, "exceeded", "model")),
+    "Google's limit of a project": ((429, google(429, "RESOURCE_EXHAUSTED", "Resource has been exhausted (e.g. check quota).", {**RETRY, "retryDelay": "45.8379s"})[0]), limited(45.8379, "exhausted")),
+    "OpenRouter's limit": ((429, err("Rate limit exceeded: free-models-per-day. Add 10 credits to unlock 1000 free model requests per day", code=429, metadata={"headers": {"X-RateLimit-Limit": "50", "X-RateLimit-Remaining": "0", "X-RateLimit-Reset": str(int(SOON * 1000))}})), limited(1000.0, "free-models")),
+    "OpenRouter's provider": ((429, err("Provider returned error", code=429, metadata={"raw": "both is temporarily rate-limited upstream. Please retry shortly", "retry_after_seconds": 12})), limited(12.0, "error: both is temporarily", "model")),
+    "Anthropic's limit": ((429, anthropic("rate_limit_error", "This request would exceed your rate limit."), {"anthropic-ratelimit-requests-remaining": "0", "anthropic-ratelimit-requests-reset": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(SOON)), "anthropic-ratelimit-tokens-remaining": "9", "anthropic-ratelimit-tokens-reset": "2999-09-09T05:47:30Z"}), limited(1000.0, "exceed")),
+    "Mistral's limit": ((429, {"message": "Requests rate limit exceeded"}), limited(None, "up: Requests")),
     "Mistral's tier": ((429, {"object": "error", "message": "Service tier capacity exceeded for this model.", "type": "invalid_request_error", "param": None, "code": "3505"}), ("limit", 429, "3505", None, "tier", "model")),
-    "Azure's limit": ((429, err("Requests have exceeded call rate limit. Please retry after 20 seconds.", code="429")), ("limit", 429, "rate_limit_exceeded", 20.0, "retry after")),
+    "Azure's limit": ((429, err("Requests have exceeded call rate limit. Please retry after 20 seconds.", code="429")), limited(20.0, "retry after")),
     "Cerebras' limit": ((429, {"message": "Tokens per day limit exceeded", "type": "too_many_tokens_error", "param": "quota", "code": "token_quota_exceeded"}, {"x-ratelimit-reset-tokens-day": "33011.38", "x-ratelimit-remaining-tokens-day": "0"}), ("limit", 429, "token_quota_exceeded", 33011.38, "per day")),
-    "GitHub's limit": ((429, err("Rate limit of 50 per 86400s exceeded for UserByModelByDay. Please wait 3000 seconds before retrying.", code="RateLimitReached")), ("limit", 429, "RateLimitReached", 3000.0, "wait", "model")),
-    "Google's quota of a model": ((429, err("You have exhausted your capacity on this model. Your quota will reset after 3h29m12s.", code=429)), ("limit", 429, "rate_limit_exceeded", 12552.0, "capacity", "model")),
-    "xAI's limit": ((429, b"Too many tokens for team x and model both. Your team's rate limit is 65605/16000."), ("limit", 429, "rate_limit_exceeded", None, "Too many", "model")),
-    "NIM's limit": ((429, {"status": 429, "title": "Too Many Requests"}), ("limit", 429, "rate_limit_exceeded", None, "up: Too Many Requests")),
-    "LiteLLM's limit": ((429, err("litellm.RateLimitError: No deployments available for selected model, Try again in 60 seconds. Passed model=both. Deployments={'a91f829622': {}}", code="429")), ("limit", 429, "rate_limit_exceeded", 60.0, "up: No deployments available for selected model, Try again in 60 seconds.", "model")),
-    "LiteLLM's limit as a 500": ((500, err("litellm.RateLimitError: RateLimitError: GroqException - " + json.dumps(err(LEFT)), code="500")), ("limit", 429, "rate_limit_exceeded", 7.66, "up: Rate limit reached", "model")),
+    "xAI's limit": ((429, b"Too many tokens for team x and model both. Your team's rate limit is 65605/16000."), limited(None, "Too many", "model")),
+    "NIM's limit": ((429, {"status": 429, "title": "Too Many Requests"}), limited(None, "up: Too Many Requests")),
+    "LiteLLM's limit": ((429, err("litellm.RateLimitError: No deployments available for selected model, Try again in 60 seconds. Passed model=both. Deployments={'a91f829622': {}}", code="429")), limited(60.0, "up: No deployments available for selected model, Try again in 60 seconds.", "model")),
+    "LiteLLM's limit as a 500": ((500, err("litellm.RateLimitError: RateLimitError: GroqException - " + json.dumps(err(LEFT)), code="500")), limited(7.66, "up: Rate limit reached", "model")),
     "503 with a time": ((503, err("busy"), {"retry-after": "30"}), ("limit", 503, "upstream_error", 30.0, "busy")),
-    "529 with a time": ((529, {"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}}, {"retry-after": "30"}), ("limit", 503, "upstream_error", 30.0, "Overloaded")),
+    "529 with a time": ((529, anthropic("overloaded_error", "Overloaded"), {"retry-after": "30"}), ("limit", 503, "upstream_error", 30.0, "Overloaded")),
     # -- the client's own mistake
     "too long": ((400, err("This model's maximum context length is 8192 tokens.", type="invalid_request_error", param="messages", code="context_length_exceeded")), ("request", 400, "context_length_exceeded", None, "This model's")),
     "OpenAI's content policy": ((400, err("Your request was rejected by our safety system.", code="content_policy_violation")), ("request", 400, "content_policy_violation", None, "Your request")),
-    "FastAPI's list": ((422, {"detail": [{"type": "missing", "loc": ["body", "messages", 0, "role"], "msg": "Field required"}, {"loc": ["body"], "msg": "bad"}]}), ("request", 422, None, None, "messages.0.role: Field required; bad")),
-    "Mistral's list": ((422, {"object": "error", "message": {"detail": [{"loc": ["body", "n"], "msg": "too small"}]}, "type": "invalid_request_error"}), ("request", 422, None, None, "n: too small")),
-    "a list of errors": ((400, {"errors": [{"message": "one"}, "two"]}), ("request", 400, None, None, "one")),
-    "a plain text": ((400, b"model runner: bad grammar\n"), ("request", 400, None, None, "model runner: bad grammar")),
-    "another object": ((400, {"reason": "odd"}), ("request", 400, None, None, '{"reason":"odd"}')),
-    "LiteLLM's wrapping": ((400, err(CAPS, code="400")), ("request", 400, None, None, VLLM)),
-    "LiteLLM's wrapping as a 500": ((500, err(CAPS)), ("request", 400, None, None, VLLM)),
-    "a client's model named as a bad key": ((400, err("Invalid value `incorrect api key provided`: 'both'")), ("request", 400, None, None, "Invalid value")),
+    "FastAPI's list": ((422, {"detail": [{"type": "missing", "loc": ["body", "messages", 0, "role"], "msg": "Field required"}, {"loc": ["body"], "msg": "bad"}]}), wrong(422, "messages.0.role: Field required; bad")),
+    "Mistral's list": ((422, {"object": "error", "message": {"detail": [{"loc": ["body", "n"], "msg": "too small"}]}, "type": "invalid_request_error"}), wrong(422, "n: too small")),
+    "a list of errors": ((400, {"errors": [{"message": "one"}, "two"]}), wrong(400, "one")),
+    "a plain text": ((400, b"model runner: bad grammar\n"), wrong(400, "model runner: bad grammar")),
+    "another object": ((400, {"reason": "odd"}), wrong(400, '{"reason":"odd"}')),
+    "LiteLLM's wrapping": ((400, err(CAPS, code="400")), wrong(400, VLLM)),
+    "LiteLLM's wrapping as a 500": ((500, err(CAPS)), wrong(400, VLLM)),
+    "a client's model named as a bad key": ((400, err("Invalid value `incorrect api key provided`: 'both'")), wrong(400, "Invalid value")),
     # -- the server's failure
-    "Google's overload": ((503, google(503, "UNAVAILABLE", "The model is overloaded. Please try again later.")), ("server", 503, "upstream_error", None, "overloaded")),
-    "an overload": ((529, {"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}}), ("server", 503, "upstream_error", None, "Overloaded")),
-    "500": ((500, b"Internal Server Error", {"x-ratelimit-reset-requests": "8.64s"}), ("server", 502, "upstream_error", None, "up: Internal Server Error")),
-    "Envoy's 503": ((503, b"upstream connect error or disconnect/reset before headers"), ("server", 503, "upstream_error", None, "upstream connect error")),
-    "a page with 502": ((502, b"<html><title>502 Bad Gateway</title></html>"), ("server", 502, "upstream_error", None, "web page: 502 Bad Gateway.")),
+    "Google's overload": ((503, google(503, "UNAVAILABLE", "The model is overloaded. Please try again later.")), failed(503, "overloaded")),
+    "an overload": ((529, anthropic("overloaded_error", "Overloaded")), failed(503, "Overloaded")),
+    "500": ((500, b"Internal Server Error", {"x-ratelimit-reset-requests": "8.64s"}), failed(502, "up: Internal Server Error")),
+    "Envoy's 503": ((503, b"upstream connect error or disconnect/reset before headers"), failed(503, "upstream connect error")),
+    "a page with 502": ((502, b"<html><title>502 Bad Gateway</title></html>"), failed(502, "web page: 502 Bad Gateway.")),
     # -- an error where an answer should be
-    "200, a limit by its number": ((200, err("slow down", code=429)), ("limit", 429, "rate_limit_exceeded", None, "slow down")),
-    "200, a limit by its name": ((200, {"type": "error", "error": {"type": "rate_limit_error", "message": "slow down"}}), ("limit", 429, "rate_limit_exceeded", None, "slow down")),
-    "200, overloaded": ((200, {"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}}), ("server", 503, "upstream_error", None, "Overloaded")),
-    "200, in LiteLLM's words": ((200, err("litellm.ServiceUnavailableError: VertexException - The service is down", code=None)), ("server", 503, "upstream_error", None, "up: The service is down")),
-    "200, of no known kind": ((200, err("boom", type="odd")), ("server", 502, "upstream_error", None, "boom")),
+    "200, a limit by its number": ((200, err("slow down", code=429)), limited(None, "slow down")),
+    "200, a limit by its name": ((200, anthropic("rate_limit_error", "slow down")), limited(None, "slow down")),
+    "200, overloaded": ((200, anthropic("overloaded_error", "Overloaded")), failed(503, "Overloaded")),
+    "200, in LiteLLM's words": ((200, err("litellm.ServiceUnavailableError: VertexException - The service is down", code=None)), failed(503, "up: The service is down")),
+    "200, of no known kind": ((200, err("boom", type="odd")), failed(502, "boom")),
 }
 
 
@@ -4577,10 +4510,6 @@ def test_what_the_errors_of_upstreams_mean(case):
     assert error.upstream_status == status or status == 200
     assert error.type != "server_error" or seen >= 500
     assert error.headers().get("x-should-retry") == ("false" if kind in ("auth", "refused") else None)
-
-
-def asked_model(server, model):
-    return chat(server, {**BOTH, "model": model})
 
 
 @table({
@@ -4606,23 +4535,12 @@ def test_a_refused_request_stops_nobody_else(case, path, pool):
         fake.sends(reply(status, data, kind, *[b"" for _ in ()], **({"extra": extra[0]} if extra else {})))
     got = ask(server, "POST", path, {**ASKED, "model": "typo"} if "messages" in path else {**BOTH, "model": "typo"})
     assert got.status in statuses and got.headers["x-should-retry"] == "false" if got.status != 404 else True
-    assert got.headers["x-akashproxy-route"] == f"a={status}, b={status}" and [len(fake.bodies()) for fake in fakes] == [1, 1]
+    assert route_of(got) == f"a={status}, b={status}" and [len(fake.bodies()) for fake in fakes] == [1, 1]
     words = akashproxy.error_words(akashproxy.error_fields(body)) if isinstance(body, dict) else "Attention Required"
     assert words in got.json["error"]["message"]
     states = ask(server, path="/status").json["controllers"]
     assert [(state["failed"], state["rests_for_seconds"]) for state in states] == [(0, 0), (0, 0)]
     assert chat(server, BOTH).status == 200
-
-
-def test_a_refused_key_is_told_with_its_reason(pool):
-    for status, body, words in ((401, err(INCORRECT, code="invalid_api_key"), "a: the upstream refuses this server's key (401): Incorrect"),
-                                (429, err(QUOTA, code="insufficient_quota"), "a: the quota of this server's key is spent: You")):
-        fake = FakeOpenAI()
-        fake.faults.append(fake.status(status, body))
-        got = chat(pool(fake), BOTH)
-        assert (got.status, got.headers["x-should-retry"], got.headers["x-akashproxy-route"]) == (424, "false", f"a={status}")
-        assert got.json["error"]["message"].startswith(words) and got.json["error"]["type"] != "server_error"
-        assert "429" not in got.json["error"]["message"]
 
 
 @table({
@@ -4740,15 +4658,9 @@ def test_a_limit_that_akash_tells_in_a_stream_is_one_of_the_model():
 def test_what_is_too_large_for_akash_is_said(size, status, akash, serve):
     akash.sends(reply(500, b"", ""))
     image = picture("data:image/png;base64," + "A" * size)
-    got = chat(serve(), messages=[user([{"type": "text", "text": "hi"}, image])])
+    got = chat(serve(), messages=[user([text_part("hi"), image])])
     assert got.status == status and ("too large" in got.json["error"]["message"]) == (status == 413)
     assert got.headers.get("x-should-retry") == ("false" if status == 413 else None)
-
-
-def test_a_cut_stream_is_told_in_words_that_clients_know(fake, pool):
-    fake.faults.append(fake.cut())
-    events = sse(chat(pool(fake), BOTH, stream=True).body)
-    assert events[-1]["error"]["message"] == "a: connection lost: it broke off its answer."
 
 
 # == secrets ==================================================================================
@@ -4901,10 +4813,6 @@ def test_fields_that_hide_nothing_are_not_blacked_out():
 # == dialects: Messages and Responses =========================================================
 
 
-def system(text):
-    return {"role": "system", "content": text}
-
-
 def tool(name="f", **schema):
     return {"type": "function", "function": {"name": name, "parameters": schema or {"type": "object", "properties": {}}}}
 
@@ -4915,7 +4823,7 @@ def called(*calls):
 
 
 def no_result(id):
-    return {"role": "tool", "tool_call_id": id, "content": akashproxy.NO_RESULT}
+    return returned(id, akashproxy.NO_RESULT)
 
 
 PNG_SOURCE = {"type": "base64", "media_type": "image/png", "data": "iVBO"}
@@ -4925,31 +4833,31 @@ TOOL_USE = {"type": "tool_use", "id": "t1", "name": "f", "input": {"a": [1]}}
 @table({
     # name: (fields of a body, what a chat says beside its usual, what is ignored)
     "system as text": ({"system": "be brief"}, {"messages": [system("be brief"), user("hi")]}, None),
-    "system as blocks, and within": ({"system": [{"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}}, {"type": "text", "text": "b"}],
-                                      "messages": [{"role": "system", "content": "c"}, user("hi")]}, {"messages": [system("a\n\nb\n\nc"), user("hi")]}, None),
+    "system as blocks, and within": ({"system": [{"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}}, text_part("b")],
+                                      "messages": [system("c"), user("hi")]}, {"messages": [system("a\n\nb\n\nc"), user("hi")]}, None),
     "an empty system": ({"system": []}, {}, None),
-    "blocks of text": ({"messages": [user([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}])]}, {"messages": [user("a\n\nb")]}, None),
-    "pictures": ({"messages": [user([{"type": "text", "text": "a"}, {"type": "image", "source": PNG_SOURCE},
+    "blocks of text": ({"messages": [user([text_part("a"), text_part("b")])]}, {"messages": [user("a\n\nb")]}, None),
+    "pictures": ({"messages": [user([text_part("a"), {"type": "image", "source": PNG_SOURCE},
                                      {"type": "image", "source": {"type": "url", "url": "https://x/y.png"}}])]},
-                 {"messages": [user([{"type": "text", "text": "a"}, picture("data:image/png;base64,iVBO"), picture("https://x/y.png")])]}, None),
+                 {"messages": [user([text_part("a"), picture("data:image/png;base64,iVBO"), picture("https://x/y.png")])]}, None),
     "a document of text": ({"messages": [user([{"type": "document", "source": {"type": "text", "media_type": "text/plain", "data": "d"}},
-                                              {"type": "document", "source": {"type": "content", "content": [{"type": "text", "text": "e"}]}}])]},
+                                              {"type": "document", "source": {"type": "content", "content": [text_part("e")]}}])]},
                            {"messages": [user("d\n\ne")]}, None),
     "tools called and their results": (
-        {"messages": [user("go"), {"role": "assistant", "content": [{"type": "thinking", "thinking": "h", "signature": "s"}, {"type": "text", "text": "ok"},
-                                                                    TOOL_USE, {**TOOL_USE, "id": "t2", "input": {}}]},
-                      user([{"type": "tool_result", "tool_use_id": "t1", "content": "1"}, {"type": "text", "text": "and?"},
+        {"messages": [user("go"), assistant([{"type": "thinking", "thinking": "h", "signature": "s"}, text_part("ok"),
+                                                                    TOOL_USE, {**TOOL_USE, "id": "t2", "input": {}}]),
+                      user([{"type": "tool_result", "tool_use_id": "t1", "content": "1"}, text_part("and?"),
                             {"type": "tool_result", "tool_use_id": "t2", "is_error": True, "content": [
-                                {"type": "text", "text": "2"}, {"type": "image", "source": PNG_SOURCE}, {"type": "tool_reference", "tool_name": "g"},
+                                text_part("2"), {"type": "image", "source": PNG_SOURCE}, {"type": "tool_reference", "tool_name": "g"},
                                 {"type": "document", "source": {"type": "content", "content": [{"type": "image", "source": PNG_SOURCE}]}}]}])]},
         {"messages": [user("go"), {**called(("t1", "f", '{"a":[1]}'), ("t2", "f", "{}")), "content": "ok", "reasoning_content": "h"},
-                      {"role": "tool", "tool_call_id": "t1", "content": "1"},
-                      {"role": "tool", "tool_call_id": "t2", "content": 'Error: 2\n\n{"type":"tool_reference","tool_name":"g"}'},
-                      user([{"type": "text", "text": "and?"}] + [picture("data:image/png;base64,iVBO")] * 2)]}, None),
-    "a result of nothing": ({"messages": [{"role": "assistant", "content": [TOOL_USE]}, user([{"type": "tool_result", "tool_use_id": "t1"}])]},
-                            {"messages": [called(("t1", "f", '{"a":[1]}')), {"role": "tool", "tool_call_id": "t1", "content": ""}]}, None),
-    "what a server's tool did": ({"messages": [user("a"), {"role": "assistant", "content": [{"type": "server_tool_use"}, {"type": "text", "text": "b"}]}]},
-                                 {"messages": [user("a"), {"role": "assistant", "content": "b"}]}, "server_tool_use"),
+                      returned("t1", "1"),
+                      returned("t2", 'Error: 2\n\n{"type":"tool_reference","tool_name":"g"}'),
+                      user([text_part("and?")] + [picture("data:image/png;base64,iVBO")] * 2)]}, None),
+    "a result of nothing": ({"messages": [assistant([TOOL_USE]), user([{"type": "tool_result", "tool_use_id": "t1"}])]},
+                            {"messages": [called(("t1", "f", '{"a":[1]}')), returned("t1", "")]}, None),
+    "what a server's tool did": ({"messages": [user("a"), assistant([{"type": "server_tool_use"}, text_part("b")])]},
+                                 {"messages": [user("a"), assistant("b")]}, "server_tool_use"),
     "tools": ({"tools": [{"name": "f", "description": "d", "input_schema": {"type": "object"}}, {"type": "web_search_20250305", "name": "web_search"},
                          {"type": "custom", "name": "g", "strict": True}], "tool_choice": {"type": "any", "disable_parallel_tool_use": True}},
               {"tools": [{"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}}}},
@@ -5036,7 +4944,7 @@ def test_the_events_of_a_message(fake, pool):
     assert events[1:] == [
         *block(0, {"type": "thinking", "thinking": "", "signature": ""}, ("thinking_delta", "thinking"), "hm")[:-1],
         {"type": "content_block_delta", "index": 0, "delta": {"type": "signature_delta", "signature": akashproxy.UNSIGNED}}, {"type": "content_block_stop", "index": 0},
-        *block(1, {"type": "text", "text": ""}, ("text_delta", "text"), "Hi", " you"),
+        *block(1, text_part(""), ("text_delta", "text"), "Hi", " you"),
         *block(2, {"type": "tool_use", "id": "call_1", "name": "f", "input": {}}, ("input_json_delta", "partial_json"), '{"a":1}'),
         {"type": "message_delta", "delta": {"stop_reason": "tool_use", "stop_sequence": None},
          "usage": {"input_tokens": 7, "cache_read_input_tokens": 4, "output_tokens": 7}}, {"type": "message_stop"}]
@@ -5083,8 +4991,7 @@ def test_errors_in_anthropics_form(case, akash, serve):
     answers = {404: UPSTREAM["model-unknown"][0], 429: reply(429, RATE), 502: reply(500), 529: reply(503)}
     if status in answers:
         akash.sends(answers[status])
-    server = serve(bearer_token=("k",), max_body=1000)
-    got = ask(server, method, path, body, headers)
+    got = ask(serve(bearer_token=("k",), max_body=1000), method, path, body, headers)
     assert (got.status, got.json["type"], got.json["error"]["type"]) == (status, "error", kind) and got.json["error"]["message"]
     assert set(got.json) == {"type", "error"} and set(got.json["error"]) == {"type", "message"}
 
@@ -5108,6 +5015,23 @@ def test_counting_tokens_never_fails(akash, serve):
     assert count(messages=deep) > 0
 
 
+def test_a_client_that_leaves_before_a_count_of_tokens_is_no_bug(pool, caplog):
+    server, asked = pool(FakeOpenAI()), threading.Event()
+    sock = connect(server)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+    def take(*_):
+        sock.close()
+        asked.set()
+        raise APIError(503, "nobody is there")
+
+    server.pool.acquire = take
+    sock.sendall(post("/v1/messages/count_tokens", {**ASKED, "model": "both"}))
+    assert asked.wait(10)
+    wait_for(lambda: not server.connections)
+    assert "bug" not in caplog.text and "stumbled" not in caplog.text
+
+
 def test_models_in_anthropics_shape(akash, serve):
     server = serve(model_aliases={"claude-*": "Qwen/Qwen3"})
     version = {"anthropic-version": "2023-06-01"}
@@ -5124,39 +5048,12 @@ def test_no_models_in_anthropics_shape(pool):
     assert models.status == 200 and models.json == {"data": [], "has_more": False, "first_id": None, "last_id": None}
 
 
-NAMES = {"claude-haiku-9": "small", "claude-9": "big/one", "big--one": "big/one", "as--is": "as--is", "no--such": "no--such", "both": "both"}
-
-
-@pytest.mark.parametrize("asked", NAMES)
-def test_other_names_of_models(asked, pool):
-    fake = FakeOpenAI(["big/one", "as--is", "as/is", "small", "both"])
-    server = pool(fake, model_aliases={"*haiku*": "small", "claude-*": "big/one"})
-    got = chat(server, {**BOTH, "model": asked, "new": 1})
-    assert got.status == 200 and fake.bodies()[-1] == {**BOTH, "model": NAMES[asked], "new": 1}
-    got = ask(server, "POST", "/v1/messages", {**ASKED, "model": asked})
-    assert fake.bodies()[-1]["model"] == NAMES[asked] and got.json["model"] == asked, "a client reads the name that it asked for"
-
-
-def test_aliases_are_a_setting(config):
-    for aliases, text in (({"a": "b"}, "a=b"), ({"c-*": "d", "e": "f=g"}, "c-*=d, e=f=g"), ({"a": ["b", "c"], "d": "e"}, "a=b,a=c,d=e")):
-        path = config({"model_aliases": aliases})
-        assert load(path).model_aliases == Settings.load({"MODEL_ALIASES": text}).model_aliases == aliases
-    assert "MODEL_ALIASES=a=b,a=c,d=e\n" in run("--config-file", path, "--check").stdout
-    assert "MODEL_ALIASES=c-*=d,e=f" in run("--check", MODEL_ALIASES="c-*=d,e=f").stdout
-    with pytest.raises(ConfigError, match="MODEL_ALIASES: 'a' is not NAME=VALUE"):
-        Settings.load({"MODEL_ALIASES": "a"})
-    for wrong in ([], [""], ["x", 1], 7, {"x": "y"}, None):
-        with pytest.raises(ConfigError, match="model_aliases: 'a' must be a model or a list of models"):
-            load(config({"model_aliases": {"a": wrong}}))
-
-
 def test_anthropics_own_format_is_relayed_to_who_speaks_it(a, b, pool):
     begin = b'event: content_block_delta\ndata: {"type":"content_block_delta","index":0,"delta":{"type":"text_delta","text":"a"}}\n\n'
     expected = begin + b'event: message_stop\ndata: {"type":"message_stop"}\n\n'
     server = known(pool(a, (b, {"paths": ["/v1/messages*"], "models": ["claude"]})))     # so that b is alone, and does not rest
     odd = {"model": "claude", "messages": [user([{"type": "hologram"}])], "stream": True}
-    b.faults.extend([b.raw(b.head() + chunks(expected)), b.raw(b.head() + chunks(begin)),
-                     b.raw(reply(body=b'{"input_tokens":70}')), b.status(500)])
+    b.faults.extend([b.raw(b.head() + chunks(expected)), b.raw(b.head() + chunks(begin)), b.raw(reply(body=b'{"input_tokens":70}')), b.status(500)])
     got = ask(server, "POST", "/v1/messages?beta=true", odd, {"anthropic-beta": "x"})
     request = next(request for request in b.requests if request.method == "POST")
     assert got.body == expected and b.bodies()[0] == odd and request.path == "/v1/messages?beta=true" and request.headers["anthropic-beta"] == "x"
@@ -5171,17 +5068,17 @@ CALLED = {"type": "function_call", "call_id": "c1", "name": "f", "arguments": '{
 
 @table({
     # name: (fields of a body, what a chat says beside its usual, what is ignored)
-    "instructions, and developers": ({"instructions": "a", "input": [{"role": "developer", "content": "b"}, {"type": "message", "role": "user", "content": "hi"}]},
+    "instructions, and developers": ({"instructions": "a", "input": [developer("b"), {"type": "message", "role": "user", "content": "hi"}]},
                                      {"messages": [system("a\n\nb"), user("hi")]}, None),
     "parts": ({"input": [user([{"type": "input_text", "text": "a"}, {"type": "input_image", "image_url": "https://x/y.png", "detail": "auto"}]),
                          {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "b", "annotations": []}, {"type": "refusal", "refusal": "c"}]}]},
-              {"messages": [user([{"type": "text", "text": "a"}, picture("https://x/y.png")]), {"role": "assistant", "content": "b\n\nc"}]}, None),
+              {"messages": [user([text_part("a"), picture("https://x/y.png")]), assistant("b\n\nc")]}, None),
     "calls and their outputs": (
-        {"input": [user("go"), {"type": "reasoning", "id": "rs_1", "summary": []}, {"type": "item_reference", "id": "rs_1"}, {"role": "assistant", "content": "ok"}, CALLED, {**CALLED, "call_id": "c2", "arguments": ""},
+        {"input": [user("go"), {"type": "reasoning", "id": "rs_1", "summary": []}, {"type": "item_reference", "id": "rs_1"}, assistant("ok"), CALLED, {**CALLED, "call_id": "c2", "arguments": ""},
                    {"type": "function_call_output", "call_id": "c1", "output": [{"type": "input_text", "text": "1"}, {"type": "input_image", "image_url": "data:x"}]},
                    {"type": "function_call_output", "call_id": "c2", "output": "2"}, {"type": "web_search_call", "id": "ws"}]},
-        {"messages": [user("go"), {**called(("c1", "f", '{"a":[1]}'), ("c2", "f", "{}")), "content": "ok"}, {"role": "tool", "tool_call_id": "c1", "content": "1"},
-                      {"role": "tool", "tool_call_id": "c2", "content": "2"}, user([picture("data:x")])]}, "item_reference, web_search_call"),
+        {"messages": [user("go"), {**called(("c1", "f", '{"a":[1]}'), ("c2", "f", "{}")), "content": "ok"}, returned("c1", "1"),
+                      returned("c2", "2"), user([picture("data:x")])]}, "item_reference, web_search_call"),
     "a call at once": ({"input": [CALLED]}, {"messages": [called(("c1", "f", '{"a":[1]}')), no_result("c1")]}, None),
     "tools": ({"tools": [{"type": "function", "name": "f", "description": "d", "parameters": {"type": "object"}, "strict": False}, {"type": "namespace", "name": "n"},
                          {"type": "web_search"}, {"type": "custom", "name": "c"}], "tool_choice": "auto", "parallel_tool_calls": True},
@@ -5234,8 +5131,7 @@ def test_the_events_of_a_response(fake, pool):
     fake.faults.append(answered({"reasoning_content": "hm"}, {"content": "Hi"}, {"content": " you"}, *(
         {"tool_calls": calls} for calls in fragments([{"index": 0, "function": {"arguments": '{"a":1}'}}])), finish="tool_calls",
         usage={"prompt_tokens": 11, "completion_tokens": 7, "prompt_tokens_details": {"cached_tokens": 4}}))
-    server = pool(fake)
-    body = ask(server, "POST", "/v1/responses", {**WANTED, "stream": True}).body
+    body = ask(pool(fake), "POST", "/v1/responses", {**WANTED, "stream": True}).body
     events = named_events(body)
     assert [event.pop("sequence_number") for event in events] == list(range(len(events)))
     kinds = [event["type"].replace("response.", "") for event in events]
@@ -5267,7 +5163,7 @@ def test_blocks_never_interleave_though_calls_do(path, fake, pool):
 
     fake.faults.append(answered(calls(0, "{}", "z", "e"), calls(1, "", "a", "f"), calls(0, " "), calls(1, '{"x"'), calls(2, "", "b", "g"), calls(1, ":1}"), calls(2, '{"y":'),
                                 {"content": "so"}, calls(3, "", None, "h"), calls(2, "2}"), calls(1, " "), finish="tool_calls"))
-    body = {**(ASKED if "messages" in path else WANTED), "stream": True}
+    body = {**WANTS[path], "stream": True}
     events = named_events(ask(pool(fake), "POST", path, body).body)
     added = [event for event in events if event["type"] in ("content_block_start", "response.output_item.added")]
     blocks = [event.get("content_block") or event.get("item") for event in added]
@@ -5314,7 +5210,7 @@ def test_pings_and_failures_before_the_first_event():
 def test_a_call_that_waits_is_not_lost_when_the_stream_breaks_off(path, fake, pool):
     frames = [fake.event({"tool_calls": [{"index": at, "id": f"c{at}", "function": {"name": "f", "arguments": '{"a":'}}]}) for at in (0, 1)]
     fake.sends(fake.head() + b"".join(map(chunk, frames)))
-    body = ask(pool(fake), "POST", path, {**(ASKED if "messages" in path else WANTED), "stream": True}).body
+    body = ask(pool(fake), "POST", path, {**WANTS[path], "stream": True}).body
     assert b'"c0"' in body and b'"c1"' in body and b"broke off" in body
 
 
@@ -5328,9 +5224,9 @@ def test_responses_are_not_stored(a, pool):
     assert ask(server, "POST", "/v1/responses/../x", {"model": "both"}).status == 405 and len(a.requests) == asked
 
 
-ODD = [None, True, 0, -1.5, "", "x", [], {}, [None], ["x"], [7], [[]], [{}], {"type": 7}, {"type": "function"}, {"type": ["x"]}, [{"type": "text", "text": 7}],
+ODD = [None, True, 0, -1.5, "", "x", [], {}, [None], ["x"], [7], [[]], [{}], {"type": 7}, {"type": "function"}, {"type": ["x"]}, [text_part(7)],
        [{"type": "image", "source": 7}], [{"type": "image", "source": PNG_SOURCE}], [{"type": "image_url", "image_url": 7}], [{"type": "tool_result", "content": {}}], [{"type": "tool_use"}],
-       [{"role": "user", "content": {}}], [{"role": "assistant", "content": [{"type": "hologram"}], "tool_calls": 7}], [{"role": "user", "content": [{"type": {}}]}],
+       [user({})], [{"role": "assistant", "content": [{"type": "hologram"}], "tool_calls": 7}], [user([{"type": {}}])],
        [{"role": "tool", "content": 7}], [{"type": "function_call"}], [{"type": "function_call_output"}], [{"role": ["user"], "content": "x"}]]
 
 
@@ -5359,8 +5255,10 @@ def test_odd_values_are_answered_or_named_never_a_bug():
 PDF = {"type": "document", "source": {"type": "base64", "media_type": "application/pdf", "data": "JVBERi0xLjQK"}}
 PDF_FILE = {"type": "input_file", "filename": "a.pdf", "file_data": "data:application/pdf;base64,JVBERi0xLjQK"}
 PDF_NOTE = "[A PDF of 9 bytes, which this model can't read.]"
-USES = {"role": "assistant", "content": [{"type": "tool_use", "id": "t1", "name": "f", "input": {}}]}
-CALLED_T1, GOT = called(("t1", "f", "{}")), {"role": "tool", "tool_call_id": "t1", "content": "1"}
+USES = assistant([{"type": "tool_use", "id": "t1", "name": "f", "input": {}}])
+USES_TWICE = assistant([*USES["content"], {**USES["content"][0], "id": "t2"}])
+CALLED_TWICE = called(("t1", "f", "{}"), ("t2", "f", "{}"))
+CALLED_T1, GOT = called(("t1", "f", "{}")), returned("t1", "1")
 
 
 def thinking(text, **fields):
@@ -5374,48 +5272,45 @@ def result(content="1", id="t1", **fields):
 @table({
     # name: (messages, messages of the chat)
     "a system message in the middle": ([user("x"), system("B"), user("y")], [system("B"), user("x"), user("y")]),
-    "several of them, one behind results": ([system("A"), user("x"), USES, user([result()]), system("B"), user("y"), system([{"type": "text", "text": "C"}])],
+    "several of them, one behind results": ([system("A"), user("x"), USES, user([result()]), system("B"), user("y"), system([text_part("C")])],
                                             [system("A\n\nB\n\nC"), user("x"), CALLED_T1, GOT, user("y")]),
     "reasoning beside a call": ([{**USES, "content": [thinking("hmm"), *USES["content"]]}, user([result()])], [{**CALLED_T1, "reasoning_content": "hmm"}, GOT]),
-    "two pieces of it, and text": ([{**USES, "content": [thinking("a"), {"type": "text", "text": "t"}, thinking("b", signature="s"), *USES["content"]]}, user([result()])],
+    "two pieces of it, and text": ([{**USES, "content": [thinking("a"), text_part("t"), thinking("b", signature="s"), *USES["content"]]}, user([result()])],
                                    [{**CALLED_T1, "content": "t", "reasoning_content": "a\n\nb"}, GOT]),
-    "reasoning in a message before the call": ([{"role": "assistant", "content": [thinking("hmm")]}, USES, user([result()])], [{**CALLED_T1, "reasoning_content": "hmm"}, GOT]),
-    "reasoning without a call": ([{"role": "assistant", "content": [thinking("hmm"), {"type": "text", "text": "t"}]}, user("y")], [{"role": "assistant", "content": "t"}, user("y")]),
+    "reasoning in a message before the call": ([assistant([thinking("hmm")]), USES, user([result()])], [{**CALLED_T1, "reasoning_content": "hmm"}, GOT]),
+    "reasoning without a call": ([assistant([thinking("hmm"), text_part("t")]), user("y")], [assistant("t"), user("y")]),
     "redacted and empty reasoning": ([{**USES, "content": [{"type": "redacted_thinking", "data": "x"}, thinking(""), *USES["content"]]}, user([result()])], [CALLED_T1, GOT]),
     "a call without a result": ([USES, user("stop")], [CALLED_T1, no_result("t1"), user("stop")]),
-    "one of two": ([{**USES, "content": [*USES["content"], {**USES["content"][0], "id": "t2"}]}, user([result("2", "t2")])],
-                   [called(("t1", "f", "{}"), ("t2", "f", "{}")), no_result("t1"), {**GOT, "tool_call_id": "t2", "content": "2"}]),
-    "results in the other order": ([{**USES, "content": [*USES["content"], {**USES["content"][0], "id": "t2"}]}, user([result("2", "t2"), result()])],
-                                   [called(("t1", "f", "{}"), ("t2", "f", "{}")), GOT, {**GOT, "tool_call_id": "t2", "content": "2"}]),
+    "one of two": ([USES_TWICE, user([result("2", "t2")])], [CALLED_TWICE, no_result("t1"), returned("t2", "2")]),
+    "results in the other order": ([USES_TWICE, user([result("2", "t2"), result()])], [CALLED_TWICE, GOT, returned("t2", "2")]),
     "a result behind another message": ([USES, user("wait"), user([result()])], [CALLED_T1, GOT, user("wait")]),
     "a result before its call": ([user([result()]), USES], [CALLED_T1, GOT]),
-    "a result without a call": ([user([result("1", "t9")]), {"role": "assistant", "content": "ok"}], [user("[Result of an unknown tool call]\n1"), {"role": "assistant", "content": "ok"}]),
-    "results without IDs": ([{**USES, "content": [*USES["content"], {**USES["content"][0], "id": "t2"}]}, user([result("1", None), result("2", None)])],
-                            [called(("t1", "f", "{}"), ("t2", "f", "{}")), GOT, {**GOT, "tool_call_id": "t2", "content": "2"}]),
+    "a result without a call": ([user([result("1", "t9")]), assistant("ok")], [user("[Result of an unknown tool call]\n1"), assistant("ok")]),
+    "results without IDs": ([USES_TWICE, user([result("1", None), result("2", None)])], [CALLED_TWICE, GOT, returned("t2", "2")]),
     "a call and a result without an ID": ([{**USES, "content": [{**USES["content"][0], "id": None}]}, user([result("1", None)])],
-                                          [called(("call_0", "f", "{}")), {**GOT, "tool_call_id": "call_0"}]),
-    "two results of one call": ([USES, user([result("1"), result("2")])], [CALLED_T1, {**GOT, "content": "1\n\n2"}]),
-    "an ID that comes again": ([USES, user([result("1")]), USES, user([result("2")])], [CALLED_T1, GOT, CALLED_T1, {**GOT, "content": "2"}]),
-    "an ID that comes again after an interruption": ([USES, user("stop"), USES, user([result("2")])], [CALLED_T1, no_result("t1"), user("stop"), CALLED_T1, {**GOT, "content": "2"}]),
-    "a failure": ([USES, user([result("no such file", is_error=True)])], [CALLED_T1, {**GOT, "content": "Error: no such file"}]),
-    "a failure that says so": ([USES, user([result("Error: no", is_error=True)])], [CALLED_T1, {**GOT, "content": "Error: no"}]),
-    "a failure without words": ([USES, user([result(None, is_error=True)])], [CALLED_T1, {**GOT, "content": "Error: the tool failed."}]),
-    "a PDF in a result": ([USES, user([result([PDF])])], [CALLED_T1, {**GOT, "content": PDF_NOTE}]),
+                                          [called(("call_0", "f", "{}")), returned("call_0", "1")]),
+    "two results of one call": ([USES, user([result("1"), result("2")])], [CALLED_T1, returned("t1", "1\n\n2")]),
+    "an ID that comes again": ([USES, user([result("1")]), USES, user([result("2")])], [CALLED_T1, GOT, CALLED_T1, returned("t1", "2")]),
+    "an ID that comes again after an interruption": ([USES, user("stop"), USES, user([result("2")])], [CALLED_T1, no_result("t1"), user("stop"), CALLED_T1, returned("t1", "2")]),
+    "a failure": ([USES, user([result("no such file", is_error=True)])], [CALLED_T1, returned("t1", "Error: no such file")]),
+    "a failure that says so": ([USES, user([result("Error: no", is_error=True)])], [CALLED_T1, returned("t1", "Error: no")]),
+    "a failure without words": ([USES, user([result(None, is_error=True)])], [CALLED_T1, returned("t1", "Error: the tool failed.")]),
+    "a PDF in a result": ([USES, user([result([PDF])])], [CALLED_T1, returned("t1", PDF_NOTE)]),
     "a PDF in the first of two messages": ([user([PDF]), user("y")], [user(PDF_NOTE), user("y")]),
     "a PDF beside a result": ([USES, user([result(), PDF])], [CALLED_T1, GOT, user(PDF_NOTE)]),
-    "a PDF in an earlier message": ([user([PDF, {"type": "text", "text": "x"}]), {"role": "assistant", "content": "ok"}, user("y")],
-                                    [user(PDF_NOTE + "\n\nx"), {"role": "assistant", "content": "ok"}, user("y")]),
+    "a PDF in an earlier message": ([user([PDF, text_part("x")]), assistant("ok"), user("y")],
+                                    [user(PDF_NOTE + "\n\nx"), assistant("ok"), user("y")]),
     "a PDF at a URL": ([USES, user([result([{"type": "document", "source": {"type": "url", "url": "https://x/y.pdf"}}])])],
-                       [CALLED_T1, {**GOT, "content": "[A PDF, which this model can't read.]"}]),
+                       [CALLED_T1, returned("t1", "[A PDF, which this model can't read.]")]),
     "another file in a result": ([USES, user([result([{"type": "resource", "resource": {"mimeType": "application/zip", "blob": "UEsDBA=="}}])])],
-                                 [CALLED_T1, {**GOT, "content": "[A file of 4 bytes, which this model can't read.]"}]),
+                                 [CALLED_T1, returned("t1", "[A file of 4 bytes, which this model can't read.]")]),
     "a film in a result": ([USES, user([result([{"type": "video_url", "video_url": {"url": "data:video/mp4;base64,AAAAHA=="}}])])],
-                           [CALLED_T1, {**GOT, "content": "[A file of 4 bytes, which this model can't read.]"}]),
+                           [CALLED_T1, returned("t1", "[A file of 4 bytes, which this model can't read.]")]),
     "sound in a list within a result": ([USES, user([result([{"type": "resource", "contents": [{"mimeType": "audio/wav", "blob": "UklGRg=="}]}])])],
-                                        [CALLED_T1, {**GOT, "content": "[A file of 4 bytes, which this model can't read.]"}]),
-    "an unknown block in a history": ([user([{"type": "hologram"}]), {"role": "assistant", "content": "ok"}],
-                                      [user("[A block of type 'hologram' is left out.]"), {"role": "assistant", "content": "ok"}]),
-    "empty blocks": ([system([{"type": "text", "text": ""}]), user([{"type": "text", "text": ""}, {"type": "text", "text": "x"}])], [user("x")]),
+                                        [CALLED_T1, returned("t1", "[A file of 4 bytes, which this model can't read.]")]),
+    "an unknown block in a history": ([user([{"type": "hologram"}]), assistant("ok")],
+                                      [user("[A block of type 'hologram' is left out.]"), assistant("ok")]),
+    "empty blocks": ([system([text_part("")]), user([text_part(""), text_part("x")])], [user("x")]),
 })
 def test_a_history_of_messages_as_a_chat(case, fake, pool):
     messages, chat = case
@@ -5429,8 +5324,8 @@ def reasoned(*texts, **fields):
 
 
 CALL_ITEM, OUTPUT_ITEM = {**CALLED, "arguments": "{}"}, {"type": "function_call_output", "call_id": "c1", "output": "1"}
-C1, R1 = called(("c1", "f", "{}")), {"role": "tool", "tool_call_id": "c1", "content": "1"}
-DEVELOPER, SAYS = {"role": "developer", "content": "B"}, {"role": "assistant", "content": "doing"}
+C1, C1_C2, R1 = called(("c1", "f", "{}")), called(("c1", "f", "{}"), ("c2", "f", "{}")), returned("c1", "1")
+DEVELOPER, SAYS = developer("B"), assistant("doing")
 
 
 @table({
@@ -5440,7 +5335,7 @@ DEVELOPER, SAYS = {"role": "developer", "content": "B"}, {"role": "assistant", "
     "reasoning, text and a call": ([reasoned("a"), SAYS, CALL_ITEM, OUTPUT_ITEM], [{**C1, "content": "doing", "reasoning_content": "a"}, R1]),
     "reasoning in full": ([reasoned("short", content=[{"type": "reasoning_text", "text": "long"}]), CALL_ITEM, OUTPUT_ITEM], [{**C1, "reasoning_content": "long"}, R1]),
     "reasoning between calls": ([CALL_ITEM, reasoned("a"), {**CALL_ITEM, "call_id": "c2"}, OUTPUT_ITEM, {**OUTPUT_ITEM, "call_id": "c2"}],
-                                [{**called(("c1", "f", "{}"), ("c2", "f", "{}")), "reasoning_content": "a"}, R1, {**R1, "tool_call_id": "c2"}]),
+                                [{**C1_C2, "reasoning_content": "a"}, R1, returned("c2", "1")]),
     "reasoning without a call": ([reasoned("a"), SAYS, user("y")], [SAYS, user("y")]),
     "reasoning that nothing follows": ([user("x"), reasoned("a"), user("y")], [user("x"), user("y")]),
     "the assistant's text between": ([user("x"), CALL_ITEM, SAYS, OUTPUT_ITEM], [user("x"), {**C1, "content": "doing"}, R1]),
@@ -5448,14 +5343,14 @@ DEVELOPER, SAYS = {"role": "developer", "content": "B"}, {"role": "assistant", "
     "a developer's between": ([CALL_ITEM, DEVELOPER, OUTPUT_ITEM], [system("B"), C1, R1]),
     "all of them": ([CALL_ITEM, user("x"), SAYS, DEVELOPER, OUTPUT_ITEM], [system("B"), C1, R1, user("x"), SAYS]),
     "calls in turns": ([CALL_ITEM, OUTPUT_ITEM, {**CALL_ITEM, "call_id": "c2"}, {**OUTPUT_ITEM, "call_id": "c2"}],
-                       [C1, R1, called(("c2", "f", "{}")), {**R1, "tool_call_id": "c2"}]),
+                       [C1, R1, called(("c2", "f", "{}")), returned("c2", "1")]),
     "no output": ([CALL_ITEM, user("go on")], [C1, no_result("c1"), user("go on")]),
     "an output before its call": ([OUTPUT_ITEM, CALL_ITEM], [C1, R1]),
     "an output of nothing known": ([OUTPUT_ITEM], [user("[Result of an unknown tool call]\n1")]),
     "outputs without IDs": ([CALL_ITEM, {**CALL_ITEM, "call_id": "c2"}, {**OUTPUT_ITEM, "call_id": None}, {**OUTPUT_ITEM, "call_id": None, "output": "2"}],
-                            [called(("c1", "f", "{}"), ("c2", "f", "{}")), R1, {**R1, "tool_call_id": "c2", "content": "2"}]),
+                            [C1_C2, R1, returned("c2", "2")]),
     "arguments as an object": ([{**CALL_ITEM, "arguments": {"a": 1}}, OUTPUT_ITEM], [called(("c1", "f", '{"a":1}')), R1]),
-    "a PDF in an output": ([CALL_ITEM, {**OUTPUT_ITEM, "output": [PDF_FILE]}], [C1, {**R1, "content": PDF_NOTE}]),
+    "a PDF in an output": ([CALL_ITEM, {**OUTPUT_ITEM, "output": [PDF_FILE]}], [C1, returned("c1", PDF_NOTE)]),
     "a PDF in the first of two messages": ([user([PDF_FILE]), system("B"), user("y")], [system("B"), user(PDF_NOTE), user("y")]),
     "a PDF in an earlier message": ([user([PDF_FILE]), SAYS, user("y")], [user(PDF_NOTE), SAYS, user("y")]),
     "how closely to look": ([user([{"type": "input_image", "image_url": "data:x", "detail": "high"}])],
@@ -5475,10 +5370,9 @@ def reminder(text):
 @table({
     # name: (messages, messages of the chat)
     "after the user's": ([system("A"), user("x"), system("B")], [system("A"), user(f"x\n\n{reminder('B')}")]),
-    "before the user's": ([user("x"), {"role": "assistant", "content": "a"}, system("B"), user("y")],
-                          [user("x"), {"role": "assistant", "content": "a"}, user(f"{reminder('B')}\n\ny")]),
+    "before the user's": ([user("x"), assistant("a"), system("B"), user("y")], [user("x"), assistant("a"), user(f"{reminder('B')}\n\ny")]),
     "behind a result": ([system("A"), system("B"), USES, user([result()]), system("C")], [system("A\n\nB"), CALLED_T1, GOT, user(reminder("C"))]),
-    "beside a picture": ([user([{"type": "image", "source": PNG_SOURCE}]), system("B")], [user([picture("data:image/png;base64,iVBO"), {"type": "text", "text": reminder("B")}])]),
+    "beside a picture": ([user([{"type": "image", "source": PNG_SOURCE}]), system("B")], [user([picture("data:image/png;base64,iVBO"), text_part(reminder("B"))])]),
 })
 def test_later_system_messages_as_text_of_the_user(case, fake, pool):
     messages, chat = case
@@ -5486,7 +5380,6 @@ def test_later_system_messages_as_text_of_the_user(case, fake, pool):
     assert fake.bodies()[0]["messages"] == chat
 
 
-@pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("path", ["/v1/messages", "/v1/responses"])
 @pytest.mark.parametrize("extra", [{"extra_content": {"google": {"thought_signature": "S/+=\u2028" * 99}}}, {"provider_specific_fields": {"thought_signature": "S"}},
                                    {"thought_signature": "S", "n": 1}], ids=["Gemini", "LiteLLM", "others"])
@@ -5499,7 +5392,7 @@ def test_what_a_model_wants_back_with_a_call_comes_back(extra, path, streamed, f
         got = ask(server, "POST", path, {**ASKED, "stream": streamed})
         blocks = [event["content_block"] for event in named_events(got.body) if "content_block" in event] if streamed else got.json["content"]
         assert re.fullmatch("[A-Za-z0-9_-]+", blocks[0]["id"]) and blocks[1]["id"] == "c2"
-        history = {**ASKED, "messages": [{"role": "assistant", "content": [{**blocks[0], "input": {"a": 1}}, blocks[1]]}, user([result("1", block["id"]) for block in blocks])]}
+        history = {**ASKED, "messages": [assistant([{**blocks[0], "input": {"a": 1}}, blocks[1]]), user([result("1", block["id"]) for block in blocks])]}
     else:
         got = ask(server, "POST", path, {**WANTED, "stream": streamed})
         output = named_events(got.body)[-1]["response"]["output"] if streamed else got.json["output"]
@@ -5509,10 +5402,9 @@ def test_what_a_model_wants_back_with_a_call_comes_back(extra, path, streamed, f
     assert ask(server, "POST", path, history).status == 200
     sent = called(("c1", "f", '{"a":1}'), ("c2", "f", "{}"))
     sent["tool_calls"][0].update(extra)
-    assert fake.bodies()[-1]["messages"] == [sent, R1, {**R1, "tool_call_id": "c2"}]
+    assert fake.bodies()[-1]["messages"] == [sent, R1, returned("c2", "1")]
 
 
-@pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("path, more", [("/v1/messages", {**ASKED, "thinking": {"type": "adaptive"}}),
                                         ("/v1/responses", {**WANTED, "include": ["reasoning.encrypted_content", "message.output_text.logprobs"]}), ("/v1/responses", WANTED)])
 def test_clients_that_return_only_signed_reasoning_return_ours(path, more, streamed, fake, pool):
@@ -5524,7 +5416,7 @@ def test_clients_that_return_only_signed_reasoning_return_ours(path, more, strea
         signature = "".join(event["delta"].get("signature", "") for event in events if event["type"] == "content_block_delta")
         block = {"type": "thinking", "thinking": "hm", "signature": signature} if streamed else got.json["content"][0]
         assert block["signature"] == akashproxy.UNSIGNED
-        ask(server, "POST", path, {**more, "messages": [{"role": "assistant", "content": [block, {**USES["content"][0], "id": "c1"}]}, user([result("1", "c1")])]})
+        ask(server, "POST", path, {**more, "messages": [assistant([block, {**USES["content"][0], "id": "c1"}]), user([result("1", "c1")])]})
     else:
         output = events[-1]["response"]["output"] if streamed else got.json["output"]
         assert output[0].get("encrypted_content") == (akashproxy.UNSIGNED if "include" in more else None)
@@ -5539,7 +5431,7 @@ def returned_calls(server, path, body, streamed):
     if path == "/v1/messages":
         blocks = [event["content_block"] for event in named_events(got.body) if "content_block" in event] if streamed else got.json["content"]
         calls = [block for block in blocks if block["type"] == "tool_use"]
-        history = {"messages": [{"role": "assistant", "content": calls}, user([result("1", call["id"]) for call in calls])]}
+        history = {"messages": [assistant(calls), user([result("1", call["id"]) for call in calls])]}
     else:
         output = (named_events(got.body)[-1]["response"] if streamed else got.json)["output"]
         calls = [item for item in output if item["type"] == "function_call"]
@@ -5563,7 +5455,6 @@ SEALED = {"type": "reasoning.encrypted", "data": "E", "id": "tool_1", "format": 
     "too many of them": ([[{**SEALED, "data": "E" * 40_000}], [{**SEALED, "data": "F" * 40_000}]], None),
     "odd ones": ([[7], ["x"], [None], {"a": 1}, "x"], None),
 })
-@pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("path, body", [("/v1/messages", ASKED), ("/v1/responses", WANTED)], ids=["messages", "responses"])
 def test_reasoning_details_come_back_with_the_calls(case, path, body, streamed, fake, pool):
     details, expected = case
@@ -5575,13 +5466,12 @@ def test_reasoning_details_come_back_with_the_calls(case, path, body, streamed, 
     assert without_nulls(message.get("reasoning_details") or []) == without_nulls(expected or [])
 
 
-@pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("reasoning, expected", [(["h", "m"], "hm"), (["\u4e2d" * 900] * 3, "\u4e2d" * 1000), ([], None)], ids=["short", "long", "none"])
 def test_reasoning_that_is_not_requested_comes_back_with_the_calls(reasoning, expected, streamed, fake, pool):
     fake.faults.append(answered(*({"reasoning_content": text} for text in reasoning), calling("c1", "c2"), finish="tool_calls"))
     returned_calls(pool(fake), "/v1/messages", ASKED, streamed)
     message = fake.bodies()[-1]["messages"][0]
-    assert message["tool_calls"] == called(("c1", "f", "{}"), ("c2", "f", "{}"))["tool_calls"]
+    assert message["tool_calls"] == C1_C2["tool_calls"]
     assert message.get("reasoning_content") == expected
 
 
@@ -5605,7 +5495,6 @@ LONG = "mcp__plugin_some_marketplace_and_a_server_with_a_long_name__a_tool_with_
     "in one that ends with underscores": ("f", "mcp__x__", "mcp__x__f"),
     "in a long one": ("f", LONG, LONG[:55] + "_[0-9a-f]{8}"),
 })
-@pytest.mark.parametrize("streamed", [False, True])
 def test_names_of_tools_are_sent_as_upstreams_take_them(case, streamed, fake, pool):
     name, space, pattern = case
     server = pool(fake)
@@ -5646,7 +5535,7 @@ def test_equal_names_in_namespaces_stay_apart(fake, pool):
     "a user of 64 characters": ("messages", {"metadata": {"user_id": "u" * 64}}, {"user": "u" * 64}, [], None),
     "one of 65": ("messages", {"metadata": {"user_id": "u" * 65}}, {}, ["user"], "metadata.user_id"),
     "one that is JSON": ("messages", {"metadata": {"user_id": '{"device_id":"x"}'}}, {}, ["user"], "metadata.user_id"),
-    "a line that changes each time": ("messages", {"system": [{"type": "text", "text": "x-anthropic-billing-header: cc_version=2; cch=1;"}, {"type": "text", "text": "A"}]},
+    "a line that changes each time": ("messages", {"system": [text_part("x-anthropic-billing-header: cc_version=2; cch=1;"), text_part("A")]},
                                       {"messages": [system("A"), user("hi")]}, [], None),
     "such a line before text": ("messages", {"system": "x-anthropic-billing-header: cc_version=2\nA\nB"}, {"messages": [system("A\nB"), user("hi")]}, [], None),
     "text that speaks of it": ("messages", {"system": "Never send x-anthropic-billing-header: it."}, {"messages": [system("Never send x-anthropic-billing-header: it."), user("hi")]}, [], None),
@@ -5740,7 +5629,7 @@ def test_other_errors_are_not_told_as_too_long(message, fake, pool):
     assert ask(pool(fake), "POST", "/v1/messages", ASKED).json["error"]["message"] == message
 
 
-REASONS = {
+ENDINGS = {
     # finish_reason: (of Messages, of Messages with a call, status of Responses, its reason)
     "stop": ("end_turn", "tool_use", "completed", None),
     "length": ("max_tokens", "max_tokens", "incomplete", "max_output_tokens"),
@@ -5750,10 +5639,9 @@ REASONS = {
 }
 
 
-@pytest.mark.parametrize("reason", REASONS)
-@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("reason", ENDINGS)
 def test_why_an_answer_ended_in_each_dialect(reason, streamed, fake, pool):
-    plain, with_call, status, detail = REASONS[reason]
+    plain, with_call, status, detail = ENDINGS[reason]
     server = pool(fake)
     fake.faults += [answered(delta, finish=reason) for delta in ({"content": "x"}, {"tool_calls": [{"index": 0, "id": "c", "function": {"name": "f", "arguments": "{}"}}]}, {"content": "x"})]
     for expected in (plain, with_call):
@@ -5845,13 +5733,13 @@ TOOL_ANSWERS.update({f"text: {text}": (text, text, []) for text in NO_CALLS})
 
 
 def prompted(stream=True, **fields):
-    call = Call({"model": "m", "messages": [{"role": "user", "content": "x"}], "tools": FUNCTIONS, **fields}, stream=stream)
+    call = Call({"model": "m", "messages": [user("x")], "tools": FUNCTIONS, **fields}, stream=stream)
     return akashproxy.PromptedTools(call, "m", akashproxy.TOOLS_PROMPT, "fake")
 
 
 def tool_answer(pieces, stream=True):
     step = akashproxy.ToolCallFilter(prompted(stream))
-    answer = fold([event for piece in pieces for event in step.feed([Text(piece)])] + step.feed([Finish("stop")]) + step.close())
+    answer = fold(filtered(step, pieces) + step.close())
     assert answer.finish == Finish("tool_calls" if answer.tools else "stop")
     assert all(call.id for call in answer.tools) and [call.index for call in answer.tools] == list(range(len(answer.tools)))
     return answer.text, [(call.name, json.loads(call.arguments)) for call in answer.tools]
@@ -5920,7 +5808,7 @@ TOOL_MODELS = {"x": "<tool_call>\n{", "Qwen/Qwen3-235B-A22B": "<tool_call>\n{", 
 def test_tools_and_history_become_text_in_the_models_own_form(model):
     history = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"},
                {"role": "assistant", "content": "I look.", "tool_calls": [{"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city":"Kyiv"}'}}] * 2},
-               {"role": "tool", "tool_call_id": "c1", "content": "sun"}, {"role": "tool", "tool_call_id": "c2", "content": [{"type": "text", "text": "rain"}]}]
+               returned("c1", "sun"), {"role": "tool", "tool_call_id": "c2", "content": [text_part("rain")]}]
     call = Call({"model": model, "messages": history, "tools": FUNCTIONS, "tool_choice": "required"})
     tools = akashproxy.PromptedTools(call, model, akashproxy.TOOLS_PROMPT, "fake")
     system, user, assistant, results = akashproxy.join_user_messages(tools.body()["messages"])
@@ -5933,7 +5821,7 @@ def test_tools_and_history_become_text_in_the_models_own_form(model):
 
 def test_without_a_choice_nothing_is_added_to_the_prompt():
     tools = prompted(tool_choice="none")
-    assert tools.body()["messages"] == [{"role": "user", "content": "x"}] and not tools.functions
+    assert tools.body()["messages"] == [user("x")] and not tools.functions
     tools = prompted(tool_choice={"type": "function", "function": {"name": "now"}})
     assert list(tools.functions) == ["now"] and tools.required
     with pytest.raises(APIError, match="tool_choice"):
@@ -5949,18 +5837,17 @@ def prompting(url, **more):
 
 
 TOOL_REQUESTS = {
-    "/v1/chat/completions": {"messages": [{"role": "user", "content": "hi"}], "tools": FUNCTIONS},
-    "/v1/messages": {"max_tokens": 99, "messages": [{"role": "user", "content": "hi"}], "tools": [{"name": "weather", "input_schema": {"type": "object"}}]},
+    "/v1/chat/completions": {"messages": [user("hi")], "tools": FUNCTIONS},
+    "/v1/messages": {"max_tokens": 99, "messages": [user("hi")], "tools": [{"name": "weather", "input_schema": {"type": "object"}}]},
     "/v1/responses": {"input": "hi", "tools": [{"type": "function", "name": "weather", "parameters": {"type": "object"}, "strict": True}]},
 }
 
 
-@pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("path", TOOL_REQUESTS)
-def test_akash_calls_tools_in_every_dialect(path, stream, akash, serve):
+def test_akash_calls_tools_in_every_dialect(path, streamed, akash, serve):
     akash.chat = akash_text(f"I look.\n<tool_call>\n{KYIV}\n</tool_call>")
     server = serve(**prompting(akash.url))
-    got = ask(server, "POST", path, {"model": "Qwen/Qwen3", "stream": stream, **TOOL_REQUESTS[path]})
+    got = ask(server, "POST", path, {"model": "Qwen/Qwen3", "stream": streamed, **TOOL_REQUESTS[path]})
     assert got.status == 200 and b"weather" in got.body and b"Kyiv" in got.body and b"tool_call>" not in got.body
     assert (got.headers.get("x-akashproxy-ignored") == "strict") == (path == "/v1/responses")
     [sent] = [body for body in akash.bodies() if "messages" in body]
@@ -5968,21 +5855,23 @@ def test_akash_calls_tools_in_every_dialect(path, stream, akash, serve):
     assert {model["tools"] for model in ask(server, path="/v1/models").json["data"]} == {"prompt"}
 
 
-@pytest.mark.parametrize("stream", [True, False])
-def test_a_required_call_is_asked_for_once_more(stream, akash, serve):
+def test_a_required_call_is_asked_for_once_more(streamed, akash, serve):
     server = serve(**prompting(akash.url))
-    body = {"model": "Qwen/Qwen3", "stream": stream, "tool_choice": "required", **TOOL_REQUESTS["/v1/chat/completions"]}
+    body = {"model": "Qwen/Qwen3", "stream": streamed, "tool_choice": "required", **TOOL_REQUESTS["/v1/chat/completions"]}
     akash.chat = akash_text('<tool_call>{"name": "rm", "arguments": {}}</tool_call>')
     got, sent = ask(server, "POST", "/v1/chat/completions", body), [body for body in akash.bodies() if "messages" in body]
     assert got.status == 200 and b"rm" in got.body and b'"tool_calls":[' not in got.body and len(sent) == 2
     assert "'rm' is not a function" in sent[1]["messages"][-1]["content"] and "is not a function" not in sent[0]["messages"][-1]["content"]
 
 
-@pytest.mark.parametrize("mode, status", [("", 400), ("refuse", 400), ("prompt", 200)])
-def test_akash_refuses_tools_unless_they_are_to_be_text(mode, status, akash, serve):
-    server = serve(controllers=(akashproxy.ControllerSettings(type="akash", base_url=akash.url, tools=mode),))
-    got = ask(server, "POST", "/v1/chat/completions", {"model": "Qwen/Qwen3", **TOOL_REQUESTS["/v1/chat/completions"]})
-    assert got.status == status
+@pytest.mark.parametrize("kind, mode, status", [("akash", "", 400), ("akash", "refuse", 400), ("akash", "prompt", 200),
+                                                ("openai", "", 200), ("openai", "native", 200), ("openai", "refuse", 400)])
+def test_a_controller_takes_or_refuses_tools(kind, mode, status, akash, fake, pool):
+    server = pool((akash if kind == "akash" else fake, {"tools": mode}))
+    body = {"model": "gpt-x", "messages": [user("hi")], "tools": FUNCTIONS}
+    assert chat(server, body).status == status
+    assert fake.bodies() == [body] * (kind == "openai" and status == 200)
+    assert chat(server, body, tools=[]).status == 200
 
 
 # == the matrix: every controller, every dialect ==============================================
@@ -6054,6 +5943,7 @@ MATRIX = {
              [T("Hello from the mock."), Finish("stop")], None),
     "reasoning": (lambda fake: fake.cut(b'g:"h"\ng:"m"\n0:"42"\n' + STOP, True), lambda fake: answered({"reasoning_content": "hm"}, {"content": "42"}),
                   [R("hm"), T("42"), Finish("stop")], None),
+    "a thought in tags": (lambda fake: fake.cut(b'0:"<think>\\nhm\\n</think>\\n\\n"\n0:"42"\n' + STOP, True), None, [R("hm"), T("42"), Finish("stop")], None),
     "calls of tools": (lambda fake: fake.cut(b'9:{"toolCallId":"call_1","toolName":"f","args":{"a":1}}\n9:{"toolCallId":"c2","toolName":"g","args":{}}\n'
                                              + END.replace(b"%b", b"tool-calls"), True),
                        lambda fake: answered(*({"tool_calls": calls} for calls in (
@@ -6120,11 +6010,10 @@ def test_the_matrix(kind, name, dialect, streamed, pool):
 
 @pytest.mark.parametrize("fields, ignored", [
     ({"tools": [{"type": "function"}], "tool_choice": "required", "n": 2}, "tools, tool_choice, n"), ({"stop": "mock"}, "stop"),
-    ({"max_tokens": 1, "seed": 1}, "max_tokens, seed"), ({"messages": [{"role": "user", "content": "hi"}]}, None), ({"tools": None}, None)])
+    ({"max_tokens": 1, "seed": 1}, "max_tokens, seed"), ({"messages": [user("hi")]}, None), ({"tools": None}, None)])
 def test_akash_drops_parameters_before_it_checks_them(akash, serve, fields, ignored):
     drop = ("tools", "tool_choice", "n", "stop", "max_tokens", "messages")
-    server = serve(controllers=(akashproxy.ControllerSettings(type="akash", drop=drop),))
-    got = chat(server, {**CHAT, **fields})
+    got = chat(serve(controllers=(akashproxy.ControllerSettings(type="akash", drop=drop),)), {**CHAT, **fields})
     assert got.status == 200 and got.headers.get("x-akashproxy-ignored") == ignored and text_of(got) == "Hello from the mock."
 
 
@@ -6140,21 +6029,20 @@ def test_a_failed_image_of_the_2026_version_is_not_repeated(akash, serve):
     assert (got.status, got.json["error"]["code"], got.headers["x-should-retry"]) == (502, "image_failed", "false") and b"inner" not in got.body
 
 
-@pytest.mark.parametrize("stream", [True, False])
-def test_any_upstream_can_get_tools_as_text(stream, serve):
+def test_any_upstream_can_get_tools_as_text(streamed, serve):
     fake = FakeOpenAI(text=f"<think>\nhm\n</think>I look. <tool_call>\n{KYIV}\n</tool_call>")
     history = [user("hi"), {"role": "assistant", "content": None, "tool_calls": [{"id": "c", "type": "function", "function": {"name": "now", "arguments": "{}"}}]},
-               {"role": "tool", "tool_call_id": "c", "content": "noon"}, user("So?")]
+               returned("c", "noon"), user("So?")]
     with contextlib.closing(fake):
         server = serve(controllers=(akashproxy.ControllerSettings(base_url=fake.url, tools="prompt", paths=("*",)),))
-        got = ask(server, "POST", "/v1/chat/completions", {"model": "gpt-x", "stream": stream, "messages": history, "tools": [{"type": "retrieval"}, *FUNCTIONS]})
-        answer, sent = fold(read_chat(sse(got.body) if stream else got.json)), json.loads(fake.requests[-1].body)
+        got = ask(server, "POST", "/v1/chat/completions", {"model": "gpt-x", "stream": streamed, "messages": history, "tools": [{"type": "retrieval"}, *FUNCTIONS]})
+        answer, sent = fold(read_chat(sse(got.body) if streamed else got.json)), json.loads(fake.requests[-1].body)
         assert (answer.text, answer.reasoning, answer.finish) == ("I look. ", "hm", Finish("tool_calls"))
         assert [(call.name, json.loads(call.arguments)) for call in answer.tools] == [IN_KYIV] and got.headers["x-akashproxy-ignored"] == "retrieval"
         assert "tools" not in sent and [message["role"] for message in sent["messages"]] == ["system", "user", "assistant", "user"]
         assert sent["messages"][2]["content"] == '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
         assert sent["messages"][3]["content"] == "<tool_response>\nnoon\n</tool_response>\n\nSo?"
-        plain = {"model": "gpt-x", "stream": stream, "messages": [user("hi")]}
+        plain = {"model": "gpt-x", "stream": streamed, "messages": [user("hi")]}
         ask(server, "POST", "/v1/chat/completions", plain)
         assert json.loads(fake.requests[-1].body) == plain, "a chat without tools is relayed unchanged"
 
@@ -6164,16 +6052,6 @@ def test_tools_as_text_work_for_a_controller_of_ones_own(serve):
     body = {"model": "echo", "messages": [user(f"I look. <tool_call>{KYIV}</tool_call>")], "tools": FUNCTIONS}
     [call] = fold(read_chat(ask(server, "POST", "/v1/chat/completions", body).json)).tools
     assert (call.name, json.loads(call.arguments)) == IN_KYIV
-
-
-@pytest.mark.parametrize("mode, status", [("", 200), ("native", 200), ("refuse", 400)])
-def test_a_controller_can_refuse_tools(mode, status, serve):
-    with contextlib.closing(FakeOpenAI()) as fake:
-        server = serve(controllers=(akashproxy.ControllerSettings(base_url=fake.url, tools=mode),))
-        body = {"model": "gpt-x", "messages": [user("hi")], "tools": FUNCTIONS}
-        assert ask(server, "POST", "/v1/chat/completions", body).status == status
-        assert sum(json.loads(request.body) == body for request in fake.requests if request.body) == (status == 200)
-        assert ask(server, "POST", "/v1/chat/completions", {**body, "tools": []}).status == 200
 
 
 def named(*names):
@@ -6237,15 +6115,15 @@ def agent_request(path, tools, turns):
     """A streamed request of a dialect; turns are (id, name, arguments, result)."""
     if path == "/v1/chat/completions":
         calls = [[{"role": "assistant", "content": "x", "tool_calls": [{"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}]},
-                  {"role": "tool", "tool_call_id": id, "content": result}] for id, name, arguments, result in turns]
+                  returned(id, result)] for id, name, arguments, result in turns]
         functions = [{"type": "function", "function": {"name": name, "description": "d", "parameters": schema}} for name, schema in tools.items()]
-        more = {"messages": [{"role": "system", "content": "You are an agent."}, user("Go."), *sum(calls, [])], "stream_options": {"include_usage": True}}
+        more = {"messages": [system("You are an agent."), user("Go."), *sum(calls, [])], "stream_options": {"include_usage": True}}
     elif path == "/v1/messages":
-        calls = [[{"role": "assistant", "content": [{"type": "tool_use", "id": id, "name": name, "input": json.loads(arguments)}]},
-                  {"role": "user", "content": [{"type": "tool_result", "tool_use_id": id, "content": [{"type": "text", "text": result}]}]}]
+        calls = [[assistant([{"type": "tool_use", "id": id, "name": name, "input": json.loads(arguments)}]),
+                  user([{"type": "tool_result", "tool_use_id": id, "content": [text_part(result)]}])]
                  for id, name, arguments, result in turns]
         functions = [{"name": name, "description": "d", "input_schema": schema} for name, schema in tools.items()]
-        more = {"system": [{"type": "text", "text": "You are an agent."}], "messages": [user("Go."), *sum(calls, [])], "max_tokens": 32000}
+        more = {"system": [text_part("You are an agent.")], "messages": [user("Go."), *sum(calls, [])], "max_tokens": 32000}
     else:
         calls = [[{"type": "function_call", "call_id": id, "name": name, "arguments": arguments}, {"type": "function_call_output", "call_id": id, "output": result}]
                  for id, name, arguments, result in turns]
@@ -6447,9 +6325,11 @@ def test_an_unreachable_upstream_is_explained_with_its_host(case, pool, tmp_path
     got = chat(server, BOTH)
     status, = ask(server, path="/status").json["controllers"]
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    for text in (got.json["error"]["message"], status["last_error"], "\n".join(warnings)):
+    assert len(warnings) == 1 and warnings[0].startswith("a could not be reached: "), warnings
+    for text in (got.json["error"]["message"], status["last_error"], *warnings):
         assert words in text and "Say who" not in text and "Traceback" not in text, text
-    assert got.status == 502
+    assert (got.status, got.json["error"]["code"]) == (502, "upstream_error")
+    assert not any(str(port) in got.body.decode() for port in ports)
     for fake in fakes:
         fake.close()
 
@@ -6457,8 +6337,7 @@ def test_an_unreachable_upstream_is_explained_with_its_host(case, pool, tmp_path
 def test_a_proxy_on_the_way_plain(fake, pool, monkeypatch):
     monkeypatch.setenv("no_proxy", "*")     # concerns the environment's proxies only
     proxy = ForwardProxy()
-    server = pool((fake, {"proxy": f"http://us%40er:p%3Aw@127.0.0.1:{proxy.port}", "api_key": "k"}))
-    assert chat(server, BOTH).status == 200
+    assert chat(pool((fake, {"proxy": f"http://us%40er:p%3Aw@127.0.0.1:{proxy.port}", "api_key": "k"})), BOTH).status == 200
     request = proxy.requests[0]
     assert (request.method, request.path) == ("POST", f"{fake.url}/v1/chat/completions")
     assert base64.b64decode(request.headers["proxy-authorization"].split()[1]) == b"us@er:p:w"
@@ -6513,34 +6392,23 @@ def test_a_proxy_on_the_way_with_connect(pool, tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no SIGHUP here")
-def test_sighup_reloads_and_a_broken_file_changes_nothing(config, pool):
-    a, b = FakeOpenAI(text="from a."), FakeOpenAI(text="from b.")
-    pool(a, b)                          # only so that they are closed
+def test_sighup_reloads_and_a_broken_file_changes_nothing(config, a, b):
     path = config({"controllers": [{"name": "a", "base_url": a.url}]})
-    hold = threading.Event()
-
-    def slow(sock, request):
-        parts = list(a.events())
-        sock.sendall(a.head() + chunk(parts[0]))
-        hold.wait(60)
-        sock.sendall(chunks(*parts[1:]))
-
-    with started("--config-file", path) as (process, server):
-        lines = []
+    (first, *others), hold, lines = a.events(), threading.Event(), []
+    with started("--config-file", path) as (process, server), concurrent.futures.ThreadPoolExecutor(1) as threads:
         threading.Thread(target=lambda: lines.extend(process.stderr), daemon=True).start()
-        a.faults.append(slow)
-        with concurrent.futures.ThreadPoolExecutor(1) as threads:
-            running = threads.submit(chat, server, BOTH, stream=True)
-            wait_for(lambda: a.bodies())
-            config({"controllers": [{"name": "b", "base_url": b.url}]})
-            process.send_signal(signal.SIGHUP)
-            wait_for(lambda: chat(server, BOTH).headers["x-akashproxy-route"] == "b=200")
-            config("{")
-            process.send_signal(signal.SIGHUP)
-            wait_for(lambda: any("stay as they were" in line for line in lines))
-            assert chat(server, BOTH).headers["x-akashproxy-route"] == "b=200"
-            hold.set()
-            assert b"[DONE]" in running.result().body, "an open stream goes on"
+        a.faults.append(a.steps(a.head() + chunk(first), hold, chunks(*others)))
+        running = threads.submit(chat, server, BOTH, stream=True)
+        wait_for(lambda: a.bodies())
+        config({"controllers": [{"name": "b", "base_url": b.url}]})
+        process.send_signal(signal.SIGHUP)
+        wait_for(lambda: route_of(chat(server, BOTH)) == "b=200")
+        config("{")
+        process.send_signal(signal.SIGHUP)
+        wait_for(lambda: any("stay as they were" in line for line in lines))
+        assert route_of(chat(server, BOTH)) == "b=200"
+        hold.set()
+        assert b"[DONE]" in running.result().body, "an open stream goes on"
 
 
 def test_a_reload_without_its_file_changes_nothing(config, tmp_path):
@@ -6647,7 +6515,7 @@ ZNxVwCmKC3KuK9t5ulgM8vS76LCtdFIJaWHvs6GBkQ==
 """
 
 
-# == under fire ===============================================================================
+# == attacks, slow clients and faults =========================================================
 
 GET, HOST = b"GET /health HTTP/1.1\r\n", b"Host: x\r\n"
 POST = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n"
@@ -6671,6 +6539,9 @@ def target(path):
 
 def spelled(body):
     return POST + b"Content-Length: %d\r\n\r\n" % len(body) + body
+
+
+# -- what one client sends
 
 
 ATTACKS = {
@@ -6915,10 +6786,12 @@ def test_a_refusal_reaches_a_client_that_goes_on_sending(serve):
         assert sock.recv(100).startswith(b"HTTP/1.1 413 ")
 
 
+# -- slow clients, and what is without an end
+
+
 def test_500_slow_clients_change_nothing_for_the_next(akash, serve):
     server = serve(head_timeout=30)
-    with contextlib.ExitStack() as stack:
-        socks = [stack.enter_context(connect(server)) for _ in range(500)]
+    with crowd(server, 500, b"") as socks:
         for at, sock in enumerate(socks):
             sock.sendall([b"", b"G", b"GET /health HTTP/1.1\r\n", b"\r\n"][at % 4])
         threads = threading.active_count()
@@ -6965,8 +6838,7 @@ def test_a_body_may_come_as_slowly_as_by_modem(serve):
 
 
 def test_an_idle_connection_ends(serve):
-    server = serve(keepalive_timeout=0.5)
-    with connect(server, get()) as sock:
+    with connect(serve(keepalive_timeout=0.5), get()) as sock:
         assert sock.recv(4096).startswith(b"HTTP/1.1 200 ")
         assert sock.recv(1) == b"", "closed without a word"
 
@@ -7041,7 +6913,7 @@ def test_a_bug_within_a_stream_closes_both_ends(place, a, pool, caplog):
     wait_for(lambda: samples(server, bearer("alice")).get(("akashproxy_requests_total", "/v1/chat/completions", "200", "a")) == 1)
 
 
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/v1/responses"])
+@pytest.mark.parametrize("path", WANTS)
 def test_an_endless_answer_is_not_kept(path, akash, serve, monkeypatch):
     """Nor a stream of the APIs whose last events need the whole text."""
     monkeypatch.setattr(akashproxy, "MAX_BUFFERED_BODY", 1 << 20)
@@ -7061,15 +6933,6 @@ def test_a_stream_of_messages_keeps_no_text():
     assert frames > 17 << 20 and held < 1 << 20
 
 
-def test_a_failed_connection_is_logged_once(pool, caplog):
-    gone = FakeOpenAI()
-    gone.close()
-    caplog.set_level("INFO")
-    assert chat(pool(gone), BOTH).status == 502
-    lines = [record.getMessage() for record in caplog.records if "refused the connection" in record.getMessage()]
-    assert len(lines) == 1 and lines[0].startswith("a could not be reached: "), lines
-
-
 def test_a_request_that_no_controller_can_serve_is_told_its_own_last_error(a, b, pool):
     server = pool(a, (b, {"priority": 2}))
     a.faults.append(a.status(429, extra=LIMIT))
@@ -7079,16 +6942,6 @@ def test_a_request_that_no_controller_can_serve_is_told_its_own_last_error(a, b,
     busy = "All controllers for this model are cooling down or busy."
     assert tried.status == later.status == 429 and later.json["error"]["message"] == busy, "nobody else's words"
     assert tried.json["error"]["message"] == f"{busy} The last error: b: told"
-
-
-def test_the_first_token_is_not_later_than_the_end(pool, caplog):
-    server = pool(FakeOpenAI())
-    caplog.set_level("INFO")
-    for _ in range(40):
-        ask(server, path="/status")
-    times = lambda: re.findall(r"first_ms=(\d+) ms=(\d+)", caplog.text)
-    wait_for(lambda: len(times()) == 40)
-    assert all(int(first) <= int(end) for first, end in times())
 
 
 def test_an_endless_answer_of_akashgen_is_not_kept(akash, serve):
@@ -7153,9 +7006,7 @@ def test_the_first_of_several_ends_of_a_relay():
 
 def test_too_many_connections(serve):
     server = serve(max_connections=3)
-    with contextlib.ExitStack() as stack:
-        for _ in range(3):
-            stack.enter_context(connect(server))
+    with crowd(server, 3, b""):
         wait_for(lambda: len(server.connections) == 3)
         got = talk(server, b"")
         assert got.startswith(b"HTTP/1.1 503 ") and b"\r\nRetry-After: " in got and json.loads(got.partition(b"\r\n\r\n")[2])["code"] == 503
@@ -7164,9 +7015,11 @@ def test_too_many_connections(serve):
 
 
 def test_a_prompt_of_20_megabytes(akash, serve):
-    server = serve()
-    assert chat(server, messages=[user("x" * (20 << 20))]).status == 200
+    assert chat(serve(), messages=[user("x" * (20 << 20))]).status == 200
     assert len(akash.bodies()[0]["messages"][0]["content"]) == 20 << 20
+
+
+# -- pings
 
 
 @pytest.mark.parametrize("form, fill", [("comment", b": ping\n\n"), ("chunk", b'"delta":{"role":"assistant","content":""}'), ("off", None)])
@@ -7183,7 +7036,7 @@ def test_pings_fill_silence(form, fill, akash, serve):
             go.set()
             got += receive(sock, b'"one "' if go is first else b"0\r\n\r\n")
     body = unchunked(got.partition(b"\r\n\r\n")[2])
-    assert fill is not None or b": keep" not in body
+    assert fill is not None or b": ping" not in body
     events = [json.loads(event[6:]) for event in body.split(b"\n\n") if event.startswith(b"data: {")]
     assert "".join(event["choices"][0]["delta"].get("content", "") for event in events) == "one two" and body.endswith(b"data: [DONE]\n\n")
 
@@ -7271,130 +7124,7 @@ def test_openais_client_reads_pings_behind_an_event_with_an_id(fake, pool):
     assert "".join(text or "" for text in texts) == "ab"
 
 
-def test_who_drains_says_so(akash, serve):
-    server = serve()
-    server.draining = True
-    got = ask(server)
-    assert (got.status, got.json["status"]) == (503, "draining") and got.headers["connection"] == "close"
-    server.draining = False
-
-
-def test_a_second_signal_stops_at_once(akash):
-    akash.faults.append(akash.stall(b'0:"one "\n'))
-    with started(AKASH_BASE_URL=akash.url, GRACE="60") as (process, port):
-        with socket.create_connection(("127.0.0.1", port), timeout=10) as sock:
-            sock.sendall(post("/v1/chat/completions", {**CHAT, "stream": True}))
-            sock.recv(100)
-            process.send_signal(signal.SIGTERM)
-            wait_for(lambda: refused(port))
-            assert process.poll() is None, "it waits for the stream"
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(10) == 0
-            assert "stopping: 1 running requests have 60 seconds to end" in process.stderr.read()
-
-
-def children(process):
-    return set(map(int, pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()))
-
-
-@pytest.mark.parametrize("address, token, with_keys, warned", [
-    ("0.0.0.0:0", "", False, True), ("0.0.0.0:0", "t", False, False), ("127.0.0.1:0", "", False, False), ("0.0.0.0:0", "", True, False)])
-def test_an_open_address_is_warned_of(address, token, with_keys, warned, config):
-    file = config({"keys": [{"name": "alice", "key": "k"}]}) if with_keys else ""
-    with spawned("--server-address", address, BEARER_TOKEN=token, CONFIG_FILE=file) as process:
-        process.stdout.readline()
-        process.terminate()
-        assert ("set BEARER_TOKEN" in process.communicate(timeout=20)[1]) == warned
-
-
-@pytest.mark.parametrize("form", ["text", "json"])
-def test_log_lines(form, akash):
-    with started("--log-format", form, AKASH_BASE_URL=akash.url) as (process, server):
-        stream(server, {"model": "demo", "messages": [user("secret words")]})
-        ask(server, path="/no%0Awhere%1b[31m", headers={"Authorization": "Bearer s3cret"})
-        process.terminate()
-        lines = sorted(process.communicate(timeout=20)[1].splitlines(), key=lambda line: "where" in line)    # either may be the first
-    assert len(lines) == 2 and not any("secret" in line or "s3cret" in line or "\x1b" in line for line in lines)
-    if form == "json":
-        first, second = map(json.loads, lines)
-        assert {"time", "client", "method", "path", "status", "model", "controller", "first_ms", "ms", "bytes", "tokens_in", "tokens_out",
-                "id"} <= set(first)
-        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}[+-]\d\d:\d\d", first["time"]), "RFC 3339"
-        assert (first["status"], first["model"], first["controller"], second["path"]) == (200, "demo", "akash", "/no\nwhere\x1b[31m")
-    else:
-        assert re.search(r" INFO client=127\.0\.0\.1 method=POST path=/v1/chat/completions status=200 ended=whole model=demo controller=akash "
-                         r"first_ms=\d+ ms=\d+ bytes=\d+ estimated_in=\d+ estimated_out=\d+ id=req_\w+$", lines[0]) and "path=/no\\nwhere\\x1b[31m status=404" in lines[1]
-
-
-def usages(got):
-    """All usages in an answer, streamed or not."""
-    documents = [got.json] if got.json else [json.loads(line[6:]) for line in got.body.decode().split("\n") if line.startswith("data: {")]
-    inner = [part for document in documents for part in (document, document.get("response"), document.get("message")) if part]
-    return [part["usage"] for part in inner if part.get("usage")]
-
-
-@table({   # (path, body, how the counts are called there, where the usage stands)
-    "a chat": ("/v1/chat/completions", {"messages": [user("x" * 400)]}, ("prompt_tokens", "completion_tokens")),
-    "a completion": ("/v1/completions", {"prompt": "x" * 400}, ("prompt_tokens", "completion_tokens")),
-    "Messages": ("/v1/messages", {"messages": [user("x" * 400)], "max_tokens": 99}, ("input_tokens", "output_tokens")),
-    "Responses": ("/v1/responses", {"input": "x" * 400}, ("input_tokens", "output_tokens")),
-})
-@pytest.mark.parametrize("streamed", [False, True])
-@pytest.mark.parametrize("told", [False, True])
-def test_usage_is_always_there(case, streamed, told, akash, serve, caplog):
-    caplog.set_level("INFO")
-    path, body, names = case
-    end = END.replace(b"%b", b"stop")
-    akash.chat = (STEP + b"".join(b'0:"%b "\n' % (b"word" * 5) for _ in range(20))
-                  + (end.replace(b'"promptTokens":null,"completionTokens":null', b'"promptTokens":11,"completionTokens":7') if told else end))
-    server = serve(keys=keys("alice"))
-    got = ask(server, "POST", path, {"model": "Qwen/Qwen3", "stream": streamed, "stream_options": {"include_usage": True}, **body}, bearer("alice"))
-    usage = usages(got)[-1]
-    prompt, completion = (usage[name] for name in names)
-    if told:
-        assert (prompt, completion) == (11, 7) and "estimated" not in usage
-        wait_for(lambda: "tokens_in=11 tokens_out=7" in caplog.text)
-        assert "estimated_" not in caplog.text
-    else:
-        assert usage["estimated"] is True and 100 <= prompt <= 115 and 95 <= completion <= 115, usage
-        wait_for(lambda: f"estimated_in={prompt} estimated_out={completion} id=" in caplog.text)
-        assert "tokens_in" not in caplog.text
-    known(server)
-    found, apart = samples(server, bearer("alice")), "" if told else "estimated_"
-    assert found[f"akashproxy_{apart}completion_tokens_total", "akash"] == found[f"akashproxy_key_{apart}tokens_total", "alice", "completion"] == completion
-    assert sum(value for name, value in found.items() if name[0].startswith("akashproxy_model_") and name[0].endswith("tokens_total")
-               and name[0] == f"akashproxy_model_{apart}tokens_total") == prompt + completion
-    assert {name[0] for name in found if "_tokens_total" in name[0] and ("estimated" in name[0]) == told} == set()
-
-
-def test_a_stream_that_asks_for_no_usage_gets_none(akash, serve):
-    assert usages(chat(serve(), stream=True)) == []
-
-
-@pytest.mark.parametrize("text", ["x" * 7, "\u00e9\u00e8", "\u4e2d\u6587", "\U0001f600", "a\u4e2d\u00e9"])
-def test_tokens_are_estimated_alike_however_they_come(text):
-    whole, streamed, fast = (akashproxy.ChatCompletions({**BOTH, "stream_options": {"include_usage": True}}) for _ in range(3))
-    whole.count(Text(text * 50))
-    streamed.opening_frames(), fast.opening_frames()
-    streamed.encode([Text(text)] * 50)
-    assert all(fast.token_frame(akashproxy.to_json(text)) == fast.text_frame(akashproxy.to_json(text)) for _ in range(50))
-    usage = [dialect.count(Finish("stop")).usage for dialect in (whole, streamed, fast)]
-    assert usage[0] == usage[1] == usage[2] and usage[0]["completion_tokens"] == akashproxy.estimate_tokens(text * 50)
-
-
-def test_a_relayed_answer_without_usage_stays_as_it_is(fake, pool, caplog):
-    caplog.set_level("INFO")
-    server = pool(fake)
-    assert chat(server, BOTH).body == fake.completion()
-    assert chat(server, BOTH, stream=True, stream_options={"include_usage": True}).body == b"".join(fake.events())
-    wait_for(lambda: caplog.text.count("ended=whole") == 2)
-    assert "tokens_in" not in caplog.text and "estimated_in" not in caplog.text
-
-
-def test_tokens_that_are_known_are_logged(serve, caplog):
-    caplog.set_level("INFO")
-    chat(serve(controllers=(ECHO,)), {"model": "echo", "messages": [user("a b c")]})
-    wait_for(lambda: "tokens_in=3 tokens_out=3" in caplog.text)
+# -- faults of an upstream at every place
 
 
 FAULTS = {"cut": lambda sock: None, "reset": reset, "silence": stalled, "nonsense": lambda sock: sock.sendall(b"\xff\0zz")}
@@ -7402,7 +7132,6 @@ FAULTS = {"cut": lambda sock: None, "reset": reset, "silence": stalled, "nonsens
 
 @pytest.mark.parametrize("kind", ["akash", "openai"])
 @pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("two", [False, True])
 def test_no_fault_at_any_place_loses_or_doubles_a_word(kind, fault, streamed, two, pool, monkeypatch):
     """A cut at each seventh byte; the others at the beginning, in the middle and at the end of the head and the body."""
@@ -7449,8 +7178,7 @@ def test_a_thousand_streams_at_once_lose_nothing(pool):
     a.faults.extend([a.steps(a.head(), lambda: gate.wait(60), *map(chunk, a.events()), chunks())] * 1000)
     server = pool(a, first_byte_timeout=60, idle_timeout=60)
     request = post("/v1/chat/completions", {**BOTH, "stream": True}, "Connection: close")
-    with contextlib.ExitStack() as stack:
-        socks = [stack.enter_context(connect(server, request, 60)) for _ in range(1000)]
+    with crowd(server, 1000, request) as socks:
         gate.wait(60)
         complete = b"".join(a.events())
         for sock in socks:
@@ -7578,9 +7306,7 @@ def test_no_ping_follows_the_end_of_a_response(akash, serve):
         ended = threading.Event()
         server.loop.call_soon_threadsafe(lambda: (writer.finish(), writer.on_idle(time.monotonic() + 1000), ended.set()))
         assert ended.wait(10)
-        got = sock.recv(65536)
-        while not got.endswith(b"0\r\n\r\n"):
-            got += sock.recv(65536)
+        receive(sock, b"0\r\n\r\n")
 
 
 def test_an_upstream_that_goes_on_after_the_end_is_left(a, pool, monkeypatch):
@@ -7599,16 +7325,14 @@ def test_comments_without_an_end_are_not_kept(a, pool, monkeypatch):
 
 
 def test_no_more_threads_for_a_client_that_got_pings(a, pool, monkeypatch):
-    a.faults.append(lambda sock, request: stalled(sock))
+    a.faults.append(a.stall())
     server = pool(a, heartbeat=0.05)
     with connect(server, post("/v1/chat/completions", {**BOTH, "stream": True})) as sock:
         got = sock.recv(65536)
         monkeypatch.setattr(threading.Thread, "start", lambda thread: (_ for _ in ()).throw(RuntimeError("can't start new thread")))
         monkeypatch.setattr(server.workers, "idle", 0)
-        for link in list(a.open):
-            link.shutdown(socket.SHUT_RDWR)
-        for part in iter(lambda: sock.recv(65536), b""):
-            got += part
+        a.hang_up()
+        got += receive(sock)
     assert b": ping" in got and b"Too many clients" not in got
     settle(server)
 
@@ -7679,8 +7403,7 @@ class BenchUpstream(asyncio.Protocol):
 
 def bench_upstream(listener):
     """The process of the upstream; it ends with the one that started it."""
-    async def run():
-        await (await asyncio.get_running_loop().create_server(BenchUpstream, sock=listener, backlog=1024)).serve_forever()
+    async def run(): await (await asyncio.get_running_loop().create_server(BenchUpstream, sock=listener, backlog=1024)).serve_forever()
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(0)), daemon=True).start()
@@ -7878,7 +7601,7 @@ def bench(seconds=3.0, most=1000):
     return 0
 
 
-# == bounds ===================================================================================
+# == bounds of sizes and numbers ==============================================================
 
 MOST_VALUES = akashproxy.MAX_JSON_VALUES
 PROSE = b"Hello, world: [this] is {prose}, "
@@ -7972,7 +7695,7 @@ def test_odd_json_of_a_client_is_its_mistake(pool, kind):
 ODD_COUNTS = [-1, -5, 1 << 53, int("9" * 4200), True, 1.5, "7", None, [], {}]
 
 
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/v1/responses"])
+@pytest.mark.parametrize("path", WANTS)
 def test_only_counts_are_taken_as_counts(path, fake, akash, pool):
     servers = [(pool((fake, {"paths": ("/none",)}), metrics="public"), fake), (pool(akash, metrics="public"), akash)]
     for (server, upstream), odd, streamed in itertools.product(servers, ODD_COUNTS, (True, False)):
@@ -8061,7 +7784,7 @@ NAMED = {
     "a part of a chat": lambda name: ("POST", "/v1/chat/completions", {**BOTH, "messages": [user([{"type": name}])]}),
     "a field": lambda name: ("POST", "/v1/messages", {**ASKED, name: 1}),
     "a type of tool": lambda name: ("POST", "/v1/messages", {**ASKED, "tools": [{"type": name, "name": name}]}),
-    "an item": lambda name: ("POST", "/v1/responses", {"model": "both", "input": [{"type": name}, {"role": "user", "content": "x"}]}),
+    "an item": lambda name: ("POST", "/v1/responses", {"model": "both", "input": [{"type": name}, user("x")]}),
     "a choice of tool": lambda name: ("POST", "/v1/messages", {**ASKED, "tools": [{"name": "f"}], "tool_choice": {"type": name}}),
     "an earlier response": lambda name: ("POST", "/v1/responses", {"model": "both", "input": "x", "previous_response_id": name}),
 }
@@ -8171,7 +7894,6 @@ def test_the_estimate_of_tokens_is_that_of_its_parts():
     assert akashproxy.estimate_tokens([complete, {"a": complete, "b": [7, None]}]) == (2 * akashproxy.token_units(complete) + 12 - 6) * 2 // 24 + 1
 
 
-@pytest.mark.parametrize("streamed", [True, False])
 def test_a_response_repeats_no_large_field(streamed, fake, pool):
     server = pool(fake)
     small = {"instructions": "Be brief.", "metadata": {"a": "b"}, "tools": [{"type": "function", "name": "f", "parameters": {}}]}
@@ -8237,7 +7959,7 @@ def test_a_request_takes_at_most_eight_times_its_size(case, tmp_path, fake):
     assert taken < 8 * len(body) and slowest < 2, (taken / len(body), slowest)      # seconds: the machine may be busy
 
 
-# == the seam between upstreams and the server ================================================
+# == fuzzing, and the bugs of controllers =====================================================
 
 
 def fuzzed(examples):
@@ -8258,13 +7980,13 @@ def fuzzed(examples):
     return decorate
 
 
-ODD = [None, True, False, 0, -1, 1.5, 10 ** 30, "", "x", "stop", "error", "\ud83d", [], ["stop"], {}, {"a": [1]}, [[]], [{}], {"type": []}]
+ODD_VALUES = [None, True, False, 0, -1, 1.5, 10 ** 30, "", "x", "stop", "error", "\ud83d", [], ["stop"], {}, {"a": [1]}, [[]], [{}], {"type": []}]
 
 
 def odd(rng, value, chance=0.25):
     """A JSON value with odd ones in some places."""
     if rng.random() < chance / 2:
-        return rng.choice(ODD)
+        return rng.choice(ODD_VALUES)
     if isinstance(value, dict):
         return {name: odd(rng, part, chance) for name, part in value.items() if rng.random() > chance / 4}
     return [odd(rng, part, chance) for part in value] if isinstance(value, list) else value
@@ -8277,7 +7999,7 @@ AKASH_PARTS = {"f": {"messageId": "m"}, "0": "Hel", "g": "hm", "9": {"toolCallId
 AKASH_EVENTS = [{"type": "start"}, {"type": "text-delta", "delta": "Hi"}, {"type": "reasoning-delta", "delta": "hm"},
                 {"type": "tool-input-available", "toolCallId": "c", "toolName": "f", "input": {}}, {"type": "error", "errorText": "x"},
                 {"type": "finish", "finishReason": "stop", "messageMetadata": {"usage": {"inputTokens": 1, "outputTokens": 2}}}]
-CHUNKS = [{"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}]},
+CHAT_CHUNKS = [{"choices": [{"index": 0, "delta": assistant(""), "finish_reason": None}]},
           {"choices": [{"index": 0, "delta": {"content": "Hi"}, "finish_reason": None}]},
           {"choices": [{"index": 0, "delta": {"reasoning_content": "hm"}}]}, {"choices": [{"index": 0, "delta": {"tool_calls": [CALL]}}]},
           {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}, {"choices": [], "usage": USED},
@@ -8295,7 +8017,7 @@ def odd_lines(rng, kind):
             return f"{code}:{json.dumps(odd(rng, AKASH_PARTS[code]))}\n"
         if kind == "akash v5":
             return f"data: {json.dumps(odd(rng, rng.choice(AKASH_EVENTS)))}\n\n"
-        return f"data: {json.dumps(odd(rng, rng.choice(CHUNKS)))}\n\n"
+        return f"data: {json.dumps(odd(rng, rng.choice(CHAT_CHUNKS)))}\n\n"
 
     return "".join(line() for _ in range(rng.randint(1, 6))).encode() + rng.choice([b"", b"data: [DONE]\n\n"])
 
@@ -8303,18 +8025,6 @@ def odd_lines(rng, kind):
 DECODERS = {"akash v4": lambda: akashproxy.DecoderChain(AkashDecoder("m"), akashproxy.SurrogateFilter(), ThinkTagFilter()), "chat": lambda: akashproxy.DecoderChain(akashproxy.ChatDecoder(), akashproxy.SurrogateFilter()),
             "akash v5": lambda: akashproxy.DecoderChain(AkashDecoder("m"), akashproxy.SurrogateFilter(), ThinkTagFilter()),
             "relay": lambda: akashproxy.PassthroughDecoder("a", end=akashproxy.STREAM_ENDS["/v1/chat/completions"])}
-
-
-def decoded(decoder, parts):
-    """(events, error) of a stream that comes in some parts."""
-    events = []
-    for part in parts:
-        events += decoder.feed(part)
-        if decoder.error or decoder.complete or events and isinstance(events[-1], Finish):
-            break
-    else:
-        events += decoder.close()
-    return events, decoder.error and (decoder.error.status, decoder.error.message)
 
 
 def cut_up(rng, data):
@@ -8372,10 +8082,7 @@ def test_where_a_stream_is_cut_changes_nothing(rng):
 def test_where_a_filter_is_cut_changes_nothing(rng):
     text = "".join(rng.choice(["a", "b", " ", "\n", "##", "#", "<think>", "</think>", "<th", "<think>\n"]) for _ in range(rng.randint(1, 12)))
     for make in (ThinkTagFilter, lambda: StopFilter(["##b"], None)):
-        answers = []
-        for parts in ([text], list(text), cut_up(rng, text)):
-            step = make()
-            answers.append(fold([event for part in parts for event in step.feed([Text(part)])] + step.feed([Finish("stop")])))
+        answers = [fold(filtered(make(), parts)) for parts in ([text], list(text), cut_up(rng, text))]
         assert answers[0] == answers[1] == answers[2], text
 
 
@@ -8409,9 +8116,8 @@ def test_where_a_framing_is_cut_changes_nothing(rng):
     assert ends[0] == ends[1] == ends[2], data
 
 
-@pytest.mark.parametrize("path, asked", [("/v1/chat/completions", "BOTH"), ("/v1/messages", "ASKED"), ("/v1/responses", "WANTED")])
-@pytest.mark.parametrize("streamed", [False, True])
-def test_whatever_an_upstream_sends_the_client_gets_an_answer_or_an_error(path, asked, streamed, akash, pool):
+@pytest.mark.parametrize("path", WANTS)
+def test_whatever_an_upstream_sends_the_client_gets_an_answer_or_an_error(path, streamed, akash, pool):
     rng, upstream = random.Random(f"{path} {streamed}"), FakeOpenAI()
     fields = [b"Retry-After: Mon, 01 Jan 2024 00:00:00 +99999999999999999999\r\n", b"x-ratelimit-reset: 1.51.5\r\n", b"Retry-After: -1\r\n", b"",
               b"x-ratelimit-reset-tokens: 1e9s\r\n", b"Retry-After: \xb2\r\n", b"Content-Type: application/json\r\n", b"Keep-Alive: timeout=x\r\n"]
@@ -8433,7 +8139,7 @@ def test_whatever_an_upstream_sends_the_client_gets_an_answer_or_an_error(path, 
             member.cooldowns.clear()
         upstream.faults = collections.deque([fault(["chat"], COMPLETION)] * 2)
         akash.faults = collections.deque([fault(["akash v4", "akash v5"], None)] * 2)
-        got = ask(server, "POST", path, {**globals()[asked], "stream": streamed})
+        got = ask(server, "POST", path, {**WANTS[path], "stream": streamed})
         if got.headers["content-type"].startswith("text/event-stream"):
             frames = re.findall(rb"^data: (.*)$", got.body, re.M)
             assert frames
@@ -8441,6 +8147,32 @@ def test_whatever_an_upstream_sends_the_client_gets_an_answer_or_an_error(path, 
                 frame == b"[DONE]" or json.loads(frame)
         else:
             assert got.status == 200 and got.body or got.json["error"]["message"], got.body
+
+
+def test_a_controller_may_go_through_the_events_of_another_one(pool, monkeypatch):
+    class Loud(akashproxy.OpenAIController):
+        def events(self, call):
+            for event in super().events(call):
+                yield Text(event.text.upper()) if isinstance(event, Text) else event
+
+    monkeypatch.setitem(akashproxy.CONTROLLERS, "loud", Loud)
+    a, before = FakeOpenAI(text="one two"), akashproxy.CancelScope.active.copy()
+    server = pool((a, {"type": "loud", "paths": ("/none",), "api_key": "k"}))
+    for streamed in range(2):
+        assert (stream(server, BOTH)[0] if streamed else text_of(chat(server, BOTH))) == "ONE TWO"
+    a.faults += [a.refuse(), a.early(), a.status(500)]      # the first is a kept connection's end, and asked again
+    assert statuses(server, 2) == [502, 502] and not a.faults
+    wait_for(lambda: not akashproxy.CancelScope.active - before)
+
+
+def test_a_controller_of_ones_own_may_stream_raw_bytes(serve, monkeypatch):
+    class Own(akashproxy.Controller):
+        def events(self, call):
+            yield from map(akashproxy.RawBytes, [b"data: {}\n\n", b"data: [DONE]\n\n"])
+
+    monkeypatch.setitem(akashproxy.CONTROLLERS, "own", Own)
+    server = serve(controllers=(akashproxy.ControllerSettings(type="own"),))
+    assert chat(server, stream=True).body.endswith(b"\n\ndata: {}\n\ndata: [DONE]\n\n")
 
 
 class Broken(akashproxy.Controller):
@@ -8477,7 +8209,6 @@ class Broken(akashproxy.Controller):
 
 
 @pytest.mark.parametrize("kind", ["own", "os"])
-@pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("place", ["events", "first", "second", "odd", "able"])
 def test_a_bug_of_a_controller_is_that_controllers_failure(place, streamed, kind, pool, monkeypatch, caplog):
     monkeypatch.setitem(akashproxy.CONTROLLERS, "own", type("Own", (Broken,), {"place": place}))
@@ -8489,7 +8220,7 @@ def test_a_bug_of_a_controller_is_that_controllers_failure(place, streamed, kind
             text, _, _, error = read_chunks(sse(got.body))
             assert text == "half" and error["code"] == "upstream_error"
         else:
-            assert got.status == 200 and b"there." in got.body and got.headers["x-akashproxy-route"].endswith("b=200")
+            assert got.status == 200 and b"there." in got.body and route_of(got).endswith("b=200")
         wait_for(lambda: ask(server, path="/status").json["controllers"][0]["failed"] == len(tracebacks))
         reports = [record for record in caplog.records if record.getMessage().startswith(name + ": unexpected error")]
         assert [bool(record.exc_info) for record in reports] == tracebacks
@@ -8505,7 +8236,6 @@ def test_a_bug_in_a_list_or_a_picture_harms_no_other_controller(place, pool, mon
     assert ask(server, path="/images/job_51083a4c_00001_.png").body == PNG
 
 
-@pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("when", ["head", "first", "later", "end"])
 def test_a_bug_of_a_decoder_is_that_controllers_failure(when, streamed, akash, b, pool, monkeypatch, caplog):
     seen = collections.Counter()
@@ -8537,16 +8267,16 @@ def test_a_bug_of_a_decoder_is_that_controllers_failure(when, streamed, akash, b
     if streamed and when in ("later", "end"):
         assert read_chunks(sse(got.body))[3]["code"] == "upstream_error"
     else:
-        assert got.status == 200 and got.headers["x-akashproxy-route"] == f"{name}=502, b=200"
+        assert got.status == 200 and route_of(got) == f"{name}=502, b=200"
     reports = [record for record in caplog.records if "unexpected error" in record.getMessage()]
     assert [bool(record.exc_info) for record in reports] == [True]
 
 
-ROLE = FakeOpenAI.event({"role": "assistant", "content": ""})
+ROLE = FakeOpenAI.event(assistant(""))
 OPENINGS = {
     "Akash's first line": ("akash", "/v1/chat/completions", STEP),
     "a role": ("openai", "/v1/chat/completions", ROLE),
-    "a role without content": ("openai", "/v1/chat/completions", FakeOpenAI.event({"role": "assistant", "content": None})),
+    "a role without content": ("openai", "/v1/chat/completions", FakeOpenAI.event(assistant(None))),
     "comments": ("openai", "/v1/chat/completions", b": processing\n\n: processing\n\n"),
     "comments after a role": ("openai", "/v1/chat/completions", ROLE + b": processing\n\n"),
     "no choice yet": ("openai", "/v1/chat/completions", b'data: {"choices":[],"prompt_filter_results":[]}\n\n'),
@@ -8557,7 +8287,7 @@ OPENINGS = {
 }
 BEGUN = {
     "Akash's text": ("akash", "/v1/chat/completions", STEP + b'0:"a"\n'), "Akash's thought": ("akash", "/v1/chat/completions", b'g:"a"\n'),
-    "text": ("openai", "/v1/chat/completions", FakeOpenAI.event({"role": "assistant", "content": "a"})),
+    "text": ("openai", "/v1/chat/completions", FakeOpenAI.event(assistant("a"))),
     "a thought": ("openai", "/v1/chat/completions", FakeOpenAI.event({"content": None, "reasoning_content": "a"})),
     "a call": ("openai", "/v1/chat/completions", FakeOpenAI.event({"role": "assistant", "content": None, "tool_calls": [CALL]})),
     "sound": ("openai", "/v1/chat/completions", FakeOpenAI.event({"audio": {"data": "AA"}})),
@@ -8570,15 +8300,13 @@ def silent_after(case, pool, threaded, monkeypatch, **limits):
     """What a client gets of an upstream that falls silent after some bytes."""
     kind, path, opening = case
     fake = FakeAkash() if kind == "akash" else FakeOpenAI()
-    fake.faults.append(fake.stall(opening) if kind == "akash" else lambda sock, request: [
-        sock.sendall(fake.head() + chunk(opening)), sock.recv(1)])
+    fake.faults.append(fake.stall(opening) if kind == "akash" else lambda sock, request: [sock.sendall(fake.head() + chunk(opening)), sock.recv(1)])
     if threaded:    # as a controller of one's own that passes the events of another one on
         base = akashproxy.CONTROLLERS["akash" if kind == "akash" else "openai"]
         monkeypatch.setitem(akashproxy.CONTROLLERS, "threaded", type("Threaded", (base,), {"events": lambda self, call: iter(base.events(self, call))}))
     more = {"type": "threaded", "base_url": fake.url} if threaded else {}
     server = pool((fake, {**({"paths": (path,)} if kind == "anthropic" else {}), **more, **limits}))
-    asked = {"/v1/messages": ASKED, "/v1/responses": WANTED}.get(path, BOTH)
-    return ask(server, "POST", path, {**asked, "stream": True}).body
+    return ask(server, "POST", path, {**WANTS[path], "stream": True}).body
 
 
 def both_ways(cases):
@@ -8602,7 +8330,7 @@ def test_the_idle_limit_rules_after_the_first_content(case, threaded, pool, monk
 def test_comments_do_not_put_the_first_byte_limit_off(a, b, pool):
     a.faults.append(a.endless(a.head(), chunk(b": processing\n\n"), 0.05))
     server = pool((a, {"first_byte_timeout": 0.4}), (b, {"priority": 2}))
-    assert chat(server, BOTH, stream=True).headers["x-akashproxy-route"] == "a=504, b=200"
+    assert route_of(chat(server, BOTH, stream=True)) == "a=504, b=200"
 
 
 @pytest.mark.parametrize("head", [b"HTTP/1.0 200 OK\r\n", b"HTTP/1.1 200 OK\r\nConnection: close\r\n", b"HTTP/1.1 200 OK\r\n"])
@@ -8613,9 +8341,8 @@ def test_comments_do_not_put_the_first_byte_limit_off(a, b, pool):
 def test_json_to_the_end_of_the_connection_is_looked_at(case, head, a, b, pool):
     body, status = case
     a.sends(head + b"Content-Type: application/json\r\n\r\n" + body)
-    server = pool((a, {"priority": 1}), (b, {"priority": 2}))
-    got = ask(server, "POST", "/v1/embeddings", {"model": "both", "input": "x"})
-    assert got.status == 200 and got.headers["x-akashproxy-route"] == ("a=200" if status == 200 else "a=502, b=200")
+    got = ask(pool((a, {"priority": 1}), (b, {"priority": 2})), "POST", "/v1/embeddings", {"model": "both", "input": "x"})
+    assert got.status == 200 and route_of(got) == ("a=200" if status == 200 else "a=502, b=200")
     assert (got.body == body) == (status == 200)
 
 
@@ -8641,13 +8368,13 @@ def test_a_tls_upstream_that_is_cut_is_not_whole(kind, framed, clean, pool, tmp_
 
 
 def test_odd_reasons_to_end_are_unknown_ones():
-    for reason in ODD:
+    for reason in ODD_VALUES:
         for data in (f"d:{json.dumps({'finishReason': reason})}\n", f"data: {json.dumps({'type': 'finish', 'finishReason': reason})}\n\n"):
             events, error = decoded(DECODERS["akash v4"](), [data.encode()])
             assert (events == [Finish("stop")]) == (reason == "stop") and (error is None) == (reason == "stop")
 
 
-# == metrics ==================================================================================
+# == metrics, usage and the log ===============================================================
 
 
 def test_metrics_of_each_way_a_request_can_end(akash, serve):
@@ -8690,7 +8417,7 @@ def test_metrics_of_failovers_rests_and_tokens(a, pool, akash):
     akash.chat = HELLO.replace(b'"promptTokens":null,"completionTokens":null', b'"promptTokens":11,"completionTokens":5')
     server = pool(a, (akash, {"priority": 2}))
     for streamed in (False, True):
-        assert chat(server, CHAT, stream=streamed).headers["x-akashproxy-route"].endswith("b=200")
+        assert route_of(chat(server, CHAT, stream=streamed)).endswith("b=200")
     wait_for(lambda: samples(server)["akashproxy_request_duration_seconds_count", "b"] == 2)
     found = samples(server)
     assert (found["akashproxy_failovers_total",], found["akashproxy_controller_rests_total", "a"]) == (1, 1)
@@ -8699,6 +8426,73 @@ def test_metrics_of_failovers_rests_and_tokens(a, pool, akash):
     before = server.pool.upstreams[0]
     server.reload(dataclasses.replace(server.settings, max_wait=1))
     assert server.pool.upstreams[0] is not before and samples(server)["akashproxy_controller_rests_total", "a"] == 1
+
+
+def usages(got):
+    """All usages in an answer, streamed or not."""
+    documents = [got.json] if got.json else [json.loads(line[6:]) for line in got.body.decode().split("\n") if line.startswith("data: {")]
+    inner = [part for document in documents for part in (document, document.get("response"), document.get("message")) if part]
+    return [part["usage"] for part in inner if part.get("usage")]
+
+
+@table({   # (path, body, how the counts are called there, where the usage stands)
+    "a chat": ("/v1/chat/completions", {"messages": [user("x" * 400)]}, ("prompt_tokens", "completion_tokens")),
+    "a completion": ("/v1/completions", {"prompt": "x" * 400}, ("prompt_tokens", "completion_tokens")),
+    "Messages": ("/v1/messages", {"messages": [user("x" * 400)], "max_tokens": 99}, ("input_tokens", "output_tokens")),
+    "Responses": ("/v1/responses", {"input": "x" * 400}, ("input_tokens", "output_tokens")),
+})
+@pytest.mark.parametrize("told", [False, True])
+def test_usage_is_always_there(case, streamed, told, akash, serve, log):
+    path, body, names = case
+    end = END.replace(b"%b", b"stop")
+    akash.chat = (STEP + b"".join(b'0:"%b "\n' % (b"word" * 5) for _ in range(20))
+                  + (end.replace(b'"promptTokens":null,"completionTokens":null', b'"promptTokens":11,"completionTokens":7') if told else end))
+    server = serve(keys=keys("alice"))
+    got = ask(server, "POST", path, {"model": "Qwen/Qwen3", "stream": streamed, "stream_options": {"include_usage": True}, **body}, bearer("alice"))
+    usage = usages(got)[-1]
+    prompt, completion = (usage[name] for name in names)
+    if told:
+        assert (prompt, completion) == (11, 7) and "estimated" not in usage
+        wait_for(lambda: "tokens_in=11 tokens_out=7" in log.text)
+        assert "estimated_" not in log.text
+    else:
+        assert usage["estimated"] is True and 100 <= prompt <= 115 and 95 <= completion <= 115, usage
+        wait_for(lambda: f"estimated_in={prompt} estimated_out={completion} id=" in log.text)
+        assert "tokens_in" not in log.text
+    known(server)
+    found, apart = samples(server, bearer("alice")), "" if told else "estimated_"
+    assert found[f"akashproxy_{apart}completion_tokens_total", "akash"] == found[f"akashproxy_key_{apart}tokens_total", "alice", "completion"] == completion
+    assert sum(value for name, value in found.items() if name[0].startswith("akashproxy_model_") and name[0].endswith("tokens_total")
+               and name[0] == f"akashproxy_model_{apart}tokens_total") == prompt + completion
+    assert {name[0] for name in found if "_tokens_total" in name[0] and ("estimated" in name[0]) == told} == set()
+
+
+def test_a_stream_that_asks_for_no_usage_gets_none(akash, serve):
+    assert usages(chat(serve(), stream=True)) == []
+
+
+@pytest.mark.parametrize("text", ["x" * 7, "\u00e9\u00e8", "\u4e2d\u6587", "\U0001f600", "a\u4e2d\u00e9"])
+def test_tokens_are_estimated_alike_however_they_come(text):
+    whole, streamed, fast = (akashproxy.ChatCompletions({**BOTH, "stream_options": {"include_usage": True}}) for _ in range(3))
+    whole.count(Text(text * 50))
+    streamed.opening_frames(), fast.opening_frames()
+    streamed.encode([Text(text)] * 50)
+    assert all(fast.token_frame(akashproxy.to_json(text)) == fast.text_frame(akashproxy.to_json(text)) for _ in range(50))
+    usage = [dialect.count(Finish("stop")).usage for dialect in (whole, streamed, fast)]
+    assert usage[0] == usage[1] == usage[2] and usage[0]["completion_tokens"] == akashproxy.estimate_tokens(text * 50)
+
+
+def test_a_relayed_answer_without_usage_stays_as_it_is(fake, pool, log):
+    server = pool(fake)
+    assert chat(server, BOTH).body == fake.completion()
+    assert chat(server, BOTH, stream=True, stream_options={"include_usage": True}).body == b"".join(fake.events())
+    wait_for(lambda: log.text.count("ended=whole") == 2)
+    assert "tokens_in" not in log.text and "estimated_in" not in log.text
+
+
+def test_tokens_that_are_known_are_logged(serve, log):
+    chat(serve(controllers=(ECHO,)), {"model": "echo", "messages": [user("a b c")]})
+    wait_for(lambda: "tokens_in=3 tokens_out=3" in log.text)
 
 
 def test_a_rest_that_is_made_longer_is_one_rest():
@@ -8886,39 +8680,57 @@ def test_a_model_has_a_series_of_its_own_only_while_there_are_few():
     assert len(labels) == akashproxy.MAX_MODEL_LABELS + 1 and "other" in labels
 
 
-@pytest.mark.parametrize("fault, ended", [
-    (None, "whole"), ("cut", "broken_off"), ("refused", "refused"), ("left", "client_left"), ("probe", None)])
-def test_the_log_says_how_a_response_ended(fault, ended, pool, caplog):
-    caplog.set_level("INFO")
-    fake = FakeOpenAI(["m"])
-    server = pool(fake)
-    body = {"model": "m", "stream": True, "messages": [user("hi")]}
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_log_lines(form, akash):
+    with started("--log-format", form, AKASH_BASE_URL=akash.url) as (process, server):
+        stream(server, {"model": "demo", "messages": [user("secret words")]})
+        ask(server, path="/no%0Awhere%1b[31m", headers={"Authorization": "Bearer s3cret"})
+        process.terminate()
+        lines = sorted(process.communicate(timeout=20)[1].splitlines(), key=lambda line: "where" in line)    # either may be the first
+    assert len(lines) == 2 and not any("secret" in line or "s3cret" in line or "\x1b" in line for line in lines)
+    if form == "json":
+        first, second = map(json.loads, lines)
+        assert {"time", "client", "method", "path", "status", "model", "controller", "first_ms", "ms", "bytes", "tokens_in", "tokens_out",
+                "id"} <= set(first)
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}[+-]\d\d:\d\d", first["time"]), "RFC 3339"
+        assert (first["status"], first["model"], first["controller"], second["path"]) == (200, "demo", "akash", "/no\nwhere\x1b[31m")
+    else:
+        assert re.search(r" INFO client=127\.0\.0\.1 method=POST path=/v1/chat/completions status=200 ended=whole model=demo controller=akash "
+                         r"first_ms=\d+ ms=\d+ bytes=\d+ estimated_in=\d+ estimated_out=\d+ id=req_\w+$", lines[0]) and "path=/no\\nwhere\\x1b[31m status=404" in lines[1]
+
+
+def test_the_first_token_is_not_later_than_the_end(pool, log):
+    server = pool(FakeOpenAI())
+    for _ in range(40):
+        ask(server, path="/status")
+    times = lambda: re.findall(r"first_ms=(\d+) ms=(\d+)", log.text)
+    wait_for(lambda: len(times()) == 40)
+    assert all(int(first) <= int(end) for first, end in times())
+
+
+@pytest.mark.parametrize("fault, ended", [(None, "whole"), ("cut", "broken_off"), ("refused", "refused"), ("left", "client_left"), ("probe", None)])
+def test_the_log_says_how_a_response_ended(fault, ended, fake, pool, log):
+    server, body = pool(fake), {**BOTH, "stream": True}
+    fake.faults.extend({"left": [fake.stall(1)], "cut": [fake.cut(1)]}.get(fault, []))
     if fault == "left":
-        fake.faults.append(fake.stall(1))
         with connect(server, post("/v1/chat/completions", body)) as sock:
             assert sock.recv(65536)
     elif fault == "probe":
-        ask(server, path="/health")
-        ask(server, path="/metrics")
+        ask(server, path="/health"), ask(server, path="/metrics")
     else:
-        if fault == "cut":
-            fake.faults.append(fake.cut(1))
         chat(server, {"model": 5} if fault == "refused" else body)
-    wait_for(lambda: ended is None or f" ended={ended} " in caplog.text)
-    assert ended is not None or "ended=" not in caplog.text
+    wait_for(lambda: ended is None or f" ended={ended} " in log.text)
+    assert ended is not None or "ended=" not in log.text
 
 
 TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 
-@pytest.mark.parametrize("path, body", [("/v1/chat/completions", {"model": "m", "messages": [user("hi")]}),
-                                        ("/v1/messages", {"model": "m", "max_tokens": 9, "messages": [user("hi")]})])
-def test_a_trace_goes_to_the_upstream_and_into_the_log(path, body, pool, caplog):
-    caplog.set_level("INFO")
-    fake = FakeOpenAI(["m"])
-    ask(pool(fake), "POST", path, body, {"traceparent": TRACE, "tracestate": "a=b"})
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages"])
+def test_a_trace_goes_to_the_upstream_and_into_the_log(path, fake, pool, log):
+    ask(pool(fake), "POST", path, WANTS[path], {"traceparent": TRACE, "tracestate": "a=b"})
     assert (fake.requests[-1].headers["traceparent"], fake.requests[-1].headers["tracestate"]) == (TRACE, "a=b")
-    wait_for(lambda: f" trace={TRACE[3:35]} " in caplog.text)
+    wait_for(lambda: f" trace={TRACE[3:35]} " in log.text)
 
 
 @pytest.mark.parametrize("text", ["", "00", TRACE + "\n", TRACE.upper(), "x" * 300])
@@ -9065,18 +8877,16 @@ def test_no_image_is_begun_for_a_client_that_has_left(akash, serve):
 def test_many_threads_are_let_in_exactly_as_often_as_they_may():
     limits = akashproxy.KeyLimiter(*keys("alice", requests_per_minute=1000, max_concurrency=1000), Clock())
 
-    def enter(_):
+    def enter():
         with contextlib.suppress(APIError):
             limits.acquire()
             limits.release()
 
-    with concurrent.futures.ThreadPoolExecutor(16) as threads:
-        list(threads.map(enter, range(3000)))
+    at_once(enter, 3000)
     assert (limits.in_flight, limits.requests, limits.rejected) == (0, 1000, 2000)
 
 
-def test_who_asks_is_known_by_the_key(serve, caplog):
-    caplog.set_level("INFO")
+def test_who_asks_is_known_by_the_key(serve, log):
     server = serve(keys=keys("alice", "bob"), bearer_token=("t",))
     for headers in ({}, bearer("carol"), {"Authorization": "Bearer alice"}, {"x-api-key": "alice-ke"}):
         assert chat(server, headers=headers).status == 401
@@ -9089,8 +8899,8 @@ def test_who_asks_is_known_by_the_key(serve, caplog):
                                    {"name": "bob", "in_flight": 0, "requests": 1, "refused": 0}]
     found = samples(server, bearer("alice"))
     assert found["akashproxy_key_requests_total", "alice"] == 2 and found["akashproxy_key_refused_total", "bob"] == 0
-    assert " key=alice method=POST" in caplog.text
-    assert "-key" not in caplog.text + status.body.decode()
+    assert " key=alice method=POST" in log.text
+    assert "-key" not in log.text + status.body.decode()
 
 
 def test_keys_alone_close_the_server(serve):
@@ -9118,10 +8928,10 @@ def test_a_rate_on_the_wire(serve):
 
 @table({    # a name: (a fault, the client's body, does the client leave?)
     "a whole answer": (None, {}, False), "a stream": (None, {"stream": True}, False),
-    "an error": (lambda a: a.status(400), {}, False), "an error of a stream": (lambda a: a.status(500), {"stream": True}, False),
-    "a stream that is cut": (lambda a: a.cut(1), {"stream": True}, False), "an answer that is cut": (lambda a: a.cut(), {}, False),
-    "an upstream that hangs up": (lambda a: a.refuse(), {}, False), "garbage": (lambda a: a.raw(b"\0"), {"stream": True}, False),
-    "a client that leaves": (lambda a: a.stall(), {}, True), "a client that leaves a stream": (lambda a: a.stall(1), {"stream": True}, True),
+    "an error": (does("status", 400), {}, False), "an error of a stream": (does("status", 500), {"stream": True}, False),
+    "a stream that is cut": (does("cut", 1), {"stream": True}, False), "an answer that is cut": (does("cut"), {}, False),
+    "an upstream that hangs up": (does("refuse"), {}, False), "garbage": (does("raw", b"\0"), {"stream": True}, False),
+    "a client that leaves": (does("stall"), {}, True), "a client that leaves a stream": (does("stall", 1), {"stream": True}, True),
     "an unknown model": (None, {"model": ""}, False), "a mistake": (None, {"messages": 7}, False),
 })
 def test_a_call_is_in_flight_until_it_is_over(case, a, pool):
@@ -9234,7 +9044,7 @@ def test_a_reload_keeps_the_counts_of_keys_that_stay(a, pool):
     assert chat(server, BOTH, bearer("new")).status == 200
 
 
-# == the gate =================================================================================
+# == access: bodies, origins, hosts and the limits of keys ====================================
 # What a client may do before anything is kept or asked for it: bodies, pages of other sites, limits of keys.
 
 
@@ -9252,13 +9062,10 @@ needs_proc = pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason=
                                           ("GET", "/images/x.png"), ("DELETE", "/v1/responses/x"), ("GET", "/status")])
 def test_a_body_that_is_not_needed_is_not_waited_for(method, path, framing, serve):
     with connect(serve(), head_of(method, path, framing) + b"5") as sock:
-        got = b""
-        while b"\r\n\r\n" not in got:
-            got += sock.recv(65536)
+        got = receive(sock, b"\r\n\r\n")
         assert b"\r\nConnection: close\r\n" in got and b"100 Continue" not in got
         sock.shutdown(socket.SHUT_WR)
-        while sock.recv(65536):
-            pass
+        receive(sock)
 
 
 @pytest.mark.parametrize("framed", [b"Content-Length: 5\r\n\r\nhello", b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n"])
@@ -9687,7 +9494,7 @@ def test_a_form_costs_no_more_than_its_size():
                 assert time.thread_time() - start < 2, unit
 
 
-# == more than one machine ====================================================================
+# == several processes and machines ===========================================================
 
 
 def test_what_comes_on_an_idle_connection_of_a_server_that_stops_is_answered(akash, serve, monkeypatch):
@@ -9707,8 +9514,7 @@ def test_what_comes_on_an_idle_connection_of_a_server_that_stops_is_answered(aka
 def test_who_has_connected_to_a_server_that_stops_is_let_in(akash, serve):
     server, gate = serve(), threading.Event()
     server.loop.call_soon_threadsafe(lambda: gate.wait(10))         # it is slow
-    with concurrent.futures.ThreadPoolExecutor(1) as threads, socket.create_connection(
-            ("127.0.0.1", server.server_port), timeout=10) as sock:
+    with concurrent.futures.ThreadPoolExecutor(1) as threads, socket.create_connection(("127.0.0.1", server.server_port), timeout=10) as sock:
         sock.sendall(post("/v1/chat/completions", CHAT))
         stopped = threads.submit(server.stop, 30)
         wait_for(lambda: server.draining)
@@ -9876,8 +9682,7 @@ class Replicas:
 
     def start(self, at, port=0):
         path = self.config({"controllers": [{"base_url": self.fakes[at].url + "/v1", "api_key": "k", "models": ["both"]}]})
-        return self.stack.enter_context(started("--config-file", path, "--server-address", f"127.0.0.1:{port}",
-                                                GRACE="30", LOG_LEVEL="warning"))
+        return self.stack.enter_context(started("--config-file", path, "--server-address", f"127.0.0.1:{port}", GRACE="30", LOG_LEVEL="warning"))
 
     def restart(self, at):
         self.running[at] = self.start(at, self.running[at][1])
@@ -9962,11 +9767,10 @@ def rows(heading):
     return [line.split("|")[1].strip() for line in section.splitlines() if line.startswith("|")][2:]
 
 
-def test_every_field_of_the_log_is_in_the_readme(caplog, serve):
-    caplog.set_level("INFO")
+def test_every_field_of_the_log_is_in_the_readme(log, serve):
     ask(serve(), path="/v1/models")
-    wait_for(lambda: any(hasattr(record, "facts") for record in caplog.records))
-    facts, = [record.facts for record in caplog.records if hasattr(record, "facts")]
+    wait_for(lambda: any(hasattr(record, "facts") for record in log.records))
+    facts, = [record.facts for record in log.records if hasattr(record, "facts")]
     assert rows("The log") == [f"`{name}`" for name in facts]
 
 
@@ -10080,8 +9884,7 @@ class Browser:
             entry = params.get("entry", {})
             if (method in ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Page.javascriptDialogOpening")
                     or entry.get("level") in ("warning", "error") and "Failed to load resource" not in entry["text"]
-                    or method == "Network.requestWillBeSent"
-                    and not params["request"]["url"].startswith((self.url, "data:", f"blob:{self.url}"))):
+                    or method == "Network.requestWillBeSent" and not params["request"]["url"].startswith((self.url, "data:", f"blob:{self.url}"))):
                 yield event
 
     def close(self):
@@ -10142,8 +9945,7 @@ def test_a_chat_on_the_page(browser, akash, serve):
     browser.press("Enter", modifiers=8)     # Shift
     browser.ask("how are you?")
     assert browser.text(".question") == "Hello,\nhow are you?" and browser.text(".answer .text") == "Hello from the mock."
-    assert browser.run("[answer.querySelector('details').open, answer.querySelector('.thoughts').textContent]") == [
-        False, "Hm, a\ngreeting."]
+    assert browser.run("[answer.querySelector('details').open, answer.querySelector('.thoughts').textContent]") == [False, "Hm, a\ngreeting."]
     browser.choose("Qwen/Qwen3")
     browser.ask("And now?")
     first, second = akash.bodies()
@@ -10276,8 +10078,7 @@ def test_the_python_that_can_be_copied_works(browser, akash, serve):
     pytest.importorskip("openai")
     browser.open(serve().url)
     browser.ask("it's \"so\"")
-    done = subprocess.run([sys.executable, "-c", browser.examples()[1]],
-                          capture_output=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", browser.examples()[1]], capture_output=True, timeout=60)
     assert done.stdout == b"Hello from the mock." and akash.bodies()[0]["messages"] == akash.bodies()[1]["messages"]
 
 
@@ -10300,8 +10101,7 @@ HOSTILE = "<img src=x onerror=alert(1)><script>alert(2)</script>"
 def test_html_in_names_prompts_and_answers_does_not_run(browser, pool):
     fake = FakeOpenAI([f"<b>m</b>{HOSTILE}"], f"{HOSTILE}\n\n# {HOSTILE}\n\n- {HOSTILE}\n\n```{HOSTILE}\n{HOSTILE}\n```\n\n"
                       f"[x](javascript:alert(3)) [{HOSTILE}](https://x.example/\"onclick=\"alert(4)) <javascript:alert(5)>")
-    server = pool(fake)
-    browser.open(server.url)
+    browser.open(pool(fake).url)
     browser.ask(HOSTILE)
     assert browser.text("#model") == f"<b>m</b>{HOSTILE}" and browser.text(".question") == HOSTILE
     assert browser.text(".text p") == browser.text(".text h2") == browser.text(".text li") == browser.text(".text code") == HOSTILE
@@ -10396,7 +10196,7 @@ def test_settings_and_images_are_sent(browser, fake, pool):
     browser.until("document.querySelector('#images img')")
     browser.ask("What is it?")
     body = json.loads(fake.requests[-1].body)
-    assert (body["max_tokens"], body["messages"][0]) == (5, {"role": "system", "content": "Be brief."})
+    assert (body["max_tokens"], body["messages"][0]) == (5, system("Be brief."))
     assert body["messages"][1]["content"][1]["image_url"]["url"].startswith("data:image/png;base64,")
     assert all("Be brief." in example and "max_tokens" in example for example in browser.examples())
     browser.run("document.querySelector('.question img').click()")
@@ -10418,8 +10218,7 @@ def test_a_failed_list_of_models_is_reported(browser, fake, pool):
 
 
 def test_a_long_answer_in_small_parts_is_drawn_once(browser, fake, pool):
-    fake.events = lambda: [*[fake.event({"content": "word " if number % 25 else "end.\n\n"}) for number in range(40000)],
-                           fake.event({}, "stop")]
+    fake.events = lambda: [*[fake.event({"content": "word " if number % 25 else "end.\n\n"}) for number in range(40000)], fake.event({}, "stop")]
     browser.open(pool(fake).url)
     browser.until("document.querySelector('#welcome button')")
     browser.run("window.made = 0, new MutationObserver((changes) => { for (const {target, addedNodes} of changes)"
@@ -10724,7 +10523,7 @@ def said(dialect, body):
     return work
 
 
-CHAT_BODY = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 9}
+CHAT_BODY = {"messages": [user("hi")], "max_tokens": 9}
 chunked_body = functools.partial(BodyDecoder, {"transfer-encoding": "chunked"})
 relay_decoder = functools.partial(akashproxy.PassthroughDecoder, "b", True, akashproxy.CHAT_END)
 tool_filter = lambda: akashproxy.ToolCallFilter(prompted(stream=False))
@@ -10749,8 +10548,39 @@ def test_data_lines_without_data_cost_less_than_events(blank):
     assert min(relayed_in(blank) for _ in range(3)) < min(relayed_in(b'data: {"choices":[]}\n') for _ in range(3)) / 2
 
 
+def thread_seconds(work, items):
+    """CPU time of this thread, without garbage collections: one goes through all objects of all tests, after some allocations."""
+    gc.disable()
+    began = time.thread_time()
+    try:
+        work(items)
+        return time.thread_time() - began
+    finally:
+        gc.enable()
+
+
+def growth(work, sizes, rounds=10, floor=1e-3):
+    """How much more four times as much costs, at best of a few, in CPU time of this thread; ``sizes(n)`` gives the items."""
+    least = {1: math.inf, 4: math.inf}
+    for _ in range(rounds):
+        for many in (1, 4, 1):      # the small one twice: inflated by a busy machine, it would make a steep cost look like a linear one
+            least[many] = min(least[many], thread_seconds(work, sizes(many)))
+        times = least[4] / max(least[1], floor)
+        if times < 6 or times > 12 and least[4] > 0.05:     # linear is 4, a square 16; noise makes no long time three times as long
+            break
+    return times
+
+
+def growths(case):
+    work, head, unit, tail = case
+    size = len(unit)
+    yield "whole", growth(work, lambda many: [head + unit * (many * 20000 // size) + tail])
+    yield "in single pieces", growth(work, lambda many: split(head + unit * (many * 10000 // size) + tail, 1))
+    yield "in units", growth(work, lambda many: [head, *[unit] * (many * 2000), tail])
+
+
 # name: (work, head, unit, tail): the work of head + many units + tail, at once, in single pieces and in many of them
-REPEATED = {
+@table({
     "Akash: texts": (feeding(AkashDecoder), b"", b'0:"a"\n', b""),
     "Akash: texts and thoughts in turn": (feeding(AkashDecoder), b"", b'0:"a"\ng:"b"\n', b""),
     "Akash: texts and blank lines in turn": (feeding(AkashDecoder), b"", b'0:"a"\n\n', b""),
@@ -10796,41 +10626,7 @@ REPEATED = {
     "Tools: parameters": (texts(tool_filter), "<function=write>\n<parameter=content>\n", "</parameter>\n", ""),
     "Tools: a list of calls": (texts(tool_filter), "<tool_call>[", '{"name": "now"},', "]</tool_call>"),
     "Collected": (feeding(lambda: akashproxy.BufferedBody(lambda data: [])), b"", b"ab", b""),
-}
-
-
-def thread_seconds(work, items):
-    """CPU time of this thread, without garbage collections: one goes through all objects of all tests, after some allocations."""
-    gc.disable()
-    began = time.thread_time()
-    try:
-        work(items)
-        return time.thread_time() - began
-    finally:
-        gc.enable()
-
-
-def growth(work, sizes, rounds=10, floor=1e-3):
-    """How much more four times as much costs, at best of a few, in CPU time of this thread; ``sizes(n)`` gives the items."""
-    least = {1: math.inf, 4: math.inf}
-    for _ in range(rounds):
-        for many in (1, 4, 1):      # the small one twice: inflated by a busy machine, it would make a steep cost look like a linear one
-            least[many] = min(least[many], thread_seconds(work, sizes(many)))
-        times = least[4] / max(least[1], floor)
-        if times < 6 or times > 12 and least[4] > 0.05:     # linear is 4, a square 16; noise makes no long time three times as long
-            break
-    return times
-
-
-def growths(case):
-    work, head, unit, tail = case
-    size = len(unit)
-    yield "whole", growth(work, lambda many: [head + unit * (many * 20000 // size) + tail])
-    yield "in single pieces", growth(work, lambda many: split(head + unit * (many * 10000 // size) + tail, 1))
-    yield "in units", growth(work, lambda many: [head, *[unit] * (many * 2000), tail])
-
-
-@table(REPEATED)
+})
 def test_a_decoder_takes_a_time_in_proportion_to_its_input(case):
     for form, times in growths(case):
         assert times < 8, f"{form}: four times as much costs {times:.1f} times as much"
@@ -10846,8 +10642,7 @@ def call_of(index, arguments="{}"):
     "fold: calls whose numbers have one hash": (fold, lambda n: [call_of(at * (2**61 - 1)) for at in range(n)]),
     "fold: texts": (fold, lambda n: [Text("a"), Reasoning("b")] * n),
     **{f"{dialect.__name__}: {name}": (said(dialect, body), make)
-       for dialect, body in ((akashproxy.Messages, CHAT_BODY), (akashproxy.Responses, {"input": "hi"}),
-                             (akashproxy.ChatCompletions, CHAT_BODY))
+       for dialect, body in ((akashproxy.Messages, CHAT_BODY), (akashproxy.Responses, {"input": "hi"}), (akashproxy.ChatCompletions, CHAT_BODY))
        for name, make in {
            "calls of tools": lambda n: list(map(call_of, range(n))),
            "calls that wait": lambda n: [call_of(0, "{"), *map(call_of, range(1, n))],
@@ -10856,21 +10651,19 @@ def call_of(index, arguments="{}"):
            "texts and calls in turn": lambda n: [event for at in range(n // 2) for event in (Text("a"), call_of(at))],
            "texts and thoughts in turn": lambda n: [Text("a"), Reasoning("b")] * (n // 2),
        }.items()},
-    "Chat: calls in one event": (feeding(akashproxy.ChatDecoder), lambda n: [chat_line({"tool_calls": [
-        {"index": at} for at in range(n)]})]),
+    "Chat: calls in one event": (feeding(akashproxy.ChatDecoder), lambda n: [chat_line({"tool_calls": [{"index": at} for at in range(n)]})]),
     "Chat: calls with ids in one event": (feeding(akashproxy.ChatDecoder), lambda n: [chat_line({"tool_calls": [
         {"index": 0, "id": f"call{at}"} for at in range(n)]})]),
-    "Chat: calls one by one": (feeding(akashproxy.ChatDecoder), lambda n: [
-        chat_line({"tool_calls": [{"index": at}]}) for at in range(n)]),
+    "Chat: calls one by one": (feeding(akashproxy.ChatDecoder), lambda n: [chat_line({"tool_calls": [{"index": at}]}) for at in range(n)]),
     "Chat: calls whose numbers have one hash": (feeding(akashproxy.ChatDecoder), lambda n: [
         chat_line({"tool_calls": [{"index": at * (2**61 - 1)}]}) for at in range(n)]),
     "Chat: choices": (feeding(akashproxy.ChatDecoder), lambda n: [b'data: {"choices":[%b{}]}\n\n' % (b"{}," * n)]),
     "Messages: messages of the system": (lambda messages: akashproxy.Messages({"model": "m", "max_tokens": 1, "messages": messages}),
-                                         lambda n: [{"role": "system", "content": "a" * 90}] * n),
+                                         lambda n: [system("a" * 90)] * n),
     "Responses: messages of the system": (lambda items: akashproxy.Responses({"model": "m", "input": items}),
                                           lambda n: [{"role": "developer", "content": "a" * 90}] * n),
     "Akash: a request of many messages": (lambda messages: akashproxy.akash_request(Call({"model": "m", "messages": messages})),
-                                          lambda n: [{"role": "user", "content": "a"}] * n),
+                                          lambda n: [user("a")] * n),
     "Akash: models": (akashproxy.akash_models, lambda n: [{"id": f"model{at}"} for at in range(n)]),
     "Akash: lines like a picture's": (lambda lines: akashproxy.parse_image_job(b"".join(lines)), lambda n: [
         b"0:\"<image_generation> jobId='' prompt='\n"] * n),
@@ -10898,7 +10691,7 @@ class Rejoining:
 
 
 def test_a_cost_that_is_not_in_proportion_is_found():
-    assert max(times for _, times in growths((feeding(Rejoining), b"", b"xyz", b""))) > 8
+    assert any(times > 8 for _, times in growths((feeding(Rejoining), b"", b"xyz", b"")))
     assert growth(lambda items: [items.index(item) for item in items], lambda many: list(range(many * 1000))) > 8
 
 
@@ -10945,8 +10738,7 @@ def test_bytes_of_a_head_cost_no_more_the_longer_it_is(serve):
     server = serve()
 
     def cost(size):
-        with contextlib.ExitStack() as stack:
-            clients = [stack.enter_context(socket.create_connection(server.server_address, 30)) for _ in range(40)]
+        with crowd(server, 40, b"") as clients:
             durations = []
             for data in (b"GET /" + b"x" * size, *[b"x"] * 8):
                 began = time.process_time()
@@ -11247,7 +11039,7 @@ def test_first_steps_without_a_file(openai_fakes):
     with started("--upstream", one.url + "/v1", "--upstream", two.url) as (_, server):
         assert {each["id"] for each in ask(server, path="/v1/models").json["data"]} == {"llama3", "mistral", "phi"}
         got = ask(server, "POST", "/v1/chat/completions", {"model": "phi", "messages": [user("hi")]})
-        assert got.status == 200 and got.headers["x-akashproxy-route"].startswith("openai-2")
+        assert got.status == 200 and route_of(got).startswith("openai-2")
     assert not [request for fake in (one, two) for request in fake.requests if "authorization" in request.headers]
 
 
@@ -11291,8 +11083,7 @@ def openai_fakes():
 
 def test_the_demo_refuses_unknown_models(demo):
     for stream in (False, True):
-        got = ask(demo, "POST", "/v1/chat/completions",
-                  {"model": "gpt-4o", "stream": stream, "messages": [user("hi")]})
+        got = ask(demo, "POST", "/v1/chat/completions", {"model": "gpt-4o", "stream": stream, "messages": [user("hi")]})
         assert got.status == 500 and got.json["code" if "code" in got.json else "error"], got
         assert b"model_not_found" in got.body
 
@@ -11347,12 +11138,10 @@ def test_links_behind_a_reverse_proxy(case, serve, akash):
     "only proxies": ("10.1.2.3, 10.1.2.4", "10.1.2.3"), "garbage": ("192.0.2.7, x", "127.0.0.1"), "empty parts": (",,192.0.2.7", "192.0.2.7"),
     "mapped": ("192.0.2.7, ::ffff:10.1.2.3", "192.0.2.7"), "very many": (", ".join(["10.1.2.3"] * 5000), "10.1.2.3"),
 })
-def test_the_client_in_the_log_behind_a_reverse_proxy(case, serve, caplog):
+def test_the_client_in_the_log_behind_a_reverse_proxy(case, serve, log):
     value, client = case
-    caplog.set_level("INFO")
-    server = serve(trusted_proxies=("127.0.0.0/8", "10.0.0.0/8"))
-    ask(server, path="/v1/models", headers={"X-Forwarded-For": value})
-    wait_for(lambda: f"client={client} " in caplog.text)
+    ask(serve(trusted_proxies=("127.0.0.0/8", "10.0.0.0/8")), path="/v1/models", headers={"X-Forwarded-For": value})
+    wait_for(lambda: f"client={client} " in log.text)
 
 
 @pytest.mark.parametrize("peer", ["", "unix:", "/run/proxy.sock", "localhost", "::1::", "\0", "1.2.3.4:5"])
@@ -11469,7 +11258,7 @@ def test_the_readmes_controller_for_http_works(pool, monkeypatch):
     server = pool((fake, {"type": "generate", "base_url": fake.url, "models": (BOTH["model"],)}), (other, {"priority": 2}))
     assert text_of(chat(server, BOTH, messages=[user("abc")])) == "cba"
     fake.sends(reply(500))
-    assert chat(server, BOTH, messages=[user("abc")]).headers["x-akashproxy-route"] == "a=502, b=200"
+    assert route_of(chat(server, BOTH, messages=[user("abc")])) == "a=502, b=200"
 
 
 def test_the_readmes_first_command_is_the_main_job():
@@ -11678,7 +11467,7 @@ def test_openai_errors(openai_client, akash):
         list(openai_client.chat.completions.create(**CHAT, stream=True))
 
 
-CALL = [*({"tool_calls": calls} for calls in fragments([{"index": 0, "function": {"arguments": '{"city":"Oslo"}'}}])),
+CALLS_OF_TOOLS = [*({"tool_calls": calls} for calls in fragments([{"index": 0, "function": {"arguments": '{"city":"Oslo"}'}}])),
         {"tool_calls": [{"index": 1, "id": "call_2", "type": "function", "function": {"name": "g", "arguments": ""}}]}]
 
 
@@ -11702,14 +11491,13 @@ def test_openai_tools_and_forms(pool):
     openai = pytest.importorskip("openai")
     import pydantic
     a = FakeOpenAI(text='{"city": "Oslo"}')
-    server = pool((a, {"paths": ["/none"]}))
-    with openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) as client:
+    with openai.OpenAI(base_url=pool((a, {"paths": ["/none"]})).url + "/v1", api_key="none", max_retries=0) as client:
         form = pydantic.create_model("Place", city=(str, ...))
         assert client.responses.parse(model="both", input="hi", text_format=form).output_parsed.city == "Oslo"
         assert client.chat.completions.parse(**BOTH, response_format=form).choices[0].message.parsed.city == "Oslo"
         schemas = [body["response_format"]["json_schema"] for body in a.bodies()]
         assert schemas[0]["schema"] == schemas[1]["schema"] and schemas[0]["name"] == "Place" and schemas[0]["strict"] is True
-        a.faults.extend([answered({"reasoning_content": "hm"}, {"content": "wait"}, *CALL, finish="tool_calls")] * 3)
+        a.faults.extend([answered({"reasoning_content": "hm"}, {"content": "wait"}, *CALLS_OF_TOOLS, finish="tool_calls")] * 3)
         tools = [{"type": "function", "name": "f", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}]
         with client.responses.stream(model="both", input=[user("hi")], tools=tools) as events:
             kinds = [event.type for event in events]
@@ -11724,7 +11512,7 @@ def test_openai_tools_and_forms(pool):
         client.responses.create(model="both", tools=tools, input=[user("hi"), *complete.output, *(
             {"type": "function_call_output", "call_id": item.call_id, "output": "rain"} for item in complete.output[2:])])
         assert a.bodies()[-1]["messages"] == [user("hi"), {**called(("call_1", "f", '{"city":"Oslo"}'), ("call_2", "g", "{}")), "content": "wait", "reasoning_content": "hm"}, *(
-            {"role": "tool", "tool_call_id": id, "content": "rain"} for id in ("call_1", "call_2"))]
+            returned(id, "rain") for id in ("call_1", "call_2"))]
 
 
 def test_openai_responses_that_fail(a, pool):
@@ -11761,14 +11549,14 @@ def test_anthropic_messages(claude):
     assert fake.bodies()[0]["model"] == "both" and message.usage.input_tokens > 0
     with client.messages.stream(**CLAUDE) as stream:
         assert "".join(stream.text_stream) == "Hi there." and stream.get_final_message().usage.output_tokens == 3
-    assert client.messages.count_tokens(model="claude-some-9", messages=[user([{"type": "text", "text": "hi"}])]).input_tokens > 0
+    assert client.messages.count_tokens(model="claude-some-9", messages=[user([text_part("hi")])]).input_tokens > 0
     assert [model.id for model in client.models.list()] == ["gpt-x", "both"] and client.models.retrieve("claude-some-9").type == "model"
 
 
 def test_anthropic_tools(claude):
     client, fake = claude
     tools = [{"name": "f", "description": "d", "input_schema": {"type": "object", "properties": {"city": {"type": "string"}}}}, {"name": "g", "input_schema": {"type": "object"}}]
-    fake.faults.extend([answered({"reasoning_content": "hm"}, {"content": "wait"}, *CALL, finish="tool_calls")] * 2)
+    fake.faults.extend([answered({"reasoning_content": "hm"}, {"content": "wait"}, *CALLS_OF_TOOLS, finish="tool_calls")] * 2)
     asked = {**CLAUDE, "max_tokens": 4096, "tools": tools, "tool_choice": {"type": "any"}, "thinking": {"type": "enabled", "budget_tokens": 1024}}
     with client.messages.stream(**asked) as stream:
         assert [event.partial_json for event in stream if event.type == "input_json"] == ['{"city":"Oslo"}']
@@ -11776,8 +11564,8 @@ def test_anthropic_tools(claude):
     for message in (streamed, client.messages.create(**asked)):
         assert message.stop_reason == "tool_use" and [block.type for block in message.content] == ["thinking", "text", "tool_use", "tool_use"]
         assert [(block.id, block.name, block.input) for block in message.content[2:]] == [("call_1", "f", {"city": "Oslo"}), ("call_2", "g", {})]
-    results = [{"type": "tool_result", "tool_use_id": block.id, "content": [{"type": "text", "text": "rain"}]} for block in streamed.content[2:]]
-    client.messages.create(**{**CLAUDE, "messages": [user("hi"), {"role": "assistant", "content": streamed.content}, user(results)]})
+    results = [{"type": "tool_result", "tool_use_id": block.id, "content": [text_part("rain")]} for block in streamed.content[2:]]
+    client.messages.create(**{**CLAUDE, "messages": [user("hi"), assistant(streamed.content), user(results)]})
     assert [message["role"] for message in fake.bodies()[-1]["messages"]] == ["user", "assistant", "tool", "tool"]
     assert fake.bodies()[-1]["messages"][1] == {**called(("call_1", "f", '{"city":"Oslo"}'), ("call_2", "g", "{}")), "content": "wait", "reasoning_content": "hm"}
 
