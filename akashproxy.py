@@ -92,7 +92,7 @@ Where is ...
     proxies on the way                 UpstreamRequest, SocksProxy
     deadlines                          CancelScope, Connection.on_tick
     cancelling                         Cancellation
-    request bodies                     BodyReader, ByteBudget
+    request bodies                     BodyReader, check_body_size
     the gate                           Gate.check_head
     figures for Prometheus             METRICS, Metrics, prometheus_text
     a client's connection              Connection
@@ -188,6 +188,7 @@ from typing import (
     ClassVar,
     Deque,
     Dict,
+    Generator,
     Generic,
     Iterable,
     Iterator,
@@ -1034,7 +1035,7 @@ class Answer:
     reasoning: str = ""
     tools: List[ToolCall] = field(default_factory=list)
     images: List[Image] = field(default_factory=list)
-    finish: Optional[Finish] = None
+    finish: Finish = Finish("stop")
     raw: bytes = b""
 
 
@@ -2942,7 +2943,8 @@ cached_timeouts = functools.lru_cache(maxsize=256)(Timeouts)
 class Transport:
     """Sends requests to one upstream. Worker thread: it blocks.
 
-    ``upstream_name`` is its name in error messages; ``headers`` are sent with each request.
+    ``upstream_name`` is its name in error messages; ``headers`` are sent with each request, besides
+    User-Agent and Accept-Encoding.
     """
 
     def __init__(
@@ -2957,7 +2959,8 @@ class Transport:
             return default if value is None else value
 
         self.upstream_name = upstream_name
-        self.headers = {name.title(): value for name, value in headers.items()}
+        defaults = {"User-Agent": settings.user_agent, "Accept-Encoding": "identity"}
+        self.headers = {name.title(): value for name, value in {**defaults, **headers}.items()}
         self.connect_timeout = either(options.connect_timeout, settings.connect_timeout)
         self.first_byte_timeout = either(options.first_byte_timeout, settings.first_byte_timeout)
         self.idle_timeout = either(options.idle_timeout, settings.idle_timeout)
@@ -3225,10 +3228,11 @@ class DecoderChain(Decoder):
 
     def fast_path(self, data: bytes) -> bytes:
         encoded = self.decoder.fast_path(data)
-        text = encoded[1:-1].decode()
-        for step in self.filters:
-            if not encoded or not step.is_passthrough(text):
-                return b""
+        if encoded:
+            text = encoded[1:-1].decode()
+            for step in self.filters:
+                if not step.is_passthrough(text):
+                    return b""
         return encoded
 
     def close(self) -> List[Event]:
@@ -3261,14 +3265,13 @@ class BufferedBody(Decoder):
         limit: int = MAX_BUFFERED_BODY,
         is_error_body: bool = False,
     ) -> None:
-        self.parse, self.byte_budget, self.is_error_body = parse, limit, is_error_body
+        self.parse, self.limit, self.is_error_body = parse, limit, is_error_body
         self.data = bytearray()  # a list of small parts would take many times their size
 
     def feed(self, data: bytes) -> List[Event]:
-        self.byte_budget -= len(data)
-        if self.byte_budget < 0:
-            self.error = truncated("The upstream", TOO_LARGE)
         self.data += data
+        if len(self.data) > self.limit:
+            self.error = truncated("The upstream", TOO_LARGE)
         return []
 
     def close(self) -> List[Event]:
@@ -3436,11 +3439,10 @@ class EventStream:
             return False
         response.opening += payload
         return (
-            response.status >= 300
+            response.opening.strip() != b""
+            or response.status >= 300
             or response.body.done
             or len(response.opening) > self.MAX_OPENING
-            or not response.opening.isspace()
-            and response.opening != b""
         )
 
     def mark_complete(self) -> None:
@@ -3466,14 +3468,15 @@ class EventStream:
             self.error = self.response.to_api_error(error)
         except (APIError, ClientDisconnected) as reason:  # the scope was cancelled
             self.error = reason
-        events: List[Event] = []
+        if not self.decoder:
+            return []
         try:
-            events = self.decoder.flush() if self.decoder else []
+            events: List[Event] = self.decoder.flush()
+            self.error = self.decoder.error or self.error  # of an error's body
+            return events
         except Exception as bug:  # the decoder may be what failed in the first place
             log.info("%s: %s: %s", self.response.timeouts.upstream_name, type(bug).__name__, bug)
-        if isinstance(self.decoder, BufferedBody) and self.decoder.is_error_body:
-            self.error = self.decoder.error or self.error
-        return events
+            return []
 
     def __iter__(self) -> Iterator[Event]:
         """Read the socket in this thread and yield the events."""
@@ -3508,7 +3511,7 @@ class SurrogateFilter(Filter):
         self.pending: Dict[Any, BlockEvent] = {}  # first halves, by type and index of the event
 
     def feed(self, events: List[Event]) -> List[Event]:
-        if not self.pending and not any(map(self._has_surrogate, events)):
+        if not self.pending and not any(map(has_surrogate, events)):
             return events
         out: List[Event] = []
         for event in events:
@@ -3524,11 +3527,6 @@ class SurrogateFilter(Filter):
     def close(self) -> List[Event]:
         pending, self.pending = self.pending, {}
         return [with_text(event, "\ufffd") for event in pending.values()]
-
-    @staticmethod
-    def _has_surrogate(event: Event) -> bool:
-        text = text_of(event)
-        return not text.isascii() and _SURROGATE.search(text) is not None
 
     def _join(self, event: BlockEvent) -> List[Event]:
         key = type(event), getattr(event, "index", 0)
@@ -3546,7 +3544,54 @@ class SurrogateFilter(Filter):
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-class ThinkTagFilter(Filter):
+def has_surrogate(event: Event) -> bool:
+    """Whether an event's text has half of a character."""
+    text = text_of(event)
+    return not text.isascii() and _SURROGATE.search(text) is not None
+
+
+class TextFilter(Filter):
+    """Base class of filters of Text that hold back the possible start of a word.
+
+    Subclasses append events to ``out``: in read() those of one Text, in release() what was held
+    back, in finish() the last ones, in pass_on() others.
+    """
+
+    def feed(self, events: List[Event]) -> List[Event]:
+        self.out: List[Event] = []
+        for event in events:
+            if self.stopped:
+                break
+            if isinstance(event, Text):
+                self.read(event)
+            elif isinstance(event, Finish):
+                self.finish(event)
+            else:
+                if isinstance(event, TextWasReasoning):
+                    self.release()
+                self.pass_on(event)
+        return self.out
+
+    def close(self) -> List[Event]:
+        self.out = []
+        self.release()
+        return self.out
+
+    def read(self, event: Text) -> None:
+        raise NotImplementedError
+
+    def release(self) -> None:
+        raise NotImplementedError
+
+    def finish(self, finish: Finish) -> None:
+        self.release()
+        self.out.append(finish)
+
+    def pass_on(self, event: Event) -> None:
+        self.out.append(event)
+
+
+class ThinkTagFilter(TextFilter):
     """Turns ``<think>...</think>`` in Text events into Reasoning events.
 
     Tags may be split anywhere. An opening tag counts only at the start, after blanks at most; later
@@ -3563,213 +3608,146 @@ class ThinkTagFilter(Filter):
     def __init__(self) -> None:
         self.pending = ""  # possibly the start of a tag, or of the newlines before one
         self.last_char = ""  # of the text passed on
-        self.strip_newlines = False  # after a tag
-        self.state: Callable[[str, List[Event]], str] = self._at_start
+        self.after_tag = False  # newlines are removed
+        self.in_reasoning = self.started = self.closed = False  # by a tag, or by other text
 
     def feed(self, events: List[Event]) -> List[Event]:
         if len(events) == 1 and type(events[0]) is Text and self.is_passthrough(events[0].text):
             return events
-        out: List[Event] = []
-        for event in events:
-            if isinstance(event, Text):
-                self._text(event.text, out)
-            else:
-                if isinstance(event, Finish):
-                    out += self.close()
-                out.append(event)
-        return out
+        return super().feed(events)
 
     def is_passthrough(self, text: str) -> bool:
-        if (
-            text
-            and self.last_char
-            and not self.strip_newlines
-            and not self.pending
-            and "<" not in text
-        ):
+        if text and self.last_char and not self.after_tag and not self.pending and "<" not in text:
             self.last_char = text[-1]
             return True
         return False
 
-    def close(self) -> List[Event]:
-        """Flush pending text, which turned out not to be a tag."""
+    def read(self, event: Text) -> None:
+        text, self.pending = self.pending + event.text, ""
+        if not self.started:
+            text = self._read_opening(text)
+        if not self.closed and text:
+            text = self._read_closing(text)
+        self._emit(text)
+
+    def release(self) -> None:
         text, self.pending = self.pending, ""
-        event_type = Reasoning if self.state == self._in_reasoning else Text
-        return [event_type(text)] if text else []
+        self._emit(text)
 
-    def _text(self, text: str, out: List[Event]) -> None:
-        text, self.pending = self.pending + text, ""
-        while text:
-            if self.strip_newlines:
-                text = text.lstrip("\n")
-                self.strip_newlines = not text
-            text = self.state(text, out)
-
-    # States: each consumes the start of the text and returns the remainder.
-
-    def _at_start(self, text: str, out: List[Event]) -> str:
+    def _read_opening(self, text: str) -> str:
+        """Return what follows an opening tag, or the text if there is none."""
         stripped = text.lstrip()
         if len(text) - len(stripped) <= self.MAX_BLANKS:
-            if stripped.startswith(self.OPEN_TAG):
-                self.state, self.strip_newlines = self._in_reasoning, True
-                return stripped[len(self.OPEN_TAG) :]
-            if self.OPEN_TAG.startswith(stripped):
+            if self.OPEN_TAG.startswith(stripped) and stripped != self.OPEN_TAG:
                 self.pending = text
                 return ""
-        self.state = self._in_answer
+            if stripped.startswith(self.OPEN_TAG):
+                self.in_reasoning = self.after_tag = True
+                text = stripped[len(self.OPEN_TAG) :]
+        self.started = True
         return text
 
-    def _in_reasoning(self, text: str, out: List[Event]) -> str:
-        reasoning, tag, remaining = text.partition(self.CLOSE_TAG)
-        if tag:
-            self.state, self.strip_newlines = self._emit, True
-            reasoning = self._strip_line_breaks(reasoning)
-        else:
-            reasoning = self._split_partial_tag(text)
-        if reasoning:
-            out.append(Reasoning(reasoning))
-        return remaining
-
-    def _in_answer(self, text: str, out: List[Event]) -> str:
-        """No tag so far: a closing one makes all text before it reasoning."""
-        at = text.find(self.CLOSE_TAG)
-        if at < 0:
-            return self._emit(self._split_partial_tag(text), out)
-        self.state = self._emit
-        if (text[at - 1] if at else self.last_char) in self.QUOTES:
+    def _read_closing(self, text: str) -> str:
+        """Emit what precedes a closing tag; returns what follows it, or text without one."""
+        before, tag, after = text.partition(self.CLOSE_TAG)
+        if not tag:
+            return self._hold_back(text)
+        self.closed = True
+        if self.in_reasoning:
+            self._emit(self._without_line_breaks(before))
+        elif (self.last_char + before)[-1:] in self.QUOTES:
             return text
-        self.strip_newlines, before = True, text[:at]
-        reasoning = before.rstrip("\n")
-        if self.last_char:
-            out += [Text(before), TextWasReasoning()] if before else [TextWasReasoning()]
-        elif reasoning:
-            out.append(Reasoning(reasoning))
-        return text[at + len(self.CLOSE_TAG) :]
+        else:
+            self.in_reasoning = not self.last_char
+            self._emit(before.rstrip("\n"))
+            if not self.in_reasoning:
+                self.out.append(TextWasReasoning())
+        self.in_reasoning, self.after_tag = False, True
+        return after
 
-    def _emit(self, text: str, out: List[Event]) -> str:
-        if text:
+    def _hold_back(self, text: str) -> str:
+        """Hold back a possible closing tag, in reasoning with the newlines before it."""
+        passed_on = text[: len(text) - partial_match_length(text, self.CLOSE_TAG)]
+        if self.in_reasoning:
+            passed_on = self._without_line_breaks(passed_on)
+        self.pending = text[len(passed_on) :]
+        return passed_on
+
+    def _without_line_breaks(self, text: str) -> str:
+        return text[: max(len(text.rstrip("\n")), len(text) - self.MAX_BLANKS)]
+
+    def _emit(self, text: str) -> None:
+        if self.after_tag:
+            text = text.lstrip("\n")
+            self.after_tag = not text
+        if text and self.in_reasoning:
+            self.out.append(Reasoning(text))
+        elif text:
             self.last_char = text[-1]
-            out.append(Text(text))
-        return ""
-
-    def _split_partial_tag(self, text: str) -> str:
-        """Hold back a possible start of a closing tag, and the newlines before it."""
-        cut = len(text) - (partial_match_length(text, self.CLOSE_TAG) if "<" in text else 0)
-        if self.state == self._in_reasoning:
-            cut = len(self._strip_line_breaks(text[:cut]))
-        self.pending = text[cut:]
-        return text[:cut]
-
-    def _strip_line_breaks(self, reasoning: str) -> str:
-        return reasoning[: max(len(reasoning.rstrip("\n")), len(reasoning) - self.MAX_BLANKS)]
+            self.out.append(Text(text))
 
 
 def partial_match_length(text: str, word: str) -> int:
     """Length of the longest proper prefix of a short word that the text ends with."""
-    sizes = range(min(len(word) - 1, len(text)), 0, -1)
-    return next((size for size in sizes if text.endswith(word[:size])), 0)
+    tail = text[max(0, len(text) - len(word) + 1) :]
+    at = tail.find(word[0])
+    while at >= 0 and not word.startswith(tail[at:]):
+        at = tail.find(word[0], at + 1)
+    return len(tail) - at if at >= 0 else 0
 
 
-class StreamSearch:
-    """Searches for a word in a stream of strings, in linear time (Knuth-Morris-Pratt)."""
-
-    def __init__(self, word: str) -> None:
-        self.word = word
-        self.matched = 0  # length of the word's prefix that the text so far ends with
-        # By length of a prefix: length of its longest proper prefix that is also its suffix.
-        self.borders = [0]
-        for char in word[1:]:
-            self.borders.append(self._extend(self.borders[-1], char))
-
-    def feed(self, text: str) -> int:
-        """Position just after the word's first occurrence; -1 if there is none yet."""
-        at, last = 0, len(text) - len(self.word) + 1  # occurrences from ``last`` on are incomplete
-        while at < len(text):
-            if not self.matched:
-                if at < last:
-                    found = text.find(self.word, at)
-                    if found >= 0:
-                        return found + len(self.word)
-                at = text.find(self.word[0], max(at, last))
-                if at < 0:
-                    break
-            self.matched = self._extend(self.matched, text[at])
-            at += 1
-            if self.matched == len(self.word):
-                return at
-        return -1
-
-    def _extend(self, matched: int, char: str) -> int:
-        """Length of the matched prefix after one more character."""
-        while matched and self.word[matched] != char:
-            matched = self.borders[matched - 1]
-        return matched + (self.word[matched] == char)
-
-
-class StopFilter(Filter):
+class StopFilter(TextFilter):
     """Ends answers at stop sequences and token limits the upstream does not support.
 
-    Stop sequences may be split anywhere and are not part of the answer. The one that ends first
-    counts; of several that end together, the longest. Tokens are counted by token_units(), which
-    never counts too many, so an answer is not cut short.
+    Stop sequences are short, may be split anywhere and are not part of the answer. The one that
+    ends first counts; of several that end together, the longest. Tokens are counted by
+    token_units(), which never counts too many, so an answer is not cut short.
     """
 
     def __init__(self, stops: List[str], max_tokens: Optional[int]) -> None:
-        self.stops = list(map(StreamSearch, stops))
-        self.pending = "", 0  # a stop sequence, and the length of its prefix that is held back
+        self.stops, self.pending = stops, ""  # the latter is possibly the start of a stop sequence
         self.budget = math.inf if max_tokens is None else UNITS_PER_TOKEN * max_tokens
         self.needed = bool(stops) or max_tokens is not None
 
-    def feed(self, events: List[Event]) -> List[Event]:
-        out: List[Event] = []
-        for event in events:
-            if self.stopped:
-                break
-            if isinstance(event, Text) and self.stops:
-                self._search(event.text, out)
-            elif isinstance(event, (Text, Reasoning)):
-                self._count(event, out)
-            else:
-                if isinstance(event, (Finish, TextWasReasoning)):
-                    out += self.close()
-                out.append(event)
-        return out
-
-    def close(self) -> List[Event]:
-        """Flush held-back text, which turned out not to be a stop sequence."""
-        (stop, size), self.pending = self.pending, ("", 0)
-        for search in self.stops:
-            search.matched = 0
-        return [Text(stop[:size])] if size else []
-
-    def _search(self, text: str, out: List[Event]) -> None:
-        (pending, size), self.pending = self.pending, ("", 0)
-        ends = [(search.feed(text), search.word) for search in self.stops]
-        end, length, stop = min(
-            ((end, -len(word), word) for end, word in ends if end >= 0), default=(len(text), 0, "")
-        )
-        if not stop:
-            longest = max(self.stops, key=lambda search: search.matched)
-            self.pending, length = (longest.word, longest.matched), -longest.matched
-        emitted = size + end + length  # characters of the held-back text and the new one
-        self._count(Text(pending[: min(size, emitted)] + text[: max(0, emitted - size)]), out)
-        if stop and not self.stopped:
-            self.stopped = True
-            out.append(Finish("stop", stop_sequence=stop))
-
-    def _count(self, event: Union[Text, Reasoning], out: List[Event]) -> None:
-        if not event.text:
-            return
-        cost = token_units(event.text)
-        if cost > self.budget:
-            head = truncate_to(event.text, self.budget)
-            if head:
-                out.append(type(event)(head))
-            out.append(Finish("length"))
-            self.stopped = True
+    def read(self, event: Text) -> None:
+        if self.stops:
+            self._search(event.text)
         else:
+            self.pass_on(event)
+
+    def _search(self, text: str) -> None:
+        text, self.pending = self.pending + text, ""
+        found = [
+            (text.find(stop) + len(stop), -len(stop), stop) for stop in self.stops if stop in text
+        ]
+        if found:
+            end, _, stop = min(found)
+            self.pass_on(Text(text[: end - len(stop)]))
+            if not self.stopped:
+                self.stopped = True
+                self.out.append(Finish("stop", stop_sequence=stop))
+        else:
+            size = len(text) - max(partial_match_length(text, stop) for stop in self.stops)
+            self.pending = text[size:]
+            self.pass_on(Text(text[:size]))
+
+    def release(self) -> None:
+        text, self.pending = self.pending, ""
+        if text:
+            self.out.append(Text(text))
+
+    def pass_on(self, event: Event) -> None:
+        """Count an event's text; beyond the limit it is cut, and the answer ends."""
+        if isinstance(event, (Text, Reasoning)):
+            cost = token_units(event.text)
+            if cost > self.budget:
+                head = truncate_to(event.text, self.budget)
+                self.out += [type(event)(head)] if head else []
+                self.stopped, event = True, Finish("length")
+            elif not cost:
+                return
             self.budget -= cost
-            out.append(event)
+        self.out.append(event)
 
 
 UNITS_PER_TOKEN = 24
@@ -3849,6 +3827,19 @@ class ToolForm(NamedTuple):
     calls: str = "%s"  # around the calls of a message
     result: str = "<tool_response>\n%s\n</tool_response>"
 
+    def write(self, calls: Iterable[Tuple[str, str]]) -> str:
+        """Return the text of calls, which are (name, arguments as a JSON object)."""
+        texts = []
+        for number, (name, arguments) in enumerate(calls):
+            if self.argument:
+                fields = as_dict(json_or_none(arguments.encode()))
+                arguments = "".join(
+                    self.argument % (key, value if isinstance(value, str) else _encode(value))
+                    for key, value in fields.items()
+                )
+            texts.append(self.call % {"name": name, "arguments": arguments, "number": number})
+        return self.calls % "\n".join(texts)
+
 
 # By the first match. From the chat templates of moonshotai/Kimi-K2-Instruct, zai-org/GLM-4.5,
 # deepseek-ai/DeepSeek-V3.1 and Qwen/Qwen3-Coder-480B-A35B-Instruct; meta-llama/llama-models,
@@ -3880,22 +3871,25 @@ CLOSING_MARKS = (
     "</tool_call>", "</function>", "<|eom_id|>", "<|eot_id|>", "<|tool_call_end|>",
     "<|tool_calls_section_end|>", "<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>",
 )
-SEPARATORS = "function<｜tool▁sep｜>", "<｜tool▁sep｜>", "<|tool_call_argument_begin|>", "[ARGS]"
-TAGS, END_TAGS = ("<parameter=", "<arg_key>"), ("</parameter>", "</arg_value>")
+ARGUMENT_MARKS = {"<parameter=": "</parameter>", "<arg_key>": "</arg_value>"}
+# Around names and values; the words are of DeepSeek's "function<｜tool▁sep｜>" and of "```json".
+SKIPPED = ("<｜tool▁sep｜>", "<|tool_call_argument_begin|>", "[ARGS]", "function", "json", *"`,;>")
+TOOL_MARKS = (
+    *OPENING_MARKS, *CLOSING_MARKS, *ARGUMENT_MARKS, *ARGUMENT_MARKS.values(), *SKIPPED[:3],
+)
 # fmt: on
-TOOL_MARKS = (*OPENING_MARKS, *CLOSING_MARKS, *SEPARATORS, *TAGS, *END_TAGS)
 PARTIAL_MARKS = {mark[:size] for mark in TOOL_MARKS for size in range(1, len(mark))}
 MAX_TOKEN = 256  # characters
 OPENING, MARK = ("|".join(map(re.escape, marks)) for marks in (OPENING_MARKS, TOOL_MARKS))
 OPENING_MARK = re.compile(OPENING)
-CALL_TOKEN = re.compile(
-    rf"{MARK}|`{{1,128}}\w{{0,128}}|\w[\w.:-]{{0,255}}|[ \t\r\n]{{1,256}}|\\[\s\S]?|[\s\S]"
-)
+CALL_TOKEN = re.compile(rf"{MARK}|\w[\w.:-]{{0,255}}|\s{{1,256}}|\\[\s\S]?|[\s\S]")
 STRING_TOKEN = re.compile(r"""\\[\s\S]?|["'\x00-\x1f]|[^"'\\\x00-\x1f]+""")
-NOISE = " \t\r\n`,;>"  # first characters of tokens around names and values
 KIMI_NAME = re.compile(r"^functions\.|:\d*$")
 NAMED_CALL = re.compile(r'{\s*"name"\s*:\s*"([^"\\{]+)"\s*,\s*"(?:arguments|parameters)"\s*:\s*{')
-ARGUMENT = re.compile(r"\s*(?:<parameter=([^<>]+)>\n?|<arg_key>([^<>]+)</arg_key>\s*<arg_value>)")
+ARGUMENT = re.compile(
+    r"(?:<parameter=([^<>]+)>\n?|<arg_key>([^<>]+)</arg_key>\s*<arg_value>)"
+    r"([\s\S]*?)(?:\n?</parameter>|</arg_value>)"
+)
 
 TOOLS_PROMPT = (
     "You can call functions. Their signatures, as JSON:\n<tools>\n{tools}\n</tools>\n"
@@ -3904,6 +3898,7 @@ TOOLS_PROMPT = (
     "message; never write them yourself. Without need for a function, answer in plain text."
 )
 ONE_CALL, MUST_CALL = " Call at most one function.", " You must call a function now."
+TOOL_FIELDS = ("tools", "tool_choice", "parallel_tool_calls")  # of a chat, which become text
 
 
 class PromptedTools:
@@ -3913,30 +3908,29 @@ class PromptedTools:
     without a valid call, if the chat requires one.
     """
 
-    FIELDS = ("tools", "tool_choice", "parallel_tool_calls")  # of a chat, which become text
-
     def __init__(self, call: Call, model: str, prompt: str, upstream_name: str) -> None:
-        self.chat, self.stream, self.prompt, self.complaint = call.body, call.stream, prompt, ""
+        self.call, self.prompt, self.upstream_name = call, prompt, upstream_name
+        self.text_call = call  # with the tools as text, once they are translated
+        self.complaint = ""
         self.form = next(form for form in TOOL_FORMS if form.models.search(model.lower()))
-        self.upstream_name = upstream_name
-        self.single = self.chat.get("parallel_tool_calls") is False
+        self.single = call.body.get("parallel_tool_calls") is False
         self.functions: Dict[str, Dict[str, Any]] = {}
         self.ignored: List[str] = []
-        for tool in map(as_dict, as_list(self.chat.get("tools"))):
-            function = as_dict(tool.get("function"))
+        for tool in as_list(call.body.get("tools")):
+            function = function_of(tool)
             if isinstance(function.get("name"), str):
                 self.functions[function["name"]] = function
                 self.ignored += ["strict"] if function.get("strict") else []
             else:
-                self.ignored.append(str(tool.get("type")))
-        self.required = self._choose(self.chat.get("tool_choice"))
+                self.ignored.append(str(as_dict(tool).get("type")))
+        self.required = self._choose(call.body.get("tool_choice"))
 
     def _choose(self, choice: Any) -> bool:
         """Apply ``tool_choice`` to the functions; whether one must be called."""
         if isinstance(choice, dict):
             allowed = as_dict(choice.get("allowed_tools"))
             tools = as_list(allowed.get("tools")) or [choice]
-            names = [as_dict(as_dict(tool).get("function")).get("name") for tool in tools]
+            names = [function_of(tool).get("name") for tool in tools]
             self.functions = {
                 name: self.functions[name] for name in self.functions if name in names
             }
@@ -3950,43 +3944,38 @@ class PromptedTools:
 
     def body(self) -> Dict[str, Any]:
         """Return the chat without fields and roles for tools."""
-        messages = list(map(self._message, self.chat["messages"]))
+        body = self.call.body
+        messages = list(map(self._message, body["messages"]))
         if self.functions:
             if not messages or messages[0]["role"] not in ("system", "developer"):
                 messages.insert(0, {"role": "system"})
             messages[0] = add_paragraph(messages[0], self._instruction())
         if self.complaint:
             messages[-1] = add_paragraph(messages[-1], self.complaint)
-        others = {name: self.chat[name] for name in self.chat if name not in self.FIELDS}
+        others = {name: body[name] for name in body if name not in TOOL_FIELDS}
         return {**others, "messages": messages}
 
     def _message(self, message: Dict[str, Any]) -> Dict[str, Any]:
         """Return a message with its calls as text; a result becomes a message of the user."""
         if message["role"] == "tool":
             return {"role": "user", "content": self.form.result % message_text(message)}
-        calls = [
-            self._call(str(function.get("name")), str(function.get("arguments") or "{}"), number)
-            for number, call in enumerate(as_list(message.get("tool_calls")))
-            for function in [as_dict(as_dict(call).get("function"))]
-        ]
+        functions = map(function_of, as_list(message.get("tool_calls")))
+        calls = [(str(each.get("name")), str(each.get("arguments") or "{}")) for each in functions]
         others = {name: message[name] for name in message if name != "tool_calls"}
-        return add_paragraph(others, self.form.calls % "\n".join(calls)) if calls else others
-
-    def _call(self, name: str, arguments: str, number: int = 0) -> str:
-        if self.form.argument:
-            arguments = "".join(
-                self.form.argument % (key, value if isinstance(value, str) else _encode(value))
-                for key, value in as_dict(json_or_none(arguments.encode())).items()
-            )
-        return self.form.call % {"name": name, "arguments": arguments, "number": number}
+        return add_paragraph(others, self.form.write(calls)) if calls else others
 
     def _instruction(self) -> str:
         """Return the system message's text with the form of a call and the functions."""
-        example = self.form.calls % self._call("FUNCTION", '{"PARAMETER":"VALUE"}')
+        example = self.form.write([("FUNCTION", '{"PARAMETER":"VALUE"}')])
         functions = self.functions.values()
         tools = [_encode({"type": "function", "function": function}) for function in functions]
         text = self.prompt.replace("{call}", example).replace("{tools}", "\n".join(tools))
         return text + ONE_CALL * self.single + MUST_CALL * self.required
+
+
+def function_of(tool: Any) -> Dict[str, Any]:
+    """Return the function in a tool or a call; {} if there is none."""
+    return as_dict(as_dict(tool).get("function"))
 
 
 def add_paragraph(message: Dict[str, Any], text: str) -> Dict[str, Any]:
@@ -4027,8 +4016,7 @@ class LooseJSON:
     ``name`` is the called function's, ``part`` the tokens of its arguments since it was cleared.
     """
 
-    WORDS = {"True": "true", "False": "false", "None": "null", "'": '"'}
-    IN_STRING = {'"': '\\"', "\\'": "'"}
+    WORDS = {"True": "true", "False": "false", "None": "null", "'": '"', "\\'": "'"}
 
     def __init__(self, name: str) -> None:
         self.name, self.arguments_depth = name, 1 if name else 0  # 0: unknown, or complete
@@ -4052,7 +4040,7 @@ class LooseJSON:
             self.quote = ""
             return '"'
         if self.quote:
-            return _encode(token)[1:-1] if token < " " else self.IN_STRING.get(token, token)
+            return self.WORDS.get(token, token) if token[0] == "\\" else _encode(token)[1:-1]
         if token.isspace():
             return token
         # A comma is kept until the next token shows whether it is a trailing one.
@@ -4062,32 +4050,11 @@ class LooseJSON:
         return comma * (token not in "}]") + self.WORDS.get(token, token) * (token != ",")
 
 
-def read_tags(text: str, function: Dict[str, Any]) -> Dict[str, Any]:
-    r"""Return the arguments in tags, typed by the function's schema. Raises ValueError.
-
-    <parameter=path>\na.txt\n</parameter>                  Qwen3-Coder
-    <arg_key>path</arg_key>\n<arg_value>a.txt</arg_value>  GLM-4.5
-    """
-    properties = as_dict(as_dict(function.get("parameters")).get("properties"))
-    *texts, rest = re.split(r"\n?</parameter>|</arg_value>", text)
-    arguments = {}
-    for tagged in texts:
-        tag = ARGUMENT.match(tagged)
-        if not tag or rest.strip():
-            raise ValueError("its arguments are not complete")
-        key, value = tag[1] or tag[2], tagged[tag.end() :]
-        types = as_dict(properties.get(key)).get("type")
-        parsed = json_or_none(value.encode("utf-8", "replace"))
-        is_text = "string" in (types, *as_list(types)) or parsed is None and value != "null"
-        arguments[key] = value if is_text else parsed
-    return arguments
-
-
 def calls_of(value: Any, functions: Iterable[str]) -> List[Tuple[str, str]]:
     """Return the calls in an object or array as (name, arguments). Raises ValueError."""
     calls = []
     for item in map(as_dict, value if isinstance(value, list) else [value]):
-        item = as_dict(item.get("function")) or item
+        item = function_of(item) or item
         name, arguments = str(item.get("name")), item.get("arguments", item.get("parameters"))
         if isinstance(arguments, str):
             arguments = from_json(arguments.encode())
@@ -4099,7 +4066,36 @@ def calls_of(value: Any, functions: Iterable[str]) -> List[Tuple[str, str]]:
     return calls
 
 
-class ToolCallFilter(Filter):
+def read_argument(mark: str, function: Dict[str, Any]) -> Generator[None, str, Tuple[str, Any]]:
+    """Read the tokens of an argument after its mark; returns its name and value.
+
+    The value has no quotes: it is JSON unless the function's schema wants a string.
+    """
+    tokens = [mark]
+    while tokens[-1] != ARGUMENT_MARKS[mark]:
+        tokens.append((yield))
+        if not tokens[-1]:
+            raise ValueError("it is not complete")
+    argument = ARGUMENT.fullmatch("".join(tokens))
+    if not argument:
+        raise ValueError("an argument has no name")
+    name, text = argument[1] or argument[2], argument[3]
+    properties = as_dict(as_dict(function.get("parameters")).get("properties"))
+    types = as_dict(properties.get(name)).get("type")
+    value = json_or_none(text.encode("utf-8", "replace"))
+    is_text = "string" in (types, *as_list(types)) or value is None and text != "null"
+    return name, text if is_text else value
+
+
+def skip(words: Tuple[str, ...]) -> Generator[None, str, str]:
+    """Read tokens up to one that is neither blank nor one of the words; returns that."""
+    token = yield
+    while token in words or token.isspace():
+        token = yield
+    return token
+
+
+class ToolCallFilter(TextFilter):
     """Turns calls in Text events into ToolCall events.
 
     A call begins with a mark outside of Markdown code. It is held back, as all of it is text if it
@@ -4107,61 +4103,45 @@ class ToolCallFilter(Filter):
     In a stream, arguments above HELD characters are passed on as they arrive; if they then prove
     invalid, feed() raises an APIError, as it does to repeat a chat that requires a call.
 
-    A call is read in tokens, by the method that is the state: it raises ValueError for a token that
-    makes the call invalid. A token at the end of the text waits, as it may be cut.
+    Generators read a call token by token, of which "" is the end of the answer, and raise
+    ValueError if it is invalid. A token at the end of the text waits, as it may be cut.
     """
 
     HELD, MAX_CALL = 256, 4 << 20  # characters
 
     def __init__(self, tools: PromptedTools) -> None:
         self.tools, self.code = tools, MarkdownCode()
-        self.out: List[Event] = []
-        self.passed_on = self.at_end = False
-        self.count = 0  # of calls sent
-        self.pending = ""  # a token or mark that may be longer
-        self._reset()
-
-    def _reset(self, state: Optional[Callable[[str], None]] = None) -> None:
-        self.state = state  # reads a token of a call; None: outside of calls
+        self.reader: Any = None  # a generator, after an opening mark
+        self.value = LooseJSON("")  # its last one
         self.raw: List[str] = []  # tokens since the first mark, or since the last call
         self.size = 0  # of them, in characters
-        self.calls: List[Tuple[str, str]] = []  # complete ones, to be confirmed by a mark
-        self.name, self.value = "", LooseJSON("")  # of the open call
-        self.tags: List[str] = []
-        self.is_open = self.is_sent = False  # after an opening mark; the call's name is sent
+        self.pending = ""  # a token or mark that may be longer
+        self.count = 0  # of calls sent
+        self.is_sent = False  # the name of the call that is read
+        self.passed_on = self.at_end = False
 
     def feed(self, events: List[Event]) -> List[Event]:
-        self.out = []
-        for event in events:
-            if self.stopped:
-                break
-            if isinstance(event, Text):
-                self._read(event.text)
-            elif isinstance(event, Finish):
-                self._finish(event)
-            else:
-                if isinstance(event, TextWasReasoning):
-                    self._flush()
-                self.out.append(event)
-        self.passed_on = self.passed_on or bool(self.out)
-        return self.out
+        out = super().feed(events)
+        self.passed_on = self.passed_on or bool(out)
+        return out
 
     def is_passthrough(self, text: str) -> bool:
-        if self.state or self.pending or "<" in text or "[" in text:
+        if self.reader or self.pending or "<" in text or "[" in text:
             return False
         self.code.feed(text)
-        self.passed_on = True
         return True
 
-    def close(self) -> List[Event]:
-        self.out = []
-        self._flush()
-        return self.out
+    def read(self, event: Text) -> None:
+        text, self.pending, at = self.pending + event.text, "", 0
+        while at < len(text) and not self.stopped:
+            at = self._read_call(text, at) if self.reader else self._read_text(text, at)
+        if self.tools.call.stream and self.size > self.HELD:
+            self._send_part()
 
-    def _flush(self) -> None:
-        """Emit what is held back, as text."""
-        text, self.pending = "".join(self.raw) + self.pending, ""
-        self._reset()
+    def release(self) -> None:
+        text = "" if self.is_sent else "".join(self.raw) + self.pending
+        self.reader, self.value, self.pending = None, LooseJSON(""), ""
+        self.raw, self.size, self.is_sent = [], 0, False
         self._emit(text)
 
     def _emit(self, text: str) -> None:
@@ -4169,101 +4149,115 @@ class ToolCallFilter(Filter):
             self.code.feed(text)
             self.out.append(Text(text))
 
-    def _read(self, text: str) -> None:
-        text, self.pending, at = self.pending + text, "", 0
-        while at < len(text) and not self.stopped:
-            at = self._read_call(text, at) if self.state else self._read_text(text, at)
-        if self.tools.stream and self.size > self.HELD and not self.calls:
-            self._send_part()
-
     def _read_text(self, text: str, at: int) -> int:
         """Pass on text up to an opening mark; returns the position after the mark."""
         mark = OPENING_MARK.search(text, at)
-        end = mark.start() if mark else max(text.rfind("<", at), text.rfind("[", at))
-        if end < 0 or not mark and text[end : end + MAX_TOKEN] not in PARTIAL_MARKS:
-            end = len(text)
-        self._emit(text[at:end])
         if not mark:
+            end = max(text.rfind("<", at), text.rfind("[", at))
+            end = end if text[end : end + MAX_TOKEN] in PARTIAL_MARKS else len(text)
+            self._emit(text[at:end])
             self.pending = text[end:]
             return len(text)
+        self._emit(text[at : mark.start()])
         if self.code.is_open():
             self._emit(mark[0])
         else:
-            self._reset(self._in_marks)
-            self.raw, self.is_open = [mark[0]], True
+            self.reader, self.raw = self._read_calls(), [mark[0]]
+            next(self.reader)
         return mark.end()
 
     def _read_call(self, text: str, at: int) -> int:
         """Read a token of a call; returns the position after it."""
-        token = self._token(text, at)
-        if not token or not self.state:
+        in_string = self.value.quote != ""
+        token = next((STRING_TOKEN if in_string else CALL_TOKEN).finditer(text, at))[0]
+        end = at + len(token)
+        is_last = end == len(text) and len(token) < MAX_TOKEN and token not in TOOL_MARKS
+        is_cut = is_last or text[at : at + MAX_TOKEN] in PARTIAL_MARKS
+        if not self.at_end and (token == "\\" if in_string else is_cut):
             self.pending = text[at:]
             return len(text)
         self.raw.append(token)
         self.size += len(token)
+        self._read_token(token)
+        return end
+
+    def _read_token(self, token: str) -> None:
+        """Give the reader a token; an invalid call becomes text."""
         try:
             if self.size > self.MAX_CALL:
                 raise ValueError("it is too long")
-            self.state(token)
+            self.reader.send(token)
+        except StopIteration:
+            self.raw = []  # line breaks after a call
+            self.release()
         except ValueError as error:
-            self._reject(error)
-        return at + len(token)
+            if self.is_sent:
+                self.stopped = True
+                message = f"{self.tools.upstream_name} sent an invalid tool call."
+                raise APIError(502, message, code="invalid_tool_call") from None
+            self.release()
+            self._repeat(f"A tool call is invalid: {error}.")
 
-    def _token(self, text: str, at: int) -> str:
-        """Return the token at a position in a call; "" if more text may make it longer."""
-        if self.value.quote:
-            token = next(STRING_TOKEN.finditer(text, at))[0]
-            is_cut = token == "\\"
-        else:
-            token = next(CALL_TOKEN.finditer(text, at))[0]
-            is_last = at + len(token) == len(text) and len(token) < MAX_TOKEN
-            is_part = text[at : at + MAX_TOKEN] in PARTIAL_MARKS
-            is_cut = is_part or is_last and token not in TOOL_MARKS
-        return "" if is_cut and not self.at_end else token
+    def _read_calls(self) -> Generator[None, str, None]:
+        """Read calls after an opening mark, as long as no text follows one."""
+        while True:
+            token = yield from self._read_marked()
+            if token in CLOSING_MARKS:
+                token = yield from skip(CLOSING_MARKS)
+                self.raw = [word for word in self.raw if word not in CLOSING_MARKS]
+            if not token:
+                return
+            if token not in OPENING_MARKS:
+                raise ValueError("text follows")
+            self.raw = [token]
 
-    def _in_marks(self, token: str) -> None:
-        """Before, between and after values: marks, blanks, perhaps a name."""
+    def _read_marked(self) -> Generator[None, str, str]:
+        """Read and send the calls between two marks; returns the second one."""
+        calls: List[Tuple[str, str]] = []
+        arguments: Dict[str, Any] = {}
+        token = yield from skip(OPENING_MARKS + SKIPPED)
         name = KIMI_NAME.sub("", token)
-        if token in OPENING_MARKS:
-            if self.calls or not self.is_open:
-                self._send_calls()
-                self.raw, self.is_open = [token], True
-        elif token in CLOSING_MARKS and (self.calls or self.name or not self.is_open):
-            self.calls += [(self.name, "{}")] if self.name else []
-            self._send_calls()
-        elif self.is_open and token in ("{", "["):
-            self.value, self.state = LooseJSON(self.name), self._in_json
-            self.value.feed(token)
-        elif self.is_open and token in TAGS:
-            self.tags, self.state = [token], self._in_tags
-        elif self.is_open and name in self.tools.functions and not self.name and not self.calls:
-            self.name = name
-        elif token not in SEPARATORS and token[0] not in NOISE:
-            raise ValueError("it has no valid JSON, or an unknown function")
-
-    def _in_json(self, token: str) -> None:
-        self.value.feed(token)
-        if not self.value.depth:
-            self._complete(from_json("".join(self.value.tokens).encode()))
-
-    def _in_tags(self, token: str) -> None:
-        if token in CLOSING_MARKS and "".join(self.tags[-2:]).rstrip().endswith(END_TAGS):
-            function = self.tools.functions.get(self.name, {})
-            self._complete(read_tags("".join(self.tags), function))
-            self._in_marks(token)
+        if name in self.tools.functions:
+            token = yield from skip(SKIPPED)
         else:
-            self.tags.append(token)
+            name = ""
+        while name and token in ARGUMENT_MARKS:
+            key, value = yield from read_argument(token, self.tools.functions[name])
+            arguments[key] = value
+            token = yield from skip(SKIPPED)
+        if arguments or name and token in CLOSING_MARKS:
+            calls = [(name, _encode(arguments))]
+        while token in ("{", "[") and not arguments:
+            if calls:
+                self._send_calls(calls)
+                self.raw = [] if self.stopped else [token]
+            calls = yield from self._read_json(token, name)
+            if self.is_sent:
+                self._send_calls([])
+                return CLOSING_MARKS[0]
+            name = ""
+            token = yield from skip(SKIPPED)
+        if not calls or token not in ("", *OPENING_MARKS, *CLOSING_MARKS):
+            raise ValueError("it has no valid JSON, or an unknown function")
+        self._send_calls(calls)
+        return token
 
-    def _complete(self, value: Any) -> None:
-        """Note the calls of a complete value."""
-        value = {"name": self.name, "arguments": value} if self.name else value
-        calls = calls_of(value, self.tools.functions)
+    def _read_json(self, token: str, name: str) -> Generator[None, str, List[Tuple[str, str]]]:
+        """Read an object or array; returns the calls in it."""
+        value = self.value = LooseJSON(name)
+        value.feed(token)
+        while value.depth:
+            token = yield
+            if not token:
+                raise ValueError("it is not complete")
+            value.feed(token)
+        parsed = from_json("".join(value.tokens).encode())
+        parsed = {"name": name, "arguments": parsed} if name else parsed
+        calls = calls_of(parsed, self.tools.functions)
         if self.is_sent:
             self._send_part()
-            self._reset(self._in_marks)
-        else:
-            self.calls += calls
-            self.state, self.name = self._in_marks, ""
+        self.value = LooseJSON("")
+        return calls
 
     def _send_part(self) -> None:
         """Send the arguments read since the last time, once the function's name is known."""
@@ -4279,48 +4273,28 @@ class ToolCallFilter(Filter):
         self.out.append(ToolCall(self.count, arguments, "call_" + new_id(), name))
         self.count += 1
 
-    def _send_calls(self) -> None:
-        """Send the complete calls: a mark, or the end of the answer, has confirmed them."""
-        for name, arguments in self.calls[: 1 if self.tools.single else None]:
+    def _send_calls(self, calls: List[Tuple[str, str]]) -> None:
+        """Send complete calls, which a mark or the end of the answer has confirmed."""
+        for name, arguments in calls[: 1 if self.tools.single else None]:
             self._start_call(name, arguments)
-        self._reset(self._in_marks)
+        self.raw, self.size, self.is_sent = [], 0, False
         if self.tools.single and self.count and not self.at_end:
             self.stopped = True
             self.out.append(Finish("tool_calls"))
 
-    def _reject(self, error: ValueError) -> None:
-        """Emit an invalid call as text, unless part of it is sent; may repeat the chat."""
-        text, is_open, is_sent = "".join(self.raw), self.is_open, self.is_sent
-        self._reset()
-        if is_sent:
-            self.stopped = True
-            message = f"{self.tools.upstream_name} sent an invalid tool call."
-            raise APIError(502, message, code="invalid_tool_call")
-        if is_open:
-            self._repeat(f"A tool call is invalid: {error}.")
-        self._emit(text)
-
     def _repeat(self, reason: str) -> None:
         """Raise the error that repeats, once, a chat that requires a call."""
-        tools = self.tools
-        if not tools.required or tools.complaint or self.count or tools.stream and self.passed_on:
-            return
-        tools.complaint, self.stopped = reason + MUST_CALL, True
-        raise APIError(502, reason, code="tools", category=Category.RETRY)
+        tools, is_late = self.tools, self.passed_on and self.tools.call.stream
+        if tools.required and not (tools.complaint or self.count or is_late):
+            tools.complaint, self.stopped = reason + MUST_CALL, True
+            raise APIError(502, reason, code="tools", category=Category.RETRY)
 
-    def _finish(self, finish: Finish) -> None:
+    def finish(self, finish: Finish) -> None:
         self.at_end = True
-        self._read("")
-        try:
-            if self.state and self.is_open and (self.calls or self.state != self._in_marks):
-                self.state(CLOSING_MARKS[0])  # may be missing, except after a name alone
-            if self.is_open and not (self.is_sent and finish.reason == "length"):
-                raise ValueError("it is not complete")
-        except ValueError as error:
-            self._reject(error)
-        if "".join(self.raw).isspace():  # after a call
-            self._reset()
-        self._flush()
+        self.read(Text(""))  # what was pending
+        if self.reader and not (self.is_sent and finish.reason == "length"):
+            self._read_token("")
+        self.release()
         if not self.count:
             self._repeat("The answer has no tool call.")
         reason = "tool_calls" if self.count and finish.reason == "stop" else finish.reason
@@ -4341,6 +4315,7 @@ class Controller:
     """
 
     transport: Any = None  # a Transport, for upstreams that are reached by HTTP
+    model_cache: Any = None  # a Cache of their list of models
 
     def __init__(self, options: ControllerSettings, settings: Settings) -> None:
         self.options, self.settings, self.name = options, settings, options.name
@@ -4355,7 +4330,7 @@ class Controller:
 
     def models(self) -> List[Dict[str, Any]]:
         """Return the offered models as OpenAI model objects."""
-        return []
+        return self.model_cache.get() if self.model_cache else []
 
     def image(self, name: str, scope: CancelScope) -> UpstreamResponse:
         """Fetch an image that an answer links to."""
@@ -4414,11 +4389,13 @@ def _without_fields(
     if not isinstance(value, dict):
         return value
     dropped += (name for name in names if value.get(name) is not None and name not in dropped)
-    kept = {name: field for name, field in value.items() if name not in names}
+    remaining = {name: field for name, field in value.items() if name not in names}
     for name in within[:1]:
-        if isinstance(kept.get(name), list):
-            kept[name] = [_without_fields(part, names, dropped, within[1:]) for part in kept[name]]
-    return kept
+        if isinstance(remaining.get(name), list):
+            remaining[name] = [
+                _without_fields(part, names, dropped, within[1:]) for part in remaining[name]
+            ]
+    return remaining
 
 
 def place_system_messages(messages: List[Dict[str, Any]], mode: str) -> List[Dict[str, Any]]:
@@ -4484,8 +4461,7 @@ class ToolAdapter:
         self.options, self.settings = controller.options, controller.settings
 
     def check_support(self, call: Call) -> Optional[APIError]:
-        body = call.body
-        if self.options.tools == "refuse" and body.get("tools"):
+        if self.options.tools == "refuse" and call.body.get("tools"):
             message = f"{self.name} does not support 'tools'."
             return bad_request(message, "tools", "unsupported_parameter")
         if self.options.tools == "refuse" or not has_tools(call):
@@ -4497,27 +4473,27 @@ class ToolAdapter:
         except APIError as error:
             return error
         call.prepared_requests[self.name] = tools
-        return self.controller.check_support(self._as_text(call, tools))
+        return self._translate(tools)
 
-    def _as_text(self, call: Call, tools: PromptedTools) -> Call:
-        """Return the call with its tools as text."""
+    def _translate(self, tools: PromptedTools) -> Optional[APIError]:
+        """Put tools into the text of their call; an error if it is not supported."""
         body = tools.body()
         body["messages"] = join_user_messages(body["messages"])
-        text_call = copy.copy(call)
+        tools.text_call = text_call = copy.copy(tools.call)
         text_call.body, text_call.prepared_requests = body, {}
-        text_call.original = copy.copy(call.original)
+        text_call.original = copy.copy(tools.call.original)
         text_call.original.path = ""
-        return text_call
+        return self.controller.check_support(text_call)
 
     def events(self, call: Call) -> Iterable[Event]:
         tools = call.prepared_requests.get(self.name)
         if not isinstance(tools, PromptedTools):
             return self.controller.events(call)
-        text_call = self._as_text(call, tools)
-        error = self.controller.check_support(text_call)
+        error = self._translate(tools) if tools.complaint else None
         if error:
             raise error
-        response = self.controller.events(text_call)
+        tools.text_call.attempt = call.attempt
+        response = self.controller.events(tools.text_call)
         call.attempt.ignored_params = [*call.attempt.ignored_params, *tools.ignored]
         if not tools.functions:
             return response
@@ -4798,11 +4774,10 @@ UPSTREAM_ERRORS = [
     ErrorRule((), _QUOTA_CODES, _QUOTA_WORDS, Category.AUTH, reason=_QUOTA),
     # The request's model or content.
     ErrorRule((400, 401, 500, 503), _MODEL_CODES, "", Category.MODEL, 404),
-    ErrorRule((402, 403), _MODEL_CODES, "", Category.REFUSED),
     ErrorRule((401, 403), "service_disabled", _LIKELY_KEY_WORDS, Category.AUTH, reason=_KEY),
     ErrorRule((400,), "", _NO_MODEL, Category.MODEL, 404),
     ErrorRule((401,), "", _MODEL_ACCESS, Category.MODEL, 404),
-    ErrorRule((402, 403), "", _MODEL_ACCESS, Category.REFUSED),
+    ErrorRule((402, 403), _MODEL_CODES, _MODEL_ACCESS, Category.REFUSED),
     ErrorRule((401, 402, 403), _FLAGGED, _FLAGGED, Category.REFUSED, 403),
     # This server's key, probably.
     ErrorRule((401, 402, 403, 412), _LIKELY_QUOTA, _LIKELY_QUOTA, Category.AUTH, reason=_QUOTA),
@@ -5341,7 +5316,7 @@ def redact_bytes(data: bytes, secrets: Iterable[str]) -> bytes:
 # Characters as URLs, JSON or HTML may write them.
 _ESCAPE = re.compile(r"(?:%(?:25){0,2}|\\u00|\\x|&#x)([2-7][0-9a-f]);?", re.I)
 MAX_UNESCAPED = 1 << 17  # characters; longer strings are not unescaped
-MAX_FOUND = 1000  # secrets; a string with more is replaced
+MAX_FOUND = 10_000  # secrets; a string with more is replaced
 
 
 def _without_secrets(text: str, secrets: Iterable[str]) -> str:
@@ -5737,11 +5712,17 @@ def akash_error(text: str, model: str, secrets: Iterable[str] = ()) -> APIError:
 
 
 def _akash_reason(text: str, secrets: Iterable[str]) -> str:
-    """Return the first line of an error message as a sentence for clients."""
-    reason = redact(inner_message(text).split("\n")[0], secrets)
+    """Return an error message as a sentence for clients."""
+    reason = first_line(text, secrets)
     if reason in ("", "[object Object]", "An error occurred."):  # the AI SDK's placeholders
         return "Akash Chat failed without giving a reason."
-    return f"Akash Chat: {redact_hosts(reason)[:300]}"
+    return f"Akash Chat: {reason}"
+
+
+def first_line(message: str, secrets: Iterable[str]) -> str:
+    """Return the first line of a message without its wrapping, secrets and addresses."""
+    line = inner_message(message).split("\n")[0]
+    return redact_hosts(redact(line, secrets))[:300]
 
 
 def image_failed(message: str, status: int = 502, retry: bool = False) -> APIError:
@@ -6140,8 +6121,7 @@ class AkashImages:
             fields = state or {}
             status, result = str(fields.get("status") or ""), str(fields.get("result") or "")
             if status == "failed" or result.startswith("Failed"):
-                result = redact_hosts(redact(result[:4000], self.akash.secrets()))
-                reason = result[:200] or "no reason given"
+                reason = first_line(result, self.akash.secrets()) or "no reason given"
                 raise image_failed(f"Image generation failed: {reason}.")
             if status in ("succeeded", "completed"):
                 yield self._fetch_image(call, job, prompt, result)
@@ -6199,12 +6179,7 @@ class AkashController(Controller):
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         super().__init__(options, settings)
-        headers = {
-            "User-Agent": settings.user_agent,
-            "Accept": "*/*",
-            "Accept-Encoding": "identity",
-            **options.headers,
-        }
+        headers = {"Accept": "*/*", **options.headers}
         self.transport = Transport(options, settings, options.base_url, "Akash Chat", headers)
         cookies = options.cookie, self.transport.headers.get("Cookie", "")
         self.login = AkashLogin(self.transport, "; ".join(filter(None, cookies)), self.name, clock)
@@ -6297,9 +6272,6 @@ class AkashController(Controller):
         """List the strings to redact from errors: keys, header values and cookies."""
         cookies = "; ".join(filter(None, (self.login.cookie, self.session.value, cookie)))
         return self.own_secrets + cookie_values(cookies)
-
-    def models(self) -> List[Dict[str, Any]]:
-        return self.model_cache.get()
 
     def metrics(self) -> Dict[str, float]:
         metrics: Dict[str, float] = {"akashproxy_session_renewals_total": self.session.fetch_count}
@@ -6432,7 +6404,7 @@ class AkashController(Controller):
             )
         if status == 400 and not fields and body:
             message = "Bad request: " + body[:4000].decode("utf-8", "replace")
-        message = redact(message[:4000], self.secrets(cookie))
+        message, secrets = message[:4000], self.secrets(cookie)
         is_large = len(request.body or b"") > self.MAX_BODY_BYTES
         if status == 413 or status == 500 and not message and is_large:
             error = APIError(
@@ -6447,30 +6419,35 @@ class AkashController(Controller):
             is_outage = fields.get("available_models") == []  # b58259a
             error = no_models() if is_outage else akash_model_not_found(model)
         elif fields.get("error") == "Error generating image":  # b58259a
-            error = image_failed(f"Image generation failed: {redact_hosts(message)[:200]}")
+            error = image_failed(f"Image generation failed: {first_line(message, secrets)}")
         else:
-            error = self._status_error(response, fields, message, model)
+            error = self._status_error(response, fields, message, model, secrets)
         error.upstream_status = status
         raise error
 
+    @staticmethod
     def _status_error(
-        self, response: UpstreamResponse, fields: Dict[str, Any], message: str, model: str
+        response: UpstreamResponse,
+        fields: Dict[str, Any],
+        message: str,
+        model: str,
+        secrets: List[str],
     ) -> APIError:
         """Return the error for a status; ``fields`` is the JSON body."""
         status, is_limit = response.status, response.status == 429
         wait = retry_after_seconds(response.headers, fields, message=message, limit=is_limit)
+        reason = first_line(message, secrets)
         if is_limit:
-            reason = redact_hosts(message)[:300] or "too many requests."
-            return APIError(429, f"Akash Chat: {reason}", retry_after=wait)
+            message = f"Akash Chat: {reason or 'too many requests.'}"
+            return APIError(429, message, retry_after=wait)
         if status in (401, 403):
-            reason = redact_hosts(message)[:200]
             return auth_error(f"Akash Chat denied access ({reason or status}).", status)
         error = APIError(
             502 if status <= 500 else 503,
             f"Akash Chat failed without giving a reason (status {status}).",
         )
         if message:
-            error = akash_error(message, model)
+            error = akash_error(message, model, secrets)
         if error.status == 400 != status:
             error = APIError(502, error.message)
         if wait and error.category is Category.SERVER:
@@ -6541,8 +6518,8 @@ class ChatDecoder(Decoder):
         data: [DONE]                                            Finish; optional
 
     Events without data, whose data is JSON but no object, or of a type that is not "message" and
-    without JSON (a ping) are skipped. Only choice 0 is decoded. A delta's "reasoning_details" of
-    OpenRouter go with the first tool call, as its ``extra``.
+    without JSON (a ping) are skipped. Only choice 0 is decoded. The "reasoning_details" of
+    OpenRouter go with the next tool call, in its ``extra``.
     """
 
     LINE_LIMIT = 16 << 20  # bytes
@@ -6552,7 +6529,7 @@ class ChatDecoder(Decoder):
         self.lines = EventLines()
         self.calls = ToolCallAssembler(upstream_name)
         self.reason: Optional[str] = None
-        self.usage: Optional[Dict[str, int]] = None
+        self.usage: Any = None  # the last one, as the upstream has sent it
 
     def feed(self, data: bytes) -> List[Event]:
         out = self._decode(self.lines.feed(data))
@@ -6605,11 +6582,12 @@ class ChatDecoder(Decoder):
         """Decode a chunk, or a whole completion, whose choices have ``key``."""
         if body.get("error") or is_error(body):
             raise error_from_body(self.upstream_name, 200, body, self.secrets)
-        self.usage = usage_of(body) or self.usage
+        self.usage = find_usage(body) or self.usage
         for choice in map(as_dict, as_list(body.get("choices"))):
             if not choice.get("index"):
                 message = as_dict(choice.get(key)) or {"content": choice.get("text")}
-                self.calls.add_details(message.get("reasoning_details"))
+                if "reasoning_details" in message:
+                    self.calls.add_details(message["reasoning_details"])
                 for each in message_events(message):
                     if isinstance(each, ToolCall):
                         out += self.calls.add(each, is_complete=key == "message")
@@ -6621,7 +6599,7 @@ class ChatDecoder(Decoder):
     def _finish(self, out: List[Event]) -> None:
         reason = finish_reason(self.upstream_name, self.reason or "", self.calls.close())
         self.complete = True
-        out.append(Finish(reason, self.usage))
+        out.append(Finish(reason, chat_usage(self.usage)))
 
 
 class CallInProgress:
@@ -6700,11 +6678,11 @@ class ToolCallAssembler:
         if not fragment.name:
             return []
         call.name = fragment.name
-        extra = {**call.extra, **self._message_fields()} or None
+        extra = {**call.extra, **self._take_details()} or None
         return [ToolCall(call.number, "".join(call.pending), call.id, call.name, extra)]
 
     def add_details(self, details: Any) -> None:
-        """Join fragments of OpenRouter's reasoning_details, to go with the first call."""
+        """Join fragments of OpenRouter's reasoning_details, to go with the next call."""
         for detail in map(as_dict, as_list(details) if self.details_room >= 0 else ()):
             self.details_room -= len(_encode(detail))
             label = detail.get("type"), detail.get("index")
@@ -6724,13 +6702,11 @@ class ToolCallAssembler:
             raise truncated(self.upstream_name, "sent a tool call without a name")
         return any(call.name for call in self.calls)
 
-    def _message_fields(self) -> Dict[str, Any]:
-        """Return what goes with the first call: details that are more than text."""
-        is_opaque = any(detail.get("data") or detail.get("signature") for detail in self.details)
-        is_first = sum(call.name is not None for call in self.calls) == 1
-        if not is_opaque or not is_first or self.details_room < 0:
-            return {}
-        return {"reasoning_details": self.details}
+    def _take_details(self) -> Dict[str, Any]:
+        """Return what goes with the next call: details that are more than text."""
+        details, self.details = self.details, []
+        is_opaque = any(detail.get("data") or detail.get("signature") for detail in details)
+        return {"reasoning_details": details} if is_opaque and self.details_room >= 0 else {}
 
     def _find(self, fragment: ToolCall) -> Optional[CallInProgress]:
         """Return the call that a fragment may continue."""
@@ -6835,13 +6811,13 @@ def finish_reason(upstream_name: str, reason: str, has_calls: bool) -> str:
     return meaning
 
 
-def usage_of(body: Dict[str, Any]) -> Optional[Dict[str, Any]]:
+def find_usage(body: Dict[str, Any]) -> Any:
     """Return the usage of a completion or an event, wherever servers put it."""
     usage = body.get("usage")
     if usage is None and ("x_groq" in body or "choices" in body):
         choice = as_dict(next(iter(as_list(body.get("choices"))), None))
         usage = as_dict(body.get("x_groq")).get("usage") or choice.get("usage")
-    return chat_usage(usage)
+    return usage
 
 
 # Names of token counts, by the one in chat completions: those of Anthropic, Responses and others.
@@ -6904,9 +6880,11 @@ MAX_USAGE = 4096  # bytes of a usage object
 
 def parse_usage(data: bytes, at: int) -> Dict[str, Any]:
     """Parse the object whose key "usage" is at a position in JSON; {} if at < 0."""
+    if at < 0:
+        return {}
     text = data[at + len(b'"usage"') : at + MAX_USAGE].decode("utf-8", "replace")
     try:
-        return as_dict(_JSON.raw_decode(text.lstrip(" \t\r\n:"))[0]) if at >= 0 else {}
+        return as_dict(_JSON.raw_decode(text.lstrip(" \t\r\n:"))[0])
     except (ValueError, RecursionError):
         return {}
 
@@ -6965,6 +6943,15 @@ class ModelName:
         return data.replace(self.answered, self.field) if self.answered else data
 
 
+class UnparsedBody(Decoder):
+    """Passes on a body of an unknown format as it arrives."""
+
+    started = True
+
+    def feed(self, data: bytes) -> List[Event]:
+        return [RawBytes(data)]
+
+
 class PassthroughDecoder(Decoder):
     """Passes on a stream in the client's own format, byte for byte, as RawBytes.
 
@@ -6972,8 +6959,7 @@ class PassthroughDecoder(Decoder):
     first content is held back, since until then another controller may still answer. Only complete
     lines are passed on, so that an error event can follow if the upstream breaks off. Every
     complete stream has the ``end`` of its path; if that is None, the end of the HTTP message
-    suffices. If not ``is_sse``, all bytes are passed on unparsed. ``model`` replaces the name of
-    the answer's model.
+    suffices. ``model`` replaces the name of the answer's model.
     """
 
     MAX_HELD = 16 << 20  # bytes
@@ -6983,24 +6969,21 @@ class PassthroughDecoder(Decoder):
     def __init__(
         self,
         upstream_name: str,
-        is_sse: bool = True,
         end: Optional[StreamEnd] = None,
         secrets: Iterable[str] = (),
         model: str = "",
     ) -> None:
-        self.upstream_name, self.is_sse = upstream_name, is_sse
-        self.end, self.secrets = end, secrets
+        self.upstream_name, self.end, self.secrets = upstream_name, end, secrets
         self.rename = ModelName(model)
         self.end_seen = end is None
         self.mid_stream = end.mid_stream if end and not model else ()
-        self.started = not is_sse
         self.buffer = bytearray()  # an incomplete line
         self.opening = bytearray()  # what precedes the first content
         self.first_usage: Dict[str, Any] = {}  # that of the opening; Anthropic's counts the prompt
         self.last_parts: Deque[bytes] = deque([b"\n\n"], self.LAST_PARTS)  # except mid-stream ones
 
     def feed(self, data: bytes) -> List[Event]:
-        if not self.is_sse or self.fast_path(data):
+        if self.fast_path(data):
             return [RawBytes(data)]
         if self.buffer or not data.endswith(b"\n"):
             data = take_complete_lines(self.buffer, data)
@@ -7020,8 +7003,9 @@ class PassthroughDecoder(Decoder):
 
     def _usage(self) -> Optional[Dict[str, Any]]:
         """Return the usage of the answer so far."""
-        data = b"".join(self.last_parts)
-        last = parse_usage(data, data.rfind(b'"usage"'))
+        last: Dict[str, Any] = {}
+        for data in reversed(self.last_parts):
+            last = last or parse_usage(data, data.rfind(b'"usage"'))
         counts = {name: count for name, count in last.items() if count is not None}
         return chat_usage({**self.first_usage, **counts})
 
@@ -7044,7 +7028,9 @@ class PassthroughDecoder(Decoder):
         """Return the data up to [DONE], if it contains that; look for the stream's end."""
         if self.end and not self.end_seen:
             self.end_seen = self.end.is_in(data)
-        at = data.find(b"[DONE]")  # much faster than the pattern
+        at = data.rfind(b"[DONE]")  # much faster than find() and the pattern
+        if at >= 0 and data.rfind(b"[DONE]", 0, at) >= 0:
+            at = data.find(b"[DONE]")  # the first one of several ends the answer
         done = DONE.search(data, max(0, at - 64)) if at >= 0 else None
         if done is None or self.complete:
             return data
@@ -7086,9 +7072,7 @@ class PassthroughDecoder(Decoder):
         """Drop an incomplete line and end an incomplete event: an error may follow."""
         self.buffer.clear()
         between_events = b"".join(self.last_parts).endswith((b"\n\n", b"\n\r\n", b"\r\r"))
-        if self.is_sse and self.started and not between_events:
-            return [RawBytes(b"\n")]
-        return []
+        return [RawBytes(b"\n")] if self.started and not between_events else []
 
 
 DATA_LINE = re.compile(rb"(?:^|[\r\n]|^\xef\xbb\xbf)data:([^\r\n]*)(?=[\r\n])")
@@ -7161,11 +7145,7 @@ class OpenAIController(Controller):
 
     def __init__(self, options: ControllerSettings, settings: Settings) -> None:
         super().__init__(options, settings)
-        headers = {
-            "User-Agent": settings.user_agent,
-            "Accept-Encoding": "identity",
-            **options.headers,
-        }
+        headers = dict(options.headers)
         if options.api_key:
             headers["Authorization"] = f"Bearer {options.api_key}"
         if options.cookie:
@@ -7207,9 +7187,6 @@ class OpenAIController(Controller):
             retry_reason=call.attempt.retry_reason,
         )
         return EventStream(response, lambda response: self._decoder(call, response, is_native))
-
-    def models(self) -> List[Dict[str, Any]]:
-        return self.model_cache.get()
 
     def _request(self, call: Call, is_native: bool) -> Tuple[bytes, str]:
         """Return the request body and its content type; unchanged bodies are not rebuilt."""
@@ -7265,9 +7242,8 @@ class OpenAIController(Controller):
         if streamed:
             if kind != "text/event-stream":
                 call.attempt.content_type = "text/event-stream"
-            return PassthroughDecoder(
-                self.name, True, STREAM_ENDS.get(call.original.path), self.secrets, renamed
-            )
+            end = STREAM_ENDS.get(call.original.path)
+            return PassthroughDecoder(self.name, end, self.secrets, renamed)
         if kind == "text/html":
             raise APIError(502, f"{self.name} answered with a web page.")
         until_close, field = response.body.until_close, ANSWER_FIELDS.get(call.original.path, b"")
@@ -7277,7 +7253,7 @@ class OpenAIController(Controller):
                 call.attempt.content_type = "application/json"
             return BufferedBody(functools.partial(self._document, field, until_close, renamed))
         if until_close or not response.body.done:
-            return PassthroughDecoder(self.name, is_sse=False)
+            return UnparsedBody()
         return BufferedBody(lambda data: [RawBytes(data)])
 
     def _document(self, field: bytes, until_close: bool, model: str, data: bytes) -> List[Event]:
@@ -8455,13 +8431,6 @@ class Dialect:
             self.output_units += event_units(event)
         return event
 
-    def finish_of(self, answer: Answer) -> Finish:
-        """The end of a complete answer, with its usage."""
-        assert answer.finish is not None
-        finish = self.count(answer.finish)
-        assert isinstance(finish, Finish)
-        return finish
-
     def opening_frames(self) -> bytes:
         """Frames before the first event."""
         return b""
@@ -8501,7 +8470,7 @@ class Dialect:
         return b": ping\n\n" if style == "comment" else b""
 
     def response_body(self, answer: Answer) -> Dict[str, Any]:
-        """The body of a response that is not streamed."""
+        """The body of a response that is not streamed; its events have been counted."""
         raise NotImplementedError
 
     def local_response(self) -> Optional[Dict[str, Any]]:
@@ -8649,14 +8618,13 @@ class ChatCompletions(Dialect):
         return body
 
     def body(self, choice: Dict[str, Any], answer: Answer) -> Dict[str, Any]:
-        finish = self.finish_of(answer)
         return {
             "id": self.id,
             "object": self.OBJECT,
             "created": self.created,
             "model": self.model,
-            "choices": [{**choice, "finish_reason": finish.reason}],
-            "usage": finish.usage,
+            "choices": [{**choice, "finish_reason": answer.finish.reason}],
+            "usage": answer.finish.usage,
         }
 
 
@@ -8762,7 +8730,7 @@ class BlockDialect(Dialect):
     RENAMED_PARAMS: Dict[str, str] = {}  # fields with an equivalent in a chat, and its name
     KNOWN_PARAMS: Tuple[str, ...] = ()  # fields that to_chat() handles; others are ignored
     keeps_text = True
-    MAX_WITHHELD = 1000  # characters
+    MAX_HIDDEN_REASONING = 1000  # characters
     BLOCKS_END_WITH_TEXT = True  # stop_block() repeats the block's text
     FUNCTION_TYPES: Tuple[Any, ...] = ()  # types of tools that are functions
     SCHEMA_KEY = ""  # their field with the JSON schema of the parameters
@@ -8773,7 +8741,7 @@ class BlockDialect(Dialect):
         self.messages: List[Dict[str, Any]] = []  # for finish_messages()
         self.has_begun = False  # there are further messages of the user or the assistant
         self.show_reasoning = True
-        self.withheld = ""  # the beginning of reasoning that is not shown
+        self.hidden_reasoning = ""  # the beginning of what is not shown
         self.open_block: Any = None  # block_key() of the open block
         self.open_text: List[str] = []
         self.block_index = 0  # of the open or next block
@@ -9001,7 +8969,7 @@ class BlockDialect(Dialect):
 
     def encode_event(self, event: Event) -> bytes:
         if isinstance(event, Reasoning) and not self.show_reasoning:
-            self.withhold(event.text)
+            self.hide_reasoning(event.text)
             return b""
         if isinstance(event, (Text, Reasoning, ToolCall)):
             return self.encode_block(event)
@@ -9049,10 +9017,12 @@ class BlockDialect(Dialect):
 
     def flush_deferred(self) -> bytes:
         """Frames of the deferred events, block by block."""
-        deferred, self.deferred = self.deferred, []
-        order = {key: i for i, key in enumerate(dict.fromkeys(map(self.block_key, deferred)))}
-        deferred.sort(key=lambda event: order[self.block_key(event)])
-        return b"".join(self.encode_block(event, may_defer=False) for event in deferred)
+        blocks: Dict[Any, List[BlockEvent]] = {}
+        for event in self.deferred:
+            blocks.setdefault(self.block_key(event), []).append(event)
+        self.deferred = []
+        events = itertools.chain.from_iterable(blocks.values())
+        return b"".join(self.encode_block(event, may_defer=False) for event in events)
 
     def close(self) -> bytes:
         """Frames that close the open block, if there is one."""
@@ -9068,13 +9038,13 @@ class BlockDialect(Dialect):
         if self.show_reasoning:
             blocks.insert(0, Reasoning(answer.reasoning))
         else:
-            self.withhold(answer.reasoning)
+            self.hide_reasoning(answer.reasoning)
         calls = [self.with_id(call, call.arguments or "{}") for call in answer.tools]
         return [*filter(text_of, blocks), *calls]
 
-    def withhold(self, reasoning: str) -> None:
+    def hide_reasoning(self, text: str) -> None:
         """Keep the beginning of reasoning that the client does not request."""
-        self.withheld += reasoning[: self.MAX_WITHHELD - len(self.withheld)]
+        self.hidden_reasoning += text[: self.MAX_HIDDEN_REASONING - len(self.hidden_reasoning)]
 
     def with_id(self, call: ToolCall, arguments: str) -> ToolCall:
         """A tool call with other arguments; its ID contains what the upstream wants back.
@@ -9083,8 +9053,8 @@ class BlockDialect(Dialect):
         several upstreams reject tool calls without the reasoning that led to them.
         """
         extra = {**(call.extra or {})}
-        if self.withheld:
-            extra["reasoning_content"], self.withheld = self.withheld, ""
+        if self.hidden_reasoning:
+            extra["reasoning_content"], self.hidden_reasoning = self.hidden_reasoning, ""
         call_id = id_with_extra(call.id or "call_" + new_id(), extra)
         return ToolCall(call.index, arguments, call_id, call.name or "")
 
@@ -9103,9 +9073,6 @@ TOOL_NAME = re.compile("[A-Za-z0-9_-]{1,64}")  # OpenAI's rule
 NO_RESULT = "[The tool call was interrupted and has no result.]"
 
 
-REASONING_FIELDS = ("reasoning_content", "reasoning_details")  # of messages with tool calls
-
-
 def finish_messages(messages: List[Dict[str, Any]]) -> Iterator[Dict[str, Any]]:
     """Yield messages in OpenAI's format, from those of append_message().
 
@@ -9119,13 +9086,16 @@ def finish_messages(messages: List[Dict[str, Any]]) -> Iterator[Dict[str, Any]]:
         parts, calls, reasoning = message["content"], message["calls"], message["reasoning"]
         texts = [part["text"] for part in parts if part["type"] == "text"]
         content = "\n\n".join(texts) if len(texts) == len(parts) else parts
-        fields: Dict[str, Any] = {"tool_calls": calls} if calls else {}
-        for call in calls:
-            fields.update((name, call.pop(name)) for name in REASONING_FIELDS if name in call)
-        if calls and reasoning:
-            fields["reasoning_content"] = "\n\n".join(reasoning)
+        hidden = [as_str(call.pop("reasoning_content", None)) for call in calls]
+        details = [as_list(call.pop("reasoning_details", None)) for call in calls]
+        fields = {
+            "tool_calls": calls,
+            "reasoning_content": "\n\n".join(reasoning or filter(None, hidden)),
+            "reasoning_details": list(itertools.chain.from_iterable(details)),
+        }
         if content or calls:
-            yield {"role": message["role"], "content": content or None, **fields}
+            given = {name: value for name, value in fields.items() if calls and value}
+            yield {"role": message["role"], "content": content or None, **given}
 
 
 def pair_tool_results(messages: Iterable[Dict[str, Any]]) -> List[Dict[str, Any]]:
@@ -9212,12 +9182,13 @@ def file_note(block: Dict[str, Any]) -> str:
     if block.get("type") not in FILE_TYPES and not urls and not (data and about.strip()):
         return ""
     prefix, _, payload = data.rpartition(",")  # of a data URL
-    is_pdf = "pdf" in (about + prefix[:100]).lower() or block.get("type") == "document"
+    about = (about + prefix[:100]).strip() or str(block.get("type"))
+    kind = "PDF" if about == "document" or "pdf" in about.lower() else "file"
     size = f" of {len(payload) * 3 // 4 - payload[-2:].count('=')} bytes" if payload else ""
-    return f"[A {'PDF' if is_pdf else 'file'}{size}, which this model can't read.]"
+    return f"[A {kind}{size}, which this model can't read.]"
 
 
-def event_frame(name: str, fields: Dict[str, Any]) -> bytes:
+def event_frame(name: str, **fields: Any) -> bytes:
     """A server-sent event; its name is also its data's type."""
     return b"event: %b\ndata: %b\n\n" % (name.encode(), to_json({"type": name, **fields}))
 
@@ -9326,49 +9297,41 @@ class Messages(BlockDialect):
 
     def opening_frames(self) -> bytes:
         usage = {"input_tokens": self.estimate_prompt(), "output_tokens": 0}
-        return event_frame(
-            "message_start", {"message": {**self.message_object([]), "usage": usage}}
-        )
+        return event_frame("message_start", message={**self.message_object([]), "usage": usage})
 
     def start_block(self, event: BlockEvent) -> bytes:
         self.head = (
             b'event: content_block_delta\ndata: {"type":"content_block_delta","index":%d,'
             b'"delta":{"type":"%b","%b":' % (self.block_index, *self.DELTA_TYPES[type(event)])
         )
-        return event_frame(
-            "content_block_start",
-            {"index": self.block_index, "content_block": self.content_block(event)},
-        )
+        block = self.content_block(event)
+        return event_frame("content_block_start", index=self.block_index, content_block=block)
 
     def delta(self, text: str) -> bytes:
         return self.head + to_json(text) + b"}}\n\n"
 
     def stop_block(self, text: str) -> bytes:
-        block, frames = {"index": self.block_index}, b""
+        frames = b""
         if self.open_block[0] is Reasoning:
             signature = {"type": "signature_delta", "signature": UNSIGNED}
-            frames = event_frame("content_block_delta", {**block, "delta": signature})
-        return frames + event_frame("content_block_stop", block)
+            frames = event_frame("content_block_delta", index=self.block_index, delta=signature)
+        return frames + event_frame("content_block_stop", index=self.block_index)
 
     def finish_frames(self, finish: Finish) -> bytes:
-        payload = {
-            "delta": self.stop_fields(finish),
-            "usage": self.usage_object(finish),
-        }
-        return event_frame("message_delta", payload) + event_frame("message_stop", {})
+        delta, usage = self.stop_fields(finish), self.usage_object(finish)
+        return event_frame("message_delta", delta=delta, usage=usage) + event_frame("message_stop")
 
     def error_frames(self, error: APIError) -> bytes:
-        return self.flush_deferred() + event_frame("error", self.error_body(error))
+        return self.flush_deferred() + event_frame("error", **self.error_body(error))
 
     def ping_frame(self, style: str) -> bytes:
-        return b"" if style == "off" else event_frame("ping", {})
+        return b"" if style == "off" else event_frame("ping")
 
     def response_body(self, answer: Answer) -> Dict[str, Any]:
-        finish = self.finish_of(answer)
         return {
             **self.message_object(list(map(self.content_block, self.answer_blocks(answer)))),
-            **self.stop_fields(finish),
-            "usage": self.usage_object(finish),
+            **self.stop_fields(answer.finish),
+            "usage": self.usage_object(answer.finish),
         }
 
     def message_object(self, content: List[Dict[str, Any]]) -> Dict[str, Any]:
@@ -9552,9 +9515,9 @@ class Responses(BlockDialect):
     }
     # fmt: on
 
+    shows_encrypted = False  # reasoning items have encrypted_content
     sequence_number = 0  # of the next event
     stream_started = False
-    shows_encrypted = False  # reasoning items have encrypted_content
 
     def __init__(self, body: Any, base_url: Callable[[], str] = str) -> None:
         self.output: List[Dict[str, Any]] = []  # completed items
@@ -9616,33 +9579,31 @@ class Responses(BlockDialect):
         fields = as_dict(choice)
         if fields.get("type") == "function":
             return self.chosen_tool(fields, tools)
-        if fields.get("type") == "allowed_tools":
-            self.untranslated.append("tool_choice.tools")
-            return fields.get("mode")
         if fields:
-            self.untranslated.append("tool_choice")
-            return None
-        return choice
+            names_tools = fields.get("type") == "allowed_tools"
+            self.untranslated.append("tool_choice.tools" if names_tools else "tool_choice")
+        return fields.get("mode") if fields else choice
 
     # -- the response
 
     def opening_frames(self) -> bytes:
         self.stream_started = True
-        fields = {"response": self.response_object()}
-        return self.frame("response.created", fields) + self.frame("response.in_progress", fields)
+        response = self.response_object()
+        frames = self.frame("response.created", response=response)
+        return frames + self.frame("response.in_progress", response=response)
 
     def encode(self, events: List[Event]) -> bytes:
         self.stream_started = True  # a relayed stream has no opening_frames()
         return super().encode(events)
 
-    def frame(self, name: str, fields: Dict[str, Any]) -> bytes:
+    def frame(self, name: str, **fields: Any) -> bytes:
         self.sequence_number += 1
-        return event_frame(name, {"sequence_number": self.sequence_number - 1, **fields})
+        return event_frame(name, sequence_number=self.sequence_number - 1, **fields)
 
     def start_block(self, event: BlockEvent) -> bytes:
         prefix, name, _, index, more = self.ITEM_WIRE[type(event)]
         item = self.output_item(event, prefix + new_id(), "in_progress")
-        self.open_item = event
+        self.open_item: Any = event
         self.item_ref = {"item_id": item["id"], "output_index": self.block_index, **index}
         delta = to_json({"type": name + ".delta", **self.item_ref, **more})[:-1]
         self.head = b'event: %b.delta\ndata: %b,"sequence_number":' % (name.encode(), delta)
@@ -9654,53 +9615,46 @@ class Responses(BlockDialect):
 
     def stop_block(self, text: str) -> bytes:
         _, name, _, _, more = self.ITEM_WIRE[type(self.open_item)]
-        if isinstance(self.open_item, ToolCall):
-            event: BlockEvent = dataclasses.replace(self.open_item, arguments=text or "{}")
-            fields = {"arguments": text or "{}"}
-        else:
-            event, fields = type(self.open_item)(text), {"text": text}
+        is_call = isinstance(self.open_item, ToolCall)
+        fields = {"arguments": text or "{}"} if is_call else {"text": text}
+        event = dataclasses.replace(self.open_item, **fields)
         self.output.append(self.output_item(event, self.item_ref["item_id"]))
         return (
-            self.frame(name + ".done", {**self.item_ref, **more, **fields})
+            self.frame(name + ".done", **self.item_ref, **more, **fields)
             + self.part_frame("done", event)
             + self.item_frame("done", self.output[-1])
         )
 
     def item_frame(self, step: str, item: Dict[str, Any]) -> bytes:
         """The event of an item that is added or done."""
-        fields = {"output_index": self.block_index, "item": item}
-        return self.frame(f"response.output_item.{step}", fields)
+        name = f"response.output_item.{step}"
+        return self.frame(name, output_index=self.block_index, item=item)
 
     def part_frame(self, step: str, event: BlockEvent) -> bytes:
         """The event of an item's only part that is added or done; a tool call has none."""
         if isinstance(event, ToolCall):
             return b""
-        part = self.ITEM_WIRE[type(event)][2]
-        return self.frame(f"{part}.{step}", {**self.item_ref, "part": self.part_object(event)})
+        name = f"{self.ITEM_WIRE[type(event)][2]}.{step}"
+        return self.frame(name, **self.item_ref, part=self.part_object(event))
 
     def finish_frames(self, finish: Finish) -> bytes:
         response = self.response_object(finish)
-        return self.frame(f"response.{response['status']}", {"response": response})
+        return self.frame(f"response.{response['status']}", response=response)
 
     def error_frames(self, error: APIError) -> bytes:
-        opening = self.flush_deferred() if self.stream_started else self.opening_frames()
+        frames = self.flush_deferred() if self.stream_started else self.opening_frames()
         details = self.error_body(error)["error"]
-        failed = {
-            "status": "failed",
-            "error": {"code": error.code or "server_error", "message": error.message},
-        }
-        return (
-            opening
-            + self.frame("error", {**details, "type": "error", "error": details})
-            + self.frame("response.failed", {"response": {**self.response_object(), **failed}})
-        )
+        failure = {"code": error.code or "server_error", "message": error.message}
+        response = {**self.response_object(), "status": "failed", "error": failure}
+        frames += self.frame("error", **{**details, "type": "error", "error": details})
+        return frames + self.frame("response.failed", response=response)
 
     def response_body(self, answer: Answer) -> Dict[str, Any]:
         self.output = [
             self.output_item(event, self.ITEM_WIRE[type(event)][0] + new_id())
             for event in self.answer_blocks(answer)
         ]
-        return self.response_object(self.finish_of(answer))
+        return self.response_object(answer.finish)
 
     def response_object(self, finish: Optional[Finish] = None) -> Dict[str, Any]:
         """The response's current state."""
@@ -9855,14 +9809,12 @@ def is_model_field(name: str) -> bool:
 
 def remove_model_params(query: str) -> str:
     """Remove the model from a query."""
+
     # Only the body's model was checked, but LiteLLM prefers the query's.
-    parts = re.split("[&;]", query)
-    remaining = [
-        part
-        for part in parts
-        if not is_model_field(urllib.parse.unquote_plus(part.partition("=")[0]))
-    ]
-    return query if len(remaining) == len(parts) else "&".join(remaining)
+    def remaining(param: "re.Match[str]") -> str:
+        return "" if is_model_field(urllib.parse.unquote_plus(param[1])) else param[0]
+
+    return re.sub("([^&;=]*)[^&;]*[&;]?", remaining, query).rstrip("&;")
 
 
 def has_escaped_letters(data: bytes) -> bool:
@@ -9957,14 +9909,12 @@ def urlencoded_fields(data: bytes) -> List[FormField]:
     """The fields of a form of the type application/x-www-form-urlencoded."""
     if data.count(b"&") + data.count(b";") >= MAX_FORM_PARTS:
         raise bad_request("The form has too many fields.")
-    fields, start = [], 0
+    fields = []
     try:
-        for part in re.split(b"[&;]", data):
-            raw_name, _, raw_value = part.partition(b"=")
-            name, end = percent_decoded(raw_name), start + len(part)
-            value = percent_decoded(raw_value) if is_model_field(name) else ""
-            fields.append(FormField(name, value, end - len(raw_value), end))
-            start = end + 1
+        for match in re.finditer(b"(?:^|[&;])([^&;=]*)=?([^&;]*)", data):
+            name = percent_decoded(match[1])
+            value = percent_decoded(match[2]) if is_model_field(name) else ""
+            fields.append(FormField(name, value, *match.span(2)))
     except ValueError:
         raise bad_request("The form is malformed.") from None
     return fields
@@ -10320,39 +10270,18 @@ class AccessRecord:
     first_token_at = 0.0
 
 
-class ByteBudget:
-    """Memory limit for all request bodies in transit. Any thread."""
-
-    def __init__(self, limit: Callable[[], int]) -> None:
-        self.limit, self.used = limit, 0
-        self.lock = threading.Lock()
-
-    def check(self, size: int) -> None:
-        """Raise APIError 503 if the budget has no room for ``size`` bytes now."""
-        if self.used + size > self.limit():
-            raise APIError(
-                503,
-                "The server is receiving too many large requests; retry later.",
-                code="overloaded",
-                retry_after=1,
-            )
-
-    def reserve(self, size: int) -> None:
-        """Take bytes from the budget; APIError 503 if it has no room for them."""
-        with self.lock:
-            self.check(size)
-            self.used += size
-
-    def release(self, size: int) -> None:
-        with self.lock:
-            self.used -= size
-
-
 def check_body_size(size: int, settings: Settings) -> None:
     """Raise APIError 413 if a body of at least ``size`` bytes exceeds the limits."""
     limit = min(settings.max_body, settings.max_body_total)
     if size > limit:
         raise APIError(413, f"The body is larger than {limit} bytes.")
+
+
+def check_body_memory(size: int, server: "Server") -> None:
+    """Raise APIError 503 if there is no room for ``size`` more bytes of bodies in transit."""
+    if server.body_bytes + size > server.settings.max_body_total:
+        message = "The server is receiving too many large requests; retry later."
+        raise APIError(503, message, code="overloaded", retry_after=1)
 
 
 class BodyReader:
@@ -10366,7 +10295,6 @@ class BodyReader:
 
     def __init__(self, server: "Server", decoder: BodyDecoder, now: float) -> None:
         self.server, self.decoder, self.data = server, decoder, bytearray()
-        self.reserved = 0  # bytes of the server's ByteBudget
         self.deadline = now + server.settings.body_timeout
 
     def feed(self, data: bytes, now: float) -> None:
@@ -10375,19 +10303,13 @@ class BodyReader:
         if self.decoder.chunked:  # else the gate has checked the declared size
             size = len(self.data) + len(payload) + self.decoder.remaining  # known so far
             check_body_size(size, self.server.settings)
-        self.server.bodies.reserve(len(payload))
-        self.reserved += len(payload)
+        check_body_memory(len(payload), self.server)
+        self.server.body_bytes += len(payload)
         self.data += payload
         self.deadline = min(
             self.deadline + len(data) / self.MIN_UPLOAD_RATE,
             now + self.server.settings.body_timeout,
         )
-
-    def release(self) -> None:
-        """Return the body's bytes to the budget. Idempotent."""
-        if self.reserved:
-            self.server.bodies.release(self.reserved)
-            self.reserved = 0
 
 
 class Connection:
@@ -10499,6 +10421,7 @@ class Connection:
             reader.feed(data, self.loop.now)
         if not reader.decoder.done:
             if request.head.method in BODILESS_METHODS:
+                self._discard_body(request)
                 return True  # not needed; the connection is closed after the response
             if self.state is State.IDLE:  # else the client has just disconnected
                 self.state = State.READING
@@ -10510,11 +10433,10 @@ class Connection:
         self._discard_body(request)
         return True
 
-    @staticmethod
-    def _discard_body(request: Request) -> None:
+    def _discard_body(self, request: Request) -> None:
         """Drop what has been received of a body, or has been copied from there."""
         if request.reader is not None:
-            request.reader.release()
+            self.server.body_bytes -= len(request.reader.data)
             request.reader = None
 
     def _dispatch(self, error: Optional[Exception] = None) -> None:
@@ -10915,9 +10837,8 @@ class StreamRelay:
         self.loop = self.connection.loop
         self.stream: EventStream = self.exchange.response
         self.upstream, self.scope = self.stream.response.sock, self.stream.response.scope
-        self.tls_pending: Any = getattr(
-            self.upstream, "pending", None
-        )  # bytes decrypted but not read
+        # Bytes that have been decrypted but not read, if the upstream uses TLS.
+        self.tls_pending: Any = getattr(self.upstream, "pending", None)
         self.idle_timeout = self.stream.response.timeouts.idle
         self.buffered: List[Event] = []  # of a response that is not streamed
         if self.dialect.keeps_text or not self.call.stream:
@@ -11004,7 +10925,6 @@ class StreamRelay:
             return
         else:
             frames = self.responder.start_stream() + self.dialect.encode(events)
-        self.request.record.usage = self.dialect.usage
         if not self.stream.complete:
             if not self.writer.write(frames):
                 self._pause()
@@ -11023,7 +10943,7 @@ class StreamRelay:
     def _end_response(self, frames: bytes) -> None:
         """Send the last frames, and let the connection read its next request."""
         self.client_done, self.fast_path = True, ()
-        self.writer.finish(frames)
+        self.responder.finish(frames)
         self.request.relay = self.request.exchange = None
         self.connection.end_request()
 
@@ -11221,20 +11141,15 @@ BUCKETS = {  # upper bounds of each histogram's buckets, in seconds; then infini
 MAX_MODEL_LABELS = 200  # models with series of their own; the others are counted as "other"
 
 
-# Counters without labels are there from the start, as rate() needs a first value.
-UNLABELLED_COUNTERS = [
-    name for name, (kind, _, labels) in METRICS.items() if kind == "counter" and not labels
-]
-
-
 class Metrics:
     """Counters and histograms for /metrics. Any thread."""
 
     def __init__(self, server: "Server") -> None:
         self.server, self.started_at, self.lock = server, time.time(), threading.Lock()
-        self.counts: Dict[Tuple[Any, ...], float] = defaultdict(  # {(name, label, ...): number}
-            int, {(name,): 0 for name in UNLABELLED_COUNTERS}
-        )
+        self.counts: Dict[Tuple[Any, ...], float] = defaultdict(int)  # {(name, label, ...): number}
+        for name, (kind, _, labels) in METRICS.items():
+            if kind == "counter" and not labels:  # from the start, as rate() needs a first value
+                self.counts[name,] = 0
         self.models: Set[str] = set()  # those with series of their own
 
     def add(self, request: "Request", now: float) -> None:
@@ -11476,10 +11391,10 @@ class Gate:
             and head.headers.get("expect", "100-continue").lower() != "100-continue"
         ):
             raise APIError(417, "Only 'Expect: 100-continue' is supported.")
-        # A declared length is compared with the budget but not taken from it: otherwise clients
+        # A declared length is compared with the limit but does not count: otherwise clients
         # that declare much and send nothing would lock out all others.
         if decoder.remaining > len(request.connection.input):
-            self.server.bodies.check(decoder.remaining)
+            check_body_memory(decoder.remaining, self.server)
 
     def is_health_check(self, request: Request) -> bool:
         """Return whether the loop may handle the request: /health, unless overridden.
@@ -11778,7 +11693,7 @@ class CallResponder:
             if not exchange.committed:
                 exchange.fail_over(error)
                 return self.attempt()
-            self.writer.finish(self.error_trailer(error))
+            self.finish(self.error_trailer(error))
             exchange.close(error)
         return False
 
@@ -11819,7 +11734,6 @@ class CallResponder:
             content_type, data = "application/json", to_json(self.dialect.response_body(answer))
         else:
             data = self.dialect.encode(events)
-        self.request.record.usage = self.dialect.usage
         self.writer.start(
             self.call.attempt.status,
             {"Content-Type": content_type, **call_headers(self.request)},
@@ -11843,18 +11757,22 @@ class CallResponder:
         if not self.call.stream:
             body = self.start_buffered(list(events))
             self.exchange.close()
-            self.writer.finish(body)
+            self.finish(body)
             return
         first = next(events)
         frames = self.start_stream()
         for event in itertools.chain([first], events):
             frames += self.dialect.encode([event])
             if isinstance(event, Finish):
-                self.request.record.usage = self.dialect.usage
                 break
             self.writer.write(frames)
             self.writer.connection.wait_for_room()
             frames = b""
+        self.finish(frames)
+
+    def finish(self, frames: bytes) -> None:
+        """End the response with its last frames."""
+        self.request.record.usage = self.dialect.usage
         self.writer.finish(frames)
 
     def _commit(self) -> None:
@@ -11983,15 +11901,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         allow = self.request.route.allow()
         headers = {"Allow": allow}
         if "access-control-request-method" in self.headers:
+            headers["Access-Control-Allow-Methods"] = allow
+            headers["Access-Control-Max-Age"] = "86400"
             requested = self.headers.get("access-control-request-headers", "")
             names = [
                 name
                 for name in re.split(r"[\s,]+", requested)
                 if re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name)
             ]
-            headers.update(
-                {"Access-Control-Allow-Methods": allow, "Access-Control-Max-Age": "86400"}
-            )
             if names:
                 headers["Access-Control-Allow-Headers"] = ", ".join(names)
         self.request.writer.respond(204, b"", headers)
@@ -12371,7 +12288,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.submit = self.workers.submit
         self.metrics = Metrics(self)
         self.keys = key_limiters(self.settings, [])
-        self.bodies = ByteBudget(lambda: self.settings.max_body_total)
+        self.body_bytes = 0  # of all request bodies in transit; loop thread
         self.connections: Set[Connection] = set()  # changed on the loop thread only
         self.all_closed = threading.Condition()  # notified while draining, once per connection
         self.draining = self.accept_paused = False
@@ -12679,10 +12596,8 @@ class DemoAkash(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
     COOKIE = "session_token=" + "0123456789abcdef" * 4
-    STREAM_HEADERS = {
-        "Content-Type": "text/plain; charset=utf-8",
-        "X-Vercel-AI-Data-Stream": "v1",
-    }
+    JSON_TYPE = {"Content-Type": "application/json"}
+    STREAM_HEADERS = {"Content-Type": "text/plain; charset=utf-8", "X-Vercel-AI-Data-Stream": "v1"}
     jobs: Dict[str, int] = {}  # number of status requests, by job
     delay = 0.03  # seconds between two words
 
@@ -12697,7 +12612,7 @@ class DemoAkash(http.server.BaseHTTPRequestHandler):
         path, _, query = self.path.partition("?")
         if path == "/api/auth/session/":
             cookie = f"{self.COOKIE}; Path=/; Max-Age=600; Secure; HttpOnly"
-            self._send(200, b'{"success":true}', headers={"Set-Cookie": cookie})
+            self._send(200, b'{"success":true}', headers={**self.JSON_TYPE, "Set-Cookie": cookie})
         elif path == "/api/models/":
             models = [{"id": id, "name": id, "available": True} for id in ("demo", "AkashGen")]
             self._send(200, to_json(models))
@@ -12720,54 +12635,37 @@ class DemoAkash(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        model, prompt = body["model"], body["messages"][-1]["content"]
         if self.path != "/api/chat/" or self.COOKIE not in self.headers.get("Cookie", ""):
             self._send(403, b'{"success":false,"message":"Unauthorized: Invalid session"}')
-            return
-        prompt = body["messages"][-1]["content"]
-        if body["model"] == "AkashGen":
+        elif model == "AkashGen":
             escaped = prompt.replace("'", "\\'")
             attributes = f"jobId='{new_id()[:16]}' prompt='{escaped}' negative=''"
             line = f'0:"<image_generation> {attributes}</image_generation>"\n'
-            self._stream([line.encode()], 0)
-            return
-        if body["model"] != "demo":  # in the words of Akash Chat's backend, LiteLLM
-            error = f"400: Invalid model name passed in model={body['model']}."
+            self._stream(line.encode())
+        elif model != "demo":  # in the words of Akash Chat's backend, LiteLLM
+            error = f"400: Invalid model name passed in model={model}."
             self._send(200, b"3:" + to_json(error) + b"\n", headers=self.STREAM_HEADERS)
-            return
-        contents = [message["content"] for message in body["messages"]]
-        words = re.findall(
-            r"\S+\s*",
-            demo_step(body["system"], contents)
-            or f'You asked {body["model"]}: "{prompt}" This is the demo: no model has read it, '
-            "but each word of this answer took the same path as a real one.",
-        )
-        lines = [b"0:" + to_json(word) + b"\n" for word in words]
-        self._stream([b'f:{"messageId":"msg-demo"}\n', *lines], self.delay)
+        else:
+            answer = demo_step(body["system"], [each["content"] for each in body["messages"]]) or (
+                f'You asked {model}: "{prompt}" This is the demo: no model has read it, but each '
+                "word of this answer took the same path as a real one."
+            )
+            words = re.findall(r"\S+\s*", answer)
+            lines = [b"0:" + to_json(word) + b"\n" for word in words]
+            self._stream(b'f:{"messageId":"msg-demo"}\n', *lines, delay=self.delay)
 
-    def _stream(self, lines: List[bytes], delay: float) -> None:
+    def _stream(self, *lines: bytes, delay: float = 0.0) -> None:
         end = b'{"finishReason":"stop","usage":{"promptTokens":null,"completionTokens":null}'
-        self._send(
-            200,
-            *lines,
-            b"e:" + end + b',"isContinued":false}\nd:' + end + b"}\n",
-            delay=delay,
-            headers=self.STREAM_HEADERS,
-        )
+        end = b"e:" + end + b',"isContinued":false}\nd:' + end + b"}\n"
+        self._send(200, *lines, end, headers=self.STREAM_HEADERS, delay=delay)
 
     def _send(
-        self,
-        status: int,
-        *parts: bytes,
-        headers: Optional[Dict[str, str]] = None,
-        delay: float = 0.0,
+        self, status: int, *parts: bytes, headers: Dict[str, str] = JSON_TYPE, delay: float = 0.0
     ) -> None:
         self.send_response(status)
-        for name, value in {
-            "Content-Type": "application/json",
-            **(headers or {}),
-            "Keep-Alive": "timeout=5",
-            "Transfer-Encoding": "chunked",
-        }.items():
+        headers = {**headers, "Keep-Alive": "timeout=5", "Transfer-Encoding": "chunked"}
+        for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
         for part in parts:
@@ -12787,7 +12685,8 @@ DEMO_COMMANDS = (
 DEMO_END = "The demo is done: its model was a script, but your agent and each step were real."
 DEMO_SHELLS = re.compile("(?i)bash|shell|exec|command")
 DEMO_LAST_TOOLS = re.compile("(?i)submit|completion")
-DEMO_FIELDS = "command", "cmd", "commands"  # what agents call a shell's command
+DEMO_FIELDS = {"command", "cmd", "commands"}  # what agents call a shell's command
+DEMO_VALUES = {"boolean": True, "number": 9, "integer": 9, "array": [], "object": {}}
 
 
 def demo_step(system: str, contents: List[str]) -> str:
@@ -12796,21 +12695,20 @@ def demo_step(system: str, contents: List[str]) -> str:
     "" if there are no results yet, nor a function for the first step.
     """
     step = sum(content.count("<tool_response>") for content in contents)
-    if step > len(DEMO_COMMANDS):
-        return DEMO_END
-    command = (*DEMO_COMMANDS, "")[step]
-    lines = re.findall(r'^{"type":"function".*}$', system, re.M)
     # some agents end with a call of their own only, such as cline's submit_and_exit
+    command = (*DEMO_COMMANDS, "")[min(step, len(DEMO_COMMANDS))]
     names = DEMO_SHELLS if command else DEMO_LAST_TOOLS
+    lines = re.findall(r'^{"type":"function".*}$', system, re.M)
     for function in (json.loads(line)["function"] for line in lines):
         parameters = as_dict(function.get("parameters"))
-        fields, required = as_dict(parameters.get("properties")), parameters.get("required")
+        required = as_list(parameters.get("required"))
         arguments = {
-            name: demo_argument(name, as_dict(fields[name]), command)
-            for name in fields
-            if name in DEMO_FIELDS or name in as_list(required)
+            name: demo_argument(name, as_dict(schema), command)
+            for name, schema in as_dict(parameters.get("properties")).items()
+            if name in required or name in DEMO_FIELDS
         }
-        if names.search(function["name"]) and (not command or set(DEMO_FIELDS) & set(arguments)):
+        is_usable = not command or DEMO_FIELDS & set(arguments)
+        if step <= len(DEMO_COMMANDS) and is_usable and names.search(function["name"]):
             call = _encode({"name": function["name"], "arguments": arguments})
             return f"I take step {step + 1}.\n<tool_call>\n{call}\n</tool_call>"
     return DEMO_END if step else ""
@@ -12818,11 +12716,10 @@ def demo_step(system: str, contents: List[str]) -> str:
 
 def demo_argument(name: str, schema: Dict[str, Any], command: str) -> Any:
     """Return a value for a function's argument: the command, or any of its type."""
-    kind = str(schema.get("type"))
     if name not in DEMO_FIELDS:
-        samples = {"boolean": True, "number": 9, "integer": 9, "array": [], "object": {}}
-        return next(iter(as_list(schema.get("enum"))), samples.get(kind, "a step of the demo"))
-    if kind == "array":
+        value = DEMO_VALUES.get(str(schema.get("type")), "a step of the demo")
+        return next(iter(as_list(schema.get("enum"))), value)
+    if schema.get("type") == "array":
         return [command] if name == "commands" else ["bash", "-c", command]
     return command
 
@@ -12838,30 +12735,21 @@ class DemoServer(http.server.ThreadingHTTPServer):
 
 def demo_image(seed: str) -> bytes:
     """Return a small PNG: rings in two colours derived from the seed."""
-    import struct
-    import zlib
-
-    size = 96
-    tint = binascii.crc32(seed.encode())
-    colours = [
-        bytes((tint >> shift & 255, 90 + shift * 5, 255 - (tint >> shift & 127)))
-        for shift in (0, 16)
-    ]
-
-    def pixel(x: int, y: int) -> bytes:
-        return colours[int(math.hypot(x - size / 2, y - size / 2)) // 8 % 2]
-
-    rows = [b"\0" + b"".join(pixel(x, y) for x in range(size)) for y in range(size)]
-
-    def chunk(name: bytes, data: bytes) -> bytes:
-        checksum = struct.pack(">I", binascii.crc32(name + data))
-        return struct.pack(">I", len(data)) + name + data + checksum
-
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", struct.pack(">IIBBBBB", size, size, 8, 2, 0, 0, 0))
-        + chunk(b"IDAT", zlib.compress(b"".join(rows)))
-        + chunk(b"IEND", b"")
+    size, tint = 96, binascii.crc32(seed.encode())
+    colours = [bytes((tint >> shift & 255, 90 + shift * 5, 255)) for shift in (0, 16)]
+    pixels = b"".join(
+        (b"" if x else b"\0") + colours[int(math.hypot(x - size / 2, y - size / 2)) // 8 % 2]
+        for y in range(size)
+        for x in range(size)
+    )
+    chunks = (
+        b"IHDR" + size.to_bytes(4, "big") * 2 + b"\x08\x02\0\0\0",
+        b"IDAT" + zlib.compress(pixels),
+        b"IEND",
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        (len(chunk) - 4).to_bytes(4, "big") + chunk + binascii.crc32(chunk).to_bytes(4, "big")
+        for chunk in chunks
     )
 
 

@@ -1944,6 +1944,7 @@ def test_a_page_in_front_of_the_session_or_the_models(path, status, akash, serve
     akash.answer = lambda sock, request: (sock.sendall(reply(status, PAGE, "text/html")) or True if request.path == path else answer(sock, request))
     got = ask(serve(), path="/v1/models")
     assert got.status == 502 and got.json["error"]["code"] == "upstream_blocked" and b"<" not in got.body
+    assert got.json["error"]["message"].startswith("127.0.0.1: A proxy in front"), "no port: clients need not know the inner network"
 
 
 def test_endless_texts_of_errors_cost_nothing(akash, serve):
@@ -3190,7 +3191,7 @@ def test_whole_calls_without_a_name(call, error, fake, pool):
 })
 def test_spellings_of_usage(case):
     extra, cached, reasoning = case
-    usage = akashproxy.usage_of({"usage": {"prompt_tokens": 100, "completion_tokens": 5, "total_tokens": 105, **extra}})
+    usage = akashproxy.chat_usage({"prompt_tokens": 100, "completion_tokens": 5, "total_tokens": 105, **extra})
     assert (usage["prompt_tokens"], usage["completion_tokens"], usage["total_tokens"]) == (100, 5, 105)
     assert (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0) == cached
     assert (usage.get("completion_tokens_details") or {}).get("reasoning_tokens", 0) == reasoning
@@ -4401,6 +4402,11 @@ MEANINGS = {
     "Alibaba's arrears": ((400, err("Access denied, please make sure your account is in good standing.", code="Arrearage")),
                           key_refused("good standing")),
     "NVIDIA's wrong key": ((403, {"status": 403, "title": "Forbidden", "detail": "Authorization failed"}), key_refused("failed")),
+    "Anthropic's usage limit": ((400, anthropic("invalid_request_error", "You have reached your specified API usage limits. You will "
+        "regain access on 2099-12-01 at 00:00 UTC.")), key_refused("spent")),
+    "Anthropic's disabled organization": ((400, anthropic("invalid_request_error", "This organization has been disabled.")), key_refused("disabled")),
+    "Azure's private endpoint": ((403, err("Public access is disabled. Please configure private endpoint.", code="403")), key_refused("private")),
+    "new-api's quota": ((403, err("预扣费额度失败, 用户剩余额度: ＄0.00", type="new_api_error")), key_refused("spent")),
     "Bedrock's wrong token": ((403, {"Message": "The security token included in the request is invalid."}), key_refused("token")),
     "One API's banned user": ((403, err("用户已被封禁")), key_refused("封禁")),
     "Groq's restricted organization": ((400, err("Organization has been restricted.", code="organization_restricted")), key_refused("restricted")),
@@ -4418,12 +4424,6 @@ MEANINGS = {
     "LiteLLM's budget": ((400, err("Budget has been exceeded! Current cost: 76.16, Max budget: 10.0", type="budget_exceeded", code="400")), key_refused("spent")),
     "LiteLLM's own wrong key": ((401, err("litellm.AuthenticationError: AuthenticationError: OpenAIException - " + INCORRECT, code="401")), key_refused("(401): Incorrect API key provided: ***", "model")),
     "a plain 401": ((401, b"Unauthorized"), key_refused("(401): Unauthorized")),
-    "Anthropic's usage limit": ((400, anthropic("invalid_request_error", "You have reached your specified API usage limits. You will "
-        "regain access on 2099-12-01 at 00:00 UTC.")), key_refused("spent")),
-    "Anthropic's disabled organization": ((400, anthropic("invalid_request_error", "This organization has been disabled.")),
-                                          key_refused("disabled")),
-    "Azure's private endpoint": ((403, err("Public access is disabled. Please configure private endpoint.", code="403")), key_refused("private")),
-    "new-api's quota": ((403, err("预扣费额度失败, 用户剩余额度: ＄0.00", type="new_api_error")), key_refused("spent")),
     # -- this request is refused, others are not
     "OpenRouter's tokens": ((402, err(AFFORD, code=402)), refused_with(402, AFFORD)),
     "OpenRouter's moderation": ((403, err("This model requires moderation on x. Your input was flagged", code=403, metadata={"reasons": ["violence"], "flagged_input": "..."})), refused_with(403, "flagged")),
@@ -4787,7 +4787,7 @@ def test_a_name_of_a_model_condemns_no_key(model):
     "in base 64 for URLs": (["~~~???>>>sk-1234"], base64.urlsafe_b64encode(b"~~~???>>>sk-1234").decode(), "***=="),
     "JSON's escapes": (["sk-12345678"], "no " + "".join(f"\\u{ord(char):04X}" for char in "sk-12345678") + "!", "no ***!"),
     "escapes of some": (["sk-12345678"], "no s\\u006b-1%32345&#x36;78!", "no ***!"), "others' escapes": (["sk-12345678"], "a%20b\\u0041 sk-12345678", "a%20b\\u0041 ***"),
-    "a thousand times": (["sk-12345678"], "no sk-12345678, " * 1000, "***"),
+    "ten thousand times": (["sk-12345678"], "no sk-12345678, " * 10_000, "***"),
     "in hexadecimal digits": (["sk-12345678"], b"sk-12345678".hex(), "***"),
     "encoded twice": (["a b/c&d=e+f"], "a%2520b%252Fc%2526d%253De%252Bf", "***"),
     "in capitals": (["sk-abcdefgh"], "no SK-ABCDEFGH", "no ***"), "a header in small letters": (["Sk-ABCDEFGH"], "İİ sk-abcdefgh", "İİ ***"),
@@ -5242,7 +5242,7 @@ def test_odd_values_are_answered_or_named_never_a_bug():
                     spoken = dialect({**body, name: odd})
                     error = controller.check_support(spoken.call)
                     if error is None and controller is controllers[1]:
-                        spoken.opening_frames() + spoken.encode(list(controller.events(spoken.call))) + akashproxy.to_json(spoken.response_body(fold([Text("x"), Finish("stop")])))
+                        spoken.opening_frames() + spoken.encode(list(controller.events(spoken.call))) + akashproxy.to_json(spoken.response_body(fold(map(spoken.count, [Text("x"), Finish("stop")]))))
                 except APIError as refused:
                     error = refused
                 seen[error and error.status] += 1
@@ -5439,26 +5439,28 @@ def returned_calls(server, path, body, streamed):
     assert ask(server, "POST", path, {**body, **history}).status == 200
 
 
-def calling(*names):
-    return {"tool_calls": [{"index": at, "id": name, "function": {"name": "f", "arguments": "{}"}} for at, name in enumerate(names)]}
+def calling(*names, index=0):
+    return {"tool_calls": [{"index": index + at, "id": name, "function": {"name": "f", "arguments": "{}"}} for at, name in enumerate(names)]}
 
 
 SIGNED = {"type": "reasoning.text", "text": "why", "signature": "S", "format": "anthropic-claude-v1", "index": 0}
 SEALED = {"type": "reasoning.encrypted", "data": "E", "id": "tool_1", "format": "google-gemini-v1", "index": 0}
 @table({
-    # name: (details of each delta, what comes back beside the calls)
+    # name: (details of each delta, None for the first call; what comes back beside the calls)
     "signed text in fragments": ([[{**SIGNED, "text": "w", "signature": None}], [{**SIGNED, "text": "hy", "signature": None}], [{**SIGNED, "text": None}]], [SIGNED]),
     "encrypted ones": ([[SEALED], [{**SEALED, "data": "F", "index": 1}]], [SEALED, {**SEALED, "data": "F", "index": 1}]),
     "encrypted ones without an index": ([[{**SEALED, "index": None}], [{**SEALED, "data": "F", "index": None}]], [{**SEALED, "index": None}, {**SEALED, "data": "F", "index": None}]),
     "text and an encrypted one": ([[{"type": "reasoning.text", "text": "why", "index": 0}], [SEALED]], [{"type": "reasoning.text", "text": "why", "index": 0}, SEALED]),
     "text alone": ([[{"type": "reasoning.text", "text": "why", "index": 0}]], None),
+    "one for each call": ([[SEALED], None, [{**SEALED, "data": "F"}]], [SEALED, {**SEALED, "data": "F"}]),
     "too many of them": ([[{**SEALED, "data": "E" * 40_000}], [{**SEALED, "data": "F" * 40_000}]], None),
     "odd ones": ([[7], ["x"], [None], {"a": 1}, "x"], None),
 })
 @pytest.mark.parametrize("path, body", [("/v1/messages", ASKED), ("/v1/responses", WANTED)], ids=["messages", "responses"])
 def test_reasoning_details_come_back_with_the_calls(case, path, body, streamed, fake, pool):
     details, expected = case
-    fake.faults.append(answered(*({"reasoning_details": each} for each in details), calling("c1", "c2"), finish="tool_calls"))
+    deltas = [calling("c1") if each is None else {"reasoning_details": each} for each in (details if None in details else [*details, None])]
+    fake.faults.append(answered(*deltas, calling("c2", index=1), finish="tool_calls"))
     returned_calls(pool(fake), path, body, streamed)
     message = fake.bodies()[-1]["messages"][0]
     assert [call["id"] for call in message["tool_calls"]] == ["c1", "c2"] and not any("reasoning_details" in call for call in message["tool_calls"])
@@ -5699,6 +5701,7 @@ TOOL_ANSWERS = {    # an answer: its text, its calls
     "no closing tag between two": (f"<tool_call>{KYIV}<tool_call>{KYIV}</tool_call>", "", [IN_KYIV, IN_KYIV]),
     "several in one tag": (f"<tool_call>{KYIV}\n{LVIV}</tool_call>", "", [IN_KYIV, ("weather", {"city": "Lviv"})]),
     "several in one tag, by commas": (f"<tool_call>{KYIV}, {LVIV}</tool_call>", "", [IN_KYIV, ("weather", {"city": "Lviv"})]),
+    "a broken one after a complete one": (f"<tool_call>{KYIV}\n{{broken</tool_call>", "{broken</tool_call>", [IN_KYIV]),
     "a list of several": (f"<tool_call>[{KYIV}, {LVIV}]</tool_call>", "", [IN_KYIV, ("weather", {"city": "Lviv"})]),
     "a mark within a string": ('<tool_call>{"name": "write", "arguments": {"content": "</tool_call> <tool_call>"}}</tool_call>', "",
                                [("write", {"content": "</tool_call> <tool_call>"})]),
@@ -5711,6 +5714,8 @@ TOOL_ANSWERS = {    # an answer: its text, its calls
     "no field arguments": ('<tool_call>{"name": "now"}</tool_call>', "", [("now", {})]),
     "typed parameters": ("<function=weather>\n<parameter=city>\n7\n</parameter>\n<parameter=days>\n7\n</parameter>\n</function>", "",
                          [("weather", {"city": "7", "days": 7})]),
+    "another form's mark in a parameter": ("<function=write>\n<parameter=content>\n</arg_value>\n</parameter>\n</function>", "", [("write", {"content": "</arg_value>"})]),
+    "parameters without a closing tag": ("<function=write>\n<parameter=content>\na\n</parameter>\n<function=now>\n</function>", "", [("write", {"content": "a"}), ("now", {})]),
     "lines in a parameter": ("<function=write>\n<parameter=content>\n<a>\n\nb\n\n</parameter>\n</function>", "", [("write", {"content": "<a>\n\nb\n"})]),
     "a fence in the text before": (f"```\nx\n```\n<tool_call>{KYIV}</tool_call>", "```\nx\n```\n", [IN_KYIV]),
 }
@@ -5772,6 +5777,13 @@ def test_a_long_call_that_proves_invalid_ends_a_stream_with_an_error_and_is_text
                 read()
         else:
             assert read().text == answer
+
+
+def test_a_long_call_that_is_cut_by_the_limit_leaves_no_text():
+    step = akashproxy.ToolCallFilter(prompted())
+    head = '<tool_call>{"name": "write", "arguments": {"content": "%s"}' % ("x" * 999)
+    answer = fold(step.feed([Text(head)]) + step.feed([Text(" ")]) + step.feed([Finish("length")]) + step.close())
+    assert (answer.text, answer.finish) == ("", Finish("length")) and answer.tools[0].arguments == '{"content": "%s"}' % ("x" * 999)
 
 
 def test_only_what_may_begin_a_call_is_held_back():
@@ -6990,7 +7002,7 @@ def test_the_first_of_several_ends_of_a_relay():
         (begin + b"data:" + b" " * 99 + b"[DONE]\n\ndata: [DONE]\n\n", begin + b"data:" + b" " * 99 + b"[DONE]\n\n"),
         (begin * 2, begin * 2),
     ):
-        decoder = akashproxy.PassthroughDecoder("up", True, akashproxy.STREAM_ENDS["/v1/chat/completions"])
+        decoder = akashproxy.PassthroughDecoder("up", akashproxy.STREAM_ENDS["/v1/chat/completions"])
         assert b"".join(event.data for event in decoder.feed(data)) == passed_on and decoder.complete == (b"data: [DONE]" in data)
 
 
@@ -9165,11 +9177,12 @@ def test_all_bodies_together_have_a_bound(akash, serve):
     wait_for(lambda: ask(server, "POST", path, data).status == 200)
 
 
-@pytest.mark.parametrize("ends", ["whole", "left", "reset", "late", "large", "malformed", "declared only"])
+@pytest.mark.parametrize("ends", ["whole", "left", "reset", "late", "large", "malformed", "declared only", "unread"])
 def test_what_a_body_took_is_given_back_however_it_ends(ends, akash, serve):
     server = serve(max_body=90000, max_body_total=100000, body_timeout=0.2 if ends == "late" else 20)
     path, data = "/v1/chat/completions", json.dumps({**CHAT, "padding": "x" * 80000}).encode()
     sized, chunked = (head_of("POST", path, field) for field in (f"Content-Length: {len(data)}", "Transfer-Encoding: chunked"))
+    sized = sized.replace(b"POST " + path.encode(), b"GET /v1/models") if ends == "unread" else sized
     for _ in range(3):
         if ends == "declared only":     # a length that is only declared takes nothing
             with connect(server, sized), connect(server, sized):
@@ -9185,6 +9198,8 @@ def test_what_a_body_took_is_given_back_however_it_ends(ends, akash, serve):
             elif ends == "malformed":
                 sock.sendall(b"z\r\n")
                 assert status_of(sock) == 400
+            elif ends == "unread":
+                assert status_of(sock) == 200
             elif ends == "late":
                 assert status_of(sock) == 408
             elif ends == "reset":
@@ -10561,7 +10576,7 @@ def said(dialect, body):
 
 CHAT_BODY = {"messages": [user("hi")], "max_tokens": 9}
 chunked_body = functools.partial(BodyDecoder, {"transfer-encoding": "chunked"})
-relay_decoder = functools.partial(akashproxy.PassthroughDecoder, "b", True, akashproxy.CHAT_END)
+relay_decoder = functools.partial(akashproxy.PassthroughDecoder, "b", akashproxy.CHAT_END)
 tool_filter = lambda: akashproxy.ToolCallFilter(prompted(stream=False))
 stops_filter = functools.partial(StopFilter, ["x" * 499 + "y", "ab" * 250 + "c", "x" * 20], None)
 
@@ -10651,7 +10666,7 @@ def growths(case):
     "Cutoff: beginnings of a stop": (texts(stops_filter), "", "xxxxxxxxxxxxxxxxxx\0", ""),
     "Cutoff: a long stop that nearly comes": (texts(stops_filter), "", "ababab", ""),
     "Cutoff: a text without a stop": (texts(stops_filter), "", "some words\n", ""),
-    "Cutoff: a stop as long as the text": (texts(lambda: StopFilter(["x" * 100000], None)), "", "x", ""),
+    "Cutoff: a stop as long as the text": (texts(lambda: StopFilter(["x" * akashproxy.MAX_STOP_LENGTH], None)), "", "x", ""),
     "Tools: beginnings of marks": (texts(tool_filter), "", "[TOOL <tool_cal", ""),
     "Tools: a mark in prose": (texts(tool_filter), "", "<tool_call> is ", ""),
     "Tools: marks only": (texts(tool_filter), "", "<tool_call>", ""),
@@ -10943,7 +10958,7 @@ MAY_NAME = {    # a section: the sections whose names may stand in it
     "transport": "names errors events settings http",
     "streams": "names errors events settings http transport",
     "filters": "names errors events streams",
-    "tools": "names errors events streams",
+    "tools": "names errors events streams filters",
     "controllers": "names errors events settings transport streams filters tools",
     "failures": "names errors events settings http transport",
     "akash": "names errors events settings http transport streams filters controllers failures",
