@@ -92,7 +92,7 @@ Where is ...
     proxies on the way                 UpstreamRequest, SocksProxy
     deadlines                          CancelScope, Connection.on_tick
     cancelling                         Cancellation
-    request bodies                     BodyReader, ByteBudget
+    request bodies                     BodyReader, check_body_size
     the gate                           Gate.check_head
     figures for Prometheus             METRICS, Metrics, prometheus_text
     a client's connection              Connection
@@ -188,6 +188,7 @@ from typing import (
     ClassVar,
     Deque,
     Dict,
+    Generator,
     Generic,
     Iterable,
     Iterator,
@@ -1034,7 +1035,7 @@ class Answer:
     reasoning: str = ""
     tools: List[ToolCall] = field(default_factory=list)
     images: List[Image] = field(default_factory=list)
-    finish: Optional[Finish] = None
+    finish: Finish = Finish("stop")
     raw: bytes = b""
 
 
@@ -2942,7 +2943,8 @@ cached_timeouts = functools.lru_cache(maxsize=256)(Timeouts)
 class Transport:
     """Sends requests to one upstream. Worker thread: it blocks.
 
-    ``upstream_name`` is its name in error messages; ``headers`` are sent with each request.
+    ``upstream_name`` is its name in error messages; ``headers`` are sent with each request, besides
+    User-Agent and Accept-Encoding.
     """
 
     def __init__(
@@ -2957,7 +2959,8 @@ class Transport:
             return default if value is None else value
 
         self.upstream_name = upstream_name
-        self.headers = {name.title(): value for name, value in headers.items()}
+        defaults = {"User-Agent": settings.user_agent, "Accept-Encoding": "identity"}
+        self.headers = {name.title(): value for name, value in {**defaults, **headers}.items()}
         self.connect_timeout = either(options.connect_timeout, settings.connect_timeout)
         self.first_byte_timeout = either(options.first_byte_timeout, settings.first_byte_timeout)
         self.idle_timeout = either(options.idle_timeout, settings.idle_timeout)
@@ -3225,10 +3228,11 @@ class DecoderChain(Decoder):
 
     def fast_path(self, data: bytes) -> bytes:
         encoded = self.decoder.fast_path(data)
-        text = encoded[1:-1].decode()
-        for step in self.filters:
-            if not encoded or not step.is_passthrough(text):
-                return b""
+        if encoded:
+            text = encoded[1:-1].decode()
+            for step in self.filters:
+                if not step.is_passthrough(text):
+                    return b""
         return encoded
 
     def close(self) -> List[Event]:
@@ -3261,14 +3265,13 @@ class BufferedBody(Decoder):
         limit: int = MAX_BUFFERED_BODY,
         is_error_body: bool = False,
     ) -> None:
-        self.parse, self.byte_budget, self.is_error_body = parse, limit, is_error_body
+        self.parse, self.limit, self.is_error_body = parse, limit, is_error_body
         self.data = bytearray()  # a list of small parts would take many times their size
 
     def feed(self, data: bytes) -> List[Event]:
-        self.byte_budget -= len(data)
-        if self.byte_budget < 0:
-            self.error = truncated("The upstream", TOO_LARGE)
         self.data += data
+        if len(self.data) > self.limit:
+            self.error = truncated("The upstream", TOO_LARGE)
         return []
 
     def close(self) -> List[Event]:
@@ -3436,11 +3439,10 @@ class EventStream:
             return False
         response.opening += payload
         return (
-            response.status >= 300
+            response.opening.strip() != b""
+            or response.status >= 300
             or response.body.done
             or len(response.opening) > self.MAX_OPENING
-            or not response.opening.isspace()
-            and response.opening != b""
         )
 
     def mark_complete(self) -> None:
@@ -3466,14 +3468,15 @@ class EventStream:
             self.error = self.response.to_api_error(error)
         except (APIError, ClientDisconnected) as reason:  # the scope was cancelled
             self.error = reason
-        events: List[Event] = []
+        if not self.decoder:
+            return []
         try:
-            events = self.decoder.flush() if self.decoder else []
+            events: List[Event] = self.decoder.flush()
+            self.error = self.decoder.error or self.error  # of an error's body
+            return events
         except Exception as bug:  # the decoder may be what failed in the first place
             log.info("%s: %s: %s", self.response.timeouts.upstream_name, type(bug).__name__, bug)
-        if isinstance(self.decoder, BufferedBody) and self.decoder.is_error_body:
-            self.error = self.decoder.error or self.error
-        return events
+            return []
 
     def __iter__(self) -> Iterator[Event]:
         """Read the socket in this thread and yield the events."""
@@ -3508,7 +3511,7 @@ class SurrogateFilter(Filter):
         self.pending: Dict[Any, BlockEvent] = {}  # first halves, by type and index of the event
 
     def feed(self, events: List[Event]) -> List[Event]:
-        if not self.pending and not any(map(self._has_surrogate, events)):
+        if not self.pending and not any(map(has_surrogate, events)):
             return events
         out: List[Event] = []
         for event in events:
@@ -3524,11 +3527,6 @@ class SurrogateFilter(Filter):
     def close(self) -> List[Event]:
         pending, self.pending = self.pending, {}
         return [with_text(event, "\ufffd") for event in pending.values()]
-
-    @staticmethod
-    def _has_surrogate(event: Event) -> bool:
-        text = text_of(event)
-        return not text.isascii() and _SURROGATE.search(text) is not None
 
     def _join(self, event: BlockEvent) -> List[Event]:
         key = type(event), getattr(event, "index", 0)
@@ -3546,7 +3544,54 @@ class SurrogateFilter(Filter):
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-class ThinkTagFilter(Filter):
+def has_surrogate(event: Event) -> bool:
+    """Whether an event's text has half of a character."""
+    text = text_of(event)
+    return not text.isascii() and _SURROGATE.search(text) is not None
+
+
+class TextFilter(Filter):
+    """Base class of filters of Text that hold back the possible start of a word.
+
+    Subclasses append events to ``out``: in read() those of one Text, in release() what was held
+    back, in finish() the last ones, in pass_on() others.
+    """
+
+    def feed(self, events: List[Event]) -> List[Event]:
+        self.out: List[Event] = []
+        for event in events:
+            if self.stopped:
+                break
+            if isinstance(event, Text):
+                self.read(event)
+            elif isinstance(event, Finish):
+                self.finish(event)
+            else:
+                if isinstance(event, TextWasReasoning):
+                    self.release()
+                self.pass_on(event)
+        return self.out
+
+    def close(self) -> List[Event]:
+        self.out = []
+        self.release()
+        return self.out
+
+    def read(self, event: Text) -> None:
+        raise NotImplementedError
+
+    def release(self) -> None:
+        raise NotImplementedError
+
+    def finish(self, finish: Finish) -> None:
+        self.release()
+        self.out.append(finish)
+
+    def pass_on(self, event: Event) -> None:
+        self.out.append(event)
+
+
+class ThinkTagFilter(TextFilter):
     """Turns ``<think>...</think>`` in Text events into Reasoning events.
 
     Tags may be split anywhere. An opening tag counts only at the start, after blanks at most; later
@@ -3563,213 +3608,146 @@ class ThinkTagFilter(Filter):
     def __init__(self) -> None:
         self.pending = ""  # possibly the start of a tag, or of the newlines before one
         self.last_char = ""  # of the text passed on
-        self.strip_newlines = False  # after a tag
-        self.state: Callable[[str, List[Event]], str] = self._at_start
+        self.after_tag = False  # newlines are removed
+        self.in_reasoning = self.started = self.closed = False  # by a tag, or by other text
 
     def feed(self, events: List[Event]) -> List[Event]:
         if len(events) == 1 and type(events[0]) is Text and self.is_passthrough(events[0].text):
             return events
-        out: List[Event] = []
-        for event in events:
-            if isinstance(event, Text):
-                self._text(event.text, out)
-            else:
-                if isinstance(event, Finish):
-                    out += self.close()
-                out.append(event)
-        return out
+        return super().feed(events)
 
     def is_passthrough(self, text: str) -> bool:
-        if (
-            text
-            and self.last_char
-            and not self.strip_newlines
-            and not self.pending
-            and "<" not in text
-        ):
+        if text and self.last_char and not self.after_tag and not self.pending and "<" not in text:
             self.last_char = text[-1]
             return True
         return False
 
-    def close(self) -> List[Event]:
-        """Flush pending text, which turned out not to be a tag."""
+    def read(self, event: Text) -> None:
+        text, self.pending = self.pending + event.text, ""
+        if not self.started:
+            text = self._read_opening(text)
+        if not self.closed and text:
+            text = self._read_closing(text)
+        self._emit(text)
+
+    def release(self) -> None:
         text, self.pending = self.pending, ""
-        event_type = Reasoning if self.state == self._in_reasoning else Text
-        return [event_type(text)] if text else []
+        self._emit(text)
 
-    def _text(self, text: str, out: List[Event]) -> None:
-        text, self.pending = self.pending + text, ""
-        while text:
-            if self.strip_newlines:
-                text = text.lstrip("\n")
-                self.strip_newlines = not text
-            text = self.state(text, out)
-
-    # States: each consumes the start of the text and returns the remainder.
-
-    def _at_start(self, text: str, out: List[Event]) -> str:
+    def _read_opening(self, text: str) -> str:
+        """Return what follows an opening tag, or the text if there is none."""
         stripped = text.lstrip()
         if len(text) - len(stripped) <= self.MAX_BLANKS:
-            if stripped.startswith(self.OPEN_TAG):
-                self.state, self.strip_newlines = self._in_reasoning, True
-                return stripped[len(self.OPEN_TAG) :]
-            if self.OPEN_TAG.startswith(stripped):
+            if self.OPEN_TAG.startswith(stripped) and stripped != self.OPEN_TAG:
                 self.pending = text
                 return ""
-        self.state = self._in_answer
+            if stripped.startswith(self.OPEN_TAG):
+                self.in_reasoning = self.after_tag = True
+                text = stripped[len(self.OPEN_TAG) :]
+        self.started = True
         return text
 
-    def _in_reasoning(self, text: str, out: List[Event]) -> str:
-        reasoning, tag, remaining = text.partition(self.CLOSE_TAG)
-        if tag:
-            self.state, self.strip_newlines = self._emit, True
-            reasoning = self._strip_line_breaks(reasoning)
-        else:
-            reasoning = self._split_partial_tag(text)
-        if reasoning:
-            out.append(Reasoning(reasoning))
-        return remaining
-
-    def _in_answer(self, text: str, out: List[Event]) -> str:
-        """No tag so far: a closing one makes all text before it reasoning."""
-        at = text.find(self.CLOSE_TAG)
-        if at < 0:
-            return self._emit(self._split_partial_tag(text), out)
-        self.state = self._emit
-        if (text[at - 1] if at else self.last_char) in self.QUOTES:
+    def _read_closing(self, text: str) -> str:
+        """Emit what precedes a closing tag; returns what follows it, or text without one."""
+        before, tag, after = text.partition(self.CLOSE_TAG)
+        if not tag:
+            return self._hold_back(text)
+        self.closed = True
+        if self.in_reasoning:
+            self._emit(self._without_line_breaks(before))
+        elif (self.last_char + before)[-1:] in self.QUOTES:
             return text
-        self.strip_newlines, before = True, text[:at]
-        reasoning = before.rstrip("\n")
-        if self.last_char:
-            out += [Text(before), TextWasReasoning()] if before else [TextWasReasoning()]
-        elif reasoning:
-            out.append(Reasoning(reasoning))
-        return text[at + len(self.CLOSE_TAG) :]
+        else:
+            self.in_reasoning = not self.last_char
+            self._emit(before.rstrip("\n"))
+            if not self.in_reasoning:
+                self.out.append(TextWasReasoning())
+        self.in_reasoning, self.after_tag = False, True
+        return after
 
-    def _emit(self, text: str, out: List[Event]) -> str:
-        if text:
+    def _hold_back(self, text: str) -> str:
+        """Hold back a possible closing tag, in reasoning with the newlines before it."""
+        passed_on = text[: len(text) - partial_match_length(text, self.CLOSE_TAG)]
+        if self.in_reasoning:
+            passed_on = self._without_line_breaks(passed_on)
+        self.pending = text[len(passed_on) :]
+        return passed_on
+
+    def _without_line_breaks(self, text: str) -> str:
+        return text[: max(len(text.rstrip("\n")), len(text) - self.MAX_BLANKS)]
+
+    def _emit(self, text: str) -> None:
+        if self.after_tag:
+            text = text.lstrip("\n")
+            self.after_tag = not text
+        if text and self.in_reasoning:
+            self.out.append(Reasoning(text))
+        elif text:
             self.last_char = text[-1]
-            out.append(Text(text))
-        return ""
-
-    def _split_partial_tag(self, text: str) -> str:
-        """Hold back a possible start of a closing tag, and the newlines before it."""
-        cut = len(text) - (partial_match_length(text, self.CLOSE_TAG) if "<" in text else 0)
-        if self.state == self._in_reasoning:
-            cut = len(self._strip_line_breaks(text[:cut]))
-        self.pending = text[cut:]
-        return text[:cut]
-
-    def _strip_line_breaks(self, reasoning: str) -> str:
-        return reasoning[: max(len(reasoning.rstrip("\n")), len(reasoning) - self.MAX_BLANKS)]
+            self.out.append(Text(text))
 
 
 def partial_match_length(text: str, word: str) -> int:
     """Length of the longest proper prefix of a short word that the text ends with."""
-    sizes = range(min(len(word) - 1, len(text)), 0, -1)
-    return next((size for size in sizes if text.endswith(word[:size])), 0)
+    tail = text[max(0, len(text) - len(word) + 1) :]
+    at = tail.find(word[0])
+    while at >= 0 and not word.startswith(tail[at:]):
+        at = tail.find(word[0], at + 1)
+    return len(tail) - at if at >= 0 else 0
 
 
-class StreamSearch:
-    """Searches for a word in a stream of strings, in linear time (Knuth-Morris-Pratt)."""
-
-    def __init__(self, word: str) -> None:
-        self.word = word
-        self.matched = 0  # length of the word's prefix that the text so far ends with
-        # By length of a prefix: length of its longest proper prefix that is also its suffix.
-        self.borders = [0]
-        for char in word[1:]:
-            self.borders.append(self._extend(self.borders[-1], char))
-
-    def feed(self, text: str) -> int:
-        """Position just after the word's first occurrence; -1 if there is none yet."""
-        at, last = 0, len(text) - len(self.word) + 1  # occurrences from ``last`` on are incomplete
-        while at < len(text):
-            if not self.matched:
-                if at < last:
-                    found = text.find(self.word, at)
-                    if found >= 0:
-                        return found + len(self.word)
-                at = text.find(self.word[0], max(at, last))
-                if at < 0:
-                    break
-            self.matched = self._extend(self.matched, text[at])
-            at += 1
-            if self.matched == len(self.word):
-                return at
-        return -1
-
-    def _extend(self, matched: int, char: str) -> int:
-        """Length of the matched prefix after one more character."""
-        while matched and self.word[matched] != char:
-            matched = self.borders[matched - 1]
-        return matched + (self.word[matched] == char)
-
-
-class StopFilter(Filter):
+class StopFilter(TextFilter):
     """Ends answers at stop sequences and token limits the upstream does not support.
 
-    Stop sequences may be split anywhere and are not part of the answer. The one that ends first
-    counts; of several that end together, the longest. Tokens are counted by token_units(), which
-    never counts too many, so an answer is not cut short.
+    Stop sequences are short, may be split anywhere and are not part of the answer. The one that
+    ends first counts; of several that end together, the longest. Tokens are counted by
+    token_units(), which never counts too many, so an answer is not cut short.
     """
 
     def __init__(self, stops: List[str], max_tokens: Optional[int]) -> None:
-        self.stops = list(map(StreamSearch, stops))
-        self.pending = "", 0  # a stop sequence, and the length of its prefix that is held back
+        self.stops, self.pending = stops, ""  # the latter is possibly the start of a stop sequence
         self.budget = math.inf if max_tokens is None else UNITS_PER_TOKEN * max_tokens
         self.needed = bool(stops) or max_tokens is not None
 
-    def feed(self, events: List[Event]) -> List[Event]:
-        out: List[Event] = []
-        for event in events:
-            if self.stopped:
-                break
-            if isinstance(event, Text) and self.stops:
-                self._search(event.text, out)
-            elif isinstance(event, (Text, Reasoning)):
-                self._count(event, out)
-            else:
-                if isinstance(event, (Finish, TextWasReasoning)):
-                    out += self.close()
-                out.append(event)
-        return out
-
-    def close(self) -> List[Event]:
-        """Flush held-back text, which turned out not to be a stop sequence."""
-        (stop, size), self.pending = self.pending, ("", 0)
-        for search in self.stops:
-            search.matched = 0
-        return [Text(stop[:size])] if size else []
-
-    def _search(self, text: str, out: List[Event]) -> None:
-        (pending, size), self.pending = self.pending, ("", 0)
-        ends = [(search.feed(text), search.word) for search in self.stops]
-        end, length, stop = min(
-            ((end, -len(word), word) for end, word in ends if end >= 0), default=(len(text), 0, "")
-        )
-        if not stop:
-            longest = max(self.stops, key=lambda search: search.matched)
-            self.pending, length = (longest.word, longest.matched), -longest.matched
-        emitted = size + end + length  # characters of the held-back text and the new one
-        self._count(Text(pending[: min(size, emitted)] + text[: max(0, emitted - size)]), out)
-        if stop and not self.stopped:
-            self.stopped = True
-            out.append(Finish("stop", stop_sequence=stop))
-
-    def _count(self, event: Union[Text, Reasoning], out: List[Event]) -> None:
-        if not event.text:
-            return
-        cost = token_units(event.text)
-        if cost > self.budget:
-            head = truncate_to(event.text, self.budget)
-            if head:
-                out.append(type(event)(head))
-            out.append(Finish("length"))
-            self.stopped = True
+    def read(self, event: Text) -> None:
+        if self.stops:
+            self._search(event.text)
         else:
+            self.pass_on(event)
+
+    def _search(self, text: str) -> None:
+        text, self.pending = self.pending + text, ""
+        found = [
+            (text.find(stop) + len(stop), -len(stop), stop) for stop in self.stops if stop in text
+        ]
+        if found:
+            end, _, stop = min(found)
+            self.pass_on(Text(text[: end - len(stop)]))
+            if not self.stopped:
+                self.stopped = True
+                self.out.append(Finish("stop", stop_sequence=stop))
+        else:
+            size = len(text) - max(partial_match_length(text, stop) for stop in self.stops)
+            self.pending = text[size:]
+            self.pass_on(Text(text[:size]))
+
+    def release(self) -> None:
+        text, self.pending = self.pending, ""
+        if text:
+            self.out.append(Text(text))
+
+    def pass_on(self, event: Event) -> None:
+        """Count an event's text; beyond the limit it is cut, and the answer ends."""
+        if isinstance(event, (Text, Reasoning)):
+            cost = token_units(event.text)
+            if cost > self.budget:
+                head = truncate_to(event.text, self.budget)
+                self.out += [type(event)(head)] if head else []
+                self.stopped, event = True, Finish("length")
+            elif not cost:
+                return
             self.budget -= cost
-            out.append(event)
+        self.out.append(event)
 
 
 UNITS_PER_TOKEN = 24
@@ -3849,6 +3827,19 @@ class ToolForm(NamedTuple):
     calls: str = "%s"  # around the calls of a message
     result: str = "<tool_response>\n%s\n</tool_response>"
 
+    def write(self, calls: Iterable[Tuple[str, str]]) -> str:
+        """Return the text of calls, which are (name, arguments as a JSON object)."""
+        texts = []
+        for number, (name, arguments) in enumerate(calls):
+            if self.argument:
+                fields = as_dict(json_or_none(arguments.encode()))
+                arguments = "".join(
+                    self.argument % (key, value if isinstance(value, str) else _encode(value))
+                    for key, value in fields.items()
+                )
+            texts.append(self.call % {"name": name, "arguments": arguments, "number": number})
+        return self.calls % "\n".join(texts)
+
 
 # By the first match. From the chat templates of moonshotai/Kimi-K2-Instruct, zai-org/GLM-4.5,
 # deepseek-ai/DeepSeek-V3.1 and Qwen/Qwen3-Coder-480B-A35B-Instruct; meta-llama/llama-models,
@@ -3880,22 +3871,25 @@ CLOSING_MARKS = (
     "</tool_call>", "</function>", "<|eom_id|>", "<|eot_id|>", "<|tool_call_end|>",
     "<|tool_calls_section_end|>", "<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>",
 )
-SEPARATORS = "function<｜tool▁sep｜>", "<｜tool▁sep｜>", "<|tool_call_argument_begin|>", "[ARGS]"
-TAGS, END_TAGS = ("<parameter=", "<arg_key>"), ("</parameter>", "</arg_value>")
+ARGUMENT_MARKS = {"<parameter=": "</parameter>", "<arg_key>": "</arg_value>"}
+# Around names and values; the words are of DeepSeek's "function<｜tool▁sep｜>" and of "```json".
+SKIPPED = ("<｜tool▁sep｜>", "<|tool_call_argument_begin|>", "[ARGS]", "function", "json", *"`,;>")
+TOOL_MARKS = (
+    *OPENING_MARKS, *CLOSING_MARKS, *ARGUMENT_MARKS, *ARGUMENT_MARKS.values(), *SKIPPED[:3],
+)
 # fmt: on
-TOOL_MARKS = (*OPENING_MARKS, *CLOSING_MARKS, *SEPARATORS, *TAGS, *END_TAGS)
 PARTIAL_MARKS = {mark[:size] for mark in TOOL_MARKS for size in range(1, len(mark))}
 MAX_TOKEN = 256  # characters
 OPENING, MARK = ("|".join(map(re.escape, marks)) for marks in (OPENING_MARKS, TOOL_MARKS))
 OPENING_MARK = re.compile(OPENING)
-CALL_TOKEN = re.compile(
-    rf"{MARK}|`{{1,128}}\w{{0,128}}|\w[\w.:-]{{0,255}}|[ \t\r\n]{{1,256}}|\\[\s\S]?|[\s\S]"
-)
+CALL_TOKEN = re.compile(rf"{MARK}|\w[\w.:-]{{0,255}}|\s{{1,256}}|\\[\s\S]?|[\s\S]")
 STRING_TOKEN = re.compile(r"""\\[\s\S]?|["'\x00-\x1f]|[^"'\\\x00-\x1f]+""")
-NOISE = " \t\r\n`,;>"  # first characters of tokens around names and values
 KIMI_NAME = re.compile(r"^functions\.|:\d*$")
 NAMED_CALL = re.compile(r'{\s*"name"\s*:\s*"([^"\\{]+)"\s*,\s*"(?:arguments|parameters)"\s*:\s*{')
-ARGUMENT = re.compile(r"\s*(?:<parameter=([^<>]+)>\n?|<arg_key>([^<>]+)</arg_key>\s*<arg_value>)")
+ARGUMENT = re.compile(
+    r"(?:<parameter=([^<>]+)>\n?|<arg_key>([^<>]+)</arg_key>\s*<arg_value>)"
+    r"([\s\S]*?)(?:\n?</parameter>|</arg_value>)"
+)
 
 TOOLS_PROMPT = (
     "You can call functions. Their signatures, as JSON:\n<tools>\n{tools}\n</tools>\n"
@@ -3904,6 +3898,7 @@ TOOLS_PROMPT = (
     "message; never write them yourself. Without need for a function, answer in plain text."
 )
 ONE_CALL, MUST_CALL = " Call at most one function.", " You must call a function now."
+TOOL_FIELDS = ("tools", "tool_choice", "parallel_tool_calls")  # of a chat, which become text
 
 
 class PromptedTools:
@@ -3913,30 +3908,29 @@ class PromptedTools:
     without a valid call, if the chat requires one.
     """
 
-    FIELDS = ("tools", "tool_choice", "parallel_tool_calls")  # of a chat, which become text
-
     def __init__(self, call: Call, model: str, prompt: str, upstream_name: str) -> None:
-        self.chat, self.stream, self.prompt, self.complaint = call.body, call.stream, prompt, ""
+        self.call, self.prompt, self.upstream_name = call, prompt, upstream_name
+        self.text_call = call  # with the tools as text, once they are translated
+        self.complaint = ""
         self.form = next(form for form in TOOL_FORMS if form.models.search(model.lower()))
-        self.upstream_name = upstream_name
-        self.single = self.chat.get("parallel_tool_calls") is False
+        self.single = call.body.get("parallel_tool_calls") is False
         self.functions: Dict[str, Dict[str, Any]] = {}
         self.ignored: List[str] = []
-        for tool in map(as_dict, as_list(self.chat.get("tools"))):
-            function = as_dict(tool.get("function"))
+        for tool in as_list(call.body.get("tools")):
+            function = function_of(tool)
             if isinstance(function.get("name"), str):
                 self.functions[function["name"]] = function
                 self.ignored += ["strict"] if function.get("strict") else []
             else:
-                self.ignored.append(str(tool.get("type")))
-        self.required = self._choose(self.chat.get("tool_choice"))
+                self.ignored.append(str(as_dict(tool).get("type")))
+        self.required = self._choose(call.body.get("tool_choice"))
 
     def _choose(self, choice: Any) -> bool:
         """Apply ``tool_choice`` to the functions; whether one must be called."""
         if isinstance(choice, dict):
             allowed = as_dict(choice.get("allowed_tools"))
             tools = as_list(allowed.get("tools")) or [choice]
-            names = [as_dict(as_dict(tool).get("function")).get("name") for tool in tools]
+            names = [function_of(tool).get("name") for tool in tools]
             self.functions = {
                 name: self.functions[name] for name in self.functions if name in names
             }
@@ -3950,43 +3944,38 @@ class PromptedTools:
 
     def body(self) -> Dict[str, Any]:
         """Return the chat without fields and roles for tools."""
-        messages = list(map(self._message, self.chat["messages"]))
+        body = self.call.body
+        messages = list(map(self._message, body["messages"]))
         if self.functions:
             if not messages or messages[0]["role"] not in ("system", "developer"):
                 messages.insert(0, {"role": "system"})
             messages[0] = add_paragraph(messages[0], self._instruction())
         if self.complaint:
             messages[-1] = add_paragraph(messages[-1], self.complaint)
-        others = {name: self.chat[name] for name in self.chat if name not in self.FIELDS}
+        others = {name: body[name] for name in body if name not in TOOL_FIELDS}
         return {**others, "messages": messages}
 
     def _message(self, message: Dict[str, Any]) -> Dict[str, Any]:
         """Return a message with its calls as text; a result becomes a message of the user."""
         if message["role"] == "tool":
             return {"role": "user", "content": self.form.result % message_text(message)}
-        calls = [
-            self._call(str(function.get("name")), str(function.get("arguments") or "{}"), number)
-            for number, call in enumerate(as_list(message.get("tool_calls")))
-            for function in [as_dict(as_dict(call).get("function"))]
-        ]
+        functions = map(function_of, as_list(message.get("tool_calls")))
+        calls = [(str(each.get("name")), str(each.get("arguments") or "{}")) for each in functions]
         others = {name: message[name] for name in message if name != "tool_calls"}
-        return add_paragraph(others, self.form.calls % "\n".join(calls)) if calls else others
-
-    def _call(self, name: str, arguments: str, number: int = 0) -> str:
-        if self.form.argument:
-            arguments = "".join(
-                self.form.argument % (key, value if isinstance(value, str) else _encode(value))
-                for key, value in as_dict(json_or_none(arguments.encode())).items()
-            )
-        return self.form.call % {"name": name, "arguments": arguments, "number": number}
+        return add_paragraph(others, self.form.write(calls)) if calls else others
 
     def _instruction(self) -> str:
         """Return the system message's text with the form of a call and the functions."""
-        example = self.form.calls % self._call("FUNCTION", '{"PARAMETER":"VALUE"}')
+        example = self.form.write([("FUNCTION", '{"PARAMETER":"VALUE"}')])
         functions = self.functions.values()
         tools = [_encode({"type": "function", "function": function}) for function in functions]
         text = self.prompt.replace("{call}", example).replace("{tools}", "\n".join(tools))
         return text + ONE_CALL * self.single + MUST_CALL * self.required
+
+
+def function_of(tool: Any) -> Dict[str, Any]:
+    """Return the function in a tool or a call; {} if there is none."""
+    return as_dict(as_dict(tool).get("function"))
 
 
 def add_paragraph(message: Dict[str, Any], text: str) -> Dict[str, Any]:
@@ -4027,8 +4016,7 @@ class LooseJSON:
     ``name`` is the called function's, ``part`` the tokens of its arguments since it was cleared.
     """
 
-    WORDS = {"True": "true", "False": "false", "None": "null", "'": '"'}
-    IN_STRING = {'"': '\\"', "\\'": "'"}
+    WORDS = {"True": "true", "False": "false", "None": "null", "'": '"', "\\'": "'"}
 
     def __init__(self, name: str) -> None:
         self.name, self.arguments_depth = name, 1 if name else 0  # 0: unknown, or complete
@@ -4052,7 +4040,7 @@ class LooseJSON:
             self.quote = ""
             return '"'
         if self.quote:
-            return _encode(token)[1:-1] if token < " " else self.IN_STRING.get(token, token)
+            return self.WORDS.get(token, token) if token[0] == "\\" else _encode(token)[1:-1]
         if token.isspace():
             return token
         # A comma is kept until the next token shows whether it is a trailing one.
@@ -4062,32 +4050,11 @@ class LooseJSON:
         return comma * (token not in "}]") + self.WORDS.get(token, token) * (token != ",")
 
 
-def read_tags(text: str, function: Dict[str, Any]) -> Dict[str, Any]:
-    r"""Return the arguments in tags, typed by the function's schema. Raises ValueError.
-
-    <parameter=path>\na.txt\n</parameter>                  Qwen3-Coder
-    <arg_key>path</arg_key>\n<arg_value>a.txt</arg_value>  GLM-4.5
-    """
-    properties = as_dict(as_dict(function.get("parameters")).get("properties"))
-    *texts, rest = re.split(r"\n?</parameter>|</arg_value>", text)
-    arguments = {}
-    for tagged in texts:
-        tag = ARGUMENT.match(tagged)
-        if not tag or rest.strip():
-            raise ValueError("its arguments are not complete")
-        key, value = tag[1] or tag[2], tagged[tag.end() :]
-        types = as_dict(properties.get(key)).get("type")
-        parsed = json_or_none(value.encode("utf-8", "replace"))
-        is_text = "string" in (types, *as_list(types)) or parsed is None and value != "null"
-        arguments[key] = value if is_text else parsed
-    return arguments
-
-
 def calls_of(value: Any, functions: Iterable[str]) -> List[Tuple[str, str]]:
     """Return the calls in an object or array as (name, arguments). Raises ValueError."""
     calls = []
     for item in map(as_dict, value if isinstance(value, list) else [value]):
-        item = as_dict(item.get("function")) or item
+        item = function_of(item) or item
         name, arguments = str(item.get("name")), item.get("arguments", item.get("parameters"))
         if isinstance(arguments, str):
             arguments = from_json(arguments.encode())
@@ -4099,7 +4066,36 @@ def calls_of(value: Any, functions: Iterable[str]) -> List[Tuple[str, str]]:
     return calls
 
 
-class ToolCallFilter(Filter):
+def read_argument(mark: str, function: Dict[str, Any]) -> Generator[None, str, Tuple[str, Any]]:
+    """Read the tokens of an argument after its mark; returns its name and value.
+
+    The value has no quotes: it is JSON unless the function's schema wants a string.
+    """
+    tokens = [mark]
+    while tokens[-1] != ARGUMENT_MARKS[mark]:
+        tokens.append((yield))
+        if not tokens[-1]:
+            raise ValueError("it is not complete")
+    argument = ARGUMENT.fullmatch("".join(tokens))
+    if not argument:
+        raise ValueError("an argument has no name")
+    name, text = argument[1] or argument[2], argument[3]
+    properties = as_dict(as_dict(function.get("parameters")).get("properties"))
+    types = as_dict(properties.get(name)).get("type")
+    value = json_or_none(text.encode("utf-8", "replace"))
+    is_text = "string" in (types, *as_list(types)) or value is None and text != "null"
+    return name, text if is_text else value
+
+
+def skip(words: Tuple[str, ...]) -> Generator[None, str, str]:
+    """Read tokens up to one that is neither blank nor one of the words; returns that."""
+    token = yield
+    while token in words or token.isspace():
+        token = yield
+    return token
+
+
+class ToolCallFilter(TextFilter):
     """Turns calls in Text events into ToolCall events.
 
     A call begins with a mark outside of Markdown code. It is held back, as all of it is text if it
@@ -4107,61 +4103,45 @@ class ToolCallFilter(Filter):
     In a stream, arguments above HELD characters are passed on as they arrive; if they then prove
     invalid, feed() raises an APIError, as it does to repeat a chat that requires a call.
 
-    A call is read in tokens, by the method that is the state: it raises ValueError for a token that
-    makes the call invalid. A token at the end of the text waits, as it may be cut.
+    Generators read a call token by token, of which "" is the end of the answer, and raise
+    ValueError if it is invalid. A token at the end of the text waits, as it may be cut.
     """
 
     HELD, MAX_CALL = 256, 4 << 20  # characters
 
     def __init__(self, tools: PromptedTools) -> None:
         self.tools, self.code = tools, MarkdownCode()
-        self.out: List[Event] = []
-        self.passed_on = self.at_end = False
-        self.count = 0  # of calls sent
-        self.pending = ""  # a token or mark that may be longer
-        self._reset()
-
-    def _reset(self, state: Optional[Callable[[str], None]] = None) -> None:
-        self.state = state  # reads a token of a call; None: outside of calls
+        self.reader: Any = None  # a generator, after an opening mark
+        self.value = LooseJSON("")  # its last one
         self.raw: List[str] = []  # tokens since the first mark, or since the last call
         self.size = 0  # of them, in characters
-        self.calls: List[Tuple[str, str]] = []  # complete ones, to be confirmed by a mark
-        self.name, self.value = "", LooseJSON("")  # of the open call
-        self.tags: List[str] = []
-        self.is_open = self.is_sent = False  # after an opening mark; the call's name is sent
+        self.pending = ""  # a token or mark that may be longer
+        self.count = 0  # of calls sent
+        self.is_sent = False  # the name of the call that is read
+        self.passed_on = self.at_end = False
 
     def feed(self, events: List[Event]) -> List[Event]:
-        self.out = []
-        for event in events:
-            if self.stopped:
-                break
-            if isinstance(event, Text):
-                self._read(event.text)
-            elif isinstance(event, Finish):
-                self._finish(event)
-            else:
-                if isinstance(event, TextWasReasoning):
-                    self._flush()
-                self.out.append(event)
-        self.passed_on = self.passed_on or bool(self.out)
-        return self.out
+        out = super().feed(events)
+        self.passed_on = self.passed_on or bool(out)
+        return out
 
     def is_passthrough(self, text: str) -> bool:
-        if self.state or self.pending or "<" in text or "[" in text:
+        if self.reader or self.pending or "<" in text or "[" in text:
             return False
         self.code.feed(text)
-        self.passed_on = True
         return True
 
-    def close(self) -> List[Event]:
-        self.out = []
-        self._flush()
-        return self.out
+    def read(self, event: Text) -> None:
+        text, self.pending, at = self.pending + event.text, "", 0
+        while at < len(text) and not self.stopped:
+            at = self._read_call(text, at) if self.reader else self._read_text(text, at)
+        if self.tools.call.stream and self.size > self.HELD:
+            self._send_part()
 
-    def _flush(self) -> None:
-        """Emit what is held back, as text."""
-        text, self.pending = "".join(self.raw) + self.pending, ""
-        self._reset()
+    def release(self) -> None:
+        text = "" if self.is_sent else "".join(self.raw) + self.pending
+        self.reader, self.value, self.pending = None, LooseJSON(""), ""
+        self.raw, self.size, self.is_sent = [], 0, False
         self._emit(text)
 
     def _emit(self, text: str) -> None:
@@ -4169,101 +4149,115 @@ class ToolCallFilter(Filter):
             self.code.feed(text)
             self.out.append(Text(text))
 
-    def _read(self, text: str) -> None:
-        text, self.pending, at = self.pending + text, "", 0
-        while at < len(text) and not self.stopped:
-            at = self._read_call(text, at) if self.state else self._read_text(text, at)
-        if self.tools.stream and self.size > self.HELD and not self.calls:
-            self._send_part()
-
     def _read_text(self, text: str, at: int) -> int:
         """Pass on text up to an opening mark; returns the position after the mark."""
         mark = OPENING_MARK.search(text, at)
-        end = mark.start() if mark else max(text.rfind("<", at), text.rfind("[", at))
-        if end < 0 or not mark and text[end : end + MAX_TOKEN] not in PARTIAL_MARKS:
-            end = len(text)
-        self._emit(text[at:end])
         if not mark:
+            end = max(text.rfind("<", at), text.rfind("[", at))
+            end = end if text[end : end + MAX_TOKEN] in PARTIAL_MARKS else len(text)
+            self._emit(text[at:end])
             self.pending = text[end:]
             return len(text)
+        self._emit(text[at : mark.start()])
         if self.code.is_open():
             self._emit(mark[0])
         else:
-            self._reset(self._in_marks)
-            self.raw, self.is_open = [mark[0]], True
+            self.reader, self.raw = self._read_calls(), [mark[0]]
+            next(self.reader)
         return mark.end()
 
     def _read_call(self, text: str, at: int) -> int:
         """Read a token of a call; returns the position after it."""
-        token = self._token(text, at)
-        if not token or not self.state:
+        in_string = self.value.quote != ""
+        token = next((STRING_TOKEN if in_string else CALL_TOKEN).finditer(text, at))[0]
+        end = at + len(token)
+        is_last = end == len(text) and len(token) < MAX_TOKEN and token not in TOOL_MARKS
+        is_cut = is_last or text[at : at + MAX_TOKEN] in PARTIAL_MARKS
+        if not self.at_end and (token == "\\" if in_string else is_cut):
             self.pending = text[at:]
             return len(text)
         self.raw.append(token)
         self.size += len(token)
+        self._read_token(token)
+        return end
+
+    def _read_token(self, token: str) -> None:
+        """Give the reader a token; an invalid call becomes text."""
         try:
             if self.size > self.MAX_CALL:
                 raise ValueError("it is too long")
-            self.state(token)
+            self.reader.send(token)
+        except StopIteration:
+            self.raw = []  # line breaks after a call
+            self.release()
         except ValueError as error:
-            self._reject(error)
-        return at + len(token)
+            if self.is_sent:
+                self.stopped = True
+                message = f"{self.tools.upstream_name} sent an invalid tool call."
+                raise APIError(502, message, code="invalid_tool_call") from None
+            self.release()
+            self._repeat(f"A tool call is invalid: {error}.")
 
-    def _token(self, text: str, at: int) -> str:
-        """Return the token at a position in a call; "" if more text may make it longer."""
-        if self.value.quote:
-            token = next(STRING_TOKEN.finditer(text, at))[0]
-            is_cut = token == "\\"
-        else:
-            token = next(CALL_TOKEN.finditer(text, at))[0]
-            is_last = at + len(token) == len(text) and len(token) < MAX_TOKEN
-            is_part = text[at : at + MAX_TOKEN] in PARTIAL_MARKS
-            is_cut = is_part or is_last and token not in TOOL_MARKS
-        return "" if is_cut and not self.at_end else token
+    def _read_calls(self) -> Generator[None, str, None]:
+        """Read calls after an opening mark, as long as no text follows one."""
+        while True:
+            token = yield from self._read_marked()
+            if token in CLOSING_MARKS:
+                token = yield from skip(CLOSING_MARKS)
+                self.raw = [word for word in self.raw if word not in CLOSING_MARKS]
+            if not token:
+                return
+            if token not in OPENING_MARKS:
+                raise ValueError("text follows")
+            self.raw = [token]
 
-    def _in_marks(self, token: str) -> None:
-        """Before, between and after values: marks, blanks, perhaps a name."""
+    def _read_marked(self) -> Generator[None, str, str]:
+        """Read and send the calls between two marks; returns the second one."""
+        calls: List[Tuple[str, str]] = []
+        arguments: Dict[str, Any] = {}
+        token = yield from skip(OPENING_MARKS + SKIPPED)
         name = KIMI_NAME.sub("", token)
-        if token in OPENING_MARKS:
-            if self.calls or not self.is_open:
-                self._send_calls()
-                self.raw, self.is_open = [token], True
-        elif token in CLOSING_MARKS and (self.calls or self.name or not self.is_open):
-            self.calls += [(self.name, "{}")] if self.name else []
-            self._send_calls()
-        elif self.is_open and token in ("{", "["):
-            self.value, self.state = LooseJSON(self.name), self._in_json
-            self.value.feed(token)
-        elif self.is_open and token in TAGS:
-            self.tags, self.state = [token], self._in_tags
-        elif self.is_open and name in self.tools.functions and not self.name and not self.calls:
-            self.name = name
-        elif token not in SEPARATORS and token[0] not in NOISE:
-            raise ValueError("it has no valid JSON, or an unknown function")
-
-    def _in_json(self, token: str) -> None:
-        self.value.feed(token)
-        if not self.value.depth:
-            self._complete(from_json("".join(self.value.tokens).encode()))
-
-    def _in_tags(self, token: str) -> None:
-        if token in CLOSING_MARKS and "".join(self.tags[-2:]).rstrip().endswith(END_TAGS):
-            function = self.tools.functions.get(self.name, {})
-            self._complete(read_tags("".join(self.tags), function))
-            self._in_marks(token)
+        if name in self.tools.functions:
+            token = yield from skip(SKIPPED)
         else:
-            self.tags.append(token)
+            name = ""
+        while name and token in ARGUMENT_MARKS:
+            key, value = yield from read_argument(token, self.tools.functions[name])
+            arguments[key] = value
+            token = yield from skip(SKIPPED)
+        if arguments or name and token in CLOSING_MARKS:
+            calls = [(name, _encode(arguments))]
+        while token in ("{", "[") and not arguments:
+            if calls:
+                self._send_calls(calls)
+                self.raw = [] if self.stopped else [token]
+            calls = yield from self._read_json(token, name)
+            if self.is_sent:
+                self._send_calls([])
+                return CLOSING_MARKS[0]
+            name = ""
+            token = yield from skip(SKIPPED)
+        if not calls or token not in ("", *OPENING_MARKS, *CLOSING_MARKS):
+            raise ValueError("it has no valid JSON, or an unknown function")
+        self._send_calls(calls)
+        return token
 
-    def _complete(self, value: Any) -> None:
-        """Note the calls of a complete value."""
-        value = {"name": self.name, "arguments": value} if self.name else value
-        calls = calls_of(value, self.tools.functions)
+    def _read_json(self, token: str, name: str) -> Generator[None, str, List[Tuple[str, str]]]:
+        """Read an object or array; returns the calls in it."""
+        value = self.value = LooseJSON(name)
+        value.feed(token)
+        while value.depth:
+            token = yield
+            if not token:
+                raise ValueError("it is not complete")
+            value.feed(token)
+        parsed = from_json("".join(value.tokens).encode())
+        parsed = {"name": name, "arguments": parsed} if name else parsed
+        calls = calls_of(parsed, self.tools.functions)
         if self.is_sent:
             self._send_part()
-            self._reset(self._in_marks)
-        else:
-            self.calls += calls
-            self.state, self.name = self._in_marks, ""
+        self.value = LooseJSON("")
+        return calls
 
     def _send_part(self) -> None:
         """Send the arguments read since the last time, once the function's name is known."""
@@ -4279,48 +4273,28 @@ class ToolCallFilter(Filter):
         self.out.append(ToolCall(self.count, arguments, "call_" + new_id(), name))
         self.count += 1
 
-    def _send_calls(self) -> None:
-        """Send the complete calls: a mark, or the end of the answer, has confirmed them."""
-        for name, arguments in self.calls[: 1 if self.tools.single else None]:
+    def _send_calls(self, calls: List[Tuple[str, str]]) -> None:
+        """Send complete calls, which a mark or the end of the answer has confirmed."""
+        for name, arguments in calls[: 1 if self.tools.single else None]:
             self._start_call(name, arguments)
-        self._reset(self._in_marks)
+        self.raw, self.size, self.is_sent = [], 0, False
         if self.tools.single and self.count and not self.at_end:
             self.stopped = True
             self.out.append(Finish("tool_calls"))
 
-    def _reject(self, error: ValueError) -> None:
-        """Emit an invalid call as text, unless part of it is sent; may repeat the chat."""
-        text, is_open, is_sent = "".join(self.raw), self.is_open, self.is_sent
-        self._reset()
-        if is_sent:
-            self.stopped = True
-            message = f"{self.tools.upstream_name} sent an invalid tool call."
-            raise APIError(502, message, code="invalid_tool_call")
-        if is_open:
-            self._repeat(f"A tool call is invalid: {error}.")
-        self._emit(text)
-
     def _repeat(self, reason: str) -> None:
         """Raise the error that repeats, once, a chat that requires a call."""
-        tools = self.tools
-        if not tools.required or tools.complaint or self.count or tools.stream and self.passed_on:
-            return
-        tools.complaint, self.stopped = reason + MUST_CALL, True
-        raise APIError(502, reason, code="tools", category=Category.RETRY)
+        tools, is_late = self.tools, self.passed_on and self.tools.call.stream
+        if tools.required and not (tools.complaint or self.count or is_late):
+            tools.complaint, self.stopped = reason + MUST_CALL, True
+            raise APIError(502, reason, code="tools", category=Category.RETRY)
 
-    def _finish(self, finish: Finish) -> None:
+    def finish(self, finish: Finish) -> None:
         self.at_end = True
-        self._read("")
-        try:
-            if self.state and self.is_open and (self.calls or self.state != self._in_marks):
-                self.state(CLOSING_MARKS[0])  # may be missing, except after a name alone
-            if self.is_open and not (self.is_sent and finish.reason == "length"):
-                raise ValueError("it is not complete")
-        except ValueError as error:
-            self._reject(error)
-        if "".join(self.raw).isspace():  # after a call
-            self._reset()
-        self._flush()
+        self.read(Text(""))  # what was pending
+        if self.reader and not (self.is_sent and finish.reason == "length"):
+            self._read_token("")
+        self.release()
         if not self.count:
             self._repeat("The answer has no tool call.")
         reason = "tool_calls" if self.count and finish.reason == "stop" else finish.reason
@@ -4341,6 +4315,7 @@ class Controller:
     """
 
     transport: Any = None  # a Transport, for upstreams that are reached by HTTP
+    model_cache: Any = None  # a Cache of their list of models
 
     def __init__(self, options: ControllerSettings, settings: Settings) -> None:
         self.options, self.settings, self.name = options, settings, options.name
@@ -4355,7 +4330,7 @@ class Controller:
 
     def models(self) -> List[Dict[str, Any]]:
         """Return the offered models as OpenAI model objects."""
-        return []
+        return self.model_cache.get() if self.model_cache else []
 
     def image(self, name: str, scope: CancelScope) -> UpstreamResponse:
         """Fetch an image that an answer links to."""
@@ -4414,11 +4389,13 @@ def _without_fields(
     if not isinstance(value, dict):
         return value
     dropped += (name for name in names if value.get(name) is not None and name not in dropped)
-    kept = {name: field for name, field in value.items() if name not in names}
+    remaining = {name: field for name, field in value.items() if name not in names}
     for name in within[:1]:
-        if isinstance(kept.get(name), list):
-            kept[name] = [_without_fields(part, names, dropped, within[1:]) for part in kept[name]]
-    return kept
+        if isinstance(remaining.get(name), list):
+            remaining[name] = [
+                _without_fields(part, names, dropped, within[1:]) for part in remaining[name]
+            ]
+    return remaining
 
 
 def place_system_messages(messages: List[Dict[str, Any]], mode: str) -> List[Dict[str, Any]]:
@@ -4484,8 +4461,7 @@ class ToolAdapter:
         self.options, self.settings = controller.options, controller.settings
 
     def check_support(self, call: Call) -> Optional[APIError]:
-        body = call.body
-        if self.options.tools == "refuse" and body.get("tools"):
+        if self.options.tools == "refuse" and call.body.get("tools"):
             message = f"{self.name} does not support 'tools'."
             return bad_request(message, "tools", "unsupported_parameter")
         if self.options.tools == "refuse" or not has_tools(call):
@@ -4497,27 +4473,27 @@ class ToolAdapter:
         except APIError as error:
             return error
         call.prepared_requests[self.name] = tools
-        return self.controller.check_support(self._as_text(call, tools))
+        return self._translate(tools)
 
-    def _as_text(self, call: Call, tools: PromptedTools) -> Call:
-        """Return the call with its tools as text."""
+    def _translate(self, tools: PromptedTools) -> Optional[APIError]:
+        """Put tools into the text of their call; an error if it is not supported."""
         body = tools.body()
         body["messages"] = join_user_messages(body["messages"])
-        text_call = copy.copy(call)
+        tools.text_call = text_call = copy.copy(tools.call)
         text_call.body, text_call.prepared_requests = body, {}
-        text_call.original = copy.copy(call.original)
+        text_call.original = copy.copy(tools.call.original)
         text_call.original.path = ""
-        return text_call
+        return self.controller.check_support(text_call)
 
     def events(self, call: Call) -> Iterable[Event]:
         tools = call.prepared_requests.get(self.name)
         if not isinstance(tools, PromptedTools):
             return self.controller.events(call)
-        text_call = self._as_text(call, tools)
-        error = self.controller.check_support(text_call)
+        error = self._translate(tools) if tools.complaint else None
         if error:
             raise error
-        response = self.controller.events(text_call)
+        tools.text_call.attempt = call.attempt
+        response = self.controller.events(tools.text_call)
         call.attempt.ignored_params = [*call.attempt.ignored_params, *tools.ignored]
         if not tools.functions:
             return response
@@ -4798,11 +4774,10 @@ UPSTREAM_ERRORS = [
     ErrorRule((), _QUOTA_CODES, _QUOTA_WORDS, Category.AUTH, reason=_QUOTA),
     # The request's model or content.
     ErrorRule((400, 401, 500, 503), _MODEL_CODES, "", Category.MODEL, 404),
-    ErrorRule((402, 403), _MODEL_CODES, "", Category.REFUSED),
     ErrorRule((401, 403), "service_disabled", _LIKELY_KEY_WORDS, Category.AUTH, reason=_KEY),
     ErrorRule((400,), "", _NO_MODEL, Category.MODEL, 404),
     ErrorRule((401,), "", _MODEL_ACCESS, Category.MODEL, 404),
-    ErrorRule((402, 403), "", _MODEL_ACCESS, Category.REFUSED),
+    ErrorRule((402, 403), _MODEL_CODES, _MODEL_ACCESS, Category.REFUSED),
     ErrorRule((401, 402, 403), _FLAGGED, _FLAGGED, Category.REFUSED, 403),
     # This server's key, probably.
     ErrorRule((401, 402, 403, 412), _LIKELY_QUOTA, _LIKELY_QUOTA, Category.AUTH, reason=_QUOTA),
@@ -5341,7 +5316,7 @@ def redact_bytes(data: bytes, secrets: Iterable[str]) -> bytes:
 # Characters as URLs, JSON or HTML may write them.
 _ESCAPE = re.compile(r"(?:%(?:25){0,2}|\\u00|\\x|&#x)([2-7][0-9a-f]);?", re.I)
 MAX_UNESCAPED = 1 << 17  # characters; longer strings are not unescaped
-MAX_FOUND = 1000  # secrets; a string with more is replaced
+MAX_FOUND = 10_000  # secrets; a string with more is replaced
 
 
 def _without_secrets(text: str, secrets: Iterable[str]) -> str:
@@ -5737,11 +5712,17 @@ def akash_error(text: str, model: str, secrets: Iterable[str] = ()) -> APIError:
 
 
 def _akash_reason(text: str, secrets: Iterable[str]) -> str:
-    """Return the first line of an error message as a sentence for clients."""
-    reason = redact(inner_message(text).split("\n")[0], secrets)
+    """Return an error message as a sentence for clients."""
+    reason = first_line(text, secrets)
     if reason in ("", "[object Object]", "An error occurred."):  # the AI SDK's placeholders
         return "Akash Chat failed without giving a reason."
-    return f"Akash Chat: {redact_hosts(reason)[:300]}"
+    return f"Akash Chat: {reason}"
+
+
+def first_line(message: str, secrets: Iterable[str]) -> str:
+    """Return the first line of a message without its wrapping, secrets and addresses."""
+    line = inner_message(message).split("\n")[0]
+    return redact_hosts(redact(line, secrets))[:300]
 
 
 def image_failed(message: str, status: int = 502, retry: bool = False) -> APIError:
@@ -6140,8 +6121,7 @@ class AkashImages:
             fields = state or {}
             status, result = str(fields.get("status") or ""), str(fields.get("result") or "")
             if status == "failed" or result.startswith("Failed"):
-                result = redact_hosts(redact(result[:4000], self.akash.secrets()))
-                reason = result[:200] or "no reason given"
+                reason = first_line(result, self.akash.secrets()) or "no reason given"
                 raise image_failed(f"Image generation failed: {reason}.")
             if status in ("succeeded", "completed"):
                 yield self._fetch_image(call, job, prompt, result)
@@ -6199,12 +6179,7 @@ class AkashController(Controller):
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         super().__init__(options, settings)
-        headers = {
-            "User-Agent": settings.user_agent,
-            "Accept": "*/*",
-            "Accept-Encoding": "identity",
-            **options.headers,
-        }
+        headers = {"Accept": "*/*", **options.headers}
         self.transport = Transport(options, settings, options.base_url, "Akash Chat", headers)
         cookies = options.cookie, self.transport.headers.get("Cookie", "")
         self.login = AkashLogin(self.transport, "; ".join(filter(None, cookies)), self.name, clock)
@@ -6297,9 +6272,6 @@ class AkashController(Controller):
         """List the strings to redact from errors: keys, header values and cookies."""
         cookies = "; ".join(filter(None, (self.login.cookie, self.session.value, cookie)))
         return self.own_secrets + cookie_values(cookies)
-
-    def models(self) -> List[Dict[str, Any]]:
-        return self.model_cache.get()
 
     def metrics(self) -> Dict[str, float]:
         metrics: Dict[str, float] = {"akashproxy_session_renewals_total": self.session.fetch_count}
@@ -6432,7 +6404,7 @@ class AkashController(Controller):
             )
         if status == 400 and not fields and body:
             message = "Bad request: " + body[:4000].decode("utf-8", "replace")
-        message = redact(message[:4000], self.secrets(cookie))
+        message, secrets = message[:4000], self.secrets(cookie)
         is_large = len(request.body or b"") > self.MAX_BODY_BYTES
         if status == 413 or status == 500 and not message and is_large:
             error = APIError(
@@ -6447,30 +6419,35 @@ class AkashController(Controller):
             is_outage = fields.get("available_models") == []  # b58259a
             error = no_models() if is_outage else akash_model_not_found(model)
         elif fields.get("error") == "Error generating image":  # b58259a
-            error = image_failed(f"Image generation failed: {redact_hosts(message)[:200]}")
+            error = image_failed(f"Image generation failed: {first_line(message, secrets)}")
         else:
-            error = self._status_error(response, fields, message, model)
+            error = self._status_error(response, fields, message, model, secrets)
         error.upstream_status = status
         raise error
 
+    @staticmethod
     def _status_error(
-        self, response: UpstreamResponse, fields: Dict[str, Any], message: str, model: str
+        response: UpstreamResponse,
+        fields: Dict[str, Any],
+        message: str,
+        model: str,
+        secrets: List[str],
     ) -> APIError:
         """Return the error for a status; ``fields`` is the JSON body."""
         status, is_limit = response.status, response.status == 429
         wait = retry_after_seconds(response.headers, fields, message=message, limit=is_limit)
+        reason = first_line(message, secrets)
         if is_limit:
-            reason = redact_hosts(message)[:300] or "too many requests."
-            return APIError(429, f"Akash Chat: {reason}", retry_after=wait)
+            message = f"Akash Chat: {reason or 'too many requests.'}"
+            return APIError(429, message, retry_after=wait)
         if status in (401, 403):
-            reason = redact_hosts(message)[:200]
             return auth_error(f"Akash Chat denied access ({reason or status}).", status)
         error = APIError(
             502 if status <= 500 else 503,
             f"Akash Chat failed without giving a reason (status {status}).",
         )
         if message:
-            error = akash_error(message, model)
+            error = akash_error(message, model, secrets)
         if error.status == 400 != status:
             error = APIError(502, error.message)
         if wait and error.category is Category.SERVER:
@@ -6541,8 +6518,8 @@ class ChatDecoder(Decoder):
         data: [DONE]                                            Finish; optional
 
     Events without data, whose data is JSON but no object, or of a type that is not "message" and
-    without JSON (a ping) are skipped. Only choice 0 is decoded. A delta's "reasoning_details" of
-    OpenRouter go with the first tool call, as its ``extra``.
+    without JSON (a ping) are skipped. Only choice 0 is decoded. The "reasoning_details" of
+    OpenRouter go with the next tool call, in its ``extra``.
     """
 
     LINE_LIMIT = 16 << 20  # bytes
@@ -6552,7 +6529,7 @@ class ChatDecoder(Decoder):
         self.lines = EventLines()
         self.calls = ToolCallAssembler(upstream_name)
         self.reason: Optional[str] = None
-        self.usage: Optional[Dict[str, int]] = None
+        self.usage: Any = None  # the last one, as the upstream has sent it
 
     def feed(self, data: bytes) -> List[Event]:
         out = self._decode(self.lines.feed(data))
@@ -6605,11 +6582,12 @@ class ChatDecoder(Decoder):
         """Decode a chunk, or a whole completion, whose choices have ``key``."""
         if body.get("error") or is_error(body):
             raise error_from_body(self.upstream_name, 200, body, self.secrets)
-        self.usage = usage_of(body) or self.usage
+        self.usage = find_usage(body) or self.usage
         for choice in map(as_dict, as_list(body.get("choices"))):
             if not choice.get("index"):
                 message = as_dict(choice.get(key)) or {"content": choice.get("text")}
-                self.calls.add_details(message.get("reasoning_details"))
+                if "reasoning_details" in message:
+                    self.calls.add_details(message["reasoning_details"])
                 for each in message_events(message):
                     if isinstance(each, ToolCall):
                         out += self.calls.add(each, is_complete=key == "message")
@@ -6621,7 +6599,7 @@ class ChatDecoder(Decoder):
     def _finish(self, out: List[Event]) -> None:
         reason = finish_reason(self.upstream_name, self.reason or "", self.calls.close())
         self.complete = True
-        out.append(Finish(reason, self.usage))
+        out.append(Finish(reason, chat_usage(self.usage)))
 
 
 class CallInProgress:
@@ -6700,11 +6678,11 @@ class ToolCallAssembler:
         if not fragment.name:
             return []
         call.name = fragment.name
-        extra = {**call.extra, **self._message_fields()} or None
+        extra = {**call.extra, **self._take_details()} or None
         return [ToolCall(call.number, "".join(call.pending), call.id, call.name, extra)]
 
     def add_details(self, details: Any) -> None:
-        """Join fragments of OpenRouter's reasoning_details, to go with the first call."""
+        """Join fragments of OpenRouter's reasoning_details, to go with the next call."""
         for detail in map(as_dict, as_list(details) if self.details_room >= 0 else ()):
             self.details_room -= len(_encode(detail))
             label = detail.get("type"), detail.get("index")
@@ -6724,13 +6702,11 @@ class ToolCallAssembler:
             raise truncated(self.upstream_name, "sent a tool call without a name")
         return any(call.name for call in self.calls)
 
-    def _message_fields(self) -> Dict[str, Any]:
-        """Return what goes with the first call: details that are more than text."""
-        is_opaque = any(detail.get("data") or detail.get("signature") for detail in self.details)
-        is_first = sum(call.name is not None for call in self.calls) == 1
-        if not is_opaque or not is_first or self.details_room < 0:
-            return {}
-        return {"reasoning_details": self.details}
+    def _take_details(self) -> Dict[str, Any]:
+        """Return what goes with the next call: details that are more than text."""
+        details, self.details = self.details, []
+        is_opaque = any(detail.get("data") or detail.get("signature") for detail in details)
+        return {"reasoning_details": details} if is_opaque and self.details_room >= 0 else {}
 
     def _find(self, fragment: ToolCall) -> Optional[CallInProgress]:
         """Return the call that a fragment may continue."""
@@ -6835,13 +6811,13 @@ def finish_reason(upstream_name: str, reason: str, has_calls: bool) -> str:
     return meaning
 
 
-def usage_of(body: Dict[str, Any]) -> Optional[Dict[str, Any]]:
+def find_usage(body: Dict[str, Any]) -> Any:
     """Return the usage of a completion or an event, wherever servers put it."""
     usage = body.get("usage")
     if usage is None and ("x_groq" in body or "choices" in body):
         choice = as_dict(next(iter(as_list(body.get("choices"))), None))
         usage = as_dict(body.get("x_groq")).get("usage") or choice.get("usage")
-    return chat_usage(usage)
+    return usage
 
 
 # Names of token counts, by the one in chat completions: those of Anthropic, Responses and others.
@@ -6904,9 +6880,11 @@ MAX_USAGE = 4096  # bytes of a usage object
 
 def parse_usage(data: bytes, at: int) -> Dict[str, Any]:
     """Parse the object whose key "usage" is at a position in JSON; {} if at < 0."""
+    if at < 0:
+        return {}
     text = data[at + len(b'"usage"') : at + MAX_USAGE].decode("utf-8", "replace")
     try:
-        return as_dict(_JSON.raw_decode(text.lstrip(" \t\r\n:"))[0]) if at >= 0 else {}
+        return as_dict(_JSON.raw_decode(text.lstrip(" \t\r\n:"))[0])
     except (ValueError, RecursionError):
         return {}
 
@@ -6965,6 +6943,15 @@ class ModelName:
         return data.replace(self.answered, self.field) if self.answered else data
 
 
+class UnparsedBody(Decoder):
+    """Passes on a body of an unknown format as it arrives."""
+
+    started = True
+
+    def feed(self, data: bytes) -> List[Event]:
+        return [RawBytes(data)]
+
+
 class PassthroughDecoder(Decoder):
     """Passes on a stream in the client's own format, byte for byte, as RawBytes.
 
@@ -6972,8 +6959,7 @@ class PassthroughDecoder(Decoder):
     first content is held back, since until then another controller may still answer. Only complete
     lines are passed on, so that an error event can follow if the upstream breaks off. Every
     complete stream has the ``end`` of its path; if that is None, the end of the HTTP message
-    suffices. If not ``is_sse``, all bytes are passed on unparsed. ``model`` replaces the name of
-    the answer's model.
+    suffices. ``model`` replaces the name of the answer's model.
     """
 
     MAX_HELD = 16 << 20  # bytes
@@ -6983,24 +6969,21 @@ class PassthroughDecoder(Decoder):
     def __init__(
         self,
         upstream_name: str,
-        is_sse: bool = True,
         end: Optional[StreamEnd] = None,
         secrets: Iterable[str] = (),
         model: str = "",
     ) -> None:
-        self.upstream_name, self.is_sse = upstream_name, is_sse
-        self.end, self.secrets = end, secrets
+        self.upstream_name, self.end, self.secrets = upstream_name, end, secrets
         self.rename = ModelName(model)
         self.end_seen = end is None
         self.mid_stream = end.mid_stream if end and not model else ()
-        self.started = not is_sse
         self.buffer = bytearray()  # an incomplete line
         self.opening = bytearray()  # what precedes the first content
         self.first_usage: Dict[str, Any] = {}  # that of the opening; Anthropic's counts the prompt
         self.last_parts: Deque[bytes] = deque([b"\n\n"], self.LAST_PARTS)  # except mid-stream ones
 
     def feed(self, data: bytes) -> List[Event]:
-        if not self.is_sse or self.fast_path(data):
+        if self.fast_path(data):
             return [RawBytes(data)]
         if self.buffer or not data.endswith(b"\n"):
             data = take_complete_lines(self.buffer, data)
@@ -7020,8 +7003,9 @@ class PassthroughDecoder(Decoder):
 
     def _usage(self) -> Optional[Dict[str, Any]]:
         """Return the usage of the answer so far."""
-        data = b"".join(self.last_parts)
-        last = parse_usage(data, data.rfind(b'"usage"'))
+        last: Dict[str, Any] = {}
+        for data in reversed(self.last_parts):
+            last = last or parse_usage(data, data.rfind(b'"usage"'))
         counts = {name: count for name, count in last.items() if count is not None}
         return chat_usage({**self.first_usage, **counts})
 
@@ -7044,7 +7028,9 @@ class PassthroughDecoder(Decoder):
         """Return the data up to [DONE], if it contains that; look for the stream's end."""
         if self.end and not self.end_seen:
             self.end_seen = self.end.is_in(data)
-        at = data.find(b"[DONE]")  # much faster than the pattern
+        at = data.rfind(b"[DONE]")  # much faster than find() and the pattern
+        if at >= 0 and data.rfind(b"[DONE]", 0, at) >= 0:
+            at = data.find(b"[DONE]")  # the first one of several ends the answer
         done = DONE.search(data, max(0, at - 64)) if at >= 0 else None
         if done is None or self.complete:
             return data
@@ -7086,9 +7072,7 @@ class PassthroughDecoder(Decoder):
         """Drop an incomplete line and end an incomplete event: an error may follow."""
         self.buffer.clear()
         between_events = b"".join(self.last_parts).endswith((b"\n\n", b"\n\r\n", b"\r\r"))
-        if self.is_sse and self.started and not between_events:
-            return [RawBytes(b"\n")]
-        return []
+        return [RawBytes(b"\n")] if self.started and not between_events else []
 
 
 DATA_LINE = re.compile(rb"(?:^|[\r\n]|^\xef\xbb\xbf)data:([^\r\n]*)(?=[\r\n])")
@@ -7161,11 +7145,7 @@ class OpenAIController(Controller):
 
     def __init__(self, options: ControllerSettings, settings: Settings) -> None:
         super().__init__(options, settings)
-        headers = {
-            "User-Agent": settings.user_agent,
-            "Accept-Encoding": "identity",
-            **options.headers,
-        }
+        headers = dict(options.headers)
         if options.api_key:
             headers["Authorization"] = f"Bearer {options.api_key}"
         if options.cookie:
@@ -7207,9 +7187,6 @@ class OpenAIController(Controller):
             retry_reason=call.attempt.retry_reason,
         )
         return EventStream(response, lambda response: self._decoder(call, response, is_native))
-
-    def models(self) -> List[Dict[str, Any]]:
-        return self.model_cache.get()
 
     def _request(self, call: Call, is_native: bool) -> Tuple[bytes, str]:
         """Return the request body and its content type; unchanged bodies are not rebuilt."""
@@ -7265,9 +7242,8 @@ class OpenAIController(Controller):
         if streamed:
             if kind != "text/event-stream":
                 call.attempt.content_type = "text/event-stream"
-            return PassthroughDecoder(
-                self.name, True, STREAM_ENDS.get(call.original.path), self.secrets, renamed
-            )
+            end = STREAM_ENDS.get(call.original.path)
+            return PassthroughDecoder(self.name, end, self.secrets, renamed)
         if kind == "text/html":
             raise APIError(502, f"{self.name} answered with a web page.")
         until_close, field = response.body.until_close, ANSWER_FIELDS.get(call.original.path, b"")
@@ -7277,7 +7253,7 @@ class OpenAIController(Controller):
                 call.attempt.content_type = "application/json"
             return BufferedBody(functools.partial(self._document, field, until_close, renamed))
         if until_close or not response.body.done:
-            return PassthroughDecoder(self.name, is_sse=False)
+            return UnparsedBody()
         return BufferedBody(lambda data: [RawBytes(data)])
 
     def _document(self, field: bytes, until_close: bool, model: str, data: bytes) -> List[Event]:
@@ -8455,13 +8431,6 @@ class Dialect:
             self.output_units += event_units(event)
         return event
 
-    def finish_of(self, answer: Answer) -> Finish:
-        """The end of a complete answer, with its usage."""
-        assert answer.finish is not None
-        finish = self.count(answer.finish)
-        assert isinstance(finish, Finish)
-        return finish
-
     def opening_frames(self) -> bytes:
         """Frames before the first event."""
         return b""
@@ -8501,7 +8470,7 @@ class Dialect:
         return b": ping\n\n" if style == "comment" else b""
 
     def response_body(self, answer: Answer) -> Dict[str, Any]:
-        """The body of a response that is not streamed."""
+        """The body of a response that is not streamed; its events have been counted."""
         raise NotImplementedError
 
     def local_response(self) -> Optional[Dict[str, Any]]:
@@ -8649,14 +8618,13 @@ class ChatCompletions(Dialect):
         return body
 
     def body(self, choice: Dict[str, Any], answer: Answer) -> Dict[str, Any]:
-        finish = self.finish_of(answer)
         return {
             "id": self.id,
             "object": self.OBJECT,
             "created": self.created,
             "model": self.model,
-            "choices": [{**choice, "finish_reason": finish.reason}],
-            "usage": finish.usage,
+            "choices": [{**choice, "finish_reason": answer.finish.reason}],
+            "usage": answer.finish.usage,
         }
 
 
@@ -8762,7 +8730,7 @@ class BlockDialect(Dialect):
     RENAMED_PARAMS: Dict[str, str] = {}  # fields with an equivalent in a chat, and its name
     KNOWN_PARAMS: Tuple[str, ...] = ()  # fields that to_chat() handles; others are ignored
     keeps_text = True
-    MAX_WITHHELD = 1000  # characters
+    MAX_HIDDEN_REASONING = 1000  # characters
     BLOCKS_END_WITH_TEXT = True  # stop_block() repeats the block's text
     FUNCTION_TYPES: Tuple[Any, ...] = ()  # types of tools that are functions
     SCHEMA_KEY = ""  # their field with the JSON schema of the parameters
@@ -8773,7 +8741,7 @@ class BlockDialect(Dialect):
         self.messages: List[Dict[str, Any]] = []  # for finish_messages()
         self.has_begun = False  # there are further messages of the user or the assistant
         self.show_reasoning = True
-        self.withheld = ""  # the beginning of reasoning that is not shown
+        self.hidden_reasoning = ""  # the beginning of what is not shown
         self.open_block: Any = None  # block_key() of the open block
         self.open_text: List[str] = []
         self.block_index = 0  # of the open or next block
@@ -9001,7 +8969,7 @@ class BlockDialect(Dialect):
 
     def encode_event(self, event: Event) -> bytes:
         if isinstance(event, Reasoning) and not self.show_reasoning:
-            self.withhold(event.text)
+            self.hide_reasoning(event.text)
             return b""
         if isinstance(event, (Text, Reasoning, ToolCall)):
             return self.encode_block(event)
@@ -9049,10 +9017,12 @@ class BlockDialect(Dialect):
 
     def flush_deferred(self) -> bytes:
         """Frames of the deferred events, block by block."""
-        deferred, self.deferred = self.deferred, []
-        order = {key: i for i, key in enumerate(dict.fromkeys(map(self.block_key, deferred)))}
-        deferred.sort(key=lambda event: order[self.block_key(event)])
-        return b"".join(self.encode_block(event, may_defer=False) for event in deferred)
+        blocks: Dict[Any, List[BlockEvent]] = {}
+        for event in self.deferred:
+            blocks.setdefault(self.block_key(event), []).append(event)
+        self.deferred = []
+        events = itertools.chain.from_iterable(blocks.values())
+        return b"".join(self.encode_block(event, may_defer=False) for event in events)
 
     def close(self) -> bytes:
         """Frames that close the open block, if there is one."""
@@ -9068,13 +9038,13 @@ class BlockDialect(Dialect):
         if self.show_reasoning:
             blocks.insert(0, Reasoning(answer.reasoning))
         else:
-            self.withhold(answer.reasoning)
+            self.hide_reasoning(answer.reasoning)
         calls = [self.with_id(call, call.arguments or "{}") for call in answer.tools]
         return [*filter(text_of, blocks), *calls]
 
-    def withhold(self, reasoning: str) -> None:
+    def hide_reasoning(self, text: str) -> None:
         """Keep the beginning of reasoning that the client does not request."""
-        self.withheld += reasoning[: self.MAX_WITHHELD - len(self.withheld)]
+        self.hidden_reasoning += text[: self.MAX_HIDDEN_REASONING - len(self.hidden_reasoning)]
 
     def with_id(self, call: ToolCall, arguments: str) -> ToolCall:
         """A tool call with other arguments; its ID contains what the upstream wants back.
@@ -9083,8 +9053,8 @@ class BlockDialect(Dialect):
         several upstreams reject tool calls without the reasoning that led to them.
         """
         extra = {**(call.extra or {})}
-        if self.withheld:
-            extra["reasoning_content"], self.withheld = self.withheld, ""
+        if self.hidden_reasoning:
+            extra["reasoning_content"], self.hidden_reasoning = self.hidden_reasoning, ""
         call_id = id_with_extra(call.id or "call_" + new_id(), extra)
         return ToolCall(call.index, arguments, call_id, call.name or "")
 
@@ -9103,9 +9073,6 @@ TOOL_NAME = re.compile("[A-Za-z0-9_-]{1,64}")  # OpenAI's rule
 NO_RESULT = "[The tool call was interrupted and has no result.]"
 
 
-REASONING_FIELDS = ("reasoning_content", "reasoning_details")  # of messages with tool calls
-
-
 def finish_messages(messages: List[Dict[str, Any]]) -> Iterator[Dict[str, Any]]:
     """Yield messages in OpenAI's format, from those of append_message().
 
@@ -9119,13 +9086,16 @@ def finish_messages(messages: List[Dict[str, Any]]) -> Iterator[Dict[str, Any]]:
         parts, calls, reasoning = message["content"], message["calls"], message["reasoning"]
         texts = [part["text"] for part in parts if part["type"] == "text"]
         content = "\n\n".join(texts) if len(texts) == len(parts) else parts
-        fields: Dict[str, Any] = {"tool_calls": calls} if calls else {}
-        for call in calls:
-            fields.update((name, call.pop(name)) for name in REASONING_FIELDS if name in call)
-        if calls and reasoning:
-            fields["reasoning_content"] = "\n\n".join(reasoning)
+        hidden = [as_str(call.pop("reasoning_content", None)) for call in calls]
+        details = [as_list(call.pop("reasoning_details", None)) for call in calls]
+        fields = {
+            "tool_calls": calls,
+            "reasoning_content": "\n\n".join(reasoning or filter(None, hidden)),
+            "reasoning_details": list(itertools.chain.from_iterable(details)),
+        }
         if content or calls:
-            yield {"role": message["role"], "content": content or None, **fields}
+            given = {name: value for name, value in fields.items() if calls and value}
+            yield {"role": message["role"], "content": content or None, **given}
 
 
 def pair_tool_results(messages: Iterable[Dict[str, Any]]) -> List[Dict[str, Any]]:
@@ -9212,12 +9182,13 @@ def file_note(block: Dict[str, Any]) -> str:
     if block.get("type") not in FILE_TYPES and not urls and not (data and about.strip()):
         return ""
     prefix, _, payload = data.rpartition(",")  # of a data URL
-    is_pdf = "pdf" in (about + prefix[:100]).lower() or block.get("type") == "document"
+    about = (about + prefix[:100]).strip() or str(block.get("type"))
+    kind = "PDF" if about == "document" or "pdf" in about.lower() else "file"
     size = f" of {len(payload) * 3 // 4 - payload[-2:].count('=')} bytes" if payload else ""
-    return f"[A {'PDF' if is_pdf else 'file'}{size}, which this model can't read.]"
+    return f"[A {kind}{size}, which this model can't read.]"
 
 
-def event_frame(name: str, fields: Dict[str, Any]) -> bytes:
+def event_frame(name: str, **fields: Any) -> bytes:
     """A server-sent event; its name is also its data's type."""
     return b"event: %b\ndata: %b\n\n" % (name.encode(), to_json({"type": name, **fields}))
 
@@ -9326,49 +9297,41 @@ class Messages(BlockDialect):
 
     def opening_frames(self) -> bytes:
         usage = {"input_tokens": self.estimate_prompt(), "output_tokens": 0}
-        return event_frame(
-            "message_start", {"message": {**self.message_object([]), "usage": usage}}
-        )
+        return event_frame("message_start", message={**self.message_object([]), "usage": usage})
 
     def start_block(self, event: BlockEvent) -> bytes:
         self.head = (
             b'event: content_block_delta\ndata: {"type":"content_block_delta","index":%d,'
             b'"delta":{"type":"%b","%b":' % (self.block_index, *self.DELTA_TYPES[type(event)])
         )
-        return event_frame(
-            "content_block_start",
-            {"index": self.block_index, "content_block": self.content_block(event)},
-        )
+        block = self.content_block(event)
+        return event_frame("content_block_start", index=self.block_index, content_block=block)
 
     def delta(self, text: str) -> bytes:
         return self.head + to_json(text) + b"}}\n\n"
 
     def stop_block(self, text: str) -> bytes:
-        block, frames = {"index": self.block_index}, b""
+        frames = b""
         if self.open_block[0] is Reasoning:
             signature = {"type": "signature_delta", "signature": UNSIGNED}
-            frames = event_frame("content_block_delta", {**block, "delta": signature})
-        return frames + event_frame("content_block_stop", block)
+            frames = event_frame("content_block_delta", index=self.block_index, delta=signature)
+        return frames + event_frame("content_block_stop", index=self.block_index)
 
     def finish_frames(self, finish: Finish) -> bytes:
-        payload = {
-            "delta": self.stop_fields(finish),
-            "usage": self.usage_object(finish),
-        }
-        return event_frame("message_delta", payload) + event_frame("message_stop", {})
+        delta, usage = self.stop_fields(finish), self.usage_object(finish)
+        return event_frame("message_delta", delta=delta, usage=usage) + event_frame("message_stop")
 
     def error_frames(self, error: APIError) -> bytes:
-        return self.flush_deferred() + event_frame("error", self.error_body(error))
+        return self.flush_deferred() + event_frame("error", **self.error_body(error))
 
     def ping_frame(self, style: str) -> bytes:
-        return b"" if style == "off" else event_frame("ping", {})
+        return b"" if style == "off" else event_frame("ping")
 
     def response_body(self, answer: Answer) -> Dict[str, Any]:
-        finish = self.finish_of(answer)
         return {
             **self.message_object(list(map(self.content_block, self.answer_blocks(answer)))),
-            **self.stop_fields(finish),
-            "usage": self.usage_object(finish),
+            **self.stop_fields(answer.finish),
+            "usage": self.usage_object(answer.finish),
         }
 
     def message_object(self, content: List[Dict[str, Any]]) -> Dict[str, Any]:
@@ -9552,9 +9515,9 @@ class Responses(BlockDialect):
     }
     # fmt: on
 
+    shows_encrypted = False  # reasoning items have encrypted_content
     sequence_number = 0  # of the next event
     stream_started = False
-    shows_encrypted = False  # reasoning items have encrypted_content
 
     def __init__(self, body: Any, base_url: Callable[[], str] = str) -> None:
         self.output: List[Dict[str, Any]] = []  # completed items
@@ -9616,33 +9579,31 @@ class Responses(BlockDialect):
         fields = as_dict(choice)
         if fields.get("type") == "function":
             return self.chosen_tool(fields, tools)
-        if fields.get("type") == "allowed_tools":
-            self.untranslated.append("tool_choice.tools")
-            return fields.get("mode")
         if fields:
-            self.untranslated.append("tool_choice")
-            return None
-        return choice
+            names_tools = fields.get("type") == "allowed_tools"
+            self.untranslated.append("tool_choice.tools" if names_tools else "tool_choice")
+        return fields.get("mode") if fields else choice
 
     # -- the response
 
     def opening_frames(self) -> bytes:
         self.stream_started = True
-        fields = {"response": self.response_object()}
-        return self.frame("response.created", fields) + self.frame("response.in_progress", fields)
+        response = self.response_object()
+        frames = self.frame("response.created", response=response)
+        return frames + self.frame("response.in_progress", response=response)
 
     def encode(self, events: List[Event]) -> bytes:
         self.stream_started = True  # a relayed stream has no opening_frames()
         return super().encode(events)
 
-    def frame(self, name: str, fields: Dict[str, Any]) -> bytes:
+    def frame(self, name: str, **fields: Any) -> bytes:
         self.sequence_number += 1
-        return event_frame(name, {"sequence_number": self.sequence_number - 1, **fields})
+        return event_frame(name, sequence_number=self.sequence_number - 1, **fields)
 
     def start_block(self, event: BlockEvent) -> bytes:
         prefix, name, _, index, more = self.ITEM_WIRE[type(event)]
         item = self.output_item(event, prefix + new_id(), "in_progress")
-        self.open_item = event
+        self.open_item: Any = event
         self.item_ref = {"item_id": item["id"], "output_index": self.block_index, **index}
         delta = to_json({"type": name + ".delta", **self.item_ref, **more})[:-1]
         self.head = b'event: %b.delta\ndata: %b,"sequence_number":' % (name.encode(), delta)
@@ -9654,53 +9615,46 @@ class Responses(BlockDialect):
 
     def stop_block(self, text: str) -> bytes:
         _, name, _, _, more = self.ITEM_WIRE[type(self.open_item)]
-        if isinstance(self.open_item, ToolCall):
-            event: BlockEvent = dataclasses.replace(self.open_item, arguments=text or "{}")
-            fields = {"arguments": text or "{}"}
-        else:
-            event, fields = type(self.open_item)(text), {"text": text}
+        is_call = isinstance(self.open_item, ToolCall)
+        fields = {"arguments": text or "{}"} if is_call else {"text": text}
+        event = dataclasses.replace(self.open_item, **fields)
         self.output.append(self.output_item(event, self.item_ref["item_id"]))
         return (
-            self.frame(name + ".done", {**self.item_ref, **more, **fields})
+            self.frame(name + ".done", **self.item_ref, **more, **fields)
             + self.part_frame("done", event)
             + self.item_frame("done", self.output[-1])
         )
 
     def item_frame(self, step: str, item: Dict[str, Any]) -> bytes:
         """The event of an item that is added or done."""
-        fields = {"output_index": self.block_index, "item": item}
-        return self.frame(f"response.output_item.{step}", fields)
+        name = f"response.output_item.{step}"
+        return self.frame(name, output_index=self.block_index, item=item)
 
     def part_frame(self, step: str, event: BlockEvent) -> bytes:
         """The event of an item's only part that is added or done; a tool call has none."""
         if isinstance(event, ToolCall):
             return b""
-        part = self.ITEM_WIRE[type(event)][2]
-        return self.frame(f"{part}.{step}", {**self.item_ref, "part": self.part_object(event)})
+        name = f"{self.ITEM_WIRE[type(event)][2]}.{step}"
+        return self.frame(name, **self.item_ref, part=self.part_object(event))
 
     def finish_frames(self, finish: Finish) -> bytes:
         response = self.response_object(finish)
-        return self.frame(f"response.{response['status']}", {"response": response})
+        return self.frame(f"response.{response['status']}", response=response)
 
     def error_frames(self, error: APIError) -> bytes:
-        opening = self.flush_deferred() if self.stream_started else self.opening_frames()
+        frames = self.flush_deferred() if self.stream_started else self.opening_frames()
         details = self.error_body(error)["error"]
-        failed = {
-            "status": "failed",
-            "error": {"code": error.code or "server_error", "message": error.message},
-        }
-        return (
-            opening
-            + self.frame("error", {**details, "type": "error", "error": details})
-            + self.frame("response.failed", {"response": {**self.response_object(), **failed}})
-        )
+        failure = {"code": error.code or "server_error", "message": error.message}
+        response = {**self.response_object(), "status": "failed", "error": failure}
+        frames += self.frame("error", **{**details, "type": "error", "error": details})
+        return frames + self.frame("response.failed", response=response)
 
     def response_body(self, answer: Answer) -> Dict[str, Any]:
         self.output = [
             self.output_item(event, self.ITEM_WIRE[type(event)][0] + new_id())
             for event in self.answer_blocks(answer)
         ]
-        return self.response_object(self.finish_of(answer))
+        return self.response_object(answer.finish)
 
     def response_object(self, finish: Optional[Finish] = None) -> Dict[str, Any]:
         """The response's current state."""
@@ -9855,14 +9809,12 @@ def is_model_field(name: str) -> bool:
 
 def remove_model_params(query: str) -> str:
     """Remove the model from a query."""
+
     # Only the body's model was checked, but LiteLLM prefers the query's.
-    parts = re.split("[&;]", query)
-    remaining = [
-        part
-        for part in parts
-        if not is_model_field(urllib.parse.unquote_plus(part.partition("=")[0]))
-    ]
-    return query if len(remaining) == len(parts) else "&".join(remaining)
+    def remaining(param: "re.Match[str]") -> str:
+        return "" if is_model_field(urllib.parse.unquote_plus(param[1])) else param[0]
+
+    return re.sub("([^&;=]*)[^&;]*[&;]?", remaining, query).rstrip("&;")
 
 
 def has_escaped_letters(data: bytes) -> bool:
@@ -9957,14 +9909,12 @@ def urlencoded_fields(data: bytes) -> List[FormField]:
     """The fields of a form of the type application/x-www-form-urlencoded."""
     if data.count(b"&") + data.count(b";") >= MAX_FORM_PARTS:
         raise bad_request("The form has too many fields.")
-    fields, start = [], 0
+    fields = []
     try:
-        for part in re.split(b"[&;]", data):
-            raw_name, _, raw_value = part.partition(b"=")
-            name, end = percent_decoded(raw_name), start + len(part)
-            value = percent_decoded(raw_value) if is_model_field(name) else ""
-            fields.append(FormField(name, value, end - len(raw_value), end))
-            start = end + 1
+        for match in re.finditer(b"(?:^|[&;])([^&;=]*)=?([^&;]*)", data):
+            name = percent_decoded(match[1])
+            value = percent_decoded(match[2]) if is_model_field(name) else ""
+            fields.append(FormField(name, value, *match.span(2)))
     except ValueError:
         raise bad_request("The form is malformed.") from None
     return fields
@@ -10320,39 +10270,18 @@ class AccessRecord:
     first_token_at = 0.0
 
 
-class ByteBudget:
-    """Memory limit for all request bodies in transit. Any thread."""
-
-    def __init__(self, limit: Callable[[], int]) -> None:
-        self.limit, self.used = limit, 0
-        self.lock = threading.Lock()
-
-    def check(self, size: int) -> None:
-        """Raise APIError 503 if the budget has no room for ``size`` bytes now."""
-        if self.used + size > self.limit():
-            raise APIError(
-                503,
-                "The server is receiving too many large requests; retry later.",
-                code="overloaded",
-                retry_after=1,
-            )
-
-    def reserve(self, size: int) -> None:
-        """Take bytes from the budget; APIError 503 if it has no room for them."""
-        with self.lock:
-            self.check(size)
-            self.used += size
-
-    def release(self, size: int) -> None:
-        with self.lock:
-            self.used -= size
-
-
 def check_body_size(size: int, settings: Settings) -> None:
     """Raise APIError 413 if a body of at least ``size`` bytes exceeds the limits."""
     limit = min(settings.max_body, settings.max_body_total)
     if size > limit:
         raise APIError(413, f"The body is larger than {limit} bytes.")
+
+
+def check_body_memory(size: int, server: "Server") -> None:
+    """Raise APIError 503 if there is no room for ``size`` more bytes of bodies in transit."""
+    if server.body_bytes + size > server.settings.max_body_total:
+        message = "The server is receiving too many large requests; retry later."
+        raise APIError(503, message, code="overloaded", retry_after=1)
 
 
 class BodyReader:
@@ -10366,7 +10295,6 @@ class BodyReader:
 
     def __init__(self, server: "Server", decoder: BodyDecoder, now: float) -> None:
         self.server, self.decoder, self.data = server, decoder, bytearray()
-        self.reserved = 0  # bytes of the server's ByteBudget
         self.deadline = now + server.settings.body_timeout
 
     def feed(self, data: bytes, now: float) -> None:
@@ -10375,19 +10303,13 @@ class BodyReader:
         if self.decoder.chunked:  # else the gate has checked the declared size
             size = len(self.data) + len(payload) + self.decoder.remaining  # known so far
             check_body_size(size, self.server.settings)
-        self.server.bodies.reserve(len(payload))
-        self.reserved += len(payload)
+        check_body_memory(len(payload), self.server)
+        self.server.body_bytes += len(payload)
         self.data += payload
         self.deadline = min(
             self.deadline + len(data) / self.MIN_UPLOAD_RATE,
             now + self.server.settings.body_timeout,
         )
-
-    def release(self) -> None:
-        """Return the body's bytes to the budget. Idempotent."""
-        if self.reserved:
-            self.server.bodies.release(self.reserved)
-            self.reserved = 0
 
 
 class Connection:
@@ -10499,6 +10421,7 @@ class Connection:
             reader.feed(data, self.loop.now)
         if not reader.decoder.done:
             if request.head.method in BODILESS_METHODS:
+                self._discard_body(request)
                 return True  # not needed; the connection is closed after the response
             if self.state is State.IDLE:  # else the client has just disconnected
                 self.state = State.READING
@@ -10510,11 +10433,10 @@ class Connection:
         self._discard_body(request)
         return True
 
-    @staticmethod
-    def _discard_body(request: Request) -> None:
+    def _discard_body(self, request: Request) -> None:
         """Drop what has been received of a body, or has been copied from there."""
         if request.reader is not None:
-            request.reader.release()
+            self.server.body_bytes -= len(request.reader.data)
             request.reader = None
 
     def _dispatch(self, error: Optional[Exception] = None) -> None:
@@ -10915,9 +10837,8 @@ class StreamRelay:
         self.loop = self.connection.loop
         self.stream: EventStream = self.exchange.response
         self.upstream, self.scope = self.stream.response.sock, self.stream.response.scope
-        self.tls_pending: Any = getattr(
-            self.upstream, "pending", None
-        )  # bytes decrypted but not read
+        # Bytes that have been decrypted but not read, if the upstream uses TLS.
+        self.tls_pending: Any = getattr(self.upstream, "pending", None)
         self.idle_timeout = self.stream.response.timeouts.idle
         self.buffered: List[Event] = []  # of a response that is not streamed
         if self.dialect.keeps_text or not self.call.stream:
@@ -11004,7 +10925,6 @@ class StreamRelay:
             return
         else:
             frames = self.responder.start_stream() + self.dialect.encode(events)
-        self.request.record.usage = self.dialect.usage
         if not self.stream.complete:
             if not self.writer.write(frames):
                 self._pause()
@@ -11023,7 +10943,7 @@ class StreamRelay:
     def _end_response(self, frames: bytes) -> None:
         """Send the last frames, and let the connection read its next request."""
         self.client_done, self.fast_path = True, ()
-        self.writer.finish(frames)
+        self.responder.finish(frames)
         self.request.relay = self.request.exchange = None
         self.connection.end_request()
 
@@ -11221,20 +11141,15 @@ BUCKETS = {  # upper bounds of each histogram's buckets, in seconds; then infini
 MAX_MODEL_LABELS = 200  # models with series of their own; the others are counted as "other"
 
 
-# Counters without labels are there from the start, as rate() needs a first value.
-UNLABELLED_COUNTERS = [
-    name for name, (kind, _, labels) in METRICS.items() if kind == "counter" and not labels
-]
-
-
 class Metrics:
     """Counters and histograms for /metrics. Any thread."""
 
     def __init__(self, server: "Server") -> None:
         self.server, self.started_at, self.lock = server, time.time(), threading.Lock()
-        self.counts: Dict[Tuple[Any, ...], float] = defaultdict(  # {(name, label, ...): number}
-            int, {(name,): 0 for name in UNLABELLED_COUNTERS}
-        )
+        self.counts: Dict[Tuple[Any, ...], float] = defaultdict(int)  # {(name, label, ...): number}
+        for name, (kind, _, labels) in METRICS.items():
+            if kind == "counter" and not labels:  # from the start, as rate() needs a first value
+                self.counts[name,] = 0
         self.models: Set[str] = set()  # those with series of their own
 
     def add(self, request: "Request", now: float) -> None:
@@ -11476,10 +11391,10 @@ class Gate:
             and head.headers.get("expect", "100-continue").lower() != "100-continue"
         ):
             raise APIError(417, "Only 'Expect: 100-continue' is supported.")
-        # A declared length is compared with the budget but not taken from it: otherwise clients
+        # A declared length is compared with the limit but does not count: otherwise clients
         # that declare much and send nothing would lock out all others.
         if decoder.remaining > len(request.connection.input):
-            self.server.bodies.check(decoder.remaining)
+            check_body_memory(decoder.remaining, self.server)
 
     def is_health_check(self, request: Request) -> bool:
         """Return whether the loop may handle the request: /health, unless overridden.
@@ -11778,7 +11693,7 @@ class CallResponder:
             if not exchange.committed:
                 exchange.fail_over(error)
                 return self.attempt()
-            self.writer.finish(self.error_trailer(error))
+            self.finish(self.error_trailer(error))
             exchange.close(error)
         return False
 
@@ -11819,7 +11734,6 @@ class CallResponder:
             content_type, data = "application/json", to_json(self.dialect.response_body(answer))
         else:
             data = self.dialect.encode(events)
-        self.request.record.usage = self.dialect.usage
         self.writer.start(
             self.call.attempt.status,
             {"Content-Type": content_type, **call_headers(self.request)},
@@ -11843,18 +11757,22 @@ class CallResponder:
         if not self.call.stream:
             body = self.start_buffered(list(events))
             self.exchange.close()
-            self.writer.finish(body)
+            self.finish(body)
             return
         first = next(events)
         frames = self.start_stream()
         for event in itertools.chain([first], events):
             frames += self.dialect.encode([event])
             if isinstance(event, Finish):
-                self.request.record.usage = self.dialect.usage
                 break
             self.writer.write(frames)
             self.writer.connection.wait_for_room()
             frames = b""
+        self.finish(frames)
+
+    def finish(self, frames: bytes) -> None:
+        """End the response with its last frames."""
+        self.request.record.usage = self.dialect.usage
         self.writer.finish(frames)
 
     def _commit(self) -> None:
@@ -11983,15 +11901,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         allow = self.request.route.allow()
         headers = {"Allow": allow}
         if "access-control-request-method" in self.headers:
+            headers["Access-Control-Allow-Methods"] = allow
+            headers["Access-Control-Max-Age"] = "86400"
             requested = self.headers.get("access-control-request-headers", "")
             names = [
                 name
                 for name in re.split(r"[\s,]+", requested)
                 if re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name)
             ]
-            headers.update(
-                {"Access-Control-Allow-Methods": allow, "Access-Control-Max-Age": "86400"}
-            )
             if names:
                 headers["Access-Control-Allow-Headers"] = ", ".join(names)
         self.request.writer.respond(204, b"", headers)
@@ -12371,7 +12288,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.submit = self.workers.submit
         self.metrics = Metrics(self)
         self.keys = key_limiters(self.settings, [])
-        self.bodies = ByteBudget(lambda: self.settings.max_body_total)
+        self.body_bytes = 0  # of all request bodies in transit; loop thread
         self.connections: Set[Connection] = set()  # changed on the loop thread only
         self.all_closed = threading.Condition()  # notified while draining, once per connection
         self.draining = self.accept_paused = False
@@ -12679,10 +12596,8 @@ class DemoAkash(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
     COOKIE = "session_token=" + "0123456789abcdef" * 4
-    STREAM_HEADERS = {
-        "Content-Type": "text/plain; charset=utf-8",
-        "X-Vercel-AI-Data-Stream": "v1",
-    }
+    JSON_TYPE = {"Content-Type": "application/json"}
+    STREAM_HEADERS = {"Content-Type": "text/plain; charset=utf-8", "X-Vercel-AI-Data-Stream": "v1"}
     jobs: Dict[str, int] = {}  # number of status requests, by job
     delay = 0.03  # seconds between two words
 
@@ -12697,7 +12612,7 @@ class DemoAkash(http.server.BaseHTTPRequestHandler):
         path, _, query = self.path.partition("?")
         if path == "/api/auth/session/":
             cookie = f"{self.COOKIE}; Path=/; Max-Age=600; Secure; HttpOnly"
-            self._send(200, b'{"success":true}', headers={"Set-Cookie": cookie})
+            self._send(200, b'{"success":true}', headers={**self.JSON_TYPE, "Set-Cookie": cookie})
         elif path == "/api/models/":
             models = [{"id": id, "name": id, "available": True} for id in ("demo", "AkashGen")]
             self._send(200, to_json(models))
@@ -12720,54 +12635,37 @@ class DemoAkash(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        model, prompt = body["model"], body["messages"][-1]["content"]
         if self.path != "/api/chat/" or self.COOKIE not in self.headers.get("Cookie", ""):
             self._send(403, b'{"success":false,"message":"Unauthorized: Invalid session"}')
-            return
-        prompt = body["messages"][-1]["content"]
-        if body["model"] == "AkashGen":
+        elif model == "AkashGen":
             escaped = prompt.replace("'", "\\'")
             attributes = f"jobId='{new_id()[:16]}' prompt='{escaped}' negative=''"
             line = f'0:"<image_generation> {attributes}</image_generation>"\n'
-            self._stream([line.encode()], 0)
-            return
-        if body["model"] != "demo":  # in the words of Akash Chat's backend, LiteLLM
-            error = f"400: Invalid model name passed in model={body['model']}."
+            self._stream(line.encode())
+        elif model != "demo":  # in the words of Akash Chat's backend, LiteLLM
+            error = f"400: Invalid model name passed in model={model}."
             self._send(200, b"3:" + to_json(error) + b"\n", headers=self.STREAM_HEADERS)
-            return
-        contents = [message["content"] for message in body["messages"]]
-        words = re.findall(
-            r"\S+\s*",
-            demo_step(body["system"], contents)
-            or f'You asked {body["model"]}: "{prompt}" This is the demo: no model has read it, '
-            "but each word of this answer took the same path as a real one.",
-        )
-        lines = [b"0:" + to_json(word) + b"\n" for word in words]
-        self._stream([b'f:{"messageId":"msg-demo"}\n', *lines], self.delay)
+        else:
+            answer = demo_step(body["system"], [each["content"] for each in body["messages"]]) or (
+                f'You asked {model}: "{prompt}" This is the demo: no model has read it, but each '
+                "word of this answer took the same path as a real one."
+            )
+            words = re.findall(r"\S+\s*", answer)
+            lines = [b"0:" + to_json(word) + b"\n" for word in words]
+            self._stream(b'f:{"messageId":"msg-demo"}\n', *lines, delay=self.delay)
 
-    def _stream(self, lines: List[bytes], delay: float) -> None:
+    def _stream(self, *lines: bytes, delay: float = 0.0) -> None:
         end = b'{"finishReason":"stop","usage":{"promptTokens":null,"completionTokens":null}'
-        self._send(
-            200,
-            *lines,
-            b"e:" + end + b',"isContinued":false}\nd:' + end + b"}\n",
-            delay=delay,
-            headers=self.STREAM_HEADERS,
-        )
+        end = b"e:" + end + b',"isContinued":false}\nd:' + end + b"}\n"
+        self._send(200, *lines, end, headers=self.STREAM_HEADERS, delay=delay)
 
     def _send(
-        self,
-        status: int,
-        *parts: bytes,
-        headers: Optional[Dict[str, str]] = None,
-        delay: float = 0.0,
+        self, status: int, *parts: bytes, headers: Dict[str, str] = JSON_TYPE, delay: float = 0.0
     ) -> None:
         self.send_response(status)
-        for name, value in {
-            "Content-Type": "application/json",
-            **(headers or {}),
-            "Keep-Alive": "timeout=5",
-            "Transfer-Encoding": "chunked",
-        }.items():
+        headers = {**headers, "Keep-Alive": "timeout=5", "Transfer-Encoding": "chunked"}
+        for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
         for part in parts:
@@ -12787,7 +12685,8 @@ DEMO_COMMANDS = (
 DEMO_END = "The demo is done: its model was a script, but your agent and each step were real."
 DEMO_SHELLS = re.compile("(?i)bash|shell|exec|command")
 DEMO_LAST_TOOLS = re.compile("(?i)submit|completion")
-DEMO_FIELDS = "command", "cmd", "commands"  # what agents call a shell's command
+DEMO_FIELDS = {"command", "cmd", "commands"}  # what agents call a shell's command
+DEMO_VALUES = {"boolean": True, "number": 9, "integer": 9, "array": [], "object": {}}
 
 
 def demo_step(system: str, contents: List[str]) -> str:
@@ -12796,21 +12695,20 @@ def demo_step(system: str, contents: List[str]) -> str:
     "" if there are no results yet, nor a function for the first step.
     """
     step = sum(content.count("<tool_response>") for content in contents)
-    if step > len(DEMO_COMMANDS):
-        return DEMO_END
-    command = (*DEMO_COMMANDS, "")[step]
-    lines = re.findall(r'^{"type":"function".*}$', system, re.M)
     # some agents end with a call of their own only, such as cline's submit_and_exit
+    command = (*DEMO_COMMANDS, "")[min(step, len(DEMO_COMMANDS))]
     names = DEMO_SHELLS if command else DEMO_LAST_TOOLS
+    lines = re.findall(r'^{"type":"function".*}$', system, re.M)
     for function in (json.loads(line)["function"] for line in lines):
         parameters = as_dict(function.get("parameters"))
-        fields, required = as_dict(parameters.get("properties")), parameters.get("required")
+        required = as_list(parameters.get("required"))
         arguments = {
-            name: demo_argument(name, as_dict(fields[name]), command)
-            for name in fields
-            if name in DEMO_FIELDS or name in as_list(required)
+            name: demo_argument(name, as_dict(schema), command)
+            for name, schema in as_dict(parameters.get("properties")).items()
+            if name in required or name in DEMO_FIELDS
         }
-        if names.search(function["name"]) and (not command or set(DEMO_FIELDS) & set(arguments)):
+        is_usable = not command or DEMO_FIELDS & set(arguments)
+        if step <= len(DEMO_COMMANDS) and is_usable and names.search(function["name"]):
             call = _encode({"name": function["name"], "arguments": arguments})
             return f"I take step {step + 1}.\n<tool_call>\n{call}\n</tool_call>"
     return DEMO_END if step else ""
@@ -12818,11 +12716,10 @@ def demo_step(system: str, contents: List[str]) -> str:
 
 def demo_argument(name: str, schema: Dict[str, Any], command: str) -> Any:
     """Return a value for a function's argument: the command, or any of its type."""
-    kind = str(schema.get("type"))
     if name not in DEMO_FIELDS:
-        samples = {"boolean": True, "number": 9, "integer": 9, "array": [], "object": {}}
-        return next(iter(as_list(schema.get("enum"))), samples.get(kind, "a step of the demo"))
-    if kind == "array":
+        value = DEMO_VALUES.get(str(schema.get("type")), "a step of the demo")
+        return next(iter(as_list(schema.get("enum"))), value)
+    if schema.get("type") == "array":
         return [command] if name == "commands" else ["bash", "-c", command]
     return command
 
@@ -12838,30 +12735,21 @@ class DemoServer(http.server.ThreadingHTTPServer):
 
 def demo_image(seed: str) -> bytes:
     """Return a small PNG: rings in two colours derived from the seed."""
-    import struct
-    import zlib
-
-    size = 96
-    tint = binascii.crc32(seed.encode())
-    colours = [
-        bytes((tint >> shift & 255, 90 + shift * 5, 255 - (tint >> shift & 127)))
-        for shift in (0, 16)
-    ]
-
-    def pixel(x: int, y: int) -> bytes:
-        return colours[int(math.hypot(x - size / 2, y - size / 2)) // 8 % 2]
-
-    rows = [b"\0" + b"".join(pixel(x, y) for x in range(size)) for y in range(size)]
-
-    def chunk(name: bytes, data: bytes) -> bytes:
-        checksum = struct.pack(">I", binascii.crc32(name + data))
-        return struct.pack(">I", len(data)) + name + data + checksum
-
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", struct.pack(">IIBBBBB", size, size, 8, 2, 0, 0, 0))
-        + chunk(b"IDAT", zlib.compress(b"".join(rows)))
-        + chunk(b"IEND", b"")
+    size, tint = 96, binascii.crc32(seed.encode())
+    colours = [bytes((tint >> shift & 255, 90 + shift * 5, 255)) for shift in (0, 16)]
+    pixels = b"".join(
+        (b"" if x else b"\0") + colours[int(math.hypot(x - size / 2, y - size / 2)) // 8 % 2]
+        for y in range(size)
+        for x in range(size)
+    )
+    chunks = (
+        b"IHDR" + size.to_bytes(4, "big") * 2 + b"\x08\x02\0\0\0",
+        b"IDAT" + zlib.compress(pixels),
+        b"IEND",
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        (len(chunk) - 4).to_bytes(4, "big") + chunk + binascii.crc32(chunk).to_bytes(4, "big")
+        for chunk in chunks
     )
 
 
@@ -12871,394 +12759,399 @@ def demo_image(seed: str) -> bytes:
 PAGE = r"""<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="viewport"
+  content="width=device-width, initial-scale=1, interactive-widget=resizes-content">
 <meta name="theme-color" content="#ffffff" media="(prefers-color-scheme: light)">
 <meta name="theme-color" content="#17181b" media="(prefers-color-scheme: dark)">
 <title>akashproxy</title>
-<link rel="icon" href="data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 32 32'>
-  <rect width='32' height='32' rx='8' fill='%230a62b8'/><path d='M8 9h8l8 7-8 7H8l8-7z' fill='white'/></svg>">
+<link rel="icon" href="data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg'
+  viewBox='0 0 32 32'><rect width='32' height='32' rx='8' fill='%230a62b8'/>
+  <path d='M8 9h8l8 7-8 7H8l8-7z' fill='white'/></svg>">
 <style>
-:root { color-scheme: light dark; --paper: light-dark(#fff, #17181b); --soft: light-dark(#f3f4f6, #24262b);
-  --line: light-dark(#dcdfe4, #3a3d44); --ink: light-dark(#1c1d20, #e6e7e9); --faint: light-dark(#5a5f68, #a3a9b3);
-  --accent: light-dark(#0a62b8, #82bbff); --bad: light-dark(#b3261e, #ffa198); --good: light-dark(#1a7037, #7ddb99);
-  --warn: light-dark(#8a5300, #f2bd62); }
-* { box-sizing: border-box; } [hidden] { display: none !important; }
-:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
-body { display: flex; flex-direction: column; height: 100dvh; margin: 0; background: var(--paper); color: var(--ink);
-  font: 16px/1.6 system-ui, sans-serif; }
-a { color: var(--accent); }
-button, input, textarea, .button { min-width: 0; padding: .35rem .75rem; border: 1px solid var(--line);
+:root { color-scheme: light dark; font: 16px/1.6 system-ui, sans-serif;
+  --paper: light-dark(#fff, #17181b); --soft: light-dark(#f3f4f6, #24262b);
+  --ink: light-dark(#1c1d20, #e6e7e9); --faint: light-dark(#5a5f68, #a3a9b3);
+  --accent: light-dark(#0a62b8, #82bbff); --bad: light-dark(#b3261e, #ffa198);
+  --good: light-dark(#1a7037, #7ddb99); --warn: light-dark(#8a5300, #f2bd62);
+  --edge: 1px solid light-dark(#dcdfe4, #3a3d44); }
+* { box-sizing: border-box; scrollbar-width: thin; } [hidden] { display: none !important; }
+:focus-visible { outline: 2px solid var(--accent); } section, #log { outline-offset: -2px; }
+a { color: var(--accent); } img { display: block; max-width: 100%; border-radius: .5rem; }
+button, input, textarea, .button { min-width: 0; padding: .35rem .75rem; border: var(--edge);
   border-radius: .5rem; background: none; color: inherit; font: inherit; text-decoration: none; }
-button, summary { cursor: pointer; } input, textarea { width: 100%; }
-::placeholder { color: var(--faint); opacity: 1; } .bad { color: var(--bad); }
+button, summary { flex: none; cursor: pointer; } input, textarea { width: 100%; }
+::placeholder { color: var(--faint); opacity: 1; } ::backdrop { background: #0008; }
 .small, summary, figcaption { color: var(--faint); font-size: .875rem; }
-.row { display: flex; flex-wrap: wrap; align-items: center; gap: .5rem; }
+.bad { color: var(--bad); } .good { color: var(--good); } .warn { color: var(--warn); }
+.row, .bar, #note, #key, header { display: flex; align-items: center; gap: .5rem 1rem; }
+.row { flex-wrap: wrap; } .row, .bar { gap: .5rem; }
 .name { max-width: 100%; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 
-/* the frame: header, chat or controllers, composer */
-header { display: flex; flex-wrap: wrap; align-items: center; gap: 0 1rem; padding: .5rem 1rem;
-  border-bottom: 1px solid var(--line); }
-header :is(a, button) { padding: .25rem 0; border: 0; border-bottom: 2px solid transparent; border-radius: 0;
-  color: var(--faint); text-decoration: none; }
+/* the frame: header, a chat or the controllers, composer */
+body { display: flex; flex-direction: column; height: 100dvh; margin: 0;
+  background: var(--paper); color: var(--ink); overflow-wrap: anywhere; }
+header { padding: .5rem 1rem; border-bottom: var(--edge); white-space: nowrap; }
+header :is(a, button) { padding: .25rem 0; border: 0; border-bottom: 2px solid transparent;
+  border-radius: 0; color: var(--faint); text-decoration: none; }
 header [aria-current=true] { border-color: var(--accent); color: var(--ink); }
 h1 { margin: 0 auto 0 0; font-size: 1rem; }
+@media (width < 26rem) {
+  header { justify-content: space-between; font-size: .9375rem; }
+  h1 { position: fixed; opacity: 0; }
+}
 main { flex: 1; display: flex; flex-direction: column; min-height: 0; }
-main > form, #note, #turns, #welcome > *, #status > * { width: min(46rem, 100% - 2rem); margin: 0 auto; }
-#note:not(:empty) { display: flex; align-items: center; gap: 1rem; padding: .5rem 0; }
-#key { padding-top: 1rem; }
-#log, #status, #welcome { flex: 1; overflow: auto; padding: 1.5rem 0; overflow-wrap: anywhere;
-  scrollbar-gutter: stable both-edges; scrollbar-width: thin; }
-#log { display: flex; flex-direction: column-reverse; }     /* so that its end stays in sight while it grows */
+main > form, #note, #trouble, #turns, section > * {
+  width: min(46rem, 100% - 2rem); margin: 0 auto; }
+section, #log { flex: 1; overflow: auto; padding: 1.5rem 0; scrollbar-gutter: stable both-edges; }
+#log { display: flex; flex-direction: column-reverse; }     /* its end stays in sight */
 #turns { margin-bottom: auto; }
-main:has(#turns:empty) #log, main:has(#turns > *) #welcome { display: none; }
-#welcome > * { margin-bottom: 1.25rem; }
-#form { margin-bottom: .75rem; padding: .5rem .75rem; border: 1px solid var(--line); border-radius: 1rem; }
+#status:not(:target), main:has(#status:target) :is(#log, #welcome, #form),
+  main:has(#turns:empty) #log, main:has(#turns > *) #welcome { display: none; }
+:is(#key, #note, #trouble):not(:empty) { padding: .5rem 0; }
+#form { margin-bottom: .75rem; padding: .5rem .75rem; border: var(--edge); border-radius: 1rem; }
 #form:focus-within { border-color: var(--accent); }
-#field { max-height: 40vh; padding: .25rem 0 .5rem; border: 0; outline: 0; field-sizing: content; resize: none; }
-#model { max-width: min(100%, 20rem); }
-#send { margin-inline-start: auto; border-color: var(--accent); background: var(--accent); color: var(--paper); }
+#field { max-height: 40vh; padding: .25rem 0 .5rem; border: 0; outline: 0; resize: none;
+  field-sizing: content; }
+#model { flex: 0 1 auto; }
+#send { margin-inline-start: auto; background: var(--accent); color: var(--paper); }
 #settings { margin-top: .5rem; }
-#settings > div { display: grid; grid: auto / repeat(auto-fit, minmax(8rem, 1fr)); gap: .5rem; }
-#settings label:first-child { grid-column: 1 / -1; } #images img, .question img { max-height: 8rem; }
+#settings > div, .prompts { display: grid; gap: .75rem;
+  grid: auto / repeat(auto-fit, minmax(var(--least, 6rem), 1fr)); }
+#settings label:first-child { grid-column: 1 / -1; }
+#welcome { display: grid; grid: auto / 100%; align-content: safe center; gap: 1.25rem; }
+.prompts { --least: 12rem; } .prompts button { padding: .75rem 1rem; text-align: start; }
+#welcome figure { display: flex; align-items: center; gap: 1rem; padding: 0 .25rem 0 1rem; }
+#welcome figcaption { display: contents; } #welcome figcaption button { order: 1; }
+#welcome figcaption span { flex: none; width: 4.5rem; }
+#welcome pre { flex: 1; padding: .5rem 0; scrollbar-width: none; }
 
 /* the turns */
-.question { width: fit-content; max-width: 85%; margin-left: auto; padding: .6rem 1rem; border-radius: 1rem;
-  background: var(--soft); white-space: pre-wrap; }
-.tools { min-height: 2rem; gap: 0 .75rem; } .tools button { padding: .1rem 0; border: 0; }
+.turn { margin-bottom: 1.5rem; }
+.question { width: fit-content; max-width: 85%; margin-left: auto; padding: .6rem 1rem;
+  border-radius: 1rem; white-space: pre-wrap; }
+.tools { gap: 0 .75rem; min-height: 2rem; } .tools button { padding: .1rem 0; border: 0; }
 .question + .tools { justify-content: end; } .line { margin-inline-end: auto; }
-.turn { margin-bottom: 1.5rem; } .replaced { outline: 1px dashed var(--faint); outline-offset: .25rem; }
-.answer[aria-busy=true] > .text:empty::before { content: "\2026"; }
+[aria-busy=true] > .text:is(:empty, :has(> p:last-child)) { --more: " \2026"; }
+.text:empty::after, .text > p:last-child::after { content: var(--more, ""); }
 details:has(> .thoughts:empty) { display: none; } details > :not(summary) { margin-top: .5rem; }
-.thoughts { font-size: .875rem; }
 :is(.text, .thoughts, blockquote) > *, .answer > * { margin: 0 0 .75rem; }
 p, li, td, th { white-space: pre-wrap; } li, td, th { unicode-bidi: plaintext; text-align: start; }
-td.center, th.center { text-align: center; } td.end, th.end { text-align: end; }
-li > * { margin-block: .25rem; white-space: normal; } ol, ul { padding-inline-start: 1.6rem; }
+.center { text-align: center; } .end { text-align: end; }
+ol, ul { padding-inline-start: 1.6rem; } li > * { margin-block: .25rem; white-space: normal; }
 .task { margin-inline-start: -1.4rem; list-style: none; }
 .task > input { width: auto; margin-inline: 0 .4rem; }
-h2 { font-size: 1.35rem; } h3 { font-size: 1.2rem; } h4 { font-size: 1.05rem; } h5, h6 { font-size: 1rem; }
-hr { border: 0; border-top: 1px solid var(--line); }
-blockquote, .thoughts { padding-inline-start: 1rem; border-inline-start: 3px solid var(--line); color: var(--faint); }
-.scroll, math[display=block] { overflow: auto hidden; } math { font-size: 1.1em; }
+h2 { font-size: 1.35rem; } h3 { font-size: 1.2rem; } h4, h5, h6 { font-size: 1.05rem; }
+hr { border: 0; border-top: var(--edge); }
+blockquote, .thoughts { padding-inline-start: 1rem; border-inline-start: var(--edge);
+  border-width: 3px; color: var(--faint); }
+.thoughts { font-size: .875rem; }
+.scroll, .block { overflow: auto hidden; } math { font-size: 1.1em; }
+.block { display: block math; math-style: normal; }
 table { border-collapse: collapse; overflow-wrap: normal; }
-td, th { min-width: 6rem; padding: .3rem .7rem; border: 1px solid var(--line); }
-th { background: var(--soft); } img { display: block; max-width: 100%; border-radius: .5rem; }
+td, th { min-width: 6rem; padding: .3rem .7rem; border: var(--edge); }
 .picture { display: block; margin-top: .5rem; padding: 0; border: 0; }
+:is(#images, .question) img { max-height: 8rem; }
 pre, code { font: .875rem/1.5 ui-monospace, monospace; direction: ltr; unicode-bidi: isolate; }
-:not(pre) > code { padding: .1em .3em; border-radius: .25rem; background: var(--soft); }
-figure { margin: 0; border: 1px solid var(--line); border-radius: .5rem; }
-figure + figure { margin-top: .75rem; }
-figcaption { display: flex; align-items: center; justify-content: space-between; min-height: 2.5rem; padding-inline: 1rem 0; }
-figcaption button { border: 0; }
-pre { margin: 0; padding: 0 1rem .75rem; overflow-x: auto; scrollbar-width: thin; text-align: left; }
+:not(pre) > code { padding: .1em .3em; border-radius: .25rem; }
+pre { margin: 0; padding: 0 1rem .75rem; overflow-x: auto; text-align: left; }
+figure { margin: 0 0 1rem; border: var(--edge); border-radius: .5rem; }
+figcaption { display: flex; align-items: center; min-height: 2.5rem; padding-inline: 1rem .25rem; }
+figcaption span { flex: 1; } figcaption button { border: 0; }
+th, .question, .prompts button, :not(pre) > code, li > :is([aria-current=true],
+  [aria-pressed=true]) { background: var(--soft); }
 
-/* lists of chats and models, a large image, the controllers */
-#sidebar { inset: 0 auto 0 0; width: min(20rem, 100%); height: 100dvh; padding: 1rem; border: 0;
-  border-right: 1px solid var(--line); background: var(--paper); color: var(--ink); }
-#sidebar ul, #picker ul { margin: 1rem 0; padding: 0; list-style: none; }
-:is(#sidebar, #picker) li { display: flex; unicode-bidi: normal; white-space: normal; }
-:is(#sidebar, #picker) li button { padding-inline: .5rem; border: 0; }
-li > button:first-child { flex: 1; text-align: start; }
-:is(#sidebar, #picker) :is([aria-current=true], [aria-pressed=true]) { background: var(--soft); font-weight: 600; }
-dialog { width: min(40rem, 100% - 2rem); max-height: 90dvh; border: 1px solid var(--line); border-radius: .75rem;
-  background: var(--paper); color: var(--ink); overflow-wrap: anywhere; }
+/* the lists of chats and of models, a large image, the controllers */
+dialog, #sidebar { width: min(40rem, 100% - 2rem); max-height: 90dvh; padding: 1rem;
+  border: var(--edge); border-radius: .75rem; background: var(--paper); color: var(--ink); }
+#sidebar { inset: 0 auto 0 0; width: min(20rem, 100%); height: 100dvh; max-height: none; }
 #viewer { width: fit-content; } #viewer img { max-height: 75dvh; margin-bottom: .75rem; }
-::backdrop { background: #0008; }
-#status > .card { margin-bottom: 1rem; padding: .75rem 1rem; border: 1px solid var(--line); border-radius: .75rem; }
-.card > * { margin: 0 0 .25rem; font-size: 1rem; } .state::before { content: "\25cf\a0"; }
-.ready { color: var(--good); } .resting { color: var(--warn); }
+#found { margin-top: .5rem; }
+:is(#chats, #models) { margin: .75rem 0 0; padding: 0; list-style: none; }
+:is(#chats, #models) li { display: flex; unicode-bidi: normal; white-space: normal; }
+li button { padding-inline: .5rem; border: 0; }
+li > button:first-child { flex: 1; text-align: start; }
+.card { padding: .75rem 1rem; border: var(--edge); border-radius: .75rem; }
+#status > .card { margin-bottom: 1rem; } .card > * { margin: 0; font-size: 1rem; }
+.card > .small { font-size: .875rem; } .state::before { content: "\25cf\a0"; }
 </style>
 <header>
-  <h1>akashproxy</h1> <button id="list" popovertarget="sidebar">History</button>
+  <h1>akashproxy</h1> <button popovertarget="sidebar" id="list">History</button>
   <a href="#chat">Chat</a> <a href="#status">Controllers</a> <button id="fresh">New chat</button>
 </header>
 <nav id="sidebar" aria-label="History" popover>
-  <div class="row"><button popovertarget="sidebar">Close</button> <button id="save">Export as JSON</button></div>
+  <div class="row"><button popovertarget="sidebar">Close</button>
+    <button id="save">Export as JSON</button></div>
   <ul id="chats"></ul>
 </nav>
 <main>
-  <form id="key" hidden><label>Token <input id="token" type="password" autocomplete="off"></label></form>
-  <div id="note" role="alert"></div>
+  <form id="key" method="dialog" hidden><input id="token" type="password" aria-label="Token"
+    placeholder="Token" autocomplete="off"> <button>Use</button></form>
+  <div id="trouble" class="bad" role="alert"></div>
+  <div id="note" role="status"></div>
   <section id="welcome" aria-label="Welcome" tabindex="0"></section>
-  <div id="log" role="log" aria-live="polite" aria-label="Conversation" tabindex="0"><div id="turns"></div></div>
-  <section id="status" aria-label="Controllers" tabindex="0" hidden></section>
-  <form id="form">
+  <div id="log" role="log" aria-live="polite" aria-label="Conversation" tabindex="0">
+    <div id="turns"></div></div>
+  <section id="status" aria-label="Controllers" tabindex="0"></section>
+  <form id="form" method="dialog">
     <div id="images" class="row"></div>
     <textarea id="field" rows="1" dir="auto" aria-label="Message" placeholder="Message"></textarea>
-    <div class="row"><button type="button" id="model" class="name" aria-haspopup="dialog">No models</button>
-      <button type="button" id="attach">Attach image</button> <button id="send">Send</button></div>
+    <div class="bar">
+      <button type="button" id="model" class="name" aria-haspopup="dialog">No models</button>
+      <button type="button" id="attach" aria-label="Attach image">+</button>
+      <button id="send">Send</button></div>
     <input id="file" type="file" accept="image/*" multiple hidden>
     <details id="settings"><summary>Settings</summary><div class="small">
       <label>System prompt <textarea id="system" rows="2" dir="auto"></textarea></label>
-      <label>Temperature <input id="temperature" type="number" min="0" max="2" step="any" placeholder="default"></label>
-      <label>Top p <input id="top_p" type="number" min="0" max="1" step="any" placeholder="default"></label>
-      <label>Max tokens <input id="max_tokens" type="number" min="1" placeholder="no limit"></label></div></details>
+      <label>Temperature <input id="temperature" type="number" min="0" max="2" step="any"></label>
+      <label>Top p <input id="top_p" type="number" min="0" max="1" step="any"></label>
+      <label>Max tokens <input id="max_tokens" type="number" min="1"></label></div></details>
   </form>
 </main>
 <dialog id="picker" aria-label="Models"><form method="dialog">
-  <input id="search" type="search" aria-label="Search models" placeholder="Search models" autocomplete="off">
+  <input id="search" type="search" aria-label="Search models" placeholder="Search models">
   <div id="found" class="small" role="status"></div><ul id="models"></ul></form></dialog>
 <dialog id="viewer" aria-label="Image"></dialog>
 <script type="module">
-const ui = Object.fromEntries(Array.from(document.querySelectorAll("[id]"), (element) => [element.id, element]));
-const PARAMETERS = ["temperature", "top_p", "max_tokens"];
+const ui = Object.fromEntries(Array.from(document.querySelectorAll("[id]"), (it) => [it.id, it]));
+const SETTINGS = ["system", "temperature", "top_p", "max_tokens"];
 const auto = {dir: "auto"};     // Arabic and Hebrew run from the right
 let chat = null;        // {id, title, messages}: the conversation in sight, as it is stored
 let stop = null;        // the AbortController of the answer that is being received
 let names = null;       // of the models; null until they are listed
 let chosen = "";        // the model
-let editing = -1;       // index of the question that the next one replaces
 
-class Explained extends Error {}    // its message is written for people; other errors have the browser's text
-
-function make(tag, properties, ...children) {   // everything shown is made here, as elements and text, never from HTML
-  const element = document.createElement(tag);
-  for (const child of children.flat()) element.append(child);
-  return Object.assign(element, properties);    // last: with dir="auto" each child that comes takes a look at all
+// -- elements: what is shown is made here, of elements and text, never of HTML
+function make(name, ...parts) {     // "tag.class.class", with children and objects of properties
+  const [tag, ...classes] = name.split("."), isMath = tag[0] === "m";
+  const element = document.createElementNS(isMath ? MATHML : HTML, tag);
+  if (classes.length) element.className = classes.join(" ");
+  for (const part of parts.flat()) {
+    if (typeof part === "string" || part instanceof Node) element.append(part);
+    else Object.assign(element, part);
+  }
+  return element;
 }
-const button = (text, onclick, properties) => make("button", {type: "button", onclick, ...properties}, text);
-const paragraph = (className, ...children) => make("p", {className}, ...children);
-const row = (...children) => make("div", {className: "row"}, ...children);
+const HTML = "http://www.w3.org/1999/xhtml", MATHML = "http://www.w3.org/1998/Math/MathML";
+const button = (text, onclick, ...more) => make("button", text, {type: "button", onclick}, ...more);
 const count = (number, noun) => `${number} ${noun}${number === 1 ? "" : "s"}`;
 const tell = (...words) => ui.note.replaceChildren(...words);
-const offerUndo = (text, restore) => tell(text, button("Undo", () => { tell(); restore(); }));
+const offer = (text, name, action) => tell(text, button(name, () => { tell(); action(); }));
 
-// -- the server, asked as any client asks it
+// -- the server, as any client uses it
+class Explained extends Error {}    // its message is for people; others have the browser's text
+const explain = (error, otherwise) => error instanceof Explained ? error.message : otherwise;
 async function api(path, options) {
-  const secret = sessionStorage.token;
-  const headers = {"Content-Type": "application/json", ...(secret && {Authorization: `Bearer ${secret}`})};
+  const {token} = sessionStorage, authorization = token && {Authorization: `Bearer ${token}`};
+  const headers = {"Content-Type": "application/json", ...authorization};
   const response = await fetch(path, {...options, headers}).catch(() => null);
   if (response?.ok) return response;
   if (!response) throw new Explained("The server does not answer. Is it still running?");
   if (response.status === 401) {
     ui.key.hidden = false;
     ui.token.focus();
-    throw new Explained(secret ? "The token is wrong. Type the right one." : "This server needs a token. Type it above.");
+    throw new Explained(token ? "The token is wrong. Type the right one."
+      : "This server needs a token. Type it above.");
   }
   const unread = {error: {message: `The server answered with ${response.status}.`}};
-  throw failure((await response.json().catch(() => unread)).error, response.headers.get("Retry-After"));
+  const {error} = await response.json().catch(() => unread);
+  throw failure(error, response.headers.get("Retry-After"));
 }
 function failure({message, code}, seconds) {    // what went wrong, and what to do
-  const otherwise = code === "model_not_found" ? "Choose another model" : "Try again or choose another model";
-  return new Explained(`${message.replace(/[^.!?]$/, "$&.")} ${seconds ? `Try again in ${seconds} s` : otherwise}.`);
+  const choice = code === "model_not_found" ? "Choose" : "Try again or choose";
+  const advice = seconds ? `Try again in ${seconds} s.` : `${choice} another model.`;
+  return new Explained(`${message.replace(/[^.!?]$/, "$&.")} ${advice}`);
 }
 async function* events(stream) {    // the data of each event of a text/event-stream, read as JSON
   const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
-  for (let held = "", part; !(part = await reader.read()).done;) {
-    const whole = (held + part.value).split(/(?:\r\n|\n|\r(?!\n|$)){2}/);
-    held = whole.pop();
-    const data = (event) => event.match(/(?<![^\r\n])data:[^\r\n]*/g)?.map((line) => line.slice(5)).join("\n");
-    yield* whole.map(data).filter((text) => text && text.trim() !== "[DONE]").map((text) => JSON.parse(text));
+  for (let rest = "", part; !(part = await reader.read()).done;) {
+    const whole = (rest + part.value).split(/(?:\r\n|\n|\r(?!\n|$)){2}/);
+    rest = whole.pop();
+    for (const event of whole) {
+      const data = event.match(/(?<![^\r\n])data:[^\r\n]*/g)?.map((line) => line.slice(5));
+      if (data && data[0].trim() !== "[DONE]") yield JSON.parse(data.join("\n"));
+    }
   }
 }
 
-// -- Markdown's blocks. Each kind: how its first line looks, the line after its last one, and what is made of its lines.
-const DEEPEST = 8;      // levels of lists and quotes; anything nested deeper is text
-const ITEM = /^[ \t]*(?:[-*+]|\d{1,9}[.)])(?:[ \t]+|$)/;
-const DIVIDER = /^[ \t|:-]+$/;      // between a table's head and its rows
-const oneLine = (lines, at) => at + 1;
-const isBlank = (line) => !line.trim();
-const kindAt = (lines, at) => KINDS.find(({begins}) => begins(lines[at], lines[at + 1] ?? ""));
-function until(lines, at, ends) {       // the first line after one for which `ends` is true
-  while (++at < lines.length && !ends(at));
-  return at;
-}
-const LIST = {begins: (line) => ITEM.test(line), end: listEnd, shape: list};
-const QUOTE = {begins: (line) => /^ {0,3}>/.test(line), end: quoteEnd, shape: quote};
-const TEXT = {end: (lines, at) => until(lines, at, (next) => isBlank(lines[next]) || kindAt(lines, next)),
-  shape: (lines) => make("p", auto, inline(lines.join("\n")))};
-const TABLE = {begins: (line, next) => line.includes("|") && next.includes("-") && DIVIDER.test(next),
-  end: (lines, at) => until(lines, at, (next) => !lines[next].includes("|")), shape: table};
-const KINDS = [
-  {begins: (line) => /^[ \t]*(?:`{3,}[^`]*|~{3,}.*)$/.test(line), end: fenceEnd, shape: fence},
-  {begins: (line) => /^ {0,3}#{1,6}[ \t]/.test(line), end: oneLine, shape: heading},
-  {begins: (line) => /^(?:-{3,}|\*{3,}|_{3,})$/.test(line.replace(/[ \t]/g, "")), end: oneLine, shape: () => make("hr")},
-  TABLE, QUOTE, LIST,
-];
-function* blocks(lines, depth) {
-  for (let at = 0, end; at < lines.length; at = end) {
-    const kind = depth < DEEPEST && kindAt(lines, at) || TEXT;
-    end = isBlank(lines[at]) ? at + 1 : kind.end(lines, at);
-    if (!isBlank(lines[at])) yield {at, own: lines.slice(at, end), kind};
+// -- Markdown: each kind of block, and of text in a line, has a pattern and a function
+const anyOf = (kinds, flags) => RegExp(
+  Object.entries(kinds).map(([name, [{source}]]) => `(?<${name}>${source})`).join("|"), flags);
+function* scan(text, kinds, pattern) {  // each {own, at, shape} in turn: its text, place, function
+  for (const {0: own, index: at, groups} of text.matchAll(pattern)) {
+    const kind = Object.keys(groups).find((name) => groups[name] !== undefined);
+    yield {own, at, shape: kinds[kind][1]};
   }
 }
-function draw(place, text) {    // Only the last two blocks can still change: those before are kept and not read again.
-  const drawn = place.drawn ??= {chars: 0, settled: 0, parts: []}, {parts} = drawn;
-  const lines = text.slice(drawn.chars).split("\n"), found = [...blocks(lines, 0)];
-  found.forEach(({own, kind}, index) => {
-    const at = drawn.settled + index, old = parts[at], source = own.join("\n"), above = parts[at - 1]?.level ?? 1;
-    if (old?.source === source) return;
-    const element = kind.shape(own, 0, above);
-    parts[at] = {element, source, level: element.level ?? above};
-    if (old) old.element.replaceWith(element);
-    else place.append(element);
+const DEEPEST = 8;      // levels of lists and quotes; what is nested deeper is text
+const BULLET = String.raw`[-*+](?:[ \t]+|$)`, NUMBER = String.raw`\d{1,9}[.)](?:[ \t]+|$)`;
+const ROW = String.raw`[^|\n]*\|.*`, DIVIDER = String.raw`(?=[ \t|:]*-)[ \t|:-]+$`;
+const MARK = String.raw`$|>|\x60{3}|~{3}|#{1,6}[ \t]|[-*_]{3,}[ \t]*$|${BULLET}|${NUMBER}`;
+const MORE = String.raw`\n(?![ \t]*(?:${MARK})|${ROW}\n${DIVIDER}).*`;      // of a paragraph
+const items = (mark) => String.raw`${mark}.*`
+  + String.raw`(?:${MORE}|\n(?:[ \t]*\n)*(?:\k<indent>[ \t]+\S|[ \t]*${mark}).*)*`;
+const BLOCKS = {
+  fence: [RegExp(String.raw`^[ \t]*(?<mark>\x60{3,}(?=[^\x60\n]*$)|~{3,}).*`
+    + String.raw`(?:\n(?![ \t]*\k<mark>[ \t]*$).*)*(?:\n.*)?`), fence],
+  heading: [/^[ \t]*#{1,6}[ \t].*/, heading],
+  rule: [/^[ \t]*(?:(?:-[ \t]*){3,}|(?:\*[ \t]*){3,}|(?:_[ \t]*){3,})$/, () => make("hr")],
+  table: [RegExp(String.raw`^${ROW}\n${DIVIDER}(?:\n${ROW})*`), table],
+  quote: [RegExp(String.raw`^[ \t]*>.*(?:\n[ \t]*>.*|${MORE})*`), quote],
+  list: [RegExp(String.raw`^(?<indent>[ \t]*)(?:${items(BULLET)}|${items(NUMBER)})`), list],
+  text: [RegExp(String.raw`^[ \t]*\S.*(?:${MORE})*`), (own) => make("p", inline(own), auto)],
+};
+const BLOCK = anyOf(BLOCKS, "gm");
+const nested = (text, depth) => depth > DEEPEST ? [make("p", text)]
+  : Array.from(scan(text, BLOCKS, BLOCK), ({own, shape}) => shape(own, depth));
+function draw(place, text) {        // what has not changed since the last time stays as it is
+  const old = place.blocks ?? [];
+  let level = 1;
+  place.blocks = [...scan(text, BLOCKS, BLOCK)];
+  place.blocks.forEach((block, at) => {
+    const {own, element} = old[at] ?? {};
+    block.element = own === block.own ? element : block.shape(block.own, 0, level);
+    level = block.element.level ?? level;
+    if (!element) place.append(block.element);
+    else if (element !== block.element) element.replaceWith(block.element);
   });
-  for (const {element} of parts.splice(drawn.settled + found.length)) element.remove();
-  if (found.length < 3) return;
-  drawn.chars += lines.slice(0, found.at(-2).at).join("\n").length + 1;
-  drawn.settled += found.length - 2;
+  for (const {element} of old.slice(place.blocks.length)) element.remove();
 }
-function quoteEnd(lines, at) {
-  return until(lines, at, (next) => isBlank(lines[next]) || ![QUOTE, undefined].includes(kindAt(lines, next)));
+function fence(own) {
+  const [, indent, mark, name, code] = own.match(/^([ \t]*)(`+|~+)(.*)\n?([^]*)/);
+  const inside = code.replace(RegExp(`(?:^|\n)[ \t]*${mark}[ \t]*$`), "");
+  return listing(inside.replace(RegExp(`^${indent}`, "gm"), ""), name.trim());
 }
-function fenceEnd(lines, at) {
-  const [mark] = lines[at].match(/`+|~+/);
-  return Math.min(until(lines, at, (next) => lines[next].trim() === mark) + 1, lines.length);
+function heading(own, depth, above) {   // one level down at a time, as screen readers expect it
+  const [, marks, title] = own.match(/(#+)(.*)/);
+  if (depth) return make("p", make("strong", inline(title.trim())));
+  const level = Math.min(marks.length + 1, above + 1, 6);
+  return make(`h${level}`, inline(title.trim()), {level}, auto);
 }
-const isNumbered = (line) => /^[ \t]*\d/.test(line);
-const indentOf = (line) => line.match(/^[ \t]*/)[0].length;
-function listEnd(lines, at) {   // it goes on with items of its sort, indented lines and the lines of a paragraph
-  const indent = indentOf(lines[at]), numbered = isNumbered(lines[at]);
-  let end = at + 1;
-  for (let next = end; next < lines.length; next++) {
-    if (isBlank(lines[next])) continue;
-    const kind = kindAt(lines, next), isItem = kind === LIST && isNumbered(lines[next]) === numbered;
-    if (!isItem && indentOf(lines[next]) <= indent && (kind || next > end)) break;
-    end = next + 1;
-  }
-  return end;
+function quote(own, depth) {
+  const made = nested(own.replace(/^[ \t]*> ?/gm, ""), depth + 1);
+  for (const block of made) block.removeAttribute("dir");   // its text decides where the bar is
+  return make("blockquote", made, auto);
 }
-function fence([first, ...lines]) {
-  const [, indent, mark, name] = first.match(/^([ \t]*)(`+|~+)(.*)/);
-  if (lines.at(-1)?.trim() === mark) lines.pop();
-  return listing(lines.map((line) => line.startsWith(indent) ? line.slice(indent.length) : line).join("\n"), name.trim());
+function list(own, depth) {
+  const start = parseInt(own), mark = start >= 0 ? NUMBER : BULLET;
+  const next = RegExp(`\n(?=[ \t]{0,${own.search(/\S/)}}${mark})`, "m");
+  const made = own.split(next).map((part) => item(part, depth + 1));
+  return start >= 0 ? make("ol", made, {start}, auto) : make("ul", made, auto);
 }
-function heading([line], depth, above) {        // one level down at a time, as readers of screens expect it
-  const [, marks, title] = line.trim().match(/^(#+)(.*)/), level = Math.min(marks.length + 1, above + 1, 6);
-  return depth ? paragraph("", make("strong", {}, inline(title.trim())))
-    : make(`h${level}`, {...auto, level}, inline(title.trim()));
-}
-const nested = (lines, depth) => Array.from(blocks(lines, depth), ({own, kind}) => kind.shape(own, depth));
-function quote(lines, depth) {
-  const made = nested(lines.map((line) => line.replace(/^ {0,3}> ?/, "")), depth + 1);
-  for (const block of made) block.removeAttribute("dir");       // its text decides where the quote's bar is
-  return make("blockquote", auto, made);
-}
-function list(lines, depth) {
-  const indent = indentOf(lines[0]), numbered = isNumbered(lines[0]), items = [];
-  for (const line of lines) {
-    if (indentOf(line) <= indent && ITEM.test(line)) items.push([line]);
-    else items.at(-1).push(line);
-  }
-  const made = items.map((own) => item(own, depth + 1));
-  return numbered ? make("ol", {...auto, start: parseInt(lines[0])}, made) : make("ul", auto, made);
-}
-function item([first, ...rest], depth) {
-  const width = first.match(ITEM)[0].length;
-  const [, box, text] = first.slice(width).match(/^(?:\[([ xX])\][ \t]+)?(.*)/);
-  const made = nested([text, ...rest.map((line) => line.slice(Math.min(width, indentOf(line))))], depth);
+function item(own, depth) {
+  const {length} = own.match(/^\s*\S+[ \t]*/)[0];
+  const inside = own.slice(length).replace(RegExp(`^[ \t]{0,${length}}`, "gm"), "");
+  const [, box, words] = inside.match(/^(?:\[([ xX])\][ \t]+)?([^]*)/);
+  const made = nested(words, depth), checked = box !== " ", ariaLabel = checked ? "done" : "open";
   if (made[0]?.tagName === "P") made.splice(0, 1, ...made[0].childNodes);
-  if (!box) return make("li", {}, made);
-  const checked = box !== " ", ariaLabel = checked ? "done" : "open";
-  return make("li", {className: "task"}, make("input", {type: "checkbox", disabled: true, checked, ariaLabel}), made);
+  const mark = box && make("input", {type: "checkbox", disabled: true, checked, ariaLabel});
+  return make(box ? "li.task" : "li", mark, made);
 }
-function table([head, divider, ...rows]) {
-  const split = (line) => line.trim().replace(/^\||(?<!\\)\|$/g, "").split(/(?<!\\)\|/).map((text) => text.trim());
-  const sides = split(divider).map((text) => !text.endsWith(":") ? "" : text[0] === ":" ? "center" : "end");
-  const cells = (tag, line) => make("tr", {}, split(line).slice(0, sides.length).map((text, column) =>
-    make(tag, {className: sides[column]}, inline(text.replaceAll("\\|", "|")))));
-  return make("div", {className: "scroll", tabIndex: 0, role: "group", ariaLabel: "Table"}, make("table", auto,
-    make("thead", {}, cells("th", head)), make("tbody", {}, rows.map((line) => cells("td", line)))));
+function table(own) {
+  const split = (line) => line.trim().replace(/^\||(?<!\\)\|$/g, "").split(/(?<!\\)\|/)
+    .map((text) => text.trim());
+  const [head, divider, ...rows] = own.split("\n").map(split);
+  const sides = divider.map((it) => it.endsWith(":") ? it[0] === ":" ? ".center" : ".end" : "");
+  const cells = (tag, texts) => make("tr", texts.slice(0, sides.length).map((text, column) =>
+    make(tag + sides[column], inline(text.replaceAll("\\|", "|")))));
+  const made = make("table", make("thead", cells("th", head)),
+    make("tbody", rows.map((texts) => cells("td", texts))), auto);
+  return make("div.scroll", made, {tabIndex: 0, role: "group", ariaLabel: "Table"});
 }
 
-// -- Markdown within a line. Each pattern stops at its own mark, so that a text of marks takes no longer than another.
-const within = (mark) => String.raw`(?:[^${mark}\\\x60]|\\[^]|\x60[^\x60]*\x60)+`;      // \x60: code may contain the mark
-const STAR = within("*"), UNDERSCORE = within("_"), TILDE = within("~");
-const LINK = /!?\[(?:[^[\]\x60]|\x60[^\x60]*\x60)*\]\(https?:\/\/(?:[^\s()]|\([^\s()]*\))+(?: +"[^"\n]*")?\)/;
-const strong = (text) => make("strong", {}, inline(text.slice(2, -2)));
-const emphasis = (text) => make("em", {}, inline(text.slice(1, -1)));
-const link = (href, ...children) => make("a", {href, target: "_blank", rel: "noopener"}, ...children);
-const SPANS = [
-  [/``.+?``(?!`)|`[^`]+`/, code],
-  [/\$\$[^$]+\$\$|\\\[(?:[^\\]|\\[^[\]\\]|\\\\(?!\[))+\\\]/, (text) => tex(text.slice(2, -2), true)],
-  [/\\\((?:[^\\\n]|\\[^()\\\n])+\\\)/, (text) => tex(text.slice(2, -2))],
-  [/\$(?![\s$])[^$\n`]+(?<!\s)\$(?![\d$])/, (text) => tex(text.slice(1, -1))],
-  [RegExp(String.raw`\*{3}(?=\S)${STAR}\*{3}`), (text) => make("em", {}, strong(text.slice(1, -1)))],
-  [RegExp(String.raw`\*\*(?=\S)${STAR}(?:\*${STAR}\*(?:${STAR})?){0,3}\*\*|(?<!\w)__(?=\S)${UNDERSCORE}__(?!\w)`), strong],
-  [RegExp(String.raw`(?<![\w*\\])\*(?=\S)${STAR}(?:\*\*${STAR}\*\*(?:${STAR})?){0,3}\*(?![\w*])`), emphasis],
-  [RegExp(String.raw`(?<![\w\\])_(?=\S)${UNDERSCORE}_(?!\w)`), emphasis],
-  [RegExp(String.raw`~~(?=\S)${TILDE}~~`), (text) => make("del", {}, inline(text.slice(2, -2)))],
-  [LINK, linkOrPicture],
-  [/https?:\/\/[^\s<>()*`"']*[^\s<>()*`"'.,;:!?]/, (href) => link(href, href)],
-  [/\\[^\w\s]/, (text) => text[1]],
-  [/&(?:#\d{1,7}|#x[\da-fA-F]{1,6}|[A-Za-z]{2,8});/, entity],
-  [/<br ?\/?>/, () => make("br")],
-];
-const INLINE = RegExp(`(${SPANS.map(([{source}]) => source).join("|")})`);
+// Each pattern stops at its own mark: a line of marks takes no longer than another of its length.
+const within = (mark) => String.raw`(?:[^${mark}\\\x60]|\\[^]|\x60[^\x60]*\x60)+`;  // \x60: code
+const STAR = within("*"), LOW = within("_");
+const marked = (tag, width) => (own) => make(tag, inline(own.slice(width, -width)));
+const formula = (tag, width) => (own) =>
+  make(tag, group((own.slice(width, -width).match(TOKEN) ?? []).reverse(), 0));
+const link = (href, text) => make("a", text, {href, target: "_blank", rel: "noopener"});
+const ENTITIES = {amp: "&", lt: "<", gt: ">", quot: '"', nbsp: "\xa0", "#39": "'"};
+const SPANS = {
+  code: [/``.+?``(?!`)|`[^`]+`/, code],
+  display: [/\$\$[^$]+\$\$|\\\[(?:[^\\]|\\[^[\]\\]|\\\\(?!\[))+\\\]/, formula("math.block", 2)],
+  brackets: [/\\\((?:[^\\\n]|\\[^()\\\n])+\\\)/, formula("math", 2)],
+  dollars: [/\$(?![\s$])[^$\n`]+(?<!\s)\$(?![\d$])/, formula("math", 1)],
+  strong: [RegExp(String.raw`\*\*(?=\*?[^\s*])(?:${STAR})?(?:\*${STAR}\*(?:${STAR})?){0,3}\*\*`
+    + String.raw`|(?<!\w)__(?=\S)${LOW}__(?!\w)`), marked("strong", 2)],
+  emphasis: [RegExp(String.raw`(?<![\w*\\])\*(?=\S)${STAR}(?:\*\*${STAR}\*\*(?:${STAR})?){0,3}`
+    + String.raw`\*(?![\w*])|(?<![\w\\])_(?=\S)${LOW}_(?!\w)`), marked("em", 1)],
+  deleted: [RegExp(String.raw`~~(?=\S)${within("~")}~~`), marked("del", 2)],
+  link: [RegExp(String.raw`!?\[(?:[^[\]\x60]|\x60[^\x60]*\x60)*\]`
+    + String.raw`\(https?:\/\/(?:[^\s()]|\([^\s()]*\))+(?: +"[^"\n]*")?\)`), linkOrPicture],
+  address: [/https?:\/\/[^\s<>()*`"']*[^\s<>()*`"'.,;:!?]/, (own) => link(own, own)],
+  escape: [/\\[^\w\s]/, (own) => own[1]],
+  entity: [/&(?:amp|lt|gt|quot|nbsp|#39);/, (own) => ENTITIES[own.slice(1, -1)]],
+  newLine: [/<br ?\/?>/, () => make("br")],
+};
+const SPAN = anyOf(SPANS, "g");
 function inline(text) {
-  return text.split(INLINE).map((part, at) => at % 2 ? SPANS.find(([span]) => part.match(span)?.[0] === part)[1](part) : part);
+  const parts = [];
+  let end = 0;
+  for (const {own, at, shape} of scan(text, SPANS, SPAN)) {
+    parts.push(text.slice(end, at), shape(own));
+    end = at + own.length;
+  }
+  return [...parts, text.slice(end)];
 }
-function code(text) {
-  const width = text.startsWith("``") ? 2 : 1, inside = text.slice(width, -width);
-  return make("code", {dir: "ltr"}, /^ .+ $/s.test(inside) ? inside.slice(1, -1) : inside);
+function code(own) {
+  const width = own.startsWith("``") ? 2 : 1, words = own.slice(width, -width);
+  return make("code", /^ .+ $/s.test(words) ? words.slice(1, -1) : words, {dir: "ltr"});
 }
-const ENTITIES = new Map(Object.entries({amp: "&", lt: "<", gt: ">", quot: '"', apos: "'", nbsp: "\u00a0", copy: "©",
-  reg: "®", deg: "°", times: "×", middot: "·", ndash: "–", mdash: "—", hellip: "…", larr: "←", rarr: "→", euro: "€"}));
-function entity(text) {
-  const name = text.slice(1, -1), point = Number(name.replace("#x", "0x").replace("#", ""));
-  return point <= 0x10ffff ? String.fromCodePoint(point) : ENTITIES.get(name) ?? text;
-}
-function linkOrPicture(text) {
-  const middle = text.lastIndexOf("](http"), label = text.slice(text.indexOf("[") + 1, middle);
-  const [href] = text.slice(middle + 2, -1).split(" ");
-  const [, own = ""] = text[0] === "!" ? href.split(`//${location.host}${location.pathname}images/`) : "";
-  if (/^\w[\w.-]*$/.test(own)) return picture(own, label);
+function linkOrPicture(own) {
+  const middle = own.lastIndexOf("](http"), label = own.slice(own.indexOf("[") + 1, middle);
+  const [href] = own.slice(middle + 2, -1).split(" ");
+  const [, name = ""] = href.split(`//${location.host}${location.pathname}images/`);
+  if (own[0] === "!" && /^\w[\w.-]*$/.test(name)) return picture(name, label);
   return link(href, inline(label).map((part) => part.tagName === "A" ? part.textContent : part));
 }
 
-// -- TeX as MathML: the commands that models write most. Others stay as they are written.
-const SYMBOLS = new Map(Array.from(`alpha α beta β gamma γ delta δ epsilon ε varepsilon ε theta θ lambda λ mu μ nu ν pi π
-  rho ρ sigma σ tau τ phi φ varphi φ omega ω Gamma Γ Delta Δ Theta Θ Lambda Λ Sigma Σ Phi Φ Omega Ω sum ∑ prod ∏ int ∫
-  infty ∞ partial ∂ nabla ∇ cdot · times × div ÷ pm ± le ≤ leq ≤ ge ≥ geq ≥ ne ≠ neq ≠ approx ≈ equiv ≡ sim ∼ in ∈ notin ∉
-  subset ⊂ subseteq ⊆ cup ∪ cap ∩ forall ∀ exists ∃ to → rightarrow → Rightarrow ⇒ implies ⇒ iff ⇔ mapsto ↦ ldots … dots …
-  cdots ⋯ langle ⟨ rangle ⟩ mid ∣ circ ∘ { { } } | ‖ quad \u2003 , \u2009 ; \u2004`.matchAll(/(\S+) (\S+)/g), (pair) => pair.slice(1)));
-const ACCENTS = new Map([["hat", "^"], ["bar", "¯"], ["overline", "¯"], ["vec", "→"], ["tilde", "~"], ["dot", "˙"]]);
-const FUNCTIONS = /^(?:log|ln|exp|sin|cos|tan|lim|max|min|det|gcd)$/;
-const TEX = /\\(?:text\w*|math\w+|operatorname)\{[^{}]*\}|\\(?:[A-Za-z]+|[^])|\d+(?:\.\d+)?|[^\s\\]/g;
-function mathml(tag, ...children) {
-  const element = document.createElementNS("http://www.w3.org/1998/Math/MathML", tag);
-  for (const child of children.flat()) element.append(child);
-  return element;
-}
-function tex(source, display) {
-  const math = mathml("math", group((source.match(TEX) ?? []).reverse(), 0));
-  math.setAttribute("display", display ? "block" : "inline");
-  return math;
-}
-function group(tokens, depth, end) {    // takes the next tokens, which stand at the end of `tokens`, and `end`
+// -- TeX as MathML: the commands that models write most; others stay as they are written
+const SYMBOLS = new Map(Array.from(`alpha α beta β gamma γ delta δ epsilon ε theta θ lambda λ mu μ
+  nu ν pi π rho ρ sigma σ tau τ phi φ omega ω Gamma Γ Delta Δ Theta Θ Lambda Λ Sigma Σ Phi Φ Omega Ω
+  sum ∑ prod ∏ int ∫ infty ∞ partial ∂ nabla ∇ cdot · times × div ÷ pm ± le ≤ leq ≤ ge ≥ geq ≥ ne ≠
+  neq ≠ approx ≈ equiv ≡ sim ∼ in ∈ notin ∉ subset ⊂ subseteq ⊆ cup ∪ cap ∩ forall ∀ exists ∃ to →
+  rightarrow → Rightarrow ⇒ implies ⇒ iff ⇔ ldots … dots … cdots ⋯ langle ⟨ rangle ⟩ mid ∣ circ ∘
+  { { } } | ‖ quad \u2003 , \u2009 ; \u2004`
+  .matchAll(/(\S{1,12}) (.)/g), (pair) => pair.slice(1)));
+const ACCENTS = new Map(Object.entries({hat: "^", bar: "¯", overline: "¯", vec: "→", tilde: "~"}));
+const TOKEN =
+  /\\(?:text\w*|math\w+|operatorname)\{[^{}]*\}|\\(?:[A-Za-z]+|[^])|\d+(?:\.\d+)?|[^\s\\]/g;
+function group(tokens, depth, end) {    // takes the next tokens, which stand last, and `end`
   const made = [];
   while (tokens.length && tokens.at(-1) !== end) made.push(scripted(tokens, depth));
   tokens.pop();
-  return mathml("mrow", made);
+  return make("mrow", made);
 }
 function scripted(tokens, depth) {      // an atom with what stands below and above it
-  const base = atom(tokens, depth), limits = /^(?:[∑∏]|lim|max|min)$/.test(base.textContent), scripts = {};
-  while (/^[_^]$/.test(tokens.at(-1)) && !scripts[tokens.at(-1)]) scripts[tokens.pop()] = atom(tokens, depth + 1);
-  const {_: below, "^": above} = scripts;
-  if (below && above) return mathml(limits ? "munderover" : "msubsup", base, below, above);
-  if (below) return mathml(limits ? "munder" : "msub", base, below);
-  return above ? mathml(limits ? "mover" : "msup", base, above) : base;
+  const base = atom(tokens, depth), scripts = {};
+  while (/^[_^]$/.test(tokens.at(-1)) && !scripts[tokens.at(-1)]) {
+    scripts[tokens.pop()] = atom(tokens, depth + 1);
+  }
+  const {_: low, "^": high} = scripts, big = /^(?:[∑∏]|lim|max|min)$/.test(base.textContent);
+  const tag = (low ? big ? "under" : "sub" : "") + (high ? big ? "over" : "sup" : "");
+  return tag ? make(`m${tag}`, base, low, high) : base;
 }
 function atom(tokens, depth) {
   const token = tokens.pop() ?? "", next = () => atom(tokens, depth + 1);
   const [, command = "", words] = token.match(/^\\([A-Za-z]+)(?:\{([^]*)\})?$/) ?? [];
-  if (words) return mathml("mtext", words);
-  if (FUNCTIONS.test(command)) return mathml("mi", command);
+  if (words) return make("mtext", words);
   if (depth < 30) {     // nested deeper, commands stay as they are written
     if (token === "{") return group(tokens, depth + 1, "}");
-    if (/^[dt]?frac$/.test(command)) return mathml("mfrac", next(), next());
-    if (command === "sqrt") return mathml("msqrt", next());
+    if (/^[dt]?frac$/.test(command)) return make("mfrac", next(), next());
+    if (command === "sqrt") return make("msqrt", next());
     if (/^(?:left|right|boxed|displaystyle|[Bb]igg?)$/.test(command)) return next();
-    if (ACCENTS.has(command)) return mathml("mover", next(), mathml("mo", ACCENTS.get(command)));
+    if (ACCENTS.has(command)) return make("mover", next(), make("mo", ACCENTS.get(command)));
   }
+  if (/^(?:log|ln|exp|sin|cos|tan|lim|max|min|det)$/.test(command)) return make("mi", command);
   const text = token.length > 1 && SYMBOLS.get(token.slice(1)) || token;
-  return mathml(/^\d/.test(text) ? "mn" : /^[\p{L}∞]/u.test(text) ? "mi" : text[0] === "\\" ? "mtext" : "mo", text);
+  if (text[0] === "\\") return make("mtext", text);
+  return make(/^\d/.test(text) ? "mn" : /^[\p{L}∞]/u.test(text) ? "mi" : "mo", text);
 }
 
 // -- images and code
-function picture(name, alt) {   // fetched, for an <img> can't send a token; never read as SVG, which can hold a script
+function picture(name, alt) {   // fetched, to send the token; as PNG, since SVG can hold a script
   const image = make("img", {alt}), frame = enlargeable(image);
-  image.onerror = () => frame.replaceWith(make("span", {className: "bad"}, "This image can't be shown."));
+  image.onerror = () => frame.replaceWith(make("span.bad", "This image can't be shown."));
   api(`images/${name}`).then((response) => response.blob()).then((blob) => {
     image.src = URL.createObjectURL(blob.slice(0, blob.size, "image/png"));
   }).catch(image.onerror);
@@ -13266,55 +13159,57 @@ function picture(name, alt) {   // fetched, for an <img> can't send a token; nev
 }
 const enlargeable = (image) => button(image, () => enlarge(image), {className: "picture"});
 function enlarge({src, alt}) {
-  const name = `${alt.slice(0, 60) || "image"}.${src.startsWith("data:image/jpeg") ? "jpg" : "png"}`;
-  const save = make("a", {href: src, download: name, className: "button"}, "Save");
-  ui.viewer.replaceChildren(make("img", {src, alt}), row(save, button("Close", () => ui.viewer.close())));
+  const type = src.startsWith("data:image/jpeg") ? "jpg" : "png";
+  const save = {href: src, download: `${alt.slice(0, 60) || "image"}.${type}`};
+  ui.viewer.replaceChildren(make("img", {src, alt}), make("div.row",
+    make("a.button", "Save", save), button("Close", () => ui.viewer.close())));
   ui.viewer.showModal();
 }
 function copying(text) {
-  const copy = () => navigator.clipboard.writeText(text).then(() => { made.textContent = "Copied"; });
-  const made = button("Copy", copy, {hidden: !navigator.clipboard});    // plain HTTP has no clipboard
+  const done = () => { made.textContent = "Copied"; };
+  const copy = () => navigator.clipboard.writeText(text).then(done);
+  const made = button("Copy", copy, {hidden: !navigator.clipboard});    // plain HTTP has none
   return made;
 }
-const listing = (text, name) => make("figure", {}, make("figcaption", {}, make("span", {}, name), copying(text)),
-  make("pre", {tabIndex: 0}, make("code", {dir: "ltr"}, text)));
-async function shrink(blob) {   // a data: URL of at most 1024 pixels a side, so that chats fit into the browser's storage
-  const bitmap = await createImageBitmap(blob), scale = Math.min(1, 1024 / Math.max(bitmap.width, bitmap.height));
+const listing = (text, name) => make("figure",
+  make("figcaption", make("span", name), copying(text)),
+  make("pre", make("code", text, {dir: "ltr"}), {tabIndex: 0}));
+async function shrink(blob) {   // a data: URL of 1024 pixels a side at most, for chats are kept
+  const bitmap = await createImageBitmap(blob);
+  const scale = Math.min(1, 1024 / Math.max(bitmap.width, bitmap.height));
   const canvas = make("canvas", {width: bitmap.width * scale, height: bitmap.height * scale});
   canvas.getContext("2d").drawImage(bitmap, 0, 0, canvas.width, canvas.height);
-  return canvas.toDataURL(blob.type === "image/png" && scale === 1 ? "image/png" : "image/jpeg", .85);
+  return canvas.toDataURL(blob.type === "image/png" && scale === 1 ? "image/png" : "image/jpeg");
 }
-async function attachAll(files) {
-  for (const file of files) await shrink(file).then(addImage, () => tell(`${file.name} is not an image.`));
+async function attach(files) {
+  for (const file of [...files]) {
+    await shrink(file).then(addImage, () => tell(`${file.name} is not an image.`));
+  }
 }
+const attached = (src) => make("img", {src, alt: "Attached image"});
 function addImage(src) {
-  const entry = row(make("img", {src, alt: "Attached image"}), button("×", () => entry.remove(), {ariaLabel: "Remove image"}));
+  const remove = button("×", () => entry.remove(), {ariaLabel: "Remove image"});
+  const entry = make("div.row", attached(src), remove);
   ui.images.append(entry);
 }
 
-// -- what is kept in the browser: each chat under a key of its own, so that two tabs don't overwrite each other's
+// -- what the browser keeps: each chat under a key of its own, so that two tabs don't collide
 function keep(name, value) {
-  try {
-    localStorage[name] = JSON.stringify(value);
-  } catch {
-    tell("The browser's storage is full: this chat is not kept. Export and delete some.");
-  }
+  const complain = () => tell("The browser's storage is full. Export and delete some chats.");
+  try { localStorage[name] = JSON.stringify(value); } catch { complain(); }
 }
 function stored(name) {
-  try {
-    return JSON.parse(localStorage[name]);
-  } catch {
-    return null;      // none, or not ours
-  }
+  try { return JSON.parse(localStorage[name]); } catch { return null; }     // none, or not ours
 }
 const keepChat = (own) => keep(`chat ${own.id}`, own);
-const keepSettings = () => keep("settings", {model: chosen, chat: chat.id, system: ui.system.value,
-  ...Object.fromEntries(PARAMETERS.map((name) => [name, ui[name].value]))});
-const allChats = () => Object.keys(localStorage).filter((name) => name.startsWith("chat ")).map(stored)
-  .filter((each) => each?.messages).sort((one, other) => other.id - one.id);
+const valuesOf = (names) => Object.fromEntries(names.map((name) => [name, ui[name].value]));
+const keepSettings = () => keep("settings", {model: chosen, chat: chat.id, ...valuesOf(SETTINGS)});
+const allChats = () => Object.keys(localStorage).filter((name) => name.startsWith("chat "))
+  .map(stored).filter((each) => each?.messages).sort((one, other) => other.id - one.id);
 function listChats() {
-  ui.chats.replaceChildren(...allChats().map((each) => make("li", {},
-    button(each.title, () => show(each), {...auto, className: "name", ariaCurrent: each.id === chat.id}),
+  ui.chats.replaceChildren(...allChats().map((each) => make("li",
+    button(each.title, () => show(each),
+      {className: "name", ariaCurrent: each.id === chat.id}, auto),
     button("✎", () => rename(each), {ariaLabel: `Rename ${each.title}`}),
     button("×", () => remove(each), {ariaLabel: `Delete ${each.title}`}))));
 }
@@ -13328,80 +13223,86 @@ function remove(each) {
   delete localStorage[`chat ${each.id}`];
   if (each.id === chat.id) show(emptyChat());
   listChats();
-  offerUndo(`“${each.title}” is deleted.`, () => { keepChat(each); show(each); });
+  offer(`“${each.title}” is deleted.`, "Undo", () => { keepChat(each); show(each); });
 }
 ui.save.onclick = () => {
-  const href = URL.createObjectURL(new Blob([JSON.stringify(allChats(), null, 2)], {type: "application/json"}));
-  make("a", {href, download: "chats.json"}).click();
+  const file = new Blob([JSON.stringify(allChats(), null, 2)], {type: "application/json"});
+  make("a", {href: URL.createObjectURL(file), download: "chats.json"}).click();
 };
 
 // -- the chat
 const emptyChat = () => ({id: Date.now(), title: "", messages: []});
-const wordsOf = ({content}) => typeof content === "string" ? content : content[0].text;
-const imagesOf = ({content}) => typeof content === "string" ? [] : content.slice(1).map((part) => part.image_url.url);
+const parts = ({content}) => typeof content === "string" ? [{text: content}] : content;
+const words = (message) => parts(message)[0].text;
+const images = (message) => parts(message).slice(1).map((part) => part.image_url.url);
 function show(other) {
   stop?.abort();
-  [chat, editing] = [other, -1];
-  ui.turns.replaceChildren(...chat.messages.map((message, at) => message.role === "user" ? question(at) : answer(chat, at)));
-  for (const {finish} of ui.turns.children) finish?.();
+  chat = other;
+  drawTurns(0);
+  tell();
   ui.sidebar.hidePopover();
   keepSettings();
 }
-function question(at) {
-  const words = wordsOf(chat.messages[at]);
-  const images = imagesOf(chat.messages[at]).map((src) => enlargeable(make("img", {src, alt: "Attached image"})));
-  return make("div", {className: "turn"}, make("div", {className: "question", ...auto}, words, images),
-    make("div", {className: "tools small row"}, copying(words), button("Edit", () => edit(at))));
+function drawTurns(from) {      // those before stay as they are
+  while (ui.turns.children.length > from) ui.turns.lastChild.remove();
+  chat.messages.slice(from).forEach((message, at) => {
+    const element = (message.role === "user" ? question : answer)(message, from + at);
+    ui.turns.append(element);
+    element.finish?.();
+  });
 }
-function edit(at) {     // the turns from the question on stay until the new one is sent
-  ui.field.value = wordsOf(chat.messages[at]);
+function question(message, at) {
+  const shown = images(message).map((src) => enlargeable(attached(src)));
+  const edit = () => {
+    if (stop) return;
+    cut(at);
+    compose(words(message), images(message));
+    ui.field.focus();
+  };
+  return make("div.turn", make("div.question", words(message), shown, auto),
+    make("div.tools.small.row", copying(words(message)), button("Edit", edit)));
+}
+function compose(text, pictures) {
+  ui.field.value = sessionStorage.draft = text;
   ui.images.replaceChildren();
-  imagesOf(chat.messages[at]).forEach(addImage);
-  editing = at;
-  [...ui.turns.children].forEach((turn, index) => turn.classList.toggle("replaced", index >= at));
-  ui.field.focus();
+  pictures.forEach(addImage);
 }
-function cut(at) {      // removes the turns from one on, which others replace
+function cut(at) {      // removes the turns from one on; until others come the browser keeps them
   const own = chat, before = [...chat.messages];
-  offerUndo("The earlier turns are replaced.", () => { own.messages = before; show(own); keepChat(own); });
+  const restore = () => { own.messages = before; show(own); keepChat(own); };
+  offer("The turns from here on are removed.", "Undo", restore);
   chat.messages.length = at;
-  while (ui.turns.children.length > at) ui.turns.lastChild.remove();
+  drawTurns(at);
 }
-function answer(own, at) {      // the element of an answer; update() and finish() draw its message
-  const message = own.messages[at], [thoughts, text] = ["thoughts", "text"].map((className) => make("div", {className}));
-  const summary = make("summary", {className: "name"});
-  const article = make("article", {className: "turn answer", ariaBusy: "true"}, make("details", {}, summary, thoughts), text);
-  article.update = () => {
+function answer(message, at) {  // the element of an answer; update() and finish() draw its message
+  const own = chat, thoughts = make("div.thoughts"), text = make("div.text");
+  const summary = make("summary.name"), turn = make("article.turn.answer",
+    make("details", summary, thoughts), text, {ariaBusy: "true"});
+  turn.update = () => {
     summary.textContent = message.content ? "Thoughts" : message.reasoning.trim().split("\n").pop();
     draw(thoughts, message.reasoning);
     draw(text, message.content);
   };
-  const again = () => {
-    if (stop) return;
-    cut(at);
-    ask();
+  turn.finish = () => {
+    turn.update();
+    const again = () => { if (!stop) { cut(at); ask(); } };
+    const code = make("details", make("summary", "As curl and Python"));
+    code.ontoggle = () => code.children[1] || code.append(...examples(bodyOf(own, at)));
+    if (message.problem) turn.append(make("p.bad", message.problem));
+    turn.append(make("div.tools.small.row", make("span.line", message.line ?? ""),
+      copying(message.content), button("Try again", again)), code);
+    turn.ariaBusy = "false";
   };
-  article.finish = () => {
-    article.update();
-    if (message.problem) article.append(paragraph("bad", message.problem));
-    const line = make("span", {className: "line"}, message.line ?? "");
-    const tools = make("div", {className: "tools small row"}, line, copying(message.content), button("Try again", again));
-    const code = make("details", {}, make("summary", {}, "As curl and Python"));
-    code.ontoggle = () => { if (!code.querySelector("figure")) code.append(...examples(bodyOf(own, at))); };
-    article.append(tools, code);
-    article.ariaBusy = "false";
-  };
-  return article;
+  return turn;
 }
-function bodyOf({messages}, at) {       // the request for an answer, without questions that have none
-  const {request, system} = messages[at], answered = (index) => index + 1 === at || messages[index + 1].content;
-  const sent = messages.slice(0, at).filter(({role, content}, index) => role === "user" ? answered(index) : content);
-  const prompt = system ? [{role: "system", content: system}] : [];
-  return {...request, messages: [...prompt, ...sent.map(({role, content}) => ({role, content}))]};
+function bodyOf({messages}, at) {       // an answer's request, without questions that have none
+  const {request, system} = messages[at];
+  const sent = messages.slice(0, at).filter(({role, content}, index) =>
+    role === "user" ? index + 1 === at || messages[index + 1].content : content);
+  if (system) sent.unshift({role: "system", content: system});
+  return {...request, messages: sent.map(({role, content}) => ({role, content}))};
 }
-const parameters = () => Object.fromEntries(
-  PARAMETERS.filter((name) => ui[name].value).map((name) => [name, Number(ui[name].value)]));
-function paced(work) {  // `work`, the layout included, takes a fifth of the time at most, however long an answer grows
+function paced(work) {  // with the layout it takes a fifth of the time, however long an answer is
   let timer = 0, pause = 20;
   const run = () => {
     const started = performance.now();
@@ -13412,37 +13313,43 @@ function paced(work) {  // `work`, the layout included, takes a fifth of the tim
   return () => { timer ||= setTimeout(run, pause); };
 }
 async function ask() {  // for the answer to the chat's last question
-  const own = chat, at = own.messages.length, message = {role: "assistant", content: "", reasoning: "",
-    request: {model: chosen, ...parameters()}, system: ui.system.value.trim(), problem: "The page was closed before the end."};
+  const own = chat, at = own.messages.length;
+  const message = {role: "assistant", content: "", reasoning: "", system: ui.system.value.trim(),
+    request: {model: chosen}, problem: "The page was closed before the end."};
+  for (const name of SETTINGS.slice(1)) {
+    if (ui[name].value) message.request[name] = Number(ui[name].value);
+  }
   own.messages.push(message);
-  const article = answer(own, at);
-  ui.turns.append(article);
+  const turn = answer(message, at);
+  ui.turns.append(turn);
   ui.log.scrollTop = 0;     // the end
   [stop, ui.send.textContent] = [new AbortController(), "Stop"];
   try {
-    await receive(message, bodyOf(own, at), paced(article.update));
+    await receive(message, bodyOf(own, at), paced(turn.update));
     delete message.problem;
   } catch (error) {
-    message.problem = stop.signal.aborted ? "Stopped." : error instanceof Explained ? error.message : "The connection broke off.";
+    message.problem = stop.signal.aborted ? "Stopped." : explain(error, ENDS[""]);
   }
   [stop, ui.send.textContent] = [null, "Send"];
-  article.finish();
+  turn.finish();
   if (own === chat || stored(`chat ${own.id}`)) keepChat(own);
 }
-const ENDS = {length: "It reached its limit of tokens.", content_filter: "A content filter ended the answer.",
-  tool_calls: "It asks for a tool, and this page has none.", "": "The connection broke off."};
+const ENDS = {length: "It reached its limit of tokens.", "": "The connection broke off.",
+  content_filter: "A content filter ended the answer.",
+  tool_calls: "It asks for a tool, and this page has none."};
 async function receive(message, body, changed) {
   const started = performance.now();
   const response = await api("v1/chat/completions", {method: "POST", signal: stop.signal,
     body: JSON.stringify({...body, stream: true, stream_options: {include_usage: true}})});
   let first = 0, end = "", tokens = null;
   try {
-    for await (const {error, usage, choices: [{delta = {}, finish_reason} = {}] = []} of events(response.body)) {
+    for await (const {error, usage, choices: [choice = {}] = []} of events(response.body)) {
       if (error) throw failure(error);
-      message.content += delta.content?.replaceAll("\r", "") ?? "";
-      message.reasoning += delta.reasoning_content?.replaceAll("\r", "") ?? "";
-      first ||= (delta.content || delta.reasoning_content) && performance.now();
-      end = finish_reason ?? end;
+      const {content, reasoning_content: thoughts} = choice.delta ?? {};
+      message.content += content?.replaceAll("\r", "") ?? "";
+      message.reasoning += thoughts?.replaceAll("\r", "") ?? "";
+      first ||= (content || thoughts) && performance.now();
+      end = choice.finish_reason ?? end;
       tokens = usage?.completion_tokens ?? tokens;
       changed();
     }
@@ -13451,40 +13358,45 @@ async function receive(message, body, changed) {
   }
   if (end !== "stop") throw new Explained(ENDS[end] ?? `The answer ended early: ${end}.`);
 }
-function account(headers, wait, took, tokens) {     // "paid, after akash=429 · 0.4 s to first token · 52 tokens/s · 812 tokens"
-  const attempts = headers.get("X-Akashproxy-Route")?.split(", ") ?? [], [name] = (attempts.pop() ?? "").split("=");
-  const ignored = headers.get("X-Akashproxy-Ignored");
-  return [attempts.length ? `${name}, after ${attempts.join(", ")}` : name,
-    wait > 0 && `${(wait / 1000).toFixed(1)} s to first token`,
+function account(headers, wait, took, tokens) {     // "paid, after a=429 · 0.4 s to first token"
+  const tries = headers.get("X-Akashproxy-Route")?.split(", ") ?? [];
+  const ignored = headers.get("X-Akashproxy-Ignored"), [name] = (tries.pop() ?? "").split("=");
+  return [tries.length ? `${name}, after ${tries.join(", ")}` : name,
+    wait > 0 && `${(wait / 1000).toFixed(wait < 95 ? 2 : 1)} s to first token`,
     wait > 0 && took > 100 && tokens > 1 && `${Math.round(tokens / took * 1000)} tokens/s`,
-    tokens !== null && count(tokens, "token"), ignored && `ignored: ${ignored}`].filter(Boolean).join(" · ");
+    tokens !== null && count(tokens, "token"),
+    ignored && `ignored: ${ignored}`].filter(Boolean).join(" · ");
 }
 const BASE = new URL("v1", location).href;
-function examples(body) {       // for a shell and for Python, without the token and the data of images
-  const secret = sessionStorage.token ? ' -H "Authorization: Bearer $TOKEN"' : "";
+function examples(body) {       // for a shell and for Python, without the token and images' data
+  const token = sessionStorage.token ? ' -H "Authorization: Bearer $TOKEN"' : "";
   const brief = (name, value) => name === "url" ? `${value.split(",")[0]},...` : value;
-  return [listing(`curl -N ${BASE}/chat/completions${secret} -H 'Content-Type: application/json' \\
-  -d '${JSON.stringify({...body, stream: true}, brief).replaceAll("'", "'\\''")}'`, "curl"), listing(`import os, openai
+  const data = JSON.stringify({...body, stream: true}, brief).replaceAll("'", "'\\''");
+  return [listing(`curl -N ${BASE}/chat/completions${token} \\
+  -H 'Content-Type: application/json' -d '${data}'`, "curl"), listing(`import os, openai
 
 client = openai.OpenAI(base_url="${BASE}", api_key=os.environ.get("TOKEN", "none"))
-for chunk in client.chat.completions.create(stream=True, **${JSON.stringify(body, brief)}):
+request = ${JSON.stringify(body, brief)}
+for chunk in client.chat.completions.create(stream=True, **request):
     print(chunk.choices[0].delta.content or "", end="")`, "Python")];
 }
 
 // -- the models and the first sight
-const PROMPTS = ["Explain how a proxy works, in three sentences.", "Write a Python function that checks a password's strength.",
-  "Plan a weekend in Lisbon, as a table."];
+const PROMPTS = ["Explain how a proxy works, in three sentences.",
+  "Plan a weekend in Lisbon, as a table.",
+  "Write a Python function that checks a password's strength."];
+const isPhone = () => matchMedia("(pointer: coarse)").matches;
 function choose(name) {
   chosen = name;
   ui.model.textContent = ui.model.title = name || "No models";
   keepSettings();
 }
 function listModels() {     // those with all the words that are searched for; Enter takes the first
-  const words = ui.search.value.toLowerCase().split(" ");
-  const matching = names.filter((name) => words.every((word) => name.toLowerCase().includes(word)));
-  ui.found.textContent = `${matching.length} of ${count(names.length, "model")}`;
-  ui.models.replaceChildren(...matching.map((name) => make("li", {},
-    make("button", {value: name, ariaPressed: name === chosen}, name))));
+  const wanted = ui.search.value.toLowerCase().split(" ");
+  const found = names.filter((name) => wanted.every((word) => name.toLowerCase().includes(word)));
+  ui.found.textContent = `${found.length} of ${count(names.length, "model")}`;
+  ui.models.replaceChildren(...found.map((name) =>
+    make("li", make("button", name, {value: name, ariaPressed: name === chosen}))));
 }
 function pick() {
   ui.search.value = "";
@@ -13492,83 +13404,93 @@ function pick() {
   ui.picker.showModal();
 }
 function greet() {
-  const touch = matchMedia("(pointer: coarse)").matches, key = sessionStorage.token ? "$TOKEN" : "none";
-  const keys = touch ? "" : " Enter sends, Shift+Enter breaks the line, Escape stops.";
-  const some = names.slice(0, 5).map((name) => button(name, () => choose(name), {className: "name"}));
-  ui.welcome.replaceChildren(make("h2", {}, "What can I do for you?"),
-    paragraph("small", names.length ? `${count(names.length, "model")} to choose from.${keys}` : "No models are available."),
-    row(...PROMPTS.map((text) => button(text, () => submit(text)))),
-    row(...some, names.length > some.length ? button("More models", pick) : ""),
-    listing(BASE, "Base URL"), listing(`export OPENAI_BASE_URL=${BASE} OPENAI_API_KEY=${key}`, "Shell"));
+  const name = {className: "name"}, key = sessionStorage.token ? "$TOKEN" : "none";
+  const keys = isPhone() ? "" : " Enter sends, Shift+Enter breaks the line, Escape stops.";
+  ui.welcome.replaceChildren(make("h2", "What can I do for you?"),
+    make("p.small", names.length ? `${count(names.length, "model")} to choose from.${keys}`
+      : "No models are available."),
+    make("div.prompts", PROMPTS.map((text) => button(text, () => submit(text)))),
+    make("div.row", names.slice(0, 5).map((each) => button(each, () => choose(each), name)),
+      names.length > 5 && button("More models", pick)),
+    listing(BASE, "Base URL"),
+    listing(`export OPENAI_BASE_URL=${BASE} OPENAI_API_KEY=${key}`, "Shell"));
 }
 
 // -- the controllers
-function card(all, each) {
-  const total = all.reduce((sum, {priority, weight}) => sum + (priority === each.priority && weight), 0);
-  const share = Math.round(100 * each.weight / (total || 1)), resting = each.rests_for_seconds || each.models_cooling_down;
-  const state = each.rests_for_seconds ? `cooling down, ${each.rests_for_seconds} s`
-    : each.models_cooling_down ? `${count(each.models_cooling_down, "model")} cooling down` : "ready";
+function card(each, index, all) {
+  const group = all.filter(({priority}) => priority === each.priority);
+  const share = each.weight / (group.reduce((sum, {weight}) => sum + weight, 0) || 1);
+  const cooling = each.rests_for_seconds ? `cooling down, ${each.rests_for_seconds} s`
+    : each.models_cooling_down && `${count(each.models_cooling_down, "model")} cooling down`;
   const models = each.models === null ? "models unknown" : count(each.models, "model");
-  return make("article", {className: "card"},
-    make("h2", {className: "row"}, each.name, make("span", {className: `small state ${resting ? "resting" : "ready"}`}, state)),
-    paragraph("small", `Tier ${each.priority}, ${share} % of its requests · ${models}`),
-    paragraph("small", `${each.in_flight} in flight · ${each.served} served · ${each.failed} failed`),
-    each.last_error ? paragraph("bad", `Last error: ${each.last_error}, ${new Date(each.last_error_at).toLocaleTimeString()}`) : "");
+  const time = new Date(each.last_error_at).toLocaleTimeString(), part = Math.round(100 * share);
+  return make("article.card", make("h2.row", each.name,
+    make(`span.small.state.${cooling ? "warn" : "good"}`, cooling || "ready")),
+    make("p.small", `Tier ${each.priority}, ${part} % of its requests · ${models}`),
+    make("p.small",
+      `${each.in_flight} in flight · ${each.served} served · ${each.failed} failed`),
+    each.last_error && make("p.bad", `Last error: ${each.last_error}, ${time}`),
+    each.login === "ended" && make("p.bad", "Its login has ended."));
 }
 function keyCard({name, ...figures}) {
-  const words = Object.entries(figures).map(([figure, value]) => `${figure.replaceAll("_", " ")}: ${value ?? "none"}`);
-  return make("article", {className: "card"}, make("h2", {}, `Key ${name}`), paragraph("small", words.join(" · ")));
+  const line = Object.entries(figures).map(([figure, value]) => `${figure}: ${value ?? "none"}`);
+  return make("article.card", make("h2", `Key ${name}`),
+    make("p.small", line.join(" · ").replaceAll("_", " ")));
 }
-async function showStatus() {
+async function readStatus() {
   const {controllers, keys} = await (await api("status")).json();
-  ui.status.replaceChildren(...controllers.map((each) => card(controllers, each)), ...keys.map(keyCard));
+  ui.status.replaceChildren(...controllers.map(card), ...keys.map(keyCard));
 }
 
 // -- what happens, and when
-let trouble = "";       // the complaint of refresh() that is in sight, to be taken back when it is over
 async function refresh() {      // the models, once, and the controllers while they are in sight
   if (document.hidden || !ui.key.hidden) return;
+  let trouble = "";
   try {
-    if (!names) {
-      const {data} = await (await api("v1/models")).json();
-      names = data.map(({id}) => id);
-      choose(names.includes(chosen) ? chosen : names[0] ?? "");
-      greet();
-      if (names.length) ui.field.focus();
-    }
-    if (!ui.status.hidden) await showStatus();
-    if (trouble && ui.note.textContent === trouble) tell();
-    trouble = "";
+    if (!names) await readModels();
+    if (location.hash === "#status") await readStatus();
   } catch (error) {
-    const message = error instanceof Explained ? error.message : "The server's answer can't be read.";
-    if (trouble !== message) tell(make("span", {className: "bad"}, trouble = message));     // a reader says it once
+    trouble = explain(error, "The server's answer can't be read.");
   }
+  if (ui.trouble.textContent !== trouble) ui.trouble.textContent = trouble;     // said once
+}
+async function readModels() {
+  const {data} = await (await api("v1/models")).json();
+  names = data.map(({id}) => id);
+  choose(names.includes(chosen) ? chosen : names[0] ?? "");
+  greet();
+  if (names.length) ui.field.focus();
 }
 function submit(text) {
-  const images = Array.from(ui.images.querySelectorAll("img"), ({src}) => ({type: "image_url", image_url: {url: src}}));
-  if (stop || !chosen || !text && !images.length) return;
-  if (editing >= 0) cut(editing);
-  else tell();
-  editing = -1;
+  const pictures = Array.from(ui.images.querySelectorAll("img"),
+    ({src: url}) => ({type: "image_url", image_url: {url}}));
+  if (stop || !chosen || !text && !pictures.length) return;
+  const at = chat.messages.length;
   chat.title ||= text.slice(0, 60) || "Image";
-  chat.messages.push({role: "user", content: images.length ? [{type: "text", text}, ...images] : text});
-  ui.turns.append(question(chat.messages.length - 1));
-  ui.images.replaceChildren();
-  ui.field.value = sessionStorage.draft = "";
+  const content = pictures.length ? [{type: "text", text}, ...pictures] : text;
+  chat.messages.push({role: "user", content});
+  drawTurns(at);
+  compose("", []);
   ask();
   keepChat(chat);
 }
-ui.form.onsubmit = (event) => {
-  event.preventDefault();
-  if (stop) stop.abort();
-  else submit(ui.field.value.trim());
+onhashchange = () => {
+  const view = location.hash || "#chat";
+  for (const link of document.querySelectorAll("header a")) link.ariaCurrent = link.hash === view;
+  refresh();
 };
 onkeydown = (event) => {
   if (event.key === "Escape") stop?.abort();
-  const newLine = event.shiftKey || event.isComposing || matchMedia("(pointer: coarse)").matches;
+  const newLine = event.shiftKey || event.isComposing || isPhone();
   if (event.target !== ui.field || event.key !== "Enter" || newLine) return;
   event.preventDefault();
   if (!stop) ui.form.requestSubmit();
+};
+ui.form.onsubmit = () => stop ? stop.abort() : submit(ui.field.value.trim());
+ui.key.onsubmit = () => {
+  sessionStorage.token = ui.token.value.replace(/[^!-~]/g, "");
+  ui.key.hidden = true;
+  refresh();
 };
 ui.field.oninput = () => { sessionStorage.draft = ui.field.value; };
 ui.settings.onchange = keepSettings;
@@ -13578,33 +13500,20 @@ ui.picker.onclose = () => { if (ui.picker.returnValue) choose(ui.picker.returnVa
 ui.sidebar.onbeforetoggle = listChats;
 ui.fresh.onclick = () => { location.hash = "#chat"; show(emptyChat()); ui.field.focus(); };
 ui.attach.onclick = () => ui.file.click();
-ui.file.onchange = () => { attachAll([...ui.file.files]); ui.file.value = ""; };
-document.onpaste = ({clipboardData}) => attachAll([...clipboardData.files]);
+ui.file.onchange = () => { attach(ui.file.files); ui.file.value = ""; };
+document.onpaste = ({clipboardData}) => attach(clipboardData.files);
 ondragover = (event) => event.preventDefault();
-ondrop = (event) => { event.preventDefault(); attachAll([...event.dataTransfer.files]); };
+ondrop = (event) => { event.preventDefault(); attach(event.dataTransfer.files); };
 onpagehide = () => { if (stop) keepChat(chat); };      // the part of an answer that has come
-ui.key.onsubmit = (event) => event.preventDefault();
-ui.token.onchange = () => {
-  sessionStorage.token = ui.token.value.replace(/[^!-~]/g, "");
-  ui.key.hidden = true;
-  refresh();
-};
-onhashchange = () => {
-  ui.status.hidden = location.hash !== "#status";
-  ui.log.hidden = ui.welcome.hidden = ui.form.hidden = !ui.status.hidden;
-  document.querySelector("[href='#chat']").ariaCurrent = ui.status.hidden;
-  document.querySelector("[href='#status']").ariaCurrent = !ui.status.hidden;
-  refresh();
-};
 const before = stored("settings") ?? {};
-for (const name of ["system", ...PARAMETERS]) ui[name].value = before[name] ?? "";
+for (const name of SETTINGS) ui[name].value = before[name] ?? "";
 chosen = before.model ?? "";
 ui.field.value = sessionStorage.draft ?? "";
 show(stored(`chat ${before.chat}`) ?? emptyChat());
 onhashchange();
 setInterval(refresh, 1000);
 </script>
-"""  # noqa: E501 (its lines are not wrapped)
+"""
 
 
 @functools.lru_cache(maxsize=None)
@@ -13612,20 +13521,15 @@ def page() -> Tuple[bytes, Dict[str, str]]:
     """The page and its headers; it may run its own script and load nothing else."""
     import hashlib
 
-    texts = {
-        tag: PAGE.partition("<" + tag)[2].partition(">")[2].partition("</" + tag)[0]
-        for tag in ("style", "script")
-    }
-    hashes = {
-        tag: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-        for tag, text in texts.items()
-    }
     policy = (
-        f"default-src 'none'; script-src 'sha256-{hashes['script']}'; "
-        f"style-src 'sha256-{hashes['style']}'; connect-src 'self'; img-src data: blob:; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+        "default-src 'none'; connect-src 'self'; img-src data: blob:; base-uri 'none'; "
+        "form-action 'none'; frame-ancestors 'none'; "
         "require-trusted-types-for 'script'; trusted-types 'none'"
     )
+    for tag in ("style", "script"):
+        text = PAGE.partition("<" + tag)[2].partition(">")[2].partition("</" + tag)[0]
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        policy += f"; {tag}-src 'sha256-{digest}'"
     return PAGE.encode(), {
         "Content-Type": "text/html; charset=utf-8",
         "Cache-Control": "no-cache",

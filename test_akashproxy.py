@@ -1943,6 +1943,7 @@ def test_a_page_in_front_of_the_session_or_the_models(path, status, akash, serve
     akash.answer = lambda sock, request: (sock.sendall(reply(status, PAGE, "text/html")) or True if request.path == path else answer(sock, request))
     got = ask(serve(), path="/v1/models")
     assert got.status == 502 and got.json["error"]["code"] == "upstream_blocked" and b"<" not in got.body
+    assert got.json["error"]["message"].startswith("127.0.0.1: A proxy in front"), "no port: clients need not know the inner network"
 
 
 def test_endless_texts_of_errors_cost_nothing(akash, serve):
@@ -3189,7 +3190,7 @@ def test_whole_calls_without_a_name(call, error, fake, pool):
 })
 def test_spellings_of_usage(case):
     extra, cached, reasoning = case
-    usage = akashproxy.usage_of({"usage": {"prompt_tokens": 100, "completion_tokens": 5, "total_tokens": 105, **extra}})
+    usage = akashproxy.chat_usage({"prompt_tokens": 100, "completion_tokens": 5, "total_tokens": 105, **extra})
     assert (usage["prompt_tokens"], usage["completion_tokens"], usage["total_tokens"]) == (100, 5, 105)
     assert (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0) == cached
     assert (usage.get("completion_tokens_details") or {}).get("reasoning_tokens", 0) == reasoning
@@ -4400,6 +4401,11 @@ MEANINGS = {
     "Alibaba's arrears": ((400, err("Access denied, please make sure your account is in good standing.", code="Arrearage")),
                           key_refused("good standing")),
     "NVIDIA's wrong key": ((403, {"status": 403, "title": "Forbidden", "detail": "Authorization failed"}), key_refused("failed")),
+    "Anthropic's usage limit": ((400, anthropic("invalid_request_error", "You have reached your specified API usage limits. You will "
+        "regain access on 2099-12-01 at 00:00 UTC.")), key_refused("spent")),
+    "Anthropic's disabled organization": ((400, anthropic("invalid_request_error", "This organization has been disabled.")), key_refused("disabled")),
+    "Azure's private endpoint": ((403, err("Public access is disabled. Please configure private endpoint.", code="403")), key_refused("private")),
+    "new-api's quota": ((403, err("预扣费额度失败, 用户剩余额度: ＄0.00", type="new_api_error")), key_refused("spent")),
     "Bedrock's wrong token": ((403, {"Message": "The security token included in the request is invalid."}), key_refused("token")),
     "One API's banned user": ((403, err("用户已被封禁")), key_refused("封禁")),
     "Groq's restricted organization": ((400, err("Organization has been restricted.", code="organization_restricted")), key_refused("restricted")),
@@ -4417,12 +4423,6 @@ MEANINGS = {
     "LiteLLM's budget": ((400, err("Budget has been exceeded! Current cost: 76.16, Max budget: 10.0", type="budget_exceeded", code="400")), key_refused("spent")),
     "LiteLLM's own wrong key": ((401, err("litellm.AuthenticationError: AuthenticationError: OpenAIException - " + INCORRECT, code="401")), key_refused("(401): Incorrect API key provided: ***", "model")),
     "a plain 401": ((401, b"Unauthorized"), key_refused("(401): Unauthorized")),
-    "Anthropic's usage limit": ((400, anthropic("invalid_request_error", "You have reached your specified API usage limits. You will "
-        "regain access on 2099-12-01 at 00:00 UTC.")), key_refused("spent")),
-    "Anthropic's disabled organization": ((400, anthropic("invalid_request_error", "This organization has been disabled.")),
-                                          key_refused("disabled")),
-    "Azure's private endpoint": ((403, err("Public access is disabled. Please configure private endpoint.", code="403")), key_refused("private")),
-    "new-api's quota": ((403, err("预扣费额度失败, 用户剩余额度: ＄0.00", type="new_api_error")), key_refused("spent")),
     # -- this request is refused, others are not
     "OpenRouter's tokens": ((402, err(AFFORD, code=402)), refused_with(402, AFFORD)),
     "OpenRouter's moderation": ((403, err("This model requires moderation on x. Your input was flagged", code=403, metadata={"reasons": ["violence"], "flagged_input": "..."})), refused_with(403, "flagged")),
@@ -4786,7 +4786,7 @@ def test_a_name_of_a_model_condemns_no_key(model):
     "in base 64 for URLs": (["~~~???>>>sk-1234"], base64.urlsafe_b64encode(b"~~~???>>>sk-1234").decode(), "***=="),
     "JSON's escapes": (["sk-12345678"], "no " + "".join(f"\\u{ord(char):04X}" for char in "sk-12345678") + "!", "no ***!"),
     "escapes of some": (["sk-12345678"], "no s\\u006b-1%32345&#x36;78!", "no ***!"), "others' escapes": (["sk-12345678"], "a%20b\\u0041 sk-12345678", "a%20b\\u0041 ***"),
-    "a thousand times": (["sk-12345678"], "no sk-12345678, " * 1000, "***"),
+    "ten thousand times": (["sk-12345678"], "no sk-12345678, " * 10_000, "***"),
     "in hexadecimal digits": (["sk-12345678"], b"sk-12345678".hex(), "***"),
     "encoded twice": (["a b/c&d=e+f"], "a%2520b%252Fc%2526d%253De%252Bf", "***"),
     "in capitals": (["sk-abcdefgh"], "no SK-ABCDEFGH", "no ***"), "a header in small letters": (["Sk-ABCDEFGH"], "İİ sk-abcdefgh", "İİ ***"),
@@ -5241,7 +5241,7 @@ def test_odd_values_are_answered_or_named_never_a_bug():
                     spoken = dialect({**body, name: odd})
                     error = controller.check_support(spoken.call)
                     if error is None and controller is controllers[1]:
-                        spoken.opening_frames() + spoken.encode(list(controller.events(spoken.call))) + akashproxy.to_json(spoken.response_body(fold([Text("x"), Finish("stop")])))
+                        spoken.opening_frames() + spoken.encode(list(controller.events(spoken.call))) + akashproxy.to_json(spoken.response_body(fold(map(spoken.count, [Text("x"), Finish("stop")]))))
                 except APIError as refused:
                     error = refused
                 seen[error and error.status] += 1
@@ -5438,26 +5438,28 @@ def returned_calls(server, path, body, streamed):
     assert ask(server, "POST", path, {**body, **history}).status == 200
 
 
-def calling(*names):
-    return {"tool_calls": [{"index": at, "id": name, "function": {"name": "f", "arguments": "{}"}} for at, name in enumerate(names)]}
+def calling(*names, index=0):
+    return {"tool_calls": [{"index": index + at, "id": name, "function": {"name": "f", "arguments": "{}"}} for at, name in enumerate(names)]}
 
 
 SIGNED = {"type": "reasoning.text", "text": "why", "signature": "S", "format": "anthropic-claude-v1", "index": 0}
 SEALED = {"type": "reasoning.encrypted", "data": "E", "id": "tool_1", "format": "google-gemini-v1", "index": 0}
 @table({
-    # name: (details of each delta, what comes back beside the calls)
+    # name: (details of each delta, None for the first call; what comes back beside the calls)
     "signed text in fragments": ([[{**SIGNED, "text": "w", "signature": None}], [{**SIGNED, "text": "hy", "signature": None}], [{**SIGNED, "text": None}]], [SIGNED]),
     "encrypted ones": ([[SEALED], [{**SEALED, "data": "F", "index": 1}]], [SEALED, {**SEALED, "data": "F", "index": 1}]),
     "encrypted ones without an index": ([[{**SEALED, "index": None}], [{**SEALED, "data": "F", "index": None}]], [{**SEALED, "index": None}, {**SEALED, "data": "F", "index": None}]),
     "text and an encrypted one": ([[{"type": "reasoning.text", "text": "why", "index": 0}], [SEALED]], [{"type": "reasoning.text", "text": "why", "index": 0}, SEALED]),
     "text alone": ([[{"type": "reasoning.text", "text": "why", "index": 0}]], None),
+    "one for each call": ([[SEALED], None, [{**SEALED, "data": "F"}]], [SEALED, {**SEALED, "data": "F"}]),
     "too many of them": ([[{**SEALED, "data": "E" * 40_000}], [{**SEALED, "data": "F" * 40_000}]], None),
     "odd ones": ([[7], ["x"], [None], {"a": 1}, "x"], None),
 })
 @pytest.mark.parametrize("path, body", [("/v1/messages", ASKED), ("/v1/responses", WANTED)], ids=["messages", "responses"])
 def test_reasoning_details_come_back_with_the_calls(case, path, body, streamed, fake, pool):
     details, expected = case
-    fake.faults.append(answered(*({"reasoning_details": each} for each in details), calling("c1", "c2"), finish="tool_calls"))
+    deltas = [calling("c1") if each is None else {"reasoning_details": each} for each in (details if None in details else [*details, None])]
+    fake.faults.append(answered(*deltas, calling("c2", index=1), finish="tool_calls"))
     returned_calls(pool(fake), path, body, streamed)
     message = fake.bodies()[-1]["messages"][0]
     assert [call["id"] for call in message["tool_calls"]] == ["c1", "c2"] and not any("reasoning_details" in call for call in message["tool_calls"])
@@ -5698,6 +5700,7 @@ TOOL_ANSWERS = {    # an answer: its text, its calls
     "no closing tag between two": (f"<tool_call>{KYIV}<tool_call>{KYIV}</tool_call>", "", [IN_KYIV, IN_KYIV]),
     "several in one tag": (f"<tool_call>{KYIV}\n{LVIV}</tool_call>", "", [IN_KYIV, ("weather", {"city": "Lviv"})]),
     "several in one tag, by commas": (f"<tool_call>{KYIV}, {LVIV}</tool_call>", "", [IN_KYIV, ("weather", {"city": "Lviv"})]),
+    "a broken one after a complete one": (f"<tool_call>{KYIV}\n{{broken</tool_call>", "{broken</tool_call>", [IN_KYIV]),
     "a list of several": (f"<tool_call>[{KYIV}, {LVIV}]</tool_call>", "", [IN_KYIV, ("weather", {"city": "Lviv"})]),
     "a mark within a string": ('<tool_call>{"name": "write", "arguments": {"content": "</tool_call> <tool_call>"}}</tool_call>', "",
                                [("write", {"content": "</tool_call> <tool_call>"})]),
@@ -5710,6 +5713,8 @@ TOOL_ANSWERS = {    # an answer: its text, its calls
     "no field arguments": ('<tool_call>{"name": "now"}</tool_call>', "", [("now", {})]),
     "typed parameters": ("<function=weather>\n<parameter=city>\n7\n</parameter>\n<parameter=days>\n7\n</parameter>\n</function>", "",
                          [("weather", {"city": "7", "days": 7})]),
+    "another form's mark in a parameter": ("<function=write>\n<parameter=content>\n</arg_value>\n</parameter>\n</function>", "", [("write", {"content": "</arg_value>"})]),
+    "parameters without a closing tag": ("<function=write>\n<parameter=content>\na\n</parameter>\n<function=now>\n</function>", "", [("write", {"content": "a"}), ("now", {})]),
     "lines in a parameter": ("<function=write>\n<parameter=content>\n<a>\n\nb\n\n</parameter>\n</function>", "", [("write", {"content": "<a>\n\nb\n"})]),
     "a fence in the text before": (f"```\nx\n```\n<tool_call>{KYIV}</tool_call>", "```\nx\n```\n", [IN_KYIV]),
 }
@@ -5771,6 +5776,13 @@ def test_a_long_call_that_proves_invalid_ends_a_stream_with_an_error_and_is_text
                 read()
         else:
             assert read().text == answer
+
+
+def test_a_long_call_that_is_cut_by_the_limit_leaves_no_text():
+    step = akashproxy.ToolCallFilter(prompted())
+    head = '<tool_call>{"name": "write", "arguments": {"content": "%s"}' % ("x" * 999)
+    answer = fold(step.feed([Text(head)]) + step.feed([Text(" ")]) + step.feed([Finish("length")]) + step.close())
+    assert (answer.text, answer.finish) == ("", Finish("length")) and answer.tools[0].arguments == '{"content": "%s"}' % ("x" * 999)
 
 
 def test_only_what_may_begin_a_call_is_held_back():
@@ -6989,7 +7001,7 @@ def test_the_first_of_several_ends_of_a_relay():
         (begin + b"data:" + b" " * 99 + b"[DONE]\n\ndata: [DONE]\n\n", begin + b"data:" + b" " * 99 + b"[DONE]\n\n"),
         (begin * 2, begin * 2),
     ):
-        decoder = akashproxy.PassthroughDecoder("up", True, akashproxy.STREAM_ENDS["/v1/chat/completions"])
+        decoder = akashproxy.PassthroughDecoder("up", akashproxy.STREAM_ENDS["/v1/chat/completions"])
         assert b"".join(event.data for event in decoder.feed(data)) == passed_on and decoder.complete == (b"data: [DONE]" in data)
 
 
@@ -8533,9 +8545,8 @@ def test_prometheus_reads_the_metrics(pool):
 
 
 def test_every_series_is_in_the_readme():
-    assert rows("Metrics")[:len(akashproxy.METRICS)] == [f"`{name}`" for name in akashproxy.METRICS]
-    for name, (_, _, labels) in akashproxy.METRICS.items():
-        assert f"| `{name}` | {', '.join(labels)} |" in README
+    found = [(name, labels) for first, labels, *_ in table_rows("Metrics") for name in re.findall("`(.*?)`", first)]
+    assert sorted(found) == sorted((name, ", ".join(labels)) for name, (_, _, labels) in akashproxy.METRICS.items())
     assert set(re.findall(r"(?:akashproxy|process)_\w+?(?=_bucket|\b)", " ".join(ALARMS.values()))) <= set(akashproxy.METRICS)
 
 
@@ -9167,11 +9178,12 @@ def test_all_bodies_together_have_a_bound(akash, serve):
     wait_for(lambda: ask(server, "POST", path, data).status == 200)
 
 
-@pytest.mark.parametrize("ends", ["whole", "left", "reset", "late", "large", "malformed", "declared only"])
+@pytest.mark.parametrize("ends", ["whole", "left", "reset", "late", "large", "malformed", "declared only", "unread"])
 def test_what_a_body_took_is_given_back_however_it_ends(ends, akash, serve):
     server = serve(max_body=90000, max_body_total=100000, body_timeout=0.2 if ends == "late" else 20)
     path, data = "/v1/chat/completions", json.dumps({**CHAT, "padding": "x" * 80000}).encode()
     sized, chunked = (head_of("POST", path, field) for field in (f"Content-Length: {len(data)}", "Transfer-Encoding: chunked"))
+    sized = sized.replace(b"POST " + path.encode(), b"GET /v1/models") if ends == "unread" else sized
     for _ in range(3):
         if ends == "declared only":     # a length that is only declared takes nothing
             with connect(server, sized), connect(server, sized):
@@ -9187,6 +9199,8 @@ def test_what_a_body_took_is_given_back_however_it_ends(ends, akash, serve):
             elif ends == "malformed":
                 sock.sendall(b"z\r\n")
                 assert status_of(sock) == 400
+            elif ends == "unread":
+                assert status_of(sock) == 200
             elif ends == "late":
                 assert status_of(sock) == 408
             elif ends == "reset":
@@ -9544,7 +9558,7 @@ def test_the_composition_fits_the_code():
     conf = saved("nginx.conf")
     assert re.findall(r"server ([\w-]+):(\d+) ", conf) == [(name, str(PORT)) for name in services]
     assert nginx["depends_on"] == list(services) and nginx["volumes"] == ["./nginx.conf:/etc/nginx/nginx.conf:ro"]
-    assert nginx["ports"] == [f"{PORT}:{re.search(r'listen (.+);', conf)[1]}"]
+    assert nginx["ports"] == [f"{PORT}:{re.search(r'listen (.+?);', conf)[1]}"]
 
 
 def test_the_nginx_conf_fits_the_code():
@@ -9557,13 +9571,15 @@ def test_the_nginx_conf_fits_the_code():
     assert passed_on == [("/", "error timeout"), ("/health", "error timeout http_503")], "a POST that was sent must not be repeated"
     assert "/health" in akashproxy.ROUTES
     assert (conf["proxy_buffering"], conf["proxy_http_version"]) == ("off", "1.1")
+    passed_on = dict(re.findall(r"proxy_set_header (\S+) +(.+?);", saved("nginx.conf")))
+    assert passed_on.items() >= {"Host": "$http_host", "X-Forwarded-Proto": "$scheme", "X-Forwarded-For": "$remote_addr"}.items()
     down = json.loads(re.search(r"'(\{.*\})'", saved("nginx.conf"))[1])
     assert list(down["error"]) == list(akashproxy.Dialect.error_body(APIError(502, "x"))["error"])
 
 
 def test_the_kubernetes_manifests_fit_the_code():
     yaml = pytest.importorskip("yaml")
-    deployment, service, scaler = yaml.safe_load_all(saved("kubernetes.yaml"))
+    deployment, service = yaml.safe_load_all(saved("kubernetes.yaml"))
     template = deployment["spec"]["template"]
     pod, container = template["spec"], template["spec"]["containers"][0]
     assert deployment["spec"]["selector"]["matchLabels"] == template["metadata"]["labels"] == service["spec"]["selector"]
@@ -9580,9 +9596,7 @@ def test_the_kubernetes_manifests_fit_the_code():
         assert probe["httpGet"]["port"] == "http" and "GET" in akashproxy.ROUTES[probe["httpGet"]["path"]]
     alive = container["livenessProbe"]
     assert alive["periodSeconds"] * (alive["failureThreshold"] - 1) > stopping, "it must not kill one that stops"
-    target = scaler["spec"]["scaleTargetRef"]
-    assert all(target[name] == deployment[name] for name in ("apiVersion", "kind")) and target["name"] == deployment["metadata"]["name"]
-    assert "replicas" not in deployment["spec"] and scaler["spec"]["minReplicas"] > 1
+    assert deployment["spec"]["replicas"] > 1 and f"kubectl autoscale deployment {deployment['metadata']['name']} --cpu-percent" in README
     assert "cpu" in container["resources"]["requests"], "the scaler counts in it"
 
 
@@ -9614,7 +9628,7 @@ def test_the_systemd_unit_fits_the_code(tmp_path):
     assert settings.server_address == f"127.0.0.1:{PORT}" and f"`server 127.0.0.1:{PORT}`" in README
     assert settings.grace + FAREWELL < float(service["TimeoutStopSec"])
     assert int(service["LimitNOFILE"]) > 2 * DEFAULTS.max_connections
-    assert (service["ExecReload"], service["KillSignal"], service["DynamicUser"]) == ("/bin/kill -HUP $MAINPID", "SIGTERM", "yes")
+    assert (service["ExecReload"], service["DynamicUser"]) == ("/bin/kill -HUP $MAINPID", "yes")
     command = service["ExecStart"].split()
     assert command[1:] == ["-I", "/opt/akashproxy/akashproxy.py"] and "/etc/akashproxy" in akashproxy.CONFIG_DIRECTORIES
     failed = run("--server-address", "nowhere")
@@ -9752,24 +9766,30 @@ def test_two_replicas_behind_nginx(config, tmp_path):
         assert (got.status, got.json["error"]["code"]) == (502, "replica_down")
 
 
-def rows(heading):
-    """The first cells of the table under a heading of the README."""
-    section = re.search(rf"^### {heading}\n(.*?)^##", README, re.M | re.S)[1]
-    return [line.split("|")[1].strip() for line in section.splitlines() if line.startswith("|")][2:]
+def table_rows(heading):
+    """The cells of each row of the tables under a heading of the README."""
+    section = re.search(rf"^##+ {heading}\n(.*?)^##", README, re.M | re.S)[1]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line.startswith("| ")]
+
+
+def first_cells(heading):
+    """The names in the first cells of the tables under a heading of the README."""
+    return [name for first, *_ in table_rows(heading) for name in re.findall("`(.*?)`", first)]
 
 
 def test_every_field_of_the_log_is_in_the_readme(log, serve):
     ask(serve(), path="/v1/models")
     wait_for(lambda: any(hasattr(record, "facts") for record in log.records))
     facts, = [record.facts for record in log.records if hasattr(record, "facts")]
-    assert rows("The log") == [f"`{name}`" for name in facts]
+    assert first_cells("The log") == list(facts)
 
 
 def test_the_readmes_alerts_are_logged():
-    for entry in rows("Alerts"):
-        level, words = (re.findall(r"an? (warning|error) `(.*)`", entry) or [("", "")])[0]
+    found = [pair for first, *_ in table_rows("Alerts") for pair in re.findall(r"an? (warning|error) `(.*?)`", first)]
+    for level, words in found:
         calls = "error|exception" if level == "error" else "warning"
-        assert not level or re.search(rf'log\.({calls})\([^)]*?{re.escape(words)}', SOURCE), entry
+        assert re.search(rf'log\.({calls})\([^)]*?{re.escape(words)}', SOURCE), words
+    assert len(found) > 5
 
 
 # == page =====================================================================================
@@ -9949,18 +9969,20 @@ MARKDOWN = {
     "a **b *c*** `d**`": "<p>a <strong>b <em>c</em></strong> <code>d**</code></p>",
     "``a ` b`` `c **d *e f": "<p><code>a ` b</code> `c **d *e f</p>",
     "a\nb\n\nc": "<p>a\nb</p><p>c</p>",
-    "snake_case_name 2*3*4 __b__ ***x*** ~~y~~ \\*z\\*": "<p>snake_case_name 2*3*4 <strong>b</strong> <em><strong>x</strong></em> <del>y</del> *z*</p>",
+    "snake_case_name 2*3*4 __b__ ***x*** ~~y~~ \\*z\\*": "<p>snake_case_name 2*3*4 <strong>b</strong> <strong><em>x</em></strong> <del>y</del> *z*</p>",
     "# A\n## B _c_\ntext": "<h2>A</h2><h3>B <em>c</em></h3><p>text</p>",
     "#### A\n# B\n## C": "<h2>A</h2><h2>B</h2><h3>C</h3>",
     "2. a\n   more\n3. b\n\n4. c": '<ol start="2"><li>a\nmore</li><li>b</li><li>c</li></ol>',
     "- a\n  - b\n    1. c\n- d": '<ul><li>a<ul><li>b<ol start="1"><li>c</li></ol></li></ul></li><li>d</li></ul>',
     "> a\n> > b\nc": "<blockquote><p>a</p><blockquote><p>b\nc</p></blockquote></blockquote>",
-    "a\n\n---\n\n&amp;&#65;&x; <br>": "<p>a</p><hr><p>&amp;A&amp;x; <br></p>",
+    "a\n\n---\n\n&amp;&#39;&x; <br>": "<p>a</p><hr><p>&amp;'&amp;x; <br></p>",
     "- [x] a": '<ul><li class="task"><input type="checkbox" disabled="" aria-label="done">a</li></ul>',
     "|a|b|\n|-|-:|\n|`c\\|d`|e|": '<div class="scroll" tabindex="0" role="group" aria-label="Table"><table><thead><tr><th>a</th><th class="end">b</th></tr></thead>'
         '<tbody><tr><td><code>c|d</code></td><td class="end">e</td></tr></tbody></table></div>',
-    "$\\frac{a}{2}$, $5 or $6": '<p><math display="inline"><mrow><mfrac><mrow><mi>a</mi></mrow><mrow><mn>2</mn></mrow></mfrac></mrow></math>, $5 or $6</p>',
-    "$x_i^2 \\le \\foo$": '<p><math display="inline"><mrow><msubsup><mi>x</mi><mi>i</mi><mn>2</mn></msubsup><mo>≤</mo><mtext>\\foo</mtext></mrow></math></p>',
+    "$\\frac{a}{2}$, $5 or $6": '<p><math><mrow><mfrac><mrow><mi>a</mi></mrow><mrow><mn>2</mn></mrow></mfrac></mrow></math>, $5 or $6</p>',
+    "$x_i^2 \\le \\foo$": '<p><math><mrow><msubsup><mi>x</mi><mi>i</mi><mn>2</mn></msubsup><mo>≤</mo><mtext>\\foo</mtext></mrow></math></p>',
+    "$$\\sum_{n} a,\\quad b$$": '<p><math class="block"><mrow><munder><mo>∑</mo><mrow><mi>n</mi></mrow></munder><mi>a</mi><mo>,</mo><mo>\u2003</mo>'
+        '<mi>b</mi></mrow></math></p>',
     "[a `b`](https://x.example/c_(d)) or http://y.example/z.": '<p><a href="https://x.example/c_(d)" target="_blank" rel="noopener">'
         'a <code>b</code></a> or <a href="http://y.example/z" target="_blank" rel="noopener">http://y.example/z</a>.</p>',
     "[a](javascript:alert(1)) [b](data:text/html,x) [c](//x)": "<p>[a](javascript:alert(1)) [b](data:text/html,x) [c](//x)</p>",
@@ -10048,15 +10070,15 @@ def test_a_picture_that_is_not_one(browser, akash, serve):
 def test_a_wrong_token_then_the_right_one(browser, akash, serve):
     browser.open(serve(bearer_token="r1ght").url)
     browser.until("document.activeElement.id === 'token'")
-    assert browser.text("#note") == "This server needs a token. Type it above."
+    assert browser.text("#trouble") == "This server needs a token. Type it above."
     browser.type("wr0ng")
-    browser.until("document.getElementById('note').innerText.includes('is wrong')")
+    browser.until("document.getElementById('trouble').innerText.includes('is wrong')")
     assert browser.run("document.activeElement.id") == "token"
     browser.run("document.getElementById('token').select()")
     browser.type("r1ght")
     browser.until("document.activeElement.id === 'field'")
     browser.ask("Hello")
-    assert browser.text("#note") == "" and browser.text(".answer .text") == "Hello from the mock."
+    assert browser.text("#trouble") == "" and browser.text(".answer .text") == "Hello from the mock."
     assert browser.run("[JSON.stringify(localStorage).includes('r1ght'), document.cookie, location.href.includes('r1ght')]") == [False, "", False]
     listings = browser.examples()
     assert len(listings) == 2 and "r1ght" not in str(listings)
@@ -10151,6 +10173,19 @@ def test_the_controllers_on_the_page(browser, pool):
     browser.until("document.getElementById('form').checkVisibility() && !document.querySelector('.card')?.checkVisibility()")
 
 
+def test_on_a_phone_enter_breaks_the_line(browser, fake, pool):
+    browser.open(pool(fake).url)
+    browser.until("document.querySelector('#welcome button')")
+    assert "Enter" in browser.text("#welcome .small")
+    browser.call("Emulation.setDeviceMetricsOverride", width=320, height=600, deviceScaleFactor=1, mobile=True)
+    browser.call("Emulation.setTouchEmulationEnabled", enabled=True)
+    browser.load("Page.reload")
+    browser.until("document.querySelector('#welcome button') && document.activeElement.id === 'field'")
+    assert "Enter" not in browser.text("#welcome .small")
+    browser.type("Hello")
+    assert browser.run("[document.getElementById('field').value, document.querySelectorAll('.turn').length]") == ["Hello\n", 0]
+
+
 def test_the_page_fits_a_phone(browser, pool):
     fake = FakeOpenAI(["a-model-with-a-" + "very-" * 20 + "long-name"], "x" * 300 + "\n```\n" + "y" * 300 + "\n```")
     browser.open(pool(fake).url)
@@ -10175,15 +10210,42 @@ def test_chats_are_kept_renamed_and_deleted_with_undo(browser, pool):
     assert browser.text("#chats button") == "Greeting" and browser.text(".question") == "Hello"
 
 
-def test_settings_and_images_are_sent(browser, fake, pool):
+def test_chats_are_exported(browser, fake, pool):
+    browser.open(pool(fake).url)
+    browser.ask("Hello")
+    browser.run("URL.createObjectURL = (blob) => { window.file = blob; return 'blob:' + location.href; };"
+                "HTMLAnchorElement.prototype.click = function () { window.named = this.download; }")
+    browser.run("document.getElementById('save').click()")
+    chat, = json.loads(browser.run("file.text()"))
+    assert browser.run("named") == "chats.json" and chat["title"] == "Hello"
+    assert [message["content"] for message in chat["messages"]] == ["Hello", "Hi there."]
+
+
+def test_a_question_is_edited(browser, fake, pool):
+    browser.open(pool(fake).url)
+    browser.ask("Hello")
+    browser.ask("And now?")
+    edit = "document.querySelector('.question + .tools button:last-child').click()"
+    browser.run(edit)
+    browser.run("document.querySelector('#note button').click()")
+    assert browser.run("document.querySelectorAll('.turn').length") == 4, "undone"
+    browser.run(edit)
+    browser.ask(", world")
+    assert browser.run("document.querySelectorAll('.turn').length") == 2
+    assert [message["content"] for message in json.loads(fake.requests[-1].body)["messages"]] == ["Hello, world"]
+
+
+@pytest.mark.parametrize("event", ["document.dispatchEvent(new ClipboardEvent('paste', {clipboardData: files}))",
+                                   "document.body.dispatchEvent(new DragEvent('drop', {dataTransfer: files, bubbles: true}))"], ids=["paste", "drop"])
+def test_settings_and_images_are_sent(event, browser, fake, pool):
     browser.open(pool(fake).url)
     browser.until("document.querySelector('#welcome button')")
     browser.run("document.getElementById('system').value = 'Be brief.', document.getElementById('max_tokens').value = 5")
     browser.run("""new Promise((done) => document.createElement('canvas').toBlob((blob) => {
-      const clipboardData = new DataTransfer();
-      clipboardData.items.add(new File([blob], 'a.png', {type: 'image/png'}));
-      done(document.dispatchEvent(new ClipboardEvent('paste', {clipboardData})));
-    }))""")
+      const files = new DataTransfer();
+      files.items.add(new File([blob], 'a.png', {type: 'image/png'}));
+      done(EVENT);
+    }))""".replace("EVENT", event))
     browser.until("document.querySelector('#images img')")
     browser.ask("What is it?")
     body = json.loads(fake.requests[-1].body)
@@ -10199,13 +10261,13 @@ def test_models_are_searched(browser, pool):
     browser.until("document.querySelector('#welcome button')")
     browser.run("document.getElementById('model').click()")
     browser.type("chat 42")
-    assert browser.text("#model") == "family/model-42-chat"
+    browser.until("document.getElementById('model').innerText === 'family/model-42-chat'")
 
 
 def test_a_failed_list_of_models_is_reported(browser, fake, pool):
     fake.answer = lambda sock, request: sock.sendall(reply(401, b'{"error": {"message": "no"}}')) or True
     browser.open(pool(fake).url)
-    browser.until("document.querySelector('#note .bad')")
+    browser.until("document.getElementById('trouble').innerText.includes('key')")
 
 
 def test_a_long_answer_in_small_parts_is_drawn_once(browser, fake, pool):
@@ -10223,7 +10285,7 @@ def test_the_line_under_an_answer_and_trying_again(browser, pool):
     one.faults.append(one.status(429))
     browser.open(known(pool((one, {"weight": 9}), two)).url)
     browser.ask("Hello")
-    assert re.match(r"b, after a=429 · \d\.\d s to first token", browser.text(".answer .line"))
+    assert re.match(r"b, after a=429 · \d\.\d+ s to first token", browser.text(".answer .line"))
     browser.run("answer.old = true, [...answer.querySelectorAll('button')].find((each) => each.innerText === 'Try again').click()")
     browser.until("document.querySelectorAll('.answer[aria-busy=false]').length === 1 && !document.querySelector('.answer').old")
     browser.run("document.querySelector('.question + .tools button:last-child').click()")
@@ -10427,10 +10489,9 @@ def script_patterns(script):
                           r"(?<=[(\[])/((?:[^/\\\n\[]|\\.|\[(?:[^\]\\\n]|\\.)*\])+)/([a-z]*)", script)
     found = [(one + two, flags + others) for one, flags, two, others in literals]
     if shutil.which("node"):        # those that are put together from others, too
-        parts = re.search(r"^const within = .*?^const strong", script, re.S | re.M)[0].removesuffix("const strong")
-        parts += "const SPANS = [" + "".join(f"[{literal}]," for literal in re.findall(r"^  \[((?:RegExp\(|/).*?/?\)?), ", script, re.M)) + "];"
-        output = subprocess.run(["node", "-e", parts + "console.log(JSON.stringify(SPANS.flat().map(({source}) => source)))"],
-                              capture_output=True, check=True, timeout=60).stdout
+        markdown = re.search(r"^// -- Markdown.*?^// -- ", script, re.S | re.M)[0]
+        tables = "console.log(JSON.stringify([BLOCKS, SPANS].flatMap(Object.values).map(([{source}]) => source)))"
+        output = subprocess.run(["node", "-e", markdown + "\n" + tables], capture_output=True, check=True, timeout=60).stdout
         found += [(source, "gm") for source in json.loads(output)]
     for source, flags in found:
         pattern = (source.replace("(?<name", "(?P<name").replace("[^]", r"[\s\S]").replace(r"\/", "/"))
@@ -10516,7 +10577,7 @@ def said(dialect, body):
 
 CHAT_BODY = {"messages": [user("hi")], "max_tokens": 9}
 chunked_body = functools.partial(BodyDecoder, {"transfer-encoding": "chunked"})
-relay_decoder = functools.partial(akashproxy.PassthroughDecoder, "b", True, akashproxy.CHAT_END)
+relay_decoder = functools.partial(akashproxy.PassthroughDecoder, "b", akashproxy.CHAT_END)
 tool_filter = lambda: akashproxy.ToolCallFilter(prompted(stream=False))
 stops_filter = functools.partial(StopFilter, ["x" * 499 + "y", "ab" * 250 + "c", "x" * 20], None)
 
@@ -10606,7 +10667,7 @@ def growths(case):
     "Cutoff: beginnings of a stop": (texts(stops_filter), "", "xxxxxxxxxxxxxxxxxx\0", ""),
     "Cutoff: a long stop that nearly comes": (texts(stops_filter), "", "ababab", ""),
     "Cutoff: a text without a stop": (texts(stops_filter), "", "some words\n", ""),
-    "Cutoff: a stop as long as the text": (texts(lambda: StopFilter(["x" * 100000], None)), "", "x", ""),
+    "Cutoff: a stop as long as the text": (texts(lambda: StopFilter(["x" * akashproxy.MAX_STOP_LENGTH], None)), "", "x", ""),
     "Tools: beginnings of marks": (texts(tool_filter), "", "[TOOL <tool_cal", ""),
     "Tools: a mark in prose": (texts(tool_filter), "", "<tool_call> is ", ""),
     "Tools: marks only": (texts(tool_filter), "", "<tool_call>", ""),
@@ -10898,7 +10959,7 @@ MAY_NAME = {    # a section: the sections whose names may stand in it
     "transport": "names errors events settings http",
     "streams": "names errors events settings http transport",
     "filters": "names errors events streams",
-    "tools": "names errors events streams",
+    "tools": "names errors events streams filters",
     "controllers": "names errors events settings transport streams filters tools",
     "failures": "names errors events settings http transport",
     "akash": "names errors events settings http transport streams filters controllers failures",
@@ -11185,6 +11246,7 @@ def test_the_readmes_lines_for_agents_work(block, pool, tmp_path):
 CLIENTS = {     # program: (its row in the README's table of clients, what gets an answer, where {} is the row's own command)
     "opencode": ("opencode, kilo", "opencode run -m akashproxy/llama3.2 'Say hello.'"), "qwen": ("qwen-code", "{} -p 'Say hello.'"),
     "pi": ("pi", "pi --provider akashproxy --model llama3.2 -p 'Say hello.'"),
+    "cline": ("cline", "{} && cline 'Say hello.'"), "sgpt": ("shell-gpt", "sgpt 'Say hello.'"),
     "llm": ("llm", "llm -m akashproxy 'Say hello.'"), "gptme": ("gptme", "{} -n 'Say hello.'"),
     "aider": ("aider", "{} --no-git --yes-always --no-check-update --no-show-model-warnings --message 'Say hello.'"),
 }
@@ -11205,6 +11267,23 @@ def test_the_readmes_table_of_clients_works(program, pool, tmp_path):
     done = subprocess.run(["bash", "-ec", command.format(first)], cwd=tmp_path, env={"PATH": os.environ["PATH"], "HOME": str(tmp_path)},
                           stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=100)
     assert "Hi there." in done.stdout, done
+
+
+def test_the_readmes_row_for_langchain_works(fake, pool):
+    chat_models = pytest.importorskip("langchain_openai")
+    row = re.search(r"^\| LangChain \| `(.*)` \|$", README, re.M)[1].replace("127.0.0.1:16571", f"127.0.0.1:{pool(fake).server_port}")
+    model = eval(row.replace("llama3.2", "gpt-x"), vars(chat_models).copy())
+    assert model.invoke("Say hello.").content == "Hi there."
+
+
+def test_the_readmes_row_for_the_ai_sdk_works(fake, pool):
+    package = 'const {createOpenAICompatible} = require("@ai-sdk/openai-compatible");'
+    if not shutil.which("node") or subprocess.run(["node", "-e", package], capture_output=True).returncode:
+        pytest.skip("no AI SDK here; NODE_PATH can be its folder")
+    row = re.search(r"^\| AI SDK \| `(.*)` \|$", README, re.M)[1].replace("127.0.0.1:16571", f"127.0.0.1:{pool(fake).server_port}")
+    call = "doGenerate({prompt: [{role: 'user', content: [{type: 'text', text: 'Say hello.'}]}]})"
+    script = f"{package} {row}('gpt-x').{call}.then(({{content}}) => console.log(content[0].text))"
+    assert subprocess.run(["node", "-e", script], capture_output=True, text=True, timeout=60).stdout == "Hi there.\n"
 
 
 EMBEDDING = [block for block in blocks("python") if not official(block)]
@@ -11252,18 +11331,26 @@ def test_the_readmes_controller_for_http_works(pool, monkeypatch):
     assert route_of(chat(server, BOTH, messages=[user("abc")])) == "a=502, b=200"
 
 
+def test_the_readmes_links_lead_to_its_headings():
+    headings = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^#+ (.*)$", README, re.M)}
+    assert set(re.findall(r"\]\(#(.*?)\)", README)) <= headings
+
+
 def test_the_readmes_first_command_is_the_main_job():
     first = blocks("sh")[0].split("\n")[0]
     assert first == "python3 akashproxy.py --demo"
 
 
 def test_every_setting_and_every_route_is_in_the_readme():
-    for name, item in SETTINGS.items():
-        default = akashproxy.default_text(item)
-        assert f"| `{name}` | {f'`{default}`' if default else ''} | {item.metadata['help']} |" in README, name
-    for item in (*akashproxy.setting_fields(akashproxy.ControllerSettings).values(), *akashproxy.setting_fields(akashproxy.ClientKeySettings).values()):
-        default = akashproxy.default_text(item)
-        assert f"| `{item.name}` | {f'`{default}`' if default else ''} | {item.metadata['help']} |" in README, item.name
+    of_controllers, of_keys = (akashproxy.setting_fields(cls) for cls in (akashproxy.ControllerSettings, akashproxy.ClientKeySettings))
+    for heading, fields in (("Settings", SETTINGS), ("Several upstreams", of_controllers), ("Client keys", of_keys)):
+        left = dict(fields)
+        for first, defaults, *helps in (cells for cells in table_rows(heading) if len(cells) == 3):
+            items = [left.pop(name, None) for name in re.findall(r"`(\w+)`", first)]
+            if any(items):      # several in one row have what each one has, in their order
+                assert defaults == ", ".join(f"`{text}`" for text in map(akashproxy.default_text, items) if text), first
+                assert helps == ["; ".join(item.metadata["help"] for item in items)], first
+        assert not left
     for path in akashproxy.ROUTES:
         assert f"`{path.replace('{}', '{id}' if path.startswith('/v1') else '{name}')}`" in README, path
 
@@ -11348,7 +11435,7 @@ def test_the_readmes_docker_lines_mount_files_where_they_are_found():
 
 @pytest.mark.parametrize("number", [None, signal.SIGINT, signal.SIGTERM])
 def test_the_bench(number, tmp_path):
-    command = next(block for block in blocks("sh") if "bench" in block).split()[1:]
+    command = re.search("^.venv/bin/python (.* bench)$", "".join(blocks("sh")), re.M)[1].split()
     process = subprocess.Popen([sys.executable, *command, "0.02" if number is None else "60", "20"], cwd=HERE, text=True, start_new_session=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "TMPDIR": str(tmp_path)})
     if number is not None:
