@@ -12800,7 +12800,7 @@ h1 { margin: 0 auto 0 0; font-size: 1rem; }
   h1 { position: fixed; opacity: 0; }
 }
 main { flex: 1; display: flex; flex-direction: column; min-height: 0; }
-main > form, #note, #trouble, #turns, section > * {
+main > form, #note, #trouble, #turns, main > section > * {
   width: min(46rem, 100% - 2rem); margin: 0 auto; }
 section, #log { flex: 1; overflow: auto; padding: 1.5rem 0; scrollbar-gutter: stable both-edges; }
 #log { display: flex; flex-direction: column-reverse; }     /* its end stays in sight */

@@ -10186,6 +10186,12 @@ def test_on_a_phone_enter_breaks_the_line(browser, fake, pool):
     assert browser.run("[document.getElementById('field').value, document.querySelectorAll('.turn').length]") == ["Hello\n", 0]
 
 
+def test_what_is_first_seen_stands_in_one_column(browser, fake, pool):
+    browser.open(pool(fake).url)
+    browser.until("document.querySelector('#welcome button')")
+    assert browser.run("new Set(Array.from(document.getElementById('welcome').children, (each) => each.getBoundingClientRect().x)).size") == 1
+
+
 def test_the_page_fits_a_phone(browser, pool):
     fake = FakeOpenAI(["a-model-with-a-" + "very-" * 20 + "long-name"], "x" * 300 + "\n```\n" + "y" * 300 + "\n```")
     browser.open(pool(fake).url)
