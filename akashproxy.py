@@ -1036,15 +1036,13 @@ class Answer:
     tools: List[ToolCall] = field(default_factory=list)
     images: List[Image] = field(default_factory=list)
     finish: Finish = Finish("stop")
-    raw: bytes = b""
 
 
 def fold(events: Iterable[Event]) -> Answer:
-    """Join the events of an answer."""
+    """Join the events of an answer; bytes that are passed through are left out."""
     answer = Answer()
     text: List[str] = []
     reasoning: List[str] = []
-    raw: List[bytes] = []
     tools: Dict[str, List[ToolCall]] = {}
     for event in events:
         if isinstance(event, Text):
@@ -1061,9 +1059,7 @@ def fold(events: Iterable[Event]) -> Answer:
             answer.images.append(event)
         elif isinstance(event, Finish):
             answer.finish = event
-        elif isinstance(event, RawBytes):
-            raw.append(event.data)
-    answer.text, answer.reasoning, answer.raw = "".join(text), "".join(reasoning), b"".join(raw)
+    answer.text, answer.reasoning = "".join(text), "".join(reasoning)
     answer.tools = sorted(map(join_tool_call, tools.values()), key=lambda call: call.index)
     return answer
 
@@ -3162,9 +3158,11 @@ def controller_error(error: Exception, name: str) -> APIError:
     return error if isinstance(error, APIError) else unexpected_error(error, name)
 
 
-def truncated(upstream_name: str, problem: str = "ended its answer early") -> APIError:
-    """Return the error for an incomplete or unusable answer."""
-    return APIError(502, f"{upstream_name} {problem}.", category=Category.NETWORK)
+def truncated(upstream_name: str, problem: str = "") -> APIError:
+    """Return the error for an incomplete answer, or for one with another problem."""
+    # Some clients retry a broken stream only if its error has the words "connection lost".
+    problem = f" {problem}" if problem else ": connection lost: it ended its answer early"
+    return APIError(502, f"{upstream_name}{problem}.", category=Category.NETWORK)
 
 
 # == 7. streams ===============================================================================
@@ -5909,7 +5907,7 @@ class AkashDecoder(Decoder):
         elif reason == "error":
             self._fail("Akash Chat failed in the middle of its answer.")
         else:
-            self._fail("Akash Chat ended its answer early, without a finish reason.")
+            self._fail("Akash Chat: connection lost: it ended its answer without a finish reason.")
 
     def _fail(self, message: str, code: str = "upstream_error") -> None:
         self.error = self.error or APIError(502, message, code=code, category=Category.NETWORK)
@@ -5942,7 +5940,7 @@ def challenge_page_error(response: UpstreamResponse) -> APIError:
     )
 
 
-ENDED_EARLY = "Akash Chat ended its answer early."
+ENDED_EARLY = "Akash Chat: connection lost: it ended its answer early."
 MALFORMED_LINE = "Akash Chat sent a malformed line."
 CHALLENGE_PAGE = (
     "A proxy in front of Akash Chat answered with a web page: set AKASH_COOKIE and USER_AGENT as"

@@ -1137,7 +1137,7 @@ def delta(text, kind="text"):
 
 FINISH5 = {"type": "finish", "finishReason": "stop"}
 USAGE = {"prompt_tokens": 11, "completion_tokens": 7, "total_tokens": 18}
-EARLY, NO_REASON = "ended its answer early", "without a finish reason"
+EARLY, NO_REASON = "connection lost: it ended its answer early", "connection lost: it ended its answer without a finish reason"
 UNKNOWN = b"3:\"{'error': '/chat/completions: Invalid model name passed in model=no-such-model. Call `/v1/models` to view.'}\"\n"
 
 DECODED = {
@@ -5057,7 +5057,7 @@ def test_anthropics_own_format_is_relayed_to_who_speaks_it(a, b, pool):
     request = next(request for request in b.requests if request.method == "POST")
     assert got.body == expected and b.bodies()[0] == odd and request.path == "/v1/messages?beta=true" and request.headers["anthropic-beta"] == "x"
     got = ask(server, "POST", "/v1/messages", odd)
-    assert got.body.endswith(b'event: error\ndata: {"type":"error","error":{"message":"b ended its answer early.","type":"api_error"}}\n\n')
+    assert got.body.endswith(b'event: error\ndata: {"type":"error","error":{"message":"b: connection lost: it ended its answer early.","type":"api_error"}}\n\n')
     assert [ask(server, "POST", "/v1/messages/count_tokens", {**odd, "stream": False}).json for _ in "ab"] == [{"input_tokens": 70}, {"input_tokens": 7}]
     assert not a.bodies()
 
@@ -10266,7 +10266,10 @@ def test_models_are_searched(browser, pool):
     browser.open(pool(FakeOpenAI([f"family/model-{number}-chat" for number in range(80)])).url)
     browser.until("document.querySelector('#welcome button')")
     browser.run("document.getElementById('model').click()")
-    browser.type("chat 42")
+    browser.until("document.activeElement.id === 'search'")
+    browser.call("Input.insertText", text="chat 42")
+    browser.until("document.querySelectorAll('#models button').length === 1")
+    browser.press("Enter")
     browser.until("document.getElementById('model').innerText === 'family/model-42-chat'")
 
 
