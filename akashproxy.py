@@ -503,9 +503,10 @@ def start_thread(target: Callable[[], None], name: str) -> bool:
 
 
 def similar_to(name: str, names: Sequence[str], count: int = 1) -> str:
-    """Up to ``count`` of the names, to end a question: 'a' or 'b'; "" if none is similar.
+    """Up to ``count`` similar names, as 'a' or 'b'; "" if there are none.
 
-    Any case. Bounded, as both may come from others: long names, and those after 500, are left out.
+    Case is ignored. Names above 64 characters, and those after the first 500, are not looked at:
+    clients and upstreams choose them.
     """
     import difflib  # only now, as it would slow down every start
 
@@ -10276,7 +10277,7 @@ def check_body_size(size: int, settings: Settings) -> None:
 
 
 def check_body_memory(size: int, server: "Server") -> None:
-    """Raise APIError 503 if there is no room for ``size`` more bytes of bodies in transit."""
+    """Raise APIError 503 if MAX_BODY_TOTAL has no room for so many more bytes."""
     if server.body_bytes + size > server.settings.max_body_total:
         message = "The server is receiving too many large requests; retry later."
         raise APIError(503, message, code="overloaded", retry_after=1)

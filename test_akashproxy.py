@@ -7110,10 +7110,11 @@ def test_a_ping_never_ends_an_event(case, fake, pool):
     done, end = threading.Event(), b"".join(FakeOpenAI.words(""))
     fake.faults.append(fake.steps(fake.head() + chunk(frames), done, chunks(end)))
     with connect(pool(fake, heartbeat=0.1, idle_timeout=9), post("/v1/chat/completions", {**CHAT, "model": "both", "stream": True})) as sock:
-        got = receive(sock, lambda got: got.count(b": ping") >= 3)
+        got = receive(sock, lambda got: got.partition(frames)[2].count(b": ping") >= 3)
         done.set()
         body = unchunked((got + receive(sock, b"0\r\n\r\n")).partition(b"\r\n\r\n")[2])
-    assert frames + ping * 3 in body and body.replace(ping, b"") == frames + end
+    after = body.partition(frames)[2]     # a ping may come before, too
+    assert after.startswith(ping * 3) and after.replace(ping, b"") == end
 
 
 def test_openais_client_reads_pings_behind_an_event_with_an_id(fake, pool):
