@@ -2510,7 +2510,7 @@ class ConnectionPool(urllib.request.BaseHandler):
         self.lock = threading.Lock()
 
     def http_open(self, request: UpstreamRequest) -> "UpstreamResponse":
-        """Send a request on an idle or a new connection."""
+        """Send a request on an idle or a new connection, and leave its socket blocking."""
         sock = None if request.retry_reason else self._acquire(request.connection_key)
         reused = sock is not None
         if sock is None:
@@ -2844,7 +2844,6 @@ class UpstreamResponse:
     def read_head(self) -> None:
         """Block until the head is complete. APIError if the network fails."""
         try:
-            self.sock.setblocking(True)
             while not self.status:
                 self.opening = self.receive(self.sock.recv(RECV_SIZE))
         except (*NETWORK_ERRORS, APIError) as error:
@@ -3480,7 +3479,6 @@ class EventStream:
     def __iter__(self) -> Iterator[Event]:
         """Read the socket in this thread and yield the events."""
         with contextlib.closing(self):
-            self.response.sock.setblocking(True)
             while not self.at_eof and not self.error:
                 try:
                     events = self.receive(self.response.recv(self.started))
@@ -7150,7 +7148,6 @@ class OpenAIController(Controller):
         if options.cookie:
             headers["Cookie"] = options.cookie
         self.secrets = [options.api_key, *option_secrets(options)]
-        self.adapts_bodies = bool(options.drop or options.rename or options.set)
         self.redact_type = functools.lru_cache(maxsize=64)(lambda text: redact(text, self.secrets))
         has_path = urllib.parse.urlsplit(options.base_url).path
         base_url = options.base_url if has_path else options.base_url + "/v1"
@@ -7196,10 +7193,8 @@ class OpenAIController(Controller):
         body = original if is_native else self._translated(call)
         if "model" in body and body["model"] != name:
             body = {**body, "model": name}
-        dropped: List[str] = []
-        if body and self.adapts_bodies:
-            is_chat = not call.relay_only and not call.image_count
-            body, dropped = adapt_body(body, self.options, is_chat)
+        is_chat = not call.relay_only and not call.image_count
+        body, dropped = adapt_body(body, self.options, is_chat) if body else (body, [])
         # a second "model" in the bytes could differ from the one that was authorized
         if (
             is_native
@@ -10760,8 +10755,7 @@ class ResponseWriter:
         with self.lock:
             # Before the end is sent. Otherwise: the client reads the end and sends its next
             # request; that is rejected by max_concurrency; this request releases its slot.
-            if self.request.counted:
-                release_key(self.request)
+            release_key(self.request)
             self.ping_frame, self.finished = None, True
             end = b"0\r\n\r\n" if self.chunked and self.request.head.method != "HEAD" else b""
             return self.send(self._frame(data) + end, last=True)
@@ -11361,9 +11355,7 @@ class Gate:
     def check_head(self, request: Request, decoder: BodyDecoder) -> None:
         """Check origin, token, route, method and declared size."""
         settings = request.settings
-        if settings.path_prefix or request.head.path.endswith("/"):
-            request.head = strip_path(request.head, settings.path_prefix)
-        head = request.head
+        request.head = head = strip_path(request.head, settings.path_prefix)
         request.route = route = find_route(head.method, head.path)
         self.check_page(request)  # after the route, which decides on the form of its error
         if head.method == "OPTIONS":  # a preflight carries no token
@@ -11554,9 +11546,9 @@ def acquire_key(request: Request, key: KeyLimiter, call: Call) -> None:
 
 
 def release_key(request: Request) -> None:
-    """Release the slot of its key that a request holds. Any thread."""
-    request.counted = False
-    if request.key is not None:
+    """Release the key's slot, if the request holds one. Idempotent. Any thread."""
+    if request.counted and request.key is not None:
+        request.counted = False
         request.key.release()
 
 
@@ -12458,8 +12450,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def on_request_end(self, request: Request) -> None:
         """Count and log a completed request. Loop thread."""
-        if request.counted:
-            release_key(request)
+        release_key(request)
         now = time.monotonic()
         self.metrics.add(request, now)
         log_access(request, now)
