@@ -10986,7 +10986,14 @@ class StreamRelay:
 
     def _add_upstream(self) -> None:
         callback = self.on_upstream_tls if self.tls_pending else self.on_upstream
-        self.loop.add(self.upstream, callback, self.abort)
+        try:
+            self.loop.add(self.upstream, callback, self.abort)
+        except OSError as error:  # select() has no room for it
+            events = self.stream.on_network_error(error)
+            if events and not self.client_done:
+                self._deliver(events)
+            self._fail(self.stream.error or error)
+            return
         if self.tls_pending and self.tls_pending():
             self.on_upstream_tls()
 
@@ -12472,8 +12479,9 @@ class Server(http.server.ThreadingHTTPServer):
                 log.exception("a bug in akashproxy, on the loop thread")
                 connection.disconnect()
         if self.accept_paused and not self.draining:
-            self.accept_paused = False
-            self.loop.add(self.socket, self.on_connection, self.on_connection)
+            with contextlib.suppress(OSError):  # select() still has no room: at the next tick
+                self.loop.add(self.socket, self.on_connection, self.on_connection)
+                self.accept_paused = False
         self.pool.on_tick(now)
         self.wake_waiters()
 

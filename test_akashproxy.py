@@ -10918,6 +10918,48 @@ def test_select_is_as_prompt_as_epoll(akash):
         assert time.monotonic() - began < 5, "each hand-over would wait for a tick"
 
 
+@contextlib.contextmanager
+def no_room_in_select(server):
+    """Let a server's selector accept no more sockets."""
+    poller = server.loop.poller
+    register = poller.register
+
+    def refuse(descriptor, events):
+        raise OSError(errno.EMFILE, "select() can't watch more sockets")
+
+    poller.register = refuse
+    try:
+        yield
+    finally:
+        poller.register = register
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_an_answer_that_select_has_no_room_for_is_an_error(akash, stream):
+    server = with_select(Server(Settings(server_address="127.0.0.1:0", akash_base_url=akash.url)))
+    with server, link_to(server) as link:
+        assert ask_again(link).status == 200
+        with no_room_in_select(server):
+            body = {**CHAT, "stream": stream}
+            answer = ask_again(link, "POST", "/v1/chat/completions", body)
+            assert (answer.status, answer.json["error"]["code"]) == (503, "overloaded")
+        assert ask_again(link, "POST", "/v1/chat/completions", CHAT).status == 200
+
+
+def test_accepting_resumes_once_select_has_room(akash):
+    server = with_select(Server(Settings(server_address="127.0.0.1:0", akash_base_url=akash.url)))
+
+    def pause():
+        server.loop.remove(server.socket)
+        server.accept_paused = True
+
+    with server:
+        with no_room_in_select(server):
+            server.loop.call_soon_threadsafe(pause)
+            time.sleep(3 * server.loop.TICK)
+        assert ask(server).status == 200
+
+
 def test_more_sockets_than_select_takes_are_refused(akash, caplog):
     resource = pytest.importorskip("resource")
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)
