@@ -1141,9 +1141,6 @@ def http_url(text: str) -> str:
     extra = parts.query or parts.fragment or parts.username is not None
     if extra or not re.fullmatch(r"[!-~]+", text):
         raise ValueError("only scheme, host, port and path are allowed")
-    endpoint = re.search(r"/(?:chat/)?(?:completions|responses|embeddings)/?$", text)
-    if endpoint:
-        raise ValueError(f"the part before {endpoint[0]} is enough: {text[: endpoint.start()]}")
     check_host(parts.hostname)
     if parts.port == 0:  # .port itself raises ValueError above 65535
         raise ValueError("'0' is not a valid port")
@@ -7154,6 +7151,14 @@ class OpenAIController(Controller):
         self.redact_type = functools.lru_cache(maxsize=64)(lambda text: redact(text, self.secrets))
         has_path = urllib.parse.urlsplit(options.base_url).path
         base_url = options.base_url if has_path else options.base_url + "/v1"
+        endpoint = re.search("/(?:chat/)?(?:completions|responses|embeddings)$", base_url)
+        if endpoint:  # a reverse proxy may serve the API below such a path
+            log.warning(
+                "%s: its base_url ends in %s; if that is an endpoint, set it to %s",
+                self.name,
+                endpoint[0],
+                base_url[: endpoint.start()],
+            )
         self.transport = Transport(options, settings, base_url, self.name, headers)
         self.model_cache = Cache(f"{self.name}: models", self._fetch_models)
 
