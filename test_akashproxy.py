@@ -5483,6 +5483,16 @@ def test_an_id_that_carries_nothing_stays_as_it_is(id):
     assert akashproxy.id_with_extra("c1", {"a": "x" * 70000}) == akashproxy.id_with_extra("c1", None) == "c1"
 
 
+@pytest.mark.parametrize("calls, is_accepted", [(3, True), (12, False)])
+def test_values_in_ids_are_limited_as_those_of_a_body(calls, is_accepted):
+    id = akashproxy.id_with_extra("c", {"a": [[]] * 10_000})
+    blocks = [{"type": "tool_use", "id": id, "name": "f", "input": {}}] * calls
+    call = akashproxy.Messages({**ASKED, "messages": [{"role": "assistant", "content": blocks}]}).call
+    assert (call.translation_error is None) == is_accepted
+    assert is_accepted or call.translation_error.status == 400 and "more than 100000 values" in call.translation_error.message
+    assert akashproxy.split_extra("c__extra_" + "e30" + "=" * 70_000)[1] is None
+
+
 LONG = "mcp__plugin_some_marketplace_and_a_server_with_a_long_name__a_tool_with_a_long_name"
 
 
