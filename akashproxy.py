@@ -8861,7 +8861,7 @@ class BlockDialect(Dialect):
         return [part for part in parts if part["type"] != "text"]
 
     def history_call(self, block: Dict[str, Any]) -> Dict[str, Any]:
-        """A tool call of the history, in OpenAI's format. APIError if IDs contain too much."""
+        """A past tool call in OpenAI's format. APIError if IDs contain too much."""
         call_id, extra = split_extra(block.get("call_id", block.get("id")))
         self.extra_values += count_values(extra)
         if self.extra_values > MAX_JSON_VALUES:
