@@ -1141,9 +1141,6 @@ def http_url(text: str) -> str:
     extra = parts.query or parts.fragment or parts.username is not None
     if extra or not re.fullmatch(r"[!-~]+", text):
         raise ValueError("only scheme, host, port and path are allowed")
-    endpoint = re.search(r"/(?:chat/)?(?:completions|responses|embeddings)/?$", text)
-    if endpoint:
-        raise ValueError(f"the part before {endpoint[0]} is enough: {text[: endpoint.start()]}")
     check_host(parts.hostname)
     if parts.port == 0:  # .port itself raises ValueError above 65535
         raise ValueError("'0' is not a valid port")
@@ -7151,6 +7148,14 @@ class OpenAIController(Controller):
         self.redact_type = functools.lru_cache(maxsize=64)(lambda text: redact(text, self.secrets))
         has_path = urllib.parse.urlsplit(options.base_url).path
         base_url = options.base_url if has_path else options.base_url + "/v1"
+        endpoint = re.search("/(?:chat/)?(?:completions|responses|embeddings)$", base_url)
+        if endpoint:  # a reverse proxy may serve the API below such a path
+            log.warning(
+                "%s: its base_url ends in %s; if that is an endpoint, set it to %s",
+                self.name,
+                endpoint[0],
+                base_url[: endpoint.start()],
+            )
         self.transport = Transport(options, settings, base_url, self.name, headers)
         self.model_cache = Cache(f"{self.name}: models", self._fetch_models)
 
@@ -8733,6 +8738,7 @@ class BlockDialect(Dialect):
         self.untranslated: List[str] = []  # names of ignored fields, for a response header
         self.tool_names: Dict[str, Tuple[str, Optional[str]]] = {}  # sent: (name, namespace)
         self.messages: List[Dict[str, Any]] = []  # for finish_messages()
+        self.extra_values = 0  # in the IDs of its calls
         self.has_begun = False  # there are further messages of the user or the assistant
         self.show_reasoning = True
         self.hidden_reasoning = ""  # the beginning of what is not shown
@@ -8850,8 +8856,11 @@ class BlockDialect(Dialect):
         return [part for part in parts if part["type"] != "text"]
 
     def history_call(self, block: Dict[str, Any]) -> Dict[str, Any]:
-        """A tool call of the history, in OpenAI's format."""
+        """A past tool call in OpenAI's format. APIError if IDs contain too much."""
         call_id, extra = split_extra(block.get("call_id", block.get("id")))
+        self.extra_values += count_values(extra)
+        if self.extra_values > MAX_JSON_VALUES:
+            raise bad_request(f"The IDs of tool calls contain more than {MAX_JSON_VALUES} values.")
         arguments = block.get("arguments", block.get("input"))
         text = arguments if isinstance(arguments, str) else _encode(as_dict(arguments))
         name = self.sent_name(block.get("name"), block.get("namespace"))
@@ -9155,11 +9164,17 @@ def split_extra(value: Any) -> Tuple[Optional[str], Optional[Dict[str, Any]]]:
     """A call's own ID, None if missing, and what id_with_extra() has added to it."""
     call_id = str(value) if isinstance(value, (str, int)) and value != "" else None
     head, mark, data = (call_id or "").rpartition(EXTRA)
-    if mark:
+    if mark and len(data) <= MAX_EXTRA:
         with contextlib.suppress(ValueError):
             extra = from_json(base64.urlsafe_b64decode(data + "=" * (-len(data) % 4)))
             return head, as_dict(extra) or None
     return call_id, None
+
+
+def count_values(value: Any) -> int:
+    """The number of JSON values in a value, itself included."""
+    children = value.values() if isinstance(value, dict) else value
+    return 1 + (sum(map(count_values, children)) if isinstance(value, (dict, list)) else 0)
 
 
 FILE_TYPES = ("document", "file", "input_file", "input_audio")

@@ -5483,6 +5483,16 @@ def test_an_id_that_carries_nothing_stays_as_it_is(id):
     assert akashproxy.id_with_extra("c1", {"a": "x" * 70000}) == akashproxy.id_with_extra("c1", None) == "c1"
 
 
+@pytest.mark.parametrize("calls, is_accepted", [(3, True), (12, False)])
+def test_values_in_ids_are_limited_as_those_of_a_body(calls, is_accepted):
+    id = akashproxy.id_with_extra("c", {"a": [[]] * 10_000})
+    blocks = [{"type": "tool_use", "id": id, "name": "f", "input": {}}] * calls
+    call = akashproxy.Messages({**ASKED, "messages": [{"role": "assistant", "content": blocks}]}).call
+    assert (call.translation_error is None) == is_accepted
+    assert is_accepted or call.translation_error.status == 400 and "more than 100000 values" in call.translation_error.message
+    assert akashproxy.split_extra("c__extra_" + "e30" + "=" * 70_000)[1] is None
+
+
 LONG = "mcp__plugin_some_marketplace_and_a_server_with_a_long_name__a_tool_with_a_long_name"
 
 
@@ -11117,9 +11127,6 @@ OPENAI_KEY = {"OPENAI_API_KEY": "k"}
     "no key": ("openai", {}, "openai needs OPENAI_API_KEY"),
     "a typo": ("opnai", {}, "UPSTREAM: 'opnai' is not an http:// or https:// URL"),
     "a wrong address": ("openai", {**OPENAI_KEY, "OPENAI_BASE_URL": "x"}, "'x' is not an http"),
-    "an endpoint": ("http://h/v1/chat/completions", {}, "UPSTREAM: the part before /chat/completions is enough: http://h/v1$"),
-    "another endpoint": ("http://h/v1/responses/", {}, "UPSTREAM: the part before /responses/ is enough: http://h/v1$"),
-    "a path that looks like one": ("http://h/my-completions", {}, [("http://h/my-completions", "")]),
 })
 def test_upstreams_without_a_file(case):
     upstream, environ, wanted = case
@@ -11128,6 +11135,20 @@ def test_upstreams_without_a_file(case):
             Settings.load({"UPSTREAM": upstream, **environ})
     else:
         assert [(each.base_url, each.api_key) for each in Settings.load({"UPSTREAM": upstream, **environ}).pool()] == wanted
+
+
+@table({    # UPSTREAM: the base_url that a warning suggests, if any
+    "chat": ("http://h/v1/chat/completions", "http://h/v1"), "responses": ("http://h/v1/responses/", "http://h/v1"),
+    "a reverse proxy's path": ("http://h/embeddings", "http://h"), "a path that looks like one": ("http://h/my-completions", None),
+    "the usual": ("http://h/v1", None),
+})
+def test_a_base_url_that_ends_in_an_endpoint_is_used_with_a_warning(case, log):
+    text, suggested = case
+    settings = Settings.load({"UPSTREAM": text, "PUBLIC_URL": "https://me/responses"})
+    options = settings.pool()[0]
+    akashproxy.CONTROLLERS["openai"](options, settings)
+    assert options.base_url == text.rstrip("/")
+    assert [record.getMessage().rpartition(" ")[2] for record in log.records] == ([suggested] if suggested else [])
 
 
 def test_upstreams_replace_those_of_the_file(config):
