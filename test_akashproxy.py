@@ -24,6 +24,7 @@ import functools
 import gc
 import hashlib
 import http.client
+import inspect
 import itertools
 import json
 import math
@@ -703,8 +704,12 @@ def statuses(server, count, body=None, **fields):
 
 
 def table(cases):
-    """Parametrize by a table {a name: values}."""
-    return pytest.mark.parametrize("case", list(cases.values()), ids=list(cases))
+    """Parametrize a test by a table {a name: values of its first parameters}; ``case`` is a row as it stands."""
+    def mark(test):
+        names, rows = list(inspect.signature(test).parameters), list(cases.values())
+        names = names[:len(rows[0])] if "case" not in names else ["case"]
+        return pytest.mark.parametrize(names, [[row] for row in rows] if names == ["case"] else rows, ids=list(cases))(test)
+    return mark
 
 
 def merged(events):
@@ -786,8 +791,7 @@ R, T = Reasoning, Text
     "a closing tag in quotes": ("Use `</think>` to end.", [T("Use `</think>` to end.")]),
     "breaks within a thought": ("<think>a\n\nb\n</think>\nc\n", [R("a\n\nb"), T("c\n")]),
 })
-def test_thinking_cut_anywhere(case):
-    text, expected = case
+def test_thinking_cut_anywhere(text, expected):
     for parts in pieces(text):
         assert merged(filtered(ThinkTagFilter(), parts)) == expected + [Finish("stop")], parts
 
@@ -826,8 +830,7 @@ def test_a_tag_that_was_never_opened():
     "a border": (["aabaaab"], None, "aabaabaaab", [T("aab"), Finish("stop", stop_sequence="aabaaab")]),
     "none of them": (["aaab", "aac"], None, "aabaaaa", [T("aabaaaa"), Finish("stop")]),
 })
-def test_cutoff_cut_anywhere(case):
-    stops, most, text, expected = case
+def test_cutoff_cut_anywhere(stops, most, text, expected):
     for parts in pieces(text):
         step = StopFilter(stops, most)
         events = [event for part in parts for event in step.feed([Text(part)])]
@@ -937,8 +940,7 @@ def test_secrets_stay_out_of_sight():
     "too large": (b"G / HTTP/1.1\r\nA: " + b"x" * 70000, 431),
     "too many fields": (b"G / HTTP/1.1\r\n" + b"A: b\r\n" * 101 + b"\r\n", 431),
 })
-def test_heads(case):
-    data, expected = case
+def test_heads(data, expected):
     for cuts in ([], [5], range(1, min(len(data), 300))):
         end, searched = -1, 0
         with pytest.raises(ProtocolError) if isinstance(expected, int) else contextlib.nullcontext() as caught:
@@ -984,8 +986,7 @@ LENGTH, CHUNKED = {"content-length": "5"}, {"transfer-encoding": "chunked"}
     "gzip": ({"transfer-encoding": "gzip, chunked"}, b"", ProtocolError, 501),
     "a vertical tab": ({"transfer-encoding": "\x0bchunked"}, b"", ProtocolError, 501),
 })
-def test_bodies_cut_anywhere(case):
-    fields, data, expected, rest = case
+def test_bodies_cut_anywhere(fields, data, expected, rest):
     for parts in pieces(data) if len(data) < 100 else [[data]]:
         def read():
             body, got = BodyDecoder(fields), b""
@@ -1035,8 +1036,7 @@ def test_a_body_to_the_end_of_the_connection():
     "the upstream speaks unasked": (lambda akash, kept: ([sock.sendall(reply(408, b"{}")) for sock in akash.open.copy()],
                                                          wait_for(lambda: akashproxy.peek(kept))), 2, 1),
 })
-def test_a_kept_connection_is_used_again_while_it_can_be(case, akash, serve):
-    happens, connections, requests = case
+def test_a_kept_connection_is_used_again_while_it_can_be(happens, connections, requests, akash, serve):
     server = serve()
     assert chat(server).status == 200
     idle = server.pool.upstreams[0].controller.transport.connections.idle
@@ -1110,8 +1110,7 @@ SAID = reply(body=b"ID3", kind="audio/mpeg")
     "two blanks before the status": (SAID.replace(b" 200", b"  200"), 502, 2),
     "both lengths": (SAID.replace(b"Connection", b"Content-Length: 3\r\nConnection"), 502, 2),
 })
-def test_the_head_of_an_upstreams_answer(case, fake, pool):
-    data, status, connections = case
+def test_the_head_of_an_upstreams_answer(data, status, connections, fake, pool):
     server = known(pool(fake))
     before = fake.connections - 1               # a kept one is used
     fake.sends(data, keep=True)
@@ -1212,8 +1211,7 @@ DECODED = {
 
 
 @table(DECODED)
-def test_akash_streams_cut_at_every_byte(case):
-    data, expected, error = case
+def test_akash_streams_cut_at_every_byte(data, expected, error):
     for parts in pieces(data):
         events, told = decoded(akashproxy.DecoderChain(AkashDecoder("m"), akashproxy.SurrogateFilter()), parts)
         assert merged(events) == expected, parts
@@ -1239,8 +1237,8 @@ def pasted(prompt, negative=""):
     "a closing line within": (pasted("a'</image_generation>\"\ne"), "a'</image_generation>\"\ne"),
     "a later framing": (sdk5(delta("<image_generation> jobId='" + JOB + "' prompt='a"), delta("b' negative=''</image_generation>"), FINISH5), "ab"),
 })
-def test_the_answers_of_akashgen(case):
-    assert akashproxy.parse_image_job(case[0]) == (JOB, case[1]) and akashproxy.parse_image_job(HELLO) is None
+def test_the_answers_of_akashgen(data, prompt):
+    assert akashproxy.parse_image_job(data) == (JOB, prompt) and akashproxy.parse_image_job(HELLO) is None
 
 
 def picture(url):
@@ -1295,8 +1293,7 @@ def attached(url, text=""):
                    {"context": [{"name": name, "content": f"héllo <|{ZW}endoftext|>"} for name in ("a.md", "file")],
                     "messages": [user("hi"), user("Sum up.")]}),
 })
-def test_requests_to_akash(case, akash, serve):
-    body, expected = case
+def test_requests_to_akash(body, expected, akash, serve):
     assert chat(serve(), {"model": "m", **body}).status == 200
     got, = akash.bodies()
     assert {name: got[name] for name in expected} == expected
@@ -1346,8 +1343,7 @@ def test_requests_to_akash(case, akash, serve):
     "max_tokens a fraction": ({"max_tokens": 1.5}, "max_tokens", "must be an integer"),
     "max_completion_tokens": ({"max_completion_tokens": "9"}, "max_completion_tokens", "must be an integer"),
 })
-def test_what_akash_cannot_do_is_refused(case, akash, serve):
-    fields, param, words = case
+def test_what_akash_cannot_do_is_refused(fields, param, words, akash, serve):
     got = chat(serve(), **fields)
     assert (got.status, got.json["error"]["param"]) == (400, param)
     assert words in got.json["error"]["message"] and got.json["data"]["msg"] == got.json["error"]["message"]
@@ -1443,8 +1439,7 @@ def test_a_client_that_leaves_while_others_fetch_the_session(akash, serve):
     "no life told": ("session_token=ff", "session_token=ff"),
     "another name": ("xsession_token=ff", ""),
 })
-def test_any_cookie_is_taken(case, akash):
-    set_cookie, expected = case
+def test_any_cookie_is_taken(set_cookie, expected, akash):
     clock = Clock()
     session = session_of(akash, clock)
     akash.session = reply(body=b"{}", extra="".join(f"Set-Cookie: {line}\r\n" for line in set_cookie.split("\n")).encode())
@@ -1530,8 +1525,7 @@ SIGNED_OUT = b"HTTP/1.1 204 No Content\r\nConnection: keep-alive\r\n\r\n"
     "in two parts": (["appSession.0=two", "appSession.1=three", "appSession=; Max-Age=0"], "cf_clearance=x; appSession.0=two; appSession.1=three"),
     "none": ([], "appSession=one; cf_clearance=x"), "others": (["session_token=x", "appSessions=y"], "appSession=one; cf_clearance=x"),
 })
-def test_a_login_is_kept_alive(case, akash):
-    set_cookie, expected = case
+def test_a_login_is_kept_alive(set_cookie, expected, akash):
     clock, akash.me = Clock(), signed_in(*set_cookie)
     controller = akash_controller(akash, clock, cookie="appSession=one; cf_clearance=x")
     for _ in range(3):
@@ -1612,9 +1606,8 @@ def test_a_reload_keeps_the_renewed_login(akash):
     "reset": (reply(body=b'{"usagePercentage":0,"remainingPercentage":100,"blocked":false,"authenticated":false}'), True, False),
     "July": (None, False, True), "down": (reply(500, b'{"blocked":false}'), False, True), "odd": (reply(body=b'{"blocked":"no"}'), False, True),
 })
-def test_a_limit_that_has_been_reset_is_noticed(case, akash):
-    akash.limits, ends, may_probe = case
-    clock = Clock()
+def test_a_limit_that_has_been_reset_is_noticed(answer, ends, may_probe, akash):
+    akash.limits, clock = answer, Clock()
     options = akashproxy.ControllerSettings(type="akash", base_url=akash.url)
     pool = akashproxy.Pool(Settings(controllers=(options,)), clock=clock)
     upstream = pool.upstreams[0]
@@ -1642,8 +1635,8 @@ def test_a_limit_that_has_been_reset_is_noticed(case, akash):
     "OpenAI's": ({"object": "list", "data": [{"id": "a"}, {"id": "a"}]}, ["a"]),
     "empty": ([], []), "null": (None, []), "text": ("x", []), "odd entries": ([None, 7, {"id": 7}, {}], []),
 })
-def test_every_shape_of_a_model_list(case):
-    assert list(akashproxy.akash_models(case[0])) == case[1]
+def test_every_shape_of_a_model_list(listing, names):
+    assert list(akashproxy.akash_models(listing)) == names
 
 
 def test_models(akash, serve):
@@ -1751,8 +1744,7 @@ def test_a_web_page_is_never_relayed_as_a_picture(akash, serve):
     "a bad name": ([{"status": "succeeded", "result": "/api/image/.."}], 502, "name"),
     "no end": ([{"status": "waiting", "queue_position": 9}] * 10000, 504, "not ready"),
 })
-def test_pictures_that_fail(case, akash, serve):
-    states, status, words = case
+def test_pictures_that_fail(states, status, words, akash, serve):
     akash.chat = PICTURE_LINE
     akash.states.extend(states)
     server = serve(image_timeout=0.1 if status == 504 else 20)
@@ -1767,8 +1759,7 @@ def test_pictures_that_fail(case, akash, serve):
     "errors": ([(b"HTTP/1.1 200", False), (reply(500), True), (reply(502), True), (b"", False)], []),
     "lost states": ([], [[], [], QUEUE[0], "Job not found", []]),
 })
-def test_hiccups_while_a_picture_is_made_are_forgiven(case, akash, serve):
-    faults, states = case
+def test_hiccups_while_a_picture_is_made_are_forgiven(faults, states, akash, serve):
     akash.chat = PICTURE_LINE
     akash.states.extend(states)
     akash.faulty = lambda request: "image-status" in request.path
@@ -1823,8 +1814,7 @@ def drawing(server, akash, *headers):
     "the same": ("a", DRAW, "a", 2), "another prompt": ("a", {**DRAW, "prompt": "a dog"}, "a", 4),
     "another key": ("a", DRAW, "b", 4), "fewer": ("a", {"prompt": "a fox"}, "a", 3),
 })
-def test_a_repeat_joins_the_jobs_of_a_request_that_was_left(case, akash, serve):
-    first, body, second, jobs = case
+def test_a_repeat_joins_the_jobs_of_a_request_that_was_left(first, body, second, jobs, akash, serve):
     server = serve(keys=keys("a", "b"))
     drawing(server, akash, f"Authorization: Bearer {first}-key")
     for number in (jobs, jobs + body.get("n", 1)):      # once its images are sent, the same prompt gives others
@@ -1923,8 +1913,7 @@ UPSTREAM = {
 
 
 @table(UPSTREAM)
-def test_failures_before_the_first_word_are_statuses(case, streamed, akash, serve):
-    data, status, code, words, headers = case
+def test_failures_before_the_first_word_are_statuses(data, status, code, words, headers, streamed, akash, serve):
     akash.sends(data)
     akash.sends(data)
     got = chat(serve(), stream=streamed)
@@ -1959,8 +1948,7 @@ def test_endless_texts_of_errors_cost_nothing(akash, serve):
     "finish-none": (b'0:"one "\n' + END.replace(b"%b", b"unknown"), True, NO_REASON),
     "the backend's own limit": (b'0:"one "\n3:"Rate limit exceeded"\n', True, "Rate limit"),
 })
-def test_failures_within_an_answer(case, akash, serve):
-    lines, proper, words = case
+def test_failures_within_an_answer(lines, proper, words, akash, serve):
     akash.faults += [akash.cut(lines, proper)] * 2
     server = serve()
     got = chat(server)
@@ -1975,8 +1963,7 @@ def test_failures_within_an_answer(case, akash, serve):
     "to the end of the connection": (lambda akash: akash.raw(b"HTTP/1.0 200 OK\r\nContent-Type: text/plain\r\n\r\n" + HELLO), "Hello from the mock."),
     "broken off when a filter holds something back": (lambda akash: akash.cut(b'0:"one </thin"\n'), 'one </thin'),
 })
-def test_a_stream_may_come_and_end_in_other_ways(case, akash, serve):
-    fault, text = case
+def test_a_stream_may_come_and_end_in_other_ways(fault, text, akash, serve):
     akash.faults.append(fault(akash))
     assert stream(serve())[0] == text
 
@@ -2127,8 +2114,7 @@ def test_legacy_completions(akash, serve):
     "streamed pictures": ("images/generations", {"prompt": "x", "stream": True}, "stream", "through chat"),
     "another model's pictures": ("images/generations", {"prompt": "x", "model": "dall-e-3"}, "model", "AkashGen"),
 })
-def test_bad_bodies_leave_the_connection_usable(case, akash, serve):
-    path, body, param, words = case
+def test_bad_bodies_leave_the_connection_usable(path, body, param, words, akash, serve):
     with link_to(serve()) as link:
         got = ask_again(link, "POST", "/v1/" + path, body)
         assert (got.status, got.json["error"]["param"]) == (400, param), got.body
@@ -2957,8 +2943,7 @@ OTHER_EVENTS = (b'data: {"choices":[{"text":"Once upon","index":0,"finish_reason
        for said, told in (("\xe9\x85\tb", "???b"), ("\xe9", "?"), ("b\tb", "b?b"))},
     "a secret in a type": (SPEECH, "audio/mpeg; x=upstream-key", b"ID3", "audio/mpeg; x=***"),
 })
-def test_what_is_relayed_is_relayed_byte_for_byte(case, fake, pool):
-    path, kind, data, told = case
+def test_what_is_relayed_is_relayed_byte_for_byte(path, kind, data, told, fake, pool):
     fake.sends(reply(kind="TYPE").partition(b"Transfer-")[0].replace(b"TYPE", kind.encode("latin-1")) + b"Transfer-Encoding: chunked\r\n\r\n"
                + chunks(*split(data, 7)))
     got = ask(pool((fake, {"api_key": "upstream-key"})), "POST", path, {**BOTH, "prompt": "Once", "echo": True, "stream": kind == EVENTS})
@@ -3060,8 +3045,7 @@ def call_parts(*parts):
     "braces and quotes within strings": (call_parts((0, None, "f", '{"a":"}\\"'), (0, None, "f", '{"}')), [("f", '{"a":"}\\"{"}')]),
     "no arguments": (call_parts((0, "a", "f", None)), [("f", "")]),
 })
-def test_calls_however_they_are_fragmented(case):
-    data, expected = case
+def test_calls_however_they_are_fragmented(data, expected):
     for parts in pieces(data):
         answer = fold(decoded(akashproxy.ChatDecoder("b"), parts)[0])
         assert [(call.name, call.arguments) for call in answer.tools] == expected and answer.finish == Finish("tool_calls"), parts
@@ -3082,8 +3066,7 @@ HALF, OTHER_HALF = "\ud83d", "\ude00"
     "a half at the end": ([T("a" + HALF), Finish("stop")], [T("a\ufffd"), Finish("stop")]),
     "a half of reasoning at the end": ([R(HALF), ToolCall(0, HALF)], [R("\ufffd"), ToolCall(0, "\ufffd")]),
 })
-def test_halves_of_a_character_are_joined(case):
-    events, expected = case
+def test_halves_of_a_character_are_joined(events, expected):
     for parts in ([events], [[event] for event in events]):
         step = akashproxy.SurrogateFilter()
         found = [event for part in parts for event in step.feed(part)]
@@ -3104,8 +3087,7 @@ def deflated(data, wbits):
 
 @table({"gzip": ("gzip", 31), "x-gzip": ("X-Gzip", 31), "deflate": ("deflate", 15), "deflate without a header": ("deflate", -15)})
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages"])
-def test_a_compressed_answer_is_expanded(case, streamed, path, fake, pool):
-    name, wbits = case
+def test_a_compressed_answer_is_expanded(name, wbits, streamed, path, fake, pool):
     body = b"".join(fake.events()) if streamed else fake.completion()
     packed = deflated(body, wbits)
     head = fake.head("text/event-stream" if streamed else "application/json").replace(b"\r\n\r\n", b"\r\nContent-Encoding: %b\r\n\r\n" % name.encode())
@@ -3117,8 +3099,7 @@ def test_a_compressed_answer_is_expanded(case, streamed, path, fake, pool):
 
 @table({"br": ("br", b"x", "Content-Encoding 'br'"), "twice": ("gzip, gzip", b"x", "'gzip, gzip'"), "no gzip": ("gzip", b"not gzip", "connection lost"),
         "cut": ("gzip", deflated(b'{"choices":[{}]}', 31)[:-9], "connection lost"), "a bomb": ("gzip", deflated(bytes(50 << 20), 31), "connection lost")})
-def test_other_and_broken_compression_is_the_upstreams_failure(case, fake, pool):
-    encoding, body, words = case
+def test_other_and_broken_compression_is_the_upstreams_failure(encoding, body, words, fake, pool):
     fake.sends(reply(body=body, extra=f"Content-Encoding: {encoding}\r\n".encode()))
     got = chat(pool(fake, (FakeOpenAI(), {"priority": 2})), BOTH)
     assert route_of(got) == "a=502, b=200"
@@ -3160,8 +3141,7 @@ def test_a_stream_under_another_type(kind, path, fake, pool):
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages"])
 @pytest.mark.parametrize("sized", [True, False])
 @pytest.mark.parametrize("typed", [True, False])
-def test_a_200_that_is_no_answer_fails_over(case, path, sized, typed, fake, pool):
-    streamed, body = case
+def test_a_200_that_is_no_answer_fails_over(streamed, body, path, sized, typed, fake, pool):
     kind = b"text/plain" if not typed else b"text/event-stream" if streamed else b"application/json"
     head = b"HTTP/1.1 200 OK\r\nContent-Type: %b\r\n" % kind + (b"Content-Length: %d\r\n\r\n" % len(body) if sized else b"Connection: close\r\n\r\n")
     fake.sends(head + body)
@@ -3188,8 +3168,7 @@ def test_whole_calls_without_a_name(call, error, fake, pool):
                    "output_tokens_details": {"reasoning_tokens": 4}}, 80, 4),
     "Anthropic": ({"prompt_tokens": None, "input_tokens": 20, "completion_tokens": None, "output_tokens": 5, "cache_read_input_tokens": 80}, 80, 0),
 })
-def test_spellings_of_usage(case):
-    extra, cached, reasoning = case
+def test_spellings_of_usage(extra, cached, reasoning):
     usage = akashproxy.chat_usage({"prompt_tokens": 100, "completion_tokens": 5, "total_tokens": 105, **extra})
     assert (usage["prompt_tokens"], usage["completion_tokens"], usage["total_tokens"]) == (100, 5, 105)
     assert (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0) == cached
@@ -3268,8 +3247,7 @@ def test_the_usage_of_relayed_answers_is_logged_and_counted(path, kind, body, fa
                        + FakeOpenAI.event({"content": [text_part("a")]}, "stop"), [R("h"), T("a"), Finish("stop")], None),
     "Groq's usage": (FakeOpenAI.event({"content": "a"}, "stop")[:-3] + b',"x_groq":{"usage":{"prompt_tokens":11,"completion_tokens":7}}}\n\n', [T("a"), Finish("stop", USAGE)], None),
 })
-def test_openai_streams_cut_at_every_byte(case):
-    data, expected, error = case
+def test_openai_streams_cut_at_every_byte(data, expected, error):
     for parts in pieces(data):
         events, told = decoded(akashproxy.DecoderChain(akashproxy.ChatDecoder("b"), akashproxy.SurrogateFilter()), parts)
         assert merged(events) == expected, parts
@@ -3420,8 +3398,7 @@ does, HANGS_UP = operator.methodcaller, operator.methodcaller("refuse", 2)      
     "it ends without a finish": (does("early"), 502, 502, "upstream_error", "not streamed", True),
     "cut after the first event": (does("cut"), 502, 502, "upstream_error", "not streamed", True),
 })
-def test_failover_and_cool_down(case, streamed, b, c, pool):
-    fault, given, status, code, failover, cools_down = case
+def test_failover_and_cool_down(fault, given, status, code, failover, cools_down, streamed, b, c, pool):
     a, timeouts = FakeOpenAI(text="from a."), {"first_byte_timeout": 0.1 if code == "timeout" else 20}
     server = pool((a, {"weight": 1000, **timeouts}), b)
     a.faults.append(fault(a))
@@ -3601,8 +3578,7 @@ def outcome(pool, model="m", tried=(), errors=()):
     "blips, no success": ([NETWORK] * 9, False), "all of them": ([NETWORK, AUTH, SERVER] * 3, False),
     "a client's own mistakes": ([stop_of(400), stop_of(404), stop_of(413), stop_of(403, category="refused")] * 5, False),
 })
-def test_a_limit_ends_when_it_says_whatever_failed_before(case):
-    before, success = case
+def test_a_limit_ends_when_it_says_whatever_failed_before(before, success):
     pool = members_of({"a": 1})
     pool.settings = dataclasses.replace(pool.settings, max_wait=0)
     attempt(pool, *before, *[None] * success)
@@ -3684,8 +3660,7 @@ def test_a_long_limit_is_checked_now_and_then_by_one_request():
     "a limit": (429, b"429 rate limit"), "a 5xx": (500, b"502 server error"), "a refused key": (401, b"the upstream refuses the key"),
     "a mistake": (400, b'"last_error":null'), "an unknown model": (404, b'"last_error":null'), "too large": (413, b'"last_error":null'),
 })
-def test_status_shows_no_words_of_clients(case, a, pool):
-    number, words = case
+def test_status_shows_no_words_of_clients(number, words, a, pool):
     server = pool(a, keys=keys("alice", "bob"))
     secret = "The password of alice is hunter2"
     a.faults.append(a.status(number, {"error": {"message": f"bad prompt: {secret}", "code": "hunter2", "type": "hunter2"}}))
@@ -3784,8 +3759,7 @@ SMART = {"smart": ["one", "two", "three"]}
     "too long for it": (does("status", 400, b'{"error":{"message":"m","code":"context_length_exceeded"}}'), "two", "a(one)=400, b(two)=200"),
     "a wrong request": (lambda fake: fake.status(400), None, "a(one)=400"),
 })
-def test_the_models_of_an_alias_are_tried_in_order(case, streamed, a, b, pool, log):
-    fault, model, route = case
+def test_the_models_of_an_alias_are_tried_in_order(fault, model, route, streamed, a, b, pool, log):
     server = pool((a, {"models": ("one",)}), (b, {"models": ("two",)}), model_aliases=SMART)
     a.faults.extend([fault(a)] if fault else [])
     got = chat(server, BOTH, stream=streamed, model="smart")
@@ -3956,8 +3930,7 @@ def test_conversations_keep_their_controller_in_all_dialects(path, pool):
     "of the answer": ({"max_output_tokens": 5, "max_completion_tokens": 6, "output_token_limit": 7, "max_tokens": 8}, None),
     "nothing": ({"id": "m", "name": "context_length"}, None), "deep": (functools.reduce(lambda inner, _: {"x": inner}, range(400), {"context_length": 5}), None),
 })
-def test_the_length_of_a_context_is_found_in_whatever_name(case, pool):
-    entry, length = case
+def test_the_length_of_a_context_is_found_in_whatever_name(entry, length, pool):
     assert akashproxy.context_length(entry) == length
     told = {"context_length": length, "max_model_len": length} if length else {}
     fake, other = FakeOpenAI([{"id": "m", **entry}, "alone"]), FakeOpenAI([{"id": "m"}, {"id": "alone", "context_window": 77}])
@@ -3980,8 +3953,7 @@ ADA = [user("My name is Ada. " * 1000), assistant("Hello, Ada."), user("What is 
     "system text counts": ({"tokenLimit": 4000}, [system("x " * 7000), user("hi")], "about 3501 tokens > 3000"),
     "pictures do not": ({"tokenLimit": 4000}, [user([picture("data:image/png;base64," + "A" * 50_000)])], None),
 })
-def test_a_conversation_that_akash_would_cut(case, streamed, akash, serve):
-    entry, messages, cut = case
+def test_a_conversation_that_akash_would_cut(entry, messages, cut, streamed, akash, serve):
     akash.models = [{"id": "Qwen/Qwen3", **entry}]
     got = chat(serve(), {"model": "Qwen/Qwen3", "messages": messages}, stream=streamed)
     assert got.status == 200 and got.headers.get("x-akashproxy-context-overflow") == cut
@@ -4026,8 +3998,7 @@ def test_no_list_of_models_is_no_reason_to_fail(akash, serve):
     "none": ("zzz", ["gpt-4o-mini"], ""),
     "no models": ("zzz", [], ""),
 })
-def test_near_names(case):
-    asked, names, expected = case
+def test_near_names(asked, names, expected):
     assert akashproxy.similar_to(asked, names, 3) == expected
 
 
@@ -4575,8 +4546,7 @@ def test_a_refused_request_stops_nobody_else(case, path, pool):
                                            "x-ratelimit-reset-tokens": "1m30.5s", "x-ratelimit-remaining-tokens": "0"}, {}, "", 90.5),
     "hours": ({"x-ratelimit-reset": "6h"}, {}, "", 21600), "short ones": ({"x-ratelimit-reset-tokens": "120ms"}, {}, "", 1.0), "none": ({}, {}, "", None),
 })
-def test_how_long_an_upstream_asks_to_wait(case):
-    headers, body, message, seconds = case
+def test_how_long_an_upstream_asks_to_wait(headers, body, message, seconds):
     got = akashproxy.retry_after_seconds(headers, body, lambda: 1e9, message)
     assert got == (seconds if seconds is None else pytest.approx(seconds, abs=1e-3))
 
@@ -4798,8 +4768,7 @@ def test_a_name_of_a_model_condemns_no_key(model):
     "overlapping pieces": (["abcdefgh12345678" * 2 + "z"], "abcdefgh12345678" * 3 + " kept", "*** kept"),
     "the same letter again": (["a" * 40], "a" * 100 + " kept", "*** kept"), "what is no secret": (["sk-12345678"], "max_tokens must be less than 8192", "max_tokens must be less than 8192"),
 })
-def test_redaction(case):
-    secrets, text, left = case
+def test_redaction(secrets, text, left):
     assert re.sub(r"(\*{3})+a{0,7}", "***", akashproxy.redact(text, secrets)) == left
 
 
@@ -4871,8 +4840,7 @@ TOOL_USE = {"type": "tool_use", "id": "t1", "name": "f", "input": {"a": [1]}}
     "other fields": ({"temperature": 0, "top_p": 0.5, "top_k": 5, "stop_sequences": ["x"], "metadata": {"user_id": "u"}, "service_tier": "auto",
                       "context_management": {}}, {"temperature": 0, "top_p": 0.5, "stop": ["x"], "user": "u"}, "top_k, service_tier, context_management"),
 })
-def test_messages_become_a_chat(case, fake, pool):
-    fields, chat_fields, ignored = case
+def test_messages_become_a_chat(fields, chat_fields, ignored, fake, pool):
     got = ask(pool(fake), "POST", "/v1/messages?beta=true", {**ASKED, **fields}, {"anthropic-version": "2023-06-01", "x-api-key": "k"})
     assert got.status == 200, got.body
     assert fake.bodies()[0] == {"model": "both", "stream": False, "max_tokens": 64, "messages": [user("hi")], **chat_fields}
@@ -4893,8 +4861,7 @@ def test_messages_become_a_chat(case, fake, pool):
     "no messages": ({"messages": None}, "'messages' is missing"),
     "a model that is a number": ({"model": 7}, "'model' must be"),
 })
-def test_what_a_chat_can_not_say_is_named(case, pool):
-    fields, words = case
+def test_what_a_chat_can_not_say_is_named(fields, words, pool):
     server = pool(FakeOpenAI())
     got = ask(server, "POST", "/v1/messages", {**ASKED, **fields})
     assert got.status == 400 and got.json["type"] == "error" and got.json["error"]["type"] == "invalid_request_error"
@@ -4985,8 +4952,7 @@ def test_the_end_of_a_message(akash, serve):
     "no room": ("POST", "/v1/messages", ASKED, {"x-api-key": "k"}, 529, "overloaded_error"),
     "a failure": ("POST", "/v1/messages", ASKED, {"x-api-key": "k"}, 502, "api_error"),
 })
-def test_errors_in_anthropics_form(case, akash, serve):
-    method, path, body, headers, status, kind = case
+def test_errors_in_anthropics_form(method, path, body, headers, status, kind, akash, serve):
     answers = {404: UPSTREAM["model-unknown"][0], 429: reply(429, RATE), 502: reply(500), 529: reply(503)}
     if status in answers:
         akash.sends(answers[status])
@@ -5095,8 +5061,7 @@ CALLED = {"type": "function_call", "call_id": "c1", "name": "f", "arguments": '{
                       "metadata": {"a": "b"}, "include": [], "text": {"format": {"type": "text"}}},
                      {"max_tokens": 9, "temperature": 0, "top_p": 0.5, "user": "u", "reasoning_effort": "low"}, "store"),
 })
-def test_responses_become_a_chat(case, fake, pool):
-    fields, chat_fields, ignored = case
+def test_responses_become_a_chat(fields, chat_fields, ignored, fake, pool):
     got = ask(pool(fake), "POST", "/v1/responses", {**WANTED, **fields})
     assert got.status == 200, got.body
     assert fake.bodies()[0] == {"model": "both", "stream": False, "messages": [user("hi")], **chat_fields}
@@ -5117,8 +5082,7 @@ def test_responses_become_a_chat(case, fake, pool):
     "no input": ({"input": None}, "'input' is missing"),
     "tools that are no list": ({"tools": "x"}, "'tools' must be a list"),
 })
-def test_what_a_response_can_not_be_is_named(case, a, b, pool):
-    fields, words = case
+def test_what_a_response_can_not_be_is_named(fields, words, a, b, pool):
     got = ask(pool(a), "POST", "/v1/responses", {**WANTED, **fields})
     assert got.status == 400 and words in got.json["error"]["message"] and not a.bodies()
     b.sends(reply(body=b'{"id":"resp_2"}'))
@@ -5311,8 +5275,7 @@ def result(content="1", id="t1", **fields):
                                       [user("[A block of type 'hologram' is left out.]"), assistant("ok")]),
     "empty blocks": ([system([text_part("")]), user([text_part(""), text_part("x")])], [user("x")]),
 })
-def test_a_history_of_messages_as_a_chat(case, fake, pool):
-    messages, chat = case
+def test_a_history_of_messages_as_a_chat(messages, chat, fake, pool):
     got = ask(pool(fake), "POST", "/v1/messages", {**ASKED, "messages": messages})
     assert got.status == 200, got.body
     assert fake.bodies()[0]["messages"] == chat
@@ -5355,8 +5318,7 @@ DEVELOPER, SAYS = developer("B"), assistant("doing")
     "how closely to look": ([user([{"type": "input_image", "image_url": "data:x", "detail": "high"}])],
                             [user([{"type": "image_url", "image_url": {"url": "data:x", "detail": "high"}}])]),
 })
-def test_a_history_of_responses_as_a_chat(case, fake, pool):
-    items, chat = case
+def test_a_history_of_responses_as_a_chat(items, chat, fake, pool):
     got = ask(pool(fake), "POST", "/v1/responses", {**WANTED, "input": items})
     assert got.status == 200, got.body
     assert fake.bodies()[0]["messages"] == chat
@@ -5373,8 +5335,7 @@ def reminder(text):
     "behind a result": ([system("A"), system("B"), USES, user([result()]), system("C")], [system("A\n\nB"), CALLED_T1, GOT, user(reminder("C"))]),
     "beside a picture": ([user([{"type": "image", "source": PNG_SOURCE}]), system("B")], [user([picture("data:image/png;base64,iVBO"), text_part(reminder("B"))])]),
 })
-def test_later_system_messages_as_text_of_the_user(case, fake, pool):
-    messages, chat = case
+def test_later_system_messages_as_text_of_the_user(messages, chat, fake, pool):
     assert ask(pool((fake, {"system_messages": "user"})), "POST", "/v1/messages", {**ASKED, "messages": messages}).status == 200
     assert fake.bodies()[0]["messages"] == chat
 
@@ -5456,8 +5417,7 @@ SEALED = {"type": "reasoning.encrypted", "data": "E", "id": "tool_1", "format": 
     "odd ones": ([[7], ["x"], [None], {"a": 1}, "x"], None),
 })
 @pytest.mark.parametrize("path, body", [("/v1/messages", ASKED), ("/v1/responses", WANTED)], ids=["messages", "responses"])
-def test_reasoning_details_come_back_with_the_calls(case, path, body, streamed, fake, pool):
-    details, expected = case
+def test_reasoning_details_come_back_with_the_calls(details, expected, path, body, streamed, fake, pool):
     deltas = [calling("c1") if each is None else {"reasoning_details": each} for each in (details if None in details else [*details, None])]
     fake.faults.append(answered(*deltas, calling("c2", index=1), finish="tool_calls"))
     returned_calls(pool(fake), path, body, streamed)
@@ -5506,8 +5466,7 @@ LONG = "mcp__plugin_some_marketplace_and_a_server_with_a_long_name__a_tool_with_
     "in one that ends with underscores": ("f", "mcp__x__", "mcp__x__f"),
     "in a long one": ("f", LONG, LONG[:55] + "_[0-9a-f]{8}"),
 })
-def test_names_of_tools_are_sent_as_upstreams_take_them(case, streamed, fake, pool):
-    name, space, pattern = case
+def test_names_of_tools_are_sent_as_upstreams_take_them(name, space, pattern, streamed, fake, pool):
     server = pool(fake)
     one = {"type": "function", "name": name, "parameters": {"required": []}}
     tools = [{"type": "namespace", "name": space, "tools": [one, {"type": "custom", "name": "c"}]}] if space else [one]
@@ -5558,8 +5517,7 @@ def test_equal_names_in_namespaces_stay_apart(fake, pool):
     "those it has": ("completions", {"n": 1, "logprobs": None}, {"n": 1}, [], None),
     "no alternatives, but their number": ("completions", {"logprobs": 1}, {}, ["logprobs"], "logprobs"),
 })
-def test_parameters_as_upstreams_take_them(case, fake, pool):
-    path, fields, sent, left_out, ignored = case
+def test_parameters_as_upstreams_take_them(path, fields, sent, left_out, ignored, fake, pool):
     body = {"messages": ASKED, "responses": WANTED, "completions": {"model": "both", "prompt": "hi"}}[path]
     got = ask(pool((fake, {"paths": ["/v1/chat/completions"]})), "POST", f"/v1/{path}", {**body, **fields})
     assert got.status == 200 and got.headers.get("x-akashproxy-ignored") == ignored, got.body
@@ -5585,8 +5543,7 @@ THOUGHT = [{"role": "assistant", "content": None, "reasoning_content": "h", "too
     "not of a chat": ({"set": {"reasoning_effort": "low"}}, "embeddings", {"input": "x"}, {"input": "x"}, ["reasoning_effort"], None),
     "drop, rename and set in turn": ({"drop": ["a", "c"], "rename": {"a": "b", "d": "c"}, "set": {"d": 4}}, "chat/completions", {"a": 1, "d": 2}, {"c": 2, "d": 4}, ["a", "b"], "a"),
 })
-def test_a_controller_adapts_requests(case, fake, pool):
-    options, path, fields, sent, left_out, ignored = case
+def test_a_controller_adapts_requests(options, path, fields, sent, left_out, ignored, fake, pool):
     server = pool((fake, options))
     body = {"messages": ASKED, "responses": WANTED}.get(path, {"model": "both", **({"messages": [user("hi")]} if "chat" in path else {})})
     got = ask(server, "POST", f"/v1/{path}", {**body, **fields})
@@ -5623,8 +5580,7 @@ def test_a_short_model_name_is_no_part_of_a_word():
     "no numbers": (400, "Your input exceeds the context window of this model.", None),
     "Anthropic's own": (400, "prompt is too long: 9001 tokens > 8192 maximum", "prompt is too long: 9001 tokens > 8192 maximum"),
 })
-def test_a_request_that_is_too_long_is_told_in_each_clients_words(case, fake, pool):
-    status, message, told = case
+def test_a_request_that_is_too_long_is_told_in_each_clients_words(status, message, told, fake, pool):
     server = pool(fake)
     fake.faults.extend([fake.raw(reply(status, {"error": {"message": message}}, "Content-Type: application/json"))] * 3)
     got = ask(server, "POST", "/v1/messages", ASKED)
@@ -6326,8 +6282,7 @@ class CutSocks(Fake):
 
 
 @table(UNREACHABLE)
-def test_an_unreachable_upstream_is_explained_with_its_host(case, pool, tmp_path, caplog):
-    url, proxy, kind, words = case
+def test_an_unreachable_upstream_is_explained_with_its_host(url, proxy, kind, words, pool, tmp_path, caplog):
     makers = {"tls": lambda: TLSOpenAI(tmp_path), "plain": Plain, "socks": SocksServer, "proxy": ForwardProxy, "cut": CutSocks}
     fakes = [makers[name]() for name in (kind or "").split()]
     with socket.create_server(("127.0.0.1", 0)) as closed:
@@ -6462,8 +6417,7 @@ def test_a_reload_keeps_who_did_not_change(a, b, pool):
     "the user agent": ({"user_agent": "other"}, {}, True),
 })
 @pytest.mark.parametrize("kind", ["akash", "openai"])
-def test_a_reload_that_changes_the_way_forgets_cool_downs(case, kind):
-    changes, of_controller, forgotten = case
+def test_a_reload_that_changes_the_way_forgets_cool_downs(changes, of_controller, forgotten, kind):
     options = akashproxy.ControllerSettings(type=kind, name="a", base_url="http://127.0.0.1:1", api_key="old")
     settings = Settings(controllers=(options,), max_wait=0.0, akash_base_url=options.base_url)
     before = akashproxy.Pool(settings, clock=Clock())
@@ -6768,8 +6722,7 @@ def target_servers():
 
 
 @table(ATTACKS)
-def test_attacks(case, target_servers):
-    data, status, stays_open = case
+def test_attacks(data, status, stays_open, target_servers):
     target_server = target_servers[status == 408]
     marker = b"GET /status HTTP/1.1\r\nHost: x\r\nx-request-id: the-second\r\nConnection: close\r\n\r\n"
     if status == 408:       # what would come next would complete it
@@ -7087,8 +7040,7 @@ def call_piece(index, arguments, **fields):
     "empty deltas": ("responses", FakeOpenAI.event({"content": "x"}), FakeOpenAI.event({})),
     "comments": ("messages", FakeOpenAI.event({"content": "x"}), b": keep-alive\n\n"),
 })
-def test_output_that_is_not_sent_is_silence(case, fake, pool):
-    path, first, repeated = case
+def test_output_that_is_not_sent_is_silence(path, first, repeated, fake, pool):
     done = threading.Event()
 
     def withholding(sock, request):
@@ -7115,8 +7067,7 @@ def test_output_that_is_not_sent_is_silence(case, fake, pool):
     "an ID long ago": (b"id: 1\n" + FakeOpenAI.event({"content": "a"}) + FakeOpenAI.event({"content": "b"}), b": ping\n"),
     "a part of an event": (FakeOpenAI.event({"content": "a"}) + b"event: message\n", b": ping\n"),
 })
-def test_a_ping_never_ends_an_event(case, fake, pool):
-    frames, ping = case
+def test_a_ping_never_ends_an_event(frames, ping, fake, pool):
     done, end = threading.Event(), b"".join(FakeOpenAI.words(""))
     fake.faults.append(fake.steps(fake.head() + chunk(frames), done, chunks(end)))
     with connect(pool(fake, heartbeat=0.1, idle_timeout=9), post("/v1/chat/completions", {**CHAT, "model": "both", "stream": True})) as sock:
@@ -7637,8 +7588,7 @@ PROSE = b"Hello, world: [this] is {prose}, "
     "a large text that is no UTF-8": (b'"' + b"\x80" * 1_200_000 + b'"', False), "another one": (b'"' + b"\xff" * 1_200_000 + b'"', False),
     "a large text with an open string": ('"\u4e2d'.encode() + b"x" * 1_200_000, False), "one with a break": ('"\u4e2d'.encode() + b"x" * 1_200_000 + b'\n"', False),
 })
-def test_json_is_bounded_before_it_is_parsed(case):
-    text, accepted = case
+def test_json_is_bounded_before_it_is_parsed(text, accepted):
     if accepted:
         assert akashproxy.from_json(text) == json.loads(text)
     else:
@@ -7948,8 +7898,7 @@ LARGE = 4 << 20
               + PROSE * (LARGE // 34) + b'"}]}'),
     "a model's name": ("/v1/chat/completions", lambda: b'{"messages":[{"role":"user","content":"x"}],"model":"' + b"m" * LARGE + b'"}'),
 })
-def test_a_request_takes_at_most_eight_times_its_size(case, tmp_path, fake):
-    path, make = case
+def test_a_request_takes_at_most_eight_times_its_size(path, make, tmp_path, fake):
     body = make()
     config = tmp_path / "akashproxy.json"
     config.write_text(json.dumps({"controllers": [{"base_url": fake.url + "/v1", "api_key": "k"}]}))
@@ -8352,8 +8301,7 @@ def test_comments_do_not_put_the_first_byte_limit_off(a, b, pool):
     "half": (b'{"data":[{"embedding":[1,2', 502), "ends in a bracket": (b'{"data":[{"embedding":[1,2]}', 502), "nothing": (b"", 502),
     "an error": (b'{"error":{"message":"no","type":"x"}}', 502), "whole": (b'{"data":[{"embedding":[1,2]}]}\n', 200), "a list": (b"[1]", 502),
 })
-def test_json_to_the_end_of_the_connection_is_looked_at(case, head, a, b, pool):
-    body, status = case
+def test_json_to_the_end_of_the_connection_is_looked_at(body, status, head, a, b, pool):
     a.sends(head + b"Content-Type: application/json\r\n\r\n" + body)
     got = ask(pool((a, {"priority": 1}), (b, {"priority": 2})), "POST", "/v1/embeddings", {"model": "both", "input": "x"})
     assert got.status == 200 and route_of(got) == ("a=200" if status == 200 else "a=502, b=200")
@@ -8456,8 +8404,7 @@ def usages(got):
     "Responses": ("/v1/responses", {"input": "x" * 400}, ("input_tokens", "output_tokens")),
 })
 @pytest.mark.parametrize("told", [False, True])
-def test_usage_is_always_there(case, streamed, told, akash, serve, log):
-    path, body, names = case
+def test_usage_is_always_there(path, body, names, streamed, told, akash, serve, log):
     end = END.replace(b"%b", b"stop")
     akash.chat = (STEP + b"".join(b'0:"%b "\n' % (b"word" * 5) for _ in range(20))
                   + (end.replace(b'"promptTokens":null,"completionTokens":null', b'"promptTokens":11,"completionTokens":7') if told else end))
@@ -8780,8 +8727,7 @@ def test_keys_in_a_file(config):
     "a rate that is none": ({"keys": [{"name": "a", "key": "k", "requests_per_minute": 0.5}]}, "keys[0].requests_per_minute: must be a whole"),
     "not in the environment": ({"keys": [{"name": "a", "key": "${NONE}"}]}, "keys[0].key: the environment variable NONE is not set"),
 })
-def test_keys_that_can_not_be(case, config):
-    data, problem = case
+def test_keys_that_can_not_be(data, problem, config):
     with pytest.raises(ConfigError) as caught:
         load(config(data))
     assert len(caught.value.problems) == 1 and problem in caught.value.problems[0] and "s3cret" not in str(caught.value)
@@ -8798,11 +8744,11 @@ def test_keys_that_can_not_be(case, config):
     "what is refused costs nothing": ({"max_concurrency": 1, "requests_per_minute": 2}, [
         (0, "acquire", None), (0, "acquire", 1), (0, "acquire", 1), (0, "release", None), (0, "acquire", None), (0, "release", None), (0, "acquire", 30)]),
 })
-def test_limits(case):
+def test_limits(options, steps):
     clock = Clock()
     began = clock()
-    limits = akashproxy.KeyLimiter(akashproxy.ClientKeySettings(name="alice", key="k", **case[0]), clock)
-    for at, what, wait in case[1]:
+    limits = akashproxy.KeyLimiter(akashproxy.ClientKeySettings(name="alice", key="k", **options), clock)
+    for at, what, wait in steps:
         clock.now = began + at
         if wait is None:
             getattr(limits, what)()
@@ -8811,8 +8757,8 @@ def test_limits(case):
             limits.acquire()
         assert (caught.value.status, caught.value.code) == (429, "rate_limit_exceeded")
         assert caught.value.retry_after == pytest.approx(wait) and "'alice'" in caught.value.message
-    done = [wait for _, what, wait in case[1] if what == "acquire"]
-    assert limits.status() == {"name": "alice", "in_flight": done.count(None) - sum(what == "release" for _, what, _ in case[1]),
+    done = [wait for _, what, wait in steps if what == "acquire"]
+    assert limits.status() == {"name": "alice", "in_flight": done.count(None) - sum(what == "release" for _, what, _ in steps),
                                "requests": done.count(None), "refused": len(done) - done.count(None)}
 
 
@@ -8947,8 +8893,7 @@ def test_a_rate_on_the_wire(serve):
     "a client that leaves": (does("stall"), {}, True), "a client that leaves a stream": (does("stall", 1), {"stream": True}, True),
     "an unknown model": (None, {"model": ""}, False), "a mistake": (None, {"messages": 7}, False),
 })
-def test_a_call_is_in_flight_until_it_is_over(case, a, pool):
-    fault, fields, leaves = case
+def test_a_call_is_in_flight_until_it_is_over(fault, fields, leaves, a, pool):
     server = pool(a, keys=keys("alice", max_concurrency=1))
     for asked in range(2):
         server.pool.upstreams[0].cooldowns.clear()
@@ -9096,8 +9041,7 @@ def test_a_body_that_is_not_needed_but_here_is_skipped(framed, serve):
     "another site's page": ("POST", "/v1/chat/completions", ["x-api-key: k", "Origin: https://b.example", "Content-Length: 1000"], 403),
     "a chunked body without a token": ("POST", "/v1/responses", ["Transfer-Encoding: chunked"], 401),
 })
-def test_what_a_head_says_is_refused_before_the_body(case, serve):
-    method, path, fields, status = case
+def test_what_a_head_says_is_refused_before_the_body(method, path, fields, status, serve):
     server = serve(bearer_token=("k",), cors_origins=("https://a.example",))
     with connect(server, head_of(method, path, *fields, "Expect: 100-continue")) as sock:
         assert status_of(sock) == status
@@ -9320,8 +9264,7 @@ def test_what_needs_a_token_is_not_for_shared_caches(settings, kind, akash, serv
     "Basic": ({"Authorization": "Basic k"}, False), "a part": ({"x-api-key": ""}, False), "more": ({"Authorization": "Bearer k k"}, False),
     "doubled": ({"Authorization": "Bearer Bearer k"}, False), "not ASCII": ({"x-api-key": "\xe9"}, False),
 })
-def test_any_of_several_credentials_opens(case, serve):
-    headers, opens = case
+def test_any_of_several_credentials_opens(headers, opens, serve):
     for settings in ({"bearer_token": ("k",)}, {"keys": (akashproxy.ClientKeySettings(name="a", key="k"),)}):
         assert ask(serve(**settings), path="/v1/models", headers=headers).status == (200 if opens else 401)
 
@@ -9401,8 +9344,7 @@ AROUND = {  # (path, content type, further fields, bodies): all are refused, or 
 
 
 @table(AROUND)
-def test_no_way_around_the_models_of_a_key(case, pool):
-    path, kind, more, bodies = case
+def test_no_way_around_the_models_of_a_key(path, kind, more, bodies, pool):
     fake = FakeOpenAI(models=["cheap", "dear"])
     server = known(pool(fake, keys=keys("alice", models=("cheap",)) + keys("bob")))
     asked = len(fake.requests)
@@ -9464,8 +9406,7 @@ def test_json_with_a_forms_type_is_json(fake, pool):
     "within another": ("/v1/embeddings", JSON, calls_of(b'"model":"both","metadata":{"models":1}')[0], 200),
     "a form without": ("/v1/audio/transcriptions", FORM, multipart(FILE, (MODEL, b"both")), 200),
 })
-def test_fields_that_a_key_must_not_send(case, fake, pool):
-    path, kind, body, status = case
+def test_fields_that_a_key_must_not_send(path, kind, body, status, fake, pool):
     server = pool(fake, keys=keys("alice", refuse_fields=("fallbacks", "models")) + keys("bob"))
     got = ask(server, "POST", path, body, {**bearer("alice"), "Content-Type": kind})
     assert got.status == status and len(fake.bodies() if kind == JSON else fake.requests) == (status == 200), got.body
@@ -9475,8 +9416,7 @@ def test_fields_that_a_key_must_not_send(case, fake, pool):
 @table({"as it is": ("a=1&b=%20", "a=1&b=%20"), "alone": ("model=x", ""), "first": ("model=x&a=1", "a=1"), "last": ("a=1&model=x", "a=1"),
         "twice": ("model=x&a=1&MODEL=y", "a=1"), "encoded": ("%6d%4fdel=x&a=%26model=1", "a=%26model=1"), "semicolon": ("a=1;model=x", "a=1"),
         "no value": ("model&a", "a"), "others": ("models=1&model_id=2&xmodel=3", "models=1&model_id=2&xmodel=3"), "none": ("", "")})
-def test_queries_without_a_model(case):
-    query, left = case
+def test_queries_without_a_model(query, left):
     assert akashproxy.remove_model_params(query) == left
 
 
@@ -10643,8 +10583,7 @@ def growth(work, sizes, rounds=10, floor=1e-3):
     return times
 
 
-def growths(case):
-    work, head, unit, tail = case
+def growths(work, head, unit, tail):
     size = len(unit)
     yield "whole", growth(work, lambda many: [head + unit * (many * 20000 // size) + tail])
     yield "in single pieces", growth(work, lambda many: split(head + unit * (many * 10000 // size) + tail, 1))
@@ -10699,8 +10638,8 @@ def growths(case):
     "Tools: a list of calls": (texts(tool_filter), "<tool_call>[", '{"name": "now"},', "]</tool_call>"),
     "Collected": (feeding(lambda: akashproxy.BufferedBody(lambda data: [])), b"", b"ab", b""),
 })
-def test_a_decoder_takes_a_time_in_proportion_to_its_input(case):
-    for form, times in growths(case):
+def test_a_decoder_takes_a_time_in_proportion_to_its_input(work, head, unit, tail):
+    for form, times in growths(work, head, unit, tail):
         assert times < 8, f"{form}: four times as much costs {times:.1f} times as much"
 
 
@@ -10746,8 +10685,7 @@ def call_of(index, arguments="{}"):
     "Akash: blanks in an error": (lambda parts: akashproxy.akash_error("".join(parts), "m"), lambda n: ["model a "] * n),
     "the span of a limit": (lambda parts: akashproxy.total_seconds("".join(parts)), lambda n: ["1m30.5s"] * n),
 })
-def test_many_items_take_a_time_in_proportion_to_their_number(case):
-    work, make = case
+def test_many_items_take_a_time_in_proportion_to_their_number(work, make):
     times = growth(work, lambda many: make(many * 2000))
     assert times < 8, f"four times as many cost {times:.1f} times as much"
 
@@ -10763,7 +10701,7 @@ class Rejoining:
 
 
 def test_a_cost_that_is_not_in_proportion_is_found():
-    assert any(times > 8 for _, times in growths((feeding(Rejoining), b"", b"xyz", b"")))
+    assert any(times > 8 for _, times in growths(feeding(Rejoining), b"", b"xyz", b""))
     assert growth(lambda items: [items.index(item) for item in items], lambda many: list(range(many * 1000))) > 8
 
 
@@ -10877,8 +10815,7 @@ class OwnHandler(akashproxy.Handler):
     "no response": ("GET", "/nothing", None, 500, None),
     "a bug": ("GET", "/bug", None, 500, None),
 })
-def test_a_handler_as_of_http_server(case, akash):
-    method, path, body, status, expected = case
+def test_a_handler_as_of_http_server(method, path, body, status, expected, akash):
     server = Server(Settings(server_address="127.0.0.1:0", akash_base_url=akash.url), OwnHandler)
     reported = []
     server.handle_error = lambda request, client_address: reported.append((client_address[0], sys.exc_info()[0]))
@@ -11128,8 +11065,7 @@ OPENAI_KEY = {"OPENAI_API_KEY": "k"}
     "a typo": ("opnai", {}, "UPSTREAM: 'opnai' is not an http:// or https:// URL"),
     "a wrong address": ("openai", {**OPENAI_KEY, "OPENAI_BASE_URL": "x"}, "'x' is not an http"),
 })
-def test_upstreams_without_a_file(case):
-    upstream, environ, wanted = case
+def test_upstreams_without_a_file(upstream, environ, wanted):
     if isinstance(wanted, str):
         with pytest.raises(akashproxy.ConfigError, match=wanted):
             Settings.load({"UPSTREAM": upstream, **environ})
@@ -11142,8 +11078,7 @@ def test_upstreams_without_a_file(case):
     "a reverse proxy's path": ("http://h/embeddings", "http://h"), "a path that looks like one": ("http://h/my-completions", None),
     "the usual": ("http://h/v1", None),
 })
-def test_a_base_url_that_ends_in_an_endpoint_is_used_with_a_warning(case, log):
-    text, suggested = case
+def test_a_base_url_that_ends_in_an_endpoint_is_used_with_a_warning(text, suggested, log):
     settings = Settings.load({"UPSTREAM": text, "PUBLIC_URL": "https://me/responses"})
     options = settings.pool()[0]
     akashproxy.CONTROLLERS["openai"](options, settings)
@@ -11250,8 +11185,7 @@ def test_a_path_prefix(serve, akash):
     "wrong values": ("", {"X-Forwarded-Proto": "javascript", "X-Forwarded-Host": "a/b", "X-Forwarded-Prefix": "//b.example"}, True,
                      "http://{}/p/images/"),
 })
-def test_links_behind_a_reverse_proxy(case, serve, akash):
-    public_url, headers, trusted, start = case
+def test_links_behind_a_reverse_proxy(public_url, headers, trusted, start, serve, akash):
     server = serve(public_url=public_url, path_prefix="/p", trusted_proxies=("127.0.0.1" if trusted else "10.0.0.0/8",))
     assert image_link(akash, server, "/p/v1/images/generations", headers).startswith(start.format(f"127.0.0.1:{server.server_port}"))
 
@@ -11263,8 +11197,7 @@ def test_links_behind_a_reverse_proxy(case, serve, akash):
     "only proxies": ("10.1.2.3, 10.1.2.4", "10.1.2.3"), "garbage": ("192.0.2.7, x", "127.0.0.1"), "empty parts": (",,192.0.2.7", "192.0.2.7"),
     "mapped": ("192.0.2.7, ::ffff:10.1.2.3", "192.0.2.7"), "very many": (", ".join(["10.1.2.3"] * 5000), "10.1.2.3"),
 })
-def test_the_client_in_the_log_behind_a_reverse_proxy(case, serve, log):
-    value, client = case
+def test_the_client_in_the_log_behind_a_reverse_proxy(value, client, serve, log):
     ask(serve(trusted_proxies=("127.0.0.0/8", "10.0.0.0/8")), path="/v1/models", headers={"X-Forwarded-For": value})
     wait_for(lambda: f"client={client} " in log.text)
 
@@ -11492,8 +11425,7 @@ OTHER, OWN_FILE, ORIGINALS = {"CONFIG_FILE": "other.json"}, "akashproxy.json", "
     "the original's variable": ({**IMAGE, "CHATGPT_APISERVER_PORT": "6"}, OWN_FILE, {"port": 9000}, {}, ":6"),
     "that without a file": ({**IMAGE, "CHATGPT_APISERVER_PORT": "6"}, OWN_FILE, None, {}, ":6"),
 })
-def test_where_it_listens(case, config, tmp_path, monkeypatch):
-    environ, name, data, flags, listens = case
+def test_where_it_listens(environ, name, data, flags, listens, config, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if data is not None:
         config(data, name)
@@ -11543,8 +11475,7 @@ def test_the_bench(number, tmp_path):
     "all": (lambda parts: [], 4),
     "an error": (lambda parts: [reply(500, b"{}")], 5),
 })
-def test_the_bench_finds_what_is_lost(case, fake):
-    sent, lost = case
+def test_the_bench_finds_what_is_lost(sent, lost, fake):
     parts = [part.replace(SENT, b"%020d" % time.monotonic_ns()) for part in prepared(akashproxy.CHAT_PATH, True, 4, PAUSE)]
     fake.faults.append(lambda sock, request: [sock.sendall(data) for data in sent(parts)] and None)
     load = Load(fake.port, akashproxy.CHAT_PATH, True, 4, PAUSE, 1, 0.0).run()
