@@ -795,11 +795,8 @@ def test_an_error_has_openais_form_and_the_originals():
     assert error.headers() == {"Retry-After": "2", "x-should-retry": "false"}
 
 
-def test_kinds_of_events_differ():
-    assert Text("a") != Reasoning("a") and Text("a") == Text("a")
-
-
 def test_fold_adds_up():
+    assert Text("a") == Text("a") != Reasoning("a")
     answer = fold([Reasoning("h"), Reasoning("m"), Text("a"), ToolCall(1, "", "id1", "g"), ToolCall(0, "{", "id0", "f"),
                    ToolCall(0, "}"), Text("b"), Finish("stop")])
     assert answer == Answer("ab", "hm", [ToolCall(0, "{}", "id0", "f"), ToolCall(1, "", "id1", "g")], [], Finish("stop"))
@@ -920,14 +917,22 @@ BAD_SETTINGS = {
     "BEARER_TOKEN=a\nb": "BEARER_TOKEN: only printable ASCII",
     "LOG_LEVEL=loud": "LOG_LEVEL: 'loud' is not one of",
     "AKASH_COOKIE=a=b\r\nX: y": "AKASH_COOKIE: only printable",
+    "MODEL_ALIASES=a": "'a' is not NAME=VALUE", "TOOLS_PROMPT=Call something.": "must contain", "PAGE=maybe": "'maybe' is not one of on, off",
+    **{f"PORT={port}": "is not a valid port" for port in ("x", "70000", "-1", "80 80")},
+    **{f"PATH_PREFIX={prefix}": "is not /PATH" for prefix in ("secret", "/a b", "//a", "/a?b")},
+    **{f"TRUSTED_PROXIES={network}": "" for network in ("x", "10.0.0.0/99", "a,")},
+    **{f"{name}={proxy}": words for name, words in (("HTTPS_PROXY", "PROXY=none ignores it"), ("PROXY", "must be http://"))
+       for proxy in ("https://p:1", "socks4://p", "ftp://p", "http://p:0", "http://p/x", "http://" + "u" * 300 + "@p:1")},
 }
 
 
 @pytest.mark.parametrize("line", BAD_SETTINGS)
 def test_bad_settings_name_their_source(line):
     name, _, value = line.partition("=")
-    with pytest.raises(ConfigError, match=re.escape(BAD_SETTINGS[line])):
+    with pytest.raises(ConfigError) as caught:
         Settings.load({name: value})
+    problem, = caught.value.problems
+    assert problem.startswith(f"{name}: ") and BAD_SETTINGS[line] in problem
 
 
 def test_all_mistakes_are_told_at_once():
@@ -959,31 +964,15 @@ def test_secrets_stay_out_of_sight():
     "an empty value": (b"G / HTTP/1.1\r\nA:\r\n\r\n", ("G / HTTP/1.1", {"a": ""}, b"")),
     "no head at all": (b"", None),
     "a long value": (b"G / HTTP/1.1\r\nA: " + b"x" * 5000 + b"\r\n\r\n", ("G / HTTP/1.1", {"a": "x" * 5000}, b"")),
-    "obs-fold": (b"G / HTTP/1.1\r\nA: b\r\n c\r\n\r\n", 400),
-    "a blank before the colon": (b"G / HTTP/1.1\r\nA : b\r\n\r\n", 400),
-    "no colon": (b"G / HTTP/1.1\r\nAb\r\n\r\n", 400),
-    "no name": (b"G / HTTP/1.1\r\n: b\r\n\r\n", 400),
-    "NUL": (b"G / HTTP/1.1\r\nA: b\0\r\n\r\n", 400),
-    "bare LF": (b"G / HTTP/1.1\r\nA: b\nC: d\r\n\r\n", 400),
-    "bare LF only": (b"G / HTTP/1.1\nA: b\n\n", 400),
-    "bare CR": (b"G / HTTP/1.1\r\nA: b\rC: d\r\n\r\n", 400),
-    "TLS": (b"\x16\x03\x01\x02\0\x01\0", 400),
     "it ends early": (b"G / HTTP/1.1\r\nA: b", None),
-    "too large": (b"G / HTTP/1.1\r\nA: " + b"x" * 70000, 431),
-    "too many fields": (b"G / HTTP/1.1\r\n" + b"A: b\r\n" * 101 + b"\r\n", 431),
 })
 def test_heads(data, expected):
-    for cuts in ([], [5], range(1, min(len(data), 300))):
-        end, searched = -1, 0
-        with pytest.raises(ProtocolError) if isinstance(expected, int) else contextlib.nullcontext() as caught:
-            for pending in [data[:cut] for cut in cuts] + [data]:
-                end = end if end >= 0 else akashproxy.find_head_end(pending, searched)
-                searched = max(0, len(pending) - 3)
-            got = (*akashproxy.parse_head(data[:end], functools.lru_cache(str)), data[end + 4:]) if end >= 0 else None
-        assert caught.value.status == expected if caught else got == expected
+    end = akashproxy.find_head_end(data, 0)
+    assert expected == ((*akashproxy.parse_head(data[:end], functools.lru_cache(str)), data[end + 4:]) if end >= 0 else None)
 
 
 LENGTH, CHUNKED = {"content-length": "5"}, {"transfer-encoding": "chunked"}
+FRAMES = [b"0\r\n\r\n", b"5\r\nhello\r\n0\r\n\r\nGET / HTTP/1.1\r\n\r\n", b"\r\n\r\n", b"1\r\n\r\n\r\n", b"3\r\nabc\r\n"]
 
 
 @table({
@@ -997,26 +986,14 @@ LENGTH, CHUNKED = {"content-length": "5"}, {"transfer-encoding": "chunked"}
     "cut": (LENGTH, b"hell", ProtocolError, 0),
     "chunks cut": (CHUNKED, b"5\r\nhello\r\n", ProtocolError, 0),
     "the last chunk cut": (CHUNKED, b"5\r\nhello\r\n0\r\n", ProtocolError, 0),
-    "a chunk too long": (CHUNKED, b"4\r\nhello\r\n0\r\n\r\n", ProtocolError, 0),
-    "no size": (CHUNKED, b"\r\nhello\r\n", ProtocolError, 0),
     "no size and no data": (CHUNKED, b"\r\n\r\n", ProtocolError, 0),
     "leading zeros": (CHUNKED, b"0002\r\nhe\r\n003\r\nllo\r\n000\r\n\r\n", b"hello", b""),
     "a line break within": (CHUNKED, b"7\r\nhel\r\nlo\r\n0\r\n\r\n", b"hel\r\nlo", b""),
     "an empty chunk in the middle": (CHUNKED, b"5\r\nhello\r\n0\r\n\r\n5\r\nworld\r\n0\r\n\r\n", b"hello", b"5\r\nworld\r\n0\r\n\r\n"),
     "a signed size": (CHUNKED, b"+5\r\nhello\r\n", ProtocolError, 0),
-    "0x": (CHUNKED, b"0x5\r\nhello\r\n", ProtocolError, 0),
-    "underscore": (CHUNKED, b"1_0\r\nhello\r\n", ProtocolError, 0),
-    "a bare LF after the size": (CHUNKED, b"5\nhello\r\n0\r\n\r\n", ProtocolError, 0),
-    "a bare LF after the data": (CHUNKED, b"5\r\nhello\n0\r\n\r\n", ProtocolError, 0),
-    "an endless extension": (CHUNKED, b"5;" + b"x" * 5000, ProtocolError, 0),
-    "a broken trailer": (CHUNKED, b"0\r\nA : b\r\n\r\n", ProtocolError, 0),
-    "both lengths": ({**LENGTH, **CHUNKED}, b"", ProtocolError, 400),
-    "two lengths": ({"content-length": "5, 5"}, b"", ProtocolError, 400),
-    "a signed length": ({"content-length": "+5"}, b"", ProtocolError, 400),
     "another digit": ({"content-length": "٥"}, b"", ProtocolError, 400),
-    "an underscore": ({"content-length": "1_0"}, b"", ProtocolError, 400),
-    "gzip": ({"transfer-encoding": "gzip, chunked"}, b"", ProtocolError, 501),
     "a vertical tab": ({"transfer-encoding": "\x0bchunked"}, b"", ProtocolError, 501),
+    **{f"a payload that looks like framing, {payload}": (CHUNKED, chunk(b"a") + chunk(payload) + chunks(b"b"), b"a" + payload + b"b", b"") for payload in FRAMES},
 })
 def test_bodies_cut_anywhere(fields, data, expected, rest):
     for parts in pieces(data) if len(data) < 100 else [[data]]:
@@ -1034,19 +1011,6 @@ def test_bodies_cut_anywhere(fields, data, expected, rest):
             with pytest.raises(expected) as caught:
                 read()
             assert caught.value.status == (rest or 400)
-
-
-FRAMES = [b"0\r\n\r\n", b"5\r\nhello\r\n0\r\n\r\nGET / HTTP/1.1\r\n\r\n", b"\r\n\r\n", b"1\r\n\r\n\r\n", b"3\r\nabc\r\n"]
-
-
-@pytest.mark.parametrize("payload", FRAMES)
-def test_a_payload_that_looks_like_framing_is_payload(payload):
-    data = chunk(b"a") + chunk(payload) + chunks(b"b")
-    for first in range(len(data)):
-        for second in range(first, len(data)):
-            body = BodyDecoder(CHUNKED)
-            got = b"".join(body.feed(part) for part in (data[:first], data[first:second], data[second:]) if part)
-            assert (got, body.done, body.trailing_data) == (b"a" + payload + b"b", True, b"")
 
 
 def test_a_body_to_the_end_of_the_connection():
@@ -1242,12 +1206,16 @@ DECODED = {
 }
 
 
-@table(DECODED)
-def test_akash_streams_cut_at_every_byte(data, expected, error):
+def decodes_cut_at_every_byte(decoder, data, expected, error):
     for parts in pieces(data):
-        events, told = decoded(akashproxy.DecoderChain(AkashDecoder("m"), akashproxy.SurrogateFilter()), parts)
+        events, told = decoded(akashproxy.DecoderChain(decoder(), akashproxy.SurrogateFilter()), parts)
         assert merged(events) == expected, parts
         assert re.search(error, told[1]) if error else told is None
+
+
+@table(DECODED)
+def test_akash_streams_cut_at_every_byte(data, expected, error):
+    decodes_cut_at_every_byte(lambda: AkashDecoder("m"), data, expected, error)
 
 
 def test_all_text_of_one_read_is_one_event():
@@ -1415,8 +1383,8 @@ def session_of(akash, clock, token=""):
 def test_the_cookie_lives_for_its_max_age(akash):
     clock = Clock()
     session = session_of(akash, clock)
-    first = session.get()
-    assert first == akash.cookie
+    first, = set(at_once(session.get, 64))
+    assert first == akash.cookie and akash.cookies == 1
     clock.now += 0.79 * 600
     assert session.get() == first and akash.cookies == 1
     clock.now += 0.02 * 600                 # the last fifth: the old one serves on while one thread renews
@@ -1426,12 +1394,6 @@ def test_the_cookie_lives_for_its_max_age(akash):
     clock.now += 10000                      # over: everybody waits for a new one
     assert session.get() == akash.cookie and akash.cookies == 3
     assert all("cookie" not in request.headers for request in akash.requests), "one would extend nothing in 2026"
-
-
-def test_many_threads_fetch_one_cookie(akash):
-    session = session_of(akash, time.monotonic)
-    assert len(set(at_once(session.get, 64))) == 1
-    assert akash.cookies == 1
 
 
 def test_a_failed_renewal_leaves_the_old_cookie(akash):
@@ -1500,16 +1462,14 @@ def test_a_session_that_stays_invalid_is_no_loop(akash, serve):
     assert len(akash.bodies()) == 2 and akash.cookies == 2
 
 
-def test_a_redirect_is_told_with_where_it_leads(akash, serve):
-    akash.session = reply(301, b"", "", b"Location: https://elsewhere.example/\r\n")
+@table({    # the answer to a request for a session: what a client is told, Retry-After
+    "a redirect": (reply(301, b"", "", b"Location: https://elsewhere.example/\r\n"), "redirects to https://elsewhere.example/, check AKASH_BASE_URL", None),
+    "down": (reply(500, b"", ""), "did not start a session", "5"),
+})
+def test_a_session_that_is_not_started_is_said(answer, words, retry_after, akash, serve):
+    akash.session = answer
     got = chat(serve())
-    assert got.status == 503 and "redirects to https://elsewhere.example/, check AKASH_BASE_URL" in got.json["error"]["message"]
-
-
-def test_a_session_server_that_is_down_is_said(akash, serve):
-    akash.session = reply(500, b"", "")
-    got = chat(serve())
-    assert got.status == 503 and "did not start a session" in got.json["error"]["message"] and got.headers["retry-after"] == "5"
+    assert got.status == 503 and words in got.json["error"]["message"] and retry_after in (None, got.headers["retry-after"])
 
 
 @pytest.mark.parametrize("accepted", ["plain", "sha256"])
@@ -1822,11 +1782,13 @@ def test_words_that_akash_does_not_pass_on_are_no_failure(version, akash, serve)
     assert len(akash.bodies()) == 2 and ask(server, path="/status").json["controllers"][0]["failed"] == (0 if version == "2026" else 2)
 
 
-def test_failed_images_leave_chats_alone(akash, serve):
+def test_failed_images_are_not_repeated_and_leave_chats_alone(akash, serve):
     server = serve()
-    akash.faults += [akash.raw(reply(500, b'{"error":"Error generating image","message":"No workers available"}'), keep=True)] * 4
-    assert statuses(server, 4, GEN) == [502] * 4 and chat(server).status == 200
-    assert ask(server, path="/status").json["controllers"][0]["rests_for_seconds"] == 0
+    akash.faults += [akash.raw(reply(500, b'{"error":"Error generating image","message":"No workers at http://inner:1/x"}'), keep=True)] * 4
+    for _ in range(4):
+        got = chat(server, GEN)
+        assert (got.status, got.json["error"]["code"], got.headers["x-should-retry"]) == (502, "image_failed", "false") and b"inner" not in got.body
+    assert chat(server).status == 200 and ask(server, path="/status").json["controllers"][0]["rests_for_seconds"] == 0
 
 
 DRAW, WAITING = {"prompt": "a fox", "n": 2}, [{"status": "waiting", "queue_position": 1}]
@@ -2083,12 +2045,6 @@ def test_the_short_way_leads_where_the_long_one_does(before, piece):
     (long, error, _), (short, its_error, taken) = answer(False), answer(True)
     assert (short, its_error) == (long, error)
     assert (taken == b'"b c"') == (piece == b'0:"b c"\n' and before.endswith((b'0:"a"\n', b'"`"\n')))
-
-
-def test_a_token_is_sent_at_once(akash, serve):
-    akash.faults.append(akash.stall(b'0:"one "\n'))
-    with connect(serve(), post("/v1/chat/completions", {**CHAT, "stream": True})) as sock:
-        receive(sock, b'"content":"one "')
 
 
 def test_headers_of_a_stream(serve):
@@ -2694,10 +2650,6 @@ def test_all_interfaces_take_both_families(address, serve):
         socket.create_connection((host, server.server_port), timeout=5).close()
 
 
-def test_localhost_is_ipv4(serve):
-    assert serve(server_address="localhost:0").server_address[0] == "127.0.0.1"
-
-
 def test_importing_starts_nothing():
     done = subprocess.run([sys.executable, "-c", "import threading, akashproxy; print(threading.active_count())"],
                           cwd=HERE, capture_output=True, text=True, timeout=30)
@@ -2905,12 +2857,6 @@ def test_broken_files_and_the_exit_status(config, text, words, capsys):
     assert words in printed and "Traceback" not in printed
 
 
-def test_a_broken_or_missing_file_ends_the_process(config):
-    for path, words in ((config("[]", "broken.json"), "must be a JSON object"), (config("{}") + "x", "No such file")):
-        done = run("--config_file", path, "--check")
-        assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
-
-
 def test_check_shows_the_file_and_the_controllers(config):
     path = config({"controllers": [{"type": "openai", "api_key": "s3cret", "proxy": "http://u:s3cret@h:1", "headers": {"k": "s3cret"}}]})
     done = run("--config-file", path, "--check")
@@ -3052,6 +2998,7 @@ def call_parts(*parts):
     "text in between": (call_parts((0, "a", "f", '{"a"'), {"content": "x", "reasoning_content": "y"}, (0, None, None, ":1}")), [("f", '{"a":1}')]),
     "braces and quotes within strings": (call_parts((0, None, "f", '{"a":"}\\"'), (0, None, "f", '{"}')), [("f", '{"a":"}\\"{"}')]),
     "no arguments": (call_parts((0, "a", "f", None)), [("f", "")]),
+    "an object, and more": (call_parts((0, "a", "f", '{"a":1}'), (0, "b", "g", {"b": 2}), (0, None, None, "x")), [("f", '{"a":1}'), ("g", '{"b":2}x')]),
 })
 def test_calls_however_they_are_fragmented(data, expected):
     for parts in pieces(data):
@@ -3079,13 +3026,6 @@ def test_halves_of_a_character_are_joined(events, expected):
         step = akashproxy.SurrogateFilter()
         found = [event for part in parts for event in step.feed(part)]
         assert merged(found + step.close()) == expected
-
-
-def test_a_call_without_a_name_is_an_error():
-    decoder = akashproxy.ChatDecoder("b")
-    decoder.feed(call_parts((0, "a", None, "{}")))
-    decoder.close()
-    assert "without a name" in decoder.error.message
 
 
 def deflated(data, wbits):
@@ -3239,6 +3179,7 @@ def test_the_usage_of_relayed_answers_is_logged_and_counted(path, kind, body, fa
     "it just ends": (FakeOpenAI.event({"content": "a"}), [T("a")], EARLY),
     "[DONE] without a finish": (FakeOpenAI.event({"content": "a"}) + b"data: [DONE]\n\n", [T("a")], EARLY),
     "no JSON": (b"data: {oops\n\n", [], "not JSON"),
+    "a call without a name": (call_parts((0, "a", None, "{}")), [], "without a name"),
     "odd shapes": (b'data: {"choices":[null,{"delta":7},{"delta":{"content":7,"tool_calls":[7]}}]}\n\n' + FakeOpenAI.event({"content": "a"}, "stop"),
                    [T("a"), Finish("stop")], None),
     "CR alone": (FakeOpenAI.event({"content": "a"}, "stop").replace(b"\n", b"\r"), [T("a"), Finish("stop")], None),
@@ -3256,10 +3197,7 @@ def test_the_usage_of_relayed_answers_is_logged_and_counted(path, kind, body, fa
     "Groq's usage": (FakeOpenAI.event({"content": "a"}, "stop")[:-3] + b',"x_groq":{"usage":{"prompt_tokens":11,"completion_tokens":7}}}\n\n', [T("a"), Finish("stop", USAGE)], None),
 })
 def test_openai_streams_cut_at_every_byte(data, expected, error):
-    for parts in pieces(data):
-        events, told = decoded(akashproxy.DecoderChain(akashproxy.ChatDecoder("b"), akashproxy.SurrogateFilter()), parts)
-        assert merged(events) == expected, parts
-        assert re.search(error, told[1]) if error else told is None
+    decodes_cut_at_every_byte(lambda: akashproxy.ChatDecoder("b"), data, expected, error)
 
 
 def test_an_upstream_that_streams_unasked_or_does_not(fake, pool):
@@ -3743,8 +3681,6 @@ def test_aliases_are_a_setting(config):
         assert load(path).model_aliases == Settings.load({"MODEL_ALIASES": text}).model_aliases == aliases
     assert "MODEL_ALIASES=a=b,a=c,d=e\n" in run("--config-file", path, "--check").stdout
     assert "MODEL_ALIASES=c-*=d,e=f" in run("--check", MODEL_ALIASES="c-*=d,e=f").stdout
-    with pytest.raises(ConfigError, match="MODEL_ALIASES: 'a' is not NAME=VALUE"):
-        Settings.load({"MODEL_ALIASES": "a"})
     for wrong in ([], [""], ["x", 1], 7, {"x": "y"}, None):
         with pytest.raises(ConfigError, match="model_aliases: 'a' must be a model or a list of models"):
             load(config({"model_aliases": {"a": wrong}}))
@@ -4264,16 +4200,6 @@ def test_a_status_of_an_upstream_costs_the_client_no_connection(fake, pool):
         assert ask_again(link, "POST", "/v1/chat/completions", BOTH).status == 413
         first = link.sock
         assert first and ask_again(link, "POST", "/v1/chat/completions", BOTH).status == 200 and link.sock is first
-
-
-def test_calls_of_tools_that_all_have_index_0():
-    def call(**more):
-        return FakeOpenAI.event({"tool_calls": [{"index": 0, **more}]})
-
-    decoder = akashproxy.ChatDecoder()
-    events = decoder.feed(call(id="a", function={"name": "f", "arguments": '{"a":1}'}) + call(id="b", function={"name": "g", "arguments": {"b": 2}})
-                          + call(function={"arguments": "x"}) + FakeOpenAI.event({}, "tool_calls") + b"data: [DONE]\n\n")
-    assert fold(events).tools == [ToolCall(0, '{"a":1}', "a", "f"), ToolCall(1, '{"b":2}x', "b", "g")]
 
 
 def test_a_client_that_leaves_while_all_rest(a, b, pool):
@@ -5980,12 +5906,6 @@ def test_akash_ignores_json_mode_and_says_so(serve, form, status):
     assert got.status == status and got.headers.get("x-akashproxy-ignored") == ("response_format" if form == {"type": "json_object"} else None)
 
 
-def test_a_failed_image_of_the_2026_version_is_not_repeated(akash, serve):
-    akash.sends(reply(500, b'{"error":"Error generating image","message":"No workers at http://inner:1/x"}'), keep=True)
-    got = chat(serve(), {**CHAT, "model": "AkashGen"})
-    assert (got.status, got.json["error"]["code"], got.headers["x-should-retry"]) == (502, "image_failed", "false") and b"inner" not in got.body
-
-
 def test_any_upstream_can_get_tools_as_text(streamed, serve):
     fake = FakeOpenAI(text=f"<think>\nhm\n</think>I look. <tool_call>\n{KYIV}\n</tool_call>")
     history = [user("hi"), {"role": "assistant", "content": None, "tool_calls": [{"id": "c", "type": "function", "function": {"name": "now", "arguments": "{}"}}]},
@@ -6051,8 +5971,6 @@ def test_an_instruction_of_ones_own_replaces_the_built_in_one(akash, serve):
     ask(server, "POST", "/v1/chat/completions", {"model": "Qwen/Qwen3", **TOOL_REQUESTS["/v1/chat/completions"]})
     [sent] = [body for body in akash.bodies() if "messages" in body]
     assert sent["system"].startswith('Tools: {"type":"function"') and "You can call" not in sent["system"]
-    with pytest.raises(ConfigError, match="TOOLS_PROMPT: must contain"):
-        Settings.load({"TOOLS_PROMPT": "Call something."}, {})
 
 
 STRING = {"type": "string"}
@@ -6215,14 +6133,6 @@ def test_a_socks_proxy_that_refuses(fake, pool, user, login, code, words):
 def test_the_environments_proxies_rule_as_with_curl(environ, url, proxy):
     options, = Settings.load({"AKASH_BASE_URL": url, **environ}).pool()
     assert options.proxy == proxy
-
-
-@pytest.mark.parametrize("value", ["https://p:1", "socks4://p", "ftp://p", "http://p:0", "http://p/x", "http://" + "u" * 300 + "@p:1"])
-def test_proxies_of_other_kinds_are_named(value):
-    for name, words in (("HTTPS_PROXY", "PROXY=none ignores it"), ("PROXY", "must be http://")):
-        with pytest.raises(ConfigError) as caught:
-            Settings.load({name: value})
-        assert len(caught.value.problems) == 1 and caught.value.problems[0].startswith(f"{name}: ") and words in caught.value.problems[0]
 
 
 def test_a_controllers_own_proxy_precedes_and_the_settings_say_which_rules(config):
@@ -6707,6 +6617,32 @@ def target_servers():
     for server in servers:
         server.stop(0)
     fake.close()
+
+
+def read_request(parts):
+    """What the codec makes of a request that comes in some parts: its head, its body and what follows, or the status of its error."""
+    pending, got, head, body = b"", b"", None, None
+    try:
+        for part in parts:
+            pending += part
+            end = -1 if head else akashproxy.find_head_end(pending, max(0, len(pending) - len(part) - 3))
+            if end >= 0:
+                head = akashproxy.parse_head(pending[:end], akashproxy.parse_request_line)
+                body, pending = BodyDecoder(head[1]), pending[end + 4:]
+            if body and not body.done:
+                got += body.feed(pending)
+                pending = body.trailing_data
+    except ProtocolError as error:
+        return error.status
+    return head, got, body and body.done, pending
+
+
+@table(ATTACKS)
+def test_where_a_request_is_cut_changes_nothing(data, status, stays_open):
+    data = data.lstrip(b"\r\n")
+    complete = read_request([data])
+    assert complete == status or not isinstance(complete, int)
+    assert all(read_request(parts) == complete for parts in (pieces(data) if len(data) < 300 else [split(data, 1000)]))
 
 
 @table(ATTACKS)
@@ -9866,8 +9802,6 @@ def test_the_page_is_served_to_all_and_runs_only_its_own_script(serve):
 def test_the_page_can_be_left_out(serve):
     server = serve(page="off", bearer_token="secret")
     assert ask(server, path="/").status == 404 and ask(server, path="/status").status == 401
-    with pytest.raises(ConfigError, match="'maybe' is not one of on, off"):
-        Settings(page="maybe")
 
 
 def test_a_chat_on_the_page(browser, akash, serve):
@@ -11018,12 +10952,6 @@ def official(block):
     return re.match("import (openai|anthropic)$", block, re.M)
 
 
-@pytest.mark.parametrize("port", ["x", "70000", "-1", "80 80"])
-def test_a_wrong_port_is_named(port):
-    with pytest.raises(akashproxy.ConfigError, match="PORT: .* is not a valid port"):
-        Settings.load({"PORT": port})
-
-
 OPENAI_KEY = {"OPENAI_API_KEY": "k"}
 
 
@@ -11194,13 +11122,6 @@ def test_forwarded_headers_open_no_gate(serve):
     assert ask(server, path="/v1/models", headers=headers).status == 403
     preflight = {**headers, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "x-forwarded-host"}
     assert ask(server, "OPTIONS", "/v1/models", headers=preflight).status == 403
-
-
-@pytest.mark.parametrize("name, value", [("path_prefix", "secret"), ("path_prefix", "/a b"), ("path_prefix", "//a"), ("path_prefix", "/a?b"),
-                                         ("trusted_proxies", ("x",)), ("trusted_proxies", ("10.0.0.0/99",)), ("trusted_proxies", ("",))])
-def test_wrong_prefixes_and_proxies(name, value):
-    with pytest.raises(akashproxy.ConfigError):
-        Settings(**{name: value})
 
 
 def test_health_of_a_server_with_a_path_prefix():
