@@ -2050,7 +2050,6 @@ def test_legacy_completions(akash, serve):
     # name: (path, body, param, words)
     "no JSON": ("chat/completions", b"{", None, "not valid JSON"),
     "nothing": ("chat/completions", b"", None, "not valid JSON"),
-    "NaN": ("chat/completions", b'{"model":NaN}', None, "NaN"),
     "bad UTF-8": ("chat/completions", b'{"model":"\xff"}', None, "not valid JSON"),
     "another encoding": ("chat/completions", '{"model":"m"}'.encode("utf-16"), None, "not valid JSON"),
     "deep": ("chat/completions", b'{"model":' + b"[" * 100000, None, "not valid JSON"),
@@ -2372,14 +2371,6 @@ def started(*flags, **options):
         yield process, port_of(process)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_command_stops_cleanly(number):
-    with started("--demo") as (process, port):
-        process.send_signal(number)
-        assert process.wait(20) == 0
-        assert "Traceback" not in process.stderr.read()
-
-
 def test_the_demo_goes_the_whole_way():
     with started("--demo", "--image-poll", "0.01") as (process, server):
         assert [model["id"] for model in ask(server, path="/v1/models").json["data"]] == ["demo", "AkashGen"]
@@ -2474,13 +2465,15 @@ def test_sigterm_works_while_nobody_reads_the_log(akash):
     os.close(reader), os.close(writer)
 
 
-def test_the_last_lines_of_the_log_are_written():
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_command_stops_cleanly_and_writes_the_last_lines_of_its_log(number):
     with started("--demo") as (process, server):
         for _ in range(20):
             ask(server, path="/nowhere")
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
         assert process.wait(20) == 0
-        assert process.stderr.read().count(" status=404 ") == 20
+        output = process.stderr.read()
+        assert output.count(" status=404 ") == 20 and "Traceback" not in output
 
 
 def full_disk():
@@ -2549,13 +2542,6 @@ def test_an_open_address_is_warned_of(address, token, with_keys, warned, config)
         process.stdout.readline()
         process.terminate()
         assert ("set BEARER_TOKEN" in process.communicate(timeout=20)[1]) == warned
-
-
-def test_check_shows_the_settings_but_no_secret():
-    done = run("--check", "--log-level", "debug", BEARER_TOKEN="s3cret", AKASH_COOKIE="s3cret")
-    assert done.returncode == 0 and "s3cret" not in done.stdout + done.stderr
-    displayed = dict(line.split("=", 1) for line in done.stdout.partition("\n\n")[0].splitlines()[2:])
-    assert set(displayed) == set(SETTINGS) and displayed["BEARER_TOKEN"] == "********" and displayed["LOG_LEVEL"] == "debug"
 
 
 @pytest.mark.parametrize("python", ["3.7", "3.8"])
@@ -2800,7 +2786,23 @@ def test_all_mistakes_of_a_file_with_their_places(config):
         assert line in problems, line
 
 
+KEYS = {    # client keys that can not be: what is said of them
+    "an object": ({}, "keys: must be a list"), "null": (None, "keys: must be a list"), "a text": (["k"], "keys[0]: must be an object"),
+    "misspelt within": ([{"name": "a", "key": "k", "request_per_minute": 1}], "keys[0].request_per_minute: unknown key; did you mean 'requests_per_minute'?"),
+    "no name": ([{"key": "k"}], "keys[0].name: is missing"), "no key": ([{"name": "a"}], "keys[0].key: is missing"),
+    "an empty name": ([{"name": "", "key": "k"}], "keys[0].name: must not be empty"),
+    "an empty key": ([{"name": "a", "key": ""}], "keys[0].key: empty values are not allowed"),
+    "a key that can't be sent": ([{"name": "a", "key": "k "}], "keys[0].key: only printable ASCII"),
+    "a name that can't be shown": ([{"name": "a|b", "key": "k"}], "keys[0].name: only letters"),
+    "two names": ([{"name": "a", "key": "k"}, {"name": "a", "key": "l"}], "keys: two have the name 'a'"),
+    "two keys": ([{"name": "a", "key": "s3cret"}, {"name": "b", "key": "s3cret"}], "keys: two have the same key"),
+    "a rate that is none": ([{"name": "a", "key": "k", "requests_per_minute": 0.5}], "keys[0].requests_per_minute: must be a whole"),
+    "not in the environment": ([{"name": "a", "key": "${NONE}"}], "keys[0].key: the environment variable NONE is not set"),
+}
+
+
 @pytest.mark.parametrize("text, words", [
+    *[(json.dumps({"keys": value}), words) for value, words in KEYS.values()], ('{"kes": []}', "kes: unknown key; did you mean 'keys'?"),
     ('{"a": 1,\n "b": }', "line 2, column 7"), ("[]", "must be a JSON object"), ('{"controllers": []}', "at least one controller"),
     ('{"controllers": 7}', "at least one controller"), ('{"max_wait": NaN}', "NaN is not JSON"), ('{"pool": 1}', "pool: must be an object"),
     ('{"port": "x"}', "port: 'x' is not a valid port"), ('{"controllers": null}', "at least one controller"),
@@ -2814,16 +2816,18 @@ def test_broken_files_and_the_exit_status(config, text, words, capsys):
     path = config("")
     pathlib.Path(path).write_text(text, encoding="latin-1")
     assert akashproxy.main(["--config_file", path, "--check"]) == 2
-    printed = capsys.readouterr().err
-    assert words in printed and "Traceback" not in printed
+    problems = capsys.readouterr().err
+    assert words in problems and "s3cret" not in problems and problems.count("\n") == 1 + ("MY-KEY" in text)
 
 
-def test_check_shows_the_file_and_the_controllers(config):
+def test_check_shows_the_settings_their_file_and_the_controllers_but_no_secret(config):
     path = config({"controllers": [{"type": "openai", "api_key": "s3cret", "proxy": "http://u:s3cret@h:1", "headers": {"k": "s3cret"}}]})
-    done = run("--config-file", path, "--check")
+    done = run("--config-file", path, "--check", "--log-level", "debug", BEARER_TOKEN="s3cret", AKASH_COOKIE="s3cret")
+    displayed = dict(line.split("=", 1) for line in done.stdout.partition("\n\n")[0].splitlines()[2:])
+    assert set(displayed) == set(SETTINGS) and displayed["BEARER_TOKEN"] == "********" and displayed["LOG_LEVEL"] == "debug"
     assert f"# file: {path}\n" in done.stdout and "# searched: ., .config, config, /etc/akashproxy, /etc/chatgpt-apiserver" in done.stdout
-    assert "[openai]\ntype=openai" in done.stdout and "api_key=********" in done.stdout and "s3cret" not in done.stdout + done.stderr
-    assert "s3cret" not in repr(load(path))
+    assert "[openai]\ntype=openai" in done.stdout and "api_key=********" in done.stdout
+    assert done.returncode == 0 and "s3cret" not in done.stdout + done.stderr + repr(load(path))
 
 
 # == controllers: OpenAI ======================================================================
@@ -3623,14 +3627,14 @@ def test_a_process_without_descriptors_blames_no_upstream(config, a, b):
 NAMES = {"claude-haiku-9": "small", "claude-9": "big/one", "big--one": "big/one", "as--is": "as--is", "no--such": "no--such", "both": "both"}
 
 
-@pytest.mark.parametrize("asked", NAMES)
-def test_other_names_of_models(asked, pool):
+@pytest.mark.parametrize("asked, model", NAMES.items())
+def test_other_names_of_models(asked, model, pool):
     fake = FakeOpenAI(["big/one", "as--is", "as/is", "small", "both"])
     server = pool(fake, model_aliases={"*haiku*": "small", "claude-*": "big/one"})
     got = chat(server, {**BOTH, "model": asked, "new": 1})
-    assert got.status == 200 and fake.bodies()[-1] == {**BOTH, "model": NAMES[asked], "new": 1}
+    assert got.status == 200 and fake.bodies()[-1] == {**BOTH, "model": model, "new": 1}
     got = ask(server, "POST", "/v1/messages", {**ASKED, "model": asked})
-    assert fake.bodies()[-1]["model"] == NAMES[asked] and got.json["model"] == asked, "a client reads the name that it asked for"
+    assert fake.bodies()[-1]["model"] == model and got.json["model"] == asked, "a client reads the name that it asked for"
 
 
 def test_aliases_are_a_setting(config):
@@ -4477,10 +4481,9 @@ AKASH_SAYS = {
 }
 
 
-@pytest.mark.parametrize("text", AKASH_SAYS)
+@pytest.mark.parametrize("text, status, code, words, wait", [(text, *row) for text, row in AKASH_SAYS.items()])
 @pytest.mark.parametrize("form", ["part", "event", "json"])
-def test_what_is_behind_akash_is_heard(text, form, akash, serve):
-    status, code, words, wait = AKASH_SAYS[text]
+def test_what_is_behind_akash_is_heard(text, status, code, words, wait, form, akash, serve):
     encoded = json.dumps(text).encode()
     akash.sends({
         "part": STREAM_HEAD + chunks(b"3:" + encoded + b"\n"),
@@ -5094,6 +5097,12 @@ def result(content="1", id="t1", **fields):
     return {"type": "tool_result", "tool_use_id": id, "content": content, **fields}
 
 
+def becomes_a_chat(server, fake, path, body, messages):
+    got = ask(server, "POST", path, body)
+    assert got.status == 200, got.body
+    assert fake.bodies()[0]["messages"] == messages
+
+
 @table({
     # name: (messages, messages of the chat)
     "a system message in the middle": ([user("x"), system("B"), user("y")], [system("B"), user("x"), user("y")]),
@@ -5138,9 +5147,7 @@ def result(content="1", id="t1", **fields):
     "empty blocks": ([system([text_part("")]), user([text_part(""), text_part("x")])], [user("x")]),
 })
 def test_a_history_of_messages_as_a_chat(messages, chat, fake, pool):
-    got = ask(pool(fake), "POST", "/v1/messages", {**ASKED, "messages": messages})
-    assert got.status == 200, got.body
-    assert fake.bodies()[0]["messages"] == chat
+    becomes_a_chat(pool(fake), fake, "/v1/messages", {**ASKED, "messages": messages}, chat)
 
 
 def reasoned(*texts, **fields):
@@ -5181,9 +5188,7 @@ DEVELOPER, SAYS = developer("B"), assistant("doing")
                             [user([{"type": "image_url", "image_url": {"url": "data:x", "detail": "high"}}])]),
 })
 def test_a_history_of_responses_as_a_chat(items, chat, fake, pool):
-    got = ask(pool(fake), "POST", "/v1/responses", {**WANTED, "input": items})
-    assert got.status == 200, got.body
-    assert fake.bodies()[0]["messages"] == chat
+    becomes_a_chat(pool(fake), fake, "/v1/responses", {**WANTED, "input": items}, chat)
 
 
 def reminder(text):
@@ -5198,8 +5203,7 @@ def reminder(text):
     "beside a picture": ([user([{"type": "image", "source": PNG_SOURCE}]), system("B")], [user([picture("data:image/png;base64,iVBO"), text_part(reminder("B"))])]),
 })
 def test_later_system_messages_as_text_of_the_user(messages, chat, fake, pool):
-    assert ask(pool((fake, {"system_messages": "user"})), "POST", "/v1/messages", {**ASKED, "messages": messages}).status == 200
-    assert fake.bodies()[0]["messages"] == chat
+    becomes_a_chat(pool((fake, {"system_messages": "user"})), fake, "/v1/messages", {**ASKED, "messages": messages}, chat)
 
 
 @pytest.mark.parametrize("path", ["/v1/messages", "/v1/responses"])
@@ -5574,12 +5578,11 @@ def tool_answer(pieces, stream=True):
     return answer.text, [(call.name, json.loads(call.arguments)) for call in answer.tools]
 
 
-@pytest.mark.parametrize("name", TOOL_ANSWERS)
-def test_calls_in_text_are_found_however_they_are_cut(name):
-    answer, *right = TOOL_ANSWERS[name]
+@table(TOOL_ANSWERS)
+def test_calls_in_text_are_found_however_they_are_cut(answer, text, calls):
     places = range(1, len(answer), 1 + len(answer) // 12)    # character by character, it is cut everywhere
     cuts = [[answer], list(answer), *([answer[:at], answer[at:]] for at in places)]
-    assert all(list(tool_answer(pieces)) == right for pieces in cuts) and list(tool_answer([answer], stream=False)) == right
+    assert {str(tool_answer(pieces)) for pieces in cuts} == {str(tool_answer([answer], stream=False))} == {str((text, calls))}
 
 
 def test_long_arguments_are_sent_as_they_arrive():
@@ -5938,9 +5941,8 @@ def agent_request(path, tools, turns):
     return {"model": "demo", "stream": True, "tools": functions, "tool_choice": {"type": "auto"} if path == "/v1/messages" else "auto", **more}
 
 
-@pytest.mark.parametrize("agent", AGENTS)
-def test_an_agent_finishes_the_demos_task(agent, demo, tmp_path):
-    path, shell, fields, required = AGENTS[agent]
+@table(AGENTS)
+def test_an_agent_finishes_the_demos_task(path, shell, fields, required, demo, tmp_path):
     tools = {name: {"type": "object", "properties": properties, "required": list(properties)} for name, properties in {**OTHERS, shell: fields}.items()}
     tools[shell]["required"], turns, server = required, [], demo
     for step in range(5):
@@ -6502,11 +6504,6 @@ ATTACKS = {
     "another expectation": (POST + SIZED + b"Expect: tea\r\n\r\n" + DATA, 417, CLOSED),
     "an expectation in 1.0": (POST.replace(b"1.1", b"1.0") + SIZED + b"Expect: tea\r\n\r\n" + DATA, 200, CLOSED),
     # -- bodies
-    "NaN": (spelled(DATA[:-1] + b',"seed":NaN}'), 400, OPEN), "Infinity": (spelled(b"[-Infinity]"), 400, OPEN),
-    "objects 100,000 deep": (spelled(b'{"a":' * 100000), 400, OPEN),
-    "nested deep and closed": (spelled(b'{"model":"m","messages":' + b"[" * 50000 + b"]" * 50000 + b"}"), 400, OPEN),
-    "a huge number": (spelled(DATA[:-1] + b',"temperature":1e999}'), 400, OPEN),
-    "a number of 5,000 digits": (spelled(DATA[:-1] + b',"max_tokens":' + b"9" * 5000 + b"}"), 400, OPEN),
     "overlong UTF-8": (spelled(b'{"model":"\xc0\xaf"}'), 400, OPEN),
     "a byte order mark": (spelled(b"\xef\xbb\xbf" + DATA), 200, OPEN),
     "a lone surrogate": (spelled(DATA.replace(b"Hello", b"\\ud800")), 200, OPEN),
@@ -7094,15 +7091,6 @@ def test_a_session_and_a_connection_may_end_together(akash, serve):
     akash.faults.append(akash.refuse())
     akash.cookies += 1      # as after a restart
     assert chat(server).status == 200
-
-
-def test_an_answer_that_nobody_asked_for_goes_to_nobody(a, pool):
-    notified = threading.Event()
-    a.faults.append(a.steps(reply(body=a.completion(), chunked=False), 0.02, reply(body=b'{"evil":1}', chunked=False), notified.set))
-    server = pool(a)
-    assert chat(server, BOTH).status == 200
-    notified.wait(10)
-    assert chat(server, BOTH).body == a.completion()
 
 
 def test_no_ping_follows_the_end_of_a_response(akash, serve):
@@ -8525,28 +8513,6 @@ def test_keys_in_a_file(config):
     assert "[key alice]\nkey=********\nmodels=gpt-*\nrequests_per_minute=60\nmax_concurrency=4" in displayed and "s3cret" not in displayed
 
 
-@table({
-    "an object": ({"keys": {}}, "keys: must be a list"), "null": ({"keys": None}, "keys: must be a list"),
-    "a text": ({"keys": ["k"]}, "keys[0]: must be an object"),
-    "misspelt": ({"kes": []}, "kes: unknown key; did you mean 'keys'?"),
-    "misspelt within": ({"keys": [{"name": "a", "key": "k", "request_per_minute": 1}]},
-                        "keys[0].request_per_minute: unknown key; did you mean 'requests_per_minute'?"),
-    "no name": ({"keys": [{"key": "k"}]}, "keys[0].name: is missing"), "no key": ({"keys": [{"name": "a"}]}, "keys[0].key: is missing"),
-    "an empty name": ({"keys": [{"name": "", "key": "k"}]}, "keys[0].name: must not be empty"),
-    "an empty key": ({"keys": [{"name": "a", "key": ""}]}, "keys[0].key: empty values are not allowed"),
-    "a key that can't be sent": ({"keys": [{"name": "a", "key": "k "}]}, "keys[0].key: only printable ASCII"),
-    "a name that can't be shown": ({"keys": [{"name": "a|b", "key": "k"}]}, "keys[0].name: only letters"),
-    "two names": ({"keys": [{"name": "a", "key": "k"}, {"name": "a", "key": "l"}]}, "keys: two have the name 'a'"),
-    "two keys": ({"keys": [{"name": "a", "key": "s3cret"}, {"name": "b", "key": "s3cret"}]}, "keys: two have the same key"),
-    "a rate that is none": ({"keys": [{"name": "a", "key": "k", "requests_per_minute": 0.5}]}, "keys[0].requests_per_minute: must be a whole"),
-    "not in the environment": ({"keys": [{"name": "a", "key": "${NONE}"}]}, "keys[0].key: the environment variable NONE is not set"),
-})
-def test_keys_that_can_not_be(data, problem, config):
-    with pytest.raises(ConfigError) as caught:
-        load(config(data))
-    assert len(caught.value.problems) == 1 and problem in caught.value.problems[0] and "s3cret" not in str(caught.value)
-
-
 @table({    # limits: (seconds, what is done, the seconds to wait or None if it is let in)
     "none": ({}, [(0, "acquire", None)] * 100),
     "three a minute": ({"requests_per_minute": 3}, [
@@ -8781,14 +8747,6 @@ def test_models_of_a_key(pool):
                                   ), "nothing is told of what it stands for"
     assert ask(server, "POST", "/v1/messages", {**BOTH, "max_tokens": 9}, bearer("alice")).json["error"]["type"] == "not_found_error"
     assert len(a.bodies()) == asked
-
-
-def test_two_models_in_one_body_are_no_way_around(a, pool):
-    server = pool(a, keys=keys("alice", models=("gpt-x",)))
-    body = b'{"mod\\u0065l":"both","x":1,"model":"gpt-x","messages":[{"role":"user","content":"hi"}]}'
-    for path in ("/v1/chat/completions", "/v1/embeddings"):
-        assert ask(server, "POST", path, body, {**bearer("alice"), "Content-Type": "application/json"}).status == 200
-        assert b"both" not in a.requests[-1].body and json.loads(a.requests[-1].body)["x"] == 1
 
 
 def test_a_reload_keeps_the_counts_of_keys_that_stay(a, pool):
@@ -9112,6 +9070,7 @@ AROUND = {  # (path, content type, further fields, bodies): all are refused, or 
         b'"model":"cheap"," model":"dear"', b'"model":"cheap","model[]":"dear"', b'"model":"cheap","model\\u0000":"dear"')),
     "case, relayed": ("/v1/embeddings", JSON, {}, calls_of(b'"model":"cheap","Model":"dear"', b'"Model":"dear"', b'"model":"cheap","mode\\u004c":"dear"')),
     "twice": ("/v1/chat/completions", JSON, {}, calls_of(b'"model":"dear","model":"cheap"', b'"mod\\u0065l":"dear","model":"cheap"')),
+    "twice, relayed": ("/v1/embeddings", JSON, {}, calls_of(b'"model":"dear","model":"cheap"', b'"mod\\u0065l":"dear","model":"cheap"')),
     "query": ("/v1/chat/completions?model=dear&x=1", JSON, {}, calls_of(b'"model":"cheap"')),
     "query, encoded": ("/v1/completions?x=1&%6dodel=dear&MODEL=dear;model=dear&model[]=dear&model%5B%5D=dear&+model=dear", JSON, {},
                        [b'{"model":"cheap","prompt":"x"}']),
@@ -9317,6 +9276,8 @@ def test_the_composition_fits_the_code():
 
 
 def test_the_nginx_conf_fits_the_code():
+    for port in (PORT, PORT + 1):
+        assert f"`SERVER_ADDRESS=127.0.0.1:{port} python3 akashproxy.py`" in README and f"`server 127.0.0.1:{port}`" in README
     conf = dict(re.findall(r"^ *(\w+) (.+?);", saved("nginx.conf"), re.M))
     hours = max(DEFAULTS.first_byte_timeout, DEFAULTS.image_timeout, DEFAULTS.idle_timeout, DEFAULTS.heartbeat) / 3600
     assert float(conf["proxy_read_timeout"].rstrip("h")) > hours and float(conf["proxy_send_timeout"].rstrip("h")) > hours
@@ -9417,14 +9378,6 @@ def nginx(folder, *replicas):
     finally:
         process.terminate()
         process.wait(20)
-
-
-def test_several_processes_behind_nginx(tmp_path):
-    for written in (PORT, PORT + 1):
-        assert f"`SERVER_ADDRESS=127.0.0.1:{written} python3 akashproxy.py`" in README and f"`server 127.0.0.1:{written}`" in README
-    with started("--demo") as (_, first), started("--demo") as (_, second), nginx(tmp_path, first, second) as server:
-        for _ in range(4):
-            assert stream(server, {"model": "demo", "messages": [user("hi")]})[2] == "stop"
 
 
 class Replicas:
@@ -11038,11 +10991,10 @@ CLIENTS = {     # program: (its row in the README's table of clients, what gets 
 }
 
 
-@pytest.mark.parametrize("program", CLIENTS)
-def test_the_readmes_table_of_clients_works(program, pool, tmp_path):
+@pytest.mark.parametrize("program, client, command", [(program, *row) for program, row in CLIENTS.items()])
+def test_the_readmes_table_of_clients_works(program, client, command, pool, tmp_path):
     if not shutil.which(program):
         pytest.skip(f"{program} is not installed")
-    client, command = CLIENTS[program]
     server = pool(FakeOpenAI(["llama3.2"]), idle_timeout=20, first_byte_timeout=20)
     row = re.search(rf"^\| {client} \| (.*) \|$", README, re.M)[1].replace("127.0.0.1:16571", f"127.0.0.1:{server.server_port}")
     first, *lines = re.findall("`(.*?)`", row)
