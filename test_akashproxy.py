@@ -2899,10 +2899,6 @@ def test_a_relayed_answer_that_breaks_off(fake, pool):
         ask(server, "POST", "/v1/audio/speech", {"model": "both", "input": "x"})
 
 
-def fragments(*more):
-    return [{"index": 0, "id": "call_1", "type": "function", "function": {"name": "f", "arguments": ""}}], *more
-
-
 ERROR_EVENT = b'data: {"error":{"message":"boom","type":"server_error","code":null}}\n\n'
 
 # What servers say of why an answer ended, and what it means; "": an error.
@@ -2934,13 +2930,19 @@ def test_an_answer_ends_with_calls_only_where_there_are_some(calls, reason, expe
     assert akashproxy.finish_reason("b", reason, calls) == expected
 
 
-def call_parts(*parts):
-    """A stream of fragments (index, id, name, arguments), None for what is left out; a list of them is one event."""
+def calls(*fragments):
+    """A delta with fragments of tool calls (index, id, name, arguments), None for what is left out."""
     def fragment(index, id, name, arguments):
         function = {key: value for key, value in (("name", name), ("arguments", arguments)) if value is not None}
-        return {key: value for key, value in (("index", index), ("id", id), ("function", function)) if value is not None}
-    return b"".join(FakeOpenAI.event(part if isinstance(part, dict) else {"tool_calls": [fragment(*each) for each in (part if isinstance(part, list) else [part])]})
-                    for part in parts) + FakeOpenAI.event({}, "tool_calls")
+        kind = "function" if id else None
+        return {key: value for key, value in (("index", index), ("id", id), ("type", kind), ("function", function)) if value is not None}
+    return {"tool_calls": [fragment(*each) for each in fragments]}
+
+
+def call_parts(*parts):
+    """A stream of deltas, or fragments of calls; a list of them is one event."""
+    deltas = [part if isinstance(part, dict) else calls(*(part if isinstance(part, list) else [part])) for part in parts]
+    return b"".join(map(FakeOpenAI.event, deltas)) + FakeOpenAI.event({}, "tool_calls")
 
 
 @table({
@@ -3131,11 +3133,8 @@ def test_the_usage_of_relayed_answers_is_logged_and_counted(path, kind, body, fa
                    [T("a"), Finish("stop")], None),
     "reasoning_content": (FakeOpenAI.event({"reasoning_content": "h"}) + FakeOpenAI.event({"content": "a"}, "stop"), [R("h"), T("a"), Finish("stop")], None),
     "reasoning": (FakeOpenAI.event({"reasoning": "h", "content": None}) + FakeOpenAI.event({"content": "a"}, "stop"), [R("h"), T("a"), Finish("stop")], None),
-    "tool calls": (b"".join(FakeOpenAI.event({"tool_calls": calls}) for calls in (
-        [{"index": 0, "id": "c0", "type": "function", "function": {"name": "f", "arguments": ""}}],
-        [{"index": 0, "function": {"arguments": "{\"a\""}}], [{"index": 1, "id": "c1", "function": {"name": "g", "arguments": ""}}],
-        [{"index": 0, "function": {"arguments": ":1}"}}])) + FakeOpenAI.event({}, "tool_calls"),
-        [ToolCall(0, "", "c0", "f"), ToolCall(0, '{"a"'), ToolCall(1, "", "c1", "g"), ToolCall(0, ":1}"), Finish("tool_calls")], None),
+    "tool calls": (call_parts((0, "c0", "f", ""), (0, None, None, '{"a"'), (1, "c1", "g", ""), (0, None, None, ":1}")), [
+        ToolCall(0, "", "c0", "f"), ToolCall(0, '{"a"'), ToolCall(1, "", "c1", "g"), ToolCall(0, ":1}"), Finish("tool_calls")], None),
     "a second choice": (b'data: {"choices":[{"index":1,"delta":{"content":"b"}},{"index":0,"delta":{"content":"a"},"finish_reason":"stop"}]}\n\n',
                         [T("a"), Finish("stop")], None),
     "the legacy form": (b'data: {"choices":[{"index":0,"text":"a","finish_reason":"stop"}]}\n\n', [T("a"), Finish("stop")], None),
@@ -4769,10 +4768,12 @@ def answered(*deltas, finish="stop", usage=None):
     return lambda sock, request: sock.sendall(FakeOpenAI.head() + chunks(*frames)) or True
 
 
+ALL_KINDS = answered({"reasoning_content": "hm"}, {"content": "Hi"}, {"content": " you"}, calls((0, "call_1", "f", "")), calls((0, None, None, '{"a":1}')),
+                     finish="tool_calls", usage={"prompt_tokens": 11, "completion_tokens": 7, "prompt_tokens_details": {"cached_tokens": 4}})
+
+
 def test_the_events_of_a_message(fake, pool):
-    fake.faults.append(answered({"reasoning_content": "hm"}, {"content": "Hi"}, {"content": " you"}, *(
-        {"tool_calls": calls} for calls in fragments([{"index": 0, "function": {"arguments": '{"a":1}'}}])), finish="tool_calls",
-        usage={"prompt_tokens": 11, "completion_tokens": 7, "prompt_tokens_details": {"cached_tokens": 4}}))
+    fake.faults.append(ALL_KINDS)
     events = named_events(ask(pool(fake), "POST", "/v1/messages", {**ASKED, "stream": True, "thinking": {"type": "adaptive"}}).body)
     first = events[0]["message"]
     assert first.pop("id").startswith("msg_") and first.pop("usage") == {"input_tokens": 5, "output_tokens": 0}
@@ -4956,9 +4957,7 @@ def test_what_a_response_can_not_be_is_named(fields, words, a, b, pool):
 
 
 def test_the_events_of_a_response(fake, pool):
-    fake.faults.append(answered({"reasoning_content": "hm"}, {"content": "Hi"}, {"content": " you"}, *(
-        {"tool_calls": calls} for calls in fragments([{"index": 0, "function": {"arguments": '{"a":1}'}}])), finish="tool_calls",
-        usage={"prompt_tokens": 11, "completion_tokens": 7, "prompt_tokens_details": {"cached_tokens": 4}}))
+    fake.faults.append(ALL_KINDS)
     body = ask(pool(fake), "POST", "/v1/responses", {**WANTED, "stream": True}).body
     events = named_events(body)
     assert [event.pop("sequence_number") for event in events] == list(range(len(events)))
@@ -4986,11 +4985,9 @@ def test_the_events_of_a_response(fake, pool):
 
 @pytest.mark.parametrize("path", ["/v1/messages", "/v1/responses"])
 def test_blocks_never_interleave_though_calls_do(path, fake, pool):
-    def calls(index, arguments, id=None, name=None):
-        return {"tool_calls": [{"index": index, "function": {"arguments": arguments, **({"name": name} if name else {})}, **({"id": id} if id else {})}]}
-
-    fake.faults.append(answered(calls(0, "{}", "z", "e"), calls(1, "", "a", "f"), calls(0, " "), calls(1, '{"x"'), calls(2, "", "b", "g"), calls(1, ":1}"), calls(2, '{"y":'),
-                                {"content": "so"}, calls(3, "", None, "h"), calls(2, "2}"), calls(1, " "), finish="tool_calls"))
+    parts = [(0, "z", "e", "{}"), (1, "a", "f", ""), (0, None, None, " "), (1, None, None, '{"x"'), (2, "b", "g", ""), (1, None, None, ":1}"),
+             (2, None, None, '{"y":'), None, (3, None, "h", ""), (2, None, None, "2}"), (1, None, None, " ")]
+    fake.faults.append(answered(*(calls(part) if part else {"content": "so"} for part in parts), finish="tool_calls"))
     body = {**WANTS[path], "stream": True}
     events = named_events(ask(pool(fake), "POST", path, body).body)
     added = [event for event in events if event["type"] in ("content_block_start", "response.output_item.added")]
@@ -5036,7 +5033,7 @@ def test_pings_and_failures_before_the_first_event():
 
 @pytest.mark.parametrize("path", ["/v1/messages", "/v1/responses"])
 def test_a_call_that_waits_is_not_lost_when_the_stream_breaks_off(path, fake, pool):
-    frames = [fake.event({"tool_calls": [{"index": at, "id": f"c{at}", "function": {"name": "f", "arguments": '{"a":'}}]}) for at in (0, 1)]
+    frames = [fake.event(calls((at, f"c{at}", "f", '{"a":'))) for at in (0, 1)]
     fake.sends(fake.head() + b"".join(map(chunk, frames)))
     body = ask(pool(fake), "POST", path, {**WANTS[path], "stream": True}).body
     assert b'"c0"' in body and b'"c1"' in body and b"broke off" in body
@@ -5095,6 +5092,21 @@ def thinking(text, **fields):
 
 def result(content="1", id="t1", **fields):
     return {"type": "tool_result", "tool_use_id": id, "content": content, **fields}
+
+
+def items_of(got):
+    """The blocks of a message, or the output of a response, which may be streamed."""
+    events = named_events(got.body) if got.json is None else []
+    done = [event["item"] for event in events if event["type"] == "response.output_item.done"]
+    assert not done or done == events[-1]["response"]["output"]
+    return [event["content_block"] for event in events if "content_block" in event] or done or got.json.get("content") or got.json["output"]
+
+
+def with_results(path, items):
+    """What a client sends to go on: what it was answered, and the results of the calls in it."""
+    if path == "/v1/messages":
+        return {"messages": [assistant(items), user([result("1", item["id"]) for item in items if item["type"] == "tool_use"])]}
+    return {"input": [*items, *({**OUTPUT_ITEM, "call_id": item["call_id"]} for item in items if item["type"] == "function_call")]}
 
 
 def becomes_a_chat(server, fake, path, body, messages):
@@ -5210,22 +5222,15 @@ def test_later_system_messages_as_text_of_the_user(messages, chat, fake, pool):
 @pytest.mark.parametrize("extra", [{"extra_content": {"google": {"thought_signature": "S/+=\u2028" * 99}}}, {"provider_specific_fields": {"thought_signature": "S"}},
                                    {"thought_signature": "S", "n": 1}], ids=["Gemini", "LiteLLM", "others"])
 def test_what_a_model_wants_back_with_a_call_comes_back(extra, path, streamed, fake, pool):
-    server = pool(fake)
-    fake.faults.append(answered({"tool_calls": [{"index": 0, "id": "c1", "function": {"name": "f", "arguments": '{"a":'}, **extra, "empty": None}]},
-                                {"tool_calls": [{"index": 0, "function": {"arguments": "1}"}}]},
-                                {"tool_calls": [{"index": 1, "id": "c2", "function": {"name": "f", "arguments": "{}"}}]}, finish="tool_calls"))
+    server, first = pool(fake), calls((0, "c1", "f", '{"a":'))
+    first["tool_calls"][0].update({**extra, "empty": None})
+    fake.faults.append(answered(first, calls((0, None, None, "1}")), calls((1, "c2", "f", "{}")), finish="tool_calls"))
+    items = items_of(ask(server, "POST", path, {**WANTS[path], "stream": streamed}))
+    ids = [item.get("call_id", item["id"]) for item in items]
+    assert re.fullmatch("[A-Za-z0-9_-]+", ids[0]) and ids[1] == "c2"
     if path == "/v1/messages":
-        got = ask(server, "POST", path, {**ASKED, "stream": streamed})
-        blocks = [event["content_block"] for event in named_events(got.body) if "content_block" in event] if streamed else got.json["content"]
-        assert re.fullmatch("[A-Za-z0-9_-]+", blocks[0]["id"]) and blocks[1]["id"] == "c2"
-        history = {**ASKED, "messages": [assistant([{**blocks[0], "input": {"a": 1}}, blocks[1]]), user([result("1", block["id"]) for block in blocks])]}
-    else:
-        got = ask(server, "POST", path, {**WANTED, "stream": streamed})
-        output = named_events(got.body)[-1]["response"]["output"] if streamed else got.json["output"]
-        if streamed:
-            assert output == [event["item"] for event in named_events(got.body) if event["type"] == "response.output_item.done"]
-        history = {**WANTED, "input": [*output, *({**OUTPUT_ITEM, "call_id": item["call_id"]} for item in output)]}
-    assert ask(server, "POST", path, history).status == 200
+        items[0]["input"] = {"a": 1}        # in a stream its events tell it
+    assert ask(server, "POST", path, {**WANTS[path], **with_results(path, items)}).status == 200
     sent = called(("c1", "f", '{"a":1}'), ("c2", "f", "{}"))
     sent["tool_calls"][0].update(extra)
     assert fake.bodies()[-1]["messages"] == [sent, R1, returned("c2", "1")]
@@ -5235,38 +5240,23 @@ def test_what_a_model_wants_back_with_a_call_comes_back(extra, path, streamed, f
                                         ("/v1/responses", {**WANTED, "include": ["reasoning.encrypted_content", "message.output_text.logprobs"]}), ("/v1/responses", WANTED)])
 def test_clients_that_return_only_signed_reasoning_return_ours(path, more, streamed, fake, pool):
     server = pool(fake)
-    fake.faults.append(answered({"reasoning_content": "h"}, {"reasoning_content": "m"}, {"tool_calls": [{"index": 0, "id": "c1", "function": {"name": "f", "arguments": "{}"}}]}, finish="tool_calls"))
+    fake.faults.append(answered({"reasoning_content": "h"}, {"reasoning_content": "m"}, calls((0, "c1", "f", "{}")), finish="tool_calls"))
     got = ask(server, "POST", path, {**more, "stream": streamed})
-    events = named_events(got.body) if streamed else []
-    if path == "/v1/messages":
-        signature = "".join(event["delta"].get("signature", "") for event in events if event["type"] == "content_block_delta")
-        block = {"type": "thinking", "thinking": "hm", "signature": signature} if streamed else got.json["content"][0]
-        assert block["signature"] == akashproxy.UNSIGNED
-        ask(server, "POST", path, {**more, "messages": [assistant([block, {**USES["content"][0], "id": "c1"}]), user([result("1", "c1")])]})
-    else:
-        output = events[-1]["response"]["output"] if streamed else got.json["output"]
-        assert output[0].get("encrypted_content") == (akashproxy.UNSIGNED if "include" in more else None)
-        ask(server, "POST", path, {**more, "input": [*output, {**OUTPUT_ITEM, "call_id": "c1"}]})
+    thought, *others = items_of(got)
+    if path == "/v1/messages" and streamed:
+        signature = "".join(event["delta"].get("signature", "") for event in named_events(got.body) if event["type"] == "content_block_delta")
+        thought = {"type": "thinking", "thinking": "hm", "signature": signature}
+    assert thought.get("signature", thought.get("encrypted_content")) == (None if more is WANTED else akashproxy.UNSIGNED)
+    ask(server, "POST", path, {**more, **with_results(path, [thought, *others])})
     assert got.headers.get("x-akashproxy-ignored") == ("include.message.output_text.logprobs" if "include" in more else None)
     assert fake.bodies()[-1]["messages"][0]["reasoning_content"] == "hm"
 
 
 def returned_calls(server, path, body, streamed):
     """What an upstream gets back when a client returns an answer's tool calls, and nothing else of it, with their results."""
-    got = ask(server, "POST", path, {**body, "stream": streamed})
-    if path == "/v1/messages":
-        blocks = [event["content_block"] for event in named_events(got.body) if "content_block" in event] if streamed else got.json["content"]
-        calls = [block for block in blocks if block["type"] == "tool_use"]
-        history = {"messages": [assistant(calls), user([result("1", call["id"]) for call in calls])]}
-    else:
-        output = (named_events(got.body)[-1]["response"] if streamed else got.json)["output"]
-        calls = [item for item in output if item["type"] == "function_call"]
-        history = {"input": [*calls, *({**OUTPUT_ITEM, "call_id": call["call_id"]} for call in calls)]}
-    assert ask(server, "POST", path, {**body, **history}).status == 200
-
-
-def calling(*names, index=0):
-    return {"tool_calls": [{"index": index + at, "id": name, "function": {"name": "f", "arguments": "{}"}} for at, name in enumerate(names)]}
+    items = items_of(ask(server, "POST", path, {**body, "stream": streamed}))
+    only = [item for item in items if item["type"] in ("tool_use", "function_call")]
+    assert ask(server, "POST", path, {**body, **with_results(path, only)}).status == 200
 
 
 SIGNED = {"type": "reasoning.text", "text": "why", "signature": "S", "format": "anthropic-claude-v1", "index": 0}
@@ -5284,8 +5274,8 @@ SEALED = {"type": "reasoning.encrypted", "data": "E", "id": "tool_1", "format": 
 })
 @pytest.mark.parametrize("path, body", [("/v1/messages", ASKED), ("/v1/responses", WANTED)], ids=["messages", "responses"])
 def test_reasoning_details_come_back_with_the_calls(details, expected, path, body, streamed, fake, pool):
-    deltas = [calling("c1") if each is None else {"reasoning_details": each} for each in (details if None in details else [*details, None])]
-    fake.faults.append(answered(*deltas, calling("c2", index=1), finish="tool_calls"))
+    deltas = [calls((0, "c1", "f", "{}")) if each is None else {"reasoning_details": each} for each in (details if None in details else [*details, None])]
+    fake.faults.append(answered(*deltas, calls((1, "c2", "f", "{}")), finish="tool_calls"))
     returned_calls(pool(fake), path, body, streamed)
     message = fake.bodies()[-1]["messages"][0]
     assert [call["id"] for call in message["tool_calls"]] == ["c1", "c2"] and not any("reasoning_details" in call for call in message["tool_calls"])
@@ -5295,7 +5285,7 @@ def test_reasoning_details_come_back_with_the_calls(details, expected, path, bod
 
 @pytest.mark.parametrize("reasoning, expected", [(["h", "m"], "hm"), (["\u4e2d" * 900] * 3, "\u4e2d" * 1000), ([], None)], ids=["short", "long", "none"])
 def test_reasoning_that_is_not_requested_comes_back_with_the_calls(reasoning, expected, streamed, fake, pool):
-    fake.faults.append(answered(*({"reasoning_content": text} for text in reasoning), calling("c1", "c2"), finish="tool_calls"))
+    fake.faults.append(answered(*({"reasoning_content": text} for text in reasoning), calls((0, "c1", "f", "{}"), (1, "c2", "f", "{}")), finish="tool_calls"))
     returned_calls(pool(fake), "/v1/messages", ASKED, streamed)
     message = fake.bodies()[-1]["messages"][0]
     assert message["tool_calls"] == C1_C2["tool_calls"]
@@ -5343,14 +5333,11 @@ def test_names_of_tools_are_sent_as_upstreams_take_them(name, space, pattern, st
     used = sent["tools"][0]["function"]["name"]
     assert re.fullmatch(pattern, used) and len(sent["tools"]) == 1 and sent["tools"][0]["function"]["parameters"] == {"type": "object", "properties": {}, "required": []}
     assert sent["messages"][0]["tool_calls"][0]["function"]["name"] == used == sent["tool_choice"]["function"]["name"]
-    fake.faults.append(answered({"tool_calls": [{"index": 0, "id": "c1", "function": {"name": used, "arguments": "{}"}}]}, finish="tool_calls"))
-    got = ask(server, "POST", "/v1/responses", {**body, "stream": streamed})
-    item = (named_events(got.body)[-1]["response"] if streamed else got.json)["output"][0]
+    fake.faults.extend([answered(calls((0, "c1", used, "{}")), finish="tool_calls")] * 2)
+    item, = items_of(ask(server, "POST", "/v1/responses", {**body, "stream": streamed}))
     assert (item["name"], item.get("namespace")) == (name, space)
     if not space:
-        fake.faults.append(answered({"tool_calls": [{"index": 0, "id": "c1", "function": {"name": used, "arguments": "{}"}}]}, finish="tool_calls"))
-        got = ask(server, "POST", "/v1/messages", {**ASKED, "stream": streamed, "tools": [{"name": name}], "messages": [user("x")]})
-        block = [event["content_block"] for event in named_events(got.body) if "content_block" in event][0] if streamed else got.json["content"][0]
+        block, = items_of(ask(server, "POST", "/v1/messages", {**ASKED, "stream": streamed, "tools": [{"name": name}], "messages": [user("x")]}))
         assert block["name"] == name and fake.bodies()[-1]["tools"][0]["function"]["name"] == used
 
 
@@ -5361,7 +5348,7 @@ def test_equal_names_in_namespaces_stay_apart(fake, pool):
     assert ask(server, "POST", "/v1/responses", {**WANTED, "tools": tools}).status == 200
     names = [one["function"]["name"] for one in fake.bodies()[0]["tools"]]
     assert names[:2] == ["f", "a__f"] and names[3] == "b__f" and len(set(names)) == 4
-    fake.faults.append(answered(*({"tool_calls": [{"index": at, "id": f"c{at}", "function": {"name": one, "arguments": "{}"}}]} for at, one in enumerate(names)), finish="tool_calls"))
+    fake.faults.append(answered(*(calls((at, f"c{at}", one, "{}")) for at, one in enumerate(names)), finish="tool_calls"))
     output = ask(server, "POST", "/v1/responses", {**WANTED, "tools": tools}).json["output"]
     assert [(item["name"], item.get("namespace")) for item in output] == [("f", None), ("a__f", None), ("f", "a"), ("f", "b")]
 
@@ -5472,11 +5459,10 @@ ENDINGS = {
 }
 
 
-@pytest.mark.parametrize("reason", ENDINGS)
-def test_why_an_answer_ended_in_each_dialect(reason, streamed, fake, pool):
-    plain, with_call, status, detail = ENDINGS[reason]
+@pytest.mark.parametrize("reason, plain, with_call, status, detail", [(reason, *row) for reason, row in ENDINGS.items()])
+def test_why_an_answer_ended_in_each_dialect(reason, plain, with_call, status, detail, streamed, fake, pool):
     server = pool(fake)
-    fake.faults += [answered(delta, finish=reason) for delta in ({"content": "x"}, {"tool_calls": [{"index": 0, "id": "c", "function": {"name": "f", "arguments": "{}"}}]}, {"content": "x"})]
+    fake.faults += [answered(delta, finish=reason) for delta in ({"content": "x"}, calls((0, "c", "f", "{}")), {"content": "x"})]
     for expected in (plain, with_call):
         got = ask(server, "POST", "/v1/messages", {**ASKED, "stream": streamed})
         assert (named_events(got.body)[-2]["delta"] if streamed else got.json)["stop_reason"] == expected
@@ -5778,9 +5764,8 @@ MATRIX = {
     "a thought in tags": (lambda fake: fake.cut(b'0:"<think>\\nhm\\n</think>\\n\\n"\n0:"42"\n' + STOP, True), None, [R("hm"), T("42"), Finish("stop")], None),
     "calls of tools": (lambda fake: fake.cut(b'9:{"toolCallId":"call_1","toolName":"f","args":{"a":1}}\n9:{"toolCallId":"c2","toolName":"g","args":{}}\n'
                                              + END.replace(b"%b", b"tool-calls"), True),
-                       lambda fake: answered(*({"tool_calls": calls} for calls in (
-                           *fragments([{"index": 0, "function": {"arguments": '{"a":1'}}]), [{"index": 1, "id": "c2", "function": {"name": "g", "arguments": "{}"}}],
-                           [{"index": 0, "function": {"arguments": "}"}}])), finish="tool_calls"),
+                       lambda fake: answered(calls((0, "call_1", "f", "")), calls((0, None, None, '{"a":1')), calls((1, "c2", "g", "{}")),
+                                             calls((0, None, None, "}")), finish="tool_calls"),
                        [ToolCall(0, '{"a":1}', "call_1", "f"), ToolCall(1, "{}", "c2", "g"), Finish("tool_calls")], None),
     "a picture": (lambda fake: fake.cut(PICTURE_LINE, True), None, [T("![A red fox in the snow](SITE/images/job_51083a4c_00001_.png)"), Finish("stop")], None),
     "length": (lambda fake: fake.cut(b'0:"one "\n' + END.replace(b"%b", b"length"), True), lambda fake: answered({"content": "one "}, finish="length"),
@@ -6873,16 +6858,12 @@ def test_pings_never_cut_an_event(a, pool):
     assert body.replace(b": ping\n\n", b"") == b"".join(a.events())
 
 
-def call_piece(index, arguments, **fields):
-    return FakeOpenAI.event({"tool_calls": [{"index": index, "function": {"arguments": arguments, **({"name": "f"} if fields else {})}, **fields}]})
-
-
 @table({
     # name: (path, first frames of an upstream, a frame that it repeats and of which nothing is sent to the client)
     "reasoning that Messages withholds": ("messages", b"", FakeOpenAI.event({"reasoning_content": "t"})),
     "reasoning in legacy completions": ("completions", b"", FakeOpenAI.event({"reasoning_content": "t"})),
-    "fragments that wait in Messages": ("messages", call_piece(0, '{"a"', id="c0") + call_piece(1, '{"b":"', id="c1"), call_piece(1, "x")),
-    "fragments that wait in Responses": ("responses", call_piece(0, '{"a"', id="c0") + call_piece(1, '{"b":"', id="c1"), call_piece(1, "x")),
+    **{f"fragments that wait in {path}": (path, FakeOpenAI.event(calls((0, "c0", "f", '{"a"'), (1, "c1", "f", '{"b":"'))),
+                                          FakeOpenAI.event(calls((1, None, None, "x")))) for path in ("messages", "responses")},
     "empty deltas": ("responses", FakeOpenAI.event({"content": "x"}), FakeOpenAI.event({})),
     "comments": ("messages", FakeOpenAI.event({"content": "x"}), b": keep-alive\n\n"),
 })
@@ -11267,8 +11248,7 @@ def test_openai_errors(openai_client, akash):
         list(openai_client.chat.completions.create(**CHAT, stream=True))
 
 
-CALLS_OF_TOOLS = [*({"tool_calls": calls} for calls in fragments([{"index": 0, "function": {"arguments": '{"city":"Oslo"}'}}])),
-        {"tool_calls": [{"index": 1, "id": "call_2", "type": "function", "function": {"name": "g", "arguments": ""}}]}]
+CALLS_OF_TOOLS = [calls((0, "call_1", "f", "")), calls((0, None, None, '{"city":"Oslo"}')), calls((1, "call_2", "g", ""))]
 
 
 def test_openai_async_and_retries(a, pool):
