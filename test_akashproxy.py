@@ -82,7 +82,10 @@ class Fake:
     connection is kept. answer() does the honest work.
     """
 
+    running = set()
+
     def __init__(self):
+        self.running.add(self)
         self.requests, self.faults = [], collections.deque()
         self.connections = 0
         self.gone = threading.Event()       # a fault's client has closed its connection
@@ -134,6 +137,7 @@ class Fake:
         return [json.loads(request.body) for request in self.requests if request.method == "POST"]
 
     def close(self):
+        self.running.discard(self)
         with contextlib.suppress(OSError):
             self.listener.shutdown(socket.SHUT_RDWR)    # wakes accept()
         self.listener.close()
@@ -350,17 +354,24 @@ class FakeOpenAI(Fake):
 # == servers ==================================================================================
 
 
+@pytest.fixture(autouse=True)
+def close_fakes():
+    """Close a test's fakes after it."""
+    before = Fake.running.copy()
+    yield
+    for fake in Fake.running - before:
+        fake.close()
+
+
 @pytest.fixture
 def akash():
-    with contextlib.closing(FakeAkash()) as upstream:
-        yield upstream
+    return FakeAkash()
 
 
 @pytest.fixture
 def fake():
     """An upstream that says "Hi there."; ``a`` and ``c`` are others, and ``b``, which says "from b."."""
-    with contextlib.closing(FakeOpenAI()) as upstream:
-        yield upstream
+    return FakeOpenAI()
 
 
 a = c = fake
@@ -368,8 +379,7 @@ a = c = fake
 
 @pytest.fixture
 def b():
-    with contextlib.closing(FakeOpenAI(text="from b.")) as upstream:
-        yield upstream
+    return FakeOpenAI(text="from b.")
 
 
 @pytest.fixture
@@ -392,7 +402,6 @@ def pool():
             controllers = []
             for name, upstream in zip("abcdef", upstreams):
                 fake, more = upstream if isinstance(upstream, tuple) else (upstream, {})
-                stack.callback(fake.close)
                 kind = {"type": "akash", "base_url": fake.url} if isinstance(fake, FakeAkash) else {"base_url": fake.url + "/v1"}
                 controllers.append(akashproxy.ControllerSettings(**{"name": name, **kind, **more}))
             server = Server(Settings(**{"server_address": "127.0.0.1:0", "controllers": tuple(controllers), "max_wait": 0,
@@ -665,6 +674,9 @@ def at_once(function, count, threads=16):
     """What a function returns to many threads."""
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
         return list(pool.map(lambda _: function(), range(count)))
+
+
+later = concurrent.futures.ThreadPoolExecutor(32).submit     # later(function, ...).result()
 
 
 def refused(port):
@@ -1797,11 +1809,10 @@ def test_a_repeat_joins_while_the_job_is_being_started(akash, serve):
     with connect(server, post("/v1/images/generations", {"prompt": "a fox"})):
         assert asked.wait(20)
     wait_for(lambda: all(link.request and link.request.cancellation.reason for link in server.connections.copy()))
-    with concurrent.futures.ThreadPoolExecutor(1) as thread:
-        repeat = thread.submit(ask, server, "POST", "/v1/images/generations", {"prompt": "a fox"})
-        wait_for(lambda: any(link.request and not link.request.cancellation.reason for link in server.connections.copy()))
-        go_on.set()
-        assert repeat.result().status == 200 and len(akash.bodies()) == 1
+    repeat = later(ask, server, "POST", "/v1/images/generations", {"prompt": "a fox"})
+    wait_for(lambda: any(link.request and not link.request.cancellation.reason for link in server.connections.copy()))
+    go_on.set()
+    assert repeat.result().status == 200 and len(akash.bodies()) == 1
 
 
 def test_a_repeat_joins_jobs_that_took_too_long(akash, serve):
@@ -2263,11 +2274,10 @@ def test_several_stops_may_come_at_once():
 def test_no_stop_ends_the_loop_before_the_backlog_is_accepted():
     server, gate = Server(Settings(server_address="127.0.0.1:0")).start(), threading.Event()
     server.loop.call_soon_threadsafe(lambda: gate.wait(10))         # it is slow
-    with concurrent.futures.ThreadPoolExecutor(2) as threads:
-        stops = [threads.submit(server.stop, 0) for _ in range(2)]
-        assert not concurrent.futures.wait(stops, 0.1).done
-        gate.set()
-        assert [stop.result() for stop in stops] == [None, None] and server.socket.fileno() < 0
+    stops = [later(server.stop, 0) for _ in range(2)]
+    assert not concurrent.futures.wait(stops, 0.1).done
+    gate.set()
+    assert [stop.result() for stop in stops] == [None, None] and server.socket.fileno() < 0
 
 
 def test_only_what_is_short_is_remembered(pool):
@@ -2293,11 +2303,11 @@ def test_a_bug_is_not_shown_and_ends_its_call(own, serve, caplog):
 def test_a_graceful_stop(akash, serve):
     server, hold = serve(), threading.Event()
     akash.faults.append(akash.steps(STREAM_HEAD + chunk(b'0:"one "\n'), hold, chunks(b'0:"two"\n' + STOP)))
-    with link_to(server) as idle, concurrent.futures.ThreadPoolExecutor(2) as threads:
+    with link_to(server) as idle:
         assert ask_again(idle).status == 200
-        answer = threads.submit(stream, server)
+        answer = later(stream, server)
         wait_for(lambda: akash.bodies())
-        stopped = threads.submit(server.stop, 10)
+        stopped = later(server.stop, 10)
         wait_for(lambda: server.draining and server.socket.fileno() < 0)
         assert idle.sock.recv(1) == b"", "an idle connection is closed soon"
         hold.set()
@@ -2308,12 +2318,11 @@ def test_a_graceful_stop(akash, serve):
 def test_a_stop_that_waits_no_longer(akash, serve):
     akash.faults.append(akash.stall(b'0:"one "\n'))
     server = serve()
-    with concurrent.futures.ThreadPoolExecutor(1) as threads:
-        answer = threads.submit(stream, server)
-        wait_for(lambda: akash.bodies())
-        time.sleep(0.05)
-        server.stop(0.05)
-        text, _, finish, error = answer.result()
+    answer = later(stream, server)
+    wait_for(lambda: akash.bodies())
+    time.sleep(0.05)
+    server.stop(0.05)
+    text, _, finish, error = answer.result()
     assert finish is None and "stopping" in error["message"]
 
 
@@ -2375,11 +2384,10 @@ def test_the_demo_goes_the_whole_way():
     with started("--demo", "--image-poll", "0.01") as (process, server):
         assert [model["id"] for model in ask(server, path="/v1/models").json["data"]] == ["demo", "AkashGen"]
         asked = {"model": "demo", "messages": [user("What is Akash?")]}
-        with concurrent.futures.ThreadPoolExecutor(1) as threads:
-            complete = threads.submit(chat, server, asked)
-            text, _, finish, _ = stream(server, asked)
-            assert "What is Akash?" in text and finish == "stop"
-            assert "What is Akash?" in text_of(complete.result())
+        complete = later(chat, server, asked)
+        text, _, finish, _ = stream(server, asked)
+        assert "What is Akash?" in text and finish == "stop"
+        assert "What is Akash?" in text_of(complete.result())
         text, thought, _, _ = stream(server, {"model": "AkashGen", "messages": [user("It's a \"fox\"")]})
         assert "2 before it" in thought and "It's a \"fox\"" in text
         picture = ask(server, path="/images/" + re.search(r"/images/([^)]+)\)", text)[1])
@@ -2716,7 +2724,6 @@ def test_akashs_secrets_go_to_akashs_own_server_only(named, akash, serve):
     assert akash.requests and other.requests
     assert all("s3cret" in str(request.headers) for request in akash.requests)
     assert not any("s3cret" in str(request) for request in other.requests)
-    other.close()
 
 
 def test_check_says_where_a_key_comes_from(config):
@@ -3388,11 +3395,11 @@ def test_requests_at_a_time(a, b, pool):
         fake.faults.append(fake.stall())
     with connect(server, request):
         wait_for(a.bodies)
-        with connect(server, request) as second, concurrent.futures.ThreadPoolExecutor(1) as threads:
+        with connect(server, request) as second:
             wait_for(b.bodies)
             got = chat(server, BOTH)
             assert (got.status, got.headers["retry-after"]) == (429, "1")
-            answer = threads.submit(chat, server, BOTH)
+            answer = later(chat, server, BOTH)
             second.close()
             assert answer.result().headers["x-akashproxy-route"] == "b=200"
 
@@ -5829,18 +5836,17 @@ def test_any_upstream_can_get_tools_as_text(streamed, serve):
     fake = FakeOpenAI(text=f"<think>\nhm\n</think>I look. <tool_call>\n{KYIV}\n</tool_call>")
     history = [user("hi"), {"role": "assistant", "content": None, "tool_calls": [{"id": "c", "type": "function", "function": {"name": "now", "arguments": "{}"}}]},
                returned("c", "noon"), user("So?")]
-    with contextlib.closing(fake):
-        server = serve(controllers=(akashproxy.ControllerSettings(base_url=fake.url, tools="prompt", paths=("*",)),))
-        got = ask(server, "POST", "/v1/chat/completions", {"model": "gpt-x", "stream": streamed, "messages": history, "tools": [{"type": "retrieval"}, *FUNCTIONS]})
-        answer, sent = fold(read_chat(sse(got.body) if streamed else got.json)), json.loads(fake.requests[-1].body)
-        assert (answer.text, answer.reasoning, answer.finish) == ("I look. ", "hm", Finish("tool_calls"))
-        assert [(call.name, json.loads(call.arguments)) for call in answer.tools] == [IN_KYIV] and got.headers["x-akashproxy-ignored"] == "retrieval"
-        assert "tools" not in sent and [message["role"] for message in sent["messages"]] == ["system", "user", "assistant", "user"]
-        assert sent["messages"][2]["content"] == '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
-        assert sent["messages"][3]["content"] == "<tool_response>\nnoon\n</tool_response>\n\nSo?"
-        plain = {"model": "gpt-x", "stream": streamed, "messages": [user("hi")]}
-        ask(server, "POST", "/v1/chat/completions", plain)
-        assert json.loads(fake.requests[-1].body) == plain, "a chat without tools is relayed unchanged"
+    server = serve(controllers=(akashproxy.ControllerSettings(base_url=fake.url, tools="prompt", paths=("*",)),))
+    got = ask(server, "POST", "/v1/chat/completions", {"model": "gpt-x", "stream": streamed, "messages": history, "tools": [{"type": "retrieval"}, *FUNCTIONS]})
+    answer, sent = fold(read_chat(sse(got.body) if streamed else got.json)), json.loads(fake.requests[-1].body)
+    assert (answer.text, answer.reasoning, answer.finish) == ("I look. ", "hm", Finish("tool_calls"))
+    assert [(call.name, json.loads(call.arguments)) for call in answer.tools] == [IN_KYIV] and got.headers["x-akashproxy-ignored"] == "retrieval"
+    assert "tools" not in sent and [message["role"] for message in sent["messages"]] == ["system", "user", "assistant", "user"]
+    assert sent["messages"][2]["content"] == '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
+    assert sent["messages"][3]["content"] == "<tool_response>\nnoon\n</tool_response>\n\nSo?"
+    plain = {"model": "gpt-x", "stream": streamed, "messages": [user("hi")]}
+    ask(server, "POST", "/v1/chat/completions", plain)
+    assert json.loads(fake.requests[-1].body) == plain, "a chat without tools is relayed unchanged"
 
 
 def test_tools_as_text_work_for_a_controller_of_ones_own(serve):
@@ -6022,7 +6028,6 @@ def test_a_socks_proxy_on_the_way(pool, tmp_path, scheme, user, kind):
         assert chat(server, BOTH).status == chat(server, BOTH).status == 200
         host, kind = ("localhost", kind) if not ca_file else ("127.0.0.1", 1)
         assert proxy.requests == [(kind, "127.0.0.1" if kind == 1 else host, fake.port, proxy.login)]
-        proxy.close()
 
 
 @pytest.mark.parametrize("user, login, code, words", [
@@ -6033,7 +6038,6 @@ def test_a_socks_proxy_that_refuses(fake, pool, user, login, code, words):
     got = chat(pool(fake, proxy=f"socks5h://{user}127.0.0.1:{proxy.port}"), BOTH)
     assert got.status == 502 and words in got.json["error"]["message"] and "the proxy 127.0.0.1 " in got.json["error"]["message"]
     assert b"s3cret" not in got.body and not fake.requests
-    proxy.close()
 
 
 @pytest.mark.parametrize("environ, url, proxy", [
@@ -6114,8 +6118,6 @@ def test_an_unreachable_upstream_is_explained_with_its_host(url, proxy, kind, wo
         assert words in text and "Say who" not in text and "Traceback" not in text, text
     assert (got.status, got.json["error"]["code"]) == (502, "upstream_error")
     assert not any(str(port) in got.body.decode() for port in ports)
-    for fake in fakes:
-        fake.close()
 
 
 def test_a_proxy_on_the_way_plain(fake, pool, monkeypatch):
@@ -6125,7 +6127,6 @@ def test_a_proxy_on_the_way_plain(fake, pool, monkeypatch):
     request = proxy.requests[0]
     assert (request.method, request.path) == ("POST", f"{fake.url}/v1/chat/completions")
     assert base64.b64decode(request.headers["proxy-authorization"].split()[1]) == b"us@er:p:w"
-    proxy.close()
 
 
 class TLSOpenAI(FakeOpenAI):
@@ -6169,7 +6170,6 @@ def test_a_proxy_on_the_way_with_connect(pool, tmp_path):
     assert proxy.requests[0].headers["proxy-authorization"].startswith("Basic ")
     assert {request.headers["host"] for request in fake.requests} == {f"127.0.0.1:{fake.port}"}
     assert not any("proxy-authorization" in request.headers for request in fake.requests)
-    proxy.close()
 
 
 # == reloading ================================================================================
@@ -6179,10 +6179,10 @@ def test_a_proxy_on_the_way_with_connect(pool, tmp_path):
 def test_sighup_reloads_and_a_broken_file_changes_nothing(config, a, b):
     path = config({"controllers": [{"name": "a", "base_url": a.url}]})
     (first, *others), hold, lines = a.events(), threading.Event(), []
-    with started("--config-file", path) as (process, server), concurrent.futures.ThreadPoolExecutor(1) as threads:
+    with started("--config-file", path) as (process, server):
         threading.Thread(target=lambda: lines.extend(process.stderr), daemon=True).start()
         a.faults.append(a.steps(a.head() + chunk(first), hold, chunks(*others)))
-        running = threads.submit(chat, server, BOTH, stream=True)
+        running = later(chat, server, BOTH, stream=True)
         wait_for(lambda: a.bodies())
         config({"controllers": [{"name": "b", "base_url": b.url}]})
         process.send_signal(signal.SIGHUP)
@@ -7708,16 +7708,15 @@ def test_a_request_takes_at_most_eight_times_its_size(path, make, tmp_path, fake
     def memory(process, name):
         return int(re.search(rf"{name}:\s+(\d+)", pathlib.Path(f"/proc/{process.pid}/status").read_text())[1]) << 10
 
-    with started("--config-file", str(config), "--log-level", "error") as (process, server), concurrent.futures.ThreadPoolExecutor(1) as threads:
+    with started("--config-file", str(config), "--log-level", "error") as (process, server):
         assert ask(server, "POST", "/v1/messages", ASKED).status == 200     # what a first request loads
         before, slowest = memory(process, "VmRSS"), 0.0
-        asked = threads.submit(ask, server, "POST", path, body, {"Content-Type": "application/json"})
+        asked = later(ask, server, "POST", path, body, {"Content-Type": "application/json"})
         while not asked.done():
             start_time = time.monotonic()
             assert ask(server).status == 200
             slowest = max(slowest, time.monotonic() - start_time)
         got, taken = asked.result(), memory(process, "VmHWM") - before
-    fake.close()
     assert got.status in (200, 400, 404) and len(got.body) < 20_000
     assert taken < 8 * len(body) and slowest < 2, (taken / len(body), slowest)      # seconds: the machine may be busy
 
@@ -8695,14 +8694,13 @@ def test_the_next_call_can_be_made_as_soon_as_the_last_one_is_answered():
 def test_a_stop_ends_a_call_once(a, pool):
     server = pool(a, keys=keys("alice", max_concurrency=2))
     a.faults.extend([a.stall(1), a.stall()])
-    with concurrent.futures.ThreadPoolExecutor(2) as threads:
-        calls = [threads.submit(chat, server, BOTH, bearer("alice"), stream=streamed) for streamed in (True, False)]
-        wait_for(lambda: len(a.bodies()) == 2)
-        assert counts(server)[0] == 2
-        server.stop(0)
-        for call in calls:
-            with contextlib.suppress(OSError, http.client.HTTPException):
-                call.result()
+    calls = [later(chat, server, BOTH, bearer("alice"), stream=streamed) for streamed in (True, False)]
+    wait_for(lambda: len(a.bodies()) == 2)
+    assert counts(server)[0] == 2
+    server.stop(0)
+    for call in calls:
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            call.result()
     assert counts(server)[0] == 0
 
 
@@ -9200,9 +9198,9 @@ def test_a_form_costs_no_more_than_its_size():
 
 def test_what_comes_on_an_idle_connection_of_a_server_that_stops_is_answered(akash, serve):
     server = serve()
-    with link_to(server) as used, link_to(server) as probe, link_to(server) as idle, concurrent.futures.ThreadPoolExecutor(1) as threads:
+    with link_to(server) as used, link_to(server) as probe, link_to(server) as idle:
         assert [ask_again(link).status for link in (used, probe, idle)] == [200] * 3
-        stopped = threads.submit(server.stop, 30)
+        stopped = later(server.stop, 30)
         wait_for(lambda: server.socket.fileno() < 0)
         got = ask_again(used, "POST", "/v1/chat/completions", CHAT)
         assert (got.status, got.headers["connection"]) == (200, "close")
@@ -9214,9 +9212,8 @@ def test_what_comes_on_an_idle_connection_of_a_server_that_stops_is_answered(aka
 def test_who_has_connected_to_a_server_that_stops_is_let_in(akash, serve):
     server, gate = serve(), threading.Event()
     server.loop.call_soon_threadsafe(lambda: gate.wait(10))         # it is slow
-    with concurrent.futures.ThreadPoolExecutor(1) as threads, socket.create_connection(("127.0.0.1", server.server_port), timeout=10) as sock:
-        sock.sendall(post("/v1/chat/completions", CHAT))
-        stopped = threads.submit(server.stop, 30)
+    with connect(server, post("/v1/chat/completions", CHAT)) as sock:
+        stopped = later(server.stop, 30)
         wait_for(lambda: server.draining)
         gate.set()
         answer = b"".join(iter(lambda: sock.recv(65536), b""))
@@ -10854,11 +10851,9 @@ def test_check_asks_each_controller(openai_fakes, akash, config):
 @pytest.fixture
 def openai_fakes():
     """Two upstreams, and the URL of a port that nothing listens on."""
-    one, two, gone = FakeOpenAI(["llama3", "mistral"]), FakeOpenAI(["phi"]), FakeOpenAI()
+    gone = FakeOpenAI()
     gone.close()
-    yield one, two, gone.url
-    one.close()
-    two.close()
+    return FakeOpenAI(["llama3", "mistral"]), FakeOpenAI(["phi"]), gone.url
 
 
 def test_the_demo_refuses_unknown_models(demo):
@@ -11183,7 +11178,6 @@ def test_the_bench_finds_what_is_lost(sent, lost, fake):
     parts = [part.replace(SENT, b"%020d" % time.monotonic_ns()) for part in prepared(akashproxy.CHAT_PATH, True, 4, PAUSE)]
     fake.faults.append(lambda sock, request: [sock.sendall(data) for data in sent(parts)] and None)
     load = Load(fake.port, akashproxy.CHAT_PATH, True, 4, PAUSE, 1, 0.0).run()
-    fake.close()
     assert load.lost == lost and all(0 < way < 60e9 for way in load.ways)
 
 
