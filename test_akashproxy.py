@@ -1466,12 +1466,14 @@ def test_a_server_without_sessions_is_no_error(akash, serve):
     assert [request.headers.get("cookie") for request in akash.requests] == ["a=b", "a=b", "a=b"]
 
 
-def test_an_expired_session_is_renewed_once(akash, serve):
+def test_an_expired_session_is_renewed_once_even_if_its_connection_ends_with_it(akash, serve):
     server = serve(akash_cookie="a=b")
     assert chat(server).status == 200
-    akash.cookies += 10                     # the server knows our cookie no more
-    assert chat(server).status == 200
-    assert akash.requests[-1].headers["cookie"] == akash.cookie + "; a=b"
+    for faults in ([], [akash.refuse()]):
+        akash.faults += faults
+        akash.cookies += 10                     # the server knows our cookie no more, as after a restart
+        assert chat(server).status == 200
+        assert akash.requests[-1].headers["cookie"] == akash.cookie + "; a=b"
 
 
 def test_a_session_that_stays_invalid_is_no_loop(akash, serve):
@@ -2108,7 +2110,6 @@ def test_keep_alive_and_pipelines(serve):
     assert got.count(b"200 OK") == 2 and got.count(b"Connection: keep-alive") == 1
     old = talk(server, post("/v1/chat/completions", {**CHAT, "stream": True}).replace(b"HTTP/1.1", b"HTTP/1.0"))
     assert b"Transfer-Encoding" not in old and old.endswith(b"data: [DONE]\n\n")
-    assert talk(server, b"GET http://elsewhere:1/health?x=1 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").startswith(b"HTTP/1.1 200 ")
 
 
 ROUTES = {
@@ -2135,18 +2136,20 @@ SLASHES = {"/health/": 200, "/v1/models/": 200, "/v1/models/Qwen/Qwen3/": 200, "
            "/health//": 404, "//": 404, "/nothing/": 404}
 
 
-def test_a_slash_at_the_end_of_a_path_changes_nothing(akash, serve):
-    server = serve(path_prefix="/secret")
-    assert {path: ask(server, path="/secret" + path).status for path in SLASHES} == SLASHES
-    assert ask(server, "POST", "/secret/v1/chat/completions/", CHAT).status == 200
-    assert ask(server, path="/secret").status == ask(server, path="/").status == 404
-    locked = serve(bearer_token=("t",))
+def test_a_path_prefix_and_a_slash_at_the_end_of_a_path(akash, serve):
+    server, locked = serve(path_prefix="/my/secret/"), serve(bearer_token=("t",))
+    assert server.url.endswith("/my/secret") and {path: ask(server, path="/my/secret" + path).status for path in SLASHES} == SLASHES
+    for path in ("/v1/models", "/", "/health", "/my/secret", "/my/secretv1/models", "/my", "/MY/secret/v1/models", "/my/secret/my/secret/v1/models"):
+        assert ask(server, path=path).status == 404, path
+    for path, status in (("/my/secret/v1/chat/completions", 200), ("/my/secret/v1/chat/completions/", 200), ("/v1/chat/completions", 404)):
+        assert ask(server, "POST", path, CHAT).status == status
+    link = image_link(akash, server, "/my/secret/v1/images/generations")
+    assert link.startswith(server.url + "/images/") and ask(server, path=link.partition(str(server.server_port))[2]).status == 200
     assert [ask(locked, path=path).status for path in ("/v1/models/", "/status/", "/health/")] == [401, 401, 200]
 
 
 def test_health_and_status(serve):
     server = serve()
-    assert talk(server, b"HEAD /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").endswith(b"\r\n\r\n")
     assert ask(server).json == {"status": "ok", "message": "akashproxy is running"}
     status = ask(server, path="/status").json
     assert status["status"] == "ok" and status["controllers"][0]["name"] == "akash" and status["version"]
@@ -2178,13 +2181,6 @@ def test_browsers_may_come_from_anywhere(serve):
     for status, answer in ((404, ask(server, path="/nowhere")), (400, chat(server, model="")), (200, chat(server, stream=True))):
         assert answer.status == status and answer.headers["access-control-allow-origin"] == "*"
         assert "x-request-id" in answer.headers["access-control-expose-headers"]
-
-
-def test_browsers_may_be_chosen(serve):
-    server = serve(cors_origins=("https://a.example",))
-    for origin, allowed in (("https://a.example", "https://a.example"), ("https://b.example", None)):
-        got = ask(server, headers={"Origin": origin})
-        assert got.headers.get("access-control-allow-origin") == allowed and got.headers["vary"] == "Origin"
 
 
 def test_request_ids(serve):
@@ -2574,11 +2570,11 @@ def test_help_and_version():
         assert done.stdout == f"akashproxy {akashproxy.__version__}\n"
 
 
-def test_health_of_no_server():
-    with socket.create_server(("127.0.0.1", 0)) as closed:
-        port = closed.getsockname()[1]
-    done = run("--health", SERVER_ADDRESS=f":{port}")
+def test_health_asks_the_server():
+    done = run("--health", SERVER_ADDRESS=f":{free_port()}")
     assert done.returncode == 1 and "no answer" in done.stderr
+    with started("--demo", "--path-prefix", "/s") as (_, port):
+        assert run("--health", "--server-address", f"127.0.0.1:{port}", "--path-prefix", "/s").returncode == 0
 
 
 @pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no IPv6 here")
@@ -2902,18 +2898,6 @@ def test_why_an_answer_ended(meaning, reason):
     assert meaning or decoder.error.status == 502 and repr(reason) in decoder.error.message
 
 
-@pytest.mark.parametrize("path", ["/v1/messages", "/v1/responses"])
-def test_a_reason_to_end_that_is_no_text_is_none(path, fake, pool):
-    fake.sends(fake.head() + chunks(fake.event({"content": "a"}, ["stop"]), b"data: [DONE]\n\n"))
-    assert b"ended its answer early" in ask(pool(fake), "POST", path, {**WANTS[path], "stream": True}).body
-
-
-@pytest.mark.parametrize("calls, reason, expected", [(True, "stop", "tool_calls"), (True, "tool_use", "tool_calls"), (False, "tool_calls", "stop"),
-                                                     (True, "length", "length")])
-def test_an_answer_ends_with_calls_only_where_there_are_some(calls, reason, expected):
-    assert akashproxy.finish_reason("b", reason, calls) == expected
-
-
 def calls(*fragments):
     """A delta with fragments of tool calls (index, id, name, arguments), None for what is left out."""
     def fragment(index, id, name, arguments):
@@ -3127,6 +3111,7 @@ def test_the_usage_of_relayed_answers_is_logged_and_counted(path, kind, body, fa
     "it just ends": (FakeOpenAI.event({"content": "a"}), [T("a")], EARLY),
     "[DONE] without a finish": (FakeOpenAI.event({"content": "a"}) + b"data: [DONE]\n\n", [T("a")], EARLY),
     "no JSON": (b"data: {oops\n\n", [], "not JSON"),
+    "a reason to end that is no text": (FakeOpenAI.event({"content": "a"}, ["stop"]) + b"data: [DONE]\n\n", [T("a")], EARLY),
     "a call without a name": (call_parts((0, "a", None, "{}")), [], "without a name"),
     "odd shapes": (b'data: {"choices":[null,{"delta":7},{"delta":{"content":7,"tool_calls":[7]}}]}\n\n' + FakeOpenAI.event({"content": "a"}, "stop"),
                    [T("a"), Finish("stop")], None),
@@ -5418,6 +5403,7 @@ ENDINGS = {
     "content_filter": ("refusal", "refusal", "incomplete", "content_filter"),
     "tool_calls": ("end_turn", "tool_use", "completed", None),
     "function_call": ("end_turn", "tool_use", "completed", None),
+    "tool_use": ("end_turn", "tool_use", "completed", None),
 }
 
 
@@ -7037,14 +7023,6 @@ def test_nothing_is_asked_for_a_client_that_was_found_gone(a, pool, caplog):
     in_one_look(server, gate.set, lambda: reset(sock))
     settle(server)
     assert ask(server).status == 200 and len(a.bodies()) == 1 and not caplog.records
-
-
-def test_a_session_and_a_connection_may_end_together(akash, serve):
-    server = serve()
-    assert chat(server).status == 200
-    akash.faults.append(akash.refuse())
-    akash.cookies += 1      # as after a restart
-    assert chat(server).status == 200
 
 
 def test_no_ping_follows_the_end_of_a_response(akash, serve):
@@ -10815,19 +10793,6 @@ def image_link(akash, server, path="/v1/images/generations", headers=None):
     return ask(server, "POST", path, {"prompt": "a fox"}, headers).json["data"][0]["url"]
 
 
-def test_a_path_prefix(serve, akash):
-    server = serve(path_prefix="/my/secret/")
-    assert server.url.endswith("/my/secret")
-    assert ask(server, path="/my/secret/v1/models").status == ask(server, path="/my/secret/").status == 200
-    assert ask(server, "POST", "/my/secret/v1/chat/completions", CHAT).status == 200
-    for path in ("/v1/models", "/", "/health", "/my/secret", "/my/secretv1/models", "/my", "/MY/secret/v1/models", "/my/secret/my/secret/v1/models"):
-        assert ask(server, path=path).status == 404, path
-    assert ask(server, "POST", "/v1/chat/completions", CHAT).status == 404
-    link = image_link(akash, server, "/my/secret/v1/images/generations")
-    assert link.startswith(server.url + "/images/")
-    assert ask(server, path=link.partition(str(server.server_port))[2]).status == 200
-
-
 @table({    # (PUBLIC_URL, headers, trusted): how image links begin; {} stands for the server's address
     "nothing": ("", {}, True, "http://{}/p/images/"),
     "a public URL": ("https://chat.example", {}, True, "https://chat.example/p/images/"),
@@ -10876,11 +10841,6 @@ def test_forwarded_headers_open_no_gate(serve):
     assert ask(server, path="/v1/models", headers=headers).status == 403
     preflight = {**headers, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "x-forwarded-host"}
     assert ask(server, "OPTIONS", "/v1/models", headers=preflight).status == 403
-
-
-def test_health_of_a_server_with_a_path_prefix():
-    with started("--demo", "--path-prefix", "/s") as (_, port):
-        assert run("--health", "--server-address", f"127.0.0.1:{port}", "--path-prefix", "/s").returncode == 0
 
 
 @pytest.mark.parametrize("block", blocks("python"))
