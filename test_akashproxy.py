@@ -1682,14 +1682,8 @@ def test_a_picture_through_chat_as_the_original_gave_it(akash, serve):
                                 "pic": f"{akash.url}/api/image/job_51083a4c_00001_.png"}
     assert got.json["object"] == "chat.completion" and got.json["usage"]["estimated"] is True
     assert text_of(got) == f"![A red fox in the snow]({server.url}/images/job_51083a4c_00001_.png)"
-
-
-def test_a_picture_streamed_tells_of_its_place_in_the_queue(akash, serve):
-    akash.chat = PICTURE_LINE
     akash.states.extend(QUEUE)
-    text, thought, finish, _ = stream(serve(), GEN)
-    assert text.startswith("![A red fox in the snow](http://127.0.0.1:") and finish == "stop"
-    assert thought == "The image is waiting, 1 before it.\nThe image is pending.\n"
+    assert stream(server, GEN) == (text_of(got), "The image is waiting, 1 before it.\nThe image is pending.\n", "stop", None)
 
 
 def test_images(akash, serve):
@@ -2286,17 +2280,6 @@ def test_a_graceful_stop(akash, serve):
         hold.set()
         assert answer.result() == ("one two", "", "stop", None)
         stopped.result()
-
-
-def test_a_stop_that_waits_no_longer(akash, serve):
-    akash.faults.append(akash.stall(b'0:"one "\n'))
-    server = serve()
-    answer = later(stream, server)
-    wait_for(lambda: akash.bodies())
-    time.sleep(0.05)
-    server.stop(0.05)
-    text, _, finish, error = answer.result()
-    assert finish is None and "stopping" in error["message"]
 
 
 # == the command ==============================================================================
@@ -5585,15 +5568,6 @@ def test_tools_and_history_become_text_in_the_models_own_form(model):
     assert fold(step.feed([Text(assistant["content"]), Finish("stop")])).text == "I look.\n\n" and step.count == 2, "it reads what it writes"
 
 
-def test_without_a_choice_nothing_is_added_to_the_prompt():
-    tools = prompted(tool_choice="none")
-    assert tools.body()["messages"] == [user("x")] and not tools.functions
-    tools = prompted(tool_choice={"type": "function", "function": {"name": "now"}})
-    assert list(tools.functions) == ["now"] and tools.required
-    with pytest.raises(APIError, match="tool_choice"):
-        prompted(tool_choice={"type": "function", "function": {"name": "rm"}})
-
-
 def akash_text(text):
     return STEP + b"".join(b"0:" + json.dumps(piece).encode() + b"\n" for piece in re.findall("(?s).{1,5}", text)) + STOP
 
@@ -5836,7 +5810,9 @@ def test_a_choice_of_tools_is_put_into_the_prompt(choice):
             prompted(tool_choice=value)
         return
     tools = prompted(tool_choice=value)
-    system = "".join(message["content"] for message in tools.body()["messages"][:-1])
+    *system, message = tools.body()["messages"]
+    assert message == user("x") and (list(tools.functions), tools.required) == CHOICES[choice] and bool(system) == bool(tools.functions)
+    system = "".join(message["content"] for message in system)
     assert (re.findall(r'"function":{"name":"(\w+)"', system), akashproxy.MUST_CALL in system) == CHOICES[choice]
 
 
@@ -6079,15 +6055,6 @@ def test_an_unreachable_upstream_is_explained_with_its_host(url, proxy, kind, wo
     assert not any(str(port) in got.body.decode() for port in ports)
 
 
-def test_a_proxy_on_the_way_plain(fake, pool, monkeypatch):
-    monkeypatch.setenv("no_proxy", "*")     # concerns the environment's proxies only
-    proxy = ForwardProxy()
-    assert chat(pool((fake, {"proxy": f"http://us%40er:p%3Aw@127.0.0.1:{proxy.port}", "api_key": "k"})), BOTH).status == 200
-    request = proxy.requests[0]
-    assert (request.method, request.path) == ("POST", f"{fake.url}/v1/chat/completions")
-    assert base64.b64decode(request.headers["proxy-authorization"].split()[1]) == b"us@er:p:w"
-
-
 class TLSOpenAI(FakeOpenAI):
     """The same behind TLS, with a certificate of an authority that only the tests know."""
 
@@ -6121,14 +6088,19 @@ def test_tls_is_verified_and_a_private_authority_can_be_named(pool, tmp_path):
     assert chat(wrong, BOTH).status == 502, "another host's certificate"
 
 
-def test_a_proxy_on_the_way_with_connect(pool, tmp_path):
-    proxy, fake = ForwardProxy(), TLSOpenAI(tmp_path)
-    server = pool((fake, {"proxy": f"http://u:p@127.0.0.1:{proxy.port}"}), ca_file=fake.ca_file)
-    assert chat(server, BOTH).status == chat(server, BOTH).status == 200
-    assert [(request.method, request.path) for request in proxy.requests] == [("CONNECT", f"127.0.0.1:{fake.port}")]
-    assert proxy.requests[0].headers["proxy-authorization"].startswith("Basic ")
-    assert {request.headers["host"] for request in fake.requests} == {f"127.0.0.1:{fake.port}"}
-    assert not any("proxy-authorization" in request.headers for request in fake.requests)
+def test_a_proxy_on_the_way(fake, pool, tmp_path, monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")     # concerns the environment's proxies only
+    plain, connect, upstream = ForwardProxy(), ForwardProxy(), TLSOpenAI(tmp_path)
+    assert chat(pool((fake, {"proxy": f"http://us%40er:p%3Aw@127.0.0.1:{plain.port}", "api_key": "k"})), BOTH).status == 200
+    request = plain.requests[0]
+    assert (request.method, request.path) == ("POST", f"{fake.url}/v1/chat/completions")
+    assert base64.b64decode(request.headers["proxy-authorization"].split()[1]) == b"us@er:p:w"
+    server = pool((upstream, {"proxy": f"http://u:p@127.0.0.1:{connect.port}"}), ca_file=upstream.ca_file)
+    assert statuses(server, 2) == [200, 200]
+    assert [(request.method, request.path) for request in connect.requests] == [("CONNECT", f"127.0.0.1:{upstream.port}")]
+    assert connect.requests[0].headers["proxy-authorization"].startswith("Basic ")
+    assert {request.headers["host"] for request in upstream.requests} == {f"127.0.0.1:{upstream.port}"}
+    assert not any("proxy-authorization" in request.headers for request in upstream.requests)
 
 
 # == reloading ================================================================================
@@ -8614,17 +8586,14 @@ def test_the_next_call_can_be_made_as_soon_as_the_last_one_is_answered():
             assert ask(server, "POST", "/v1/images/generations", {"prompt": "x"}, bearer("alice")).status == 404
 
 
-def test_a_stop_ends_a_call_once(a, pool):
+def test_a_stop_that_waits_no_longer_ends_each_call_once(a, pool):
     server = pool(a, keys=keys("alice", max_concurrency=2))
     a.faults.extend([a.stall(1), a.stall()])
     calls = [later(chat, server, BOTH, bearer("alice"), stream=streamed) for streamed in (True, False)]
-    wait_for(lambda: len(a.bodies()) == 2)
+    wait_for(lambda: len(a.bodies()) == 2 and any(relay.exchange.committed for relay in relays(server)))
     assert counts(server)[0] == 2
-    server.stop(0)
-    for call in calls:
-        with contextlib.suppress(OSError, http.client.HTTPException):
-            call.result()
-    assert counts(server)[0] == 0
+    server.stop(0.05)
+    assert all(b'"error":{"message":"The server is stopping' in call.result().body for call in calls) and counts(server)[0] == 0
 
 
 def test_models_of_a_key(pool):
