@@ -588,8 +588,7 @@ class APIError(Exception):
     ``cooldown_scope`` is the part that cools down: the "controller", or only the request's "model".
     ``upstream_status`` is the upstream's own status, if it sent one. ``overflow``: the request does
     not fit into the model's context. ``reason`` is what /status shows of it: no client's or
-    upstream's words. ``bug`` is the unexpected
-    exception behind a 500: logged, never sent.
+    upstream's words. ``bug`` is the unexpected exception behind a 500: logged, never sent.
     """
 
     def __init__(
@@ -814,15 +813,13 @@ class CancelScope:
     The event loop calls cancel_overdue().
     """
 
-    __slots__ = ("sock", "deadline", "timeout_message", "reason", "shutdown_how")
     active: ClassVar[Set[CancelScope]] = set()  # those with a socket
 
-    def __init__(self) -> None:
-        self.sock: Any = None
-        self.deadline = math.inf  # by time.monotonic()
-        self.timeout_message = ""  # message of the error when the deadline passes
-        self.reason: Optional[Exception] = None
-        self.shutdown_how = socket.SHUT_RDWR
+    sock: Any = None
+    deadline = math.inf  # by time.monotonic()
+    timeout_message = ""  # message of the error when the deadline passes
+    reason: Optional[Exception] = None
+    shutdown_how = socket.SHUT_RDWR
 
     @classmethod
     def cancel_overdue(cls, now: float) -> None:
@@ -873,12 +870,13 @@ class Cancellation:
     Any thread may call cancel(); all else belongs to the thread that processes the request.
     """
 
+    reason: Optional[Exception] = None
+    is_shielded = False  # within shield()
+    wakeup: Any = None  # an Event, or anything with its set()
+
     def __init__(self, client_has_left: Callable[[], bool] = lambda: False) -> None:
         self.client_has_left = client_has_left  # peeks at the connection
-        self.reason: Optional[Exception] = None
         self.scope = CancelScope()  # of the current attempt
-        self.is_shielded = False  # within shield()
-        self.wakeup: Any = None  # an Event, or anything with its set()
 
     def cancel(self, reason: Optional[Exception] = None) -> None:
         """Shut the upstream's socket down and end a sleep(). Any thread."""
@@ -10459,6 +10457,7 @@ class Connection:
         self.state, self.deadline = State.DISPATCHED, math.inf
         task = functools.partial(self.server.serve_request, request)
         if error is None and self.server.gate.is_health_check(request):
+            request.writer.send = self.send
             task()
         else:
             self.submit(request, task)
@@ -10720,7 +10719,8 @@ class ResponseWriter:
     def __init__(self, request: "Request") -> None:
         self.request, self.connection = request, request.connection
         self.lock = threading.RLock()
-        self.send: Callable[..., Any] = self.connection.enqueue  # Connection.send while STREAMING
+        # On the loop thread, for /health and while STREAMING: Connection.send.
+        self.send: Callable[..., Any] = self.connection.enqueue
         self.last_write = request.started_at
 
     def start(self, status: int, headers: Dict[str, str], length: Optional[int] = None) -> None:
