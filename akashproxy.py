@@ -4,7 +4,7 @@
 # requires-python = ">=3.9"
 # dependencies = []
 # ///
-"""akashproxy: Akash Chat, and any OpenAI-compatible upstreams, as one OpenAI-compatible server.
+"""Akash Chat and any OpenAI-compatible upstreams as one OpenAI-compatible server.
 
 One module, the standard library only, Python 3.9 or newer:
 
@@ -652,7 +652,7 @@ class ClientDisconnected(ConnectionError):
 
 
 class Queued(Exception):
-    """The call is in the pool's queue; ``exchange.wake()`` will resume it."""
+    """The call is in the pool's queue; ``exchange.resume()`` will resume it."""
 
 
 class ProtocolError(ValueError):
@@ -4658,7 +4658,7 @@ def bounded_model_list(
 
 
 # == 11. failures =============================================================================
-# What an upstream's error means, how long to wait, and which secrets it must not tell.
+# What an upstream's error means, how long to wait, and which secrets it must not reveal.
 
 
 class ErrorRule(NamedTuple):
@@ -7715,7 +7715,7 @@ class CallQueue:
             waiter.upstream = upstream
             if upstream is not None:
                 upstream.in_flight += 1
-            waiter.exchange.wake()
+            waiter.exchange.resume()
 
     def __len__(self) -> int:
         """Return the number of queued calls. Any thread, also without the lock."""
@@ -7873,7 +7873,7 @@ class Pool:
         """Choose the upstream for the next attempt, and count the attempt as in flight.
 
         Raises APIError if no upstream is left, or Queued if the call has to wait: call again after
-        ``exchange.wake()``.
+        ``exchange.resume()``.
         """
         if len(self.upstreams) > 1:
             self.refresh_models_async()
@@ -7964,7 +7964,7 @@ class Pool:
                 resumed += 1
         return resumed
 
-    def wake_waiters(self, limit: int) -> bool:
+    def resume_waiters(self, limit: int) -> bool:
         """Resume up to ``limit`` ready calls; True if there may be more."""
         with self.lock:
             return self._resume_ready(self.clock(), limit) == limit
@@ -8165,14 +8165,14 @@ def least_connections(ready: List[Upstream]) -> Upstream:
     return weighted_round_robin([up for up, load in zip(ready, loads) if load == lowest])
 
 
-MAX_HASHED = 1 << 14  # characters at each end of a text
+MAX_HASHED = 1 << 14  # characters at each end of a string
 
 
 def conversation_of(call: Call) -> str:
     """A hash that the requests of one conversation share; "" if there are no messages.
 
     It is of the ``prompt_cache_key``, else of the key's name, the system text and the user's first
-    message. Only the ends of long texts are hashed.
+    message. Only the ends of long strings are hashed.
     """
     body = call.original.body or {}
     key, opening = body.get("prompt_cache_key"), [call.key_name]
@@ -8220,7 +8220,7 @@ class Exchange:
 
     def __init__(self, pool: Pool, call: Call) -> None:
         self.pool, self.call, self.cancellation = pool, call, call.cancellation
-        self.wake: Callable[[], Any] = bool  # resumes the call after Queued; any thread
+        self.resume: Callable[[], Any] = bool  # resumes the call after Queued; any thread
         self.other_models: List[str] = []  # of an alias, to be tried when none serves this one
         # Of the current model.
         self.tried: List[Upstream] = []
@@ -8237,7 +8237,7 @@ class Exchange:
         """Send the call to the next upstream; True if the response is an EventStream.
 
         After a failure of the category RETRY the same upstream is used. Raises APIError if no
-        upstream is left, Queued if the call has to wait: call again after wake().
+        upstream is left, Queued if the call has to wait: call again after resume().
         Worker thread.
         """
         if not self.prepared:
@@ -8361,7 +8361,7 @@ class Exchange:
         self._end_attempt(error)
         if self.waiter is not None:
             self.pool.leave_queue(self)
-        self.wake = bool  # breaks a reference cycle
+        self.resume = bool  # breaks a reference cycle
 
 
 # == 15. dialects =============================================================================
@@ -10088,7 +10088,7 @@ class EventLoop(threading.Thread):
             try:
                 self.wakeup_w.send(b"\0")
             except OSError:
-                return  # the pipe is full, so the loop will wake up; or the loop has been closed
+                return  # the pipe is full, so its wait will end; or the loop has been closed
 
     def stop(self) -> None:
         """End the loop after its current iteration. Any thread."""
@@ -11680,7 +11680,7 @@ class CallResponder:
         self.request, self.exchange, self.dialect, self.run = request, exchange, dialect, run
         self.writer, self.call = request.writer, exchange.call
         loop = request.connection.loop
-        exchange.wake = functools.partial(loop.call_soon_threadsafe, self._wake)
+        exchange.resume = functools.partial(loop.call_soon_threadsafe, self._resume)
         if self.call.stream:
             self.writer.ping_frame = dialect.ping_frame
 
@@ -11694,7 +11694,7 @@ class CallResponder:
         try:
             relayed = exchange.attempt()
         except Queued:
-            return True  # _wake() continues
+            return True  # _resume() continues
         if relayed:
             relay = StreamRelay(self)
             # Last: from here on the request belongs to the loop, which may already be relaying.
@@ -11719,7 +11719,7 @@ class CallResponder:
 
         self.run(step)
 
-    def _wake(self) -> None:
+    def _resume(self) -> None:
         """Continue a call that has left the pool's queue, on a worker. Loop thread."""
         task = functools.partial(self.run, self.attempt)
         self.request.connection.submit(self.request, task)
@@ -11823,7 +11823,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     - ``request`` is a Request;
     - the response body is framed here: chunked unless a Content-Length is sent;
     - errors are sent in the client's dialect, also by send_error();
-    - a do_ method that returns True has left the rest of the response to the loop.
+    - a do_ method that returns True leaves the response to the loop.
     """
 
     server: "Server"
@@ -12485,7 +12485,7 @@ class Server(http.server.ThreadingHTTPServer):
                 self.all_closed.notify_all()
 
     def on_tick(self, now: float) -> None:
-        """Enforce all deadlines, resume accepting, wake queued calls. Loop thread."""
+        """Enforce all deadlines, resume accepting, resume queued calls. Loop thread."""
         CancelScope.cancel_overdue(now)
         for connection in self.connections.copy():
             try:
@@ -12498,15 +12498,15 @@ class Server(http.server.ThreadingHTTPServer):
                 self.loop.add(self.socket, self.on_connection, self.on_connection)
                 self.accept_paused = False
         self.pool.on_tick(now)
-        self.wake_waiters()
+        self.resume_waiters()
 
-    def wake_waiters(self) -> None:
+    def resume_waiters(self) -> None:
         """Resume up to 32 calls queued for a controller, the others later. Loop thread.
 
         1,500 calls that time out at once would otherwise block the loop.
         """
-        if self.pool.wake_waiters(32):
-            self.loop.call_soon_threadsafe(self.wake_waiters)
+        if self.pool.resume_waiters(32):
+            self.loop.call_soon_threadsafe(self.resume_waiters)
 
 
 def key_limiters(settings: Settings, previous: List[KeyLimiter]) -> List[KeyLimiter]:
@@ -12767,7 +12767,7 @@ def demo_image(seed: str) -> bytes:
 
 
 # == 21. page =================================================================================
-# A page to chat with, a client of the API like any other. Knows nothing of the rest of this file.
+# A page to chat with, a client of the API like any other. Knows nothing of the other sections.
 
 PAGE = r"""<!doctype html>
 <html lang="en">

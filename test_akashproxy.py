@@ -4067,7 +4067,7 @@ def waiting(pool, count, model="m"):
     woken, calls = [], []
     for _ in range(count):
         call = exchange(pool, model)
-        call.wake = functools.partial(woken.append, call)
+        call.resume = functools.partial(woken.append, call)
         with pytest.raises(akashproxy.Queued):
             pool.acquire(call)
         calls.append(call)
@@ -4114,10 +4114,10 @@ def test_who_has_waited_long_enough_gets_an_error():
     pool.acquire(exchange(pool))
     calls, woken = waiting(pool, 100)
     pool.clock.now += 2.9
-    assert not pool.wake_waiters(32) and not woken
+    assert not pool.resume_waiters(32) and not woken
     pool.clock.now += 0.2
-    assert pool.wake_waiters(32) and woken == calls[:32]
-    while pool.wake_waiters(32):
+    assert pool.resume_waiters(32) and woken == calls[:32]
+    while pool.resume_waiters(32):
         pass
     assert woken == calls
     for call in calls:
@@ -4135,7 +4135,7 @@ def test_those_who_wait_go_on_after_a_reload():
     before.release(running, None, True, 0)
     assert woken == calls[:1] and before.acquire(calls[0]) is running is not after.upstreams[0]
     after.clock.now += 4
-    assert not after.wake_waiters(32) and woken == calls
+    assert not after.resume_waiters(32) and woken == calls
 
 
 def test_a_cool_down_that_ends_wakes_whom_it_can():
@@ -4143,7 +4143,7 @@ def test_a_cool_down_that_ends_wakes_whom_it_can():
     attempt(pool, stop_of(429, retry_after=2))
     calls, woken = waiting(pool, 3)
     pool.clock.now += 2
-    assert not pool.wake_waiters(32) and woken == calls[:2]
+    assert not pool.resume_waiters(32) and woken == calls[:2]
 
 
 def test_a_crowd_at_a_full_controller_costs_in_proportion_and_no_threads(a, pool):
