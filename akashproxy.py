@@ -10723,7 +10723,9 @@ class ResponseWriter:
         self.send: Callable[..., Any] = self.connection.enqueue
         self.last_write = request.started_at
 
-    def start(self, status: int, headers: Dict[str, str], length: Optional[int] = None) -> None:
+    def start(
+        self, status: int, headers: Iterable[Tuple[str, str]], length: Optional[int] = None
+    ) -> None:
         """Begin the response; its body is chunked without a length.
 
         HTTP/1.0 has no chunks: there the end of the connection ends the body.
@@ -10733,12 +10735,13 @@ class ResponseWriter:
             request.keep_alive = False
         self.status = status
         self.chunked = length is None and request.head.http_minor == "1"
-        values = "".join(headers.values())
-        if not values.isprintable() or not values.isascii():
-            headers = {name: _UNPRINTABLE.sub("?", value) for name, value in headers.items()}
-        fields = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
+        lines = [f"{name}: {value}" for name, value in headers]
+        text = "".join(lines)
+        if not text.isprintable() or not text.isascii():
+            lines = [_UNPRINTABLE.sub("?", line) for line in lines]
+        fields = "\r\n".join([*lines, ""])
         framing = "Transfer-Encoding: chunked\r\n" if self.chunked else ""
-        if length is not None and status != 204:
+        if length is not None and status not in (204, 304):
             framing = f"Content-Length: {length}\r\n"
         elif length is None and not self.chunked:
             request.keep_alive = False
@@ -10778,7 +10781,7 @@ class ResponseWriter:
     def respond(self, status: int, data: bytes, headers: Dict[str, str]) -> None:
         """Write a complete response."""
         with self.lock:
-            self.start(status, headers, length=len(data))
+            self.start(status, headers.items(), length=len(data))
             self.finish(data)
 
     def break_off(self) -> None:
@@ -10802,7 +10805,7 @@ class ResponseWriter:
                 frame = frame[:-1] if is_comment else b""
             if frame and not self.connection.output:
                 if not self.status:
-                    self.start(200, SSE_HEADERS)
+                    self.start(200, SSE_HEADERS.items())
                 tail = self.tail
                 self.send(self._frame(frame))
                 self.tail = tail
@@ -11733,9 +11736,8 @@ class CallResponder:
                 headers = dict(SSE_HEADERS) if is_event_stream(content_type) else {}
                 if content_type:
                     headers["Content-Type"] = content_type
-                self.writer.start(
-                    self.call.attempt.status, {**headers, **call_headers(self.request)}
-                )
+                headers.update(call_headers(self.request))
+                self.writer.start(self.call.attempt.status, headers.items())
         return b"" if content_type else self.dialect.opening_frames()
 
     def start_buffered(self, events: List[Event]) -> bytes:
@@ -11747,11 +11749,8 @@ class CallResponder:
             content_type, data = "application/json", to_json(self.dialect.response_body(answer))
         else:
             data = self.dialect.encode(events)
-        self.writer.start(
-            self.call.attempt.status,
-            {"Content-Type": content_type, **call_headers(self.request)},
-            length=len(data),
-        )
+        headers = {"Content-Type": content_type, **call_headers(self.request)}
+        self.writer.start(self.call.attempt.status, headers.items(), length=len(data))
         return data
 
     def error_trailer(self, error: APIError) -> bytes:
@@ -11820,7 +11819,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     send_error(), rfile and wfile. Differences from http.server:
 
     - a handler is created for each complete request, not for each connection;
-    - ``request`` is a Request;
+    - ``request`` is a Request, ``connection`` a Connection;
+    - ``path`` is percent-decoded and without PATH_PREFIX, but with its query;
     - the response body is framed here: chunked unless a Content-Length is sent;
     - errors are sent in the client's dialect, also by send_error();
     - a do_ method that returns True leaves the response to the loop.
@@ -11851,6 +11851,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def wfile(self) -> Any:  # type: ignore[override]
         """The response body as a file."""
         return ResponseFile(self.request.writer)
+
+    @functools.cached_property
+    def requestline(self) -> Any:  # type: ignore[override]
+        """The request line."""
+        return f"{self.command} {self.path} {self.request_version}"
 
     @functools.cached_property
     def headers(self) -> Any:  # type: ignore[override]
@@ -11890,9 +11895,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def parse_request(self) -> bool:
         """Set the attributes from the parsed head; APIError if the request was rejected."""
         request = self.request
-        self.command, self.path, self.query, http_minor, headers = request.head
-        self.request_version = f"HTTP/1.{http_minor}"
-        self.requestline = f"{self.command} {self.path} {self.request_version}"
+        self.command, path, query, http_minor, headers = request.head
+        self.path = f"{path}?{query}" if query else path
+        self.request_version = "HTTP/1.1" if http_minor == "1" else "HTTP/1.0"
         target = request.route.targets.get("POST")
         if isinstance(target, type):
             self.dialect = target
@@ -11930,7 +11935,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Call the route's function, or respond to a model call; returns as do_GET()."""
         target = self.request.route.target(self.command)
         if target is None:  # the gate leaves the paths to a subclass, which calls super().do_GET()
-            raise APIError(404, f"There is no {self.path[:200]!r} here.", code="not_found")
+            path = self.request.head.path
+            raise APIError(404, f"There is no {path[:200]!r} here.", code="not_found")
         if not isinstance(target, type):
             return target(self)
         dialect, request = self.parse_call(target), self.request
@@ -11946,7 +11952,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def parse_call(self, dialect_class: Any) -> Any:
         """Parse the body into a dialect with its call; APIError 400 if it is invalid."""
-        headers = self.request.head.headers
+        head = self.request.head
+        headers = head.headers
         data, content_type = self.request.body, headers.get("content-type", "")
         try:
             if dialect_class is Passthrough:
@@ -11957,9 +11964,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except ValueError as error:
             raise bad_request(f"The body is not valid JSON: {error}.") from None
         call = dialect.call
-        call.original.path, call.original.raw_body = self.path, data
+        call.original.path, call.original.raw_body = head.path, data
         dialect.prepare()
-        query = remove_model_params(self.query) if self.query else ""
+        query = remove_model_params(head.query) if head.query else ""
         if query:
             call.original.query = "?" + query
         call.original.headers = {
@@ -11977,25 +11984,35 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Begin a response; ``message`` is ignored, the standard phrase is sent."""
         self.response: Tuple[int, List[Tuple[str, str]]] = (int(code), [])
 
+    send_response_only = send_response
+
     def send_header(self, keyword: str, value: Any) -> None:
         """Add a header; ValueError if it contains CR, LF or NUL (header injection)."""
         if re.search("[\r\n\0]", f"{keyword}{value}"):
             raise ValueError("a header must not contain CR, LF or NUL")
-        self.response[1].append((keyword, str(value)))
+        if keyword.lower() == "connection":
+            self.close_connection = str(value).lower() == "close"
+        else:
+            self.response[1].append((keyword, str(value)))
 
     def end_headers(self) -> None:
         """Begin the body, which is chunked without a Content-Length."""
         status, fields = self.response
         lengths = [int(value) for name, value in fields if name.lower() == "content-length"]
-        headers = {
-            name: value
-            for name, value in fields
-            if name.lower() not in ("content-length", "connection")
-        }
+        headers = [field for field in fields if field[0].lower() != "content-length"]
         no_body = status in (204, 304) or status < 200
         self.request.writer.start(
             status, headers, length=lengths[0] if lengths else 0 if no_body else None
         )
+
+    @property
+    def close_connection(self) -> bool:
+        """Whether the connection is closed after the response."""
+        return not self.request.keep_alive
+
+    @close_connection.setter
+    def close_connection(self, value: bool) -> None:
+        self.request.keep_alive = not value
 
     def send_error(
         self, code: int, message: Optional[str] = None, explain: Optional[str] = None
@@ -12125,16 +12142,14 @@ def get_image(handler: Handler) -> None:
     # private if there are tokens: a shared cache would serve the image without one
     cacheability = "private" if request.settings.needs_token else "public"
     try:
-        writer.start(
-            200,
-            {
-                "Content-Type": response.headers["content-type"],
-                "Cache-Control": f"{cacheability}, max-age=31536000, immutable",
-                "Content-Security-Policy": "sandbox; default-src 'none'",
-                "X-Content-Type-Options": "nosniff",
-                "Cross-Origin-Resource-Policy": "cross-origin",
-            },
-        )
+        headers = {
+            "Content-Type": response.headers["content-type"],
+            "Cache-Control": f"{cacheability}, max-age=31536000, immutable",
+            "Content-Security-Policy": "sandbox; default-src 'none'",
+            "X-Content-Type-Options": "nosniff",
+            "Cross-Origin-Resource-Policy": "cross-origin",
+        }
+        writer.start(200, headers.items())
         for data in response.iter_bytes() if handler.command == "GET" else ():
             handler.wfile.write(data)
         writer.finish()
@@ -13860,6 +13875,7 @@ def start(server: Server, load: Callable[[], Settings], demo: bool = False) -> i
     """Start a server, print its URLs and serve until a signal; the exit status."""
     raise_fd_limit()
     gc.freeze()  # the module's objects live on: collections need not traverse them
+    gc.set_threshold(10_000)  # reference counts free nearly all: 2 % of a request's CPU time
     if not server.settings.needs_token and not server.is_loopback:
         log.warning(
             "anyone who can reach %s can use this server and its upstreams' keys and quotas: "

@@ -10848,6 +10848,22 @@ class OwnHandler(akashproxy.Handler):
         elif self.path == "/split":
             self.send_response(200)
             self.send_header("X-Evil", "a\r\nB: c")
+        elif self.path == "/cookies":
+            self.send_response_only(200)
+            for value in ("a=1", "b=2"):
+                self.send_header("Set-Cookie", value)
+            self.end_headers()
+        elif self.path == "/target%?a=%41":
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(f"{self.requestline} {self.close_connection}".encode())
+        elif self.path == "/unmodified":
+            self.send_response(304)
+            self.end_headers()
+        elif self.path == "/last":
+            self.send_response(200)
+            self.send_header("Connection", "close")
+            self.end_headers()
         elif self.path == "/nothing":
             return None
         elif self.path == "/bug":
@@ -10872,6 +10888,7 @@ class OwnHandler(akashproxy.Handler):
     "a body": ("POST", "/upper", b"abc", 200, b"ABC"),
     "the module's own": ("GET", "/health", None, 200, None),
     "the module's own 404": ("GET", "/elsewhere", None, 404, None),
+    "a target with a query": ("GET", "/target%25?a=%41", None, 200, b"GET /target%?a=%41 HTTP/1.1 False"),
     "send_error": ("GET", "/error", None, 418, None),
     "a line break in a header": ("GET", "/split", None, 500, None),
     "no response": ("GET", "/nothing", None, 500, None),
@@ -10890,6 +10907,25 @@ def test_a_handler_as_of_http_server(case, akash):
         if path == "/error":
             assert got.json["error"]["message"] == "I am a teapot: tea only"
     assert reported == {"/bug": [("127.0.0.1", KeyError)] * 2, "/split": [("127.0.0.1", ValueError)] * 2}.get(path, [])
+
+
+@table({    # the bytes that follow the head, None: the connection is closed; lines that it has; lines that it must not have
+    "a header sent twice": ("/cookies", b"0\r\n\r\n", (b"Set-Cookie: a=1\r\nSet-Cookie: b=2\r\n",), (b"Connection:",)),
+    "no body": ("/unmodified", b"", (b"HTTP/1.1 304 ",), (b"Content-Length", b"Transfer-Encoding")),
+    "the last response": ("/last", None, (b"Connection: close\r\n",), ()),
+})
+def test_the_head_is_what_a_handler_has_sent(case):
+    path, body, has, has_not = case
+    with Server(Settings(server_address="127.0.0.1:0"), OwnHandler) as server, socket.create_connection(server.server_address, 10) as link:
+        link.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        with link.makefile("rb") as answer:
+            head = b"".join(iter(answer.readline, b"\r\n"))
+            assert all(line in head for line in has) and not any(line in head for line in has_not), head
+            if body is None:
+                assert answer.read() == b"0\r\n\r\n"
+            else:
+                link.sendall(b"GET /parts HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                assert answer.read(len(body) + 12) == body + b"HTTP/1.1 200"
 
 
 def test_serve_forever_ends_with_shutdown():
