@@ -5368,11 +5368,17 @@ def _find_parts(text: str, form: str) -> Iterator[Tuple[int, int]]:
         while at >= 0:
             before = text[max(0, at - offset) : at][::-1], form[:offset][::-1]
             after = text[at : at + len(form)], form[offset:]
-            start = at - len(os.path.commonprefix(before))
-            end = at + len(os.path.commonprefix(after))
+            start = at - common_length(*before)
+            end = at + common_length(*after)
             if start == at - offset or end - start >= 12:
                 yield start, end
             at = text.find(block, end)
+
+
+def common_length(first: str, second: str) -> int:
+    """Length of the longest common prefix of two strings."""
+    differing = (at for at, (one, other) in enumerate(zip(first, second)) if one != other)
+    return next(differing, min(len(first), len(second)))
 
 
 # == 12. akash ================================================================================
