@@ -1069,7 +1069,7 @@ def join_tool_call(fragments: List[ToolCall]) -> ToolCall:
     """Join the fragments of one tool call."""
     return ToolCall(
         fragments[0].index,
-        "".join(fragment.arguments for fragment in fragments),
+        "".join(fragment.arguments for fragment in fragments) or "{}",
         next((fragment.id for fragment in fragments if fragment.id), None),
         next((fragment.name for fragment in fragments if fragment.name), None),
         next((fragment.extra for fragment in fragments if fragment.extra), None),
@@ -6579,12 +6579,13 @@ class ChatDecoder(Decoder):
         self.usage = find_usage(body) or self.usage
         for choice in map(as_dict, as_list(body.get("choices"))):
             if not choice.get("index"):
-                message = as_dict(choice.get(key)) or {"content": choice.get("text")}
+                message = choice.get(key, choice.get("message"))  # some stream whole completions
+                message = as_dict(message) or {"content": choice.get("text")}
                 if "reasoning_details" in message:
                     self.calls.add_details(message["reasoning_details"])
                 for each in message_events(message):
                     if isinstance(each, ToolCall):
-                        out += self.calls.add(each, is_complete=key == "message")
+                        out += self.calls.add(each, is_complete=key != "delta" or key not in choice)
                     else:
                         out.append(each)
                 reason = choice.get("finish_reason")
@@ -6603,13 +6604,15 @@ class CallInProgress:
     """
 
     _MARKS = re.compile(r'\\.?|["{}\[\]]', re.S)
+    EMPTY = ("", "{}", "null", '""')  # some servers begin with it
 
     def __init__(self, number: int) -> None:
         self.number = number
         self.id: Optional[str] = None
         self.name: Optional[str] = None
         self.extra: Dict[str, Any] = {}  # the upstream's own fields
-        self.pending: List[str] = []  # arguments that arrived before the name
+        self.arguments: List[str] = []  # their fragments
+        self.size = 0  # characters of them
         self.depth, self.in_string, self.opened = 0, False, False
         self.escape = ""  # a backslash whose character is still to come
 
@@ -6617,8 +6620,24 @@ class CallInProgress:
     def complete(self) -> bool:
         return self.opened and not self.depth and not self.in_string
 
-    def feed(self, arguments: str) -> None:
-        marks = self._MARKS.findall(self.escape + arguments)
+    def feed(self, text: str) -> str:
+        """Add a fragment of the arguments; return what is new in it.
+
+        Some servers send with each fragment all of them so far, or at the end all of them again.
+        """
+        if self.opened and self.size <= len(text) and text.startswith("".join(self.arguments)):
+            text = text[self.size :]
+        if self.size and self.complete:
+            return ""
+        self._scan(text)
+        if not self.size and text.strip() in self.EMPTY:
+            return ""
+        self.arguments.append(text)
+        self.size += len(text)
+        return text
+
+    def _scan(self, text: str) -> None:
+        marks = self._MARKS.findall(self.escape + text)
         self.escape = ""
         for mark in marks:
             if mark == '"':
@@ -6664,16 +6683,15 @@ class ToolCallAssembler:
         if call.id is None and fragment.id:
             call.id = fragment.id
             self.by_id.setdefault(fragment.id, call)
-        call.feed(fragment.arguments)
         call.extra = fragment.extra or call.extra
+        text = call.feed(fragment.arguments)
         if call.name is not None:
-            return [ToolCall(call.number, fragment.arguments)] if fragment.arguments else []
-        call.pending.append(fragment.arguments)
+            return [ToolCall(call.number, text)] if text else []
         if not fragment.name:
             return []
         call.name = fragment.name
         extra = {**call.extra, **self._take_details()} or None
-        return [ToolCall(call.number, "".join(call.pending), call.id, call.name, extra)]
+        return [ToolCall(call.number, "".join(call.arguments), call.id, call.name, extra)]
 
     def add_details(self, details: Any) -> None:
         """Join fragments of OpenRouter's reasoning_details, to go with the next call."""
@@ -6692,7 +6710,7 @@ class ToolCallAssembler:
 
     def close(self) -> bool:
         """Return whether there was a call. APIError if one has arguments but no name."""
-        if any(call.name is None and any(call.pending) for call in self.calls):
+        if any(call.name is None and (call.size or call.opened) for call in self.calls):
             raise truncated(self.upstream_name, "sent a tool call without a name")
         return any(call.name for call in self.calls)
 
@@ -6870,17 +6888,23 @@ def find_count(name: str, *sources: Dict[str, Any]) -> Optional[int]:
 
 _JSON = json.JSONDecoder()
 MAX_USAGE = 4096  # bytes of a usage object
+MAX_USAGES = 16  # that are parsed; all but one may be null, or tools' own
 
 
-def parse_usage(data: bytes, at: int) -> Dict[str, Any]:
-    """Parse the object whose key "usage" is at a position in JSON; {} if at < 0."""
-    if at < 0:
-        return {}
-    text = data[at + len(b'"usage"') : at + MAX_USAGE].decode("utf-8", "replace")
-    try:
-        return as_dict(_JSON.raw_decode(text.lstrip(" \t\r\n:"))[0])
-    except (ValueError, RecursionError):
-        return {}
+def last_usage(data: bytes) -> Dict[str, Any]:
+    """Return the last counts above 0 in objects named "usage" in JSON; {} without any."""
+    counts: Dict[str, Any] = {}
+    at = len(data)
+    for _ in range(MAX_USAGES):
+        at = data.rfind(b'"usage"', 0, at)
+        if at < 0:
+            break
+        text = data[at + len(b'"usage"') : at + MAX_USAGE].decode("utf-8", "replace")
+        with contextlib.suppress(ValueError, RecursionError):
+            usage = as_dict(_JSON.raw_decode(text.lstrip(" \t\r\n:"))[0])
+            if any(map(count_or_none, usage.values())):
+                counts = {**{name: count for name, count in usage.items() if count}, **counts}
+    return counts
 
 
 class StreamEnd(NamedTuple):
@@ -6957,7 +6981,7 @@ class PassthroughDecoder(Decoder):
     """
 
     MAX_HELD = 16 << 20  # bytes
-    LAST_PARTS = 8  # the usage is in one of so many that were passed on last
+    LAST_PARTS = 8  # with "usage"; it is in one of them
     has_fast_path = True
 
     def __init__(
@@ -6974,7 +6998,8 @@ class PassthroughDecoder(Decoder):
         self.buffer = bytearray()  # an incomplete line
         self.opening = bytearray()  # what precedes the first content
         self.first_usage: Dict[str, Any] = {}  # that of the opening; Anthropic's counts the prompt
-        self.last_parts: Deque[bytes] = deque([b"\n\n"], self.LAST_PARTS)  # except mid-stream ones
+        self.last_parts: Deque[bytes] = deque(maxlen=self.LAST_PARTS)  # except mid-stream ones
+        self.tail = b"\n\n"  # of what has been passed on, except mid-stream parts
 
     def feed(self, data: bytes) -> List[Event]:
         if self.fast_path(data):
@@ -6983,7 +7008,7 @@ class PassthroughDecoder(Decoder):
             data = take_complete_lines(self.buffer, data)
         if not self.started:
             data = self._without_opening(data)
-            self.first_usage = parse_usage(data, data.find(b'"usage"', 0, MAX_USAGE))
+            self.first_usage = last_usage(data[:MAX_USAGE])
         # Some errors have only the name of their event. rfind() takes half the time of ``in``.
         if data.rfind(b'"error') >= 0 or data.rfind(b"event: error") >= 0:
             data = redact_bytes(data, self.secrets)
@@ -6992,16 +7017,18 @@ class PassthroughDecoder(Decoder):
         if not data:
             return []
         data = self._find_end(self.rename(data))
-        self.last_parts.append(data)
+        self._note(data)
         return [RawBytes(data, self._usage() if self.complete else None)]
+
+    def _note(self, data: bytes) -> None:
+        """Remember what is needed of a part that is passed on."""
+        self.tail = (self.tail + data[-3:])[-3:]
+        if data.rfind(b'"usage"') >= 0:
+            self.last_parts.append(data)
 
     def _usage(self) -> Optional[Dict[str, Any]]:
         """Return the usage of the answer so far."""
-        last: Dict[str, Any] = {}
-        for data in reversed(self.last_parts):
-            last = last or parse_usage(data, data.rfind(b'"usage"'))
-        counts = {name: count for name, count in last.items() if count is not None}
-        return chat_usage({**self.first_usage, **counts})
+        return chat_usage({**self.first_usage, **last_usage(b"".join(self.last_parts))})
 
     def fast_path(self, data: bytes) -> bytes:
         """Return data that consists of complete mid-stream events only, else b""."""
@@ -7058,14 +7085,14 @@ class PassthroughDecoder(Decoder):
             self.error = truncated(self.upstream_name)
             return self.flush()
         data = self.rename(data)
-        self.last_parts.append(data)
+        self._note(data)
         usage = self._usage()
         return [RawBytes(data, usage)] if data or usage else []
 
     def flush(self) -> List[Event]:
         """Drop an incomplete line and end an incomplete event: an error may follow."""
         self.buffer.clear()
-        between_events = b"".join(self.last_parts).endswith((b"\n\n", b"\n\r\n", b"\r\r"))
+        between_events = self.tail.endswith((b"\n\n", b"\n\r\n", b"\r\r"))
         return [RawBytes(b"\n")] if self.started and not between_events else []
 
 
@@ -7275,8 +7302,7 @@ class OpenAIController(Controller):
             if field and not as_dict(next(iter(items), None)):
                 raise truncated(self.name, "sent something that is not an answer")
             data = redact_bytes(data, self.secrets)
-        usage = parse_usage(text, text.rfind(b'"usage"'))
-        return [RawBytes(ModelName(model)(data), chat_usage(usage))]
+        return [RawBytes(ModelName(model)(data), chat_usage(last_usage(text)))]
 
     def _completion(self, data: bytes) -> List[Event]:
         """Return the events of a chat completion that is not streamed."""
@@ -9042,7 +9068,7 @@ class BlockDialect(Dialect):
             blocks.insert(0, Reasoning(answer.reasoning))
         else:
             self.hide_reasoning(answer.reasoning)
-        calls = [self.with_id(call, call.arguments or "{}") for call in answer.tools]
+        calls = [self.with_id(call, call.arguments) for call in answer.tools]
         return [*filter(text_of, blocks), *calls]
 
     def hide_reasoning(self, text: str) -> None:

@@ -3058,7 +3058,13 @@ def call_parts(*parts):
     "arguments as an object": (call_parts((0, "a", "f", {"a": 1})), [("f", '{"a":1}')]),
     "text in between": (call_parts((0, "a", "f", '{"a"'), {"content": "x", "reasoning_content": "y"}, (0, None, None, ":1}")), [("f", '{"a":1}')]),
     "braces and quotes within strings": (call_parts((0, None, "f", '{"a":"}\\"'), (0, None, "f", '{"}')), [("f", '{"a":"}\\"{"}')]),
-    "no arguments": (call_parts((0, "a", "f", None)), [("f", "")]),
+    "no arguments": (call_parts((0, "a", "f", None)), [("f", "{}")]),
+    "empty arguments in other forms": (call_parts((0, "a", "f", "null"), (1, "b", "g", '""'), (2, "c", "h", " ")), [("f", "{}"), ("g", "{}"), ("h", "{}")]),
+    "empty arguments, then others": (call_parts((0, "a", "f", "{}"), (0, None, None, '{"a"'), (0, None, None, ":1}")), [("f", '{"a":1}')]),
+    "all arguments once more": (call_parts((0, "a", "f", '{"a"'), (0, None, None, ":1}"), (0, "a", "f", '{"a":1}')), [("f", '{"a":1}')]),
+    "all arguments once more, as a string": (call_parts((0, "a", "f", '{"a":1}'), (0, None, None, '"{\\"a\\":1}"')), [("f", '{"a":1}')]),
+    "all arguments so far with each fragment": (call_parts((0, "a", "f", ""), (0, "a", None, '{"a"'), (0, "a", None, '{"a":1'), (0, "a", None, '{"a":1}')), [("f", '{"a":1}')]),
+    "one call with several indexes": (call_parts((0, "a", "f", '{"a":1}'), (1, "a", "f", '{"a":1}'), (2, "a", "f", '{"a":1}')), [("f", '{"a":1}')]),
 })
 def test_calls_however_they_are_fragmented(case):
     data, expected = case
@@ -3208,7 +3214,11 @@ ANTHROPIC = (b'event: message_start\ndata: {"type":"message_start","message":{"u
     ("/v1/chat/completions", "text/event-stream", FakeOpenAI.event({"content": '\\"usage\\":{}'}) + FakeOpenAI.event({}, "stop") + b'data: {"choices":[],%b}\n\ndata: [DONE]\n\n' % COUNTED),
     ("/v1/chat/completions", "text/event-stream", b"".join(FakeOpenAI.event({"content": "a" * 300})[:-3] + b',"usage":{"prompt_tokens":11,"completion_tokens":%d}}\n\n' % count
                                                            for count in range(8)) + FakeOpenAI.event({}, "stop") + b"data: [DONE]\n\n"),
+    ("/v1/chat/completions", "application/json", b'{%b,"choices":[{"message":{"content":"usage"},"logprobs":[{"token":"usage"}],"finish_reason":"stop"}],"tools":{"usage":{}}}' % COUNTED),
+    ("/v1/chat/completions", "text/event-stream", FakeOpenAI.event({"content": "a"}) + b'data: {"choices":[],%b}\n\n' % COUNTED + b": wait\n\n" * 12
+     + FakeOpenAI.event({}, "stop")[:-3] + b',"usage":{"prompt_tokens":0,"completion_tokens":0}}\n\ndata: {"choices":[],"usage":null}\n\ndata: [DONE]\n\n'),
     ("/v1/messages", "text/event-stream", ANTHROPIC),
+    ("/v1/messages", "text/event-stream", ANTHROPIC.replace(b'{"output', b'{"input_tokens":0,"output').replace(b"event: message_stop", b"event: ping\n\n" * 12 + b"event: message_stop")),
     ("/v1/messages", "text/event-stream", ANTHROPIC.replace(b"event: message_delta", b'event: content_block_delta\ndata: {"type":"content_block_delta","text":"%b"}\n\nevent: message_delta' % (b"x" * 5000))),
     ("/v1/responses", "text/event-stream", b'event: response.completed\ndata: {"type":"response.completed","response":{"usage":{"input_tokens":11,"output_tokens":7},"output":"%b"}}\n\n' % (b"x" * 5000)),
     ("/v1/responses", "application/json", b'{"object":"response","output":[],"usage":{"input_tokens":11,"output_tokens":7}}'),
@@ -3247,6 +3257,9 @@ def test_the_usage_of_relayed_answers_is_logged_and_counted(path, kind, body, fa
     "a second choice": (b'data: {"choices":[{"index":1,"delta":{"content":"b"}},{"index":0,"delta":{"content":"a"},"finish_reason":"stop"}]}\n\n',
                         [T("a"), Finish("stop")], None),
     "the legacy form": (b'data: {"choices":[{"index":0,"text":"a","finish_reason":"stop"}]}\n\n', [T("a"), Finish("stop")], None),
+    "a whole completion as an event": (b'data: {"choices":[{"message":{"content":"a"},"finish_reason":"stop"}]}\n\n', [T("a"), Finish("stop")], None),
+    "deltas beside the message so far": (b'data: {"choices":[{"delta":{"content":"a"},"message":{"content":"a"}}]}\n\n'
+                                         b'data: {"choices":[{"delta":{},"message":{"content":"a"},"finish_reason":"stop"}]}\n\n', [T("a"), Finish("stop")], None),
     "an error within": (FakeOpenAI.event({"content": "a"}) + ERROR_EVENT, [T("a")], "boom"),
     "an error as text": (b'data: {"error":"boom"}\n\n', [], "boom"),
     "it just ends": (FakeOpenAI.event({"content": "a"}), [T("a")], EARLY),
@@ -4303,7 +4316,7 @@ def test_calls_of_tools_that_all_have_index_0():
     decoder = akashproxy.ChatDecoder()
     events = decoder.feed(call(id="a", function={"name": "f", "arguments": '{"a":1}'}) + call(id="b", function={"name": "g", "arguments": {"b": 2}})
                           + call(function={"arguments": "x"}) + FakeOpenAI.event({}, "tool_calls") + b"data: [DONE]\n\n")
-    assert fold(events).tools == [ToolCall(0, '{"a":1}', "a", "f"), ToolCall(1, '{"b":2}x', "b", "g")]
+    assert fold(events).tools == [ToolCall(0, '{"a":1}', "a", "f"), ToolCall(1, '{"b":2}', "b", "g")]
 
 
 def test_a_client_that_leaves_while_all_rest(a, b, pool):
@@ -5160,7 +5173,7 @@ def test_blocks_never_interleave_though_calls_do(path, fake, pool):
     def calls(index, arguments, id=None, name=None):
         return {"tool_calls": [{"index": index, "function": {"arguments": arguments, **({"name": name} if name else {})}, **({"id": id} if id else {})}]}
 
-    fake.faults.append(answered(calls(0, "{}", "z", "e"), calls(1, "", "a", "f"), calls(0, " "), calls(1, '{"x"'), calls(2, "", "b", "g"), calls(1, ":1}"), calls(2, '{"y":'),
+    fake.faults.append(answered(calls(0, "[0]", "z", "e"), calls(1, "", "a", "f"), calls(0, " "), calls(1, '{"x"'), calls(2, "", "b", "g"), calls(1, ":1}"), calls(2, '{"y":'),
                                 {"content": "so"}, calls(3, "", None, "h"), calls(2, "2}"), calls(1, " "), finish="tool_calls"))
     body = {**WANTS[path], "stream": True}
     events = named_events(ask(pool(fake), "POST", path, body).body)
@@ -5173,7 +5186,7 @@ def test_blocks_never_interleave_though_calls_do(path, fake, pool):
         delta = event.get("delta")
         if event["type"].endswith("delta") and "stop_reason" not in delta:
             pieces_of[event.get("index", event.get("output_index"))] += delta if isinstance(delta, str) else delta.get("partial_json", delta.get("text"))
-    assert pieces_of == {0: "{}", 1: '{"x":1} ', 2: '{"y":2}', 3: "so"}
+    assert pieces_of == {0: "[0]", 1: '{"x":1}', 2: '{"y":2}', 3: "so"}
     opened = None
     for event in events:
         index = event.get("index", event.get("output_index"))
