@@ -3180,6 +3180,7 @@ class Step(Generic[Input]):
     error: Optional[APIError] = None  # ends the answer, to be raised after the events returned
     started = False  # content has arrived; an opening alone may still fail over
     complete = False  # the answer is complete; a Finish event says so as well
+    ended = False  # the same, but what may follow is passed on, too
     stopped = False  # a filter has ended the answer, so the upstream should stop
     has_fast_path = False  # fast_path() may succeed
 
@@ -3417,6 +3418,8 @@ class EventStream:
                     response.scope.timeout_message = response.timeouts.idle_message
                 if decoder.complete or events and type(events[-1]) is Finish:
                     self.mark_complete()
+                elif decoder.ended:
+                    self._shorten_timeouts()
             if response.body.done:
                 self.at_eof = True
                 if not self.complete and not self.error:
@@ -3447,6 +3450,9 @@ class EventStream:
         """
         self.started = self.complete = True
         self.error, self.at_eof = None, self.decoder.stopped
+        self._shorten_timeouts()
+
+    def _shorten_timeouts(self) -> None:
         self.response.timeouts = cached_timeouts(
             self.response.timeouts.upstream_name, self.DRAIN_TIMEOUT, self.DRAIN_TIMEOUT
         )
@@ -3459,6 +3465,10 @@ class EventStream:
         self.at_eof = True
         if self.complete:
             return []
+        if self.decoder and self.decoder.ended:
+            self.complete = True
+            remaining: List[Event] = self.decoder.close()
+            return remaining
         try:
             self.error = self.response.to_api_error(error)
         except (APIError, ClientDisconnected) as reason:  # the scope was cancelled
@@ -6541,7 +6551,7 @@ class ChatDecoder(Decoder):
         """Return the events of a completion that is not streamed. Raises APIError."""
         out: List[Event] = []
         self._completion(body, "message", out)
-        if self.reason is None:
+        if self.reason is None and not out:
             raise truncated(self.upstream_name, "sent something that is not a completion")
         self._finish(out)
         return out
@@ -6578,6 +6588,8 @@ class ChatDecoder(Decoder):
             raise error_from_body(self.upstream_name, 200, body, self.secrets)
         self.usage = find_usage(body) or self.usage
         for choice in map(as_dict, as_list(body.get("choices"))):
+            if choice.get("error"):
+                raise error_from_body(self.upstream_name, 200, choice, self.secrets)
             if not choice.get("index"):
                 message = choice.get(key, choice.get("message"))  # some stream whole completions
                 message = as_dict(message) or {"content": choice.get("text")}
@@ -6588,8 +6600,8 @@ class ChatDecoder(Decoder):
                         out += self.calls.add(each, is_complete=key != "delta" or key not in choice)
                     else:
                         out.append(each)
-                reason = choice.get("finish_reason")
-                self.reason = reason if reason and isinstance(reason, str) else self.reason
+                reason = as_str(choice.get("finish_reason"))
+                self.reason = self.reason if reason in ("", "null") else reason
 
     def _finish(self, out: List[Event]) -> None:
         reason = finish_reason(self.upstream_name, self.reason or "", self.calls.close())
@@ -6745,19 +6757,29 @@ class ToolCallAssembler:
         return call
 
 
+# Of a message, by rank.
+# fmt: off
+REASONING_FIELDS = (
+    "reasoning_content", "reasoning", "reasoning_text", "thinking", "reasoning_details",
+)
+# fmt: on
+REASONING_TYPES = ("thinking", "reasoning")  # of parts of its content
 CALL_FIELDS = ("index", "id", "type", "function")  # of a tool call; others are the upstream's own
 
 
 def message_events(message: Dict[str, Any]) -> List[Event]:
     """Return the events of a stream's delta or of a complete message."""
     events: List[Event] = []
-    reasoning = message.get("reasoning_content") or message.get("reasoning")
+    reasoning = next((message[name] for name in REASONING_FIELDS if message.get(name)), None)
     content = message.get("content") or message.get("refusal")
+    content = content or as_dict(message.get("audio")).get("transcript")
     if isinstance(content, list):
         parts = list(map(as_dict, content))
-        reasoning = reasoning or "".join(map(thinking_text, parts))
-        content = "".join(str(part.get("text") or "") for part in parts)
-    if isinstance(reasoning, str) and reasoning:
+        reasoning = reasoning or [part for part in parts if part.get("type") in REASONING_TYPES]
+        texts = (part.get("text") for part in parts if part.get("type") not in REASONING_TYPES)
+        content = "".join(str(text or "") for text in texts)
+    reasoning = reasoning_text(reasoning)
+    if reasoning:
         events.append(Reasoning(reasoning))
     if isinstance(content, str) and content:
         events.append(Text(content))
@@ -6780,13 +6802,14 @@ def message_events(message: Dict[str, Any]) -> List[Event]:
     return events
 
 
-def thinking_text(part: Dict[str, Any]) -> str:
-    """Return the reasoning in a content part of Mistral's; "" for other parts."""
-    if part.get("type") != "thinking":
-        return ""
-    thinking = part.get("thinking")
-    texts = [as_dict(each).get("text") for each in as_list(thinking)] or [thinking]
-    return "".join(text for text in texts if isinstance(text, str))
+def reasoning_text(value: Any) -> str:
+    """Return reasoning that is a string, an object with it, or a list of these."""
+    if isinstance(value, list):
+        return "".join(map(reasoning_text, value))
+    if isinstance(value, dict):
+        fields = map(value.get, ("text", "thinking", "summary", "content"))
+        return reasoning_text(next(filter(None, fields), None))
+    return as_str(value)
 
 
 def name_or_none(value: Any) -> Optional[str]:
@@ -6913,17 +6936,22 @@ class StreamEnd(NamedTuple):
     pattern: Pattern[bytes]
     hints: Tuple[bytes, ...]  # one is in every match, and rfind() is faster than the pattern
     mid_stream: Tuple[bytes, ...] = ()  # ends of typical events that need no search for a match
+    is_last_event: bool = False  # nothing follows the match, unless that is an error
 
-    def is_in(self, data: bytes) -> bool:
+    def find(self, data: bytes) -> bytes:
+        """Return the match; b"" without one."""
         # From the end, where the marks are: half of the decoder's time for 200 tokens at once.
-        return any(
-            at >= 0 and bool(self.pattern.search(data, max(0, at - 8)) or self.pattern.search(data))
+        matches = (
+            self.pattern.search(data, max(0, at - 8)) or self.pattern.search(data)
             for at in map(data.rfind, self.hints)
+            if at >= 0
         )
+        match = next(filter(None, matches), None)
+        return match[0] if match else b""
 
 
 CHAT_END = StreamEnd(
-    re.compile(rb'^data: *\[DONE\][ \r]*$|"finish_reason" ?: ?"[a-z]', re.M),
+    re.compile(rb'^data: *\[DONE\][ \r]*$|"finish_reason" ?: ?"(?!null")[A-Za-z]', re.M),
     (b"[DONE]", b'"finish_reason":"', b'"finish_reason": "', b'"finish_reason" :'),
     (
         b'"finish_reason":null}]}\n\n',
@@ -6935,11 +6963,14 @@ STREAM_ENDS = {
     CHAT_PATH: CHAT_END,
     "/v1/completions": CHAT_END,
     "/v1/messages": StreamEnd(
-        re.compile(rb'"type" ?: ?"(?:message_stop|error)"'), (b"message_stop", b"error")
+        re.compile(rb'"type" ?: ?"(?:message_stop|error)"'),
+        (b"message_stop", b"error"),
+        is_last_event=True,
     ),
     "/v1/responses": StreamEnd(
-        re.compile(rb'"type" ?: ?"response\.(?:completed|incomplete|failed)"'),
-        (b"response.completed", b"response.incomplete", b"response.failed"),
+        re.compile(rb'"type" ?: ?"(?:response\.(?:completed|incomplete|failed)|error)"'),
+        (b"response.completed", b"response.incomplete", b"response.failed", b"error"),
+        is_last_event=True,
     ),
 }
 
@@ -7048,7 +7079,9 @@ class PassthroughDecoder(Decoder):
     def _find_end(self, data: bytes) -> bytes:
         """Return the data up to [DONE], if it contains that; look for the stream's end."""
         if self.end and not self.end_seen:
-            self.end_seen = self.end.is_in(data)
+            match = self.end.find(data)
+            self.end_seen = match != b""
+            self.ended = self.end_seen and self.end.is_last_event and b"error" not in match
         at = data.rfind(b"[DONE]")  # much faster than find() and the pattern
         if at >= 0 and data.rfind(b"[DONE]", 0, at) >= 0:
             at = data.find(b"[DONE]")  # the first one of several ends the answer
@@ -7081,7 +7114,7 @@ class PassthroughDecoder(Decoder):
     def close(self) -> List[Event]:
         data = bytes(self.opening + self.buffer)
         self.buffer, self.opening = bytearray(), bytearray()
-        if self.end and not self.end_seen and not self.end.is_in(data):
+        if self.end and not self.end_seen and not self.end.find(data):
             self.error = truncated(self.upstream_name)
             return self.flush()
         data = self.rename(data)
@@ -7289,7 +7322,7 @@ class OpenAIController(Controller):
         it ends with the connection: then nothing else shows whether it is complete. ``model``
         replaces the name of the answer's model.
         """
-        text = data.strip()
+        text = data.removeprefix(b"\xef\xbb\xbf").strip()
         if not text or until_close and json_or_none(text) is None:
             raise truncated(self.name)
         if text[:1] not in b"{[" or text[-1:] not in b"}]":

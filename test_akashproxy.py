@@ -3211,6 +3211,7 @@ ANTHROPIC = (b'event: message_start\ndata: {"type":"message_start","message":{"u
 @pytest.mark.parametrize("path, kind, body", [
     ("/v1/chat/completions", "application/json", b'{"choices":[{"message":{"content":"a"},"finish_reason":"stop"}],%b}' % COUNTED),
     ("/v1/embeddings", "application/json", b'{"data":[{"embedding":[1]}],%b}' % COUNTED),
+    ("/v1/chat/completions", "application/json", b'\xef\xbb\xbf{"choices":[{"message":{"content":"a"},"finish_reason":"stop"}],%b}' % COUNTED),
     ("/v1/chat/completions", "text/event-stream", FakeOpenAI.event({"content": '\\"usage\\":{}'}) + FakeOpenAI.event({}, "stop") + b'data: {"choices":[],%b}\n\ndata: [DONE]\n\n' % COUNTED),
     ("/v1/chat/completions", "text/event-stream", b"".join(FakeOpenAI.event({"content": "a" * 300})[:-3] + b',"usage":{"prompt_tokens":11,"completion_tokens":%d}}\n\n' % count
                                                            for count in range(8)) + FakeOpenAI.event({}, "stop") + b"data: [DONE]\n\n"),
@@ -3230,6 +3231,19 @@ def test_the_usage_of_relayed_answers_is_logged_and_counted(path, kind, body, fa
     assert ask(server, "POST", path, sent).body == body
     wait_for(lambda: "tokens_in=11 tokens_out=7" in log.text)
     assert samples(server)["akashproxy_prompt_tokens_total", "a"] == 11
+
+
+RESPONDED = b'event: response.%b\ndata: {"type":"response.%b","response":{"usage":{"input_tokens":11,"output_tokens":7}}}\n\n'
+
+
+@pytest.mark.parametrize("ended", [lambda fake, body: fake.raw(fake.head() + chunk(body)), lambda fake, body: Fake.stall(fake, fake.head() + chunk(body)),
+                                   lambda fake, body: fake.raw(fake.head() + chunk(body) + chunk(b"data: [DO"))], ids=["cut", "left open", "cut in what follows"])
+@pytest.mark.parametrize("path, body", [("/v1/messages", ANTHROPIC), *(("/v1/responses", RESPONDED % (end, end)) for end in (b"completed", b"incomplete", b"failed"))])
+def test_a_relayed_stream_is_complete_with_its_last_event(path, body, ended, fake, pool, log):
+    fake.faults.append(ended(fake, body))
+    got = ask(pool((fake, {"paths": ["*"]})), "POST", path, {"model": "both", "stream": True, "max_tokens": 9, "messages": [user("x")], "input": "x"})
+    assert got.body.startswith(body) and b"error" not in got.body
+    wait_for(lambda: "ended=whole" in log.text and "tokens_in=11 tokens_out=7" in log.text)
 
 
 @table({
@@ -3279,6 +3293,14 @@ def test_the_usage_of_relayed_answers_is_logged_and_counted(path, kind, body, fa
                                [T("a\U0001f600b"), Finish("stop")], None),
     "thinking parts": (FakeOpenAI.event({"content": [{"type": "thinking", "thinking": [text_part("h")]}]})
                        + FakeOpenAI.event({"content": [text_part("a")]}, "stop"), [R("h"), T("a"), Finish("stop")], None),
+    "reasoning parts": (FakeOpenAI.event({"content": [{"type": "reasoning", "text": "h"}, text_part("a")]}, "stop"), [R("h"), T("a"), Finish("stop")], None),
+    "null as a string": (FakeOpenAI.event({"content": "a"}, "null") + FakeOpenAI.event({"content": "b"}, "stop"), [T("ab"), Finish("stop")], None),
+    "null as a string, then nothing": (FakeOpenAI.event({"content": "a"}, "null"), [T("a")], EARLY),
+    "an error in a choice": (b'data: {"choices":[{"delta":{"content":""},"error":{"message":"boom"},"finish_reason":"error"}]}\n\n', [], "boom"),
+    "words of a recording": (FakeOpenAI.event({"audio": {"id": "a", "transcript": "b"}}) + FakeOpenAI.event({"audio": {"transcript": "c"}}, "stop"), [T("bc"), Finish("stop")], None),
+    **{f"reasoning as {reasoning}": (FakeOpenAI.event(reasoning) + FakeOpenAI.event({"content": "a"}, "stop"), [R("h"), T("a"), Finish("stop")], None) for reasoning in (
+        {"reasoning": "h"}, {"reasoning": {"content": "h"}}, {"reasoning_content": [text_part("h")]}, {"reasoning_text": "h", "reasoning_opaque": "x"}, {"thinking": "h"},
+        {"reasoning": "h", "reasoning_details": [{"type": "reasoning.text", "text": "h"}]}, {"reasoning_details": [{"type": "reasoning.summary", "summary": "h"}]})},
     "Groq's usage": (FakeOpenAI.event({"content": "a"}, "stop")[:-3] + b',"x_groq":{"usage":{"prompt_tokens":11,"completion_tokens":7}}}\n\n', [T("a"), Finish("stop", USAGE)], None),
 })
 def test_openai_streams_cut_at_every_byte(case):
@@ -3287,6 +3309,20 @@ def test_openai_streams_cut_at_every_byte(case):
         events, told = decoded(akashproxy.DecoderChain(akashproxy.ChatDecoder("b"), akashproxy.SurrogateFilter()), parts)
         assert merged(events) == expected, parts
         assert re.search(error, told[1]) if error else told is None
+
+
+@pytest.mark.parametrize("choice, status", [({}, 200), ({"finish_reason": None}, 200), ({"finish_reason": ""}, 200), ({"finish_reason": "null"}, 200),
+                                            ({"finish_reason": None, "message": {"content": ""}}, 502), ({"finish_reason": None, "message": None}, 502)])
+def test_a_whole_answer_needs_no_reason_to_end(choice, status, fake, pool):
+    fake.sends(reply(body={"choices": [{"message": {"content": "a"}, **choice}]}))
+    got = ask(pool(fake), "POST", "/v1/messages", ASKED)
+    assert got.status == status and (status == 502 or got.json["stop_reason"] == "end_turn")
+
+
+@pytest.mark.parametrize("reason, error", [("STOP", False), ("MAX_TOKENS", False), ("null", True), ("", True)])
+def test_a_relayed_stream_without_done_needs_a_reason_to_end(reason, error, fake, pool):
+    fake.sends(fake.head() + chunks(FakeOpenAI.event({"content": "a"}), FakeOpenAI.event({}, reason)))
+    assert (b"ended its answer early" in chat(pool(fake), BOTH, stream=True).body) == error
 
 
 def test_an_upstream_that_streams_unasked_or_does_not(fake, pool):
