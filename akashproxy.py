@@ -8910,13 +8910,13 @@ class BlockDialect(Dialect):
         text = "\n\n".join(part["text"] for part in parts if part["type"] == "text")
         if block.get("is_error") is True and not text.lower().startswith("error"):
             text = f"Error: {text or 'the tool failed.'}"
-        call_id, _ = split_extra(block.get("tool_use_id", block.get("call_id")))
+        call_id, _ = sent_id(block.get("tool_use_id", block.get("call_id")))
         self.messages.append({"role": "tool", "tool_call_id": call_id, "content": text})
         return [part for part in parts if part["type"] != "text"]
 
     def history_call(self, block: Dict[str, Any]) -> Dict[str, Any]:
         """A past tool call in OpenAI's format. APIError if IDs contain too much."""
-        call_id, extra = split_extra(block.get("call_id", block.get("id")))
+        call_id, extra = sent_id(block.get("call_id", block.get("id")))
         self.extra_values += count_values(extra)
         if self.extra_values > MAX_JSON_VALUES:
             raise bad_request(f"The IDs of tool calls contain more than {MAX_JSON_VALUES} values.")
@@ -9112,13 +9112,16 @@ class BlockDialect(Dialect):
         """A tool call with other arguments; its ID contains what the upstream wants back.
 
         Those are its ``extra``, and of the first call reasoning that the client can't return:
-        several upstreams reject tool calls without the reasoning that led to them.
+        several upstreams reject tool calls without the reasoning that led to them. An ID that other
+        upstreams would reject, such as Kimi's "functions.f:0", is contained in another one.
         """
-        extra = {**(call.extra or {})}
+        extra, call_id = {**(call.extra or {})}, call.id or ""
+        if not CALL_ID.fullmatch(call_id):
+            extra.update({"id": call_id} if 0 < len(call_id) <= MAX_CALL_ID else {})
+            call_id = "call_" + new_id()
         if self.hidden_reasoning:
             extra["reasoning_content"], self.hidden_reasoning = self.hidden_reasoning, ""
-        call_id = id_with_extra(call.id or "call_" + new_id(), extra)
-        return ToolCall(call.index, arguments, call_id, call.name or "")
+        return ToolCall(call.index, arguments, id_with_extra(call_id, extra), call.name or "")
 
     def client_name(self, call: ToolCall) -> Tuple[str, Optional[str]]:
         """The client's own name of a called function, and its namespace."""
@@ -9132,6 +9135,8 @@ class BlockDialect(Dialect):
 # -- The history of a conversation
 
 TOOL_NAME = re.compile("[A-Za-z0-9_-]{1,64}")  # OpenAI's rule
+MAX_CALL_ID = 40  # characters: OpenAI's limit
+CALL_ID = re.compile("[A-Za-z0-9_-]{1,%d}" % MAX_CALL_ID)  # with Anthropic's characters
 NO_RESULT = "[The tool call was interrupted and has no result.]"
 
 
@@ -9220,14 +9225,55 @@ def id_with_extra(call_id: str, extra: Optional[Dict[str, Any]]) -> str:
 
 
 def split_extra(value: Any) -> Tuple[Optional[str], Optional[Dict[str, Any]]]:
-    """A call's own ID, None if missing, and what id_with_extra() has added to it."""
+    """A call's own ID, None if missing, and what id_with_extra() has added to it.
+
+    A client may have cut it off or changed it to lower case: then only the ID is left.
+    """
     call_id = str(value) if isinstance(value, (str, int)) and value != "" else None
     head, mark, data = (call_id or "").rpartition(EXTRA)
-    if mark and len(data) <= MAX_EXTRA:
+    if not mark or data[:3].lower() != "eyj":  # '{"' in base64
+        return call_id, None
+    extra: Any = None
+    if len(data) <= MAX_EXTRA:
         with contextlib.suppress(ValueError):
             extra = from_json(base64.urlsafe_b64decode(data + "=" * (-len(data) % 4)))
-            return head, as_dict(extra) or None
-    return call_id, None
+    return head, as_dict(extra) or None
+
+
+def sent_id(value: Any) -> Tuple[Optional[str], Optional[Dict[str, Any]]]:
+    """A call's ID as upstreams accept it, and what it contained."""
+    call_id, extra = split_extra(value)
+    call_id = as_str((extra or {}).pop("id", None)) or call_id
+    if call_id and len(call_id) > MAX_CALL_ID:
+        call_id = "call_" + _sha256(call_id)[:24]
+    return call_id, extra
+
+
+def without_own_marks(body: Dict[str, Any]) -> Dict[str, Any]:
+    """A request for an upstream with the client's own API.
+
+    It would reject reasoning with the signature UNSIGNED and the long IDs of id_with_extra().
+    """
+    lists = {name: body[name] for name in ("messages", "input") if isinstance(body.get(name), list)}
+    return {**body, **{name: _without_own_marks(items) for name, items in lists.items()}}
+
+
+def _without_own_marks(items: List[Any], nested: bool = False) -> List[Any]:
+    """Messages or items; if nested, the content or tool calls of a message."""
+    remaining = []
+    for item in items:
+        fields = dict(as_dict(item))
+        if UNSIGNED in (fields.get("signature"), fields.get("encrypted_content")):
+            continue
+        for name in ("id", "call_id", "tool_call_id", "tool_use_id"):
+            if EXTRA in as_str(fields.get(name)):
+                fields[name], _ = split_extra(fields[name])
+        for name in ("content", "tool_calls"):
+            if not nested and isinstance(fields.get(name), list):
+                fields[name] = _without_own_marks(fields[name], nested=True)
+        if nested or fields.get("content") != [] or fields.get("tool_calls"):
+            remaining.append(fields or item)
+    return remaining
 
 
 def count_values(value: Any) -> int:
@@ -9264,6 +9310,7 @@ def event_frame(name: str, **fields: Any) -> bytes:
 # In place of a signature of reasoning, as there is none to check here. Many clients send reasoning
 # back only if it has one.
 UNSIGNED = "unsigned-by-akashproxy"
+OWN_MARKS = (EXTRA.encode(), UNSIGNED.encode())
 
 
 class Messages(BlockDialect):
@@ -12026,7 +12073,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         }
         if call.original.body:
             check_names(call.original.body)
-            if has_escaped_letters(data):
+            if any(mark in data for mark in OWN_MARKS):
+                call.original.body = without_own_marks(call.original.body)
+                call.original.raw_body = request_json(call.original.body, len(data))
+            elif has_escaped_letters(data):
                 call.original.raw_body = request_json(call.original.body, len(data))
         return dialect
 

@@ -5483,6 +5483,7 @@ def returned_calls(server, path, body, streamed):
     else:
         output = (named_events(got.body)[-1]["response"] if streamed else got.json)["output"]
         calls = [item for item in output if item["type"] == "function_call"]
+        assert all(re.fullmatch("[A-Za-z0-9_-]{1,40}(__extra_[A-Za-z0-9_-]+)?", call["call_id"]) for call in calls), "others would reject it"
         history = {"input": [*calls, *({**OUTPUT_ITEM, "call_id": call["call_id"]} for call in calls)]}
     assert ask(server, "POST", path, {**body, **history}).status == 200
 
@@ -5523,6 +5524,33 @@ def test_reasoning_that_is_not_requested_comes_back_with_the_calls(reasoning, ex
     message = fake.bodies()[-1]["messages"][0]
     assert message["tool_calls"] == C1_C2["tool_calls"]
     assert message.get("reasoning_content") == expected
+
+
+@pytest.mark.parametrize("path, body", [("/v1/messages", ASKED), ("/v1/responses", WANTED)], ids=["messages", "responses"])
+@pytest.mark.parametrize("id, is_kept", [("functions.f:0", True), ("a b", True), ("é", True), ("a" * 40, True), ("a" * 41, False), ("a.b" * 40, False)])
+def test_ids_that_other_upstreams_would_reject_are_not_shown(id, is_kept, path, body, streamed, fake, pool):
+    fake.faults.append(answered(calling(id), finish="tool_calls"))
+    server = pool(fake)
+    returned_calls(server, path, body, streamed)
+    call, result = fake.bodies()[-1]["messages"][:2]
+    assert call["tool_calls"][0]["id"] == result["tool_call_id"] and (result["tool_call_id"] == id) == is_kept and len(result["tool_call_id"]) <= 40
+
+
+CARRIED = akashproxy.id_with_extra("c1", {"reasoning_content": "hm " * 1000})
+@pytest.mark.parametrize("changed", [CARRIED, CARRIED[:64], CARRIED[:40], CARRIED.lower()], ids=["whole", "64", "40", "lower"])
+@pytest.mark.parametrize("path, sent, expected", [
+    ("/v1/chat/completions", [called((CARRIED, "f", "{}")), returned(CARRIED, "1")], [called(("c1", "f", "{}")), returned("c1", "1")]),
+    ("/v1/messages", [assistant([thinking("hm", signature=akashproxy.UNSIGNED)]), assistant([thinking("hm", signature=akashproxy.UNSIGNED), text_part("x"), {"type": "tool_use", "id": CARRIED}]),
+                      user([result("1", CARRIED), result([], CARRIED)])],
+     [assistant([text_part("x"), {"type": "tool_use", "id": "c1"}]), user([result("1", "c1"), result([], "c1")])]),
+    ("/v1/responses", [user("x"), {"type": "reasoning", "encrypted_content": akashproxy.UNSIGNED}, {"type": "reasoning", "encrypted_content": "E"}, {**OUTPUT_ITEM, "call_id": CARRIED}, "x"],
+     [user("x"), {"type": "reasoning", "encrypted_content": "E"}, {**OUTPUT_ITEM, "call_id": "c1"}, "x"]),
+])
+def test_upstreams_with_the_clients_api_get_nothing_that_was_added(path, sent, expected, changed, fake, pool):
+    name = "input" if path.endswith("responses") else "messages"
+    sent = json.loads(json.dumps(sent).replace(CARRIED, changed))
+    ask(pool((fake, {"paths": ["*"]})), "POST", path, {"model": "both", "max_tokens": 9, name: sent})
+    assert fake.bodies()[-1][name] == expected
 
 
 @pytest.mark.parametrize("id", ["c1", "", "__extra_", "c__extra_x", "c__extra_bnVsbA", "c__extra_é", "c__extra_" + "W" * 4000])
