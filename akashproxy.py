@@ -6533,6 +6533,7 @@ class ChatDecoder(Decoder):
         self.lines = EventLines()
         self.calls = ToolCallAssembler(upstream_name)
         self.reason: Optional[str] = None
+        self.stop_sequence = ""
         self.usage: Any = None  # the last one, as the upstream has sent it
 
     def feed(self, data: bytes) -> List[Event]:
@@ -6602,11 +6603,13 @@ class ChatDecoder(Decoder):
                         out.append(each)
                 reason = as_str(choice.get("finish_reason"))
                 self.reason = self.reason if reason in ("", "null") else reason
+                for name in ("stop_reason", "matched_stop"):  # vLLM's and SGLang's
+                    self.stop_sequence = as_str(choice.get(name)) or self.stop_sequence
 
     def _finish(self, out: List[Event]) -> None:
         reason = finish_reason(self.upstream_name, self.reason or "", self.calls.close())
         self.complete = True
-        out.append(Finish(reason, chat_usage(self.usage)))
+        out.append(Finish(reason, chat_usage(self.usage), self.stop_sequence or None))
 
 
 class CallInProgress:
@@ -9474,9 +9477,10 @@ class Messages(BlockDialect):
         return {"type": "text", "text": event.text}
 
     def stop_fields(self, finish: Finish) -> Dict[str, Any]:
-        reason = self.STOP_REASONS.get(finish.reason, "end_turn")
-        reason = "stop_sequence" if finish.stop_sequence else reason
-        return {"stop_reason": reason, "stop_sequence": finish.stop_sequence}
+        reason, sequence = self.STOP_REASONS.get(finish.reason, "end_turn"), finish.stop_sequence
+        if sequence is None or sequence not in as_list(self.call.body.get("stop")):
+            return {"stop_reason": reason, "stop_sequence": None}
+        return {"stop_reason": "stop_sequence", "stop_sequence": sequence}
 
     def usage_object(self, finish: Finish) -> Dict[str, int]:
         """Token counts, those of cached input apart."""

@@ -3311,6 +3311,16 @@ def test_openai_streams_cut_at_every_byte(case):
         assert re.search(error, told[1]) if error else told is None
 
 
+@pytest.mark.parametrize("choice, expected", [({"stop_reason": "##"}, ("stop_sequence", "##")), ({"matched_stop": "##"}, ("stop_sequence", "##")), ({"stop_reason": 128008}, ("end_turn", None)),
+                                              ({"stop_reason": "end_turn"}, ("end_turn", None)), ({"matched_stop": None}, ("end_turn", None))])
+def test_the_stop_sequence_that_an_upstream_names(choice, expected, streamed, fake, pool):
+    event = FakeOpenAI.event({"content": "a"}) + b"data: " + json.dumps({"choices": [{"delta": {}, "finish_reason": "stop", **choice}]}).encode() + b"\n\n"
+    fake.sends(fake.head() + chunks(event) if streamed else reply(body={"choices": [{"message": {"content": "a"}, "finish_reason": "stop", **choice}]}))
+    got = ask(pool(fake), "POST", "/v1/messages", {**ASKED, "stream": streamed, "stop_sequences": ["x", "##"]})
+    last = named_events(got.body)[-2]["delta"] if streamed else got.json
+    assert (last["stop_reason"], last["stop_sequence"]) == expected
+
+
 @pytest.mark.parametrize("choice, status", [({}, 200), ({"finish_reason": None}, 200), ({"finish_reason": ""}, 200), ({"finish_reason": "null"}, 200),
                                             ({"finish_reason": None, "message": {"content": ""}}, 502), ({"finish_reason": None, "message": None}, 502)])
 def test_a_whole_answer_needs_no_reason_to_end(choice, status, fake, pool):
