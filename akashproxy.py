@@ -1067,7 +1067,7 @@ def join_tool_call(fragments: List[ToolCall]) -> ToolCall:
     """Join the fragments of one tool call."""
     return ToolCall(
         fragments[0].index,
-        "".join(fragment.arguments for fragment in fragments),
+        "".join(fragment.arguments for fragment in fragments) or "{}",
         next((fragment.id for fragment in fragments if fragment.id), None),
         next((fragment.name for fragment in fragments if fragment.name), None),
         next((fragment.extra for fragment in fragments if fragment.extra), None),
@@ -3178,6 +3178,7 @@ class Step(Generic[Input]):
     error: Optional[APIError] = None  # ends the answer, to be raised after the events returned
     started = False  # content has arrived; an opening alone may still fail over
     complete = False  # the answer is complete; a Finish event says so as well
+    ended = False  # the same, but what may follow is passed on, too
     stopped = False  # a filter has ended the answer, so the upstream should stop
     has_fast_path = False  # fast_path() may succeed
 
@@ -3415,6 +3416,8 @@ class EventStream:
                     response.scope.timeout_message = response.timeouts.idle_message
                 if decoder.complete or events and type(events[-1]) is Finish:
                     self.mark_complete()
+                elif decoder.ended:
+                    self._shorten_timeouts()
             if response.body.done:
                 self.at_eof = True
                 if not self.complete and not self.error:
@@ -3445,6 +3448,9 @@ class EventStream:
         """
         self.started = self.complete = True
         self.error, self.at_eof = None, self.decoder.stopped
+        self._shorten_timeouts()
+
+    def _shorten_timeouts(self) -> None:
         self.response.timeouts = cached_timeouts(
             self.response.timeouts.upstream_name, self.DRAIN_TIMEOUT, self.DRAIN_TIMEOUT
         )
@@ -3457,6 +3463,10 @@ class EventStream:
         self.at_eof = True
         if self.complete:
             return []
+        if self.decoder and self.decoder.ended:
+            self.complete = True
+            remaining: List[Event] = self.decoder.close()
+            return remaining
         try:
             self.error = self.response.to_api_error(error)
         except (APIError, ClientDisconnected) as reason:  # the scope was cancelled
@@ -6527,6 +6537,7 @@ class ChatDecoder(Decoder):
         self.lines = EventLines()
         self.calls = ToolCallAssembler(upstream_name)
         self.reason: Optional[str] = None
+        self.stop_sequence = ""
         self.usage: Any = None  # the last one, as the upstream has sent it
 
     def feed(self, data: bytes) -> List[Event]:
@@ -6545,7 +6556,7 @@ class ChatDecoder(Decoder):
         """Return the events of a completion that is not streamed. Raises APIError."""
         out: List[Event] = []
         self._completion(body, "message", out)
-        if self.reason is None:
+        if self.reason is None and not out:
             raise truncated(self.upstream_name, "sent something that is not a completion")
         self._finish(out)
         return out
@@ -6582,22 +6593,27 @@ class ChatDecoder(Decoder):
             raise error_from_body(self.upstream_name, 200, body, self.secrets)
         self.usage = find_usage(body) or self.usage
         for choice in map(as_dict, as_list(body.get("choices"))):
+            if choice.get("error"):
+                raise error_from_body(self.upstream_name, 200, choice, self.secrets)
             if not choice.get("index"):
-                message = as_dict(choice.get(key)) or {"content": choice.get("text")}
+                message = choice.get(key, choice.get("message"))  # some stream whole completions
+                message = as_dict(message) or {"content": choice.get("text")}
                 if "reasoning_details" in message:
                     self.calls.add_details(message["reasoning_details"])
                 for each in message_events(message):
                     if isinstance(each, ToolCall):
-                        out += self.calls.add(each, is_complete=key == "message")
+                        out += self.calls.add(each, is_complete=key != "delta" or key not in choice)
                     else:
                         out.append(each)
-                reason = choice.get("finish_reason")
-                self.reason = reason if reason and isinstance(reason, str) else self.reason
+                reason = as_str(choice.get("finish_reason"))
+                self.reason = self.reason if reason in ("", "null") else reason
+                for name in ("stop_reason", "matched_stop"):  # vLLM's and SGLang's
+                    self.stop_sequence = as_str(choice.get(name)) or self.stop_sequence
 
     def _finish(self, out: List[Event]) -> None:
         reason = finish_reason(self.upstream_name, self.reason or "", self.calls.close())
         self.complete = True
-        out.append(Finish(reason, chat_usage(self.usage)))
+        out.append(Finish(reason, chat_usage(self.usage), self.stop_sequence or None))
 
 
 class CallInProgress:
@@ -6607,13 +6623,15 @@ class CallInProgress:
     """
 
     _MARKS = re.compile(r'\\.?|["{}\[\]]', re.S)
+    EMPTY = ("", "{}", "null", '""')  # some servers begin with it
 
     def __init__(self, number: int) -> None:
         self.number = number
         self.id: Optional[str] = None
         self.name: Optional[str] = None
         self.extra: Dict[str, Any] = {}  # the upstream's own fields
-        self.pending: List[str] = []  # arguments that arrived before the name
+        self.arguments: List[str] = []  # their fragments
+        self.size = 0  # characters of them
         self.depth, self.in_string, self.opened = 0, False, False
         self.escape = ""  # a backslash whose character is still to come
 
@@ -6621,8 +6639,24 @@ class CallInProgress:
     def complete(self) -> bool:
         return self.opened and not self.depth and not self.in_string
 
-    def feed(self, arguments: str) -> None:
-        marks = self._MARKS.findall(self.escape + arguments)
+    def feed(self, text: str) -> str:
+        """Add a fragment of the arguments; return what is new in it.
+
+        Some servers send with each fragment all of them so far, or at the end all of them again.
+        """
+        if self.opened and self.size <= len(text) and text.startswith("".join(self.arguments)):
+            text = text[self.size :]
+        if self.size and self.complete:
+            return ""
+        self._scan(text)
+        if not self.size and text.strip() in self.EMPTY:
+            return ""
+        self.arguments.append(text)
+        self.size += len(text)
+        return text
+
+    def _scan(self, text: str) -> None:
+        marks = self._MARKS.findall(self.escape + text)
         self.escape = ""
         for mark in marks:
             if mark == '"':
@@ -6668,16 +6702,15 @@ class ToolCallAssembler:
         if call.id is None and fragment.id:
             call.id = fragment.id
             self.by_id.setdefault(fragment.id, call)
-        call.feed(fragment.arguments)
         call.extra = fragment.extra or call.extra
+        text = call.feed(fragment.arguments)
         if call.name is not None:
-            return [ToolCall(call.number, fragment.arguments)] if fragment.arguments else []
-        call.pending.append(fragment.arguments)
+            return [ToolCall(call.number, text)] if text else []
         if not fragment.name:
             return []
         call.name = fragment.name
         extra = {**call.extra, **self._take_details()} or None
-        return [ToolCall(call.number, "".join(call.pending), call.id, call.name, extra)]
+        return [ToolCall(call.number, "".join(call.arguments), call.id, call.name, extra)]
 
     def add_details(self, details: Any) -> None:
         """Join fragments of OpenRouter's reasoning_details, to go with the next call."""
@@ -6696,7 +6729,7 @@ class ToolCallAssembler:
 
     def close(self) -> bool:
         """Return whether there was a call. APIError if one has arguments but no name."""
-        if any(call.name is None and any(call.pending) for call in self.calls):
+        if any(call.name is None and (call.size or call.opened) for call in self.calls):
             raise truncated(self.upstream_name, "sent a tool call without a name")
         return any(call.name for call in self.calls)
 
@@ -6731,19 +6764,29 @@ class ToolCallAssembler:
         return call
 
 
+# Of a message, by rank.
+# fmt: off
+REASONING_FIELDS = (
+    "reasoning_content", "reasoning", "reasoning_text", "thinking", "reasoning_details",
+)
+# fmt: on
+REASONING_TYPES = ("thinking", "reasoning")  # of parts of its content
 CALL_FIELDS = ("index", "id", "type", "function")  # of a tool call; others are the upstream's own
 
 
 def message_events(message: Dict[str, Any]) -> List[Event]:
     """Return the events of a stream's delta or of a complete message."""
     events: List[Event] = []
-    reasoning = message.get("reasoning_content") or message.get("reasoning")
+    reasoning = next((message[name] for name in REASONING_FIELDS if message.get(name)), None)
     content = message.get("content") or message.get("refusal")
+    content = content or as_dict(message.get("audio")).get("transcript")
     if isinstance(content, list):
         parts = list(map(as_dict, content))
-        reasoning = reasoning or "".join(map(thinking_text, parts))
-        content = "".join(str(part.get("text") or "") for part in parts)
-    if isinstance(reasoning, str) and reasoning:
+        reasoning = reasoning or [part for part in parts if part.get("type") in REASONING_TYPES]
+        texts = (part.get("text") for part in parts if part.get("type") not in REASONING_TYPES)
+        content = "".join(str(text or "") for text in texts)
+    reasoning = reasoning_text(reasoning)
+    if reasoning:
         events.append(Reasoning(reasoning))
     if isinstance(content, str) and content:
         events.append(Text(content))
@@ -6766,13 +6809,14 @@ def message_events(message: Dict[str, Any]) -> List[Event]:
     return events
 
 
-def thinking_text(part: Dict[str, Any]) -> str:
-    """Return the reasoning in a content part of Mistral's; "" for other parts."""
-    if part.get("type") != "thinking":
-        return ""
-    thinking = part.get("thinking")
-    texts = [as_dict(each).get("text") for each in as_list(thinking)] or [thinking]
-    return "".join(text for text in texts if isinstance(text, str))
+def reasoning_text(value: Any) -> str:
+    """Return reasoning that is a string, an object with it, or a list of these."""
+    if isinstance(value, list):
+        return "".join(map(reasoning_text, value))
+    if isinstance(value, dict):
+        fields = map(value.get, ("text", "thinking", "summary", "content"))
+        return reasoning_text(next(filter(None, fields), None))
+    return as_str(value)
 
 
 def name_or_none(value: Any) -> Optional[str]:
@@ -6874,17 +6918,23 @@ def find_count(name: str, *sources: Dict[str, Any]) -> Optional[int]:
 
 _JSON = json.JSONDecoder()
 MAX_USAGE = 4096  # bytes of a usage object
+MAX_USAGES = 16  # that are parsed; all but one may be null, or tools' own
 
 
-def parse_usage(data: bytes, at: int) -> Dict[str, Any]:
-    """Parse the object whose key "usage" is at a position in JSON; {} if at < 0."""
-    if at < 0:
-        return {}
-    text = data[at + len(b'"usage"') : at + MAX_USAGE].decode("utf-8", "replace")
-    try:
-        return as_dict(_JSON.raw_decode(text.lstrip(" \t\r\n:"))[0])
-    except (ValueError, RecursionError):
-        return {}
+def last_usage(data: bytes) -> Dict[str, Any]:
+    """Return the last counts above 0 in objects named "usage" in JSON; {} without any."""
+    counts: Dict[str, Any] = {}
+    at = len(data)
+    for _ in range(MAX_USAGES):
+        at = data.rfind(b'"usage"', 0, at)
+        if at < 0:
+            break
+        text = data[at + len(b'"usage"') : at + MAX_USAGE].decode("utf-8", "replace")
+        with contextlib.suppress(ValueError, RecursionError):
+            usage = as_dict(_JSON.raw_decode(text.lstrip(" \t\r\n:"))[0])
+            if any(map(count_or_none, usage.values())):
+                counts = {**{name: count for name, count in usage.items() if count}, **counts}
+    return counts
 
 
 class StreamEnd(NamedTuple):
@@ -6893,17 +6943,22 @@ class StreamEnd(NamedTuple):
     pattern: Pattern[bytes]
     hints: Tuple[bytes, ...]  # one is in every match, and rfind() is faster than the pattern
     mid_stream: Tuple[bytes, ...] = ()  # ends of typical events that need no search for a match
+    is_last_event: bool = False  # nothing follows the match, unless that is an error
 
-    def is_in(self, data: bytes) -> bool:
+    def find(self, data: bytes) -> bytes:
+        """Return the match; b"" without one."""
         # From the end, where the marks are: half of the decoder's time for 200 tokens at once.
-        return any(
-            at >= 0 and bool(self.pattern.search(data, max(0, at - 8)) or self.pattern.search(data))
+        matches = (
+            self.pattern.search(data, max(0, at - 8)) or self.pattern.search(data)
             for at in map(data.rfind, self.hints)
+            if at >= 0
         )
+        match = next(filter(None, matches), None)
+        return match[0] if match else b""
 
 
 CHAT_END = StreamEnd(
-    re.compile(rb'^data: *\[DONE\][ \r]*$|"finish_reason" ?: ?"[a-z]', re.M),
+    re.compile(rb'^data: *\[DONE\][ \r]*$|"finish_reason" ?: ?"(?!null")[A-Za-z]', re.M),
     (b"[DONE]", b'"finish_reason":"', b'"finish_reason": "', b'"finish_reason" :'),
     (
         b'"finish_reason":null}]}\n\n',
@@ -6915,11 +6970,14 @@ STREAM_ENDS = {
     CHAT_PATH: CHAT_END,
     "/v1/completions": CHAT_END,
     "/v1/messages": StreamEnd(
-        re.compile(rb'"type" ?: ?"(?:message_stop|error)"'), (b"message_stop", b"error")
+        re.compile(rb'"type" ?: ?"(?:message_stop|error)"'),
+        (b"message_stop", b"error"),
+        is_last_event=True,
     ),
     "/v1/responses": StreamEnd(
-        re.compile(rb'"type" ?: ?"response\.(?:completed|incomplete|failed)"'),
-        (b"response.completed", b"response.incomplete", b"response.failed"),
+        re.compile(rb'"type" ?: ?"(?:response\.(?:completed|incomplete|failed)|error)"'),
+        (b"response.completed", b"response.incomplete", b"response.failed", b"error"),
+        is_last_event=True,
     ),
 }
 
@@ -6961,7 +7019,7 @@ class PassthroughDecoder(Decoder):
     """
 
     MAX_HELD = 16 << 20  # bytes
-    LAST_PARTS = 8  # the usage is in one of so many that were passed on last
+    LAST_PARTS = 8  # with "usage"; it is in one of them
     has_fast_path = True
 
     def __init__(
@@ -6978,7 +7036,8 @@ class PassthroughDecoder(Decoder):
         self.buffer = bytearray()  # an incomplete line
         self.opening = bytearray()  # what precedes the first content
         self.first_usage: Dict[str, Any] = {}  # that of the opening; Anthropic's counts the prompt
-        self.last_parts: Deque[bytes] = deque([b"\n\n"], self.LAST_PARTS)  # except mid-stream ones
+        self.last_parts: Deque[bytes] = deque(maxlen=self.LAST_PARTS)  # except mid-stream ones
+        self.tail = b"\n\n"  # of what has been passed on, except mid-stream parts
 
     def feed(self, data: bytes) -> List[Event]:
         if self.fast_path(data):
@@ -6987,7 +7046,7 @@ class PassthroughDecoder(Decoder):
             data = take_complete_lines(self.buffer, data)
         if not self.started:
             data = self._without_opening(data)
-            self.first_usage = parse_usage(data, data.find(b'"usage"', 0, MAX_USAGE))
+            self.first_usage = last_usage(data[:MAX_USAGE])
         # Some errors have only the name of their event. rfind() takes half the time of ``in``.
         if data.rfind(b'"error') >= 0 or data.rfind(b"event: error") >= 0:
             data = redact_bytes(data, self.secrets)
@@ -6996,16 +7055,18 @@ class PassthroughDecoder(Decoder):
         if not data:
             return []
         data = self._find_end(self.rename(data))
-        self.last_parts.append(data)
+        self._note(data)
         return [RawBytes(data, self._usage() if self.complete else None)]
+
+    def _note(self, data: bytes) -> None:
+        """Remember what is needed of a part that is passed on."""
+        self.tail = (self.tail + data[-3:])[-3:]
+        if data.rfind(b'"usage"') >= 0:
+            self.last_parts.append(data)
 
     def _usage(self) -> Optional[Dict[str, Any]]:
         """Return the usage of the answer so far."""
-        last: Dict[str, Any] = {}
-        for data in reversed(self.last_parts):
-            last = last or parse_usage(data, data.rfind(b'"usage"'))
-        counts = {name: count for name, count in last.items() if count is not None}
-        return chat_usage({**self.first_usage, **counts})
+        return chat_usage({**self.first_usage, **last_usage(b"".join(self.last_parts))})
 
     def fast_path(self, data: bytes) -> bytes:
         """Return data that consists of complete mid-stream events only, else b""."""
@@ -7025,7 +7086,9 @@ class PassthroughDecoder(Decoder):
     def _find_end(self, data: bytes) -> bytes:
         """Return the data up to [DONE], if it contains that; look for the stream's end."""
         if self.end and not self.end_seen:
-            self.end_seen = self.end.is_in(data)
+            match = self.end.find(data)
+            self.end_seen = match != b""
+            self.ended = self.end_seen and self.end.is_last_event and b"error" not in match
         at = data.rfind(b"[DONE]")  # much faster than find() and the pattern
         if at >= 0 and data.rfind(b"[DONE]", 0, at) >= 0:
             at = data.find(b"[DONE]")  # the first one of several ends the answer
@@ -7058,18 +7121,18 @@ class PassthroughDecoder(Decoder):
     def close(self) -> List[Event]:
         data = bytes(self.opening + self.buffer)
         self.buffer, self.opening = bytearray(), bytearray()
-        if self.end and not self.end_seen and not self.end.is_in(data):
+        if self.end and not self.end_seen and not self.end.find(data):
             self.error = truncated(self.upstream_name)
             return self.flush()
         data = self.rename(data)
-        self.last_parts.append(data)
+        self._note(data)
         usage = self._usage()
         return [RawBytes(data, usage)] if data or usage else []
 
     def flush(self) -> List[Event]:
         """Drop an incomplete line and end an incomplete event: an error may follow."""
         self.buffer.clear()
-        between_events = b"".join(self.last_parts).endswith((b"\n\n", b"\n\r\n", b"\r\r"))
+        between_events = self.tail.endswith((b"\n\n", b"\n\r\n", b"\r\r"))
         return [RawBytes(b"\n")] if self.started and not between_events else []
 
 
@@ -7266,7 +7329,7 @@ class OpenAIController(Controller):
         it ends with the connection: then nothing else shows whether it is complete. ``model``
         replaces the name of the answer's model.
         """
-        text = data.strip()
+        text = data.removeprefix(b"\xef\xbb\xbf").strip()
         if not text or until_close and json_or_none(text) is None:
             raise truncated(self.name)
         if text[:1] not in b"{[" or text[-1:] not in b"}]":
@@ -7279,8 +7342,7 @@ class OpenAIController(Controller):
             if field and not as_dict(next(iter(items), None)):
                 raise truncated(self.name, "sent something that is not an answer")
             data = redact_bytes(data, self.secrets)
-        usage = parse_usage(text, text.rfind(b'"usage"'))
-        return [RawBytes(ModelName(model)(data), chat_usage(usage))]
+        return [RawBytes(ModelName(model)(data), chat_usage(last_usage(text)))]
 
     def _completion(self, data: bytes) -> List[Event]:
         """Return the events of a chat completion that is not streamed."""
@@ -8855,13 +8917,13 @@ class BlockDialect(Dialect):
         text = "\n\n".join(part["text"] for part in parts if part["type"] == "text")
         if block.get("is_error") is True and not text.lower().startswith("error"):
             text = f"Error: {text or 'the tool failed.'}"
-        call_id, _ = split_extra(block.get("tool_use_id", block.get("call_id")))
+        call_id, _ = sent_id(block.get("tool_use_id", block.get("call_id")))
         self.messages.append({"role": "tool", "tool_call_id": call_id, "content": text})
         return [part for part in parts if part["type"] != "text"]
 
     def history_call(self, block: Dict[str, Any]) -> Dict[str, Any]:
         """A past tool call in OpenAI's format. APIError if IDs contain too much."""
-        call_id, extra = split_extra(block.get("call_id", block.get("id")))
+        call_id, extra = sent_id(block.get("call_id", block.get("id")))
         self.extra_values += count_values(extra)
         if self.extra_values > MAX_JSON_VALUES:
             raise bad_request(f"The IDs of tool calls contain more than {MAX_JSON_VALUES} values.")
@@ -9046,7 +9108,7 @@ class BlockDialect(Dialect):
             blocks.insert(0, Reasoning(answer.reasoning))
         else:
             self.hide_reasoning(answer.reasoning)
-        calls = [self.with_id(call, call.arguments or "{}") for call in answer.tools]
+        calls = [self.with_id(call, call.arguments) for call in answer.tools]
         return [*filter(text_of, blocks), *calls]
 
     def hide_reasoning(self, text: str) -> None:
@@ -9057,13 +9119,16 @@ class BlockDialect(Dialect):
         """A tool call with other arguments; its ID contains what the upstream wants back.
 
         Those are its ``extra``, and of the first call reasoning that the client can't return:
-        several upstreams reject tool calls without the reasoning that led to them.
+        several upstreams reject tool calls without the reasoning that led to them. An ID that other
+        upstreams would reject, such as Kimi's "functions.f:0", is contained in another one.
         """
-        extra = {**(call.extra or {})}
+        extra, call_id = {**(call.extra or {})}, call.id or ""
+        if not CALL_ID.fullmatch(call_id):
+            extra.update({"id": call_id} if 0 < len(call_id) <= MAX_CALL_ID else {})
+            call_id = "call_" + new_id()
         if self.hidden_reasoning:
             extra["reasoning_content"], self.hidden_reasoning = self.hidden_reasoning, ""
-        call_id = id_with_extra(call.id or "call_" + new_id(), extra)
-        return ToolCall(call.index, arguments, call_id, call.name or "")
+        return ToolCall(call.index, arguments, id_with_extra(call_id, extra), call.name or "")
 
     def client_name(self, call: ToolCall) -> Tuple[str, Optional[str]]:
         """The client's own name of a called function, and its namespace."""
@@ -9077,6 +9142,8 @@ class BlockDialect(Dialect):
 # -- The history of a conversation
 
 TOOL_NAME = re.compile("[A-Za-z0-9_-]{1,64}")  # OpenAI's rule
+MAX_CALL_ID = 40  # characters: OpenAI's limit
+CALL_ID = re.compile("[A-Za-z0-9_-]{1,%d}" % MAX_CALL_ID)  # with Anthropic's characters
 NO_RESULT = "[The tool call was interrupted and has no result.]"
 
 
@@ -9165,14 +9232,55 @@ def id_with_extra(call_id: str, extra: Optional[Dict[str, Any]]) -> str:
 
 
 def split_extra(value: Any) -> Tuple[Optional[str], Optional[Dict[str, Any]]]:
-    """A call's own ID, None if missing, and what id_with_extra() has added to it."""
+    """A call's own ID, None if missing, and what id_with_extra() has added to it.
+
+    A client may have cut it off or changed it to lower case: then only the ID is left.
+    """
     call_id = str(value) if isinstance(value, (str, int)) and value != "" else None
     head, mark, data = (call_id or "").rpartition(EXTRA)
-    if mark and len(data) <= MAX_EXTRA:
+    if not mark or data[:3].lower() != "eyj":  # '{"' in base64
+        return call_id, None
+    extra: Any = None
+    if len(data) <= MAX_EXTRA:
         with contextlib.suppress(ValueError):
             extra = from_json(base64.urlsafe_b64decode(data + "=" * (-len(data) % 4)))
-            return head, as_dict(extra) or None
-    return call_id, None
+    return head, as_dict(extra) or None
+
+
+def sent_id(value: Any) -> Tuple[Optional[str], Optional[Dict[str, Any]]]:
+    """A call's ID as upstreams accept it, and what it contained."""
+    call_id, extra = split_extra(value)
+    call_id = as_str((extra or {}).pop("id", None)) or call_id
+    if call_id and len(call_id) > MAX_CALL_ID:
+        call_id = "call_" + _sha256(call_id)[:24]
+    return call_id, extra
+
+
+def without_own_marks(body: Dict[str, Any]) -> Dict[str, Any]:
+    """A request for an upstream with the client's own API.
+
+    It would reject reasoning with the signature UNSIGNED and the long IDs of id_with_extra().
+    """
+    lists = {name: body[name] for name in ("messages", "input") if isinstance(body.get(name), list)}
+    return {**body, **{name: _without_own_marks(items) for name, items in lists.items()}}
+
+
+def _without_own_marks(items: List[Any], nested: bool = False) -> List[Any]:
+    """Messages or items; if nested, the content or tool calls of a message."""
+    remaining = []
+    for item in items:
+        fields = dict(as_dict(item))
+        if UNSIGNED in (fields.get("signature"), fields.get("encrypted_content")):
+            continue
+        for name in ("id", "call_id", "tool_call_id", "tool_use_id"):
+            if EXTRA in as_str(fields.get(name)):
+                fields[name], _ = split_extra(fields[name])
+        for name in ("content", "tool_calls"):
+            if not nested and isinstance(fields.get(name), list):
+                fields[name] = _without_own_marks(fields[name], nested=True)
+        if nested or fields.get("content") != [] or fields.get("tool_calls"):
+            remaining.append(fields or item)
+    return remaining
 
 
 def count_values(value: Any) -> int:
@@ -9209,6 +9317,7 @@ def event_frame(name: str, **fields: Any) -> bytes:
 # In place of a signature of reasoning, as there is none to check here. Many clients send reasoning
 # back only if it has one.
 UNSIGNED = "unsigned-by-akashproxy"
+OWN_MARKS = (EXTRA.encode(), UNSIGNED.encode())
 
 
 class Messages(BlockDialect):
@@ -9372,9 +9481,10 @@ class Messages(BlockDialect):
         return {"type": "text", "text": event.text}
 
     def stop_fields(self, finish: Finish) -> Dict[str, Any]:
-        reason = self.STOP_REASONS.get(finish.reason, "end_turn")
-        reason = "stop_sequence" if finish.stop_sequence else reason
-        return {"stop_reason": reason, "stop_sequence": finish.stop_sequence}
+        reason, sequence = self.STOP_REASONS.get(finish.reason, "end_turn"), finish.stop_sequence
+        if sequence is None or sequence not in as_list(self.call.body.get("stop")):
+            return {"stop_reason": reason, "stop_sequence": None}
+        return {"stop_reason": "stop_sequence", "stop_sequence": sequence}
 
     def usage_object(self, finish: Finish) -> Dict[str, int]:
         """Token counts, those of cached input apart."""
@@ -11980,7 +12090,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         }
         if call.original.body:
             check_names(call.original.body)
-            if has_escaped_letters(data):
+            if any(mark in data for mark in OWN_MARKS):
+                call.original.body = without_own_marks(call.original.body)
+                call.original.raw_body = request_json(call.original.body, len(data))
+            elif has_escaped_letters(data):
                 call.original.raw_body = request_json(call.original.body, len(data))
         return dialect
 

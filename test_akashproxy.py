@@ -3058,7 +3058,13 @@ def call_parts(*parts):
     "arguments as an object": (call_parts((0, "a", "f", {"a": 1})), [("f", '{"a":1}')]),
     "text in between": (call_parts((0, "a", "f", '{"a"'), {"content": "x", "reasoning_content": "y"}, (0, None, None, ":1}")), [("f", '{"a":1}')]),
     "braces and quotes within strings": (call_parts((0, None, "f", '{"a":"}\\"'), (0, None, "f", '{"}')), [("f", '{"a":"}\\"{"}')]),
-    "no arguments": (call_parts((0, "a", "f", None)), [("f", "")]),
+    "no arguments": (call_parts((0, "a", "f", None)), [("f", "{}")]),
+    "empty arguments in other forms": (call_parts((0, "a", "f", "null"), (1, "b", "g", '""'), (2, "c", "h", " ")), [("f", "{}"), ("g", "{}"), ("h", "{}")]),
+    "empty arguments, then others": (call_parts((0, "a", "f", "{}"), (0, None, None, '{"a"'), (0, None, None, ":1}")), [("f", '{"a":1}')]),
+    "all arguments once more": (call_parts((0, "a", "f", '{"a"'), (0, None, None, ":1}"), (0, "a", "f", '{"a":1}')), [("f", '{"a":1}')]),
+    "all arguments once more, as a string": (call_parts((0, "a", "f", '{"a":1}'), (0, None, None, '"{\\"a\\":1}"')), [("f", '{"a":1}')]),
+    "all arguments so far with each fragment": (call_parts((0, "a", "f", ""), (0, "a", None, '{"a"'), (0, "a", None, '{"a":1'), (0, "a", None, '{"a":1}')), [("f", '{"a":1}')]),
+    "one call with several indexes": (call_parts((0, "a", "f", '{"a":1}'), (1, "a", "f", '{"a":1}'), (2, "a", "f", '{"a":1}')), [("f", '{"a":1}')]),
 })
 def test_calls_however_they_are_fragmented(case):
     data, expected = case
@@ -3205,10 +3211,15 @@ ANTHROPIC = (b'event: message_start\ndata: {"type":"message_start","message":{"u
 @pytest.mark.parametrize("path, kind, body", [
     ("/v1/chat/completions", "application/json", b'{"choices":[{"message":{"content":"a"},"finish_reason":"stop"}],%b}' % COUNTED),
     ("/v1/embeddings", "application/json", b'{"data":[{"embedding":[1]}],%b}' % COUNTED),
+    ("/v1/chat/completions", "application/json", b'\xef\xbb\xbf{"choices":[{"message":{"content":"a"},"finish_reason":"stop"}],%b}' % COUNTED),
     ("/v1/chat/completions", "text/event-stream", FakeOpenAI.event({"content": '\\"usage\\":{}'}) + FakeOpenAI.event({}, "stop") + b'data: {"choices":[],%b}\n\ndata: [DONE]\n\n' % COUNTED),
     ("/v1/chat/completions", "text/event-stream", b"".join(FakeOpenAI.event({"content": "a" * 300})[:-3] + b',"usage":{"prompt_tokens":11,"completion_tokens":%d}}\n\n' % count
                                                            for count in range(8)) + FakeOpenAI.event({}, "stop") + b"data: [DONE]\n\n"),
+    ("/v1/chat/completions", "application/json", b'{%b,"choices":[{"message":{"content":"usage"},"logprobs":[{"token":"usage"}],"finish_reason":"stop"}],"tools":{"usage":{}}}' % COUNTED),
+    ("/v1/chat/completions", "text/event-stream", FakeOpenAI.event({"content": "a"}) + b'data: {"choices":[],%b}\n\n' % COUNTED + b": wait\n\n" * 12
+     + FakeOpenAI.event({}, "stop")[:-3] + b',"usage":{"prompt_tokens":0,"completion_tokens":0}}\n\ndata: {"choices":[],"usage":null}\n\ndata: [DONE]\n\n'),
     ("/v1/messages", "text/event-stream", ANTHROPIC),
+    ("/v1/messages", "text/event-stream", ANTHROPIC.replace(b'{"output', b'{"input_tokens":0,"output').replace(b"event: message_stop", b"event: ping\n\n" * 12 + b"event: message_stop")),
     ("/v1/messages", "text/event-stream", ANTHROPIC.replace(b"event: message_delta", b'event: content_block_delta\ndata: {"type":"content_block_delta","text":"%b"}\n\nevent: message_delta' % (b"x" * 5000))),
     ("/v1/responses", "text/event-stream", b'event: response.completed\ndata: {"type":"response.completed","response":{"usage":{"input_tokens":11,"output_tokens":7},"output":"%b"}}\n\n' % (b"x" * 5000)),
     ("/v1/responses", "application/json", b'{"object":"response","output":[],"usage":{"input_tokens":11,"output_tokens":7}}'),
@@ -3220,6 +3231,19 @@ def test_the_usage_of_relayed_answers_is_logged_and_counted(path, kind, body, fa
     assert ask(server, "POST", path, sent).body == body
     wait_for(lambda: "tokens_in=11 tokens_out=7" in log.text)
     assert samples(server)["akashproxy_prompt_tokens_total", "a"] == 11
+
+
+RESPONDED = b'event: response.%b\ndata: {"type":"response.%b","response":{"usage":{"input_tokens":11,"output_tokens":7}}}\n\n'
+
+
+@pytest.mark.parametrize("ended", [lambda fake, body: fake.raw(fake.head() + chunk(body)), lambda fake, body: Fake.stall(fake, fake.head() + chunk(body)),
+                                   lambda fake, body: fake.raw(fake.head() + chunk(body) + chunk(b"data: [DO"))], ids=["cut", "left open", "cut in what follows"])
+@pytest.mark.parametrize("path, body", [("/v1/messages", ANTHROPIC), *(("/v1/responses", RESPONDED % (end, end)) for end in (b"completed", b"incomplete", b"failed"))])
+def test_a_relayed_stream_is_complete_with_its_last_event(path, body, ended, fake, pool, log):
+    fake.faults.append(ended(fake, body))
+    got = ask(pool((fake, {"paths": ["*"]})), "POST", path, {"model": "both", "stream": True, "max_tokens": 9, "messages": [user("x")], "input": "x"})
+    assert got.body.startswith(body) and b"error" not in got.body
+    wait_for(lambda: "ended=whole" in log.text and "tokens_in=11 tokens_out=7" in log.text)
 
 
 @table({
@@ -3247,6 +3271,9 @@ def test_the_usage_of_relayed_answers_is_logged_and_counted(path, kind, body, fa
     "a second choice": (b'data: {"choices":[{"index":1,"delta":{"content":"b"}},{"index":0,"delta":{"content":"a"},"finish_reason":"stop"}]}\n\n',
                         [T("a"), Finish("stop")], None),
     "the legacy form": (b'data: {"choices":[{"index":0,"text":"a","finish_reason":"stop"}]}\n\n', [T("a"), Finish("stop")], None),
+    "a whole completion as an event": (b'data: {"choices":[{"message":{"content":"a"},"finish_reason":"stop"}]}\n\n', [T("a"), Finish("stop")], None),
+    "deltas beside the message so far": (b'data: {"choices":[{"delta":{"content":"a"},"message":{"content":"a"}}]}\n\n'
+                                         b'data: {"choices":[{"delta":{},"message":{"content":"a"},"finish_reason":"stop"}]}\n\n', [T("a"), Finish("stop")], None),
     "an error within": (FakeOpenAI.event({"content": "a"}) + ERROR_EVENT, [T("a")], "boom"),
     "an error as text": (b'data: {"error":"boom"}\n\n', [], "boom"),
     "it just ends": (FakeOpenAI.event({"content": "a"}), [T("a")], EARLY),
@@ -3266,6 +3293,14 @@ def test_the_usage_of_relayed_answers_is_logged_and_counted(path, kind, body, fa
                                [T("a\U0001f600b"), Finish("stop")], None),
     "thinking parts": (FakeOpenAI.event({"content": [{"type": "thinking", "thinking": [text_part("h")]}]})
                        + FakeOpenAI.event({"content": [text_part("a")]}, "stop"), [R("h"), T("a"), Finish("stop")], None),
+    "reasoning parts": (FakeOpenAI.event({"content": [{"type": "reasoning", "text": "h"}, text_part("a")]}, "stop"), [R("h"), T("a"), Finish("stop")], None),
+    "null as a string": (FakeOpenAI.event({"content": "a"}, "null") + FakeOpenAI.event({"content": "b"}, "stop"), [T("ab"), Finish("stop")], None),
+    "null as a string, then nothing": (FakeOpenAI.event({"content": "a"}, "null"), [T("a")], EARLY),
+    "an error in a choice": (b'data: {"choices":[{"delta":{"content":""},"error":{"message":"boom"},"finish_reason":"error"}]}\n\n', [], "boom"),
+    "words of a recording": (FakeOpenAI.event({"audio": {"id": "a", "transcript": "b"}}) + FakeOpenAI.event({"audio": {"transcript": "c"}}, "stop"), [T("bc"), Finish("stop")], None),
+    **{f"reasoning as {reasoning}": (FakeOpenAI.event(reasoning) + FakeOpenAI.event({"content": "a"}, "stop"), [R("h"), T("a"), Finish("stop")], None) for reasoning in (
+        {"reasoning": "h"}, {"reasoning": {"content": "h"}}, {"reasoning_content": [text_part("h")]}, {"reasoning_text": "h", "reasoning_opaque": "x"}, {"thinking": "h"},
+        {"reasoning": "h", "reasoning_details": [{"type": "reasoning.text", "text": "h"}]}, {"reasoning_details": [{"type": "reasoning.summary", "summary": "h"}]})},
     "Groq's usage": (FakeOpenAI.event({"content": "a"}, "stop")[:-3] + b',"x_groq":{"usage":{"prompt_tokens":11,"completion_tokens":7}}}\n\n', [T("a"), Finish("stop", USAGE)], None),
 })
 def test_openai_streams_cut_at_every_byte(case):
@@ -3274,6 +3309,30 @@ def test_openai_streams_cut_at_every_byte(case):
         events, told = decoded(akashproxy.DecoderChain(akashproxy.ChatDecoder("b"), akashproxy.SurrogateFilter()), parts)
         assert merged(events) == expected, parts
         assert re.search(error, told[1]) if error else told is None
+
+
+@pytest.mark.parametrize("choice, expected", [({"stop_reason": "##"}, ("stop_sequence", "##")), ({"matched_stop": "##"}, ("stop_sequence", "##")), ({"stop_reason": 128008}, ("end_turn", None)),
+                                              ({"stop_reason": "end_turn"}, ("end_turn", None)), ({"matched_stop": None}, ("end_turn", None))])
+def test_the_stop_sequence_that_an_upstream_names(choice, expected, streamed, fake, pool):
+    event = FakeOpenAI.event({"content": "a"}) + b"data: " + json.dumps({"choices": [{"delta": {}, "finish_reason": "stop", **choice}]}).encode() + b"\n\n"
+    fake.sends(fake.head() + chunks(event) if streamed else reply(body={"choices": [{"message": {"content": "a"}, "finish_reason": "stop", **choice}]}))
+    got = ask(pool(fake), "POST", "/v1/messages", {**ASKED, "stream": streamed, "stop_sequences": ["x", "##"]})
+    last = named_events(got.body)[-2]["delta"] if streamed else got.json
+    assert (last["stop_reason"], last["stop_sequence"]) == expected
+
+
+@pytest.mark.parametrize("choice, status", [({}, 200), ({"finish_reason": None}, 200), ({"finish_reason": ""}, 200), ({"finish_reason": "null"}, 200),
+                                            ({"finish_reason": None, "message": {"content": ""}}, 502), ({"finish_reason": None, "message": None}, 502)])
+def test_a_whole_answer_needs_no_reason_to_end(choice, status, fake, pool):
+    fake.sends(reply(body={"choices": [{"message": {"content": "a"}, **choice}]}))
+    got = ask(pool(fake), "POST", "/v1/messages", ASKED)
+    assert got.status == status and (status == 502 or got.json["stop_reason"] == "end_turn")
+
+
+@pytest.mark.parametrize("reason, error", [("STOP", False), ("MAX_TOKENS", False), ("null", True), ("", True)])
+def test_a_relayed_stream_without_done_needs_a_reason_to_end(reason, error, fake, pool):
+    fake.sends(fake.head() + chunks(FakeOpenAI.event({"content": "a"}), FakeOpenAI.event({}, reason)))
+    assert (b"ended its answer early" in chat(pool(fake), BOTH, stream=True).body) == error
 
 
 def test_an_upstream_that_streams_unasked_or_does_not(fake, pool):
@@ -4303,7 +4362,7 @@ def test_calls_of_tools_that_all_have_index_0():
     decoder = akashproxy.ChatDecoder()
     events = decoder.feed(call(id="a", function={"name": "f", "arguments": '{"a":1}'}) + call(id="b", function={"name": "g", "arguments": {"b": 2}})
                           + call(function={"arguments": "x"}) + FakeOpenAI.event({}, "tool_calls") + b"data: [DONE]\n\n")
-    assert fold(events).tools == [ToolCall(0, '{"a":1}', "a", "f"), ToolCall(1, '{"b":2}x', "b", "g")]
+    assert fold(events).tools == [ToolCall(0, '{"a":1}', "a", "f"), ToolCall(1, '{"b":2}', "b", "g")]
 
 
 def test_a_client_that_leaves_while_all_rest(a, b, pool):
@@ -5160,7 +5219,7 @@ def test_blocks_never_interleave_though_calls_do(path, fake, pool):
     def calls(index, arguments, id=None, name=None):
         return {"tool_calls": [{"index": index, "function": {"arguments": arguments, **({"name": name} if name else {})}, **({"id": id} if id else {})}]}
 
-    fake.faults.append(answered(calls(0, "{}", "z", "e"), calls(1, "", "a", "f"), calls(0, " "), calls(1, '{"x"'), calls(2, "", "b", "g"), calls(1, ":1}"), calls(2, '{"y":'),
+    fake.faults.append(answered(calls(0, "[0]", "z", "e"), calls(1, "", "a", "f"), calls(0, " "), calls(1, '{"x"'), calls(2, "", "b", "g"), calls(1, ":1}"), calls(2, '{"y":'),
                                 {"content": "so"}, calls(3, "", None, "h"), calls(2, "2}"), calls(1, " "), finish="tool_calls"))
     body = {**WANTS[path], "stream": True}
     events = named_events(ask(pool(fake), "POST", path, body).body)
@@ -5173,7 +5232,7 @@ def test_blocks_never_interleave_though_calls_do(path, fake, pool):
         delta = event.get("delta")
         if event["type"].endswith("delta") and "stop_reason" not in delta:
             pieces_of[event.get("index", event.get("output_index"))] += delta if isinstance(delta, str) else delta.get("partial_json", delta.get("text"))
-    assert pieces_of == {0: "{}", 1: '{"x":1} ', 2: '{"y":2}', 3: "so"}
+    assert pieces_of == {0: "[0]", 1: '{"x":1}', 2: '{"y":2}', 3: "so"}
     opened = None
     for event in events:
         index = event.get("index", event.get("output_index"))
@@ -5434,6 +5493,7 @@ def returned_calls(server, path, body, streamed):
     else:
         output = (named_events(got.body)[-1]["response"] if streamed else got.json)["output"]
         calls = [item for item in output if item["type"] == "function_call"]
+        assert all(re.fullmatch("[A-Za-z0-9_-]{1,40}(__extra_[A-Za-z0-9_-]+)?", call["call_id"]) for call in calls), "others would reject it"
         history = {"input": [*calls, *({**OUTPUT_ITEM, "call_id": call["call_id"]} for call in calls)]}
     assert ask(server, "POST", path, {**body, **history}).status == 200
 
@@ -5474,6 +5534,33 @@ def test_reasoning_that_is_not_requested_comes_back_with_the_calls(reasoning, ex
     message = fake.bodies()[-1]["messages"][0]
     assert message["tool_calls"] == C1_C2["tool_calls"]
     assert message.get("reasoning_content") == expected
+
+
+@pytest.mark.parametrize("path, body", [("/v1/messages", ASKED), ("/v1/responses", WANTED)], ids=["messages", "responses"])
+@pytest.mark.parametrize("id, is_kept", [("functions.f:0", True), ("a b", True), ("é", True), ("a" * 40, True), ("a" * 41, False), ("a.b" * 40, False)])
+def test_ids_that_other_upstreams_would_reject_are_not_shown(id, is_kept, path, body, streamed, fake, pool):
+    fake.faults.append(answered(calling(id), finish="tool_calls"))
+    server = pool(fake)
+    returned_calls(server, path, body, streamed)
+    call, result = fake.bodies()[-1]["messages"][:2]
+    assert call["tool_calls"][0]["id"] == result["tool_call_id"] and (result["tool_call_id"] == id) == is_kept and len(result["tool_call_id"]) <= 40
+
+
+CARRIED = akashproxy.id_with_extra("c1", {"reasoning_content": "hm " * 1000})
+@pytest.mark.parametrize("changed", [CARRIED, CARRIED[:64], CARRIED[:40], CARRIED.lower()], ids=["whole", "64", "40", "lower"])
+@pytest.mark.parametrize("path, sent, expected", [
+    ("/v1/chat/completions", [called((CARRIED, "f", "{}")), returned(CARRIED, "1")], [called(("c1", "f", "{}")), returned("c1", "1")]),
+    ("/v1/messages", [assistant([thinking("hm", signature=akashproxy.UNSIGNED)]), assistant([thinking("hm", signature=akashproxy.UNSIGNED), text_part("x"), {"type": "tool_use", "id": CARRIED}]),
+                      user([result("1", CARRIED), result([], CARRIED)])],
+     [assistant([text_part("x"), {"type": "tool_use", "id": "c1"}]), user([result("1", "c1"), result([], "c1")])]),
+    ("/v1/responses", [user("x"), {"type": "reasoning", "encrypted_content": akashproxy.UNSIGNED}, {"type": "reasoning", "encrypted_content": "E"}, {**OUTPUT_ITEM, "call_id": CARRIED}, "x"],
+     [user("x"), {"type": "reasoning", "encrypted_content": "E"}, {**OUTPUT_ITEM, "call_id": "c1"}, "x"]),
+])
+def test_upstreams_with_the_clients_api_get_nothing_that_was_added(path, sent, expected, changed, fake, pool):
+    name = "input" if path.endswith("responses") else "messages"
+    sent = json.loads(json.dumps(sent).replace(CARRIED, changed))
+    ask(pool((fake, {"paths": ["*"]})), "POST", path, {"model": "both", "max_tokens": 9, name: sent})
+    assert fake.bodies()[-1][name] == expected
 
 
 @pytest.mark.parametrize("id", ["c1", "", "__extra_", "c__extra_x", "c__extra_bnVsbA", "c__extra_é", "c__extra_" + "W" * 4000])
