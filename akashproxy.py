@@ -1173,7 +1173,7 @@ def proxy_url(text: str) -> str:
     """Check SCHEME://[USER:PASSWORD@]HOST[:PORT] or "none"; empty for the default."""
     parts = urllib.parse.urlsplit(text)
     if text not in ("", "none") and (
-        parts.scheme not in ("http", "socks5", "socks5h")
+        parts.scheme not in ("http", "socks5", "socks5h", "socks")
         or not parts.hostname
         or parts.path.strip("/")
         or not re.fullmatch("[!-~]+", text)
@@ -1244,7 +1244,7 @@ def bypasses(pattern: str, host: str, port: int) -> bool:
         if colon and number.isdigit():
             return int(number) == port and bypasses(name, host, port)
     domain = pattern.lstrip("*.")
-    is_name = bool(domain) and not host[-1:].isdigit() and ":" not in host
+    is_name = bool(domain) and not host.rpartition(".")[2].isdigit() and ":" not in host
     return pattern == "*" or is_name and f".{host}".endswith(f".{domain}")
 
 
@@ -2621,7 +2621,8 @@ def connect_problem(error: Exception, upstream: str, proxy: str) -> str:
 class SocksProxy:
     """A SOCKS 5 proxy (RFC 1928, passwords: RFC 1929).
 
-    socks5:// looks up names here, socks5h:// lets the proxy do it.
+    socks5:// looks up names here, socks5h:// lets the proxy do it. socks:// is what GNOME writes
+    into the environment for socks5://.
     """
 
     def __init__(self, url: str) -> None:
@@ -5481,14 +5482,12 @@ SPECIAL_TOKENS = re.compile(r"<\|(?=(?:endoftext|fim_prefix|fim_middle|fim_suffi
 ESCAPED = "<|\u2060"
 
 
-def akash_request(call: Call, drop: Iterable[str] = ()) -> Tuple[Dict[str, Any], List[str]]:
+def akash_request(model: str, chat: Dict[str, Any]) -> Tuple[Dict[str, Any], List[str]]:
     """Build the body for POST /api/chat/; also return the parameters left out of it.
 
-    Those in ``drop`` are left out first. APIError 400 if the call then needs anything that Akash
-    Chat does not support.
+    APIError 400 if the chat needs anything that Akash Chat does not support.
     """
-    body = {name: value for name, value in call.body.items() if value is not None}
-    ignored = [name for name in drop if name != "messages" and body.pop(name, None) is not None]
+    body = {name: value for name, value in chat.items() if value is not None}
     unsupported = [name for name in body if name not in AKASH_SUPPORTED]
     for name in unsupported:
         if name in AKASH_UNSUPPORTED and body[name] not in AKASH_UNSUPPORTED[name]:
@@ -5503,7 +5502,7 @@ def akash_request(call: Call, drop: Iterable[str] = ()) -> Tuple[Dict[str, Any],
     files: List[Dict[str, str]] = []
     # Clients that ask for a JSON object also say so in a message: the model does its best.
     json_mode = ["response_format"] * (body.get("response_format") == {"type": "json_object"})
-    for index, message in enumerate(body["messages"]):
+    for index, message in enumerate(as_list(body.get("messages"))):
         if message.get("role") in ("system", "developer"):
             system.append(_content(message, f"messages[{index}]", files)[0])
         else:
@@ -5514,7 +5513,7 @@ def akash_request(call: Call, drop: Iterable[str] = ()) -> Tuple[Dict[str, Any],
     return {
         "id": new_id()[:16],
         "messages": messages,
-        "model": call.model,
+        "model": model,
         # akash-chat f0a4ae0: an empty `system` selects the site's own persona, a blank does not
         "system": SPECIAL_TOKENS.sub(ESCAPED, "\n\n".join(filter(None, system))) or " ",
         # 0 and null count as absent. f0a4ae0 then applies the model's default; b58259a fails with
@@ -5522,7 +5521,7 @@ def akash_request(call: Call, drop: Iterable[str] = ()) -> Tuple[Dict[str, Any],
         "temperature": number_field(body, "temperature", 0.85) or 1e-6,
         "topP": number_field(body, "topP" if "topP" in body else "top_p", 1.0) or 1e-6,
         "context": files,
-    }, [*ignored, *(name for name in unsupported if name not in AKASH_UNSUPPORTED), *json_mode]
+    }, [*(name for name in unsupported if name not in AKASH_UNSUPPORTED), *json_mode]
 
 
 def refused(param: str, words: str) -> APIError:
@@ -5996,6 +5995,11 @@ class ImageBatch:
         self.failed = False  # the request got an error that SDKs retry
         self.expires_at = math.inf
 
+    def may_be_joined(self, now: float) -> bool:
+        """Whether its request ended without its images, not too long ago."""
+        has_ended = self.failed or self.cancellation.reason is not None
+        return has_ended and now < self.expires_at
+
 
 class AkashImages:
     """Generates images: starts and polls jobs, fetches results. Worker thread.
@@ -6008,34 +6012,32 @@ class AkashImages:
     MAX_BATCHES, KEPT_SECONDS = 1000, 600.0
 
     def __init__(self, akash: "AkashController", clock: Callable[[], float]) -> None:
-        self.akash, self.clock, self.lock = akash, clock, threading.Lock()
-        self.batches: OrderedDict[Tuple[str, str, str], ImageBatch] = OrderedDict()
+        self.akash, self.clock, self.lock = akash, clock, threading.RLock()
+        self.batches: OrderedDict[ImageBatch, None] = OrderedDict()
 
     def find(self, call: Call) -> ImageBatch:
         """Return the batch that the call repeats, or a new one."""
         key = call.client, call.original.path, _sha256(call.original.raw_body)
         with self.lock:
-            batch = self.batches.get(key)
-            ended = batch and (batch.failed or batch.cancellation.reason is not None)
-            usable = batch and ended and self.clock() < batch.expires_at
-        return batch if batch and usable else ImageBatch(key)
+            now, batches = self.clock(), self.batches
+            repeated = (batch for batch in batches if batch.key == key and batch.may_be_joined(now))
+            return next(repeated, None) or ImageBatch(key)
 
     def join(self, call: Call) -> ImageBatch:
         """Make the batch that the call repeats, or a new one, the call's own."""
-        batch = self.find(call)
         with self.lock:
+            batch = self.find(call)
             batch.cancellation, batch.joined, batch.failed = call.cancellation, True, False
             batch.expires_at = self.clock() + self.KEPT_SECONDS
-            self.batches[batch.key] = batch
-            self.batches.move_to_end(batch.key)
+            self.batches[batch] = None
+            self.batches.move_to_end(batch)
             if len(self.batches) > self.MAX_BATCHES:
                 self.batches.popitem(last=False)
         return batch
 
     def forget(self, batch: ImageBatch) -> None:
         with self.lock:
-            if self.batches.get(batch.key) is batch:
-                del self.batches[batch.key]
+            self.batches.pop(batch, None)
 
     def events(self, call: Call, data: bytes) -> Iterator[Event]:
         """Start a job for each image, then poll them; text instead of a job is passed on."""
@@ -6249,10 +6251,9 @@ class AkashController(Controller):
             raise call.translation_error
         if call.image_count and call.model not in ("", self.IMAGE_MODEL):
             raise bad_request(f"Images are generated by the model {self.IMAGE_MODEL}.", "model")
-        drop = self.options.drop
-        body, ignored = akash_request(call, drop)
-        body["model"] = self.options.model_map.get(call.model, call.model) or self.IMAGE_MODEL
-        fields = {name: value for name, value in call.body.items() if name not in drop}
+        name = self.options.model_map.get(call.model, call.model) or self.IMAGE_MODEL
+        fields, dropped = adapt_body(call.body, self.options, is_chat=not call.image_count)
+        body, ignored = akash_request(name, fields)
         limits = ("max_completion_tokens", "max_tokens")
         limit = next((name for name in limits if fields.get(name) is not None), "")
         max_tokens = number_field(fields, limit, None, integer=True, minimum=1)
@@ -6260,7 +6261,8 @@ class AkashController(Controller):
         messages = [*body["messages"], *body["context"]]
         texts = [body["system"], *(message["content"] for message in messages)]
         tokens = tokens_of(sum(map(token_units, texts)))
-        return request_json(body, len(call.original.raw_body)), stop_filter, ignored, tokens
+        data = request_json(body, len(call.original.raw_body))
+        return data, stop_filter, [*dropped, *ignored], tokens
 
     def secrets(self, cookie: Optional[str] = None) -> List[str]:
         """List the strings to redact from errors: keys, header values and cookies."""

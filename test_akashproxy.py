@@ -1832,6 +1832,18 @@ def test_a_repeat_joins_the_jobs_of_a_request_that_was_left(case, akash, serve):
         assert len(got.json["data"]) == body.get("n", 1) and len(akash.bodies()) == number
 
 
+def test_each_of_several_equal_requests_has_jobs_for_its_repeat(akash, serve):
+    server = serve(image_timeout=0.2)
+    akash.chat = PICTURE_LINE
+    akash.states.extend(WAITING * 10000)
+    with concurrent.futures.ThreadPoolExecutor(4) as threads:
+        def four():
+            return [got.status for got in threads.map(lambda _: chat(server, GEN), range(4))]
+        assert four() == [504] * 4
+        akash.states.clear()
+        assert four() == [200] * 4 and len(akash.bodies()) == 4
+
+
 def test_a_repeat_joins_while_the_job_is_being_started(akash, serve):
     server, asked, go_on = serve(), threading.Event(), threading.Event()
     akash.faults.append(akash.steps(asked.set, go_on, STREAM_HEAD + chunks(PICTURE_LINE)))
@@ -6023,9 +6035,27 @@ def test_the_matrix(kind, name, dialect, streamed, pool):
     ({"tools": [{"type": "function"}], "tool_choice": "required", "n": 2}, "tools, tool_choice, n"), ({"stop": "mock"}, "stop"),
     ({"max_tokens": 1, "seed": 1}, "max_tokens, seed"), ({"messages": [user("hi")]}, None), ({"tools": None}, None)])
 def test_akash_drops_parameters_before_it_checks_them(akash, serve, fields, ignored):
-    drop = ("tools", "tool_choice", "n", "stop", "max_tokens", "messages")
+    drop = ("tools", "tool_choice", "n", "stop", "max_tokens")
     got = chat(serve(controllers=(akashproxy.ControllerSettings(type="akash", drop=drop),)), {**CHAT, **fields})
     assert got.status == 200 and got.headers.get("x-akashproxy-ignored") == ignored and text_of(got) == "Hello from the mock."
+
+
+@table({
+    # name: (a controller's options, fields of a chat, names and values that are sent, what is ignored)
+    "a fixed value": ({"set": {"temperature": 0.2}}, {"temperature": 1}, {"temperature": 0.2}, None),
+    "a new name": ({"rename": {"creativity": "top_p"}}, {"creativity": 0.4}, {"topP": 0.4}, None),
+    "a field of messages": ({"drop": ["tool_calls"]}, {"messages": [user("hi"), {**C1, "content": "x"}, user("go")]},
+                            {"messages": [user("hi"), assistant("x"), user("go")]}, "tool_calls"),
+    "in turn": ({"drop": ["top_p"], "rename": {"temperature": "top_p"}, "set": {"temperature": 0.3, "seed": 1}}, {"top_p": 0.1, "temperature": 0.2},
+                {"topP": 0.2, "temperature": 0.3}, "top_p, seed"),
+    "a parameter that is implemented here": ({"set": {"stop": ["from"]}}, {}, {}, None),
+})
+def test_an_akash_controller_adapts_requests(case, akash, pool):
+    options, fields, sent, ignored = case
+    got = chat(pool((akash, options)), {**CHAT, **fields})
+    assert got.status == 200 and got.headers.get("x-akashproxy-ignored") == ignored
+    assert text_of(got) == ("Hello " if "stop" in options.get("set", {}) else "Hello from the mock.")
+    assert {name: akash.bodies()[0][name] for name in sent} == sent
 
 
 @pytest.mark.parametrize("form, status", [({"type": "json_object"}, 200), ({"type": "text"}, 200), ({"type": "json_schema"}, 400), ("json", 400)])
@@ -6257,12 +6287,14 @@ def test_a_socks_proxy_that_refuses(fake, pool, user, login, code, words):
 @pytest.mark.parametrize("environ, url, proxy", [
     ({"HTTPS_PROXY": "http://p:1"}, "https://a.b/v1", "http://p:1"), ({"HTTPS_PROXY": "http://p:1"}, "http://a.b/v1", ""),
     ({"http_proxy": "p:1"}, "http://a.b/v1", "http://p:1"), ({"http_proxy": "http://low:1", "HTTP_PROXY": "http://up:1"}, "http://a.b", "http://low:1"),
-    ({"ALL_PROXY": "socks5h://p"}, "https://a.b", "socks5h://p"), ({"ALL_PROXY": "http://all:1", "HTTPS_PROXY": "http://p:1"}, "https://a.b", "http://p:1"),
+    ({"ALL_PROXY": "socks5h://p"}, "https://a.b", "socks5h://p"), ({"HTTPS_PROXY": "http://p:1/", "ALL_PROXY": "socks://p:2/"}, "https://a.b", "http://p:1/"), ({"ALL_PROXY": "http://all:1", "HTTPS_PROXY": "http://p:1"}, "https://a.b", "http://p:1"),
     *(({"ALL_PROXY": "http://p:1", "NO_PROXY": no_proxy}, "https://api.b.example:8443/v1", "" if bypassed else "http://p:1") for no_proxy, bypassed in (
         ("*", True), ("b.example", True), (".b.example", True), ("*.b.example", True), ("x, B.Example", True), ("api.b.example:8443", True),
         ("api.b.example:443", False), ("i.b.example", False), ("example.com", False), (",", False), ("10.0.0.0/8", False), (".", False))),
     *(({"ALL_PROXY": "http://p:1", "NO_PROXY": no_proxy}, "http://10.1.2.3", "" if bypassed else "http://p:1") for no_proxy, bypassed in (
         ("10.0.0.0/8", True), ("10.1.2.3", True), ("10.1.2.3:80", True), ("10.1.2.3:81", False), ("11.0.0.0/8", False), ("1.2.3", False))),
+    *(({"ALL_PROXY": "socks://p:1/", "NO_PROXY": no_proxy}, "http://gpu.node1:8080", "" if bypassed else "socks://p:1/") for no_proxy, bypassed in (
+        ("gpu.node1", True), ("node1", True), ("node1:8080", True), ("1", False), ("ode1", False))),
     ({"ALL_PROXY": "http://p:1", "NO_PROXY": "::1"}, "http://[::1]:9", ""), ({"ALL_PROXY": "http://p:1", "NO_PROXY": "[::1]"}, "http://[::1]", ""),
     ({"PROXY": "none", "HTTPS_PROXY": "https://p:1"}, "https://a.b", ""), ({"PROXY": "http://q:2", "HTTPS_PROXY": "http://p:1"}, "https://a.b", "http://q:2"),
 ])
@@ -10734,7 +10766,7 @@ def call_of(index, arguments="{}"):
                                          lambda n: [system("a" * 90)] * n),
     "Responses: messages of the system": (lambda items: akashproxy.Responses({"model": "m", "input": items}),
                                           lambda n: [{"role": "developer", "content": "a" * 90}] * n),
-    "Akash: a request of many messages": (lambda messages: akashproxy.akash_request(Call({"model": "m", "messages": messages})),
+    "Akash: a request of many messages": (lambda messages: akashproxy.akash_request("m", {"messages": messages}),
                                           lambda n: [user("a")] * n),
     "Akash: models": (akashproxy.akash_models, lambda n: [{"id": f"model{at}"} for at in range(n)]),
     "Akash: lines like a picture's": (lambda lines: akashproxy.parse_image_job(b"".join(lines)), lambda n: [
