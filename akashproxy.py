@@ -4615,11 +4615,17 @@ CONTEXT_NAMES = re.compile(
 def context_length(entry: Any, prefix: str = "", depth: int = 4) -> Optional[int]:
     """A model's context length in tokens, by its entry in a model list; or None.
 
-    Outer fields take precedence over nested ones, and "context" over other names.
+    Outer fields take precedence over nested ones, "context" over other names, and the length with
+    which a model was loaded over what it could have.
     """
-    fields = list(itertools.islice(as_dict(entry).items(), 64))
-    names = {name: re.sub("[_-]", "", name[:64]).lower() for name, _ in fields}
-    for name, value in sorted(fields, key=lambda item: "context" not in names[item[0]]):
+    items = enumerate(entry) if isinstance(entry, list) else as_dict(entry).items()
+    fields = list(itertools.islice(items, 64))
+    names = {name: re.sub("[_-]", "", str(name)[:64]).lower() for name, _ in fields}
+
+    def rank(item: Tuple[Any, Any]) -> Tuple[bool, ...]:
+        return tuple(word not in names[item[0]] for word in ("context", "loaded"))
+
+    for name, value in sorted(fields, key=rank):
         length = token_count(value)
         if length and any(map(CONTEXT_NAMES.fullmatch, (names[name], prefix + names[name]))):
             return length
