@@ -2878,8 +2878,11 @@ class UpstreamResponse:
         self.scope.deadline = math.inf  # a slow client must not count as a slow upstream
         return data
 
-    def iter_bytes(self) -> Iterator[bytes]:
-        """Yield the payload of each read. APIError if the network fails or times out."""
+    def iter_bytes(self, started: bool = True) -> Iterator[bytes]:
+        """Yield the payload of each read. APIError if the network fails or times out.
+
+        Unless ``started``, all of it has to arrive before the deadline of the first content.
+        """
         self.scope.deadline = math.inf
         payload = self.opening
         while True:
@@ -2888,7 +2891,7 @@ class UpstreamResponse:
             if self.body.done:
                 break
             try:
-                payload = self.receive(self.recv())
+                payload = self.receive(self.recv(started))
             except NETWORK_ERRORS as error:
                 raise self.to_api_error(error) from error
         self.close()
@@ -2897,7 +2900,7 @@ class UpstreamResponse:
         """Read the complete body. APIError 502 if it has more than ``limit`` bytes."""
         data = bytearray()
         try:
-            for part in self.iter_bytes():
+            for part in self.iter_bytes(started=False):
                 data += part
                 if len(data) > limit:
                     name = self.timeouts.upstream_name

@@ -1426,6 +1426,16 @@ def test_a_session_server_that_stalls_costs_all_one_time_out(akash, serve):
     assert {got.status for got in at_once(lambda: chat(server), 6)} == {504} and len(akash.requests) < 6
 
 
+@pytest.mark.parametrize("path", ["/api/auth/session/", "/api/models/"])
+def test_an_endless_session_or_model_list_is_one_that_does_not_come(path, akash, serve):
+    honest, slow = akash.answer, akash.endless(reply(body=b"")[:-5], chunk(b" "), pause=0.05)
+    akash.answer = lambda sock, request: (slow if request.path == path else honest)(sock, request)
+    server, started = serve(session_timeout=0.5), time.monotonic()
+    got = ask(server, path="/v1/models") if "models" in path else chat(server)
+    assert (got.status, got.json["error"]["code"]) == (504, "timeout") and "within 0.5 seconds" in got.json["error"]["message"]
+    assert time.monotonic() - started < 5 and akash.gone.wait(20)
+
+
 def test_a_client_that_leaves_while_others_fetch_the_session(akash, serve):
     akash.answer = akash.stall(None)
     server = serve()
