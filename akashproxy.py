@@ -5924,9 +5924,14 @@ def akash_decoder(model: str, secrets: Iterable[str], *filters: Filter) -> Decod
 
 
 def is_challenge_page(response: UpstreamResponse) -> bool:
-    """Whether a proxy in front of the server answered, such as a CDN with a challenge."""
-    content_type = response.headers.get("content-type", "")
-    return "cf-mitigated" in response.headers or content_type.startswith("text/html")
+    """Whether a proxy in front of the server wants a browser, such as a CDN with a challenge.
+
+    Pages with 429 or a 5xx only say that the server is overloaded or down.
+    """
+    is_page = response.headers.get("content-type", "").startswith("text/html")
+    return "cf-mitigated" in response.headers or (
+        is_page and response.status != 429 and response.status < 500
+    )
 
 
 def challenge_page_error(response: UpstreamResponse) -> APIError:
@@ -6384,12 +6389,13 @@ class AkashController(Controller):
             )
         moved = redact(response.headers.get("location", "")[:1000], self.secrets())[:200]
         hint = f": it redirects to {moved}, check AKASH_BASE_URL" if moved else ""
+        wait = retry_after_seconds(response.headers, answer)
         raise APIError(
             503,
             f"Akash Chat did not start a session (status {response.status}){hint}.",
             code="upstream_session",
-            retry_after=5,
-            category=Category.NETWORK,
+            retry_after=wait or 5,
+            category=Category.RATE_LIMIT if wait else Category.NETWORK,
             upstream_status=response.status,
         )
 

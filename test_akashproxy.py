@@ -1926,7 +1926,10 @@ UPSTREAM = {
     "req-badjson": (reply(500, b"", ""), 502, "upstream_error", "without giving a reason", {}),
     "gen-imgbackend-error-500": (reply(500, b'{"error":"Error generating image","message":"No workers available"}'), 502, "image_failed", "No workers", {}),
     "a page with 403": (reply(403, PAGE, "text/html"), 502, "upstream_blocked", "web page", {}),
-    "a page with 503": (reply(503, PAGE, "text/html; charset=utf-8"), 502, "upstream_blocked", "web page", {}),
+    "a challenge with 503": (reply(503, PAGE, "text/html; charset=utf-8", b"cf-mitigated: challenge\r\n"), 502, "upstream_blocked", "web page", {}),
+    "a page with 502": (reply(502, b"<html><title>502 Bad Gateway</title>", "text/html"), 503, "upstream_error", "without giving a reason (status 502)", {}),
+    "a page with 503": (reply(503, b"<html>", "text/html", b"Retry-After: 30\r\n"), 503, "upstream_error", "(status 503)", {"retry-after": "^30$"}),
+    "a page with 429": (reply(429, b"<html>", "text/html", b"Retry-After: 30\r\n"), 429, "rate_limit_exceeded", "too many", {"retry-after": "^30$"}),
     "a page with 200": (reply(200, PAGE, "text/html"), 502, "upstream_blocked", "web page", {}),
     "a page as text": (reply(200, PAGE, "text/plain"), 502, "upstream_blocked", "web page", {}),
     "cf-mitigated": (reply(403, b"{}", extra=b"cf-mitigated: challenge\r\n"), 502, "upstream_blocked", "web page", {}),
@@ -1959,13 +1962,26 @@ def test_failures_before_the_first_word_are_statuses(case, streamed, akash, serv
 
 
 @pytest.mark.parametrize("path", ["/api/auth/session/", "/api/models/"])
-@pytest.mark.parametrize("status", [200, 403, 503])
+@pytest.mark.parametrize("status", [200, 403, 404])
 def test_a_page_in_front_of_the_session_or_the_models(path, status, akash, serve):
     answer = akash.answer
     akash.answer = lambda sock, request: (sock.sendall(reply(status, PAGE, "text/html")) or True if request.path == path else answer(sock, request))
     got = ask(serve(), path="/v1/models")
     assert got.status == 502 and got.json["error"]["code"] == "upstream_blocked" and b"<" not in got.body
     assert got.json["error"]["message"].startswith("127.0.0.1: A proxy in front"), "no port: clients need not know the inner network"
+
+
+@pytest.mark.parametrize("status, kind, extra, wait, rests", [
+    (429, "application/json", b"Retry-After: 120\r\n", "120", 120), (503, "text/html", b"Retry-After: 90\r\n", "90", 90),
+    (500, "", b"", "5", 1), (502, "text/html", b"", "5", 1)])
+def test_a_session_that_is_refused_for_a_time(status, kind, extra, wait, rests, akash, pool):
+    akash.session = reply(status, b"", kind, extra)
+    server = pool(akash, FakeAkash())
+    got = ask(server, path="/v1/models") and [chat(server) for _ in range(2)]
+    assert {answer.status for answer in got} == {200}
+    assert math.isclose(ask(server, path="/status").json["controllers"][0]["rests_for_seconds"], rests, abs_tol=1)
+    alone = chat(pool(akash))
+    assert (alone.status, alone.headers["retry-after"], alone.json["error"]["code"]) == (503, wait, "upstream_session")
 
 
 def test_endless_texts_of_errors_cost_nothing(akash, serve):
