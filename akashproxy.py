@@ -8311,7 +8311,11 @@ class Exchange:
         if self.cancellation.reason:
             raise error
         if not self.other_models:
-            raise self.pool.unknown_model(self.call, most_informative(self.model_errors))
+            error = most_informative(self.model_errors)
+            if error.retry_after:  # until the first of the models is available again
+                waits = (other.retry_after for other in self.model_errors)
+                error.retry_after = min(filter(None, waits))
+            raise self.pool.unknown_model(self.call, error)
         self._use_next_model()
 
     def events(self) -> Iterator[Event]:

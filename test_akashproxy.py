@@ -3867,6 +3867,15 @@ def test_when_no_model_of_an_alias_can_be_served_the_best_error_is_told(a, b, po
     assert (got.status, got.headers["retry-after"], route_of(got)) == (429, "7", "a(one)=429, b(two)=500")
 
 
+def test_an_alias_is_available_again_as_soon_as_one_of_its_models(a, b, pool):
+    server = pool((a, {"models": ("one",)}), (b, {"models": ("two",)}), model_aliases=SMART)
+    a.faults.append(a.status(429, extra=b"Retry-After: 14400\r\n"))
+    b.faults.append(b.status(429, extra=b"Retry-After: 20\r\n"))
+    for _ in range(2):
+        got = chat(server, BOTH, model="smart")
+        assert got.status == 429 and int(got.headers["retry-after"]) in (19, 20)
+
+
 def test_a_key_uses_only_its_own_models_of_an_alias(a, b, pool):
     server = pool((a, {"models": ("one",)}), (b, {"models": ("two",)}), model_aliases=SMART, keys=keys("alice", models=("two",)) + keys("bob", models=("x",)))
     assert route_of(chat(server, BOTH, bearer("alice"), model="smart")) == "b=200" and not a.bodies()
