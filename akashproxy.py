@@ -9831,10 +9831,15 @@ _DISPOSITION = re.compile(
 )
 
 
+def lenient_name(name: str) -> str:
+    """The name that a lenient upstream may read a field as."""
+    # Go's JSON decoder ignores case; PHP drops a bracket and what follows it.
+    return name.partition("[")[0].partition("\0")[0].strip().casefold()
+
+
 def is_model_field(name: str) -> bool:
     """Whether an upstream may read a field as "model", written in this or another way."""
-    # Go's JSON decoder ignores case; PHP drops a bracket and what follows it.
-    return name.partition("[")[0].partition("\0")[0].strip().casefold() == "model"
+    return lenient_name(name) == "model"
 
 
 def remove_model_params(query: str) -> str:
@@ -9859,7 +9864,7 @@ def check_names(names: Iterable[str], refused: Iterable[str] = ()) -> None:
             raise bad_request(f"The field {name[:40]!r} must be written 'model'.", "model")
     refused = {name.casefold() for name in refused}
     for name in names if refused else ():
-        if name.casefold() in refused:
+        if lenient_name(name) in refused:
             raise bad_request(f"The field {name[:40]!r} is not allowed for this key.", name[:40])
 
 

@@ -9528,6 +9528,8 @@ def test_json_with_a_forms_type_is_json(fake, pool):
     "relayed": ("/v1/embeddings", JSON, calls_of(b'"model":"both","models":["dear"]')[0], 400),
     "in a form": ("/v1/audio/transcriptions", FORM, multipart(FILE, (MODEL.replace(b"model", b"models"), b"dear")), 400),
     "in a short form": ("/v1/audio/speech", URLENCODED, b"model=both&f%61llbacks=dear", 400),
+    "as a list in a form": ("/v1/audio/transcriptions", FORM, multipart(FILE, (MODEL, b"both"), (MODEL.replace(b"model", b"models[]"), b"dear")), 400),
+    "as an object in a short form": ("/v1/audio/speech", URLENCODED, b"model=both&fallbacks[0][model]=dear", 400),
     "in text": ("/v1/embeddings", "text/plain", calls_of(b'"model":"both","models":["dear"]')[0], 400),
     "in another charset": ("/v1/embeddings", JSON + "; charset=utf-7", calls_of(b'"model":"both"')[0], 415),
     "none": ("/v1/chat/completions", JSON, calls_of(b'"model":"both","n":2')[0], 200),
