@@ -1255,8 +1255,16 @@ def header_value(text: str) -> str:
     return text
 
 
+def web_origin(text: str) -> str:
+    """Check * or an origin, and return it as browsers send it. Raises ValueError."""
+    match = re.fullmatch(r"(\*|null|[a-z][a-z0-9+.-]*://[^/\s]*)/?", text.lower())
+    if not match:
+        raise ValueError(f"{text!r} is not an origin such as https://example.com")
+    return match[1]
+
+
 def nonempty_header_value(text: str) -> str:
-    """Check a token or origin: an empty token would admit clients that send none."""
+    """Check a token: an empty one would admit clients that send none."""
     if not text:
         raise ValueError("empty values are not allowed")
     return header_value(text)
@@ -1569,7 +1577,7 @@ class Settings(ValidatedSettings):
         (),
         "origins whose pages may use this server, comma-separated, * for all; "
         "default: all if a token is needed, else local ones",
-        nonempty_header_value,
+        web_origin,
     )
     connect_timeout: float = setting(10.0, "seconds to connect to an upstream", positive)
     session_timeout: float = setting(
@@ -11664,7 +11672,7 @@ def origin_allowed(
     ):
         return True
     if allowed_origins:
-        return "*" in allowed_origins or origin in allowed_origins
+        return "*" in allowed_origins or origin.lower() in allowed_origins
     return needs_token or is_web and is_local(authority)
 
 

@@ -2293,6 +2293,18 @@ def test_browsers_may_be_chosen(serve):
         assert got.headers.get("access-control-allow-origin") == allowed and got.headers["vary"] == "Origin"
 
 
+@pytest.mark.parametrize("text, origin", [
+    ("https://A.example/", "https://a.example"), ("http://a.example:8080", "http://a.example:8080"), ("*", "*"), ("null", "null"), ("file://", "file://"),
+    ("app://obsidian.md", "app://obsidian.md"), ("chrome-extension://abc/", "chrome-extension://abc"),
+    ("a.example", None), ("https://a.example/app", None), ("https://a.example https://b.example", None), ("", None), ("*.example", None)])
+def test_origins_are_written_as_browsers_send_them(text, origin):
+    if origin:
+        assert Settings(cors_origins=(text,)).cors_origins == (origin,)
+    else:
+        with pytest.raises(ConfigError, match="is not an origin such as https://example.com"):
+            Settings(cors_origins=(text,))
+
+
 def test_request_ids(serve):
     server = serve()
     assert ask(server, headers={"x-request-id": "abc-1.2_3"}).headers["x-request-id"] == "abc-1.2_3"
@@ -2697,7 +2709,7 @@ def test_the_file_is_a_script_for_uv_and_pipx():
 def test_settings_describe_themselves_and_take_lists(cls):
     for item in akashproxy.setting_fields(cls).values():
         assert f"    {item.name}: {item.metadata['help']}" in cls.__doc__
-        if item.type.startswith("Tuple[str") and item.name not in ("cors_origins",):
+        if item.type.startswith("Tuple[str"):
             value = {"bearer_token": ["tok"], "trusted_proxies": ["127.0.0.1/32"]}.get(item.name, ["a", "b"])
             with contextlib.suppress(ConfigError):
                 assert getattr(cls(**{item.name: value}), item.name) == tuple(value), item.name
