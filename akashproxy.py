@@ -1282,10 +1282,10 @@ def additional_headers(headers: Dict[str, str]) -> Dict[str, str]:
 
 
 def ca_bundle(path: str) -> str:
-    """Check a file of CA certificates."""
+    """Check and read a file of CA certificates; a reload reads it again."""
     if path:
         try:
-            tls_context(path)
+            read_tls_context(path)
         except OSError as error:
             raise ValueError(f"{path!r} can't be used: {error.strerror or error}") from None
     return path
@@ -2740,9 +2740,16 @@ def peer_has_closed(sock: socket.socket) -> bool:
     return peeked == b""
 
 
-@functools.lru_cache(maxsize=None)
+TLS_CONTEXTS: Dict[str, Any] = {}  # by CA_FILE
+
+
 def tls_context(ca_file: str) -> Any:
-    """Create the TLS context: system CAs and those of a file, host names checked."""
+    """Return the TLS context with a file's certificates as they were last read."""
+    return TLS_CONTEXTS.get(ca_file) or read_tls_context(ca_file)
+
+
+def read_tls_context(ca_file: str) -> Any:
+    """Create and keep the TLS context: system CAs and those of a file, host names checked."""
     import ssl  # here: a Python without it can still reach http upstreams
 
     context = ssl.create_default_context()
@@ -2755,6 +2762,7 @@ def tls_context(ca_file: str) -> Any:
     context.wrap_socket = functools.partial(  # type: ignore[method-assign]
         context.wrap_socket, suppress_ragged_eofs=False
     )
+    TLS_CONTEXTS[ca_file] = context
     return context
 
 

@@ -6470,6 +6470,22 @@ def test_tls_is_verified_and_a_private_authority_can_be_named(pool, tmp_path):
     assert chat(wrong, BOTH).status == 502, "another host's certificate"
 
 
+def test_a_reload_reads_the_certificates_again(pool, tmp_path):
+    fake, bundle = TLSOpenAI(tmp_path), tmp_path / "bundle.pem"
+    bundle.write_text(TLS_SERVER)       # not the authority that has signed it
+    server = pool(fake, ca_file=str(bundle))
+    assert chat(server, BOTH).status == 502
+    bundle.write_text(TLS_AUTHORITY)
+    assert chat(server, BOTH).status == 502
+    server.reload(dataclasses.replace(server.settings))
+    assert chat(server, BOTH).status == 200
+    bundle.write_text("broken")
+    with pytest.raises(ConfigError):
+        dataclasses.replace(server.settings)
+    fake.hang_up()
+    assert chat(server, BOTH).status == 200, "a file with mistakes changes nothing"
+
+
 def test_a_proxy_on_the_way_with_connect(pool, tmp_path):
     proxy, fake = ForwardProxy(), TLSOpenAI(tmp_path)
     server = pool((fake, {"proxy": f"http://u:p@127.0.0.1:{proxy.port}"}), ca_file=fake.ca_file)
