@@ -2654,11 +2654,11 @@ class SocksProxy:
 
     def _negotiate(self, sock: socket.socket, replies: Any, host: str, port: int) -> str:
         """Log in and have a connection opened; return what the proxy does not do, or ""."""
-        method = 2 if self.user else 0
-        sock.sendall(bytes([5, 1, method]))
-        if replies.read(2) != bytes([5, method]):
+        sock.sendall(b"\5\2\0\2" if self.user else b"\5\1\0")  # no login, or a password
+        chosen = replies.read(2)
+        if chosen != b"\5\0" and not (chosen == b"\5\2" and self.user):
             return "is not SOCKS 5 or refuses this login"
-        if self.user:
+        if chosen == b"\5\2":
             fields = [bytes([len(field)]) + field for field in (self.user, self.password)]
             sock.sendall(b"\1" + b"".join(fields))
             if replies.read(2)[1:] != b"\0":

@@ -6323,6 +6323,12 @@ def test_a_socks_proxy_on_the_way(pool, tmp_path, scheme, user, kind):
         proxy.close()
 
 
+def test_a_socks_proxy_that_needs_no_login(fake, pool):
+    proxy = SocksServer()
+    assert chat(pool(fake, proxy=f"socks5://user:word@127.0.0.1:{proxy.port}"), BOTH).status == 200 and proxy.requests[0][3] is None
+    proxy.close()
+
+
 @pytest.mark.parametrize("user, login, code, words", [
     ("", ["a", "b"], 0, "is not SOCKS 5 or refuses this login"), ("a:s3cret@", ["a", "b"], 0, "rejected the user or the password"),
     ("", None, 5, "SOCKS reply 5"), ("", None, 4, "SOCKS reply 4")])
