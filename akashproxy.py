@@ -1171,7 +1171,7 @@ def proxy_url(text: str) -> str:
     """Check SCHEME://[USER:PASSWORD@]HOST[:PORT] or "none"; empty for the default."""
     parts = urllib.parse.urlsplit(text)
     if text not in ("", "none") and (
-        parts.scheme not in ("http", "socks5", "socks5h")
+        parts.scheme not in ("http", "socks5", "socks5h", "socks")
         or not parts.hostname
         or parts.path.strip("/")
         or not re.fullmatch("[!-~]+", text)
@@ -1242,7 +1242,7 @@ def bypasses(pattern: str, host: str, port: int) -> bool:
         if colon and number.isdigit():
             return int(number) == port and bypasses(name, host, port)
     domain = pattern.lstrip("*.")
-    is_name = bool(domain) and not host[-1:].isdigit() and ":" not in host
+    is_name = bool(domain) and not host.rpartition(".")[2].isdigit() and ":" not in host
     return pattern == "*" or is_name and f".{host}".endswith(f".{domain}")
 
 
@@ -1253,8 +1253,16 @@ def header_value(text: str) -> str:
     return text
 
 
+def web_origin(text: str) -> str:
+    """Check * or an origin, and return it as browsers send it. Raises ValueError."""
+    match = re.fullmatch(r"(\*|null|[a-z][a-z0-9+.-]*://[^/\s]*)/?", text.lower())
+    if not match:
+        raise ValueError(f"{text!r} is not an origin such as https://example.com")
+    return match[1]
+
+
 def nonempty_header_value(text: str) -> str:
-    """Check a token or origin: an empty token would admit clients that send none."""
+    """Check a token: an empty one would admit clients that send none."""
     if not text:
         raise ValueError("empty values are not allowed")
     return header_value(text)
@@ -1272,10 +1280,10 @@ def additional_headers(headers: Dict[str, str]) -> Dict[str, str]:
 
 
 def ca_bundle(path: str) -> str:
-    """Check a file of CA certificates."""
+    """Check and read a file of CA certificates; a reload reads it again."""
     if path:
         try:
-            tls_context(path)
+            read_tls_context(path)
         except OSError as error:
             raise ValueError(f"{path!r} can't be used: {error.strerror or error}") from None
     return path
@@ -1567,7 +1575,7 @@ class Settings(ValidatedSettings):
         (),
         "origins whose pages may use this server, comma-separated, * for all; "
         "default: all if a token is needed, else local ones",
-        nonempty_header_value,
+        web_origin,
     )
     connect_timeout: float = setting(10.0, "seconds to connect to an upstream", positive)
     session_timeout: float = setting(
@@ -2619,7 +2627,8 @@ def connect_problem(error: Exception, upstream: str, proxy: str) -> str:
 class SocksProxy:
     """A SOCKS 5 proxy (RFC 1928, passwords: RFC 1929).
 
-    socks5:// looks up names here, socks5h:// lets the proxy do it.
+    socks5:// looks up names here, socks5h:// lets the proxy do it. socks:// is what GNOME writes
+    into the environment for socks5://.
     """
 
     def __init__(self, url: str) -> None:
@@ -2643,11 +2652,11 @@ class SocksProxy:
 
     def _negotiate(self, sock: socket.socket, replies: Any, host: str, port: int) -> str:
         """Log in and have a connection opened; return what the proxy does not do, or ""."""
-        method = 2 if self.user else 0
-        sock.sendall(bytes([5, 1, method]))
-        if replies.read(2) != bytes([5, method]):
+        sock.sendall(b"\5\2\0\2" if self.user else b"\5\1\0")  # no login, or a password
+        chosen = replies.read(2)
+        if chosen != b"\5\0" and not (chosen == b"\5\2" and self.user):
             return "is not SOCKS 5 or refuses this login"
-        if self.user:
+        if chosen == b"\5\2":
             fields = [bytes([len(field)]) + field for field in (self.user, self.password)]
             sock.sendall(b"\1" + b"".join(fields))
             if replies.read(2)[1:] != b"\0":
@@ -2729,9 +2738,16 @@ def peer_has_closed(sock: socket.socket) -> bool:
     return peeked == b""
 
 
-@functools.lru_cache(maxsize=None)
+TLS_CONTEXTS: Dict[str, Any] = {}  # by CA_FILE
+
+
 def tls_context(ca_file: str) -> Any:
-    """Create the TLS context: system CAs and those of a file, host names checked."""
+    """Return the TLS context with a file's certificates as they were last read."""
+    return TLS_CONTEXTS.get(ca_file) or read_tls_context(ca_file)
+
+
+def read_tls_context(ca_file: str) -> Any:
+    """Create and keep the TLS context: system CAs and those of a file, host names checked."""
     import ssl  # here: a Python without it can still reach http upstreams
 
     context = ssl.create_default_context()
@@ -2744,6 +2760,7 @@ def tls_context(ca_file: str) -> Any:
     context.wrap_socket = functools.partial(  # type: ignore[method-assign]
         context.wrap_socket, suppress_ragged_eofs=False
     )
+    TLS_CONTEXTS[ca_file] = context
     return context
 
 
@@ -2875,8 +2892,11 @@ class UpstreamResponse:
         self.scope.deadline = math.inf  # a slow client must not count as a slow upstream
         return data
 
-    def iter_bytes(self) -> Iterator[bytes]:
-        """Yield the payload of each read. APIError if the network fails or times out."""
+    def iter_bytes(self, started: bool = True) -> Iterator[bytes]:
+        """Yield the payload of each read. APIError if the network fails or times out.
+
+        Unless ``started``, all of it has to arrive before the deadline of the first content.
+        """
         self.scope.deadline = math.inf
         payload = self.opening
         while True:
@@ -2885,7 +2905,7 @@ class UpstreamResponse:
             if self.body.done:
                 break
             try:
-                payload = self.receive(self.recv())
+                payload = self.receive(self.recv(started))
             except NETWORK_ERRORS as error:
                 raise self.to_api_error(error) from error
         self.close()
@@ -2894,7 +2914,7 @@ class UpstreamResponse:
         """Read the complete body. APIError 502 if it has more than ``limit`` bytes."""
         data = bytearray()
         try:
-            for part in self.iter_bytes():
+            for part in self.iter_bytes(started=False):
                 data += part
                 if len(data) > limit:
                     name = self.timeouts.upstream_name
@@ -4622,11 +4642,17 @@ CONTEXT_NAMES = re.compile(
 def context_length(entry: Any, prefix: str = "", depth: int = 4) -> Optional[int]:
     """A model's context length in tokens, by its entry in a model list; or None.
 
-    Outer fields take precedence over nested ones, and "context" over other names.
+    Outer fields take precedence over nested ones, "context" over other names, and the length with
+    which a model was loaded over what it could have.
     """
-    fields = list(itertools.islice(as_dict(entry).items(), 64))
-    names = {name: re.sub("[_-]", "", name[:64]).lower() for name, _ in fields}
-    for name, value in sorted(fields, key=lambda item: "context" not in names[item[0]]):
+    items = enumerate(entry) if isinstance(entry, list) else as_dict(entry).items()
+    fields = list(itertools.islice(items, 64))
+    names = {name: re.sub("[_-]", "", str(name)[:64]).lower() for name, _ in fields}
+
+    def rank(item: Tuple[Any, Any]) -> Tuple[bool, ...]:
+        return tuple(word not in names[item[0]] for word in ("context", "loaded"))
+
+    for name, value in sorted(fields, key=rank):
         length = token_count(value)
         if length and any(map(CONTEXT_NAMES.fullmatch, (names[name], prefix + names[name]))):
             return length
@@ -5495,14 +5521,12 @@ SPECIAL_TOKENS = re.compile(r"<\|(?=(?:endoftext|fim_prefix|fim_middle|fim_suffi
 ESCAPED = "<|\u2060"
 
 
-def akash_request(call: Call, drop: Iterable[str] = ()) -> Tuple[Dict[str, Any], List[str]]:
+def akash_request(model: str, chat: Dict[str, Any]) -> Tuple[Dict[str, Any], List[str]]:
     """Build the body for POST /api/chat/; also return the parameters left out of it.
 
-    Those in ``drop`` are left out first. APIError 400 if the call then needs anything that Akash
-    Chat does not support.
+    APIError 400 if the chat needs anything that Akash Chat does not support.
     """
-    body = {name: value for name, value in call.body.items() if value is not None}
-    ignored = [name for name in drop if name != "messages" and body.pop(name, None) is not None]
+    body = {name: value for name, value in chat.items() if value is not None}
     unsupported = [name for name in body if name not in AKASH_SUPPORTED]
     for name in unsupported:
         if name in AKASH_UNSUPPORTED and body[name] not in AKASH_UNSUPPORTED[name]:
@@ -5517,7 +5541,7 @@ def akash_request(call: Call, drop: Iterable[str] = ()) -> Tuple[Dict[str, Any],
     files: List[Dict[str, str]] = []
     # Clients that ask for a JSON object also say so in a message: the model does its best.
     json_mode = ["response_format"] * (body.get("response_format") == {"type": "json_object"})
-    for index, message in enumerate(body["messages"]):
+    for index, message in enumerate(as_list(body.get("messages"))):
         if message.get("role") in ("system", "developer"):
             system.append(_content(message, f"messages[{index}]", files)[0])
         else:
@@ -5528,7 +5552,7 @@ def akash_request(call: Call, drop: Iterable[str] = ()) -> Tuple[Dict[str, Any],
     return {
         "id": new_id()[:16],
         "messages": messages,
-        "model": call.model,
+        "model": model,
         # akash-chat f0a4ae0: an empty `system` selects the site's own persona, a blank does not
         "system": SPECIAL_TOKENS.sub(ESCAPED, "\n\n".join(filter(None, system))) or " ",
         # 0 and null count as absent. f0a4ae0 then applies the model's default; b58259a fails with
@@ -5536,7 +5560,7 @@ def akash_request(call: Call, drop: Iterable[str] = ()) -> Tuple[Dict[str, Any],
         "temperature": number_field(body, "temperature", 0.85) or 1e-6,
         "topP": number_field(body, "topP" if "topP" in body else "top_p", 1.0) or 1e-6,
         "context": files,
-    }, [*ignored, *(name for name in unsupported if name not in AKASH_UNSUPPORTED), *json_mode]
+    }, [*(name for name in unsupported if name not in AKASH_UNSUPPORTED), *json_mode]
 
 
 def refused(param: str, words: str) -> APIError:
@@ -5930,9 +5954,14 @@ def akash_decoder(model: str, secrets: Iterable[str], *filters: Filter) -> Decod
 
 
 def is_challenge_page(response: UpstreamResponse) -> bool:
-    """Whether a proxy in front of the server answered, such as a CDN with a challenge."""
-    content_type = response.headers.get("content-type", "")
-    return "cf-mitigated" in response.headers or content_type.startswith("text/html")
+    """Whether a proxy in front of the server wants a browser, such as a CDN with a challenge.
+
+    Pages with 429 or a 5xx only say that the server is overloaded or down.
+    """
+    is_page = response.headers.get("content-type", "").startswith("text/html")
+    return "cf-mitigated" in response.headers or (
+        is_page and response.status != 429 and response.status < 500
+    )
 
 
 def challenge_page_error(response: UpstreamResponse) -> APIError:
@@ -6010,6 +6039,11 @@ class ImageBatch:
         self.failed = False  # the request got an error that SDKs retry
         self.expires_at = math.inf
 
+    def may_be_joined(self, now: float) -> bool:
+        """Whether its request ended without its images, not too long ago."""
+        has_ended = self.failed or self.cancellation.reason is not None
+        return has_ended and now < self.expires_at
+
 
 class AkashImages:
     """Generates images: starts and polls jobs, fetches results. Worker thread.
@@ -6022,34 +6056,32 @@ class AkashImages:
     MAX_BATCHES, KEPT_SECONDS = 1000, 600.0
 
     def __init__(self, akash: "AkashController", clock: Callable[[], float]) -> None:
-        self.akash, self.clock, self.lock = akash, clock, threading.Lock()
-        self.batches: OrderedDict[Tuple[str, str, str], ImageBatch] = OrderedDict()
+        self.akash, self.clock, self.lock = akash, clock, threading.RLock()
+        self.batches: OrderedDict[ImageBatch, None] = OrderedDict()
 
     def find(self, call: Call) -> ImageBatch:
         """Return the batch that the call repeats, or a new one."""
         key = call.client, call.original.path, _sha256(call.original.raw_body)
         with self.lock:
-            batch = self.batches.get(key)
-            ended = batch and (batch.failed or batch.cancellation.reason is not None)
-            usable = batch and ended and self.clock() < batch.expires_at
-        return batch if batch and usable else ImageBatch(key)
+            now, batches = self.clock(), self.batches
+            repeated = (batch for batch in batches if batch.key == key and batch.may_be_joined(now))
+            return next(repeated, None) or ImageBatch(key)
 
     def join(self, call: Call) -> ImageBatch:
         """Make the batch that the call repeats, or a new one, the call's own."""
-        batch = self.find(call)
         with self.lock:
+            batch = self.find(call)
             batch.cancellation, batch.joined, batch.failed = call.cancellation, True, False
             batch.expires_at = self.clock() + self.KEPT_SECONDS
-            self.batches[batch.key] = batch
-            self.batches.move_to_end(batch.key)
+            self.batches[batch] = None
+            self.batches.move_to_end(batch)
             if len(self.batches) > self.MAX_BATCHES:
                 self.batches.popitem(last=False)
         return batch
 
     def forget(self, batch: ImageBatch) -> None:
         with self.lock:
-            if self.batches.get(batch.key) is batch:
-                del self.batches[batch.key]
+            self.batches.pop(batch, None)
 
     def events(self, call: Call, data: bytes) -> Iterator[Event]:
         """Start a job for each image, then poll them; text instead of a job is passed on."""
@@ -6263,10 +6295,9 @@ class AkashController(Controller):
             raise call.translation_error
         if call.image_count and call.model not in ("", self.IMAGE_MODEL):
             raise bad_request(f"Images are generated by the model {self.IMAGE_MODEL}.", "model")
-        drop = self.options.drop
-        body, ignored = akash_request(call, drop)
-        body["model"] = self.options.model_map.get(call.model, call.model) or self.IMAGE_MODEL
-        fields = {name: value for name, value in call.body.items() if name not in drop}
+        name = self.options.model_map.get(call.model, call.model) or self.IMAGE_MODEL
+        fields, dropped = adapt_body(call.body, self.options, is_chat=not call.image_count)
+        body, ignored = akash_request(name, fields)
         limits = ("max_completion_tokens", "max_tokens")
         limit = next((name for name in limits if fields.get(name) is not None), "")
         max_tokens = number_field(fields, limit, None, integer=True, minimum=1)
@@ -6274,7 +6305,8 @@ class AkashController(Controller):
         messages = [*body["messages"], *body["context"]]
         texts = [body["system"], *(message["content"] for message in messages)]
         tokens = tokens_of(sum(map(token_units, texts)))
-        return request_json(body, len(call.original.raw_body)), stop_filter, ignored, tokens
+        data = request_json(body, len(call.original.raw_body))
+        return data, stop_filter, [*dropped, *ignored], tokens
 
     def secrets(self, cookie: Optional[str] = None) -> List[str]:
         """List the strings to redact from errors: keys, header values and cookies."""
@@ -6387,12 +6419,13 @@ class AkashController(Controller):
             )
         moved = redact(response.headers.get("location", "")[:1000], self.secrets())[:200]
         hint = f": it redirects to {moved}, check AKASH_BASE_URL" if moved else ""
+        wait = retry_after_seconds(response.headers, answer)
         raise APIError(
             503,
             f"Akash Chat did not start a session (status {response.status}){hint}.",
             code="upstream_session",
-            retry_after=5,
-            category=Category.NETWORK,
+            retry_after=wait or 5,
+            category=Category.RATE_LIMIT if wait else Category.NETWORK,
             upstream_status=response.status,
         )
 
@@ -8360,7 +8393,11 @@ class Exchange:
         if self.cancellation.reason:
             raise error
         if not self.other_models:
-            raise self.pool.unknown_model(self.call, most_informative(self.model_errors))
+            error = most_informative(self.model_errors)
+            if error.retry_after:  # until the first of the models is available again
+                waits = (other.retry_after for other in self.model_errors)
+                error.retry_after = min(filter(None, waits))
+            raise self.pool.unknown_model(self.call, error)
         self._use_next_model()
 
     def events(self) -> Iterator[Event]:
@@ -9924,10 +9961,15 @@ _DISPOSITION = re.compile(
 )
 
 
+def lenient_name(name: str) -> str:
+    """The name that a lenient upstream may read a field as."""
+    # Go's JSON decoder ignores case; PHP drops a bracket and what follows it.
+    return name.partition("[")[0].partition("\0")[0].strip().casefold()
+
+
 def is_model_field(name: str) -> bool:
     """Whether an upstream may read a field as "model", written in this or another way."""
-    # Go's JSON decoder ignores case; PHP drops a bracket and what follows it.
-    return name.partition("[")[0].partition("\0")[0].strip().casefold() == "model"
+    return lenient_name(name) == "model"
 
 
 def remove_model_params(query: str) -> str:
@@ -9952,7 +9994,7 @@ def check_names(names: Iterable[str], refused: Iterable[str] = ()) -> None:
             raise bad_request(f"The field {name[:40]!r} must be written 'model'.", "model")
     refused = {name.casefold() for name in refused}
     for name in names if refused else ():
-        if name.casefold() in refused:
+        if lenient_name(name) in refused:
             raise bad_request(f"The field {name[:40]!r} is not allowed for this key.", name[:40])
 
 
@@ -11757,7 +11799,7 @@ def origin_allowed(
     ):
         return True
     if allowed_origins:
-        return "*" in allowed_origins or origin in allowed_origins
+        return "*" in allowed_origins or origin.lower() in allowed_origins
     return needs_token or is_web and is_local(authority)
 
 

@@ -1426,6 +1426,16 @@ def test_a_session_server_that_stalls_costs_all_one_time_out(akash, serve):
     assert {got.status for got in at_once(lambda: chat(server), 6)} == {504} and len(akash.requests) < 6
 
 
+@pytest.mark.parametrize("path", ["/api/auth/session/", "/api/models/"])
+def test_an_endless_session_or_model_list_is_one_that_does_not_come(path, akash, serve):
+    honest, slow = akash.answer, akash.endless(reply(body=b"")[:-5], chunk(b" "), pause=0.05)
+    akash.answer = lambda sock, request: (slow if request.path == path else honest)(sock, request)
+    server, started = serve(session_timeout=0.5), time.monotonic()
+    got = ask(server, path="/v1/models") if "models" in path else chat(server)
+    assert (got.status, got.json["error"]["code"]) == (504, "timeout") and "within 0.5 seconds" in got.json["error"]["message"]
+    assert time.monotonic() - started < 5 and akash.gone.wait(20)
+
+
 def test_a_client_that_leaves_while_others_fetch_the_session(akash, serve):
     akash.answer = akash.stall(None)
     server = serve()
@@ -1832,6 +1842,18 @@ def test_a_repeat_joins_the_jobs_of_a_request_that_was_left(case, akash, serve):
         assert len(got.json["data"]) == body.get("n", 1) and len(akash.bodies()) == number
 
 
+def test_each_of_several_equal_requests_has_jobs_for_its_repeat(akash, serve):
+    server = serve(image_timeout=0.2)
+    akash.chat = PICTURE_LINE
+    akash.states.extend(WAITING * 10000)
+    with concurrent.futures.ThreadPoolExecutor(4) as threads:
+        def four():
+            return [got.status for got in threads.map(lambda _: chat(server, GEN), range(4))]
+        assert four() == [504] * 4
+        akash.states.clear()
+        assert four() == [200] * 4 and len(akash.bodies()) == 4
+
+
 def test_a_repeat_joins_while_the_job_is_being_started(akash, serve):
     server, asked, go_on = serve(), threading.Event(), threading.Event()
     akash.faults.append(akash.steps(asked.set, go_on, STREAM_HEAD + chunks(PICTURE_LINE)))
@@ -1904,7 +1926,10 @@ UPSTREAM = {
     "req-badjson": (reply(500, b"", ""), 502, "upstream_error", "without giving a reason", {}),
     "gen-imgbackend-error-500": (reply(500, b'{"error":"Error generating image","message":"No workers available"}'), 502, "image_failed", "No workers", {}),
     "a page with 403": (reply(403, PAGE, "text/html"), 502, "upstream_blocked", "web page", {}),
-    "a page with 503": (reply(503, PAGE, "text/html; charset=utf-8"), 502, "upstream_blocked", "web page", {}),
+    "a challenge with 503": (reply(503, PAGE, "text/html; charset=utf-8", b"cf-mitigated: challenge\r\n"), 502, "upstream_blocked", "web page", {}),
+    "a page with 502": (reply(502, b"<html><title>502 Bad Gateway</title>", "text/html"), 503, "upstream_error", "without giving a reason (status 502)", {}),
+    "a page with 503": (reply(503, b"<html>", "text/html", b"Retry-After: 30\r\n"), 503, "upstream_error", "(status 503)", {"retry-after": "^30$"}),
+    "a page with 429": (reply(429, b"<html>", "text/html", b"Retry-After: 30\r\n"), 429, "rate_limit_exceeded", "too many", {"retry-after": "^30$"}),
     "a page with 200": (reply(200, PAGE, "text/html"), 502, "upstream_blocked", "web page", {}),
     "a page as text": (reply(200, PAGE, "text/plain"), 502, "upstream_blocked", "web page", {}),
     "cf-mitigated": (reply(403, b"{}", extra=b"cf-mitigated: challenge\r\n"), 502, "upstream_blocked", "web page", {}),
@@ -1937,13 +1962,26 @@ def test_failures_before_the_first_word_are_statuses(case, streamed, akash, serv
 
 
 @pytest.mark.parametrize("path", ["/api/auth/session/", "/api/models/"])
-@pytest.mark.parametrize("status", [200, 403, 503])
+@pytest.mark.parametrize("status", [200, 403, 404])
 def test_a_page_in_front_of_the_session_or_the_models(path, status, akash, serve):
     answer = akash.answer
     akash.answer = lambda sock, request: (sock.sendall(reply(status, PAGE, "text/html")) or True if request.path == path else answer(sock, request))
     got = ask(serve(), path="/v1/models")
     assert got.status == 502 and got.json["error"]["code"] == "upstream_blocked" and b"<" not in got.body
     assert got.json["error"]["message"].startswith("127.0.0.1: A proxy in front"), "no port: clients need not know the inner network"
+
+
+@pytest.mark.parametrize("status, kind, extra, wait, rests", [
+    (429, "application/json", b"Retry-After: 120\r\n", "120", 120), (503, "text/html", b"Retry-After: 90\r\n", "90", 90),
+    (500, "", b"", "5", 1), (502, "text/html", b"", "5", 1)])
+def test_a_session_that_is_refused_for_a_time(status, kind, extra, wait, rests, akash, pool):
+    akash.session = reply(status, b"", kind, extra)
+    server = pool(akash, FakeAkash())
+    got = ask(server, path="/v1/models") and [chat(server) for _ in range(2)]
+    assert {answer.status for answer in got} == {200}
+    assert math.isclose(ask(server, path="/status").json["controllers"][0]["rests_for_seconds"], rests, abs_tol=1)
+    alone = chat(pool(akash))
+    assert (alone.status, alone.headers["retry-after"], alone.json["error"]["code"]) == (503, wait, "upstream_session")
 
 
 def test_endless_texts_of_errors_cost_nothing(akash, serve):
@@ -2253,6 +2291,18 @@ def test_browsers_may_be_chosen(serve):
     for origin, allowed in (("https://a.example", "https://a.example"), ("https://b.example", None)):
         got = ask(server, headers={"Origin": origin})
         assert got.headers.get("access-control-allow-origin") == allowed and got.headers["vary"] == "Origin"
+
+
+@pytest.mark.parametrize("text, origin", [
+    ("https://A.example/", "https://a.example"), ("http://a.example:8080", "http://a.example:8080"), ("*", "*"), ("null", "null"), ("file://", "file://"),
+    ("app://obsidian.md", "app://obsidian.md"), ("chrome-extension://abc/", "chrome-extension://abc"),
+    ("a.example", None), ("https://a.example/app", None), ("https://a.example https://b.example", None), ("", None), ("*.example", None)])
+def test_origins_are_written_as_browsers_send_them(text, origin):
+    if origin:
+        assert Settings(cors_origins=(text,)).cors_origins == (origin,)
+    else:
+        with pytest.raises(ConfigError, match="is not an origin such as https://example.com"):
+            Settings(cors_origins=(text,))
 
 
 def test_request_ids(serve):
@@ -2659,7 +2709,7 @@ def test_the_file_is_a_script_for_uv_and_pipx():
 def test_settings_describe_themselves_and_take_lists(cls):
     for item in akashproxy.setting_fields(cls).values():
         assert f"    {item.name}: {item.metadata['help']}" in cls.__doc__
-        if item.type.startswith("Tuple[str") and item.name not in ("cors_origins",):
+        if item.type.startswith("Tuple[str"):
             value = {"bearer_token": ["tok"], "trusted_proxies": ["127.0.0.1/32"]}.get(item.name, ["a", "b"])
             with contextlib.suppress(ConfigError):
                 assert getattr(cls(**{item.name: value}), item.name) == tuple(value), item.name
@@ -3888,6 +3938,15 @@ def test_when_no_model_of_an_alias_can_be_served_the_best_error_is_told(a, b, po
     assert (got.status, got.headers["retry-after"], route_of(got)) == (429, "7", "a(one)=429, b(two)=500")
 
 
+def test_an_alias_is_available_again_as_soon_as_one_of_its_models(a, b, pool):
+    server = pool((a, {"models": ("one",)}), (b, {"models": ("two",)}), model_aliases=SMART)
+    a.faults.append(a.status(429, extra=b"Retry-After: 14400\r\n"))
+    b.faults.append(b.status(429, extra=b"Retry-After: 20\r\n"))
+    for _ in range(2):
+        got = chat(server, BOTH, model="smart")
+        assert got.status == 429 and int(got.headers["retry-after"]) in (19, 20)
+
+
 def test_a_key_uses_only_its_own_models_of_an_alias(a, b, pool):
     server = pool((a, {"models": ("one",)}), (b, {"models": ("two",)}), model_aliases=SMART, keys=keys("alice", models=("two",)) + keys("bob", models=("x",)))
     assert route_of(chat(server, BOTH, bearer("alice"), model="smart")) == "b=200" and not a.bodies()
@@ -4005,6 +4064,9 @@ def test_conversations_keep_their_controller_in_all_dialects(path, pool):
     "Groq": ({"context_window": 131072, "max_completion_tokens": 5}, 131072), "Mistral": ({"max_context_length": 7}, 7),
     "GitHub": ({"capabilities": {"limits": {"max_output_tokens": 1, "max_context_window_tokens": 64000, "max_prompt_tokens": 9}}}, 64000),
     "limits": ({"limits": {"max_input_tokens": 5, "max_output_tokens": 4}}, 5), "Gemini": ({"outputTokenLimit": 3, "inputTokenLimit": 1048576}, 1048576),
+    "LM Studio": ({"max_context_length": 131072, "loaded_context_length": 4096}, 4096), "LM Studio, not loaded": ({"max_context_length": 131072}, 131072),
+    "Hugging Face": ({"providers": [{"provider": "a", "status": "live"}, {"provider": "b", "context_length": 9}]}, 9),
+    "a list of numbers": ({"context_length": [4096], "context": [[5]]}, None),
     "models.dev": ({"limit": {"output": 3, "context": 4}}, 4), "nested in two names": ({"context": {"length": 6}}, 6),
     "llama.cpp": ({"meta": {"n_vocab": 1, "n_ctx": 4096}}, 4096), "camel case": ({"contextWindow": 5}, 5), "with dashes": ({"max-context-length": 5}, 5),
     "a string": ({"context_length": "8192"}, 8192), "a float": ({"context_length": 8192.0}, 8192), "the largest": ({"context_length": 2 ** 53 - 1}, 2 ** 53 - 1),
@@ -6110,9 +6172,27 @@ def test_the_matrix(kind, name, dialect, streamed, pool):
     ({"tools": [{"type": "function"}], "tool_choice": "required", "n": 2}, "tools, tool_choice, n"), ({"stop": "mock"}, "stop"),
     ({"max_tokens": 1, "seed": 1}, "max_tokens, seed"), ({"messages": [user("hi")]}, None), ({"tools": None}, None)])
 def test_akash_drops_parameters_before_it_checks_them(akash, serve, fields, ignored):
-    drop = ("tools", "tool_choice", "n", "stop", "max_tokens", "messages")
+    drop = ("tools", "tool_choice", "n", "stop", "max_tokens")
     got = chat(serve(controllers=(akashproxy.ControllerSettings(type="akash", drop=drop),)), {**CHAT, **fields})
     assert got.status == 200 and got.headers.get("x-akashproxy-ignored") == ignored and text_of(got) == "Hello from the mock."
+
+
+@table({
+    # name: (a controller's options, fields of a chat, names and values that are sent, what is ignored)
+    "a fixed value": ({"set": {"temperature": 0.2}}, {"temperature": 1}, {"temperature": 0.2}, None),
+    "a new name": ({"rename": {"creativity": "top_p"}}, {"creativity": 0.4}, {"topP": 0.4}, None),
+    "a field of messages": ({"drop": ["tool_calls"]}, {"messages": [user("hi"), {**C1, "content": "x"}, user("go")]},
+                            {"messages": [user("hi"), assistant("x"), user("go")]}, "tool_calls"),
+    "in turn": ({"drop": ["top_p"], "rename": {"temperature": "top_p"}, "set": {"temperature": 0.3, "seed": 1}}, {"top_p": 0.1, "temperature": 0.2},
+                {"topP": 0.2, "temperature": 0.3}, "top_p, seed"),
+    "a parameter that is implemented here": ({"set": {"stop": ["from"]}}, {}, {}, None),
+})
+def test_an_akash_controller_adapts_requests(case, akash, pool):
+    options, fields, sent, ignored = case
+    got = chat(pool((akash, options)), {**CHAT, **fields})
+    assert got.status == 200 and got.headers.get("x-akashproxy-ignored") == ignored
+    assert text_of(got) == ("Hello " if "stop" in options.get("set", {}) else "Hello from the mock.")
+    assert {name: akash.bodies()[0][name] for name in sent} == sent
 
 
 @pytest.mark.parametrize("form, status", [({"type": "json_object"}, 200), ({"type": "text"}, 200), ({"type": "json_schema"}, 400), ("json", 400)])
@@ -6330,6 +6410,12 @@ def test_a_socks_proxy_on_the_way(pool, tmp_path, scheme, user, kind):
         proxy.close()
 
 
+def test_a_socks_proxy_that_needs_no_login(fake, pool):
+    proxy = SocksServer()
+    assert chat(pool(fake, proxy=f"socks5://user:word@127.0.0.1:{proxy.port}"), BOTH).status == 200 and proxy.requests[0][3] is None
+    proxy.close()
+
+
 @pytest.mark.parametrize("user, login, code, words", [
     ("", ["a", "b"], 0, "is not SOCKS 5 or refuses this login"), ("a:s3cret@", ["a", "b"], 0, "rejected the user or the password"),
     ("", None, 5, "SOCKS reply 5"), ("", None, 4, "SOCKS reply 4")])
@@ -6344,12 +6430,14 @@ def test_a_socks_proxy_that_refuses(fake, pool, user, login, code, words):
 @pytest.mark.parametrize("environ, url, proxy", [
     ({"HTTPS_PROXY": "http://p:1"}, "https://a.b/v1", "http://p:1"), ({"HTTPS_PROXY": "http://p:1"}, "http://a.b/v1", ""),
     ({"http_proxy": "p:1"}, "http://a.b/v1", "http://p:1"), ({"http_proxy": "http://low:1", "HTTP_PROXY": "http://up:1"}, "http://a.b", "http://low:1"),
-    ({"ALL_PROXY": "socks5h://p"}, "https://a.b", "socks5h://p"), ({"ALL_PROXY": "http://all:1", "HTTPS_PROXY": "http://p:1"}, "https://a.b", "http://p:1"),
+    ({"ALL_PROXY": "socks5h://p"}, "https://a.b", "socks5h://p"), ({"HTTPS_PROXY": "http://p:1/", "ALL_PROXY": "socks://p:2/"}, "https://a.b", "http://p:1/"), ({"ALL_PROXY": "http://all:1", "HTTPS_PROXY": "http://p:1"}, "https://a.b", "http://p:1"),
     *(({"ALL_PROXY": "http://p:1", "NO_PROXY": no_proxy}, "https://api.b.example:8443/v1", "" if bypassed else "http://p:1") for no_proxy, bypassed in (
         ("*", True), ("b.example", True), (".b.example", True), ("*.b.example", True), ("x, B.Example", True), ("api.b.example:8443", True),
         ("api.b.example:443", False), ("i.b.example", False), ("example.com", False), (",", False), ("10.0.0.0/8", False), (".", False))),
     *(({"ALL_PROXY": "http://p:1", "NO_PROXY": no_proxy}, "http://10.1.2.3", "" if bypassed else "http://p:1") for no_proxy, bypassed in (
         ("10.0.0.0/8", True), ("10.1.2.3", True), ("10.1.2.3:80", True), ("10.1.2.3:81", False), ("11.0.0.0/8", False), ("1.2.3", False))),
+    *(({"ALL_PROXY": "socks://p:1/", "NO_PROXY": no_proxy}, "http://gpu.node1:8080", "" if bypassed else "socks://p:1/") for no_proxy, bypassed in (
+        ("gpu.node1", True), ("node1", True), ("node1:8080", True), ("1", False), ("ode1", False))),
     ({"ALL_PROXY": "http://p:1", "NO_PROXY": "::1"}, "http://[::1]:9", ""), ({"ALL_PROXY": "http://p:1", "NO_PROXY": "[::1]"}, "http://[::1]", ""),
     ({"PROXY": "none", "HTTPS_PROXY": "https://p:1"}, "https://a.b", ""), ({"PROXY": "http://q:2", "HTTPS_PROXY": "http://p:1"}, "https://a.b", "http://q:2"),
 ])
@@ -6473,6 +6561,22 @@ def test_tls_is_verified_and_a_private_authority_can_be_named(pool, tmp_path):
     wait_for(fake.gone.is_set)
     wrong = pool((fake, {"base_url": fake.url.replace("127.0.0.1", "127.0.0.2") + "/v1"}), ca_file=fake.ca_file)
     assert chat(wrong, BOTH).status == 502, "another host's certificate"
+
+
+def test_a_reload_reads_the_certificates_again(pool, tmp_path):
+    fake, bundle = TLSOpenAI(tmp_path), tmp_path / "bundle.pem"
+    bundle.write_text(TLS_SERVER)       # not the authority that has signed it
+    server = pool(fake, ca_file=str(bundle))
+    assert chat(server, BOTH).status == 502
+    bundle.write_text(TLS_AUTHORITY)
+    assert chat(server, BOTH).status == 502
+    server.reload(dataclasses.replace(server.settings))
+    assert chat(server, BOTH).status == 200
+    bundle.write_text("broken")
+    with pytest.raises(ConfigError):
+        dataclasses.replace(server.settings)
+    fake.hang_up()
+    assert chat(server, BOTH).status == 200, "a file with mistakes changes nothing"
 
 
 def test_a_proxy_on_the_way_with_connect(pool, tmp_path):
@@ -9545,6 +9649,8 @@ def test_json_with_a_forms_type_is_json(fake, pool):
     "relayed": ("/v1/embeddings", JSON, calls_of(b'"model":"both","models":["dear"]')[0], 400),
     "in a form": ("/v1/audio/transcriptions", FORM, multipart(FILE, (MODEL.replace(b"model", b"models"), b"dear")), 400),
     "in a short form": ("/v1/audio/speech", URLENCODED, b"model=both&f%61llbacks=dear", 400),
+    "as a list in a form": ("/v1/audio/transcriptions", FORM, multipart(FILE, (MODEL, b"both"), (MODEL.replace(b"model", b"models[]"), b"dear")), 400),
+    "as an object in a short form": ("/v1/audio/speech", URLENCODED, b"model=both&fallbacks[0][model]=dear", 400),
     "in text": ("/v1/embeddings", "text/plain", calls_of(b'"model":"both","models":["dear"]')[0], 400),
     "in another charset": ("/v1/embeddings", JSON + "; charset=utf-7", calls_of(b'"model":"both"')[0], 415),
     "none": ("/v1/chat/completions", JSON, calls_of(b'"model":"both","n":2')[0], 200),
@@ -10821,7 +10927,7 @@ def call_of(index, arguments="{}"):
                                          lambda n: [system("a" * 90)] * n),
     "Responses: messages of the system": (lambda items: akashproxy.Responses({"model": "m", "input": items}),
                                           lambda n: [{"role": "developer", "content": "a" * 90}] * n),
-    "Akash: a request of many messages": (lambda messages: akashproxy.akash_request(Call({"model": "m", "messages": messages})),
+    "Akash: a request of many messages": (lambda messages: akashproxy.akash_request("m", {"messages": messages}),
                                           lambda n: [user("a")] * n),
     "Akash: models": (akashproxy.akash_models, lambda n: [{"id": f"model{at}"} for at in range(n)]),
     "Akash: lines like a picture's": (lambda lines: akashproxy.parse_image_job(b"".join(lines)), lambda n: [
