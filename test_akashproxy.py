@@ -5676,7 +5676,7 @@ IN_KYIV, LVIV = ("weather", {"city": "Kyiv"}), '{"name": "weather", "arguments":
 
 # One call in each form that chat templates and reports of bugs show. Hermes: NousResearch/Hermes-Function-Calling, Qwen2.5 and Qwen3; its slips:
 # NousResearch/hermes-agent#5315 and #22696, minpeter/ai-sdk-tool-call-middleware#298. Tags: Qwen/Qwen3-Coder, zai-org/GLM-4.5. Marks: the
-# templates of moonshotai/Kimi-K2-Instruct, deepseek-ai/DeepSeek-V3 and V3.1, mistralai; meta-llama/llama-models, models/llama3_1/prompt_format.md.
+# templates of moonshotai/Kimi-K2-Instruct, deepseek-ai/DeepSeek-V3 and V3.1; meta-llama/llama-models, models/llama3_1/prompt_format.md.
 CALL_FORMS = {
     "Hermes": f"<tool_call>\n{KYIV}\n</tool_call>",
     "Hermes in one line": f"<tool_call>{KYIV}</tool_call>",
@@ -5703,14 +5703,12 @@ TOOL_ANSWERS = {    # an answer: its text, its calls
     **{f"{form}, after text": (f"I look. {call}", "I look. ", [IN_KYIV]) for form, call in CALL_FORMS.items()},
     **{f"{form}, twice": (f"{call}\n{call}\n", "", [IN_KYIV, IN_KYIV]) for form, call in CALL_FORMS.items()},
     "text before and after": (f"A `x` <b>\n<tool_call>{KYIV}</tool_call>\nB", "A `x` <b>\n\nB", [IN_KYIV]),
-    "Mistral's list": (f"[TOOL_CALLS] [{KYIV}]", "", [IN_KYIV]),
-    "Mistral's name": ('[TOOL_CALLS]weather[ARGS]{"city": "Kyiv"}', "", [IN_KYIV]),
     "no closing tag at the end": (f"<tool_call>{KYIV}", "", [IN_KYIV]),
     "no closing tag but a blank": (f"<tool_call>\n{KYIV}\n", "", [IN_KYIV]),
     "no closing tag between two": (f"<tool_call>{KYIV}<tool_call>{KYIV}</tool_call>", "", [IN_KYIV, IN_KYIV]),
     "several in one tag": (f"<tool_call>{KYIV}\n{LVIV}</tool_call>", "", [IN_KYIV, ("weather", {"city": "Lviv"})]),
     "several in one tag, by commas": (f"<tool_call>{KYIV}, {LVIV}</tool_call>", "", [IN_KYIV, ("weather", {"city": "Lviv"})]),
-    "a broken one after a complete one": (f"<tool_call>{KYIV}\n{{broken</tool_call>", "{broken</tool_call>", [IN_KYIV]),
+    "a broken one, closed, before another": (f"<tool_call>{{broken</tool_call><tool_call>{KYIV}</tool_call>", "<tool_call>{broken</tool_call>", [IN_KYIV]),
     "a list of several": (f"<tool_call>[{KYIV}, {LVIV}]</tool_call>", "", [IN_KYIV, ("weather", {"city": "Lviv"})]),
     "a mark within a string": ('<tool_call>{"name": "write", "arguments": {"content": "</tool_call> <tool_call>"}}</tool_call>', "",
                                [("write", {"content": "</tool_call> <tool_call>"})]),
@@ -5738,7 +5736,7 @@ NO_CALLS = [
     '<tool_call>{"name": "weather", "arguments": "Kyiv"}</tool_call>', '<function=weather>Kyiv</function>', "<function=rm>{}</function>", "<function=", KYIV,
     f"```json\n{KYIV}\n```", f"So: ```json\n{CALL_FORMS['Hermes']}\n```", "<|python_tag|>weather.call(city='Kyiv')", "<tool_call>rm\n<arg_key>a</arg_key>\n<arg_value>b</arg_value>\n</tool_call>",
     f"<tool_call>[{KYIV}, {{}}]</tool_call>", "if (a[0] < b) { return '<tool>' }", '<tool_call>{"name": "weather", "arguments": {"city": "Ky',
-    f"<tool_call>not {KYIV}</tool_call>",
+    f"<tool_call>not {KYIV}</tool_call>", f"<tool_call>{KYIV}\n{{broken</tool_call>",
 ]
 TOOL_ANSWERS.update({f"text: {text}": (text, text, []) for text in NO_CALLS})
 
@@ -5800,15 +5798,19 @@ def test_only_what_may_begin_a_call_is_held_back():
     assert step.feed([Text("a <b> [c] <tool")]) == [Text("a <b> [c] ")] and step.feed([Text("s>")]) == [Text("<tools>")]
 
 
-def test_one_call_only_ends_the_answer():
-    step = akashproxy.ToolCallFilter(prompted(parallel_tool_calls=False))
-    events = step.feed([Text(f"<tool_call>{KYIV}</tool_call>\n<tool_call>{KYIV}</tool_call>")])
-    assert [type(event) for event in events] == [ToolCall, Finish] and step.stopped
+def test_without_parallel_calls_only_the_first_one_is_sent():
     for call in (KYIV, '{"name": "write", "arguments": {"content": "%s"}}' % ("x" * 999)):    # one that is sent at once, and one in parts
-        answer = [Text(piece) for piece in re.findall("(?s).{1,99}", f"<tool_call>{call}")], [Text("</tool_call>"), Finish("stop", {"total_tokens": 9})]
         step = akashproxy.ToolCallFilter(prompted(parallel_tool_calls=False))
-        events = step.feed(answer[0]) + step.feed(answer[1])
-        assert len(fold(events).tools) == 1 and [type(event) for event in events].count(Finish) == 1 and type(events[-1]) is Finish
+        answer = fold(filtered(step, re.findall("(?s).{1,99}", f"A <tool_call>{call}</tool_call>\n<tool_call>{KYIV}{call}</tool_call>\nB")))
+        assert [each.index for each in answer.tools] == [0] and json.loads(call)["arguments"] == json.loads(answer.tools[0].arguments)
+        assert answer.text == "A \nB" and answer.finish == Finish("tool_calls")
+
+
+@pytest.mark.parametrize("call", ["<tool_call>now", "<function=write>\n<parameter=path>\na\n</parameter>\n", f"<tool_call>{KYIV}", f"<tool_call>{KYIV}\n{{"])
+def test_a_call_that_may_be_cut_by_the_limit_is_text(call):
+    step = akashproxy.ToolCallFilter(prompted())
+    answer = fold(step.feed([Text(call)]) + step.feed([Finish("length")]) + step.close())
+    assert answer.text == call and not answer.tools and answer.finish == Finish("length")
 
 
 TOOL_MODELS = {"x": "<tool_call>\n{", "Qwen/Qwen3-235B-A22B": "<tool_call>\n{", "Meta-Llama-3-3-70B-Instruct": "<function=", "zai-org/GLM-4.5-Air": "<tool_call>FUNCTION\n<arg_key>",
@@ -8101,7 +8103,7 @@ def test_where_a_filter_is_cut_changes_nothing(rng):
 @fuzzed(100)
 def test_where_a_tool_call_is_cut_changes_nothing(rng):
     parts = ["a ", "\n", "`", "<tool_call>", "</tool_call>", "<tool", '{"name": "now", "arguments": {}}', "{'name': 'now',}", "<function=", "now", ">",
-             "[TOOL_CALLS]", "<parameter=a>1</parameter>", "</function>", "}", "functions.", ":0", "<｜tool▁sep｜>"]
+             "<|tool_call_begin|>", "<parameter=a>1</parameter>", "</function>", "}", "functions.", ":0", "<｜tool▁sep｜>"]
     text = "".join(rng.choice(parts) for _ in range(rng.randint(1, 9)))
     answers = [tool_answer(pieces) for pieces in ([text], list(text), cut_up(rng, text))]
     assert answers[0] == answers[1] == answers[2], text
