@@ -3858,11 +3858,13 @@ TOOL_FORMS = (
 )
 OPENING_MARKS = (
     "<tool_call>", "<function=", "<|python_tag|>", "<|tool_calls_section_begin|>",
-    "<|tool_call_begin|>", "<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>",
+    "<|tool_call_section_begin|>", "<|tool_call_begin|>", "<｜tool▁calls▁begin｜>",
+    "<｜tool▁call▁begin｜>",
 )
 CLOSING_MARKS = (
     "</tool_call>", "</function>", "<|eom_id|>", "<|eot_id|>", "<|tool_call_end|>",
-    "<|tool_calls_section_end|>", "<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>",
+    "<|tool_calls_section_end|>", "<|tool_call_section_end|>", "<｜tool▁call▁end｜>",
+    "<｜tool▁calls▁end｜>",
 )
 ARGUMENT_MARKS = {"<parameter=": "</parameter>", "<arg_key>": "</arg_value>"}
 # Around names and values; the words are of DeepSeek's "function<｜tool▁sep｜>" and of "```json".
@@ -4092,7 +4094,8 @@ class ToolCallFilter(TextFilter):
         while True:
             token = yield
             if token in ("{", "[") and not arguments:
-                self.calls += yield from self._read_json(token, name)
+                calls = yield from self._read_json(token, name)
+                self.calls += calls
                 found, name = True, ""
             elif token in ARGUMENT_MARKS and name:
                 start = len(self.tokens) - 1
@@ -4116,7 +4119,7 @@ class ToolCallFilter(TextFilter):
         json.feed(token)
         while json.depth:
             token = yield
-            if token in ("", *TOOL_MARKS):
+            if not token or token in TOOL_MARKS and not json.quote:
                 raise ValueError("it is not complete")
             json.feed(token)
         value = from_json("".join(json.tokens).encode())
@@ -4202,7 +4205,7 @@ def calls_of(value: Any, functions: Iterable[str]) -> List[Tuple[str, str]]:
     for item in map(as_dict, value if isinstance(value, list) else [value]):
         item = function_of(item) or item
         name, arguments = str(item.get("name")), item.get("arguments", item.get("parameters"))
-        if isinstance(arguments, str):
+        if arguments and isinstance(arguments, str):
             arguments = from_json(arguments.encode())
         if name not in functions:
             raise ValueError(f"{name[:80]!r} is not a function")
@@ -4222,10 +4225,18 @@ def read_argument(text: str, function: Dict[str, Any]) -> Tuple[str, Any]:
         raise ValueError("an argument is not complete")
     name, text = argument[1] or argument[2], argument[3]
     properties = as_dict(as_dict(function.get("parameters")).get("properties"))
-    types = as_dict(properties.get(name)).get("type")
-    is_string = "string" in (types, *as_list(types))
-    value = None if is_string else json_or_none(text.encode("utf-8", "replace"))
-    return name, text if value is None else value
+    if may_be_string(as_dict(properties.get(name))):
+        return name, text
+    word = LooseJSON.WORDS.get(text, text)  # Qwen3-Coder's template has Python's
+    value = json_or_none(word.encode("utf-8", "replace"))
+    return name, text if value is None and word != "null" else value
+
+
+def may_be_string(schema: Dict[str, Any]) -> bool:
+    """Whether a JSON schema allows strings by its type, or by one of several."""
+    types = schema.get("type")
+    others = map(as_dict, as_list(schema.get("anyOf")))
+    return "string" in (types, *as_list(types)) or any(map(may_be_string, others))
 
 
 class MarkdownCode:
