@@ -3948,7 +3948,12 @@ class PromptedTools:
     def _message(self, message: Dict[str, Any]) -> Dict[str, Any]:
         """Return a message with its calls as text; a result becomes a message of the user."""
         if message["role"] == "tool":
-            return {"role": "user", "content": self.form.result % message_text(message)}
+            text, parts = self.form.result % message_text(message), message.get("content")
+            images = [part for part in as_list(parts) if as_dict(part).get("type") != "text"]
+            return {
+                "role": "user",
+                "content": [{"type": "text", "text": text}, *images] if images else text,
+            }
         functions = map(function_of, as_list(message.get("tool_calls")))
         calls = [(str(each.get("name")), str(each.get("arguments") or "{}")) for each in functions]
         others = {name: message[name] for name in message if name != "tool_calls"}

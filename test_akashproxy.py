@@ -5849,6 +5849,13 @@ def test_tools_and_history_become_text_in_the_models_own_form(model):
     assert fold(step.feed([Text(assistant["content"]), Finish("stop")])).text == "I look.\n\n" and step.count == 2, "it reads what it writes"
 
 
+def test_images_of_a_result_are_kept():
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+    call = Call({"model": "m", "messages": [user("x"), returned("c1", [text_part("100%s"), image])], "tools": FUNCTIONS})
+    result = akashproxy.PromptedTools(call, "m", akashproxy.TOOLS_PROMPT, "fake").body()["messages"][-1]
+    assert result == user([text_part("<tool_response>\n100%s\n</tool_response>"), image])
+
+
 def test_without_a_choice_nothing_is_added_to_the_prompt():
     tools = prompted(tool_choice="none")
     assert tools.body()["messages"] == [user("x")] and not tools.functions
