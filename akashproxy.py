@@ -3849,15 +3849,14 @@ class ToolForm(NamedTuple):
     calls: str = "%s"  # around the calls of a message
     result: str = "<tool_response>\n%s\n</tool_response>"
 
-    def write(self, calls: Iterable[Tuple[str, str]]) -> str:
+    def write(self, *calls: Tuple[str, str]) -> str:
         """Return the text of calls, which are (name, arguments as a JSON object)."""
         texts = []
         for number, (name, arguments) in enumerate(calls):
             if self.argument:
-                fields = as_dict(json_or_none(arguments.encode()))
                 arguments = "".join(
                     self.argument % (key, value if isinstance(value, str) else _encode(value))
-                    for key, value in fields.items()
+                    for key, value in as_dict(json_or_none(arguments.encode())).items()
                 )
             texts.append(self.call % {"name": name, "arguments": arguments, "number": number})
         return self.calls % "\n".join(texts)
@@ -3886,26 +3885,29 @@ TOOL_FORMS = (
              '<tool_call>\n{"name": "%(name)s", "arguments": %(arguments)s}\n</tool_call>'),
 )
 OPENING_MARKS = (
-    "<tool_call>", "<function=", "<|python_tag|>", "[TOOL_CALLS]", "<|tool_calls_section_begin|>",
-    "<|tool_call_begin|>", "<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>",
+    "<tool_call>", "<function=", "<|python_tag|>", "<|tool_calls_section_begin|>",
+    "<|tool_call_section_begin|>", "<|tool_call_begin|>", "<｜tool▁calls▁begin｜>",
+    "<｜tool▁call▁begin｜>",
 )
 CLOSING_MARKS = (
     "</tool_call>", "</function>", "<|eom_id|>", "<|eot_id|>", "<|tool_call_end|>",
-    "<|tool_calls_section_end|>", "<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>",
+    "<|tool_calls_section_end|>", "<|tool_call_section_end|>", "<｜tool▁call▁end｜>",
+    "<｜tool▁calls▁end｜>",
 )
 ARGUMENT_MARKS = {"<parameter=": "</parameter>", "<arg_key>": "</arg_value>"}
 # Around names and values; the words are of DeepSeek's "function<｜tool▁sep｜>" and of "```json".
-SKIPPED = ("<｜tool▁sep｜>", "<|tool_call_argument_begin|>", "[ARGS]", "function", "json", *"`,;>")
-TOOL_MARKS = (
-    *OPENING_MARKS, *CLOSING_MARKS, *ARGUMENT_MARKS, *ARGUMENT_MARKS.values(), *SKIPPED[:3],
-)
+SKIPPED = ("<｜tool▁sep｜>", "<|tool_call_argument_begin|>", "function", "json", *"`,;>")
+TOOL_MARKS = (*OPENING_MARKS, *CLOSING_MARKS, *SKIPPED[:2], "<parameter=", "</parameter>",
+              "<arg_key>", "</arg_value>")
 # fmt: on
-PARTIAL_MARKS = {mark[:size] for mark in TOOL_MARKS for size in range(1, len(mark))}
-MAX_TOKEN = 256  # characters
-OPENING, MARK = ("|".join(map(re.escape, marks)) for marks in (OPENING_MARKS, TOOL_MARKS))
-OPENING_MARK = re.compile(OPENING)
-CALL_TOKEN = re.compile(rf"{MARK}|\w[\w.:-]{{0,255}}|\s{{1,256}}|\\[\s\S]?|[\s\S]")
-STRING_TOKEN = re.compile(r"""\\[\s\S]?|["'\x00-\x1f]|[^"'\\\x00-\x1f]+""")
+MARK, OPENING = ("|".join(map(re.escape, marks)) for marks in (TOOL_MARKS, OPENING_MARKS))
+PARTIAL = "(?:%s)\\Z" % "|".join(re.escape(m[:n]) for m in TOOL_MARKS for n in range(1, len(m)))
+# Tokens of text, of calls and of their strings. More text can't change them.
+TEXT_TOKEN = re.compile(rf"{OPENING}|(?!{PARTIAL})[\s\S][^<]*")
+CALL_TOKEN = re.compile(
+    rf"{MARK}|(?!{PARTIAL})(?:[\w.:-]{{1,255}}(?![\w.:-]|\Z)|[\w.:-]{{256}}|\s+|[^\w.:-])"
+)
+STRING_TOKEN = re.compile(r"""\\[\s\S]|["'\x00-\x1f]|[^"'\\\x00-\x1f]+""")
 KIMI_NAME = re.compile(r"^functions\.|:\d*$")
 NAMED_CALL = re.compile(r'{\s*"name"\s*:\s*"([^"\\{]+)"\s*,\s*"(?:arguments|parameters)"\s*:\s*{')
 ARGUMENT = re.compile(
@@ -3936,26 +3938,20 @@ class PromptedTools:
         self.complaint = ""
         self.form = next(form for form in TOOL_FORMS if form.models.search(model.lower()))
         self.single = call.body.get("parallel_tool_calls") is False
-        self.functions: Dict[str, Dict[str, Any]] = {}
-        self.ignored: List[str] = []
-        for tool in as_list(call.body.get("tools")):
-            function = function_of(tool)
-            if isinstance(function.get("name"), str):
-                self.functions[function["name"]] = function
-                self.ignored += ["strict"] if function.get("strict") else []
-            else:
-                self.ignored.append(str(as_dict(tool).get("type")))
+        tools = list(map(as_dict, as_list(call.body.get("tools"))))
+        self.functions = {as_str(each.get("name")): each for each in map(function_of, tools)}
+        self.functions.pop("", None)
+        self.ignored = ["strict" for each in self.functions.values() if each.get("strict")]
+        self.ignored += [str(tool.get("type")) for tool in tools if not function_of(tool)]
         self.required = self._choose(call.body.get("tool_choice"))
 
     def _choose(self, choice: Any) -> bool:
         """Apply ``tool_choice`` to the functions; whether one must be called."""
         if isinstance(choice, dict):
             allowed = as_dict(choice.get("allowed_tools"))
-            tools = as_list(allowed.get("tools")) or [choice]
-            names = [function_of(tool).get("name") for tool in tools]
-            self.functions = {
-                name: self.functions[name] for name in self.functions if name in names
-            }
+            chosen = map(function_of, as_list(allowed.get("tools")) or [choice])
+            names = [function.get("name") for function in chosen]
+            self.functions = {n: each for n, each in self.functions.items() if n in names}
             choice = allowed.get("mode", "required")
         if choice == "none":
             self.functions = {}
@@ -3973,22 +3969,27 @@ class PromptedTools:
                 messages.insert(0, {"role": "system"})
             messages[0] = add_paragraph(messages[0], self._instruction())
         if self.complaint:
-            messages[-1] = add_paragraph(messages[-1], self.complaint)
+            messages.append({"role": "user", "content": self.complaint})
         others = {name: body[name] for name in body if name not in TOOL_FIELDS}
         return {**others, "messages": messages}
 
     def _message(self, message: Dict[str, Any]) -> Dict[str, Any]:
         """Return a message with its calls as text; a result becomes a message of the user."""
         if message["role"] == "tool":
-            return {"role": "user", "content": self.form.result % message_text(message)}
+            text, parts = self.form.result % message_text(message), message.get("content")
+            images = [part for part in as_list(parts) if as_dict(part).get("type") != "text"]
+            return {
+                "role": "user",
+                "content": [{"type": "text", "text": text}, *images] if images else text,
+            }
         functions = map(function_of, as_list(message.get("tool_calls")))
         calls = [(str(each.get("name")), str(each.get("arguments") or "{}")) for each in functions]
         others = {name: message[name] for name in message if name != "tool_calls"}
-        return add_paragraph(others, self.form.write(calls)) if calls else others
+        return add_paragraph(others, self.form.write(*calls)) if calls else others
 
     def _instruction(self) -> str:
         """Return the system message's text with the form of a call and the functions."""
-        example = self.form.write([("FUNCTION", '{"PARAMETER":"VALUE"}')])
+        example = self.form.write(("FUNCTION", '{"PARAMETER":"VALUE"}'))
         functions = self.functions.values()
         tools = [_encode({"type": "function", "function": function}) for function in functions]
         text = self.prompt.replace("{call}", example).replace("{tools}", "\n".join(tools))
@@ -4001,34 +4002,193 @@ def function_of(tool: Any) -> Dict[str, Any]:
 
 
 def add_paragraph(message: Dict[str, Any], text: str) -> Dict[str, Any]:
-    """Return a message with a paragraph after its content."""
-    content = message.get("content")
-    if isinstance(content, list):
-        return {**message, "content": [*content, {"type": "text", "text": "\n\n" + text}]}
-    return {**message, "content": f"{content}\n\n{text}" if content else text}
+    """Return a message with a paragraph after its text, which is its content now."""
+    return {**message, "content": f"{message_text(message)}\n\n{text}".lstrip()}
 
 
-class MarkdownCode:
-    """Tracks whether streamed Markdown is in a code block, a code span or quotes."""
+class ToolCallFilter(TextFilter):
+    """Turns calls in Text events into ToolCall events.
 
-    # At the start of a line, or with no more than a language after it.
-    FENCE = re.compile(r"(?:^[ \t>*+-]*(?=[`~]+[^`]*$)|[ \t](?=[`~]+\w*$))(`{3,}|~{3,})")
-    MAX_LINE = 1000  # characters of the last line that are others
+    Calls stand between marks, outside of Markdown code. They are held back until the second mark
+    or the end of the answer, as all is text if it proves invalid: not JSON, of an unknown function,
+    or followed by other text. In a stream, arguments above HELD characters are passed on as they
+    arrive; if they then prove invalid, feed() raises an APIError, as it does to repeat a chat that
+    requires a call.
 
-    def __init__(self) -> None:
-        self.fence, self.line = "", ""
+    Generators read the answer token by token, of which the last one is "".
+    """
 
-    def feed(self, text: str) -> None:
-        *lines, last = (self.line + text).split("\n")
-        for line in lines:
-            mark = self.FENCE.search(line.rstrip())
-            if mark and mark[1].startswith(self.fence):
-                self.fence = "" if self.fence else mark[1]
-        self.line = last[-self.MAX_LINE :]
+    HELD, MAX_CALL = 256, 4 << 20  # characters
 
-    def is_open(self) -> bool:
-        in_span = len(re.findall("`+", self.line)) % 2 == 1
-        return bool(self.fence) or in_span or self.line[-1:] in ("'", '"')
+    def __init__(self, tools: PromptedTools) -> None:
+        self.tools, self.code = tools, MarkdownCode()
+        self.tokens: List[str] = []  # since an opening mark
+        self.calls: List[Tuple[str, str]] = []  # complete ones among them: name and arguments
+        self.size = 0  # of them and of those sent in parts, in characters
+        self.count = 0  # of calls sent
+        self.passed_on = False  # something of the answer
+        self._restart()
+
+    def _restart(self) -> None:
+        self.pattern, self.json, self.pending = TEXT_TOKEN, LooseJSON(""), ""
+        self.is_sent = False  # the beginning of the call that is read
+        self.reader = self._read_answer()
+        next(self.reader)
+
+    def feed(self, events: List[Event]) -> List[Event]:
+        out = super().feed(events)
+        if self.tools.single:
+            out = [event for event in out if not (isinstance(event, ToolCall) and event.index)]
+        self.passed_on = self.passed_on or bool(out)
+        return out
+
+    def read(self, event: Text) -> None:
+        text, at = self.pending + event.text, 0
+        while True:
+            match = (STRING_TOKEN if self.json.quote else self.pattern).match(text, at)
+            if not match:
+                break
+            at = match.end()
+            self._read_token(match[0])
+        self.pending = text[at:]
+        if self.tools.call.stream and self.size > self.HELD:
+            self._send_part()
+
+    def finish(self, finish: Finish) -> None:
+        if finish.reason == "length":
+            self.release()
+        else:
+            for token in (self.pending, ""):
+                self.pending = ""
+                self._read_token(token)
+        if not self.count:
+            self._repeat("The answer has no tool call.")
+        reason = "tool_calls" if self.count and finish.reason == "stop" else finish.reason
+        self.out.append(Finish(reason, finish.usage, finish.stop_sequence))
+
+    def release(self) -> None:
+        self.tokens = [] if self.is_sent else [*self.tokens, self.pending]
+        self._emit_text()
+        self._restart()
+
+    def _read_token(self, token: str) -> None:
+        self.tokens.append(token)
+        self.size += len(token)
+        self.reader.send(token)
+        if self.size > self.MAX_CALL:
+            self.reader.throw(ValueError("it is too long"))
+
+    def _read_answer(self) -> Generator[None, str, None]:
+        """Read text and calls by turns."""
+        token = yield
+        while True:
+            if token not in OPENING_MARKS or self.code.is_open():
+                self._emit_text()
+                token = yield
+                continue
+            try:
+                self.pattern = CALL_TOKEN
+                token = yield from self._read_calls()
+                self.pattern = TEXT_TOKEN
+            except ValueError as error:
+                if self.is_sent:
+                    self.stopped = True
+                    message = f"{self.tools.upstream_name} sent an invalid tool call."
+                    raise APIError(502, message, code="invalid_tool_call") from None
+                self.pattern, self.json = TEXT_TOKEN, LooseJSON("")
+                self._emit_text()
+                self._repeat(f"A tool call is invalid: {error}.")
+                token = yield
+
+    def _emit_text(self) -> None:
+        """Pass on the tokens as text."""
+        text = "".join(self.tokens)
+        self.tokens, self.calls, self.size = [], [], 0
+        if text:
+            self.code.feed(text)
+            self.out.append(Text(text))
+
+    def _read_calls(self) -> Generator[None, str, str]:
+        """Read and send calls between two marks; returns the token after closing marks."""
+        token = yield from self._read_marked()
+        self._send_calls()
+        while token in CLOSING_MARKS or token.isspace():
+            token = yield
+            if token in CLOSING_MARKS:
+                self.tokens.pop()
+        if not token or token in OPENING_MARKS:
+            self.tokens = [token]  # without blanks between and after calls
+        return token
+
+    def _read_marked(self) -> Generator[None, str, str]:
+        """Read the calls between two marks; returns the second one. Raises ValueError."""
+        functions, found, name = self.tools.functions, False, ""
+        arguments: Dict[str, Any] = {}
+        while True:
+            token = yield
+            if token in ("{", "[") and not arguments:
+                calls = yield from self._read_json(token, name)
+                self.calls += calls
+                found, name = True, ""
+            elif token in ARGUMENT_MARKS and name:
+                start = len(self.tokens) - 1
+                while (yield) not in ("", ARGUMENT_MARKS[token]):
+                    pass
+                key, value = read_argument("".join(self.tokens[start:]), functions[name])
+                arguments[key] = value
+            elif not found and KIMI_NAME.sub("", token) in functions:
+                found, name = True, KIMI_NAME.sub("", token)
+            elif not (token.isspace() or token in SKIPPED or token in OPENING_MARKS and not found):
+                break
+        if not found or token not in ("", *OPENING_MARKS, *CLOSING_MARKS):
+            raise ValueError("it has no valid JSON, or an unknown function")
+        if name:
+            self.calls.append((name, _encode(arguments)))
+        return token
+
+    def _read_json(self, token: str, name: str) -> Generator[None, str, List[Tuple[str, str]]]:
+        """Read an object or array; returns the calls in it that are still to be sent."""
+        json = self.json = LooseJSON(name)
+        json.feed(token)
+        while json.depth:
+            token = yield
+            if not token or token in TOOL_MARKS and not json.quote:
+                raise ValueError("it is not complete")
+            json.feed(token)
+        value = from_json("".join(json.tokens).encode())
+        value = {"name": name, "arguments": value} if name else value
+        calls = calls_of(value, self.tools.functions)
+        if self.is_sent:
+            self._send_part()
+            calls, self.is_sent = [], False
+        self.json = LooseJSON("")
+        return calls
+
+    def _send_part(self) -> None:
+        """Send the arguments read since the last time, once the function's name is known."""
+        json = self.json
+        if json.part and json.name in self.tools.functions:
+            if not self.is_sent:
+                self.calls.append((json.name, ""))
+                self._send_calls()
+                self.is_sent = True
+            self.out.append(ToolCall(self.count - 1, "".join(json.part)))
+            json.part, self.tokens = [], []
+
+    def _send_calls(self) -> None:
+        for name, arguments in self.calls:
+            if self.count == MAX_TOOL_CALLS:
+                raise too_many_calls(self.tools.upstream_name)
+            self.out.append(ToolCall(self.count, arguments, "call_" + new_id(), name))
+            self.count += 1
+        self.tokens, self.calls, self.size = [], [], 0
+
+    def _repeat(self, reason: str) -> None:
+        """Raise the error that repeats, once, a chat that requires a call."""
+        tools, is_late = self.tools, self.passed_on and self.tools.call.stream
+        if tools.required and not (tools.complaint or self.count or is_late):
+            tools.complaint, self.stopped = reason + MUST_CALL, True
+            raise APIError(502, reason, code="tools", category=Category.RETRY)
 
 
 class LooseJSON:
@@ -4078,7 +4238,7 @@ def calls_of(value: Any, functions: Iterable[str]) -> List[Tuple[str, str]]:
     for item in map(as_dict, value if isinstance(value, list) else [value]):
         item = function_of(item) or item
         name, arguments = str(item.get("name")), item.get("arguments", item.get("parameters"))
-        if isinstance(arguments, str):
+        if arguments and isinstance(arguments, str):
             arguments = from_json(arguments.encode())
         if name not in functions:
             raise ValueError(f"{name[:80]!r} is not a function")
@@ -4088,239 +4248,51 @@ def calls_of(value: Any, functions: Iterable[str]) -> List[Tuple[str, str]]:
     return calls
 
 
-def read_argument(mark: str, function: Dict[str, Any]) -> Generator[None, str, Tuple[str, Any]]:
-    """Read the tokens of an argument after its mark; returns its name and value.
+def read_argument(text: str, function: Dict[str, Any]) -> Tuple[str, Any]:
+    """Return the name and value of an argument between marks. Raises ValueError.
 
     The value has no quotes: it is JSON unless the function's schema wants a string.
     """
-    tokens = [mark]
-    while tokens[-1] != ARGUMENT_MARKS[mark]:
-        tokens.append((yield))
-        if not tokens[-1]:
-            raise ValueError("it is not complete")
-    argument = ARGUMENT.fullmatch("".join(tokens))
+    argument = ARGUMENT.fullmatch(text)
     if not argument:
-        raise ValueError("an argument has no name")
+        raise ValueError("an argument is not complete")
     name, text = argument[1] or argument[2], argument[3]
     properties = as_dict(as_dict(function.get("parameters")).get("properties"))
-    types = as_dict(properties.get(name)).get("type")
-    value = json_or_none(text.encode("utf-8", "replace"))
-    is_text = "string" in (types, *as_list(types)) or value is None and text != "null"
-    return name, text if is_text else value
+    if may_be_string(as_dict(properties.get(name))):
+        return name, text
+    word = LooseJSON.WORDS.get(text, text)  # Qwen3-Coder's template has Python's
+    value = json_or_none(word.encode("utf-8", "replace"))
+    return name, text if value is None and word != "null" else value
 
 
-def skip(words: Tuple[str, ...]) -> Generator[None, str, str]:
-    """Read tokens up to one that is neither blank nor one of the words; returns that."""
-    token = yield
-    while token in words or token.isspace():
-        token = yield
-    return token
+def may_be_string(schema: Dict[str, Any]) -> bool:
+    """Whether a JSON schema allows strings by its type, or by one of several."""
+    types = schema.get("type")
+    others = map(as_dict, as_list(schema.get("anyOf")))
+    return "string" in (types, *as_list(types)) or any(map(may_be_string, others))
 
 
-class ToolCallFilter(TextFilter):
-    """Turns calls in Text events into ToolCall events.
+class MarkdownCode:
+    """Tracks whether streamed Markdown is in a code block, a code span or quotes."""
 
-    A call begins with a mark outside of Markdown code. It is held back, as all of it is text if it
-    proves invalid: not JSON, of an unknown function, or without a closing mark before other text.
-    In a stream, arguments above HELD characters are passed on as they arrive; if they then prove
-    invalid, feed() raises an APIError, as it does to repeat a chat that requires a call.
+    # At the start of a line, or with no more than a language after it.
+    FENCE = re.compile(r"(?:^[ \t>*+-]*(?=[`~]+[^`]*$)|[ \t](?=[`~]+\w*$))(`{3,}|~{3,})")
+    MAX_LINE = 1000  # characters of the last line that are others
 
-    Generators read a call token by token, of which "" is the end of the answer, and raise
-    ValueError if it is invalid. A token at the end of the text waits, as it may be cut.
-    """
+    def __init__(self) -> None:
+        self.fence, self.line = "", ""
 
-    HELD, MAX_CALL = 256, 4 << 20  # characters
+    def feed(self, text: str) -> None:
+        *lines, last = (self.line + text).split("\n")
+        for line in lines:
+            mark = self.FENCE.search(line.rstrip())
+            if mark and mark[1].startswith(self.fence):
+                self.fence = "" if self.fence else mark[1]
+        self.line = last[-self.MAX_LINE :]
 
-    def __init__(self, tools: PromptedTools) -> None:
-        self.tools, self.code = tools, MarkdownCode()
-        self.reader: Any = None  # a generator, after an opening mark
-        self.value = LooseJSON("")  # its last one
-        self.raw: List[str] = []  # tokens since the first mark, or since the last call
-        self.size = 0  # of them, in characters
-        self.pending = ""  # a token or mark that may be longer
-        self.count = 0  # of calls sent
-        self.is_sent = False  # the name of the call that is read
-        self.passed_on = self.at_end = False
-
-    def feed(self, events: List[Event]) -> List[Event]:
-        out = super().feed(events)
-        self.passed_on = self.passed_on or bool(out)
-        return out
-
-    def is_passthrough(self, text: str) -> bool:
-        if self.reader or self.pending or "<" in text or "[" in text:
-            return False
-        self.code.feed(text)
-        return True
-
-    def read(self, event: Text) -> None:
-        text, self.pending, at = self.pending + event.text, "", 0
-        while at < len(text) and not self.stopped:
-            at = self._read_call(text, at) if self.reader else self._read_text(text, at)
-        if self.tools.call.stream and self.size > self.HELD:
-            self._send_part()
-
-    def release(self) -> None:
-        text = "" if self.is_sent else "".join(self.raw) + self.pending
-        self.reader, self.value, self.pending = None, LooseJSON(""), ""
-        self.raw, self.size, self.is_sent = [], 0, False
-        self._emit(text)
-
-    def _emit(self, text: str) -> None:
-        if text:
-            self.code.feed(text)
-            self.out.append(Text(text))
-
-    def _read_text(self, text: str, at: int) -> int:
-        """Pass on text up to an opening mark; returns the position after the mark."""
-        mark = OPENING_MARK.search(text, at)
-        if not mark:
-            end = max(text.rfind("<", at), text.rfind("[", at))
-            end = end if text[end : end + MAX_TOKEN] in PARTIAL_MARKS else len(text)
-            self._emit(text[at:end])
-            self.pending = text[end:]
-            return len(text)
-        self._emit(text[at : mark.start()])
-        if self.code.is_open():
-            self._emit(mark[0])
-        else:
-            self.reader, self.raw = self._read_calls(), [mark[0]]
-            next(self.reader)
-        return mark.end()
-
-    def _read_call(self, text: str, at: int) -> int:
-        """Read a token of a call; returns the position after it."""
-        in_string = self.value.quote != ""
-        token = next((STRING_TOKEN if in_string else CALL_TOKEN).finditer(text, at))[0]
-        end = at + len(token)
-        is_last = end == len(text) and len(token) < MAX_TOKEN and token not in TOOL_MARKS
-        is_cut = is_last or text[at : at + MAX_TOKEN] in PARTIAL_MARKS
-        if not self.at_end and (token == "\\" if in_string else is_cut):
-            self.pending = text[at:]
-            return len(text)
-        self.raw.append(token)
-        self.size += len(token)
-        self._read_token(token)
-        return end
-
-    def _read_token(self, token: str) -> None:
-        """Give the reader a token; an invalid call becomes text."""
-        try:
-            if self.size > self.MAX_CALL:
-                raise ValueError("it is too long")
-            self.reader.send(token)
-        except StopIteration:
-            self.raw = []  # line breaks after a call
-            self.release()
-        except ValueError as error:
-            if self.is_sent:
-                self.stopped = True
-                message = f"{self.tools.upstream_name} sent an invalid tool call."
-                raise APIError(502, message, code="invalid_tool_call") from None
-            self.release()
-            self._repeat(f"A tool call is invalid: {error}.")
-
-    def _read_calls(self) -> Generator[None, str, None]:
-        """Read calls after an opening mark, as long as no text follows one."""
-        while True:
-            token = yield from self._read_marked()
-            if token in CLOSING_MARKS:
-                token = yield from skip(CLOSING_MARKS)
-                self.raw = [word for word in self.raw if word not in CLOSING_MARKS]
-            if not token:
-                return
-            if token not in OPENING_MARKS:
-                raise ValueError("text follows")
-            self.raw = [token]
-
-    def _read_marked(self) -> Generator[None, str, str]:
-        """Read and send the calls between two marks; returns the second one."""
-        calls: List[Tuple[str, str]] = []
-        arguments: Dict[str, Any] = {}
-        token = yield from skip(OPENING_MARKS + SKIPPED)
-        name = KIMI_NAME.sub("", token)
-        if name in self.tools.functions:
-            token = yield from skip(SKIPPED)
-        else:
-            name = ""
-        while name and token in ARGUMENT_MARKS:
-            key, value = yield from read_argument(token, self.tools.functions[name])
-            arguments[key] = value
-            token = yield from skip(SKIPPED)
-        if arguments or name and token in CLOSING_MARKS:
-            calls = [(name, _encode(arguments))]
-        while token in ("{", "[") and not arguments:
-            if calls:
-                self._send_calls(calls)
-                self.raw = [] if self.stopped else [token]
-            calls = yield from self._read_json(token, name)
-            if self.is_sent:
-                self._send_calls([])
-                return CLOSING_MARKS[0]
-            name = ""
-            token = yield from skip(SKIPPED)
-        if not calls or token not in ("", *OPENING_MARKS, *CLOSING_MARKS):
-            raise ValueError("it has no valid JSON, or an unknown function")
-        self._send_calls(calls)
-        return token
-
-    def _read_json(self, token: str, name: str) -> Generator[None, str, List[Tuple[str, str]]]:
-        """Read an object or array; returns the calls in it."""
-        value = self.value = LooseJSON(name)
-        value.feed(token)
-        while value.depth:
-            token = yield
-            if not token:
-                raise ValueError("it is not complete")
-            value.feed(token)
-        parsed = from_json("".join(value.tokens).encode())
-        parsed = {"name": name, "arguments": parsed} if name else parsed
-        calls = calls_of(parsed, self.tools.functions)
-        if self.is_sent:
-            self._send_part()
-        self.value = LooseJSON("")
-        return calls
-
-    def _send_part(self) -> None:
-        """Send the arguments read since the last time, once the function's name is known."""
-        if self.value.part and self.value.name in self.tools.functions:
-            if not self.is_sent:
-                self._start_call(self.value.name, "")
-            self.out.append(ToolCall(self.count - 1, "".join(self.value.part)))
-            self.value.part, self.raw, self.is_sent = [], [], True
-
-    def _start_call(self, name: str, arguments: str) -> None:
-        if self.count == MAX_TOOL_CALLS:
-            raise too_many_calls(self.tools.upstream_name)
-        self.out.append(ToolCall(self.count, arguments, "call_" + new_id(), name))
-        self.count += 1
-
-    def _send_calls(self, calls: List[Tuple[str, str]]) -> None:
-        """Send complete calls, which a mark or the end of the answer has confirmed."""
-        for name, arguments in calls[: 1 if self.tools.single else None]:
-            self._start_call(name, arguments)
-        self.raw, self.size, self.is_sent = [], 0, False
-        if self.tools.single and self.count and not self.at_end:
-            self.stopped = True
-            self.out.append(Finish("tool_calls"))
-
-    def _repeat(self, reason: str) -> None:
-        """Raise the error that repeats, once, a chat that requires a call."""
-        tools, is_late = self.tools, self.passed_on and self.tools.call.stream
-        if tools.required and not (tools.complaint or self.count or is_late):
-            tools.complaint, self.stopped = reason + MUST_CALL, True
-            raise APIError(502, reason, code="tools", category=Category.RETRY)
-
-    def finish(self, finish: Finish) -> None:
-        self.at_end = True
-        self.read(Text(""))  # what was pending
-        if self.reader and not (self.is_sent and finish.reason == "length"):
-            self._read_token("")
-        self.release()
-        if not self.count:
-            self._repeat("The answer has no tool call.")
-        reason = "tool_calls" if self.count and finish.reason == "stop" else finish.reason
-        self.out.append(Finish(reason, finish.usage, finish.stop_sequence))
+    def is_open(self) -> bool:
+        in_span = len(re.findall("`+", self.line)) % 2 == 1
+        return bool(self.fence) or in_span or self.line[-1:] in ("'", '"')
 
 
 # == 10. controllers ==========================================================================

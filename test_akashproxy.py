@@ -5820,12 +5820,15 @@ def function(name, **types):
 
 
 FUNCTIONS = [function("weather", city="string", days="integer"), function("write", path="string", content="string"), function("now")]
+FUNCTIONS[1]["function"]["parameters"]["properties"].update(mode={"anyOf": [{"type": "string"}, {"type": "null"}]}, append={"anyOf": [{"type": "boolean"}, {"type": "null"}]})
+LONG = {"content": "it\'s \"x\" </tool_call>\n" * 20}     # it is sent in parts
+LONG_CALL = json.dumps({"name": "write", "arguments": LONG})
 KYIV = '{"name": "weather", "arguments": {"city": "Kyiv"}}'
 IN_KYIV, LVIV = ("weather", {"city": "Kyiv"}), '{"name": "weather", "arguments": {"city": "Lviv"}}'
 
 # One call in each form that chat templates and reports of bugs show. Hermes: NousResearch/Hermes-Function-Calling, Qwen2.5 and Qwen3; its slips:
 # NousResearch/hermes-agent#5315 and #22696, minpeter/ai-sdk-tool-call-middleware#298. Tags: Qwen/Qwen3-Coder, zai-org/GLM-4.5. Marks: the
-# templates of moonshotai/Kimi-K2-Instruct, deepseek-ai/DeepSeek-V3 and V3.1, mistralai; meta-llama/llama-models, models/llama3_1/prompt_format.md.
+# templates of moonshotai/Kimi-K2-Instruct, deepseek-ai/DeepSeek-V3 and V3.1; meta-llama/llama-models, models/llama3_1/prompt_format.md.
 CALL_FORMS = {
     "Hermes": f"<tool_call>\n{KYIV}\n</tool_call>",
     "Hermes in one line": f"<tool_call>{KYIV}</tool_call>",
@@ -5841,6 +5844,10 @@ CALL_FORMS = {
     "Qwen3-Coder": "<tool_call>\n<function=weather>\n<parameter=city>\nKyiv\n</parameter>\n</function>\n</tool_call>",
     "Qwen3-Coder without the outer tag": "<function=weather>\n<parameter=city>\nKyiv\n</parameter>\n</function>",
     "GLM-4.5": "<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>Kyiv</arg_value>\n</tool_call>",
+    "Kimi K2, with blanks and another name of the section": '<|tool_call_section_begin|> <|tool_call_begin|>\nweather:12 <|tool_call_argument_begin|> '
+                                                            '{\n  "city": "Kyiv"\n} <|tool_call_end|> <|tool_call_section_end|>',
+    "GLM-4.7": "<tool_call>weather<arg_key>city</arg_key><arg_value>Kyiv</arg_value></tool_call>",
+    "Llama's function tag without its end": '<function=weather{"city": "Kyiv"}</function>',
     "Kimi K2": '<|tool_calls_section_begin|><|tool_call_begin|>functions.weather:0<|tool_call_argument_begin|>{"city": "Kyiv"}'
                "<|tool_call_end|><|tool_calls_section_end|>",
     "DeepSeek-V3": "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n```json\n"
@@ -5852,15 +5859,18 @@ TOOL_ANSWERS = {    # an answer: its text, its calls
     **{f"{form}, after text": (f"I look. {call}", "I look. ", [IN_KYIV]) for form, call in CALL_FORMS.items()},
     **{f"{form}, twice": (f"{call}\n{call}\n", "", [IN_KYIV, IN_KYIV]) for form, call in CALL_FORMS.items()},
     "text before and after": (f"A `x` <b>\n<tool_call>{KYIV}</tool_call>\nB", "A `x` <b>\n\nB", [IN_KYIV]),
-    "Mistral's list": (f"[TOOL_CALLS] [{KYIV}]", "", [IN_KYIV]),
-    "Mistral's name": ('[TOOL_CALLS]weather[ARGS]{"city": "Kyiv"}', "", [IN_KYIV]),
     "no closing tag at the end": (f"<tool_call>{KYIV}", "", [IN_KYIV]),
     "no closing tag but a blank": (f"<tool_call>\n{KYIV}\n", "", [IN_KYIV]),
     "no closing tag between two": (f"<tool_call>{KYIV}<tool_call>{KYIV}</tool_call>", "", [IN_KYIV, IN_KYIV]),
     "several in one tag": (f"<tool_call>{KYIV}\n{LVIV}</tool_call>", "", [IN_KYIV, ("weather", {"city": "Lviv"})]),
     "several in one tag, by commas": (f"<tool_call>{KYIV}, {LVIV}</tool_call>", "", [IN_KYIV, ("weather", {"city": "Lviv"})]),
-    "a broken one after a complete one": (f"<tool_call>{KYIV}\n{{broken</tool_call>", "{broken</tool_call>", [IN_KYIV]),
+    "a broken one, closed, before another": (f"<tool_call>{{broken</tool_call><tool_call>{KYIV}</tool_call>", "<tool_call>{broken</tool_call>", [IN_KYIV]),
     "a list of several": (f"<tool_call>[{KYIV}, {LVIV}]</tool_call>", "", [IN_KYIV, ("weather", {"city": "Lviv"})]),
+    "a long one": (f"A <tool_call>{LONG_CALL}</tool_call>\nB", "A \nB", [("write", LONG)]),
+    "a long one after another in one tag": (f"<tool_call>{KYIV}\n{LONG_CALL}\n{LVIV}\n</tool_call>", "", [IN_KYIV, ("write", LONG), ("weather", {"city": "Lviv"})]),
+    "a long one, arguments first": ('<tool_call>{"arguments": %s, "name": "write"}</tool_call>' % json.dumps(LONG), "", [("write", LONG)]),
+    "a long one, arguments as a string": ("<tool_call>%s</tool_call>" % json.dumps({"name": "write", "arguments": json.dumps(LONG)}), "", [("write", LONG)]),
+    "a long one in single quotes": ("<tool_call>%s</tool_call>" % {"name": "write", "arguments": LONG}, "", [("write", LONG)]),
     "a mark within a string": ('<tool_call>{"name": "write", "arguments": {"content": "</tool_call> <tool_call>"}}</tool_call>', "",
                                [("write", {"content": "</tool_call> <tool_call>"})]),
     "escapes": ('<tool_call>{"name": "write", "arguments": {"content": "\\"a\\\\\\n\\u00e9 {[ é"}}</tool_call>', "", [("write", {"content": '"a\\\n\xe9 {[ é'})]),
@@ -5868,10 +5878,15 @@ TOOL_ANSWERS = {    # an answer: its text, its calls
     "an apostrophe in single quotes": ("<tool_call>{'name': 'write', 'arguments': {'content': 'it\\'s \"x\"', 'path': None}}</tool_call>", "",
                                        [("write", {"content": 'it\'s "x"', "path": None})]),
     "no arguments": ("<tool_call>now</tool_call>", "", [("now", {})]),
+    "an empty string as arguments": ('<tool_call>{"name": "now", "arguments": ""}</tool_call>', "", [("now", {})]),
     "null as arguments": ('<tool_call>{"name": "now", "arguments": null}</tool_call>', "", [("now", {})]),
     "no field arguments": ('<tool_call>{"name": "now"}</tool_call>', "", [("now", {})]),
     "typed parameters": ("<function=weather>\n<parameter=city>\n7\n</parameter>\n<parameter=days>\n7\n</parameter>\n</function>", "",
                          [("weather", {"city": "7", "days": 7})]),
+    "parameters in Python's words": ("<function=write>\n<parameter=append>\nTrue\n</parameter>\n<parameter=mode>\nTrue\n</parameter>\n</function>", "",
+                                     [("write", {"append": True, "mode": "True"})]),
+    "a parameter that may be a string or null": ("<function=write>\n<parameter=mode>\n7\n</parameter>\n<parameter=append>\nNone\n</parameter>\n</function>", "",
+                                                 [("write", {"mode": "7", "append": None})]),
     "another form's mark in a parameter": ("<function=write>\n<parameter=content>\n</arg_value>\n</parameter>\n</function>", "", [("write", {"content": "</arg_value>"})]),
     "parameters without a closing tag": ("<function=write>\n<parameter=content>\na\n</parameter>\n<function=now>\n</function>", "", [("write", {"content": "a"}), ("now", {})]),
     "lines in a parameter": ("<function=write>\n<parameter=content>\n<a>\n\nb\n\n</parameter>\n</function>", "", [("write", {"content": "<a>\n\nb\n"})]),
@@ -5887,7 +5902,7 @@ NO_CALLS = [
     '<tool_call>{"name": "weather", "arguments": "Kyiv"}</tool_call>', '<function=weather>Kyiv</function>', "<function=rm>{}</function>", "<function=", KYIV,
     f"```json\n{KYIV}\n```", f"So: ```json\n{CALL_FORMS['Hermes']}\n```", "<|python_tag|>weather.call(city='Kyiv')", "<tool_call>rm\n<arg_key>a</arg_key>\n<arg_value>b</arg_value>\n</tool_call>",
     f"<tool_call>[{KYIV}, {{}}]</tool_call>", "if (a[0] < b) { return '<tool>' }", '<tool_call>{"name": "weather", "arguments": {"city": "Ky',
-    f"<tool_call>not {KYIV}</tool_call>",
+    f"<tool_call>not {KYIV}</tool_call>", f"<tool_call>{KYIV}\n{{broken</tool_call>",
 ]
 TOOL_ANSWERS.update({f"text: {text}": (text, text, []) for text in NO_CALLS})
 
@@ -5922,7 +5937,7 @@ def test_long_arguments_are_sent_as_they_arrive():
         calls = [event for batch in events for event in batch]
         assert len(calls) > 100 and all(isinstance(event, ToolCall) for event in calls)
         assert next(at for at, batch in enumerate(events) if batch) < 60 and step.feed([Finish("stop")]) == [Finish("tool_calls")]
-        assert json.loads(fold(calls).tools[0].arguments) == {"content": content}
+        assert [json.loads(call.arguments) for call in fold(calls).tools] == [{"content": content}]
 
 
 def test_a_long_call_that_proves_invalid_ends_a_stream_with_an_error_and_is_text_otherwise():
@@ -5949,15 +5964,19 @@ def test_only_what_may_begin_a_call_is_held_back():
     assert step.feed([Text("a <b> [c] <tool")]) == [Text("a <b> [c] ")] and step.feed([Text("s>")]) == [Text("<tools>")]
 
 
-def test_one_call_only_ends_the_answer():
-    step = akashproxy.ToolCallFilter(prompted(parallel_tool_calls=False))
-    events = step.feed([Text(f"<tool_call>{KYIV}</tool_call>\n<tool_call>{KYIV}</tool_call>")])
-    assert [type(event) for event in events] == [ToolCall, Finish] and step.stopped
+def test_without_parallel_calls_only_the_first_one_is_sent():
     for call in (KYIV, '{"name": "write", "arguments": {"content": "%s"}}' % ("x" * 999)):    # one that is sent at once, and one in parts
-        answer = [Text(piece) for piece in re.findall("(?s).{1,99}", f"<tool_call>{call}")], [Text("</tool_call>"), Finish("stop", {"total_tokens": 9})]
         step = akashproxy.ToolCallFilter(prompted(parallel_tool_calls=False))
-        events = step.feed(answer[0]) + step.feed(answer[1])
-        assert len(fold(events).tools) == 1 and [type(event) for event in events].count(Finish) == 1 and type(events[-1]) is Finish
+        answer = fold(filtered(step, re.findall("(?s).{1,99}", f"A <tool_call>{call}</tool_call>\n<tool_call>{KYIV}{call}</tool_call>\nB")))
+        assert [each.index for each in answer.tools] == [0] and json.loads(call)["arguments"] == json.loads(answer.tools[0].arguments)
+        assert answer.text == "A \nB" and answer.finish == Finish("tool_calls")
+
+
+@pytest.mark.parametrize("call", ["<tool_call>now", "<function=write>\n<parameter=path>\na\n</parameter>\n", f"<tool_call>{KYIV}", f"<tool_call>{KYIV}\n{{"])
+def test_a_call_that_may_be_cut_by_the_limit_is_text(call):
+    step = akashproxy.ToolCallFilter(prompted())
+    answer = fold(step.feed([Text(call)]) + step.feed([Finish("length")]) + step.close())
+    assert answer.text == call and not answer.tools and answer.finish == Finish("length")
 
 
 TOOL_MODELS = {"x": "<tool_call>\n{", "Qwen/Qwen3-235B-A22B": "<tool_call>\n{", "Meta-Llama-3-3-70B-Instruct": "<function=", "zai-org/GLM-4.5-Air": "<tool_call>FUNCTION\n<arg_key>",
@@ -5977,6 +5996,13 @@ def test_tools_and_history_become_text_in_the_models_own_form(model):
     assert results["content"].index("sun") < results["content"].index("rain")
     step = akashproxy.ToolCallFilter(tools)
     assert fold(step.feed([Text(assistant["content"]), Finish("stop")])).text == "I look.\n\n" and step.count == 2, "it reads what it writes"
+
+
+def test_images_of_a_result_are_kept():
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+    call = Call({"model": "m", "messages": [user("x"), returned("c1", [text_part("100%s"), image])], "tools": FUNCTIONS})
+    result = akashproxy.PromptedTools(call, "m", akashproxy.TOOLS_PROMPT, "fake").body()["messages"][-1]
+    assert result == user([text_part("<tool_response>\n100%s\n</tool_response>"), image])
 
 
 def test_without_a_choice_nothing_is_added_to_the_prompt():
@@ -8292,7 +8318,7 @@ def test_where_a_filter_is_cut_changes_nothing(rng):
 @fuzzed(100)
 def test_where_a_tool_call_is_cut_changes_nothing(rng):
     parts = ["a ", "\n", "`", "<tool_call>", "</tool_call>", "<tool", '{"name": "now", "arguments": {}}', "{'name': 'now',}", "<function=", "now", ">",
-             "[TOOL_CALLS]", "<parameter=a>1</parameter>", "</function>", "}", "functions.", ":0", "<｜tool▁sep｜>"]
+             "<|tool_call_begin|>", "<parameter=a>1</parameter>", "</function>", "}", "functions.", ":0", "<｜tool▁sep｜>"]
     text = "".join(rng.choice(parts) for _ in range(rng.randint(1, 9)))
     answers = [tool_answer(pieces) for pieces in ([text], list(text), cut_up(rng, text))]
     assert answers[0] == answers[1] == answers[2], text
