@@ -8804,7 +8804,7 @@ class BlockDialect(Dialect):
     RENAMED_PARAMS: Dict[str, str] = {}  # fields with an equivalent in a chat, and its name
     KNOWN_PARAMS: Tuple[str, ...] = ()  # fields that to_chat() handles; others are ignored
     keeps_text = True
-    MAX_HIDDEN_REASONING = 1000  # characters
+    MAX_KEPT_REASONING = 1000  # characters
     BLOCKS_END_WITH_TEXT = True  # stop_block() repeats the block's text
     FUNCTION_TYPES: Tuple[Any, ...] = ()  # types of tools that are functions
     SCHEMA_KEY = ""  # their field with the JSON schema of the parameters
@@ -8816,7 +8816,8 @@ class BlockDialect(Dialect):
         self.extra_values = 0  # in the IDs of its calls
         self.has_begun = False  # there are further messages of the user or the assistant
         self.show_reasoning = True
-        self.hidden_reasoning = ""  # the beginning of what is not shown
+        self.returns_reasoning = False  # the client sends back what it gets, with a signature
+        self.kept_reasoning = ""  # the beginning of what it can't send back
         self.open_block: Any = None  # block_key() of the open block
         self.open_text: List[str] = []
         self.block_index = 0  # of the open or next block
@@ -9046,9 +9047,10 @@ class BlockDialect(Dialect):
     # -- the response
 
     def encode_event(self, event: Event) -> bytes:
-        if isinstance(event, Reasoning) and not self.show_reasoning:
-            self.hide_reasoning(event.text)
-            return b""
+        if isinstance(event, Reasoning):
+            self.keep_reasoning(event.text)
+            if not self.show_reasoning:
+                return b""
         if isinstance(event, (Text, Reasoning, ToolCall)):
             return self.encode_block(event)
         if isinstance(event, Finish):
@@ -9113,16 +9115,16 @@ class BlockDialect(Dialect):
     def answer_blocks(self, answer: Answer) -> List[BlockEvent]:
         """An answer as a sequence of events, one per block."""
         blocks: List[BlockEvent] = [Text(self.text(answer))]
+        self.keep_reasoning(answer.reasoning)
         if self.show_reasoning:
             blocks.insert(0, Reasoning(answer.reasoning))
-        else:
-            self.hide_reasoning(answer.reasoning)
         calls = [self.with_id(call, call.arguments) for call in answer.tools]
         return [*filter(text_of, blocks), *calls]
 
-    def hide_reasoning(self, text: str) -> None:
-        """Keep the beginning of reasoning that the client does not request."""
-        self.hidden_reasoning += text[: self.MAX_HIDDEN_REASONING - len(self.hidden_reasoning)]
+    def keep_reasoning(self, text: str) -> None:
+        """Keep the beginning of reasoning that the client can't send back, for with_id()."""
+        if not self.returns_reasoning:
+            self.kept_reasoning += text[: self.MAX_KEPT_REASONING - len(self.kept_reasoning)]
 
     def with_id(self, call: ToolCall, arguments: str) -> ToolCall:
         """A tool call with other arguments; its ID contains what the upstream wants back.
@@ -9135,8 +9137,8 @@ class BlockDialect(Dialect):
         if not CALL_ID.fullmatch(call_id):
             extra.update({"id": call_id} if 0 < len(call_id) <= MAX_CALL_ID else {})
             call_id = "call_" + new_id()
-        if self.hidden_reasoning:
-            extra["reasoning_content"], self.hidden_reasoning = self.hidden_reasoning, ""
+        if self.kept_reasoning:
+            extra["reasoning_content"], self.kept_reasoning = self.kept_reasoning, ""
         return ToolCall(call.index, arguments, id_with_extra(call_id, extra), call.name or "")
 
     def client_name(self, call: ToolCall) -> Tuple[str, Optional[str]]:
@@ -9376,7 +9378,7 @@ class Messages(BlockDialect):
 
     def to_chat(self, body: Dict[str, Any]) -> Dict[str, Any]:
         thinking, config = as_dict(body.get("thinking")), as_dict(body.get("output_config"))
-        self.show_reasoning = (
+        self.show_reasoning = self.returns_reasoning = (
             thinking.get("type") not in (None, "disabled") and thinking.get("display") != "omitted"
         )
         tools = self.convert_tools(body.get("tools"))
@@ -9647,7 +9649,6 @@ class Responses(BlockDialect):
     }
     # fmt: on
 
-    shows_encrypted = False  # reasoning items have encrypted_content
     sequence_number = 0  # of the next event
     stream_started = False
 
@@ -9669,7 +9670,7 @@ class Responses(BlockDialect):
         items = [{"role": "user", "content": sent}] if isinstance(sent, str) else sent
         self.convert_messages(self.messages_of_items(items))
         include = list(map(str, as_list(body.get("include"))))
-        self.shows_encrypted = self.ENCRYPTED in include
+        self.returns_reasoning = self.ENCRYPTED in include
         self.untranslated += [f"include.{name}"[:80] for name in include if name != self.ENCRYPTED]
         self.untranslated += [f"text.{name}" for name in text if name != "format"]
         if body.get("store") is True:
@@ -9837,7 +9838,7 @@ class Responses(BlockDialect):
         parts = [self.part_object(event)] if status == "completed" else []
         if isinstance(event, Reasoning):
             item = {"id": item_id, "type": "reasoning", "status": status, "summary": parts}
-            return {**item, "encrypted_content": UNSIGNED} if self.shows_encrypted else item
+            return {**item, "encrypted_content": UNSIGNED} if self.returns_reasoning else item
         return {
             "id": item_id,
             "type": "message",
