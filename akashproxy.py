@@ -9644,8 +9644,9 @@ class Responses(BlockDialect):
 
     Every event also has a sequence_number. A Reasoning is an item "reasoning", with the events
     response.reasoning_summary_part.* and response.reasoning_summary_text.*; a ToolCall is an item
-    "function_call", with response.function_call_arguments.*, or a "custom_tool_call". A truncated response ends with
-    response.incomplete, one that fails with the events error and response.failed.
+    "function_call", with response.function_call_arguments.*, or a "custom_tool_call". A truncated
+    response ends with response.incomplete, one that fails with the events error and
+    response.failed.
     """
 
     # fmt: off
