@@ -8889,9 +8889,9 @@ class BlockDialect(Dialect):
         for i, block in enumerate(content if isinstance(content, list) else [content]):
             fields = as_dict(block)
             block_type = fields.get("type")
-            if block_type in ("tool_use", "function_call"):
+            if is_call(fields):
                 calls.append(self.history_call(fields))
-            elif block_type in ("tool_result", "function_call_output"):
+            elif is_call_result(fields):
                 parts += self.append_tool_result(fields)
             elif block_type in ("thinking", "redacted_thinking", "reasoning"):
                 texts = as_list(fields.get("content")) or as_list(fields.get("summary"))
@@ -8923,7 +8923,8 @@ class BlockDialect(Dialect):
 
     def append_tool_result(self, block: Dict[str, Any]) -> ChatParts:
         """Append a tool's result as text; returns its images, for a message of the user."""
-        parts = self.convert_content(block.get("content", block.get("output")))
+        result = (block[name] for name in ("content", "output", "tools") if name in block)
+        parts = self.convert_content(next(result, None))
         text = "\n\n".join(part["text"] for part in parts if part["type"] == "text")
         if block.get("is_error") is True and not text.lower().startswith("error"):
             text = f"Error: {text or 'the tool failed.'}"
@@ -8937,9 +8938,13 @@ class BlockDialect(Dialect):
         self.extra_values += count_values(extra)
         if self.extra_values > MAX_JSON_VALUES:
             raise bad_request(f"The IDs of tool calls contain more than {MAX_JSON_VALUES} values.")
-        arguments = block.get("arguments", block.get("input"))
+        given = (block[name] for name in CALL_ARGUMENTS if name in block)
+        arguments, call_type = next(given, None), str(block.get("type"))
+        if call_type == "custom_tool_call":
+            arguments = {"input": arguments}
         text = arguments if isinstance(arguments, str) else _encode(as_dict(arguments))
-        name = self.sent_name(block.get("name"), block.get("namespace"))
+        name = block.get("name", call_type.removesuffix("_call"))
+        name = self.sent_name(name, block.get("namespace"))
         return tool_call(ToolCall(0, text or "{}", call_id, name, extra))
 
     def convert_content(self, content: Any, param: str = "") -> ChatParts:
@@ -8975,6 +8980,9 @@ class BlockDialect(Dialect):
                 return [{"type": "image_url", "image_url": image}]
         if block_type == "document" and source.get("type") in ("text", "content"):
             return self.convert_content(source.get("data") or source.get("content"), param)
+        if block_type == "search_result":
+            about = [as_str(fields.get("title")), as_str(fields.get("source"))]
+            return self.convert_content([*about, *as_list(fields.get("content"))], param)
         if block is None and (self.has_begun or not param):
             return []
         if not param or self.has_begun and block_type:
@@ -9151,6 +9159,29 @@ class BlockDialect(Dialect):
 
 
 # -- The history of a conversation
+
+TOOL_LISTS = ("additional_tools", "tool_search_output")  # items
+CALL_ARGUMENTS = ("arguments", "input", "action", "operation")  # fields, by the type of call
+
+
+def is_call(block: Dict[str, Any]) -> bool:
+    """Whether a block or item is a tool call whose result the client sends.
+
+    Responses has function_call, custom_tool_call, shell_call, computer_call and others.
+    """
+    block_type = str(block.get("type"))
+    return block_type in ("tool_use", "function_call") or (
+        block_type.endswith("_call") and "call_id" in block
+    )
+
+
+def is_call_result(block: Dict[str, Any]) -> bool:
+    """Whether a block or item is a result of such a call."""
+    block_type = str(block.get("type"))
+    return block_type in ("tool_result", "tool_search_output") or block_type.endswith(
+        "_call_output"
+    )
+
 
 TOOL_NAME = re.compile("[A-Za-z0-9_-]{1,64}")  # OpenAI's rule
 MAX_CALL_ID = 40  # characters: OpenAI's limit
@@ -9603,6 +9634,16 @@ class CountTokens(Messages):
         return {"input_tokens": self.estimate_prompt()}
 
 
+class CustomToolCall(ToolCall):
+    """A call of a custom tool; its arguments are the tool's input."""
+
+
+def custom_input(arguments: str) -> str:
+    """The input of a custom tool in the arguments of its function: their only string."""
+    values = list(call_input(arguments).values()) or [""]
+    return values[0] if len(values) == 1 and isinstance(values[0], str) else arguments
+
+
 class Responses(BlockDialect):
     """POST /v1/responses, stateless. A stream, as event names and data without "type":
 
@@ -9618,8 +9659,9 @@ class Responses(BlockDialect):
 
     Every event also has a sequence_number. A Reasoning is an item "reasoning", with the events
     response.reasoning_summary_part.* and response.reasoning_summary_text.*; a ToolCall is an item
-    "function_call", with response.function_call_arguments.*. A truncated response ends with
-    response.incomplete, one that fails with the events error and response.failed.
+    "function_call", with response.function_call_arguments.*, or a "custom_tool_call". A truncated
+    response ends with response.incomplete, one that fails with the events error and
+    response.failed.
     """
 
     # fmt: off
@@ -9637,7 +9679,7 @@ class Responses(BlockDialect):
     ECHO_LIMIT = 1 << 16  # bytes; larger requests are not echoed: a stream has three copies
     KNOWN_PARAMS = (*ECHOED, *STATEFUL, "model", "input", "stream", "store", "include")
     ENCRYPTED = "reasoning.encrypted_content"
-    FUNCTION_TYPES, SCHEMA_KEY = ("function",), "parameters"
+    FUNCTION_TYPES, SCHEMA_KEY = ("function", "custom"), "parameters"
     # By event: prefix of the item's id, names of its text and part events, index of the part, and
     # further fields of the text events.
     ITEM_WIRE: Dict[Any, Tuple[str, str, str, Dict[str, Any], Dict[str, Any]]] = {
@@ -9646,6 +9688,7 @@ class Responses(BlockDialect):
         Reasoning: ("rs_", "response.reasoning_summary_text", "response.reasoning_summary_part",
                     {"summary_index": 0}, {}),
         ToolCall: ("fc_", "response.function_call_arguments", "", {}, {}),
+        CustomToolCall: ("ctc_", "response.custom_tool_call_input", "", {}, {}),
     }
     # fmt: on
 
@@ -9654,6 +9697,7 @@ class Responses(BlockDialect):
 
     def __init__(self, body: Any, base_url: Callable[[], str] = str) -> None:
         self.output: List[Dict[str, Any]] = []  # completed items
+        self.custom_tools: Set[str] = set()  # names, as they are sent
         super().__init__(body, base_url)
 
     # -- the request
@@ -9663,11 +9707,11 @@ class Responses(BlockDialect):
             if body.get(name):
                 raise not_stored(name, name)
         text, reasoning = as_dict(body.get("text")), as_dict(body.get("reasoning"))
-        tools = self.convert_tools(body.get("tools"))
-        instructions = self.convert_content(body.get("instructions") or [], "instructions")
-        self.append_message("system", instructions)
         sent = required_field(body, "input", (str, list), "a string or a list of items")
         items = [{"role": "user", "content": sent}] if isinstance(sent, str) else sent
+        tools = self.all_tools(body.get("tools"), items)
+        instructions = self.convert_content(body.get("instructions") or [], "instructions")
+        self.append_message("system", instructions)
         self.convert_messages(self.messages_of_items(items))
         include = list(map(str, as_list(body.get("include"))))
         self.returns_reasoning = self.ENCRYPTED in include
@@ -9685,11 +9729,19 @@ class Responses(BlockDialect):
             chat["parallel_tool_calls"] = body.get("parallel_tool_calls")
         return chat
 
+    def all_tools(self, tools: Any, items: List[Any]) -> List[Dict[str, Any]]:
+        """Convert the request's tools and those in its items, where Codex sends them."""
+        converted = self.convert_tools(tools)
+        for i, item in enumerate(map(as_dict, items)):
+            if item.get("type") in TOOL_LISTS:
+                converted += self.convert_tools(item.get("tools"), f"input[{i}].tools")
+        return list({tool["function"]["name"]: tool for tool in converted}.values())
+
     @staticmethod
     def messages_of_items(items: List[Any]) -> List[Tuple[str, Any, Any]]:
         """Items as messages; consecutive tool results are one message of the user.
 
-        References to reasoning (their ids begin with "rs_") are dropped.
+        References to reasoning (their ids begin with "rs_") and lists of tools are dropped.
         """
         messages: List[Tuple[str, Any, Any]] = []
         was_result = False
@@ -9697,7 +9749,9 @@ class Responses(BlockDialect):
             param, item_type = f"input[{i}]", item.get("type", "message")
             if item_type == "item_reference" and not str(item.get("id")).startswith("rs_"):
                 raise not_stored("An item_reference", param)
-            is_result = item_type == "function_call_output"
+            if item_type == "additional_tools":
+                continue
+            is_result = is_call_result(item)
             if item_type == "message":
                 messages.append((param, item.get("role"), item.get("content")))
             elif is_result and was_result:
@@ -9707,10 +9761,24 @@ class Responses(BlockDialect):
             was_result = is_result
         return messages
 
+    def convert_tool(
+        self, tool: Dict[str, Any], param: str, space: Optional[str]
+    ) -> Dict[str, Any]:
+        """Convert a function or a custom tool, whose input becomes the only parameter."""
+        if tool.get("type") != "custom":
+            return super().convert_tool(tool, param, space)
+        texts = tool.get("description"), as_dict(tool.get("format")).get("definition")
+        description = "\n\n".join(filter(None, map(as_str, texts)))
+        parameters = {"properties": {"input": {"type": "string"}}, "required": ["input"]}
+        sent = {**tool, "description": description or None, "parameters": parameters}
+        converted = super().convert_tool(sent, param, space)
+        self.custom_tools.add(converted["function"]["name"])
+        return converted
+
     def convert_tool_choice(self, choice: Any, tools: List[Dict[str, Any]]) -> Any:
         """Convert ``tool_choice``."""
         fields = as_dict(choice)
-        if fields.get("type") == "function":
+        if fields.get("type") in self.FUNCTION_TYPES:
             return self.chosen_tool(fields, tools)
         if fields:
             names_tools = fields.get("type") == "allowed_tools"
@@ -9742,18 +9810,35 @@ class Responses(BlockDialect):
         self.head = b'event: %b.delta\ndata: %b,"sequence_number":' % (name.encode(), delta)
         return self.item_frame("added", item) + self.part_frame("added", event)
 
+    def with_id(self, call: ToolCall, arguments: str) -> ToolCall:
+        call = super().with_id(call, arguments)
+        if call.name not in self.custom_tools:
+            return call
+        return CustomToolCall(call.index, custom_input(arguments), call.id, call.name)
+
     def delta(self, text: str) -> bytes:
+        if isinstance(self.open_item, CustomToolCall):  # its input is within incomplete JSON
+            return b""
+        return self.delta_frame(text)
+
+    def delta_frame(self, text: str) -> bytes:
         self.sequence_number += 1
         return b'%b%d,"delta":%b}\n\n' % (self.head, self.sequence_number - 1, to_json(text))
 
     def stop_block(self, text: str) -> bytes:
         _, name, _, _, more = self.ITEM_WIRE[type(self.open_item)]
-        is_call = isinstance(self.open_item, ToolCall)
-        fields = {"arguments": text or "{}"} if is_call else {"text": text}
-        event = dataclasses.replace(self.open_item, **fields)
+        frames, field = b"", "arguments" if isinstance(self.open_item, ToolCall) else "text"
+        if isinstance(self.open_item, CustomToolCall):
+            text = custom_input(text)
+            frames = self.delta_frame(text)
+        elif field == "arguments":
+            text = text or "{}"
+        event = dataclasses.replace(self.open_item, **{field: text})
+        field = "input" if frames else field
         self.output.append(self.output_item(event, self.item_ref["item_id"]))
         return (
-            self.frame(name + ".done", **self.item_ref, **more, **fields)
+            frames
+            + self.frame(name + ".done", **self.item_ref, **more, **{field: text})
             + self.part_frame("done", event)
             + self.item_frame("done", self.output[-1])
         )
@@ -9826,14 +9911,15 @@ class Responses(BlockDialect):
         """An item of the output; it has no parts until it is completed."""
         if isinstance(event, ToolCall):
             name, space = self.client_name(event)
+            is_custom = isinstance(event, CustomToolCall)
             return {
                 "id": item_id,
-                "type": "function_call",
+                "type": "custom_tool_call" if is_custom else "function_call",
                 "status": status,
                 "call_id": event.id,
                 "name": name,
                 **({"namespace": space} if space else {}),
-                "arguments": event.arguments,
+                "input" if is_custom else "arguments": event.arguments,
             }
         parts = [self.part_object(event)] if status == "completed" else []
         if isinstance(event, Reasoning):

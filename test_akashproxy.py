@@ -5157,9 +5157,18 @@ CALLED = {"type": "function_call", "call_id": "c1", "name": "f", "arguments": '{
                       returned("c2", "2"), user([picture("data:x")])]}, "item_reference, web_search_call"),
     "a call at once": ({"input": [CALLED]}, {"messages": [called(("c1", "f", '{"a":[1]}')), no_result("c1")]}, None),
     "tools": ({"tools": [{"type": "function", "name": "f", "description": "d", "parameters": {"type": "object"}, "strict": False}, {"type": "namespace", "name": "n"},
-                         {"type": "web_search"}, {"type": "custom", "name": "c"}], "tool_choice": "auto", "parallel_tool_calls": True},
+                         {"type": "web_search"}, {"type": "mcp", "server_label": "c"}], "tool_choice": "auto", "parallel_tool_calls": True},
               {"tools": [{"type": "function", "function": {"name": "f", "description": "d", "strict": False, "parameters": {"type": "object", "properties": {}}}}],
-               "tool_choice": "auto", "parallel_tool_calls": True}, "namespace, web_search, custom"),
+               "tool_choice": "auto", "parallel_tool_calls": True}, "namespace, web_search, mcp"),
+    "a custom tool": ({"tools": [{"type": "custom", "name": "patch", "description": "Patches.", "format": {"type": "grammar", "syntax": "lark", "definition": "start: /.+/"}}],
+                       "tool_choice": {"type": "custom", "name": "patch"}},
+                      {"tools": [{"type": "function", "function": {"name": "patch", "description": "Patches.\n\nstart: /.+/", "parameters": {
+                          "type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}}}], "tool_choice": {"type": "function", "function": {"name": "patch"}}}, None),
+    "tools within the input": ({"tools": [{"type": "function", "name": "f"}], "input": [
+        {"type": "additional_tools", "role": "developer", "tools": [{"type": "namespace", "name": "n", "tools": [{"type": "function", "name": "g"}]}]}, user("x"),
+        {"type": "tool_search_call", "call_id": "c1", "arguments": {"query": "q"}}, {"type": "tool_search_output", "call_id": "c1", "tools": [{"type": "function", "name": "f"}, {"type": "function", "name": "h"}]}]},
+        {"tools": [tool(), tool("n__g"), tool("h")], "messages": [user("x"), called(("c1", "tool_search", '{"query":"q"}')),
+                                                                  returned("c1", '{"type":"function","name":"f"}\n\n{"type":"function","name":"h"}')]}, None),
     "one tool": ({"tools": [{"type": "function", "name": "f"}], "tool_choice": {"type": "function", "name": "f"}},
                  {"tools": [tool()], "tool_choice": {"type": "function", "function": {"name": "f"}}}, None),
     "some tools": ({"tools": [{"type": "function", "name": "f"}], "tool_choice": {"type": "allowed_tools", "mode": "required", "tools": []}},
@@ -5385,6 +5394,7 @@ def result(content="1", id="t1", **fields):
     "an unknown block in a history": ([user([{"type": "hologram"}]), assistant("ok")],
                                       [user("[A block of type 'hologram' is left out.]"), assistant("ok")]),
     "empty blocks": ([system([text_part("")]), user([text_part(""), text_part("x")])], [user("x")]),
+    "results of a search": ([user([{"type": "search_result", "source": "http://s", "title": "T", "content": [text_part("found")]}])], [user("T\n\nhttp://s\n\nfound")]),
 })
 def test_a_history_of_messages_as_a_chat(messages, chat, fake, pool):
     got = ask(pool(fake), "POST", "/v1/messages", {**ASKED, "messages": messages})
@@ -5423,6 +5433,13 @@ DEVELOPER, SAYS = developer("B"), assistant("doing")
     "outputs without IDs": ([CALL_ITEM, {**CALL_ITEM, "call_id": "c2"}, {**OUTPUT_ITEM, "call_id": None}, {**OUTPUT_ITEM, "call_id": None, "output": "2"}],
                             [C1_C2, R1, returned("c2", "2")]),
     "arguments as an object": ([{**CALL_ITEM, "arguments": {"a": 1}}, OUTPUT_ITEM], [called(("c1", "f", '{"a":1}')), R1]),
+    "a custom tool": ([{"type": "custom_tool_call", "call_id": "c1", "name": "f", "input": "a\n"}, {"type": "custom_tool_call_output", "call_id": "c1", "output": "1"}],
+                      [called(("c1", "f", '{"input":"a\\n"}')), R1]),
+    "a shell": ([{"type": "local_shell_call", "call_id": "c1", "action": {"command": ["ls"]}}, {"type": "local_shell_call_output", "call_id": "c1", "output": "1"}],
+                [called(("c1", "local_shell", '{"command":["ls"]}')), R1]),
+    "a patch": ([{"type": "apply_patch_call", "call_id": "c1", "operation": {"path": "a"}}, {"type": "apply_patch_call_output", "call_id": "c1", "output": "1"}],
+                [called(("c1", "apply_patch", '{"path":"a"}')), R1]),
+    "a search on the server": ([user("x"), {"type": "web_search_call", "id": "ws_1", "action": {"type": "search"}}, user("y")], [user("x"), user("y")]),
     "a PDF in an output": ([CALL_ITEM, {**OUTPUT_ITEM, "output": [PDF_FILE]}], [C1, returned("c1", PDF_NOTE)]),
     "a PDF in the first of two messages": ([user([PDF_FILE]), system("B"), user("y")], [system("B"), user(PDF_NOTE), user("y")]),
     "a PDF in an earlier message": ([user([PDF_FILE]), SAYS, user("y")], [user(PDF_NOTE), SAYS, user("y")]),
@@ -5609,7 +5626,7 @@ LONG = "mcp__plugin_some_marketplace_and_a_server_with_a_long_name__a_tool_with_
 def test_names_of_tools_are_sent_as_upstreams_take_them(name, space, pattern, streamed, fake, pool):
     server = pool(fake)
     one = {"type": "function", "name": name, "parameters": {"required": []}}
-    tools = [{"type": "namespace", "name": space, "tools": [one, {"type": "custom", "name": "c"}]}] if space else [one]
+    tools = [{"type": "namespace", "name": space, "tools": [one, {"type": "mcp", "name": "c"}]}] if space else [one]
     call = {**CALL_ITEM, "name": name, **({"namespace": space} if space else {})}
     body = {**WANTED, "tools": tools, "input": [call, OUTPUT_ITEM], "tool_choice": {"type": "function", "name": name, **({"namespace": space} if space else {})}}
     assert ask(server, "POST", "/v1/responses", body).status == 200
@@ -5626,6 +5643,25 @@ def test_names_of_tools_are_sent_as_upstreams_take_them(name, space, pattern, st
         got = ask(server, "POST", "/v1/messages", {**ASKED, "stream": streamed, "tools": [{"name": name}], "messages": [user("x")]})
         block = [event["content_block"] for event in named_events(got.body) if "content_block" in event][0] if streamed else got.json["content"][0]
         assert block["name"] == name and fake.bodies()[-1]["tools"][0]["function"]["name"] == used
+
+
+@pytest.mark.parametrize("arguments, expected", [('{"input":"a\\u00e9\\n"}', "a\u00e9\n"), ('{"patch":"a"}', "a"), ('{"input":"a","x":1}', '{"input":"a","x":1}'), ('{"input":"a', '{"input":"a'), ("a", "a"), ("{}", "")])
+def test_calls_of_custom_tools(arguments, expected, streamed, fake, pool):
+    calls = [{"tool_calls": [{"index": 0, "id": "c1", "function": {"name": "n__c", "arguments": arguments[:5]}}]},
+             {"tool_calls": [{"index": 0, "function": {"arguments": arguments[5:]}}]}]
+    fake.faults.append(answered(*calls, {"tool_calls": [{"index": 1, "id": "c2", "function": {"name": "f", "arguments": "{}"}}]}, finish="tool_calls"))
+    tools = [{"type": "namespace", "name": "n", "tools": [{"type": "custom", "name": "c"}]}, {"type": "function", "name": "f"}]
+    got = ask(pool(fake), "POST", "/v1/responses", {**WANTED, "stream": streamed, "tools": tools})
+    custom, function = (named_events(got.body)[-1]["response"] if streamed else got.json)["output"]
+    assert custom == {"id": custom["id"], "type": "custom_tool_call", "status": "completed", "call_id": "c1", "name": "c", "namespace": "n", "input": expected}
+    assert (function["type"], function["name"]) == ("function_call", "f")
+    if streamed:
+        events = [event for event in named_events(got.body) if event.get("output_index") == 0]
+        place = {"item_id": custom["id"], "output_index": 0}
+        assert [{name: value for name, value in event.items() if name != "sequence_number"} for event in events] == [
+            {"type": "response.output_item.added", "output_index": 0, "item": {**custom, "status": "in_progress", "input": ""}},
+            {"type": "response.custom_tool_call_input.delta", **place, "delta": expected}, {"type": "response.custom_tool_call_input.done", **place, "input": expected},
+            {"type": "response.output_item.done", "output_index": 0, "item": custom}]
 
 
 def test_equal_names_in_namespaces_stay_apart(fake, pool):
