@@ -6022,13 +6022,13 @@ class ImageBatch:
         self.lock = threading.Lock()  # held while a job is being started
         self.cancellation = Cancellation()  # of the request
         self.joined = False  # it has, or had, a request
-        self.failed = False  # the request got an error that SDKs retry
+        self.ended = False  # the request, without its images
         self.expires_at = math.inf
 
     def may_be_joined(self, now: float) -> bool:
-        """Whether its request ended without its images, not too long ago."""
-        has_ended = self.failed or self.cancellation.reason is not None
-        return has_ended and now < self.expires_at
+        """Whether its request has ended, or is about to, not too long ago."""
+        ended = self.ended or self.cancellation.reason is not None
+        return ended and now < self.expires_at
 
 
 class AkashImages:
@@ -6057,7 +6057,7 @@ class AkashImages:
         """Make the batch that the call repeats, or a new one, the call's own."""
         with self.lock:
             batch = self.find(call)
-            batch.cancellation, batch.joined, batch.failed = call.cancellation, True, False
+            batch.cancellation, batch.joined, batch.ended = call.cancellation, True, False
             batch.expires_at = self.clock() + self.KEPT_SECONDS
             self.batches[batch] = None
             self.batches.move_to_end(batch)
@@ -6065,21 +6065,28 @@ class AkashImages:
                 self.batches.popitem(last=False)
         return batch
 
-    def forget(self, batch: ImageBatch) -> None:
+    def leave(self, batch: ImageBatch, call: Call, may_be_repeated: bool) -> None:
+        """End a call's use of a batch, which is forgotten unless the call may be repeated."""
         with self.lock:
-            self.batches.pop(batch, None)
+            if not may_be_repeated:
+                self.batches.pop(batch, None)
+            elif batch.cancellation is call.cancellation:  # no repeat has joined it yet
+                # the reason of a cancellation would keep the request and its body in memory
+                batch.ended, batch.cancellation = True, Cancellation()
 
     def events(self, call: Call, data: bytes) -> Iterator[Event]:
         """Start a job for each image, then poll them; text instead of a job is passed on."""
-        batch = self.join(call)
+        batch, may_be_repeated = self.join(call), False
         try:
             yield from self._batch_events(call, data, batch)
-        except APIError as error:
-            batch.failed = error.status >= 500 and error.retry is not False
-            if not batch.failed:
-                self.forget(batch)
+        except APIError as error:  # those that SDKs retry
+            may_be_repeated = error.status >= 500 and error.retry is not False
             raise
-        self.forget(batch)
+        except (ClientDisconnected, GeneratorExit):
+            may_be_repeated = call.cancellation.reason is not None
+            raise
+        finally:
+            self.leave(batch, call, may_be_repeated)
 
     def _batch_events(self, call: Call, data: bytes, batch: ImageBatch) -> Iterator[Event]:
         """Yield a batch's events; one job at a time if concurrent requests are limited."""
@@ -6510,6 +6517,7 @@ def no_models() -> APIError:
         "Akash Chat lists no models at the moment.",
         retry_after=30,
         category=Category.NETWORK,
+        upstream_status=200,
     )
 
 
@@ -7337,7 +7345,8 @@ class OpenAIController(Controller):
         named = ((entry.get("id"), entry) for entry in map(as_dict, models))
         entries = bounded_model_list(self.name, named).values()
         if not entries:
-            raise APIError(503, f"{self.name} lists no models.")
+            message = f"{self.name} sent no list of models."
+            raise APIError(503, message, upstream_status=response.status)
         common = {"object": "model", "owned_by": self.name}
         models = [
             with_context_length(

@@ -1888,6 +1888,16 @@ def test_a_repeat_goes_to_the_controller_with_its_jobs(pool):
     assert route_of(ask(server, "POST", "/v1/images/generations", DRAW)) == "b=200"
 
 
+def test_jobs_are_kept_for_a_repeat_without_the_request(akash, serve):
+    def calls():
+        gc.collect()
+        return {id(call) for call in gc.get_objects() if type(call) is Call}
+
+    server, before = serve(), calls()
+    drawing(server, akash)
+    wait_for(lambda: not calls() - before)
+
+
 def test_image_jobs_are_kept_for_a_while_and_not_without_end():
     clock = Clock()
     batches = akashproxy.AkashImages(None, clock)
@@ -1898,7 +1908,7 @@ def test_image_jobs_are_kept_for_a_while_and_not_without_end():
         return call
 
     for number in range(1500):
-        batches.join(call_of(number)).failed = True
+        batches.join(call_of(number)).ended = True
     assert len(batches.batches) == 1000 and not batches.find(call_of(0)).joined and batches.find(call_of(1499)).joined
     clock.now += 601
     assert not batches.find(call_of(1499)).joined
@@ -11295,9 +11305,10 @@ def test_check_asks_each_controller(openai_fakes, akash, config):
     two.answer = lambda sock, request: time.sleep(20)
     done = run("--check", "--ask", UPSTREAM=f"{two.url}/v1", SESSION_TIMEOUT="0.3")
     assert done.returncode == 1 and "did not answer within 0.3 seconds" in done.stdout
-    two.answer = lambda sock, request: sock.sendall(reply(404, b"404 page not found"))
-    done = run("--check", "--ask", UPSTREAM=f"{two.url}/v1/chat")
-    assert re.fullmatch(r"openai: reachable, but lists no models: \w.*\w, \d+ ms", done.stdout.strip().splitlines()[-1])
+    for answer in (reply(404, b"404 page not found"), reply(200, b"[]"), reply(200, b"<html>", "text/html")):
+        two.answer = lambda sock, request, answer=answer: sock.sendall(answer)
+        done = run("--check", "--ask", UPSTREAM=f"{two.url}/v1/chat")
+        assert re.fullmatch(r"openai: reachable, but lists no models: \w.*\w, \d+ ms", done.stdout.strip().splitlines()[-1])
     assert re.fullmatch(r"ours: reachable, no key needed, 1 model, \d+ ms", ours)
     assert re.fullmatch(r"good: reachable, key accepted, 2 models, \d+ ms", good)
 
