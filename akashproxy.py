@@ -4590,7 +4590,8 @@ class Cache(Generic[T]):
         try:
             repeated = not self.expires and self.clock() < self.refresh_at
             if self.failure and (repeated or self.failed_at >= arrived_at):
-                raise self.failure
+                # otherwise each caller would add its frames, with the request, to the traceback
+                raise self.failure.with_traceback(None)
             value = self.value
             return self._replace() if value is None or value == old else value
         finally:

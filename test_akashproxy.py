@@ -1420,6 +1420,20 @@ def test_a_failed_renewal_leaves_the_old_cookie(akash):
     wait_for(lambda: len(akash.requests) == 3)
 
 
+def test_a_failure_that_is_repeated_keeps_no_caller_in_memory():
+    def fetch():
+        raise APIError(503, "down")
+
+    def depth_of_a_call():
+        with pytest.raises(APIError) as caught:
+            cache.get()
+        return len(list(akashproxy.traceback.walk_tb(caught.value.__traceback__)))
+
+    cache = akashproxy.Cache("list", fetch)
+    depth_of_a_call()
+    assert depth_of_a_call() == depth_of_a_call()
+
+
 def test_a_session_server_that_stalls_costs_all_one_time_out(akash, serve):
     akash.answer = akash.stall(None)
     server = serve(session_timeout=0.5)
