@@ -3817,6 +3817,17 @@ def test_a_process_without_descriptors_blames_no_upstream(config, a, b):
                 assert (state["failed"], state["rests_for_seconds"], state["last_error"]) == (0, 0, None)
 
 
+def test_connections_that_cannot_be_accepted_are_one_line_in_the_log():
+    resource = pytest.importorskip("resource")
+    limit = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))}
+    with started("--demo", popen=limit) as (process, server):
+        with crowd(server, 60, b""):
+            time.sleep(1.2)     # several ticks of its clock
+        wait_for(lambda: ask(server).status == 200)
+        process.terminate()
+        assert process.stderr.read().count("cannot accept a connection") == 1
+
+
 # -- other names of models, and several models behind one
 
 
