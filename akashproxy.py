@@ -6413,15 +6413,9 @@ class AkashController(Controller):
             )
         moved = redact(response.headers.get("location", "")[:1000], self.secrets())[:200]
         hint = f": it redirects to {moved}, check AKASH_BASE_URL" if moved else ""
+        message = f"Akash Chat did not start a session (status {response.status}){hint}."
         wait = retry_after_seconds(response.headers, answer)
-        raise APIError(
-            503,
-            f"Akash Chat did not start a session (status {response.status}){hint}.",
-            code="upstream_session",
-            retry_after=wait or 5,
-            category=Category.RATE_LIMIT if wait else Category.NETWORK,
-            upstream_status=response.status,
-        )
+        raise no_session(message, response.status, wait)
 
     def _fail(self, response: UpstreamResponse, body: bytes, model: str, cookie: str) -> NoReturn:
         """Raise the error for an unsuccessful response.
@@ -6431,12 +6425,12 @@ class AkashController(Controller):
         request = response.request
         status, fields = response.status, as_dict(json_or_none(body))
         message = str(fields.get("message") or fields.get("error") or "")
-        rejected = status == 403 and message == "Unauthorized: Invalid session"
-        if rejected and request.retry_reason != "session":
+        if status == 403 and message == "Unauthorized: Invalid session":
             self.session.invalidate(cookie)
-            raise APIError(
-                502, "Akash Chat rejected the session.", code="session", category=Category.RETRY
-            )
+            if request.retry_reason != "session":
+                message = "Akash Chat rejected the session."
+                raise APIError(502, message, code="session", category=Category.RETRY)
+            raise no_session("Akash Chat rejected a new session.", status)  # its store is down
         if status == 400 and not fields and body:
             message = "Bad request: " + body[:4000].decode("utf-8", "replace")
         message, secrets = message[:4000], self.secrets(cookie)
@@ -6509,6 +6503,18 @@ class AkashController(Controller):
         lengths = {model["id"]: model.get(CONTEXT_FIELDS[0], AKASH_CONTEXT) for model in models}
         self.context_lengths = lengths
         return models, self.settings.models_ttl
+
+
+def no_session(message: str, status: int, wait: Optional[float] = None) -> APIError:
+    """Return the 503 for a server without sessions; ``wait`` are the seconds that it named."""
+    return APIError(
+        503,
+        message,
+        code="upstream_session",
+        retry_after=wait or 5,
+        category=Category.RATE_LIMIT if wait else Category.NETWORK,
+        upstream_status=status,
+    )
 
 
 def no_models() -> APIError:

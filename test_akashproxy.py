@@ -1492,9 +1492,11 @@ def test_an_expired_session_is_renewed_once(akash, serve):
 
 def test_a_session_that_stays_invalid_is_no_loop(akash, serve):
     akash.faults += [akash.raw(reply(403, BAD_SESSION), keep=True)] * 9
-    got = chat(serve())
-    assert got.status == 424 and got.json["error"]["code"] == "upstream_auth"
+    server = serve()
+    got = chat(server)
+    assert (got.status, got.json["error"]["code"], got.headers["retry-after"]) == (503, "upstream_session", "5")
     assert len(akash.bodies()) == 2 and akash.cookies == 2
+    assert ask(server, path="/status").json["controllers"][0]["rests_for_seconds"] <= 1, "the server's sessions are lost, not our access"
 
 
 def test_a_redirect_is_told_with_where_it_leads(akash, serve):
