@@ -6421,6 +6421,7 @@ UNREACHABLE = {  # (the upstream and the proxy before it, in which {} is a port;
     "a certificate": ("https://127.0.0.1:{}", "", "tls", "the certificate of 127.0.0.1 can't be verified: "),
     "no TLS": ("https://127.0.0.1:{}", "", "plain", "127.0.0.1 does not speak TLS"),
     "a proxy": ("https://a.b", "http://127.0.0.1:{}", "plain", "the proxy 127.0.0.1 refused the connection with status 407"),
+    "a proxy that is none": ("https://a.b", "http://127.0.0.1:{}", "tls", "the proxy 127.0.0.1 does not answer as an HTTP proxy does (check PROXY)"),
     "a proxy that is down": ("https://a.b", "http://127.0.0.1:{}", None, "the proxy 127.0.0.1 refused the connection (check that it runs"),
     "a proxy's name": ("https://a.b", "http://no-such-host.invalid:1", None, LOOKED_UP.format("no-such-host.invalid", "PROXY")),
     "a SOCKS proxy's name": ("https://a.b", "socks5://no-such-host.invalid:1", None, LOOKED_UP.format("no-such-host.invalid", "PROXY")),
@@ -6478,6 +6479,13 @@ def test_a_proxy_on_the_way_plain(fake, pool, monkeypatch):
     assert (request.method, request.path) == ("POST", f"{fake.url}/v1/chat/completions")
     assert base64.b64decode(request.headers["proxy-authorization"].split()[1]) == b"us@er:p:w"
     proxy.close()
+
+
+def test_a_proxy_is_asked_for_a_connection_as_the_standard_says(pool):
+    with contextlib.closing(ForwardProxy()) as proxy:
+        chat(pool((proxy, {"base_url": "https://[::1]:9/v1", "proxy": f"http://u:p@127.0.0.1:{proxy.port}"})), BOTH)
+        assert proxy.requests[0][:2] == ("CONNECT", "[::1]:9") and proxy.requests[0].headers["host"] == "[::1]:9"
+        assert base64.b64decode(proxy.requests[0].headers["proxy-authorization"].split()[1]) == b"u:p"
 
 
 class TLSOpenAI(FakeOpenAI):
