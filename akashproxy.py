@@ -2513,7 +2513,7 @@ class ConnectionPool(urllib.request.BaseHandler):
     """
 
     def __init__(self, ca_file: str = "", proxy: str = "") -> None:
-        """``proxy`` is a proxy's URL; requests without TLS are sent to an HTTP proxy as they are."""
+        """``proxy`` is a URL; requests without TLS are sent to an HTTP proxy as they are."""
         self.ca_file = ca_file
         self.socks = SocksProxy(proxy) if proxy.startswith("socks") else None
         self.tunnel = HTTPProxy(proxy) if proxy.startswith("http:") else self.socks

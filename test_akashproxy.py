@@ -6421,7 +6421,7 @@ UNREACHABLE = {  # (the upstream and the proxy before it, in which {} is a port;
     "a certificate": ("https://127.0.0.1:{}", "", "tls", "the certificate of 127.0.0.1 can't be verified: "),
     "no TLS": ("https://127.0.0.1:{}", "", "plain", "127.0.0.1 does not speak TLS"),
     "a proxy": ("https://a.b", "http://127.0.0.1:{}", "plain", "the proxy 127.0.0.1 refused the connection with status 407"),
-    "a proxy that is none": ("https://a.b", "http://127.0.0.1:{}", "tls", "the proxy 127.0.0.1 does not answer as an HTTP proxy does (check PROXY)"),
+    "a proxy that is none": ("https://a.b", "http://127.0.0.1:{}", "ssh", "the proxy 127.0.0.1 does not answer as an HTTP proxy does (check PROXY)"),
     "a proxy that is down": ("https://a.b", "http://127.0.0.1:{}", None, "the proxy 127.0.0.1 refused the connection (check that it runs"),
     "a proxy's name": ("https://a.b", "http://no-such-host.invalid:1", None, LOOKED_UP.format("no-such-host.invalid", "PROXY")),
     "a SOCKS proxy's name": ("https://a.b", "socks5://no-such-host.invalid:1", None, LOOKED_UP.format("no-such-host.invalid", "PROXY")),
@@ -6435,10 +6435,16 @@ UNREACHABLE = {  # (the upstream and the proxy before it, in which {} is a port;
 class Plain(Fake):
     """Answers whatever comes with a 407."""
 
+    ANSWER = b"HTTP/1.1 407 Say who you are\r\n\r\n"
+
     def serve(self, sock):
         with sock:
             sock.recv(65536)
-            sock.sendall(b"HTTP/1.1 407 Say who you are\r\n\r\n")
+            sock.sendall(self.ANSWER)
+
+
+class SSH(Plain):
+    ANSWER = b"SSH-2.0-OpenSSH\r\n"
 
 
 class CutSocks(Fake):
@@ -6454,7 +6460,7 @@ class CutSocks(Fake):
 @table(UNREACHABLE)
 def test_an_unreachable_upstream_is_explained_with_its_host(case, pool, tmp_path, caplog):
     url, proxy, kind, words = case
-    makers = {"tls": lambda: TLSOpenAI(tmp_path), "plain": Plain, "socks": SocksServer, "proxy": ForwardProxy, "cut": CutSocks}
+    makers = {"tls": lambda: TLSOpenAI(tmp_path), "plain": Plain, "socks": SocksServer, "proxy": ForwardProxy, "cut": CutSocks, "ssh": SSH}
     fakes = [makers[name]() for name in (kind or "").split()]
     with socket.create_server(("127.0.0.1", 0)) as closed:
         ports = [fake.port for fake in fakes] or [closed.getsockname()[1]]
