@@ -4,7 +4,7 @@
 # requires-python = ">=3.9"
 # dependencies = []
 # ///
-"""akashproxy: Akash Chat, and any OpenAI-compatible upstreams, as one OpenAI-compatible server.
+"""Akash Chat and any OpenAI-compatible upstreams as one OpenAI-compatible server.
 
 One module, the standard library only, Python 3.9 or newer:
 
@@ -588,8 +588,7 @@ class APIError(Exception):
     ``cooldown_scope`` is the part that cools down: the "controller", or only the request's "model".
     ``upstream_status`` is the upstream's own status, if it sent one. ``overflow``: the request does
     not fit into the model's context. ``reason`` is what /status shows of it: no client's or
-    upstream's words. ``bug`` is the unexpected
-    exception behind a 500: logged, never sent.
+    upstream's words. ``bug`` is the unexpected exception behind a 500: logged, never sent.
     """
 
     def __init__(
@@ -653,7 +652,7 @@ class ClientDisconnected(ConnectionError):
 
 
 class Queued(Exception):
-    """The call is in the pool's queue; ``exchange.wake()`` will resume it."""
+    """The call is in the pool's queue; ``exchange.resume()`` will resume it."""
 
 
 class ProtocolError(ValueError):
@@ -814,15 +813,13 @@ class CancelScope:
     The event loop calls cancel_overdue().
     """
 
-    __slots__ = ("sock", "deadline", "timeout_message", "reason", "shutdown_how")
     active: ClassVar[Set[CancelScope]] = set()  # those with a socket
 
-    def __init__(self) -> None:
-        self.sock: Any = None
-        self.deadline = math.inf  # by time.monotonic()
-        self.timeout_message = ""  # message of the error when the deadline passes
-        self.reason: Optional[Exception] = None
-        self.shutdown_how = socket.SHUT_RDWR
+    sock: Any = None
+    deadline = math.inf  # by time.monotonic()
+    timeout_message = ""  # message of the error when the deadline passes
+    reason: Optional[Exception] = None
+    shutdown_how = socket.SHUT_RDWR
 
     @classmethod
     def cancel_overdue(cls, now: float) -> None:
@@ -873,12 +870,13 @@ class Cancellation:
     Any thread may call cancel(); all else belongs to the thread that processes the request.
     """
 
+    reason: Optional[Exception] = None
+    is_shielded = False  # within shield()
+    wakeup: Any = None  # an Event, or anything with its set()
+
     def __init__(self, client_has_left: Callable[[], bool] = lambda: False) -> None:
         self.client_has_left = client_has_left  # peeks at the connection
-        self.reason: Optional[Exception] = None
         self.scope = CancelScope()  # of the current attempt
-        self.is_shielded = False  # within shield()
-        self.wakeup: Any = None  # an Event, or anything with its set()
 
     def cancel(self, reason: Optional[Exception] = None) -> None:
         """Shut the upstream's socket down and end a sleep(). Any thread."""
@@ -1069,7 +1067,7 @@ def join_tool_call(fragments: List[ToolCall]) -> ToolCall:
     """Join the fragments of one tool call."""
     return ToolCall(
         fragments[0].index,
-        "".join(fragment.arguments for fragment in fragments),
+        "".join(fragment.arguments for fragment in fragments) or "{}",
         next((fragment.id for fragment in fragments if fragment.id), None),
         next((fragment.name for fragment in fragments if fragment.name), None),
         next((fragment.extra for fragment in fragments if fragment.extra), None),
@@ -3241,6 +3239,7 @@ class Step(Generic[Input]):
     error: Optional[APIError] = None  # ends the answer, to be raised after the events returned
     started = False  # content has arrived; an opening alone may still fail over
     complete = False  # the answer is complete; a Finish event says so as well
+    ended = False  # the same, but what may follow is passed on, too
     stopped = False  # a filter has ended the answer, so the upstream should stop
     has_fast_path = False  # fast_path() may succeed
 
@@ -3478,6 +3477,8 @@ class EventStream:
                     response.scope.timeout_message = response.timeouts.idle_message
                 if decoder.complete or events and type(events[-1]) is Finish:
                     self.mark_complete()
+                elif decoder.ended:
+                    self._shorten_timeouts()
             if response.body.done:
                 self.at_eof = True
                 if not self.complete and not self.error:
@@ -3508,6 +3509,9 @@ class EventStream:
         """
         self.started = self.complete = True
         self.error, self.at_eof = None, self.decoder.stopped
+        self._shorten_timeouts()
+
+    def _shorten_timeouts(self) -> None:
         self.response.timeouts = cached_timeouts(
             self.response.timeouts.upstream_name, self.DRAIN_TIMEOUT, self.DRAIN_TIMEOUT
         )
@@ -3520,6 +3524,10 @@ class EventStream:
         self.at_eof = True
         if self.complete:
             return []
+        if self.decoder and self.decoder.ended:
+            self.complete = True
+            remaining: List[Event] = self.decoder.close()
+            return remaining
         try:
             self.error = self.response.to_api_error(error)
         except (APIError, ClientDisconnected) as reason:  # the scope was cancelled
@@ -3882,15 +3890,14 @@ class ToolForm(NamedTuple):
     calls: str = "%s"  # around the calls of a message
     result: str = "<tool_response>\n%s\n</tool_response>"
 
-    def write(self, calls: Iterable[Tuple[str, str]]) -> str:
+    def write(self, *calls: Tuple[str, str]) -> str:
         """Return the text of calls, which are (name, arguments as a JSON object)."""
         texts = []
         for number, (name, arguments) in enumerate(calls):
             if self.argument:
-                fields = as_dict(json_or_none(arguments.encode()))
                 arguments = "".join(
                     self.argument % (key, value if isinstance(value, str) else _encode(value))
-                    for key, value in fields.items()
+                    for key, value in as_dict(json_or_none(arguments.encode())).items()
                 )
             texts.append(self.call % {"name": name, "arguments": arguments, "number": number})
         return self.calls % "\n".join(texts)
@@ -3919,26 +3926,29 @@ TOOL_FORMS = (
              '<tool_call>\n{"name": "%(name)s", "arguments": %(arguments)s}\n</tool_call>'),
 )
 OPENING_MARKS = (
-    "<tool_call>", "<function=", "<|python_tag|>", "[TOOL_CALLS]", "<|tool_calls_section_begin|>",
-    "<|tool_call_begin|>", "<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>",
+    "<tool_call>", "<function=", "<|python_tag|>", "<|tool_calls_section_begin|>",
+    "<|tool_call_section_begin|>", "<|tool_call_begin|>", "<｜tool▁calls▁begin｜>",
+    "<｜tool▁call▁begin｜>",
 )
 CLOSING_MARKS = (
     "</tool_call>", "</function>", "<|eom_id|>", "<|eot_id|>", "<|tool_call_end|>",
-    "<|tool_calls_section_end|>", "<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>",
+    "<|tool_calls_section_end|>", "<|tool_call_section_end|>", "<｜tool▁call▁end｜>",
+    "<｜tool▁calls▁end｜>",
 )
 ARGUMENT_MARKS = {"<parameter=": "</parameter>", "<arg_key>": "</arg_value>"}
 # Around names and values; the words are of DeepSeek's "function<｜tool▁sep｜>" and of "```json".
-SKIPPED = ("<｜tool▁sep｜>", "<|tool_call_argument_begin|>", "[ARGS]", "function", "json", *"`,;>")
-TOOL_MARKS = (
-    *OPENING_MARKS, *CLOSING_MARKS, *ARGUMENT_MARKS, *ARGUMENT_MARKS.values(), *SKIPPED[:3],
-)
+SKIPPED = ("<｜tool▁sep｜>", "<|tool_call_argument_begin|>", "function", "json", *"`,;>")
+TOOL_MARKS = (*OPENING_MARKS, *CLOSING_MARKS, *SKIPPED[:2], "<parameter=", "</parameter>",
+              "<arg_key>", "</arg_value>")
 # fmt: on
-PARTIAL_MARKS = {mark[:size] for mark in TOOL_MARKS for size in range(1, len(mark))}
-MAX_TOKEN = 256  # characters
-OPENING, MARK = ("|".join(map(re.escape, marks)) for marks in (OPENING_MARKS, TOOL_MARKS))
-OPENING_MARK = re.compile(OPENING)
-CALL_TOKEN = re.compile(rf"{MARK}|\w[\w.:-]{{0,255}}|\s{{1,256}}|\\[\s\S]?|[\s\S]")
-STRING_TOKEN = re.compile(r"""\\[\s\S]?|["'\x00-\x1f]|[^"'\\\x00-\x1f]+""")
+MARK, OPENING = ("|".join(map(re.escape, marks)) for marks in (TOOL_MARKS, OPENING_MARKS))
+PARTIAL = "(?:%s)\\Z" % "|".join(re.escape(m[:n]) for m in TOOL_MARKS for n in range(1, len(m)))
+# Tokens of text, of calls and of their strings. More text can't change them.
+TEXT_TOKEN = re.compile(rf"{OPENING}|(?!{PARTIAL})[\s\S][^<]*")
+CALL_TOKEN = re.compile(
+    rf"{MARK}|(?!{PARTIAL})(?:[\w.:-]{{1,255}}(?![\w.:-]|\Z)|[\w.:-]{{256}}|\s+|[^\w.:-])"
+)
+STRING_TOKEN = re.compile(r"""\\[\s\S]|["'\x00-\x1f]|[^"'\\\x00-\x1f]+""")
 KIMI_NAME = re.compile(r"^functions\.|:\d*$")
 NAMED_CALL = re.compile(r'{\s*"name"\s*:\s*"([^"\\{]+)"\s*,\s*"(?:arguments|parameters)"\s*:\s*{')
 ARGUMENT = re.compile(
@@ -3969,26 +3979,20 @@ class PromptedTools:
         self.complaint = ""
         self.form = next(form for form in TOOL_FORMS if form.models.search(model.lower()))
         self.single = call.body.get("parallel_tool_calls") is False
-        self.functions: Dict[str, Dict[str, Any]] = {}
-        self.ignored: List[str] = []
-        for tool in as_list(call.body.get("tools")):
-            function = function_of(tool)
-            if isinstance(function.get("name"), str):
-                self.functions[function["name"]] = function
-                self.ignored += ["strict"] if function.get("strict") else []
-            else:
-                self.ignored.append(str(as_dict(tool).get("type")))
+        tools = list(map(as_dict, as_list(call.body.get("tools"))))
+        self.functions = {as_str(each.get("name")): each for each in map(function_of, tools)}
+        self.functions.pop("", None)
+        self.ignored = ["strict" for each in self.functions.values() if each.get("strict")]
+        self.ignored += [str(tool.get("type")) for tool in tools if not function_of(tool)]
         self.required = self._choose(call.body.get("tool_choice"))
 
     def _choose(self, choice: Any) -> bool:
         """Apply ``tool_choice`` to the functions; whether one must be called."""
         if isinstance(choice, dict):
             allowed = as_dict(choice.get("allowed_tools"))
-            tools = as_list(allowed.get("tools")) or [choice]
-            names = [function_of(tool).get("name") for tool in tools]
-            self.functions = {
-                name: self.functions[name] for name in self.functions if name in names
-            }
+            chosen = map(function_of, as_list(allowed.get("tools")) or [choice])
+            names = [function.get("name") for function in chosen]
+            self.functions = {n: each for n, each in self.functions.items() if n in names}
             choice = allowed.get("mode", "required")
         if choice == "none":
             self.functions = {}
@@ -4006,22 +4010,27 @@ class PromptedTools:
                 messages.insert(0, {"role": "system"})
             messages[0] = add_paragraph(messages[0], self._instruction())
         if self.complaint:
-            messages[-1] = add_paragraph(messages[-1], self.complaint)
+            messages.append({"role": "user", "content": self.complaint})
         others = {name: body[name] for name in body if name not in TOOL_FIELDS}
         return {**others, "messages": messages}
 
     def _message(self, message: Dict[str, Any]) -> Dict[str, Any]:
         """Return a message with its calls as text; a result becomes a message of the user."""
         if message["role"] == "tool":
-            return {"role": "user", "content": self.form.result % message_text(message)}
+            text, parts = self.form.result % message_text(message), message.get("content")
+            images = [part for part in as_list(parts) if as_dict(part).get("type") != "text"]
+            return {
+                "role": "user",
+                "content": [{"type": "text", "text": text}, *images] if images else text,
+            }
         functions = map(function_of, as_list(message.get("tool_calls")))
         calls = [(str(each.get("name")), str(each.get("arguments") or "{}")) for each in functions]
         others = {name: message[name] for name in message if name != "tool_calls"}
-        return add_paragraph(others, self.form.write(calls)) if calls else others
+        return add_paragraph(others, self.form.write(*calls)) if calls else others
 
     def _instruction(self) -> str:
         """Return the system message's text with the form of a call and the functions."""
-        example = self.form.write([("FUNCTION", '{"PARAMETER":"VALUE"}')])
+        example = self.form.write(("FUNCTION", '{"PARAMETER":"VALUE"}'))
         functions = self.functions.values()
         tools = [_encode({"type": "function", "function": function}) for function in functions]
         text = self.prompt.replace("{call}", example).replace("{tools}", "\n".join(tools))
@@ -4034,34 +4043,193 @@ def function_of(tool: Any) -> Dict[str, Any]:
 
 
 def add_paragraph(message: Dict[str, Any], text: str) -> Dict[str, Any]:
-    """Return a message with a paragraph after its content."""
-    content = message.get("content")
-    if isinstance(content, list):
-        return {**message, "content": [*content, {"type": "text", "text": "\n\n" + text}]}
-    return {**message, "content": f"{content}\n\n{text}" if content else text}
+    """Return a message with a paragraph after its text, which is its content now."""
+    return {**message, "content": f"{message_text(message)}\n\n{text}".lstrip()}
 
 
-class MarkdownCode:
-    """Tracks whether streamed Markdown is in a code block, a code span or quotes."""
+class ToolCallFilter(TextFilter):
+    """Turns calls in Text events into ToolCall events.
 
-    # At the start of a line, or with no more than a language after it.
-    FENCE = re.compile(r"(?:^[ \t>*+-]*(?=[`~]+[^`]*$)|[ \t](?=[`~]+\w*$))(`{3,}|~{3,})")
-    MAX_LINE = 1000  # characters of the last line that are others
+    Calls stand between marks, outside of Markdown code. They are held back until the second mark
+    or the end of the answer, as all is text if it proves invalid: not JSON, of an unknown function,
+    or followed by other text. In a stream, arguments above HELD characters are passed on as they
+    arrive; if they then prove invalid, feed() raises an APIError, as it does to repeat a chat that
+    requires a call.
 
-    def __init__(self) -> None:
-        self.fence, self.line = "", ""
+    Generators read the answer token by token, of which the last one is "".
+    """
 
-    def feed(self, text: str) -> None:
-        *lines, last = (self.line + text).split("\n")
-        for line in lines:
-            mark = self.FENCE.search(line.rstrip())
-            if mark and mark[1].startswith(self.fence):
-                self.fence = "" if self.fence else mark[1]
-        self.line = last[-self.MAX_LINE :]
+    HELD, MAX_CALL = 256, 4 << 20  # characters
 
-    def is_open(self) -> bool:
-        in_span = len(re.findall("`+", self.line)) % 2 == 1
-        return bool(self.fence) or in_span or self.line[-1:] in ("'", '"')
+    def __init__(self, tools: PromptedTools) -> None:
+        self.tools, self.code = tools, MarkdownCode()
+        self.tokens: List[str] = []  # since an opening mark
+        self.calls: List[Tuple[str, str]] = []  # complete ones among them: name and arguments
+        self.size = 0  # of them and of those sent in parts, in characters
+        self.count = 0  # of calls sent
+        self.passed_on = False  # something of the answer
+        self._restart()
+
+    def _restart(self) -> None:
+        self.pattern, self.json, self.pending = TEXT_TOKEN, LooseJSON(""), ""
+        self.is_sent = False  # the beginning of the call that is read
+        self.reader = self._read_answer()
+        next(self.reader)
+
+    def feed(self, events: List[Event]) -> List[Event]:
+        out = super().feed(events)
+        if self.tools.single:
+            out = [event for event in out if not (isinstance(event, ToolCall) and event.index)]
+        self.passed_on = self.passed_on or bool(out)
+        return out
+
+    def read(self, event: Text) -> None:
+        text, at = self.pending + event.text, 0
+        while True:
+            match = (STRING_TOKEN if self.json.quote else self.pattern).match(text, at)
+            if not match:
+                break
+            at = match.end()
+            self._read_token(match[0])
+        self.pending = text[at:]
+        if self.tools.call.stream and self.size > self.HELD:
+            self._send_part()
+
+    def finish(self, finish: Finish) -> None:
+        if finish.reason == "length":
+            self.release()
+        else:
+            for token in (self.pending, ""):
+                self.pending = ""
+                self._read_token(token)
+        if not self.count:
+            self._repeat("The answer has no tool call.")
+        reason = "tool_calls" if self.count and finish.reason == "stop" else finish.reason
+        self.out.append(Finish(reason, finish.usage, finish.stop_sequence))
+
+    def release(self) -> None:
+        self.tokens = [] if self.is_sent else [*self.tokens, self.pending]
+        self._emit_text()
+        self._restart()
+
+    def _read_token(self, token: str) -> None:
+        self.tokens.append(token)
+        self.size += len(token)
+        self.reader.send(token)
+        if self.size > self.MAX_CALL:
+            self.reader.throw(ValueError("it is too long"))
+
+    def _read_answer(self) -> Generator[None, str, None]:
+        """Read text and calls by turns."""
+        token = yield
+        while True:
+            if token not in OPENING_MARKS or self.code.is_open():
+                self._emit_text()
+                token = yield
+                continue
+            try:
+                self.pattern = CALL_TOKEN
+                token = yield from self._read_calls()
+                self.pattern = TEXT_TOKEN
+            except ValueError as error:
+                if self.is_sent:
+                    self.stopped = True
+                    message = f"{self.tools.upstream_name} sent an invalid tool call."
+                    raise APIError(502, message, code="invalid_tool_call") from None
+                self.pattern, self.json = TEXT_TOKEN, LooseJSON("")
+                self._emit_text()
+                self._repeat(f"A tool call is invalid: {error}.")
+                token = yield
+
+    def _emit_text(self) -> None:
+        """Pass on the tokens as text."""
+        text = "".join(self.tokens)
+        self.tokens, self.calls, self.size = [], [], 0
+        if text:
+            self.code.feed(text)
+            self.out.append(Text(text))
+
+    def _read_calls(self) -> Generator[None, str, str]:
+        """Read and send calls between two marks; returns the token after closing marks."""
+        token = yield from self._read_marked()
+        self._send_calls()
+        while token in CLOSING_MARKS or token.isspace():
+            token = yield
+            if token in CLOSING_MARKS:
+                self.tokens.pop()
+        if not token or token in OPENING_MARKS:
+            self.tokens = [token]  # without blanks between and after calls
+        return token
+
+    def _read_marked(self) -> Generator[None, str, str]:
+        """Read the calls between two marks; returns the second one. Raises ValueError."""
+        functions, found, name = self.tools.functions, False, ""
+        arguments: Dict[str, Any] = {}
+        while True:
+            token = yield
+            if token in ("{", "[") and not arguments:
+                calls = yield from self._read_json(token, name)
+                self.calls += calls
+                found, name = True, ""
+            elif token in ARGUMENT_MARKS and name:
+                start = len(self.tokens) - 1
+                while (yield) not in ("", ARGUMENT_MARKS[token]):
+                    pass
+                key, value = read_argument("".join(self.tokens[start:]), functions[name])
+                arguments[key] = value
+            elif not found and KIMI_NAME.sub("", token) in functions:
+                found, name = True, KIMI_NAME.sub("", token)
+            elif not (token.isspace() or token in SKIPPED or token in OPENING_MARKS and not found):
+                break
+        if not found or token not in ("", *OPENING_MARKS, *CLOSING_MARKS):
+            raise ValueError("it has no valid JSON, or an unknown function")
+        if name:
+            self.calls.append((name, _encode(arguments)))
+        return token
+
+    def _read_json(self, token: str, name: str) -> Generator[None, str, List[Tuple[str, str]]]:
+        """Read an object or array; returns the calls in it that are still to be sent."""
+        json = self.json = LooseJSON(name)
+        json.feed(token)
+        while json.depth:
+            token = yield
+            if not token or token in TOOL_MARKS and not json.quote:
+                raise ValueError("it is not complete")
+            json.feed(token)
+        value = from_json("".join(json.tokens).encode())
+        value = {"name": name, "arguments": value} if name else value
+        calls = calls_of(value, self.tools.functions)
+        if self.is_sent:
+            self._send_part()
+            calls, self.is_sent = [], False
+        self.json = LooseJSON("")
+        return calls
+
+    def _send_part(self) -> None:
+        """Send the arguments read since the last time, once the function's name is known."""
+        json = self.json
+        if json.part and json.name in self.tools.functions:
+            if not self.is_sent:
+                self.calls.append((json.name, ""))
+                self._send_calls()
+                self.is_sent = True
+            self.out.append(ToolCall(self.count - 1, "".join(json.part)))
+            json.part, self.tokens = [], []
+
+    def _send_calls(self) -> None:
+        for name, arguments in self.calls:
+            if self.count == MAX_TOOL_CALLS:
+                raise too_many_calls(self.tools.upstream_name)
+            self.out.append(ToolCall(self.count, arguments, "call_" + new_id(), name))
+            self.count += 1
+        self.tokens, self.calls, self.size = [], [], 0
+
+    def _repeat(self, reason: str) -> None:
+        """Raise the error that repeats, once, a chat that requires a call."""
+        tools, is_late = self.tools, self.passed_on and self.tools.call.stream
+        if tools.required and not (tools.complaint or self.count or is_late):
+            tools.complaint, self.stopped = reason + MUST_CALL, True
+            raise APIError(502, reason, code="tools", category=Category.RETRY)
 
 
 class LooseJSON:
@@ -4111,7 +4279,7 @@ def calls_of(value: Any, functions: Iterable[str]) -> List[Tuple[str, str]]:
     for item in map(as_dict, value if isinstance(value, list) else [value]):
         item = function_of(item) or item
         name, arguments = str(item.get("name")), item.get("arguments", item.get("parameters"))
-        if isinstance(arguments, str):
+        if arguments and isinstance(arguments, str):
             arguments = from_json(arguments.encode())
         if name not in functions:
             raise ValueError(f"{name[:80]!r} is not a function")
@@ -4121,239 +4289,51 @@ def calls_of(value: Any, functions: Iterable[str]) -> List[Tuple[str, str]]:
     return calls
 
 
-def read_argument(mark: str, function: Dict[str, Any]) -> Generator[None, str, Tuple[str, Any]]:
-    """Read the tokens of an argument after its mark; returns its name and value.
+def read_argument(text: str, function: Dict[str, Any]) -> Tuple[str, Any]:
+    """Return the name and value of an argument between marks. Raises ValueError.
 
     The value has no quotes: it is JSON unless the function's schema wants a string.
     """
-    tokens = [mark]
-    while tokens[-1] != ARGUMENT_MARKS[mark]:
-        tokens.append((yield))
-        if not tokens[-1]:
-            raise ValueError("it is not complete")
-    argument = ARGUMENT.fullmatch("".join(tokens))
+    argument = ARGUMENT.fullmatch(text)
     if not argument:
-        raise ValueError("an argument has no name")
+        raise ValueError("an argument is not complete")
     name, text = argument[1] or argument[2], argument[3]
     properties = as_dict(as_dict(function.get("parameters")).get("properties"))
-    types = as_dict(properties.get(name)).get("type")
-    value = json_or_none(text.encode("utf-8", "replace"))
-    is_text = "string" in (types, *as_list(types)) or value is None and text != "null"
-    return name, text if is_text else value
+    if may_be_string(as_dict(properties.get(name))):
+        return name, text
+    word = LooseJSON.WORDS.get(text, text)  # Qwen3-Coder's template has Python's
+    value = json_or_none(word.encode("utf-8", "replace"))
+    return name, text if value is None and word != "null" else value
 
 
-def skip(words: Tuple[str, ...]) -> Generator[None, str, str]:
-    """Read tokens up to one that is neither blank nor one of the words; returns that."""
-    token = yield
-    while token in words or token.isspace():
-        token = yield
-    return token
+def may_be_string(schema: Dict[str, Any]) -> bool:
+    """Whether a JSON schema allows strings by its type, or by one of several."""
+    types = schema.get("type")
+    others = map(as_dict, as_list(schema.get("anyOf")))
+    return "string" in (types, *as_list(types)) or any(map(may_be_string, others))
 
 
-class ToolCallFilter(TextFilter):
-    """Turns calls in Text events into ToolCall events.
+class MarkdownCode:
+    """Tracks whether streamed Markdown is in a code block, a code span or quotes."""
 
-    A call begins with a mark outside of Markdown code. It is held back, as all of it is text if it
-    proves invalid: not JSON, of an unknown function, or without a closing mark before other text.
-    In a stream, arguments above HELD characters are passed on as they arrive; if they then prove
-    invalid, feed() raises an APIError, as it does to repeat a chat that requires a call.
+    # At the start of a line, or with no more than a language after it.
+    FENCE = re.compile(r"(?:^[ \t>*+-]*(?=[`~]+[^`]*$)|[ \t](?=[`~]+\w*$))(`{3,}|~{3,})")
+    MAX_LINE = 1000  # characters of the last line that are others
 
-    Generators read a call token by token, of which "" is the end of the answer, and raise
-    ValueError if it is invalid. A token at the end of the text waits, as it may be cut.
-    """
+    def __init__(self) -> None:
+        self.fence, self.line = "", ""
 
-    HELD, MAX_CALL = 256, 4 << 20  # characters
+    def feed(self, text: str) -> None:
+        *lines, last = (self.line + text).split("\n")
+        for line in lines:
+            mark = self.FENCE.search(line.rstrip())
+            if mark and mark[1].startswith(self.fence):
+                self.fence = "" if self.fence else mark[1]
+        self.line = last[-self.MAX_LINE :]
 
-    def __init__(self, tools: PromptedTools) -> None:
-        self.tools, self.code = tools, MarkdownCode()
-        self.reader: Any = None  # a generator, after an opening mark
-        self.value = LooseJSON("")  # its last one
-        self.raw: List[str] = []  # tokens since the first mark, or since the last call
-        self.size = 0  # of them, in characters
-        self.pending = ""  # a token or mark that may be longer
-        self.count = 0  # of calls sent
-        self.is_sent = False  # the name of the call that is read
-        self.passed_on = self.at_end = False
-
-    def feed(self, events: List[Event]) -> List[Event]:
-        out = super().feed(events)
-        self.passed_on = self.passed_on or bool(out)
-        return out
-
-    def is_passthrough(self, text: str) -> bool:
-        if self.reader or self.pending or "<" in text or "[" in text:
-            return False
-        self.code.feed(text)
-        return True
-
-    def read(self, event: Text) -> None:
-        text, self.pending, at = self.pending + event.text, "", 0
-        while at < len(text) and not self.stopped:
-            at = self._read_call(text, at) if self.reader else self._read_text(text, at)
-        if self.tools.call.stream and self.size > self.HELD:
-            self._send_part()
-
-    def release(self) -> None:
-        text = "" if self.is_sent else "".join(self.raw) + self.pending
-        self.reader, self.value, self.pending = None, LooseJSON(""), ""
-        self.raw, self.size, self.is_sent = [], 0, False
-        self._emit(text)
-
-    def _emit(self, text: str) -> None:
-        if text:
-            self.code.feed(text)
-            self.out.append(Text(text))
-
-    def _read_text(self, text: str, at: int) -> int:
-        """Pass on text up to an opening mark; returns the position after the mark."""
-        mark = OPENING_MARK.search(text, at)
-        if not mark:
-            end = max(text.rfind("<", at), text.rfind("[", at))
-            end = end if text[end : end + MAX_TOKEN] in PARTIAL_MARKS else len(text)
-            self._emit(text[at:end])
-            self.pending = text[end:]
-            return len(text)
-        self._emit(text[at : mark.start()])
-        if self.code.is_open():
-            self._emit(mark[0])
-        else:
-            self.reader, self.raw = self._read_calls(), [mark[0]]
-            next(self.reader)
-        return mark.end()
-
-    def _read_call(self, text: str, at: int) -> int:
-        """Read a token of a call; returns the position after it."""
-        in_string = self.value.quote != ""
-        token = next((STRING_TOKEN if in_string else CALL_TOKEN).finditer(text, at))[0]
-        end = at + len(token)
-        is_last = end == len(text) and len(token) < MAX_TOKEN and token not in TOOL_MARKS
-        is_cut = is_last or text[at : at + MAX_TOKEN] in PARTIAL_MARKS
-        if not self.at_end and (token == "\\" if in_string else is_cut):
-            self.pending = text[at:]
-            return len(text)
-        self.raw.append(token)
-        self.size += len(token)
-        self._read_token(token)
-        return end
-
-    def _read_token(self, token: str) -> None:
-        """Give the reader a token; an invalid call becomes text."""
-        try:
-            if self.size > self.MAX_CALL:
-                raise ValueError("it is too long")
-            self.reader.send(token)
-        except StopIteration:
-            self.raw = []  # line breaks after a call
-            self.release()
-        except ValueError as error:
-            if self.is_sent:
-                self.stopped = True
-                message = f"{self.tools.upstream_name} sent an invalid tool call."
-                raise APIError(502, message, code="invalid_tool_call") from None
-            self.release()
-            self._repeat(f"A tool call is invalid: {error}.")
-
-    def _read_calls(self) -> Generator[None, str, None]:
-        """Read calls after an opening mark, as long as no text follows one."""
-        while True:
-            token = yield from self._read_marked()
-            if token in CLOSING_MARKS:
-                token = yield from skip(CLOSING_MARKS)
-                self.raw = [word for word in self.raw if word not in CLOSING_MARKS]
-            if not token:
-                return
-            if token not in OPENING_MARKS:
-                raise ValueError("text follows")
-            self.raw = [token]
-
-    def _read_marked(self) -> Generator[None, str, str]:
-        """Read and send the calls between two marks; returns the second one."""
-        calls: List[Tuple[str, str]] = []
-        arguments: Dict[str, Any] = {}
-        token = yield from skip(OPENING_MARKS + SKIPPED)
-        name = KIMI_NAME.sub("", token)
-        if name in self.tools.functions:
-            token = yield from skip(SKIPPED)
-        else:
-            name = ""
-        while name and token in ARGUMENT_MARKS:
-            key, value = yield from read_argument(token, self.tools.functions[name])
-            arguments[key] = value
-            token = yield from skip(SKIPPED)
-        if arguments or name and token in CLOSING_MARKS:
-            calls = [(name, _encode(arguments))]
-        while token in ("{", "[") and not arguments:
-            if calls:
-                self._send_calls(calls)
-                self.raw = [] if self.stopped else [token]
-            calls = yield from self._read_json(token, name)
-            if self.is_sent:
-                self._send_calls([])
-                return CLOSING_MARKS[0]
-            name = ""
-            token = yield from skip(SKIPPED)
-        if not calls or token not in ("", *OPENING_MARKS, *CLOSING_MARKS):
-            raise ValueError("it has no valid JSON, or an unknown function")
-        self._send_calls(calls)
-        return token
-
-    def _read_json(self, token: str, name: str) -> Generator[None, str, List[Tuple[str, str]]]:
-        """Read an object or array; returns the calls in it."""
-        value = self.value = LooseJSON(name)
-        value.feed(token)
-        while value.depth:
-            token = yield
-            if not token:
-                raise ValueError("it is not complete")
-            value.feed(token)
-        parsed = from_json("".join(value.tokens).encode())
-        parsed = {"name": name, "arguments": parsed} if name else parsed
-        calls = calls_of(parsed, self.tools.functions)
-        if self.is_sent:
-            self._send_part()
-        self.value = LooseJSON("")
-        return calls
-
-    def _send_part(self) -> None:
-        """Send the arguments read since the last time, once the function's name is known."""
-        if self.value.part and self.value.name in self.tools.functions:
-            if not self.is_sent:
-                self._start_call(self.value.name, "")
-            self.out.append(ToolCall(self.count - 1, "".join(self.value.part)))
-            self.value.part, self.raw, self.is_sent = [], [], True
-
-    def _start_call(self, name: str, arguments: str) -> None:
-        if self.count == MAX_TOOL_CALLS:
-            raise too_many_calls(self.tools.upstream_name)
-        self.out.append(ToolCall(self.count, arguments, "call_" + new_id(), name))
-        self.count += 1
-
-    def _send_calls(self, calls: List[Tuple[str, str]]) -> None:
-        """Send complete calls, which a mark or the end of the answer has confirmed."""
-        for name, arguments in calls[: 1 if self.tools.single else None]:
-            self._start_call(name, arguments)
-        self.raw, self.size, self.is_sent = [], 0, False
-        if self.tools.single and self.count and not self.at_end:
-            self.stopped = True
-            self.out.append(Finish("tool_calls"))
-
-    def _repeat(self, reason: str) -> None:
-        """Raise the error that repeats, once, a chat that requires a call."""
-        tools, is_late = self.tools, self.passed_on and self.tools.call.stream
-        if tools.required and not (tools.complaint or self.count or is_late):
-            tools.complaint, self.stopped = reason + MUST_CALL, True
-            raise APIError(502, reason, code="tools", category=Category.RETRY)
-
-    def finish(self, finish: Finish) -> None:
-        self.at_end = True
-        self.read(Text(""))  # what was pending
-        if self.reader and not (self.is_sent and finish.reason == "length"):
-            self._read_token("")
-        self.release()
-        if not self.count:
-            self._repeat("The answer has no tool call.")
-        reason = "tool_calls" if self.count and finish.reason == "stop" else finish.reason
-        self.out.append(Finish(reason, finish.usage, finish.stop_sequence))
+    def is_open(self) -> bool:
+        in_span = len(re.findall("`+", self.line)) % 2 == 1
+        return bool(self.fence) or in_span or self.line[-1:] in ("'", '"')
 
 
 # == 10. controllers ==========================================================================
@@ -4728,7 +4708,7 @@ def bounded_model_list(
 
 
 # == 11. failures =============================================================================
-# What an upstream's error means, how long to wait, and which secrets it must not tell.
+# What an upstream's error means, how long to wait, and which secrets it must not reveal.
 
 
 class ErrorRule(NamedTuple):
@@ -5438,11 +5418,17 @@ def _find_parts(text: str, form: str) -> Iterator[Tuple[int, int]]:
         while at >= 0:
             before = text[max(0, at - offset) : at][::-1], form[:offset][::-1]
             after = text[at : at + len(form)], form[offset:]
-            start = at - len(os.path.commonprefix(before))
-            end = at + len(os.path.commonprefix(after))
+            start = at - common_length(*before)
+            end = at + common_length(*after)
             if start == at - offset or end - start >= 12:
                 yield start, end
             at = text.find(block, end)
+
+
+def common_length(first: str, second: str) -> int:
+    """Length of the longest common prefix of two strings."""
+    differing = (at for at, (one, other) in enumerate(zip(first, second)) if one != other)
+    return next(differing, min(len(first), len(second)))
 
 
 # == 12. akash ================================================================================
@@ -6612,6 +6598,7 @@ class ChatDecoder(Decoder):
         self.lines = EventLines()
         self.calls = ToolCallAssembler(upstream_name)
         self.reason: Optional[str] = None
+        self.stop_sequence = ""
         self.usage: Any = None  # the last one, as the upstream has sent it
 
     def feed(self, data: bytes) -> List[Event]:
@@ -6630,7 +6617,7 @@ class ChatDecoder(Decoder):
         """Return the events of a completion that is not streamed. Raises APIError."""
         out: List[Event] = []
         self._completion(body, "message", out)
-        if self.reason is None:
+        if self.reason is None and not out:
             raise truncated(self.upstream_name, "sent something that is not a completion")
         self._finish(out)
         return out
@@ -6667,22 +6654,27 @@ class ChatDecoder(Decoder):
             raise error_from_body(self.upstream_name, 200, body, self.secrets)
         self.usage = find_usage(body) or self.usage
         for choice in map(as_dict, as_list(body.get("choices"))):
+            if choice.get("error"):
+                raise error_from_body(self.upstream_name, 200, choice, self.secrets)
             if not choice.get("index"):
-                message = as_dict(choice.get(key)) or {"content": choice.get("text")}
+                message = choice.get(key, choice.get("message"))  # some stream whole completions
+                message = as_dict(message) or {"content": choice.get("text")}
                 if "reasoning_details" in message:
                     self.calls.add_details(message["reasoning_details"])
                 for each in message_events(message):
                     if isinstance(each, ToolCall):
-                        out += self.calls.add(each, is_complete=key == "message")
+                        out += self.calls.add(each, is_complete=key != "delta" or key not in choice)
                     else:
                         out.append(each)
-                reason = choice.get("finish_reason")
-                self.reason = reason if reason and isinstance(reason, str) else self.reason
+                reason = as_str(choice.get("finish_reason"))
+                self.reason = self.reason if reason in ("", "null") else reason
+                for name in ("stop_reason", "matched_stop"):  # vLLM's and SGLang's
+                    self.stop_sequence = as_str(choice.get(name)) or self.stop_sequence
 
     def _finish(self, out: List[Event]) -> None:
         reason = finish_reason(self.upstream_name, self.reason or "", self.calls.close())
         self.complete = True
-        out.append(Finish(reason, chat_usage(self.usage)))
+        out.append(Finish(reason, chat_usage(self.usage), self.stop_sequence or None))
 
 
 class CallInProgress:
@@ -6692,13 +6684,15 @@ class CallInProgress:
     """
 
     _MARKS = re.compile(r'\\.?|["{}\[\]]', re.S)
+    EMPTY = ("", "{}", "null", '""')  # some servers begin with it
 
     def __init__(self, number: int) -> None:
         self.number = number
         self.id: Optional[str] = None
         self.name: Optional[str] = None
         self.extra: Dict[str, Any] = {}  # the upstream's own fields
-        self.pending: List[str] = []  # arguments that arrived before the name
+        self.arguments: List[str] = []  # their fragments
+        self.size = 0  # characters of them
         self.depth, self.in_string, self.opened = 0, False, False
         self.escape = ""  # a backslash whose character is still to come
 
@@ -6706,8 +6700,24 @@ class CallInProgress:
     def complete(self) -> bool:
         return self.opened and not self.depth and not self.in_string
 
-    def feed(self, arguments: str) -> None:
-        marks = self._MARKS.findall(self.escape + arguments)
+    def feed(self, text: str) -> str:
+        """Add a fragment of the arguments; return what is new in it.
+
+        Some servers send with each fragment all of them so far, or at the end all of them again.
+        """
+        if self.opened and self.size <= len(text) and text.startswith("".join(self.arguments)):
+            text = text[self.size :]
+        if self.size and self.complete:
+            return ""
+        self._scan(text)
+        if not self.size and text.strip() in self.EMPTY:
+            return ""
+        self.arguments.append(text)
+        self.size += len(text)
+        return text
+
+    def _scan(self, text: str) -> None:
+        marks = self._MARKS.findall(self.escape + text)
         self.escape = ""
         for mark in marks:
             if mark == '"':
@@ -6753,16 +6763,15 @@ class ToolCallAssembler:
         if call.id is None and fragment.id:
             call.id = fragment.id
             self.by_id.setdefault(fragment.id, call)
-        call.feed(fragment.arguments)
         call.extra = fragment.extra or call.extra
+        text = call.feed(fragment.arguments)
         if call.name is not None:
-            return [ToolCall(call.number, fragment.arguments)] if fragment.arguments else []
-        call.pending.append(fragment.arguments)
+            return [ToolCall(call.number, text)] if text else []
         if not fragment.name:
             return []
         call.name = fragment.name
         extra = {**call.extra, **self._take_details()} or None
-        return [ToolCall(call.number, "".join(call.pending), call.id, call.name, extra)]
+        return [ToolCall(call.number, "".join(call.arguments), call.id, call.name, extra)]
 
     def add_details(self, details: Any) -> None:
         """Join fragments of OpenRouter's reasoning_details, to go with the next call."""
@@ -6781,7 +6790,7 @@ class ToolCallAssembler:
 
     def close(self) -> bool:
         """Return whether there was a call. APIError if one has arguments but no name."""
-        if any(call.name is None and any(call.pending) for call in self.calls):
+        if any(call.name is None and (call.size or call.opened) for call in self.calls):
             raise truncated(self.upstream_name, "sent a tool call without a name")
         return any(call.name for call in self.calls)
 
@@ -6816,19 +6825,29 @@ class ToolCallAssembler:
         return call
 
 
+# Of a message, by rank.
+# fmt: off
+REASONING_FIELDS = (
+    "reasoning_content", "reasoning", "reasoning_text", "thinking", "reasoning_details",
+)
+# fmt: on
+REASONING_TYPES = ("thinking", "reasoning")  # of parts of its content
 CALL_FIELDS = ("index", "id", "type", "function")  # of a tool call; others are the upstream's own
 
 
 def message_events(message: Dict[str, Any]) -> List[Event]:
     """Return the events of a stream's delta or of a complete message."""
     events: List[Event] = []
-    reasoning = message.get("reasoning_content") or message.get("reasoning")
+    reasoning = next((message[name] for name in REASONING_FIELDS if message.get(name)), None)
     content = message.get("content") or message.get("refusal")
+    content = content or as_dict(message.get("audio")).get("transcript")
     if isinstance(content, list):
         parts = list(map(as_dict, content))
-        reasoning = reasoning or "".join(map(thinking_text, parts))
-        content = "".join(str(part.get("text") or "") for part in parts)
-    if isinstance(reasoning, str) and reasoning:
+        reasoning = reasoning or [part for part in parts if part.get("type") in REASONING_TYPES]
+        texts = (part.get("text") for part in parts if part.get("type") not in REASONING_TYPES)
+        content = "".join(str(text or "") for text in texts)
+    reasoning = reasoning_text(reasoning)
+    if reasoning:
         events.append(Reasoning(reasoning))
     if isinstance(content, str) and content:
         events.append(Text(content))
@@ -6851,13 +6870,14 @@ def message_events(message: Dict[str, Any]) -> List[Event]:
     return events
 
 
-def thinking_text(part: Dict[str, Any]) -> str:
-    """Return the reasoning in a content part of Mistral's; "" for other parts."""
-    if part.get("type") != "thinking":
-        return ""
-    thinking = part.get("thinking")
-    texts = [as_dict(each).get("text") for each in as_list(thinking)] or [thinking]
-    return "".join(text for text in texts if isinstance(text, str))
+def reasoning_text(value: Any) -> str:
+    """Return reasoning that is a string, an object with it, or a list of these."""
+    if isinstance(value, list):
+        return "".join(map(reasoning_text, value))
+    if isinstance(value, dict):
+        fields = map(value.get, ("text", "thinking", "summary", "content"))
+        return reasoning_text(next(filter(None, fields), None))
+    return as_str(value)
 
 
 def name_or_none(value: Any) -> Optional[str]:
@@ -6959,17 +6979,23 @@ def find_count(name: str, *sources: Dict[str, Any]) -> Optional[int]:
 
 _JSON = json.JSONDecoder()
 MAX_USAGE = 4096  # bytes of a usage object
+MAX_USAGES = 16  # that are parsed; all but one may be null, or tools' own
 
 
-def parse_usage(data: bytes, at: int) -> Dict[str, Any]:
-    """Parse the object whose key "usage" is at a position in JSON; {} if at < 0."""
-    if at < 0:
-        return {}
-    text = data[at + len(b'"usage"') : at + MAX_USAGE].decode("utf-8", "replace")
-    try:
-        return as_dict(_JSON.raw_decode(text.lstrip(" \t\r\n:"))[0])
-    except (ValueError, RecursionError):
-        return {}
+def last_usage(data: bytes) -> Dict[str, Any]:
+    """Return the last counts above 0 in objects named "usage" in JSON; {} without any."""
+    counts: Dict[str, Any] = {}
+    at = len(data)
+    for _ in range(MAX_USAGES):
+        at = data.rfind(b'"usage"', 0, at)
+        if at < 0:
+            break
+        text = data[at + len(b'"usage"') : at + MAX_USAGE].decode("utf-8", "replace")
+        with contextlib.suppress(ValueError, RecursionError):
+            usage = as_dict(_JSON.raw_decode(text.lstrip(" \t\r\n:"))[0])
+            if any(map(count_or_none, usage.values())):
+                counts = {**{name: count for name, count in usage.items() if count}, **counts}
+    return counts
 
 
 class StreamEnd(NamedTuple):
@@ -6978,17 +7004,22 @@ class StreamEnd(NamedTuple):
     pattern: Pattern[bytes]
     hints: Tuple[bytes, ...]  # one is in every match, and rfind() is faster than the pattern
     mid_stream: Tuple[bytes, ...] = ()  # ends of typical events that need no search for a match
+    is_last_event: bool = False  # nothing follows the match, unless that is an error
 
-    def is_in(self, data: bytes) -> bool:
+    def find(self, data: bytes) -> bytes:
+        """Return the match; b"" without one."""
         # From the end, where the marks are: half of the decoder's time for 200 tokens at once.
-        return any(
-            at >= 0 and bool(self.pattern.search(data, max(0, at - 8)) or self.pattern.search(data))
+        matches = (
+            self.pattern.search(data, max(0, at - 8)) or self.pattern.search(data)
             for at in map(data.rfind, self.hints)
+            if at >= 0
         )
+        match = next(filter(None, matches), None)
+        return match[0] if match else b""
 
 
 CHAT_END = StreamEnd(
-    re.compile(rb'^data: *\[DONE\][ \r]*$|"finish_reason" ?: ?"[a-z]', re.M),
+    re.compile(rb'^data: *\[DONE\][ \r]*$|"finish_reason" ?: ?"(?!null")[A-Za-z]', re.M),
     (b"[DONE]", b'"finish_reason":"', b'"finish_reason": "', b'"finish_reason" :'),
     (
         b'"finish_reason":null}]}\n\n',
@@ -7000,11 +7031,14 @@ STREAM_ENDS = {
     CHAT_PATH: CHAT_END,
     "/v1/completions": CHAT_END,
     "/v1/messages": StreamEnd(
-        re.compile(rb'"type" ?: ?"(?:message_stop|error)"'), (b"message_stop", b"error")
+        re.compile(rb'"type" ?: ?"(?:message_stop|error)"'),
+        (b"message_stop", b"error"),
+        is_last_event=True,
     ),
     "/v1/responses": StreamEnd(
-        re.compile(rb'"type" ?: ?"response\.(?:completed|incomplete|failed)"'),
-        (b"response.completed", b"response.incomplete", b"response.failed"),
+        re.compile(rb'"type" ?: ?"(?:response\.(?:completed|incomplete|failed)|error)"'),
+        (b"response.completed", b"response.incomplete", b"response.failed", b"error"),
+        is_last_event=True,
     ),
 }
 
@@ -7046,7 +7080,7 @@ class PassthroughDecoder(Decoder):
     """
 
     MAX_HELD = 16 << 20  # bytes
-    LAST_PARTS = 8  # the usage is in one of so many that were passed on last
+    LAST_PARTS = 8  # with "usage"; it is in one of them
     has_fast_path = True
 
     def __init__(
@@ -7063,7 +7097,8 @@ class PassthroughDecoder(Decoder):
         self.buffer = bytearray()  # an incomplete line
         self.opening = bytearray()  # what precedes the first content
         self.first_usage: Dict[str, Any] = {}  # that of the opening; Anthropic's counts the prompt
-        self.last_parts: Deque[bytes] = deque([b"\n\n"], self.LAST_PARTS)  # except mid-stream ones
+        self.last_parts: Deque[bytes] = deque(maxlen=self.LAST_PARTS)  # except mid-stream ones
+        self.tail = b"\n\n"  # of what has been passed on, except mid-stream parts
 
     def feed(self, data: bytes) -> List[Event]:
         if self.fast_path(data):
@@ -7072,7 +7107,7 @@ class PassthroughDecoder(Decoder):
             data = take_complete_lines(self.buffer, data)
         if not self.started:
             data = self._without_opening(data)
-            self.first_usage = parse_usage(data, data.find(b'"usage"', 0, MAX_USAGE))
+            self.first_usage = last_usage(data[:MAX_USAGE])
         # Some errors have only the name of their event. rfind() takes half the time of ``in``.
         if data.rfind(b'"error') >= 0 or data.rfind(b"event: error") >= 0:
             data = redact_bytes(data, self.secrets)
@@ -7081,16 +7116,18 @@ class PassthroughDecoder(Decoder):
         if not data:
             return []
         data = self._find_end(self.rename(data))
-        self.last_parts.append(data)
+        self._note(data)
         return [RawBytes(data, self._usage() if self.complete else None)]
+
+    def _note(self, data: bytes) -> None:
+        """Remember what is needed of a part that is passed on."""
+        self.tail = (self.tail + data[-3:])[-3:]
+        if data.rfind(b'"usage"') >= 0:
+            self.last_parts.append(data)
 
     def _usage(self) -> Optional[Dict[str, Any]]:
         """Return the usage of the answer so far."""
-        last: Dict[str, Any] = {}
-        for data in reversed(self.last_parts):
-            last = last or parse_usage(data, data.rfind(b'"usage"'))
-        counts = {name: count for name, count in last.items() if count is not None}
-        return chat_usage({**self.first_usage, **counts})
+        return chat_usage({**self.first_usage, **last_usage(b"".join(self.last_parts))})
 
     def fast_path(self, data: bytes) -> bytes:
         """Return data that consists of complete mid-stream events only, else b""."""
@@ -7110,7 +7147,9 @@ class PassthroughDecoder(Decoder):
     def _find_end(self, data: bytes) -> bytes:
         """Return the data up to [DONE], if it contains that; look for the stream's end."""
         if self.end and not self.end_seen:
-            self.end_seen = self.end.is_in(data)
+            match = self.end.find(data)
+            self.end_seen = match != b""
+            self.ended = self.end_seen and self.end.is_last_event and b"error" not in match
         at = data.rfind(b"[DONE]")  # much faster than find() and the pattern
         if at >= 0 and data.rfind(b"[DONE]", 0, at) >= 0:
             at = data.find(b"[DONE]")  # the first one of several ends the answer
@@ -7143,18 +7182,18 @@ class PassthroughDecoder(Decoder):
     def close(self) -> List[Event]:
         data = bytes(self.opening + self.buffer)
         self.buffer, self.opening = bytearray(), bytearray()
-        if self.end and not self.end_seen and not self.end.is_in(data):
+        if self.end and not self.end_seen and not self.end.find(data):
             self.error = truncated(self.upstream_name)
             return self.flush()
         data = self.rename(data)
-        self.last_parts.append(data)
+        self._note(data)
         usage = self._usage()
         return [RawBytes(data, usage)] if data or usage else []
 
     def flush(self) -> List[Event]:
         """Drop an incomplete line and end an incomplete event: an error may follow."""
         self.buffer.clear()
-        between_events = b"".join(self.last_parts).endswith((b"\n\n", b"\n\r\n", b"\r\r"))
+        between_events = self.tail.endswith((b"\n\n", b"\n\r\n", b"\r\r"))
         return [RawBytes(b"\n")] if self.started and not between_events else []
 
 
@@ -7351,7 +7390,7 @@ class OpenAIController(Controller):
         it ends with the connection: then nothing else shows whether it is complete. ``model``
         replaces the name of the answer's model.
         """
-        text = data.strip()
+        text = data.removeprefix(b"\xef\xbb\xbf").strip()
         if not text or until_close and json_or_none(text) is None:
             raise truncated(self.name)
         if text[:1] not in b"{[" or text[-1:] not in b"}]":
@@ -7364,8 +7403,7 @@ class OpenAIController(Controller):
             if field and not as_dict(next(iter(items), None)):
                 raise truncated(self.name, "sent something that is not an answer")
             data = redact_bytes(data, self.secrets)
-        usage = parse_usage(text, text.rfind(b'"usage"'))
-        return [RawBytes(ModelName(model)(data), chat_usage(usage))]
+        return [RawBytes(ModelName(model)(data), chat_usage(last_usage(text)))]
 
     def _completion(self, data: bytes) -> List[Event]:
         """Return the events of a chat completion that is not streamed."""
@@ -7807,7 +7845,7 @@ class CallQueue:
             waiter.upstream = upstream
             if upstream is not None:
                 upstream.in_flight += 1
-            waiter.exchange.wake()
+            waiter.exchange.resume()
 
     def __len__(self) -> int:
         """Return the number of queued calls. Any thread, also without the lock."""
@@ -7965,7 +8003,7 @@ class Pool:
         """Choose the upstream for the next attempt, and count the attempt as in flight.
 
         Raises APIError if no upstream is left, or Queued if the call has to wait: call again after
-        ``exchange.wake()``.
+        ``exchange.resume()``.
         """
         if len(self.upstreams) > 1:
             self.refresh_models_async()
@@ -8056,7 +8094,7 @@ class Pool:
                 resumed += 1
         return resumed
 
-    def wake_waiters(self, limit: int) -> bool:
+    def resume_waiters(self, limit: int) -> bool:
         """Resume up to ``limit`` ready calls; True if there may be more."""
         with self.lock:
             return self._resume_ready(self.clock(), limit) == limit
@@ -8257,14 +8295,14 @@ def least_connections(ready: List[Upstream]) -> Upstream:
     return weighted_round_robin([up for up, load in zip(ready, loads) if load == lowest])
 
 
-MAX_HASHED = 1 << 14  # characters at each end of a text
+MAX_HASHED = 1 << 14  # characters at each end of a string
 
 
 def conversation_of(call: Call) -> str:
     """A hash that the requests of one conversation share; "" if there are no messages.
 
     It is of the ``prompt_cache_key``, else of the key's name, the system text and the user's first
-    message. Only the ends of long texts are hashed.
+    message. Only the ends of long strings are hashed.
     """
     body = call.original.body or {}
     key, opening = body.get("prompt_cache_key"), [call.key_name]
@@ -8312,7 +8350,7 @@ class Exchange:
 
     def __init__(self, pool: Pool, call: Call) -> None:
         self.pool, self.call, self.cancellation = pool, call, call.cancellation
-        self.wake: Callable[[], Any] = bool  # resumes the call after Queued; any thread
+        self.resume: Callable[[], Any] = bool  # resumes the call after Queued; any thread
         self.other_models: List[str] = []  # of an alias, to be tried when none serves this one
         # Of the current model.
         self.tried: List[Upstream] = []
@@ -8329,7 +8367,7 @@ class Exchange:
         """Send the call to the next upstream; True if the response is an EventStream.
 
         After a failure of the category RETRY the same upstream is used. Raises APIError if no
-        upstream is left, Queued if the call has to wait: call again after wake().
+        upstream is left, Queued if the call has to wait: call again after resume().
         Worker thread.
         """
         if not self.prepared:
@@ -8457,7 +8495,7 @@ class Exchange:
         self._end_attempt(error)
         if self.waiter is not None:
             self.pool.leave_queue(self)
-        self.wake = bool  # breaks a reference cycle
+        self.resume = bool  # breaks a reference cycle
 
 
 # == 15. dialects =============================================================================
@@ -8823,7 +8861,7 @@ class BlockDialect(Dialect):
     RENAMED_PARAMS: Dict[str, str] = {}  # fields with an equivalent in a chat, and its name
     KNOWN_PARAMS: Tuple[str, ...] = ()  # fields that to_chat() handles; others are ignored
     keeps_text = True
-    MAX_HIDDEN_REASONING = 1000  # characters
+    MAX_KEPT_REASONING = 1000  # characters
     BLOCKS_END_WITH_TEXT = True  # stop_block() repeats the block's text
     FUNCTION_TYPES: Tuple[Any, ...] = ()  # types of tools that are functions
     SCHEMA_KEY = ""  # their field with the JSON schema of the parameters
@@ -8835,7 +8873,8 @@ class BlockDialect(Dialect):
         self.extra_values = 0  # in the IDs of its calls
         self.has_begun = False  # there are further messages of the user or the assistant
         self.show_reasoning = True
-        self.hidden_reasoning = ""  # the beginning of what is not shown
+        self.returns_reasoning = False  # the client sends back what it gets, with a signature
+        self.kept_reasoning = ""  # the beginning of what it can't send back
         self.open_block: Any = None  # block_key() of the open block
         self.open_text: List[str] = []
         self.block_index = 0  # of the open or next block
@@ -8945,13 +8984,13 @@ class BlockDialect(Dialect):
         text = "\n\n".join(part["text"] for part in parts if part["type"] == "text")
         if block.get("is_error") is True and not text.lower().startswith("error"):
             text = f"Error: {text or 'the tool failed.'}"
-        call_id, _ = split_extra(block.get("tool_use_id", block.get("call_id")))
+        call_id, _ = sent_id(block.get("tool_use_id", block.get("call_id")))
         self.messages.append({"role": "tool", "tool_call_id": call_id, "content": text})
         return [part for part in parts if part["type"] != "text"]
 
     def history_call(self, block: Dict[str, Any]) -> Dict[str, Any]:
         """A past tool call in OpenAI's format. APIError if IDs contain too much."""
-        call_id, extra = split_extra(block.get("call_id", block.get("id")))
+        call_id, extra = sent_id(block.get("call_id", block.get("id")))
         self.extra_values += count_values(extra)
         if self.extra_values > MAX_JSON_VALUES:
             raise bad_request(f"The IDs of tool calls contain more than {MAX_JSON_VALUES} values.")
@@ -9065,9 +9104,10 @@ class BlockDialect(Dialect):
     # -- the response
 
     def encode_event(self, event: Event) -> bytes:
-        if isinstance(event, Reasoning) and not self.show_reasoning:
-            self.hide_reasoning(event.text)
-            return b""
+        if isinstance(event, Reasoning):
+            self.keep_reasoning(event.text)
+            if not self.show_reasoning:
+                return b""
         if isinstance(event, (Text, Reasoning, ToolCall)):
             return self.encode_block(event)
         if isinstance(event, Finish):
@@ -9132,28 +9172,31 @@ class BlockDialect(Dialect):
     def answer_blocks(self, answer: Answer) -> List[BlockEvent]:
         """An answer as a sequence of events, one per block."""
         blocks: List[BlockEvent] = [Text(self.text(answer))]
+        self.keep_reasoning(answer.reasoning)
         if self.show_reasoning:
             blocks.insert(0, Reasoning(answer.reasoning))
-        else:
-            self.hide_reasoning(answer.reasoning)
-        calls = [self.with_id(call, call.arguments or "{}") for call in answer.tools]
+        calls = [self.with_id(call, call.arguments) for call in answer.tools]
         return [*filter(text_of, blocks), *calls]
 
-    def hide_reasoning(self, text: str) -> None:
-        """Keep the beginning of reasoning that the client does not request."""
-        self.hidden_reasoning += text[: self.MAX_HIDDEN_REASONING - len(self.hidden_reasoning)]
+    def keep_reasoning(self, text: str) -> None:
+        """Keep the beginning of reasoning that the client can't send back, for with_id()."""
+        if not self.returns_reasoning:
+            self.kept_reasoning += text[: self.MAX_KEPT_REASONING - len(self.kept_reasoning)]
 
     def with_id(self, call: ToolCall, arguments: str) -> ToolCall:
         """A tool call with other arguments; its ID contains what the upstream wants back.
 
         Those are its ``extra``, and of the first call reasoning that the client can't return:
-        several upstreams reject tool calls without the reasoning that led to them.
+        several upstreams reject tool calls without the reasoning that led to them. An ID that other
+        upstreams would reject, such as Kimi's "functions.f:0", is contained in another one.
         """
-        extra = {**(call.extra or {})}
-        if self.hidden_reasoning:
-            extra["reasoning_content"], self.hidden_reasoning = self.hidden_reasoning, ""
-        call_id = id_with_extra(call.id or "call_" + new_id(), extra)
-        return ToolCall(call.index, arguments, call_id, call.name or "")
+        extra, call_id = {**(call.extra or {})}, call.id or ""
+        if not CALL_ID.fullmatch(call_id):
+            extra.update({"id": call_id} if 0 < len(call_id) <= MAX_CALL_ID else {})
+            call_id = "call_" + new_id()
+        if self.kept_reasoning:
+            extra["reasoning_content"], self.kept_reasoning = self.kept_reasoning, ""
+        return ToolCall(call.index, arguments, id_with_extra(call_id, extra), call.name or "")
 
     def client_name(self, call: ToolCall) -> Tuple[str, Optional[str]]:
         """The client's own name of a called function, and its namespace."""
@@ -9167,6 +9210,8 @@ class BlockDialect(Dialect):
 # -- The history of a conversation
 
 TOOL_NAME = re.compile("[A-Za-z0-9_-]{1,64}")  # OpenAI's rule
+MAX_CALL_ID = 40  # characters: OpenAI's limit
+CALL_ID = re.compile("[A-Za-z0-9_-]{1,%d}" % MAX_CALL_ID)  # with Anthropic's characters
 NO_RESULT = "[The tool call was interrupted and has no result.]"
 
 
@@ -9255,14 +9300,55 @@ def id_with_extra(call_id: str, extra: Optional[Dict[str, Any]]) -> str:
 
 
 def split_extra(value: Any) -> Tuple[Optional[str], Optional[Dict[str, Any]]]:
-    """A call's own ID, None if missing, and what id_with_extra() has added to it."""
+    """A call's own ID, None if missing, and what id_with_extra() has added to it.
+
+    A client may have cut it off or changed it to lower case: then only the ID is left.
+    """
     call_id = str(value) if isinstance(value, (str, int)) and value != "" else None
     head, mark, data = (call_id or "").rpartition(EXTRA)
-    if mark and len(data) <= MAX_EXTRA:
+    if not mark or data[:3].lower() != "eyj":  # '{"' in base64
+        return call_id, None
+    extra: Any = None
+    if len(data) <= MAX_EXTRA:
         with contextlib.suppress(ValueError):
             extra = from_json(base64.urlsafe_b64decode(data + "=" * (-len(data) % 4)))
-            return head, as_dict(extra) or None
-    return call_id, None
+    return head, as_dict(extra) or None
+
+
+def sent_id(value: Any) -> Tuple[Optional[str], Optional[Dict[str, Any]]]:
+    """A call's ID as upstreams accept it, and what it contained."""
+    call_id, extra = split_extra(value)
+    call_id = as_str((extra or {}).pop("id", None)) or call_id
+    if call_id and len(call_id) > MAX_CALL_ID:
+        call_id = "call_" + _sha256(call_id)[:24]
+    return call_id, extra
+
+
+def without_own_marks(body: Dict[str, Any]) -> Dict[str, Any]:
+    """A request for an upstream with the client's own API.
+
+    It would reject reasoning with the signature UNSIGNED and the long IDs of id_with_extra().
+    """
+    lists = {name: body[name] for name in ("messages", "input") if isinstance(body.get(name), list)}
+    return {**body, **{name: _without_own_marks(items) for name, items in lists.items()}}
+
+
+def _without_own_marks(items: List[Any], nested: bool = False) -> List[Any]:
+    """Messages or items; if nested, the content or tool calls of a message."""
+    remaining = []
+    for item in items:
+        fields = dict(as_dict(item))
+        if UNSIGNED in (fields.get("signature"), fields.get("encrypted_content")):
+            continue
+        for name in ("id", "call_id", "tool_call_id", "tool_use_id"):
+            if EXTRA in as_str(fields.get(name)):
+                fields[name], _ = split_extra(fields[name])
+        for name in ("content", "tool_calls"):
+            if not nested and isinstance(fields.get(name), list):
+                fields[name] = _without_own_marks(fields[name], nested=True)
+        if nested or fields.get("content") != [] or fields.get("tool_calls"):
+            remaining.append(fields or item)
+    return remaining
 
 
 def count_values(value: Any) -> int:
@@ -9299,6 +9385,7 @@ def event_frame(name: str, **fields: Any) -> bytes:
 # In place of a signature of reasoning, as there is none to check here. Many clients send reasoning
 # back only if it has one.
 UNSIGNED = "unsigned-by-akashproxy"
+OWN_MARKS = (EXTRA.encode(), UNSIGNED.encode())
 
 
 class Messages(BlockDialect):
@@ -9348,7 +9435,7 @@ class Messages(BlockDialect):
 
     def to_chat(self, body: Dict[str, Any]) -> Dict[str, Any]:
         thinking, config = as_dict(body.get("thinking")), as_dict(body.get("output_config"))
-        self.show_reasoning = (
+        self.show_reasoning = self.returns_reasoning = (
             thinking.get("type") not in (None, "disabled") and thinking.get("display") != "omitted"
         )
         tools = self.convert_tools(body.get("tools"))
@@ -9462,9 +9549,10 @@ class Messages(BlockDialect):
         return {"type": "text", "text": event.text}
 
     def stop_fields(self, finish: Finish) -> Dict[str, Any]:
-        reason = self.STOP_REASONS.get(finish.reason, "end_turn")
-        reason = "stop_sequence" if finish.stop_sequence else reason
-        return {"stop_reason": reason, "stop_sequence": finish.stop_sequence}
+        reason, sequence = self.STOP_REASONS.get(finish.reason, "end_turn"), finish.stop_sequence
+        if sequence is None or sequence not in as_list(self.call.body.get("stop")):
+            return {"stop_reason": reason, "stop_sequence": None}
+        return {"stop_reason": "stop_sequence", "stop_sequence": sequence}
 
     def usage_object(self, finish: Finish) -> Dict[str, int]:
         """Token counts, those of cached input apart."""
@@ -9618,7 +9706,6 @@ class Responses(BlockDialect):
     }
     # fmt: on
 
-    shows_encrypted = False  # reasoning items have encrypted_content
     sequence_number = 0  # of the next event
     stream_started = False
 
@@ -9640,7 +9727,7 @@ class Responses(BlockDialect):
         items = [{"role": "user", "content": sent}] if isinstance(sent, str) else sent
         self.convert_messages(self.messages_of_items(items))
         include = list(map(str, as_list(body.get("include"))))
-        self.shows_encrypted = self.ENCRYPTED in include
+        self.returns_reasoning = self.ENCRYPTED in include
         self.untranslated += [f"include.{name}"[:80] for name in include if name != self.ENCRYPTED]
         self.untranslated += [f"text.{name}" for name in text if name != "format"]
         if body.get("store") is True:
@@ -9808,7 +9895,7 @@ class Responses(BlockDialect):
         parts = [self.part_object(event)] if status == "completed" else []
         if isinstance(event, Reasoning):
             item = {"id": item_id, "type": "reasoning", "status": status, "summary": parts}
-            return {**item, "encrypted_content": UNSIGNED} if self.shows_encrypted else item
+            return {**item, "encrypted_content": UNSIGNED} if self.returns_reasoning else item
         return {
             "id": item_id,
             "type": "message",
@@ -10189,7 +10276,7 @@ class EventLoop(threading.Thread):
             try:
                 self.wakeup_w.send(b"\0")
             except OSError:
-                return  # the pipe is full, so the loop will wake up; or the loop has been closed
+                return  # the pipe is full, so its wait will end; or the loop has been closed
 
     def stop(self) -> None:
         """End the loop after its current iteration. Any thread."""
@@ -10558,6 +10645,7 @@ class Connection:
         self.state, self.deadline = State.DISPATCHED, math.inf
         task = functools.partial(self.server.serve_request, request)
         if error is None and self.server.gate.is_health_check(request):
+            request.writer.send = self.send
             task()
         else:
             self.submit(request, task)
@@ -10819,10 +10907,13 @@ class ResponseWriter:
     def __init__(self, request: "Request") -> None:
         self.request, self.connection = request, request.connection
         self.lock = threading.RLock()
-        self.send: Callable[..., Any] = self.connection.enqueue  # Connection.send while STREAMING
+        # On the loop thread, for /health and while STREAMING: Connection.send.
+        self.send: Callable[..., Any] = self.connection.enqueue
         self.last_write = request.started_at
 
-    def start(self, status: int, headers: Dict[str, str], length: Optional[int] = None) -> None:
+    def start(
+        self, status: int, headers: Iterable[Tuple[str, str]], length: Optional[int] = None
+    ) -> None:
         """Begin the response; its body is chunked without a length.
 
         HTTP/1.0 has no chunks: there the end of the connection ends the body.
@@ -10832,12 +10923,13 @@ class ResponseWriter:
             request.keep_alive = False
         self.status = status
         self.chunked = length is None and request.head.http_minor == "1"
-        values = "".join(headers.values())
-        if not values.isprintable() or not values.isascii():
-            headers = {name: _UNPRINTABLE.sub("?", value) for name, value in headers.items()}
-        fields = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
+        lines = [f"{name}: {value}" for name, value in headers]
+        text = "".join(lines)
+        if not text.isprintable() or not text.isascii():
+            lines = [_UNPRINTABLE.sub("?", line) for line in lines]
+        fields = "\r\n".join([*lines, ""])
         framing = "Transfer-Encoding: chunked\r\n" if self.chunked else ""
-        if length is not None and status != 204:
+        if length is not None and status not in (204, 304):
             framing = f"Content-Length: {length}\r\n"
         elif length is None and not self.chunked:
             request.keep_alive = False
@@ -10877,7 +10969,7 @@ class ResponseWriter:
     def respond(self, status: int, data: bytes, headers: Dict[str, str]) -> None:
         """Write a complete response."""
         with self.lock:
-            self.start(status, headers, length=len(data))
+            self.start(status, headers.items(), length=len(data))
             self.finish(data)
 
     def break_off(self) -> None:
@@ -10901,7 +10993,7 @@ class ResponseWriter:
                 frame = frame[:-1] if is_comment else b""
             if frame and not self.connection.output:
                 if not self.status:
-                    self.start(200, SSE_HEADERS)
+                    self.start(200, SSE_HEADERS.items())
                 tail = self.tail
                 self.send(self._frame(frame))
                 self.tail = tail
@@ -11779,7 +11871,7 @@ class CallResponder:
         self.request, self.exchange, self.dialect, self.run = request, exchange, dialect, run
         self.writer, self.call = request.writer, exchange.call
         loop = request.connection.loop
-        exchange.wake = functools.partial(loop.call_soon_threadsafe, self._wake)
+        exchange.resume = functools.partial(loop.call_soon_threadsafe, self._resume)
         if self.call.stream:
             self.writer.ping_frame = dialect.ping_frame
 
@@ -11793,7 +11885,7 @@ class CallResponder:
         try:
             relayed = exchange.attempt()
         except Queued:
-            return True  # _wake() continues
+            return True  # _resume() continues
         if relayed:
             relay = StreamRelay(self)
             # Last: from here on the request belongs to the loop, which may already be relaying.
@@ -11818,7 +11910,7 @@ class CallResponder:
 
         self.run(step)
 
-    def _wake(self) -> None:
+    def _resume(self) -> None:
         """Continue a call that has left the pool's queue, on a worker. Loop thread."""
         task = functools.partial(self.run, self.attempt)
         self.request.connection.submit(self.request, task)
@@ -11832,9 +11924,8 @@ class CallResponder:
                 headers = dict(SSE_HEADERS) if is_event_stream(content_type) else {}
                 if content_type:
                     headers["Content-Type"] = content_type
-                self.writer.start(
-                    self.call.attempt.status, {**headers, **call_headers(self.request)}
-                )
+                headers.update(call_headers(self.request))
+                self.writer.start(self.call.attempt.status, headers.items())
         return b"" if content_type else self.dialect.opening_frames()
 
     def start_buffered(self, events: List[Event]) -> bytes:
@@ -11846,11 +11937,8 @@ class CallResponder:
             content_type, data = "application/json", to_json(self.dialect.response_body(answer))
         else:
             data = self.dialect.encode(events)
-        self.writer.start(
-            self.call.attempt.status,
-            {"Content-Type": content_type, **call_headers(self.request)},
-            length=len(data),
-        )
+        headers = {"Content-Type": content_type, **call_headers(self.request)}
+        self.writer.start(self.call.attempt.status, headers.items(), length=len(data))
         return data
 
     def error_trailer(self, error: APIError) -> bytes:
@@ -11919,10 +12007,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
     send_error(), rfile and wfile. Differences from http.server:
 
     - a handler is created for each complete request, not for each connection;
-    - ``request`` is a Request;
+    - ``request`` is a Request, ``connection`` a Connection;
+    - ``path`` is percent-decoded and without PATH_PREFIX, but with its query;
     - the response body is framed here: chunked unless a Content-Length is sent;
     - errors are sent in the client's dialect, also by send_error();
-    - a do_ method that returns True has left the rest of the response to the loop.
+    - a do_ method that returns True leaves the response to the loop.
     """
 
     server: "Server"
@@ -11950,6 +12039,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def wfile(self) -> Any:  # type: ignore[override]
         """The response body as a file."""
         return ResponseFile(self.request.writer)
+
+    @functools.cached_property
+    def requestline(self) -> Any:  # type: ignore[override]
+        """The request line."""
+        return f"{self.command} {self.path} {self.request_version}"
 
     @functools.cached_property
     def headers(self) -> Any:  # type: ignore[override]
@@ -11989,9 +12083,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def parse_request(self) -> bool:
         """Set the attributes from the parsed head; APIError if the request was rejected."""
         request = self.request
-        self.command, self.path, self.query, http_minor, headers = request.head
-        self.request_version = f"HTTP/1.{http_minor}"
-        self.requestline = f"{self.command} {self.path} {self.request_version}"
+        self.command, path, query, http_minor, headers = request.head
+        self.path = f"{path}?{query}" if query else path
+        self.request_version = "HTTP/1.1" if http_minor == "1" else "HTTP/1.0"
         target = request.route.targets.get("POST")
         if isinstance(target, type):
             self.dialect = target
@@ -12029,7 +12123,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Call the route's function, or respond to a model call; returns as do_GET()."""
         target = self.request.route.target(self.command)
         if target is None:  # the gate leaves the paths to a subclass, which calls super().do_GET()
-            raise APIError(404, f"There is no {self.path[:200]!r} here.", code="not_found")
+            path = self.request.head.path
+            raise APIError(404, f"There is no {path[:200]!r} here.", code="not_found")
         if not isinstance(target, type):
             return target(self)
         dialect, request = self.parse_call(target), self.request
@@ -12045,7 +12140,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def parse_call(self, dialect_class: Any) -> Any:
         """Parse the body into a dialect with its call; APIError 400 if it is invalid."""
-        headers = self.request.head.headers
+        head = self.request.head
+        headers = head.headers
         data, content_type = self.request.body, headers.get("content-type", "")
         try:
             if dialect_class is Passthrough:
@@ -12056,9 +12152,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except ValueError as error:
             raise bad_request(f"The body is not valid JSON: {error}.") from None
         call = dialect.call
-        call.original.path, call.original.raw_body = self.path, data
+        call.original.path, call.original.raw_body = head.path, data
         dialect.prepare()
-        query = remove_model_params(self.query) if self.query else ""
+        query = remove_model_params(head.query) if head.query else ""
         if query:
             call.original.query = "?" + query
         call.original.headers = {
@@ -12066,7 +12162,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         }
         if call.original.body:
             check_names(call.original.body)
-            if has_escaped_letters(data):
+            if any(mark in data for mark in OWN_MARKS):
+                call.original.body = without_own_marks(call.original.body)
+                call.original.raw_body = request_json(call.original.body, len(data))
+            elif has_escaped_letters(data):
                 call.original.raw_body = request_json(call.original.body, len(data))
         return dialect
 
@@ -12076,25 +12175,35 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Begin a response; ``message`` is ignored, the standard phrase is sent."""
         self.response: Tuple[int, List[Tuple[str, str]]] = (int(code), [])
 
+    send_response_only = send_response
+
     def send_header(self, keyword: str, value: Any) -> None:
         """Add a header; ValueError if it contains CR, LF or NUL (header injection)."""
         if re.search("[\r\n\0]", f"{keyword}{value}"):
             raise ValueError("a header must not contain CR, LF or NUL")
-        self.response[1].append((keyword, str(value)))
+        if keyword.lower() == "connection":
+            self.close_connection = str(value).lower() == "close"
+        else:
+            self.response[1].append((keyword, str(value)))
 
     def end_headers(self) -> None:
         """Begin the body, which is chunked without a Content-Length."""
         status, fields = self.response
         lengths = [int(value) for name, value in fields if name.lower() == "content-length"]
-        headers = {
-            name: value
-            for name, value in fields
-            if name.lower() not in ("content-length", "connection")
-        }
+        headers = [field for field in fields if field[0].lower() != "content-length"]
         no_body = status in (204, 304) or status < 200
         self.request.writer.start(
             status, headers, length=lengths[0] if lengths else 0 if no_body else None
         )
+
+    @property
+    def close_connection(self) -> bool:
+        """Whether the connection is closed after the response."""
+        return not self.request.keep_alive
+
+    @close_connection.setter
+    def close_connection(self, value: bool) -> None:
+        self.request.keep_alive = not value
 
     def send_error(
         self, code: int, message: Optional[str] = None, explain: Optional[str] = None
@@ -12224,16 +12333,14 @@ def get_image(handler: Handler) -> None:
     # private if there are tokens: a shared cache would serve the image without one
     cacheability = "private" if request.settings.needs_token else "public"
     try:
-        writer.start(
-            200,
-            {
-                "Content-Type": response.headers["content-type"],
-                "Cache-Control": f"{cacheability}, max-age=31536000, immutable",
-                "Content-Security-Policy": "sandbox; default-src 'none'",
-                "X-Content-Type-Options": "nosniff",
-                "Cross-Origin-Resource-Policy": "cross-origin",
-            },
-        )
+        headers = {
+            "Content-Type": response.headers["content-type"],
+            "Cache-Control": f"{cacheability}, max-age=31536000, immutable",
+            "Content-Security-Policy": "sandbox; default-src 'none'",
+            "X-Content-Type-Options": "nosniff",
+            "Cross-Origin-Resource-Policy": "cross-origin",
+        }
+        writer.start(200, headers.items())
         for data in response.iter_bytes() if handler.command == "GET" else ():
             handler.wfile.write(data)
         writer.finish()
@@ -12585,7 +12692,7 @@ class Server(http.server.ThreadingHTTPServer):
                 self.all_closed.notify_all()
 
     def on_tick(self, now: float) -> None:
-        """Enforce all deadlines, resume accepting, wake queued calls. Loop thread."""
+        """Enforce all deadlines, resume accepting, resume queued calls. Loop thread."""
         CancelScope.cancel_overdue(now)
         for connection in self.connections.copy():
             try:
@@ -12598,15 +12705,15 @@ class Server(http.server.ThreadingHTTPServer):
                 self.loop.add(self.socket, self.on_connection, self.on_connection)
                 self.accept_paused = False
         self.pool.on_tick(now)
-        self.wake_waiters()
+        self.resume_waiters()
 
-    def wake_waiters(self) -> None:
+    def resume_waiters(self) -> None:
         """Resume up to 32 calls queued for a controller, the others later. Loop thread.
 
         1,500 calls that time out at once would otherwise block the loop.
         """
-        if self.pool.wake_waiters(32):
-            self.loop.call_soon_threadsafe(self.wake_waiters)
+        if self.pool.resume_waiters(32):
+            self.loop.call_soon_threadsafe(self.resume_waiters)
 
 
 def key_limiters(settings: Settings, previous: List[KeyLimiter]) -> List[KeyLimiter]:
@@ -12862,7 +12969,7 @@ def demo_image(seed: str) -> bytes:
 
 
 # == 21. page =================================================================================
-# A page to chat with, a client of the API like any other. Knows nothing of the rest of this file.
+# A page to chat with, a client of the API like any other. Knows nothing of the other sections.
 
 PAGE = r"""<!doctype html>
 <html lang="en">
@@ -13955,6 +14062,7 @@ def start(server: Server, load: Callable[[], Settings], demo: bool = False) -> i
     """Start a server, print its URLs and serve until a signal; the exit status."""
     raise_fd_limit()
     gc.freeze()  # the module's objects live on: collections need not traverse them
+    gc.set_threshold(10_000)  # reference counts free nearly all: 2 % of a request's CPU time
     if not server.settings.needs_token and not server.is_loopback:
         log.warning(
             "anyone who can reach %s can use this server and its upstreams' keys and quotas: "
