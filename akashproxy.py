@@ -89,7 +89,7 @@ Where is ...
     the network's exceptions           upstream_error, UpstreamResponse.to_api_error
     strict HTTP                        find_head_end, parse_head, BodyDecoder
     connections to upstreams           ConnectionPool
-    proxies on the way                 UpstreamRequest, SocksProxy
+    proxies on the way                 UpstreamRequest, Proxy
     deadlines                          CancelScope, Connection.on_tick
     cancelling                         Cancellation
     request bodies                     BodyReader, check_body_size
@@ -1123,6 +1123,11 @@ def split_address(text: str) -> Tuple[str, int]:
     return ("127.0.0.1" if host == "localhost" else host), int(port)
 
 
+def join_address(host: str, port: int) -> str:
+    """Format HOST:PORT, with an IPv6 address in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def check_host(host: str) -> None:
     """Raise ValueError for a name that can't be encoded for DNS (IDNA)."""
     try:
@@ -1191,6 +1196,13 @@ def proxy_credentials(url: str) -> Tuple[bytes, bytes]:
         urllib.parse.unquote_to_bytes(parts.username or ""),
         urllib.parse.unquote_to_bytes(parts.password or ""),
     )
+
+
+def proxy_authorization(url: str) -> Dict[str, str]:
+    """The header for the user and password in a proxy's URL; empty if there are none."""
+    credentials = b":".join(proxy_credentials(url))
+    encoded = base64.b64encode(credentials).decode()
+    return {"Proxy-Authorization": f"Basic {encoded}"} if credentials != b":" else {}
 
 
 def without_password(url: str) -> str:
@@ -2437,7 +2449,7 @@ T = TypeVar("T")
 
 
 class UpstreamRequest(urllib.request.Request):
-    """A request to an upstream, through an HTTP proxy if there is one.
+    """A request to an upstream; one without TLS is sent to an HTTP proxy if there is one.
 
     Transport parses each URL once and sends copies.
     """
@@ -2446,22 +2458,17 @@ class UpstreamRequest(urllib.request.Request):
     body: Optional[bytes]
     scope: CancelScope
     retry_reason: str  # of a repeated request, which needs a new connection
-    _tunnel_host: Optional[str]  # urllib's: the upstream, if a proxy tunnels to it
 
     def __init__(self, url: str, proxy: str = "") -> None:
         super().__init__(url)
         self.fields = {"Host": self.host}
-        self.tunnel_headers: Dict[str, str] = {}
-        if proxy:
+        if proxy and self.type == "http":
             parts = urllib.parse.urlsplit(proxy)
             address = parts.netloc.rpartition("@")[2] + (":80" if parts.port is None else "")
             self.set_proxy(address, "http")
-            if parts.username is not None:
-                credentials = base64.b64encode(b":".join(proxy_credentials(proxy))).decode()
-                headers = self.tunnel_headers if self._tunnel_host else self.fields
-                headers["Proxy-Authorization"] = "Basic " + credentials
+            self.fields.update(proxy_authorization(proxy))
         # equal for requests that can share a connection
-        self.connection_key = self.type, self.host, self._tunnel_host
+        self.connection_key = self.type, self.host
 
     def copy(self, headers: Dict[str, str], **attributes: Any) -> "UpstreamRequest":
         """Return a request with further headers and the attributes above."""
@@ -2504,9 +2511,10 @@ class ConnectionPool(urllib.request.BaseHandler):
     """
 
     def __init__(self, ca_file: str = "", proxy: str = "") -> None:
-        """``proxy`` is the URL of a SOCKS proxy; HTTP proxies are part of requests."""
+        """``proxy`` is a URL; requests without TLS are sent to an HTTP proxy as they are."""
         self.ca_file = ca_file
         self.socks = SocksProxy(proxy) if proxy.startswith("socks") else None
+        self.tunnel = HTTPProxy(proxy) if proxy.startswith("http:") else self.socks
         # (expires_at, socket) by request key, the most recently used last
         self.idle: Dict[Any, List[Tuple[float, Any]]] = {}
         self.closed = False
@@ -2577,15 +2585,15 @@ class ConnectionPool(urllib.request.BaseHandler):
     def _connect(self, request: UpstreamRequest) -> Any:
         connection: http.client.HTTPConnection
         if request.type == "https":
+            proxy = self.tunnel
             connection = http.client.HTTPSConnection(
                 request.host, timeout=request.timeout, context=tls_context(self.ca_file)
             )
         else:
+            proxy = self.socks
             connection = http.client.HTTPConnection(request.host, timeout=request.timeout)
-        if request._tunnel_host:
-            connection.set_tunnel(request._tunnel_host, headers=request.tunnel_headers)
-        if self.socks:  # HTTPConnection.connect() opens its socket with this attribute
-            connection._create_connection = self.socks.connect  # type: ignore[attr-defined]
+        if proxy:  # HTTPConnection.connect() opens its socket with this attribute
+            connection._create_connection = proxy.connect  # type: ignore[attr-defined]
         try:
             connection.connect()
         except BaseException:
@@ -2613,9 +2621,6 @@ def connect_problem(error: Exception, upstream: str, proxy: str) -> str:
         return f"{where} refused the connection (check that it runs, and the port)"
     if isinstance(error, OSError) and error.errno in (errno.EHOSTUNREACH, errno.ENETUNREACH):
         return f"this server has no route to {where}"
-    if str(error).startswith("Tunnel connection failed: "):
-        status = str(error).partition(": ")[2][:3]
-        return f"{where} refused the connection with status {status} (check PROXY)"
     verify_message = getattr(error, "verify_message", "")
     if verify_message:
         return f"the certificate of {upstream} can't be verified: {verify_message} (set CA_FILE)"
@@ -2624,18 +2629,14 @@ def connect_problem(error: Exception, upstream: str, proxy: str) -> str:
     return ""
 
 
-class SocksProxy:
-    """A SOCKS 5 proxy (RFC 1928, passwords: RFC 1929).
+class Proxy:
+    """Base class of proxies that open connections to upstreams. Worker thread."""
 
-    socks5:// looks up names here, socks5h:// lets the proxy do it. socks:// is what GNOME writes
-    into the environment for socks5://.
-    """
+    DEFAULT_PORT = 0
 
     def __init__(self, url: str) -> None:
         parts = urllib.parse.urlsplit(url)
-        self.host, self.port = str(parts.hostname), parts.port or 1080
-        self.remote_names = parts.scheme == "socks5h"
-        self.user, self.password = proxy_credentials(url)
+        self.host, self.port = str(parts.hostname), parts.port or self.DEFAULT_PORT
 
     def connect(self, address: Tuple[str, int], *options: Any) -> socket.socket:
         """Return a socket connected to an address; as socket.create_connection()."""
@@ -2652,6 +2653,46 @@ class SocksProxy:
 
     def _negotiate(self, sock: socket.socket, replies: Any, host: str, port: int) -> str:
         """Log in and have a connection opened; return what the proxy does not do, or ""."""
+        raise NotImplementedError
+
+
+class HTTPProxy(Proxy):
+    """An HTTP proxy that opens connections by CONNECT (RFC 9110, 9.3.6)."""
+
+    DEFAULT_PORT = 80
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.fields = proxy_authorization(url)
+
+    def _negotiate(self, sock: socket.socket, replies: Any, host: str, port: int) -> str:
+        authority = join_address(host, port)
+        fields = {"Host": authority, **self.fields}
+        sock.sendall(request_head(f"CONNECT {authority} HTTP/1.1", *fields.items()) + b"\r\n")
+        lines = iter(lambda: replies.readline(MAX_HEAD_BYTES), b"")
+        head = itertools.takewhile(bytes.strip, itertools.islice(lines, MAX_HEADERS))
+        match = re.match(rb"HTTP/1\.[01] ([0-9]{3})", b"".join(head))
+        if not match:
+            return "does not answer as an HTTP proxy does"
+        status = int(match[1])
+        return "" if 200 <= status < 300 else f"refused the connection with status {status}"
+
+
+class SocksProxy(Proxy):
+    """A SOCKS 5 proxy (RFC 1928, passwords: RFC 1929).
+
+    socks5:// looks up names here, socks5h:// lets the proxy do it. socks:// is what GNOME writes
+    into the environment for socks5://.
+    """
+
+    DEFAULT_PORT = 1080
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.remote_names = url.startswith("socks5h:")
+        self.user, self.password = proxy_credentials(url)
+
+    def _negotiate(self, sock: socket.socket, replies: Any, host: str, port: int) -> str:
         sock.sendall(b"\5\2\0\2" if self.user else b"\5\1\0")  # no login, or a password
         chosen = replies.read(2)
         if chosen != b"\5\0" and not (chosen == b"\5\2" and self.user):
@@ -4570,7 +4611,8 @@ class Cache(Generic[T]):
         try:
             repeated = not self.expires and self.clock() < self.refresh_at
             if self.failure and (repeated or self.failed_at >= arrived_at):
-                raise self.failure
+                # otherwise each caller would add its frames, with the request, to the traceback
+                raise self.failure.with_traceback(None)
             value = self.value
             return self._replace() if value is None or value == old else value
         finally:
@@ -6008,13 +6050,13 @@ class ImageBatch:
         self.lock = threading.Lock()  # held while a job is being started
         self.cancellation = Cancellation()  # of the request
         self.joined = False  # it has, or had, a request
-        self.failed = False  # the request got an error that SDKs retry
+        self.ended = False  # the request, without its images
         self.expires_at = math.inf
 
     def may_be_joined(self, now: float) -> bool:
-        """Whether its request ended without its images, not too long ago."""
-        has_ended = self.failed or self.cancellation.reason is not None
-        return has_ended and now < self.expires_at
+        """Whether its request has ended, or is about to, not too long ago."""
+        ended = self.ended or self.cancellation.reason is not None
+        return ended and now < self.expires_at
 
 
 class AkashImages:
@@ -6043,7 +6085,7 @@ class AkashImages:
         """Make the batch that the call repeats, or a new one, the call's own."""
         with self.lock:
             batch = self.find(call)
-            batch.cancellation, batch.joined, batch.failed = call.cancellation, True, False
+            batch.cancellation, batch.joined, batch.ended = call.cancellation, True, False
             batch.expires_at = self.clock() + self.KEPT_SECONDS
             self.batches[batch] = None
             self.batches.move_to_end(batch)
@@ -6051,21 +6093,28 @@ class AkashImages:
                 self.batches.popitem(last=False)
         return batch
 
-    def forget(self, batch: ImageBatch) -> None:
+    def leave(self, batch: ImageBatch, call: Call, may_be_repeated: bool) -> None:
+        """End a call's use of a batch, which is forgotten unless the call may be repeated."""
         with self.lock:
-            self.batches.pop(batch, None)
+            if not may_be_repeated:
+                self.batches.pop(batch, None)
+            elif batch.cancellation is call.cancellation:  # no repeat has joined it yet
+                # the reason of a cancellation would keep the request and its body in memory
+                batch.ended, batch.cancellation = True, Cancellation()
 
     def events(self, call: Call, data: bytes) -> Iterator[Event]:
         """Start a job for each image, then poll them; text instead of a job is passed on."""
-        batch = self.join(call)
+        batch, may_be_repeated = self.join(call), False
         try:
             yield from self._batch_events(call, data, batch)
-        except APIError as error:
-            batch.failed = error.status >= 500 and error.retry is not False
-            if not batch.failed:
-                self.forget(batch)
+        except APIError as error:  # those that SDKs retry
+            may_be_repeated = error.status >= 500 and error.retry is not False
             raise
-        self.forget(batch)
+        except (ClientDisconnected, GeneratorExit):
+            may_be_repeated = call.cancellation.reason is not None
+            raise
+        finally:
+            self.leave(batch, call, may_be_repeated)
 
     def _batch_events(self, call: Call, data: bytes, batch: ImageBatch) -> Iterator[Event]:
         """Yield a batch's events; one job at a time if concurrent requests are limited."""
@@ -6391,15 +6440,9 @@ class AkashController(Controller):
             )
         moved = redact(response.headers.get("location", "")[:1000], self.secrets())[:200]
         hint = f": it redirects to {moved}, check AKASH_BASE_URL" if moved else ""
+        message = f"Akash Chat did not start a session (status {response.status}){hint}."
         wait = retry_after_seconds(response.headers, answer)
-        raise APIError(
-            503,
-            f"Akash Chat did not start a session (status {response.status}){hint}.",
-            code="upstream_session",
-            retry_after=wait or 5,
-            category=Category.RATE_LIMIT if wait else Category.NETWORK,
-            upstream_status=response.status,
-        )
+        raise no_session(message, response.status, wait)
 
     def _fail(self, response: UpstreamResponse, body: bytes, model: str, cookie: str) -> NoReturn:
         """Raise the error for an unsuccessful response.
@@ -6409,12 +6452,12 @@ class AkashController(Controller):
         request = response.request
         status, fields = response.status, as_dict(json_or_none(body))
         message = str(fields.get("message") or fields.get("error") or "")
-        rejected = status == 403 and message == "Unauthorized: Invalid session"
-        if rejected and request.retry_reason != "session":
+        if status == 403 and message == "Unauthorized: Invalid session":
             self.session.invalidate(cookie)
-            raise APIError(
-                502, "Akash Chat rejected the session.", code="session", category=Category.RETRY
-            )
+            if request.retry_reason != "session":
+                message = "Akash Chat rejected the session."
+                raise APIError(502, message, code="session", category=Category.RETRY)
+            raise no_session("Akash Chat rejected a new session.", status)  # its store is down
         if status == 400 and not fields and body:
             message = "Bad request: " + body[:4000].decode("utf-8", "replace")
         message, secrets = message[:4000], self.secrets(cookie)
@@ -6489,6 +6532,18 @@ class AkashController(Controller):
         return models, self.settings.models_ttl
 
 
+def no_session(message: str, status: int, wait: Optional[float] = None) -> APIError:
+    """Return the 503 for a server without sessions; ``wait`` are the seconds that it named."""
+    return APIError(
+        503,
+        message,
+        code="upstream_session",
+        retry_after=wait or 5,
+        category=Category.RATE_LIMIT if wait else Category.NETWORK,
+        upstream_status=status,
+    )
+
+
 def no_models() -> APIError:
     """Return the error for an empty list: an outage of the backend, not a wrong model."""
     return APIError(
@@ -6496,6 +6551,7 @@ def no_models() -> APIError:
         "Akash Chat lists no models at the moment.",
         retry_after=30,
         category=Category.NETWORK,
+        upstream_status=200,
     )
 
 
@@ -7375,7 +7431,8 @@ class OpenAIController(Controller):
         named = ((entry.get("id"), entry) for entry in map(as_dict, models))
         entries = bounded_model_list(self.name, named).values()
         if not entries:
-            raise APIError(503, f"{self.name} lists no models.")
+            message = f"{self.name} sent no list of models."
+            raise APIError(503, message, upstream_status=response.status)
         common = {"object": "model", "owned_by": self.name}
         models = [
             with_context_length(
@@ -12667,7 +12724,8 @@ class Server(http.server.ThreadingHTTPServer):
         try:
             self.accept_ready(64)  # bounded, so that a burst does not delay other connections
         except OSError as error:  # out of descriptors; on_tick() resumes
-            log.error("cannot accept a connection: %s", error)
+            if report_exhaustion():
+                log.error("cannot accept a connection: %s", error)
             self.loop.remove(self.socket)
             self.accept_paused = True
 
@@ -12811,11 +12869,6 @@ def log_access(request: Request, now: float) -> None:
     log.handle(
         log.makeRecord(log.name, level, "akashproxy.py", 0, text, (), None, extra={"facts": facts})
     )
-
-
-def join_address(host: str, port: int) -> str:
-    """Format HOST:PORT, with an IPv6 address in brackets."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _family(host: str, port: int) -> Tuple[int, str]:

@@ -1448,6 +1448,20 @@ def test_a_failed_renewal_leaves_the_old_cookie(akash):
     wait_for(lambda: len(akash.requests) == 3)
 
 
+def test_a_failure_that_is_repeated_keeps_no_caller_in_memory():
+    def fetch():
+        raise APIError(503, "down")
+
+    def depth_of_a_call():
+        with pytest.raises(APIError) as caught:
+            cache.get()
+        return len(list(akashproxy.traceback.walk_tb(caught.value.__traceback__)))
+
+    cache = akashproxy.Cache("list", fetch)
+    depth_of_a_call()
+    assert depth_of_a_call() == depth_of_a_call()
+
+
 def test_a_session_server_that_stalls_costs_all_one_time_out(akash, serve):
     akash.answer = akash.stall(None)
     server = serve(session_timeout=0.5)
@@ -1505,9 +1519,11 @@ def test_an_expired_session_is_renewed_once(akash, serve):
 
 def test_a_session_that_stays_invalid_is_no_loop(akash, serve):
     akash.faults += [akash.raw(reply(403, BAD_SESSION), keep=True)] * 9
-    got = chat(serve())
-    assert got.status == 424 and got.json["error"]["code"] == "upstream_auth"
+    server = serve()
+    got = chat(server)
+    assert (got.status, got.json["error"]["code"], got.headers["retry-after"]) == (503, "upstream_session", "5")
     assert len(akash.bodies()) == 2 and akash.cookies == 2
+    assert ask(server, path="/status").json["controllers"][0]["rests_for_seconds"] <= 1, "the server's sessions are lost, not our access"
 
 
 def test_a_redirect_is_told_with_where_it_leads(akash, serve):
@@ -1910,6 +1926,16 @@ def test_a_repeat_goes_to_the_controller_with_its_jobs(pool):
     assert route_of(ask(server, "POST", "/v1/images/generations", DRAW)) == "b=200"
 
 
+def test_jobs_are_kept_for_a_repeat_without_the_request(akash, serve):
+    def calls():
+        gc.collect()
+        return {id(call) for call in gc.get_objects() if type(call) is Call}
+
+    server, before = serve(), calls()
+    drawing(server, akash)
+    wait_for(lambda: not calls() - before)
+
+
 def test_image_jobs_are_kept_for_a_while_and_not_without_end():
     clock = Clock()
     batches = akashproxy.AkashImages(None, clock)
@@ -1920,7 +1946,7 @@ def test_image_jobs_are_kept_for_a_while_and_not_without_end():
         return call
 
     for number in range(1500):
-        batches.join(call_of(number)).failed = True
+        batches.join(call_of(number)).ended = True
     assert len(batches.batches) == 1000 and not batches.find(call_of(0)).joined and batches.find(call_of(1499)).joined
     clock.now += 601
     assert not batches.find(call_of(1499)).joined
@@ -3828,6 +3854,17 @@ def test_a_process_without_descriptors_blames_no_upstream(config, a, b):
                 assert got.startswith(b"HTTP/1.1 503") and b"Retry-After: 1\r\n" in got and b"out of resources" in got
             for state in ask_again(status, path="/status").json["controllers"]:
                 assert (state["failed"], state["rests_for_seconds"], state["last_error"]) == (0, 0, None)
+
+
+def test_connections_that_cannot_be_accepted_are_one_line_in_the_log():
+    resource = pytest.importorskip("resource")
+    limit = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))}
+    with started("--demo", popen=limit) as (process, server):
+        with crowd(server, 60, b""):
+            time.sleep(1.2)     # several ticks of its clock
+        wait_for(lambda: ask(server).status == 200)
+        process.terminate()
+        assert process.stderr.read().count("cannot accept a connection") == 1
 
 
 # -- other names of models, and several models behind one
@@ -6196,8 +6233,7 @@ def test_akash_drops_parameters_before_it_checks_them(akash, serve, fields, igno
                 {"topP": 0.2, "temperature": 0.3}, "top_p, seed"),
     "a parameter that is implemented here": ({"set": {"stop": ["from"]}}, {}, {}, None),
 })
-def test_an_akash_controller_adapts_requests(case, akash, pool):
-    options, fields, sent, ignored = case
+def test_an_akash_controller_adapts_requests(options, fields, sent, ignored, akash, pool):
     got = chat(pool((akash, options)), {**CHAT, **fields})
     assert got.status == 200 and got.headers.get("x-akashproxy-ignored") == ignored
     assert text_of(got) == ("Hello " if "stop" in options.get("set", {}) else "Hello from the mock.")
@@ -6480,6 +6516,7 @@ UNREACHABLE = {  # (the upstream and the proxy before it, in which {} is a port;
     "a certificate": ("https://127.0.0.1:{}", "", "tls", "the certificate of 127.0.0.1 can't be verified: "),
     "no TLS": ("https://127.0.0.1:{}", "", "plain", "127.0.0.1 does not speak TLS"),
     "a proxy": ("https://a.b", "http://127.0.0.1:{}", "plain", "the proxy 127.0.0.1 refused the connection with status 407"),
+    "a proxy that is none": ("https://a.b", "http://127.0.0.1:{}", "ssh", "the proxy 127.0.0.1 does not answer as an HTTP proxy does (check PROXY)"),
     "a proxy that is down": ("https://a.b", "http://127.0.0.1:{}", None, "the proxy 127.0.0.1 refused the connection (check that it runs"),
     "a proxy's name": ("https://a.b", "http://no-such-host.invalid:1", None, LOOKED_UP.format("no-such-host.invalid", "PROXY")),
     "a SOCKS proxy's name": ("https://a.b", "socks5://no-such-host.invalid:1", None, LOOKED_UP.format("no-such-host.invalid", "PROXY")),
@@ -6493,10 +6530,16 @@ UNREACHABLE = {  # (the upstream and the proxy before it, in which {} is a port;
 class Plain(Fake):
     """Answers whatever comes with a 407."""
 
+    ANSWER = b"HTTP/1.1 407 Say who you are\r\n\r\n"
+
     def serve(self, sock):
         with sock:
             sock.recv(65536)
-            sock.sendall(b"HTTP/1.1 407 Say who you are\r\n\r\n")
+            sock.sendall(self.ANSWER)
+
+
+class SSH(Plain):
+    ANSWER = b"SSH-2.0-OpenSSH\r\n"
 
 
 class CutSocks(Fake):
@@ -6511,7 +6554,7 @@ class CutSocks(Fake):
 
 @table(UNREACHABLE)
 def test_an_unreachable_upstream_is_explained_with_its_host(url, proxy, kind, words, pool, tmp_path, caplog):
-    makers = {"tls": lambda: TLSOpenAI(tmp_path), "plain": Plain, "socks": SocksServer, "proxy": ForwardProxy, "cut": CutSocks}
+    makers = {"tls": lambda: TLSOpenAI(tmp_path), "plain": Plain, "socks": SocksServer, "proxy": ForwardProxy, "cut": CutSocks, "ssh": SSH}
     fakes = [makers[name]() for name in (kind or "").split()]
     with socket.create_server(("127.0.0.1", 0)) as closed:
         ports = [fake.port for fake in fakes] or [closed.getsockname()[1]]
@@ -6536,6 +6579,13 @@ def test_a_proxy_on_the_way_plain(fake, pool, monkeypatch):
     assert (request.method, request.path) == ("POST", f"{fake.url}/v1/chat/completions")
     assert base64.b64decode(request.headers["proxy-authorization"].split()[1]) == b"us@er:p:w"
     proxy.close()
+
+
+def test_a_proxy_is_asked_for_a_connection_as_the_standard_says(pool):
+    with contextlib.closing(ForwardProxy()) as proxy:
+        chat(pool((proxy, {"base_url": "https://[::1]:9/v1", "proxy": f"http://u:p@127.0.0.1:{proxy.port}"})), BOTH)
+        assert proxy.requests[0][:2] == ("CONNECT", "[::1]:9") and proxy.requests[0].headers["host"] == "[::1]:9"
+        assert base64.b64decode(proxy.requests[0].headers["proxy-authorization"].split()[1]) == b"u:p"
 
 
 class TLSOpenAI(FakeOpenAI):
@@ -11394,9 +11444,10 @@ def test_check_asks_each_controller(openai_fakes, akash, config):
     two.answer = lambda sock, request: time.sleep(20)
     done = run("--check", "--ask", UPSTREAM=f"{two.url}/v1", SESSION_TIMEOUT="0.3")
     assert done.returncode == 1 and "did not answer within 0.3 seconds" in done.stdout
-    two.answer = lambda sock, request: sock.sendall(reply(404, b"404 page not found"))
-    done = run("--check", "--ask", UPSTREAM=f"{two.url}/v1/chat")
-    assert re.fullmatch(r"openai: reachable, but lists no models: \w.*\w, \d+ ms", done.stdout.strip().splitlines()[-1])
+    for answer in (reply(404, b"404 page not found"), reply(200, b"[]"), reply(200, b"<html>", "text/html")):
+        two.answer = lambda sock, request, answer=answer: sock.sendall(answer)
+        done = run("--check", "--ask", UPSTREAM=f"{two.url}/v1/chat")
+        assert re.fullmatch(r"openai: reachable, but lists no models: \w.*\w, \d+ ms", done.stdout.strip().splitlines()[-1])
     assert re.fullmatch(r"ours: reachable, no key needed, 1 model, \d+ ms", ours)
     assert re.fullmatch(r"good: reachable, key accepted, 2 models, \d+ ms", good)
 
