@@ -4052,25 +4052,26 @@ class ToolCallFilter(TextFilter):
 
     def _read_answer(self) -> Generator[None, str, None]:
         """Read text and calls by turns."""
-        token = yield
         while True:
-            if token not in OPENING_MARKS or self.code.is_open():
-                self._emit_text()
-                token = yield
-                continue
-            try:
-                self.pattern = CALL_TOKEN
-                token = yield from self._read_calls()
+            token = yield
+            while token in OPENING_MARKS and not self.code.is_open():
+                try:
+                    self.pattern = CALL_TOKEN
+                    token = yield from self._read_calls()
+                except ValueError as error:
+                    self._reject(error)
+                    token, self.json = "", LooseJSON("")
                 self.pattern = TEXT_TOKEN
-            except ValueError as error:
-                if self.is_sent:
-                    self.stopped = True
-                    message = f"{self.tools.upstream_name} sent an invalid tool call."
-                    raise APIError(502, message, code="invalid_tool_call") from None
-                self.pattern, self.json = TEXT_TOKEN, LooseJSON("")
-                self._emit_text()
-                self._repeat(f"A tool call is invalid: {error}.")
-                token = yield
+            self._emit_text()
+
+    def _reject(self, error: ValueError) -> None:
+        """Make an invalid call text. Raises an APIError if a part of it has been sent."""
+        if self.is_sent:
+            self.stopped = True
+            name = self.tools.upstream_name
+            raise APIError(502, f"{name} sent an invalid tool call.", code="invalid_tool_call")
+        self._emit_text()
+        self._repeat(f"A tool call is invalid: {error}.")
 
     def _emit_text(self) -> None:
         """Pass on the tokens as text."""
@@ -4248,19 +4249,16 @@ class MarkdownCode:
     """Tracks whether streamed Markdown is in a code block, a code span or quotes."""
 
     # At the start of a line, or with no more than a language after it.
-    FENCE = re.compile(r"(?:^[ \t>*+-]*(?=[`~]+[^`]*$)|[ \t](?=[`~]+\w*$))(`{3,}|~{3,})")
-    MAX_LINE = 1000  # characters of the last line that are others
+    FENCE = re.compile(r"(?:^[ \t>*+-]*(?=[`~]+[^`]*$)|[ \t](?=[`~]+\w*\s*$))(`{3,}|~{3,})")
 
     def __init__(self) -> None:
         self.fence, self.line = "", ""
 
     def feed(self, text: str) -> None:
-        *lines, last = (self.line + text).split("\n")
-        for line in lines:
-            mark = self.FENCE.search(line.rstrip())
-            if mark and mark[1].startswith(self.fence):
+        *lines, self.line = (self.line[-1000:] + text).split("\n")
+        for mark in filter(None, map(self.FENCE.search, lines)):
+            if mark[1].startswith(self.fence):
                 self.fence = "" if self.fence else mark[1]
-        self.line = last[-self.MAX_LINE :]
 
     def is_open(self) -> bool:
         in_span = len(re.findall("`+", self.line)) % 2 == 1
