@@ -3737,10 +3737,13 @@ class StopFilter(TextFilter):
             if cost > self.budget:
                 head = truncate_to(event.text, self.budget)
                 self.out += [type(event)(head)] if head else []
-                self.stopped, event = True, Finish("length")
             elif not cost:
                 return
-            self.budget -= cost
+        else:
+            cost = token_units(text_of(event))
+        if cost > self.budget:
+            self.stopped, event = True, Finish("length")
+        self.budget -= cost
         self.out.append(event)
 
 
@@ -3979,7 +3982,7 @@ def add_paragraph(message: Dict[str, Any], text: str) -> Dict[str, Any]:
 
 
 class ToolCallFilter(TextFilter):
-    """Turns calls in Text events into ToolCall events.
+    """Turns calls in Text events into ToolCall events, and think tags into Reasoning.
 
     Calls stand between marks, outside of Markdown code. They are held back until the second mark
     or the end of the answer, as all is text if it proves invalid: not JSON, of an unknown function,
@@ -3993,19 +3996,16 @@ class ToolCallFilter(TextFilter):
     HELD, MAX_CALL = 256, 4 << 20  # characters
 
     def __init__(self, tools: PromptedTools) -> None:
-        self.tools, self.code = tools, MarkdownCode()
+        self.tools, self.think, self.code = tools, ThinkTagFilter(), MarkdownCode()
+        self.pattern, self.json, self.pending = TEXT_TOKEN, LooseJSON(""), ""
+        self.reader = self._read_answer()
+        next(self.reader)
         self.tokens: List[str] = []  # since an opening mark
         self.calls: List[Tuple[str, str]] = []  # complete ones among them: name and arguments
         self.size = 0  # of them and of those sent in parts, in characters
         self.count = 0  # of calls sent
-        self.passed_on = False  # something of the answer
-        self._restart()
-
-    def _restart(self) -> None:
-        self.pattern, self.json, self.pending = TEXT_TOKEN, LooseJSON(""), ""
         self.is_sent = False  # the beginning of the call that is read
-        self.reader = self._read_answer()
-        next(self.reader)
+        self.passed_on = False  # something of the answer
 
     def feed(self, events: List[Event]) -> List[Event]:
         out = super().feed(events)
@@ -4036,12 +4036,13 @@ class ToolCallFilter(TextFilter):
         if not self.count:
             self._repeat("The answer has no tool call.")
         reason = "tool_calls" if self.count and finish.reason == "stop" else finish.reason
-        self.out.append(Finish(reason, finish.usage, finish.stop_sequence))
+        self.out += self.think.feed([Finish(reason, finish.usage, finish.stop_sequence)])
 
     def release(self) -> None:
         self.tokens = [] if self.is_sent else [*self.tokens, self.pending]
+        self.pending = ""
         self._emit_text()
-        self._restart()
+        self.out += self.think.close()
 
     def _read_token(self, token: str) -> None:
         self.tokens.append(token)
@@ -4054,7 +4055,7 @@ class ToolCallFilter(TextFilter):
         """Read text and calls by turns."""
         while True:
             token = yield
-            while token in OPENING_MARKS and not self.code.is_open():
+            while token in OPENING_MARKS and not (self.think.in_reasoning or self.code.is_open()):
                 try:
                     self.pattern = CALL_TOKEN
                     token = yield from self._read_calls()
@@ -4074,12 +4075,11 @@ class ToolCallFilter(TextFilter):
         self._repeat(f"A tool call is invalid: {error}.")
 
     def _emit_text(self) -> None:
-        """Pass on the tokens as text."""
-        text = "".join(self.tokens)
+        """Pass on the tokens as text or, in think tags, as reasoning."""
+        events = self.think.feed([Text("".join(self.tokens))])
         self.tokens, self.calls, self.size = [], [], 0
-        if text:
-            self.code.feed(text)
-            self.out.append(Text(text))
+        self.code.feed("".join(text_of(event) for event in events if isinstance(event, Text)))
+        self.out += events
 
     def _read_calls(self) -> Generator[None, str, str]:
         """Read and send calls between two marks; returns the token after closing marks."""
@@ -4149,6 +4149,8 @@ class ToolCallFilter(TextFilter):
             json.part, self.tokens = [], []
 
     def _send_calls(self) -> None:
+        self.out += self.think.close()
+        self.think.started = self.think.closed = True  # think tags after a call are text
         for name, arguments in self.calls:
             if self.count == MAX_TOOL_CALLS:
                 raise too_many_calls(self.tools.upstream_name)
@@ -4479,13 +4481,13 @@ def has_tools(call: Call) -> bool:
 
 
 def filtered(decoder: Decoder, step: ToolCallFilter) -> Decoder:
-    """Return the decoder of an answer with a filter of tool calls after it."""
+    """Return the decoder of an answer with a filter of tool calls and think tags."""
     if isinstance(decoder, BufferedBody) and decoder.is_error_body:
         return decoder
     chain = decoder if isinstance(decoder, DecoderChain) else DecoderChain(decoder)
-    if not any(isinstance(other, ThinkTagFilter) for other in chain.filters):
-        chain.filters += (ThinkTagFilter(),)
-    chain.filters, chain.started = (*chain.filters, step), decoder.started
+    filters = [step if isinstance(each, ThinkTagFilter) else each for each in chain.filters]
+    chain.filters = tuple(filters if step in filters else [*filters, step])
+    chain.started = decoder.started
     return chain
 
 

@@ -5741,6 +5741,10 @@ TOOL_ANSWERS = {    # an answer: its text, its calls
     "another form's mark in a parameter": ("<function=write>\n<parameter=content>\n</arg_value>\n</parameter>\n</function>", "", [("write", {"content": "</arg_value>"})]),
     "parameters without a closing tag": ("<function=write>\n<parameter=content>\na\n</parameter>\n<function=now>\n</function>", "", [("write", {"content": "a"}), ("now", {})]),
     "lines in a parameter": ("<function=write>\n<parameter=content>\n<a>\n\nb\n\n</parameter>\n</function>", "", [("write", {"content": "<a>\n\nb\n"})]),
+    "a call in think tags": (f"<think>\n`<tool_call>{KYIV}</tool_call>\n</think>\n\nI look.\n<tool_call>{LVIV}</tool_call>", "I look.\n", [("weather", {"city": "Lviv"})]),
+    "think tags after a call": (f"A\n<tool_call>{KYIV}</tool_call>\n<think>b</think>", "A\n\n<think>b</think>", [IN_KYIV]),
+    "a think tag in an argument": ('A\n<tool_call>{"name": "write", "arguments": {"content": "(</think>)"}}</tool_call>', "A\n", [("write", {"content": "(</think>)"})]),
+    "a think tag in a parameter": ("<function=write>\n<parameter=content>\n\n</think>\n\n</parameter>\n</function>", "", [("write", {"content": "\n</think>\n"})]),
     "a fence in the text before": (f"```\nx\n```\n<tool_call>{KYIV}</tool_call>", "```\nx\n```\n", [IN_KYIV]),
 }
 NO_CALLS = [
@@ -5808,6 +5812,13 @@ def test_a_long_call_that_is_cut_by_the_limit_leaves_no_text():
     head = '<tool_call>{"name": "write", "arguments": {"content": "%s"}' % ("x" * 999)
     answer = fold(step.feed([Text(head)]) + step.feed([Text(" ")]) + step.feed([Finish("length")]) + step.close())
     assert (answer.text, answer.finish) == ("", Finish("length")) and answer.tools[0].arguments == '{"content": "%s"}' % ("x" * 999)
+
+
+def test_a_call_counts_for_the_token_limit():
+    call = ToolCall(0, '{"a": "%s"}' % ("x" * 99), "c1", "f")
+    assert StopFilter(["x"], 99).feed([call, Finish("stop")]) == [call, Finish("stop")]
+    step = StopFilter([], 9)
+    assert step.feed([Text("a"), ToolCall(0, "", "c1", "f"), call]) == [Text("a"), ToolCall(0, "", "c1", "f"), Finish("length")] and step.stopped
 
 
 def test_only_what_may_begin_a_call_is_held_back():
