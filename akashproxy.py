@@ -4,7 +4,7 @@
 # requires-python = ">=3.9"
 # dependencies = []
 # ///
-"""akashproxy: Akash Chat, and any OpenAI-compatible upstreams, as one OpenAI-compatible server.
+"""Akash Chat and any OpenAI-compatible upstreams as one OpenAI-compatible server.
 
 One module, the standard library only, Python 3.9 or newer:
 
@@ -588,8 +588,7 @@ class APIError(Exception):
     ``cooldown_scope`` is the part that cools down: the "controller", or only the request's "model".
     ``upstream_status`` is the upstream's own status, if it sent one. ``overflow``: the request does
     not fit into the model's context. ``reason`` is what /status shows of it: no client's or
-    upstream's words. ``bug`` is the unexpected
-    exception behind a 500: logged, never sent.
+    upstream's words. ``bug`` is the unexpected exception behind a 500: logged, never sent.
     """
 
     def __init__(
@@ -653,7 +652,7 @@ class ClientDisconnected(ConnectionError):
 
 
 class Queued(Exception):
-    """The call is in the pool's queue; ``exchange.wake()`` will resume it."""
+    """The call is in the pool's queue; ``exchange.resume()`` will resume it."""
 
 
 class ProtocolError(ValueError):
@@ -814,15 +813,13 @@ class CancelScope:
     The event loop calls cancel_overdue().
     """
 
-    __slots__ = ("sock", "deadline", "timeout_message", "reason", "shutdown_how")
     active: ClassVar[Set[CancelScope]] = set()  # those with a socket
 
-    def __init__(self) -> None:
-        self.sock: Any = None
-        self.deadline = math.inf  # by time.monotonic()
-        self.timeout_message = ""  # message of the error when the deadline passes
-        self.reason: Optional[Exception] = None
-        self.shutdown_how = socket.SHUT_RDWR
+    sock: Any = None
+    deadline = math.inf  # by time.monotonic()
+    timeout_message = ""  # message of the error when the deadline passes
+    reason: Optional[Exception] = None
+    shutdown_how = socket.SHUT_RDWR
 
     @classmethod
     def cancel_overdue(cls, now: float) -> None:
@@ -873,12 +870,13 @@ class Cancellation:
     Any thread may call cancel(); all else belongs to the thread that processes the request.
     """
 
+    reason: Optional[Exception] = None
+    is_shielded = False  # within shield()
+    wakeup: Any = None  # an Event, or anything with its set()
+
     def __init__(self, client_has_left: Callable[[], bool] = lambda: False) -> None:
         self.client_has_left = client_has_left  # peeks at the connection
-        self.reason: Optional[Exception] = None
         self.scope = CancelScope()  # of the current attempt
-        self.is_shielded = False  # within shield()
-        self.wakeup: Any = None  # an Event, or anything with its set()
 
     def cancel(self, reason: Optional[Exception] = None) -> None:
         """Shut the upstream's socket down and end a sleep(). Any thread."""
@@ -1069,7 +1067,7 @@ def join_tool_call(fragments: List[ToolCall]) -> ToolCall:
     """Join the fragments of one tool call."""
     return ToolCall(
         fragments[0].index,
-        "".join(fragment.arguments for fragment in fragments),
+        "".join(fragment.arguments for fragment in fragments) or "{}",
         next((fragment.id for fragment in fragments if fragment.id), None),
         next((fragment.name for fragment in fragments if fragment.name), None),
         next((fragment.extra for fragment in fragments if fragment.extra), None),
@@ -1173,7 +1171,7 @@ def proxy_url(text: str) -> str:
     """Check SCHEME://[USER:PASSWORD@]HOST[:PORT] or "none"; empty for the default."""
     parts = urllib.parse.urlsplit(text)
     if text not in ("", "none") and (
-        parts.scheme not in ("http", "socks5", "socks5h")
+        parts.scheme not in ("http", "socks5", "socks5h", "socks")
         or not parts.hostname
         or parts.path.strip("/")
         or not re.fullmatch("[!-~]+", text)
@@ -1244,7 +1242,7 @@ def bypasses(pattern: str, host: str, port: int) -> bool:
         if colon and number.isdigit():
             return int(number) == port and bypasses(name, host, port)
     domain = pattern.lstrip("*.")
-    is_name = bool(domain) and not host[-1:].isdigit() and ":" not in host
+    is_name = bool(domain) and not host.rpartition(".")[2].isdigit() and ":" not in host
     return pattern == "*" or is_name and f".{host}".endswith(f".{domain}")
 
 
@@ -1255,8 +1253,16 @@ def header_value(text: str) -> str:
     return text
 
 
+def web_origin(text: str) -> str:
+    """Check * or an origin, and return it as browsers send it. Raises ValueError."""
+    match = re.fullmatch(r"(\*|null|[a-z][a-z0-9+.-]*://[^/\s]*)/?", text.lower())
+    if not match:
+        raise ValueError(f"{text!r} is not an origin such as https://example.com")
+    return match[1]
+
+
 def nonempty_header_value(text: str) -> str:
-    """Check a token or origin: an empty token would admit clients that send none."""
+    """Check a token: an empty one would admit clients that send none."""
     if not text:
         raise ValueError("empty values are not allowed")
     return header_value(text)
@@ -1274,10 +1280,10 @@ def additional_headers(headers: Dict[str, str]) -> Dict[str, str]:
 
 
 def ca_bundle(path: str) -> str:
-    """Check a file of CA certificates."""
+    """Check and read a file of CA certificates; a reload reads it again."""
     if path:
         try:
-            tls_context(path)
+            read_tls_context(path)
         except OSError as error:
             raise ValueError(f"{path!r} can't be used: {error.strerror or error}") from None
     return path
@@ -1569,7 +1575,7 @@ class Settings(ValidatedSettings):
         (),
         "origins whose pages may use this server, comma-separated, * for all; "
         "default: all if a token is needed, else local ones",
-        nonempty_header_value,
+        web_origin,
     )
     connect_timeout: float = setting(10.0, "seconds to connect to an upstream", positive)
     session_timeout: float = setting(
@@ -2621,7 +2627,8 @@ def connect_problem(error: Exception, upstream: str, proxy: str) -> str:
 class SocksProxy:
     """A SOCKS 5 proxy (RFC 1928, passwords: RFC 1929).
 
-    socks5:// looks up names here, socks5h:// lets the proxy do it.
+    socks5:// looks up names here, socks5h:// lets the proxy do it. socks:// is what GNOME writes
+    into the environment for socks5://.
     """
 
     def __init__(self, url: str) -> None:
@@ -2645,11 +2652,11 @@ class SocksProxy:
 
     def _negotiate(self, sock: socket.socket, replies: Any, host: str, port: int) -> str:
         """Log in and have a connection opened; return what the proxy does not do, or ""."""
-        method = 2 if self.user else 0
-        sock.sendall(bytes([5, 1, method]))
-        if replies.read(2) != bytes([5, method]):
+        sock.sendall(b"\5\2\0\2" if self.user else b"\5\1\0")  # no login, or a password
+        chosen = replies.read(2)
+        if chosen != b"\5\0" and not (chosen == b"\5\2" and self.user):
             return "is not SOCKS 5 or refuses this login"
-        if self.user:
+        if chosen == b"\5\2":
             fields = [bytes([len(field)]) + field for field in (self.user, self.password)]
             sock.sendall(b"\1" + b"".join(fields))
             if replies.read(2)[1:] != b"\0":
@@ -2731,9 +2738,16 @@ def peer_has_closed(sock: socket.socket) -> bool:
     return peeked == b""
 
 
-@functools.lru_cache(maxsize=None)
+TLS_CONTEXTS: Dict[str, Any] = {}  # by CA_FILE
+
+
 def tls_context(ca_file: str) -> Any:
-    """Create the TLS context: system CAs and those of a file, host names checked."""
+    """Return the TLS context with a file's certificates as they were last read."""
+    return TLS_CONTEXTS.get(ca_file) or read_tls_context(ca_file)
+
+
+def read_tls_context(ca_file: str) -> Any:
+    """Create and keep the TLS context: system CAs and those of a file, host names checked."""
     import ssl  # here: a Python without it can still reach http upstreams
 
     context = ssl.create_default_context()
@@ -2746,6 +2760,7 @@ def tls_context(ca_file: str) -> Any:
     context.wrap_socket = functools.partial(  # type: ignore[method-assign]
         context.wrap_socket, suppress_ragged_eofs=False
     )
+    TLS_CONTEXTS[ca_file] = context
     return context
 
 
@@ -2877,8 +2892,11 @@ class UpstreamResponse:
         self.scope.deadline = math.inf  # a slow client must not count as a slow upstream
         return data
 
-    def iter_bytes(self) -> Iterator[bytes]:
-        """Yield the payload of each read. APIError if the network fails or times out."""
+    def iter_bytes(self, started: bool = True) -> Iterator[bytes]:
+        """Yield the payload of each read. APIError if the network fails or times out.
+
+        Unless ``started``, all of it has to arrive before the deadline of the first content.
+        """
         self.scope.deadline = math.inf
         payload = self.opening
         while True:
@@ -2887,7 +2905,7 @@ class UpstreamResponse:
             if self.body.done:
                 break
             try:
-                payload = self.receive(self.recv())
+                payload = self.receive(self.recv(started))
             except NETWORK_ERRORS as error:
                 raise self.to_api_error(error) from error
         self.close()
@@ -2896,7 +2914,7 @@ class UpstreamResponse:
         """Read the complete body. APIError 502 if it has more than ``limit`` bytes."""
         data = bytearray()
         try:
-            for part in self.iter_bytes():
+            for part in self.iter_bytes(started=False):
                 data += part
                 if len(data) > limit:
                     name = self.timeouts.upstream_name
@@ -3180,6 +3198,7 @@ class Step(Generic[Input]):
     error: Optional[APIError] = None  # ends the answer, to be raised after the events returned
     started = False  # content has arrived; an opening alone may still fail over
     complete = False  # the answer is complete; a Finish event says so as well
+    ended = False  # the same, but what may follow is passed on, too
     stopped = False  # a filter has ended the answer, so the upstream should stop
     has_fast_path = False  # fast_path() may succeed
 
@@ -3417,6 +3436,8 @@ class EventStream:
                     response.scope.timeout_message = response.timeouts.idle_message
                 if decoder.complete or events and type(events[-1]) is Finish:
                     self.mark_complete()
+                elif decoder.ended:
+                    self._shorten_timeouts()
             if response.body.done:
                 self.at_eof = True
                 if not self.complete and not self.error:
@@ -3447,6 +3468,9 @@ class EventStream:
         """
         self.started = self.complete = True
         self.error, self.at_eof = None, self.decoder.stopped
+        self._shorten_timeouts()
+
+    def _shorten_timeouts(self) -> None:
         self.response.timeouts = cached_timeouts(
             self.response.timeouts.upstream_name, self.DRAIN_TIMEOUT, self.DRAIN_TIMEOUT
         )
@@ -3459,6 +3483,10 @@ class EventStream:
         self.at_eof = True
         if self.complete:
             return []
+        if self.decoder and self.decoder.ended:
+            self.complete = True
+            remaining: List[Event] = self.decoder.close()
+            return remaining
         try:
             self.error = self.response.to_api_error(error)
         except (APIError, ClientDisconnected) as reason:  # the scope was cancelled
@@ -4586,11 +4614,17 @@ CONTEXT_NAMES = re.compile(
 def context_length(entry: Any, prefix: str = "", depth: int = 4) -> Optional[int]:
     """A model's context length in tokens, by its entry in a model list; or None.
 
-    Outer fields take precedence over nested ones, and "context" over other names.
+    Outer fields take precedence over nested ones, "context" over other names, and the length with
+    which a model was loaded over what it could have.
     """
-    fields = list(itertools.islice(as_dict(entry).items(), 64))
-    names = {name: re.sub("[_-]", "", name[:64]).lower() for name, _ in fields}
-    for name, value in sorted(fields, key=lambda item: "context" not in names[item[0]]):
+    items = enumerate(entry) if isinstance(entry, list) else as_dict(entry).items()
+    fields = list(itertools.islice(items, 64))
+    names = {name: re.sub("[_-]", "", str(name)[:64]).lower() for name, _ in fields}
+
+    def rank(item: Tuple[Any, Any]) -> Tuple[bool, ...]:
+        return tuple(word not in names[item[0]] for word in ("context", "loaded"))
+
+    for name, value in sorted(fields, key=rank):
         length = token_count(value)
         if length and any(map(CONTEXT_NAMES.fullmatch, (names[name], prefix + names[name]))):
             return length
@@ -4632,7 +4666,7 @@ def bounded_model_list(
 
 
 # == 11. failures =============================================================================
-# What an upstream's error means, how long to wait, and which secrets it must not tell.
+# What an upstream's error means, how long to wait, and which secrets it must not reveal.
 
 
 class ErrorRule(NamedTuple):
@@ -5342,11 +5376,17 @@ def _find_parts(text: str, form: str) -> Iterator[Tuple[int, int]]:
         while at >= 0:
             before = text[max(0, at - offset) : at][::-1], form[:offset][::-1]
             after = text[at : at + len(form)], form[offset:]
-            start = at - len(os.path.commonprefix(before))
-            end = at + len(os.path.commonprefix(after))
+            start = at - common_length(*before)
+            end = at + common_length(*after)
             if start == at - offset or end - start >= 12:
                 yield start, end
             at = text.find(block, end)
+
+
+def common_length(first: str, second: str) -> int:
+    """Length of the longest common prefix of two strings."""
+    differing = (at for at, (one, other) in enumerate(zip(first, second)) if one != other)
+    return next(differing, min(len(first), len(second)))
 
 
 # == 12. akash ================================================================================
@@ -5453,14 +5493,12 @@ SPECIAL_TOKENS = re.compile(r"<\|(?=(?:endoftext|fim_prefix|fim_middle|fim_suffi
 ESCAPED = "<|\u2060"
 
 
-def akash_request(call: Call, drop: Iterable[str] = ()) -> Tuple[Dict[str, Any], List[str]]:
+def akash_request(model: str, chat: Dict[str, Any]) -> Tuple[Dict[str, Any], List[str]]:
     """Build the body for POST /api/chat/; also return the parameters left out of it.
 
-    Those in ``drop`` are left out first. APIError 400 if the call then needs anything that Akash
-    Chat does not support.
+    APIError 400 if the chat needs anything that Akash Chat does not support.
     """
-    body = {name: value for name, value in call.body.items() if value is not None}
-    ignored = [name for name in drop if name != "messages" and body.pop(name, None) is not None]
+    body = {name: value for name, value in chat.items() if value is not None}
     unsupported = [name for name in body if name not in AKASH_SUPPORTED]
     for name in unsupported:
         if name in AKASH_UNSUPPORTED and body[name] not in AKASH_UNSUPPORTED[name]:
@@ -5475,7 +5513,7 @@ def akash_request(call: Call, drop: Iterable[str] = ()) -> Tuple[Dict[str, Any],
     files: List[Dict[str, str]] = []
     # Clients that ask for a JSON object also say so in a message: the model does its best.
     json_mode = ["response_format"] * (body.get("response_format") == {"type": "json_object"})
-    for index, message in enumerate(body["messages"]):
+    for index, message in enumerate(as_list(body.get("messages"))):
         if message.get("role") in ("system", "developer"):
             system.append(_content(message, f"messages[{index}]", files)[0])
         else:
@@ -5486,7 +5524,7 @@ def akash_request(call: Call, drop: Iterable[str] = ()) -> Tuple[Dict[str, Any],
     return {
         "id": new_id()[:16],
         "messages": messages,
-        "model": call.model,
+        "model": model,
         # akash-chat f0a4ae0: an empty `system` selects the site's own persona, a blank does not
         "system": SPECIAL_TOKENS.sub(ESCAPED, "\n\n".join(filter(None, system))) or " ",
         # 0 and null count as absent. f0a4ae0 then applies the model's default; b58259a fails with
@@ -5494,7 +5532,7 @@ def akash_request(call: Call, drop: Iterable[str] = ()) -> Tuple[Dict[str, Any],
         "temperature": number_field(body, "temperature", 0.85) or 1e-6,
         "topP": number_field(body, "topP" if "topP" in body else "top_p", 1.0) or 1e-6,
         "context": files,
-    }, [*ignored, *(name for name in unsupported if name not in AKASH_UNSUPPORTED), *json_mode]
+    }, [*(name for name in unsupported if name not in AKASH_UNSUPPORTED), *json_mode]
 
 
 def refused(param: str, words: str) -> APIError:
@@ -5888,9 +5926,14 @@ def akash_decoder(model: str, secrets: Iterable[str], *filters: Filter) -> Decod
 
 
 def is_challenge_page(response: UpstreamResponse) -> bool:
-    """Whether a proxy in front of the server answered, such as a CDN with a challenge."""
-    content_type = response.headers.get("content-type", "")
-    return "cf-mitigated" in response.headers or content_type.startswith("text/html")
+    """Whether a proxy in front of the server wants a browser, such as a CDN with a challenge.
+
+    Pages with 429 or a 5xx only say that the server is overloaded or down.
+    """
+    is_page = response.headers.get("content-type", "").startswith("text/html")
+    return "cf-mitigated" in response.headers or (
+        is_page and response.status != 429 and response.status < 500
+    )
 
 
 def challenge_page_error(response: UpstreamResponse) -> APIError:
@@ -5968,6 +6011,11 @@ class ImageBatch:
         self.failed = False  # the request got an error that SDKs retry
         self.expires_at = math.inf
 
+    def may_be_joined(self, now: float) -> bool:
+        """Whether its request ended without its images, not too long ago."""
+        has_ended = self.failed or self.cancellation.reason is not None
+        return has_ended and now < self.expires_at
+
 
 class AkashImages:
     """Generates images: starts and polls jobs, fetches results. Worker thread.
@@ -5980,34 +6028,32 @@ class AkashImages:
     MAX_BATCHES, KEPT_SECONDS = 1000, 600.0
 
     def __init__(self, akash: "AkashController", clock: Callable[[], float]) -> None:
-        self.akash, self.clock, self.lock = akash, clock, threading.Lock()
-        self.batches: OrderedDict[Tuple[str, str, str], ImageBatch] = OrderedDict()
+        self.akash, self.clock, self.lock = akash, clock, threading.RLock()
+        self.batches: OrderedDict[ImageBatch, None] = OrderedDict()
 
     def find(self, call: Call) -> ImageBatch:
         """Return the batch that the call repeats, or a new one."""
         key = call.client, call.original.path, _sha256(call.original.raw_body)
         with self.lock:
-            batch = self.batches.get(key)
-            ended = batch and (batch.failed or batch.cancellation.reason is not None)
-            usable = batch and ended and self.clock() < batch.expires_at
-        return batch if batch and usable else ImageBatch(key)
+            now, batches = self.clock(), self.batches
+            repeated = (batch for batch in batches if batch.key == key and batch.may_be_joined(now))
+            return next(repeated, None) or ImageBatch(key)
 
     def join(self, call: Call) -> ImageBatch:
         """Make the batch that the call repeats, or a new one, the call's own."""
-        batch = self.find(call)
         with self.lock:
+            batch = self.find(call)
             batch.cancellation, batch.joined, batch.failed = call.cancellation, True, False
             batch.expires_at = self.clock() + self.KEPT_SECONDS
-            self.batches[batch.key] = batch
-            self.batches.move_to_end(batch.key)
+            self.batches[batch] = None
+            self.batches.move_to_end(batch)
             if len(self.batches) > self.MAX_BATCHES:
                 self.batches.popitem(last=False)
         return batch
 
     def forget(self, batch: ImageBatch) -> None:
         with self.lock:
-            if self.batches.get(batch.key) is batch:
-                del self.batches[batch.key]
+            self.batches.pop(batch, None)
 
     def events(self, call: Call, data: bytes) -> Iterator[Event]:
         """Start a job for each image, then poll them; text instead of a job is passed on."""
@@ -6221,10 +6267,9 @@ class AkashController(Controller):
             raise call.translation_error
         if call.image_count and call.model not in ("", self.IMAGE_MODEL):
             raise bad_request(f"Images are generated by the model {self.IMAGE_MODEL}.", "model")
-        drop = self.options.drop
-        body, ignored = akash_request(call, drop)
-        body["model"] = self.options.model_map.get(call.model, call.model) or self.IMAGE_MODEL
-        fields = {name: value for name, value in call.body.items() if name not in drop}
+        name = self.options.model_map.get(call.model, call.model) or self.IMAGE_MODEL
+        fields, dropped = adapt_body(call.body, self.options, is_chat=not call.image_count)
+        body, ignored = akash_request(name, fields)
         limits = ("max_completion_tokens", "max_tokens")
         limit = next((name for name in limits if fields.get(name) is not None), "")
         max_tokens = number_field(fields, limit, None, integer=True, minimum=1)
@@ -6232,7 +6277,8 @@ class AkashController(Controller):
         messages = [*body["messages"], *body["context"]]
         texts = [body["system"], *(message["content"] for message in messages)]
         tokens = tokens_of(sum(map(token_units, texts)))
-        return request_json(body, len(call.original.raw_body)), stop_filter, ignored, tokens
+        data = request_json(body, len(call.original.raw_body))
+        return data, stop_filter, [*dropped, *ignored], tokens
 
     def secrets(self, cookie: Optional[str] = None) -> List[str]:
         """List the strings to redact from errors: keys, header values and cookies."""
@@ -6345,12 +6391,13 @@ class AkashController(Controller):
             )
         moved = redact(response.headers.get("location", "")[:1000], self.secrets())[:200]
         hint = f": it redirects to {moved}, check AKASH_BASE_URL" if moved else ""
+        wait = retry_after_seconds(response.headers, answer)
         raise APIError(
             503,
             f"Akash Chat did not start a session (status {response.status}){hint}.",
             code="upstream_session",
-            retry_after=5,
-            category=Category.NETWORK,
+            retry_after=wait or 5,
+            category=Category.RATE_LIMIT if wait else Category.NETWORK,
             upstream_status=response.status,
         )
 
@@ -6495,6 +6542,7 @@ class ChatDecoder(Decoder):
         self.lines = EventLines()
         self.calls = ToolCallAssembler(upstream_name)
         self.reason: Optional[str] = None
+        self.stop_sequence = ""
         self.usage: Any = None  # the last one, as the upstream has sent it
 
     def feed(self, data: bytes) -> List[Event]:
@@ -6513,7 +6561,7 @@ class ChatDecoder(Decoder):
         """Return the events of a completion that is not streamed. Raises APIError."""
         out: List[Event] = []
         self._completion(body, "message", out)
-        if self.reason is None:
+        if self.reason is None and not out:
             raise truncated(self.upstream_name, "sent something that is not a completion")
         self._finish(out)
         return out
@@ -6550,22 +6598,27 @@ class ChatDecoder(Decoder):
             raise error_from_body(self.upstream_name, 200, body, self.secrets)
         self.usage = find_usage(body) or self.usage
         for choice in map(as_dict, as_list(body.get("choices"))):
+            if choice.get("error"):
+                raise error_from_body(self.upstream_name, 200, choice, self.secrets)
             if not choice.get("index"):
-                message = as_dict(choice.get(key)) or {"content": choice.get("text")}
+                message = choice.get(key, choice.get("message"))  # some stream whole completions
+                message = as_dict(message) or {"content": choice.get("text")}
                 if "reasoning_details" in message:
                     self.calls.add_details(message["reasoning_details"])
                 for each in message_events(message):
                     if isinstance(each, ToolCall):
-                        out += self.calls.add(each, is_complete=key == "message")
+                        out += self.calls.add(each, is_complete=key != "delta" or key not in choice)
                     else:
                         out.append(each)
-                reason = choice.get("finish_reason")
-                self.reason = reason if reason and isinstance(reason, str) else self.reason
+                reason = as_str(choice.get("finish_reason"))
+                self.reason = self.reason if reason in ("", "null") else reason
+                for name in ("stop_reason", "matched_stop"):  # vLLM's and SGLang's
+                    self.stop_sequence = as_str(choice.get(name)) or self.stop_sequence
 
     def _finish(self, out: List[Event]) -> None:
         reason = finish_reason(self.upstream_name, self.reason or "", self.calls.close())
         self.complete = True
-        out.append(Finish(reason, chat_usage(self.usage)))
+        out.append(Finish(reason, chat_usage(self.usage), self.stop_sequence or None))
 
 
 class CallInProgress:
@@ -6575,13 +6628,15 @@ class CallInProgress:
     """
 
     _MARKS = re.compile(r'\\.?|["{}\[\]]', re.S)
+    EMPTY = ("", "{}", "null", '""')  # some servers begin with it
 
     def __init__(self, number: int) -> None:
         self.number = number
         self.id: Optional[str] = None
         self.name: Optional[str] = None
         self.extra: Dict[str, Any] = {}  # the upstream's own fields
-        self.pending: List[str] = []  # arguments that arrived before the name
+        self.arguments: List[str] = []  # their fragments
+        self.size = 0  # characters of them
         self.depth, self.in_string, self.opened = 0, False, False
         self.escape = ""  # a backslash whose character is still to come
 
@@ -6589,8 +6644,24 @@ class CallInProgress:
     def complete(self) -> bool:
         return self.opened and not self.depth and not self.in_string
 
-    def feed(self, arguments: str) -> None:
-        marks = self._MARKS.findall(self.escape + arguments)
+    def feed(self, text: str) -> str:
+        """Add a fragment of the arguments; return what is new in it.
+
+        Some servers send with each fragment all of them so far, or at the end all of them again.
+        """
+        if self.opened and self.size <= len(text) and text.startswith("".join(self.arguments)):
+            text = text[self.size :]
+        if self.size and self.complete:
+            return ""
+        self._scan(text)
+        if not self.size and text.strip() in self.EMPTY:
+            return ""
+        self.arguments.append(text)
+        self.size += len(text)
+        return text
+
+    def _scan(self, text: str) -> None:
+        marks = self._MARKS.findall(self.escape + text)
         self.escape = ""
         for mark in marks:
             if mark == '"':
@@ -6636,16 +6707,15 @@ class ToolCallAssembler:
         if call.id is None and fragment.id:
             call.id = fragment.id
             self.by_id.setdefault(fragment.id, call)
-        call.feed(fragment.arguments)
         call.extra = fragment.extra or call.extra
+        text = call.feed(fragment.arguments)
         if call.name is not None:
-            return [ToolCall(call.number, fragment.arguments)] if fragment.arguments else []
-        call.pending.append(fragment.arguments)
+            return [ToolCall(call.number, text)] if text else []
         if not fragment.name:
             return []
         call.name = fragment.name
         extra = {**call.extra, **self._take_details()} or None
-        return [ToolCall(call.number, "".join(call.pending), call.id, call.name, extra)]
+        return [ToolCall(call.number, "".join(call.arguments), call.id, call.name, extra)]
 
     def add_details(self, details: Any) -> None:
         """Join fragments of OpenRouter's reasoning_details, to go with the next call."""
@@ -6664,7 +6734,7 @@ class ToolCallAssembler:
 
     def close(self) -> bool:
         """Return whether there was a call. APIError if one has arguments but no name."""
-        if any(call.name is None and any(call.pending) for call in self.calls):
+        if any(call.name is None and (call.size or call.opened) for call in self.calls):
             raise truncated(self.upstream_name, "sent a tool call without a name")
         return any(call.name for call in self.calls)
 
@@ -6699,19 +6769,29 @@ class ToolCallAssembler:
         return call
 
 
+# Of a message, by rank.
+# fmt: off
+REASONING_FIELDS = (
+    "reasoning_content", "reasoning", "reasoning_text", "thinking", "reasoning_details",
+)
+# fmt: on
+REASONING_TYPES = ("thinking", "reasoning")  # of parts of its content
 CALL_FIELDS = ("index", "id", "type", "function")  # of a tool call; others are the upstream's own
 
 
 def message_events(message: Dict[str, Any]) -> List[Event]:
     """Return the events of a stream's delta or of a complete message."""
     events: List[Event] = []
-    reasoning = message.get("reasoning_content") or message.get("reasoning")
+    reasoning = next((message[name] for name in REASONING_FIELDS if message.get(name)), None)
     content = message.get("content") or message.get("refusal")
+    content = content or as_dict(message.get("audio")).get("transcript")
     if isinstance(content, list):
         parts = list(map(as_dict, content))
-        reasoning = reasoning or "".join(map(thinking_text, parts))
-        content = "".join(str(part.get("text") or "") for part in parts)
-    if isinstance(reasoning, str) and reasoning:
+        reasoning = reasoning or [part for part in parts if part.get("type") in REASONING_TYPES]
+        texts = (part.get("text") for part in parts if part.get("type") not in REASONING_TYPES)
+        content = "".join(str(text or "") for text in texts)
+    reasoning = reasoning_text(reasoning)
+    if reasoning:
         events.append(Reasoning(reasoning))
     if isinstance(content, str) and content:
         events.append(Text(content))
@@ -6734,13 +6814,14 @@ def message_events(message: Dict[str, Any]) -> List[Event]:
     return events
 
 
-def thinking_text(part: Dict[str, Any]) -> str:
-    """Return the reasoning in a content part of Mistral's; "" for other parts."""
-    if part.get("type") != "thinking":
-        return ""
-    thinking = part.get("thinking")
-    texts = [as_dict(each).get("text") for each in as_list(thinking)] or [thinking]
-    return "".join(text for text in texts if isinstance(text, str))
+def reasoning_text(value: Any) -> str:
+    """Return reasoning that is a string, an object with it, or a list of these."""
+    if isinstance(value, list):
+        return "".join(map(reasoning_text, value))
+    if isinstance(value, dict):
+        fields = map(value.get, ("text", "thinking", "summary", "content"))
+        return reasoning_text(next(filter(None, fields), None))
+    return as_str(value)
 
 
 def name_or_none(value: Any) -> Optional[str]:
@@ -6842,17 +6923,23 @@ def find_count(name: str, *sources: Dict[str, Any]) -> Optional[int]:
 
 _JSON = json.JSONDecoder()
 MAX_USAGE = 4096  # bytes of a usage object
+MAX_USAGES = 16  # that are parsed; all but one may be null, or tools' own
 
 
-def parse_usage(data: bytes, at: int) -> Dict[str, Any]:
-    """Parse the object whose key "usage" is at a position in JSON; {} if at < 0."""
-    if at < 0:
-        return {}
-    text = data[at + len(b'"usage"') : at + MAX_USAGE].decode("utf-8", "replace")
-    try:
-        return as_dict(_JSON.raw_decode(text.lstrip(" \t\r\n:"))[0])
-    except (ValueError, RecursionError):
-        return {}
+def last_usage(data: bytes) -> Dict[str, Any]:
+    """Return the last counts above 0 in objects named "usage" in JSON; {} without any."""
+    counts: Dict[str, Any] = {}
+    at = len(data)
+    for _ in range(MAX_USAGES):
+        at = data.rfind(b'"usage"', 0, at)
+        if at < 0:
+            break
+        text = data[at + len(b'"usage"') : at + MAX_USAGE].decode("utf-8", "replace")
+        with contextlib.suppress(ValueError, RecursionError):
+            usage = as_dict(_JSON.raw_decode(text.lstrip(" \t\r\n:"))[0])
+            if any(map(count_or_none, usage.values())):
+                counts = {**{name: count for name, count in usage.items() if count}, **counts}
+    return counts
 
 
 class StreamEnd(NamedTuple):
@@ -6861,17 +6948,22 @@ class StreamEnd(NamedTuple):
     pattern: Pattern[bytes]
     hints: Tuple[bytes, ...]  # one is in every match, and rfind() is faster than the pattern
     mid_stream: Tuple[bytes, ...] = ()  # ends of typical events that need no search for a match
+    is_last_event: bool = False  # nothing follows the match, unless that is an error
 
-    def is_in(self, data: bytes) -> bool:
+    def find(self, data: bytes) -> bytes:
+        """Return the match; b"" without one."""
         # From the end, where the marks are: half of the decoder's time for 200 tokens at once.
-        return any(
-            at >= 0 and bool(self.pattern.search(data, max(0, at - 8)) or self.pattern.search(data))
+        matches = (
+            self.pattern.search(data, max(0, at - 8)) or self.pattern.search(data)
             for at in map(data.rfind, self.hints)
+            if at >= 0
         )
+        match = next(filter(None, matches), None)
+        return match[0] if match else b""
 
 
 CHAT_END = StreamEnd(
-    re.compile(rb'^data: *\[DONE\][ \r]*$|"finish_reason" ?: ?"[a-z]', re.M),
+    re.compile(rb'^data: *\[DONE\][ \r]*$|"finish_reason" ?: ?"(?!null")[A-Za-z]', re.M),
     (b"[DONE]", b'"finish_reason":"', b'"finish_reason": "', b'"finish_reason" :'),
     (
         b'"finish_reason":null}]}\n\n',
@@ -6883,11 +6975,14 @@ STREAM_ENDS = {
     CHAT_PATH: CHAT_END,
     "/v1/completions": CHAT_END,
     "/v1/messages": StreamEnd(
-        re.compile(rb'"type" ?: ?"(?:message_stop|error)"'), (b"message_stop", b"error")
+        re.compile(rb'"type" ?: ?"(?:message_stop|error)"'),
+        (b"message_stop", b"error"),
+        is_last_event=True,
     ),
     "/v1/responses": StreamEnd(
-        re.compile(rb'"type" ?: ?"response\.(?:completed|incomplete|failed)"'),
-        (b"response.completed", b"response.incomplete", b"response.failed"),
+        re.compile(rb'"type" ?: ?"(?:response\.(?:completed|incomplete|failed)|error)"'),
+        (b"response.completed", b"response.incomplete", b"response.failed", b"error"),
+        is_last_event=True,
     ),
 }
 
@@ -6929,7 +7024,7 @@ class PassthroughDecoder(Decoder):
     """
 
     MAX_HELD = 16 << 20  # bytes
-    LAST_PARTS = 8  # the usage is in one of so many that were passed on last
+    LAST_PARTS = 8  # with "usage"; it is in one of them
     has_fast_path = True
 
     def __init__(
@@ -6946,7 +7041,8 @@ class PassthroughDecoder(Decoder):
         self.buffer = bytearray()  # an incomplete line
         self.opening = bytearray()  # what precedes the first content
         self.first_usage: Dict[str, Any] = {}  # that of the opening; Anthropic's counts the prompt
-        self.last_parts: Deque[bytes] = deque([b"\n\n"], self.LAST_PARTS)  # except mid-stream ones
+        self.last_parts: Deque[bytes] = deque(maxlen=self.LAST_PARTS)  # except mid-stream ones
+        self.tail = b"\n\n"  # of what has been passed on, except mid-stream parts
 
     def feed(self, data: bytes) -> List[Event]:
         if self.fast_path(data):
@@ -6955,7 +7051,7 @@ class PassthroughDecoder(Decoder):
             data = take_complete_lines(self.buffer, data)
         if not self.started:
             data = self._without_opening(data)
-            self.first_usage = parse_usage(data, data.find(b'"usage"', 0, MAX_USAGE))
+            self.first_usage = last_usage(data[:MAX_USAGE])
         # Some errors have only the name of their event. rfind() takes half the time of ``in``.
         if data.rfind(b'"error') >= 0 or data.rfind(b"event: error") >= 0:
             data = redact_bytes(data, self.secrets)
@@ -6964,16 +7060,18 @@ class PassthroughDecoder(Decoder):
         if not data:
             return []
         data = self._find_end(self.rename(data))
-        self.last_parts.append(data)
+        self._note(data)
         return [RawBytes(data, self._usage() if self.complete else None)]
+
+    def _note(self, data: bytes) -> None:
+        """Remember what is needed of a part that is passed on."""
+        self.tail = (self.tail + data[-3:])[-3:]
+        if data.rfind(b'"usage"') >= 0:
+            self.last_parts.append(data)
 
     def _usage(self) -> Optional[Dict[str, Any]]:
         """Return the usage of the answer so far."""
-        last: Dict[str, Any] = {}
-        for data in reversed(self.last_parts):
-            last = last or parse_usage(data, data.rfind(b'"usage"'))
-        counts = {name: count for name, count in last.items() if count is not None}
-        return chat_usage({**self.first_usage, **counts})
+        return chat_usage({**self.first_usage, **last_usage(b"".join(self.last_parts))})
 
     def fast_path(self, data: bytes) -> bytes:
         """Return data that consists of complete mid-stream events only, else b""."""
@@ -6993,7 +7091,9 @@ class PassthroughDecoder(Decoder):
     def _find_end(self, data: bytes) -> bytes:
         """Return the data up to [DONE], if it contains that; look for the stream's end."""
         if self.end and not self.end_seen:
-            self.end_seen = self.end.is_in(data)
+            match = self.end.find(data)
+            self.end_seen = match != b""
+            self.ended = self.end_seen and self.end.is_last_event and b"error" not in match
         at = data.rfind(b"[DONE]")  # much faster than find() and the pattern
         if at >= 0 and data.rfind(b"[DONE]", 0, at) >= 0:
             at = data.find(b"[DONE]")  # the first one of several ends the answer
@@ -7026,18 +7126,18 @@ class PassthroughDecoder(Decoder):
     def close(self) -> List[Event]:
         data = bytes(self.opening + self.buffer)
         self.buffer, self.opening = bytearray(), bytearray()
-        if self.end and not self.end_seen and not self.end.is_in(data):
+        if self.end and not self.end_seen and not self.end.find(data):
             self.error = truncated(self.upstream_name)
             return self.flush()
         data = self.rename(data)
-        self.last_parts.append(data)
+        self._note(data)
         usage = self._usage()
         return [RawBytes(data, usage)] if data or usage else []
 
     def flush(self) -> List[Event]:
         """Drop an incomplete line and end an incomplete event: an error may follow."""
         self.buffer.clear()
-        between_events = b"".join(self.last_parts).endswith((b"\n\n", b"\n\r\n", b"\r\r"))
+        between_events = self.tail.endswith((b"\n\n", b"\n\r\n", b"\r\r"))
         return [RawBytes(b"\n")] if self.started and not between_events else []
 
 
@@ -7234,7 +7334,7 @@ class OpenAIController(Controller):
         it ends with the connection: then nothing else shows whether it is complete. ``model``
         replaces the name of the answer's model.
         """
-        text = data.strip()
+        text = data.removeprefix(b"\xef\xbb\xbf").strip()
         if not text or until_close and json_or_none(text) is None:
             raise truncated(self.name)
         if text[:1] not in b"{[" or text[-1:] not in b"}]":
@@ -7247,8 +7347,7 @@ class OpenAIController(Controller):
             if field and not as_dict(next(iter(items), None)):
                 raise truncated(self.name, "sent something that is not an answer")
             data = redact_bytes(data, self.secrets)
-        usage = parse_usage(text, text.rfind(b'"usage"'))
-        return [RawBytes(ModelName(model)(data), chat_usage(usage))]
+        return [RawBytes(ModelName(model)(data), chat_usage(last_usage(text)))]
 
     def _completion(self, data: bytes) -> List[Event]:
         """Return the events of a chat completion that is not streamed."""
@@ -7689,7 +7788,7 @@ class CallQueue:
             waiter.upstream = upstream
             if upstream is not None:
                 upstream.in_flight += 1
-            waiter.exchange.wake()
+            waiter.exchange.resume()
 
     def __len__(self) -> int:
         """Return the number of queued calls. Any thread, also without the lock."""
@@ -7847,7 +7946,7 @@ class Pool:
         """Choose the upstream for the next attempt, and count the attempt as in flight.
 
         Raises APIError if no upstream is left, or Queued if the call has to wait: call again after
-        ``exchange.wake()``.
+        ``exchange.resume()``.
         """
         if len(self.upstreams) > 1:
             self.refresh_models_async()
@@ -7938,7 +8037,7 @@ class Pool:
                 resumed += 1
         return resumed
 
-    def wake_waiters(self, limit: int) -> bool:
+    def resume_waiters(self, limit: int) -> bool:
         """Resume up to ``limit`` ready calls; True if there may be more."""
         with self.lock:
             return self._resume_ready(self.clock(), limit) == limit
@@ -8139,14 +8238,14 @@ def least_connections(ready: List[Upstream]) -> Upstream:
     return weighted_round_robin([up for up, load in zip(ready, loads) if load == lowest])
 
 
-MAX_HASHED = 1 << 14  # characters at each end of a text
+MAX_HASHED = 1 << 14  # characters at each end of a string
 
 
 def conversation_of(call: Call) -> str:
     """A hash that the requests of one conversation share; "" if there are no messages.
 
     It is of the ``prompt_cache_key``, else of the key's name, the system text and the user's first
-    message. Only the ends of long texts are hashed.
+    message. Only the ends of long strings are hashed.
     """
     body = call.original.body or {}
     key, opening = body.get("prompt_cache_key"), [call.key_name]
@@ -8194,7 +8293,7 @@ class Exchange:
 
     def __init__(self, pool: Pool, call: Call) -> None:
         self.pool, self.call, self.cancellation = pool, call, call.cancellation
-        self.wake: Callable[[], Any] = bool  # resumes the call after Queued; any thread
+        self.resume: Callable[[], Any] = bool  # resumes the call after Queued; any thread
         self.other_models: List[str] = []  # of an alias, to be tried when none serves this one
         # Of the current model.
         self.tried: List[Upstream] = []
@@ -8211,7 +8310,7 @@ class Exchange:
         """Send the call to the next upstream; True if the response is an EventStream.
 
         After a failure of the category RETRY the same upstream is used. Raises APIError if no
-        upstream is left, Queued if the call has to wait: call again after wake().
+        upstream is left, Queued if the call has to wait: call again after resume().
         Worker thread.
         """
         if not self.prepared:
@@ -8266,7 +8365,11 @@ class Exchange:
         if self.cancellation.reason:
             raise error
         if not self.other_models:
-            raise self.pool.unknown_model(self.call, most_informative(self.model_errors))
+            error = most_informative(self.model_errors)
+            if error.retry_after:  # until the first of the models is available again
+                waits = (other.retry_after for other in self.model_errors)
+                error.retry_after = min(filter(None, waits))
+            raise self.pool.unknown_model(self.call, error)
         self._use_next_model()
 
     def events(self) -> Iterator[Event]:
@@ -8335,7 +8438,7 @@ class Exchange:
         self._end_attempt(error)
         if self.waiter is not None:
             self.pool.leave_queue(self)
-        self.wake = bool  # breaks a reference cycle
+        self.resume = bool  # breaks a reference cycle
 
 
 # == 15. dialects =============================================================================
@@ -8701,7 +8804,7 @@ class BlockDialect(Dialect):
     RENAMED_PARAMS: Dict[str, str] = {}  # fields with an equivalent in a chat, and its name
     KNOWN_PARAMS: Tuple[str, ...] = ()  # fields that to_chat() handles; others are ignored
     keeps_text = True
-    MAX_HIDDEN_REASONING = 1000  # characters
+    MAX_KEPT_REASONING = 1000  # characters
     BLOCKS_END_WITH_TEXT = True  # stop_block() repeats the block's text
     FUNCTION_TYPES: Tuple[Any, ...] = ()  # types of tools that are functions
     SCHEMA_KEY = ""  # their field with the JSON schema of the parameters
@@ -8713,7 +8816,8 @@ class BlockDialect(Dialect):
         self.extra_values = 0  # in the IDs of its calls
         self.has_begun = False  # there are further messages of the user or the assistant
         self.show_reasoning = True
-        self.hidden_reasoning = ""  # the beginning of what is not shown
+        self.returns_reasoning = False  # the client sends back what it gets, with a signature
+        self.kept_reasoning = ""  # the beginning of what it can't send back
         self.open_block: Any = None  # block_key() of the open block
         self.open_text: List[str] = []
         self.block_index = 0  # of the open or next block
@@ -8823,13 +8927,13 @@ class BlockDialect(Dialect):
         text = "\n\n".join(part["text"] for part in parts if part["type"] == "text")
         if block.get("is_error") is True and not text.lower().startswith("error"):
             text = f"Error: {text or 'the tool failed.'}"
-        call_id, _ = split_extra(block.get("tool_use_id", block.get("call_id")))
+        call_id, _ = sent_id(block.get("tool_use_id", block.get("call_id")))
         self.messages.append({"role": "tool", "tool_call_id": call_id, "content": text})
         return [part for part in parts if part["type"] != "text"]
 
     def history_call(self, block: Dict[str, Any]) -> Dict[str, Any]:
         """A past tool call in OpenAI's format. APIError if IDs contain too much."""
-        call_id, extra = split_extra(block.get("call_id", block.get("id")))
+        call_id, extra = sent_id(block.get("call_id", block.get("id")))
         self.extra_values += count_values(extra)
         if self.extra_values > MAX_JSON_VALUES:
             raise bad_request(f"The IDs of tool calls contain more than {MAX_JSON_VALUES} values.")
@@ -8943,9 +9047,10 @@ class BlockDialect(Dialect):
     # -- the response
 
     def encode_event(self, event: Event) -> bytes:
-        if isinstance(event, Reasoning) and not self.show_reasoning:
-            self.hide_reasoning(event.text)
-            return b""
+        if isinstance(event, Reasoning):
+            self.keep_reasoning(event.text)
+            if not self.show_reasoning:
+                return b""
         if isinstance(event, (Text, Reasoning, ToolCall)):
             return self.encode_block(event)
         if isinstance(event, Finish):
@@ -9010,28 +9115,31 @@ class BlockDialect(Dialect):
     def answer_blocks(self, answer: Answer) -> List[BlockEvent]:
         """An answer as a sequence of events, one per block."""
         blocks: List[BlockEvent] = [Text(self.text(answer))]
+        self.keep_reasoning(answer.reasoning)
         if self.show_reasoning:
             blocks.insert(0, Reasoning(answer.reasoning))
-        else:
-            self.hide_reasoning(answer.reasoning)
-        calls = [self.with_id(call, call.arguments or "{}") for call in answer.tools]
+        calls = [self.with_id(call, call.arguments) for call in answer.tools]
         return [*filter(text_of, blocks), *calls]
 
-    def hide_reasoning(self, text: str) -> None:
-        """Keep the beginning of reasoning that the client does not request."""
-        self.hidden_reasoning += text[: self.MAX_HIDDEN_REASONING - len(self.hidden_reasoning)]
+    def keep_reasoning(self, text: str) -> None:
+        """Keep the beginning of reasoning that the client can't send back, for with_id()."""
+        if not self.returns_reasoning:
+            self.kept_reasoning += text[: self.MAX_KEPT_REASONING - len(self.kept_reasoning)]
 
     def with_id(self, call: ToolCall, arguments: str) -> ToolCall:
         """A tool call with other arguments; its ID contains what the upstream wants back.
 
         Those are its ``extra``, and of the first call reasoning that the client can't return:
-        several upstreams reject tool calls without the reasoning that led to them.
+        several upstreams reject tool calls without the reasoning that led to them. An ID that other
+        upstreams would reject, such as Kimi's "functions.f:0", is contained in another one.
         """
-        extra = {**(call.extra or {})}
-        if self.hidden_reasoning:
-            extra["reasoning_content"], self.hidden_reasoning = self.hidden_reasoning, ""
-        call_id = id_with_extra(call.id or "call_" + new_id(), extra)
-        return ToolCall(call.index, arguments, call_id, call.name or "")
+        extra, call_id = {**(call.extra or {})}, call.id or ""
+        if not CALL_ID.fullmatch(call_id):
+            extra.update({"id": call_id} if 0 < len(call_id) <= MAX_CALL_ID else {})
+            call_id = "call_" + new_id()
+        if self.kept_reasoning:
+            extra["reasoning_content"], self.kept_reasoning = self.kept_reasoning, ""
+        return ToolCall(call.index, arguments, id_with_extra(call_id, extra), call.name or "")
 
     def client_name(self, call: ToolCall) -> Tuple[str, Optional[str]]:
         """The client's own name of a called function, and its namespace."""
@@ -9045,6 +9153,8 @@ class BlockDialect(Dialect):
 # -- The history of a conversation
 
 TOOL_NAME = re.compile("[A-Za-z0-9_-]{1,64}")  # OpenAI's rule
+MAX_CALL_ID = 40  # characters: OpenAI's limit
+CALL_ID = re.compile("[A-Za-z0-9_-]{1,%d}" % MAX_CALL_ID)  # with Anthropic's characters
 NO_RESULT = "[The tool call was interrupted and has no result.]"
 
 
@@ -9133,14 +9243,55 @@ def id_with_extra(call_id: str, extra: Optional[Dict[str, Any]]) -> str:
 
 
 def split_extra(value: Any) -> Tuple[Optional[str], Optional[Dict[str, Any]]]:
-    """A call's own ID, None if missing, and what id_with_extra() has added to it."""
+    """A call's own ID, None if missing, and what id_with_extra() has added to it.
+
+    A client may have cut it off or changed it to lower case: then only the ID is left.
+    """
     call_id = str(value) if isinstance(value, (str, int)) and value != "" else None
     head, mark, data = (call_id or "").rpartition(EXTRA)
-    if mark and len(data) <= MAX_EXTRA:
+    if not mark or data[:3].lower() != "eyj":  # '{"' in base64
+        return call_id, None
+    extra: Any = None
+    if len(data) <= MAX_EXTRA:
         with contextlib.suppress(ValueError):
             extra = from_json(base64.urlsafe_b64decode(data + "=" * (-len(data) % 4)))
-            return head, as_dict(extra) or None
-    return call_id, None
+    return head, as_dict(extra) or None
+
+
+def sent_id(value: Any) -> Tuple[Optional[str], Optional[Dict[str, Any]]]:
+    """A call's ID as upstreams accept it, and what it contained."""
+    call_id, extra = split_extra(value)
+    call_id = as_str((extra or {}).pop("id", None)) or call_id
+    if call_id and len(call_id) > MAX_CALL_ID:
+        call_id = "call_" + _sha256(call_id)[:24]
+    return call_id, extra
+
+
+def without_own_marks(body: Dict[str, Any]) -> Dict[str, Any]:
+    """A request for an upstream with the client's own API.
+
+    It would reject reasoning with the signature UNSIGNED and the long IDs of id_with_extra().
+    """
+    lists = {name: body[name] for name in ("messages", "input") if isinstance(body.get(name), list)}
+    return {**body, **{name: _without_own_marks(items) for name, items in lists.items()}}
+
+
+def _without_own_marks(items: List[Any], nested: bool = False) -> List[Any]:
+    """Messages or items; if nested, the content or tool calls of a message."""
+    remaining = []
+    for item in items:
+        fields = dict(as_dict(item))
+        if UNSIGNED in (fields.get("signature"), fields.get("encrypted_content")):
+            continue
+        for name in ("id", "call_id", "tool_call_id", "tool_use_id"):
+            if EXTRA in as_str(fields.get(name)):
+                fields[name], _ = split_extra(fields[name])
+        for name in ("content", "tool_calls"):
+            if not nested and isinstance(fields.get(name), list):
+                fields[name] = _without_own_marks(fields[name], nested=True)
+        if nested or fields.get("content") != [] or fields.get("tool_calls"):
+            remaining.append(fields or item)
+    return remaining
 
 
 def count_values(value: Any) -> int:
@@ -9177,6 +9328,7 @@ def event_frame(name: str, **fields: Any) -> bytes:
 # In place of a signature of reasoning, as there is none to check here. Many clients send reasoning
 # back only if it has one.
 UNSIGNED = "unsigned-by-akashproxy"
+OWN_MARKS = (EXTRA.encode(), UNSIGNED.encode())
 
 
 class Messages(BlockDialect):
@@ -9226,7 +9378,7 @@ class Messages(BlockDialect):
 
     def to_chat(self, body: Dict[str, Any]) -> Dict[str, Any]:
         thinking, config = as_dict(body.get("thinking")), as_dict(body.get("output_config"))
-        self.show_reasoning = (
+        self.show_reasoning = self.returns_reasoning = (
             thinking.get("type") not in (None, "disabled") and thinking.get("display") != "omitted"
         )
         tools = self.convert_tools(body.get("tools"))
@@ -9340,9 +9492,10 @@ class Messages(BlockDialect):
         return {"type": "text", "text": event.text}
 
     def stop_fields(self, finish: Finish) -> Dict[str, Any]:
-        reason = self.STOP_REASONS.get(finish.reason, "end_turn")
-        reason = "stop_sequence" if finish.stop_sequence else reason
-        return {"stop_reason": reason, "stop_sequence": finish.stop_sequence}
+        reason, sequence = self.STOP_REASONS.get(finish.reason, "end_turn"), finish.stop_sequence
+        if sequence is None or sequence not in as_list(self.call.body.get("stop")):
+            return {"stop_reason": reason, "stop_sequence": None}
+        return {"stop_reason": "stop_sequence", "stop_sequence": sequence}
 
     def usage_object(self, finish: Finish) -> Dict[str, int]:
         """Token counts, those of cached input apart."""
@@ -9496,7 +9649,6 @@ class Responses(BlockDialect):
     }
     # fmt: on
 
-    shows_encrypted = False  # reasoning items have encrypted_content
     sequence_number = 0  # of the next event
     stream_started = False
 
@@ -9518,7 +9670,7 @@ class Responses(BlockDialect):
         items = [{"role": "user", "content": sent}] if isinstance(sent, str) else sent
         self.convert_messages(self.messages_of_items(items))
         include = list(map(str, as_list(body.get("include"))))
-        self.shows_encrypted = self.ENCRYPTED in include
+        self.returns_reasoning = self.ENCRYPTED in include
         self.untranslated += [f"include.{name}"[:80] for name in include if name != self.ENCRYPTED]
         self.untranslated += [f"text.{name}" for name in text if name != "format"]
         if body.get("store") is True:
@@ -9686,7 +9838,7 @@ class Responses(BlockDialect):
         parts = [self.part_object(event)] if status == "completed" else []
         if isinstance(event, Reasoning):
             item = {"id": item_id, "type": "reasoning", "status": status, "summary": parts}
-            return {**item, "encrypted_content": UNSIGNED} if self.shows_encrypted else item
+            return {**item, "encrypted_content": UNSIGNED} if self.returns_reasoning else item
         return {
             "id": item_id,
             "type": "message",
@@ -9782,10 +9934,15 @@ _DISPOSITION = re.compile(
 )
 
 
+def lenient_name(name: str) -> str:
+    """The name that a lenient upstream may read a field as."""
+    # Go's JSON decoder ignores case; PHP drops a bracket and what follows it.
+    return name.partition("[")[0].partition("\0")[0].strip().casefold()
+
+
 def is_model_field(name: str) -> bool:
     """Whether an upstream may read a field as "model", written in this or another way."""
-    # Go's JSON decoder ignores case; PHP drops a bracket and what follows it.
-    return name.partition("[")[0].partition("\0")[0].strip().casefold() == "model"
+    return lenient_name(name) == "model"
 
 
 def remove_model_params(query: str) -> str:
@@ -9810,7 +9967,7 @@ def check_names(names: Iterable[str], refused: Iterable[str] = ()) -> None:
             raise bad_request(f"The field {name[:40]!r} must be written 'model'.", "model")
     refused = {name.casefold() for name in refused}
     for name in names if refused else ():
-        if name.casefold() in refused:
+        if lenient_name(name) in refused:
             raise bad_request(f"The field {name[:40]!r} is not allowed for this key.", name[:40])
 
 
@@ -10062,7 +10219,7 @@ class EventLoop(threading.Thread):
             try:
                 self.wakeup_w.send(b"\0")
             except OSError:
-                return  # the pipe is full, so the loop will wake up; or the loop has been closed
+                return  # the pipe is full, so its wait will end; or the loop has been closed
 
     def stop(self) -> None:
         """End the loop after its current iteration. Any thread."""
@@ -10431,6 +10588,7 @@ class Connection:
         self.state, self.deadline = State.DISPATCHED, math.inf
         task = functools.partial(self.server.serve_request, request)
         if error is None and self.server.gate.is_health_check(request):
+            request.writer.send = self.send
             task()
         else:
             self.submit(request, task)
@@ -10692,10 +10850,13 @@ class ResponseWriter:
     def __init__(self, request: "Request") -> None:
         self.request, self.connection = request, request.connection
         self.lock = threading.RLock()
-        self.send: Callable[..., Any] = self.connection.enqueue  # Connection.send while STREAMING
+        # On the loop thread, for /health and while STREAMING: Connection.send.
+        self.send: Callable[..., Any] = self.connection.enqueue
         self.last_write = request.started_at
 
-    def start(self, status: int, headers: Dict[str, str], length: Optional[int] = None) -> None:
+    def start(
+        self, status: int, headers: Iterable[Tuple[str, str]], length: Optional[int] = None
+    ) -> None:
         """Begin the response; its body is chunked without a length.
 
         HTTP/1.0 has no chunks: there the end of the connection ends the body.
@@ -10705,12 +10866,13 @@ class ResponseWriter:
             request.keep_alive = False
         self.status = status
         self.chunked = length is None and request.head.http_minor == "1"
-        values = "".join(headers.values())
-        if not values.isprintable() or not values.isascii():
-            headers = {name: _UNPRINTABLE.sub("?", value) for name, value in headers.items()}
-        fields = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
+        lines = [f"{name}: {value}" for name, value in headers]
+        text = "".join(lines)
+        if not text.isprintable() or not text.isascii():
+            lines = [_UNPRINTABLE.sub("?", line) for line in lines]
+        fields = "\r\n".join([*lines, ""])
         framing = "Transfer-Encoding: chunked\r\n" if self.chunked else ""
-        if length is not None and status != 204:
+        if length is not None and status not in (204, 304):
             framing = f"Content-Length: {length}\r\n"
         elif length is None and not self.chunked:
             request.keep_alive = False
@@ -10750,7 +10912,7 @@ class ResponseWriter:
     def respond(self, status: int, data: bytes, headers: Dict[str, str]) -> None:
         """Write a complete response."""
         with self.lock:
-            self.start(status, headers, length=len(data))
+            self.start(status, headers.items(), length=len(data))
             self.finish(data)
 
     def break_off(self) -> None:
@@ -10774,7 +10936,7 @@ class ResponseWriter:
                 frame = frame[:-1] if is_comment else b""
             if frame and not self.connection.output:
                 if not self.status:
-                    self.start(200, SSE_HEADERS)
+                    self.start(200, SSE_HEADERS.items())
                 tail = self.tail
                 self.send(self._frame(frame))
                 self.tail = tail
@@ -11610,7 +11772,7 @@ def origin_allowed(
     ):
         return True
     if allowed_origins:
-        return "*" in allowed_origins or origin in allowed_origins
+        return "*" in allowed_origins or origin.lower() in allowed_origins
     return needs_token or is_web and is_local(authority)
 
 
@@ -11652,7 +11814,7 @@ class CallResponder:
         self.request, self.exchange, self.dialect, self.run = request, exchange, dialect, run
         self.writer, self.call = request.writer, exchange.call
         loop = request.connection.loop
-        exchange.wake = functools.partial(loop.call_soon_threadsafe, self._wake)
+        exchange.resume = functools.partial(loop.call_soon_threadsafe, self._resume)
         if self.call.stream:
             self.writer.ping_frame = dialect.ping_frame
 
@@ -11666,7 +11828,7 @@ class CallResponder:
         try:
             relayed = exchange.attempt()
         except Queued:
-            return True  # _wake() continues
+            return True  # _resume() continues
         if relayed:
             relay = StreamRelay(self)
             # Last: from here on the request belongs to the loop, which may already be relaying.
@@ -11691,7 +11853,7 @@ class CallResponder:
 
         self.run(step)
 
-    def _wake(self) -> None:
+    def _resume(self) -> None:
         """Continue a call that has left the pool's queue, on a worker. Loop thread."""
         task = functools.partial(self.run, self.attempt)
         self.request.connection.submit(self.request, task)
@@ -11705,9 +11867,8 @@ class CallResponder:
                 headers = dict(SSE_HEADERS) if is_event_stream(content_type) else {}
                 if content_type:
                     headers["Content-Type"] = content_type
-                self.writer.start(
-                    self.call.attempt.status, {**headers, **call_headers(self.request)}
-                )
+                headers.update(call_headers(self.request))
+                self.writer.start(self.call.attempt.status, headers.items())
         return b"" if content_type else self.dialect.opening_frames()
 
     def start_buffered(self, events: List[Event]) -> bytes:
@@ -11719,11 +11880,8 @@ class CallResponder:
             content_type, data = "application/json", to_json(self.dialect.response_body(answer))
         else:
             data = self.dialect.encode(events)
-        self.writer.start(
-            self.call.attempt.status,
-            {"Content-Type": content_type, **call_headers(self.request)},
-            length=len(data),
-        )
+        headers = {"Content-Type": content_type, **call_headers(self.request)}
+        self.writer.start(self.call.attempt.status, headers.items(), length=len(data))
         return data
 
     def error_trailer(self, error: APIError) -> bytes:
@@ -11792,10 +11950,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
     send_error(), rfile and wfile. Differences from http.server:
 
     - a handler is created for each complete request, not for each connection;
-    - ``request`` is a Request;
+    - ``request`` is a Request, ``connection`` a Connection;
+    - ``path`` is percent-decoded and without PATH_PREFIX, but with its query;
     - the response body is framed here: chunked unless a Content-Length is sent;
     - errors are sent in the client's dialect, also by send_error();
-    - a do_ method that returns True has left the rest of the response to the loop.
+    - a do_ method that returns True leaves the response to the loop.
     """
 
     server: "Server"
@@ -11823,6 +11982,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def wfile(self) -> Any:  # type: ignore[override]
         """The response body as a file."""
         return ResponseFile(self.request.writer)
+
+    @functools.cached_property
+    def requestline(self) -> Any:  # type: ignore[override]
+        """The request line."""
+        return f"{self.command} {self.path} {self.request_version}"
 
     @functools.cached_property
     def headers(self) -> Any:  # type: ignore[override]
@@ -11862,9 +12026,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def parse_request(self) -> bool:
         """Set the attributes from the parsed head; APIError if the request was rejected."""
         request = self.request
-        self.command, self.path, self.query, http_minor, headers = request.head
-        self.request_version = f"HTTP/1.{http_minor}"
-        self.requestline = f"{self.command} {self.path} {self.request_version}"
+        self.command, path, query, http_minor, headers = request.head
+        self.path = f"{path}?{query}" if query else path
+        self.request_version = "HTTP/1.1" if http_minor == "1" else "HTTP/1.0"
         target = request.route.targets.get("POST")
         if isinstance(target, type):
             self.dialect = target
@@ -11902,7 +12066,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Call the route's function, or respond to a model call; returns as do_GET()."""
         target = self.request.route.target(self.command)
         if target is None:  # the gate leaves the paths to a subclass, which calls super().do_GET()
-            raise APIError(404, f"There is no {self.path[:200]!r} here.", code="not_found")
+            path = self.request.head.path
+            raise APIError(404, f"There is no {path[:200]!r} here.", code="not_found")
         if not isinstance(target, type):
             return target(self)
         dialect, request = self.parse_call(target), self.request
@@ -11918,7 +12083,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def parse_call(self, dialect_class: Any) -> Any:
         """Parse the body into a dialect with its call; APIError 400 if it is invalid."""
-        headers = self.request.head.headers
+        head = self.request.head
+        headers = head.headers
         data, content_type = self.request.body, headers.get("content-type", "")
         try:
             if dialect_class is Passthrough:
@@ -11929,9 +12095,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except ValueError as error:
             raise bad_request(f"The body is not valid JSON: {error}.") from None
         call = dialect.call
-        call.original.path, call.original.raw_body = self.path, data
+        call.original.path, call.original.raw_body = head.path, data
         dialect.prepare()
-        query = remove_model_params(self.query) if self.query else ""
+        query = remove_model_params(head.query) if head.query else ""
         if query:
             call.original.query = "?" + query
         call.original.headers = {
@@ -11939,7 +12105,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         }
         if call.original.body:
             check_names(call.original.body)
-            if has_escaped_letters(data):
+            if any(mark in data for mark in OWN_MARKS):
+                call.original.body = without_own_marks(call.original.body)
+                call.original.raw_body = request_json(call.original.body, len(data))
+            elif has_escaped_letters(data):
                 call.original.raw_body = request_json(call.original.body, len(data))
         return dialect
 
@@ -11949,25 +12118,35 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Begin a response; ``message`` is ignored, the standard phrase is sent."""
         self.response: Tuple[int, List[Tuple[str, str]]] = (int(code), [])
 
+    send_response_only = send_response
+
     def send_header(self, keyword: str, value: Any) -> None:
         """Add a header; ValueError if it contains CR, LF or NUL (header injection)."""
         if re.search("[\r\n\0]", f"{keyword}{value}"):
             raise ValueError("a header must not contain CR, LF or NUL")
-        self.response[1].append((keyword, str(value)))
+        if keyword.lower() == "connection":
+            self.close_connection = str(value).lower() == "close"
+        else:
+            self.response[1].append((keyword, str(value)))
 
     def end_headers(self) -> None:
         """Begin the body, which is chunked without a Content-Length."""
         status, fields = self.response
         lengths = [int(value) for name, value in fields if name.lower() == "content-length"]
-        headers = {
-            name: value
-            for name, value in fields
-            if name.lower() not in ("content-length", "connection")
-        }
+        headers = [field for field in fields if field[0].lower() != "content-length"]
         no_body = status in (204, 304) or status < 200
         self.request.writer.start(
             status, headers, length=lengths[0] if lengths else 0 if no_body else None
         )
+
+    @property
+    def close_connection(self) -> bool:
+        """Whether the connection is closed after the response."""
+        return not self.request.keep_alive
+
+    @close_connection.setter
+    def close_connection(self, value: bool) -> None:
+        self.request.keep_alive = not value
 
     def send_error(
         self, code: int, message: Optional[str] = None, explain: Optional[str] = None
@@ -12097,16 +12276,14 @@ def get_image(handler: Handler) -> None:
     # private if there are tokens: a shared cache would serve the image without one
     cacheability = "private" if request.settings.needs_token else "public"
     try:
-        writer.start(
-            200,
-            {
-                "Content-Type": response.headers["content-type"],
-                "Cache-Control": f"{cacheability}, max-age=31536000, immutable",
-                "Content-Security-Policy": "sandbox; default-src 'none'",
-                "X-Content-Type-Options": "nosniff",
-                "Cross-Origin-Resource-Policy": "cross-origin",
-            },
-        )
+        headers = {
+            "Content-Type": response.headers["content-type"],
+            "Cache-Control": f"{cacheability}, max-age=31536000, immutable",
+            "Content-Security-Policy": "sandbox; default-src 'none'",
+            "X-Content-Type-Options": "nosniff",
+            "Cross-Origin-Resource-Policy": "cross-origin",
+        }
+        writer.start(200, headers.items())
         for data in response.iter_bytes() if handler.command == "GET" else ():
             handler.wfile.write(data)
         writer.finish()
@@ -12457,7 +12634,7 @@ class Server(http.server.ThreadingHTTPServer):
                 self.all_closed.notify_all()
 
     def on_tick(self, now: float) -> None:
-        """Enforce all deadlines, resume accepting, wake queued calls. Loop thread."""
+        """Enforce all deadlines, resume accepting, resume queued calls. Loop thread."""
         CancelScope.cancel_overdue(now)
         for connection in self.connections.copy():
             try:
@@ -12470,15 +12647,15 @@ class Server(http.server.ThreadingHTTPServer):
                 self.loop.add(self.socket, self.on_connection, self.on_connection)
                 self.accept_paused = False
         self.pool.on_tick(now)
-        self.wake_waiters()
+        self.resume_waiters()
 
-    def wake_waiters(self) -> None:
+    def resume_waiters(self) -> None:
         """Resume up to 32 calls queued for a controller, the others later. Loop thread.
 
         1,500 calls that time out at once would otherwise block the loop.
         """
-        if self.pool.wake_waiters(32):
-            self.loop.call_soon_threadsafe(self.wake_waiters)
+        if self.pool.resume_waiters(32):
+            self.loop.call_soon_threadsafe(self.resume_waiters)
 
 
 def key_limiters(settings: Settings, previous: List[KeyLimiter]) -> List[KeyLimiter]:
@@ -12739,7 +12916,7 @@ def demo_image(seed: str) -> bytes:
 
 
 # == 21. page =================================================================================
-# A page to chat with, a client of the API like any other. Knows nothing of the rest of this file.
+# A page to chat with, a client of the API like any other. Knows nothing of the other sections.
 
 PAGE = r"""<!doctype html>
 <html lang="en">
@@ -13832,6 +14009,7 @@ def start(server: Server, load: Callable[[], Settings], demo: bool = False) -> i
     """Start a server, print its URLs and serve until a signal; the exit status."""
     raise_fd_limit()
     gc.freeze()  # the module's objects live on: collections need not traverse them
+    gc.set_threshold(10_000)  # reference counts free nearly all: 2 % of a request's CPU time
     if not server.settings.needs_token and not server.is_loopback:
         log.warning(
             "anyone who can reach %s can use this server and its upstreams' keys and quotas: "
