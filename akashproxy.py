@@ -4083,7 +4083,7 @@ class ToolCallFilter(TextFilter):
         """Read text and calls by turns."""
         while True:
             token = yield
-            while token in OPENING_MARKS and not (self.think.in_reasoning or self.code.is_open()):
+            while token in OPENING_MARKS and not self.code.is_open():
                 try:
                     self.pattern = CALL_TOKEN
                     token = yield from self._read_calls()
@@ -4099,8 +4099,10 @@ class ToolCallFilter(TextFilter):
             self.stopped = True
             name = self.tools.upstream_name
             raise APIError(502, f"{name} sent an invalid tool call.", code="invalid_tool_call")
+        is_reasoning = self.think.in_reasoning
         self._emit_text()
-        self._repeat(f"A tool call is invalid: {error}.")
+        if not is_reasoning:
+            self._repeat(f"A tool call is invalid: {error}.")
 
     def _emit_text(self) -> None:
         """Pass on the tokens as text or, in think tags, as reasoning."""
@@ -4112,6 +4114,14 @@ class ToolCallFilter(TextFilter):
     def _read_calls(self) -> Generator[None, str, str]:
         """Read and send calls between two marks; returns the token after closing marks."""
         token = yield from self._read_marked()
+        # Some models omit the closing think tag: in reasoning, calls count that end the answer.
+        while token and self.think.in_reasoning:
+            if token in OPENING_MARKS:
+                token = yield from self._read_marked()
+            elif token in CLOSING_MARKS or token.isspace():
+                token = yield
+            else:
+                raise ValueError("reasoning follows")
         self._send_calls()
         while token in CLOSING_MARKS or token.isspace():
             token = yield
@@ -4168,7 +4178,7 @@ class ToolCallFilter(TextFilter):
     def _send_part(self) -> None:
         """Send the arguments read since the last time, once the function's name is known."""
         json = self.json
-        if json.part and json.name in self.tools.functions:
+        if json.part and json.name in self.tools.functions and not self.think.in_reasoning:
             if not self.is_sent:
                 self.calls.append((json.name, ""))
                 self._send_calls()

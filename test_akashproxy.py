@@ -5838,6 +5838,9 @@ TOOL_ANSWERS = {    # an answer: its text, its calls
     "parameters without a closing tag": ("<function=write>\n<parameter=content>\na\n</parameter>\n<function=now>\n</function>", "", [("write", {"content": "a"}), ("now", {})]),
     "lines in a parameter": ("<function=write>\n<parameter=content>\n<a>\n\nb\n\n</parameter>\n</function>", "", [("write", {"content": "<a>\n\nb\n"})]),
     "a call in think tags": (f"<think>\n`<tool_call>{KYIV}</tool_call>\n</think>\n\nI look.\n<tool_call>{LVIV}</tool_call>", "I look.\n", [("weather", {"city": "Lviv"})]),
+    "calls that end the answer in an open think tag": (f"<think>\nSo:\n<tool_call>{KYIV}</tool_call>\n<tool_call>{LONG_CALL}<tool_call>{LVIV}\n", "",
+                                                       [IN_KYIV, ("write", LONG), ("weather", {"city": "Lviv"})]),
+    "a call in an open think tag, and reasoning after it": (f"<think>\n<tool_call>{LONG_CALL}</tool_call>\nor not", "", []),
     "think tags after a call": (f"A\n<tool_call>{KYIV}</tool_call>\n<think>b</think>", "A\n\n<think>b</think>", [IN_KYIV]),
     "a think tag in an argument": ('A\n<tool_call>{"name": "write", "arguments": {"content": "(</think>)"}}</tool_call>', "A\n", [("write", {"content": "(</think>)"})]),
     "a think tag in a parameter": ("<function=write>\n<parameter=content>\n\n</think>\n\n</parameter>\n</function>", "", [("write", {"content": "\n</think>\n"})]),
@@ -6249,6 +6252,8 @@ def test_a_required_call_is_asked_for_once_and_only_before_a_part_was_sent():
     assert akashproxy.ToolCallFilter(tools).feed([Text("I look."), Finish("stop")]) == [Text("I look."), Finish("stop")]
     step = akashproxy.ToolCallFilter(prompted(tool_choice="required"))
     assert step.feed([Text("I look.")]) + step.feed([Finish("stop")]) == [Text("I look."), Finish("stop")]
+    step = akashproxy.ToolCallFilter(prompted(tool_choice="required"))
+    assert len(fold(step.feed([Text(f"<think><tool_call>{{oops</tool_call></think><tool_call>{KYIV}"), Finish("stop")])).tools) == 1
 
 
 def test_an_instruction_of_ones_own_replaces_the_built_in_one(akash, serve):
