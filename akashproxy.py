@@ -3806,10 +3806,13 @@ class StopFilter(TextFilter):
             if cost > self.budget:
                 head = truncate_to(event.text, self.budget)
                 self.out += [type(event)(head)] if head else []
-                self.stopped, event = True, Finish("length")
             elif not cost:
                 return
-            self.budget -= cost
+        else:
+            cost = token_units(text_of(event))
+        if cost > self.budget:
+            self.stopped, event = True, Finish("length")
+        self.budget -= cost
         self.out.append(event)
 
 
@@ -4048,7 +4051,7 @@ def add_paragraph(message: Dict[str, Any], text: str) -> Dict[str, Any]:
 
 
 class ToolCallFilter(TextFilter):
-    """Turns calls in Text events into ToolCall events.
+    """Turns calls in Text events into ToolCall events, and think tags into Reasoning.
 
     Calls stand between marks, outside of Markdown code. They are held back until the second mark
     or the end of the answer, as all is text if it proves invalid: not JSON, of an unknown function,
@@ -4062,19 +4065,16 @@ class ToolCallFilter(TextFilter):
     HELD, MAX_CALL = 256, 4 << 20  # characters
 
     def __init__(self, tools: PromptedTools) -> None:
-        self.tools, self.code = tools, MarkdownCode()
+        self.tools, self.think, self.code = tools, ThinkTagFilter(), MarkdownCode()
+        self.pattern, self.json, self.pending = TEXT_TOKEN, LooseJSON(""), ""
+        self.reader = self._read_answer()
+        next(self.reader)
         self.tokens: List[str] = []  # since an opening mark
         self.calls: List[Tuple[str, str]] = []  # complete ones among them: name and arguments
         self.size = 0  # of them and of those sent in parts, in characters
         self.count = 0  # of calls sent
-        self.passed_on = False  # something of the answer
-        self._restart()
-
-    def _restart(self) -> None:
-        self.pattern, self.json, self.pending = TEXT_TOKEN, LooseJSON(""), ""
         self.is_sent = False  # the beginning of the call that is read
-        self.reader = self._read_answer()
-        next(self.reader)
+        self.passed_on = False  # something of the answer
 
     def feed(self, events: List[Event]) -> List[Event]:
         out = super().feed(events)
@@ -4105,12 +4105,13 @@ class ToolCallFilter(TextFilter):
         if not self.count:
             self._repeat("The answer has no tool call.")
         reason = "tool_calls" if self.count and finish.reason == "stop" else finish.reason
-        self.out.append(Finish(reason, finish.usage, finish.stop_sequence))
+        self.out += self.think.feed([Finish(reason, finish.usage, finish.stop_sequence)])
 
     def release(self) -> None:
         self.tokens = [] if self.is_sent else [*self.tokens, self.pending]
+        self.pending = ""
         self._emit_text()
-        self._restart()
+        self.out += self.think.close()
 
     def _read_token(self, token: str) -> None:
         self.tokens.append(token)
@@ -4121,37 +4122,47 @@ class ToolCallFilter(TextFilter):
 
     def _read_answer(self) -> Generator[None, str, None]:
         """Read text and calls by turns."""
-        token = yield
         while True:
-            if token not in OPENING_MARKS or self.code.is_open():
-                self._emit_text()
-                token = yield
-                continue
-            try:
-                self.pattern = CALL_TOKEN
-                token = yield from self._read_calls()
+            token = yield
+            while token in OPENING_MARKS and not self.code.is_open():
+                try:
+                    self.pattern = CALL_TOKEN
+                    token = yield from self._read_calls()
+                except ValueError as error:
+                    self._reject(error)
+                    token, self.json = "", LooseJSON("")
                 self.pattern = TEXT_TOKEN
-            except ValueError as error:
-                if self.is_sent:
-                    self.stopped = True
-                    message = f"{self.tools.upstream_name} sent an invalid tool call."
-                    raise APIError(502, message, code="invalid_tool_call") from None
-                self.pattern, self.json = TEXT_TOKEN, LooseJSON("")
-                self._emit_text()
-                self._repeat(f"A tool call is invalid: {error}.")
-                token = yield
+            self._emit_text()
+
+    def _reject(self, error: ValueError) -> None:
+        """Make an invalid call text. Raises an APIError if a part of it has been sent."""
+        if self.is_sent:
+            self.stopped = True
+            name = self.tools.upstream_name
+            raise APIError(502, f"{name} sent an invalid tool call.", code="invalid_tool_call")
+        is_reasoning = self.think.in_reasoning
+        self._emit_text()
+        if not is_reasoning:
+            self._repeat(f"A tool call is invalid: {error}.")
 
     def _emit_text(self) -> None:
-        """Pass on the tokens as text."""
-        text = "".join(self.tokens)
+        """Pass on the tokens as text or, in think tags, as reasoning."""
+        events = self.think.feed([Text("".join(self.tokens))])
         self.tokens, self.calls, self.size = [], [], 0
-        if text:
-            self.code.feed(text)
-            self.out.append(Text(text))
+        self.code.feed("".join(text_of(event) for event in events if isinstance(event, Text)))
+        self.out += events
 
     def _read_calls(self) -> Generator[None, str, str]:
         """Read and send calls between two marks; returns the token after closing marks."""
         token = yield from self._read_marked()
+        # Some models omit the closing think tag: in reasoning, calls count that end the answer.
+        while token and self.think.in_reasoning:
+            if token in OPENING_MARKS:
+                token = yield from self._read_marked()
+            elif token in CLOSING_MARKS or token.isspace():
+                token = yield
+            else:
+                raise ValueError("reasoning follows")
         self._send_calls()
         while token in CLOSING_MARKS or token.isspace():
             token = yield
@@ -4208,7 +4219,7 @@ class ToolCallFilter(TextFilter):
     def _send_part(self) -> None:
         """Send the arguments read since the last time, once the function's name is known."""
         json = self.json
-        if json.part and json.name in self.tools.functions:
+        if json.part and json.name in self.tools.functions and not self.think.in_reasoning:
             if not self.is_sent:
                 self.calls.append((json.name, ""))
                 self._send_calls()
@@ -4217,6 +4228,8 @@ class ToolCallFilter(TextFilter):
             json.part, self.tokens = [], []
 
     def _send_calls(self) -> None:
+        self.out += self.think.close()
+        self.think.started = self.think.closed = True  # think tags after a call are text
         for name, arguments in self.calls:
             if self.count == MAX_TOOL_CALLS:
                 raise too_many_calls(self.tools.upstream_name)
@@ -4317,19 +4330,16 @@ class MarkdownCode:
     """Tracks whether streamed Markdown is in a code block, a code span or quotes."""
 
     # At the start of a line, or with no more than a language after it.
-    FENCE = re.compile(r"(?:^[ \t>*+-]*(?=[`~]+[^`]*$)|[ \t](?=[`~]+\w*$))(`{3,}|~{3,})")
-    MAX_LINE = 1000  # characters of the last line that are others
+    FENCE = re.compile(r"(?:^[ \t>*+-]*(?=[`~]+[^`]*$)|[ \t](?=[`~]+\w*\s*$))(`{3,}|~{3,})")
 
     def __init__(self) -> None:
         self.fence, self.line = "", ""
 
     def feed(self, text: str) -> None:
-        *lines, last = (self.line + text).split("\n")
-        for line in lines:
-            mark = self.FENCE.search(line.rstrip())
-            if mark and mark[1].startswith(self.fence):
+        *lines, self.line = (self.line[-1000:] + text).split("\n")
+        for mark in filter(None, map(self.FENCE.search, lines)):
+            if mark[1].startswith(self.fence):
                 self.fence = "" if self.fence else mark[1]
-        self.line = last[-self.MAX_LINE :]
 
     def is_open(self) -> bool:
         in_span = len(re.findall("`+", self.line)) % 2 == 1
@@ -4550,13 +4560,13 @@ def has_tools(call: Call) -> bool:
 
 
 def filtered(decoder: Decoder, step: ToolCallFilter) -> Decoder:
-    """Return the decoder of an answer with a filter of tool calls after it."""
+    """Return the decoder of an answer with a filter of tool calls and think tags."""
     if isinstance(decoder, BufferedBody) and decoder.is_error_body:
         return decoder
     chain = decoder if isinstance(decoder, DecoderChain) else DecoderChain(decoder)
-    if not any(isinstance(other, ThinkTagFilter) for other in chain.filters):
-        chain.filters += (ThinkTagFilter(),)
-    chain.filters, chain.started = (*chain.filters, step), decoder.started
+    filters = [step if isinstance(each, ThinkTagFilter) else each for each in chain.filters]
+    chain.filters = tuple(filters if step in filters else [*filters, step])
+    chain.started = decoder.started
     return chain
 
 
