@@ -1415,6 +1415,20 @@ def test_a_failed_renewal_leaves_the_old_cookie(akash):
     wait_for(lambda: len(akash.requests) == 3)
 
 
+def test_a_failure_that_is_repeated_keeps_no_caller_in_memory():
+    def fetch():
+        raise APIError(503, "down")
+
+    def depth_of_a_call():
+        with pytest.raises(APIError) as caught:
+            cache.get()
+        return len(list(akashproxy.traceback.walk_tb(caught.value.__traceback__)))
+
+    cache = akashproxy.Cache("list", fetch)
+    depth_of_a_call()
+    assert depth_of_a_call() == depth_of_a_call()
+
+
 def test_a_session_server_that_stalls_costs_all_one_time_out(akash, serve):
     akash.answer = akash.stall(None)
     server = serve(session_timeout=0.5)
@@ -1474,9 +1488,11 @@ def test_an_expired_session_is_renewed_once_even_if_its_connection_ends_with_it(
 
 def test_a_session_that_stays_invalid_is_no_loop(akash, serve):
     akash.faults += [akash.raw(reply(403, BAD_SESSION), keep=True)] * 9
-    got = chat(serve())
-    assert got.status == 424 and got.json["error"]["code"] == "upstream_auth"
+    server = serve()
+    got = chat(server)
+    assert (got.status, got.json["error"]["code"], got.headers["retry-after"]) == (503, "upstream_session", "5")
     assert len(akash.bodies()) == 2 and akash.cookies == 2
+    assert ask(server, path="/status").json["controllers"][0]["rests_for_seconds"] <= 1, "the server's sessions are lost, not our access"
 
 
 @table({    # the answer to a request for a session: what a client is told, Retry-After
@@ -1840,6 +1856,16 @@ def test_a_repeat_goes_to_the_controller_with_its_jobs(pool):
     assert route_of(ask(server, "POST", "/v1/images/generations", DRAW)) == "b=200"
 
 
+def test_jobs_are_kept_for_a_repeat_without_the_request(akash, serve):
+    def calls():
+        gc.collect()
+        return {id(call) for call in gc.get_objects() if type(call) is Call}
+
+    server, before = serve(), calls()
+    drawing(server, akash)
+    wait_for(lambda: not calls() - before)
+
+
 def test_image_jobs_are_kept_for_a_while_and_not_without_end():
     clock = Clock()
     batches = akashproxy.AkashImages(None, clock)
@@ -1850,7 +1876,7 @@ def test_image_jobs_are_kept_for_a_while_and_not_without_end():
         return call
 
     for number in range(1500):
-        batches.join(call_of(number)).failed = True
+        batches.join(call_of(number)).ended = True
     assert len(batches.batches) == 1000 and not batches.find(call_of(0)).joined and batches.find(call_of(1499)).joined
     clock.now += 601
     assert not batches.find(call_of(1499)).joined
@@ -3631,6 +3657,17 @@ def test_a_process_without_descriptors_blames_no_upstream(config, a, b):
                 assert (state["failed"], state["rests_for_seconds"], state["last_error"]) == (0, 0, None)
 
 
+def test_connections_that_cannot_be_accepted_are_one_line_in_the_log():
+    resource = pytest.importorskip("resource")
+    limit = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))}
+    with started("--demo", popen=limit) as (process, server):
+        with crowd(server, 60, b""):
+            time.sleep(1.2)     # several ticks of its clock
+        wait_for(lambda: ask(server).status == 200)
+        process.terminate()
+        assert process.stderr.read().count("cannot accept a connection") == 1
+
+
 # -- other names of models, and several models behind one
 
 
@@ -4935,9 +4972,18 @@ CALLED = {"type": "function_call", "call_id": "c1", "name": "f", "arguments": '{
                       returned("c2", "2"), user([picture("data:x")])]}, "item_reference, web_search_call"),
     "a call at once": ({"input": [CALLED]}, {"messages": [called(("c1", "f", '{"a":[1]}')), no_result("c1")]}, None),
     "tools": ({"tools": [{"type": "function", "name": "f", "description": "d", "parameters": {"type": "object"}, "strict": False}, {"type": "namespace", "name": "n"},
-                         {"type": "web_search"}, {"type": "custom", "name": "c"}], "tool_choice": "auto", "parallel_tool_calls": True},
+                         {"type": "web_search"}, {"type": "mcp", "server_label": "c"}], "tool_choice": "auto", "parallel_tool_calls": True},
               {"tools": [{"type": "function", "function": {"name": "f", "description": "d", "strict": False, "parameters": {"type": "object", "properties": {}}}}],
-               "tool_choice": "auto", "parallel_tool_calls": True}, "namespace, web_search, custom"),
+               "tool_choice": "auto", "parallel_tool_calls": True}, "namespace, web_search, mcp"),
+    "a custom tool": ({"tools": [{"type": "custom", "name": "patch", "description": "Patches.", "format": {"type": "grammar", "syntax": "lark", "definition": "start: /.+/"}}],
+                       "tool_choice": {"type": "custom", "name": "patch"}},
+                      {"tools": [{"type": "function", "function": {"name": "patch", "description": "Patches.\n\nstart: /.+/", "parameters": {
+                          "type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}}}], "tool_choice": {"type": "function", "function": {"name": "patch"}}}, None),
+    "tools within the input": ({"tools": [{"type": "function", "name": "f"}], "input": [
+        {"type": "additional_tools", "role": "developer", "tools": [{"type": "namespace", "name": "n", "tools": [{"type": "function", "name": "g"}]}]}, user("x"),
+        {"type": "tool_search_call", "call_id": "c1", "arguments": {"query": "q"}}, {"type": "tool_search_output", "call_id": "c1", "tools": [{"type": "function", "name": "f"}, {"type": "function", "name": "h"}]}]},
+        {"tools": [tool(), tool("n__g"), tool("h")], "messages": [user("x"), called(("c1", "tool_search", '{"query":"q"}')),
+                                                                  returned("c1", '{"type":"function","name":"f"}\n\n{"type":"function","name":"h"}')]}, None),
     "one tool": ({"tools": [{"type": "function", "name": "f"}], "tool_choice": {"type": "function", "name": "f"}},
                  {"tools": [tool()], "tool_choice": {"type": "function", "function": {"name": "f"}}}, None),
     "some tools": ({"tools": [{"type": "function", "name": "f"}], "tool_choice": {"type": "allowed_tools", "mode": "required", "tools": []}},
@@ -5180,6 +5226,7 @@ def becomes_a_chat(server, fake, path, body, messages):
     "an unknown block in a history": ([user([{"type": "hologram"}]), assistant("ok")],
                                       [user("[A block of type 'hologram' is left out.]"), assistant("ok")]),
     "empty blocks": ([system([text_part("")]), user([text_part(""), text_part("x")])], [user("x")]),
+    "results of a search": ([user([{"type": "search_result", "source": "http://s", "title": "T", "content": [text_part("found")]}])], [user("T\n\nhttp://s\n\nfound")]),
 })
 def test_a_history_of_messages_as_a_chat(messages, chat, fake, pool):
     becomes_a_chat(pool(fake), fake, "/v1/messages", {**ASKED, "messages": messages}, chat)
@@ -5216,6 +5263,13 @@ DEVELOPER, SAYS = developer("B"), assistant("doing")
     "outputs without IDs": ([CALL_ITEM, {**CALL_ITEM, "call_id": "c2"}, {**OUTPUT_ITEM, "call_id": None}, {**OUTPUT_ITEM, "call_id": None, "output": "2"}],
                             [C1_C2, R1, returned("c2", "2")]),
     "arguments as an object": ([{**CALL_ITEM, "arguments": {"a": 1}}, OUTPUT_ITEM], [called(("c1", "f", '{"a":1}')), R1]),
+    "a custom tool": ([{"type": "custom_tool_call", "call_id": "c1", "name": "f", "input": "a\n"}, {"type": "custom_tool_call_output", "call_id": "c1", "output": "1"}],
+                      [called(("c1", "f", '{"input":"a\\n"}')), R1]),
+    "a shell": ([{"type": "local_shell_call", "call_id": "c1", "action": {"command": ["ls"]}}, {"type": "local_shell_call_output", "call_id": "c1", "output": "1"}],
+                [called(("c1", "local_shell", '{"command":["ls"]}')), R1]),
+    "a patch": ([{"type": "apply_patch_call", "call_id": "c1", "operation": {"path": "a"}}, {"type": "apply_patch_call_output", "call_id": "c1", "output": "1"}],
+                [called(("c1", "apply_patch", '{"path":"a"}')), R1]),
+    "a search on the server": ([user("x"), {"type": "web_search_call", "id": "ws_1", "action": {"type": "search"}}, user("y")], [user("x"), user("y")]),
     "a PDF in an output": ([CALL_ITEM, {**OUTPUT_ITEM, "output": [PDF_FILE]}], [C1, returned("c1", PDF_NOTE)]),
     "a PDF in the first of two messages": ([user([PDF_FILE]), system("B"), user("y")], [system("B"), user(PDF_NOTE), user("y")]),
     "a PDF in an earlier message": ([user([PDF_FILE]), SAYS, user("y")], [user(PDF_NOTE), SAYS, user("y")]),
@@ -5378,7 +5432,7 @@ LONG = "mcp__plugin_some_marketplace_and_a_server_with_a_long_name__a_tool_with_
 def test_names_of_tools_are_sent_as_upstreams_take_them(name, space, pattern, streamed, fake, pool):
     server = pool(fake)
     one = {"type": "function", "name": name, "parameters": {"required": []}}
-    tools = [{"type": "namespace", "name": space, "tools": [one, {"type": "custom", "name": "c"}]}] if space else [one]
+    tools = [{"type": "namespace", "name": space, "tools": [one, {"type": "mcp", "name": "c"}]}] if space else [one]
     call = {**CALL_ITEM, "name": name, **({"namespace": space} if space else {})}
     body = {**WANTED, "tools": tools, "input": [call, OUTPUT_ITEM], "tool_choice": {"type": "function", "name": name, **({"namespace": space} if space else {})}}
     assert ask(server, "POST", "/v1/responses", body).status == 200
@@ -5392,6 +5446,25 @@ def test_names_of_tools_are_sent_as_upstreams_take_them(name, space, pattern, st
     if not space:
         block, = items_of(ask(server, "POST", "/v1/messages", {**ASKED, "stream": streamed, "tools": [{"name": name}], "messages": [user("x")]}))
         assert block["name"] == name and fake.bodies()[-1]["tools"][0]["function"]["name"] == used
+
+
+@pytest.mark.parametrize("arguments, expected", [('{"input":"a\\u00e9\\n"}', "a\u00e9\n"), ('{"patch":"a"}', "a"), ('{"input":"a","x":1}', '{"input":"a","x":1}'), ('{"input":"a', '{"input":"a'), ("a", "a"), ("{}", "")])
+def test_calls_of_custom_tools(arguments, expected, streamed, fake, pool):
+    calls = [{"tool_calls": [{"index": 0, "id": "c1", "function": {"name": "n__c", "arguments": arguments[:5]}}]},
+             {"tool_calls": [{"index": 0, "function": {"arguments": arguments[5:]}}]}]
+    fake.faults.append(answered(*calls, {"tool_calls": [{"index": 1, "id": "c2", "function": {"name": "f", "arguments": "{}"}}]}, finish="tool_calls"))
+    tools = [{"type": "namespace", "name": "n", "tools": [{"type": "custom", "name": "c"}]}, {"type": "function", "name": "f"}]
+    got = ask(pool(fake), "POST", "/v1/responses", {**WANTED, "stream": streamed, "tools": tools})
+    custom, function = (named_events(got.body)[-1]["response"] if streamed else got.json)["output"]
+    assert custom == {"id": custom["id"], "type": "custom_tool_call", "status": "completed", "call_id": "c1", "name": "c", "namespace": "n", "input": expected}
+    assert (function["type"], function["name"]) == ("function_call", "f")
+    if streamed:
+        events = [event for event in named_events(got.body) if event.get("output_index") == 0]
+        place = {"item_id": custom["id"], "output_index": 0}
+        assert [{name: value for name, value in event.items() if name != "sequence_number"} for event in events] == [
+            {"type": "response.output_item.added", "output_index": 0, "item": {**custom, "status": "in_progress", "input": ""}},
+            {"type": "response.custom_tool_call_input.delta", **place, "delta": expected}, {"type": "response.custom_tool_call_input.done", **place, "input": expected},
+            {"type": "response.output_item.done", "output_index": 0, "item": custom}]
 
 
 def test_equal_names_in_namespaces_stay_apart(fake, pool):
@@ -5603,6 +5676,13 @@ TOOL_ANSWERS = {    # an answer: its text, its calls
     "another form's mark in a parameter": ("<function=write>\n<parameter=content>\n</arg_value>\n</parameter>\n</function>", "", [("write", {"content": "</arg_value>"})]),
     "parameters without a closing tag": ("<function=write>\n<parameter=content>\na\n</parameter>\n<function=now>\n</function>", "", [("write", {"content": "a"}), ("now", {})]),
     "lines in a parameter": ("<function=write>\n<parameter=content>\n<a>\n\nb\n\n</parameter>\n</function>", "", [("write", {"content": "<a>\n\nb\n"})]),
+    "a call in think tags": (f"<think>\n`<tool_call>{KYIV}</tool_call>\n</think>\n\nI look.\n<tool_call>{LVIV}</tool_call>", "I look.\n", [("weather", {"city": "Lviv"})]),
+    "calls that end the answer in an open think tag": (f"<think>\nSo:\n<tool_call>{KYIV}</tool_call>\n<tool_call>{LONG_CALL}<tool_call>{LVIV}\n", "",
+                                                       [IN_KYIV, ("write", LONG), ("weather", {"city": "Lviv"})]),
+    "a call in an open think tag, and reasoning after it": (f"<think>\n<tool_call>{LONG_CALL}</tool_call>\nor not", "", []),
+    "think tags after a call": (f"A\n<tool_call>{KYIV}</tool_call>\n<think>b</think>", "A\n\n<think>b</think>", [IN_KYIV]),
+    "a think tag in an argument": ('A\n<tool_call>{"name": "write", "arguments": {"content": "(</think>)"}}</tool_call>', "A\n", [("write", {"content": "(</think>)"})]),
+    "a think tag in a parameter": ("<function=write>\n<parameter=content>\n\n</think>\n\n</parameter>\n</function>", "", [("write", {"content": "\n</think>\n"})]),
     "a fence in the text before": (f"```\nx\n```\n<tool_call>{KYIV}</tool_call>", "```\nx\n```\n", [IN_KYIV]),
 }
 NO_CALLS = [
@@ -5669,6 +5749,13 @@ def test_a_long_call_that_is_cut_by_the_limit_leaves_no_text():
     head = '<tool_call>{"name": "write", "arguments": {"content": "%s"}' % ("x" * 999)
     answer = fold(step.feed([Text(head)]) + step.feed([Text(" ")]) + step.feed([Finish("length")]) + step.close())
     assert (answer.text, answer.finish) == ("", Finish("length")) and answer.tools[0].arguments == '{"content": "%s"}' % ("x" * 999)
+
+
+def test_a_call_counts_for_the_token_limit():
+    call = ToolCall(0, '{"a": "%s"}' % ("x" * 99), "c1", "f")
+    assert StopFilter(["x"], 99).feed([call, Finish("stop")]) == [call, Finish("stop")]
+    step = StopFilter([], 9)
+    assert step.feed([Text("a"), ToolCall(0, "", "c1", "f"), call]) == [Text("a"), ToolCall(0, "", "c1", "f"), Finish("length")] and step.stopped
 
 
 def test_only_what_may_begin_a_call_is_held_back():
@@ -5990,6 +6077,8 @@ def test_a_required_call_is_asked_for_once_and_only_before_a_part_was_sent():
     assert akashproxy.ToolCallFilter(tools).feed([Text("I look."), Finish("stop")]) == [Text("I look."), Finish("stop")]
     step = akashproxy.ToolCallFilter(prompted(tool_choice="required"))
     assert step.feed([Text("I look.")]) + step.feed([Finish("stop")]) == [Text("I look."), Finish("stop")]
+    step = akashproxy.ToolCallFilter(prompted(tool_choice="required"))
+    assert len(fold(step.feed([Text(f"<think><tool_call>{{oops</tool_call></think><tool_call>{KYIV}"), Finish("stop")])).tools) == 1
 
 
 def test_an_instruction_of_ones_own_replaces_the_built_in_one(akash, serve):
@@ -6183,6 +6272,7 @@ UNREACHABLE = {  # (the upstream and the proxy before it, in which {} is a port;
     "a certificate": ("https://127.0.0.1:{}", "", "tls", "the certificate of 127.0.0.1 can't be verified: "),
     "no TLS": ("https://127.0.0.1:{}", "", "plain", "127.0.0.1 does not speak TLS"),
     "a proxy": ("https://a.b", "http://127.0.0.1:{}", "plain", "the proxy 127.0.0.1 refused the connection with status 407"),
+    "a proxy that is none": ("https://a.b", "http://127.0.0.1:{}", "ssh", "the proxy 127.0.0.1 does not answer as an HTTP proxy does (check PROXY)"),
     "a proxy that is down": ("https://a.b", "http://127.0.0.1:{}", None, "the proxy 127.0.0.1 refused the connection (check that it runs"),
     "a proxy's name": ("https://a.b", "http://no-such-host.invalid:1", None, LOOKED_UP.format("no-such-host.invalid", "PROXY")),
     "a SOCKS proxy's name": ("https://a.b", "socks5://no-such-host.invalid:1", None, LOOKED_UP.format("no-such-host.invalid", "PROXY")),
@@ -6196,10 +6286,16 @@ UNREACHABLE = {  # (the upstream and the proxy before it, in which {} is a port;
 class Plain(Fake):
     """Answers whatever comes with a 407."""
 
+    ANSWER = b"HTTP/1.1 407 Say who you are\r\n\r\n"
+
     def serve(self, sock):
         with sock:
             sock.recv(65536)
-            sock.sendall(b"HTTP/1.1 407 Say who you are\r\n\r\n")
+            sock.sendall(self.ANSWER)
+
+
+class SSH(Plain):
+    ANSWER = b"SSH-2.0-OpenSSH\r\n"
 
 
 class CutSocks(Fake):
@@ -6214,7 +6310,7 @@ class CutSocks(Fake):
 
 @table(UNREACHABLE)
 def test_an_unreachable_upstream_is_explained_with_its_host(url, proxy, kind, words, pool, tmp_path, caplog):
-    makers = {"tls": lambda: TLSOpenAI(tmp_path), "plain": Plain, "socks": SocksServer, "proxy": ForwardProxy, "cut": CutSocks}
+    makers = {"tls": lambda: TLSOpenAI(tmp_path), "plain": Plain, "socks": SocksServer, "proxy": ForwardProxy, "cut": CutSocks, "ssh": SSH}
     fakes = [makers[name]() for name in (kind or "").split()]
     with socket.create_server(("127.0.0.1", 0)) as closed:
         ports = [fake.port for fake in fakes] or [closed.getsockname()[1]]
@@ -6227,6 +6323,13 @@ def test_an_unreachable_upstream_is_explained_with_its_host(url, proxy, kind, wo
         assert words in text and "Say who" not in text and "Traceback" not in text, text
     assert (got.status, got.json["error"]["code"]) == (502, "upstream_error")
     assert not any(str(port) in got.body.decode() for port in ports)
+
+
+def test_a_proxy_is_asked_for_a_connection_as_the_standard_says(pool):
+    with contextlib.closing(ForwardProxy()) as proxy:
+        chat(pool((proxy, {"base_url": "https://[::1]:9/v1", "proxy": f"http://u:p@127.0.0.1:{proxy.port}"})), BOTH)
+        assert proxy.requests[0][:2] == ("CONNECT", "[::1]:9") and proxy.requests[0].headers["host"] == "[::1]:9"
+        assert base64.b64decode(proxy.requests[0].headers["proxy-authorization"].split()[1]) == b"u:p"
 
 
 class TLSOpenAI(FakeOpenAI):
@@ -10952,9 +11055,10 @@ def test_check_asks_each_controller(openai_fakes, akash, config):
     two.answer = lambda sock, request: time.sleep(20)
     done = run("--check", "--ask", UPSTREAM=f"{two.url}/v1", SESSION_TIMEOUT="0.3")
     assert done.returncode == 1 and "did not answer within 0.3 seconds" in done.stdout
-    two.answer = lambda sock, request: sock.sendall(reply(404, b"404 page not found"))
-    done = run("--check", "--ask", UPSTREAM=f"{two.url}/v1/chat")
-    assert re.fullmatch(r"openai: reachable, but lists no models: \w.*\w, \d+ ms", done.stdout.strip().splitlines()[-1])
+    for answer in (reply(404, b"404 page not found"), reply(200, b"[]"), reply(200, b"<html>", "text/html")):
+        two.answer = lambda sock, request, answer=answer: sock.sendall(answer)
+        done = run("--check", "--ask", UPSTREAM=f"{two.url}/v1/chat")
+        assert re.fullmatch(r"openai: reachable, but lists no models: \w.*\w, \d+ ms", done.stdout.strip().splitlines()[-1])
     assert re.fullmatch(r"ours: reachable, no key needed, 1 model, \d+ ms", ours)
     assert re.fullmatch(r"good: reachable, key accepted, 2 models, \d+ ms", good)
 
