@@ -1811,18 +1811,6 @@ def test_a_repeat_joins_the_jobs_of_a_request_that_was_left(first, body, second,
         assert len(got.json["data"]) == body.get("n", 1) and len(akash.bodies()) == number
 
 
-def test_each_of_several_equal_requests_has_jobs_for_its_repeat(akash, serve):
-    server = serve(image_timeout=0.2)
-    akash.chat = PICTURE_LINE
-    akash.states.extend(WAITING * 10000)
-    with concurrent.futures.ThreadPoolExecutor(4) as threads:
-        def four():
-            return [got.status for got in threads.map(lambda _: chat(server, GEN), range(4))]
-        assert four() == [504] * 4
-        akash.states.clear()
-        assert four() == [200] * 4 and len(akash.bodies()) == 4
-
-
 def test_a_repeat_joins_while_the_job_is_being_started(akash, serve):
     server, asked, go_on = serve(), threading.Event(), threading.Event()
     akash.faults.append(akash.steps(asked.set, go_on, STREAM_HEAD + chunks(PICTURE_LINE)))
@@ -1835,15 +1823,15 @@ def test_a_repeat_joins_while_the_job_is_being_started(akash, serve):
     assert repeat.result().status == 200 and len(akash.bodies()) == 1
 
 
-def test_a_repeat_joins_jobs_that_took_too_long(akash, serve):
-    server = serve(image_timeout=0.1)
+@pytest.mark.parametrize("count", [1, 4])
+def test_a_repeat_joins_jobs_that_took_too_long_one_each(count, akash, serve):
+    server = serve(image_timeout=0.2)
     akash.chat = PICTURE_LINE
     akash.states.extend(WAITING * 10000)
-    first = chat(server, GEN)
-    assert (first.status, first.headers["x-should-retry"]) == (504, "true")
+    assert {(got.status, got.headers["x-should-retry"]) for got in at_once(lambda: chat(server, GEN), count)} == {(504, "true")}
     akash.states.clear()
-    assert chat(server, GEN).status == 200 and len(akash.bodies()) == 1
-    assert chat(server, GEN).status == 200 and len(akash.bodies()) == 2
+    assert {got.status for got in at_once(lambda: chat(server, GEN), count)} == {200} and len(akash.bodies()) == count
+    assert chat(server, GEN).status == 200 and len(akash.bodies()) == count + 1
 
 
 def test_a_repeat_goes_to_the_controller_with_its_jobs(pool):
@@ -6283,38 +6271,28 @@ UNREACHABLE = {  # (the upstream and the proxy before it, in which {} is a port;
 }
 
 
-class Plain(Fake):
-    """Answers whatever comes with a 407."""
+class Scripted(Fake):
+    """Answers whatever comes with one text after the other, and hangs up."""
 
-    ANSWER = b"HTTP/1.1 407 Say who you are\r\n\r\n"
-
-    def serve(self, sock):
-        with sock:
-            sock.recv(65536)
-            sock.sendall(self.ANSWER)
-
-
-class SSH(Plain):
-    ANSWER = b"SSH-2.0-OpenSSH\r\n"
-
-
-class CutSocks(Fake):
-    """A SOCKS 5 proxy that ends each connection once it is asked for one."""
+    def __init__(self, *answers):
+        self.answers = answers
+        super().__init__()
 
     def serve(self, sock):
         with sock:
-            sock.recv(65536)
-            sock.sendall(b"\5\0")
-            sock.recv(65536)
+            for answer in self.answers:
+                sock.recv(65536)
+                sock.sendall(answer)
 
 
 @table(UNREACHABLE)
 def test_an_unreachable_upstream_is_explained_with_its_host(url, proxy, kind, words, pool, tmp_path, caplog):
-    makers = {"tls": lambda: TLSOpenAI(tmp_path), "plain": Plain, "socks": SocksServer, "proxy": ForwardProxy, "cut": CutSocks, "ssh": SSH}
+    makers = {"tls": lambda: TLSOpenAI(tmp_path), "socks": SocksServer, "proxy": ForwardProxy,
+              "plain": lambda: Scripted(b"HTTP/1.1 407 Say who you are\r\n\r\n"), "cut": lambda: Scripted(b"\5\0", b""), "ssh": lambda: Scripted(b"SSH-2.0-OpenSSH\r\n")}
     fakes = [makers[name]() for name in (kind or "").split()]
     with socket.create_server(("127.0.0.1", 0)) as closed:
         ports = [fake.port for fake in fakes] or [closed.getsockname()[1]]
-    server = pool((fakes[0] if fakes else Plain(), {"base_url": url.format(*ports) + "/v1", "proxy": proxy.format(ports[-1])}))
+    server = pool((fakes[0] if fakes else Scripted(), {"base_url": url.format(*ports) + "/v1", "proxy": proxy.format(ports[-1])}))
     got = chat(server, BOTH)
     status, = ask(server, path="/status").json["controllers"]
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
@@ -8199,7 +8177,7 @@ def test_a_bug_of_a_decoder_is_that_controllers_failure(when, streamed, a, b, po
 
 
 ROLE = FakeOpenAI.event(assistant(""))
-OPENINGS = {
+OPENINGS = {    # what comes before any content
     "Akash's first line": ("akash", "/v1/chat/completions", STEP),
     "a role": ("openai", "/v1/chat/completions", ROLE),
     "a role without content": ("openai", "/v1/chat/completions", FakeOpenAI.event(assistant(None))),
@@ -8211,7 +8189,7 @@ OPENINGS = {
                           b'event: ping\ndata: {"type":"ping"}\n\ndata: {"type":"content_block_start","index":0}\n\n'),
     "a response's start": ("anthropic", "/v1/responses", b'data: {"type":"response.created"}\n\ndata: {"type":"response.output_item.added"}\n\n'),
 }
-BEGUN = {
+BEGUN = {       # content
     "Akash's text": ("akash", "/v1/chat/completions", STEP + b'0:"a"\n'), "Akash's thought": ("akash", "/v1/chat/completions", b'g:"a"\n'),
     "text": ("openai", "/v1/chat/completions", FakeOpenAI.event(assistant("a"))),
     "a thought": ("openai", "/v1/chat/completions", FakeOpenAI.event({"content": None, "reasoning_content": "a"})),
@@ -8222,37 +8200,21 @@ BEGUN = {
 }
 
 
-def silent_after(case, pool, threaded, own, **limits):
-    """What a client gets of an upstream that falls silent after some bytes."""
-    kind, path, opening = case
+@pytest.mark.parametrize("by_thread", [False, True], ids=["", "by a thread"])
+@table({**{name: (*row, False) for name, row in OPENINGS.items()}, **{name: (*row, True) for name, row in BEGUN.items()}})
+def test_the_first_byte_limit_rules_until_the_first_content_and_the_idle_limit_after_it(kind, path, opening, begun, by_thread, pool, own):
     fake = FakeAkash() if kind == "akash" else FakeOpenAI()
     fake.faults.append(Fake.stall(fake, (STREAM_HEAD if kind == "akash" else fake.head()) + chunk(opening)))
-    if threaded:    # as a controller of one's own that passes the events of another one on
+    options = {"first_byte_timeout": 20, "idle_timeout": 0.05} if begun else {"first_byte_timeout": 0.3, "idle_timeout": 0.05}
+    if by_thread:   # as a controller of one's own that passes the events of another one on
         base = akashproxy.CONTROLLERS["akash" if kind == "akash" else "openai"]
         own(type("Threaded", (base,), {"events": lambda self, call: iter(base.events(self, call))}))
-    more = {"type": "own", "base_url": fake.url} if threaded else {}
-    server = pool((fake, {**({"paths": (path,)} if kind == "anthropic" else {}), **more, **limits}))
-    got = ask(server, "POST", path, {**WANTS[path], "stream": True}).body
+        options.update(type="own", base_url=fake.url)
+    if kind == "anthropic":
+        options["paths"] = (path,)
+    got = ask(pool((fake, options)), "POST", path, {**WANTS[path], "stream": True}).body
+    assert (b"sent nothing for 0.05 seconds" in got) == begun and (b"did not answer within 0.3 seconds" in got) == (not begun)
     wait_for(fake.gone.is_set)      # it is left
-    return got
-
-
-def both_ways(cases):
-    """A table, and some of it by way of a thread that iterates the events."""
-    return pytest.mark.parametrize("case, threaded", [
-        *[pytest.param(case, False, id=name) for name, case in cases.items()],
-        *[pytest.param(case, True, id=f"{name}, by a thread") for name, case in list(cases.items())[:3]]])
-
-
-@both_ways(OPENINGS)
-def test_the_first_byte_limit_rules_until_the_first_content(case, threaded, pool, own):
-    got = silent_after(case, pool, threaded, own, first_byte_timeout=0.3, idle_timeout=0.05)
-    assert b"did not answer within 0.3 seconds" in got and b"sent nothing" not in got
-
-
-@both_ways(BEGUN)
-def test_the_idle_limit_rules_after_the_first_content(case, threaded, pool, own):
-    assert b"sent nothing for 0.05 seconds" in silent_after(case, pool, threaded, own, idle_timeout=0.05, first_byte_timeout=20)
 
 
 def test_comments_do_not_put_the_first_byte_limit_off(a, b, pool):
