@@ -712,22 +712,15 @@ def stream(server, body=None, **fields):
 
 
 def read_chunks(events):
-    text, thought, finish, error = "", "", None, None
-    assert events[0]["choices"][0]["delta"] == assistant("")
-    assert len({(e["id"], e["created"], e["model"]) for e in events if "error" not in e}) == 1
-    for event in events:
-        if "error" in event:
-            assert list(event)[0] == "error" and event is events[-1] and finish is None
-            error = event["error"]
-            continue
-        assert event["object"] == "chat.completion.chunk"
-        for choice in event["choices"]:
-            assert choice["index"] == 0 and finish is None
-            finish = choice["finish_reason"]
-            text += choice["delta"].get("content") or ""
-            thought += choice["delta"].get("reasoning_content") or ""
-    assert (finish is None) != (error is None)
-    return text, thought, finish, error
+    """What the chunks of a streamed chat say, as stream() tells it, their shape checked."""
+    assert events[0]["choices"][0]["delta"] == assistant("") and events[0]["object"] == "chat.completion.chunk"
+    error = events.pop() if "error" in events[-1] else {}
+    assert list(error)[:1] == ["error"] * bool(error) and len({(e["id"], e["created"], e["model"], e["object"]) for e in events}) == 1
+    choices = [choice for event in events for choice in event["choices"]]
+    assert {choice["index"] for choice in choices} == {0} and not any(choice["finish_reason"] for choice in choices[:-1])
+    assert (choices[-1]["finish_reason"] is None) == bool(error)
+    answer = fold(read_chat(events))
+    return answer.text, answer.reasoning, choices[-1]["finish_reason"], error.get("error")
 
 
 def text_of(got):
