@@ -1126,7 +1126,15 @@ USAGE = {"prompt_tokens": 11, "completion_tokens": 7, "total_tokens": 18}
 EARLY, NO_REASON = "connection lost: it ended its answer early", "connection lost: it ended its answer without a finish reason"
 UNKNOWN = b"3:\"{'error': '/chat/completions: Invalid model name passed in model=no-such-model. Call `/v1/models` to view.'}\"\n"
 
-DECODED = {
+
+def decodes_cut_at_every_byte(decoder, data, expected, error):
+    for parts in pieces(data):
+        events, told = decoded(akashproxy.DecoderChain(decoder(), akashproxy.SurrogateFilter()), parts)
+        assert merged(events) == expected, parts
+        assert re.search(error, told[1]) if error else told is None
+
+
+@table({
     # name: (bytes, events, what the error says)
     "text-short": (HELLO, [T("Hello from the mock."), Finish("stop")], None),
     "text-empty": (STEP + STOP, [Finish("stop")], None),
@@ -1194,17 +1202,7 @@ DECODED = {
     "sdk6-finish-none": (sdk5(delta("part"), {"type": "finish", "finishReason": "other"}, b"[DONE]"), [T("part")], NO_REASON),
     "done without a finish": (sdk5(delta("part"), b"[DONE]"), [T("part")], EARLY),
     "comments": (b": hi\r\n\r\nevent: x\nid: 1\nretry: 2\n" + sdk5(delta("x"), FINISH5), [T("x"), Finish("stop")], None),
-}
-
-
-def decodes_cut_at_every_byte(decoder, data, expected, error):
-    for parts in pieces(data):
-        events, told = decoded(akashproxy.DecoderChain(decoder(), akashproxy.SurrogateFilter()), parts)
-        assert merged(events) == expected, parts
-        assert re.search(error, told[1]) if error else told is None
-
-
-@table(DECODED)
+})
 def test_akash_streams_cut_at_every_byte(data, expected, error):
     decodes_cut_at_every_byte(lambda: AkashDecoder("m"), data, expected, error)
 
@@ -4257,7 +4255,7 @@ def wrong(status, words):
     return "request", status, None, None, words
 
 
-MEANINGS = {
+@table({
     # name: (status, body, headers) -> (kind, status, code, retry_after, words, scope)
     # -- our key is bad, or its quota is spent
     "OpenAI's wrong key": ((401, err(INCORRECT, type="invalid_request_error", code="invalid_api_key")), key_refused("up: the upstream refuses this server's key (401): Incorrect API key")),
@@ -4386,10 +4384,7 @@ MEANINGS = {
     "200, overloaded": ((200, anthropic("overloaded_error", "Overloaded")), failed(503, "Overloaded")),
     "200, in LiteLLM's words": ((200, err("litellm.ServiceUnavailableError: VertexException - The service is down", code=None)), failed(503, "up: The service is down")),
     "200, of no known kind": ((200, err("boom", type="odd")), failed(502, "boom")),
-}
-
-
-@table(MEANINGS)
+})
 def test_what_the_errors_of_upstreams_mean(case):
     (status, body, *headers), (kind, seen, code, wait, words, *scope) = case
     error = akashproxy.error_from_body("up", status, body, ["sk-secret-key"], *headers, models=["both"])
@@ -6247,21 +6242,6 @@ def test_a_controllers_own_proxy_precedes_and_the_settings_say_which_rules(confi
 
 
 LOOKED_UP = "the name '{}' can't be looked up (check {} and the DNS)"
-UNREACHABLE = {  # (the upstream and the proxy before it, in which {} is a port; what listens there: what a user is told)
-    "a name": ("http://no-such-host.invalid:1", "", None, LOOKED_UP.format("no-such-host.invalid", "the address")),
-    "refused": ("http://127.0.0.1:{}", "", None, "127.0.0.1 refused the connection (check that it runs, and the port)"),
-    "a certificate": ("https://127.0.0.1:{}", "", "tls", "the certificate of 127.0.0.1 can't be verified: "),
-    "no TLS": ("https://127.0.0.1:{}", "", "plain", "127.0.0.1 does not speak TLS"),
-    "a proxy": ("https://a.b", "http://127.0.0.1:{}", "plain", "the proxy 127.0.0.1 refused the connection with status 407"),
-    "a proxy that is none": ("https://a.b", "http://127.0.0.1:{}", "ssh", "the proxy 127.0.0.1 does not answer as an HTTP proxy does (check PROXY)"),
-    "a proxy that is down": ("https://a.b", "http://127.0.0.1:{}", None, "the proxy 127.0.0.1 refused the connection (check that it runs"),
-    "a proxy's name": ("https://a.b", "http://no-such-host.invalid:1", None, LOOKED_UP.format("no-such-host.invalid", "PROXY")),
-    "a SOCKS proxy's name": ("https://a.b", "socks5://no-such-host.invalid:1", None, LOOKED_UP.format("no-such-host.invalid", "PROXY")),
-    "a name before SOCKS": ("https://no-such-host.invalid", "socks5://localhost:{}", "socks", LOOKED_UP.format("no-such-host.invalid", "the address")),
-    "a SOCKS proxy that hangs up": ("https://a.b", "socks5h://127.0.0.1:{}", "cut", "the proxy 127.0.0.1 can't reach it (SOCKS reply 255)"),
-    "a certificate behind a proxy": ("https://127.0.0.1:{}", "http://localhost:{}", "tls proxy", "the certificate of 127.0.0.1 can't be verified: "),
-    "a certificate behind SOCKS": ("https://127.0.0.1:{}", "socks5h://localhost:{}", "tls socks", "the certificate of 127.0.0.1 can't be verified: "),
-}
 
 
 class Scripted(Fake):
@@ -6278,7 +6258,21 @@ class Scripted(Fake):
                 sock.sendall(answer)
 
 
-@table(UNREACHABLE)
+@table({  # (the upstream and the proxy before it, in which {} is a port; what listens there: what a user is told)
+    "a name": ("http://no-such-host.invalid:1", "", None, LOOKED_UP.format("no-such-host.invalid", "the address")),
+    "refused": ("http://127.0.0.1:{}", "", None, "127.0.0.1 refused the connection (check that it runs, and the port)"),
+    "a certificate": ("https://127.0.0.1:{}", "", "tls", "the certificate of 127.0.0.1 can't be verified: "),
+    "no TLS": ("https://127.0.0.1:{}", "", "plain", "127.0.0.1 does not speak TLS"),
+    "a proxy": ("https://a.b", "http://127.0.0.1:{}", "plain", "the proxy 127.0.0.1 refused the connection with status 407"),
+    "a proxy that is none": ("https://a.b", "http://127.0.0.1:{}", "ssh", "the proxy 127.0.0.1 does not answer as an HTTP proxy does (check PROXY)"),
+    "a proxy that is down": ("https://a.b", "http://127.0.0.1:{}", None, "the proxy 127.0.0.1 refused the connection (check that it runs"),
+    "a proxy's name": ("https://a.b", "http://no-such-host.invalid:1", None, LOOKED_UP.format("no-such-host.invalid", "PROXY")),
+    "a SOCKS proxy's name": ("https://a.b", "socks5://no-such-host.invalid:1", None, LOOKED_UP.format("no-such-host.invalid", "PROXY")),
+    "a name before SOCKS": ("https://no-such-host.invalid", "socks5://localhost:{}", "socks", LOOKED_UP.format("no-such-host.invalid", "the address")),
+    "a SOCKS proxy that hangs up": ("https://a.b", "socks5h://127.0.0.1:{}", "cut", "the proxy 127.0.0.1 can't reach it (SOCKS reply 255)"),
+    "a certificate behind a proxy": ("https://127.0.0.1:{}", "http://localhost:{}", "tls proxy", "the certificate of 127.0.0.1 can't be verified: "),
+    "a certificate behind SOCKS": ("https://127.0.0.1:{}", "socks5h://localhost:{}", "tls socks", "the certificate of 127.0.0.1 can't be verified: "),
+})
 def test_an_unreachable_upstream_is_explained_with_its_host(url, proxy, kind, words, pool, tmp_path, caplog):
     makers = {"tls": lambda: TLSOpenAI(tmp_path), "socks": SocksServer, "proxy": ForwardProxy,
               "plain": lambda: Scripted(b"HTTP/1.1 407 Say who you are\r\n\r\n"), "cut": lambda: Scripted(b"\5\0", b""), "ssh": lambda: Scripted(b"SSH-2.0-OpenSSH\r\n")}
@@ -6889,13 +6883,10 @@ def test_silence_after_a_pause_is_ended_too(pool):
         assert b"sent nothing for 0.5 seconds" in drain(sock)
 
 
-BUGS = {    # a dialect's method with a bug, and what an upstream sends to meet it
+@table({    # a dialect's method with a bug, and what an upstream sends to meet it
     "a token on the fast path": ({"token_frame": lambda self, token: 1 / 0}, b'0:"x"\n'),
     "events": ({"encode": lambda self, events: akashproxy.ChatCompletions.encode(self, events) if Text("xy") not in events else 1 / 0}, b'0:"x"\n0:"y"\n'),
-}
-
-
-@table(BUGS)
+})
 def test_a_bug_within_a_stream_closes_both_ends(method, data, own, akash, serve, caplog):
     own(type("Buggy", (akashproxy.ChatCompletions,), method), "/v1/buggy")
     akash.faults.append(akash.stall(b'0:"one "\n'))
@@ -7992,7 +7983,9 @@ def stream_read(kind):
 
 
 TEXTS = ["a", "b", " ", "\n", "##", "#", "<think>", "</think>", "<th", "<think>\n"]
-CUT = {    # (scraps, how many of them at most, what comes of such data in parts)
+
+
+@table({    # (scraps, how many of them at most, what comes of such data in parts)
     **{kind: (scraps, 8, stream_read(kind)) for kind, scraps in SCRAPS.items()},
     "thinking": (TEXTS, 12, lambda parts: fold(filtered(ThinkTagFilter(), parts))),
     "stops": (TEXTS, 12, lambda parts: fold(filtered(StopFilter(["##b"], None), parts))),
@@ -8000,10 +7993,7 @@ CUT = {    # (scraps, how many of them at most, what comes of such data in parts
                     "[TOOL_CALLS]", "<parameter=a>1</parameter>", "</function>", "}", "functions.", ":0", "<｜tool▁sep｜>"], 9, lambda parts: tool_answer(parts)),
     "framing": ([b"1\r\na\r\n", b"02\r\n\r\n\r\n", b"3;ext=1\r\n0\r\n\r\n", b"A\r\n0123456789\r\n", b"0\r\n\r\n", b"00\r\nx: y\r\n\r\n", b"zz\r\n", b"next"], 6,
                 lambda parts: read_request([POST + CHUNKS + b"\r\n", *parts])),
-}
-
-
-@table(CUT)
+})
 def test_where_it_is_cut_changes_nothing(scraps, most, read):
     @fuzzed(100)
     def check(rng):
