@@ -1999,7 +1999,9 @@ def test_a_chat_as_the_original_gave_it(akash, serve):
 def test_the_chunks_of_a_stream(akash, serve):
     akash.chat = b'0:"a"\nd:{"finishReason":"length","usage":{"promptTokens":11,"completionTokens":7}}\n'
     server = serve()
-    events = sse(chat(server, stream=True, stream_options={"include_usage": True}).body)
+    got = chat(server, stream=True, stream_options={"include_usage": True})
+    assert (got.headers["cache-control"], got.headers["x-accel-buffering"], got.headers["transfer-encoding"]) == ("no-cache, no-transform", "no", "chunked")
+    events = sse(got.body)
     assert [event["choices"] for event in events] == [
         [{"index": 0, "delta": assistant(""), "finish_reason": None}],
         [{"index": 0, "delta": {"content": "a"}, "finish_reason": None}],
@@ -2031,12 +2033,6 @@ def test_the_short_way_leads_where_the_long_one_does(before, piece):
     (long, error, _), (short, its_error, taken) = answer(False), answer(True)
     assert (short, its_error) == (long, error)
     assert (taken == b'"b c"') == (piece == b'0:"b c"\n' and before.endswith((b'0:"a"\n', b'"`"\n')))
-
-
-def test_headers_of_a_stream(serve):
-    headers = chat(serve(bearer_token=("k",)), headers={"x-api-key": "k"}, stream=True).headers
-    assert headers["cache-control"] == "no-cache, no-transform" and headers["x-accel-buffering"] == "no"
-    assert headers["transfer-encoding"] == "chunked" and headers["access-control-allow-origin"] == "*"
 
 
 def test_legacy_completions(akash, serve):
@@ -2372,6 +2368,9 @@ def test_the_demo_goes_the_whole_way():
         assert "What is Akash?" in text_of(complete.result())
         text, thought, _, _ = stream(server, {"model": "AkashGen", "messages": [user("It's a \"fox\"")]})
         assert "2 before it" in thought and "It's a \"fox\"" in text
+        for streamed in (False, True):
+            got = chat(server, {"model": "gpt-4o", "messages": [user("hi")]}, stream=streamed)
+            assert got.status == 500 and got.json["code"] == 500 and b"model_not_found" in got.body
         picture = ask(server, path="/images/" + re.search(r"/images/([^)]+)\)", text)[1])
         assert picture.headers["content-type"] == "image/png" and picture.body.startswith(b"\x89PNG\r\n\x1a\n")
         health = run("--health", SERVER_ADDRESS=f"127.0.0.1:{server}")
@@ -2738,11 +2737,6 @@ def test_what_wins_over_what(config):
         ":81", "balanced", 6.0, 2.5, ("a", "b"))
     assert Settings.load({"SERVER_ADDRESS": "localhost:1", "CHATGPT_APISERVER_PORT": "81"}, {"config_file": path}).server_address == "localhost:1"
     assert load(config({"port": 1, "server_address": "h:2"})).server_address == "h:2"
-
-
-def test_no_file_is_one_akash_controller():
-    settings = Settings.load({"AKASH_BASE_URL": "http://a/", "AKASH_ACCESS_TOKEN": "t"})
-    assert [(c.name, c.type, c.base_url, c.api_key) for c in settings.pool()] == [("akash", "akash", "http://a", "t")]
 
 
 def test_the_environment_within_the_file(config):
@@ -9746,11 +9740,8 @@ def test_the_page_is_served_to_all_and_runs_only_its_own_script(serve):
     head = ask(server, "HEAD", "/")
     assert (head.status, head.body, head.headers["content-length"]) == (200, b"", str(len(got.body)))
     assert ask(server, "POST", "/").status == 405
-
-
-def test_the_page_can_be_left_out(serve):
-    server = serve(page="off", bearer_token="secret")
-    assert ask(server, path="/").status == 404 and ask(server, path="/status").status == 401
+    left_out = serve(page="off", bearer_token="secret")
+    assert ask(left_out, path="/").status == 404 and ask(left_out, path="/status").status == 401
 
 
 def test_a_chat_on_the_page(browser, akash, serve):
@@ -10880,7 +10871,8 @@ def test_sections_name_only_what_they_may():
     assert not {(at, other, name) for at, other, name in found if other != at and other not in MAY_NAME[at].split()}
 
 
-def test_public_names_exist_and_have_a_docstring():
+def test_public_names_exist_and_have_a_docstring_and_the_readme_uses_no_others():
+    assert set(re.findall(r"\bakashproxy\.(\w+)", "".join(EMBEDDING))) <= set(akashproxy.__all__)
     for name in akashproxy.__all__:
         value = getattr(akashproxy, name)
         if isinstance(value, (type, types.FunctionType)):
@@ -10928,6 +10920,7 @@ OPENAI_KEY = {"OPENAI_API_KEY": "k"}
 @table({    # (UPSTREAM, other variables): (base_url, api_key) of each controller
     "Ollama": ("http://127.0.0.1:11434/v1", {}, [("http://127.0.0.1:11434/v1", "")]),
     "two": ("http://a/v1,http://b", {}, [("http://a/v1", ""), ("http://b", "")]),
+    "none is Akash": ("", {"AKASH_BASE_URL": "http://a/", "AKASH_ACCESS_TOKEN": "t"}, [("http://a", "t")]),
     "OpenAI": ("openai", OPENAI_KEY, [("https://api.openai.com/v1", "k")]),
     "OpenAI by address": ("https://api.openai.com/v1", OPENAI_KEY, [("https://api.openai.com/v1", "k")]),
     "OpenAI in Europe": ("https://eu.api.openai.com/v1", OPENAI_KEY, [("https://eu.api.openai.com/v1", "k")]),
@@ -11014,13 +11007,6 @@ def openai_fakes():
     gone = FakeOpenAI()
     gone.close()
     return FakeOpenAI(["llama3", "mistral"]), FakeOpenAI(["phi"]), gone.url
-
-
-def test_the_demo_refuses_unknown_models(demo):
-    for stream in (False, True):
-        got = ask(demo, "POST", "/v1/chat/completions", {"model": "gpt-4o", "stream": stream, "messages": [user("hi")]})
-        assert got.status == 500 and got.json["code" if "code" in got.json else "error"], got
-        assert b"model_not_found" in got.body
 
 
 # -- path prefixes and reverse proxies
@@ -11157,11 +11143,6 @@ def test_type_checkers_accept_the_readmes_embedding(checker, options, tmp_path):
                           cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=300)
     errors = [line for line in done.stdout.splitlines() if "error:" in line or "- error" in line]
     assert len(errors) == 1 and "wrong.py:2" in errors[0], done
-
-
-def test_the_readmes_embedding_uses_public_names_only():
-    used = {name for block in EMBEDDING for name in re.findall(r"\bakashproxy\.(\w+)", block)}
-    assert used <= set(akashproxy.__all__)
 
 
 def test_the_readmes_controller_for_http_works(pool, own):
