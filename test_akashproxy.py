@@ -2207,18 +2207,17 @@ def test_request_ids(serve):
     assert chat(server, model="").headers["x-request-id"] != chat(server, model="").headers["x-request-id"]
 
 
-def test_a_client_that_leaves_ends_the_upstream_request(akash, serve):
+@pytest.mark.parametrize("then", [b"", b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"], ids=["", "it asks again"])
+@pytest.mark.parametrize("first", [None, b'0:"one "\n'], ids=["at once", "within"])
+def test_a_client_that_leaves_ends_the_upstream_request(first, then, streamed, akash, serve):
     server, before = serve(), akashproxy.CancelScope.active.copy()
-    for fault in (akash.stall(None), akash.stall(b'0:"one "\n')):
-        for streamed in (False, True):
-            akash.gone.clear()
-            akash.faults.append(fault)
-            asked = len(akash.bodies())
-            with connect(server, post("/v1/chat/completions", {**CHAT, "stream": streamed})):
-                wait_for(lambda: len(akash.bodies()) > asked)
-            wait_for(akash.gone.is_set)
-    wait_for(lambda: not server.connections)
-    wait_for(lambda: not akashproxy.CancelScope.active - before)
+    akash.faults.append(akash.stall(first))
+    with connect(server, post("/v1/chat/completions", {**CHAT, "stream": streamed})) as sock:
+        wait_for(akash.bodies)
+        sock.sendall(then)
+        time.sleep(0.1 * bool(then))    # for some looks of the watchdog
+    wait_for(akash.gone.is_set)
+    wait_for(lambda: not server.connections and not akashproxy.CancelScope.active - before)
 
 
 @pytest.mark.parametrize("said", [[Text("HI")], []])
@@ -6926,18 +6925,6 @@ def test_a_request_that_no_controller_can_serve_is_told_its_own_last_error(a, b,
     busy = "All controllers for this model are cooling down or busy."
     assert tried.status == later.status == 429 and later.json["error"]["message"] == busy, "nobody else's words"
     assert tried.json["error"]["message"] == f"{busy} The last error: b: told"
-
-
-@pytest.mark.parametrize("first", [None, b'0:"one "\n'])
-def test_a_client_that_asks_again_and_leaves_is_noticed(first, akash, serve):
-    akash.faults.append(akash.stall(first))
-    server = serve()
-    with connect(server, post("/v1/chat/completions", {**CHAT, "stream": True})) as sock:
-        wait_for(lambda: akash.bodies())
-        sock.sendall(get())
-        time.sleep(0.1)     # for some looks of the watchdog
-    wait_for(akash.gone.is_set)
-    wait_for(lambda: not server.connections)
 
 
 def test_no_more_threads(serve):
