@@ -2449,7 +2449,7 @@ T = TypeVar("T")
 
 
 class UpstreamRequest(urllib.request.Request):
-    """A request to an upstream; one without TLS is sent to an HTTP proxy if there is one.
+    """A request to an upstream, without TLS through an HTTP proxy if there is one.
 
     Transport parses each URL once and sends copies.
     """
@@ -2788,7 +2788,7 @@ def tls_context(ca_file: str) -> Any:
 
 
 def read_tls_context(ca_file: str) -> Any:
-    """Create and keep the TLS context: system CAs and those of a file, host names checked."""
+    """Create and keep a TLS context: the system's CAs and those of a file."""
     import ssl  # here: a Python without it can still reach http upstreams
 
     context = ssl.create_default_context()
@@ -5978,7 +5978,7 @@ def akash_decoder(model: str, secrets: Iterable[str], *filters: Filter) -> Decod
 
 
 def is_challenge_page(response: UpstreamResponse) -> bool:
-    """Whether a proxy in front of the server wants a browser, such as a CDN with a challenge.
+    """Whether a proxy before the server wants a browser, as a CDN's challenge does.
 
     Pages with 429 or a 5xx only say that the server is overloaded or down.
     """
@@ -6543,7 +6543,7 @@ class AkashController(Controller):
 
 
 def no_session(message: str, status: int, wait: Optional[float] = None) -> APIError:
-    """Return the 503 for a server without sessions; ``wait`` are the seconds that it named."""
+    """Return the 503 for a server without sessions, after ``wait`` seconds if named."""
     return APIError(
         503,
         message,
@@ -8434,8 +8434,8 @@ class Exchange:
         if not self.other_models:
             error = most_informative(self.model_errors)
             if error.retry_after:  # until the first of the models is available again
-                waits = (other.retry_after for other in self.model_errors)
-                error.retry_after = min(filter(None, waits))
+                delays = (other.retry_after for other in self.model_errors)
+                error.retry_after = min(filter(None, delays))
             raise self.pool.unknown_model(self.call, error)
         self._use_next_model()
 
