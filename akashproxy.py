@@ -14157,8 +14157,9 @@ def check_health(settings: Settings) -> int:
 def start(server: Server, load: Callable[[], Settings], demo: bool = False) -> int:
     """Start a server, print its URLs and serve until a signal; the exit status."""
     raise_fd_limit()
-    gc.freeze()  # the module's objects live on: collections need not traverse them
-    gc.set_threshold(10_000)  # reference counts free nearly all: 2 % of a request's CPU time
+    with contextlib.suppress(AttributeError):  # PyPy has another collector
+        gc.freeze()  # the module's objects live on: collections need not traverse them
+        gc.set_threshold(10_000)  # reference counts free nearly all: 2 % of a request's CPU time
     if not server.settings.needs_token and not server.is_loopback:
         log.warning(
             "anyone who can reach %s can use this server and its upstreams' keys and quotas: "
