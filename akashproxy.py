@@ -3302,12 +3302,17 @@ def take_complete_lines(buffer: bytearray, data: bytes) -> bytes:
     return lines
 
 
+def error_event(value: bytes) -> bytes:
+    """Data of an event for a field "error", which llama.cpp has sent before 2026."""
+    return b'{"error":%b}' % value
+
+
 class EventLines:
     """Splits an event stream into events, as the WHATWG's HTML standard defines them.
 
     Lines end with CR LF, LF or CR; a byte order mark, comments and other fields are skipped. Beyond
     the standard, an event that is one whole JSON object ends where the next object begins, since
-    some servers leave out the blank line between events.
+    some servers leave out the blank line between events; and a field "error" is an event.
     """
 
     def __init__(self) -> None:
@@ -3343,6 +3348,8 @@ class EventLines:
                 self.type = b""
             elif line.startswith(b"event:"):
                 self.type = line[6:].strip()[:100]
+            elif line.startswith(b"error:"):
+                yield b"error", error_event(line[6:])
 
     def close(self) -> Iterator[Tuple[bytes, bytes]]:
         """Yield the last event, whose blank line may be missing."""
@@ -4974,7 +4981,8 @@ def error_fields(body: Any, depth: int = 6) -> Dict[str, Any]:
         is_object = isinstance(parsed, (dict, list))
         return error_fields(parsed, depth - 1) if is_object else {"message": body}
     fields: Dict[str, Any] = as_dict(body)
-    inner, message = fields.get("error") or fields.get("errors"), fields.get("message")
+    names = ("error", "errors", "base_resp")  # the last one is MiniMax's
+    inner, message = next(filter(None, map(fields.get, names)), None), fields.get("message")
     if isinstance(message, str) and not isinstance(inner, (dict, list)):
         # {"statusCode": 401, "error": "Unauthorized", "message": "..."}, or the body of another
         # provider as the message
@@ -4982,6 +4990,14 @@ def error_fields(body: Any, depth: int = 6) -> Dict[str, Any]:
     if isinstance(inner, (dict, str, list)) and inner and depth:
         return {**fields, **error_fields(inner, depth - 1)}
     return fields
+
+
+# fmt: off
+_MESSAGE_FIELDS = (
+    "message", "msg", "detail", "error", "title", "error_msg", "errorMessage", "Message",
+    "status_msg",
+)
+# fmt: on
 
 
 def error_words(value: Any, depth: int = 4) -> str:
@@ -4992,8 +5008,8 @@ def error_words(value: Any, depth: int = 4) -> str:
         return "; ".join(filter(None, (error_words(item, depth - 1) for item in value[:8])))
     value = as_dict(value)
     location = ".".join(str(step) for step in as_list(value.get("loc"))[:8] if step != "body")
-    names = ("message", "msg", "detail", "error", "title", "error_msg", "errorMessage", "Message")
-    words = next(filter(None, (error_words(value.get(name), depth - 1) for name in names)), "")
+    fields = (value[name] for name in _MESSAGE_FIELDS if value.get(name))
+    words = next(filter(None, (error_words(field, depth - 1) for field in fields)), "")
     raw = as_dict(value.get("metadata")).get("raw")  # OpenRouter: the provider's own error
     if isinstance(raw, str) and words == "Provider returned error":
         words += ": " + inner_message(error_words(error_fields(raw), depth - 1))
@@ -6585,7 +6601,7 @@ class ChatDecoder(Decoder):
 
     def _completion(self, body: Dict[str, Any], key: str, out: List[Event]) -> None:
         """Decode a chunk, or a whole completion, whose choices have ``key``."""
-        if body.get("error") or is_error(body):
+        if is_chat_error(body):
             raise error_from_body(self.upstream_name, 200, body, self.secrets)
         self.usage = find_usage(body) or self.usage
         for choice in map(as_dict, as_list(body.get("choices"))):
@@ -6859,12 +6875,17 @@ def find_usage(body: Dict[str, Any]) -> Any:
 
 
 # Names of token counts, by the one in chat completions: those of Anthropic, Responses and others.
+# fmt: off
 COUNT_NAMES = {
     "prompt_tokens": ("prompt_tokens", "input_tokens"),
     "completion_tokens": ("completion_tokens", "output_tokens"),
     "cached_tokens": ("cached_tokens", "prompt_cache_hit_tokens", "cache_read_input_tokens"),
+    "cache_write_tokens": (
+        "cache_write_tokens", "cache_creation_tokens", "cache_creation_input_tokens",
+    ),
     "reasoning_tokens": ("reasoning_tokens", "thinking_tokens"),
 }
+# fmt: on
 
 
 def chat_usage(value: Any) -> Optional[Dict[str, Any]]:
@@ -6890,12 +6911,14 @@ def chat_usage(value: Any) -> Optional[Dict[str, Any]]:
         return usage
     for kind, alias, name in (
         ("prompt", "input", "cached_tokens"),
+        ("prompt", "input", "cache_write_tokens"),
         ("completion", "output", "reasoning_tokens"),
     ):
         groups = [as_dict(fields.get(f"{each}_tokens_details")) for each in (kind, alias)]
         count = find_count(name, *groups, fields)
         if count:
-            usage[f"{kind}_tokens_details"] = {name: min(count, usage[f"{kind}_tokens"])}
+            details = usage.setdefault(f"{kind}_tokens_details", {})
+            details[name] = min(count, usage[f"{kind}_tokens"] - sum(details.values()))
     return {**usage, "estimated": True} if is_estimated(fields) else usage
 
 
@@ -7098,13 +7121,16 @@ class PassthroughDecoder(Decoder):
     def _without_opening(self, data: bytes) -> bytes:
         """Hold data back until the first content; set ``error`` if an error comes instead."""
         self.opening += data
+        if b"error:" in data:
+            data = ERROR_LINE.sub(lambda line: line[1] + b"data:" + error_event(line[2]), data)
         for line in DATA_LINE.finditer(data):
             value = line[1].strip()
             event = json_or_none(value) if value.startswith(b"{") else None
             if value == b"[DONE]":
                 self.error = truncated(self.upstream_name, "ended its answer before it began")
-            elif event is not None and is_error(event):
-                self.error = error_from_body(self.upstream_name, 200, event, self.secrets)
+            elif event is not None and self._error_in(event):
+                body = self._error_in(event)
+                self.error = error_from_body(self.upstream_name, 200, body, self.secrets)
             elif value and (event is None or has_content(event)):
                 self.started = True
             if self.error or self.started:
@@ -7113,6 +7139,13 @@ class PassthroughDecoder(Decoder):
             return b""
         data, self.opening = bytes(self.opening), bytearray()
         return data
+
+    def _error_in(self, event: Dict[str, Any]) -> Any:
+        """Return the object with the error of an opening event; None without an error."""
+        if event.get("type") == "response.failed":
+            return event.get("response")
+        failed = is_chat_error(event) if self.end is CHAT_END else is_error(event)
+        return event if failed else None
 
     def close(self) -> List[Event]:
         data = bytes(self.opening + self.buffer)
@@ -7133,6 +7166,7 @@ class PassthroughDecoder(Decoder):
 
 
 DATA_LINE = re.compile(rb"(?:^|[\r\n]|^\xef\xbb\xbf)data:([^\r\n]*)(?=[\r\n])")
+ERROR_LINE = re.compile(rb"(^|[\r\n])error:([^\r\n]*)")
 DONE = re.compile(rb"(?:^|[\r\n])data: *\[DONE\] *(\r\n?|\n)")
 OPENING_TYPES = re.compile(
     r"ping|message_start|content_block_start|response\.(created|queued|in_progress|\w+\.added)"
@@ -7161,6 +7195,12 @@ def is_error(body: Any) -> bool:
         return False
     names_error = "error" in (body.get("object"), body.get("type"))
     return bool(body.get("error") or body.get("errors") or names_error)
+
+
+def is_chat_error(body: Dict[str, Any]) -> bool:
+    """Whether a completion or an event is an error, maybe just a code and words."""
+    has_words = not body.get("choices") and error_words(error_fields(body)) != ""
+    return bool(body.get("error")) or is_error(body) or has_words
 
 
 def replace_form_model(call: Call, name: str) -> bytes:
@@ -7332,10 +7372,13 @@ class OpenAIController(Controller):
             raise truncated(self.name, "sent something that is not JSON")
         if not ANSWER.search(text) or b'"error"' in text or b'"errors"' in text:
             body = json_or_none(data)
-            if is_error(body) or body is None and text[1:].lstrip().startswith(b'"error"'):
-                raise error_from_body(self.name, 200, data if body is None else body, self.secrets)
             items = as_list(as_dict(body).get(field.decode()))
-            if field and not as_dict(next(iter(items), None)):
+            is_answer = not field or as_dict(next(iter(items), None)) != {}
+            has_words = not is_answer and error_words(error_fields(body)) != ""
+            is_cut_off = body is None and text[1:].lstrip().startswith(b'"error"')
+            if is_error(body) or has_words or is_cut_off:
+                raise error_from_body(self.name, 200, data if body is None else body, self.secrets)
+            if not is_answer:
                 raise truncated(self.name, "sent something that is not an answer")
             data = redact_bytes(data, self.secrets)
         return [RawBytes(ModelName(model)(data), chat_usage(last_usage(text)))]
@@ -9516,12 +9559,12 @@ class Messages(BlockDialect):
     def usage_object(self, finish: Finish) -> Dict[str, int]:
         """Token counts, those of cached input apart."""
         usage = finish.usage or {}
-        prompt = usage["prompt_tokens"]
-        cached = usage_detail(usage, "prompt", "cached_tokens")
-        cached = cached if 0 < cached < prompt else 0
+        read = usage_detail(usage, "prompt", "cached_tokens")
+        written = usage_detail(usage, "prompt", "cache_write_tokens")
         return {
-            "input_tokens": prompt - cached,
-            "cache_read_input_tokens": cached,
+            "input_tokens": usage["prompt_tokens"] - read - written,
+            "cache_read_input_tokens": read,
+            "cache_creation_input_tokens": written,
             "output_tokens": usage["completion_tokens"],
             **estimate_mark(usage),
         }
@@ -9923,13 +9966,14 @@ class Responses(BlockDialect):
 def response_usage(usage: Dict[str, Any]) -> Dict[str, Any]:
     """Token counts of a response, from those of a chat."""
     cached = usage_detail(usage, "prompt", "cached_tokens")
+    written = usage_detail(usage, "prompt", "cache_write_tokens")
     reasoning = usage_detail(usage, "completion", "reasoning_tokens")
     return {
         "input_tokens": usage["prompt_tokens"],
         "output_tokens": usage["completion_tokens"],
         "total_tokens": usage["total_tokens"],
         "output_tokens_details": {"reasoning_tokens": reasoning},
-        "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
+        "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": written},
         **estimate_mark(usage),
     }
 

@@ -3202,6 +3202,22 @@ def test_spellings_of_usage(case):
     assert (usage.get("completion_tokens_details") or {}).get("reasoning_tokens", 0) == reasoning
 
 
+@pytest.mark.parametrize("usage, read, written", [
+    ({"prompt_tokens_details": {"cached_tokens": 60, "cache_write_tokens": 30}}, 60, 30), ({"prompt_tokens_details": {"cache_creation_tokens": 30}}, 0, 30),
+    ({"cache_creation_input_tokens": 30, "cache_read_input_tokens": 60}, 60, 30), ({"prompt_tokens_details": {"cached_tokens": 100}}, 100, 0),
+    ({"prompt_tokens_details": {"cached_tokens": 80, "cache_write_tokens": 90}}, 80, 20), ({}, 0, 0),
+])
+def test_tokens_in_caches_are_counted_once(usage, read, written, streamed, fake, pool):
+    server, usage = pool(fake), {"prompt_tokens": 100, "completion_tokens": 5, **usage}
+    fake.faults += [answered({"content": "a"}, usage=usage)] * 2
+    got = ask(server, "POST", "/v1/messages", {**ASKED, "stream": streamed})
+    found = named_events(got.body)[-2]["usage"] if streamed else got.json["usage"]
+    assert found == {"input_tokens": 100 - read - written, "cache_read_input_tokens": read, "cache_creation_input_tokens": written, "output_tokens": 5}
+    got = ask(server, "POST", "/v1/responses", {**WANTED, "stream": streamed})
+    found = (named_events(got.body)[-1]["response"] if streamed else got.json)["usage"]
+    assert found["input_tokens"] == 100 and found["input_tokens_details"] == {"cached_tokens": read, "cache_write_tokens": written}
+
+
 COUNTED = b'"usage":{"prompt_tokens":11,"completion_tokens":7,"total_tokens":18}'
 ANTHROPIC = (b'event: message_start\ndata: {"type":"message_start","message":{"usage":{"input_tokens":9,"cache_read_input_tokens":2,"output_tokens":1}}}\n\n'
              b'event: message_delta\ndata: {"type":"message_delta","delta":{"stop_reason":"end_turn"},"usage":{"output_tokens":7}}\n\n'
@@ -3233,7 +3249,7 @@ def test_the_usage_of_relayed_answers_is_logged_and_counted(path, kind, body, fa
     assert samples(server)["akashproxy_prompt_tokens_total", "a"] == 11
 
 
-RESPONDED = b'event: response.%b\ndata: {"type":"response.%b","response":{"usage":{"input_tokens":11,"output_tokens":7}}}\n\n'
+RESPONDED = b'data: {"type":"response.output_text.delta","delta":"a"}\n\nevent: response.%b\ndata: {"type":"response.%b","response":{"usage":{"input_tokens":11,"output_tokens":7}}}\n\n'
 
 
 @pytest.mark.parametrize("ended", [lambda fake, body: fake.raw(fake.head() + chunk(body)), lambda fake, body: Fake.stall(fake, fake.head() + chunk(body)),
@@ -3242,7 +3258,7 @@ RESPONDED = b'event: response.%b\ndata: {"type":"response.%b","response":{"usage
 def test_a_relayed_stream_is_complete_with_its_last_event(path, body, ended, fake, pool, log):
     fake.faults.append(ended(fake, body))
     got = ask(pool((fake, {"paths": ["*"]})), "POST", path, {"model": "both", "stream": True, "max_tokens": 9, "messages": [user("x")], "input": "x"})
-    assert got.body.startswith(body) and b"error" not in got.body
+    assert got.body.startswith(body) and b"error" not in got.body[len(body):]
     wait_for(lambda: "ended=whole" in log.text and "tokens_in=11 tokens_out=7" in log.text)
 
 
@@ -3297,6 +3313,9 @@ def test_a_relayed_stream_is_complete_with_its_last_event(path, body, ended, fak
     "null as a string": (FakeOpenAI.event({"content": "a"}, "null") + FakeOpenAI.event({"content": "b"}, "stop"), [T("ab"), Finish("stop")], None),
     "null as a string, then nothing": (FakeOpenAI.event({"content": "a"}, "null"), [T("a")], EARLY),
     "an error in a choice": (b'data: {"choices":[{"delta":{"content":""},"error":{"message":"boom"},"finish_reason":"error"}]}\n\n', [], "boom"),
+    "llama.cpp's field": (b'error: {"code":400,"message":"boom"}\n\ndata: [DONE]\n\n', [], "boom"),
+    "llama.cpp's field after text": (FakeOpenAI.event({"content": "a"}) + b'error: {"code":400,"message":"boom"}\n\n', [T("a")], "boom"),
+    "a code and words": (b'data: {"code":500,"msg":"boom"}\n\n', [], "boom"),
     "words of a recording": (FakeOpenAI.event({"audio": {"id": "a", "transcript": "b"}}) + FakeOpenAI.event({"audio": {"transcript": "c"}}, "stop"), [T("bc"), Finish("stop")], None),
     **{f"reasoning as {reasoning}": (FakeOpenAI.event(reasoning) + FakeOpenAI.event({"content": "a"}, "stop"), [R("h"), T("a"), Finish("stop")], None) for reasoning in (
         {"reasoning": "h"}, {"reasoning": {"content": "h"}}, {"reasoning_content": [text_part("h")]}, {"reasoning_text": "h", "reasoning_opaque": "x"}, {"thinking": "h"},
@@ -3309,6 +3328,30 @@ def test_openai_streams_cut_at_every_byte(case):
         events, told = decoded(akashproxy.DecoderChain(akashproxy.ChatDecoder("b"), akashproxy.SurrogateFilter()), parts)
         assert merged(events) == expected, parts
         assert re.search(error, told[1]) if error else told is None
+
+
+CREATED = b'data: {"type":"response.created","response":{"object":"response","error":null}}\n\n'
+
+
+@pytest.mark.parametrize("path, body, status", [
+    ("/v1/chat/completions", b'error: {"code":400,"message":"it exceeds the available context size"}\n\ndata: [DONE]\n\n', 400),
+    ("/v1/chat/completions", b'data: {"code":500,"msg":"it exceeds"}\n\n', 500),
+    ("/v1/chat/completions", b'data: {"detail":"it exceeds"}\n\n', 502),
+    ("/v1/chat/completions", b'data: {"choices":null,"base_resp":{"status_code":1000,"status_msg":"it exceeds"}}\n\n', 502),
+    ("/v1/chat/completions", b'data: {"error":{"code":429,"message":"it exceeds"},"choices":[{"delta":{"content":""},"finish_reason":"error"}]}\n\ndata: [DONE]\n\n', 429),
+    ("/v1/responses", CREATED + b'data: {"type":"response.failed","response":{"object":"response","error":{"code":"rate_limit_exceeded","message":"it exceeds"}}}\n\n', 429),
+    ("/v1/chat/completions", {"code": 500, "msg": "it exceeds", "success": False}, 500),
+    ("/v1/chat/completions", {"choices": None, "base_resp": {"status_code": 1000, "status_msg": "it exceeds"}}, 502),
+])
+def test_errors_in_place_of_relayed_answers(path, body, status, fake, b, pool):
+    server, is_stream = pool((fake, {"paths": ["*"]}), (b, {"priority": 2})), isinstance(body, bytes)
+    for _ in range(2):
+        fake.sends(reply(body=body, kind="text/event-stream" if is_stream else "application/json"))
+        got = ask(server, "POST", path, {"model": "both", "stream": is_stream, "messages": [user("x")], "input": "x"})
+        if status == 400:
+            assert got.status == 400 and "exceeds" in got.json["error"]["message"]
+        else:
+            assert got.status == 200 and re.match(f"a={status}, b=200|b=200", route_of(got)) and (b"from" in got.body)
 
 
 @pytest.mark.parametrize("choice, expected", [({"stop_reason": "##"}, ("stop_sequence", "##")), ({"matched_stop": "##"}, ("stop_sequence", "##")), ({"stop_reason": 128008}, ("end_turn", None)),
@@ -5005,7 +5048,7 @@ def test_the_events_of_a_message(fake, pool):
         *block(1, text_part(""), ("text_delta", "text"), "Hi", " you"),
         *block(2, {"type": "tool_use", "id": "call_1", "name": "f", "input": {}}, ("input_json_delta", "partial_json"), '{"a":1}'),
         {"type": "message_delta", "delta": {"stop_reason": "tool_use", "stop_sequence": None},
-         "usage": {"input_tokens": 7, "cache_read_input_tokens": 4, "output_tokens": 7}}, {"type": "message_stop"}]
+         "usage": {"input_tokens": 7, "cache_read_input_tokens": 4, "cache_creation_input_tokens": 0, "output_tokens": 7}}, {"type": "message_stop"}]
 
 
 def test_thoughts_are_for_who_asks_for_them(fake, pool):
