@@ -7121,10 +7121,8 @@ class PassthroughDecoder(Decoder):
     def _without_opening(self, data: bytes) -> bytes:
         """Hold data back until the first content; set ``error`` if an error comes instead."""
         self.opening += data
-        if b"error:" in data:
-            data = ERROR_LINE.sub(lambda line: line[1] + b"data:" + error_event(line[2]), data)
         for line in DATA_LINE.finditer(data):
-            value = line[1].strip()
+            value = line[2].strip() if line[1] == b"data" else error_event(line[2])
             event = json_or_none(value) if value.startswith(b"{") else None
             if value == b"[DONE]":
                 self.error = truncated(self.upstream_name, "ended its answer before it began")
@@ -7165,8 +7163,7 @@ class PassthroughDecoder(Decoder):
         return [RawBytes(b"\n")] if self.started and not between_events else []
 
 
-DATA_LINE = re.compile(rb"(?:^|[\r\n]|^\xef\xbb\xbf)data:([^\r\n]*)(?=[\r\n])")
-ERROR_LINE = re.compile(rb"(^|[\r\n])error:([^\r\n]*)")
+DATA_LINE = re.compile(rb"(?:^|[\r\n]|^\xef\xbb\xbf)(data|error):([^\r\n]*)(?=[\r\n])")
 DONE = re.compile(rb"(?:^|[\r\n])data: *\[DONE\] *(\r\n?|\n)")
 OPENING_TYPES = re.compile(
     r"ping|message_start|content_block_start|response\.(created|queued|in_progress|\w+\.added)"
