@@ -9326,7 +9326,8 @@ def sent_id(value: Any) -> Tuple[Optional[str], Optional[Dict[str, Any]]]:
 def without_own_marks(body: Dict[str, Any]) -> Dict[str, Any]:
     """A request for an upstream with the client's own API.
 
-    It would reject reasoning with the signature UNSIGNED and the long IDs of id_with_extra().
+    It would reject reasoning of ours, which has no valid signature and no ID that it knows, and the
+    long IDs of id_with_extra().
     """
     lists = {name: body[name] for name in ("messages", "input") if isinstance(body.get(name), list)}
     return {**body, **{name: _without_own_marks(items) for name, items in lists.items()}}
@@ -9337,7 +9338,8 @@ def _without_own_marks(items: List[Any], nested: bool = False) -> List[Any]:
     remaining = []
     for item in items:
         fields = dict(as_dict(item))
-        if UNSIGNED in (fields.get("signature"), fields.get("encrypted_content")):
+        signatures = fields.get("signature"), fields.get("encrypted_content")
+        if UNSIGNED in signatures or str(fields.get("id")).startswith(UNSIGNED_ID):
             continue
         for name in ("id", "call_id", "tool_call_id", "tool_use_id"):
             if EXTRA in as_str(fields.get(name)):
@@ -9384,7 +9386,8 @@ def event_frame(name: str, **fields: Any) -> bytes:
 # In place of a signature of reasoning, as there is none to check here. Many clients send reasoning
 # back only if it has one.
 UNSIGNED = "unsigned-by-akashproxy"
-OWN_MARKS = (EXTRA.encode(), UNSIGNED.encode())
+UNSIGNED_ID = "rs_unsigned_"  # prefix of the IDs of reasoning items
+OWN_MARKS = (EXTRA.encode(), UNSIGNED.encode(), UNSIGNED_ID.encode())
 
 
 class Messages(BlockDialect):
@@ -9710,7 +9713,7 @@ class Responses(BlockDialect):
     ITEM_WIRE: Dict[Any, Tuple[str, str, str, Dict[str, Any], Dict[str, Any]]] = {
         Text: ("msg_", "response.output_text", "response.content_part",
                {"content_index": 0}, {"logprobs": []}),
-        Reasoning: ("rs_", "response.reasoning_summary_text", "response.reasoning_summary_part",
+        Reasoning: (UNSIGNED_ID, "response.reasoning_summary_text", "response.reasoning_summary_part",
                     {"summary_index": 0}, {}),
         ToolCall: ("fc_", "response.function_call_arguments", "", {}, {}),
         CustomToolCall: ("ctc_", "response.custom_tool_call_input", "", {}, {}),

@@ -5613,7 +5613,7 @@ CARRIED = akashproxy.id_with_extra("c1", {"reasoning_content": "hm " * 1000})
     ("/v1/messages", [assistant([thinking("hm", signature=akashproxy.UNSIGNED)]), assistant([thinking("hm", signature=akashproxy.UNSIGNED), text_part("x"), {"type": "tool_use", "id": CARRIED}]),
                       user([result("1", CARRIED), result([], CARRIED)])],
      [assistant([text_part("x"), {"type": "tool_use", "id": "c1"}]), user([result("1", "c1"), result([], "c1")])]),
-    ("/v1/responses", [user("x"), {"type": "reasoning", "encrypted_content": akashproxy.UNSIGNED}, {"type": "reasoning", "encrypted_content": "E"}, {**OUTPUT_ITEM, "call_id": CARRIED}, "x"],
+    ("/v1/responses", [user("x"), {"type": "reasoning", "encrypted_content": akashproxy.UNSIGNED}, {"type": "reasoning", "encrypted_content": "E"}, {"type": "reasoning", "id": "rs_unsigned_1", "summary": []}, {**OUTPUT_ITEM, "call_id": CARRIED}, "x"],
      [user("x"), {"type": "reasoning", "encrypted_content": "E"}, {**OUTPUT_ITEM, "call_id": "c1"}, "x"]),
 ])
 def test_upstreams_with_the_clients_api_get_nothing_that_was_added(path, sent, expected, changed, fake, pool):
