@@ -4,7 +4,7 @@
 # requires-python = ">=3.9"
 # dependencies = []
 # ///
-"""akashproxy: Akash Chat, and any OpenAI-compatible upstreams, as one OpenAI-compatible server.
+"""Akash Chat and any OpenAI-compatible upstreams as one OpenAI-compatible server.
 
 One module, the standard library only, Python 3.9 or newer:
 
@@ -89,7 +89,7 @@ Where is ...
     the network's exceptions           upstream_error, UpstreamResponse.to_api_error
     strict HTTP                        find_head_end, parse_head, BodyDecoder
     connections to upstreams           ConnectionPool
-    proxies on the way                 UpstreamRequest, SocksProxy
+    proxies on the way                 UpstreamRequest, Proxy
     deadlines                          CancelScope, Connection.on_tick
     cancelling                         Cancellation
     request bodies                     BodyReader, check_body_size
@@ -588,8 +588,7 @@ class APIError(Exception):
     ``cooldown_scope`` is the part that cools down: the "controller", or only the request's "model".
     ``upstream_status`` is the upstream's own status, if it sent one. ``overflow``: the request does
     not fit into the model's context. ``reason`` is what /status shows of it: no client's or
-    upstream's words. ``bug`` is the unexpected
-    exception behind a 500: logged, never sent.
+    upstream's words. ``bug`` is the unexpected exception behind a 500: logged, never sent.
     """
 
     def __init__(
@@ -653,7 +652,7 @@ class ClientDisconnected(ConnectionError):
 
 
 class Queued(Exception):
-    """The call is in the pool's queue; ``exchange.wake()`` will resume it."""
+    """The call is in the pool's queue; ``exchange.resume()`` will resume it."""
 
 
 class ProtocolError(ValueError):
@@ -814,15 +813,13 @@ class CancelScope:
     The event loop calls cancel_overdue().
     """
 
-    __slots__ = ("sock", "deadline", "timeout_message", "reason", "shutdown_how")
     active: ClassVar[Set[CancelScope]] = set()  # those with a socket
 
-    def __init__(self) -> None:
-        self.sock: Any = None
-        self.deadline = math.inf  # by time.monotonic()
-        self.timeout_message = ""  # message of the error when the deadline passes
-        self.reason: Optional[Exception] = None
-        self.shutdown_how = socket.SHUT_RDWR
+    sock: Any = None
+    deadline = math.inf  # by time.monotonic()
+    timeout_message = ""  # message of the error when the deadline passes
+    reason: Optional[Exception] = None
+    shutdown_how = socket.SHUT_RDWR
 
     @classmethod
     def cancel_overdue(cls, now: float) -> None:
@@ -873,12 +870,13 @@ class Cancellation:
     Any thread may call cancel(); all else belongs to the thread that processes the request.
     """
 
+    reason: Optional[Exception] = None
+    is_shielded = False  # within shield()
+    wakeup: Any = None  # an Event, or anything with its set()
+
     def __init__(self, client_has_left: Callable[[], bool] = lambda: False) -> None:
         self.client_has_left = client_has_left  # peeks at the connection
-        self.reason: Optional[Exception] = None
         self.scope = CancelScope()  # of the current attempt
-        self.is_shielded = False  # within shield()
-        self.wakeup: Any = None  # an Event, or anything with its set()
 
     def cancel(self, reason: Optional[Exception] = None) -> None:
         """Shut the upstream's socket down and end a sleep(). Any thread."""
@@ -1125,6 +1123,11 @@ def split_address(text: str) -> Tuple[str, int]:
     return ("127.0.0.1" if host == "localhost" else host), int(port)
 
 
+def join_address(host: str, port: int) -> str:
+    """Format HOST:PORT, with an IPv6 address in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def check_host(host: str) -> None:
     """Raise ValueError for a name that can't be encoded for DNS (IDNA)."""
     try:
@@ -1173,7 +1176,7 @@ def proxy_url(text: str) -> str:
     """Check SCHEME://[USER:PASSWORD@]HOST[:PORT] or "none"; empty for the default."""
     parts = urllib.parse.urlsplit(text)
     if text not in ("", "none") and (
-        parts.scheme not in ("http", "socks5", "socks5h")
+        parts.scheme not in ("http", "socks5", "socks5h", "socks")
         or not parts.hostname
         or parts.path.strip("/")
         or not re.fullmatch("[!-~]+", text)
@@ -1193,6 +1196,13 @@ def proxy_credentials(url: str) -> Tuple[bytes, bytes]:
         urllib.parse.unquote_to_bytes(parts.username or ""),
         urllib.parse.unquote_to_bytes(parts.password or ""),
     )
+
+
+def proxy_authorization(url: str) -> Dict[str, str]:
+    """The header for the user and password in a proxy's URL; empty if there are none."""
+    credentials = b":".join(proxy_credentials(url))
+    encoded = base64.b64encode(credentials).decode()
+    return {"Proxy-Authorization": f"Basic {encoded}"} if credentials != b":" else {}
 
 
 def without_password(url: str) -> str:
@@ -1244,7 +1254,7 @@ def bypasses(pattern: str, host: str, port: int) -> bool:
         if colon and number.isdigit():
             return int(number) == port and bypasses(name, host, port)
     domain = pattern.lstrip("*.")
-    is_name = bool(domain) and not host[-1:].isdigit() and ":" not in host
+    is_name = bool(domain) and not host.rpartition(".")[2].isdigit() and ":" not in host
     return pattern == "*" or is_name and f".{host}".endswith(f".{domain}")
 
 
@@ -1255,8 +1265,16 @@ def header_value(text: str) -> str:
     return text
 
 
+def web_origin(text: str) -> str:
+    """Check * or an origin, and return it as browsers send it. Raises ValueError."""
+    match = re.fullmatch(r"(\*|null|[a-z][a-z0-9+.-]*://[^/\s]*)/?", text.lower())
+    if not match:
+        raise ValueError(f"{text!r} is not an origin such as https://example.com")
+    return match[1]
+
+
 def nonempty_header_value(text: str) -> str:
-    """Check a token or origin: an empty token would admit clients that send none."""
+    """Check a token: an empty one would admit clients that send none."""
     if not text:
         raise ValueError("empty values are not allowed")
     return header_value(text)
@@ -1274,10 +1292,10 @@ def additional_headers(headers: Dict[str, str]) -> Dict[str, str]:
 
 
 def ca_bundle(path: str) -> str:
-    """Check a file of CA certificates."""
+    """Check and read a file of CA certificates; a reload reads it again."""
     if path:
         try:
-            tls_context(path)
+            read_tls_context(path)
         except OSError as error:
             raise ValueError(f"{path!r} can't be used: {error.strerror or error}") from None
     return path
@@ -1569,7 +1587,7 @@ class Settings(ValidatedSettings):
         (),
         "origins whose pages may use this server, comma-separated, * for all; "
         "default: all if a token is needed, else local ones",
-        nonempty_header_value,
+        web_origin,
     )
     connect_timeout: float = setting(10.0, "seconds to connect to an upstream", positive)
     session_timeout: float = setting(
@@ -2431,7 +2449,7 @@ T = TypeVar("T")
 
 
 class UpstreamRequest(urllib.request.Request):
-    """A request to an upstream, through an HTTP proxy if there is one.
+    """A request to an upstream; one without TLS is sent to an HTTP proxy if there is one.
 
     Transport parses each URL once and sends copies.
     """
@@ -2440,22 +2458,17 @@ class UpstreamRequest(urllib.request.Request):
     body: Optional[bytes]
     scope: CancelScope
     retry_reason: str  # of a repeated request, which needs a new connection
-    _tunnel_host: Optional[str]  # urllib's: the upstream, if a proxy tunnels to it
 
     def __init__(self, url: str, proxy: str = "") -> None:
         super().__init__(url)
         self.fields = {"Host": self.host}
-        self.tunnel_headers: Dict[str, str] = {}
-        if proxy:
+        if proxy and self.type == "http":
             parts = urllib.parse.urlsplit(proxy)
             address = parts.netloc.rpartition("@")[2] + (":80" if parts.port is None else "")
             self.set_proxy(address, "http")
-            if parts.username is not None:
-                credentials = base64.b64encode(b":".join(proxy_credentials(proxy))).decode()
-                headers = self.tunnel_headers if self._tunnel_host else self.fields
-                headers["Proxy-Authorization"] = "Basic " + credentials
+            self.fields.update(proxy_authorization(proxy))
         # equal for requests that can share a connection
-        self.connection_key = self.type, self.host, self._tunnel_host
+        self.connection_key = self.type, self.host
 
     def copy(self, headers: Dict[str, str], **attributes: Any) -> "UpstreamRequest":
         """Return a request with further headers and the attributes above."""
@@ -2498,9 +2511,10 @@ class ConnectionPool(urllib.request.BaseHandler):
     """
 
     def __init__(self, ca_file: str = "", proxy: str = "") -> None:
-        """``proxy`` is the URL of a SOCKS proxy; HTTP proxies are part of requests."""
+        """``proxy`` is a URL; requests without TLS are sent to an HTTP proxy as they are."""
         self.ca_file = ca_file
         self.socks = SocksProxy(proxy) if proxy.startswith("socks") else None
+        self.tunnel = HTTPProxy(proxy) if proxy.startswith("http:") else self.socks
         # (expires_at, socket) by request key, the most recently used last
         self.idle: Dict[Any, List[Tuple[float, Any]]] = {}
         self.closed = False
@@ -2571,15 +2585,15 @@ class ConnectionPool(urllib.request.BaseHandler):
     def _connect(self, request: UpstreamRequest) -> Any:
         connection: http.client.HTTPConnection
         if request.type == "https":
+            proxy = self.tunnel
             connection = http.client.HTTPSConnection(
                 request.host, timeout=request.timeout, context=tls_context(self.ca_file)
             )
         else:
+            proxy = self.socks
             connection = http.client.HTTPConnection(request.host, timeout=request.timeout)
-        if request._tunnel_host:
-            connection.set_tunnel(request._tunnel_host, headers=request.tunnel_headers)
-        if self.socks:  # HTTPConnection.connect() opens its socket with this attribute
-            connection._create_connection = self.socks.connect  # type: ignore[attr-defined]
+        if proxy:  # HTTPConnection.connect() opens its socket with this attribute
+            connection._create_connection = proxy.connect  # type: ignore[attr-defined]
         try:
             connection.connect()
         except BaseException:
@@ -2607,9 +2621,6 @@ def connect_problem(error: Exception, upstream: str, proxy: str) -> str:
         return f"{where} refused the connection (check that it runs, and the port)"
     if isinstance(error, OSError) and error.errno in (errno.EHOSTUNREACH, errno.ENETUNREACH):
         return f"this server has no route to {where}"
-    if str(error).startswith("Tunnel connection failed: "):
-        status = str(error).partition(": ")[2][:3]
-        return f"{where} refused the connection with status {status} (check PROXY)"
     verify_message = getattr(error, "verify_message", "")
     if verify_message:
         return f"the certificate of {upstream} can't be verified: {verify_message} (set CA_FILE)"
@@ -2618,17 +2629,14 @@ def connect_problem(error: Exception, upstream: str, proxy: str) -> str:
     return ""
 
 
-class SocksProxy:
-    """A SOCKS 5 proxy (RFC 1928, passwords: RFC 1929).
+class Proxy:
+    """Base class of proxies that open connections to upstreams. Worker thread."""
 
-    socks5:// looks up names here, socks5h:// lets the proxy do it.
-    """
+    DEFAULT_PORT = 0
 
     def __init__(self, url: str) -> None:
         parts = urllib.parse.urlsplit(url)
-        self.host, self.port = str(parts.hostname), parts.port or 1080
-        self.remote_names = parts.scheme == "socks5h"
-        self.user, self.password = proxy_credentials(url)
+        self.host, self.port = str(parts.hostname), parts.port or self.DEFAULT_PORT
 
     def connect(self, address: Tuple[str, int], *options: Any) -> socket.socket:
         """Return a socket connected to an address; as socket.create_connection()."""
@@ -2645,11 +2653,51 @@ class SocksProxy:
 
     def _negotiate(self, sock: socket.socket, replies: Any, host: str, port: int) -> str:
         """Log in and have a connection opened; return what the proxy does not do, or ""."""
-        method = 2 if self.user else 0
-        sock.sendall(bytes([5, 1, method]))
-        if replies.read(2) != bytes([5, method]):
+        raise NotImplementedError
+
+
+class HTTPProxy(Proxy):
+    """An HTTP proxy that opens connections by CONNECT (RFC 9110, 9.3.6)."""
+
+    DEFAULT_PORT = 80
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.fields = proxy_authorization(url)
+
+    def _negotiate(self, sock: socket.socket, replies: Any, host: str, port: int) -> str:
+        authority = join_address(host, port)
+        fields = {"Host": authority, **self.fields}
+        sock.sendall(request_head(f"CONNECT {authority} HTTP/1.1", *fields.items()) + b"\r\n")
+        lines = iter(lambda: replies.readline(MAX_HEAD_BYTES), b"")
+        head = itertools.takewhile(bytes.strip, itertools.islice(lines, MAX_HEADERS))
+        match = re.match(rb"HTTP/1\.[01] ([0-9]{3})", b"".join(head))
+        if not match:
+            return "does not answer as an HTTP proxy does"
+        status = int(match[1])
+        return "" if 200 <= status < 300 else f"refused the connection with status {status}"
+
+
+class SocksProxy(Proxy):
+    """A SOCKS 5 proxy (RFC 1928, passwords: RFC 1929).
+
+    socks5:// looks up names here, socks5h:// lets the proxy do it. socks:// is what GNOME writes
+    into the environment for socks5://.
+    """
+
+    DEFAULT_PORT = 1080
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.remote_names = url.startswith("socks5h:")
+        self.user, self.password = proxy_credentials(url)
+
+    def _negotiate(self, sock: socket.socket, replies: Any, host: str, port: int) -> str:
+        sock.sendall(b"\5\2\0\2" if self.user else b"\5\1\0")  # no login, or a password
+        chosen = replies.read(2)
+        if chosen != b"\5\0" and not (chosen == b"\5\2" and self.user):
             return "is not SOCKS 5 or refuses this login"
-        if self.user:
+        if chosen == b"\5\2":
             fields = [bytes([len(field)]) + field for field in (self.user, self.password)]
             sock.sendall(b"\1" + b"".join(fields))
             if replies.read(2)[1:] != b"\0":
@@ -2731,9 +2779,16 @@ def peer_has_closed(sock: socket.socket) -> bool:
     return peeked == b""
 
 
-@functools.lru_cache(maxsize=None)
+TLS_CONTEXTS: Dict[str, Any] = {}  # by CA_FILE
+
+
 def tls_context(ca_file: str) -> Any:
-    """Create the TLS context: system CAs and those of a file, host names checked."""
+    """Return the TLS context with a file's certificates as they were last read."""
+    return TLS_CONTEXTS.get(ca_file) or read_tls_context(ca_file)
+
+
+def read_tls_context(ca_file: str) -> Any:
+    """Create and keep the TLS context: system CAs and those of a file, host names checked."""
     import ssl  # here: a Python without it can still reach http upstreams
 
     context = ssl.create_default_context()
@@ -2746,6 +2801,7 @@ def tls_context(ca_file: str) -> Any:
     context.wrap_socket = functools.partial(  # type: ignore[method-assign]
         context.wrap_socket, suppress_ragged_eofs=False
     )
+    TLS_CONTEXTS[ca_file] = context
     return context
 
 
@@ -2877,8 +2933,11 @@ class UpstreamResponse:
         self.scope.deadline = math.inf  # a slow client must not count as a slow upstream
         return data
 
-    def iter_bytes(self) -> Iterator[bytes]:
-        """Yield the payload of each read. APIError if the network fails or times out."""
+    def iter_bytes(self, started: bool = True) -> Iterator[bytes]:
+        """Yield the payload of each read. APIError if the network fails or times out.
+
+        Unless ``started``, all of it has to arrive before the deadline of the first content.
+        """
         self.scope.deadline = math.inf
         payload = self.opening
         while True:
@@ -2887,7 +2946,7 @@ class UpstreamResponse:
             if self.body.done:
                 break
             try:
-                payload = self.receive(self.recv())
+                payload = self.receive(self.recv(started))
             except NETWORK_ERRORS as error:
                 raise self.to_api_error(error) from error
         self.close()
@@ -2896,7 +2955,7 @@ class UpstreamResponse:
         """Read the complete body. APIError 502 if it has more than ``limit`` bytes."""
         data = bytearray()
         try:
-            for part in self.iter_bytes():
+            for part in self.iter_bytes(started=False):
                 data += part
                 if len(data) > limit:
                     name = self.timeouts.upstream_name
@@ -3754,10 +3813,13 @@ class StopFilter(TextFilter):
             if cost > self.budget:
                 head = truncate_to(event.text, self.budget)
                 self.out += [type(event)(head)] if head else []
-                self.stopped, event = True, Finish("length")
             elif not cost:
                 return
-            self.budget -= cost
+        else:
+            cost = token_units(text_of(event))
+        if cost > self.budget:
+            self.stopped, event = True, Finish("length")
+        self.budget -= cost
         self.out.append(event)
 
 
@@ -3838,15 +3900,14 @@ class ToolForm(NamedTuple):
     calls: str = "%s"  # around the calls of a message
     result: str = "<tool_response>\n%s\n</tool_response>"
 
-    def write(self, calls: Iterable[Tuple[str, str]]) -> str:
+    def write(self, *calls: Tuple[str, str]) -> str:
         """Return the text of calls, which are (name, arguments as a JSON object)."""
         texts = []
         for number, (name, arguments) in enumerate(calls):
             if self.argument:
-                fields = as_dict(json_or_none(arguments.encode()))
                 arguments = "".join(
                     self.argument % (key, value if isinstance(value, str) else _encode(value))
-                    for key, value in fields.items()
+                    for key, value in as_dict(json_or_none(arguments.encode())).items()
                 )
             texts.append(self.call % {"name": name, "arguments": arguments, "number": number})
         return self.calls % "\n".join(texts)
@@ -3875,26 +3936,29 @@ TOOL_FORMS = (
              '<tool_call>\n{"name": "%(name)s", "arguments": %(arguments)s}\n</tool_call>'),
 )
 OPENING_MARKS = (
-    "<tool_call>", "<function=", "<|python_tag|>", "[TOOL_CALLS]", "<|tool_calls_section_begin|>",
-    "<|tool_call_begin|>", "<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>",
+    "<tool_call>", "<function=", "<|python_tag|>", "<|tool_calls_section_begin|>",
+    "<|tool_call_section_begin|>", "<|tool_call_begin|>", "<｜tool▁calls▁begin｜>",
+    "<｜tool▁call▁begin｜>",
 )
 CLOSING_MARKS = (
     "</tool_call>", "</function>", "<|eom_id|>", "<|eot_id|>", "<|tool_call_end|>",
-    "<|tool_calls_section_end|>", "<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>",
+    "<|tool_calls_section_end|>", "<|tool_call_section_end|>", "<｜tool▁call▁end｜>",
+    "<｜tool▁calls▁end｜>",
 )
 ARGUMENT_MARKS = {"<parameter=": "</parameter>", "<arg_key>": "</arg_value>"}
 # Around names and values; the words are of DeepSeek's "function<｜tool▁sep｜>" and of "```json".
-SKIPPED = ("<｜tool▁sep｜>", "<|tool_call_argument_begin|>", "[ARGS]", "function", "json", *"`,;>")
-TOOL_MARKS = (
-    *OPENING_MARKS, *CLOSING_MARKS, *ARGUMENT_MARKS, *ARGUMENT_MARKS.values(), *SKIPPED[:3],
-)
+SKIPPED = ("<｜tool▁sep｜>", "<|tool_call_argument_begin|>", "function", "json", *"`,;>")
+TOOL_MARKS = (*OPENING_MARKS, *CLOSING_MARKS, *SKIPPED[:2], "<parameter=", "</parameter>",
+              "<arg_key>", "</arg_value>")
 # fmt: on
-PARTIAL_MARKS = {mark[:size] for mark in TOOL_MARKS for size in range(1, len(mark))}
-MAX_TOKEN = 256  # characters
-OPENING, MARK = ("|".join(map(re.escape, marks)) for marks in (OPENING_MARKS, TOOL_MARKS))
-OPENING_MARK = re.compile(OPENING)
-CALL_TOKEN = re.compile(rf"{MARK}|\w[\w.:-]{{0,255}}|\s{{1,256}}|\\[\s\S]?|[\s\S]")
-STRING_TOKEN = re.compile(r"""\\[\s\S]?|["'\x00-\x1f]|[^"'\\\x00-\x1f]+""")
+MARK, OPENING = ("|".join(map(re.escape, marks)) for marks in (TOOL_MARKS, OPENING_MARKS))
+PARTIAL = "(?:%s)\\Z" % "|".join(re.escape(m[:n]) for m in TOOL_MARKS for n in range(1, len(m)))
+# Tokens of text, of calls and of their strings. More text can't change them.
+TEXT_TOKEN = re.compile(rf"{OPENING}|(?!{PARTIAL})[\s\S][^<]*")
+CALL_TOKEN = re.compile(
+    rf"{MARK}|(?!{PARTIAL})(?:[\w.:-]{{1,255}}(?![\w.:-]|\Z)|[\w.:-]{{256}}|\s+|[^\w.:-])"
+)
+STRING_TOKEN = re.compile(r"""\\[\s\S]|["'\x00-\x1f]|[^"'\\\x00-\x1f]+""")
 KIMI_NAME = re.compile(r"^functions\.|:\d*$")
 NAMED_CALL = re.compile(r'{\s*"name"\s*:\s*"([^"\\{]+)"\s*,\s*"(?:arguments|parameters)"\s*:\s*{')
 ARGUMENT = re.compile(
@@ -3925,26 +3989,20 @@ class PromptedTools:
         self.complaint = ""
         self.form = next(form for form in TOOL_FORMS if form.models.search(model.lower()))
         self.single = call.body.get("parallel_tool_calls") is False
-        self.functions: Dict[str, Dict[str, Any]] = {}
-        self.ignored: List[str] = []
-        for tool in as_list(call.body.get("tools")):
-            function = function_of(tool)
-            if isinstance(function.get("name"), str):
-                self.functions[function["name"]] = function
-                self.ignored += ["strict"] if function.get("strict") else []
-            else:
-                self.ignored.append(str(as_dict(tool).get("type")))
+        tools = list(map(as_dict, as_list(call.body.get("tools"))))
+        self.functions = {as_str(each.get("name")): each for each in map(function_of, tools)}
+        self.functions.pop("", None)
+        self.ignored = ["strict" for each in self.functions.values() if each.get("strict")]
+        self.ignored += [str(tool.get("type")) for tool in tools if not function_of(tool)]
         self.required = self._choose(call.body.get("tool_choice"))
 
     def _choose(self, choice: Any) -> bool:
         """Apply ``tool_choice`` to the functions; whether one must be called."""
         if isinstance(choice, dict):
             allowed = as_dict(choice.get("allowed_tools"))
-            tools = as_list(allowed.get("tools")) or [choice]
-            names = [function_of(tool).get("name") for tool in tools]
-            self.functions = {
-                name: self.functions[name] for name in self.functions if name in names
-            }
+            chosen = map(function_of, as_list(allowed.get("tools")) or [choice])
+            names = [function.get("name") for function in chosen]
+            self.functions = {n: each for n, each in self.functions.items() if n in names}
             choice = allowed.get("mode", "required")
         if choice == "none":
             self.functions = {}
@@ -3962,22 +4020,27 @@ class PromptedTools:
                 messages.insert(0, {"role": "system"})
             messages[0] = add_paragraph(messages[0], self._instruction())
         if self.complaint:
-            messages[-1] = add_paragraph(messages[-1], self.complaint)
+            messages.append({"role": "user", "content": self.complaint})
         others = {name: body[name] for name in body if name not in TOOL_FIELDS}
         return {**others, "messages": messages}
 
     def _message(self, message: Dict[str, Any]) -> Dict[str, Any]:
         """Return a message with its calls as text; a result becomes a message of the user."""
         if message["role"] == "tool":
-            return {"role": "user", "content": self.form.result % message_text(message)}
+            text, parts = self.form.result % message_text(message), message.get("content")
+            images = [part for part in as_list(parts) if as_dict(part).get("type") != "text"]
+            return {
+                "role": "user",
+                "content": [{"type": "text", "text": text}, *images] if images else text,
+            }
         functions = map(function_of, as_list(message.get("tool_calls")))
         calls = [(str(each.get("name")), str(each.get("arguments") or "{}")) for each in functions]
         others = {name: message[name] for name in message if name != "tool_calls"}
-        return add_paragraph(others, self.form.write(calls)) if calls else others
+        return add_paragraph(others, self.form.write(*calls)) if calls else others
 
     def _instruction(self) -> str:
         """Return the system message's text with the form of a call and the functions."""
-        example = self.form.write([("FUNCTION", '{"PARAMETER":"VALUE"}')])
+        example = self.form.write(("FUNCTION", '{"PARAMETER":"VALUE"}'))
         functions = self.functions.values()
         tools = [_encode({"type": "function", "function": function}) for function in functions]
         text = self.prompt.replace("{call}", example).replace("{tools}", "\n".join(tools))
@@ -3990,34 +4053,203 @@ def function_of(tool: Any) -> Dict[str, Any]:
 
 
 def add_paragraph(message: Dict[str, Any], text: str) -> Dict[str, Any]:
-    """Return a message with a paragraph after its content."""
-    content = message.get("content")
-    if isinstance(content, list):
-        return {**message, "content": [*content, {"type": "text", "text": "\n\n" + text}]}
-    return {**message, "content": f"{content}\n\n{text}" if content else text}
+    """Return a message with a paragraph after its text, which is its content now."""
+    return {**message, "content": f"{message_text(message)}\n\n{text}".lstrip()}
 
 
-class MarkdownCode:
-    """Tracks whether streamed Markdown is in a code block, a code span or quotes."""
+class ToolCallFilter(TextFilter):
+    """Turns calls in Text events into ToolCall events, and think tags into Reasoning.
 
-    # At the start of a line, or with no more than a language after it.
-    FENCE = re.compile(r"(?:^[ \t>*+-]*(?=[`~]+[^`]*$)|[ \t](?=[`~]+\w*$))(`{3,}|~{3,})")
-    MAX_LINE = 1000  # characters of the last line that are others
+    Calls stand between marks, outside of Markdown code. They are held back until the second mark
+    or the end of the answer, as all is text if it proves invalid: not JSON, of an unknown function,
+    or followed by other text. In a stream, arguments above HELD characters are passed on as they
+    arrive; if they then prove invalid, feed() raises an APIError, as it does to repeat a chat that
+    requires a call.
 
-    def __init__(self) -> None:
-        self.fence, self.line = "", ""
+    Generators read the answer token by token, of which the last one is "".
+    """
 
-    def feed(self, text: str) -> None:
-        *lines, last = (self.line + text).split("\n")
-        for line in lines:
-            mark = self.FENCE.search(line.rstrip())
-            if mark and mark[1].startswith(self.fence):
-                self.fence = "" if self.fence else mark[1]
-        self.line = last[-self.MAX_LINE :]
+    HELD, MAX_CALL = 256, 4 << 20  # characters
 
-    def is_open(self) -> bool:
-        in_span = len(re.findall("`+", self.line)) % 2 == 1
-        return bool(self.fence) or in_span or self.line[-1:] in ("'", '"')
+    def __init__(self, tools: PromptedTools) -> None:
+        self.tools, self.think, self.code = tools, ThinkTagFilter(), MarkdownCode()
+        self.pattern, self.json, self.pending = TEXT_TOKEN, LooseJSON(""), ""
+        self.reader = self._read_answer()
+        next(self.reader)
+        self.tokens: List[str] = []  # since an opening mark
+        self.calls: List[Tuple[str, str]] = []  # complete ones among them: name and arguments
+        self.size = 0  # of them and of those sent in parts, in characters
+        self.count = 0  # of calls sent
+        self.is_sent = False  # the beginning of the call that is read
+        self.passed_on = False  # something of the answer
+
+    def feed(self, events: List[Event]) -> List[Event]:
+        out = super().feed(events)
+        if self.tools.single:
+            out = [event for event in out if not (isinstance(event, ToolCall) and event.index)]
+        self.passed_on = self.passed_on or bool(out)
+        return out
+
+    def read(self, event: Text) -> None:
+        text, at = self.pending + event.text, 0
+        while True:
+            match = (STRING_TOKEN if self.json.quote else self.pattern).match(text, at)
+            if not match:
+                break
+            at = match.end()
+            self._read_token(match[0])
+        self.pending = text[at:]
+        if self.tools.call.stream and self.size > self.HELD:
+            self._send_part()
+
+    def finish(self, finish: Finish) -> None:
+        if finish.reason == "length":
+            self.release()
+        else:
+            for token in (self.pending, ""):
+                self.pending = ""
+                self._read_token(token)
+        if not self.count:
+            self._repeat("The answer has no tool call.")
+        reason = "tool_calls" if self.count and finish.reason == "stop" else finish.reason
+        self.out += self.think.feed([Finish(reason, finish.usage, finish.stop_sequence)])
+
+    def release(self) -> None:
+        self.tokens = [] if self.is_sent else [*self.tokens, self.pending]
+        self.pending = ""
+        self._emit_text()
+        self.out += self.think.close()
+
+    def _read_token(self, token: str) -> None:
+        self.tokens.append(token)
+        self.size += len(token)
+        self.reader.send(token)
+        if self.size > self.MAX_CALL:
+            self.reader.throw(ValueError("it is too long"))
+
+    def _read_answer(self) -> Generator[None, str, None]:
+        """Read text and calls by turns."""
+        while True:
+            token = yield
+            while token in OPENING_MARKS and not self.code.is_open():
+                try:
+                    self.pattern = CALL_TOKEN
+                    token = yield from self._read_calls()
+                except ValueError as error:
+                    self._reject(error)
+                    token, self.json = "", LooseJSON("")
+                self.pattern = TEXT_TOKEN
+            self._emit_text()
+
+    def _reject(self, error: ValueError) -> None:
+        """Make an invalid call text. Raises an APIError if a part of it has been sent."""
+        if self.is_sent:
+            self.stopped = True
+            name = self.tools.upstream_name
+            raise APIError(502, f"{name} sent an invalid tool call.", code="invalid_tool_call")
+        is_reasoning = self.think.in_reasoning
+        self._emit_text()
+        if not is_reasoning:
+            self._repeat(f"A tool call is invalid: {error}.")
+
+    def _emit_text(self) -> None:
+        """Pass on the tokens as text or, in think tags, as reasoning."""
+        events = self.think.feed([Text("".join(self.tokens))])
+        self.tokens, self.calls, self.size = [], [], 0
+        self.code.feed("".join(text_of(event) for event in events if isinstance(event, Text)))
+        self.out += events
+
+    def _read_calls(self) -> Generator[None, str, str]:
+        """Read and send calls between two marks; returns the token after closing marks."""
+        token = yield from self._read_marked()
+        # Some models omit the closing think tag: in reasoning, calls count that end the answer.
+        while token and self.think.in_reasoning:
+            if token in OPENING_MARKS:
+                token = yield from self._read_marked()
+            elif token in CLOSING_MARKS or token.isspace():
+                token = yield
+            else:
+                raise ValueError("reasoning follows")
+        self._send_calls()
+        while token in CLOSING_MARKS or token.isspace():
+            token = yield
+            if token in CLOSING_MARKS:
+                self.tokens.pop()
+        if not token or token in OPENING_MARKS:
+            self.tokens = [token]  # without blanks between and after calls
+        return token
+
+    def _read_marked(self) -> Generator[None, str, str]:
+        """Read the calls between two marks; returns the second one. Raises ValueError."""
+        functions, found, name = self.tools.functions, False, ""
+        arguments: Dict[str, Any] = {}
+        while True:
+            token = yield
+            if token in ("{", "[") and not arguments:
+                calls = yield from self._read_json(token, name)
+                self.calls += calls
+                found, name = True, ""
+            elif token in ARGUMENT_MARKS and name:
+                start = len(self.tokens) - 1
+                while (yield) not in ("", ARGUMENT_MARKS[token]):
+                    pass
+                key, value = read_argument("".join(self.tokens[start:]), functions[name])
+                arguments[key] = value
+            elif not found and KIMI_NAME.sub("", token) in functions:
+                found, name = True, KIMI_NAME.sub("", token)
+            elif not (token.isspace() or token in SKIPPED or token in OPENING_MARKS and not found):
+                break
+        if not found or token not in ("", *OPENING_MARKS, *CLOSING_MARKS):
+            raise ValueError("it has no valid JSON, or an unknown function")
+        if name:
+            self.calls.append((name, _encode(arguments)))
+        return token
+
+    def _read_json(self, token: str, name: str) -> Generator[None, str, List[Tuple[str, str]]]:
+        """Read an object or array; returns the calls in it that are still to be sent."""
+        json = self.json = LooseJSON(name)
+        json.feed(token)
+        while json.depth:
+            token = yield
+            if not token or token in TOOL_MARKS and not json.quote:
+                raise ValueError("it is not complete")
+            json.feed(token)
+        value = from_json("".join(json.tokens).encode())
+        value = {"name": name, "arguments": value} if name else value
+        calls = calls_of(value, self.tools.functions)
+        if self.is_sent:
+            self._send_part()
+            calls, self.is_sent = [], False
+        self.json = LooseJSON("")
+        return calls
+
+    def _send_part(self) -> None:
+        """Send the arguments read since the last time, once the function's name is known."""
+        json = self.json
+        if json.part and json.name in self.tools.functions and not self.think.in_reasoning:
+            if not self.is_sent:
+                self.calls.append((json.name, ""))
+                self._send_calls()
+                self.is_sent = True
+            self.out.append(ToolCall(self.count - 1, "".join(json.part)))
+            json.part, self.tokens = [], []
+
+    def _send_calls(self) -> None:
+        self.out += self.think.close()
+        self.think.started = self.think.closed = True  # think tags after a call are text
+        for name, arguments in self.calls:
+            if self.count == MAX_TOOL_CALLS:
+                raise too_many_calls(self.tools.upstream_name)
+            self.out.append(ToolCall(self.count, arguments, "call_" + new_id(), name))
+            self.count += 1
+        self.tokens, self.calls, self.size = [], [], 0
+
+    def _repeat(self, reason: str) -> None:
+        """Raise the error that repeats, once, a chat that requires a call."""
+        tools, is_late = self.tools, self.passed_on and self.tools.call.stream
+        if tools.required and not (tools.complaint or self.count or is_late):
+            tools.complaint, self.stopped = reason + MUST_CALL, True
+            raise APIError(502, reason, code="tools", category=Category.RETRY)
 
 
 class LooseJSON:
@@ -4067,7 +4299,7 @@ def calls_of(value: Any, functions: Iterable[str]) -> List[Tuple[str, str]]:
     for item in map(as_dict, value if isinstance(value, list) else [value]):
         item = function_of(item) or item
         name, arguments = str(item.get("name")), item.get("arguments", item.get("parameters"))
-        if isinstance(arguments, str):
+        if arguments and isinstance(arguments, str):
             arguments = from_json(arguments.encode())
         if name not in functions:
             raise ValueError(f"{name[:80]!r} is not a function")
@@ -4077,239 +4309,48 @@ def calls_of(value: Any, functions: Iterable[str]) -> List[Tuple[str, str]]:
     return calls
 
 
-def read_argument(mark: str, function: Dict[str, Any]) -> Generator[None, str, Tuple[str, Any]]:
-    """Read the tokens of an argument after its mark; returns its name and value.
+def read_argument(text: str, function: Dict[str, Any]) -> Tuple[str, Any]:
+    """Return the name and value of an argument between marks. Raises ValueError.
 
     The value has no quotes: it is JSON unless the function's schema wants a string.
     """
-    tokens = [mark]
-    while tokens[-1] != ARGUMENT_MARKS[mark]:
-        tokens.append((yield))
-        if not tokens[-1]:
-            raise ValueError("it is not complete")
-    argument = ARGUMENT.fullmatch("".join(tokens))
+    argument = ARGUMENT.fullmatch(text)
     if not argument:
-        raise ValueError("an argument has no name")
+        raise ValueError("an argument is not complete")
     name, text = argument[1] or argument[2], argument[3]
     properties = as_dict(as_dict(function.get("parameters")).get("properties"))
-    types = as_dict(properties.get(name)).get("type")
-    value = json_or_none(text.encode("utf-8", "replace"))
-    is_text = "string" in (types, *as_list(types)) or value is None and text != "null"
-    return name, text if is_text else value
+    if may_be_string(as_dict(properties.get(name))):
+        return name, text
+    word = LooseJSON.WORDS.get(text, text)  # Qwen3-Coder's template has Python's
+    value = json_or_none(word.encode("utf-8", "replace"))
+    return name, text if value is None and word != "null" else value
 
 
-def skip(words: Tuple[str, ...]) -> Generator[None, str, str]:
-    """Read tokens up to one that is neither blank nor one of the words; returns that."""
-    token = yield
-    while token in words or token.isspace():
-        token = yield
-    return token
+def may_be_string(schema: Dict[str, Any]) -> bool:
+    """Whether a JSON schema allows strings by its type, or by one of several."""
+    types = schema.get("type")
+    others = map(as_dict, as_list(schema.get("anyOf")))
+    return "string" in (types, *as_list(types)) or any(map(may_be_string, others))
 
 
-class ToolCallFilter(TextFilter):
-    """Turns calls in Text events into ToolCall events.
+class MarkdownCode:
+    """Tracks whether streamed Markdown is in a code block, a code span or quotes."""
 
-    A call begins with a mark outside of Markdown code. It is held back, as all of it is text if it
-    proves invalid: not JSON, of an unknown function, or without a closing mark before other text.
-    In a stream, arguments above HELD characters are passed on as they arrive; if they then prove
-    invalid, feed() raises an APIError, as it does to repeat a chat that requires a call.
+    # At the start of a line, or with no more than a language after it.
+    FENCE = re.compile(r"(?:^[ \t>*+-]*(?=[`~]+[^`]*$)|[ \t](?=[`~]+\w*\s*$))(`{3,}|~{3,})")
 
-    Generators read a call token by token, of which "" is the end of the answer, and raise
-    ValueError if it is invalid. A token at the end of the text waits, as it may be cut.
-    """
+    def __init__(self) -> None:
+        self.fence, self.line = "", ""
 
-    HELD, MAX_CALL = 256, 4 << 20  # characters
+    def feed(self, text: str) -> None:
+        *lines, self.line = (self.line[-1000:] + text).split("\n")
+        for mark in filter(None, map(self.FENCE.search, lines)):
+            if mark[1].startswith(self.fence):
+                self.fence = "" if self.fence else mark[1]
 
-    def __init__(self, tools: PromptedTools) -> None:
-        self.tools, self.code = tools, MarkdownCode()
-        self.reader: Any = None  # a generator, after an opening mark
-        self.value = LooseJSON("")  # its last one
-        self.raw: List[str] = []  # tokens since the first mark, or since the last call
-        self.size = 0  # of them, in characters
-        self.pending = ""  # a token or mark that may be longer
-        self.count = 0  # of calls sent
-        self.is_sent = False  # the name of the call that is read
-        self.passed_on = self.at_end = False
-
-    def feed(self, events: List[Event]) -> List[Event]:
-        out = super().feed(events)
-        self.passed_on = self.passed_on or bool(out)
-        return out
-
-    def is_passthrough(self, text: str) -> bool:
-        if self.reader or self.pending or "<" in text or "[" in text:
-            return False
-        self.code.feed(text)
-        return True
-
-    def read(self, event: Text) -> None:
-        text, self.pending, at = self.pending + event.text, "", 0
-        while at < len(text) and not self.stopped:
-            at = self._read_call(text, at) if self.reader else self._read_text(text, at)
-        if self.tools.call.stream and self.size > self.HELD:
-            self._send_part()
-
-    def release(self) -> None:
-        text = "" if self.is_sent else "".join(self.raw) + self.pending
-        self.reader, self.value, self.pending = None, LooseJSON(""), ""
-        self.raw, self.size, self.is_sent = [], 0, False
-        self._emit(text)
-
-    def _emit(self, text: str) -> None:
-        if text:
-            self.code.feed(text)
-            self.out.append(Text(text))
-
-    def _read_text(self, text: str, at: int) -> int:
-        """Pass on text up to an opening mark; returns the position after the mark."""
-        mark = OPENING_MARK.search(text, at)
-        if not mark:
-            end = max(text.rfind("<", at), text.rfind("[", at))
-            end = end if text[end : end + MAX_TOKEN] in PARTIAL_MARKS else len(text)
-            self._emit(text[at:end])
-            self.pending = text[end:]
-            return len(text)
-        self._emit(text[at : mark.start()])
-        if self.code.is_open():
-            self._emit(mark[0])
-        else:
-            self.reader, self.raw = self._read_calls(), [mark[0]]
-            next(self.reader)
-        return mark.end()
-
-    def _read_call(self, text: str, at: int) -> int:
-        """Read a token of a call; returns the position after it."""
-        in_string = self.value.quote != ""
-        token = next((STRING_TOKEN if in_string else CALL_TOKEN).finditer(text, at))[0]
-        end = at + len(token)
-        is_last = end == len(text) and len(token) < MAX_TOKEN and token not in TOOL_MARKS
-        is_cut = is_last or text[at : at + MAX_TOKEN] in PARTIAL_MARKS
-        if not self.at_end and (token == "\\" if in_string else is_cut):
-            self.pending = text[at:]
-            return len(text)
-        self.raw.append(token)
-        self.size += len(token)
-        self._read_token(token)
-        return end
-
-    def _read_token(self, token: str) -> None:
-        """Give the reader a token; an invalid call becomes text."""
-        try:
-            if self.size > self.MAX_CALL:
-                raise ValueError("it is too long")
-            self.reader.send(token)
-        except StopIteration:
-            self.raw = []  # line breaks after a call
-            self.release()
-        except ValueError as error:
-            if self.is_sent:
-                self.stopped = True
-                message = f"{self.tools.upstream_name} sent an invalid tool call."
-                raise APIError(502, message, code="invalid_tool_call") from None
-            self.release()
-            self._repeat(f"A tool call is invalid: {error}.")
-
-    def _read_calls(self) -> Generator[None, str, None]:
-        """Read calls after an opening mark, as long as no text follows one."""
-        while True:
-            token = yield from self._read_marked()
-            if token in CLOSING_MARKS:
-                token = yield from skip(CLOSING_MARKS)
-                self.raw = [word for word in self.raw if word not in CLOSING_MARKS]
-            if not token:
-                return
-            if token not in OPENING_MARKS:
-                raise ValueError("text follows")
-            self.raw = [token]
-
-    def _read_marked(self) -> Generator[None, str, str]:
-        """Read and send the calls between two marks; returns the second one."""
-        calls: List[Tuple[str, str]] = []
-        arguments: Dict[str, Any] = {}
-        token = yield from skip(OPENING_MARKS + SKIPPED)
-        name = KIMI_NAME.sub("", token)
-        if name in self.tools.functions:
-            token = yield from skip(SKIPPED)
-        else:
-            name = ""
-        while name and token in ARGUMENT_MARKS:
-            key, value = yield from read_argument(token, self.tools.functions[name])
-            arguments[key] = value
-            token = yield from skip(SKIPPED)
-        if arguments or name and token in CLOSING_MARKS:
-            calls = [(name, _encode(arguments))]
-        while token in ("{", "[") and not arguments:
-            if calls:
-                self._send_calls(calls)
-                self.raw = [] if self.stopped else [token]
-            calls = yield from self._read_json(token, name)
-            if self.is_sent:
-                self._send_calls([])
-                return CLOSING_MARKS[0]
-            name = ""
-            token = yield from skip(SKIPPED)
-        if not calls or token not in ("", *OPENING_MARKS, *CLOSING_MARKS):
-            raise ValueError("it has no valid JSON, or an unknown function")
-        self._send_calls(calls)
-        return token
-
-    def _read_json(self, token: str, name: str) -> Generator[None, str, List[Tuple[str, str]]]:
-        """Read an object or array; returns the calls in it."""
-        value = self.value = LooseJSON(name)
-        value.feed(token)
-        while value.depth:
-            token = yield
-            if not token:
-                raise ValueError("it is not complete")
-            value.feed(token)
-        parsed = from_json("".join(value.tokens).encode())
-        parsed = {"name": name, "arguments": parsed} if name else parsed
-        calls = calls_of(parsed, self.tools.functions)
-        if self.is_sent:
-            self._send_part()
-        self.value = LooseJSON("")
-        return calls
-
-    def _send_part(self) -> None:
-        """Send the arguments read since the last time, once the function's name is known."""
-        if self.value.part and self.value.name in self.tools.functions:
-            if not self.is_sent:
-                self._start_call(self.value.name, "")
-            self.out.append(ToolCall(self.count - 1, "".join(self.value.part)))
-            self.value.part, self.raw, self.is_sent = [], [], True
-
-    def _start_call(self, name: str, arguments: str) -> None:
-        if self.count == MAX_TOOL_CALLS:
-            raise too_many_calls(self.tools.upstream_name)
-        self.out.append(ToolCall(self.count, arguments, "call_" + new_id(), name))
-        self.count += 1
-
-    def _send_calls(self, calls: List[Tuple[str, str]]) -> None:
-        """Send complete calls, which a mark or the end of the answer has confirmed."""
-        for name, arguments in calls[: 1 if self.tools.single else None]:
-            self._start_call(name, arguments)
-        self.raw, self.size, self.is_sent = [], 0, False
-        if self.tools.single and self.count and not self.at_end:
-            self.stopped = True
-            self.out.append(Finish("tool_calls"))
-
-    def _repeat(self, reason: str) -> None:
-        """Raise the error that repeats, once, a chat that requires a call."""
-        tools, is_late = self.tools, self.passed_on and self.tools.call.stream
-        if tools.required and not (tools.complaint or self.count or is_late):
-            tools.complaint, self.stopped = reason + MUST_CALL, True
-            raise APIError(502, reason, code="tools", category=Category.RETRY)
-
-    def finish(self, finish: Finish) -> None:
-        self.at_end = True
-        self.read(Text(""))  # what was pending
-        if self.reader and not (self.is_sent and finish.reason == "length"):
-            self._read_token("")
-        self.release()
-        if not self.count:
-            self._repeat("The answer has no tool call.")
-        reason = "tool_calls" if self.count and finish.reason == "stop" else finish.reason
-        self.out.append(Finish(reason, finish.usage, finish.stop_sequence))
+    def is_open(self) -> bool:
+        in_span = len(re.findall("`+", self.line)) % 2 == 1
+        return bool(self.fence) or in_span or self.line[-1:] in ("'", '"')
 
 
 # == 10. controllers ==========================================================================
@@ -4526,13 +4567,13 @@ def has_tools(call: Call) -> bool:
 
 
 def filtered(decoder: Decoder, step: ToolCallFilter) -> Decoder:
-    """Return the decoder of an answer with a filter of tool calls after it."""
+    """Return the decoder of an answer with a filter of tool calls and think tags."""
     if isinstance(decoder, BufferedBody) and decoder.is_error_body:
         return decoder
     chain = decoder if isinstance(decoder, DecoderChain) else DecoderChain(decoder)
-    if not any(isinstance(other, ThinkTagFilter) for other in chain.filters):
-        chain.filters += (ThinkTagFilter(),)
-    chain.filters, chain.started = (*chain.filters, step), decoder.started
+    filters = [step if isinstance(each, ThinkTagFilter) else each for each in chain.filters]
+    chain.filters = tuple(filters if step in filters else [*filters, step])
+    chain.started = decoder.started
     return chain
 
 
@@ -4587,7 +4628,8 @@ class Cache(Generic[T]):
         try:
             repeated = not self.expires and self.clock() < self.refresh_at
             if self.failure and (repeated or self.failed_at >= arrived_at):
-                raise self.failure
+                # otherwise each caller would add its frames, with the request, to the traceback
+                raise self.failure.with_traceback(None)
             value = self.value
             return self._replace() if value is None or value == old else value
         finally:
@@ -4631,11 +4673,17 @@ CONTEXT_NAMES = re.compile(
 def context_length(entry: Any, prefix: str = "", depth: int = 4) -> Optional[int]:
     """A model's context length in tokens, by its entry in a model list; or None.
 
-    Outer fields take precedence over nested ones, and "context" over other names.
+    Outer fields take precedence over nested ones, "context" over other names, and the length with
+    which a model was loaded over what it could have.
     """
-    fields = list(itertools.islice(as_dict(entry).items(), 64))
-    names = {name: re.sub("[_-]", "", name[:64]).lower() for name, _ in fields}
-    for name, value in sorted(fields, key=lambda item: "context" not in names[item[0]]):
+    items = enumerate(entry) if isinstance(entry, list) else as_dict(entry).items()
+    fields = list(itertools.islice(items, 64))
+    names = {name: re.sub("[_-]", "", str(name)[:64]).lower() for name, _ in fields}
+
+    def rank(item: Tuple[Any, Any]) -> Tuple[bool, ...]:
+        return tuple(word not in names[item[0]] for word in ("context", "loaded"))
+
+    for name, value in sorted(fields, key=rank):
         length = token_count(value)
         if length and any(map(CONTEXT_NAMES.fullmatch, (names[name], prefix + names[name]))):
             return length
@@ -4677,7 +4725,7 @@ def bounded_model_list(
 
 
 # == 11. failures =============================================================================
-# What an upstream's error means, how long to wait, and which secrets it must not tell.
+# What an upstream's error means, how long to wait, and which secrets it must not reveal.
 
 
 class ErrorRule(NamedTuple):
@@ -5396,11 +5444,17 @@ def _find_parts(text: str, form: str) -> Iterator[Tuple[int, int]]:
         while at >= 0:
             before = text[max(0, at - offset) : at][::-1], form[:offset][::-1]
             after = text[at : at + len(form)], form[offset:]
-            start = at - len(os.path.commonprefix(before))
-            end = at + len(os.path.commonprefix(after))
+            start = at - common_length(*before)
+            end = at + common_length(*after)
             if start == at - offset or end - start >= 12:
                 yield start, end
             at = text.find(block, end)
+
+
+def common_length(first: str, second: str) -> int:
+    """Length of the longest common prefix of two strings."""
+    differing = (at for at, (one, other) in enumerate(zip(first, second)) if one != other)
+    return next(differing, min(len(first), len(second)))
 
 
 # == 12. akash ================================================================================
@@ -5507,14 +5561,12 @@ SPECIAL_TOKENS = re.compile(r"<\|(?=(?:endoftext|fim_prefix|fim_middle|fim_suffi
 ESCAPED = "<|\u2060"
 
 
-def akash_request(call: Call, drop: Iterable[str] = ()) -> Tuple[Dict[str, Any], List[str]]:
+def akash_request(model: str, chat: Dict[str, Any]) -> Tuple[Dict[str, Any], List[str]]:
     """Build the body for POST /api/chat/; also return the parameters left out of it.
 
-    Those in ``drop`` are left out first. APIError 400 if the call then needs anything that Akash
-    Chat does not support.
+    APIError 400 if the chat needs anything that Akash Chat does not support.
     """
-    body = {name: value for name, value in call.body.items() if value is not None}
-    ignored = [name for name in drop if name != "messages" and body.pop(name, None) is not None]
+    body = {name: value for name, value in chat.items() if value is not None}
     unsupported = [name for name in body if name not in AKASH_SUPPORTED]
     for name in unsupported:
         if name in AKASH_UNSUPPORTED and body[name] not in AKASH_UNSUPPORTED[name]:
@@ -5529,7 +5581,7 @@ def akash_request(call: Call, drop: Iterable[str] = ()) -> Tuple[Dict[str, Any],
     files: List[Dict[str, str]] = []
     # Clients that ask for a JSON object also say so in a message: the model does its best.
     json_mode = ["response_format"] * (body.get("response_format") == {"type": "json_object"})
-    for index, message in enumerate(body["messages"]):
+    for index, message in enumerate(as_list(body.get("messages"))):
         if message.get("role") in ("system", "developer"):
             system.append(_content(message, f"messages[{index}]", files)[0])
         else:
@@ -5540,7 +5592,7 @@ def akash_request(call: Call, drop: Iterable[str] = ()) -> Tuple[Dict[str, Any],
     return {
         "id": new_id()[:16],
         "messages": messages,
-        "model": call.model,
+        "model": model,
         # akash-chat f0a4ae0: an empty `system` selects the site's own persona, a blank does not
         "system": SPECIAL_TOKENS.sub(ESCAPED, "\n\n".join(filter(None, system))) or " ",
         # 0 and null count as absent. f0a4ae0 then applies the model's default; b58259a fails with
@@ -5548,7 +5600,7 @@ def akash_request(call: Call, drop: Iterable[str] = ()) -> Tuple[Dict[str, Any],
         "temperature": number_field(body, "temperature", 0.85) or 1e-6,
         "topP": number_field(body, "topP" if "topP" in body else "top_p", 1.0) or 1e-6,
         "context": files,
-    }, [*ignored, *(name for name in unsupported if name not in AKASH_UNSUPPORTED), *json_mode]
+    }, [*(name for name in unsupported if name not in AKASH_UNSUPPORTED), *json_mode]
 
 
 def refused(param: str, words: str) -> APIError:
@@ -5942,9 +5994,14 @@ def akash_decoder(model: str, secrets: Iterable[str], *filters: Filter) -> Decod
 
 
 def is_challenge_page(response: UpstreamResponse) -> bool:
-    """Whether a proxy in front of the server answered, such as a CDN with a challenge."""
-    content_type = response.headers.get("content-type", "")
-    return "cf-mitigated" in response.headers or content_type.startswith("text/html")
+    """Whether a proxy in front of the server wants a browser, such as a CDN with a challenge.
+
+    Pages with 429 or a 5xx only say that the server is overloaded or down.
+    """
+    is_page = response.headers.get("content-type", "").startswith("text/html")
+    return "cf-mitigated" in response.headers or (
+        is_page and response.status != 429 and response.status < 500
+    )
 
 
 def challenge_page_error(response: UpstreamResponse) -> APIError:
@@ -6019,8 +6076,13 @@ class ImageBatch:
         self.lock = threading.Lock()  # held while a job is being started
         self.cancellation = Cancellation()  # of the request
         self.joined = False  # it has, or had, a request
-        self.failed = False  # the request got an error that SDKs retry
+        self.ended = False  # the request, without its images
         self.expires_at = math.inf
+
+    def may_be_joined(self, now: float) -> bool:
+        """Whether its request has ended, or is about to, not too long ago."""
+        ended = self.ended or self.cancellation.reason is not None
+        return ended and now < self.expires_at
 
 
 class AkashImages:
@@ -6034,46 +6096,51 @@ class AkashImages:
     MAX_BATCHES, KEPT_SECONDS = 1000, 600.0
 
     def __init__(self, akash: "AkashController", clock: Callable[[], float]) -> None:
-        self.akash, self.clock, self.lock = akash, clock, threading.Lock()
-        self.batches: OrderedDict[Tuple[str, str, str], ImageBatch] = OrderedDict()
+        self.akash, self.clock, self.lock = akash, clock, threading.RLock()
+        self.batches: OrderedDict[ImageBatch, None] = OrderedDict()
 
     def find(self, call: Call) -> ImageBatch:
         """Return the batch that the call repeats, or a new one."""
         key = call.client, call.original.path, _sha256(call.original.raw_body)
         with self.lock:
-            batch = self.batches.get(key)
-            ended = batch and (batch.failed or batch.cancellation.reason is not None)
-            usable = batch and ended and self.clock() < batch.expires_at
-        return batch if batch and usable else ImageBatch(key)
+            now, batches = self.clock(), self.batches
+            repeated = (batch for batch in batches if batch.key == key and batch.may_be_joined(now))
+            return next(repeated, None) or ImageBatch(key)
 
     def join(self, call: Call) -> ImageBatch:
         """Make the batch that the call repeats, or a new one, the call's own."""
-        batch = self.find(call)
         with self.lock:
-            batch.cancellation, batch.joined, batch.failed = call.cancellation, True, False
+            batch = self.find(call)
+            batch.cancellation, batch.joined, batch.ended = call.cancellation, True, False
             batch.expires_at = self.clock() + self.KEPT_SECONDS
-            self.batches[batch.key] = batch
-            self.batches.move_to_end(batch.key)
+            self.batches[batch] = None
+            self.batches.move_to_end(batch)
             if len(self.batches) > self.MAX_BATCHES:
                 self.batches.popitem(last=False)
         return batch
 
-    def forget(self, batch: ImageBatch) -> None:
+    def leave(self, batch: ImageBatch, call: Call, may_be_repeated: bool) -> None:
+        """End a call's use of a batch, which is forgotten unless the call may be repeated."""
         with self.lock:
-            if self.batches.get(batch.key) is batch:
-                del self.batches[batch.key]
+            if not may_be_repeated:
+                self.batches.pop(batch, None)
+            elif batch.cancellation is call.cancellation:  # no repeat has joined it yet
+                # the reason of a cancellation would keep the request and its body in memory
+                batch.ended, batch.cancellation = True, Cancellation()
 
     def events(self, call: Call, data: bytes) -> Iterator[Event]:
         """Start a job for each image, then poll them; text instead of a job is passed on."""
-        batch = self.join(call)
+        batch, may_be_repeated = self.join(call), False
         try:
             yield from self._batch_events(call, data, batch)
-        except APIError as error:
-            batch.failed = error.status >= 500 and error.retry is not False
-            if not batch.failed:
-                self.forget(batch)
+        except APIError as error:  # those that SDKs retry
+            may_be_repeated = error.status >= 500 and error.retry is not False
             raise
-        self.forget(batch)
+        except (ClientDisconnected, GeneratorExit):
+            may_be_repeated = call.cancellation.reason is not None
+            raise
+        finally:
+            self.leave(batch, call, may_be_repeated)
 
     def _batch_events(self, call: Call, data: bytes, batch: ImageBatch) -> Iterator[Event]:
         """Yield a batch's events; one job at a time if concurrent requests are limited."""
@@ -6275,10 +6342,9 @@ class AkashController(Controller):
             raise call.translation_error
         if call.image_count and call.model not in ("", self.IMAGE_MODEL):
             raise bad_request(f"Images are generated by the model {self.IMAGE_MODEL}.", "model")
-        drop = self.options.drop
-        body, ignored = akash_request(call, drop)
-        body["model"] = self.options.model_map.get(call.model, call.model) or self.IMAGE_MODEL
-        fields = {name: value for name, value in call.body.items() if name not in drop}
+        name = self.options.model_map.get(call.model, call.model) or self.IMAGE_MODEL
+        fields, dropped = adapt_body(call.body, self.options, is_chat=not call.image_count)
+        body, ignored = akash_request(name, fields)
         limits = ("max_completion_tokens", "max_tokens")
         limit = next((name for name in limits if fields.get(name) is not None), "")
         max_tokens = number_field(fields, limit, None, integer=True, minimum=1)
@@ -6286,7 +6352,8 @@ class AkashController(Controller):
         messages = [*body["messages"], *body["context"]]
         texts = [body["system"], *(message["content"] for message in messages)]
         tokens = tokens_of(sum(map(token_units, texts)))
-        return request_json(body, len(call.original.raw_body)), stop_filter, ignored, tokens
+        data = request_json(body, len(call.original.raw_body))
+        return data, stop_filter, [*dropped, *ignored], tokens
 
     def secrets(self, cookie: Optional[str] = None) -> List[str]:
         """List the strings to redact from errors: keys, header values and cookies."""
@@ -6399,14 +6466,9 @@ class AkashController(Controller):
             )
         moved = redact(response.headers.get("location", "")[:1000], self.secrets())[:200]
         hint = f": it redirects to {moved}, check AKASH_BASE_URL" if moved else ""
-        raise APIError(
-            503,
-            f"Akash Chat did not start a session (status {response.status}){hint}.",
-            code="upstream_session",
-            retry_after=5,
-            category=Category.NETWORK,
-            upstream_status=response.status,
-        )
+        message = f"Akash Chat did not start a session (status {response.status}){hint}."
+        wait = retry_after_seconds(response.headers, answer)
+        raise no_session(message, response.status, wait)
 
     def _fail(self, response: UpstreamResponse, body: bytes, model: str, cookie: str) -> NoReturn:
         """Raise the error for an unsuccessful response.
@@ -6416,12 +6478,12 @@ class AkashController(Controller):
         request = response.request
         status, fields = response.status, as_dict(json_or_none(body))
         message = str(fields.get("message") or fields.get("error") or "")
-        rejected = status == 403 and message == "Unauthorized: Invalid session"
-        if rejected and request.retry_reason != "session":
+        if status == 403 and message == "Unauthorized: Invalid session":
             self.session.invalidate(cookie)
-            raise APIError(
-                502, "Akash Chat rejected the session.", code="session", category=Category.RETRY
-            )
+            if request.retry_reason != "session":
+                message = "Akash Chat rejected the session."
+                raise APIError(502, message, code="session", category=Category.RETRY)
+            raise no_session("Akash Chat rejected a new session.", status)  # its store is down
         if status == 400 and not fields and body:
             message = "Bad request: " + body[:4000].decode("utf-8", "replace")
         message, secrets = message[:4000], self.secrets(cookie)
@@ -6496,6 +6558,18 @@ class AkashController(Controller):
         return models, self.settings.models_ttl
 
 
+def no_session(message: str, status: int, wait: Optional[float] = None) -> APIError:
+    """Return the 503 for a server without sessions; ``wait`` are the seconds that it named."""
+    return APIError(
+        503,
+        message,
+        code="upstream_session",
+        retry_after=wait or 5,
+        category=Category.RATE_LIMIT if wait else Category.NETWORK,
+        upstream_status=status,
+    )
+
+
 def no_models() -> APIError:
     """Return the error for an empty list: an outage of the backend, not a wrong model."""
     return APIError(
@@ -6503,6 +6577,7 @@ def no_models() -> APIError:
         "Akash Chat lists no models at the moment.",
         retry_after=30,
         category=Category.NETWORK,
+        upstream_status=200,
     )
 
 
@@ -7406,7 +7481,8 @@ class OpenAIController(Controller):
         named = ((entry.get("id"), entry) for entry in map(as_dict, models))
         entries = bounded_model_list(self.name, named).values()
         if not entries:
-            raise APIError(503, f"{self.name} lists no models.")
+            message = f"{self.name} sent no list of models."
+            raise APIError(503, message, upstream_status=response.status)
         common = {"object": "model", "owned_by": self.name}
         models = [
             with_context_length(
@@ -7819,7 +7895,7 @@ class CallQueue:
             waiter.upstream = upstream
             if upstream is not None:
                 upstream.in_flight += 1
-            waiter.exchange.wake()
+            waiter.exchange.resume()
 
     def __len__(self) -> int:
         """Return the number of queued calls. Any thread, also without the lock."""
@@ -7977,7 +8053,7 @@ class Pool:
         """Choose the upstream for the next attempt, and count the attempt as in flight.
 
         Raises APIError if no upstream is left, or Queued if the call has to wait: call again after
-        ``exchange.wake()``.
+        ``exchange.resume()``.
         """
         if len(self.upstreams) > 1:
             self.refresh_models_async()
@@ -8068,7 +8144,7 @@ class Pool:
                 resumed += 1
         return resumed
 
-    def wake_waiters(self, limit: int) -> bool:
+    def resume_waiters(self, limit: int) -> bool:
         """Resume up to ``limit`` ready calls; True if there may be more."""
         with self.lock:
             return self._resume_ready(self.clock(), limit) == limit
@@ -8269,14 +8345,14 @@ def least_connections(ready: List[Upstream]) -> Upstream:
     return weighted_round_robin([up for up, load in zip(ready, loads) if load == lowest])
 
 
-MAX_HASHED = 1 << 14  # characters at each end of a text
+MAX_HASHED = 1 << 14  # characters at each end of a string
 
 
 def conversation_of(call: Call) -> str:
     """A hash that the requests of one conversation share; "" if there are no messages.
 
     It is of the ``prompt_cache_key``, else of the key's name, the system text and the user's first
-    message. Only the ends of long texts are hashed.
+    message. Only the ends of long strings are hashed.
     """
     body = call.original.body or {}
     key, opening = body.get("prompt_cache_key"), [call.key_name]
@@ -8324,7 +8400,7 @@ class Exchange:
 
     def __init__(self, pool: Pool, call: Call) -> None:
         self.pool, self.call, self.cancellation = pool, call, call.cancellation
-        self.wake: Callable[[], Any] = bool  # resumes the call after Queued; any thread
+        self.resume: Callable[[], Any] = bool  # resumes the call after Queued; any thread
         self.other_models: List[str] = []  # of an alias, to be tried when none serves this one
         # Of the current model.
         self.tried: List[Upstream] = []
@@ -8341,7 +8417,7 @@ class Exchange:
         """Send the call to the next upstream; True if the response is an EventStream.
 
         After a failure of the category RETRY the same upstream is used. Raises APIError if no
-        upstream is left, Queued if the call has to wait: call again after wake().
+        upstream is left, Queued if the call has to wait: call again after resume().
         Worker thread.
         """
         if not self.prepared:
@@ -8396,7 +8472,11 @@ class Exchange:
         if self.cancellation.reason:
             raise error
         if not self.other_models:
-            raise self.pool.unknown_model(self.call, most_informative(self.model_errors))
+            error = most_informative(self.model_errors)
+            if error.retry_after:  # until the first of the models is available again
+                waits = (other.retry_after for other in self.model_errors)
+                error.retry_after = min(filter(None, waits))
+            raise self.pool.unknown_model(self.call, error)
         self._use_next_model()
 
     def events(self) -> Iterator[Event]:
@@ -8465,7 +8545,7 @@ class Exchange:
         self._end_attempt(error)
         if self.waiter is not None:
             self.pool.leave_queue(self)
-        self.wake = bool  # breaks a reference cycle
+        self.resume = bool  # breaks a reference cycle
 
 
 # == 15. dialects =============================================================================
@@ -8831,7 +8911,7 @@ class BlockDialect(Dialect):
     RENAMED_PARAMS: Dict[str, str] = {}  # fields with an equivalent in a chat, and its name
     KNOWN_PARAMS: Tuple[str, ...] = ()  # fields that to_chat() handles; others are ignored
     keeps_text = True
-    MAX_HIDDEN_REASONING = 1000  # characters
+    MAX_KEPT_REASONING = 1000  # characters
     BLOCKS_END_WITH_TEXT = True  # stop_block() repeats the block's text
     FUNCTION_TYPES: Tuple[Any, ...] = ()  # types of tools that are functions
     SCHEMA_KEY = ""  # their field with the JSON schema of the parameters
@@ -8843,7 +8923,8 @@ class BlockDialect(Dialect):
         self.extra_values = 0  # in the IDs of its calls
         self.has_begun = False  # there are further messages of the user or the assistant
         self.show_reasoning = True
-        self.hidden_reasoning = ""  # the beginning of what is not shown
+        self.returns_reasoning = False  # the client sends back what it gets, with a signature
+        self.kept_reasoning = ""  # the beginning of what it can't send back
         self.open_block: Any = None  # block_key() of the open block
         self.open_text: List[str] = []
         self.block_index = 0  # of the open or next block
@@ -9081,9 +9162,10 @@ class BlockDialect(Dialect):
     # -- the response
 
     def encode_event(self, event: Event) -> bytes:
-        if isinstance(event, Reasoning) and not self.show_reasoning:
-            self.hide_reasoning(event.text)
-            return b""
+        if isinstance(event, Reasoning):
+            self.keep_reasoning(event.text)
+            if not self.show_reasoning:
+                return b""
         if isinstance(event, (Text, Reasoning, ToolCall)):
             return self.encode_block(event)
         if isinstance(event, Finish):
@@ -9148,16 +9230,16 @@ class BlockDialect(Dialect):
     def answer_blocks(self, answer: Answer) -> List[BlockEvent]:
         """An answer as a sequence of events, one per block."""
         blocks: List[BlockEvent] = [Text(self.text(answer))]
+        self.keep_reasoning(answer.reasoning)
         if self.show_reasoning:
             blocks.insert(0, Reasoning(answer.reasoning))
-        else:
-            self.hide_reasoning(answer.reasoning)
         calls = [self.with_id(call, call.arguments) for call in answer.tools]
         return [*filter(text_of, blocks), *calls]
 
-    def hide_reasoning(self, text: str) -> None:
-        """Keep the beginning of reasoning that the client does not request."""
-        self.hidden_reasoning += text[: self.MAX_HIDDEN_REASONING - len(self.hidden_reasoning)]
+    def keep_reasoning(self, text: str) -> None:
+        """Keep the beginning of reasoning that the client can't send back, for with_id()."""
+        if not self.returns_reasoning:
+            self.kept_reasoning += text[: self.MAX_KEPT_REASONING - len(self.kept_reasoning)]
 
     def with_id(self, call: ToolCall, arguments: str) -> ToolCall:
         """A tool call with other arguments; its ID contains what the upstream wants back.
@@ -9170,8 +9252,8 @@ class BlockDialect(Dialect):
         if not CALL_ID.fullmatch(call_id):
             extra.update({"id": call_id} if 0 < len(call_id) <= MAX_CALL_ID else {})
             call_id = "call_" + new_id()
-        if self.hidden_reasoning:
-            extra["reasoning_content"], self.hidden_reasoning = self.hidden_reasoning, ""
+        if self.kept_reasoning:
+            extra["reasoning_content"], self.kept_reasoning = self.kept_reasoning, ""
         return ToolCall(call.index, arguments, id_with_extra(call_id, extra), call.name or "")
 
     def client_name(self, call: ToolCall) -> Tuple[str, Optional[str]]:
@@ -9437,7 +9519,7 @@ class Messages(BlockDialect):
 
     def to_chat(self, body: Dict[str, Any]) -> Dict[str, Any]:
         thinking, config = as_dict(body.get("thinking")), as_dict(body.get("output_config"))
-        self.show_reasoning = (
+        self.show_reasoning = self.returns_reasoning = (
             thinking.get("type") not in (None, "disabled") and thinking.get("display") != "omitted"
         )
         tools = self.convert_tools(body.get("tools"))
@@ -9720,7 +9802,6 @@ class Responses(BlockDialect):
     }
     # fmt: on
 
-    shows_encrypted = False  # reasoning items have encrypted_content
     sequence_number = 0  # of the next event
     stream_started = False
 
@@ -9743,7 +9824,7 @@ class Responses(BlockDialect):
         self.append_message("system", instructions)
         self.convert_messages(self.messages_of_items(items))
         include = list(map(str, as_list(body.get("include"))))
-        self.shows_encrypted = self.ENCRYPTED in include
+        self.returns_reasoning = self.ENCRYPTED in include
         self.untranslated += [f"include.{name}"[:80] for name in include if name != self.ENCRYPTED]
         self.untranslated += [f"text.{name}" for name in text if name != "format"]
         if body.get("store") is True:
@@ -9953,7 +10034,7 @@ class Responses(BlockDialect):
         parts = [self.part_object(event)] if status == "completed" else []
         if isinstance(event, Reasoning):
             item = {"id": item_id, "type": "reasoning", "status": status, "summary": parts}
-            return {**item, "encrypted_content": UNSIGNED} if self.shows_encrypted else item
+            return {**item, "encrypted_content": UNSIGNED} if self.returns_reasoning else item
         return {
             "id": item_id,
             "type": "message",
@@ -10050,10 +10131,15 @@ _DISPOSITION = re.compile(
 )
 
 
+def lenient_name(name: str) -> str:
+    """The name that a lenient upstream may read a field as."""
+    # Go's JSON decoder ignores case; PHP drops a bracket and what follows it.
+    return name.partition("[")[0].partition("\0")[0].strip().casefold()
+
+
 def is_model_field(name: str) -> bool:
     """Whether an upstream may read a field as "model", written in this or another way."""
-    # Go's JSON decoder ignores case; PHP drops a bracket and what follows it.
-    return name.partition("[")[0].partition("\0")[0].strip().casefold() == "model"
+    return lenient_name(name) == "model"
 
 
 def remove_model_params(query: str) -> str:
@@ -10078,7 +10164,7 @@ def check_names(names: Iterable[str], refused: Iterable[str] = ()) -> None:
             raise bad_request(f"The field {name[:40]!r} must be written 'model'.", "model")
     refused = {name.casefold() for name in refused}
     for name in names if refused else ():
-        if name.casefold() in refused:
+        if lenient_name(name) in refused:
             raise bad_request(f"The field {name[:40]!r} is not allowed for this key.", name[:40])
 
 
@@ -10330,7 +10416,7 @@ class EventLoop(threading.Thread):
             try:
                 self.wakeup_w.send(b"\0")
             except OSError:
-                return  # the pipe is full, so the loop will wake up; or the loop has been closed
+                return  # the pipe is full, so its wait will end; or the loop has been closed
 
     def stop(self) -> None:
         """End the loop after its current iteration. Any thread."""
@@ -10699,6 +10785,7 @@ class Connection:
         self.state, self.deadline = State.DISPATCHED, math.inf
         task = functools.partial(self.server.serve_request, request)
         if error is None and self.server.gate.is_health_check(request):
+            request.writer.send = self.send
             task()
         else:
             self.submit(request, task)
@@ -10960,10 +11047,13 @@ class ResponseWriter:
     def __init__(self, request: "Request") -> None:
         self.request, self.connection = request, request.connection
         self.lock = threading.RLock()
-        self.send: Callable[..., Any] = self.connection.enqueue  # Connection.send while STREAMING
+        # On the loop thread, for /health and while STREAMING: Connection.send.
+        self.send: Callable[..., Any] = self.connection.enqueue
         self.last_write = request.started_at
 
-    def start(self, status: int, headers: Dict[str, str], length: Optional[int] = None) -> None:
+    def start(
+        self, status: int, headers: Iterable[Tuple[str, str]], length: Optional[int] = None
+    ) -> None:
         """Begin the response; its body is chunked without a length.
 
         HTTP/1.0 has no chunks: there the end of the connection ends the body.
@@ -10973,12 +11063,13 @@ class ResponseWriter:
             request.keep_alive = False
         self.status = status
         self.chunked = length is None and request.head.http_minor == "1"
-        values = "".join(headers.values())
-        if not values.isprintable() or not values.isascii():
-            headers = {name: _UNPRINTABLE.sub("?", value) for name, value in headers.items()}
-        fields = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
+        lines = [f"{name}: {value}" for name, value in headers]
+        text = "".join(lines)
+        if not text.isprintable() or not text.isascii():
+            lines = [_UNPRINTABLE.sub("?", line) for line in lines]
+        fields = "\r\n".join([*lines, ""])
         framing = "Transfer-Encoding: chunked\r\n" if self.chunked else ""
-        if length is not None and status != 204:
+        if length is not None and status not in (204, 304):
             framing = f"Content-Length: {length}\r\n"
         elif length is None and not self.chunked:
             request.keep_alive = False
@@ -11018,7 +11109,7 @@ class ResponseWriter:
     def respond(self, status: int, data: bytes, headers: Dict[str, str]) -> None:
         """Write a complete response."""
         with self.lock:
-            self.start(status, headers, length=len(data))
+            self.start(status, headers.items(), length=len(data))
             self.finish(data)
 
     def break_off(self) -> None:
@@ -11042,7 +11133,7 @@ class ResponseWriter:
                 frame = frame[:-1] if is_comment else b""
             if frame and not self.connection.output:
                 if not self.status:
-                    self.start(200, SSE_HEADERS)
+                    self.start(200, SSE_HEADERS.items())
                 tail = self.tail
                 self.send(self._frame(frame))
                 self.tail = tail
@@ -11878,7 +11969,7 @@ def origin_allowed(
     ):
         return True
     if allowed_origins:
-        return "*" in allowed_origins or origin in allowed_origins
+        return "*" in allowed_origins or origin.lower() in allowed_origins
     return needs_token or is_web and is_local(authority)
 
 
@@ -11920,7 +12011,7 @@ class CallResponder:
         self.request, self.exchange, self.dialect, self.run = request, exchange, dialect, run
         self.writer, self.call = request.writer, exchange.call
         loop = request.connection.loop
-        exchange.wake = functools.partial(loop.call_soon_threadsafe, self._wake)
+        exchange.resume = functools.partial(loop.call_soon_threadsafe, self._resume)
         if self.call.stream:
             self.writer.ping_frame = dialect.ping_frame
 
@@ -11934,7 +12025,7 @@ class CallResponder:
         try:
             relayed = exchange.attempt()
         except Queued:
-            return True  # _wake() continues
+            return True  # _resume() continues
         if relayed:
             relay = StreamRelay(self)
             # Last: from here on the request belongs to the loop, which may already be relaying.
@@ -11959,7 +12050,7 @@ class CallResponder:
 
         self.run(step)
 
-    def _wake(self) -> None:
+    def _resume(self) -> None:
         """Continue a call that has left the pool's queue, on a worker. Loop thread."""
         task = functools.partial(self.run, self.attempt)
         self.request.connection.submit(self.request, task)
@@ -11973,9 +12064,8 @@ class CallResponder:
                 headers = dict(SSE_HEADERS) if is_event_stream(content_type) else {}
                 if content_type:
                     headers["Content-Type"] = content_type
-                self.writer.start(
-                    self.call.attempt.status, {**headers, **call_headers(self.request)}
-                )
+                headers.update(call_headers(self.request))
+                self.writer.start(self.call.attempt.status, headers.items())
         return b"" if content_type else self.dialect.opening_frames()
 
     def start_buffered(self, events: List[Event]) -> bytes:
@@ -11987,11 +12077,8 @@ class CallResponder:
             content_type, data = "application/json", to_json(self.dialect.response_body(answer))
         else:
             data = self.dialect.encode(events)
-        self.writer.start(
-            self.call.attempt.status,
-            {"Content-Type": content_type, **call_headers(self.request)},
-            length=len(data),
-        )
+        headers = {"Content-Type": content_type, **call_headers(self.request)}
+        self.writer.start(self.call.attempt.status, headers.items(), length=len(data))
         return data
 
     def error_trailer(self, error: APIError) -> bytes:
@@ -12060,10 +12147,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
     send_error(), rfile and wfile. Differences from http.server:
 
     - a handler is created for each complete request, not for each connection;
-    - ``request`` is a Request;
+    - ``request`` is a Request, ``connection`` a Connection;
+    - ``path`` is percent-decoded and without PATH_PREFIX, but with its query;
     - the response body is framed here: chunked unless a Content-Length is sent;
     - errors are sent in the client's dialect, also by send_error();
-    - a do_ method that returns True has left the rest of the response to the loop.
+    - a do_ method that returns True leaves the response to the loop.
     """
 
     server: "Server"
@@ -12091,6 +12179,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def wfile(self) -> Any:  # type: ignore[override]
         """The response body as a file."""
         return ResponseFile(self.request.writer)
+
+    @functools.cached_property
+    def requestline(self) -> Any:  # type: ignore[override]
+        """The request line."""
+        return f"{self.command} {self.path} {self.request_version}"
 
     @functools.cached_property
     def headers(self) -> Any:  # type: ignore[override]
@@ -12130,9 +12223,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def parse_request(self) -> bool:
         """Set the attributes from the parsed head; APIError if the request was rejected."""
         request = self.request
-        self.command, self.path, self.query, http_minor, headers = request.head
-        self.request_version = f"HTTP/1.{http_minor}"
-        self.requestline = f"{self.command} {self.path} {self.request_version}"
+        self.command, path, query, http_minor, headers = request.head
+        self.path = f"{path}?{query}" if query else path
+        self.request_version = "HTTP/1.1" if http_minor == "1" else "HTTP/1.0"
         target = request.route.targets.get("POST")
         if isinstance(target, type):
             self.dialect = target
@@ -12170,7 +12263,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Call the route's function, or respond to a model call; returns as do_GET()."""
         target = self.request.route.target(self.command)
         if target is None:  # the gate leaves the paths to a subclass, which calls super().do_GET()
-            raise APIError(404, f"There is no {self.path[:200]!r} here.", code="not_found")
+            path = self.request.head.path
+            raise APIError(404, f"There is no {path[:200]!r} here.", code="not_found")
         if not isinstance(target, type):
             return target(self)
         dialect, request = self.parse_call(target), self.request
@@ -12186,7 +12280,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def parse_call(self, dialect_class: Any) -> Any:
         """Parse the body into a dialect with its call; APIError 400 if it is invalid."""
-        headers = self.request.head.headers
+        head = self.request.head
+        headers = head.headers
         data, content_type = self.request.body, headers.get("content-type", "")
         try:
             if dialect_class is Passthrough:
@@ -12197,9 +12292,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except ValueError as error:
             raise bad_request(f"The body is not valid JSON: {error}.") from None
         call = dialect.call
-        call.original.path, call.original.raw_body = self.path, data
+        call.original.path, call.original.raw_body = head.path, data
         dialect.prepare()
-        query = remove_model_params(self.query) if self.query else ""
+        query = remove_model_params(head.query) if head.query else ""
         if query:
             call.original.query = "?" + query
         call.original.headers = {
@@ -12220,25 +12315,35 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Begin a response; ``message`` is ignored, the standard phrase is sent."""
         self.response: Tuple[int, List[Tuple[str, str]]] = (int(code), [])
 
+    send_response_only = send_response
+
     def send_header(self, keyword: str, value: Any) -> None:
         """Add a header; ValueError if it contains CR, LF or NUL (header injection)."""
         if re.search("[\r\n\0]", f"{keyword}{value}"):
             raise ValueError("a header must not contain CR, LF or NUL")
-        self.response[1].append((keyword, str(value)))
+        if keyword.lower() == "connection":
+            self.close_connection = str(value).lower() == "close"
+        else:
+            self.response[1].append((keyword, str(value)))
 
     def end_headers(self) -> None:
         """Begin the body, which is chunked without a Content-Length."""
         status, fields = self.response
         lengths = [int(value) for name, value in fields if name.lower() == "content-length"]
-        headers = {
-            name: value
-            for name, value in fields
-            if name.lower() not in ("content-length", "connection")
-        }
+        headers = [field for field in fields if field[0].lower() != "content-length"]
         no_body = status in (204, 304) or status < 200
         self.request.writer.start(
             status, headers, length=lengths[0] if lengths else 0 if no_body else None
         )
+
+    @property
+    def close_connection(self) -> bool:
+        """Whether the connection is closed after the response."""
+        return not self.request.keep_alive
+
+    @close_connection.setter
+    def close_connection(self, value: bool) -> None:
+        self.request.keep_alive = not value
 
     def send_error(
         self, code: int, message: Optional[str] = None, explain: Optional[str] = None
@@ -12368,16 +12473,14 @@ def get_image(handler: Handler) -> None:
     # private if there are tokens: a shared cache would serve the image without one
     cacheability = "private" if request.settings.needs_token else "public"
     try:
-        writer.start(
-            200,
-            {
-                "Content-Type": response.headers["content-type"],
-                "Cache-Control": f"{cacheability}, max-age=31536000, immutable",
-                "Content-Security-Policy": "sandbox; default-src 'none'",
-                "X-Content-Type-Options": "nosniff",
-                "Cross-Origin-Resource-Policy": "cross-origin",
-            },
-        )
+        headers = {
+            "Content-Type": response.headers["content-type"],
+            "Cache-Control": f"{cacheability}, max-age=31536000, immutable",
+            "Content-Security-Policy": "sandbox; default-src 'none'",
+            "X-Content-Type-Options": "nosniff",
+            "Cross-Origin-Resource-Policy": "cross-origin",
+        }
+        writer.start(200, headers.items())
         for data in response.iter_bytes() if handler.command == "GET" else ():
             handler.wfile.write(data)
         writer.finish()
@@ -12675,7 +12778,8 @@ class Server(http.server.ThreadingHTTPServer):
         try:
             self.accept_ready(64)  # bounded, so that a burst does not delay other connections
         except OSError as error:  # out of descriptors; on_tick() resumes
-            log.error("cannot accept a connection: %s", error)
+            if report_exhaustion():
+                log.error("cannot accept a connection: %s", error)
             self.loop.remove(self.socket)
             self.accept_paused = True
 
@@ -12728,7 +12832,7 @@ class Server(http.server.ThreadingHTTPServer):
                 self.all_closed.notify_all()
 
     def on_tick(self, now: float) -> None:
-        """Enforce all deadlines, resume accepting, wake queued calls. Loop thread."""
+        """Enforce all deadlines, resume accepting, resume queued calls. Loop thread."""
         CancelScope.cancel_overdue(now)
         for connection in self.connections.copy():
             try:
@@ -12741,15 +12845,15 @@ class Server(http.server.ThreadingHTTPServer):
                 self.loop.add(self.socket, self.on_connection, self.on_connection)
                 self.accept_paused = False
         self.pool.on_tick(now)
-        self.wake_waiters()
+        self.resume_waiters()
 
-    def wake_waiters(self) -> None:
+    def resume_waiters(self) -> None:
         """Resume up to 32 calls queued for a controller, the others later. Loop thread.
 
         1,500 calls that time out at once would otherwise block the loop.
         """
-        if self.pool.wake_waiters(32):
-            self.loop.call_soon_threadsafe(self.wake_waiters)
+        if self.pool.resume_waiters(32):
+            self.loop.call_soon_threadsafe(self.resume_waiters)
 
 
 def key_limiters(settings: Settings, previous: List[KeyLimiter]) -> List[KeyLimiter]:
@@ -12819,11 +12923,6 @@ def log_access(request: Request, now: float) -> None:
     log.handle(
         log.makeRecord(log.name, level, "akashproxy.py", 0, text, (), None, extra={"facts": facts})
     )
-
-
-def join_address(host: str, port: int) -> str:
-    """Format HOST:PORT, with an IPv6 address in brackets."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _family(host: str, port: int) -> Tuple[int, str]:
@@ -13010,7 +13109,7 @@ def demo_image(seed: str) -> bytes:
 
 
 # == 21. page =================================================================================
-# A page to chat with, a client of the API like any other. Knows nothing of the rest of this file.
+# A page to chat with, a client of the API like any other. Knows nothing of the other sections.
 
 PAGE = r"""<!doctype html>
 <html lang="en">
@@ -14103,6 +14202,7 @@ def start(server: Server, load: Callable[[], Settings], demo: bool = False) -> i
     """Start a server, print its URLs and serve until a signal; the exit status."""
     raise_fd_limit()
     gc.freeze()  # the module's objects live on: collections need not traverse them
+    gc.set_threshold(10_000)  # reference counts free nearly all: 2 % of a request's CPU time
     if not server.settings.needs_token and not server.is_loopback:
         log.warning(
             "anyone who can reach %s can use this server and its upstreams' keys and quotas: "

@@ -24,6 +24,7 @@ import functools
 import gc
 import hashlib
 import http.client
+import inspect
 import itertools
 import json
 import math
@@ -53,6 +54,11 @@ import zlib
 import pytest
 
 import akashproxy
+
+try:
+    import resource
+except ImportError:     # Windows
+    resource = None
 from akashproxy import (AkashDecoder, Answer, APIError, BodyDecoder, Call, Category, ConfigError, StopFilter, Finish, ProtocolError,
                         Reasoning, Server, Settings, Text, ThinkTagFilter, ToolCall, fold)
 
@@ -396,7 +402,18 @@ def pool():
         yield start
 
 
-ECHO = akashproxy.ControllerSettings(type="echo", speed=0.0)
+@pytest.fixture
+def own():
+    """own(class) is the controllers' type "own", own(class, path) a dialect at a path of its own, until the test ends."""
+    tables = akashproxy.CONTROLLERS, akashproxy.ROUTES
+    before = [dict(rows) for rows in tables]
+    yield lambda value, path="": tables[bool(path)].update({path or "own": {"POST": value} if path else value})
+    for rows, kept in zip(tables, before):
+        rows.clear()
+        rows.update(kept)
+
+
+ECHO, OF_ONES_OWN = akashproxy.ControllerSettings(type="echo", speed=0.0), akashproxy.ControllerSettings(type="own")
 
 
 def known(server):
@@ -527,6 +544,22 @@ def drain(sock):
     """Read a stream to its end, as fast as it comes."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
     return receive(sock, b"0\r\n\r\n")
+
+
+def end_cooldowns(server):
+    """Let the next request ask controllers that have just failed."""
+    for upstream in server.pool.upstreams:
+        upstream.cooldowns.clear()
+
+
+@contextlib.contextmanager
+def no_more_threads():
+    """The system can start no thread: none has room for such a stack."""
+    threading.stack_size(1 << 47)
+    try:
+        yield
+    finally:
+        threading.stack_size(0)
 
 
 def settle(server):
@@ -703,8 +736,12 @@ def statuses(server, count, body=None, **fields):
 
 
 def table(cases):
-    """Parametrize by a table {a name: values}."""
-    return pytest.mark.parametrize("case", list(cases.values()), ids=list(cases))
+    """Parametrize a test by a table {a name: values of its first parameters}; ``case`` is a row as it stands."""
+    def mark(test):
+        names, rows = list(inspect.signature(test).parameters), list(cases.values())
+        names = names[:len(rows[0])] if "case" not in names else ["case"]
+        return pytest.mark.parametrize(names, [[row] for row in rows] if names == ["case"] else rows, ids=list(cases))(test)
+    return mark
 
 
 def merged(events):
@@ -765,7 +802,7 @@ def test_kinds_of_events_differ():
 def test_fold_adds_up():
     answer = fold([Reasoning("h"), Reasoning("m"), Text("a"), ToolCall(1, "", "id1", "g"), ToolCall(0, "{", "id0", "f"),
                    ToolCall(0, "}"), Text("b"), Finish("stop")])
-    assert answer == Answer("ab", "hm", [ToolCall(0, "{}", "id0", "f"), ToolCall(1, "", "id1", "g")], [], Finish("stop"))
+    assert answer == Answer("ab", "hm", [ToolCall(0, "{}", "id0", "f"), ToolCall(1, "{}", "id1", "g")], [], Finish("stop"))
 
 
 R, T = Reasoning, Text
@@ -786,8 +823,7 @@ R, T = Reasoning, Text
     "a closing tag in quotes": ("Use `</think>` to end.", [T("Use `</think>` to end.")]),
     "breaks within a thought": ("<think>a\n\nb\n</think>\nc\n", [R("a\n\nb"), T("c\n")]),
 })
-def test_thinking_cut_anywhere(case):
-    text, expected = case
+def test_thinking_cut_anywhere(text, expected):
     for parts in pieces(text):
         assert merged(filtered(ThinkTagFilter(), parts)) == expected + [Finish("stop")], parts
 
@@ -826,8 +862,7 @@ def test_a_tag_that_was_never_opened():
     "a border": (["aabaaab"], None, "aabaabaaab", [T("aab"), Finish("stop", stop_sequence="aabaaab")]),
     "none of them": (["aaab", "aac"], None, "aabaaaa", [T("aabaaaa"), Finish("stop")]),
 })
-def test_cutoff_cut_anywhere(case):
-    stops, most, text, expected = case
+def test_cutoff_cut_anywhere(stops, most, text, expected):
     for parts in pieces(text):
         step = StopFilter(stops, most)
         events = [event for part in parts for event in step.feed([Text(part)])]
@@ -937,8 +972,7 @@ def test_secrets_stay_out_of_sight():
     "too large": (b"G / HTTP/1.1\r\nA: " + b"x" * 70000, 431),
     "too many fields": (b"G / HTTP/1.1\r\n" + b"A: b\r\n" * 101 + b"\r\n", 431),
 })
-def test_heads(case):
-    data, expected = case
+def test_heads(data, expected):
     for cuts in ([], [5], range(1, min(len(data), 300))):
         end, searched = -1, 0
         with pytest.raises(ProtocolError) if isinstance(expected, int) else contextlib.nullcontext() as caught:
@@ -984,8 +1018,7 @@ LENGTH, CHUNKED = {"content-length": "5"}, {"transfer-encoding": "chunked"}
     "gzip": ({"transfer-encoding": "gzip, chunked"}, b"", ProtocolError, 501),
     "a vertical tab": ({"transfer-encoding": "\x0bchunked"}, b"", ProtocolError, 501),
 })
-def test_bodies_cut_anywhere(case):
-    fields, data, expected, rest = case
+def test_bodies_cut_anywhere(fields, data, expected, rest):
     for parts in pieces(data) if len(data) < 100 else [[data]]:
         def read():
             body, got = BodyDecoder(fields), b""
@@ -1035,8 +1068,7 @@ def test_a_body_to_the_end_of_the_connection():
     "the upstream speaks unasked": (lambda akash, kept: ([sock.sendall(reply(408, b"{}")) for sock in akash.open.copy()],
                                                          wait_for(lambda: akashproxy.peek(kept))), 2, 1),
 })
-def test_a_kept_connection_is_used_again_while_it_can_be(case, akash, serve):
-    happens, connections, requests = case
+def test_a_kept_connection_is_used_again_while_it_can_be(happens, connections, requests, akash, serve):
     server = serve()
     assert chat(server).status == 200
     idle = server.pool.upstreams[0].controller.transport.connections.idle
@@ -1110,8 +1142,7 @@ SAID = reply(body=b"ID3", kind="audio/mpeg")
     "two blanks before the status": (SAID.replace(b" 200", b"  200"), 502, 2),
     "both lengths": (SAID.replace(b"Connection", b"Content-Length: 3\r\nConnection"), 502, 2),
 })
-def test_the_head_of_an_upstreams_answer(case, fake, pool):
-    data, status, connections = case
+def test_the_head_of_an_upstreams_answer(data, status, connections, fake, pool):
     server = known(pool(fake))
     before = fake.connections - 1               # a kept one is used
     fake.sends(data, keep=True)
@@ -1212,8 +1243,7 @@ DECODED = {
 
 
 @table(DECODED)
-def test_akash_streams_cut_at_every_byte(case):
-    data, expected, error = case
+def test_akash_streams_cut_at_every_byte(data, expected, error):
     for parts in pieces(data):
         events, told = decoded(akashproxy.DecoderChain(AkashDecoder("m"), akashproxy.SurrogateFilter()), parts)
         assert merged(events) == expected, parts
@@ -1239,8 +1269,8 @@ def pasted(prompt, negative=""):
     "a closing line within": (pasted("a'</image_generation>\"\ne"), "a'</image_generation>\"\ne"),
     "a later framing": (sdk5(delta("<image_generation> jobId='" + JOB + "' prompt='a"), delta("b' negative=''</image_generation>"), FINISH5), "ab"),
 })
-def test_the_answers_of_akashgen(case):
-    assert akashproxy.parse_image_job(case[0]) == (JOB, case[1]) and akashproxy.parse_image_job(HELLO) is None
+def test_the_answers_of_akashgen(data, prompt):
+    assert akashproxy.parse_image_job(data) == (JOB, prompt) and akashproxy.parse_image_job(HELLO) is None
 
 
 def picture(url):
@@ -1295,8 +1325,7 @@ def attached(url, text=""):
                    {"context": [{"name": name, "content": f"héllo <|{ZW}endoftext|>"} for name in ("a.md", "file")],
                     "messages": [user("hi"), user("Sum up.")]}),
 })
-def test_requests_to_akash(case, akash, serve):
-    body, expected = case
+def test_requests_to_akash(body, expected, akash, serve):
     assert chat(serve(), {"model": "m", **body}).status == 200
     got, = akash.bodies()
     assert {name: got[name] for name in expected} == expected
@@ -1346,8 +1375,7 @@ def test_requests_to_akash(case, akash, serve):
     "max_tokens a fraction": ({"max_tokens": 1.5}, "max_tokens", "must be an integer"),
     "max_completion_tokens": ({"max_completion_tokens": "9"}, "max_completion_tokens", "must be an integer"),
 })
-def test_what_akash_cannot_do_is_refused(case, akash, serve):
-    fields, param, words = case
+def test_what_akash_cannot_do_is_refused(fields, param, words, akash, serve):
     got = chat(serve(), **fields)
     assert (got.status, got.json["error"]["param"]) == (400, param)
     assert words in got.json["error"]["message"] and got.json["data"]["msg"] == got.json["error"]["message"]
@@ -1420,10 +1448,34 @@ def test_a_failed_renewal_leaves_the_old_cookie(akash):
     wait_for(lambda: len(akash.requests) == 3)
 
 
+def test_a_failure_that_is_repeated_keeps_no_caller_in_memory():
+    def fetch():
+        raise APIError(503, "down")
+
+    def depth_of_a_call():
+        with pytest.raises(APIError) as caught:
+            cache.get()
+        return len(list(akashproxy.traceback.walk_tb(caught.value.__traceback__)))
+
+    cache = akashproxy.Cache("list", fetch)
+    depth_of_a_call()
+    assert depth_of_a_call() == depth_of_a_call()
+
+
 def test_a_session_server_that_stalls_costs_all_one_time_out(akash, serve):
     akash.answer = akash.stall(None)
     server = serve(session_timeout=0.5)
     assert {got.status for got in at_once(lambda: chat(server), 6)} == {504} and len(akash.requests) < 6
+
+
+@pytest.mark.parametrize("path", ["/api/auth/session/", "/api/models/"])
+def test_an_endless_session_or_model_list_is_one_that_does_not_come(path, akash, serve):
+    honest, slow = akash.answer, akash.endless(reply(body=b"")[:-5], chunk(b" "), pause=0.05)
+    akash.answer = lambda sock, request: (slow if request.path == path else honest)(sock, request)
+    server, started = serve(session_timeout=0.5), time.monotonic()
+    got = ask(server, path="/v1/models") if "models" in path else chat(server)
+    assert (got.status, got.json["error"]["code"]) == (504, "timeout") and "within 0.5 seconds" in got.json["error"]["message"]
+    assert time.monotonic() - started < 5 and akash.gone.wait(20)
 
 
 def test_a_client_that_leaves_while_others_fetch_the_session(akash, serve):
@@ -1443,8 +1495,7 @@ def test_a_client_that_leaves_while_others_fetch_the_session(akash, serve):
     "no life told": ("session_token=ff", "session_token=ff"),
     "another name": ("xsession_token=ff", ""),
 })
-def test_any_cookie_is_taken(case, akash):
-    set_cookie, expected = case
+def test_any_cookie_is_taken(set_cookie, expected, akash):
     clock = Clock()
     session = session_of(akash, clock)
     akash.session = reply(body=b"{}", extra="".join(f"Set-Cookie: {line}\r\n" for line in set_cookie.split("\n")).encode())
@@ -1468,9 +1519,11 @@ def test_an_expired_session_is_renewed_once(akash, serve):
 
 def test_a_session_that_stays_invalid_is_no_loop(akash, serve):
     akash.faults += [akash.raw(reply(403, BAD_SESSION), keep=True)] * 9
-    got = chat(serve())
-    assert got.status == 424 and got.json["error"]["code"] == "upstream_auth"
+    server = serve()
+    got = chat(server)
+    assert (got.status, got.json["error"]["code"], got.headers["retry-after"]) == (503, "upstream_session", "5")
     assert len(akash.bodies()) == 2 and akash.cookies == 2
+    assert ask(server, path="/status").json["controllers"][0]["rests_for_seconds"] <= 1, "the server's sessions are lost, not our access"
 
 
 def test_a_redirect_is_told_with_where_it_leads(akash, serve):
@@ -1530,8 +1583,7 @@ SIGNED_OUT = b"HTTP/1.1 204 No Content\r\nConnection: keep-alive\r\n\r\n"
     "in two parts": (["appSession.0=two", "appSession.1=three", "appSession=; Max-Age=0"], "cf_clearance=x; appSession.0=two; appSession.1=three"),
     "none": ([], "appSession=one; cf_clearance=x"), "others": (["session_token=x", "appSessions=y"], "appSession=one; cf_clearance=x"),
 })
-def test_a_login_is_kept_alive(case, akash):
-    set_cookie, expected = case
+def test_a_login_is_kept_alive(set_cookie, expected, akash):
     clock, akash.me = Clock(), signed_in(*set_cookie)
     controller = akash_controller(akash, clock, cookie="appSession=one; cf_clearance=x")
     for _ in range(3):
@@ -1612,9 +1664,8 @@ def test_a_reload_keeps_the_renewed_login(akash):
     "reset": (reply(body=b'{"usagePercentage":0,"remainingPercentage":100,"blocked":false,"authenticated":false}'), True, False),
     "July": (None, False, True), "down": (reply(500, b'{"blocked":false}'), False, True), "odd": (reply(body=b'{"blocked":"no"}'), False, True),
 })
-def test_a_limit_that_has_been_reset_is_noticed(case, akash):
-    akash.limits, ends, may_probe = case
-    clock = Clock()
+def test_a_limit_that_has_been_reset_is_noticed(answer, ends, may_probe, akash):
+    akash.limits, clock = answer, Clock()
     options = akashproxy.ControllerSettings(type="akash", base_url=akash.url)
     pool = akashproxy.Pool(Settings(controllers=(options,)), clock=clock)
     upstream = pool.upstreams[0]
@@ -1642,8 +1693,8 @@ def test_a_limit_that_has_been_reset_is_noticed(case, akash):
     "OpenAI's": ({"object": "list", "data": [{"id": "a"}, {"id": "a"}]}, ["a"]),
     "empty": ([], []), "null": (None, []), "text": ("x", []), "odd entries": ([None, 7, {"id": 7}, {}], []),
 })
-def test_every_shape_of_a_model_list(case):
-    assert list(akashproxy.akash_models(case[0])) == case[1]
+def test_every_shape_of_a_model_list(listing, names):
+    assert list(akashproxy.akash_models(listing)) == names
 
 
 def test_models(akash, serve):
@@ -1751,8 +1802,7 @@ def test_a_web_page_is_never_relayed_as_a_picture(akash, serve):
     "a bad name": ([{"status": "succeeded", "result": "/api/image/.."}], 502, "name"),
     "no end": ([{"status": "waiting", "queue_position": 9}] * 10000, 504, "not ready"),
 })
-def test_pictures_that_fail(case, akash, serve):
-    states, status, words = case
+def test_pictures_that_fail(states, status, words, akash, serve):
     akash.chat = PICTURE_LINE
     akash.states.extend(states)
     server = serve(image_timeout=0.1 if status == 504 else 20)
@@ -1767,8 +1817,7 @@ def test_pictures_that_fail(case, akash, serve):
     "errors": ([(b"HTTP/1.1 200", False), (reply(500), True), (reply(502), True), (b"", False)], []),
     "lost states": ([], [[], [], QUEUE[0], "Job not found", []]),
 })
-def test_hiccups_while_a_picture_is_made_are_forgiven(case, akash, serve):
-    faults, states = case
+def test_hiccups_while_a_picture_is_made_are_forgiven(faults, states, akash, serve):
     akash.chat = PICTURE_LINE
     akash.states.extend(states)
     akash.faulty = lambda request: "image-status" in request.path
@@ -1823,13 +1872,24 @@ def drawing(server, akash, *headers):
     "the same": ("a", DRAW, "a", 2), "another prompt": ("a", {**DRAW, "prompt": "a dog"}, "a", 4),
     "another key": ("a", DRAW, "b", 4), "fewer": ("a", {"prompt": "a fox"}, "a", 3),
 })
-def test_a_repeat_joins_the_jobs_of_a_request_that_was_left(case, akash, serve):
-    first, body, second, jobs = case
+def test_a_repeat_joins_the_jobs_of_a_request_that_was_left(first, body, second, jobs, akash, serve):
     server = serve(keys=keys("a", "b"))
     drawing(server, akash, f"Authorization: Bearer {first}-key")
     for number in (jobs, jobs + body.get("n", 1)):      # once its images are sent, the same prompt gives others
         got = ask(server, "POST", "/v1/images/generations", body, bearer(second))
         assert len(got.json["data"]) == body.get("n", 1) and len(akash.bodies()) == number
+
+
+def test_each_of_several_equal_requests_has_jobs_for_its_repeat(akash, serve):
+    server = serve(image_timeout=0.2)
+    akash.chat = PICTURE_LINE
+    akash.states.extend(WAITING * 10000)
+    with concurrent.futures.ThreadPoolExecutor(4) as threads:
+        def four():
+            return [got.status for got in threads.map(lambda _: chat(server, GEN), range(4))]
+        assert four() == [504] * 4
+        akash.states.clear()
+        assert four() == [200] * 4 and len(akash.bodies()) == 4
 
 
 def test_a_repeat_joins_while_the_job_is_being_started(akash, serve):
@@ -1866,6 +1926,16 @@ def test_a_repeat_goes_to_the_controller_with_its_jobs(pool):
     assert route_of(ask(server, "POST", "/v1/images/generations", DRAW)) == "b=200"
 
 
+def test_jobs_are_kept_for_a_repeat_without_the_request(akash, serve):
+    def calls():
+        gc.collect()
+        return {id(call) for call in gc.get_objects() if type(call) is Call}
+
+    server, before = serve(), calls()
+    drawing(server, akash)
+    wait_for(lambda: not calls() - before)
+
+
 def test_image_jobs_are_kept_for_a_while_and_not_without_end():
     clock = Clock()
     batches = akashproxy.AkashImages(None, clock)
@@ -1876,7 +1946,7 @@ def test_image_jobs_are_kept_for_a_while_and_not_without_end():
         return call
 
     for number in range(1500):
-        batches.join(call_of(number)).failed = True
+        batches.join(call_of(number)).ended = True
     assert len(batches.batches) == 1000 and not batches.find(call_of(0)).joined and batches.find(call_of(1499)).joined
     clock.now += 601
     assert not batches.find(call_of(1499)).joined
@@ -1904,7 +1974,10 @@ UPSTREAM = {
     "req-badjson": (reply(500, b"", ""), 502, "upstream_error", "without giving a reason", {}),
     "gen-imgbackend-error-500": (reply(500, b'{"error":"Error generating image","message":"No workers available"}'), 502, "image_failed", "No workers", {}),
     "a page with 403": (reply(403, PAGE, "text/html"), 502, "upstream_blocked", "web page", {}),
-    "a page with 503": (reply(503, PAGE, "text/html; charset=utf-8"), 502, "upstream_blocked", "web page", {}),
+    "a challenge with 503": (reply(503, PAGE, "text/html; charset=utf-8", b"cf-mitigated: challenge\r\n"), 502, "upstream_blocked", "web page", {}),
+    "a page with 502": (reply(502, b"<html><title>502 Bad Gateway</title>", "text/html"), 503, "upstream_error", "without giving a reason (status 502)", {}),
+    "a page with 503": (reply(503, b"<html>", "text/html", b"Retry-After: 30\r\n"), 503, "upstream_error", "(status 503)", {"retry-after": "^30$"}),
+    "a page with 429": (reply(429, b"<html>", "text/html", b"Retry-After: 30\r\n"), 429, "rate_limit_exceeded", "too many", {"retry-after": "^30$"}),
     "a page with 200": (reply(200, PAGE, "text/html"), 502, "upstream_blocked", "web page", {}),
     "a page as text": (reply(200, PAGE, "text/plain"), 502, "upstream_blocked", "web page", {}),
     "cf-mitigated": (reply(403, b"{}", extra=b"cf-mitigated: challenge\r\n"), 502, "upstream_blocked", "web page", {}),
@@ -1923,8 +1996,7 @@ UPSTREAM = {
 
 
 @table(UPSTREAM)
-def test_failures_before_the_first_word_are_statuses(case, streamed, akash, serve):
-    data, status, code, words, headers = case
+def test_failures_before_the_first_word_are_statuses(data, status, code, words, headers, streamed, akash, serve):
     akash.sends(data)
     akash.sends(data)
     got = chat(serve(), stream=streamed)
@@ -1937,13 +2009,26 @@ def test_failures_before_the_first_word_are_statuses(case, streamed, akash, serv
 
 
 @pytest.mark.parametrize("path", ["/api/auth/session/", "/api/models/"])
-@pytest.mark.parametrize("status", [200, 403, 503])
+@pytest.mark.parametrize("status", [200, 403, 404])
 def test_a_page_in_front_of_the_session_or_the_models(path, status, akash, serve):
     answer = akash.answer
     akash.answer = lambda sock, request: (sock.sendall(reply(status, PAGE, "text/html")) or True if request.path == path else answer(sock, request))
     got = ask(serve(), path="/v1/models")
     assert got.status == 502 and got.json["error"]["code"] == "upstream_blocked" and b"<" not in got.body
     assert got.json["error"]["message"].startswith("127.0.0.1: A proxy in front"), "no port: clients need not know the inner network"
+
+
+@pytest.mark.parametrize("status, kind, extra, wait, rests", [
+    (429, "application/json", b"Retry-After: 120\r\n", "120", 120), (503, "text/html", b"Retry-After: 90\r\n", "90", 90),
+    (500, "", b"", "5", 1), (502, "text/html", b"", "5", 1)])
+def test_a_session_that_is_refused_for_a_time(status, kind, extra, wait, rests, akash, pool):
+    akash.session = reply(status, b"", kind, extra)
+    server = pool(akash, FakeAkash())
+    got = ask(server, path="/v1/models") and [chat(server) for _ in range(2)]
+    assert {answer.status for answer in got} == {200}
+    assert math.isclose(ask(server, path="/status").json["controllers"][0]["rests_for_seconds"], rests, abs_tol=1)
+    alone = chat(pool(akash))
+    assert (alone.status, alone.headers["retry-after"], alone.json["error"]["code"]) == (503, wait, "upstream_session")
 
 
 def test_endless_texts_of_errors_cost_nothing(akash, serve):
@@ -1959,14 +2044,11 @@ def test_endless_texts_of_errors_cost_nothing(akash, serve):
     "finish-none": (b'0:"one "\n' + END.replace(b"%b", b"unknown"), True, NO_REASON),
     "the backend's own limit": (b'0:"one "\n3:"Rate limit exceeded"\n', True, "Rate limit"),
 })
-def test_failures_within_an_answer(case, akash, serve):
-    lines, proper, words = case
+def test_failures_within_an_answer(lines, proper, words, akash, serve):
     akash.faults += [akash.cut(lines, proper)] * 2
-    server = serve()
-    got = chat(server)
+    got = chat(serve())
     assert got.status in (429, 502) and words in got.json["error"]["message"]
-    server.pool.upstreams[0].cooldowns.clear()        # else the next request waits for the end of its rest
-    text, _, finish, error = stream(server)
+    text, _, finish, error = stream(serve())
     assert (text, finish) == ("one ", None) and words in error["message"] and error["type"] and error["param"] is None
 
 
@@ -1975,8 +2057,7 @@ def test_failures_within_an_answer(case, akash, serve):
     "to the end of the connection": (lambda akash: akash.raw(b"HTTP/1.0 200 OK\r\nContent-Type: text/plain\r\n\r\n" + HELLO), "Hello from the mock."),
     "broken off when a filter holds something back": (lambda akash: akash.cut(b'0:"one </thin"\n'), 'one </thin'),
 })
-def test_a_stream_may_come_and_end_in_other_ways(case, akash, serve):
-    fault, text = case
+def test_a_stream_may_come_and_end_in_other_ways(fault, text, akash, serve):
     akash.faults.append(fault(akash))
     assert stream(serve())[0] == text
 
@@ -2127,8 +2208,7 @@ def test_legacy_completions(akash, serve):
     "streamed pictures": ("images/generations", {"prompt": "x", "stream": True}, "stream", "through chat"),
     "another model's pictures": ("images/generations", {"prompt": "x", "model": "dall-e-3"}, "model", "AkashGen"),
 })
-def test_bad_bodies_leave_the_connection_usable(case, akash, serve):
-    path, body, param, words = case
+def test_bad_bodies_leave_the_connection_usable(path, body, param, words, akash, serve):
     with link_to(serve()) as link:
         got = ask_again(link, "POST", "/v1/" + path, body)
         assert (got.status, got.json["error"]["param"]) == (400, param), got.body
@@ -2255,6 +2335,18 @@ def test_browsers_may_be_chosen(serve):
         assert got.headers.get("access-control-allow-origin") == allowed and got.headers["vary"] == "Origin"
 
 
+@pytest.mark.parametrize("text, origin", [
+    ("https://A.example/", "https://a.example"), ("http://a.example:8080", "http://a.example:8080"), ("*", "*"), ("null", "null"), ("file://", "file://"),
+    ("app://obsidian.md", "app://obsidian.md"), ("chrome-extension://abc/", "chrome-extension://abc"),
+    ("a.example", None), ("https://a.example/app", None), ("https://a.example https://b.example", None), ("", None), ("*.example", None)])
+def test_origins_are_written_as_browsers_send_them(text, origin):
+    if origin:
+        assert Settings(cors_origins=(text,)).cors_origins == (origin,)
+    else:
+        with pytest.raises(ConfigError, match="is not an origin such as https://example.com"):
+            Settings(cors_origins=(text,))
+
+
 def test_request_ids(serve):
     server = serve()
     assert ask(server, headers={"x-request-id": "abc-1.2_3"}).headers["x-request-id"] == "abc-1.2_3"
@@ -2278,13 +2370,9 @@ def test_a_client_that_leaves_ends_the_upstream_request(akash, serve):
 
 
 @pytest.mark.parametrize("said", [[Text("HI")], []])
-def test_a_controller_that_forgets_to_finish(said, monkeypatch, serve):
-    class Forgets(akashproxy.Controller):
-        def events(self, call):
-            return iter(said)
-
-    monkeypatch.setitem(akashproxy.CONTROLLERS, "forgets", Forgets)
-    server = serve(controllers=(akashproxy.ControllerSettings(type="forgets"),))
+def test_a_controller_that_forgets_to_finish(said, own, serve):
+    own(type("Forgets", (akashproxy.Controller,), {"events": lambda self, call: iter(said)}))
+    server = serve(controllers=(OF_ONES_OWN,))
     got = chat(server)
     assert got.status == 502 and EARLY in got.json["error"]["message"]
     if said:
@@ -2311,51 +2399,42 @@ def test_a_stop_leaves_no_thread_and_needs_no_start(serve):
     Server(Settings(server_address="127.0.0.1:0")).stop()
 
 
-def test_a_stop_may_come_twice():
-    server = Server(Settings(server_address="127.0.0.1:0")).start()
-    server.stop(0)
-    server.loop.join(10)
-    server.loop.is_alive = lambda: True     # it is about to end, and has closed all that it had
-    server.stop(0)
+def test_several_stops_may_come_at_once():
+    for _ in range(20):
+        server = Server(Settings(server_address="127.0.0.1:0")).start()
+        at_once(lambda: server.stop(0), 8, 8)
+        server.loop.join(10)
+        server.stop(0)
+        assert server.socket.fileno() < 0 and not server.loop.is_alive()
 
 
-def test_a_connection_that_can_not_be_watched_is_let_go(serve, monkeypatch):
-    server = serve()
-    monkeypatch.setattr(server, "process_request", lambda request, address: 1 / 0)
-    with contextlib.suppress(ConnectionError):
-        assert talk(server, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n") == b""
-    wait_for(lambda: not server.connections)
-
-
-def test_two_stops_may_come_at_once():
-    server, others = Server(Settings(server_address="127.0.0.1:0")).start(), threading.Event()
-    soon = server.loop.call_soon_threadsafe
-    server.loop.call_soon_threadsafe = lambda task: (others.wait(0.3), soon(task))
+def test_no_stop_ends_the_loop_before_the_backlog_is_accepted():
+    server, gate = Server(Settings(server_address="127.0.0.1:0")).start(), threading.Event()
+    server.loop.call_soon_threadsafe(lambda: gate.wait(10))         # it is slow
     with concurrent.futures.ThreadPoolExecutor(2) as threads:
-        first = threads.submit(server.stop, 0)
-        wait_for(lambda: server.draining)
-        second = threads.submit(lambda: (server.stop(0), server.loop.join(10), others.set()))
-        first.result(), second.result()
-    assert server.socket.fileno() < 0
+        stops = [threads.submit(server.stop, 0) for _ in range(2)]
+        assert not concurrent.futures.wait(stops, 0.1).done
+        gate.set()
+        assert [stop.result() for stop in stops] == [None, None] and server.socket.fileno() < 0
 
 
 def test_only_what_is_short_is_remembered(pool):
-    known = pool(FakeOpenAI(), FakeOpenAI()).pool
+    known, model = pool(FakeOpenAI(), FakeOpenAI()).pool, "m" * 5000
     head = b"GET /%b HTTP/1.1\r\nX-Long: %b" % (b"a" * 5000, b"b" * 5000)
     for parse in (akashproxy.parse_field, akashproxy.parse_request_line):
         parse.cache_clear()
     assert akashproxy.parse_head(head, akashproxy.parse_request_line)[1] == {"x-long": "b" * 5000}
     assert BodyDecoder(CHUNKED).feed(b"0\r\nX-Trailer: " + b"c" * 5000 + b"\r\n\r\n") == b""
-    assert known.candidates("m" * 5000) == known.upstreams
-    remembered = akashproxy.parse_field, akashproxy.parse_request_line, known._cached_candidates
-    assert [each.cache_info().currsize for each in remembered] == [0, 0, 0]
+    assert [parse.cache_info().currsize for parse in (akashproxy.parse_field, akashproxy.parse_request_line)] == [0, 0]
+    references = sys.getrefcount(model)
+    assert known.candidates(model) == known.upstreams and sys.getrefcount(model) == references
 
 
-def test_a_bug_is_not_shown(serve, akash, caplog):
-    server = serve()
-    server.pool.acquire = lambda *_: 1 / 0
-    got = chat(server)
-    assert (got.status, got.headers["x-should-retry"]) == (500, "false")
+def test_a_bug_is_not_shown_and_ends_its_call(own, serve, caplog):
+    own(type("Buggy", (akashproxy.ChatCompletions,), {"response_body": lambda self, answer: 1 / 0}), "/v1/buggy")
+    server = serve(controllers=(ECHO,), keys=keys("alice"))
+    got = ask(server, "POST", "/v1/buggy", CHAT, bearer("alice"))
+    assert (got.status, got.headers["x-should-retry"]) == (500, "false") and counts(server) == (0, 1, 0)
     assert "division" not in got.body.decode() and "ZeroDivisionError" in caplog.text
 
 
@@ -2364,8 +2443,7 @@ def test_a_hundred_streams_at_once(akash, serve):
     assert set(at_once(lambda: stream(server), 200, 100)) == {("Hello from the mock.", "", "stop", None)}
 
 
-def test_a_graceful_stop(akash, serve, monkeypatch):
-    monkeypatch.setattr(akashproxy, "LAME_DUCK_SECONDS", 0)
+def test_a_graceful_stop(akash, serve):
     server, hold = serve(), threading.Event()
     akash.faults.append(akash.steps(STREAM_HEAD + chunk(b'0:"one "\n'), hold, chunks(b'0:"two"\n' + STOP)))
     with link_to(server) as idle, concurrent.futures.ThreadPoolExecutor(2) as threads:
@@ -2378,14 +2456,6 @@ def test_a_graceful_stop(akash, serve, monkeypatch):
         hold.set()
         assert answer.result() == ("one two", "", "stop", None)
         stopped.result()
-
-
-def test_who_drains_says_so(akash, serve):
-    server = serve()
-    server.draining = True
-    got = ask(server)
-    assert (got.status, got.json["status"]) == (503, "draining") and got.headers["connection"] == "close"
-    server.draining = False
 
 
 def test_a_stop_that_waits_no_longer(akash, serve):
@@ -2659,7 +2729,7 @@ def test_the_file_is_a_script_for_uv_and_pipx():
 def test_settings_describe_themselves_and_take_lists(cls):
     for item in akashproxy.setting_fields(cls).values():
         assert f"    {item.name}: {item.metadata['help']}" in cls.__doc__
-        if item.type.startswith("Tuple[str") and item.name not in ("cors_origins",):
+        if item.type.startswith("Tuple[str"):
             value = {"bearer_token": ["tok"], "trusted_proxies": ["127.0.0.1/32"]}.get(item.name, ["a", "b"])
             with contextlib.suppress(ConfigError):
                 assert getattr(cls(**{item.name: value}), item.name) == tuple(value), item.name
@@ -2876,7 +2946,7 @@ def test_the_environment_within_the_file(config):
 def test_all_mistakes_of_a_file_with_their_places(config):
     path = config({"prot": 1, "max_wait": "long", "pool": {"type": "balancd", "x": 1}, "cors_origins": 7, "controllers": [
         {"type": "openia", "api_key": "k"}, {"weight": -1, "wieght": 2, "api_key": "k"}, 7, {"config": 7},
-        {"api_key": "k", "base_url": "x", "proxy": "socks://x", "models": [1], "model_map": [], "name": "a b", "weight": True,
+        {"api_key": "k", "base_url": "x", "proxy": "ftp://x", "models": [1], "model_map": [], "name": "a b", "weight": True,
          "headers": {"a": "b\n"}, "max_concurrency": 1.5}, {}, {"config_file": "missing.json"},
         {"name": "a", "type": "echo"}, {"name": "a", "type": "echo"}]})
     with pytest.raises(ConfigError) as caught:
@@ -2957,8 +3027,7 @@ OTHER_EVENTS = (b'data: {"choices":[{"text":"Once upon","index":0,"finish_reason
        for said, told in (("\xe9\x85\tb", "???b"), ("\xe9", "?"), ("b\tb", "b?b"))},
     "a secret in a type": (SPEECH, "audio/mpeg; x=upstream-key", b"ID3", "audio/mpeg; x=***"),
 })
-def test_what_is_relayed_is_relayed_byte_for_byte(case, fake, pool):
-    path, kind, data, told = case
+def test_what_is_relayed_is_relayed_byte_for_byte(path, kind, data, told, fake, pool):
     fake.sends(reply(kind="TYPE").partition(b"Transfer-")[0].replace(b"TYPE", kind.encode("latin-1")) + b"Transfer-Encoding: chunked\r\n\r\n"
                + chunks(*split(data, 7)))
     got = ask(pool((fake, {"api_key": "upstream-key"})), "POST", path, {**BOTH, "prompt": "Once", "echo": True, "stream": kind == EVENTS})
@@ -3066,8 +3135,7 @@ def call_parts(*parts):
     "all arguments so far with each fragment": (call_parts((0, "a", "f", ""), (0, "a", None, '{"a"'), (0, "a", None, '{"a":1'), (0, "a", None, '{"a":1}')), [("f", '{"a":1}')]),
     "one call with several indexes": (call_parts((0, "a", "f", '{"a":1}'), (1, "a", "f", '{"a":1}'), (2, "a", "f", '{"a":1}')), [("f", '{"a":1}')]),
 })
-def test_calls_however_they_are_fragmented(case):
-    data, expected = case
+def test_calls_however_they_are_fragmented(data, expected):
     for parts in pieces(data):
         answer = fold(decoded(akashproxy.ChatDecoder("b"), parts)[0])
         assert [(call.name, call.arguments) for call in answer.tools] == expected and answer.finish == Finish("tool_calls"), parts
@@ -3088,8 +3156,7 @@ HALF, OTHER_HALF = "\ud83d", "\ude00"
     "a half at the end": ([T("a" + HALF), Finish("stop")], [T("a\ufffd"), Finish("stop")]),
     "a half of reasoning at the end": ([R(HALF), ToolCall(0, HALF)], [R("\ufffd"), ToolCall(0, "\ufffd")]),
 })
-def test_halves_of_a_character_are_joined(case):
-    events, expected = case
+def test_halves_of_a_character_are_joined(events, expected):
     for parts in ([events], [[event] for event in events]):
         step = akashproxy.SurrogateFilter()
         found = [event for part in parts for event in step.feed(part)]
@@ -3110,8 +3177,7 @@ def deflated(data, wbits):
 
 @table({"gzip": ("gzip", 31), "x-gzip": ("X-Gzip", 31), "deflate": ("deflate", 15), "deflate without a header": ("deflate", -15)})
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages"])
-def test_a_compressed_answer_is_expanded(case, streamed, path, fake, pool):
-    name, wbits = case
+def test_a_compressed_answer_is_expanded(name, wbits, streamed, path, fake, pool):
     body = b"".join(fake.events()) if streamed else fake.completion()
     packed = deflated(body, wbits)
     head = fake.head("text/event-stream" if streamed else "application/json").replace(b"\r\n\r\n", b"\r\nContent-Encoding: %b\r\n\r\n" % name.encode())
@@ -3123,8 +3189,7 @@ def test_a_compressed_answer_is_expanded(case, streamed, path, fake, pool):
 
 @table({"br": ("br", b"x", "Content-Encoding 'br'"), "twice": ("gzip, gzip", b"x", "'gzip, gzip'"), "no gzip": ("gzip", b"not gzip", "connection lost"),
         "cut": ("gzip", deflated(b'{"choices":[{}]}', 31)[:-9], "connection lost"), "a bomb": ("gzip", deflated(bytes(50 << 20), 31), "connection lost")})
-def test_other_and_broken_compression_is_the_upstreams_failure(case, fake, pool):
-    encoding, body, words = case
+def test_other_and_broken_compression_is_the_upstreams_failure(encoding, body, words, fake, pool):
     fake.sends(reply(body=body, extra=f"Content-Encoding: {encoding}\r\n".encode()))
     got = chat(pool(fake, (FakeOpenAI(), {"priority": 2})), BOTH)
     assert route_of(got) == "a=502, b=200"
@@ -3166,8 +3231,7 @@ def test_a_stream_under_another_type(kind, path, fake, pool):
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages"])
 @pytest.mark.parametrize("sized", [True, False])
 @pytest.mark.parametrize("typed", [True, False])
-def test_a_200_that_is_no_answer_fails_over(case, path, sized, typed, fake, pool):
-    streamed, body = case
+def test_a_200_that_is_no_answer_fails_over(streamed, body, path, sized, typed, fake, pool):
     kind = b"text/plain" if not typed else b"text/event-stream" if streamed else b"application/json"
     head = b"HTTP/1.1 200 OK\r\nContent-Type: %b\r\n" % kind + (b"Content-Length: %d\r\n\r\n" % len(body) if sized else b"Connection: close\r\n\r\n")
     fake.sends(head + body)
@@ -3194,8 +3258,7 @@ def test_whole_calls_without_a_name(call, error, fake, pool):
                    "output_tokens_details": {"reasoning_tokens": 4}}, 80, 4),
     "Anthropic": ({"prompt_tokens": None, "input_tokens": 20, "completion_tokens": None, "output_tokens": 5, "cache_read_input_tokens": 80}, 80, 0),
 })
-def test_spellings_of_usage(case):
-    extra, cached, reasoning = case
+def test_spellings_of_usage(extra, cached, reasoning):
     usage = akashproxy.chat_usage({"prompt_tokens": 100, "completion_tokens": 5, "total_tokens": 105, **extra})
     assert (usage["prompt_tokens"], usage["completion_tokens"], usage["total_tokens"]) == (100, 5, 105)
     assert (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0) == cached
@@ -3322,8 +3385,7 @@ def test_a_relayed_stream_is_complete_with_its_last_event(path, body, ended, fak
         {"reasoning": "h", "reasoning_details": [{"type": "reasoning.text", "text": "h"}]}, {"reasoning_details": [{"type": "reasoning.summary", "summary": "h"}]})},
     "Groq's usage": (FakeOpenAI.event({"content": "a"}, "stop")[:-3] + b',"x_groq":{"usage":{"prompt_tokens":11,"completion_tokens":7}}}\n\n', [T("a"), Finish("stop", USAGE)], None),
 })
-def test_openai_streams_cut_at_every_byte(case):
-    data, expected, error = case
+def test_openai_streams_cut_at_every_byte(data, expected, error):
     for parts in pieces(data):
         events, told = decoded(akashproxy.DecoderChain(akashproxy.ChatDecoder("b"), akashproxy.SurrogateFilter()), parts)
         assert merged(events) == expected, parts
@@ -3408,9 +3470,9 @@ def exchange(pool, model="m"):
     return akashproxy.Exchange(pool, Call({"model": model}))
 
 
-def members_of(weights, kind="balanced", **more):
+def members_of(weights, kind="balanced", max_wait=3.0, **more):
     options = [akashproxy.ControllerSettings(type="echo", name=name, weight=weight, **more) for name, weight in weights.items()]
-    return akashproxy.Pool(Settings(controllers=tuple(options), pool_type=kind), clock=Clock())
+    return akashproxy.Pool(Settings(controllers=tuple(options), pool_type=kind, max_wait=max_wait), clock=Clock())
 
 
 def test_balanced_is_smooth():
@@ -3436,7 +3498,8 @@ def test_least_busy_is_by_requests_in_flight():
     pool = members_of({"a": 2, "b": 1}, "least_busy")
     assert "".join(pool.acquire(exchange(pool)).name for _ in range(6)) in ("abaaba", "ababaa", "abaaab")
     assert {member.name: member.in_flight for member in pool.upstreams} == {"a": 4, "b": 2}
-    pool.upstreams[0].in_flight = 0
+    for _ in range(4):
+        pool.release(pool.upstreams[0], None, True, 0)
     assert pool.acquire(exchange(pool)).name == "a"
 
 
@@ -3522,8 +3585,7 @@ does, HANGS_UP = operator.methodcaller, operator.methodcaller("refuse", 2)      
     "it ends without a finish": (does("early"), 502, 502, "upstream_error", "not streamed", True),
     "cut after the first event": (does("cut"), 502, 502, "upstream_error", "not streamed", True),
 })
-def test_failover_and_cool_down(case, streamed, b, c, pool):
-    fault, given, status, code, failover, cools_down = case
+def test_failover_and_cool_down(fault, given, status, code, failover, cools_down, streamed, b, c, pool):
     a, timeouts = FakeOpenAI(text="from a."), {"first_byte_timeout": 0.1 if code == "timeout" else 20}
     server = pool((a, {"weight": 1000, **timeouts}), b)
     a.faults.append(fault(a))
@@ -3570,8 +3632,7 @@ def test_when_all_have_failed_the_next_request_is_told_to_come_again(a, b, pool)
     assert (got.status, got.headers["retry-after"]) == (503, "1")
 
 
-def test_a_short_cool_down_is_waited_for(a, b, pool, monkeypatch):
-    monkeypatch.setattr(akashproxy, "BACKOFF_BASE", 0.3)
+def test_a_short_cool_down_is_waited_for(a, b, pool):
     assert statuses(pool(a.sends(b"\0"), b.sends(b"\0"), max_wait=5), 2) == [502, 200], "each is asked at most once in a request"
 
 
@@ -3601,7 +3662,7 @@ def test_tiers(a, b, c, pool):
 
 
 def test_requests_at_a_time(a, b, pool):
-    server = pool((a, {"max_concurrency": 1, "priority": 1}), (b, {"max_concurrency": 1, "priority": 2}))
+    server = pool((a, {"max_concurrency": 1, "priority": 1}), (b, {"max_concurrency": 1, "priority": 2}), max_wait=1)
     request = post("/v1/chat/completions", BOTH)
     for fake in (a, b):
         fake.faults.append(fake.stall())
@@ -3611,7 +3672,6 @@ def test_requests_at_a_time(a, b, pool):
             wait_for(b.bodies)
             got = chat(server, BOTH)
             assert (got.status, got.headers["retry-after"]) == (429, "1")
-            server.pool.settings = dataclasses.replace(server.pool.settings, max_wait=20)
             answer = threads.submit(chat, server, BOTH)
             second.close()
             assert answer.result().headers["x-akashproxy-route"] == "b=200"
@@ -3703,10 +3763,8 @@ def outcome(pool, model="m", tried=(), errors=()):
     "blips, no success": ([NETWORK] * 9, False), "all of them": ([NETWORK, AUTH, SERVER] * 3, False),
     "a client's own mistakes": ([stop_of(400), stop_of(404), stop_of(413), stop_of(403, category="refused")] * 5, False),
 })
-def test_a_limit_ends_when_it_says_whatever_failed_before(case):
-    before, success = case
-    pool = members_of({"a": 1})
-    pool.settings = dataclasses.replace(pool.settings, max_wait=0)
+def test_a_limit_ends_when_it_says_whatever_failed_before(before, success):
+    pool = members_of({"a": 1}, max_wait=0)
     attempt(pool, *before, *[None] * success)
     if success:
         assert pool.status()[0]["rests_for_seconds"] == 0
@@ -3746,8 +3804,7 @@ def test_when_all_refuse_the_key_the_error_says_so_each_time(pool):
 
 
 def test_a_limit_of_one_model_cools_that_model_only():
-    pool = members_of({"a": 1, "b": 1})
-    pool.settings = dataclasses.replace(pool.settings, max_wait=0)
+    pool = members_of({"a": 1, "b": 1}, max_wait=0)
     limit = stop_of(429, retry_after=50, cooldown_scope="model")
     attempt(pool, limit, limit, model="x")
     assert outcome(pool, "x") == (429, 50) and outcome(pool, "y") in ("a", "b") and outcome(pool, "X") in ("a", "b")
@@ -3770,8 +3827,7 @@ def test_names_of_models_are_remembered_within_bounds():
 
 
 def test_a_long_limit_is_checked_now_and_then_by_one_request():
-    pool = members_of({"a": 1})
-    pool.settings = dataclasses.replace(pool.settings, max_wait=0)
+    pool = members_of({"a": 1}, max_wait=0)
     attempt(pool, stop_of(429, retry_after=172800))
     pool.clock.now += 599
     assert outcome(pool) == (429, 172800 - 599)
@@ -3786,8 +3842,7 @@ def test_a_long_limit_is_checked_now_and_then_by_one_request():
     "a limit": (429, b"429 rate limit"), "a 5xx": (500, b"502 server error"), "a refused key": (401, b"the upstream refuses the key"),
     "a mistake": (400, b'"last_error":null'), "an unknown model": (404, b'"last_error":null'), "too large": (413, b'"last_error":null'),
 })
-def test_status_shows_no_words_of_clients(case, a, pool):
-    number, words = case
+def test_status_shows_no_words_of_clients(number, words, a, pool):
     server = pool(a, keys=keys("alice", "bob"))
     secret = "The password of alice is hunter2"
     a.faults.append(a.status(number, {"error": {"message": f"bad prompt: {secret}", "code": "hunter2", "type": "hunter2"}}))
@@ -3826,7 +3881,6 @@ def test_our_own_lack_of_resources_is_not_the_upstreams_failure(number, caplog):
 
 
 def test_a_process_without_descriptors_blames_no_upstream(config, a, b):
-    resource = pytest.importorskip("resource")
     for each in (a, b):
         each.faults.extend([each.stall()] * 50)
     path = config({"controllers": [{"name": name, "base_url": each.url} for name, each in (("a", a), ("b", b))], "max_wait": 0})
@@ -3843,6 +3897,17 @@ def test_a_process_without_descriptors_blames_no_upstream(config, a, b):
                 assert got.startswith(b"HTTP/1.1 503") and b"Retry-After: 1\r\n" in got and b"out of resources" in got
             for state in ask_again(status, path="/status").json["controllers"]:
                 assert (state["failed"], state["rests_for_seconds"], state["last_error"]) == (0, 0, None)
+
+
+def test_connections_that_cannot_be_accepted_are_one_line_in_the_log():
+    resource = pytest.importorskip("resource")
+    limit = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))}
+    with started("--demo", popen=limit) as (process, server):
+        with crowd(server, 60, b""):
+            time.sleep(1.2)     # several ticks of its clock
+        wait_for(lambda: ask(server).status == 200)
+        process.terminate()
+        assert process.stderr.read().count("cannot accept a connection") == 1
 
 
 # -- other names of models, and several models behind one
@@ -3886,8 +3951,7 @@ SMART = {"smart": ["one", "two", "three"]}
     "too long for it": (does("status", 400, b'{"error":{"message":"m","code":"context_length_exceeded"}}'), "two", "a(one)=400, b(two)=200"),
     "a wrong request": (lambda fake: fake.status(400), None, "a(one)=400"),
 })
-def test_the_models_of_an_alias_are_tried_in_order(case, streamed, a, b, pool, log):
-    fault, model, route = case
+def test_the_models_of_an_alias_are_tried_in_order(fault, model, route, streamed, a, b, pool, log):
     server = pool((a, {"models": ("one",)}), (b, {"models": ("two",)}), model_aliases=SMART)
     a.faults.extend([fault(a)] if fault else [])
     got = chat(server, BOTH, stream=streamed, model="smart")
@@ -3929,6 +3993,15 @@ def test_when_no_model_of_an_alias_can_be_served_the_best_error_is_told(a, b, po
     b.faults.append(b.status(500))
     got = chat(server, BOTH, model="smart")
     assert (got.status, got.headers["retry-after"], route_of(got)) == (429, "7", "a(one)=429, b(two)=500")
+
+
+def test_an_alias_is_available_again_as_soon_as_one_of_its_models(a, b, pool):
+    server = pool((a, {"models": ("one",)}), (b, {"models": ("two",)}), model_aliases=SMART)
+    a.faults.append(a.status(429, extra=b"Retry-After: 14400\r\n"))
+    b.faults.append(b.status(429, extra=b"Retry-After: 20\r\n"))
+    for _ in range(2):
+        got = chat(server, BOTH, model="smart")
+        assert got.status == 429 and int(got.headers["retry-after"]) in (19, 20)
 
 
 def test_a_key_uses_only_its_own_models_of_an_alias(a, b, pool):
@@ -4048,6 +4121,9 @@ def test_conversations_keep_their_controller_in_all_dialects(path, pool):
     "Groq": ({"context_window": 131072, "max_completion_tokens": 5}, 131072), "Mistral": ({"max_context_length": 7}, 7),
     "GitHub": ({"capabilities": {"limits": {"max_output_tokens": 1, "max_context_window_tokens": 64000, "max_prompt_tokens": 9}}}, 64000),
     "limits": ({"limits": {"max_input_tokens": 5, "max_output_tokens": 4}}, 5), "Gemini": ({"outputTokenLimit": 3, "inputTokenLimit": 1048576}, 1048576),
+    "LM Studio": ({"max_context_length": 131072, "loaded_context_length": 4096}, 4096), "LM Studio, not loaded": ({"max_context_length": 131072}, 131072),
+    "Hugging Face": ({"providers": [{"provider": "a", "status": "live"}, {"provider": "b", "context_length": 9}]}, 9),
+    "a list of numbers": ({"context_length": [4096], "context": [[5]]}, None),
     "models.dev": ({"limit": {"output": 3, "context": 4}}, 4), "nested in two names": ({"context": {"length": 6}}, 6),
     "llama.cpp": ({"meta": {"n_vocab": 1, "n_ctx": 4096}}, 4096), "camel case": ({"contextWindow": 5}, 5), "with dashes": ({"max-context-length": 5}, 5),
     "a string": ({"context_length": "8192"}, 8192), "a float": ({"context_length": 8192.0}, 8192), "the largest": ({"context_length": 2 ** 53 - 1}, 2 ** 53 - 1),
@@ -4058,8 +4134,7 @@ def test_conversations_keep_their_controller_in_all_dialects(path, pool):
     "of the answer": ({"max_output_tokens": 5, "max_completion_tokens": 6, "output_token_limit": 7, "max_tokens": 8}, None),
     "nothing": ({"id": "m", "name": "context_length"}, None), "deep": (functools.reduce(lambda inner, _: {"x": inner}, range(400), {"context_length": 5}), None),
 })
-def test_the_length_of_a_context_is_found_in_whatever_name(case, pool):
-    entry, length = case
+def test_the_length_of_a_context_is_found_in_whatever_name(entry, length, pool):
     assert akashproxy.context_length(entry) == length
     told = {"context_length": length, "max_model_len": length} if length else {}
     fake, other = FakeOpenAI([{"id": "m", **entry}, "alone"]), FakeOpenAI([{"id": "m"}, {"id": "alone", "context_window": 77}])
@@ -4082,8 +4157,7 @@ ADA = [user("My name is Ada. " * 1000), assistant("Hello, Ada."), user("What is 
     "system text counts": ({"tokenLimit": 4000}, [system("x " * 7000), user("hi")], "about 3501 tokens > 3000"),
     "pictures do not": ({"tokenLimit": 4000}, [user([picture("data:image/png;base64," + "A" * 50_000)])], None),
 })
-def test_a_conversation_that_akash_would_cut(case, streamed, akash, serve):
-    entry, messages, cut = case
+def test_a_conversation_that_akash_would_cut(entry, messages, cut, streamed, akash, serve):
     akash.models = [{"id": "Qwen/Qwen3", **entry}]
     got = chat(serve(), {"model": "Qwen/Qwen3", "messages": messages}, stream=streamed)
     assert got.status == 200 and got.headers.get("x-akashproxy-context-overflow") == cut
@@ -4128,8 +4202,7 @@ def test_no_list_of_models_is_no_reason_to_fail(akash, serve):
     "none": ("zzz", ["gpt-4o-mini"], ""),
     "no models": ("zzz", [], ""),
 })
-def test_near_names(case):
-    asked, names, expected = case
+def test_near_names(asked, names, expected):
     assert akashproxy.similar_to(asked, names, 3) == expected
 
 
@@ -4169,7 +4242,7 @@ def waiting(pool, count, model="m"):
     woken, calls = [], []
     for _ in range(count):
         call = exchange(pool, model)
-        call.wake = functools.partial(woken.append, call)
+        call.resume = functools.partial(woken.append, call)
         with pytest.raises(akashproxy.Queued):
             pool.acquire(call)
         calls.append(call)
@@ -4216,10 +4289,10 @@ def test_who_has_waited_long_enough_gets_an_error():
     pool.acquire(exchange(pool))
     calls, woken = waiting(pool, 100)
     pool.clock.now += 2.9
-    assert not pool.wake_waiters(32) and not woken
+    assert not pool.resume_waiters(32) and not woken
     pool.clock.now += 0.2
-    assert pool.wake_waiters(32) and woken == calls[:32]
-    while pool.wake_waiters(32):
+    assert pool.resume_waiters(32) and woken == calls[:32]
+    while pool.resume_waiters(32):
         pass
     assert woken == calls
     for call in calls:
@@ -4237,7 +4310,7 @@ def test_those_who_wait_go_on_after_a_reload():
     before.release(running, None, True, 0)
     assert woken == calls[:1] and before.acquire(calls[0]) is running is not after.upstreams[0]
     after.clock.now += 4
-    assert not after.wake_waiters(32) and woken == calls
+    assert not after.resume_waiters(32) and woken == calls
 
 
 def test_a_cool_down_that_ends_wakes_whom_it_can():
@@ -4245,7 +4318,7 @@ def test_a_cool_down_that_ends_wakes_whom_it_can():
     attempt(pool, stop_of(429, retry_after=2))
     calls, woken = waiting(pool, 3)
     pool.clock.now += 2
-    assert not pool.wake_waiters(32) and woken == calls[:2]
+    assert not pool.resume_waiters(32) and woken == calls[:2]
 
 
 def test_a_crowd_at_a_full_controller_costs_in_proportion_and_no_threads(a, pool):
@@ -4311,14 +4384,10 @@ def test_the_soonest_is_of_those_that_rest(pool):
     assert got.status == 429 and int(got.headers["retry-after"]) > 3000
 
 
-def test_the_next_one_is_waited_for_after_a_silent_one(a, b, pool, monkeypatch):
-    monkeypatch.setattr(akashproxy, "BACKOFF_BASE", 0.5)
-    server = pool((a, {"weight": 1000, "first_byte_timeout": 0.1}), b, max_wait=5)
-    b.sends(b"\0")
-    server.pool.upstreams[0].cooldowns[Category.NETWORK, ""] = akashproxy.CoolDown(time.monotonic() + 60)
+def test_the_next_one_is_waited_for_after_a_silent_one(a, b, pool):
+    server = pool((a, {"weight": 1000, "first_byte_timeout": 0.1}), b.sends(b"\0"), max_wait=5)
+    a.faults += [a.status(500), a.stall()]
     assert chat(server, BOTH).status in (502, 503)      # b rests for a while
-    server.pool.upstreams[0].cooldowns.clear()
-    a.faults.append(a.stall())
     assert text_of(chat(server, BOTH)) == "from b."
 
 
@@ -4677,8 +4746,7 @@ def test_a_refused_request_stops_nobody_else(case, path, pool):
                                            "x-ratelimit-reset-tokens": "1m30.5s", "x-ratelimit-remaining-tokens": "0"}, {}, "", 90.5),
     "hours": ({"x-ratelimit-reset": "6h"}, {}, "", 21600), "short ones": ({"x-ratelimit-reset-tokens": "120ms"}, {}, "", 1.0), "none": ({}, {}, "", None),
 })
-def test_how_long_an_upstream_asks_to_wait(case):
-    headers, body, message, seconds = case
+def test_how_long_an_upstream_asks_to_wait(headers, body, message, seconds):
     got = akashproxy.retry_after_seconds(headers, body, lambda: 1e9, message)
     assert got == (seconds if seconds is None else pytest.approx(seconds, abs=1e-3))
 
@@ -4831,8 +4899,7 @@ def test_no_answer_log_or_status_shows_a_secret(place, kind, pool, caplog):
             for path, asked in (("/v1/chat/completions", BOTH), ("/v1/messages", ASKED)):
                 for streamed in (False, True):
                     fake.faults.extend([fake.raw(fault) if kind == "openai" else fake.raw(fault)] * 2)
-                    for member in server.pool.upstreams:
-                        member.cooldowns.clear()
+                    end_cooldowns(server)
                     got = ask_again(link, "POST", path, {**asked, "stream": streamed})
                     fake.faults.clear()
                     known = (KEY, HEADER[len("Bearer "):], "cKw5Jx3PzQ88LmN1", "sess10nVq83kLpZ0")
@@ -4900,8 +4967,7 @@ def test_a_name_of_a_model_condemns_no_key(model):
     "overlapping pieces": (["abcdefgh12345678" * 2 + "z"], "abcdefgh12345678" * 3 + " kept", "*** kept"),
     "the same letter again": (["a" * 40], "a" * 100 + " kept", "*** kept"), "what is no secret": (["sk-12345678"], "max_tokens must be less than 8192", "max_tokens must be less than 8192"),
 })
-def test_redaction(case):
-    secrets, text, left = case
+def test_redaction(secrets, text, left):
     assert re.sub(r"(\*{3})+a{0,7}", "***", akashproxy.redact(text, secrets)) == left
 
 
@@ -4973,8 +5039,7 @@ TOOL_USE = {"type": "tool_use", "id": "t1", "name": "f", "input": {"a": [1]}}
     "other fields": ({"temperature": 0, "top_p": 0.5, "top_k": 5, "stop_sequences": ["x"], "metadata": {"user_id": "u"}, "service_tier": "auto",
                       "context_management": {}}, {"temperature": 0, "top_p": 0.5, "stop": ["x"], "user": "u"}, "top_k, service_tier, context_management"),
 })
-def test_messages_become_a_chat(case, fake, pool):
-    fields, chat_fields, ignored = case
+def test_messages_become_a_chat(fields, chat_fields, ignored, fake, pool):
     got = ask(pool(fake), "POST", "/v1/messages?beta=true", {**ASKED, **fields}, {"anthropic-version": "2023-06-01", "x-api-key": "k"})
     assert got.status == 200, got.body
     assert fake.bodies()[0] == {"model": "both", "stream": False, "max_tokens": 64, "messages": [user("hi")], **chat_fields}
@@ -4995,8 +5060,7 @@ def test_messages_become_a_chat(case, fake, pool):
     "no messages": ({"messages": None}, "'messages' is missing"),
     "a model that is a number": ({"model": 7}, "'model' must be"),
 })
-def test_what_a_chat_can_not_say_is_named(case, pool):
-    fields, words = case
+def test_what_a_chat_can_not_say_is_named(fields, words, pool):
     server = pool(FakeOpenAI())
     got = ask(server, "POST", "/v1/messages", {**ASKED, **fields})
     assert got.status == 400 and got.json["type"] == "error" and got.json["error"]["type"] == "invalid_request_error"
@@ -5087,8 +5151,7 @@ def test_the_end_of_a_message(akash, serve):
     "no room": ("POST", "/v1/messages", ASKED, {"x-api-key": "k"}, 529, "overloaded_error"),
     "a failure": ("POST", "/v1/messages", ASKED, {"x-api-key": "k"}, 502, "api_error"),
 })
-def test_errors_in_anthropics_form(case, akash, serve):
-    method, path, body, headers, status, kind = case
+def test_errors_in_anthropics_form(method, path, body, headers, status, kind, akash, serve):
     answers = {404: UPSTREAM["model-unknown"][0], 429: reply(429, RATE), 502: reply(500), 529: reply(503)}
     if status in answers:
         akash.sends(answers[status])
@@ -5116,20 +5179,12 @@ def test_counting_tokens_never_fails(akash, serve):
     assert count(messages=deep) > 0
 
 
-def test_a_client_that_leaves_before_a_count_of_tokens_is_no_bug(pool, caplog):
-    server, asked = pool(FakeOpenAI()), threading.Event()
+def test_a_client_that_leaves_before_a_count_of_tokens_is_no_bug(a, pool, caplog):
+    server = pool((a, {"paths": ["/v1/messages*"]}))
     sock = connect(server)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-
-    def take(*_):
-        sock.close()
-        asked.set()
-        raise APIError(503, "nobody is there")
-
-    server.pool.acquire = take
-    sock.sendall(post("/v1/messages/count_tokens", {**ASKED, "model": "both"}))
-    assert asked.wait(10)
-    wait_for(lambda: not server.connections)
+    a.faults.append(lambda upstream, request: (reset(sock), a.status(503)(upstream, request)))     # so it is counted here
+    sock.sendall(post("/v1/messages/count_tokens", ASKED))
+    wait_for(lambda: a.bodies() and not server.connections)
     assert "bug" not in caplog.text and "stumbled" not in caplog.text
 
 
@@ -5206,8 +5261,7 @@ CALLED = {"type": "function_call", "call_id": "c1", "name": "f", "arguments": '{
                       "metadata": {"a": "b"}, "include": [], "text": {"format": {"type": "text"}}},
                      {"max_tokens": 9, "temperature": 0, "top_p": 0.5, "user": "u", "reasoning_effort": "low"}, "store"),
 })
-def test_responses_become_a_chat(case, fake, pool):
-    fields, chat_fields, ignored = case
+def test_responses_become_a_chat(fields, chat_fields, ignored, fake, pool):
     got = ask(pool(fake), "POST", "/v1/responses", {**WANTED, **fields})
     assert got.status == 200, got.body
     assert fake.bodies()[0] == {"model": "both", "stream": False, "messages": [user("hi")], **chat_fields}
@@ -5228,8 +5282,7 @@ def test_responses_become_a_chat(case, fake, pool):
     "no input": ({"input": None}, "'input' is missing"),
     "tools that are no list": ({"tools": "x"}, "'tools' must be a list"),
 })
-def test_what_a_response_can_not_be_is_named(case, a, b, pool):
-    fields, words = case
+def test_what_a_response_can_not_be_is_named(fields, words, a, b, pool):
     got = ask(pool(a), "POST", "/v1/responses", {**WANTED, **fields})
     assert got.status == 400 and words in got.json["error"]["message"] and not a.bodies()
     b.sends(reply(body=b'{"id":"resp_2"}'))
@@ -5241,7 +5294,7 @@ def test_the_events_of_a_response(fake, pool):
     fake.faults.append(answered({"reasoning_content": "hm"}, {"content": "Hi"}, {"content": " you"}, *(
         {"tool_calls": calls} for calls in fragments([{"index": 0, "function": {"arguments": '{"a":1}'}}])), finish="tool_calls",
         usage={"prompt_tokens": 11, "completion_tokens": 7, "prompt_tokens_details": {"cached_tokens": 4}}))
-    body = ask(pool(fake), "POST", "/v1/responses", {**WANTED, "stream": True}).body
+    body = ask(pool(fake), "POST", "/v1/responses", {**WANTED, "stream": True, "include": ["reasoning.encrypted_content"]}).body
     events = named_events(body)
     assert [event.pop("sequence_number") for event in events] == list(range(len(events)))
     kinds = [event["type"].replace("response.", "") for event in events]
@@ -5423,8 +5476,7 @@ def result(content="1", id="t1", **fields):
     "empty blocks": ([system([text_part("")]), user([text_part(""), text_part("x")])], [user("x")]),
     "results of a search": ([user([{"type": "search_result", "source": "http://s", "title": "T", "content": [text_part("found")]}])], [user("T\n\nhttp://s\n\nfound")]),
 })
-def test_a_history_of_messages_as_a_chat(case, fake, pool):
-    messages, chat = case
+def test_a_history_of_messages_as_a_chat(messages, chat, fake, pool):
     got = ask(pool(fake), "POST", "/v1/messages", {**ASKED, "messages": messages})
     assert got.status == 200, got.body
     assert fake.bodies()[0]["messages"] == chat
@@ -5474,8 +5526,7 @@ DEVELOPER, SAYS = developer("B"), assistant("doing")
     "how closely to look": ([user([{"type": "input_image", "image_url": "data:x", "detail": "high"}])],
                             [user([{"type": "image_url", "image_url": {"url": "data:x", "detail": "high"}}])]),
 })
-def test_a_history_of_responses_as_a_chat(case, fake, pool):
-    items, chat = case
+def test_a_history_of_responses_as_a_chat(items, chat, fake, pool):
     got = ask(pool(fake), "POST", "/v1/responses", {**WANTED, "input": items})
     assert got.status == 200, got.body
     assert fake.bodies()[0]["messages"] == chat
@@ -5492,8 +5543,7 @@ def reminder(text):
     "behind a result": ([system("A"), system("B"), USES, user([result()]), system("C")], [system("A\n\nB"), CALLED_T1, GOT, user(reminder("C"))]),
     "beside a picture": ([user([{"type": "image", "source": PNG_SOURCE}]), system("B")], [user([picture("data:image/png;base64,iVBO"), text_part(reminder("B"))])]),
 })
-def test_later_system_messages_as_text_of_the_user(case, fake, pool):
-    messages, chat = case
+def test_later_system_messages_as_text_of_the_user(messages, chat, fake, pool):
     assert ask(pool((fake, {"system_messages": "user"})), "POST", "/v1/messages", {**ASKED, "messages": messages}).status == 200
     assert fake.bodies()[0]["messages"] == chat
 
@@ -5576,8 +5626,7 @@ SEALED = {"type": "reasoning.encrypted", "data": "E", "id": "tool_1", "format": 
     "odd ones": ([[7], ["x"], [None], {"a": 1}, "x"], None),
 })
 @pytest.mark.parametrize("path, body", [("/v1/messages", ASKED), ("/v1/responses", WANTED)], ids=["messages", "responses"])
-def test_reasoning_details_come_back_with_the_calls(case, path, body, streamed, fake, pool):
-    details, expected = case
+def test_reasoning_details_come_back_with_the_calls(details, expected, path, body, streamed, fake, pool):
     deltas = [calling("c1") if each is None else {"reasoning_details": each} for each in (details if None in details else [*details, None])]
     fake.faults.append(answered(*deltas, calling("c2", index=1), finish="tool_calls"))
     returned_calls(pool(fake), path, body, streamed)
@@ -5588,9 +5637,10 @@ def test_reasoning_details_come_back_with_the_calls(case, path, body, streamed, 
 
 
 @pytest.mark.parametrize("reasoning, expected", [(["h", "m"], "hm"), (["\u4e2d" * 900] * 3, "\u4e2d" * 1000), ([], None)], ids=["short", "long", "none"])
-def test_reasoning_that_is_not_requested_comes_back_with_the_calls(reasoning, expected, streamed, fake, pool):
+@pytest.mark.parametrize("path, body", [("/v1/messages", ASKED), ("/v1/responses", WANTED)], ids=["messages", "responses"])
+def test_reasoning_that_clients_can_not_return_comes_back_with_the_calls(path, body, reasoning, expected, streamed, fake, pool):
     fake.faults.append(answered(*({"reasoning_content": text} for text in reasoning), calling("c1", "c2"), finish="tool_calls"))
-    returned_calls(pool(fake), "/v1/messages", ASKED, streamed)
+    returned_calls(pool(fake), path, body, streamed)
     message = fake.bodies()[-1]["messages"][0]
     assert message["tool_calls"] == C1_C2["tool_calls"]
     assert message.get("reasoning_content") == expected
@@ -5653,8 +5703,7 @@ LONG = "mcp__plugin_some_marketplace_and_a_server_with_a_long_name__a_tool_with_
     "in one that ends with underscores": ("f", "mcp__x__", "mcp__x__f"),
     "in a long one": ("f", LONG, LONG[:55] + "_[0-9a-f]{8}"),
 })
-def test_names_of_tools_are_sent_as_upstreams_take_them(case, streamed, fake, pool):
-    name, space, pattern = case
+def test_names_of_tools_are_sent_as_upstreams_take_them(name, space, pattern, streamed, fake, pool):
     server = pool(fake)
     one = {"type": "function", "name": name, "parameters": {"required": []}}
     tools = [{"type": "namespace", "name": space, "tools": [one, {"type": "mcp", "name": "c"}]}] if space else [one]
@@ -5724,8 +5773,7 @@ def test_equal_names_in_namespaces_stay_apart(fake, pool):
     "those it has": ("completions", {"n": 1, "logprobs": None}, {"n": 1}, [], None),
     "no alternatives, but their number": ("completions", {"logprobs": 1}, {}, ["logprobs"], "logprobs"),
 })
-def test_parameters_as_upstreams_take_them(case, fake, pool):
-    path, fields, sent, left_out, ignored = case
+def test_parameters_as_upstreams_take_them(path, fields, sent, left_out, ignored, fake, pool):
     body = {"messages": ASKED, "responses": WANTED, "completions": {"model": "both", "prompt": "hi"}}[path]
     got = ask(pool((fake, {"paths": ["/v1/chat/completions"]})), "POST", f"/v1/{path}", {**body, **fields})
     assert got.status == 200 and got.headers.get("x-akashproxy-ignored") == ignored, got.body
@@ -5751,8 +5799,7 @@ THOUGHT = [{"role": "assistant", "content": None, "reasoning_content": "h", "too
     "not of a chat": ({"set": {"reasoning_effort": "low"}}, "embeddings", {"input": "x"}, {"input": "x"}, ["reasoning_effort"], None),
     "drop, rename and set in turn": ({"drop": ["a", "c"], "rename": {"a": "b", "d": "c"}, "set": {"d": 4}}, "chat/completions", {"a": 1, "d": 2}, {"c": 2, "d": 4}, ["a", "b"], "a"),
 })
-def test_a_controller_adapts_requests(case, fake, pool):
-    options, path, fields, sent, left_out, ignored = case
+def test_a_controller_adapts_requests(options, path, fields, sent, left_out, ignored, fake, pool):
     server = pool((fake, options))
     body = {"messages": ASKED, "responses": WANTED}.get(path, {"model": "both", **({"messages": [user("hi")]} if "chat" in path else {})})
     got = ask(server, "POST", f"/v1/{path}", {**body, **fields})
@@ -5789,8 +5836,7 @@ def test_a_short_model_name_is_no_part_of_a_word():
     "no numbers": (400, "Your input exceeds the context window of this model.", None),
     "Anthropic's own": (400, "prompt is too long: 9001 tokens > 8192 maximum", "prompt is too long: 9001 tokens > 8192 maximum"),
 })
-def test_a_request_that_is_too_long_is_told_in_each_clients_words(case, fake, pool):
-    status, message, told = case
+def test_a_request_that_is_too_long_is_told_in_each_clients_words(status, message, told, fake, pool):
     server = pool(fake)
     fake.faults.extend([fake.raw(reply(status, {"error": {"message": message}}, "Content-Type: application/json"))] * 3)
     got = ask(server, "POST", "/v1/messages", ASKED)
@@ -5837,12 +5883,15 @@ def function(name, **types):
 
 
 FUNCTIONS = [function("weather", city="string", days="integer"), function("write", path="string", content="string"), function("now")]
+FUNCTIONS[1]["function"]["parameters"]["properties"].update(mode={"anyOf": [{"type": "string"}, {"type": "null"}]}, append={"anyOf": [{"type": "boolean"}, {"type": "null"}]})
+LONG = {"content": "it\'s \"x\" </tool_call>\n" * 20}     # it is sent in parts
+LONG_CALL = json.dumps({"name": "write", "arguments": LONG})
 KYIV = '{"name": "weather", "arguments": {"city": "Kyiv"}}'
 IN_KYIV, LVIV = ("weather", {"city": "Kyiv"}), '{"name": "weather", "arguments": {"city": "Lviv"}}'
 
 # One call in each form that chat templates and reports of bugs show. Hermes: NousResearch/Hermes-Function-Calling, Qwen2.5 and Qwen3; its slips:
 # NousResearch/hermes-agent#5315 and #22696, minpeter/ai-sdk-tool-call-middleware#298. Tags: Qwen/Qwen3-Coder, zai-org/GLM-4.5. Marks: the
-# templates of moonshotai/Kimi-K2-Instruct, deepseek-ai/DeepSeek-V3 and V3.1, mistralai; meta-llama/llama-models, models/llama3_1/prompt_format.md.
+# templates of moonshotai/Kimi-K2-Instruct, deepseek-ai/DeepSeek-V3 and V3.1; meta-llama/llama-models, models/llama3_1/prompt_format.md.
 CALL_FORMS = {
     "Hermes": f"<tool_call>\n{KYIV}\n</tool_call>",
     "Hermes in one line": f"<tool_call>{KYIV}</tool_call>",
@@ -5858,6 +5907,10 @@ CALL_FORMS = {
     "Qwen3-Coder": "<tool_call>\n<function=weather>\n<parameter=city>\nKyiv\n</parameter>\n</function>\n</tool_call>",
     "Qwen3-Coder without the outer tag": "<function=weather>\n<parameter=city>\nKyiv\n</parameter>\n</function>",
     "GLM-4.5": "<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>Kyiv</arg_value>\n</tool_call>",
+    "Kimi K2, with blanks and another name of the section": '<|tool_call_section_begin|> <|tool_call_begin|>\nweather:12 <|tool_call_argument_begin|> '
+                                                            '{\n  "city": "Kyiv"\n} <|tool_call_end|> <|tool_call_section_end|>',
+    "GLM-4.7": "<tool_call>weather<arg_key>city</arg_key><arg_value>Kyiv</arg_value></tool_call>",
+    "Llama's function tag without its end": '<function=weather{"city": "Kyiv"}</function>',
     "Kimi K2": '<|tool_calls_section_begin|><|tool_call_begin|>functions.weather:0<|tool_call_argument_begin|>{"city": "Kyiv"}'
                "<|tool_call_end|><|tool_calls_section_end|>",
     "DeepSeek-V3": "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n```json\n"
@@ -5869,15 +5922,18 @@ TOOL_ANSWERS = {    # an answer: its text, its calls
     **{f"{form}, after text": (f"I look. {call}", "I look. ", [IN_KYIV]) for form, call in CALL_FORMS.items()},
     **{f"{form}, twice": (f"{call}\n{call}\n", "", [IN_KYIV, IN_KYIV]) for form, call in CALL_FORMS.items()},
     "text before and after": (f"A `x` <b>\n<tool_call>{KYIV}</tool_call>\nB", "A `x` <b>\n\nB", [IN_KYIV]),
-    "Mistral's list": (f"[TOOL_CALLS] [{KYIV}]", "", [IN_KYIV]),
-    "Mistral's name": ('[TOOL_CALLS]weather[ARGS]{"city": "Kyiv"}', "", [IN_KYIV]),
     "no closing tag at the end": (f"<tool_call>{KYIV}", "", [IN_KYIV]),
     "no closing tag but a blank": (f"<tool_call>\n{KYIV}\n", "", [IN_KYIV]),
     "no closing tag between two": (f"<tool_call>{KYIV}<tool_call>{KYIV}</tool_call>", "", [IN_KYIV, IN_KYIV]),
     "several in one tag": (f"<tool_call>{KYIV}\n{LVIV}</tool_call>", "", [IN_KYIV, ("weather", {"city": "Lviv"})]),
     "several in one tag, by commas": (f"<tool_call>{KYIV}, {LVIV}</tool_call>", "", [IN_KYIV, ("weather", {"city": "Lviv"})]),
-    "a broken one after a complete one": (f"<tool_call>{KYIV}\n{{broken</tool_call>", "{broken</tool_call>", [IN_KYIV]),
+    "a broken one, closed, before another": (f"<tool_call>{{broken</tool_call><tool_call>{KYIV}</tool_call>", "<tool_call>{broken</tool_call>", [IN_KYIV]),
     "a list of several": (f"<tool_call>[{KYIV}, {LVIV}]</tool_call>", "", [IN_KYIV, ("weather", {"city": "Lviv"})]),
+    "a long one": (f"A <tool_call>{LONG_CALL}</tool_call>\nB", "A \nB", [("write", LONG)]),
+    "a long one after another in one tag": (f"<tool_call>{KYIV}\n{LONG_CALL}\n{LVIV}\n</tool_call>", "", [IN_KYIV, ("write", LONG), ("weather", {"city": "Lviv"})]),
+    "a long one, arguments first": ('<tool_call>{"arguments": %s, "name": "write"}</tool_call>' % json.dumps(LONG), "", [("write", LONG)]),
+    "a long one, arguments as a string": ("<tool_call>%s</tool_call>" % json.dumps({"name": "write", "arguments": json.dumps(LONG)}), "", [("write", LONG)]),
+    "a long one in single quotes": ("<tool_call>%s</tool_call>" % {"name": "write", "arguments": LONG}, "", [("write", LONG)]),
     "a mark within a string": ('<tool_call>{"name": "write", "arguments": {"content": "</tool_call> <tool_call>"}}</tool_call>', "",
                                [("write", {"content": "</tool_call> <tool_call>"})]),
     "escapes": ('<tool_call>{"name": "write", "arguments": {"content": "\\"a\\\\\\n\\u00e9 {[ é"}}</tool_call>', "", [("write", {"content": '"a\\\n\xe9 {[ é'})]),
@@ -5885,13 +5941,25 @@ TOOL_ANSWERS = {    # an answer: its text, its calls
     "an apostrophe in single quotes": ("<tool_call>{'name': 'write', 'arguments': {'content': 'it\\'s \"x\"', 'path': None}}</tool_call>", "",
                                        [("write", {"content": 'it\'s "x"', "path": None})]),
     "no arguments": ("<tool_call>now</tool_call>", "", [("now", {})]),
+    "an empty string as arguments": ('<tool_call>{"name": "now", "arguments": ""}</tool_call>', "", [("now", {})]),
     "null as arguments": ('<tool_call>{"name": "now", "arguments": null}</tool_call>', "", [("now", {})]),
     "no field arguments": ('<tool_call>{"name": "now"}</tool_call>', "", [("now", {})]),
     "typed parameters": ("<function=weather>\n<parameter=city>\n7\n</parameter>\n<parameter=days>\n7\n</parameter>\n</function>", "",
                          [("weather", {"city": "7", "days": 7})]),
+    "parameters in Python's words": ("<function=write>\n<parameter=append>\nTrue\n</parameter>\n<parameter=mode>\nTrue\n</parameter>\n</function>", "",
+                                     [("write", {"append": True, "mode": "True"})]),
+    "a parameter that may be a string or null": ("<function=write>\n<parameter=mode>\n7\n</parameter>\n<parameter=append>\nNone\n</parameter>\n</function>", "",
+                                                 [("write", {"mode": "7", "append": None})]),
     "another form's mark in a parameter": ("<function=write>\n<parameter=content>\n</arg_value>\n</parameter>\n</function>", "", [("write", {"content": "</arg_value>"})]),
     "parameters without a closing tag": ("<function=write>\n<parameter=content>\na\n</parameter>\n<function=now>\n</function>", "", [("write", {"content": "a"}), ("now", {})]),
     "lines in a parameter": ("<function=write>\n<parameter=content>\n<a>\n\nb\n\n</parameter>\n</function>", "", [("write", {"content": "<a>\n\nb\n"})]),
+    "a call in think tags": (f"<think>\n`<tool_call>{KYIV}</tool_call>\n</think>\n\nI look.\n<tool_call>{LVIV}</tool_call>", "I look.\n", [("weather", {"city": "Lviv"})]),
+    "calls that end the answer in an open think tag": (f"<think>\nSo:\n<tool_call>{KYIV}</tool_call>\n<tool_call>{LONG_CALL}<tool_call>{LVIV}\n", "",
+                                                       [IN_KYIV, ("write", LONG), ("weather", {"city": "Lviv"})]),
+    "a call in an open think tag, and reasoning after it": (f"<think>\n<tool_call>{LONG_CALL}</tool_call>\nor not", "", []),
+    "think tags after a call": (f"A\n<tool_call>{KYIV}</tool_call>\n<think>b</think>", "A\n\n<think>b</think>", [IN_KYIV]),
+    "a think tag in an argument": ('A\n<tool_call>{"name": "write", "arguments": {"content": "(</think>)"}}</tool_call>', "A\n", [("write", {"content": "(</think>)"})]),
+    "a think tag in a parameter": ("<function=write>\n<parameter=content>\n\n</think>\n\n</parameter>\n</function>", "", [("write", {"content": "\n</think>\n"})]),
     "a fence in the text before": (f"```\nx\n```\n<tool_call>{KYIV}</tool_call>", "```\nx\n```\n", [IN_KYIV]),
 }
 NO_CALLS = [
@@ -5904,7 +5972,7 @@ NO_CALLS = [
     '<tool_call>{"name": "weather", "arguments": "Kyiv"}</tool_call>', '<function=weather>Kyiv</function>', "<function=rm>{}</function>", "<function=", KYIV,
     f"```json\n{KYIV}\n```", f"So: ```json\n{CALL_FORMS['Hermes']}\n```", "<|python_tag|>weather.call(city='Kyiv')", "<tool_call>rm\n<arg_key>a</arg_key>\n<arg_value>b</arg_value>\n</tool_call>",
     f"<tool_call>[{KYIV}, {{}}]</tool_call>", "if (a[0] < b) { return '<tool>' }", '<tool_call>{"name": "weather", "arguments": {"city": "Ky',
-    f"<tool_call>not {KYIV}</tool_call>",
+    f"<tool_call>not {KYIV}</tool_call>", f"<tool_call>{KYIV}\n{{broken</tool_call>",
 ]
 TOOL_ANSWERS.update({f"text: {text}": (text, text, []) for text in NO_CALLS})
 
@@ -5939,7 +6007,7 @@ def test_long_arguments_are_sent_as_they_arrive():
         calls = [event for batch in events for event in batch]
         assert len(calls) > 100 and all(isinstance(event, ToolCall) for event in calls)
         assert next(at for at, batch in enumerate(events) if batch) < 60 and step.feed([Finish("stop")]) == [Finish("tool_calls")]
-        assert json.loads(fold(calls).tools[0].arguments) == {"content": content}
+        assert [json.loads(call.arguments) for call in fold(calls).tools] == [{"content": content}]
 
 
 def test_a_long_call_that_proves_invalid_ends_a_stream_with_an_error_and_is_text_otherwise():
@@ -5961,20 +6029,31 @@ def test_a_long_call_that_is_cut_by_the_limit_leaves_no_text():
     assert (answer.text, answer.finish) == ("", Finish("length")) and answer.tools[0].arguments == '{"content": "%s"}' % ("x" * 999)
 
 
+def test_a_call_counts_for_the_token_limit():
+    call = ToolCall(0, '{"a": "%s"}' % ("x" * 99), "c1", "f")
+    assert StopFilter(["x"], 99).feed([call, Finish("stop")]) == [call, Finish("stop")]
+    step = StopFilter([], 9)
+    assert step.feed([Text("a"), ToolCall(0, "", "c1", "f"), call]) == [Text("a"), ToolCall(0, "", "c1", "f"), Finish("length")] and step.stopped
+
+
 def test_only_what_may_begin_a_call_is_held_back():
     step = akashproxy.ToolCallFilter(prompted())
-    assert step.feed([Text("a <b> [c] <tool")]) == [Text("a <b> [c] ")] and step.feed([Text("s>")]) == [Text("<tools>")]
+    assert fold(step.feed([Text("a <b> [c] <tool")])).text == "a <b> [c] " and fold(step.feed([Text("s>")])).text == "<tools>"
 
 
-def test_one_call_only_ends_the_answer():
-    step = akashproxy.ToolCallFilter(prompted(parallel_tool_calls=False))
-    events = step.feed([Text(f"<tool_call>{KYIV}</tool_call>\n<tool_call>{KYIV}</tool_call>")])
-    assert [type(event) for event in events] == [ToolCall, Finish] and step.stopped
+def test_without_parallel_calls_only_the_first_one_is_sent():
     for call in (KYIV, '{"name": "write", "arguments": {"content": "%s"}}' % ("x" * 999)):    # one that is sent at once, and one in parts
-        answer = [Text(piece) for piece in re.findall("(?s).{1,99}", f"<tool_call>{call}")], [Text("</tool_call>"), Finish("stop", {"total_tokens": 9})]
         step = akashproxy.ToolCallFilter(prompted(parallel_tool_calls=False))
-        events = step.feed(answer[0]) + step.feed(answer[1])
-        assert len(fold(events).tools) == 1 and [type(event) for event in events].count(Finish) == 1 and type(events[-1]) is Finish
+        answer = fold(filtered(step, re.findall("(?s).{1,99}", f"A <tool_call>{call}</tool_call>\n<tool_call>{KYIV}{call}</tool_call>\nB")))
+        assert [each.index for each in answer.tools] == [0] and json.loads(call)["arguments"] == json.loads(answer.tools[0].arguments)
+        assert answer.text == "A \nB" and answer.finish == Finish("tool_calls")
+
+
+@pytest.mark.parametrize("call", ["<tool_call>now", "<function=write>\n<parameter=path>\na\n</parameter>\n", f"<tool_call>{KYIV}", f"<tool_call>{KYIV}\n{{"])
+def test_a_call_that_may_be_cut_by_the_limit_is_text(call):
+    step = akashproxy.ToolCallFilter(prompted())
+    answer = fold(step.feed([Text(call)]) + step.feed([Finish("length")]) + step.close())
+    assert answer.text == call and not answer.tools and answer.finish == Finish("length")
 
 
 TOOL_MODELS = {"x": "<tool_call>\n{", "Qwen/Qwen3-235B-A22B": "<tool_call>\n{", "Meta-Llama-3-3-70B-Instruct": "<function=", "zai-org/GLM-4.5-Air": "<tool_call>FUNCTION\n<arg_key>",
@@ -5994,6 +6073,13 @@ def test_tools_and_history_become_text_in_the_models_own_form(model):
     assert results["content"].index("sun") < results["content"].index("rain")
     step = akashproxy.ToolCallFilter(tools)
     assert fold(step.feed([Text(assistant["content"]), Finish("stop")])).text == "I look.\n\n" and step.count == 2, "it reads what it writes"
+
+
+def test_images_of_a_result_are_kept():
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+    call = Call({"model": "m", "messages": [user("x"), returned("c1", [text_part("100%s"), image])], "tools": FUNCTIONS})
+    result = akashproxy.PromptedTools(call, "m", akashproxy.TOOLS_PROMPT, "fake").body()["messages"][-1]
+    assert result == user([text_part("<tool_response>\n100%s\n</tool_response>"), image])
 
 
 def test_without_a_choice_nothing_is_added_to_the_prompt():
@@ -6189,9 +6275,26 @@ def test_the_matrix(kind, name, dialect, streamed, pool):
     ({"tools": [{"type": "function"}], "tool_choice": "required", "n": 2}, "tools, tool_choice, n"), ({"stop": "mock"}, "stop"),
     ({"max_tokens": 1, "seed": 1}, "max_tokens, seed"), ({"messages": [user("hi")]}, None), ({"tools": None}, None)])
 def test_akash_drops_parameters_before_it_checks_them(akash, serve, fields, ignored):
-    drop = ("tools", "tool_choice", "n", "stop", "max_tokens", "messages")
+    drop = ("tools", "tool_choice", "n", "stop", "max_tokens")
     got = chat(serve(controllers=(akashproxy.ControllerSettings(type="akash", drop=drop),)), {**CHAT, **fields})
     assert got.status == 200 and got.headers.get("x-akashproxy-ignored") == ignored and text_of(got) == "Hello from the mock."
+
+
+@table({
+    # name: (a controller's options, fields of a chat, names and values that are sent, what is ignored)
+    "a fixed value": ({"set": {"temperature": 0.2}}, {"temperature": 1}, {"temperature": 0.2}, None),
+    "a new name": ({"rename": {"creativity": "top_p"}}, {"creativity": 0.4}, {"topP": 0.4}, None),
+    "a field of messages": ({"drop": ["tool_calls"]}, {"messages": [user("hi"), {**C1, "content": "x"}, user("go")]},
+                            {"messages": [user("hi"), assistant("x"), user("go")]}, "tool_calls"),
+    "in turn": ({"drop": ["top_p"], "rename": {"temperature": "top_p"}, "set": {"temperature": 0.3, "seed": 1}}, {"top_p": 0.1, "temperature": 0.2},
+                {"topP": 0.2, "temperature": 0.3}, "top_p, seed"),
+    "a parameter that is implemented here": ({"set": {"stop": ["from"]}}, {}, {}, None),
+})
+def test_an_akash_controller_adapts_requests(options, fields, sent, ignored, akash, pool):
+    got = chat(pool((akash, options)), {**CHAT, **fields})
+    assert got.status == 200 and got.headers.get("x-akashproxy-ignored") == ignored
+    assert text_of(got) == ("Hello " if "stop" in options.get("set", {}) else "Hello from the mock.")
+    assert {name: akash.bodies()[0][name] for name in sent} == sent
 
 
 @pytest.mark.parametrize("form, status", [({"type": "json_object"}, 200), ({"type": "text"}, 200), ({"type": "json_schema"}, 400), ("json", 400)])
@@ -6264,6 +6367,8 @@ def test_a_required_call_is_asked_for_once_and_only_before_a_part_was_sent():
     assert akashproxy.ToolCallFilter(tools).feed([Text("I look."), Finish("stop")]) == [Text("I look."), Finish("stop")]
     step = akashproxy.ToolCallFilter(prompted(tool_choice="required"))
     assert step.feed([Text("I look.")]) + step.feed([Finish("stop")]) == [Text("I look."), Finish("stop")]
+    step = akashproxy.ToolCallFilter(prompted(tool_choice="required"))
+    assert len(fold(step.feed([Text(f"<think><tool_call>{{oops</tool_call></think><tool_call>{KYIV}"), Finish("stop")])).tools) == 1
 
 
 def test_an_instruction_of_ones_own_replaces_the_built_in_one(akash, serve):
@@ -6409,6 +6514,12 @@ def test_a_socks_proxy_on_the_way(pool, tmp_path, scheme, user, kind):
         proxy.close()
 
 
+def test_a_socks_proxy_that_needs_no_login(fake, pool):
+    proxy = SocksServer()
+    assert chat(pool(fake, proxy=f"socks5://user:word@127.0.0.1:{proxy.port}"), BOTH).status == 200 and proxy.requests[0][3] is None
+    proxy.close()
+
+
 @pytest.mark.parametrize("user, login, code, words", [
     ("", ["a", "b"], 0, "is not SOCKS 5 or refuses this login"), ("a:s3cret@", ["a", "b"], 0, "rejected the user or the password"),
     ("", None, 5, "SOCKS reply 5"), ("", None, 4, "SOCKS reply 4")])
@@ -6423,12 +6534,14 @@ def test_a_socks_proxy_that_refuses(fake, pool, user, login, code, words):
 @pytest.mark.parametrize("environ, url, proxy", [
     ({"HTTPS_PROXY": "http://p:1"}, "https://a.b/v1", "http://p:1"), ({"HTTPS_PROXY": "http://p:1"}, "http://a.b/v1", ""),
     ({"http_proxy": "p:1"}, "http://a.b/v1", "http://p:1"), ({"http_proxy": "http://low:1", "HTTP_PROXY": "http://up:1"}, "http://a.b", "http://low:1"),
-    ({"ALL_PROXY": "socks5h://p"}, "https://a.b", "socks5h://p"), ({"ALL_PROXY": "http://all:1", "HTTPS_PROXY": "http://p:1"}, "https://a.b", "http://p:1"),
+    ({"ALL_PROXY": "socks5h://p"}, "https://a.b", "socks5h://p"), ({"HTTPS_PROXY": "http://p:1/", "ALL_PROXY": "socks://p:2/"}, "https://a.b", "http://p:1/"), ({"ALL_PROXY": "http://all:1", "HTTPS_PROXY": "http://p:1"}, "https://a.b", "http://p:1"),
     *(({"ALL_PROXY": "http://p:1", "NO_PROXY": no_proxy}, "https://api.b.example:8443/v1", "" if bypassed else "http://p:1") for no_proxy, bypassed in (
         ("*", True), ("b.example", True), (".b.example", True), ("*.b.example", True), ("x, B.Example", True), ("api.b.example:8443", True),
         ("api.b.example:443", False), ("i.b.example", False), ("example.com", False), (",", False), ("10.0.0.0/8", False), (".", False))),
     *(({"ALL_PROXY": "http://p:1", "NO_PROXY": no_proxy}, "http://10.1.2.3", "" if bypassed else "http://p:1") for no_proxy, bypassed in (
         ("10.0.0.0/8", True), ("10.1.2.3", True), ("10.1.2.3:80", True), ("10.1.2.3:81", False), ("11.0.0.0/8", False), ("1.2.3", False))),
+    *(({"ALL_PROXY": "socks://p:1/", "NO_PROXY": no_proxy}, "http://gpu.node1:8080", "" if bypassed else "socks://p:1/") for no_proxy, bypassed in (
+        ("gpu.node1", True), ("node1", True), ("node1:8080", True), ("1", False), ("ode1", False))),
     ({"ALL_PROXY": "http://p:1", "NO_PROXY": "::1"}, "http://[::1]:9", ""), ({"ALL_PROXY": "http://p:1", "NO_PROXY": "[::1]"}, "http://[::1]", ""),
     ({"PROXY": "none", "HTTPS_PROXY": "https://p:1"}, "https://a.b", ""), ({"PROXY": "http://q:2", "HTTPS_PROXY": "http://p:1"}, "https://a.b", "http://q:2"),
 ])
@@ -6462,6 +6575,7 @@ UNREACHABLE = {  # (the upstream and the proxy before it, in which {} is a port;
     "a certificate": ("https://127.0.0.1:{}", "", "tls", "the certificate of 127.0.0.1 can't be verified: "),
     "no TLS": ("https://127.0.0.1:{}", "", "plain", "127.0.0.1 does not speak TLS"),
     "a proxy": ("https://a.b", "http://127.0.0.1:{}", "plain", "the proxy 127.0.0.1 refused the connection with status 407"),
+    "a proxy that is none": ("https://a.b", "http://127.0.0.1:{}", "ssh", "the proxy 127.0.0.1 does not answer as an HTTP proxy does (check PROXY)"),
     "a proxy that is down": ("https://a.b", "http://127.0.0.1:{}", None, "the proxy 127.0.0.1 refused the connection (check that it runs"),
     "a proxy's name": ("https://a.b", "http://no-such-host.invalid:1", None, LOOKED_UP.format("no-such-host.invalid", "PROXY")),
     "a SOCKS proxy's name": ("https://a.b", "socks5://no-such-host.invalid:1", None, LOOKED_UP.format("no-such-host.invalid", "PROXY")),
@@ -6475,10 +6589,16 @@ UNREACHABLE = {  # (the upstream and the proxy before it, in which {} is a port;
 class Plain(Fake):
     """Answers whatever comes with a 407."""
 
+    ANSWER = b"HTTP/1.1 407 Say who you are\r\n\r\n"
+
     def serve(self, sock):
         with sock:
             sock.recv(65536)
-            sock.sendall(b"HTTP/1.1 407 Say who you are\r\n\r\n")
+            sock.sendall(self.ANSWER)
+
+
+class SSH(Plain):
+    ANSWER = b"SSH-2.0-OpenSSH\r\n"
 
 
 class CutSocks(Fake):
@@ -6492,9 +6612,8 @@ class CutSocks(Fake):
 
 
 @table(UNREACHABLE)
-def test_an_unreachable_upstream_is_explained_with_its_host(case, pool, tmp_path, caplog):
-    url, proxy, kind, words = case
-    makers = {"tls": lambda: TLSOpenAI(tmp_path), "plain": Plain, "socks": SocksServer, "proxy": ForwardProxy, "cut": CutSocks}
+def test_an_unreachable_upstream_is_explained_with_its_host(url, proxy, kind, words, pool, tmp_path, caplog):
+    makers = {"tls": lambda: TLSOpenAI(tmp_path), "plain": Plain, "socks": SocksServer, "proxy": ForwardProxy, "cut": CutSocks, "ssh": SSH}
     fakes = [makers[name]() for name in (kind or "").split()]
     with socket.create_server(("127.0.0.1", 0)) as closed:
         ports = [fake.port for fake in fakes] or [closed.getsockname()[1]]
@@ -6519,6 +6638,13 @@ def test_a_proxy_on_the_way_plain(fake, pool, monkeypatch):
     assert (request.method, request.path) == ("POST", f"{fake.url}/v1/chat/completions")
     assert base64.b64decode(request.headers["proxy-authorization"].split()[1]) == b"us@er:p:w"
     proxy.close()
+
+
+def test_a_proxy_is_asked_for_a_connection_as_the_standard_says(pool):
+    with contextlib.closing(ForwardProxy()) as proxy:
+        chat(pool((proxy, {"base_url": "https://[::1]:9/v1", "proxy": f"http://u:p@127.0.0.1:{proxy.port}"})), BOTH)
+        assert proxy.requests[0][:2] == ("CONNECT", "[::1]:9") and proxy.requests[0].headers["host"] == "[::1]:9"
+        assert base64.b64decode(proxy.requests[0].headers["proxy-authorization"].split()[1]) == b"u:p"
 
 
 class TLSOpenAI(FakeOpenAI):
@@ -6552,6 +6678,22 @@ def test_tls_is_verified_and_a_private_authority_can_be_named(pool, tmp_path):
     wait_for(fake.gone.is_set)
     wrong = pool((fake, {"base_url": fake.url.replace("127.0.0.1", "127.0.0.2") + "/v1"}), ca_file=fake.ca_file)
     assert chat(wrong, BOTH).status == 502, "another host's certificate"
+
+
+def test_a_reload_reads_the_certificates_again(pool, tmp_path):
+    fake, bundle = TLSOpenAI(tmp_path), tmp_path / "bundle.pem"
+    bundle.write_text(TLS_SERVER)       # not the authority that has signed it
+    server = pool(fake, ca_file=str(bundle))
+    assert chat(server, BOTH).status == 502
+    bundle.write_text(TLS_AUTHORITY)
+    assert chat(server, BOTH).status == 502
+    server.reload(dataclasses.replace(server.settings))
+    assert chat(server, BOTH).status == 200
+    bundle.write_text("broken")
+    with pytest.raises(ConfigError):
+        dataclasses.replace(server.settings)
+    fake.hang_up()
+    assert chat(server, BOTH).status == 200, "a file with mistakes changes nothing"
 
 
 def test_a_proxy_on_the_way_with_connect(pool, tmp_path):
@@ -6601,11 +6743,9 @@ def test_a_reload_reaches_open_connections(pool):
     server = pool(FakeOpenAI(), bearer_token=("old",))
     with link_to(server) as link:
         assert ask_again(link, path="/status", headers={"Authorization": "Bearer old"}).status == 200
-        server.pool.upstreams[0].cooldowns[Category.RATE_LIMIT, ""] = akashproxy.CoolDown(time.monotonic() + 99)
         server.reload(dataclasses.replace(server.settings, bearer_token=("new",)))
         assert ask_again(link, path="/status", headers={"Authorization": "Bearer old"}).status == 401
-        state = ask_again(link, path="/status", headers={"Authorization": "Bearer new"}).json["controllers"][0]
-        assert state["rests_for_seconds"] > 90, "who rests goes on resting"
+        assert ask_again(link, path="/status", headers={"Authorization": "Bearer new"}).status == 200
 
 
 def test_a_reload_keeps_who_did_not_change(a, b, pool):
@@ -6628,8 +6768,7 @@ def test_a_reload_keeps_who_did_not_change(a, b, pool):
     "the user agent": ({"user_agent": "other"}, {}, True),
 })
 @pytest.mark.parametrize("kind", ["akash", "openai"])
-def test_a_reload_that_changes_the_way_forgets_cool_downs(case, kind):
-    changes, of_controller, forgotten = case
+def test_a_reload_that_changes_the_way_forgets_cool_downs(changes, of_controller, forgotten, kind):
     options = akashproxy.ControllerSettings(type=kind, name="a", base_url="http://127.0.0.1:1", api_key="old")
     settings = Settings(controllers=(options,), max_wait=0.0, akash_base_url=options.base_url)
     before = akashproxy.Pool(settings, clock=Clock())
@@ -6934,8 +7073,7 @@ def target_servers():
 
 
 @table(ATTACKS)
-def test_attacks(case, target_servers):
-    data, status, stays_open = case
+def test_attacks(data, status, stays_open, target_servers):
     target_server = target_servers[status == 408]
     marker = b"GET /status HTTP/1.1\r\nHost: x\r\nx-request-id: the-second\r\nConnection: close\r\n\r\n"
     if status == 408:       # what would come next would complete it
@@ -6992,8 +7130,6 @@ def test_blank_lines_before_half_a_head_keep_nobody_waiting(begun, serve):
 
 def test_blank_lines_alone_take_no_thread_and_buy_no_time(serve):
     server = serve(head_timeout=0.5)
-    given = []
-    server.submit = given.append
     with socket.create_connection(("127.0.0.1", server.server_port), timeout=0.05) as sock:
         end = time.monotonic() + 10
         while time.monotonic() < end:
@@ -7001,7 +7137,7 @@ def test_blank_lines_alone_take_no_thread_and_buy_no_time(serve):
                 sock.sendall(b"\r\n")
                 assert sock.recv(1) == b""
                 break
-        assert time.monotonic() < end and not given
+        assert time.monotonic() < end and not server.workers.idle
 
 
 def test_a_body_may_come_as_slowly_as_by_modem(serve):
@@ -7069,25 +7205,27 @@ def test_silence_after_a_pause_is_ended_too(pool):
         assert b"sent nothing for 0.5 seconds" in drain(sock)
 
 
-@pytest.mark.parametrize("place", ["dialect", "relay"])
-def test_a_bug_within_a_stream_closes_both_ends(place, a, pool, caplog):
-    a.faults.append(a.stall(1))
-    server = pool(a, keys=keys("alice"), idle_timeout=20)
-    with connect(server, post("/v1/chat/completions", {**BOTH, "stream": True}, "Authorization: Bearer alice-key")) as sock:
-        wait_for(lambda: any(relay.exchange.committed for relay in relays(server)))
-        relay, = relays(server)
-        if place == "dialect":
-            relay.dialect.encode, relay.fast_path = (lambda events: 1 / 0), ()
-        else:
-            relay.fast_path = (lambda data: 1 / 0), bytes, bytes
+BUGS = {    # a dialect's method with a bug, and what an upstream sends to meet it
+    "a token on the fast path": ({"token_frame": lambda self, token: 1 / 0}, b'0:"x"\n'),
+    "events": ({"encode": lambda self, events: akashproxy.ChatCompletions.encode(self, events) if Text("xy") not in events else 1 / 0}, b'0:"x"\n0:"y"\n'),
+}
+
+
+@table(BUGS)
+def test_a_bug_within_a_stream_closes_both_ends(method, data, own, akash, serve, caplog):
+    own(type("Buggy", (akashproxy.ChatCompletions,), method), "/v1/buggy")
+    akash.faults.append(akash.stall(b'0:"one "\n'))
+    server = serve(keys=keys("alice"), idle_timeout=20)
+    with connect(server, post("/v1/buggy", {**CHAT, "stream": True}, "Authorization: Bearer alice-key")) as sock:
+        wait_for(lambda: any(relay.fast_path for relay in relays(server)))
         assert counts(server) == (1, 1, 0)
-        for link in list(a.open):
-            link.sendall(chunk(a.event({"content": "x"})))
+        for link in list(akash.open):
+            link.sendall(chunk(data))
         receive(sock)
     settle(server)
     wait_for(lambda: counts(server) == (0, 1, 0))
     assert "ZeroDivisionError" in caplog.text and ask(server).status == 200
-    wait_for(lambda: samples(server, bearer("alice")).get(("akashproxy_requests_total", "/v1/chat/completions", "200", "a")) == 1)
+    wait_for(lambda: samples(server, bearer("alice")).get(("akashproxy_requests_total", "/v1/buggy", "200", "akash")) == 1)
 
 
 @pytest.mark.parametrize("path", WANTS)
@@ -7139,14 +7277,11 @@ def test_a_client_that_asks_again_and_leaves_is_noticed(first, akash, serve):
     wait_for(lambda: not server.connections)
 
 
-def test_no_more_threads(serve, monkeypatch):
+def test_no_more_threads(serve):
     server = serve()
-    start = threading.Thread.start
-    monkeypatch.setattr(threading.Thread, "start", lambda thread: (_ for _ in ()).throw(RuntimeError("can't start new thread"))
-                        if thread.name == "akashproxy worker" else start(thread))
-    assert chat(server).status == 503
-    assert ask(server).status == 200    # its monitoring still works
-    monkeypatch.undo()
+    with no_more_threads():
+        assert chat(server).status == 503
+        assert ask(server).status == 200    # its monitoring still works
     assert chat(server).status == 200 and server.workers.idle <= 1
 
 
@@ -7253,8 +7388,7 @@ def call_piece(index, arguments, **fields):
     "empty deltas": ("responses", FakeOpenAI.event({"content": "x"}), FakeOpenAI.event({})),
     "comments": ("messages", FakeOpenAI.event({"content": "x"}), b": keep-alive\n\n"),
 })
-def test_output_that_is_not_sent_is_silence(case, fake, pool):
-    path, first, repeated = case
+def test_output_that_is_not_sent_is_silence(path, first, repeated, fake, pool):
     done = threading.Event()
 
     def withholding(sock, request):
@@ -7281,8 +7415,7 @@ def test_output_that_is_not_sent_is_silence(case, fake, pool):
     "an ID long ago": (b"id: 1\n" + FakeOpenAI.event({"content": "a"}) + FakeOpenAI.event({"content": "b"}), b": ping\n"),
     "a part of an event": (FakeOpenAI.event({"content": "a"}) + b"event: message\n", b": ping\n"),
 })
-def test_a_ping_never_ends_an_event(case, fake, pool):
-    frames, ping = case
+def test_a_ping_never_ends_an_event(frames, ping, fake, pool):
     done, end = threading.Event(), b"".join(FakeOpenAI.words(""))
     fake.faults.append(fake.steps(fake.head() + chunk(frames), done, chunks(end)))
     with connect(pool(fake, heartbeat=0.1, idle_timeout=9), post("/v1/chat/completions", {**CHAT, "model": "both", "stream": True})) as sock:
@@ -7311,9 +7444,8 @@ FAULTS = {"cut": lambda sock: None, "reset": reset, "silence": stalled, "nonsens
 @pytest.mark.parametrize("kind", ["akash", "openai"])
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("two", [False, True])
-def test_no_fault_at_any_place_loses_or_doubles_a_word(kind, fault, streamed, two, pool, monkeypatch):
+def test_no_fault_at_any_place_loses_or_doubles_a_word(kind, fault, streamed, two, pool):
     """A cut at each seventh byte; the others at the beginning, in the middle and at the end of the head and the body."""
-    monkeypatch.setattr(akashproxy.EventStream, "DRAIN_TIMEOUT", 0.05)
     text = "one two three four."
     first, model = (FakeAkash(), CHAT["model"]) if kind == "akash" else (FakeOpenAI(text=text), "both")
     if kind == "akash":
@@ -7336,8 +7468,7 @@ def test_no_fault_at_any_place_loses_or_doubles_a_word(kind, fault, streamed, tw
 
     for place in places:
         first.faults = collections.deque([trouble, trouble])     # a kept connection may be tried once more
-        for member in server.pool.upstreams:
-            member.cooldowns.clear()
+        end_cooldowns(server)
         got = chat(server, {"model": model, "messages": [user("hi")]}, stream=streamed)
         if got.status != 200:
             assert got.status in (502, 504) and not two, place
@@ -7487,8 +7618,7 @@ def test_no_ping_follows_the_end_of_a_response(akash, serve):
         receive(sock, b"0\r\n\r\n")
 
 
-def test_an_upstream_that_goes_on_after_the_end_is_left(a, pool, monkeypatch):
-    monkeypatch.setattr(akashproxy.EventStream, "DRAIN_TIMEOUT", 0.2)
+def test_an_upstream_that_goes_on_after_the_end_is_left(a, pool):
     a.faults.append(a.endless(a.begun(None), chunk(b": more\n\n"), 0.02))
     server = pool(a)
     with connect(server, post("/v1/chat/completions", {**BOTH, "stream": True})):
@@ -7496,21 +7626,22 @@ def test_an_upstream_that_goes_on_after_the_end_is_left(a, pool, monkeypatch):
     wait_for(lambda: server.pool.upstreams[0].in_flight == 0)
 
 
-def test_comments_without_an_end_are_not_kept(a, pool, monkeypatch):
-    monkeypatch.setattr(akashproxy.PassthroughDecoder, "MAX_HELD", 1 << 18)
+def test_comments_without_an_end_are_not_kept(a, pool):
     a.faults.append(a.endless(a.head(), chunk(b": waiting\n\n" * 1000)))
     assert chat(pool(a), BOTH, stream=True).status == 502
 
 
-def test_no_more_threads_for_a_client_that_got_pings(a, pool, monkeypatch):
+def test_no_more_threads_for_a_client_that_got_pings(a, pool):
     a.faults.append(a.stall())
-    server = pool(a, heartbeat=0.05)
+    server, done = pool(a, heartbeat=0.05), threading.Event()
     with connect(server, post("/v1/chat/completions", {**BOTH, "stream": True})) as sock:
         got = sock.recv(65536)
-        monkeypatch.setattr(threading.Thread, "start", lambda thread: (_ for _ in ()).throw(RuntimeError("can't start new thread")))
-        monkeypatch.setattr(server.workers, "idle", 0)
-        a.hang_up()
-        got += receive(sock)
+        while server.workers.idle:
+            server.submit(done.wait)
+        with no_more_threads():
+            a.hang_up()
+            got += receive(sock)
+    done.set()
     assert b": ping" in got and b"Too many clients" not in got
     settle(server)
 
@@ -7693,11 +7824,11 @@ def shown(value, digits=0):
     return "-" if math.isnan(value) else f"{value:.{digits}f}"
 
 
-def usage(pid):
+def usage(pid, proc="/proc"):
     """(seconds of CPU, MB of memory) of a process so far; NaN where neither /proc nor ps tells."""
     with contextlib.suppress(OSError, ValueError, IndexError):
-        if pid is not None and os.path.exists("/proc/self/stat"):
-            fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        if pid is not None and os.path.exists(f"{proc}/self/stat"):
+            fields = pathlib.Path(f"{proc}/{pid}/stat").read_text().rpartition(")")[2].split()
             return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK"), int(fields[21]) * os.sysconf("SC_PAGE_SIZE") / 1e6
         if pid is not None:
             columns = subprocess.run(["ps", "-o", "time=,rss=", "-p", str(pid)], stdout=subprocess.PIPE, text=True).stdout.split()
@@ -7705,11 +7836,9 @@ def usage(pid):
     return math.nan, math.nan
 
 
-def most_streams(wanted):
+def most_streams(wanted, resource=resource):
     """As many streams as the limit of open files allows; the server has two for each."""
-    try:
-        import resource
-    except ImportError:     # Windows
+    if resource is None:    # Windows
         return wanted
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     need = 2 * wanted + 100
@@ -7803,8 +7932,7 @@ PROSE = b"Hello, world: [this] is {prose}, "
     "a large text that is no UTF-8": (b'"' + b"\x80" * 1_200_000 + b'"', False), "another one": (b'"' + b"\xff" * 1_200_000 + b'"', False),
     "a large text with an open string": ('"\u4e2d'.encode() + b"x" * 1_200_000, False), "one with a break": ('"\u4e2d'.encode() + b"x" * 1_200_000 + b'\n"', False),
 })
-def test_json_is_bounded_before_it_is_parsed(case):
-    text, accepted = case
+def test_json_is_bounded_before_it_is_parsed(text, accepted):
     if accepted:
         assert akashproxy.from_json(text) == json.loads(text)
     else:
@@ -8049,20 +8177,13 @@ def test_a_list_of_models_is_bounded(pool, caplog):
     assert chat(pool(long), {"model": "any", "messages": [user("hi")]}).status == 200
 
 
-def test_a_name_with_two_dashes_reads_no_list_anew(monkeypatch):
-    class Listed(akashproxy.Controller):
-        reads = 0
-
-        def models(self):
-            Listed.reads += 1
-            return [{"id": "a/b"}]
-
-    monkeypatch.setitem(akashproxy.CONTROLLERS, "echo", Listed)
-    clock = Clock()
-    built = akashproxy.Pool(Settings(controllers=(akashproxy.ControllerSettings(type="echo", name="one"),)), clock=clock)
-    assert [built.resolve_alias(name) for name in ("a--b", "a--b", "c--d", "a/b")] == [["a/b"], ["a/b"], ["c--d"], ["a/b"]] and Listed.reads == 1
+def test_a_name_with_two_dashes_reads_no_list_anew(own):
+    reads, clock = [], Clock()
+    own(type("Listed", (akashproxy.Controller,), {"models": lambda self: reads.append(1) or [{"id": "a/b"}]}))
+    built = akashproxy.Pool(Settings(controllers=(OF_ONES_OWN,)), clock=clock)
+    assert [built.resolve_alias(name) for name in ("a--b", "a--b", "c--d", "a/b")] == [["a/b"], ["a/b"], ["c--d"], ["a/b"]] and len(reads) == 1
     clock.now += 60
-    assert built.resolve_alias("a--b") == ["a/b"] and Listed.reads == 2
+    assert built.resolve_alias("a--b") == ["a/b"] and len(reads) == 2
 
 
 def test_the_estimate_of_tokens_is_that_of_its_parts():
@@ -8114,8 +8235,7 @@ LARGE = 4 << 20
               + PROSE * (LARGE // 34) + b'"}]}'),
     "a model's name": ("/v1/chat/completions", lambda: b'{"messages":[{"role":"user","content":"x"}],"model":"' + b"m" * LARGE + b'"}'),
 })
-def test_a_request_takes_at_most_eight_times_its_size(case, tmp_path, fake):
-    path, make = case
+def test_a_request_takes_at_most_eight_times_its_size(path, make, tmp_path, fake):
     body = make()
     config = tmp_path / "akashproxy.json"
     config.write_text(json.dumps({"controllers": [{"base_url": fake.url + "/v1", "api_key": "k"}]}))
@@ -8267,7 +8387,7 @@ def test_where_a_filter_is_cut_changes_nothing(rng):
 @fuzzed(100)
 def test_where_a_tool_call_is_cut_changes_nothing(rng):
     parts = ["a ", "\n", "`", "<tool_call>", "</tool_call>", "<tool", '{"name": "now", "arguments": {}}', "{'name': 'now',}", "<function=", "now", ">",
-             "[TOOL_CALLS]", "<parameter=a>1</parameter>", "</function>", "}", "functions.", ":0", "<｜tool▁sep｜>"]
+             "<|tool_call_begin|>", "<parameter=a>1</parameter>", "</function>", "}", "functions.", ":0", "<｜tool▁sep｜>"]
     text = "".join(rng.choice(parts) for _ in range(rng.randint(1, 9)))
     answers = [tool_answer(pieces) for pieces in ([text], list(text), cut_up(rng, text))]
     assert answers[0] == answers[1] == answers[2], text
@@ -8313,8 +8433,7 @@ def test_whatever_an_upstream_sends_the_client_gets_an_answer_or_an_error(path, 
 
     server = pool(upstream, akash)
     for _ in range(40 * FUZZ):
-        for member in server.pool.upstreams:
-            member.cooldowns.clear()
+        end_cooldowns(server)
         upstream.faults = collections.deque([fault(["chat"], COMPLETION)] * 2)
         akash.faults = collections.deque([fault(["akash v4", "akash v5"], None)] * 2)
         got = ask(server, "POST", path, {**WANTS[path], "stream": streamed})
@@ -8327,15 +8446,15 @@ def test_whatever_an_upstream_sends_the_client_gets_an_answer_or_an_error(path, 
             assert got.status == 200 and got.body or got.json["error"]["message"], got.body
 
 
-def test_a_controller_may_go_through_the_events_of_another_one(pool, monkeypatch):
+def test_a_controller_may_go_through_the_events_of_another_one(pool, own):
     class Loud(akashproxy.OpenAIController):
         def events(self, call):
             for event in super().events(call):
                 yield Text(event.text.upper()) if isinstance(event, Text) else event
 
-    monkeypatch.setitem(akashproxy.CONTROLLERS, "loud", Loud)
+    own(Loud)
     a, before = FakeOpenAI(text="one two"), akashproxy.CancelScope.active.copy()
-    server = pool((a, {"type": "loud", "paths": ("/none",), "api_key": "k"}))
+    server = pool((a, {"type": "own", "paths": ("/none",), "api_key": "k"}))
     for streamed in range(2):
         assert (stream(server, BOTH)[0] if streamed else text_of(chat(server, BOTH))) == "ONE TWO"
     a.faults += [a.refuse(), a.early(), a.status(500)]      # the first is a kept connection's end, and asked again
@@ -8343,14 +8462,9 @@ def test_a_controller_may_go_through_the_events_of_another_one(pool, monkeypatch
     wait_for(lambda: not akashproxy.CancelScope.active - before)
 
 
-def test_a_controller_of_ones_own_may_stream_raw_bytes(serve, monkeypatch):
-    class Own(akashproxy.Controller):
-        def events(self, call):
-            yield from map(akashproxy.RawBytes, [b"data: {}\n\n", b"data: [DONE]\n\n"])
-
-    monkeypatch.setitem(akashproxy.CONTROLLERS, "own", Own)
-    server = serve(controllers=(akashproxy.ControllerSettings(type="own"),))
-    assert chat(server, stream=True).body.endswith(b"\n\ndata: {}\n\ndata: [DONE]\n\n")
+def test_a_controller_of_ones_own_may_stream_raw_bytes(serve, own):
+    own(type("Own", (akashproxy.Controller,), {"events": lambda self, call: map(akashproxy.RawBytes, [b"data: {}\n\n", b"data: [DONE]\n\n"])}))
+    assert chat(serve(controllers=(OF_ONES_OWN,)), stream=True).body.endswith(b"\n\ndata: {}\n\ndata: [DONE]\n\n")
 
 
 class Broken(akashproxy.Controller):
@@ -8388,8 +8502,8 @@ class Broken(akashproxy.Controller):
 
 @pytest.mark.parametrize("kind", ["own", "os"])
 @pytest.mark.parametrize("place", ["events", "first", "second", "odd", "able"])
-def test_a_bug_of_a_controller_is_that_controllers_failure(place, streamed, kind, pool, monkeypatch, caplog):
-    monkeypatch.setitem(akashproxy.CONTROLLERS, "own", type("Own", (Broken,), {"place": place}))
+def test_a_bug_of_a_controller_is_that_controllers_failure(place, streamed, kind, pool, own, caplog):
+    own(type("Own", (Broken,), {"place": place}))
     name = f"own-{place}-{streamed}-{kind}"
     server = pool((FakeOpenAI(), {"type": "own", "name": name, "api_key": kind}), (FakeOpenAI(), {"priority": 2}))
     for tracebacks in ([True], [True, False]):
@@ -8403,43 +8517,46 @@ def test_a_bug_of_a_controller_is_that_controllers_failure(place, streamed, kind
         reports = [record for record in caplog.records if record.getMessage().startswith(name + ": unexpected error")]
         assert [bool(record.exc_info) for record in reports] == tracebacks
         assert ask(server, path="/status").json["controllers"][0]["rests_for_seconds"] > 0
-        server.pool.upstreams[0].cooldowns.clear()
+        end_cooldowns(server)
 
 
 @pytest.mark.parametrize("place", ["models", "list", "image"])
-def test_a_bug_in_a_list_or_a_picture_harms_no_other_controller(place, pool, monkeypatch):
-    monkeypatch.setitem(akashproxy.CONTROLLERS, "own", type("Own", (Broken,), {"place": place}))
+def test_a_bug_in_a_list_or_a_picture_harms_no_other_controller(place, pool, own):
+    own(type("Own", (Broken,), {"place": place}))
     server = pool((FakeOpenAI(), {"type": "own", "api_key": "own"}), FakeAkash())
     assert "Qwen/Qwen3" in {model["id"] for model in ask(server, path="/v1/models").json["data"]}
     assert ask(server, path="/images/job_51083a4c_00001_.png").body == PNG
 
 
+class OwnHTTP(akashproxy.Controller):
+    """A controller for an HTTP API; decoder(head) reads an answer."""
+
+    def __init__(self, options, settings):
+        super().__init__(options, settings)
+        self.transport = akashproxy.Transport(options, settings, options.base_url, self.name, {})
+
+    def events(self, call):
+        return akashproxy.EventStream(self.transport.start_request("POST", "/", call.scope, b"{}"), self.decoder)
+
+
 @pytest.mark.parametrize("when", ["head", "first", "later", "end"])
-def test_a_bug_of_a_decoder_is_that_controllers_failure(when, streamed, akash, b, pool, monkeypatch, caplog):
-    seen = collections.Counter()
+def test_a_bug_of_a_decoder_is_that_controllers_failure(when, streamed, a, b, pool, own, caplog):
+    fed = threading.Event()
 
-    def feed(self, data):
-        seen["feed"] += 1
-        if when == "first" or when == "later" and seen["feed"] > 1:
-            raise IndexError("a bug")
-        return original(self, data)
+    class Buggy(AkashDecoder):
+        def feed(self, data):
+            if when == "first" or when == "later" and fed.is_set():
+                raise IndexError("a bug")
+            fed.set()
+            return super().feed(data)
 
-    original, opened = AkashDecoder.feed, akashproxy.AkashController._decoder
-    monkeypatch.setattr(AkashDecoder, "feed", feed)
-    if when == "end":
-        monkeypatch.setattr(AkashDecoder, "close", lambda self: {}["a bug"])
-    if when == "head":
-        monkeypatch.setattr(akashproxy.AkashController, "_decoder", lambda *_: opened(*_) and 1 / 0)
+        def close(self):
+            return {}["a bug"] if when == "end" else super().close()
 
-    def fault(sock, request):
-        sock.sendall(STREAM_HEAD + chunk(b'0:"half"\n'))
-        if when == "later":
-            wait_for(lambda: seen["feed"])
-        sock.sendall((chunk(STOP) if when != "end" else b"") + b"0\r\n\r\n")
-
-    akash.faults.append(fault)
-    name = f"akash-{when}-{streamed}"
-    server = pool((akash, {"name": name}), (b, {"priority": 2}))
+    own(type("Own", (OwnHTTP,), {"decoder": lambda self, head: 1 / 0 if when == "head" else Buggy()}))
+    a.faults.append(a.steps(STREAM_HEAD + chunk(b'0:"half"\n'), *[fed] * (when == "later"), (chunk(STOP) if when != "end" else b"") + b"0\r\n\r\n"))
+    name = f"own-{when}-{streamed}"
+    server = pool((a, {"type": "own", "name": name}), (b, {"priority": 2}))
     got = chat(server, BOTH, stream=streamed)
     wait_for(lambda: ask(server, path="/status").json["controllers"][0]["failed"] >= 1)
     if streamed and when in ("later", "end"):
@@ -8474,15 +8591,15 @@ BEGUN = {
 }
 
 
-def silent_after(case, pool, threaded, monkeypatch, **limits):
+def silent_after(case, pool, threaded, own, **limits):
     """What a client gets of an upstream that falls silent after some bytes."""
     kind, path, opening = case
     fake = FakeAkash() if kind == "akash" else FakeOpenAI()
     fake.faults.append(Fake.stall(fake, (STREAM_HEAD if kind == "akash" else fake.head()) + chunk(opening)))
     if threaded:    # as a controller of one's own that passes the events of another one on
         base = akashproxy.CONTROLLERS["akash" if kind == "akash" else "openai"]
-        monkeypatch.setitem(akashproxy.CONTROLLERS, "threaded", type("Threaded", (base,), {"events": lambda self, call: iter(base.events(self, call))}))
-    more = {"type": "threaded", "base_url": fake.url} if threaded else {}
+        own(type("Threaded", (base,), {"events": lambda self, call: iter(base.events(self, call))}))
+    more = {"type": "own", "base_url": fake.url} if threaded else {}
     server = pool((fake, {**({"paths": (path,)} if kind == "anthropic" else {}), **more, **limits}))
     got = ask(server, "POST", path, {**WANTS[path], "stream": True}).body
     wait_for(fake.gone.is_set)      # it is left
@@ -8497,14 +8614,14 @@ def both_ways(cases):
 
 
 @both_ways(OPENINGS)
-def test_the_first_byte_limit_rules_until_the_first_content(case, threaded, pool, monkeypatch):
-    got = silent_after(case, pool, threaded, monkeypatch, first_byte_timeout=0.3, idle_timeout=0.05)
+def test_the_first_byte_limit_rules_until_the_first_content(case, threaded, pool, own):
+    got = silent_after(case, pool, threaded, own, first_byte_timeout=0.3, idle_timeout=0.05)
     assert b"did not answer within 0.3 seconds" in got and b"sent nothing" not in got
 
 
 @both_ways(BEGUN)
-def test_the_idle_limit_rules_after_the_first_content(case, threaded, pool, monkeypatch):
-    assert b"sent nothing for 0.05 seconds" in silent_after(case, pool, threaded, monkeypatch, idle_timeout=0.05, first_byte_timeout=20)
+def test_the_idle_limit_rules_after_the_first_content(case, threaded, pool, own):
+    assert b"sent nothing for 0.05 seconds" in silent_after(case, pool, threaded, own, idle_timeout=0.05, first_byte_timeout=20)
 
 
 def test_comments_do_not_put_the_first_byte_limit_off(a, b, pool):
@@ -8518,8 +8635,7 @@ def test_comments_do_not_put_the_first_byte_limit_off(a, b, pool):
     "half": (b'{"data":[{"embedding":[1,2', 502), "ends in a bracket": (b'{"data":[{"embedding":[1,2]}', 502), "nothing": (b"", 502),
     "an error": (b'{"error":{"message":"no","type":"x"}}', 502), "whole": (b'{"data":[{"embedding":[1,2]}]}\n', 200), "a list": (b"[1]", 502),
 })
-def test_json_to_the_end_of_the_connection_is_looked_at(case, head, a, b, pool):
-    body, status = case
+def test_json_to_the_end_of_the_connection_is_looked_at(body, status, head, a, b, pool):
     a.sends(head + b"Content-Type: application/json\r\n\r\n" + body)
     got = ask(pool((a, {"priority": 1}), (b, {"priority": 2})), "POST", "/v1/embeddings", {"model": "both", "input": "x"})
     assert got.status == 200 and route_of(got) == ("a=200" if status == 200 else "a=502, b=200")
@@ -8622,8 +8738,7 @@ def usages(got):
     "Responses": ("/v1/responses", {"input": "x" * 400}, ("input_tokens", "output_tokens")),
 })
 @pytest.mark.parametrize("told", [False, True])
-def test_usage_is_always_there(case, streamed, told, akash, serve, log):
-    path, body, names = case
+def test_usage_is_always_there(path, body, names, streamed, told, akash, serve, log):
     end = END.replace(b"%b", b"stop")
     akash.chat = (STEP + b"".join(b'0:"%b "\n' % (b"word" * 5) for _ in range(20))
                   + (end.replace(b'"promptTokens":null,"completionTokens":null', b'"promptTokens":11,"completionTokens":7') if told else end))
@@ -8946,8 +9061,7 @@ def test_keys_in_a_file(config):
     "a rate that is none": ({"keys": [{"name": "a", "key": "k", "requests_per_minute": 0.5}]}, "keys[0].requests_per_minute: must be a whole"),
     "not in the environment": ({"keys": [{"name": "a", "key": "${NONE}"}]}, "keys[0].key: the environment variable NONE is not set"),
 })
-def test_keys_that_can_not_be(case, config):
-    data, problem = case
+def test_keys_that_can_not_be(data, problem, config):
     with pytest.raises(ConfigError) as caught:
         load(config(data))
     assert len(caught.value.problems) == 1 and problem in caught.value.problems[0] and "s3cret" not in str(caught.value)
@@ -8964,11 +9078,11 @@ def test_keys_that_can_not_be(case, config):
     "what is refused costs nothing": ({"max_concurrency": 1, "requests_per_minute": 2}, [
         (0, "acquire", None), (0, "acquire", 1), (0, "acquire", 1), (0, "release", None), (0, "acquire", None), (0, "release", None), (0, "acquire", 30)]),
 })
-def test_limits(case):
+def test_limits(options, steps):
     clock = Clock()
     began = clock()
-    limits = akashproxy.KeyLimiter(akashproxy.ClientKeySettings(name="alice", key="k", **case[0]), clock)
-    for at, what, wait in case[1]:
+    limits = akashproxy.KeyLimiter(akashproxy.ClientKeySettings(name="alice", key="k", **options), clock)
+    for at, what, wait in steps:
         clock.now = began + at
         if wait is None:
             getattr(limits, what)()
@@ -8977,8 +9091,8 @@ def test_limits(case):
             limits.acquire()
         assert (caught.value.status, caught.value.code) == (429, "rate_limit_exceeded")
         assert caught.value.retry_after == pytest.approx(wait) and "'alice'" in caught.value.message
-    done = [wait for _, what, wait in case[1] if what == "acquire"]
-    assert limits.status() == {"name": "alice", "in_flight": done.count(None) - sum(what == "release" for _, what, _ in case[1]),
+    done = [wait for _, what, wait in steps if what == "acquire"]
+    assert limits.status() == {"name": "alice", "in_flight": done.count(None) - sum(what == "release" for _, what, _ in steps),
                                "requests": done.count(None), "refused": len(done) - done.count(None)}
 
 
@@ -9089,7 +9203,6 @@ def test_keys_alone_close_the_server(serve):
 
 def test_a_rate_on_the_wire(serve):
     server = serve(keys=keys("alice", requests_per_minute=2) + keys("bob"))
-    server.keys[0].clock = Clock()
     for path, status in (("/v1/chat/completions", 200), ("/v1/embeddings", 404)):      # what came of it does not matter
         assert ask(server, "POST", path, CHAT, bearer("alice")).status == status
     for path in ("/v1/chat/completions", "/v1/embeddings", "/v1/messages/count_tokens"):
@@ -9101,8 +9214,6 @@ def test_a_rate_on_the_wire(serve):
     assert chat(server, headers=bearer("bob")).status == 200
     assert ask(server, "POST", "/v1/chat/completions", b"{", bearer("alice")).status == 400, "what is no call does not count"
     assert counts(server) == (0, 2, 3)
-    server.keys[0].clock.now += 30
-    assert chat(server, headers=bearer("alice")).status == 200
 
 
 @table({    # a name: (a fault, the client's body, does the client leave?)
@@ -9113,11 +9224,10 @@ def test_a_rate_on_the_wire(serve):
     "a client that leaves": (does("stall"), {}, True), "a client that leaves a stream": (does("stall", 1), {"stream": True}, True),
     "an unknown model": (None, {"model": ""}, False), "a mistake": (None, {"messages": 7}, False),
 })
-def test_a_call_is_in_flight_until_it_is_over(case, a, pool):
-    fault, fields, leaves = case
+def test_a_call_is_in_flight_until_it_is_over(fault, fields, leaves, a, pool):
     server = pool(a, keys=keys("alice", max_concurrency=1))
     for asked in range(2):
-        server.pool.upstreams[0].cooldowns.clear()
+        end_cooldowns(server)
         if fault:
             a.faults.append(fault(a))
         if leaves:
@@ -9135,35 +9245,43 @@ def test_a_call_is_in_flight_until_it_is_over(case, a, pool):
     assert chat(server, BOTH, bearer("alice")).status != 429
 
 
-def test_the_next_call_can_be_made_as_soon_as_the_last_one_is_answered(serve, monkeypatch):
+class LateConnection(akashproxy.Connection):
+    """A connection of which the loop ends each request late."""
+
+    def end_request(self):
+        self.flush()
+        threading.Timer(0.5, self.loop.call_soon_threadsafe, [super().end_request]).start()
+
+
+class LateServer(Server):
+    def process_request(self, request, client_address):
+        connection = LateConnection(request, client_address, self)
+        self.connections.add(connection)
+        connection.set_deadline(20, "")
+
+
+def test_the_next_call_can_be_made_as_soon_as_the_last_one_is_answered():
     """However long the loop takes for the end of a request: a client that has its answer is no longer in flight."""
-    end_request = akashproxy.Connection.end_request
-    monkeypatch.setattr(akashproxy.Connection, "end_request", lambda connection: (
-        connection.flush(), threading.Timer(0.5, connection.loop.call_soon_threadsafe, [lambda: end_request(connection)]).start()))
-    server = serve(controllers=(ECHO,), keys=keys("alice", max_concurrency=1))
-    for fields, status in (({}, 200), ({"stream": True}, 200), ({"messages": 7}, 400)):
-        got = chat(server, {"model": "echo", "messages": [user("a b")], **fields}, bearer("alice"))
-        assert got.status == status, got
-    for _ in range(2):
-        assert ask(server, "POST", "/v1/images/generations", {"prompt": "x"}, bearer("alice")).status == 404
+    with LateServer(Settings(server_address="127.0.0.1:0", controllers=(ECHO,), keys=keys("alice", max_concurrency=1))) as server:
+        for fields, status in (({}, 200), ({"stream": True}, 200), ({"messages": 7}, 400)):
+            got = chat(server, {"model": "echo", "messages": [user("a b")], **fields}, bearer("alice"))
+            assert got.status == status, got
+        for _ in range(2):
+            assert ask(server, "POST", "/v1/images/generations", {"prompt": "x"}, bearer("alice")).status == 404
 
 
-def test_a_stop_and_a_bug_end_a_call_once(a, pool):
+def test_a_stop_ends_a_call_once(a, pool):
     server = pool(a, keys=keys("alice", max_concurrency=2))
-    key = server.keys[0]
-    server.pool.acquire, take = lambda *_: 1 / 0, server.pool.acquire
-    assert chat(server, BOTH, bearer("alice")).status == 500 and key.in_flight == 0
-    server.pool.acquire = take
     a.faults.extend([a.stall(1), a.stall()])
     with concurrent.futures.ThreadPoolExecutor(2) as threads:
         calls = [threads.submit(chat, server, BOTH, bearer("alice"), stream=streamed) for streamed in (True, False)]
         wait_for(lambda: len(a.bodies()) == 2)
-        assert key.in_flight == 2
+        assert counts(server)[0] == 2
         server.stop(0)
         for call in calls:
             with contextlib.suppress(OSError, http.client.HTTPException):
                 call.result()
-    assert key.in_flight == 0
+    assert counts(server)[0] == 0
 
 
 def test_a_slow_client_is_in_flight_until_its_answer_is_here(pool):
@@ -9262,8 +9380,7 @@ def test_a_body_that_is_not_needed_but_here_is_skipped(framed, serve):
     "another site's page": ("POST", "/v1/chat/completions", ["x-api-key: k", "Origin: https://b.example", "Content-Length: 1000"], 403),
     "a chunked body without a token": ("POST", "/v1/responses", ["Transfer-Encoding: chunked"], 401),
 })
-def test_what_a_head_says_is_refused_before_the_body(case, serve):
-    method, path, fields, status = case
+def test_what_a_head_says_is_refused_before_the_body(method, path, fields, status, serve):
     server = serve(bearer_token=("k",), cors_origins=("https://a.example",))
     with connect(server, head_of(method, path, *fields, "Expect: 100-continue")) as sock:
         assert status_of(sock) == status
@@ -9486,8 +9603,7 @@ def test_what_needs_a_token_is_not_for_shared_caches(settings, kind, akash, serv
     "Basic": ({"Authorization": "Basic k"}, False), "a part": ({"x-api-key": ""}, False), "more": ({"Authorization": "Bearer k k"}, False),
     "doubled": ({"Authorization": "Bearer Bearer k"}, False), "not ASCII": ({"x-api-key": "\xe9"}, False),
 })
-def test_any_of_several_credentials_opens(case, serve):
-    headers, opens = case
+def test_any_of_several_credentials_opens(headers, opens, serve):
     for settings in ({"bearer_token": ("k",)}, {"keys": (akashproxy.ClientKeySettings(name="a", key="k"),)}):
         assert ask(serve(**settings), path="/v1/models", headers=headers).status == (200 if opens else 401)
 
@@ -9567,8 +9683,7 @@ AROUND = {  # (path, content type, further fields, bodies): all are refused, or 
 
 
 @table(AROUND)
-def test_no_way_around_the_models_of_a_key(case, pool):
-    path, kind, more, bodies = case
+def test_no_way_around_the_models_of_a_key(path, kind, more, bodies, pool):
     fake = FakeOpenAI(models=["cheap", "dear"])
     server = known(pool(fake, keys=keys("alice", models=("cheap",)) + keys("bob")))
     asked = len(fake.requests)
@@ -9624,14 +9739,15 @@ def test_json_with_a_forms_type_is_json(fake, pool):
     "relayed": ("/v1/embeddings", JSON, calls_of(b'"model":"both","models":["dear"]')[0], 400),
     "in a form": ("/v1/audio/transcriptions", FORM, multipart(FILE, (MODEL.replace(b"model", b"models"), b"dear")), 400),
     "in a short form": ("/v1/audio/speech", URLENCODED, b"model=both&f%61llbacks=dear", 400),
+    "as a list in a form": ("/v1/audio/transcriptions", FORM, multipart(FILE, (MODEL, b"both"), (MODEL.replace(b"model", b"models[]"), b"dear")), 400),
+    "as an object in a short form": ("/v1/audio/speech", URLENCODED, b"model=both&fallbacks[0][model]=dear", 400),
     "in text": ("/v1/embeddings", "text/plain", calls_of(b'"model":"both","models":["dear"]')[0], 400),
     "in another charset": ("/v1/embeddings", JSON + "; charset=utf-7", calls_of(b'"model":"both"')[0], 415),
     "none": ("/v1/chat/completions", JSON, calls_of(b'"model":"both","n":2')[0], 200),
     "within another": ("/v1/embeddings", JSON, calls_of(b'"model":"both","metadata":{"models":1}')[0], 200),
     "a form without": ("/v1/audio/transcriptions", FORM, multipart(FILE, (MODEL, b"both")), 200),
 })
-def test_fields_that_a_key_must_not_send(case, fake, pool):
-    path, kind, body, status = case
+def test_fields_that_a_key_must_not_send(path, kind, body, status, fake, pool):
     server = pool(fake, keys=keys("alice", refuse_fields=("fallbacks", "models")) + keys("bob"))
     got = ask(server, "POST", path, body, {**bearer("alice"), "Content-Type": kind})
     assert got.status == status and len(fake.bodies() if kind == JSON else fake.requests) == (status == 200), got.body
@@ -9641,8 +9757,7 @@ def test_fields_that_a_key_must_not_send(case, fake, pool):
 @table({"as it is": ("a=1&b=%20", "a=1&b=%20"), "alone": ("model=x", ""), "first": ("model=x&a=1", "a=1"), "last": ("a=1&model=x", "a=1"),
         "twice": ("model=x&a=1&MODEL=y", "a=1"), "encoded": ("%6d%4fdel=x&a=%26model=1", "a=%26model=1"), "semicolon": ("a=1;model=x", "a=1"),
         "no value": ("model&a", "a"), "others": ("models=1&model_id=2&xmodel=3", "models=1&model_id=2&xmodel=3"), "none": ("", "")})
-def test_queries_without_a_model(case):
-    query, left = case
+def test_queries_without_a_model(query, left):
     assert akashproxy.remove_model_params(query) == left
 
 
@@ -9679,17 +9794,16 @@ def test_a_form_costs_no_more_than_its_size():
 # == several processes and machines ===========================================================
 
 
-def test_what_comes_on_an_idle_connection_of_a_server_that_stops_is_answered(akash, serve, monkeypatch):
-    monkeypatch.setattr(akashproxy, "LAME_DUCK_SECONDS", 60)
+def test_what_comes_on_an_idle_connection_of_a_server_that_stops_is_answered(akash, serve):
     server = serve()
-    used, idle = (http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10) for _ in range(2))
-    with contextlib.closing(used), contextlib.closing(idle), concurrent.futures.ThreadPoolExecutor(1) as threads:
-        assert ask_again(used).status == ask_again(idle).status == 200
+    with link_to(server) as used, link_to(server) as probe, link_to(server) as idle, concurrent.futures.ThreadPoolExecutor(1) as threads:
+        assert [ask_again(link).status for link in (used, probe, idle)] == [200] * 3
         stopped = threads.submit(server.stop, 30)
         wait_for(lambda: server.socket.fileno() < 0)
         got = ask_again(used, "POST", "/v1/chat/completions", CHAT)
         assert (got.status, got.headers["connection"]) == (200, "close")
-        monkeypatch.setattr(akashproxy, "LAME_DUCK_SECONDS", 0)
+        got = ask_again(probe)
+        assert (got.status, got.json["status"], got.headers["connection"]) == (503, "draining", "close")
         assert idle.sock.recv(1) == b"" and stopped.result() is None
 
 
@@ -10312,7 +10426,7 @@ def test_errors_on_the_page_say_what_to_do(browser, fake, pool):
                          (fake.status(404, unknown), "Choose another model."),
                          (fake.status(500), "Try again or choose another model."),
                          (fake.cut(1), "Try again or choose another model.")):
-        server.pool.upstreams[0].cooldowns.clear()
+        end_cooldowns(server)
         fake.faults.append(fault)
         browser.run("document.getElementById('field').value = ''")
         browser.ask("Hello")
@@ -10809,8 +10923,7 @@ def growth(work, sizes, rounds=10, floor=1e-3):
     return times
 
 
-def growths(case):
-    work, head, unit, tail = case
+def growths(work, head, unit, tail):
     size = len(unit)
     yield "whole", growth(work, lambda many: [head + unit * (many * 20000 // size) + tail])
     yield "in single pieces", growth(work, lambda many: split(head + unit * (many * 10000 // size) + tail, 1))
@@ -10865,8 +10978,8 @@ def growths(case):
     "Tools: a list of calls": (texts(tool_filter), "<tool_call>[", '{"name": "now"},', "]</tool_call>"),
     "Collected": (feeding(lambda: akashproxy.BufferedBody(lambda data: [])), b"", b"ab", b""),
 })
-def test_a_decoder_takes_a_time_in_proportion_to_its_input(case):
-    for form, times in growths(case):
+def test_a_decoder_takes_a_time_in_proportion_to_its_input(work, head, unit, tail):
+    for form, times in growths(work, head, unit, tail):
         assert times < 8, f"{form}: four times as much costs {times:.1f} times as much"
 
 
@@ -10900,7 +11013,7 @@ def call_of(index, arguments="{}"):
                                          lambda n: [system("a" * 90)] * n),
     "Responses: messages of the system": (lambda items: akashproxy.Responses({"model": "m", "input": items}),
                                           lambda n: [{"role": "developer", "content": "a" * 90}] * n),
-    "Akash: a request of many messages": (lambda messages: akashproxy.akash_request(Call({"model": "m", "messages": messages})),
+    "Akash: a request of many messages": (lambda messages: akashproxy.akash_request("m", {"messages": messages}),
                                           lambda n: [user("a")] * n),
     "Akash: models": (akashproxy.akash_models, lambda n: [{"id": f"model{at}"} for at in range(n)]),
     "Akash: lines like a picture's": (lambda lines: akashproxy.parse_image_job(b"".join(lines)), lambda n: [
@@ -10912,8 +11025,7 @@ def call_of(index, arguments="{}"):
     "Akash: blanks in an error": (lambda parts: akashproxy.akash_error("".join(parts), "m"), lambda n: ["model a "] * n),
     "the span of a limit": (lambda parts: akashproxy.total_seconds("".join(parts)), lambda n: ["1m30.5s"] * n),
 })
-def test_many_items_take_a_time_in_proportion_to_their_number(case):
-    work, make = case
+def test_many_items_take_a_time_in_proportion_to_their_number(work, make):
     times = growth(work, lambda many: make(many * 2000))
     assert times < 8, f"four times as many cost {times:.1f} times as much"
 
@@ -10929,7 +11041,7 @@ class Rejoining:
 
 
 def test_a_cost_that_is_not_in_proportion_is_found():
-    assert any(times > 8 for _, times in growths((feeding(Rejoining), b"", b"xyz", b"")))
+    assert any(times > 8 for _, times in growths(feeding(Rejoining), b"", b"xyz", b""))
     assert growth(lambda items: [items.index(item) for item in items], lambda many: list(range(many * 1000))) > 8
 
 
@@ -11014,6 +11126,22 @@ class OwnHandler(akashproxy.Handler):
         elif self.path == "/split":
             self.send_response(200)
             self.send_header("X-Evil", "a\r\nB: c")
+        elif self.path == "/cookies":
+            self.send_response_only(200)
+            for value in ("a=1", "b=2"):
+                self.send_header("Set-Cookie", value)
+            self.end_headers()
+        elif self.path == "/target%?a=%41":
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(f"{self.requestline} {self.close_connection}".encode())
+        elif self.path == "/unmodified":
+            self.send_response(304)
+            self.end_headers()
+        elif self.path == "/last":
+            self.send_response(200)
+            self.send_header("Connection", "close")
+            self.end_headers()
         elif self.path == "/nothing":
             return None
         elif self.path == "/bug":
@@ -11038,13 +11166,13 @@ class OwnHandler(akashproxy.Handler):
     "a body": ("POST", "/upper", b"abc", 200, b"ABC"),
     "the module's own": ("GET", "/health", None, 200, None),
     "the module's own 404": ("GET", "/elsewhere", None, 404, None),
+    "a target with a query": ("GET", "/target%25?a=%41", None, 200, b"GET /target%?a=%41 HTTP/1.1 False"),
     "send_error": ("GET", "/error", None, 418, None),
     "a line break in a header": ("GET", "/split", None, 500, None),
     "no response": ("GET", "/nothing", None, 500, None),
     "a bug": ("GET", "/bug", None, 500, None),
 })
-def test_a_handler_as_of_http_server(case, akash):
-    method, path, body, status, expected = case
+def test_a_handler_as_of_http_server(method, path, body, status, expected, akash):
     server = Server(Settings(server_address="127.0.0.1:0", akash_base_url=akash.url), OwnHandler)
     reported = []
     server.handle_error = lambda request, client_address: reported.append((client_address[0], sys.exc_info()[0]))
@@ -11058,6 +11186,25 @@ def test_a_handler_as_of_http_server(case, akash):
     assert reported == {"/bug": [("127.0.0.1", KeyError)] * 2, "/split": [("127.0.0.1", ValueError)] * 2}.get(path, [])
 
 
+@table({    # the bytes that follow the head, None: the connection is closed; lines that it has; lines that it must not have
+    "a header sent twice": ("/cookies", b"0\r\n\r\n", (b"Set-Cookie: a=1\r\nSet-Cookie: b=2\r\n",), (b"Connection:",)),
+    "no body": ("/unmodified", b"", (b"HTTP/1.1 304 ",), (b"Content-Length", b"Transfer-Encoding")),
+    "the last response": ("/last", None, (b"Connection: close\r\n",), ()),
+})
+def test_the_head_is_what_a_handler_has_sent(case):
+    path, body, has, has_not = case
+    with Server(Settings(server_address="127.0.0.1:0"), OwnHandler) as server, socket.create_connection(server.server_address, 10) as link:
+        link.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        with link.makefile("rb") as answer:
+            head = b"".join(iter(answer.readline, b"\r\n"))
+            assert all(line in head for line in has) and not any(line in head for line in has_not), head
+            if body is None:
+                assert answer.read() == b"0\r\n\r\n"
+            else:
+                link.sendall(b"GET /parts HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                assert answer.read(len(body) + 12) == body + b"HTTP/1.1 200"
+
+
 def test_serve_forever_ends_with_shutdown():
     server = Server(("127.0.0.1", 0), OwnHandler)
     thread = threading.Thread(target=server.serve_forever)
@@ -11069,22 +11216,44 @@ def test_serve_forever_ends_with_shutdown():
     server.server_close()
 
 
-def test_a_client_that_is_not_verified_is_closed():
-    server = Server(Settings(server_address="127.0.0.1:0"))
-    server.verify_request = lambda request, client_address: False
-    with server, pytest.raises((ConnectionError, http.client.HTTPException)):
-        ask(server)
+@pytest.mark.parametrize("method, answer", [("verify_request", lambda *_: False), ("process_request", lambda *_: 1 / 0)])
+def test_a_client_that_is_not_accepted_is_closed(method, answer):
+    with type("Choosy", (Server,), {method: answer})(Settings(server_address="127.0.0.1:0")) as server:
+        with contextlib.suppress(ConnectionError):
+            assert talk(server, get()) == b""
+        assert not server.connections
 
 
-def with_select(server):
-    """Give a server the selector that Windows has."""
-    server.loop.close()
-    server.loop = akashproxy.EventLoop(server.on_tick, selectors.SelectSelector())
-    return server
+class FullSelect(selectors.SelectSelector):
+    """The selector that Windows has; while it is .full it takes no more sockets."""
+
+    full = False
+
+    def register(self, *args):
+        if self.full:
+            raise OSError(errno.EMFILE, "select() can't watch more sockets")
+        return super().register(*args)
+
+
+class SelectServer(Server):
+    """A server with that selector, whose accept() finds no descriptor while it is .exhausted."""
+
+    exhausted = False
+
+    def __init__(self, akash):
+        super().__init__(Settings(server_address="127.0.0.1:0", akash_base_url=akash.url))
+        self.loop.close()
+        self.select = FullSelect()
+        self.loop = akashproxy.EventLoop(self.on_tick, self.select)
+
+    def get_request(self):
+        if self.exhausted:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return super().get_request()
 
 
 def test_select_is_as_prompt_as_epoll(akash):
-    server = with_select(Server(Settings(server_address="127.0.0.1:0", akash_base_url=akash.url)))
+    server = SelectServer(akash)
     server.loop.TICK = 0.5
     with server, link_to(server) as link:
         began = time.monotonic()
@@ -11094,55 +11263,36 @@ def test_select_is_as_prompt_as_epoll(akash):
         assert time.monotonic() - began < 5, "each hand-over would wait for a tick"
 
 
-@contextlib.contextmanager
-def no_room_in_select(server):
-    """Let a server's selector accept no more sockets."""
-    poller = server.loop.poller
-    register = poller.register
-
-    def refuse(descriptor, events):
-        raise OSError(errno.EMFILE, "select() can't watch more sockets")
-
-    poller.register = refuse
-    try:
-        yield
-    finally:
-        poller.register = register
-
-
 @pytest.mark.parametrize("stream", [True, False])
 def test_an_answer_that_select_has_no_room_for_is_an_error(akash, stream):
-    server = with_select(Server(Settings(server_address="127.0.0.1:0", akash_base_url=akash.url)))
+    server = SelectServer(akash)
     with server, link_to(server) as link:
         assert ask_again(link).status == 200
-        with no_room_in_select(server):
-            body = {**CHAT, "stream": stream}
-            answer = ask_again(link, "POST", "/v1/chat/completions", body)
-            assert (answer.status, answer.json["error"]["code"]) == (503, "overloaded")
+        server.select.full = True
+        answer = ask_again(link, "POST", "/v1/chat/completions", {**CHAT, "stream": stream})
+        assert (answer.status, answer.json["error"]["code"]) == (503, "overloaded")
+        server.select.full = False
         assert ask_again(link, "POST", "/v1/chat/completions", CHAT).status == 200
 
 
 def test_accepting_resumes_once_select_has_room(akash):
-    server = with_select(Server(Settings(server_address="127.0.0.1:0", akash_base_url=akash.url)))
-
-    def pause():
-        server.loop.remove(server.socket)
-        server.accept_paused = True
-
-    with server:
-        with no_room_in_select(server):
-            server.loop.call_soon_threadsafe(pause)
+    with SelectServer(akash) as server, connect(server):
+        wait_for(lambda: server.connections)
+        server.exhausted = True
+        with connect(server, get()) as sock:
+            wait_for(lambda: server.accept_paused)
+            server.select.full = True
             time.sleep(3 * server.loop.TICK)
-        assert ask(server).status == 200
+            server.exhausted = server.select.full = False
+            assert status_of(sock) == 200
 
 
 def test_more_sockets_than_select_takes_are_refused(akash, caplog):
-    resource = pytest.importorskip("resource")
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     if limit[1] < 1200:
         pytest.skip("too few descriptors")
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(limit[0], 1200), limit[1]))
-    server = with_select(Server(Settings(server_address="127.0.0.1:0", akash_base_url=akash.url)))
+    server = SelectServer(akash)
     taken = []
     try:
         with server, link_to(server) as link:
@@ -11294,8 +11444,7 @@ OPENAI_KEY = {"OPENAI_API_KEY": "k"}
     "a typo": ("opnai", {}, "UPSTREAM: 'opnai' is not an http:// or https:// URL"),
     "a wrong address": ("openai", {**OPENAI_KEY, "OPENAI_BASE_URL": "x"}, "'x' is not an http"),
 })
-def test_upstreams_without_a_file(case):
-    upstream, environ, wanted = case
+def test_upstreams_without_a_file(upstream, environ, wanted):
     if isinstance(wanted, str):
         with pytest.raises(akashproxy.ConfigError, match=wanted):
             Settings.load({"UPSTREAM": upstream, **environ})
@@ -11308,8 +11457,7 @@ def test_upstreams_without_a_file(case):
     "a reverse proxy's path": ("http://h/embeddings", "http://h"), "a path that looks like one": ("http://h/my-completions", None),
     "the usual": ("http://h/v1", None),
 })
-def test_a_base_url_that_ends_in_an_endpoint_is_used_with_a_warning(case, log):
-    text, suggested = case
+def test_a_base_url_that_ends_in_an_endpoint_is_used_with_a_warning(text, suggested, log):
     settings = Settings.load({"UPSTREAM": text, "PUBLIC_URL": "https://me/responses"})
     options = settings.pool()[0]
     akashproxy.CONTROLLERS["openai"](options, settings)
@@ -11355,9 +11503,10 @@ def test_check_asks_each_controller(openai_fakes, akash, config):
     two.answer = lambda sock, request: time.sleep(20)
     done = run("--check", "--ask", UPSTREAM=f"{two.url}/v1", SESSION_TIMEOUT="0.3")
     assert done.returncode == 1 and "did not answer within 0.3 seconds" in done.stdout
-    two.answer = lambda sock, request: sock.sendall(reply(404, b"404 page not found"))
-    done = run("--check", "--ask", UPSTREAM=f"{two.url}/v1/chat")
-    assert re.fullmatch(r"openai: reachable, but lists no models: \w.*\w, \d+ ms", done.stdout.strip().splitlines()[-1])
+    for answer in (reply(404, b"404 page not found"), reply(200, b"[]"), reply(200, b"<html>", "text/html")):
+        two.answer = lambda sock, request, answer=answer: sock.sendall(answer)
+        done = run("--check", "--ask", UPSTREAM=f"{two.url}/v1/chat")
+        assert re.fullmatch(r"openai: reachable, but lists no models: \w.*\w, \d+ ms", done.stdout.strip().splitlines()[-1])
     assert re.fullmatch(r"ours: reachable, no key needed, 1 model, \d+ ms", ours)
     assert re.fullmatch(r"good: reachable, key accepted, 2 models, \d+ ms", good)
 
@@ -11416,8 +11565,7 @@ def test_a_path_prefix(serve, akash):
     "wrong values": ("", {"X-Forwarded-Proto": "javascript", "X-Forwarded-Host": "a/b", "X-Forwarded-Prefix": "//b.example"}, True,
                      "http://{}/p/images/"),
 })
-def test_links_behind_a_reverse_proxy(case, serve, akash):
-    public_url, headers, trusted, start = case
+def test_links_behind_a_reverse_proxy(public_url, headers, trusted, start, serve, akash):
     server = serve(public_url=public_url, path_prefix="/p", trusted_proxies=("127.0.0.1" if trusted else "10.0.0.0/8",))
     assert image_link(akash, server, "/p/v1/images/generations", headers).startswith(start.format(f"127.0.0.1:{server.server_port}"))
 
@@ -11429,8 +11577,7 @@ def test_links_behind_a_reverse_proxy(case, serve, akash):
     "only proxies": ("10.1.2.3, 10.1.2.4", "10.1.2.3"), "garbage": ("192.0.2.7, x", "127.0.0.1"), "empty parts": (",,192.0.2.7", "192.0.2.7"),
     "mapped": ("192.0.2.7, ::ffff:10.1.2.3", "192.0.2.7"), "very many": (", ".join(["10.1.2.3"] * 5000), "10.1.2.3"),
 })
-def test_the_client_in_the_log_behind_a_reverse_proxy(case, serve, log):
-    value, client = case
+def test_the_client_in_the_log_behind_a_reverse_proxy(value, client, serve, log):
     ask(serve(trusted_proxies=("127.0.0.0/8", "10.0.0.0/8")), path="/v1/models", headers={"X-Forwarded-For": value})
     wait_for(lambda: f"client={client} " in log.text)
 
@@ -11555,13 +11702,12 @@ def test_the_readmes_embedding_uses_public_names_only():
     assert used <= set(akashproxy.__all__)
 
 
-def test_the_readmes_controller_for_http_works(pool, monkeypatch):
+def test_the_readmes_controller_for_http_works(pool, own):
     class Generating(Fake):
         def answer(self, sock, request):
             sock.sendall(reply(body={"text": json.loads(request.body)["prompt"][::-1]}))
 
     block = next(block for block in EMBEDDING if "Transport" in block)
-    monkeypatch.setattr(akashproxy, "CONTROLLERS", dict(akashproxy.CONTROLLERS))
     exec(block.partition("options = ")[0], {})
     fake, other = Generating(), FakeOpenAI()
     server = pool((fake, {"type": "generate", "base_url": fake.url, "models": (BOTH["model"],)}), (other, {"priority": 2}))
@@ -11658,8 +11804,7 @@ OTHER, OWN_FILE, ORIGINALS = {"CONFIG_FILE": "other.json"}, "akashproxy.json", "
     "the original's variable": ({**IMAGE, "CHATGPT_APISERVER_PORT": "6"}, OWN_FILE, {"port": 9000}, {}, ":6"),
     "that without a file": ({**IMAGE, "CHATGPT_APISERVER_PORT": "6"}, OWN_FILE, None, {}, ":6"),
 })
-def test_where_it_listens(case, config, tmp_path, monkeypatch):
-    environ, name, data, flags, listens = case
+def test_where_it_listens(environ, name, data, flags, listens, config, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if data is not None:
         config(data, name)
@@ -11692,8 +11837,16 @@ def test_the_bench(number, tmp_path):
             assert len(entry) == len(COLUMNS) and len(numbers) == 6 and min(numbers) > 0 and entry[-1] == "0", entry
             assert numbers[2] <= numbers[3] and numbers[4] <= numbers[5] and (entry[2] == "direct") == (entry[7:10] == ["-"] * 3), entry
     assert not list(tmp_path.iterdir())
-    with pytest.raises(ProcessLookupError):     # of its session nobody is left
-        os.killpg(process.pid, 0)
+    wait_for(lambda: not group_exists(process.pid))
+
+
+def group_exists(number):
+    """Whether a process group has a process; those of multiprocessing end a moment after the one that they served."""
+    try:
+        os.killpg(number, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 @table({
@@ -11709,8 +11862,7 @@ def test_the_bench(number, tmp_path):
     "all": (lambda parts: [], 4),
     "an error": (lambda parts: [reply(500, b"{}")], 5),
 })
-def test_the_bench_finds_what_is_lost(case, fake):
-    sent, lost = case
+def test_the_bench_finds_what_is_lost(sent, lost, fake):
     parts = [part.replace(SENT, b"%020d" % time.monotonic_ns()) for part in prepared(akashproxy.CHAT_PATH, True, 4, PAUSE)]
     fake.faults.append(lambda sock, request: [sock.sendall(data) for data in sent(parts)] and None)
     load = Load(fake.port, akashproxy.CHAT_PATH, True, 4, PAUSE, 1, 0.0).run()
@@ -11721,10 +11873,8 @@ def test_the_bench_finds_what_is_lost(case, fake):
 def test_what_a_process_uses_is_told_or_unknown(monkeypatch):
     known = usage(os.getpid())
     for path, where in ((os.environ["PATH"], "ps"), ("", None)):
-        with monkeypatch.context() as patch:
-            patch.setattr(os.path, "exists", lambda path: False)    # there is no /proc
-            patch.setenv("PATH", path)
-            seconds, memory = usage(os.getpid())
+        monkeypatch.setenv("PATH", path)
+        seconds, memory = usage(os.getpid(), proc="/none")
         if where and shutil.which(where):
             assert seconds >= 0 and memory > 10 and (math.isnan(known[1]) or memory < known[1] * 2)
         else:
@@ -11732,14 +11882,14 @@ def test_what_a_process_uses_is_told_or_unknown(monkeypatch):
     assert shown(usage(None)[0]) == "-"
 
 
-def test_the_limit_of_open_files_limits_the_streams(monkeypatch, capsys):
-    resource, limits = pytest.importorskip("resource"), []
-    monkeypatch.setattr(resource, "getrlimit", lambda which: limits[-1])
-    monkeypatch.setattr(resource, "setrlimit", lambda which, limit: limits.append(limit))
-    for given, streams, after in (((256, 4096), 1000, (2100, 4096)), ((256, resource.RLIM_INFINITY), 1000, (2100, resource.RLIM_INFINITY)),
+def test_the_limit_of_open_files_limits_the_streams(capsys):
+    limits, endless = [], -1
+    system = types.SimpleNamespace(RLIMIT_NOFILE=7, RLIM_INFINITY=endless, getrlimit=lambda which: limits[-1],
+                                   setrlimit=lambda which, limit: limits.append(limit))
+    for given, streams, after in (((256, 4096), 1000, (2100, 4096)), ((256, endless), 1000, (2100, endless)),
                                   ((4096, 4096), 1000, (4096, 4096)), ((256, 500), 200, (500, 500)), ((64, 64), 1, (64, 64))):
         limits.append(given)
-        assert (most_streams(1000), limits[-1]) == (streams, after)
+        assert (most_streams(1000, system), limits[-1]) == (streams, after)
         assert (f"{streams} streams instead of 1000" in capsys.readouterr().out) == (streams < 1000)
 
 
@@ -11823,7 +11973,7 @@ def test_openai_tools_and_forms(pool):
         complete = client.responses.create(model="both", input=[user("hi")], tools=tools)
         for reply in (response, complete):
             assert [item.type for item in reply.output] == ["reasoning", "message", "function_call", "function_call"]
-            assert [(item.call_id, item.name, item.arguments) for item in reply.output[2:]] == [("call_1", "f", '{"city":"Oslo"}'), ("call_2", "g", "{}")]
+            assert [(item.name, item.arguments) for item in reply.output[2:]] == [("f", '{"city":"Oslo"}'), ("g", "{}")]
         with client.chat.completions.stream(**BOTH, tools=[tool()]) as events:
             assert events.get_final_completion().choices[0].message.tool_calls[0].function.arguments == '{"city":"Oslo"}'
         client.responses.create(model="both", tools=tools, input=[user("hi"), *complete.output, *(
