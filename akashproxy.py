@@ -7255,7 +7255,7 @@ class PassthroughDecoder(Decoder):
 DATA_LINE = re.compile(rb"(?:^|[\r\n]|^\xef\xbb\xbf)(data|error):([^\r\n]*)(?=[\r\n])")
 DONE = re.compile(rb"(?:^|[\r\n])data: *\[DONE\] *(\r\n?|\n)")
 OPENING_TYPES = re.compile(
-    r"ping|message_start|content_block_start|response\.(created|queued|in_progress|\w+\.added)"
+    r"ping|keepalive|message_start|content_block_start|response\.(created|queued|in_progress|\w+\.added)"
 )
 
 
@@ -9067,10 +9067,13 @@ class BlockDialect(Dialect):
         arguments, call_type = next(given, None), str(block.get("type"))
         if call_type == "custom_tool_call":
             arguments = {"input": arguments}
-        text = arguments if isinstance(arguments, str) else _encode(as_dict(arguments))
+        if not isinstance(arguments, str):
+            arguments = _encode(as_dict(arguments))
+        elif not isinstance(json_or_none(arguments.encode("utf-8", "replace")), dict):
+            arguments = _encode(call_input(arguments))  # many upstreams parse it
         name = block.get("name", call_type.removesuffix("_call"))
         name = self.sent_name(name, block.get("namespace"))
-        return tool_call(ToolCall(0, text or "{}", call_id, name, extra))
+        return tool_call(ToolCall(0, arguments, call_id, name, extra))
 
     def convert_content(self, content: Any, param: str = "") -> ChatParts:
         """Convert a string, a block or a list of blocks into parts of a chat message."""
@@ -9734,10 +9737,9 @@ def without_billing_header(part: Dict[str, Any]) -> Dict[str, Any]:
 
 def call_input(arguments: str) -> Dict[str, Any]:
     """A tool call's arguments as an object, {"arguments": string} if they are not one."""
-    try:
-        value = from_json(arguments.strip().encode("utf-8", "replace") or b"{}")
-    except ValueError:
-        value = None
+    value = json_or_none(arguments.strip().encode("utf-8", "replace") or b"{}")
+    if isinstance(value, str) and value.strip()[:1] == "{":  # encoded twice
+        value = json_or_none(value.encode("utf-8", "replace"))
     return value if isinstance(value, dict) else {"arguments": arguments}
 
 
