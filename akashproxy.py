@@ -6932,10 +6932,11 @@ def name_or_none(value: Any) -> Optional[str]:
 FINISH_REASONS: List[Tuple[str, str]] = [
     ("stop",           r"^(?:stop|eos|end|done|complete)"),
     ("error",          r"error|fail|abort|cancel|malformed|unexpected|overload|timeout|timed_out"
-                       r"|rate_limit|resource|unavailable|interrupt|network|exhausted"),
+                       r"|rate_limit|resource|unavailable|interrupt|network|exhausted|quota|kill"
+                       r"|out_of_memory|shutdown|deadline|preempt|missing|too_many"),
     ("length",         r"length|token|context|limit"),
     ("content_filter", r"filter|safety|sensitive|refus|block|prohibit|moderat|policy|recitation"
-                       r"|spii|guardrail|inspect|violat"),
+                       r"|spii|guardrail|inspect|violat|armor|flagged|risk"),
     ("tool_calls",     r"tool|function"),
     ("stop",           r""),
 ]

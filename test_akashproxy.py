@@ -3074,8 +3074,9 @@ ERROR_EVENT = b'data: {"error":{"message":"boom","type":"server_error","code":nu
 REASONS = {
     "stop": "stop eos EOS_TOKEN end_turn STOP stop_sequence completed whatever",
     "length": "length max_tokens MAX_TOKENS model_length max_output_tokens model_context_window_exceeded token_limit",
-    "content_filter": "content_filter content-filter SAFETY sensitive refusal RECITATION PROHIBITED_CONTENT BLOCKLIST guardrail_intervened SPII",
-    "": "error network_error insufficient_system_resource abort cancelled MALFORMED_FUNCTION_CALL engine_overloaded timeout rate_limit_exceeded",
+    "content_filter": "content_filter content-filter SAFETY sensitive refusal RECITATION PROHIBITED_CONTENT BLOCKLIST guardrail_intervened SPII MODEL_ARMOR content_flagged",
+    "": "error network_error insufficient_system_resource abort cancelled MALFORMED_FUNCTION_CALL engine_overloaded timeout rate_limit_exceeded"
+        " MISSING_THOUGHT_SIGNATURE TOO_MANY_TOOL_CALLS insufficient_quota deadline_exceeded out_of_memory",
 }
 
 
