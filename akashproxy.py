@@ -1043,8 +1043,8 @@ class Answer:
     reasoning: str = ""
     tools: List[ToolCall] = field(default_factory=list)
     images: List[Image] = field(default_factory=list)
-    annotations: List[Dict[str, Any]] = field(default_factory=list)
     finish: Finish = Finish("stop")
+    annotations: List[Dict[str, Any]] = field(default_factory=list)
 
 
 def fold(events: Iterable[Event]) -> Answer:
@@ -6722,7 +6722,7 @@ class CallInProgress:
     """
 
     _MARKS = re.compile(r'\\.?|["{}\[\]]', re.S)
-    EMPTY = ("", "{}", "null", '""')  # some servers begin with it
+    EMPTY = ("", "{}", "null")  # some servers begin with it
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -6731,6 +6731,7 @@ class CallInProgress:
         self.extra: Dict[str, Any] = {}  # the upstream's own fields
         self.arguments: List[str] = []  # their fragments
         self.size = 0  # characters of them
+        self.quoted: List[str] = []  # fragments of a string that contains them
         self.depth, self.in_string, self.opened = 0, False, False
         self.escape = ""  # a backslash whose character is still to come
 
@@ -6741,8 +6742,16 @@ class CallInProgress:
     def feed(self, text: str) -> str:
         """Add a fragment of the arguments; return what is new in it.
 
-        Some servers send with each fragment all of them so far, or at the end all of them again.
+        Some servers send with each fragment all of them so far, or at the end all of them again, or
+        encode them twice.
         """
+        if not self.size and (self.quoted or text.lstrip()[:1] == '"'):
+            self.quoted.append(text)
+            self._scan(text)
+            if self.in_string:
+                return ""
+            text = as_str(json_or_none("".join(self.quoted).encode("utf-8", "replace")))
+            self.quoted = []
         if self.opened and self.size <= len(text) and text.startswith("".join(self.arguments)):
             text = text[self.size :]
         if self.size and self.complete:
