@@ -213,8 +213,8 @@ __all__ = [
     "main", "Settings", "ControllerSettings", "ConfigError", "Server", "Handler",
     "Controller", "CONTROLLERS", "Call", "APIError", "Category",
     "Transport", "EventStream", "BufferedBody", "AkashDecoder",
-    "Event", "Text", "Reasoning", "TextWasReasoning", "ToolCall", "Image", "ImageProgress",
-    "Finish", "RawBytes", "fold",
+    "Event", "Text", "Reasoning", "TextWasReasoning", "ToolCall", "Annotation", "Image",
+    "ImageProgress", "Finish", "RawBytes", "fold",
 ]
 # fmt: on
 
@@ -747,6 +747,13 @@ class ToolCall:
 
 
 @dataclass(frozen=True)
+class Annotation:
+    """A source of the answer's text, as in chat completions."""
+
+    fields: Dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Image:
     """A finished image: job, file name and URL at the upstream; bytes if requested."""
 
@@ -787,7 +794,9 @@ class RawBytes:
     usage: Optional[Dict[str, Any]] = None  # of the answer, if the bytes contain it
 
 
-Event = Union[Text, Reasoning, TextWasReasoning, ToolCall, Image, ImageProgress, Finish, RawBytes]
+Event = Union[
+    Text, Reasoning, TextWasReasoning, ToolCall, Annotation, Image, ImageProgress, Finish, RawBytes
+]
 EVENTS: Tuple[Type[Event], ...] = get_args(Event)
 TextEvent = Union[Text, Reasoning]
 BlockEvent = Union[Text, Reasoning, ToolCall]  # what an answer's content consists of
@@ -1035,6 +1044,7 @@ class Answer:
     tools: List[ToolCall] = field(default_factory=list)
     images: List[Image] = field(default_factory=list)
     finish: Finish = Finish("stop")
+    annotations: List[Dict[str, Any]] = field(default_factory=list)
 
 
 def fold(events: Iterable[Event]) -> Answer:
@@ -1056,6 +1066,8 @@ def fold(events: Iterable[Event]) -> Answer:
             tools.setdefault("%x" % event.index, []).append(event)
         elif isinstance(event, Image):
             answer.images.append(event)
+        elif isinstance(event, Annotation):
+            answer.annotations.append(event.fields)
         elif isinstance(event, Finish):
             answer.finish = event
     answer.text, answer.reasoning = "".join(text), "".join(reasoning)
@@ -3361,12 +3373,17 @@ def take_complete_lines(buffer: bytearray, data: bytes) -> bytes:
     return lines
 
 
+def error_event(value: bytes) -> bytes:
+    """Data of an event for a field "error", which llama.cpp has sent before 2026."""
+    return b'{"error":%b}' % value
+
+
 class EventLines:
     """Splits an event stream into events, as the WHATWG's HTML standard defines them.
 
     Lines end with CR LF, LF or CR; a byte order mark, comments and other fields are skipped. Beyond
     the standard, an event that is one whole JSON object ends where the next object begins, since
-    some servers leave out the blank line between events.
+    some servers leave out the blank line between events; and a field "error" is an event.
     """
 
     def __init__(self) -> None:
@@ -3402,6 +3419,8 @@ class EventLines:
                 self.type = b""
             elif line.startswith(b"event:"):
                 self.type = line[6:].strip()[:100]
+            elif line.startswith(b"error:"):
+                yield b"error", error_event(line[6:])
 
     def close(self) -> Iterator[Tuple[bytes, bytes]]:
         """Yield the last event, whose blank line may be missing."""
@@ -5022,7 +5041,8 @@ def error_fields(body: Any, depth: int = 6) -> Dict[str, Any]:
         is_object = isinstance(parsed, (dict, list))
         return error_fields(parsed, depth - 1) if is_object else {"message": body}
     fields: Dict[str, Any] = as_dict(body)
-    inner, message = fields.get("error") or fields.get("errors"), fields.get("message")
+    names = ("error", "errors", "base_resp")  # the last one is MiniMax's
+    inner, message = next(filter(None, map(fields.get, names)), None), fields.get("message")
     if isinstance(message, str) and not isinstance(inner, (dict, list)):
         # {"statusCode": 401, "error": "Unauthorized", "message": "..."}, or the body of another
         # provider as the message
@@ -5030,6 +5050,14 @@ def error_fields(body: Any, depth: int = 6) -> Dict[str, Any]:
     if isinstance(inner, (dict, str, list)) and inner and depth:
         return {**fields, **error_fields(inner, depth - 1)}
     return fields
+
+
+# fmt: off
+_MESSAGE_FIELDS = (
+    "message", "msg", "detail", "error", "title", "error_msg", "errorMessage", "Message",
+    "status_msg",
+)
+# fmt: on
 
 
 def error_words(value: Any, depth: int = 4) -> str:
@@ -5040,8 +5068,8 @@ def error_words(value: Any, depth: int = 4) -> str:
         return "; ".join(filter(None, (error_words(item, depth - 1) for item in value[:8])))
     value = as_dict(value)
     location = ".".join(str(step) for step in as_list(value.get("loc"))[:8] if step != "body")
-    names = ("message", "msg", "detail", "error", "title", "error_msg", "errorMessage", "Message")
-    words = next(filter(None, (error_words(value.get(name), depth - 1) for name in names)), "")
+    fields = (value[name] for name in _MESSAGE_FIELDS if value.get(name))
+    words = next(filter(None, (error_words(field, depth - 1) for field in fields)), "")
     raw = as_dict(value.get("metadata")).get("raw")  # OpenRouter: the provider's own error
     if isinstance(raw, str) and words == "Provider returned error":
         words += ": " + inner_message(error_words(error_fields(raw), depth - 1))
@@ -6660,7 +6688,7 @@ class ChatDecoder(Decoder):
 
     def _completion(self, body: Dict[str, Any], key: str, out: List[Event]) -> None:
         """Decode a chunk, or a whole completion, whose choices have ``key``."""
-        if body.get("error") or is_error(body):
+        if is_chat_error(body):
             raise error_from_body(self.upstream_name, 200, body, self.secrets)
         self.usage = find_usage(body) or self.usage
         for choice in map(as_dict, as_list(body.get("choices"))):
@@ -6694,7 +6722,7 @@ class CallInProgress:
     """
 
     _MARKS = re.compile(r'\\.?|["{}\[\]]', re.S)
-    EMPTY = ("", "{}", "null", '""')  # some servers begin with it
+    EMPTY = ("", "{}", "null")  # some servers begin with it
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -6703,6 +6731,7 @@ class CallInProgress:
         self.extra: Dict[str, Any] = {}  # the upstream's own fields
         self.arguments: List[str] = []  # their fragments
         self.size = 0  # characters of them
+        self.quoted: List[str] = []  # fragments of a string that contains them
         self.depth, self.in_string, self.opened = 0, False, False
         self.escape = ""  # a backslash whose character is still to come
 
@@ -6713,8 +6742,16 @@ class CallInProgress:
     def feed(self, text: str) -> str:
         """Add a fragment of the arguments; return what is new in it.
 
-        Some servers send with each fragment all of them so far, or at the end all of them again.
+        Some servers send with each fragment all of them so far, or at the end all of them again, or
+        encode them twice.
         """
+        if not self.size and (self.quoted or text.lstrip()[:1] == '"'):
+            self.quoted.append(text)
+            self._scan(text)
+            if self.in_string:
+                return ""
+            text = as_str(json_or_none("".join(self.quoted).encode("utf-8", "replace")))
+            self.quoted = []
         if self.opened and self.size <= len(text) and text.startswith("".join(self.arguments)):
             text = text[self.size :]
         if self.size and self.complete:
@@ -6861,6 +6898,8 @@ def message_events(message: Dict[str, Any]) -> List[Event]:
         events.append(Reasoning(reasoning))
     if isinstance(content, str) and content:
         events.append(Text(content))
+    annotations = filter(None, map(as_dict, as_list(message.get("annotations"))))
+    events.extend(map(Annotation, annotations))
     calls = as_list(message.get("tool_calls"))
     if isinstance(message.get("function_call"), dict):
         calls = [{"index": 0, "function": message["function_call"]}]
@@ -6902,10 +6941,11 @@ def name_or_none(value: Any) -> Optional[str]:
 FINISH_REASONS: List[Tuple[str, str]] = [
     ("stop",           r"^(?:stop|eos|end|done|complete)"),
     ("error",          r"error|fail|abort|cancel|malformed|unexpected|overload|timeout|timed_out"
-                       r"|rate_limit|resource|unavailable|interrupt|network|exhausted"),
+                       r"|rate_limit|resource|unavailable|interrupt|network|exhausted|quota|kill"
+                       r"|out_of_memory|shutdown|deadline|preempt|missing|too_many"),
     ("length",         r"length|token|context|limit"),
     ("content_filter", r"filter|safety|sensitive|refus|block|prohibit|moderat|policy|recitation"
-                       r"|spii|guardrail|inspect|violat"),
+                       r"|spii|guardrail|inspect|violat|armor|flagged|risk"),
     ("tool_calls",     r"tool|function"),
     ("stop",           r""),
 ]
@@ -6934,12 +6974,17 @@ def find_usage(body: Dict[str, Any]) -> Any:
 
 
 # Names of token counts, by the one in chat completions: those of Anthropic, Responses and others.
+# fmt: off
 COUNT_NAMES = {
     "prompt_tokens": ("prompt_tokens", "input_tokens"),
     "completion_tokens": ("completion_tokens", "output_tokens"),
     "cached_tokens": ("cached_tokens", "prompt_cache_hit_tokens", "cache_read_input_tokens"),
+    "cache_write_tokens": (
+        "cache_write_tokens", "cache_creation_tokens", "cache_creation_input_tokens",
+    ),
     "reasoning_tokens": ("reasoning_tokens", "thinking_tokens"),
 }
+# fmt: on
 
 
 def chat_usage(value: Any) -> Optional[Dict[str, Any]]:
@@ -6965,12 +7010,14 @@ def chat_usage(value: Any) -> Optional[Dict[str, Any]]:
         return usage
     for kind, alias, name in (
         ("prompt", "input", "cached_tokens"),
+        ("prompt", "input", "cache_write_tokens"),
         ("completion", "output", "reasoning_tokens"),
     ):
         groups = [as_dict(fields.get(f"{each}_tokens_details")) for each in (kind, alias)]
         count = find_count(name, *groups, fields)
         if count:
-            usage[f"{kind}_tokens_details"] = {name: min(count, usage[f"{kind}_tokens"])}
+            details = usage.setdefault(f"{kind}_tokens_details", {})
+            details[name] = min(count, usage[f"{kind}_tokens"] - sum(details.values()))
     return {**usage, "estimated": True} if is_estimated(fields) else usage
 
 
@@ -7174,12 +7221,13 @@ class PassthroughDecoder(Decoder):
         """Hold data back until the first content; set ``error`` if an error comes instead."""
         self.opening += data
         for line in DATA_LINE.finditer(data):
-            value = line[1].strip()
+            value = line[2].strip() if line[1] == b"data" else error_event(line[2])
             event = json_or_none(value) if value.startswith(b"{") else None
             if value == b"[DONE]":
                 self.error = truncated(self.upstream_name, "ended its answer before it began")
-            elif event is not None and is_error(event):
-                self.error = error_from_body(self.upstream_name, 200, event, self.secrets)
+            elif event is not None and self._error_in(event):
+                body = self._error_in(event)
+                self.error = error_from_body(self.upstream_name, 200, body, self.secrets)
             elif value and (event is None or has_content(event)):
                 self.started = True
             if self.error or self.started:
@@ -7188,6 +7236,13 @@ class PassthroughDecoder(Decoder):
             return b""
         data, self.opening = bytes(self.opening), bytearray()
         return data
+
+    def _error_in(self, event: Dict[str, Any]) -> Any:
+        """Return the object with the error of an opening event; None without an error."""
+        if event.get("type") == "response.failed":
+            return event.get("response")
+        failed = is_chat_error(event) if self.end is CHAT_END else is_error(event)
+        return event if failed else None
 
     def close(self) -> List[Event]:
         data = bytes(self.opening + self.buffer)
@@ -7207,10 +7262,10 @@ class PassthroughDecoder(Decoder):
         return [RawBytes(b"\n")] if self.started and not between_events else []
 
 
-DATA_LINE = re.compile(rb"(?:^|[\r\n]|^\xef\xbb\xbf)data:([^\r\n]*)(?=[\r\n])")
+DATA_LINE = re.compile(rb"(?:^|[\r\n]|^\xef\xbb\xbf)(data|error):([^\r\n]*)(?=[\r\n])")
 DONE = re.compile(rb"(?:^|[\r\n])data: *\[DONE\] *(\r\n?|\n)")
 OPENING_TYPES = re.compile(
-    r"ping|message_start|content_block_start|response\.(created|queued|in_progress|\w+\.added)"
+    r"ping|keepalive|message_start|content_block_start|response\.(created|queued|in_progress|\w+\.added)"
 )
 
 
@@ -7236,6 +7291,12 @@ def is_error(body: Any) -> bool:
         return False
     names_error = "error" in (body.get("object"), body.get("type"))
     return bool(body.get("error") or body.get("errors") or names_error)
+
+
+def is_chat_error(body: Dict[str, Any]) -> bool:
+    """Whether a completion or an event is an error, maybe just a code and words."""
+    has_words = not body.get("choices") and error_words(error_fields(body)) != ""
+    return bool(body.get("error")) or is_error(body) or has_words
 
 
 def replace_form_model(call: Call, name: str) -> bytes:
@@ -7407,10 +7468,13 @@ class OpenAIController(Controller):
             raise truncated(self.name, "sent something that is not JSON")
         if not ANSWER.search(text) or b'"error"' in text or b'"errors"' in text:
             body = json_or_none(data)
-            if is_error(body) or body is None and text[1:].lstrip().startswith(b'"error"'):
-                raise error_from_body(self.name, 200, data if body is None else body, self.secrets)
             items = as_list(as_dict(body).get(field.decode()))
-            if field and not as_dict(next(iter(items), None)):
+            is_answer = not field or as_dict(next(iter(items), None)) != {}
+            has_words = not is_answer and error_words(error_fields(body)) != ""
+            is_cut_off = body is None and text[1:].lstrip().startswith(b'"error"')
+            if is_error(body) or has_words or is_cut_off:
+                raise error_from_body(self.name, 200, data if body is None else body, self.secrets)
+            if not is_answer:
                 raise truncated(self.name, "sent something that is not an answer")
             data = redact_bytes(data, self.secrets)
         return [RawBytes(ModelName(model)(data), chat_usage(last_usage(text)))]
@@ -8733,6 +8797,8 @@ class ChatCompletions(Dialect):
             return self.frame({"reasoning_content": event.text})
         if isinstance(event, ToolCall):
             return self.frame({"tool_calls": [{"index": event.index, **tool_call(event)}]})
+        if isinstance(event, Annotation):
+            return self.frame({"annotations": [event.fields]})
         if isinstance(event, Finish):
             return self.finish_frames(event)
         return super().encode_event(event)
@@ -8748,6 +8814,8 @@ class ChatCompletions(Dialect):
         message: Dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
         if answer.reasoning:
             message["reasoning_content"] = answer.reasoning
+        if answer.annotations:
+            message["annotations"] = answer.annotations
         if answer.tools:
             message["content"] = text or None
             message["tool_calls"] = list(map(tool_call, answer.tools))
@@ -9009,10 +9077,13 @@ class BlockDialect(Dialect):
         arguments, call_type = next(given, None), str(block.get("type"))
         if call_type == "custom_tool_call":
             arguments = {"input": arguments}
-        text = arguments if isinstance(arguments, str) else _encode(as_dict(arguments))
+        if not isinstance(arguments, str):
+            arguments = _encode(as_dict(arguments))
+        elif not isinstance(json_or_none(arguments.encode("utf-8", "replace")), dict):
+            arguments = _encode(call_input(arguments))  # many upstreams parse it
         name = block.get("name", call_type.removesuffix("_call"))
         name = self.sent_name(name, block.get("namespace"))
-        return tool_call(ToolCall(0, text or "{}", call_id, name, extra))
+        return tool_call(ToolCall(0, arguments, call_id, name, extra))
 
     def convert_content(self, content: Any, param: str = "") -> ChatParts:
         """Convert a string, a block or a list of blocks into parts of a chat message."""
@@ -9368,7 +9439,8 @@ def sent_id(value: Any) -> Tuple[Optional[str], Optional[Dict[str, Any]]]:
 def without_own_marks(body: Dict[str, Any]) -> Dict[str, Any]:
     """A request for an upstream with the client's own API.
 
-    It would reject reasoning with the signature UNSIGNED and the long IDs of id_with_extra().
+    It would reject reasoning of ours, which has no valid signature and no ID that it knows, and the
+    long IDs of id_with_extra().
     """
     lists = {name: body[name] for name in ("messages", "input") if isinstance(body.get(name), list)}
     return {**body, **{name: _without_own_marks(items) for name, items in lists.items()}}
@@ -9379,7 +9451,8 @@ def _without_own_marks(items: List[Any], nested: bool = False) -> List[Any]:
     remaining = []
     for item in items:
         fields = dict(as_dict(item))
-        if UNSIGNED in (fields.get("signature"), fields.get("encrypted_content")):
+        signatures = fields.get("signature"), fields.get("encrypted_content")
+        if UNSIGNED in signatures or str(fields.get("id")).startswith(UNSIGNED_ID):
             continue
         for name in ("id", "call_id", "tool_call_id", "tool_use_id"):
             if EXTRA in as_str(fields.get(name)):
@@ -9426,7 +9499,8 @@ def event_frame(name: str, **fields: Any) -> bytes:
 # In place of a signature of reasoning, as there is none to check here. Many clients send reasoning
 # back only if it has one.
 UNSIGNED = "unsigned-by-akashproxy"
-OWN_MARKS = (EXTRA.encode(), UNSIGNED.encode())
+UNSIGNED_ID = "rs_unsigned_"  # prefix of the IDs of reasoning items
+OWN_MARKS = (EXTRA.encode(), UNSIGNED.encode(), UNSIGNED_ID.encode())
 
 
 class Messages(BlockDialect):
@@ -9598,12 +9672,12 @@ class Messages(BlockDialect):
     def usage_object(self, finish: Finish) -> Dict[str, int]:
         """Token counts, those of cached input apart."""
         usage = finish.usage or {}
-        prompt = usage["prompt_tokens"]
-        cached = usage_detail(usage, "prompt", "cached_tokens")
-        cached = cached if 0 < cached < prompt else 0
+        read = usage_detail(usage, "prompt", "cached_tokens")
+        written = usage_detail(usage, "prompt", "cache_write_tokens")
         return {
-            "input_tokens": prompt - cached,
-            "cache_read_input_tokens": cached,
+            "input_tokens": usage["prompt_tokens"] - read - written,
+            "cache_read_input_tokens": read,
+            "cache_creation_input_tokens": written,
             "output_tokens": usage["completion_tokens"],
             **estimate_mark(usage),
         }
@@ -9673,10 +9747,9 @@ def without_billing_header(part: Dict[str, Any]) -> Dict[str, Any]:
 
 def call_input(arguments: str) -> Dict[str, Any]:
     """A tool call's arguments as an object, {"arguments": string} if they are not one."""
-    try:
-        value = from_json(arguments.strip().encode("utf-8", "replace") or b"{}")
-    except ValueError:
-        value = None
+    value = json_or_none(arguments.strip().encode("utf-8", "replace") or b"{}")
+    if isinstance(value, str) and value.strip()[:1] == "{":  # encoded twice
+        value = json_or_none(value.encode("utf-8", "replace"))
     return value if isinstance(value, dict) else {"arguments": arguments}
 
 
@@ -9752,8 +9825,8 @@ class Responses(BlockDialect):
     ITEM_WIRE: Dict[Any, Tuple[str, str, str, Dict[str, Any], Dict[str, Any]]] = {
         Text: ("msg_", "response.output_text", "response.content_part",
                {"content_index": 0}, {"logprobs": []}),
-        Reasoning: ("rs_", "response.reasoning_summary_text", "response.reasoning_summary_part",
-                    {"summary_index": 0}, {}),
+        Reasoning: (UNSIGNED_ID, "response.reasoning_summary_text",
+                    "response.reasoning_summary_part", {"summary_index": 0}, {}),
         ToolCall: ("fc_", "response.function_call_arguments", "", {}, {}),
         CustomToolCall: ("ctc_", "response.custom_tool_call_input", "", {}, {}),
     }
@@ -9765,6 +9838,7 @@ class Responses(BlockDialect):
     def __init__(self, body: Any, base_url: Callable[[], str] = str) -> None:
         self.output: List[Dict[str, Any]] = []  # completed items
         self.custom_tools: Set[str] = set()  # names, as they are sent
+        self.annotations: List[Dict[str, Any]] = []  # of the open or next text
         super().__init__(body, base_url)
 
     # -- the request
@@ -9870,6 +9944,7 @@ class Responses(BlockDialect):
 
     def start_block(self, event: BlockEvent) -> bytes:
         prefix, name, _, index, more = self.ITEM_WIRE[type(event)]
+        self.annotations = []
         item = self.output_item(event, prefix + new_id(), "in_progress")
         self.open_item: Any = event
         self.item_ref = {"item_id": item["id"], "output_index": self.block_index, **index}
@@ -9882,6 +9957,16 @@ class Responses(BlockDialect):
         if call.name not in self.custom_tools:
             return call
         return CustomToolCall(call.index, custom_input(arguments), call.id, call.name)
+
+    def encode_event(self, event: Event) -> bytes:
+        if not isinstance(event, Annotation):
+            return super().encode_event(event)
+        if self.open_block != self.block_key(Text("")):
+            return b""
+        annotation, index = response_annotation(event.fields), len(self.annotations)
+        self.annotations.append(annotation)
+        fields = {**self.item_ref, "annotation_index": index, "annotation": annotation}
+        return self.frame("response.output_text.annotation.added", **fields)
 
     def delta(self, text: str) -> bytes:
         if isinstance(self.open_item, CustomToolCall):  # its input is within incomplete JSON
@@ -9935,6 +10020,7 @@ class Responses(BlockDialect):
         return frames + self.frame("response.failed", response=response)
 
     def response_body(self, answer: Answer) -> Dict[str, Any]:
+        self.annotations = list(map(response_annotation, answer.annotations))
         self.output = [
             self.output_item(event, self.ITEM_WIRE[type(event)][0] + new_id())
             for event in self.answer_blocks(answer)
@@ -9965,12 +10051,12 @@ class Responses(BlockDialect):
             "usage": response_usage(usage) if usage else None,
         }
 
-    @staticmethod
-    def part_object(event: TextEvent) -> Dict[str, Any]:
+    def part_object(self, event: TextEvent) -> Dict[str, Any]:
         """The only part of a message or of reasoning."""
         if isinstance(event, Reasoning):
             return {"type": "summary_text", "text": event.text}
-        return {"type": "output_text", "text": event.text, "annotations": [], "logprobs": []}
+        fields = {"annotations": self.annotations, "logprobs": []}
+        return {"type": "output_text", "text": event.text, **fields}
 
     def output_item(
         self, event: BlockEvent, item_id: str, status: str = "completed"
@@ -10001,16 +10087,23 @@ class Responses(BlockDialect):
         }
 
 
+def response_annotation(fields: Dict[str, Any]) -> Dict[str, Any]:
+    """An annotation as Responses has it, with the fields of its inner object."""
+    kind = str(fields.get("type"))
+    return {"type": kind, **as_dict(fields[kind])} if kind in fields else fields
+
+
 def response_usage(usage: Dict[str, Any]) -> Dict[str, Any]:
     """Token counts of a response, from those of a chat."""
     cached = usage_detail(usage, "prompt", "cached_tokens")
+    written = usage_detail(usage, "prompt", "cache_write_tokens")
     reasoning = usage_detail(usage, "completion", "reasoning_tokens")
     return {
         "input_tokens": usage["prompt_tokens"],
         "output_tokens": usage["completion_tokens"],
         "total_tokens": usage["total_tokens"],
         "output_tokens_details": {"reasoning_tokens": reasoning},
-        "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
+        "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": written},
         **estimate_mark(usage),
     }
 
