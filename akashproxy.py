@@ -8243,7 +8243,10 @@ class Pool:
     def on_tick(self, now: float) -> None:
         """Let controllers tidy up, and ask about long rate limits. Loop thread."""
         for upstream in self.upstreams:
-            upstream.controller.on_tick(now)
+            try:
+                upstream.controller.on_tick(now)
+            except Exception as bug:  # the queue must go on
+                upstream.log_exception(controller_error(bug, upstream.name))
             with self.lock:
                 limit = upstream.due_limit(self.clock())
             if limit:

@@ -8404,6 +8404,9 @@ class Broken(akashproxy.Controller):
         self.raise_in("image")
         return super().image(name, watch)
 
+    def on_tick(self, now):
+        self.raise_in("tick")
+
 
 @pytest.mark.parametrize("kind", ["own", "os"])
 @pytest.mark.parametrize("place", ["events", "first", "second", "odd", "able"])
@@ -8423,6 +8426,16 @@ def test_a_bug_of_a_controller_is_that_controllers_failure(place, streamed, kind
         assert [bool(record.exc_info) for record in reports] == tracebacks
         assert ask(server, path="/status").json["controllers"][0]["rests_for_seconds"] > 0
         end_cooldowns(server)
+
+
+def test_a_bug_on_a_tick_delays_no_queued_call(fake, pool, own):
+    own(type("Own", (Broken,), {"place": "tick"}))
+    server = pool((fake, {"type": "own", "priority": 2, "models": ("none",)}), (fake, {"max_concurrency": 1}), max_wait=0.3)
+    fake.faults.append(fake.stall())
+    with connect(server, post("/v1/chat/completions", BOTH)):
+        wait_for(lambda: len(fake.bodies()) == 1)
+        got = chat(server, BOTH)
+        assert got.status == 429 and "busy" in got.json["error"]["message"]
 
 
 @pytest.mark.parametrize("place", ["models", "list", "image"])
