@@ -1833,6 +1833,17 @@ def test_text_instead_of_a_picture(akash, serve):
     assert got.status == 400 and "Which fox?" in got.json["error"]["message"]
 
 
+def test_a_picture_by_another_name_of_its_model(akash, pool):
+    server = pool((akash, {"model_map": {"dall-e-3": "AkashGen"}}), image_poll=0.01)
+    akash.chat = PICTURE_LINE
+    got = ask(server, "POST", "/v1/images/generations", {"model": "dall-e-3", "prompt": "a fox"})
+    assert got.status == 200 and got.json["data"][0]["url"].endswith(akash.name)
+    assert "![A red fox in the snow](" in text_of(chat(server, {**GEN, "model": "dall-e-3"}))
+    assert {body["model"] for body in akash.bodies()} == {"AkashGen"}
+    akash.chat = UNKNOWN.replace(b"no-such-model", b"AkashGen")
+    assert chat(server, {**GEN, "model": "dall-e-3"}).json["error"]["code"] == "image_failed"
+
+
 def test_a_picture_that_could_not_be_started(akash, serve):
     akash.chat = pasted("x").replace(JOB.encode(), b"undefined")
     assert "could not start" in chat(serve(), GEN).json["error"]["message"]
