@@ -3176,7 +3176,8 @@ def network_problem(error: Exception, in_body: bool) -> str:
         or getattr(error, "reason", "") == "UNEXPECTED_EOF_WHILE_READING"  # Python 3.9
     ):
         return ": connection lost: it broke off the connection"
-    return " could not be reached"
+    tls_problem = str(getattr(error, "reason", "")).lower().replace("_", " ")
+    return " could not be reached" + (f": TLS failed ({tls_problem})" if tls_problem else "")
 
 
 def exhausted_error(error: Exception) -> APIError:

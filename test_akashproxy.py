@@ -6596,6 +6596,16 @@ def test_tls_is_verified_and_a_private_authority_can_be_named(pool, tmp_path):
     assert chat(wrong, BOTH).status == 502, "another host's certificate"
 
 
+class TLSAlert(Plain):
+    ANSWER = b"\x15\x03\x03\0\2\2\x28"     # handshake_failure
+
+
+def test_a_refusal_of_tls_is_explained(pool):
+    upstream = TLSAlert()
+    got = chat(pool((upstream, {"base_url": f"https://127.0.0.1:{upstream.port}/v1"})), BOTH)
+    assert got.status == 502 and re.search(r"could not be reached: TLS failed \([a-z0-9 ]*handshake failure\)\.$", got.json["error"]["message"])
+
+
 def test_a_reload_reads_the_certificates_again(pool, tmp_path):
     fake, bundle = TLSOpenAI(tmp_path), tmp_path / "bundle.pem"
     bundle.write_text(TLS_SERVER)       # not the authority that has signed it
