@@ -1833,6 +1833,17 @@ def test_text_instead_of_a_picture(akash, serve):
     assert got.status == 400 and "Which fox?" in got.json["error"]["message"]
 
 
+def test_a_picture_by_another_name_of_its_model(akash, pool):
+    server = pool((akash, {"model_map": {"dall-e-3": "AkashGen"}}), image_poll=0.01)
+    akash.chat = PICTURE_LINE
+    got = ask(server, "POST", "/v1/images/generations", {"model": "dall-e-3", "prompt": "a fox"})
+    assert got.status == 200 and got.json["data"][0]["url"].endswith(akash.name)
+    assert "![A red fox in the snow](" in text_of(chat(server, {**GEN, "model": "dall-e-3"}))
+    assert {body["model"] for body in akash.bodies()} == {"AkashGen"}
+    akash.chat = UNKNOWN.replace(b"no-such-model", b"AkashGen")
+    assert chat(server, {**GEN, "model": "dall-e-3"}).json["error"]["code"] == "image_failed"
+
+
 def test_a_picture_that_could_not_be_started(akash, serve):
     akash.chat = pasted("x").replace(JOB.encode(), b"undefined")
     assert "could not start" in chat(serve(), GEN).json["error"]["message"]
@@ -6704,6 +6715,16 @@ def test_tls_is_verified_and_a_private_authority_can_be_named(pool, tmp_path):
     assert chat(wrong, BOTH).status == 502, "another host's certificate"
 
 
+class TLSAlert(Plain):
+    ANSWER = b"\x15\x03\x03\0\2\2\x28"     # handshake_failure
+
+
+def test_a_refusal_of_tls_is_explained(pool):
+    upstream = TLSAlert()
+    got = chat(pool((upstream, {"base_url": f"https://127.0.0.1:{upstream.port}/v1"})), BOTH)
+    assert got.status == 502 and re.search(r"could not be reached: TLS failed \([a-z0-9 ]*handshake failure\)\.$", got.json["error"]["message"])
+
+
 def test_a_reload_reads_the_certificates_again(pool, tmp_path):
     fake, bundle = TLSOpenAI(tmp_path), tmp_path / "bundle.pem"
     bundle.write_text(TLS_SERVER)       # not the authority that has signed it
@@ -8523,6 +8544,9 @@ class Broken(akashproxy.Controller):
         self.raise_in("image")
         return super().image(name, watch)
 
+    def on_tick(self, now):
+        self.raise_in("tick")
+
 
 @pytest.mark.parametrize("kind", ["own", "os"])
 @pytest.mark.parametrize("place", ["events", "first", "second", "odd", "able"])
@@ -8542,6 +8566,16 @@ def test_a_bug_of_a_controller_is_that_controllers_failure(place, streamed, kind
         assert [bool(record.exc_info) for record in reports] == tracebacks
         assert ask(server, path="/status").json["controllers"][0]["rests_for_seconds"] > 0
         end_cooldowns(server)
+
+
+def test_a_bug_on_a_tick_delays_no_queued_call(fake, pool, own):
+    own(type("Own", (Broken,), {"place": "tick"}))
+    server = pool((fake, {"type": "own", "priority": 2, "models": ("none",)}), (fake, {"max_concurrency": 1}), max_wait=0.3)
+    fake.faults.append(fake.stall())
+    with connect(server, post("/v1/chat/completions", BOTH)):
+        wait_for(lambda: len(fake.bodies()) == 1)
+        got = chat(server, BOTH)
+        assert got.status == 429 and "busy" in got.json["error"]["message"]
 
 
 @pytest.mark.parametrize("place", ["models", "list", "image"])
