@@ -3857,9 +3857,10 @@ class ToolForm(NamedTuple):
         texts = []
         for number, (name, arguments) in enumerate(calls):
             if self.argument:
+                fields = as_dict(json_or_none(arguments.encode("utf-8", "replace")))
                 arguments = "".join(
                     self.argument % (key, value if isinstance(value, str) else _encode(value))
-                    for key, value in as_dict(json_or_none(arguments.encode())).items()
+                    for key, value in fields.items()
                 )
             texts.append(self.call % {"name": name, "arguments": arguments, "number": number})
         return self.calls % "\n".join(texts)
@@ -3979,12 +3980,11 @@ class PromptedTools:
     def _message(self, message: Dict[str, Any]) -> Dict[str, Any]:
         """Return a message with its calls as text; a result becomes a message of the user."""
         if message["role"] == "tool":
-            text, parts = self.form.result % message_text(message), message.get("content")
-            images = [part for part in as_list(parts) if as_dict(part).get("type") != "text"]
-            return {
-                "role": "user",
-                "content": [{"type": "text", "text": text}, *images] if images else text,
-            }
+            parts = as_list(message.get("content"))
+            images = [part for part in parts if as_dict(part).get("type") != "text"]
+            result = self.form.result % message_text(message)
+            content = [{"type": "text", "text": result}, *images] if images else result
+            return {"role": "user", "content": content}
         functions = map(function_of, as_list(message.get("tool_calls")))
         calls = [(str(each.get("name")), str(each.get("arguments") or "{}")) for each in functions]
         others = {name: message[name] for name in message if name != "tool_calls"}

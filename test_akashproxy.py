@@ -5959,6 +5959,13 @@ def test_tools_and_history_become_text_in_the_models_own_form(model):
     assert fold(step.feed([Text(assistant["content"]), Finish("stop")])).text == "I look.\n\n" and step.count == 2, "it reads what it writes"
 
 
+@pytest.mark.parametrize("model", TOOL_MODELS)
+def test_half_a_character_in_a_past_call_stops_no_request(model):
+    calls = [{"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Ky\ud83d"}'}}]
+    call = Call({"model": model, "messages": [{"role": "assistant", "content": None, "tool_calls": calls}], "tools": FUNCTIONS})
+    assert "Ky" in akashproxy.PromptedTools(call, model, akashproxy.TOOLS_PROMPT, "fake").body()["messages"][-1]["content"]
+
+
 def test_images_of_a_result_are_kept():
     image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
     call = Call({"model": "m", "messages": [user("x"), returned("c1", [text_part("100%s"), image])], "tools": FUNCTIONS})
