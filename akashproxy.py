@@ -3852,10 +3852,11 @@ class ToolForm(NamedTuple):
     calls: str = "%s"  # around the calls of a message
     result: str = "<tool_response>\n%s\n</tool_response>"
 
-    def write(self, *calls: Tuple[str, str]) -> str:
-        """Return the text of calls, which are (name, arguments as a JSON object)."""
+    def write(self, *calls: Tuple[Any, Any]) -> str:
+        """Return the text of calls, which are (name, arguments as an object or its JSON)."""
         texts = []
         for number, (name, arguments) in enumerate(calls):
+            arguments = arguments if isinstance(arguments, str) else _encode(arguments)
             if self.argument:
                 fields = as_dict(json_or_none(arguments.encode("utf-8", "replace")))
                 arguments = "".join(
@@ -3986,7 +3987,7 @@ class PromptedTools:
             content = [{"type": "text", "text": result}, *images] if images else result
             return {"role": "user", "content": content}
         functions = map(function_of, as_list(message.get("tool_calls")))
-        calls = [(str(each.get("name")), str(each.get("arguments") or "{}")) for each in functions]
+        calls = [(each.get("name"), each.get("arguments") or {}) for each in functions]
         others = {name: message[name] for name in message if name != "tool_calls"}
         return add_paragraph(others, self.form.write(*calls)) if calls else others
 

@@ -5960,10 +5960,14 @@ def test_tools_and_history_become_text_in_the_models_own_form(model):
 
 
 @pytest.mark.parametrize("model", TOOL_MODELS)
-def test_half_a_character_in_a_past_call_stops_no_request(model):
-    calls = [{"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Ky\ud83d"}'}}]
+def test_half_a_character_and_an_object_in_past_calls_are_accepted(model):
+    calls = [{"id": "c1", "type": "function", "function": {"name": "weather", "arguments": arguments}} for arguments in ('{"city": "Ky\ud83d"}', {"city": "x'y"})]
     call = Call({"model": model, "messages": [{"role": "assistant", "content": None, "tool_calls": calls}], "tools": FUNCTIONS})
-    assert "Ky" in akashproxy.PromptedTools(call, model, akashproxy.TOOLS_PROMPT, "fake").body()["messages"][-1]["content"]
+    tools = akashproxy.PromptedTools(call, model, akashproxy.TOOLS_PROMPT, "fake")
+    step = akashproxy.ToolCallFilter(tools)
+    answer = tools.body()["messages"][-1]["content"].encode("utf-8", "replace").decode()
+    first, second = fold(step.feed([Text(answer), Finish("stop")])).tools
+    assert "Ky" in json.loads(first.arguments)["city"] and json.loads(second.arguments) == {"city": "x'y"}
 
 
 def test_images_of_a_result_are_kept():
