@@ -4152,7 +4152,8 @@ class ToolCallFilter(TextFilter):
                 found, name = True, KIMI_NAME.sub("", token)
             elif not (token.isspace() or token in SKIPPED or token in OPENING_MARKS and not found):
                 break
-        if not found or token not in ("", *OPENING_MARKS, *CLOSING_MARKS):
+        is_bare = name and not arguments  # needs a second mark
+        if not found or token not in (*OPENING_MARKS, *CLOSING_MARKS) and (token or is_bare):
             raise ValueError("it has no valid JSON, or an unknown function")
         if name:
             self.calls.append((name, _encode(arguments)))
@@ -4249,7 +4250,7 @@ class LooseJSON:
 def calls_of(value: Any, functions: Iterable[str]) -> List[Tuple[str, str]]:
     """Return the calls in an object or array as (name, arguments). Raises ValueError."""
     calls = []
-    for item in map(as_dict, value if isinstance(value, list) else [value]):
+    for item in map(as_dict, value if value and isinstance(value, list) else [value]):
         item = function_of(item) or item
         name, arguments = str(item.get("name")), item.get("arguments", item.get("parameters"))
         if arguments and isinstance(arguments, str):
