@@ -89,7 +89,7 @@ Where is ...
     the network's exceptions           upstream_error, UpstreamResponse.to_api_error
     strict HTTP                        find_head_end, parse_head, BodyDecoder
     connections to upstreams           ConnectionPool
-    proxies on the way                 UpstreamRequest, SocksProxy
+    proxies on the way                 UpstreamRequest, Proxy
     deadlines                          CancelScope, Connection.on_tick
     cancelling                         Cancellation
     request bodies                     BodyReader, check_body_size
@@ -1123,6 +1123,11 @@ def split_address(text: str) -> Tuple[str, int]:
     return ("127.0.0.1" if host == "localhost" else host), int(port)
 
 
+def join_address(host: str, port: int) -> str:
+    """Format HOST:PORT, with an IPv6 address in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def check_host(host: str) -> None:
     """Raise ValueError for a name that can't be encoded for DNS (IDNA)."""
     try:
@@ -1191,6 +1196,13 @@ def proxy_credentials(url: str) -> Tuple[bytes, bytes]:
         urllib.parse.unquote_to_bytes(parts.username or ""),
         urllib.parse.unquote_to_bytes(parts.password or ""),
     )
+
+
+def proxy_authorization(url: str) -> Dict[str, str]:
+    """The header for the user and password in a proxy's URL; empty if there are none."""
+    credentials = b":".join(proxy_credentials(url))
+    encoded = base64.b64encode(credentials).decode()
+    return {"Proxy-Authorization": f"Basic {encoded}"} if credentials != b":" else {}
 
 
 def without_password(url: str) -> str:
@@ -2437,7 +2449,7 @@ T = TypeVar("T")
 
 
 class UpstreamRequest(urllib.request.Request):
-    """A request to an upstream, through an HTTP proxy if there is one.
+    """A request to an upstream; one without TLS is sent to an HTTP proxy if there is one.
 
     Transport parses each URL once and sends copies.
     """
@@ -2446,22 +2458,17 @@ class UpstreamRequest(urllib.request.Request):
     body: Optional[bytes]
     scope: CancelScope
     retry_reason: str  # of a repeated request, which needs a new connection
-    _tunnel_host: Optional[str]  # urllib's: the upstream, if a proxy tunnels to it
 
     def __init__(self, url: str, proxy: str = "") -> None:
         super().__init__(url)
         self.fields = {"Host": self.host}
-        self.tunnel_headers: Dict[str, str] = {}
-        if proxy:
+        if proxy and self.type == "http":
             parts = urllib.parse.urlsplit(proxy)
             address = parts.netloc.rpartition("@")[2] + (":80" if parts.port is None else "")
             self.set_proxy(address, "http")
-            if parts.username is not None:
-                credentials = base64.b64encode(b":".join(proxy_credentials(proxy))).decode()
-                headers = self.tunnel_headers if self._tunnel_host else self.fields
-                headers["Proxy-Authorization"] = "Basic " + credentials
+            self.fields.update(proxy_authorization(proxy))
         # equal for requests that can share a connection
-        self.connection_key = self.type, self.host, self._tunnel_host
+        self.connection_key = self.type, self.host
 
     def copy(self, headers: Dict[str, str], **attributes: Any) -> "UpstreamRequest":
         """Return a request with further headers and the attributes above."""
@@ -2504,9 +2511,10 @@ class ConnectionPool(urllib.request.BaseHandler):
     """
 
     def __init__(self, ca_file: str = "", proxy: str = "") -> None:
-        """``proxy`` is the URL of a SOCKS proxy; HTTP proxies are part of requests."""
+        """``proxy`` is a URL; requests without TLS are sent to an HTTP proxy as they are."""
         self.ca_file = ca_file
         self.socks = SocksProxy(proxy) if proxy.startswith("socks") else None
+        self.tunnel = HTTPProxy(proxy) if proxy.startswith("http:") else self.socks
         # (expires_at, socket) by request key, the most recently used last
         self.idle: Dict[Any, List[Tuple[float, Any]]] = {}
         self.closed = False
@@ -2577,15 +2585,15 @@ class ConnectionPool(urllib.request.BaseHandler):
     def _connect(self, request: UpstreamRequest) -> Any:
         connection: http.client.HTTPConnection
         if request.type == "https":
+            proxy = self.tunnel
             connection = http.client.HTTPSConnection(
                 request.host, timeout=request.timeout, context=tls_context(self.ca_file)
             )
         else:
+            proxy = self.socks
             connection = http.client.HTTPConnection(request.host, timeout=request.timeout)
-        if request._tunnel_host:
-            connection.set_tunnel(request._tunnel_host, headers=request.tunnel_headers)
-        if self.socks:  # HTTPConnection.connect() opens its socket with this attribute
-            connection._create_connection = self.socks.connect  # type: ignore[attr-defined]
+        if proxy:  # HTTPConnection.connect() opens its socket with this attribute
+            connection._create_connection = proxy.connect  # type: ignore[attr-defined]
         try:
             connection.connect()
         except BaseException:
@@ -2613,9 +2621,6 @@ def connect_problem(error: Exception, upstream: str, proxy: str) -> str:
         return f"{where} refused the connection (check that it runs, and the port)"
     if isinstance(error, OSError) and error.errno in (errno.EHOSTUNREACH, errno.ENETUNREACH):
         return f"this server has no route to {where}"
-    if str(error).startswith("Tunnel connection failed: "):
-        status = str(error).partition(": ")[2][:3]
-        return f"{where} refused the connection with status {status} (check PROXY)"
     verify_message = getattr(error, "verify_message", "")
     if verify_message:
         return f"the certificate of {upstream} can't be verified: {verify_message} (set CA_FILE)"
@@ -2624,18 +2629,14 @@ def connect_problem(error: Exception, upstream: str, proxy: str) -> str:
     return ""
 
 
-class SocksProxy:
-    """A SOCKS 5 proxy (RFC 1928, passwords: RFC 1929).
+class Proxy:
+    """Base class of proxies that open connections to upstreams. Worker thread."""
 
-    socks5:// looks up names here, socks5h:// lets the proxy do it. socks:// is what GNOME writes
-    into the environment for socks5://.
-    """
+    DEFAULT_PORT = 0
 
     def __init__(self, url: str) -> None:
         parts = urllib.parse.urlsplit(url)
-        self.host, self.port = str(parts.hostname), parts.port or 1080
-        self.remote_names = parts.scheme == "socks5h"
-        self.user, self.password = proxy_credentials(url)
+        self.host, self.port = str(parts.hostname), parts.port or self.DEFAULT_PORT
 
     def connect(self, address: Tuple[str, int], *options: Any) -> socket.socket:
         """Return a socket connected to an address; as socket.create_connection()."""
@@ -2652,6 +2653,46 @@ class SocksProxy:
 
     def _negotiate(self, sock: socket.socket, replies: Any, host: str, port: int) -> str:
         """Log in and have a connection opened; return what the proxy does not do, or ""."""
+        raise NotImplementedError
+
+
+class HTTPProxy(Proxy):
+    """An HTTP proxy that opens connections by CONNECT (RFC 9110, 9.3.6)."""
+
+    DEFAULT_PORT = 80
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.fields = proxy_authorization(url)
+
+    def _negotiate(self, sock: socket.socket, replies: Any, host: str, port: int) -> str:
+        authority = join_address(host, port)
+        fields = {"Host": authority, **self.fields}
+        sock.sendall(request_head(f"CONNECT {authority} HTTP/1.1", *fields.items()) + b"\r\n")
+        lines = iter(lambda: replies.readline(MAX_HEAD_BYTES), b"")
+        head = itertools.takewhile(bytes.strip, itertools.islice(lines, MAX_HEADERS))
+        match = re.match(rb"HTTP/1\.[01] ([0-9]{3})", b"".join(head))
+        if not match:
+            return "does not answer as an HTTP proxy does"
+        status = int(match[1])
+        return "" if 200 <= status < 300 else f"refused the connection with status {status}"
+
+
+class SocksProxy(Proxy):
+    """A SOCKS 5 proxy (RFC 1928, passwords: RFC 1929).
+
+    socks5:// looks up names here, socks5h:// lets the proxy do it. socks:// is what GNOME writes
+    into the environment for socks5://.
+    """
+
+    DEFAULT_PORT = 1080
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.remote_names = url.startswith("socks5h:")
+        self.user, self.password = proxy_credentials(url)
+
+    def _negotiate(self, sock: socket.socket, replies: Any, host: str, port: int) -> str:
         sock.sendall(b"\5\2\0\2" if self.user else b"\5\1\0")  # no login, or a password
         chosen = replies.read(2)
         if chosen != b"\5\0" and not (chosen == b"\5\2" and self.user):
@@ -4582,7 +4623,8 @@ class Cache(Generic[T]):
         try:
             repeated = not self.expires and self.clock() < self.refresh_at
             if self.failure and (repeated or self.failed_at >= arrived_at):
-                raise self.failure
+                # otherwise each caller would add its frames, with the request, to the traceback
+                raise self.failure.with_traceback(None)
             value = self.value
             return self._replace() if value is None or value == old else value
         finally:
@@ -6020,13 +6062,13 @@ class ImageBatch:
         self.lock = threading.Lock()  # held while a job is being started
         self.cancellation = Cancellation()  # of the request
         self.joined = False  # it has, or had, a request
-        self.failed = False  # the request got an error that SDKs retry
+        self.ended = False  # the request, without its images
         self.expires_at = math.inf
 
     def may_be_joined(self, now: float) -> bool:
-        """Whether its request ended without its images, not too long ago."""
-        has_ended = self.failed or self.cancellation.reason is not None
-        return has_ended and now < self.expires_at
+        """Whether its request has ended, or is about to, not too long ago."""
+        ended = self.ended or self.cancellation.reason is not None
+        return ended and now < self.expires_at
 
 
 class AkashImages:
@@ -6055,7 +6097,7 @@ class AkashImages:
         """Make the batch that the call repeats, or a new one, the call's own."""
         with self.lock:
             batch = self.find(call)
-            batch.cancellation, batch.joined, batch.failed = call.cancellation, True, False
+            batch.cancellation, batch.joined, batch.ended = call.cancellation, True, False
             batch.expires_at = self.clock() + self.KEPT_SECONDS
             self.batches[batch] = None
             self.batches.move_to_end(batch)
@@ -6063,21 +6105,28 @@ class AkashImages:
                 self.batches.popitem(last=False)
         return batch
 
-    def forget(self, batch: ImageBatch) -> None:
+    def leave(self, batch: ImageBatch, call: Call, may_be_repeated: bool) -> None:
+        """End a call's use of a batch, which is forgotten unless the call may be repeated."""
         with self.lock:
-            self.batches.pop(batch, None)
+            if not may_be_repeated:
+                self.batches.pop(batch, None)
+            elif batch.cancellation is call.cancellation:  # no repeat has joined it yet
+                # the reason of a cancellation would keep the request and its body in memory
+                batch.ended, batch.cancellation = True, Cancellation()
 
     def events(self, call: Call, data: bytes) -> Iterator[Event]:
         """Start a job for each image, then poll them; text instead of a job is passed on."""
-        batch = self.join(call)
+        batch, may_be_repeated = self.join(call), False
         try:
             yield from self._batch_events(call, data, batch)
-        except APIError as error:
-            batch.failed = error.status >= 500 and error.retry is not False
-            if not batch.failed:
-                self.forget(batch)
+        except APIError as error:  # those that SDKs retry
+            may_be_repeated = error.status >= 500 and error.retry is not False
             raise
-        self.forget(batch)
+        except (ClientDisconnected, GeneratorExit):
+            may_be_repeated = call.cancellation.reason is not None
+            raise
+        finally:
+            self.leave(batch, call, may_be_repeated)
 
     def _batch_events(self, call: Call, data: bytes, batch: ImageBatch) -> Iterator[Event]:
         """Yield a batch's events; one job at a time if concurrent requests are limited."""
@@ -6403,15 +6452,9 @@ class AkashController(Controller):
             )
         moved = redact(response.headers.get("location", "")[:1000], self.secrets())[:200]
         hint = f": it redirects to {moved}, check AKASH_BASE_URL" if moved else ""
+        message = f"Akash Chat did not start a session (status {response.status}){hint}."
         wait = retry_after_seconds(response.headers, answer)
-        raise APIError(
-            503,
-            f"Akash Chat did not start a session (status {response.status}){hint}.",
-            code="upstream_session",
-            retry_after=wait or 5,
-            category=Category.RATE_LIMIT if wait else Category.NETWORK,
-            upstream_status=response.status,
-        )
+        raise no_session(message, response.status, wait)
 
     def _fail(self, response: UpstreamResponse, body: bytes, model: str, cookie: str) -> NoReturn:
         """Raise the error for an unsuccessful response.
@@ -6421,12 +6464,12 @@ class AkashController(Controller):
         request = response.request
         status, fields = response.status, as_dict(json_or_none(body))
         message = str(fields.get("message") or fields.get("error") or "")
-        rejected = status == 403 and message == "Unauthorized: Invalid session"
-        if rejected and request.retry_reason != "session":
+        if status == 403 and message == "Unauthorized: Invalid session":
             self.session.invalidate(cookie)
-            raise APIError(
-                502, "Akash Chat rejected the session.", code="session", category=Category.RETRY
-            )
+            if request.retry_reason != "session":
+                message = "Akash Chat rejected the session."
+                raise APIError(502, message, code="session", category=Category.RETRY)
+            raise no_session("Akash Chat rejected a new session.", status)  # its store is down
         if status == 400 and not fields and body:
             message = "Bad request: " + body[:4000].decode("utf-8", "replace")
         message, secrets = message[:4000], self.secrets(cookie)
@@ -6501,6 +6544,18 @@ class AkashController(Controller):
         return models, self.settings.models_ttl
 
 
+def no_session(message: str, status: int, wait: Optional[float] = None) -> APIError:
+    """Return the 503 for a server without sessions; ``wait`` are the seconds that it named."""
+    return APIError(
+        503,
+        message,
+        code="upstream_session",
+        retry_after=wait or 5,
+        category=Category.RATE_LIMIT if wait else Category.NETWORK,
+        upstream_status=status,
+    )
+
+
 def no_models() -> APIError:
     """Return the error for an empty list: an outage of the backend, not a wrong model."""
     return APIError(
@@ -6508,6 +6563,7 @@ def no_models() -> APIError:
         "Akash Chat lists no models at the moment.",
         retry_after=30,
         category=Category.NETWORK,
+        upstream_status=200,
     )
 
 
@@ -7387,7 +7443,8 @@ class OpenAIController(Controller):
         named = ((entry.get("id"), entry) for entry in map(as_dict, models))
         entries = bounded_model_list(self.name, named).values()
         if not entries:
-            raise APIError(503, f"{self.name} lists no models.")
+            message = f"{self.name} sent no list of models."
+            raise APIError(503, message, upstream_status=response.status)
         common = {"object": "model", "owned_by": self.name}
         models = [
             with_context_length(
@@ -8901,9 +8958,9 @@ class BlockDialect(Dialect):
         for i, block in enumerate(content if isinstance(content, list) else [content]):
             fields = as_dict(block)
             block_type = fields.get("type")
-            if block_type in ("tool_use", "function_call"):
+            if is_call(fields):
                 calls.append(self.history_call(fields))
-            elif block_type in ("tool_result", "function_call_output"):
+            elif is_call_result(fields):
                 parts += self.append_tool_result(fields)
             elif block_type in ("thinking", "redacted_thinking", "reasoning"):
                 texts = as_list(fields.get("content")) or as_list(fields.get("summary"))
@@ -8935,7 +8992,8 @@ class BlockDialect(Dialect):
 
     def append_tool_result(self, block: Dict[str, Any]) -> ChatParts:
         """Append a tool's result as text; returns its images, for a message of the user."""
-        parts = self.convert_content(block.get("content", block.get("output")))
+        result = (block[name] for name in ("content", "output", "tools") if name in block)
+        parts = self.convert_content(next(result, None))
         text = "\n\n".join(part["text"] for part in parts if part["type"] == "text")
         if block.get("is_error") is True and not text.lower().startswith("error"):
             text = f"Error: {text or 'the tool failed.'}"
@@ -8949,9 +9007,13 @@ class BlockDialect(Dialect):
         self.extra_values += count_values(extra)
         if self.extra_values > MAX_JSON_VALUES:
             raise bad_request(f"The IDs of tool calls contain more than {MAX_JSON_VALUES} values.")
-        arguments = block.get("arguments", block.get("input"))
+        given = (block[name] for name in CALL_ARGUMENTS if name in block)
+        arguments, call_type = next(given, None), str(block.get("type"))
+        if call_type == "custom_tool_call":
+            arguments = {"input": arguments}
         text = arguments if isinstance(arguments, str) else _encode(as_dict(arguments))
-        name = self.sent_name(block.get("name"), block.get("namespace"))
+        name = block.get("name", call_type.removesuffix("_call"))
+        name = self.sent_name(name, block.get("namespace"))
         return tool_call(ToolCall(0, text or "{}", call_id, name, extra))
 
     def convert_content(self, content: Any, param: str = "") -> ChatParts:
@@ -8987,6 +9049,9 @@ class BlockDialect(Dialect):
                 return [{"type": "image_url", "image_url": image}]
         if block_type == "document" and source.get("type") in ("text", "content"):
             return self.convert_content(source.get("data") or source.get("content"), param)
+        if block_type == "search_result":
+            about = [as_str(fields.get("title")), as_str(fields.get("source"))]
+            return self.convert_content([*about, *as_list(fields.get("content"))], param)
         if block is None and (self.has_begun or not param):
             return []
         if not param or self.has_begun and block_type:
@@ -9163,6 +9228,29 @@ class BlockDialect(Dialect):
 
 
 # -- The history of a conversation
+
+TOOL_LISTS = ("additional_tools", "tool_search_output")  # items
+CALL_ARGUMENTS = ("arguments", "input", "action", "operation")  # fields, by the type of call
+
+
+def is_call(block: Dict[str, Any]) -> bool:
+    """Whether a block or item is a tool call whose result the client sends.
+
+    Responses has function_call, custom_tool_call, shell_call, computer_call and others.
+    """
+    block_type = str(block.get("type"))
+    return block_type in ("tool_use", "function_call") or (
+        block_type.endswith("_call") and "call_id" in block
+    )
+
+
+def is_call_result(block: Dict[str, Any]) -> bool:
+    """Whether a block or item is a result of such a call."""
+    block_type = str(block.get("type"))
+    return block_type in ("tool_result", "tool_search_output") or block_type.endswith(
+        "_call_output"
+    )
+
 
 TOOL_NAME = re.compile("[A-Za-z0-9_-]{1,64}")  # OpenAI's rule
 MAX_CALL_ID = 40  # characters: OpenAI's limit
@@ -9615,6 +9703,16 @@ class CountTokens(Messages):
         return {"input_tokens": self.estimate_prompt()}
 
 
+class CustomToolCall(ToolCall):
+    """A call of a custom tool; its arguments are the tool's input."""
+
+
+def custom_input(arguments: str) -> str:
+    """The input of a custom tool in the arguments of its function: their only string."""
+    values = list(call_input(arguments).values()) or [""]
+    return values[0] if len(values) == 1 and isinstance(values[0], str) else arguments
+
+
 class Responses(BlockDialect):
     """POST /v1/responses, stateless. A stream, as event names and data without "type":
 
@@ -9630,8 +9728,9 @@ class Responses(BlockDialect):
 
     Every event also has a sequence_number. A Reasoning is an item "reasoning", with the events
     response.reasoning_summary_part.* and response.reasoning_summary_text.*; a ToolCall is an item
-    "function_call", with response.function_call_arguments.*. A truncated response ends with
-    response.incomplete, one that fails with the events error and response.failed.
+    "function_call", with response.function_call_arguments.*, or a "custom_tool_call". A truncated
+    response ends with response.incomplete, one that fails with the events error and
+    response.failed.
     """
 
     # fmt: off
@@ -9649,7 +9748,7 @@ class Responses(BlockDialect):
     ECHO_LIMIT = 1 << 16  # bytes; larger requests are not echoed: a stream has three copies
     KNOWN_PARAMS = (*ECHOED, *STATEFUL, "model", "input", "stream", "store", "include")
     ENCRYPTED = "reasoning.encrypted_content"
-    FUNCTION_TYPES, SCHEMA_KEY = ("function",), "parameters"
+    FUNCTION_TYPES, SCHEMA_KEY = ("function", "custom"), "parameters"
     # By event: prefix of the item's id, names of its text and part events, index of the part, and
     # further fields of the text events.
     ITEM_WIRE: Dict[Any, Tuple[str, str, str, Dict[str, Any], Dict[str, Any]]] = {
@@ -9658,6 +9757,7 @@ class Responses(BlockDialect):
         Reasoning: ("rs_", "response.reasoning_summary_text", "response.reasoning_summary_part",
                     {"summary_index": 0}, {}),
         ToolCall: ("fc_", "response.function_call_arguments", "", {}, {}),
+        CustomToolCall: ("ctc_", "response.custom_tool_call_input", "", {}, {}),
     }
     # fmt: on
 
@@ -9666,6 +9766,7 @@ class Responses(BlockDialect):
 
     def __init__(self, body: Any, base_url: Callable[[], str] = str) -> None:
         self.output: List[Dict[str, Any]] = []  # completed items
+        self.custom_tools: Set[str] = set()  # names, as they are sent
         super().__init__(body, base_url)
 
     # -- the request
@@ -9675,11 +9776,11 @@ class Responses(BlockDialect):
             if body.get(name):
                 raise not_stored(name, name)
         text, reasoning = as_dict(body.get("text")), as_dict(body.get("reasoning"))
-        tools = self.convert_tools(body.get("tools"))
-        instructions = self.convert_content(body.get("instructions") or [], "instructions")
-        self.append_message("system", instructions)
         sent = required_field(body, "input", (str, list), "a string or a list of items")
         items = [{"role": "user", "content": sent}] if isinstance(sent, str) else sent
+        tools = self.all_tools(body.get("tools"), items)
+        instructions = self.convert_content(body.get("instructions") or [], "instructions")
+        self.append_message("system", instructions)
         self.convert_messages(self.messages_of_items(items))
         include = list(map(str, as_list(body.get("include"))))
         self.returns_reasoning = self.ENCRYPTED in include
@@ -9697,11 +9798,19 @@ class Responses(BlockDialect):
             chat["parallel_tool_calls"] = body.get("parallel_tool_calls")
         return chat
 
+    def all_tools(self, tools: Any, items: List[Any]) -> List[Dict[str, Any]]:
+        """Convert the request's tools and those in its items, where Codex sends them."""
+        converted = self.convert_tools(tools)
+        for i, item in enumerate(map(as_dict, items)):
+            if item.get("type") in TOOL_LISTS:
+                converted += self.convert_tools(item.get("tools"), f"input[{i}].tools")
+        return list({tool["function"]["name"]: tool for tool in converted}.values())
+
     @staticmethod
     def messages_of_items(items: List[Any]) -> List[Tuple[str, Any, Any]]:
         """Items as messages; consecutive tool results are one message of the user.
 
-        References to reasoning (their ids begin with "rs_") are dropped.
+        References to reasoning (their ids begin with "rs_") and lists of tools are dropped.
         """
         messages: List[Tuple[str, Any, Any]] = []
         was_result = False
@@ -9709,7 +9818,9 @@ class Responses(BlockDialect):
             param, item_type = f"input[{i}]", item.get("type", "message")
             if item_type == "item_reference" and not str(item.get("id")).startswith("rs_"):
                 raise not_stored("An item_reference", param)
-            is_result = item_type == "function_call_output"
+            if item_type == "additional_tools":
+                continue
+            is_result = is_call_result(item)
             if item_type == "message":
                 messages.append((param, item.get("role"), item.get("content")))
             elif is_result and was_result:
@@ -9719,10 +9830,24 @@ class Responses(BlockDialect):
             was_result = is_result
         return messages
 
+    def convert_tool(
+        self, tool: Dict[str, Any], param: str, space: Optional[str]
+    ) -> Dict[str, Any]:
+        """Convert a function or a custom tool, whose input becomes the only parameter."""
+        if tool.get("type") != "custom":
+            return super().convert_tool(tool, param, space)
+        texts = tool.get("description"), as_dict(tool.get("format")).get("definition")
+        description = "\n\n".join(filter(None, map(as_str, texts)))
+        parameters = {"properties": {"input": {"type": "string"}}, "required": ["input"]}
+        sent = {**tool, "description": description or None, "parameters": parameters}
+        converted = super().convert_tool(sent, param, space)
+        self.custom_tools.add(converted["function"]["name"])
+        return converted
+
     def convert_tool_choice(self, choice: Any, tools: List[Dict[str, Any]]) -> Any:
         """Convert ``tool_choice``."""
         fields = as_dict(choice)
-        if fields.get("type") == "function":
+        if fields.get("type") in self.FUNCTION_TYPES:
             return self.chosen_tool(fields, tools)
         if fields:
             names_tools = fields.get("type") == "allowed_tools"
@@ -9754,18 +9879,35 @@ class Responses(BlockDialect):
         self.head = b'event: %b.delta\ndata: %b,"sequence_number":' % (name.encode(), delta)
         return self.item_frame("added", item) + self.part_frame("added", event)
 
+    def with_id(self, call: ToolCall, arguments: str) -> ToolCall:
+        call = super().with_id(call, arguments)
+        if call.name not in self.custom_tools:
+            return call
+        return CustomToolCall(call.index, custom_input(arguments), call.id, call.name)
+
     def delta(self, text: str) -> bytes:
+        if isinstance(self.open_item, CustomToolCall):  # its input is within incomplete JSON
+            return b""
+        return self.delta_frame(text)
+
+    def delta_frame(self, text: str) -> bytes:
         self.sequence_number += 1
         return b'%b%d,"delta":%b}\n\n' % (self.head, self.sequence_number - 1, to_json(text))
 
     def stop_block(self, text: str) -> bytes:
         _, name, _, _, more = self.ITEM_WIRE[type(self.open_item)]
-        is_call = isinstance(self.open_item, ToolCall)
-        fields = {"arguments": text or "{}"} if is_call else {"text": text}
-        event = dataclasses.replace(self.open_item, **fields)
+        frames, field = b"", "arguments" if isinstance(self.open_item, ToolCall) else "text"
+        if isinstance(self.open_item, CustomToolCall):
+            text = custom_input(text)
+            frames = self.delta_frame(text)
+        elif field == "arguments":
+            text = text or "{}"
+        event = dataclasses.replace(self.open_item, **{field: text})
+        field = "input" if frames else field
         self.output.append(self.output_item(event, self.item_ref["item_id"]))
         return (
-            self.frame(name + ".done", **self.item_ref, **more, **fields)
+            frames
+            + self.frame(name + ".done", **self.item_ref, **more, **{field: text})
             + self.part_frame("done", event)
             + self.item_frame("done", self.output[-1])
         )
@@ -9838,14 +9980,15 @@ class Responses(BlockDialect):
         """An item of the output; it has no parts until it is completed."""
         if isinstance(event, ToolCall):
             name, space = self.client_name(event)
+            is_custom = isinstance(event, CustomToolCall)
             return {
                 "id": item_id,
-                "type": "function_call",
+                "type": "custom_tool_call" if is_custom else "function_call",
                 "status": status,
                 "call_id": event.id,
                 "name": name,
                 **({"namespace": space} if space else {}),
-                "arguments": event.arguments,
+                "input" if is_custom else "arguments": event.arguments,
             }
         parts = [self.part_object(event)] if status == "completed" else []
         if isinstance(event, Reasoning):
@@ -12593,7 +12736,8 @@ class Server(http.server.ThreadingHTTPServer):
         try:
             self.accept_ready(64)  # bounded, so that a burst does not delay other connections
         except OSError as error:  # out of descriptors; on_tick() resumes
-            log.error("cannot accept a connection: %s", error)
+            if report_exhaustion():
+                log.error("cannot accept a connection: %s", error)
             self.loop.remove(self.socket)
             self.accept_paused = True
 
@@ -12737,11 +12881,6 @@ def log_access(request: Request, now: float) -> None:
     log.handle(
         log.makeRecord(log.name, level, "akashproxy.py", 0, text, (), None, extra={"facts": facts})
     )
-
-
-def join_address(host: str, port: int) -> str:
-    """Format HOST:PORT, with an IPv6 address in brackets."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _family(host: str, port: int) -> Tuple[int, str]:

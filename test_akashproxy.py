@@ -1448,6 +1448,20 @@ def test_a_failed_renewal_leaves_the_old_cookie(akash):
     wait_for(lambda: len(akash.requests) == 3)
 
 
+def test_a_failure_that_is_repeated_keeps_no_caller_in_memory():
+    def fetch():
+        raise APIError(503, "down")
+
+    def depth_of_a_call():
+        with pytest.raises(APIError) as caught:
+            cache.get()
+        return len(list(akashproxy.traceback.walk_tb(caught.value.__traceback__)))
+
+    cache = akashproxy.Cache("list", fetch)
+    depth_of_a_call()
+    assert depth_of_a_call() == depth_of_a_call()
+
+
 def test_a_session_server_that_stalls_costs_all_one_time_out(akash, serve):
     akash.answer = akash.stall(None)
     server = serve(session_timeout=0.5)
@@ -1505,9 +1519,11 @@ def test_an_expired_session_is_renewed_once(akash, serve):
 
 def test_a_session_that_stays_invalid_is_no_loop(akash, serve):
     akash.faults += [akash.raw(reply(403, BAD_SESSION), keep=True)] * 9
-    got = chat(serve())
-    assert got.status == 424 and got.json["error"]["code"] == "upstream_auth"
+    server = serve()
+    got = chat(server)
+    assert (got.status, got.json["error"]["code"], got.headers["retry-after"]) == (503, "upstream_session", "5")
     assert len(akash.bodies()) == 2 and akash.cookies == 2
+    assert ask(server, path="/status").json["controllers"][0]["rests_for_seconds"] <= 1, "the server's sessions are lost, not our access"
 
 
 def test_a_redirect_is_told_with_where_it_leads(akash, serve):
@@ -1910,6 +1926,16 @@ def test_a_repeat_goes_to_the_controller_with_its_jobs(pool):
     assert route_of(ask(server, "POST", "/v1/images/generations", DRAW)) == "b=200"
 
 
+def test_jobs_are_kept_for_a_repeat_without_the_request(akash, serve):
+    def calls():
+        gc.collect()
+        return {id(call) for call in gc.get_objects() if type(call) is Call}
+
+    server, before = serve(), calls()
+    drawing(server, akash)
+    wait_for(lambda: not calls() - before)
+
+
 def test_image_jobs_are_kept_for_a_while_and_not_without_end():
     clock = Clock()
     batches = akashproxy.AkashImages(None, clock)
@@ -1920,7 +1946,7 @@ def test_image_jobs_are_kept_for_a_while_and_not_without_end():
         return call
 
     for number in range(1500):
-        batches.join(call_of(number)).failed = True
+        batches.join(call_of(number)).ended = True
     assert len(batches.batches) == 1000 and not batches.find(call_of(0)).joined and batches.find(call_of(1499)).joined
     clock.now += 601
     assert not batches.find(call_of(1499)).joined
@@ -3830,6 +3856,17 @@ def test_a_process_without_descriptors_blames_no_upstream(config, a, b):
                 assert (state["failed"], state["rests_for_seconds"], state["last_error"]) == (0, 0, None)
 
 
+def test_connections_that_cannot_be_accepted_are_one_line_in_the_log():
+    resource = pytest.importorskip("resource")
+    limit = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))}
+    with started("--demo", popen=limit) as (process, server):
+        with crowd(server, 60, b""):
+            time.sleep(1.2)     # several ticks of its clock
+        wait_for(lambda: ask(server).status == 200)
+        process.terminate()
+        assert process.stderr.read().count("cannot accept a connection") == 1
+
+
 # -- other names of models, and several models behind one
 
 
@@ -5157,9 +5194,18 @@ CALLED = {"type": "function_call", "call_id": "c1", "name": "f", "arguments": '{
                       returned("c2", "2"), user([picture("data:x")])]}, "item_reference, web_search_call"),
     "a call at once": ({"input": [CALLED]}, {"messages": [called(("c1", "f", '{"a":[1]}')), no_result("c1")]}, None),
     "tools": ({"tools": [{"type": "function", "name": "f", "description": "d", "parameters": {"type": "object"}, "strict": False}, {"type": "namespace", "name": "n"},
-                         {"type": "web_search"}, {"type": "custom", "name": "c"}], "tool_choice": "auto", "parallel_tool_calls": True},
+                         {"type": "web_search"}, {"type": "mcp", "server_label": "c"}], "tool_choice": "auto", "parallel_tool_calls": True},
               {"tools": [{"type": "function", "function": {"name": "f", "description": "d", "strict": False, "parameters": {"type": "object", "properties": {}}}}],
-               "tool_choice": "auto", "parallel_tool_calls": True}, "namespace, web_search, custom"),
+               "tool_choice": "auto", "parallel_tool_calls": True}, "namespace, web_search, mcp"),
+    "a custom tool": ({"tools": [{"type": "custom", "name": "patch", "description": "Patches.", "format": {"type": "grammar", "syntax": "lark", "definition": "start: /.+/"}}],
+                       "tool_choice": {"type": "custom", "name": "patch"}},
+                      {"tools": [{"type": "function", "function": {"name": "patch", "description": "Patches.\n\nstart: /.+/", "parameters": {
+                          "type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}}}], "tool_choice": {"type": "function", "function": {"name": "patch"}}}, None),
+    "tools within the input": ({"tools": [{"type": "function", "name": "f"}], "input": [
+        {"type": "additional_tools", "role": "developer", "tools": [{"type": "namespace", "name": "n", "tools": [{"type": "function", "name": "g"}]}]}, user("x"),
+        {"type": "tool_search_call", "call_id": "c1", "arguments": {"query": "q"}}, {"type": "tool_search_output", "call_id": "c1", "tools": [{"type": "function", "name": "f"}, {"type": "function", "name": "h"}]}]},
+        {"tools": [tool(), tool("n__g"), tool("h")], "messages": [user("x"), called(("c1", "tool_search", '{"query":"q"}')),
+                                                                  returned("c1", '{"type":"function","name":"f"}\n\n{"type":"function","name":"h"}')]}, None),
     "one tool": ({"tools": [{"type": "function", "name": "f"}], "tool_choice": {"type": "function", "name": "f"}},
                  {"tools": [tool()], "tool_choice": {"type": "function", "function": {"name": "f"}}}, None),
     "some tools": ({"tools": [{"type": "function", "name": "f"}], "tool_choice": {"type": "allowed_tools", "mode": "required", "tools": []}},
@@ -5385,6 +5431,7 @@ def result(content="1", id="t1", **fields):
     "an unknown block in a history": ([user([{"type": "hologram"}]), assistant("ok")],
                                       [user("[A block of type 'hologram' is left out.]"), assistant("ok")]),
     "empty blocks": ([system([text_part("")]), user([text_part(""), text_part("x")])], [user("x")]),
+    "results of a search": ([user([{"type": "search_result", "source": "http://s", "title": "T", "content": [text_part("found")]}])], [user("T\n\nhttp://s\n\nfound")]),
 })
 def test_a_history_of_messages_as_a_chat(messages, chat, fake, pool):
     got = ask(pool(fake), "POST", "/v1/messages", {**ASKED, "messages": messages})
@@ -5423,6 +5470,13 @@ DEVELOPER, SAYS = developer("B"), assistant("doing")
     "outputs without IDs": ([CALL_ITEM, {**CALL_ITEM, "call_id": "c2"}, {**OUTPUT_ITEM, "call_id": None}, {**OUTPUT_ITEM, "call_id": None, "output": "2"}],
                             [C1_C2, R1, returned("c2", "2")]),
     "arguments as an object": ([{**CALL_ITEM, "arguments": {"a": 1}}, OUTPUT_ITEM], [called(("c1", "f", '{"a":1}')), R1]),
+    "a custom tool": ([{"type": "custom_tool_call", "call_id": "c1", "name": "f", "input": "a\n"}, {"type": "custom_tool_call_output", "call_id": "c1", "output": "1"}],
+                      [called(("c1", "f", '{"input":"a\\n"}')), R1]),
+    "a shell": ([{"type": "local_shell_call", "call_id": "c1", "action": {"command": ["ls"]}}, {"type": "local_shell_call_output", "call_id": "c1", "output": "1"}],
+                [called(("c1", "local_shell", '{"command":["ls"]}')), R1]),
+    "a patch": ([{"type": "apply_patch_call", "call_id": "c1", "operation": {"path": "a"}}, {"type": "apply_patch_call_output", "call_id": "c1", "output": "1"}],
+                [called(("c1", "apply_patch", '{"path":"a"}')), R1]),
+    "a search on the server": ([user("x"), {"type": "web_search_call", "id": "ws_1", "action": {"type": "search"}}, user("y")], [user("x"), user("y")]),
     "a PDF in an output": ([CALL_ITEM, {**OUTPUT_ITEM, "output": [PDF_FILE]}], [C1, returned("c1", PDF_NOTE)]),
     "a PDF in the first of two messages": ([user([PDF_FILE]), system("B"), user("y")], [system("B"), user(PDF_NOTE), user("y")]),
     "a PDF in an earlier message": ([user([PDF_FILE]), SAYS, user("y")], [user(PDF_NOTE), SAYS, user("y")]),
@@ -5609,7 +5663,7 @@ LONG = "mcp__plugin_some_marketplace_and_a_server_with_a_long_name__a_tool_with_
 def test_names_of_tools_are_sent_as_upstreams_take_them(name, space, pattern, streamed, fake, pool):
     server = pool(fake)
     one = {"type": "function", "name": name, "parameters": {"required": []}}
-    tools = [{"type": "namespace", "name": space, "tools": [one, {"type": "custom", "name": "c"}]}] if space else [one]
+    tools = [{"type": "namespace", "name": space, "tools": [one, {"type": "mcp", "name": "c"}]}] if space else [one]
     call = {**CALL_ITEM, "name": name, **({"namespace": space} if space else {})}
     body = {**WANTED, "tools": tools, "input": [call, OUTPUT_ITEM], "tool_choice": {"type": "function", "name": name, **({"namespace": space} if space else {})}}
     assert ask(server, "POST", "/v1/responses", body).status == 200
@@ -5626,6 +5680,25 @@ def test_names_of_tools_are_sent_as_upstreams_take_them(name, space, pattern, st
         got = ask(server, "POST", "/v1/messages", {**ASKED, "stream": streamed, "tools": [{"name": name}], "messages": [user("x")]})
         block = [event["content_block"] for event in named_events(got.body) if "content_block" in event][0] if streamed else got.json["content"][0]
         assert block["name"] == name and fake.bodies()[-1]["tools"][0]["function"]["name"] == used
+
+
+@pytest.mark.parametrize("arguments, expected", [('{"input":"a\\u00e9\\n"}', "a\u00e9\n"), ('{"patch":"a"}', "a"), ('{"input":"a","x":1}', '{"input":"a","x":1}'), ('{"input":"a', '{"input":"a'), ("a", "a"), ("{}", "")])
+def test_calls_of_custom_tools(arguments, expected, streamed, fake, pool):
+    calls = [{"tool_calls": [{"index": 0, "id": "c1", "function": {"name": "n__c", "arguments": arguments[:5]}}]},
+             {"tool_calls": [{"index": 0, "function": {"arguments": arguments[5:]}}]}]
+    fake.faults.append(answered(*calls, {"tool_calls": [{"index": 1, "id": "c2", "function": {"name": "f", "arguments": "{}"}}]}, finish="tool_calls"))
+    tools = [{"type": "namespace", "name": "n", "tools": [{"type": "custom", "name": "c"}]}, {"type": "function", "name": "f"}]
+    got = ask(pool(fake), "POST", "/v1/responses", {**WANTED, "stream": streamed, "tools": tools})
+    custom, function = (named_events(got.body)[-1]["response"] if streamed else got.json)["output"]
+    assert custom == {"id": custom["id"], "type": "custom_tool_call", "status": "completed", "call_id": "c1", "name": "c", "namespace": "n", "input": expected}
+    assert (function["type"], function["name"]) == ("function_call", "f")
+    if streamed:
+        events = [event for event in named_events(got.body) if event.get("output_index") == 0]
+        place = {"item_id": custom["id"], "output_index": 0}
+        assert [{name: value for name, value in event.items() if name != "sequence_number"} for event in events] == [
+            {"type": "response.output_item.added", "output_index": 0, "item": {**custom, "status": "in_progress", "input": ""}},
+            {"type": "response.custom_tool_call_input.delta", **place, "delta": expected}, {"type": "response.custom_tool_call_input.done", **place, "input": expected},
+            {"type": "response.output_item.done", "output_index": 0, "item": custom}]
 
 
 def test_equal_names_in_namespaces_stay_apart(fake, pool):
@@ -6185,8 +6258,7 @@ def test_akash_drops_parameters_before_it_checks_them(akash, serve, fields, igno
                 {"topP": 0.2, "temperature": 0.3}, "top_p, seed"),
     "a parameter that is implemented here": ({"set": {"stop": ["from"]}}, {}, {}, None),
 })
-def test_an_akash_controller_adapts_requests(case, akash, pool):
-    options, fields, sent, ignored = case
+def test_an_akash_controller_adapts_requests(options, fields, sent, ignored, akash, pool):
     got = chat(pool((akash, options)), {**CHAT, **fields})
     assert got.status == 200 and got.headers.get("x-akashproxy-ignored") == ignored
     assert text_of(got) == ("Hello " if "stop" in options.get("set", {}) else "Hello from the mock.")
@@ -6471,6 +6543,7 @@ UNREACHABLE = {  # (the upstream and the proxy before it, in which {} is a port;
     "a certificate": ("https://127.0.0.1:{}", "", "tls", "the certificate of 127.0.0.1 can't be verified: "),
     "no TLS": ("https://127.0.0.1:{}", "", "plain", "127.0.0.1 does not speak TLS"),
     "a proxy": ("https://a.b", "http://127.0.0.1:{}", "plain", "the proxy 127.0.0.1 refused the connection with status 407"),
+    "a proxy that is none": ("https://a.b", "http://127.0.0.1:{}", "ssh", "the proxy 127.0.0.1 does not answer as an HTTP proxy does (check PROXY)"),
     "a proxy that is down": ("https://a.b", "http://127.0.0.1:{}", None, "the proxy 127.0.0.1 refused the connection (check that it runs"),
     "a proxy's name": ("https://a.b", "http://no-such-host.invalid:1", None, LOOKED_UP.format("no-such-host.invalid", "PROXY")),
     "a SOCKS proxy's name": ("https://a.b", "socks5://no-such-host.invalid:1", None, LOOKED_UP.format("no-such-host.invalid", "PROXY")),
@@ -6484,10 +6557,16 @@ UNREACHABLE = {  # (the upstream and the proxy before it, in which {} is a port;
 class Plain(Fake):
     """Answers whatever comes with a 407."""
 
+    ANSWER = b"HTTP/1.1 407 Say who you are\r\n\r\n"
+
     def serve(self, sock):
         with sock:
             sock.recv(65536)
-            sock.sendall(b"HTTP/1.1 407 Say who you are\r\n\r\n")
+            sock.sendall(self.ANSWER)
+
+
+class SSH(Plain):
+    ANSWER = b"SSH-2.0-OpenSSH\r\n"
 
 
 class CutSocks(Fake):
@@ -6502,7 +6581,7 @@ class CutSocks(Fake):
 
 @table(UNREACHABLE)
 def test_an_unreachable_upstream_is_explained_with_its_host(url, proxy, kind, words, pool, tmp_path, caplog):
-    makers = {"tls": lambda: TLSOpenAI(tmp_path), "plain": Plain, "socks": SocksServer, "proxy": ForwardProxy, "cut": CutSocks}
+    makers = {"tls": lambda: TLSOpenAI(tmp_path), "plain": Plain, "socks": SocksServer, "proxy": ForwardProxy, "cut": CutSocks, "ssh": SSH}
     fakes = [makers[name]() for name in (kind or "").split()]
     with socket.create_server(("127.0.0.1", 0)) as closed:
         ports = [fake.port for fake in fakes] or [closed.getsockname()[1]]
@@ -6527,6 +6606,13 @@ def test_a_proxy_on_the_way_plain(fake, pool, monkeypatch):
     assert (request.method, request.path) == ("POST", f"{fake.url}/v1/chat/completions")
     assert base64.b64decode(request.headers["proxy-authorization"].split()[1]) == b"us@er:p:w"
     proxy.close()
+
+
+def test_a_proxy_is_asked_for_a_connection_as_the_standard_says(pool):
+    with contextlib.closing(ForwardProxy()) as proxy:
+        chat(pool((proxy, {"base_url": "https://[::1]:9/v1", "proxy": f"http://u:p@127.0.0.1:{proxy.port}"})), BOTH)
+        assert proxy.requests[0][:2] == ("CONNECT", "[::1]:9") and proxy.requests[0].headers["host"] == "[::1]:9"
+        assert base64.b64decode(proxy.requests[0].headers["proxy-authorization"].split()[1]) == b"u:p"
 
 
 class TLSOpenAI(FakeOpenAI):
@@ -11385,9 +11471,10 @@ def test_check_asks_each_controller(openai_fakes, akash, config):
     two.answer = lambda sock, request: time.sleep(20)
     done = run("--check", "--ask", UPSTREAM=f"{two.url}/v1", SESSION_TIMEOUT="0.3")
     assert done.returncode == 1 and "did not answer within 0.3 seconds" in done.stdout
-    two.answer = lambda sock, request: sock.sendall(reply(404, b"404 page not found"))
-    done = run("--check", "--ask", UPSTREAM=f"{two.url}/v1/chat")
-    assert re.fullmatch(r"openai: reachable, but lists no models: \w.*\w, \d+ ms", done.stdout.strip().splitlines()[-1])
+    for answer in (reply(404, b"404 page not found"), reply(200, b"[]"), reply(200, b"<html>", "text/html")):
+        two.answer = lambda sock, request, answer=answer: sock.sendall(answer)
+        done = run("--check", "--ask", UPSTREAM=f"{two.url}/v1/chat")
+        assert re.fullmatch(r"openai: reachable, but lists no models: \w.*\w, \d+ ms", done.stdout.strip().splitlines()[-1])
     assert re.fullmatch(r"ours: reachable, no key needed, 1 model, \d+ ms", ours)
     assert re.fullmatch(r"good: reachable, key accepted, 2 models, \d+ ms", good)
 
