@@ -3913,14 +3913,16 @@ class ToolForm(NamedTuple):
     calls: str = "%s"  # around the calls of a message
     result: str = "<tool_response>\n%s\n</tool_response>"
 
-    def write(self, *calls: Tuple[str, str]) -> str:
-        """Return the text of calls, which are (name, arguments as a JSON object)."""
+    def write(self, *calls: Tuple[Any, Any]) -> str:
+        """Return the text of calls, which are (name, arguments as an object or its JSON)."""
         texts = []
         for number, (name, arguments) in enumerate(calls):
+            arguments = arguments if isinstance(arguments, str) else _encode(arguments)
             if self.argument:
+                fields = as_dict(json_or_none(arguments.encode("utf-8", "replace")))
                 arguments = "".join(
                     self.argument % (key, value if isinstance(value, str) else _encode(value))
-                    for key, value in as_dict(json_or_none(arguments.encode())).items()
+                    for key, value in fields.items()
                 )
             texts.append(self.call % {"name": name, "arguments": arguments, "number": number})
         return self.calls % "\n".join(texts)
@@ -4040,14 +4042,13 @@ class PromptedTools:
     def _message(self, message: Dict[str, Any]) -> Dict[str, Any]:
         """Return a message with its calls as text; a result becomes a message of the user."""
         if message["role"] == "tool":
-            text, parts = self.form.result % message_text(message), message.get("content")
-            images = [part for part in as_list(parts) if as_dict(part).get("type") != "text"]
-            return {
-                "role": "user",
-                "content": [{"type": "text", "text": text}, *images] if images else text,
-            }
+            parts = as_list(message.get("content"))
+            images = [part for part in parts if as_dict(part).get("type") != "text"]
+            result = self.form.result % message_text(message)
+            content = [{"type": "text", "text": result}, *images] if images else result
+            return {"role": "user", "content": content}
         functions = map(function_of, as_list(message.get("tool_calls")))
-        calls = [(str(each.get("name")), str(each.get("arguments") or "{}")) for each in functions]
+        calls = [(each.get("name"), each.get("arguments") or {}) for each in functions]
         others = {name: message[name] for name in message if name != "tool_calls"}
         return add_paragraph(others, self.form.write(*calls)) if calls else others
 
@@ -4212,7 +4213,8 @@ class ToolCallFilter(TextFilter):
                 found, name = True, KIMI_NAME.sub("", token)
             elif not (token.isspace() or token in SKIPPED or token in OPENING_MARKS and not found):
                 break
-        if not found or token not in ("", *OPENING_MARKS, *CLOSING_MARKS):
+        is_bare = name and not arguments  # needs a second mark
+        if not found or token not in (*OPENING_MARKS, *CLOSING_MARKS) and (token or is_bare):
             raise ValueError("it has no valid JSON, or an unknown function")
         if name:
             self.calls.append((name, _encode(arguments)))
@@ -4309,7 +4311,7 @@ class LooseJSON:
 def calls_of(value: Any, functions: Iterable[str]) -> List[Tuple[str, str]]:
     """Return the calls in an object or array as (name, arguments). Raises ValueError."""
     calls = []
-    for item in map(as_dict, value if isinstance(value, list) else [value]):
+    for item in map(as_dict, value if value and isinstance(value, list) else [value]):
         item = function_of(item) or item
         name, arguments = str(item.get("name")), item.get("arguments", item.get("parameters"))
         if arguments and isinstance(arguments, str):

@@ -6007,7 +6007,7 @@ NO_CALLS = [
     '<tool_call>{"name": "weather", "arguments": "Kyiv"}</tool_call>', '<function=weather>Kyiv</function>', "<function=rm>{}</function>", "<function=", KYIV,
     f"```json\n{KYIV}\n```", f"So: ```json\n{CALL_FORMS['Hermes']}\n```", "<|python_tag|>weather.call(city='Kyiv')", "<tool_call>rm\n<arg_key>a</arg_key>\n<arg_value>b</arg_value>\n</tool_call>",
     f"<tool_call>[{KYIV}, {{}}]</tool_call>", "if (a[0] < b) { return '<tool>' }", '<tool_call>{"name": "weather", "arguments": {"city": "Ky',
-    f"<tool_call>not {KYIV}</tool_call>", f"<tool_call>{KYIV}\n{{broken</tool_call>",
+    "a <function=now", "<tool_call>now\n", "<tool_call>[]</tool_call>", f"<tool_call>not {KYIV}</tool_call>", f"<tool_call>{KYIV}\n{{broken</tool_call>",
 ]
 TOOL_ANSWERS.update({f"text: {text}": (text, text, []) for text in NO_CALLS})
 
@@ -6108,6 +6108,17 @@ def test_tools_and_history_become_text_in_the_models_own_form(model):
     assert results["content"].index("sun") < results["content"].index("rain")
     step = akashproxy.ToolCallFilter(tools)
     assert fold(step.feed([Text(assistant["content"]), Finish("stop")])).text == "I look.\n\n" and step.count == 2, "it reads what it writes"
+
+
+@pytest.mark.parametrize("model", TOOL_MODELS)
+def test_half_a_character_and_an_object_in_past_calls_are_accepted(model):
+    calls = [{"id": "c1", "type": "function", "function": {"name": "weather", "arguments": arguments}} for arguments in ('{"city": "Ky\ud83d"}', {"city": "x'y"})]
+    call = Call({"model": model, "messages": [{"role": "assistant", "content": None, "tool_calls": calls}], "tools": FUNCTIONS})
+    tools = akashproxy.PromptedTools(call, model, akashproxy.TOOLS_PROMPT, "fake")
+    step = akashproxy.ToolCallFilter(tools)
+    answer = tools.body()["messages"][-1]["content"].encode("utf-8", "replace").decode()
+    first, second = fold(step.feed([Text(answer), Finish("stop")])).tools
+    assert "Ky" in json.loads(first.arguments)["city"] and json.loads(second.arguments) == {"city": "x'y"}
 
 
 def test_images_of_a_result_are_kept():
