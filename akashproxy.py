@@ -6757,7 +6757,7 @@ class CallInProgress:
             if self.in_string:
                 return ""
             text = as_str(json_or_none("".join(self.quoted).encode("utf-8", "replace")))
-            self.quoted = []
+            self.quoted, self.depth, self.opened = [], 0, False
         if self.opened and self.size <= len(text) and text.startswith("".join(self.arguments)):
             text = text[self.size :]
         if self.size and self.complete:
