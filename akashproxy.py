@@ -9756,9 +9756,10 @@ def without_billing_header(part: Dict[str, Any]) -> Dict[str, Any]:
 
 def call_input(arguments: str) -> Dict[str, Any]:
     """A tool call's arguments as an object, {"arguments": string} if they are not one."""
-    value = json_or_none(arguments.strip().encode("utf-8", "replace") or b"{}")
-    if isinstance(value, str) and value.strip()[:1] == "{":  # encoded twice
-        value = json_or_none(value.encode("utf-8", "replace"))
+    value: Any = arguments.strip() or "{}"
+    with contextlib.suppress(ValueError):
+        for _ in range(2):  # some servers encode them twice
+            value = from_json(value.encode("utf-8", "replace")) if isinstance(value, str) else value
     return value if isinstance(value, dict) else {"arguments": arguments}
 
 
