@@ -913,7 +913,8 @@ BAD_SETTINGS = {
     "BEARER_TOKEN=a\nb": "BEARER_TOKEN: only printable ASCII",
     "LOG_LEVEL=loud": "LOG_LEVEL: 'loud' is not one of",
     "AKASH_COOKIE=a=b\r\nX: y": "AKASH_COOKIE: only printable",
-    "MODEL_ALIASES=a": "'a' is not NAME=VALUE", "TOOLS_PROMPT=Call something.": "must contain", "PAGE=maybe": "'maybe' is not one of on, off",
+    "MODEL_ALIASES=a": "'a' is not NAME=VALUE",
+    "TOOLS_PROMPT=Call something.": "must contain", "PAGE=maybe": "'maybe' is not one of on, off",
     **{f"PORT={port}": "is not a valid port" for port in ("x", "70000", "-1", "80 80")},
     **{f"PATH_PREFIX={prefix}": "is not /PATH" for prefix in ("secret", "/a b", "//a", "/a?b")},
     **{f"TRUSTED_PROXIES={network}": "" for network in ("x", "10.0.0.0/99", "a,")},
@@ -938,7 +939,8 @@ def test_all_mistakes_are_told_at_once():
 
 
 def test_settings_made_in_code_are_checked_too():
-    settings = Settings(bearer_token="s3cret, two", cors_origins="https://a", akash_base_url="http://h/", akash_access_token="s3cret", akash_cookie="s3cret")
+    settings = Settings(bearer_token="s3cret, two", cors_origins="https://a", akash_base_url="http://h/",
+                        akash_access_token="s3cret", akash_cookie="s3cret")
     assert (settings.bearer_token, settings.cors_origins, settings.akash_base_url) == (("s3cret", "two"), ("https://a",), "http://h")
     assert "s3cret" not in repr(settings) + str(settings.redacted_items()) and ("bearer_token", "********") in settings.redacted_items()
     with pytest.raises(ConfigError, match="idle_timeout: must be greater than 0"):
@@ -984,7 +986,8 @@ FRAMES = [b"0\r\n\r\n", b"5\r\nhello\r\n0\r\n\r\nGET / HTTP/1.1\r\n\r\n", b"\r\n
     "a signed size": (CHUNKED, b"+5\r\nhello\r\n", ProtocolError, 0),
     "another digit": ({"content-length": "٥"}, b"", ProtocolError, 400),
     "a vertical tab": ({"transfer-encoding": "\x0bchunked"}, b"", ProtocolError, 501),
-    **{f"a payload that looks like framing, {payload}": (CHUNKED, chunk(b"a") + chunk(payload) + chunks(b"b"), b"a" + payload + b"b", b"") for payload in FRAMES},
+    **{f"a payload that looks like framing, {payload}": (CHUNKED, chunk(b"a") + chunk(payload) + chunks(b"b"), b"a" + payload + b"b", b"")
+       for payload in FRAMES},
 })
 def test_bodies_cut_anywhere(fields, data, expected, rest):
     for parts in pieces(data) if len(data) < 100 else [[data]]:
@@ -1342,10 +1345,14 @@ def test_what_akash_cannot_do_is_refused(fields, param, words, akash, serve):
 
 @table({    # (fields that are dropped by a setting, fields of the client's body, what is ignored)
     "nothing": ((), {}, None),
-    "what Akash has no place for": ((), {"seed": 1, "user": "u", "presence_penalty": 0.5, "frequency_penalty": None, "evil\r\nX": 1}, "seed, user, presence_penalty"),
-    "JSON mode": ((), {"response_format": {"type": "json_object"}}, "response_format"), "text": ((), {"response_format": {"type": "text"}}, None),
-    "dropped before they are checked": (("tools", "tool_choice", "n"), {"tools": [{"type": "function"}], "tool_choice": "required", "n": 2}, "tools, tool_choice, n"),
-    "dropped stops": (("stop",), {"stop": "mock"}, "stop"), "dropped, and ignored": (("max_tokens",), {"max_tokens": 1, "seed": 1}, "max_tokens, seed"),
+    "what Akash has no place for": ((), {"seed": 1, "user": "u", "presence_penalty": 0.5, "frequency_penalty": None, "evil\r\nX": 1},
+                                    "seed, user, presence_penalty"),
+    "JSON mode": ((), {"response_format": {"type": "json_object"}}, "response_format"),
+    "text": ((), {"response_format": {"type": "text"}}, None),
+    "dropped before they are checked": (("tools", "tool_choice", "n"), {"tools": [{"type": "function"}], "tool_choice": "required", "n": 2},
+                                        "tools, tool_choice, n"),
+    "dropped stops": (("stop",), {"stop": "mock"}, "stop"),
+    "dropped, and ignored": (("max_tokens",), {"max_tokens": 1, "seed": 1}, "max_tokens, seed"),
     "not there": (("tools", "n"), {"messages": [user("hi")]}, None), "null": (("tools",), {"tools": None}, None),
 })
 def test_what_akash_ignores_is_said(drop, fields, ignored, streamed, akash, pool):
@@ -1487,7 +1494,8 @@ def test_a_session_that_stays_invalid_is_no_loop(akash, serve):
 
 
 @table({    # the answer to a request for a session: what a client is told, Retry-After
-    "a redirect": (reply(301, b"", "", b"Location: https://elsewhere.example/\r\n"), "redirects to https://elsewhere.example/, check AKASH_BASE_URL", None),
+    "a redirect": (reply(301, b"", "", b"Location: https://elsewhere.example/\r\n"),
+                   "redirects to https://elsewhere.example/, check AKASH_BASE_URL", None),
     "down": (reply(500, b"", ""), "did not start a session", "5"),
 })
 def test_a_session_that_is_not_started_is_said(answer, words, retry_after, akash, serve):
@@ -1558,7 +1566,8 @@ def test_a_login_is_kept_alive(set_cookie, expected, akash):
 
 @table({    # the answer to the question for a login: (its status, the metric, the seconds until it is asked again)
     "signed out": (SIGNED_OUT, "ended", 0, 4 * 3600), "no logins there": (reply(401, b"null"), "ended", 0, 4 * 3600),
-    "July": (None, "unknown", None, 301), "down": (reply(500), "unknown", None, 301), "a challenge": (reply(200, b"<html>", "text/html"), "unknown", None, 301),
+    "July": (None, "unknown", None, 301), "down": (reply(500), "unknown", None, 301),
+    "a challenge": (reply(200, b"<html>", "text/html"), "unknown", None, 301),
 })
 def test_a_login_that_has_ended_is_reported_once_and_one_that_cant_be_checked_is_not(answer, status, metric, pause, akash, caplog):
     clock, akash.me = Clock(), answer
@@ -1718,7 +1727,8 @@ def test_the_relay_of_a_picture(akash, serve):
 
 @table({
     # name: (what the chat says, the job's states, status, words)
-    "failed": (PICTURE_LINE, [{"status": "failed", "result": "Failed: CUDA out of memory at 10.1.2.3:80"}], 502, "CUDA out of memory at (address)"),
+    "failed": (PICTURE_LINE, [{"status": "failed", "result": "Failed: CUDA out of memory at 10.1.2.3:80"}], 502,
+               "CUDA out of memory at (address)"),
     "an older form": (PICTURE_LINE, [{"status": "completed", "result": "Failed to make it"}], 502, "Failed to make it"),
     "lost": (PICTURE_LINE, ["Job not found: nope"] * 3, 502, "lost"),
     "lost, with errors": (PICTURE_LINE, [[]] * 3, 502, "lost"),
@@ -2011,7 +2021,8 @@ def test_the_chunks_of_a_stream(akash, serve):
     akash.chat = b'0:"a"\nd:{"finishReason":"length","usage":{"promptTokens":11,"completionTokens":7}}\n'
     server = serve()
     got = chat(server, stream=True, stream_options={"include_usage": True})
-    assert (got.headers["cache-control"], got.headers["x-accel-buffering"], got.headers["transfer-encoding"]) == ("no-cache, no-transform", "no", "chunked")
+    assert (got.headers["cache-control"], got.headers["x-accel-buffering"]) == ("no-cache, no-transform", "no")
+    assert got.headers["transfer-encoding"] == "chunked"
     events = sse(got.body)
     assert [event["choices"] for event in events] == [
         [{"index": 0, "delta": assistant(""), "finish_reason": None}],
@@ -2740,8 +2751,8 @@ def test_a_bad_key_of_the_environment_is_one_mistake_of_several(config):
 
 def test_what_wins_over_what(config):
     path = config({"port": 8080, "max_wait": 1, "pool": {"type": "random"}, "idle_timeout": 2.5, "bearer_token": ["a", "b"]})
-    settings = Settings.load({"MAX_WAIT": "5", "CHATGPT_APISERVER_POOL_TYPE": "balanced", "CHATGPT_APISERVER_PORT": "81", "AKASH_BASE_URL": "http://h:1/p/",
-                              "BODY_TIMEOUT": "1.5", "USER_AGENT": "", "HOME": "/"}, {"config_file": path, "max_wait": "6"})
+    settings = Settings.load({"MAX_WAIT": "5", "CHATGPT_APISERVER_POOL_TYPE": "balanced", "CHATGPT_APISERVER_PORT": "81",
+                              "AKASH_BASE_URL": "http://h:1/p/", "BODY_TIMEOUT": "1.5", "USER_AGENT": "", "HOME": "/"}, {"config_file": path, "max_wait": "6"})
     assert (settings.akash_base_url, settings.body_timeout, settings.user_agent) == ("http://h:1/p", 1.5, f"akashproxy/{akashproxy.__version__}")
     assert (settings.server_address, settings.pool_type, settings.max_wait, settings.idle_timeout, settings.bearer_token) == (
         ":81", "balanced", 6.0, 2.5, ("a", "b"))
@@ -2782,7 +2793,8 @@ def test_all_mistakes_of_a_file_with_their_places(config):
 
 KEYS = {    # client keys that can not be: what is said of them
     "an object": ({}, "keys: must be a list"), "null": (None, "keys: must be a list"), "a text": (["k"], "keys[0]: must be an object"),
-    "misspelt within": ([{"name": "a", "key": "k", "request_per_minute": 1}], "keys[0].request_per_minute: unknown key; did you mean 'requests_per_minute'?"),
+    "misspelt within": ([{"name": "a", "key": "k", "request_per_minute": 1}],
+                        "keys[0].request_per_minute: unknown key; did you mean 'requests_per_minute'?"),
     "no name": ([{"key": "k"}], "keys[0].name: is missing"), "no key": ([{"name": "a"}], "keys[0].key: is missing"),
     "an empty name": ([{"name": "", "key": "k"}], "keys[0].name: must not be empty"),
     "an empty key": ([{"name": "a", "key": ""}], "keys[0].key: empty values are not allowed"),
@@ -2957,7 +2969,8 @@ def call_parts(*parts):
     "all arguments once more, as a string": (call_parts((0, "a", "f", '{"a":1}'), (0, None, None, '"{\\"a\\":1}"')), [("f", '{"a":1}')]),
     "all arguments so far with each fragment": (call_parts((0, "a", "f", ""), (0, "a", None, '{"a"'), (0, "a", None, '{"a":1'), (0, "a", None, '{"a":1}')), [("f", '{"a":1}')]),
     "one call with several indexes": (call_parts((0, "a", "f", '{"a":1}'), (1, "a", "f", '{"a":1}'), (2, "a", "f", '{"a":1}')), [("f", '{"a":1}')]),
-    "an object, and more": (call_parts((0, "a", "f", '{"a":1}'), (0, "b", "g", {"b": 2}), (0, None, None, "x")), [("f", '{"a":1}'), ("g", '{"b":2}')]),
+    "an object, and more": (call_parts((0, "a", "f", '{"a":1}'), (0, "b", "g", {"b": 2}), (0, None, None, "x")),
+                            [("f", '{"a":1}'), ("g", '{"b":2}')]),
 })
 def test_calls_however_they_are_fragmented(data, expected):
     for parts in pieces(data):
@@ -3281,7 +3294,8 @@ def members_of(weights, kind="balanced", max_wait=3.0, **more):
 
 
 @table({
-    "balanced is smooth": ({"a": 5, "b": 1, "c": 1}, "aabacaa" * 2), "fractions": ({"a": 0.5, "b": 0.25}, "abaaba"), "0 is off": ({"a": 0, "b": 1}, "bbbbb"),
+    "balanced is smooth": ({"a": 5, "b": 1, "c": 1}, "aabacaa" * 2), "fractions": ({"a": 0.5, "b": 0.25}, "abaaba"),
+    "0 is off": ({"a": 0, "b": 1}, "bbbbb"),
 })
 def test_choices_by_weight(weights, names):
     pool = members_of(weights)
@@ -4855,8 +4869,8 @@ def answered(*deltas, finish="stop", usage=None):
     return lambda sock, request: sock.sendall(FakeOpenAI.head() + chunks(*frames)) or True
 
 
-ALL_KINDS = answered({"reasoning_content": "hm"}, {"content": "Hi"}, {"content": " you"}, calls((0, "call_1", "f", "")), calls((0, None, None, '{"a":1}')),
-                     finish="tool_calls", usage={"prompt_tokens": 11, "completion_tokens": 7, "prompt_tokens_details": {"cached_tokens": 4}})
+ALL_KINDS = answered({"reasoning_content": "hm"}, {"content": "Hi"}, {"content": " you"}, calls((0, "call_1", "f", "")),
+                     calls((0, None, None, '{"a":1}')), finish="tool_calls", usage={"prompt_tokens": 11, "completion_tokens": 7, "prompt_tokens_details": {"cached_tokens": 4}})
 
 
 def test_the_events_of_a_message(fake, pool):
@@ -5993,7 +6007,8 @@ MATRIX = {
                         [T("one ")], "boom"),
     "cut": (lambda fake: fake.cut(b'0:"one "\n'), lambda fake: fake.raw(fake.head() + chunk(ONE)), [T("one ")], "broke off"),
     "cut when a filter holds something back": (lambda fake: fake.cut(b'0:"one </thin"\n'), None, [T("one </thin")], "broke off"),
-    "a message that just ends": (lambda fake: fake.cut(b'0:"one "\n', True), lambda fake: fake.raw(fake.head() + chunks(ONE)), [T("one ")], EARLY),
+    "a message that just ends": (lambda fake: fake.cut(b'0:"one "\n', True), lambda fake: fake.raw(fake.head() + chunks(ONE)),
+                                 [T("one ")], EARLY),
     "no reason to end": (lambda fake: fake.cut(b'0:"one "\n' + END.replace(b"%b", b"unknown"), True), None, [T("one ")], NO_REASON),
     "a limit within": (lambda fake: fake.cut(b'0:"one "\n3:"Rate limit exceeded"\n', True), None, [T("one ")], "Rate limit"),
     "in single bytes": (lambda fake: fake.steps(*re.findall(b"(?s).", STREAM_HEAD + chunks(*HELLO.splitlines(True)))),
@@ -6001,11 +6016,12 @@ MATRIX = {
                         [T("Hello from the mock."), Finish("stop")], None),
     "to the end of the connection": (lambda fake: fake.raw(b"HTTP/1.0 200 OK\r\nContent-Type: text/plain\r\n\r\n" + HELLO),
                                      lambda fake: fake.raw(b"HTTP/1.0 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
-                                                           + b"".join(fake.words("Hello from the mock."))), [T("Hello from the mock."), Finish("stop")], None),
+                                                           + b"".join(fake.words("Hello from the mock."))),
+                                     [T("Hello from the mock."), Finish("stop")], None),
     "an answer at once": (None, lambda fake: fake.raw(reply(body=fake.completion()), True), [T("Hi there."), Finish("stop")], None),
     "line breaks of Unicode": (lambda fake: fake.cut(b"g:" + RAW_BREAKS + b"\n0:" + RAW_BREAKS + b"\n" + STOP, True),
-                               lambda fake: fake.raw(fake.head() + chunks(b'data: {"choices":[{"delta":{"content":%b,"reasoning_content":%b}}]}\n\n'
-                                                                          % (RAW_BREAKS, RAW_BREAKS), fake.event({}, "stop")), True),
+                               lambda fake: fake.raw(fake.head() + chunks(b'data: {"choices":[{"delta":{"content":%b,' % RAW_BREAKS,
+                                                                          b'"reasoning_content":%b}}]}\n\n' % RAW_BREAKS, fake.event({}, "stop")), True),
                                [R(BREAKS), T(BREAKS), Finish("stop")], None),
     "echoed": (None, None, [T("hi"), Finish("stop")], None),
 }
@@ -6357,7 +6373,8 @@ class Scripted(Fake):
 })
 def test_an_unreachable_upstream_is_explained_with_its_host(url, proxy, kind, words, pool, tmp_path, caplog):
     makers = {"tls": lambda: TLSOpenAI(tmp_path), "socks": SocksServer, "proxy": ForwardProxy,
-              "plain": lambda: Scripted(b"HTTP/1.1 407 Say who you are\r\n\r\n"), "cut": lambda: Scripted(b"\5\0", b""), "ssh": lambda: Scripted(b"SSH-2.0-OpenSSH\r\n")}
+              "plain": lambda: Scripted(b"HTTP/1.1 407 Say who you are\r\n\r\n"), "cut": lambda: Scripted(b"\5\0", b""),
+              "ssh": lambda: Scripted(b"SSH-2.0-OpenSSH\r\n")}
     fakes = [makers[name]() for name in (kind or "").split()]
     with socket.create_server(("127.0.0.1", 0)) as closed:
         ports = [fake.port for fake in fakes] or [closed.getsockname()[1]]
@@ -8058,18 +8075,19 @@ TEXTS = ["a", "b", " ", "\n", "##", "#", "<think>", "</think>", "<th", "<think>\
     **{kind: (scraps, 8, stream_read(kind)) for kind, scraps in SCRAPS.items()},
     "thinking": (TEXTS, 12, lambda parts: fold(filtered(ThinkTagFilter(), parts))),
     "stops": (TEXTS, 12, lambda parts: fold(filtered(StopFilter(["##b"], None), parts))),
-    "tool calls": (["a ", "\n", "`", "<tool_call>", "</tool_call>", "<tool", '{"name": "now", "arguments": {}}', "{'name': 'now',}", "<function=", "now", ">",
-                    "[TOOL_CALLS]", "<parameter=a>1</parameter>", "</function>", "}", "functions.", ":0", "<｜tool▁sep｜>"], 9, lambda parts: tool_answer(parts)),
-    "framing": ([b"1\r\na\r\n", b"02\r\n\r\n\r\n", b"3;ext=1\r\n0\r\n\r\n", b"A\r\n0123456789\r\n", b"0\r\n\r\n", b"00\r\nx: y\r\n\r\n", b"zz\r\n", b"next"], 6,
-                lambda parts: read_request([POST + CHUNKS + b"\r\n", *parts])),
+    "tool calls": (["a ", "\n", "`", "<tool_call>", "</tool_call>", "<tool", '{"name": "now", "arguments": {}}', "{'name': 'now',}", "<function=",
+                    "now", ">", "[TOOL_CALLS]", "<parameter=a>1</parameter>", "</function>", "}", "functions.", ":0", "<｜tool▁sep｜>"], 9,
+                   lambda parts: tool_answer(parts)),
+    "framing": ([b"1\r\na\r\n", b"02\r\n\r\n\r\n", b"3;ext=1\r\n0\r\n\r\n", b"A\r\n0123456789\r\n", b"0\r\n\r\n",
+                 b"00\r\nx: y\r\n\r\n", b"zz\r\n", b"next"], 6, lambda parts: read_request([POST + CHUNKS + b"\r\n", *parts])),
 })
 def test_where_it_is_cut_changes_nothing(scraps, most, read):
     @fuzzed(100)
     def check(rng):
         data = scraps[0][:0].join(rng.choice(scraps) for _ in range(rng.randint(1, most)))
-        lines, events = ((r"[^\n]*\n|[^\n]+", r"(?s).+?(?:\n\r?\n|\Z)") if isinstance(data, str) else (rb"[^\n]*\n|[^\n]+", rb"(?s).+?(?:\n\r?\n|\Z)"))
+        patterns = (r"[^\n]*\n|[^\n]+", r"(?s).+?(?:\n\r?\n|\Z)")      # lines, and events
         complete = read([data])
-        for parts in (split(data, 1), cut_up(rng, data), re.findall(lines, data), re.findall(events, data)):
+        for parts in (split(data, 1), cut_up(rng, data), *(re.findall(each if isinstance(data, str) else each.encode(), data) for each in patterns)):
             assert read(parts) == complete, data
 
     check()
@@ -9195,11 +9213,15 @@ NEEDED, WRONG = "is needed", "Incorrect API key provided"
 @table({     # header fields: what is wrong with them; None if one of them is the token
     "Bearer": ({"Authorization": "Bearer k"}, None), "a tab": ({"Authorization": "Bearer\tk"}, None),
     "blanks": ({"Authorization": "bearer   k"}, None), "x-api-key": ({"x-api-key": "k"}, None), "Azure": ({"api-key": "k"}, None),
-    "an empty Bearer": ({"Authorization": "Bearer ", "x-api-key": "k"}, None), "an empty field": ({"Authorization": "", "x-api-key": "k"}, None),
-    "another scheme": ({"Authorization": "Basic azo=", "x-api-key": "k"}, None), "a wrong Bearer": ({"Authorization": "Bearer x", "x-api-key": "k"}, None),
-    "a wrong key": ({"Authorization": "Bearer k", "x-api-key": "x"}, None), "three": ({"Authorization": "Bearer x", "x-api-key": "y", "api-key": "k"}, None),
-    "all wrong": ({"Authorization": "Bearer wr0ng", "x-api-key": "y", "api-key": "z"}, WRONG), "no scheme": ({"Authorization": "k"}, NEEDED),
-    "Basic": ({"Authorization": "Basic k"}, NEEDED), "a part": ({"x-api-key": ""}, NEEDED), "more": ({"Authorization": "Bearer k k"}, WRONG),
+    "an empty Bearer": ({"Authorization": "Bearer ", "x-api-key": "k"}, None),
+    "an empty field": ({"Authorization": "", "x-api-key": "k"}, None),
+    "another scheme": ({"Authorization": "Basic azo=", "x-api-key": "k"}, None),
+    "a wrong Bearer": ({"Authorization": "Bearer x", "x-api-key": "k"}, None),
+    "a wrong key": ({"Authorization": "Bearer k", "x-api-key": "x"}, None),
+    "three": ({"Authorization": "Bearer x", "x-api-key": "y", "api-key": "k"}, None),
+    "all wrong": ({"Authorization": "Bearer wr0ng", "x-api-key": "y", "api-key": "z"}, WRONG),
+    "no scheme": ({"Authorization": "k"}, NEEDED), "Basic": ({"Authorization": "Basic k"}, NEEDED),
+    "a part": ({"x-api-key": ""}, NEEDED), "more": ({"Authorization": "Bearer k k"}, WRONG),
     "doubled": ({"Authorization": "Bearer Bearer k"}, WRONG), "not ASCII": ({"x-api-key": "\xe9"}, WRONG), "nothing": ({}, NEEDED),
     "only an empty Bearer": ({"Authorization": "Bearer "}, NEEDED),
 })
