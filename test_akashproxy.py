@@ -1378,14 +1378,14 @@ class Clock:
         return self.now
 
 
-def session_of(akash, clock, token=""):
-    options = akashproxy.ControllerSettings(type="akash", base_url=akash.url, api_key=token)
-    return akashproxy.AkashController(options, Settings(), clock).session
+def akash_controller(akash, clock, **options):
+    options = akashproxy.ControllerSettings(type="akash", name="a", base_url=akash.url, **options)
+    return akashproxy.CONTROLLERS["akash"](options, Settings(akash_base_url=akash.url), clock)
 
 
 def test_the_cookie_lives_for_its_max_age(akash):
     clock = Clock()
-    session = session_of(akash, clock)
+    session = akash_controller(akash, clock).session
     first, = set(at_once(session.get, 64))
     assert first == akash.cookie and akash.cookies == 1
     clock.now += 0.79 * 600
@@ -1401,7 +1401,7 @@ def test_the_cookie_lives_for_its_max_age(akash):
 
 def test_a_failed_renewal_leaves_the_old_cookie(akash):
     clock = Clock()
-    session = session_of(akash, clock)
+    session = akash_controller(akash, clock).session
     first = session.get()
     akash.session = reply(500)
     clock.now += 500
@@ -1462,7 +1462,7 @@ def test_a_client_that_leaves_while_others_fetch_the_session(akash, serve):
 })
 def test_any_cookie_is_taken(set_cookie, expected, akash):
     clock = Clock()
-    session = session_of(akash, clock)
+    session = akash_controller(akash, clock).session
     akash.session = reply(body=b"{}", extra="".join(f"Set-Cookie: {line}\r\n" for line in set_cookie.split("\n")).encode())
     assert session.get() == session.get() == expected and len(akash.requests) == 1
 
@@ -1529,11 +1529,6 @@ def test_access_tokens_of_both_versions(akash, serve, accepted):
 
 
 # == controllers: Akash's logins and allowances ================================================
-
-
-def akash_controller(akash, clock, **options):
-    options = akashproxy.ControllerSettings(type="akash", name="a", base_url=akash.url, **options)
-    return akashproxy.CONTROLLERS["akash"](options, Settings(akash_base_url=akash.url), clock)
 
 
 def signed_in(*cookies):
@@ -8756,10 +8751,6 @@ def test_relayed_requests_for_images_count_as_well(pool):
         assert got.status == (429 if refused else 404) and counts(server) == (0, 5 if path.endswith("edits") or refused else 2, refused)
 
 
-def image_jobs(akash):
-    return sum(request.method == "POST" for request in akash.requests)
-
-
 @pytest.mark.parametrize("where", ["key", "controller"])
 def test_images_are_made_one_after_the_other_where_requests_are_limited(where, akash, serve):
     akash.chat = PICTURE_LINE
@@ -8778,11 +8769,11 @@ def test_images_end_with_their_client(akash, serve):
     server = serve(keys=keys("alice", max_concurrency=1))
     for number in range(12):
         with connect(server) as sock:
-            started = image_jobs(akash)
+            started = len(akash.bodies())
             sock.sendall(post("/v1/images/generations", {"prompt": f"x{number}", "n": 10}, "Authorization: Bearer alice-key"))
-            wait_for(lambda: image_jobs(akash) > started)
+            wait_for(lambda: len(akash.bodies()) > started)
         wait_for(lambda: counts(server)[0] == 0)
-    assert image_jobs(akash) == 12 and counts(server) == (0, 120, 0)
+    assert len(akash.bodies()) == 12 and counts(server) == (0, 120, 0)
     asked = [request.path for request in akash.requests if request.path != "/api/models/"]
     wait_for(lambda: samples(server, bearer("alice"))["akashproxy_open_connections",] == 1)
     assert [request.path for request in akash.requests if request.path != "/api/models/"] == asked, "nor are they asked for any more"
@@ -8802,7 +8793,7 @@ def test_no_image_is_begun_for_a_client_that_has_left(akash, serve):
     akash.faults.extend([leave] * 10)
     sock.sendall(post("/v1/images/generations", {"prompt": "x", "n": 10}))
     wait_for(lambda: left.is_set() and samples(server)["akashproxy_open_connections",] == 1)
-    assert image_jobs(akash) <= 2       # the end of the connection may be on its way for a moment
+    assert len(akash.bodies()) <= 2       # the end of the connection may be on its way for a moment
 
 
 def test_many_threads_are_let_in_exactly_as_often_as_they_may():
@@ -10444,22 +10435,16 @@ def test_a_pattern_that_is_not_linear_is_found(call, abort):
     assert any(costly(pattern, flags, method) for _, pattern, flags, method in module_patterns(call, names))
 
 
-def feeding(make):
+def feeding(make, as_fed=lambda item: item):
     """A component with feed(): the work of some items."""
     def work(items):
         component = make()
         for item in items:
-            component.feed(item)
+            component.feed(as_fed(item))
     return work
 
 
-def texts(make):
-    """The same, where texts are fed."""
-    def work(items):
-        step = make()
-        for item in items:
-            step.feed([Text(item)])
-    return work
+texts = functools.partial(feeding, as_fed=lambda text: [Text(text)])
 
 
 def received(items):
