@@ -4471,14 +4471,11 @@ def test_what_the_errors_of_upstreams_mean(case):
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages"])
 def test_a_refused_request_stops_nobody_else(case, path, pool):
     (status, body, *extra), statuses = case
-    fakes = [FakeOpenAI(), FakeOpenAI()]
+    answer = reply(status, body, "text/html" if isinstance(body, bytes) else "application/json", *extra)
+    fakes = [FakeOpenAI().sends(answer) for _ in range(2)]
     server = pool(*fakes)
-    for fake in fakes:
-        data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        kind = "text/html" if isinstance(body, bytes) else "application/json"
-        fake.sends(reply(status, data, kind, *[b"" for _ in ()], **({"extra": extra[0]} if extra else {})))
-    got = ask(server, "POST", path, {**ASKED, "model": "typo"} if "messages" in path else {**BOTH, "model": "typo"})
-    assert got.status in statuses and got.headers["x-should-retry"] == "false" if got.status != 404 else True
+    got = ask(server, "POST", path, {**WANTS[path], "model": "typo"})
+    assert got.status in statuses and (got.status == 404 or got.headers["x-should-retry"] == "false")
     assert route_of(got) == f"a={status}, b={status}" and [len(fake.bodies()) for fake in fakes] == [1, 1]
     words = akashproxy.error_words(akashproxy.error_fields(body)) if isinstance(body, dict) else "Attention Required"
     assert words in got.json["error"]["message"]
@@ -4649,16 +4646,14 @@ def test_no_error_shows_a_secret(place, form):
 @pytest.mark.parametrize("kind", ["openai", "akash"])
 def test_no_answer_log_or_status_shows_a_secret(place, kind, pool, caplog):
     caplog.set_level("DEBUG")
-    fake = FakeOpenAI() if kind == "openai" else FakeAkash()
+    fake, cookies = (FakeOpenAI(), []) if kind == "openai" else (FakeAkash(), ["cKw5Jx3PzQ88LmN1", "sess10nVq83kLpZ0"])
     if kind == "akash":
         fake.session = reply(body=b'{"success":true}', extra=b"set-cookie: session_token=sess10nVq83kLpZ0; Max-Age=600\r\n")
     more = {"api_key": KEY, "headers": {"X-Key": HEADER}, **({} if kind == "openai" else {"models": ["both"]})}
     server = pool((fake, more), akash_cookie=COOKIE, log_level="debug")
-    link = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=20)      # it connects again where it has to
-    secrets = [KEY, HEADER] if kind == "openai" else [KEY, HEADER, "cKw5Jx3PzQ88LmN1", "sess10nVq83kLpZ0"]
-    for secret in secrets:
-        body = PLACES[place](SECRETS["whole"].format(secret))
-        body = body if isinstance(body, bytes) else json.dumps(body).encode()
+    hidden = KEY, HEADER[len("Bearer "):], json.dumps(HEADER)[15:-1], "cKw5Jx3PzQ88LmN1", "sess10nVq83kLpZ0"
+    for secret in (KEY, HEADER, *cookies):
+        body = json.dumps(PLACES[place](SECRETS["whole"].format(secret))).encode()
         page = json.dumps(json.dumps(json.loads(body))).encode()
         faults = [reply(status, body) for status in (200, 400, 401, 404, 418, 429, 500)]
         if kind == "openai" and place not in ("detail", "another object"):      # in a stream those are no errors
@@ -4668,17 +4663,14 @@ def test_no_answer_log_or_status_shows_a_secret(place, kind, pool, caplog):
         elif kind == "akash":
             faults += [STREAM_HEAD + chunks(b"3:" + page + b"\n"), STREAM_HEAD + chunks(b'0:"a"\n3:' + page + b"\n"),
                        STREAM_HEAD + chunks(b'data: {"type":"error","errorText":' + page + b"}\n\n")]
-        for fault in faults:
-            for path, asked in (("/v1/chat/completions", BOTH), ("/v1/messages", ASKED)):
-                for streamed in (False, True):
-                    fake.faults.extend([fake.raw(fault) if kind == "openai" else fake.raw(fault)] * 2)
-                    end_cooldowns(server)
-                    got = ask_again(link, "POST", path, {**asked, "stream": streamed})
-                    fake.faults.clear()
-                    known = (KEY, HEADER[len("Bearer "):], "cKw5Jx3PzQ88LmN1", "sess10nVq83kLpZ0")
-                    assert not leaks(got.body, *known, json.dumps(HEADER)[15:-1]) and not leaks(str(got.headers), *known), (fault, got.body)
-    link.close()
-    assert not leaks(ask(server, path="/status").body, *known, json.dumps(HEADER)[15:-1]) and not leaks(caplog.text, *known)
+        with link_to(server) as link:
+            for fault, path, streamed in itertools.product(faults, ("/v1/chat/completions", "/v1/messages"), (False, True)):
+                fake.sends(fault, fault)
+                end_cooldowns(server)
+                got = ask_again(link, "POST", path, {**WANTS[path], "stream": streamed})
+                fake.faults.clear()
+                assert not leaks(got.body, *hidden) and not leaks(str(got.headers), *hidden), (fault, got.body)
+    assert not leaks(ask(server, path="/status").body, *hidden) and not leaks(caplog.text, *hidden)
 
 
 def test_a_head_that_is_no_http_shows_no_secret_in_the_log(fake, pool, caplog):
