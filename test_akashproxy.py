@@ -676,7 +676,17 @@ def at_once(function, count, threads=16):
         return list(pool.map(lambda _: function(), range(count)))
 
 
-later = concurrent.futures.ThreadPoolExecutor(32).submit     # later(function, ...).result()
+def later(function, *args, **more):
+    """A Future of what a function returns to a thread of its own."""
+    def run():
+        try:
+            future.set_result(function(*args, **more))
+        except BaseException as error:
+            future.set_exception(error)
+
+    future = concurrent.futures.Future()
+    threading.Thread(target=run, daemon=True).start()
+    return future
 
 
 def refused(port):
