@@ -3438,6 +3438,14 @@ def test_a_whole_answer_needs_no_reason_to_end(choice, status, fake, pool):
     assert got.status == status and (status == 502 or got.json["stop_reason"] == "end_turn")
 
 
+@pytest.mark.parametrize("reason, error", [('"end_turn"', False), ("null", True)])
+def test_a_relayed_message_needs_a_reason_to_end(reason, error, fake, pool):
+    body = ANTHROPIC[:ANTHROPIC.index(b"event: message_stop")].replace(b'"end_turn"', reason.encode())
+    fake.sends(reply(body=body, kind="text/event-stream"))
+    got = ask(pool((fake, {"paths": ["*"]})), "POST", "/v1/messages", {**ASKED, "stream": True})
+    assert got.body.startswith(body) and (b"ended its answer early" in got.body) == error
+
+
 @pytest.mark.parametrize("reason, error", [("STOP", False), ("MAX_TOKENS", False), ("null", True), ("", True)])
 def test_a_relayed_stream_without_done_needs_a_reason_to_end(reason, error, fake, pool):
     fake.sends(fake.head() + chunks(FakeOpenAI.event({"content": "a"}), FakeOpenAI.event({}, reason)))
