@@ -2461,7 +2461,7 @@ T = TypeVar("T")
 
 
 class UpstreamRequest(urllib.request.Request):
-    """A request to an upstream; one without TLS is sent to an HTTP proxy if there is one.
+    """A request to an upstream, without TLS through an HTTP proxy if there is one.
 
     Transport parses each URL once and sends copies.
     """
@@ -2800,7 +2800,7 @@ def tls_context(ca_file: str) -> Any:
 
 
 def read_tls_context(ca_file: str) -> Any:
-    """Create and keep the TLS context: system CAs and those of a file, host names checked."""
+    """Create and keep a TLS context: the system's CAs and those of a file."""
     import ssl  # here: a Python without it can still reach http upstreams
 
     context = ssl.create_default_context()
@@ -3188,7 +3188,8 @@ def network_problem(error: Exception, in_body: bool) -> str:
         or getattr(error, "reason", "") == "UNEXPECTED_EOF_WHILE_READING"  # Python 3.9
     ):
         return ": connection lost: it broke off the connection"
-    return " could not be reached"
+    tls_problem = str(getattr(error, "reason", "")).lower().replace("_", " ")
+    return " could not be reached" + (f": TLS failed ({tls_problem})" if tls_problem else "")
 
 
 def exhausted_error(error: Exception) -> APIError:
@@ -3912,14 +3913,16 @@ class ToolForm(NamedTuple):
     calls: str = "%s"  # around the calls of a message
     result: str = "<tool_response>\n%s\n</tool_response>"
 
-    def write(self, *calls: Tuple[str, str]) -> str:
-        """Return the text of calls, which are (name, arguments as a JSON object)."""
+    def write(self, *calls: Tuple[Any, Any]) -> str:
+        """Return the text of calls, which are (name, arguments as an object or its JSON)."""
         texts = []
         for number, (name, arguments) in enumerate(calls):
+            arguments = arguments if isinstance(arguments, str) else _encode(arguments)
             if self.argument:
+                fields = as_dict(json_or_none(arguments.encode("utf-8", "replace")))
                 arguments = "".join(
                     self.argument % (key, value if isinstance(value, str) else _encode(value))
-                    for key, value in as_dict(json_or_none(arguments.encode())).items()
+                    for key, value in fields.items()
                 )
             texts.append(self.call % {"name": name, "arguments": arguments, "number": number})
         return self.calls % "\n".join(texts)
@@ -4039,14 +4042,13 @@ class PromptedTools:
     def _message(self, message: Dict[str, Any]) -> Dict[str, Any]:
         """Return a message with its calls as text; a result becomes a message of the user."""
         if message["role"] == "tool":
-            text, parts = self.form.result % message_text(message), message.get("content")
-            images = [part for part in as_list(parts) if as_dict(part).get("type") != "text"]
-            return {
-                "role": "user",
-                "content": [{"type": "text", "text": text}, *images] if images else text,
-            }
+            parts = as_list(message.get("content"))
+            images = [part for part in parts if as_dict(part).get("type") != "text"]
+            result = self.form.result % message_text(message)
+            content = [{"type": "text", "text": result}, *images] if images else result
+            return {"role": "user", "content": content}
         functions = map(function_of, as_list(message.get("tool_calls")))
-        calls = [(str(each.get("name")), str(each.get("arguments") or "{}")) for each in functions]
+        calls = [(each.get("name"), each.get("arguments") or {}) for each in functions]
         others = {name: message[name] for name in message if name != "tool_calls"}
         return add_paragraph(others, self.form.write(*calls)) if calls else others
 
@@ -4211,7 +4213,8 @@ class ToolCallFilter(TextFilter):
                 found, name = True, KIMI_NAME.sub("", token)
             elif not (token.isspace() or token in SKIPPED or token in OPENING_MARKS and not found):
                 break
-        if not found or token not in ("", *OPENING_MARKS, *CLOSING_MARKS):
+        is_bare = name and not arguments  # needs a second mark
+        if not found or token not in (*OPENING_MARKS, *CLOSING_MARKS) and (token or is_bare):
             raise ValueError("it has no valid JSON, or an unknown function")
         if name:
             self.calls.append((name, _encode(arguments)))
@@ -4308,7 +4311,7 @@ class LooseJSON:
 def calls_of(value: Any, functions: Iterable[str]) -> List[Tuple[str, str]]:
     """Return the calls in an object or array as (name, arguments). Raises ValueError."""
     calls = []
-    for item in map(as_dict, value if isinstance(value, list) else [value]):
+    for item in map(as_dict, value if value and isinstance(value, list) else [value]):
         item = function_of(item) or item
         name, arguments = str(item.get("name")), item.get("arguments", item.get("parameters"))
         if arguments and isinstance(arguments, str):
@@ -4391,6 +4394,10 @@ class Controller:
     def check_support(self, call: Call) -> Optional[APIError]:
         """Return an error if the upstream can never serve such a call, else None."""
         return None
+
+    def upstream_model(self, call: Call) -> str:
+        """Return the upstream's name of a call's model."""
+        return self.options.model_map.get(call.model, call.model)
 
     def models(self) -> List[Dict[str, Any]]:
         """Return the offered models as OpenAI model objects."""
@@ -4530,7 +4537,7 @@ class ToolAdapter:
             return bad_request(message, "tools", "unsupported_parameter")
         if self.options.tools == "refuse" or not has_tools(call):
             return self.controller.check_support(call)
-        model = self.options.model_map.get(call.model, call.model)
+        model = self.controller.upstream_model(call)
         prompt = self.settings.tools_prompt or TOOLS_PROMPT
         try:
             tools = PromptedTools(call, model, prompt, self.name)
@@ -6006,7 +6013,7 @@ def akash_decoder(model: str, secrets: Iterable[str], *filters: Filter) -> Decod
 
 
 def is_challenge_page(response: UpstreamResponse) -> bool:
-    """Whether a proxy in front of the server wants a browser, such as a CDN with a challenge.
+    """Whether a proxy before the server wants a browser, as a CDN's challenge does.
 
     Pages with 429 or a 5xx only say that the server is overloaded or down.
     """
@@ -6183,7 +6190,7 @@ class AkashImages:
             # A repeat could not join a job whose ID was lost with the connection.
             with call.cancellation.shield():
                 response, body = self.akash.with_session(
-                    "POST", self.akash.CHAT_PATH, call.scope, call.model, data=data
+                    "POST", self.akash.CHAT_PATH, call.scope, self.akash.IMAGE_MODEL, data=data
                 )
                 job = parse_image_job(body)
                 if job is None:
@@ -6197,7 +6204,7 @@ class AkashImages:
 
     def _text_instead(self, call: Call, response: UpstreamResponse, body: bytes) -> List[Event]:
         """Return the events of an answer with text where an image was requested."""
-        decoder = akash_decoder(call.model, self.akash.secrets())
+        decoder = akash_decoder(self.akash.IMAGE_MODEL, self.akash.secrets())
         events = decoder.feed(body) + decoder.close()
         if decoder.error:
             # akash-chat b58259a, which sends this header, passes text to a backend model AkashGen
@@ -6303,7 +6310,7 @@ class AkashController(Controller):
         return None
 
     def _is_image(self, call: Call) -> bool:
-        return call.image_count > 0 or call.model == self.IMAGE_MODEL
+        return call.image_count > 0 or self.IMAGE_MODEL in (call.model, self.upstream_model(call))
 
     def events(self, call: Call) -> Iterable[Event]:
         data, stop_filter, call.attempt.ignored_params, tokens = call.prepared_requests[self.name]
@@ -6324,8 +6331,7 @@ class AkashController(Controller):
         if tokens > AKASH_SMALL:
             with contextlib.suppress(APIError):
                 self.models()
-        name = self.options.model_map.get(call.model, call.model)
-        limit = self.context_lengths.get(name, AKASH_CONTEXT)
+        limit = self.context_lengths.get(self.upstream_model(call), AKASH_CONTEXT)
         room = max(0, limit - AKASH_RESERVED)
         if tokens <= room:
             return
@@ -6352,9 +6358,9 @@ class AkashController(Controller):
             )
         if call.translation_error:
             raise call.translation_error
-        if call.image_count and call.model not in ("", self.IMAGE_MODEL):
+        name = self.upstream_model(call) or self.IMAGE_MODEL
+        if call.image_count and self.IMAGE_MODEL not in (call.model, name):
             raise bad_request(f"Images are generated by the model {self.IMAGE_MODEL}.", "model")
-        name = self.options.model_map.get(call.model, call.model) or self.IMAGE_MODEL
         fields, dropped = adapt_body(call.body, self.options, is_chat=not call.image_count)
         body, ignored = akash_request(name, fields)
         limits = ("max_completion_tokens", "max_tokens")
@@ -6571,7 +6577,7 @@ class AkashController(Controller):
 
 
 def no_session(message: str, status: int, wait: Optional[float] = None) -> APIError:
-    """Return the 503 for a server without sessions; ``wait`` are the seconds that it named."""
+    """Return the 503 for a server without sessions, after ``wait`` seconds if named."""
     return APIError(
         503,
         message,
@@ -7390,7 +7396,7 @@ class OpenAIController(Controller):
 
     def _request(self, call: Call, is_native: bool) -> Tuple[bytes, str]:
         """Return the request body and its content type; unchanged bodies are not rebuilt."""
-        name = self.options.model_map.get(call.model, call.model)
+        name = self.upstream_model(call)
         if is_native and call.original.form_model:
             return replace_form_model(call, name), call.original.content_type
         original = call.original.body or {}
@@ -8317,7 +8323,10 @@ class Pool:
     def on_tick(self, now: float) -> None:
         """Let controllers tidy up, and ask about long rate limits. Loop thread."""
         for upstream in self.upstreams:
-            upstream.controller.on_tick(now)
+            try:
+                upstream.controller.on_tick(now)
+            except Exception as bug:  # the queue must go on
+                upstream.log_exception(controller_error(bug, upstream.name))
             with self.lock:
                 limit = upstream.due_limit(self.clock())
             if limit:
@@ -8498,8 +8507,8 @@ class Exchange:
         if not self.other_models:
             error = most_informative(self.model_errors)
             if error.retry_after:  # until the first of the models is available again
-                waits = (other.retry_after for other in self.model_errors)
-                error.retry_after = min(filter(None, waits))
+                delays = (other.retry_after for other in self.model_errors)
+                error.retry_after = min(filter(None, delays))
             raise self.pool.unknown_model(self.call, error)
         self._use_next_model()
 
@@ -9747,9 +9756,10 @@ def without_billing_header(part: Dict[str, Any]) -> Dict[str, Any]:
 
 def call_input(arguments: str) -> Dict[str, Any]:
     """A tool call's arguments as an object, {"arguments": string} if they are not one."""
-    value = json_or_none(arguments.strip().encode("utf-8", "replace") or b"{}")
-    if isinstance(value, str) and value.strip()[:1] == "{":  # encoded twice
-        value = json_or_none(value.encode("utf-8", "replace"))
+    value: Any = arguments.strip() or "{}"
+    with contextlib.suppress(ValueError):
+        for _ in range(2):  # some servers encode them twice
+            value = from_json(value.encode("utf-8", "replace")) if isinstance(value, str) else value
     return value if isinstance(value, dict) else {"arguments": arguments}
 
 
@@ -14250,8 +14260,9 @@ def check_health(settings: Settings) -> int:
 def start(server: Server, load: Callable[[], Settings], demo: bool = False) -> int:
     """Start a server, print its URLs and serve until a signal; the exit status."""
     raise_fd_limit()
-    gc.freeze()  # the module's objects live on: collections need not traverse them
-    gc.set_threshold(10_000)  # reference counts free nearly all: 2 % of a request's CPU time
+    with contextlib.suppress(AttributeError):  # PyPy has another collector
+        gc.freeze()  # the module's objects live on: collections need not traverse them
+        gc.set_threshold(10_000)  # reference counts free nearly all: 2 % of a request's CPU time
     if not server.settings.needs_token and not server.is_loopback:
         log.warning(
             "anyone who can reach %s can use this server and its upstreams' keys and quotas: "

@@ -1833,6 +1833,17 @@ def test_text_instead_of_a_picture(akash, serve):
     assert got.status == 400 and "Which fox?" in got.json["error"]["message"]
 
 
+def test_a_picture_by_another_name_of_its_model(akash, pool):
+    server = pool((akash, {"model_map": {"dall-e-3": "AkashGen"}}), image_poll=0.01)
+    akash.chat = PICTURE_LINE
+    got = ask(server, "POST", "/v1/images/generations", {"model": "dall-e-3", "prompt": "a fox"})
+    assert got.status == 200 and got.json["data"][0]["url"].endswith(akash.name)
+    assert "![A red fox in the snow](" in text_of(chat(server, {**GEN, "model": "dall-e-3"}))
+    assert {body["model"] for body in akash.bodies()} == {"AkashGen"}
+    akash.chat = UNKNOWN.replace(b"no-such-model", b"AkashGen")
+    assert chat(server, {**GEN, "model": "dall-e-3"}).json["error"]["code"] == "image_failed"
+
+
 def test_a_picture_that_could_not_be_started(akash, serve):
     akash.chat = pasted("x").replace(JOB.encode(), b"undefined")
     assert "could not start" in chat(serve(), GEN).json["error"]["message"]
@@ -6004,7 +6015,7 @@ NO_CALLS = [
     '<tool_call>{"name": "weather", "arguments": "Kyiv"}</tool_call>', '<function=weather>Kyiv</function>', "<function=rm>{}</function>", "<function=", KYIV,
     f"```json\n{KYIV}\n```", f"So: ```json\n{CALL_FORMS['Hermes']}\n```", "<|python_tag|>weather.call(city='Kyiv')", "<tool_call>rm\n<arg_key>a</arg_key>\n<arg_value>b</arg_value>\n</tool_call>",
     f"<tool_call>[{KYIV}, {{}}]</tool_call>", "if (a[0] < b) { return '<tool>' }", '<tool_call>{"name": "weather", "arguments": {"city": "Ky',
-    f"<tool_call>not {KYIV}</tool_call>", f"<tool_call>{KYIV}\n{{broken</tool_call>",
+    "a <function=now", "<tool_call>now\n", "<tool_call>[]</tool_call>", f"<tool_call>not {KYIV}</tool_call>", f"<tool_call>{KYIV}\n{{broken</tool_call>",
 ]
 TOOL_ANSWERS.update({f"text: {text}": (text, text, []) for text in NO_CALLS})
 
@@ -6105,6 +6116,17 @@ def test_tools_and_history_become_text_in_the_models_own_form(model):
     assert results["content"].index("sun") < results["content"].index("rain")
     step = akashproxy.ToolCallFilter(tools)
     assert fold(step.feed([Text(assistant["content"]), Finish("stop")])).text == "I look.\n\n" and step.count == 2, "it reads what it writes"
+
+
+@pytest.mark.parametrize("model", TOOL_MODELS)
+def test_half_a_character_and_an_object_in_past_calls_are_accepted(model):
+    calls = [{"id": "c1", "type": "function", "function": {"name": "weather", "arguments": arguments}} for arguments in ('{"city": "Ky\ud83d"}', {"city": "x'y"})]
+    call = Call({"model": model, "messages": [{"role": "assistant", "content": None, "tool_calls": calls}], "tools": FUNCTIONS})
+    tools = akashproxy.PromptedTools(call, model, akashproxy.TOOLS_PROMPT, "fake")
+    step = akashproxy.ToolCallFilter(tools)
+    answer = tools.body()["messages"][-1]["content"].encode("utf-8", "replace").decode()
+    first, second = fold(step.feed([Text(answer), Finish("stop")])).tools
+    assert "Ky" in json.loads(first.arguments)["city"] and json.loads(second.arguments) == {"city": "x'y"}
 
 
 def test_images_of_a_result_are_kept():
@@ -6710,6 +6732,16 @@ def test_tls_is_verified_and_a_private_authority_can_be_named(pool, tmp_path):
     wait_for(fake.gone.is_set)
     wrong = pool((fake, {"base_url": fake.url.replace("127.0.0.1", "127.0.0.2") + "/v1"}), ca_file=fake.ca_file)
     assert chat(wrong, BOTH).status == 502, "another host's certificate"
+
+
+class TLSAlert(Plain):
+    ANSWER = b"\x15\x03\x03\0\2\2\x28"     # handshake_failure
+
+
+def test_a_refusal_of_tls_is_explained(pool):
+    upstream = TLSAlert()
+    got = chat(pool((upstream, {"base_url": f"https://127.0.0.1:{upstream.port}/v1"})), BOTH)
+    assert got.status == 502 and re.search(r"could not be reached: TLS failed \([a-z0-9 ]*handshake failure\)\.$", got.json["error"]["message"])
 
 
 def test_a_reload_reads_the_certificates_again(pool, tmp_path):
@@ -8531,6 +8563,9 @@ class Broken(akashproxy.Controller):
         self.raise_in("image")
         return super().image(name, watch)
 
+    def on_tick(self, now):
+        self.raise_in("tick")
+
 
 @pytest.mark.parametrize("kind", ["own", "os"])
 @pytest.mark.parametrize("place", ["events", "first", "second", "odd", "able"])
@@ -8550,6 +8585,16 @@ def test_a_bug_of_a_controller_is_that_controllers_failure(place, streamed, kind
         assert [bool(record.exc_info) for record in reports] == tracebacks
         assert ask(server, path="/status").json["controllers"][0]["rests_for_seconds"] > 0
         end_cooldowns(server)
+
+
+def test_a_bug_on_a_tick_delays_no_queued_call(fake, pool, own):
+    own(type("Own", (Broken,), {"place": "tick"}))
+    server = pool((fake, {"type": "own", "priority": 2, "models": ("none",)}), (fake, {"max_concurrency": 1}), max_wait=0.3)
+    fake.faults.append(fake.stall())
+    with connect(server, post("/v1/chat/completions", BOTH)):
+        wait_for(lambda: len(fake.bodies()) == 1)
+        got = chat(server, BOTH)
+        assert got.status == 429 and "busy" in got.json["error"]["message"]
 
 
 @pytest.mark.parametrize("place", ["models", "list", "image"])
