@@ -6643,7 +6643,7 @@ class ChatDecoder(Decoder):
         self.calls = ToolCallAssembler(upstream_name)
         self.reason: Optional[str] = None
         self.stop_sequence = ""
-        self.usage: Any = None  # the last one, as the upstream has sent it
+        self.usage: Dict[str, Any] = {}  # as the upstream has sent it
 
     def feed(self, data: bytes) -> List[Event]:
         out = self._decode(self.lines.feed(data))
@@ -6696,7 +6696,9 @@ class ChatDecoder(Decoder):
         """Decode a chunk, or a whole completion, whose choices have ``key``."""
         if is_chat_error(body):
             raise error_from_body(self.upstream_name, 200, body, self.secrets)
-        self.usage = find_usage(body) or self.usage
+        usage = find_usage(body)
+        if usage and has_counts(usage):
+            self.usage = merge_counts(self.usage, usage)
         for choice in map(as_dict, as_list(body.get("choices"))):
             if choice.get("error"):
                 raise error_from_body(self.upstream_name, 200, choice, self.secrets)
@@ -7046,7 +7048,7 @@ MAX_USAGES = 16  # that are parsed; all but one may be null, or tools' own
 
 
 def last_usage(data: bytes) -> Dict[str, Any]:
-    """Return the last counts above 0 in objects named "usage" in JSON; {} without any."""
+    """Return the counts in the last objects named "usage" in JSON; {} without any."""
     counts: Dict[str, Any] = {}
     at = len(data)
     for _ in range(MAX_USAGES):
@@ -7056,9 +7058,20 @@ def last_usage(data: bytes) -> Dict[str, Any]:
         text = data[at + len(b'"usage"') : at + MAX_USAGE].decode("utf-8", "replace")
         with contextlib.suppress(ValueError, RecursionError):
             usage = as_dict(_JSON.raw_decode(text.lstrip(" \t\r\n:"))[0])
-            if any(map(count_or_none, usage.values())):
-                counts = {**{name: count for name, count in usage.items() if count}, **counts}
+            if has_counts(usage):
+                counts = merge_counts(usage, counts)
     return counts
+
+
+def has_counts(usage: Any) -> bool:
+    """Whether a usage has a count above 0."""
+    return any(map(count_or_none, as_dict(usage).values()))
+
+
+def merge_counts(earlier: Dict[str, Any], later: Dict[str, Any]) -> Dict[str, Any]:
+    """Merge the usages of an answer; null and 0 do not replace a count."""
+    replaced = {name: count for name, count in later.items() if count or name not in earlier}
+    return {**earlier, **replaced}
 
 
 class StreamEnd(NamedTuple):
@@ -7190,7 +7203,8 @@ class PassthroughDecoder(Decoder):
 
     def _usage(self) -> Optional[Dict[str, Any]]:
         """Return the usage of the answer so far."""
-        return chat_usage({**self.first_usage, **last_usage(b"".join(self.last_parts))})
+        counts = last_usage(b"".join(self.last_parts))
+        return chat_usage(merge_counts(self.first_usage, counts))
 
     def fast_path(self, data: bytes) -> bytes:
         """Return data that consists of complete mid-stream events only, else b""."""

@@ -3349,6 +3349,11 @@ def test_a_relayed_stream_is_complete_with_its_last_event(path, body, ended, fak
     "several data lines": (b'data: {"choices":\ndata: [{"delta":{"content":"a"},"finish_reason":"stop"}]}\n\n', [T("a"), Finish("stop")], None),
     "no [DONE]": (b"".join(FakeOpenAI.words("Hi"))[:-len("data: [DONE]\n\n")], [T("Hi"), Finish("stop")], None),
     "no last blank line": (FakeOpenAI.event({"content": "a"}, "stop")[:-1], [T("a"), Finish("stop")], None),
+    "usage in two parts, then zeros": (b'data: {"choices":[],"usage":{"prompt_tokens":11,"completion_tokens":0}}\n\n' + FakeOpenAI.event({"content": "a"}, "stop")
+                                       + b'data: {"choices":[],"usage":{"prompt_tokens":null,"completion_tokens":7}}\n\ndata: {"choices":[],"usage":{"prompt_tokens":0,"completion_tokens":0}}\n\n',
+                                       [T("a"), Finish("stop", USAGE)], None),
+    "usage of nothing": (FakeOpenAI.event({}, "stop")[:-3] + b',"usage":{"prompt_tokens":11,"completion_tokens":0}}\n\n',
+                         [Finish("stop", {"prompt_tokens": 11, "completion_tokens": 0, "total_tokens": 11})], None),
     "usage after the end": (FakeOpenAI.event({"content": "a"}, "stop") + b'data: {"choices":[],"usage":{"prompt_tokens":11,"completion_tokens":7}}\n\n'
                             b"data: [DONE]\n\n", [T("a"), Finish("stop", USAGE)], None),
     "usage before it": (b'data: {"choices":[],"usage":{"prompt_tokens":11,"completion_tokens":7,"total_tokens":18}}\n\n'
