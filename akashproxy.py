@@ -4480,7 +4480,7 @@ def _reminder(message: Dict[str, Any]) -> Dict[str, Any]:
 
 def _join_messages(role: str, messages: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
     """Join messages to one, if there are any."""
-    contents = [message["content"] for message in messages]
+    contents = [message.get("content") or "" for message in messages]
     if len(contents) < 2:
         return messages
     if all(isinstance(content, str) for content in contents):
@@ -4488,7 +4488,7 @@ def _join_messages(role: str, messages: List[Dict[str, Any]]) -> List[Dict[str, 
     parts = [
         part
         for content in contents
-        for part in ([{"type": "text", "text": content}] if isinstance(content, str) else content)
+        for part in (content if isinstance(content, list) else [{"type": "text", "text": content}])
     ]
     return [{"role": role, "content": parts}]
 
@@ -4547,7 +4547,7 @@ class ToolAdapter:
 
 def has_tools(call: Call) -> bool:
     """Whether a chat offers tools, or has had calls."""
-    is_chat = not call.relay_only and not call.image_count
+    is_chat = not (call.relay_only or call.image_count or call.translation_error)
     return is_chat and (
         bool(call.body.get("tools"))
         or any(item.get("tool_calls") or item["role"] == "tool" for item in call.body["messages"])

@@ -6017,6 +6017,22 @@ def prompting(url, **more):
     return dict(controllers=(akashproxy.ControllerSettings(type="akash", base_url=url, tools="prompt"),), **more)
 
 
+CALLING = {**user(None), "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]}
+
+
+@table({    # (path, fields of a request, status)
+    "another role": ("messages", {"messages": [{"role": "tool", "content": "hi"}]}, 400),
+    "no items": ("responses", {"input": 1.5}, 400), "several prompts": ("completions", {"prompt": ["a", "b"]}, 400),
+    "no content": ("chat/completions", {"messages": [CALLING, {"role": "user"}, user("hi")]}, 200),
+    "no content beside parts": ("chat/completions", {"messages": [CALLING, user(None), user([text_part("hi")])]}, 200),
+    "a number": ("chat/completions", {"messages": [CALLING, user(5)]}, 400),
+})
+def test_odd_requests_do_no_harm_where_tools_are_text(path, fields, status, akash, serve):
+    server = serve(**prompting(akash.url))
+    got = ask(server, "POST", f"/v1/{path}", {"model": "Qwen/Qwen3", "max_tokens": 9, **fields})
+    assert got.status == status and ask(server, path="/status").json["controllers"][0]["failed"] == 0, got.body
+
+
 TOOL_REQUESTS = {
     "/v1/chat/completions": {"messages": [user("hi")], "tools": FUNCTIONS},
     "/v1/messages": {"max_tokens": 99, "messages": [user("hi")], "tools": [{"name": "weather", "input_schema": {"type": "object"}}]},
