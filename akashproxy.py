@@ -4472,7 +4472,7 @@ def _reminder(message: Dict[str, Any]) -> Dict[str, Any]:
 
 def _join_messages(role: str, messages: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
     """Join messages to one, if there are any."""
-    contents = [message["content"] for message in messages]
+    contents = [message.get("content") or "" for message in messages]
     if len(contents) < 2:
         return messages
     if all(isinstance(content, str) for content in contents):
@@ -4480,7 +4480,7 @@ def _join_messages(role: str, messages: List[Dict[str, Any]]) -> List[Dict[str, 
     parts = [
         part
         for content in contents
-        for part in ([{"type": "text", "text": content}] if isinstance(content, str) else content)
+        for part in (content if isinstance(content, list) else [{"type": "text", "text": content}])
     ]
     return [{"role": role, "content": parts}]
 
@@ -4539,7 +4539,7 @@ class ToolAdapter:
 
 def has_tools(call: Call) -> bool:
     """Whether a chat offers tools, or has had calls."""
-    is_chat = not call.relay_only and not call.image_count
+    is_chat = not (call.relay_only or call.image_count or call.translation_error)
     return is_chat and (
         bool(call.body.get("tools"))
         or any(item.get("tool_calls") or item["role"] == "tool" for item in call.body["messages"])
@@ -6604,7 +6604,7 @@ class ChatDecoder(Decoder):
         self.calls = ToolCallAssembler(upstream_name)
         self.reason: Optional[str] = None
         self.stop_sequence = ""
-        self.usage: Any = None  # the last one, as the upstream has sent it
+        self.usage: Dict[str, Any] = {}  # as the upstream has sent it
 
     def feed(self, data: bytes) -> List[Event]:
         out = self._decode(self.lines.feed(data))
@@ -6657,7 +6657,9 @@ class ChatDecoder(Decoder):
         """Decode a chunk, or a whole completion, whose choices have ``key``."""
         if is_chat_error(body):
             raise error_from_body(self.upstream_name, 200, body, self.secrets)
-        self.usage = find_usage(body) or self.usage
+        usage = find_usage(body)
+        if usage and has_counts(usage):
+            self.usage = merge_counts(self.usage, usage)
         for choice in map(as_dict, as_list(body.get("choices"))):
             if choice.get("error"):
                 raise error_from_body(self.upstream_name, 200, choice, self.secrets)
@@ -7007,7 +7009,7 @@ MAX_USAGES = 16  # that are parsed; all but one may be null, or tools' own
 
 
 def last_usage(data: bytes) -> Dict[str, Any]:
-    """Return the last counts above 0 in objects named "usage" in JSON; {} without any."""
+    """Return the counts in the last objects named "usage" in JSON; {} without any."""
     counts: Dict[str, Any] = {}
     at = len(data)
     for _ in range(MAX_USAGES):
@@ -7017,9 +7019,20 @@ def last_usage(data: bytes) -> Dict[str, Any]:
         text = data[at + len(b'"usage"') : at + MAX_USAGE].decode("utf-8", "replace")
         with contextlib.suppress(ValueError, RecursionError):
             usage = as_dict(_JSON.raw_decode(text.lstrip(" \t\r\n:"))[0])
-            if any(map(count_or_none, usage.values())):
-                counts = {**{name: count for name, count in usage.items() if count}, **counts}
+            if has_counts(usage):
+                counts = merge_counts(usage, counts)
     return counts
+
+
+def has_counts(usage: Any) -> bool:
+    """Whether a usage has a count above 0."""
+    return any(map(count_or_none, as_dict(usage).values()))
+
+
+def merge_counts(earlier: Dict[str, Any], later: Dict[str, Any]) -> Dict[str, Any]:
+    """Merge the usages of an answer; null and 0 do not replace a count."""
+    replaced = {name: count for name, count in later.items() if count or name not in earlier}
+    return {**earlier, **replaced}
 
 
 class StreamEnd(NamedTuple):
@@ -7028,13 +7041,13 @@ class StreamEnd(NamedTuple):
     pattern: Pattern[bytes]
     hints: Tuple[bytes, ...]  # one is in every match, and rfind() is faster than the pattern
     mid_stream: Tuple[bytes, ...] = ()  # ends of typical events that need no search for a match
-    is_last_event: bool = False  # nothing follows the match, unless that is an error
+    last_events: Tuple[bytes, ...] = ()  # in matches that nothing needs to follow
 
     def find(self, data: bytes) -> bytes:
         """Return the match; b"" without one."""
         # From the end, where the marks are: half of the decoder's time for 200 tokens at once.
         matches = (
-            self.pattern.search(data, max(0, at - 8)) or self.pattern.search(data)
+            self.pattern.search(data, max(0, at - 12)) or self.pattern.search(data)
             for at in map(data.rfind, self.hints)
             if at >= 0
         )
@@ -7055,14 +7068,14 @@ STREAM_ENDS = {
     CHAT_PATH: CHAT_END,
     "/v1/completions": CHAT_END,
     "/v1/messages": StreamEnd(
-        re.compile(rb'"type" ?: ?"(?:message_stop|error)"'),
-        (b"message_stop", b"error"),
-        is_last_event=True,
+        re.compile(rb'"type" ?: ?"(?:message_stop|error)"|"stop_reason" ?: ?"[a-z]'),
+        (b"message_stop", b"error", b'"stop_reason":"', b'"stop_reason": "'),
+        last_events=(b"message_stop",),
     ),
     "/v1/responses": StreamEnd(
         re.compile(rb'"type" ?: ?"(?:response\.(?:completed|incomplete|failed)|error)"'),
         (b"response.completed", b"response.incomplete", b"response.failed", b"error"),
-        is_last_event=True,
+        last_events=(b"response.",),
     ),
 }
 
@@ -7151,7 +7164,8 @@ class PassthroughDecoder(Decoder):
 
     def _usage(self) -> Optional[Dict[str, Any]]:
         """Return the usage of the answer so far."""
-        return chat_usage({**self.first_usage, **last_usage(b"".join(self.last_parts))})
+        counts = last_usage(b"".join(self.last_parts))
+        return chat_usage(merge_counts(self.first_usage, counts))
 
     def fast_path(self, data: bytes) -> bytes:
         """Return data that consists of complete mid-stream events only, else b""."""
@@ -7170,10 +7184,10 @@ class PassthroughDecoder(Decoder):
 
     def _find_end(self, data: bytes) -> bytes:
         """Return the data up to [DONE], if it contains that; look for the stream's end."""
-        if self.end and not self.end_seen:
+        if self.end and not self.ended:
             match = self.end.find(data)
-            self.end_seen = match != b""
-            self.ended = self.end_seen and self.end.is_last_event and b"error" not in match
+            self.end_seen = self.end_seen or match != b""
+            self.ended = any(event in match for event in self.end.last_events)
         at = data.rfind(b"[DONE]")  # much faster than find() and the pattern
         if at >= 0 and data.rfind(b"[DONE]", 0, at) >= 0:
             at = data.find(b"[DONE]")  # the first one of several ends the answer

@@ -3349,6 +3349,11 @@ def test_a_relayed_stream_is_complete_with_its_last_event(path, body, ended, fak
     "several data lines": (b'data: {"choices":\ndata: [{"delta":{"content":"a"},"finish_reason":"stop"}]}\n\n', [T("a"), Finish("stop")], None),
     "no [DONE]": (b"".join(FakeOpenAI.words("Hi"))[:-len("data: [DONE]\n\n")], [T("Hi"), Finish("stop")], None),
     "no last blank line": (FakeOpenAI.event({"content": "a"}, "stop")[:-1], [T("a"), Finish("stop")], None),
+    "usage in two parts, then zeros": (b'data: {"choices":[],"usage":{"prompt_tokens":11,"completion_tokens":0}}\n\n' + FakeOpenAI.event({"content": "a"}, "stop")
+                                       + b'data: {"choices":[],"usage":{"prompt_tokens":null,"completion_tokens":7}}\n\ndata: {"choices":[],"usage":{"prompt_tokens":0,"completion_tokens":0}}\n\n',
+                                       [T("a"), Finish("stop", USAGE)], None),
+    "usage of nothing": (FakeOpenAI.event({}, "stop")[:-3] + b',"usage":{"prompt_tokens":11,"completion_tokens":0}}\n\n',
+                         [Finish("stop", {"prompt_tokens": 11, "completion_tokens": 0, "total_tokens": 11})], None),
     "usage after the end": (FakeOpenAI.event({"content": "a"}, "stop") + b'data: {"choices":[],"usage":{"prompt_tokens":11,"completion_tokens":7}}\n\n'
                             b"data: [DONE]\n\n", [T("a"), Finish("stop", USAGE)], None),
     "usage before it": (b'data: {"choices":[],"usage":{"prompt_tokens":11,"completion_tokens":7,"total_tokens":18}}\n\n'
@@ -3447,6 +3452,14 @@ def test_a_whole_answer_needs_no_reason_to_end(choice, status, fake, pool):
     fake.sends(reply(body={"choices": [{"message": {"content": "a"}, **choice}]}))
     got = ask(pool(fake), "POST", "/v1/messages", ASKED)
     assert got.status == status and (status == 502 or got.json["stop_reason"] == "end_turn")
+
+
+@pytest.mark.parametrize("reason, error", [('"end_turn"', False), ("null", True)])
+def test_a_relayed_message_needs_a_reason_to_end(reason, error, fake, pool):
+    body = ANTHROPIC[:ANTHROPIC.index(b"event: message_stop")].replace(b'"end_turn"', reason.encode())
+    fake.sends(reply(body=body, kind="text/event-stream"))
+    got = ask(pool((fake, {"paths": ["*"]})), "POST", "/v1/messages", {**ASKED, "stream": True})
+    assert got.body.startswith(body) and (b"ended its answer early" in got.body) == error
 
 
 @pytest.mark.parametrize("reason, error", [("STOP", False), ("MAX_TOKENS", False), ("null", True), ("", True)])
@@ -6143,6 +6156,22 @@ def akash_text(text):
 
 def prompting(url, **more):
     return dict(controllers=(akashproxy.ControllerSettings(type="akash", base_url=url, tools="prompt"),), **more)
+
+
+CALLING = {**user(None), "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]}
+
+
+@table({    # (path, fields of a request, status)
+    "another role": ("messages", {"messages": [{"role": "tool", "content": "hi"}]}, 400),
+    "no items": ("responses", {"input": 1.5}, 400), "several prompts": ("completions", {"prompt": ["a", "b"]}, 400),
+    "no content": ("chat/completions", {"messages": [CALLING, {"role": "user"}, user("hi")]}, 200),
+    "no content beside parts": ("chat/completions", {"messages": [CALLING, user(None), user([text_part("hi")])]}, 200),
+    "a number": ("chat/completions", {"messages": [CALLING, user(5)]}, 400),
+})
+def test_odd_requests_do_no_harm_where_tools_are_text(path, fields, status, akash, serve):
+    server = serve(**prompting(akash.url))
+    got = ask(server, "POST", f"/v1/{path}", {"model": "Qwen/Qwen3", "max_tokens": 9, **fields})
+    assert got.status == status and ask(server, path="/status").json["controllers"][0]["failed"] == 0, got.body
 
 
 TOOL_REQUESTS = {
