@@ -213,8 +213,8 @@ __all__ = [
     "main", "Settings", "ControllerSettings", "ConfigError", "Server", "Handler",
     "Controller", "CONTROLLERS", "Call", "APIError", "Category",
     "Transport", "EventStream", "BufferedBody", "AkashDecoder",
-    "Event", "Text", "Reasoning", "TextWasReasoning", "ToolCall", "Annotation", "Image",
-    "ImageProgress", "Finish", "RawBytes", "fold",
+    "Event", "Text", "Reasoning", "TextWasReasoning", "ToolCall", "Image", "ImageProgress",
+    "Finish", "RawBytes", "fold",
 ]
 # fmt: on
 
@@ -747,13 +747,6 @@ class ToolCall:
 
 
 @dataclass(frozen=True)
-class Annotation:
-    """A source of the answer's text, as in chat completions."""
-
-    fields: Dict[str, Any]
-
-
-@dataclass(frozen=True)
 class Image:
     """A finished image: job, file name and URL at the upstream; bytes if requested."""
 
@@ -794,9 +787,7 @@ class RawBytes:
     usage: Optional[Dict[str, Any]] = None  # of the answer, if the bytes contain it
 
 
-Event = Union[
-    Text, Reasoning, TextWasReasoning, ToolCall, Annotation, Image, ImageProgress, Finish, RawBytes
-]
+Event = Union[Text, Reasoning, TextWasReasoning, ToolCall, Image, ImageProgress, Finish, RawBytes]
 EVENTS: Tuple[Type[Event], ...] = get_args(Event)
 TextEvent = Union[Text, Reasoning]
 BlockEvent = Union[Text, Reasoning, ToolCall]  # what an answer's content consists of
@@ -1066,8 +1057,6 @@ def fold(events: Iterable[Event]) -> Answer:
             tools.setdefault("%x" % event.index, []).append(event)
         elif isinstance(event, Image):
             answer.images.append(event)
-        elif isinstance(event, Annotation):
-            answer.annotations.append(event.fields)
         elif isinstance(event, Finish):
             answer.finish = event
     answer.text, answer.reasoning = "".join(text), "".join(reasoning)
@@ -6867,8 +6856,6 @@ def message_events(message: Dict[str, Any]) -> List[Event]:
         events.append(Reasoning(reasoning))
     if isinstance(content, str) and content:
         events.append(Text(content))
-    annotations = filter(None, map(as_dict, as_list(message.get("annotations"))))
-    events.extend(map(Annotation, annotations))
     calls = as_list(message.get("tool_calls"))
     if isinstance(message.get("function_call"), dict):
         calls = [{"index": 0, "function": message["function_call"]}]
@@ -8781,8 +8768,6 @@ class ChatCompletions(Dialect):
             return self.frame({"reasoning_content": event.text})
         if isinstance(event, ToolCall):
             return self.frame({"tool_calls": [{"index": event.index, **tool_call(event)}]})
-        if isinstance(event, Annotation):
-            return self.frame({"annotations": [event.fields]})
         if isinstance(event, Finish):
             return self.finish_frames(event)
         return super().encode_event(event)
@@ -8798,8 +8783,6 @@ class ChatCompletions(Dialect):
         message: Dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
         if answer.reasoning:
             message["reasoning_content"] = answer.reasoning
-        if answer.annotations:
-            message["annotations"] = answer.annotations
         if answer.tools:
             message["content"] = text or None
             message["tool_calls"] = list(map(tool_call, answer.tools))
@@ -9810,8 +9793,8 @@ class Responses(BlockDialect):
     ITEM_WIRE: Dict[Any, Tuple[str, str, str, Dict[str, Any], Dict[str, Any]]] = {
         Text: ("msg_", "response.output_text", "response.content_part",
                {"content_index": 0}, {"logprobs": []}),
-        Reasoning: (UNSIGNED_ID, "response.reasoning_summary_text",
-                    "response.reasoning_summary_part", {"summary_index": 0}, {}),
+        Reasoning: (UNSIGNED_ID, "response.reasoning_summary_text", "response.reasoning_summary_part",
+                    {"summary_index": 0}, {}),
         ToolCall: ("fc_", "response.function_call_arguments", "", {}, {}),
         CustomToolCall: ("ctc_", "response.custom_tool_call_input", "", {}, {}),
     }
@@ -9823,7 +9806,6 @@ class Responses(BlockDialect):
     def __init__(self, body: Any, base_url: Callable[[], str] = str) -> None:
         self.output: List[Dict[str, Any]] = []  # completed items
         self.custom_tools: Set[str] = set()  # names, as they are sent
-        self.annotations: List[Dict[str, Any]] = []  # of the open or next text
         super().__init__(body, base_url)
 
     # -- the request
@@ -9929,7 +9911,6 @@ class Responses(BlockDialect):
 
     def start_block(self, event: BlockEvent) -> bytes:
         prefix, name, _, index, more = self.ITEM_WIRE[type(event)]
-        self.annotations = []
         item = self.output_item(event, prefix + new_id(), "in_progress")
         self.open_item: Any = event
         self.item_ref = {"item_id": item["id"], "output_index": self.block_index, **index}
@@ -9942,16 +9923,6 @@ class Responses(BlockDialect):
         if call.name not in self.custom_tools:
             return call
         return CustomToolCall(call.index, custom_input(arguments), call.id, call.name)
-
-    def encode_event(self, event: Event) -> bytes:
-        if not isinstance(event, Annotation):
-            return super().encode_event(event)
-        if self.open_block != self.block_key(Text("")):
-            return b""
-        annotation, index = response_annotation(event.fields), len(self.annotations)
-        self.annotations.append(annotation)
-        fields = {**self.item_ref, "annotation_index": index, "annotation": annotation}
-        return self.frame("response.output_text.annotation.added", **fields)
 
     def delta(self, text: str) -> bytes:
         if isinstance(self.open_item, CustomToolCall):  # its input is within incomplete JSON
@@ -10005,7 +9976,6 @@ class Responses(BlockDialect):
         return frames + self.frame("response.failed", response=response)
 
     def response_body(self, answer: Answer) -> Dict[str, Any]:
-        self.annotations = list(map(response_annotation, answer.annotations))
         self.output = [
             self.output_item(event, self.ITEM_WIRE[type(event)][0] + new_id())
             for event in self.answer_blocks(answer)
@@ -10036,12 +10006,12 @@ class Responses(BlockDialect):
             "usage": response_usage(usage) if usage else None,
         }
 
-    def part_object(self, event: TextEvent) -> Dict[str, Any]:
+    @staticmethod
+    def part_object(event: TextEvent) -> Dict[str, Any]:
         """The only part of a message or of reasoning."""
         if isinstance(event, Reasoning):
             return {"type": "summary_text", "text": event.text}
-        fields = {"annotations": self.annotations, "logprobs": []}
-        return {"type": "output_text", "text": event.text, **fields}
+        return {"type": "output_text", "text": event.text, "annotations": [], "logprobs": []}
 
     def output_item(
         self, event: BlockEvent, item_id: str, status: str = "completed"
@@ -10070,12 +10040,6 @@ class Responses(BlockDialect):
             "role": "assistant",
             "content": parts,
         }
-
-
-def response_annotation(fields: Dict[str, Any]) -> Dict[str, Any]:
-    """An annotation as Responses has it, with the fields of its inner object."""
-    kind = str(fields.get("type"))
-    return {"type": kind, **as_dict(fields[kind])} if kind in fields else fields
 
 
 def response_usage(usage: Dict[str, Any]) -> Dict[str, Any]:

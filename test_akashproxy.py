@@ -5757,22 +5757,6 @@ def test_names_of_tools_are_sent_as_upstreams_take_them(name, space, pattern, st
         assert block["name"] == name and fake.bodies()[-1]["tools"][0]["function"]["name"] == used
 
 
-def test_sources_of_the_text(streamed, fake, pool):
-    source = {"url": "http://s", "title": "T", "start_index": 0, "end_index": 1}
-    sources = {"annotations": [{"type": "url_citation", "url_citation": source}, {"type": "odd", "n": 1}, 7]}
-    fake.faults += [answered({"content": "a"}, {"content": "", **sources}, calling("c1"), sources, finish="tool_calls")] * 2
-    server, expected = pool(fake), [{"type": "url_citation", **source}, {"type": "odd", "n": 1}]
-    got = ask(server, "POST", "/v1/responses", {**WANTED, "stream": streamed})
-    message, call = (named_events(got.body)[-1]["response"] if streamed else got.json)["output"]
-    assert message["content"][0]["annotations"][:2] == expected and call["type"] == "function_call"
-    if streamed:
-        added = [event for event in named_events(got.body) if event["type"] == "response.output_text.annotation.added"]
-        assert [(event["annotation_index"], event["annotation"], event["item_id"]) for event in added] == [(at, each, message["id"]) for at, each in enumerate(expected)]
-        assert named_events(got.body)[3]["part"]["annotations"] == []
-    else:
-        assert chat(server, BOTH).json["choices"][0]["message"]["annotations"] == sources["annotations"][:2] * 2
-
-
 @pytest.mark.parametrize("arguments, expected", [('{"input":"a\\u00e9\\n"}', "a\u00e9\n"), ('{"patch":"a"}', "a"), ('{"input":"a","x":1}', '{"input":"a","x":1}'), ('{"input":"a', '{"input":"a'), ("a", "a"), ("{}", "")])
 def test_calls_of_custom_tools(arguments, expected, streamed, fake, pool):
     calls = [{"tool_calls": [{"index": 0, "id": "c1", "function": {"name": "n__c", "arguments": arguments[:5]}}]},
