@@ -4086,7 +4086,7 @@ class ToolCallFilter(TextFilter):
 
     def read(self, event: Text) -> None:
         text, at = self.pending + event.text, 0
-        while True:
+        while not self.stopped:
             match = (STRING_TOKEN if self.json.quote else self.pattern).match(text, at)
             if not match:
                 break
@@ -4109,7 +4109,7 @@ class ToolCallFilter(TextFilter):
         self.out += self.think.feed([Finish(reason, finish.usage, finish.stop_sequence)])
 
     def release(self) -> None:
-        self.tokens = [] if self.is_sent else [*self.tokens, self.pending]
+        self.tokens = [] if self.is_sent or self.stopped else [*self.tokens, self.pending]
         self.pending = ""
         self._emit_text()
         self.out += self.think.close()
@@ -4165,6 +4165,9 @@ class ToolCallFilter(TextFilter):
             else:
                 raise ValueError("reasoning follows")
         self._send_calls()
+        if self.tools.single and token:
+            self.stopped = True
+            self.out.append(Finish("tool_calls"))
         while token in CLOSING_MARKS or token.isspace():
             token = yield
             if token in CLOSING_MARKS:
