@@ -3953,7 +3953,7 @@ TEXT_TOKEN = re.compile(rf"{OPENING}|(?!{PARTIAL})[\s\S][^<]*")
 CALL_TOKEN = re.compile(
     rf"{MARK}|(?!{PARTIAL})(?:[\w.:-]{{1,255}}(?![\w.:-]|\Z)|[\w.:-]{{256}}|\s+|[^\w.:-])"
 )
-STRING_TOKEN = re.compile(r"""\\[\s\S]|["'\x00-\x1f]|[^"'\\\x00-\x1f]+""")
+STRING_TOKEN = re.compile(r"""\\[\s\S]|["'\x00-\x1f]|[^"'\\\x00-\x1f][^"'\\<\x00-\x1f]*""")
 KIMI_NAME = re.compile(r"^functions\.|:\d*$")
 NAMED_CALL = re.compile(r'{\s*"name"\s*:\s*"([^"\\{]+)"\s*,\s*"(?:arguments|parameters)"\s*:\s*{')
 ARGUMENT = re.compile(
@@ -4118,7 +4118,9 @@ class ToolCallFilter(TextFilter):
         self.tokens.append(token)
         self.size += len(token)
         self.reader.send(token)
-        if self.size > self.MAX_CALL:
+        # A closing think tag, of 8 tokens at most, ends what the reasoning says of calls.
+        ends = self.think.in_reasoning and "</think>" in "".join(self.tokens[-8:])
+        if ends or self.size > self.MAX_CALL:
             self.reader.throw(ValueError("it is too long"))
 
     def _read_answer(self) -> Generator[None, str, None]:

@@ -5914,6 +5914,8 @@ TOOL_ANSWERS = {    # an answer: its text, its calls
     "calls that end the answer in an open think tag": (f"<think>\nSo:\n<tool_call>{KYIV}</tool_call>\n<tool_call>{LONG_CALL}<tool_call>{LVIV}\n", "",
                                                        [IN_KYIV, ("write", LONG), ("weather", {"city": "Lviv"})]),
     "a call in an open think tag, and reasoning after it": (f"<think>\n<tool_call>{LONG_CALL}</tool_call>\nor not", "", []),
+    **{f"an open {name} in think tags": (f"<think>\nI'd write {call}\n</think>\n\nA <b>\n<tool_call>{KYIV}</tool_call>", "A <b>\n", [IN_KYIV])
+       for name, call in {"string": '<tool_call>{"name": "now', "quote": "<tool_call>{name: ...} or it's", "object": "<tool_call>{", "argument": "<function=write>\n<parameter=path>"}.items()},
     "think tags after a call": (f"A\n<tool_call>{KYIV}</tool_call>\n<think>b</think>", "A\n\n<think>b</think>", [IN_KYIV]),
     "a think tag in an argument": ('A\n<tool_call>{"name": "write", "arguments": {"content": "(</think>)"}}</tool_call>', "A\n", [("write", {"content": "(</think>)"})]),
     "a think tag in a parameter": ("<function=write>\n<parameter=content>\n\n</think>\n\n</parameter>\n</function>", "", [("write", {"content": "\n</think>\n"})]),
