@@ -4141,8 +4141,7 @@ class ToolCallFilter(TextFilter):
         """Make an invalid call text. Raises an APIError if a part of it has been sent."""
         if self.is_sent:
             self.stopped = True
-            name = self.tools.upstream_name
-            raise APIError(502, f"{name} sent an invalid tool call.", code="invalid_tool_call")
+            raise APIError(502, f"{self.tools.upstream_name} sent an invalid tool call.")
         is_reasoning = self.think.in_reasoning
         self._emit_text()
         if not is_reasoning:
