@@ -89,7 +89,7 @@ Where is ...
     the network's exceptions           upstream_error, UpstreamResponse.to_api_error
     strict HTTP                        find_head_end, parse_head, BodyDecoder
     connections to upstreams           ConnectionPool
-    proxies on the way                 UpstreamRequest, Proxy
+    proxies on the way                 UpstreamRequest, SocksProxy
     deadlines                          CancelScope, Connection.on_tick
     cancelling                         Cancellation
     request bodies                     BodyReader, check_body_size
@@ -213,8 +213,8 @@ __all__ = [
     "main", "Settings", "ControllerSettings", "ConfigError", "Server", "Handler",
     "Controller", "CONTROLLERS", "Call", "APIError", "Category",
     "Transport", "EventStream", "BufferedBody", "AkashDecoder",
-    "Event", "Text", "Reasoning", "TextWasReasoning", "ToolCall", "Image", "ImageProgress",
-    "Finish", "RawBytes", "fold",
+    "Event", "Text", "Reasoning", "TextWasReasoning", "ToolCall", "Annotation", "Image",
+    "ImageProgress", "Finish", "RawBytes", "fold",
 ]
 # fmt: on
 
@@ -747,6 +747,13 @@ class ToolCall:
 
 
 @dataclass(frozen=True)
+class Annotation:
+    """A source of the answer's text, as in chat completions."""
+
+    fields: Dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Image:
     """A finished image: job, file name and URL at the upstream; bytes if requested."""
 
@@ -787,7 +794,9 @@ class RawBytes:
     usage: Optional[Dict[str, Any]] = None  # of the answer, if the bytes contain it
 
 
-Event = Union[Text, Reasoning, TextWasReasoning, ToolCall, Image, ImageProgress, Finish, RawBytes]
+Event = Union[
+    Text, Reasoning, TextWasReasoning, ToolCall, Annotation, Image, ImageProgress, Finish, RawBytes
+]
 EVENTS: Tuple[Type[Event], ...] = get_args(Event)
 TextEvent = Union[Text, Reasoning]
 BlockEvent = Union[Text, Reasoning, ToolCall]  # what an answer's content consists of
@@ -1035,6 +1044,7 @@ class Answer:
     tools: List[ToolCall] = field(default_factory=list)
     images: List[Image] = field(default_factory=list)
     finish: Finish = Finish("stop")
+    annotations: List[Dict[str, Any]] = field(default_factory=list)
 
 
 def fold(events: Iterable[Event]) -> Answer:
@@ -1056,6 +1066,8 @@ def fold(events: Iterable[Event]) -> Answer:
             tools.setdefault("%x" % event.index, []).append(event)
         elif isinstance(event, Image):
             answer.images.append(event)
+        elif isinstance(event, Annotation):
+            answer.annotations.append(event.fields)
         elif isinstance(event, Finish):
             answer.finish = event
     answer.text, answer.reasoning = "".join(text), "".join(reasoning)
@@ -1121,11 +1133,6 @@ def split_address(text: str) -> Tuple[str, int]:
         raise ValueError(f"{text!r}: write an IPv6 address as [{host}]:{port}")
     check_host(host)
     return ("127.0.0.1" if host == "localhost" else host), int(port)
-
-
-def join_address(host: str, port: int) -> str:
-    """Format HOST:PORT, with an IPv6 address in brackets."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def check_host(host: str) -> None:
@@ -1196,13 +1203,6 @@ def proxy_credentials(url: str) -> Tuple[bytes, bytes]:
         urllib.parse.unquote_to_bytes(parts.username or ""),
         urllib.parse.unquote_to_bytes(parts.password or ""),
     )
-
-
-def proxy_authorization(url: str) -> Dict[str, str]:
-    """The header for the user and password in a proxy's URL; empty if there are none."""
-    credentials = b":".join(proxy_credentials(url))
-    encoded = base64.b64encode(credentials).decode()
-    return {"Proxy-Authorization": f"Basic {encoded}"} if credentials != b":" else {}
 
 
 def without_password(url: str) -> str:
@@ -2449,7 +2449,7 @@ T = TypeVar("T")
 
 
 class UpstreamRequest(urllib.request.Request):
-    """A request to an upstream; one without TLS is sent to an HTTP proxy if there is one.
+    """A request to an upstream, through an HTTP proxy if there is one.
 
     Transport parses each URL once and sends copies.
     """
@@ -2458,17 +2458,22 @@ class UpstreamRequest(urllib.request.Request):
     body: Optional[bytes]
     scope: CancelScope
     retry_reason: str  # of a repeated request, which needs a new connection
+    _tunnel_host: Optional[str]  # urllib's: the upstream, if a proxy tunnels to it
 
     def __init__(self, url: str, proxy: str = "") -> None:
         super().__init__(url)
         self.fields = {"Host": self.host}
-        if proxy and self.type == "http":
+        self.tunnel_headers: Dict[str, str] = {}
+        if proxy:
             parts = urllib.parse.urlsplit(proxy)
             address = parts.netloc.rpartition("@")[2] + (":80" if parts.port is None else "")
             self.set_proxy(address, "http")
-            self.fields.update(proxy_authorization(proxy))
+            if parts.username is not None:
+                credentials = base64.b64encode(b":".join(proxy_credentials(proxy))).decode()
+                headers = self.tunnel_headers if self._tunnel_host else self.fields
+                headers["Proxy-Authorization"] = "Basic " + credentials
         # equal for requests that can share a connection
-        self.connection_key = self.type, self.host
+        self.connection_key = self.type, self.host, self._tunnel_host
 
     def copy(self, headers: Dict[str, str], **attributes: Any) -> "UpstreamRequest":
         """Return a request with further headers and the attributes above."""
@@ -2511,10 +2516,9 @@ class ConnectionPool(urllib.request.BaseHandler):
     """
 
     def __init__(self, ca_file: str = "", proxy: str = "") -> None:
-        """``proxy`` is a URL; requests without TLS are sent to an HTTP proxy as they are."""
+        """``proxy`` is the URL of a SOCKS proxy; HTTP proxies are part of requests."""
         self.ca_file = ca_file
         self.socks = SocksProxy(proxy) if proxy.startswith("socks") else None
-        self.tunnel = HTTPProxy(proxy) if proxy.startswith("http:") else self.socks
         # (expires_at, socket) by request key, the most recently used last
         self.idle: Dict[Any, List[Tuple[float, Any]]] = {}
         self.closed = False
@@ -2585,15 +2589,15 @@ class ConnectionPool(urllib.request.BaseHandler):
     def _connect(self, request: UpstreamRequest) -> Any:
         connection: http.client.HTTPConnection
         if request.type == "https":
-            proxy = self.tunnel
             connection = http.client.HTTPSConnection(
                 request.host, timeout=request.timeout, context=tls_context(self.ca_file)
             )
         else:
-            proxy = self.socks
             connection = http.client.HTTPConnection(request.host, timeout=request.timeout)
-        if proxy:  # HTTPConnection.connect() opens its socket with this attribute
-            connection._create_connection = proxy.connect  # type: ignore[attr-defined]
+        if request._tunnel_host:
+            connection.set_tunnel(request._tunnel_host, headers=request.tunnel_headers)
+        if self.socks:  # HTTPConnection.connect() opens its socket with this attribute
+            connection._create_connection = self.socks.connect  # type: ignore[attr-defined]
         try:
             connection.connect()
         except BaseException:
@@ -2621,6 +2625,11 @@ def connect_problem(error: Exception, upstream: str, proxy: str) -> str:
         return f"{where} refused the connection (check that it runs, and the port)"
     if isinstance(error, OSError) and error.errno in (errno.EHOSTUNREACH, errno.ENETUNREACH):
         return f"this server has no route to {where}"
+    if str(error).startswith("Tunnel connection failed: "):
+        status = str(error).partition(": ")[2][:3]
+        return f"{where} refused the connection with status {status} (check PROXY)"
+    if proxy and isinstance(error, http.client.HTTPException):
+        return f"{where} does not answer as an HTTP proxy does (check PROXY)"
     verify_message = getattr(error, "verify_message", "")
     if verify_message:
         return f"the certificate of {upstream} can't be verified: {verify_message} (set CA_FILE)"
@@ -2629,14 +2638,18 @@ def connect_problem(error: Exception, upstream: str, proxy: str) -> str:
     return ""
 
 
-class Proxy:
-    """Base class of proxies that open connections to upstreams. Worker thread."""
+class SocksProxy:
+    """A SOCKS 5 proxy (RFC 1928, passwords: RFC 1929).
 
-    DEFAULT_PORT = 0
+    socks5:// looks up names here, socks5h:// lets the proxy do it. socks:// is what GNOME writes
+    into the environment for socks5://.
+    """
 
     def __init__(self, url: str) -> None:
         parts = urllib.parse.urlsplit(url)
-        self.host, self.port = str(parts.hostname), parts.port or self.DEFAULT_PORT
+        self.host, self.port = str(parts.hostname), parts.port or 1080
+        self.remote_names = parts.scheme == "socks5h"
+        self.user, self.password = proxy_credentials(url)
 
     def connect(self, address: Tuple[str, int], *options: Any) -> socket.socket:
         """Return a socket connected to an address; as socket.create_connection()."""
@@ -2653,46 +2666,6 @@ class Proxy:
 
     def _negotiate(self, sock: socket.socket, replies: Any, host: str, port: int) -> str:
         """Log in and have a connection opened; return what the proxy does not do, or ""."""
-        raise NotImplementedError
-
-
-class HTTPProxy(Proxy):
-    """An HTTP proxy that opens connections by CONNECT (RFC 9110, 9.3.6)."""
-
-    DEFAULT_PORT = 80
-
-    def __init__(self, url: str) -> None:
-        super().__init__(url)
-        self.fields = proxy_authorization(url)
-
-    def _negotiate(self, sock: socket.socket, replies: Any, host: str, port: int) -> str:
-        authority = join_address(host, port)
-        fields = {"Host": authority, **self.fields}
-        sock.sendall(request_head(f"CONNECT {authority} HTTP/1.1", *fields.items()) + b"\r\n")
-        lines = iter(lambda: replies.readline(MAX_HEAD_BYTES), b"")
-        head = itertools.takewhile(bytes.strip, itertools.islice(lines, MAX_HEADERS))
-        match = re.match(rb"HTTP/1\.[01] ([0-9]{3})", b"".join(head))
-        if not match:
-            return "does not answer as an HTTP proxy does"
-        status = int(match[1])
-        return "" if 200 <= status < 300 else f"refused the connection with status {status}"
-
-
-class SocksProxy(Proxy):
-    """A SOCKS 5 proxy (RFC 1928, passwords: RFC 1929).
-
-    socks5:// looks up names here, socks5h:// lets the proxy do it. socks:// is what GNOME writes
-    into the environment for socks5://.
-    """
-
-    DEFAULT_PORT = 1080
-
-    def __init__(self, url: str) -> None:
-        super().__init__(url)
-        self.remote_names = url.startswith("socks5h:")
-        self.user, self.password = proxy_credentials(url)
-
-    def _negotiate(self, sock: socket.socket, replies: Any, host: str, port: int) -> str:
         sock.sendall(b"\5\2\0\2" if self.user else b"\5\1\0")  # no login, or a password
         chosen = replies.read(2)
         if chosen != b"\5\0" and not (chosen == b"\5\2" and self.user):
@@ -2788,7 +2761,7 @@ def tls_context(ca_file: str) -> Any:
 
 
 def read_tls_context(ca_file: str) -> Any:
-    """Create and keep the TLS context: system CAs and those of a file, host names checked."""
+    """Create and keep a TLS context: the system's CAs and those of a file."""
     import ssl  # here: a Python without it can still reach http upstreams
 
     context = ssl.create_default_context()
@@ -3176,7 +3149,8 @@ def network_problem(error: Exception, in_body: bool) -> str:
         or getattr(error, "reason", "") == "UNEXPECTED_EOF_WHILE_READING"  # Python 3.9
     ):
         return ": connection lost: it broke off the connection"
-    return " could not be reached"
+    tls_problem = str(getattr(error, "reason", "")).lower().replace("_", " ")
+    return " could not be reached" + (f": TLS failed ({tls_problem})" if tls_problem else "")
 
 
 def exhausted_error(error: Exception) -> APIError:
@@ -3361,12 +3335,17 @@ def take_complete_lines(buffer: bytearray, data: bytes) -> bytes:
     return lines
 
 
+def error_event(value: bytes) -> bytes:
+    """Data of an event for a field "error", which llama.cpp has sent before 2026."""
+    return b'{"error":%b}' % value
+
+
 class EventLines:
     """Splits an event stream into events, as the WHATWG's HTML standard defines them.
 
     Lines end with CR LF, LF or CR; a byte order mark, comments and other fields are skipped. Beyond
     the standard, an event that is one whole JSON object ends where the next object begins, since
-    some servers leave out the blank line between events.
+    some servers leave out the blank line between events; and a field "error" is an event.
     """
 
     def __init__(self) -> None:
@@ -3402,6 +3381,8 @@ class EventLines:
                 self.type = b""
             elif line.startswith(b"event:"):
                 self.type = line[6:].strip()[:100]
+            elif line.startswith(b"error:"):
+                yield b"error", error_event(line[6:])
 
     def close(self) -> Iterator[Tuple[bytes, bytes]]:
         """Yield the last event, whose blank line may be missing."""
@@ -4379,6 +4360,10 @@ class Controller:
         """Return an error if the upstream can never serve such a call, else None."""
         return None
 
+    def upstream_model(self, call: Call) -> str:
+        """Return the upstream's name of a call's model."""
+        return self.options.model_map.get(call.model, call.model)
+
     def models(self) -> List[Dict[str, Any]]:
         """Return the offered models as OpenAI model objects."""
         return self.model_cache.get() if self.model_cache else []
@@ -4517,7 +4502,7 @@ class ToolAdapter:
             return bad_request(message, "tools", "unsupported_parameter")
         if self.options.tools == "refuse" or not has_tools(call):
             return self.controller.check_support(call)
-        model = self.options.model_map.get(call.model, call.model)
+        model = self.controller.upstream_model(call)
         prompt = self.settings.tools_prompt or TOOLS_PROMPT
         try:
             tools = PromptedTools(call, model, prompt, self.name)
@@ -5028,7 +5013,8 @@ def error_fields(body: Any, depth: int = 6) -> Dict[str, Any]:
         is_object = isinstance(parsed, (dict, list))
         return error_fields(parsed, depth - 1) if is_object else {"message": body}
     fields: Dict[str, Any] = as_dict(body)
-    inner, message = fields.get("error") or fields.get("errors"), fields.get("message")
+    names = ("error", "errors", "base_resp")  # the last one is MiniMax's
+    inner, message = next(filter(None, map(fields.get, names)), None), fields.get("message")
     if isinstance(message, str) and not isinstance(inner, (dict, list)):
         # {"statusCode": 401, "error": "Unauthorized", "message": "..."}, or the body of another
         # provider as the message
@@ -5036,6 +5022,14 @@ def error_fields(body: Any, depth: int = 6) -> Dict[str, Any]:
     if isinstance(inner, (dict, str, list)) and inner and depth:
         return {**fields, **error_fields(inner, depth - 1)}
     return fields
+
+
+# fmt: off
+_MESSAGE_FIELDS = (
+    "message", "msg", "detail", "error", "title", "error_msg", "errorMessage", "Message",
+    "status_msg",
+)
+# fmt: on
 
 
 def error_words(value: Any, depth: int = 4) -> str:
@@ -5046,8 +5040,8 @@ def error_words(value: Any, depth: int = 4) -> str:
         return "; ".join(filter(None, (error_words(item, depth - 1) for item in value[:8])))
     value = as_dict(value)
     location = ".".join(str(step) for step in as_list(value.get("loc"))[:8] if step != "body")
-    names = ("message", "msg", "detail", "error", "title", "error_msg", "errorMessage", "Message")
-    words = next(filter(None, (error_words(value.get(name), depth - 1) for name in names)), "")
+    fields = (value[name] for name in _MESSAGE_FIELDS if value.get(name))
+    words = next(filter(None, (error_words(field, depth - 1) for field in fields)), "")
     raw = as_dict(value.get("metadata")).get("raw")  # OpenRouter: the provider's own error
     if isinstance(raw, str) and words == "Provider returned error":
         words += ": " + inner_message(error_words(error_fields(raw), depth - 1))
@@ -5984,7 +5978,7 @@ def akash_decoder(model: str, secrets: Iterable[str], *filters: Filter) -> Decod
 
 
 def is_challenge_page(response: UpstreamResponse) -> bool:
-    """Whether a proxy in front of the server wants a browser, such as a CDN with a challenge.
+    """Whether a proxy before the server wants a browser, as a CDN's challenge does.
 
     Pages with 429 or a 5xx only say that the server is overloaded or down.
     """
@@ -6161,7 +6155,7 @@ class AkashImages:
             # A repeat could not join a job whose ID was lost with the connection.
             with call.cancellation.shield():
                 response, body = self.akash.with_session(
-                    "POST", self.akash.CHAT_PATH, call.scope, call.model, data=data
+                    "POST", self.akash.CHAT_PATH, call.scope, self.akash.IMAGE_MODEL, data=data
                 )
                 job = parse_image_job(body)
                 if job is None:
@@ -6175,7 +6169,7 @@ class AkashImages:
 
     def _text_instead(self, call: Call, response: UpstreamResponse, body: bytes) -> List[Event]:
         """Return the events of an answer with text where an image was requested."""
-        decoder = akash_decoder(call.model, self.akash.secrets())
+        decoder = akash_decoder(self.akash.IMAGE_MODEL, self.akash.secrets())
         events = decoder.feed(body) + decoder.close()
         if decoder.error:
             # akash-chat b58259a, which sends this header, passes text to a backend model AkashGen
@@ -6281,7 +6275,7 @@ class AkashController(Controller):
         return None
 
     def _is_image(self, call: Call) -> bool:
-        return call.image_count > 0 or call.model == self.IMAGE_MODEL
+        return call.image_count > 0 or self.IMAGE_MODEL in (call.model, self.upstream_model(call))
 
     def events(self, call: Call) -> Iterable[Event]:
         data, stop_filter, call.attempt.ignored_params, tokens = call.prepared_requests[self.name]
@@ -6302,8 +6296,7 @@ class AkashController(Controller):
         if tokens > AKASH_SMALL:
             with contextlib.suppress(APIError):
                 self.models()
-        name = self.options.model_map.get(call.model, call.model)
-        limit = self.context_lengths.get(name, AKASH_CONTEXT)
+        limit = self.context_lengths.get(self.upstream_model(call), AKASH_CONTEXT)
         room = max(0, limit - AKASH_RESERVED)
         if tokens <= room:
             return
@@ -6330,9 +6323,9 @@ class AkashController(Controller):
             )
         if call.translation_error:
             raise call.translation_error
-        if call.image_count and call.model not in ("", self.IMAGE_MODEL):
+        name = self.upstream_model(call) or self.IMAGE_MODEL
+        if call.image_count and self.IMAGE_MODEL not in (call.model, name):
             raise bad_request(f"Images are generated by the model {self.IMAGE_MODEL}.", "model")
-        name = self.options.model_map.get(call.model, call.model) or self.IMAGE_MODEL
         fields, dropped = adapt_body(call.body, self.options, is_chat=not call.image_count)
         body, ignored = akash_request(name, fields)
         limits = ("max_completion_tokens", "max_tokens")
@@ -6549,7 +6542,7 @@ class AkashController(Controller):
 
 
 def no_session(message: str, status: int, wait: Optional[float] = None) -> APIError:
-    """Return the 503 for a server without sessions; ``wait`` are the seconds that it named."""
+    """Return the 503 for a server without sessions, after ``wait`` seconds if named."""
     return APIError(
         503,
         message,
@@ -6666,7 +6659,7 @@ class ChatDecoder(Decoder):
 
     def _completion(self, body: Dict[str, Any], key: str, out: List[Event]) -> None:
         """Decode a chunk, or a whole completion, whose choices have ``key``."""
-        if body.get("error") or is_error(body):
+        if is_chat_error(body):
             raise error_from_body(self.upstream_name, 200, body, self.secrets)
         self.usage = find_usage(body) or self.usage
         for choice in map(as_dict, as_list(body.get("choices"))):
@@ -6700,7 +6693,7 @@ class CallInProgress:
     """
 
     _MARKS = re.compile(r'\\.?|["{}\[\]]', re.S)
-    EMPTY = ("", "{}", "null", '""')  # some servers begin with it
+    EMPTY = ("", "{}", "null")  # some servers begin with it
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -6709,6 +6702,7 @@ class CallInProgress:
         self.extra: Dict[str, Any] = {}  # the upstream's own fields
         self.arguments: List[str] = []  # their fragments
         self.size = 0  # characters of them
+        self.quoted: List[str] = []  # fragments of a string that contains them
         self.depth, self.in_string, self.opened = 0, False, False
         self.escape = ""  # a backslash whose character is still to come
 
@@ -6719,8 +6713,16 @@ class CallInProgress:
     def feed(self, text: str) -> str:
         """Add a fragment of the arguments; return what is new in it.
 
-        Some servers send with each fragment all of them so far, or at the end all of them again.
+        Some servers send with each fragment all of them so far, or at the end all of them again, or
+        encode them twice.
         """
+        if not self.size and (self.quoted or text.lstrip()[:1] == '"'):
+            self.quoted.append(text)
+            self._scan(text)
+            if self.in_string:
+                return ""
+            text = as_str(json_or_none("".join(self.quoted).encode("utf-8", "replace")))
+            self.quoted, self.depth, self.opened = [], 0, False
         if self.opened and self.size <= len(text) and text.startswith("".join(self.arguments)):
             text = text[self.size :]
         if self.size and self.complete:
@@ -6867,6 +6869,8 @@ def message_events(message: Dict[str, Any]) -> List[Event]:
         events.append(Reasoning(reasoning))
     if isinstance(content, str) and content:
         events.append(Text(content))
+    annotations = filter(None, map(as_dict, as_list(message.get("annotations"))))
+    events.extend(map(Annotation, annotations))
     calls = as_list(message.get("tool_calls"))
     if isinstance(message.get("function_call"), dict):
         calls = [{"index": 0, "function": message["function_call"]}]
@@ -6908,10 +6912,11 @@ def name_or_none(value: Any) -> Optional[str]:
 FINISH_REASONS: List[Tuple[str, str]] = [
     ("stop",           r"^(?:stop|eos|end|done|complete)"),
     ("error",          r"error|fail|abort|cancel|malformed|unexpected|overload|timeout|timed_out"
-                       r"|rate_limit|resource|unavailable|interrupt|network|exhausted"),
+                       r"|rate_limit|resource|unavailable|interrupt|network|exhausted|quota|kill"
+                       r"|out_of_memory|shutdown|deadline|preempt|missing|too_many"),
     ("length",         r"length|token|context|limit"),
     ("content_filter", r"filter|safety|sensitive|refus|block|prohibit|moderat|policy|recitation"
-                       r"|spii|guardrail|inspect|violat"),
+                       r"|spii|guardrail|inspect|violat|armor|flagged|risk"),
     ("tool_calls",     r"tool|function"),
     ("stop",           r""),
 ]
@@ -6940,12 +6945,17 @@ def find_usage(body: Dict[str, Any]) -> Any:
 
 
 # Names of token counts, by the one in chat completions: those of Anthropic, Responses and others.
+# fmt: off
 COUNT_NAMES = {
     "prompt_tokens": ("prompt_tokens", "input_tokens"),
     "completion_tokens": ("completion_tokens", "output_tokens"),
     "cached_tokens": ("cached_tokens", "prompt_cache_hit_tokens", "cache_read_input_tokens"),
+    "cache_write_tokens": (
+        "cache_write_tokens", "cache_creation_tokens", "cache_creation_input_tokens",
+    ),
     "reasoning_tokens": ("reasoning_tokens", "thinking_tokens"),
 }
+# fmt: on
 
 
 def chat_usage(value: Any) -> Optional[Dict[str, Any]]:
@@ -6971,12 +6981,14 @@ def chat_usage(value: Any) -> Optional[Dict[str, Any]]:
         return usage
     for kind, alias, name in (
         ("prompt", "input", "cached_tokens"),
+        ("prompt", "input", "cache_write_tokens"),
         ("completion", "output", "reasoning_tokens"),
     ):
         groups = [as_dict(fields.get(f"{each}_tokens_details")) for each in (kind, alias)]
         count = find_count(name, *groups, fields)
         if count:
-            usage[f"{kind}_tokens_details"] = {name: min(count, usage[f"{kind}_tokens"])}
+            details = usage.setdefault(f"{kind}_tokens_details", {})
+            details[name] = min(count, usage[f"{kind}_tokens"] - sum(details.values()))
     return {**usage, "estimated": True} if is_estimated(fields) else usage
 
 
@@ -7180,12 +7192,13 @@ class PassthroughDecoder(Decoder):
         """Hold data back until the first content; set ``error`` if an error comes instead."""
         self.opening += data
         for line in DATA_LINE.finditer(data):
-            value = line[1].strip()
+            value = line[2].strip() if line[1] == b"data" else error_event(line[2])
             event = json_or_none(value) if value.startswith(b"{") else None
             if value == b"[DONE]":
                 self.error = truncated(self.upstream_name, "ended its answer before it began")
-            elif event is not None and is_error(event):
-                self.error = error_from_body(self.upstream_name, 200, event, self.secrets)
+            elif event is not None and self._error_in(event):
+                body = self._error_in(event)
+                self.error = error_from_body(self.upstream_name, 200, body, self.secrets)
             elif value and (event is None or has_content(event)):
                 self.started = True
             if self.error or self.started:
@@ -7194,6 +7207,13 @@ class PassthroughDecoder(Decoder):
             return b""
         data, self.opening = bytes(self.opening), bytearray()
         return data
+
+    def _error_in(self, event: Dict[str, Any]) -> Any:
+        """Return the object with the error of an opening event; None without an error."""
+        if event.get("type") == "response.failed":
+            return event.get("response")
+        failed = is_chat_error(event) if self.end is CHAT_END else is_error(event)
+        return event if failed else None
 
     def close(self) -> List[Event]:
         data = bytes(self.opening + self.buffer)
@@ -7213,10 +7233,10 @@ class PassthroughDecoder(Decoder):
         return [RawBytes(b"\n")] if self.started and not between_events else []
 
 
-DATA_LINE = re.compile(rb"(?:^|[\r\n]|^\xef\xbb\xbf)data:([^\r\n]*)(?=[\r\n])")
+DATA_LINE = re.compile(rb"(?:^|[\r\n]|^\xef\xbb\xbf)(data|error):([^\r\n]*)(?=[\r\n])")
 DONE = re.compile(rb"(?:^|[\r\n])data: *\[DONE\] *(\r\n?|\n)")
 OPENING_TYPES = re.compile(
-    r"ping|message_start|content_block_start|response\.(created|queued|in_progress|\w+\.added)"
+    r"ping|keepalive|message_start|content_block_start|response\.(created|queued|in_progress|\w+\.added)"
 )
 
 
@@ -7242,6 +7262,12 @@ def is_error(body: Any) -> bool:
         return False
     names_error = "error" in (body.get("object"), body.get("type"))
     return bool(body.get("error") or body.get("errors") or names_error)
+
+
+def is_chat_error(body: Dict[str, Any]) -> bool:
+    """Whether a completion or an event is an error, maybe just a code and words."""
+    has_words = not body.get("choices") and error_words(error_fields(body)) != ""
+    return bool(body.get("error")) or is_error(body) or has_words
 
 
 def replace_form_model(call: Call, name: str) -> bytes:
@@ -7335,7 +7361,7 @@ class OpenAIController(Controller):
 
     def _request(self, call: Call, is_native: bool) -> Tuple[bytes, str]:
         """Return the request body and its content type; unchanged bodies are not rebuilt."""
-        name = self.options.model_map.get(call.model, call.model)
+        name = self.upstream_model(call)
         if is_native and call.original.form_model:
             return replace_form_model(call, name), call.original.content_type
         original = call.original.body or {}
@@ -7413,10 +7439,13 @@ class OpenAIController(Controller):
             raise truncated(self.name, "sent something that is not JSON")
         if not ANSWER.search(text) or b'"error"' in text or b'"errors"' in text:
             body = json_or_none(data)
-            if is_error(body) or body is None and text[1:].lstrip().startswith(b'"error"'):
-                raise error_from_body(self.name, 200, data if body is None else body, self.secrets)
             items = as_list(as_dict(body).get(field.decode()))
-            if field and not as_dict(next(iter(items), None)):
+            is_answer = not field or as_dict(next(iter(items), None)) != {}
+            has_words = not is_answer and error_words(error_fields(body)) != ""
+            is_cut_off = body is None and text[1:].lstrip().startswith(b'"error"')
+            if is_error(body) or has_words or is_cut_off:
+                raise error_from_body(self.name, 200, data if body is None else body, self.secrets)
+            if not is_answer:
                 raise truncated(self.name, "sent something that is not an answer")
             data = redact_bytes(data, self.secrets)
         return [RawBytes(ModelName(model)(data), chat_usage(last_usage(text)))]
@@ -8259,7 +8288,10 @@ class Pool:
     def on_tick(self, now: float) -> None:
         """Let controllers tidy up, and ask about long rate limits. Loop thread."""
         for upstream in self.upstreams:
-            upstream.controller.on_tick(now)
+            try:
+                upstream.controller.on_tick(now)
+            except Exception as bug:  # the queue must go on
+                upstream.log_exception(controller_error(bug, upstream.name))
             with self.lock:
                 limit = upstream.due_limit(self.clock())
             if limit:
@@ -8440,8 +8472,8 @@ class Exchange:
         if not self.other_models:
             error = most_informative(self.model_errors)
             if error.retry_after:  # until the first of the models is available again
-                waits = (other.retry_after for other in self.model_errors)
-                error.retry_after = min(filter(None, waits))
+                delays = (other.retry_after for other in self.model_errors)
+                error.retry_after = min(filter(None, delays))
             raise self.pool.unknown_model(self.call, error)
         self._use_next_model()
 
@@ -8739,6 +8771,8 @@ class ChatCompletions(Dialect):
             return self.frame({"reasoning_content": event.text})
         if isinstance(event, ToolCall):
             return self.frame({"tool_calls": [{"index": event.index, **tool_call(event)}]})
+        if isinstance(event, Annotation):
+            return self.frame({"annotations": [event.fields]})
         if isinstance(event, Finish):
             return self.finish_frames(event)
         return super().encode_event(event)
@@ -8754,6 +8788,8 @@ class ChatCompletions(Dialect):
         message: Dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
         if answer.reasoning:
             message["reasoning_content"] = answer.reasoning
+        if answer.annotations:
+            message["annotations"] = answer.annotations
         if answer.tools:
             message["content"] = text or None
             message["tool_calls"] = list(map(tool_call, answer.tools))
@@ -9015,10 +9051,13 @@ class BlockDialect(Dialect):
         arguments, call_type = next(given, None), str(block.get("type"))
         if call_type == "custom_tool_call":
             arguments = {"input": arguments}
-        text = arguments if isinstance(arguments, str) else _encode(as_dict(arguments))
+        if not isinstance(arguments, str):
+            arguments = _encode(as_dict(arguments))
+        elif not isinstance(json_or_none(arguments.encode("utf-8", "replace")), dict):
+            arguments = _encode(call_input(arguments))  # many upstreams parse it
         name = block.get("name", call_type.removesuffix("_call"))
         name = self.sent_name(name, block.get("namespace"))
-        return tool_call(ToolCall(0, text or "{}", call_id, name, extra))
+        return tool_call(ToolCall(0, arguments, call_id, name, extra))
 
     def convert_content(self, content: Any, param: str = "") -> ChatParts:
         """Convert a string, a block or a list of blocks into parts of a chat message."""
@@ -9374,7 +9413,8 @@ def sent_id(value: Any) -> Tuple[Optional[str], Optional[Dict[str, Any]]]:
 def without_own_marks(body: Dict[str, Any]) -> Dict[str, Any]:
     """A request for an upstream with the client's own API.
 
-    It would reject reasoning with the signature UNSIGNED and the long IDs of id_with_extra().
+    It would reject reasoning of ours, which has no valid signature and no ID that it knows, and the
+    long IDs of id_with_extra().
     """
     lists = {name: body[name] for name in ("messages", "input") if isinstance(body.get(name), list)}
     return {**body, **{name: _without_own_marks(items) for name, items in lists.items()}}
@@ -9385,7 +9425,8 @@ def _without_own_marks(items: List[Any], nested: bool = False) -> List[Any]:
     remaining = []
     for item in items:
         fields = dict(as_dict(item))
-        if UNSIGNED in (fields.get("signature"), fields.get("encrypted_content")):
+        signatures = fields.get("signature"), fields.get("encrypted_content")
+        if UNSIGNED in signatures or str(fields.get("id")).startswith(UNSIGNED_ID):
             continue
         for name in ("id", "call_id", "tool_call_id", "tool_use_id"):
             if EXTRA in as_str(fields.get(name)):
@@ -9432,7 +9473,8 @@ def event_frame(name: str, **fields: Any) -> bytes:
 # In place of a signature of reasoning, as there is none to check here. Many clients send reasoning
 # back only if it has one.
 UNSIGNED = "unsigned-by-akashproxy"
-OWN_MARKS = (EXTRA.encode(), UNSIGNED.encode())
+UNSIGNED_ID = "rs_unsigned_"  # prefix of the IDs of reasoning items
+OWN_MARKS = (EXTRA.encode(), UNSIGNED.encode(), UNSIGNED_ID.encode())
 
 
 class Messages(BlockDialect):
@@ -9604,12 +9646,12 @@ class Messages(BlockDialect):
     def usage_object(self, finish: Finish) -> Dict[str, int]:
         """Token counts, those of cached input apart."""
         usage = finish.usage or {}
-        prompt = usage["prompt_tokens"]
-        cached = usage_detail(usage, "prompt", "cached_tokens")
-        cached = cached if 0 < cached < prompt else 0
+        read = usage_detail(usage, "prompt", "cached_tokens")
+        written = usage_detail(usage, "prompt", "cache_write_tokens")
         return {
-            "input_tokens": prompt - cached,
-            "cache_read_input_tokens": cached,
+            "input_tokens": usage["prompt_tokens"] - read - written,
+            "cache_read_input_tokens": read,
+            "cache_creation_input_tokens": written,
             "output_tokens": usage["completion_tokens"],
             **estimate_mark(usage),
         }
@@ -9679,10 +9721,10 @@ def without_billing_header(part: Dict[str, Any]) -> Dict[str, Any]:
 
 def call_input(arguments: str) -> Dict[str, Any]:
     """A tool call's arguments as an object, {"arguments": string} if they are not one."""
-    try:
-        value = from_json(arguments.strip().encode("utf-8", "replace") or b"{}")
-    except ValueError:
-        value = None
+    value: Any = arguments.strip() or "{}"
+    with contextlib.suppress(ValueError):
+        for _ in range(2):  # some servers encode them twice
+            value = from_json(value.encode("utf-8", "replace")) if isinstance(value, str) else value
     return value if isinstance(value, dict) else {"arguments": arguments}
 
 
@@ -9758,8 +9800,8 @@ class Responses(BlockDialect):
     ITEM_WIRE: Dict[Any, Tuple[str, str, str, Dict[str, Any], Dict[str, Any]]] = {
         Text: ("msg_", "response.output_text", "response.content_part",
                {"content_index": 0}, {"logprobs": []}),
-        Reasoning: ("rs_", "response.reasoning_summary_text", "response.reasoning_summary_part",
-                    {"summary_index": 0}, {}),
+        Reasoning: (UNSIGNED_ID, "response.reasoning_summary_text",
+                    "response.reasoning_summary_part", {"summary_index": 0}, {}),
         ToolCall: ("fc_", "response.function_call_arguments", "", {}, {}),
         CustomToolCall: ("ctc_", "response.custom_tool_call_input", "", {}, {}),
     }
@@ -9771,6 +9813,7 @@ class Responses(BlockDialect):
     def __init__(self, body: Any, base_url: Callable[[], str] = str) -> None:
         self.output: List[Dict[str, Any]] = []  # completed items
         self.custom_tools: Set[str] = set()  # names, as they are sent
+        self.annotations: List[Dict[str, Any]] = []  # of the open or next text
         super().__init__(body, base_url)
 
     # -- the request
@@ -9876,6 +9919,7 @@ class Responses(BlockDialect):
 
     def start_block(self, event: BlockEvent) -> bytes:
         prefix, name, _, index, more = self.ITEM_WIRE[type(event)]
+        self.annotations = []
         item = self.output_item(event, prefix + new_id(), "in_progress")
         self.open_item: Any = event
         self.item_ref = {"item_id": item["id"], "output_index": self.block_index, **index}
@@ -9888,6 +9932,16 @@ class Responses(BlockDialect):
         if call.name not in self.custom_tools:
             return call
         return CustomToolCall(call.index, custom_input(arguments), call.id, call.name)
+
+    def encode_event(self, event: Event) -> bytes:
+        if not isinstance(event, Annotation):
+            return super().encode_event(event)
+        if self.open_block != self.block_key(Text("")):
+            return b""
+        annotation, index = response_annotation(event.fields), len(self.annotations)
+        self.annotations.append(annotation)
+        fields = {**self.item_ref, "annotation_index": index, "annotation": annotation}
+        return self.frame("response.output_text.annotation.added", **fields)
 
     def delta(self, text: str) -> bytes:
         if isinstance(self.open_item, CustomToolCall):  # its input is within incomplete JSON
@@ -9941,6 +9995,7 @@ class Responses(BlockDialect):
         return frames + self.frame("response.failed", response=response)
 
     def response_body(self, answer: Answer) -> Dict[str, Any]:
+        self.annotations = list(map(response_annotation, answer.annotations))
         self.output = [
             self.output_item(event, self.ITEM_WIRE[type(event)][0] + new_id())
             for event in self.answer_blocks(answer)
@@ -9971,12 +10026,12 @@ class Responses(BlockDialect):
             "usage": response_usage(usage) if usage else None,
         }
 
-    @staticmethod
-    def part_object(event: TextEvent) -> Dict[str, Any]:
+    def part_object(self, event: TextEvent) -> Dict[str, Any]:
         """The only part of a message or of reasoning."""
         if isinstance(event, Reasoning):
             return {"type": "summary_text", "text": event.text}
-        return {"type": "output_text", "text": event.text, "annotations": [], "logprobs": []}
+        fields = {"annotations": self.annotations, "logprobs": []}
+        return {"type": "output_text", "text": event.text, **fields}
 
     def output_item(
         self, event: BlockEvent, item_id: str, status: str = "completed"
@@ -10007,16 +10062,23 @@ class Responses(BlockDialect):
         }
 
 
+def response_annotation(fields: Dict[str, Any]) -> Dict[str, Any]:
+    """An annotation as Responses has it, with the fields of its inner object."""
+    kind = str(fields.get("type"))
+    return {"type": kind, **as_dict(fields[kind])} if kind in fields else fields
+
+
 def response_usage(usage: Dict[str, Any]) -> Dict[str, Any]:
     """Token counts of a response, from those of a chat."""
     cached = usage_detail(usage, "prompt", "cached_tokens")
+    written = usage_detail(usage, "prompt", "cache_write_tokens")
     reasoning = usage_detail(usage, "completion", "reasoning_tokens")
     return {
         "input_tokens": usage["prompt_tokens"],
         "output_tokens": usage["completion_tokens"],
         "total_tokens": usage["total_tokens"],
         "output_tokens_details": {"reasoning_tokens": reasoning},
-        "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
+        "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": written},
         **estimate_mark(usage),
     }
 
@@ -12887,6 +12949,11 @@ def log_access(request: Request, now: float) -> None:
     )
 
 
+def join_address(host: str, port: int) -> str:
+    """Format HOST:PORT, with an IPv6 address in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def _family(host: str, port: int) -> Tuple[int, str]:
     """Return the address family and numeric host to bind to; "": all interfaces."""
     if not host:
@@ -14163,8 +14230,9 @@ def check_health(settings: Settings) -> int:
 def start(server: Server, load: Callable[[], Settings], demo: bool = False) -> int:
     """Start a server, print its URLs and serve until a signal; the exit status."""
     raise_fd_limit()
-    gc.freeze()  # the module's objects live on: collections need not traverse them
-    gc.set_threshold(10_000)  # reference counts free nearly all: 2 % of a request's CPU time
+    with contextlib.suppress(AttributeError):  # PyPy has another collector
+        gc.freeze()  # the module's objects live on: collections need not traverse them
+        gc.set_threshold(10_000)  # reference counts free nearly all: 2 % of a request's CPU time
     if not server.settings.needs_token and not server.is_loopback:
         log.warning(
             "anyone who can reach %s can use this server and its upstreams' keys and quotas: "

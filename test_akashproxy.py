@@ -1833,6 +1833,17 @@ def test_text_instead_of_a_picture(akash, serve):
     assert got.status == 400 and "Which fox?" in got.json["error"]["message"]
 
 
+def test_a_picture_by_another_name_of_its_model(akash, pool):
+    server = pool((akash, {"model_map": {"dall-e-3": "AkashGen"}}), image_poll=0.01)
+    akash.chat = PICTURE_LINE
+    got = ask(server, "POST", "/v1/images/generations", {"model": "dall-e-3", "prompt": "a fox"})
+    assert got.status == 200 and got.json["data"][0]["url"].endswith(akash.name)
+    assert "![A red fox in the snow](" in text_of(chat(server, {**GEN, "model": "dall-e-3"}))
+    assert {body["model"] for body in akash.bodies()} == {"AkashGen"}
+    akash.chat = UNKNOWN.replace(b"no-such-model", b"AkashGen")
+    assert chat(server, {**GEN, "model": "dall-e-3"}).json["error"]["code"] == "image_failed"
+
+
 def test_a_picture_that_could_not_be_started(akash, serve):
     akash.chat = pasted("x").replace(JOB.encode(), b"undefined")
     assert "could not start" in chat(serve(), GEN).json["error"]["message"]
@@ -3074,8 +3085,9 @@ ERROR_EVENT = b'data: {"error":{"message":"boom","type":"server_error","code":nu
 REASONS = {
     "stop": "stop eos EOS_TOKEN end_turn STOP stop_sequence completed whatever",
     "length": "length max_tokens MAX_TOKENS model_length max_output_tokens model_context_window_exceeded token_limit",
-    "content_filter": "content_filter content-filter SAFETY sensitive refusal RECITATION PROHIBITED_CONTENT BLOCKLIST guardrail_intervened SPII",
-    "": "error network_error insufficient_system_resource abort cancelled MALFORMED_FUNCTION_CALL engine_overloaded timeout rate_limit_exceeded",
+    "content_filter": "content_filter content-filter SAFETY sensitive refusal RECITATION PROHIBITED_CONTENT BLOCKLIST guardrail_intervened SPII MODEL_ARMOR content_flagged",
+    "": "error network_error insufficient_system_resource abort cancelled MALFORMED_FUNCTION_CALL engine_overloaded timeout rate_limit_exceeded"
+        " MISSING_THOUGHT_SIGNATURE TOO_MANY_TOOL_CALLS insufficient_quota deadline_exceeded out_of_memory",
 }
 
 
@@ -3129,6 +3141,9 @@ def call_parts(*parts):
     "braces and quotes within strings": (call_parts((0, None, "f", '{"a":"}\\"'), (0, None, "f", '{"}')), [("f", '{"a":"}\\"{"}')]),
     "no arguments": (call_parts((0, "a", "f", None)), [("f", "{}")]),
     "empty arguments in other forms": (call_parts((0, "a", "f", "null"), (1, "b", "g", '""'), (2, "c", "h", " ")), [("f", "{}"), ("g", "{}"), ("h", "{}")]),
+    "arguments that are encoded twice": (call_parts((0, "a", "f", ""), (0, None, None, '"{'), (0, None, None, '\\"a\\'), (0, None, None, '":\\"b \\\\\\"\\"}'), (0, None, None, '"')),
+                                         [("f", '{"a":"b \\""}')]),
+    "the same at once": (call_parts((0, "a", "f", '"{\\"a\\":1}"')), [("f", '{"a":1}')]),
     "empty arguments, then others": (call_parts((0, "a", "f", "{}"), (0, None, None, '{"a"'), (0, None, None, ":1}")), [("f", '{"a":1}')]),
     "all arguments once more": (call_parts((0, "a", "f", '{"a"'), (0, None, None, ":1}"), (0, "a", "f", '{"a":1}')), [("f", '{"a":1}')]),
     "all arguments once more, as a string": (call_parts((0, "a", "f", '{"a":1}'), (0, None, None, '"{\\"a\\":1}"')), [("f", '{"a":1}')]),
@@ -3265,6 +3280,22 @@ def test_spellings_of_usage(extra, cached, reasoning):
     assert (usage.get("completion_tokens_details") or {}).get("reasoning_tokens", 0) == reasoning
 
 
+@pytest.mark.parametrize("usage, read, written", [
+    ({"prompt_tokens_details": {"cached_tokens": 60, "cache_write_tokens": 30}}, 60, 30), ({"prompt_tokens_details": {"cache_creation_tokens": 30}}, 0, 30),
+    ({"cache_creation_input_tokens": 30, "cache_read_input_tokens": 60}, 60, 30), ({"prompt_tokens_details": {"cached_tokens": 100}}, 100, 0),
+    ({"prompt_tokens_details": {"cached_tokens": 80, "cache_write_tokens": 90}}, 80, 20), ({}, 0, 0),
+])
+def test_tokens_in_caches_are_counted_once(usage, read, written, streamed, fake, pool):
+    server, usage = pool(fake), {"prompt_tokens": 100, "completion_tokens": 5, **usage}
+    fake.faults += [answered({"content": "a"}, usage=usage)] * 2
+    got = ask(server, "POST", "/v1/messages", {**ASKED, "stream": streamed})
+    found = named_events(got.body)[-2]["usage"] if streamed else got.json["usage"]
+    assert found == {"input_tokens": 100 - read - written, "cache_read_input_tokens": read, "cache_creation_input_tokens": written, "output_tokens": 5}
+    got = ask(server, "POST", "/v1/responses", {**WANTED, "stream": streamed})
+    found = (named_events(got.body)[-1]["response"] if streamed else got.json)["usage"]
+    assert found["input_tokens"] == 100 and found["input_tokens_details"] == {"cached_tokens": read, "cache_write_tokens": written}
+
+
 COUNTED = b'"usage":{"prompt_tokens":11,"completion_tokens":7,"total_tokens":18}'
 ANTHROPIC = (b'event: message_start\ndata: {"type":"message_start","message":{"usage":{"input_tokens":9,"cache_read_input_tokens":2,"output_tokens":1}}}\n\n'
              b'event: message_delta\ndata: {"type":"message_delta","delta":{"stop_reason":"end_turn"},"usage":{"output_tokens":7}}\n\n'
@@ -3296,7 +3327,7 @@ def test_the_usage_of_relayed_answers_is_logged_and_counted(path, kind, body, fa
     assert samples(server)["akashproxy_prompt_tokens_total", "a"] == 11
 
 
-RESPONDED = b'event: response.%b\ndata: {"type":"response.%b","response":{"usage":{"input_tokens":11,"output_tokens":7}}}\n\n'
+RESPONDED = b'data: {"type":"response.output_text.delta","delta":"a"}\n\nevent: response.%b\ndata: {"type":"response.%b","response":{"usage":{"input_tokens":11,"output_tokens":7}}}\n\n'
 
 
 @pytest.mark.parametrize("ended", [lambda fake, body: fake.raw(fake.head() + chunk(body)), lambda fake, body: Fake.stall(fake, fake.head() + chunk(body)),
@@ -3305,7 +3336,7 @@ RESPONDED = b'event: response.%b\ndata: {"type":"response.%b","response":{"usage
 def test_a_relayed_stream_is_complete_with_its_last_event(path, body, ended, fake, pool, log):
     fake.faults.append(ended(fake, body))
     got = ask(pool((fake, {"paths": ["*"]})), "POST", path, {"model": "both", "stream": True, "max_tokens": 9, "messages": [user("x")], "input": "x"})
-    assert got.body.startswith(body) and b"error" not in got.body
+    assert got.body.startswith(body) and b"error" not in got.body[len(body):]
     wait_for(lambda: "ended=whole" in log.text and "tokens_in=11 tokens_out=7" in log.text)
 
 
@@ -3360,6 +3391,9 @@ def test_a_relayed_stream_is_complete_with_its_last_event(path, body, ended, fak
     "null as a string": (FakeOpenAI.event({"content": "a"}, "null") + FakeOpenAI.event({"content": "b"}, "stop"), [T("ab"), Finish("stop")], None),
     "null as a string, then nothing": (FakeOpenAI.event({"content": "a"}, "null"), [T("a")], EARLY),
     "an error in a choice": (b'data: {"choices":[{"delta":{"content":""},"error":{"message":"boom"},"finish_reason":"error"}]}\n\n', [], "boom"),
+    "llama.cpp's field": (b'error: {"code":400,"message":"boom"}\n\ndata: [DONE]\n\n', [], "boom"),
+    "llama.cpp's field after text": (FakeOpenAI.event({"content": "a"}) + b'error: {"code":400,"message":"boom"}\n\n', [T("a")], "boom"),
+    "a code and words": (b'data: {"code":500,"msg":"boom"}\n\n', [], "boom"),
     "words of a recording": (FakeOpenAI.event({"audio": {"id": "a", "transcript": "b"}}) + FakeOpenAI.event({"audio": {"transcript": "c"}}, "stop"), [T("bc"), Finish("stop")], None),
     **{f"reasoning as {reasoning}": (FakeOpenAI.event(reasoning) + FakeOpenAI.event({"content": "a"}, "stop"), [R("h"), T("a"), Finish("stop")], None) for reasoning in (
         {"reasoning": "h"}, {"reasoning": {"content": "h"}}, {"reasoning_content": [text_part("h")]}, {"reasoning_text": "h", "reasoning_opaque": "x"}, {"thinking": "h"},
@@ -3371,6 +3405,30 @@ def test_openai_streams_cut_at_every_byte(data, expected, error):
         events, told = decoded(akashproxy.DecoderChain(akashproxy.ChatDecoder("b"), akashproxy.SurrogateFilter()), parts)
         assert merged(events) == expected, parts
         assert re.search(error, told[1]) if error else told is None
+
+
+CREATED = b'data: {"type":"response.created","response":{"object":"response","error":null}}\n\n'
+
+
+@pytest.mark.parametrize("path, body, status", [
+    ("/v1/chat/completions", b'error: {"code":400,"message":"it exceeds the available context size"}\n\ndata: [DONE]\n\n', 400),
+    ("/v1/chat/completions", b'data: {"code":500,"msg":"it exceeds"}\n\n', 500),
+    ("/v1/chat/completions", b'data: {"detail":"it exceeds"}\n\n', 502),
+    ("/v1/chat/completions", b'data: {"choices":null,"base_resp":{"status_code":1000,"status_msg":"it exceeds"}}\n\n', 502),
+    ("/v1/chat/completions", b'data: {"error":{"code":429,"message":"it exceeds"},"choices":[{"delta":{"content":""},"finish_reason":"error"}]}\n\ndata: [DONE]\n\n', 429),
+    ("/v1/responses", b'data: {"type":"keepalive"}\n\n' + CREATED + b'data: {"type":"response.failed","response":{"object":"response","error":{"code":"rate_limit_exceeded","message":"it exceeds"}}}\n\n', 429),
+    ("/v1/chat/completions", {"code": 500, "msg": "it exceeds", "success": False}, 500),
+    ("/v1/chat/completions", {"choices": None, "base_resp": {"status_code": 1000, "status_msg": "it exceeds"}}, 502),
+])
+def test_errors_in_place_of_relayed_answers(path, body, status, fake, b, pool):
+    server, is_stream = pool((fake, {"paths": ["*"]}), (b, {"priority": 2})), isinstance(body, bytes)
+    for _ in range(2):
+        fake.sends(reply(body=body, kind="text/event-stream" if is_stream else "application/json"))
+        got = ask(server, "POST", path, {"model": "both", "stream": is_stream, "messages": [user("x")], "input": "x"})
+        if status == 400:
+            assert got.status == 400 and "exceeds" in got.json["error"]["message"]
+        else:
+            assert got.status == 200 and re.match(f"a={status}, b=200|b=200", route_of(got)) and (b"from" in got.body)
 
 
 @pytest.mark.parametrize("choice, expected", [({"stop_reason": "##"}, ("stop_sequence", "##")), ({"matched_stop": "##"}, ("stop_sequence", "##")), ({"stop_reason": 128008}, ("end_turn", None)),
@@ -5069,7 +5127,7 @@ def test_the_events_of_a_message(fake, pool):
         *block(1, text_part(""), ("text_delta", "text"), "Hi", " you"),
         *block(2, {"type": "tool_use", "id": "call_1", "name": "f", "input": {}}, ("input_json_delta", "partial_json"), '{"a":1}'),
         {"type": "message_delta", "delta": {"stop_reason": "tool_use", "stop_sequence": None},
-         "usage": {"input_tokens": 7, "cache_read_input_tokens": 4, "output_tokens": 7}}, {"type": "message_stop"}]
+         "usage": {"input_tokens": 7, "cache_read_input_tokens": 4, "cache_creation_input_tokens": 0, "output_tokens": 7}}, {"type": "message_stop"}]
 
 
 def test_thoughts_are_for_who_asks_for_them(fake, pool):
@@ -5470,6 +5528,10 @@ DEVELOPER, SAYS = developer("B"), assistant("doing")
     "outputs without IDs": ([CALL_ITEM, {**CALL_ITEM, "call_id": "c2"}, {**OUTPUT_ITEM, "call_id": None}, {**OUTPUT_ITEM, "call_id": None, "output": "2"}],
                             [C1_C2, R1, returned("c2", "2")]),
     "arguments as an object": ([{**CALL_ITEM, "arguments": {"a": 1}}, OUTPUT_ITEM], [called(("c1", "f", '{"a":1}')), R1]),
+    "arguments that were cut off": ([{**CALL_ITEM, "arguments": '{"a":'}, OUTPUT_ITEM], [called(("c1", "f", '{"arguments":"{\\"a\\":"}')), R1]),
+    "arguments that are no object": ([{**CALL_ITEM, "arguments": "[1]"}, OUTPUT_ITEM], [called(("c1", "f", '{"arguments":"[1]"}')), R1]),
+    "arguments that were encoded twice": ([{**CALL_ITEM, "arguments": '"{\\"a\\":1}"'}, OUTPUT_ITEM], [called(("c1", "f", '{"a":1}')), R1]),
+    "no arguments": ([{**CALL_ITEM, "arguments": ""}, OUTPUT_ITEM], [C1, R1]),
     "a custom tool": ([{"type": "custom_tool_call", "call_id": "c1", "name": "f", "input": "a\n"}, {"type": "custom_tool_call_output", "call_id": "c1", "output": "1"}],
                       [called(("c1", "f", '{"input":"a\\n"}')), R1]),
     "a shell": ([{"type": "local_shell_call", "call_id": "c1", "action": {"command": ["ls"]}}, {"type": "local_shell_call_output", "call_id": "c1", "output": "1"}],
@@ -5620,7 +5682,7 @@ CARRIED = akashproxy.id_with_extra("c1", {"reasoning_content": "hm " * 1000})
     ("/v1/messages", [assistant([thinking("hm", signature=akashproxy.UNSIGNED)]), assistant([thinking("hm", signature=akashproxy.UNSIGNED), text_part("x"), {"type": "tool_use", "id": CARRIED}]),
                       user([result("1", CARRIED), result([], CARRIED)])],
      [assistant([text_part("x"), {"type": "tool_use", "id": "c1"}]), user([result("1", "c1"), result([], "c1")])]),
-    ("/v1/responses", [user("x"), {"type": "reasoning", "encrypted_content": akashproxy.UNSIGNED}, {"type": "reasoning", "encrypted_content": "E"}, {**OUTPUT_ITEM, "call_id": CARRIED}, "x"],
+    ("/v1/responses", [user("x"), {"type": "reasoning", "encrypted_content": akashproxy.UNSIGNED}, {"type": "reasoning", "encrypted_content": "E"}, {"type": "reasoning", "id": "rs_unsigned_1", "summary": []}, {**OUTPUT_ITEM, "call_id": CARRIED}, "x"],
      [user("x"), {"type": "reasoning", "encrypted_content": "E"}, {**OUTPUT_ITEM, "call_id": "c1"}, "x"]),
 ])
 def test_upstreams_with_the_clients_api_get_nothing_that_was_added(path, sent, expected, changed, fake, pool):
@@ -5680,6 +5742,22 @@ def test_names_of_tools_are_sent_as_upstreams_take_them(name, space, pattern, st
         got = ask(server, "POST", "/v1/messages", {**ASKED, "stream": streamed, "tools": [{"name": name}], "messages": [user("x")]})
         block = [event["content_block"] for event in named_events(got.body) if "content_block" in event][0] if streamed else got.json["content"][0]
         assert block["name"] == name and fake.bodies()[-1]["tools"][0]["function"]["name"] == used
+
+
+def test_sources_of_the_text(streamed, fake, pool):
+    source = {"url": "http://s", "title": "T", "start_index": 0, "end_index": 1}
+    sources = {"annotations": [{"type": "url_citation", "url_citation": source}, {"type": "odd", "n": 1}, 7]}
+    fake.faults += [answered({"content": "a"}, {"content": "", **sources}, calling("c1"), sources, finish="tool_calls")] * 2
+    server, expected = pool(fake), [{"type": "url_citation", **source}, {"type": "odd", "n": 1}]
+    got = ask(server, "POST", "/v1/responses", {**WANTED, "stream": streamed})
+    message, call = (named_events(got.body)[-1]["response"] if streamed else got.json)["output"]
+    assert message["content"][0]["annotations"][:2] == expected and call["type"] == "function_call"
+    if streamed:
+        added = [event for event in named_events(got.body) if event["type"] == "response.output_text.annotation.added"]
+        assert [(event["annotation_index"], event["annotation"], event["item_id"]) for event in added] == [(at, each, message["id"]) for at, each in enumerate(expected)]
+        assert named_events(got.body)[3]["part"]["annotations"] == []
+    else:
+        assert chat(server, BOTH).json["choices"][0]["message"]["annotations"] == sources["annotations"][:2] * 2
 
 
 @pytest.mark.parametrize("arguments, expected", [('{"input":"a\\u00e9\\n"}', "a\u00e9\n"), ('{"patch":"a"}', "a"), ('{"input":"a","x":1}', '{"input":"a","x":1}'), ('{"input":"a', '{"input":"a'), ("a", "a"), ("{}", "")])
@@ -6614,13 +6692,6 @@ def test_a_proxy_on_the_way_plain(fake, pool, monkeypatch):
     proxy.close()
 
 
-def test_a_proxy_is_asked_for_a_connection_as_the_standard_says(pool):
-    with contextlib.closing(ForwardProxy()) as proxy:
-        chat(pool((proxy, {"base_url": "https://[::1]:9/v1", "proxy": f"http://u:p@127.0.0.1:{proxy.port}"})), BOTH)
-        assert proxy.requests[0][:2] == ("CONNECT", "[::1]:9") and proxy.requests[0].headers["host"] == "[::1]:9"
-        assert base64.b64decode(proxy.requests[0].headers["proxy-authorization"].split()[1]) == b"u:p"
-
-
 class TLSOpenAI(FakeOpenAI):
     """The same behind TLS, with a certificate of an authority that only the tests know."""
 
@@ -6652,6 +6723,16 @@ def test_tls_is_verified_and_a_private_authority_can_be_named(pool, tmp_path):
     wait_for(fake.gone.is_set)
     wrong = pool((fake, {"base_url": fake.url.replace("127.0.0.1", "127.0.0.2") + "/v1"}), ca_file=fake.ca_file)
     assert chat(wrong, BOTH).status == 502, "another host's certificate"
+
+
+class TLSAlert(Plain):
+    ANSWER = b"\x15\x03\x03\0\2\2\x28"     # handshake_failure
+
+
+def test_a_refusal_of_tls_is_explained(pool):
+    upstream = TLSAlert()
+    got = chat(pool((upstream, {"base_url": f"https://127.0.0.1:{upstream.port}/v1"})), BOTH)
+    assert got.status == 502 and re.search(r"could not be reached: TLS failed \([a-z0-9 ]*handshake failure\)\.$", got.json["error"]["message"])
 
 
 def test_a_reload_reads_the_certificates_again(pool, tmp_path):
@@ -8473,6 +8554,9 @@ class Broken(akashproxy.Controller):
         self.raise_in("image")
         return super().image(name, watch)
 
+    def on_tick(self, now):
+        self.raise_in("tick")
+
 
 @pytest.mark.parametrize("kind", ["own", "os"])
 @pytest.mark.parametrize("place", ["events", "first", "second", "odd", "able"])
@@ -8492,6 +8576,16 @@ def test_a_bug_of_a_controller_is_that_controllers_failure(place, streamed, kind
         assert [bool(record.exc_info) for record in reports] == tracebacks
         assert ask(server, path="/status").json["controllers"][0]["rests_for_seconds"] > 0
         end_cooldowns(server)
+
+
+def test_a_bug_on_a_tick_delays_no_queued_call(fake, pool, own):
+    own(type("Own", (Broken,), {"place": "tick"}))
+    server = pool((fake, {"type": "own", "priority": 2, "models": ("none",)}), (fake, {"max_concurrency": 1}), max_wait=0.3)
+    fake.faults.append(fake.stall())
+    with connect(server, post("/v1/chat/completions", BOTH)):
+        wait_for(lambda: len(fake.bodies()) == 1)
+        got = chat(server, BOTH)
+        assert got.status == 429 and "busy" in got.json["error"]["message"]
 
 
 @pytest.mark.parametrize("place", ["models", "list", "image"])
