@@ -3923,7 +3923,7 @@ TEXT_TOKEN = re.compile(rf"{OPENING}|(?!{PARTIAL})[\s\S][^<]*")
 CALL_TOKEN = re.compile(
     rf"{MARK}|(?!{PARTIAL})(?:[\w.:-]{{1,255}}(?![\w.:-]|\Z)|[\w.:-]{{256}}|\s+|[^\w.:-])"
 )
-STRING_TOKEN = re.compile(r"""\\[\s\S]|["'\x00-\x1f]|[^"'\\\x00-\x1f]+""")
+STRING_TOKEN = re.compile(r"""\\[\s\S]|["'\x00-\x1f]|[^"'\\\x00-\x1f][^"'\\<\x00-\x1f]*""")
 KIMI_NAME = re.compile(r"^functions\.|:\d*$")
 NAMED_CALL = re.compile(r'{\s*"name"\s*:\s*"([^"\\{]+)"\s*,\s*"(?:arguments|parameters)"\s*:\s*{')
 ARGUMENT = re.compile(
@@ -4056,7 +4056,7 @@ class ToolCallFilter(TextFilter):
 
     def read(self, event: Text) -> None:
         text, at = self.pending + event.text, 0
-        while True:
+        while not self.stopped:
             match = (STRING_TOKEN if self.json.quote else self.pattern).match(text, at)
             if not match:
                 break
@@ -4079,7 +4079,7 @@ class ToolCallFilter(TextFilter):
         self.out += self.think.feed([Finish(reason, finish.usage, finish.stop_sequence)])
 
     def release(self) -> None:
-        self.tokens = [] if self.is_sent else [*self.tokens, self.pending]
+        self.tokens = [] if self.is_sent or self.stopped else [*self.tokens, self.pending]
         self.pending = ""
         self._emit_text()
         self.out += self.think.close()
@@ -4088,7 +4088,9 @@ class ToolCallFilter(TextFilter):
         self.tokens.append(token)
         self.size += len(token)
         self.reader.send(token)
-        if self.size > self.MAX_CALL:
+        # A closing think tag, of 8 tokens at most, ends what the reasoning says of calls.
+        ends = self.think.in_reasoning and "</think>" in "".join(self.tokens[-8:])
+        if ends or self.size > self.MAX_CALL:
             self.reader.throw(ValueError("it is too long"))
 
     def _read_answer(self) -> Generator[None, str, None]:
@@ -4109,8 +4111,7 @@ class ToolCallFilter(TextFilter):
         """Make an invalid call text. Raises an APIError if a part of it has been sent."""
         if self.is_sent:
             self.stopped = True
-            name = self.tools.upstream_name
-            raise APIError(502, f"{name} sent an invalid tool call.", code="invalid_tool_call")
+            raise APIError(502, f"{self.tools.upstream_name} sent an invalid tool call.")
         is_reasoning = self.think.in_reasoning
         self._emit_text()
         if not is_reasoning:
@@ -4135,6 +4136,9 @@ class ToolCallFilter(TextFilter):
             else:
                 raise ValueError("reasoning follows")
         self._send_calls()
+        if self.tools.single and token:
+            self.stopped = True
+            self.out.append(Finish("tool_calls"))
         while token in CLOSING_MARKS or token.isspace():
             token = yield
             if token in CLOSING_MARKS:

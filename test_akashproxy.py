@@ -5989,6 +5989,8 @@ TOOL_ANSWERS = {    # an answer: its text, its calls
     "calls that end the answer in an open think tag": (f"<think>\nSo:\n<tool_call>{KYIV}</tool_call>\n<tool_call>{LONG_CALL}<tool_call>{LVIV}\n", "",
                                                        [IN_KYIV, ("write", LONG), ("weather", {"city": "Lviv"})]),
     "a call in an open think tag, and reasoning after it": (f"<think>\n<tool_call>{LONG_CALL}</tool_call>\nor not", "", []),
+    **{f"an open {name} in think tags": (f"<think>\nI'd write {call}\n</think>\n\nA <b>\n<tool_call>{KYIV}</tool_call>", "A <b>\n", [IN_KYIV])
+       for name, call in {"string": '<tool_call>{"name": "now', "quote": "<tool_call>{name: ...} or it's", "object": "<tool_call>{", "argument": "<function=write>\n<parameter=path>"}.items()},
     "think tags after a call": (f"A\n<tool_call>{KYIV}</tool_call>\n<think>b</think>", "A\n\n<think>b</think>", [IN_KYIV]),
     "a think tag in an argument": ('A\n<tool_call>{"name": "write", "arguments": {"content": "(</think>)"}}</tool_call>', "A\n", [("write", {"content": "(</think>)"})]),
     "a think tag in a parameter": ("<function=write>\n<parameter=content>\n\n</think>\n\n</parameter>\n</function>", "", [("write", {"content": "\n</think>\n"})]),
@@ -6073,12 +6075,16 @@ def test_only_what_may_begin_a_call_is_held_back():
     assert fold(step.feed([Text("a <b> [c] <tool")])).text == "a <b> [c] " and fold(step.feed([Text("s>")])).text == "<tools>"
 
 
-def test_without_parallel_calls_only_the_first_one_is_sent():
-    for call in (KYIV, '{"name": "write", "arguments": {"content": "%s"}}' % ("x" * 999)):    # one that is sent at once, and one in parts
-        step = akashproxy.ToolCallFilter(prompted(parallel_tool_calls=False))
-        answer = fold(filtered(step, re.findall("(?s).{1,99}", f"A <tool_call>{call}</tool_call>\n<tool_call>{KYIV}{call}</tool_call>\nB")))
-        assert [each.index for each in answer.tools] == [0] and json.loads(call)["arguments"] == json.loads(answer.tools[0].arguments)
-        assert answer.text == "A \nB" and answer.finish == Finish("tool_calls")
+def test_without_parallel_calls_the_first_one_ends_the_answer():
+    for call in (KYIV, LONG_CALL):    # one that is sent at once, and one in parts
+        answer = f"A <tool_call>{call}\n{KYIV}</tool_call>\n<tool_call>{KYIV}</tool_call>\nB"
+        for parts in ([answer], re.findall("(?s).{1,9}", answer)):
+            step = akashproxy.ToolCallFilter(prompted(parallel_tool_calls=False))
+            events = filtered(step, parts) + step.close()
+            got = fold(events)
+            assert step.stopped and [type(event) for event in events].count(Finish) == 1 and type(events[-1]) is Finish
+            assert (got.text, [json.loads(each.arguments) for each in got.tools], got.finish) == ("A ", [json.loads(call)["arguments"]], Finish("tool_calls"))
+    assert fold(filtered(akashproxy.ToolCallFilter(prompted(parallel_tool_calls=False)), [f"<tool_call>{KYIV}"])).finish == Finish("tool_calls")
 
 
 @pytest.mark.parametrize("call", ["<tool_call>now", "<function=write>\n<parameter=path>\na\n</parameter>\n", f"<tool_call>{KYIV}", f"<tool_call>{KYIV}\n{{"])
