@@ -9797,8 +9797,8 @@ class Responses(BlockDialect):
     ITEM_WIRE: Dict[Any, Tuple[str, str, str, Dict[str, Any], Dict[str, Any]]] = {
         Text: ("msg_", "response.output_text", "response.content_part",
                {"content_index": 0}, {"logprobs": []}),
-        Reasoning: (UNSIGNED_ID, "response.reasoning_summary_text", "response.reasoning_summary_part",
-                    {"summary_index": 0}, {}),
+        Reasoning: (UNSIGNED_ID, "response.reasoning_summary_text",
+                    "response.reasoning_summary_part", {"summary_index": 0}, {}),
         ToolCall: ("fc_", "response.function_call_arguments", "", {}, {}),
         CustomToolCall: ("ctc_", "response.custom_tool_call_input", "", {}, {}),
     }
