@@ -10785,12 +10785,11 @@ class Connection:
             self._discard_body(request)
         request.error = error
         self.state, self.deadline = State.DISPATCHED, math.inf
-        task = functools.partial(self.server.serve_request, request)
         if error is None and self.server.gate.is_health_check(request):
             request.writer.send = self.send
-            task()
+            self.server.serve_request(request)
         else:
-            self.submit(request, task)
+            self.submit(request, functools.partial(self.server.serve_request, request))
 
     def submit(self, request: Request, task: Callable[[], None]) -> None:
         """Run a step of the request on a worker; reject or disconnect without one."""
