@@ -6750,16 +6750,10 @@ class CallInProgress:
     def feed(self, text: str) -> str:
         """Add a fragment of the arguments; return what is new in it.
 
-        Some servers send with each fragment all of them so far, or at the end all of them again, or
-        encode them twice.
+        Some servers send with each fragment all of them so far, or at the end all of them again.
         """
-        if not self.size and (self.quoted or text.lstrip()[:1] == '"'):
-            self.quoted.append(text)
-            self._scan(text)
-            if self.in_string:
-                return ""
-            text = as_str(json_or_none("".join(self.quoted).encode("utf-8", "replace")))
-            self.quoted, self.depth, self.opened = [], 0, False
+        if not self.size:
+            text = self._decode_string(text)
         if self.opened and self.size <= len(text) and text.startswith("".join(self.arguments)):
             text = text[self.size :]
         if self.size and self.complete:
@@ -6770,6 +6764,18 @@ class CallInProgress:
         self.arguments.append(text)
         self.size += len(text)
         return text
+
+    def _decode_string(self, text: str) -> str:
+        """Return the arguments in a JSON string (encoded twice) once it is complete."""
+        if not self.quoted and text.lstrip()[:1] != '"':
+            return text
+        self.quoted.append(text)
+        self._scan(text)
+        if self.in_string:
+            return ""
+        decoded = json_or_none("".join(self.quoted).encode("utf-8", "replace"))
+        self.quoted, self.depth, self.opened = [], 0, False
+        return as_str(decoded)
 
     def _scan(self, text: str) -> None:
         marks = self._MARKS.findall(self.escape + text)
@@ -10002,15 +10008,16 @@ class Responses(BlockDialect):
         return b'%b%d,"delta":%b}\n\n' % (self.head, self.sequence_number - 1, to_json(text))
 
     def stop_block(self, text: str) -> bytes:
-        _, name, _, _, more = self.ITEM_WIRE[type(self.open_item)]
-        frames, field = b"", "arguments" if isinstance(self.open_item, ToolCall) else "text"
-        if isinstance(self.open_item, CustomToolCall):
-            text = custom_input(text)
+        item, frames = self.open_item, b""
+        _, name, _, _, more = self.ITEM_WIRE[type(item)]
+        if isinstance(item, CustomToolCall):
+            text, field = custom_input(text), "input"
             frames = self.delta_frame(text)
-        elif field == "arguments":
-            text = text or "{}"
-        event = dataclasses.replace(self.open_item, **{field: text})
-        field = "input" if frames else field
+        elif isinstance(item, ToolCall):
+            text, field = text or "{}", "arguments"
+        else:
+            field = "text"
+        event = dataclasses.replace(item, **{"text" if field == "text" else "arguments": text})
         self.output.append(self.output_item(event, self.item_ref["item_id"]))
         return (
             frames
