@@ -89,7 +89,7 @@ Where is ...
     the network's exceptions           upstream_error, UpstreamResponse.to_api_error
     strict HTTP                        find_head_end, parse_head, BodyDecoder
     connections to upstreams           ConnectionPool
-    proxies on the way                 UpstreamRequest, Proxy
+    proxies on the way                 UpstreamRequest, SocksProxy
     deadlines                          CancelScope, Connection.on_tick
     cancelling                         Cancellation
     request bodies                     BodyReader, check_body_size
@@ -1135,11 +1135,6 @@ def split_address(text: str) -> Tuple[str, int]:
     return ("127.0.0.1" if host == "localhost" else host), int(port)
 
 
-def join_address(host: str, port: int) -> str:
-    """Format HOST:PORT, with an IPv6 address in brackets."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
 def check_host(host: str) -> None:
     """Raise ValueError for a name that can't be encoded for DNS (IDNA)."""
     try:
@@ -1208,13 +1203,6 @@ def proxy_credentials(url: str) -> Tuple[bytes, bytes]:
         urllib.parse.unquote_to_bytes(parts.username or ""),
         urllib.parse.unquote_to_bytes(parts.password or ""),
     )
-
-
-def proxy_authorization(url: str) -> Dict[str, str]:
-    """The header for the user and password in a proxy's URL; empty if there are none."""
-    credentials = b":".join(proxy_credentials(url))
-    encoded = base64.b64encode(credentials).decode()
-    return {"Proxy-Authorization": f"Basic {encoded}"} if credentials != b":" else {}
 
 
 def without_password(url: str) -> str:
@@ -2461,7 +2449,7 @@ T = TypeVar("T")
 
 
 class UpstreamRequest(urllib.request.Request):
-    """A request to an upstream, without TLS through an HTTP proxy if there is one.
+    """A request to an upstream, through an HTTP proxy if there is one.
 
     Transport parses each URL once and sends copies.
     """
@@ -2470,17 +2458,22 @@ class UpstreamRequest(urllib.request.Request):
     body: Optional[bytes]
     scope: CancelScope
     retry_reason: str  # of a repeated request, which needs a new connection
+    _tunnel_host: Optional[str]  # urllib's: the upstream, if a proxy tunnels to it
 
     def __init__(self, url: str, proxy: str = "") -> None:
         super().__init__(url)
         self.fields = {"Host": self.host}
-        if proxy and self.type == "http":
+        self.tunnel_headers: Dict[str, str] = {}
+        if proxy:
             parts = urllib.parse.urlsplit(proxy)
             address = parts.netloc.rpartition("@")[2] + (":80" if parts.port is None else "")
             self.set_proxy(address, "http")
-            self.fields.update(proxy_authorization(proxy))
+            if parts.username is not None:
+                credentials = base64.b64encode(b":".join(proxy_credentials(proxy))).decode()
+                headers = self.tunnel_headers if self._tunnel_host else self.fields
+                headers["Proxy-Authorization"] = "Basic " + credentials
         # equal for requests that can share a connection
-        self.connection_key = self.type, self.host
+        self.connection_key = self.type, self.host, self._tunnel_host
 
     def copy(self, headers: Dict[str, str], **attributes: Any) -> "UpstreamRequest":
         """Return a request with further headers and the attributes above."""
@@ -2523,10 +2516,9 @@ class ConnectionPool(urllib.request.BaseHandler):
     """
 
     def __init__(self, ca_file: str = "", proxy: str = "") -> None:
-        """``proxy`` is a URL; requests without TLS are sent to an HTTP proxy as they are."""
+        """``proxy`` is the URL of a SOCKS proxy; HTTP proxies are part of requests."""
         self.ca_file = ca_file
         self.socks = SocksProxy(proxy) if proxy.startswith("socks") else None
-        self.tunnel = HTTPProxy(proxy) if proxy.startswith("http:") else self.socks
         # (expires_at, socket) by request key, the most recently used last
         self.idle: Dict[Any, List[Tuple[float, Any]]] = {}
         self.closed = False
@@ -2597,15 +2589,15 @@ class ConnectionPool(urllib.request.BaseHandler):
     def _connect(self, request: UpstreamRequest) -> Any:
         connection: http.client.HTTPConnection
         if request.type == "https":
-            proxy = self.tunnel
             connection = http.client.HTTPSConnection(
                 request.host, timeout=request.timeout, context=tls_context(self.ca_file)
             )
         else:
-            proxy = self.socks
             connection = http.client.HTTPConnection(request.host, timeout=request.timeout)
-        if proxy:  # HTTPConnection.connect() opens its socket with this attribute
-            connection._create_connection = proxy.connect  # type: ignore[attr-defined]
+        if request._tunnel_host:
+            connection.set_tunnel(request._tunnel_host, headers=request.tunnel_headers)
+        if self.socks:  # HTTPConnection.connect() opens its socket with this attribute
+            connection._create_connection = self.socks.connect  # type: ignore[attr-defined]
         try:
             connection.connect()
         except BaseException:
@@ -2633,6 +2625,11 @@ def connect_problem(error: Exception, upstream: str, proxy: str) -> str:
         return f"{where} refused the connection (check that it runs, and the port)"
     if isinstance(error, OSError) and error.errno in (errno.EHOSTUNREACH, errno.ENETUNREACH):
         return f"this server has no route to {where}"
+    if str(error).startswith("Tunnel connection failed: "):
+        status = str(error).partition(": ")[2][:3]
+        return f"{where} refused the connection with status {status} (check PROXY)"
+    if proxy and isinstance(error, http.client.HTTPException):
+        return f"{where} does not answer as an HTTP proxy does (check PROXY)"
     verify_message = getattr(error, "verify_message", "")
     if verify_message:
         return f"the certificate of {upstream} can't be verified: {verify_message} (set CA_FILE)"
@@ -2641,14 +2638,18 @@ def connect_problem(error: Exception, upstream: str, proxy: str) -> str:
     return ""
 
 
-class Proxy:
-    """Base class of proxies that open connections to upstreams. Worker thread."""
+class SocksProxy:
+    """A SOCKS 5 proxy (RFC 1928, passwords: RFC 1929).
 
-    DEFAULT_PORT = 0
+    socks5:// looks up names here, socks5h:// lets the proxy do it. socks:// is what GNOME writes
+    into the environment for socks5://.
+    """
 
     def __init__(self, url: str) -> None:
         parts = urllib.parse.urlsplit(url)
-        self.host, self.port = str(parts.hostname), parts.port or self.DEFAULT_PORT
+        self.host, self.port = str(parts.hostname), parts.port or 1080
+        self.remote_names = parts.scheme == "socks5h"
+        self.user, self.password = proxy_credentials(url)
 
     def connect(self, address: Tuple[str, int], *options: Any) -> socket.socket:
         """Return a socket connected to an address; as socket.create_connection()."""
@@ -2665,46 +2666,6 @@ class Proxy:
 
     def _negotiate(self, sock: socket.socket, replies: Any, host: str, port: int) -> str:
         """Log in and have a connection opened; return what the proxy does not do, or ""."""
-        raise NotImplementedError
-
-
-class HTTPProxy(Proxy):
-    """An HTTP proxy that opens connections by CONNECT (RFC 9110, 9.3.6)."""
-
-    DEFAULT_PORT = 80
-
-    def __init__(self, url: str) -> None:
-        super().__init__(url)
-        self.fields = proxy_authorization(url)
-
-    def _negotiate(self, sock: socket.socket, replies: Any, host: str, port: int) -> str:
-        authority = join_address(host, port)
-        fields = {"Host": authority, **self.fields}
-        sock.sendall(request_head(f"CONNECT {authority} HTTP/1.1", *fields.items()) + b"\r\n")
-        lines = iter(lambda: replies.readline(MAX_HEAD_BYTES), b"")
-        head = itertools.takewhile(bytes.strip, itertools.islice(lines, MAX_HEADERS))
-        match = re.match(rb"HTTP/1\.[01] ([0-9]{3})", b"".join(head))
-        if not match:
-            return "does not answer as an HTTP proxy does"
-        status = int(match[1])
-        return "" if 200 <= status < 300 else f"refused the connection with status {status}"
-
-
-class SocksProxy(Proxy):
-    """A SOCKS 5 proxy (RFC 1928, passwords: RFC 1929).
-
-    socks5:// looks up names here, socks5h:// lets the proxy do it. socks:// is what GNOME writes
-    into the environment for socks5://.
-    """
-
-    DEFAULT_PORT = 1080
-
-    def __init__(self, url: str) -> None:
-        super().__init__(url)
-        self.remote_names = url.startswith("socks5h:")
-        self.user, self.password = proxy_credentials(url)
-
-    def _negotiate(self, sock: socket.socket, replies: Any, host: str, port: int) -> str:
         sock.sendall(b"\5\2\0\2" if self.user else b"\5\1\0")  # no login, or a password
         chosen = replies.read(2)
         if chosen != b"\5\0" and not (chosen == b"\5\2" and self.user):
@@ -13003,6 +12964,11 @@ def log_access(request: Request, now: float) -> None:
     log.handle(
         log.makeRecord(log.name, level, "akashproxy.py", 0, text, (), None, extra={"facts": facts})
     )
+
+
+def join_address(host: str, port: int) -> str:
+    """Format HOST:PORT, with an IPv6 address in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _family(host: str, port: int) -> Tuple[int, str]:

@@ -6699,13 +6699,6 @@ def test_a_proxy_on_the_way_plain(fake, pool, monkeypatch):
     proxy.close()
 
 
-def test_a_proxy_is_asked_for_a_connection_as_the_standard_says(pool):
-    with contextlib.closing(ForwardProxy()) as proxy:
-        chat(pool((proxy, {"base_url": "https://[::1]:9/v1", "proxy": f"http://u:p@127.0.0.1:{proxy.port}"})), BOTH)
-        assert proxy.requests[0][:2] == ("CONNECT", "[::1]:9") and proxy.requests[0].headers["host"] == "[::1]:9"
-        assert base64.b64decode(proxy.requests[0].headers["proxy-authorization"].split()[1]) == b"u:p"
-
-
 class TLSOpenAI(FakeOpenAI):
     """The same behind TLS, with a certificate of an authority that only the tests know."""
 
