@@ -8916,7 +8916,11 @@ class Images(Dialect):
 
 
 ChatParts = List[Dict[str, Any]]  # the content of a chat's message
-TEXT_TYPES = ("text", "input_text", "output_text", "refusal")  # of blocks
+# Types of blocks whose text is in the field of that name. The second one stands in Codex's messages
+# between agents; it is encrypted only if it begins with ENCRYPTED_PREFIX.
+NAMED_TEXT_TYPES = ("refusal", "encrypted_content")
+ENCRYPTED_PREFIX = "gAAAAA"
+TEXT_TYPES = ("text", "input_text", "output_text", *NAMED_TEXT_TYPES)
 
 
 class BlockDialect(Dialect):
@@ -9095,8 +9099,9 @@ class BlockDialect(Dialect):
             return [{"type": "text", "text": block}]
         fields = as_dict(block)
         block_type, source = fields.get("type"), as_dict(fields.get("source"))
-        text = fields.get("refusal" if block_type == "refusal" else "text")
-        if block_type in TEXT_TYPES and isinstance(text, str):
+        text = fields.get(block_type if block_type in NAMED_TEXT_TYPES else "text")
+        is_encrypted = str(fields.get("encrypted_content")).startswith(ENCRYPTED_PREFIX)
+        if block_type in TEXT_TYPES and isinstance(text, str) and not is_encrypted:
             return [{"type": "text", "text": text}]
         if block_type in ("image", "input_image"):
             url = fields.get("image_url") or source.get("url")
@@ -9886,6 +9891,8 @@ class Responses(BlockDialect):
             is_result = is_call_result(item)
             if item_type == "message":
                 messages.append((param, item.get("role"), item.get("content")))
+            elif item_type == "agent_message":
+                messages.append((param, "user", item.get("content")))
             elif is_result and was_result:
                 messages[-1][2].append(item)
             else:
