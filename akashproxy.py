@@ -6991,6 +6991,8 @@ def chat_usage(value: Any) -> Optional[Dict[str, Any]]:
         groups = [as_dict(fields.get(f"{each}_tokens_details")) for each in (kind, alias)]
         count = find_count(name, *groups, fields)
         if count:
+            if kind == "completion" and total == prompt + completion + count:
+                usage["completion_tokens"] += count  # xAI and others count reasoning apart
             details = usage.setdefault(f"{kind}_tokens_details", {})
             details[name] = min(count, usage[f"{kind}_tokens"] - sum(details.values()))
     return {**usage, "estimated": True} if is_estimated(fields) else usage

@@ -3296,6 +3296,15 @@ def test_tokens_in_caches_are_counted_once(usage, read, written, streamed, fake,
     assert found["input_tokens"] == 100 and found["input_tokens_details"] == {"cached_tokens": read, "cache_write_tokens": written}
 
 
+@pytest.mark.parametrize("usage, completion, reasoning", [
+    ({"completion_tokens": 9, "total_tokens": 169, "completion_tokens_details": {"reasoning_tokens": 60}}, 69, 60), ({"completion_tokens": 0, "total_tokens": 160, "reasoning_tokens": 60}, 60, 60),
+    ({"completion_tokens": 69, "total_tokens": 169, "completion_tokens_details": {"reasoning_tokens": 60}}, 69, 60), ({"completion_tokens": 9, "completion_tokens_details": {"reasoning_tokens": 60}}, 9, 9),
+])
+def test_reasoning_that_is_counted_apart_is_added(usage, completion, reasoning):
+    found = akashproxy.chat_usage({"prompt_tokens": 100, **usage})
+    assert (found["completion_tokens"], found["completion_tokens_details"]["reasoning_tokens"]) == (completion, reasoning)
+
+
 COUNTED = b'"usage":{"prompt_tokens":11,"completion_tokens":7,"total_tokens":18}'
 ANTHROPIC = (b'event: message_start\ndata: {"type":"message_start","message":{"usage":{"input_tokens":9,"cache_read_input_tokens":2,"output_tokens":1}}}\n\n'
              b'event: message_delta\ndata: {"type":"message_delta","delta":{"stop_reason":"end_turn"},"usage":{"output_tokens":7}}\n\n'
