@@ -9563,7 +9563,8 @@ class Messages(BlockDialect):
         chat: Dict[str, Any] = {"user": self.user_name(body)}
         response_format = as_dict(config.get("format") or body.get("output_format"))
         if response_format.get("type") == "json_schema":
-            named = {**response_format, "name": "answer", "strict": True}
+            strict = is_strict_schema(response_format.get("schema"))
+            named = {**response_format, "name": "answer", "strict": strict}
             chat["response_format"] = self.response_format(named)
         self.untranslated += [f"output_config.{name}" for name in config if name != "format"]
         if "budget_tokens" in thinking:  # many models reject reasoning_effort
@@ -9732,6 +9733,18 @@ def overflow_message(error: APIError) -> str:
         )
     known = f"{prompt} tokens > {limit} maximum" if prompt > limit > 0 else error.message
     return f"prompt is too long: {known}"
+
+
+def is_strict_schema(schema: Any) -> bool:
+    """Whether OpenAI accepts a schema as strict: nothing in it is optional."""
+    if isinstance(schema, list):
+        return all(map(is_strict_schema, schema))
+    fields = as_dict(schema)
+    properties, required = as_dict(fields.get("properties")), as_list(fields.get("required"))
+    is_open = "properties" in fields and fields.get("additionalProperties") is not False
+    if is_open or "allOf" in fields or set(properties) - set(map(str, required)):
+        return False
+    return all(map(is_strict_schema, fields.values()))
 
 
 def without_billing_header(part: Dict[str, Any]) -> Dict[str, Any]:

@@ -5738,6 +5738,16 @@ def test_values_in_ids_are_limited_as_those_of_a_body(calls, is_accepted):
 LONG = "mcp__plugin_some_marketplace_and_a_server_with_a_long_name__a_tool_with_a_long_name"
 
 
+CLOSED = {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"], "additionalProperties": False}
+
+
+@pytest.mark.parametrize("schema, strict", [({"type": "string"}, True), (CLOSED, True), ({"$defs": {"x": CLOSED}, "anyOf": [CLOSED, {"type": "null"}]}, True), ({**CLOSED, "required": []}, False),
+                                            ({**CLOSED, "additionalProperties": True}, False), ({"anyOf": [CLOSED, {**CLOSED, "required": ["b"]}]}, False), ({"allOf": [CLOSED]}, False), (None, True)])
+def test_schemas_that_openai_accepts_as_strict(schema, strict):
+    sent = akashproxy.Messages({**ASKED, "output_config": {"format": {"type": "json_schema", "schema": schema}}}).call.body["response_format"]["json_schema"]
+    assert sent["strict"] == strict and sent.get("schema") == schema
+
+
 @table({
     # name: (the client's name, its namespace or None, pattern of the name that is sent)
     "a usual one": ("f", None, "f"),
