@@ -6704,16 +6704,10 @@ class CallInProgress:
     def feed(self, text: str) -> str:
         """Add a fragment of the arguments; return what is new in it.
 
-        Some servers send with each fragment all of them so far, or at the end all of them again, or
-        encode them twice.
+        Some servers send with each fragment all of them so far, or at the end all of them again.
         """
-        if not self.size and (self.quoted or text.lstrip()[:1] == '"'):
-            self.quoted.append(text)
-            self._scan(text)
-            if self.in_string:
-                return ""
-            text = as_str(json_or_none("".join(self.quoted).encode("utf-8", "replace")))
-            self.quoted, self.depth, self.opened = [], 0, False
+        if not self.size:
+            text = self._decode_string(text)
         if self.opened and self.size <= len(text) and text.startswith("".join(self.arguments)):
             text = text[self.size :]
         if self.size and self.complete:
@@ -6724,6 +6718,18 @@ class CallInProgress:
         self.arguments.append(text)
         self.size += len(text)
         return text
+
+    def _decode_string(self, text: str) -> str:
+        """Return the arguments in a JSON string (encoded twice) once it is complete."""
+        if not self.quoted and text.lstrip()[:1] != '"':
+            return text
+        self.quoted.append(text)
+        self._scan(text)
+        if self.in_string:
+            return ""
+        decoded = json_or_none("".join(self.quoted).encode("utf-8", "replace"))
+        self.quoted, self.depth, self.opened = [], 0, False
+        return as_str(decoded)
 
     def _scan(self, text: str) -> None:
         marks = self._MARKS.findall(self.escape + text)
@@ -6976,6 +6982,8 @@ def chat_usage(value: Any) -> Optional[Dict[str, Any]]:
         groups = [as_dict(fields.get(f"{each}_tokens_details")) for each in (kind, alias)]
         count = find_count(name, *groups, fields)
         if count:
+            if kind == "completion" and total == prompt + completion + count:
+                usage["completion_tokens"] += count  # xAI and others count reasoning apart
             details = usage.setdefault(f"{kind}_tokens_details", {})
             details[name] = min(count, usage[f"{kind}_tokens"] - sum(details.values()))
     return {**usage, "estimated": True} if is_estimated(fields) else usage
@@ -8897,7 +8905,11 @@ class Images(Dialect):
 
 
 ChatParts = List[Dict[str, Any]]  # the content of a chat's message
-TEXT_TYPES = ("text", "input_text", "output_text", "refusal")  # of blocks
+# Types of blocks whose text is in the field of that name. The second one stands in Codex's messages
+# between agents; it is encrypted only if it begins with ENCRYPTED_PREFIX.
+NAMED_TEXT_TYPES = ("refusal", "encrypted_content")
+ENCRYPTED_PREFIX = "gAAAAA"
+TEXT_TYPES = ("text", "input_text", "output_text", *NAMED_TEXT_TYPES)
 
 
 class BlockDialect(Dialect):
@@ -9076,8 +9088,9 @@ class BlockDialect(Dialect):
             return [{"type": "text", "text": block}]
         fields = as_dict(block)
         block_type, source = fields.get("type"), as_dict(fields.get("source"))
-        text = fields.get("refusal" if block_type == "refusal" else "text")
-        if block_type in TEXT_TYPES and isinstance(text, str):
+        text = fields.get(block_type if block_type in NAMED_TEXT_TYPES else "text")
+        is_encrypted = str(fields.get("encrypted_content")).startswith(ENCRYPTED_PREFIX)
+        if block_type in TEXT_TYPES and isinstance(text, str) and not is_encrypted:
             return [{"type": "text", "text": text}]
         if block_type in ("image", "input_image"):
             url = fields.get("image_url") or source.get("url")
@@ -9537,7 +9550,8 @@ class Messages(BlockDialect):
         chat: Dict[str, Any] = {"user": self.user_name(body)}
         response_format = as_dict(config.get("format") or body.get("output_format"))
         if response_format.get("type") == "json_schema":
-            named = {**response_format, "name": "answer", "strict": True}
+            strict = is_strict_schema(response_format.get("schema"))
+            named = {**response_format, "name": "answer", "strict": strict}
             chat["response_format"] = self.response_format(named)
         self.untranslated += [f"output_config.{name}" for name in config if name != "format"]
         if "budget_tokens" in thinking:  # many models reject reasoning_effort
@@ -9708,6 +9722,18 @@ def overflow_message(error: APIError) -> str:
     return f"prompt is too long: {known}"
 
 
+def is_strict_schema(schema: Any) -> bool:
+    """Whether OpenAI accepts a schema as strict: nothing in it is optional."""
+    if isinstance(schema, list):
+        return all(map(is_strict_schema, schema))
+    fields = as_dict(schema)
+    properties, required = as_dict(fields.get("properties")), as_list(fields.get("required"))
+    is_open = "properties" in fields and fields.get("additionalProperties") is not False
+    if is_open or "allOf" in fields or set(properties) - set(map(str, required)):
+        return False
+    return all(map(is_strict_schema, fields.values()))
+
+
 def without_billing_header(part: Dict[str, Any]) -> Dict[str, Any]:
     """A part without Claude Code's first line, which would defeat prompt caches."""
     text = part.get("text", "")
@@ -9866,6 +9892,8 @@ class Responses(BlockDialect):
             is_result = is_call_result(item)
             if item_type == "message":
                 messages.append((param, item.get("role"), item.get("content")))
+            elif item_type == "agent_message":
+                messages.append((param, "user", item.get("content")))
             elif is_result and was_result:
                 messages[-1][2].append(item)
             else:
@@ -9938,15 +9966,16 @@ class Responses(BlockDialect):
         return b'%b%d,"delta":%b}\n\n' % (self.head, self.sequence_number - 1, to_json(text))
 
     def stop_block(self, text: str) -> bytes:
-        _, name, _, _, more = self.ITEM_WIRE[type(self.open_item)]
-        frames, field = b"", "arguments" if isinstance(self.open_item, ToolCall) else "text"
-        if isinstance(self.open_item, CustomToolCall):
-            text = custom_input(text)
+        item, frames = self.open_item, b""
+        _, name, _, _, more = self.ITEM_WIRE[type(item)]
+        if isinstance(item, CustomToolCall):
+            text, field = custom_input(text), "input"
             frames = self.delta_frame(text)
-        elif field == "arguments":
-            text = text or "{}"
-        event = dataclasses.replace(self.open_item, **{field: text})
-        field = "input" if frames else field
+        elif isinstance(item, ToolCall):
+            text, field = text or "{}", "arguments"
+        else:
+            field = "text"
+        event = dataclasses.replace(item, **{"text" if field == "text" else "arguments": text})
         self.output.append(self.output_item(event, self.item_ref["item_id"]))
         return (
             frames

@@ -3296,6 +3296,15 @@ def test_tokens_in_caches_are_counted_once(usage, read, written, streamed, fake,
     assert found["input_tokens"] == 100 and found["input_tokens_details"] == {"cached_tokens": read, "cache_write_tokens": written}
 
 
+@pytest.mark.parametrize("usage, completion, reasoning", [
+    ({"completion_tokens": 9, "total_tokens": 169, "completion_tokens_details": {"reasoning_tokens": 60}}, 69, 60), ({"completion_tokens": 0, "total_tokens": 160, "reasoning_tokens": 60}, 60, 60),
+    ({"completion_tokens": 69, "total_tokens": 169, "completion_tokens_details": {"reasoning_tokens": 60}}, 69, 60), ({"completion_tokens": 9, "completion_tokens_details": {"reasoning_tokens": 60}}, 9, 9),
+])
+def test_reasoning_that_is_counted_apart_is_added(usage, completion, reasoning):
+    found = akashproxy.chat_usage({"prompt_tokens": 100, **usage})
+    assert (found["completion_tokens"], found["completion_tokens_details"]["reasoning_tokens"]) == (completion, reasoning)
+
+
 COUNTED = b'"usage":{"prompt_tokens":11,"completion_tokens":7,"total_tokens":18}'
 ANTHROPIC = (b'event: message_start\ndata: {"type":"message_start","message":{"usage":{"input_tokens":9,"cache_read_input_tokens":2,"output_tokens":1}}}\n\n'
              b'event: message_delta\ndata: {"type":"message_delta","delta":{"stop_reason":"end_turn"},"usage":{"output_tokens":7}}\n\n'
@@ -5551,6 +5560,10 @@ DEVELOPER, SAYS = developer("B"), assistant("doing")
                 [called(("c1", "local_shell", '{"command":["ls"]}')), R1]),
     "a patch": ([{"type": "apply_patch_call", "call_id": "c1", "operation": {"path": "a"}}, {"type": "apply_patch_call_output", "call_id": "c1", "output": "1"}],
                 [called(("c1", "apply_patch", '{"path":"a"}')), R1]),
+    "a message of another agent": ([{"type": "agent_message", "author": "/root", "recipient": "/root/a", "content": [{"type": "input_text", "text": "Payload:"}, {"type": "encrypted_content", "encrypted_content": "go"}]}],
+                                   [user("Payload:\n\ngo")]),
+    "an encrypted one": ([user("x"), {"type": "agent_message", "content": [{"type": "encrypted_content", "encrypted_content": "gAAAAABx"}]}],
+                         [user("x"), user("[A block of type 'encrypted_content' is left out.]")]),
     "a search on the server": ([user("x"), {"type": "web_search_call", "id": "ws_1", "action": {"type": "search"}}, user("y")], [user("x"), user("y")]),
     "a PDF in an output": ([CALL_ITEM, {**OUTPUT_ITEM, "output": [PDF_FILE]}], [C1, returned("c1", PDF_NOTE)]),
     "a PDF in the first of two messages": ([user([PDF_FILE]), system("B"), user("y")], [system("B"), user(PDF_NOTE), user("y")]),
@@ -5723,6 +5736,16 @@ def test_values_in_ids_are_limited_as_those_of_a_body(calls, is_accepted):
 
 
 LONG = "mcp__plugin_some_marketplace_and_a_server_with_a_long_name__a_tool_with_a_long_name"
+
+
+CLOSED = {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"], "additionalProperties": False}
+
+
+@pytest.mark.parametrize("schema, strict", [({"type": "string"}, True), (CLOSED, True), ({"$defs": {"x": CLOSED}, "anyOf": [CLOSED, {"type": "null"}]}, True), ({**CLOSED, "required": []}, False),
+                                            ({**CLOSED, "additionalProperties": True}, False), ({"anyOf": [CLOSED, {**CLOSED, "required": ["b"]}]}, False), ({"allOf": [CLOSED]}, False), (None, True)])
+def test_schemas_that_openai_accepts_as_strict(schema, strict):
+    sent = akashproxy.Messages({**ASKED, "output_config": {"format": {"type": "json_schema", "schema": schema}}}).call.body["response_format"]["json_schema"]
+    assert sent["strict"] == strict and sent.get("schema") == schema
 
 
 @table({
