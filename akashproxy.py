@@ -4472,7 +4472,7 @@ def _is_system(message: Dict[str, Any]) -> bool:
 
 def _reminder(message: Dict[str, Any]) -> Dict[str, Any]:
     """A system message as one of the user."""
-    content = message["content"]
+    content = message.get("content") or ""
     if isinstance(content, str):
         content = f"<system-reminder>\n{content}\n</system-reminder>"
     return {"role": "user", "content": content}

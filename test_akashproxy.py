@@ -6033,6 +6033,13 @@ def test_odd_requests_do_no_harm_where_tools_are_text(path, fields, status, akas
     assert got.status == status and ask(server, path="/status").json["controllers"][0]["failed"] == 0, got.body
 
 
+@pytest.mark.parametrize("mode", ["first", "user"])
+def test_a_system_message_without_content_does_no_harm(mode, fake, pool):
+    server = pool((fake, {"paths": ("/none",), "system_messages": mode}))
+    messages = [system("a"), {"role": "system"}, user("hi"), {"role": "system"}, {"role": "system", "content": None}]
+    assert chat(server, {**BOTH, "messages": messages}).status == 200
+
+
 TOOL_REQUESTS = {
     "/v1/chat/completions": {"messages": [user("hi")], "tools": FUNCTIONS},
     "/v1/messages": {"max_tokens": 99, "messages": [user("hi")], "tools": [{"name": "weather", "input_schema": {"type": "object"}}]},
