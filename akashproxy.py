@@ -6273,10 +6273,12 @@ class AkashController(Controller):
         return call.image_count > 0 or self.IMAGE_MODEL in (call.model, self.upstream_model(call))
 
     def events(self, call: Call) -> Iterable[Event]:
-        data, stop_filter, call.attempt.ignored_params, tokens = call.prepared_requests[self.name]
+        body, stop_filter, call.attempt.ignored_params = call.prepared_requests[self.name]
+        # Only now: a pool may have many such controllers, each with all of a large body.
+        data = request_json(body, len(call.original.raw_body))
         if self._is_image(call):
             return self.images.events(call, data)
-        self._check_context(call, tokens)
+        self._check_context(call, body)
         cookie = self.session.get(call.scope)
         reason = call.attempt.retry_reason
         response = self._send(
@@ -6286,8 +6288,14 @@ class AkashController(Controller):
             response, lambda response: self._decoder(call, response, stop_filter, cookie)
         )
 
-    def _check_context(self, call: Call, tokens: int) -> None:
-        """Note that Akash Chat will cut the conversation, or refuse it; APIError 400."""
+    def _check_context(self, call: Call, body: Dict[str, Any]) -> None:
+        """Note that Akash Chat will cut the conversation, or refuse it; APIError 400.
+
+        Compares an estimate of the prompt's tokens, as Akash Chat counts them.
+        """
+        messages = [*body["messages"], *body["context"]]
+        texts = [body["system"], *(message["content"] for message in messages)]
+        tokens = tokens_of(sum(map(token_units, texts)))
         if tokens > AKASH_SMALL:
             with contextlib.suppress(APIError):
                 self.models()
@@ -6307,11 +6315,8 @@ class AkashController(Controller):
             )
         call.attempt.overflow = f"about {tokens} tokens > {room}"
 
-    def _prepare(self, call: Call) -> Tuple[bytes, StopFilter, List[str], int]:
-        """Return the request body, the filter of its answer, and what is ignored of it.
-
-        The last element is an estimate of the prompt's tokens, as Akash Chat counts them.
-        """
+    def _prepare(self, call: Call) -> Tuple[Dict[str, Any], StopFilter, List[str]]:
+        """Return the request body, the filter of its answer, and what is ignored of it."""
         if call.relay_only:
             raise APIError(
                 404, f"Akash Chat does not offer {call.original.path[:200]!r}.", code="not_found"
@@ -6327,11 +6332,7 @@ class AkashController(Controller):
         limit = next((name for name in limits if fields.get(name) is not None), "")
         max_tokens = number_field(fields, limit, None, integer=True, minimum=1)
         stop_filter = StopFilter(stop_sequences(fields), max_tokens)
-        messages = [*body["messages"], *body["context"]]
-        texts = [body["system"], *(message["content"] for message in messages)]
-        tokens = tokens_of(sum(map(token_units, texts)))
-        data = request_json(body, len(call.original.raw_body))
-        return data, stop_filter, [*dropped, *ignored], tokens
+        return body, stop_filter, [*dropped, *ignored]
 
     def secrets(self, cookie: Optional[str] = None) -> List[str]:
         """List the strings to redact from errors: keys, header values and cookies."""

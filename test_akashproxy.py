@@ -6221,6 +6221,17 @@ def test_akash_drops_parameters_before_it_checks_them(akash, serve, fields, igno
     assert got.status == 200 and got.headers.get("x-akashproxy-ignored") == ignored and text_of(got) == "Hello from the mock."
 
 
+def test_many_akash_controllers_hold_a_large_request_once():
+    controllers = tuple(akashproxy.ControllerSettings(type="akash", name=f"login{number}") for number in range(10))
+    pool, call = akashproxy.Pool(Settings(controllers=controllers)), Call({"model": "m", "messages": [user("word " * 200_000)]})
+    tracemalloc.start()
+    try:
+        assert [pool.support_error(upstream, call) for upstream in pool.upstreams] == [None] * 10
+        assert tracemalloc.get_traced_memory()[1] < 2_000_000
+    finally:
+        tracemalloc.stop()
+
+
 @table({
     # name: (a controller's options, fields of a chat, names and values that are sent, what is ignored)
     "a fixed value": ({"set": {"temperature": 0.2}}, {"temperature": 1}, {"temperature": 0.2}, None),
