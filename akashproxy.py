@@ -89,7 +89,7 @@ Where is ...
     the network's exceptions           upstream_error, UpstreamResponse.to_api_error
     strict HTTP                        find_head_end, parse_head, BodyDecoder
     connections to upstreams           ConnectionPool
-    proxies on the way                 UpstreamRequest, Proxy
+    proxies on the way                 UpstreamRequest, SocksProxy
     deadlines                          CancelScope, Connection.on_tick
     cancelling                         Cancellation
     request bodies                     BodyReader, check_body_size
@@ -213,8 +213,8 @@ __all__ = [
     "main", "Settings", "ControllerSettings", "ConfigError", "Server", "Handler",
     "Controller", "CONTROLLERS", "Call", "APIError", "Category",
     "Transport", "EventStream", "BufferedBody", "AkashDecoder",
-    "Event", "Text", "Reasoning", "TextWasReasoning", "ToolCall", "Image", "ImageProgress",
-    "Finish", "RawBytes", "fold",
+    "Event", "Text", "Reasoning", "TextWasReasoning", "ToolCall", "Annotation", "Image",
+    "ImageProgress", "Finish", "RawBytes", "fold",
 ]
 # fmt: on
 
@@ -747,6 +747,13 @@ class ToolCall:
 
 
 @dataclass(frozen=True)
+class Annotation:
+    """A source of the answer's text, as in chat completions."""
+
+    fields: Dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Image:
     """A finished image: job, file name and URL at the upstream; bytes if requested."""
 
@@ -787,7 +794,9 @@ class RawBytes:
     usage: Optional[Dict[str, Any]] = None  # of the answer, if the bytes contain it
 
 
-Event = Union[Text, Reasoning, TextWasReasoning, ToolCall, Image, ImageProgress, Finish, RawBytes]
+Event = Union[
+    Text, Reasoning, TextWasReasoning, ToolCall, Annotation, Image, ImageProgress, Finish, RawBytes
+]
 EVENTS: Tuple[Type[Event], ...] = get_args(Event)
 TextEvent = Union[Text, Reasoning]
 BlockEvent = Union[Text, Reasoning, ToolCall]  # what an answer's content consists of
@@ -1035,6 +1044,7 @@ class Answer:
     tools: List[ToolCall] = field(default_factory=list)
     images: List[Image] = field(default_factory=list)
     finish: Finish = Finish("stop")
+    annotations: List[Dict[str, Any]] = field(default_factory=list)
 
 
 def fold(events: Iterable[Event]) -> Answer:
@@ -1056,6 +1066,8 @@ def fold(events: Iterable[Event]) -> Answer:
             tools.setdefault("%x" % event.index, []).append(event)
         elif isinstance(event, Image):
             answer.images.append(event)
+        elif isinstance(event, Annotation):
+            answer.annotations.append(event.fields)
         elif isinstance(event, Finish):
             answer.finish = event
     answer.text, answer.reasoning = "".join(text), "".join(reasoning)
@@ -1121,11 +1133,6 @@ def split_address(text: str) -> Tuple[str, int]:
         raise ValueError(f"{text!r}: write an IPv6 address as [{host}]:{port}")
     check_host(host)
     return ("127.0.0.1" if host == "localhost" else host), int(port)
-
-
-def join_address(host: str, port: int) -> str:
-    """Format HOST:PORT, with an IPv6 address in brackets."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def check_host(host: str) -> None:
@@ -1196,13 +1203,6 @@ def proxy_credentials(url: str) -> Tuple[bytes, bytes]:
         urllib.parse.unquote_to_bytes(parts.username or ""),
         urllib.parse.unquote_to_bytes(parts.password or ""),
     )
-
-
-def proxy_authorization(url: str) -> Dict[str, str]:
-    """The header for the user and password in a proxy's URL; empty if there are none."""
-    credentials = b":".join(proxy_credentials(url))
-    encoded = base64.b64encode(credentials).decode()
-    return {"Proxy-Authorization": f"Basic {encoded}"} if credentials != b":" else {}
 
 
 def without_password(url: str) -> str:
@@ -2449,7 +2449,7 @@ T = TypeVar("T")
 
 
 class UpstreamRequest(urllib.request.Request):
-    """A request to an upstream; one without TLS is sent to an HTTP proxy if there is one.
+    """A request to an upstream, through an HTTP proxy if there is one.
 
     Transport parses each URL once and sends copies.
     """
@@ -2458,17 +2458,22 @@ class UpstreamRequest(urllib.request.Request):
     body: Optional[bytes]
     scope: CancelScope
     retry_reason: str  # of a repeated request, which needs a new connection
+    _tunnel_host: Optional[str]  # urllib's: the upstream, if a proxy tunnels to it
 
     def __init__(self, url: str, proxy: str = "") -> None:
         super().__init__(url)
         self.fields = {"Host": self.host}
-        if proxy and self.type == "http":
+        self.tunnel_headers: Dict[str, str] = {}
+        if proxy:
             parts = urllib.parse.urlsplit(proxy)
             address = parts.netloc.rpartition("@")[2] + (":80" if parts.port is None else "")
             self.set_proxy(address, "http")
-            self.fields.update(proxy_authorization(proxy))
+            if parts.username is not None:
+                credentials = base64.b64encode(b":".join(proxy_credentials(proxy))).decode()
+                headers = self.tunnel_headers if self._tunnel_host else self.fields
+                headers["Proxy-Authorization"] = "Basic " + credentials
         # equal for requests that can share a connection
-        self.connection_key = self.type, self.host
+        self.connection_key = self.type, self.host, self._tunnel_host
 
     def copy(self, headers: Dict[str, str], **attributes: Any) -> "UpstreamRequest":
         """Return a request with further headers and the attributes above."""
@@ -2511,10 +2516,9 @@ class ConnectionPool(urllib.request.BaseHandler):
     """
 
     def __init__(self, ca_file: str = "", proxy: str = "") -> None:
-        """``proxy`` is a URL; requests without TLS are sent to an HTTP proxy as they are."""
+        """``proxy`` is the URL of a SOCKS proxy; HTTP proxies are part of requests."""
         self.ca_file = ca_file
         self.socks = SocksProxy(proxy) if proxy.startswith("socks") else None
-        self.tunnel = HTTPProxy(proxy) if proxy.startswith("http:") else self.socks
         # (expires_at, socket) by request key, the most recently used last
         self.idle: Dict[Any, List[Tuple[float, Any]]] = {}
         self.closed = False
@@ -2585,15 +2589,15 @@ class ConnectionPool(urllib.request.BaseHandler):
     def _connect(self, request: UpstreamRequest) -> Any:
         connection: http.client.HTTPConnection
         if request.type == "https":
-            proxy = self.tunnel
             connection = http.client.HTTPSConnection(
                 request.host, timeout=request.timeout, context=tls_context(self.ca_file)
             )
         else:
-            proxy = self.socks
             connection = http.client.HTTPConnection(request.host, timeout=request.timeout)
-        if proxy:  # HTTPConnection.connect() opens its socket with this attribute
-            connection._create_connection = proxy.connect  # type: ignore[attr-defined]
+        if request._tunnel_host:
+            connection.set_tunnel(request._tunnel_host, headers=request.tunnel_headers)
+        if self.socks:  # HTTPConnection.connect() opens its socket with this attribute
+            connection._create_connection = self.socks.connect  # type: ignore[attr-defined]
         try:
             connection.connect()
         except BaseException:
@@ -2621,6 +2625,11 @@ def connect_problem(error: Exception, upstream: str, proxy: str) -> str:
         return f"{where} refused the connection (check that it runs, and the port)"
     if isinstance(error, OSError) and error.errno in (errno.EHOSTUNREACH, errno.ENETUNREACH):
         return f"this server has no route to {where}"
+    if str(error).startswith("Tunnel connection failed: "):
+        status = str(error).partition(": ")[2][:3]
+        return f"{where} refused the connection with status {status} (check PROXY)"
+    if proxy and isinstance(error, http.client.HTTPException):
+        return f"{where} does not answer as an HTTP proxy does (check PROXY)"
     verify_message = getattr(error, "verify_message", "")
     if verify_message:
         return f"the certificate of {upstream} can't be verified: {verify_message} (set CA_FILE)"
@@ -2629,14 +2638,18 @@ def connect_problem(error: Exception, upstream: str, proxy: str) -> str:
     return ""
 
 
-class Proxy:
-    """Base class of proxies that open connections to upstreams. Worker thread."""
+class SocksProxy:
+    """A SOCKS 5 proxy (RFC 1928, passwords: RFC 1929).
 
-    DEFAULT_PORT = 0
+    socks5:// looks up names here, socks5h:// lets the proxy do it. socks:// is what GNOME writes
+    into the environment for socks5://.
+    """
 
     def __init__(self, url: str) -> None:
         parts = urllib.parse.urlsplit(url)
-        self.host, self.port = str(parts.hostname), parts.port or self.DEFAULT_PORT
+        self.host, self.port = str(parts.hostname), parts.port or 1080
+        self.remote_names = parts.scheme == "socks5h"
+        self.user, self.password = proxy_credentials(url)
 
     def connect(self, address: Tuple[str, int], *options: Any) -> socket.socket:
         """Return a socket connected to an address; as socket.create_connection()."""
@@ -2653,46 +2666,6 @@ class Proxy:
 
     def _negotiate(self, sock: socket.socket, replies: Any, host: str, port: int) -> str:
         """Log in and have a connection opened; return what the proxy does not do, or ""."""
-        raise NotImplementedError
-
-
-class HTTPProxy(Proxy):
-    """An HTTP proxy that opens connections by CONNECT (RFC 9110, 9.3.6)."""
-
-    DEFAULT_PORT = 80
-
-    def __init__(self, url: str) -> None:
-        super().__init__(url)
-        self.fields = proxy_authorization(url)
-
-    def _negotiate(self, sock: socket.socket, replies: Any, host: str, port: int) -> str:
-        authority = join_address(host, port)
-        fields = {"Host": authority, **self.fields}
-        sock.sendall(request_head(f"CONNECT {authority} HTTP/1.1", *fields.items()) + b"\r\n")
-        lines = iter(lambda: replies.readline(MAX_HEAD_BYTES), b"")
-        head = itertools.takewhile(bytes.strip, itertools.islice(lines, MAX_HEADERS))
-        match = re.match(rb"HTTP/1\.[01] ([0-9]{3})", b"".join(head))
-        if not match:
-            return "does not answer as an HTTP proxy does"
-        status = int(match[1])
-        return "" if 200 <= status < 300 else f"refused the connection with status {status}"
-
-
-class SocksProxy(Proxy):
-    """A SOCKS 5 proxy (RFC 1928, passwords: RFC 1929).
-
-    socks5:// looks up names here, socks5h:// lets the proxy do it. socks:// is what GNOME writes
-    into the environment for socks5://.
-    """
-
-    DEFAULT_PORT = 1080
-
-    def __init__(self, url: str) -> None:
-        super().__init__(url)
-        self.remote_names = url.startswith("socks5h:")
-        self.user, self.password = proxy_credentials(url)
-
-    def _negotiate(self, sock: socket.socket, replies: Any, host: str, port: int) -> str:
         sock.sendall(b"\5\2\0\2" if self.user else b"\5\1\0")  # no login, or a password
         chosen = replies.read(2)
         if chosen != b"\5\0" and not (chosen == b"\5\2" and self.user):
@@ -2788,7 +2761,7 @@ def tls_context(ca_file: str) -> Any:
 
 
 def read_tls_context(ca_file: str) -> Any:
-    """Create and keep the TLS context: system CAs and those of a file, host names checked."""
+    """Create and keep a TLS context: the system's CAs and those of a file."""
     import ssl  # here: a Python without it can still reach http upstreams
 
     context = ssl.create_default_context()
@@ -3362,12 +3335,17 @@ def take_complete_lines(buffer: bytearray, data: bytes) -> bytes:
     return lines
 
 
+def error_event(value: bytes) -> bytes:
+    """Data of an event for a field "error", which llama.cpp has sent before 2026."""
+    return b'{"error":%b}' % value
+
+
 class EventLines:
     """Splits an event stream into events, as the WHATWG's HTML standard defines them.
 
     Lines end with CR LF, LF or CR; a byte order mark, comments and other fields are skipped. Beyond
     the standard, an event that is one whole JSON object ends where the next object begins, since
-    some servers leave out the blank line between events.
+    some servers leave out the blank line between events; and a field "error" is an event.
     """
 
     def __init__(self) -> None:
@@ -3403,6 +3381,8 @@ class EventLines:
                 self.type = b""
             elif line.startswith(b"event:"):
                 self.type = line[6:].strip()[:100]
+            elif line.startswith(b"error:"):
+                yield b"error", error_event(line[6:])
 
     def close(self) -> Iterator[Tuple[bytes, bytes]]:
         """Yield the last event, whose blank line may be missing."""
@@ -3807,10 +3787,13 @@ class StopFilter(TextFilter):
             if cost > self.budget:
                 head = truncate_to(event.text, self.budget)
                 self.out += [type(event)(head)] if head else []
-                self.stopped, event = True, Finish("length")
             elif not cost:
                 return
-            self.budget -= cost
+        else:
+            cost = token_units(text_of(event))
+        if cost > self.budget:
+            self.stopped, event = True, Finish("length")
+        self.budget -= cost
         self.out.append(event)
 
 
@@ -3891,14 +3874,16 @@ class ToolForm(NamedTuple):
     calls: str = "%s"  # around the calls of a message
     result: str = "<tool_response>\n%s\n</tool_response>"
 
-    def write(self, *calls: Tuple[str, str]) -> str:
-        """Return the text of calls, which are (name, arguments as a JSON object)."""
+    def write(self, *calls: Tuple[Any, Any]) -> str:
+        """Return the text of calls, which are (name, arguments as an object or its JSON)."""
         texts = []
         for number, (name, arguments) in enumerate(calls):
+            arguments = arguments if isinstance(arguments, str) else _encode(arguments)
             if self.argument:
+                fields = as_dict(json_or_none(arguments.encode("utf-8", "replace")))
                 arguments = "".join(
                     self.argument % (key, value if isinstance(value, str) else _encode(value))
-                    for key, value in as_dict(json_or_none(arguments.encode())).items()
+                    for key, value in fields.items()
                 )
             texts.append(self.call % {"name": name, "arguments": arguments, "number": number})
         return self.calls % "\n".join(texts)
@@ -4018,14 +4003,13 @@ class PromptedTools:
     def _message(self, message: Dict[str, Any]) -> Dict[str, Any]:
         """Return a message with its calls as text; a result becomes a message of the user."""
         if message["role"] == "tool":
-            text, parts = self.form.result % message_text(message), message.get("content")
-            images = [part for part in as_list(parts) if as_dict(part).get("type") != "text"]
-            return {
-                "role": "user",
-                "content": [{"type": "text", "text": text}, *images] if images else text,
-            }
+            parts = as_list(message.get("content"))
+            images = [part for part in parts if as_dict(part).get("type") != "text"]
+            result = self.form.result % message_text(message)
+            content = [{"type": "text", "text": result}, *images] if images else result
+            return {"role": "user", "content": content}
         functions = map(function_of, as_list(message.get("tool_calls")))
-        calls = [(str(each.get("name")), str(each.get("arguments") or "{}")) for each in functions]
+        calls = [(each.get("name"), each.get("arguments") or {}) for each in functions]
         others = {name: message[name] for name in message if name != "tool_calls"}
         return add_paragraph(others, self.form.write(*calls)) if calls else others
 
@@ -4049,7 +4033,7 @@ def add_paragraph(message: Dict[str, Any], text: str) -> Dict[str, Any]:
 
 
 class ToolCallFilter(TextFilter):
-    """Turns calls in Text events into ToolCall events.
+    """Turns calls in Text events into ToolCall events, and think tags into Reasoning.
 
     Calls stand between marks, outside of Markdown code. They are held back until the second mark
     or the end of the answer, as all is text if it proves invalid: not JSON, of an unknown function,
@@ -4063,19 +4047,16 @@ class ToolCallFilter(TextFilter):
     HELD, MAX_CALL = 256, 4 << 20  # characters
 
     def __init__(self, tools: PromptedTools) -> None:
-        self.tools, self.code = tools, MarkdownCode()
+        self.tools, self.think, self.code = tools, ThinkTagFilter(), MarkdownCode()
+        self.pattern, self.json, self.pending = TEXT_TOKEN, LooseJSON(""), ""
+        self.reader = self._read_answer()
+        next(self.reader)
         self.tokens: List[str] = []  # since an opening mark
         self.calls: List[Tuple[str, str]] = []  # complete ones among them: name and arguments
         self.size = 0  # of them and of those sent in parts, in characters
         self.count = 0  # of calls sent
-        self.passed_on = False  # something of the answer
-        self._restart()
-
-    def _restart(self) -> None:
-        self.pattern, self.json, self.pending = TEXT_TOKEN, LooseJSON(""), ""
         self.is_sent = False  # the beginning of the call that is read
-        self.reader = self._read_answer()
-        next(self.reader)
+        self.passed_on = False  # something of the answer
 
     def feed(self, events: List[Event]) -> List[Event]:
         out = super().feed(events)
@@ -4106,12 +4087,13 @@ class ToolCallFilter(TextFilter):
         if not self.count:
             self._repeat("The answer has no tool call.")
         reason = "tool_calls" if self.count and finish.reason == "stop" else finish.reason
-        self.out.append(Finish(reason, finish.usage, finish.stop_sequence))
+        self.out += self.think.feed([Finish(reason, finish.usage, finish.stop_sequence)])
 
     def release(self) -> None:
         self.tokens = [] if self.is_sent else [*self.tokens, self.pending]
+        self.pending = ""
         self._emit_text()
-        self._restart()
+        self.out += self.think.close()
 
     def _read_token(self, token: str) -> None:
         self.tokens.append(token)
@@ -4122,37 +4104,47 @@ class ToolCallFilter(TextFilter):
 
     def _read_answer(self) -> Generator[None, str, None]:
         """Read text and calls by turns."""
-        token = yield
         while True:
-            if token not in OPENING_MARKS or self.code.is_open():
-                self._emit_text()
-                token = yield
-                continue
-            try:
-                self.pattern = CALL_TOKEN
-                token = yield from self._read_calls()
+            token = yield
+            while token in OPENING_MARKS and not self.code.is_open():
+                try:
+                    self.pattern = CALL_TOKEN
+                    token = yield from self._read_calls()
+                except ValueError as error:
+                    self._reject(error)
+                    token, self.json = "", LooseJSON("")
                 self.pattern = TEXT_TOKEN
-            except ValueError as error:
-                if self.is_sent:
-                    self.stopped = True
-                    message = f"{self.tools.upstream_name} sent an invalid tool call."
-                    raise APIError(502, message, code="invalid_tool_call") from None
-                self.pattern, self.json = TEXT_TOKEN, LooseJSON("")
-                self._emit_text()
-                self._repeat(f"A tool call is invalid: {error}.")
-                token = yield
+            self._emit_text()
+
+    def _reject(self, error: ValueError) -> None:
+        """Make an invalid call text. Raises an APIError if a part of it has been sent."""
+        if self.is_sent:
+            self.stopped = True
+            name = self.tools.upstream_name
+            raise APIError(502, f"{name} sent an invalid tool call.", code="invalid_tool_call")
+        is_reasoning = self.think.in_reasoning
+        self._emit_text()
+        if not is_reasoning:
+            self._repeat(f"A tool call is invalid: {error}.")
 
     def _emit_text(self) -> None:
-        """Pass on the tokens as text."""
-        text = "".join(self.tokens)
+        """Pass on the tokens as text or, in think tags, as reasoning."""
+        events = self.think.feed([Text("".join(self.tokens))])
         self.tokens, self.calls, self.size = [], [], 0
-        if text:
-            self.code.feed(text)
-            self.out.append(Text(text))
+        self.code.feed("".join(text_of(event) for event in events if isinstance(event, Text)))
+        self.out += events
 
     def _read_calls(self) -> Generator[None, str, str]:
         """Read and send calls between two marks; returns the token after closing marks."""
         token = yield from self._read_marked()
+        # Some models omit the closing think tag: in reasoning, calls count that end the answer.
+        while token and self.think.in_reasoning:
+            if token in OPENING_MARKS:
+                token = yield from self._read_marked()
+            elif token in CLOSING_MARKS or token.isspace():
+                token = yield
+            else:
+                raise ValueError("reasoning follows")
         self._send_calls()
         while token in CLOSING_MARKS or token.isspace():
             token = yield
@@ -4182,7 +4174,8 @@ class ToolCallFilter(TextFilter):
                 found, name = True, KIMI_NAME.sub("", token)
             elif not (token.isspace() or token in SKIPPED or token in OPENING_MARKS and not found):
                 break
-        if not found or token not in ("", *OPENING_MARKS, *CLOSING_MARKS):
+        is_bare = name and not arguments  # needs a second mark
+        if not found or token not in (*OPENING_MARKS, *CLOSING_MARKS) and (token or is_bare):
             raise ValueError("it has no valid JSON, or an unknown function")
         if name:
             self.calls.append((name, _encode(arguments)))
@@ -4209,7 +4202,7 @@ class ToolCallFilter(TextFilter):
     def _send_part(self) -> None:
         """Send the arguments read since the last time, once the function's name is known."""
         json = self.json
-        if json.part and json.name in self.tools.functions:
+        if json.part and json.name in self.tools.functions and not self.think.in_reasoning:
             if not self.is_sent:
                 self.calls.append((json.name, ""))
                 self._send_calls()
@@ -4218,6 +4211,8 @@ class ToolCallFilter(TextFilter):
             json.part, self.tokens = [], []
 
     def _send_calls(self) -> None:
+        self.out += self.think.close()
+        self.think.started = self.think.closed = True  # think tags after a call are text
         for name, arguments in self.calls:
             if self.count == MAX_TOOL_CALLS:
                 raise too_many_calls(self.tools.upstream_name)
@@ -4277,7 +4272,7 @@ class LooseJSON:
 def calls_of(value: Any, functions: Iterable[str]) -> List[Tuple[str, str]]:
     """Return the calls in an object or array as (name, arguments). Raises ValueError."""
     calls = []
-    for item in map(as_dict, value if isinstance(value, list) else [value]):
+    for item in map(as_dict, value if value and isinstance(value, list) else [value]):
         item = function_of(item) or item
         name, arguments = str(item.get("name")), item.get("arguments", item.get("parameters"))
         if arguments and isinstance(arguments, str):
@@ -4318,19 +4313,16 @@ class MarkdownCode:
     """Tracks whether streamed Markdown is in a code block, a code span or quotes."""
 
     # At the start of a line, or with no more than a language after it.
-    FENCE = re.compile(r"(?:^[ \t>*+-]*(?=[`~]+[^`]*$)|[ \t](?=[`~]+\w*$))(`{3,}|~{3,})")
-    MAX_LINE = 1000  # characters of the last line that are others
+    FENCE = re.compile(r"(?:^[ \t>*+-]*(?=[`~]+[^`]*$)|[ \t](?=[`~]+\w*\s*$))(`{3,}|~{3,})")
 
     def __init__(self) -> None:
         self.fence, self.line = "", ""
 
     def feed(self, text: str) -> None:
-        *lines, last = (self.line + text).split("\n")
-        for line in lines:
-            mark = self.FENCE.search(line.rstrip())
-            if mark and mark[1].startswith(self.fence):
+        *lines, self.line = (self.line[-1000:] + text).split("\n")
+        for mark in filter(None, map(self.FENCE.search, lines)):
+            if mark[1].startswith(self.fence):
                 self.fence = "" if self.fence else mark[1]
-        self.line = last[-self.MAX_LINE :]
 
     def is_open(self) -> bool:
         in_span = len(re.findall("`+", self.line)) % 2 == 1
@@ -4555,13 +4547,13 @@ def has_tools(call: Call) -> bool:
 
 
 def filtered(decoder: Decoder, step: ToolCallFilter) -> Decoder:
-    """Return the decoder of an answer with a filter of tool calls after it."""
+    """Return the decoder of an answer with a filter of tool calls and think tags."""
     if isinstance(decoder, BufferedBody) and decoder.is_error_body:
         return decoder
     chain = decoder if isinstance(decoder, DecoderChain) else DecoderChain(decoder)
-    if not any(isinstance(other, ThinkTagFilter) for other in chain.filters):
-        chain.filters += (ThinkTagFilter(),)
-    chain.filters, chain.started = (*chain.filters, step), decoder.started
+    filters = [step if isinstance(each, ThinkTagFilter) else each for each in chain.filters]
+    chain.filters = tuple(filters if step in filters else [*filters, step])
+    chain.started = decoder.started
     return chain
 
 
@@ -5017,7 +5009,8 @@ def error_fields(body: Any, depth: int = 6) -> Dict[str, Any]:
         is_object = isinstance(parsed, (dict, list))
         return error_fields(parsed, depth - 1) if is_object else {"message": body}
     fields: Dict[str, Any] = as_dict(body)
-    inner, message = fields.get("error") or fields.get("errors"), fields.get("message")
+    names = ("error", "errors", "base_resp")  # the last one is MiniMax's
+    inner, message = next(filter(None, map(fields.get, names)), None), fields.get("message")
     if isinstance(message, str) and not isinstance(inner, (dict, list)):
         # {"statusCode": 401, "error": "Unauthorized", "message": "..."}, or the body of another
         # provider as the message
@@ -5025,6 +5018,14 @@ def error_fields(body: Any, depth: int = 6) -> Dict[str, Any]:
     if isinstance(inner, (dict, str, list)) and inner and depth:
         return {**fields, **error_fields(inner, depth - 1)}
     return fields
+
+
+# fmt: off
+_MESSAGE_FIELDS = (
+    "message", "msg", "detail", "error", "title", "error_msg", "errorMessage", "Message",
+    "status_msg",
+)
+# fmt: on
 
 
 def error_words(value: Any, depth: int = 4) -> str:
@@ -5035,8 +5036,8 @@ def error_words(value: Any, depth: int = 4) -> str:
         return "; ".join(filter(None, (error_words(item, depth - 1) for item in value[:8])))
     value = as_dict(value)
     location = ".".join(str(step) for step in as_list(value.get("loc"))[:8] if step != "body")
-    names = ("message", "msg", "detail", "error", "title", "error_msg", "errorMessage", "Message")
-    words = next(filter(None, (error_words(value.get(name), depth - 1) for name in names)), "")
+    fields = (value[name] for name in _MESSAGE_FIELDS if value.get(name))
+    words = next(filter(None, (error_words(field, depth - 1) for field in fields)), "")
     raw = as_dict(value.get("metadata")).get("raw")  # OpenRouter: the provider's own error
     if isinstance(raw, str) and words == "Provider returned error":
         words += ": " + inner_message(error_words(error_fields(raw), depth - 1))
@@ -5973,7 +5974,7 @@ def akash_decoder(model: str, secrets: Iterable[str], *filters: Filter) -> Decod
 
 
 def is_challenge_page(response: UpstreamResponse) -> bool:
-    """Whether a proxy in front of the server wants a browser, such as a CDN with a challenge.
+    """Whether a proxy before the server wants a browser, as a CDN's challenge does.
 
     Pages with 429 or a 5xx only say that the server is overloaded or down.
     """
@@ -6538,7 +6539,7 @@ class AkashController(Controller):
 
 
 def no_session(message: str, status: int, wait: Optional[float] = None) -> APIError:
-    """Return the 503 for a server without sessions; ``wait`` are the seconds that it named."""
+    """Return the 503 for a server without sessions, after ``wait`` seconds if named."""
     return APIError(
         503,
         message,
@@ -6655,7 +6656,7 @@ class ChatDecoder(Decoder):
 
     def _completion(self, body: Dict[str, Any], key: str, out: List[Event]) -> None:
         """Decode a chunk, or a whole completion, whose choices have ``key``."""
-        if body.get("error") or is_error(body):
+        if is_chat_error(body):
             raise error_from_body(self.upstream_name, 200, body, self.secrets)
         self.usage = find_usage(body) or self.usage
         for choice in map(as_dict, as_list(body.get("choices"))):
@@ -6689,7 +6690,7 @@ class CallInProgress:
     """
 
     _MARKS = re.compile(r'\\.?|["{}\[\]]', re.S)
-    EMPTY = ("", "{}", "null", '""')  # some servers begin with it
+    EMPTY = ("", "{}", "null")  # some servers begin with it
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -6698,6 +6699,7 @@ class CallInProgress:
         self.extra: Dict[str, Any] = {}  # the upstream's own fields
         self.arguments: List[str] = []  # their fragments
         self.size = 0  # characters of them
+        self.quoted: List[str] = []  # fragments of a string that contains them
         self.depth, self.in_string, self.opened = 0, False, False
         self.escape = ""  # a backslash whose character is still to come
 
@@ -6708,8 +6710,16 @@ class CallInProgress:
     def feed(self, text: str) -> str:
         """Add a fragment of the arguments; return what is new in it.
 
-        Some servers send with each fragment all of them so far, or at the end all of them again.
+        Some servers send with each fragment all of them so far, or at the end all of them again, or
+        encode them twice.
         """
+        if not self.size and (self.quoted or text.lstrip()[:1] == '"'):
+            self.quoted.append(text)
+            self._scan(text)
+            if self.in_string:
+                return ""
+            text = as_str(json_or_none("".join(self.quoted).encode("utf-8", "replace")))
+            self.quoted, self.depth, self.opened = [], 0, False
         if self.opened and self.size <= len(text) and text.startswith("".join(self.arguments)):
             text = text[self.size :]
         if self.size and self.complete:
@@ -6856,6 +6866,8 @@ def message_events(message: Dict[str, Any]) -> List[Event]:
         events.append(Reasoning(reasoning))
     if isinstance(content, str) and content:
         events.append(Text(content))
+    annotations = filter(None, map(as_dict, as_list(message.get("annotations"))))
+    events.extend(map(Annotation, annotations))
     calls = as_list(message.get("tool_calls"))
     if isinstance(message.get("function_call"), dict):
         calls = [{"index": 0, "function": message["function_call"]}]
@@ -6897,10 +6909,11 @@ def name_or_none(value: Any) -> Optional[str]:
 FINISH_REASONS: List[Tuple[str, str]] = [
     ("stop",           r"^(?:stop|eos|end|done|complete)"),
     ("error",          r"error|fail|abort|cancel|malformed|unexpected|overload|timeout|timed_out"
-                       r"|rate_limit|resource|unavailable|interrupt|network|exhausted"),
+                       r"|rate_limit|resource|unavailable|interrupt|network|exhausted|quota|kill"
+                       r"|out_of_memory|shutdown|deadline|preempt|missing|too_many"),
     ("length",         r"length|token|context|limit"),
     ("content_filter", r"filter|safety|sensitive|refus|block|prohibit|moderat|policy|recitation"
-                       r"|spii|guardrail|inspect|violat"),
+                       r"|spii|guardrail|inspect|violat|armor|flagged|risk"),
     ("tool_calls",     r"tool|function"),
     ("stop",           r""),
 ]
@@ -6929,12 +6942,17 @@ def find_usage(body: Dict[str, Any]) -> Any:
 
 
 # Names of token counts, by the one in chat completions: those of Anthropic, Responses and others.
+# fmt: off
 COUNT_NAMES = {
     "prompt_tokens": ("prompt_tokens", "input_tokens"),
     "completion_tokens": ("completion_tokens", "output_tokens"),
     "cached_tokens": ("cached_tokens", "prompt_cache_hit_tokens", "cache_read_input_tokens"),
+    "cache_write_tokens": (
+        "cache_write_tokens", "cache_creation_tokens", "cache_creation_input_tokens",
+    ),
     "reasoning_tokens": ("reasoning_tokens", "thinking_tokens"),
 }
+# fmt: on
 
 
 def chat_usage(value: Any) -> Optional[Dict[str, Any]]:
@@ -6960,12 +6978,14 @@ def chat_usage(value: Any) -> Optional[Dict[str, Any]]:
         return usage
     for kind, alias, name in (
         ("prompt", "input", "cached_tokens"),
+        ("prompt", "input", "cache_write_tokens"),
         ("completion", "output", "reasoning_tokens"),
     ):
         groups = [as_dict(fields.get(f"{each}_tokens_details")) for each in (kind, alias)]
         count = find_count(name, *groups, fields)
         if count:
-            usage[f"{kind}_tokens_details"] = {name: min(count, usage[f"{kind}_tokens"])}
+            details = usage.setdefault(f"{kind}_tokens_details", {})
+            details[name] = min(count, usage[f"{kind}_tokens"] - sum(details.values()))
     return {**usage, "estimated": True} if is_estimated(fields) else usage
 
 
@@ -7169,12 +7189,13 @@ class PassthroughDecoder(Decoder):
         """Hold data back until the first content; set ``error`` if an error comes instead."""
         self.opening += data
         for line in DATA_LINE.finditer(data):
-            value = line[1].strip()
+            value = line[2].strip() if line[1] == b"data" else error_event(line[2])
             event = json_or_none(value) if value.startswith(b"{") else None
             if value == b"[DONE]":
                 self.error = truncated(self.upstream_name, "ended its answer before it began")
-            elif event is not None and is_error(event):
-                self.error = error_from_body(self.upstream_name, 200, event, self.secrets)
+            elif event is not None and self._error_in(event):
+                body = self._error_in(event)
+                self.error = error_from_body(self.upstream_name, 200, body, self.secrets)
             elif value and (event is None or has_content(event)):
                 self.started = True
             if self.error or self.started:
@@ -7183,6 +7204,13 @@ class PassthroughDecoder(Decoder):
             return b""
         data, self.opening = bytes(self.opening), bytearray()
         return data
+
+    def _error_in(self, event: Dict[str, Any]) -> Any:
+        """Return the object with the error of an opening event; None without an error."""
+        if event.get("type") == "response.failed":
+            return event.get("response")
+        failed = is_chat_error(event) if self.end is CHAT_END else is_error(event)
+        return event if failed else None
 
     def close(self) -> List[Event]:
         data = bytes(self.opening + self.buffer)
@@ -7202,10 +7230,10 @@ class PassthroughDecoder(Decoder):
         return [RawBytes(b"\n")] if self.started and not between_events else []
 
 
-DATA_LINE = re.compile(rb"(?:^|[\r\n]|^\xef\xbb\xbf)data:([^\r\n]*)(?=[\r\n])")
+DATA_LINE = re.compile(rb"(?:^|[\r\n]|^\xef\xbb\xbf)(data|error):([^\r\n]*)(?=[\r\n])")
 DONE = re.compile(rb"(?:^|[\r\n])data: *\[DONE\] *(\r\n?|\n)")
 OPENING_TYPES = re.compile(
-    r"ping|message_start|content_block_start|response\.(created|queued|in_progress|\w+\.added)"
+    r"ping|keepalive|message_start|content_block_start|response\.(created|queued|in_progress|\w+\.added)"
 )
 
 
@@ -7231,6 +7259,12 @@ def is_error(body: Any) -> bool:
         return False
     names_error = "error" in (body.get("object"), body.get("type"))
     return bool(body.get("error") or body.get("errors") or names_error)
+
+
+def is_chat_error(body: Dict[str, Any]) -> bool:
+    """Whether a completion or an event is an error, maybe just a code and words."""
+    has_words = not body.get("choices") and error_words(error_fields(body)) != ""
+    return bool(body.get("error")) or is_error(body) or has_words
 
 
 def replace_form_model(call: Call, name: str) -> bytes:
@@ -7402,10 +7436,13 @@ class OpenAIController(Controller):
             raise truncated(self.name, "sent something that is not JSON")
         if not ANSWER.search(text) or b'"error"' in text or b'"errors"' in text:
             body = json_or_none(data)
-            if is_error(body) or body is None and text[1:].lstrip().startswith(b'"error"'):
-                raise error_from_body(self.name, 200, data if body is None else body, self.secrets)
             items = as_list(as_dict(body).get(field.decode()))
-            if field and not as_dict(next(iter(items), None)):
+            is_answer = not field or as_dict(next(iter(items), None)) != {}
+            has_words = not is_answer and error_words(error_fields(body)) != ""
+            is_cut_off = body is None and text[1:].lstrip().startswith(b'"error"')
+            if is_error(body) or has_words or is_cut_off:
+                raise error_from_body(self.name, 200, data if body is None else body, self.secrets)
+            if not is_answer:
                 raise truncated(self.name, "sent something that is not an answer")
             data = redact_bytes(data, self.secrets)
         return [RawBytes(ModelName(model)(data), chat_usage(last_usage(text)))]
@@ -8432,8 +8469,8 @@ class Exchange:
         if not self.other_models:
             error = most_informative(self.model_errors)
             if error.retry_after:  # until the first of the models is available again
-                waits = (other.retry_after for other in self.model_errors)
-                error.retry_after = min(filter(None, waits))
+                delays = (other.retry_after for other in self.model_errors)
+                error.retry_after = min(filter(None, delays))
             raise self.pool.unknown_model(self.call, error)
         self._use_next_model()
 
@@ -8731,6 +8768,8 @@ class ChatCompletions(Dialect):
             return self.frame({"reasoning_content": event.text})
         if isinstance(event, ToolCall):
             return self.frame({"tool_calls": [{"index": event.index, **tool_call(event)}]})
+        if isinstance(event, Annotation):
+            return self.frame({"annotations": [event.fields]})
         if isinstance(event, Finish):
             return self.finish_frames(event)
         return super().encode_event(event)
@@ -8746,6 +8785,8 @@ class ChatCompletions(Dialect):
         message: Dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
         if answer.reasoning:
             message["reasoning_content"] = answer.reasoning
+        if answer.annotations:
+            message["annotations"] = answer.annotations
         if answer.tools:
             message["content"] = text or None
             message["tool_calls"] = list(map(tool_call, answer.tools))
@@ -8954,9 +8995,9 @@ class BlockDialect(Dialect):
         for i, block in enumerate(content if isinstance(content, list) else [content]):
             fields = as_dict(block)
             block_type = fields.get("type")
-            if block_type in ("tool_use", "function_call"):
+            if is_call(fields):
                 calls.append(self.history_call(fields))
-            elif block_type in ("tool_result", "function_call_output"):
+            elif is_call_result(fields):
                 parts += self.append_tool_result(fields)
             elif block_type in ("thinking", "redacted_thinking", "reasoning"):
                 texts = as_list(fields.get("content")) or as_list(fields.get("summary"))
@@ -8988,7 +9029,8 @@ class BlockDialect(Dialect):
 
     def append_tool_result(self, block: Dict[str, Any]) -> ChatParts:
         """Append a tool's result as text; returns its images, for a message of the user."""
-        parts = self.convert_content(block.get("content", block.get("output")))
+        result = (block[name] for name in ("content", "output", "tools") if name in block)
+        parts = self.convert_content(next(result, None))
         text = "\n\n".join(part["text"] for part in parts if part["type"] == "text")
         if block.get("is_error") is True and not text.lower().startswith("error"):
             text = f"Error: {text or 'the tool failed.'}"
@@ -9002,10 +9044,17 @@ class BlockDialect(Dialect):
         self.extra_values += count_values(extra)
         if self.extra_values > MAX_JSON_VALUES:
             raise bad_request(f"The IDs of tool calls contain more than {MAX_JSON_VALUES} values.")
-        arguments = block.get("arguments", block.get("input"))
-        text = arguments if isinstance(arguments, str) else _encode(as_dict(arguments))
-        name = self.sent_name(block.get("name"), block.get("namespace"))
-        return tool_call(ToolCall(0, text or "{}", call_id, name, extra))
+        given = (block[name] for name in CALL_ARGUMENTS if name in block)
+        arguments, call_type = next(given, None), str(block.get("type"))
+        if call_type == "custom_tool_call":
+            arguments = {"input": arguments}
+        if not isinstance(arguments, str):
+            arguments = _encode(as_dict(arguments))
+        elif not isinstance(json_or_none(arguments.encode("utf-8", "replace")), dict):
+            arguments = _encode(call_input(arguments))  # many upstreams parse it
+        name = block.get("name", call_type.removesuffix("_call"))
+        name = self.sent_name(name, block.get("namespace"))
+        return tool_call(ToolCall(0, arguments, call_id, name, extra))
 
     def convert_content(self, content: Any, param: str = "") -> ChatParts:
         """Convert a string, a block or a list of blocks into parts of a chat message."""
@@ -9040,6 +9089,9 @@ class BlockDialect(Dialect):
                 return [{"type": "image_url", "image_url": image}]
         if block_type == "document" and source.get("type") in ("text", "content"):
             return self.convert_content(source.get("data") or source.get("content"), param)
+        if block_type == "search_result":
+            about = [as_str(fields.get("title")), as_str(fields.get("source"))]
+            return self.convert_content([*about, *as_list(fields.get("content"))], param)
         if block is None and (self.has_begun or not param):
             return []
         if not param or self.has_begun and block_type:
@@ -9217,6 +9269,29 @@ class BlockDialect(Dialect):
 
 # -- The history of a conversation
 
+TOOL_LISTS = ("additional_tools", "tool_search_output")  # items
+CALL_ARGUMENTS = ("arguments", "input", "action", "operation")  # fields, by the type of call
+
+
+def is_call(block: Dict[str, Any]) -> bool:
+    """Whether a block or item is a tool call whose result the client sends.
+
+    Responses has function_call, custom_tool_call, shell_call, computer_call and others.
+    """
+    block_type = str(block.get("type"))
+    return block_type in ("tool_use", "function_call") or (
+        block_type.endswith("_call") and "call_id" in block
+    )
+
+
+def is_call_result(block: Dict[str, Any]) -> bool:
+    """Whether a block or item is a result of such a call."""
+    block_type = str(block.get("type"))
+    return block_type in ("tool_result", "tool_search_output") or block_type.endswith(
+        "_call_output"
+    )
+
+
 TOOL_NAME = re.compile("[A-Za-z0-9_-]{1,64}")  # OpenAI's rule
 MAX_CALL_ID = 40  # characters: OpenAI's limit
 CALL_ID = re.compile("[A-Za-z0-9_-]{1,%d}" % MAX_CALL_ID)  # with Anthropic's characters
@@ -9335,7 +9410,8 @@ def sent_id(value: Any) -> Tuple[Optional[str], Optional[Dict[str, Any]]]:
 def without_own_marks(body: Dict[str, Any]) -> Dict[str, Any]:
     """A request for an upstream with the client's own API.
 
-    It would reject reasoning with the signature UNSIGNED and the long IDs of id_with_extra().
+    It would reject reasoning of ours, which has no valid signature and no ID that it knows, and the
+    long IDs of id_with_extra().
     """
     lists = {name: body[name] for name in ("messages", "input") if isinstance(body.get(name), list)}
     return {**body, **{name: _without_own_marks(items) for name, items in lists.items()}}
@@ -9346,7 +9422,8 @@ def _without_own_marks(items: List[Any], nested: bool = False) -> List[Any]:
     remaining = []
     for item in items:
         fields = dict(as_dict(item))
-        if UNSIGNED in (fields.get("signature"), fields.get("encrypted_content")):
+        signatures = fields.get("signature"), fields.get("encrypted_content")
+        if UNSIGNED in signatures or str(fields.get("id")).startswith(UNSIGNED_ID):
             continue
         for name in ("id", "call_id", "tool_call_id", "tool_use_id"):
             if EXTRA in as_str(fields.get(name)):
@@ -9393,7 +9470,8 @@ def event_frame(name: str, **fields: Any) -> bytes:
 # In place of a signature of reasoning, as there is none to check here. Many clients send reasoning
 # back only if it has one.
 UNSIGNED = "unsigned-by-akashproxy"
-OWN_MARKS = (EXTRA.encode(), UNSIGNED.encode())
+UNSIGNED_ID = "rs_unsigned_"  # prefix of the IDs of reasoning items
+OWN_MARKS = (EXTRA.encode(), UNSIGNED.encode(), UNSIGNED_ID.encode())
 
 
 class Messages(BlockDialect):
@@ -9565,12 +9643,12 @@ class Messages(BlockDialect):
     def usage_object(self, finish: Finish) -> Dict[str, int]:
         """Token counts, those of cached input apart."""
         usage = finish.usage or {}
-        prompt = usage["prompt_tokens"]
-        cached = usage_detail(usage, "prompt", "cached_tokens")
-        cached = cached if 0 < cached < prompt else 0
+        read = usage_detail(usage, "prompt", "cached_tokens")
+        written = usage_detail(usage, "prompt", "cache_write_tokens")
         return {
-            "input_tokens": prompt - cached,
-            "cache_read_input_tokens": cached,
+            "input_tokens": usage["prompt_tokens"] - read - written,
+            "cache_read_input_tokens": read,
+            "cache_creation_input_tokens": written,
             "output_tokens": usage["completion_tokens"],
             **estimate_mark(usage),
         }
@@ -9640,10 +9718,10 @@ def without_billing_header(part: Dict[str, Any]) -> Dict[str, Any]:
 
 def call_input(arguments: str) -> Dict[str, Any]:
     """A tool call's arguments as an object, {"arguments": string} if they are not one."""
-    try:
-        value = from_json(arguments.strip().encode("utf-8", "replace") or b"{}")
-    except ValueError:
-        value = None
+    value: Any = arguments.strip() or "{}"
+    with contextlib.suppress(ValueError):
+        for _ in range(2):  # some servers encode them twice
+            value = from_json(value.encode("utf-8", "replace")) if isinstance(value, str) else value
     return value if isinstance(value, dict) else {"arguments": arguments}
 
 
@@ -9668,6 +9746,16 @@ class CountTokens(Messages):
         return {"input_tokens": self.estimate_prompt()}
 
 
+class CustomToolCall(ToolCall):
+    """A call of a custom tool; its arguments are the tool's input."""
+
+
+def custom_input(arguments: str) -> str:
+    """The input of a custom tool in the arguments of its function: their only string."""
+    values = list(call_input(arguments).values()) or [""]
+    return values[0] if len(values) == 1 and isinstance(values[0], str) else arguments
+
+
 class Responses(BlockDialect):
     """POST /v1/responses, stateless. A stream, as event names and data without "type":
 
@@ -9683,8 +9771,9 @@ class Responses(BlockDialect):
 
     Every event also has a sequence_number. A Reasoning is an item "reasoning", with the events
     response.reasoning_summary_part.* and response.reasoning_summary_text.*; a ToolCall is an item
-    "function_call", with response.function_call_arguments.*. A truncated response ends with
-    response.incomplete, one that fails with the events error and response.failed.
+    "function_call", with response.function_call_arguments.*, or a "custom_tool_call". A truncated
+    response ends with response.incomplete, one that fails with the events error and
+    response.failed.
     """
 
     # fmt: off
@@ -9702,15 +9791,16 @@ class Responses(BlockDialect):
     ECHO_LIMIT = 1 << 16  # bytes; larger requests are not echoed: a stream has three copies
     KNOWN_PARAMS = (*ECHOED, *STATEFUL, "model", "input", "stream", "store", "include")
     ENCRYPTED = "reasoning.encrypted_content"
-    FUNCTION_TYPES, SCHEMA_KEY = ("function",), "parameters"
+    FUNCTION_TYPES, SCHEMA_KEY = ("function", "custom"), "parameters"
     # By event: prefix of the item's id, names of its text and part events, index of the part, and
     # further fields of the text events.
     ITEM_WIRE: Dict[Any, Tuple[str, str, str, Dict[str, Any], Dict[str, Any]]] = {
         Text: ("msg_", "response.output_text", "response.content_part",
                {"content_index": 0}, {"logprobs": []}),
-        Reasoning: ("rs_", "response.reasoning_summary_text", "response.reasoning_summary_part",
-                    {"summary_index": 0}, {}),
+        Reasoning: (UNSIGNED_ID, "response.reasoning_summary_text",
+                    "response.reasoning_summary_part", {"summary_index": 0}, {}),
         ToolCall: ("fc_", "response.function_call_arguments", "", {}, {}),
+        CustomToolCall: ("ctc_", "response.custom_tool_call_input", "", {}, {}),
     }
     # fmt: on
 
@@ -9719,6 +9809,8 @@ class Responses(BlockDialect):
 
     def __init__(self, body: Any, base_url: Callable[[], str] = str) -> None:
         self.output: List[Dict[str, Any]] = []  # completed items
+        self.custom_tools: Set[str] = set()  # names, as they are sent
+        self.annotations: List[Dict[str, Any]] = []  # of the open or next text
         super().__init__(body, base_url)
 
     # -- the request
@@ -9728,11 +9820,11 @@ class Responses(BlockDialect):
             if body.get(name):
                 raise not_stored(name, name)
         text, reasoning = as_dict(body.get("text")), as_dict(body.get("reasoning"))
-        tools = self.convert_tools(body.get("tools"))
-        instructions = self.convert_content(body.get("instructions") or [], "instructions")
-        self.append_message("system", instructions)
         sent = required_field(body, "input", (str, list), "a string or a list of items")
         items = [{"role": "user", "content": sent}] if isinstance(sent, str) else sent
+        tools = self.all_tools(body.get("tools"), items)
+        instructions = self.convert_content(body.get("instructions") or [], "instructions")
+        self.append_message("system", instructions)
         self.convert_messages(self.messages_of_items(items))
         include = list(map(str, as_list(body.get("include"))))
         self.returns_reasoning = self.ENCRYPTED in include
@@ -9750,11 +9842,19 @@ class Responses(BlockDialect):
             chat["parallel_tool_calls"] = body.get("parallel_tool_calls")
         return chat
 
+    def all_tools(self, tools: Any, items: List[Any]) -> List[Dict[str, Any]]:
+        """Convert the request's tools and those in its items, where Codex sends them."""
+        converted = self.convert_tools(tools)
+        for i, item in enumerate(map(as_dict, items)):
+            if item.get("type") in TOOL_LISTS:
+                converted += self.convert_tools(item.get("tools"), f"input[{i}].tools")
+        return list({tool["function"]["name"]: tool for tool in converted}.values())
+
     @staticmethod
     def messages_of_items(items: List[Any]) -> List[Tuple[str, Any, Any]]:
         """Items as messages; consecutive tool results are one message of the user.
 
-        References to reasoning (their ids begin with "rs_") are dropped.
+        References to reasoning (their ids begin with "rs_") and lists of tools are dropped.
         """
         messages: List[Tuple[str, Any, Any]] = []
         was_result = False
@@ -9762,7 +9862,9 @@ class Responses(BlockDialect):
             param, item_type = f"input[{i}]", item.get("type", "message")
             if item_type == "item_reference" and not str(item.get("id")).startswith("rs_"):
                 raise not_stored("An item_reference", param)
-            is_result = item_type == "function_call_output"
+            if item_type == "additional_tools":
+                continue
+            is_result = is_call_result(item)
             if item_type == "message":
                 messages.append((param, item.get("role"), item.get("content")))
             elif is_result and was_result:
@@ -9772,10 +9874,24 @@ class Responses(BlockDialect):
             was_result = is_result
         return messages
 
+    def convert_tool(
+        self, tool: Dict[str, Any], param: str, space: Optional[str]
+    ) -> Dict[str, Any]:
+        """Convert a function or a custom tool, whose input becomes the only parameter."""
+        if tool.get("type") != "custom":
+            return super().convert_tool(tool, param, space)
+        texts = tool.get("description"), as_dict(tool.get("format")).get("definition")
+        description = "\n\n".join(filter(None, map(as_str, texts)))
+        parameters = {"properties": {"input": {"type": "string"}}, "required": ["input"]}
+        sent = {**tool, "description": description or None, "parameters": parameters}
+        converted = super().convert_tool(sent, param, space)
+        self.custom_tools.add(converted["function"]["name"])
+        return converted
+
     def convert_tool_choice(self, choice: Any, tools: List[Dict[str, Any]]) -> Any:
         """Convert ``tool_choice``."""
         fields = as_dict(choice)
-        if fields.get("type") == "function":
+        if fields.get("type") in self.FUNCTION_TYPES:
             return self.chosen_tool(fields, tools)
         if fields:
             names_tools = fields.get("type") == "allowed_tools"
@@ -9800,6 +9916,7 @@ class Responses(BlockDialect):
 
     def start_block(self, event: BlockEvent) -> bytes:
         prefix, name, _, index, more = self.ITEM_WIRE[type(event)]
+        self.annotations = []
         item = self.output_item(event, prefix + new_id(), "in_progress")
         self.open_item: Any = event
         self.item_ref = {"item_id": item["id"], "output_index": self.block_index, **index}
@@ -9807,18 +9924,45 @@ class Responses(BlockDialect):
         self.head = b'event: %b.delta\ndata: %b,"sequence_number":' % (name.encode(), delta)
         return self.item_frame("added", item) + self.part_frame("added", event)
 
+    def with_id(self, call: ToolCall, arguments: str) -> ToolCall:
+        call = super().with_id(call, arguments)
+        if call.name not in self.custom_tools:
+            return call
+        return CustomToolCall(call.index, custom_input(arguments), call.id, call.name)
+
+    def encode_event(self, event: Event) -> bytes:
+        if not isinstance(event, Annotation):
+            return super().encode_event(event)
+        if self.open_block != self.block_key(Text("")):
+            return b""
+        annotation, index = response_annotation(event.fields), len(self.annotations)
+        self.annotations.append(annotation)
+        fields = {**self.item_ref, "annotation_index": index, "annotation": annotation}
+        return self.frame("response.output_text.annotation.added", **fields)
+
     def delta(self, text: str) -> bytes:
+        if isinstance(self.open_item, CustomToolCall):  # its input is within incomplete JSON
+            return b""
+        return self.delta_frame(text)
+
+    def delta_frame(self, text: str) -> bytes:
         self.sequence_number += 1
         return b'%b%d,"delta":%b}\n\n' % (self.head, self.sequence_number - 1, to_json(text))
 
     def stop_block(self, text: str) -> bytes:
         _, name, _, _, more = self.ITEM_WIRE[type(self.open_item)]
-        is_call = isinstance(self.open_item, ToolCall)
-        fields = {"arguments": text or "{}"} if is_call else {"text": text}
-        event = dataclasses.replace(self.open_item, **fields)
+        frames, field = b"", "arguments" if isinstance(self.open_item, ToolCall) else "text"
+        if isinstance(self.open_item, CustomToolCall):
+            text = custom_input(text)
+            frames = self.delta_frame(text)
+        elif field == "arguments":
+            text = text or "{}"
+        event = dataclasses.replace(self.open_item, **{field: text})
+        field = "input" if frames else field
         self.output.append(self.output_item(event, self.item_ref["item_id"]))
         return (
-            self.frame(name + ".done", **self.item_ref, **more, **fields)
+            frames
+            + self.frame(name + ".done", **self.item_ref, **more, **{field: text})
             + self.part_frame("done", event)
             + self.item_frame("done", self.output[-1])
         )
@@ -9848,6 +9992,7 @@ class Responses(BlockDialect):
         return frames + self.frame("response.failed", response=response)
 
     def response_body(self, answer: Answer) -> Dict[str, Any]:
+        self.annotations = list(map(response_annotation, answer.annotations))
         self.output = [
             self.output_item(event, self.ITEM_WIRE[type(event)][0] + new_id())
             for event in self.answer_blocks(answer)
@@ -9878,12 +10023,12 @@ class Responses(BlockDialect):
             "usage": response_usage(usage) if usage else None,
         }
 
-    @staticmethod
-    def part_object(event: TextEvent) -> Dict[str, Any]:
+    def part_object(self, event: TextEvent) -> Dict[str, Any]:
         """The only part of a message or of reasoning."""
         if isinstance(event, Reasoning):
             return {"type": "summary_text", "text": event.text}
-        return {"type": "output_text", "text": event.text, "annotations": [], "logprobs": []}
+        fields = {"annotations": self.annotations, "logprobs": []}
+        return {"type": "output_text", "text": event.text, **fields}
 
     def output_item(
         self, event: BlockEvent, item_id: str, status: str = "completed"
@@ -9891,14 +10036,15 @@ class Responses(BlockDialect):
         """An item of the output; it has no parts until it is completed."""
         if isinstance(event, ToolCall):
             name, space = self.client_name(event)
+            is_custom = isinstance(event, CustomToolCall)
             return {
                 "id": item_id,
-                "type": "function_call",
+                "type": "custom_tool_call" if is_custom else "function_call",
                 "status": status,
                 "call_id": event.id,
                 "name": name,
                 **({"namespace": space} if space else {}),
-                "arguments": event.arguments,
+                "input" if is_custom else "arguments": event.arguments,
             }
         parts = [self.part_object(event)] if status == "completed" else []
         if isinstance(event, Reasoning):
@@ -9913,16 +10059,23 @@ class Responses(BlockDialect):
         }
 
 
+def response_annotation(fields: Dict[str, Any]) -> Dict[str, Any]:
+    """An annotation as Responses has it, with the fields of its inner object."""
+    kind = str(fields.get("type"))
+    return {"type": kind, **as_dict(fields[kind])} if kind in fields else fields
+
+
 def response_usage(usage: Dict[str, Any]) -> Dict[str, Any]:
     """Token counts of a response, from those of a chat."""
     cached = usage_detail(usage, "prompt", "cached_tokens")
+    written = usage_detail(usage, "prompt", "cache_write_tokens")
     reasoning = usage_detail(usage, "completion", "reasoning_tokens")
     return {
         "input_tokens": usage["prompt_tokens"],
         "output_tokens": usage["completion_tokens"],
         "total_tokens": usage["total_tokens"],
         "output_tokens_details": {"reasoning_tokens": reasoning},
-        "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
+        "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": written},
         **estimate_mark(usage),
     }
 
@@ -12793,6 +12946,11 @@ def log_access(request: Request, now: float) -> None:
     )
 
 
+def join_address(host: str, port: int) -> str:
+    """Format HOST:PORT, with an IPv6 address in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def _family(host: str, port: int) -> Tuple[int, str]:
     """Return the address family and numeric host to bind to; "": all interfaces."""
     if not host:
@@ -14069,8 +14227,9 @@ def check_health(settings: Settings) -> int:
 def start(server: Server, load: Callable[[], Settings], demo: bool = False) -> int:
     """Start a server, print its URLs and serve until a signal; the exit status."""
     raise_fd_limit()
-    gc.freeze()  # the module's objects live on: collections need not traverse them
-    gc.set_threshold(10_000)  # reference counts free nearly all: 2 % of a request's CPU time
+    with contextlib.suppress(AttributeError):  # PyPy has another collector
+        gc.freeze()  # the module's objects live on: collections need not traverse them
+        gc.set_threshold(10_000)  # reference counts free nearly all: 2 % of a request's CPU time
     if not server.settings.needs_token and not server.is_loopback:
         log.warning(
             "anyone who can reach %s can use this server and its upstreams' keys and quotas: "

@@ -3085,8 +3085,9 @@ ERROR_EVENT = b'data: {"error":{"message":"boom","type":"server_error","code":nu
 REASONS = {
     "stop": "stop eos EOS_TOKEN end_turn STOP stop_sequence completed whatever",
     "length": "length max_tokens MAX_TOKENS model_length max_output_tokens model_context_window_exceeded token_limit",
-    "content_filter": "content_filter content-filter SAFETY sensitive refusal RECITATION PROHIBITED_CONTENT BLOCKLIST guardrail_intervened SPII",
-    "": "error network_error insufficient_system_resource abort cancelled MALFORMED_FUNCTION_CALL engine_overloaded timeout rate_limit_exceeded",
+    "content_filter": "content_filter content-filter SAFETY sensitive refusal RECITATION PROHIBITED_CONTENT BLOCKLIST guardrail_intervened SPII MODEL_ARMOR content_flagged",
+    "": "error network_error insufficient_system_resource abort cancelled MALFORMED_FUNCTION_CALL engine_overloaded timeout rate_limit_exceeded"
+        " MISSING_THOUGHT_SIGNATURE TOO_MANY_TOOL_CALLS insufficient_quota deadline_exceeded out_of_memory",
 }
 
 
@@ -3140,6 +3141,9 @@ def call_parts(*parts):
     "braces and quotes within strings": (call_parts((0, None, "f", '{"a":"}\\"'), (0, None, "f", '{"}')), [("f", '{"a":"}\\"{"}')]),
     "no arguments": (call_parts((0, "a", "f", None)), [("f", "{}")]),
     "empty arguments in other forms": (call_parts((0, "a", "f", "null"), (1, "b", "g", '""'), (2, "c", "h", " ")), [("f", "{}"), ("g", "{}"), ("h", "{}")]),
+    "arguments that are encoded twice": (call_parts((0, "a", "f", ""), (0, None, None, '"{'), (0, None, None, '\\"a\\'), (0, None, None, '":\\"b \\\\\\"\\"}'), (0, None, None, '"')),
+                                         [("f", '{"a":"b \\""}')]),
+    "the same at once": (call_parts((0, "a", "f", '"{\\"a\\":1}"')), [("f", '{"a":1}')]),
     "empty arguments, then others": (call_parts((0, "a", "f", "{}"), (0, None, None, '{"a"'), (0, None, None, ":1}")), [("f", '{"a":1}')]),
     "all arguments once more": (call_parts((0, "a", "f", '{"a"'), (0, None, None, ":1}"), (0, "a", "f", '{"a":1}')), [("f", '{"a":1}')]),
     "all arguments once more, as a string": (call_parts((0, "a", "f", '{"a":1}'), (0, None, None, '"{\\"a\\":1}"')), [("f", '{"a":1}')]),
@@ -3276,6 +3280,22 @@ def test_spellings_of_usage(extra, cached, reasoning):
     assert (usage.get("completion_tokens_details") or {}).get("reasoning_tokens", 0) == reasoning
 
 
+@pytest.mark.parametrize("usage, read, written", [
+    ({"prompt_tokens_details": {"cached_tokens": 60, "cache_write_tokens": 30}}, 60, 30), ({"prompt_tokens_details": {"cache_creation_tokens": 30}}, 0, 30),
+    ({"cache_creation_input_tokens": 30, "cache_read_input_tokens": 60}, 60, 30), ({"prompt_tokens_details": {"cached_tokens": 100}}, 100, 0),
+    ({"prompt_tokens_details": {"cached_tokens": 80, "cache_write_tokens": 90}}, 80, 20), ({}, 0, 0),
+])
+def test_tokens_in_caches_are_counted_once(usage, read, written, streamed, fake, pool):
+    server, usage = pool(fake), {"prompt_tokens": 100, "completion_tokens": 5, **usage}
+    fake.faults += [answered({"content": "a"}, usage=usage)] * 2
+    got = ask(server, "POST", "/v1/messages", {**ASKED, "stream": streamed})
+    found = named_events(got.body)[-2]["usage"] if streamed else got.json["usage"]
+    assert found == {"input_tokens": 100 - read - written, "cache_read_input_tokens": read, "cache_creation_input_tokens": written, "output_tokens": 5}
+    got = ask(server, "POST", "/v1/responses", {**WANTED, "stream": streamed})
+    found = (named_events(got.body)[-1]["response"] if streamed else got.json)["usage"]
+    assert found["input_tokens"] == 100 and found["input_tokens_details"] == {"cached_tokens": read, "cache_write_tokens": written}
+
+
 COUNTED = b'"usage":{"prompt_tokens":11,"completion_tokens":7,"total_tokens":18}'
 ANTHROPIC = (b'event: message_start\ndata: {"type":"message_start","message":{"usage":{"input_tokens":9,"cache_read_input_tokens":2,"output_tokens":1}}}\n\n'
              b'event: message_delta\ndata: {"type":"message_delta","delta":{"stop_reason":"end_turn"},"usage":{"output_tokens":7}}\n\n'
@@ -3307,7 +3327,7 @@ def test_the_usage_of_relayed_answers_is_logged_and_counted(path, kind, body, fa
     assert samples(server)["akashproxy_prompt_tokens_total", "a"] == 11
 
 
-RESPONDED = b'event: response.%b\ndata: {"type":"response.%b","response":{"usage":{"input_tokens":11,"output_tokens":7}}}\n\n'
+RESPONDED = b'data: {"type":"response.output_text.delta","delta":"a"}\n\nevent: response.%b\ndata: {"type":"response.%b","response":{"usage":{"input_tokens":11,"output_tokens":7}}}\n\n'
 
 
 @pytest.mark.parametrize("ended", [lambda fake, body: fake.raw(fake.head() + chunk(body)), lambda fake, body: Fake.stall(fake, fake.head() + chunk(body)),
@@ -3316,7 +3336,7 @@ RESPONDED = b'event: response.%b\ndata: {"type":"response.%b","response":{"usage
 def test_a_relayed_stream_is_complete_with_its_last_event(path, body, ended, fake, pool, log):
     fake.faults.append(ended(fake, body))
     got = ask(pool((fake, {"paths": ["*"]})), "POST", path, {"model": "both", "stream": True, "max_tokens": 9, "messages": [user("x")], "input": "x"})
-    assert got.body.startswith(body) and b"error" not in got.body
+    assert got.body.startswith(body) and b"error" not in got.body[len(body):]
     wait_for(lambda: "ended=whole" in log.text and "tokens_in=11 tokens_out=7" in log.text)
 
 
@@ -3371,6 +3391,9 @@ def test_a_relayed_stream_is_complete_with_its_last_event(path, body, ended, fak
     "null as a string": (FakeOpenAI.event({"content": "a"}, "null") + FakeOpenAI.event({"content": "b"}, "stop"), [T("ab"), Finish("stop")], None),
     "null as a string, then nothing": (FakeOpenAI.event({"content": "a"}, "null"), [T("a")], EARLY),
     "an error in a choice": (b'data: {"choices":[{"delta":{"content":""},"error":{"message":"boom"},"finish_reason":"error"}]}\n\n', [], "boom"),
+    "llama.cpp's field": (b'error: {"code":400,"message":"boom"}\n\ndata: [DONE]\n\n', [], "boom"),
+    "llama.cpp's field after text": (FakeOpenAI.event({"content": "a"}) + b'error: {"code":400,"message":"boom"}\n\n', [T("a")], "boom"),
+    "a code and words": (b'data: {"code":500,"msg":"boom"}\n\n', [], "boom"),
     "words of a recording": (FakeOpenAI.event({"audio": {"id": "a", "transcript": "b"}}) + FakeOpenAI.event({"audio": {"transcript": "c"}}, "stop"), [T("bc"), Finish("stop")], None),
     **{f"reasoning as {reasoning}": (FakeOpenAI.event(reasoning) + FakeOpenAI.event({"content": "a"}, "stop"), [R("h"), T("a"), Finish("stop")], None) for reasoning in (
         {"reasoning": "h"}, {"reasoning": {"content": "h"}}, {"reasoning_content": [text_part("h")]}, {"reasoning_text": "h", "reasoning_opaque": "x"}, {"thinking": "h"},
@@ -3382,6 +3405,30 @@ def test_openai_streams_cut_at_every_byte(data, expected, error):
         events, told = decoded(akashproxy.DecoderChain(akashproxy.ChatDecoder("b"), akashproxy.SurrogateFilter()), parts)
         assert merged(events) == expected, parts
         assert re.search(error, told[1]) if error else told is None
+
+
+CREATED = b'data: {"type":"response.created","response":{"object":"response","error":null}}\n\n'
+
+
+@pytest.mark.parametrize("path, body, status", [
+    ("/v1/chat/completions", b'error: {"code":400,"message":"it exceeds the available context size"}\n\ndata: [DONE]\n\n', 400),
+    ("/v1/chat/completions", b'data: {"code":500,"msg":"it exceeds"}\n\n', 500),
+    ("/v1/chat/completions", b'data: {"detail":"it exceeds"}\n\n', 502),
+    ("/v1/chat/completions", b'data: {"choices":null,"base_resp":{"status_code":1000,"status_msg":"it exceeds"}}\n\n', 502),
+    ("/v1/chat/completions", b'data: {"error":{"code":429,"message":"it exceeds"},"choices":[{"delta":{"content":""},"finish_reason":"error"}]}\n\ndata: [DONE]\n\n', 429),
+    ("/v1/responses", b'data: {"type":"keepalive"}\n\n' + CREATED + b'data: {"type":"response.failed","response":{"object":"response","error":{"code":"rate_limit_exceeded","message":"it exceeds"}}}\n\n', 429),
+    ("/v1/chat/completions", {"code": 500, "msg": "it exceeds", "success": False}, 500),
+    ("/v1/chat/completions", {"choices": None, "base_resp": {"status_code": 1000, "status_msg": "it exceeds"}}, 502),
+])
+def test_errors_in_place_of_relayed_answers(path, body, status, fake, b, pool):
+    server, is_stream = pool((fake, {"paths": ["*"]}), (b, {"priority": 2})), isinstance(body, bytes)
+    for _ in range(2):
+        fake.sends(reply(body=body, kind="text/event-stream" if is_stream else "application/json"))
+        got = ask(server, "POST", path, {"model": "both", "stream": is_stream, "messages": [user("x")], "input": "x"})
+        if status == 400:
+            assert got.status == 400 and "exceeds" in got.json["error"]["message"]
+        else:
+            assert got.status == 200 and re.match(f"a={status}, b=200|b=200", route_of(got)) and (b"from" in got.body)
 
 
 @pytest.mark.parametrize("choice, expected", [({"stop_reason": "##"}, ("stop_sequence", "##")), ({"matched_stop": "##"}, ("stop_sequence", "##")), ({"stop_reason": 128008}, ("end_turn", None)),
@@ -5080,7 +5127,7 @@ def test_the_events_of_a_message(fake, pool):
         *block(1, text_part(""), ("text_delta", "text"), "Hi", " you"),
         *block(2, {"type": "tool_use", "id": "call_1", "name": "f", "input": {}}, ("input_json_delta", "partial_json"), '{"a":1}'),
         {"type": "message_delta", "delta": {"stop_reason": "tool_use", "stop_sequence": None},
-         "usage": {"input_tokens": 7, "cache_read_input_tokens": 4, "output_tokens": 7}}, {"type": "message_stop"}]
+         "usage": {"input_tokens": 7, "cache_read_input_tokens": 4, "cache_creation_input_tokens": 0, "output_tokens": 7}}, {"type": "message_stop"}]
 
 
 def test_thoughts_are_for_who_asks_for_them(fake, pool):
@@ -5205,9 +5252,18 @@ CALLED = {"type": "function_call", "call_id": "c1", "name": "f", "arguments": '{
                       returned("c2", "2"), user([picture("data:x")])]}, "item_reference, web_search_call"),
     "a call at once": ({"input": [CALLED]}, {"messages": [called(("c1", "f", '{"a":[1]}')), no_result("c1")]}, None),
     "tools": ({"tools": [{"type": "function", "name": "f", "description": "d", "parameters": {"type": "object"}, "strict": False}, {"type": "namespace", "name": "n"},
-                         {"type": "web_search"}, {"type": "custom", "name": "c"}], "tool_choice": "auto", "parallel_tool_calls": True},
+                         {"type": "web_search"}, {"type": "mcp", "server_label": "c"}], "tool_choice": "auto", "parallel_tool_calls": True},
               {"tools": [{"type": "function", "function": {"name": "f", "description": "d", "strict": False, "parameters": {"type": "object", "properties": {}}}}],
-               "tool_choice": "auto", "parallel_tool_calls": True}, "namespace, web_search, custom"),
+               "tool_choice": "auto", "parallel_tool_calls": True}, "namespace, web_search, mcp"),
+    "a custom tool": ({"tools": [{"type": "custom", "name": "patch", "description": "Patches.", "format": {"type": "grammar", "syntax": "lark", "definition": "start: /.+/"}}],
+                       "tool_choice": {"type": "custom", "name": "patch"}},
+                      {"tools": [{"type": "function", "function": {"name": "patch", "description": "Patches.\n\nstart: /.+/", "parameters": {
+                          "type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}}}], "tool_choice": {"type": "function", "function": {"name": "patch"}}}, None),
+    "tools within the input": ({"tools": [{"type": "function", "name": "f"}], "input": [
+        {"type": "additional_tools", "role": "developer", "tools": [{"type": "namespace", "name": "n", "tools": [{"type": "function", "name": "g"}]}]}, user("x"),
+        {"type": "tool_search_call", "call_id": "c1", "arguments": {"query": "q"}}, {"type": "tool_search_output", "call_id": "c1", "tools": [{"type": "function", "name": "f"}, {"type": "function", "name": "h"}]}]},
+        {"tools": [tool(), tool("n__g"), tool("h")], "messages": [user("x"), called(("c1", "tool_search", '{"query":"q"}')),
+                                                                  returned("c1", '{"type":"function","name":"f"}\n\n{"type":"function","name":"h"}')]}, None),
     "one tool": ({"tools": [{"type": "function", "name": "f"}], "tool_choice": {"type": "function", "name": "f"}},
                  {"tools": [tool()], "tool_choice": {"type": "function", "function": {"name": "f"}}}, None),
     "some tools": ({"tools": [{"type": "function", "name": "f"}], "tool_choice": {"type": "allowed_tools", "mode": "required", "tools": []}},
@@ -5433,6 +5489,7 @@ def result(content="1", id="t1", **fields):
     "an unknown block in a history": ([user([{"type": "hologram"}]), assistant("ok")],
                                       [user("[A block of type 'hologram' is left out.]"), assistant("ok")]),
     "empty blocks": ([system([text_part("")]), user([text_part(""), text_part("x")])], [user("x")]),
+    "results of a search": ([user([{"type": "search_result", "source": "http://s", "title": "T", "content": [text_part("found")]}])], [user("T\n\nhttp://s\n\nfound")]),
 })
 def test_a_history_of_messages_as_a_chat(messages, chat, fake, pool):
     got = ask(pool(fake), "POST", "/v1/messages", {**ASKED, "messages": messages})
@@ -5471,6 +5528,17 @@ DEVELOPER, SAYS = developer("B"), assistant("doing")
     "outputs without IDs": ([CALL_ITEM, {**CALL_ITEM, "call_id": "c2"}, {**OUTPUT_ITEM, "call_id": None}, {**OUTPUT_ITEM, "call_id": None, "output": "2"}],
                             [C1_C2, R1, returned("c2", "2")]),
     "arguments as an object": ([{**CALL_ITEM, "arguments": {"a": 1}}, OUTPUT_ITEM], [called(("c1", "f", '{"a":1}')), R1]),
+    "arguments that were cut off": ([{**CALL_ITEM, "arguments": '{"a":'}, OUTPUT_ITEM], [called(("c1", "f", '{"arguments":"{\\"a\\":"}')), R1]),
+    "arguments that are no object": ([{**CALL_ITEM, "arguments": "[1]"}, OUTPUT_ITEM], [called(("c1", "f", '{"arguments":"[1]"}')), R1]),
+    "arguments that were encoded twice": ([{**CALL_ITEM, "arguments": '"{\\"a\\":1}"'}, OUTPUT_ITEM], [called(("c1", "f", '{"a":1}')), R1]),
+    "no arguments": ([{**CALL_ITEM, "arguments": ""}, OUTPUT_ITEM], [C1, R1]),
+    "a custom tool": ([{"type": "custom_tool_call", "call_id": "c1", "name": "f", "input": "a\n"}, {"type": "custom_tool_call_output", "call_id": "c1", "output": "1"}],
+                      [called(("c1", "f", '{"input":"a\\n"}')), R1]),
+    "a shell": ([{"type": "local_shell_call", "call_id": "c1", "action": {"command": ["ls"]}}, {"type": "local_shell_call_output", "call_id": "c1", "output": "1"}],
+                [called(("c1", "local_shell", '{"command":["ls"]}')), R1]),
+    "a patch": ([{"type": "apply_patch_call", "call_id": "c1", "operation": {"path": "a"}}, {"type": "apply_patch_call_output", "call_id": "c1", "output": "1"}],
+                [called(("c1", "apply_patch", '{"path":"a"}')), R1]),
+    "a search on the server": ([user("x"), {"type": "web_search_call", "id": "ws_1", "action": {"type": "search"}}, user("y")], [user("x"), user("y")]),
     "a PDF in an output": ([CALL_ITEM, {**OUTPUT_ITEM, "output": [PDF_FILE]}], [C1, returned("c1", PDF_NOTE)]),
     "a PDF in the first of two messages": ([user([PDF_FILE]), system("B"), user("y")], [system("B"), user(PDF_NOTE), user("y")]),
     "a PDF in an earlier message": ([user([PDF_FILE]), SAYS, user("y")], [user(PDF_NOTE), SAYS, user("y")]),
@@ -5614,7 +5682,7 @@ CARRIED = akashproxy.id_with_extra("c1", {"reasoning_content": "hm " * 1000})
     ("/v1/messages", [assistant([thinking("hm", signature=akashproxy.UNSIGNED)]), assistant([thinking("hm", signature=akashproxy.UNSIGNED), text_part("x"), {"type": "tool_use", "id": CARRIED}]),
                       user([result("1", CARRIED), result([], CARRIED)])],
      [assistant([text_part("x"), {"type": "tool_use", "id": "c1"}]), user([result("1", "c1"), result([], "c1")])]),
-    ("/v1/responses", [user("x"), {"type": "reasoning", "encrypted_content": akashproxy.UNSIGNED}, {"type": "reasoning", "encrypted_content": "E"}, {**OUTPUT_ITEM, "call_id": CARRIED}, "x"],
+    ("/v1/responses", [user("x"), {"type": "reasoning", "encrypted_content": akashproxy.UNSIGNED}, {"type": "reasoning", "encrypted_content": "E"}, {"type": "reasoning", "id": "rs_unsigned_1", "summary": []}, {**OUTPUT_ITEM, "call_id": CARRIED}, "x"],
      [user("x"), {"type": "reasoning", "encrypted_content": "E"}, {**OUTPUT_ITEM, "call_id": "c1"}, "x"]),
 ])
 def test_upstreams_with_the_clients_api_get_nothing_that_was_added(path, sent, expected, changed, fake, pool):
@@ -5657,7 +5725,7 @@ LONG = "mcp__plugin_some_marketplace_and_a_server_with_a_long_name__a_tool_with_
 def test_names_of_tools_are_sent_as_upstreams_take_them(name, space, pattern, streamed, fake, pool):
     server = pool(fake)
     one = {"type": "function", "name": name, "parameters": {"required": []}}
-    tools = [{"type": "namespace", "name": space, "tools": [one, {"type": "custom", "name": "c"}]}] if space else [one]
+    tools = [{"type": "namespace", "name": space, "tools": [one, {"type": "mcp", "name": "c"}]}] if space else [one]
     call = {**CALL_ITEM, "name": name, **({"namespace": space} if space else {})}
     body = {**WANTED, "tools": tools, "input": [call, OUTPUT_ITEM], "tool_choice": {"type": "function", "name": name, **({"namespace": space} if space else {})}}
     assert ask(server, "POST", "/v1/responses", body).status == 200
@@ -5674,6 +5742,41 @@ def test_names_of_tools_are_sent_as_upstreams_take_them(name, space, pattern, st
         got = ask(server, "POST", "/v1/messages", {**ASKED, "stream": streamed, "tools": [{"name": name}], "messages": [user("x")]})
         block = [event["content_block"] for event in named_events(got.body) if "content_block" in event][0] if streamed else got.json["content"][0]
         assert block["name"] == name and fake.bodies()[-1]["tools"][0]["function"]["name"] == used
+
+
+def test_sources_of_the_text(streamed, fake, pool):
+    source = {"url": "http://s", "title": "T", "start_index": 0, "end_index": 1}
+    sources = {"annotations": [{"type": "url_citation", "url_citation": source}, {"type": "odd", "n": 1}, 7]}
+    fake.faults += [answered({"content": "a"}, {"content": "", **sources}, calling("c1"), sources, finish="tool_calls")] * 2
+    server, expected = pool(fake), [{"type": "url_citation", **source}, {"type": "odd", "n": 1}]
+    got = ask(server, "POST", "/v1/responses", {**WANTED, "stream": streamed})
+    message, call = (named_events(got.body)[-1]["response"] if streamed else got.json)["output"]
+    assert message["content"][0]["annotations"][:2] == expected and call["type"] == "function_call"
+    if streamed:
+        added = [event for event in named_events(got.body) if event["type"] == "response.output_text.annotation.added"]
+        assert [(event["annotation_index"], event["annotation"], event["item_id"]) for event in added] == [(at, each, message["id"]) for at, each in enumerate(expected)]
+        assert named_events(got.body)[3]["part"]["annotations"] == []
+    else:
+        assert chat(server, BOTH).json["choices"][0]["message"]["annotations"] == sources["annotations"][:2] * 2
+
+
+@pytest.mark.parametrize("arguments, expected", [('{"input":"a\\u00e9\\n"}', "a\u00e9\n"), ('{"patch":"a"}', "a"), ('{"input":"a","x":1}', '{"input":"a","x":1}'), ('{"input":"a', '{"input":"a'), ("a", "a"), ("{}", "")])
+def test_calls_of_custom_tools(arguments, expected, streamed, fake, pool):
+    calls = [{"tool_calls": [{"index": 0, "id": "c1", "function": {"name": "n__c", "arguments": arguments[:5]}}]},
+             {"tool_calls": [{"index": 0, "function": {"arguments": arguments[5:]}}]}]
+    fake.faults.append(answered(*calls, {"tool_calls": [{"index": 1, "id": "c2", "function": {"name": "f", "arguments": "{}"}}]}, finish="tool_calls"))
+    tools = [{"type": "namespace", "name": "n", "tools": [{"type": "custom", "name": "c"}]}, {"type": "function", "name": "f"}]
+    got = ask(pool(fake), "POST", "/v1/responses", {**WANTED, "stream": streamed, "tools": tools})
+    custom, function = (named_events(got.body)[-1]["response"] if streamed else got.json)["output"]
+    assert custom == {"id": custom["id"], "type": "custom_tool_call", "status": "completed", "call_id": "c1", "name": "c", "namespace": "n", "input": expected}
+    assert (function["type"], function["name"]) == ("function_call", "f")
+    if streamed:
+        events = [event for event in named_events(got.body) if event.get("output_index") == 0]
+        place = {"item_id": custom["id"], "output_index": 0}
+        assert [{name: value for name, value in event.items() if name != "sequence_number"} for event in events] == [
+            {"type": "response.output_item.added", "output_index": 0, "item": {**custom, "status": "in_progress", "input": ""}},
+            {"type": "response.custom_tool_call_input.delta", **place, "delta": expected}, {"type": "response.custom_tool_call_input.done", **place, "input": expected},
+            {"type": "response.output_item.done", "output_index": 0, "item": custom}]
 
 
 def test_equal_names_in_namespaces_stay_apart(fake, pool):
@@ -5885,6 +5988,13 @@ TOOL_ANSWERS = {    # an answer: its text, its calls
     "another form's mark in a parameter": ("<function=write>\n<parameter=content>\n</arg_value>\n</parameter>\n</function>", "", [("write", {"content": "</arg_value>"})]),
     "parameters without a closing tag": ("<function=write>\n<parameter=content>\na\n</parameter>\n<function=now>\n</function>", "", [("write", {"content": "a"}), ("now", {})]),
     "lines in a parameter": ("<function=write>\n<parameter=content>\n<a>\n\nb\n\n</parameter>\n</function>", "", [("write", {"content": "<a>\n\nb\n"})]),
+    "a call in think tags": (f"<think>\n`<tool_call>{KYIV}</tool_call>\n</think>\n\nI look.\n<tool_call>{LVIV}</tool_call>", "I look.\n", [("weather", {"city": "Lviv"})]),
+    "calls that end the answer in an open think tag": (f"<think>\nSo:\n<tool_call>{KYIV}</tool_call>\n<tool_call>{LONG_CALL}<tool_call>{LVIV}\n", "",
+                                                       [IN_KYIV, ("write", LONG), ("weather", {"city": "Lviv"})]),
+    "a call in an open think tag, and reasoning after it": (f"<think>\n<tool_call>{LONG_CALL}</tool_call>\nor not", "", []),
+    "think tags after a call": (f"A\n<tool_call>{KYIV}</tool_call>\n<think>b</think>", "A\n\n<think>b</think>", [IN_KYIV]),
+    "a think tag in an argument": ('A\n<tool_call>{"name": "write", "arguments": {"content": "(</think>)"}}</tool_call>', "A\n", [("write", {"content": "(</think>)"})]),
+    "a think tag in a parameter": ("<function=write>\n<parameter=content>\n\n</think>\n\n</parameter>\n</function>", "", [("write", {"content": "\n</think>\n"})]),
     "a fence in the text before": (f"```\nx\n```\n<tool_call>{KYIV}</tool_call>", "```\nx\n```\n", [IN_KYIV]),
 }
 NO_CALLS = [
@@ -5897,7 +6007,7 @@ NO_CALLS = [
     '<tool_call>{"name": "weather", "arguments": "Kyiv"}</tool_call>', '<function=weather>Kyiv</function>', "<function=rm>{}</function>", "<function=", KYIV,
     f"```json\n{KYIV}\n```", f"So: ```json\n{CALL_FORMS['Hermes']}\n```", "<|python_tag|>weather.call(city='Kyiv')", "<tool_call>rm\n<arg_key>a</arg_key>\n<arg_value>b</arg_value>\n</tool_call>",
     f"<tool_call>[{KYIV}, {{}}]</tool_call>", "if (a[0] < b) { return '<tool>' }", '<tool_call>{"name": "weather", "arguments": {"city": "Ky',
-    f"<tool_call>not {KYIV}</tool_call>", f"<tool_call>{KYIV}\n{{broken</tool_call>",
+    "a <function=now", "<tool_call>now\n", "<tool_call>[]</tool_call>", f"<tool_call>not {KYIV}</tool_call>", f"<tool_call>{KYIV}\n{{broken</tool_call>",
 ]
 TOOL_ANSWERS.update({f"text: {text}": (text, text, []) for text in NO_CALLS})
 
@@ -5954,6 +6064,13 @@ def test_a_long_call_that_is_cut_by_the_limit_leaves_no_text():
     assert (answer.text, answer.finish) == ("", Finish("length")) and answer.tools[0].arguments == '{"content": "%s"}' % ("x" * 999)
 
 
+def test_a_call_counts_for_the_token_limit():
+    call = ToolCall(0, '{"a": "%s"}' % ("x" * 99), "c1", "f")
+    assert StopFilter(["x"], 99).feed([call, Finish("stop")]) == [call, Finish("stop")]
+    step = StopFilter([], 9)
+    assert step.feed([Text("a"), ToolCall(0, "", "c1", "f"), call]) == [Text("a"), ToolCall(0, "", "c1", "f"), Finish("length")] and step.stopped
+
+
 def test_only_what_may_begin_a_call_is_held_back():
     step = akashproxy.ToolCallFilter(prompted())
     assert fold(step.feed([Text("a <b> [c] <tool")])).text == "a <b> [c] " and fold(step.feed([Text("s>")])).text == "<tools>"
@@ -5991,6 +6108,17 @@ def test_tools_and_history_become_text_in_the_models_own_form(model):
     assert results["content"].index("sun") < results["content"].index("rain")
     step = akashproxy.ToolCallFilter(tools)
     assert fold(step.feed([Text(assistant["content"]), Finish("stop")])).text == "I look.\n\n" and step.count == 2, "it reads what it writes"
+
+
+@pytest.mark.parametrize("model", TOOL_MODELS)
+def test_half_a_character_and_an_object_in_past_calls_are_accepted(model):
+    calls = [{"id": "c1", "type": "function", "function": {"name": "weather", "arguments": arguments}} for arguments in ('{"city": "Ky\ud83d"}', {"city": "x'y"})]
+    call = Call({"model": model, "messages": [{"role": "assistant", "content": None, "tool_calls": calls}], "tools": FUNCTIONS})
+    tools = akashproxy.PromptedTools(call, model, akashproxy.TOOLS_PROMPT, "fake")
+    step = akashproxy.ToolCallFilter(tools)
+    answer = tools.body()["messages"][-1]["content"].encode("utf-8", "replace").decode()
+    first, second = fold(step.feed([Text(answer), Finish("stop")])).tools
+    assert "Ky" in json.loads(first.arguments)["city"] and json.loads(second.arguments) == {"city": "x'y"}
 
 
 def test_images_of_a_result_are_kept():
@@ -6319,6 +6447,8 @@ def test_a_required_call_is_asked_for_once_and_only_before_a_part_was_sent():
     assert akashproxy.ToolCallFilter(tools).feed([Text("I look."), Finish("stop")]) == [Text("I look."), Finish("stop")]
     step = akashproxy.ToolCallFilter(prompted(tool_choice="required"))
     assert step.feed([Text("I look.")]) + step.feed([Finish("stop")]) == [Text("I look."), Finish("stop")]
+    step = akashproxy.ToolCallFilter(prompted(tool_choice="required"))
+    assert len(fold(step.feed([Text(f"<think><tool_call>{{oops</tool_call></think><tool_call>{KYIV}"), Finish("stop")])).tools) == 1
 
 
 def test_an_instruction_of_ones_own_replaces_the_built_in_one(akash, serve):
@@ -6588,13 +6718,6 @@ def test_a_proxy_on_the_way_plain(fake, pool, monkeypatch):
     assert (request.method, request.path) == ("POST", f"{fake.url}/v1/chat/completions")
     assert base64.b64decode(request.headers["proxy-authorization"].split()[1]) == b"us@er:p:w"
     proxy.close()
-
-
-def test_a_proxy_is_asked_for_a_connection_as_the_standard_says(pool):
-    with contextlib.closing(ForwardProxy()) as proxy:
-        chat(pool((proxy, {"base_url": "https://[::1]:9/v1", "proxy": f"http://u:p@127.0.0.1:{proxy.port}"})), BOTH)
-        assert proxy.requests[0][:2] == ("CONNECT", "[::1]:9") and proxy.requests[0].headers["host"] == "[::1]:9"
-        assert base64.b64decode(proxy.requests[0].headers["proxy-authorization"].split()[1]) == b"u:p"
 
 
 class TLSOpenAI(FakeOpenAI):
