@@ -7547,6 +7547,8 @@ SUMMARY_BY_CODE = {"timeout": "no answer in time", "image_failed": "the image fa
 AUTH_COOLDOWN, BACKOFF_BASE, BACKOFF_MAX = 600.0, 1.0, 60.0  # seconds
 # Those with cool-downs of a length we guess.
 BACKOFF_CATEGORIES = (Category.AUTH, Category.NETWORK, Category.SERVER)
+# Those whose cause may be one client's request, such as a model that is broken.
+OF_ONE_REQUEST = (Category.AUTH, Category.SERVER)
 KEY_TRUST = 300.0  # seconds after a success during which one rejection doesn't prove a key bad
 RECHECK = 600.0  # seconds of a cool-down after which a single request probes the upstream
 MAX_MODEL_COOLDOWNS = 256  # cool-downs of single models per controller
@@ -7591,6 +7593,8 @@ class Upstream:
       been that of one request, or the account topped up. An upstream that reports whether its
       limit is over is asked for that instead.
     * An only candidate skips back-off and obeys rate limits only, as in nginx.
+    * If all candidates cool down for longer than a call may wait, one is used whose cool-downs are
+      OF_ONE_REQUEST.
     """
 
     def __init__(self, controller: Controller, previous: Optional["Upstream"] = None) -> None:
@@ -8096,15 +8100,16 @@ class Pool:
     def _enqueue(self, waiter: Waiter, now: float) -> Upstream:
         """Queue a call: raises Queued, or an error if waiting is useless.
 
-        Waiting is useless if no upstream will be available by the deadline. In that case one in an
-        auth cool-down is returned, if there is any: either it serves the call, so that one client's
-        request can't block the others, or the client gets the error that names the cause.
+        Waiting is useless if no upstream will be available by the deadline. In that case one with
+        a cool-down OF_ONE_REQUEST is returned, if there is any: either it serves the call, so that
+        one client's request can't block the others, or the client gets the error that names the
+        cause.
         """
         exchange = waiter.exchange
         if not waiter.candidates or exchange.other_models:
             raise waiter.error(now)
         if now >= waiter.deadline or waiter.available_at(waiter.candidates, now) > waiter.deadline:
-            upstream = self._pick(waiter, now, also_ignored=(Category.AUTH,))
+            upstream = self._pick(waiter, now, also_ignored=OF_ONE_REQUEST)
             if upstream is None:
                 raise waiter.error(now)
             return upstream

@@ -3647,6 +3647,20 @@ def test_when_all_have_failed_the_next_request_is_told_to_come_again(a, b, pool)
     assert (got.status, got.headers["retry-after"]) == (503, "1")
 
 
+@pytest.mark.parametrize("kind", ["akash", "openai"])
+def test_a_broken_model_keeps_no_other_model_from_being_served(kind, pool):
+    fakes = [FakeAkash(), FakeAkash()] if kind == "akash" else [FakeOpenAI(), FakeOpenAI()]
+    failed = STREAM_HEAD + chunks(b'3:"Internal Server Error"\n') if kind == "akash" else reply(500, b"{}")
+    for fake in fakes:
+        fake.answer = lambda sock, request, answer=fake.answer: (
+            sock.sendall(failed) or True if b'"broken"' in request.body else answer(sock, request))
+    server = known(pool(*fakes))
+    for _ in range(9):
+        assert chat(server, BOTH, model="broken").status == 502
+    assert any(state["rests_for_seconds"] for state in ask(server, path="/status").json["controllers"])
+    assert chat(server, BOTH).status == 200
+
+
 def test_a_short_cool_down_is_waited_for(a, b, pool):
     assert statuses(pool(a.sends(b"\0"), b.sends(b"\0"), max_wait=5), 2) == [502, 200], "each is asked at most once in a request"
 
