@@ -4457,7 +4457,7 @@ def _is_system(message: Dict[str, Any]) -> bool:
 
 def _reminder(message: Dict[str, Any]) -> Dict[str, Any]:
     """A system message as one of the user."""
-    content = message["content"]
+    content = message.get("content") or ""
     if isinstance(content, str):
         content = f"<system-reminder>\n{content}\n</system-reminder>"
     return {"role": "user", "content": content}
@@ -6267,10 +6267,12 @@ class AkashController(Controller):
         return call.image_count > 0 or self.IMAGE_MODEL in (call.model, self.upstream_model(call))
 
     def events(self, call: Call) -> Iterable[Event]:
-        data, stop_filter, call.attempt.ignored_params, tokens = call.prepared_requests[self.name]
+        body, stop_filter, call.attempt.ignored_params = call.prepared_requests[self.name]
+        # Only now: a pool may have many such controllers, each with all of a large body.
+        data = request_json(body, len(call.original.raw_body))
         if self._is_image(call):
             return self.images.events(call, data)
-        self._check_context(call, tokens)
+        self._check_context(call, body)
         cookie = self.session.get(call.scope)
         reason = call.attempt.retry_reason
         response = self._send(
@@ -6280,8 +6282,14 @@ class AkashController(Controller):
             response, lambda response: self._decoder(call, response, stop_filter, cookie)
         )
 
-    def _check_context(self, call: Call, tokens: int) -> None:
-        """Note that Akash Chat will cut the conversation, or refuse it; APIError 400."""
+    def _check_context(self, call: Call, body: Dict[str, Any]) -> None:
+        """Note that Akash Chat will cut the conversation, or refuse it; APIError 400.
+
+        Compares an estimate of the prompt's tokens, as Akash Chat counts them.
+        """
+        messages = [*body["messages"], *body["context"]]
+        texts = [body["system"], *(message["content"] for message in messages)]
+        tokens = tokens_of(sum(map(token_units, texts)))
         if tokens > AKASH_SMALL:
             with contextlib.suppress(APIError):
                 self.models()
@@ -6301,11 +6309,8 @@ class AkashController(Controller):
             )
         call.attempt.overflow = f"about {tokens} tokens > {room}"
 
-    def _prepare(self, call: Call) -> Tuple[bytes, StopFilter, List[str], int]:
-        """Return the request body, the filter of its answer, and what is ignored of it.
-
-        The last element is an estimate of the prompt's tokens, as Akash Chat counts them.
-        """
+    def _prepare(self, call: Call) -> Tuple[Dict[str, Any], StopFilter, List[str]]:
+        """Return the request body, the filter of its answer, and what is ignored of it."""
         if call.relay_only:
             raise APIError(
                 404, f"Akash Chat does not offer {call.original.path[:200]!r}.", code="not_found"
@@ -6321,11 +6326,7 @@ class AkashController(Controller):
         limit = next((name for name in limits if fields.get(name) is not None), "")
         max_tokens = number_field(fields, limit, None, integer=True, minimum=1)
         stop_filter = StopFilter(stop_sequences(fields), max_tokens)
-        messages = [*body["messages"], *body["context"]]
-        texts = [body["system"], *(message["content"] for message in messages)]
-        tokens = tokens_of(sum(map(token_units, texts)))
-        data = request_json(body, len(call.original.raw_body))
-        return data, stop_filter, [*dropped, *ignored], tokens
+        return body, stop_filter, [*dropped, *ignored]
 
     def secrets(self, cookie: Optional[str] = None) -> List[str]:
         """List the strings to redact from errors: keys, header values and cookies."""
@@ -7559,6 +7560,8 @@ SUMMARY_BY_CODE = {"timeout": "no answer in time", "image_failed": "the image fa
 AUTH_COOLDOWN, BACKOFF_BASE, BACKOFF_MAX = 600.0, 1.0, 60.0  # seconds
 # Those with cool-downs of a length we guess.
 BACKOFF_CATEGORIES = (Category.AUTH, Category.NETWORK, Category.SERVER)
+# Those whose cause may be one client's request, such as a model that is broken.
+OF_ONE_REQUEST = (Category.AUTH, Category.SERVER)
 KEY_TRUST = 300.0  # seconds after a success during which one rejection doesn't prove a key bad
 RECHECK = 600.0  # seconds of a cool-down after which a single request probes the upstream
 MAX_MODEL_COOLDOWNS = 256  # cool-downs of single models per controller
@@ -7603,6 +7606,8 @@ class Upstream:
       been that of one request, or the account topped up. An upstream that reports whether its
       limit is over is asked for that instead.
     * An only candidate skips back-off and obeys rate limits only, as in nginx.
+    * If all candidates cool down for longer than a call may wait, one is used whose cool-downs are
+      OF_ONE_REQUEST.
     """
 
     def __init__(self, controller: Controller, previous: Optional["Upstream"] = None) -> None:
@@ -8108,15 +8113,16 @@ class Pool:
     def _enqueue(self, waiter: Waiter, now: float) -> Upstream:
         """Queue a call: raises Queued, or an error if waiting is useless.
 
-        Waiting is useless if no upstream will be available by the deadline. In that case one in an
-        auth cool-down is returned, if there is any: either it serves the call, so that one client's
-        request can't block the others, or the client gets the error that names the cause.
+        Waiting is useless if no upstream will be available by the deadline. In that case one with
+        a cool-down OF_ONE_REQUEST is returned, if there is any: either it serves the call, so that
+        one client's request can't block the others, or the client gets the error that names the
+        cause.
         """
         exchange = waiter.exchange
         if not waiter.candidates or exchange.other_models:
             raise waiter.error(now)
         if now >= waiter.deadline or waiter.available_at(waiter.candidates, now) > waiter.deadline:
-            upstream = self._pick(waiter, now, also_ignored=(Category.AUTH,))
+            upstream = self._pick(waiter, now, also_ignored=OF_ONE_REQUEST)
             if upstream is None:
                 raise waiter.error(now)
             return upstream

@@ -3669,6 +3669,20 @@ def test_when_all_have_failed_the_next_request_is_told_to_come_again(a, b, pool)
     assert (got.status, got.headers["retry-after"]) == (503, "1")
 
 
+@pytest.mark.parametrize("kind", ["akash", "openai"])
+def test_a_broken_model_keeps_no_other_model_from_being_served(kind, pool):
+    fakes = [FakeAkash(), FakeAkash()] if kind == "akash" else [FakeOpenAI(), FakeOpenAI()]
+    failed = STREAM_HEAD + chunks(b'3:"Internal Server Error"\n') if kind == "akash" else reply(500, b"{}")
+    for fake in fakes:
+        fake.answer = lambda sock, request, answer=fake.answer: (
+            sock.sendall(failed) or True if b'"broken"' in request.body else answer(sock, request))
+    server = known(pool(*fakes))
+    for _ in range(9):
+        assert chat(server, BOTH, model="broken").status == 502
+    assert any(state["rests_for_seconds"] for state in ask(server, path="/status").json["controllers"])
+    assert chat(server, BOTH).status == 200
+
+
 def test_a_short_cool_down_is_waited_for(a, b, pool):
     assert statuses(pool(a.sends(b"\0"), b.sends(b"\0"), max_wait=5), 2) == [502, 200], "each is asked at most once in a request"
 
@@ -6187,6 +6201,13 @@ def test_odd_requests_do_no_harm_where_tools_are_text(path, fields, status, akas
     assert got.status == status and ask(server, path="/status").json["controllers"][0]["failed"] == 0, got.body
 
 
+@pytest.mark.parametrize("mode", ["first", "user"])
+def test_a_system_message_without_content_does_no_harm(mode, fake, pool):
+    server = pool((fake, {"paths": ("/none",), "system_messages": mode}))
+    messages = [system("a"), {"role": "system"}, user("hi"), {"role": "system"}, {"role": "system", "content": None}]
+    assert chat(server, {**BOTH, "messages": messages}).status == 200
+
+
 TOOL_REQUESTS = {
     "/v1/chat/completions": {"messages": [user("hi")], "tools": FUNCTIONS},
     "/v1/messages": {"max_tokens": 99, "messages": [user("hi")], "tools": [{"name": "weather", "input_schema": {"type": "object"}}]},
@@ -6366,6 +6387,17 @@ def test_akash_drops_parameters_before_it_checks_them(akash, serve, fields, igno
     drop = ("tools", "tool_choice", "n", "stop", "max_tokens")
     got = chat(serve(controllers=(akashproxy.ControllerSettings(type="akash", drop=drop),)), {**CHAT, **fields})
     assert got.status == 200 and got.headers.get("x-akashproxy-ignored") == ignored and text_of(got) == "Hello from the mock."
+
+
+def test_many_akash_controllers_hold_a_large_request_once():
+    controllers = tuple(akashproxy.ControllerSettings(type="akash", name=f"login{number}") for number in range(10))
+    pool, call = akashproxy.Pool(Settings(controllers=controllers)), Call({"model": "m", "messages": [user("word " * 200_000)]})
+    tracemalloc.start()
+    try:
+        assert [pool.support_error(upstream, call) for upstream in pool.upstreams] == [None] * 10
+        assert tracemalloc.get_traced_memory()[1] < 2_000_000
+    finally:
+        tracemalloc.stop()
 
 
 @table({
